@@ -1,0 +1,296 @@
+"""Configuration: a yacs `CfgNode` with `_BASE_` inheritance and errors that can be acted on.
+
+Values are merged in the order defaults < bases < file < command line, and keep the type of
+their default: an int may stand for a float and a list for a tuple, nothing else is converted.
+"""
+
+import ast
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+
+import yaml
+from yacs.config import CfgNode as _YacsNode
+
+from plaintrain.utils.errors import UserError
+
+BASE_KEY = "_BASE_"
+_SCALARS = (bool, int, float, str, type(None))
+
+
+class ConfigError(UserError):
+    """A config file, key or value that cannot be used."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that stands twice in one mapping."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} stands twice in one section", key_node.start_mark
+                )
+            seen.add(key if isinstance(key, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+class CfgNode(_YacsNode):
+    """A tree of settings, read as attributes: `cfg.SOLVER.BASE_LR`.
+
+    `freeze`, `defrost`, `clone` and `set_new_allowed` are those of yacs.
+    """
+
+    def merge_from_file(self, cfg_filename):
+        """Merge a YAML file over this config, its `_BASE_` files first.
+
+        Args:
+            cfg_filename: path of the file. `_BASE_` in it is one path or a list of paths, each
+                absolute, starting with `~`, or relative to the file; later ones win.
+
+        Raises:
+            ConfigError: a missing or unreadable file, a cycle of bases, an unknown key, a value
+                of another type than the key's.
+        """
+        for path, content in _load_chain(os.fspath(cfg_filename), ()):
+            _merge(content, self, (), path)
+
+    def merge_from_list(self, cfg_list):
+        """Merge `[key, value, key, value, ...]`, as the command line gives it.
+
+        Values may be strings that hold Python literals: `"(600, 800)"`, `"True"`, `"1e-3"`.
+
+        Raises:
+            ConfigError: a key without a value, an unknown key, a value of another type.
+        """
+        if len(cfg_list) % 2:
+            raise ConfigError(
+                f"overrides come in pairs KEY VALUE, but {cfg_list[-1]!r} has no partner in: "
+                + " ".join(map(str, cfg_list))
+            )
+        for key, value in zip(cfg_list[0::2], cfg_list[1::2], strict=True):
+            content = _unquote(value)
+            for part in reversed(str(key).split(".")):
+                content = {part: content}
+            _merge(content, self, (), "the command line")
+
+    def merge_from_other_cfg(self, cfg_other):
+        """Merge another config (or plain dict) over this one, with the same checks."""
+        _merge(cfg_other, self, (), "the merged config")
+
+    def dump(self):
+        """The whole config as YAML that merges back to an equal config."""
+        return yaml.safe_dump(_to_plain(self), sort_keys=True, default_flow_style=None)
+
+    @classmethod
+    def _load_cfg_from_file(cls, file_obj):
+        raise ConfigError(f"{file_obj.name}: use merge_from_file; only YAML configs are read")
+
+    @classmethod
+    def _load_cfg_py_source(cls, filename):
+        raise ConfigError(f"{filename}: Python configs are not executed; write YAML")
+
+    @classmethod
+    def _load_cfg_from_yaml_str(cls, str_obj):
+        return cls(_parse_yaml(str_obj, "the given string"))
+
+
+def get_cfg():
+    """A fresh config holding every key's default."""
+    from plaintrain.defaults import _C
+
+    return _C.clone()
+
+
+def get_value(cfg, key):
+    """The value at a dotted key, for example `get_value(cfg, "SOLVER.BASE_LR")`."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def check_cfg(cfg):
+    """Refuse values of Detectron2's keys that name a variant plaintrain does not have.
+
+    Keys that belong to a feature are looked at only when the feature is on.
+
+    Raises:
+        ConfigError: names the key, its value and what is supported.
+    """
+    from plaintrain.defaults import SUPPORTED
+
+    for feature, keys in SUPPORTED.items():
+        switch, _, wanted = feature.partition("=")
+        if switch and str(get_value(cfg, switch)) not in wanted.split("|"):
+            continue
+        for key, allowed in keys.items():
+            value = get_value(cfg, key)
+            if value not in allowed:
+                options = " or ".join(repr(option) for option in allowed)
+                raise ConfigError(f"{key} is {value!r}, but only {options} is supported")
+
+
+def _load_chain(path, chain):
+    """[(file, content)] in merge order: the bases of `path` first, `path` last."""
+    path = os.path.abspath(os.path.expanduser(path))
+    shown = " -> ".join([*chain, path])
+    if path in chain:
+        raise ConfigError(f"{BASE_KEY} goes round in a circle: {shown}")
+    if not os.path.isfile(path):
+        what = "base config file not found" if chain else "config file not found"
+        raise ConfigError(f"{what}: {shown}")
+    try:
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"cannot read the config file {shown}: {e}") from e
+    content = _parse_yaml(text, path)
+    bases = content.pop(BASE_KEY, [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{BASE_KEY} in {path} must be a path or a list of paths, not {bases!r}")
+    loaded = []
+    for base in bases:
+        base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        loaded += _load_chain(base, (*chain, path))
+    return [*loaded, (path, content)]
+
+
+def _parse_yaml(text, source):
+    try:
+        content = yaml.load(text, Loader=_Loader)  # noqa: S506: _Loader is a SafeLoader
+    except yaml.constructor.ConstructorError as e:
+        problem = str(e.problem)
+        if "python/" in problem:
+            problem = "a !!python tag would run code and is refused; write the plain list or value"
+        raise ConfigError(f"{source}, line {e.problem_mark.line + 1}: {problem}") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        what = getattr(e, "problem", None) or e
+        raise ConfigError(f"{source}{where} is not valid YAML: {what}") from e
+    except RecursionError as e:
+        raise ConfigError(f"{source} is nested too deeply") from e
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source} must hold KEY: value lines, not a {type(content).__name__}")
+    return content
+
+
+def _merge(new, node, path, source):
+    for key, value in new.items():
+        name = ".".join([*path, str(key)])
+        if key not in node:
+            if not node.is_new_allowed():
+                raise ConfigError(_unknown_key(name, node, path, source))
+            setattr(node, key, _to_node(value, name, source))
+        elif not isinstance(node[key], _YacsNode):
+            setattr(node, key, _coerce(node[key], value, name, source))
+        elif isinstance(value, Mapping):
+            _merge(value, node[key], (*path, key), source)
+        elif value is not None:
+            raise ConfigError(
+                f"{name} in {source} is a section with keys of its own, not the value {value!r}"
+            )
+
+
+def _unknown_key(name, node, path, source):
+    from plaintrain.defaults import _C
+
+    known = _all_keys(_C, ())
+    known += [".".join([*path, str(key)]) for key in node]
+    leaf = name.rsplit(".", 1)[-1]
+    near = [key for key in known if key.rsplit(".", 1)[-1] == leaf]
+    near += difflib.get_close_matches(name, known, n=3, cutoff=0.75)
+    near = list(dict.fromkeys(near))[:3]
+    hint = f"did you mean {' or '.join(near)}?" if near else "plaintrain/defaults.py lists every key"
+    if set(name) & set("()[]{}\"'"):
+        hint = 'YAML split a tuple at its comma: inside {...} write a list, ["a", "b"]'
+    return f"unknown key {name} in {source}: {hint}"
+
+
+def _all_keys(node, path):
+    keys = []
+    for key, value in node.items():
+        keys.append(".".join([*path, key]))
+        if isinstance(value, _YacsNode):
+            keys += _all_keys(value, (*path, key))
+    return keys
+
+
+def _to_node(value, name, source):
+    """A value under a section that takes new keys: mappings become nodes of the same kind."""
+    if isinstance(value, Mapping):
+        node = CfgNode(new_allowed=True)
+        for key, item in value.items():
+            node[str(key)] = _to_node(item, f"{name}.{key}", source)
+        return node
+    if isinstance(value, _SCALARS):
+        return value
+    if isinstance(value, Sequence):
+        return _inner_lists(value)
+    raise ConfigError(f"{name} in {source} is a {type(value).__name__}, which a config cannot hold")
+
+
+def _unquote(value):
+    """Drop the quotes of a command-line value such as `"''"`; anything else stays as it is."""
+    literal = _literal(value)
+    return literal if isinstance(literal, str) else value
+
+
+def _literal(value):
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value
+
+
+def _coerce(old, value, name, source):
+    """`value` with the type of `old`, or a `ConfigError`."""
+    given = value
+    if not isinstance(old, str):
+        value = _literal(value)
+    if old is None or type(old) is type(value):
+        pass
+    elif isinstance(old, float) and type(value) is int:
+        value = float(value)
+    elif isinstance(old, tuple | list) and isinstance(value, tuple | list):
+        value = type(old)(value)
+    else:
+        raise ConfigError(_wrong_type(old, value, given, name, source))
+    if isinstance(value, tuple | list):
+        value = type(value)(_inner_lists(value))
+    return value
+
+
+def _inner_lists(value):
+    """A list whose nested sequences are lists too, so that a dumped config loads back equal."""
+    return [
+        _inner_lists(item) if isinstance(item, Sequence) and not isinstance(item, str) else item
+        for item in value
+    ]
+
+
+def _wrong_type(old, value, given, name, source):
+    expected, found = type(old).__name__, type(value).__name__
+    message = f"{name} in {source} must be a {expected}, as {old!r}, but is the {found} {given!r}"
+    if isinstance(old, tuple | list):
+        if isinstance(given, str) and given.lstrip().startswith("(") and ")" not in given:
+            return message + ': YAML split a tuple at its comma; inside {...} write ["a", "b"]'
+        return message + f": write [{value!r}] or, on a line of its own, ({value!r},)"
+    return message
+
+
+def _to_plain(value):
+    if isinstance(value, Mapping):
+        return {key: _to_plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_to_plain(item) for item in value]
+    return value

@@ -1,0 +1,158 @@
+"""Datasets by name: a function that returns records, and what is known about them."""
+
+import difflib
+import pickle
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from plaintrain.utils.errors import UserError
+
+
+class SerializedRecords(Sequence):
+    """A read-only list of records in one block of bytes; indexing gives a fresh dict.
+
+    Worker processes share the block instead of copying, object by object, what they touch.
+    """
+
+    def __init__(self, records):
+        """records: iterable of dicts."""
+        blobs = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
+        self._ends = torch.from_numpy(np.cumsum([len(blob) for blob in blobs], dtype=np.int64))
+        self._data = torch.frombuffer(bytearray(b"".join(blobs) or b"\0"), dtype=torch.uint8)
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        index %= len(self)
+        start = self._ends[index - 1].item() if index else 0
+        return pickle.loads(self._data[start : self._ends[index].item()].numpy().tobytes())  # noqa: S301: own bytes
+
+
+class _DatasetCatalog:
+    """name -> function of no arguments that returns a `list[dict]` of records."""
+
+    def __init__(self):
+        self._functions, self._loaded = {}, {}
+
+    def register(self, name, func):
+        """Make a dataset known.
+
+        Args:
+            name: what DATASETS.TRAIN and DATASETS.TEST call it.
+            func: function of no arguments; its list is asked for once and kept, serialised.
+
+        Raises:
+            UserError: the name is taken.
+        """
+        if name in self._functions:
+            raise UserError(f"the dataset {name} is registered already")
+        self._functions[name] = func
+
+    def get(self, name):
+        """The records of a dataset, a `SerializedRecords`.
+
+        Raises:
+            UserError: an unknown name, or whatever makes the dataset unreadable.
+        """
+        if name not in self._functions:
+            near = difflib.get_close_matches(name, self._functions, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(self.list())}"
+            raise UserError(f"the dataset {name!r} is not registered; {hint}")
+        if name not in self._loaded:
+            self._loaded[name] = SerializedRecords(self._functions[name]())
+        return self._loaded[name]
+
+    def remove(self, name):
+        """Forget a dataset."""
+        self._functions.pop(name)
+        self._loaded.pop(name, None)
+
+    def list(self):
+        """All names."""
+        return list(self._functions)
+
+    def __contains__(self, name):
+        return name in self._functions
+
+
+class Metadata(SimpleNamespace):
+    """What is known about a dataset: `thing_classes`, `evaluator_type`, ... as attributes."""
+
+    def set(self, **kwargs):
+        """Set attributes, given as `name=value`; returns the object."""
+        self.__dict__.update(kwargs)
+        return self
+
+    def get(self, key, default=None):
+        return self.__dict__.get(key, default)
+
+    def __getattr__(self, key):
+        raise AttributeError(f"the metadata of dataset {self.__dict__.get('name')} has no {key}")
+
+
+class _MetadataCatalog:
+    """name -> `Metadata`, created empty when first asked for."""
+
+    def __init__(self):
+        self._metadata = {}
+
+    def get(self, name):
+        return self._metadata.setdefault(name, Metadata(name=name))
+
+    def remove(self, name):
+        self._metadata.pop(name)
+
+    def list(self):
+        return list(self._metadata)
+
+
+DatasetCatalog = _DatasetCatalog()
+MetadataCatalog = _MetadataCatalog()
+
+
+def class_names(name):
+    """The class names of a dataset, loading it if they come from its files.
+
+    Raises:
+        UserError: the dataset is unknown, or says nothing about its classes.
+    """
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None:
+        DatasetCatalog.get(name)
+    if metadata.get("thing_classes") is None:
+        raise UserError(
+            f"the dataset {name} names no classes: call "
+            f'MetadataCatalog.get("{name}").set(thing_classes=[...])'
+        )
+    return list(metadata.thing_classes)
+
+
+def select_classes(found, wanted, where):
+    """The classes to use, in order.
+
+    Args:
+        found: class names of the files.
+        wanted: names to keep, in the order of their labels; empty or None for all of `found`.
+        where: what to call the dataset in an error.
+
+    Raises:
+        UserError: a wanted name that the dataset does not have, or one given twice.
+    """
+    if not wanted:
+        return list(found)
+    for name in wanted:
+        if name not in found:
+            near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.0)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise UserError(f"{where} has no class {name!r}{hint}")
+    if len(set(wanted)) != len(wanted):
+        raise UserError(f"CLASSES of {where} names a class twice: {list(wanted)}")
+    return list(wanted)

@@ -1,0 +1,156 @@
+"""Pascal VOC XML -> records.
+
+Layout: `Annotations/*.xml`, `ImageSets/Main/<split>.txt`, `JPEGImages/*`.
+Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf
+"""
+
+import os
+import xml.etree.ElementTree as ElementTree
+
+from PIL import Image
+
+from plaintrain.data.catalog import select_classes
+from plaintrain.structures import BoxMode
+from plaintrain.utils.errors import UserError
+
+# fmt: off
+VOC_CLASSES = [
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+]
+# fmt: on
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
+
+
+def load_voc(root, split, classes=None):
+    """Read one split of a dataset in VOC's layout.
+
+    Boxes are 1-based pixels that include their last row and column, so `xmin - 1, ymin - 1,
+    xmax, ymax` are the corners. Where xmax is not above xmin, or ymax above ymin, the box is
+    kept as empty, for the loader to drop and count. `difficult` is kept as a flag.
+
+    Args:
+        root: folder that holds `Annotations`, `ImageSets/Main` and `JPEGImages`.
+        split: name of a list in `ImageSets/Main`, without `.txt`.
+        classes: class names in the order of their labels; objects of other classes are left out.
+            Empty: every name in `Annotations`, of all splits, sorted.
+
+    Returns:
+        (records, metadata): metadata holds `thing_classes`.
+
+    Raises:
+        UserError: names the file and what is wrong with it.
+    """
+    names = _read_split(root, split)
+    folder = os.path.join(root, "Annotations")
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder}, which a VOC dataset needs")
+    chosen = select_classes(_all_classes(folder), None, root) if not classes else list(classes)
+    labels = {name: label for label, name in enumerate(chosen)}
+    images = _image_files(os.path.join(root, "JPEGImages"))
+    records = []
+    for name in names:
+        xml_file = os.path.join(folder, name + ".xml")
+        if name not in images:
+            raise UserError(
+                f"the image {name} of split {split} is missing in {os.path.join(root, 'JPEGImages')}"
+            )
+        records.append(_record(name, xml_file, images[name], labels))
+    return records, {"thing_classes": chosen}
+
+
+def _read_split(root, split):
+    path = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
+    try:
+        with open(path, encoding="utf-8") as f:
+            # Per-class lists hold a second column (1, 0, -1).
+            names = [line.split()[0] for line in f if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        folder = os.path.dirname(path)
+        known = sorted(os.path.splitext(p)[0] for p in os.listdir(folder)) if os.path.isdir(folder) else []
+        hint = f"; splits there: {', '.join(known)}" if known else ""
+        raise UserError(f"cannot read the split list {path}{hint}") from e
+    if not names:
+        raise UserError(f"the split list {path} is empty")
+    return names
+
+
+def _image_files(folder):
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder}, which a VOC dataset needs")
+    files = (os.path.splitext(name) for name in os.listdir(folder))
+    return {stem: os.path.join(folder, stem + ext) for stem, ext in files if ext in _EXTENSIONS}
+
+
+def _parse(xml_file):
+    try:
+        return ElementTree.parse(xml_file).getroot()  # noqa: S314: expat expands no external entity
+    except OSError as e:
+        raise UserError(f"cannot read the annotation file {xml_file}: {e.strerror}") from e
+    except ElementTree.ParseError as e:
+        raise UserError(f"the annotation file {xml_file} is not XML: {e}") from e
+
+
+def _all_classes(folder):
+    names = set()
+    for file in os.listdir(folder):
+        if file.endswith(".xml"):
+            root = _parse(os.path.join(folder, file))
+            names |= {_text(obj, "name", file) for obj in root.iter("object")}
+    if not names:
+        raise UserError(f"no object is annotated in {folder}")
+    return sorted(names)
+
+
+def _text(element, tag, where):
+    text = element.findtext(tag)
+    if text is None or not text.strip():
+        raise UserError(f"{where}: <{element.tag}> has no <{tag}>")
+    return text.strip()
+
+
+def _number(element, tag, where):
+    text = _text(element, tag, where)
+    try:
+        return float(text)
+    except ValueError as e:
+        raise UserError(f"{where}: <{tag}> is {text!r}, not a number") from e
+
+
+def _record(name, xml_file, image_file, labels):
+    root = _parse(xml_file)
+    size = root.find("size")
+    if size is not None and size.findtext("width") not in (None, "0"):
+        width, height = (int(_number(size, tag, xml_file)) for tag in ("width", "height"))
+    else:
+        with Image.open(image_file) as image:
+            width, height = image.size
+    annotations = []
+    for obj in root.iter("object"):
+        class_name = _text(obj, "name", xml_file)
+        if class_name in labels:
+            annotations.append(_annotation(obj, labels[class_name], xml_file))
+    return {
+        "file_name": image_file,
+        "image_id": name,
+        "height": height,
+        "width": width,
+        "annotations": annotations,
+    }
+
+
+def _annotation(obj, label, xml_file):
+    box = obj.find("bndbox")
+    if box is None:
+        raise UserError(f"{xml_file}: an <object> has no <bndbox>")
+    x0, y0, x1, y1 = (_number(box, tag, xml_file) for tag in ("xmin", "ymin", "xmax", "ymax"))
+    if x1 > x0 and y1 > y0:
+        x0, y0 = x0 - 1, y0 - 1
+    return {
+        "bbox": [x0, y0, x1, y1],
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": label,
+        "iscrowd": 0,
+        "difficult": int(obj.findtext("difficult", "0").strip() == "1"),
+    }

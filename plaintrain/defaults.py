@@ -1,0 +1,353 @@
+"""Every config key once, with its default and what it means; `get_cfg()` hands out copies.
+
+Names are Detectron2's wherever it has the concept.
+"""
+
+from plaintrain.config import CfgNode as CN
+
+_C = CN()
+# Version of the key names; 2 is Detectron2's current one.
+_C.VERSION = 2
+# Folder of everything a run writes; a fresh run moves an older one's files into old-1/, old-2/, ...
+_C.OUTPUT_DIR = "./output"
+# Seed of weights, sample order and augmentation; -1 draws one, logs it and keeps it on resume.
+_C.SEED = -1
+# Let cuDNN time its algorithms for every new input size: pays off when sizes repeat.
+_C.CUDNN_BENCHMARK = False
+# Iterations between two visits of the writers (console, metrics.json, TensorBoard).
+_C.LOG_PERIOD = 20
+
+# ---- model -----------------------------------------------------------------------------------
+_C.MODEL = CN()
+# GeneralizedRCNN (Faster R-CNN) or RetinaNet.
+_C.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+# auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps.
+_C.MODEL.DEVICE = "auto"
+# Where training or evaluation starts: "" (random), a file, http(s)://...,
+# torchvision://resnet50/IMAGENET1K_V2, torchvision://fasterrcnn_resnet50_fpn/COCO_V1,
+# detectron2://ImageNetPretrained/MSRA/R-50.pkl.
+_C.MODEL.WEIGHTS = ""
+# Per-channel mean and standard deviation of the input (0 to 255), in the order of INPUT.FORMAT.
+_C.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+_C.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+# Variants that are not built: these accept only False.
+_C.MODEL.MASK_ON = False
+_C.MODEL.KEYPOINT_ON = False
+_C.MODEL.LOAD_PROPOSALS = False
+
+_C.MODEL.BACKBONE = CN()
+# build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone (levels p3 to p7),
+# build_mobilenet_v3_large_fpn_backbone, build_tiny_backbone.
+_C.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+# First stages that are not trained: 0 none, 1 the stem, 2 stem and res2, ... 5 all.
+_C.MODEL.BACKBONE.FREEZE_AT = 2
+
+_C.MODEL.RESNETS = CN()
+# 18, 34, 50, 101 or 152.
+_C.MODEL.RESNETS.DEPTH = 50
+# FrozenBN, BN, SyncBN or GN. From random weights FrozenBN does not learn.
+_C.MODEL.RESNETS.NORM = "FrozenBN"
+# More than one group makes a ResNeXt (depth 50 and more): 32x8d is NUM_GROUPS 32, WIDTH_PER_GROUP 8.
+_C.MODEL.RESNETS.NUM_GROUPS = 1
+_C.MODEL.RESNETS.WIDTH_PER_GROUP = 64
+# Stride 2 in the 1x1 convolution of a bottleneck: True only for MSRA's original ResNets.
+_C.MODEL.RESNETS.STRIDE_IN_1X1 = False
+# Stages that feed the FPN; empty means the ones the backbone always uses.
+_C.MODEL.RESNETS.OUT_FEATURES = []
+_C.MODEL.RESNETS.RES5_DILATION = 1
+_C.MODEL.RESNETS.STEM_OUT_CHANNELS = 64
+# Output channels of res2; 0 means what the depth implies (64 for 18 and 34, else 256).
+_C.MODEL.RESNETS.RES2_OUT_CHANNELS = 0
+_C.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, False, False, False]
+
+_C.MODEL.TINY = CN()
+# build_tiny_backbone: two 3x3 convolutions per entry, the first of stride 2; one output level.
+_C.MODEL.TINY.CHANNELS = [32, 64, 128]
+_C.MODEL.TINY.OUT_CHANNELS = 64
+# BN, SyncBN or GN.
+_C.MODEL.TINY.NORM = "GN"
+
+_C.MODEL.FPN = CN()
+_C.MODEL.FPN.OUT_CHANNELS = 256
+# "" (none), BN, SyncBN or GN.
+_C.MODEL.FPN.NORM = ""
+# Stages the FPN reads; empty means the ones the backbone always uses.
+_C.MODEL.FPN.IN_FEATURES = []
+_C.MODEL.FPN.FUSE_TYPE = "sum"
+
+_C.MODEL.ANCHOR_GENERATOR = CN()
+_C.MODEL.ANCHOR_GENERATOR.NAME = "DefaultAnchorGenerator"
+# One list a feature level, in pixels of the network's input: the square root of an anchor's area.
+# A single list serves every level.
+_C.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+# Height / width; one list a level, or a single list for every level.
+_C.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.5, 1.0, 2.0]]
+_C.MODEL.ANCHOR_GENERATOR.OFFSET = 0.0
+
+_C.MODEL.PROPOSAL_GENERATOR = CN()
+_C.MODEL.PROPOSAL_GENERATOR.NAME = "RPN"
+
+_C.MODEL.RPN = CN()
+_C.MODEL.RPN.HEAD_NAME = "StandardRPNHead"
+_C.MODEL.RPN.IN_FEATURES = []
+_C.MODEL.RPN.BOUNDARY_THRESH = -1
+# Anchors with IoU below the first are background, from the second on foreground.
+_C.MODEL.RPN.IOU_THRESHOLDS = [0.3, 0.7]
+_C.MODEL.RPN.IOU_LABELS = [0, -1, 1]
+# Anchors sampled per image for the RPN's losses, and the largest share of foreground among them.
+_C.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 256
+_C.MODEL.RPN.POSITIVE_FRACTION = 0.5
+# Proposals per level before NMS, and per image after it.
+_C.MODEL.RPN.PRE_NMS_TOPK_TRAIN = 2000
+_C.MODEL.RPN.PRE_NMS_TOPK_TEST = 1000
+_C.MODEL.RPN.POST_NMS_TOPK_TRAIN = 1000
+_C.MODEL.RPN.POST_NMS_TOPK_TEST = 1000
+_C.MODEL.RPN.NMS_THRESH = 0.7
+# -1 keeps the feature's channels; one entry per 3x3 convolution.
+_C.MODEL.RPN.CONV_DIMS = [-1]
+_C.MODEL.RPN.BBOX_REG_LOSS_TYPE = "smooth_l1"
+_C.MODEL.RPN.BBOX_REG_LOSS_WEIGHT = 1.0
+_C.MODEL.RPN.BBOX_REG_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+_C.MODEL.RPN.SMOOTH_L1_BETA = 1.0 / 9
+_C.MODEL.RPN.LOSS_WEIGHT = 1.0
+
+_C.MODEL.ROI_HEADS = CN()
+_C.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+_C.MODEL.ROI_HEADS.IN_FEATURES = []
+# Classes without the background; 0 asks the training dataset.
+_C.MODEL.ROI_HEADS.NUM_CLASSES = 0
+# Proposals with at least this IoU are foreground.
+_C.MODEL.ROI_HEADS.IOU_THRESHOLDS = [0.5]
+_C.MODEL.ROI_HEADS.IOU_LABELS = [0, 1]
+# Proposals sampled per image for the head's losses, and the largest share of foreground among them.
+_C.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 512
+_C.MODEL.ROI_HEADS.POSITIVE_FRACTION = 0.25
+_C.MODEL.ROI_HEADS.PROPOSAL_APPEND_GT = True
+# Detections below this score are dropped; NMS within a class at this IoU.
+_C.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.05
+_C.MODEL.ROI_HEADS.NMS_THRESH_TEST = 0.5
+
+_C.MODEL.ROI_BOX_HEAD = CN()
+_C.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+_C.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIAlign"
+_C.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+_C.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO = 2
+_C.MODEL.ROI_BOX_HEAD.NUM_FC = 2
+_C.MODEL.ROI_BOX_HEAD.FC_DIM = 1024
+_C.MODEL.ROI_BOX_HEAD.NUM_CONV = 0
+_C.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+_C.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE = "smooth_l1"
+_C.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT = 1.0
+_C.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1.0 / 9
+_C.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = False
+_C.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES = False
+
+_C.MODEL.ROI_MASK_HEAD = CN()
+_C.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+_C.MODEL.ROI_MASK_HEAD.NUM_CONV = 4
+_C.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 14
+
+_C.MODEL.RETINANET = CN()
+# Classes; 0 asks the training dataset.
+_C.MODEL.RETINANET.NUM_CLASSES = 0
+_C.MODEL.RETINANET.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+_C.MODEL.RETINANET.NUM_CONVS = 4
+# Anchors with IoU below the first are background, from the second on foreground.
+_C.MODEL.RETINANET.IOU_THRESHOLDS = [0.4, 0.5]
+_C.MODEL.RETINANET.IOU_LABELS = [0, -1, 1]
+# Score every anchor starts with, set through the classifier's bias (focal loss paper, 4.1).
+_C.MODEL.RETINANET.PRIOR_PROB = 0.01
+_C.MODEL.RETINANET.SCORE_THRESH_TEST = 0.05
+# Candidates per level before NMS.
+_C.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 1000
+_C.MODEL.RETINANET.NMS_THRESH_TEST = 0.5
+_C.MODEL.RETINANET.BBOX_REG_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+_C.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "smooth_l1"
+_C.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA = 0.0
+_C.MODEL.RETINANET.FOCAL_LOSS_GAMMA = 2.0
+_C.MODEL.RETINANET.FOCAL_LOSS_ALPHA = 0.25
+# Norm of the head's towers: "" (none) or GN.
+_C.MODEL.RETINANET.NORM = ""
+
+# ---- input -----------------------------------------------------------------------------------
+_C.INPUT = CN()
+# Shortest side in training, pixels: one of these (choice), or any between the two (range); 0: as is.
+_C.INPUT.MIN_SIZE_TRAIN = (800,)
+_C.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
+# Longest side in training, pixels.
+_C.INPUT.MAX_SIZE_TRAIN = 1333
+# Shortest and longest side in evaluation, pixels; MIN_SIZE_TEST 0 keeps the image as it is.
+_C.INPUT.MIN_SIZE_TEST = 800
+_C.INPUT.MAX_SIZE_TEST = 1333
+# horizontal, vertical or none; half of the images are flipped.
+_C.INPUT.RANDOM_FLIP = "horizontal"
+_C.INPUT.CROP = CN()
+_C.INPUT.CROP.ENABLED = False
+# relative: SIZE (h, w) is a share of the image. relative_range: a share between SIZE and 1.
+# absolute: pixels. absolute_range: pixels between SIZE[0] and SIZE[1] for each side.
+_C.INPUT.CROP.TYPE = "relative_range"
+_C.INPUT.CROP.SIZE = [0.9, 0.9]
+# Channel order the model is fed: RGB (torchvision's weights) or BGR (Caffe's, MSRA's).
+_C.INPUT.FORMAT = "RGB"
+
+# ---- datasets --------------------------------------------------------------------------------
+_C.DATASETS = CN()
+# Names of registered or declared datasets; several are joined.
+_C.DATASETS.TRAIN = ()
+_C.DATASETS.TEST = ()
+# Datasets declared here: name -> {FORMAT: coco | voc | shapes, ...}; see README.
+_C.DATASETS.DECLARE = CN(new_allowed=True)
+
+_C.DATALOADER = CN()
+# Worker processes per rank; 0 loads in the training process.
+_C.DATALOADER.NUM_WORKERS = 4
+# Batches of upright images apart from batches of wide ones, to pad less.
+_C.DATALOADER.ASPECT_RATIO_GROUPING = True
+_C.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
+# Leave out training images that have no annotation but crowds.
+_C.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+
+# ---- solver ----------------------------------------------------------------------------------
+_C.SOLVER = CN()
+# SGD or AdamW.
+_C.SOLVER.OPTIMIZER = "SGD"
+# Images per iteration, over all ranks.
+_C.SOLVER.IMS_PER_BATCH = 16
+_C.SOLVER.MAX_ITER = 40000
+_C.SOLVER.BASE_LR = 0.001
+# SGD's momentum, AdamW's beta1.
+_C.SOLVER.MOMENTUM = 0.9
+_C.SOLVER.NESTEROV = False
+_C.SOLVER.WEIGHT_DECAY = 0.0001
+# Weight decay of normalisation layers, and of biases (null: as WEIGHT_DECAY).
+_C.SOLVER.WEIGHT_DECAY_NORM = 0.0
+_C.SOLVER.WEIGHT_DECAY_BIAS = None
+# Learning rate of biases, and of the backbone, as multiples of BASE_LR.
+_C.SOLVER.BIAS_LR_FACTOR = 1.0
+_C.SOLVER.BACKBONE_MULTIPLIER = 1.0
+# WarmupMultiStepLR, WarmupCosineLR or WarmupStepWithFixedGammaLR.
+_C.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"
+# WarmupMultiStepLR multiplies by GAMMA at each of STEPS.
+_C.SOLVER.GAMMA = 0.1
+_C.SOLVER.STEPS = (30000,)
+# WarmupStepWithFixedGammaLR multiplies by GAMMA this many times, at even distances.
+_C.SOLVER.NUM_DECAYS = 3
+# WarmupCosineLR ends at this learning rate.
+_C.SOLVER.BASE_LR_END = 0.0
+# Warm-up: WARMUP_ITERS iterations from BASE_LR * WARMUP_FACTOR; linear or constant.
+_C.SOLVER.WARMUP_FACTOR = 0.001
+_C.SOLVER.WARMUP_ITERS = 1000
+_C.SOLVER.WARMUP_METHOD = "linear"
+# Squeeze the whole schedule into what is left after the warm-up, instead of cutting off its start.
+_C.SOLVER.RESCALE_INTERVAL = False
+_C.SOLVER.CLIP_GRADIENTS = CN()
+_C.SOLVER.CLIP_GRADIENTS.ENABLED = False
+# value: each element; norm: each parameter's norm; full_model: the norm over all parameters.
+_C.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "value"
+_C.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0
+_C.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
+# Iterations between two checkpoints, and how many numbered ones are kept (0: all).
+_C.SOLVER.CHECKPOINT_PERIOD = 5000
+_C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
+# Not built: these accept only the value that turns them off.
+_C.SOLVER.AMP = CN()
+_C.SOLVER.AMP.ENABLED = False
+_C.SOLVER.REFERENCE_WORLD_SIZE = 0
+
+# ---- test ------------------------------------------------------------------------------------
+_C.TEST = CN()
+# Iterations between two evaluations; 0 evaluates only at the end.
+_C.TEST.EVAL_PERIOD = 0
+# [[task, metric, value, tolerance], ...]: the run fails when the last evaluation is further off.
+_C.TEST.EXPECTED_RESULTS = []
+_C.TEST.DETECTIONS_PER_IMAGE = 100
+# Images per rank and step in evaluation.
+_C.TEST.IMS_PER_BATCH = 1
+# Not built: these accept only False.
+_C.TEST.AUG = CN()
+_C.TEST.AUG.ENABLED = False
+_C.TEST.PRECISE_BN = CN()
+_C.TEST.PRECISE_BN.ENABLED = False
+
+# Values that can be had, for keys that exist so that Detectron2's files merge. The outer key says
+# when they are looked at: "" always, "KEY=VALUE|VALUE" when that key has one of these values.
+_RESNET = (
+    "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone|build_retinanet_resnet_fpn_backbone"
+    "|build_mobilenet_v3_large_fpn_backbone"
+)
+SUPPORTED = {
+    "": {
+        "VERSION": (2,),
+        "MODEL.MASK_ON": (False,),
+        "MODEL.KEYPOINT_ON": (False,),
+        "MODEL.LOAD_PROPOSALS": (False,),
+        "INPUT.FORMAT": ("RGB", "BGR"),
+        "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+        "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+        "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
+        "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
+        "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+        "SOLVER.AMP.ENABLED": (False,),
+        "SOLVER.REFERENCE_WORLD_SIZE": (0,),
+        "TEST.AUG.ENABLED": (False,),
+        "TEST.PRECISE_BN.ENABLED": (False,),
+        "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
+        "MODEL.ANCHOR_GENERATOR.OFFSET": (0.0,),
+    },
+    _RESNET: {
+        "MODEL.FPN.FUSE_TYPE": ("sum",),
+        "MODEL.RESNETS.RES5_DILATION": (1,),
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": (64,),
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, False, False, False],),
+    },
+    "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone": {
+        "MODEL.RESNETS.OUT_FEATURES": ([], ["res2", "res3", "res4", "res5"]),
+        "MODEL.FPN.IN_FEATURES": ([], ["res2", "res3", "res4", "res5"]),
+        "MODEL.RPN.IN_FEATURES": ([], ["p2", "p3", "p4", "p5", "p6"]),
+        "MODEL.ROI_HEADS.IN_FEATURES": ([], ["p2", "p3", "p4", "p5"]),
+    },
+    "MODEL.BACKBONE.NAME=build_retinanet_resnet_fpn_backbone": {
+        "MODEL.META_ARCHITECTURE": ("RetinaNet",),
+        "MODEL.RESNETS.OUT_FEATURES": ([], ["res3", "res4", "res5"]),
+        "MODEL.FPN.IN_FEATURES": ([], ["res3", "res4", "res5"]),
+        "MODEL.RETINANET.IN_FEATURES": (["p3", "p4", "p5", "p6", "p7"],),
+    },
+    "INPUT.CROP.ENABLED=True": {
+        "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
+    },
+    "SOLVER.CLIP_GRADIENTS.ENABLED=True": {
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
+    },
+    "MODEL.META_ARCHITECTURE=GeneralizedRCNN": {
+        "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
+        "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
+        "MODEL.RPN.BOUNDARY_THRESH": (-1,),
+        "MODEL.RPN.IOU_LABELS": ([0, -1, 1],),
+        "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
+        "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": (1.0,),
+        "MODEL.RPN.BBOX_REG_WEIGHTS": ((1.0, 1.0, 1.0, 1.0),),
+        "MODEL.RPN.SMOOTH_L1_BETA": (1.0 / 9,),
+        "MODEL.RPN.LOSS_WEIGHT": (1.0,),
+        "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
+        "MODEL.ROI_HEADS.IOU_LABELS": ([0, 1],),
+        "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": (True,),
+        "MODEL.ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead",),
+        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlign",),
+        "MODEL.ROI_BOX_HEAD.NUM_FC": (2,),
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": (0,),
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": (1.0,),
+        "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (1.0 / 9,),
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": (False,),
+        "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": (False,),
+    },
+    "MODEL.META_ARCHITECTURE=RetinaNet": {
+        "MODEL.RETINANET.NUM_CONVS": (4,),
+        "MODEL.RETINANET.IOU_LABELS": ([0, -1, 1],),
+        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
+        "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": (0.0,),
+        "MODEL.RETINANET.FOCAL_LOSS_GAMMA": (2.0,),
+        "MODEL.RETINANET.FOCAL_LOSS_ALPHA": (0.25,),
+        "MODEL.RETINANET.NORM": ("", "GN"),
+    },
+}

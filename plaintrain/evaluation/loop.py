@@ -1,0 +1,148 @@
+"""Run a model over a test loader and let an evaluator score what it finds."""
+
+import contextlib
+import logging
+import time
+
+import torch
+
+from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError
+from plaintrain.utils.logger import progress
+
+logger = logging.getLogger(__name__)
+
+# Lines in the log, at least this many seconds apart, where no progress bar can be shown.
+_LOG_SECONDS = 30
+
+
+class DatasetEvaluator:
+    """Base of the evaluators: `reset`, then `process` each batch, then `evaluate`."""
+
+    def reset(self):
+        """Forget what was processed."""
+
+    def process(self, inputs, outputs):
+        """Take in a `list[sample]` and the model's output for it."""
+
+    def evaluate(self):
+        """Score what all ranks processed.
+
+        Returns:
+            {task: {metric: number}} on rank 0; other ranks return None.
+        """
+
+
+class DatasetEvaluators(DatasetEvaluator):
+    """Several evaluators as one; their tasks must have different names."""
+
+    def __init__(self, evaluators):
+        self._evaluators = list(evaluators)
+
+    def reset(self):
+        for evaluator in self._evaluators:
+            evaluator.reset()
+
+    def process(self, inputs, outputs):
+        for evaluator in self._evaluators:
+            evaluator.process(inputs, outputs)
+
+    def evaluate(self):
+        results = {}
+        for evaluator in self._evaluators:
+            for task, metrics in (evaluator.evaluate() or {}).items():
+                if task in results:
+                    raise ValueError(f"two evaluators return results for the task {task}")
+                results[task] = metrics
+        return results or None
+
+
+@contextlib.contextmanager
+def inference_context(model):
+    """The model in evaluation mode; each of its modules goes back to the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def inference_on_dataset(model, data_loader, evaluator):
+    """Run a model on every batch and evaluate.
+
+    Args:
+        model: takes a `list[sample]`; put in evaluation mode for the time, also if it raises.
+        data_loader: iterable of `list[sample]` with a length.
+        evaluator: a `DatasetEvaluator`, several in a list, or None to only run the model.
+
+    Returns:
+        What `evaluate` returned, or {} where that is None (ranks other than 0).
+    """
+    if isinstance(evaluator, list | tuple):
+        evaluator = DatasetEvaluators(evaluator)
+    evaluator = DatasetEvaluator() if evaluator is None else evaluator
+    evaluator.reset()
+    total = len(data_loader)
+    start = logged = time.perf_counter()
+    with inference_context(model), torch.no_grad():
+        for i, inputs in enumerate(progress(data_loader, desc="evaluation", total=total)):
+            evaluator.process(inputs, model(inputs))
+            if time.perf_counter() - logged > _LOG_SECONDS:
+                logged = time.perf_counter()
+                left = (logged - start) / (i + 1) * (total - i - 1)
+                logger.info(f"evaluated {i + 1} of {total} batches, {left:.0f} s left")
+    comm.synchronize()
+    logger.info(f"evaluated {total} batches in {time.perf_counter() - start:.1f} s")
+    return evaluator.evaluate() or {}
+
+
+def print_csv_format(results):
+    """Log {task: {metric: number}} as lines that paste into a spreadsheet."""
+    for task, metrics in results.items():
+        main = {name: value for name, value in metrics.items() if "-" not in name}
+        logger.info(f"copypaste: Task: {task}")
+        logger.info("copypaste: " + ",".join(main))
+        logger.info("copypaste: " + ",".join(f"{value:.4f}" for value in main.values()))
+
+
+def flatten_results(results, prefix=""):
+    """{a: {b: number}} -> {"a/b": number}, at any depth."""
+    flat = {}
+    for name, value in results.items():
+        if isinstance(value, dict):
+            flat |= flatten_results(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def verify_results(expected_results, results):
+    """Compare results with TEST.EXPECTED_RESULTS.
+
+    Args:
+        expected_results: [[task, metric, value, tolerance], ...].
+        results: {task: {metric: number}}.
+
+    Raises:
+        UserError: names every metric that is missing or further off than its tolerance.
+    """
+    wrong = []
+    for task, metric, expected, tolerance in expected_results:
+        actual = results.get(task, {}).get(metric)
+        # Written so that NaN counts as wrong.
+        if actual is None or not abs(actual - expected) <= tolerance:
+            wrong.append(f"{task}/{metric} is {actual}, expected {expected} +- {tolerance}")
+    if wrong:
+        raise UserError("results differ from TEST.EXPECTED_RESULTS: " + "; ".join(wrong))
+    if expected_results:
+        logger.info("results are as TEST.EXPECTED_RESULTS says")
+
+
+def format_table(rows, header):
+    """Rows of strings and numbers (two decimals) as an aligned text table."""
+    rows = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(v.rjust(w) for v, w in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

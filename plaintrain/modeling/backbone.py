@@ -1,0 +1,210 @@
+"""Backbones: an image tensor in, a dict of feature maps of one width out.
+
+Every builder sets `out_channels` and `level_names` (the keys of its output, finest first).
+Parameter names are torchvision's.
+"""
+
+import difflib
+import functools
+
+from torch import nn
+from torchvision.models import mobilenet_v3_large
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from plaintrain.utils.errors import UserError
+
+_NORMS = {
+    "FrozenBN": FrozenBatchNorm2d,
+    "BN": nn.BatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "GN": functools.partial(nn.GroupNorm, 32),
+}
+_RESNETS = {
+    18: (BasicBlock, [2, 2, 2, 2]),
+    34: (BasicBlock, [3, 4, 6, 3]),
+    50: (Bottleneck, [3, 4, 6, 3]),
+    101: (Bottleneck, [3, 4, 23, 3]),
+    152: (Bottleneck, [3, 8, 36, 3]),
+}
+
+
+def get_norm(name, key, allowed=("", "BN", "SyncBN", "GN")):
+    """The norm layer a config key names: a callable from channels to a module, or None for "".
+
+    GN has 32 groups.
+
+    Raises:
+        UserError: names the key and the allowed values.
+    """
+    if name not in allowed:
+        raise UserError(f"{key} is {name!r}, but must be one of {', '.join(map(repr, allowed))}")
+    return _NORMS[name] if name else None
+
+
+def _freeze(stages, freeze_at):
+    """Stop the first `freeze_at` stages from training, their batch-norm statistics included."""
+    if not 0 <= freeze_at <= len(stages):
+        raise UserError(f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but must be 0 to {len(stages)}")
+    for stage in stages[:freeze_at]:
+        for module in stage:
+            module.requires_grad_(False)
+            for parent in list(module.modules()):
+                for name, child in list(parent.named_children()):
+                    if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
+                        setattr(parent, name, FrozenBatchNorm2d(child.num_features, child.eps))
+
+
+def _resnet(cfg):
+    resnets = cfg.MODEL.RESNETS
+    norms = ("FrozenBN", "BN", "SyncBN", "GN")
+    norm = get_norm(resnets.NORM, "MODEL.RESNETS.NORM", norms)
+    if resnets.DEPTH not in _RESNETS:
+        raise UserError(f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}, but must be one of {list(_RESNETS)}")
+    block, layers = _RESNETS[resnets.DEPTH]
+    groups, width = resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP
+    if block is BasicBlock and (groups, width) != (1, 64):
+        raise UserError(
+            f"MODEL.RESNETS.NUM_GROUPS {groups} and WIDTH_PER_GROUP {width} need a DEPTH of 50 or more"
+        )
+    if resnets.RES2_OUT_CHANNELS not in (0, 64 * block.expansion):
+        raise UserError(
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}, but depth "
+            f"{resnets.DEPTH} has {64 * block.expansion}"
+        )
+    body = ResNet(block, layers, groups=groups, width_per_group=width, norm_layer=norm)
+    if resnets.STRIDE_IN_1X1 and block is Bottleneck:
+        for stage in (body.layer2, body.layer3, body.layer4):
+            stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+    stem = nn.ModuleList([body.conv1])
+    if isinstance(body.bn1, nn.BatchNorm2d | nn.SyncBatchNorm) and cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+        body.bn1 = FrozenBatchNorm2d(64, body.bn1.eps)
+    stem.append(body.bn1)
+    _freeze([stem, body.layer1, body.layer2, body.layer3, body.layer4], cfg.MODEL.BACKBONE.FREEZE_AT)
+    return body, 64 * block.expansion
+
+
+def _resnet_fpn(cfg, stages, extra_blocks, extra_names):
+    body, width = _resnet(cfg)
+    backbone = BackboneWithFPN(
+        body,
+        return_layers={f"layer{stage}": str(i) for i, stage in enumerate(stages)},
+        in_channels_list=[width * 2 ** (stage - 1) for stage in stages],
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        extra_blocks=extra_blocks,
+        norm_layer=get_norm(cfg.MODEL.FPN.NORM, "MODEL.FPN.NORM"),
+    )
+    backbone.level_names = [str(i) for i in range(len(stages))] + extra_names
+    return backbone
+
+
+def build_resnet_fpn_backbone(cfg):
+    """ResNet or ResNeXt with an FPN on res2 to res5; levels of stride 4, 8, 16, 32 and 64."""
+    return _resnet_fpn(cfg, [1, 2, 3, 4], LastLevelMaxPool(), ["pool"])
+
+
+def build_retinanet_resnet_fpn_backbone(cfg):
+    """ResNet or ResNeXt with an FPN on res3 to res5, and P6, P7 from P5; strides 8 to 128."""
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return _resnet_fpn(cfg, [2, 3, 4], LastLevelP6P7(channels, channels), ["p6", "p7"])
+
+
+def build_mobilenet_v3_large_fpn_backbone(cfg):
+    """MobileNetV3-Large with an FPN on its last two stages; levels of stride 16 (twice) and 32."""
+    norm = get_norm(cfg.MODEL.RESNETS.NORM, "MODEL.RESNETS.NORM", ("FrozenBN", "BN", "SyncBN"))
+    features = mobilenet_v3_large(norm_layer=norm).features
+    starts = [0] + [i for i, block in enumerate(features) if getattr(block, "_is_cn", False)]
+    starts.append(len(features) - 1)
+    ends = [*starts[1:], len(features)]
+    stages = [features[start:end] for start, end in zip(starts, ends, strict=True)]
+    _freeze(stages, cfg.MODEL.BACKBONE.FREEZE_AT)
+    backbone = BackboneWithFPN(
+        features,
+        return_layers={str(starts[-2]): "0", str(starts[-1]): "1"},
+        in_channels_list=[features[i].out_channels for i in starts[-2:]],
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        extra_blocks=LastLevelMaxPool(),
+        norm_layer=get_norm(cfg.MODEL.FPN.NORM, "MODEL.FPN.NORM"),
+    )
+    backbone.level_names = ["0", "1", "pool"]
+    return backbone
+
+
+class _Convolution(nn.Sequential):
+    """3x3 convolution, norm, ReLU."""
+
+    def __init__(self, in_channels, out_channels, stride, norm):
+        convolution = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        super().__init__(convolution, norm(out_channels), nn.ReLU(inplace=True))
+
+
+def _small_group_norm(channels):
+    # 32 groups would leave one channel a group in the first layers.
+    return nn.GroupNorm(max(1, channels // 8), channels)
+
+
+class TinyBackbone(nn.Module):
+    """Two 3x3 convolutions per width, the first of stride 2, and one more; a single level "0".
+
+    Made to be trained from random weights on a CPU; Kaiming initialisation.
+    """
+
+    def __init__(self, channels, out_channels, norm):
+        """
+        Args:
+            channels: width of each stage; the output's stride is 2 ** len(channels).
+            out_channels: width of the output.
+            norm: callable from channels to a module.
+        """
+        super().__init__()
+        widths = [3, *channels]
+        self.stages = nn.ModuleList(
+            nn.Sequential(_Convolution(before, after, 2, norm), _Convolution(after, after, 1, norm))
+            for before, after in zip(widths, channels, strict=False)
+        )
+        self.output = _Convolution(channels[-1], out_channels, 1, norm)
+        self.out_channels, self.level_names = out_channels, ["0"]
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        return {"0": self.output(x)}
+
+
+def build_tiny_backbone(cfg):
+    """`TinyBackbone` as MODEL.TINY.* describes it; its GN has 8 channels a group."""
+    tiny = cfg.MODEL.TINY
+    if not tiny.CHANNELS:
+        raise UserError("MODEL.TINY.CHANNELS is empty: give the width of at least one stage")
+    norm = get_norm(tiny.NORM, "MODEL.TINY.NORM", ("BN", "SyncBN", "GN"))
+    norm = _small_group_norm if tiny.NORM == "GN" else norm
+    backbone = TinyBackbone(tiny.CHANNELS, tiny.OUT_CHANNELS, norm)
+    _freeze(backbone.stages, cfg.MODEL.BACKBONE.FREEZE_AT)
+    return backbone
+
+
+BACKBONES = {
+    "build_resnet_fpn_backbone": build_resnet_fpn_backbone,
+    "build_retinanet_resnet_fpn_backbone": build_retinanet_resnet_fpn_backbone,
+    "build_mobilenet_v3_large_fpn_backbone": build_mobilenet_v3_large_fpn_backbone,
+    "build_tiny_backbone": build_tiny_backbone,
+}
+
+
+def build_backbone(cfg):
+    """The backbone that MODEL.BACKBONE.NAME names.
+
+    Raises:
+        UserError: an unknown name, or settings the backbone does not have.
+    """
+    name = cfg.MODEL.BACKBONE.NAME
+    if name not in BACKBONES:
+        near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)
+        known = ", ".join(BACKBONES)
+        raise UserError(
+            f"MODEL.BACKBONE.NAME is {name!r}; known: {known}; the nearest is {near[0] if near else known}"
+        )
+    return BACKBONES[name](cfg)

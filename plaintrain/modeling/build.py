@@ -1,0 +1,63 @@
+"""`build_model`: the detector that a config describes."""
+
+import torch
+
+from plaintrain.config import check_cfg, get_value
+from plaintrain.modeling.rcnn import build_rcnn
+from plaintrain.modeling.retinanet import build_retinanet
+from plaintrain.utils.errors import UserError
+
+# MODEL.META_ARCHITECTURE -> (builder, the key that holds its number of classes).
+META_ARCHITECTURES = {
+    "GeneralizedRCNN": (build_rcnn, "MODEL.ROI_HEADS.NUM_CLASSES"),
+    "RetinaNet": (build_retinanet, "MODEL.RETINANET.NUM_CLASSES"),
+}
+
+
+def num_classes_key(cfg):
+    """The config key that holds the number of classes of MODEL.META_ARCHITECTURE."""
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCHITECTURES:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, but must be one of "
+            + ", ".join(META_ARCHITECTURES)
+        )
+    return META_ARCHITECTURES[cfg.MODEL.META_ARCHITECTURE][1]
+
+
+def get_device(name):
+    """The `torch.device` that MODEL.DEVICE names; auto takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: a device that this machine or this build of torch does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"MODEL.DEVICE is {name!r}, which cannot be used here: {reason}") from e
+    return device
+
+
+def build_model(cfg):
+    """Build the detector of MODEL.META_ARCHITECTURE with random weights, on MODEL.DEVICE.
+
+    Returns:
+        A module that takes a `list[sample]`; see the classes' `forward`.
+
+    Raises:
+        UserError: an unknown or unsupported setting, or a number of classes that is still 0.
+    """
+    check_cfg(cfg)
+    key = num_classes_key(cfg)
+    if get_value(cfg, key) < 1:
+        raise UserError(
+            f"{key} is {get_value(cfg, key)}: call default_setup(cfg, args), which asks the "
+            "training dataset, or set the number of classes"
+        )
+    builder, _ = META_ARCHITECTURES[cfg.MODEL.META_ARCHITECTURE]
+    return builder(cfg).to(get_device(cfg.MODEL.DEVICE))

@@ -1,0 +1,71 @@
+"""RetinaNet (https://arxiv.org/abs/1708.02002) on torchvision's implementation."""
+
+import functools
+import math
+
+import torch
+from torch import nn
+from torchvision.models.detection import RetinaNet as _RetinaNet
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.retinanet import RetinaNetHead
+
+from plaintrain.modeling.backbone import build_backbone
+from plaintrain.modeling.common import (
+    build_anchor_generator,
+    build_preprocess,
+    get_targets,
+    to_original_size,
+)
+
+_LOSSES = {"classification": "loss_cls", "bbox_regression": "loss_box_reg"}
+
+
+class RetinaNet(_RetinaNet):
+    """torchvision's RetinaNet, parameter for parameter, on samples instead of images."""
+
+    def forward(self, samples):
+        """
+        Args:
+            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
+
+        Returns:
+            In training: `loss_cls` and `loss_box_reg`, 0-d tensors.
+            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
+            original image's pixels, scores descending in 0..1, labels 0 to K-1.
+        """
+        images = [sample["image"] for sample in samples]
+        if not self.training:
+            return to_original_size(super().forward(images), samples)
+        device = next(self.parameters()).device
+        losses = super().forward(images, get_targets(samples, device))
+        return {_LOSSES[name]: value for name, value in losses.items()}
+
+
+def build_retinanet(cfg):
+    """RetinaNet from MODEL.BACKBONE, ANCHOR_GENERATOR and RETINANET."""
+    backbone = build_backbone(cfg)
+    anchors = build_anchor_generator(cfg, len(backbone.level_names))
+    retinanet = cfg.MODEL.RETINANET
+    head = RetinaNetHead(
+        backbone.out_channels,
+        anchors.num_anchors_per_location()[0],
+        retinanet.NUM_CLASSES,
+        norm_layer=functools.partial(nn.GroupNorm, 32) if retinanet.NORM == "GN" else None,
+    )
+    prior = retinanet.PRIOR_PROB
+    torch.nn.init.constant_(head.classification_head.cls_logits.bias, -math.log((1 - prior) / prior))
+    model = RetinaNet(
+        backbone,
+        retinanet.NUM_CLASSES,
+        anchor_generator=anchors,
+        head=head,
+        score_thresh=retinanet.SCORE_THRESH_TEST,
+        nms_thresh=retinanet.NMS_THRESH_TEST,
+        detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
+        bg_iou_thresh=retinanet.IOU_THRESHOLDS[0],
+        fg_iou_thresh=retinanet.IOU_THRESHOLDS[1],
+        topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
+    )
+    model.box_coder = head.regression_head.box_coder = BoxCoder(retinanet.BBOX_REG_WEIGHTS)
+    model.transform = build_preprocess(cfg)
+    return model

@@ -1,0 +1,215 @@
+"""Optimizer, learning rate and gradient clipping."""
+
+import bisect
+import logging
+import math
+
+import torch
+from torch import nn
+
+from plaintrain.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_NORM_LAYERS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.LocalResponseNorm,
+)
+
+
+def get_param_groups(model, *, base_lr, weight_decay, weight_decay_norm, weight_decay_bias, lr_factors):
+    """Group the trainable parameters by learning rate and weight decay.
+
+    A parameter of a normalisation layer takes `weight_decay_norm`, any other one named `bias`
+    takes `weight_decay_bias`.
+
+    Args:
+        model: the module.
+        base_lr: learning rate before factors.
+        weight_decay, weight_decay_norm, weight_decay_bias: numbers; the last may be None, which
+            means `weight_decay`.
+        lr_factors: {"bias": factor, "backbone": factor}; they multiply.
+
+    Returns:
+        list of {params, lr, weight_decay}, as few as there are different settings.
+    """
+    groups = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            lr, decay = base_lr, weight_decay
+            if isinstance(module, _NORM_LAYERS):
+                decay = weight_decay_norm
+            elif name == "bias":
+                lr *= lr_factors["bias"]
+                decay = weight_decay if weight_decay_bias is None else weight_decay_bias
+            if "backbone" in module_name.split("."):
+                lr *= lr_factors["backbone"]
+            group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
+            if not any(parameter is other for other in group["params"]):
+                group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(cfg, model):
+    """SGD or AdamW over the trainable parameters of `model`, as SOLVER.* says.
+
+    Raises:
+        UserError: an unknown optimizer, or a model with nothing to train.
+    """
+    solver = cfg.SOLVER
+    groups = get_param_groups(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        lr_factors={"bias": solver.BIAS_LR_FACTOR, "backbone": solver.BACKBONE_MULTIPLIER},
+    )
+    if not groups:
+        raise UserError("the model has no parameter to train; lower MODEL.BACKBONE.FREEZE_AT")
+    if solver.OPTIMIZER == "SGD":
+        return torch.optim.SGD(
+            groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, fused=True
+        )
+    if solver.OPTIMIZER == "AdamW":
+        return torch.optim.AdamW(groups, lr=solver.BASE_LR, betas=(solver.MOMENTUM, 0.999), fused=True)
+    raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, but must be SGD or AdamW")
+
+
+class LRScheduler:
+    """Sets each group's learning rate to its base times a pure function of the iteration.
+
+    The base is what the groups were built with, so a changed SOLVER.BASE_LR takes effect when a
+    run is resumed.
+    """
+
+    def __init__(self, optimizer, factor):
+        """
+        Args:
+            optimizer: its groups' `lr` are the bases.
+            factor: function from the iteration (from 0) to the multiplier.
+        """
+        self.optimizer, self.factor = optimizer, factor
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.last_epoch = 0
+        self._apply()
+
+    def _apply(self):
+        factor = self.factor(self.last_epoch)
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
+
+    def step(self):
+        """Go to the next iteration."""
+        self.last_epoch += 1
+        self._apply()
+
+    def get_last_lr(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self):
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict):
+        self.last_epoch = state_dict["last_epoch"]
+        self._apply()
+
+
+def lr_factor(cfg):
+    """The function from the iteration to the multiplier of the learning rate.
+
+    Values are those of Detectron2's schedulers for the same keys; valid beyond the last iteration.
+
+    Raises:
+        UserError: an unknown scheduler or impossible settings.
+    """
+    solver = cfg.SOLVER
+    if solver.MAX_ITER < 1 or not 0 <= solver.WARMUP_ITERS:
+        raise UserError(
+            f"SOLVER.MAX_ITER must be >= 1 and SOLVER.WARMUP_ITERS >= 0, not {solver.MAX_ITER} and "
+            f"{solver.WARMUP_ITERS}"
+        )
+    if solver.LR_SCHEDULER_NAME not in _SCHEDULES:
+        raise UserError(
+            f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME!r}, but must be one of "
+            + ", ".join(_SCHEDULES)
+        )
+    schedule = _SCHEDULES[solver.LR_SCHEDULER_NAME](solver)
+    warmup = min(solver.WARMUP_ITERS, solver.MAX_ITER) / solver.MAX_ITER
+    max_iter, method, rescale = solver.MAX_ITER, solver.WARMUP_METHOD, solver.RESCALE_INTERVAL
+    start, end = solver.WARMUP_FACTOR * schedule(0.0), schedule(0.0 if rescale else warmup)
+
+    def factor(iteration):
+        where = min(iteration / max_iter, 1.0)
+        if where < warmup:
+            return start + (end - start) * (where / warmup if method == "linear" else 0.0)
+        if rescale and warmup < 1:
+            where = (where - warmup) / (1 - warmup)
+        return schedule(where)
+
+    return factor
+
+
+def _multi_step(solver):
+    steps = sorted(step for step in solver.STEPS if step <= solver.MAX_ITER)
+    if len(steps) != len(solver.STEPS):
+        logger.warning(
+            f"SOLVER.STEPS {solver.STEPS} has entries beyond MAX_ITER {solver.MAX_ITER}; they do nothing"
+        )
+    # The share is of MAX_ITER iterations; the nearest whole iteration undoes the division.
+    return lambda where: solver.GAMMA ** bisect.bisect_right(steps, round(where * solver.MAX_ITER, 6))
+
+
+def _cosine(solver):
+    end = solver.BASE_LR_END / solver.BASE_LR
+    return lambda where: end + (1 - end) * 0.5 * (1 + math.cos(math.pi * where))
+
+
+def _fixed_gamma(solver):
+    parts = solver.NUM_DECAYS + 1
+    return lambda where: solver.GAMMA ** min(int(where * parts + 1e-9), parts - 1)
+
+
+_SCHEDULES = {
+    "WarmupMultiStepLR": _multi_step,
+    "WarmupCosineLR": _cosine,
+    "WarmupStepWithFixedGammaLR": _fixed_gamma,
+}
+
+
+def build_lr_scheduler(cfg, optimizer):
+    """The schedule of SOLVER.LR_SCHEDULER_NAME; call its `step()` after each iteration."""
+    return LRScheduler(optimizer, lr_factor(cfg))
+
+
+def build_gradient_clipper(cfg, model):
+    """A function that clips the gradients in place, as SOLVER.CLIP_GRADIENTS says.
+
+    Returns:
+        Function `(need_norm) -> norm`. The norm is that of all gradients before clipping, a 0-d
+        tensor, or None if it is neither asked for nor needed for clipping.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norm_type = clip.NORM_TYPE if clip.ENABLED else 2.0
+
+    def clip_gradients(need_norm):
+        if clip.ENABLED and clip.CLIP_TYPE == "full_model":
+            return torch.nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type)
+        norm = None
+        if need_norm:
+            grads = [p.grad for p in parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads, norm_type)
+        if clip.ENABLED and clip.CLIP_TYPE == "value":
+            torch.nn.utils.clip_grad_value_(parameters, clip.CLIP_VALUE)
+        elif clip.ENABLED:
+            for parameter in parameters:
+                torch.nn.utils.clip_grad_norm_(parameter, clip.CLIP_VALUE, norm_type)
+        return norm
+
+    return clip_gradients

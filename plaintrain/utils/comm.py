@@ -1,0 +1,120 @@
+"""Ranks and the few collectives a training loop needs; everything works without a process group.
+
+Names follow Detectron2's `utils.comm`.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def _initialized():
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size():
+    """Number of processes of the job."""
+    return dist.get_world_size() if _initialized() else 1
+
+
+def get_rank():
+    """This process' number in the job, from 0."""
+    return dist.get_rank() if _initialized() else 0
+
+
+def get_local_rank():
+    """This process' number on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if _initialized() else 0
+
+
+def get_local_size():
+    """Number of processes of the job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _initialized() else 1
+
+
+def is_main_process():
+    """True on rank 0, the one that writes files."""
+    return get_rank() == 0
+
+
+def synchronize():
+    """Wait until every rank is here."""
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def all_gather(data):
+    """A list of every rank's `data` (any picklable object), on every rank."""
+    if get_world_size() == 1:
+        return [data]
+    output = [None] * get_world_size()
+    dist.all_gather_object(output, data)
+    return output
+
+
+def gather(data, dst=0):
+    """A list of every rank's `data` (any picklable object) on rank `dst`, else an empty list."""
+    if get_world_size() == 1:
+        return [data]
+    output = [None] * get_world_size() if get_rank() == dst else None
+    dist.gather_object(data, output, dst=dst)
+    return output or []
+
+
+def broadcast(data, src=0):
+    """Rank `src`'s `data` (any picklable object), on every rank."""
+    if get_world_size() == 1:
+        return data
+    box = [data]
+    dist.broadcast_object_list(box, src=src)
+    return box[0]
+
+
+def shared_random_seed():
+    """A random non-negative 31-bit integer, the same on every rank."""
+    return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)
+
+
+@torch.no_grad()
+def reduce_dict(input_dict, average=True):
+    """Sum or average a dict of 0-d tensors over all ranks in one all-reduce.
+
+    Args:
+        input_dict: name -> 0-d tensor; the same names on every rank.
+        average: divide by the number of ranks.
+
+    Returns:
+        name -> 0-d tensor, on every rank, in the order of `input_dict`; for a single process
+        `input_dict` itself.
+    """
+    if get_world_size() == 1:
+        return input_dict
+    names = sorted(input_dict)
+    values = torch.stack([input_dict[name].detach().float() for name in names])
+    dist.all_reduce(values)
+    if average:
+        values /= get_world_size()
+    reduced = dict(zip(names, values.unbind(), strict=True))
+    return {name: reduced[name] for name in input_dict}
+
+
+@torch.no_grad()
+def average_buffers(model):
+    """Average the running statistics of batch-norm layers over all ranks, in place.
+
+    Ranks see different images and DDP runs with `broadcast_buffers=False`, so the statistics
+    drift apart; call this before evaluating or saving.
+    """
+    if get_world_size() == 1:
+        return
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    buffers = [b for m in layers for b in (m.running_mean, m.running_var)]
+    if not buffers:
+        return
+    flat = torch.cat([b.flatten() for b in buffers])
+    dist.all_reduce(flat)
+    flat /= get_world_size()
+    for buffer, value in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(value.view_as(buffer))

@@ -1,0 +1,45 @@
+"""Seeds and the report of what a run runs on."""
+
+import os
+import platform
+import platform
+import random
+import sys
+
+import numpy as np
+import torch
+import torchvision
+
+
+def seed_all_rng(seed):
+    """Seed Python's, NumPy's and PyTorch's global generators (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def collect_env_info():
+    """Versions, devices and the settings that matter, one `name: value` a line."""
+    rows = {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "CUDA (torch was built with)": torch.version.cuda or "none",
+        "cuDNN": torch.backends.cudnn.version() if torch.cuda.is_available() else "not in use",
+        "GPUs": _gpus(),
+        "MPS": torch.backends.mps.is_available(),
+        "CPU cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "compiler": "none needed",
+        "PLAINTRAIN_DATASETS": os.environ.get("PLAINTRAIN_DATASETS", "not set, so datasets/"),
+    }
+    return "\n".join(f"{name}: {value}" for name, value in rows.items())
+
+
+def _gpus():
+    if not torch.cuda.is_available():
+        return "none"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(names)

@@ -1,0 +1,153 @@
+"""Writers that read the current `EventStorage`: console, JSON lines, TensorBoard.
+
+The storage's names can be imported from here too, as from Detectron2's `utils.events`.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+
+import torch
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary
+
+from plaintrain.utils.storage import EventStorage, every, get_event_storage
+
+__all__ = [
+    "CommonMetricPrinter",
+    "EventStorage",
+    "EventWriter",
+    "JSONWriter",
+    "TensorboardXWriter",
+    "every",
+    "get_event_storage",
+]
+
+
+class EventWriter:
+    """Base of the writers: `write()` reads the current storage, `close()` ends the output."""
+
+    def write(self):
+        raise NotImplementedError
+
+    def close(self):
+        """Nothing to close by default."""
+
+
+class CommonMetricPrinter(EventWriter):
+    """One console line: eta, iteration, losses, time and data_time (s), lr, memory (MiB)."""
+
+    def __init__(self, max_iter=None, window_size=20):
+        self.logger = logging.getLogger(__name__)
+        self._max_iter, self._window_size = max_iter, window_size
+        self._last_write = None
+
+    def _seconds_per_iter(self, storage):
+        if "time" in storage.latest():
+            return storage.history("time").median(1000)
+        before, now = self._last_write, (storage.iter, time.perf_counter())
+        self._last_write = now
+        if before is None or now[0] <= before[0]:
+            return None
+        return (now[1] - before[1]) / (now[0] - before[0])
+
+    def write(self):
+        storage = get_event_storage()
+        seconds = self._seconds_per_iter(storage)
+        fields = [f"iter: {storage.iter}"]
+        if seconds is not None and self._max_iter is not None:
+            left = max(0, self._max_iter - storage.iter - 1)
+            fields.insert(0, f"eta: {datetime.timedelta(seconds=int(seconds * left))}")
+        latest = storage.latest_with_smoothing_hint(self._window_size)
+        fields += [f"{k}: {v:.4g}" for k, (v, _) in latest.items() if "loss" in k]
+        fields += [f"{k}: {latest[k][0]:.4f}" for k in ("time", "data_time") if k in latest]
+        if "lr" in latest:
+            fields.append(f"lr: {latest['lr'][0]:.5g}")
+        if torch.cuda.is_initialized():
+            fields.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+        self.logger.info("  ".join(fields))
+
+
+class JSONWriter(EventWriter):
+    """Appends one JSON object a line, `{"iteration": ..., name: value, ...}`.
+
+    Non-finite values become null. A file that is there already is cut at the storage's start
+    iteration on the first write, so no iteration stands in it twice.
+    """
+
+    def __init__(self, json_file, window_size=20):
+        self._path, self._window_size = json_file, window_size
+        self._file, self._last_write = None, -1
+
+    def _open(self, start_iter):
+        kept = [line for line in _json_lines(self._path) if line["iteration"] < start_iter]
+        temporary = f"{self._path}.tmp"
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(temporary, self._path)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115: closed by close()
+
+    def write(self):
+        storage = get_event_storage()
+        if self._file is None:
+            self._open(storage.start_iter)
+        lines = defaultdict(dict)
+        for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
+            if at > self._last_write:
+                lines[at][name] = value if math.isfinite(value) else None
+        for at in sorted(lines):
+            self._file.write(json.dumps({"iteration": at, **lines[at]}, allow_nan=False) + "\n")
+            self._last_write = at
+        self._file.flush()
+
+    def close(self):
+        if self._file is not None:
+            self._file.close()
+
+
+def _json_lines(path):
+    """The objects of a JSON-lines file; a last line that was cut off is left out."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+
+class TensorboardXWriter(EventWriter):
+    """Writes scalars, images and histograms as TensorBoard event files."""
+
+    def __init__(self, log_dir, window_size=20):
+        self._log_dir, self._window_size = log_dir, window_size
+        self._writer, self._last_write = None, -1
+
+    def write(self):
+        storage = get_event_storage()
+        if self._writer is None:
+            # purge_step hides what an interrupted run wrote beyond the point it is resumed from.
+            purge = storage.start_iter or None
+            self._writer = SummaryWriter(self._log_dir, purge_step=purge)
+        values = defaultdict(list)
+        for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
+            if at > self._last_write:
+                values[at].append(Summary.Value(tag=name, simple_value=value))
+        for at in sorted(values):
+            # One event for all scalars of an iteration: add_scalar would make one each.
+            self._writer.file_writer.add_summary(Summary(value=values[at]), at)
+            self._last_write = at
+        for name, image, at in storage.images:
+            self._writer.add_image(name, image.numpy(), at)
+        for name, values, bins, at in storage.histograms:
+            self._writer.add_histogram(name, values.numpy(), at, bins=bins)
+        storage.clear_images()
+        storage.clear_histograms()
+
+    def close(self):
+        if self._writer is not None:
+            self._writer.close()

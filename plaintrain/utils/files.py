@@ -1,0 +1,59 @@
+"""Files that are whole or not there."""
+
+import contextlib
+import os
+import re
+import shutil
+
+from plaintrain.utils.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="w"):
+    """Open a temporary file beside `path` that replaces it, after fsync, when the block succeeds.
+
+    Args:
+        path: the file to write.
+        mode: "w" (UTF-8 text) or "wb".
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full; `path` is as it was before.
+    """
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+# What a run leaves in its output folder; anything else there belongs to somebody else.
+_RUN_FILES = re.compile(
+    r"model_(\d{7}|final|best)\.pth|last_checkpoint|config(-\d+)?\.yaml|metrics\.json|inference"
+    r"|log\.txt(\.rank\d+)?|events\.out\.tfevents\..*"
+)
+
+
+def move_old_run(folder):
+    """Move the files of an earlier run in `folder` into `old-1`, or the next free `old-N`.
+
+    Returns:
+        The folder they went to, or None if there was no earlier run.
+    """
+    names = [name for name in os.listdir(folder) if _RUN_FILES.fullmatch(name)]
+    if not names:
+        return None
+    number = 1
+    while os.path.exists(os.path.join(folder, f"old-{number}")):
+        number += 1
+    target = os.path.join(folder, f"old-{number}")
+    os.mkdir(target)
+    for name in names:
+        shutil.move(os.path.join(folder, name), target)
+    return target

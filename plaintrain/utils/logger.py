@@ -1,0 +1,71 @@
+"""The console and file log of a run."""
+
+import logging
+import os
+import sys
+
+from tqdm import tqdm
+
+_FORMAT = "[%(asctime)s %(name)s] %(levelname)s: %(message)s"
+_DATE = "%m/%d %H:%M:%S"
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints through tqdm, so that a progress bar stays below the lines."""
+
+    def emit(self, record):
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            self.handleError(record)
+
+
+def setup_logger(output=None, distributed_rank=0, name="plaintrain"):
+    """Send a logger's lines to the console (rank 0 only) and to a file per rank.
+
+    Args:
+        output: folder for `log.txt` (`log.txt.rank1`, ... on other ranks), appended to; or None.
+        distributed_rank: this process' rank.
+        name: root of the logger names. A second call replaces the handlers of the first.
+
+    Returns:
+        The logger.
+    """
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    handlers = []
+    if distributed_rank == 0:
+        handlers.append(_ConsoleHandler())
+    if output:
+        suffix = f".rank{distributed_rank}" if distributed_rank else ""
+        path = os.path.join(output, "log.txt" + suffix)
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(_FORMAT, _DATE))
+        logger.addHandler(handler)
+    return logger
+
+
+def progress(iterable=None, *, desc, initial=0, total=None):
+    """A tqdm bar on a terminal, on rank 0's say; elsewhere the iterable as it is.
+
+    Args:
+        iterable: what to go through.
+        desc: the bar's label.
+        initial, total: where it starts counting and ends.
+    """
+    # disable=None: tqdm shows nothing when its stream is not a terminal.
+    return tqdm(
+        iterable,
+        desc=desc,
+        initial=initial,
+        total=total,
+        disable=None,
+        leave=False,
+        dynamic_ncols=True,
+    )

@@ -1,0 +1,235 @@
+"""Scalars, images and histograms of a run, kept without waiting for the device.
+
+Names follow Detectron2's `utils.events`.
+"""
+
+import contextlib
+import math
+import statistics
+from collections import defaultdict, deque
+from itertools import islice
+
+import torch
+
+_STORAGES = []
+# Tensors are fetched at the latest when this many scalars wait, so memory stays bounded.
+_MAX_PENDING = 10_000
+
+
+def every(period, iteration):
+    """True after `period`, `2 * period`, ... finished iterations; never when period is 0.
+
+    Args:
+        period: number of iterations, >= 0.
+        iteration: the one being finished, counted from 0.
+    """
+    return period > 0 and (iteration + 1) % period == 0
+
+
+def get_event_storage():
+    """The innermost `EventStorage` whose `with` block is running."""
+    if not _STORAGES:
+        raise RuntimeError("get_event_storage() was called outside of `with EventStorage(...):`")
+    return _STORAGES[-1]
+
+
+class HistoryBuffer:
+    """The last values of one scalar, and the average of all of them."""
+
+    def __init__(self, max_length=10_000):
+        self._data = deque(maxlen=max_length)
+        self._count, self._sum = 0, 0.0
+
+    def update(self, value, iteration):
+        self._data.append((value, iteration))
+        self._count += 1
+        self._sum += value
+
+    def _last(self, window_size):
+        return [value for value, _ in islice(reversed(self._data), window_size)]
+
+    def latest(self):
+        return self._data[-1][0]
+
+    def median(self, window_size):
+        values = sorted(self._last(window_size))
+        return (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+
+    def avg(self, window_size):
+        return statistics.fmean(self._last(window_size))
+
+    def global_avg(self):
+        return self._sum / self._count
+
+    def values(self):
+        """[(value, iteration)], oldest first."""
+        return list(self._data)
+
+    def __len__(self):
+        return self._count
+
+
+class EventStorage:
+    """Collects scalars, images and histograms of the current iteration; a context manager.
+
+    A scalar may be a number or a 0-d tensor. Tensors stay on their device, as detached copies,
+    and all that wait are fetched in one transfer when somebody reads.
+    """
+
+    def __init__(self, start_iter=0):
+        """start_iter: the iteration to count from; `iter` equals it until `step()`."""
+        self.start_iter = start_iter
+        self.iter = start_iter
+        self._history = defaultdict(HistoryBuffer)
+        self._hints, self._latest = {}, {}
+        self._pending, self._num_pending = [], 0
+        self._smoothed = {}
+        self._nonfinite = {}
+        self._scope = ""
+        self.images, self.histograms = [], []
+
+    def put_scalar(self, name, value, smoothing_hint=True, cur_iter=None):
+        """Store one scalar; see `put_scalars`."""
+        self._put({name: value}, smoothing_hint, cur_iter)
+
+    def put_scalars(self, *, smoothing_hint=True, cur_iter=None, **kwargs):
+        """Store scalars, given as `name=value`.
+
+        Args:
+            smoothing_hint: writers show the median of a window (True) or the latest value.
+            cur_iter: the iteration they belong to, default `iter`.
+        """
+        self._put(kwargs, smoothing_hint, cur_iter)
+
+    def _put(self, scalars, smoothing_hint, cur_iter):
+        iteration = self.iter if cur_iter is None else cur_iter
+        if self._scope:
+            scalars = {self._scope + name: value for name, value in scalars.items()}
+        names, tensors = [], []
+        for name, value in scalars.items():
+            if self._hints.setdefault(name, smoothing_hint) is not smoothing_hint:
+                raise ValueError(f"scalar {name} was stored with the other smoothing_hint before")
+            if isinstance(value, torch.Tensor):
+                names.append(name)
+                tensors.append(value)
+            else:
+                self._pending.append((iteration, (name,), float(value)))
+        if names:
+            # stack copies, so that a tensor changed in place later is kept as it is now.
+            with torch.no_grad():
+                self._pending.append((iteration, names, torch.stack(tensors)))
+        self._num_pending += len(scalars)
+        if self._num_pending > _MAX_PENDING:
+            self._fetch()
+
+    def _fetch(self):
+        if not self._pending:
+            return
+        pending, self._pending, self._num_pending = self._pending, [], 0
+        self._smoothed = {}
+        tensors = defaultdict(list)
+        for _, _, value in pending:
+            if isinstance(value, torch.Tensor):
+                tensors[value.device].append(value)
+        # Sync point: one transfer per device.
+        fetched = {device: iter(torch.cat(t).tolist()) for device, t in tensors.items()}
+        for iteration, names, value in pending:
+            is_tensor = isinstance(value, torch.Tensor)
+            for name in names:
+                number = next(fetched[value.device]) if is_tensor else value
+                self._history[name].update(number, iteration)
+                self._latest[name] = (number, iteration)
+                if not math.isfinite(number) and ("loss" in name or name == "grad_norm"):
+                    self._nonfinite.setdefault(iteration, []).append(name)
+
+    def raise_if_nonfinite(self, images_of=None):
+        """Stop when a loss or `grad_norm` stored since the last call is NaN or infinite.
+
+        Reads the waiting window. Reduced losses are the same on every rank, so all ranks stop.
+
+        Args:
+            images_of: function from an iteration to the names of the images it trained on.
+
+        Raises:
+            FloatingPointError: names the first bad iteration, its terms and its images.
+        """
+        self._fetch()
+        if not self._nonfinite:
+            return
+        iteration = min(self._nonfinite)
+        names = ", ".join(sorted(set(self._nonfinite[iteration])))
+        self._nonfinite = {}
+        images = f"; images of that batch: {', '.join(images_of(iteration))}" if images_of else ""
+        raise FloatingPointError(
+            f"{names} became NaN or infinite at iteration {iteration}; lower SOLVER.BASE_LR, "
+            f"lengthen SOLVER.WARMUP_ITERS or clip gradients{images}"
+        )
+
+    def put_image(self, img_name, img_tensor):
+        """Store an image for TensorBoard: `[3, H, W]`, uint8 in 0..255 or float in 0..1."""
+        self.images.append((self._scope + img_name, img_tensor.detach().cpu(), self.iter))
+
+    def put_histogram(self, hist_name, hist_tensor, bins=1000):
+        """Store a histogram of a tensor's values for TensorBoard."""
+        values = hist_tensor.detach().float().flatten().cpu()
+        self.histograms.append((self._scope + hist_name, values, bins, self.iter))
+
+    def clear_images(self):
+        self.images = []
+
+    def clear_histograms(self):
+        self.histograms = []
+
+    def history(self, name):
+        """The `HistoryBuffer` of a scalar; `KeyError` if it was never stored."""
+        return self.histories()[name]
+
+    def histories(self):
+        self._fetch()
+        return dict(self._history)
+
+    def latest(self):
+        """name -> (latest value, its iteration)."""
+        self._fetch()
+        return self._latest
+
+    def latest_with_smoothing_hint(self, window_size=20):
+        """name -> (median of the window or latest value, iteration of the latest)."""
+        latest = self.latest()
+        if window_size not in self._smoothed:
+            self._smoothed[window_size] = {
+                name: (self._history[name].median(window_size) if self._hints[name] else value, at)
+                for name, (value, at) in latest.items()
+            }
+        return self._smoothed[window_size]
+
+    def smoothing_hints(self):
+        return self._hints
+
+    def count_samples(self, name):
+        """How often a scalar was stored."""
+        return len(self.history(name))
+
+    def step(self):
+        """Go to the next iteration."""
+        self.iter += 1
+
+    @property
+    def iteration(self):
+        return self.iter
+
+    @contextlib.contextmanager
+    def name_scope(self, name):
+        """Prefix the names stored within the block by `name/`."""
+        before, self._scope = self._scope, name.rstrip("/") + "/"
+        try:
+            yield
+        finally:
+            self._scope = before
+
+    def __enter__(self):
+        _STORAGES.append(self)
+        return self
+
+    def __exit__(self, *exc_info):
+        _STORAGES.pop()
