@@ -1,0 +1,33 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "plaintrain/__init__.py").read_text())[1]
+
+setup(
+    name="plaintrain",
+    version=version,
+    description="Plain-loop training scripts for object detection",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["plaintrain", "plaintrain.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "numpy>=1.26",
+        "pyyaml>=6.0",
+        "yacs>=0.1.8",
+        "pycocotools>=2.0.8",
+        "tensorboardX>=2.6.2",
+        "pillow>=10.3",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=8.0"],
+        "dev": ["pytest>=8.0", "ruff>=0.14"],
+    },
+)
