@@ -9,8 +9,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.storage import every
 from plaintrain.utils.files import atomic_write
+from plaintrain.utils.storage import every
 from plaintrain.weights import load_weights
 
 logger = logging.getLogger(__name__)

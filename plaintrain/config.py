@@ -160,7 +160,7 @@ def _load_chain(path, chain):
 
 def _parse_yaml(text, source):
     try:
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506: _Loader is a SafeLoader
+        content = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
     except yaml.constructor.ConstructorError as e:
         problem = str(e.problem)
         if "python/" in problem:

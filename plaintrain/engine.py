@@ -38,15 +38,13 @@ class _Overrides(argparse.Action):
 
 def default_argument_parser(epilog=None):
     """The parser of the training scripts; its result goes to `default_setup` and `launch`."""
-    parser = argparse.ArgumentParser(
-        epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
-    )
-    parser.add_argument(
-        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS (or, with --resume, the last checkpoint)"
+        "--eval-only",
+        action="store_true",
+        help="evaluate MODEL.WEIGHTS (or, with --resume, the last checkpoint)",
     )
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
     parser.add_argument("--num-machines", type=int, default=1, help="machines of the job")
@@ -202,9 +200,7 @@ def _check_before_training(cfg, resume, eval_only):
     if cfg.MODEL.WEIGHTS and not resume:
         locate_weights(cfg.MODEL.WEIGHTS)
     if eval_only and not cfg.MODEL.WEIGHTS and not resume:
-        raise UserError(
-            "--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last checkpoint"
-        )
+        raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
     _check_norms(cfg, resume)
 
 

@@ -52,7 +52,7 @@ def launch(main_func, num_gpus_per_machine=1, num_machines=1, machine_rank=0, di
         return _run(main_func, args, debug)
     if "rank" in job:
         return _process(0, main_func, args, job, debug)
-    _spawn(main_func, args, job, debug)
+    return _spawn(main_func, args, job, debug)
 
 
 def _described_job(num_gpus, num_machines, machine_rank, dist_url):
@@ -63,9 +63,7 @@ def _described_job(num_gpus, num_machines, machine_rank, dist_url):
             "not fit together: the first two are at least 1, and the rank is below the machines"
         )
     if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
-        raise UserError(
-            f"--num-gpus is {num_gpus}, but this machine has {torch.cuda.device_count()} GPU(s)"
-        )
+        raise UserError(f"--num-gpus is {num_gpus}, but this machine has {torch.cuda.device_count()} GPU(s)")
     if dist_url == "auto":
         if num_machines > 1:
             raise UserError("several machines need --dist-url tcp://HOST:PORT of machine 0")
@@ -112,7 +110,9 @@ def _joined_job(num_gpus, dist_url):
 
 def _slurm_job(env, dist_url):
     if dist_url == "auto":
-        host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
+        host = env.get("MASTER_ADDR") or _first_host(
+            env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "")
+        )
         # Every task computes the same port; jobs beside this one get another.
         port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
         dist_url = f"tcp://{host}:{port}"
@@ -225,9 +225,7 @@ def _join_group(rank, local_rank, job):
         return None
     host, port = job["address"]
     try:
-        store = dist.TCPStore(
-            host, port, job["world_size"], rank == 0, timeout=_RENDEZVOUS_TIMEOUT
-        )
+        store = dist.TCPStore(host, port, job["world_size"], rank == 0, timeout=_RENDEZVOUS_TIMEOUT)
     except (RuntimeError, OSError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(

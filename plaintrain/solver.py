@@ -129,7 +129,7 @@ def lr_factor(cfg):
         UserError: an unknown scheduler or impossible settings.
     """
     solver = cfg.SOLVER
-    if solver.MAX_ITER < 1 or not 0 <= solver.WARMUP_ITERS:
+    if solver.MAX_ITER < 1 or not solver.WARMUP_ITERS >= 0:
         raise UserError(
             f"SOLVER.MAX_ITER must be >= 1 and SOLVER.WARMUP_ITERS >= 0, not {solver.MAX_ITER} and "
             f"{solver.WARMUP_ITERS}"

@@ -220,8 +220,7 @@ def _report(name, wanted, found, fitting):
     rows = [f"loaded {len(fitting)} of the model's {len(wanted)} tensors from {name}"]
     skipped = [k for k in found if k in wanted and k not in fitting]
     rows += [
-        f"  other shape   {k}: {list(found[k].shape)} there, {list(wanted[k].shape)} here"
-        for k in skipped
+        f"  other shape   {k}: {list(found[k].shape)} there, {list(wanted[k].shape)} here" for k in skipped
     ]
     counters = ("num_batches_tracked",)
     missing = [k for k in wanted if k not in found and not k.endswith(counters)]

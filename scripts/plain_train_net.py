@@ -68,9 +68,7 @@ def do_train(cfg, model, resume=False):
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
     clip_gradients = build_gradient_clipper(cfg, model)
-    checkpointer = DetectionCheckpointer(
-        model, cfg.OUTPUT_DIR, optimizer=optimizer, scheduler=scheduler
-    )
+    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, optimizer=optimizer, scheduler=scheduler)
     # Only a resumed run goes on counting; weights of another run start at 0.
     state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
@@ -85,7 +83,9 @@ def do_train(cfg, model, resume=False):
         for writer in writers:
             closing.callback(writer.close)
         start = time.perf_counter()
-        iterations = progress(range(start_iter, max_iter), desc="training", initial=start_iter, total=max_iter)
+        iterations = progress(
+            range(start_iter, max_iter), desc="training", initial=start_iter, total=max_iter
+        )
         for iteration, data in zip(iterations, data_loader, strict=False):
             storage.iter = iteration
             data_time = time.perf_counter() - start

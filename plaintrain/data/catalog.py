@@ -33,7 +33,7 @@ class SerializedRecords(Sequence):
             raise IndexError(f"record {index} of {len(self)}")
         index %= len(self)
         start = self._ends[index - 1].item() if index else 0
-        return pickle.loads(self._data[start : self._ends[index].item()].numpy().tobytes())  # noqa: S301: own bytes
+        return pickle.loads(self._data[start : self._ends[index].item()].numpy().tobytes())  # noqa: S301 - bytes made above
 
 
 class _DatasetCatalog:

@@ -1,5 +1,6 @@
 """Data loaders: records, mapped to samples in worker processes, in an order that never varies."""
 
+import contextlib
 import inspect
 import itertools
 import random
@@ -15,6 +16,7 @@ from plaintrain.data.records import check_image_files, get_detection_dataset_dic
 from plaintrain.data.samplers import InferenceSampler, TrainingSampler, aspect_ratio_groups
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
+
 
 class _MappedRecords(Dataset):
     """Samples by (index, position); a mistake in the data comes back as a value.
@@ -50,22 +52,20 @@ def _takes_generator(mapper):
     return True
 
 
-class _seeded_globals:  # noqa: N801: used as a function
+@contextlib.contextmanager
+def _seeded_globals(seed, position):
     """Global generators seeded by (seed, position) within the block, and as before after it."""
-
-    def __init__(self, seed, position):
-        self._words = np.random.SeedSequence((seed, position)).generate_state(3)
-
-    def __enter__(self):
-        self._before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(int(self._words[0]))
-        np.random.seed(self._words[1])
-        torch.default_generator.manual_seed(int(self._words[2]))
-
-    def __exit__(self, *exc_info):
-        random.setstate(self._before[0])
-        np.random.set_state(self._before[1])
-        torch.set_rng_state(self._before[2])
+    words = np.random.SeedSequence((seed, position)).generate_state(3)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def _ignore_interrupt(worker_id):

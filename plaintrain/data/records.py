@@ -64,9 +64,7 @@ def _clean(record, num_classes, counts):
                 f"an annotation of {record['file_name']} has category_id {label!r}, but the "
                 f"dataset's {num_classes} classes have the ids 0 to {num_classes - 1}"
             )
-        x0, y0, x1, y1 = BoxMode.convert(
-            annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS
-        )
+        x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         if x1 <= x0 or y1 <= y0:
             counts["degenerate"] += 1
         elif x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:

@@ -20,14 +20,16 @@ _NUM_VERTICES = {"circle": 40, "square": 4, "triangle": 3}
 _SPLITS = {"train": 0, "val": 1, "test": 2}
 _MAX_IOU = 0.3
 _MIN_CONTRAST = 50
+# Shapes are turned by up to this much, in radians, to either side of lying on an edge.
+_MAX_TURN = np.pi / 6
 
 
 def load_shapes(split="train", num=2000, height=128, width=128, seed=0):
     """Describe a split of synthetic images.
 
-    An image holds 1 to 5 shapes. The longer side of a shape's box is 10 to 50% of the image's
-    shorter side. The later shape is in front; boxes overlap by an IoU of at most 0.3, and no shape
-    covers more than half of an earlier one's box.
+    An image holds 1 to 5 shapes, turned by up to 30 degrees. The longer side of a shape's box is
+    10 to 50% of the image's shorter side. The later shape is in front; boxes overlap by an IoU of
+    at most 0.3, and no shape covers more than half of an earlier one's box.
 
     Args:
         split: train, val or test; splits share no image.
@@ -115,7 +117,9 @@ def _place(rng, height, width):
 def _draw_shape(rng, height, width):
     kind = int(rng.integers(len(CLASSES)))
     vertices = _NUM_VERTICES[CLASSES[kind]]
-    turn = 0.0 if CLASSES[kind] == "circle" else rng.uniform(0, 2 * np.pi)
+    # Where the first corner is when the shape lies on an edge.
+    upright = {"circle": 0.0, "square": np.pi / 4, "triangle": -np.pi / 2}[CLASSES[kind]]
+    turn = upright + rng.uniform(-_MAX_TURN, _MAX_TURN)
     angles = turn + np.arange(vertices) * (2 * np.pi / vertices)
     polygon = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     extent = polygon.max(axis=0) - polygon.min(axis=0)

@@ -126,9 +126,7 @@ class PascalVOCDetectionEvaluator(BoxEvaluator):
         per_class = [[name, float(np.mean(aps)), aps[0], aps[5]] for name, aps in table.items()]
         which = "VOC 2007 metric" if self._use_07_metric else "VOC 2010 metric"
         header = ["class", "AP", "AP50", "AP75"]
-        logger.info(
-            f"box AP, {which}\n" + format_table([*per_class, ["all", *metrics.values()]], header)
-        )
+        logger.info(f"box AP, {which}\n" + format_table([*per_class, ["all", *metrics.values()]], header))
         metrics |= {f"AP50-{name}": aps[0] for name, aps in table.items()}
         if self._output_dir:
             os.makedirs(self._output_dir, exist_ok=True)

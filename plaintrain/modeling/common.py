@@ -35,7 +35,9 @@ class Preprocess(nn.Module):
             (ImageList, targets); the batch's sides are multiples of 32.
         """
         sizes = [tuple(image.shape[-2:]) for image in images]
-        height, width = (-(-max(side) // _SIZE_DIVISIBLE) * _SIZE_DIVISIBLE for side in zip(*sizes, strict=True))
+        height, width = (
+            -(-max(side) // _SIZE_DIVISIBLE) * _SIZE_DIVISIBLE for side in zip(*sizes, strict=True)
+        )
         batch = self.mean.new_zeros(len(images), 3, height, width)
         for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
             image = image.to(self.mean.device, non_blocking=True)

@@ -58,9 +58,7 @@ def build_rcnn(cfg):
     model = FasterRCNN(
         backbone,
         rpn_anchor_generator=anchors,
-        rpn_head=RPNHead(
-            backbone.out_channels, anchors.num_anchors_per_location()[0], len(rpn.CONV_DIMS)
-        ),
+        rpn_head=RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], len(rpn.CONV_DIMS)),
         rpn_pre_nms_top_n_train=rpn.PRE_NMS_TOPK_TRAIN,
         rpn_pre_nms_top_n_test=rpn.PRE_NMS_TOPK_TEST,
         rpn_post_nms_top_n_train=rpn.POST_NMS_TOPK_TRAIN,
@@ -83,8 +81,16 @@ def build_rcnn(cfg):
         bbox_reg_weights=box.BBOX_REG_WEIGHTS,
     )
     model.transform = build_preprocess(cfg)
-    # Detectron2's initialisation of the predictors; torch's default for Linear is far wider.
-    for layer, std in ((model.roi_heads.box_predictor.cls_score, 0.01), (model.roi_heads.box_predictor.bbox_pred, 0.001)):
+    _initialize_box_head(model.roi_heads)
+    return model
+
+
+def _initialize_box_head(roi_heads):
+    """Detectron2's initialisation: Xavier for the hidden layers, small normals for the predictors."""
+    for layer in (roi_heads.box_head.fc6, roi_heads.box_head.fc7):
+        torch.nn.init.kaiming_uniform_(layer.weight, a=1)
+        torch.nn.init.zeros_(layer.bias)
+    predictor = roi_heads.box_predictor
+    for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
         torch.nn.init.normal_(layer.weight, std=std)
         torch.nn.init.zeros_(layer.bias)
-    return model

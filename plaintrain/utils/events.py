@@ -90,7 +90,7 @@ class JSONWriter(EventWriter):
         with open(temporary, "w", encoding="utf-8") as f:
             f.writelines(json.dumps(line) + "\n" for line in kept)
         os.replace(temporary, self._path)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115: closed by close()
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self):
         storage = get_event_storage()
