@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import logging.handlers
 import os
 import sys
 
@@ -66,9 +67,10 @@ def default_argument_parser(epilog=None):
 def default_setup(cfg, args):
     """Prepare a run, and check all that can be checked before it starts.
 
-    Makes OUTPUT_DIR (moving an earlier run's files to `old-N` unless resuming or evaluating),
-    starts the log, reports the environment, registers DATASETS.DECLARE, draws SEED if it is -1,
-    takes the number of classes from the dataset, writes `config.yaml` and seeds all generators.
+    Registers DATASETS.DECLARE, draws SEED if it is -1, takes the number of classes from the
+    dataset and checks the rest; only then makes OUTPUT_DIR (moving an earlier run's files to
+    `old-N` unless resuming or evaluating), starts the log, reports the environment, writes
+    `config.yaml` and seeds all generators.
 
     Args:
         cfg: the config, frozen or not; SEED, the number of classes and MODEL.WEIGHTS are
@@ -79,15 +81,21 @@ def default_setup(cfg, args):
         UserError: anything that would make the run fail later.
     """
     resume, eval_only = getattr(args, "resume", False), getattr(args, "eval_only", False)
+    log = setup_logger(None, comm.get_rank())
+    # What is said before the output folder may be touched goes into its log file afterwards.
+    said = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL)
+    log.addHandler(said)
     check_cfg(cfg)
-    _prepare_output(cfg, fresh=not (resume or eval_only))
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank())
-    logger.info(f"rank {comm.get_rank()} of {comm.get_world_size()}\n{collect_env_info()}")
-    logger.info("command line: " + " ".join(sys.argv))
     declare_datasets(cfg)
     _settle_seed(cfg, resume)
     _settle_num_classes(cfg)
     _check_before_training(cfg, resume, eval_only)
+    _prepare_output(cfg, fresh=not (resume or eval_only))
+    log = setup_logger(cfg.OUTPUT_DIR, comm.get_rank())
+    for record in said.buffer:
+        log.handlers[-1].handle(record)
+    logger.info(f"rank {comm.get_rank()} of {comm.get_world_size()}\n{collect_env_info()}")
+    logger.info("command line: " + " ".join(sys.argv))
     if comm.is_main_process():
         _write_config(cfg, keep=eval_only)
     logger.info(f"config:\n{cfg.dump()}")
@@ -130,7 +138,6 @@ def _prepare_output(cfg, fresh):
     os.makedirs(folder, exist_ok=True)
     if not moved:
         return
-    setup_logger(folder, comm.get_rank())
     logger.warning(f"{folder} held an earlier run; its files are now in {moved}")
     weights = os.path.abspath(os.path.expanduser(cfg.MODEL.WEIGHTS))
     if cfg.MODEL.WEIGHTS and os.path.dirname(weights) == os.path.abspath(folder):
@@ -158,7 +165,7 @@ def _settle_num_classes(cfg):
     key = num_classes_key(cfg)
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     if not names:
-        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: name at least one dataset")
+        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: give --config-file, or name a dataset")
     classes = class_names(names[0])
     for name in names[1:]:
         if class_names(name) != classes:

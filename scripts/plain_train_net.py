@@ -77,7 +77,7 @@ def do_train(cfg, model, resume=False):
     )
     data_loader = build_detection_train_loader(cfg, start_iter=start_iter)
     writers = default_writers(cfg.OUTPUT_DIR, max_iter) if comm.is_main_process() else []
-    results = {}
+    results, config = {}, cfg.dump()
     logger.info(f"starting training from iteration {start_iter}")
     with EventStorage(start_iter) as storage, contextlib.ExitStack() as closing:
         for writer in writers:
@@ -110,7 +110,7 @@ def do_train(cfg, model, resume=False):
                 storage.raise_if_nonfinite(data_loader.file_names)  # sync point
                 comm.average_buffers(model)
             # The checkpoint comes first: a failing evaluation loses nothing.
-            saver.step(iteration, config=cfg.dump())
+            saver.step(iteration, config=config)
             if test:
                 results = do_test(cfg, model)
                 storage.put_scalars(**flatten_results(results), smoothing_hint=False)

@@ -1,0 +1,171 @@
+#!/usr/bin/env python
+"""Measure plaintrain against named baselines, in one run, interleaved, in CPU time.
+
+python scripts/benchmark.py loop
+python scripts/benchmark.py loop --iterations 2000 --repeats 9 --output loop.json
+
+`loop` is what a training loop costs beside forward, backward and optimizer step: the loop of
+plain_train_net.py, and one in the style of Detectron2's (`.item()` on every loss, the same three
+writers every 20 iterations, one TensorBoard event per scalar), each over a trivial model and minus
+a bare loop over the same model.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import os
+import platform
+import runpy
+import statistics
+import tempfile
+import time
+from types import SimpleNamespace
+
+import torch
+from tensorboardX import SummaryWriter
+from torch import nn
+
+from plaintrain.config import get_cfg
+
+_PERIOD = 20
+
+
+class TrivialModel(nn.Module):
+    """Four losses from one small layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, data):
+        names = ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
+        return dict(zip(names, self.layer(data).square().mean(0).unbind(), strict=True))
+
+
+def _make():
+    torch.manual_seed(0)
+    model = TrivialModel()
+    return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+
+
+def bare_loop(iterations, data, folder):
+    """Forward, backward, step."""
+    model, optimizer = _make()
+    for _ in range(iterations):
+        losses = sum(model(data).values())
+        optimizer.zero_grad()
+        losses.backward()
+        optimizer.step()
+
+
+def item_loop(iterations, data, folder):
+    """The bookkeeping of Detectron2's plain loop, written with plain torch."""
+    model, optimizer = _make()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0)
+    board = SummaryWriter(folder)
+    logger, history = logging.getLogger("plaintrain"), {}
+    with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as f:
+        for iteration in range(iterations):
+            loss_dict = model(data)
+            losses = sum(loss_dict.values())
+            assert torch.isfinite(losses).all()
+            values = {name: loss.item() for name, loss in loss_dict.items()}
+            values |= {"total_loss": sum(values.values()), "lr": optimizer.param_groups[0]["lr"]}
+            optimizer.zero_grad()
+            losses.backward()
+            optimizer.step()
+            scheduler.step()
+            for name, value in values.items():
+                history.setdefault(name, []).append(value)
+            if (iteration + 1) % _PERIOD == 0 or iteration == iterations - 1:
+                shown = {name: statistics.median(v[-_PERIOD:]) for name, v in history.items()}
+                logger.info("  ".join(f"{name}: {value:.4g}" for name, value in shown.items()))
+                f.write(json.dumps({"iteration": iteration, **shown}) + "\n")
+                f.flush()
+                for name, value in shown.items():
+                    board.add_scalar(name, value, iteration)
+    board.close()
+
+
+def plaintrain_loop(iterations, data, folder):
+    """`do_train` of plain_train_net.py, with a data loader that costs nothing."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plain_train_net.py")
+    do_train = runpy.run_path(script)["do_train"]
+    batches = SimpleNamespace(file_names=lambda iteration: [])
+    loader = type("Batches", (), {"__iter__": lambda self: iter([data] * iterations), **vars(batches)})
+    do_train.__globals__["build_detection_train_loader"] = lambda cfg, start_iter: loader()
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", 0, "OUTPUT_DIR", folder])
+    cfg.SOLVER.BASE_LR = 1e-3
+    torch.manual_seed(0)
+    do_train(cfg, TrivialModel())
+
+
+VARIANTS = {
+    "bare step": bare_loop,
+    "loop with .item(), as Detectron2's": item_loop,
+    "plain_train_net.py": plaintrain_loop,
+}
+
+
+def measure_loop(iterations, repeats):
+    """{variant: [microseconds of CPU per iteration, one a repeat]}, variants interleaved."""
+    logger = logging.getLogger("plaintrain")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    data = torch.ones(8, 4)
+    times = {name: [] for name in VARIANTS}
+    with tempfile.TemporaryDirectory() as root:
+        logger.addHandler(logging.FileHandler(os.path.join(root, "log.txt")))
+        for repeat in range(repeats + 1):
+            for i, (name, run) in enumerate(VARIANTS.items()):
+                folder = os.path.join(root, f"{repeat}-{i}")
+                os.mkdir(folder)
+                gc.collect()
+                start = time.process_time()
+                run(iterations, data, folder)
+                # The first round warms up.
+                if repeat:
+                    times[name].append((time.process_time() - start) / iterations * 1e6)
+    return times
+
+
+def report_loop(times):
+    """Print the table; returns the numbers that stand in it."""
+    bare = statistics.median(times["bare step"])
+    rows, baseline = {}, None
+    print(f"{'CPU per iteration':<36} {'median':>9} {'lowest':>9} {'highest':>9} {'over bare':>10}")
+    for name, values in times.items():
+        median = statistics.median(values)
+        rows[name] = {"median_us": median, "over_bare_us": median - bare, "all_us": values}
+        cells = f"{median:>6.1f} us {min(values):>6.1f} us {max(values):>6.1f} us {median - bare:>7.1f} us"
+        print(f"{name:<36} {cells}")
+        baseline = baseline or (median - bare if "item" in name else None)
+    ratio = baseline / rows["plain_train_net.py"]["over_bare_us"]
+    print(f"bookkeeping: {ratio:.2f} times less CPU than the loop with .item()")
+    return {"variants": rows, "ratio": ratio}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["loop"], help="what to measure")
+    parser.add_argument("--iterations", type=int, default=1000, help="per repeat")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds over all variants")
+    parser.add_argument("--output", help="also write the numbers as JSON to this file")
+    args = parser.parse_args()
+    if args.iterations < 100 or args.repeats < 1:
+        parser.error("--iterations must be at least 100 and --repeats at least 1")
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, python {platform.python_version()}, {os.cpu_count()} cores")
+    print(f"load average {os.getloadavg()[0]:.1f}")
+    result = report_loop(measure_loop(args.iterations, args.repeats))
+    if args.output:
+        with open(args.output, "w", encoding="utf-8") as f:
+            json.dump(result, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,711 @@
+"""Event storage and writers: plaintrain.utils.storage and plaintrain.utils.events."""
+
+import gc
+import json
+import math
+import struct
+import weakref
+
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from plaintrain.utils import events
+from plaintrain.utils.events import (
+    CommonMetricPrinter,
+    EventStorage,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+    every,
+    get_event_storage,
+)
+from plaintrain.utils.storage import HistoryBuffer
+
+torch.set_num_threads(1)
+
+# ---- helpers ---------------------------------------------------------------------------------
+
+_READS = (
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "to",
+    "__float__",
+    "__int__",
+    "__bool__",
+    "__index__",
+    "__format__",
+    "__repr__",
+)
+
+
+def _spy(name, calls):
+    original = getattr(torch.Tensor, name)
+
+    def method(self, *args, **kwargs):
+        calls.append(name)
+        return original(self, *args, **kwargs)
+
+    return method
+
+
+@pytest.fixture
+def transfers(monkeypatch):
+    """Names of the tensor methods called that make the host wait for the device."""
+    calls = []
+    for name in _READS:
+        monkeypatch.setattr(torch.Tensor, name, _spy(name, calls))
+    return calls
+
+
+class _WaitingOps(TorchDispatchMode):
+    """Records the operators that would make the host wait for a device."""
+
+    names = ("_local_scalar_dense", "_to_copy", "nonzero", "equal", "is_nonzero", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.names:
+            self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock for the writers: `clock.now` is what time.perf_counter() says."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(events.time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def _refuse_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def read_json_lines(path):
+    """The objects of a JSON-lines file, read as strictly as the standard asks."""
+    text = path.read_text(encoding="utf-8")
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line, parse_constant=_refuse_constant) for line in text.splitlines()]
+
+
+def read_events(folder):
+    """All TensorBoard events of a folder's files, in the order they were written."""
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
+
+
+def tensorboard_values(folder):
+    """[(step, tag, value message)] of a folder's TensorBoard files."""
+    return [(event.step, value.tag, value) for event in read_events(folder) for value in event.summary.value]
+
+
+# ---- every -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("period", "expected"),
+    [(1, [0, 1, 2, 3, 4, 5, 6]), (2, [1, 3, 5]), (3, [2, 5]), (7, [6]), (8, []), (0, [])],
+)
+def test_every_is_true_after_that_many_finished_iterations(period, expected):
+    assert [i for i in range(7) if every(period, i)] == expected
+
+
+# ---- storage: numbers ------------------------------------------------------------------------
+
+
+def test_put_scalar_keeps_numbers_and_tensors_with_their_iteration():
+    storage = EventStorage(5)
+    storage.put_scalar("a", 1)
+    storage.put_scalar("b", torch.tensor(2.5))
+    storage.step()
+    storage.put_scalars(a=3.0, b=torch.tensor(4))
+    assert storage.history("a").values() == [(1.0, 5), (3.0, 6)]
+    assert storage.history("b").values() == [(2.5, 5), (4.0, 6)]
+    assert storage.latest() == {"a": (3.0, 6), "b": (4.0, 6)}
+    assert storage.count_samples("a") == 2
+    assert storage.iter == storage.iteration == 6
+
+
+def test_put_scalars_takes_tensors_of_several_types_at_once():
+    storage = EventStorage()
+    storage.put_scalars(
+        half=torch.tensor(0.5, dtype=torch.bfloat16),
+        single=torch.tensor(0.1),
+        double=torch.tensor(1e-300, dtype=torch.float64),
+        whole=torch.tensor(7),
+        plain=3,
+    )
+    latest = {name: value for name, (value, _) in storage.latest().items()}
+    assert latest["half"] == 0.5
+    assert latest["single"] == pytest.approx(0.1, rel=1e-6)
+    assert latest["double"] == 1e-300
+    assert latest["whole"] == 7
+    assert latest["plain"] == 3
+
+
+def test_a_one_element_tensor_is_stored_or_refused_when_it_is_put():
+    storage = EventStorage()
+    storage.put_scalar("loss", torch.tensor(1.0))
+    try:
+        storage.put_scalar("accuracy", torch.ones(1))
+    except (TypeError, ValueError):
+        assert storage.latest() == {"loss": (1.0, 0)}
+    else:
+        assert storage.latest() == {"loss": (1.0, 0), "accuracy": (1.0, 0)}
+
+
+def test_cur_iter_overrides_the_iteration():
+    storage = EventStorage(100)
+    storage.put_scalar("x", 1.0, cur_iter=7)
+    storage.put_scalars(y=torch.tensor(2.0), cur_iter=8)
+    assert storage.latest() == {"x": (1.0, 7), "y": (2.0, 8)}
+
+
+def test_order_of_numbers_and_tensors_of_one_name_is_kept():
+    storage = EventStorage()
+    values = [torch.tensor(0.0), 1.0, torch.tensor(2.0), 3]
+    for value in values:
+        storage.put_scalar("x", value)
+        storage.step()
+    assert storage.history("x").values() == [(float(i), i) for i in range(4)]
+
+
+def test_an_unknown_scalar_is_a_key_error():
+    with pytest.raises(KeyError):
+        EventStorage().history("nothing")
+
+
+def test_smoothing_hint_decides_between_median_and_latest():
+    storage = EventStorage()
+    for value in (1.0, 100.0, 2.0, 3.0):
+        storage.put_scalars(smooth=value)
+        storage.put_scalar("sharp", torch.tensor(value), smoothing_hint=False)
+        storage.step()
+    assert storage.latest_with_smoothing_hint(3) == {"smooth": (3.0, 3), "sharp": (3.0, 3)}
+    assert storage.latest_with_smoothing_hint(4) == {"smooth": (2.5, 3), "sharp": (3.0, 3)}
+    storage.put_scalars(smooth=50.0)
+    assert storage.latest_with_smoothing_hint(3)["smooth"] == (3.0, 4)
+    assert storage.latest_with_smoothing_hint(1)["smooth"] == (50.0, 4)
+    assert storage.smoothing_hints() == {"smooth": True, "sharp": False}
+
+
+def test_another_smoothing_hint_for_a_known_name_is_refused():
+    storage = EventStorage()
+    storage.put_scalar("lr", 1.0, smoothing_hint=False)
+    with pytest.raises(ValueError, match="lr"):
+        storage.put_scalar("lr", 1.0)
+
+
+def test_history_buffer_averages_and_medians():
+    buffer = HistoryBuffer(max_length=4)
+    for i, value in enumerate([10.0, 1.0, 5.0, 3.0, 7.0]):
+        buffer.update(value, i)
+    assert buffer.values() == [(1.0, 1), (5.0, 2), (3.0, 3), (7.0, 4)]
+    assert buffer.latest() == 7.0
+    assert buffer.median(3) == 5.0
+    assert buffer.median(4) == 4.0
+    assert buffer.median(100) == 4.0
+    assert buffer.avg(2) == 5.0
+    assert buffer.global_avg() == pytest.approx(26 / 5)
+    assert len(buffer) == 5
+
+
+# ---- storage: scopes and nesting -------------------------------------------------------------
+
+
+def test_name_scope_prefixes_scalars_images_and_histograms_and_ends_with_its_block():
+    storage = EventStorage()
+    with storage.name_scope("val"):
+        storage.put_scalar("loss", 1.0)
+        storage.put_scalars(ap=torch.tensor(2.0))
+        storage.put_image("image", torch.zeros(3, 2, 2))
+        storage.put_histogram("histogram", torch.zeros(4))
+    storage.put_scalar("loss", 3.0)
+    assert storage.latest() == {"val/loss": (1.0, 0), "val/ap": (2.0, 0), "loss": (3.0, 0)}
+    assert storage.images[0][0] == "val/image"
+    assert storage.histograms[0][0] == "val/histogram"
+
+
+def test_name_scope_ends_also_when_its_block_raises():
+    storage = EventStorage()
+    with pytest.raises(ZeroDivisionError), storage.name_scope("val/"):
+        storage.put_scalar("inside", 1.0)
+        raise ZeroDivisionError
+    storage.put_scalar("outside", 1.0)
+    assert set(storage.latest()) == {"val/inside", "outside"}
+
+
+def test_the_innermost_storage_is_the_current_one():
+    with EventStorage() as outer:
+        assert get_event_storage() is outer
+        with pytest.raises(ZeroDivisionError), EventStorage() as inner:
+            assert get_event_storage() is inner
+            get_event_storage().put_scalar("x", 1.0)
+            raise ZeroDivisionError
+        assert get_event_storage() is outer
+        assert outer.latest() == {}
+        assert inner.latest() == {"x": (1.0, 0)}
+    with pytest.raises(RuntimeError, match="EventStorage"):
+        get_event_storage()
+
+
+# ---- storage: no waiting for the device ------------------------------------------------------
+
+
+def test_putting_tensors_never_reads_them_and_a_read_is_one_transfer(transfers):
+    losses = [{"loss_a": torch.tensor(float(i)), "loss_b": torch.tensor(2.0 * i)} for i in range(50)]
+    storage = EventStorage()
+    with _WaitingOps() as waiting:
+        for loss_dict in losses:
+            storage.put_scalars(total_loss=sum(loss_dict.values()), **loss_dict)
+            storage.put_scalar("grad_norm", loss_dict["loss_a"])
+            storage.put_scalars(time=0.1, data_time=0.01)
+            storage.step()
+    assert transfers == []
+    assert waiting.seen == []
+
+    assert storage.latest()["loss_b"] == (98.0, 49)
+    assert storage.history("total_loss").values() == [(3.0 * i, i) for i in range(50)]
+    storage.raise_if_nonfinite()
+    storage.latest_with_smoothing_hint()
+    assert transfers == ["tolist"]
+
+
+def test_a_tensor_changed_in_place_after_it_was_put_keeps_its_value():
+    storage = EventStorage()
+    alone, first, second = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)
+    storage.put_scalar("alone", alone)
+    storage.put_scalars(first=first, second=second)
+    for tensor in (alone, first, second):
+        tensor.fill_(-1.0)
+    assert storage.latest() == {"alone": (1.0, 0), "first": (2.0, 0), "second": (3.0, 0)}
+
+
+class _Marked(torch.autograd.Function):
+    """A sum whose graph node owns `marker`."""
+
+    @staticmethod
+    def forward(ctx, x, marker):
+        ctx.marker = marker
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def test_a_stored_loss_does_not_keep_its_graph_alive():
+    class Marker:
+        pass
+
+    storage, marker = EventStorage(), Marker()
+    freed = weakref.ref(marker)
+    loss = _Marked.apply(torch.ones(2, requires_grad=True), marker)
+    storage.put_scalar("loss", loss)
+    del loss, marker
+    gc.collect()
+    assert freed() is None
+    assert storage.latest() == {"loss": (2.0, 0)}
+
+
+def test_what_waits_to_be_read_is_bounded(transfers):
+    storage, value = EventStorage(), torch.tensor(1.0)
+    for _ in range(12_500):
+        storage.put_scalars(a=value, b=value)
+        storage.step()
+    # 25,000 scalars, of which at most 10,000 or so may wait.
+    assert transfers == ["tolist"] * 2
+    assert len(storage.history("a")) == len(storage.history("b")) == 12_500
+    assert storage.history("a").values()[-1] == (1.0, 12_499)
+
+
+def test_numbers_alone_are_bounded_too_and_none_is_lost():
+    storage = EventStorage()
+    for i in range(10_500):
+        storage.put_scalar("x", i)
+    assert len(storage._pending) <= 10_001
+    assert storage.count_samples("x") == 10_500
+    assert storage.history("x").global_avg() == pytest.approx(10_499 / 2)
+
+
+# ---- storage: images and histograms ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["image", "histogram"])
+def test_an_image_or_histogram_changed_in_place_after_it_was_put_keeps_its_values(kind):
+    storage, values = EventStorage(), torch.ones(3, 2, 2)
+    if kind == "image":
+        storage.put_image("x", values)
+    else:
+        storage.put_histogram("x", values)
+    values.zero_()
+    kept = (storage.images if kind == "image" else storage.histograms)[0][1]
+    assert kept.eq(1).all()
+
+
+# ---- storage: non-finite losses --------------------------------------------------------------
+
+
+def _storage_with(*iterations):
+    storage = EventStorage()
+    for scalars in iterations:
+        storage.put_scalars(**scalars)
+        storage.step()
+    return storage
+
+
+def test_raise_if_nonfinite_names_the_first_bad_iteration_its_terms_and_its_images():
+    nan, inf = float("nan"), float("inf")
+    storage = _storage_with(
+        {"loss_cls": torch.tensor(1.0), "loss_box": torch.tensor(1.0), "total_loss": torch.tensor(2.0)},
+        {"loss_cls": torch.tensor(1.0), "loss_box": torch.tensor(inf), "total_loss": torch.tensor(inf)},
+        {"loss_cls": torch.tensor(nan), "loss_box": torch.tensor(nan), "total_loss": torch.tensor(nan)},
+    )
+    with pytest.raises(FloatingPointError) as error:
+        storage.raise_if_nonfinite(lambda iteration: [f"{iteration}-a.jpg", f"{iteration}-b.jpg"])
+    message = str(error.value)
+    assert "iteration 1" in message
+    assert "loss_box, total_loss" in message
+    assert "loss_cls" not in message
+    assert "1-a.jpg, 1-b.jpg" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["total_loss", "loss_cls", "val/loss", "grad_norm"])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_raise_if_nonfinite_sees_nan_and_inf_in_losses_and_grad_norm(name, value, kind):
+    storage = _storage_with({name: kind(value)})
+    with pytest.raises(FloatingPointError, match=name):
+        storage.raise_if_nonfinite()
+
+
+def test_raise_if_nonfinite_looks_at_losses_and_grad_norm_only():
+    nan = float("nan")
+    storage = _storage_with({"bbox/AP-cat": nan, "lr": torch.tensor(nan), "time": float("inf"), "loss": 1.0})
+    storage.raise_if_nonfinite(lambda iteration: pytest.fail("asked for images"))
+
+
+def test_raise_if_nonfinite_does_not_miss_what_a_writer_has_read_before():
+    storage = _storage_with({"loss": torch.tensor(float("nan"))}, {"loss": torch.tensor(1.0)})
+    storage.latest_with_smoothing_hint()
+    with pytest.raises(FloatingPointError, match="iteration 0"):
+        storage.raise_if_nonfinite()
+
+
+def test_raise_if_nonfinite_reports_a_window_once():
+    storage = _storage_with({"loss": float("nan")})
+    with pytest.raises(FloatingPointError):
+        storage.raise_if_nonfinite()
+    storage.put_scalar("loss", 1.0)
+    storage.raise_if_nonfinite()
+
+
+# ---- JSON lines ------------------------------------------------------------------------------
+
+
+def test_json_writer_writes_one_object_a_line_that_can_be_read_at_once(tmp_path):
+    path = tmp_path / "metrics.json"
+    writer = JSONWriter(str(path), window_size=1)
+    with EventStorage() as storage:
+        for i in range(4):
+            storage.iter = i
+            storage.put_scalars(loss=torch.tensor(float(i)), lr=0.5)
+            if every(2, i):
+                writer.write()
+    assert read_json_lines(path) == [
+        {"iteration": 1, "loss": 1.0, "lr": 0.5},
+        {"iteration": 3, "loss": 3.0, "lr": 0.5},
+    ]
+    writer.close()
+
+
+def test_json_writer_smooths_over_its_window(tmp_path):
+    path = tmp_path / "metrics.json"
+    writer = JSONWriter(str(path), window_size=3)
+    with EventStorage() as storage:
+        for i, value in enumerate([9.0, 1.0, 50.0, 2.0]):
+            storage.iter = i
+            storage.put_scalar("loss", value)
+            storage.put_scalar("lr", value, smoothing_hint=False)
+        writer.write()
+    writer.close()
+    assert read_json_lines(path) == [{"iteration": 3, "loss": 2.0, "lr": 2.0}]
+
+
+def test_json_writer_writes_null_for_what_json_cannot_hold(tmp_path):
+    path = tmp_path / "metrics.json"
+    writer = JSONWriter(str(path))
+    with EventStorage() as storage:
+        storage.put_scalars(a=float("nan"), b=torch.tensor(float("inf")), c=-float("inf"), d=1.5)
+        writer.write()
+    writer.close()
+    assert read_json_lines(path) == [{"iteration": 0, "a": None, "b": None, "c": None, "d": 1.5}]
+
+
+def test_json_writer_writes_no_iteration_twice_when_it_writes_twice(tmp_path):
+    path = tmp_path / "metrics.json"
+    writer = JSONWriter(str(path))
+    with EventStorage() as storage:
+        storage.put_scalar("loss", 1.0)
+        writer.write()
+        writer.write()
+        storage.step()
+        storage.put_scalar("loss", 1.0)
+        writer.write()
+        writer.write()
+    writer.close()
+    assert [line["iteration"] for line in read_json_lines(path)] == [0, 1]
+
+
+def test_json_writer_puts_scalars_of_several_iterations_on_their_own_lines(tmp_path):
+    path = tmp_path / "metrics.json"
+    writer = JSONWriter(str(path))
+    with EventStorage() as storage:
+        storage.put_scalar("AP", 50.0, cur_iter=3)
+        storage.put_scalar("loss", 1.0, cur_iter=5)
+        writer.write()
+        storage.put_scalar("loss", 2.0, cur_iter=6)
+        writer.write()
+    writer.close()
+    lines = read_json_lines(path)
+    assert lines[:2] == [{"iteration": 3, "AP": 50.0}, {"iteration": 5, "loss": 1.0}]
+    assert lines[2] == {"iteration": 6, "loss": 1.5}
+
+
+def test_json_writer_of_a_resumed_run_cuts_what_lies_beyond_its_start(tmp_path):
+    path = tmp_path / "metrics.json"
+    before = [{"iteration": i, "loss": float(i)} for i in range(10)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in before) + '{"iteration": 10, "lo')
+    writer = JSONWriter(str(path))
+    with EventStorage(6) as storage:
+        for i in range(6, 9):
+            storage.iter = i
+            storage.put_scalar("loss", 100.0, smoothing_hint=False)
+            writer.write()
+    writer.close()
+    after = [{"iteration": i, "loss": 100.0} for i in range(6, 9)]
+    assert read_json_lines(path) == before[:6] + after
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_json_writer_of_a_resumed_run_keeps_the_earlier_lines_when_nothing_is_cut(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 4, "loss": null}\n{"iteration": 5, "lo')
+    writer = JSONWriter(str(path))
+    with EventStorage(5) as storage:
+        storage.put_scalar("loss", 1.0)
+        writer.write()
+    writer.close()
+    assert read_json_lines(path) == [{"iteration": 4, "loss": None}, {"iteration": 5, "loss": 1.0}]
+
+
+def test_json_writer_can_be_closed_twice_and_before_it_wrote(tmp_path):
+    path = tmp_path / "metrics.json"
+    JSONWriter(str(path)).close()
+    assert not path.exists()
+    writer = JSONWriter(str(path))
+    with EventStorage() as storage:
+        storage.put_scalar("loss", 1.0)
+        writer.write()
+    file = writer._file
+    writer.close()
+    writer.close()
+    assert file.closed
+
+
+# ---- TensorBoard -----------------------------------------------------------------------------
+
+
+def test_tensorboard_holds_scalars_images_and_histograms_under_their_steps(tmp_path):
+    writer = TensorboardXWriter(str(tmp_path), window_size=1)
+    with EventStorage() as storage:
+        storage.iter = 4
+        storage.put_scalars(total_loss=torch.tensor(0.5), AP=float("nan"))
+        storage.put_image("picture", torch.full((3, 5, 7), 200, dtype=torch.uint8))
+        storage.put_histogram("weights", torch.arange(10.0), bins=5)
+        writer.write()
+        storage.iter = 9
+        storage.put_scalar("total_loss", 0.25)
+        writer.write()
+        writer.write()
+    writer.close()
+    values = tensorboard_values(tmp_path)
+    scalars = [(step, tag, v.simple_value) for step, tag, v in values if v.HasField("simple_value")]
+    assert [s for s in scalars if s[1] == "total_loss"] == [(4, "total_loss", 0.5), (9, "total_loss", 0.25)]
+    (nan,) = [s for s in scalars if s[1] == "AP"]
+    assert nan[0] == 4 and math.isnan(nan[2])
+    ((step, tag, value),) = [v for v in values if v[2].HasField("image")]
+    assert (step, tag, value.image.height, value.image.width) == (4, "picture", 5, 7)
+    ((step, tag, value),) = [v for v in values if v[2].HasField("histo")]
+    assert (step, tag, value.histo.num, value.histo.min, value.histo.max) == (4, "weights", 10, 0, 9)
+
+
+def test_tensorboard_takes_images_as_bytes_and_as_floats(tmp_path):
+    writer = TensorboardXWriter(str(tmp_path))
+    with EventStorage() as storage:
+        storage.put_image("bytes", torch.full((3, 4, 4), 255, dtype=torch.uint8))
+        storage.put_image("floats", torch.ones(3, 4, 4))
+        writer.write()
+        assert storage.images == [] and storage.histograms == []
+    writer.close()
+    encoded = {tag: value.image.encoded_image_string for _, tag, value in tensorboard_values(tmp_path)}
+    assert set(encoded) == {"bytes", "floats"}
+    assert encoded["bytes"] == encoded["floats"]
+
+
+def test_tensorboard_of_a_resumed_run_purges_what_lies_beyond_its_start(tmp_path):
+    writer = TensorboardXWriter(str(tmp_path))
+    with EventStorage(7) as storage:
+        storage.put_scalar("loss", 1.0)
+        writer.write()
+    writer.close()
+    starts = [event.step for event in read_events(tmp_path) if event.session_log.status == SessionLog.START]
+    assert starts == [7]
+
+
+def test_tensorboard_writer_that_never_wrote_closes_and_leaves_no_file(tmp_path):
+    TensorboardXWriter(str(tmp_path)).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- console ---------------------------------------------------------------------------------
+
+
+def test_printer_shows_the_eta_on_its_first_line(log):
+    with EventStorage() as storage:
+        for i in range(20):
+            storage.iter = i
+            storage.put_scalars(time=2.0, total_loss=torch.tensor(0.5))
+        CommonMetricPrinter(max_iter=100).write()
+    # 80 iterations are left, 2 s each.
+    assert len(log.messages) == 1
+    assert "eta: 0:02:40" in log.messages[0]
+    assert "iter: 19" in log.messages[0]
+
+
+def test_printer_counts_down_to_zero_at_the_last_iteration(log):
+    with EventStorage(99) as storage:
+        storage.put_scalars(time=2.0)
+        CommonMetricPrinter(max_iter=100).write()
+    assert "eta: 0:00:00" in log.messages[0]
+
+
+def test_printer_leaves_the_time_of_evaluations_out_of_the_eta(log, clock):
+    printer = CommonMetricPrinter(max_iter=1000)
+    with EventStorage() as storage:
+        for i in range(20):
+            storage.iter = i
+            storage.put_scalars(time=1.0, loss=1.0)
+            clock.now += 1.0
+        printer.write()
+        clock.now += 5000.0
+        for i in range(20, 40):
+            storage.iter = i
+            storage.put_scalars(time=1.0, loss=1.0)
+            clock.now += 1.0
+        printer.write()
+    assert "eta: 0:16:20" in log.messages[0]
+    assert "eta: 0:16:00" in log.messages[1]
+
+
+def test_printer_shows_every_loss_the_times_and_the_learning_rate(log):
+    with EventStorage() as storage:
+        storage.put_scalars(
+            total_loss=torch.tensor(3.0), loss_cls=torch.tensor(1.0), loss_mine=torch.tensor(2.0)
+        )
+        storage.put_scalars(time=0.25, data_time=0.125)
+        storage.put_scalar("val_loss", 4.5, smoothing_hint=False)
+        storage.put_scalar("lr", 0.0125, smoothing_hint=False)
+        CommonMetricPrinter(max_iter=10).write()
+    for field in (
+        "total_loss: 3",
+        "loss_cls: 1",
+        "loss_mine: 2",
+        "val_loss: 4.5",
+        "time: 0.2500",
+        "data_time: 0.1250",
+        "lr: 0.0125",
+    ):
+        assert field in log.messages[0]
+
+
+def test_printer_without_an_end_or_anything_stored_prints_the_iteration(log):
+    with EventStorage(3):
+        CommonMetricPrinter().write()
+    assert log.messages == ["iter: 3"]
+
+
+def test_printer_of_a_loop_that_stores_no_time_takes_it_from_its_own_clock(log, clock):
+    printer = CommonMetricPrinter(max_iter=101)
+    with EventStorage() as storage:
+        storage.iter = 20
+        storage.put_scalar("total_loss", 1.0)
+        printer.write()
+        clock.now += 40.0
+        storage.iter = 40
+        storage.put_scalar("total_loss", 1.0)
+        printer.write()
+        printer.write()
+    assert "eta" not in log.messages[0]
+    assert "eta: 0:02:00" in log.messages[1]
+    assert len(log.messages) == 3
+
+
+def test_the_plain_loop_of_detectron2_writes_to_all_three_writers(tmp_path, log):
+    start_iter, max_iter = 0, 40
+    writers = (
+        CommonMetricPrinter(max_iter),
+        JSONWriter(str(tmp_path / "metrics.json")),
+        TensorboardXWriter(str(tmp_path)),
+    )
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    with EventStorage(start_iter) as storage:
+        for iteration in range(start_iter, max_iter):
+            iteration = iteration + 1
+            storage.step()
+            loss_dict = {"loss_a": parameter.square().sum(), "loss_b": parameter.abs().sum()}
+            losses = sum(loss_dict.values())
+            loss_dict_reduced = {k: v.item() for k, v in loss_dict.items()}
+            losses_reduced = sum(loss for loss in loss_dict_reduced.values())
+            storage.put_scalars(total_loss=losses_reduced, **loss_dict_reduced)
+            optimizer.zero_grad()
+            losses.backward()
+            optimizer.step()
+            storage.put_scalar("lr", optimizer.param_groups[0]["lr"], smoothing_hint=False)
+            if iteration - start_iter > 5 and (iteration % 20 == 0 or iteration == max_iter):
+                for writer in writers:
+                    writer.write()
+    for writer in writers:
+        writer.close()
+    lines = read_json_lines(tmp_path / "metrics.json")
+    assert [line["iteration"] for line in lines] == [20, 40]
+    assert set(lines[0]) == {"iteration", "total_loss", "loss_a", "loss_b", "lr"}
+    assert [step for step, tag, _ in tensorboard_values(tmp_path) if tag == "total_loss"] == [20, 40]
+    assert len(log.messages) == 2 and "eta: " in log.messages[1]
+
+
+def test_a_writer_of_ones_own_need_not_define_close():
+    class Mine(EventWriter):
+        def write(self):
+            pass
+
+    Mine().close()
+    with pytest.raises(NotImplementedError):
+        EventWriter().write()

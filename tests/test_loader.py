@@ -1,0 +1,509 @@
+"""plaintrain.data.loader and records: what reaches the training, and in which order."""
+
+import itertools
+import multiprocessing
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from plaintrain.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from plaintrain.data.loader import TrainLoader
+from plaintrain.data.samplers import TrainingSampler
+from plaintrain.structures import BoxMode
+from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError
+
+
+@pytest.fixture
+def make_dataset(tmp_path, write_image):
+    """Function that registers `num` images, every third upright, with a box whose width tells them apart."""
+
+    def make(name="cells", num=7, classes=("a", "b")):
+        records = []
+        for i in range(num):
+            width, height = (30, 40) if i % 3 == 0 else (40, 30)
+            path = tmp_path / name / f"{i}.png"
+            write_image(path, width, height, seed=i)
+            box = {"bbox": [1, 2, 3 + i, 4], "bbox_mode": BoxMode.XYWH_ABS, "category_id": i % 2}
+            record = {"file_name": str(path), "image_id": i, "height": height, "width": width}
+            records.append({**record, "annotations": [{**box, "iscrowd": 0}]})
+        DatasetCatalog.register(name, lambda: records)
+        MetadataCatalog.get(name).set(thing_classes=list(classes))
+        return records
+
+    return make
+
+
+@pytest.fixture
+def train(cfg):
+    """A config whose training draws crops, sizes and flips."""
+    cfg.DATASETS.TRAIN = ("cells",)
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.CROP.SIZE = [0.5, 0.5]
+    return cfg
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Function (rank, world_size): act as one process of several."""
+
+    def act(rank, world_size):
+        monkeypatch.setattr(comm, "get_rank", lambda: rank)
+        monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+
+    return act
+
+
+def _batches(loader, num):
+    return list(itertools.islice(iter(loader), num))
+
+
+def _names(batches):
+    return [[sample["file_name"] for sample in batch] for batch in batches]
+
+
+def _plain(batches):
+    """Everything in the batches, in a form that `==` compares."""
+
+    def plain(sample):
+        target = {key: value.tolist() for key, value in sample["target"].items()}
+        return {**sample, "image": sample["image"].tolist(), "target": target}
+
+    return [[plain(sample) for sample in batch] for batch in batches]
+
+
+# ---- the training stream
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_workers_change_nothing(make_dataset, train):
+    make_dataset()
+    streams = []
+    for workers in (0, 1, 3):
+        train.DATALOADER.NUM_WORKERS = workers
+        streams.append(_plain(_batches(build_detection_train_loader(train), 8)))
+    assert streams[0] == streams[1] == streams[2]
+    # An image does not look the same in every pass.
+    by_name = {}
+    for sample in itertools.chain(*streams[0]):
+        by_name.setdefault(sample["file_name"], []).append(sample["image"])
+    assert any(image != images[0] for images in by_name.values() for image in images)
+
+
+def test_spawned_workers_see_the_same_stream(make_dataset, train):
+    make_dataset()
+    expected = _plain(_batches(build_detection_train_loader(train), 2))
+    train.DATALOADER.NUM_WORKERS = 1
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert _plain(_batches(build_detection_train_loader(train), 2)) == expected
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_start_at_any_iteration_is_the_later_part_of_the_stream(make_dataset, train, workers):
+    make_dataset()
+    whole = _plain(_batches(build_detection_train_loader(train), 9))
+    train.DATALOADER.NUM_WORKERS = workers
+    for start in (1, 5):
+        assert (
+            _plain(_batches(build_detection_train_loader(train, start_iter=start), 4))
+            == whole[start : start + 4]
+        )
+
+
+def test_nothing_before_the_start_is_loaded(make_dataset, train):
+    make_dataset()
+    loaded = []
+
+    def mapper(record, rng):
+        loaded.append(record["image_id"])
+        return record
+
+    loader = build_detection_train_loader(train, mapper=mapper, start_iter=1000)
+    batch = next(iter(loader))
+    assert loaded == [record["image_id"] for record in batch]
+    assert len(loaded) == 2
+
+
+def test_every_pass_holds_every_image_once(make_dataset, train):
+    records = make_dataset()
+    names = list(itertools.chain(*_names(_batches(build_detection_train_loader(train), 14))))
+    for number in range(4):
+        assert sorted(names[number * 7 : number * 7 + 7]) == sorted(r["file_name"] for r in records)
+
+
+def test_the_seed_decides_order_and_augmentation(make_dataset, train):
+    make_dataset(num=2)
+    streams = []
+    for seed in (5, 6, 5):
+        train.SEED = seed
+        streams.append(_plain(_batches(build_detection_train_loader(train), 4)))
+    assert streams[0] == streams[2]
+    assert streams[0] != streams[1]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_each_batch(make_dataset, train, as_rank, world_size):
+    make_dataset()
+    train.SOLVER.IMS_PER_BATCH = 4
+    whole = _plain(_batches(build_detection_train_loader(train), 5))
+    parts = []
+    for rank in range(world_size):
+        as_rank(rank, world_size)
+        parts.append(_plain(_batches(build_detection_train_loader(train), 5)))
+    assert [list(itertools.chain(*shares)) for shares in zip(*parts, strict=True)] == whole
+
+
+def test_file_names_are_those_of_all_ranks_in_that_iteration(make_dataset, train, as_rank):
+    make_dataset()
+    train.SOLVER.IMS_PER_BATCH = 4
+    loaded = _names(_batches(build_detection_train_loader(train), 6))
+    as_rank(1, 2)
+    loader = build_detection_train_loader(train, start_iter=3)
+    assert [loader.file_names(iteration) for iteration in range(6)] == loaded
+    assert _names(_batches(loader, 2)) == [names[2:] for names in loaded[3:5]]
+
+
+def test_upright_images_come_apart_from_wide_ones_when_asked(make_dataset, train):
+    make_dataset(num=30)
+    train.SOLVER.IMS_PER_BATCH = 5
+
+    def mixed():
+        sizes = [{s["height"] for s in b} for b in _batches(build_detection_train_loader(train), 18)]
+        return [sum(len(size) > 1 for size in sizes[i : i + 6]) for i in (0, 6, 12)]
+
+    assert max(mixed()) <= 1
+    train.DATALOADER.ASPECT_RATIO_GROUPING = False
+    assert min(mixed()) > 1
+
+
+def test_the_training_loader_is_endless_and_says_so(make_dataset, train):
+    make_dataset()
+    with pytest.raises(TypeError, match="endless"):
+        len(build_detection_train_loader(train))
+
+
+@pytest.mark.parametrize(("size", "world_size"), [(0, 1), (-2, 1), (3, 2), (2, 4)])
+def test_a_batch_that_ranks_cannot_share_is_refused(make_dataset, train, as_rank, size, world_size):
+    make_dataset()
+    train.SOLVER.IMS_PER_BATCH = size
+    as_rank(0, world_size)
+    with pytest.raises(UserError, match=rf"SOLVER\.IMS_PER_BATCH is {size}.*{world_size} processes"):
+        build_detection_train_loader(train)
+
+
+@pytest.mark.parametrize(("key", "value"), [("TEST.IMS_PER_BATCH", 0), ("DATALOADER.NUM_WORKERS", -1)])
+def test_a_number_that_cannot_be_is_refused_by_its_key(make_dataset, cfg, key, value):
+    make_dataset()
+    cfg.merge_from_list([key, value])
+    with pytest.raises(UserError, match=rf"{key}.*{value}"):
+        list(build_detection_test_loader(cfg, "cells"))
+
+
+def test_dataset_sampler_and_mapper_can_be_given(make_dataset, train):
+    records = make_dataset()[:3]
+    sampler = TrainingSampler(3, 3, seed=1, shuffle=False)
+    loader = build_detection_train_loader(
+        train, dataset=records, sampler=sampler, mapper=lambda r: r["image_id"]
+    )
+    assert _batches(loader, 2) == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_the_parts_work_without_a_config(make_dataset):
+    records = make_dataset()
+    loader = TrainLoader(records, DatasetMapper(augmentations=[]), TrainingSampler(7, 3, seed=0))
+    assert {len(batch) for batch in _batches(loader, 4)} == {3}
+
+
+# ---- mappers and generators
+
+
+def _draws(record):
+    """A mapper in Detectron2's style: it draws from the global generators."""
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def _global_state():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_a_mapper_of_one_argument_finds_the_global_generators_seeded_for_its_sample(make_dataset, train):
+    make_dataset()
+    streams = []
+    for workers in (0, 2):
+        train.DATALOADER.NUM_WORKERS = workers
+        streams.append(_batches(build_detection_train_loader(train, mapper=_draws), 6))
+    assert streams[0] == streams[1]
+    drawn = list(itertools.chain(*streams[0]))
+    assert [len(set(values)) for values in zip(*drawn, strict=True)] == [12, 12, 12]
+    assert _batches(build_detection_train_loader(train, mapper=_draws, start_iter=4), 2) == streams[0][4:]
+    train.SEED = 6
+    assert _batches(build_detection_train_loader(train, mapper=_draws), 6) != streams[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mapper", [_draws, None])
+def test_loading_leaves_the_training_process_own_generators_alone(make_dataset, train, workers, mapper):
+    make_dataset()
+    train.DATALOADER.NUM_WORKERS = workers
+    before = _global_state()
+    _batches(build_detection_train_loader(train, mapper=mapper), 4)
+    assert _global_state() == before
+
+
+def test_a_failing_mapper_of_one_argument_leaves_the_generators_alone_too(make_dataset, train):
+    make_dataset()
+
+    def mapper(record):
+        raise UserError(f"bad luck {random.random()}")
+
+    before = _global_state()
+    with pytest.raises(UserError, match="bad luck"):
+        next(iter(build_detection_train_loader(train, mapper=mapper)))
+    assert _global_state() == before
+
+
+def test_a_mapper_of_two_arguments_gets_its_samples_generator(make_dataset, train):
+    make_dataset()
+
+    def mapper(record, rng):
+        assert isinstance(rng, np.random.Generator)
+        return rng.random()
+
+    drawn = _batches(build_detection_train_loader(train, mapper=mapper), 6)
+    assert len(set(itertools.chain(*drawn))) == 12
+    assert drawn == _batches(build_detection_train_loader(train, mapper=mapper), 6)
+
+
+# ---- mistakes that workers find
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_a_broken_image_arrives_as_one_clean_sentence(make_dataset, train, workers, kind):
+    records = make_dataset()
+    train.DATALOADER.NUM_WORKERS = workers
+    with open(records[3]["file_name"], "wb") as f:
+        f.write(b"not an image")
+    loader = (
+        build_detection_train_loader(train)
+        if kind == "train"
+        else build_detection_test_loader(train, "cells")
+    )
+    with pytest.raises(UserError, match=r"^cannot read the image file .*3\.png: ") as error:
+        _batches(loader, 7)
+    assert type(error.value) is UserError
+    assert "Traceback" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_in_a_mapper_is_not_hidden(make_dataset, train, workers):
+    make_dataset()
+    train.DATALOADER.NUM_WORKERS = workers
+    caught = False
+    try:
+        _batches(build_detection_train_loader(train, mapper=lambda record: 1 / 0), 1)
+    except ZeroDivisionError as error:
+        # Not pytest.raises: a traceback that is kept keeps the workers, which torch then awaits for 5 s.
+        error.__traceback__, caught = None, True
+    assert caught
+
+
+# ---- mistakes found before training
+
+
+def test_missing_images_are_found_before_training_and_counted(make_dataset, train):
+    records = make_dataset()
+    for i in (2, 5, 6):
+        records[i]["file_name"] = records[i]["file_name"].replace(".png", ".jpg")
+    pattern = r"an image of cells does not exist: .*cells.2\.jpg \(and 2 more\)"
+    with pytest.raises(UserError, match=pattern):
+        build_detection_train_loader(train)
+    with pytest.raises(UserError, match=pattern):
+        build_detection_test_loader(train, "cells")
+
+
+def test_a_missing_folder_of_images_is_found_too(make_dataset, train):
+    make_dataset(num=1)[0]["file_name"] = "no/such/folder/0.png"
+    with pytest.raises(UserError, match=r"does not exist: no/such/folder/0\.png$"):
+        build_detection_train_loader(train)
+
+
+@pytest.mark.parametrize("label", [2, -1, "a", 1.0, True, None])
+def test_a_class_id_out_of_range_is_named_with_its_image(make_dataset, label):
+    make_dataset()[4]["annotations"][0]["category_id"] = label
+    with pytest.raises(
+        UserError, match=rf"4\.png has category_id {label!r}, but the dataset's 2 classes .*0 to 1"
+    ):
+        get_detection_dataset_dicts("cells")
+
+
+def test_class_ids_may_be_numpys(make_dataset):
+    make_dataset()[4]["annotations"][0]["category_id"] = np.int64(1)
+    assert get_detection_dataset_dicts("cells")[4]["annotations"][0]["category_id"] == 1
+
+
+@pytest.mark.parametrize("wrong", [{"bbox": [1, 2, float("nan"), 4]}, {"bbox": [1, 2, 3]}, {"bbox_mode": 7}])
+def test_a_box_that_cannot_be_read_is_named_with_its_image(make_dataset, wrong):
+    make_dataset()[4]["annotations"][0].update(wrong)
+    with pytest.raises(UserError, match=re.escape(str(next(iter(wrong.values()))))) as error:
+        get_detection_dataset_dicts("cells")
+    assert "4.png" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["file_name", "image_id", "height", "width", "annotations"])
+def test_a_record_without_a_key_is_refused_before_training(make_dataset, train, key):
+    del make_dataset()[4][key]
+    with pytest.raises(UserError, match=key) as error:
+        build_detection_train_loader(train)
+    assert "cells" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["bbox", "bbox_mode", "category_id"])
+def test_an_annotation_without_a_key_is_named_with_its_image(make_dataset, key):
+    del make_dataset()[4]["annotations"][0][key]
+    with pytest.raises(UserError, match=key) as error:
+        get_detection_dataset_dicts("cells")
+    assert "4.png" in str(error.value)
+
+
+def test_no_dataset_and_an_empty_dataset_are_refused(make_dataset, train):
+    with pytest.raises(UserError, match=r"DATASETS\.TRAIN is empty"):
+        get_detection_dataset_dicts([])
+    make_dataset(num=0)
+    with pytest.raises(UserError, match="no image with annotations is left in cells"):
+        build_detection_train_loader(train)
+
+
+def test_an_unknown_dataset_is_refused_with_the_nearest(make_dataset, train):
+    make_dataset("cells_train")
+    train.DATASETS.TRAIN = ("cell_train",)
+    with pytest.raises(UserError, match="did you mean cells_train"):
+        build_detection_train_loader(train)
+
+
+def test_datasets_are_joined_in_their_order_if_their_classes_agree(make_dataset):
+    make_dataset("one", num=2)
+    make_dataset("two", num=3)
+    make_dataset("three", classes=("b", "a"))
+    joined = get_detection_dataset_dicts(("two", "one"))
+    assert [record["image_id"] for record in joined] == [0, 1, 2, 0, 1]
+    assert [("two" in r["file_name"].split("/")) for r in joined] == [True, True, True, False, False]
+    message = r"one and three have different classes: \['a', 'b'\] and \['b', 'a'\]"
+    with pytest.raises(UserError, match=message):
+        get_detection_dataset_dicts(("one", "three"))
+
+
+# ---- cleaning and counting
+
+
+def test_images_without_objects_are_left_out_unless_asked_for(make_dataset, train, log):
+    records = make_dataset()
+    records[1]["annotations"] = []
+    records[2]["annotations"][0]["iscrowd"] = 1
+    records[3]["annotations"][0]["bbox"] = [5, 5, 0, 3]
+    assert [r["image_id"] for r in get_detection_dataset_dicts("cells")] == [0, 4, 5, 6]
+    assert "cells: 3 images without annotations are left out" in log.text
+    assert len(get_detection_dataset_dicts("cells", filter_empty=False)) == 7
+    seen = []
+    for value in (True, False):
+        train.DATALOADER.FILTER_EMPTY_ANNOTATIONS = value
+        seen.append(set(itertools.chain(*_names(_batches(build_detection_train_loader(train), 12)))))
+    assert [len(names) for names in seen] == [4, 7]
+
+
+def test_the_log_counts_images_boxes_crowds_and_each_class(make_dataset, log):
+    records = make_dataset(classes=("cell", "nucleus"))
+    records[0]["annotations"] += [dict(records[0]["annotations"][0], iscrowd=1)] * 2
+    get_detection_dataset_dicts("cells")
+    assert "cells: 7 images, 9 boxes (2 crowds) of 2 classes" in log.text
+    rows = [line.split() for line in log.text.splitlines()]
+    assert ["cell", "6"] in rows
+    assert ["nucleus", "3"] in rows
+    assert not [r for r in log.records if r.levelname == "WARNING"]
+
+
+def test_boxes_without_area_outside_or_reaching_out_are_counted_in_warnings(make_dataset, log):
+    records = make_dataset()
+    boxes = [
+        [5, 5, 0, 3],
+        [5, 5, 3, -1],
+        [50, 5, 3, 3],
+        [-9, -9, 5, 5],
+        [5, 45, 3, 3],
+        [20, 5, 30, 5],
+        [20, 5, 10.4, 5],
+    ]
+    records[0]["annotations"] = [dict(records[0]["annotations"][0], bbox=box) for box in boxes]
+    kept = get_detection_dataset_dicts("cells")[0]["annotations"]
+    assert [annotation["bbox"] for annotation in kept] == boxes[5:]
+    warnings = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
+    assert warnings == [
+        "cells: 2 boxes without area are dropped",
+        "cells: 3 boxes outside their image are dropped",
+        "cells: 1 boxes reach beyond their image and are clipped",
+    ]
+
+
+def test_cleaning_leaves_the_registered_records_as_they_are(make_dataset):
+    records = make_dataset()
+    records[0]["annotations"][0]["bbox"] = [5, 5, 0, 3]
+    get_detection_dataset_dicts("cells")
+    assert len(DatasetCatalog.get("cells")[0]["annotations"]) == 1
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("size", "lengths"), [(1, [1] * 7), (3, [3, 3, 1])])
+def test_the_test_loader_gives_each_image_once_in_order(make_dataset, cfg, size, lengths, workers):
+    records = make_dataset()
+    cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = size, workers
+    loader = build_detection_test_loader(cfg, "cells")
+    assert len(loader) == len(lengths)
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(batch) for batch in batches] == lengths
+        samples = list(itertools.chain(*batches))
+        assert [sample["file_name"] for sample in samples] == [record["file_name"] for record in records]
+        assert not any("target" in sample for sample in samples)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 9])
+def test_ranks_cover_the_test_images_once(make_dataset, cfg, as_rank, world_size):
+    make_dataset()
+    cfg.TEST.IMS_PER_BATCH = 3
+    ids = []
+    for rank in range(world_size):
+        as_rank(rank, world_size)
+        ids += [sample["image_id"] for batch in build_detection_test_loader(cfg, "cells") for sample in batch]
+    assert ids == list(range(7))
+
+
+def test_the_test_loader_takes_a_dataset_a_sampler_and_a_mapper(make_dataset, cfg):
+    records = make_dataset()
+    cfg.TEST.IMS_PER_BATCH = 2
+    loader = build_detection_test_loader(
+        cfg, "cells", dataset=records[2:], sampler=[4, 0, 1], mapper=lambda record: record["image_id"]
+    )
+    assert list(loader) == [[6, 2], [3]]
+
+
+def test_evaluation_keeps_images_without_annotations(make_dataset, cfg):
+    make_dataset()[1]["annotations"] = []
+    assert len(build_detection_test_loader(cfg, "cells")) == 7

@@ -1,0 +1,286 @@
+"""plaintrain.data.mapper: from a record and its file to a sample."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from plaintrain.data import DatasetCatalog, DatasetMapper
+from plaintrain.data.mapper import read_image
+from plaintrain.data.shapes import load_shapes, render
+from plaintrain.data.transforms import RandomCrop, RandomFlip, ResizeShortestEdge
+from plaintrain.structures import BoxMode
+from plaintrain.utils.errors import UserError
+
+RED = [255, 0, 0]
+
+
+def _record(path, height, width, *annotations):
+    """annotations: (box, label) or (box, label, iscrowd), boxes x, y, w, h."""
+    keys = ("bbox", "category_id", "iscrowd")
+    annotations = [dict(zip(keys, (*a, 0)[:3], strict=True), bbox_mode=BoxMode.XYWH_ABS) for a in annotations]
+    record = {"file_name": str(path), "image_id": 17, "height": height, "width": width}
+    return {**record, "annotations": annotations}
+
+
+@pytest.fixture
+def picture(tmp_path, write_image):
+    """Path of a 40x30 image of random pixels."""
+    write_image(tmp_path / "picture.png", 40, 30)
+    return tmp_path / "picture.png"
+
+
+# ---- reading
+
+
+def _grey(value):
+    return Image.new("L", (4, 3), value), [value] * 3
+
+
+def _palette():
+    image = Image.new("P", (4, 3), 1)
+    image.putpalette([0, 0, 0, *RED])
+    return image, RED
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "expected"),
+    [
+        ("grey.png", *_grey(100)),
+        ("palette.png", *_palette()),
+        ("palette.gif", *_palette()),
+        ("cmyk.tif", Image.new("CMYK", (4, 3), (0, 255, 255, 0)), RED),
+        ("rgba.png", Image.new("RGBA", (4, 3), (255, 0, 0, 255)), RED),
+        ("grey_alpha.png", Image.new("LA", (4, 3), (100, 255)), [100] * 3),
+        ("bits.png", Image.new("1", (4, 3), 1), [255] * 3),
+    ],
+)
+def test_any_kind_of_image_becomes_rgb(tmp_path, name, image, expected):
+    image.save(tmp_path / name)
+    tensor = read_image(str(tmp_path / name))
+    assert tensor.shape == (3, 3, 4)
+    assert tensor.dtype == torch.uint8
+    assert (tensor == torch.tensor(expected, dtype=torch.uint8).reshape(3, 1, 1)).all()
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "deep.pgm"])
+def test_a_16_bit_image_keeps_its_upper_bits(tmp_path, name):
+    values = np.array([[0, 255, 256, 25700], [32768, 51400, 65279, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / name)
+    expected = torch.tensor([[0, 0, 1, 100], [128, 200, 254, 255]], dtype=torch.uint8)
+    assert torch.equal(read_image(str(tmp_path / name)), expected.expand(3, 2, 4))
+
+
+def test_an_rgb_image_is_read_as_it_is(picture):
+    tensor = read_image(str(picture))
+    np.testing.assert_array_equal(tensor.permute(1, 2, 0).numpy(), np.array(Image.open(picture)))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        (1, lambda a: a),
+        (2, np.fliplr),
+        (3, lambda a: np.rot90(a, 2)),
+        (4, np.flipud),
+        (5, lambda a: np.swapaxes(a, 0, 1)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: np.swapaxes(np.rot90(a, 2), 0, 1)),
+        (8, lambda a: np.rot90(a)),
+    ],
+)
+def test_the_exif_orientation_is_applied(picture, orientation, turned):
+    pixels = np.array(Image.open(picture))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(picture, exif=exif)
+    np.testing.assert_array_equal(read_image(str(picture)).permute(1, 2, 0).numpy(), turned(pixels))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.png does not exist"):
+        read_image(str(tmp_path / "none.png"))
+
+
+@pytest.mark.parametrize("name", ["cut.png", "cut.jpg"])
+def test_a_truncated_file_is_named(tmp_path, write_image, name):
+    write_image(tmp_path / name, 64, 64)
+    whole = (tmp_path / name).read_bytes()
+    for share in (0.1, 0.5, 0.9):
+        (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(UserError, match=f"cannot read the image file .*{name}"):
+            read_image(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" + b"\0" * 40]
+)
+def test_what_is_no_image_is_named(tmp_path, content):
+    (tmp_path / "text.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read the image file .*text\.jpg"):
+        read_image(str(tmp_path / "text.jpg"))
+
+
+def test_a_folder_is_no_image(tmp_path):
+    with pytest.raises(UserError, match="cannot read the image file"):
+        read_image(str(tmp_path))
+
+
+# ---- size
+
+
+def _size_error(record):
+    with pytest.raises(UserError) as error:
+        DatasetMapper(augmentations=[])(record)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_image_of_another_size_than_its_record_is_refused_with_both_sizes(picture):
+    for is_train in (True, False):
+        with pytest.raises(UserError, match=r"picture\.png is 40x30, but its annotation says 41x30$"):
+            DatasetMapper(is_train=is_train, augmentations=[])(_record(picture, 30, 41))
+
+
+def test_a_size_that_only_the_exif_orientation_turns_is_explained(picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(picture).save(picture, exif=exif)
+    message = _size_error(_record(picture, 30, 40))
+    assert "is 30x40" in message
+    assert "says 40x30" in message
+    assert "EXIF" in message
+    assert DatasetMapper(augmentations=[])(_record(picture, 40, 30))["image"].shape == (3, 40, 30)
+
+
+def test_exif_is_not_blamed_where_there_is_none(picture):
+    message = _size_error(_record(picture, 40, 30))
+    assert "is 40x30" in message
+    assert "says 30x40" in message
+    assert "its EXIF orientation turns it" not in message
+
+
+# ---- samples
+
+
+def test_a_training_sample_has_the_contracts_keys_and_types(picture):
+    sample = DatasetMapper(augmentations=[])(
+        _record(picture, 30, 40, ([4, 5, 10, 8], 2), ([0, 0, 40, 30], 0))
+    )
+    assert set(sample) == {"image", "target", "image_id", "file_name", "height", "width"}
+    assert set(sample["target"]) == {"boxes", "labels"}
+    image, boxes, labels = sample["image"], sample["target"]["boxes"], sample["target"]["labels"]
+    assert [type(t) for t in (image, boxes, labels)] == [torch.Tensor] * 3
+    assert (image.dtype, boxes.dtype, labels.dtype) == (torch.uint8, torch.float32, torch.int64)
+    assert image.is_contiguous()
+    assert torch.equal(image, read_image(str(picture)))
+    assert boxes.tolist() == [[4, 5, 14, 13], [0, 0, 40, 30]]
+    assert labels.tolist() == [2, 0]
+    assert (sample["image_id"], sample["height"], sample["width"]) == (17, 30, 40)
+    assert sample["file_name"] == str(picture)
+
+
+def test_an_evaluation_sample_has_no_target_and_the_original_size(picture, cfg):
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 15, 100
+    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
+    sample = DatasetMapper(cfg, is_train=False)(record)
+    assert set(sample) == {"image", "image_id", "file_name", "height", "width"}
+    assert sample["image"].shape == (3, 15, 20)
+    assert (sample["height"], sample["width"]) == (30, 40)
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    assert torch.equal(DatasetMapper(cfg, is_train=False)(record)["image"], read_image(str(picture)))
+
+
+def test_boxes_follow_the_augmentations(picture):
+    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
+    steps = [ResizeShortestEdge((60,), 100), RandomFlip(1.0)]
+    sample = DatasetMapper(augmentations=steps)(record)
+    assert sample["image"].shape == (3, 60, 80)
+    assert sample["target"]["boxes"].tolist() == [[52, 10, 72, 26]]
+    assert (sample["height"], sample["width"]) == (30, 40)
+
+
+def test_crowds_are_left_out(picture):
+    record = _record(picture, 30, 40, ([0, 0, 20, 20], 1, 1), ([4, 5, 10, 8], 2), ([5, 5, 9, 9], 0, 1))
+    target = DatasetMapper(augmentations=[])(record)["target"]
+    assert target["labels"].tolist() == [2]
+    assert target["boxes"].tolist() == [[4, 5, 14, 13]]
+
+
+def test_boxes_are_clipped_and_those_without_area_dropped_with_their_labels(picture):
+    boxes = [[5, 5, 0, 9], [-5, -6, 15, 16], [5, 5, 9, -2], [50, 5, 9, 9], [30, 20, 50, 50]]
+    record = _record(picture, 30, 40, *((box, label) for label, box in enumerate(boxes)))
+    target = DatasetMapper(augmentations=[])(record)["target"]
+    assert target["labels"].tolist() == [1, 4]
+    assert target["boxes"].tolist() == [[0, 0, 10, 10], [30, 20, 40, 30]]
+
+
+@pytest.mark.parametrize("annotations", [[], [([0, 0, 9, 9], 0, 1)], [([0, 0, 0, 0], 0)]])
+def test_an_empty_target_keeps_its_shapes_and_types(picture, annotations, cfg):
+    target = DatasetMapper(cfg)(_record(picture, 30, 40, *annotations), np.random.default_rng(0))["target"]
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].shape == (0,)
+    assert (target["boxes"].dtype, target["labels"].dtype) == (torch.float32, torch.int64)
+
+
+def test_boxes_that_a_crop_cuts_away_are_dropped_with_their_labels(picture):
+    record = _record(picture, 30, 40, ([0, 0, 8, 8], 0), ([16, 11, 8, 8], 1), ([32, 22, 8, 8], 2))
+    mapper = DatasetMapper(augmentations=[RandomCrop("absolute", (20, 30))])
+    seen = set()
+    for seed in range(30):
+        target = mapper(record, np.random.default_rng(seed))["target"]
+        assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+        assert len(target["boxes"]) == len(target["labels"])
+        # The middle box is whole in every window; the outer ones can be recognised by their place.
+        middle = target["boxes"][target["labels"] == 1][0]
+        assert (middle[2:] - middle[:2]).tolist() == [8, 8]
+        for box, label in zip(target["boxes"], target["labels"], strict=True):
+            assert (box[0] - middle[0]).sign().item() == label.item() - 1
+        seen.add(tuple(target["labels"].tolist()))
+    assert {(0, 1), (1, 2)} <= seen
+
+
+def test_the_generator_decides_and_the_record_stays_as_it_was(picture, cfg):
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.CROP.SIZE = [0.3, 0.3]
+    record = _record(picture, 30, 40, ([4, 5, 20, 18], 2))
+    before, mapper = copy.deepcopy(record), DatasetMapper(cfg)
+    images = []
+    for seed in range(5):
+        one, other = (mapper(record, np.random.default_rng(seed)) for _ in range(2))
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["target"]["boxes"], other["target"]["boxes"])
+        images.append(one["image"].numpy().tobytes())
+    assert len(set(images)) > 1
+    assert record == before
+
+
+def test_own_augmentations_take_the_place_of_the_configs(picture):
+    def darken(tensors, rng):
+        return {**tensors, "image": tv_tensors.Image(tensors["image"] // 2)}
+
+    sample = DatasetMapper(augmentations=[darken])(_record(picture, 30, 40))
+    assert torch.equal(sample["image"], read_image(str(picture)) // 2)
+    assert type(sample["image"]) is torch.Tensor
+
+
+def test_shapes_are_drawn_instead_of_read():
+    record = load_shapes("val", 1, 40, 60)[0][0]
+    sample = DatasetMapper(augmentations=[])(record)
+    np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy(), render(record["file_name"]))
+    np.testing.assert_allclose(
+        sample["target"]["boxes"], [a["bbox"] for a in record["annotations"]], rtol=1e-5
+    )
+
+
+def test_real_coco_images_become_samples(data_root, cfg):
+    mapper = DatasetMapper(cfg)
+    for position, record in enumerate(DatasetCatalog.get("coco_2017_val")[:6]):
+        sample = mapper(record, np.random.default_rng(position))
+        height, width = sample["image"].shape[1:]
+        assert min(height, width) <= 40
+        assert len(sample["target"]["boxes"]) == sum(not a["iscrowd"] for a in record["annotations"])
+        assert (sample["target"]["boxes"][:, 2:] <= torch.tensor([width, height])).all()
