@@ -5,6 +5,7 @@ their default: an int may stand for a float and a list for a tuple, nothing else
 """
 
 import ast
+import copy
 import difflib
 import os
 from collections.abc import Mapping, Sequence
@@ -12,29 +13,12 @@ from collections.abc import Mapping, Sequence
 import yaml
 from yacs.config import CfgNode as _YacsNode
 
-from plaintrain.utils.errors import UserError
+from plaintrain.defaults import _C, NULLABLE, SUPPORTED
+from plaintrain.utils.errors import ConfigError
+from plaintrain.utils.yaml_files import load_chain, parse_yaml
 
-BASE_KEY = "_BASE_"
+_COMMAND_LINE = "the command line"
 _SCALARS = (bool, int, float, str, type(None))
-
-
-class ConfigError(UserError):
-    """A config file, key or value that cannot be used."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that stands twice in one mapping."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key} stands twice in one section", key_node.start_mark
-                )
-            seen.add(key if isinstance(key, str) else id(key_node))
-        return super().construct_mapping(node, deep)
 
 
 class CfgNode(_YacsNode):
@@ -54,7 +38,7 @@ class CfgNode(_YacsNode):
             ConfigError: a missing or unreadable file, a cycle of bases, an unknown key, a value
                 of another type than the key's.
         """
-        for path, content in _load_chain(os.fspath(cfg_filename), ()):
+        for path, content in load_chain(os.fspath(cfg_filename)):
             _merge(content, self, (), path)
 
     def merge_from_list(self, cfg_list):
@@ -74,7 +58,7 @@ class CfgNode(_YacsNode):
             content = _unquote(value)
             for part in reversed(str(key).split(".")):
                 content = {part: content}
-            _merge(content, self, (), "the command line")
+            _merge(content, self, (), _COMMAND_LINE)
 
     def merge_from_other_cfg(self, cfg_other):
         """Merge another config (or plain dict) over this one, with the same checks."""
@@ -94,14 +78,20 @@ class CfgNode(_YacsNode):
 
     @classmethod
     def _load_cfg_from_yaml_str(cls, str_obj):
-        return cls(_parse_yaml(str_obj, "the given string"))
+        return cls(parse_yaml(str_obj, "the given string"))
 
 
 def get_cfg():
     """A fresh config holding every key's default."""
-    from plaintrain.defaults import _C
+    return _copy_node(_C)
 
-    return _C.clone()
+
+def _copy_node(node):
+    """A yacs node as a `CfgNode`, in depth."""
+    copied = CfgNode(new_allowed=node.is_new_allowed())
+    for key, value in node.items():
+        copied[key] = _copy_node(value) if isinstance(value, _YacsNode) else copy.deepcopy(value)
+    return copied
 
 
 def get_value(cfg, key):
@@ -119,8 +109,6 @@ def check_cfg(cfg):
     Raises:
         ConfigError: names the key, its value and what is supported.
     """
-    from plaintrain.defaults import SUPPORTED
-
     for feature, keys in SUPPORTED.items():
         switch, _, wanted = feature.partition("=")
         if switch and str(get_value(cfg, switch)) not in wanted.split("|"):
@@ -132,57 +120,11 @@ def check_cfg(cfg):
                 raise ConfigError(f"{key} is {value!r}, but only {options} is supported")
 
 
-def _load_chain(path, chain):
-    """[(file, content)] in merge order: the bases of `path` first, `path` last."""
-    path = os.path.abspath(os.path.expanduser(path))
-    shown = " -> ".join([*chain, path])
-    if path in chain:
-        raise ConfigError(f"{BASE_KEY} goes round in a circle: {shown}")
-    if not os.path.isfile(path):
-        what = "base config file not found" if chain else "config file not found"
-        raise ConfigError(f"{what}: {shown}")
-    try:
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"cannot read the config file {shown}: {e}") from e
-    content = _parse_yaml(text, path)
-    bases = content.pop(BASE_KEY, [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{BASE_KEY} in {path} must be a path or a list of paths, not {bases!r}")
-    loaded = []
-    for base in bases:
-        base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
-        loaded += _load_chain(base, (*chain, path))
-    return [*loaded, (path, content)]
-
-
-def _parse_yaml(text, source):
-    try:
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.constructor.ConstructorError as e:
-        problem = str(e.problem)
-        if "python/" in problem:
-            problem = "a !!python tag would run code and is refused; write the plain list or value"
-        raise ConfigError(f"{source}, line {e.problem_mark.line + 1}: {problem}") from e
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(e, "problem", None) or e
-        raise ConfigError(f"{source}{where} is not valid YAML: {what}") from e
-    except RecursionError as e:
-        raise ConfigError(f"{source} is nested too deeply") from e
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{source} must hold KEY: value lines, not a {type(content).__name__}")
-    return content
-
-
 def _merge(new, node, path, source):
     for key, value in new.items():
-        name = ".".join([*path, str(key)])
+        # YAML reads an unquoted 2012_0 as a number; keys are names.
+        key = str(key)
+        name = ".".join([*path, key])
         if key not in node:
             if not node.is_new_allowed():
                 raise ConfigError(_unknown_key(name, node, path, source))
@@ -198,8 +140,6 @@ def _merge(new, node, path, source):
 
 
 def _unknown_key(name, node, path, source):
-    from plaintrain.defaults import _C
-
     known = _all_keys(_C, ())
     known += [".".join([*path, str(key)]) for key in node]
     leaf = name.rsplit(".", 1)[-1]
@@ -228,6 +168,8 @@ def _to_node(value, name, source):
         for key, item in value.items():
             node[str(key)] = _to_node(item, f"{name}.{key}", source)
         return node
+    if source == _COMMAND_LINE:
+        value = _literal(value)
     if isinstance(value, _SCALARS):
         return value
     if isinstance(value, Sequence):
@@ -257,7 +199,11 @@ def _coerce(old, value, name, source):
     given = value
     if not isinstance(old, str):
         value = _literal(value)
-    if old is None or type(old) is type(value):
+    if name in NULLABLE:
+        if value is None or str(value).lower() in ("null", "none", "~"):
+            return None
+        old = NULLABLE[name]
+    if type(old) is type(value):
         pass
     elif isinstance(old, float) and type(value) is int:
         value = float(value)

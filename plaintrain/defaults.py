@@ -3,7 +3,7 @@
 Names are Detectron2's wherever it has the concept.
 """
 
-from plaintrain.config import CfgNode as CN
+from yacs.config import CfgNode as CN
 
 _C = CN()
 # Version of the key names; 2 is Detectron2's current one.
@@ -269,12 +269,13 @@ _C.TEST.AUG.ENABLED = False
 _C.TEST.PRECISE_BN = CN()
 _C.TEST.PRECISE_BN.ENABLED = False
 
+# Keys that may be null, with a value of the type they otherwise have.
+NULLABLE = {"SOLVER.WEIGHT_DECAY_BIAS": 0.0}
+
 # Values that can be had, for keys that exist so that Detectron2's files merge. The outer key says
 # when they are looked at: "" always, "KEY=VALUE|VALUE" when that key has one of these values.
-_RESNET = (
-    "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone|build_retinanet_resnet_fpn_backbone"
-    "|build_mobilenet_v3_large_fpn_backbone"
-)
+_RESNET = "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone|build_retinanet_resnet_fpn_backbone"
+_FPN = _RESNET + "|build_mobilenet_v3_large_fpn_backbone"
 SUPPORTED = {
     "": {
         "VERSION": (2,),
@@ -294,8 +295,10 @@ SUPPORTED = {
         "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
         "MODEL.ANCHOR_GENERATOR.OFFSET": (0.0,),
     },
-    _RESNET: {
+    _FPN: {
         "MODEL.FPN.FUSE_TYPE": ("sum",),
+    },
+    _RESNET: {
         "MODEL.RESNETS.RES5_DILATION": (1,),
         "MODEL.RESNETS.STEM_OUT_CHANNELS": (64,),
         "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, False, False, False],),

@@ -11,6 +11,7 @@ from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog, declare_datasets
 from plaintrain.data.builtin import declare_dataset
 from plaintrain.data.catalog import SerializedRecords, class_names, select_classes
+from plaintrain.data.shapes import load_shapes
 from plaintrain.data.voc import VOC_CLASSES
 from plaintrain.utils.errors import UserError
 
@@ -182,8 +183,7 @@ def test_datasets_are_declared_in_a_yaml_file(tiny_coco, tiny_voc, tmp_path, mon
     assert class_names("three") == ["circle", "square", "triangle"]
     scored = [MetadataCatalog.get(name).evaluator_type for name in ("one", "two", "three")]
     assert scored == ["coco", "pascal_voc", "coco"]
-    shape = DatasetCatalog.get("three")[0]
-    assert (shape["height"], shape["width"]) == (20, 30)
+    assert list(DatasetCatalog.get("three")) == load_shapes("val", 4, 20, 30, seed=9)[0]
     assert DatasetCatalog.get("one")[0]["file_name"] == str(tmp_path / "images" / "more/upright.png")
 
 

@@ -271,12 +271,12 @@ def test_yaml_gives_the_same_types_as_the_command_line(merge_text):
 
 
 def test_order_is_defaults_bases_file_command_line(tmp_path):
-    default = get_cfg().SOLVER.GAMMA
     write(tmp_path, "base.yaml", "SEED: 1\nLOG_PERIOD: 1\nVERSION: 1\n")
     cfg = get_cfg()
     cfg.merge_from_file(write(tmp_path, "a.yaml", "_BASE_: base.yaml\nSEED: 2\nLOG_PERIOD: 2\n"))
     cfg.merge_from_list(["SEED", "3"])
-    assert (cfg.VERSION, cfg.LOG_PERIOD, cfg.SEED, cfg.SOLVER.GAMMA) == (1, 2, 3, default)
+    found = cfg.VERSION, cfg.LOG_PERIOD, cfg.SEED, cfg.SOLVER.GAMMA
+    assert found == (1, 2, 3, get_cfg().SOLVER.GAMMA)
 
 
 def test_of_two_overrides_of_a_key_the_later_wins():
@@ -297,7 +297,8 @@ def test_empty_file_and_empty_section_change_nothing(merge_text):
 
 def test_yaml_merge_keys_work(merge_text):
     cfg = merge_text(
-        "DATASETS:\n  DECLARE:\n    a: &a {FORMAT: shapes, SPLIT: train, NUM: 4}\n    b: {<<: *a, SPLIT: val}\n"
+        "DATASETS:\n  DECLARE:\n"
+        "    a: &a {FORMAT: shapes, SPLIT: train, NUM: 4}\n    b: {<<: *a, SPLIT: val}\n"
     )
     assert dict(cfg.DATASETS.DECLARE.b) == {"FORMAT": "shapes", "SPLIT": "val", "NUM": 4}
 
@@ -453,7 +454,7 @@ def test_the_same_name_in_two_sections_is_no_duplicate(merge_text):
         "MODEL: {MASK_ON: !!bool maybe}",
         "? [a, b]\n: c\n",
         "SEED: &a [*a]",
-        "[" * 3000,
+        "[" * 500,
     ],
 )
 def test_text_that_is_not_yaml_names_the_file(merge_text, text):
@@ -554,7 +555,7 @@ def test_dumped_odd_values_merge_back_equal(merge_text):
             "DATASETS": {
                 "DECLARE": {
                     "cells": {"FORMAT": "voc", "ROOT": "007", "SPLIT": "on", "CLASSES": ["1", "no", "b"]},
-                    "12": {"FORMAT": "shapes", "NUM": 4, "FLAG": True, "NOTHING": None, "DEEP": {"X": [[1.5]]}},
+                    "12": {"FORMAT": "shapes", "NUM": 4, "FLAG": True, "NONE": None, "DEEP": {"X": [[1.5]]}},
                 }
             }
         }
@@ -631,7 +632,8 @@ def test_detectron2_retinanet_merges_once_its_eval_is_written_out(merge_text):
     sizes = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]
     cfg = merge_text(BASE_RETINANET % sizes)
     check_cfg(cfg)
-    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == sizes
+    found = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    assert found == sizes
 
 
 @pytest.mark.parametrize(
@@ -681,7 +683,7 @@ def test_mask_rcnn_child_of_detectron2_is_refused(merge_text):
     [
         ("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "False", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "odd"),
         ("INPUT.CROP.ENABLED", "True", "False", "INPUT.CROP.TYPE", "odd"),
-        ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "RetinaNet", "MODEL.ROI_HEADS.NAME", "CascadeROIHeads"),
+        ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "RetinaNet", "MODEL.ROI_HEADS.NAME", "odd"),
         ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "RetinaNet", "MODEL.RPN.HEAD_NAME", "odd"),
         ("MODEL.META_ARCHITECTURE", "RetinaNet", "GeneralizedRCNN", "MODEL.RETINANET.NUM_CONVS", "1"),
         (

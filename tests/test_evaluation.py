@@ -26,6 +26,7 @@ from plaintrain.evaluation import (
 )
 from plaintrain.evaluation.voc import voc_ap
 from plaintrain.structures import BoxMode
+from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
 torch.set_num_threads(1)
@@ -271,6 +272,33 @@ def test_only_images_that_were_seen_are_scored(register):
     evaluator = COCOEvaluator(name)
     assert evaluate(evaluator, {1: found(([0, 0, 20, 20], 0.9, 0))})["AP"] == pytest.approx(100.0)
     assert evaluate(evaluator, {2: found()})["AP"] == 0.0
+
+
+@pytest.mark.parametrize("kind", [COCOEvaluator, PascalVOCDetectionEvaluator])
+def test_what_the_ranks_found_is_joined_on_the_main_process(register, monkeypatch, kind):
+    boxes = {i: [5.0 * i, 4.0, 40.0 + 3 * i, 50.0] for i in range(8)}
+    name = register([image(i, truth(box, i % 2)) for i, box in boxes.items()])
+    # Ties between images of different ranks, and a wrong box on every third image.
+    outputs = {
+        i: found((box, 0.5, i % 2), *([([60, 60, 90, 90], 0.6, i % 2)] if i % 3 == 0 else []))
+        for i, box in boxes.items()
+    }
+    alone = evaluate(kind(name), outputs)
+    ranks = [kind(name), kind(name)]
+    for i, output in outputs.items():
+        ranks[i % 2].process([{"image_id": i}], [output])
+    sent = []
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    monkeypatch.setattr(comm, "gather", lambda data: sent.append(data) or [])
+    assert ranks[1].evaluate() is None
+    monkeypatch.setattr(comm, "is_main_process", lambda: True)
+    monkeypatch.setattr(comm, "gather", lambda data: [data, *sent])
+    assert ranks[0].evaluate()["bbox"] == pytest.approx(alone, abs=1e-12, nan_ok=True)
+    assert 0 < alone["AP"] < 100
+    # Each rank for itself, when asked to.
+    monkeypatch.setattr(comm, "gather", lambda data: pytest.fail("gathered"))
+    part = evaluate(kind(name, distributed=False), {i: outputs[i] for i in (0, 1)})
+    assert part["AP50"] < 100
 
 
 def test_reset_forgets_what_was_processed(register):

@@ -228,6 +228,17 @@ def test_impossible_schedules_are_clear_errors(keys, words):
     assert all(word in str(error.value) for word in words)
 
 
+def test_a_cosine_from_a_learning_rate_of_0_is_a_clear_error_or_stays_0():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.0)
+    try:
+        scheduler = build_lr_scheduler(make_cfg(LR_SCHEDULER_NAME="WarmupCosineLR", BASE_LR=0.0), optimizer)
+    except UserError as e:
+        assert "BASE_LR" in str(e)
+    else:
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == 0.0
+
+
 # ---- learning rate: resuming -------------------------------------------------------------------
 
 
@@ -400,6 +411,14 @@ def test_steps_equal_those_of_torchs_optimizers(keys, build):
 def test_an_unknown_optimizer_is_a_clear_error():
     with pytest.raises(UserError, match=r"SOLVER.OPTIMIZER.*'Adam'.*SGD.*AdamW"):
         build_optimizer(make_cfg(OPTIMIZER="Adam"), SmallModel())
+
+
+@pytest.mark.parametrize(
+    "keys", [{"NESTEROV": True, "MOMENTUM": 0.0}, {"BASE_LR": -0.1}, {"OPTIMIZER": "AdamW", "MOMENTUM": 1.5}]
+)
+def test_impossible_settings_of_the_optimizer_are_clear_errors(keys):
+    with pytest.raises(UserError, match=r"SOLVER\."):
+        build_optimizer(make_cfg(**keys), SmallModel())
 
 
 # ---- clipping ----------------------------------------------------------------------------------

@@ -21,13 +21,13 @@ _SPLITS = {"train": 0, "val": 1, "test": 2}
 _MAX_IOU = 0.3
 _MIN_CONTRAST = 50
 # Shapes are turned by up to this much, in radians, to either side of lying on an edge.
-_MAX_TURN = np.pi / 12
+_MAX_TURN = np.pi / 18
 
 
 def load_shapes(split="train", num=2000, height=128, width=128, seed=0):
     """Describe a split of synthetic images.
 
-    An image holds 1 to 5 shapes, turned by up to 15 degrees. The longer side of a shape's box is
+    An image holds 1 to 5 shapes, turned by up to 10 degrees. The longer side of a shape's box is
     10 to 50% of the image's shorter side. The later shape is in front; boxes overlap by an IoU of
     at most 0.3, and no shape covers more than half of an earlier one's box.
 

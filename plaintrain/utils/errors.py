@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the person who runs a script can mend."""
+"""Exceptions for mistakes that the person who runs a script can mend."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     Its message is one sentence that says what was found, where, and what was expected.
     `plaintrain.launch.launch` prints it without a traceback; every other exception is a bug.
     """
+
+
+class ConfigError(UserError):
+    """A config file, key or value that cannot be used."""

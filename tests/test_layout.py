@@ -1,0 +1,166 @@
+"""The shape of the project: import directions, budgets, and what the files promise."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plaintrain.config import check_cfg, get_cfg
+from plaintrain.data.builtin import declare_datasets
+from plaintrain.solver import lr_factor
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = sorted((ROOT / "plaintrain").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+# What a part may not import, directly or through a file of the project.
+FORBIDDEN = {
+    "plaintrain.modeling": ["plaintrain.data", "plaintrain.utils.events", "plaintrain.utils.storage"],
+    "plaintrain.data": ["plaintrain.modeling", "plaintrain.evaluation", "plaintrain.engine"],
+    "plaintrain.evaluation": ["plaintrain.data.loader", "plaintrain.data.mapper", "plaintrain.modeling"],
+    "plaintrain.utils": ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine", "plaintrain.checkpoint"],
+    "plaintrain.checkpoint": ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine"],
+    "plaintrain.solver": ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine"],
+    "plaintrain.launch": ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine"],
+    "plaintrain.config": ["torch", "plaintrain.data", "plaintrain.utils.comm"],
+}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in PACKAGE}
+
+
+def imports(path):
+    """The modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in MODULES else node.module for name in names}
+    return found
+
+
+def is_in(module, package):
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_import_directions(package):
+    for name, path in MODULES.items():
+        if is_in(name, package):
+            wrong = [m for m in imports(path) for f in FORBIDDEN[package] if is_in(m, f)]
+            assert not wrong, f"{name} imports {wrong}"
+
+
+def test_there_is_no_import_cycle():
+    graph = {name: {m for m in imports(path) if m in MODULES} for name, path in MODULES.items()}
+    done, trail = set(), []
+
+    def visit(name):
+        assert name not in trail, " -> ".join([*trail, name])
+        if name not in done:
+            trail.append(name)
+            for other in sorted(graph[name]):
+                visit(other)
+            done.add(trail.pop())
+
+    for name in graph:
+        visit(name)
+
+
+def test_only_config_and_defaults_know_yacs():
+    users = [name for name, path in MODULES.items() if any(is_in(m, "yacs") for m in imports(path))]
+    assert users == ["plaintrain.config"]
+
+
+def test_no_file_imports_a_script():
+    stems = {path.stem for path in SCRIPTS}
+    for path in [*PACKAGE, *SCRIPTS]:
+        assert not {m for m in imports(path) if m in stems or is_in(m, "scripts")}, path
+
+
+def test_detectron2s_import_paths_work():
+    code = """
+from plaintrain.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
+from plaintrain.config import get_cfg
+from plaintrain.data import (DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader,
+    build_detection_train_loader)
+from plaintrain.data.coco import register_coco_instances
+from plaintrain.engine import default_argument_parser, default_setup, default_writers, launch
+from plaintrain.evaluation import (COCOEvaluator, PascalVOCDetectionEvaluator, inference_on_dataset,
+    print_csv_format)
+from plaintrain.modeling import build_model
+from plaintrain.solver import build_lr_scheduler, build_optimizer
+from plaintrain.structures import BoxMode
+from plaintrain.utils import comm
+from plaintrain.utils.events import (CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter,
+    get_event_storage)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def functions():
+    for path in [*PACKAGE, *SCRIPTS]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield path, node, node.end_lineno - node.lineno + 1
+
+
+def test_files_and_functions_are_short():
+    for path in [*PACKAGE, *SCRIPTS]:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 300 or path.name == "defaults.py", f"{path.name} has {lines} lines"
+    lengths = {f"{path.name}:{node.name}": n for path, node, n in functions()}
+    assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
+    assert sum(lengths.values()) / len(lengths) <= 16
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in PACKAGE) <= 6000
+
+
+def test_every_public_function_of_the_package_says_what_it_does():
+    for path, node, lines in functions():
+        if path in PACKAGE and lines > 8 and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path.name}:{node.lineno} {node.name}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT / "configs").as_posix())
+def test_every_config_merges_and_opens_with_its_command_and_result(path):
+    cfg = get_cfg()
+    cfg.merge_from_file(path)
+    check_cfg(cfg)
+    declare_datasets(cfg)
+    lr_factor(cfg)
+    header = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        header.append(line)
+    header = "\n".join(header)
+    assert "Expected result:" in header
+    if not path.name.startswith("Base-"):
+        assert f"--config-file {path.relative_to(ROOT).as_posix()}" in header
+
+
+def test_the_readme_shows_the_loop_as_it_is():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"```python\nfor iteration.*?```", readme, re.S).group().splitlines()[1:-1]
+    script = (ROOT / "scripts" / "plain_train_net.py").read_text(encoding="utf-8")
+    lines = {line.strip() for line in script.splitlines()}
+    missing = [line for line in shown if line.strip() not in lines | {"..."}]
+    assert not missing
+
+
+def test_the_readme_names_files_that_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"(?:configs|scripts|docs)/[\w/\-]+\.(?:yaml|py|md)", readme):
+        assert (ROOT / name).is_file(), name
