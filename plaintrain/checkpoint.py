@@ -1,6 +1,7 @@
 """Saving and loading the state of a run. Files are whole or absent, and loading runs no code."""
 
 import logging
+import numbers
 import os
 import re
 
@@ -55,10 +56,15 @@ class DetectionCheckpointer:
             return
         data = {"model": self.model.state_dict()}
         data |= {key: item.state_dict() for key, item in self.checkpointables.items()}
-        os.makedirs(self.save_dir, exist_ok=True)
+        data |= {key: _plain(value, key) for key, value in kwargs.items()}
         path = self._path(name + ".pth")
-        with atomic_write(path, "wb") as f:
-            torch.save({**data, **kwargs}, f)
+        try:
+            os.makedirs(self.save_dir, exist_ok=True)
+            with atomic_write(path, "wb") as f:
+                torch.save(data, f)
+        except (OSError, RuntimeError) as e:
+            # torch's zip writer turns a failed write into a RuntimeError.
+            raise UserError(f"cannot write {path}: is the disk full? ({str(e).splitlines()[0]})") from e
         logger.info(f"saved {path}")
         self.tag_last_checkpoint(name + ".pth")
 
@@ -80,6 +86,9 @@ class DetectionCheckpointer:
         try:
             os.link(self._path(source + ".pth"), temporary)
             os.replace(temporary, self._path(target + ".pth"))
+            # Renaming onto another name of the same file does nothing, and leaves both.
+            if os.path.exists(temporary):
+                os.unlink(temporary)
         except OSError:
             with (
                 open(self._path(source + ".pth"), "rb") as f,
@@ -98,12 +107,13 @@ class DetectionCheckpointer:
         return candidates[0] if candidates else ""
 
     def get_all_checkpoint_files(self):
-        """Paths of all numbered checkpoints and `model_final.pth`, oldest first."""
+        """Paths of all numbered checkpoints and `model_final.pth`, the oldest file first."""
         if not os.path.isdir(self.save_dir):
             return []
         names = [n for n in os.listdir(self.save_dir) if re.fullmatch(r"\w+_(\d{7}|final)\.pth", n)]
-        # The numbered names sort by iteration, and final after them.
-        return [self._path(name) for name in sorted(names)]
+        # By age: model_final.pth may be of a shorter run that was extended later.
+        paths = [self._path(name) for name in sorted(names)]
+        return sorted(paths, key=lambda path: os.stat(path).st_mtime_ns)
 
     def _candidates(self):
         """What to resume from: the tagged file, then the others, newest first."""
@@ -147,7 +157,7 @@ class DetectionCheckpointer:
         for name in names:
             if name not in data:
                 raise UserError(f"{path} holds no {name}, which is needed to resume from it")
-            self.checkpointables[name].load_state_dict(data.pop(name))
+            _load_state(self.checkpointables[name], data.pop(name), f"the {name} in {path}")
         return data
 
     def resume_or_load(self, path, *, resume=True):
@@ -183,6 +193,36 @@ class DetectionCheckpointer:
         else:
             logger.info("MODEL.WEIGHTS is empty: starting from random weights")
         return {}
+
+
+def _load_state(item, state, what):
+    """`item.load_state_dict(state)`, refusing the state of another kind of optimizer."""
+    kinds = [
+        set(group) - {"initial_lr"}
+        for groups in (state, item.state_dict())
+        for group in groups.get("param_groups", [])[:1]
+    ]
+    try:
+        if len(kinds) == 2 and kinds[0] != kinds[1]:
+            raise ValueError("it is of another kind, see SOLVER.OPTIMIZER")
+        item.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{what} does not fit this run: {e}") from e
+
+
+def _plain(value, name):
+    """`value` as types that `torch.load(weights_only=True)` reads: NumPy's numbers become Python's."""
+    if isinstance(value, bool | str | torch.Tensor | type(None)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _plain(item, name) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item, name) for item in value)
+    raise UserError(f"a checkpoint cannot hold {name}, a {type(value).__name__}")
 
 
 class PeriodicCheckpointer:

@@ -26,6 +26,19 @@ __all__ = ["default_argument_parser", "default_setup", "default_writers", "launc
 
 logger = logging.getLogger(__name__)
 
+_LEAST = {
+    "DATALOADER.NUM_WORKERS": 0,
+    "LOG_PERIOD": 1,
+    "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
+    "SOLVER.CHECKPOINT_PERIOD": 0,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.WARMUP_ITERS": 0,
+    "TEST.DETECTIONS_PER_IMAGE": 1,
+    "TEST.EVAL_PERIOD": 0,
+    "TEST.IMS_PER_BATCH": 1,
+}
+
 
 class _Overrides(argparse.Action):
     """KEY VALUE pairs; argparse would swallow a flag among them without a word."""
@@ -88,7 +101,7 @@ def default_setup(cfg, args):
     check_cfg(cfg)
     declare_datasets(cfg)
     _settle_seed(cfg, resume)
-    _settle_num_classes(cfg)
+    _settle_num_classes(cfg, eval_only)
     _check_before_training(cfg, resume, eval_only)
     _prepare_output(cfg, fresh=not (resume or eval_only))
     log = setup_logger(cfg.OUTPUT_DIR, comm.get_rank())
@@ -140,7 +153,8 @@ def _prepare_output(cfg, fresh):
         return
     logger.warning(f"{folder} held an earlier run; its files are now in {moved}")
     weights = os.path.abspath(os.path.expanduser(cfg.MODEL.WEIGHTS))
-    if cfg.MODEL.WEIGHTS and os.path.dirname(weights) == os.path.abspath(folder):
+    in_folder = os.path.dirname(weights) == os.path.abspath(folder)
+    if cfg.MODEL.WEIGHTS and in_folder and not os.path.exists(weights):
         _set(cfg, "MODEL.WEIGHTS", os.path.join(moved, os.path.basename(weights)))
         logger.warning(f"MODEL.WEIGHTS moved with them: {cfg.MODEL.WEIGHTS}")
 
@@ -160,10 +174,12 @@ def _settle_seed(cfg, resume):
     logger.info(f"SEED was -1; it is {cfg.SEED}, {source}")
 
 
-def _settle_num_classes(cfg):
+def _settle_num_classes(cfg, eval_only):
     """Take the number of classes from the datasets, and refuse a number that contradicts them."""
     key = num_classes_key(cfg)
-    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    # Who only evaluates need not have the training images.
+    train = () if eval_only and cfg.DATASETS.TEST else cfg.DATASETS.TRAIN
+    names = [*train, *cfg.DATASETS.TEST]
     if not names:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: give --config-file, or name a dataset")
     classes = class_names(names[0])
@@ -184,26 +200,20 @@ def _settle_num_classes(cfg):
 
 
 def _check_before_training(cfg, resume, eval_only):
+    for key, least in _LEAST.items():
+        if get_value(cfg, key) < least:
+            raise UserError(f"{key} is {get_value(cfg, key)}, but must be at least {least}")
     world_size = comm.get_world_size()
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise UserError("DATASETS.TRAIN is empty: name at least one dataset")
-        if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
+        if cfg.SOLVER.IMS_PER_BATCH % world_size:
             raise UserError(
                 f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {world_size} processes "
                 "cannot share evenly"
             )
     for name in cfg.DATASETS.TEST:
-        check_image_files(DatasetCatalog.get(name), name)
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("evaluator_type") is None:
-            logger.warning(f"the dataset {name} has no evaluator_type; it is scored with COCO metrics")
-            metadata.set(evaluator_type="coco")
-        elif metadata.evaluator_type not in EVALUATORS:
-            known = ", ".join(EVALUATORS)
-            raise UserError(
-                f"the dataset {name} has the evaluator_type {metadata.evaluator_type!r}; known: {known}"
-            )
+        _check_test_dataset(name)
     if cfg.MODEL.WEIGHTS and not resume:
         locate_weights(cfg.MODEL.WEIGHTS)
     if eval_only and not cfg.MODEL.WEIGHTS and not resume:
@@ -211,12 +221,26 @@ def _check_before_training(cfg, resume, eval_only):
     _check_norms(cfg, resume)
 
 
+def _check_test_dataset(name):
+    """Refuse a test set whose images are missing or that no evaluator can score."""
+    check_image_files(DatasetCatalog.get(name), name)
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") is None:
+        logger.warning(f"the dataset {name} has no evaluator_type; it is scored with COCO metrics")
+        metadata.set(evaluator_type="coco")
+    elif metadata.evaluator_type not in EVALUATORS:
+        raise UserError(
+            f"the dataset {name} has the evaluator_type {metadata.evaluator_type!r}; known: "
+            + ", ".join(EVALUATORS)
+        )
+
+
 def _check_norms(cfg, resume):
     device = get_device(cfg.MODEL.DEVICE)
-    norms = (cfg.MODEL.RESNETS.NORM, cfg.MODEL.TINY.NORM, cfg.MODEL.FPN.NORM)
+    tiny = cfg.MODEL.BACKBONE.NAME == "build_tiny_backbone"
+    norms = (cfg.MODEL.TINY.NORM,) if tiny else (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM)
     if "SyncBN" in norms and device.type != "cuda":
         raise UserError(f"SyncBN needs GPUs, but MODEL.DEVICE is {device}; use BN or GN")
-    tiny = cfg.MODEL.BACKBONE.NAME == "build_tiny_backbone"
     frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or (cfg.MODEL.RESNETS.NORM == "FrozenBN" and not tiny)
     if frozen and not cfg.MODEL.WEIGHTS and not resume:
         logger.warning(

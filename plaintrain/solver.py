@@ -36,11 +36,13 @@ def get_param_groups(model, *, base_lr, weight_decay, weight_decay_norm, weight_
     Returns:
         list of {params, lr, weight_decay}, as few as there are different settings.
     """
-    groups = {}
+    groups, seen = {}, set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
+            # A parameter that two modules share is listed once, with the settings of the first.
+            if not parameter.requires_grad or parameter in seen:
                 continue
+            seen.add(parameter)
             lr, decay = base_lr, weight_decay
             if isinstance(module, _NORM_LAYERS):
                 decay = weight_decay_norm
@@ -50,8 +52,7 @@ def get_param_groups(model, *, base_lr, weight_decay, weight_decay_norm, weight_
             if "backbone" in module_name.split("."):
                 lr *= lr_factors["backbone"]
             group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
-            if not any(parameter is other for other in group["params"]):
-                group["params"].append(parameter)
+            group["params"].append(parameter)
     return list(groups.values())
 
 
@@ -72,12 +73,14 @@ def build_optimizer(cfg, model):
     )
     if not groups:
         raise UserError("the model has no parameter to train; lower MODEL.BACKBONE.FREEZE_AT")
-    if solver.OPTIMIZER == "SGD":
-        return torch.optim.SGD(
-            groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, fused=True
-        )
-    if solver.OPTIMIZER == "AdamW":
-        return torch.optim.AdamW(groups, lr=solver.BASE_LR, betas=(solver.MOMENTUM, 0.999), fused=True)
+    lr, momentum = solver.BASE_LR, solver.MOMENTUM
+    try:
+        if solver.OPTIMIZER == "SGD":
+            return torch.optim.SGD(groups, lr, momentum, nesterov=solver.NESTEROV, fused=True)
+        if solver.OPTIMIZER == "AdamW":
+            return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=True)
+    except ValueError as e:
+        raise UserError(f"SOLVER.* does not fit {solver.OPTIMIZER}: {e}") from e
     raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, but must be SGD or AdamW")
 
 
@@ -166,6 +169,8 @@ def _multi_step(solver):
 
 
 def _cosine(solver):
+    if solver.BASE_LR == 0:
+        raise UserError("SOLVER.BASE_LR is 0, so WarmupCosineLR has nothing to scale")
     end = solver.BASE_LR_END / solver.BASE_LR
     return lambda where: end + (1 - end) * 0.5 * (1 + math.cos(math.pi * where))
 

@@ -1,6 +1,7 @@
 """How the four numbers of a box are to be read."""
 
 import math
+import numbers
 from enum import IntEnum, unique
 
 from plaintrain.utils.errors import UserError
@@ -20,8 +21,11 @@ class BoxMode(IntEnum):
         Raises:
             UserError: not four finite numbers, or an unknown mode.
         """
-        if len(box) != 4 or not all(math.isfinite(value) for value in box):
+        if len(box) != 4 or not all(isinstance(v, numbers.Real) and math.isfinite(v) for v in box):
             raise UserError(f"a box must be four finite numbers, not {list(box)}")
+        for mode in (from_mode, to_mode):
+            if mode not in tuple(BoxMode):
+                raise UserError(f"bbox_mode must be one of {', '.join(map(str, BoxMode))}, not {mode!r}")
         x, y, third, fourth = (float(value) for value in box)
         modes = BoxMode(from_mode), BoxMode(to_mode)
         if modes == (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):

@@ -94,6 +94,8 @@ class _ArrayUnpickler(pickle.Unpickler):
             for core in ("core", "_core")
             for name in ("_reconstruct", "scalar")
         },
+        ("numpy.core.numeric", "_frombuffer"): np._core.numeric._frombuffer,
+        ("numpy._core.numeric", "_frombuffer"): np._core.numeric._frombuffer,
     }
 
     def find_class(self, module, name):
@@ -124,11 +126,10 @@ def read_state_dict(path):
             content = content[key]
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    tensors = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in content.items()
-        if isinstance(value, torch.Tensor | np.ndarray)
-    }
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    for name, value in content.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+            tensors[name] = torch.from_numpy(value)
     if path.endswith(".pkl"):
         tensors = {_from_detectron2(_from_caffe2(name)): value for name, value in tensors.items()}
     return tensors

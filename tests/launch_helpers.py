@@ -20,6 +20,7 @@ from torch import multiprocessing as torch_mp
 from torch import nn
 
 from plaintrain.config import get_cfg
+from plaintrain.data.catalog import DatasetCatalog
 from plaintrain.launch import launch
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -225,9 +226,11 @@ def _setup(args, *overrides):
 
 
 def setup_frozen(args):
-    """`default_setup` of a frozen config in the folder of an earlier run."""
-    weights = Path(args.folder, "output", "model_final.pth")
-    cfg = _setup(args, "MODEL.WEIGHTS", str(weights))
+    """`default_setup` of a frozen config in the folder of an earlier run; rank 1 reads slowly."""
+    if not comm.is_main_process():
+        get = DatasetCatalog.get
+        DatasetCatalog.get = lambda name: (time.sleep(0.2), get(name))[1]
+    cfg = _setup(args, "MODEL.WEIGHTS", os.path.join(args.folder, "output", "model_final.pth"))
     facts = {"seed": cfg.SEED, "classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES, "frozen": cfg.is_frozen()}
     save(args, {**facts, "weights": cfg.MODEL.WEIGHTS})
     Path(args.folder, f"draw-{comm.get_rank()}.txt").write_text(str(torch.rand(()).item()))

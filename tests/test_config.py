@@ -506,6 +506,7 @@ def test_python_configs_are_not_executed(tmp_path):
         assert path in message(CfgNode.load_cfg, f)
     with open(path) as f:
         assert path in message(get_cfg().load_cfg, f)
+    assert path in message(CfgNode._load_cfg_py_source, path)
     assert not target.exists()
 
 

@@ -22,7 +22,12 @@ FORBIDDEN = {
     "plaintrain.modeling": ["plaintrain.data", "plaintrain.utils.events", "plaintrain.utils.storage"],
     "plaintrain.data": ["plaintrain.modeling", "plaintrain.evaluation", "plaintrain.engine"],
     "plaintrain.evaluation": ["plaintrain.data.loader", "plaintrain.data.mapper", "plaintrain.modeling"],
-    "plaintrain.utils": ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine", "plaintrain.checkpoint"],
+    "plaintrain.utils": [
+        "plaintrain.data",
+        "plaintrain.modeling",
+        "plaintrain.engine",
+        "plaintrain.checkpoint",
+    ],
     "plaintrain.checkpoint": ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine"],
     "plaintrain.solver": ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine"],
     "plaintrain.launch": ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine"],
@@ -81,7 +86,7 @@ def test_there_is_no_import_cycle():
 
 def test_only_config_and_defaults_know_yacs():
     users = [name for name, path in MODULES.items() if any(is_in(m, "yacs") for m in imports(path))]
-    assert users == ["plaintrain.config"]
+    assert users == ["plaintrain.config", "plaintrain.defaults"]
 
 
 def test_no_file_imports_a_script():

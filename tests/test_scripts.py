@@ -149,10 +149,14 @@ def test_fine_tuning_with_fewer_classes_starts_at_iteration_0(config, tmp_path):
     content = {"images": images, "annotations": annotations, "categories": categories}
     (tmp_path / "a.json").write_text(json.dumps(content))
     spec = f"{{FORMAT: coco, JSON: {tmp_path}/a.json, IMAGE_ROOT: {tmp_path}}}"
-    other.write_text(f"_BASE_: tiny.yaml\nDATASETS:\n  DECLARE:\n    two: {spec}\n  TRAIN: [two]\n  TEST: [two]\n")
+    other.write_text(
+        f"_BASE_: tiny.yaml\nDATASETS:\n  DECLARE:\n    two: {spec}\n  TRAIN: [two]\n  TEST: [two]\n"
+    )
     tuned = train(other, tmp_path / "tuned", "MODEL.WEIGHTS", out / "model_final.pth", "SOLVER.MAX_ITER", 4)
     assert "starting training from iteration 0" in tuned.stdout
-    assert "other shape   roi_heads.box_predictor.cls_score.weight: [4, 16] there, [3, 16] here" in tuned.stdout
+    assert (
+        "other shape   roi_heads.box_predictor.cls_score.weight: [4, 16] there, [3, 16] here" in tuned.stdout
+    )
     assert list(losses(tmp_path / "tuned")) == [1, 3]
     # Also from its own folder, whose files move aside first.
     again = train(config, out, "MODEL.WEIGHTS", out / "model_final.pth", "SOLVER.MAX_ITER", 2)

@@ -45,7 +45,7 @@ EVALUATORS = ("coco", "pascal_voc")
 
 def _check(name, spec):
     where = f"DATASETS.DECLARE.{name}"
-    if not isinstance(spec, dict) or spec.get("FORMAT") not in _FORMATS:
+    if not isinstance(spec, dict) or str(spec.get("FORMAT")) not in _FORMATS:
         raise UserError(f"{where} needs a FORMAT, one of {', '.join(_FORMATS)}, not {spec!r}")
     _, needed, optional, _ = _FORMATS[spec["FORMAT"]]
     types = {"FORMAT": str, "EVALUATOR": str, **needed, **optional}
@@ -59,7 +59,7 @@ def _check(name, spec):
         if key not in spec:
             raise UserError(f"{where} with FORMAT {spec['FORMAT']} needs the key {key}")
     if spec.get("EVALUATOR", "coco") not in EVALUATORS:
-        raise UserError(f"{where}.EVALUATOR must be {' or '.join(EVALUATORS)}")
+        raise UserError(f"{where}.EVALUATOR must be {' or '.join(EVALUATORS)}, not {spec['EVALUATOR']!r}")
 
 
 def declare_dataset(name, spec):

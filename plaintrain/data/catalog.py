@@ -127,7 +127,7 @@ def class_names(name):
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
         DatasetCatalog.get(name)
-    if metadata.get("thing_classes") is None:
+    if not metadata.get("thing_classes"):
         raise UserError(
             f"the dataset {name} names no classes: call "
             f'MetadataCatalog.get("{name}").set(thing_classes=[...])'

@@ -60,12 +60,9 @@ def load_coco_json(json_file, image_root, classes=None):
         UserError: names the file, and the image or annotation, and what is wrong with it.
     """
     content = _read_json(json_file)
-    try:
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        names = [category["name"] for category in categories]
-        id_of = {category["name"]: category["id"] for category in categories}
-    except (KeyError, TypeError) as e:
-        raise UserError(f"every category in {json_file} needs a numeric id and a name") from e
+    categories = _categories(content["categories"], json_file)
+    id_of = {category["name"]: category["id"] for category in categories}
+    names = list(id_of)
     chosen = select_classes(names, classes, json_file)
     labels = {id_of[name]: label for label, name in enumerate(chosen)}
     known_ids = set(id_of.values())
@@ -82,12 +79,35 @@ def load_coco_json(json_file, image_root, classes=None):
     return [records[image_id] for image_id in sorted(records)], metadata
 
 
+def _categories(categories, json_file):
+    """The categories by id, checked."""
+    for category in categories:
+        if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
+            raise UserError(f"a category in {json_file} needs a numeric id and a name: {category}")
+    for key in ("id", "name"):
+        seen = set()
+        for value in (category[key] for category in categories):
+            if value in seen:
+                raise UserError(f"{json_file} has two categories with the {key} {value}")
+            seen.add(value)
+    if not categories:
+        raise UserError(f"{json_file} has no categories, so there is nothing to detect")
+    return sorted(categories, key=lambda category: category["id"])
+
+
 def _image_records(images, json_file, image_root):
     records = {}
     for image in images:
         missing = [key for key in ("id", "file_name", "height", "width") if key not in image]
         if missing:
             raise UserError(f"image {image.get('id', image)} in {json_file} has no {missing[0]}")
+        for key in ("height", "width"):
+            if type(image[key]) is not int or image[key] < 1:
+                raise UserError(
+                    f"image {image['id']} in {json_file} has the {key} {image[key]!r}, not a number of pixels"
+                )
+        if not isinstance(image["file_name"], str):
+            raise UserError(f"image {image['id']} in {json_file} has the file_name {image['file_name']!r}")
         if image["id"] in records:
             raise UserError(f"{json_file} has two images with the id {image['id']}")
         records[image["id"]] = {
@@ -114,6 +134,8 @@ def _check_annotation(annotation, records, known_ids, json_file):
             f"{where} has category_id {annotation['category_id']}, but the file's categories are "
             f"{sorted(known_ids)}"
         )
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        raise UserError(f"{where} has iscrowd {annotation['iscrowd']!r}, not 0 or 1")
     box = annotation["bbox"]
     if (
         not isinstance(box, list)
@@ -128,7 +150,7 @@ def _convert(annotation, labels):
         "bbox": annotation["bbox"],
         "bbox_mode": BoxMode.XYWH_ABS,
         "category_id": labels[annotation["category_id"]],
-        "iscrowd": annotation.get("iscrowd", 0),
+        "iscrowd": int(annotation.get("iscrowd") or 0),
     }
     for key in ("segmentation", "keypoints", "area"):
         if annotation.get(key) is not None:

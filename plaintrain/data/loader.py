@@ -74,6 +74,8 @@ def _ignore_interrupt(worker_id):
 
 
 def _make_loader(dataset, batches, num_workers):
+    if num_workers < 0:
+        raise UserError(f"DATALOADER.NUM_WORKERS is {num_workers}, but must be at least 0")
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -206,6 +208,8 @@ def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None,
         sampler = InferenceSampler(len(records), comm.get_rank(), comm.get_world_size())
     mapper = mapper or DatasetMapper(cfg, is_train=False)
     keys = [(index, index) for index in sampler]
-    size = max(1, cfg.TEST.IMS_PER_BATCH)
+    size = cfg.TEST.IMS_PER_BATCH
+    if size < 1:
+        raise UserError(f"TEST.IMS_PER_BATCH is {size}, but must be at least 1")
     batches = [keys[i : i + size] for i in range(0, len(keys), size)]
     return _Loader(_MappedRecords(records, mapper, seed=0), batches, cfg.DATALOADER.NUM_WORKERS)

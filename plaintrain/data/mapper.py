@@ -3,55 +3,14 @@
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image, ImageOps
 from torchvision import tv_tensors
 
-from plaintrain.data import shapes
+from plaintrain.data.images import check_image_size, read_image
 from plaintrain.data.transforms import build_augmentation
 from plaintrain.structures import BoxMode
-from plaintrain.utils.errors import UserError
 
 # Boxes whose width or height falls below this many pixels are dropped.
 _MIN_SIDE = 1e-5
-
-
-def read_image(file_name):
-    """Read an image file, or draw an image of the shapes set.
-
-    Applies the EXIF orientation; greyscale, palette, CMYK and 16-bit images become RGB.
-
-    Returns:
-        uint8 tensor `[3, H, W]`, RGB.
-
-    Raises:
-        UserError: the file is missing, cut off or not an image.
-    """
-    if file_name.startswith(shapes.SCHEME):
-        return torch.from_numpy(shapes.render(file_name)).permute(2, 0, 1)
-    try:
-        with Image.open(file_name) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            array = np.array(image.convert("RGB"))
-    except FileNotFoundError as e:
-        raise UserError(f"the image file {file_name} does not exist") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(f"cannot read the image file {file_name}: {e}") from e
-    return torch.from_numpy(array).permute(2, 0, 1)
-
-
-def check_image_size(record, image):
-    """Refuse an image whose size differs from its record's `height` and `width`."""
-    height, width = image.shape[-2:]
-    if (record["height"], record["width"]) != (height, width):
-        hint = ""
-        if (record["width"], record["height"]) == (height, width):
-            hint = "; its EXIF orientation turns it, so the annotations were made on the unturned image"
-        raise UserError(
-            f"the image {record['file_name']} is {width}x{height}, but its annotation says "
-            f"{record['width']}x{record['height']}{hint}"
-        )
 
 
 class DatasetMapper:

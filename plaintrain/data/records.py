@@ -1,6 +1,7 @@
 """The records of a training set: joined, checked, cleaned and counted."""
 
 import logging
+import numbers
 import os
 from collections import Counter
 
@@ -10,6 +11,8 @@ from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_RECORD_KEYS = ("file_name", "image_id", "height", "width", "annotations")
 
 
 def get_detection_dataset_dicts(names, filter_empty=True):
@@ -40,6 +43,9 @@ def get_detection_dataset_dicts(names, filter_empty=True):
                 f"{class_names(name)}"
             )
         for record in DatasetCatalog.get(name):
+            for key in _RECORD_KEYS:
+                if key not in record:
+                    raise UserError(f"a record of the dataset {name} has no {key}: {str(record)[:200]}")
             record["annotations"] = _clean(record, len(classes), counts)
             histogram.update(a["category_id"] for a in record["annotations"])
             counts["images"] += 1
@@ -58,13 +64,21 @@ def _clean(record, num_classes, counts):
     kept = []
     width, height = record["width"], record["height"]
     for annotation in record["annotations"]:
+        for key in ("bbox", "bbox_mode", "category_id"):
+            if key not in annotation:
+                raise UserError(f"an annotation of {record['file_name']} has no {key}")
         label = annotation["category_id"]
-        if not (type(label) is int and 0 <= label < num_classes):
+        whole = isinstance(label, numbers.Integral) and not isinstance(label, bool)
+        if not (whole and 0 <= label < num_classes):
             raise UserError(
                 f"an annotation of {record['file_name']} has category_id {label!r}, but the "
                 f"dataset's {num_classes} classes have the ids 0 to {num_classes - 1}"
             )
-        x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        try:
+            corners = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        except UserError as e:
+            raise UserError(f"an annotation of {record['file_name']}: {e}") from e
+        x0, y0, x1, y1 = corners
         if x1 <= x0 or y1 <= y0:
             counts["degenerate"] += 1
         elif x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:

@@ -83,6 +83,8 @@ def render(file_name):
         url = urlsplit(file_name)
         query = {key: int(value[0]) for key, value in parse_qs(url.query).items()}
         height, width = query["height"], query["width"]
+        if min(height, width) < 16:
+            raise ValueError("too small")
         rng = _generator(query["seed"], url.netloc, int(url.path.lstrip("/")))
     except (ValueError, KeyError) as e:
         raise UserError(f"{file_name!r} does not name an image of the shapes set") from e

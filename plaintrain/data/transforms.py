@@ -47,10 +47,15 @@ class ResizeShortestEdge:
     def __post_init__(self):
         if not self.short_edge_length or min(self.short_edge_length) < 1:
             raise UserError(f"INPUT.MIN_SIZE must be pixels >= 1, not {self.short_edge_length}")
-        if self.sample_style == "range" and len(self.short_edge_length) != 2:
+        if self.max_size < 1:
+            raise UserError(f"INPUT.MAX_SIZE must be at least 1 pixel, not {self.max_size}")
+        if self.sample_style not in ("choice", "range"):
+            raise UserError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING is choice or range, not {self.sample_style!r}")
+        ends = self.short_edge_length
+        if self.sample_style == "range" and (len(ends) != 2 or ends[0] > ends[1]):
             raise UserError(
-                "INPUT.MIN_SIZE_TRAIN_SAMPLING range needs the two ends in INPUT.MIN_SIZE_TRAIN, "
-                f"not {self.short_edge_length}"
+                "INPUT.MIN_SIZE_TRAIN_SAMPLING range needs the two ends, the smaller first, in "
+                f"INPUT.MIN_SIZE_TRAIN, not {ends}"
             )
 
     def __call__(self, tensors, rng):
@@ -72,6 +77,10 @@ class RandomFlip:
     prob: float = 0.5
     direction: str = "horizontal"
 
+    def __post_init__(self):
+        if self.direction not in ("horizontal", "vertical"):
+            raise UserError(f"INPUT.RANDOM_FLIP is horizontal or vertical, not {self.direction!r}")
+
     def __call__(self, tensors, rng):
         if rng.random() >= self.prob:
             return tensors
@@ -92,6 +101,9 @@ class RandomCrop:
     crop_size: tuple
 
     def __post_init__(self):
+        kinds = ("relative", "relative_range", "absolute", "absolute_range")
+        if self.crop_type not in kinds:
+            raise UserError(f"INPUT.CROP.TYPE must be one of {', '.join(kinds)}, not {self.crop_type!r}")
         low, high = (0, 1) if self.crop_type.startswith("relative") else (1, float("inf"))
         if len(self.crop_size) != 2 or not all(low < side <= high for side in self.crop_size):
             wanted = "two shares in (0, 1]" if high == 1 else "two lengths in pixels"

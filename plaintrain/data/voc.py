@@ -4,14 +4,18 @@ Layout: `Annotations/*.xml`, `ImageSets/Main/<split>.txt`, `JPEGImages/*`.
 Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf
 """
 
+import difflib
+import logging
+import math
 import os
 import xml.etree.ElementTree as ElementTree
 
-from PIL import Image
-
 from plaintrain.data.catalog import select_classes
+from plaintrain.data.images import read_image
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # fmt: off
 VOC_CLASSES = [
@@ -46,7 +50,7 @@ def load_voc(root, split, classes=None):
     folder = os.path.join(root, "Annotations")
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}, which a VOC dataset needs")
-    chosen = select_classes(_all_classes(folder), None, root) if not classes else list(classes)
+    chosen = _choose_classes(folder, classes)
     labels = {name: label for label, name in enumerate(chosen)}
     images = _image_files(os.path.join(root, "JPEGImages"))
     records = []
@@ -58,6 +62,18 @@ def load_voc(root, split, classes=None):
             )
         records.append(_record(name, xml_file, images[name], labels))
     return records, {"thing_classes": chosen}
+
+
+def _choose_classes(folder, classes):
+    """The given classes, or all; a given one that no object has may be a typo, so it is named."""
+    found = _all_classes(folder)
+    if not classes:
+        return found
+    for name in classes:
+        if name not in found:
+            near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.0)[0]
+            logger.warning(f"no object in {folder} is of the class {name!r}; the nearest is {near!r}")
+    return select_classes([*found, *classes], classes, folder)
 
 
 def _read_split(root, split):
@@ -88,7 +104,7 @@ def _parse(xml_file):
         return ElementTree.parse(xml_file).getroot()
     except OSError as e:
         raise UserError(f"cannot read the annotation file {xml_file}: {e.strerror}") from e
-    except ElementTree.ParseError as e:
+    except (ElementTree.ParseError, LookupError, ValueError) as e:
         raise UserError(f"the annotation file {xml_file} is not XML: {e}") from e
 
 
@@ -113,9 +129,12 @@ def _text(element, tag, where):
 def _number(element, tag, where):
     text = _text(element, tag, where)
     try:
-        return float(text)
-    except ValueError as e:
-        raise UserError(f"{where}: <{tag}> is {text!r}, not a number") from e
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where}: <{tag}> is {text!r}, not a number")
+    return number
 
 
 def _record(name, xml_file, image_file, labels):
@@ -124,8 +143,7 @@ def _record(name, xml_file, image_file, labels):
     if size is not None and size.findtext("width") not in (None, "0"):
         width, height = (int(_number(size, tag, xml_file)) for tag in ("width", "height"))
     else:
-        with Image.open(image_file) as image:
-            width, height = image.size
+        height, width = read_image(image_file).shape[1:]
     annotations = []
     for obj in root.iter("object"):
         class_name = _text(obj, "name", xml_file)

@@ -5,7 +5,7 @@ Parameter names are torchvision's.
 """
 
 import difflib
-import functools
+import math
 
 from torch import nn
 from torchvision.models import mobilenet_v3_large
@@ -20,7 +20,7 @@ _NORMS = {
     "FrozenBN": FrozenBatchNorm2d,
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
-    "GN": functools.partial(nn.GroupNorm, 32),
+    "GN": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
 }
 _RESNETS = {
     18: (BasicBlock, [2, 2, 2, 2]),
@@ -34,7 +34,7 @@ _RESNETS = {
 def get_norm(name, key, allowed=("", "BN", "SyncBN", "GN")):
     """The norm layer a config key names: a callable from channels to a module, or None for "".
 
-    GN has 32 groups.
+    GN has 32 groups, or as many of them as divide the channels.
 
     Raises:
         UserError: names the key and the allowed values.
@@ -143,7 +143,7 @@ class _Convolution(nn.Sequential):
 
 def _small_group_norm(channels):
     # 32 groups would leave one channel a group in the first layers.
-    return nn.GroupNorm(max(1, channels // 8), channels)
+    return nn.GroupNorm(math.gcd(max(1, channels // 8), channels), channels)
 
 
 class TinyBackbone(nn.Module):

@@ -1,21 +1,20 @@
 """RetinaNet (https://arxiv.org/abs/1708.02002) on torchvision's implementation."""
 
-import functools
 import math
 
 import torch
-from torch import nn
 from torchvision.models.detection import RetinaNet as _RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from plaintrain.modeling.backbone import build_backbone
+from plaintrain.modeling.backbone import build_backbone, get_norm
 from plaintrain.modeling.common import (
     build_anchor_generator,
     build_preprocess,
     get_targets,
     to_original_size,
 )
+from plaintrain.utils.errors import UserError
 
 _LOSSES = {"classification": "loss_cls", "bbox_regression": "loss_box_reg"}
 
@@ -50,9 +49,11 @@ def build_retinanet(cfg):
         backbone.out_channels,
         anchors.num_anchors_per_location()[0],
         retinanet.NUM_CLASSES,
-        norm_layer=functools.partial(nn.GroupNorm, 32) if retinanet.NORM == "GN" else None,
+        norm_layer=get_norm(retinanet.NORM, "MODEL.RETINANET.NORM", ("", "GN")),
     )
     prior = retinanet.PRIOR_PROB
+    if not 0 < prior < 1:
+        raise UserError(f"MODEL.RETINANET.PRIOR_PROB is {prior}, but must lie between 0 and 1")
     torch.nn.init.constant_(head.classification_head.cls_logits.bias, -math.log((1 - prior) / prior))
     model = RetinaNet(
         backbone,

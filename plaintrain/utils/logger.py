@@ -6,6 +6,8 @@ import sys
 
 from tqdm import tqdm
 
+from plaintrain.utils import comm
+
 _FORMAT = "[%(asctime)s %(name)s] %(levelname)s: %(message)s"
 _DATE = "%m/%d %H:%M:%S"
 
@@ -52,20 +54,21 @@ def setup_logger(output=None, distributed_rank=0, name="plaintrain"):
 
 
 def progress(iterable=None, *, desc, initial=0, total=None):
-    """A tqdm bar on a terminal, on rank 0's say; elsewhere the iterable as it is.
+    """A tqdm bar on a terminal and on rank 0; elsewhere it only passes the items through.
 
     Args:
         iterable: what to go through.
         desc: the bar's label.
         initial, total: where it starts counting and ends.
     """
-    # disable=None: tqdm shows nothing when its stream is not a terminal.
+    # None: tqdm shows nothing when its stream is not a terminal.
+    disable = None if comm.is_main_process() else True
     return tqdm(
         iterable,
         desc=desc,
         initial=initial,
         total=total,
-        disable=None,
+        disable=disable,
         leave=False,
         dynamic_ncols=True,
     )

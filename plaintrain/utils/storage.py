@@ -111,7 +111,7 @@ class EventStorage:
                 raise ValueError(f"scalar {name} was stored with the other smoothing_hint before")
             if isinstance(value, torch.Tensor):
                 names.append(name)
-                tensors.append(value)
+                tensors.append(value if value.dim() == 0 else value.reshape(()))
             else:
                 self._pending.append((iteration, (name,), float(value)))
         if names:
@@ -167,11 +167,11 @@ class EventStorage:
 
     def put_image(self, img_name, img_tensor):
         """Store an image for TensorBoard: `[3, H, W]`, uint8 in 0..255 or float in 0..1."""
-        self.images.append((self._scope + img_name, img_tensor.detach().cpu(), self.iter))
+        self.images.append((self._scope + img_name, img_tensor.detach().to("cpu", copy=True), self.iter))
 
     def put_histogram(self, hist_name, hist_tensor, bins=1000):
         """Store a histogram of a tensor's values for TensorBoard."""
-        values = hist_tensor.detach().float().flatten().cpu()
+        values = hist_tensor.detach().to("cpu", torch.float32, copy=True).flatten()
         self.histograms.append((self._scope + hist_name, values, bins, self.iter))
 
     def clear_images(self):

@@ -1,0 +1,57 @@
+"""Reading images: files of any common kind, and those of the shapes set, as RGB tensors."""
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from plaintrain.data import shapes
+from plaintrain.utils.errors import UserError
+
+
+def read_image(file_name):
+    """Read an image file, or draw an image of the shapes set.
+
+    Applies the EXIF orientation; greyscale, palette, CMYK and 16-bit images become RGB.
+
+    Returns:
+        uint8 tensor `[3, H, W]`, RGB.
+
+    Raises:
+        UserError: the file is missing, cut off or not an image.
+    """
+    if file_name.startswith(shapes.SCHEME):
+        return torch.from_numpy(shapes.render(file_name)).permute(2, 0, 1)
+    try:
+        with Image.open(file_name) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                # 16 bits, which Pillow may hold in 32: keep the upper 8, as a plain cast would clip.
+                deep = np.asarray(image)
+                image = Image.fromarray((deep >> 8 if deep.max() > 255 else deep).astype(np.uint8))
+            array = np.array(image.convert("RGB"))
+    except FileNotFoundError as e:
+        raise UserError(f"the image file {file_name} does not exist") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"cannot read the image file {file_name}: {e}") from e
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def check_image_size(record, image):
+    """Refuse an image whose size differs from its record's `height` and `width`."""
+    height, width = image.shape[-2:]
+    if (record["height"], record["width"]) != (height, width):
+        hint = ""
+        if (record["width"], record["height"]) == (height, width) and _is_turned(record["file_name"]):
+            hint = "; its EXIF orientation turns it, so the annotations were made on the unturned image"
+        raise UserError(
+            f"the image {record['file_name']} is {width}x{height}, but its annotation says "
+            f"{record['width']}x{record['height']}{hint}"
+        )
+
+
+def _is_turned(file_name):
+    """Whether an image file's EXIF orientation exchanges its sides."""
+    if file_name.startswith(shapes.SCHEME):
+        return False
+    with Image.open(file_name) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
