@@ -204,6 +204,7 @@ def build_gradient_clipper(cfg, model):
     norm_type = clip.NORM_TYPE if clip.ENABLED else 2.0
 
     def clip_gradients(need_norm):
+        """Clip now; see `build_gradient_clipper`."""
         if clip.ENABLED and clip.CLIP_TYPE == "full_model":
             return torch.nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type)
         norm = None

@@ -37,8 +37,8 @@ DATASETS:
   TRAIN: [few_train]
   TEST: [few_val]
 DATALOADER: {NUM_WORKERS: 0}
-SOLVER:
-  {OPTIMIZER: AdamW, IMS_PER_BATCH: 4, BASE_LR: 0.002, WARMUP_ITERS: 2, STEPS: [], MAX_ITER: 12, CHECKPOINT_PERIOD: 5}
+SOLVER: {OPTIMIZER: AdamW, IMS_PER_BATCH: 4, BASE_LR: 0.002, STEPS: [], WARMUP_ITERS: 2,
+  MAX_ITER: 12, CHECKPOINT_PERIOD: 5}
 LOG_PERIOD: 2
 SEED: 3
 """
@@ -233,6 +233,7 @@ def in_process(monkeypatch, capsys, tmp_path):
     def call(*args):
         monkeypatch.setattr(sys, "argv", [str(TRAIN), *map(str, args)])
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PLAINTRAIN_DATASETS", str(tmp_path / "empty"))
         with pytest.raises(SystemExit) as exit_info:
             runpy.run_path(str(TRAIN), run_name="__main__")
         return exit_info.value.code, capsys.readouterr().err
@@ -243,29 +244,31 @@ def in_process(monkeypatch, capsys, tmp_path):
         MetadataCatalog.remove(name)
 
 
-@pytest.mark.parametrize(
-    ("what", "args", "said"),
-    [
-        ("no config", [], r"DATASETS\.TRAIN and DATASETS\.TEST are empty: give --config-file"),
-        ("no data", ["DATASETS.TRAIN", "('coco_2017_train',)"], r"annotation file .*instances_train2017\.json"),
-        ("missing file", ["--config-file", "nowhere.yaml"], r"config file not found: .*nowhere\.yaml"),
-        ("misspelt key", ["--config-file", "typo.yaml"], r"SOLVER\.BASE_LRR in .*typo\.yaml.*SOLVER\.BASE_LR\b"),
-        ("misspelt override", ["SOLVER.MAXITER", "3"], r"SOLVER\.MAXITER.*command line.*SOLVER\.MAX_ITER"),
-        ("odd override", ["--config-file", "tiny.yaml", "SEED"], r"pairs KEY VALUE.*SEED"),
-        ("unknown dataset", ["--config-file", "tiny.yaml", "DATASETS.TRAIN", "('shape_train',)"], "shapes_train"),
-        ("not JSON", ["--config-file", "bad.yaml"], r"bad\.json is not JSON"),
-        ("class id", ["--config-file", "bad.yaml"], r"annotation 7 in .*bad\.json has category_id 9.*\[1\]"),
-        ("missing image", ["--config-file", "bad.yaml"], r"missing\.png"),
-        ("weights", ["--config-file", "tiny.yaml", "MODEL.WEIGHTS", "no.pth"], r"no\.pth.*no such file"),
-        ("eval-only", ["--config-file", "tiny.yaml", "--eval-only"], r"--eval-only needs weights"),
-        ("no gpus", ["--config-file", "tiny.yaml", "--num-gpus", "0"], r"--num-gpus 0"),
-        ("flag last", ["--config-file", "tiny.yaml", "SEED", "1", "--resume"], r"--resume stands after the"),
-        ("device", ["--config-file", "tiny.yaml", "MODEL.DEVICE", "gpu"], r"MODEL\.DEVICE is 'gpu'"),
-        ("classes", ["--config-file", "tiny.yaml", "MODEL.ROI_HEADS.NUM_CLASSES", "80"], r"80.*few_train has 3"),
-    ],
-)  # fmt: skip
-def test_a_mistake_is_answered_with_one_sentence(what, args, said, config, tmp_path, in_process, monkeypatch):
-    monkeypatch.setenv("PLAINTRAIN_DATASETS", str(tmp_path / "empty"))
+_CONFIG = ["--config-file", "tiny.yaml"]
+_BAD = ["--config-file", "bad.yaml"]
+_MISTAKES = {
+    "no config": ([], r"DATASETS\.TRAIN and DATASETS\.TEST are empty: give --config-file"),
+    "no data": (["DATASETS.TRAIN", "('coco_2017_train',)"], r"annotation file .*instances_train2017\.json"),
+    "missing file": (["--config-file", "nowhere.yaml"], r"config file not found: .*nowhere\.yaml"),
+    "misspelt key": (["--config-file", "typo.yaml"], r"BASE_LRR in .*typo\.yaml.*SOLVER\.BASE_LR\b"),
+    "misspelt override": (["SOLVER.MAXITER", "3"], r"SOLVER\.MAXITER.*command line.*SOLVER\.MAX_ITER"),
+    "odd override": ([*_CONFIG, "SEED"], r"pairs KEY VALUE.*SEED"),
+    "unknown dataset": ([*_CONFIG, "DATASETS.TRAIN", "('shape_train',)"], "shapes_train"),
+    "not JSON": (_BAD, r"bad\.json is not JSON"),
+    "class id": (_BAD, r"annotation 7 in .*bad\.json has category_id 9.*\[1\]"),
+    "missing image": (_BAD, r"missing\.png"),
+    "weights": ([*_CONFIG, "MODEL.WEIGHTS", "no.pth"], r"no\.pth.*no such file"),
+    "eval-only": ([*_CONFIG, "--eval-only"], r"--eval-only needs weights"),
+    "no gpus": ([*_CONFIG, "--num-gpus", "0"], r"--num-gpus 0"),
+    "flag last": ([*_CONFIG, "SEED", "1", "--resume"], r"--resume stands after the"),
+    "device": ([*_CONFIG, "MODEL.DEVICE", "gpu"], r"MODEL\.DEVICE is 'gpu'"),
+    "classes": ([*_CONFIG, "MODEL.ROI_HEADS.NUM_CLASSES", "80"], r"80.*few_train has 3"),
+}
+
+
+@pytest.mark.parametrize("what", _MISTAKES)
+def test_a_mistake_is_answered_with_one_sentence(what, config, tmp_path, in_process):
+    args, said = _MISTAKES[what]
     _wrong_inputs(tmp_path)
     if what == "not JSON":
         (tmp_path / "bad.json").write_text("<html>")

@@ -1,5 +1,7 @@
 """Detections collected as arrays: one row a box, one array a rank to gather."""
 
+import abc
+
 import numpy as np
 import torch
 
@@ -9,7 +11,7 @@ from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
 
-class BoxEvaluator(DatasetEvaluator):
+class BoxEvaluator(DatasetEvaluator, abc.ABC):
     """Collects boxes, scores and labels, gathers them on rank 0, and hands them to `score`.
 
     A row is [index of the image in the dataset, x0, y0, x1, y1, score, label], float64.
@@ -40,6 +42,7 @@ class BoxEvaluator(DatasetEvaluator):
             self._rows.append(np.concatenate([np.full((len(rows), 1), index), rows], axis=1))
 
     def evaluate(self):
+        """Gather what all ranks processed, and score it on rank 0; None on the others."""
         rows = np.concatenate([np.zeros((0, 7)), *self._rows])
         seen = np.array(self._seen, dtype=np.int64)
         if self._distributed:
@@ -52,6 +55,6 @@ class BoxEvaluator(DatasetEvaluator):
         rows = rows[np.argsort(rows[:, 0], kind="stable")]
         return self.score(rows, np.unique(seen))
 
+    @abc.abstractmethod
     def score(self, rows, seen):
         """{task: {metric: number}} from all rows `[N, 7]` and the indices of the images seen."""
-        raise NotImplementedError

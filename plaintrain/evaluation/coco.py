@@ -48,6 +48,7 @@ class COCOEvaluator(BoxEvaluator):
         self._category_ids = [ids.get(i, i + 1) for i in range(len(self._classes))]
 
     def score(self, rows, seen):
+        """{"bbox": the 12 COCO numbers and each class' AP}, in percent; see `BoxEvaluator`."""
         image_ids = [record["image_id"] for record in self.records]
         results = self._results(rows, image_ids)
         if self._output_dir:

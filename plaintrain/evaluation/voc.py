@@ -114,6 +114,7 @@ class PascalVOCDetectionEvaluator(BoxEvaluator):
         return truths
 
     def score(self, rows, seen):
+        """{"bbox": AP, AP50, AP75 and each class' AP50}, in percent; see `BoxEvaluator`."""
         table = {}
         for label, name in enumerate(self._classes):
             detections, truths = rows[rows[:, 6] == label, :6], self._truths(label, seen)

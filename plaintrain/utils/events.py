@@ -30,10 +30,10 @@ __all__ = [
 
 
 class EventWriter:
-    """Base of the writers: `write()` reads the current storage, `close()` ends the output."""
+    """Base of the writers."""
 
     def write(self):
-        raise NotImplementedError
+        """Read the current storage and put out what is new."""
 
     def close(self):
         """Nothing to close by default."""
@@ -57,6 +57,7 @@ class CommonMetricPrinter(EventWriter):
         return (now[1] - before[1]) / (now[0] - before[0])
 
     def write(self):
+        """Log the line."""
         storage = get_event_storage()
         seconds = self._seconds_per_iter(storage)
         fields = [f"iter: {storage.iter}"]
@@ -93,6 +94,7 @@ class JSONWriter(EventWriter):
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self):
+        """Append what is new since the last call, and flush."""
         storage = get_event_storage()
         if self._file is None:
             self._open(storage.start_iter)
@@ -128,6 +130,7 @@ class TensorboardXWriter(EventWriter):
         self._writer, self._last_write = None, -1
 
     def write(self):
+        """Write what is new since the last call; takes the images and histograms out of the storage."""
         storage = get_event_storage()
         if self._writer is None:
             # purge_step hides what an interrupted run wrote beyond the point it is resumed from.

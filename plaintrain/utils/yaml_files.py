@@ -13,6 +13,7 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which also refuses a key that stands twice in one mapping."""
 
     def construct_mapping(self, node, deep=False):
+        """PyYAML's method, with the check before it."""
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
