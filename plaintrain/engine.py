@@ -103,6 +103,8 @@ def default_setup(cfg, args):
     _settle_seed(cfg, resume)
     _settle_num_classes(cfg, eval_only)
     _check_before_training(cfg, resume, eval_only)
+    # Nothing is moved while another rank still looks at it.
+    comm.synchronize()
     _prepare_output(cfg, fresh=not (resume or eval_only))
     log = setup_logger(cfg.OUTPUT_DIR, comm.get_rank())
     for record in said.buffer:

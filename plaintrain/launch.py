@@ -1,12 +1,10 @@
 """Start a function on every process of a job, or join the job that torchrun or Slurm started."""
 
 import datetime
-import json
 import os
 import re
 import socket
 import sys
-import threading
 import traceback
 from contextlib import closing
 
@@ -16,12 +14,14 @@ import torch.multiprocessing as mp
 
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.watch import FailureWatch
 
 # How long a collective may wait for the slowest rank, for example while rank 0 scores.
 DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
 # How long ranks wait for each other at the start.
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
-_FAILED = "plaintrain/failed"
+# What a shell reports for a program that Ctrl-C ended.
+_INTERRUPTED = 130
 
 
 def launch(main_func, num_gpus_per_machine=1, num_machines=1, machine_rank=0, dist_url="auto", args=()):
@@ -90,7 +90,7 @@ def _joined_job(num_gpus, dist_url):
             "address": None,
         }
         started_by = "torchrun"
-    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and _is_step(env, num_gpus):
         job = _slurm_job(env, dist_url)
         started_by = "srun"
     else:
@@ -106,6 +106,11 @@ def _joined_job(num_gpus, dist_url):
             f"{torch.cuda.device_count()} GPU(s)"
         )
     return job
+
+
+def _is_step(env, num_gpus):
+    # sbatch sets SLURM_NTASKS for its script too, which may start the processes by itself.
+    return num_gpus == 1 or any(key.startswith("SLURM_STEP") for key in env)
 
 
 def _slurm_job(env, dist_url):
@@ -135,7 +140,7 @@ def _first_host(nodelist):
 
 def _parse_url(dist_url):
     match = re.fullmatch(r"tcp://\[?([^\[\]]+?)\]?:(\d+)", dist_url)
-    if not match:
+    if not match or not 0 < int(match.group(2)) < 2**16:
         raise UserError(f"--dist-url must look like tcp://HOST:PORT, not {dist_url!r}")
     return match.group(1), int(match.group(2))
 
@@ -149,10 +154,14 @@ def _free_port():
 def _fail(error, debug):
     """Print what is to be said about an exception, and exit."""
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _interrupted()
     print(_describe(error, debug), file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def _interrupted():
+    print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+    sys.exit(_INTERRUPTED)
 
 
 def _describe(error, debug):
@@ -176,6 +185,8 @@ def _spawn(main_func, args, job, debug):
         while not context.join():
             pass
     except mp.ProcessExitedException as e:
+        if e.exit_code == _INTERRUPTED:
+            _interrupted()
         # The failed process has said why, unless a signal ended it.
         if e.signal_name:
             rank = job["first_rank"] + e.error_index
@@ -185,11 +196,12 @@ def _spawn(main_func, args, job, debug):
         for process in context.processes:
             process.join(timeout=30)
             process.kill()
-        sys.exit(130)
+        _interrupted()
 
 
 def _process(local_rank, main_func, args, job, debug):
     """One rank: join the group, run, and tell the others when it fails."""
+    spawned = "rank" not in job
     rank = job.setdefault("rank", job.get("first_rank", 0) + local_rank)
     local_rank = job.get("local_rank", local_rank)
     os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(local_rank), str(job["local_size"])
@@ -200,10 +212,14 @@ def _process(local_rank, main_func, args, job, debug):
         watch = _join_group(rank, local_rank, job)
         main_func(*args)
         comm.synchronize()
-    except (Exception, KeyboardInterrupt) as e:
-        first = watch is None or watch.report(_describe(e, debug))
-        if isinstance(e, KeyboardInterrupt) and rank > 0 or not first:
-            # The rank that failed first has spoken; this one only felt it.
+    except KeyboardInterrupt as e:
+        if rank == 0 and not spawned:
+            _fail(e, debug)
+        # The process that spawned this one says it, once for all ranks.
+        os._exit(_INTERRUPTED)
+    except Exception as e:
+        if watch is not None and not watch.report(_describe(e, debug)):
+            # Another rank failed first; this one only felt it.
             os._exit(1)
         print(f"rank {rank}: ", end="", file=sys.stderr)
         _fail(e, debug)
@@ -231,54 +247,9 @@ def _join_group(rank, local_rank, job):
         raise UserError(
             f"rank {rank} cannot meet the {job['world_size']} processes at tcp://{host}:{port}: {reason}"
         ) from e
+    # Before the ranks part: rank 0 takes the store with it when it ends.
+    watch = FailureWatch(rank, host, port, job["machine"], local_rank)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=job["world_size"], timeout=DEFAULT_TIMEOUT
     )
-    return _Watch(host, port, job["machine"], local_rank)
-
-
-class _Watch:
-    """Ends this process within seconds when another rank, on any machine, has failed.
-
-    A rank that waits in a collective for one that is gone would wait for the whole timeout.
-    """
-
-    def __init__(self, host, port, machine, local_rank):
-        # A connection of its own: the group's is locked while it waits.
-        self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-        self._machine, self._local_rank = machine, local_rank
-        self._stopped = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def report(self, text):
-        """Record this rank's failure; True if it is the job's first."""
-        mine = json.dumps({"machine": self._machine, "text": text, "rank": comm.get_rank()})
-        try:
-            with self._lock:
-                return self._store.compare_set(_FAILED, "", mine).decode() == mine
-        except RuntimeError:
-            # Rank 0, which holds the store, is gone: it failed first.
-            return False
-
-    def stop(self):
-        self._stopped.set()
-        self._thread.join()
-
-    def _watch(self):
-        while not self._stopped.wait(1.0):
-            try:
-                with self._lock:
-                    failure = self._store.get(_FAILED) if self._store.check([_FAILED]) else None
-            except RuntimeError:
-                failure = b'{"machine": -1, "text": "its process is gone", "rank": 0}'
-            if failure and not self._stopped.is_set():
-                self._end(json.loads(failure))
-
-    def _end(self, failure):
-        # The failed rank has printed its error on its own machine.
-        if failure["machine"] != self._machine and self._local_rank == 0:
-            print(f"rank {failure['rank']} failed: {failure['text']}", file=sys.stderr, flush=True)
-        if failure["rank"] != comm.get_rank():
-            os._exit(1)
+    return watch

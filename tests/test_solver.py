@@ -193,6 +193,16 @@ def test_steps_fall_on_their_iteration_however_the_division_rounds():
         assert (factor(step - 1), factor(step)) == (1.0, 0.1)
 
 
+def test_even_decays_fall_on_their_iteration_however_the_division_rounds():
+    for parts in range(2, 12):
+        for max_iter in range(parts, 400, 7 * parts):
+            keys = {"LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR", "NUM_DECAYS": parts - 1, "GAMMA": 0.5}
+            factor = lr_factor(make_cfg(MAX_ITER=max_iter, WARMUP_ITERS=0, **keys))
+            for k in range(1, parts):
+                step = k * max_iter // parts
+                assert (factor(step - 1), factor(step)) == (0.5 ** (k - 1), 0.5**k), (parts, max_iter, k)
+
+
 def test_steps_beyond_the_end_are_reported_and_do_nothing(log):
     factor = lr_factor(make_cfg(MAX_ITER=10, STEPS=(5, 20), WARMUP_ITERS=0))
     assert [factor(i) for i in (4, 5, 10, 30)] == [1.0, 0.1, 0.1, 0.1]
