@@ -18,11 +18,11 @@ setup(
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "pyyaml>=6.0",
         "yacs>=0.1.8",
         "pycocotools>=2.0.8",
-        "tensorboardX>=2.6.2",
+        "tensorboardX>=2.6.2.2",
         "pillow>=10.3",
         "tqdm>=4.66",
     ],

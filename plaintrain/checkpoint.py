@@ -9,7 +9,7 @@ import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.storage import every
 from plaintrain.weights import load_weights
@@ -64,7 +64,7 @@ class DetectionCheckpointer:
                 torch.save(data, f)
         except (OSError, RuntimeError) as e:
             # torch's zip writer turns a failed write into a RuntimeError.
-            raise UserError(f"cannot write {path}: is the disk full? ({str(e).splitlines()[0]})") from e
+            raise UserError(f"cannot write {path}: is the disk full? ({first_line(e)})") from e
         logger.info(f"saved {path}")
         self.tag_last_checkpoint(name + ".pth")
 
@@ -107,13 +107,21 @@ class DetectionCheckpointer:
         return candidates[0] if candidates else ""
 
     def get_all_checkpoint_files(self):
-        """Paths of all numbered checkpoints and `model_final.pth`, the oldest file first."""
+        """Paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
         if not os.path.isdir(self.save_dir):
             return []
-        names = [n for n in os.listdir(self.save_dir) if re.fullmatch(r"\w+_(\d{7}|final)\.pth", n)]
-        # By age: model_final.pth may be of a shorter run that was extended later.
-        paths = [self._path(name) for name in sorted(names)]
-        return sorted(paths, key=lambda path: os.stat(path).st_mtime_ns)
+        names = [n for n in os.listdir(self.save_dir) if re.fullmatch(r"\w+_(\d{7,}|final)\.pth", n)]
+        return [self._path(name) for name in sorted(names, key=self._age)]
+
+    def _age(self, name):
+        """(iteration, name); model_final.pth may be of a shorter run that was extended later."""
+        match = re.search(r"_(\d+)\.pth$", name)
+        if match:
+            return int(match[1]), name
+        try:
+            return torch.load(self._path(name), weights_only=True, mmap=True)["iteration"], name
+        except Exception:  # A damaged file can raise anything; it comes last.
+            return -1, name
 
     def _candidates(self):
         """What to resume from: the tagged file, then the others, newest first."""
@@ -146,8 +154,7 @@ class DetectionCheckpointer:
             data = torch.load(path, map_location="cpu", weights_only=True)
             state = data.pop("model")
         except Exception as e:  # A damaged file can raise anything while it is unpickled.
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise UserError(f"cannot read the checkpoint {path}: {reason}") from e
+            raise UserError(f"cannot read the checkpoint {path}: {first_line(e)}") from e
         try:
             self.model.load_state_dict(state)
         except RuntimeError as e:
@@ -198,7 +205,7 @@ class DetectionCheckpointer:
 def _load_state(item, state, what):
     """`item.load_state_dict(state)`, refusing the state of another kind of optimizer."""
     kinds = [
-        set(group) - {"initial_lr"}
+        {"betas", "momentum"} & set(group)
         for groups in (state, item.state_dict())
         for group in groups.get("param_groups", [])[:1]
     ]
@@ -258,7 +265,7 @@ class PeriodicCheckpointer:
             self.save(name, iteration=iteration, **kwargs)
             if self._is_last(iteration):
                 self.checkpointer.link(name, "model_final")
-            self._prune()
+            self._prune(name)
         elif self._is_last(iteration):
             self.save("model_final", iteration=iteration, **kwargs)
 
@@ -266,10 +273,11 @@ class PeriodicCheckpointer:
         """Save now, under a name without `.pth`."""
         self.checkpointer.save(name, **kwargs)
 
-    def _prune(self):
+    def _prune(self, saved):
         if not self.max_to_keep or not self.checkpointer.save_to_disk:
             return
         files = self.checkpointer.get_all_checkpoint_files()
-        numbered = [path for path in files if re.search(r"_\d{7}\.pth$", path)]
-        for path in numbered[: -self.max_to_keep]:
+        saved = f"{saved}.pth"
+        others = [p for p in files if re.search(r"_\d+\.pth$", p) and os.path.basename(p) != saved]
+        for path in others[: len(others) - self.max_to_keep + 1]:
             os.unlink(path)

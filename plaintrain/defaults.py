@@ -219,7 +219,7 @@ _C.SOLVER.BASE_LR = 0.001
 _C.SOLVER.MOMENTUM = 0.9
 _C.SOLVER.NESTEROV = False
 _C.SOLVER.WEIGHT_DECAY = 0.0001
-# Weight decay of normalisation layers, and of biases (null: as WEIGHT_DECAY).
+# Weight decay of normalisation layers, and of all biases (null: as the rest of their layer).
 _C.SOLVER.WEIGHT_DECAY_NORM = 0.0
 _C.SOLVER.WEIGHT_DECAY_BIAS = None
 # Learning rate of biases, and of the backbone, as multiples of BASE_LR.

@@ -12,6 +12,7 @@ from plaintrain.config import check_cfg, get_cfg, get_value
 from plaintrain.data.builtin import EVALUATORS, declare_datasets
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, class_names
 from plaintrain.data.records import check_image_files
+from plaintrain.evaluation.loop import flatten_results
 from plaintrain.launch import launch
 from plaintrain.modeling.build import get_device, num_classes_key
 from plaintrain.utils import comm
@@ -138,6 +139,7 @@ def _set(cfg, key, value):
 
 
 def _prepare_output(cfg, fresh):
+    _set(cfg, "OUTPUT_DIR", os.path.expanduser(cfg.OUTPUT_DIR))
     folder = cfg.OUTPUT_DIR
     moved = None
     if comm.is_main_process():
@@ -162,6 +164,8 @@ def _prepare_output(cfg, fresh):
 
 
 def _settle_seed(cfg, resume):
+    if cfg.SEED >= 2**32:
+        raise UserError(f"SEED is {cfg.SEED}, but must be below 2**32")
     if cfg.SEED >= 0:
         return
     saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
@@ -220,7 +224,8 @@ def _check_before_training(cfg, resume, eval_only):
         locate_weights(cfg.MODEL.WEIGHTS)
     if eval_only and not cfg.MODEL.WEIGHTS and not resume:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
-    _check_norms(cfg, resume)
+    if not eval_only:
+        _check_norms(cfg, resume)
 
 
 def _check_test_dataset(name):
@@ -264,6 +269,20 @@ def _write_config(cfg, keep):
             number += 1
         kept = os.path.join(cfg.OUTPUT_DIR, f"config-{number}.yaml")
         os.replace(path, kept)
-        logger.warning(f"the config differs from that of the run; the earlier one is now {kept}")
+        changes = ", ".join(_changes(kept, cfg))
+        logger.warning(f"the config differs from that of the run ({changes}); the earlier one is now {kept}")
     with atomic_write(path) as f:
         f.write(text)
+
+
+def _changes(path, cfg):
+    """`KEY before -> now` for every line in which a saved config differs."""
+    before = get_cfg()
+    before.merge_from_file(path)
+    before, now = flatten_results(before), flatten_results(cfg)
+    keys = sorted(before.keys() | now.keys())
+    return [
+        f"{key.replace('/', '.')} {before.get(key)} -> {now.get(key)}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import sys
+import time
 import traceback
 from contextlib import closing
 
@@ -90,7 +91,7 @@ def _joined_job(num_gpus, dist_url):
             "address": None,
         }
         started_by = "torchrun"
-    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and _is_step(env, num_gpus):
+    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and _is_step(env):
         job = _slurm_job(env, dist_url)
         started_by = "srun"
     else:
@@ -108,9 +109,17 @@ def _joined_job(num_gpus, dist_url):
     return job
 
 
-def _is_step(env, num_gpus):
-    # sbatch sets SLURM_NTASKS for its script too, which may start the processes by itself.
-    return num_gpus == 1 or any(key.startswith("SLURM_STEP") for key in env)
+def _is_step(env):
+    # sbatch sets SLURM_NTASKS and SLURM_PROCID for its script too; only srun starts that many.
+    return "SLURM_STEP_ID" in env or "SLURM_JOB_ID" not in env
+
+
+def _tasks_on_node(counts, node):
+    """Entry `node` of Slurm's short form: `2(x3),1` is 2, 2, 2, 1."""
+    tasks = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        tasks += [int(count)] * int(times or 1)
+    return tasks[node] if node < len(tasks) else 1
 
 
 def _slurm_job(env, dist_url):
@@ -126,7 +135,7 @@ def _slurm_job(env, dist_url):
         "rank": int(env["SLURM_PROCID"]),
         "world_size": int(env["SLURM_NTASKS"]),
         "local_rank": int(env.get("SLURM_LOCALID", 0)),
-        "local_size": int(re.match(r"\d+", per_node).group()),
+        "local_size": _tasks_on_node(per_node, int(env.get("SLURM_NODEID", 0))),
         "machine": int(env.get("SLURM_NODEID", 0)),
         "address": _parse_url(dist_url),
     }
@@ -222,6 +231,9 @@ def _process(local_rank, main_func, args, job, debug):
             # Another rank failed first; this one only felt it.
             os._exit(1)
         print(f"rank {rank}: ", end="", file=sys.stderr)
+        if rank == 0 and job["local_size"] < job["world_size"]:
+            # The store ends with this process: let the other machines read what happened.
+            time.sleep(2)
         _fail(e, debug)
     finally:
         if watch is not None:

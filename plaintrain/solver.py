@@ -23,14 +23,14 @@ _NORM_LAYERS = (
 def get_param_groups(model, *, base_lr, weight_decay, weight_decay_norm, weight_decay_bias, lr_factors):
     """Group the trainable parameters by learning rate and weight decay.
 
-    A parameter of a normalisation layer takes `weight_decay_norm`, any other one named `bias`
-    takes `weight_decay_bias`.
+    A parameter of a normalisation layer takes `weight_decay_norm`; one named `bias`, of whatever
+    layer, takes `weight_decay_bias` if that is given, as in Detectron2.
 
     Args:
         model: the module.
         base_lr: learning rate before factors.
         weight_decay, weight_decay_norm, weight_decay_bias: numbers; the last may be None, which
-            means `weight_decay`.
+            leaves biases to the other two.
         lr_factors: {"bias": factor, "backbone": factor}; they multiply.
 
     Returns:
@@ -46,9 +46,9 @@ def get_param_groups(model, *, base_lr, weight_decay, weight_decay_norm, weight_
             lr, decay = base_lr, weight_decay
             if isinstance(module, _NORM_LAYERS):
                 decay = weight_decay_norm
-            elif name == "bias":
+            if name == "bias":
                 lr *= lr_factors["bias"]
-                decay = weight_decay if weight_decay_bias is None else weight_decay_bias
+                decay = decay if weight_decay_bias is None else weight_decay_bias
             if "backbone" in module_name.split("."):
                 lr *= lr_factors["backbone"]
             group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})

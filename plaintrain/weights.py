@@ -1,6 +1,7 @@
 """Pretrained weights: from a name to a state dict to a model, running no code on the way."""
 
 import collections
+import hashlib
 import logging
 import os
 import pickle
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import torchvision
 
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,10 @@ def _download(url):
     """The local copy of an address in torch.hub's cache, downloaded if it is not there."""
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     parts = urlsplit(url)
-    # Detectron2's files all have the same last name; the whole path tells them apart.
-    is_detectron2 = url.startswith(_DETECTRON2_URL)
-    name = parts.path.strip("/").replace("/", "_") if is_detectron2 else os.path.basename(parts.path)
+    name = os.path.basename(parts.path)
+    if parts.hostname != "download.pytorch.org":
+        # torchvision's names are unique; elsewhere only the whole address tells files apart.
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         os.makedirs(folder, exist_ok=True)
@@ -120,7 +122,7 @@ def read_state_dict(path):
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # A damaged file can raise anything while it is unpickled.
-        raise UserError(f"cannot read the weights {path}: {_first_line(e)}") from e
+        raise UserError(f"cannot read the weights {path}: {first_line(e)}") from e
     for key in ("model", "state_dict", "blobs"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -135,8 +137,13 @@ def read_state_dict(path):
     return tensors
 
 
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+_CAFFE2_ENDINGS = {
+    "_(bn|gn)_s": ".norm.weight",
+    "_(bn|gn)_b": ".norm.bias",
+    "_bn_rm": ".norm.running_mean",
+    "_bn_riv": ".norm.running_var",
+    "_w": ".weight",
+}
 
 
 def _from_caffe2(name):
@@ -145,7 +152,7 @@ def _from_caffe2(name):
     name = re.sub(r"^res(\d)_(\d+)_branch1_", r"res\1.\2.shortcut_", name)
     for letter, number in (("a", 1), ("b", 2), ("c", 3)):
         name = re.sub(rf"^res(\d)_(\d+)_branch2{letter}_", rf"res\1.\2.conv{number}_", name)
-    for ending, full in (("_bn_s", ".norm.weight"), ("_bn_b", ".norm.bias"), ("_w", ".weight")):
+    for ending, full in _CAFFE2_ENDINGS.items():
         name = re.sub(ending + "$", full, name)
     return name
 

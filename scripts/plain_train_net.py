@@ -93,9 +93,9 @@ def do_train(cfg, model, resume=False):
             loss_dict = model(data)
             losses = sum(loss for name, loss in loss_dict.items() if "loss" in name)
             # Read the losses of the window only when somebody writes, saves or evaluates.
-            write = every(cfg.LOG_PERIOD, iteration) or iteration == max_iter - 1
             test = every(cfg.TEST.EVAL_PERIOD, iteration) or iteration == max_iter - 1
-            read = write or test or saver.is_due(iteration)
+            write = every(cfg.LOG_PERIOD, iteration) or test
+            read = write or saver.is_due(iteration)
             optimizer.zero_grad()
             losses.backward()
             grad_norm = clip_gradients(need_norm=read)

@@ -562,7 +562,7 @@ def test_tensorboard_takes_images_as_bytes_and_as_floats(tmp_path):
         storage.put_image("bytes", torch.full((3, 4, 4), 255, dtype=torch.uint8))
         storage.put_image("floats", torch.ones(3, 4, 4))
         writer.write()
-        assert storage.images == [] and storage.histograms == []
+        assert not storage.images and not storage.histograms
     writer.close()
     encoded = {tag: value.image.encoded_image_string for _, tag, value in tensorboard_values(tmp_path)}
     assert set(encoded) == {"bytes", "floats"}

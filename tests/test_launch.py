@@ -309,12 +309,13 @@ def test_slurms_tasks_are_joined(tmp_path, per_node, local):
     assert [(f["local_rank"], f["local_size"]) for f in found] == [(i, int(per_node[0])) for i in local]
 
 
-def test_a_batch_script_of_slurm_may_start_the_processes_itself(tmp_path):
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_a_batch_script_of_slurm_may_start_the_processes_itself(tmp_path, num_gpus):
     """sbatch sets SLURM_NTASKS and SLURM_PROCID for its script too; only srun starts that many."""
     env = {key: value for key, value in slurm_env(0).items() if "STEP" not in key}
-    job = Job(launch_helpers.report, tmp_path / "job", env=env, num_gpus_per_machine=2)
+    job = Job(launch_helpers.report, tmp_path / "job", env=env, num_gpus_per_machine=num_gpus)
     wait_all([job])
-    assert job.code == 0 and [rank["world_size"] for rank in job.results()] == [2, 2]
+    assert job.code == 0 and [rank["world_size"] for rank in job.results()] == [num_gpus] * num_gpus
 
 
 # ---- jobs that fail --------------------------------------------------------------------------

@@ -303,14 +303,22 @@ def test_a_cached_file_that_would_run_code_is_refused_and_does_not_run(hub, tmp_
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    "url", ["https://example.invalid/a/mine.pth", "http://example.invalid/mine.pth?token=1"]
-)
-def test_an_address_is_read_from_the_cache(hub, imagenet, url):
-    torch.save(imagenet, hub / "mine.pth")
-    model = make_rcnn()
-    load_weights(model, url)
-    assert_body_equals(model, imagenet)
+def test_addresses_that_end_alike_do_not_share_a_cached_file(hub, imagenet, monkeypatch):
+    other = {name: value + 1 for name, value in imagenet.items()}
+    content = {"https://example.invalid/a/mine.pth": imagenet, "http://example.invalid/b/mine.pth?x=1": other}
+    calls = []
+
+    def download(url, path, hash_prefix=None):
+        calls.append(url)
+        torch.save(content[url], path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        for url, weights in content.items():
+            model = make_rcnn()
+            load_weights(model, url)
+            assert_body_equals(model, weights)
+    assert calls == list(content)
 
 
 def test_what_is_not_cached_is_downloaded_once_and_checked(hub, imagenet, monkeypatch):

@@ -74,8 +74,10 @@ def _resnet(cfg):
             f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}, but depth "
             f"{resnets.DEPTH} has {64 * block.expansion}"
         )
+    if resnets.STRIDE_IN_1X1 and block is BasicBlock:
+        raise UserError(f"MODEL.RESNETS.STRIDE_IN_1X1 needs a DEPTH of 50 or more, not {resnets.DEPTH}")
     body = ResNet(block, layers, groups=groups, width_per_group=width, norm_layer=norm)
-    if resnets.STRIDE_IN_1X1 and block is Bottleneck:
+    if resnets.STRIDE_IN_1X1:
         for stage in (body.layer2, body.layer3, body.layer4):
             stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
     stem = nn.ModuleList([body.conv1])
@@ -112,7 +114,7 @@ def build_retinanet_resnet_fpn_backbone(cfg):
 
 
 def build_mobilenet_v3_large_fpn_backbone(cfg):
-    """MobileNetV3-Large with an FPN on its last two stages; levels of stride 16 (twice) and 32."""
+    """MobileNetV3-Large with an FPN on its last two stages; levels of stride 32, 32 and 64."""
     norm = get_norm(cfg.MODEL.RESNETS.NORM, "MODEL.RESNETS.NORM", ("FrozenBN", "BN", "SyncBN"))
     features = mobilenet_v3_large(norm_layer=norm).features
     starts = [0] + [i for i, block in enumerate(features) if getattr(block, "_is_cn", False)]

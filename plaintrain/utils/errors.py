@@ -9,5 +9,13 @@ class UserError(ValueError):
     """
 
 
+def first_line(error):
+    """What an exception says, in one line that is never empty."""
+    text = str(error).strip()
+    if "Weights only load failed" in text:
+        return "it is not plain data: loading it could run code, which is refused"
+    return (text or type(error).__name__).splitlines()[0]
+
+
 class ConfigError(UserError):
     """A config file, key or value that cannot be used."""

@@ -35,7 +35,7 @@ def atomic_write(path, mode="w"):
 
 # What a run leaves in its output folder; anything else there belongs to somebody else.
 _RUN_FILES = re.compile(
-    r"model_(\d{7}|final|best)\.pth|last_checkpoint|config(-\d+)?\.yaml|metrics\.json|inference"
+    r"model_(\d{7,}|final|best)\.pth|last_checkpoint|config(-\d+)?\.yaml|metrics\.json|inference"
     r"|log\.txt(\.rank\d+)?|events\.out\.tfevents\..*"
 )
 

@@ -14,6 +14,7 @@ import torch
 _STORAGES = []
 # Tensors are fetched at the latest when this many scalars wait, so memory stays bounded.
 _MAX_PENDING = 10_000
+_MAX_IMAGES = 100
 
 
 def every(period, iteration):
@@ -86,7 +87,8 @@ class EventStorage:
         self._smoothed = {}
         self._nonfinite = {}
         self._scope = ""
-        self.images, self.histograms = [], []
+        self.clear_images()
+        self.clear_histograms()
 
     def put_scalar(self, name, value, smoothing_hint=True, cur_iter=None):
         """Store one scalar; see `put_scalars`."""
@@ -175,10 +177,11 @@ class EventStorage:
         self.histograms.append((self._scope + hist_name, values, bins, self.iter))
 
     def clear_images(self):
-        self.images = []
+        # The newest only: on ranks without writers nobody takes them out.
+        self.images = deque(maxlen=_MAX_IMAGES)
 
     def clear_histograms(self):
-        self.histograms = []
+        self.histograms = deque(maxlen=_MAX_IMAGES)
 
     def history(self, name):
         """The `HistoryBuffer` of a scalar; `KeyError` if it was never stored."""
