@@ -205,10 +205,17 @@ def _settle_num_classes(cfg, eval_only):
     logger.info(f"{key} is {len(classes)}: {', '.join(classes)}")
 
 
-def _check_before_training(cfg, resume, eval_only):
+def _check_values(cfg):
     for key, least in _LEAST.items():
         if get_value(cfg, key) < least:
             raise UserError(f"{key} is {get_value(cfg, key)}, but must be at least {least}")
+    for row in cfg.TEST.EXPECTED_RESULTS:
+        if not isinstance(row, list) or len(row) != 4:
+            raise UserError(f"TEST.EXPECTED_RESULTS holds {row!r}, not [task, metric, value, tolerance]")
+
+
+def _check_before_training(cfg, resume, eval_only):
+    _check_values(cfg)
     world_size = comm.get_world_size()
     if not eval_only:
         if not cfg.DATASETS.TRAIN:

@@ -78,7 +78,7 @@ def do_train(cfg, model, resume=False):
     data_loader = build_detection_train_loader(cfg, start_iter=start_iter)
     writers = default_writers(cfg.OUTPUT_DIR, max_iter) if comm.is_main_process() else []
     results, config = {}, cfg.dump()
-    logger.info(f"starting training from iteration {start_iter}")
+    logger.info(f"starting training from iteration {start_iter} of {max_iter}")
     with EventStorage(start_iter) as storage, contextlib.ExitStack() as closing:
         for writer in writers:
             closing.callback(writer.close)
@@ -102,10 +102,10 @@ def do_train(cfg, model, resume=False):
             optimizer.step()
             storage.put_scalar("lr", optimizer.param_groups[0]["lr"], smoothing_hint=False)
             scheduler.step()
-            storage.put_scalars(**comm.reduce_dict({"total_loss": losses, **loss_dict}))
+            reduced = comm.reduce_dict({"total_loss": losses, **loss_dict})
+            storage.put_scalars(**reduced, time=time.perf_counter() - start, data_time=data_time)
             if grad_norm is not None:
                 storage.put_scalar("grad_norm", grad_norm)
-            storage.put_scalars(time=time.perf_counter() - start, data_time=data_time)
             if read:
                 storage.raise_if_nonfinite(data_loader.file_names)  # sync point
                 comm.average_buffers(model)

@@ -13,7 +13,9 @@ import time
 from collections import defaultdict
 
 import torch
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from plaintrain.utils.storage import EventStorage, every, get_event_storage
@@ -27,6 +29,8 @@ __all__ = [
     "every",
     "get_event_storage",
 ]
+
+_FLUSH_SECONDS = 30
 
 
 class EventWriter:
@@ -48,8 +52,9 @@ class CommonMetricPrinter(EventWriter):
         self._last_write = None
 
     def _seconds_per_iter(self, storage):
-        if "time" in storage.latest():
-            return storage.history("time").median(1000)
+        latest = storage.latest_with_smoothing_hint(self._window_size)
+        if "time" in latest:
+            return latest["time"][0]
         before, now = self._last_write, (storage.iter, time.perf_counter())
         self._last_write = now
         if before is None or now[0] <= before[0]:
@@ -127,30 +132,43 @@ class TensorboardXWriter(EventWriter):
 
     def __init__(self, log_dir, window_size=20):
         self._log_dir, self._window_size = log_dir, window_size
-        self._writer, self._last_write = None, -1
+        self._file, self._last_write, self._last_flush = None, -1, 0.0
+
+    def _open(self, start_iter):
+        os.makedirs(self._log_dir, exist_ok=True)
+        # SummaryWriter would send each event through a queue to a thread: three times the work.
+        self._file = EventsWriter(os.path.join(self._log_dir, "events"))
+        if start_iter:
+            # Hides what an interrupted run wrote beyond the point it is resumed from.
+            log = SessionLog(status=SessionLog.START)
+            self._file.write_event(Event(session_log=log, step=start_iter, wall_time=time.time()))
+
+    def _add(self, contents, at):
+        self._file.write_event(Event(summary=contents, step=at, wall_time=time.time()))
 
     def write(self):
         """Write what is new since the last call; takes the images and histograms out of the storage."""
         storage = get_event_storage()
-        if self._writer is None:
-            # purge_step hides what an interrupted run wrote beyond the point it is resumed from.
-            purge = storage.start_iter or None
-            self._writer = SummaryWriter(self._log_dir, purge_step=purge)
+        if self._file is None:
+            self._open(storage.start_iter)
         values = defaultdict(list)
         for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
             if at > self._last_write:
                 values[at].append(Summary.Value(tag=name, simple_value=value))
         for at in sorted(values):
-            # One event for all scalars of an iteration: add_scalar would make one each.
-            self._writer.file_writer.add_summary(Summary(value=values[at]), at)
+            self._add(Summary(value=values[at]), at)
             self._last_write = at
         for name, image, at in storage.images:
-            self._writer.add_image(name, image.numpy(), at)
-        for name, values, bins, at in storage.histograms:
-            self._writer.add_histogram(name, values.numpy(), at, bins=bins)
+            self._add(summary.image(name, image.numpy()), at)
+        for name, numbers, bins, at in storage.histograms:
+            self._add(summary.histogram(name, numbers.numpy(), bins), at)
         storage.clear_images()
         storage.clear_histograms()
+        # A flush waits for the disk.
+        if time.monotonic() - self._last_flush > _FLUSH_SECONDS:
+            self._file.flush()
+            self._last_flush = time.monotonic()
 
     def close(self):
-        if self._writer is not None:
-            self._writer.close()
+        if self._file is not None:
+            self._file.close()

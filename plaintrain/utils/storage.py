@@ -117,9 +117,9 @@ class EventStorage:
             else:
                 self._pending.append((iteration, (name,), float(value)))
         if names:
-            # stack copies, so that a tensor changed in place later is kept as it is now.
-            with torch.no_grad():
-                self._pending.append((iteration, names, torch.stack(tensors)))
+            # stack copies, so that a tensor changed in place later is kept as it is now; detaching
+            # its one result is cheaper than entering no_grad.
+            self._pending.append((iteration, names, torch.stack(tensors).detach()))
         self._num_pending += len(scalars)
         if self._num_pending > _MAX_PENDING:
             self._fetch()
