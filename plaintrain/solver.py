@@ -201,21 +201,22 @@ def build_gradient_clipper(cfg, model):
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     parameters = [p for p in model.parameters() if p.requires_grad]
-    norm_type = clip.NORM_TYPE if clip.ENABLED else 2.0
+    kind = clip.CLIP_TYPE if clip.ENABLED else None
+    limit, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0
 
     def clip_gradients(need_norm):
         """Clip now; see `build_gradient_clipper`."""
-        if clip.ENABLED and clip.CLIP_TYPE == "full_model":
-            return torch.nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type)
+        if kind == "full_model":
+            return torch.nn.utils.clip_grad_norm_(parameters, limit, norm_type)
         norm = None
         if need_norm:
             grads = [p.grad for p in parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads, norm_type)
-        if clip.ENABLED and clip.CLIP_TYPE == "value":
-            torch.nn.utils.clip_grad_value_(parameters, clip.CLIP_VALUE)
-        elif clip.ENABLED:
+        if kind == "value":
+            torch.nn.utils.clip_grad_value_(parameters, limit)
+        elif kind == "norm":
             for parameter in parameters:
-                torch.nn.utils.clip_grad_norm_(parameter, clip.CLIP_VALUE, norm_type)
+                torch.nn.utils.clip_grad_norm_(parameter, limit, norm_type)
         return norm
 
     return clip_gradients
