@@ -18,13 +18,21 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _forget_datasets():
-    """What a test registers is forgotten after it."""
+    """What a test registers or loads is forgotten after it."""
     catalogs = (DatasetCatalog, MetadataCatalog)
     before = [set(catalog.list()) for catalog in catalogs]
+    loaded = set(DatasetCatalog._loaded)
+    metadata = {name: dict(vars(MetadataCatalog.get(name))) for name in MetadataCatalog.list()}
     yield
     for catalog, names in zip(catalogs, before, strict=True):
         for name in set(catalog.list()) - names:
             catalog.remove(name)
+    for name in set(DatasetCatalog._loaded) - loaded:
+        del DatasetCatalog._loaded[name]
+    for name, known in metadata.items():
+        now = vars(MetadataCatalog.get(name))
+        now.clear()
+        now.update(known)
 
 
 @pytest.fixture

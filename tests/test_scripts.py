@@ -317,7 +317,7 @@ def test_the_loop_of_the_seed_trains_with_only_the_package_name_changed(config, 
     script = tmp_path / "seed.py"
     script.write_text(loop)
     out = tmp_path / "out"
-    args = ("OUTPUT_DIR", out, "SOLVER.MAX_ITER", 80, "SOLVER.BASE_LR", 0.005)
+    args = ("OUTPUT_DIR", out, "SOLVER.MAX_ITER", 400, "SOLVER.BASE_LR", 0.005)
     done = run("--config-file", config, *args, script=script)
     assert done.returncode == 0, done.stderr
     values = list(losses(out).values())
