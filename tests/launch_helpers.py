@@ -97,6 +97,8 @@ class Job:
 
 def _call_launch(log, env, slow, main_func, args, kwargs):
     os.setpgid(0, 0)
+    # A shell's background job, as CI may be, hands down that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     fd = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)

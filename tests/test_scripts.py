@@ -78,7 +78,13 @@ def start_slow_run(config, folder, *args):
     command = [sys.executable, TRAIN, "--config-file", config, *args, "OUTPUT_DIR", folder]
     command += ["SOLVER.MAX_ITER", "5000"]
     process = subprocess.Popen(
-        list(map(str, command)), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        list(map(str, command)),
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job, as CI may be, hands down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.time() + 90
     while not (folder / "last_checkpoint").exists():
