@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 _LAST = "last_checkpoint"
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint that cannot be read at all; an earlier one may be whole."""
+
+
 def unwrap_model(model):
     """The module inside DistributedDataParallel or DataParallel, or the model itself."""
     if isinstance(model, DistributedDataParallel | DataParallel):
@@ -110,7 +114,7 @@ class DetectionCheckpointer:
         """Paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
         if not os.path.isdir(self.save_dir):
             return []
-        names = [n for n in os.listdir(self.save_dir) if re.fullmatch(r"\w+_(\d{7,}|final)\.pth", n)]
+        names = [n for n in os.listdir(self.save_dir) if re.fullmatch(r"model_(\d{7,}|final)\.pth", n)]
         return [self._path(name) for name in sorted(names, key=self._age)]
 
     def _age(self, name):
@@ -154,7 +158,7 @@ class DetectionCheckpointer:
             data = torch.load(path, map_location="cpu", weights_only=True)
             state = data.pop("model")
         except Exception as e:  # A damaged file can raise anything while it is unpickled.
-            raise UserError(f"cannot read the checkpoint {path}: {first_line(e)}") from e
+            raise DamagedCheckpointError(f"cannot read the checkpoint {path}: {first_line(e)}") from e
         try:
             self.model.load_state_dict(state)
         except RuntimeError as e:
@@ -186,8 +190,8 @@ class DetectionCheckpointer:
         for i, candidate in enumerate(candidates):
             try:
                 data = self.load(candidate)
-            except UserError as e:
-                if "cannot read" not in str(e) or i + 1 == len(candidates):
+            except DamagedCheckpointError as e:
+                if i + 1 == len(candidates):
                     raise
                 logger.warning(f"{e}; trying {candidates[i + 1]}")
             else:

@@ -10,7 +10,8 @@ import torch
 
 from plaintrain.config import check_cfg, get_cfg, get_value
 from plaintrain.data.builtin import EVALUATORS, declare_datasets
-from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, class_names
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, common_class_names
+from plaintrain.data.loader import check_batch_size
 from plaintrain.data.records import check_image_files
 from plaintrain.evaluation.loop import flatten_results
 from plaintrain.launch import launch
@@ -100,6 +101,7 @@ def default_setup(cfg, args):
     said = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL)
     log.addHandler(said)
     check_cfg(cfg)
+    _set(cfg, "OUTPUT_DIR", os.path.expanduser(cfg.OUTPUT_DIR))
     declare_datasets(cfg)
     _settle_seed(cfg, resume)
     _settle_num_classes(cfg, eval_only)
@@ -139,7 +141,6 @@ def _set(cfg, key, value):
 
 
 def _prepare_output(cfg, fresh):
-    _set(cfg, "OUTPUT_DIR", os.path.expanduser(cfg.OUTPUT_DIR))
     folder = cfg.OUTPUT_DIR
     moved = None
     if comm.is_main_process():
@@ -188,13 +189,7 @@ def _settle_num_classes(cfg, eval_only):
     names = [*train, *cfg.DATASETS.TEST]
     if not names:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: give --config-file, or name a dataset")
-    classes = class_names(names[0])
-    for name in names[1:]:
-        if class_names(name) != classes:
-            raise UserError(
-                f"the datasets {names[0]} and {name} have different classes: {classes} and "
-                f"{class_names(name)}"
-            )
+    classes = common_class_names(names)
     given = get_value(cfg, key)
     if given not in (0, len(classes)):
         raise UserError(
@@ -216,15 +211,10 @@ def _check_values(cfg):
 
 def _check_before_training(cfg, resume, eval_only):
     _check_values(cfg)
-    world_size = comm.get_world_size()
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise UserError("DATASETS.TRAIN is empty: name at least one dataset")
-        if cfg.SOLVER.IMS_PER_BATCH % world_size:
-            raise UserError(
-                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {world_size} processes "
-                "cannot share evenly"
-            )
+        check_batch_size(cfg)
     for name in cfg.DATASETS.TEST:
         _check_test_dataset(name)
     if cfg.MODEL.WEIGHTS and not resume:

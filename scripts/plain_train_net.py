@@ -4,7 +4,7 @@
 python scripts/plain_train_net.py --config-file configs/quickstart.yaml
 python scripts/plain_train_net.py --config-file configs/quickstart.yaml --resume
 python scripts/plain_train_net.py --config-file configs/quickstart.yaml --eval-only \\
-    MODEL.WEIGHTS output/model_final.pth
+    MODEL.WEIGHTS output/quickstart/model_final.pth
 
 The file is made to be copied: change the data, the evaluator or the loss where they are called.
 """
@@ -95,7 +95,8 @@ def do_train(cfg, model, resume=False):
             # Read the losses of the window only when somebody writes, saves or evaluates.
             test = every(cfg.TEST.EVAL_PERIOD, iteration) or iteration == max_iter - 1
             write = every(cfg.LOG_PERIOD, iteration) or test
-            read = write or saver.is_due(iteration)
+            save = saver.is_due(iteration)
+            read = write or save
             optimizer.zero_grad()
             losses.backward()
             grad_norm = clip_gradients(need_norm=read)
@@ -108,6 +109,7 @@ def do_train(cfg, model, resume=False):
                 storage.put_scalar("grad_norm", grad_norm)
             if read:
                 storage.raise_if_nonfinite(data_loader.file_names)  # sync point
+            if save or test:
                 comm.average_buffers(model)
             # The checkpoint comes first: a failing evaluation loses nothing.
             saver.step(iteration, config=config)

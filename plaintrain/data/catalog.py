@@ -135,6 +135,22 @@ def class_names(name):
     return list(metadata.thing_classes)
 
 
+def common_class_names(names):
+    """The class names that all of these datasets have.
+
+    Raises:
+        UserError: two of them differ, or one is unknown or names no classes.
+    """
+    classes = class_names(names[0])
+    for name in names[1:]:
+        if class_names(name) != classes:
+            raise UserError(
+                f"the datasets {names[0]} and {name} have different classes: {classes} and "
+                f"{class_names(name)}"
+            )
+    return classes
+
+
 def select_classes(found, wanted, where):
     """The classes to use, in order.
 

@@ -142,7 +142,8 @@ class _Batches:
         return map(self._batch, itertools.count(self._start_iter))
 
 
-def _batch_size(cfg):
+def check_batch_size(cfg):
+    """SOLVER.IMS_PER_BATCH, or a `UserError` if the processes cannot share it evenly."""
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise UserError(
@@ -169,7 +170,7 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
     Raises:
         UserError: an unusable dataset, or a batch that the ranks cannot share evenly.
     """
-    batch_size = _batch_size(cfg)
+    batch_size = check_batch_size(cfg)
     if dataset is None:
         filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty)
@@ -179,7 +180,7 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
             sizes = [(record["height"], record["width"]) for record in dataset]
             groups = aspect_ratio_groups(*zip(*sizes, strict=True)) if sizes else None
-        seed = max(cfg.SEED, 0)
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         sampler = TrainingSampler(len(dataset), batch_size, seed=seed, groups=groups)
     mapper = mapper or DatasetMapper(cfg, is_train=True)
     num_workers = cfg.DATALOADER.NUM_WORKERS

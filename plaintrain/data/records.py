@@ -5,7 +5,7 @@ import numbers
 import os
 from collections import Counter
 
-from plaintrain.data.catalog import DatasetCatalog, class_names
+from plaintrain.data.catalog import DatasetCatalog, common_class_names
 from plaintrain.data.shapes import SCHEME
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
@@ -34,14 +34,9 @@ def get_detection_dataset_dicts(names, filter_empty=True):
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise UserError("DATASETS.TRAIN is empty: name at least one dataset")
-    classes = class_names(names[0])
+    classes = common_class_names(names)
     counts, histogram, records = Counter(), Counter(), []
     for name in names:
-        if class_names(name) != classes:
-            raise UserError(
-                f"the datasets {names[0]} and {name} have different classes: {classes} and "
-                f"{class_names(name)}"
-            )
         for record in DatasetCatalog.get(name):
             for key in _RECORD_KEYS:
                 if key not in record:
