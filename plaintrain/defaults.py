@@ -19,7 +19,8 @@ _C.LOG_PERIOD = 20
 
 # ---- model -----------------------------------------------------------------------------------
 _C.MODEL = CN()
-# GeneralizedRCNN (Faster R-CNN) or RetinaNet.
+# GeneralizedRCNN (Faster, Mask and Keypoint R-CNN), ProposalNetwork (its RPN alone), RetinaNet, FCOS
+# or SSD (with SSDlite).
 _C.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
 # auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps.
 _C.MODEL.DEVICE = "auto"
@@ -30,14 +31,16 @@ _C.MODEL.WEIGHTS = ""
 # Per-channel mean and standard deviation of the input (0 to 255), in the order of INPUT.FORMAT.
 _C.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
 _C.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
-# Variants that are not built: these accept only False.
+# Heads of GeneralizedRCNN beside the boxes: Mask R-CNN, Keypoint R-CNN, or both.
 _C.MODEL.MASK_ON = False
 _C.MODEL.KEYPOINT_ON = False
+# Not built: accepts only False.
 _C.MODEL.LOAD_PROPOSALS = False
 
 _C.MODEL.BACKBONE = CN()
 # build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone (levels p3 to p7),
-# build_mobilenet_v3_large_fpn_backbone, build_tiny_backbone.
+# build_mobilenet_v3_large_fpn_backbone, build_tiny_backbone; for SSD build_ssd_vgg16_backbone,
+# build_ssdlite_mobilenet_v3_large_backbone, build_tiny_backbone.
 _C.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
 # First stages that are not trained: 0 none, 1 the stem, 2 stem and res2, ... 5 all.
 _C.MODEL.BACKBONE.FREEZE_AT = 2
@@ -47,6 +50,9 @@ _C.MODEL.RESNETS = CN()
 _C.MODEL.RESNETS.DEPTH = 50
 # FrozenBN, BN, SyncBN or GN. From random weights FrozenBN does not learn.
 _C.MODEL.RESNETS.NORM = "FrozenBN"
+# Added to the variance in every norm of the backbone. torchvision evaluates the detectors of its first
+# COCO weights (fasterrcnn, maskrcnn, keypointrcnn and retinanet_resnet50_fpn) with 0.
+_C.MODEL.RESNETS.NORM_EPS = 1e-5
 # More than one group makes a ResNeXt (depth 50 and more): 32x8d is NUM_GROUPS 32, WIDTH_PER_GROUP 8.
 _C.MODEL.RESNETS.NUM_GROUPS = 1
 _C.MODEL.RESNETS.WIDTH_PER_GROUP = 64
@@ -61,8 +67,10 @@ _C.MODEL.RESNETS.RES2_OUT_CHANNELS = 0
 _C.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, False, False, False]
 
 _C.MODEL.TINY = CN()
-# build_tiny_backbone: two 3x3 convolutions per entry, the first of stride 2; one output level.
+# build_tiny_backbone: two 3x3 convolutions per entry, the first of stride 2.
 _C.MODEL.TINY.CHANNELS = [32, 64, 128]
+# Output levels: of the last so many entries.
+_C.MODEL.TINY.NUM_LEVELS = 1
 _C.MODEL.TINY.OUT_CHANNELS = 64
 # BN, SyncBN or GN.
 _C.MODEL.TINY.NORM = "GN"
@@ -74,14 +82,20 @@ _C.MODEL.FPN.NORM = ""
 # Stages the FPN reads; empty means the ones the backbone always uses.
 _C.MODEL.FPN.IN_FEATURES = []
 _C.MODEL.FPN.FUSE_TYPE = "sum"
+# What P6 of build_retinanet_resnet_fpn_backbone is made from: p5 (torchvision) or res5 (Detectron2,
+# torchvision's retinanet_resnet50_fpn_v2).
+_C.MODEL.FPN.P6_IN_FEATURE = "p5"
 
 _C.MODEL.ANCHOR_GENERATOR = CN()
-_C.MODEL.ANCHOR_GENERATOR.NAME = "DefaultAnchorGenerator"
+# AnchorGenerator (torchvision's: rounded to whole pixels, strides from the sizes of the feature maps)
+# or DefaultAnchorGenerator (Detectron2's: not rounded, the backbone's own strides).
+_C.MODEL.ANCHOR_GENERATOR.NAME = "AnchorGenerator"
 # One list a feature level, in pixels of the network's input: the square root of an anchor's area.
 # A single list serves every level.
 _C.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
 # Height / width; one list a level, or a single list for every level.
 _C.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.5, 1.0, 2.0]]
+# Of the first anchor's centre, in strides; DefaultAnchorGenerator only.
 _C.MODEL.ANCHOR_GENERATOR.OFFSET = 0.0
 
 _C.MODEL.PROPOSAL_GENERATOR = CN()
@@ -129,12 +143,19 @@ _C.MODEL.ROI_HEADS.NMS_THRESH_TEST = 0.5
 
 _C.MODEL.ROI_BOX_HEAD = CN()
 _C.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+# ROIAlign (torchvision's) or ROIAlignV2 (Detectron2's: aligned, without the half-pixel shift).
 _C.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIAlign"
 _C.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+# Samples per bin and side; 0 takes as many as the bin has pixels.
 _C.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO = 2
+# The head: NUM_CONV 3x3 convolutions of CONV_DIM channels with NORM ("", BN, SyncBN or GN), then
+# NUM_FC layers of FC_DIM. 0 and 2 is the usual head, 4 and 1 with BN that of
+# torchvision's fasterrcnn_resnet50_fpn_v2.
 _C.MODEL.ROI_BOX_HEAD.NUM_FC = 2
 _C.MODEL.ROI_BOX_HEAD.FC_DIM = 1024
 _C.MODEL.ROI_BOX_HEAD.NUM_CONV = 0
+_C.MODEL.ROI_BOX_HEAD.CONV_DIM = 256
+_C.MODEL.ROI_BOX_HEAD.NORM = ""
 _C.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 _C.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE = "smooth_l1"
 _C.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT = 1.0
@@ -144,8 +165,29 @@ _C.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES = False
 
 _C.MODEL.ROI_MASK_HEAD = CN()
 _C.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-_C.MODEL.ROI_MASK_HEAD.NUM_CONV = 4
+_C.MODEL.ROI_MASK_HEAD.POOLER_TYPE = "ROIAlign"
+# Masks are predicted at twice this resolution.
 _C.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 14
+_C.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO = 2
+_C.MODEL.ROI_MASK_HEAD.NUM_CONV = 4
+_C.MODEL.ROI_MASK_HEAD.CONV_DIM = 256
+# "" (none), BN, SyncBN or GN.
+_C.MODEL.ROI_MASK_HEAD.NORM = ""
+_C.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = False
+
+_C.MODEL.ROI_KEYPOINT_HEAD = CN()
+_C.MODEL.ROI_KEYPOINT_HEAD.NAME = "KRCNNConvDeconvUpsampleHead"
+_C.MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE = "ROIAlign"
+# Heatmaps are predicted at four times this resolution.
+_C.MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION = 14
+_C.MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO = 2
+_C.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = [512, 512, 512, 512, 512, 512, 512, 512]
+# 0 asks the training dataset.
+_C.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 0
+# Images with fewer labelled keypoints are left out of training.
+_C.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE = 1
+_C.MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS = True
+_C.MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT = 1.0
 
 _C.MODEL.RETINANET = CN()
 # Classes; 0 asks the training dataset.
@@ -162,12 +204,48 @@ _C.MODEL.RETINANET.SCORE_THRESH_TEST = 0.05
 _C.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 1000
 _C.MODEL.RETINANET.NMS_THRESH_TEST = 0.5
 _C.MODEL.RETINANET.BBOX_REG_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+# smooth_l1, or giou as torchvision's retinanet_resnet50_fpn_v2.
 _C.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "smooth_l1"
 _C.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA = 0.0
 _C.MODEL.RETINANET.FOCAL_LOSS_GAMMA = 2.0
 _C.MODEL.RETINANET.FOCAL_LOSS_ALPHA = 0.25
 # Norm of the head's towers: "" (none) or GN.
 _C.MODEL.RETINANET.NORM = ""
+
+_C.MODEL.FCOS = CN()
+# Classes; 0 asks the training dataset.
+_C.MODEL.FCOS.NUM_CLASSES = 0
+_C.MODEL.FCOS.NUM_CONVS = 4
+# Score every location starts with, set through the classifier's bias.
+_C.MODEL.FCOS.PRIOR_PROB = 0.01
+# A location belongs to a box if it is within this many strides of its centre.
+_C.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+_C.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+# Candidates per level before NMS.
+_C.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+_C.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+
+_C.MODEL.SSD = CN()
+# Classes without the background; 0 asks the training dataset.
+_C.MODEL.SSD.NUM_CLASSES = 0
+# SSDHead (3x3 convolutions) or SSDLiteHead (depthwise separable ones).
+_C.MODEL.SSD.HEAD_NAME = "SSDHead"
+# One list a level; each ratio r stands for r and 1/r, and 1 is always there.
+_C.MODEL.SSD.ASPECT_RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
+# Side of the boxes as a share of the image, one a level and one more; empty spreads them evenly from
+# MIN_RATIO to MAX_RATIO.
+_C.MODEL.SSD.SCALES = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
+_C.MODEL.SSD.MIN_RATIO = 0.15
+_C.MODEL.SSD.MAX_RATIO = 0.9
+# Distance of box centres in pixels, one a level; empty takes it from the sizes of the feature maps.
+_C.MODEL.SSD.STEPS = [8, 16, 32, 64, 100, 300]
+# Boxes with at least this IoU are foreground, and the share of foreground after hard negative mining.
+_C.MODEL.SSD.IOU_THRESHOLD = 0.5
+_C.MODEL.SSD.POSITIVE_FRACTION = 0.25
+_C.MODEL.SSD.SCORE_THRESH_TEST = 0.01
+# Candidates per class before NMS.
+_C.MODEL.SSD.TOPK_CANDIDATES_TEST = 400
+_C.MODEL.SSD.NMS_THRESH_TEST = 0.45
 
 # ---- input -----------------------------------------------------------------------------------
 _C.INPUT = CN()
@@ -179,6 +257,12 @@ _C.INPUT.MAX_SIZE_TRAIN = 1333
 # Shortest and longest side in evaluation, pixels; MIN_SIZE_TEST 0 keeps the image as it is.
 _C.INPUT.MIN_SIZE_TEST = 800
 _C.INPUT.MAX_SIZE_TEST = 1333
+# (height, width): resize to exactly this, in training and evaluation, instead of the above; SSD needs
+# it. (0, 0) is off.
+_C.INPUT.FIXED_SIZE = (0, 0)
+# Augmentations that come before CROP, the resize and RANDOM_FLIP, in order; each a name, or a name with
+# arguments: [RandomPhotometricDistort, {RandomZoomOut: {p: 0.3}}, RandomIoUCrop]. README lists them.
+_C.INPUT.AUGMENTATIONS = []
 # horizontal, vertical or none; half of the images are flipped.
 _C.INPUT.RANDOM_FLIP = "horizontal"
 _C.INPUT.CROP = CN()
@@ -195,15 +279,30 @@ _C.DATASETS = CN()
 # Names of registered or declared datasets; several are joined.
 _C.DATASETS.TRAIN = ()
 _C.DATASETS.TEST = ()
-# Datasets declared here: name -> {FORMAT: coco | voc | shapes, ...}; see README.
+# WeightedTrainingSampler: [[name, factor], ...]; datasets that are not named have factor 1.
+_C.DATASETS.TRAIN_REPEAT_FACTOR = []
+# Datasets declared here: name -> {FORMAT: coco | voc | yolo | shapes | images | concat, ...};
+# see README.
 _C.DATASETS.DECLARE = CN(new_allowed=True)
 
 _C.DATALOADER = CN()
 # Worker processes per rank; 0 loads in the training process.
 _C.DATALOADER.NUM_WORKERS = 4
-# Batches of upright images apart from batches of wide ones, to pad less.
+# Images of like shape in one batch, to pad less.
 _C.DATALOADER.ASPECT_RATIO_GROUPING = True
+# Batches that are cut from one window of images sorted by aspect ratio, and shuffled after; 0 makes two
+# groups instead, upright and wide.
+_C.DATALOADER.GROUP_WINDOW = 100
+# TrainingSampler: every image once a pass. RepeatFactorTrainingSampler: images of rare classes more
+# often (LVIS). ClassBalancedTrainingSampler: every class as often. WeightedTrainingSampler: by
+# DATASETS.TRAIN_REPEAT_FACTOR. RandomSubsetTrainingSampler: a fixed random share of the images.
 _C.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
+# RepeatFactorTrainingSampler: classes in a smaller share of the images than this are repeated, by the
+# square root of the quotient (REPEAT_SQRT) or the quotient itself.
+_C.DATALOADER.REPEAT_THRESHOLD = 0.0
+_C.DATALOADER.REPEAT_SQRT = True
+# RandomSubsetTrainingSampler: the share of the images to use, in (0, 1].
+_C.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
 # Leave out training images that have no annotation but crowds.
 _C.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
 
@@ -261,6 +360,8 @@ _C.TEST.EVAL_PERIOD = 0
 # [[task, metric, value, tolerance], ...]: the run fails when the last evaluation is further off.
 _C.TEST.EXPECTED_RESULTS = []
 _C.TEST.DETECTIONS_PER_IMAGE = 100
+# Standard deviations of the keypoints in COCO's OKS, one a keypoint; empty means COCO's for 17 of them.
+_C.TEST.KEYPOINT_OKS_SIGMAS = []
 # Images per rank and step in evaluation.
 _C.TEST.IMS_PER_BATCH = 1
 # Not built: these accept only False.
@@ -279,20 +380,26 @@ _FPN = _RESNET + "|build_mobilenet_v3_large_fpn_backbone"
 SUPPORTED = {
     "": {
         "VERSION": (2,),
-        "MODEL.MASK_ON": (False,),
-        "MODEL.KEYPOINT_ON": (False,),
         "MODEL.LOAD_PROPOSALS": (False,),
         "INPUT.FORMAT": ("RGB", "BGR"),
         "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
         "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
-        "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
+        "DATALOADER.SAMPLER_TRAIN": (
+            "TrainingSampler",
+            "RepeatFactorTrainingSampler",
+            "ClassBalancedTrainingSampler",
+            "WeightedTrainingSampler",
+            "RandomSubsetTrainingSampler",
+        ),
         "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
         "SOLVER.WARMUP_METHOD": ("linear", "constant"),
         "SOLVER.AMP.ENABLED": (False,),
         "SOLVER.REFERENCE_WORLD_SIZE": (0,),
         "TEST.AUG.ENABLED": (False,),
         "TEST.PRECISE_BN.ENABLED": (False,),
-        "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
+        "MODEL.ANCHOR_GENERATOR.NAME": ("AnchorGenerator", "DefaultAnchorGenerator"),
+    },
+    "MODEL.ANCHOR_GENERATOR.NAME=AnchorGenerator": {
         "MODEL.ANCHOR_GENERATOR.OFFSET": (0.0,),
     },
     _FPN: {
@@ -310,7 +417,8 @@ SUPPORTED = {
         "MODEL.ROI_HEADS.IN_FEATURES": ([], ["p2", "p3", "p4", "p5"]),
     },
     "MODEL.BACKBONE.NAME=build_retinanet_resnet_fpn_backbone": {
-        "MODEL.META_ARCHITECTURE": ("RetinaNet",),
+        "MODEL.META_ARCHITECTURE": ("RetinaNet", "FCOS"),
+        "MODEL.FPN.P6_IN_FEATURE": ("p5", "res5"),
         "MODEL.RESNETS.OUT_FEATURES": ([], ["res3", "res4", "res5"]),
         "MODEL.FPN.IN_FEATURES": ([], ["res3", "res4", "res5"]),
         "MODEL.RETINANET.IN_FEATURES": (["p3", "p4", "p5", "p6", "p7"],),
@@ -321,7 +429,11 @@ SUPPORTED = {
     "SOLVER.CLIP_GRADIENTS.ENABLED=True": {
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
     },
-    "MODEL.META_ARCHITECTURE=GeneralizedRCNN": {
+    "MODEL.META_ARCHITECTURE=RetinaNet|FCOS|SSD|ProposalNetwork": {
+        "MODEL.MASK_ON": (False,),
+        "MODEL.KEYPOINT_ON": (False,),
+    },
+    "MODEL.META_ARCHITECTURE=GeneralizedRCNN|ProposalNetwork": {
         "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
         "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
         "MODEL.RPN.BOUNDARY_THRESH": (-1,),
@@ -331,23 +443,36 @@ SUPPORTED = {
         "MODEL.RPN.BBOX_REG_WEIGHTS": ((1.0, 1.0, 1.0, 1.0),),
         "MODEL.RPN.SMOOTH_L1_BETA": (1.0 / 9,),
         "MODEL.RPN.LOSS_WEIGHT": (1.0,),
+    },
+    "MODEL.META_ARCHITECTURE=GeneralizedRCNN": {
         "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
         "MODEL.ROI_HEADS.IOU_LABELS": ([0, 1],),
         "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": (True,),
         "MODEL.ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead",),
-        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlign",),
-        "MODEL.ROI_BOX_HEAD.NUM_FC": (2,),
-        "MODEL.ROI_BOX_HEAD.NUM_CONV": (0,),
+        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlign", "ROIAlignV2"),
         "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
         "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": (1.0,),
         "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (1.0 / 9,),
         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": (False,),
         "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": (False,),
     },
+    "MODEL.MASK_ON=True": {
+        "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
+        "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("ROIAlign", "ROIAlignV2"),
+        "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": (False,),
+    },
+    "MODEL.KEYPOINT_ON=True": {
+        "MODEL.ROI_KEYPOINT_HEAD.NAME": ("KRCNNConvDeconvUpsampleHead",),
+        "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": ("ROIAlign", "ROIAlignV2"),
+        "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": (True,),
+    },
+    "MODEL.META_ARCHITECTURE=SSD": {
+        "MODEL.SSD.HEAD_NAME": ("SSDHead", "SSDLiteHead"),
+    },
     "MODEL.META_ARCHITECTURE=RetinaNet": {
         "MODEL.RETINANET.NUM_CONVS": (4,),
         "MODEL.RETINANET.IOU_LABELS": ([0, -1, 1],),
-        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
+        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
         "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": (0.0,),
         "MODEL.RETINANET.FOCAL_LOSS_GAMMA": (2.0,),
         "MODEL.RETINANET.FOCAL_LOSS_ALPHA": (0.25,),

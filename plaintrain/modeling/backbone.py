@@ -1,15 +1,19 @@
 """Backbones: an image tensor in, a dict of feature maps of one width out.
 
-Every builder sets `out_channels` and `level_names` (the keys of its output, finest first).
+Those that any detector but SSD can use set `out_channels`, `level_names` (the keys of their output,
+finest first) and `strides` (input pixels per location, one a level).
 Parameter names are torchvision's.
 """
 
 import difflib
+import functools
 import math
 
 from torch import nn
-from torchvision.models import mobilenet_v3_large
+from torchvision.models import mobilenet_v3_large, vgg16
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
+from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -61,6 +65,8 @@ def _resnet(cfg):
     resnets = cfg.MODEL.RESNETS
     norms = ("FrozenBN", "BN", "SyncBN", "GN")
     norm = get_norm(resnets.NORM, "MODEL.RESNETS.NORM", norms)
+    if resnets.NORM != "GN":
+        norm = functools.partial(norm, eps=resnets.NORM_EPS)
     if resnets.DEPTH not in _RESNETS:
         raise UserError(f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}, but must be one of {list(_RESNETS)}")
     block, layers = _RESNETS[resnets.DEPTH]
@@ -88,8 +94,7 @@ def _resnet(cfg):
     return body, 64 * block.expansion
 
 
-def _resnet_fpn(cfg, stages, extra_blocks, extra_names):
-    body, width = _resnet(cfg)
+def _resnet_fpn(cfg, body, width, stages, extra_blocks, extra_names):
     backbone = BackboneWithFPN(
         body,
         return_layers={f"layer{stage}": str(i) for i, stage in enumerate(stages)},
@@ -99,29 +104,44 @@ def _resnet_fpn(cfg, stages, extra_blocks, extra_names):
         norm_layer=get_norm(cfg.MODEL.FPN.NORM, "MODEL.FPN.NORM"),
     )
     backbone.level_names = [str(i) for i in range(len(stages))] + extra_names
+    backbone.strides = [2 ** (stages[0] + 1 + i) for i in range(len(backbone.level_names))]
     return backbone
 
 
 def build_resnet_fpn_backbone(cfg):
     """ResNet or ResNeXt with an FPN on res2 to res5; levels of stride 4, 8, 16, 32 and 64."""
-    return _resnet_fpn(cfg, [1, 2, 3, 4], LastLevelMaxPool(), ["pool"])
+    body, width = _resnet(cfg)
+    return _resnet_fpn(cfg, body, width, [1, 2, 3, 4], LastLevelMaxPool(), ["pool"])
 
 
 def build_retinanet_resnet_fpn_backbone(cfg):
-    """ResNet or ResNeXt with an FPN on res3 to res5, and P6, P7 from P5; strides 8 to 128."""
+    """ResNet or ResNeXt with an FPN on res3 to res5, P6 from P5 or res5, P7 from P6; strides 8 to 128."""
+    body, width = _resnet(cfg)
     channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return _resnet_fpn(cfg, [2, 3, 4], LastLevelP6P7(channels, channels), ["p6", "p7"])
+    top = LastLevelP6P7(channels if cfg.MODEL.FPN.P6_IN_FEATURE == "p5" else width * 8, channels)
+    top.use_P5 = cfg.MODEL.FPN.P6_IN_FEATURE == "p5"
+    return _resnet_fpn(cfg, body, width, [2, 3, 4], top, ["p6", "p7"])
+
+
+def _split(features, starts):
+    """The layers of a network as stages, each from one of `starts` to the next."""
+    return [features[start:end] for start, end in zip(starts, [*starts[1:], len(features)], strict=True)]
+
+
+def _mobilenet(norm, reduced_tail, freeze_at):
+    """(layers of MobileNetV3-Large, where its stages start), the first stages frozen."""
+    features = mobilenet_v3_large(norm_layer=norm, reduced_tail=reduced_tail).features
+    starts = [0] + [i for i, block in enumerate(features) if getattr(block, "_is_cn", False)]
+    starts.append(len(features) - 1)
+    _freeze(_split(features, starts), freeze_at)
+    return features, starts
 
 
 def build_mobilenet_v3_large_fpn_backbone(cfg):
     """MobileNetV3-Large with an FPN on its last two stages; levels of stride 32, 32 and 64."""
     norm = get_norm(cfg.MODEL.RESNETS.NORM, "MODEL.RESNETS.NORM", ("FrozenBN", "BN", "SyncBN"))
-    features = mobilenet_v3_large(norm_layer=norm).features
-    starts = [0] + [i for i, block in enumerate(features) if getattr(block, "_is_cn", False)]
-    starts.append(len(features) - 1)
-    ends = [*starts[1:], len(features)]
-    stages = [features[start:end] for start, end in zip(starts, ends, strict=True)]
-    _freeze(stages, cfg.MODEL.BACKBONE.FREEZE_AT)
+    norm = functools.partial(norm, eps=cfg.MODEL.RESNETS.NORM_EPS)
+    features, starts = _mobilenet(norm, False, cfg.MODEL.BACKBONE.FREEZE_AT)
     backbone = BackboneWithFPN(
         features,
         return_layers={str(starts[-2]): "0", str(starts[-1]): "1"},
@@ -130,8 +150,26 @@ def build_mobilenet_v3_large_fpn_backbone(cfg):
         extra_blocks=LastLevelMaxPool(),
         norm_layer=get_norm(cfg.MODEL.FPN.NORM, "MODEL.FPN.NORM"),
     )
-    backbone.level_names = ["0", "1", "pool"]
+    backbone.level_names, backbone.strides = ["0", "1", "pool"], [32, 32, 64]
     return backbone
+
+
+def build_ssd_vgg16_backbone(cfg):
+    """VGG-16 with SSD's further levels: 6 of them, of stride 8 to the whole image at 300 pixels."""
+    features = vgg16().features
+    starts = [0] + [i for i, layer in enumerate(features) if isinstance(layer, nn.MaxPool2d)][:-1]
+    _freeze(_split(features, starts), cfg.MODEL.BACKBONE.FREEZE_AT)
+    return SSDFeatureExtractorVGG(features, highres=False)
+
+
+def build_ssdlite_mobilenet_v3_large_backbone(cfg):
+    """MobileNetV3-Large with the reduced tail of its paper's table 6, and SSDlite's 4 further levels.
+
+    Batch norm with torchvision's eps 0.001 and momentum 0.03, whatever MODEL.RESNETS.NORM says.
+    """
+    norm = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
+    features, starts = _mobilenet(norm, True, cfg.MODEL.BACKBONE.FREEZE_AT)
+    return SSDLiteFeatureExtractorMobileNet(features, starts[-2], norm)
 
 
 class _Convolution(nn.Sequential):
@@ -149,16 +187,17 @@ def _small_group_norm(channels):
 
 
 class TinyBackbone(nn.Module):
-    """Two 3x3 convolutions per width, the first of stride 2, and one more; a single level "0".
+    """Two 3x3 convolutions per width, the first of stride 2; one more for each output level.
 
     Made to be trained from random weights on a CPU; Kaiming initialisation.
     """
 
-    def __init__(self, channels, out_channels, norm):
+    def __init__(self, channels, out_channels, num_levels, norm):
         """
         Args:
-            channels: width of each stage; the output's stride is 2 ** len(channels).
-            out_channels: width of the output.
+            channels: width of each stage; the last one's stride is 2 ** len(channels).
+            out_channels: width of the outputs.
+            num_levels: how many stages, from the last one back, have an output.
             norm: callable from channels to a module.
         """
         super().__init__()
@@ -167,23 +206,38 @@ class TinyBackbone(nn.Module):
             nn.Sequential(_Convolution(before, after, 2, norm), _Convolution(after, after, 1, norm))
             for before, after in zip(widths, channels, strict=False)
         )
-        self.output = _Convolution(channels[-1], out_channels, 1, norm)
-        self.out_channels, self.level_names = out_channels, ["0"]
+        self.outputs = nn.ModuleList(
+            _Convolution(width, out_channels, 1, norm) for width in channels[-num_levels:]
+        )
+        self.out_channels, self.level_names = out_channels, [str(i) for i in range(num_levels)]
+        self.strides = [2 ** (len(channels) - num_levels + 1 + i) for i in range(num_levels)]
 
     def forward(self, x):
+        maps = []
         for stage in self.stages:
             x = stage(x)
-        return {"0": self.output(x)}
+            maps.append(x)
+        levels = zip(self.level_names, self.outputs, maps[-len(self.outputs) :], strict=True)
+        return {name: output(level) for name, output, level in levels}
+
+
+def get_tiny_norm(cfg):
+    """The norm that MODEL.TINY.NORM names; its GN has 8 channels a group."""
+    norm = get_norm(cfg.MODEL.TINY.NORM, "MODEL.TINY.NORM", ("BN", "SyncBN", "GN"))
+    return _small_group_norm if cfg.MODEL.TINY.NORM == "GN" else norm
 
 
 def build_tiny_backbone(cfg):
-    """`TinyBackbone` as MODEL.TINY.* describes it; its GN has 8 channels a group."""
+    """`TinyBackbone` as MODEL.TINY.* describes it."""
     tiny = cfg.MODEL.TINY
     if not tiny.CHANNELS:
         raise UserError("MODEL.TINY.CHANNELS is empty: give the width of at least one stage")
-    norm = get_norm(tiny.NORM, "MODEL.TINY.NORM", ("BN", "SyncBN", "GN"))
-    norm = _small_group_norm if tiny.NORM == "GN" else norm
-    backbone = TinyBackbone(tiny.CHANNELS, tiny.OUT_CHANNELS, norm)
+    if not 1 <= tiny.NUM_LEVELS <= len(tiny.CHANNELS):
+        raise UserError(
+            f"MODEL.TINY.NUM_LEVELS is {tiny.NUM_LEVELS}, but must be 1 to the {len(tiny.CHANNELS)} "
+            "entries of CHANNELS"
+        )
+    backbone = TinyBackbone(tiny.CHANNELS, tiny.OUT_CHANNELS, tiny.NUM_LEVELS, get_tiny_norm(cfg))
     _freeze(backbone.stages, cfg.MODEL.BACKBONE.FREEZE_AT)
     return backbone
 
@@ -192,6 +246,8 @@ BACKBONES = {
     "build_resnet_fpn_backbone": build_resnet_fpn_backbone,
     "build_retinanet_resnet_fpn_backbone": build_retinanet_resnet_fpn_backbone,
     "build_mobilenet_v3_large_fpn_backbone": build_mobilenet_v3_large_fpn_backbone,
+    "build_ssd_vgg16_backbone": build_ssd_vgg16_backbone,
+    "build_ssdlite_mobilenet_v3_large_backbone": build_ssdlite_mobilenet_v3_large_backbone,
     "build_tiny_backbone": build_tiny_backbone,
 }
 
@@ -208,5 +264,12 @@ def build_backbone(cfg):
         known = ", ".join(BACKBONES)
         raise UserError(
             f"MODEL.BACKBONE.NAME is {name!r}; known: {known}; the nearest is {near[0] if near else known}"
+        )
+    ssd_only, is_ssd = name.startswith("build_ssd"), cfg.MODEL.META_ARCHITECTURE == "SSD"
+    if ssd_only != is_ssd and name != "build_tiny_backbone":
+        fitting = [n for n in BACKBONES if n.startswith("build_ssd") == is_ssd or "tiny" in n]
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {name} does not fit MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE}, which takes {', '.join(fitting)}"
         )
     return BACKBONES[name](cfg)

@@ -3,14 +3,19 @@
 import torch
 
 from plaintrain.config import check_cfg, get_value
-from plaintrain.modeling.rcnn import build_rcnn
+from plaintrain.modeling.fcos import build_fcos
+from plaintrain.modeling.rcnn import build_proposal_network, build_rcnn
 from plaintrain.modeling.retinanet import build_retinanet
+from plaintrain.modeling.ssd import build_ssd
 from plaintrain.utils.errors import UserError
 
 # MODEL.META_ARCHITECTURE -> (builder, the key that holds its number of classes).
 META_ARCHITECTURES = {
     "GeneralizedRCNN": (build_rcnn, "MODEL.ROI_HEADS.NUM_CLASSES"),
+    "ProposalNetwork": (build_proposal_network, "MODEL.ROI_HEADS.NUM_CLASSES"),
     "RetinaNet": (build_retinanet, "MODEL.RETINANET.NUM_CLASSES"),
+    "FCOS": (build_fcos, "MODEL.FCOS.NUM_CLASSES"),
+    "SSD": (build_ssd, "MODEL.SSD.NUM_CLASSES"),
 }
 
 

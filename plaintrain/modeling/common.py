@@ -1,26 +1,32 @@
 """What every detector shares: anchors from the config, samples in, detections out."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
+from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 from plaintrain.utils.errors import UserError
 
-_SIZE_DIVISIBLE = 32
+_MASK_THRESHOLD = 0.5
 
 
 class Preprocess(nn.Module):
     """Stands in for torchvision's `GeneralizedRCNNTransform`: normalises and pads, never resizes."""
 
-    def __init__(self, pixel_mean, pixel_std, bgr):
+    def __init__(self, pixel_mean, pixel_std, bgr, size_divisible=32):
         """
         Args:
             pixel_mean, pixel_std: 3 numbers each, for pixels of 0 to 255.
             bgr: the numbers, and the network's input, are in BGR order.
+            size_divisible: pad the batch's sides to multiples of this.
         """
         super().__init__()
-        self.bgr = bgr
+        self.bgr, self.size_divisible = bgr, size_divisible
         self.register_buffer("mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -32,12 +38,11 @@ class Preprocess(nn.Module):
             targets: passed through.
 
         Returns:
-            (ImageList, targets); the batch's sides are multiples of 32.
+            (ImageList, targets).
         """
         sizes = [tuple(image.shape[-2:]) for image in images]
-        height, width = (
-            -(-max(side) // _SIZE_DIVISIBLE) * _SIZE_DIVISIBLE for side in zip(*sizes, strict=True)
-        )
+        multiple = self.size_divisible
+        height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
         batch = self.mean.new_zeros(len(images), 3, height, width)
         for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
             image = image.to(self.mean.device, non_blocking=True)
@@ -50,21 +55,21 @@ class Preprocess(nn.Module):
         return result
 
 
-def build_preprocess(cfg):
+def build_preprocess(cfg, size_divisible=32):
     """`Preprocess` from MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT."""
     mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise UserError("MODEL.PIXEL_MEAN and MODEL.PIXEL_STD need 3 numbers each, the latter above 0")
-    return Preprocess(mean, std, bgr=cfg.INPUT.FORMAT == "BGR")
+    return Preprocess(mean, std, cfg.INPUT.FORMAT == "BGR", size_divisible)
 
 
-def build_anchor_generator(cfg, num_levels):
-    """torchvision's `AnchorGenerator`, one entry of SIZES and ASPECT_RATIOS per level.
+def build_anchor_generator(cfg, backbone):
+    """The generator ANCHOR_GENERATOR.NAME names, one entry of SIZES and ASPECT_RATIOS per level.
 
     Raises:
         UserError: neither one list for all levels nor one a level, or levels of differing counts.
     """
-    per_level = {}
+    per_level, num_levels = {}, len(backbone.level_names)
     for key in ("SIZES", "ASPECT_RATIOS"):
         lists = cfg.MODEL.ANCHOR_GENERATOR[key]
         if len(lists) not in (1, num_levels) or not all(isinstance(row, list) for row in lists):
@@ -76,7 +81,21 @@ def build_anchor_generator(cfg, num_levels):
         if len({len(row) for row in rows}) != 1 or not rows[0]:
             raise UserError(f"every list in MODEL.ANCHOR_GENERATOR.{key} must have the same length")
         per_level[key] = tuple(tuple(row) for row in rows)
-    return AnchorGenerator(per_level["SIZES"], per_level["ASPECT_RATIOS"])
+    if cfg.MODEL.ANCHOR_GENERATOR.NAME == "DefaultAnchorGenerator":
+        offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
+        return DefaultAnchorGenerator(*per_level.values(), backbone.strides, offset)
+    return AnchorGenerator(*per_level.values())
+
+
+def prior_bias(probability, key):
+    """The bias at which a sigmoid gives `probability` (focal loss paper, 4.1).
+
+    Raises:
+        UserError: names the key, if it does not lie between 0 and 1.
+    """
+    if not 0 < probability < 1:
+        raise UserError(f"{key} is {probability}, but must lie between 0 and 1")
+    return -math.log((1 - probability) / probability)
 
 
 def get_targets(samples, device, label_offset=0):
@@ -89,21 +108,57 @@ def get_targets(samples, device, label_offset=0):
     return targets
 
 
-def to_original_size(detections, samples, label_offset=0):
-    """Scale boxes from each sample's image to its original `height` and `width`.
+def paste_masks(masks, boxes, height, width):
+    """Masks of boxes as masks of the image.
+
+    Places them as torchvision's `paste_masks_in_image`, thresholded at 0.5 box by box, so that no
+    image of probabilities is made for each.
 
     Args:
-        detections: list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, as torchvision returns.
+        masks: probabilities `[N, 1, M, M]` of each box's inside.
+        boxes: `[N, 4]`, XYXY, pixels.
+        height, width: size of the image.
+
+    Returns:
+        bool `[N, height, width]`.
+    """
+    masks, scale = expand_masks(masks, padding=1)
+    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    corners = expand_boxes(boxes, scale).long().tolist()  # sync point
+    for target, mask, (x0, y0, x1, y1) in zip(pasted, masks, corners, strict=True):
+        size = (max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1))
+        inside = F.interpolate(mask[None], size=size, mode="bilinear", align_corners=False)[0, 0]
+        top, left = max(y0, 0), max(x0, 0)
+        window = inside[top - y0 : height - y0, left - x0 : width - x0] > _MASK_THRESHOLD
+        target[top : top + window.shape[0], left : left + window.shape[1]] = window
+    return pasted
+
+
+def to_original_size(detections, samples, label_offset=0):
+    """Bring detections from each sample's image to its original `height` and `width`.
+
+    Args:
+        detections: list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, and where the model has such
+            heads, masks `[N, 1, M, M]`, keypoints `[N, Kp, 3]` and keypoints_scores `[N, Kp]`, as
+            torchvision's heads return them.
         samples: the samples they were made from.
         label_offset: what to take off the labels, so that they count from 0.
 
     Returns:
-        The list, in the original images' pixels, with labels 0 to K-1.
+        The list, in the original images' pixels: labels 0 to K-1, masks bool `[N, height, width]`,
+        keypoints `[N, Kp, 3]` as x, y, score.
     """
     results = []
     for detection, sample in zip(detections, samples, strict=True):
         height, width = sample["image"].shape[-2:]
         x, y = sample["width"] / width, sample["height"] / height
         boxes = detection["boxes"] * detection["boxes"].new_tensor([x, y, x, y])
-        results.append({**detection, "boxes": boxes, "labels": detection["labels"] - label_offset})
+        labels = detection["labels"] - label_offset
+        result = {"boxes": boxes, "scores": detection["scores"], "labels": labels}
+        if "masks" in detection:
+            result["masks"] = paste_masks(detection["masks"], boxes, sample["height"], sample["width"])
+        if "keypoints" in detection:
+            points = detection["keypoints"][..., :2] * boxes.new_tensor([x, y])
+            result["keypoints"] = torch.cat([points, detection["keypoints_scores"][..., None]], dim=-1)
+        results.append(result)
     return results

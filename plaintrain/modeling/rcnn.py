@@ -1,31 +1,41 @@
-"""Faster R-CNN (https://arxiv.org/abs/1506.01497) on torchvision's implementation."""
+"""Faster R-CNN (https://arxiv.org/abs/1506.01497), Mask R-CNN (https://arxiv.org/abs/1703.06870) with
+its keypoint head, and their proposals alone, on torchvision's implementation.
+"""
 
 import torch
-from torchvision.models.detection import FasterRCNN as _FasterRCNN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.rpn import RPNHead
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 
-from plaintrain.modeling.backbone import build_backbone
+from plaintrain.modeling.backbone import build_backbone, get_norm
 from plaintrain.modeling.common import (
     build_anchor_generator,
     build_preprocess,
     get_targets,
     to_original_size,
 )
+from plaintrain.modeling.detectron2 import AlignedRoIAlign
 from plaintrain.utils.errors import UserError
 
 # torchvision's names of the losses -> Detectron2's.
 _LOSSES = {
     "loss_classifier": "loss_cls",
     "loss_box_reg": "loss_box_reg",
+    "loss_mask": "loss_mask",
+    "loss_keypoint": "loss_keypoint",
     "loss_objectness": "loss_rpn_cls",
     "loss_rpn_box_reg": "loss_rpn_loc",
 }
 
 
-class FasterRCNN(_FasterRCNN):
-    """torchvision's Faster R-CNN, parameter for parameter, on samples instead of images."""
+class GeneralizedRCNN(FasterRCNN):
+    """torchvision's Faster, Mask or Keypoint R-CNN, parameter for parameter, on samples."""
+
+    keypoint_loss_weight = 1.0
 
     def forward(self, samples):
         """
@@ -33,9 +43,11 @@ class FasterRCNN(_FasterRCNN):
             samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
 
         Returns:
-            In training: `loss_cls`, `loss_box_reg`, `loss_rpn_cls` and `loss_rpn_loc`, 0-d tensors.
+            In training: `loss_cls`, `loss_box_reg`, `loss_rpn_cls` and `loss_rpn_loc`, and with
+            their heads `loss_mask` and `loss_keypoint`, 0-d tensors.
             In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
-            original image's pixels, scores descending in 0..1, labels 0 to K-1.
+            original image's pixels, scores descending in 0..1, labels 0 to K-1; with their heads
+            masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
         """
         images = [sample["image"] for sample in samples]
         if not self.training:
@@ -43,22 +55,84 @@ class FasterRCNN(_FasterRCNN):
         # Label 0 is the background here.
         device = next(self.parameters()).device
         losses = super().forward(images, get_targets(samples, device, label_offset=1))
-        return {_LOSSES[name]: value for name, value in losses.items()}
+        losses = {_LOSSES[name]: value for name, value in losses.items()}
+        if "loss_keypoint" in losses:
+            losses["loss_keypoint"] = losses["loss_keypoint"] * self.keypoint_loss_weight
+        return losses
+
+
+class ProposalNetwork(nn.Module):
+    """Backbone and RPN, with the parameter names they have in torchvision's Faster R-CNN."""
+
+    def __init__(self, backbone, rpn, transform):
+        super().__init__()
+        self.transform, self.backbone, self.rpn = transform, backbone, rpn
+
+    def forward(self, samples):
+        """
+        Args:
+            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
+
+        Returns:
+            In training: `loss_rpn_cls` and `loss_rpn_loc`, 0-d tensors.
+            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}: proposals in the
+            original image's pixels, objectness descending in 0..1, labels all 0.
+        """
+        images, _ = self.transform([sample["image"] for sample in samples])
+        features = self.backbone(images.tensors)
+        if self.training:
+            _, losses = self.rpn(images, features, get_targets(samples, images.tensors.device))
+            return {_LOSSES[name]: value for name, value in losses.items()}
+        return to_original_size(self._propose(images, list(features.values())), samples)
+
+    def _propose(self, images, features):
+        # RegionProposalNetwork.forward keeps the scores to itself.
+        objectness, deltas = self.rpn.head(features)
+        anchors = self.rpn.anchor_generator(images, features)
+        counts = [level.shape[1] * level.shape[2] * level.shape[3] for level in objectness]
+        objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+        boxes = self.rpn.box_coder.decode(deltas, anchors).view(len(anchors), -1, 4)
+        boxes, scores = self.rpn.filter_proposals(boxes, objectness, images.image_sizes, counts)
+        return [
+            {"boxes": b, "scores": s, "labels": torch.zeros_like(s, dtype=torch.int64)}
+            for b, s in zip(boxes, scores, strict=True)
+        ]
+
+
+def _build_rpn_head(cfg, backbone, anchors):
+    dims = cfg.MODEL.RPN.CONV_DIMS
+    if any(width not in (-1, backbone.out_channels) for width in dims) or not dims:
+        raise UserError(f"MODEL.RPN.CONV_DIMS must hold -1 per convolution, not {dims}")
+    return RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], len(dims))
+
+
+def build_proposal_network(cfg):
+    """`ProposalNetwork` from MODEL.BACKBONE, ANCHOR_GENERATOR and RPN."""
+    backbone, rpn = build_backbone(cfg), cfg.MODEL.RPN
+    anchors = build_anchor_generator(cfg, backbone)
+    network = RegionProposalNetwork(
+        anchors,
+        _build_rpn_head(cfg, backbone, anchors),
+        fg_iou_thresh=rpn.IOU_THRESHOLDS[1],
+        bg_iou_thresh=rpn.IOU_THRESHOLDS[0],
+        batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=rpn.POSITIVE_FRACTION,
+        pre_nms_top_n={"training": rpn.PRE_NMS_TOPK_TRAIN, "testing": rpn.PRE_NMS_TOPK_TEST},
+        post_nms_top_n={"training": rpn.POST_NMS_TOPK_TRAIN, "testing": rpn.POST_NMS_TOPK_TEST},
+        nms_thresh=rpn.NMS_THRESH,
+    )
+    return ProposalNetwork(backbone, network, build_preprocess(cfg))
 
 
 def build_rcnn(cfg):
-    """Faster R-CNN from MODEL.BACKBONE, ANCHOR_GENERATOR, RPN, ROI_HEADS and ROI_BOX_HEAD."""
+    """`GeneralizedRCNN` from MODEL.BACKBONE, ANCHOR_GENERATOR, RPN, ROI_HEADS and ROI_*_HEAD."""
     backbone = build_backbone(cfg)
-    anchors = build_anchor_generator(cfg, len(backbone.level_names))
+    anchors = build_anchor_generator(cfg, backbone)
     rpn, heads, box = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-    if any(width not in (-1, backbone.out_channels) for width in rpn.CONV_DIMS) or not rpn.CONV_DIMS:
-        raise UserError(f"MODEL.RPN.CONV_DIMS must hold -1 per convolution, not {rpn.CONV_DIMS}")
-    features = [name for name in backbone.level_names if name != "pool"]
-    resolution = box.POOLER_RESOLUTION
-    model = FasterRCNN(
+    model = GeneralizedRCNN(
         backbone,
         rpn_anchor_generator=anchors,
-        rpn_head=RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], len(rpn.CONV_DIMS)),
+        rpn_head=_build_rpn_head(cfg, backbone, anchors),
         rpn_pre_nms_top_n_train=rpn.PRE_NMS_TOPK_TRAIN,
         rpn_pre_nms_top_n_test=rpn.PRE_NMS_TOPK_TEST,
         rpn_post_nms_top_n_train=rpn.POST_NMS_TOPK_TRAIN,
@@ -68,8 +142,8 @@ def build_rcnn(cfg):
         rpn_fg_iou_thresh=rpn.IOU_THRESHOLDS[1],
         rpn_batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
         rpn_positive_fraction=rpn.POSITIVE_FRACTION,
-        box_roi_pool=MultiScaleRoIAlign(features, resolution, box.POOLER_SAMPLING_RATIO),
-        box_head=TwoMLPHead(backbone.out_channels * resolution**2, box.FC_DIM),
+        box_roi_pool=_build_pooler(box, backbone),
+        box_head=_build_box_head(box, backbone.out_channels),
         box_predictor=FastRCNNPredictor(box.FC_DIM, heads.NUM_CLASSES + 1),
         box_score_thresh=heads.SCORE_THRESH_TEST,
         box_nms_thresh=heads.NMS_THRESH_TEST,
@@ -82,15 +156,70 @@ def build_rcnn(cfg):
     )
     model.transform = build_preprocess(cfg)
     _initialize_box_head(model.roi_heads)
+    if cfg.MODEL.MASK_ON:
+        _add_mask_head(cfg, model.roi_heads, backbone)
+    if cfg.MODEL.KEYPOINT_ON:
+        _add_keypoint_head(cfg, model.roi_heads, backbone)
+        model.keypoint_loss_weight = cfg.MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT
     return model
+
+
+def _build_pooler(head, backbone):
+    """The RoIAlign that a head's POOLER_* describe, on every level but the RPN's own."""
+    names = [name for name in backbone.level_names if name != "pool"]
+    resolution, ratio = head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO
+    if head.POOLER_TYPE == "ROIAlignV2":
+        return AlignedRoIAlign(names, resolution, ratio, backbone.strides[: len(names)])
+    # torchvision's operator takes as many samples as there are pixels at anything below 1.
+    return MultiScaleRoIAlign(names, resolution, ratio)
+
+
+def _build_box_head(box, channels):
+    resolution = box.POOLER_RESOLUTION
+    if (box.NUM_CONV, box.NUM_FC) == (0, 2):
+        return TwoMLPHead(channels * resolution**2, box.FC_DIM)
+    if box.NUM_FC < 1 or box.NUM_CONV < 0:
+        raise UserError(
+            f"MODEL.ROI_BOX_HEAD needs NUM_FC >= 1 and NUM_CONV >= 0, not {box.NUM_FC} and {box.NUM_CONV}"
+        )
+    norm = get_norm(box.NORM, "MODEL.ROI_BOX_HEAD.NORM")
+    size = (channels, resolution, resolution)
+    return FastRCNNConvFCHead(size, [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, norm)
 
 
 def _initialize_box_head(roi_heads):
     """Detectron2's initialisation: Xavier for the hidden layers, small normals for the predictors."""
-    for layer in (roi_heads.box_head.fc6, roi_heads.box_head.fc7):
-        torch.nn.init.kaiming_uniform_(layer.weight, a=1)
-        torch.nn.init.zeros_(layer.bias)
+    for layer in roi_heads.box_head.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
     predictor = roi_heads.box_predictor
     for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
-        torch.nn.init.normal_(layer.weight, std=std)
-        torch.nn.init.zeros_(layer.bias)
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+
+
+def _add_mask_head(cfg, roi_heads, backbone):
+    mask = cfg.MODEL.ROI_MASK_HEAD
+    if mask.NUM_CONV < 1:
+        raise UserError(f"MODEL.ROI_MASK_HEAD.NUM_CONV is {mask.NUM_CONV}, but must be at least 1")
+    norm = get_norm(mask.NORM, "MODEL.ROI_MASK_HEAD.NORM")
+    widths = [mask.CONV_DIM] * mask.NUM_CONV
+    roi_heads.mask_roi_pool = _build_pooler(mask, backbone)
+    roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, widths, 1, norm)
+    classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1
+    roi_heads.mask_predictor = MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes)
+
+
+def _add_keypoint_head(cfg, roi_heads, backbone):
+    keypoint = cfg.MODEL.ROI_KEYPOINT_HEAD
+    if keypoint.NUM_KEYPOINTS < 1:
+        raise UserError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoint.NUM_KEYPOINTS}: call "
+            "default_setup(cfg, args), which asks the training dataset, or set the number"
+        )
+    if not keypoint.CONV_DIMS:
+        raise UserError("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS is empty: give at least one width")
+    roi_heads.keypoint_roi_pool = _build_pooler(keypoint, backbone)
+    roi_heads.keypoint_head = KeypointRCNNHeads(backbone.out_channels, keypoint.CONV_DIMS)
+    roi_heads.keypoint_predictor = KeypointRCNNPredictor(keypoint.CONV_DIMS[-1], keypoint.NUM_KEYPOINTS)

@@ -1,7 +1,5 @@
 """RetinaNet (https://arxiv.org/abs/1708.02002) on torchvision's implementation."""
 
-import math
-
 import torch
 from torchvision.models.detection import RetinaNet as _RetinaNet
 from torchvision.models.detection._utils import BoxCoder
@@ -12,9 +10,9 @@ from plaintrain.modeling.common import (
     build_anchor_generator,
     build_preprocess,
     get_targets,
+    prior_bias,
     to_original_size,
 )
-from plaintrain.utils.errors import UserError
 
 _LOSSES = {"classification": "loss_cls", "bbox_regression": "loss_box_reg"}
 
@@ -43,7 +41,7 @@ class RetinaNet(_RetinaNet):
 def build_retinanet(cfg):
     """RetinaNet from MODEL.BACKBONE, ANCHOR_GENERATOR and RETINANET."""
     backbone = build_backbone(cfg)
-    anchors = build_anchor_generator(cfg, len(backbone.level_names))
+    anchors = build_anchor_generator(cfg, backbone)
     retinanet = cfg.MODEL.RETINANET
     head = RetinaNetHead(
         backbone.out_channels,
@@ -51,10 +49,10 @@ def build_retinanet(cfg):
         retinanet.NUM_CLASSES,
         norm_layer=get_norm(retinanet.NORM, "MODEL.RETINANET.NORM", ("", "GN")),
     )
-    prior = retinanet.PRIOR_PROB
-    if not 0 < prior < 1:
-        raise UserError(f"MODEL.RETINANET.PRIOR_PROB is {prior}, but must lie between 0 and 1")
-    torch.nn.init.constant_(head.classification_head.cls_logits.bias, -math.log((1 - prior) / prior))
+    bias = prior_bias(retinanet.PRIOR_PROB, "MODEL.RETINANET.PRIOR_PROB")
+    torch.nn.init.constant_(head.classification_head.cls_logits.bias, bias)
+    if retinanet.BBOX_REG_LOSS_TYPE == "giou":
+        head.regression_head._loss_type = "giou"
     model = RetinaNet(
         backbone,
         retinanet.NUM_CLASSES,

@@ -1,0 +1,83 @@
+"""Detectron2's arithmetic where torchvision's differs: anchors that are not rounded, aligned RoIAlign.
+
+With these, weights trained by Detectron2 give the boxes that they give there.
+"""
+
+import torch
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+# A box of this side belongs to level 4, of stride 16 (FPN paper, equation 1).
+_CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4
+
+
+class DefaultAnchorGenerator(AnchorGenerator):
+    """Anchors centred on multiples of the stride, not rounded to whole pixels.
+
+    The order within a location is torchvision's: for each ratio every size.
+    """
+
+    def __init__(self, sizes, aspect_ratios, strides, offset=0.0):
+        """
+        Args:
+            sizes, aspect_ratios: a tuple of numbers per level, see `AnchorGenerator`.
+            strides: pixels between two locations, one number a level.
+            offset: of the first centre, in strides, in 0..1.
+        """
+        super().__init__(sizes, aspect_ratios)
+        self.strides, self.offset = list(strides), offset
+
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu"):
+        """Anchors around (0, 0), `[A, 4]`, XYXY."""
+        scales = torch.as_tensor(scales, dtype=dtype, device=device)
+        roots = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
+        half = torch.stack([scales / roots[:, None], scales * roots[:, None]], dim=-1).view(-1, 2) / 2
+        return torch.cat([-half, half], dim=1)
+
+    def forward(self, image_list, feature_maps):
+        """The anchors of each image, a list of `[sum of H * W * A, 4]`."""
+        dtype, device = feature_maps[0].dtype, feature_maps[0].device
+        self.set_cell_anchors(dtype, device)
+        levels = []
+        for cell, stride, feature in zip(self.cell_anchors, self.strides, feature_maps, strict=True):
+            y, x = (
+                (torch.arange(side, dtype=dtype, device=device) + self.offset) * stride
+                for side in feature.shape[-2:]
+            )
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            centres = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
+            levels.append((centres + cell).view(-1, 4))
+        return [torch.cat(levels)] * len(image_list.image_sizes)
+
+
+class AlignedRoIAlign(MultiScaleRoIAlign):
+    """RoIAlign whose samples lie at pixel centres (`aligned=True`), on the level of the box's size."""
+
+    def __init__(self, featmap_names, output_size, sampling_ratio, strides):
+        """
+        Args:
+            featmap_names: the feature maps to pool from, finest first.
+            output_size: bins per side.
+            sampling_ratio: samples per bin and side; 0 takes as many as the bin has pixels.
+            strides: pixels per location, one number a feature map.
+        """
+        super().__init__(featmap_names, output_size, sampling_ratio)
+        self.strides = list(strides)
+
+    def forward(self, x, boxes, image_shapes):
+        """Pool `[N, 4]` boxes per image to `[sum of N, C, output_size, output_size]`."""
+        features = [x[name] for name in self.featmap_names]
+        first = self.strides[0].bit_length() - 1
+        sides = torch.cat([(b[:, 2:] - b[:, :2]).prod(dim=1) for b in boxes]).sqrt()
+        levels = torch.floor(_CANONICAL_LEVEL + torch.log2(sides / _CANONICAL_SIDE + 1e-8)) - first
+        levels = levels.clamp(0, len(features) - 1)
+        index = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
+        rois = torch.cat([index, torch.cat(boxes)], dim=1)
+        result = features[0].new_zeros(len(rois), features[0].shape[1], *self.output_size)
+        for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
+            rows = torch.where(levels == level)[0]
+            pooled = roi_align(
+                feature, rois[rows], self.output_size, 1 / stride, self.sampling_ratio, aligned=True
+            )
+            result[rows] = pooled.to(result.dtype)
+        return result

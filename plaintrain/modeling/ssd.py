@@ -1,0 +1,99 @@
+"""SSD (https://arxiv.org/abs/1512.02325) and SSDlite (https://arxiv.org/abs/1801.04381) on
+torchvision's implementation.
+"""
+
+import functools
+
+from torch import nn
+from torchvision.models.detection._utils import retrieve_out_channels
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD as _SSD
+from torchvision.models.detection.ssd import SSDHead
+from torchvision.models.detection.ssdlite import SSDLiteHead
+
+from plaintrain.modeling.backbone import build_backbone, get_tiny_norm
+from plaintrain.modeling.common import build_preprocess, get_targets, to_original_size
+from plaintrain.utils.errors import UserError
+
+_LOSSES = {"classification": "loss_cls", "bbox_regression": "loss_box_reg"}
+
+
+class SSD(_SSD):
+    """torchvision's SSD, parameter for parameter, on samples of one fixed size."""
+
+    def forward(self, samples):
+        """
+        Args:
+            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
+
+        Returns:
+            In training: `loss_cls` and `loss_box_reg`, 0-d tensors.
+            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
+            original image's pixels, scores descending in 0..1, labels 0 to K-1.
+        """
+        images = [sample["image"] for sample in samples]
+        if not self.training:
+            return to_original_size(super().forward(images), samples, label_offset=1)
+        # Label 0 is the background here.
+        device = next(self.parameters()).device
+        losses = super().forward(images, get_targets(samples, device, label_offset=1))
+        return {_LOSSES[name]: value for name, value in losses.items()}
+
+
+def _build_boxes(ssd, num_levels):
+    for key, values, wanted in (
+        ("ASPECT_RATIOS", ssd.ASPECT_RATIOS, num_levels),
+        ("SCALES", ssd.SCALES, num_levels + 1),
+        ("STEPS", ssd.STEPS, num_levels),
+    ):
+        if len(values) != wanted and (values or key == "ASPECT_RATIOS"):
+            raise UserError(
+                f"MODEL.SSD.{key} has {len(values)} entries, but the backbone's {num_levels} levels "
+                f"need {wanted}"
+            )
+    return DefaultBoxGenerator(
+        ssd.ASPECT_RATIOS, ssd.MIN_RATIO, ssd.MAX_RATIO, ssd.SCALES or None, ssd.STEPS or None
+    )
+
+
+def build_ssd(cfg):
+    """SSD from MODEL.BACKBONE, SSD and INPUT.FIXED_SIZE.
+
+    Raises:
+        UserError: no fixed size, or lists that do not fit the backbone's levels.
+    """
+    size, ssd = tuple(cfg.INPUT.FIXED_SIZE), cfg.MODEL.SSD
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"SSD needs INPUT.FIXED_SIZE, such as (300, 300), not {size}")
+    if not 0 < ssd.POSITIVE_FRACTION < 1:
+        raise UserError(f"MODEL.SSD.POSITIVE_FRACTION is {ssd.POSITIVE_FRACTION}, but must lie in (0, 1)")
+    backbone = build_backbone(cfg)
+    channels = retrieve_out_channels(backbone, size)
+    boxes = _build_boxes(ssd, len(channels))
+    numbers, classes = boxes.num_anchors_per_location(), ssd.NUM_CLASSES + 1
+    if ssd.HEAD_NAME == "SSDLiteHead":
+        head = SSDLiteHead(channels, numbers, classes, _head_norm(cfg))
+    else:
+        head = SSDHead(channels, numbers, classes)
+    model = SSD(
+        backbone,
+        boxes,
+        size,
+        classes,
+        head=head,
+        score_thresh=ssd.SCORE_THRESH_TEST,
+        nms_thresh=ssd.NMS_THRESH_TEST,
+        detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
+        iou_thresh=ssd.IOU_THRESHOLD,
+        topk_candidates=ssd.TOPK_CANDIDATES_TEST,
+        positive_fraction=ssd.POSITIVE_FRACTION,
+    )
+    model.transform = build_preprocess(cfg, size_divisible=1)
+    return model
+
+
+def _head_norm(cfg):
+    """The norm of SSDlite's separable convolutions: the tiny backbone's, or torchvision's."""
+    if cfg.MODEL.BACKBONE.NAME == "build_tiny_backbone":
+        return get_tiny_norm(cfg)
+    return functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
