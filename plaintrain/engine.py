@@ -8,38 +8,21 @@ import sys
 
 import torch
 
-from plaintrain.config import check_cfg, get_cfg, get_value
-from plaintrain.data.builtin import EVALUATORS, declare_datasets
-from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, common_class_names
-from plaintrain.data.loader import check_batch_size
-from plaintrain.data.records import check_image_files
+from plaintrain.config import check_cfg, get_cfg
+from plaintrain.data.builtin import declare_datasets
 from plaintrain.evaluation.loop import flatten_results
 from plaintrain.launch import launch
-from plaintrain.modeling.build import get_device, num_classes_key
+from plaintrain.preflight import check_before_training, set_value, settle_num_classes
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
 from plaintrain.utils.files import atomic_write, move_old_run
 from plaintrain.utils.logger import setup_logger
-from plaintrain.weights import locate_weights
 
 __all__ = ["default_argument_parser", "default_setup", "default_writers", "launch"]
 
 logger = logging.getLogger(__name__)
-
-_LEAST = {
-    "DATALOADER.NUM_WORKERS": 0,
-    "LOG_PERIOD": 1,
-    "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
-    "SOLVER.CHECKPOINT_PERIOD": 0,
-    "SOLVER.IMS_PER_BATCH": 1,
-    "SOLVER.MAX_ITER": 1,
-    "SOLVER.WARMUP_ITERS": 0,
-    "TEST.DETECTIONS_PER_IMAGE": 1,
-    "TEST.EVAL_PERIOD": 0,
-    "TEST.IMS_PER_BATCH": 1,
-}
 
 
 class _Overrides(argparse.Action):
@@ -101,11 +84,11 @@ def default_setup(cfg, args):
     said = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL)
     log.addHandler(said)
     check_cfg(cfg)
-    _set(cfg, "OUTPUT_DIR", os.path.expanduser(cfg.OUTPUT_DIR))
+    set_value(cfg, "OUTPUT_DIR", os.path.expanduser(cfg.OUTPUT_DIR))
     declare_datasets(cfg)
     _settle_seed(cfg, resume)
-    _settle_num_classes(cfg, eval_only)
-    _check_before_training(cfg, resume, eval_only)
+    settle_num_classes(cfg, eval_only)
+    check_before_training(cfg, resume, eval_only)
     # Nothing is moved while another rank still looks at it.
     comm.synchronize()
     _prepare_output(cfg, fresh=not (resume or eval_only))
@@ -131,15 +114,6 @@ def default_writers(output_dir, max_iter=None):
     ]
 
 
-def _set(cfg, key, value):
-    """Set a dotted key, also in a frozen config."""
-    frozen = cfg.is_frozen()
-    cfg.defrost()
-    cfg.merge_from_list([key, value])
-    if frozen:
-        cfg.freeze()
-
-
 def _prepare_output(cfg, fresh):
     folder = cfg.OUTPUT_DIR
     moved = None
@@ -160,7 +134,7 @@ def _prepare_output(cfg, fresh):
     weights = os.path.abspath(os.path.expanduser(cfg.MODEL.WEIGHTS))
     in_folder = os.path.dirname(weights) == os.path.abspath(folder)
     if cfg.MODEL.WEIGHTS and in_folder and not os.path.exists(weights):
-        _set(cfg, "MODEL.WEIGHTS", os.path.join(moved, os.path.basename(weights)))
+        set_value(cfg, "MODEL.WEIGHTS", os.path.join(moved, os.path.basename(weights)))
         logger.warning(f"MODEL.WEIGHTS moved with them: {cfg.MODEL.WEIGHTS}")
 
 
@@ -177,81 +151,8 @@ def _settle_seed(cfg, resume):
         seed = before.SEED if before.SEED >= 0 else None
     seed = comm.broadcast(seed)
     source = "of the run that is resumed" if seed is not None else "drawn now"
-    _set(cfg, "SEED", comm.shared_random_seed() if seed is None else seed)
+    set_value(cfg, "SEED", comm.shared_random_seed() if seed is None else seed)
     logger.info(f"SEED was -1; it is {cfg.SEED}, {source}")
-
-
-def _settle_num_classes(cfg, eval_only):
-    """Take the number of classes from the datasets, and refuse a number that contradicts them."""
-    key = num_classes_key(cfg)
-    # Who only evaluates need not have the training images.
-    train = () if eval_only and cfg.DATASETS.TEST else cfg.DATASETS.TRAIN
-    names = [*train, *cfg.DATASETS.TEST]
-    if not names:
-        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: give --config-file, or name a dataset")
-    classes = common_class_names(names)
-    given = get_value(cfg, key)
-    if given not in (0, len(classes)):
-        raise UserError(
-            f"{key} is {given}, but the dataset {names[0]} has {len(classes)} classes: "
-            f"{', '.join(classes)}; set it to 0 to take the dataset's number"
-        )
-    _set(cfg, key, len(classes))
-    logger.info(f"{key} is {len(classes)}: {', '.join(classes)}")
-
-
-def _check_values(cfg):
-    for key, least in _LEAST.items():
-        if get_value(cfg, key) < least:
-            raise UserError(f"{key} is {get_value(cfg, key)}, but must be at least {least}")
-    for row in cfg.TEST.EXPECTED_RESULTS:
-        if not isinstance(row, list) or len(row) != 4:
-            raise UserError(f"TEST.EXPECTED_RESULTS holds {row!r}, not [task, metric, value, tolerance]")
-
-
-def _check_before_training(cfg, resume, eval_only):
-    _check_values(cfg)
-    if not eval_only:
-        if not cfg.DATASETS.TRAIN:
-            raise UserError("DATASETS.TRAIN is empty: name at least one dataset")
-        check_batch_size(cfg)
-    for name in cfg.DATASETS.TEST:
-        _check_test_dataset(name)
-    if cfg.MODEL.WEIGHTS and not resume:
-        locate_weights(cfg.MODEL.WEIGHTS)
-    if eval_only and not cfg.MODEL.WEIGHTS and not resume:
-        raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
-    if not eval_only:
-        _check_norms(cfg, resume)
-
-
-def _check_test_dataset(name):
-    """Refuse a test set whose images are missing or that no evaluator can score."""
-    check_image_files(DatasetCatalog.get(name), name)
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("evaluator_type") is None:
-        logger.warning(f"the dataset {name} has no evaluator_type; it is scored with COCO metrics")
-        metadata.set(evaluator_type="coco")
-    elif metadata.evaluator_type not in EVALUATORS:
-        raise UserError(
-            f"the dataset {name} has the evaluator_type {metadata.evaluator_type!r}; known: "
-            + ", ".join(EVALUATORS)
-        )
-
-
-def _check_norms(cfg, resume):
-    device = get_device(cfg.MODEL.DEVICE)
-    tiny = cfg.MODEL.BACKBONE.NAME == "build_tiny_backbone"
-    norms = (cfg.MODEL.TINY.NORM,) if tiny else (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM)
-    if "SyncBN" in norms and device.type != "cuda":
-        raise UserError(f"SyncBN needs GPUs, but MODEL.DEVICE is {device}; use BN or GN")
-    frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or (cfg.MODEL.RESNETS.NORM == "FrozenBN" and not tiny)
-    if frozen and not cfg.MODEL.WEIGHTS and not resume:
-        logger.warning(
-            "MODEL.WEIGHTS is empty, but parts of the backbone are frozen (MODEL.BACKBONE.FREEZE_AT "
-            f"{cfg.MODEL.BACKBONE.FREEZE_AT}, MODEL.RESNETS.NORM {cfg.MODEL.RESNETS.NORM}): from "
-            "random weights this does not learn; use FREEZE_AT 0 with BN or GN"
-        )
 
 
 def _write_config(cfg, keep):

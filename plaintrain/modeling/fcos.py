@@ -19,6 +19,8 @@ _LOSSES = {
     "bbox_regression": "loss_fcos_loc",
     "bbox_ctrness": "loss_fcos_ctr",
 }
+# torchvision's heads have GroupNorm with this many groups.
+_GROUPS = 32
 
 
 class FCOS(_FCOS):
@@ -51,6 +53,11 @@ def build_fcos(cfg):
         raise UserError(
             "FCOS needs one anchor a location, of the level's stride: MODEL.ANCHOR_GENERATOR.SIZES "
             f"{[[stride] for stride in backbone.strides]} and ASPECT_RATIOS [[1.0]]"
+        )
+    if backbone.out_channels % _GROUPS:
+        raise UserError(
+            f"FCOS normalises in {_GROUPS} groups, which the backbone's {backbone.out_channels} channels "
+            "cannot be split into"
         )
     head = FCOSHead(backbone.out_channels, 1, fcos.NUM_CLASSES, fcos.NUM_CONVS)
     bias = prior_bias(fcos.PRIOR_PROB, "MODEL.FCOS.PRIOR_PROB")

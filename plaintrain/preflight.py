@@ -1,0 +1,141 @@
+"""What can be settled and checked before a run starts: numbers the dataset knows, and mistakes."""
+
+import logging
+
+from plaintrain.config import get_value
+from plaintrain.data.builtin import EVALUATORS
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, common_class_names
+from plaintrain.data.loader import check_batch_size
+from plaintrain.data.records import check_image_files
+from plaintrain.modeling.build import get_device, num_classes_key
+from plaintrain.utils.errors import UserError
+from plaintrain.weights import locate_weights
+
+logger = logging.getLogger(__name__)
+
+# COCO has standard deviations for this many keypoints of a person.
+_COCO_KEYPOINTS = 17
+_NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+
+_LEAST = {
+    "DATALOADER.NUM_WORKERS": 0,
+    "LOG_PERIOD": 1,
+    "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
+    "SOLVER.CHECKPOINT_PERIOD": 0,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.WARMUP_ITERS": 0,
+    "TEST.DETECTIONS_PER_IMAGE": 1,
+    "TEST.EVAL_PERIOD": 0,
+    "TEST.IMS_PER_BATCH": 1,
+}
+
+
+def set_value(cfg, key, value):
+    """Set a dotted key, also in a frozen config."""
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    cfg.merge_from_list([key, value])
+    if frozen:
+        cfg.freeze()
+
+
+def settle_num_classes(cfg, eval_only):
+    """Take the number of classes from the datasets, and refuse a number that contradicts them."""
+    key = num_classes_key(cfg)
+    # Who only evaluates need not have the training images.
+    train = () if eval_only and cfg.DATASETS.TEST else cfg.DATASETS.TRAIN
+    names = [*train, *cfg.DATASETS.TEST]
+    if not names:
+        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: give --config-file, or name a dataset")
+    classes = common_class_names(names)
+    given = get_value(cfg, key)
+    if given not in (0, len(classes)):
+        raise UserError(
+            f"{key} is {given}, but the dataset {names[0]} has {len(classes)} classes: "
+            f"{', '.join(classes)}; set it to 0 to take the dataset's number"
+        )
+    set_value(cfg, key, len(classes))
+    logger.info(f"{key} is {len(classes)}: {', '.join(classes)}")
+    if cfg.MODEL.KEYPOINT_ON:
+        _settle_num_keypoints(cfg, names)
+
+
+def _settle_num_keypoints(cfg, names):
+    """Take the number of keypoints from the datasets that name theirs."""
+    named = {name: MetadataCatalog.get(name).get("keypoint_names") for name in names}
+    given = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    for name, keypoints in named.items():
+        if keypoints and given not in (0, len(keypoints)):
+            raise UserError(
+                f"{_NUM_KEYPOINTS} is {given}, but the dataset {name} has {len(keypoints)} keypoints: "
+                f"{', '.join(keypoints)}; set it to 0 to take the dataset's number"
+            )
+        given = len(keypoints) if keypoints else given
+    if not given:
+        raise UserError(
+            f"MODEL.KEYPOINT_ON is True, but the dataset {names[0]} names no keypoints: set {_NUM_KEYPOINTS}"
+            " and MetadataCatalog's keypoint_names, or turn KEYPOINT_ON off"
+        )
+    set_value(cfg, _NUM_KEYPOINTS, given)
+    logger.info(f"{_NUM_KEYPOINTS} is {given}")
+    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+    if cfg.DATASETS.TEST and len(sigmas) != given and (sigmas or given != _COCO_KEYPOINTS):
+        raise UserError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} numbers, but there are {given} keypoints: give "
+            "one each (COCO's own serve only its 17)"
+        )
+
+
+def _check_values(cfg):
+    for key, least in _LEAST.items():
+        if get_value(cfg, key) < least:
+            raise UserError(f"{key} is {get_value(cfg, key)}, but must be at least {least}")
+    for row in cfg.TEST.EXPECTED_RESULTS:
+        if not isinstance(row, list) or len(row) != 4:
+            raise UserError(f"TEST.EXPECTED_RESULTS holds {row!r}, not [task, metric, value, tolerance]")
+
+
+def check_before_training(cfg, resume, eval_only):
+    _check_values(cfg)
+    if not eval_only:
+        if not cfg.DATASETS.TRAIN:
+            raise UserError("DATASETS.TRAIN is empty: name at least one dataset")
+        check_batch_size(cfg)
+    for name in cfg.DATASETS.TEST:
+        _check_test_dataset(name)
+    if cfg.MODEL.WEIGHTS and not resume:
+        locate_weights(cfg.MODEL.WEIGHTS)
+    if eval_only and not cfg.MODEL.WEIGHTS and not resume:
+        raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
+    if not eval_only:
+        _check_norms(cfg, resume)
+
+
+def _check_test_dataset(name):
+    """Refuse a test set whose images are missing or that no evaluator can score."""
+    check_image_files(DatasetCatalog.get(name), name)
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") is None:
+        logger.warning(f"the dataset {name} has no evaluator_type; it is scored with COCO metrics")
+        metadata.set(evaluator_type="coco")
+    elif metadata.evaluator_type not in EVALUATORS:
+        raise UserError(
+            f"the dataset {name} has the evaluator_type {metadata.evaluator_type!r}; known: "
+            + ", ".join(EVALUATORS)
+        )
+
+
+def _check_norms(cfg, resume):
+    device = get_device(cfg.MODEL.DEVICE)
+    tiny = cfg.MODEL.BACKBONE.NAME == "build_tiny_backbone"
+    norms = (cfg.MODEL.TINY.NORM,) if tiny else (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM)
+    if "SyncBN" in norms and device.type != "cuda":
+        raise UserError(f"SyncBN needs GPUs, but MODEL.DEVICE is {device}; use BN or GN")
+    frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or (cfg.MODEL.RESNETS.NORM == "FrozenBN" and not tiny)
+    if frozen and not cfg.MODEL.WEIGHTS and not resume:
+        logger.warning(
+            "MODEL.WEIGHTS is empty, but parts of the backbone are frozen (MODEL.BACKBONE.FREEZE_AT "
+            f"{cfg.MODEL.BACKBONE.FREEZE_AT}, MODEL.RESNETS.NORM {cfg.MODEL.RESNETS.NORM}): from "
+            "random weights this does not learn; use FREEZE_AT 0 with BN or GN"
+        )
