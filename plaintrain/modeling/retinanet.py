@@ -4,6 +4,7 @@ import torch
 from torchvision.models.detection import RetinaNet as _RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from plaintrain.modeling.backbone import build_backbone, get_norm
 from plaintrain.modeling.common import (
@@ -19,6 +20,8 @@ _LOSSES = {"classification": "loss_cls", "bbox_regression": "loss_box_reg"}
 
 class RetinaNet(_RetinaNet):
     """torchvision's RetinaNet, parameter for parameter, on samples instead of images."""
+
+    clips_before_nms = True
 
     def forward(self, samples):
         """
@@ -36,6 +39,30 @@ class RetinaNet(_RetinaNet):
         device = next(self.parameters()).device
         losses = super().forward(images, get_targets(samples, device))
         return {_LOSSES[name]: value for name, value in losses.items()}
+
+    def postprocess_detections(self, head_outputs, anchors, image_shapes):
+        """torchvision's, or the same with boxes cut at the image's edge after NMS, as in Detectron2."""
+        if self.clips_before_nms:
+            return super().postprocess_detections(head_outputs, anchors, image_shapes)
+        detections = []
+        for i, shape in enumerate(image_shapes):
+            levels = zip(
+                *(head_outputs[k] for k in ("cls_logits", "bbox_regression")), anchors[i], strict=True
+            )
+            found = [self._candidates(logits[i], deltas[i], boxes) for logits, deltas, boxes in levels]
+            boxes, scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+            keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
+            boxes = clip_boxes_to_image(boxes[keep], shape)
+            detections.append({"boxes": boxes, "scores": scores[keep], "labels": labels[keep]})
+        return detections
+
+    def _candidates(self, logits, deltas, anchors):
+        """The best (boxes, scores, labels) of one level, from `[A, K]`, `[A, 4]` and `[A, 4]`."""
+        scores = logits.sigmoid().flatten()
+        index = torch.where(scores > self.score_thresh)[0]
+        scores, best = scores[index].topk(min(self.topk_candidates, len(index)))
+        row, label = index[best] // logits.shape[1], index[best] % logits.shape[1]
+        return self.box_coder.decode_single(deltas[row], anchors[row]), scores, label
 
 
 def build_retinanet(cfg):
@@ -66,5 +93,6 @@ def build_retinanet(cfg):
         topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
     )
     model.box_coder = head.regression_head.box_coder = BoxCoder(retinanet.BBOX_REG_WEIGHTS)
+    model.clips_before_nms = cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator"
     model.transform = build_preprocess(cfg)
     return model
