@@ -171,13 +171,14 @@ class DetectionCheckpointer:
             _load_state(self.checkpointables[name], data.pop(name), f"the {name} in {path}")
         return data
 
-    def resume_or_load(self, path, *, resume=True):
+    def resume_or_load(self, path, *, resume=True, class_names=None):
         """Resume from the last checkpoint, or start from weights.
 
         Args:
             path: weights to start from, as MODEL.WEIGHTS names them; "" for none.
             resume: take the last checkpoint of `save_dir` if there is one; a damaged one is
                 passed over for the one before.
+            class_names: the dataset's, to take the classes of published weights by name.
 
         Returns:
             What `load` returns if a checkpoint was resumed; otherwise {}, so that training
@@ -200,7 +201,7 @@ class DetectionCheckpointer:
         if resume:
             logger.warning(f"there is no checkpoint in {self.save_dir}: starting from the beginning")
         if path:
-            load_weights(self.model, path)
+            load_weights(self.model, path, class_names)
         else:
             logger.info("MODEL.WEIGHTS is empty: starting from random weights")
         return {}

@@ -97,6 +97,7 @@ def _check_values(cfg):
 
 
 def check_before_training(cfg, resume, eval_only):
+    """Refuse what would make a run fail later: values, batch, test sets, weights and norms."""
     _check_values(cfg)
     if not eval_only:
         if not cfg.DATASETS.TRAIN:

@@ -1,6 +1,7 @@
 """Pretrained weights: from a name to a state dict to a model, running no code on the way."""
 
 import collections
+import difflib
 import hashlib
 import logging
 import os
@@ -11,8 +12,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 import torchvision
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.utils.errors import UserError, first_line
+from plaintrain.weight_names import match_names, translate
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +35,10 @@ def _torchvision_url(name):
     try:
         weights = torchvision.models.get_model_weights(model)
     except ValueError as e:
-        raise UserError(f"MODEL.WEIGHTS {name}: torchvision has no model {model!r}") from e
+        near = difflib.get_close_matches(model, torchvision.models.list_models(), n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"MODEL.WEIGHTS {name}: torchvision has no model {model!r}; the nearest is {near}"
+        ) from e
     if entry not in weights.__members__:
         known = ", ".join(weights.__members__)
         raise UserError(f"MODEL.WEIGHTS {name}: {model} has the weights {known}, not {entry!r}")
@@ -64,8 +72,17 @@ def locate_weights(name):
     return path, None
 
 
+def fetch_weights(name):
+    """The local path of MODEL.WEIGHTS, downloaded to torch.hub's cache if it is not there.
+
+    Raises:
+        UserError: see `locate_weights`; or the download fails.
+    """
+    path, url = locate_weights(name)
+    return path or _download(url)
+
+
 def _download(url):
-    """The local copy of an address in torch.hub's cache, downloaded if it is not there."""
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     parts = urlsplit(url)
     name = os.path.basename(parts.path)
@@ -109,8 +126,8 @@ class _ArrayUnpickler(pickle.Unpickler):
 def read_state_dict(path):
     """The name -> tensor dict of a weights file.
 
-    `.pkl` files are Detectron2's (arrays only, names translated); anything else is what
-    `torch.save` wrote: a state dict, or a dict that holds one under model or state_dict.
+    `.pkl` files are pickles of NumPy arrays, as Detectron2's; anything else is what `torch.save`
+    wrote: a state dict, or a dict that holds one under model or state_dict.
 
     Raises:
         UserError: the file is damaged, holds no state dict, or asks to run code.
@@ -128,92 +145,114 @@ def read_state_dict(path):
             content = content[key]
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    tensors = {}
     for name, value in content.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
-            tensors[name] = torch.from_numpy(value)
-    if path.endswith(".pkl"):
-        tensors = {_from_detectron2(_from_caffe2(name)): value for name, value in tensors.items()}
+            value = torch.from_numpy(value)
+        if isinstance(name, str) and isinstance(value, torch.Tensor):
+            tensors[name] = value
     return tensors
 
 
-_CAFFE2_ENDINGS = {
-    "_(bn|gn)_s": ".norm.weight",
-    "_(bn|gn)_b": ".norm.bias",
-    "_bn_rm": ".norm.running_mean",
-    "_bn_riv": ".norm.running_var",
-    "_w": ".weight",
+def read_weights(path, num_ratios=3):
+    """`read_state_dict` under torchvision's names, whichever project wrote the file.
+
+    Args:
+        path: the file.
+        num_ratios: see `plaintrain.weight_detectron2.from_detectron2`.
+    """
+    return translate(read_state_dict(path), num_ratios)[0]
+
+
+# torchvision's 91 classes: the background, then COCO's category ids, with "N/A" where there is none.
+_COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+_COCO_NAMES = [name for name in _COCO[1:] if name != "N/A"]
+# Layers with rows for classes: rows per class; the last one has no background here.
+_CLASS_LAYERS = {
+    r"roi_heads\.box_predictor\.cls_score": 1,
+    r"roi_heads\.box_predictor\.bbox_pred": 4,
+    r"roi_heads\.mask_predictor\.mask_fcn_logits": 1,
+    r"head\.classification_head\.module_list\.\d+(\.1)?": 1,
+    r"head\.classification_head\.cls_logits": 1,
 }
 
 
-def _from_caffe2(name):
-    """A blob's name in Caffe2's ResNets -> Detectron2's."""
-    name = re.sub(r"^(res_)?conv1_", "stem.conv1_", name)
-    name = re.sub(r"^res(\d)_(\d+)_branch1_", r"res\1.\2.shortcut_", name)
-    for letter, number in (("a", 1), ("b", 2), ("c", 3)):
-        name = re.sub(rf"^res(\d)_(\d+)_branch2{letter}_", rf"res\1.\2.conv{number}_", name)
-    for ending, full in _CAFFE2_ENDINGS.items():
-        name = re.sub(ending + "$", full, name)
-    return name
+def _count_classes(found):
+    """How many classes the file's scores are for, or 0 if it has none."""
+    for scores, boxes in (
+        ("roi_heads.box_predictor.cls_score", None),
+        ("head.classification_head.cls_logits", "head.regression_head.bbox_reg"),
+        ("head.classification_head.module_list.0", "head.regression_head.module_list.0"),
+        ("head.classification_head.module_list.0.1", "head.regression_head.module_list.0.1"),
+    ):
+        if f"{scores}.bias" in found and (boxes is None or f"{boxes}.bias" in found):
+            anchors = len(found[f"{boxes}.bias"]) // 4 if boxes else 1
+            return len(found[f"{scores}.bias"]) // max(anchors, 1)
+    return 0
 
 
-def _from_detectron2(name):
-    """A parameter's name in Detectron2's ResNet-FPN -> torchvision's."""
-    name = re.sub(r"^(backbone\.bottom_up\.)?(stem\.|res\d\.)", r"backbone.body.\2", name)
-    name = re.sub(r"body\.stem\.conv1\.norm\.", "body.bn1.", name)
-    name = re.sub(r"body\.stem\.", "body.", name)
-    name = re.sub(r"body\.res(\d)\.", lambda m: f"body.layer{int(m[1]) - 1}.", name)
-    name = re.sub(r"\.shortcut\.norm\.", ".downsample.1.", name)
-    name = re.sub(r"\.shortcut\.", ".downsample.0.", name)
-    name = re.sub(r"\.conv(\d)\.norm\.", r".bn\1.", name)
-    blocks = {"lateral": "inner_blocks", "output": "layer_blocks"}
-    return re.sub(
-        r"^backbone\.fpn_(lateral|output)(\d)\.",
-        lambda m: f"backbone.fpn.{blocks[m[1]]}.{int(m[2]) - 2}.0.",
-        name,
+def _select_classes(found, class_names, of_detectron2):
+    """Reduce the rows of COCO's classes to the dataset's, by name, if it has all of them."""
+    file_names = _COCO
+    if of_detectron2:
+        dense = "head.classification_head.cls_logits.bias" in found
+        file_names = _COCO_NAMES if dense else ["", *_COCO_NAMES]
+    if len(file_names) != _count_classes(found) or not set(class_names) <= set(_COCO_NAMES):
+        return found
+    rows = torch.tensor([file_names.index(name) for name in class_names])
+    selected = dict(found)
+    for name, value in found.items():
+        layer = name.rpartition(".")[0]
+        for pattern, per_class in _CLASS_LAYERS.items():
+            if re.fullmatch(pattern, layer) and len(value) % (len(file_names) * per_class) == 0:
+                index = rows if layer.endswith("cls_logits") else torch.cat([rows.new_zeros(1), rows])
+                value = value.unflatten(0, (-1, len(file_names), per_class))[:, index]
+                selected[name] = value.flatten(0, 2)
+    logger.info(f"of the {len(file_names)} classes of the weights the dataset's {len(class_names)} are kept")
+    return selected
+
+
+# torchvision runs the models of these files without the epsilon of their frozen norms.
+_WITHOUT_EPS = {
+    os.path.basename(weights.COCO_V1.url)
+    for weights in (
+        detection.FasterRCNN_ResNet50_FPN_Weights,
+        detection.MaskRCNN_ResNet50_FPN_Weights,
+        detection.KeypointRCNN_ResNet50_FPN_Weights,
+        detection.RetinaNet_ResNet50_FPN_Weights,
     )
+}
 
 
-# Ways in which a file's names can differ from the model's; the one that fits most is taken.
-_RENAMES = (
-    lambda name: name,
-    lambda name: name.removeprefix("module."),
-    lambda name: "backbone.body." + name,
-    lambda name: "backbone.body." + name.removeprefix("features."),
-)
+def _check_eps(model, path):
+    eps = max((m.eps for m in model.modules() if isinstance(m, FrozenBatchNorm2d)), default=0)
+    if os.path.basename(path) in _WITHOUT_EPS and eps:
+        logger.warning(
+            f"{os.path.basename(path)} was made for MODEL.RESNETS.NORM_EPS 0, as torchvision sets it, "
+            f"but it is {eps}"
+        )
 
 
-def _match_names(tensors, wanted):
-    """The tensors under the model's names as far as a rule brings them there."""
-    best = max(_RENAMES, key=lambda rename: sum(rename(name) in wanted for name in tensors))
-    matched = {}
-    for name, value in tensors.items():
-        name = best(name)
-        if name not in wanted:
-            # Before torchvision 0.13 a head's convolutions were not wrapped with their norm.
-            name = re.sub(r"^(rpn\.head\.conv)\.(weight|bias)$", r"\1.0.0.\2", name)
-            name = re.sub(
-                r"^(head\.\w+\.conv)\.(\d)\.(weight|bias)$",
-                lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}",
-                name,
-            )
-        matched[name] = value
-    return matched
-
-
-def load_weights(model, name):
+def load_weights(model, name, class_names=None):
     """Load MODEL.WEIGHTS into a model as far as names and shapes agree, and log what did not.
 
     Args:
         model: the module; its own parameter names are torchvision's.
         name: see `locate_weights`.
+        class_names: the dataset's, in the order of their labels. Heads for COCO's classes that
+            torchvision or Detectron2 published are reduced to these if they have all of them.
 
     Raises:
         UserError: unreadable weights, or not a single tensor that fits.
     """
-    path, url = locate_weights(name)
+    path = fetch_weights(name)
     wanted = model.state_dict()
-    found = _match_names(read_state_dict(path or _download(url)), wanted)
+    generators = [module for module in model.modules() if isinstance(module, AnchorGenerator)]
+    num_ratios = len(generators[0].aspect_ratios[0]) if generators else 3
+    tensors, of_detectron2 = translate(read_state_dict(path), num_ratios)
+    found = match_names(tensors, wanted)
+    if class_names:
+        found = _select_classes(found, class_names, of_detectron2)
     fitting = {k: v for k, v in found.items() if k in wanted and v.shape == wanted[k].shape}
     if not any(k in dict(model.named_parameters()) for k in fitting):
         raise UserError(
@@ -222,6 +261,7 @@ def load_weights(model, name):
         )
     model.load_state_dict(fitting, strict=False)
     _report(name, wanted, found, fitting)
+    _check_eps(model, path)
 
 
 def _report(name, wanted, found, fitting):

@@ -10,10 +10,13 @@ import pytest
 import torch
 import torchvision
 
+from plaintrain import weight_detectron2
+from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
 from plaintrain.modeling import build_model
+from plaintrain.modeling.build import num_classes_key
 from plaintrain.utils.errors import UserError
-from plaintrain.weights import load_weights, locate_weights, read_state_dict
+from plaintrain.weights import load_weights, locate_weights, read_state_dict, read_weights
 
 torch.set_num_threads(1)
 
@@ -37,16 +40,18 @@ _SMALL_RETINANET = [
 ]  # fmt: skip
 
 
-def make_rcnn(num_classes=3, more=()):
+def make_model(keys):
     cfg = get_cfg()
-    cfg.merge_from_list([*_SMALL_RCNN, "MODEL.ROI_HEADS.NUM_CLASSES", num_classes, *more])
+    cfg.merge_from_list(keys)
     return build_model(cfg)
+
+
+def make_rcnn(num_classes=3, more=()):
+    return make_model([*_SMALL_RCNN, "MODEL.ROI_HEADS.NUM_CLASSES", num_classes, *more])
 
 
 def make_retinanet(num_classes=3):
-    cfg = get_cfg()
-    cfg.merge_from_list([*_SMALL_RETINANET, "MODEL.RETINANET.NUM_CLASSES", num_classes])
-    return build_model(cfg)
+    return make_model([*_SMALL_RETINANET, "MODEL.RETINANET.NUM_CLASSES", num_classes])
 
 
 def randomize(state):
@@ -267,7 +272,7 @@ def test_weights_of_which_only_counters_fit_are_an_error(tmp_path, imagenet):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("torchvision://resnet5/IMAGENET1K_V1", ["no model 'resnet5'"]),
+        ("torchvision://resnet5/IMAGENET1K_V1", ["no model 'resnet5'", "nearest is resnet50"]),
         ("torchvision://resnet18/IMAGENET1K_V9", ["IMAGENET1K_V1", "'IMAGENET1K_V9'"]),
         ("torchvision://resnet18", ["IMAGENET1K_V1"]),
     ],
@@ -432,7 +437,7 @@ def test_an_fpn_of_detectron2_is_understood(tmp_path):
         "backbone.fpn_output4.weight": "backbone.fpn.layer_blocks.2.0.weight",
     }
     (tmp_path / "model.pkl").write_bytes(pickle.dumps({name: np.ones(1) for name in names}))
-    assert set(read_state_dict(str(tmp_path / "model.pkl"))) == set(names.values())
+    assert set(read_weights(str(tmp_path / "model.pkl"))) == set(names.values())
     assert set(names.values()) <= set(make_rcnn().state_dict())
 
 
@@ -488,4 +493,179 @@ def test_arrays_that_are_no_numbers_are_a_clear_error_or_left_out(tmp_path):
     except UserError as e:
         assert "w.pkl" in str(e)
     else:
-        assert found["backbone.body.conv1.weight"].shape == (64, 3, 7, 7)
+        assert {name: value.shape for name, value in found.items()} == {"stem.conv1.weight": (64, 3, 7, 7)}
+
+
+# ---- detectors for COCO's classes --------------------------------------------------------------
+
+COCO = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO_80 = [name for name in COCO[1:] if name != "N/A"]
+# Neither in COCO's order nor next to each other; "dog" stands after the first hole.
+NAMES = ["dog", "person", "toothbrush"]
+_TINY = [
+    *["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.BACKBONE.FREEZE_AT", 0],
+    *[
+        "MODEL.TINY.CHANNELS",
+        [8, 8],
+        "MODEL.TINY.OUT_CHANNELS",
+        32,
+        "MODEL.ANCHOR_GENERATOR.SIZES",
+        [[16, 32]],
+    ],
+    *["MODEL.ROI_BOX_HEAD.FC_DIM", 8, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8],
+    *["MODEL.SSD.STEPS", [], "MODEL.SSD.SCALES", [0.3, 0.6], "MODEL.SSD.ASPECT_RATIOS", [[2, 3]]],
+    *["INPUT.FIXED_SIZE", (64, 64)],
+]
+_SSD = ["MODEL.META_ARCHITECTURE", "SSD"]
+_FCOS = ["MODEL.META_ARCHITECTURE", "FCOS", "MODEL.ANCHOR_GENERATOR.SIZES", [[32]]]
+_FCOS += ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]]
+_LOGITS = "head.classification_head.cls_logits"
+_BOXES = "roi_heads.box_predictor"
+# architecture -> (keys, {layer: rows per class and anchor}, anchors a location, background).
+COCO_HEADS = {
+    "rcnn": (
+        ["MODEL.MASK_ON", True],
+        {f"{_BOXES}.cls_score": 1, f"{_BOXES}.bbox_pred": 4, "roi_heads.mask_predictor.mask_fcn_logits": 1},
+        1,
+        True,
+    ),
+    "retinanet": (["MODEL.META_ARCHITECTURE", "RetinaNet"], {_LOGITS: 1}, 6, False),
+    "fcos": (_FCOS, {_LOGITS: 1}, 1, False),
+    "ssd": (_SSD, {"head.classification_head.module_list.0": 1}, 6, True),
+    "ssdlite": (
+        [*_SSD, "MODEL.SSD.HEAD_NAME", "SSDLiteHead"],
+        {"head.classification_head.module_list.0.1": 1},
+        6,
+        True,
+    ),
+}
+
+
+def make_tiny(keys, num_classes):
+    cfg = get_cfg()
+    cfg.merge_from_list([*_TINY, *keys])
+    cfg.merge_from_list([num_classes_key(cfg), num_classes])
+    return build_model(cfg)
+
+
+@pytest.mark.parametrize("architecture", COCO_HEADS)
+def test_heads_of_torchvisions_91_classes_are_reduced_by_name(tmp_path, log, architecture):
+    keys, layers, anchors, background = COCO_HEADS[architecture]
+    state = randomize(make_tiny(keys, 90 if background else 91).state_dict())
+    torch.save(state, tmp_path / "coco.pth")
+    model = make_tiny(keys, len(NAMES))
+    load_weights(model, str(tmp_path / "coco.pth"), NAMES)
+    rows = [0] * background + [COCO.index(name) for name in NAMES]
+    for name, value in model.state_dict().items():
+        per_class = layers.get(name.rpartition(".")[0])
+        if per_class is None:
+            assert value.equal(state[name]), name
+            continue
+        assert len(state[name]) == anchors * 91 * per_class
+        for a in range(anchors):
+            for k, row in enumerate(rows):
+                here, there = ((a * n + i) * per_class for n, i in ((len(rows), k), (91, row)))
+                assert value[here : here + per_class].equal(state[name][there : there + per_class]), name
+    assert not warnings_of(log)
+    assert "of the 91 classes of the weights the dataset's 3 are kept" in log.text
+
+
+@pytest.mark.parametrize("class_names", [["dog", "unicorn", "person"], ["dog", "N/A", "person"], None])
+def test_a_head_is_left_out_if_a_class_is_not_among_cocos(tmp_path, log, class_names):
+    keys, layers, *_ = COCO_HEADS["rcnn"]
+    state = randomize(make_tiny(keys, 90).state_dict())
+    torch.save(state, tmp_path / "coco.pth")
+    model = make_tiny(keys, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    load_weights(model, str(tmp_path / "coco.pth"), class_names)
+    for name, value in model.state_dict().items():
+        left_out = name.rpartition(".")[0] in layers
+        assert value.equal(before[name] if left_out else state[name]), name
+    assert warnings_of(log).count("other shape") == 6
+
+
+def test_a_head_for_other_classes_is_not_reduced(tmp_path, log):
+    # Rows of 80 classes under torchvision's names could be any 80 classes.
+    torch.save(randomize(make_tiny([], 80).state_dict()), tmp_path / "eighty.pth")
+    load_weights(make_tiny([], 3), str(tmp_path / "eighty.pth"), NAMES)
+    assert warnings_of(log).count("other shape") == 4
+
+
+@pytest.mark.parametrize("architecture", ["rcnn", "retinanet"])
+@pytest.mark.parametrize("names", [NAMES, COCO_80, COCO_80[::-1]], ids=["three", "all", "reversed"])
+@pytest.mark.parametrize("ending", [".pkl", ".pth"])
+def test_heads_of_detectron2s_80_classes_are_taken_by_name(tmp_path, log, architecture, names, ending):
+    keys = [*_SMALL_RCNN]
+    if architecture == "retinanet":
+        keys += ["MODEL.META_ARCHITECTURE", "RetinaNet"]
+        keys += ["MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"]
+    whole, model = ([*keys, "MODEL.ROI_HEADS.NUM_CLASSES", n] for n in (80, len(names)))
+    whole, model = (make_model([*k, "MODEL.RETINANET.NUM_CLASSES", k[-1]]) for k in (whole, model))
+    state = randomize(whole.state_dict())
+    there = weight_detectron2.to_detectron2(state)
+    path = tmp_path / f"model_final{ending}"
+    if ending == ".pkl":
+        arrays = {name: value.numpy() for name, value in there.items()}
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "me"}))
+    else:
+        torch.save({"model": there, "optimizer": {"state": {}}, "iteration": 7}, path)
+    load_weights(model, str(path), names)
+    rows = torch.tensor([COCO_80.index(name) for name in names])
+    layer = _LOGITS if architecture == "retinanet" else f"{_BOXES}.cls_score"
+    value, before = model.state_dict()[f"{layer}.weight"], state[f"{layer}.weight"]
+    if architecture == "retinanet":
+        assert value.unflatten(0, (3, -1)).equal(before.unflatten(0, (3, -1))[:, rows])
+    else:
+        assert value[0].equal(before[0]) and value[1:].equal(before[1:][rows])
+        boxes = model.state_dict()[f"{_BOXES}.bbox_pred.bias"].view(-1, 4)
+        assert boxes[1:].equal(state[f"{_BOXES}.bbox_pred.bias"].view(-1, 4)[1:][rows])
+        assert not boxes[0].any()
+    assert model.state_dict()["backbone.body.conv1.weight"].equal(state["backbone.body.conv1.weight"])
+    assert not warnings_of(log)
+
+
+def test_the_checkpointer_hands_the_class_names_on(tmp_path):
+    state = randomize(make_tiny([], 90).state_dict())
+    torch.save(state, tmp_path / "coco.pth")
+    model = make_tiny([], 1)
+    checkpointer = DetectionCheckpointer(model, str(tmp_path / "run"))
+    checkpointer.resume_or_load(str(tmp_path / "coco.pth"), resume=False, class_names=["dog"])
+    found = model.state_dict()[f"{_BOXES}.cls_score.bias"]
+    assert found.equal(state[f"{_BOXES}.cls_score.bias"][[0, COCO.index("dog")]])
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_torchvisions_first_detectors_want_no_eps(hub, log, eps):
+    keys = [*_SMALL_RCNN, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.NORM_EPS", eps]
+    model = make_model([*keys, "MODEL.ROI_HEADS.NUM_CLASSES", 3])
+    url = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url
+    torch.save(model.state_dict(), hub / os.path.basename(url))
+    load_weights(model, "torchvision://fasterrcnn_resnet50_fpn/COCO_V1")
+    assert ("MODEL.RESNETS.NORM_EPS 0" in warnings_of(log)) == (eps > 0)
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_other_weights_say_nothing_about_eps(tmp_path, log, norm):
+    model = make_rcnn(more=["MODEL.RESNETS.NORM", norm])
+    torch.save(model.state_dict(), tmp_path / "mine.pth")
+    load_weights(model, str(tmp_path / "mine.pth"))
+    assert not warnings_of(log)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_mobilenet_v3_large_fpn",
+        "fasterrcnn_mobilenet_v3_large_320_fpn", "maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2",
+        "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2",
+        "fcos_resnet50_fpn", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large",
+    ],
+)  # fmt: skip
+def test_every_detector_of_torchvision_has_an_address(model):
+    path, url = locate_weights(f"torchvision://{model}/COCO_V1")
+    assert path is None and url.startswith("https://download.pytorch.org/models/")
+
+
+def test_names_that_are_no_text_are_left_out(tmp_path):
+    torch.save({0: torch.ones(1), "a": torch.ones(1)}, tmp_path / "w.pth")
+    assert list(read_state_dict(str(tmp_path / "w.pth"))) == ["a"]
