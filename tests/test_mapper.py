@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from torchvision import tv_tensors
 
-from plaintrain.data import DatasetCatalog, DatasetMapper
+from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, mapper
+from plaintrain.data.crops import RandomCrop
+from plaintrain.data.keypoints import keypoint_flip_indices
 from plaintrain.data.mapper import read_image
 from plaintrain.data.shapes import load_shapes, render
-from plaintrain.data.transforms import RandomCrop, RandomFlip, ResizeShortestEdge
+from plaintrain.data.transforms import RandomHorizontalFlip, RandomVerticalFlip, RandomZoomOut, Resize
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
@@ -196,7 +199,7 @@ def test_an_evaluation_sample_has_no_target_and_the_original_size(picture, cfg):
 
 def test_boxes_follow_the_augmentations(picture):
     record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
-    steps = [ResizeShortestEdge((60,), 100), RandomFlip(1.0)]
+    steps = [Resize((60, 80)), RandomHorizontalFlip(1.0)]
     sample = DatasetMapper(augmentations=steps)(record)
     assert sample["image"].shape == (3, 60, 80)
     assert sample["target"]["boxes"].tolist() == [[52, 10, 72, 26]]
@@ -274,6 +277,266 @@ def test_shapes_are_drawn_instead_of_read():
     np.testing.assert_allclose(
         sample["target"]["boxes"], [a["bbox"] for a in record["annotations"]], rtol=1e-5
     )
+
+
+# ---- masks and keypoints
+
+
+SQUARE = [4, 5, 14, 5, 14, 13, 4, 13]
+
+
+def _annotated(record, index, **more):
+    record["annotations"][index].update(more)
+    return record
+
+
+def _rle(*rectangles, height=30, width=40):
+    """(uncompressed, compressed, compressed as JSON holds it) of a union of x0, y0, x1, y1."""
+    mask = np.zeros((height, width), dtype=np.uint8, order="F")
+    for x0, y0, x1, y1 in rectangles:
+        mask[y0:y1, x0:x1] = 1
+    flat = np.concatenate([[0], mask.flatten(order="F"), [0]])
+    counts = np.diff([0, *np.flatnonzero(np.diff(flat)), mask.size]).tolist()
+    compressed = coco_mask.encode(mask)
+    size = [height, width]
+    text = {"size": size, "counts": compressed["counts"].decode()}
+    return torch.from_numpy(mask), [{"size": size, "counts": counts}, compressed, text]
+
+
+def test_a_target_with_masks_and_keypoints_has_the_contracts_keys_and_types(picture):
+    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2), ([0, 0, 9, 9], 1, 1), ([20, 10, 10, 10], 0))
+    _annotated(record, 0, segmentation=[SQUARE], keypoints=[5, 6, 2, 13.5, 12, 1, 0, 0, 0])
+    _annotated(record, 2, segmentation=[[20, 10, 30, 10, 30, 20, 20, 20]])
+    target = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=3)(record)["target"]
+    assert set(target) == {"boxes", "labels", "masks", "keypoints"}
+    assert all(type(value) is torch.Tensor for value in target.values())
+    assert (target["masks"].dtype, target["masks"].shape) == (torch.uint8, (2, 30, 40))
+    assert target["masks"].is_contiguous()
+    assert (target["keypoints"].dtype, target["keypoints"].shape) == (torch.float32, (2, 3, 3))
+    expected, _ = _rle((4, 5, 14, 13))
+    assert torch.equal(target["masks"][0], expected)
+    assert target["masks"][1].sum() == 100
+    assert target["labels"].tolist() == [2, 0]
+    # Points keep their place; an instance without any has them all unlabelled.
+    assert target["keypoints"].tolist() == [[[5, 6, 2], [13.5, 12, 1], [0, 0, 0]], [[0, 0, 0]] * 3]
+
+
+def test_without_masks_and_keypoints_they_are_not_looked_at(picture, monkeypatch):
+    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
+    _annotated(record, 0, segmentation="nonsense", keypoints=[1])
+    monkeypatch.delattr(mapper.coco_mask, "decode")
+    assert set(DatasetMapper(augmentations=[])(record)["target"]) == {"boxes", "labels"}
+    both = DatasetMapper(is_train=False, augmentations=[], use_masks=True, num_keypoints=3)
+    assert "target" not in both(record)
+
+
+def test_polygons_of_several_parts_are_one_mask(picture):
+    record = _record(picture, 30, 40, ([4, 5, 20, 8], 2))
+    _annotated(record, 0, segmentation=[SQUARE, [18, 5, 24, 5, 24, 13, 18, 13]])
+    masks = DatasetMapper(augmentations=[], use_masks=True)(record)["target"]["masks"]
+    assert torch.equal(masks[0], _rle((4, 5, 14, 13), (18, 5, 24, 13))[0])
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_every_kind_of_rle_is_read_with_holes_and_parts(picture, kind):
+    mask, kinds = _rle((4, 5, 14, 7), (4, 11, 14, 13), (4, 5, 6, 13), (12, 5, 14, 13), (30, 0, 40, 30))
+    record = _record(picture, 30, 40, ([4, 0, 36, 30], 2), ([4, 5, 10, 8], 1))
+    _annotated(record, 0, segmentation=kinds[kind])
+    _annotated(record, 1, segmentation=[SQUARE])
+    masks = DatasetMapper(augmentations=[], use_masks=True)(record)["target"]["masks"]
+    assert torch.equal(masks[0], mask)
+    assert mask[9, 9] == 0
+    assert masks[1, 9, 9] == 1
+
+
+def test_masks_and_keypoints_follow_the_augmentations(picture):
+    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
+    _annotated(record, 0, segmentation=[SQUARE], keypoints=[5, 6, 2, 13, 12, 1])
+    steps = [Resize((60, 80)), RandomHorizontalFlip(1.0, (1, 0)), RandomVerticalFlip(1.0)]
+    target = DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=2)(record)["target"]
+    assert target["boxes"].tolist() == [[52, 34, 72, 50]]
+    assert torch.equal(target["masks"][0], _rle((52, 34, 72, 50), height=60, width=80)[0])
+    assert target["keypoints"].tolist() == [[[54, 36, 1], [70, 48, 2]]]
+
+
+def test_keypoints_outside_the_image_are_unlabelled_for_good(picture):
+    record = _record(picture, 30, 40, ([0, 0, 40, 30], 2))
+    _annotated(record, 0, keypoints=[-1, 6, 2, 40, 30, 1, 5, 30.5, 2, 7, 8, 0, 0, 0, 2])
+    for steps in ([], [RandomZoomOut(p=1.0, side_range=(2, 2))]):
+        keypoints = DatasetMapper(augmentations=steps, num_keypoints=5)(record, np.random.default_rng(0))
+        keypoints = keypoints["target"]["keypoints"][0]
+        assert keypoints[:, 2].tolist() == [0, 1, 0, 0, 2]
+        assert (keypoints[keypoints[:, 2] == 0] == 0).all()
+    assert keypoints[1, :2].tolist() == (keypoints[4, :2] + torch.tensor([40, 30])).tolist()
+
+
+def test_an_augmentation_of_ones_own_that_moves_keypoints_out_makes_them_unlabelled(picture):
+    def move(tensors, rng):
+        points = tv_tensors.wrap(tensors["keypoints"] + 30, like=tensors["keypoints"])
+        return {**tensors, "keypoints": points}
+
+    record = _annotated(_record(picture, 30, 40, ([0, 0, 9, 9], 2)), 0, keypoints=[5, 0, 2, 5, 1, 2])
+    keypoints = DatasetMapper(augmentations=[move], num_keypoints=2)(record)["target"]["keypoints"]
+    assert keypoints.tolist() == [[[35, 30, 2], [0, 0, 0]]]
+
+
+def test_an_instance_vanishes_with_its_mask_and_keypoints(picture):
+    record = _record(picture, 30, 40, ([0, 0, 8, 8], 0), ([30, 20, 10, 10], 1), ([9, 9, 3, 3], 2))
+    for i, (x, y, w, h) in enumerate(([0, 0, 8, 8], [30, 20, 10, 10], [9.1, 9.1, 0.1, 0.1])):
+        polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+        _annotated(record, i, segmentation=[polygon], keypoints=[x + 1, y + 1, 2])
+    whole = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=1)(record)["target"]
+    # The third's polygon covers no pixel.
+    assert whole["labels"].tolist() == [0, 1]
+    crop = RandomCrop("absolute", (12, 12))
+    seen = set()
+    for seed in range(40):
+        cut = DatasetMapper(augmentations=[crop], use_masks=True, num_keypoints=1)
+        target = cut(record, np.random.default_rng(seed))["target"]
+        assert len({len(value) for value in target.values()}) == 1
+        assert target["masks"].flatten(1).any(dim=1).all()
+        seen.add(tuple(target["labels"].tolist()))
+    assert {(), (0,), (1,)} <= seen
+
+
+@pytest.mark.parametrize("annotations", [[], [([0, 0, 9, 9], 0, 1)]])
+def test_an_empty_target_has_empty_masks_and_keypoints(picture, annotations):
+    steps = [Resize((20, 25)), RandomHorizontalFlip(1.0, (0, 1, 2, 3))]
+    record = _record(picture, 30, 40, *annotations)
+    target = DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=4)(record)["target"]
+    shapes = {name: tuple(value.shape) for name, value in target.items()}
+    assert shapes == {"boxes": (0, 4), "labels": (0,), "masks": (0, 20, 25), "keypoints": (0, 4, 3)}
+    assert (target["masks"].dtype, target["keypoints"].dtype) == (torch.uint8, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, "has no segmentation"),
+        ({"segmentation": []}, "must be polygons or an RLE"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "3 points or more"),
+        ({"segmentation": {"size": [40, 30], "counts": [1200]}}, r"\[40, 30\]"),
+        ({"segmentation": [SQUARE], "keypoints": [1, 2, 2]}, "3 numbers of keypoints, but 2 keypoints"),
+    ],
+)
+def test_an_annotation_without_what_is_needed_is_named(picture, more, words):
+    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2), ([4, 5, 10, 8], 2))
+    _annotated(record, 0, segmentation=[SQUARE])
+    _annotated(record, 1, **more)
+    with pytest.raises(UserError, match=words) as error:
+        DatasetMapper(augmentations=[], use_masks=True, num_keypoints=2)(record)
+    assert "picture.png" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ---- from the config
+
+
+def _keypoint_dataset(cfg, name, names, **metadata):
+    DatasetCatalog.register(name, list)
+    MetadataCatalog.get(name).set(thing_classes=["a"], keypoint_names=names, **metadata)
+    cfg.MODEL.KEYPOINT_ON = True
+    cfg.DATASETS.TRAIN = (*cfg.DATASETS.TRAIN, name)
+
+
+def test_the_config_says_what_targets_hold_and_the_dataset_how_they_flip(picture, cfg):
+    _keypoint_dataset(cfg, "points", ["nose", "left_ear", "right_ear"])
+    cfg.MODEL.MASK_ON = True
+    cfg.INPUT.AUGMENTATIONS = [{"RandomHorizontalFlip": {"p": 1.0}}]
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (0,), "none"
+    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
+    _annotated(record, 0, segmentation=[SQUARE], keypoints=[5, 6, 2, 8, 7, 1, 9, 9, 2])
+    target = DatasetMapper(cfg)(record)["target"]
+    assert target["keypoints"].tolist() == [[[35, 6, 2], [31, 9, 2], [32, 7, 1]]]
+    assert target["masks"].sum() == 80
+    assert set(DatasetMapper(cfg, use_masks=False, num_keypoints=0)(record)["target"]) == {"boxes", "labels"}
+    # What is used with the augmentations of evaluation has the same targets.
+    assert set(DatasetMapper(cfg, augmentations=[])(record)["target"]) == set(target)
+
+
+def test_keypoints_of_the_metadata_may_come_from_the_files(picture, cfg):
+    def load():
+        MetadataCatalog.get("points").set(keypoint_names=["left", "right"])
+        return []
+
+    DatasetCatalog.register("points", load)
+    cfg.MODEL.KEYPOINT_ON, cfg.DATASETS.TRAIN = True, ("points",)
+    assert DatasetMapper(cfg).augmentations[-1] == RandomHorizontalFlip(0.5, (1, 0))
+
+
+def test_datasets_must_agree_on_their_keypoints(cfg):
+    _keypoint_dataset(cfg, "one", ["left", "right"])
+    _keypoint_dataset(cfg, "two", ["left", "right"], keypoint_flip_map=[("left", "right")])
+    assert DatasetMapper(cfg).num_keypoints == 2
+    _keypoint_dataset(cfg, "three", ["right", "left"])
+    with pytest.raises(UserError, match="one and three have different keypoints"):
+        DatasetMapper(cfg)
+    cfg.DATASETS.TRAIN = ("one", "two")
+    MetadataCatalog.get("two").set(keypoint_flip_map=[])
+    with pytest.raises(UserError, match="one and two have different keypoints"):
+        DatasetMapper(cfg)
+
+
+def test_a_number_of_keypoints_that_contradicts_the_dataset_is_refused(cfg):
+    _keypoint_dataset(cfg, "points", ["left", "right"])
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 17
+    with pytest.raises(UserError, match="NUM_KEYPOINTS is 17, but points has 2"):
+        DatasetMapper(cfg)
+    DatasetMapper(cfg, is_train=False)
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 2
+    assert DatasetMapper(cfg).num_keypoints == 2
+
+
+def test_keypoints_that_nobody_names_are_refused(cfg):
+    cfg.MODEL.KEYPOINT_ON = True
+    with pytest.raises(UserError, match=r"DATASETS\.TRAIN names no dataset"):
+        DatasetMapper(cfg)
+    _keypoint_dataset(cfg, "points", None)
+    with pytest.raises(UserError, match="the dataset points names no keypoints"):
+        DatasetMapper(cfg)
+
+
+@pytest.mark.parametrize(
+    ("names", "flip_map", "expected"),
+    [
+        (["nose", "left_eye", "right_eye"], [("left_eye", "right_eye")], (0, 2, 1)),
+        (["nose", "left_eye", "right_eye"], [["right_eye", "left_eye"]], (0, 2, 1)),
+        (["nose", "left_eye", "right_eye"], None, (0, 2, 1)),
+        (["nose", "left_eye", "right_eye"], [], (0, 1, 2)),
+        (["top", "right", "bottom", "left"], None, (0, 3, 2, 1)),
+        (["Right hand", "Left hand", "left", "tail"], None, (1, 0, 2, 3)),
+        ([], None, ()),
+    ],
+)
+def test_flip_indices_exchange_pairs(names, flip_map, expected):
+    order = keypoint_flip_indices(names, flip_map)
+    assert order == expected
+    assert [order[i] for i in order] == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
+    ("flip_map", "words"),
+    [
+        ([("left_eye", "right_ey")], "unknown keypoint 'right_ey'; the nearest is 'right_eye'"),
+        ([("left_eye", "right_eye"), ("nose", "left_eye")], "'left_eye' in two pairs"),
+    ],
+)
+def test_bad_pairs_are_named(flip_map, words):
+    with pytest.raises(UserError, match=words):
+        keypoint_flip_indices(["nose", "left_eye", "right_eye"], flip_map)
+
+
+def test_real_masks_fill_their_boxes(data_root, cfg):
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (200,), 400
+    cfg.MODEL.MASK_ON = True
+    mapper = DatasetMapper(cfg)
+    for position, record in enumerate(DatasetCatalog.get("coco_2017_val")[:6]):
+        target = mapper(record, np.random.default_rng(position))["target"]
+        assert len(target["boxes"]) == len(target["masks"]) > 0
+        for box, mask in zip(target["boxes"], target["masks"], strict=True):
+            y, x = torch.nonzero(mask, as_tuple=True)
+            tight = torch.tensor([x.min(), y.min(), x.max() + 1, y.max() + 1])
+            assert (tight - box).abs().max() <= 4
 
 
 def test_real_coco_images_become_samples(data_root, cfg):

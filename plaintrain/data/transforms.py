@@ -1,20 +1,18 @@
-"""Augmentation: frozen parameters, called with the tensors of one image and a generator.
+"""Augmentation that moves pixels and targets: frozen parameters, called with tensors and a generator.
 
-An augmentation takes a dict of image and targets (`torchvision.tv_tensors`) and a
-`numpy.random.Generator`, and returns a new dict. It draws from that generator only, so a sample
-is the same in whatever worker it is made.
+An augmentation takes a dict of the tensors of one image, as `plaintrain.data.tensors` describes
+it, and a `numpy.random.Generator`, and returns a new dict. It draws from that generator only, so a
+sample is the same in whatever worker it is made. Names and defaults are those of
+torchvision.transforms.v2, its detection references or Detectron2.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-import torchvision.transforms.v2.functional as F
 
+from plaintrain.data.arguments import check_colour, check_list, check_number, check_range
+from plaintrain.data.tensors import horizontal_flip, image_size, pad, resize, vertical_flip
 from plaintrain.utils.errors import UserError
-
-
-def _size(tensors):
-    return F.get_size(tensors["image"])
 
 
 def shortest_edge_size(height, width, short_edge, max_size):
@@ -32,7 +30,7 @@ def shortest_edge_size(height, width, short_edge, max_size):
 
 @dataclass(frozen=True)
 class ResizeShortestEdge:
-    """Scale the shorter side to a drawn length; the longer one stays within `max_size`.
+    """Scale the shorter side to a drawn length; the longer one stays within `max_size` (Detectron2).
 
     Attributes:
         short_edge_length: lengths in pixels to choose from, or two ends if `sample_style` is range.
@@ -45,18 +43,12 @@ class ResizeShortestEdge:
     sample_style: str = "choice"
 
     def __post_init__(self):
-        if not self.short_edge_length or min(self.short_edge_length) < 1:
-            raise UserError(f"INPUT.MIN_SIZE must be pixels >= 1, not {self.short_edge_length}")
-        if self.max_size < 1:
-            raise UserError(f"INPUT.MAX_SIZE must be at least 1 pixel, not {self.max_size}")
         if self.sample_style not in ("choice", "range"):
-            raise UserError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING is choice or range, not {self.sample_style!r}")
-        ends = self.short_edge_length
-        if self.sample_style == "range" and (len(ends) != 2 or ends[0] > ends[1]):
-            raise UserError(
-                "INPUT.MIN_SIZE_TRAIN_SAMPLING range needs the two ends, the smaller first, in "
-                f"INPUT.MIN_SIZE_TRAIN, not {ends}"
-            )
+            raise UserError(f"sample_style must be choice or range, not {self.sample_style!r}")
+        check_number(self, "max_size", 1, whole=True)
+        check_list(self, "short_edge_length", 1, whole=True)
+        if self.sample_style == "range":
+            check_range(self, "short_edge_length", 1)
 
     def __call__(self, tensors, rng):
         if self.sample_style == "range":
@@ -64,88 +56,130 @@ class ResizeShortestEdge:
             short_edge = int(rng.integers(low, high + 1))
         else:
             short_edge = self.short_edge_length[int(rng.integers(len(self.short_edge_length)))]
-        size = shortest_edge_size(*_size(tensors), short_edge, self.max_size)
-        if list(size) == list(_size(tensors)):
-            return tensors
-        return {name: F.resize(value, list(size)) for name, value in tensors.items()}
+        return resize(tensors, shortest_edge_size(*image_size(tensors), short_edge, self.max_size))
 
 
 @dataclass(frozen=True)
-class RandomFlip:
-    """Flip with probability `prob`, horizontally or vertically."""
-
-    prob: float = 0.5
-    direction: str = "horizontal"
-
-    def __post_init__(self):
-        if self.direction not in ("horizontal", "vertical"):
-            raise UserError(f"INPUT.RANDOM_FLIP is horizontal or vertical, not {self.direction!r}")
-
-    def __call__(self, tensors, rng):
-        if rng.random() >= self.prob:
-            return tensors
-        flip = F.horizontal_flip if self.direction == "horizontal" else F.vertical_flip
-        return {name: flip(value) for name, value in tensors.items()}
-
-
-@dataclass(frozen=True)
-class RandomCrop:
-    """Cut out a window at a random place; boxes are cut with it.
+class RandomShortestSize:
+    """Scale to one of several shorter sides, the longer one at most `max_size` (torchvision).
 
     Attributes:
-        crop_type: relative, relative_range, absolute or absolute_range, as INPUT.CROP.TYPE says.
-        crop_size: two numbers, (height, width) or the range, as INPUT.CROP.SIZE says.
+        min_size: lengths of the shorter side to choose from, pixels, or one number.
+        max_size: largest length of the longer side, or None.
     """
 
-    crop_type: str
-    crop_size: tuple
+    min_size: int | tuple
+    max_size: int | None = None
 
     def __post_init__(self):
-        kinds = ("relative", "relative_range", "absolute", "absolute_range")
-        if self.crop_type not in kinds:
-            raise UserError(f"INPUT.CROP.TYPE must be one of {', '.join(kinds)}, not {self.crop_type!r}")
-        low, high = (0, 1) if self.crop_type.startswith("relative") else (1, float("inf"))
-        if len(self.crop_size) != 2 or not all(low < side <= high for side in self.crop_size):
-            wanted = "two shares in (0, 1]" if high == 1 else "two lengths in pixels"
-            raise UserError(
-                f"INPUT.CROP.SIZE must be {wanted} for TYPE {self.crop_type}, not {self.crop_size}"
-            )
-        if self.crop_type == "absolute_range" and self.crop_size[0] > self.crop_size[1]:
-            raise UserError(f"INPUT.CROP.SIZE {self.crop_size} must have its smaller end first")
-
-    def window(self, height, width, rng):
-        """(height, width) of the window to cut from an image of this size."""
-        image, size = np.array([height, width]), np.array(self.crop_size, dtype=float)
-        if self.crop_type == "absolute":
-            return np.minimum(size, image).astype(int)
-        if self.crop_type == "absolute_range":
-            low, high = np.minimum(image, size[0]), np.minimum(image, size[1])
-            return rng.integers(low.astype(int), high.astype(int) + 1)
-        if self.crop_type == "relative_range":
-            size = size + rng.random(2) * (1 - size)
-        return np.maximum(1, (image * size + 0.5).astype(int))
+        if not isinstance(self.min_size, list | tuple):
+            object.__setattr__(self, "min_size", (self.min_size,))
+        check_list(self, "min_size", 1, whole=True)
+        if self.max_size is not None:
+            check_number(self, "max_size", 1, whole=True)
 
     def __call__(self, tensors, rng):
-        size = np.array(_size(tensors))
-        window = self.window(*size, rng)
-        top, left = rng.integers(0, size - window + 1)
-        args = (int(top), int(left), int(window[0]), int(window[1]))
-        return {name: F.crop(value, *args) for name, value in tensors.items()}
+        size = image_size(tensors)
+        scale = self.min_size[int(rng.integers(len(self.min_size)))] / min(size)
+        if self.max_size is not None:
+            scale = min(scale, self.max_size / max(size))
+        return resize(tensors, _scaled(size, scale))
 
 
-def build_augmentation(cfg, is_train):
-    """The augmentations that INPUT.* names, in the order crop, resize, flip."""
-    if not is_train:
-        if cfg.INPUT.MIN_SIZE_TEST == 0:
-            return []
-        return [ResizeShortestEdge((cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST)]
-    augmentations = []
-    if cfg.INPUT.CROP.ENABLED:
-        augmentations.append(RandomCrop(cfg.INPUT.CROP.TYPE, tuple(cfg.INPUT.CROP.SIZE)))
-    if cfg.INPUT.MIN_SIZE_TRAIN != (0,):
-        style = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
-        sizes = cfg.INPUT.MIN_SIZE_TRAIN
-        augmentations.append(ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TRAIN, style))
-    if cfg.INPUT.RANDOM_FLIP != "none":
-        augmentations.append(RandomFlip(direction=cfg.INPUT.RANDOM_FLIP))
-    return augmentations
+def _scaled(size, scale):
+    return [max(1, int(side * scale)) for side in size]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Scale to exactly `size`, (height, width) in pixels."""
+
+    size: tuple
+
+    def __post_init__(self):
+        check_list(self, "size", 1, count=2, whole=True)
+
+    def __call__(self, tensors, rng):
+        return resize(tensors, self.size)
+
+
+@dataclass(frozen=True)
+class ScaleJitter:
+    """Large scale jitter (arXiv 2012.07177): fit into `target_size`, times a drawn factor.
+
+    Attributes:
+        target_size: (height, width) in pixels.
+        scale_range: range of the factor; the aspect ratio is kept.
+    """
+
+    target_size: tuple = (1024, 1024)
+    scale_range: tuple = (0.1, 2.0)
+
+    def __post_init__(self):
+        check_list(self, "target_size", 1, count=2, whole=True)
+        check_range(self, "scale_range", 0.01)
+
+    def __call__(self, tensors, rng):
+        height, width = image_size(tensors)
+        fit = min(self.target_size[0] / height, self.target_size[1] / width)
+        return resize(tensors, _scaled((height, width), fit * rng.uniform(*self.scale_range)))
+
+
+@dataclass(frozen=True)
+class RandomHorizontalFlip:
+    """Mirror left and right with probability `p`.
+
+    `keypoint_flip_indices` says which keypoint takes the place of which; the config's flips get it
+    from the dataset.
+    """
+
+    p: float = 0.5
+    keypoint_flip_indices: tuple | None = None
+
+    def __post_init__(self):
+        check_number(self, "p", 0, 1)
+
+    def __call__(self, tensors, rng):
+        return horizontal_flip(tensors, self.keypoint_flip_indices) if rng.random() < self.p else tensors
+
+
+@dataclass(frozen=True)
+class RandomVerticalFlip:
+    """Mirror top and bottom with probability `p`."""
+
+    p: float = 0.5
+
+    def __post_init__(self):
+        check_number(self, "p", 0, 1)
+
+    def __call__(self, tensors, rng):
+        return vertical_flip(tensors) if rng.random() < self.p else tensors
+
+
+@dataclass(frozen=True)
+class RandomZoomOut:
+    """Put the image somewhere on a larger canvas (SSD, arXiv 1512.02325).
+
+    Attributes:
+        fill: colour of the canvas, one number or (R, G, B), 0 to 255.
+        side_range: range of the canvas's side as a multiple of the image's.
+        p: probability.
+    """
+
+    fill: float | tuple = 0
+    side_range: tuple = (1.0, 4.0)
+    p: float = 0.5
+
+    def __post_init__(self):
+        check_colour(self, "fill")
+        check_range(self, "side_range", 1)
+        check_number(self, "p", 0, 1)
+
+    def __call__(self, tensors, rng):
+        if rng.random() >= self.p:
+            return tensors
+        size = np.array(image_size(tensors))
+        free = (size * rng.uniform(*self.side_range)).astype(int) - size
+        top, left = (int(v) for v in rng.integers(0, free + 1))
+        padding = (left, top, int(free[1]) - left, int(free[0]) - top)
+        return pad(tensors, padding, self.fill)

@@ -1,0 +1,69 @@
+"""Which keypoint takes whose place when an image is mirrored."""
+
+import difflib
+import re
+
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.utils.errors import UserError
+
+_OTHER = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+
+
+def keypoint_flip_indices(names, flip_map=None):
+    """The order of the keypoints after a horizontal flip.
+
+    Args:
+        names: the keypoints' names.
+        flip_map: pairs of names (left, right) that change places; None pairs the names that differ
+            only by left and right.
+
+    Returns:
+        tuple, a permutation of 0 to Kp-1: for each keypoint the one that takes its place.
+
+    Raises:
+        UserError: a pair names an unknown keypoint, or one keypoint is in two pairs.
+    """
+    names = list(names)
+    if flip_map is None:
+        others = (re.sub("[Ll]eft|[Rr]ight", lambda m: _OTHER[m.group()], name) for name in names)
+        flip_map = [(a, b) for a, b in zip(names, others, strict=True) if b in names and a < b]
+    order = list(range(len(names)))
+    for pair in flip_map:
+        for name in pair:
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
+                hint = f"; the nearest is {near[0]!r}" if near else ""
+                raise UserError(f"keypoint_flip_map has an unknown keypoint {name!r}{hint}")
+            if order[names.index(name)] != names.index(name):
+                raise UserError(f"keypoint_flip_map has the keypoint {name!r} in two pairs")
+        a, b = map(names.index, pair)
+        order[a], order[b] = b, a
+    return tuple(order)
+
+
+def dataset_flip_indices(datasets):
+    """The order after a horizontal flip of the keypoints that all of these datasets have.
+
+    Loads a dataset if its keypoints come from its files.
+
+    Raises:
+        UserError: one names no keypoints, or two name others or pair them otherwise.
+    """
+    found = []
+    for dataset in datasets:
+        metadata = MetadataCatalog.get(dataset)
+        if metadata.get("keypoint_names") is None:
+            DatasetCatalog.get(dataset)
+        names = list(metadata.get("keypoint_names") or ())
+        if not names:
+            raise UserError(
+                f"MODEL.KEYPOINT_ON is set, but the dataset {dataset} names no keypoints: call "
+                f'MetadataCatalog.get("{dataset}").set(keypoint_names=[...])'
+            )
+        found.append((names, keypoint_flip_indices(names, metadata.get("keypoint_flip_map"))))
+        if found[-1] != found[0]:
+            raise UserError(
+                f"the datasets {datasets[0]} and {dataset} have different keypoints or "
+                f"keypoint_flip_map: {found[0][0]} and {names}"
+            )
+    return found[0][1]
