@@ -282,8 +282,8 @@ _C.DATASETS.TRAIN = ()
 _C.DATASETS.TEST = ()
 # WeightedTrainingSampler: [[name, factor], ...]; datasets that are not named have factor 1.
 _C.DATASETS.TRAIN_REPEAT_FACTOR = []
-# Datasets declared here: name -> {FORMAT: coco | voc | yolo | shapes | images | concat, ...};
-# see README.
+# Datasets declared here: name -> {FORMAT: coco | coco_results | voc | yolo | shapes | images |
+# concat, ...}; see README.
 _C.DATASETS.DECLARE = CN(new_allowed=True)
 
 _C.DATALOADER = CN()

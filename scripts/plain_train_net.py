@@ -73,9 +73,8 @@ def do_train(cfg, model, resume=False):
     classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
     state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, class_names=classes)
     start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
-    saver = PeriodicCheckpointer(
-        checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter, cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
-    )
+    keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
+    saver = PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter, keep)
     data_loader = build_detection_train_loader(cfg, start_iter=start_iter)
     writers = default_writers(cfg.OUTPUT_DIR, max_iter) if comm.is_main_process() else []
     results, config = {}, cfg.dump()

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog, declare_datasets
-from plaintrain.data.builtin import declare_dataset
+from plaintrain.data.builtin import declare_dataset, read_dataset
 from plaintrain.data.catalog import SerializedRecords, class_names, select_classes
 from plaintrain.data.shapes import load_shapes
 from plaintrain.data.voc import VOC_CLASSES
@@ -249,6 +249,19 @@ def test_a_declaration_can_name_its_evaluator_and_the_year():
             {"FORMAT": "voc", "ROOT": "x", "SPLIT": "y", "EVALUATOR": "voc"},
             ["EVALUATOR", "pascal_voc", "'voc'"],
         ),
+        ({"FORMAT": "coco_results", "JSON": "x", "IMAGE_ROOT": "y"}, ["coco_results", "RESULTS"]),
+        (
+            {"FORMAT": "coco_results", "JSON": "x", "IMAGE_ROOT": "y", "RESULTS": "z", "SCORE_THRESH": "a"},
+            ["SCORE_THRESH", "float"],
+        ),
+        ({"FORMAT": "yolo", "DATA": "x"}, ["yolo", "SPLIT"]),
+        ({"FORMAT": "images"}, ["images", "ROOT"]),
+        ({"FORMAT": "concat"}, ["concat", "DATASETS"]),
+        ({"FORMAT": "concat", "DATASETS": "a"}, ["DATASETS", "list"]),
+        (
+            {"FORMAT": "coco", "JSON": "x", "IMAGE_ROOT": "y", "KEYPOINT_FLIP_MAP": [["left"]]},
+            ["KEYPOINT_FLIP_MAP", "['left']"],
+        ),
     ],
 )
 def test_a_bad_declaration_is_refused_in_one_sentence(spec, words):
@@ -263,6 +276,47 @@ def test_a_declaration_that_is_no_mapping_is_refused():
     cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": {"cells": "voc"}}})
     with pytest.raises(UserError, match=r"DECLARE\.cells.*'voc'"):
         declare_datasets(cfg)
+
+
+def test_every_format_can_be_declared(tiny_coco, tiny_voc, tmp_path, monkeypatch, write_image):
+    monkeypatch.setenv("PLAINTRAIN_DATASETS", str(tmp_path))
+    (tmp_path / "results.json").write_text(
+        '[{"image_id": 2, "category_id": 5, "bbox": [1, 2, 3, 4], "score": 0.5}]'
+    )
+    write_image(tmp_path / "yolo/images/a.png", 9, 9)
+    (tmp_path / "yolo/data.yaml").write_text("val: images\nnames: [ant]\n")
+    coco = {"JSON": "instances.json", "IMAGE_ROOT": "images"}
+    _declare("one", FORMAT="coco_results", **coco, RESULTS="results.json", SCORE_THRESH=0, CLASSES=["person"])
+    _declare("two", FORMAT="yolo", DATA="yolo/data.yaml", SPLIT="val")
+    _declare("three", FORMAT="images", ROOT="yolo", CLASSES=["ant"])
+    _declare("four", FORMAT="concat", DATASETS=["two", "three"])
+    assert [len(DatasetCatalog.get(name)) for name in ("one", "two", "three", "four")] == [3, 1, 1, 2]
+    assert [len(record["annotations"]) for record in DatasetCatalog.get("one")] == [1, 0, 0]
+    assert {MetadataCatalog.get(name).evaluator_type for name in ("one", "two", "three", "four")} == {"coco"}
+
+
+def test_a_declared_flip_map_is_metadata(tiny_coco):
+    coco = {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": str(tiny_coco.images)}
+    _declare("pets", **coco, KEYPOINT_FLIP_MAP=[["head", "foot"]])
+    assert len(DatasetCatalog.get("pets")) == 3
+    assert MetadataCatalog.get("pets").keypoint_flip_map == [("head", "foot")]
+
+
+def test_read_dataset_reads_anew_and_collects_problems(tiny_coco):
+    coco = {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": str(tiny_coco.images)}
+    _declare("pets", **coco)
+    _declare("both", FORMAT="concat", DATASETS=["pets"])
+    del tiny_coco.content["annotations"][0]["bbox"]
+    tiny_coco.save()
+    problems = []
+    records, metadata = read_dataset("both", problems)
+    assert sum(len(record["annotations"]) for record in records) == 3
+    assert metadata["thing_classes"] == ["cat", "person", "dog"]
+    assert [str(problem)[:14] for problem in problems] == ["annotation 100"]
+    with pytest.raises(UserError, match="annotation 100"):
+        read_dataset("pets")
+    with pytest.raises(UserError, match="did you mean pets"):
+        read_dataset("pet")
 
 
 def test_the_same_declaration_may_come_twice_and_another_under_its_name_may_not():

@@ -1,6 +1,7 @@
 """plaintrain.data.coco: the reader of COCO JSON."""
 
 import gc
+import json
 
 import pytest
 
@@ -11,7 +12,7 @@ from plaintrain.data import (
     register_coco_instances,
 )
 from plaintrain.data.catalog import class_names
-from plaintrain.data.coco import load_coco_json
+from plaintrain.data.coco import load_coco_json, load_coco_results
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
@@ -53,13 +54,62 @@ def test_annotations_keep_boxes_polygons_crowds_and_keypoints(tiny_coco):
     crowd, person = records[0]["annotations"]
     assert crowd["iscrowd"] == 1
     assert crowd["segmentation"] == {"size": [40, 30], "counts": [0, 600, 600]}
-    assert person["keypoints"] == [5, 6, 2, 20, 30, 1]
+    # A pixel's centre is half a pixel from its corner.
+    assert person["keypoints"] == [5.5, 6.5, 2, 20.5, 30.5, 1]
     assert metadata["keypoint_names"] == ["head", "foot"]
 
 
 def test_without_keypoints_there_are_no_keypoint_names(tiny_coco):
     del tiny_coco.content["categories"][2]["keypoints"]
     assert "keypoint_names" not in _load(tiny_coco)[1]
+
+
+def test_only_labelled_keypoints_are_moved_to_their_pixels_centre(tiny_coco):
+    tiny_coco.content["annotations"][3]["keypoints"] = [0, 0, 0, 20, 30, 2]
+    assert _load(tiny_coco)[0][0]["annotations"][1]["keypoints"] == [0, 0, 0, 20.5, 30.5, 2]
+
+
+@pytest.mark.parametrize(
+    ("keypoints", "words"),
+    [
+        ([1, 2, 2], ["3 numbers", "3 x 2"]),
+        ([1, 2, 2] * 3, ["9 numbers", "3 x 2"]),
+        ([1, 2, 2, 1, 2], ["5 numbers"]),
+        ([1, 2, 3, 1, 2, 2], ["visibility", "[3, 2]"]),
+        ([1, 2, 2, float("nan"), 2, 2], ["finite"]),
+        ("121121", ["finite"]),
+    ],
+)
+def test_keypoints_that_do_not_fit_the_categorys_names_are_refused(tiny_coco, keypoints, words):
+    tiny_coco.content["annotations"][3]["keypoints"] = keypoints
+    _refused(tiny_coco, "annotation 103", *words)
+
+
+def test_without_names_any_whole_number_of_keypoints_will_do(tiny_coco):
+    del tiny_coco.content["categories"][2]["keypoints"]
+    tiny_coco.content["annotations"][3]["keypoints"] = [1, 2, 2] * 3
+    assert len(_load(tiny_coco)[0][0]["annotations"][1]["keypoints"]) == 9
+    tiny_coco.content["annotations"][3]["keypoints"] = [1, 2, 2, 4]
+    _refused(tiny_coco, "annotation 103", "4 numbers")
+
+
+def test_a_skeleton_is_kept_and_keypoint_names_that_contradict_are_not(tiny_coco):
+    tiny_coco.content["categories"][2]["skeleton"] = [[1, 2]]
+    assert _load(tiny_coco)[1]["skeleton"] == [[1, 2]]
+    tiny_coco.content["categories"][0]["keypoints"] = ["nose"]
+    assert "keypoint_names" not in _load(tiny_coco)[1]
+    assert _load(tiny_coco, ["dog", "cat"])[1]["keypoint_names"] == ["nose"]
+
+
+@pytest.mark.parametrize("keypoints", ["head", [1, 2]])
+def test_keypoint_names_that_are_no_names_are_refused(tiny_coco, keypoints):
+    tiny_coco.content["categories"][2]["keypoints"] = keypoints
+    _refused(tiny_coco, "category person", "keypoints")
+
+
+def test_an_empty_segmentation_is_as_none(tiny_coco):
+    tiny_coco.content["annotations"][0]["segmentation"] = []
+    assert "segmentation" not in _load(tiny_coco)[0][2]["annotations"][0]
 
 
 def test_an_annotation_without_iscrowd_is_no_crowd(tiny_coco):
@@ -192,6 +242,81 @@ def test_a_file_without_categories_is_refused_before_training(tiny_coco):
     register_coco_instances("pets", {}, str(tiny_coco.json), str(tiny_coco.images))
     with pytest.raises(UserError, match=r"categor|class"):
         get_detection_dataset_dicts("pets", filter_empty=False)
+
+
+def test_broken_entries_are_collected_instead_if_asked_for(tiny_coco):
+    images, annotations = tiny_coco.content["images"], tiny_coco.content["annotations"]
+    del images[2]["height"]
+    annotations[0]["bbox"] = [1, 2]
+    annotations[1]["category_id"] = 99
+    annotations[2]["image_id"] = 98
+    annotations[3]["id"] = annotations[2]["id"]
+    tiny_coco.save()
+    problems = []
+    records, _ = load_coco_json(str(tiny_coco.json), str(tiny_coco.images), problems=problems)
+    kinds = [problem.kind for problem in problems]
+    assert kinds == ["duplicate_id", "broken_image", "bad_box", "unknown_class", "unknown_image"]
+    assert [(r["image_id"], len(r["annotations"])) for r in records] == [(2, 1), (11, 0)]
+
+
+# ---- results files
+
+
+def _load_results(files, results, **options):
+    files.save()
+    path = files.json.parent / "results.json"
+    path.write_text(json.dumps(results))
+    return load_coco_results(str(files.json), str(files.images), str(path), **options)
+
+
+def test_detections_become_annotations_with_a_score(tiny_coco):
+    del tiny_coco.content["annotations"]
+    rle = {"size": [30, 40], "counts": [30 * 4 + 5, 8, 30 * 36 - 13]}
+    results = [
+        {"image_id": 11, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.9},
+        {"image_id": 11, "category_id": 3, "score": 0.8, "segmentation": rle},
+        {"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.2},
+        {
+            "image_id": 2,
+            "category_id": 5,
+            "bbox": [1, 2, 3, 4],
+            "score": 1,
+            "keypoints": [3, 4, 0.3, 5, 6, 7.5],
+        },
+    ]
+    records, metadata = _load_results(tiny_coco, results, score_thresh=0.5)
+    assert metadata["thing_classes"] == ["cat", "person", "dog"]
+    assert [len(record["annotations"]) for record in records] == [1, 0, 2]
+    box, mask = records[2]["annotations"]
+    assert (box["bbox"], box["score"], box["category_id"], box["iscrowd"]) == ([1, 2, 3, 4], 0.9, 2, 0)
+    assert (mask["bbox"], mask["segmentation"]) == ([4, 5, 1, 8], rle)
+    assert records[0]["annotations"][0]["keypoints"] == [3.5, 4.5, 2, 5.5, 6.5, 2]
+    assert len(_load_results(tiny_coco, results)[0][2]["annotations"]) == 3
+    assert len(_load_results(tiny_coco, results, classes=["dog"])[0][2]["annotations"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"score": None}, ["detection 0", "score"]),
+        ({"image_id": 12}, ["annotation 0", "image 12"]),
+        ({"category_id": 4}, ["annotation 0", "category_id 4"]),
+        ({"bbox": [1]}, ["annotation 0", "bbox [1]"]),
+    ],
+)
+def test_a_broken_detection_is_named_with_its_place(tiny_coco, change, words):
+    detection = {"image_id": 11, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.9}
+    with pytest.raises(UserError) as error:
+        _load_results(tiny_coco, [detection | change])
+    assert [word for word in ["results.json", *words] if word not in str(error.value)] == []
+
+
+def test_a_results_file_of_another_kind_or_with_a_broken_mask_is_refused(tiny_coco):
+    with pytest.raises(UserError, match=r"results\.json.*list of detections"):
+        _load_results(tiny_coco, {"annotations": []})
+    detection = {"image_id": 11, "category_id": 7, "score": 0.9, "segmentation": {"counts": "x"}}
+    with pytest.raises(UserError, match=r"detection 0 in .*results\.json is no RLE"):
+        _load_results(tiny_coco, [detection])
 
 
 def test_the_garbage_collector_runs_again_after_reading(tiny_coco):

@@ -172,6 +172,21 @@ def test_numbers_may_have_a_fraction(tiny_voc):
     assert load_voc(str(tiny_voc.root), "train")[0][0]["annotations"][1]["bbox"] == [4, 5, 20.5, 21]
 
 
+def test_broken_files_and_objects_are_collected_instead_if_asked_for(tiny_voc):
+    tiny_voc.write("a", tiny_voc.object("ant", 1, 1, "wide", 9), tiny_voc.object("cow", 1, 1, 9, 9))
+    (tiny_voc.root / "Annotations/b.xml").write_text("<annotation>")
+    (tiny_voc.root / "ImageSets/Main/train.txt").write_text("a\nb\nnone\n")
+    problems = []
+    records, metadata = load_voc(str(tiny_voc.root), "train", problems=problems)
+    assert [record["image_id"] for record in records] == ["a"]
+    assert [a["category_id"] for a in records[0]["annotations"]] == [metadata["thing_classes"].index("cow")]
+    said = [str(problem).replace(str(tiny_voc.root), "") for problem in problems]
+    assert len(said) == 3
+    assert [
+        word for word, text in zip(("'wide'", "b.xml", "image none"), said, strict=True) if word not in text
+    ] == []
+
+
 # ---- the real blood cells
 
 

@@ -1,8 +1,12 @@
 """Datasets by declaration: the formats, the built-in names, and what a config declares."""
 
+import difflib
+import math
 import os
 
-from plaintrain.data import coco, shapes, voc
+import numpy as np
+
+from plaintrain.data import coco, concat, folder, shapes, voc, yolo
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.utils.errors import UserError
 
@@ -16,30 +20,87 @@ def _path(path):
     return os.path.join(dataset_root(), os.path.expanduser(path))
 
 
-def _load_coco(spec):
-    return coco.load_coco_json(_path(spec["JSON"]), _path(spec["IMAGE_ROOT"]), spec.get("CLASSES"))
+def _load_coco(spec, problems):
+    return coco.load_coco_json(_path(spec["JSON"]), _path(spec["IMAGE_ROOT"]), spec.get("CLASSES"), problems)
 
 
-def _load_voc(spec):
-    return voc.load_voc(_path(spec["ROOT"]), spec["SPLIT"], spec.get("CLASSES"))
+def _load_coco_results(spec, _):
+    return coco.load_coco_results(
+        _path(spec["JSON"]),
+        _path(spec["IMAGE_ROOT"]),
+        _path(spec["RESULTS"]),
+        spec.get("CLASSES"),
+        spec.get("SCORE_THRESH", 0.0),
+    )
 
 
-def _load_shapes(spec):
+def _load_voc(spec, problems):
+    return voc.load_voc(_path(spec["ROOT"]), spec["SPLIT"], spec.get("CLASSES"), problems)
+
+
+def _load_yolo(spec, problems):
+    return yolo.load_yolo(_path(spec["DATA"]), spec["SPLIT"], spec.get("CLASSES"), dataset_root(), problems)
+
+
+def _load_shapes(spec, _):
     names = {"SPLIT": "split", "NUM": "num", "HEIGHT": "height", "WIDTH": "width", "SEED": "seed"}
     return shapes.load_shapes(**{names[key]: spec[key] for key in names if key in spec})
 
 
+def _load_images(spec, problems):
+    return folder.load_images(_path(spec["ROOT"]), spec.get("CLASSES"), problems)
+
+
+def _load_concat(spec, problems):
+    _check_parts(spec["DATASETS"], ())
+
+    def read(name):
+        return read_dataset(name, problems)
+
+    return concat.load_concat(spec["DATASETS"], read, spec.get("CLASSES"), spec.get("MERGE_CLASSES"))
+
+
+def _check_parts(names, chain):
+    """Refuse a concatenation that contains itself, or a dataset that is not there."""
+    for name in names:
+        trail = [*chain, name]
+        if name in chain:
+            raise UserError(f"concat datasets go round in a circle: {' -> '.join(map(str, trail))}")
+        if name not in DatasetCatalog:
+            near = difflib.get_close_matches(str(name), DatasetCatalog.list(), n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"DATASETS of a concat dataset names {name!r}, which is no dataset; the nearest is {near}"
+            )
+        _check_parts((MetadataCatalog.get(name).get("declaration") or {}).get("DATASETS", ()), trail)
+
+
 # FORMAT -> (loader, needed keys, optional keys with their types, how it is scored by default).
 _FORMATS = {
-    "coco": (_load_coco, {"JSON": str, "IMAGE_ROOT": str}, {"CLASSES": list}, "coco"),
+    "coco": (
+        _load_coco,
+        {"JSON": str, "IMAGE_ROOT": str},
+        {"CLASSES": list, "KEYPOINT_FLIP_MAP": list},
+        "coco",
+    ),
+    "coco_results": (
+        _load_coco_results,
+        {"JSON": str, "IMAGE_ROOT": str, "RESULTS": str},
+        {"CLASSES": list, "SCORE_THRESH": float, "KEYPOINT_FLIP_MAP": list},
+        "coco",
+    ),
     "voc": (_load_voc, {"ROOT": str, "SPLIT": str}, {"CLASSES": list, "YEAR": int}, "pascal_voc"),
+    "yolo": (_load_yolo, {"DATA": str, "SPLIT": str}, {"CLASSES": list}, "coco"),
     "shapes": (
         _load_shapes,
         {"SPLIT": str},
         {"NUM": int, "HEIGHT": int, "WIDTH": int, "SEED": int},
         "coco",
     ),
+    "images": (_load_images, {"ROOT": str}, {"CLASSES": list}, "coco"),
+    "concat": (_load_concat, {"DATASETS": list}, {"CLASSES": list, "MERGE_CLASSES": bool}, "coco"),
 }
+# What every format takes.
+_COMMON = {"FORMAT": str, "EVALUATOR": str, "FRACTION": float, "FRACTION_SEED": int}
 EVALUATORS = ("coco", "pascal_voc")
 
 
@@ -48,18 +109,30 @@ def _check(name, spec):
     if not isinstance(spec, dict) or str(spec.get("FORMAT")) not in _FORMATS:
         raise UserError(f"{where} needs a FORMAT, one of {', '.join(_FORMATS)}, not {spec!r}")
     _, needed, optional, _ = _FORMATS[spec["FORMAT"]]
-    types = {"FORMAT": str, "EVALUATOR": str, **needed, **optional}
+    types = {**_COMMON, **needed, **optional}
     for key, value in spec.items():
         if key not in types:
             raise UserError(f"{where} has an unknown key {key}; known: {', '.join(types)}")
-        if type(value) is not types[key]:
+        # A whole number will do where a fraction may stand.
+        if type(value) is not types[key] and (types[key], type(value)) != (float, int):
             kind = types[key].__name__
             raise UserError(f"{where}.{key} must be a {kind}, not {value!r}")
     for key in needed:
         if key not in spec:
             raise UserError(f"{where} with FORMAT {spec['FORMAT']} needs the key {key}")
+    _check_values(where, spec)
+
+
+def _check_values(where, spec):
     if spec.get("EVALUATOR", "coco") not in EVALUATORS:
         raise UserError(f"{where}.EVALUATOR must be {' or '.join(EVALUATORS)}, not {spec['EVALUATOR']!r}")
+    if not 0 < spec.get("FRACTION", 1) <= 1:
+        raise UserError(f"{where}.FRACTION must be above 0 and at most 1, not {spec['FRACTION']}")
+    if spec.get("FRACTION_SEED", 0) < 0:
+        raise UserError(f"{where}.FRACTION_SEED must be 0 or more, not {spec['FRACTION_SEED']}")
+    for pair in spec.get("KEYPOINT_FLIP_MAP", ()):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise UserError(f"{where}.KEYPOINT_FLIP_MAP must hold pairs [left, right] of names, not {pair!r}")
 
 
 def declare_dataset(name, spec):
@@ -67,8 +140,10 @@ def declare_dataset(name, spec):
 
     Args:
         name: the dataset's name.
-        spec: dict with FORMAT (coco, voc or shapes), that format's keys, and optionally EVALUATOR
-            (coco or pascal_voc). Relative paths start from `dataset_root()`.
+        spec: dict with FORMAT (coco, coco_results, voc, yolo, shapes, images or concat), that
+            format's keys, and optionally EVALUATOR (coco or pascal_voc) and FRACTION (the share of
+            the images to use, a random one drawn by FRACTION_SEED, in their order). Relative paths
+            start from `dataset_root()`.
 
     Raises:
         UserError: an unknown format or key, a missing key, or a name that means another dataset.
@@ -80,17 +155,50 @@ def declare_dataset(name, spec):
         if metadata.get("declaration") == spec:
             return
         raise UserError(f"the dataset {name} exists already; declare yours under another name")
-    loader, _, _, evaluator_type = _FORMATS[spec["FORMAT"]]
 
     def load():
-        records, found = loader(spec)
+        records, found = _read(spec)
         MetadataCatalog.get(name).set(**found)
         return records
 
     DatasetCatalog.register(name, load)
-    metadata.set(declaration=spec, evaluator_type=spec.get("EVALUATOR", evaluator_type))
+    metadata.set(declaration=spec, evaluator_type=spec.get("EVALUATOR", _FORMATS[spec["FORMAT"]][-1]))
     if "YEAR" in spec:
         metadata.set(year=spec["YEAR"])
+
+
+def _read(spec, problems=None):
+    records, metadata = _FORMATS[spec["FORMAT"]][0](spec, problems)
+    if "KEYPOINT_FLIP_MAP" in spec:
+        metadata["keypoint_flip_map"] = [tuple(pair) for pair in spec["KEYPOINT_FLIP_MAP"]]
+    if "FRACTION" in spec:
+        # The first images of one permutation: a smaller share is part of a larger one.
+        order = np.random.default_rng(spec.get("FRACTION_SEED", 0)).permutation(len(records))
+        chosen = sorted(order[: math.ceil(spec["FRACTION"] * len(records))])
+        records = [records[i] for i in chosen]
+    return records, metadata
+
+
+def read_dataset(name, problems=None):
+    """Read a dataset anew, outside the catalog.
+
+    Args:
+        name: a registered dataset.
+        problems: None, or a list that takes the mistakes in a declared dataset's files instead of
+            the first one raising.
+
+    Returns:
+        (records, metadata): a list, and a dict with what the catalog would know.
+
+    Raises:
+        UserError: an unknown name, or a file that cannot be read at all.
+    """
+    spec = MetadataCatalog.get(name).get("declaration") if name in DatasetCatalog else None
+    if spec is None:
+        records = list(DatasetCatalog.get(name))
+        return records, dict(vars(MetadataCatalog.get(name)))
+    records, metadata = _read(spec, problems)
+    return records, {**vars(MetadataCatalog.get(name)), **metadata}
 
 
 def declare_datasets(cfg):

@@ -1,39 +1,10 @@
 """Datasets by name: a function that returns records, and what is known about them."""
 
 import difflib
-import pickle
-from collections.abc import Sequence
 from types import SimpleNamespace
 
-import numpy as np
-import torch
-
+from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
 from plaintrain.utils.errors import UserError
-
-
-class SerializedRecords(Sequence):
-    """A read-only list of records in one block of bytes; indexing gives a fresh dict.
-
-    Worker processes share the block instead of copying, object by object, what they touch.
-    """
-
-    def __init__(self, records):
-        """records: iterable of dicts."""
-        blobs = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
-        self._ends = torch.from_numpy(np.cumsum([len(blob) for blob in blobs], dtype=np.int64))
-        self._data = torch.frombuffer(bytearray(b"".join(blobs) or b"\0"), dtype=torch.uint8)
-
-    def __len__(self):
-        return len(self._ends)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        index %= len(self)
-        start = self._ends[index - 1].item() if index else 0
-        return pickle.loads(self._data[start : self._ends[index].item()].numpy().tobytes())  # noqa: S301 - bytes made above
 
 
 class _DatasetCatalog:
@@ -67,7 +38,8 @@ class _DatasetCatalog:
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(self.list())}"
             raise UserError(f"the dataset {name!r} is not registered; {hint}")
         if name not in self._loaded:
-            self._loaded[name] = SerializedRecords(self._functions[name]())
+            with no_garbage_collection():
+                self._loaded[name] = SerializedRecords(self._functions[name]())
         return self._loaded[name]
 
     def remove(self, name):

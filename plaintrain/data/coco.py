@@ -1,81 +1,141 @@
-"""COCO JSON (instances and keypoints) -> records.
+"""COCO JSON (instances, keypoints, results) -> records.
 
-Format: https://cocodataset.org/#format-data
+Format: https://cocodataset.org/#format-data and https://cocodataset.org/#format-results
 """
 
-import contextlib
-import gc
 import json
-import math
 import os
 
+from pycocotools import mask as coco_mask
+
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
-from plaintrain.structures import BoxMode
-from plaintrain.utils.errors import UserError
+from plaintrain.data.coco_mistakes import annotation_mistake, image_mistake
+from plaintrain.data.serialized import no_garbage_collection
+from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.utils.errors import DataError, UserError, refuse
 
-
-@contextlib.contextmanager
-def _no_garbage_collection():
-    # A JSON file makes millions of objects and no cycles: collecting meanwhile doubles the time.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+_XYWH = BoxMode.XYWH_ABS
 
 
 def _read_json(json_file):
     try:
-        with open(json_file, encoding="utf-8") as f, _no_garbage_collection():
-            content = json.load(f)
+        with open(json_file, encoding="utf-8") as f:
+            return json.load(f)
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else e
         raise UserError(f"cannot read the annotation file {json_file}: {reason}") from e
     except (json.JSONDecodeError, RecursionError) as e:
         raise UserError(f"the annotation file {json_file} is not JSON: {e}") from e
+
+
+def _read_content(json_file, keys=("images", "annotations", "categories")):
+    content = _read_json(json_file)
     if not isinstance(content, dict):
         raise UserError(f"{json_file} must hold an object with images, annotations and categories")
-    for key in ("images", "annotations", "categories"):
-        items = content.get(key)
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise UserError(f"{json_file} has no list of objects {key!r}, which COCO JSON needs")
+    for key in keys:
+        _check_list(content.get(key), f"{json_file} has no list of objects {key!r}, which COCO JSON needs")
     return content
 
 
-def load_coco_json(json_file, image_root, classes=None):
+def _check_list(items, message):
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise UserError(message)
+
+
+def load_coco_json(json_file, image_root, classes=None, problems=None):
     """Read a COCO annotation file.
+
+    Coordinates are taken as continuous, so 0.5 is added to x and y of the keypoints with v > 0,
+    which COCO gives as numbers of pixels. An empty `segmentation` is as none.
 
     Args:
         json_file: path of the JSON.
         image_root: folder of the images; `file_name` in the JSON is relative to it.
         classes: category names to keep, in the order of their labels; all, by id, if empty.
+        problems: None, or a list that takes broken images and annotations instead of an error.
 
     Returns:
         (records, metadata): metadata holds `thing_classes`, `thing_dataset_id_to_contiguous_id`,
-        and, for keypoints, `keypoint_names`.
+        and, for keypoints, `keypoint_names` and `skeleton` (COCO's pairs of numbers from 1).
 
     Raises:
         UserError: names the file, and the image or annotation, and what is wrong with it.
     """
-    content = _read_json(json_file)
+    with no_garbage_collection():
+        content = _read_content(json_file)
+        if problems is not None:
+            _note_repeated_ids(content["annotations"], json_file, problems)
+        return _to_records(content, json_file, image_root, classes, problems)
+
+
+def load_coco_results(json_file, image_root, results_file, classes=None, score_thresh=0.0):
+    """Read detections in COCO's results format as if they were annotations, each with its `score`.
+
+    A detection without a box gets the one around its segmentation. Keypoints count as visible.
+
+    Args:
+        json_file: path of a JSON with the `images` and `categories`; its annotations are not used.
+        image_root, classes: see `load_coco_json`.
+        results_file: path of a JSON list of `{image_id, category_id, score, bbox, ...}`.
+        score_thresh: detections with a lower score are left out.
+
+    Returns:
+        (records, metadata), as `load_coco_json`.
+
+    Raises:
+        UserError: names the file, and the image or detection, and what is wrong with it.
+    """
+    with no_garbage_collection():
+        content = _read_content(json_file, ("images", "categories"))
+        results = _read_json(results_file)
+        _check_list(results, f"{results_file} must hold a list of detections, as COCO's results format")
+        detections = [_detection(result, i, results_file) for i, result in enumerate(results)]
+        content["annotations"] = [d for d in detections if d["score"] >= score_thresh]
+        records, metadata = _to_records(content, results_file, image_root, classes)
+    return records, metadata
+
+
+def _detection(result, index, results_file):
+    if type(result.get("score")) not in (int, float):
+        raise UserError(f"detection {index} in {results_file} has no score, a number")
+    result = {**result, "id": index}
+    if "bbox" not in result and isinstance(result.get("segmentation"), dict):
+        try:
+            rle = segmentation_to_rle(result["segmentation"], *result["segmentation"]["size"])
+        except (UserError, KeyError, TypeError) as e:
+            raise UserError(f"the segmentation of detection {index} in {results_file} is no RLE: {e}") from e
+        result["bbox"] = coco_mask.toBbox(rle).tolist()
+    if isinstance(result.get("keypoints"), list):
+        result["keypoints"] = [2 if i % 3 == 2 else v for i, v in enumerate(result["keypoints"])]
+    return result
+
+
+def _note_repeated_ids(annotations, json_file, problems):
+    seen = set()
+    for number in (str(a["id"]) for a in annotations if "id" in a):
+        if number in seen:
+            problems.append(DataError("duplicate_id", f"two annotations in {json_file} have the id {number}"))
+        seen.add(number)
+
+
+def _to_records(content, json_file, image_root, classes, problems=None):
     categories = _categories(content["categories"], json_file)
     id_of = {category["name"]: category["id"] for category in categories}
-    names = list(id_of)
-    chosen = select_classes(names, classes, json_file)
+    chosen = select_classes(list(id_of), classes, json_file)
     labels = {id_of[name]: label for label, name in enumerate(chosen)}
-    known_ids = set(id_of.values())
-    records = _image_records(content["images"], json_file, image_root)
+    # What an annotation of each category must have; None: any number of keypoints.
+    num_keypoints = {c["id"]: len(c.get("keypoints") or ()) or None for c in categories}
+    records = _image_records(content["images"], json_file, image_root, problems)
     for annotation in content["annotations"]:
-        _check_annotation(annotation, records, known_ids, json_file)
-        if annotation["category_id"] in labels:
-            record = records[annotation["image_id"]]
-            record["annotations"].append(_convert(annotation, labels))
+        wrong = annotation_mistake(annotation, records, num_keypoints)
+        if wrong:
+            kind, what = wrong
+            error = DataError(kind, f"annotation {annotation.get('id', '?')} in {json_file} {what}")
+            refuse(problems, error)
+        elif annotation["category_id"] in labels:
+            records[annotation["image_id"]]["annotations"].append(_convert(annotation, labels))
     metadata = {"thing_classes": chosen, "thing_dataset_id_to_contiguous_id": labels}
-    keypoints = next((c["keypoints"] for c in categories if c.get("keypoints")), None)
-    if keypoints:
-        metadata["keypoint_names"] = list(keypoints)
+    metadata |= _keypoint_metadata([c for c in categories if c["id"] in labels and c.get("keypoints")])
     return [records[image_id] for image_id in sorted(records)], metadata
 
 
@@ -84,6 +144,11 @@ def _categories(categories, json_file):
     for category in categories:
         if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
             raise UserError(f"a category in {json_file} needs a numeric id and a name: {category}")
+        names = category.get("keypoints") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"the keypoints of category {category['name']} in {json_file} must be names: {names}"
+            )
     for key in ("id", "name"):
         seen = set()
         for value in (category[key] for category in categories):
@@ -95,21 +160,23 @@ def _categories(categories, json_file):
     return sorted(categories, key=lambda category: category["id"])
 
 
-def _image_records(images, json_file, image_root):
+def _keypoint_metadata(categories):
+    """What categories with keypoints say of them; nothing if they contradict each other."""
+    if not categories or any(c["keypoints"] != categories[0]["keypoints"] for c in categories):
+        return {}
+    metadata = {"keypoint_names": list(categories[0]["keypoints"])}
+    if categories[0].get("skeleton"):
+        metadata["skeleton"] = categories[0]["skeleton"]
+    return metadata
+
+
+def _image_records(images, json_file, image_root, problems):
     records = {}
     for image in images:
-        missing = [key for key in ("id", "file_name", "height", "width") if key not in image]
-        if missing:
-            raise UserError(f"image {image.get('id', image)} in {json_file} has no {missing[0]}")
-        for key in ("height", "width"):
-            if type(image[key]) is not int or image[key] < 1:
-                raise UserError(
-                    f"image {image['id']} in {json_file} has the {key} {image[key]!r}, not a number of pixels"
-                )
-        if not isinstance(image["file_name"], str):
-            raise UserError(f"image {image['id']} in {json_file} has the file_name {image['file_name']!r}")
-        if image["id"] in records:
-            raise UserError(f"{json_file} has two images with the id {image['id']}")
+        wrong = image_mistake(image, records, json_file)
+        if wrong:
+            refuse(problems, DataError("broken_image", wrong))
+            continue
         records[image["id"]] = {
             "file_name": os.path.join(image_root, image["file_name"]),
             "image_id": image["id"],
@@ -122,40 +189,35 @@ def _image_records(images, json_file, image_root):
     return records
 
 
-def _check_annotation(annotation, records, known_ids, json_file):
-    where = f"annotation {annotation.get('id', '?')} in {json_file}"
-    for key in ("image_id", "category_id", "bbox"):
-        if key not in annotation:
-            raise UserError(f"{where} has no {key}")
-    if annotation["image_id"] not in records:
-        raise UserError(f"{where} belongs to image {annotation['image_id']}, which is not there")
-    if annotation["category_id"] not in known_ids:
-        raise UserError(
-            f"{where} has category_id {annotation['category_id']}, but the file's categories are "
-            f"{sorted(known_ids)}"
-        )
-    if annotation.get("iscrowd") not in (None, 0, 1):
-        raise UserError(f"{where} has iscrowd {annotation['iscrowd']!r}, not 0 or 1")
-    box = annotation["bbox"]
-    if (
-        not isinstance(box, list)
-        or len(box) != 4
-        or not all(type(v) in (int, float) and math.isfinite(v) for v in box)
-    ):
-        raise UserError(f"{where} has bbox {box}, which is not four finite numbers x, y, w, h")
-
-
 def _convert(annotation, labels):
+    # Runs a million times, hence without a loop over the keys.
     converted = {
         "bbox": annotation["bbox"],
-        "bbox_mode": BoxMode.XYWH_ABS,
+        "bbox_mode": _XYWH,
         "category_id": labels[annotation["category_id"]],
         "iscrowd": int(annotation.get("iscrowd") or 0),
     }
-    for key in ("segmentation", "keypoints", "area"):
-        if annotation.get(key) is not None:
-            converted[key] = annotation[key]
+    if (area := annotation.get("area")) is not None:
+        converted["area"] = area
+    if segmentation := annotation.get("segmentation"):
+        converted["segmentation"] = segmentation
+    if keypoints := annotation.get("keypoints"):
+        converted["keypoints"] = shift_keypoints(keypoints, 0.5)
+    if (score := annotation.get("score")) is not None:
+        converted["score"] = score
+    if difficult := annotation.get("difficult"):
+        converted["difficult"] = difficult
     return converted
+
+
+def shift_keypoints(keypoints, by):
+    """`[x, y, v, ...]` with `by` added to x and y where v > 0: 0.5 makes COCO's pixel numbers continuous."""
+    shifted = list(keypoints)
+    for i in range(0, len(shifted), 3):
+        if shifted[i + 2] > 0:
+            shifted[i] += by
+            shifted[i + 1] += by
+    return shifted
 
 
 def register_coco_instances(name, metadata, json_file, image_root):

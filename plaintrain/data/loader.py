@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from plaintrain.data.catalog import DatasetCatalog, SerializedRecords
+from plaintrain.data.catalog import DatasetCatalog
 from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
-from plaintrain.data.samplers import InferenceSampler, TrainingSampler, aspect_ratio_groups
+from plaintrain.data.samplers import InferenceSampler
+from plaintrain.data.serialized import SerializedRecords
+from plaintrain.data.train_sampler import build_train_sampler
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
@@ -158,10 +160,11 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
 
     Args:
         cfg: the config, after `default_setup`.
-        mapper: `(record, generator) -> sample`, default `DatasetMapper(cfg)`. A mapper of one
+        mapper: `(record, generator) -> sample`, default `DatasetMapper`. A mapper of one
             argument finds the global generators seeded for its sample.
-        dataset: list of records, default those of DATASETS.TRAIN.
-        sampler: a `TrainingSampler`, or any object with its `seed` and `batch`.
+        dataset: sequence of records, default those of DATASETS.TRAIN.
+        sampler: default `build_train_sampler`; any object with the `seed` and `batch` of a
+            `TrainingSampler`.
         start_iter: iteration to begin with.
 
     Returns:
@@ -172,21 +175,23 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
     """
     batch_size = check_batch_size(cfg)
     if dataset is None:
-        filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty)
+        dataset = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE,
+            need_masks=cfg.MODEL.MASK_ON,
+        )
         check_image_files(dataset, ", ".join(cfg.DATASETS.TRAIN))
-    if sampler is None:
-        groups = None
-        if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-            sizes = [(record["height"], record["width"]) for record in dataset]
-            groups = aspect_ratio_groups(*zip(*sizes, strict=True)) if sizes else None
-        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        sampler = TrainingSampler(len(dataset), batch_size, seed=seed, groups=groups)
-    mapper = mapper or DatasetMapper(cfg, is_train=True)
-    num_workers = cfg.DATALOADER.NUM_WORKERS
+    records = _serialized(dataset)
+    sampler = sampler or build_train_sampler(cfg, records, batch_size)
+    mapper = mapper or DatasetMapper(cfg, is_train=True, records=records)
     return TrainLoader(
-        SerializedRecords(dataset), mapper, sampler, start_iter=start_iter, num_workers=num_workers
+        records, mapper, sampler, start_iter=start_iter, num_workers=cfg.DATALOADER.NUM_WORKERS
     )
+
+
+def _serialized(records):
+    return records if isinstance(records, SerializedRecords) else SerializedRecords(records)
 
 
 def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None, sampler=None):
@@ -202,7 +207,7 @@ def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None,
     Returns:
         An iterable of `list[sample]`, with a length.
     """
-    records = DatasetCatalog.get(dataset_name) if dataset is None else SerializedRecords(dataset)
+    records = DatasetCatalog.get(dataset_name) if dataset is None else _serialized(dataset)
     if dataset is None:
         check_image_files(records, dataset_name)
     if sampler is None:

@@ -15,15 +15,17 @@ class TrainingSampler:
     skipped or repeated. Any position can be entered at once.
     """
 
-    def __init__(self, size, batch_size=1, *, seed=0, shuffle=True, groups=None):
+    def __init__(self, size, batch_size=1, *, seed=0, shuffle=True, groups=None, window=0):
         """
         Args:
             size: number of images, >= 1.
             batch_size: images per iteration, over all ranks.
             seed: non-negative integer; the same on every rank.
             shuffle: permute each pass; otherwise 0, 1, 2, ...
-            groups: `[size]` integers or None. Within a pass, batches are made of images of one
-                group as far as the numbers allow (two groups by aspect ratio pad less).
+            groups: a number for each image, or None. Within a pass, batches are made of images of
+                like numbers as far as they allow (images of like shape pad less).
+            window: batches are made like this from so many batches of images at a time, and shuffled
+                among them; 0: from a whole pass.
 
         Raises:
             UserError: no image.
@@ -31,24 +33,30 @@ class TrainingSampler:
         if size < 1:
             raise UserError("there is no image to train on")
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
-        self.groups = None if groups is None else np.asarray(groups)
+        self.groups, self.window = None if groups is None else np.asarray(groups), window
         self._order = functools.lru_cache(maxsize=2)(self._pass_order)
+
+    def _draw(self, rng):
+        """The images of a pass, `[size]`, in random order."""
+        return rng.permutation(self.size)
 
     def _pass_order(self, number):
         """The images of a pass, `[size]`, in the order in which they come."""
         if not self.shuffle:
             return np.arange(self.size)
         rng = np.random.default_rng((self.seed, number))
-        order = rng.permutation(self.size)
+        order = self._draw(rng)
         if self.groups is None:
             return order
         # The ends of a pass that share a batch with its neighbours keep their random order.
         head = min(-(number * self.size) % self.batch_size, self.size)
-        full = (self.size - head) // self.batch_size
-        middle = order[head : head + full * self.batch_size]
-        middle = middle[np.argsort(self.groups[middle], kind="stable")]
-        middle = rng.permutation(middle.reshape(full, self.batch_size))
-        return np.concatenate([order[:head], middle.ravel(), order[head + middle.size :]])
+        end = head + (self.size - head) // self.batch_size * self.batch_size
+        step = self.window * self.batch_size or self.size
+        for start in range(head, end, step):
+            images = order[start : min(start + step, end)]
+            images = images[np.argsort(self.groups[images], kind="stable")]
+            order[start : start + images.size] = rng.permutation(images.reshape(-1, self.batch_size)).ravel()
+        return order
 
     def index_at(self, position):
         """The image at a position of the stream."""
@@ -60,6 +68,72 @@ class TrainingSampler:
         share = self.batch_size // world_size
         start = iteration * self.batch_size + rank * share
         return [(self.index_at(p), p) for p in range(start, start + share)]
+
+
+class RepeatFactorTrainingSampler(TrainingSampler):
+    """Passes in which an image comes as often as its factor says, on average over passes.
+
+    The stochastic rounding of LVIS (https://arxiv.org/abs/1908.03195), with the sum held: a pass
+    has round(sum of the factors) positions, and an image with factor f comes floor(f) or ceil(f)
+    times in it. Which images are rounded up is drawn anew for each pass, by systematic sampling over
+    a random permutation: each with the probability that its fraction gives it, up to the rounding
+    of the sum.
+    """
+
+    def __init__(self, factors, batch_size=1, *, seed=0, groups=None, window=0):
+        """
+        Args:
+            factors: a number >= 0 for each image.
+            batch_size, seed, groups, window: see `TrainingSampler`.
+
+        Raises:
+            UserError: a factor that is negative or not finite, or a sum below one half.
+        """
+        factors = np.asarray(factors, dtype=np.float64)
+        if not (np.isfinite(factors) & (factors >= 0)).all():
+            raise UserError("the repeat factor of an image must be a finite number >= 0")
+        self._whole, self._extra = np.floor(factors).astype(np.int64), factors % 1
+        size = round(factors.sum())
+        # The fractions are moved a little, within 0 to 1, so that their sum is a whole number.
+        up, num_up, some = self._extra.sum(), size - self._whole.sum(), self._extra > 0
+        if num_up <= up:
+            self._extra *= num_up / max(up, 1)
+        else:
+            self._extra[some] = 1 - (1 - self._extra[some]) * (some.sum() - num_up) / (some.sum() - up)
+        self._num_up = num_up
+        super().__init__(size, batch_size, seed=seed, groups=groups, window=window)
+
+    def _draw(self, rng):
+        images = rng.permutation(self._whole.size)
+        edges = np.concatenate([[0], np.cumsum(self._extra[images])])
+        # Sums of fractions are not exact.
+        edges = np.append(np.minimum(edges[:-1], self._num_up), self._num_up)
+        counts = self._whole[images] + np.diff(np.floor(edges + rng.uniform()).astype(np.int64))
+        return rng.permutation(np.repeat(images, counts))
+
+
+class RandomSubsetTrainingSampler(TrainingSampler):
+    """Passes over a random subset of the images, which the seed alone decides."""
+
+    def __init__(self, size, ratio, batch_size=1, *, seed=0, groups=None, window=0):
+        """
+        Args:
+            size: number of images.
+            ratio: the share of them to use, in (0, 1]; at least one image is used.
+            batch_size, seed, groups, window: see `TrainingSampler`.
+
+        Raises:
+            UserError: no image, or a ratio out of its range.
+        """
+        if not 0 < ratio <= 1:
+            raise UserError(f"the share of the images to use is {ratio}, not in (0, 1]")
+        # Three numbers, where the generator of a pass has two.
+        rng = np.random.default_rng((seed, 0, 1))
+        self.subset = np.sort(rng.choice(size, size=min(size, max(1, round(size * ratio))), replace=False))
+        super().__init__(self.subset.size, batch_size, seed=seed, groups=groups, window=window)
+
+    def _draw(self, rng):
+        return self.subset[rng.permutation(self.size)]
 
 
 class InferenceSampler:
@@ -78,3 +152,53 @@ class InferenceSampler:
 def aspect_ratio_groups(heights, widths):
     """0 for images that are higher than wide, 1 for the others, `[N]`."""
     return (np.asarray(widths) >= np.asarray(heights)).astype(np.int64)
+
+
+def repeat_factors_from_category_frequency(records, repeat_thresh, sqrt=True):
+    """The repeat factor of each image, by its rarest class (https://arxiv.org/abs/1908.03195, 4.2).
+
+    A class c in the share f(c) of the images has r(c) = max(1, sqrt(repeat_thresh / f(c))), and an
+    image the largest r(c) of its classes; 1 if it has none.
+
+    Args:
+        records: sequence of records, N.
+        repeat_thresh: share of the images, below which a class is repeated.
+        sqrt: take the square root, as LVIS.
+
+    Returns:
+        float64 array `[N]`.
+    """
+    images, labels = _classes_of_images(records)
+    share = np.bincount(labels) / len(records)
+    rate = np.maximum(1, repeat_thresh / share[labels])
+    factors = np.ones(len(records))
+    np.maximum.at(factors, images, np.sqrt(rate) if sqrt else rate)
+    return factors
+
+
+def class_balanced_factors(records):
+    """The repeat factor of each image for which every class is drawn as often.
+
+    As if a class were drawn, each as likely, and then one of its images: an image has the sum of
+    M / (K n(c)) over its classes, where n(c) images hold class c, M hold any, and K classes occur.
+    Images without annotations have 1, so that the sum of all is N.
+
+    Args:
+        records: sequence of records, N.
+
+    Returns:
+        float64 array `[N]`.
+    """
+    images, labels = _classes_of_images(records)
+    images_of, used = np.bincount(labels), np.unique(images)
+    factors = np.ones(len(records))
+    factors[used] = 0
+    np.add.at(factors, images, used.size / (np.count_nonzero(images_of) * images_of[labels]))
+    return factors
+
+
+def _classes_of_images(records):
+    """(images, labels): every class of every image once, int64 arrays of one length."""
+    pairs = [(i, c) for i, r in enumerate(records) for c in {a["category_id"] for a in r["annotations"]}]
+    images, labels = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    return images, labels

@@ -11,9 +11,9 @@ import os
 import xml.etree.ElementTree as ElementTree
 
 from plaintrain.data.catalog import select_classes
-from plaintrain.data.images import read_image
+from plaintrain.data.folder import image_header
 from plaintrain.structures import BoxMode
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import DataError, UserError, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ VOC_CLASSES = [
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
 
 
-def load_voc(root, split, classes=None):
+def load_voc(root, split, classes=None, problems=None):
     """Read one split of a dataset in VOC's layout.
 
     Boxes are 1-based pixels that include their last row and column, so `xmin - 1, ymin - 1,
@@ -39,6 +39,7 @@ def load_voc(root, split, classes=None):
         split: name of a list in `ImageSets/Main`, without `.txt`.
         classes: class names in the order of their labels; objects of other classes are left out.
             Empty: every name in `Annotations`, of all splits, sorted.
+        problems: None, or a list that takes broken files and objects instead of an error.
 
     Returns:
         (records, metadata): metadata holds `thing_classes`.
@@ -50,23 +51,25 @@ def load_voc(root, split, classes=None):
     folder = os.path.join(root, "Annotations")
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}, which a VOC dataset needs")
-    chosen = _choose_classes(folder, classes)
+    chosen = _choose_classes(folder, classes, problems)
     labels = {name: label for label, name in enumerate(chosen)}
     images = _image_files(os.path.join(root, "JPEGImages"))
     records = []
     for name in names:
-        xml_file = os.path.join(folder, name + ".xml")
-        if name not in images:
-            raise UserError(
-                f"the image {name} of split {split} is missing in {os.path.join(root, 'JPEGImages')}"
-            )
-        records.append(_record(name, xml_file, images[name], labels))
+        try:
+            if name not in images:
+                where = os.path.join(root, "JPEGImages")
+                raise DataError("unreadable", f"the image {name} of split {split} is missing in {where}")
+            xml_file = os.path.join(folder, name + ".xml")
+            records.append(_record(xml_file, images[name], labels, problems))
+        except UserError as e:
+            refuse(problems, e)
     return records, {"thing_classes": chosen}
 
 
-def _choose_classes(folder, classes):
+def _choose_classes(folder, classes, problems):
     """The given classes, or all; a given one that no object has may be a typo, so it is named."""
-    found = _all_classes(folder)
+    found = _all_classes(folder, problems)
     if not classes:
         return found
     for name in classes:
@@ -108,12 +111,17 @@ def _parse(xml_file):
         raise UserError(f"the annotation file {xml_file} is not XML: {e}") from e
 
 
-def _all_classes(folder):
+def _all_classes(folder, problems):
     names = set()
     for file in os.listdir(folder):
         if file.endswith(".xml"):
-            root = _parse(os.path.join(folder, file))
-            names |= {_text(obj, "name", file) for obj in root.iter("object")}
+            try:
+                root = _parse(os.path.join(folder, file))
+                names |= {_text(obj, "name", file) for obj in root.iter("object")}
+            except UserError:
+                # With `problems` the records' own reading notes it.
+                if problems is None:
+                    raise
     if not names:
         raise UserError(f"no object is annotated in {folder}")
     return sorted(names)
@@ -137,21 +145,24 @@ def _number(element, tag, where):
     return number
 
 
-def _record(name, xml_file, image_file, labels):
+def _record(xml_file, image_file, labels, problems):
     root = _parse(xml_file)
     size = root.find("size")
     if size is not None and size.findtext("width") not in (None, "0"):
         width, height = (int(_number(size, tag, xml_file)) for tag in ("width", "height"))
     else:
-        height, width = read_image(image_file).shape[1:]
+        height, width, _ = image_header(image_file)
     annotations = []
     for obj in root.iter("object"):
-        class_name = _text(obj, "name", xml_file)
-        if class_name in labels:
-            annotations.append(_annotation(obj, labels[class_name], xml_file))
+        try:
+            class_name = _text(obj, "name", xml_file)
+            if class_name in labels:
+                annotations.append(_annotation(obj, labels[class_name], xml_file))
+        except UserError as e:
+            refuse(problems, e)
     return {
         "file_name": image_file,
-        "image_id": name,
+        "image_id": os.path.splitext(os.path.basename(xml_file))[0],
         "height": height,
         "width": width,
         "annotations": annotations,

@@ -19,3 +19,23 @@ def first_line(error):
 
 class ConfigError(UserError):
     """A config file, key or value that cannot be used."""
+
+
+class DataError(UserError):
+    """A mistake in one image or annotation of a dataset; `kind` is a key of `data.checks.KINDS`."""
+
+    def __init__(self, kind, message):
+        super().__init__(message)
+        self.kind = kind
+
+
+def refuse(problems, error):
+    """How a reader of datasets meets a mistake: it raises, or keeps the error and goes on.
+
+    Args:
+        problems: None to raise, or the list that the error is added to.
+        error: a `UserError`.
+    """
+    if problems is None:
+        raise error
+    problems.append(error)

@@ -1,0 +1,114 @@
+"""Several datasets as one."""
+
+import difflib
+import logging
+
+from plaintrain.data.catalog import select_classes
+from plaintrain.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def load_concat(names, read, classes=None, merge=False):
+    """Join datasets, in order.
+
+    Their class lists must be equal, unless `classes` or `merge` is given. Image ids that two parts
+    share, or that are numbers here and strings there, become `<dataset>/<id>` in all parts.
+
+    Args:
+        names: the datasets.
+        read: function name -> (records, metadata dict).
+        classes: the classes of the whole, in the order of their labels; objects of others are left
+            out. It may name classes that no part has.
+        merge: take every class of any part, in order of first appearance.
+
+    Returns:
+        (records, metadata): metadata holds `thing_classes`, `thing_dataset_id_to_contiguous_id` (the
+        parts' own ids where they agree, otherwise 1, 2, ...) and what the parts say about keypoints,
+        where they agree.
+
+    Raises:
+        UserError: a dataset given twice or without class names, or differing classes.
+    """
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"DATASETS of a concat dataset must name one or more, each once, not {names}")
+    parts = [read(name) for name in names]
+    found = []
+    for name, (_, metadata) in zip(names, parts, strict=True):
+        if not metadata.get("thing_classes"):
+            raise UserError(f"the dataset {name} names no classes, so it cannot be joined with others")
+        found.append(list(metadata["thing_classes"]))
+    joined = _join_classes(names, found, classes, merge)
+    label_of = {name: label for label, name in enumerate(joined)}
+    ids = [{record["image_id"] for record in records} for records, _ in parts]
+    collide = len(set().union(*ids)) < sum(map(len, ids)) or len({type(i) for part in ids for i in part}) > 1
+    records = []
+    for name, part_classes, (part, _) in zip(names, found, parts, strict=True):
+        labels = [label_of.get(class_name) for class_name in part_classes]
+        for record in part:
+            record["annotations"] = _relabel(record["annotations"], labels)
+            if collide:
+                record["image_id"] = f"{name}/{record['image_id']}"
+            records.append(record)
+    return records, _metadata(joined, [metadata for _, metadata in parts])
+
+
+def _join_classes(names, found, classes, merge):
+    union = list(dict.fromkeys(name for part in found for name in part))
+    if classes:
+        for name in classes:
+            if name not in union:
+                near = difflib.get_close_matches(str(name), union, n=1, cutoff=0.0)[0]
+                logger.warning(f"none of {', '.join(names)} has a class {name!r}; the nearest is {near!r}")
+        return select_classes([*union, *classes], classes, ", ".join(names))
+    for name, part in zip(names[1:], found[1:], strict=True):
+        if not merge and part != found[0]:
+            difference = _difference(names[0], found[0], part)
+            raise UserError(
+                f"the datasets {names[0]} and {name} have different classes: {difference}; "
+                "set MERGE_CLASSES: True, or choose them with CLASSES"
+            )
+    return union
+
+
+def _difference(first_name, first, second):
+    missing = [name for name in first if name not in second]
+    more = [name for name in second if name not in first]
+    if not missing and not more:
+        return f"the same in another order, {first} and {second}"
+    parts = [f"it lacks {missing}"] * bool(missing) + [f"it has {more}, which {first_name} lacks"] * bool(
+        more
+    )
+    return " and ".join(parts)
+
+
+def _relabel(annotations, labels):
+    if labels == list(range(len(labels))):
+        return annotations
+    new = [(annotation, labels[annotation["category_id"]]) for annotation in annotations]
+    return [{**annotation, "category_id": label} for annotation, label in new if label is not None]
+
+
+def _metadata(joined, parts):
+    metadata = {
+        "thing_classes": joined,
+        "thing_dataset_id_to_contiguous_id": _dataset_ids(joined, parts),
+    }
+    known = [part for part in parts if part.get("keypoint_names")]
+    if known and all(part["keypoint_names"] == known[0]["keypoint_names"] for part in known):
+        keys = ("keypoint_names", "keypoint_flip_map", "skeleton")
+        metadata |= {key: known[0][key] for key in keys if known[0].get(key)}
+    return metadata
+
+
+def _dataset_ids(joined, parts):
+    """{dataset id: label}, the ids of the parts if they do not contradict each other."""
+    pairs = set()
+    for part in parts:
+        mapping = part.get("thing_dataset_id_to_contiguous_id") or {}
+        pairs |= {(part["thing_classes"][label], dataset_id) for dataset_id, label in mapping.items()}
+    pairs = {(name, dataset_id) for name, dataset_id in pairs if name in joined}
+    ids = {name: dataset_id for name, dataset_id in pairs}
+    if len(ids) != len(pairs) or set(ids) != set(joined) or len(set(ids.values())) != len(ids):
+        ids = {name: label + 1 for label, name in enumerate(joined)}
+    return {ids[name]: label for label, name in enumerate(joined)}

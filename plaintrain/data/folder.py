@@ -1,0 +1,85 @@
+"""A folder of images -> records without annotations, for prediction."""
+
+import os
+from pathlib import Path
+
+from PIL import ExifTags, Image
+
+from plaintrain.utils.errors import DataError, UserError, refuse
+
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+
+def list_images(folder):
+    """Paths of the image files in a folder and the folders below it, sorted.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder}, where images were expected")
+    found = []
+    for parent, _, names in os.walk(folder, followlinks=True):
+        found += [os.path.join(parent, name) for name in names if name.lower().endswith(_EXTENSIONS)]
+    if not found:
+        raise UserError(f"there is no image in {folder}; known endings: {' '.join(_EXTENSIONS)}")
+    return sorted(found)
+
+
+def image_header(file_name):
+    """(height, width, EXIF orientation) of an image file, the size as that orientation turns it.
+
+    Raises:
+        DataError: the file is missing or not an image.
+    """
+    try:
+        with Image.open(file_name) as image:
+            width, height = image.size
+            # The PNG class' own method would decode the whole image first.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except FileNotFoundError as e:
+        raise DataError("unreadable", f"the image file {file_name} does not exist") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise DataError("unreadable", f"cannot read the image file {file_name}: {e}") from e
+    return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
+
+
+def image_record(file_name, image_id, problems=None):
+    """A record without annotations, its size from the file; None if a problem was noted instead.
+
+    Args:
+        problems: see `refuse`.
+    """
+    try:
+        height, width, _ = image_header(file_name)
+    except DataError as e:
+        return refuse(problems, e)
+    return {
+        "file_name": file_name,
+        "image_id": image_id,
+        "height": height,
+        "width": width,
+        "annotations": [],
+    }
+
+
+def load_images(root, classes=None, problems=None):
+    """Describe every image in a folder and below it.
+
+    Args:
+        root: the folder.
+        classes: the names of a model's classes, or None.
+        problems: None, or a list that takes unreadable images instead of an error.
+
+    Returns:
+        (records, metadata): image ids are the paths from `root` on.
+
+    Raises:
+        UserError: no folder, no image, or one that cannot be read.
+    """
+    records = []
+    for path in list_images(root):
+        record = image_record(path, Path(path).relative_to(root).as_posix(), problems)
+        if record:
+            records.append(record)
+    return records, {"thing_classes": list(classes)} if classes else {}

@@ -1,0 +1,245 @@
+#!/usr/bin/env python
+"""Say what is wrong with datasets, in plain words, before training does.
+
+python scripts/check_dataset.py shapes_val
+python scripts/check_dataset.py bccd_train bccd_val --config-file configs/BCCD/Base-BCCD.yaml
+python scripts/check_dataset.py my_train --config-file my.yaml --fix DIR
+
+Opens every image. --fix writes a cleaned copy as DIR/annotations.json (DIR/NAME/annotations.json
+for several datasets), which refers to the original images; the original is never changed.
+
+Exit code: 0 training would work, 1 it would not (findings marked FATAL, or a file that cannot be
+read at all), 2 a mistake in the command line.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from plaintrain.config import get_cfg
+from plaintrain.data import DatasetCatalog, declare_datasets
+from plaintrain.data.builtin import read_dataset
+from plaintrain.data.checks import (
+    KINDS,
+    Tally,
+    annotation_problems,
+    check_problems,
+    check_records,
+    class_counts,
+    is_polygon,
+)
+from plaintrain.data.folder import image_header
+from plaintrain.data.images import read_image
+from plaintrain.data.shapes import SCHEME
+from plaintrain.data.write import make_folder, write_coco
+from plaintrain.launch import launch
+from plaintrain.structures import BoxMode
+from plaintrain.utils.errors import UserError
+from plaintrain.utils.files import atomic_write
+from plaintrain.utils.logger import progress
+
+# Annotations with such a finding are left out of a cleaned copy; with others only a part of them is.
+_DROPPED = {"bad_box", "empty_box", "outside_box"}
+
+
+def is_drawn(record):
+    """Whether the image is one of the shapes set, which has no file."""
+    return record["file_name"].startswith(SCHEME)
+
+
+def look_at(record):
+    """What an image file is: {error} or {size: (height, width), turned: bool, pixels: a hash}."""
+    try:
+        image = read_image(record["file_name"])
+        turned = not is_drawn(record) and image_header(record["file_name"])[2] > 1
+    except UserError as e:
+        return {"error": str(e)}
+    size = tuple(image.shape[-2:])
+    pixels = hashlib.blake2b(image.contiguous().numpy(), digest_size=16, key=repr(size).encode())
+    return {"size": size, "turned": turned, "pixels": pixels.hexdigest()}
+
+
+def look_at_all(records, workers):
+    """`look_at` of every record; decoding and hashing run beside each other in threads."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(progress(pool.map(look_at, records), desc="images", total=len(records)))
+
+
+def check_images(records, looks):
+    """Findings of the images of one dataset."""
+    tally, first = Tally(), {}
+    for record, look in zip(records, looks, strict=True):
+        name = record["file_name"]
+        if "error" in look:
+            tally.add("unreadable", look["error"])
+            continue
+        height, width = look["size"]
+        if (height, width) != (record["height"], record["width"]):
+            said = f"{record['width']}x{record['height']}"
+            tally.add("wrong_size", f"{name}: is {width}x{height}, its record says {said}")
+        if look["turned"]:
+            tally.add("turned", name)
+        if look["pixels"] in first:
+            tally.add("duplicate", f"{name} is as {first[look['pixels']]}")
+        first.setdefault(look["pixels"], name)
+    return tally.findings()
+
+
+def check_leaks(name, others, pixels):
+    """Finding of the images of a dataset that are in a dataset before it too."""
+    tally = Tally()
+    for digest, file_name in pixels[name].items():
+        for other in others:
+            if digest in pixels[other]:
+                tally.add("leak", f"{file_name} is as {pixels[other][digest]} of {other}")
+    return tally.findings()
+
+
+def clean(records, looks, num_keypoints):
+    """(records without what cannot be used, Counter of the changes in words)."""
+    kept, changes, seen = [], Counter(), set()
+    for record, look in zip(records, looks, strict=True):
+        size = (record["height"], record["width"])
+        if "error" in look:
+            changes["unreadable images dropped"] += 1
+        elif look["pixels"] in seen:
+            changes["duplicate images dropped"] += 1
+        elif look["turned"] and look["size"] == size[::-1] != size:
+            changes["images dropped whose EXIF orientation turns them away from their annotations"] += 1
+        else:
+            seen.add(look["pixels"])
+            changes["image sizes corrected"] += look["size"] != size
+            record = {**record, "height": look["size"][0], "width": look["size"][1]}
+            annotations = (clean_annotation(a, record, num_keypoints, changes) for a in record["annotations"])
+            kept.append({**record, "annotations": [a for a in annotations if a]})
+    return kept, changes
+
+
+def clean_annotation(annotation, record, num_keypoints, changes):
+    """The annotation without what is broken in it, or None."""
+    problems = {kind for kind, _ in annotation_problems(annotation, record, num_keypoints)}
+    for kind in problems & _DROPPED:
+        changes[f"annotations dropped: {KINDS[kind][0].split(',')[0]}"] += 1
+        return None
+    annotation = dict(annotation)
+    if "clipped_box" in problems:
+        x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        inside = [max(x0, 0), max(y0, 0), min(x1, record["width"]), min(y1, record["height"])]
+        annotation |= {"bbox": inside, "bbox_mode": BoxMode.XYXY_ABS}
+        changes["boxes clipped to their image"] += 1
+    if "bad_rle" in problems:
+        del annotation["segmentation"]
+        changes["malformed run-length encodings dropped, their boxes kept"] += 1
+    if "bad_polygon" in problems:
+        polygons = [polygon for polygon in annotation.pop("segmentation") if is_polygon(polygon)]
+        annotation |= {"segmentation": polygons} if polygons else {}
+        changes["annotations lost broken polygons, their boxes kept"] += 1
+    if "wrong_keypoints" in problems:
+        del annotation["keypoints"]
+        changes["wrong keypoints dropped, their boxes kept"] += 1
+    return annotation
+
+
+def write_fixed(folder, records, looks, metadata, problems):
+    """Write the cleaned copy of a dataset and say what was changed."""
+    if any(map(is_drawn, records)):
+        print("  no cleaned copy: its images are drawn, not read from files")
+        return
+    records, changes = clean(records, looks, len(metadata.get("keypoint_names") or ()) or None)
+    for error in problems:
+        kind = getattr(error, "kind", "broken")
+        what = "renumbered" if kind == "duplicate_id" else "dropped"
+        changes[f"{what} while reading: {KINDS[kind][0]}"] += 1
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "annotations.json")
+    names = [Path(os.path.relpath(record["file_name"], folder)).as_posix() for record in records]
+    write_coco(path, records, metadata, names)
+    print(f"  cleaned copy: {path} (FORMAT coco, IMAGE_ROOT {folder}), {len(records)} images")
+    for text, count in changes.items():
+        if count:
+            print(f"    {text}: {count}")
+    if not sum(changes.values()):
+        print("    nothing had to be changed")
+
+
+def report(name, records, metadata, findings):
+    """Print what was found in one dataset."""
+    boxes = sum(len(record["annotations"]) for record in records)
+    print(f"{name}: {len(records)} images, {boxes} boxes")
+    counts = class_counts(records, metadata)
+    width = max(map(len, counts), default=0)
+    for class_name, count in counts.items():
+        print(f"    {class_name:<{width}}  {count:>8}")
+    for finding in findings:
+        print("  " + str(finding).replace("\n", "\n  "))
+    if not findings:
+        print("  nothing is wrong with it")
+
+
+def main(args):
+    """Check, say it, and mend if asked to; the exit code."""
+    found, pixels = {}, defaultdict(dict)
+    for name in args.names:
+        problems = []
+        records, metadata = read_dataset(name, problems)
+        metadata.setdefault("thing_classes", [])
+        looks = look_at_all(records, args.workers)
+        for record, look in zip(records, looks, strict=True):
+            if "pixels" in look:
+                pixels[name].setdefault(look["pixels"], record["file_name"])
+        findings = check_problems(problems) + check_records(records, metadata) + check_images(records, looks)
+        found[name] = findings + check_leaks(name, list(found), pixels)
+        report(name, records, metadata, found[name])
+        if args.fix:
+            folder = args.fix if len(args.names) == 1 else os.path.join(args.fix, name)
+            write_fixed(folder, records, looks, metadata, problems)
+    if args.json:
+        plain = {
+            name: [asdict(finding) | {"text": KINDS[finding.kind][0]} for finding in findings]
+            for name, findings in found.items()
+        }
+        with atomic_write(args.json) as f:
+            json.dump(plain, f, indent=1)
+    fatal = [name for name, findings in found.items() if any(finding.fatal for finding in findings)]
+    print(
+        f"training would stop at the FATAL findings of {', '.join(fatal)}" if fatal else "training would work"
+    )
+    return 1 if fatal else 0
+
+
+def parse_args(argv=None):
+    """The command line, its names and folder checked: mistakes in them exit with code 2."""
+    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", metavar="NAME", help="built-in or declared datasets")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config with DATASETS.DECLARE")
+    parser.add_argument("--fix", metavar="DIR", help="write a cleaned copy into this new or empty folder")
+    parser.add_argument("--json", metavar="FILE", help="write the findings to this file too")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="images read at a time")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    args = parser.parse_args(argv)
+    try:
+        cfg = get_cfg()
+        if args.config_file:
+            cfg.merge_from_file(args.config_file)
+        declare_datasets(cfg)
+        for name in args.names:
+            if name not in DatasetCatalog:
+                DatasetCatalog.get(name)
+        if args.fix:
+            make_folder(args.fix)
+    except UserError as e:
+        parser.error(str(e))
+    if args.workers < 1 or len(set(args.names)) != len(args.names):
+        parser.error("--workers is at least 1, and each NAME is given once")
+    return args
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    sys.exit(launch(main, args=(arguments,)))

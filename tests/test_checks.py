@@ -1,0 +1,359 @@
+"""plaintrain.data.checks and scripts/check_dataset.py: what is wrong with a dataset, one test a check."""
+
+import copy
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from plaintrain.data.checks import KINDS, Finding, check_records
+from plaintrain.data.coco import load_coco_json
+from plaintrain.structures import BoxMode
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "check_dataset.py"
+
+
+def _record(*annotations, image_id=1, **keys):
+    boxes = [
+        {"bbox": [1, 1, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0, **annotation}
+        for annotation in annotations
+    ]
+    record = {"file_name": f"{image_id}.png", "image_id": image_id, "height": 20, "width": 30}
+    return {**record, **keys, "annotations": boxes}
+
+
+def _check(*records, classes=("cat",), **metadata):
+    return {f.kind: f for f in check_records(records, {"thing_classes": list(classes), **metadata})}
+
+
+# ---- records
+
+
+def test_good_records_have_no_findings():
+    polygon = [[1, 1, 9, 1, 9, 9]]
+    rle = coco_mask.encode(np.asfortranarray(np.eye(20, 30, dtype=np.uint8)))
+    good = _record(
+        {"segmentation": polygon, "keypoints": [3, 4, 2, 30, 20, 1, 99, 99, 0]},
+        {"segmentation": rle},
+        {"segmentation": {**rle, "counts": rle["counts"].decode()}},
+        {"segmentation": {"size": [20, 30], "counts": [100, 200, 300]}},
+        {"bbox": [20.0, 10, 10.4, 10], "bbox_mode": BoxMode.XYWH_ABS},
+        {"bbox": np.array([1.0, 2, 3, 4])},
+    )
+    assert _check(good, keypoint_names=["a", "b", "c"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "annotation"),
+    [
+        ("bad_box", {"bbox": [1, 2, 3]}),
+        ("bad_box", {"bbox": [1, 2, float("nan"), 3]}),
+        ("bad_box", {"bbox": [1, 2, "x", 3]}),
+        ("bad_box", {"bbox": None}),
+        ("empty_box", {"bbox": [5, 5, 5, 9]}),
+        ("empty_box", {"bbox": [5, 5, 3, 0], "bbox_mode": BoxMode.XYWH_ABS}),
+        ("outside_box", {"bbox": [30, 5, 35, 9]}),
+        ("outside_box", {"bbox": [-9, 5, -1, 9]}),
+        ("clipped_box", {"bbox": [20, 5, 31, 9]}),
+        ("clipped_box", {"bbox": [5, -1, 9, 9]}),
+        ("tiny_box", {"bbox": [5, 5, 6.9, 15]}),
+        ("unknown_class", {"category_id": 2}),
+        ("unknown_class", {"category_id": -1}),
+        ("bad_polygon", {"segmentation": [[1, 1, 9, 9]]}),
+        ("bad_polygon", {"segmentation": [[1, 1, 9, 9, 5, 5, 3]]}),
+        ("bad_polygon", {"segmentation": [[1, 1, 9, 9, 5, float("inf")]]}),
+        ("bad_rle", {"segmentation": {"size": [30, 20], "counts": [600]}}),
+        ("bad_rle", {"segmentation": {"size": [20, 30], "counts": [599]}}),
+        ("bad_rle", {"segmentation": {"size": [20, 30], "counts": [700, -100]}}),
+        ("bad_rle", {"segmentation": {"size": [20, 30]}}),
+        ("bad_rle", {"segmentation": {"size": [20, 30], "counts": ""}}),
+        ("bad_rle", {"segmentation": {"size": [20, 30], "counts": "h"}}),
+        ("bad_rle", {"segmentation": {"size": [20, 30], "counts": "0 0"}}),
+        ("wrong_keypoints", {"keypoints": [1, 2, 2]}),
+        ("wrong_keypoints", {"keypoints": [1, 2, 2, 1, 2, 5]}),
+        ("outside_keypoint", {"keypoints": [1, 2, 2, 31, 2, 1]}),
+    ],
+)
+def test_each_mistake_of_an_annotation_is_found(kind, annotation):
+    good = {"category_id": 1}
+    found = _check(_record({}, good, annotation), classes=["a", "b"], keypoint_names=["head", "foot"])
+    assert set(found) == {kind}
+    assert found[kind].count == 1
+    assert "1.png" in found[kind].examples[0]
+    assert found[kind].fatal == KINDS[kind][1]
+
+
+def test_images_without_annotations_classes_without_boxes_and_shared_ids_are_found():
+    found = _check(_record({}), _record(image_id=2), _record({}), classes=["cat", "dog"])
+    assert set(found) == {"no_annotations", "unused_class", "same_image_id"}
+    assert found["no_annotations"].examples == ("2.png",)
+    assert found["unused_class"].examples == ("dog",)
+    assert found["same_image_id"].fatal
+
+
+def test_nothing_to_learn_from_is_fatal():
+    assert _check()["no_images"].fatal
+    assert _check(_record())["no_boxes"].fatal
+    assert _check(_record({}, {"bbox": [1, 1, 0, 0]}))["empty_box"].fatal is False
+
+
+def test_unbalanced_classes_are_listed_with_their_counts():
+    found = _check(_record(*[{}] * 20, {"category_id": 1}, {"category_id": 1}), classes=["cat", "dog"])
+    assert found["imbalance"].examples == ("cat: 20 boxes", "dog: 2 boxes")
+    assert "imbalance" not in _check(_record(*[{}] * 19, *[{"category_id": 1}] * 2), classes=["cat", "dog"])
+
+
+def test_ten_examples_are_kept_and_all_are_counted():
+    finding = _check(_record({}, *[{"bbox": [1, 1, 1, 1]}] * 12))["empty_box"]
+    assert (finding.count, len(finding.examples)) == (12, 10)
+    text = str(finding)
+    assert "boxes without area, which training drops: 12" in text
+    assert "... and 2 more" in text
+    assert str(Finding("no_images", 1, (), True)).startswith("FATAL: datasets without an image")
+
+
+# ---- the script
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script's functions."""
+    return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+
+
+@pytest.fixture
+def declare(tmp_path):
+    """Function (content, name) that writes a COCO JSON beside `images/` and a config that declares it."""
+    config = tmp_path / "datasets.yaml"
+    config.write_text("DATASETS:\n  DECLARE:\n")
+
+    def write(content, name="pets"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        with config.open("a") as f:
+            f.write(
+                f"    {name}: {{FORMAT: coco, JSON: {tmp_path}/{name}.json, IMAGE_ROOT: {tmp_path}/images}}\n"
+            )
+        return ["--config-file", str(config)]
+
+    return write
+
+
+@pytest.fixture
+def check(script, capsys):
+    """Function (*arguments) -> (exit code, what was printed)."""
+
+    def run(*args):
+        code = script.main(script.parse_args(["--workers", "1", *map(str, args)]))
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def _good(content):
+    """The tiny dataset without its image that has no annotation."""
+    content = copy.deepcopy(content)
+    del content["images"][2]
+    content["annotations"][2] |= {"bbox": [0, 0, 20, 30]}
+    return content
+
+
+def test_a_clean_dataset_is_said_to_be_clean(check, declare, tiny_coco):
+    code, said = check("pets", *declare(_good(tiny_coco.content)))
+    assert code == 0
+    assert "pets: 2 images, 4 boxes" in said
+    assert "nothing is wrong with it" in said
+    assert "training would work" in said
+
+
+def test_every_broken_annotation_is_listed_not_only_the_first(check, declare, tiny_coco, tmp_path):
+    content = _good(tiny_coco.content)
+    content["annotations"][0]["category_id"] = 99
+    content["annotations"][1]["bbox"] = [1, 2]
+    content["annotations"][2]["image_id"] = 77
+    content["annotations"][3]["keypoints"] = [1, 2, 2]
+    content["annotations"] += [{"id": 103, "image_id": 11, "category_id": 7, "bbox": [1, 1, 5, 5]}] * 2
+    code, said = check("pets", *declare(content), "--json", tmp_path / "found.json")
+    assert code == 1
+    assert "training would stop at the FATAL findings of pets" in said
+    found = {f["kind"]: f for f in json.loads((tmp_path / "found.json").read_text())["pets"]}
+    broken = {"unknown_class", "bad_box", "unknown_image", "wrong_keypoints"}
+    assert {kind for kind in found if found[kind]["fatal"]} == broken
+    assert found["duplicate_id"]["count"] == 2
+    assert "annotation 100" in found["unknown_class"]["examples"][0]
+    assert [str(100 + i) in said for i in range(4)] == [True] * 4
+
+
+def _turn(path):
+    image, exif = Image.open(path), Image.Exif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kinds"),
+    [
+        (_cut, {"unreadable"}),
+        (Path.unlink, {"unreadable"}),
+        (lambda path: path.write_text("no image"), {"unreadable"}),
+        (lambda path: Image.new("RGB", (20, 20)).save(path), {"wrong_size"}),
+        (_turn, {"wrong_size", "turned"}),
+    ],
+)
+def test_each_mistake_of_an_image_is_found(check, declare, tiny_coco, tmp_path, spoil, kinds):
+    spoil(tiny_coco.images / "wide.png")
+    args = declare(_good(tiny_coco.content))
+    code, said = check("pets", *args, "--json", tmp_path / "found.json")
+    found = {f["kind"]: f for f in json.loads((tmp_path / "found.json").read_text())["pets"]}
+    assert set(found) == kinds
+    assert code == 1
+    assert all("wide.png" in f["examples"][0] for f in found.values())
+
+
+def _with_copy(content, images):
+    content["images"].append({"id": 12, "file_name": "copy.bmp", "width": 40, "height": 30})
+    content["annotations"].append({"id": 9, "image_id": 12, "category_id": 7, "bbox": [1, 1, 5, 5]})
+    Image.open(images / "wide.png").save(images / "copy.bmp")
+
+
+def test_images_of_equal_pixels_are_found_in_a_dataset_and_between_two(check, declare, tiny_coco, tmp_path):
+    content = _good(tiny_coco.content)
+    _with_copy(content, tiny_coco.images)
+    args = declare(content, "one")
+    content["images"], content["annotations"] = content["images"][2:], content["annotations"][4:]
+    declare(content, "two")
+    code, _ = check("one", "two", *args, "--json", tmp_path / "found.json")
+    assert code == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    (duplicate,) = (f for f in found["one"] if f["kind"] == "duplicate")
+    assert (duplicate["count"], duplicate["examples"][0].count(".")) == (1, 2)
+    (leak,) = (f for f in found["two"] if f["kind"] == "leak")
+    assert "copy.bmp" in leak["examples"][0]
+    assert "wide.png of one" in leak["examples"][0]
+    assert not [f for f in found["one"] if f["kind"] == "leak"]
+
+
+def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_path):
+    content = _good(tiny_coco.content)
+    _with_copy(content, tiny_coco.images)
+    content["images"].append({"id": 13, "file_name": "gone.png", "width": 9, "height": 9})
+    content["images"][1]["width"] = 31
+    box = {"image_id": 11, "category_id": 7, "bbox": [1, 1, 5, 5]}
+    content["annotations"] += [
+        {**box, "id": 200, "category_id": 99},
+        {**box, "id": 201, "bbox": [1, 1, 0, 5]},
+        {**box, "id": 202, "bbox": [50, 1, 5, 5]},
+        {**box, "id": 202, "bbox": [30, -5, 20, 10]},
+        {**box, "id": 203, "segmentation": [[1, 1, 2, 2], [1, 1, 5, 1, 5, 5]]},
+        {**box, "id": 204, "segmentation": {"size": [30, 40], "counts": [3]}},
+    ]
+    content["annotations"][2].pop("segmentation")
+    args = declare(content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    code, said = check("pets", *args, "--fix", tmp_path / "fixed")
+    assert code == 1
+    assert {path: path.read_bytes() for path in before} == before
+    wanted = [
+        "unreadable images dropped: 1",
+        "duplicate images dropped: 1",
+        "image sizes corrected: 1",
+        "annotations dropped: boxes without area: 1",
+        "annotations dropped: boxes outside their image: 1",
+        "boxes clipped to their image: 1",
+        "annotations lost broken polygons, their boxes kept: 1",
+        "malformed run-length encodings dropped, their boxes kept: 1",
+        "dropped while reading: annotations with an unknown class id: 1",
+        "renumbered while reading: annotations with the id of another one: 1",
+    ]
+    assert [text for text in wanted if text not in said] == []
+    records, metadata = load_coco_json(str(tmp_path / "fixed/annotations.json"), str(tmp_path / "fixed"))
+    assert [record["image_id"] for record in records] == [2, 11]
+    assert records[0]["width"] == 30
+    assert [a["bbox"] for a in records[1]["annotations"]][2:] == [[30, 0, 10, 5], [1, 1, 5, 5], [1, 1, 5, 5]]
+    assert [a.get("segmentation") for a in records[1]["annotations"]][3:] == [[[1, 1, 5, 1, 5, 5]], None]
+    assert check_records(records, metadata) == []
+    assert all(Path(record["file_name"]).is_file() for record in records)
+    ids = [a["id"] for a in json.loads((tmp_path / "fixed/annotations.json").read_text())["annotations"]]
+    assert ids == list(range(1, 8))
+
+
+def test_fix_leaves_a_turned_image_out(check, declare, tiny_coco, tmp_path):
+    _turn(tiny_coco.images / "wide.png")
+    args = declare(_good(tiny_coco.content))
+    _, said = check("pets", *args, "--fix", tmp_path / "fixed")
+    assert "EXIF orientation turns them away from their annotations: 1" in said
+    records, _ = load_coco_json(str(tmp_path / "fixed/annotations.json"), "")
+    assert [record["image_id"] for record in records] == [2]
+
+
+def test_fix_of_several_datasets_writes_a_folder_each(check, declare, tiny_coco, tmp_path):
+    args = declare(_good(tiny_coco.content), "one")
+    declare(_good(tiny_coco.content), "two")
+    _, said = check("one", "two", *args, "--fix", tmp_path / "fixed")
+    assert said.count("nothing had to be changed") == 2
+    assert (tmp_path / "fixed/one/annotations.json").is_file()
+    assert (tmp_path / "fixed/two/annotations.json").is_file()
+
+
+def test_the_shapes_set_can_be_checked_and_needs_no_copy(check, tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "DATASETS: {DECLARE: {few: {FORMAT: shapes, SPLIT: val, NUM: 12, HEIGHT: 64, WIDTH: 64}}}\n"
+    )
+    args = ["few", "--config-file", tmp_path / "c.yaml", "--fix", tmp_path / "fixed"]
+    code, said = check(*args)
+    assert code == 0
+    assert "no cleaned copy: its images are drawn" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["shapes_vall"], ["'shapes_vall'", "shapes_val"]),
+        (["shapes_val", "--config-file", "none.yaml"], ["none.yaml"]),
+        (["shapes_val", "shapes_val"], ["once"]),
+        (["shapes_val", "--workers", "0"], ["--workers"]),
+        ([], ["NAME"]),
+        (["shapes_val", "--fix", "."], ["not empty"]),
+    ],
+)
+def test_a_mistake_in_the_command_line_exits_with_2(script, capsys, monkeypatch, tmp_path, args, words):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        script.parse_args(args)
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert [word for word in words if word not in said] == []
+
+
+def test_a_file_that_is_no_json_ends_in_one_sentence_and_1(declare, tiny_coco, tmp_path):
+    args = declare(_good(tiny_coco.content))
+    (tmp_path / "pets.json").write_text("{")
+    command = [sys.executable, str(SCRIPT), "pets", *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the annotation file")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_boxes_without_area_and_the_imbalance_of_bccd_are_named(check, data_root, tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "DATASETS: {DECLARE: {cells: {FORMAT: voc, ROOT: BCCD, SPLIT: trainval}}}\n"
+    )
+    code, said = check("cells", "--config-file", tmp_path / "c.yaml")
+    assert code == 0
+    assert "boxes without area, which training drops: 2" in said
+    assert "BloodImage_00338.jpg" in said
+    assert "BloodImage_00343.jpg" in said
+    assert "RBC: 3350 boxes" in said
+    assert "WBC: 301 boxes" in said

@@ -1,0 +1,221 @@
+"""plaintrain.data.yolo and folder: YOLO's text files, and folders of images."""
+
+import pytest
+from PIL import Image
+
+from plaintrain.data.folder import image_header, load_images
+from plaintrain.data.yolo import label_file, load_yolo
+from plaintrain.structures import BoxMode
+from plaintrain.utils.errors import UserError
+
+
+@pytest.fixture
+def yolo(tmp_path, write_image):
+    """Folder with data.yaml: train a (2 objects), b (no label file); val c. Images are 40x20."""
+    root = tmp_path / "yolo"
+    for seed, name in enumerate(("train/a", "train/b", "val/c")):
+        write_image(root / "images" / f"{name}.png", 40, 20, seed)
+    for split in ("train", "val"):
+        (root / "labels" / split).mkdir(parents=True)
+    (root / "labels/train/a.txt").write_text("1 0.5 0.5 0.25 0.5\n\n0 0.1 0.2 0.5 0.2 0.5 0.8\n")
+    (root / "labels/val/c.txt").write_text("0 0.5 0.5 1 1\n")
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [ant, bee]\n")
+    return root
+
+
+def _load(root, split="train", **options):
+    return load_yolo(str(root / "data.yaml"), split, **options)
+
+
+def _refused(root, *words, **options):
+    with pytest.raises(UserError) as error:
+        _load(root, **options)
+    message = str(error.value).replace(str(root), "")
+    assert [word for word in words if word not in message] == []
+
+
+def test_boxes_and_polygons_are_in_pixels(yolo):
+    records, metadata = _load(yolo)
+    assert metadata == {"thing_classes": ["ant", "bee"]}
+    assert [(r["image_id"], r["height"], r["width"]) for r in records] == [("a", 20, 40), ("b", 20, 40)]
+    assert records[0]["file_name"] == str(yolo / "images/train/a.png")
+    box, polygon = records[0]["annotations"]
+    assert box == {
+        "bbox": [15, 5, 25, 15],
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": 1,
+        "iscrowd": 0,
+    }
+    assert polygon["segmentation"] == [pytest.approx([4, 4, 20, 4, 20, 16])]
+    assert polygon["bbox"] == pytest.approx([4, 4, 20, 16])
+    assert polygon["category_id"] == 0
+
+
+def test_an_image_without_a_label_file_has_no_objects(yolo):
+    assert _load(yolo)[0][1]["annotations"] == []
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("/d/images/x/a.jpg", "/d/labels/x/a.txt"),
+        ("/images/d/images/a.b.jpg", "/images/d/labels/a.b.txt"),
+        ("/d/x/a.jpg", "/d/x/a.txt"),
+    ],
+)
+def test_the_last_folder_images_becomes_labels(images, labels):
+    assert label_file(images) == labels
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: images/train",
+        "path: .\ntrain: ./images/train",
+        "train: ../images/train",
+        "train: [images/train]",
+        "train: lists/train.txt",
+        "path: yolo\ntrain: images/train",
+    ],
+)
+def test_a_split_is_a_folder_or_a_list_of_them_or_a_text_file(yolo, text):
+    (yolo / "lists").mkdir()
+    (yolo / "lists/train.txt").write_text(f"../images/train/a.png\n{yolo}/images/train/b.png\n\n")
+    (yolo / "data.yaml").write_text(f"{text}\nnames: {{0: ant, 1: bee}}\n")
+    records, _ = _load(yolo, dataset_root=str(yolo.parent))
+    assert [r["image_id"] for r in records] == ["a", "b"]
+    assert len(records[0]["annotations"]) == 2
+
+
+def test_several_folders_are_joined(yolo):
+    (yolo / "data.yaml").write_text("train: [images/train, images/val]\nnames: [ant, bee]\n")
+    assert [r["image_id"] for r in _load(yolo)[0]] == ["a", "b", "c"]
+
+
+def test_file_names_that_are_numbers_become_numbers_and_doubles_become_paths(yolo):
+    for old, new in (("train/a", "train/007"), ("train/b", "train/12")):
+        (yolo / f"images/{old}.png").rename(yolo / f"images/{new}.png")
+    assert [r["image_id"] for r in _load(yolo)[0]] == [7, 12]
+    (yolo / "images/val/c.png").rename(yolo / "images/val/7.png")
+    (yolo / "data.yaml").write_text("train: images\nnames: [ant, bee]\n")
+    ids = [r["image_id"] for r in _load(yolo)[0]]
+    assert ids == ["images/train/007.png", "images/train/12.png", "images/val/7.png"]
+
+
+def test_classes_choose_and_order(yolo):
+    records, metadata = _load(yolo, classes=["bee"])
+    assert metadata["thing_classes"] == ["bee"]
+    assert [a["category_id"] for a in records[0]["annotations"]] == [0]
+    _refused(yolo, "'be'", "'bee'", classes=["be"])
+
+
+def test_a_number_of_classes_without_names_will_do(yolo):
+    (yolo / "data.yaml").write_text("train: images/train\nnc: 2\n")
+    assert _load(yolo)[1]["thing_classes"] == ["class_0", "class_1"]
+
+
+def test_a_turned_image_has_its_turned_size(yolo):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(yolo / "images/train/a.jpg", exif=exif)
+    (yolo / "images/train/a.png").unlink()
+    record = _load(yolo)[0][0]
+    assert (record["height"], record["width"]) == (40, 20)
+    assert record["annotations"][0]["bbox"] == [7.5, 10, 12.5, 30]
+    assert image_header(str(yolo / "images/train/a.jpg")) == (40, 20, 6)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("0 0.5 0.5 0.1", ["3 numbers", "4"]),
+        ("0 0.5 0.5 0.1 0.1 0.9", ["5 numbers"]),
+        ("0 0.5 0.5 0.1 0.1 0.9 0.9 0.2", ["7 numbers"]),
+        ("2 0.5 0.5 0.1 0.1", ["class 2", "0 to 1"]),
+        ("-1 0.5 0.5 0.1 0.1", ["class -1"]),
+        ("0.5 0.5 0.5 0.1 0.1", ["class 0.5"]),
+        ("ant 0.5 0.5 0.1 0.1", ["no number", "ant"]),
+        ("0 120 40 10 10", ["120", "share"]),
+        ("0 0.5 0.5 nan 0.1", ["nan", "finite"]),
+        ("0 0.5 -0.2 0.1 0.1", ["-0.2", "share"]),
+    ],
+)
+def test_a_broken_line_is_named_or_collected(yolo, line, words):
+    path = yolo / "labels/train/a.txt"
+    path.write_text(f"0 0.5 0.5 1 1\n{line}\n1 0.5 0.5 1 1\n")
+    _refused(yolo, "labels/train/a.txt, line 2", *words)
+    problems = []
+    records, _ = _load(yolo, problems=problems)
+    assert len(problems) == 1
+    assert [a["category_id"] for a in records[0]["annotations"]] == [0, 1]
+
+
+def test_broken_files_are_named_or_collected(yolo):
+    (yolo / "labels/train/a.txt").write_bytes(b"\xff\xfe")
+    _refused(yolo, "labels/train/a.txt")
+    (yolo / "images/train/b.png").write_text("no image")
+    problems = []
+    records, _ = _load(yolo, problems=problems)
+    assert [problem.kind for problem in problems] == ["broken", "unreadable"]
+    assert [record["image_id"] for record in records] == ["a"]
+    (yolo / "labels/train/a.txt").unlink()
+    _refused(yolo, "images/train/b.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("val: images/val\nnames: [ant, bee]", ["no split 'train'", "val"]),
+        ("train: images/none\nnames: [ant, bee]", ["images/none"]),
+        ("train: labels\nnames: [ant, bee]", ["no image", "labels"]),
+        ("train: none.txt\nnames: [ant, bee]", ["none.txt"]),
+        ("path: /nowhere\ntrain: images/train\nnames: [ant, bee]", ["/nowhere", "no such folder"]),
+        ("train: images/train", ["names"]),
+        ("train: images/train\nnames: ant", ["names", "'ant'"]),
+        ("train: images/train\nnames: []", ["names"]),
+        ("train: images/train\nnames: [ant, ant]", ["twice"]),
+        ("train: images/train\nnames: {1: ant, 2: bee}", ["0 to 1", "[1, 2]"]),
+        ("train: images/train\nnames: [ant]\nnc: 2", ["nc: 2", "1 names"]),
+        ("train: [", ["line", "YAML"]),
+        ("train: images/train\nnames: [ant, bee]\nkpt_shape: [17, 3]", ["kpt_shape", "COCO JSON"]),
+        ("just words", ["data.yaml"]),
+    ],
+)
+def test_a_broken_data_yaml_is_refused_in_one_sentence(yolo, text, words):
+    (yolo / "data.yaml").write_text(text)
+    _refused(yolo, "data.yaml" if "split" in words[0] else "", *words)
+
+
+def test_a_missing_data_yaml_is_named(yolo):
+    (yolo / "data.yaml").unlink()
+    _refused(yolo, "data.yaml", "No such file")
+
+
+# ---- folders of images
+
+
+def test_a_folder_of_images_is_read_with_those_below_it_sorted(tmp_path, write_image):
+    for name in ("b.png", "a.JPG", "deep/er/c.png"):
+        write_image(tmp_path / name, 30, 20)
+    (tmp_path / "notes.txt").write_text("x")
+    records, metadata = load_images(str(tmp_path))
+    assert metadata == {}
+    assert [record["image_id"] for record in records] == ["a.JPG", "b.png", "deep/er/c.png"]
+    assert records[2] == {
+        "file_name": str(tmp_path / "deep/er/c.png"),
+        "image_id": "deep/er/c.png",
+        "height": 20,
+        "width": 30,
+        "annotations": [],
+    }
+    assert load_images(str(tmp_path), ["cat"])[1] == {"thing_classes": ["cat"]}
+
+
+def test_a_folder_without_images_or_with_a_broken_one_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no image in"):
+        load_images(str(tmp_path))
+    with pytest.raises(UserError, match="no folder .*none"):
+        load_images(str(tmp_path / "none"))
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(UserError, match=r"a\.png"):
+        load_images(str(tmp_path))
