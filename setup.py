@@ -27,7 +27,8 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8.0"],
+        "fast": ["hotcoco>=1.3"],
+        "test": ["pytest>=8.0", "hotcoco>=1.3", "faster-coco-eval>=1.8"],
         "dev": ["pytest>=8.0", "ruff>=0.14"],
     },
 )

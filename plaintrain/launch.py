@@ -169,7 +169,9 @@ def _fail(error, debug):
 
 
 def _interrupted():
-    print("interrupted; a training goes on from its last checkpoint with --resume", file=sys.stderr, flush=True)
+    print(
+        "interrupted; a training goes on from its last checkpoint with --resume", file=sys.stderr, flush=True
+    )
     sys.exit(_INTERRUPTED)
 
 

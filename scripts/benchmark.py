@@ -3,15 +3,20 @@
 
 python scripts/benchmark.py loop
 python scripts/benchmark.py loop --iterations 2000 --repeats 9 --output loop.json
+python scripts/benchmark.py eval --images 5000 --boxes 100 --classes 80
 
 `loop` is what a training loop costs beside forward, backward and optimizer step: the loop of
 plain_train_net.py, and one in the style of Detectron2's (`.item()` on every loss, the same three
 writers every 20 iterations, one TensorBoard event per scalar), each over a trivial model and minus
 a bare loop over the same model.
+
+`eval` is what COCOEvaluator.evaluate() costs for boxes: by pycocotools, and by each faster
+implementation that is installed. From boxes in memory to the metrics, without a results file.
 """
 
 import argparse
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -22,11 +27,16 @@ import tempfile
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from tensorboardX import SummaryWriter
 from torch import nn
 
 from plaintrain.config import get_cfg
+from plaintrain.data import DatasetCatalog, MetadataCatalog
+from plaintrain.evaluation import COCOEvaluator
+from plaintrain.evaluation.coco_backend import BACKENDS
+from plaintrain.structures import BoxMode
 
 _PERIOD = 20
 
@@ -147,21 +157,90 @@ def report_loop(times):
     return {"variants": rows, "ratio": ratio}
 
 
+def made_up_dataset(images, boxes, classes, seed=0):
+    """Records with some 7 objects an image, and as many detections as asked for: moved, mislabelled."""
+    rng = np.random.default_rng(seed)
+    records, outputs = [], []
+    for i in range(images):
+        objects = np.concatenate([rng.uniform(0, 400, (7, 2)), np.exp(rng.uniform(2, 5.5, (7, 2)))], axis=1)
+        labels = rng.integers(classes, size=7)
+        size = rng.integers(1, 8)
+        annotations = [
+            {"bbox": box.tolist(), "bbox_mode": BoxMode.XYWH_ABS, "category_id": int(label), "iscrowd": 0}
+            for box, label in zip(objects[:size], labels[:size], strict=True)
+        ]
+        records.append({"image_id": i, "height": 640, "width": 640, "annotations": annotations})
+        chosen = rng.integers(size, size=boxes)
+        moved = objects[chosen] * np.exp(rng.normal(0, 0.1, (boxes, 4)))
+        moved[:, 2:] += moved[:, :2]
+        wrong = rng.random(boxes) < 0.5
+        found = np.where(wrong, rng.integers(classes, size=boxes), labels[chosen])
+        columns = {"boxes": moved, "scores": rng.random(boxes), "labels": found}
+        outputs.append({name: torch.from_numpy(values) for name, values in columns.items()})
+    return records, outputs
+
+
+def measure_eval(images, boxes, classes):
+    """{backend: (seconds of CPU, results)}; the first is pycocotools."""
+    records, outputs = made_up_dataset(images, boxes, classes)
+    DatasetCatalog.register("benchmark_eval", lambda: records)
+    MetadataCatalog.get("benchmark_eval").set(thing_classes=[f"class {i}" for i in range(classes)])
+    measured = {}
+    for backend in reversed(BACKENDS):
+        if not importlib.util.find_spec(backend):
+            continue
+        # Its import is not measured.
+        importlib.import_module(backend)
+        evaluator = COCOEvaluator("benchmark_eval")
+        evaluator.backend = backend
+        evaluator.process(records, outputs)
+        gc.collect()
+        start = time.process_time()
+        results = evaluator.evaluate()
+        measured[backend] = time.process_time() - start, results
+    return measured
+
+
+def report_eval(measured):
+    """Print the table; returns the numbers that stand in it."""
+    baseline, expected = measured["pycocotools"]
+    rows = {}
+    print(f"{'CPU of evaluate()':<20} {'seconds':>9} {'times less':>11} {'AP':>12}  same results")
+    for backend, (seconds, results) in measured.items():
+        # As text: NaN, where there are no objects of a size, is not equal to itself.
+        same = repr(results) == repr(expected)
+        rows[backend] = {"cpu_s": seconds, "ratio": baseline / seconds, "same_results": same}
+        ap = results["bbox"]["AP"]
+        print(f"{backend:<20} {seconds:>9.2f} {baseline / seconds:>11.1f} {ap:>12.8f}  {same}")
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["loop"], help="what to measure")
-    parser.add_argument("--iterations", type=int, default=1000, help="per repeat")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds over all variants")
-    parser.add_argument("--output", help="also write the numbers as JSON to this file")
+    commands = parser.add_subparsers(dest="what", required=True, help="what to measure")
+    loop = commands.add_parser("loop")
+    loop.add_argument("--iterations", type=int, default=1000, help="per repeat")
+    loop.add_argument("--repeats", type=int, default=7, help="rounds over all variants")
+    evaluation = commands.add_parser("eval")
+    evaluation.add_argument("--images", type=int, default=500)
+    evaluation.add_argument("--boxes", type=int, default=100, help="detections per image")
+    evaluation.add_argument("--classes", type=int, default=80)
+    for command in (loop, evaluation):
+        command.add_argument("--output", help="also write the numbers as JSON to this file")
     args = parser.parse_args()
-    if args.iterations < 100 or args.repeats < 1:
+    if args.what == "loop" and (args.iterations < 100 or args.repeats < 1):
         parser.error("--iterations must be at least 100 and --repeats at least 1")
+    if args.what == "eval" and min(args.images, args.boxes, args.classes) < 1:
+        parser.error("--images, --boxes and --classes must be at least 1")
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, python {platform.python_version()}, {os.cpu_count()} cores")
     print(f"load average {os.getloadavg()[0]:.1f}")
-    result = report_loop(measure_loop(args.iterations, args.repeats))
+    if args.what == "loop":
+        result = report_loop(measure_loop(args.iterations, args.repeats))
+    else:
+        result = report_eval(measure_eval(args.images, args.boxes, args.classes))
     if args.output:
         with open(args.output, "w", encoding="utf-8") as f:
             json.dump(result, f, indent=1)

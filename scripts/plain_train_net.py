@@ -41,11 +41,17 @@ from plaintrain.utils.logger import progress
 logger = logging.getLogger("plaintrain")
 
 
-def get_evaluator(dataset_name, output_folder):
-    """The evaluator that the dataset's metadata asks for."""
-    if MetadataCatalog.get(dataset_name).evaluator_type == "pascal_voc":
+def get_evaluator(cfg, dataset_name, output_folder):
+    """The evaluator that the model and the dataset's metadata ask for."""
+    proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
+    if MetadataCatalog.get(dataset_name).evaluator_type == "pascal_voc" and not proposals:
         return PascalVOCDetectionEvaluator(dataset_name, output_dir=output_folder)
-    return COCOEvaluator(dataset_name, output_dir=output_folder)
+    return COCOEvaluator(
+        dataset_name,
+        tasks=("box_proposals",) if proposals else None,
+        output_dir=output_folder,
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+    )
 
 
 def do_test(cfg, model):
@@ -54,7 +60,7 @@ def do_test(cfg, model):
     for dataset_name in cfg.DATASETS.TEST:
         data_loader = build_detection_test_loader(cfg, dataset_name)
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        evaluator = get_evaluator(dataset_name, output_folder)
+        evaluator = get_evaluator(cfg, dataset_name, output_folder)
         results[dataset_name] = inference_on_dataset(model, data_loader, evaluator)
         if comm.is_main_process():
             logger.info(f"results on {dataset_name}:")

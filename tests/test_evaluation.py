@@ -314,13 +314,6 @@ def test_an_image_id_that_stands_twice_is_refused(register):
         COCOEvaluator(name)
 
 
-def test_tasks_that_are_not_scored_are_refused(register):
-    name = register([image(1)])
-    COCOEvaluator(name, tasks=("bbox",))
-    with pytest.raises(UserError, match="segm"):
-        COCOEvaluator(name, tasks=("bbox", "segm"))
-
-
 # ---- Pascal VOC --------------------------------------------------------------------------------
 
 

@@ -1,133 +1,252 @@
-"""Box AP as COCO defines it, computed by pycocotools."""
+"""AP of boxes, masks and keypoints as COCO defines it, and recall of proposals.
 
-import contextlib
-import io
+https://cocodataset.org/#detection-eval and https://cocodataset.org/#keypoints-eval
+"""
+
 import json
 import logging
 import os
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import MetadataCatalog, class_names
-from plaintrain.evaluation.boxes import BoxEvaluator
+from plaintrain.evaluation.coco_backend import (
+    COCO_SIGMAS,
+    Problem,
+    choose_backend,
+    precision_recall,
+)
+from plaintrain.evaluation.coco_truth import annotated, area, box_xywh, coco_truth, num_keypoints, ranks
+from plaintrain.evaluation.instances import InstanceEvaluator
 from plaintrain.evaluation.loop import format_table
-from plaintrain.structures import BoxMode
+from plaintrain.evaluation.proposals import average_recall
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+# Task -> the part of a model's output that it scores.
+TASKS = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints", "box_proposals": "boxes"}
 
 
-class COCOEvaluator(BoxEvaluator):
-    """The 12 COCO numbers, in percent, and each class' AP.
+class COCOEvaluator(InstanceEvaluator):
+    """COCO's numbers, in percent: AP and AR, and for boxes and masks each class' AP.
 
-    Ground truth are the dataset's records, so any format can be scored; an annotation's own
-    `area` is used where there is one, and crowds are ignored as pycocotools does.
+    Ground truth are the dataset's records, so any format can be scored. An annotation's own `area`
+    decides its size, or else that of its segmentation or its box. Crowds, and for keypoints
+    objects without a labelled one, are ignored as pycocotools does. `backend` is who computes it,
+    one of `coco_backend.BACKENDS`; it may be set.
     """
 
-    def __init__(self, dataset_name, tasks=None, distributed=True, output_dir=None):
+    def __init__(  # noqa: PLR0913 - Detectron2's signature
+        self,
+        dataset_name,
+        tasks=None,
+        distributed=True,
+        output_dir=None,
+        *,
+        kpt_oks_sigmas=(),
+        use_fast_impl=True,
+    ):
         """
         Args:
             dataset_name: a registered dataset.
-            tasks: None or ("bbox",).
+            tasks: which of bbox, segm, keypoints and box_proposals (class-agnostic recall); None
+                for bbox, and for what else the model's outputs and the dataset hold.
             distributed: gather the detections of all ranks.
             output_dir: folder for `coco_instances_results.json` (COCO's results format, with the
                 dataset's own image and category ids), or None.
+            kpt_oks_sigmas: standard deviation of each keypoint in OKS; may be empty for 17.
+            use_fast_impl: compute by hotcoco or faster-coco-eval where one is installed; the
+                results are those of pycocotools.
+
+        Raises:
+            UserError: an unknown task, a task that the dataset has no annotations for, or another
+                number of sigmas than of keypoints.
         """
-        if tasks is not None and tuple(tasks) != ("bbox",):
-            raise UserError(f'COCOEvaluator scores the tasks ("bbox",), not {tasks}')
-        super().__init__(dataset_name, distributed)
-        self._output_dir = output_dir
+        if tasks is not None and (not tasks or set(tasks) - set(TASKS)):
+            raise UserError(f"COCOEvaluator's tasks are some of {', '.join(TASKS)}, not {tasks}")
+        super().__init__(
+            dataset_name, distributed, [TASKS[task] for task in TASKS if task in (tasks or TASKS)]
+        )
+        for task in tasks or ():
+            if not annotated(self.records, task):
+                raise UserError(f"the task {task} cannot be scored: {dataset_name} has no annotations for it")
+        self._tasks, self._output_dir = tasks, output_dir
+        self.backend = choose_backend(use_fast_impl)
         self._classes = class_names(dataset_name)
-        mapping = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id")
+        metadata = MetadataCatalog.get(dataset_name)
+        mapping = metadata.get("thing_dataset_id_to_contiguous_id")
         ids = {label: dataset_id for dataset_id, label in (mapping or {}).items()}
         self._category_ids = [ids.get(i, i + 1) for i in range(len(self._classes))]
+        self._sigmas = [float(sigma) for sigma in kpt_oks_sigmas]
+        if "keypoints" in (tasks or ()):
+            names = metadata.get("keypoint_names") or ()
+            self._oks_sigmas(len(names) or num_keypoints(self.records))
 
-    def score(self, rows, seen):
-        """{"bbox": the 12 COCO numbers and each class' AP}, in percent; see `BoxEvaluator`."""
-        image_ids = [record["image_id"] for record in self.records]
-        results = self._results(rows, image_ids)
-        if self._output_dir:
+    def _oks_sigmas(self, num):
+        """The sigmas for `num` keypoints; 0 if nobody knows how many there are."""
+        sigmas = self._sigmas or COCO_SIGMAS
+        if num and (len(sigmas) != num or min(sigmas) <= 0):
+            given = f"not {self._sigmas}" if self._sigmas else f"COCO's are for {len(COCO_SIGMAS)}"
+            raise UserError(
+                f"TEST.KEYPOINT_OKS_SIGMAS must be {num} positive numbers, one for each keypoint of "
+                f"{self.dataset_name}, {given}"
+            )
+        return sigmas
+
+    def score(self, detections):
+        """{task: {metric: number}}, in percent; NaN where there is no ground truth of a kind."""
+        tasks = self._tasks_of(detections)
+        if self._output_dir and tasks != ["box_proposals"]:
             os.makedirs(self._output_dir, exist_ok=True)
             with atomic_write(os.path.join(self._output_dir, "coco_instances_results.json")) as f:
-                json.dump(results, f)
-        # pycocotools sorts by id: numbers as they are, names by their place in the dataset.
-        if not all(isinstance(image_id, int) for image_id in image_ids):
-            number = {image_id: i for i, image_id in enumerate(image_ids)}
-            results = [{**result, "image_id": number[result["image_id"]]} for result in results]
-            image_ids = list(range(len(image_ids)))
-        truth = self._dataset(self._annotations(image_ids), image_ids)
-        found = self._dataset(results, image_ids)
-        evaluation = COCOeval(truth, found, "bbox")
-        evaluation.params.imgIds = sorted(image_ids[i] for i in seen)
-        with contextlib.redirect_stdout(io.StringIO()):
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        return {"bbox": self._metrics(evaluation)}
+                # In one string: `json.dump` makes small pieces, which takes several times as long.
+                f.write(json.dumps(self._results(detections)))
+        results = {}
+        for task in tasks:
+            if task == "box_proposals":
+                results[task] = average_recall(self._proposals(detections))
+                logger.info("box proposals\n" + format_table(results[task].items(), ["metric", "value"]))
+            else:
+                results[task] = self._score_task(task, detections)
+        return results
 
-    def _results(self, rows, image_ids):
-        return [
+    def _tasks_of(self, detections):
+        if self._tasks:
+            missing = [task for task in self._tasks if getattr(detections, TASKS[task], ()) is None]
+            if missing and len(detections.rows):
+                raise UserError(
+                    f"the task {missing[0]} needs {TASKS[missing[0]]} in the model's outputs, which have none"
+                )
+            return [task for task in TASKS if task in self._tasks]
+        tasks = ["bbox"]
+        for task in ("segm", "keypoints"):
+            if getattr(detections, TASKS[task]) is None:
+                continue
+            if annotated(self.records, task):
+                tasks.append(task)
+            else:
+                logger.warning(
+                    f"{task} is not scored: no annotation of {self.dataset_name} has {TASKS[task]}"
+                )
+        return tasks
+
+    def _results(self, detections):
+        """Detections in COCO's results format."""
+        image_ids = [record["image_id"] for record in self.records]
+        results = [
             {
                 "image_id": image_ids[int(index)],
                 "category_id": self._category_ids[int(label)],
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "score": score,
             }
-            for index, x0, y0, x1, y1, score, label in rows.tolist()
+            for index, x0, y0, x1, y1, score, label in detections.rows.tolist()
+        ]
+        if detections.masks is not None:
+            for result, rle in zip(results, self._rles(detections), strict=True):
+                result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+        if detections.keypoints is not None:
+            for result, keypoints in zip(results, _flat_keypoints(detections), strict=True):
+                result["keypoints"] = keypoints
+        return results
+
+    def _rles(self, detections):
+        sizes = [[record["height"], record["width"]] for record in self.records]
+        indices = detections.rows[:, 0].astype(int).tolist()
+        return [
+            {"size": sizes[i], "counts": counts}
+            for i, counts in zip(indices, detections.masks or [], strict=True)
         ]
 
-    def _annotations(self, image_ids):
-        annotations = []
-        for image_id, record in zip(image_ids, self.records, strict=True):
-            for a in record["annotations"]:
-                box = a["bbox"]
-                if a["bbox_mode"] != BoxMode.XYWH_ABS:
-                    box = BoxMode.convert(box, a["bbox_mode"], BoxMode.XYWH_ABS)
-                annotation = {
-                    "image_id": image_id,
-                    "category_id": self._category_ids[a["category_id"]],
-                    "bbox": box,
-                    "iscrowd": a.get("iscrowd", 0),
-                }
-                if "area" in a:
-                    annotation["area"] = a["area"]
-                annotations.append(annotation)
-        return annotations
+    def _problem(self, task, detections):
+        image_numbers = ranks([record["image_id"] for record in self.records])
+        category_numbers = ranks(self._category_ids)
+        rows, shapes, sigmas = detections.rows, None, COCO_SIGMAS
+        index, label = rows[:, 0].astype(int), rows[:, 6].astype(int)
+        sides = rows[:, 3:5] - rows[:, 1:3]
+        areas = sides.prod(axis=1)
+        if task == "segm":
+            shapes = self._rles(detections)
+            # One by one: numpy 2 lets pycocotools count only to 255.
+            areas = np.array([float(coco_mask.area(rle)) for rle in shapes])
+        elif task == "keypoints":
+            sigmas = self._oks_sigmas(num_keypoints(self.records))
+            shapes = _flat_keypoints(detections)
+            if shapes and len(shapes[0]) != 3 * len(sigmas):
+                raise UserError(
+                    f"the model finds {len(shapes[0]) // 3} keypoints, {self.dataset_name} has {len(sigmas)}"
+                )
+        truth = coco_truth(task, self.records, image_numbers.tolist(), category_numbers.tolist())
+        ids = image_numbers[index][:, None], category_numbers[label][:, None]
+        table = np.concatenate([ids[0], rows[:, 1:3], sides, rows[:, 5:6], ids[1]], axis=1)
+        image_ids = sorted(image_numbers[detections.seen].tolist())
+        return Problem(task, truth, table, areas, shapes, image_ids, sigmas)
 
-    def _dataset(self, annotations, image_ids):
-        """A pycocotools `COCO` made in memory, with what its loaders would add."""
-        coco = COCO()
-        coco.dataset = {
-            "images": [{"id": image_id} for image_id in image_ids],
-            "categories": [{"id": i} for i in self._category_ids],
-            "annotations": [
-                {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **a, "id": i + 1}
-                for i, a in enumerate(annotations)
-            ],
+    def _score_task(self, task, detections):
+        logger.info(f"{task} is scored by {self.backend}")
+        precision, recall = precision_recall(self.backend, self._problem(task, detections))
+        metrics = summary(precision, recall, task)
+        names = list(metrics)
+        for part in (names[: len(names) // 2], names[len(names) // 2 :]):
+            logger.info(f"{task}\n" + format_table([[metrics[name] for name in part]], part))
+        if task == "keypoints":
+            return metrics
+        order = ranks(self._category_ids) - 1
+        per_class = {
+            name: _mean(precision[:, :, k, 0, -1]) for name, k in zip(self._classes, order, strict=True)
         }
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
-
-    def _metrics(self, evaluation):
-        # -1 is pycocotools' word for "no ground truth of this kind".
-        stats = [float(s) * 100 if s > -1 else float("nan") for s in evaluation.stats]
-        metrics = dict(zip(METRICS, stats, strict=True))
-        logger.info("box AP\n" + format_table([list(metrics.values())[:6]], list(METRICS[:6])))
-        logger.info("box AR\n" + format_table([list(metrics.values())[6:]], list(METRICS[6:])))
-        # [IoU, recall, class, area, max detections]
-        precision = evaluation.eval["precision"]
-        order = {category: i for i, category in enumerate(evaluation.params.catIds)}
-        per_class = {}
-        for name, category in zip(self._classes, self._category_ids, strict=True):
-            values = precision[:, :, order[category], 0, -1]
-            values = values[values > -1]
-            per_class[name] = float(np.mean(values)) * 100 if values.size else float("nan")
         if len(per_class) > 1:
-            logger.info("box AP by class\n" + format_table(per_class.items(), ["class", "AP"]))
+            logger.info(f"{task} AP by class\n" + format_table(per_class.items(), ["class", "AP"]))
         return metrics | {f"AP-{name}": value for name, value in per_class.items()}
+
+    def _proposals(self, detections):
+        """What `average_recall` takes, of each image that was seen."""
+        rows = detections.rows
+        starts = np.searchsorted(rows[:, 0], [detections.seen, detections.seen + 1])
+        for index, start, end in zip(detections.seen, *starts, strict=True):
+            record, found = self.records[index], rows[start:end]
+            found = found[np.argsort(-found[:, 5], kind="stable"), 1:5]
+            things = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+            objects = np.array([box_xywh(a) for a in things], dtype=float).reshape(-1, 4)
+            objects[:, 2:] += objects[:, :2]
+            yield found, objects, np.array([area(a, record) for a in things])
+
+
+def _flat_keypoints(detections):
+    # COCO's numbers are those of pixels, whose centres are at half.
+    if detections.keypoints is None:
+        return []
+    keypoints = detections.keypoints - [0.5, 0.5, 0.0]
+    return keypoints.reshape(len(keypoints), 3 * keypoints.shape[1]).tolist()
+
+
+def _mean(values):
+    # -1 is pycocotools' word for "no ground truth of this kind". faster-coco-eval leaves out the
+    # 2.2e-16 that pycocotools adds to a denominator; ten decimals are the same for both.
+    values = values[values > -1]
+    return round(100 * float(np.mean(values)), 10) if values.size else float("nan")
+
+
+def summary(precision, recall, task):
+    """The means that COCO reports: 12 for boxes and masks, 10 for keypoints.
+
+    Args:
+        precision: `[IoU, recall, class, area, max detections]`, -1 where nothing is known.
+        recall: `[IoU, class, area, max detections]`.
+        task: "bbox", "segm" or "keypoints", which has no small objects and one limit.
+
+    Returns:
+        {metric: percent}
+    """
+    sizes = "ml" if task == "keypoints" else "sml"
+    means = {"AP": precision[..., 0, -1], "AP50": precision[0, ..., 0, -1], "AP75": precision[5, ..., 0, -1]}
+    means |= {f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes, start=1)}
+    if task == "keypoints":
+        means |= {"AR": recall[..., 0, -1], "AR50": recall[0, ..., 0, -1], "AR75": recall[5, ..., 0, -1]}
+    else:
+        means |= {f"AR{limit}": recall[..., 0, i] for i, limit in enumerate((1, 10, 100))}
+    means |= {f"AR{size}": recall[..., i, -1] for i, size in enumerate(sizes, start=1)}
+    return {name: _mean(values) for name, values in means.items()}

@@ -10,8 +10,9 @@ import os
 import numpy as np
 
 from plaintrain.data.catalog import MetadataCatalog, class_names
-from plaintrain.evaluation.boxes import BoxEvaluator
+from plaintrain.evaluation.instances import InstanceEvaluator
 from plaintrain.evaluation.loop import format_table
+from plaintrain.evaluation.proposals import box_ious
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
@@ -41,49 +42,63 @@ def voc_ap(recall, precision, use_07_metric=False):
     return float(np.sum(np.diff(recall) * envelope[1:]))
 
 
-def _iou(box, others):
-    """IoU of `[4]` with `[N, 4]`."""
-    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    overlap = np.clip(sides, 0, None).prod(axis=1)
-    areas = (others[:, 2:] - others[:, :2]).prod(axis=1)
-    return overlap / np.maximum((box[2:] - box[:2]).prod() + areas - overlap, 1e-12)
+def _rows_by_image(images):
+    order = np.argsort(images, kind="stable")
+    return lambda image: order[slice(*np.searchsorted(images, [image, image + 1], sorter=order))]
 
 
-def voc_eval(detections, truths, threshold, use_07_metric=False):
-    """AP of one class: each detection claims the truth it overlaps most, once.
+def best_overlaps(detections, truths):
+    """The truth of its image that each detection overlaps most.
+
+    Args:
+        detections: `[N, 5]`, rows [image, x0, y0, x1, y1].
+        truths: `[M, 5]`, likewise.
+
+    Returns:
+        IoU `[N]` in 0..1 (0 in an image without truths), number of the truth `[N]`.
+    """
+    best, claimed = np.zeros(len(detections)), np.zeros(len(detections), dtype=np.int64)
+    groups = [_rows_by_image(rows[:, 0]) for rows in (detections, truths)]
+    for image in np.intersect1d(detections[:, 0], truths[:, 0]):
+        rows, numbers = (by_image(image) for by_image in groups)
+        ious = box_ious(detections[rows, 1:], truths[numbers, 1:])
+        best[rows], claimed[rows] = ious.max(axis=1), numbers[ious.argmax(axis=1)]
+    return best, claimed
+
+
+def voc_eval(detections, truths, difficult, use_07_metric=False):
+    """AP of one class at IoU 0.5, 0.55, ..., 0.95: each detection claims the truth it overlaps most, once.
 
     Args:
         detections: `[N, 6]`, rows [image, x0, y0, x1, y1, score].
-        truths: image -> (boxes `[M, 4]`, difficult `[M]` bool). A detection on a difficult one
-            counts neither for nor against.
-        threshold: IoU a detection must exceed, in 0..1.
+        truths: `[M, 5]`, rows [image, x0, y0, x1, y1].
+        difficult: `[M]` bool; a detection of a difficult truth counts neither for nor against.
         use_07_metric: see `voc_ap`.
 
     Returns:
-        A number in 0..1, or NaN if the class has no truth that is not difficult.
+        `[10]` in 0..1, or NaN if the class has no truth that is not difficult.
     """
-    total = sum(int((~difficult).sum()) for _, difficult in truths.values())
+    total = int((~difficult).sum())
     if not total:
-        return float("nan")
-    order = np.argsort(-detections[:, 5], kind="stable")
-    hits, misses = np.zeros(len(order)), np.zeros(len(order))
-    claimed = {image: np.zeros(len(boxes), bool) for image, (boxes, _) in truths.items()}
-    for i, row in enumerate(detections[order]):
-        boxes, difficult = truths.get(int(row[0]), (np.zeros((0, 4)), None))
-        overlaps = _iou(row[1:5], boxes)
-        if not len(boxes) or overlaps.max() <= threshold:
-            misses[i] = 1
-            continue
-        best = int(overlaps.argmax())
-        if not difficult[best]:
-            (misses if claimed[int(row[0])][best] else hits)[i] = 1
-            claimed[int(row[0])][best] = True
-    hits, misses = np.cumsum(hits), np.cumsum(misses)
-    precision = hits / np.maximum(hits + misses, np.finfo(float).eps)
-    return voc_ap(hits / total, precision, use_07_metric)
+        return np.full(len(_IOUS), np.nan)
+    detections = detections[np.argsort(-detections[:, 5], kind="stable")]
+    best, claimed = best_overlaps(detections[:, :5], truths)
+    aps = []
+    for iou in _IOUS:
+        # An IoU of just the threshold is not enough.
+        above = best > iou / 100
+        counts = ~(above & difficult[claimed])
+        hits = np.zeros(len(detections), dtype=bool)
+        candidates = np.flatnonzero(above & counts)
+        # The first to claim a truth has it.
+        hits[candidates[np.unique(claimed[candidates], return_index=True)[1]]] = True
+        found, scored = np.cumsum(hits), np.cumsum(counts)
+        precision = found / np.maximum(scored, np.finfo(float).eps)
+        aps.append(voc_ap(found / total, precision, use_07_metric))
+    return np.array(aps)
 
 
-class PascalVOCDetectionEvaluator(BoxEvaluator):
+class PascalVOCDetectionEvaluator(InstanceEvaluator):
     """AP50, AP75 and AP (mean over IoU 0.5 to 0.95), in percent, averaged over classes.
 
     Uses VOC's 2007 metric for a dataset whose metadata says `year` 2007, else the later one.
@@ -104,31 +119,35 @@ class PascalVOCDetectionEvaluator(BoxEvaluator):
         year = MetadataCatalog.get(dataset_name).get("year")
         self._use_07_metric = year == 2007 if use_07_metric is None else use_07_metric
 
-    def _truths(self, label, seen):
-        truths = {}
-        for index in seen:
-            rows = [a for a in self.records[index]["annotations"] if a["category_id"] == label]
-            boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in rows]
-            difficult = [bool(a.get("difficult", 0) or a.get("iscrowd", 0)) for a in rows]
-            truths[int(index)] = np.array(boxes).reshape(-1, 4), np.array(difficult, dtype=bool)
-        return truths
+    def _truths(self, seen):
+        """Label, difficult (0 or 1), image and box of every annotation, `[M, 7]`."""
+        rows = [
+            [
+                a["category_id"],
+                bool(a.get("difficult", 0) or a.get("iscrowd", 0)),
+                index,
+                *BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS),
+            ]
+            for index in seen.tolist()
+            for a in self.records[index]["annotations"]
+        ]
+        return np.array(rows, dtype=float).reshape(-1, 7)
 
-    def score(self, rows, seen):
-        """{"bbox": AP, AP50, AP75 and each class' AP50}, in percent; see `BoxEvaluator`."""
+    def score(self, detections):
+        """{"bbox": AP, AP50, AP75 and each class' AP50}, in percent."""
+        rows, truths = detections.rows, self._truths(detections.seen)
         table = {}
         for label, name in enumerate(self._classes):
-            detections, truths = rows[rows[:, 6] == label, :6], self._truths(label, seen)
-            table[name] = [
-                100 * voc_eval(detections, truths, iou / 100, self._use_07_metric) for iou in _IOUS
-            ]
+            found, truth = rows[rows[:, 6] == label, :6], truths[truths[:, 0] == label]
+            table[name] = 100 * voc_eval(found, truth[:, 2:], truth[:, 1] > 0, self._use_07_metric)
         known = np.array([aps for aps in table.values() if not np.isnan(aps).any()]).reshape(-1, 10)
         mean = known.mean(axis=0) if len(known) else np.full(10, np.nan)
         metrics = {"AP": float(mean.mean()), "AP50": float(mean[0]), "AP75": float(mean[5])}
-        per_class = [[name, float(np.mean(aps)), aps[0], aps[5]] for name, aps in table.items()]
+        per_class = [[name, *map(float, (aps.mean(), aps[0], aps[5]))] for name, aps in table.items()]
         which = "VOC 2007 metric" if self._use_07_metric else "VOC 2010 metric"
         header = ["class", "AP", "AP50", "AP75"]
         logger.info(f"box AP, {which}\n" + format_table([*per_class, ["all", *metrics.values()]], header))
-        metrics |= {f"AP50-{name}": aps[0] for name, aps in table.items()}
+        metrics |= {f"AP50-{name}": float(aps[0]) for name, aps in table.items()}
         if self._output_dir:
             os.makedirs(self._output_dir, exist_ok=True)
             with atomic_write(os.path.join(self._output_dir, "voc_results.json")) as f:

@@ -1,0 +1,134 @@
+"""Detections collected as arrays and run-length encodings: little to keep, little to gather."""
+
+import abc
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+
+from plaintrain.data.catalog import DatasetCatalog
+from plaintrain.evaluation.loop import DatasetEvaluator
+from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found, N detections ordered by image.
+
+    Attributes:
+        rows: `[N, 7]` float64: index of the image in the dataset, x0, y0, x1, y1, score, label.
+        seen: indices of the images that were processed, ascending.
+        masks: the counts (bytes) of N compressed RLEs of the images' sizes, or None without masks.
+        keypoints: `[N, Kp, 3]` float64, x, y, score; or None without keypoints.
+    """
+
+    rows: np.ndarray
+    seen: np.ndarray
+    masks: list | None = None
+    keypoints: np.ndarray | None = None
+
+
+def encode_masks(masks):
+    """The counts of the compressed RLE of each mask.
+
+    Args:
+        masks: bool or uint8 tensor `[N, H, W]`, on any device.
+
+    Returns:
+        list of N bytes.
+    """
+    # pycocotools wants [H, W, N] in Fortran's order, which is [N, W, H] in C's.
+    columns = masks.to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
+    return [rle["counts"] for rle in coco_mask.encode(columns.transpose(2, 1, 0))]
+
+
+class InstanceEvaluator(DatasetEvaluator, abc.ABC):
+    """Collects detections, gathers them on rank 0, and hands them to `score`."""
+
+    def __init__(self, dataset_name, distributed=True, parts=()):
+        """
+        Args:
+            dataset_name: a registered dataset; its records are the ground truth.
+            distributed: gather over all ranks; otherwise each rank scores what it saw.
+            parts: which of "masks" and "keypoints" to collect where outputs hold them.
+
+        Raises:
+            UserError: the dataset is unknown, or an image_id stands in it twice.
+        """
+        self.dataset_name, self._distributed, self._parts = dataset_name, distributed, parts
+        self.records = DatasetCatalog.get(dataset_name)
+        self._index = {record["image_id"]: i for i, record in enumerate(self.records)}
+        if len(self._index) != len(self.records):
+            raise UserError(f"the dataset {dataset_name} holds an image_id twice")
+        self.reset()
+
+    def reset(self):
+        self._rows, self._seen = [], []
+        # Parts that outputs held; an image without detections tells which, too.
+        self._held, self._masks, self._keypoints = set(), [], []
+
+    def process(self, inputs, outputs):
+        """Take in a `list[sample]` and, for each, what the model found in the original image's pixels.
+
+        Raises:
+            UserError: masks are not of the image's size.
+        """
+        for sample, output in zip(inputs, outputs, strict=True):
+            index = self._index[sample["image_id"]]
+            self._seen.append(index)
+            columns = [output["boxes"], output["scores"][:, None], output["labels"][:, None]]
+            rows = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
+            self._rows.append(np.concatenate([np.full((len(rows), 1), index), rows], axis=1))
+            held = {part for part in self._parts if part in output}
+            self._held |= held
+            if "masks" in held and len(rows):
+                self._masks += self._encode(output["masks"], self.records[index])
+            if "keypoints" in held and len(rows):
+                self._keypoints.append(output["keypoints"].double().cpu().numpy())
+
+    def _encode(self, masks, record):
+        size = record["height"], record["width"]
+        if tuple(masks.shape[1:]) != size:
+            raise UserError(
+                f"masks of image {record['image_id']} in {self.dataset_name} are "
+                f"{tuple(masks.shape[1:])}, but the image is {size}"
+            )
+        return encode_masks(masks)
+
+    def evaluate(self):
+        """Gather what all ranks processed, and score it on rank 0; None on the others.
+
+        Raises:
+            UserError: some of the detections came with masks or keypoints, and some without.
+        """
+        keypoints = np.concatenate(self._keypoints) if self._keypoints else None
+        part = np.concatenate([np.zeros((0, 7)), *self._rows]), self._seen, self._held, self._masks, keypoints
+        parts = comm.gather(part) if self._distributed else [part]
+        if self._distributed and not comm.is_main_process():
+            return None
+        return self.score(_joined(parts))
+
+    @abc.abstractmethod
+    def score(self, detections):
+        """{task: {metric: number}} from the `Detections` of all ranks."""
+
+
+def _joined(parts):
+    rows, seen, held, masks, keypoints = zip(*parts, strict=True)
+    rows, held = np.concatenate(rows), set().union(*held)
+    masks = [mask for part in masks for mask in part]
+    keypoints = [part for part in keypoints if part is not None]
+    keypoints = np.concatenate(keypoints) if keypoints else np.zeros((0, 0, 3))
+    for name, values in (("masks", masks), ("keypoints", keypoints)):
+        if name in held and len(values) != len(rows):
+            raise UserError(f"only {len(values)} of {len(rows)} detections have {name}, not all")
+    # By image, so that results do not depend on how images were split over ranks.
+    order = np.argsort(rows[:, 0], kind="stable")
+    return Detections(
+        rows=rows[order],
+        seen=np.unique(np.concatenate([np.array(part, dtype=np.int64) for part in seen])),
+        masks=[masks[i] for i in order] if "masks" in held else None,
+        keypoints=keypoints[order] if "keypoints" in held else None,
+    )
