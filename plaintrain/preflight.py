@@ -107,6 +107,8 @@ def check_before_training(cfg, resume, eval_only):
         _check_test_dataset(name)
     if cfg.MODEL.WEIGHTS and not resume:
         locate_weights(cfg.MODEL.WEIGHTS)
+    if eval_only and not cfg.DATASETS.TEST:
+        raise UserError("--eval-only needs DATASETS.TEST: name at least one dataset")
     if eval_only and not cfg.MODEL.WEIGHTS and not resume:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
     if not eval_only:
@@ -127,16 +129,29 @@ def _check_test_dataset(name):
         )
 
 
+def _norms(cfg):
+    """(norms of the backbone, norms of the FPN and the heads) that the model is built with."""
+    model, backbone = cfg.MODEL, cfg.MODEL.BACKBONE.NAME
+    tiny, ssd = backbone == "build_tiny_backbone", backbone.startswith("build_ssd")
+    heads = [] if tiny or ssd else [model.FPN.NORM]
+    if model.META_ARCHITECTURE == "GeneralizedRCNN":
+        heads += [model.ROI_BOX_HEAD.NORM] * (model.ROI_BOX_HEAD.NUM_CONV > 0)
+        heads += [model.ROI_MASK_HEAD.NORM] * model.MASK_ON
+    if ssd:
+        return [], heads
+    return [model.TINY.NORM if tiny else model.RESNETS.NORM], heads
+
+
 def _check_norms(cfg, resume):
     device = get_device(cfg.MODEL.DEVICE)
-    tiny = cfg.MODEL.BACKBONE.NAME == "build_tiny_backbone"
-    norms = (cfg.MODEL.TINY.NORM,) if tiny else (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM)
-    if "SyncBN" in norms and device.type != "cuda":
+    backbone, heads = _norms(cfg)
+    if "SyncBN" in backbone + heads and device.type != "cuda":
         raise UserError(f"SyncBN needs GPUs, but MODEL.DEVICE is {device}; use BN or GN")
-    frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or (cfg.MODEL.RESNETS.NORM == "FrozenBN" and not tiny)
+    frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or "FrozenBN" in backbone
     if frozen and not cfg.MODEL.WEIGHTS and not resume:
+        norm = f", its norm {backbone[0]}" if backbone else ""
         logger.warning(
             "MODEL.WEIGHTS is empty, but parts of the backbone are frozen (MODEL.BACKBONE.FREEZE_AT "
-            f"{cfg.MODEL.BACKBONE.FREEZE_AT}, MODEL.RESNETS.NORM {cfg.MODEL.RESNETS.NORM}): from "
-            "random weights this does not learn; use FREEZE_AT 0 with BN or GN"
+            f"{cfg.MODEL.BACKBONE.FREEZE_AT}{norm}): from random weights this does not learn; use "
+            "FREEZE_AT 0 with BN or GN"
         )
