@@ -65,11 +65,15 @@ def segmentation_to_rle(segmentation, height, width):
         return coco_mask.merge(parts)
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise UserError(f"a segmentation must be polygons or an RLE, not {str(segmentation)[:80]}")
-    size, counts = list(segmentation["size"]), segmentation["counts"]
-    if size != [height, width]:
+    size, counts = segmentation["size"], segmentation["counts"]
+    if size not in ([height, width], (height, width)):
         raise UserError(f"an RLE has the size {size}, but its image is {[height, width]}")
     if isinstance(counts, list | tuple):
-        if sum(counts) != height * width or min(counts) < 0:
+        if not all(isinstance(count, numbers.Integral) and count >= 0 for count in counts):
+            raise UserError(f"the counts of an RLE must be whole numbers from 0 up, not {str(counts)[:80]}")
+        if sum(counts) != height * width:
             raise UserError(f"the counts of an RLE add up to {sum(counts)}, not to {height} x {width}")
-        return coco_mask.frPyObjects({"size": size, "counts": list(counts)}, height, width)
-    return {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
+        return coco_mask.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
+    if not isinstance(counts, str | bytes):
+        raise UserError(f"the counts of an RLE must be a list, a string or bytes, not {counts!r}")
+    return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}

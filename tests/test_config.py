@@ -642,8 +642,6 @@ def test_detectron2_retinanet_merges_once_its_eval_is_written_out(merge_text):
     [
         ("VERSION", "1", "2"),
         ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "StandardROIHeads"),
-        ("MODEL.MASK_ON", "True", "False"),
-        ("MODEL.KEYPOINT_ON", "True", "False"),
         ("MODEL.LOAD_PROPOSALS", "True", "False"),
         ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN", "RPN"),
         ("MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator", "DefaultAnchorGenerator"),
@@ -653,8 +651,8 @@ def test_detectron2_retinanet_merges_once_its_eval_is_written_out(merge_text):
         ("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']", "['res2', 'res3', 'res4', 'res5']"),
         ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou", "smooth_l1"),
         ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True", "False"),
-        ("MODEL.ROI_BOX_HEAD.NUM_CONV", "4", "0"),
-        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "TrainingSampler"),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool", "ROIAlignV2"),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorSampler", "RepeatFactorTrainingSampler"),
         ("INPUT.FORMAT", "L", "RGB"),
         ("INPUT.RANDOM_FLIP", "both", "horizontal"),
         ("SOLVER.OPTIMIZER", "Adagrad", "AdamW"),
@@ -673,10 +671,17 @@ def test_unsupported_variant_is_refused_naming_what_is_supported(merge_text, key
     assert supported in text.split(", but only ")[1]
 
 
-def test_mask_rcnn_child_of_detectron2_is_refused(merge_text):
+def test_mask_and_keypoint_rcnn_children_of_detectron2_are_supported(merge_text):
     cfg = merge_text(BASE_RCNN_FPN)
-    cfg.merge_from_other_cfg({"MODEL": {"MASK_ON": True}})
-    assert "MODEL.MASK_ON" in message(check_cfg, cfg)
+    cfg.merge_from_other_cfg({"MODEL": {"MASK_ON": True, "KEYPOINT_ON": True}})
+    check_cfg(cfg)
+
+
+@pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS", "SSD", "ProposalNetwork"])
+@pytest.mark.parametrize("key", ["MODEL.MASK_ON", "MODEL.KEYPOINT_ON"])
+def test_other_architectures_have_no_masks_and_keypoints(architecture, key):
+    text = message(check_cfg, merged("MODEL.META_ARCHITECTURE", architecture, key, "True"))
+    assert text.startswith(key) and "only False" in text
 
 
 @pytest.mark.parametrize(
@@ -687,6 +692,14 @@ def test_mask_rcnn_child_of_detectron2_is_refused(merge_text):
         ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "RetinaNet", "MODEL.ROI_HEADS.NAME", "odd"),
         ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "RetinaNet", "MODEL.RPN.HEAD_NAME", "odd"),
         ("MODEL.META_ARCHITECTURE", "RetinaNet", "GeneralizedRCNN", "MODEL.RETINANET.NUM_CONVS", "1"),
+        ("MODEL.META_ARCHITECTURE", "ProposalNetwork", "FCOS", "MODEL.RPN.HEAD_NAME", "odd"),
+        ("MODEL.META_ARCHITECTURE", "SSD", "FCOS", "MODEL.SSD.HEAD_NAME", "odd"),
+        ("MODEL.MASK_ON", "True", "False", "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"),
+        ("MODEL.KEYPOINT_ON", "True", "False", "MODEL.ROI_KEYPOINT_HEAD.NAME", "odd"),
+        (
+            *("MODEL.ANCHOR_GENERATOR.NAME", "AnchorGenerator", "DefaultAnchorGenerator"),
+            *("MODEL.ANCHOR_GENERATOR.OFFSET", "0.5"),
+        ),
         (
             *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "build_tiny_backbone"),
             *("MODEL.RPN.IN_FEATURES", "['res4']"),

@@ -284,7 +284,8 @@ def test_folder_without_a_run_is_left_alone(output):
         ("MODEL.WEIGHTS", "/nowhere/weights.pth"),
         ("SOLVER.IMS_PER_BATCH", "0"),
         ("MODEL.ROI_HEADS.NUM_CLASSES", "80"),
-        ("MODEL.MASK_ON", "True"),
+        ("MODEL.KEYPOINT_ON", "True"),
+        ("MODEL.LOAD_PROPOSALS", "True"),
     ],
 )
 def test_start_that_is_refused_leaves_the_earlier_run_in_place(output, mistake):

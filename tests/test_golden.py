@@ -118,7 +118,9 @@ def test_no_config_is_gone_from_the_golden_file():
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_ten_losses_of_one_seed(name):
-    assert ten_losses(ARCHITECTURES[name]) == pytest.approx(json.loads(LOSSES.read_text())[name], rel=TOLERANCE)
+    assert ten_losses(ARCHITECTURES[name]) == pytest.approx(
+        json.loads(LOSSES.read_text())[name], rel=TOLERANCE
+    )
 
 
 if __name__ == "__main__":

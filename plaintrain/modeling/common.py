@@ -129,7 +129,8 @@ def paste_masks(masks, boxes, height, width):
         size = (max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1))
         inside = F.interpolate(mask[None], size=size, mode="bilinear", align_corners=False)[0, 0]
         top, left = max(y0, 0), max(x0, 0)
-        window = inside[top - y0 : height - y0, left - x0 : width - x0] > _MASK_THRESHOLD
+        bottom, right = max(height - y0, 0), max(width - x0, 0)
+        window = inside[top - y0 : bottom, left - x0 : right] > _MASK_THRESHOLD
         target[top : top + window.shape[0], left : left + window.shape[1]] = window
     return pasted
 

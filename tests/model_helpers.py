@@ -1,0 +1,358 @@
+"""Small configs and samples for the tests of plaintrain.modeling, and what compares with torchvision."""
+
+import io
+import math
+from unittest import mock
+
+import torch
+from torch import nn
+from torchvision.models import detection, resnet18
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
+
+from plaintrain.config import get_cfg
+from plaintrain.modeling import build_model
+
+torch.set_num_threads(1)
+
+K = 3
+KEYPOINTS = 4
+
+
+def make_cfg(*overrides):
+    """Defaults for K classes on the CPU with nothing frozen; then KEY, value, KEY, value."""
+    cfg = get_cfg()
+    cfg.merge_from_list(
+        [
+            "MODEL.DEVICE", "cpu",
+            "MODEL.BACKBONE.FREEZE_AT", 0,
+            "MODEL.ROI_HEADS.NUM_CLASSES", K,
+            "MODEL.RETINANET.NUM_CLASSES", K,
+            "MODEL.FCOS.NUM_CLASSES", K,
+            "MODEL.SSD.NUM_CLASSES", K,
+            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", KEYPOINTS,
+            *overrides,
+        ]
+    )  # fmt: skip
+    return cfg
+
+
+RESNET18 = ("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.OUT_CHANNELS", 32)
+SMALL_HEAD = ("MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 5)
+TINY = (
+    "MODEL.BACKBONE.NAME", "build_tiny_backbone",
+    "MODEL.TINY.CHANNELS", [8, 16, 32],
+    "MODEL.TINY.OUT_CHANNELS", 32,
+    "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]],
+)  # fmt: skip
+MASK = ("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16)
+KEYPOINT = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [16, 16])
+PROPOSALS = ("MODEL.META_ARCHITECTURE", "ProposalNetwork")
+RETINA = ("MODEL.META_ARCHITECTURE", "RetinaNet")
+NINE_ANCHORS = [[x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))] for x in (32, 64, 128, 256, 512)]
+RETINANET18 = (
+    *RETINA,
+    *RESNET18,
+    "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
+    "MODEL.ANCHOR_GENERATOR.SIZES", NINE_ANCHORS,
+)  # fmt: skip
+FCOS = (
+    "MODEL.META_ARCHITECTURE", "FCOS",
+    "MODEL.ANCHOR_GENERATOR.SIZES", [[8]],
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]],
+)  # fmt: skip
+FCOS18 = (
+    *RETINANET18,
+    *FCOS,
+    "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]],
+)  # fmt: skip
+SSD = (
+    "MODEL.META_ARCHITECTURE", "SSD",
+    "INPUT.FIXED_SIZE", (64, 64),
+    "MODEL.TINY.NUM_LEVELS", 2,
+    "MODEL.SSD.ASPECT_RATIOS", [[2], [2, 3]],
+    "MODEL.SSD.SCALES", [],
+    "MODEL.SSD.STEPS", [],
+)  # fmt: skip
+SSDLITE = (
+    "MODEL.META_ARCHITECTURE", "SSD",
+    "MODEL.BACKBONE.NAME", "build_ssdlite_mobilenet_v3_large_backbone",
+    "INPUT.FIXED_SIZE", (320, 320),
+    "MODEL.SSD.HEAD_NAME", "SSDLiteHead",
+    "MODEL.SSD.ASPECT_RATIOS", [[2, 3]] * 6,
+    "MODEL.SSD.SCALES", [],
+    "MODEL.SSD.STEPS", [],
+    "MODEL.SSD.MIN_RATIO", 0.2,
+    "MODEL.SSD.MAX_RATIO", 0.95,
+)  # fmt: skip
+PIXELS_TO_1 = ("MODEL.PIXEL_MEAN", [0.0, 0.0, 0.0], "MODEL.PIXEL_STD", [255.0, 255.0, 255.0])
+
+# One small model of each kind, and the losses it has; of those, the ones that need an object.
+ARCHITECTURES = {
+    "faster_rcnn": (*TINY, *SMALL_HEAD),
+    "mask_keypoint_rcnn": (*TINY, *SMALL_HEAD, *MASK, *KEYPOINT),
+    "proposals": (*TINY, *PROPOSALS),
+    "retinanet": (*TINY, *RETINA, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
+    "fcos": (*TINY, *FCOS, "MODEL.FCOS.SCORE_THRESH_TEST", 0.0),
+    "ssd": (*TINY, *SSD, "MODEL.SSD.SCORE_THRESH_TEST", 0.0),
+}
+LOSSES = {
+    "faster_rcnn": {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"},
+    "proposals": {"loss_rpn_cls", "loss_rpn_loc"},
+    "retinanet": {"loss_cls", "loss_box_reg"},
+    "fcos": {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"},
+    "ssd": {"loss_cls", "loss_box_reg"},
+}
+LOSSES["mask_keypoint_rcnn"] = LOSSES["faster_rcnn"] | {"loss_mask", "loss_keypoint"}
+OBJECT_LOSSES = {
+    "loss_box_reg", "loss_rpn_loc", "loss_mask", "loss_keypoint", "loss_fcos_loc", "loss_fcos_ctr",
+}  # fmt: skip
+
+
+def make_sample(height, width, boxes=(), labels=(), seed=0, original=None):
+    """A sample of random pixels; `original` is the height and width before the mapper resized it.
+
+    An object's mask is its box without the upper left quarter; its keypoints lie inside the box, the
+    first is not labelled.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.uint8)
+    keypoints = torch.zeros(len(boxes), KEYPOINTS, 3)
+    for mask, points, (x0, y0, x1, y1) in zip(masks, keypoints, boxes, strict=True):
+        mask[y0:y1, x0:x1] = 1
+        mask[y0 : (y0 + y1) // 2, x0 : (x0 + x1) // 2] = 0
+        points[1:, :2] = torch.rand(KEYPOINTS - 1, 2, generator=generator)
+        points[1:, :2] = points[1:, :2] * torch.tensor([x1 - x0, y1 - y0]) + torch.tensor([x0, y0])
+        points[1:, 2] = 2
+    return {
+        "image": torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8),
+        "target": {
+            "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "masks": masks,
+            "keypoints": keypoints,
+        },
+        "image_id": seed,
+        "file_name": f"{seed}.jpg",
+        "height": (original or (height, width))[0],
+        "width": (original or (height, width))[1],
+    }
+
+
+def two_samples():
+    """Two images of different sizes, with shorter sides of 64."""
+    return [
+        make_sample(64, 96, [[3, 4, 40, 50], [50, 10, 90, 60]], [0, 2], seed=1),
+        make_sample(80, 64, [[10, 10, 50, 70]], [1], seed=2),
+    ]
+
+
+def two_squares():
+    """Two images of 64 x 64."""
+    return [
+        make_sample(64, 64, [[3, 4, 40, 50], [30, 10, 60, 60]], [0, 2], seed=1),
+        make_sample(64, 64, [[10, 10, 50, 60]], [1], seed=2),
+    ]
+
+
+def build(*overrides, seed=0):
+    torch.manual_seed(seed)
+    return build_model(make_cfg(*overrides))
+
+
+def randomize_predictions(model, spread=0.5):
+    """Make a fresh model's scores and boxes differ widely from anchor to anchor."""
+    predictors = ("cls_score", "bbox_pred", "cls_logits", "bbox_reg", "bbox_ctrness", "module_list")
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "head" in name:
+            # Kaiming's scale keeps a tower's features from fading away.
+            scale = spread if set(name.split(".")[-3:]) & set(predictors) else math.sqrt(2)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(noise * scale / math.sqrt(parameter[0].numel()))
+
+
+def torchvision_inputs(samples, label_offset=0):
+    """Images in 0..1 and targets, as torchvision's own models take them."""
+    images = [sample["image"].float() / 255 for sample in samples]
+    targets = [
+        {**sample["target"], "labels": sample["target"]["labels"] + label_offset} for sample in samples
+    ]
+    return images, targets
+
+
+def transform_arguments(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)):
+    """Arguments that make torchvision's transform normalise alike and resize nothing."""
+    mean, std = [v / 255 for v in mean], [v / 255 for v in std]
+    return {"min_size": 64, "max_size": 10_000, "image_mean": mean, "image_std": std}
+
+
+def torchvision_backbone(levels, extra_blocks):
+    """torchvision's ResNet-18 with an FPN of 32 channels on some of its 4 stages."""
+    return BackboneWithFPN(
+        resnet18(weights=None),
+        {f"layer{level}": str(i) for i, level in enumerate(levels)},
+        [32 * 2**level for level in levels],
+        32,
+        extra_blocks=extra_blocks,
+    )
+
+
+def assert_same_losses(found, expected, names):
+    """`names`: ours -> torchvision's."""
+    assert set(found) == set(names) and set(expected) == set(names.values())
+    for ours, theirs in names.items():
+        assert found[ours].shape == () and found[ours].item() > 0
+        torch.testing.assert_close(found[ours], expected[theirs], rtol=1e-5, atol=1e-5)
+
+
+def assert_same_detections(found, expected, label_offset, at_least):
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours["scores"]) >= at_least
+        torch.testing.assert_close(ours["boxes"], theirs["boxes"], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=1e-5, atol=1e-6)
+        assert ours["labels"].equal(theirs["labels"] - label_offset)
+        assert ours["labels"].min() >= 0 and ours["labels"].max() < K
+        if "masks" in theirs:
+            assert ours["masks"].equal(theirs["masks"][:, 0] > 0.5)
+            assert 0 < ours["masks"].sum() < ours["masks"].numel()
+        if "keypoints" in theirs:
+            torch.testing.assert_close(ours["keypoints"][..., :2], theirs["keypoints"][..., :2])
+            torch.testing.assert_close(ours["keypoints"][..., 2], theirs["keypoints_scores"])
+
+
+def shapes(model):
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def norm_types(module):
+    """The classes of a module's norm layers."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
+    return {type(m) for m in module.modules() if isinstance(m, kinds)}
+
+
+# ---- torchvision's whole models ----------------------------------------------------------------
+
+
+def _settle_norms(backbone, images):
+    """Make the statistics of batch norms those of some images, and small, so that eps matters."""
+    norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    if not norms:
+        return
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is None:
+            nn.init.kaiming_normal_(module.weight)
+            module.weight.data *= math.sqrt(30 * norms[0].eps)
+    for norm in norms:
+        norm.momentum, norm.before = 1.0, norm.momentum
+    with torch.no_grad():
+        backbone.train()(images)
+    for norm in norms:
+        norm.momentum = norm.before
+        del norm.before
+
+
+def settings(model):
+    """Numbers and strings that a model's modules and their helper objects hold, by dotted name."""
+    found, ours = {}, set(vars(nn.Module()))
+    for name, module in model.named_modules():
+        if name.split(".")[0] == "transform":
+            continue
+        for key, value in vars(module).items():
+            helper = type(value).__module__.startswith("torchvision.models.detection")
+            for inner, leaf in (vars(value) if helper else {"": value}).items():
+                if isinstance(leaf, int | float | str | dict | tuple | list) and key not in ours:
+                    if isinstance(leaf, tuple | list):
+                        leaf = [v.tolist() if isinstance(v, torch.Tensor) else v for v in leaf]
+                    found[".".join(filter(None, [name, key, inner]))] = leaf
+    return found
+
+
+# What a frozen batch norm does not have, what is there for TorchScript alone, and what is only ours.
+_OTHER = (
+    "momentum", "affine", "track_running_stats", "num_features", "_has_warned",
+    "level_names", "strides", "keypoint_loss_weight", "clips_before_nms",
+)  # fmt: skip
+
+
+def different_settings(model, plain):
+    """{name: (ours, torchvision's)} where the two are not the same."""
+    ours, theirs = settings(model), settings(plain)
+    assert len(ours) > 100
+    names = [n for n in sorted(ours.keys() | theirs.keys()) if not n.endswith(_OTHER)]
+    return {n: (ours.get(n), theirs.get(n)) for n in names if ours.get(n) != theirs.get(n)}
+
+
+def initialise_at_most(elements):
+    """Leave bigger tensors as the memory is: they will be overwritten, or dropped (VGG's classifier)."""
+
+    def limit(initialise):
+        return lambda tensor, *args, **kwargs: (
+            tensor if tensor.numel() > elements else initialise(tensor, *args, **kwargs)
+        )
+
+    names = ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "normal_", "uniform_")
+    return mock.patch.multiple(nn.init, **{name: limit(getattr(nn.init, name)) for name in names})
+
+
+def _freeze_norms(module, eps):
+    """Put frozen batch norms in the place of batch norms, as torchvision does for trained weights."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, eps)
+            frozen.load_state_dict(child.state_dict())
+            setattr(module, name, frozen)
+        else:
+            _freeze_norms(child, eps)
+
+
+def torchvision_pair(name, keys, size, label_offset, eps=None, **arguments):
+    """(our model, torchvision's `name`) with the same random weights, which went through a file.
+
+    Args:
+        keys: the config that describes torchvision's model.
+        size: height and width of the images its batch norms are settled on.
+        eps: of frozen batch norms in the backbone, which torchvision has once it has weights.
+    """
+    torch.manual_seed(0)
+    make = getattr(detection, name)
+    with initialise_at_most(10**7):
+        plain = make(weights=None, weights_backbone=None, num_classes=K + label_offset, **arguments)
+    _settle_norms(plain.backbone, torch.rand(2, 3, *size))
+    randomize_predictions(plain, spread=0.1)
+    if eps is not None:
+        _freeze_norms(plain.backbone, eps)
+    file = io.BytesIO()
+    torch.save(plain.state_dict(), file)
+    file.seek(0)
+    with initialise_at_most(0):
+        model = build(*keys)
+    model.load_state_dict(torch.load(file, weights_only=True))
+    return model.eval(), plain.eval()
+
+
+def same_input(model, plain):
+    """Check that both normalise alike, then make them do it bit for bit, and resize nothing."""
+    mean, std = (255 * torch.tensor(v) for v in (plain.transform.image_mean, plain.transform.image_std))
+    torch.testing.assert_close(model.transform.mean.flatten(), mean, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(model.transform.std.flatten(), std, rtol=1e-5, atol=1e-3)
+    assert model.transform.size_divisible == plain.transform.size_divisible
+    model.transform.mean.zero_()
+    model.transform.std.fill_(255)
+    plain.transform.image_mean, plain.transform.image_std = [0, 0, 0], [1, 1, 1]
+
+
+def assert_finds_what_torchvision_finds(model, plain, size, label_offset, at_least=5):
+    """Compare the detections of two settled models of the same weights, and give the weights back."""
+    same_input(model, plain)
+    sample = make_sample(*size, seed=4)
+    plain.transform.min_size, plain.transform.max_size = (min(size),), 10_000
+    with torch.no_grad():
+        found, expected = model([sample]), plain([sample["image"].float() / 255])
+    assert expected[0]["scores"].unique().numel() >= at_least
+    assert_same_detections(found, expected, label_offset, at_least)
+    before = {key: value.clone() for key, value in plain.state_dict().items()}
+    plain.load_state_dict(model.state_dict())
+    after = plain.state_dict()
+    assert all(after[key].equal(before[key]) for key in before if not key.endswith("num_batches_tracked"))

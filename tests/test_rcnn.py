@@ -1,0 +1,409 @@
+"""Faster, Mask and Keypoint R-CNN and their proposals, held against torchvision's: modeling.rcnn."""
+
+import pytest
+import torch
+from model_helpers import (
+    KEYPOINT,
+    KEYPOINTS,
+    MASK,
+    PIXELS_TO_1,
+    PROPOSALS,
+    RESNET18,
+    SMALL_HEAD,
+    TINY,
+    K,
+    assert_finds_what_torchvision_finds,
+    assert_same_detections,
+    assert_same_losses,
+    build,
+    different_settings,
+    make_sample,
+    norm_types,
+    randomize_predictions,
+    torchvision_backbone,
+    torchvision_inputs,
+    torchvision_pair,
+    transform_arguments,
+    two_samples,
+)
+from torch import nn
+from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from plaintrain.utils.errors import UserError
+
+LOSSES = {
+    "loss_cls": "loss_classifier",
+    "loss_box_reg": "loss_box_reg",
+    "loss_rpn_cls": "loss_objectness",
+    "loss_rpn_loc": "loss_rpn_box_reg",
+}
+
+# ---- torchvision's architectures ---------------------------------------------------------------
+
+RPN = ("MODEL.RPN.POST_NMS_TOPK_TRAIN", 2000)
+# torchvision evaluates its first COCO weights without eps.
+V1 = (*RPN, "MODEL.RESNETS.NORM_EPS", 0.0)
+V2 = (
+    *RPN,
+    "MODEL.RESNETS.NORM", "BN",
+    "MODEL.FPN.NORM", "BN",
+    "MODEL.RPN.CONV_DIMS", [-1, -1],
+    "MODEL.ROI_BOX_HEAD.NUM_CONV", 4,
+    "MODEL.ROI_BOX_HEAD.NUM_FC", 1,
+    "MODEL.ROI_BOX_HEAD.NORM", "BN",
+)  # fmt: skip
+MOBILENET = (
+    *RPN,
+    "MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone",
+    "MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64, 128, 256, 512]],
+)  # fmt: skip
+# torchvision's name -> (the keys that describe it, eps of its frozen norms and arguments of its function).
+TORCHVISION = {
+    "fasterrcnn_resnet50_fpn": (V1, {"eps": 0.0}),
+    "fasterrcnn_resnet50_fpn_v2": (V2, {}),
+    "fasterrcnn_mobilenet_v3_large_fpn": (MOBILENET, {"eps": 1e-5}),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": (
+        (*MOBILENET, "MODEL.RPN.PRE_NMS_TOPK_TEST", 150, "MODEL.RPN.POST_NMS_TOPK_TEST", 150),
+        {"eps": 1e-5},
+    ),
+    "maskrcnn_resnet50_fpn": ((*V1, "MODEL.MASK_ON", True), {"eps": 0.0}),
+    "maskrcnn_resnet50_fpn_v2": ((*V2, "MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NORM", "BN"), {}),
+    "keypointrcnn_resnet50_fpn": (
+        (*V1, "MODEL.KEYPOINT_ON", True),
+        {"eps": 0.0, "num_keypoints": KEYPOINTS},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_architectures_load_and_find_the_same(name):
+    keys, arguments = TORCHVISION[name]
+    size = (96, 128)
+    model, plain = torchvision_pair(name, keys, size, label_offset=1, **arguments)
+    different = different_settings(model, plain)
+    if "mobilenet" in name:
+        # torchvision's names of levels that it does not have, and no key of ours.
+        assert set(different) == {"roi_heads.box_roi_pool.featmap_names", "rpn.score_thresh"}
+    else:
+        assert not different
+    for network in (model, plain):
+        # Few, for speed, and whatever their scores.
+        network.rpn._pre_nms_top_n["testing"] = network.rpn._post_nms_top_n["testing"] = 40
+        network.rpn.score_thresh = network.roi_heads.score_thresh = 0.0
+        network.roi_heads.detections_per_img = 8
+    assert_finds_what_torchvision_finds(model, plain, size, label_offset=1)
+
+
+# ---- losses, detections and proposals of small ones --------------------------------------------
+
+
+def torchvision_rcnn(model=FasterRCNN, **kwargs):
+    """torchvision's R-CNN that RESNET18 and SMALL_HEAD describe."""
+    backbone = torchvision_backbone([1, 2, 3, 4], LastLevelMaxPool())
+    return model(
+        backbone,
+        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 5, 2),
+        box_head=TwoMLPHead(32 * 25, 32),
+        box_predictor=FastRCNNPredictor(32, K + 1),
+        rpn_post_nms_top_n_train=1000,
+        **{**transform_arguments(), **kwargs},
+    )
+
+
+def torchvision_mask_rcnn():
+    return torchvision_rcnn(
+        MaskRCNN,
+        mask_head=MaskRCNNHeads(32, (16, 16), 1),
+        mask_predictor=MaskRCNNPredictor(16, 16, K + 1),
+    )
+
+
+def torchvision_keypoint_rcnn():
+    return torchvision_rcnn(
+        KeypointRCNN,
+        keypoint_head=KeypointRCNNHeads(32, (16, 16)),
+        keypoint_predictor=KeypointRCNNPredictor(16, KEYPOINTS),
+    )
+
+
+MODELS = {
+    "faster": ((), torchvision_rcnn, {}),
+    "mask": (MASK, torchvision_mask_rcnn, {"loss_mask": "loss_mask"}),
+    "keypoint": (KEYPOINT, torchvision_keypoint_rcnn, {"loss_keypoint": "loss_keypoint"}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_are_torchvisions(name):
+    keys, make, names = MODELS[name]
+    # Few are sampled: the same ones, if both draw in the same order.
+    model = build(*RESNET18, *SMALL_HEAD, *keys, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16)
+    plain = make()
+    plain.roi_heads.fg_bg_sampler.batch_size_per_image = 16
+    # It draws a size in training, even from one.
+    plain.transform.torch_choice = min
+    randomize_predictions(model, spread=0.1)
+    plain.load_state_dict(model.state_dict())
+    samples = two_samples()
+    torch.manual_seed(7)
+    found = model(samples)
+    torch.manual_seed(7)
+    expected = plain(*torchvision_inputs(samples, label_offset=1))
+    assert_same_losses(found, expected, LOSSES | names)
+
+
+def test_the_keypoint_loss_has_a_weight():
+    losses = []
+    for weight in (1.0, 0.25):
+        model = build(*TINY, *SMALL_HEAD, *KEYPOINT, "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT", weight)
+        torch.manual_seed(7)
+        losses.append(model(two_samples()))
+    assert losses[1]["loss_keypoint"].item() == pytest.approx(losses[0]["loss_keypoint"].item() / 4)
+    assert losses[1]["loss_cls"] == losses[0]["loss_cls"]
+
+
+def test_detections_of_a_batch_are_torchvisions():
+    model = build(*RESNET18, *SMALL_HEAD, *PIXELS_TO_1).eval()
+    plain = torchvision_rcnn(**transform_arguments((0, 0, 0), (255, 255, 255))).eval()
+    randomize_predictions(model)
+    plain.load_state_dict(model.state_dict())
+    samples = two_samples()
+    with torch.no_grad():
+        found, expected = model(samples), plain(torchvision_inputs(samples, 1)[0])
+    assert_same_detections(found, expected, label_offset=1, at_least=10)
+
+
+def test_masks_and_keypoints_are_in_the_original_images_pixels():
+    model = build(*TINY, *SMALL_HEAD, *MASK, *KEYPOINT, "TEST.DETECTIONS_PER_IMAGE", 5).eval()
+    randomize_predictions(model)
+    with torch.no_grad():
+        (found,) = model([make_sample(64, 96)])
+        (scaled,) = model([make_sample(64, 96, original=(128, 480))])
+    assert found["masks"].shape == (5, 64, 96) and found["keypoints"].shape == (5, KEYPOINTS, 3)
+    assert scaled["masks"].shape == (5, 128, 480) and scaled["masks"].dtype == torch.bool
+    torch.testing.assert_close(scaled["keypoints"], found["keypoints"] * torch.tensor([5.0, 2.0, 1.0]))
+    for mask, (x0, y0, x1, y1) in zip(scaled["masks"], scaled["boxes"].tolist(), strict=True):
+        y, x = mask.nonzero(as_tuple=True)
+        # The box, and the half pixel of the mask that is added on each side of it.
+        margin_x, margin_y = (x1 - x0) / 28 + 1, (y1 - y0) / 28 + 1
+        assert x0 - margin_x <= x.min() and x.max() <= x1 + margin_x
+        assert y0 - margin_y <= y.min() and y.max() <= y1 + margin_y
+    points = scaled["keypoints"][..., :2]
+    assert (points >= scaled["boxes"][:, None, :2] - 1).all()
+    assert (points <= scaled["boxes"][:, None, 2:] + 1).all()
+
+
+def test_proposals_are_those_of_torchvisions_rpn():
+    detector = torchvision_rcnn(**transform_arguments((0, 0, 0), (255, 255, 255))).eval()
+    randomize_predictions(detector)
+    model = build(*RESNET18, *PROPOSALS, *PIXELS_TO_1, "MODEL.RPN.POST_NMS_TOPK_TEST", 60).eval()
+    detector.rpn._post_nms_top_n["testing"] = 60
+    state = detector.state_dict()
+    model.load_state_dict({k: v for k, v in state.items() if k.startswith(("backbone.", "rpn."))})
+    samples = two_samples()
+    with torch.no_grad():
+        images, _ = detector.transform(torchvision_inputs(samples)[0])
+        expected, _ = detector.rpn(images, detector.backbone(images.tensors))
+        found = model(samples)
+    for ours, boxes in zip(found, expected, strict=True):
+        assert len(boxes) == 60
+        torch.testing.assert_close(ours["boxes"], boxes, rtol=1e-5, atol=1e-4)
+        assert ours["scores"].diff().le(0).all() and ours["scores"].unique().numel() > 50
+        assert ours["scores"].min() > 0 and ours["scores"].max() < 1
+        assert ours["labels"].equal(torch.zeros(60, dtype=torch.int64))
+
+
+def test_proposals_are_scored_by_their_own_anchors():
+    model = build(*TINY, *PROPOSALS, "MODEL.RPN.NMS_THRESH", 1.0).eval()
+    randomize_predictions(model)
+    # Boxes are their anchors, far enough inside the image not to be clipped.
+    for parameter in model.rpn.head.bbox_pred.parameters():
+        parameter.data.zero_()
+    sample = make_sample(64, 64)
+    with torch.no_grad():
+        (found,) = model([sample])
+        images, _ = model.transform([sample["image"]])
+        features = list(model.backbone(images.tensors).values())
+        (objectness,), _ = model.rpn.head(features)
+        (anchors,) = model.rpn.anchor_generator(images, features)
+    objectness = objectness[0].permute(1, 2, 0).flatten().sigmoid()
+    inside = (anchors.min(dim=1).values >= 0) & (anchors.max(dim=1).values <= 64)
+    assert inside.sum() > 20
+    for anchor, score in zip(anchors[inside], objectness[inside], strict=True):
+        same = (found["boxes"] - anchor).abs().amax(dim=1) < 1e-3
+        assert (found["scores"][same] - score).abs().min() < 1e-5
+
+
+def test_losses_of_proposals_are_those_of_the_rpn_in_faster_rcnn():
+    detector, model = build(*TINY, *SMALL_HEAD), build(*TINY, *PROPOSALS)
+    state = {k: v for k, v in detector.state_dict().items() if k.startswith(("backbone.", "rpn."))}
+    model.load_state_dict(state)
+    torch.manual_seed(7)
+    expected = detector(two_samples())
+    torch.manual_seed(7)
+    found = model(two_samples())
+    assert found == {name: expected[name] for name in ("loss_rpn_cls", "loss_rpn_loc")}
+
+
+# ---- keys that reach torchvision's model -------------------------------------------------------
+
+
+def test_keys_of_faster_rcnn_are_honoured():
+    model = build(
+        *TINY,
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 101,
+        "MODEL.RPN.PRE_NMS_TOPK_TEST", 102,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN", 103,
+        "MODEL.RPN.POST_NMS_TOPK_TEST", 104,
+        "MODEL.RPN.NMS_THRESH", 0.61,
+        "MODEL.RPN.IOU_THRESHOLDS", [0.21, 0.62],
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 105,
+        "MODEL.RPN.POSITIVE_FRACTION", 0.31,
+        "MODEL.RPN.CONV_DIMS", [-1, -1],
+        "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.41],
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 106,
+        "MODEL.ROI_HEADS.POSITIVE_FRACTION", 0.32,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.07,
+        "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.43,
+        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 6,
+        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 3,
+        "MODEL.ROI_BOX_HEAD.FC_DIM", 24,
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 2.0, 3.0, 4.0),
+        "TEST.DETECTIONS_PER_IMAGE", 17,
+        "MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16, 24]],
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.4, 1.5]],
+    )  # fmt: skip
+    rpn, heads = model.rpn, model.roi_heads
+    assert (rpn.pre_nms_top_n(), rpn.post_nms_top_n()) == (101, 103)
+    model.eval()
+    assert (rpn.pre_nms_top_n(), rpn.post_nms_top_n()) == (102, 104)
+    assert rpn.nms_thresh == 0.61
+    assert (rpn.proposal_matcher.low_threshold, rpn.proposal_matcher.high_threshold) == (0.21, 0.62)
+    assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (105, 0.31)
+    assert len(rpn.head.conv) == 2
+    assert heads.proposal_matcher.high_threshold == heads.proposal_matcher.low_threshold == 0.41
+    assert (heads.fg_bg_sampler.batch_size_per_image, heads.fg_bg_sampler.positive_fraction) == (106, 0.32)
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.07, 0.43, 17)
+    assert (heads.box_roi_pool.output_size, heads.box_roi_pool.sampling_ratio) == ((6, 6), 3)
+    assert heads.box_head.fc6.weight.shape == (24, 32 * 36)
+    assert tuple(heads.box_coder.weights) == (1.0, 2.0, 3.0, 4.0)
+    assert tuple(rpn.anchor_generator.sizes) == ((8, 16, 24),)
+    assert tuple(rpn.anchor_generator.aspect_ratios) == ((0.4, 1.5),)
+    assert rpn.head.cls_logits.out_channels == 6
+
+
+def test_keys_of_the_rpn_alone_are_honoured():
+    model = build(
+        *TINY, *PROPOSALS,
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 101,
+        "MODEL.RPN.PRE_NMS_TOPK_TEST", 102,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN", 103,
+        "MODEL.RPN.POST_NMS_TOPK_TEST", 104,
+        "MODEL.RPN.NMS_THRESH", 0.61,
+        "MODEL.RPN.IOU_THRESHOLDS", [0.21, 0.62],
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 105,
+        "MODEL.RPN.POSITIVE_FRACTION", 0.31,
+        "MODEL.RPN.CONV_DIMS", [-1, -1],
+    )  # fmt: skip
+    rpn = model.rpn
+    assert (rpn.pre_nms_top_n(), rpn.post_nms_top_n()) == (101, 103)
+    model.eval()
+    assert (rpn.pre_nms_top_n(), rpn.post_nms_top_n()) == (102, 104)
+    assert rpn.nms_thresh == 0.61
+    assert (rpn.proposal_matcher.low_threshold, rpn.proposal_matcher.high_threshold) == (0.21, 0.62)
+    assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (105, 0.31)
+    assert len(rpn.head.conv) == 2
+
+
+def test_keys_of_the_mask_and_keypoint_heads_are_honoured():
+    heads = build(
+        *TINY, *SMALL_HEAD, "MODEL.MASK_ON", True, "MODEL.KEYPOINT_ON", True,
+        "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 6,
+        "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", 3,
+        "MODEL.ROI_MASK_HEAD.NUM_CONV", 3,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM", 24,
+        "MODEL.ROI_MASK_HEAD.NORM", "GN",
+        "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION", 8,
+        "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO", 1,
+        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [12, 20],
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 7,
+    ).roi_heads  # fmt: skip
+    assert (heads.mask_roi_pool.output_size, heads.mask_roi_pool.sampling_ratio) == ((6, 6), 3)
+    assert [layer.out_channels for layer in heads.mask_head.modules() if isinstance(layer, nn.Conv2d)] == [
+        24
+    ] * 3
+    assert norm_types(heads.mask_head) == {nn.GroupNorm}
+    assert heads.mask_predictor.mask_fcn_logits.out_channels == K + 1
+    assert (heads.keypoint_roi_pool.output_size, heads.keypoint_roi_pool.sampling_ratio) == ((8, 8), 1)
+    convolutions = [m for m in heads.keypoint_head.modules() if isinstance(m, nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [12, 20]
+    assert heads.keypoint_predictor.kps_score_lowres.out_channels == 7
+
+
+@pytest.mark.parametrize("norm", ["", "BN", "GN"])
+@pytest.mark.parametrize(("convolutions", "layers"), [(4, 1), (0, 1), (1, 2), (0, 3)])
+def test_the_box_head_has_any_depth_and_norm(convolutions, layers, norm):
+    model = build(
+        *TINY, *SMALL_HEAD,
+        "MODEL.ROI_BOX_HEAD.NUM_CONV", convolutions,
+        "MODEL.ROI_BOX_HEAD.NUM_FC", layers,
+        "MODEL.ROI_BOX_HEAD.CONV_DIM", 16,
+        "MODEL.ROI_BOX_HEAD.NORM", norm,
+    )  # fmt: skip
+    head = model.roi_heads.box_head
+    kinds = [type(m) for m in head.modules()]
+    assert (kinds.count(nn.Conv2d), kinds.count(nn.Linear)) == (convolutions, layers)
+    expected = {"": set(), "BN": {nn.BatchNorm2d}, "GN": {nn.GroupNorm}}[norm]
+    assert norm_types(head) == (expected if convolutions else set())
+    assert all(loss.isfinite() for loss in model(two_samples()).values())
+
+
+def test_the_box_head_starts_as_detectron2s():
+    heads = build(*TINY, "MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.ROI_BOX_HEAD.NUM_FC", 2).roi_heads
+    for layer in (m for m in heads.box_head.modules() if isinstance(m, nn.Linear)):
+        assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.05)
+        assert not layer.bias.any()
+    for layer, std in ((heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert not layer.bias.any()
+
+
+def test_one_anchor_list_serves_every_level():
+    model = build(*RESNET18, *SMALL_HEAD, "MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64]])
+    assert model.rpn.anchor_generator.sizes == ((32, 64),) * 5
+    assert isinstance(model.rpn.anchor_generator, AnchorGenerator)
+    assert model.rpn.head.cls_logits.out_channels == 6
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (("MODEL.RPN.CONV_DIMS", []), ["CONV_DIMS"]),
+        (("MODEL.RPN.CONV_DIMS", [64]), ["CONV_DIMS", "64"]),
+        ((*PROPOSALS, "MODEL.RPN.CONV_DIMS", [64]), ["CONV_DIMS", "64"]),
+        ((*PROPOSALS, "MODEL.MASK_ON", True), ["MODEL.MASK_ON", "True"]),
+        (("MODEL.ROI_BOX_HEAD.NUM_FC", 0), ["ROI_BOX_HEAD", "NUM_FC", "0"]),
+        (("MODEL.ROI_BOX_HEAD.NUM_CONV", -1), ["ROI_BOX_HEAD", "NUM_CONV", "-1"]),
+        (
+            ("MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.ROI_BOX_HEAD.NORM", "LN"),
+            ["ROI_BOX_HEAD.NORM", "'LN'", "'GN'"],
+        ),
+        (("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool"), ["ROI_BOX_HEAD.POOLER_TYPE", "'ROIAlignV2'"]),
+        ((*MASK, "MODEL.ROI_MASK_HEAD.NUM_CONV", 0), ["ROI_MASK_HEAD.NUM_CONV", "0", "1"]),
+        ((*MASK, "MODEL.ROI_MASK_HEAD.NORM", "LN"), ["ROI_MASK_HEAD.NORM", "'LN'", "'GN'"]),
+        ((*MASK, "MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIPool"), ["ROI_MASK_HEAD.POOLER_TYPE"]),
+        ((*KEYPOINT, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 0), ["NUM_KEYPOINTS", "0", "default_setup"]),
+        ((*KEYPOINT, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", []), ["ROI_KEYPOINT_HEAD.CONV_DIMS", "empty"]),
+    ],
+)
+def test_settings_that_cannot_be_built_are_clear_errors(keys, words):
+    with pytest.raises(UserError) as error:
+        build(*TINY, *keys)
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, str(error.value)
