@@ -228,6 +228,70 @@ def test_the_parts_work_without_a_config(make_dataset):
     assert {len(batch) for batch in _batches(loader, 4)} == {3}
 
 
+def test_the_sampler_of_the_config_is_used_and_resumed(make_dataset, train):
+    make_dataset("cells")
+    make_dataset("more", num=2)
+    train.DATASETS.TRAIN = ("cells", "more")
+    train.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
+    train.DATASETS.TRAIN_REPEAT_FACTOR = [["more", 4.5], ["cells", 1]]
+    names = _names(_batches(build_detection_train_loader(train), 24))
+    for number in range(3):
+        images = list(itertools.chain(*names))[number * 16 : number * 16 + 16]
+        assert len(set(images)) == 9
+        assert sum("more" in name.split("/") for name in images) == 9
+    assert _names(_batches(build_detection_train_loader(train, start_iter=11), 13)) == names[11:]
+
+
+def test_records_that_were_left_out_do_not_shift_the_weights_of_datasets(make_dataset, train):
+    for name in ("cells", "more"):
+        for record in make_dataset(name, num=6)[:2]:
+            record["annotations"] = []
+    train.DATASETS.TRAIN = ("cells", "more")
+    train.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
+    train.DATASETS.TRAIN_REPEAT_FACTOR = [["cells", 0]]
+    names = list(itertools.chain(*_names(_batches(build_detection_train_loader(train), 4))))
+    assert {name.split("/")[-2] for name in names} == {"more"}
+    assert len(set(names)) == 4
+
+
+def test_windows_of_the_default_config_neither_lose_nor_repeat_an_image(make_dataset, train):
+    make_dataset(num=11)
+    train.SOLVER.IMS_PER_BATCH = 4
+    train.DATALOADER.GROUP_WINDOW = 2
+    names = list(itertools.chain(*_names(_batches(build_detection_train_loader(train), 11))))
+    assert [len(set(names[i : i + 11])) for i in (0, 11, 22, 33)] == [11] * 4
+
+
+def test_an_image_without_keypoints_is_left_out_of_keypoint_training(make_dataset, train):
+    records = make_dataset()
+    for record in records[:3]:
+        record["annotations"][0]["keypoints"] = [4, 4, 2]
+    loader = build_detection_train_loader(train, mapper=lambda record: record["image_id"])
+    assert len(set(itertools.chain(*_batches(loader, 7)))) == 7
+    train.MODEL.KEYPOINT_ON = True
+    loader = build_detection_train_loader(train, mapper=lambda record: record["image_id"])
+    assert set(itertools.chain(*_batches(loader, 7))) == {0, 1, 2}
+
+
+def test_masks_without_a_segmentation_are_refused_before_training(make_dataset, train):
+    make_dataset()
+    train.MODEL.MASK_ON = True
+    with pytest.raises(UserError, match=r"MASK_ON needs a segmentation.*cells/0\.png"):
+        build_detection_train_loader(train)
+
+
+def test_the_default_mapper_draws_copy_paste_partners_from_the_training_records(
+    make_dataset, train, monkeypatch
+):
+    make_dataset()
+    given = []
+    monkeypatch.setattr(
+        "plaintrain.data.loader.DatasetMapper", lambda cfg, is_train, records: given.append(list(records))
+    )
+    build_detection_train_loader(train)
+    assert given == [list(get_detection_dataset_dicts("cells"))]
+
+
 # ---- mappers and generators
 
 
@@ -467,6 +531,13 @@ def test_cleaning_leaves_the_registered_records_as_they_are(make_dataset):
 
 
 # ---- evaluation
+
+
+def test_image_folders_are_not_listed_again_for_each_evaluation(make_dataset, cfg, monkeypatch):
+    make_dataset()
+    build_detection_test_loader(cfg, "cells")
+    monkeypatch.setattr("os.listdir", lambda path: 1 / 0)
+    assert len(build_detection_test_loader(cfg, "cells")) == 7
 
 
 @pytest.mark.parametrize("workers", [0, 2])

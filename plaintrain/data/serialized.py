@@ -81,10 +81,9 @@ class SerializedRecords(Sequence):
             spans.append(part._spans + torch.tensor([len(blocks), 0, 0]))
             blocks += part._blocks
         joined._spans, joined._blocks = torch.cat(spans), blocks
-        joined.columns = joined.annotations = None
         if all(part.columns for part in parts):
             joined.columns = {k: np.concatenate([p.columns[k] for p in parts]) for k in parts[0].columns}
-        joined.lengths, joined.files_exist = [len(part) for part in parts], False
+        joined.lengths = [len(part) for part in parts]
         return joined
 
     def take(self, indices):
@@ -92,10 +91,11 @@ class SerializedRecords(Sequence):
         taken = copy.copy(self)
         taken._spans = self._spans[torch.from_numpy(indices)]
         taken.columns = self.columns and {key: column[indices] for key, column in self.columns.items()}
-        taken.annotations, taken.lengths = None, [len(indices)]
+        taken.lengths = [len(indices)]
         return taken
 
     def __getstate__(self):
+        # What copies and other processes get.
         return {"_spans": self._spans, "_blocks": self._blocks}
 
     def __len__(self):
