@@ -118,6 +118,8 @@ _C.MODEL.RPN.PRE_NMS_TOPK_TEST = 1000
 _C.MODEL.RPN.POST_NMS_TOPK_TRAIN = 1000
 _C.MODEL.RPN.POST_NMS_TOPK_TEST = 1000
 _C.MODEL.RPN.NMS_THRESH = 0.7
+# Proposals of lower objectness are dropped, in training too; torchvision's MobileNets have 0.05.
+_C.MODEL.RPN.SCORE_THRESH = 0.0
 # -1 keeps the feature's channels; one entry per 3x3 convolution.
 _C.MODEL.RPN.CONV_DIMS = [-1]
 _C.MODEL.RPN.BBOX_REG_LOSS_TYPE = "smooth_l1"

@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -15,25 +16,30 @@ from plaintrain.modeling import build_model
 
 torch.set_num_threads(1)
 
+TORCHVISION_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "torchvision"
+
 K = 3
 KEYPOINTS = 4
 
 
+def make_overrides(*overrides):
+    """K classes on the CPU with nothing frozen; then KEY, value, KEY, value."""
+    return [
+        "MODEL.DEVICE", "cpu",
+        "MODEL.BACKBONE.FREEZE_AT", 0,
+        "MODEL.ROI_HEADS.NUM_CLASSES", K,
+        "MODEL.RETINANET.NUM_CLASSES", K,
+        "MODEL.FCOS.NUM_CLASSES", K,
+        "MODEL.SSD.NUM_CLASSES", K,
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", KEYPOINTS,
+        *overrides,
+    ]  # fmt: skip
+
+
 def make_cfg(*overrides):
-    """Defaults for K classes on the CPU with nothing frozen; then KEY, value, KEY, value."""
+    """The defaults with `make_overrides`."""
     cfg = get_cfg()
-    cfg.merge_from_list(
-        [
-            "MODEL.DEVICE", "cpu",
-            "MODEL.BACKBONE.FREEZE_AT", 0,
-            "MODEL.ROI_HEADS.NUM_CLASSES", K,
-            "MODEL.RETINANET.NUM_CLASSES", K,
-            "MODEL.FCOS.NUM_CLASSES", K,
-            "MODEL.SSD.NUM_CLASSES", K,
-            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", KEYPOINTS,
-            *overrides,
-        ]
-    )  # fmt: skip
+    cfg.merge_from_list(make_overrides(*overrides))
     return cfg
 
 
@@ -307,11 +313,10 @@ def _freeze_norms(module, eps):
             _freeze_norms(child, eps)
 
 
-def torchvision_pair(name, keys, size, label_offset, eps=None, **arguments):
-    """(our model, torchvision's `name`) with the same random weights, which went through a file.
+def torchvision_pair(name, size, label_offset, eps=None, **arguments):
+    """(the model of configs/torchvision, torchvision's `name`) with the same random weights from a file.
 
     Args:
-        keys: the config that describes torchvision's model.
         size: height and width of the images its batch norms are settled on.
         eps: of frozen batch norms in the backbone, which torchvision has once it has weights.
     """
@@ -327,7 +332,10 @@ def torchvision_pair(name, keys, size, label_offset, eps=None, **arguments):
     torch.save(plain.state_dict(), file)
     file.seek(0)
     with initialise_at_most(0):
-        model = build(*keys)
+        cfg = get_cfg()
+        cfg.merge_from_file(TORCHVISION_CONFIGS / f"{name}.yaml")
+        cfg.merge_from_list(make_overrides())
+        model = build_model(cfg)
     model.load_state_dict(torch.load(file, weights_only=True))
     return model.eval(), plain.eval()
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torchvision
 from model_helpers import (
-    NINE_ANCHORS,
     PIXELS_TO_1,
     RETINA,
     RETINANET18,
@@ -34,34 +33,14 @@ LOSSES = {"loss_cls": "classification", "loss_box_reg": "bbox_regression"}
 
 # ---- torchvision's architectures ---------------------------------------------------------------
 
-RESNET50 = (
-    *RETINA,
-    "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
-    "MODEL.ANCHOR_GENERATOR.SIZES", NINE_ANCHORS,
-    "TEST.DETECTIONS_PER_IMAGE", 300,
-)  # fmt: skip
-# torchvision's name -> (the keys that describe it, eps of its frozen norms); it evaluates its first COCO
-# weights without eps.
-TORCHVISION = {
-    "retinanet_resnet50_fpn": ((*RESNET50, "MODEL.RESNETS.NORM_EPS", 0.0), {"eps": 0.0}),
-    "retinanet_resnet50_fpn_v2": (
-        (
-            *RESNET50,
-            "MODEL.RESNETS.NORM", "BN",
-            "MODEL.FPN.P6_IN_FEATURE", "res5",
-            "MODEL.RETINANET.NORM", "GN",
-            "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou",
-        ),
-        {},
-    ),
-}  # fmt: skip
+# torchvision's name -> eps of its frozen norms; it evaluates its first COCO weights without.
+TORCHVISION = {"retinanet_resnet50_fpn": {"eps": 0.0}, "retinanet_resnet50_fpn_v2": {}}
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvisions_architectures_load_and_find_the_same(name):
-    keys, arguments = TORCHVISION[name]
     size = (96, 128)
-    model, plain = torchvision_pair(name, keys, size, label_offset=0, **arguments)
+    model, plain = torchvision_pair(name, size, label_offset=0, **TORCHVISION[name])
     assert not different_settings(model, plain)
     for network in (model, plain):
         network.score_thresh, network.topk_candidates = 0.0, 100

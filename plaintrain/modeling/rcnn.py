@@ -120,6 +120,7 @@ def build_proposal_network(cfg):
         pre_nms_top_n={"training": rpn.PRE_NMS_TOPK_TRAIN, "testing": rpn.PRE_NMS_TOPK_TEST},
         post_nms_top_n={"training": rpn.POST_NMS_TOPK_TRAIN, "testing": rpn.POST_NMS_TOPK_TEST},
         nms_thresh=rpn.NMS_THRESH,
+        score_thresh=rpn.SCORE_THRESH,
     )
     return ProposalNetwork(backbone, network, build_preprocess(cfg))
 
@@ -138,6 +139,7 @@ def build_rcnn(cfg):
         rpn_post_nms_top_n_train=rpn.POST_NMS_TOPK_TRAIN,
         rpn_post_nms_top_n_test=rpn.POST_NMS_TOPK_TEST,
         rpn_nms_thresh=rpn.NMS_THRESH,
+        rpn_score_thresh=rpn.SCORE_THRESH,
         rpn_bg_iou_thresh=rpn.IOU_THRESHOLDS[0],
         rpn_fg_iou_thresh=rpn.IOU_THRESHOLDS[1],
         rpn_batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
