@@ -169,10 +169,70 @@ def test_fine_tuning_with_fewer_classes_starts_at_iteration_0(config, tmp_path):
     assert "starting training from iteration 0" in again.stdout and "loaded" in again.stdout
 
 
-@pytest.mark.parametrize("arch", ["RetinaNet"])
-def test_a_one_stage_model_trains_with_the_same_script(config, tmp_path, arch):
-    train(config, tmp_path / "out", "MODEL.META_ARCHITECTURE", arch, "SOLVER.MAX_ITER", 4)
-    assert {"loss_cls", "loss_box_reg"} <= set(metrics(tmp_path / "out")[-1])
+# What turns the tiny detector into another, and the losses and scores that it then has.
+HEADS = {
+    "mask and keypoint": (
+        [
+            *["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8],
+            *["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "[8]"],
+            *["TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1, 0.1, 0.1]"],
+            *["INPUT.AUGMENTATIONS", "['SimpleCopyPaste', {'RandomIoUCrop': {'trials': 5}}]"],
+        ],
+        {"loss_mask", "loss_keypoint", "few_val/bbox/AP", "few_val/segm/AP", "few_val/keypoints/AP"},
+    ),
+    "proposals": (
+        ["MODEL.META_ARCHITECTURE", "ProposalNetwork"],
+        {"loss_rpn_cls", "few_val/box_proposals/AR@100"},
+    ),
+    "RetinaNet": (["MODEL.META_ARCHITECTURE", "RetinaNet"], {"loss_box_reg", "few_val/bbox/AP"}),
+    "FCOS": (
+        [
+            *["MODEL.META_ARCHITECTURE", "FCOS", "MODEL.TINY.OUT_CHANNELS", 32],
+            *["MODEL.ANCHOR_GENERATOR.SIZES", "[[4]]", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[1.0]]"],
+        ],
+        {"loss_fcos_ctr", "few_val/bbox/AP"},
+    ),
+    "SSD": (
+        [
+            *["MODEL.META_ARCHITECTURE", "SSD", "MODEL.SSD.HEAD_NAME", "SSDLiteHead"],
+            *["MODEL.SSD.ASPECT_RATIOS", "[[2]]", "MODEL.SSD.SCALES", "[]", "MODEL.SSD.STEPS", "[]"],
+            *["INPUT.FIXED_SIZE", "(48, 64)", "INPUT.AUGMENTATIONS", "['RandomPhotometricDistort']"],
+        ],
+        {"loss_cls", "loss_box_reg", "few_val/bbox/AP"},
+    ),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_detector_trains_with_the_same_script(config, tmp_path, head):
+    overrides, logged = HEADS[head]
+    train(config, tmp_path / "out", *overrides, "SOLVER.MAX_ITER", 4)
+    assert logged <= set(metrics(tmp_path / "out")[-1])
+
+
+def test_masks_and_keypoints_of_two_processes_are_scored_together(config, tmp_path):
+    overrides, logged = HEADS["mask and keypoint"]
+    train(config, tmp_path / "out", *overrides, "SOLVER.MAX_ITER", 2)
+    weights = ["MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth"]
+    scores = []
+    for folder, processes in (("one", 1), ("two", 2)):
+        done = run(
+            *(
+                "--config-file",
+                config,
+                "--eval-only",
+                "--num-gpus",
+                processes,
+                "OUTPUT_DIR",
+                tmp_path / folder,
+            ),
+            *(*overrides, *weights, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
+        )
+        assert done.returncode == 0, done.stderr
+        results = tmp_path / folder / "inference" / "few_val" / "coco_instances_results.json"
+        scores.append((re.findall(r"copypaste: (?!Task).*", done.stdout), json.loads(results.read_text())))
+    assert scores[0] == scores[1]
+    assert {"bbox", "segmentation", "keypoints", "score"} <= scores[0][1][0].keys()
 
 
 def test_two_processes_on_the_cpu_train_and_evaluate(config, tmp_path):
@@ -347,3 +407,12 @@ def test_the_loop_benchmark_prints_its_table(tmp_path):
     assert json.loads((tmp_path / "loop.json").read_text())["variants"].keys() == {
         "bare step", "loop with .item(), as Detectron2's", "plain_train_net.py"
     }  # fmt: skip
+
+
+def test_the_data_benchmark_prints_its_ratio(tmp_path):
+    done = run(
+        *("time", "--images", 100, "--repeats", 1, "--folder", tmp_path, "--output", tmp_path / "data.json"),
+        script=ROOT / "scripts" / "benchmark_data.py",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "json.load" in done.stdout and json.loads((tmp_path / "data.json").read_text())
