@@ -117,7 +117,8 @@ def check_cfg(cfg):
             value = get_value(cfg, key)
             if value not in allowed:
                 options = " or ".join(repr(option) for option in allowed)
-                raise ConfigError(f"{key} is {value!r}, but only {options} is supported")
+                where = f" with {feature.replace('=', ' ').replace('|', ' or ')}" if feature else ""
+                raise ConfigError(f"{key} is {value!r}, but only {options} is supported{where}")
 
 
 def _merge(new, node, path, source):

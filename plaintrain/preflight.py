@@ -4,9 +4,10 @@ import logging
 
 from plaintrain.config import get_value
 from plaintrain.data.builtin import EVALUATORS
-from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, common_class_names
+from plaintrain.data.catalog import MetadataCatalog, common_class_names
 from plaintrain.data.loader import check_batch_size
 from plaintrain.data.records import check_image_files
+from plaintrain.evaluation.instances import ground_truth
 from plaintrain.modeling.build import get_device, num_classes_key
 from plaintrain.utils.errors import UserError
 from plaintrain.weights import locate_weights
@@ -85,6 +86,8 @@ def _settle_num_keypoints(cfg, names):
             f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} numbers, but there are {given} keypoints: give "
             "one each (COCO's own serve only its 17)"
         )
+    if min(sigmas, default=1) <= 0:
+        raise UserError(f"TEST.KEYPOINT_OKS_SIGMAS must be numbers above 0, not {sigmas}")
 
 
 def _check_values(cfg):
@@ -117,7 +120,8 @@ def check_before_training(cfg, resume, eval_only):
 
 def _check_test_dataset(name):
     """Refuse a test set whose images are missing or that no evaluator can score."""
-    check_image_files(DatasetCatalog.get(name), name)
+    records, _, _ = ground_truth(name)
+    check_image_files(records, name)
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") is None:
         logger.warning(f"the dataset {name} has no evaluator_type; it is scored with COCO metrics")

@@ -4,6 +4,7 @@ import math
 import numbers
 from enum import IntEnum, unique
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
 from plaintrain.utils.errors import UserError
@@ -37,12 +38,65 @@ class BoxMode(IntEnum):
         return [x, y, third, fourth]
 
 
-def _check_polygons(polygons):
-    for polygon in polygons:
-        if not isinstance(polygon, list | tuple) or len(polygon) < 6 or len(polygon) % 2:
-            raise UserError(f"a polygon must be a list x, y, x, y, ... of 3 points or more, not {polygon}")
-        if not all(isinstance(v, numbers.Real) and math.isfinite(v) for v in polygon):
-            raise UserError(f"a polygon must hold finite numbers, not {polygon}")
+def are_numbers(values):
+    """Whether a list or tuple holds nothing but finite numbers."""
+    try:
+        kinds = set(map(type, values))
+        known = kinds <= {int, float} or all(issubclass(kind, numbers.Real) for kind in kinds)
+        return known and math.isfinite(sum(values))
+    except OverflowError:
+        return False
+
+
+def is_polygon(polygon):
+    """Whether it is a list x, y, x, y, ... of three points or more."""
+    points = isinstance(polygon, list | tuple) and len(polygon) >= 6 and len(polygon) % 2 == 0
+    return points and are_numbers(polygon)
+
+
+def segmentation_mistake(segmentation, height, width):
+    """What is wrong with a segmentation: (kind, end of a sentence), or None.
+
+    What has none can be read by `segmentation_to_rle` and decoded by pycocotools, which itself
+    reads on past the end of a string that was cut off.
+    """
+    if not segmentation:
+        return "bad_polygon", "has no segmentation"
+    if isinstance(segmentation, list | tuple):
+        wrong = [str(polygon)[:60] for polygon in segmentation if not is_polygon(polygon)]
+        what = "has a polygon that is no list x, y, x, y, ... of 3 finite points or more: "
+        return ("bad_polygon", what + wrong[0]) if wrong else None
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        return "bad_rle", f"has a segmentation that is neither polygons nor an RLE: {str(segmentation)[:60]}"
+    size = segmentation["size"]
+    if size not in ([height, width], (height, width)):
+        return "bad_rle", f"has an RLE of the size {size}, but its image is {[height, width]}"
+    if _sum_of_runs(segmentation["counts"]) != height * width:
+        return "bad_rle", f"has an RLE whose counts do not add up to {height} x {width}"
+    return None
+
+
+def _sum_of_runs(counts):
+    """Pixels that an RLE's counts cover, or None if they are malformed."""
+    if isinstance(counts, list | tuple):
+        right = all(isinstance(count, numbers.Integral) and count >= 0 for count in counts)
+        return sum(counts) if right else None
+    if not isinstance(counts, str | bytes):
+        return None
+    # As `rleFrString` in pycocotools' maskApi.c.
+    letters = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8)
+    letters = letters.astype(np.int64) - 48
+    if not letters.size or letters.min() < 0 or letters.max() > 63 or letters[-1] & 32:
+        return None
+    ends = np.flatnonzero(letters < 32)
+    starts = np.append(0, ends[:-1] + 1)
+    lengths = ends - starts + 1
+    places = 5 * (np.arange(letters.size) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((letters & 31) << places, starts)
+    runs -= (letters[ends] >> 4) << (5 * lengths)
+    # From the fourth on, a run is given by what it has more than the one but one before it.
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    return None if runs.min() < 0 else int(runs.sum())
 
 
 def segmentation_to_rle(segmentation, height, width):
@@ -57,23 +111,15 @@ def segmentation_to_rle(segmentation, height, width):
         `{"size": [height, width], "counts": bytes}`, as pycocotools takes it.
 
     Raises:
-        UserError: a polygon of fewer than 3 points, an RLE of another size, or neither of both.
+        UserError: what `segmentation_mistake` finds.
     """
-    if isinstance(segmentation, list | tuple) and segmentation:
-        _check_polygons(segmentation)
+    wrong = segmentation_mistake(segmentation, height, width)
+    if wrong:
+        raise UserError(f"an annotation {wrong[1]}")
+    if isinstance(segmentation, list | tuple):
         parts = coco_mask.frPyObjects([list(map(float, p)) for p in segmentation], height, width)
         return coco_mask.merge(parts)
-    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        raise UserError(f"a segmentation must be polygons or an RLE, not {str(segmentation)[:80]}")
-    size, counts = segmentation["size"], segmentation["counts"]
-    if size not in ([height, width], (height, width)):
-        raise UserError(f"an RLE has the size {size}, but its image is {[height, width]}")
+    counts = segmentation["counts"]
     if isinstance(counts, list | tuple):
-        if not all(isinstance(count, numbers.Integral) and count >= 0 for count in counts):
-            raise UserError(f"the counts of an RLE must be whole numbers from 0 up, not {str(counts)[:80]}")
-        if sum(counts) != height * width:
-            raise UserError(f"the counts of an RLE add up to {sum(counts)}, not to {height} x {width}")
         return coco_mask.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
-    if not isinstance(counts, str | bytes):
-        raise UserError(f"the counts of an RLE must be a list, a string or bytes, not {counts!r}")
     return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}

@@ -85,14 +85,16 @@ def fetch_weights(name):
 def _download(url):
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     parts = urlsplit(url)
-    name = os.path.basename(parts.path)
-    if parts.hostname != "download.pytorch.org":
+    name, digest = os.path.basename(parts.path), None
+    if parts.hostname == "download.pytorch.org":
+        # The names end in the start of the file's SHA-256.
+        digest = re.search(r"-([a-f0-9]{8,})\.", name)
+    else:
         # torchvision's names are unique; elsewhere only the whole address tells files apart.
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         os.makedirs(folder, exist_ok=True)
-        digest = re.search(r"-([a-f0-9]{8,})\.", name)
         try:
             torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1))
         except (OSError, RuntimeError) as e:

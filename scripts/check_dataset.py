@@ -32,14 +32,13 @@ from plaintrain.data.checks import (
     check_problems,
     check_records,
     class_counts,
-    is_polygon,
 )
 from plaintrain.data.folder import image_header
 from plaintrain.data.images import read_image
 from plaintrain.data.shapes import SCHEME
 from plaintrain.data.write import make_folder, write_coco
 from plaintrain.launch import launch
-from plaintrain.structures import BoxMode
+from plaintrain.structures import BoxMode, is_polygon
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import progress
@@ -160,7 +159,8 @@ def write_fixed(folder, records, looks, metadata, problems):
     path = os.path.join(folder, "annotations.json")
     names = [Path(os.path.relpath(record["file_name"], folder)).as_posix() for record in records]
     write_coco(path, records, metadata, names)
-    print(f"  cleaned copy: {path} (FORMAT coco, IMAGE_ROOT {folder}), {len(records)} images")
+    root = os.path.abspath(folder)
+    print(f"  cleaned copy: {path} (FORMAT coco, IMAGE_ROOT {root}), {len(records)} images")
     for text, count in changes.items():
         if count:
             print(f"    {text}: {count}")

@@ -26,6 +26,7 @@ from plaintrain.data import declare_datasets
 from plaintrain.data.builtin import read_dataset
 from plaintrain.data.shapes import SCHEME, render
 from plaintrain.data.write import category_ids, make_folder, write_coco
+from plaintrain.data.yolo import label_file
 from plaintrain.launch import launch
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
@@ -96,7 +97,7 @@ def to_coco(records, metadata, output, copy):
         names.append(name)
     path = os.path.join(output, "annotations.json")
     write_coco(path, records, metadata, names)
-    logger.info(f"{path}: {_size(records)}; read it with FORMAT coco, IMAGE_ROOT {output}")
+    logger.info(f"{path}: {_size(records)}; read it with FORMAT coco, IMAGE_ROOT {os.path.abspath(output)}")
 
 
 def to_yolo(splits, metadata, output, args):
@@ -109,10 +110,13 @@ def to_yolo(splits, metadata, output, args):
     for split, records in splits.items():
         data[split] = f"images/{split}"
         for record, name in zip(progress(records, desc=split), image_names(records), strict=True):
-            put_image(record, os.path.join(output, "images", split, name), args.copy_images)
+            target = os.path.join(output, "images", split, name)
+            path = label_file(target)
+            if os.path.exists(path):
+                raise UserError(f"{record['file_name']} and another image would share the labels {path}")
+            put_image(record, target, args.copy_images)
             lines = [line for a in record["annotations"] if (line := label_line(a, record, args.boxes, lost))]
             lost["mixed"] += len({line.count(" ") == 4 for line in lines}) > 1
-            path = os.path.join(output, "labels", split, os.path.splitext(name)[0] + ".txt")
             os.makedirs(os.path.dirname(path), exist_ok=True)
             Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         logger.info(f"{split}: {_size(records)}")

@@ -76,7 +76,7 @@ def do_train(cfg, model, resume=False):
     clip_gradients = build_gradient_clipper(cfg, model)
     checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, optimizer=optimizer, scheduler=scheduler)
     # Only a resumed run goes on counting; weights of another run start at 0.
-    classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
+    classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
     state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, class_names=classes)
     start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
     keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
@@ -148,7 +148,7 @@ def main(args):
     logger.info(f"model:\n{model}")
     if args.eval_only:
         checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
-        classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
+        classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, class_names=classes)
         results = do_test(cfg, model)
     else:

@@ -201,8 +201,16 @@ def test_p6_from_p5_also_where_the_widths_are_the_same():
         assert backbone.fpn.extra_blocks.use_P5 is use_p5
 
 
-@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
-@pytest.mark.parametrize("name", ["build_resnet_fpn_backbone", "build_mobilenet_v3_large_fpn_backbone"])
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("build_resnet_fpn_backbone", "FrozenBN"),
+        ("build_resnet_fpn_backbone", "BN"),
+        ("build_resnet_fpn_backbone", "GN"),
+        ("build_mobilenet_v3_large_fpn_backbone", "FrozenBN"),
+        ("build_mobilenet_v3_large_fpn_backbone", "BN"),
+    ],
+)
 def test_eps_reaches_every_norm_also_the_frozen_ones(name, norm):
     with torch.device("meta"):
         backbone = build_backbone(
@@ -211,7 +219,7 @@ def test_eps_reaches_every_norm_also_the_frozen_ones(name, norm):
                 "MODEL.RESNETS.NORM", norm, "MODEL.RESNETS.NORM_EPS", 0.25,
             )
         )  # fmt: skip
-    kinds = (nn.BatchNorm2d, FrozenBatchNorm2d)
+    kinds = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm)
     assert {m.eps for m in backbone.body.modules() if isinstance(m, kinds)} == {0.25}
 
 

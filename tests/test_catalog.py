@@ -241,9 +241,9 @@ def test_a_declaration_can_name_its_evaluator_and_the_year():
         ({"FORMAT": "coco", "IMAGE_ROOT": "x"}, ["coco", "JSON"]),
         ({"FORMAT": "coco", "JSON": "x"}, ["coco", "IMAGE_ROOT"]),
         ({"FORMAT": "shapes"}, ["shapes", "SPLIT"]),
-        ({"FORMAT": "shapes", "SPLIT": "val", "NUM": "many"}, ["NUM", "int", "many"]),
-        ({"FORMAT": "shapes", "SPLIT": "val", "NUM": True}, ["NUM", "int", "True"]),
-        ({"FORMAT": "voc", "ROOT": 3, "SPLIT": "y"}, ["ROOT", "str", "3"]),
+        ({"FORMAT": "shapes", "SPLIT": "val", "NUM": "many"}, ["NUM", "a whole number", "many"]),
+        ({"FORMAT": "shapes", "SPLIT": "val", "NUM": True}, ["NUM", "a whole number", "True"]),
+        ({"FORMAT": "voc", "ROOT": 3, "SPLIT": "y"}, ["ROOT", "a string", "3"]),
         ({"FORMAT": "voc", "ROOT": "x", "SPLIT": "y", "CLASSES": "RBC"}, ["CLASSES", "list", "RBC"]),
         (
             {"FORMAT": "voc", "ROOT": "x", "SPLIT": "y", "EVALUATOR": "voc"},
@@ -252,12 +252,14 @@ def test_a_declaration_can_name_its_evaluator_and_the_year():
         ({"FORMAT": "coco_results", "JSON": "x", "IMAGE_ROOT": "y"}, ["coco_results", "RESULTS"]),
         (
             {"FORMAT": "coco_results", "JSON": "x", "IMAGE_ROOT": "y", "RESULTS": "z", "SCORE_THRESH": "a"},
-            ["SCORE_THRESH", "float"],
+            ["SCORE_THRESH", "a number"],
         ),
         ({"FORMAT": "yolo", "DATA": "x"}, ["yolo", "SPLIT"]),
         ({"FORMAT": "images"}, ["images", "ROOT"]),
         ({"FORMAT": "concat"}, ["concat", "DATASETS"]),
         ({"FORMAT": "concat", "DATASETS": "a"}, ["DATASETS", "list"]),
+        ({"FORMAT": "concat", "DATASETS": [["a"]]}, ["DATASETS", "['a']"]),
+        ({"FORMAT": "images", "ROOT": "x", "CLASSES": ["yes", False]}, ["CLASSES", "False"]),
         (
             {"FORMAT": "coco", "JSON": "x", "IMAGE_ROOT": "y", "KEYPOINT_FLIP_MAP": [["left"]]},
             ["KEYPOINT_FLIP_MAP", "['left']"],

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from plaintrain.data.checks import KINDS, Finding, check_records
 from plaintrain.data.coco import load_coco_json
-from plaintrain.structures import BoxMode
+from plaintrain.structures import BoxMode, segmentation_mistake
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "check_dataset.py"
 
@@ -67,6 +67,7 @@ def test_good_records_have_no_findings():
         ("unknown_class", {"category_id": 2}),
         ("unknown_class", {"category_id": -1}),
         ("bad_polygon", {"segmentation": [[1, 1, 9, 9]]}),
+        ("bad_polygon", {"segmentation": [None]}),
         ("bad_polygon", {"segmentation": [[1, 1, 9, 9, 5, 5, 3]]}),
         ("bad_polygon", {"segmentation": [[1, 1, 9, 9, 5, float("inf")]]}),
         ("bad_rle", {"segmentation": {"size": [30, 20], "counts": [600]}}),
@@ -357,3 +358,28 @@ def test_the_boxes_without_area_and_the_imbalance_of_bccd_are_named(check, data_
     assert "BloodImage_00343.jpg" in said
     assert "RBC: 3350 boxes" in said
     assert "WBC: 301 boxes" in said
+
+
+def test_the_runs_of_a_compressed_mask_are_added_up_and_a_cut_is_seen():
+    rng = np.random.default_rng(0)
+    for height, width in ((1, 1), (7, 5), (40, 60), (9, 90)):
+        mask = np.asfortranarray(rng.random((height, width)) < rng.random(), dtype=np.uint8)
+        mask[:, width // 2 :] = height % 2
+        rle = coco_mask.encode(mask)
+        assert segmentation_mistake(rle, height, width) is None
+        for wrong in (rle["counts"][:-1], rle["counts"] + b"1", rle["counts"] + b"\xff"):
+            kind, _ = segmentation_mistake({**rle, "counts": wrong}, height, width)
+            assert kind == "bad_rle"
+
+
+def test_the_detections_of_a_results_file_are_all_checked(check, declare, tiny_coco, tmp_path):
+    args = declare(_good(tiny_coco.content))
+    good = {"image_id": 11, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.9}
+    (tmp_path / "found.json").write_text(json.dumps([good, good | {"category_id": 99}, good | {"bbox": []}]))
+    with open(args[1], "a") as f:
+        files = f"JSON: {tmp_path}/pets.json, IMAGE_ROOT: {tmp_path}/images, RESULTS: {tmp_path}/found.json"
+        f.write(f"    found: {{FORMAT: coco_results, {files}}}\n")
+    code, said = check("found", *args)
+    assert code == 1
+    assert "annotations with an unknown class id: 1" in said
+    assert "boxes that are not four finite numbers in their place: 1" in said

@@ -315,8 +315,35 @@ def test_a_results_file_of_another_kind_or_with_a_broken_mask_is_refused(tiny_co
     with pytest.raises(UserError, match=r"results\.json.*list of detections"):
         _load_results(tiny_coco, {"annotations": []})
     detection = {"image_id": 11, "category_id": 7, "score": 0.9, "segmentation": {"counts": "x"}}
-    with pytest.raises(UserError, match=r"detection 0 in .*results\.json is no RLE"):
+    with pytest.raises(UserError, match=r"detection 0 in .*results\.json has an RLE of the size None"):
         _load_results(tiny_coco, [detection])
+    detection["segmentation"] = {"size": [30, 40], "counts": "h"}
+    with pytest.raises(UserError, match=r"detection 0 .* counts do not add up to 30 x 40"):
+        _load_results(tiny_coco, [detection])
+
+
+def test_a_detection_of_keypoints_alone_gets_the_box_around_them(tiny_coco):
+    detection = {"image_id": 2, "category_id": 5, "score": 0.9, "keypoints": [9, 4, 0.5, 5, 6, 0]}
+    annotation = _load_results(tiny_coco, [detection])[0][0]["annotations"][0]
+    assert annotation["bbox"] == [5, 4, 4, 2]
+    assert annotation["keypoints"] == [9.5, 4.5, 2, 5.5, 6.5, 2]
+    detection["keypoints"] = [1, 2]
+    with pytest.raises(UserError, match="detection 0 .* has 2 numbers as keypoints"):
+        _load_results(tiny_coco, [detection])
+
+
+def test_broken_detections_are_collected_instead_if_asked_for(tiny_coco):
+    good = {"image_id": 11, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.9}
+    broken = [{"score": "high"}, {"image_id": 12}, {"bbox": [1]}]
+    problems = []
+    records, _ = _load_results(tiny_coco, [*(good | change for change in broken), good], problems=problems)
+    assert [problem.kind for problem in problems] == ["broken", "unknown_image", "bad_box"]
+    assert [len(record["annotations"]) for record in records] == [0, 0, 1]
+
+
+def test_an_area_that_is_no_number_is_refused(tiny_coco):
+    tiny_coco.content["annotations"][1]["area"] = "225"
+    _refused(tiny_coco, "annotation 101", "area", "'225'")
 
 
 def test_the_garbage_collector_runs_again_after_reading(tiny_coco):

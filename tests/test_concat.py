@@ -105,6 +105,17 @@ def test_classes_choose_order_and_may_be_in_no_part(part, log):
         _join("one", name="again", CLASSES=["dog", "dog"])
 
 
+@pytest.mark.parametrize("label", [2, -1, True, "0"])
+def test_a_class_id_that_its_part_does_not_have_is_refused(part, label):
+    part("one", ["cat", "dog", "cow"], (1, 2))
+    box = {"bbox": [1, 1, 4, 4], "bbox_mode": 0, "category_id": label}
+    record = {"file_name": "own.png", "image_id": 7, "height": 9, "width": 9, "annotations": [box]}
+    DatasetCatalog.register("own", lambda: [record])
+    MetadataCatalog.get("own").set(thing_classes=["cat", "dog"])
+    with pytest.raises(UserError, match=rf"own\.png has category_id {label!r}"):
+        _join("own", "one", MERGE_CLASSES=True)
+
+
 def test_keypoint_names_are_kept_where_they_are_equal(part):
     names = {"keypoints": ["head", "tail"], "skeleton": [[1, 2]]}
     part("one", ["cat"], (1, 2), **names)
@@ -150,7 +161,8 @@ def test_unknown_datasets_circles_and_doubles_are_refused(part, write_image, tmp
 
 
 def _share(name, **keys):
-    declare_dataset(name, {"FORMAT": "shapes", "SPLIT": "val", "NUM": 40, **keys})
+    size = {"HEIGHT": 16, "WIDTH": 16, "NUM": 40}
+    declare_dataset(name, {"FORMAT": "shapes", "SPLIT": "val", **size, **keys})
     return [record["image_id"] for record in DatasetCatalog.get(name)]
 
 
@@ -168,6 +180,11 @@ def test_a_fraction_is_a_fixed_random_subset_in_order():
 
 def test_a_small_fraction_leaves_an_image():
     assert len(_share("little", FRACTION=0.001)) == 1
+
+
+def test_a_fraction_is_not_rounded_up_by_the_error_of_a_product():
+    # 0.07 * 100 is 7.000000000000001.
+    assert len(_share("some", FRACTION=0.07, NUM=100)) == 7
 
 
 @pytest.mark.parametrize(

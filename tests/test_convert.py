@@ -352,3 +352,28 @@ def test_an_image_that_is_turned_keeps_its_turned_size(convert, tmp_path):
     declare_dataset("one", {"FORMAT": "yolo", "DATA": str(tmp_path / "data.yaml"), "SPLIT": "train"})
     record = _coco(convert("one", "coco")[0])[0][0]
     assert (record["height"], record["width"]) == (40, 20)
+
+
+def _place(tmp_path, write_image, *files):
+    """A COCO dataset named `places` of an object in each image."""
+    for i, file in enumerate(files):
+        write_image(tmp_path / file, 40, 20, i)
+    images = [{"id": i, "file_name": file, "height": 20, "width": 40} for i, file in enumerate(files)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 9, 9]} for i in range(len(files))]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "places.json").write_text(json.dumps(content))
+    spec = {"FORMAT": "coco", "JSON": str(tmp_path / "places.json"), "IMAGE_ROOT": str(tmp_path)}
+    declare_dataset("places", spec)
+
+
+def test_labels_are_found_again_whatever_the_folders_of_the_images_are_called(convert, tmp_path, write_image):
+    _place(tmp_path, write_image, "a/images/1.png", "b/images/2.png")
+    folder, _ = convert("places", "yolo")
+    records, _ = load_yolo(str(folder / "data.yaml"), "train")
+    assert [len(record["annotations"]) for record in records] == [1, 1]
+
+
+def test_two_images_that_would_share_a_label_file_are_refused(convert, tmp_path, write_image):
+    _place(tmp_path, write_image, "c/x.png", "c/x.bmp")
+    with pytest.raises(UserError, match=r"x\.bmp and another image would share the labels .*x\.txt"):
+        convert("places", "yolo")

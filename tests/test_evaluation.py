@@ -308,6 +308,67 @@ def test_reset_forgets_what_was_processed(register):
     assert evaluate(evaluator, {1: found(([0, 0, 20, 20], 0.9, 0))})["AP"] == pytest.approx(100.0)
 
 
+def test_images_that_are_missing_or_come_twice_are_warned_about(register, log):
+    name = register([image(i, truth([10, 10, 50, 50])) for i in range(4)])
+    perfect = found(([10, 10, 50, 50], 0.9, 0))
+    evaluator = COCOEvaluator(name)
+    evaluate(evaluator, dict.fromkeys(range(4), perfect))
+    assert "images of" not in log.text
+    evaluate(evaluator, dict.fromkeys(range(3), perfect))
+    assert f"only 3 of the 4 images of {name} are scored" in log.text
+    log.clear()
+    evaluate(evaluator, dict.fromkeys(range(4), perfect))
+    evaluator.process([{"image_id": 2}], [perfect])
+    evaluator.evaluate()
+    assert f"of {name}, 1 images were given to the model once again" in log.text and "only" not in log.text
+
+
+@pytest.mark.parametrize("kind", [COCOEvaluator, PascalVOCDetectionEvaluator])
+def test_an_image_or_a_label_of_another_dataset_is_refused(register, kind):
+    name = register([image("a", truth([10, 10, 50, 50]))])
+    evaluator = kind(name)
+    with pytest.raises(UserError, match=f"{name} has no image 'b'"):
+        evaluator.process([{"image_id": "b"}], [found()])
+    for label in (2, -1):
+        with pytest.raises(UserError, match=f"finds the label {label}, but {name} has 2 classes, 0 to 1"):
+            evaluator.process([{"image_id": "a"}], [found(([10, 10, 50, 50], 0.9, label))])
+
+
+class SinglePrecision(torch.Tensor):
+    """A tensor on a device that has no float64, as Apple's."""
+
+    def double(self):
+        raise TypeError("this device has no float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_outputs_may_be_on_a_device_without_double_precision(register):
+    name = register([image(0, truth([10, 10, 50, 50], keypoints=[20.5, 20.5, 2]))])
+    output = found(([10, 10, 50, 50], 0.9, 0)) | {"keypoints": torch.tensor([[[20.5, 20.5, 1.0]]])}
+    evaluator = COCOEvaluator(name, kpt_oks_sigmas=[0.05])
+    evaluator.process([{"image_id": 0}], [{k: v.as_subclass(SinglePrecision) for k, v in output.items()}])
+    assert evaluator.evaluate()["keypoints"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("kind", [COCOEvaluator, PascalVOCDetectionEvaluator])
+@pytest.mark.parametrize("label", [2, -1])
+def test_an_object_of_no_class_is_refused_before_anything_is_run(register, kind, label):
+    name = register([image(7, truth([10, 10, 50, 50], label))])
+    with pytest.raises(UserError, match=f"image 7 of {name} has category_id {label}, but .* 0 to 1"):
+        kind(name)
+
+
+def test_ids_may_be_numpys(register, tmp_path):
+    records = [image(np.int64(i), truth([10, 10, 50, 50])) for i in (9, 7)]
+    name = register(records, thing_dataset_id_to_contiguous_id={np.int64(5): 0, np.int64(3): 1})
+    perfect = found(([10, 10, 50, 50], 0.9, 0))
+    evaluate(COCOEvaluator(name, output_dir=str(tmp_path)), dict.fromkeys([9, 7], perfect))
+    rows = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert [(row["image_id"], row["category_id"]) for row in rows] == [(9, 5), (7, 5)]
+
+
 def test_an_image_id_that_stands_twice_is_refused(register):
     name = register([image(1), image(1)])
     with pytest.raises(UserError, match=name):

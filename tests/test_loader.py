@@ -517,9 +517,9 @@ def test_boxes_without_area_outside_or_reaching_out_are_counted_in_warnings(make
     assert [annotation["bbox"] for annotation in kept] == boxes[5:]
     warnings = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
     assert warnings == [
-        "cells: 2 boxes without area are dropped",
-        "cells: 3 boxes outside their image are dropped",
-        "cells: 1 boxes reach beyond their image and are clipped",
+        "cells: boxes without area, which training drops: 2",
+        "cells: boxes outside their image, which training drops: 3",
+        "cells: boxes that reach beyond their image by over half a pixel, which training clips: 1",
     ]
 
 

@@ -1,16 +1,18 @@
 """plaintrain.data.mapper: from a record and its file to a sample."""
 
 import copy
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from torchvision import tv_tensors
 
 from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, mapper
 from plaintrain.data.crops import RandomCrop
+from plaintrain.data.folder import image_header
 from plaintrain.data.keypoints import keypoint_flip_indices
 from plaintrain.data.mapper import read_image
 from plaintrain.data.shapes import load_shapes, render
@@ -140,6 +142,19 @@ def _size_error(record):
         DatasetMapper(augmentations=[])(record)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+@pytest.mark.parametrize("value", ["x", (1, 2), struct.error("unpack")])
+def test_broken_exif_data_is_named(tmp_path, write_image, monkeypatch, value):
+    def getexif(image):
+        if isinstance(value, Exception):
+            raise value
+        return {ExifTags.Base.Orientation: value}
+
+    write_image(tmp_path / "a.png", 8, 6)
+    monkeypatch.setattr(Image.Image, "getexif", getexif)
+    with pytest.raises(UserError, match=r"cannot read the image file .*a\.png"):
+        image_header(str(tmp_path / "a.png"))
 
 
 def test_an_image_of_another_size_than_its_record_is_refused_with_both_sizes(picture):
@@ -413,9 +428,10 @@ def test_an_empty_target_has_empty_masks_and_keypoints(picture, annotations):
     ("more", "words"),
     [
         ({}, "has no segmentation"),
-        ({"segmentation": []}, "must be polygons or an RLE"),
+        ({"segmentation": []}, "has no segmentation"),
         ({"segmentation": [[1, 2, 3, 4]]}, "3 points or more"),
         ({"segmentation": {"size": [40, 30], "counts": [1200]}}, r"\[40, 30\]"),
+        ({"segmentation": {"size": [30, 40], "counts": "h"}}, "counts do not add up to 30 x 40"),
         ({"segmentation": [SQUARE], "keypoints": [1, 2, 2]}, "3 numbers of keypoints, but 2 keypoints"),
     ],
 )
@@ -505,6 +521,7 @@ def test_keypoints_that_nobody_names_are_refused(cfg):
         (["nose", "left_eye", "right_eye"], [], (0, 1, 2)),
         (["top", "right", "bottom", "left"], None, (0, 3, 2, 1)),
         (["Right hand", "Left hand", "left", "tail"], None, (1, 0, 2, 3)),
+        (["LEFT_EYE", "RIGHT_EYE"], None, (1, 0)),
         ([], None, ()),
     ],
 )

@@ -4,8 +4,9 @@ import pytest
 
 from plaintrain.config import get_cfg
 from plaintrain.data.builtin import declare_dataset
-from plaintrain.data.catalog import MetadataCatalog
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.preflight import check_before_training, settle_num_classes
+from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
 SIGMAS = [0.05] * 4
@@ -57,9 +58,25 @@ def test_sigmas_that_do_not_fit_the_keypoints_are_found_before_training(cfg, sig
         settle(cfg)
 
 
+def test_sigmas_that_are_no_deviations_are_found_before_training(cfg):
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.05, 0.05, 0.0, 0.05]
+    with pytest.raises(UserError, match="KEYPOINT_OKS_SIGMAS must be numbers above 0"):
+        settle(cfg)
+
+
 def test_without_a_keypoint_head_nothing_is_asked(cfg):
     cfg.MODEL.KEYPOINT_ON, cfg.TEST.KEYPOINT_OKS_SIGMAS = False, []
     assert settle(cfg) == 0
+
+
+def test_a_test_set_that_cannot_be_scored_is_found_before_training(cfg):
+    box = {"bbox": [1, 1, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1}
+    record = {"file_name": "shapes://0", "image_id": 3, "height": 9, "width": 9, "annotations": [box]}
+    DatasetCatalog.register("odd_test", lambda: [record])
+    MetadataCatalog.get("odd_test").set(thing_classes=["one"])
+    cfg.DATASETS.TEST = ("odd_test",)
+    with pytest.raises(UserError, match="image 3 of odd_test has category_id 1, but"):
+        check_before_training(cfg, resume=False, eval_only=False)
 
 
 def test_evaluating_nothing_is_refused(cfg):

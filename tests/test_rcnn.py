@@ -359,6 +359,11 @@ def test_one_anchor_list_serves_every_level():
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
+        (("MODEL.RPN.IOU_THRESHOLDS", [0.5]), ["RPN.IOU_THRESHOLDS", "[0.5]", "2 rising"]),
+        (("MODEL.RPN.IOU_THRESHOLDS", [0.7, 0.3]), ["RPN.IOU_THRESHOLDS", "[0.7, 0.3]"]),
+        ((*PROPOSALS, "MODEL.RPN.IOU_THRESHOLDS", []), ["RPN.IOU_THRESHOLDS", "[]"]),
+        (("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.4, 0.6]), ["ROI_HEADS.IOU_THRESHOLDS", "0.6", "one number"]),
+        (("MODEL.ROI_HEADS.IOU_THRESHOLDS", [50]), ["ROI_HEADS.IOU_THRESHOLDS", "[50]", "0 to 1"]),
         (("MODEL.RPN.CONV_DIMS", []), ["CONV_DIMS"]),
         (("MODEL.RPN.CONV_DIMS", [64]), ["CONV_DIMS", "64"]),
         ((*PROPOSALS, "MODEL.RPN.CONV_DIMS", [64]), ["CONV_DIMS", "64"]),

@@ -1,10 +1,12 @@
 """plaintrain.data.records: which images of a dataset are trained on, and what is said about them."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from plaintrain.data.checks import check_records
 from plaintrain.data.records import check_image_files
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
@@ -59,7 +61,8 @@ def test_images_with_too_few_labelled_keypoints_are_left_out_and_counted(registe
         assert _ids(get_detection_dataset_dicts("people", min_keypoints=number)) == expected[number]
     assert "people: 3 images with too few labelled keypoints are left out" in log.text
     assert "people: 1 images without annotations are left out" in log.text
-    with pytest.raises(UserError, match="no image with annotations is left in people"):
+    words = "left in people: of 6 images 1 have none, and 5 have too few labelled keypoints"
+    with pytest.raises(UserError, match=words):
         get_detection_dataset_dicts("people", min_keypoints=3)
     assert _ids(get_detection_dataset_dicts("people", filter_empty=False)) == [0, 1, 2, 3, 4, 5]
     assert _ids(get_detection_dataset_dicts("people", False, min_keypoints=1)) == [0, 1, 2]
@@ -76,8 +79,45 @@ def test_masks_need_a_segmentation_of_every_object(register):
     assert len(get_detection_dataset_dicts("good", need_masks=True)) == 1
     register("bad", [_object(segmentation=TRIANGLE)], [_object(segmentation=TRIANGLE), _object()])
     assert len(get_detection_dataset_dicts("bad")) == 2
-    with pytest.raises(UserError, match=r"MASK_ON needs a segmentation.* bad/1\.png has none"):
+    with pytest.raises(UserError, match=r"MASK_ON needs a segmentation.* bad/1\.png has no segmentation"):
         get_detection_dataset_dicts(("good", "bad"), need_masks=True)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "words"),
+    [
+        ([[1, 1, 9, 9]], "3 finite points or more"),
+        ("1 1 9 9 5 5", "neither polygons nor an RLE"),
+        ({"size": [30, 40], "counts": "h"}, "counts do not add up to 30 x 40"),
+        ({"size": [40, 30], "counts": [1200]}, r"the size \[40, 30\]"),
+    ],
+)
+def test_masks_that_cannot_be_made_are_named_before_training(register, segmentation, words):
+    register("bad", [_object(segmentation=TRIANGLE)], [_object(segmentation=segmentation)])
+    assert len(get_detection_dataset_dicts("bad")) == 2
+    with pytest.raises(UserError, match=rf"an annotation of bad/1\.png has .*{words}"):
+        get_detection_dataset_dicts("bad", need_masks=True)
+
+
+def test_keypoints_of_another_number_are_named_before_training(register):
+    register("people", [_object(2, 2)], [_object(2, 2, 2)])
+    MetadataCatalog.get("people").set(keypoint_names=["head", "foot"])
+    assert len(get_detection_dataset_dicts("people")) == 2
+    with pytest.raises(UserError, match=r"people/1\.png has 9 numbers as keypoints, not 3 x 2"):
+        get_detection_dataset_dicts("people", min_keypoints=1)
+
+
+BOXES = [[5, 5, 0, 3], [5, 5, 3, -1], [50, 5, 3, 3], [-9, -9, 5, 5], [20, 5, 30, 5], [20, 5, 20.4, 5]]
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_training_says_of_a_box_what_the_check_of_the_dataset_says(register, log, box):
+    register("one", [_object(bbox=box), _object(bbox=[1, 1, 9, 9])])
+    found = check_records(DatasetCatalog.get("one"), MetadataCatalog.get("one"))
+    kept = get_detection_dataset_dicts("one")[0]["annotations"]
+    said = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
+    assert said == [f"one: {finding}".split("\n")[0] for finding in found if "box" in finding.kind]
+    assert len(kept) == 1 + (not said or "clips" in said[0])
 
 
 def test_lengths_are_those_of_the_datasets_after_filtering(register):
@@ -106,10 +146,21 @@ def test_a_fault_in_any_dataset_is_named_though_the_first_is_fine(register):
         get_detection_dataset_dicts(("one", "two"))
 
 
-def test_sizes_that_are_no_numbers_are_refused(register):
+@pytest.mark.parametrize(
+    ("key", "value"), [("height", None), ("width", "40"), ("file_name", Path("a.png")), ("annotations", None)]
+)
+def test_what_a_record_holds_instead_is_said(register, key, value):
     register("odd", [_object()])
-    DatasetCatalog._functions["odd"]()[0]["height"] = None
-    with pytest.raises(UserError, match="the dataset odd"):
+    DatasetCatalog._functions["odd"]()[0][key] = value
+    with pytest.raises(UserError, match="the dataset odd has the") as error:
+        get_detection_dataset_dicts("odd")
+    assert f"{key} {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("more", [{"bbox": None}, {"keypoints": ["a", "b", "c"]}])
+def test_an_annotation_that_cannot_be_read_is_placed(register, more):
+    register("odd", [_object()], [_object(**more)])
+    with pytest.raises(UserError, match=r"annotations? of odd/1\.png"):
         get_detection_dataset_dicts("odd")
 
 

@@ -90,14 +90,30 @@ def test_with_detectron2s_anchors_boxes_are_cut_after_nms(monkeypatch):
     samples = two_samples()
     with torch.no_grad():
         found, cut_before = model(samples), before(samples)
-        # torchvision's own, with the cut moved behind it.
+        # torchvision's own, with the cut moved behind it, and what it leaves nothing of left out.
         cut = torchvision.ops.clip_boxes_to_image
         monkeypatch.setattr(torchvision.models.detection.retinanet.box_ops, "clip_boxes_to_image", keep_boxes)
         expected = before(samples)
     for sample, output in zip(samples, expected, strict=True):
         output["boxes"] = cut(output["boxes"], (sample["height"], sample["width"]))
+        inside = (output["boxes"][:, 2:] > output["boxes"][:, :2]).all(dim=1)
+        output.update({name: values[inside] for name, values in output.items()})
     assert_same_detections(found, expected, label_offset=0, at_least=10)
     assert any(len(a["scores"]) != len(b["scores"]) for a, b in zip(found, cut_before, strict=True))
+
+
+def test_with_detectron2s_anchors_boxes_outside_of_the_image_are_left_out():
+    model = build(
+        *TINY, *RETINA,
+        "MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator",
+        "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0,
+    ).eval()  # fmt: skip
+    outputs = {"cls_logits": [torch.zeros(1, 4, K)], "bbox_regression": [torch.zeros(1, 4, 4)]}
+    boxes = torch.tensor([[-9.0, 2, -1, 8], [4, 64, 20, 80], [-5, -5, 5, 5], [50, 50, 90, 60]])
+    (found,) = model.postprocess_detections(outputs, [[boxes]], [(64, 64)])
+    inside = {(0.0, 0.0, 5.0, 5.0), (50.0, 50.0, 64.0, 60.0)}
+    assert {tuple(box) for box in found["boxes"].tolist()} == inside
+    assert len(found["boxes"]) == len(found["scores"]) == len(found["labels"]) == 2 * K
 
 
 def keep_boxes(boxes, size):
@@ -148,6 +164,7 @@ def test_the_head_has_its_own_norm(norm):
         (("MODEL.RETINANET.PRIOR_PROB", 0.0), ["RETINANET.PRIOR_PROB", "0.0"]),
         (("MODEL.RETINANET.PRIOR_PROB", 1.0), ["RETINANET.PRIOR_PROB", "1.0"]),
         (("MODEL.RETINANET.PRIOR_PROB", -0.5), ["RETINANET.PRIOR_PROB", "-0.5"]),
+        (("MODEL.RETINANET.IOU_THRESHOLDS", [0.5]), ["RETINANET.IOU_THRESHOLDS", "[0.5]", "2 rising"]),
         (("MODEL.RETINANET.NORM", "BN"), ["RETINANET.NORM", "'BN'", "'GN'"]),
         (("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "diou"), ["BBOX_REG_LOSS_TYPE", "'giou'"]),
         (("MODEL.MASK_ON", True), ["MODEL.MASK_ON", "True"]),

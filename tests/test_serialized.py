@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,14 +44,13 @@ def test_what_is_sent_to_a_worker_leaves_the_arrays_behind():
 
 
 def test_the_table_holds_the_annotations_in_their_order():
-    first = _annotation(2, (1, 2, 3, 4), iscrowd=1, segmentation=[[1, 2, 3, 4, 5, 6]])
+    first = _annotation(2, (1, 2, 3, 4), iscrowd=1)
     second = _annotation(0, (1.5, 2, 3, 4), BoxMode.XYXY_ABS, keypoints=[1, 2, 2, 3, 4, 0, 5, 6, 1])
     table = SerializedRecords([_record(0), _record(1, first, second), _record(2, _annotation())]).annotations
     assert table.record.tolist() == [1, 1, 2]
     assert table.boxes.tolist() == [[1, 2, 4, 6], [1.5, 2, 3, 4], [1, 2, 4, 6]]
     assert table.labels.tolist() == [2, 0, 0]
     assert table.crowd.tolist() == [True, False, False]
-    assert table.segmented.tolist() == [True, False, False]
     assert table.keypoints.tolist() == [0, 2, 0]
 
 
@@ -110,3 +110,9 @@ def test_the_collector_is_off_in_the_block_and_as_before_after_it():
         assert not gc.isenabled()
         raise KeyError
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("change", [{"file_name": Path("0.png")}, {"height": "30"}, {"width": 40.5}])
+def test_columns_hold_what_they_are_said_to(change):
+    assert SerializedRecords([_record(0)]).columns is not None
+    assert SerializedRecords([{**_record(0), **change}]).columns is None

@@ -122,26 +122,29 @@ def test_a_segmentation_is_not_changed():
 @pytest.mark.parametrize(
     ("segmentation", "words"),
     [
-        ([[1, 2, 3, 4]], ["polygon", "3 points", "[1, 2, 3, 4]"]),
+        ([[1, 2, 3, 4]], ["polygon", "3 finite points", "[1, 2, 3, 4]"]),
         ([[1, 2, 3, 4, 5, 6, 7]], ["polygon", "[1, 2, 3, 4, 5, 6, 7]"]),
         ([SQUARE, []], ["polygon", "[]"]),
         # A list of numbers where a list of polygons belongs.
         (SQUARE, ["polygon", "2"]),
         ([[1, 2, 3, math.nan, 5, 6]], ["finite", "nan"]),
         ([[1, 2, 3, "4", 5, 6]], ["finite", "'4'"]),
-        ([], ["polygons or an RLE", "[]"]),
-        (None, ["polygons or an RLE", "None"]),
+        ([], ["no segmentation"]),
+        (None, ["no segmentation"]),
         ("polygon", ["polygons or an RLE", "polygon"]),
         ({"counts": [80]}, ["polygons or an RLE", "counts"]),
         ({"size": [8, 10]}, ["polygons or an RLE", "size"]),
         ({"size": [10, 8], "counts": [80]}, ["[10, 8]", "[8, 10]"]),
-        ({"size": [8, 10], "counts": [10, 20]}, ["30", "8 x 10"]),
+        ({"size": [8, 10], "counts": [10, 20]}, ["counts", "8 x 10"]),
         ({"size": [8, 10], "counts": [100, -20]}, ["counts"]),
         ({"size": [8, 10], "counts": []}, ["counts"]),
         ({"size": [8, 10], "counts": [40, "40"]}, ["counts"]),
         ({"size": [8, 10], "counts": [40.5, 39.5]}, ["counts"]),
-        ({"size": [8, 10], "counts": 80}, ["counts", "80"]),
+        ({"size": [8, 10], "counts": 80}, ["counts", "8 x 10"]),
         ({"size": 8, "counts": [80]}, ["size", "8"]),
+        # A string that was cut off, of which pycocotools would read on past the end.
+        ({"size": [8, 10], "counts": "1"}, ["counts", "8 x 10"]),
+        ({"size": [8, 10], "counts": b"\x01"}, ["counts", "8 x 10"]),
     ],
 )
 def test_what_is_no_segmentation_is_refused(segmentation, words):

@@ -87,6 +87,7 @@ def test_sizes_are_detectron2s_for_coco_like_images():
         ((400, 400), 800, 1333, (800, 800)),
         ((300, 900), 800, 1333, (444, 1333)),
         ((427, 640), 427, 1333, (427, 640)),
+        ((1, 900), 20, 30, (1, 30)),
     ],
 )
 def test_known_sizes(size, short, longest, expected):

@@ -87,8 +87,15 @@ def test_boxes_without_area_are_kept_as_empty_then_dropped_and_counted(tiny_voc,
     assert all(x1 <= x0 or y1 <= y0 for x0, y0, x1, y1 in boxes)
     declare_dataset("zoo", {"FORMAT": "voc", "ROOT": str(tiny_voc.root), "SPLIT": "train"})
     assert [record["image_id"] for record in get_detection_dataset_dicts("zoo")] == ["b"]
-    assert "zoo: 2 boxes without area are dropped" in log.text
+    assert "zoo: boxes without area, which training drops: 2" in log.text
     assert "1 images without annotations" in log.text
+
+
+def test_names_of_images_may_hold_spaces(tiny_voc):
+    for path in (tiny_voc.root / "JPEGImages/a.jpg", tiny_voc.root / "Annotations/a.xml"):
+        path.rename(path.with_stem("my picture 1"))
+    (tiny_voc.root / "ImageSets/Main/train.txt").write_text("my picture 1\nb 1\n")
+    assert [r["image_id"] for r in load_voc(str(tiny_voc.root), "train")[0]] == ["my picture 1", "b"]
 
 
 def test_images_may_have_other_extensions_and_split_lists_a_second_column(tiny_voc):
@@ -216,4 +223,4 @@ def test_the_two_boxes_without_area_of_bccd_are_dropped_and_counted(data_root, l
     boxes = [a["bbox"] for record in records for a in record["annotations"]]
     assert len(boxes) == 3941
     assert all(x1 > x0 and y1 > y0 for x0, y0, x1, y1 in boxes)
-    assert f"{name}: 2 boxes without area are dropped" in log.text
+    assert f"{name}: boxes without area, which training drops: 2" in log.text

@@ -340,6 +340,18 @@ def test_what_is_not_cached_is_downloaded_once_and_checked(hub, imagenet, monkey
     assert calls == [(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url, "f37072fd")]
 
 
+def test_digits_in_the_name_of_somebody_elses_file_are_no_checksum(hub, imagenet, monkeypatch):
+    prefixes = []
+
+    def download(url, path, hash_prefix=None):
+        prefixes.append(hash_prefix)
+        torch.save(imagenet, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    load_weights(make_rcnn(), "https://example.invalid/run-20240131.pth")
+    assert prefixes == [None]
+
+
 def test_a_download_that_fails_is_a_clear_error(hub, monkeypatch):
     def fail(*args, **kwargs):
         raise urllib.error.URLError("no route to host")

@@ -51,8 +51,15 @@ def test_boxes_and_polygons_are_in_pixels(yolo):
     assert polygon["category_id"] == 0
 
 
-def test_an_image_without_a_label_file_has_no_objects(yolo):
+def test_an_image_without_a_label_file_has_no_objects(yolo, log):
     assert _load(yolo)[0][1]["annotations"] == []
+    assert log.text == ""
+
+
+def test_where_labels_were_looked_for_is_said_if_there_are_none(yolo, log):
+    (yolo / "labels/train/a.txt").unlink()
+    _load(yolo)
+    assert f"would be {yolo}/labels/train/a.txt" in log.text
 
 
 @pytest.mark.parametrize(

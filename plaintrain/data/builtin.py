@@ -1,7 +1,6 @@
 """Datasets by declaration: the formats, the built-in names, and what a config declares."""
 
 import difflib
-import math
 import os
 
 import numpy as np
@@ -24,13 +23,14 @@ def _load_coco(spec, problems):
     return coco.load_coco_json(_path(spec["JSON"]), _path(spec["IMAGE_ROOT"]), spec.get("CLASSES"), problems)
 
 
-def _load_coco_results(spec, _):
+def _load_coco_results(spec, problems):
     return coco.load_coco_results(
         _path(spec["JSON"]),
         _path(spec["IMAGE_ROOT"]),
         _path(spec["RESULTS"]),
         spec.get("CLASSES"),
         spec.get("SCORE_THRESH", 0.0),
+        problems,
     )
 
 
@@ -102,12 +102,14 @@ _FORMATS = {
 # What every format takes.
 _COMMON = {"FORMAT": str, "EVALUATOR": str, "FRACTION": float, "FRACTION_SEED": int}
 EVALUATORS = ("coco", "pascal_voc")
+_WORDS = {str: "a string", list: "a list", float: "a number", int: "a whole number", bool: "True or False"}
 
 
 def _check(name, spec):
     where = f"DATASETS.DECLARE.{name}"
     if not isinstance(spec, dict) or str(spec.get("FORMAT")) not in _FORMATS:
-        raise UserError(f"{where} needs a FORMAT, one of {', '.join(_FORMATS)}, not {spec!r}")
+        found = spec.get("FORMAT") if isinstance(spec, dict) else spec
+        raise UserError(f"{where} needs a FORMAT, one of {', '.join(_FORMATS)}, not {found!r}")
     _, needed, optional, _ = _FORMATS[spec["FORMAT"]]
     types = {**_COMMON, **needed, **optional}
     for key, value in spec.items():
@@ -115,8 +117,7 @@ def _check(name, spec):
             raise UserError(f"{where} has an unknown key {key}; known: {', '.join(types)}")
         # A whole number will do where a fraction may stand.
         if type(value) is not types[key] and (types[key], type(value)) != (float, int):
-            kind = types[key].__name__
-            raise UserError(f"{where}.{key} must be a {kind}, not {value!r}")
+            raise UserError(f"{where}.{key} must be {_WORDS[types[key]]}, not {value!r}")
     for key in needed:
         if key not in spec:
             raise UserError(f"{where} with FORMAT {spec['FORMAT']} needs the key {key}")
@@ -130,6 +131,12 @@ def _check_values(where, spec):
         raise UserError(f"{where}.FRACTION must be above 0 and at most 1, not {spec['FRACTION']}")
     if spec.get("FRACTION_SEED", 0) < 0:
         raise UserError(f"{where}.FRACTION_SEED must be 0 or more, not {spec['FRACTION_SEED']}")
+    for key in ("CLASSES", "DATASETS"):
+        for name in spec.get(key, ()):
+            if not isinstance(name, str):
+                raise UserError(
+                    f"{where}.{key} must hold names, not {name!r}; quote what YAML does not read as text"
+                )
     for pair in spec.get("KEYPOINT_FLIP_MAP", ()):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
             raise UserError(f"{where}.KEYPOINT_FLIP_MAP must hold pairs [left, right] of names, not {pair!r}")
@@ -174,7 +181,7 @@ def _read(spec, problems=None):
     if "FRACTION" in spec:
         # The first images of one permutation: a smaller share is part of a larger one.
         order = np.random.default_rng(spec.get("FRACTION_SEED", 0)).permutation(len(records))
-        chosen = sorted(order[: math.ceil(spec["FRACTION"] * len(records))])
+        chosen = sorted(order[: max(1, round(spec["FRACTION"] * len(records)))])
         records = [records[i] for i in chosen]
     return records, metadata
 

@@ -101,7 +101,7 @@ def class_names(name):
         DatasetCatalog.get(name)
     if not metadata.get("thing_classes"):
         raise UserError(
-            f"the dataset {name} names no classes: call "
+            f"the dataset {name} names no classes: give its declaration CLASSES, or call "
             f'MetadataCatalog.get("{name}").set(thing_classes=[...])'
         )
     return list(metadata.thing_classes)

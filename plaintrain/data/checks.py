@@ -5,8 +5,8 @@ import numbers
 from collections import Counter
 from dataclasses import dataclass
 
-from plaintrain.data.coco_mistakes import are_numbers, keypoint_mistake
-from plaintrain.structures import BoxMode
+from plaintrain.data.coco_mistakes import keypoint_mistake
+from plaintrain.structures import BoxMode, segmentation_mistake
 
 MAX_EXAMPLES = 10
 # A box is tiny if a side is shorter than this, in pixels.
@@ -21,14 +21,14 @@ KINDS = {
     "broken_image": ("incomplete or malformed entries of images", True),
     "unreadable": ("images that are missing or cannot be read to their end", True),
     "wrong_size": ("images of another size than their record says", True),
-    "same_image_id": ("images with the id of another one", True),
+    "same_image_id": ("images with the id of another one (stop evaluation)", True),
     "broken": ("incomplete or malformed annotations", True),
     "unknown_image": ("annotations of an image that is not there", True),
     "unknown_class": ("annotations with an unknown class id", True),
     "bad_box": ("boxes that are not four finite numbers in their place", True),
     "wrong_keypoints": ("annotations with a wrong number of keypoints, or malformed ones", True),
     "bad_polygon": (
-        "polygons of fewer than three points, or malformed ones (stop training with masks)",
+        "annotations with polygons of fewer than three points, or malformed ones (stop training with masks)",
         True,
     ),
     "bad_rle": ("run-length encodings that do not fit their image (stop training with masks)", True),
@@ -155,8 +155,9 @@ def annotation_problems(annotation, record, num_keypoints=None):
     if problem:
         found.append((problem, f"box {annotation['bbox']}"))
     segmentation = annotation.get("segmentation")
-    if segmentation:
-        found += _segmentation_problems(segmentation, record["height"], record["width"])
+    wrong = segmentation and segmentation_mistake(segmentation, record["height"], record["width"])
+    if wrong:
+        found.append((wrong[0], f"an annotation {wrong[1]}"))
     if annotation.get("keypoints"):
         found += _keypoint_problems(annotation["keypoints"], num_keypoints, record)
     return found
@@ -171,51 +172,19 @@ def _box_problem(annotation, height, width):
         return "bad_box"
     if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
         x1, y1 = x0 + x1, y0 + y1
-    if x1 <= x0 or y1 <= y0:
-        return "empty_box"
-    if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
-        return "outside_box"
-    if min(x0, y0) < -0.5 or x1 > width + 0.5 or y1 > height + 0.5:
-        return "clipped_box"
-    return "tiny_box" if x1 - x0 < TINY or y1 - y0 < TINY else None
+    kinds = box_kinds(x0, y0, x1, y1, width, height)
+    return next((kind for kind, is_so in kinds.items() if is_so), None)
 
 
-def is_polygon(polygon):
-    """Whether it is a list x, y, x, y, ... of three points or more."""
-    return isinstance(polygon, list) and len(polygon) >= 6 and not len(polygon) % 2 and are_numbers(polygon)
-
-
-def _segmentation_problems(segmentation, height, width):
-    if isinstance(segmentation, list):
-        return [("bad_polygon", f"polygon {str(p)[:60]}") for p in segmentation if not is_polygon(p)]
-    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        return [("bad_rle", f"segmentation {str(segmentation)[:60]}")]
-    size, counts = segmentation["size"], segmentation["counts"]
-    if size not in ([height, width], (height, width)):
-        return [("bad_rle", f"RLE of the size {size}, not {[height, width]}")]
-    runs = counts if isinstance(counts, list) else _runs(counts)
-    if not runs or not are_numbers(runs) or min(runs) < 0 or sum(runs) != height * width:
-        return [("bad_rle", f"RLE whose counts do not add up to {height} x {width}")]
-    return []
-
-
-def _runs(counts):
-    """The run lengths of a compressed RLE, or None if it is cut off or holds other letters.
-
-    As `rleFrString` in pycocotools' maskApi.c, which reads on past the end of a string cut off.
-    """
-    runs, value, shift = [], 0, 0
-    for letter in counts.encode() if isinstance(counts, str) else counts:
-        code = letter - 48
-        if not 0 <= code < 64:
-            return None
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:
-            value -= (code >> 4 & 1) << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return None if shift else runs
+def box_kinds(x0, y0, x1, y1, width, height):
+    """{kind: whether a box is of it}, the first of them counts; numbers, or arrays of one length."""
+    return {
+        "empty_box": (x1 <= x0) | (y1 <= y0),
+        "outside_box": (x0 >= width) | (y0 >= height) | (x1 <= 0) | (y1 <= 0),
+        # Half a pixel over the edge is rounding, not a mistake.
+        "clipped_box": (x0 < -0.5) | (y0 < -0.5) | (x1 > width + 0.5) | (y1 > height + 0.5),
+        "tiny_box": (x1 - x0 < TINY) | (y1 - y0 < TINY),
+    }
 
 
 def _keypoint_problems(keypoints, number, record):

@@ -9,9 +9,9 @@ import os
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
-from plaintrain.data.coco_mistakes import annotation_mistake, image_mistake
+from plaintrain.data.coco_mistakes import annotation_mistake, image_mistake, keypoint_mistake
 from plaintrain.data.serialized import no_garbage_collection
-from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.structures import BoxMode, segmentation_mistake, segmentation_to_rle
 from plaintrain.utils.errors import DataError, UserError, refuse
 
 _XYWH = BoxMode.XYWH_ABS
@@ -68,16 +68,18 @@ def load_coco_json(json_file, image_root, classes=None, problems=None):
         return _to_records(content, json_file, image_root, classes, problems)
 
 
-def load_coco_results(json_file, image_root, results_file, classes=None, score_thresh=0.0):
+def load_coco_results(json_file, image_root, results_file, classes=None, score_thresh=0.0, problems=None):
     """Read detections in COCO's results format as if they were annotations, each with its `score`.
 
-    A detection without a box gets the one around its segmentation. Keypoints count as visible.
+    A detection without a box gets the one around its segmentation, or its keypoints, which count as
+    visible.
 
     Args:
         json_file: path of a JSON with the `images` and `categories`; its annotations are not used.
         image_root, classes: see `load_coco_json`.
         results_file: path of a JSON list of `{image_id, category_id, score, bbox, ...}`.
         score_thresh: detections with a lower score are left out.
+        problems: None, or a list that takes broken images and detections instead of an error.
 
     Returns:
         (records, metadata), as `load_coco_json`.
@@ -89,25 +91,40 @@ def load_coco_results(json_file, image_root, results_file, classes=None, score_t
         content = _read_content(json_file, ("images", "categories"))
         results = _read_json(results_file)
         _check_list(results, f"{results_file} must hold a list of detections, as COCO's results format")
-        detections = [_detection(result, i, results_file) for i, result in enumerate(results)]
-        content["annotations"] = [d for d in detections if d["score"] >= score_thresh]
-        records, metadata = _to_records(content, results_file, image_root, classes)
-    return records, metadata
+        content["annotations"] = []
+        for index, result in enumerate(results):
+            detection = {**result, "id": index}
+            wrong = _complete(detection)
+            if wrong:
+                refuse(problems, DataError(wrong[0], f"detection {index} in {results_file} {wrong[1]}"))
+            elif detection["score"] >= score_thresh:
+                content["annotations"].append(detection)
+        return _to_records(content, results_file, image_root, classes, problems)
 
 
-def _detection(result, index, results_file):
-    if type(result.get("score")) not in (int, float):
-        raise UserError(f"detection {index} in {results_file} has no score, a number")
-    result = {**result, "id": index}
-    if "bbox" not in result and isinstance(result.get("segmentation"), dict):
-        try:
-            rle = segmentation_to_rle(result["segmentation"], *result["segmentation"]["size"])
-        except (UserError, KeyError, TypeError) as e:
-            raise UserError(f"the segmentation of detection {index} in {results_file} is no RLE: {e}") from e
-        result["bbox"] = coco_mask.toBbox(rle).tolist()
-    if isinstance(result.get("keypoints"), list):
-        result["keypoints"] = [2 if i % 3 == 2 else v for i, v in enumerate(result["keypoints"])]
-    return result
+def _complete(detection):
+    """Give a detection visible keypoints, and the box that it lacks; what is wrong with it, or None."""
+    if type(detection.get("score")) not in (int, float):
+        return "broken", "has no score, a number"
+    segmentation, keypoints = detection.get("segmentation"), detection.get("keypoints")
+    if isinstance(keypoints, list):
+        detection["keypoints"] = keypoints = [2 if i % 3 == 2 else v for i, v in enumerate(keypoints)]
+    if "bbox" in detection:
+        return None
+    wrong = None
+    if isinstance(segmentation, dict):
+        size = segmentation.get("size")
+        if not isinstance(size, list) or len(size) != 2 or {*map(type, size)} != {int}:
+            return "bad_rle", f"has an RLE of the size {size}, not [height, width]"
+        wrong = segmentation_mistake(segmentation, *size)
+        if not wrong:
+            detection["bbox"] = coco_mask.toBbox(segmentation_to_rle(segmentation, *size)).tolist()
+    elif keypoints:
+        wrong = keypoint_mistake(keypoints, None)
+        if not wrong:
+            xs, ys = keypoints[::3], keypoints[1::3]
+            detection["bbox"] = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    return wrong
 
 
 def _note_repeated_ids(annotations, json_file, problems):

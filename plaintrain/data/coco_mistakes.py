@@ -2,7 +2,10 @@
 
 import math
 
+from plaintrain.structures import are_numbers
+
 _NUMBERS = {int, float}
+_AREAS = {*_NUMBERS, type(None)}
 
 
 def image_mistake(image, known_ids, json_file):
@@ -29,14 +32,6 @@ def image_mistake(image, known_ids, json_file):
     return None
 
 
-def are_numbers(values):
-    """Whether a list or tuple holds nothing but finite numbers."""
-    try:
-        return _NUMBERS.issuperset(map(type, values)) and math.isfinite(sum(values))
-    except OverflowError:
-        return False
-
-
 def annotation_mistake(annotation, image_ids, num_keypoints):
     """What is wrong with an entry of `annotations`: (kind, end of a sentence), or None.
 
@@ -60,10 +55,12 @@ def annotation_mistake(annotation, image_ids, num_keypoints):
     except (TypeError, ValueError, OverflowError):
         finite = False
     if not finite:
-        what = f"has bbox {box}, which is not four finite numbers x, y, w, h"
+        what = f"has bbox {str(box)[:80]}, which is not four finite numbers x, y, w, h"
         return _missing(annotation, "bbox") or ("bad_box", what)
     if annotation.get("iscrowd") not in (None, 0, 1):
         return "broken", f"has iscrowd {annotation['iscrowd']!r}, not 0 or 1"
+    if type(annotation.get("area", 0)) not in _AREAS:
+        return "broken", f"has the area {annotation['area']!r}, not a number"
     return keypoint_mistake(keypoints, num_keypoints[category_id]) if keypoints else None
 
 

@@ -4,6 +4,7 @@ import difflib
 import logging
 
 from plaintrain.data.catalog import select_classes
+from plaintrain.data.records import check_annotation
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ def load_concat(names, read, classes=None, merge=False):
         where they agree.
 
     Raises:
-        UserError: a dataset given twice or without class names, or differing classes.
+        UserError: a dataset given twice or without class names, differing classes, or a class id out
+            of its range.
     """
     if not names or len(set(names)) != len(names):
         raise UserError(f"DATASETS of a concat dataset must name one or more, each once, not {names}")
@@ -46,7 +48,7 @@ def load_concat(names, read, classes=None, merge=False):
     for name, part_classes, (part, _) in zip(names, found, parts, strict=True):
         labels = [label_of.get(class_name) for class_name in part_classes]
         for record in part:
-            record["annotations"] = _relabel(record["annotations"], labels)
+            record["annotations"] = _relabel(record, labels)
             if collide:
                 record["image_id"] = f"{name}/{record['image_id']}"
             records.append(record)
@@ -82,10 +84,12 @@ def _difference(first_name, first, second):
     return " and ".join(parts)
 
 
-def _relabel(annotations, labels):
-    if labels == list(range(len(labels))):
-        return annotations
-    new = [(annotation, labels[annotation["category_id"]]) for annotation in annotations]
+def _relabel(record, labels):
+    for annotation in record["annotations"]:
+        label = annotation.get("category_id")
+        if type(label) is not int or not 0 <= label < len(labels):
+            check_annotation(annotation, record["file_name"], len(labels))
+    new = [(annotation, labels[annotation["category_id"]]) for annotation in record["annotations"]]
     return [{**annotation, "category_id": label} for annotation, label in new if label is not None]
 
 

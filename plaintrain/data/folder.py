@@ -1,6 +1,7 @@
 """A folder of images -> records without annotations, for prediction."""
 
 import os
+import struct
 from pathlib import Path
 
 from PIL import ExifTags, Image
@@ -8,6 +9,9 @@ from PIL import ExifTags, Image
 from plaintrain.utils.errors import DataError, UserError, refuse
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+# What Pillow raises for a file that is broken, in its pixels or its EXIF data.
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
 
 
 def list_images(folder):
@@ -36,10 +40,10 @@ def image_header(file_name):
         with Image.open(file_name) as image:
             width, height = image.size
             # The PNG class' own method would decode the whole image first.
-            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+            orientation = int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     except FileNotFoundError as e:
         raise DataError("unreadable", f"the image file {file_name} does not exist") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except BROKEN_IMAGE as e:
         raise DataError("unreadable", f"cannot read the image file {file_name}: {e}") from e
     return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
 

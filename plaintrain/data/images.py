@@ -5,6 +5,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from plaintrain.data import shapes
+from plaintrain.data.folder import BROKEN_IMAGE
 from plaintrain.utils.errors import UserError
 
 
@@ -31,7 +32,7 @@ def read_image(file_name):
             array = np.array(image.convert("RGB"))
     except FileNotFoundError as e:
         raise UserError(f"the image file {file_name} does not exist") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except BROKEN_IMAGE as e:
         raise UserError(f"cannot read the image file {file_name}: {e}") from e
     return torch.from_numpy(array).permute(2, 0, 1)
 

@@ -6,7 +6,8 @@ import re
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.utils.errors import UserError
 
-_OTHER = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+_OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+_OTHER |= {right: left for left, right in _OTHER.items()}
 
 
 def keypoint_flip_indices(names, flip_map=None):
@@ -25,7 +26,7 @@ def keypoint_flip_indices(names, flip_map=None):
     """
     names = list(names)
     if flip_map is None:
-        others = (re.sub("[Ll]eft|[Rr]ight", lambda m: _OTHER[m.group()], name) for name in names)
+        others = (re.sub("|".join(_OTHER), lambda m: _OTHER[m.group()], name) for name in names)
         flip_map = [(a, b) for a, b in zip(names, others, strict=True) if b in names and a < b]
     order = list(range(len(names)))
     for pair in flip_map:

@@ -7,17 +7,26 @@ from collections import Counter
 
 import numpy as np
 
-from plaintrain.data.catalog import DatasetCatalog, common_class_names
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, common_class_names
+from plaintrain.data.checks import KINDS, box_kinds
+from plaintrain.data.coco_mistakes import keypoint_mistake
 from plaintrain.data.serialized import RECORD_KEYS, SerializedRecords
 from plaintrain.data.shapes import SCHEME
-from plaintrain.structures import BoxMode
+from plaintrain.structures import BoxMode, segmentation_mistake
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_TYPES = (
+    ("file_name", str, "a string"),
+    ("height", numbers.Integral, "a whole number"),
+    ("width", numbers.Integral, "a whole number"),
+    ("annotations", list | tuple, "a list"),
+)
+
 
 def get_detection_dataset_dicts(names, filter_empty=True, min_keypoints=0, need_masks=False):
-    """The records of one or several datasets for training, checked.
+    """The records of one or several datasets for training, checked as `checks` does.
 
     Boxes without area or outside their image are dropped, and counted in the log. Of several
     datasets the class lists must be equal.
@@ -25,8 +34,9 @@ def get_detection_dataset_dicts(names, filter_empty=True, min_keypoints=0, need_
     Args:
         names: a dataset name or several.
         filter_empty: leave out images that have no annotation but crowds.
-        min_keypoints: leave out images with fewer labelled keypoints than this, crowds not counted.
-        need_masks: refuse an annotation without segmentation, unless it is a crowd.
+        min_keypoints: leave out images with fewer labelled keypoints than this, crowds not counted;
+            above 0, refuse malformed keypoints.
+        need_masks: refuse an annotation without a usable segmentation, unless it is a crowd.
 
     Returns:
         `SerializedRecords`, a sequence of fresh dicts; its `lengths` are those of the datasets.
@@ -47,18 +57,17 @@ def get_detection_dataset_dicts(names, filter_empty=True, min_keypoints=0, need_
             _raise_first_mistake(name, records, len(classes))
         kept = _usable(records, counts)
         histogram += np.bincount(table.labels[kept], minlength=len(classes))
-        objects = kept & ~table.crowd
-        if need_masks and not table.segmented[objects].all():
-            first = records[table.record[objects & ~table.segmented][0]]
-            raise UserError(
-                f"MODEL.MASK_ON needs a segmentation of every object, but one of {first['file_name']} "
-                "has none"
-            )
-        chosen = _chosen(records, objects, counts, filter_empty, min_keypoints)
+        chosen = _chosen(records, kept & ~table.crowd, counts, filter_empty, min_keypoints)
         parts.append(_without(records, kept).take(chosen))
+        if need_masks or min_keypoints:
+            num_keypoints = len(MetadataCatalog.get(name).get("keypoint_names") or ())
+            _check_targets(parts[-1], need_masks, min_keypoints and num_keypoints)
     _report(", ".join(names), classes, counts, histogram)
     if not any(map(len, parts)):
-        raise UserError(f"no image with annotations is left in {', '.join(names)}")
+        raise UserError(
+            f"no image with annotations is left in {', '.join(names)}: of {counts['images']} images "
+            f"{counts['empty']} have none, and {counts['poor']} have too few labelled keypoints"
+        )
     return SerializedRecords.join(parts)
 
 
@@ -67,12 +76,17 @@ def _raise_first_mistake(name, records, num_classes):
         for key in RECORD_KEYS:
             if key not in record:
                 raise UserError(f"a record of the dataset {name} has no {key}: {str(record)[:200]}")
+        for key, kind, word in _TYPES:
+            if not isinstance(record[key], kind):
+                raise UserError(f"a record of the dataset {name} has the {key} {record[key]!r}, not {word}")
         for annotation in record["annotations"]:
-            _check_annotation(annotation, record["file_name"], num_classes)
-    raise UserError(f"the records of the dataset {name} are not as a record must be")
+            check_annotation(annotation, record["file_name"], num_classes)
+        if SerializedRecords([record]).annotations is None:
+            raise UserError(f"the annotations of {record['file_name']} cannot be read: {str(record)[:300]}")
 
 
-def _check_annotation(annotation, file_name, num_classes):
+def check_annotation(annotation, file_name, num_classes):
+    """Refuse an annotation without box, or whose `category_id` is not one of 0 to `num_classes` - 1."""
     for key in ("bbox", "bbox_mode", "category_id"):
         if key not in annotation:
             raise UserError(f"an annotation of {file_name} has no {key}")
@@ -87,21 +101,42 @@ def _check_annotation(annotation, file_name, num_classes):
         BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
     except UserError as e:
         raise UserError(f"an annotation of {file_name}: {e}") from e
+    except TypeError as e:
+        raise UserError(f"an annotation of {file_name} has no box, but {annotation['bbox']!r}") from e
+
+
+def _check_targets(records, masks, num_keypoints):
+    """Refuse objects of which no mask or no keypoints can be made, before training comes to them."""
+    for record in records:
+        for annotation in record["annotations"]:
+            if annotation.get("iscrowd"):
+                continue
+            size, keypoints = (record["height"], record["width"]), annotation.get("keypoints")
+            wrong = masks and segmentation_mistake(annotation.get("segmentation"), *size)
+            if wrong:
+                raise UserError(
+                    "MODEL.MASK_ON needs a segmentation of every object, but an annotation of "
+                    f"{record['file_name']} {wrong[1]}"
+                )
+            wrong = num_keypoints and keypoints and keypoint_mistake(keypoints, num_keypoints)
+            if wrong:
+                raise UserError(f"an annotation of {record['file_name']} {wrong[1]}")
 
 
 def _usable(records, counts):
     """Which annotations have a box with an area inside the image, bool [A]."""
     table = records.annotations
-    x0, y0, x1, y1 = table.boxes.T
     width, height = (records.columns[key][table.record] for key in ("width", "height"))
-    degenerate = (x1 <= x0) | (y1 <= y0)
-    outside = ~degenerate & ((x0 >= width) | (y0 >= height) | (x1 <= 0) | (y1 <= 0))
-    kept = ~(degenerate | outside)
-    # Half a pixel over the edge is rounding, not a mistake.
-    over = kept & (np.maximum.reduce([-x0, -y0, x1 - width, y1 - height]) > 0.5)
-    masks = {"degenerate": degenerate, "outside": outside, "clipped": over, "crowd": kept & table.crowd}
+    kinds = box_kinds(*table.boxes.T, width, height)
+    dropped = kinds["empty_box"] | kinds["outside_box"]
+    masks = {
+        "empty_box": kinds["empty_box"],
+        "outside_box": kinds["outside_box"] & ~kinds["empty_box"],
+        "clipped_box": kinds["clipped_box"] & ~dropped,
+        "crowd": table.crowd & ~dropped,
+    }
     counts.update({key: int(mask.sum()) for key, mask in masks.items()})
-    return kept
+    return ~dropped
 
 
 def _chosen(records, objects, counts, filter_empty, min_keypoints):
@@ -134,14 +169,9 @@ def _report(names, classes, counts, histogram):
         f"{names}: {counts['images']} images, {histogram.sum()} boxes ({counts['crowd']} crowds) of "
         f"{len(classes)} classes\n" + "\n".join(rows)
     )
-    texts = {
-        "degenerate": "boxes without area are dropped",
-        "outside": "boxes outside their image are dropped",
-        "clipped": "boxes reach beyond their image and are clipped",
-    }
-    for key, text in texts.items():
-        if counts[key]:
-            logger.warning(f"{names}: {counts[key]} {text}")
+    for kind in ("empty_box", "outside_box", "clipped_box"):
+        if counts[kind]:
+            logger.warning(f"{names}: {KINDS[kind][0]}: {counts[kind]}")
     texts = {
         "empty": "images without annotations are left out",
         "poor": "images with too few labelled keypoints are left out",

@@ -38,9 +38,8 @@ class AnnotationTable:
     boxes: np.ndarray
     # category_id, int64 [A].
     labels: np.ndarray
-    # Whether it is a crowd, and whether it has a segmentation, bool [A].
+    # Whether it is a crowd, bool [A].
     crowd: np.ndarray
-    segmented: np.ndarray
     # Number of labelled keypoints, int64 [A].
     keypoints: np.ndarray
 
@@ -119,11 +118,17 @@ def _or_none(make, records):
 
 
 def _columns(records):
-    return {
-        "file_name": np.array([record["file_name"] for record in records], dtype=object),
-        "height": np.array([record["height"] for record in records], dtype=np.int64),
-        "width": np.array([record["width"] for record in records], dtype=np.int64),
-    }
+    columns = {}
+    for key, kind in (("file_name", str), ("height", numbers.Integral), ("width", numbers.Integral)):
+        values = [record[key] for record in records]
+        _check_kind(values, kind)
+        columns[key] = np.array(values, dtype=object if kind is str else np.int64)
+    return columns
+
+
+def _check_kind(values, kind):
+    if not all(issubclass(found, kind) and found is not bool for found in set(map(type, values))):
+        raise TypeError(f"not all are {kind}")
 
 
 def _annotation_table(records):
@@ -133,14 +138,12 @@ def _annotation_table(records):
     numbers_of = [len(record["annotations"]) for record in records]
     annotations = [annotation for record in records for annotation in record["annotations"]]
     labels = [annotation["category_id"] for annotation in annotations]
-    if not all(issubclass(kind, numbers.Integral) and kind is not bool for kind in set(map(type, labels))):
-        raise TypeError("a category_id is not an integer")
+    _check_kind(labels, numbers.Integral)
     return AnnotationTable(
         record=np.repeat(np.arange(len(records)), numbers_of),
         boxes=_corners([a["bbox"] for a in annotations], [a["bbox_mode"] for a in annotations]),
         labels=np.array(labels, dtype=np.int64),
         crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool),
-        segmented=np.array([bool(a.get("segmentation")) for a in annotations], dtype=bool),
         keypoints=np.array([_num_labelled(a.get("keypoints")) for a in annotations], dtype=np.int64),
     )
 

@@ -18,14 +18,14 @@ from plaintrain.utils.errors import UserError
 def shortest_edge_size(height, width, short_edge, max_size):
     """The (height, width) that brings the shorter side to `short_edge`, the longer to <= `max_size`.
 
-    Rounds as Detectron2's ResizeShortestEdge does.
+    Rounds as Detectron2's ResizeShortestEdge does; a side is at least 1.
     """
     scale = short_edge / min(height, width)
     new = [short_edge, scale * width] if height < width else [scale * height, short_edge]
     if max(new) > max_size:
         shrink = max_size / max(new)
         new = [side * shrink for side in new]
-    return int(new[0] + 0.5), int(new[1] + 0.5)
+    return max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))
 
 
 @dataclass(frozen=True)

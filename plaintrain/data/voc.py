@@ -55,7 +55,9 @@ def load_voc(root, split, classes=None, problems=None):
     labels = {name: label for label, name in enumerate(chosen)}
     images = _image_files(os.path.join(root, "JPEGImages"))
     records = []
-    for name in names:
+    for line in names:
+        # Per-class lists hold a second column (1, 0, -1); a name may hold spaces.
+        name = line if line in images else line.split()[0]
         try:
             if name not in images:
                 where = os.path.join(root, "JPEGImages")
@@ -83,8 +85,7 @@ def _read_split(root, split):
     path = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
     try:
         with open(path, encoding="utf-8") as f:
-            # Per-class lists hold a second column (1, 0, -1).
-            names = [line.split()[0] for line in f if line.strip()]
+            names = [line.strip() for line in f if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         folder = os.path.dirname(path)
         known = sorted(os.path.splitext(p)[0] for p in os.listdir(folder)) if os.path.isdir(folder) else []

@@ -7,6 +7,7 @@ Format: https://docs.ultralytics.com/datasets/detect/ and https://docs.ultralyti
 """
 
 import difflib
+import logging
 import math
 import os
 from pathlib import Path
@@ -16,6 +17,8 @@ from plaintrain.data.folder import image_record, list_images
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import DataError, UserError, refuse
 from plaintrain.utils.yaml_files import parse_yaml
+
+logger = logging.getLogger(__name__)
 
 # How far outside 0 to 1 a coordinate may be, for rounding; Ultralytics' own limit.
 _TOLERANCE = 0.01
@@ -54,6 +57,9 @@ def load_yolo(data_file, split, classes=None, dataset_root="", problems=None):
         if record:
             record["annotations"] = _read_labels(record, labels, problems)
             records.append(record)
+    if records and not any(os.path.isfile(label_file(record["file_name"])) for record in records):
+        first = records[0]["file_name"]
+        logger.warning(f"no image of {data_file} has labels; those of {first} would be {label_file(first)}")
     return records, {"thing_classes": chosen}
 
 

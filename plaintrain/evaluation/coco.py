@@ -10,7 +10,7 @@ import os
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from plaintrain.data.catalog import MetadataCatalog, class_names
+from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.evaluation.coco_backend import (
     COCO_SIGMAS,
     Problem,
@@ -75,11 +75,10 @@ class COCOEvaluator(InstanceEvaluator):
                 raise UserError(f"the task {task} cannot be scored: {dataset_name} has no annotations for it")
         self._tasks, self._output_dir = tasks, output_dir
         self.backend = choose_backend(use_fast_impl)
-        self._classes = class_names(dataset_name)
         metadata = MetadataCatalog.get(dataset_name)
         mapping = metadata.get("thing_dataset_id_to_contiguous_id")
         ids = {label: dataset_id for dataset_id, label in (mapping or {}).items()}
-        self._category_ids = [ids.get(i, i + 1) for i in range(len(self._classes))]
+        self._category_ids = [ids.get(i, i + 1) for i in range(len(self.classes))]
         self._sigmas = [float(sigma) for sigma in kpt_oks_sigmas]
         if "keypoints" in (tasks or ()):
             names = metadata.get("keypoint_names") or ()
@@ -103,7 +102,8 @@ class COCOEvaluator(InstanceEvaluator):
             os.makedirs(self._output_dir, exist_ok=True)
             with atomic_write(os.path.join(self._output_dir, "coco_instances_results.json")) as f:
                 # In one string: `json.dump` makes small pieces, which takes several times as long.
-                f.write(json.dumps(self._results(detections)))
+                # Ids that came from an array are no int for it.
+                f.write(json.dumps(self._results(detections), default=int))
         results = {}
         for task in tasks:
             if task == "box_proposals":
@@ -196,7 +196,7 @@ class COCOEvaluator(InstanceEvaluator):
             return metrics
         order = ranks(self._category_ids) - 1
         per_class = {
-            name: _mean(precision[:, :, k, 0, -1]) for name, k in zip(self._classes, order, strict=True)
+            name: _mean(precision[:, :, k, 0, -1]) for name, k in zip(self.classes, order, strict=True)
         }
         if len(per_class) > 1:
             logger.info(f"{task} AP by class\n" + format_table(per_class.items(), ["class", "AP"]))

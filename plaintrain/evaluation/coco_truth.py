@@ -1,5 +1,7 @@
 """Records as the ground truth that COCO's metrics are computed on."""
 
+import numbers
+
 import numpy as np
 from pycocotools import mask as coco_mask
 
@@ -27,7 +29,7 @@ def ranks(ids):
 
     Integers are ordered by value, names by their place.
     """
-    if not all(isinstance(i, int) for i in ids):
+    if not all(isinstance(i, numbers.Integral) for i in ids):
         return np.arange(1, len(ids) + 1)
     return np.argsort(np.argsort(ids)) + 1
 

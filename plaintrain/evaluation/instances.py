@@ -1,16 +1,20 @@
 """Detections collected as arrays and run-length encodings: little to keep, little to gather."""
 
 import abc
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from plaintrain.data.catalog import DatasetCatalog
+from plaintrain.data.catalog import DatasetCatalog, class_names
+from plaintrain.data.records import check_annotation
 from plaintrain.evaluation.loop import DatasetEvaluator
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,23 @@ def encode_masks(masks):
     return [rle["counts"] for rle in coco_mask.encode(columns.transpose(2, 1, 0))]
 
 
+def ground_truth(dataset_name):
+    """What a dataset is scored by: (records, class names, {image_id: index of its record}).
+
+    Raises:
+        UserError: the dataset is unknown or names no classes, an image_id stands in it twice, or an
+            annotation has no box or none of its classes.
+    """
+    records, classes, index = DatasetCatalog.get(dataset_name), class_names(dataset_name), {}
+    for i, record in enumerate(records):
+        index[record["image_id"]] = i
+        for annotation in record["annotations"]:
+            check_annotation(annotation, f"image {record['image_id']} of {dataset_name}", len(classes))
+    if len(index) < len(records):
+        raise UserError(f"the dataset {dataset_name} holds an image_id twice")
+    return records, classes, index
+
+
 class InstanceEvaluator(DatasetEvaluator, abc.ABC):
     """Collects detections, gathers them on rank 0, and hands them to `score`."""
 
@@ -55,13 +76,10 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
             parts: which of "masks" and "keypoints" to collect where outputs hold them.
 
         Raises:
-            UserError: the dataset is unknown, or an image_id stands in it twice.
+            UserError: see `ground_truth`.
         """
         self.dataset_name, self._distributed, self._parts = dataset_name, distributed, parts
-        self.records = DatasetCatalog.get(dataset_name)
-        self._index = {record["image_id"]: i for i, record in enumerate(self.records)}
-        if len(self._index) != len(self.records):
-            raise UserError(f"the dataset {dataset_name} holds an image_id twice")
+        self.records, self.classes, self._index = ground_truth(dataset_name)
         self.reset()
 
     def reset(self):
@@ -73,20 +91,33 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         """Take in a `list[sample]` and, for each, what the model found in the original image's pixels.
 
         Raises:
-            UserError: masks are not of the image's size.
+            UserError: an image or a label that the dataset does not have, or masks that are not of the
+                image's size.
         """
         for sample, output in zip(inputs, outputs, strict=True):
-            index = self._index[sample["image_id"]]
+            index = self._index.get(sample["image_id"])
+            if index is None:
+                raise UserError(f"the dataset {self.dataset_name} has no image {sample['image_id']!r}")
             self._seen.append(index)
             columns = [output["boxes"], output["scores"][:, None], output["labels"][:, None]]
-            rows = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
+            # Not every device has numbers of double precision.
+            rows = torch.cat([column.cpu().double() for column in columns], dim=1).numpy()
+            self._check_labels(rows[:, 5])
             self._rows.append(np.concatenate([np.full((len(rows), 1), index), rows], axis=1))
             held = {part for part in self._parts if part in output}
             self._held |= held
             if "masks" in held and len(rows):
                 self._masks += self._encode(output["masks"], self.records[index])
             if "keypoints" in held and len(rows):
-                self._keypoints.append(output["keypoints"].double().cpu().numpy())
+                self._keypoints.append(output["keypoints"].cpu().double().numpy())
+
+    def _check_labels(self, labels):
+        wrong = labels[(labels < 0) | (labels >= len(self.classes))]
+        if len(wrong):
+            raise UserError(
+                f"the model finds the label {int(wrong[0])}, but {self.dataset_name} has {len(self.classes)} "
+                f"classes, 0 to {len(self.classes) - 1}"
+            )
 
     def _encode(self, masks, record):
         size = record["height"], record["width"]
@@ -108,7 +139,21 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         parts = comm.gather(part) if self._distributed else [part]
         if self._distributed and not comm.is_main_process():
             return None
+        self._warn_of_wrong_images([index for part in parts for index in part[1]])
         return self.score(_joined(parts))
+
+    def _warn_of_wrong_images(self, seen):
+        number = len(set(seen))
+        if number < len(self.records):
+            logger.warning(
+                f"only {number} of the {len(self.records)} images of {self.dataset_name} are scored; the "
+                "model was not run on the others"
+            )
+        if number < len(seen):
+            logger.warning(
+                f"of {self.dataset_name}, {len(seen) - number} images were given to the model once again; "
+                "what it found there counts each time"
+            )
 
     @abc.abstractmethod
     def score(self, detections):

@@ -9,12 +9,11 @@ import os
 
 import numpy as np
 
-from plaintrain.data.catalog import MetadataCatalog, class_names
+from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.evaluation.instances import InstanceEvaluator
 from plaintrain.evaluation.loop import format_table
 from plaintrain.evaluation.proposals import box_ious
 from plaintrain.structures import BoxMode
-from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -113,9 +112,7 @@ class PascalVOCDetectionEvaluator(InstanceEvaluator):
             use_07_metric: None decides by the year.
         """
         super().__init__(dataset_name, distributed)
-        self._classes, self._output_dir = class_names(dataset_name), output_dir
-        if not self._classes:
-            raise UserError(f"the dataset {dataset_name} has no classes to score")
+        self._output_dir = output_dir
         year = MetadataCatalog.get(dataset_name).get("year")
         self._use_07_metric = year == 2007 if use_07_metric is None else use_07_metric
 
@@ -137,7 +134,7 @@ class PascalVOCDetectionEvaluator(InstanceEvaluator):
         """{"bbox": AP, AP50, AP75 and each class' AP50}, in percent."""
         rows, truths = detections.rows, self._truths(detections.seen)
         table = {}
-        for label, name in enumerate(self._classes):
+        for label, name in enumerate(self.classes):
             found, truth = rows[rows[:, 6] == label, :6], truths[truths[:, 0] == label]
             table[name] = 100 * voc_eval(found, truth[:, 2:], truth[:, 1] > 0, self._use_07_metric)
         known = np.array([aps for aps in table.values() if not np.isnan(aps).any()]).reshape(-1, 10)

@@ -24,7 +24,7 @@ _NORMS = {
     "FrozenBN": FrozenBatchNorm2d,
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
-    "GN": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
+    "GN": lambda channels, eps=1e-5: nn.GroupNorm(math.gcd(32, channels), channels, eps),
 }
 _RESNETS = {
     18: (BasicBlock, [2, 2, 2, 2]),
@@ -64,9 +64,7 @@ def _freeze(stages, freeze_at):
 def _resnet(cfg):
     resnets = cfg.MODEL.RESNETS
     norms = ("FrozenBN", "BN", "SyncBN", "GN")
-    norm = get_norm(resnets.NORM, "MODEL.RESNETS.NORM", norms)
-    if resnets.NORM != "GN":
-        norm = functools.partial(norm, eps=resnets.NORM_EPS)
+    norm = functools.partial(get_norm(resnets.NORM, "MODEL.RESNETS.NORM", norms), eps=resnets.NORM_EPS)
     if resnets.DEPTH not in _RESNETS:
         raise UserError(f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}, but must be one of {list(_RESNETS)}")
     block, layers = _RESNETS[resnets.DEPTH]
@@ -260,10 +258,9 @@ def build_backbone(cfg):
     """
     name = cfg.MODEL.BACKBONE.NAME
     if name not in BACKBONES:
-        near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)
-        known = ", ".join(BACKBONES)
+        near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"MODEL.BACKBONE.NAME is {name!r}; known: {known}; the nearest is {near[0] if near else known}"
+            f"MODEL.BACKBONE.NAME is {name!r}; known: {', '.join(BACKBONES)}; the nearest is {near}"
         )
     ssd_only, is_ssd = name.startswith("build_ssd"), cfg.MODEL.META_ARCHITECTURE == "SSD"
     if ssd_only != is_ssd and name != "build_tiny_backbone":

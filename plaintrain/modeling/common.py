@@ -1,5 +1,6 @@
 """What every detector shares: anchors from the config, samples in, detections out."""
 
+import itertools
 import math
 
 import torch
@@ -96,6 +97,18 @@ def prior_bias(probability, key):
     if not 0 < probability < 1:
         raise UserError(f"{key} is {probability}, but must lie between 0 and 1")
     return -math.log((1 - probability) / probability)
+
+
+def get_thresholds(values, number, key):
+    """The `number` IoU thresholds that a config key holds.
+
+    Raises:
+        UserError: names the key, if it holds another number of them, or they do not rise from 0 to 1.
+    """
+    if len(values) != number or not all(a <= b for a, b in itertools.pairwise([0, *values, 1])):
+        numbers = "one number" if number == 1 else f"{number} rising numbers"
+        raise UserError(f"{key} is {values}, but must be {numbers} from 0 to 1")
+    return values
 
 
 def get_targets(samples, device, label_offset=0):

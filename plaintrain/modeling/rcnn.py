@@ -16,6 +16,7 @@ from plaintrain.modeling.common import (
     build_anchor_generator,
     build_preprocess,
     get_targets,
+    get_thresholds,
     to_original_size,
 )
 from plaintrain.modeling.detectron2 import AlignedRoIAlign
@@ -106,15 +107,15 @@ def _build_rpn_head(cfg, backbone, anchors):
     return RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], len(dims))
 
 
-def build_proposal_network(cfg):
-    """`ProposalNetwork` from MODEL.BACKBONE, ANCHOR_GENERATOR and RPN."""
-    backbone, rpn = build_backbone(cfg), cfg.MODEL.RPN
+def _build_rpn(cfg, backbone):
+    rpn = cfg.MODEL.RPN
     anchors = build_anchor_generator(cfg, backbone)
-    network = RegionProposalNetwork(
+    background, foreground = get_thresholds(rpn.IOU_THRESHOLDS, 2, "MODEL.RPN.IOU_THRESHOLDS")
+    return RegionProposalNetwork(
         anchors,
         _build_rpn_head(cfg, backbone, anchors),
-        fg_iou_thresh=rpn.IOU_THRESHOLDS[1],
-        bg_iou_thresh=rpn.IOU_THRESHOLDS[0],
+        fg_iou_thresh=foreground,
+        bg_iou_thresh=background,
         batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
         positive_fraction=rpn.POSITIVE_FRACTION,
         pre_nms_top_n={"training": rpn.PRE_NMS_TOPK_TRAIN, "testing": rpn.PRE_NMS_TOPK_TEST},
@@ -122,41 +123,37 @@ def build_proposal_network(cfg):
         nms_thresh=rpn.NMS_THRESH,
         score_thresh=rpn.SCORE_THRESH,
     )
-    return ProposalNetwork(backbone, network, build_preprocess(cfg))
+
+
+def build_proposal_network(cfg):
+    """`ProposalNetwork` from MODEL.BACKBONE, ANCHOR_GENERATOR and RPN."""
+    backbone = build_backbone(cfg)
+    return ProposalNetwork(backbone, _build_rpn(cfg, backbone), build_preprocess(cfg))
 
 
 def build_rcnn(cfg):
     """`GeneralizedRCNN` from MODEL.BACKBONE, ANCHOR_GENERATOR, RPN, ROI_HEADS and ROI_*_HEAD."""
     backbone = build_backbone(cfg)
-    anchors = build_anchor_generator(cfg, backbone)
-    rpn, heads, box = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    rpn = _build_rpn(cfg, backbone)
+    heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    (threshold,) = get_thresholds(heads.IOU_THRESHOLDS, 1, "MODEL.ROI_HEADS.IOU_THRESHOLDS")
     model = GeneralizedRCNN(
         backbone,
-        rpn_anchor_generator=anchors,
-        rpn_head=_build_rpn_head(cfg, backbone, anchors),
-        rpn_pre_nms_top_n_train=rpn.PRE_NMS_TOPK_TRAIN,
-        rpn_pre_nms_top_n_test=rpn.PRE_NMS_TOPK_TEST,
-        rpn_post_nms_top_n_train=rpn.POST_NMS_TOPK_TRAIN,
-        rpn_post_nms_top_n_test=rpn.POST_NMS_TOPK_TEST,
-        rpn_nms_thresh=rpn.NMS_THRESH,
-        rpn_score_thresh=rpn.SCORE_THRESH,
-        rpn_bg_iou_thresh=rpn.IOU_THRESHOLDS[0],
-        rpn_fg_iou_thresh=rpn.IOU_THRESHOLDS[1],
-        rpn_batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
-        rpn_positive_fraction=rpn.POSITIVE_FRACTION,
+        rpn_anchor_generator=rpn.anchor_generator,
+        rpn_head=rpn.head,
         box_roi_pool=_build_pooler(box, backbone),
         box_head=_build_box_head(box, backbone.out_channels),
         box_predictor=FastRCNNPredictor(box.FC_DIM, heads.NUM_CLASSES + 1),
         box_score_thresh=heads.SCORE_THRESH_TEST,
         box_nms_thresh=heads.NMS_THRESH_TEST,
         box_detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
-        box_fg_iou_thresh=heads.IOU_THRESHOLDS[0],
-        box_bg_iou_thresh=heads.IOU_THRESHOLDS[0],
+        box_fg_iou_thresh=threshold,
+        box_bg_iou_thresh=threshold,
         box_batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
         box_positive_fraction=heads.POSITIVE_FRACTION,
         bbox_reg_weights=box.BBOX_REG_WEIGHTS,
     )
-    model.transform = build_preprocess(cfg)
+    model.rpn, model.transform = rpn, build_preprocess(cfg)
     _initialize_box_head(model.roi_heads)
     if cfg.MODEL.MASK_ON:
         _add_mask_head(cfg, model.roi_heads, backbone)

@@ -11,6 +11,7 @@ from plaintrain.modeling.common import (
     build_anchor_generator,
     build_preprocess,
     get_targets,
+    get_thresholds,
     prior_bias,
     to_original_size,
 )
@@ -41,7 +42,9 @@ class RetinaNet(_RetinaNet):
         return {_LOSSES[name]: value for name, value in losses.items()}
 
     def postprocess_detections(self, head_outputs, anchors, image_shapes):
-        """torchvision's, or the same with boxes cut at the image's edge after NMS, as in Detectron2."""
+        """torchvision's, or as in Detectron2: boxes are cut at the image's edge after NMS, and those
+        that lie outside of it left out then.
+        """
         if self.clips_before_nms:
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
         detections = []
@@ -52,8 +55,9 @@ class RetinaNet(_RetinaNet):
             found = [self._candidates(logits[i], deltas[i], boxes) for logits, deltas, boxes in levels]
             boxes, scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
             keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
-            boxes = clip_boxes_to_image(boxes[keep], shape)
-            detections.append({"boxes": boxes, "scores": scores[keep], "labels": labels[keep]})
+            boxes = clip_boxes_to_image(boxes, shape)
+            keep = keep[(boxes[keep, 2:] > boxes[keep, :2]).all(dim=1)]
+            detections.append({"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]})
         return detections
 
     def _candidates(self, logits, deltas, anchors):
@@ -80,6 +84,7 @@ def build_retinanet(cfg):
     torch.nn.init.constant_(head.classification_head.cls_logits.bias, bias)
     if retinanet.BBOX_REG_LOSS_TYPE == "giou":
         head.regression_head._loss_type = "giou"
+    background, foreground = get_thresholds(retinanet.IOU_THRESHOLDS, 2, "MODEL.RETINANET.IOU_THRESHOLDS")
     model = RetinaNet(
         backbone,
         retinanet.NUM_CLASSES,
@@ -88,8 +93,8 @@ def build_retinanet(cfg):
         score_thresh=retinanet.SCORE_THRESH_TEST,
         nms_thresh=retinanet.NMS_THRESH_TEST,
         detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
-        bg_iou_thresh=retinanet.IOU_THRESHOLDS[0],
-        fg_iou_thresh=retinanet.IOU_THRESHOLDS[1],
+        bg_iou_thresh=background,
+        fg_iou_thresh=foreground,
         topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
     )
     model.box_coder = head.regression_head.box_coder = BoxCoder(retinanet.BBOX_REG_WEIGHTS)
