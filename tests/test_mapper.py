@@ -429,7 +429,7 @@ def test_an_empty_target_has_empty_masks_and_keypoints(picture, annotations):
     [
         ({}, "has no segmentation"),
         ({"segmentation": []}, "has no segmentation"),
-        ({"segmentation": [[1, 2, 3, 4]]}, "3 points or more"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "3 finite points or more"),
         ({"segmentation": {"size": [40, 30], "counts": [1200]}}, r"\[40, 30\]"),
         ({"segmentation": {"size": [30, 40], "counts": "h"}}, "counts do not add up to 30 x 40"),
         ({"segmentation": [SQUARE], "keypoints": [1, 2, 2]}, "3 numbers of keypoints, but 2 keypoints"),
