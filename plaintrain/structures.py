@@ -115,7 +115,7 @@ def segmentation_to_rle(segmentation, height, width):
     """
     wrong = segmentation_mistake(segmentation, height, width)
     if wrong:
-        raise UserError(f"an annotation {wrong[1]}")
+        raise UserError(f"it {wrong[1]}")
     if isinstance(segmentation, list | tuple):
         parts = coco_mask.frPyObjects([list(map(float, p)) for p in segmentation], height, width)
         return coco_mask.merge(parts)

@@ -108,7 +108,6 @@ def plaintrain_loop(iterations, data, folder):
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", 0, "OUTPUT_DIR", folder])
     cfg.SOLVER.BASE_LR = 1e-3
-    cfg.DATASETS.TRAIN = ("made of one batch",)
     torch.manual_seed(0)
     do_train(cfg, TrivialModel())
 

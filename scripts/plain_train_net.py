@@ -54,6 +54,11 @@ def get_evaluator(cfg, dataset_name, output_folder):
     )
 
 
+def dataset_classes(dataset_names):
+    """The class names by which published weights are taken over, or None."""
+    return MetadataCatalog.get(dataset_names[0]).get("thing_classes") if dataset_names else None
+
+
 def do_test(cfg, model):
     """Evaluate on every dataset of DATASETS.TEST; {dataset: {task: {metric: number}}} on rank 0."""
     results = {}
@@ -76,7 +81,7 @@ def do_train(cfg, model, resume=False):
     clip_gradients = build_gradient_clipper(cfg, model)
     checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, optimizer=optimizer, scheduler=scheduler)
     # Only a resumed run goes on counting; weights of another run start at 0.
-    classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+    classes = dataset_classes(cfg.DATASETS.TRAIN)
     state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, class_names=classes)
     start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
     keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
@@ -148,7 +153,7 @@ def main(args):
     logger.info(f"model:\n{model}")
     if args.eval_only:
         checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
-        classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
+        classes = dataset_classes(cfg.DATASETS.TEST)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, class_names=classes)
         results = do_test(cfg, model)
     else:

@@ -135,7 +135,7 @@ def test_compressed_masks_scores_and_custom_areas_are_written(tmp_path):
     assert first["segmentation"] == {"size": [20, 30], "counts": rle["counts"].decode()}
     assert (first["area"], first["score"], second["area"]) == (20, 0.5, 3.5)
     record["annotations"][0]["segmentation"] = [[1, 2]]
-    with pytest.raises(UserError, match="an annotation of x: a polygon"):
+    with pytest.raises(UserError, match="an annotation of x: it has a polygon"):
         write_coco(tmp_path / "b.json", [record], {"thing_classes": ["cat"]}, ["x.png"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json"]
 

@@ -428,4 +428,4 @@ def test_interrupt_ends_all_ranks_with_one_message(tmp_path):
     os.killpg(job.pid, signal.SIGINT)
     wait_all([job])
     assert job.code == 130
-    assert job.output.count("interrupted; --resume") == 1 and "Traceback" not in job.output
+    assert job.output.count("interrupted; a training goes on") == 1 and "Traceback" not in job.output
