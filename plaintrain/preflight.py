@@ -2,13 +2,16 @@
 
 import logging
 
+import torch
+
 from plaintrain.config import get_value
+from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.builtin import EVALUATORS
 from plaintrain.data.catalog import MetadataCatalog, common_class_names
 from plaintrain.data.loader import check_batch_size
 from plaintrain.data.records import check_image_files
 from plaintrain.evaluation.instances import ground_truth
-from plaintrain.modeling.build import get_device, num_classes_key
+from plaintrain.modeling.build import build_model, get_device, num_classes_key
 from plaintrain.utils.errors import UserError
 from plaintrain.weights import locate_weights
 
@@ -100,7 +103,7 @@ def _check_values(cfg):
 
 
 def check_before_training(cfg, resume, eval_only):
-    """Refuse what would make a run fail later: values, batch, test sets, weights and norms."""
+    """Refuse what would make a run fail later: values, batch, test sets, weights, augmentation, model."""
     _check_values(cfg)
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
@@ -116,6 +119,16 @@ def check_before_training(cfg, resume, eval_only):
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
     if not eval_only:
         _check_norms(cfg, resume)
+        build_augmentation(cfg, is_train=True)
+    _check_model(cfg)
+
+
+def _check_model(cfg):
+    """Build the model without memory: a mistake in MODEL is met before an earlier run is moved."""
+    cfg = cfg.clone()
+    set_value(cfg, "MODEL.DEVICE", "meta")
+    with torch.device("meta"):
+        build_model(cfg)
 
 
 def _check_test_dataset(name):

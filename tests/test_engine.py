@@ -286,6 +286,8 @@ def test_folder_without_a_run_is_left_alone(output):
         ("MODEL.ROI_HEADS.NUM_CLASSES", "80"),
         ("MODEL.KEYPOINT_ON", "True"),
         ("MODEL.LOAD_PROPOSALS", "True"),
+        ("MODEL.BACKBONE.NAME", "build_resnet50"),
+        ("INPUT.AUGMENTATIONS", "['RandomIoUCorp']"),
     ],
 )
 def test_start_that_is_refused_leaves_the_earlier_run_in_place(output, mistake):
@@ -452,7 +454,8 @@ def test_sync_bn_without_gpus_is_refused(output, backbone, key):
     [("build_resnet_fpn_backbone", "MODEL.TINY.NORM"), ("build_tiny_backbone", "MODEL.RESNETS.NORM")],
 )
 def test_sync_bn_of_a_backbone_that_is_not_used_does_not_matter(output, backbone, key):
-    assert setup(output, "MODEL.BACKBONE.NAME", backbone, key, "SyncBN").SEED >= 0
+    anchors = ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"]
+    assert setup(output, "MODEL.BACKBONE.NAME", backbone, key, "SyncBN", *anchors).SEED >= 0
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "gpu", "cpu:x"])
@@ -494,7 +497,8 @@ def test_order_of_the_classes_counts(output):
 
 def test_frozen_backbone_without_weights_is_warned_about(output, tmp_path):
     setup(output)
-    setup(tmp_path / "tiny", "MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.BACKBONE.FREEZE_AT", "0")
+    tiny = ["MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"]
+    setup(tmp_path / "tiny", *tiny, "MODEL.BACKBONE.FREEZE_AT", "0")
     assert "FREEZE_AT" in (output / "log.txt").read_text().split("config:")[0]
     assert "FREEZE_AT" not in (tmp_path / "tiny" / "log.txt").read_text().split("config:")[0]
 

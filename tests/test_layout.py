@@ -168,4 +168,5 @@ def test_the_readme_shows_the_loop_as_it_is():
 def test_the_readme_names_files_that_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in re.findall(r"(?:configs|scripts|docs)/[\w/\-]+\.(?:yaml|py|md)", readme):
-        assert (ROOT / name).is_file(), name
+        # The reader's own.
+        assert name == "configs/my.yaml" or (ROOT / name).is_file(), name

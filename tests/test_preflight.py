@@ -19,6 +19,7 @@ def cfg():
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("few_shapes",)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.KEYPOINT_ON = True
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.SSD.NUM_CLASSES = 3
     cfg.TEST.KEYPOINT_OKS_SIGMAS = SIGMAS
     return cfg
 
@@ -44,6 +45,7 @@ def test_a_number_of_keypoints_that_contradicts_the_dataset_names_both(cfg):
 
 
 def test_without_keypoint_names_the_number_must_be_given(cfg):
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
     MetadataCatalog.get("few_shapes").set(thing_classes=["circle"], keypoint_names=None)
     with pytest.raises(UserError, match="names no keypoints"):
         settle(cfg)
@@ -95,7 +97,7 @@ def test_evaluating_nothing_is_refused(cfg):
     ],
 )
 def test_sync_bn_of_a_head_counts_only_if_the_head_has_it(cfg, overrides, refused):
-    cfg.merge_from_list(overrides)
+    cfg.merge_from_list([*overrides, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 4])
     if not refused:
         check_before_training(cfg, resume=False, eval_only=False)
         return
@@ -106,6 +108,7 @@ def test_sync_bn_of_a_head_counts_only_if_the_head_has_it(cfg, overrides, refuse
 @pytest.mark.parametrize(("freeze_at", "warns"), [(0, False), (1, True)])
 def test_ssd_is_warned_about_frozen_stages_not_about_the_norm_of_another_backbone(cfg, log, freeze_at, warns):
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME = "SSD", "build_ssd_vgg16_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+    cfg.MODEL.BACKBONE.FREEZE_AT, cfg.INPUT.FIXED_SIZE = freeze_at, (300, 300)
+    cfg.MODEL.KEYPOINT_ON = False
     check_before_training(cfg, resume=False, eval_only=False)
     assert ("does not learn" in log.text) == warns
