@@ -125,6 +125,16 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")
 
 
+def _read_content(path):
+    try:
+        if path.endswith(".pkl"):
+            with open(path, "rb") as f:
+                return _ArrayUnpickler(f, encoding="latin1").load()
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # A damaged file can raise anything while it is unpickled.
+        raise UserError(f"cannot read the weights {path}: {first_line(e)}") from e
+
+
 def read_state_dict(path):
     """The name -> tensor dict of a weights file.
 
@@ -134,14 +144,10 @@ def read_state_dict(path):
     Raises:
         UserError: the file is damaged, holds no state dict, or asks to run code.
     """
-    try:
-        if path.endswith(".pkl"):
-            with open(path, "rb") as f:
-                content = _ArrayUnpickler(f, encoding="latin1").load()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # A damaged file can raise anything while it is unpickled.
-        raise UserError(f"cannot read the weights {path}: {first_line(e)}") from e
+    return _tensors(_read_content(path), path)
+
+
+def _tensors(content, path):
     for key in ("model", "state_dict", "blobs"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -251,7 +257,14 @@ def load_weights(model, name, class_names=None):
     wanted = model.state_dict()
     generators = [module for module in model.modules() if isinstance(module, AnchorGenerator)]
     num_ratios = len(generators[0].aspect_ratios[0]) if generators else 3
-    tensors, of_detectron2 = translate(read_state_dict(path), num_ratios)
+    content = _read_content(path)
+    tensors, of_detectron2 = translate(_tensors(content, path), num_ratios)
+    trained_for = content.get("class_names")
+    if class_names and trained_for and list(trained_for) != list(class_names):
+        logger.warning(
+            f"{name} was trained for the classes {', '.join(trained_for)}, here they are "
+            f"{', '.join(class_names)}: what it knows of a class goes to the one in the same place"
+        )
     found = match_names(tensors, wanted)
     if class_names:
         found = _select_classes(found, class_names, of_detectron2)

@@ -123,7 +123,7 @@ def do_train(cfg, model, resume=False):
             if save or test:
                 comm.average_buffers(model)
             # The checkpoint comes first: a failing evaluation loses nothing.
-            saver.step(iteration, config=config)
+            saver.step(iteration, config=config, class_names=classes)
             if test:
                 results = do_test(cfg, model)
                 storage.put_scalars(**flatten_results(results), smoothing_hint=False)

@@ -681,3 +681,11 @@ def test_every_detector_of_torchvision_has_an_address(model):
 def test_names_that_are_no_text_are_left_out(tmp_path):
     torch.save({0: torch.ones(1), "a": torch.ones(1)}, tmp_path / "w.pth")
     assert list(read_state_dict(str(tmp_path / "w.pth"))) == ["a"]
+
+
+@pytest.mark.parametrize(("classes", "warns"), [(["a", "b"], False), (["b", "a"], True), (None, False)])
+def test_weights_of_other_classes_are_warned_about(tmp_path, log, classes, warns):
+    model = torch.nn.Linear(3, 2)
+    torch.save({"model": model.state_dict(), "class_names": ["a", "b"]}, tmp_path / "w.pth")
+    load_weights(model, str(tmp_path / "w.pth"), classes)
+    assert ("was trained for the classes a, b, here they are b, a" in log.text) == warns
