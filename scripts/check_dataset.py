@@ -8,8 +8,8 @@ python scripts/check_dataset.py my_train --config-file my.yaml --fix DIR
 Opens every image. --fix writes a cleaned copy as DIR/annotations.json (DIR/NAME/annotations.json
 for several datasets), which refers to the original images; the original is never changed.
 
-Exit code: 0 training would work, 1 it would not (findings marked FATAL, or a file that cannot be
-read at all), 2 a mistake in the command line.
+Exit code, of the original: 0 training would work, 1 it would not (findings marked FATAL, or a file that
+cannot be read at all), 2 a mistake in the command line.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from plaintrain.data.checks import (
 )
 from plaintrain.data.folder import image_header
 from plaintrain.data.images import read_image
-from plaintrain.data.shapes import SCHEME
+from plaintrain.data.shapes import is_drawn
 from plaintrain.data.write import make_folder, write_coco
 from plaintrain.launch import launch
 from plaintrain.structures import BoxMode, is_polygon
@@ -47,16 +47,11 @@ from plaintrain.utils.logger import progress
 _DROPPED = {"bad_box", "empty_box", "outside_box"}
 
 
-def is_drawn(record):
-    """Whether the image is one of the shapes set, which has no file."""
-    return record["file_name"].startswith(SCHEME)
-
-
 def look_at(record):
     """What an image file is: {error} or {size: (height, width), turned: bool, pixels: a hash}."""
     try:
         image = read_image(record["file_name"])
-        turned = not is_drawn(record) and image_header(record["file_name"])[2] > 1
+        turned = not is_drawn(record["file_name"]) and image_header(record["file_name"])[2] > 1
     except UserError as e:
         return {"error": str(e)}
     size = tuple(image.shape[-2:])
@@ -147,7 +142,7 @@ def clean_annotation(annotation, record, num_keypoints, changes):
 
 def write_fixed(folder, records, looks, metadata, problems):
     """Write the cleaned copy of a dataset and say what was changed."""
-    if any(map(is_drawn, records)):
+    if any(is_drawn(record["file_name"]) for record in records):
         print("  no cleaned copy: its images are drawn, not read from files")
         return
     records, changes = clean(records, looks, len(metadata.get("keypoint_names") or ()) or None)
@@ -207,9 +202,10 @@ def main(args):
         with atomic_write(args.json) as f:
             json.dump(plain, f, indent=1)
     fatal = [name for name, findings in found.items() if any(finding.fatal for finding in findings)]
-    print(
+    verdict = (
         f"training would stop at the FATAL findings of {', '.join(fatal)}" if fatal else "training would work"
     )
+    print(f"{verdict}{' (on the original)' if args.fix else ''}")
     return 1 if fatal else 0
 
 

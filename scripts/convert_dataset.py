@@ -24,7 +24,7 @@ from PIL import Image
 from plaintrain.config import get_cfg
 from plaintrain.data import declare_datasets
 from plaintrain.data.builtin import read_dataset
-from plaintrain.data.shapes import SCHEME, render
+from plaintrain.data.shapes import is_drawn, render
 from plaintrain.data.write import category_ids, make_folder, write_coco
 from plaintrain.data.yolo import label_file
 from plaintrain.launch import launch
@@ -52,11 +52,13 @@ LOST = {
 
 def image_names(records):
     """For each record a path below one folder, no two the same: the files' own, from where they part."""
-    folders = {os.path.dirname(os.path.abspath(r["file_name"])) for r in records if not is_drawn(r)}
+    folders = {
+        os.path.dirname(os.path.abspath(r["file_name"])) for r in records if not is_drawn(r["file_name"])
+    }
     common = os.path.commonpath(folders) if folders else ""
     names = []
     for record in records:
-        if is_drawn(record):
+        if is_drawn(record["file_name"]):
             names.append(f"{record['image_id']}.png")
         else:
             names.append(Path(os.path.relpath(record["file_name"], common)).as_posix())
@@ -65,16 +67,11 @@ def image_names(records):
     return names
 
 
-def is_drawn(record):
-    """Whether the image is one of the shapes set, which has no file."""
-    return record["file_name"].startswith(SCHEME)
-
-
 def put_image(record, target, copy):
     """Write, copy or link a record's image at `target`."""
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        if is_drawn(record):
+        if is_drawn(record["file_name"]):
             Image.fromarray(render(record["file_name"])).save(target)
         elif copy:
             shutil.copyfile(record["file_name"], target)
@@ -89,7 +86,7 @@ def to_coco(records, metadata, output, copy):
     """Write `annotations.json`, and the images that are to be copied or drawn."""
     names = []
     for record, name in zip(progress(records, desc="images"), image_names(records), strict=True):
-        if copy or is_drawn(record):
+        if copy or is_drawn(record["file_name"]):
             name = f"images/{name}"
             put_image(record, os.path.join(output, name), copy)
         else:

@@ -188,8 +188,13 @@ def test_a_key_that_a_sampler_cannot_use_is_refused(cfg, records, sampler, optio
 
 
 def test_weights_of_datasets_need_the_datasets(cfg):
+    cfg = _use(cfg, "WeightedTrainingSampler", "DATASETS.TRAIN_REPEAT_FACTOR", [["one", 2]])
     with pytest.raises(UserError, match="other records were passed in"):
-        build_train_sampler(_use(cfg, "WeightedTrainingSampler"), _records("other", 5, 0), 4)
+        build_train_sampler(cfg, _records("other", 5, 0), 4)
+    with pytest.raises(UserError, match="WeightedTrainingSampler needs DATASETS.TRAIN_REPEAT_FACTOR"):
+        build_train_sampler(
+            _use(cfg, "WeightedTrainingSampler", "DATASETS.TRAIN_REPEAT_FACTOR", []), _records("one", 5, 0), 4
+        )
 
 
 def test_grouping_needs_the_sizes(cfg):

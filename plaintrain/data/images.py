@@ -20,7 +20,7 @@ def read_image(file_name):
     Raises:
         UserError: the file is missing, cut off or not an image.
     """
-    if file_name.startswith(shapes.SCHEME):
+    if shapes.is_drawn(file_name):
         return torch.from_numpy(shapes.render(file_name)).permute(2, 0, 1)
     try:
         with Image.open(file_name) as image:
@@ -52,7 +52,7 @@ def check_image_size(record, image):
 
 def _is_turned(file_name):
     """Whether an image file's EXIF orientation exchanges its sides."""
-    if file_name.startswith(shapes.SCHEME):
+    if shapes.is_drawn(file_name):
         return False
     with Image.open(file_name) as image:
         return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5

@@ -11,7 +11,7 @@ from plaintrain.data.copy_paste import SimpleCopyPaste
 from plaintrain.data.images import check_image_size, read_image
 from plaintrain.data.keypoints import dataset_flip_indices
 from plaintrain.data.tensors import has_extent, hide_outside, select
-from plaintrain.structures import BoxMode, segmentation_mistake, segmentation_to_rle
+from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
 
@@ -133,11 +133,7 @@ def _boxes(annotations, size):
 def _masks(annotations, size):
     if not annotations:
         return tv_tensors.Mask(torch.zeros(0, *size, dtype=torch.uint8))
-    for annotation in annotations:
-        wrong = segmentation_mistake(annotation.get("segmentation"), *size)
-        if wrong:
-            raise UserError(f"for its mask, it {wrong[1]}")
-    decoded = coco_mask.decode([segmentation_to_rle(a["segmentation"], *size) for a in annotations])
+    decoded = coco_mask.decode([segmentation_to_rle(a.get("segmentation"), *size) for a in annotations])
     return tv_tensors.Mask(torch.from_numpy(decoded).permute(2, 0, 1).contiguous())
 
 

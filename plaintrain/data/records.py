@@ -11,7 +11,7 @@ from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, common_clas
 from plaintrain.data.checks import KINDS, box_kinds
 from plaintrain.data.coco_mistakes import keypoint_mistake
 from plaintrain.data.serialized import RECORD_KEYS, SerializedRecords
-from plaintrain.data.shapes import SCHEME
+from plaintrain.data.shapes import is_drawn
 from plaintrain.structures import BoxMode, segmentation_mistake
 from plaintrain.utils.errors import UserError
 
@@ -195,7 +195,7 @@ def check_image_files(records, what):
     paths = columns["file_name"] if columns else [record["file_name"] for record in records]
     folders, missing = {}, []
     for path in paths:
-        if path.startswith(SCHEME):
+        if is_drawn(path):
             continue
         folder, name = os.path.split(path)
         if folder not in folders:

@@ -70,6 +70,11 @@ def load_shapes(split="train", num=2000, height=128, width=128, seed=0):
     return records, metadata
 
 
+def is_drawn(file_name):
+    """Whether a record's `file_name` is that of an image of this set, which has no file."""
+    return file_name.startswith(SCHEME)
+
+
 def render(file_name):
     """Draw the image that a record of `load_shapes` names.
 

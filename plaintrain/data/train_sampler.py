@@ -92,6 +92,8 @@ def _class_balanced(cfg, records, keys):
 
 def _weighted(cfg, records, keys):
     where, names = "DATASETS.TRAIN_REPEAT_FACTOR", list(cfg.DATASETS.TRAIN)
+    if not cfg.DATASETS.TRAIN_REPEAT_FACTOR:
+        raise UserError(f"WeightedTrainingSampler needs {where}, [[name, factor], ...]")
     factors = dict.fromkeys(names, 1.0)
     for entry in cfg.DATASETS.TRAIN_REPEAT_FACTOR:
         if not isinstance(entry, list | tuple) or len(entry) != 2 or entry[0] not in factors:

@@ -29,7 +29,7 @@ def category_ids(metadata):
     """The dataset's own category id of each label: as its files have it, otherwise 1, 2, ..."""
     mapping = metadata.get("thing_dataset_id_to_contiguous_id") or {}
     ids = {label: dataset_id for dataset_id, label in mapping.items()}
-    return [ids.get(label, label + 1) for label in range(len(metadata["thing_classes"]))]
+    return [ids.get(label, label + 1) for label in range(len(metadata.get("thing_classes")))]
 
 
 def write_coco(json_file, records, metadata, file_names):

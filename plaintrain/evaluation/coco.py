@@ -11,10 +11,12 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import MetadataCatalog
+from plaintrain.data.write import category_ids
 from plaintrain.evaluation.coco_backend import (
     COCO_SIGMAS,
     Problem,
     choose_backend,
+    oks_sigmas,
     precision_recall,
 )
 from plaintrain.evaluation.coco_truth import annotated, area, box_xywh, coco_truth, num_keypoints, ranks
@@ -76,24 +78,11 @@ class COCOEvaluator(InstanceEvaluator):
         self._tasks, self._output_dir = tasks, output_dir
         self.backend = choose_backend(use_fast_impl)
         metadata = MetadataCatalog.get(dataset_name)
-        mapping = metadata.get("thing_dataset_id_to_contiguous_id")
-        ids = {label: dataset_id for dataset_id, label in (mapping or {}).items()}
-        self._category_ids = [ids.get(i, i + 1) for i in range(len(self.classes))]
+        self._category_ids = category_ids(metadata)
         self._sigmas = [float(sigma) for sigma in kpt_oks_sigmas]
         if "keypoints" in (tasks or ()):
             names = metadata.get("keypoint_names") or ()
-            self._oks_sigmas(len(names) or num_keypoints(self.records))
-
-    def _oks_sigmas(self, num):
-        """The sigmas for `num` keypoints; 0 if nobody knows how many there are."""
-        sigmas = self._sigmas or COCO_SIGMAS
-        if num and (len(sigmas) != num or min(sigmas) <= 0):
-            given = f"not {self._sigmas}" if self._sigmas else f"COCO's are for {len(COCO_SIGMAS)}"
-            raise UserError(
-                f"TEST.KEYPOINT_OKS_SIGMAS must be {num} positive numbers, one for each keypoint of "
-                f"{self.dataset_name}, {given}"
-            )
-        return sigmas
+            oks_sigmas(self._sigmas, len(names) or num_keypoints(self.records))
 
     def score(self, detections):
         """{task: {metric: number}}, in percent; NaN where there is no ground truth of a kind."""
@@ -173,7 +162,7 @@ class COCOEvaluator(InstanceEvaluator):
             # One by one: numpy 2 lets pycocotools count only to 255.
             areas = np.array([float(coco_mask.area(rle)) for rle in shapes])
         elif task == "keypoints":
-            sigmas = self._oks_sigmas(num_keypoints(self.records))
+            sigmas = oks_sigmas(self._sigmas, num_keypoints(self.records))
             shapes = _flat_keypoints(detections)
             if shapes and len(shapes[0]) != 3 * len(sigmas):
                 raise UserError(

@@ -8,9 +8,27 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools.cocoeval import Params
 
+from plaintrain.utils.errors import UserError
+
 # The first that is installed is used; they agree with each other, and pycocotools is the slowest.
 BACKENDS = ("hotcoco", "faster_coco_eval", "pycocotools")
 COCO_SIGMAS = Params("keypoints").kpt_oks_sigmas.tolist()
+
+
+def oks_sigmas(given, num):
+    """TEST.KEYPOINT_OKS_SIGMAS for `num` keypoints (0: nobody knows how many), or COCO's if it is empty.
+
+    Raises:
+        UserError: another number of them, or one that is not positive.
+    """
+    sigmas = given or COCO_SIGMAS
+    if num and (len(sigmas) != num or min(sigmas) <= 0):
+        found = f"not {given}" if given else f"COCO's are for {len(COCO_SIGMAS)}"
+        raise UserError(
+            f"TEST.KEYPOINT_OKS_SIGMAS must be {num} positive numbers, one for each keypoint of the "
+            f"dataset, {found}"
+        )
+    return sigmas
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ _NEEDED = {"segm": "segmentation", "keypoints": "keypoints"}
 
 def annotated(records, task):
     """True if some annotation can be scored in a task, or none is there at all."""
-    annotations = [a for record in records for a in record["annotations"]]
-    return task not in _NEEDED or not annotations or any(a.get(_NEEDED[task]) for a in annotations)
+    if task not in _NEEDED:
+        return True
+    found = (bool(a.get(_NEEDED[task])) for record in records for a in record["annotations"])
+    # The first one decides if it can be scored; without any the default is taken.
+    return next(found, True) or any(found)
 
 
 def num_keypoints(records):
