@@ -9,7 +9,9 @@ from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.builtin import EVALUATORS
 from plaintrain.data.catalog import MetadataCatalog, common_class_names
 from plaintrain.data.loader import check_batch_size
+from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import check_image_files
+from plaintrain.evaluation.coco_backend import oks_sigmas
 from plaintrain.evaluation.instances import ground_truth
 from plaintrain.modeling.build import build_model, get_device, num_classes_key
 from plaintrain.utils.errors import UserError
@@ -17,8 +19,6 @@ from plaintrain.weights import locate_weights
 
 logger = logging.getLogger(__name__)
 
-# COCO has standard deviations for this many keypoints of a person.
-_COCO_KEYPOINTS = 17
 _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
 _LEAST = {
@@ -83,14 +83,8 @@ def _settle_num_keypoints(cfg, names):
         )
     set_value(cfg, _NUM_KEYPOINTS, given)
     logger.info(f"{_NUM_KEYPOINTS} is {given}")
-    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-    if cfg.DATASETS.TEST and len(sigmas) != given and (sigmas or given != _COCO_KEYPOINTS):
-        raise UserError(
-            f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} numbers, but there are {given} keypoints: give "
-            "one each (COCO's own serve only its 17)"
-        )
-    if min(sigmas, default=1) <= 0:
-        raise UserError(f"TEST.KEYPOINT_OKS_SIGMAS must be numbers above 0, not {sigmas}")
+    if cfg.DATASETS.TEST:
+        oks_sigmas(cfg.TEST.KEYPOINT_OKS_SIGMAS, given)
 
 
 def _check_values(cfg):
@@ -119,7 +113,8 @@ def check_before_training(cfg, resume, eval_only):
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
     if not eval_only:
         _check_norms(cfg, resume)
-        build_augmentation(cfg, is_train=True)
+        steps = build_augmentation(cfg, is_train=True)
+        DatasetMapper(cfg, augmentations=steps, num_keypoints=0, records=[None])
     _check_model(cfg)
 
 

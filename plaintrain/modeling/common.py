@@ -121,6 +121,35 @@ def get_targets(samples, device, label_offset=0):
     return targets
 
 
+class OnSamples:
+    """Lets a torchvision detector take samples: the first base of a class, torchvision's the second.
+
+    Attributes:
+        loss_names: torchvision's names of the losses -> those returned.
+        label_offset: 1 where torchvision's label 0 is the background.
+    """
+
+    loss_names, label_offset = {}, 0
+
+    def forward(self, samples):
+        """
+        Args:
+            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
+
+        Returns:
+            In training: the losses of `loss_names`, 0-d tensors.
+            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
+            original image's pixels, scores descending in 0..1, labels 0 to K-1; with their heads
+            masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
+        """
+        images = [sample["image"] for sample in samples]
+        if not self.training:
+            return to_original_size(super().forward(images), samples, self.label_offset)
+        device = next(self.parameters()).device
+        losses = super().forward(images, get_targets(samples, device, self.label_offset))
+        return {self.loss_names[name]: value for name, value in losses.items()}
+
+
 def paste_masks(masks, boxes, height, width):
     """Masks of boxes as masks of the image.
 

@@ -6,42 +6,26 @@ from torchvision.models.detection.fcos import FCOSHead
 
 from plaintrain.modeling.backbone import build_backbone
 from plaintrain.modeling.common import (
+    OnSamples,
     build_anchor_generator,
     build_preprocess,
-    get_targets,
     prior_bias,
-    to_original_size,
 )
+from plaintrain.modeling.float32 import keep_float32
 from plaintrain.utils.errors import UserError
 
-_LOSSES = {
-    "classification": "loss_fcos_cls",
-    "bbox_regression": "loss_fcos_loc",
-    "bbox_ctrness": "loss_fcos_ctr",
-}
 # torchvision's heads have GroupNorm with this many groups.
 _GROUPS = 32
 
 
-class FCOS(_FCOS):
-    """torchvision's FCOS, parameter for parameter, on samples instead of images."""
+class FCOS(OnSamples, _FCOS):
+    """torchvision's FCOS, parameter for parameter."""
 
-    def forward(self, samples):
-        """
-        Args:
-            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
-
-        Returns:
-            In training: `loss_fcos_cls`, `loss_fcos_loc` and `loss_fcos_ctr`, 0-d tensors.
-            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
-            original image's pixels, scores descending in 0..1, labels 0 to K-1.
-        """
-        images = [sample["image"] for sample in samples]
-        if not self.training:
-            return to_original_size(super().forward(images), samples)
-        device = next(self.parameters()).device
-        losses = super().forward(images, get_targets(samples, device))
-        return {_LOSSES[name]: value for name, value in losses.items()}
+    loss_names = {
+        "classification": "loss_fcos_cls",
+        "bbox_regression": "loss_fcos_loc",
+        "bbox_ctrness": "loss_fcos_ctr",
+    }
 
 
 def build_fcos(cfg):
@@ -76,4 +60,5 @@ def build_fcos(cfg):
         topk_candidates=fcos.TOPK_CANDIDATES_TEST,
     )
     model.transform = build_preprocess(cfg)
+    keep_float32(heads=[head], anchors=[anchors])
     return model

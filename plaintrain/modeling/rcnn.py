@@ -13,6 +13,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from plaintrain.modeling.backbone import build_backbone, get_norm
 from plaintrain.modeling.common import (
+    OnSamples,
     build_anchor_generator,
     build_preprocess,
     get_targets,
@@ -20,6 +21,7 @@ from plaintrain.modeling.common import (
     to_original_size,
 )
 from plaintrain.modeling.detectron2 import AlignedRoIAlign
+from plaintrain.modeling.float32 import keep_float32
 from plaintrain.utils.errors import UserError
 
 # torchvision's names of the losses -> Detectron2's.
@@ -33,33 +35,18 @@ _LOSSES = {
 }
 
 
-class GeneralizedRCNN(FasterRCNN):
-    """torchvision's Faster, Mask or Keypoint R-CNN, parameter for parameter, on samples."""
+class GeneralizedRCNN(OnSamples, FasterRCNN):
+    """torchvision's Faster, Mask or Keypoint R-CNN, parameter for parameter."""
 
+    loss_names, label_offset = _LOSSES, 1
     keypoint_loss_weight = 1.0
 
     def forward(self, samples):
-        """
-        Args:
-            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
-
-        Returns:
-            In training: `loss_cls`, `loss_box_reg`, `loss_rpn_cls` and `loss_rpn_loc`, and with
-            their heads `loss_mask` and `loss_keypoint`, 0-d tensors.
-            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
-            original image's pixels, scores descending in 0..1, labels 0 to K-1; with their heads
-            masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
-        """
-        images = [sample["image"] for sample in samples]
-        if not self.training:
-            return to_original_size(super().forward(images), samples, label_offset=1)
-        # Label 0 is the background here.
-        device = next(self.parameters()).device
-        losses = super().forward(images, get_targets(samples, device, label_offset=1))
-        losses = {_LOSSES[name]: value for name, value in losses.items()}
-        if "loss_keypoint" in losses:
-            losses["loss_keypoint"] = losses["loss_keypoint"] * self.keypoint_loss_weight
-        return losses
+        """See `OnSamples.forward`; `loss_keypoint` is weighted."""
+        results = super().forward(samples)
+        if self.training and "loss_keypoint" in results:
+            results["loss_keypoint"] = results["loss_keypoint"] * self.keypoint_loss_weight
+        return results
 
 
 class ProposalNetwork(nn.Module):
@@ -111,9 +98,11 @@ def _build_rpn(cfg, backbone):
     rpn = cfg.MODEL.RPN
     anchors = build_anchor_generator(cfg, backbone)
     background, foreground = get_thresholds(rpn.IOU_THRESHOLDS, 2, "MODEL.RPN.IOU_THRESHOLDS")
+    head = _build_rpn_head(cfg, backbone, anchors)
+    keep_float32(heads=[head], anchors=[anchors])
     return RegionProposalNetwork(
         anchors,
-        _build_rpn_head(cfg, backbone, anchors),
+        head,
         fg_iou_thresh=foreground,
         bg_iou_thresh=background,
         batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
@@ -155,6 +144,7 @@ def build_rcnn(cfg):
     )
     model.rpn, model.transform = rpn, build_preprocess(cfg)
     _initialize_box_head(model.roi_heads)
+    keep_float32(heads=[model.roi_heads.box_predictor])
     if cfg.MODEL.MASK_ON:
         _add_mask_head(cfg, model.roi_heads, backbone)
     if cfg.MODEL.KEYPOINT_ON:
@@ -208,6 +198,7 @@ def _add_mask_head(cfg, roi_heads, backbone):
     roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, widths, 1, norm)
     classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1
     roi_heads.mask_predictor = MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes)
+    keep_float32(heads=[roi_heads.mask_predictor])
 
 
 def _add_keypoint_head(cfg, roi_heads, backbone):
@@ -222,3 +213,4 @@ def _add_keypoint_head(cfg, roi_heads, backbone):
     roi_heads.keypoint_roi_pool = _build_pooler(keypoint, backbone)
     roi_heads.keypoint_head = KeypointRCNNHeads(backbone.out_channels, keypoint.CONV_DIMS)
     roi_heads.keypoint_predictor = KeypointRCNNPredictor(keypoint.CONV_DIMS[-1], keypoint.NUM_KEYPOINTS)
+    keep_float32(heads=[roi_heads.keypoint_predictor])

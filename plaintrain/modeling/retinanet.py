@@ -8,38 +8,20 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from plaintrain.modeling.backbone import build_backbone, get_norm
 from plaintrain.modeling.common import (
+    OnSamples,
     build_anchor_generator,
     build_preprocess,
-    get_targets,
     get_thresholds,
     prior_bias,
-    to_original_size,
 )
+from plaintrain.modeling.float32 import keep_float32
 
-_LOSSES = {"classification": "loss_cls", "bbox_regression": "loss_box_reg"}
 
+class RetinaNet(OnSamples, _RetinaNet):
+    """torchvision's RetinaNet, parameter for parameter."""
 
-class RetinaNet(_RetinaNet):
-    """torchvision's RetinaNet, parameter for parameter, on samples instead of images."""
-
+    loss_names = {"classification": "loss_cls", "bbox_regression": "loss_box_reg"}
     clips_before_nms = True
-
-    def forward(self, samples):
-        """
-        Args:
-            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
-
-        Returns:
-            In training: `loss_cls` and `loss_box_reg`, 0-d tensors.
-            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
-            original image's pixels, scores descending in 0..1, labels 0 to K-1.
-        """
-        images = [sample["image"] for sample in samples]
-        if not self.training:
-            return to_original_size(super().forward(images), samples)
-        device = next(self.parameters()).device
-        losses = super().forward(images, get_targets(samples, device))
-        return {_LOSSES[name]: value for name, value in losses.items()}
 
     def postprocess_detections(self, head_outputs, anchors, image_shapes):
         """torchvision's, or as in Detectron2: boxes are cut at the image's edge after NMS, and those
@@ -100,4 +82,5 @@ def build_retinanet(cfg):
     model.box_coder = head.regression_head.box_coder = BoxCoder(retinanet.BBOX_REG_WEIGHTS)
     model.clips_before_nms = cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator"
     model.transform = build_preprocess(cfg)
+    keep_float32(heads=[head], anchors=[anchors])
     return model

@@ -12,32 +12,16 @@ from torchvision.models.detection.ssd import SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
 from plaintrain.modeling.backbone import build_backbone, get_tiny_norm
-from plaintrain.modeling.common import build_preprocess, get_targets, to_original_size
+from plaintrain.modeling.common import OnSamples, build_preprocess
+from plaintrain.modeling.float32 import keep_float32
 from plaintrain.utils.errors import UserError
 
-_LOSSES = {"classification": "loss_cls", "bbox_regression": "loss_box_reg"}
 
+class SSD(OnSamples, _SSD):
+    """torchvision's SSD, parameter for parameter, on images of one fixed size."""
 
-class SSD(_SSD):
-    """torchvision's SSD, parameter for parameter, on samples of one fixed size."""
-
-    def forward(self, samples):
-        """
-        Args:
-            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
-
-        Returns:
-            In training: `loss_cls` and `loss_box_reg`, 0-d tensors.
-            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
-            original image's pixels, scores descending in 0..1, labels 0 to K-1.
-        """
-        images = [sample["image"] for sample in samples]
-        if not self.training:
-            return to_original_size(super().forward(images), samples, label_offset=1)
-        # Label 0 is the background here.
-        device = next(self.parameters()).device
-        losses = super().forward(images, get_targets(samples, device, label_offset=1))
-        return {_LOSSES[name]: value for name, value in losses.items()}
+    loss_names = {"classification": "loss_cls", "bbox_regression": "loss_box_reg"}
+    label_offset = 1
 
 
 def _build_boxes(ssd, num_levels):
@@ -89,6 +73,7 @@ def build_ssd(cfg):
         positive_fraction=ssd.POSITIVE_FRACTION,
     )
     model.transform = build_preprocess(cfg, size_divisible=1)
+    keep_float32(heads=[head], anchors=[boxes])
     return model
 
 
