@@ -1,7 +1,6 @@
 """Saving and loading the state of a run. Files are whole or absent, and loading runs no code."""
 
 import logging
-import numbers
 import os
 import re
 
@@ -11,8 +10,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.files import atomic_write
+from plaintrain.utils.state import load_state, plain
 from plaintrain.utils.storage import every
-from plaintrain.weights import load_weights
+from plaintrain.weights import averaged_state, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -33,18 +33,19 @@ def unwrap_model(model):
 class DetectionCheckpointer:
     """Saves and loads a model and whatever else has `state_dict` and `load_state_dict`."""
 
-    def __init__(self, model, save_dir="", *, save_to_disk=None, **checkpointables):
+    def __init__(self, model, save_dir="", *, save_to_disk=None, about=None, **checkpointables):
         """
         Args:
             model: the module, possibly wrapped for several GPUs.
             save_dir: folder of the checkpoints.
             save_to_disk: whether `save` writes; default: on rank 0 only.
+            about: what every file holds beside the states, such as {"class_names": [...]}.
             checkpointables: `name=object`: optimizer, scheduler, ...
         """
         self.model = unwrap_model(model)
         self.save_dir = save_dir
         self.save_to_disk = comm.is_main_process() if save_to_disk is None else save_to_disk
-        self.checkpointables = checkpointables
+        self.about, self.checkpointables = about or {}, checkpointables
 
     def save(self, name, **kwargs):
         """Write `name`.pth with the model, the checkpointables and `kwargs`, and make it the last.
@@ -56,11 +57,24 @@ class DetectionCheckpointer:
         Raises:
             UserError: the folder cannot be written or the disk is full; older files are kept.
         """
+        states = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        self._write(name, {"model": self.model.state_dict(), **states}, kwargs)
+        if self.save_to_disk:
+            self.tag_last_checkpoint(name + ".pth")
+
+    def save_weights(self, name, model, **kwargs):
+        """Write `name`.pth with a model's weights and `kwargs` only; it is not one to resume from.
+
+        Args:
+            name, kwargs: see `save`.
+            model: the module, for example one with averaged weights.
+        """
+        self._write(name, {"model": unwrap_model(model).state_dict()}, kwargs)
+
+    def _write(self, name, data, kwargs):
         if not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict()}
-        data |= {key: item.state_dict() for key, item in self.checkpointables.items()}
-        data |= {key: _plain(value, key) for key, value in kwargs.items()}
+        data |= {key: plain(value, key) for key, value in {**self.about, **kwargs}.items()}
         path = self._path(name + ".pth")
         try:
             os.makedirs(self.save_dir, exist_ok=True)
@@ -70,7 +84,6 @@ class DetectionCheckpointer:
             # torch's zip writer turns a failed write into a RuntimeError.
             raise UserError(f"cannot write {path}: is the disk full? ({first_line(e)})") from e
         logger.info(f"saved {path}")
-        self.tag_last_checkpoint(name + ".pth")
 
     def _path(self, basename):
         return os.path.join(self.save_dir, basename)
@@ -168,17 +181,18 @@ class DetectionCheckpointer:
         for name in names:
             if name not in data:
                 raise UserError(f"{path} holds no {name}, which is needed to resume from it")
-            _load_state(self.checkpointables[name], data.pop(name), f"the {name} in {path}")
+            load_state(self.checkpointables[name], data.pop(name), f"the {name} in {path}")
         return data
 
-    def resume_or_load(self, path, *, resume=True, class_names=None):
+    def resume_or_load(self, path, *, resume=True, class_names=None, averaged=False):
         """Resume from the last checkpoint, or start from weights.
 
         Args:
             path: weights to start from, as MODEL.WEIGHTS names them; "" for none.
             resume: take the last checkpoint of `save_dir` if there is one; a damaged one is
                 passed over for the one before.
-            class_names: the dataset's, to take the classes of published weights by name.
+            class_names: the dataset's, to take published classes by name; default those of `about`.
+            averaged: give the model the averaged weights (MODEL.EMA) where a file has both.
 
         Returns:
             What `load` returns if a checkpoint was resumed; otherwise {}, so that training
@@ -197,59 +211,36 @@ class DetectionCheckpointer:
                 logger.warning(f"{e}; trying {candidates[i + 1]}")
             else:
                 logger.info(f"resumed from {candidate}")
+                if averaged and data.get("ema"):
+                    self.model.load_state_dict(averaged_state(data["ema"]))
+                    logger.info("its averaged weights are taken")
                 return data
         if resume:
             logger.warning(f"there is no checkpoint in {self.save_dir}: starting from the beginning")
         if path:
-            load_weights(self.model, path, class_names)
+            class_names = class_names or self.about.get("class_names")
+            load_weights(self.model, path, class_names, averaged=averaged)
         else:
             logger.info("MODEL.WEIGHTS is empty: starting from random weights")
         return {}
 
 
-def _load_state(item, state, what):
-    """`item.load_state_dict(state)`, refusing the state of another kind of optimizer."""
-    kinds = [
-        {"betas", "momentum"} & set(group)
-        for groups in (state, item.state_dict())
-        for group in groups.get("param_groups", [])[:1]
-    ]
-    try:
-        if len(kinds) == 2 and kinds[0] != kinds[1]:
-            raise ValueError("it is of another kind, see SOLVER.OPTIMIZER")
-        item.load_state_dict(state)
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{what} does not fit this run: {e}") from e
-
-
-def _plain(value, name):
-    """`value` as types that `torch.load(weights_only=True)` reads: NumPy's numbers become Python's."""
-    if isinstance(value, bool | str | torch.Tensor | type(None)):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    if isinstance(value, dict):
-        return {key: _plain(item, name) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(item, name) for item in value)
-    raise UserError(f"a checkpoint cannot hold {name}, a {type(value).__name__}")
-
-
 class PeriodicCheckpointer:
     """Saves every `period` iterations, and `model_final` after the last one."""
 
-    def __init__(self, checkpointer, period, max_iter=None, max_to_keep=0):
+    def __init__(self, checkpointer, period, max_iter=None, max_to_keep=0, *, final_model=None):
         """
         Args:
             checkpointer: a `DetectionCheckpointer`.
             period: iterations between two saves; 0 saves only at the end.
             max_iter: total number of iterations, or None if there is no end.
             max_to_keep: numbered checkpoints to keep; 0 or None keeps all.
+            final_model: function to the module whose weights become `model_final`, beside a numbered
+                checkpoint to resume from; None makes it the last checkpoint itself.
         """
-        self.checkpointer, self.period = checkpointer, period
+        self.checkpointer, self.period, self.final_model = checkpointer, period, final_model
         self.max_iter, self.max_to_keep = max_iter, max_to_keep
+        self._saved = None
 
     def is_due(self, iteration):
         """Whether `step(iteration)` will save."""
@@ -258,25 +249,39 @@ class PeriodicCheckpointer:
     def _is_last(self, iteration):
         return self.max_iter is not None and iteration >= self.max_iter - 1
 
-    def step(self, iteration, **kwargs):
+    def step(self, iteration, *, now=False, **kwargs):
         """Save if it is time.
 
         Args:
             iteration: the iteration that was finished, counted from 0; saved as `iteration`.
+            now: save a numbered checkpoint in any case.
             kwargs: passed to `save`.
         """
-        name = f"model_{iteration:07d}"
-        if every(self.period, iteration):
-            self.save(name, iteration=iteration, **kwargs)
-            if self._is_last(iteration):
-                self.checkpointer.link(name, "model_final")
-            self._prune(name)
-        elif self._is_last(iteration):
+        if now or every(self.period, iteration):
+            self._save_numbered(iteration, **kwargs)
+        if self._is_last(iteration):
+            self.finish(iteration, **kwargs)
+
+    def finish(self, iteration, **kwargs):
+        """Save `model_final`; `step` does it after the last iteration, a run that ends before calls it."""
+        if self.final_model is not None:
+            if self._saved != iteration:
+                self._save_numbered(iteration, **kwargs)
+            self.checkpointer.save_weights("model_final", self.final_model(), **kwargs)
+        elif self._saved == iteration:
+            self.checkpointer.link(f"model_{iteration:07d}", "model_final")
+        else:
             self.save("model_final", iteration=iteration, **kwargs)
 
     def save(self, name, **kwargs):
         """Save now, under a name without `.pth`."""
         self.checkpointer.save(name, **kwargs)
+
+    def _save_numbered(self, iteration, **kwargs):
+        name = f"model_{iteration:07d}"
+        self.save(name, iteration=iteration, **kwargs)
+        self._saved = iteration
+        self._prune(name)
 
     def _prune(self, saved):
         if not self.max_to_keep or not self.checkpointer.save_to_disk:
@@ -286,3 +291,10 @@ class PeriodicCheckpointer:
         others = [p for p in files if re.search(r"_\d+\.pth$", p) and os.path.basename(p) != saved]
         for path in others[: len(others) - self.max_to_keep + 1]:
             os.unlink(path)
+
+
+def build_periodic_checkpointer(cfg, checkpointer, final_model=None):
+    """The `PeriodicCheckpointer` of SOLVER.CHECKPOINT_PERIOD, MAX_ITER and CHECKPOINT_MAX_TO_KEEP."""
+    solver = cfg.SOLVER
+    periods = solver.CHECKPOINT_PERIOD, solver.MAX_ITER, solver.CHECKPOINT_MAX_TO_KEEP
+    return PeriodicCheckpointer(checkpointer, *periods, final_model=final_model)

@@ -101,6 +101,15 @@ def get_value(cfg, key):
     return cfg
 
 
+def set_value(cfg, key, value):
+    """Set a dotted key, also in a frozen config."""
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    cfg.merge_from_list([key, value])
+    if frozen:
+        cfg.freeze()
+
+
 def check_cfg(cfg):
     """Refuse values of Detectron2's keys that name a variant plaintrain does not have.
 

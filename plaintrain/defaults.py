@@ -16,6 +16,12 @@ _C.SEED = -1
 _C.CUDNN_BENCHMARK = False
 # Iterations between two visits of the writers (console, metrics.json, TensorBoard).
 _C.LOG_PERIOD = 20
+# Precision of float32 matrix products and convolutions on a GPU: "" leaves PyTorch's default; highest
+# (float32 throughout), high (TF32) or medium (bfloat16 for matrix products, TF32 for convolutions).
+_C.FLOAT32_PRECISION = ""
+# Order of training and validation epochs, repeated until SOLVER.MAX_EPOCHS training epochs are done:
+# [["train", 2], ["val", 1]]. A val epoch computes the losses on DATASETS.TEST. For epoch_train_net.py.
+_C.WORKFLOW = [["train", 1]]
 
 # ---- model -----------------------------------------------------------------------------------
 _C.MODEL = CN()
@@ -36,6 +42,18 @@ _C.MODEL.MASK_ON = False
 _C.MODEL.KEYPOINT_ON = False
 # Not built: accepts only False.
 _C.MODEL.LOAD_PROPOSALS = False
+
+# Averaged weights: an exponential moving average of the parameters and the norms' statistics.
+_C.MODEL.EMA = CN()
+_C.MODEL.EMA.ENABLED = False
+# Weight of the average so far at each step; it keeps about the last 1 / (1 - DECAY) steps.
+_C.MODEL.EMA.DECAY = 0.999
+# Begin with a shorter memory: step n has the weight min(DECAY, (1 + n) / (10 + n)).
+_C.MODEL.EMA.WARMUP = True
+# Which weights are evaluated (and kept as model_best.pth), and which become model_final.pth: averaged or
+# raw. Numbered checkpoints hold both.
+_C.MODEL.EMA.EVALUATE = "averaged"
+_C.MODEL.EMA.FINAL = "averaged"
 
 _C.MODEL.BACKBONE = CN()
 # build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone (levels p3 to p7),
@@ -316,9 +334,26 @@ _C.SOLVER.OPTIMIZER = "SGD"
 # Images per iteration, over all ranks.
 _C.SOLVER.IMS_PER_BATCH = 16
 _C.SOLVER.MAX_ITER = 40000
+# Above 0, MAX_ITER becomes as many passes over the training images: ceil(images / batch) iterations each.
+_C.SOLVER.MAX_EPOCHS = 0
+# Count STEPS, MOMENTUM_SCHEDULE, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD, TEST.EVAL_START and
+# TEST.VAL_LOSS_PERIOD in epochs; needs MAX_EPOCHS. WARMUP_ITERS stays in iterations.
+_C.SOLVER.BY_EPOCH = False
+# Seconds, from the start of the process' training, after which a run stops with a checkpoint: after the
+# step, or the evaluation, in which they are over. --resume goes on. 0: no limit.
+_C.SOLVER.MAX_TIME = 0.0
+# Parts that a rank's share of the batch is computed in, one after the other, for one step: less memory.
+_C.SOLVER.ACCUMULATE_STEPS = 1
+# The run ends after this many evaluations in a row without a new best TEST.BEST_METRIC; 0: never.
+_C.SOLVER.PATIENCE = 0
 _C.SOLVER.BASE_LR = 0.001
 # SGD's momentum, AdamW's beta1.
 _C.SOLVER.MOMENTUM = 0.9
+# Momentum that changes: points [iteration, momentum], as [[0, 0.95], [400, 0.85], [1000, 0.95]]; before
+# the first and after the last it stays. Empty: MOMENTUM throughout.
+_C.SOLVER.MOMENTUM_SCHEDULE = []
+# Between two points: linear, cosine, or step (the earlier point's value until the next).
+_C.SOLVER.MOMENTUM_INTERPOLATION = "linear"
 _C.SOLVER.NESTEROV = False
 _C.SOLVER.WEIGHT_DECAY = 0.0001
 # Weight decay of normalisation layers, and of all biases (null: as the rest of their layer).
@@ -351,15 +386,31 @@ _C.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
 # Iterations between two checkpoints, and how many numbered ones are kept (0: all).
 _C.SOLVER.CHECKPOINT_PERIOD = 5000
 _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
-# Not built: these accept only the value that turns them off.
+# Automatic mixed precision: float16 (with a gradient scaler) or bfloat16.
 _C.SOLVER.AMP = CN()
 _C.SOLVER.AMP.ENABLED = False
+_C.SOLVER.AMP.PRECISION = "float16"
+# The number of processes that the config is written for (Detectron2's rule): with k times as many, the
+# batch and the learning rate are multiplied by k, and the counts of iterations divided by it. 0: off.
 _C.SOLVER.REFERENCE_WORLD_SIZE = 0
+# The batch that the config is written for (linear rule): with IMS_PER_BATCH k times as large, the learning
+# rate is multiplied by k, and the counts of iterations divided by it. 0: off.
+_C.SOLVER.REFERENCE_IMS_PER_BATCH = 0
 
 # ---- test ------------------------------------------------------------------------------------
 _C.TEST = CN()
 # Iterations between two evaluations; 0 evaluates only at the end.
 _C.TEST.EVAL_PERIOD = 0
+# Iteration after which the first of them takes place; 0: after EVAL_PERIOD.
+_C.TEST.EVAL_START = 0
+# Iterations between two computations of the losses on DATASETS.TEST; 0: never.
+_C.TEST.VAL_LOSS_PERIOD = 0
+# The result that says which model is the best, kept as model_best.pth: "" (none), auto (the first), or
+# its name, such as bbox/AP or, of one of several datasets, coco_2017_val/bbox/AP; or val/total_loss. Higher
+# is better, except for a loss.
+_C.TEST.BEST_METRIC = ""
+# Evaluate in the precision of SOLVER.AMP.PRECISION.
+_C.TEST.AMP = False
 # [[task, metric, value, tolerance], ...]: the run fails when the last evaluation is further off.
 _C.TEST.EXPECTED_RESULTS = []
 _C.TEST.DETECTIONS_PER_IMAGE = 100
@@ -367,9 +418,16 @@ _C.TEST.DETECTIONS_PER_IMAGE = 100
 _C.TEST.KEYPOINT_OKS_SIGMAS = []
 # Images per rank and step in evaluation.
 _C.TEST.IMS_PER_BATCH = 1
-# Not built: these accept only False.
+# Test-time augmentation, in every evaluation: each image at several sizes and mirrored, results merged.
 _C.TEST.AUG = CN()
 _C.TEST.AUG.ENABLED = False
+# Shortest sides, pixels; the longest side stays within MAX_SIZE. With INPUT.FIXED_SIZE, its shape at these
+# shortest sides.
+_C.TEST.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)
+_C.TEST.AUG.MAX_SIZE = 4000
+# Each size mirrored (left and right) too.
+_C.TEST.AUG.FLIP = True
+# Not built: accepts only False.
 _C.TEST.PRECISE_BN = CN()
 _C.TEST.PRECISE_BN.ENABLED = False
 
@@ -396,9 +454,11 @@ SUPPORTED = {
         ),
         "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
         "SOLVER.WARMUP_METHOD": ("linear", "constant"),
-        "SOLVER.AMP.ENABLED": (False,),
-        "SOLVER.REFERENCE_WORLD_SIZE": (0,),
-        "TEST.AUG.ENABLED": (False,),
+        "SOLVER.AMP.PRECISION": ("float16", "bfloat16"),
+        "SOLVER.MOMENTUM_INTERPOLATION": ("linear", "cosine", "step"),
+        "FLOAT32_PRECISION": ("", "highest", "high", "medium"),
+        "MODEL.EMA.EVALUATE": ("averaged", "raw"),
+        "MODEL.EMA.FINAL": ("averaged", "raw"),
         "TEST.PRECISE_BN.ENABLED": (False,),
         "MODEL.ANCHOR_GENERATOR.NAME": ("AnchorGenerator", "DefaultAnchorGenerator"),
     },

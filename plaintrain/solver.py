@@ -85,19 +85,20 @@ def build_optimizer(cfg, model):
 
 
 class LRScheduler:
-    """Sets each group's learning rate to its base times a pure function of the iteration.
+    """Sets each group's learning rate to its base times a pure function of the iteration; momentum too.
 
     The base is what the groups were built with, so a changed SOLVER.BASE_LR takes effect when a
     run is resumed.
     """
 
-    def __init__(self, optimizer, factor):
+    def __init__(self, optimizer, factor, momentum=None):
         """
         Args:
             optimizer: its groups' `lr` are the bases.
             factor: function from the iteration (from 0) to the multiplier.
+            momentum: function from the iteration to the momentum, or None to leave it.
         """
-        self.optimizer, self.factor = optimizer, factor
+        self.optimizer, self.factor, self.momentum = optimizer, factor, momentum
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.last_epoch = 0
         self._apply()
@@ -106,6 +107,13 @@ class LRScheduler:
         factor = self.factor(self.last_epoch)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
+            if self.momentum is None:
+                continue
+            momentum = self.momentum(self.last_epoch)
+            if "betas" in group:
+                group["betas"] = (momentum, *group["betas"][1:])
+            else:
+                group["momentum"] = momentum
 
     def step(self):
         """Go to the next iteration."""
@@ -114,6 +122,11 @@ class LRScheduler:
 
     def get_last_lr(self):
         return [group["lr"] for group in self.optimizer.param_groups]
+
+    def scalars(self):
+        """What the next step uses, to be logged: `lr` of the first group, and `momentum` if it changes."""
+        lr = {"lr": self.optimizer.param_groups[0]["lr"]}
+        return lr if self.momentum is None else lr | {"momentum": self.momentum(self.last_epoch)}
 
     def state_dict(self):
         return {"last_epoch": self.last_epoch}
@@ -160,10 +173,6 @@ def lr_factor(cfg):
 
 def _multi_step(solver):
     steps = sorted(step for step in solver.STEPS if step <= solver.MAX_ITER)
-    if len(steps) != len(solver.STEPS):
-        logger.warning(
-            f"SOLVER.STEPS {solver.STEPS} has entries beyond MAX_ITER {solver.MAX_ITER}; they do nothing"
-        )
     # The share is of MAX_ITER iterations; the nearest whole iteration undoes the division.
     return lambda where: solver.GAMMA ** bisect.bisect_right(steps, round(where * solver.MAX_ITER, 6))
 
@@ -187,17 +196,55 @@ _SCHEDULES = {
 }
 
 
+def momentum_at(points, interpolation):
+    """The function from the iteration to the momentum that SOLVER.MOMENTUM_SCHEDULE describes.
+
+    Args:
+        points: [[iteration, momentum], ...], iterations rising, momentum in 0..1; not empty.
+        interpolation: "linear", "cosine" or "step".
+
+    Raises:
+        UserError: names the point that is wrong.
+    """
+    for i, point in enumerate(points):
+        well = isinstance(point, list | tuple) and len(point) == 2
+        if not well or any(isinstance(v, bool) or not isinstance(v, int | float) for v in point):
+            raise UserError(f"SOLVER.MOMENTUM_SCHEDULE has {point!r}, not [iteration, momentum]")
+        if not 0 <= point[1] < 1:
+            raise UserError(f"SOLVER.MOMENTUM_SCHEDULE has the momentum {point[1]}, which is not in [0, 1)")
+        if i and point[0] <= points[i - 1][0]:
+            raise UserError(f"SOLVER.MOMENTUM_SCHEDULE must have rising iterations, not {points}")
+    starts = [start for start, _ in points]
+    shapes = {"linear": lambda x: x, "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2, "step": lambda x: 0}
+    shape = shapes[interpolation]
+
+    def momentum(iteration):
+        after = bisect.bisect_right(starts, iteration)
+        if after in (0, len(points)):
+            return float(points[max(after - 1, 0)][1])
+        (x0, y0), (x1, y1) = points[after - 1], points[after]
+        return y0 + (y1 - y0) * shape((iteration - x0) / (x1 - x0))
+
+    return momentum
+
+
 def build_lr_scheduler(cfg, optimizer):
-    """The schedule of SOLVER.LR_SCHEDULER_NAME; call its `step()` after each iteration."""
-    return LRScheduler(optimizer, lr_factor(cfg))
+    """SOLVER.LR_SCHEDULER_NAME and MOMENTUM_SCHEDULE; call its `step()` after each iteration."""
+    solver, points = cfg.SOLVER, cfg.SOLVER.MOMENTUM_SCHEDULE
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and max(solver.STEPS, default=0) > solver.MAX_ITER:
+        logger.warning(
+            f"SOLVER.STEPS {solver.STEPS} has entries beyond MAX_ITER {solver.MAX_ITER}; they do nothing"
+        )
+    momentum = momentum_at(points, cfg.SOLVER.MOMENTUM_INTERPOLATION) if points else None
+    return LRScheduler(optimizer, lr_factor(cfg), momentum)
 
 
 def build_gradient_clipper(cfg, model):
     """A function that clips the gradients in place, as SOLVER.CLIP_GRADIENTS says.
 
     Returns:
-        Function `(need_norm) -> norm`. The norm is that of all gradients before clipping, a 0-d
-        tensor, or None if it is neither asked for nor needed for clipping.
+        Function `(need_norm) -> {"grad_norm": norm}`. The norm is that of all gradients before
+        clipping, a 0-d tensor; {} if it is neither asked for nor needed for clipping.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -207,11 +254,11 @@ def build_gradient_clipper(cfg, model):
     def clip_gradients(need_norm):
         """Clip now; see `build_gradient_clipper`."""
         if kind == "full_model":
-            return torch.nn.utils.clip_grad_norm_(parameters, limit, norm_type)
-        norm = None
+            return {"grad_norm": torch.nn.utils.clip_grad_norm_(parameters, limit, norm_type)}
+        norm = {}
         if need_norm:
             grads = [p.grad for p in parameters if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads, norm_type)
+            norm = {"grad_norm": torch.nn.utils.get_total_norm(grads, norm_type)}
         if kind == "value":
             torch.nn.utils.clip_grad_value_(parameters, limit)
         elif kind == "norm":

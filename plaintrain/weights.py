@@ -17,6 +17,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.utils.errors import UserError, first_line
+from plaintrain.weight_classes import select_classes
 from plaintrain.weight_names import match_names, translate
 
 logger = logging.getLogger(__name__)
@@ -172,54 +173,6 @@ def read_weights(path, num_ratios=3):
     return translate(read_state_dict(path), num_ratios)[0]
 
 
-# torchvision's 91 classes: the background, then COCO's category ids, with "N/A" where there is none.
-_COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-_COCO_NAMES = [name for name in _COCO[1:] if name != "N/A"]
-# Layers with rows for classes: rows per class; the last one has no background here.
-_CLASS_LAYERS = {
-    r"roi_heads\.box_predictor\.cls_score": 1,
-    r"roi_heads\.box_predictor\.bbox_pred": 4,
-    r"roi_heads\.mask_predictor\.mask_fcn_logits": 1,
-    r"head\.classification_head\.module_list\.\d+(\.1)?": 1,
-    r"head\.classification_head\.cls_logits": 1,
-}
-
-
-def _count_classes(found):
-    """How many classes the file's scores are for, or 0 if it has none."""
-    for scores, boxes in (
-        ("roi_heads.box_predictor.cls_score", None),
-        ("head.classification_head.cls_logits", "head.regression_head.bbox_reg"),
-        ("head.classification_head.module_list.0", "head.regression_head.module_list.0"),
-        ("head.classification_head.module_list.0.1", "head.regression_head.module_list.0.1"),
-    ):
-        if f"{scores}.bias" in found and (boxes is None or f"{boxes}.bias" in found):
-            anchors = len(found[f"{boxes}.bias"]) // 4 if boxes else 1
-            return len(found[f"{scores}.bias"]) // max(anchors, 1)
-    return 0
-
-
-def _select_classes(found, class_names, of_detectron2):
-    """Reduce the rows of COCO's classes to the dataset's, by name, if it has all of them."""
-    file_names = _COCO
-    if of_detectron2:
-        dense = "head.classification_head.cls_logits.bias" in found
-        file_names = _COCO_NAMES if dense else ["", *_COCO_NAMES]
-    if len(file_names) != _count_classes(found) or not set(class_names) <= set(_COCO_NAMES):
-        return found
-    rows = torch.tensor([file_names.index(name) for name in class_names])
-    selected = dict(found)
-    for name, value in found.items():
-        layer = name.rpartition(".")[0]
-        for pattern, per_class in _CLASS_LAYERS.items():
-            if re.fullmatch(pattern, layer) and len(value) % (len(file_names) * per_class) == 0:
-                index = rows if layer.endswith("cls_logits") else torch.cat([rows.new_zeros(1), rows])
-                value = value.unflatten(0, (-1, len(file_names), per_class))[:, index]
-                selected[name] = value.flatten(0, 2)
-    logger.info(f"of the {len(file_names)} classes of the weights the dataset's {len(class_names)} are kept")
-    return selected
-
-
 # torchvision runs the models of these files without the epsilon of their frozen norms.
 _WITHOUT_EPS = {
     os.path.basename(weights.COCO_V1.url)
@@ -241,7 +194,13 @@ def _check_eps(model, path):
         )
 
 
-def load_weights(model, name, class_names=None):
+def averaged_state(ema):
+    """The state dict of the averaged model in the `ema` of a checkpoint."""
+    prefix = "module."
+    return {name.removeprefix(prefix): value for name, value in ema.items() if name.startswith(prefix)}
+
+
+def load_weights(model, name, class_names=None, *, averaged=False):
     """Load MODEL.WEIGHTS into a model as far as names and shapes agree, and log what did not.
 
     Args:
@@ -249,6 +208,7 @@ def load_weights(model, name, class_names=None):
         name: see `locate_weights`.
         class_names: the dataset's, in the order of their labels. Heads for COCO's classes that
             torchvision or Detectron2 published are reduced to these if they have all of them.
+        averaged: take the averaged weights (MODEL.EMA) of a checkpoint that has both.
 
     Raises:
         UserError: unreadable weights, or not a single tensor that fits.
@@ -258,6 +218,9 @@ def load_weights(model, name, class_names=None):
     generators = [module for module in model.modules() if isinstance(module, AnchorGenerator)]
     num_ratios = len(generators[0].aspect_ratios[0]) if generators else 3
     content = _read_content(path)
+    if averaged and content.get("ema"):
+        content["model"] = averaged_state(content["ema"])
+        logger.info(f"the averaged weights of {name} are taken")
     tensors, of_detectron2 = translate(_tensors(content, path), num_ratios)
     trained_for = content.get("class_names")
     if class_names and trained_for and list(trained_for) != list(class_names):
@@ -267,7 +230,7 @@ def load_weights(model, name, class_names=None):
         )
     found = match_names(tensors, wanted)
     if class_names:
-        found = _select_classes(found, class_names, of_detectron2)
+        found = select_classes(found, class_names, of_detectron2)
     fitting = {k: v for k, v in found.items() if k in wanted and v.shape == wanted[k].shape}
     if not any(k in dict(model.named_parameters()) for k in fitting):
         raise UserError(

@@ -9,49 +9,47 @@ python scripts/plain_train_net.py --config-file configs/quickstart.yaml --eval-o
 The file is made to be copied: change the data, the evaluator or the loss where they are called.
 """
 
-import contextlib
 import logging
 import os
-import time
+from time import perf_counter
 
-from torch.nn.parallel import DistributedDataParallel
-
-from plaintrain.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
+from plaintrain.accumulation import add_scaled, split_batch, sum_losses
+from plaintrain.best import BestMetric
+from plaintrain.checkpoint import DetectionCheckpointer, build_periodic_checkpointer
 from plaintrain.config import get_cfg
 from plaintrain.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
+    build_detection_val_loader,
 )
-from plaintrain.engine import default_argument_parser, default_setup, default_writers, launch
+from plaintrain.ema import build_ema, final_model
+from plaintrain.engine import (
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    launch,
+    require_default,
+)
 from plaintrain.evaluation import (
-    COCOEvaluator,
-    PascalVOCDetectionEvaluator,
+    build_evaluator,
     flatten_results,
     inference_on_dataset,
     print_csv_format,
+    validation_losses,
     verify_results,
 )
-from plaintrain.modeling import build_model
+from plaintrain.modeling import build_model, build_tta
+from plaintrain.precision import build_amp, build_autocast, check_finite
 from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
+from plaintrain.trial import finish_dry_run
 from plaintrain.utils import comm
-from plaintrain.utils.events import EventStorage, every
-from plaintrain.utils.logger import progress
+from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage
+from plaintrain.utils.logger import progress_range
+from plaintrain.utils.timing import TimeLimit
 
 logger = logging.getLogger("plaintrain")
-
-
-def get_evaluator(cfg, dataset_name, output_folder):
-    """The evaluator that the model and the dataset's metadata ask for."""
-    proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
-    if MetadataCatalog.get(dataset_name).evaluator_type == "pascal_voc" and not proposals:
-        return PascalVOCDetectionEvaluator(dataset_name, output_dir=output_folder)
-    return COCOEvaluator(
-        dataset_name,
-        tasks=("box_proposals",) if proposals else None,
-        output_dir=output_folder,
-        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-    )
 
 
 def dataset_classes(dataset_names):
@@ -59,17 +57,52 @@ def dataset_classes(dataset_names):
     return MetadataCatalog.get(dataset_names[0]).get("thing_classes") if dataset_names else None
 
 
+def run_facts(cfg):
+    """What a checkpoint says about its run."""
+    return {"config": cfg.dump(), "class_names": dataset_classes(cfg.DATASETS.TRAIN)}
+
+
 def do_test(cfg, model):
-    """Evaluate on every dataset of DATASETS.TEST; {dataset: {task: {metric: number}}} on rank 0."""
-    results = {}
+    """Evaluate on every dataset of DATASETS.TEST; {dataset: {task: {metric: number}}} on every rank."""
+    results, device = {}, next(model.parameters()).device.type
     for dataset_name in cfg.DATASETS.TEST:
         data_loader = build_detection_test_loader(cfg, dataset_name)
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        evaluator = get_evaluator(cfg, dataset_name, output_folder)
-        results[dataset_name] = inference_on_dataset(model, data_loader, evaluator)
-        if comm.is_main_process():
-            logger.info(f"results on {dataset_name}:")
-            print_csv_format(results[dataset_name])
+        evaluator = build_evaluator(cfg, dataset_name, output_folder)
+        with build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, device):
+            found = inference_on_dataset(build_tta(cfg, model), data_loader, evaluator)
+        results[dataset_name] = comm.broadcast(found)
+        logger.info(f"results on {dataset_name}:")
+        print_csv_format(results[dataset_name])
+    return results
+
+
+def do_validate(cfg, model):
+    """The losses on DATASETS.TEST together, {"val/NAME": mean over images}, on every rank."""
+    loaders = [build_detection_val_loader(cfg, name) for name in cfg.DATASETS.TEST]
+    with build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, next(model.parameters()).device.type):
+        return validation_losses(model, loaders, cfg.SEED)
+
+
+def tests_due(cfg, iteration):
+    """Whether (validation losses, an evaluation) are due after an iteration."""
+    last = iteration == cfg.SOLVER.MAX_ITER - 1
+    evaluation = last or every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)
+    return every(cfg.TEST.VAL_LOSS_PERIOD, iteration), evaluation
+
+
+def test_after(cfg, model, iteration, best, saver):
+    """Compute and store what is due after an iteration, and keep the best model; the results, if any."""
+    validation, evaluation = tests_due(cfg, iteration)
+    losses = do_validate(cfg, model) if validation else {}
+    results = do_test(cfg, model) if evaluation else {}
+    metrics = {**losses, **flatten_results(results)}
+    get_event_storage().put_scalars(**metrics, smoothing_hint=False, cur_iter=iteration)
+    if best.update(iteration, metrics):
+        saver.checkpointer.save_weights("model_best", model, iteration=iteration)
+    if best.is_stale():
+        saver.finish(iteration)
+    comm.synchronize()
     return results
 
 
@@ -79,59 +112,59 @@ def do_train(cfg, model, resume=False):
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
     clip_gradients = build_gradient_clipper(cfg, model)
-    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, optimizer=optimizer, scheduler=scheduler)
+    autocast, scaler = build_amp(cfg, model)
+    ema, best = build_ema(cfg, model), BestMetric(cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema, "best": best}
+    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, about=run_facts(cfg), **parts)
     # Only a resumed run goes on counting; weights of another run start at 0.
-    classes = dataset_classes(cfg.DATASETS.TRAIN)
-    state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, class_names=classes)
+    state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
-    keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
-    saver = PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter, keep)
+    saver = build_periodic_checkpointer(cfg, checkpointer, final_model(cfg, ema))
     data_loader = build_detection_train_loader(cfg, start_iter=start_iter)
-    writers = default_writers(cfg.OUTPUT_DIR, max_iter) if comm.is_main_process() else []
-    results, config = {}, cfg.dump()
+    writers = default_writers(cfg.OUTPUT_DIR, max_iter)
     logger.info(f"starting training from iteration {start_iter} of {max_iter}")
-    with EventStorage(start_iter) as storage, contextlib.ExitStack() as closing:
-        for writer in writers:
-            closing.callback(writer.close)
-        start = time.perf_counter()
-        iterations = progress(
-            range(start_iter, max_iter), desc="training", initial=start_iter, total=max_iter
-        )
-        for iteration, data in zip(iterations, data_loader, strict=False):
-            storage.iter = iteration
-            data_time = time.perf_counter() - start
-            # The model returns a dict of losses, whatever the task.
-            loss_dict = model(data)
-            losses = sum(loss for name, loss in loss_dict.items() if "loss" in name)
-            # Read the losses of the window only when somebody writes, saves or evaluates.
-            test = every(cfg.TEST.EVAL_PERIOD, iteration) or iteration == max_iter - 1
-            write = every(cfg.LOG_PERIOD, iteration) or test
-            save = saver.is_due(iteration)
-            read = write or save
+    with EventStorage(start_iter) as storage, closing_all(writers):
+        # An interrupted run may lack the evaluation after its last step.
+        results = test_after(cfg, ema.evaluated, start_iter - 1, best, saver)
+        limit, late, start = TimeLimit(cfg.SOLVER.MAX_TIME), False, perf_counter()
+        for iteration, data in zip(progress_range(start_iter, max_iter), data_loader, strict=False):
+            if late or best.is_stale():
+                break
+            storage.iter, data_time = iteration, perf_counter() - start
+            # The losses are read only for a test, a write or a save.
+            late = iteration < max_iter - 1 and limit.is_over()
+            test = any(tests_due(cfg, iteration)) and not late
+            write = every(cfg.LOG_PERIOD, iteration) or test or late
+            read = write or saver.is_due(iteration)
             optimizer.zero_grad()
-            losses.backward()
-            grad_norm = clip_gradients(need_norm=read)
-            optimizer.step()
-            storage.put_scalar("lr", optimizer.param_groups[0]["lr"], smoothing_hint=False)
+            totals = {}
+            for samples, share, context in split_batch(model, data, cfg.SOLVER.ACCUMULATE_STEPS):
+                # The model returns a dict of losses, whatever the task.
+                with context, autocast:
+                    loss_dict = model(samples)
+                losses = sum_losses(loss_dict)
+                scaler.scale(losses * share).backward()
+                totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
+            scaler.unscale_(optimizer)
+            norm = clip_gradients(need_norm=read)
+            scaler.step(optimizer)
+            scaler.update()
+            storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
             scheduler.step()
-            reduced = comm.reduce_dict({"total_loss": losses, **loss_dict})
-            storage.put_scalars(**reduced, time=time.perf_counter() - start, data_time=data_time)
-            if grad_norm is not None:
-                storage.put_scalar("grad_norm", grad_norm)
+            ema.update()
+            reduced = comm.reduce_dict(totals)
+            storage.put_scalars(**reduced, **norm, time=perf_counter() - start, data_time=data_time)
             if read:
-                storage.raise_if_nonfinite(data_loader.file_names)  # sync point
-            if save or test:
-                comm.average_buffers(model)
+                check_finite(storage, scaler, data_loader.file_names)  # sync point
+                comm.average_buffers(model, ema.module)
             # The checkpoint comes first: a failing evaluation loses nothing.
-            saver.step(iteration, config=config, class_names=classes)
+            saver.step(iteration, now=late)
             if test:
-                results = do_test(cfg, model)
-                storage.put_scalars(**flatten_results(results), smoothing_hint=False)
-                comm.synchronize()
+                results = test_after(cfg, ema.evaluated, iteration, best, saver)
             if write:
                 for writer in writers:
                     writer.write()
-            start = time.perf_counter()
+            start = perf_counter()
     return results
 
 
@@ -141,6 +174,8 @@ def setup(args):
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
+    if not args.eval_only:
+        require_default(cfg, "WORKFLOW", "epoch_train_net.py reads it; here there is TEST.VAL_LOSS_PERIOD")
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
@@ -152,19 +187,16 @@ def main(args):
     model = build_model(cfg)
     logger.info(f"model:\n{model}")
     if args.eval_only:
+        averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
+        names = {"class_names": dataset_classes(cfg.DATASETS.TEST), "averaged": averaged}
         checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
-        classes = dataset_classes(cfg.DATASETS.TEST)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, class_names=classes)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, **names)
         results = do_test(cfg, model)
     else:
-        if comm.get_world_size() > 1:
-            model = DistributedDataParallel(
-                model,
-                device_ids=[comm.get_local_rank()] if next(model.parameters()).is_cuda else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-        results = do_train(cfg, model, resume=args.resume)
+        results = do_train(cfg, create_ddp_model(model), resume=args.resume)
+    if args.dry_run:
+        resumed = do_train(cfg, create_ddp_model(build_model(cfg)), resume=True)
+        finish_dry_run(cfg, results, resumed)
     if comm.is_main_process() and results:
         verify_results(cfg.TEST.EXPECTED_RESULTS, next(iter(results.values())))
     return results

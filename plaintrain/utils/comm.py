@@ -4,10 +4,13 @@ Names follow Detectron2's `utils.comm`.
 """
 
 import os
+import zlib
 
 import torch
 import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from plaintrain.utils.errors import UserError
 
 
 def _initialized():
@@ -77,6 +80,48 @@ def shared_random_seed():
     return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)
 
 
+def any_rank(flag):
+    """True on every rank if `flag` is true on one. The host agrees; no device is waited for."""
+    if get_world_size() == 1:
+        return bool(flag)
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def check_loss_names(loss_dict):
+    """Make sure that there is a loss, and that every rank has the same, before a collective waits for ever.
+
+    The host compares a checksum, in one small all-reduce; no device is waited for.
+
+    Args:
+        loss_dict: what the model returned.
+
+    Raises:
+        UserError: on every rank, if two of them have different keys, or none contains "loss".
+    """
+    names = sorted(loss_dict)
+    if not any("loss" in name for name in names):
+        raise UserError(f"the model returned nothing to minimise: no key of {names} contains 'loss'")
+    if get_world_size() == 1:
+        return
+    checksum = zlib.crc32("\n".join(names).encode())
+    extremes = torch.tensor([checksum, -checksum])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if extremes.sum() == 0:
+        return
+    found = [set(part) for part in all_gather(names)]
+    common = set.intersection(*found)
+    extra = {rank: ", ".join(sorted(part - common)) for rank, part in enumerate(found) if part - common}
+    lacking = [rank for rank, part in enumerate(found) if part == common]
+    raise UserError(
+        "the model returned different losses on different ranks: "
+        + "; ".join(f"{names} on rank {rank}" for rank, names in extra.items())
+        + (f"; none of these on rank {', '.join(map(str, lacking))}" if lacking else "")
+        + "; return every loss in every step, as zero where it does not apply"
+    )
+
+
 @torch.no_grad()
 def reduce_dict(input_dict, average=True):
     """Sum or average a dict of 0-d tensors over all ranks in one all-reduce.
@@ -101,15 +146,19 @@ def reduce_dict(input_dict, average=True):
 
 
 @torch.no_grad()
-def average_buffers(model):
+def average_buffers(*models):
     """Average the running statistics of batch-norm layers over all ranks, in place.
 
     Ranks see different images and DDP runs with `broadcast_buffers=False`, so the statistics
     drift apart; call this before evaluating or saving.
+
+    Args:
+        models: modules; one that is given twice is averaged once.
     """
     if get_world_size() == 1:
         return
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    modules = (module for model in dict.fromkeys(models) for module in model.modules())
+    layers = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
     buffers = [b for m in layers for b in (m.running_mean, m.running_var)]
     if not buffers:
         return

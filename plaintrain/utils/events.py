@@ -43,6 +43,15 @@ class EventWriter:
         """Nothing to close by default."""
 
 
+@contextlib.contextmanager
+def closing_all(writers):
+    """Close writers at the end of the block, whatever ends it; gives the list."""
+    with contextlib.ExitStack() as stack:
+        for writer in writers:
+            stack.callback(writer.close)
+        yield writers
+
+
 class CommonMetricPrinter(EventWriter):
     """One console line: eta, iteration, losses, time and data_time (s), lr, memory (MiB)."""
 
@@ -70,7 +79,9 @@ class CommonMetricPrinter(EventWriter):
             left = max(0, self._max_iter - storage.iter - 1)
             fields.insert(0, f"eta: {datetime.timedelta(seconds=int(seconds * left))}")
         latest = storage.latest_with_smoothing_hint(self._window_size)
-        fields += [f"{k}: {v:.4g}" for k, (v, _) in latest.items() if "loss" in k]
+        # Validation losses have a line of their own, when they are new.
+        losses = [k for k in latest if "loss" in k and not k.startswith("val/")]
+        fields += [f"{k}: {latest[k][0]:.4g}" for k in losses]
         fields += [f"{k}: {latest[k][0]:.4f}" for k in ("time", "data_time") if k in latest]
         if "lr" in latest:
             fields.append(f"lr: {latest['lr'][0]:.5g}")
@@ -83,30 +94,34 @@ class JSONWriter(EventWriter):
     """Appends one JSON object a line, `{"iteration": ..., name: value, ...}`.
 
     Non-finite values become null. A file that is there already is cut at the storage's start
-    iteration on the first write, so no iteration stands in it twice.
+    iteration on the first write, and what comes for an earlier one (an evaluation that is done again)
+    joins its line, so no iteration stands in it twice.
     """
 
     def __init__(self, json_file, window_size=20):
         self._path, self._window_size = json_file, window_size
         self._file, self._last_write = None, -1
 
-    def _open(self, start_iter):
-        kept = [line for line in _json_lines(self._path) if line["iteration"] < start_iter]
+    def _open(self, start_iter, lines):
+        kept = {line["iteration"]: line for line in _json_lines(self._path) if line["iteration"] < start_iter}
+        for at in [at for at in lines if at < start_iter]:
+            kept[at] = {**kept.get(at, {}), "iteration": at, **lines.pop(at)}
         temporary = f"{self._path}.tmp"
         with open(temporary, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(line) + "\n" for line in kept)
+            f.writelines(json.dumps(kept[at]) + "\n" for at in sorted(kept))
         os.replace(temporary, self._path)
+        self._last_write = start_iter - 1
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self):
         """Append what is new since the last call, and flush."""
         storage = get_event_storage()
-        if self._file is None:
-            self._open(storage.start_iter)
         lines = defaultdict(dict)
         for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
             if at > self._last_write:
                 lines[at][name] = value if math.isfinite(value) else None
+        if self._file is None:
+            self._open(storage.start_iter, lines)
         for at in sorted(lines):
             self._file.write(json.dumps({"iteration": at, **lines[at]}, allow_nan=False) + "\n")
             self._last_write = at

@@ -53,6 +53,11 @@ def setup_logger(output=None, distributed_rank=0, name="plaintrain"):
     return logger
 
 
+def progress_range(start, end):
+    """`range(start, end)` with a bar that counts from 0 to `end`; see `progress`."""
+    return progress(range(start, end), desc="training", initial=start, total=end)
+
+
 def progress(iterable=None, *, desc, initial=0, total=None):
     """A tqdm bar on a terminal and on rank 0; elsewhere it only passes the items through.
 

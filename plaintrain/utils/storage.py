@@ -17,14 +17,16 @@ _MAX_PENDING = 10_000
 _MAX_IMAGES = 100
 
 
-def every(period, iteration):
+def every(period, iteration, start=0):
     """True after `period`, `2 * period`, ... finished iterations; never when period is 0.
 
     Args:
         period: number of iterations, >= 0.
         iteration: the one being finished, counted from 0.
+        start: above 0, True after `start`, `start + period`, ... instead.
     """
-    return period > 0 and (iteration + 1) % period == 0
+    finished = iteration + 1 - start
+    return period > 0 and finished >= (0 if start else 1) and finished % period == 0
 
 
 def get_event_storage():
@@ -144,18 +146,22 @@ class EventStorage:
                 if not math.isfinite(number) and ("loss" in name or name == "grad_norm"):
                     self._nonfinite.setdefault(iteration, []).append(name)
 
-    def raise_if_nonfinite(self, images_of=None):
+    def raise_if_nonfinite(self, images_of=None, *, norm_too=True):
         """Stop when a loss or `grad_norm` stored since the last call is NaN or infinite.
 
         Reads the waiting window. Reduced losses are the same on every rank, so all ranks stop.
 
         Args:
             images_of: function from an iteration to the names of the images it trained on.
+            norm_too: False where a step whose `grad_norm` is not finite is not taken (float16).
 
         Raises:
             FloatingPointError: names the first bad iteration, its terms and its images.
         """
         self._fetch()
+        if not norm_too:
+            losses = {i: [n for n in names if n != "grad_norm"] for i, names in self._nonfinite.items()}
+            self._nonfinite = {i: names for i, names in losses.items() if names}
         if not self._nonfinite:
             return
         iteration = min(self._nonfinite)

@@ -1,0 +1,106 @@
+"""Averaged weights: an exponential moving average beside the weights that are trained.
+
+Polyak and Juditsky's averaging in the form that TensorFlow's ExponentialMovingAverage made usual; the
+average is kept by `torch.optim.swa_utils.AveragedModel`.
+"""
+
+import logging
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from plaintrain.checkpoint import unwrap_model
+from plaintrain.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class ModelEMA:
+    """The average of a model's parameters and buffers.
+
+    Attributes:
+        enabled: False keeps nothing, and makes `update` do nothing.
+    """
+
+    def __init__(self, model, *, enabled=True, decay=0.999, warmup=True, evaluate="averaged"):
+        """
+        Args:
+            model: the module, possibly wrapped for several GPUs.
+            enabled: see the class.
+            decay: weight of the average so far, in [0, 1).
+            warmup: begin with min(decay, (1 + n) / (10 + n)) at step n.
+            evaluate: which weights `evaluated` has, "averaged" or "raw".
+
+        Raises:
+            UserError: a decay outside of 0..1.
+        """
+        if not 0 <= decay < 1:
+            raise UserError(f"MODEL.EMA.DECAY is {decay}, but must be at least 0 and below 1")
+        self.enabled, self._model, self._decay, self._warmup = enabled, model, decay, warmup
+        self._evaluate = evaluate
+        self._average = None
+        if enabled:
+            self._average = AveragedModel(unwrap_model(model), multi_avg_fn=self._lerp, use_buffers=True)
+            self._average.requires_grad_(False)
+
+    @property
+    def module(self):
+        """The averaged model; before the first step, and if disabled, the model that is trained."""
+        return self._average.module if self._average is not None and self.num_steps else self._model
+
+    @property
+    def evaluated(self):
+        """The model to evaluate, averaged or raw."""
+        return self.module if self._evaluate == "averaged" else self._model
+
+    @property
+    def num_steps(self):
+        """How many steps the average is made of."""
+        # A tensor on the CPU: no sync point.
+        return int(self._average.n_averaged) if self._average is not None else 0
+
+    @torch.no_grad()
+    def _lerp(self, averages, values, _):
+        steps = self.num_steps
+        decay = min(self._decay, (1 + steps) / (10 + steps)) if self._warmup else self._decay
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, 1 - decay)
+        else:
+            torch._foreach_copy_(averages, values)
+
+    def update(self):
+        """Take in the model's weights; call it after each optimizer step."""
+        if self._average is not None:
+            self._average.update_parameters(unwrap_model(self._model))
+
+    def state_dict(self):
+        """{"n_averaged": ..., "module.NAME": tensor}; {} when disabled."""
+        return {} if self._average is None else self._average.state_dict()
+
+    def load_state_dict(self, state_dict):
+        if self._average is None:
+            if state_dict:
+                logger.warning("MODEL.EMA.ENABLED is False: the checkpoint's averaged weights are left out")
+        elif state_dict:
+            self._average.load_state_dict(state_dict)
+        else:
+            logger.warning("the checkpoint has no averaged weights: MODEL.EMA begins to average here")
+
+
+def build_ema(cfg, model):
+    """The `ModelEMA` of MODEL.EMA; logs which weights are evaluated, and which become the final ones.
+
+    Raises:
+        UserError: see `ModelEMA`.
+    """
+    ema = cfg.MODEL.EMA
+    if ema.ENABLED:
+        logger.info(
+            f"MODEL.EMA: the {ema.EVALUATE} weights are evaluated, the {ema.FINAL} become model_final.pth"
+        )
+    return ModelEMA(model, enabled=ema.ENABLED, decay=ema.DECAY, warmup=ema.WARMUP, evaluate=ema.EVALUATE)
+
+
+def final_model(cfg, ema):
+    """A function to the module whose weights become model_final.pth, or None if they are the raw ones."""
+    return (lambda: ema.module) if ema.enabled and cfg.MODEL.EMA.FINAL == "averaged" else None

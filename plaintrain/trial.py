@@ -1,0 +1,102 @@
+"""The first hour of a project: training on a few images, and a run of two iterations."""
+
+import logging
+import math
+import os
+import shutil
+
+from plaintrain.config import set_value
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.data.loader import training_records
+from plaintrain.evaluation.loop import flatten_results
+from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_DRY_RUN = {
+    "LOG_PERIOD": 1,
+    "SOLVER.MAX_ITER": 2,
+    "SOLVER.MAX_TIME": 0.0,
+    "SOLVER.STEPS": (),
+    "SOLVER.CHECKPOINT_PERIOD": 0,
+    "TEST.EVAL_PERIOD": 0,
+    "TEST.EVAL_START": 0,
+    "TEST.EXPECTED_RESULTS": [],
+}
+
+
+def _register(name, records, like):
+    """A dataset of these records with the metadata of another."""
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+    known = {k: v for k, v in vars(MetadataCatalog.get(like)).items() if k not in ("name", "declaration")}
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(**known)
+
+
+def overfit_on(cfg, number):
+    """Make the first `number` images that can be trained on both the training and the test set.
+
+    Args:
+        cfg: the config, frozen or not; DATASETS.TRAIN and DATASETS.TEST are set in place.
+        number: images, at least 1.
+
+    Raises:
+        UserError: no such number of images.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("--overfit takes its images from DATASETS.TRAIN, which is empty")
+    usable = training_records(cfg)
+    if not 1 <= number <= len(usable):
+        raise UserError(f"--overfit is {number}, but must be from 1 to the {len(usable)} training images")
+    name = f"overfit_{number}"
+    _register(name, [usable[i] for i in range(number)], cfg.DATASETS.TRAIN[0])
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        set_value(cfg, key, (name,))
+    logger.info(f"--overfit: trained and evaluated on the same {number} images")
+
+
+def shorten_to_dry_run(cfg):
+    """Make a run one of two iterations and an evaluation of a few images, in OUTPUT_DIR/dry-run."""
+    per_epoch = cfg.SOLVER.MAX_ITER // max(cfg.SOLVER.MAX_EPOCHS, 1)
+    for key, value in _DRY_RUN.items():
+        set_value(cfg, key, value)
+    if cfg.SOLVER.MAX_EPOCHS:
+        set_value(cfg, "SOLVER.MAX_ITER", min(2, per_epoch))
+        set_value(cfg, "SOLVER.MAX_EPOCHS", 1)
+    if cfg.TEST.VAL_LOSS_PERIOD:
+        set_value(cfg, "TEST.VAL_LOSS_PERIOD", 1)
+    few = max(8, 2 * cfg.TEST.IMS_PER_BATCH * comm.get_world_size())
+    for name in cfg.DATASETS.TEST:
+        records = DatasetCatalog.get(name)
+        _register(name, [records[i] for i in range(min(few, len(records)))], name)
+    set_value(cfg, "OUTPUT_DIR", os.path.join(cfg.OUTPUT_DIR, "dry-run"))
+    if comm.is_main_process():
+        # What one that failed has left.
+        shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
+    comm.synchronize()
+
+
+def finish_dry_run(cfg, results, again):
+    """Compare the results of the run with those of the one resumed from its checkpoint, and say "ready".
+
+    Args:
+        cfg: what `shorten_to_dry_run` made.
+        results, again: {dataset: {task: {metric: number}}} of both.
+
+    Raises:
+        UserError: they differ.
+    """
+    before, after = flatten_results(results), flatten_results(again)
+    for name in before | after:
+        a, b = before.get(name, math.nan), after.get(name, math.nan)
+        if not (math.isnan(a) and math.isnan(b)) and not abs(a - b) < 0.1:
+            raise UserError(f"the checkpoint read back is another model: {name} was {a:.4g} and is {b:.4g}")
+    comm.synchronize()
+    if comm.is_main_process():
+        shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
+    logger.info(
+        "ready: two iterations, an evaluation, a save and a load went well; nothing was kept. The whole run "
+        "is the same command without --dry-run"
+    )

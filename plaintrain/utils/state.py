@@ -1,0 +1,37 @@
+"""The states of optimizers and the like, as plain data and back."""
+
+import numbers
+
+import torch
+
+from plaintrain.utils.errors import UserError
+
+
+def load_state(item, state, what):
+    """`item.load_state_dict(state)`, refusing the state of another kind of optimizer."""
+    kinds = [
+        {"betas", "momentum"} & set(group)
+        for groups in (state, item.state_dict())
+        for group in groups.get("param_groups", [])[:1]
+    ]
+    try:
+        if len(kinds) == 2 and kinds[0] != kinds[1]:
+            raise ValueError("it is of another kind, see SOLVER.OPTIMIZER")
+        item.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{what} does not fit this run: {e}") from e
+
+
+def plain(value, name):
+    """`value` as types that `torch.load(weights_only=True)` reads: NumPy's numbers become Python's."""
+    if isinstance(value, bool | str | torch.Tensor | type(None)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: plain(item, name) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item, name) for item in value)
+    raise UserError(f"a checkpoint cannot hold {name}, a {type(value).__name__}")

@@ -1,0 +1,65 @@
+"""The rows of COCO's classes in published heads, by the names of a dataset's classes."""
+
+import logging
+import re
+
+import torch
+from torchvision.models import detection
+
+logger = logging.getLogger(__name__)
+
+# torchvision's 91 classes: the background, then COCO's category ids, with "N/A" where there is none.
+_COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+_COCO_NAMES = [name for name in _COCO[1:] if name != "N/A"]
+# Layers with rows for classes: rows per class; the last one has no background here.
+_CLASS_LAYERS = {
+    r"roi_heads\.box_predictor\.cls_score": 1,
+    r"roi_heads\.box_predictor\.bbox_pred": 4,
+    r"roi_heads\.mask_predictor\.mask_fcn_logits": 1,
+    r"head\.classification_head\.module_list\.\d+(\.1)?": 1,
+    r"head\.classification_head\.cls_logits": 1,
+}
+
+
+def _count_classes(found):
+    """How many classes the file's scores are for, or 0 if it has none."""
+    for scores, boxes in (
+        ("roi_heads.box_predictor.cls_score", None),
+        ("head.classification_head.cls_logits", "head.regression_head.bbox_reg"),
+        ("head.classification_head.module_list.0", "head.regression_head.module_list.0"),
+        ("head.classification_head.module_list.0.1", "head.regression_head.module_list.0.1"),
+    ):
+        if f"{scores}.bias" in found and (boxes is None or f"{boxes}.bias" in found):
+            anchors = len(found[f"{boxes}.bias"]) // 4 if boxes else 1
+            return len(found[f"{scores}.bias"]) // max(anchors, 1)
+    return 0
+
+
+def select_classes(found, class_names, of_detectron2):
+    """Reduce the rows of COCO's classes to the dataset's, if COCO has all of them.
+
+    Args:
+        found: {name: tensor} of the file, under torchvision's names.
+        class_names: the dataset's, in the order of their labels.
+        of_detectron2: the file has Detectron2's order of classes, without gaps.
+
+    Returns:
+        {name: tensor}; `found` itself if the file is not for COCO's classes.
+    """
+    file_names = _COCO
+    if of_detectron2:
+        dense = "head.classification_head.cls_logits.bias" in found
+        file_names = _COCO_NAMES if dense else ["", *_COCO_NAMES]
+    if len(file_names) != _count_classes(found) or not set(class_names) <= set(_COCO_NAMES):
+        return found
+    rows = torch.tensor([file_names.index(name) for name in class_names])
+    selected = dict(found)
+    for name, value in found.items():
+        layer = name.rpartition(".")[0]
+        for pattern, per_class in _CLASS_LAYERS.items():
+            if re.fullmatch(pattern, layer) and len(value) % (len(file_names) * per_class) == 0:
+                index = rows if layer.endswith("cls_logits") else torch.cat([rows.new_zeros(1), rows])
+                value = value.unflatten(0, (-1, len(file_names), per_class))[:, index]
+                selected[name] = value.flatten(0, 2)
+    logger.info(f"of the {len(file_names)} classes of the weights the dataset's {len(class_names)} are kept")
+    return selected

@@ -1,0 +1,251 @@
+#!/usr/bin/env python
+"""Train and evaluate a detector epoch by epoch, with validation epochs between as WORKFLOW says.
+
+python scripts/epoch_train_net.py --config-file configs/BCCD/faster_rcnn_tiny_epochs.yaml
+python scripts/epoch_train_net.py --config-file configs/quickstart.yaml SOLVER.MAX_EPOCHS 3 \\
+    SOLVER.BY_EPOCH True SOLVER.CHECKPOINT_PERIOD 1 WORKFLOW "[['train', 1], ['val', 1]]"
+
+The steps are those of plain_train_net.py, and so are the results. The file is made to be copied.
+"""
+
+import itertools
+import logging
+import os
+from collections import namedtuple
+from time import perf_counter
+
+from plaintrain.accumulation import add_scaled, split_batch, sum_losses
+from plaintrain.best import BestMetric
+from plaintrain.checkpoint import DetectionCheckpointer, build_periodic_checkpointer
+from plaintrain.config import get_cfg
+from plaintrain.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    build_detection_val_loader,
+)
+from plaintrain.ema import build_ema, final_model
+from plaintrain.engine import (
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    launch,
+    require_default,
+)
+from plaintrain.evaluation import (
+    build_evaluator,
+    flatten_results,
+    inference_on_dataset,
+    print_csv_format,
+    validation_losses,
+    verify_results,
+)
+from plaintrain.modeling import build_model, build_tta
+from plaintrain.precision import build_amp, build_autocast, check_finite
+from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
+from plaintrain.trial import finish_dry_run
+from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError
+from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage
+from plaintrain.utils.logger import progress
+from plaintrain.utils.timing import TimeLimit
+from plaintrain.workflow import workflow_epochs
+
+logger = logging.getLogger("plaintrain")
+
+
+# What the steps of an epoch work with: made in do_train, by name there and in train_one_epoch.
+Training = namedtuple(
+    "Training", "model optimizer scheduler clip_gradients autocast scaler ema data_loader saver limit"
+)
+
+
+def dataset_classes(dataset_names):
+    """The class names by which published weights are taken over, or None."""
+    return MetadataCatalog.get(dataset_names[0]).get("thing_classes") if dataset_names else None
+
+
+def run_facts(cfg):
+    """What a checkpoint says about its run."""
+    return {"config": cfg.dump(), "class_names": dataset_classes(cfg.DATASETS.TRAIN)}
+
+
+def do_test(cfg, model):
+    """Evaluate on every dataset of DATASETS.TEST; {dataset: {task: {metric: number}}} on every rank."""
+    results, device = {}, next(model.parameters()).device.type
+    for dataset_name in cfg.DATASETS.TEST:
+        data_loader = build_detection_test_loader(cfg, dataset_name)
+        output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        evaluator = build_evaluator(cfg, dataset_name, output_folder)
+        with build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, device):
+            found = inference_on_dataset(build_tta(cfg, model), data_loader, evaluator)
+        results[dataset_name] = comm.broadcast(found)
+        logger.info(f"results on {dataset_name}:")
+        print_csv_format(results[dataset_name])
+    return results
+
+
+def test_is_due(cfg, iterations):
+    """Whether an evaluation falls due in the iterations of an epoch; it takes place at their end."""
+    period, start = cfg.TEST.EVAL_PERIOD, cfg.TEST.EVAL_START
+    return cfg.SOLVER.MAX_ITER - 1 in iterations or any(every(period, i, start=start) for i in iterations)
+
+
+def store_results(metrics, iteration, model, best, saver):
+    """Store {name: number} of a model after an iteration, and keep the model if it is the best."""
+    get_event_storage().put_scalars(**metrics, smoothing_hint=False, cur_iter=iteration)
+    if best.update(iteration, metrics):
+        saver.checkpointer.save_weights("model_best", model, iteration=iteration)
+    if best.is_stale():
+        saver.finish(iteration)
+    comm.synchronize()
+
+
+def val_one_epoch(cfg, model):
+    """The losses on DATASETS.TEST together, {"val/NAME": mean over images}, on every rank."""
+    loaders = [build_detection_val_loader(cfg, name) for name in cfg.DATASETS.TEST]
+    with build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, next(model.parameters()).device.type):
+        return validation_losses(model, loaders, cfg.SEED)
+
+
+def train_one_epoch(cfg, training, epoch, iterations, batches, writers):
+    """Take the steps of an epoch; True if SOLVER.MAX_TIME ended it. Its last step is not written yet."""
+    model, optimizer, scheduler, clip_gradients, autocast, scaler, ema, loader, saver, limit = training
+    storage, start = get_event_storage(), perf_counter()
+    for iteration, data in zip(progress(iterations, desc=f"epoch {epoch}"), batches, strict=False):
+        storage.iter, data_time = iteration, perf_counter() - start
+        # The losses are read only for a test, a write or a save.
+        late = iteration < cfg.SOLVER.MAX_ITER - 1 and limit.is_over()
+        last = iteration == iterations[-1]
+        write = late or (every(cfg.LOG_PERIOD, iteration) and not last)
+        read = write or last or saver.is_due(iteration)
+        optimizer.zero_grad()
+        totals = {}
+        for samples, share, context in split_batch(model, data, cfg.SOLVER.ACCUMULATE_STEPS):
+            # The model returns a dict of losses, whatever the task.
+            with context, autocast:
+                loss_dict = model(samples)
+            losses = sum_losses(loss_dict)
+            scaler.scale(losses * share).backward()
+            totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
+        scaler.unscale_(optimizer)
+        norm = clip_gradients(need_norm=read)
+        scaler.step(optimizer)
+        scaler.update()
+        storage.put_scalars(**scheduler.scalars(), epoch=epoch, smoothing_hint=False)
+        scheduler.step()
+        ema.update()
+        reduced = comm.reduce_dict(totals)
+        storage.put_scalars(**reduced, **norm, time=perf_counter() - start, data_time=data_time)
+        if read:
+            check_finite(storage, scaler, loader.file_names)  # sync point
+            comm.average_buffers(model, ema.module)
+        saver.step(iteration, now=late)
+        if write:
+            for writer in writers:
+                writer.write()
+        if late:
+            return True
+        start = perf_counter()
+    return False
+
+
+def do_train(cfg, model, resume=False):
+    """Train for SOLVER.MAX_EPOCHS epochs; returns the results of the last evaluation."""
+    model.train()
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    clip_gradients = build_gradient_clipper(cfg, model)
+    autocast, scaler = build_amp(cfg, model)
+    ema, best = build_ema(cfg, model), BestMetric(cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema, "best": best}
+    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, about=run_facts(cfg), **parts)
+    # Only a resumed run goes on counting; weights of another run start at 0.
+    state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
+    saver = build_periodic_checkpointer(cfg, checkpointer, final_model(cfg, ema))
+    data_loader = build_detection_train_loader(cfg, start_iter=start_iter)
+    batches, per_epoch = iter(data_loader), data_loader.iters_per_epoch
+    writers, limit = default_writers(cfg.OUTPUT_DIR, max_iter), TimeLimit(cfg.SOLVER.MAX_TIME)
+    training = Training(
+        model, optimizer, scheduler, clip_gradients, autocast, scaler, ema, data_loader, saver, limit
+    )
+    flows = workflow_epochs(cfg.WORKFLOW, cfg.SOLVER.MAX_EPOCHS, start_epoch=start_iter // per_epoch)
+    # A run that was interrupted within an epoch has done the validation before it; one that was
+    # interrupted after its last step may lack the evaluation.
+    within = start_iter % per_epoch != 0
+    flows = itertools.dropwhile(lambda flow: flow[0] == "val" and within, flows)
+    results = {}
+    logger.info(f"starting training from iteration {start_iter} of {max_iter}, {per_epoch} an epoch")
+    with EventStorage(start_iter), closing_all(writers):
+        if not within and test_is_due(cfg, range(start_iter - per_epoch, start_iter)):
+            results = do_test(cfg, ema.evaluated)
+            store_results(flatten_results(results), start_iter - 1, ema.evaluated, best, saver)
+        for (mode, epoch), (following, _) in itertools.pairwise([*flows, ("end", 0)]):
+            if best.is_stale():
+                break
+            steps, metrics = range(epoch * per_epoch, min((epoch + 1) * per_epoch, max_iter)), {}
+            if mode == "val":
+                metrics = val_one_epoch(cfg, ema.evaluated)
+            else:
+                left = range(max(steps.start, start_iter), steps.stop)
+                if train_one_epoch(cfg, training, epoch, left, batches, writers):
+                    break
+                if test_is_due(cfg, steps):
+                    results = do_test(cfg, ema.evaluated)
+                    metrics = flatten_results(results)
+            store_results(metrics, max(steps.stop - 1, 0), ema.evaluated, best, saver)
+            # One line an iteration: after all validation that follows the epoch.
+            if epoch >= 0 and (following != "val" or best.is_stale()):
+                for writer in writers:
+                    writer.write()
+    return results
+
+
+def setup(args):
+    """The config of the command line, after the checks that can be made before training."""
+    cfg = get_cfg()
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    if not args.eval_only:
+        require_default(cfg, "TEST.VAL_LOSS_PERIOD", 'here a ["val", n] in WORKFLOW computes them')
+        if not cfg.SOLVER.MAX_EPOCHS:
+            raise UserError("SOLVER.MAX_EPOCHS is 0: set the number of training epochs")
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args):
+    """One process' work."""
+    cfg = setup(args)
+    model = build_model(cfg)
+    logger.info(f"model:\n{model}")
+    if args.eval_only:
+        averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
+        names = {"class_names": dataset_classes(cfg.DATASETS.TEST), "averaged": averaged}
+        checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, **names)
+        results = do_test(cfg, model)
+    else:
+        results = do_train(cfg, create_ddp_model(model), resume=args.resume)
+    if args.dry_run:
+        resumed = do_train(cfg, create_ddp_model(build_model(cfg)), resume=True)
+        finish_dry_run(cfg, results, resumed)
+    if comm.is_main_process() and results:
+        verify_results(cfg.TEST.EXPECTED_RESULTS, next(iter(results.values())))
+    return results
+
+
+if __name__ == "__main__":
+    args = default_argument_parser(epilog=__doc__).parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
