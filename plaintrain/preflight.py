@@ -11,6 +11,7 @@ from plaintrain.data.catalog import MetadataCatalog, common_class_names
 from plaintrain.data.loader import check_batch_size
 from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import check_image_files
+from plaintrain.data.tta import build_tta_mapper
 from plaintrain.evaluation.coco_backend import oks_sigmas
 from plaintrain.evaluation.instances import ground_truth
 from plaintrain.modeling.build import build_model, get_device, num_classes_key
@@ -115,7 +116,14 @@ def check_before_training(cfg, resume, eval_only):
         _check_norms(cfg, resume)
         steps = build_augmentation(cfg, is_train=True)
         DatasetMapper(cfg, augmentations=steps, num_keypoints=0, records=[None])
+    _check_test_augmentation(cfg)
     _check_model(cfg)
+
+
+def _check_test_augmentation(cfg):
+    if cfg.TEST.AUG.ENABLED:
+        for name in cfg.DATASETS.TEST:
+            build_tta_mapper(cfg, name)
 
 
 def _check_model(cfg):

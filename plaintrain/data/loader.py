@@ -16,6 +16,7 @@ from plaintrain.data.records import check_image_files, get_detection_dataset_dic
 from plaintrain.data.samplers import InferenceSampler
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.data.train_sampler import build_train_sampler
+from plaintrain.data.tta import build_tta_mapper
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
@@ -198,9 +199,9 @@ def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None,
     """This rank's share of a dataset, each image once over all ranks, in batches.
 
     Args:
-        cfg: the config: TEST.IMS_PER_BATCH, DATALOADER.NUM_WORKERS, INPUT.*.
+        cfg: the config: TEST.IMS_PER_BATCH, TEST.AUG, DATALOADER.NUM_WORKERS, INPUT.*.
         dataset_name: name of a registered dataset.
-        mapper: default `DatasetMapper(cfg, is_train=False)`.
+        mapper: default `DatasetMapper(cfg, is_train=False)`, or with TEST.AUG.ENABLED `TTAMapper`.
         dataset: sequence of records, default those of `dataset_name`.
         sampler: indices of this rank, default `InferenceSampler`.
 
@@ -212,7 +213,9 @@ def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None,
         check_image_files(records, dataset_name)
     if sampler is None:
         sampler = InferenceSampler(len(records), comm.get_rank(), comm.get_world_size())
-    mapper = mapper or DatasetMapper(cfg, is_train=False)
+    if mapper is None:
+        tta = cfg.TEST.AUG.ENABLED
+        mapper = build_tta_mapper(cfg, dataset_name) if tta else DatasetMapper(cfg, is_train=False)
     keys = [(index, index) for index in sampler]
     size = cfg.TEST.IMS_PER_BATCH
     if size < 1:

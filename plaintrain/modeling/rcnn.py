@@ -2,12 +2,15 @@
 its keypoint head, and their proposals alone, on torchvision's implementation.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -47,6 +50,32 @@ class GeneralizedRCNN(OnSamples, FasterRCNN):
         if self.training and "loss_keypoint" in results:
             results["loss_keypoint"] = results["loss_keypoint"] * self.keypoint_loss_weight
         return results
+
+    @contextlib.contextmanager
+    def without_masks(self):
+        """Within the block, detections come without masks."""
+        pool, self.roi_heads.mask_roi_pool = self.roi_heads.mask_roi_pool, None
+        try:
+            yield
+        finally:
+            self.roi_heads.mask_roi_pool = pool
+
+    def predict_masks(self, samples, boxes, labels):
+        """The masks of given objects, by a model that has a mask head.
+
+        Args:
+            samples: list of samples; `image` uint8 `[3, H, W]`.
+            boxes: for each sample `[N, 4]`, XYXY, in the pixels of its `image`.
+            labels: for each sample `[N]`, 0 to K-1.
+
+        Returns:
+            For each sample float32 `[N, 1, M, M]`: probabilities of its label's mask inside each box.
+        """
+        images, _ = self.transform([sample["image"] for sample in samples])
+        features, heads = self.backbone(images.tensors), self.roi_heads
+        pooled = heads.mask_roi_pool(features, boxes, images.image_sizes)
+        logits = heads.mask_predictor(heads.mask_head(pooled))
+        return list(maskrcnn_inference(logits, [label + self.label_offset for label in labels]))
 
 
 class ProposalNetwork(nn.Module):

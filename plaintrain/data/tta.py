@@ -1,0 +1,93 @@
+"""Test-time augmentation: one image as several views, at several sizes and mirrored."""
+
+from dataclasses import dataclass
+
+import torch
+from torchvision import tv_tensors
+
+from plaintrain.data.arguments import check_list, check_number
+from plaintrain.data.images import check_image_size, read_image
+from plaintrain.data.keypoints import dataset_flip_indices
+from plaintrain.data.tensors import horizontal_flip, image_size, resize
+from plaintrain.data.transforms import shortest_edge_size
+from plaintrain.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class TTAMapper:
+    """A callable from (record, generator) to the sample that `DetectorWithTTA` takes.
+
+    A sample holds `image_id`, `file_name`, the original `height` and `width`, and `views`, one for
+    each of `min_sizes`, with `flip` followed by its mirror image. A view is a dict of `image` (uint8
+    `[3, h, w]`, RGB), `flipped`, and `keypoint_flip_indices` (None if it is not flipped). The sample
+    itself has no `image`: a model that does not know views fails, instead of seeing one of them.
+
+    Attributes:
+        min_sizes: shorter sides in pixels; 0 takes the image, or `fixed_size`, as it is.
+        max_size: largest length of the longer side, pixels; does not bound the size 0.
+        flip: mirror each size, left and right, too.
+        fixed_size: (height, width) of the shape that images are brought to, or None to keep theirs.
+        keypoint_flip_indices: for each keypoint the one that takes its place in a mirror image;
+            needed where the model finds keypoints and `flip` is on.
+    """
+
+    min_sizes: tuple
+    max_size: int
+    flip: bool = True
+    fixed_size: tuple | None = None
+    keypoint_flip_indices: tuple | None = None
+
+    def __post_init__(self):
+        check_list(self, "min_sizes", 0, whole=True)
+        check_number(self, "max_size", 1, whole=True)
+        if self.fixed_size is not None:
+            check_list(self, "fixed_size", 1, count=2, whole=True)
+
+    def __call__(self, record, rng=None):
+        """Make the sample; nothing is drawn from `rng`.
+
+        Raises:
+            UserError: an unreadable image, or one that is not of its record's size.
+        """
+        image = read_image(record["file_name"])
+        check_image_size(record, image)
+        tensors = {"image": tv_tensors.Image(image)}
+        sample = {key: record[key] for key in ("image_id", "file_name", "height", "width")}
+        sample["views"] = []
+        for min_size in self.min_sizes:
+            resized = resize(tensors, self._view_size(image_size(tensors), min_size))
+            sample["views"].append(_view(resized, False, None))
+            if self.flip:
+                sample["views"].append(_view(horizontal_flip(resized), True, self.keypoint_flip_indices))
+        return sample
+
+    def _view_size(self, size, min_size):
+        size = self.fixed_size or size
+        return shortest_edge_size(*size, min_size, self.max_size) if min_size else size
+
+
+def _view(tensors, flipped, keypoint_flip_indices):
+    image = tensors["image"].as_subclass(torch.Tensor).contiguous()
+    return {"image": image, "flipped": flipped, "keypoint_flip_indices": keypoint_flip_indices}
+
+
+def build_tta_mapper(cfg, dataset_name):
+    """`TTAMapper` from TEST.AUG and INPUT.FIXED_SIZE, for images of a dataset.
+
+    Raises:
+        UserError: no sizes, or sizes that an image cannot have; keypoints, with TEST.AUG.FLIP, that
+            the dataset does not name or that are not as many as the model's.
+    """
+    aug, order = cfg.TEST.AUG, None
+    fixed_size = None if tuple(cfg.INPUT.FIXED_SIZE) == (0, 0) else cfg.INPUT.FIXED_SIZE
+    if cfg.MODEL.KEYPOINT_ON and aug.FLIP:
+        order, number = dataset_flip_indices([dataset_name]), cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+        if number not in (0, len(order)):
+            raise UserError(
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but {dataset_name} has {len(order)} "
+                "keypoints, so TEST.AUG.FLIP does not know which of them change places"
+            )
+    try:
+        return TTAMapper(aug.MIN_SIZES, aug.MAX_SIZE, aug.FLIP, fixed_size, order)
+    except UserError as e:
+        raise UserError(f"TEST.AUG with INPUT.FIXED_SIZE {tuple(cfg.INPUT.FIXED_SIZE)}: {e}") from e

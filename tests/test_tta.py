@@ -1,0 +1,520 @@
+"""Test-time augmentation: the views of data.tta, and the detector on them of modeling.tta."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from model_helpers import ARCHITECTURES, TINY, K, build, make_cfg, make_overrides, randomize_predictions
+from PIL import Image
+from torch import nn
+from torchvision.ops import batched_nms
+
+from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader, tta
+from plaintrain.data.shapes import load_shapes
+from plaintrain.data.tta import TTAMapper, build_tta_mapper
+from plaintrain.evaluation import COCOEvaluator, inference_on_dataset
+from plaintrain.modeling.tta import DetectorWithTTA, build_tta
+from plaintrain.preflight import check_before_training
+from plaintrain.structures import BoxMode
+from plaintrain.utils.errors import UserError
+
+AUG = ("TEST.AUG.ENABLED", True)
+# Left and right change places, the nose stays.
+ORDER = (1, 0, 2)
+SSD, MASKS = ARCHITECTURES["ssd"], ARCHITECTURES["mask_keypoint_rcnn"]
+# IoU 0.6 with the box of 10 x 10.
+BOX, NEAR = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 6.0]
+
+
+@pytest.fixture
+def cfg(cfg):
+    cfg.TEST.AUG.ENABLED = True
+    return cfg
+
+
+def register(name, records, **metadata):
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(**metadata)
+    return records
+
+
+@pytest.fixture
+def shapes():
+    """Two images of the shapes set: the first wide, the second upright."""
+    (wide,), metadata = load_shapes("val", num=1, height=60, width=90)
+    (upright,), _ = load_shapes("test", num=1, height=80, width=50)
+    return register("few_shapes", [wide, {**upright, "image_id": 2}], **metadata)
+
+
+# Height, width and the box of a green object with a red block, its nose, left of its middle.
+SCENES = [(40, 60, (6, 8, 26, 20)), (48, 32, (12, 20, 28, 40)), (40, 60, (30, 2, 58, 30))]
+
+
+def truth(box):
+    """The keypoints left, right and nose of the object in a box."""
+    x0, y0, x1, y1 = box
+    middle = (y0 + y1) / 2
+    return [[x0, middle], [x1, middle], [x0 + 4, y0 + 4]]
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Records of written images of one object each."""
+    records = []
+    for i, (height, width, box) in enumerate(SCENES):
+        x0, y0, x1, y1 = box
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[y0:y1, x0:x1, 1] = 255
+        pixels[y0 + 2 : y0 + 6, x0 + 2 : x0 + 6] = [255, 0, 0]
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        keypoints = [v for x, y in truth(box) for v in (x, y, 2)]
+        annotation = {"bbox": list(box), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
+        annotation |= {"keypoints": keypoints, "num_keypoints": 3}
+        record = {"file_name": str(tmp_path / f"{i}.png"), "image_id": i, "height": height, "width": width}
+        records.append({**record, "annotations": [annotation]})
+    names = ["left_side", "right_side", "nose"]
+    return register("scenes", records, thing_classes=["thing"], keypoint_names=names)
+
+
+class Seeing(nn.Module):
+    """Finds the object of a scene in the pixels that it is given; its left is the image's left."""
+
+    def __init__(self):
+        super().__init__()
+        self.eval()
+
+    def forward(self, samples):
+        return [self._find(sample) for sample in samples]
+
+    def _find(self, sample):
+        red, green = sample["image"][0].float(), sample["image"][1].float()
+        y, x = torch.where(red + green > 127)
+        box = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
+        nose_y, nose_x = (v.float().mean() + 0.5 for v in torch.where(red > 127))
+        middle = (box[1] + box[3]) / 2
+        points = torch.stack([box[0], middle, box[2], middle, nose_x, nose_y]).view(3, 2)
+        scale = torch.tensor([sample["width"], sample["height"]]) / torch.tensor(red.shape[::-1])
+        points = torch.cat([points * scale, torch.ones(3, 1)], dim=1)
+        boxes, scores = (box * scale.repeat(2))[None], torch.tensor([red.mean() / 255])
+        return {"boxes": boxes, "scores": scores, "labels": torch.tensor([0]), "keypoints": points[None]}
+
+
+class Listed(nn.Module):
+    """Returns for its first call the first of some lists of detections, and so on."""
+
+    def __init__(self, *results):
+        super().__init__()
+        self.results, self.calls = results, []
+        self.eval()
+
+    def forward(self, samples):
+        self.calls.append(samples)
+        return self.results[len(self.calls) - 1]
+
+
+def detection(boxes, scores, labels=None, **more):
+    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    labels = torch.zeros(len(boxes), dtype=torch.int64) if labels is None else torch.tensor(labels)
+    return {"boxes": boxes, "scores": torch.tensor(scores, dtype=torch.float32), "labels": labels, **more}
+
+
+def sample_of(*flipped, size=(20, 30), view=(40, 60), order=ORDER, image_id=0):
+    """A sample of black views, mirrored or not; `size` is the original's."""
+    image = torch.zeros(3, *view, dtype=torch.uint8)
+    views = [{"image": image, "flipped": f, "keypoint_flip_indices": order if f else None} for f in flipped]
+    names = {"image_id": image_id, "file_name": "", "height": size[0], "width": size[1]}
+    return {**names, "views": views}
+
+
+def run(model, samples):
+    with torch.no_grad():
+        return model(samples)
+
+
+# ---- views -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixed_size", [(0, 0), (30, 45)])
+def test_views_are_what_the_plain_mapper_makes_and_its_mirror_images(cfg, shapes, fixed_size):
+    cfg.INPUT.FIXED_SIZE = fixed_size
+    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE = (0, 40, 64), 75
+    # The shape of 30 x 45 whose shorter side is 64 has a longer one of 96, which MAX_SIZE bounds.
+    fixed = [(30, 45), (40, 60), (50, 75)]
+    mapper = build_tta_mapper(cfg, "few_shapes")
+    for record in shapes:
+        sample = mapper(record)
+        assert set(sample) == {"image_id", "file_name", "height", "width", "views"}
+        assert (sample["image_id"], sample["file_name"]) == (record["image_id"], record["file_name"])
+        assert (sample["height"], sample["width"]) == (record["height"], record["width"])
+        plain, mirrored = sample["views"][::2], sample["views"][1::2]
+        assert len(plain) == len(mirrored) == 3
+        for i, (view, mirror) in enumerate(zip(plain, mirrored, strict=True)):
+            cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = cfg.TEST.AUG.MIN_SIZES[i], 75
+            cfg.INPUT.FIXED_SIZE = fixed[i] if fixed_size != (0, 0) else fixed_size
+            expected = DatasetMapper(cfg, is_train=False)(record)["image"]
+            assert view["image"].equal(expected) and mirror["image"].equal(expected.flip(-1))
+            assert (view["flipped"], mirror["flipped"]) == (False, True)
+            for image in (view["image"], mirror["image"]):
+                assert type(image) is torch.Tensor and image.dtype == torch.uint8 and image.is_contiguous()
+
+
+def test_an_image_is_read_once_and_no_view_is_mirrored_without_flip(cfg, shapes, monkeypatch):
+    reads, read_image = [], tta.read_image
+    monkeypatch.setattr(tta, "read_image", lambda name: reads.append(name) or read_image(name))
+    views = TTAMapper([30, 40, 50], 100, flip=False)(shapes[0])["views"]
+    assert reads == [shapes[0]["file_name"]]
+    assert [view["image"].shape[1:] for view in views] == [(30, 45), (40, 60), (50, 75)]
+    assert not any(view["flipped"] for view in views)
+
+
+def test_an_image_of_another_size_than_its_record_is_refused(shapes):
+    with pytest.raises(UserError, match="90x60, but its annotation says 91x60"):
+        TTAMapper((40,), 100)({**shapes[0], "width": 91})
+
+
+def test_the_order_of_keypoints_comes_from_the_dataset(cfg, shapes):
+    cfg.TEST.AUG.MIN_SIZES, cfg.MODEL.KEYPOINT_ON = (40,), True
+    views = build_tta_mapper(cfg, "few_shapes")(shapes[0])["views"]
+    assert [view["keypoint_flip_indices"] for view in views] == [None, (0, 3, 2, 1)]
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 5
+    with pytest.raises(UserError, match="NUM_KEYPOINTS is 5, but few_shapes has 4 keypoints"):
+        build_tta_mapper(cfg, "few_shapes")
+    MetadataCatalog.get("few_shapes").set(keypoint_names=None)
+    with pytest.raises(UserError, match="few_shapes names no keypoints"):
+        build_tta_mapper(cfg, "few_shapes")
+    for cfg.TEST.AUG.FLIP, cfg.MODEL.KEYPOINT_ON in ((False, True), (True, False)):
+        assert build_tta_mapper(cfg, "few_shapes").keypoint_flip_indices is None
+
+
+def test_the_test_loader_makes_views_unless_it_is_given_a_mapper(cfg, shapes):
+    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.IMS_PER_BATCH = (40,), 2
+    (samples,) = build_detection_test_loader(cfg, "few_shapes")
+    assert [len(sample["views"]) for sample in samples] == [2, 2]
+    mapper = DatasetMapper(cfg, is_train=False)
+    (samples,) = build_detection_test_loader(cfg, "few_shapes", mapper=mapper)
+    assert all("image" in sample and "views" not in sample for sample in samples)
+    cfg.TEST.AUG.ENABLED = False
+    (samples,) = build_detection_test_loader(cfg, "few_shapes")
+    assert all("image" in sample and "views" not in sample for sample in samples)
+
+
+BAD_KEYS = [
+    ("TEST.AUG.MIN_SIZES", (), r"min_sizes must be a list of whole numbers of at least 0, not \(\)"),
+    ("TEST.AUG.MIN_SIZES", (40, -1), r"min_sizes must .* not \(40, -1\)"),
+    ("TEST.AUG.MIN_SIZES", (40, 50.5), r"min_sizes must .* not \(40, 50.5\)"),
+    ("TEST.AUG.MIN_SIZES", (40, True), r"min_sizes must .* not \(40, True\)"),
+    ("TEST.AUG.MAX_SIZE", 0, r"max_size must be a whole number of at least 1, not 0"),
+    ("INPUT.FIXED_SIZE", (40, 0), r"INPUT.FIXED_SIZE.*must be 2 whole numbers of at least 1, not \(40, 0\)"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "text"), BAD_KEYS)
+def test_sizes_that_cannot_be_are_refused(cfg, shapes, key, value, text):
+    cfg.merge_from_list([key, value])
+    with pytest.raises(UserError, match=f"TEST.AUG.*{text}"):
+        build_tta_mapper(cfg, "few_shapes")
+
+
+def test_mistakes_are_met_before_training(cfg, shapes):
+    cfg.merge_from_list(make_overrides(*TINY))
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("few_shapes",)
+    cfg.TEST.AUG.MIN_SIZES = ()
+    with pytest.raises(UserError, match=r"TEST.AUG.*min_sizes must be .* not \(\)"):
+        check_before_training(cfg, resume=False, eval_only=False)
+    cfg.TEST.AUG.ENABLED = False
+    check_before_training(cfg, resume=False, eval_only=False)
+    cfg.TEST.AUG.ENABLED, cfg.DATASETS.TEST = True, ()
+    check_before_training(cfg, resume=False, eval_only=False)
+
+
+# ---- one view is the plain test ----------------------------------------------------------------
+
+
+def plain_and_merged(*overrides, autocast=False):
+    """What a model finds in the shapes in the plain test, and with one view of the same size."""
+    overrides = (
+        *overrides, *AUG,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0,
+        "TEST.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0, "TEST.AUG.FLIP", False,
+        "INPUT.MIN_SIZE_TEST", 48, "INPUT.MAX_SIZE_TEST", 70,
+        "TEST.AUG.MAX_SIZE", 70,
+    )  # fmt: skip
+    cfg = make_cfg(*overrides)
+    cfg.TEST.AUG.MIN_SIZES = (min(cfg.INPUT.FIXED_SIZE) or 48,)
+    model = build(*overrides)
+    randomize_predictions(model)
+    wrapped = build_tta(cfg, model.eval())
+    mapper = DatasetMapper(cfg, is_train=False)
+    (plain,) = build_detection_test_loader(cfg, "few_shapes", mapper=mapper)
+    (views,) = build_detection_test_loader(cfg, "few_shapes")
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    with context:
+        return run(model, plain), run(wrapped, views), wrapped
+
+
+def assert_same(found, expected, at_least=20):
+    assert len(found) == len(expected) == 2
+    for ours, plain in zip(found, expected, strict=True):
+        assert set(ours) == set(plain) and len(plain["scores"]) >= at_least
+        assert plain["scores"].unique().numel() >= at_least and ours["labels"].equal(plain["labels"])
+        for key in set(plain) & {"boxes", "scores", "keypoints"}:
+            assert ours[key].dtype == torch.float32
+            torch.testing.assert_close(ours[key], plain[key], rtol=0, atol=1e-4)
+        if "masks" in plain:
+            assert ours["masks"].shape == plain["masks"].shape and ours["masks"].dtype == torch.bool
+            assert (ours["masks"] == plain["masks"]).float().mean() > 0.9999
+            assert plain["masks"].flatten(1).any(dim=1).sum() >= at_least
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_view_of_the_plain_size_gives_the_plain_detections(shapes, name, autocast):
+    expected, found, _ = plain_and_merged(*ARCHITECTURES[name], autocast=autocast)
+    assert_same(found, expected)
+
+
+EXCEPTIONS = {
+    "retinanet": ("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator"),
+    "proposals": ("MODEL.TINY.NUM_LEVELS", 2, "MODEL.RPN.POST_NMS_TOPK_TEST", 150),
+}
+
+
+@pytest.mark.parametrize("name", EXCEPTIONS)
+def test_where_the_detectors_own_nms_is_another_one_view_gives_what_nms_by_class_leaves(shapes, name):
+    expected, found, wrapped = plain_and_merged(*ARCHITECTURES[name], *EXCEPTIONS[name])
+    left = []
+    for plain in expected:
+        keep = batched_nms(plain["boxes"], plain["scores"], plain["labels"], wrapped.nms_thresh)
+        assert 20 < len(keep) < len(plain["scores"])
+        left.append({key: value[keep] for key, value in plain.items()})
+    assert_same(found, left)
+
+
+def test_a_mirrored_view_gives_the_mirrored_detections_of_its_image():
+    model = build(*MASKS, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    randomize_predictions(model)
+    sample = sample_of(True, size=(180, 240), view=(60, 80), order=(0, 3, 2, 1))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8, generator=generator)
+    sample["views"][0]["image"] = image
+    (expected,) = run(model.eval(), [{**sample, "image": image}])
+    (found,) = run(DetectorWithTTA(model, 0.5, 100), [sample])
+    x0, y0, x1, y1 = expected["boxes"].unbind(1)
+    torch.testing.assert_close(found["boxes"], torch.stack([240 - x1, y0, 240 - x0, y1], 1))
+    points = expected["keypoints"][:, [0, 3, 2, 1]]
+    torch.testing.assert_close(found["keypoints"][..., 0], 240 - points[..., 0])
+    assert found["keypoints"][..., 1:].equal(points[..., 1:])
+    # Pasting rounds a box's corners down, so that the mirror image of one lies a pixel beside it.
+    masks, mirrored = found["masks"], expected["masks"].flip(-1)
+    assert (masks & mirrored).sum() / (masks | mirrored).sum() > 0.8
+    assert (masks & expected["masks"]).sum() / (masks | expected["masks"]).sum() < 0.7
+
+
+# ---- merging -----------------------------------------------------------------------------------
+
+
+def test_flips_and_scales_are_undone(scenes):
+    mapper = TTAMapper((0, 64, 80, 16), 1000, keypoint_flip_indices=ORDER)
+    # At a threshold of 1, what is found in each view is kept.
+    found = run(DetectorWithTTA(Seeing(), 1.0, 100), [mapper(record) for record in scenes])
+    for result, (_, _, box) in zip(found, SCENES, strict=True):
+        assert len(result["boxes"]) == 8
+        for boxes, points in zip(result["boxes"], result["keypoints"], strict=True):
+            expected = torch.tensor(truth(box)).float()
+            torch.testing.assert_close(boxes, torch.tensor(box).float(), rtol=0, atol=1.0)
+            torch.testing.assert_close(points[:, :2], expected, rtol=0, atol=1.0)
+
+
+def test_detections_compete_within_their_class_over_all_views():
+    first = detection([BOX, BOX], [0.5, 0.7], [0, 1])
+    second = detection([NEAR, NEAR, [50, 0, 60, 10]], [0.6, 0.4, 0.3], [0, 2, 0])
+    model = DetectorWithTTA(Listed([first], [second]), 0.5, 100)
+    (found,) = model([sample_of(False, False, size=(100, 100))])
+    torch.testing.assert_close(found["scores"], torch.tensor([0.7, 0.6, 0.4, 0.3]))
+    assert found["labels"].tolist() == [1, 0, 2, 0]
+    assert found["boxes"].tolist() == [BOX, NEAR, NEAR, [50, 0, 60, 10]]
+
+
+@pytest.mark.parametrize(("nms_thresh", "number", "scores"), [(0.7, 3, [0.9, 0.8]), (0.5, 3, [0.9])])
+def test_the_threshold_decides_what_overlaps(nms_thresh, number, scores):
+    model = DetectorWithTTA(Listed([detection([BOX], [0.8])], [detection([NEAR], [0.9])]), nms_thresh, number)
+    (found,) = model([sample_of(False, False)])
+    torch.testing.assert_close(found["scores"], torch.tensor(scores))
+
+
+def test_the_best_are_kept_and_each_image_keeps_its_own():
+    boxes = [[20 * i, 0, 20 * i + 10, 10] for i in range(3)]
+    first = [detection(boxes, [0.1, 0.9, 0.5]), detection(boxes[:1], [0.2])]
+    second = [detection(boxes[:1], [0.8]), detection(boxes[1:], [0.3, 0.1])]
+    samples = [sample_of(False, False), sample_of(False, False, view=(30, 10), image_id=1)]
+    listed = Listed(first, second)
+    one, two = DetectorWithTTA(listed, 0.5, 2)(samples)
+    torch.testing.assert_close(one["scores"], torch.tensor([0.9, 0.8]))
+    torch.testing.assert_close(two["scores"], torch.tensor([0.3, 0.2]))
+    assert one["boxes"].tolist() == [boxes[1], boxes[0]] and two["boxes"].tolist() == [boxes[1], boxes[0]]
+    # One view of all images at a time.
+    assert [[s["image_id"] for s in call] for call in listed.calls] == [[0, 1], [0, 1]]
+    assert [s["image"].shape[1:] for s in listed.calls[0]] == [(40, 60), (30, 10)]
+
+
+def test_keypoints_and_masks_of_any_detector_are_those_of_the_view_that_is_left():
+    points = torch.tensor([[[1.0, 2, 0.1], [9, 3, 0.2], [4, 5, 0.3]]])
+    mask = torch.zeros(1, 20, 30, dtype=torch.bool)
+    mask[:, 2:4, :7] = True
+    first = detection([[20, 0, 30, 10]], [0.5], keypoints=points + 1, masks=~mask)
+    second = detection([BOX], [0.6], keypoints=points, masks=mask)
+    (found,) = DetectorWithTTA(Listed([first], [second]), 0.5, 9)([sample_of(False, True)])
+    assert found["boxes"].tolist() == [[20, 0, 30, 10]]
+    expected = torch.tensor([[[21.0, 3, 0.2], [29, 2, 0.1], [26, 5, 0.3]]])
+    torch.testing.assert_close(found["keypoints"], expected)
+    assert found["masks"].sum() == 14 and found["masks"][0, 2:4, 23:].all()
+
+
+# ---- masks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mask_rcnn(monkeypatch):
+    """Function: a Mask R-CNN of listed detections, and in each view one hand-set mask for all."""
+
+    def make(*views):
+        listed, (_, masks) = Listed(*([found] for found, _ in views)), zip(*views, strict=True)
+        model = build(*MASKS).eval()
+        model.asked = []
+
+        def predict_masks(samples, boxes, labels):
+            model.asked.append((boxes[0].tolist(), labels[0].tolist()))
+            return [masks[len(model.asked) - 1].expand(len(labels[0]), 1, 28, 28)]
+
+        # A module would become a part of the model.
+        monkeypatch.setattr(model, "forward", listed.forward)
+        monkeypatch.setattr(model, "predict_masks", predict_masks)
+        return model
+
+    return make
+
+
+def test_the_mean_of_the_views_probabilities_decides(mask_rcnn):
+    sure, unsure = torch.full((28, 28), 0.9), torch.full((28, 28), 0.3)
+    # Left: 0.9 and 0.3, together above a half; right: 0.6 and 0.3, below it.
+    sure[:, 14:] = 0.6
+    found = detection([[4, 2, 18, 16]], [0.9])
+    (found,) = DetectorWithTTA(mask_rcnn((found, sure), (found, unsure)), 0.5, 9)([sample_of(False, False)])
+    (mask,) = found["masks"]
+    assert mask.shape == (20, 30) and mask.dtype == torch.bool
+    assert mask[3:15, 5:10].all() and not mask[:, 12:].any() and not mask[:, :3].any()
+
+
+def test_masks_are_asked_for_where_the_merged_boxes_lie_in_each_view_and_mirrored_back(mask_rcnn):
+    left = torch.zeros(28, 28)
+    left[:, :14] = 1
+    one, other = detection([[1, 2, 15, 16]], [0.9], [2]), detection([[1, 2, 15, 16]], [0.8], [1])
+    model = mask_rcnn((one, left), (other, left.flip(-1)))
+    sample = sample_of(False, True)
+    sample["views"][1]["image"] = torch.zeros(3, 10, 45, dtype=torch.uint8)
+    (found,) = DetectorWithTTA(model, 0.5, 9)([sample])
+    assert found["boxes"].tolist() == [[1, 2, 15, 16], [15, 2, 29, 16]]
+    (plain, labels), (mirrored, again) = model.asked
+    assert labels == again == [2, 1]
+    assert plain == [[2, 4, 30, 32], [30, 4, 58, 32]] and mirrored == [[22.5, 1, 43.5, 8], [1.5, 1, 22.5, 8]]
+    for mask, x0 in zip(found["masks"], (1, 15), strict=True):
+        assert mask[3:15, x0 + 1 : x0 + 6].all()
+        assert not mask[:, x0 + 8 :].any() and not mask[:, : x0 - 1].any()
+
+
+def test_masks_are_not_made_twice_and_the_branch_comes_back():
+    model = build(*MASKS, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0).eval()
+    calls, pool = [], model.roi_heads.mask_roi_pool
+    model.roi_heads.mask_head.register_forward_hook(lambda *_: calls.append(1))
+    sample = sample_of(False, True, False, order=(0, 3, 2, 1))
+    assert "masks" in run(DetectorWithTTA(model, 0.5, 9), [sample])[0]
+    assert len(calls) == 3 and model.roi_heads.mask_roi_pool is pool
+    model.roi_heads.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(DetectorWithTTA(model, 0.5, 9), [sample])
+    assert model.roi_heads.mask_roi_pool is pool and model.roi_heads.has_mask()
+
+
+# ---- empty images, whole runs, mistakes --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_images_without_detections(name):
+    none = ("ROI_HEADS.SCORE_THRESH_TEST", "RETINANET.SCORE_THRESH_TEST", "FCOS.SCORE_THRESH_TEST")
+    none += ("SSD.SCORE_THRESH_TEST", "RPN.SCORE_THRESH")
+    overrides = [*ARCHITECTURES[name], *AUG, *(v for key in none for v in (f"MODEL.{key}", 1.0))]
+    model = build_tta(make_cfg(*overrides), build(*overrides).eval())
+    view = (64, 64) if name == "ssd" else (48, 64)
+    samples = [sample_of(False, True, view=view, order=(0, 3, 2, 1)) for _ in range(2)]
+    for found in run(model, samples):
+        parts = {"masks": (0, 20, 30), "keypoints": (0, 4, 3)} if name == "mask_keypoint_rcnn" else {}
+        shapes = {"boxes": (0, 4), "scores": (0,), "labels": (0,), **parts}
+        assert {key: tuple(value.shape) for key, value in found.items()} == shapes
+
+
+def test_a_detector_that_finds_all_in_every_view_scores_100(cfg, scenes):
+    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.IMS_PER_BATCH, cfg.MODEL.KEYPOINT_ON = (0, 64, 80), 2, True
+    loader = build_detection_test_loader(cfg, "scenes")
+    evaluator = COCOEvaluator("scenes", kpt_oks_sigmas=[0.05] * 3)
+    results = inference_on_dataset(build_tta(cfg, Seeing()), loader, evaluator)
+    assert results["bbox"]["AP"] == pytest.approx(100) and results["keypoints"]["AP"] == pytest.approx(100)
+
+
+def test_a_whole_evaluation_has_every_task_and_leaves_the_model_as_it_was(shapes):
+    overrides = (*MASKS, *AUG, "DATALOADER.NUM_WORKERS", 1, "TEST.IMS_PER_BATCH", 2)
+    overrides += ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.AUG.MIN_SIZES", (40, 56))
+    model, cfg = build(*overrides), make_cfg(*overrides)
+    loader = build_detection_test_loader(cfg, "few_shapes")
+    evaluator = COCOEvaluator("few_shapes", kpt_oks_sigmas=[0.05] * 4)
+    results = inference_on_dataset(build_tta(cfg, model), loader, evaluator)
+    assert set(results) == {"bbox", "segm", "keypoints"}
+    assert all(0 <= results[task]["AP"] <= 100 for task in results)
+    assert all(module.training for module in model.modules())
+
+
+LIMITS = {
+    "faster_rcnn": ("MODEL.ROI_HEADS.NMS_THRESH_TEST", "TEST.DETECTIONS_PER_IMAGE"),
+    "proposals": ("MODEL.RPN.NMS_THRESH", "MODEL.RPN.POST_NMS_TOPK_TEST"),
+    "retinanet": ("MODEL.RETINANET.NMS_THRESH_TEST", "TEST.DETECTIONS_PER_IMAGE"),
+    "fcos": ("MODEL.FCOS.NMS_THRESH_TEST", "TEST.DETECTIONS_PER_IMAGE"),
+    "ssd": ("MODEL.SSD.NMS_THRESH_TEST", "TEST.DETECTIONS_PER_IMAGE"),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_threshold_and_number_are_the_architectures(name):
+    threshold, number = LIMITS[name]
+    cfg, model = make_cfg(*ARCHITECTURES[name], *AUG, threshold, 0.123, number, 17), Listed()
+    # Without GPUs, DataParallel only wraps.
+    wrapped = build_tta(cfg, nn.DataParallel(model))
+    assert (wrapped.nms_thresh, wrapped.detections_per_image, wrapped.model) == (0.123, 17, model)
+    assert not wrapped.training
+    cfg.TEST.AUG.ENABLED = False
+    assert build_tta(cfg, model) is model
+
+
+def test_an_architecture_without_a_known_threshold_is_refused(cfg):
+    cfg.MODEL.META_ARCHITECTURE = "Mine"
+    with pytest.raises(UserError, match="TEST.AUG.ENABLED is True, which MODEL.META_ARCHITECTURE 'Mine'"):
+        build_tta(cfg, Listed())
+
+
+def test_samples_without_views_are_refused(shapes):
+    model = DetectorWithTTA(Listed(), 0.5, 9)
+    plain = DatasetMapper(augmentations=[], is_train=False)(shapes[0])
+    for sample in (plain, {**plain, "views": []}):
+        with pytest.raises(UserError, match=r"image 1 has no views: .*TEST.AUG.ENABLED"):
+            model([sample])
+
+
+def test_it_does_not_train():
+    model = DetectorWithTTA(Listed().train(), 0.5, 9)
+    with pytest.raises(RuntimeError, match=r"only evaluates: call its eval\(\)"):
+        model([sample_of(False)])
+
+
+def test_keypoints_of_unknown_order_are_not_mirrored():
+    found = detection([BOX], [0.6], keypoints=torch.zeros(1, K, 3))
+    with pytest.raises(UserError, match="keypoint_flip_indices"):
+        DetectorWithTTA(Listed([found]), 0.5, 9)([sample_of(True, order=None)])
