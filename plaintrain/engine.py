@@ -39,7 +39,9 @@ def default_argument_parser(epilog=None):
     """The parser of the training scripts; its result goes to `default_setup` and `launch`."""
     parser = argparse.ArgumentParser(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from, or evaluate, the last checkpoint in OUTPUT_DIR"
+    )
     parser.add_argument(
         "--eval-only",
         action="store_true",
@@ -73,7 +75,8 @@ def default_setup(cfg, args):
     Args:
         cfg: the config, frozen or not; SEED, the number of classes and MODEL.WEIGHTS are
             settled in place.
-        args: what `default_argument_parser` parsed; `resume` and `eval_only` may be missing.
+        args: what `default_argument_parser` parsed; `resume` and `eval_only` may be missing. With
+            `predictions`, a file to score, no model, weights or images are needed.
 
     Raises:
         UserError: anything that would make the run fail later.
@@ -88,7 +91,7 @@ def default_setup(cfg, args):
     declare_datasets(cfg)
     _settle_seed(cfg, resume)
     settle_num_classes(cfg, eval_only)
-    check_before_training(cfg, resume, eval_only)
+    check_before_training(cfg, resume, eval_only, needs_model=not getattr(args, "predictions", ""))
     # Nothing is moved while another rank still looks at it.
     comm.synchronize()
     _prepare_output(cfg, fresh=not (resume or eval_only))

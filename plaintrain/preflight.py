@@ -97,15 +97,20 @@ def _check_values(cfg):
             raise UserError(f"TEST.EXPECTED_RESULTS holds {row!r}, not [task, metric, value, tolerance]")
 
 
-def check_before_training(cfg, resume, eval_only):
-    """Refuse what would make a run fail later: values, batch, test sets, weights, augmentation, model."""
+def check_before_training(cfg, resume, eval_only, needs_model=True):
+    """Refuse what would make a run fail later: values, batch, test sets, weights, augmentation, model.
+
+    Without `needs_model`, for predictions that are there already: values and annotations only.
+    """
     _check_values(cfg)
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise UserError("DATASETS.TRAIN is empty: name at least one dataset")
         check_batch_size(cfg)
     for name in cfg.DATASETS.TEST:
-        _check_test_dataset(name)
+        _check_test_dataset(name, needs_images=needs_model)
+    if not needs_model:
+        return
     if cfg.MODEL.WEIGHTS and not resume:
         locate_weights(cfg.MODEL.WEIGHTS)
     if eval_only and not cfg.DATASETS.TEST:
@@ -134,10 +139,11 @@ def _check_model(cfg):
         build_model(cfg)
 
 
-def _check_test_dataset(name):
+def _check_test_dataset(name, needs_images):
     """Refuse a test set whose images are missing or that no evaluator can score."""
     records, _, _ = ground_truth(name)
-    check_image_files(records, name)
+    if needs_images:
+        check_image_files(records, name)
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") is None:
         logger.warning(f"the dataset {name} has no evaluator_type; it is scored with COCO metrics")

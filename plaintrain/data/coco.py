@@ -11,21 +11,21 @@ from pycocotools import mask as coco_mask
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
 from plaintrain.data.coco_mistakes import annotation_mistake, image_mistake, keypoint_mistake
 from plaintrain.data.serialized import no_garbage_collection
-from plaintrain.structures import BoxMode, segmentation_mistake, segmentation_to_rle
+from plaintrain.structures import BoxMode, are_numbers, segmentation_mistake, segmentation_to_rle
 from plaintrain.utils.errors import DataError, UserError, refuse
 
 _XYWH = BoxMode.XYWH_ABS
 
 
-def _read_json(json_file):
+def _read_json(json_file, what="annotation file"):
     try:
         with open(json_file, encoding="utf-8") as f:
             return json.load(f)
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else e
-        raise UserError(f"cannot read the annotation file {json_file}: {reason}") from e
+        raise UserError(f"cannot read the {what} {json_file}: {reason}") from e
     except (json.JSONDecodeError, RecursionError) as e:
-        raise UserError(f"the annotation file {json_file} is not JSON: {e}") from e
+        raise UserError(f"the {what} {json_file} is not JSON: {e}") from e
 
 
 def _read_content(json_file, keys=("images", "annotations", "categories")):
@@ -89,28 +89,58 @@ def load_coco_results(json_file, image_root, results_file, classes=None, score_t
     """
     with no_garbage_collection():
         content = _read_content(json_file, ("images", "categories"))
-        results = _read_json(results_file)
-        _check_list(results, f"{results_file} must hold a list of detections, as COCO's results format")
-        content["annotations"] = []
-        for index, result in enumerate(results):
-            detection = {**result, "id": index}
-            wrong = _complete(detection)
-            if wrong:
-                refuse(problems, DataError(wrong[0], f"detection {index} in {results_file} {wrong[1]}"))
-            elif detection["score"] >= score_thresh:
-                content["annotations"].append(detection)
+        content["annotations"] = [
+            visible_keypoints(detection)
+            for detection in read_results(results_file, problems)
+            if detection["score"] >= score_thresh
+        ]
         return _to_records(content, results_file, image_root, classes, problems)
 
 
+def read_results(results_file, problems=None):
+    """The detections of a JSON in COCO's results format.
+
+    Args:
+        results_file: path of a JSON list of `{image_id, category_id, score, bbox, ...}`.
+        problems: None, or a list that takes broken detections instead of an error.
+
+    Returns:
+        list of dicts as the file has them, with `id`, the place in the file from 0, and a `bbox`: that
+        around the segmentation, or the keypoints, where there was none. Only the `score` is checked
+        in all of them: it is a finite number.
+
+    Raises:
+        UserError: names the file, and the detection, and what is wrong with it.
+    """
+    results = _read_json(results_file, "results file")
+    _check_list(results, f"{results_file} must hold a list of detections, as COCO's results format")
+    detections = []
+    for index, result in enumerate(results):
+        detection = {**result, "id": index}
+        wrong = _complete(detection)
+        if wrong:
+            refuse(problems, DataError(wrong[0], f"detection {index} in {results_file} {wrong[1]}"))
+        else:
+            detections.append(detection)
+    return detections
+
+
+def visible_keypoints(detection):
+    """The detection with all keypoints visible, where results have a score of each or nothing."""
+    keypoints = detection.get("keypoints")
+    if not isinstance(keypoints, list):
+        return detection
+    return {**detection, "keypoints": [2 if i % 3 == 2 else v for i, v in enumerate(keypoints)]}
+
+
 def _complete(detection):
-    """Give a detection visible keypoints, and the box that it lacks; what is wrong with it, or None."""
-    if type(detection.get("score")) not in (int, float):
-        return "broken", "has no score, a number"
-    segmentation, keypoints = detection.get("segmentation"), detection.get("keypoints")
-    if isinstance(keypoints, list):
-        detection["keypoints"] = keypoints = [2 if i % 3 == 2 else v for i, v in enumerate(keypoints)]
+    """Give a detection the box that it lacks; what is wrong with it, or None."""
+    score = detection.get("score")
+    if type(score) not in (int, float) or not are_numbers([score]):
+        return "broken", f"has the score {score!r}, not a finite number"
     if "bbox" in detection:
         return None
+    segmentation, keypoints = detection.get("segmentation"), visible_keypoints(detection).get("keypoints")
     wrong = None
     if isinstance(segmentation, dict):
         size = segmentation.get("size")

@@ -1,5 +1,6 @@
 """Evaluators and the loop that feeds them."""
 
+from plaintrain.evaluation.build import build_evaluator
 from plaintrain.evaluation.coco import COCOEvaluator
 from plaintrain.evaluation.loop import (
     DatasetEvaluator,
@@ -9,6 +10,8 @@ from plaintrain.evaluation.loop import (
     print_csv_format,
     verify_results,
 )
+from plaintrain.evaluation.predictions import read_predictions, write_results
+from plaintrain.evaluation.val_loss import validation_losses
 from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
 
 __all__ = [
@@ -16,8 +19,12 @@ __all__ = [
     "DatasetEvaluator",
     "DatasetEvaluators",
     "PascalVOCDetectionEvaluator",
+    "build_evaluator",
     "flatten_results",
     "inference_on_dataset",
     "print_csv_format",
+    "read_predictions",
+    "validation_losses",
     "verify_results",
+    "write_results",
 ]

@@ -3,9 +3,7 @@
 https://cocodataset.org/#detection-eval and https://cocodataset.org/#keypoints-eval
 """
 
-import json
 import logging
-import os
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -22,9 +20,9 @@ from plaintrain.evaluation.coco_backend import (
 from plaintrain.evaluation.coco_truth import annotated, area, box_xywh, coco_truth, num_keypoints, ranks
 from plaintrain.evaluation.instances import InstanceEvaluator
 from plaintrain.evaluation.loop import format_table
+from plaintrain.evaluation.predictions import flat_keypoints, rles, write_predictions
 from plaintrain.evaluation.proposals import average_recall
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +86,7 @@ class COCOEvaluator(InstanceEvaluator):
         """{task: {metric: number}}, in percent; NaN where there is no ground truth of a kind."""
         tasks = self._tasks_of(detections)
         if self._output_dir and tasks != ["box_proposals"]:
-            os.makedirs(self._output_dir, exist_ok=True)
-            with atomic_write(os.path.join(self._output_dir, "coco_instances_results.json")) as f:
-                # In one string: `json.dump` makes small pieces, which takes several times as long.
-                # Ids that came from an array are no int for it.
-                f.write(json.dumps(self._results(detections), default=int))
+            write_predictions(self._output_dir, self.dataset_name, detections)
         results = {}
         for task in tasks:
             if task == "box_proposals":
@@ -122,34 +116,6 @@ class COCOEvaluator(InstanceEvaluator):
                 )
         return tasks
 
-    def _results(self, detections):
-        """Detections in COCO's results format."""
-        image_ids = [record["image_id"] for record in self.records]
-        results = [
-            {
-                "image_id": image_ids[int(index)],
-                "category_id": self._category_ids[int(label)],
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "score": score,
-            }
-            for index, x0, y0, x1, y1, score, label in detections.rows.tolist()
-        ]
-        if detections.masks is not None:
-            for result, rle in zip(results, self._rles(detections), strict=True):
-                result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
-        if detections.keypoints is not None:
-            for result, keypoints in zip(results, _flat_keypoints(detections), strict=True):
-                result["keypoints"] = keypoints
-        return results
-
-    def _rles(self, detections):
-        sizes = [[record["height"], record["width"]] for record in self.records]
-        indices = detections.rows[:, 0].astype(int).tolist()
-        return [
-            {"size": sizes[i], "counts": counts}
-            for i, counts in zip(indices, detections.masks or [], strict=True)
-        ]
-
     def _problem(self, task, detections):
         image_numbers = ranks([record["image_id"] for record in self.records])
         category_numbers = ranks(self._category_ids)
@@ -158,12 +124,12 @@ class COCOEvaluator(InstanceEvaluator):
         sides = rows[:, 3:5] - rows[:, 1:3]
         areas = sides.prod(axis=1)
         if task == "segm":
-            shapes = self._rles(detections)
+            shapes = rles(detections, self.records)
             # One by one: numpy 2 lets pycocotools count only to 255.
             areas = np.array([float(coco_mask.area(rle)) for rle in shapes])
         elif task == "keypoints":
             sigmas = oks_sigmas(self._sigmas, num_keypoints(self.records))
-            shapes = _flat_keypoints(detections)
+            shapes = flat_keypoints(detections)
             if shapes and len(shapes[0]) != 3 * len(sigmas):
                 raise UserError(
                     f"the model finds {len(shapes[0]) // 3} keypoints, {self.dataset_name} has {len(sigmas)}"
@@ -202,14 +168,6 @@ class COCOEvaluator(InstanceEvaluator):
             objects = np.array([box_xywh(a) for a in things], dtype=float).reshape(-1, 4)
             objects[:, 2:] += objects[:, :2]
             yield found, objects, np.array([area(a, record) for a in things])
-
-
-def _flat_keypoints(detections):
-    # COCO's numbers are those of pixels, whose centres are at half.
-    if detections.keypoints is None:
-        return []
-    keypoints = detections.keypoints - [0.5, 0.5, 0.0]
-    return keypoints.reshape(len(keypoints), 3 * keypoints.shape[1]).tolist()
 
 
 def _mean(values):

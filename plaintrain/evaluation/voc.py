@@ -3,7 +3,6 @@
 http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf, 3.4.1
 """
 
-import json
 import logging
 import os
 
@@ -12,9 +11,9 @@ import numpy as np
 from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.evaluation.instances import InstanceEvaluator
 from plaintrain.evaluation.loop import format_table
+from plaintrain.evaluation.predictions import write_predictions, write_results
 from plaintrain.evaluation.proposals import box_ious
 from plaintrain.structures import BoxMode
-from plaintrain.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +107,12 @@ class PascalVOCDetectionEvaluator(InstanceEvaluator):
         Args:
             dataset_name: a registered dataset; `difficult` in its annotations is respected.
             distributed: gather the detections of all ranks.
-            output_dir: folder for `voc_results.json`, or None.
+            output_dir: folder for `voc_results.json` and for `coco_instances_results.json` (the
+                predictions, masks and keypoints too, in COCO's results format), or None.
             use_07_metric: None decides by the year.
         """
-        super().__init__(dataset_name, distributed)
+        # Masks and keypoints are not scored, only written.
+        super().__init__(dataset_name, distributed, ("masks", "keypoints") if output_dir else ())
         self._output_dir = output_dir
         year = MetadataCatalog.get(dataset_name).get("year")
         self._use_07_metric = year == 2007 if use_07_metric is None else use_07_metric
@@ -132,6 +133,8 @@ class PascalVOCDetectionEvaluator(InstanceEvaluator):
 
     def score(self, detections):
         """{"bbox": AP, AP50, AP75 and each class' AP50}, in percent."""
+        if self._output_dir:
+            write_predictions(self._output_dir, self.dataset_name, detections)
         rows, truths = detections.rows, self._truths(detections.seen)
         table = {}
         for label, name in enumerate(self.classes):
@@ -146,7 +149,5 @@ class PascalVOCDetectionEvaluator(InstanceEvaluator):
         logger.info(f"box AP, {which}\n" + format_table([*per_class, ["all", *metrics.values()]], header))
         metrics |= {f"AP50-{name}": float(aps[0]) for name, aps in table.items()}
         if self._output_dir:
-            os.makedirs(self._output_dir, exist_ok=True)
-            with atomic_write(os.path.join(self._output_dir, "voc_results.json")) as f:
-                json.dump({k: None if np.isnan(v) else v for k, v in metrics.items()}, f, indent=1)
+            write_results(os.path.join(self._output_dir, "voc_results.json"), metrics)
         return {"bbox": metrics}

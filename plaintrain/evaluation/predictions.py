@@ -1,0 +1,224 @@
+"""Predictions as files: COCO's results format, written and read again, and the scores as JSON.
+
+https://cocodataset.org/#format-results
+"""
+
+import json
+import math
+import os
+
+import torch
+from pycocotools import mask as coco_mask
+
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.data.coco import read_results, visible_keypoints
+from plaintrain.data.coco_mistakes import annotation_mistake
+from plaintrain.data.serialized import no_garbage_collection
+from plaintrain.data.write import category_ids
+from plaintrain.evaluation.instances import ground_truth
+from plaintrain.structures import BoxMode, are_numbers, segmentation_to_rle
+from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError
+from plaintrain.utils.files import atomic_write
+
+PREDICTIONS_FILE = "coco_instances_results.json"
+# COCO's keypoints are numbers of pixels, whose centres are at half.
+_HALF = (0.5, 0.5, 0.0)
+# Categories that an error lists.
+_LISTED = 10
+
+
+def write_predictions(folder, dataset_name, detections):
+    """Write what was found in a dataset in COCO's results format, with the dataset's own ids.
+
+    Args:
+        folder: where `coco_instances_results.json` is to be; it is made.
+        dataset_name: a registered dataset.
+        detections: `Detections`, of which all parts that are there are written.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    records, ids = DatasetCatalog.get(dataset_name), category_ids(MetadataCatalog.get(dataset_name))
+    image_ids = [record["image_id"] for record in records]
+    results = [
+        {
+            "image_id": image_ids[int(index)],
+            "category_id": ids[int(label)],
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": score,
+        }
+        for index, x0, y0, x1, y1, score, label in detections.rows.tolist()
+    ]
+    if detections.masks is not None:
+        for result, rle in zip(results, rles(detections, records), strict=True):
+            result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+    if detections.keypoints is not None:
+        for result, keypoints in zip(results, flat_keypoints(detections), strict=True):
+            result["keypoints"] = keypoints
+    # Ids that came from an array are no int for JSON.
+    _write_json(os.path.join(folder, PREDICTIONS_FILE), results, default=int)
+
+
+def rles(detections, records):
+    """The masks of `Detections` in COCO's compressed encoding; [] without masks."""
+    sizes = [[record["height"], record["width"]] for record in records]
+    indices = detections.rows[:, 0].astype(int).tolist() if detections.masks else []
+    return [
+        {"size": sizes[i], "counts": counts}
+        for i, counts in zip(indices, detections.masks or [], strict=True)
+    ]
+
+
+def flat_keypoints(detections):
+    """The keypoints of `Detections` as COCO counts them, a list [x, y, score, ...] each; [] without."""
+    if detections.keypoints is None:
+        return []
+    keypoints = detections.keypoints - _HALF
+    return keypoints.reshape(len(keypoints), 3 * keypoints.shape[1]).tolist()
+
+
+def read_predictions(path, dataset_name):
+    """Predictions for a dataset from a JSON in COCO's results format, as a model would give them.
+
+    A detection without a box has the one around its segmentation or its keypoints.
+
+    Args:
+        path: a JSON list of `{image_id, category_id, score, bbox, segmentation, keypoints}`, of which
+            all detections have a segmentation (polygons or RLE) or none, and keypoints likewise.
+        dataset_name: a registered dataset, whose image and category ids these are.
+
+    Returns:
+        An iterator over this rank's share of the images, each image of the dataset once over all
+        ranks: (`[sample]`, `[output]`), which an evaluator's `process` takes. The sample has no
+        `image`; the output holds `boxes` (float64 `[N, 4]`, XYXY), `scores` (float64 `[N]`), `labels`
+        (int64 `[N]`, 0 to K-1), and where the file has them `masks` (bool `[N, height, width]`) and
+        `keypoints` (float64 `[N, Kp, 3]`, x, y, score), in the original image's pixels.
+
+    Raises:
+        UserError: names the file, and the detection, and what is wrong with it; a broken segmentation
+            when the iterator comes to its image.
+    """
+    records, _, index = ground_truth(dataset_name)
+    metadata = MetadataCatalog.get(dataset_name)
+    labels = {dataset_id: label for label, dataset_id in enumerate(category_ids(metadata))}
+    num_keypoints = dict.fromkeys(labels, len(metadata.get("keypoint_names") or ()) or None)
+    with no_garbage_collection():
+        detections = read_results(path)
+        found = {}
+        for detection in detections:
+            wrong = annotation_mistake(visible_keypoints(detection), index, num_keypoints)
+            wrong = _said_of(dataset_name, detection, wrong) if wrong else _more_mistakes(detection)
+            if wrong:
+                raise UserError(f"detection {detection['id']} in {path} {wrong}")
+            found.setdefault(detection["image_id"], []).append(detection)
+    parts = [part for part in ("segmentation", "keypoints") if _is_given(detections, part, path)]
+    return _images(path, records, found, labels, parts)
+
+
+def _said_of(dataset_name, detection, mistake):
+    """What `annotation_mistake` found, of a dataset instead of a file."""
+    kind, what = mistake
+    if kind == "unknown_image":
+        records = DatasetCatalog.get(dataset_name)
+        known = f"{len(records)} images, the first {records[0]['image_id']!r}" if len(records) else "none"
+        return f"is of image {detection['image_id']!r}, which is not in {dataset_name} ({known})"
+    if kind == "unknown_class":
+        metadata = MetadataCatalog.get(dataset_name)
+        known = [f"{i} {n}" for i, n in zip(category_ids(metadata), metadata.thing_classes, strict=True)]
+        more = ", ..." if len(known) > _LISTED else ""
+        return (
+            f"has category_id {detection['category_id']!r}, but {dataset_name} has {len(known)} categories: "
+            f"{', '.join(known[:_LISTED])}{more}"
+        )
+    return what
+
+
+def _more_mistakes(detection):
+    if min(detection["bbox"][2:]) < 0:
+        return f"has bbox {detection['bbox']}, whose width or height is negative"
+    if not are_numbers(detection.get("keypoints") or []):
+        return f"has keypoints that are not finite numbers: {str(detection['keypoints'])[:80]}"
+    return None
+
+
+def _is_given(detections, part, path):
+    """Whether detections have a part; refuses a file where some have it, or another number of it."""
+    given = [bool(detection.get(part)) for detection in detections]
+    if not any(given):
+        return False
+    first = given.index(True)
+    if not all(given):
+        raise UserError(
+            f"detection {given.index(False)} in {path} has no {part}, but detection {first} has: all must "
+            "have it, or none"
+        )
+    if part == "keypoints":
+        lengths = [len(detection[part]) for detection in detections]
+        for place, length in enumerate(lengths):
+            if length != lengths[0]:
+                raise UserError(
+                    f"detection {place} in {path} has {length} numbers as keypoints, but detection 0 has "
+                    f"{lengths[0]}"
+                )
+    return True
+
+
+def _images(path, records, found, labels, parts):
+    """(`[sample]`, `[output]`) of this rank's images."""
+    for i in range(comm.get_rank(), len(records), comm.get_world_size()):
+        record = records[i]
+        detections = found.get(record["image_id"], [])
+        boxes = [BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for d in detections]
+        output = {
+            "boxes": torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4),
+            "scores": torch.tensor([d["score"] for d in detections], dtype=torch.float64),
+            "labels": torch.tensor([labels[d["category_id"]] for d in detections], dtype=torch.int64),
+        }
+        if "segmentation" in parts:
+            output["masks"] = _masks(path, detections, record["height"], record["width"])
+        if "keypoints" in parts:
+            rows = torch.tensor([d["keypoints"] for d in detections], dtype=torch.float64)
+            output["keypoints"] = rows.reshape(len(rows), -1 if len(rows) else 0, 3) + torch.tensor(_HALF)
+        yield [{key: record[key] for key in ("image_id", "file_name", "height", "width")}], [output]
+
+
+def _masks(path, detections, height, width):
+    encoded = []
+    for detection in detections:
+        try:
+            encoded.append(segmentation_to_rle(detection["segmentation"], height, width))
+        except UserError as e:
+            raise UserError(f"detection {detection['id']} in {path}: {e}") from e
+    if not encoded:
+        return torch.zeros(0, height, width, dtype=torch.bool)
+    return torch.from_numpy(coco_mask.decode(encoded)).permute(2, 0, 1).bool()
+
+
+def write_results(path, results):
+    """Write scores as JSON, what is no finite number as null.
+
+    Args:
+        path: the file; its folder is made.
+        results: {name: number}, or dicts of such dicts: {dataset: {task: {metric: number}}}.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    _write_json(path, _plain(results), indent=1)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return float(value) if math.isfinite(value) else None
+
+
+def _write_json(path, content, **options):
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the folder of {path}: {e.strerror}") from e
+    with atomic_write(path) as f:
+        # In one string: `json.dump` makes small pieces, which takes several times as long.
+        f.write(json.dumps(content, **options))

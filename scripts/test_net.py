@@ -1,0 +1,160 @@
+#!/usr/bin/env python
+"""Evaluate trained weights, or score a file of predictions without a model.
+
+python scripts/test_net.py --config-file configs/quickstart.yaml \\
+    MODEL.WEIGHTS output/quickstart/model_final.pth
+python scripts/test_net.py --config-file configs/quickstart.yaml --resume
+python scripts/test_net.py --config-file configs/quickstart.yaml --predictions FILE.json
+
+MODEL.WEIGHTS names the weights; --resume takes the last checkpoint of OUTPUT_DIR instead. --predictions
+takes a JSON in COCO's results format with the image and category ids of the one dataset in DATASETS.TEST;
+images and weights are not needed. Of the flags that training scripts have too, --eval-only changes nothing
+here, where nothing else is done, and --overfit and --dry-run are refused.
+
+Each dataset of DATASETS.TEST gets a folder OUTPUT_DIR/inference/DATASET with its scores, results.json, and
+with the predictions, coco_instances_results.json. Of a run in OUTPUT_DIR nothing else is changed but
+log.txt, which goes on.
+
+The file is made to be copied: change the data or the evaluator where they are called.
+"""
+
+import logging
+import os
+
+from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.config import get_cfg
+from plaintrain.data import build_detection_test_loader
+from plaintrain.data.catalog import class_names
+from plaintrain.engine import default_argument_parser, default_setup, launch
+from plaintrain.evaluation import (
+    build_evaluator,
+    inference_on_dataset,
+    print_csv_format,
+    read_predictions,
+    verify_results,
+    write_results,
+)
+from plaintrain.evaluation.predictions import PREDICTIONS_FILE
+from plaintrain.modeling import build_model
+from plaintrain.modeling.tta import build_tta
+from plaintrain.precision import build_autocast
+from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError
+from plaintrain.utils.logger import progress
+
+logger = logging.getLogger("plaintrain")
+
+
+def report(dataset_name, results, folder):
+    """Say what a dataset's results are, and write them."""
+    if comm.is_main_process():
+        logger.info(f"results on {dataset_name}:")
+        print_csv_format(results)
+        write_results(os.path.join(folder, "results.json"), {dataset_name: results})
+
+
+def do_test(cfg, model):
+    """Evaluate on every dataset of DATASETS.TEST; {dataset: {task: {metric: number}}} on rank 0."""
+    results = {}
+    device_type = next(model.parameters()).device.type
+    model = build_tta(cfg, model)
+    for dataset_name in cfg.DATASETS.TEST:
+        data_loader = build_detection_test_loader(cfg, dataset_name)
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        evaluator = build_evaluator(cfg, dataset_name, folder)
+        with build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, device_type):
+            results[dataset_name] = inference_on_dataset(model, data_loader, evaluator)
+        report(dataset_name, results[dataset_name], folder)
+    return results
+
+
+def score_predictions(cfg, path):
+    """Score a file of predictions for the dataset of DATASETS.TEST; as `do_test`."""
+    (dataset_name,) = cfg.DATASETS.TEST
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+    # The file that is read is not written anew.
+    is_there = os.path.realpath(path) == os.path.realpath(os.path.join(folder, PREDICTIONS_FILE))
+    evaluator = build_evaluator(cfg, dataset_name, None if is_there else folder)
+    for inputs, outputs in progress(read_predictions(path, dataset_name), desc="predictions"):
+        evaluator.process(inputs, outputs)
+    results = evaluator.evaluate() or {}
+    report(dataset_name, results, folder)
+    return {dataset_name: results}
+
+
+def check(cfg, args):
+    """Refuse a command line that leaves open what is to be evaluated."""
+    if args.overfit or args.dry_run:
+        raise UserError("--overfit and --dry-run are for training, and this script only evaluates")
+    names = ", ".join(cfg.DATASETS.TEST)
+    if not names:
+        raise UserError("DATASETS.TEST is empty: name at least one dataset, as DATASETS.TEST \"('NAME',)\"")
+    given = {
+        "--predictions": bool(args.predictions),
+        "--resume": args.resume,
+        "MODEL.WEIGHTS": "MODEL.WEIGHTS" in args.opts[::2],
+    }
+    if sum(given.values()) > 1:
+        both = " and ".join(name for name in given if given[name])
+        raise UserError(f"{both} are given, but only one can be evaluated; leave out the others")
+    if args.predictions and not os.path.isfile(args.predictions):
+        raise UserError(f"--predictions {args.predictions}: there is no such file")
+    if args.predictions and len(cfg.DATASETS.TEST) > 1:
+        raise UserError(
+            f"--predictions is of one dataset, but DATASETS.TEST names {len(cfg.DATASETS.TEST)}: {names}; "
+            f"choose one, as DATASETS.TEST \"('{cfg.DATASETS.TEST[0]}',)\""
+        )
+    if not (args.predictions or args.resume or cfg.MODEL.WEIGHTS):
+        raise UserError(
+            "there is nothing to evaluate: give MODEL.WEIGHTS FILE, --resume for the last checkpoint of "
+            "OUTPUT_DIR, or --predictions FILE"
+        )
+
+
+def setup(args):
+    """The config of the command line, after the checks that can be made before evaluating."""
+    cfg = get_cfg()
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    check(cfg, args)
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args):
+    """One process' work."""
+    # The files of a run in OUTPUT_DIR stay where they are.
+    args.eval_only = True
+    cfg = setup(args)
+    if args.predictions:
+        results = score_predictions(cfg, args.predictions)
+    else:
+        model = build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+        if args.resume and not checkpointer.has_checkpoint():
+            raise UserError(f"--resume: there is no checkpoint in {cfg.OUTPUT_DIR}; give MODEL.WEIGHTS FILE")
+        averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
+        names = {"class_names": class_names(cfg.DATASETS.TEST[0]), "averaged": averaged}
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, **names)
+        results = do_test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg.TEST.EXPECTED_RESULTS, next(iter(results.values())))
+    return results
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--predictions", default="", metavar="FILE", help="score this file of predictions, without a model"
+    )
+    args = parser.parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )

@@ -1,0 +1,288 @@
+"""Predictions written by an evaluator and read again; results as JSON; build_evaluator."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from plaintrain.config import get_cfg
+from plaintrain.data import DatasetCatalog, MetadataCatalog
+from plaintrain.data.builtin import declare_dataset
+from plaintrain.evaluation import (
+    COCOEvaluator,
+    PascalVOCDetectionEvaluator,
+    build_evaluator,
+    predictions,
+    read_predictions,
+    write_results,
+)
+from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.utils.errors import UserError
+
+FILE = "coco_instances_results.json"
+SIGMAS = [0.1] * 4
+# A polygon of 10 rows and 15 columns.
+BIG = [10, 10, 25, 10, 25, 20, 10, 20]
+
+
+@pytest.fixture
+def shapes():
+    """A drawn dataset with masks and keypoints."""
+    spec = {"FORMAT": "shapes", "SPLIT": "val", "NUM": 6, "HEIGHT": 60, "WIDTH": 90}
+    declare_dataset("shapes_to_find", spec)
+    return "shapes_to_find"
+
+
+def found_in(name, parts=("masks", "keypoints"), seed=0):
+    """[([sample], [output])]: most objects of a dataset, moved and scored; nothing in its first image."""
+    rng = np.random.default_rng(seed)
+    for place, record in enumerate(DatasetCatalog.get(name)):
+        annotations = [a for a in record["annotations"] if place and rng.random() < 0.8]
+        size, number = (record["height"], record["width"]), len(annotations)
+        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+        moves = rng.normal(0, 1.5, (number, 2))
+        output = {
+            "boxes": torch.tensor(np.array(boxes).reshape(-1, 4) + np.tile(moves, 2)).float(),
+            "scores": torch.from_numpy(rng.random(number)).float(),
+            "labels": torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64),
+        }
+        if "masks" in parts:
+            masks = [coco_mask.decode(segmentation_to_rle(a["segmentation"], *size)) for a in annotations]
+            masks = [np.roll(m, int(move[0]), 1) for m, move in zip(masks, moves, strict=True)]
+            output["masks"] = torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, *size))
+        if "keypoints" in parts:
+            points = np.array([a["keypoints"] for a in annotations]).reshape(number, len(SIGMAS), 3)
+            points[..., :2] += moves[:, None]
+            points[..., 2] = rng.random(points.shape[:2])
+            output["keypoints"] = torch.tensor(points).float()
+        yield [{"image_id": record["image_id"]}], [output]
+
+
+def score(evaluator, pairs):
+    for inputs, outputs in pairs:
+        evaluator.process(inputs, outputs)
+    return evaluator.evaluate()
+
+
+def write(folder, detections):
+    (folder / "found.json").write_text(json.dumps(detections))
+    return folder / "found.json"
+
+
+# ---- written and read again --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [(), ("masks", "keypoints")])
+def test_a_written_file_read_again_is_the_same_file_with_the_same_scores(shapes, tmp_path, parts):
+    def evaluator(folder):
+        return COCOEvaluator(shapes, output_dir=str(tmp_path / folder), kpt_oks_sigmas=SIGMAS)
+
+    first = score(evaluator("first"), found_in(shapes, parts))
+    again = score(evaluator("again"), read_predictions(tmp_path / "first" / FILE, shapes))
+    assert repr(again) == repr(first)
+    assert len(first) == 1 + len(parts) and all(5 < metrics["AP"] < 95 for metrics in first.values())
+    written = (tmp_path / "first" / FILE).read_bytes()
+    assert len(json.loads(written)) > 8 and (tmp_path / "again" / FILE).read_bytes() == written
+
+
+@pytest.mark.parametrize("year", [2007, 2012])
+def test_a_voc_dataset_leaves_coco_json_and_is_scored_from_it_by_the_voc_metric(tiny_voc, tmp_path, year):
+    spec = {"FORMAT": "voc", "ROOT": str(tiny_voc.root), "SPLIT": "train", "YEAR": year}
+    tiny_voc.write("b", tiny_voc.object("ant", 20, 12, 36, 24), tiny_voc.object("cow", 3, 3, 9, 9, 1))
+    declare_dataset("zoo", spec)
+    assert MetadataCatalog.get("zoo").evaluator_type == "pascal_voc"
+    boxes = {"a": [[4, 5, 20, 20], [0, 0, 40, 29], [1, 1, 9, 9]], "b": [[19, 11, 33, 24], [2, 2, 9, 9]]}
+    labels = {"a": [0, 2, 0], "b": [0, 1]}
+    pairs = [
+        (
+            [{"image_id": i}],
+            [
+                {
+                    "boxes": torch.tensor(boxes[i], dtype=torch.float32) + 0.3,
+                    "scores": torch.linspace(0.9, 0.6, len(boxes[i])),
+                    "labels": torch.tensor(labels[i]),
+                    "masks": torch.arange(30 * 40).reshape(1, 30, 40).repeat(len(boxes[i]), 1, 1) % 7 == 0,
+                }
+            ],
+        )
+        for i in ("a", "b")
+    ]
+    first = score(PascalVOCDetectionEvaluator("zoo", output_dir=str(tmp_path / "first")), pairs)
+    written = json.loads((tmp_path / "first" / FILE).read_text())
+    assert [(d["image_id"], d["category_id"]) for d in written] == [
+        *[("a", 1), ("a", 3), ("a", 1)],
+        *[("b", 1), ("b", 2)],
+    ]
+    assert written[0]["bbox"] == pytest.approx([4.3, 5.3, 16, 15], abs=1e-5)
+    assert all(d["segmentation"]["size"] == [30, 40] for d in written)
+    found = read_predictions(tmp_path / "first" / FILE, "zoo")
+    again = score(PascalVOCDetectionEvaluator("zoo", output_dir=str(tmp_path / "again")), found)
+    assert repr(again) == repr(first) and 0 < first["bbox"]["AP"] < first["bbox"]["AP50"]
+    assert json.loads((tmp_path / "again" / FILE).read_text()) == written
+    saved = json.loads((tmp_path / "again" / "voc_results.json").read_text())
+    assert saved["AP50-ant"] == first["bbox"]["AP50-ant"] and saved["AP50-cow"] is None
+
+
+def test_every_image_comes_once_in_the_form_that_a_model_returns(tiny_coco):
+    declare_dataset("pets", {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": "none"})
+    rectangle = {"size": [30, 40], "counts": [30 * 4 + 5, 8, 30 * 36 - 13]}
+    path = write(
+        tiny_coco.json.parent,
+        [
+            {"image_id": 2, "category_id": 5, "bbox": [1, 2, 3, 4.5], "score": 1, "segmentation": [BIG]},
+            {"image_id": 11, "category_id": 7, "score": 0.25, "segmentation": rectangle},
+            {"image_id": 2, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 0.5, "segmentation": [BIG]},
+        ],
+    )
+    pairs = list(read_predictions(path, "pets"))
+    samples = [sample for (sample,), _ in pairs]
+    assert [(s["image_id"], s["height"], s["width"]) for s in samples] == [
+        (2, 40, 30),
+        (5, 24, 20),
+        (11, 30, 40),
+    ]
+    upright, empty, wide = [output for _, (output,) in pairs]
+    assert upright["boxes"].tolist() == [[1, 2, 4, 6.5], [0, 0, 1, 1]]
+    assert (upright["scores"].tolist(), upright["labels"].tolist()) == ([1, 0.5], [1, 0])
+    assert upright["masks"].shape == (2, 40, 30) and upright["masks"].dtype == torch.bool
+    assert upright["masks"][0].nonzero().amax(dim=0).tolist() == [19, 24] and upright["masks"][0].sum() == 150
+    # Without a box it has the mask's.
+    assert wide["boxes"].tolist() == [[4, 5, 5, 13]] and wide["labels"].tolist() == [2]
+    assert wide["masks"].nonzero().tolist() == [[0, y, 4] for y in range(5, 13)]
+    assert [tuple(value.shape) for value in empty.values()] == [(0, 4), (0,), (0,), (0, 24, 20)]
+    assert empty["boxes"].dtype == torch.float64 and empty["labels"].dtype == torch.int64
+
+
+def test_keypoints_are_moved_to_the_middle_of_their_pixels_and_keep_their_scores(tiny_coco):
+    spec = {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": "none", "CLASSES": ["person"]}
+    declare_dataset("people", spec)
+    detection = {"image_id": 2, "category_id": 5, "score": 0.5, "keypoints": [9, 4, 0.75, 5, 6, 0]}
+    pairs = list(read_predictions(write(tiny_coco.json.parent, [detection]), "people"))
+    outputs = [output for _, (output,) in pairs]
+    assert outputs[0]["keypoints"].tolist() == [[[9.5, 4.5, 0.75], [5.5, 6.5, 0]]]
+    assert outputs[0]["boxes"].tolist() == [[5, 4, 9, 6]]
+    assert len(outputs[1]["keypoints"]) == 0 and "masks" not in outputs[0]
+
+
+def test_labels_are_those_of_the_chosen_classes(tiny_coco):
+    spec = {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": "none", "CLASSES": ["dog", "cat"]}
+    declare_dataset("pets", spec)
+    detection = {"image_id": 11, "bbox": [1, 2, 3, 4], "score": 0.5}
+    path = write(tiny_coco.json.parent, [detection | {"category_id": i} for i in (3, 7, 3)])
+    pairs = list(read_predictions(path, "pets"))
+    assert pairs[-1][1][0]["labels"].tolist() == [1, 0, 1]
+    path = write(tiny_coco.json.parent, [detection | {"category_id": 5}])
+    with pytest.raises(UserError, match=r"category_id 5, but pets has 2 categories: 7 dog, 3 cat$"):
+        read_predictions(path, "pets")
+
+
+def test_a_file_without_detections_is_scored_as_having_found_nothing(shapes, tmp_path):
+    results = score(COCOEvaluator(shapes), read_predictions(write(tmp_path, []), shapes))
+    assert results["bbox"]["AP"] == 0 and list(results) == ["bbox"]
+
+
+def test_ranks_share_the_images(shapes, tmp_path, monkeypatch):
+    score(COCOEvaluator(shapes, output_dir=str(tmp_path), kpt_oks_sigmas=SIGMAS), found_in(shapes))
+    monkeypatch.setattr(predictions.comm, "get_world_size", lambda: 4)
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr(predictions.comm, "get_rank", lambda rank=rank: rank)
+        shares.append([sample["image_id"] for (sample,), _ in read_predictions(tmp_path / FILE, shapes)])
+    assert [len(share) for share in shares] == [2, 2, 1, 1]
+    assert sorted(sum(shares, [])) == [record["image_id"] for record in DatasetCatalog.get(shapes)]
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
+
+_GOOD = {"image_id": 2, "category_id": 5, "bbox": [1, 2, 3, 4], "score": 0.9}
+_RLE = {"size": [40, 30], "counts": [0, 600, 600]}
+_FILES = {
+    "not a list": ({"annotations": []}, r"found\.json must hold a list of detections"),
+    "numbers": ([1, 2], r"found\.json must hold a list of detections"),
+    "image": ([_GOOD, _GOOD | {"image_id": 3}], r"detection 1 in .*image 3, .* in pets \(3 images, .* 2\)"),
+    "name of an image": ([_GOOD | {"image_id": "2"}], r"detection 0 in .*is of image '2'"),
+    "no image": ([{"score": 1, "category_id": 5, "bbox": [1] * 4}], r"detection 0 in .* has no image_id"),
+    "class": (
+        [_GOOD | {"category_id": 0}],
+        r"category_id 0, but pets has 3 categories: 3 cat, 5 person, 7 dog$",
+    ),
+    "no box": ([{"image_id": 2, "category_id": 5, "score": 1}], r"detection 0 in .* has no bbox"),
+    "box": ([_GOOD | {"bbox": [1, 2, math.nan, 4]}], r"detection 0 in .* has bbox \[1, 2, nan, 4\]"),
+    "negative": ([_GOOD | {"bbox": [9, 2, -3, 4]}], r"has bbox \[9, 2, -3, 4\], whose width or height"),
+    "score": ([_GOOD | {"score": math.nan}], r"detection 0 in .*found\.json has the score nan"),
+    "no score": ([{**_GOOD, "score": None}], r"detection 0 in .* has the score None"),
+    "some masks": (
+        [_GOOD | {"segmentation": _RLE}, _GOOD],
+        r"detection 1 in .* has no segmentation, but det",
+    ),
+    "some keypoints": ([_GOOD, _GOOD | {"keypoints": [1] * 6}], r"detection 0 in .* has no keypoints"),
+    "keypoints": (
+        [_GOOD | {"keypoints": [1] * 9, "category_id": 5}],
+        r"detection 0 in .* 9 numbers as keypoints, not 3 x 2",
+    ),
+    "odd keypoints": ([_GOOD | {"keypoints": [1, 1, None] * 2}], r"keypoints that are not finite numbers"),
+}
+
+
+@pytest.fixture
+def pets(tiny_coco):
+    declare_dataset("pets", {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": "none"})
+    return tiny_coco.json.parent
+
+
+@pytest.mark.parametrize("what", _FILES)
+def test_a_mistake_in_a_file_is_named_before_anything_is_scored(pets, what):
+    content, said = _FILES[what]
+    with pytest.raises(UserError, match=said):
+        read_predictions(write(pets, content), "pets")
+
+
+def test_a_file_that_is_missing_or_no_json_is_named(pets):
+    with pytest.raises(UserError, match=r"cannot read the results file .*nowhere\.json: No such file"):
+        read_predictions(pets / "nowhere.json", "pets")
+    (pets / "found.json").write_text("<html>")
+    with pytest.raises(UserError, match=r"the results file .*found\.json is not JSON"):
+        read_predictions(pets / "found.json", "pets")
+
+
+def test_a_broken_mask_and_other_numbers_of_keypoints_are_named(pets):
+    path = write(pets, [_GOOD | {"segmentation": {"size": [30, 40], "counts": [0, 600, 600]}}])
+    with pytest.raises(
+        UserError, match=r"detection 0 in .*found\.json: it has an RLE of the size \[30, 40\]"
+    ):
+        list(read_predictions(path, "pets"))
+    MetadataCatalog.get("pets").set(keypoint_names=None)
+    path = write(pets, [_GOOD | {"keypoints": [1] * 6}, _GOOD | {"keypoints": [1] * 9}])
+    with pytest.raises(
+        UserError, match=r"detection 1 in .* has 9 numbers as keypoints, but detection 0 has 6"
+    ):
+        read_predictions(path, "pets")
+
+
+# ---- results, and who scores -------------------------------------------------------------------
+
+
+def test_results_are_written_with_null_for_what_is_no_number(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    write_results(path, {"a": {"bbox": {"AP": np.float32(12.5), "APs": math.nan, "n": 3}}, "b": {}})
+    written = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert written == {"a": {"bbox": {"AP": 12.5, "APs": None, "n": 3}}, "b": {}}
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+    with pytest.raises(UserError, match="cannot make the folder of .*under"):
+        write_results(path / "under" / "results.json", {})
+    assert json.loads(path.read_text()) == written
+
+
+def test_the_evaluator_is_what_the_dataset_and_the_model_ask_for(shapes):
+    cfg = get_cfg()
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = SIGMAS
+    found = list(found_in(shapes))
+    results = score(build_evaluator(cfg, shapes), found)
+    assert list(results) == ["bbox", "segm", "keypoints"]
+    MetadataCatalog.get(shapes).set(evaluator_type="pascal_voc")
+    assert isinstance(build_evaluator(cfg, shapes), PascalVOCDetectionEvaluator)
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    assert list(score(build_evaluator(cfg, shapes), found)) == ["box_proposals"]
