@@ -7,12 +7,16 @@ import os
 import sys
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from plaintrain.config import check_cfg, get_cfg
+from plaintrain.config import check_cfg, get_cfg, get_value, set_value
 from plaintrain.data.builtin import declare_datasets
+from plaintrain.data.loader import count_iters_per_epoch
 from plaintrain.evaluation.loop import flatten_results
 from plaintrain.launch import launch
-from plaintrain.preflight import check_before_training, set_value, settle_num_classes
+from plaintrain.preflight import check_before_training, settle_num_classes
+from plaintrain.scaling import settle_schedule
+from plaintrain.trial import overfit_on, shorten_to_dry_run
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
@@ -20,7 +24,14 @@ from plaintrain.utils.events import CommonMetricPrinter, JSONWriter, Tensorboard
 from plaintrain.utils.files import atomic_write, move_old_run
 from plaintrain.utils.logger import setup_logger
 
-__all__ = ["default_argument_parser", "default_setup", "default_writers", "launch"]
+__all__ = [
+    "create_ddp_model",
+    "default_argument_parser",
+    "default_setup",
+    "default_writers",
+    "launch",
+    "require_default",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +64,19 @@ def default_argument_parser(epilog=None):
     parser.add_argument(
         "--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; needed on several machines"
     )
+    parser.add_argument(
+        "--overfit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train and evaluate on the same first N training images; a model that can learn does so",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="two iterations, an evaluation of a few images, a save and a load; says ready, or what is "
+        "wrong, and keeps nothing",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     parser.add_argument(
         "opts",
@@ -68,20 +92,23 @@ def default_setup(cfg, args):
     """Prepare a run, and check all that can be checked before it starts.
 
     Registers DATASETS.DECLARE, draws SEED if it is -1, takes the number of classes from the
-    dataset and checks the rest; only then makes OUTPUT_DIR (moving an earlier run's files to
-    `old-N` unless resuming or evaluating), starts the log, reports the environment, writes
-    `config.yaml` and seeds all generators.
+    dataset, brings the schedule to this run (`plaintrain.scaling`) and checks the rest; only then makes
+    OUTPUT_DIR (moving an earlier run's files to `old-N` unless resuming or evaluating), starts the
+    log, reports the environment, writes `config.yaml` and seeds all generators.
 
     Args:
-        cfg: the config, frozen or not; SEED, the number of classes and MODEL.WEIGHTS are
-            settled in place.
-        args: what `default_argument_parser` parsed; `resume` and `eval_only` may be missing. With
-            `predictions`, a file to score, no model, weights or images are needed.
+        cfg: the config, frozen or not; SEED, the number of classes, the schedule and MODEL.WEIGHTS
+            are settled in place.
+        args: what `default_argument_parser` parsed; `resume`, `eval_only`, `overfit` and `dry_run`
+            may be missing. With `predictions`, a file to score, no model, weights or images are needed.
 
     Raises:
         UserError: anything that would make the run fail later.
     """
     resume, eval_only = getattr(args, "resume", False), getattr(args, "eval_only", False)
+    dry_run = getattr(args, "dry_run", False)
+    if dry_run and (resume or eval_only):
+        raise UserError("--dry-run tries the start of a training: leave out --resume and --eval-only")
     log = setup_logger(None, comm.get_rank())
     # What is said before the output folder may be touched goes into its log file afterwards.
     said = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL)
@@ -90,10 +117,16 @@ def default_setup(cfg, args):
     set_value(cfg, "OUTPUT_DIR", os.path.expanduser(cfg.OUTPUT_DIR))
     declare_datasets(cfg)
     _settle_seed(cfg, resume)
+    if getattr(args, "overfit", 0):
+        overfit_on(cfg, args.overfit)
     settle_num_classes(cfg, eval_only)
+    if not eval_only:
+        settle_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
     check_before_training(cfg, resume, eval_only, needs_model=not getattr(args, "predictions", ""))
     # Nothing is moved while another rank still looks at it.
     comm.synchronize()
+    if dry_run:
+        shorten_to_dry_run(cfg)
     _prepare_output(cfg, fresh=not (resume or eval_only))
     log = setup_logger(cfg.OUTPUT_DIR, comm.get_rank())
     for record in said.buffer:
@@ -105,11 +138,39 @@ def default_setup(cfg, args):
     logger.info(f"config:\n{cfg.dump()}")
     seed_all_rng(cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if cfg.FLOAT32_PRECISION:
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+        torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
     comm.synchronize()
 
 
+def require_default(cfg, key, reason):
+    """Refuse a key that a script does not read, if it is set.
+
+    Raises:
+        UserError: names the key, its value and the reason.
+    """
+    value, default = get_value(cfg, key), get_value(get_cfg(), key)
+    if value != default:
+        raise UserError(f"{key} is {value}, but here it must be {default}: {reason}")
+
+
+def create_ddp_model(model):
+    """The model wrapped in DistributedDataParallel; itself when there is one process."""
+    if comm.get_world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[comm.get_local_rank()] if next(model.parameters()).is_cuda else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
 def default_writers(output_dir, max_iter=None):
-    """Console, `metrics.json` and TensorBoard; call it on the main process only."""
+    """Console, `metrics.json` and TensorBoard on the main process; [] on the others."""
+    if not comm.is_main_process():
+        return []
     return [
         CommonMetricPrinter(max_iter),
         JSONWriter(os.path.join(output_dir, "metrics.json")),

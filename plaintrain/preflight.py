@@ -4,19 +4,22 @@ import logging
 
 import torch
 
-from plaintrain.config import get_value
+from plaintrain.config import get_value, set_value
 from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.builtin import EVALUATORS
 from plaintrain.data.catalog import MetadataCatalog, common_class_names
 from plaintrain.data.loader import check_batch_size
 from plaintrain.data.mapper import DatasetMapper
-from plaintrain.data.records import check_image_files
+from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.evaluation.coco_backend import oks_sigmas
 from plaintrain.evaluation.instances import ground_truth
 from plaintrain.modeling.build import build_model, get_device, num_classes_key
+from plaintrain.precision import build_autocast
+from plaintrain.solver import lr_factor, momentum_at
 from plaintrain.utils.errors import UserError
 from plaintrain.weights import locate_weights
+from plaintrain.workflow import check_workflow
 
 logger = logging.getLogger(__name__)
 
@@ -25,24 +28,23 @@ _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 _LEAST = {
     "DATALOADER.NUM_WORKERS": 0,
     "LOG_PERIOD": 1,
+    "SOLVER.ACCUMULATE_STEPS": 1,
     "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
     "SOLVER.CHECKPOINT_PERIOD": 0,
     "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.MAX_EPOCHS": 0,
     "SOLVER.MAX_ITER": 1,
+    "SOLVER.MAX_TIME": 0,
+    "SOLVER.PATIENCE": 0,
+    "SOLVER.REFERENCE_IMS_PER_BATCH": 0,
+    "SOLVER.REFERENCE_WORLD_SIZE": 0,
     "SOLVER.WARMUP_ITERS": 0,
     "TEST.DETECTIONS_PER_IMAGE": 1,
     "TEST.EVAL_PERIOD": 0,
+    "TEST.EVAL_START": 0,
     "TEST.IMS_PER_BATCH": 1,
+    "TEST.VAL_LOSS_PERIOD": 0,
 }
-
-
-def set_value(cfg, key, value):
-    """Set a dotted key, also in a frozen config."""
-    frozen = cfg.is_frozen()
-    cfg.defrost()
-    cfg.merge_from_list([key, value])
-    if frozen:
-        cfg.freeze()
 
 
 def settle_num_classes(cfg, eval_only):
@@ -92,6 +94,8 @@ def _check_values(cfg):
     for key, least in _LEAST.items():
         if get_value(cfg, key) < least:
             raise UserError(f"{key} is {get_value(cfg, key)}, but must be at least {least}")
+    if not 0 <= cfg.MODEL.EMA.DECAY < 1:
+        raise UserError(f"MODEL.EMA.DECAY is {cfg.MODEL.EMA.DECAY}, but must be at least 0 and below 1")
     for row in cfg.TEST.EXPECTED_RESULTS:
         if not isinstance(row, list) or len(row) != 4:
             raise UserError(f"TEST.EXPECTED_RESULTS holds {row!r}, not [task, metric, value, tolerance]")
@@ -107,6 +111,7 @@ def check_before_training(cfg, resume, eval_only, needs_model=True):
         if not cfg.DATASETS.TRAIN:
             raise UserError("DATASETS.TRAIN is empty: name at least one dataset")
         check_batch_size(cfg)
+        _check_schedule(cfg)
     for name in cfg.DATASETS.TEST:
         _check_test_dataset(name, needs_images=needs_model)
     if not needs_model:
@@ -122,6 +127,8 @@ def check_before_training(cfg, resume, eval_only, needs_model=True):
         steps = build_augmentation(cfg, is_train=True)
         DatasetMapper(cfg, augmentations=steps, num_keypoints=0, records=[None])
     _check_test_augmentation(cfg)
+    amp, is_used = cfg.SOLVER.AMP, cfg.TEST.AMP or (cfg.SOLVER.AMP.ENABLED and not eval_only)
+    build_autocast(is_used, amp.PRECISION, get_device(cfg.MODEL.DEVICE).type)
     _check_model(cfg)
 
 
@@ -129,6 +136,36 @@ def _check_test_augmentation(cfg):
     if cfg.TEST.AUG.ENABLED:
         for name in cfg.DATASETS.TEST:
             build_tta_mapper(cfg, name)
+
+
+def _check_schedule(cfg):
+    """Refuse settings of the solver, and of the tests in between, that do not go together."""
+    solver, test = cfg.SOLVER, cfg.TEST
+    lr_factor(cfg)
+    if solver.MOMENTUM_SCHEDULE:
+        momentum_at(solver.MOMENTUM_SCHEDULE, solver.MOMENTUM_INTERPOLATION)
+    check_workflow(cfg.WORKFLOW)
+    validates = test.VAL_LOSS_PERIOD > 0 or any(mode == "val" for mode, _ in cfg.WORKFLOW)
+    for key, is_on in (
+        ("TEST.VAL_LOSS_PERIOD or a val flow in WORKFLOW", validates),
+        ("TEST.BEST_METRIC", test.BEST_METRIC),
+    ):
+        if is_on and not cfg.DATASETS.TEST:
+            raise UserError(f"{key} is set, but DATASETS.TEST is empty: name at least one dataset")
+    if validates and cfg.MODEL.MASK_ON:
+        get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False, need_masks=True)
+    if test.EVAL_START and not test.EVAL_PERIOD:
+        raise UserError(f"TEST.EVAL_START is {test.EVAL_START}, but TEST.EVAL_PERIOD is 0: set it too")
+    of_losses = test.BEST_METRIC.startswith("val/")
+    if of_losses and not validates:
+        raise UserError(
+            f"TEST.BEST_METRIC is {test.BEST_METRIC}, but no validation losses are computed: set "
+            "TEST.VAL_LOSS_PERIOD, or a val flow in WORKFLOW"
+        )
+    if solver.PATIENCE and not (test.BEST_METRIC and (test.EVAL_PERIOD or of_losses)):
+        raise UserError(
+            f"SOLVER.PATIENCE is {solver.PATIENCE}: it needs TEST.BEST_METRIC, and TEST.EVAL_PERIOD"
+        )
 
 
 def _check_model(cfg):

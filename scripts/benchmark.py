@@ -10,6 +10,9 @@ plain_train_net.py, and one in the style of Detectron2's (`.item()` on every los
 writers every 20 iterations, one TensorBoard event per scalar), each over a trivial model and minus
 a bare loop over the same model.
 
+`step` is what forward, backward and optimizer step of a config's model cost, in float32 and in bfloat16
+under autocast, on batches in memory.
+
 `eval` is what COCOEvaluator.evaluate() costs for boxes: by pycocotools, and by each faster
 implementation that is installed. From boxes in memory to the metrics, without a results file.
 """
@@ -17,6 +20,7 @@ implementation that is installed. From boxes in memory to the metrics, without a
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -33,9 +37,18 @@ from tensorboardX import SummaryWriter
 from torch import nn
 
 from plaintrain.config import get_cfg
-from plaintrain.data import DatasetCatalog, MetadataCatalog
+from plaintrain.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_train_loader,
+    declare_datasets,
+)
 from plaintrain.evaluation import COCOEvaluator
 from plaintrain.evaluation.coco_backend import BACKENDS
+from plaintrain.modeling import build_model
+from plaintrain.precision import build_autocast
+from plaintrain.preflight import settle_num_classes
+from plaintrain.solver import build_optimizer
 from plaintrain.structures import BoxMode
 
 _PERIOD = 20
@@ -215,6 +228,48 @@ def report_eval(measured):
     return rows
 
 
+def measure_step(config_file, batches, repeats):
+    """{precision: [milliseconds of CPU per training step, one a repeat]}, precisions interleaved."""
+    cfg = get_cfg()
+    cfg.merge_from_file(config_file)
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "SEED", max(cfg.SEED, 0)])
+    declare_datasets(cfg)
+    settle_num_classes(cfg, eval_only=False)
+    data = list(itertools.islice(build_detection_train_loader(cfg), batches))
+    runs, times = {}, {}
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(cfg.SEED)
+        model = build_model(cfg)
+        autocast = build_autocast(precision == "bfloat16", "bfloat16", "cpu")
+        runs[precision] = model, build_optimizer(cfg, model), autocast
+    for repeat in range(repeats + 1):
+        for precision, (model, optimizer, autocast) in runs.items():
+            gc.collect()
+            start = time.process_time()
+            for samples in data:
+                with autocast:
+                    losses = sum(model(samples).values())
+                optimizer.zero_grad()
+                losses.backward()
+                optimizer.step()
+            # The first round warms up.
+            if repeat:
+                times.setdefault(precision, []).append((time.process_time() - start) / batches * 1e3)
+    return times
+
+
+def report_step(times):
+    """Print the table; returns the numbers that stand in it."""
+    baseline, rows = statistics.median(times["float32"]), {}
+    print(f"{'CPU per training step':<24} {'median':>10} {'lowest':>10} {'highest':>10} {'of float32':>11}")
+    for precision, values in times.items():
+        median = statistics.median(values)
+        rows[precision] = {"median_ms": median, "ratio": median / baseline, "all_ms": values}
+        cells = f"{median:>7.1f} ms {min(values):>7.1f} ms {max(values):>7.1f} ms {median / baseline:>11.3f}"
+        print(f"{precision:<24} {cells}")
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -223,15 +278,21 @@ def main():
     loop = commands.add_parser("loop")
     loop.add_argument("--iterations", type=int, default=1000, help="per repeat")
     loop.add_argument("--repeats", type=int, default=7, help="rounds over all variants")
+    step = commands.add_parser("step")
+    step.add_argument("--config-file", default="configs/quickstart.yaml")
+    step.add_argument("--batches", type=int, default=8, help="different batches, each a step a repeat")
+    step.add_argument("--repeats", type=int, default=7, help="rounds over both precisions")
     evaluation = commands.add_parser("eval")
     evaluation.add_argument("--images", type=int, default=500)
     evaluation.add_argument("--boxes", type=int, default=100, help="detections per image")
     evaluation.add_argument("--classes", type=int, default=80)
-    for command in (loop, evaluation):
+    for command in (loop, step, evaluation):
         command.add_argument("--output", help="also write the numbers as JSON to this file")
     args = parser.parse_args()
     if args.what == "loop" and (args.iterations < 100 or args.repeats < 1):
         parser.error("--iterations must be at least 100 and --repeats at least 1")
+    if args.what == "step" and min(args.batches, args.repeats) < 1:
+        parser.error("--batches and --repeats must be at least 1")
     if args.what == "eval" and min(args.images, args.boxes, args.classes) < 1:
         parser.error("--images, --boxes and --classes must be at least 1")
     torch.set_num_threads(1)
@@ -239,6 +300,8 @@ def main():
     print(f"load average {os.getloadavg()[0]:.1f}")
     if args.what == "loop":
         result = report_loop(measure_loop(args.iterations, args.repeats))
+    elif args.what == "step":
+        result = report_step(measure_step(args.config_file, args.batches, args.repeats))
     else:
         result = report_eval(measure_eval(args.images, args.boxes, args.classes))
     if args.output:

@@ -3,7 +3,11 @@
 from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.coco import register_coco_instances
-from plaintrain.data.loader import build_detection_test_loader, build_detection_train_loader
+from plaintrain.data.loader import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+    build_detection_val_loader,
+)
 from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import get_detection_dataset_dicts
 
@@ -13,6 +17,7 @@ __all__ = [
     "MetadataCatalog",
     "build_detection_test_loader",
     "build_detection_train_loader",
+    "build_detection_val_loader",
     "declare_datasets",
     "get_detection_dataset_dicts",
     "register_coco_instances",

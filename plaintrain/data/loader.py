@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.catalog import DatasetCatalog
 from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
@@ -126,6 +127,11 @@ class TrainLoader(_Loader):
         batches = _Batches(sampler, start_iter, rank, world_size)
         super().__init__(_MappedRecords(records, mapper, sampler.seed), batches, num_workers)
 
+    @property
+    def iters_per_epoch(self):
+        """Iterations of a pass over the images: the last one may take in the first images of the next."""
+        return -(-self._sampler.size // self._sampler.batch_size)
+
     def file_names(self, iteration):
         """The images that all ranks together see in an iteration."""
         return [self._records[i]["file_name"] for i, _ in self._sampler.batch(iteration)]
@@ -146,12 +152,18 @@ class _Batches:
 
 
 def check_batch_size(cfg):
-    """SOLVER.IMS_PER_BATCH, or a `UserError` if the processes cannot share it evenly."""
+    """SOLVER.IMS_PER_BATCH, or a `UserError` if processes or ACCUMULATE_STEPS cannot share it."""
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which cannot be split evenly over "
             f"{world_size} processes"
+        )
+    parts = cfg.SOLVER.ACCUMULATE_STEPS
+    if not 1 <= parts <= cfg.SOLVER.IMS_PER_BATCH // world_size:
+        raise UserError(
+            f"SOLVER.ACCUMULATE_STEPS is {parts}, but must be from 1 to the images of a process in a batch, "
+            f"{cfg.SOLVER.IMS_PER_BATCH // world_size}"
         )
     return cfg.SOLVER.IMS_PER_BATCH
 
@@ -176,12 +188,7 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
     """
     batch_size = check_batch_size(cfg)
     if dataset is None:
-        dataset = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE,
-            need_masks=cfg.MODEL.MASK_ON,
-        )
+        dataset = training_records(cfg)
         check_image_files(dataset, ", ".join(cfg.DATASETS.TRAIN))
     records = _serialized(dataset)
     sampler = sampler or build_train_sampler(cfg, records, batch_size)
@@ -189,6 +196,27 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
     return TrainLoader(
         records, mapper, sampler, start_iter=start_iter, num_workers=cfg.DATALOADER.NUM_WORKERS
     )
+
+
+def training_records(cfg):
+    """The records of DATASETS.TRAIN that are trained on, a `SerializedRecords`."""
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE,
+        need_masks=cfg.MODEL.MASK_ON,
+    )
+
+
+def count_iters_per_epoch(cfg):
+    """The `iters_per_epoch` of the loader that `build_detection_train_loader(cfg)` builds.
+
+    Raises:
+        UserError: see there; images are not looked for.
+    """
+    records = _serialized(training_records(cfg))
+    sampler = build_train_sampler(cfg, records, check_batch_size(cfg))
+    return -(-sampler.size // sampler.batch_size)
 
 
 def _serialized(records):
@@ -222,3 +250,10 @@ def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None,
         raise UserError(f"TEST.IMS_PER_BATCH is {size}, but must be at least 1")
     batches = [keys[i : i + size] for i in range(0, len(keys), size)]
     return _Loader(_MappedRecords(records, mapper, seed=0), batches, cfg.DATALOADER.NUM_WORKERS)
+
+
+def build_detection_val_loader(cfg, dataset_name):
+    """The batches of `build_detection_test_loader` with targets, for losses: resized as in evaluation."""
+    augmentations = build_augmentation(cfg, is_train=False)
+    mapper = DatasetMapper(cfg, is_train=True, augmentations=augmentations)
+    return build_detection_test_loader(cfg, dataset_name, mapper=mapper)

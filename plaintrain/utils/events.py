@@ -45,11 +45,13 @@ class EventWriter:
 
 @contextlib.contextmanager
 def closing_all(writers):
-    """Close writers at the end of the block, whatever ends it; gives the list."""
+    """Close writers at the end of the block, whatever ends it; a good end leaves nothing unwritten."""
     with contextlib.ExitStack() as stack:
         for writer in writers:
             stack.callback(writer.close)
-        yield writers
+        yield
+        for writer in writers if get_event_storage().has_unread() else ():
+            writer.write()
 
 
 class CommonMetricPrinter(EventWriter):

@@ -146,6 +146,10 @@ class EventStorage:
                 if not math.isfinite(number) and ("loss" in name or name == "grad_norm"):
                     self._nonfinite.setdefault(iteration, []).append(name)
 
+    def has_unread(self):
+        """Whether something was stored since somebody last read."""
+        return bool(self._pending)
+
     def raise_if_nonfinite(self, images_of=None, *, norm_too=True):
         """Stop when a loss or `grad_norm` stored since the last call is NaN or infinite.
 
