@@ -1,0 +1,204 @@
+"""The guides for those who come from elsewhere: what they name exists, and what they quote stands there."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from plaintrain.config import check_cfg, get_cfg, get_value
+from plaintrain.engine import default_argument_parser
+from plaintrain.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+# Rows that each guide has at least, and names that its readers look for.
+GUIDES = {
+    "FROM_MMDET.md": (
+        200,
+        "EpochBasedRunner.run EpochBasedRunner.train EpochBasedRunner.val IterBasedRunner.run run_iter "
+        "train_step val_step _parse_losses log_vars num_samples before_run before_train_epoch "
+        "after_train_iter after_run register_hook register_lr_hook register_training_hooks workflow "
+        "LrUpdaterHook warmup='linear' momentum_config MomentumUpdaterHook OptimizerHook grad_clip "
+        "GradientCumulativeOptimizerHook Fp16OptimizerHook CheckpointHook max_keep_ckpts LoggerHook "
+        "TextLoggerHook TensorboardLoggerHook IterTimerHook DistSamplerSeedHook EMAHook EvalHook "
+        "DistEvalHook save_best dynamic_intervals EarlyStoppingHook SyncBuffersHook EmptyCacheHook "
+        "ProfilerHook resume_from load_from auto_resume GroupSampler DistributedGroupSampler "
+        "AspectRatioBatchSampler MMDataParallel MMDistributedDataParallel find_unused_parameters "
+        "simple_test aug_test tools/train.py tools/test.py dist_train.sh slurm_train.sh auto_scale_lr "
+        "--cfg-options EpochBasedTrainLoop IterBasedTrainLoop ValLoop TestLoop param_scheduler "
+        "AmpOptimWrapper accumulative_counts clip_grad default_hooks custom_hooks visualizer randomness "
+        "NumClassCheckHook CheckInvalidLossHook MemoryProfilerHook PipelineSwitchHook samples_per_gpu",
+    ),
+    "FROM_DETECTRON2.md": (
+        170,
+        "TrainerBase.train before_step after_step HookBase SimpleTrainer.run_step AMPTrainer.run_step "
+        "DefaultTrainer.resume_or_load DefaultTrainer.build_hooks DefaultTrainer.auto_scale_workers "
+        "DefaultTrainer.test IterationTimer LRScheduler PeriodicCheckpointer BestCheckpointer EvalHook "
+        "PeriodicWriter PreciseBN AutogradProfiler TorchMemoryStats TorchProfiler get_evaluator do_test "
+        "do_train setup test_with_TTA model.losses DatasetMapper build_detection_train_loader "
+        "TrainingSampler RepeatFactorTrainingSampler InferenceSampler COCOEvaluator DatasetEvaluators "
+        "DefaultPredictor LazyConfig --num-gpus --num-machines --machine-rank --dist-url --resume "
+        "--eval-only .pkl SEED SOLVER.STEPS TEST.AUG VIS_PERIOD",
+    ),
+}
+_REFERENCE = re.compile(r"[\w/]+\.py: [\w.]+")
+_KEY = re.compile(r"([A-Z][A-Z0-9_]*(?:\.[A-Z][A-Z0-9_]*)*)(?: (.+))?")
+_SPAN = re.compile(r"`([^`]+)`")
+# One place: a reference, and after a colon a line that stands there.
+_ITEM = re.compile(r"`([\w/]+\.py: [\w.]+)`(?:: `([^`]+)`)?")
+
+
+def rows(guide):
+    """(line number, cells) of the rows under each table's head."""
+    in_table = False
+    text = (ROOT / "docs" / guide).read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.startswith("|"):
+            in_table = False
+        elif in_table and not re.fullmatch(r"[|\- ]+", line):
+            yield number, [cell.strip() for cell in line.strip("|").split("|")]
+        in_table = line.startswith("|")
+
+
+@cache
+def source(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def _names(node):
+    """The names that a statement gives a meaning to."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    return [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
+
+
+def find(reference):
+    """The source of `file.py: name` (function, class, method, name of the module), or None without one."""
+    path, name = reference.split(": ")
+    if not (ROOT / path).is_file():
+        return None
+    node = ast.parse(source(path))
+    for part in name.split("."):
+        found = [child for child in node.body if part in _names(child)]
+        if not found:
+            return None
+        node = found[-1]
+    return ast.get_source_segment(source(path), node)
+
+
+@cache
+def flags(script=None):
+    """The flags of a script; of all scripts, by default."""
+    shared = set(default_argument_parser()._option_string_actions)
+    scripts = [script] if script else [f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")]
+    found = set()
+    for text in map(source, scripts):
+        found |= shared if "default_argument_parser(" in text else set()
+        found |= set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", text))
+    return found
+
+
+def wrong_key(key, value):
+    """What is wrong with a config key and the value given for it, or None."""
+    cfg = get_cfg()
+    try:
+        get_value(cfg, key)
+        if value:
+            cfg.merge_from_list([key, value])
+            check_cfg(cfg)
+    except (KeyError, AttributeError, UserError) as e:
+        return f"{key}: {e}"
+    return None
+
+
+def wrong_span(span):
+    """What is wrong with something between backquotes in a column of ours, or None."""
+    if _REFERENCE.fullmatch(span):
+        return None if find(span) else f"{span} does not exist"
+    script = re.search(r"scripts/\w+\.py", span)
+    if script or span.startswith("--"):
+        known = flags(script.group() if script else None)
+        given = span[script.end() :] if script else span
+        unknown = [flag for flag in re.findall(r"(?<!\S)--[\w-]+", given) if flag not in known]
+        return f"{script.group() if script else 'no script'} has no {unknown}" if unknown else None
+    match = _KEY.fullmatch(span)
+    return wrong_key(*match.groups()) if match else None
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_row_has_its_three_columns(guide):
+    found = list(rows(guide))
+    assert len(found) >= GUIDES[guide][0]
+    wrong = [number for number, cells in found if len(cells) != 3 or not all(cells)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_what_our_columns_name_exists(guide):
+    wrong = []
+    for number, cells in rows(guide):
+        spans = _SPAN.findall(" ".join(cells[1:]))
+        wrong += [f"line {number}: {problem}" for problem in map(wrong_span, spans) if problem]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_last_column_says_where_and_quotes_lines_that_stand_there(guide):
+    wrong = []
+    for number, cells in rows(guide):
+        where = cells[-1].removeprefix("not here").removeprefix(": add to ")
+        items = where.split("; ") if where else []
+        for item in items:
+            match = _ITEM.fullmatch(item)
+            if not match:
+                wrong.append(f"line {number}: {item} is no `file.py: name`")
+            elif match[2] and match[2] not in (find(match[1]) or ""):
+                wrong.append(f"line {number}: {match[1]} has no line with {match[2]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_steps_that_are_quoted_once_stand_in_both_scripts():
+    plain, epoch = "scripts/plain_train_net.py: do_train", "scripts/epoch_train_net.py"
+    steps = find(f"{epoch}: train_one_epoch") + find(f"{epoch}: do_train")
+    quoted = [_ITEM.findall(cells[-1]) for _, cells in rows("FROM_MMDET.md") if epoch not in cells[-1]]
+    quoted = [line for items in quoted for place, line in items if place == plain]
+    assert len(quoted) > 20
+    assert not [line for line in quoted if line not in steps]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_what_their_users_look_for_is_in_the_first_column(guide):
+    theirs = "\n".join(cells[0] for _, cells in rows(guide))
+    assert not [name for name in GUIDES[guide][1].split() if name not in theirs]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_text_outside_the_tables_and_files_exist(guide):
+    text = source(f"docs/{guide}")
+    outside = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    wrong = [problem for problem in map(wrong_span, _SPAN.findall(outside)) if problem]
+    ours = "\n".join([outside, *(" ".join(cells[1:]) for _, cells in rows(guide))])
+    for name in re.findall(r"(?:configs|scripts|docs|plaintrain)/[\w/.-]+\.(?:yaml|py|md)", ours):
+        if not (ROOT / name).is_file():
+            wrong.append(name)
+    anchors = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ ([\w .]+)$", text, re.M)}
+    wrong += [anchor for anchor in re.findall(r"\]\(#([^)]+)\)", text) if anchor not in anchors]
+    wrong += [line for line in outside.splitlines() if len(line) > 112]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "plaintrain/ema.py: ModelEMA.renamed",
+        "plaintrain/gone.py: ModelEMA",
+        "SOLVER.NO_SUCH_KEY",
+        "SOLVER.MAX_ITER many",
+        "TEST.PRECISE_BN.ENABLED True",
+        "--no-such-flag 3",
+        "python scripts/plain_train_net.py --config-file FILE --predictions FILE",
+    ],
+)
+def test_what_does_not_exist_is_found(span):
+    assert wrong_span(span)
