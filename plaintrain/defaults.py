@@ -399,7 +399,8 @@ _C.SOLVER.REFERENCE_IMS_PER_BATCH = 0
 
 # ---- test ------------------------------------------------------------------------------------
 _C.TEST = CN()
-# Iterations between two evaluations; 0 evaluates only at the end.
+# Iterations between two evaluations; 0 evaluates only at the end. epoch_train_net.py evaluates at the end of
+# the epoch in which one falls due.
 _C.TEST.EVAL_PERIOD = 0
 # Iteration after which the first of them takes place; 0: after EVAL_PERIOD.
 _C.TEST.EVAL_START = 0

@@ -202,6 +202,14 @@ def _prepare_output(cfg, fresh):
         logger.warning(f"MODEL.WEIGHTS moved with them: {cfg.MODEL.WEIGHTS}")
 
 
+def _saved_cfg(path, cfg):
+    """A config that a run has saved; it may have keys that only `cfg` has, those of a fork."""
+    before = cfg.clone()
+    before.defrost()
+    before.merge_from_file(path)
+    return before
+
+
 def _settle_seed(cfg, resume):
     if cfg.SEED >= 2**32:
         raise UserError(f"SEED is {cfg.SEED}, but must be below 2**32")
@@ -210,8 +218,7 @@ def _settle_seed(cfg, resume):
     saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     seed = None
     if resume and comm.is_main_process() and os.path.isfile(saved):
-        before = get_cfg()
-        before.merge_from_file(saved)
+        before = _saved_cfg(saved, cfg)
         seed = before.SEED if before.SEED >= 0 else None
     seed = comm.broadcast(seed)
     source = "of the run that is resumed" if seed is not None else "drawn now"
@@ -239,8 +246,7 @@ def _write_config(cfg, keep):
 
 def _changes(path, cfg):
     """`KEY before -> now` for every line in which a saved config differs."""
-    before = get_cfg()
-    before.merge_from_file(path)
+    before = _saved_cfg(path, cfg)
     before, now = flatten_results(before), flatten_results(cfg)
     keys = sorted(before.keys() | now.keys())
     return [

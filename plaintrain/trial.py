@@ -1,5 +1,6 @@
 """The first hour of a project: training on a few images, and a run of two iterations."""
 
+import contextlib
 import logging
 import math
 import os
@@ -72,7 +73,7 @@ def shorten_to_dry_run(cfg):
         records = DatasetCatalog.get(name)
         _register(name, [records[i] for i in range(min(few, len(records)))], name)
     set_value(cfg, "OUTPUT_DIR", os.path.join(cfg.OUTPUT_DIR, "dry-run"))
-    if comm.is_main_process():
+    if comm.get_local_rank() == 0:
         # What one that failed has left.
         shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
     comm.synchronize()
@@ -94,8 +95,11 @@ def finish_dry_run(cfg, results, again):
         if not (math.isnan(a) and math.isnan(b)) and not abs(a - b) < 0.1:
             raise UserError(f"the checkpoint read back is another model: {name} was {a:.4g} and is {b:.4g}")
     comm.synchronize()
-    if comm.is_main_process():
+    if comm.get_local_rank() == 0:
         shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            # Empty only if it was made for this.
+            os.rmdir(os.path.dirname(cfg.OUTPUT_DIR))
     logger.info(
         "ready: two iterations, an evaluation, a save and a load went well; nothing was kept. The whole run "
         "is the same command without --dry-run"

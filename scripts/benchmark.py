@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measure plaintrain against named baselines, in one run, interleaved, in CPU time.
 
-python scripts/benchmark.py loop
 python scripts/benchmark.py loop --iterations 2000 --repeats 9 --output loop.json
+python scripts/benchmark.py step --config-file configs/quickstart.yaml
 python scripts/benchmark.py eval --images 5000 --boxes 100 --classes 80
 
 `loop` is what a training loop costs beside forward, backward and optimizer step: the loop of
@@ -10,8 +10,8 @@ plain_train_net.py, and one in the style of Detectron2's (`.item()` on every los
 writers every 20 iterations, one TensorBoard event per scalar), each over a trivial model and minus
 a bare loop over the same model.
 
-`step` is what forward, backward and optimizer step of a config's model cost, in float32 and in bfloat16
-under autocast, on batches in memory.
+`step` is what forward, backward and optimizer step of a config's model cost, in float32 and in
+bfloat16, on batches in memory.
 
 `eval` is what COCOEvaluator.evaluate() costs for boxes: by pycocotools, and by each faster
 implementation that is installed. From boxes in memory to the metrics, without a results file.
@@ -29,7 +29,6 @@ import runpy
 import statistics
 import tempfile
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,12 +36,7 @@ from tensorboardX import SummaryWriter
 from torch import nn
 
 from plaintrain.config import get_cfg
-from plaintrain.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-    build_detection_train_loader,
-    declare_datasets,
-)
+from plaintrain.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader, declare_datasets
 from plaintrain.evaluation import COCOEvaluator
 from plaintrain.evaluation.coco_backend import BACKENDS
 from plaintrain.modeling import build_model
@@ -115,12 +109,11 @@ def plaintrain_loop(iterations, data, folder):
     """`do_train` of plain_train_net.py, with a data loader that costs nothing."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plain_train_net.py")
     do_train = runpy.run_path(script)["do_train"]
-    batches = SimpleNamespace(file_names=lambda iteration: [])
-    loader = type("Batches", (), {"__iter__": lambda self: iter([data] * iterations), **vars(batches)})
+    methods = {"__iter__": lambda self: iter([data] * iterations), "file_names": lambda self, iteration: []}
+    loader = type("Batches", (), methods)
     do_train.__globals__["build_detection_train_loader"] = lambda cfg, start_iter: loader()
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", 0, "OUTPUT_DIR", folder])
-    cfg.SOLVER.BASE_LR = 1e-3
     torch.manual_seed(0)
     do_train(cfg, TrivialModel())
 
@@ -154,20 +147,24 @@ def measure_loop(iterations, repeats):
     return times
 
 
+def print_times(what, times, unit):
+    """Print median and spread of {name: numbers}; returns {name: median}."""
+    print(f"{what:<36} {'median':>11} {'lowest':>11} {'highest':>11}")
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, values in times.items():
+        cells = (f"{value:>8.1f} {unit}" for value in (medians[name], min(values), max(values)))
+        print(f"{name:<36} {' '.join(cells)}")
+    return medians
+
+
 def report_loop(times):
     """Print the table; returns the numbers that stand in it."""
-    bare = statistics.median(times["bare step"])
-    rows, baseline = {}, None
-    print(f"{'CPU per iteration':<36} {'median':>9} {'lowest':>9} {'highest':>9} {'over bare':>10}")
-    for name, values in times.items():
-        median = statistics.median(values)
-        rows[name] = {"median_us": median, "over_bare_us": median - bare, "all_us": values}
-        cells = f"{median:>6.1f} us {min(values):>6.1f} us {max(values):>6.1f} us {median - bare:>7.1f} us"
-        print(f"{name:<36} {cells}")
-        baseline = baseline or (median - bare if "item" in name else None)
-    ratio = baseline / rows["plain_train_net.py"]["over_bare_us"]
-    print(f"bookkeeping: {ratio:.2f} times less CPU than the loop with .item()")
-    return {"variants": rows, "ratio": ratio}
+    medians = print_times("CPU per iteration", times, "us")
+    over = {name: median - medians["bare step"] for name, median in medians.items()}
+    _, item, plain = over
+    print(f"over the bare step: {over[item]:.1f} us with .item(), {over[plain]:.1f} us in {plain}: ", end="")
+    print(f"{over[item] / over[plain]:.2f} times less CPU")
+    return {"median_us": medians, "over_bare_us": over, "all_us": times, "ratio": over[item] / over[plain]}
 
 
 def made_up_dataset(images, boxes, classes, seed=0):
@@ -237,11 +234,10 @@ def measure_step(config_file, batches, repeats):
     settle_num_classes(cfg, eval_only=False)
     data = list(itertools.islice(build_detection_train_loader(cfg), batches))
     runs, times = {}, {}
-    for precision in ("float32", "bfloat16"):
+    for precision, enabled in (("float32", False), ("bfloat16", True)):
         torch.manual_seed(cfg.SEED)
         model = build_model(cfg)
-        autocast = build_autocast(precision == "bfloat16", "bfloat16", "cpu")
-        runs[precision] = model, build_optimizer(cfg, model), autocast
+        runs[precision] = model, build_optimizer(cfg, model), build_autocast(enabled, "bfloat16", "cpu")
     for repeat in range(repeats + 1):
         for precision, (model, optimizer, autocast) in runs.items():
             gc.collect()
@@ -252,7 +248,6 @@ def measure_step(config_file, batches, repeats):
                 optimizer.zero_grad()
                 losses.backward()
                 optimizer.step()
-            # The first round warms up.
             if repeat:
                 times.setdefault(precision, []).append((time.process_time() - start) / batches * 1e3)
     return times
@@ -260,14 +255,10 @@ def measure_step(config_file, batches, repeats):
 
 def report_step(times):
     """Print the table; returns the numbers that stand in it."""
-    baseline, rows = statistics.median(times["float32"]), {}
-    print(f"{'CPU per training step':<24} {'median':>10} {'lowest':>10} {'highest':>10} {'of float32':>11}")
-    for precision, values in times.items():
-        median = statistics.median(values)
-        rows[precision] = {"median_ms": median, "ratio": median / baseline, "all_ms": values}
-        cells = f"{median:>7.1f} ms {min(values):>7.1f} ms {max(values):>7.1f} ms {median / baseline:>11.3f}"
-        print(f"{precision:<24} {cells}")
-    return rows
+    medians = print_times("CPU per training step", times, "ms")
+    ratio = medians["bfloat16"] / medians["float32"]
+    print(f"bfloat16 takes {ratio:.3f} of the CPU of float32")
+    return {"median_ms": medians, "ratio": ratio, "all_ms": times}
 
 
 def main():
@@ -289,15 +280,11 @@ def main():
     for command in (loop, step, evaluation):
         command.add_argument("--output", help="also write the numbers as JSON to this file")
     args = parser.parse_args()
-    if args.what == "loop" and (args.iterations < 100 or args.repeats < 1):
-        parser.error("--iterations must be at least 100 and --repeats at least 1")
-    if args.what == "step" and min(args.batches, args.repeats) < 1:
-        parser.error("--batches and --repeats must be at least 1")
-    if args.what == "eval" and min(args.images, args.boxes, args.classes) < 1:
-        parser.error("--images, --boxes and --classes must be at least 1")
+    if min(value for value in vars(args).values() if isinstance(value, int)) < 1:
+        parser.error("every number must be at least 1")
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, python {platform.python_version()}, {os.cpu_count()} cores")
-    print(f"load average {os.getloadavg()[0]:.1f}")
+    machine = f"python {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    print(f"torch {torch.__version__}, {machine}")
     if args.what == "loop":
         result = report_loop(measure_loop(args.iterations, args.repeats))
     elif args.what == "step":

@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 from tensorboardX.proto.event_pb2 import Event
-from test_scripts import HEADS, TINY
+from test_scripts import HEADS, TINY, start_slow_run
 
+from plaintrain.config import get_cfg
 from plaintrain.engine import default_argument_parser
 from plaintrain.utils.errors import UserError
 
@@ -120,6 +121,34 @@ def test_a_run_killed_within_an_epoch_and_resumed_is_the_run_that_was_not(run, t
     assert last[0]["val/total_loss"] == last[1]["val/total_loss"]
     iterations = [line["iteration"] for line in lines(tmp_path / "killed")]
     assert iterations == sorted(set(iterations))
+
+
+def test_a_run_ended_by_sigkill_goes_on_as_if_it_had_not_been(run, tmp_path):
+    options = [*EXACT, *STEP, "TEST.BEST_METRIC", "auto", "TEST.EVAL_PERIOD", 4]
+    process = start_slow_run(tmp_path / "tiny.yaml", tmp_path / "killed", *options)
+    process.kill()
+    process.communicate()
+    last = load(tmp_path / "killed" / (tmp_path / "killed/last_checkpoint").read_text())["iteration"]
+    options = [*options, "SOLVER.MAX_ITER", last + 6]
+    run("killed", *options, flags=["--resume"])
+    run("whole", *options)
+    for name in ("model_final.pth", "model_best.pth"):
+        assert same(weights(tmp_path / "whole" / name), weights(tmp_path / "killed" / name))
+    ended = [load(tmp_path / folder / f"model_{last + 5:07d}.pth") for folder in ("whole", "killed")]
+    assert ended[0]["best"] == ended[1]["best"] and same(ended[0]["ema"], ended[1]["ema"])
+
+
+def test_a_fork_resumes_with_keys_of_its_own(run, tmp_path):
+    def forks_cfg():
+        cfg = get_cfg()
+        cfg.MY_WEIGHT = 1.0
+        return cfg
+
+    run("out", "SEED", -1, "SOLVER.MAX_ITER", 3, get_cfg=forks_cfg)
+    before = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    run("out", "SEED", -1, "SOLVER.MAX_ITER", 6, "MY_WEIGHT", 2.0, flags=["--resume"], get_cfg=forks_cfg)
+    now = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert (now["MY_WEIGHT"], now["SEED"]) == (2.0, before["SEED"])
 
 
 def test_epochs_take_the_steps_of_the_plain_loop(run, tmp_path):

@@ -404,9 +404,31 @@ def test_the_loop_benchmark_prints_its_table(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "plain_train_net.py" in done.stdout and "times less CPU" in done.stdout
-    assert json.loads((tmp_path / "loop.json").read_text())["variants"].keys() == {
+    assert json.loads((tmp_path / "loop.json").read_text())["median_us"].keys() == {
         "bare step", "loop with .item(), as Detectron2's", "plain_train_net.py"
     }  # fmt: skip
+
+
+def test_the_step_benchmark_prints_its_ratio(config, tmp_path):
+    done = run(
+        *(
+            "step",
+            "--config-file",
+            config,
+            "--batches",
+            1,
+            "--repeats",
+            1,
+            "--output",
+            tmp_path / "step.json",
+        ),
+        script=ROOT / "scripts" / "benchmark.py",
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "step.json").read_text())
+    assert measured["ratio"] > 0 and f"takes {measured['ratio']:.3f} of" in done.stdout
+    wrong = run("step", "--batches", 0, script=ROOT / "scripts" / "benchmark.py")
+    assert wrong.returncode == 2 and "every number must be at least 1" in wrong.stderr
 
 
 def test_the_data_benchmark_prints_its_ratio(tmp_path):
