@@ -94,7 +94,9 @@ def test_is_due(cfg, iterations):
 
 def store_results(metrics, iteration, model, best, saver):
     """Store {name: number} of a model after an iteration, and keep the model if it is the best."""
-    get_event_storage().put_scalars(**metrics, smoothing_hint=False, cur_iter=iteration)
+    storage = get_event_storage()
+    storage.iter = iteration
+    storage.put_scalars(**metrics, smoothing_hint=False)
     if best.update(iteration, metrics):
         saver.checkpointer.save_weights("model_best", model, iteration=iteration)
     if best.is_stale():

@@ -96,8 +96,9 @@ def test_after(cfg, model, iteration, best, saver):
     validation, evaluation = tests_due(cfg, iteration)
     losses = do_validate(cfg, model) if validation else {}
     results = do_test(cfg, model) if evaluation else {}
-    metrics = {**losses, **flatten_results(results)}
-    get_event_storage().put_scalars(**metrics, smoothing_hint=False, cur_iter=iteration)
+    metrics, storage = {**losses, **flatten_results(results)}, get_event_storage()
+    storage.iter = iteration if metrics else storage.iter
+    storage.put_scalars(**metrics, smoothing_hint=False)
     if best.update(iteration, metrics):
         saver.checkpointer.save_weights("model_best", model, iteration=iteration)
     if best.is_stale():

@@ -200,11 +200,11 @@ def test_the_test_loader_makes_views_unless_it_is_given_a_mapper(cfg, shapes):
 
 
 BAD_KEYS = [
-    ("TEST.AUG.MIN_SIZES", (), r"min_sizes must be a list of whole numbers of at least 0, not \(\)"),
-    ("TEST.AUG.MIN_SIZES", (40, -1), r"min_sizes must .* not \(40, -1\)"),
-    ("TEST.AUG.MIN_SIZES", (40, 50.5), r"min_sizes must .* not \(40, 50.5\)"),
-    ("TEST.AUG.MIN_SIZES", (40, True), r"min_sizes must .* not \(40, True\)"),
-    ("TEST.AUG.MAX_SIZE", 0, r"max_size must be a whole number of at least 1, not 0"),
+    ("TEST.AUG.MIN_SIZES", (), r"TEST\.AUG\.MIN_SIZES must be a list of whole numbers of .* 0, not \(\)"),
+    ("TEST.AUG.MIN_SIZES", (40, -1), r"TEST\.AUG\.MIN_SIZES must .* not \(40, -1\)"),
+    ("TEST.AUG.MIN_SIZES", (40, 50.5), r"TEST\.AUG\.MIN_SIZES must .* not \(40, 50.5\)"),
+    ("TEST.AUG.MIN_SIZES", (40, True), r"TEST\.AUG\.MIN_SIZES must .* not \(40, True\)"),
+    ("TEST.AUG.MAX_SIZE", 0, r"TEST\.AUG\.MAX_SIZE must be a whole number of at least 1, not 0"),
     ("INPUT.FIXED_SIZE", (40, 0), r"INPUT.FIXED_SIZE.*must be 2 whole numbers of at least 1, not \(40, 0\)"),
 ]
 
@@ -212,7 +212,7 @@ BAD_KEYS = [
 @pytest.mark.parametrize(("key", "value", "text"), BAD_KEYS)
 def test_sizes_that_cannot_be_are_refused(cfg, shapes, key, value, text):
     cfg.merge_from_list([key, value])
-    with pytest.raises(UserError, match=f"TEST.AUG.*{text}"):
+    with pytest.raises(UserError, match=text):
         build_tta_mapper(cfg, "few_shapes")
 
 
@@ -220,7 +220,7 @@ def test_mistakes_are_met_before_training(cfg, shapes):
     cfg.merge_from_list(make_overrides(*TINY))
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("few_shapes",)
     cfg.TEST.AUG.MIN_SIZES = ()
-    with pytest.raises(UserError, match=r"TEST.AUG.*min_sizes must be .* not \(\)"):
+    with pytest.raises(UserError, match=r"TEST\.AUG\.MIN_SIZES must be .* not \(\)"):
         check_before_training(cfg, resume=False, eval_only=False)
     cfg.TEST.AUG.ENABLED = False
     check_before_training(cfg, resume=False, eval_only=False)

@@ -12,6 +12,13 @@ from plaintrain.data.tensors import horizontal_flip, image_size, resize
 from plaintrain.data.transforms import shortest_edge_size
 from plaintrain.utils.errors import UserError
 
+# Argument -> the key that it comes from.
+_KEYS = {
+    "min_sizes": "TEST.AUG.MIN_SIZES",
+    "max_size": "TEST.AUG.MAX_SIZE",
+    "fixed_size": "INPUT.FIXED_SIZE",
+}
+
 
 @dataclass(frozen=True)
 class TTAMapper:
@@ -90,4 +97,5 @@ def build_tta_mapper(cfg, dataset_name):
     try:
         return TTAMapper(aug.MIN_SIZES, aug.MAX_SIZE, aug.FLIP, fixed_size, order)
     except UserError as e:
-        raise UserError(f"TEST.AUG with INPUT.FIXED_SIZE {tuple(cfg.INPUT.FIXED_SIZE)}: {e}") from e
+        argument, _, wrong = str(e).partition(" ")
+        raise UserError(f"{_KEYS[argument]} {wrong}") from e
