@@ -57,7 +57,8 @@ class BestMetric:
         if name is None or iteration <= self._seen:
             return False
         self._seen, value = iteration, float(results[name])
-        first, lower = self.value is None, "loss" in name
+        # The name may begin with a dataset's and end with a class's, as in lossless/bbox/AP-floss.
+        first, lower = self.value is None, "loss" in name.rpartition("/")[2].partition("-")[0]
         if value == value and (first or (value < self.value if lower else value > self.value)):
             self.value, self.iteration, self.num_waited = value, iteration, 0
             logger.info(f"{name} is {value:.4g}, the best so far")

@@ -3,6 +3,7 @@
 import logging
 
 from plaintrain.config import get_value, set_value
+from plaintrain.solver import momentum_at
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,13 +34,14 @@ def settle_schedule(cfg, num_workers, iters_per_epoch):
             called only with SOLVER.MAX_EPOCHS.
 
     Raises:
-        UserError: both references, epochs without their number, or a batch that cannot be scaled.
+        UserError: both references, epochs without their number, a batch that cannot be scaled, or points
+            that are no schedule of momentum.
     """
     before, solver = cfg.clone(), cfg.SOLVER
     if solver.BY_EPOCH and not solver.MAX_EPOCHS:
         raise UserError("SOLVER.BY_EPOCH counts in epochs, but SOLVER.MAX_EPOCHS is 0: set their number")
     _scale(cfg, num_workers)
-    if solver.MAX_EPOCHS:
+    if solver.MAX_EPOCHS > 0:
         per_epoch = iters_per_epoch(cfg)
         set_value(cfg, "SOLVER.MAX_ITER", solver.MAX_EPOCHS * per_epoch)
         logger.info(f"an epoch has {per_epoch} iterations of {solver.IMS_PER_BATCH} images")
@@ -56,7 +58,8 @@ def settle_schedule(cfg, num_workers, iters_per_epoch):
 def _scale(cfg, num_workers):
     solver = cfg.SOLVER
     world, batch = solver.REFERENCE_WORLD_SIZE, solver.REFERENCE_IMS_PER_BATCH
-    if world and world != num_workers:
+    # Negative numbers are refused where all values are looked at.
+    if world > 0 and world != num_workers:
         if batch:
             raise UserError(
                 "SOLVER.REFERENCE_WORLD_SIZE and SOLVER.REFERENCE_IMS_PER_BATCH would both scale the "
@@ -70,7 +73,7 @@ def _scale(cfg, num_workers):
         set_value(cfg, "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH // world * num_workers)
         set_value(cfg, "SOLVER.REFERENCE_WORLD_SIZE", num_workers)
         _scale_by(cfg, num_workers / world)
-    elif batch and batch != solver.IMS_PER_BATCH:
+    elif batch > 0 and 0 < solver.IMS_PER_BATCH != batch:
         set_value(cfg, "SOLVER.REFERENCE_IMS_PER_BATCH", solver.IMS_PER_BATCH)
         _scale_by(cfg, solver.IMS_PER_BATCH / batch)
 
@@ -91,6 +94,8 @@ def _multiply(cfg, keys, factor):
     for key in keys:
         value = get_value(cfg, key)
         if key == _MOMENTUM:
+            if value:
+                momentum_at(value, cfg.SOLVER.MOMENTUM_INTERPOLATION)
             value = [[scaled(point[0]), *point[1:]] for point in value]
         else:
             value = [scaled(v) for v in value] if isinstance(value, tuple | list) else scaled(value)

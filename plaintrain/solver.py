@@ -76,7 +76,12 @@ def build_optimizer(cfg, model):
     lr, momentum = solver.BASE_LR, solver.MOMENTUM
     try:
         if solver.OPTIMIZER == "SGD":
-            return torch.optim.SGD(groups, lr, momentum, nesterov=solver.NESTEROV, fused=True)
+            optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=solver.NESTEROV, fused=True)
+            # Otherwise a first step that the gradient scaler leaves out makes them of uninitialised memory.
+            if momentum or solver.MOMENTUM_SCHEDULE:
+                for parameter in (p for group in groups for p in group["params"]):
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return optimizer
         if solver.OPTIMIZER == "AdamW":
             return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=True)
     except ValueError as e:

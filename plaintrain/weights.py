@@ -218,8 +218,9 @@ def load_weights(model, name, class_names=None, *, averaged=False):
     generators = [module for module in model.modules() if isinstance(module, AnchorGenerator)]
     num_ratios = len(generators[0].aspect_ratios[0]) if generators else 3
     content = _read_content(path)
-    if averaged and content.get("ema"):
-        content["model"] = averaged_state(content["ema"])
+    ema = content.get("ema") if averaged and isinstance(content, dict) else None
+    if isinstance(ema, dict) and ema:
+        content["model"] = averaged_state(ema)
         logger.info(f"the averaged weights of {name} are taken")
     tensors, of_detectron2 = translate(_tensors(content, path), num_ratios)
     trained_for = content.get("class_names")

@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from plaintrain.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
+from plaintrain.checkpoint import (
+    DetectionCheckpointer,
+    PeriodicCheckpointer,
+    build_periodic_checkpointer,
+)
+from plaintrain.config import get_cfg
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write, move_old_run
 
@@ -593,3 +598,182 @@ def test_pruning_never_removes_the_checkpoint_just_saved(tmp_path):
     assert checkpointer.resume_or_load("", resume=True) == {"iteration": 3}
     PeriodicCheckpointer(checkpointer, 2, max_iter=20, max_to_keep=2).step(5)
     assert resume(tmp_path)[1] == {"iteration": 5}
+
+
+def test_the_config_says_when_checkpoints_come_and_how_many_are_kept(tmp_path):
+    cfg, model = get_cfg(), make_model()
+    cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 7])
+    cfg.merge_from_list(["SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
+    saver = build_periodic_checkpointer(cfg, DetectionCheckpointer(model, str(tmp_path)))
+    assert [i for i in range(7) if saver.is_due(i)] == [1, 3, 5, 6]
+    for i in range(7):
+        saver.step(i)
+    assert names(tmp_path) == ["last_checkpoint", "model_0000005.pth", "model_final.pth"]
+    final = make_model(4.0)
+    saver = build_periodic_checkpointer(cfg, DetectionCheckpointer(model, str(tmp_path)), lambda: final)
+    saver.step(6)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000006.pth"
+
+
+# ---- a checkpoint out of turn, and the end of a run ----------------------------------------------
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """How often a file of tensors was written."""
+    calls, save = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: calls.append(1) or save(*args))
+    return calls
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def make_saver(folder, value=0.0, final=None, about=None, **kwargs):
+    """A `PeriodicCheckpointer` of a run of 6 iterations; `final` is the value of the final weights."""
+    model = make_model(value)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    checkpointer = DetectionCheckpointer(model, str(folder), about=about, optimizer=optimizer)
+    final_model = None if final is None else lambda: nn.DataParallel(make_model(final))
+    return PeriodicCheckpointer(checkpointer, 4, max_iter=6, final_model=final_model, **kwargs)
+
+
+def test_a_checkpoint_may_come_before_its_time(tmp_path, saves):
+    saver = make_saver(tmp_path, value=1.0)
+    saver.step(0)
+    saver.step(1, now=True, reason="time")
+    saver.step(2)
+    assert names(tmp_path) == ["last_checkpoint", "model_0000001.pth"] and len(saves) == 1
+    found = read(tmp_path / "model_0000001.pth")
+    assert (found["iteration"], found["reason"]) == (1, "time") and "optimizer" in found
+
+
+def test_what_is_due_anyway_is_not_saved_twice(tmp_path, saves):
+    saver = make_saver(tmp_path)
+    saver.step(3, now=True)
+    assert len(saves) == 1
+    saver.step(5, now=True)
+    assert len(saves) == 2
+    assert os.path.samefile(tmp_path / "model_0000005.pth", tmp_path / "model_final.pth")
+
+
+def test_a_run_that_ends_early_has_its_final_model(tmp_path, saves):
+    saver = make_saver(tmp_path, value=2.0)
+    saver.step(2)
+    saver.finish(2, reason="patience")
+    assert names(tmp_path) == ["last_checkpoint", "model_final.pth"] and len(saves) == 1
+    model, found = resume(tmp_path)
+    assert (found["iteration"], found["reason"], value_of(model)) == (2, "patience", 2.0)
+
+
+def test_a_run_that_ends_early_where_it_was_saved_links_its_final_model(tmp_path, saves):
+    saver = make_saver(tmp_path)
+    saver.step(3)
+    saver.finish(3)
+    assert len(saves) == 1 and resume(tmp_path)[1]["iteration"] == 3
+    assert os.path.samefile(tmp_path / "model_0000003.pth", tmp_path / "model_final.pth")
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path, saves, early):
+    saver = make_saver(tmp_path, value=2.0, final=7.0, about={"class_names": ["a"]})
+    saver.step(3)
+    last = 4 if early else 5
+    if early:
+        saver.finish(4, reason="patience")
+    else:
+        saver.step(5, reason="patience")
+    numbered = f"model_{last:07d}.pth"
+    assert names(tmp_path) == ["last_checkpoint", "model_0000003.pth", numbered, "model_final.pth"]
+    assert len(saves) == 3
+    assert (tmp_path / "last_checkpoint").read_text() == numbered
+    final = read(tmp_path / "model_final.pth")
+    assert set(final) == {"model", "class_names", "reason"}
+    model = make_model()
+    model.load_state_dict(final["model"])
+    assert value_of(model) == 7.0
+
+    again = make_saver(tmp_path).checkpointer
+    found = again.resume_or_load("", resume=True)
+    assert found == {"iteration": last, "class_names": ["a"], "reason": "patience"}
+    assert value_of(again.model) == 2.0
+    # And by whoever lost the tag.
+    (tmp_path / "last_checkpoint").unlink()
+    assert again.resume_or_load("", resume=True)["iteration"] == last
+    assert again.get_checkpoint_file() == str(tmp_path / numbered)
+    # Another training may start from them.
+    assert again.resume_or_load(str(tmp_path / "model_final.pth"), resume=False) == {}
+    assert value_of(again.model) == 7.0
+
+
+def test_other_final_weights_cost_no_second_checkpoint_where_one_is_due(tmp_path, saves):
+    saver = make_saver(tmp_path, final=7.0)
+    saver.max_iter = 4
+    saver.step(3)
+    assert names(tmp_path) == ["last_checkpoint", "model_0000003.pth", "model_final.pth"]
+    assert len(saves) == 2
+
+
+def test_the_final_weights_are_asked_for_when_they_are_saved(tmp_path):
+    values = iter([1.0, 2.0])
+    saver = make_saver(tmp_path)
+    saver.final_model = lambda: make_model(next(values))
+    saver.step(3)
+    saver.step(5)
+    final = make_model()
+    final.load_state_dict(read(tmp_path / "model_final.pth")["model"])
+    assert value_of(final) == 1.0
+
+
+def test_the_best_weights_are_never_resumed_from(tmp_path):
+    saver = make_saver(tmp_path, value=1.0)
+    saver.step(3)
+    saver.checkpointer.save_weights("model_best", make_model(9.0), iteration=4, AP=12.5)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+    best = read(tmp_path / "model_best.pth")
+    assert set(best) == {"model", "iteration", "AP"} and (best["iteration"], best["AP"]) == (4, 12.5)
+    for name in ("last_checkpoint", "model_0000003.pth"):
+        found = saver.checkpointer.resume_or_load("", resume=True)
+        assert found["iteration"] == 3 and value_of(saver.checkpointer.model) == 1.0
+        (tmp_path / name).unlink()
+    assert not saver.checkpointer.has_checkpoint()
+    assert saver.checkpointer.resume_or_load(str(tmp_path / "model_best.pth"), resume=False) == {}
+    assert value_of(saver.checkpointer.model) == 9.0
+
+
+def test_weights_are_saved_under_the_models_own_names_and_only_by_who_writes(tmp_path):
+    checkpointer = DetectionCheckpointer(make_model(), str(tmp_path))
+    checkpointer.save_weights("model_best", nn.DataParallel(make_model(3.0)))
+    assert read(tmp_path / "model_best.pth")["model"].keys() == make_model().state_dict().keys()
+    folder = tmp_path / "rank-1"
+    checkpointer = DetectionCheckpointer(make_model(), str(folder), save_to_disk=False)
+    checkpointer.save_weights("model_best", make_model())
+    saver = PeriodicCheckpointer(checkpointer, 2, max_iter=2, final_model=lambda: make_model(1.0))
+    saver.step(0, now=True)
+    saver.step(1)
+    assert not folder.exists()
+
+
+# ---- what every file says about its run ----------------------------------------------------------
+
+
+def test_every_file_holds_what_is_to_be_known_about_its_run(tmp_path):
+    about = {"class_names": ["cat", "dog"], "config": "text"}
+    saver = make_saver(tmp_path, final=1.0, about=about)
+    saver.step(5)
+    saver.checkpointer.save_weights("model_best", make_model(), config="mine")
+    for name in ("model_0000005", "model_final"):
+        found = read(tmp_path / f"{name}.pth")
+        assert {key: found[key] for key in about} == about
+    # What is given for one file goes before.
+    assert read(tmp_path / "model_best.pth")["config"] == "mine"
+    assert resume(tmp_path)[1].items() >= about.items()
+
+
+@pytest.mark.parametrize(("given", "warns"), [(None, True), (["cat", "dog"], False)])
+def test_the_class_names_of_the_run_are_those_that_weights_are_taken_for(tmp_path, log, given, warns):
+    make_saver(tmp_path, about={"class_names": ["cat", "dog"]}).save("model_0000001", iteration=1)
+    checkpointer = DetectionCheckpointer(make_model(), about={"class_names": ["ant", "bee"]})
+    checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False, class_names=given)
+    assert ("was trained for the classes cat, dog, here they are ant, bee" in log.text) == warns

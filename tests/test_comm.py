@@ -10,9 +10,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 import launch_helpers
+import rank_helpers
 from launch_helpers import Job
 
 from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,14 @@ def test_average_buffers_averages_running_statistics_only(ranks):
             assert values and set(values) == {number + 1}, name
 
 
+def test_ranks_agree_on_a_flag_on_names_and_on_the_statistics_of_several_models(tmp_path):
+    job = Job(rank_helpers.agree, tmp_path / "job", num_gpus_per_machine=2).wait()
+    assert job.code == 0, job.output
+    # One sends less if a model that is given twice is sent once, and all of them together.
+    expected = {"flags": [False, True, True, True], "means": [0.5, 12.0], "averaged": [4]}
+    assert job.results() == [expected, expected]
+
+
 # ---- one process -----------------------------------------------------------------------------
 
 
@@ -98,8 +108,9 @@ def test_collectives_of_a_single_process_return_what_they_get():
     assert comm.synchronize() is None
     layer = nn.BatchNorm1d(1)
     layer.running_mean.fill_(3.0)
-    comm.average_buffers(layer)
+    comm.average_buffers(layer, layer)
     assert layer.running_mean.item() == 3.0
+    assert comm.any_rank(torch.tensor(1)) is True and comm.any_rank(0) is False
 
 
 def test_shared_random_seeds_are_31_bits_and_differ_whatever_the_global_seed():
@@ -108,3 +119,9 @@ def test_shared_random_seeds_are_31_bits_and_differ_whatever_the_global_seed():
         torch.manual_seed(0)
         seeds.add(comm.shared_random_seed())
     assert len(seeds) > 15 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_a_single_process_needs_a_loss_too():
+    assert comm.check_loss_names({"accuracy": 1.0, "b_loss": 1.0}) is None
+    with pytest.raises(UserError, match=r"nothing to minimise: no key of \['a', 'b'\] contains 'loss'"):
+        comm.check_loss_names({"b": 1.0, "a": 1.0})

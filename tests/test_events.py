@@ -18,6 +18,7 @@ from plaintrain.utils.events import (
     EventWriter,
     JSONWriter,
     TensorboardXWriter,
+    closing_all,
     every,
     get_event_storage,
 )
@@ -124,6 +125,31 @@ def tensorboard_values(folder):
 )
 def test_every_is_true_after_that_many_finished_iterations(period, expected):
     assert [i for i in range(7) if every(period, i)] == expected
+
+
+@pytest.mark.parametrize(
+    ("period", "start", "expected"),
+    [
+        (3, 1, [0, 3, 6, 9]),
+        (3, 2, [1, 4, 7]),
+        (3, 3, [2, 5, 8]),
+        (3, 5, [4, 7]),
+        (3, 7, [6, 9]),
+        (1, 4, [3, 4, 5, 6, 7, 8, 9]),
+        (20, 4, [3]),
+        (3, 11, []),
+        (0, 4, []),
+    ],
+)
+def test_every_may_begin_elsewhere_as_mmdetections_evaluation_does(period, start, expected):
+    assert [i for i in range(10) if every(period, i, start=start)] == expected
+    finished = range(1, 11)
+    assert expected == [n - 1 for n in finished if n >= start and period and (n - start) % period == 0]
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_nothing_is_due_before_the_first_iteration(start):
+    assert not every(3, -1, start=start)
 
 
 # ---- storage: numbers ------------------------------------------------------------------------
@@ -416,6 +442,16 @@ def test_raise_if_nonfinite_reports_a_window_once():
     storage.raise_if_nonfinite()
 
 
+def test_raise_if_nonfinite_can_leave_the_norm_out_for_good():
+    nan = float("nan")
+    storage = _storage_with({"grad_norm": torch.tensor(nan)}, {"grad_norm": nan, "loss": 1.0})
+    storage.raise_if_nonfinite(lambda iteration: pytest.fail("asked for images"), norm_too=False)
+    storage.raise_if_nonfinite()
+    storage = _storage_with({"grad_norm": nan}, {"grad_norm": nan, "loss_cls": nan})
+    with pytest.raises(FloatingPointError, match="^loss_cls became NaN or infinite at iteration 1;"):
+        storage.raise_if_nonfinite(norm_too=False)
+
+
 # ---- JSON lines ------------------------------------------------------------------------------
 
 
@@ -513,6 +549,45 @@ def test_json_writer_of_a_resumed_run_keeps_the_earlier_lines_when_nothing_is_cu
         writer.write()
     writer.close()
     assert read_json_lines(path) == [{"iteration": 4, "loss": None}, {"iteration": 5, "loss": 1.0}]
+
+
+def test_json_writer_of_a_resumed_run_that_evaluates_again_has_one_line_an_iteration(tmp_path):
+    path = tmp_path / "metrics.json"
+    before = [
+        {"iteration": 3, "loss": 3.0},
+        {"iteration": 4, "AP": 11.0, "AP50": 20.0, "loss": 4.0},
+        {"iteration": 5, "loss": 5.0},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in before))
+    writer = JSONWriter(str(path), window_size=1)
+    with EventStorage(5) as storage:
+        # What was lost or not of the evaluation after iteration 4; nothing is there of iteration 2.
+        storage.put_scalars(AP=12.0, extra=float("nan"), cur_iter=4, smoothing_hint=False)
+        storage.put_scalar("val/loss", 1.5, cur_iter=2)
+        for i in (5, 6):
+            storage.iter = i
+            storage.put_scalar("loss", torch.tensor(100.0 + i))
+            writer.write()
+        writer.write()
+    writer.close()
+    assert read_json_lines(path) == [
+        {"iteration": 2, "val/loss": 1.5},
+        {"iteration": 3, "loss": 3.0},
+        {"iteration": 4, "AP": 12.0, "AP50": 20.0, "loss": 4.0, "extra": None},
+        {"iteration": 5, "loss": 105.0},
+        {"iteration": 6, "loss": 106.0},
+    ]
+
+
+def test_json_writer_of_a_run_that_only_evaluates_again_writes_that(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 4, "loss": 4.0}\n')
+    writer = JSONWriter(str(path))
+    with EventStorage(5) as storage:
+        storage.put_scalar("AP", 12.0, cur_iter=4, smoothing_hint=False)
+        writer.write()
+    writer.close()
+    assert read_json_lines(path) == [{"iteration": 4, "loss": 4.0, "AP": 12.0}]
 
 
 def test_json_writer_can_be_closed_twice_and_before_it_wrote(tmp_path):
@@ -645,6 +720,14 @@ def test_printer_shows_every_loss_the_times_and_the_learning_rate(log):
         assert field in log.messages[0]
 
 
+def test_printer_leaves_out_validation_losses_which_would_be_old(log):
+    with EventStorage() as storage:
+        storage.put_scalars(total_loss=3.0)
+        storage.put_scalars(**{"val/total_loss": 4.5, "val/loss_cls": 1.5}, smoothing_hint=False)
+        CommonMetricPrinter().write()
+    assert log.messages == ["iter: 0  total_loss: 3"]
+
+
 def test_printer_without_an_end_or_anything_stored_prints_the_iteration(log):
     with EventStorage(3):
         CommonMetricPrinter().write()
@@ -707,3 +790,65 @@ def test_a_writer_of_ones_own_need_not_define_close():
             pass
 
     Mine().close()
+
+
+class Notes(EventWriter):
+    """Notes when it writes and when it is closed, and may fail to close."""
+
+    def __init__(self, name, notes, fails=False):
+        self.name, self.notes, self.fails = name, notes, fails
+
+    def write(self):
+        self.notes.append(f"{self.name} writes {sorted(get_event_storage().latest())}")
+
+    def close(self):
+        self.notes.append(f"{self.name} closes")
+        if self.fails:
+            raise OSError(f"{self.name} cannot be closed")
+
+
+@pytest.mark.parametrize("ends", [None, ZeroDivisionError, KeyboardInterrupt])
+def test_writers_are_all_closed_whatever_ends_the_block(ends):
+    notes = []
+    with EventStorage():
+        try:
+            with closing_all([Notes("a", notes), EventWriter(), Notes("b", notes)]):
+                assert notes == []
+                if ends:
+                    raise ends
+        except (ZeroDivisionError, KeyboardInterrupt) as e:
+            assert type(e) is ends
+    assert sorted(notes) == ["a closes", "b closes"]
+
+
+@pytest.mark.parametrize("ends", [None, ZeroDivisionError])
+@pytest.mark.parametrize("is_read", [False, True])
+def test_what_nobody_has_read_is_written_at_a_good_end(ends, is_read):
+    notes = []
+    with EventStorage() as storage:
+        try:
+            with closing_all([Notes("a", notes), Notes("b", notes)]):
+                storage.put_scalar("AP", 12.5)
+                assert storage.has_unread()
+                if is_read:
+                    storage.latest()
+                    assert not storage.has_unread()
+                if ends:
+                    raise ends
+        except ZeroDivisionError:
+            pass
+    writes = ["a writes ['AP']", "b writes ['AP']"] if not (ends or is_read) else []
+    assert notes[:-2] == writes and sorted(notes[-2:]) == ["a closes", "b closes"]
+
+
+def test_a_writer_that_cannot_be_closed_does_not_keep_the_others_open():
+    notes = []
+    writers = [Notes("a", notes), Notes("b", notes, fails=True), Notes("c", notes)]
+    with pytest.raises(OSError, match="b cannot be closed"), EventStorage(), closing_all(writers):
+        pass
+    assert sorted(notes) == ["a closes", "b closes", "c closes"]
+
+
+def test_there_may_be_no_writers_to_close():
+    with EventStorage() as storage, closing_all([]):
+        storage.put_scalar("AP", 12.5)

@@ -9,7 +9,13 @@ from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
-from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer, lr_factor
+from plaintrain.solver import (
+    build_gradient_clipper,
+    build_lr_scheduler,
+    build_optimizer,
+    lr_factor,
+    momentum_at,
+)
 from plaintrain.utils.errors import UserError
 
 torch.set_num_threads(1)
@@ -204,7 +210,8 @@ def test_even_decays_fall_on_their_iteration_however_the_division_rounds():
 
 
 def test_steps_beyond_the_end_are_reported_and_do_nothing(log):
-    factor = lr_factor(make_cfg(MAX_ITER=10, STEPS=(5, 20), WARMUP_ITERS=0))
+    cfg = make_cfg(MAX_ITER=10, STEPS=(5, 20), WARMUP_ITERS=0)
+    factor = build_lr_scheduler(cfg, torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)).factor
     assert [factor(i) for i in (4, 5, 10, 30)] == [1.0, 0.1, 0.1, 0.1]
     assert "20" in log.text and "MAX_ITER" in log.text
 
@@ -310,6 +317,117 @@ def test_an_unchanged_run_resumes_with_the_same_learning_rates():
         assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
         scheduler.step()
         resumed.step()
+
+
+# ---- momentum ----------------------------------------------------------------------------------
+
+POINTS = [[4, 0.8], [8, 0.6], [10, 0.9]]
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "table"),
+    [
+        ("linear", {4: 0.8, 5: 0.75, 6: 0.7, 7: 0.65, 8: 0.6, 9: 0.75, 10: 0.9}),
+        ("cosine", {4: 0.8, 5: 0.7707107, 6: 0.7, 7: 0.6292893, 8: 0.6, 9: 0.75, 10: 0.9}),
+        ("step", {4: 0.8, 5: 0.8, 7: 0.8, 8: 0.6, 9: 0.6, 10: 0.9}),
+    ],
+)
+def test_momentum_goes_from_point_to_point_and_stays_before_and_after(interpolation, table):
+    momentum = momentum_at(POINTS, interpolation)
+    assert {i: momentum(i) for i in table} == pytest.approx(table, abs=1e-7)
+    assert [momentum(i) for i in (0, 3, 11, 1000)] == [0.8, 0.8, 0.9, 0.9]
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cosine", "step"])
+def test_one_point_holds_throughout(interpolation):
+    assert [momentum_at([[5, 0.7]], interpolation)(i) for i in (0, 5, 6)] == [0.7] * 3
+
+
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [
+        ([[0, 0.9], 5], r"has 5, not \[iteration, momentum\]"),
+        ([[0, 0.9, 1]], r"has \[0, 0.9, 1\], not \[iteration, momentum\]"),
+        ([[0, "0.9"]], r"has \[0, '0.9'\], not \[iteration, momentum\]"),
+        ([[0, True]], r"has \[0, True\], not \[iteration, momentum\]"),
+        ([[0, 1.0]], r"has the momentum 1.0, which is not in \[0, 1\)"),
+        ([[0, 0.9], [1, -0.1]], r"has the momentum -0.1, which is not in \[0, 1\)"),
+        ([[0, float("nan")]], r"has the momentum nan, which is not in \[0, 1\)"),
+        ([[5, 0.9], [5, 0.8]], r"must have rising iterations, not \[\[5, 0.9\], \[5, 0.8\]\]"),
+        ([[5, 0.9], [4, 0.8]], "must have rising iterations"),
+    ],
+)
+def test_points_that_are_no_schedule_of_momentum_are_named(points, words):
+    with pytest.raises(UserError, match="SOLVER.MOMENTUM_SCHEDULE " + words):
+        momentum_at(points, "linear")
+
+
+def momenta(optimizer):
+    """The momentum, or AdamW's beta1, of every group."""
+    return [g["betas"][0] if "betas" in g else g["momentum"] for g in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_every_group_has_the_momentum_of_its_iteration_also_after_a_resume(tmp_path, name):
+    keys = {"OPTIMIZER": name, "MAX_ITER": 10, "BACKBONE_MULTIPLIER": 0.5, "STEPS": ()}
+
+    def build(points):
+        model = SmallModel()
+        cfg = make_cfg(MOMENTUM_SCHEDULE=points, MOMENTUM_INTERPOLATION="cosine", **keys)
+        optimizer = build_optimizer(cfg, model)
+        scheduler = build_lr_scheduler(cfg, optimizer)
+        parts = {"optimizer": optimizer, "scheduler": scheduler}
+        return model, optimizer, scheduler, DetectionCheckpointer(model, str(tmp_path), **parts)
+
+    model, optimizer, scheduler, checkpointer = build(POINTS)
+    assert len(optimizer.param_groups) > 1
+    for iteration in range(7):
+        assert set(momenta(optimizer)) == {momentum_at(POINTS, "cosine")(iteration)}
+        assert scheduler.scalars() == {
+            "lr": optimizer.param_groups[0]["lr"],
+            "momentum": momenta(optimizer)[0],
+        }
+        _train(model, optimizer, scheduler, 1)
+    checkpointer.save("model_0000006", iteration=6)
+
+    # The schedule counts, not what the optimizer had when it was saved.
+    other = [[0, 0.1], [10, 0.9]]
+    model, optimizer, scheduler, checkpointer = build(other)
+    checkpointer.resume_or_load("", resume=True)
+    for iteration in range(7, 10):
+        assert set(momenta(optimizer)) == {momentum_at(other, "cosine")(iteration)}
+        _train(model, optimizer, scheduler, 1)
+    if name == "AdamW":
+        assert {group["betas"][1] for group in optimizer.param_groups} == {0.999}
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_without_a_schedule_the_momentum_stays_and_is_not_logged(name):
+    cfg = make_cfg(OPTIMIZER=name, MOMENTUM=0.7, BASE_LR=0.1, MAX_ITER=10, WARMUP_ITERS=0, STEPS=(5,))
+    model = SmallModel()
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    found = []
+    for _ in range(10):
+        found.append(scheduler.scalars())
+        _train(model, optimizer, scheduler, 1)
+    assert found == [{"lr": pytest.approx(lr)} for lr in [0.1] * 5 + [0.01] * 5]
+    assert set(momenta(optimizer)) == {0.7}
+
+
+def test_a_momentum_that_begins_at_0_may_rise():
+    model = nn.Linear(1, 1, bias=False)
+    cfg = make_cfg(MOMENTUM_SCHEDULE=[[0, 0.0], [1, 0.5]], BASE_LR=1.0, WEIGHT_DECAY=0.0, WARMUP_ITERS=0)
+    optimizer = build_optimizer(cfg, model)
+    scheduler, start = build_lr_scheduler(cfg, optimizer), model.weight.item()
+    moved = []
+    for _ in range(3):
+        model.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+        scheduler.step()
+        moved.append(start - model.weight.item())
+    # Steps of 1; then 1 and 1.5 with half of the step before, the first of which is not remembered.
+    assert moved == pytest.approx([1.0, 2.0, 3.5], abs=1e-5)
 
 
 # ---- parameter groups --------------------------------------------------------------------------
@@ -462,15 +580,16 @@ def clip_cfg(kind, value, **more):
 @pytest.mark.parametrize("need_norm", [False, True])
 def test_gradients_are_clipped_and_the_norm_is_that_before(kind, first, second, need_norm):
     model = clipping_model()
-    norm = build_gradient_clipper(clip_cfg(kind, 3.5), model)(need_norm=need_norm)
+    scalars = build_gradient_clipper(clip_cfg(kind, 3.5), model)(need_norm=need_norm)
     assert model[0].grad.tolist() == pytest.approx(first, abs=1e-5)
     assert model[1].grad.tolist() == pytest.approx(second, abs=1e-5)
     assert model[2].grad is None and model[3].grad is None
     if need_norm or kind == "full_model":
-        assert isinstance(norm, torch.Tensor) and norm.shape == ()
+        (norm,) = scalars.values()
+        assert scalars == {"grad_norm": norm} and isinstance(norm, torch.Tensor) and norm.shape == ()
         assert norm.item() == pytest.approx(13.0)
     else:
-        assert norm is None
+        assert scalars == {}
 
 
 @pytest.mark.parametrize("kind", ["value", "norm", "full_model"])
@@ -484,7 +603,7 @@ def test_gradients_below_the_limit_are_left_alone(kind):
 def test_norm_type_is_honoured():
     model = clipping_model()
     cfg = clip_cfg("full_model", 6.0, CLIP_GRADIENTS__NORM_TYPE=float("inf"))
-    norm = build_gradient_clipper(cfg, model)(need_norm=True)
+    norm = build_gradient_clipper(cfg, model)(need_norm=True)["grad_norm"]
     assert norm.item() == 12.0
     assert model[0].grad.tolist() == pytest.approx([1.5, -2.0], rel=1e-4)
 
@@ -492,8 +611,8 @@ def test_norm_type_is_honoured():
 def test_without_clipping_gradients_stay_and_the_norm_can_be_had():
     model = clipping_model()
     clip_gradients = build_gradient_clipper(make_cfg(CLIP_GRADIENTS__CLIP_VALUE=0.1), model)
-    assert clip_gradients(need_norm=False) is None
-    assert clip_gradients(need_norm=True).item() == pytest.approx(13.0)
+    assert clip_gradients(need_norm=False) == {}
+    assert clip_gradients(need_norm=True)["grad_norm"].item() == pytest.approx(13.0)
     assert model[0].grad.tolist() == [3.0, -4.0]
     assert model[1].grad.tolist() == [0.0, 12.0]
 
@@ -501,4 +620,4 @@ def test_without_clipping_gradients_stay_and_the_norm_can_be_had():
 def test_the_norm_tells_of_a_gradient_that_is_not_finite():
     model = clipping_model()
     model[0].grad[0] = float("nan")
-    assert math.isnan(build_gradient_clipper(make_cfg(), model)(need_norm=True).item())
+    assert math.isnan(build_gradient_clipper(make_cfg(), model)(need_norm=True)["grad_norm"].item())

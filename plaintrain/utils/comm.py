@@ -101,10 +101,14 @@ def check_loss_names(loss_dict):
         UserError: on every rank, if two of them have different keys, or none contains "loss".
     """
     names = sorted(loss_dict)
+    # The comparison comes first: a rank that stopped before would leave the others waiting in it.
+    if get_world_size() > 1:
+        _check_same_names(names)
     if not any("loss" in name for name in names):
         raise UserError(f"the model returned nothing to minimise: no key of {names} contains 'loss'")
-    if get_world_size() == 1:
-        return
+
+
+def _check_same_names(names):
     checksum = zlib.crc32("\n".join(names).encode())
     extremes = torch.tensor([checksum, -checksum])
     dist.all_reduce(extremes, dist.ReduceOp.MAX)

@@ -14,6 +14,9 @@ def load_state(item, state, what):
         for groups in (state, item.state_dict())
         for group in groups.get("param_groups", [])[:1]
     ]
+    if isinstance(item, torch.amp.GradScaler) and not state:
+        # The run had no float16 so far; the scaler begins here, and would refuse to be told so.
+        return
     try:
         if len(kinds) == 2 and kinds[0] != kinds[1]:
             raise ValueError("it is of another kind, see SOLVER.OPTIMIZER")
