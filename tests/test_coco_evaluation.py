@@ -19,7 +19,12 @@ from pycocotools.cocoeval import COCOeval
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog, register_coco_instances
-from plaintrain.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, coco_backend
+from plaintrain.evaluation import (
+    COCOEvaluator,
+    PascalVOCDetectionEvaluator,
+    build_evaluator,
+    coco_backend,
+)
 from plaintrain.evaluation.instances import encode_masks
 from plaintrain.evaluation.proposals import average_recall, box_ious, coverage
 from plaintrain.structures import BoxMode
@@ -675,18 +680,17 @@ def test_proposals_are_scored_by_score_whatever_their_class_and_without_crowds(t
 # ---- scripts -----------------------------------------------------------------------------------
 
 
-def test_the_training_script_chooses_by_model_and_dataset():
-    get_evaluator = runpy.run_path(str(SCRIPTS / "plain_train_net.py"))["get_evaluator"]
+def test_the_evaluator_is_chosen_by_model_and_dataset():
     records = [small(1, thing(SQUARE, keypoints=POINTS))]
     coco, voc = add(records, evaluator_type="coco"), add(records, evaluator_type="pascal_voc")
     cfg = get_cfg()
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
-    assert isinstance(get_evaluator(cfg, voc, None), PascalVOCDetectionEvaluator)
+    assert isinstance(build_evaluator(cfg, voc, None), PascalVOCDetectionEvaluator)
     output = output_of([SQUARE], keypoints=[POINTS])
-    assert list(evaluate(get_evaluator(cfg, coco, None), {1: output})) == ["bbox", "keypoints"]
+    assert list(evaluate(build_evaluator(cfg, coco, None), {1: output})) == ["bbox", "keypoints"]
     cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
     for name in (coco, voc):
-        assert list(evaluate(get_evaluator(cfg, name, None), {1: output})) == ["box_proposals"]
+        assert list(evaluate(build_evaluator(cfg, name, None), {1: output})) == ["box_proposals"]
 
 
 def test_the_benchmark_compares_what_is_installed(capsys):

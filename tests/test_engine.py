@@ -20,7 +20,13 @@ from launch_helpers import Job
 from plaintrain.config import get_cfg, get_value
 from plaintrain.data import build_detection_test_loader
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.engine import default_argument_parser, default_setup, default_writers
+from plaintrain.engine import (
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    require_default,
+)
 from plaintrain.structures import BoxMode
 from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
@@ -47,11 +53,14 @@ def leave_no_trace():
     """Restore the generators and the log, which belong to the whole process."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     benchmark = torch.backends.cudnn.benchmark
+    precision = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
     random.setstate(before[0])
     np.random.set_state(before[1])
     torch.set_rng_state(before[2])
     torch.backends.cudnn.benchmark = benchmark
+    torch.set_float32_matmul_precision(precision[0])
+    torch.backends.cudnn.allow_tf32 = precision[1]
     logger = logging.getLogger("plaintrain")
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
@@ -120,6 +129,8 @@ def test_parser_takes_flags_and_then_overrides():
         "config_file": "",
         "resume": False,
         "eval_only": False,
+        "overfit": 0,
+        "dry_run": False,
         "debug": False,
         "opts": [],
         "num_gpus": 1,
@@ -128,11 +139,13 @@ def test_parser_takes_flags_and_then_overrides():
         "dist_url": "auto",
     }
     line = "--config-file a.yaml --resume --eval-only --debug --num-gpus 2 --num-machines 3 --machine-rank 1"
-    line += " --dist-url tcp://h:1 SEED -1 MODEL.WEIGHTS"
+    line += " --overfit 4 --dry-run --dist-url tcp://h:1 SEED -1 MODEL.WEIGHTS"
     assert vars(parser.parse_args([*line.split(), ""])) == {
         "config_file": "a.yaml",
         "resume": True,
         "eval_only": True,
+        "overfit": 4,
+        "dry_run": True,
         "debug": True,
         "num_gpus": 2,
         "num_machines": 3,
@@ -531,6 +544,73 @@ def test_batch_that_two_ranks_cannot_share_is_said_once(tmp_path):
     assert len(said) == 1 and "SOLVER.IMS_PER_BATCH is 3" in said[0] and "2 processes" in said[0]
 
 
+# ---- the schedule ------------------------------------------------------------------------------
+
+
+def test_the_settled_schedule_is_in_the_saved_config_and_in_the_log(output):
+    keys = ["SOLVER.MAX_EPOCHS", "3", "SOLVER.BY_EPOCH", "True", "SOLVER.STEPS", "(2,)"]
+    cfg = setup(output, *keys, "SOLVER.IMS_PER_BATCH", "3", "TEST.EVAL_PERIOD", "1", freeze=True)
+    # 4 images in batches of 3.
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.TEST.EVAL_PERIOD) == (6, (4,), 2)
+    log = (output / "log.txt").read_text().split("config:")[0]
+    assert "the schedule for this run:" in log and "SOLVER.STEPS: (2,) -> (4,)" in log
+    saved = get_cfg()
+    saved.merge_from_file(output / "config.yaml")
+    assert saved.SOLVER == cfg.SOLVER and not saved.SOLVER.BY_EPOCH
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["SOLVER.REFERENCE_IMS_PER_BATCH", "8", "SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0"),
+        (["SOLVER.REFERENCE_WORLD_SIZE", "-8"], "SOLVER.REFERENCE_WORLD_SIZE is -8"),
+        (["SOLVER.MAX_EPOCHS", "-1"], "SOLVER.MAX_EPOCHS is -1"),
+        (["SOLVER.BY_EPOCH", "True"], "SOLVER.BY_EPOCH counts in epochs"),
+    ],
+)
+def test_numbers_that_no_schedule_can_be_made_of_are_refused_by_their_key(output, overrides, said):
+    assert refused(output, *overrides).startswith(said)
+
+
+def test_evaluating_does_not_settle_the_schedule(output):
+    (output / "model_final.pth").parent.mkdir()
+    (output / "model_final.pth").write_text("weights")
+    keys = ["SOLVER.BY_EPOCH", "True", "MODEL.WEIGHTS", str(output / "model_final.pth")]
+    assert setup(output, *keys, eval_only=True).SOLVER.MAX_ITER == get_cfg().SOLVER.MAX_ITER
+
+
+@pytest.mark.parametrize(
+    ("value", "precision", "tf32"),
+    [("highest", "highest", False), ("high", "high", True), ("", "medium", True)],
+)
+def test_the_precision_of_float32_is_set_or_left_alone(output, value, precision, tf32):
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    setup(output, "FLOAT32_PRECISION", value)
+    assert torch.get_float32_matmul_precision() == precision
+    assert torch.backends.cudnn.allow_tf32 == tf32
+
+
+# ---- the model of several processes, and keys that a script does not read ----------------------
+
+
+def test_a_single_process_does_not_wrap_its_model():
+    model = torch.nn.Linear(1, 1)
+    assert create_ddp_model(model) is model
+
+
+def test_a_key_that_a_script_does_not_read_is_refused_if_it_is_set():
+    cfg = get_cfg()
+    require_default(cfg, "TEST.VAL_LOSS_PERIOD", "it is")
+    require_default(cfg, "WORKFLOW", "it is")
+    cfg.merge_from_list(["TEST.VAL_LOSS_PERIOD", 5, "WORKFLOW", [["train", 2]]])
+    with pytest.raises(UserError) as error:
+        require_default(cfg, "TEST.VAL_LOSS_PERIOD", "this one does not validate")
+    assert str(error.value) == "TEST.VAL_LOSS_PERIOD is 5, but here it must be 0: this one does not validate"
+    with pytest.raises(UserError, match=r"WORKFLOW is \[\['train', 2\]\], .* must be \[\['train', 1\]\]: no"):
+        require_default(cfg, "WORKFLOW", "no")
+
+
 # ---- writers ---------------------------------------------------------------------------------
 
 
@@ -547,6 +627,11 @@ def test_default_writers_are_console_json_and_tensorboard(tmp_path):
     assert any(name.startswith("events.out.tfevents") for name in os.listdir(tmp_path))
     # 9 iterations of 2 seconds are left.
     assert "eta: 0:00:18" in (tmp_path / "log.txt").read_text()
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("plaintrain.utils.comm.get_rank", lambda: 1)
+    assert default_writers(str(tmp_path), 10) == []
 
 
 # ---- files -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from plaintrain.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from plaintrain.data.loader import TrainLoader
+from plaintrain.data.loader import TrainLoader, count_iters_per_epoch
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.structures import BoxMode
 from plaintrain.utils import comm
@@ -203,6 +204,43 @@ def test_a_batch_that_ranks_cannot_share_is_refused(make_dataset, train, as_rank
     as_rank(0, world_size)
     with pytest.raises(UserError, match=rf"SOLVER\.IMS_PER_BATCH is {size}.*{world_size} processes"):
         build_detection_train_loader(train)
+
+
+@pytest.mark.parametrize(("parts", "world_size", "most"), [(0, 1, 6), (-1, 1, 6), (7, 1, 6), (4, 2, 3)])
+def test_more_parts_than_a_process_has_images_are_refused(
+    make_dataset, train, as_rank, parts, world_size, most
+):
+    make_dataset()
+    train.SOLVER.IMS_PER_BATCH, train.SOLVER.ACCUMULATE_STEPS = 6, parts
+    as_rank(0, world_size)
+    words = f"SOLVER.ACCUMULATE_STEPS is {parts}, but must be from 1 to the images of a process in a batch, "
+    with pytest.raises(UserError, match=f"{words}{most}$"):
+        build_detection_train_loader(train)
+    train.SOLVER.ACCUMULATE_STEPS = most
+    build_detection_train_loader(train)
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(1, 6), (2, 3), (4, 2), (6, 1), (9, 1)])
+def test_an_epoch_has_as_many_iterations_as_the_loader_says(make_dataset, train, batch, expected):
+    records = make_dataset()
+    # One image has nothing to train on.
+    records[2]["annotations"] = []
+    train.SOLVER.IMS_PER_BATCH = batch
+    assert count_iters_per_epoch(train) == build_detection_train_loader(train).iters_per_epoch == expected
+
+
+def test_an_epoch_of_a_sampler_that_repeats_images_is_longer(make_dataset, train):
+    make_dataset()
+    train.SOLVER.IMS_PER_BATCH = 2
+    train.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
+    train.DATASETS.TRAIN_REPEAT_FACTOR = [["cells", 3]]
+    assert count_iters_per_epoch(train) == build_detection_train_loader(train).iters_per_epoch == 11
+
+
+def test_the_length_of_an_epoch_does_not_ask_for_the_images(make_dataset, train, tmp_path):
+    for path in [record["file_name"] for record in make_dataset()]:
+        Path(path).unlink()
+    assert count_iters_per_epoch(train) == 4
 
 
 @pytest.mark.parametrize(("key", "value"), [("TEST.IMS_PER_BATCH", 0), ("DATALOADER.NUM_WORKERS", -1)])
