@@ -5,13 +5,13 @@ import os
 import re
 
 import torch
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.files import atomic_write
+from plaintrain.utils.rng import load_rng_states, rng_states
 from plaintrain.utils.state import load_state, plain
-from plaintrain.utils.storage import every
+from plaintrain.utils.storage import every, get_event_storage, is_logging
 from plaintrain.weights import averaged_state, load_weights
 
 logger = logging.getLogger(__name__)
@@ -21,13 +21,6 @@ _LAST = "last_checkpoint"
 
 class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be read at all; an earlier one may be whole."""
-
-
-def unwrap_model(model):
-    """The module inside DistributedDataParallel or DataParallel, or the model itself."""
-    if isinstance(model, DistributedDataParallel | DataParallel):
-        return model.module
-    return model
 
 
 class DetectionCheckpointer:
@@ -42,13 +35,15 @@ class DetectionCheckpointer:
             about: what every file holds beside the states, such as {"class_names": [...]}.
             checkpointables: `name=object`: optimizer, scheduler, ...
         """
-        self.model = unwrap_model(model)
+        self.model = comm.unwrap_model(model)
         self.save_dir = save_dir
         self.save_to_disk = comm.is_main_process() if save_to_disk is None else save_to_disk
         self.about, self.checkpointables = about or {}, checkpointables
 
     def save(self, name, **kwargs):
         """Write `name`.pth with the model, the checkpointables and `kwargs`, and make it the last.
+
+        All ranks call it: within the `EventStorage` of a training, each one's random state is saved too.
 
         Args:
             name: file name without `.pth`.
@@ -58,6 +53,9 @@ class DetectionCheckpointer:
             UserError: the folder cannot be written or the disk is full; older files are kept.
         """
         states = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        if is_logging():
+            # Of a training: what each rank draws next, and the window of the log's medians.
+            states |= {"rng_states": rng_states(), "log_window": get_event_storage().window()}
         self._write(name, {"model": self.model.state_dict(), **states}, kwargs)
         if self.save_to_disk:
             self.tag_last_checkpoint(name + ".pth")
@@ -69,7 +67,7 @@ class DetectionCheckpointer:
             name, kwargs: see `save`.
             model: the module, for example one with averaged weights.
         """
-        self._write(name, {"model": unwrap_model(model).state_dict()}, kwargs)
+        self._write(name, {"model": comm.unwrap_model(model).state_dict()}, kwargs)
 
     def _write(self, name, data, kwargs):
         if not self.save_to_disk:
@@ -211,6 +209,8 @@ class DetectionCheckpointer:
                 logger.warning(f"{e}; trying {candidates[i + 1]}")
             else:
                 logger.info(f"resumed from {candidate}")
+                if "rng_states" in data:
+                    load_rng_states(data.pop("rng_states"))
                 if averaged and data.get("ema"):
                     self.model.load_state_dict(averaged_state(data["ema"]))
                     logger.info("its averaged weights are taken")

@@ -9,7 +9,7 @@ import logging
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from plaintrain.checkpoint import unwrap_model
+from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class ModelEMA:
         self._evaluate = evaluate
         self._average = None
         if enabled:
-            self._average = AveragedModel(unwrap_model(model), multi_avg_fn=self._lerp, use_buffers=True)
+            self._average = AveragedModel(comm.unwrap_model(model), multi_avg_fn=self._lerp, use_buffers=True)
             self._average.requires_grad_(False)
 
     @property
@@ -71,7 +71,7 @@ class ModelEMA:
     def update(self):
         """Take in the model's weights; call it after each optimizer step."""
         if self._average is not None:
-            self._average.update_parameters(unwrap_model(self._model))
+            self._average.update_parameters(comm.unwrap_model(self._model))
 
     def state_dict(self):
         """{"n_averaged": ..., "module.NAME": tensor}; {} when disabled."""

@@ -180,7 +180,7 @@ def do_train(cfg, model, resume=False):
     flows = itertools.dropwhile(lambda flow: flow[0] == "val" and within, flows)
     results = {}
     logger.info(f"starting training from iteration {start_iter} of {max_iter}, {per_epoch} an epoch")
-    with EventStorage(start_iter), closing_all(writers):
+    with EventStorage(start_iter, state.get("log_window")), closing_all(writers):
         if not within and test_is_due(cfg, range(start_iter - per_epoch, start_iter)):
             results = do_test(cfg, ema.evaluated)
             store_results(flatten_results(results), start_iter - 1, ema.evaluated, best, saver)

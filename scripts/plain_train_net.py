@@ -124,7 +124,7 @@ def do_train(cfg, model, resume=False):
     data_loader = build_detection_train_loader(cfg, start_iter=start_iter)
     writers = default_writers(cfg.OUTPUT_DIR, max_iter)
     logger.info(f"starting training from iteration {start_iter} of {max_iter}")
-    with EventStorage(start_iter) as storage, closing_all(writers):
+    with EventStorage(start_iter, state.get("log_window")) as storage, closing_all(writers):
         # An interrupted run may lack the evaluation after its last step.
         results = test_after(cfg, ema.evaluated, start_iter - 1, best, saver)
         limit, late, start = TimeLimit(cfg.SOLVER.MAX_TIME), False, perf_counter()

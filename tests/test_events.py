@@ -822,22 +822,23 @@ def test_writers_are_all_closed_whatever_ends_the_block(ends):
 
 
 @pytest.mark.parametrize("ends", [None, ZeroDivisionError])
-@pytest.mark.parametrize("is_read", [False, True])
-def test_what_nobody_has_read_is_written_at_a_good_end(ends, is_read):
+@pytest.mark.parametrize("is_written", [False, True])
+def test_what_no_writer_has_seen_is_written_at_a_good_end(ends, is_written):
     notes = []
     with EventStorage() as storage:
         try:
             with closing_all([Notes("a", notes), Notes("b", notes)]):
                 storage.put_scalar("AP", 12.5)
-                assert storage.has_unread()
-                if is_read:
-                    storage.latest()
-                    assert not storage.has_unread()
+                storage.raise_if_nonfinite()
+                assert storage.has_unwritten()
+                if is_written:
+                    storage.latest_with_smoothing_hint()
+                    assert not storage.has_unwritten()
                 if ends:
                     raise ends
         except ZeroDivisionError:
             pass
-    writes = ["a writes ['AP']", "b writes ['AP']"] if not (ends or is_read) else []
+    writes = ["a writes ['AP']", "b writes ['AP']"] if not (ends or is_written) else []
     assert notes[:-2] == writes and sorted(notes[-2:]) == ["a closes", "b closes"]
 
 
@@ -852,3 +853,20 @@ def test_a_writer_that_cannot_be_closed_does_not_keep_the_others_open():
 def test_there_may_be_no_writers_to_close():
     with EventStorage() as storage, closing_all([]):
         storage.put_scalar("AP", 12.5)
+
+
+def test_the_window_of_a_storage_is_gone_on_with_and_not_written_again(tmp_path):
+    with EventStorage() as storage:
+        for value in range(30):
+            storage.put_scalars(loss=torch.tensor(float(value)))
+            storage.put_scalar("lr", 0.5, smoothing_hint=False)
+            storage.step()
+        window = storage.window()
+    assert window["loss"] == [[[float(v), v] for v in range(10, 30)], True] and window["lr"][1] is False
+    writer = JSONWriter(str(tmp_path / "metrics.json"))
+    with EventStorage(30, window) as storage, closing_all([writer]):
+        assert not storage.has_unwritten() and storage.latest() == {}
+        storage.put_scalars(loss=torch.tensor(0.0))
+    # The median of 11 to 29 and 0.
+    line = json.loads((tmp_path / "metrics.json").read_text())
+    assert line == {"iteration": 30, "loss": 19.5}

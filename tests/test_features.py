@@ -3,13 +3,14 @@
 import json
 import logging
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from tensorboardX.proto.event_pb2 import Event
-from test_scripts import HEADS, TINY, start_slow_run
+from test_scripts import HEADS, TINY, start_slow_run, train
 
 from plaintrain.config import get_cfg
 from plaintrain.engine import default_argument_parser
@@ -101,9 +102,17 @@ def kill_at(iteration):
 
 
 @pytest.mark.parametrize("script", ["plain", "epoch"])
+@pytest.mark.parametrize("model", ["RetinaNet", "GeneralizedRCNN"])
 @pytest.mark.parametrize("iteration", [4, 6, 9])
-def test_a_run_killed_within_an_epoch_and_resumed_is_the_run_that_was_not(run, tmp_path, script, iteration):
-    options = [*STEP, *(EPOCHS if script == "epoch" else ()), "SOLVER.CHECKPOINT_PERIOD", 2]
+def test_a_run_killed_and_resumed_is_the_run_that_was_not(run, tmp_path, script, model, iteration):
+    options = [
+        "MODEL.META_ARCHITECTURE",
+        model,
+        *STEP,
+        *(EPOCHS if script == "epoch" else ()),
+        "SOLVER.CHECKPOINT_PERIOD",
+        2,
+    ]
     options += ["SOLVER.BY_EPOCH", False, "TEST.BEST_METRIC", "auto", "TEST.EVAL_PERIOD", 3]
     options += [*WORKFLOW] if script == "epoch" else ["TEST.VAL_LOSS_PERIOD", 3]
     run("whole", *options, script=script)
@@ -116,11 +125,8 @@ def test_a_run_killed_within_an_epoch_and_resumed_is_the_run_that_was_not(run, t
     whole, killed = (load(tmp_path / folder / "model_0000011.pth") for folder in ("whole", "killed"))
     assert same(whole["model"], killed["model"]) and same(whole["ema"], killed["ema"])
     assert whole["best"] == killed["best"] and whole["scheduler"] == killed["scheduler"]
-    last = [without_times(tmp_path / folder)[-1] for folder in ("whole", "killed")]
-    assert last[0]["few_val/bbox/AP"] == last[1]["few_val/bbox/AP"]
-    assert last[0]["val/total_loss"] == last[1]["val/total_loss"]
-    iterations = [line["iteration"] for line in lines(tmp_path / "killed")]
-    assert iterations == sorted(set(iterations))
+    # Medians of the window too.
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "killed")
 
 
 def test_a_run_ended_by_sigkill_goes_on_as_if_it_had_not_been(run, tmp_path):
@@ -136,6 +142,19 @@ def test_a_run_ended_by_sigkill_goes_on_as_if_it_had_not_been(run, tmp_path):
         assert same(weights(tmp_path / "whole" / name), weights(tmp_path / "killed" / name))
     ended = [load(tmp_path / folder / f"model_{last + 5:07d}.pth") for folder in ("whole", "killed")]
     assert ended[0]["best"] == ended[1]["best"] and same(ended[0]["ema"], ended[1]["ema"])
+
+
+def test_two_processes_resume_as_if_they_had_not_been_interrupted(run, tmp_path):
+    options = ["SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 4, *STEP]
+    train(tmp_path / "tiny.yaml", tmp_path / "whole", "--num-gpus=2", *options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for name in ("model_0000007.pth", "model_final.pth"):
+        (tmp_path / "killed" / name).unlink()
+    (tmp_path / "killed/last_checkpoint").write_text("model_0000003.pth")
+    train(tmp_path / "tiny.yaml", tmp_path / "killed", "--num-gpus=2", "--resume", *options)
+    whole, killed = (load(tmp_path / folder / "model_0000007.pth") for folder in ("whole", "killed"))
+    assert same(whole["model"], killed["model"]) and same(whole["ema"], killed["ema"])
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "killed")
 
 
 def test_a_fork_resumes_with_keys_of_its_own(run, tmp_path):

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from plaintrain.checkpoint import unwrap_model
 from plaintrain.evaluation.loop import inference_context
 from plaintrain.utils import comm
 from plaintrain.utils.env import forked_rng
@@ -48,7 +47,7 @@ def validation_losses(model, data_loaders, seed=0):
         {"val/NAME": number} for each key, and `val/total_loss`, the sum of those containing "loss"; over
         the images of all ranks, on every rank. {} without images.
     """
-    model, sums, num_images = unwrap_model(model), {}, 0
+    model, sums, num_images = comm.unwrap_model(model), {}, 0
     device = next(model.parameters()).device
     with loss_context(model), torch.no_grad(), forked_rng(seed, device):
         batches = itertools.chain.from_iterable(data_loaders)

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torchvision.ops import batched_nms
 
-from plaintrain.checkpoint import unwrap_model
 from plaintrain.config import get_value
 from plaintrain.modeling.common import paste_masks
 from plaintrain.modeling.rcnn import GeneralizedRCNN
+from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
 # MODEL.META_ARCHITECTURE -> the key that holds the IoU threshold of its NMS in evaluation.
@@ -45,7 +45,7 @@ class DetectorWithTTA(nn.Module):
             detections_per_image: how many to keep, the best.
         """
         super().__init__()
-        self.model, self.nms_thresh = unwrap_model(model), nms_thresh
+        self.model, self.nms_thresh = comm.unwrap_model(model), nms_thresh
         self.detections_per_image = detections_per_image
         self.training = self.model.training
 

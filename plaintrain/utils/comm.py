@@ -9,6 +9,7 @@ import zlib
 import torch
 import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from plaintrain.utils.errors import UserError
 
@@ -78,6 +79,13 @@ def broadcast(data, src=0):
 def shared_random_seed():
     """A random non-negative 31-bit integer, the same on every rank."""
     return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)
+
+
+def unwrap_model(model):
+    """The module inside DistributedDataParallel or DataParallel, or the model itself."""
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        return model.module
+    return model
 
 
 def any_rank(flag):

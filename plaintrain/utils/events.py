@@ -50,7 +50,7 @@ def closing_all(writers):
         for writer in writers:
             stack.callback(writer.close)
         yield
-        for writer in writers if get_event_storage().has_unread() else ():
+        for writer in writers if get_event_storage().has_unwritten() else ():
             writer.write()
 
 

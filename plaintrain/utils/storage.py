@@ -36,6 +36,11 @@ def get_event_storage():
     return _STORAGES[-1]
 
 
+def is_logging():
+    """Whether the `with` block of an `EventStorage` is running."""
+    return bool(_STORAGES)
+
+
 class HistoryBuffer:
     """The last values of one scalar, and the average of all of them."""
 
@@ -79,18 +84,41 @@ class EventStorage:
     and all that wait are fetched in one transfer when somebody reads.
     """
 
-    def __init__(self, start_iter=0):
-        """start_iter: the iteration to count from; `iter` equals it until `step()`."""
+    def __init__(self, start_iter=0, window=None):
+        """
+        Args:
+            start_iter: the iteration to count from; `iter` equals it until `step()`.
+            window: that of the run that is resumed, so that its medians go on.
+        """
         self.start_iter = start_iter
         self.iter = start_iter
         self._history = defaultdict(HistoryBuffer)
         self._hints, self._latest = {}, {}
-        self._pending, self._num_pending = [], 0
+        self._pending, self._num_pending, self._unwritten = [], 0, False
         self._smoothed = {}
         self._nonfinite = {}
         self._scope = ""
         self.clear_images()
         self.clear_histograms()
+        for name, (values, hint) in (window or {}).items():
+            self._hints[name] = hint
+            for value, iteration in values:
+                # The writers of the run that is resumed have had it as the latest.
+                self._history[name].update(value, iteration)
+
+    def window(self, size=20):
+        """The last values of each scalar, for the `EventStorage` of a run that is resumed.
+
+        Args:
+            size: values a scalar; the window of the writers.
+
+        Returns:
+            {name: [[[value, iteration], ...], smoothing hint]}
+        """
+        return {
+            name: [[list(pair) for pair in history.values()[-size:]], self._hints[name]]
+            for name, history in self.histories().items()
+        }
 
     def put_scalar(self, name, value, smoothing_hint=True, cur_iter=None):
         """Store one scalar; see `put_scalars`."""
@@ -123,6 +151,7 @@ class EventStorage:
             # its one result is cheaper than entering no_grad.
             self._pending.append((iteration, names, torch.stack(tensors).detach()))
         self._num_pending += len(scalars)
+        self._unwritten |= bool(scalars)
         if self._num_pending > _MAX_PENDING:
             self._fetch()
 
@@ -146,9 +175,9 @@ class EventStorage:
                 if not math.isfinite(number) and ("loss" in name or name == "grad_norm"):
                     self._nonfinite.setdefault(iteration, []).append(name)
 
-    def has_unread(self):
-        """Whether something was stored since somebody last read."""
-        return bool(self._pending)
+    def has_unwritten(self):
+        """Whether a scalar was stored since a writer last looked."""
+        return self._unwritten
 
     def raise_if_nonfinite(self, images_of=None, *, norm_too=True):
         """Stop when a loss or `grad_norm` stored since the last call is NaN or infinite.
@@ -207,7 +236,8 @@ class EventStorage:
         return self._latest
 
     def latest_with_smoothing_hint(self, window_size=20):
-        """name -> (median of the window or latest value, iteration of the latest)."""
+        """name -> (median of the window or latest value, iteration of the latest); for writers."""
+        self._unwritten = False
         latest = self.latest()
         if window_size not in self._smoothed:
             self._smoothed[window_size] = {
