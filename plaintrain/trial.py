@@ -8,7 +8,7 @@ import shutil
 
 from plaintrain.config import set_value
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.data.loader import training_records
+from plaintrain.data.loader import count_iters_per_epoch, training_records
 from plaintrain.evaluation.loop import flatten_results
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -51,8 +51,11 @@ def overfit_on(cfg, number):
     usable = training_records(cfg)
     if not 1 <= number <= len(usable):
         raise UserError(f"--overfit is {number}, but must be from 1 to the {len(usable)} training images")
-    name = f"overfit_{number}"
-    _register(name, [usable[i] for i in range(number)], cfg.DATASETS.TRAIN[0])
+    name, records = f"overfit_{number}", [usable[i] for i in range(number)]
+    if len({record["image_id"] for record in records}) < number:
+        # Of several datasets, which count their images each for itself.
+        records = [{**record, "image_id": i} for i, record in enumerate(records)]
+    _register(name, records, cfg.DATASETS.TRAIN[0])
     for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
         set_value(cfg, key, (name,))
     logger.info(f"--overfit: trained and evaluated on the same {number} images")
@@ -60,18 +63,18 @@ def overfit_on(cfg, number):
 
 def shorten_to_dry_run(cfg):
     """Make a run one of two iterations and an evaluation of a few images, in OUTPUT_DIR/dry-run."""
-    per_epoch = cfg.SOLVER.MAX_ITER // max(cfg.SOLVER.MAX_EPOCHS, 1)
     for key, value in _DRY_RUN.items():
         set_value(cfg, key, value)
-    if cfg.SOLVER.MAX_EPOCHS:
-        set_value(cfg, "SOLVER.MAX_ITER", min(2, per_epoch))
-        set_value(cfg, "SOLVER.MAX_EPOCHS", 1)
     if cfg.TEST.VAL_LOSS_PERIOD:
         set_value(cfg, "TEST.VAL_LOSS_PERIOD", 1)
     few = max(8, 2 * cfg.TEST.IMS_PER_BATCH * comm.get_world_size())
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
         _register(name, [records[i] for i in range(min(few, len(records)))], name)
+    if cfg.SOLVER.MAX_EPOCHS:
+        # A test set that is trained on too is shorter now.
+        set_value(cfg, "SOLVER.MAX_ITER", min(2, count_iters_per_epoch(cfg)))
+        set_value(cfg, "SOLVER.MAX_EPOCHS", 1)
     set_value(cfg, "OUTPUT_DIR", os.path.join(cfg.OUTPUT_DIR, "dry-run"))
     if comm.get_local_rank() == 0:
         # What one that failed has left.
@@ -101,6 +104,6 @@ def finish_dry_run(cfg, results, again):
             # Empty only if it was made for this.
             os.rmdir(os.path.dirname(cfg.OUTPUT_DIR))
     logger.info(
-        "ready: two iterations, an evaluation, a save and a load went well; nothing was kept. The whole run "
-        "is the same command without --dry-run"
+        f"ready: {cfg.SOLVER.MAX_ITER} iterations, an evaluation, a save and a load went well; nothing was "
+        "kept. The whole run is the same command without --dry-run"
     )

@@ -489,11 +489,24 @@ def test_a_dry_run_says_ready_and_leaves_everything_as_it_was(run, tmp_path, scr
     capsys.readouterr()
     run("out", *options, script=script, flags=["--dry-run"])
     out = capsys.readouterr().out
-    assert "ready: two iterations" in out and "of 2" in out
+    assert "ready: 2 iterations" in out and "of 2" in out
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert {k: v for k, v in after.items() if k.name != "log.txt"} == {
         k: v for k, v in before.items() if k.name != "log.txt"
     }
+
+
+def test_a_dry_run_tests_on_the_training_set_too(run, capsys):
+    # Shortened to 8 images, which are one batch: an epoch of one iteration.
+    options = [*EPOCHS, "SOLVER.IMS_PER_BATCH", 8, "DATASETS.TEST", "('few_train',)"]
+    run("out", *options, script="epoch", flags=["--dry-run"])
+    out = capsys.readouterr().out
+    assert "results on few_train" in out and "ready: 1 iterations" in out
+
+
+def test_overfit_on_several_sets_with_the_same_ids(run, tmp_path):
+    options = ["DATASETS.TRAIN", "('few_train', 'few_train')", "SOLVER.MAX_ITER", 2]
+    assert run("out", *options, flags=["--overfit", "15"])["overfit_15"]
 
 
 def test_a_dry_run_says_what_is_wrong(run):
