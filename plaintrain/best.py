@@ -22,7 +22,7 @@ class BestMetric:
             patience: evaluations in a row without a new best after which `is_stale`; 0 for never.
         """
         self._metric, self._patience = metric, patience
-        self.value, self.iteration, self.num_waited, self._seen = None, None, 0, -1
+        self.value, self.iteration, self.num_waited, self._seen = None, None, 0, -2
 
     def _find(self, results):
         """The name of the metric among results, or None if none of its kind are there."""
@@ -47,7 +47,7 @@ class BestMetric:
         losses `val/...`, or an evaluation), and an evaluation that a resumed run repeats.
 
         Args:
-            iteration: the iteration that was finished, counted from 0.
+            iteration: the iteration that was finished, counted from 0; -1 before the first.
             results: {name: number}, the same on every rank.
 
         Raises:
@@ -94,3 +94,8 @@ class BestMetric:
             return
         self.value, self.iteration = state_dict["value"], state_dict["iteration"]
         self.num_waited, self._seen = state_dict["num_waited"], state_dict["seen"]
+        if self.is_stale():
+            logger.warning(
+                f"the run ended after SOLVER.PATIENCE {self._patience} evaluations without a better "
+                f"{self._metric}; it goes on with a larger SOLVER.PATIENCE"
+            )

@@ -209,7 +209,7 @@ class DetectionCheckpointer:
                 logger.warning(f"{e}; trying {candidates[i + 1]}")
             else:
                 logger.info(f"resumed from {candidate}")
-                if "rng_states" in data:
+                if self.checkpointables and "rng_states" in data:
                     load_rng_states(data.pop("rng_states"))
                 if averaged and data.get("ema"):
                     self.model.load_state_dict(averaged_state(data["ema"]))

@@ -69,7 +69,7 @@ class ModelEMA:
             torch._foreach_copy_(averages, values)
 
     def update(self):
-        """Take in the model's weights; call it after each optimizer step."""
+        """Take in the model's weights; call it after each step, one that a scaler left out too."""
         if self._average is not None:
             self._average.update_parameters(comm.unwrap_model(self._model))
 

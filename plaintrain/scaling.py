@@ -88,8 +88,8 @@ def _scale_by(cfg, factor):
 
 def _multiply(cfg, keys, factor):
     def scaled(count):
-        # What is on stays on: a period of 0 means never.
-        return max(round(count * factor), 1) if count else 0
+        # What is on stays on; a period of 0 means never, and a negative one is refused later.
+        return max(round(count * factor), 1) if count > 0 else count
 
     for key in keys:
         value = get_value(cfg, key)

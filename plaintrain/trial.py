@@ -104,6 +104,6 @@ def finish_dry_run(cfg, results, again):
             # Empty only if it was made for this.
             os.rmdir(os.path.dirname(cfg.OUTPUT_DIR))
     logger.info(
-        f"ready: {cfg.SOLVER.MAX_ITER} iterations, an evaluation, a save and a load went well; nothing was "
-        "kept. The whole run is the same command without --dry-run"
+        f"ready: {cfg.SOLVER.MAX_ITER} iterations, {'an evaluation, ' if results else ''}a save and a load "
+        "went well; nothing was kept. The whole run is the same command without --dry-run"
     )

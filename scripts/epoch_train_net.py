@@ -95,7 +95,8 @@ def test_is_due(cfg, iterations):
 def store_results(metrics, iteration, model, best, saver):
     """Store {name: number} of a model after an iteration, and keep the model if it is the best."""
     storage = get_event_storage()
-    storage.iter = iteration
+    # What is known before the first step (-1) stands in the log with that.
+    storage.iter = max(iteration, 0)
     storage.put_scalars(**metrics, smoothing_hint=False)
     if best.update(iteration, metrics):
         saver.checkpointer.save_weights("model_best", model, iteration=iteration)
@@ -181,7 +182,8 @@ def do_train(cfg, model, resume=False):
     results = {}
     logger.info(f"starting training from iteration {start_iter} of {max_iter}, {per_epoch} an epoch")
     with EventStorage(start_iter, state.get("log_window")), closing_all(writers):
-        if not within and test_is_due(cfg, range(start_iter - per_epoch, start_iter)):
+        done = range(start_iter - per_epoch, start_iter)
+        if best.is_stale() or (not within and test_is_due(cfg, done)):
             results = do_test(cfg, ema.evaluated)
             store_results(flatten_results(results), start_iter - 1, ema.evaluated, best, saver)
         for (mode, epoch), (following, _) in itertools.pairwise([*flows, ("end", 0)]):
@@ -197,7 +199,11 @@ def do_train(cfg, model, resume=False):
                 if test_is_due(cfg, steps):
                     results = do_test(cfg, ema.evaluated)
                     metrics = flatten_results(results)
-            store_results(metrics, max(steps.stop - 1, 0), ema.evaluated, best, saver)
+            store_results(metrics, steps.stop - 1, ema.evaluated, best, saver)
+            if best.is_stale() and not test_is_due(cfg, steps):
+                # The run ends here: with its final evaluation.
+                results = do_test(cfg, ema.evaluated)
+                store_results(flatten_results(results), steps.stop - 1, ema.evaluated, best, saver)
             # One line an iteration: after all validation that follows the epoch.
             if epoch >= 0 and (following != "val" or best.is_stale()):
                 for writer in writers:

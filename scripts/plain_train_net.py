@@ -96,13 +96,15 @@ def test_after(cfg, model, iteration, best, saver):
     validation, evaluation = tests_due(cfg, iteration)
     losses = do_validate(cfg, model) if validation else {}
     results = do_test(cfg, model) if evaluation else {}
+    if best.update(iteration, {**losses, **flatten_results(results)}):
+        saver.checkpointer.save_weights("model_best", model, iteration=iteration)
+    if best.is_stale():
+        # The run ends here: with its final checkpoint and evaluation.
+        saver.finish(iteration)
+        results = results or do_test(cfg, model)
     metrics, storage = {**losses, **flatten_results(results)}, get_event_storage()
     storage.iter = iteration if metrics else storage.iter
     storage.put_scalars(**metrics, smoothing_hint=False)
-    if best.update(iteration, metrics):
-        saver.checkpointer.save_weights("model_best", model, iteration=iteration)
-    if best.is_stale():
-        saver.finish(iteration)
     comm.synchronize()
     return results
 
@@ -122,12 +124,12 @@ def do_train(cfg, model, resume=False):
     start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
     saver = build_periodic_checkpointer(cfg, checkpointer, final_model(cfg, ema))
     data_loader = build_detection_train_loader(cfg, start_iter=start_iter)
-    writers = default_writers(cfg.OUTPUT_DIR, max_iter)
+    writers, limit = default_writers(cfg.OUTPUT_DIR, max_iter), TimeLimit(cfg.SOLVER.MAX_TIME)
     logger.info(f"starting training from iteration {start_iter} of {max_iter}")
     with EventStorage(start_iter, state.get("log_window")) as storage, closing_all(writers):
         # An interrupted run may lack the evaluation after its last step.
         results = test_after(cfg, ema.evaluated, start_iter - 1, best, saver)
-        limit, late, start = TimeLimit(cfg.SOLVER.MAX_TIME), False, perf_counter()
+        late, start = False, perf_counter()
         for iteration, data in zip(progress_range(start_iter, max_iter), data_loader, strict=False):
             if late or best.is_stale():
                 break
@@ -161,7 +163,7 @@ def do_train(cfg, model, resume=False):
             # The checkpoint comes first: a failing evaluation loses nothing.
             saver.step(iteration, now=late)
             if test:
-                results = test_after(cfg, ema.evaluated, iteration, best, saver)
+                results = test_after(cfg, ema.evaluated, iteration, best, saver) or results
             if write:
                 for writer in writers:
                     writer.write()

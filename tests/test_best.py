@@ -226,3 +226,21 @@ def test_a_changed_patience_takes_effect_on_resume():
     best = BestMetric("bbox/AP", patience=2)
     best.load_state_dict(saved.state_dict())
     assert not saved.is_stale() and best.is_stale()
+
+
+def test_what_is_known_before_the_first_step_counts():
+    best = BestMetric("val/total_loss")
+    assert best.update(-1, {"val/total_loss": 2.0}) and best.iteration == -1
+    assert best.update(0, {"val/total_loss": 1.0}) and best.iteration == 0
+
+
+def test_a_run_whose_patience_is_over_says_so_when_it_is_resumed(log):
+    best = BestMetric("bbox/AP", patience=1)
+    best.update(0, {"a/bbox/AP": 2.0})
+    best.update(1, {"a/bbox/AP": 1.0})
+    log.clear()
+    BestMetric("bbox/AP", patience=1).load_state_dict(best.state_dict())
+    assert "it goes on with a larger SOLVER.PATIENCE" in log.text
+    log.clear()
+    BestMetric("bbox/AP", patience=2).load_state_dict(best.state_dict())
+    assert not log.text

@@ -297,6 +297,41 @@ def test_a_run_ends_when_its_patience_does(run, tmp_path, script, fail_at):
     assert lines(tmp_path / "out")[-1]["iteration"] == 11
 
 
+@pytest.mark.parametrize("script", ["plain", "epoch"])
+def test_patience_with_validation_losses_ends_with_an_evaluation(run, tmp_path, script, capsys):
+    values = iter([2.0, 3.0, 3.0])
+    replaced = {
+        "val_one_epoch" if script == "epoch" else "do_validate": lambda *_: {"val/total_loss": next(values)}
+    }
+    options = ["TEST.BEST_METRIC", "val/total_loss", "SOLVER.PATIENCE", 2]
+    options += [*EPOCHS, *WORKFLOW] if script == "epoch" else ["TEST.VAL_LOSS_PERIOD", 3]
+    results = run("out", *options, script=script, do_test=evaluations(5.0), **replaced)
+    assert results["few_val"]["bbox"]["AP"] == 5.0
+    last = lines(tmp_path / "out")[-1]
+    assert (last["iteration"], last["few_val/bbox/AP"], last["val/total_loss"]) == (8, 5.0, 3.0)
+    assert load(tmp_path / "out/model_best.pth")["iteration"] == 2
+    values = iter([3.0])
+    results = run("out", *options, script=script, flags=["--resume"], do_test=evaluations(5.0), **replaced)
+    assert results["few_val"]
+    assert capsys.readouterr().out.count("no better val/total_loss in SOLVER.PATIENCE 2 evaluations") == 2
+
+
+def test_losses_before_the_first_step_count_for_the_best(run, tmp_path):
+    values = iter([1.0, 2.0, 0.5])
+    options = [
+        *EPOCHS,
+        "SOLVER.MAX_EPOCHS",
+        3,
+        "SOLVER.IMS_PER_BATCH",
+        12,
+        "TEST.BEST_METRIC",
+        "val/total_loss",
+    ]
+    options += ["WORKFLOW", "[['val', 1], ['train', 1]]"]
+    run("out", *options, script="epoch", val_one_epoch=lambda *_: {"val/total_loss": next(values)})
+    assert load(tmp_path / "out/model_best.pth")["iteration"] == 1
+
+
 def test_without_patience_the_run_goes_on(run, tmp_path):
     run("out", *BEST, "LOG_PERIOD", 1, do_test=evaluations(5.0, 4.0, 5.0, 3.0))
     assert lines(tmp_path / "out")[-1]["iteration"] == 11

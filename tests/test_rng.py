@@ -19,12 +19,16 @@ def draw():
 def test_every_generator_goes_on_from_a_checkpoint(tmp_path):
     np.random.randn()
     random.gauss(0, 1)
+    model = nn.Linear(1, 1)
+    parts = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     with EventStorage():
-        DetectionCheckpointer(nn.Linear(1, 1), str(tmp_path)).save("model_0000000", iteration=0)
+        DetectionCheckpointer(model, str(tmp_path), **parts).save("model_0000000", iteration=0)
     expected = [draw(), draw()]
     # Elsewhere, something else is drawn in between.
     draw()
-    state = DetectionCheckpointer(nn.Linear(1, 1), str(tmp_path)).resume_or_load("")
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = DetectionCheckpointer(model, str(tmp_path), optimizer=optimizer).resume_or_load("")
     assert [draw(), draw()] == expected
     assert "rng_states" not in state
 

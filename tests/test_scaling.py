@@ -274,3 +274,10 @@ def test_numbers_that_cannot_be_are_left_to_the_check_of_all_values(more):
     before = cfg.dump()
     settle(cfg)
     assert cfg.dump() == before
+
+
+def test_negative_counts_are_left_to_be_refused():
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.MAX_EPOCHS", 2, "SOLVER.BY_EPOCH", True, "TEST.EVAL_PERIOD", -1])
+    settle_schedule(cfg, 1, lambda cfg: 5)
+    assert cfg.TEST.EVAL_PERIOD == -1
