@@ -92,8 +92,8 @@ def build_optimizer(cfg, model):
 class LRScheduler:
     """Sets each group's learning rate to its base times a pure function of the iteration; momentum too.
 
-    The base is what the groups were built with, so a changed SOLVER.BASE_LR takes effect when a
-    run is resumed.
+    The base is what the groups were built with, so a changed SOLVER.BASE_LR or SOLVER.MOMENTUM takes
+    effect when a run is resumed.
     """
 
     def __init__(self, optimizer, factor, momentum=None):
@@ -101,23 +101,23 @@ class LRScheduler:
         Args:
             optimizer: its groups' `lr` are the bases.
             factor: function from the iteration (from 0) to the multiplier.
-            momentum: function from the iteration to the momentum, or None to leave it.
+            momentum: function from the iteration to the momentum, or None for what the groups have.
         """
         self.optimizer, self.factor, self.momentum = optimizer, factor, momentum
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        group = optimizer.param_groups[0]
+        self.base_momentum = group["betas"][0] if "betas" in group else group.get("momentum")
         self.last_epoch = 0
         self._apply()
 
     def _apply(self):
         factor = self.factor(self.last_epoch)
+        momentum = self.base_momentum if self.momentum is None else self.momentum(self.last_epoch)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-            if self.momentum is None:
-                continue
-            momentum = self.momentum(self.last_epoch)
             if "betas" in group:
                 group["betas"] = (momentum, *group["betas"][1:])
-            else:
+            elif "momentum" in group:
                 group["momentum"] = momentum
 
     def step(self):

@@ -186,6 +186,13 @@ def test_the_momentum_of_the_schedule_is_used_and_logged(run, tmp_path):
     assert "momentum" not in lines(tmp_path / "constant")[0]
 
 
+def test_another_momentum_takes_effect_when_a_run_is_resumed(run, tmp_path):
+    run("out", "SOLVER.MOMENTUM_SCHEDULE", "[[0, 0.5]]", "SOLVER.MAX_ITER", 3)
+    run("out", "SOLVER.MOMENTUM", 0.8, "SOLVER.MAX_ITER", 6, flags=["--resume"])
+    (group, *_) = load(tmp_path / "out/model_final.pth")["optimizer"]["param_groups"]
+    assert group["betas"] == (0.8, 0.999)
+
+
 def test_float16_trains_and_logs_its_scale(run, tmp_path):
     run("out", "SOLVER.AMP.ENABLED", True)
     assert lines(tmp_path / "out")[-1]["amp_scale"] > 0
