@@ -413,7 +413,7 @@ def test_raise_if_nonfinite_names_the_first_bad_iteration_its_terms_and_its_imag
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["total_loss", "loss_cls", "val/loss", "grad_norm"])
+@pytest.mark.parametrize("name", ["total_loss", "loss_cls", "loss_rpn_cls", "grad_norm"])
 @pytest.mark.parametrize("kind", [float, torch.tensor])
 def test_raise_if_nonfinite_sees_nan_and_inf_in_losses_and_grad_norm(name, value, kind):
     storage = _storage_with({name: kind(value)})
@@ -870,3 +870,14 @@ def test_the_window_of_a_storage_is_gone_on_with_and_not_written_again(tmp_path)
     # The median of 11 to 29 and 0.
     line = json.loads((tmp_path / "metrics.json").read_text())
     assert line == {"iteration": 30, "loss": 19.5}
+
+
+def test_a_result_without_a_value_is_no_loss_that_diverged():
+    with EventStorage() as storage:
+        storage.put_scalars(
+            **{"gloss_val/bbox/APl": math.nan, "a/bbox/AP-floss": math.nan, "val/loss": math.nan}
+        )
+        storage.raise_if_nonfinite()
+        storage.put_scalar("loss", math.nan)
+        with pytest.raises(FloatingPointError, match=r"^loss became NaN"):
+            storage.raise_if_nonfinite()

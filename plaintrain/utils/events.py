@@ -81,8 +81,8 @@ class CommonMetricPrinter(EventWriter):
             left = max(0, self._max_iter - storage.iter - 1)
             fields.insert(0, f"eta: {datetime.timedelta(seconds=int(seconds * left))}")
         latest = storage.latest_with_smoothing_hint(self._window_size)
-        # Validation losses have a line of their own, when they are new.
-        losses = [k for k in latest if "loss" in k and not k.startswith("val/")]
+        # Results, and validation losses, have lines of their own when they are new.
+        losses = [k for k in latest if "loss" in k and "/" not in k]
         fields += [f"{k}: {latest[k][0]:.4g}" for k in losses]
         fields += [f"{k}: {latest[k][0]:.4f}" for k in ("time", "data_time") if k in latest]
         if "lr" in latest:

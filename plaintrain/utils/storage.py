@@ -172,7 +172,9 @@ class EventStorage:
                 number = next(fetched[value.device]) if is_tensor else value
                 self._history[name].update(number, iteration)
                 self._latest[name] = (number, iteration)
-                if not math.isfinite(number) and ("loss" in name or name == "grad_norm"):
+                # Names with a slash are results: of a dataset or a class with "loss" in its name, or val/.
+                of_step = "/" not in name and ("loss" in name or name == "grad_norm")
+                if of_step and not math.isfinite(number):
                     self._nonfinite.setdefault(iteration, []).append(name)
 
     def has_unwritten(self):
