@@ -74,8 +74,8 @@ def default_argument_parser(epilog=None):
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="two iterations, an evaluation of a few images, a save and a load; says ready, or what is "
-        "wrong, and keeps nothing",
+        help="two iterations, an evaluation of a few images, a save and a load; says ready and keeps "
+        "nothing, or says what is wrong and leaves OUTPUT_DIR/dry-run",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     parser.add_argument(

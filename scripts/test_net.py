@@ -12,8 +12,8 @@ images and weights are not needed. Of the flags that training scripts have too, 
 here, where nothing else is done, and --overfit and --dry-run are refused.
 
 Each dataset of DATASETS.TEST gets a folder OUTPUT_DIR/inference/DATASET with its scores, results.json, and
-with the predictions, coco_instances_results.json. Of a run in OUTPUT_DIR nothing else is changed but
-log.txt, which goes on.
+with the predictions, coco_instances_results.json (but for a ProposalNetwork's). Of a run in OUTPUT_DIR
+nothing else is changed but log.txt, which goes on.
 
 The file is made to be copied: change the data or the evaluator where they are called.
 """
@@ -97,6 +97,8 @@ def check(cfg, args):
     if sum(given.values()) > 1:
         both = " and ".join(name for name in given if given[name])
         raise UserError(f"{both} are given, but only one can be evaluated; leave out the others")
+    if args.predictions and (cfg.TEST.AMP or cfg.TEST.AUG.ENABLED):
+        raise UserError("--predictions runs no model: TEST.AMP and TEST.AUG.ENABLED must be False with it")
     if args.predictions and not os.path.isfile(args.predictions):
         raise UserError(f"--predictions {args.predictions}: there is no such file")
     if args.predictions and len(cfg.DATASETS.TEST) > 1:

@@ -197,6 +197,10 @@ def test_float16_trains_and_logs_its_scale(run, tmp_path):
     run("out", "SOLVER.AMP.ENABLED", True)
     assert lines(tmp_path / "out")[-1]["amp_scale"] > 0
     assert load(tmp_path / "out/model_final.pth")["scaler"]["scale"] > 0
+    early, late = (weights(tmp_path / "out" / f"model_{i:07d}.pth") for i in (2, 11))
+    assert not torch.equal(
+        early["head.classification_head.cls_logits.bias"], late["head.classification_head.cls_logits.bias"]
+    )
 
 
 # ---- averaged weights -----------------------------------------------------------------------------

@@ -255,6 +255,8 @@ _MISTAKES = {
     "no weights": (["MODEL.WEIGHTS", "no.pth"], r"no\.pth.*no such file"),
     "two of them": ([*_FILE, "MODEL.WEIGHTS", "a.pth", *COCO], r"--predictions and MODEL\.WEIGHTS are given"),
     "resume and weights": (["--resume", "MODEL.WEIGHTS", "a.pth"], r"--resume and MODEL\.WEIGHTS are given"),
+    "file and views": ([*_FILE, *COCO, "TEST.AUG.ENABLED", "True"], r"--predictions runs no model: .* False"),
+    "file and precision": ([*_FILE, *COCO, "TEST.AMP", "True"], r"--predictions runs no model: .* False"),
     "resume and file": (["--resume", *_FILE, *COCO], r"--predictions and --resume are given"),
     "overfit": (["--overfit", "2", "MODEL.WEIGHTS", "a.pth"], r"--overfit and --dry-run are for training"),
     "dry run": (["--dry-run", "MODEL.WEIGHTS", "a.pth"], r"--overfit and --dry-run are for training"),
