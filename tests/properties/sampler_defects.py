@@ -1,0 +1,84 @@
+"""Mistakes that a sampler could have, to patch into plaintrain.data.samplers."""
+
+import numpy as np
+
+from plaintrain.data import samplers
+from plaintrain.data.samplers import InferenceSampler, TrainingSampler
+
+_default_rng = np.random.default_rng
+
+
+def batch_from(start_of):
+    """A defect that has a rank's share start elsewhere: `start_of(sampler, iteration, rank, share)`."""
+
+    def batch(self, iteration, rank=0, world_size=1):
+        share = self.batch_size // world_size
+        start = start_of(self, iteration, rank, share)
+        return [(self.index_at(p), p) for p in range(start, start + share)]
+
+    return lambda patch: patch.setattr(TrainingSampler, "batch", batch)
+
+
+def order_from(change):
+    """A defect that changes a pass's order: `change(sampler, number, original)`."""
+
+    def defect(patch):
+        original = TrainingSampler._pass_order
+        patch.setattr(TrainingSampler, "_pass_order", lambda self, n: change(self, n, original))
+
+    return defect
+
+
+def padded(sampler, number, original):
+    order = original(sampler, number)
+    rest = order.size % sampler.batch_size
+    return np.concatenate([order[: order.size - rest], order[:rest]])
+
+
+def by_history(sampler, number, original):
+    sampler.calls = getattr(sampler, "calls", 0) + 1
+    return np.roll(original(sampler, number), sampler.calls)
+
+
+def replayed(sampler, number, original):
+    for earlier in range(max(number - 64, 0), number):
+        original(sampler, earlier)
+    return original(sampler, number)
+
+
+def seeded_with(seed_of):
+    """A defect in how a pass is seeded: `seed_of((seed, number))`."""
+    return lambda patch: patch.setattr(samplers.np.random, "default_rng", lambda s: _default_rng(seed_of(s)))
+
+
+def subset_of_the_pass(self, rng):
+    return rng.choice(self.subset.max() + 1, size=self.size, replace=False)
+
+
+def rounded_alone(self, rng):
+    """Each factor rounded by itself, as LVIS does: the length of a pass varies."""
+    counts = self._whole + (rng.random(self._whole.size) < self._extra)
+    return np.resize(rng.permutation(np.repeat(np.arange(counts.size), counts)), self.size)
+
+
+def share_of(bounds):
+    """A defect in a rank's share of the images to evaluate: `bounds(size, rank, world_size)`."""
+
+    def init(self, size, rank=0, world_size=1):
+        self._range = range(*bounds(size, rank, world_size))
+
+    return lambda patch: patch.setattr(InferenceSampler, "__init__", init)
+
+
+def argsort_gives(order_of):
+    """A defect in which images count as neighbours."""
+    return lambda patch: patch.setattr(samplers.np, "argsort", lambda values, **_: order_of(values))
+
+
+def window_twice_as_long(patch):
+    original = TrainingSampler.__init__
+
+    def init(self, size, batch_size=1, *, window=0, **options):
+        original(self, size, batch_size, window=window * 2, **options)
+
+    patch.setattr(TrainingSampler, "__init__", init)

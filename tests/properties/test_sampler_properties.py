@@ -1,0 +1,282 @@
+"""Samplers: whatever the size, batch, number of ranks, seed and grouping, no image is lost or repeated."""
+
+import itertools
+from collections import Counter
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import sampler_defects as broken
+from hypothesis import strategies as st
+from property_helpers import assert_caught, checks_of, defects_of, examine, for_all, patched
+
+from plaintrain.data import samplers
+from plaintrain.data.samplers import (
+    InferenceSampler,
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+
+FACTORS = st.one_of(st.integers(0, 4).map(float), st.floats(0, 4, allow_subnormal=False))
+
+
+@st.composite
+def cases(draw, grouped=None, longest=24):
+    """A sampler's arguments: `make()` gives it anew, and `plain()` without its groups.
+
+    `low` and `high` say how often an image may come in a pass, each a number for each image.
+    """
+    size, batch_size = draw(st.integers(1, 40)), draw(st.integers(1, longest))
+    seed, kind = draw(st.integers(0, 2**40)), draw(st.sampled_from(["all", "repeat", "subset"]))
+    grouping, low, high = {}, np.ones(size, dtype=int), np.ones(size, dtype=int)
+    if draw(st.booleans()) if grouped is None else grouped:
+        numbers = st.one_of(st.integers(0, 2), st.floats(0.25, 4))
+        grouping["groups"] = draw(st.lists(numbers, min_size=size, max_size=size))
+        grouping["window"] = draw(st.integers(0, 4))
+    if kind == "all":
+        first, options = size, {"shuffle": draw(st.booleans())}
+        maker = TrainingSampler
+    elif kind == "repeat":
+        factors = np.array(draw(st.lists(FACTORS, min_size=size, max_size=size)))
+        factors[0] = max(factors[0], 1.0)
+        first, options, maker = factors, {}, RepeatFactorTrainingSampler
+        low, high = np.floor(factors).astype(int), np.ceil(factors).astype(int)
+    else:
+        ratio = draw(st.floats(0.01, 1))
+        first, options = size, {}
+        low = np.zeros(size, dtype=int)
+
+        def maker(size, *arguments, **keys):
+            return RandomSubsetTrainingSampler(size, ratio, *arguments, **keys)
+
+    return SimpleNamespace(
+        make=lambda: maker(first, batch_size, seed=seed, **options, **grouping),
+        plain=lambda: maker(first, batch_size, seed=seed, **options),
+        kind=kind,
+        factors=first,
+        low=low,
+        high=high,
+        grouping=grouping,
+        seed=seed,
+    )
+
+
+def stream(sampler, start, stop):
+    """The images at the positions from `start` to `stop`, as batches give them."""
+    first, last = start // sampler.batch_size, -(-stop // sampler.batch_size)
+    images = [image for i in range(first, last) for image, _ in sampler.batch(i)]
+    offset = start - first * sampler.batch_size
+    return images[offset : offset + stop - start]
+
+
+def pass_of(sampler, number):
+    return stream(sampler, number * sampler.size, (number + 1) * sampler.size)
+
+
+PASSES = st.lists(st.integers(0, 10**6), max_size=2).map(lambda more: [0, 1, 2, *more])
+
+
+@for_all(cases(), PASSES)
+def check_a_pass_holds_each_image_as_often_as_it_should(case, numbers):
+    """Once each, or each factor rounded, in passes of one length; a subset is always the same."""
+    sampler, images_of = case.make(), []
+    for number in numbers:
+        images = pass_of(sampler, number)
+        counts = np.bincount(images, minlength=len(case.low))
+        assert (case.low <= counts).all()
+        assert (counts <= case.high).all()
+        assert len(images) == sampler.size
+        images_of.append(counts)
+    if case.kind == "repeat":
+        assert sampler.size == round(case.factors.sum())
+    else:
+        assert all((counts == images_of[0]).all() for counts in images_of)
+
+
+@for_all(cases(), st.lists(st.integers(0, 30), min_size=1, max_size=8))
+def check_the_stream_can_be_entered_anywhere(case, iterations):
+    whole = case.make()
+    batches = [whole.batch(i) for i in range(max(iterations) + 1)]
+    places = [position for batch in batches for _, position in batch]
+    assert places == list(range(len(places)))
+    used = case.make()
+    for i in iterations:
+        assert case.make().batch(i) == batches[i]
+        assert used.batch(i) == batches[i]
+        assert [used.index_at(position) for _, position in batches[i]] == [image for image, _ in batches[i]]
+
+
+@for_all(cases(), st.integers(0, 10**4))
+def check_ranks_share_the_batch_whatever_their_number(case, iteration):
+    whole = case.make()
+    batch = whole.batch(iteration)
+    for world_size in range(1, whole.batch_size + 1):
+        if whole.batch_size % world_size:
+            continue
+        shares = [case.make().batch(iteration, rank, world_size) for rank in range(world_size)]
+        assert {len(share) for share in shares} == {whole.batch_size // world_size}
+        positions = Counter(position for share in shares for _, position in share)
+        assert set(positions.values()) == {1}
+        assert list(itertools.chain(*shares)) == batch
+
+
+class _Counted:
+    """A generator that counts the permutations that are drawn from it."""
+
+    total = 0
+
+    def __init__(self, *seed):
+        self._rng = DEFAULT_RNG(*seed)
+
+    def permutation(self, *arguments):
+        _Counted.total += 1
+        return self._rng.permutation(*arguments)
+
+    def __getattr__(self, name):
+        return getattr(self._rng, name)
+
+
+DEFAULT_RNG = np.random.default_rng
+
+
+@for_all(cases())
+def check_a_far_position_draws_no_more_than_a_near_one(case):
+    """Iteration 1,000,000 draws only the passes that it lies in, and they are the right ones."""
+    sampler, iteration = case.make(), 10**6
+    start, size = iteration * sampler.batch_size, sampler.size
+    numbers = range(start // size, (start + sampler.batch_size - 1) // size + 1)
+    windows = size // sampler.batch_size + 1
+    with mock.patch.object(samplers.np.random, "default_rng", _Counted):
+        _Counted.total = 0
+        images = [image for image, _ in sampler.batch(iteration)]
+    assert _Counted.total <= len(numbers) * (2 + windows)
+    passes = [image for number in numbers for image in pass_of(case.make(), number)]
+    offset = start - numbers[0] * size
+    assert images == passes[offset : offset + sampler.batch_size]
+
+
+@for_all(st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 10**9))
+def check_a_pass_is_a_permutation_of_seed_and_number(size, seed, number):
+    """The definition: a checkpoint of yesterday's code is resumed with today's."""
+    order = DEFAULT_RNG((seed, number)).permutation(size)
+    assert pass_of(TrainingSampler(size, 3, seed=seed), number) == order.tolist()
+
+
+@for_all(st.integers(16, 40), st.integers(0, 2**40), st.booleans())
+def check_passes_and_seeds_differ(size, seed, grouped):
+    """No pass is another one's, of this seed or of its neighbour's."""
+    options = {"groups": np.zeros(size)} if grouped else {}
+    orders = [
+        tuple(pass_of(TrainingSampler(size, 4, seed=s, **options), number))
+        for s in (seed, seed + 1)
+        for number in range(3)
+    ]
+    assert len(set(orders)) == len(orders)
+
+
+@for_all(cases(grouped=True, longest=6), st.integers(0, 1000))
+def check_groups_only_move_images_within_their_window(case, number):
+    """A window holds what it would without groups, cut into batches of neighbours."""
+    sampler, plain = case.make(), case.plain()
+    size, batch_size = sampler.size, sampler.batch_size
+    if not sampler.shuffle:
+        return
+    groups = np.array(case.grouping["groups"])
+    first, last = -(-number * size // batch_size), (number + 1) * size // batch_size
+    window = case.grouping["window"] or max(last - first, 1)
+    for start in range(first, last, window):
+        iterations = range(start, min(start + window, last))
+        batches = [[image for image, _ in sampler.batch(i)] for i in iterations]
+        expected = Counter(image for i in iterations for image, _ in plain.batch(i))
+        assert Counter(itertools.chain(*batches)) == expected
+        ends = sorted((groups[batch].min(), groups[batch].max()) for batch in batches)
+        assert all(left[1] <= right[0] for left, right in itertools.pairwise(ends))
+
+
+@for_all(st.integers(0, 300), st.integers(1, 40))
+def check_inference_ranks_cover_all_images_once(size, world_size):
+    shares = [InferenceSampler(size, rank, world_size) for rank in range(world_size)]
+    assert list(itertools.chain(*shares)) == list(range(size))
+    lengths = [len(share) for share in shares]
+    assert lengths == [len(list(share)) for share in shares]
+    assert max(lengths) - min(lengths) <= 1
+
+
+CHECKS = checks_of(globals())
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_property(check):
+    examine(check)
+
+
+# ---- seeded defects
+
+DEFECTS = {
+    check_a_pass_holds_each_image_as_often_as_it_should: {
+        "the batch starts one late": broken.batch_from(
+            lambda s, i, rank, share: i * s.batch_size + rank * share + 1
+        ),
+        "the last batch of a pass is padded": broken.order_from(broken.padded),
+        "the subset is drawn anew for each pass": patched(
+            RandomSubsetTrainingSampler, "_draw", broken.subset_of_the_pass
+        ),
+        "factors are rounded one by one": patched(RepeatFactorTrainingSampler, "_draw", broken.rounded_alone),
+    },
+    check_the_stream_can_be_entered_anywhere: {
+        "the order depends on what was read before": broken.order_from(broken.by_history),
+        "iterations overlap": broken.batch_from(lambda s, i, rank, share: i * max(s.batch_size - 1, 1)),
+    },
+    check_ranks_share_the_batch_whatever_their_number: {
+        "ranks overlap by one": broken.batch_from(
+            lambda s, i, rank, share: i * s.batch_size + rank * (share - 1)
+        ),
+        "every rank has the first share": broken.batch_from(lambda s, i, rank, share: i * s.batch_size),
+        "a rank goes on where its own last share ended": broken.batch_from(
+            lambda s, i, rank, share: (i + rank) * share
+        ),
+    },
+    check_a_far_position_draws_no_more_than_a_near_one: {
+        "a pass is drawn for each image": patched(
+            samplers.functools, "lru_cache", lambda maxsize: lambda function: function
+        ),
+        "earlier passes are replayed": broken.order_from(broken.replayed),
+    },
+    check_a_pass_is_a_permutation_of_seed_and_number: {
+        "the pass is added to the seed": broken.seeded_with(sum),
+        "seed and pass change places": broken.seeded_with(lambda seed: seed[::-1]),
+    },
+    check_passes_and_seeds_differ: {
+        "the pass is added to the seed": broken.seeded_with(sum),
+        "every pass has the same order": broken.seeded_with(lambda seed: seed[0]),
+        "the seed is not read": broken.seeded_with(lambda seed: seed[1]),
+    },
+    check_groups_only_move_images_within_their_window: {
+        "images are not sorted": broken.argsort_gives(lambda values: np.arange(values.size)),
+        "an image is sorted twice": broken.argsort_gives(lambda values: np.zeros(values.size, dtype=int)),
+        "the window is twice as long": broken.window_twice_as_long,
+    },
+    check_inference_ranks_cover_all_images_once: {
+        "the remainder is dropped": broken.share_of(
+            lambda n, rank, world: (n // world * rank, n // world * (rank + 1))
+        ),
+        "shares are padded": broken.share_of(
+            lambda n, rank, world: (-(-n // world) * rank, -(-n // world) * (rank + 1))
+        ),
+        "the last rank has the remainder": broken.share_of(
+            lambda n, rank, world: (n // world * rank, n if rank == world - 1 else n // world * (rank + 1))
+        ),
+    },
+}
+
+
+def test_every_property_has_a_seeded_defect():
+    assert list(DEFECTS) == CHECKS
+
+
+@pytest.mark.parametrize(("check", "defect"), defects_of(DEFECTS))
+def test_a_seeded_defect_is_caught(check, defect, monkeypatch):
+    defect(monkeypatch)
+    assert_caught(check)
