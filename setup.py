@@ -28,7 +28,7 @@ setup(
     ],
     extras_require={
         "fast": ["hotcoco>=1.3"],
-        "test": ["pytest>=8.0", "hotcoco>=1.3", "faster-coco-eval>=1.8"],
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "hotcoco>=1.3", "faster-coco-eval>=1.8"],
         "dev": ["pytest>=8.0", "ruff>=0.14"],
     },
 )

@@ -1,0 +1,132 @@
+"""Mistakes that a config could have, to patch into plaintrain.config."""
+
+from plaintrain import config
+from plaintrain.config import CfgNode
+from plaintrain.utils.errors import ConfigError
+
+
+def coerce_from(change):
+    """A defect in how a value takes a key's type: `change(original, old, value, name, source)`."""
+
+    def defect(patch):
+        original = config._coerce
+        patch.setattr(config, "_coerce", lambda *arguments: change(original, *arguments))
+
+    return defect
+
+
+def keep_if_false(original, old, value, name, source):
+    return original(old, value, name, source) or old
+
+
+def extend_lists(original, old, value, name, source):
+    new = original(old, value, name, source)
+    return old + new if isinstance(old, list | tuple) else new
+
+
+def subclasses_are_taken(original, old, value, name, source):
+    return value if isinstance(value, type(old)) else original(old, value, name, source)
+
+
+def converted(original, old, value, name, source):
+    try:
+        return original(old, value, name, source)
+    except ConfigError:
+        if isinstance(value, type(None) | str | dict):
+            raise
+        return type(old)([value] if isinstance(old, list | tuple) else value)
+
+
+def name_is_short(original, old, value, name, source):
+    return original(old, value, name.rsplit(".", 1)[-1], source)
+
+
+def configs_are_one(patch):
+    one = config.get_cfg()
+    patch.setattr(config, "_copy_node", lambda node: one)
+
+
+def merges_everywhere(patch):
+    """A value also goes to the key's namesake one section up or down."""
+    original = CfgNode.merge_from_list
+
+    def merge(self, pairs):
+        original(self, pairs)
+        leaf = str(pairs[0]).rsplit(".", 1)[-1]
+        for section in self.values():
+            if isinstance(section, CfgNode) and type(section.get(leaf)) is type(pairs[1]):
+                section[leaf] = pairs[1]
+
+    patch.setattr(CfgNode, "merge_from_list", merge)
+
+
+def open_sections_read_literals(patch):
+    original = config._to_node
+    patch.setattr(config, "_to_node", lambda value, name, _: original(value, name, config._COMMAND_LINE))
+
+
+def dump_from(change):
+    """A defect in what a dump writes: `change(value)`."""
+
+    def defect(patch):
+        original = config._to_plain
+        patch.setattr(config, "_to_plain", lambda value: change(original(value)))
+
+    return defect
+
+
+def without_empty(value):
+    return {key: item for key, item in value.items() if item != ""} if isinstance(value, dict) else value
+
+
+def with_short_floats(value):
+    return float(f"{value:g}") if isinstance(value, float) else value
+
+
+def with_stripped_strings(value):
+    return value.strip() if isinstance(value, str) else value
+
+
+def pairs_reversed(patch):
+    original = CfgNode.merge_from_list
+
+    def merge(self, pairs):
+        starts = range(len(pairs) - 2, -1, -2)
+        original(self, [part for start in starts for part in pairs[start : start + 2]])
+
+    patch.setattr(CfgNode, "merge_from_list", merge)
+
+
+def chain_from(change):
+    """A defect in the order of a file and its bases: `change(chain)`."""
+
+    def defect(patch):
+        original = config.load_chain
+        patch.setattr(config, "load_chain", lambda path: change(original(path)))
+
+    return defect
+
+
+def _merge_from(is_taken):
+    def defect(patch):
+        original = config._merge
+
+        def merge(new, node, path, source):
+            original(
+                {key: item for key, item in new.items() if is_taken(node, key, item)}, node, path, source
+            )
+
+        patch.setattr(config, "_merge", merge)
+
+    return defect
+
+
+def _replaced(node, key, item):
+    if isinstance(node.get(key), CfgNode) and not isinstance(item, dict):
+        node[key] = item
+        return False
+    return True
+
+
+unknown_keys_are_passed_over = _merge_from(lambda node, key, item: key in node)
+sections_are_replaced = _merge_from(_replaced)
