@@ -69,7 +69,8 @@ def _covered(tensors, cover):
 
 
 def _paste(image, other, cover, blending):
-    if not blending:
+    # The blur reflects two pixels at the border, which takes three.
+    if not blending or min(cover.shape) < 3:
         return _like(torch.where(cover, other, image), image)
     # What is pasted changes two pixels around it; two more keep the border's reflection out.
     left, top, right, bottom = masks_to_boxes(cover[None])[0].int().tolist()

@@ -1,0 +1,269 @@
+"""Transforms: image, boxes, masks and keypoints move together, whatever their sizes and places."""
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transform_defects as broken
+from hypothesis import assume
+from hypothesis import strategies as st
+from property_helpers import assert_caught, checks_of, defects_of, examine, for_all, patched
+from transform_cases import (
+    CANVAS,
+    IMAGE,
+    around,
+    check_claims,
+    chosen,
+    filled,
+    flip_order,
+    lossless,
+    plain,
+    same,
+    tensors,
+)
+
+from plaintrain.data import augmentations, copy_paste, photometric, transforms
+from plaintrain.data import tensors as moving
+
+SEEDS = st.integers(0, 2**32)
+
+
+# ---- what only moves pixels
+
+
+@for_all(tensors(angles=True), st.lists(lossless(), min_size=1, max_size=4), SEEDS)
+def check_pixels_take_their_targets_along(before, names, seed):
+    """After flips, crops and padding each pixel is in the same masks, boxes and keypoints as before."""
+    after, rng, flips = before, np.random.default_rng(seed), 0
+    for name, arguments in names:
+        order = {"keypoint_flip_indices": flip_order(before)} if name == "RandomHorizontalFlip" else {}
+        flips += bool(order)
+        after = augmentations.AUGMENTATIONS[name](**arguments, **order)(after, rng)
+        check_claims(after)
+    is_image = plain(after["image"])[2] == IMAGE
+    source = tuple(plain(after["image"])[:2, is_image].long())
+    _check_areas(before, after, is_image, source)
+    _check_keypoints(before, after, is_image, flip_order(before) if flips % 2 else None)
+    if "RandomIoUCrop" not in dict(names):
+        assert not _areas(before)[_gone(before, after)][(slice(None), *source)].any()
+
+
+def _gone(before, after):
+    return sorted(set(before["labels"].tolist()) - set(after["labels"].tolist()))
+
+
+def _areas(found):
+    """The pixels of each instance: of its mask, or without masks in its box."""
+    return plain(found["masks"]) if "masks" in found else filled(found)
+
+
+def _check_areas(before, after, is_image, source):
+    old, new = _areas(before)[after["labels"]], _areas(after)
+    assert torch.equal(new[:, is_image], old[(slice(None), *source)])
+    assert not new[:, ~is_image].any()
+    boxes = plain(after["boxes"])
+    assert (boxes[:, :2] < boxes[:, 2:]).all()
+    if "masks" in after:
+        assert torch.equal(boxes, around(new))
+
+
+def _check_keypoints(before, after, is_image, order):
+    if "keypoints" not in before:
+        return
+    rows = after["labels"]
+    points, seen = plain(before["keypoints"])[rows].floor(), before["visibility"][rows]
+    if order is not None:
+        points, seen = points[:, list(order)], seen[:, list(order)]
+    x, y = plain(after["keypoints"]).floor().long().unbind(-1)
+    image = plain(after["image"]).long()
+    present = {tuple(place) for place in image[:2, is_image].T.tolist()}
+    for place in (after["visibility"] > 0).nonzero().tolist():
+        i, k = place
+        assert image[:, y[i, k], x[i, k]].tolist() == [*points[i, k].long().tolist()[::-1], IMAGE]
+        assert after["visibility"][i, k] == seen[i, k]
+    for i, k in ((after["visibility"] == 0) & (seen > 0)).nonzero().tolist():
+        assert tuple(points[i, k].long().tolist()[::-1]) not in present
+
+
+@for_all(tensors(), st.booleans())
+def check_two_flips_are_none(before, horizontal):
+    given = copy.deepcopy(before)
+    after = before
+    for _ in range(2):
+        after = (
+            moving.horizontal_flip(after, flip_order(before)) if horizontal else moving.vertical_flip(after)
+        )
+    assert same(after, given)
+    assert same(before, given)
+
+
+# ---- resizing
+
+
+@for_all(tensors(), st.integers(1, 60), st.integers(1, 60))
+def check_targets_scale_with_the_image(before, height, width):
+    """A box is scaled exactly, and lies within half a pixel of its mask."""
+    # PyTorch has no uint8 kernel for a single pixel.
+    assume(height * width > 1)
+    after = moving.resize(before, (height, width))
+    assert tuple(after["image"].shape[-2:]) == (height, width)
+    check_claims(after)
+    old_height, old_width = before["image"].shape[-2:]
+    factor = torch.tensor([width / old_width, height / old_height], dtype=torch.float64)
+    assert torch.equal(after["labels"], before["labels"])
+    expected = plain(before["boxes"]).double() * factor.repeat(2)
+    assert torch.allclose(plain(after["boxes"]).double(), expected, atol=1e-3)
+    if "masks" in before:
+        there = plain(after["masks"]).flatten(1).any(dim=1).bool()
+        difference = around(plain(after["masks"])[there]) - plain(after["boxes"])[there]
+        assert (difference.abs() <= 0.51).all()
+        # A mask vanishes only between the centres of pixels.
+        assert ((expected[~there, 2:] - expected[~there, :2]).amin(dim=1) <= 1.001).all()
+    if "keypoints" in before:
+        assert torch.allclose(
+            plain(after["keypoints"]).double(), plain(before["keypoints"]).double() * factor, atol=1e-3
+        )
+        assert torch.equal(after["visibility"], before["visibility"])
+
+
+@for_all(tensors(), st.integers(2, 90), st.integers(2, 90), SEEDS)
+def check_the_shortest_edge_has_its_length(before, short, longest, seed):
+    """Unless the longer side would be too long; the shape is kept to half a pixel."""
+    step = transforms.ResizeShortestEdge((short,), longest)
+    after = step(before, np.random.default_rng(seed))
+    check_claims(after)
+    old, new = before["image"].shape[-2:], after["image"].shape[-2:]
+    assert max(new) <= longest
+    assert min(new) == short or max(new) == longest
+    scale = min(short / min(old), longest / max(old))
+    assert all(abs(n - max(1, o * scale)) <= 0.501 for n, o in zip(new, old, strict=True))
+
+
+# ---- any augmentation
+
+
+@contextlib.contextmanager
+def global_generators_rest():
+    """The block draws from no global generator."""
+    before = np.random.get_state()[1:3], torch.get_rng_state()
+    yield
+    after = np.random.get_state()[1:3], torch.get_rng_state()
+    assert np.array_equal(before[0][0], after[0][0])
+    assert before[0][1] == after[0][1]
+    assert torch.equal(before[1], after[1])
+
+
+@for_all(tensors(), st.lists(chosen(), min_size=1, max_size=4), SEEDS)
+def check_the_generator_alone_decides(before, names, seed):
+    """The same generator makes the same sample, of the sizes it claims; what was given stays as it was."""
+    given = copy.deepcopy(before)
+    results = []
+    for _ in range(2):
+        after, rng = before, np.random.default_rng(seed)
+        with global_generators_rest():
+            for name, arguments in names:
+                order = (
+                    {"keypoint_flip_indices": flip_order(before)} if name == "RandomHorizontalFlip" else {}
+                )
+                after = augmentations.AUGMENTATIONS[name](**arguments, **order)(after, rng)
+                check_claims(after)
+        labels = after["labels"].tolist()
+        assert labels == sorted(set(labels) & set(given["labels"].tolist()))
+        results.append((after, rng.bit_generator.state))
+    assert same(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert same(before, given)
+
+
+@for_all(tensors(masks=True), tensors(masks=True), st.booleans(), SEEDS)
+def check_what_is_pasted_covers_what_lies_below(below, other, blending, seed):
+    """Masks share no pixel with what was pasted over them, and boxes lie around masks."""
+    if ("keypoints" in below) != ("keypoints" in other) or flip_order(below) != flip_order(other):
+        return
+    other["labels"] = other["labels"] + 100
+    other["image"][2] = CANVAS
+    given = copy.deepcopy((below, other))
+    after = copy_paste.SimpleCopyPaste(0.7, blending)(below, np.random.default_rng(seed), other)
+    check_claims(after)
+    pasted = after["labels"] >= 100
+    cover = plain(after["masks"])[pasted].any(dim=0).bool()
+    rows = after["labels"][~pasted]
+    assert torch.equal(plain(after["masks"])[~pasted], plain(below["masks"])[rows] * ~cover)
+    assert not (plain(below["masks"])[_gone(below, after)] * ~cover).any()
+    assert ((around(plain(after["masks"])) - plain(after["boxes"])).abs() <= 0.51).all()
+    if not blending:
+        assert torch.equal(plain(after["image"])[2] == CANVAS, cover)
+        assert torch.equal(plain(after["image"])[:, ~cover], plain(below["image"])[:, ~cover])
+    assert all(map(same, given, (below, other)))
+
+
+CHECKS = checks_of({k: v for k, v in globals().items() if k != "check_claims"})
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_property(check):
+    examine(check)
+
+
+# ---- seeded defects
+
+DEFECTS = {
+    check_pixels_take_their_targets_along: {
+        "a flip mirrors keypoints as indices": broken.flip_by_torchvision,
+        "a flip of boxes forgets one pixel": broken.function_from("horizontal_flip", broken.one_pixel_less),
+        "masks are not moved": broken.left_where_it_is("masks"),
+        "keypoints are not moved": broken.left_where_it_is("keypoints"),
+        "visibility does not change places": broken.visibility_stays,
+        "left and right are not exchanged": broken.order_ignored,
+        "boxes are not clipped": broken.boxes_not_clipped,
+        "keypoints outside stay": patched(moving, "hide_outside", lambda found: found),
+        "labels are not selected": patched(moving, "ROWS", ("boxes", "masks", "keypoints", "visibility")),
+        "visibility is that of the first": broken.first_visibility,
+        "the box of a mask ends a pixel early": broken.masks_end_early,
+        "boxes are not drawn around what is left": patched(moving, "tighten", lambda found, which: found),
+        "instances that are gone stay": broken.all_have_extent,
+    },
+    check_two_flips_are_none: {
+        "boxes become whole": broken.function_from("horizontal_flip", broken.rounded),
+        "keypoints go round": broken.order_rolled,
+        "what was given is changed": broken.flip_in_place,
+    },
+    check_targets_scale_with_the_image: {
+        "masks are sampled beside the image": broken.nearest_not_exact,
+        "one factor is used for both sides": broken.function_from("resize", broken.scaled_alike),
+        "masks stay": broken.left_where_it_is("masks"),
+        "keypoints stay": broken.left_where_it_is("keypoints"),
+    },
+    check_the_shortest_edge_has_its_length: {
+        "the longest side is not read": broken.size_from(lambda size, h, w, short: size(h, w, short, 10**6)),
+        "sides are cut off": broken.size_from(broken.floored),
+        "the sides change places": broken.size_from(lambda size, h, w, short: size(w, h, short, 90)),
+    },
+    check_the_generator_alone_decides: {
+        "NumPy's generator is drawn from": broken.draws_from(np.random.random),
+        "torch's generator is drawn from": broken.draws_from(lambda: torch.rand(1).item()),
+        "every second sample is flipped": broken.every_second,
+        "the image is changed in place": patched(
+            photometric.RandomPhotometricDistort, "__call__", broken.darkened_in_place
+        ),
+        "a cropped box reaches out": broken.boxes_not_clipped,
+    },
+    check_what_is_pasted_covers_what_lies_below: {
+        "masks below stay": patched(copy_paste, "_covered", lambda found, cover: dict(found)),
+        "boxes below stay": patched(copy_paste, "tighten", lambda found, which: found),
+        "labels of what is pasted are lost": broken.labels_from_below,
+        "what was given is changed": broken.pasted_in_place,
+    },
+}
+
+
+def test_every_property_has_a_seeded_defect():
+    assert list(DEFECTS) == CHECKS
+
+
+@pytest.mark.parametrize(("check", "defect"), defects_of(DEFECTS))
+def test_a_seeded_defect_is_caught(check, defect, monkeypatch):
+    defect(monkeypatch)
+    assert_caught(check)
