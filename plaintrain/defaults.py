@@ -14,6 +14,9 @@ _C.OUTPUT_DIR = "./output"
 _C.SEED = -1
 # Let cuDNN time its algorithms for every new input size: pays off when sizes repeat.
 _C.CUDNN_BENCHMARK = False
+# Seconds within which a rank of several must finish a step, or a batch in evaluation; else all ranks end,
+# saying where each one stands. While rank 0 scores, and in a first step, 30 minutes more. 0: never.
+_C.HANG_TIMEOUT = 600.0
 # Iterations between two visits of the writers (console, metrics.json, TensorBoard).
 _C.LOG_PERIOD = 20
 # Precision of float32 matrix products and convolutions on a GPU: "" leaves PyTorch's default; highest
@@ -309,6 +312,9 @@ _C.DATASETS.DECLARE = CN(new_allowed=True)
 _C.DATALOADER = CN()
 # Worker processes per rank; 0 loads in the training process.
 _C.DATALOADER.NUM_WORKERS = 4
+# Where a training image cannot be read, train on another one, drawn from SEED and its place, and log it; else
+# it ends the run. Evaluation never leaves an image out.
+_C.DATALOADER.SKIP_UNREADABLE = False
 # Images of like shape in one batch, to pad less.
 _C.DATALOADER.ASPECT_RATIO_GROUPING = True
 # Batches that are cut from one window of images sorted by aspect ratio, and shuffled after; 0 makes two
@@ -386,6 +392,13 @@ _C.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
 # Iterations between two checkpoints, and how many numbered ones are kept (0: all).
 _C.SOLVER.CHECKPOINT_PERIOD = 5000
 _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
+# Write checkpoints in a thread: the loop waits only for a copy to the host's memory.
+_C.SOLVER.ASYNC_CHECKPOINT = False
+# When a loss or the gradient's norm is NaN or infinite: stop, seen when the losses are next read; or skip,
+# which leaves that step out on all ranks, and reads the losses at each step.
+_C.SOLVER.ON_NONFINITE = "stop"
+# skip: steps in a row that may be left out.
+_C.SOLVER.MAX_SKIPPED_STEPS = 10
 # Automatic mixed precision: float16 (with a gradient scaler) or bfloat16.
 _C.SOLVER.AMP = CN()
 _C.SOLVER.AMP.ENABLED = False
@@ -396,6 +409,10 @@ _C.SOLVER.REFERENCE_WORLD_SIZE = 0
 # The batch that the config is written for (linear rule): with IMS_PER_BATCH k times as large, the learning
 # rate is multiplied by k, and the counts of iterations divided by it. 0: off.
 _C.SOLVER.REFERENCE_IMS_PER_BATCH = 0
+
+_C.DEBUG = CN()
+# Save the samples of a batch whose loss or gradient is not finite, as OUTPUT_DIR/bad_batch_N.pth.
+_C.DEBUG.DUMP_BAD_BATCH = False
 
 # ---- test ------------------------------------------------------------------------------------
 _C.TEST = CN()
@@ -454,6 +471,7 @@ SUPPORTED = {
             "RandomSubsetTrainingSampler",
         ),
         "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
+        "SOLVER.ON_NONFINITE": ("stop", "skip"),
         "SOLVER.WARMUP_METHOD": ("linear", "constant"),
         "SOLVER.AMP.PRECISION": ("float16", "bfloat16"),
         "SOLVER.MOMENTUM_INTERPOLATION": ("linear", "cosine", "step"),

@@ -21,7 +21,9 @@ from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
-from plaintrain.utils.files import atomic_write, move_old_run
+from plaintrain.utils.files import atomic_write, move_old_run, remove_unfinished
+from plaintrain.utils.heartbeat import set_limit
+from plaintrain.utils.lock import lock_folder
 from plaintrain.utils.logger import setup_logger
 
 __all__ = [
@@ -127,7 +129,7 @@ def default_setup(cfg, args):
     comm.synchronize()
     if dry_run:
         shorten_to_dry_run(cfg)
-    _prepare_output(cfg, fresh=not (resume or eval_only))
+    _prepare_output(cfg, training=not eval_only, resume=resume)
     log = setup_logger(cfg.OUTPUT_DIR, comm.get_rank())
     for record in said.buffer:
         log.handlers[-1].handle(record)
@@ -136,6 +138,7 @@ def default_setup(cfg, args):
     if comm.is_main_process():
         _write_config(cfg, keep=eval_only)
     logger.info(f"config:\n{cfg.dump()}")
+    set_limit(cfg.HANG_TIMEOUT)
     seed_all_rng(cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if cfg.FLOAT32_PRECISION:
@@ -178,13 +181,16 @@ def default_writers(output_dir, max_iter=None):
     ]
 
 
-def _prepare_output(cfg, fresh):
+def _prepare_output(cfg, training, resume):
     folder = cfg.OUTPUT_DIR
     moved = None
     if comm.is_main_process():
         try:
             os.makedirs(folder, exist_ok=True)
-            moved = move_old_run(folder) if fresh else None
+            if training:
+                lock_folder(folder)
+                remove_unfinished(folder)
+            moved = move_old_run(folder) if training and not resume else None
             with atomic_write(os.path.join(folder, ".write-test")) as f:
                 f.write("")
             os.unlink(os.path.join(folder, ".write-test"))

@@ -2,20 +2,21 @@
 
 import datetime
 import os
-import re
-import socket
+import signal
 import sys
 import time
 import traceback
-from contextlib import closing
+import uuid
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from plaintrain.job import find_job
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.watch import FailureWatch
+from plaintrain.utils.watch import FailureWatch, connect, is_felt, report_failure
 
 # How long a collective may wait for the slowest rank, for example while rank 0 scores.
 DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
@@ -23,6 +24,10 @@ DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
 # What a shell reports for a program that Ctrl-C ended.
 _INTERRUPTED = 130
+# What a rank tells the process that has spawned it, which says that to the person.
+_RANK_INTERRUPTED = 129
+# How long the other ranks have to end by themselves when one has failed.
+_GRACE_SECONDS = 8.0
 
 
 def launch(main_func, num_gpus_per_machine=1, num_machines=1, machine_rank=0, dist_url="auto", args=()):
@@ -44,9 +49,7 @@ def launch(main_func, num_gpus_per_machine=1, num_machines=1, machine_rank=0, di
     """
     debug = any(getattr(arg, "debug", False) for arg in args)
     try:
-        job = _joined_job(num_gpus_per_machine, dist_url)
-        if job is None:
-            job = _described_job(num_gpus_per_machine, num_machines, machine_rank, dist_url)
+        job = find_job(num_gpus_per_machine, num_machines, machine_rank, dist_url)
     except UserError as e:
         _fail(e, debug)
     if job["world_size"] == 1:
@@ -54,110 +57,6 @@ def launch(main_func, num_gpus_per_machine=1, num_machines=1, machine_rank=0, di
     if "rank" in job:
         return _process(0, main_func, args, job, debug)
     return _spawn(main_func, args, job, debug)
-
-
-def _described_job(num_gpus, num_machines, machine_rank, dist_url):
-    """The job that the command line describes."""
-    if num_gpus < 1 or num_machines < 1 or not 0 <= machine_rank < num_machines:
-        raise UserError(
-            f"--num-gpus {num_gpus} --num-machines {num_machines} --machine-rank {machine_rank} do "
-            "not fit together: the first two are at least 1, and the rank is below the machines"
-        )
-    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
-        raise UserError(f"--num-gpus is {num_gpus}, but this machine has {torch.cuda.device_count()} GPU(s)")
-    if dist_url == "auto":
-        if num_machines > 1:
-            raise UserError("several machines need --dist-url tcp://HOST:PORT of machine 0")
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    return {
-        "world_size": num_gpus * num_machines,
-        "local_size": num_gpus,
-        "first_rank": num_gpus * machine_rank,
-        "address": _parse_url(dist_url),
-        "machine": machine_rank,
-    }
-
-
-def _joined_job(num_gpus, dist_url):
-    """The job this process was started in by torchrun or srun, or None."""
-    env = os.environ
-    if int(env.get("WORLD_SIZE", 1)) > 1 and "RANK" in env:
-        job = {
-            "rank": int(env["RANK"]),
-            "world_size": int(env["WORLD_SIZE"]),
-            "local_rank": int(env.get("LOCAL_RANK", 0)),
-            "local_size": int(env.get("LOCAL_WORLD_SIZE", 1)),
-            "machine": int(env.get("GROUP_RANK", 0)),
-            "address": None,
-        }
-        started_by = "torchrun"
-    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and _is_step(env):
-        job = _slurm_job(env, dist_url)
-        started_by = "srun"
-    else:
-        return None
-    if num_gpus not in (1, job["local_size"]):
-        raise UserError(
-            f"--num-gpus is {num_gpus}, but {started_by} has started {job['local_size']} processes on "
-            "this machine; leave --num-gpus out"
-        )
-    if torch.cuda.is_available() and job["local_rank"] >= torch.cuda.device_count():
-        raise UserError(
-            f"{started_by} has started process {job['local_rank']} on this machine, which has only "
-            f"{torch.cuda.device_count()} GPU(s)"
-        )
-    return job
-
-
-def _is_step(env):
-    # sbatch sets SLURM_NTASKS and SLURM_PROCID for its script too; only srun starts that many.
-    return "SLURM_STEP_ID" in env or "SLURM_JOB_ID" not in env
-
-
-def _tasks_on_node(counts, node):
-    """Entry `node` of Slurm's short form: `2(x3),1` is 2, 2, 2, 1."""
-    tasks = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
-        tasks += [int(count)] * int(times or 1)
-    return tasks[node] if node < len(tasks) else 1
-
-
-def _slurm_job(env, dist_url):
-    if dist_url == "auto":
-        host = env.get("MASTER_ADDR") or _first_host(
-            env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "")
-        )
-        # Every task computes the same port; jobs beside this one get another.
-        port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
-        dist_url = f"tcp://{host}:{port}"
-    per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1"
-    return {
-        "rank": int(env["SLURM_PROCID"]),
-        "world_size": int(env["SLURM_NTASKS"]),
-        "local_rank": int(env.get("SLURM_LOCALID", 0)),
-        "local_size": _tasks_on_node(per_node, int(env.get("SLURM_NODEID", 0))),
-        "machine": int(env.get("SLURM_NODEID", 0)),
-        "address": _parse_url(dist_url),
-    }
-
-
-def _first_host(nodelist):
-    """`node[03-05,9],other` -> `node03`."""
-    match = re.match(r"([^\[,]*)(?:\[(\w+))?", nodelist)
-    return (match.group(1) + (match.group(2) or "")) or "127.0.0.1"
-
-
-def _parse_url(dist_url):
-    match = re.fullmatch(r"tcp://\[?([^\[\]]+?)\]?:(\d+)", dist_url)
-    if not match or not 0 < int(match.group(2)) < 2**16:
-        raise UserError(f"--dist-url must look like tcp://HOST:PORT, not {dist_url!r}")
-    return match.group(1), int(match.group(2))
-
-
-def _free_port():
-    with closing(socket.socket()) as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _fail(error, debug):
@@ -189,30 +88,81 @@ def _run(main_func, args, debug):
 
 
 def _spawn(main_func, args, job, debug):
-    context = mp.start_processes(
-        _process, (main_func, args, job, debug), nprocs=job["local_size"], join=False, start_method="spawn"
-    )
+    # Before there are ranks: what comes now is theirs too.
+    ranks, received = [], []
+
+    def hand_on(number, frame):
+        """Send a signal to all ranks; a second Ctrl-C ends them."""
+        first = signal.SIGINT not in received
+        received.append(number)
+        for process in ranks:
+            if process.is_alive():
+                os.kill(process.pid, number if number != signal.SIGINT or first else signal.SIGKILL)
+
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    before = {number: signal.signal(number, hand_on) for number in signals}
     try:
-        while not context.join():
-            pass
-    except mp.ProcessExitedException as e:
-        if e.exit_code == _INTERRUPTED:
-            _interrupted()
-        # The failed process has said why, unless a signal ended it.
-        if e.signal_name:
-            rank = job["first_rank"] + e.error_index
-            print(f"error: rank {rank} was ended by {e.signal_name}", file=sys.stderr)
-        sys.exit(e.exit_code if e.exit_code > 0 else 1)
-    except KeyboardInterrupt:
-        for process in context.processes:
-            process.join(timeout=30)
-            process.kill()
+        work, number = (main_func, args, job, debug), job["local_size"]
+        ranks += mp.start_processes(_process, work, number, join=False, start_method="spawn").processes
+        failed = _first_to_fail(ranks)
+        code = failed.exitcode if failed else 0
+        if code < 0 and not received:
+            name, rank = signal.Signals(-code).name, job["first_rank"] + ranks.index(failed)
+            text = f"rank {rank} was ended by {name}"
+            text += ": is the memory full?" if code == -signal.SIGKILL else ""
+            _tell_other_machines(job, rank, text)
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        _end_ranks(ranks)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code == _RANK_INTERRUPTED or (code < 0 and signal.SIGINT in received):
         _interrupted()
+    if code < 0:
+        code = 128 + received[0] if received else 1
+    if code:
+        sys.exit(code)
+
+
+def _first_to_fail(ranks):
+    """The first process that ends with an error, or None if none does."""
+    running = {process.sentinel: process for process in ranks}
+    while running:
+        for sentinel in wait(list(running)):
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                return process
+    return None
+
+
+def _end_ranks(ranks):
+    """Wait for processes to end by themselves, and then no longer."""
+    end = time.monotonic() + _GRACE_SECONDS
+    for process in ranks:
+        process.join(max(0.0, end - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _tell_other_machines(job, rank, text):
+    """Report a rank that could not do so itself."""
+    try:
+        report_failure(connect(*job["address"]), {"machine": job["machine"], "text": text, "rank": rank})
+    except (RuntimeError, OSError):
+        # The store was rank 0's, and went with it; that they see themselves.
+        return
 
 
 def _process(local_rank, main_func, args, job, debug):
     """One rank: join the group, run, and tell the others when it fails."""
     spawned = "rank" not in job
+    if spawned:
+        # Where processes are forked, they have the handlers of the one that hands signals on.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     rank = job.setdefault("rank", job.get("first_rank", 0) + local_rank)
     local_rank = job.get("local_rank", local_rank)
     os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(local_rank), str(job["local_size"])
@@ -227,9 +177,9 @@ def _process(local_rank, main_func, args, job, debug):
         if rank == 0 and not spawned:
             _fail(e, debug)
         # The process that spawned this one says it, once for all ranks.
-        os._exit(_INTERRUPTED)
+        os._exit(_RANK_INTERRUPTED if spawned else _INTERRUPTED)
     except Exception as e:
-        if watch is not None and not watch.report(_describe(e, debug)):
+        if watch is not None and not watch.report(_describe(e, debug), felt=is_felt(e)):
             # Another rank failed first; this one only felt it.
             os._exit(1)
         print(f"rank {rank}: ", end="", file=sys.stderr)
@@ -244,15 +194,17 @@ def _process(local_rank, main_func, args, job, debug):
 
 
 def _join_group(rank, local_rank, job):
-    """Join the process group; returns the watch over the other ranks, or None under torchrun."""
+    """Join the process group; returns the watch over the other ranks."""
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
+    ranks, place = (rank, job["world_size"]), (job["machine"], local_rank)
     if job["address"] is None:
-        # torchrun's agents watch the ranks.
         dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
-        return None
+        # torchrun's store outlives the ranks that it starts again.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return FailureWatch(address, ranks, place, prefix=f"{comm.broadcast(uuid.uuid4().hex)}/")
     host, port = job["address"]
     try:
         store = dist.TCPStore(host, port, job["world_size"], rank == 0, timeout=_RENDEZVOUS_TIMEOUT)
@@ -262,7 +214,7 @@ def _join_group(rank, local_rank, job):
             f"rank {rank} cannot meet the {job['world_size']} processes at tcp://{host}:{port}: {reason}"
         ) from e
     # Before the ranks part: rank 0 takes the store with it when it ends.
-    watch = FailureWatch(rank, host, port, job["machine"], local_rank)
+    watch = FailureWatch((host, port), ranks, place)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=job["world_size"], timeout=DEFAULT_TIMEOUT
     )

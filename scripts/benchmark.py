@@ -109,9 +109,9 @@ def plaintrain_loop(iterations, data, folder):
     """`do_train` of plain_train_net.py, with a data loader that costs nothing."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plain_train_net.py")
     do_train = runpy.run_path(script)["do_train"]
-    methods = {"__iter__": lambda self: iter([data] * iterations), "file_names": lambda self, iteration: []}
+    methods = {"__iter__": lambda self: iter([data] * iterations), "state_dict": lambda self: {}}
     loader = type("Batches", (), methods)
-    do_train.__globals__["build_detection_train_loader"] = lambda cfg, start_iter: loader()
+    do_train.__globals__["build_detection_train_loader"] = lambda cfg: loader()
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", 0, "OUTPUT_DIR", folder])
     torch.manual_seed(0)

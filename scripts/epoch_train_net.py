@@ -24,7 +24,7 @@ from plaintrain.data import (
     build_detection_train_loader,
     build_detection_val_loader,
 )
-from plaintrain.ema import build_ema, final_model
+from plaintrain.ema import build_ema
 from plaintrain.engine import (
     create_ddp_model,
     default_argument_parser,
@@ -42,6 +42,7 @@ from plaintrain.evaluation import (
     verify_results,
 )
 from plaintrain.modeling import build_model, build_tta
+from plaintrain.nonfinite import build_step_guard
 from plaintrain.precision import build_amp, build_autocast, check_finite
 from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from plaintrain.trial import finish_dry_run
@@ -49,7 +50,7 @@ from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage
 from plaintrain.utils.logger import progress
-from plaintrain.utils.timing import TimeLimit
+from plaintrain.utils.stop import StopRequest
 from plaintrain.workflow import workflow_epochs
 
 logger = logging.getLogger("plaintrain")
@@ -57,7 +58,7 @@ logger = logging.getLogger("plaintrain")
 
 # What the steps of an epoch work with: made in do_train, by name there and in train_one_epoch.
 Training = namedtuple(
-    "Training", "model optimizer scheduler clip_gradients autocast scaler ema data_loader saver limit"
+    "Training", "model optimizer scheduler clip autocast scaler ema guard batches saver writers stop"
 )
 
 
@@ -112,42 +113,42 @@ def val_one_epoch(cfg, model):
         return validation_losses(model, loaders, cfg.SEED)
 
 
-def train_one_epoch(cfg, training, epoch, iterations, batches, writers):
-    """Take the steps of an epoch; True if SOLVER.MAX_TIME ended it. Its last step is not written yet."""
-    model, optimizer, scheduler, clip_gradients, autocast, scaler, ema, loader, saver, limit = training
+def train_one_epoch(cfg, training, epoch, iterations, test_due):
+    """Take the steps of an epoch; True if the run is to stop. Its last step is not written yet."""
+    model, optimizer, scheduler, clip, autocast, scaler, ema, guard, batches, saver, writers, stop = training
     storage, start = get_event_storage(), perf_counter()
     for iteration, data in zip(progress(iterations, desc=f"epoch {epoch}"), batches, strict=False):
         storage.iter, data_time = iteration, perf_counter() - start
-        # The losses are read only for a test, a write or a save.
-        late = iteration < cfg.SOLVER.MAX_ITER - 1 and limit.is_over()
-        last = iteration == iterations[-1]
-        write = late or (every(cfg.LOG_PERIOD, iteration) and not last)
+        late, last = iteration < cfg.SOLVER.MAX_ITER - 1 and stop.is_made(), iteration == iterations[-1]
+        # The losses are read only for a write, a test or a save.
+        write = every(cfg.LOG_PERIOD, iteration) and not last
         read = write or last or saver.is_due(iteration)
         optimizer.zero_grad()
         totals = {}
         for samples, share, context in split_batch(model, data, cfg.SOLVER.ACCUMULATE_STEPS):
-            # The model returns a dict of losses, whatever the task.
             with context, autocast:
-                loss_dict = model(samples)
+                loss_dict = model(samples)  # a dict of losses, whatever the task
             losses = sum_losses(loss_dict)
             scaler.scale(losses * share).backward()
             totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
         scaler.unscale_(optimizer)
-        norm = clip_gradients(need_norm=read)
-        scaler.step(optimizer)
+        norm = clip(need_norm=read or late or guard.enabled)
+        totals, norm = guard.only_finite(totals, norm, scaler)
+        if totals:
+            scaler.step(optimizer)
         scaler.update()
         storage.put_scalars(**scheduler.scalars(), epoch=epoch, smoothing_hint=False)
         scheduler.step()
         ema.update()
         reduced = comm.reduce_dict(totals)
         storage.put_scalars(**reduced, **norm, time=perf_counter() - start, data_time=data_time)
+        if read or late:
+            check_finite(storage, scaler, guard.images_of)  # sync point
         if read:
-            check_finite(storage, scaler, loader.file_names)  # sync point
             comm.average_buffers(model, ema.module)
-        saver.step(iteration, now=late)
-        if write:
-            for writer in writers:
-                writer.write()
+        saver.step(iteration, now=late, test_due=last and test_due, skipped_steps=guard.counts)
+        for writer in writers if write or late else ():
+            writer.write()
         if late:
             return True
         start = perf_counter()
@@ -159,44 +160,43 @@ def do_train(cfg, model, resume=False):
     model.train()
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
-    clip_gradients = build_gradient_clipper(cfg, model)
+    clip = build_gradient_clipper(cfg, model)
     autocast, scaler = build_amp(cfg, model)
     ema, best = build_ema(cfg, model), BestMetric(cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema, "best": best}
-    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, about=run_facts(cfg), **parts)
+    parts["data_loader"] = data_loader = build_detection_train_loader(cfg)
+    saver = build_periodic_checkpointer(cfg, model, parts, run_facts(cfg))
     # Only a resumed run goes on counting; weights of another run start at 0.
-    state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    state = saver.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
-    saver = build_periodic_checkpointer(cfg, checkpointer, final_model(cfg, ema))
-    data_loader = build_detection_train_loader(cfg, start_iter=start_iter)
+    guard = build_step_guard(cfg, model, data_loader, state.get("skipped_steps", (0, 0)))
+    writers, stop = default_writers(cfg.OUTPUT_DIR, max_iter), StopRequest(cfg.SOLVER.MAX_TIME)
     batches, per_epoch = iter(data_loader), data_loader.iters_per_epoch
-    writers, limit = default_writers(cfg.OUTPUT_DIR, max_iter), TimeLimit(cfg.SOLVER.MAX_TIME)
     training = Training(
-        model, optimizer, scheduler, clip_gradients, autocast, scaler, ema, data_loader, saver, limit
+        model, optimizer, scheduler, clip, autocast, scaler, ema, guard, batches, saver, writers, stop
     )
     flows = workflow_epochs(cfg.WORKFLOW, cfg.SOLVER.MAX_EPOCHS, start_epoch=start_iter // per_epoch)
-    # A run that was interrupted within an epoch has done the validation before it; one that was
-    # interrupted after its last step may lack the evaluation.
-    within = start_iter % per_epoch != 0
+    # A run that was interrupted within an epoch has done the validation before it.
+    within, results = start_iter % per_epoch != 0, {}
     flows = itertools.dropwhile(lambda flow: flow[0] == "val" and within, flows)
-    results = {}
     logger.info(f"starting training from iteration {start_iter} of {max_iter}, {per_epoch} an epoch")
-    with EventStorage(start_iter, state.get("log_window")), closing_all(writers):
-        done = range(start_iter - per_epoch, start_iter)
-        if best.is_stale() or (not within and test_is_due(cfg, done)):
+    with stop, EventStorage(start_iter, state.get("log_window")), closing_all(writers), saver:
+        # One that was interrupted after its last step may lack the evaluation.
+        if best.is_stale() or state.get("test_due"):
             results = do_test(cfg, ema.evaluated)
             store_results(flatten_results(results), start_iter - 1, ema.evaluated, best, saver)
         for (mode, epoch), (following, _) in itertools.pairwise([*flows, ("end", 0)]):
             if best.is_stale():
                 break
             steps, metrics = range(epoch * per_epoch, min((epoch + 1) * per_epoch, max_iter)), {}
-            if mode == "val":
-                metrics = val_one_epoch(cfg, ema.evaluated)
-            else:
-                left = range(max(steps.start, start_iter), steps.stop)
-                if train_one_epoch(cfg, training, epoch, left, batches, writers):
-                    break
-                if test_is_due(cfg, steps):
+            due = mode == "train" and test_is_due(cfg, steps)
+            left = range(max(steps.start, start_iter), steps.stop)
+            if mode == "train" and train_one_epoch(cfg, training, epoch, left, due):
+                break
+            with saver.saving_if_stopped(steps.stop - 1, test_due=due, skipped_steps=guard.counts):
+                if mode == "val":
+                    metrics = val_one_epoch(cfg, ema.evaluated)
+                elif due:
                     results = do_test(cfg, ema.evaluated)
                     metrics = flatten_results(results)
             store_results(metrics, steps.stop - 1, ema.evaluated, best, saver)

@@ -23,7 +23,7 @@ from plaintrain.data import (
     build_detection_train_loader,
     build_detection_val_loader,
 )
-from plaintrain.ema import build_ema, final_model
+from plaintrain.ema import build_ema
 from plaintrain.engine import (
     create_ddp_model,
     default_argument_parser,
@@ -41,13 +41,14 @@ from plaintrain.evaluation import (
     verify_results,
 )
 from plaintrain.modeling import build_model, build_tta
+from plaintrain.nonfinite import build_step_guard
 from plaintrain.precision import build_amp, build_autocast, check_finite
 from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from plaintrain.trial import finish_dry_run
 from plaintrain.utils import comm
 from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage
 from plaintrain.utils.logger import progress_range
-from plaintrain.utils.timing import TimeLimit
+from plaintrain.utils.stop import StopRequest
 
 logger = logging.getLogger("plaintrain")
 
@@ -91,11 +92,12 @@ def tests_due(cfg, iteration):
     return every(cfg.TEST.VAL_LOSS_PERIOD, iteration), evaluation
 
 
-def test_after(cfg, model, iteration, best, saver):
+def test_after(cfg, model, iteration, best, saver, due):
     """Compute and store what is due after an iteration, and keep the best model; the results, if any."""
-    validation, evaluation = tests_due(cfg, iteration)
-    losses = do_validate(cfg, model) if validation else {}
-    results = do_test(cfg, model) if evaluation else {}
+    validation, evaluation = due or (False, False)
+    with saver.saving_if_stopped(iteration, tests_due=due):
+        losses = do_validate(cfg, model) if validation else {}
+        results = do_test(cfg, model) if evaluation else {}
     if best.update(iteration, {**losses, **flatten_results(results)}):
         saver.checkpointer.save_weights("model_best", model, iteration=iteration)
     if best.is_stale():
@@ -118,55 +120,55 @@ def do_train(cfg, model, resume=False):
     autocast, scaler = build_amp(cfg, model)
     ema, best = build_ema(cfg, model), BestMetric(cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema, "best": best}
-    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, about=run_facts(cfg), **parts)
+    parts["data_loader"] = data_loader = build_detection_train_loader(cfg)
+    saver = build_periodic_checkpointer(cfg, model, parts, run_facts(cfg))
     # Only a resumed run goes on counting; weights of another run start at 0.
-    state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    state = saver.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
-    saver = build_periodic_checkpointer(cfg, checkpointer, final_model(cfg, ema))
-    data_loader = build_detection_train_loader(cfg, start_iter=start_iter)
-    writers, limit = default_writers(cfg.OUTPUT_DIR, max_iter), TimeLimit(cfg.SOLVER.MAX_TIME)
+    guard = build_step_guard(cfg, model, data_loader, state.get("skipped_steps", (0, 0)))
+    writers, stop = default_writers(cfg.OUTPUT_DIR, max_iter), StopRequest(cfg.SOLVER.MAX_TIME)
     logger.info(f"starting training from iteration {start_iter} of {max_iter}")
-    with EventStorage(start_iter, state.get("log_window")) as storage, closing_all(writers):
-        # An interrupted run may lack the evaluation after its last step.
-        results = test_after(cfg, ema.evaluated, start_iter - 1, best, saver)
+    with stop, EventStorage(start_iter, state.get("log_window")) as storage, closing_all(writers), saver:
+        # An interrupted run may lack the tests after its last step.
+        results = test_after(cfg, ema.evaluated, start_iter - 1, best, saver, state.get("tests_due"))
         late, start = False, perf_counter()
         for iteration, data in zip(progress_range(start_iter, max_iter), data_loader, strict=False):
             if late or best.is_stale():
                 break
             storage.iter, data_time = iteration, perf_counter() - start
-            # The losses are read only for a test, a write or a save.
-            late = iteration < max_iter - 1 and limit.is_over()
-            test = any(tests_due(cfg, iteration)) and not late
-            write = every(cfg.LOG_PERIOD, iteration) or test or late
+            late, due = iteration < max_iter - 1 and stop.is_made(), tests_due(cfg, iteration)
+            # The losses are read only for a write, a test or a save.
+            write = every(cfg.LOG_PERIOD, iteration) or any(due)
             read = write or saver.is_due(iteration)
             optimizer.zero_grad()
             totals = {}
             for samples, share, context in split_batch(model, data, cfg.SOLVER.ACCUMULATE_STEPS):
-                # The model returns a dict of losses, whatever the task.
                 with context, autocast:
-                    loss_dict = model(samples)
+                    loss_dict = model(samples)  # a dict of losses, whatever the task
                 losses = sum_losses(loss_dict)
                 scaler.scale(losses * share).backward()
                 totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
             scaler.unscale_(optimizer)
-            norm = clip_gradients(need_norm=read)
-            scaler.step(optimizer)
+            norm = clip_gradients(need_norm=read or late or guard.enabled)
+            totals, norm = guard.only_finite(totals, norm, scaler)
+            if totals:
+                scaler.step(optimizer)
             scaler.update()
             storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
             scheduler.step()
             ema.update()
             reduced = comm.reduce_dict(totals)
             storage.put_scalars(**reduced, **norm, time=perf_counter() - start, data_time=data_time)
+            if read or late:
+                check_finite(storage, scaler, guard.images_of)  # sync point
             if read:
-                check_finite(storage, scaler, data_loader.file_names)  # sync point
                 comm.average_buffers(model, ema.module)
             # The checkpoint comes first: a failing evaluation loses nothing.
-            saver.step(iteration, now=late)
-            if test:
-                results = test_after(cfg, ema.evaluated, iteration, best, saver) or results
-            if write:
-                for writer in writers:
-                    writer.write()
+            saver.step(iteration, now=late, tests_due=due, skipped_steps=guard.counts)
+            if any(due) and not late:
+                results = test_after(cfg, ema.evaluated, iteration, best, saver, due) or results
+            for writer in writers if write or late else ():
+                writer.write()
             start = perf_counter()
     return results
 

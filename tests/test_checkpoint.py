@@ -15,6 +15,7 @@ from plaintrain.checkpoint import (
     build_periodic_checkpointer,
 )
 from plaintrain.config import get_cfg
+from plaintrain.ema import build_ema
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write, move_old_run
 
@@ -604,13 +605,14 @@ def test_the_config_says_when_checkpoints_come_and_how_many_are_kept(tmp_path):
     cfg, model = get_cfg(), make_model()
     cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 7])
     cfg.merge_from_list(["SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
-    saver = build_periodic_checkpointer(cfg, DetectionCheckpointer(model, str(tmp_path)))
+    cfg.OUTPUT_DIR = str(tmp_path)
+    saver = build_periodic_checkpointer(cfg, model, {})
     assert [i for i in range(7) if saver.is_due(i)] == [1, 3, 5, 6]
     for i in range(7):
         saver.step(i)
     assert names(tmp_path) == ["last_checkpoint", "model_0000005.pth", "model_final.pth"]
-    final = make_model(4.0)
-    saver = build_periodic_checkpointer(cfg, DetectionCheckpointer(model, str(tmp_path)), lambda: final)
+    cfg.MODEL.EMA.ENABLED = True
+    saver = build_periodic_checkpointer(cfg, model, {"ema": build_ema(cfg, model)})
     saver.step(6)
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000006.pth"
 

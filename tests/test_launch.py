@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import launch_helpers
 from launch_helpers import Job, free_port
 
-from plaintrain.launch import _first_host, _joined_job, _parse_url, launch
+from plaintrain.job import _first_host, _joined_job, _parse_url
+from plaintrain.launch import launch
 from plaintrain.utils.errors import UserError
 
 # A waiting rank would wait for 100 s or, in a collective, for 30 minutes.

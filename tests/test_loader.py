@@ -168,13 +168,15 @@ def test_ranks_share_each_batch(make_dataset, train, as_rank, world_size):
     assert [list(itertools.chain(*shares)) for shares in zip(*parts, strict=True)] == whole
 
 
-def test_file_names_are_those_of_all_ranks_in_that_iteration(make_dataset, train, as_rank):
+def test_image_names_are_those_of_all_ranks_in_that_iteration(make_dataset, train, as_rank):
     make_dataset()
     train.SOLVER.IMS_PER_BATCH = 4
     loaded = _names(_batches(build_detection_train_loader(train), 6))
     as_rank(1, 2)
     loader = build_detection_train_loader(train, start_iter=3)
-    assert [loader.file_names(iteration) for iteration in range(6)] == loaded
+    named = [loader.image_names(iteration) for iteration in range(6)]
+    assert [[name.split("(")[1].rstrip(")") for name in batch] for batch in named] == loaded
+    assert [s["file_name"] for s in loader.samples(4)] == loaded[4][2:]
     assert _names(_batches(loader, 2)) == [names[2:] for names in loaded[3:5]]
 
 

@@ -36,8 +36,11 @@ class Batches:
         while True:
             yield torch.ones(8, 4)
 
-    def file_names(self, iteration):
-        return [f"image-{iteration}.jpg"]
+    def image_names(self, iteration):
+        return [f"{iteration} (image-{iteration}.jpg)"]
+
+    def state_dict(self):
+        return {}
 
 
 class _Scalars(TorchDispatchMode):
@@ -54,7 +57,7 @@ class _Scalars(TorchDispatchMode):
 @pytest.fixture
 def do_train(tmp_path):
     function = runpy.run_path(str(TRAIN))["do_train"]
-    function.__globals__["build_detection_train_loader"] = lambda cfg, start_iter: Batches()
+    function.__globals__["build_detection_train_loader"] = lambda cfg: Batches()
     return function
 
 

@@ -1,10 +1,13 @@
 """Which images a rank sees, as pure functions of the seed and the position in the stream."""
 
 import functools
+import logging
 
 import numpy as np
 
 from plaintrain.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingSampler:
@@ -13,6 +16,10 @@ class TrainingSampler:
     Position p of the stream belongs to pass `p // size`; each pass holds every image once. A
     batch is the next `batch_size` positions, so one may straddle two passes and no image is
     skipped or repeated. Any position can be entered at once.
+
+    Attributes:
+        phases: [(iteration, position, batch size)]: from this iteration on, which begins at this position,
+            batches have this size. More than one when the size was changed on resume.
     """
 
     def __init__(self, size, batch_size=1, *, seed=0, shuffle=True, groups=None, window=0):
@@ -33,6 +40,7 @@ class TrainingSampler:
         if size < 1:
             raise UserError("there is no image to train on")
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
+        self.phases = [(0, 0, batch_size)]
         self.groups, self.window = None if groups is None else np.asarray(groups), window
         self._order = functools.lru_cache(maxsize=2)(self._pass_order)
 
@@ -48,15 +56,26 @@ class TrainingSampler:
         order = self._draw(rng)
         if self.groups is None:
             return order
+        # A pass keeps the order that it began with: a batch size that changes within it cuts it elsewhere.
+        _, position, batch_size = self._phase(1, number * self.size)
         # The ends of a pass that share a batch with its neighbours keep their random order.
-        head = min(-(number * self.size) % self.batch_size, self.size)
-        end = head + (self.size - head) // self.batch_size * self.batch_size
-        step = self.window * self.batch_size or self.size
+        head = min((position - number * self.size) % batch_size, self.size)
+        end = head + (self.size - head) // batch_size * batch_size
+        step = self.window * batch_size or self.size
         for start in range(head, end, step):
             images = order[start : min(start + step, end)]
             images = images[np.argsort(self.groups[images], kind="stable")]
-            order[start : start + images.size] = rng.permutation(images.reshape(-1, self.batch_size)).ravel()
+            order[start : start + images.size] = rng.permutation(images.reshape(-1, batch_size)).ravel()
         return order
+
+    def _phase(self, column, value):
+        """The last phase that begins at or before an iteration (column 0) or a position (column 1)."""
+        return next(phase for phase in reversed(self.phases) if phase[column] <= value)
+
+    def position(self, iteration):
+        """The position of the stream at which an iteration begins."""
+        since, position, batch_size = self._phase(0, iteration)
+        return position + (iteration - since) * batch_size
 
     def index_at(self, position):
         """The image at a position of the stream."""
@@ -65,9 +84,38 @@ class TrainingSampler:
 
     def batch(self, iteration, rank=0, world_size=1):
         """[(image, position)] of one iteration for one rank."""
-        share = self.batch_size // world_size
-        start = iteration * self.batch_size + rank * share
+        share = self._phase(0, iteration)[2] // world_size
+        start = self.position(iteration) + rank * share
         return [(self.index_at(p), p) for p in range(start, start + share)]
+
+    def state_dict(self):
+        """How long a pass is, and the batch sizes so far."""
+        return {"size": self.size, "phases": [list(phase) for phase in self.phases]}
+
+    def load_state_dict(self, state_dict, iteration):
+        """Go on with the stream of a run at an iteration, also where batches have another size from there.
+
+        Args:
+            state_dict: the state of the run's sampler.
+            iteration: the next one.
+
+        Raises:
+            UserError: a pass of that run had another number of images.
+        """
+        if state_dict["size"] != self.size:
+            raise UserError(
+                f"a pass over DATASETS.TRAIN has {self.size} images, and in the run that is resumed it had "
+                f"{state_dict['size']}: a run cannot go on with other data; start a new one from its weights"
+            )
+        self.phases = [tuple(phase) for phase in state_dict["phases"] if phase[0] <= iteration]
+        before = self.phases[-1][2]
+        if before != self.batch_size:
+            self.phases.append((iteration, self.position(iteration), self.batch_size))
+            logger.warning(
+                f"from iteration {iteration} on a batch has {self.batch_size} images and not {before}; the "
+                f"pass goes on at its image {self.position(iteration) % self.size} of {self.size}"
+            )
+        self._order.cache_clear()
 
 
 class RepeatFactorTrainingSampler(TrainingSampler):

@@ -6,9 +6,10 @@ import time
 
 import torch
 
-from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.heartbeat import LONG, beat
 from plaintrain.utils.logger import progress
+from plaintrain.utils.stop import end_evaluation_if_requested, is_requested
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,9 @@ def inference_on_dataset(model, data_loader, evaluator):
 
     Returns:
         What `evaluate` returned, or {} where that is None (ranks other than 0).
+
+    Raises:
+        Stopped: on all ranks, in a training that a signal asks to stop (`plaintrain.utils.stop`).
     """
     if isinstance(evaluator, list | tuple):
         evaluator = DatasetEvaluators(evaluator)
@@ -88,13 +92,16 @@ def inference_on_dataset(model, data_loader, evaluator):
     start = logged = time.perf_counter()
     with inference_context(model), torch.no_grad():
         for i, inputs in enumerate(progress(data_loader, desc="evaluation", total=total)):
+            if is_requested():
+                break
             evaluator.process(inputs, model(inputs))
             if time.perf_counter() - logged > _LOG_SECONDS:
                 logged = time.perf_counter()
                 left = (logged - start) / (i + 1) * (total - i - 1)
                 logger.info(f"evaluated {i + 1} of {total} batches, {left:.0f} s left")
-    comm.synchronize()
+    end_evaluation_if_requested()
     logger.info(f"evaluated {total} batches in {time.perf_counter() - start:.1f} s")
+    beat(LONG)
     return evaluator.evaluate() or {}
 
 

@@ -12,6 +12,7 @@ from plaintrain.evaluation.loop import inference_context
 from plaintrain.utils import comm
 from plaintrain.utils.env import forked_rng
 from plaintrain.utils.logger import progress
+from plaintrain.utils.stop import end_evaluation_if_requested, is_requested
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,12 @@ def validation_losses(model, data_loaders, seed=0):
     with loss_context(model), torch.no_grad(), forked_rng(seed, device):
         batches = itertools.chain.from_iterable(data_loaders)
         for samples in progress(batches, desc="validation", total=sum(map(len, data_loaders))):
+            if is_requested():
+                break
             for name, value in model(samples).items():
                 sums[name] = sums.get(name, 0) + value.float() * len(samples)
             num_images += len(samples)
+    end_evaluation_if_requested()
     parts = comm.all_gather(({name: float(value) for name, value in sums.items()}, num_images))  # sync point
     total = sum(number for _, number in parts)
     names = dict.fromkeys(name for part, _ in parts for name in part)

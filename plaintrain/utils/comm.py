@@ -88,13 +88,18 @@ def unwrap_model(model):
     return model
 
 
-def any_rank(flag):
-    """True on every rank if `flag` is true on one. The host agrees; no device is waited for."""
+def highest(number):
+    """The highest integer of all ranks, on every rank. The hosts agree; no device is waited for."""
     if get_world_size() == 1:
-        return bool(flag)
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+        return int(number)
+    numbers = torch.tensor(int(number))
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+def any_rank(flag):
+    """True on every rank if `flag` is true on one. The hosts agree; no device is waited for."""
+    return bool(highest(bool(flag)))
 
 
 def check_loss_names(loss_dict):
@@ -146,7 +151,7 @@ def reduce_dict(input_dict, average=True):
         name -> 0-d tensor, on every rank, in the order of `input_dict`; for a single process
         `input_dict` itself.
     """
-    if get_world_size() == 1:
+    if get_world_size() == 1 or not input_dict:
         return input_dict
     names = sorted(input_dict)
     values = torch.stack([input_dict[name].detach().float() for name in names])

@@ -26,6 +26,7 @@ def atomic_write(path, mode="w"):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        _sync_folder(os.path.dirname(path) or ".")
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
@@ -33,11 +34,30 @@ def atomic_write(path, mode="w"):
             os.unlink(temporary)
 
 
+def _sync_folder(folder):
+    """Bring a renamed file's new name to the disk too, where folders can be synchronised."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def remove_unfinished(folder):
+    """Remove what runs that were killed while they wrote have left; nobody may be writing."""
+    for name in os.listdir(folder):
+        if _UNFINISHED.fullmatch(name):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(folder, name))
+
+
 # What a run leaves in its output folder; anything else there belongs to somebody else.
 _RUN_FILES = re.compile(
     r"model_(\d{7,}|final|best)\.pth|last_checkpoint|config(-\d+)?\.yaml|metrics\.json|inference"
-    r"|log\.txt(\.rank\d+)?|events\.out\.tfevents\..*"
+    r"|log\.txt(\.rank\d+)?|events\.out\.tfevents\..*|bad_batch_\d+(\.rank\d+)?\.pth"
 )
+_UNFINISHED = re.compile(rf"({_RUN_FILES.pattern})\.tmp-\d+")
 
 
 def move_old_run(folder):

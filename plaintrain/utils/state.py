@@ -4,7 +4,10 @@ import numbers
 
 import torch
 
+from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
+
+_NORM_BUFFERS = (".running_mean", ".running_var")
 
 
 def load_state(item, state, what):
@@ -38,3 +41,32 @@ def plain(value, name):
     if isinstance(value, list | tuple):
         return type(value)(plain(item, name) for item in value)
     raise UserError(f"a checkpoint cannot hold {name}, a {type(value).__name__}")
+
+
+def gather_norm_buffers(states):
+    """Every rank's running statistics of batch norm: {"norm_buffers": [...]} on rank 0; all ranks call it.
+
+    They drift apart between two averagings; {} where there are none, or only one rank.
+
+    Args:
+        states: {"model": state dict, "ema": state dict, ...}.
+    """
+    if comm.get_world_size() == 1:
+        return {}
+    own = {
+        part: {name: t.cpu() for name, t in states.get(part, {}).items() if name.endswith(_NORM_BUFFERS)}
+        for part in ("model", "ema")
+    }
+    return {"norm_buffers": comm.gather(own)} if own["model"] else {}
+
+
+def take_norm_buffers(states):
+    """Put this rank's running statistics into the states of the model and its average.
+
+    Args:
+        states: what was saved with `gather_norm_buffers`; of another number of ranks, rank 0's stay.
+    """
+    saved = states.pop("norm_buffers", [])
+    if len(saved) == comm.get_world_size():
+        for part, own in saved[comm.get_rank()].items():
+            states.get(part, {}).update(own)

@@ -1,68 +1,191 @@
-"""Telling all ranks of a job, on all machines, that one has failed."""
+"""Telling all ranks of a job, on all machines, that one has failed, is gone, or hangs."""
 
+import datetime
 import json
 import os
 import sys
 import threading
+import time
 
+import torch
 import torch.distributed as dist
+
+from plaintrain.utils import heartbeat
 
 _FAILED = "plaintrain/failed"
 _STORE_GONE = json.dumps({"machine": -1, "text": "its process is gone", "rank": 0})
+_SECONDS = 1.0
+# What a rank says that lost its connection to one that failed; that one's own word is waited for.
+_FELT = ("connection closed", "connection reset", "connection refused", "broken pipe", "gloo", "nccl")
+_FELT_SECONDS = 5.0
+
+
+def report_failure(store, failure, prefix=""):
+    """Record a failure as the job's first; returns the first, which may be another."""
+    mine = json.dumps(failure)
+    return json.loads(store.compare_set(prefix + _FAILED, "", mine).decode())
+
+
+def connect(host, port):
+    """A connection of one's own to the job's store: the group's is locked while it waits."""
+    return dist.TCPStore(
+        host, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=30)
+    )
 
 
 class FailureWatch:
     """Ends this process within seconds when another rank, on any machine, has failed.
 
-    A rank that waits in a collective for one that is gone would wait for the whole timeout.
+    A rank that waits in a collective for one that is gone would wait for the whole timeout. One that gives
+    no sign of life for as long as `plaintrain.utils.heartbeat` allows has failed too: its main thread
+    hangs, its process is frozen, or its machine is gone.
     """
 
-    def __init__(self, rank, host, port, machine, local_rank):
+    def __init__(self, address, ranks, place, prefix=""):
         """
         Args:
-            rank: this process' rank.
-            host, port: where rank 0 holds the job's `TCPStore`.
-            machine: this machine's number.
-            local_rank: this process' number on it; 0 shows the failures of other machines.
+            address: (host, port) where rank 0, or an agent, holds the job's `TCPStore`.
+            ranks: (this process' rank, number of ranks).
+            place: (this machine's number, this process' number on it); 0 of a machine shows the failures
+                of others.
+            prefix: of the keys in the store, where jobs before have used it.
         """
-        # A connection of its own: the group's is locked while it waits.
-        self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-        self._rank, self._machine, self._local_rank = rank, machine, local_rank
-        self._stopped = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        self._store = connect(*address)
+        (self._rank, self._world_size), (self._machine, self._local_rank) = ranks, place
+        self._prefix = prefix
+        self._stopped, self._lock = threading.Event(), threading.Lock()
+        self._answered, self._alive = time.monotonic(), {}
+        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._talk, self._look_at_clock)]
+        for thread in self._threads:
+            thread.start()
 
-    def report(self, text):
-        """Record this rank's failure; True if it is the job's first, else that one is shown."""
-        mine = json.dumps({"machine": self._machine, "text": text, "rank": self._rank})
+    def report(self, text, felt=False):
+        """Record this rank's failure; True if it is the job's first, else that one is shown.
+
+        Args:
+            text: what is to be told.
+            felt: it looks as if another rank had failed, whose report is waited for.
+        """
+        mine = {"machine": self._machine, "text": text, "rank": self._rank}
         try:
+            end = time.monotonic() + _FELT_SECONDS * felt
+            while time.monotonic() < end and not self._failure():
+                time.sleep(0.1)
             with self._lock:
-                first = self._store.compare_set(_FAILED, "", mine).decode()
+                first = report_failure(self._store, mine, self._prefix)
         except RuntimeError:
             # The store is gone, and rank 0 with it: it failed first.
-            first = _STORE_GONE
+            first = json.loads(_STORE_GONE)
         if first != mine:
-            self._show(json.loads(first))
+            self._show(first)
         return first == mine
 
     def stop(self):
         """Stop watching."""
         self._stopped.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(timeout=2 * _SECONDS)
 
-    def _watch(self):
-        while not self._stopped.wait(1.0):
+    def _key(self, name):
+        return f"{self._prefix}plaintrain/{name}"
+
+    def _failure(self):
+        """What was reported first, or None."""
+        with self._lock:
+            key = self._prefix + _FAILED
+            return self._store.get(key) if self._store.check([key]) else None
+
+    def _talk(self):
+        """Say that this process lives, and look whether another has failed."""
+        count = 0
+        while not self._stopped.wait(_SECONDS):
             try:
+                failure, count = self._failure(), count + 1
                 with self._lock:
-                    failure = self._store.get(_FAILED) if self._store.check([_FAILED]) else None
+                    self._store.set(self._key(f"alive/{self._rank}"), f"{count} {heartbeat.allowed()}")
+                if self._rank == 0 and count % 5 == 0:
+                    self._look_at_others()
             except RuntimeError:
                 failure = _STORE_GONE
+            self._answered = time.monotonic()
             if failure and not self._stopped.is_set() and json.loads(failure)["rank"] != self._rank:
-                self._show(json.loads(failure))
-                os._exit(1)
+                self._end(json.loads(failure))
+
+    def _look_at_others(self):
+        for rank in range(1, self._world_size):
+            with self._lock:
+                key = self._key(f"alive/{rank}")
+                sign = self._store.get(key).decode() if self._store.check([key]) else "0 inf"
+            since = self._alive.setdefault(rank, (sign, time.monotonic()))
+            if since[0] != sign:
+                self._alive[rank] = sign, time.monotonic()
+            elif time.monotonic() - since[1] > float(sign.split()[1]):
+                self._fail(f"rank {rank} gives no sign of life: its process is frozen, or its machine gone")
+
+    def _look_at_clock(self):
+        """See whether the main thread still beats, and the store still answers."""
+        before = time.monotonic()
+        while not self._stopped.wait(_SECONDS):
+            gap, before = time.monotonic() - before, time.monotonic()
+            if gap > 5 * _SECONDS:
+                # This process was stopped, by Ctrl-Z or with its whole machine.
+                heartbeat.forgive(gap)
+                self._answered += gap
+                self._alive = {rank: (sign, before) for rank, (sign, _) in self._alive.items()}
+            limit = heartbeat.allowed()
+            if heartbeat.silence() > limit:
+                self._fail(self._stuck())
+            elif time.monotonic() - self._answered > max(limit, 60.0):
+                self._end({"machine": -1, "rank": 0, "text": "it gives no sign of life"})
+
+    def _stuck(self):
+        """Where the main threads of all ranks stand that are silent too."""
+        try:
+            with self._lock:
+                self._store.set(self._key(f"stuck/{self._rank}"), _position())
+            # The others find it out at the same time.
+            time.sleep(3 * _SECONDS)
+            places = {}
+            for rank in range(self._world_size):
+                with self._lock:
+                    key = self._key(f"stuck/{rank}")
+                    place = self._store.get(key).decode() if self._store.check([key]) else "at work"
+                places.setdefault(place, []).append(str(rank))
+        except RuntimeError:
+            places = {_position(): [str(self._rank)]}
+        stand = "; ".join(f"rank {', '.join(ranks)}: {place}" for place, ranks in places.items())
+        limit = heartbeat.allowed()
+        return f"no step was finished within {limit:g} s (HANG_TIMEOUT); the ranks stand at {stand}"
+
+    def _fail(self, text):
+        if not self._stopped.is_set() and self.report(text):
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            # Rank 0 takes the store with it: let the others read what happened.
+            time.sleep(3 * _SECONDS)
+        os._exit(1)
+
+    def _end(self, failure):
+        self._show(failure)
+        os._exit(1)
 
     def _show(self, failure):
         # The failed rank has printed its error on its own machine.
         if failure["machine"] != self._machine and self._local_rank == 0:
             print(f"rank {failure['rank']} failed: {failure['text']}", file=sys.stderr, flush=True)
+
+
+def is_felt(error):
+    """Whether an exception looks as if another rank had gone."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in _FELT)
+
+
+def _position():
+    """Where the main thread stands: its innermost line outside of Python's and PyTorch's own files."""
+    frame = innermost = sys._current_frames()[threading.main_thread().ident]
+    own = os.path.dirname(os.__file__), os.path.dirname(torch.__file__)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        frame = frame.f_back
+    if frame.f_back is None:
+        frame = innermost
+    return f"{frame.f_code.co_filename}, line {frame.f_lineno}, in {frame.f_code.co_name}"

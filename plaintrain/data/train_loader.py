@@ -1,0 +1,239 @@
+"""What makes samples of records, in worker processes or in this one, in an order that never varies."""
+
+import contextlib
+import inspect
+import itertools
+import logging
+import os
+import random
+import signal
+import threading
+from collections import namedtuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.heartbeat import LONG, beat
+
+logger = logging.getLogger(__name__)
+
+# A sample in the place of another, and why that one cannot be used.
+_Replacement = namedtuple("_Replacement", "sample reason")
+_MAX_TRIES = 10
+
+
+class MappedRecords(Dataset):
+    """Samples by (index, position); a mistake in the data comes back as a value.
+
+    A `UserError` raised in a worker process would reach the user wrapped in the worker's
+    traceback, so it is handed over and raised in the training process.
+    """
+
+    def __init__(self, records, mapper, seed, skip=False):
+        self._records, self._mapper, self._seed, self._skip = records, mapper, seed, skip
+        self._takes_rng = _takes_generator(mapper)
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, key):
+        index, position = key
+        try:
+            return self._sample(index, position)
+        except UserError as e:
+            return self._another(position, e) if self._skip else e
+
+    def _sample(self, index, position):
+        if self._takes_rng:
+            return self._mapper(self._records[index], np.random.default_rng((self._seed, position)))
+        with _seeded_globals(self._seed, position):
+            return self._mapper(self._records[index])
+
+    def _another(self, position, error):
+        """A sample in place of one that cannot be read, the same whenever the position comes up."""
+        rng = np.random.default_rng((self._seed, position, 0))
+        for index in rng.integers(len(self._records), size=_MAX_TRIES):
+            try:
+                return _Replacement(self._sample(int(index), position), str(error))
+            except UserError as e:
+                error = UserError(f"{e}; nor can {_MAX_TRIES} others in its place be read")
+        return error
+
+
+def _takes_generator(mapper):
+    """Whether a mapper takes (record, generator), and not only a record as Detectron2's do."""
+    try:
+        inspect.signature(mapper).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _seeded_globals(seed, position):
+    """Global generators seeded by (seed, position) within the block, and as before after it."""
+    words = np.random.SeedSequence((seed, position)).generate_state(3)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def _outlive_signals(worker_id):
+    """Leave it to the training process what a signal to all processes of the job means.
+
+    A worker that died of it would take the checkpoint with it that is about to be saved.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent():
+    # What multiprocessing sends a worker that is no longer needed comes from its parent.
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _make_loader(dataset, batches, num_workers):
+    if num_workers < 0:
+        raise UserError(f"DATALOADER.NUM_WORKERS is {num_workers}, but must be at least 0")
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=list,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_outlive_signals,
+        # Its own generator: drawing the workers' base seed must not move the training's.
+        generator=torch.Generator(),
+    )
+
+
+class Loader:
+    """Iterates over lists of samples, raising the mistakes that workers found."""
+
+    def __init__(self, dataset, batches, num_workers):
+        self._loader = _make_loader(dataset, batches, num_workers)
+
+    def __len__(self):
+        return len(self._loader)
+
+    def __iter__(self):
+        extra = LONG
+        try:
+            for samples in self._loader:
+                for sample in samples:
+                    if isinstance(sample, UserError):
+                        raise sample
+                # The first step may compile the model.
+                beat(extra)
+                extra = 0.0
+                yield samples
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            raise UserError(
+                f"a process that loads images has ended ({first_line(e)}); if the machine's memory is full, "
+                "lower DATALOADER.NUM_WORKERS"
+            ) from e
+
+
+class TrainLoader(Loader):
+    """The endless training loader of one rank; each item is its `list[sample]` of an iteration.
+
+    Attributes:
+        num_replaced: samples so far whose image could not be read, with `skip_unreadable`.
+    """
+
+    def __init__(self, records, mapper, sampler, *, start_iter=0, num_workers=0, skip_unreadable=False):
+        """
+        Args:
+            records: sequence of records.
+            mapper: `(record, generator) -> sample`, or `(record) -> sample`.
+            sampler: a `TrainingSampler`, whose batches are split over the ranks; its `seed` also
+                seeds every sample's generator.
+            start_iter: iteration to begin with; nothing before it is loaded.
+            num_workers: worker processes; 0 loads in this process.
+            skip_unreadable: put another image, drawn from the seed and the position, where one cannot
+                be read, and log it, instead of raising a `UserError`.
+        """
+        self._records, self._sampler, self._iteration = records, sampler, start_iter
+        self.num_replaced, self._replaced = 0, set()
+        self._mapped = MappedRecords(records, mapper, sampler.seed, skip_unreadable)
+        super().__init__(self._mapped, _Batches(self), num_workers)
+
+    def batches_from_here(self):
+        """[(image, position)] of this rank per iteration, without end."""
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        for iteration in itertools.count(self._iteration):
+            yield self._sampler.batch(iteration, rank, world_size)
+
+    def __iter__(self):
+        for samples in super().__iter__():
+            self._iteration += 1
+            yield [self._unwrap(sample) for sample in samples]
+
+    def _unwrap(self, sample):
+        """The sample itself; one that replaces another is counted, and the first time logged."""
+        if not isinstance(sample, _Replacement):
+            return sample
+        self.num_replaced += 1
+        if sample.reason not in self._replaced:
+            self._replaced.add(sample.reason)
+            logger.warning(f"{sample.reason}; another image takes its place, {self.num_replaced} so far")
+        return sample.sample
+
+    @property
+    def iters_per_epoch(self):
+        """Iterations of a pass over the images: the last one may take in the first images of the next."""
+        return -(-self._sampler.size // self._sampler.batch_size)
+
+    def image_names(self, iteration):
+        """`ID (FILE)` of the images that all ranks together see in an iteration."""
+        records = [self._records[i] for i, _ in self._sampler.batch(iteration)]
+        return [f"{record.get('image_id')} ({record['file_name']})" for record in records]
+
+    def samples(self, iteration):
+        """This rank's samples of an iteration, made once more."""
+        keys = self._sampler.batch(iteration, comm.get_rank(), comm.get_world_size())
+        return [self._mapped[key] for key in keys]
+
+    def state_dict(self):
+        """The iteration that comes next, and the state of the sampler, if it has one."""
+        sampler = self._sampler.state_dict() if hasattr(self._sampler, "state_dict") else {}
+        return {"iteration": self._iteration, "num_replaced": self.num_replaced, "sampler": sampler}
+
+    def load_state_dict(self, state_dict):
+        """Go on where another run stopped; nothing before is loaded.
+
+        Raises:
+            UserError: a run on another number of images.
+        """
+        self._iteration, self.num_replaced = state_dict["iteration"], state_dict["num_replaced"]
+        if state_dict["sampler"] and hasattr(self._sampler, "load_state_dict"):
+            self._sampler.load_state_dict(state_dict["sampler"], self._iteration)
+
+    def __len__(self):
+        raise TypeError("the training loader is endless; SOLVER.MAX_ITER ends the run")
+
+
+class _Batches:
+    """What PyTorch's loader asks for batches, when it begins."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __iter__(self):
+        return self._loader.batches_from_here()

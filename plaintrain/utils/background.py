@@ -1,0 +1,73 @@
+"""Work beside the training loop: one thread, and copies that it can take its time with."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import torch
+
+
+class Background:
+    """Does one thing after the other in a thread, which the process waits for at its end.
+
+    After a failure nothing more is done, and the next call of any method raises it.
+    """
+
+    def __init__(self):
+        self._executor, self._jobs, self._error = None, [], None
+
+    def submit(self, function, *args):
+        """Call `function(*args)` when what was given before is done."""
+        self.check()
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1)
+        self._jobs = [job for job in self._jobs if not job.done()]
+        self._jobs.append(self._executor.submit(self._run, function, args))
+
+    def _run(self, function, args):
+        if self._error is None:
+            try:
+                function(*args)
+            except Exception as e:  # Raised again in the thread that asked for it, whatever it is.
+                self._error = e
+
+    def check(self):
+        """Raise what has failed."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self):
+        """Wait until all is done, and raise what has failed."""
+        wait(self._jobs)
+        self._jobs = []
+        self.check()
+
+
+class HostCopy:
+    """Copies nested data to memory of the host, the same memory at each call."""
+
+    def __init__(self):
+        self._buffers = {}
+
+    def __call__(self, data):
+        """A copy of dicts, lists, tuples and their tensors; it holds until the next call."""
+        copied = self._copy(data, ())
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # sync point
+        return copied
+
+    def _copy(self, value, path):
+        if isinstance(value, torch.Tensor):
+            buffer = self._buffers.get(path)
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self._buffers[path] = buffer
+            return buffer.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            # A shallow copy keeps the type, and the versions that a module notes in its state.
+            copied = copy.copy(value)
+            copied.update({key: self._copy(item, (*path, key)) for key, item in value.items()})
+            return copied
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(item, (*path, i)) for i, item in enumerate(value))
+        return value

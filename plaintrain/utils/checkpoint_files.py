@@ -1,0 +1,136 @@
+"""The checkpoints of a folder: which there are, which to resume from, writing them whole."""
+
+import logging
+import os
+import re
+
+import torch
+
+from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+_LAST = "last_checkpoint"
+_NUMBERED = re.compile(r"model_(\d{7,})\.pth")
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that cannot be read at all; an earlier one may be whole."""
+
+
+def read_checkpoint(path, **kwargs):
+    """The dict that a checkpoint holds, on the CPU; loading it runs no code.
+
+    Args:
+        path: the file.
+        kwargs: of `torch.load`, such as mmap=True to leave the tensors on the disk.
+
+    Raises:
+        DamagedCheckpointError: a file that is missing, cut off, or no checkpoint of this project.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
+        if "model" not in data:
+            raise KeyError("it has no model")
+    except Exception as e:  # A damaged file can raise anything while it is unpickled.
+        raise DamagedCheckpointError(f"cannot read the checkpoint {path}: {first_line(e)}") from e
+    return data
+
+
+def write_checkpoint(path, data, last):
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        data: what `torch.save` takes.
+        last: make it the one that a resumed run starts from, once it is whole.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with atomic_write(path, "wb") as f:
+            torch.save(data, f)
+    except (OSError, RuntimeError) as e:
+        # torch's zip writer turns a failed write into a RuntimeError.
+        raise UserError(f"cannot write {path}: is the disk full? ({first_line(e)})") from e
+    logger.info(f"saved {path}")
+    if last:
+        tag_last(os.path.dirname(path), os.path.basename(path))
+
+
+def tag_last(folder, basename):
+    """Make a file of a folder the one that a resumed run starts from."""
+    with atomic_write(os.path.join(folder, _LAST)) as f:
+        f.write(basename)
+
+
+def link_checkpoint(folder, source, target):
+    """Give `source` the second name `target`, as a hard link where there are any, and make it the last."""
+    source, path = os.path.join(folder, source), os.path.join(folder, target)
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        try:
+            os.link(source, temporary)
+            os.replace(temporary, path)
+            # Renaming onto another name of the same file does nothing, and leaves both.
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+        except OSError:
+            with open(source, "rb") as f, atomic_write(path, "wb") as out:
+                out.writelines(iter(lambda: f.read(1 << 20), b""))
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+    tag_last(folder, target)
+
+
+def checkpoint_files(folder):
+    """Paths of all numbered checkpoints and `model_final.pth` of a folder, by the iteration they hold."""
+    if not os.path.isdir(folder):
+        return []
+    names = [n for n in os.listdir(folder) if _NUMBERED.fullmatch(n) or n == "model_final.pth"]
+    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: _age(folder, name))]
+
+
+def _age(folder, name):
+    """(iteration, name); model_final.pth may be of a shorter run that was extended later."""
+    match = _NUMBERED.fullmatch(name)
+    if match:
+        return int(match[1]), name
+    try:
+        return int(read_checkpoint(os.path.join(folder, name), mmap=True)["iteration"]), name
+    except (DamagedCheckpointError, KeyError):
+        return -1, name
+
+
+def resume_candidates(folder):
+    """Paths of what to resume from: the file that was tagged, then the others, newest first."""
+    files = checkpoint_files(folder)[::-1]
+    try:
+        with open(os.path.join(folder, _LAST), encoding="utf-8") as f:
+            tagged = os.path.join(folder, os.path.basename(f.read().strip()))
+    except (OSError, UnicodeDecodeError):
+        return files
+    if os.path.isfile(tagged):
+        return [tagged, *(path for path in files if path != tagged)]
+    if files:
+        logger.warning(f"{os.path.join(folder, _LAST)} names {tagged!r}, which is not there")
+    return files
+
+
+def prune_checkpoints(folder, saved, max_to_keep):
+    """Remove the oldest numbered checkpoints of a folder, so that `max_to_keep` with `saved` are left."""
+    names = [os.path.basename(path) for path in checkpoint_files(folder)]
+    others = [name for name in names if _NUMBERED.fullmatch(name) and name != saved]
+    for name in others[: len(others) - max_to_keep + 1]:
+        try:
+            os.unlink(os.path.join(folder, name))
+        except FileNotFoundError:
+            # Somebody was faster.
+            continue
+        except OSError as e:
+            raise UserError(f"cannot remove the old checkpoint {name} in {folder}: {e.strerror}") from e

@@ -1,0 +1,108 @@
+"""Ending a run before its end, on all ranks together: after a signal, or when its time is over."""
+
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+from plaintrain.utils import comm
+from plaintrain.utils.heartbeat import rest
+
+logger = logging.getLogger(__name__)
+
+# SIGUSR1 is what Slurm's --signal is usually set to, some time before it ends a job.
+_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+# One Ctrl-C may arrive twice: from the terminal, and handed on by the process that started this one.
+_SAME_SECONDS = 0.5
+_TIME_IS_OVER = 1
+# The request whose block is running: a process has one set of signal handlers.
+_ACTIVE = []
+
+
+class Stopped(SystemExit):
+    """A signal ended the run on all ranks, with a checkpoint; `code` is what a shell reports for it."""
+
+
+class StopRequest:
+    """Tells all ranks together that the run is to end after this step.
+
+    Within its block SIGINT, SIGTERM and SIGUSR1 only ask for it, and a second SIGINT ends the process at
+    once. At the end of the block a run that a signal has stopped raises `Stopped`.
+    """
+
+    def __init__(self, max_time=0):
+        """max_time: seconds from now after which it is made, 0 for no limit."""
+        self._seconds, self._deadline = max_time, time.monotonic() + max_time
+        self.signal, self._first_interrupt, self._agreed, self._handlers = 0, math.inf, 0, {}
+
+    def is_made(self):
+        """Whether a rank has a signal or no time left. The ranks' hosts agree; no device is waited for."""
+        time_is_over = self._seconds and time.monotonic() >= self._deadline
+        reason = self.signal or (_TIME_IS_OVER if time_is_over else 0)
+        # SIGINT is 2, SIGHUP 1 is none of the signals.
+        self._agreed = comm.highest(reason)
+        if self._agreed == _TIME_IS_OVER:
+            logger.warning(
+                f"SOLVER.MAX_TIME of {self._seconds:g} s is over: the run stops after this step, with a "
+                "checkpoint; go on with --resume"
+            )
+        return self._agreed > 0
+
+    def end_evaluation(self):
+        """Raise `Stopped` on every rank if one has a signal; all ranks call it at the same point."""
+        self._agreed = comm.highest(self.signal)
+        if self._agreed:
+            raise Stopped(128 + self._agreed)
+
+    def _handle(self, number, frame):
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if now - self._first_interrupt > _SAME_SECONDS:
+                for child in multiprocessing.active_children():
+                    child.kill()
+                os._exit(128 + number)
+            self._first_interrupt = min(now, self._first_interrupt)
+        if not self.signal and comm.get_local_rank() == 0:
+            name = signal.Signals(number).name
+            # Not the log: this may stand in the middle of a line of it.
+            os.write(2, f"\n{name}: the run stops after this step; Ctrl-C again stops it at once\n".encode())
+        self.signal = number
+
+    def __enter__(self):
+        # Elsewhere Python allows no handlers.
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        _ACTIVE.append(self)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        _ACTIVE.remove(self)
+        rest()
+        if self._agreed > _TIME_IS_OVER and (error is None or isinstance(error, Stopped)):
+            name = signal.Signals(self._agreed).name
+            logger.warning(f"{name}: the run has stopped, with a checkpoint; go on with --resume")
+            # Nobody leaves while another still saves: a launcher ends the rest of a job with its first.
+            comm.synchronize()
+            self._restore()
+            raise Stopped(128 + self._agreed)
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+def is_requested():
+    """Whether a signal has asked this process to end its training."""
+    return any(request.signal for request in _ACTIVE)
+
+
+def end_evaluation_if_requested():
+    """Wait for every rank, and raise `Stopped` on all of them if a signal has come to one."""
+    if _ACTIVE:
+        _ACTIVE[-1].end_evaluation()
+    else:
+        comm.synchronize()

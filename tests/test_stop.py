@@ -1,0 +1,112 @@
+"""Ending a run before its end: plaintrain.utils.stop."""
+
+import os
+import signal
+
+import pytest
+
+from plaintrain.utils import comm, stop
+from plaintrain.utils.stop import Stopped, StopRequest, end_evaluation_if_requested, is_requested
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`clock.now` is what time.monotonic() says."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(stop.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def test_the_time_counts_from_when_the_request_is_made(clock, log):
+    request = StopRequest(5.0)
+    found = []
+    for clock.now in (1000.0, 1004.9, 1005.0, 1100.0):
+        found.append(request.is_made())
+    assert found == [False, False, True, True]
+    assert log.text.count("SOLVER.MAX_TIME of 5 s is over") == 2 and "--resume" in log.text
+
+
+def test_without_a_limit_the_time_is_never_over(clock, log):
+    request = StopRequest()
+    clock.now = 1e12
+    assert not request.is_made() and not StopRequest(0.0).is_made()
+    assert log.text == ""
+
+
+def test_the_run_stops_when_it_is_asked_to_on_any_rank(clock, monkeypatch):
+    request, asked = StopRequest(5.0), []
+    monkeypatch.setattr(comm, "highest", lambda number: asked.append(number) or signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped, request:
+        assert request.is_made()
+        clock.now = 1006.0
+        assert request.is_made()
+    assert asked == [0, 1] and stopped.value.code == 143
+
+
+def test_an_end_by_time_is_an_ordinary_end(clock):
+    with StopRequest(5.0) as request:
+        clock.now = 1006.0
+        assert request.is_made()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_only_asks_for_the_end_which_then_says_how_to_go_on(number, code, log, capfd):
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped, StopRequest() as request:
+        assert not request.is_made() and not is_requested()
+        send(number)
+        assert is_requested() and request.is_made() and request.is_made()
+    assert stopped.value.code == code and signal.getsignal(number) is before
+    assert f"{number.name}: the run has stopped, with a checkpoint; go on with --resume" in log.text
+    assert capfd.readouterr().err.count("the run stops after this step") == 1
+    assert not is_requested()
+
+
+def test_a_signal_that_nobody_asked_about_ends_nothing(capfd):
+    with StopRequest():
+        send(signal.SIGTERM)
+
+
+def test_another_error_is_not_hidden_by_a_signal():
+    with pytest.raises(KeyError), StopRequest() as request:
+        send(signal.SIGTERM)
+        assert request.is_made()
+        raise KeyError
+
+
+def test_one_interrupt_that_arrives_twice_is_one(clock, monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended at once"))
+    with pytest.raises(Stopped), StopRequest() as request:
+        send(signal.SIGINT)
+        clock.now += 0.3
+        send(signal.SIGINT)
+        assert request.is_made()
+
+
+def test_a_second_interrupt_ends_at_once(clock, monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with StopRequest():
+        send(signal.SIGINT)
+        clock.now += 1.0
+        send(signal.SIGTERM)
+        assert codes == []
+        send(signal.SIGINT)
+    assert codes == [130]
+
+
+def test_an_evaluation_ends_where_a_signal_asks_for_it(log):
+    end_evaluation_if_requested()
+    with pytest.raises(Stopped) as stopped, StopRequest():
+        end_evaluation_if_requested()
+        send(signal.SIGUSR1)
+        end_evaluation_if_requested()
+        pytest.fail("went on")
+    assert stopped.value.code == 138 and "--resume" in log.text
