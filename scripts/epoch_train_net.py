@@ -122,7 +122,7 @@ def train_one_epoch(cfg, training, epoch, iterations, test_due):
         late, last = iteration < cfg.SOLVER.MAX_ITER - 1 and stop.is_made(), iteration == iterations[-1]
         # The losses are read only for a write, a test or a save.
         write = every(cfg.LOG_PERIOD, iteration) and not last
-        read = write or last or saver.is_due(iteration)
+        read, due = write or last or saver.is_due(iteration), last and test_due
         optimizer.zero_grad()
         totals = {}
         for samples, share, context in split_batch(model, data, cfg.SOLVER.ACCUMULATE_STEPS):
@@ -146,7 +146,7 @@ def train_one_epoch(cfg, training, epoch, iterations, test_due):
             check_finite(storage, scaler, guard.images_of)  # sync point
         if read:
             comm.average_buffers(model, ema.module)
-        saver.step(iteration, now=late, test_due=last and test_due, skipped_steps=guard.counts)
+        saver.step(iteration, now=late, due=due, skipped_steps=guard.counts)
         for writer in writers if write or late else ():
             writer.write()
         if late:
@@ -182,7 +182,7 @@ def do_train(cfg, model, resume=False):
     logger.info(f"starting training from iteration {start_iter} of {max_iter}, {per_epoch} an epoch")
     with stop, EventStorage(start_iter, state.get("log_window")), closing_all(writers), saver:
         # One that was interrupted after its last step may lack the evaluation.
-        if best.is_stale() or state.get("test_due"):
+        if best.is_stale() or state.get("due"):
             results = do_test(cfg, ema.evaluated)
             store_results(flatten_results(results), start_iter - 1, ema.evaluated, best, saver)
         for (mode, epoch), (following, _) in itertools.pairwise([*flows, ("end", 0)]):
@@ -193,7 +193,7 @@ def do_train(cfg, model, resume=False):
             left = range(max(steps.start, start_iter), steps.stop)
             if mode == "train" and train_one_epoch(cfg, training, epoch, left, due):
                 break
-            with saver.saving_if_stopped(steps.stop - 1, test_due=due, skipped_steps=guard.counts):
+            with saver.saving_if_stopped(steps.stop - 1, due=due, skipped_steps=guard.counts):
                 if mode == "val":
                     metrics = val_one_epoch(cfg, ema.evaluated)
                 elif due:

@@ -95,7 +95,7 @@ def tests_due(cfg, iteration):
 def test_after(cfg, model, iteration, best, saver, due):
     """Compute and store what is due after an iteration, and keep the best model; the results, if any."""
     validation, evaluation = due or (False, False)
-    with saver.saving_if_stopped(iteration, tests_due=due):
+    with saver.saving_if_stopped(iteration, due=due):
         losses = do_validate(cfg, model) if validation else {}
         results = do_test(cfg, model) if evaluation else {}
     if best.update(iteration, {**losses, **flatten_results(results)}):
@@ -116,7 +116,7 @@ def do_train(cfg, model, resume=False):
     model.train()
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
-    clip_gradients = build_gradient_clipper(cfg, model)
+    clip = build_gradient_clipper(cfg, model)
     autocast, scaler = build_amp(cfg, model)
     ema, best = build_ema(cfg, model), BestMetric(cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema, "best": best}
@@ -130,7 +130,7 @@ def do_train(cfg, model, resume=False):
     logger.info(f"starting training from iteration {start_iter} of {max_iter}")
     with stop, EventStorage(start_iter, state.get("log_window")) as storage, closing_all(writers), saver:
         # An interrupted run may lack the tests after its last step.
-        results = test_after(cfg, ema.evaluated, start_iter - 1, best, saver, state.get("tests_due"))
+        results = test_after(cfg, ema.evaluated, start_iter - 1, best, saver, state.get("due"))
         late, start = False, perf_counter()
         for iteration, data in zip(progress_range(start_iter, max_iter), data_loader, strict=False):
             if late or best.is_stale():
@@ -149,7 +149,7 @@ def do_train(cfg, model, resume=False):
                 scaler.scale(losses * share).backward()
                 totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
             scaler.unscale_(optimizer)
-            norm = clip_gradients(need_norm=read or late or guard.enabled)
+            norm = clip(need_norm=read or late or guard.enabled)
             totals, norm = guard.only_finite(totals, norm, scaler)
             if totals:
                 scaler.step(optimizer)
@@ -164,7 +164,7 @@ def do_train(cfg, model, resume=False):
             if read:
                 comm.average_buffers(model, ema.module)
             # The checkpoint comes first: a failing evaluation loses nothing.
-            saver.step(iteration, now=late, tests_due=due, skipped_steps=guard.counts)
+            saver.step(iteration, now=late, due=due, skipped_steps=guard.counts)
             if any(due) and not late:
                 results = test_after(cfg, ema.evaluated, iteration, best, saver, due) or results
             for writer in writers if write or late else ():
