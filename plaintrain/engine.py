@@ -4,17 +4,19 @@ import argparse
 import logging
 import logging.handlers
 import os
+import shutil
 import sys
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from plaintrain.changes import check_changes
 from plaintrain.config import check_cfg, get_cfg, get_value, set_value
 from plaintrain.data.builtin import declare_datasets
+from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.data.loader import count_iters_per_epoch
-from plaintrain.evaluation.loop import flatten_results
 from plaintrain.launch import launch
-from plaintrain.preflight import check_before_training, settle_num_classes
+from plaintrain.preflight import build_meta_model, check_before_training, settle_num_classes
 from plaintrain.scaling import settle_schedule
 from plaintrain.trial import overfit_on, shorten_to_dry_run
 from plaintrain.utils import comm
@@ -125,6 +127,9 @@ def default_setup(cfg, args):
     if not eval_only:
         settle_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
     check_before_training(cfg, resume, eval_only, needs_model=not getattr(args, "predictions", ""))
+    if resume and not eval_only:
+        classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+        check_changes(cfg.OUTPUT_DIR, cfg.dump(), classes, build_meta_model(cfg))
     # Nothing is moved while another rank still looks at it.
     comm.synchronize()
     if dry_run:
@@ -243,20 +248,8 @@ def _write_config(cfg, keep):
         while os.path.exists(os.path.join(cfg.OUTPUT_DIR, f"config-{number}.yaml")):
             number += 1
         kept = os.path.join(cfg.OUTPUT_DIR, f"config-{number}.yaml")
-        os.replace(path, kept)
-        changes = ", ".join(_changes(kept, cfg))
-        logger.warning(f"the config differs from that of the run ({changes}); the earlier one is now {kept}")
+        # A second name first: there is a whole config.yaml at every moment.
+        shutil.copy2(path, kept)
+        logger.warning(f"the config differs from that of the run; the earlier one is now {kept}")
     with atomic_write(path) as f:
         f.write(text)
-
-
-def _changes(path, cfg):
-    """`KEY before -> now` for every line in which a saved config differs."""
-    before = _saved_cfg(path, cfg)
-    before, now = flatten_results(before), flatten_results(cfg)
-    keys = sorted(before.keys() | now.keys())
-    return [
-        f"{key.replace('/', '.')} {before.get(key)} -> {now.get(key)}"
-        for key in keys
-        if before.get(key) != now.get(key)
-    ]

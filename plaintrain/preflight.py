@@ -131,7 +131,7 @@ def check_before_training(cfg, resume, eval_only, needs_model=True):
     _check_test_augmentation(cfg)
     amp, is_used = cfg.SOLVER.AMP, cfg.TEST.AMP or (cfg.SOLVER.AMP.ENABLED and not eval_only)
     build_autocast(is_used, amp.PRECISION, get_device(cfg.MODEL.DEVICE).type)
-    _check_model(cfg)
+    build_meta_model(cfg)
 
 
 def _check_test_augmentation(cfg):
@@ -170,12 +170,12 @@ def _check_schedule(cfg):
         )
 
 
-def _check_model(cfg):
-    """Build the model without memory: a mistake in MODEL is met before an earlier run is moved."""
+def build_meta_model(cfg):
+    """The model without memory: a mistake in MODEL is met before an earlier run is moved."""
     cfg = cfg.clone()
     set_value(cfg, "MODEL.DEVICE", "meta")
     with torch.device("meta"):
-        build_model(cfg)
+        return build_model(cfg)
 
 
 def _check_test_dataset(name, needs_images):

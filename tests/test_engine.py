@@ -178,7 +178,7 @@ def test_unknown_flag_before_the_overrides_is_an_error(capsys):
 def test_setup_writes_the_settled_config_and_the_log(output, capsys):
     cfg = setup(output, "SEED", "7", "CUDNN_BENCHMARK", "True")
     assert torch.backends.cudnn.benchmark is True
-    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt"]
+    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "run.lock"]
     saved = get_cfg()
     saved.merge_from_file(output / "config.yaml")
     assert saved == cfg and saved.MODEL.ROI_HEADS.NUM_CLASSES == 3
@@ -274,7 +274,7 @@ def test_earlier_run_is_moved_to_old_1_and_then_old_2(output):
     (output / "notes.txt").write_text("mine")
     setup(output, "SEED", "1")
     assert contents(output / "old-1") == RUN_FILES
-    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "notes.txt", "old-1"]
+    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "notes.txt", "old-1", "run.lock"]
     assert str(output / "old-1") in (output / "log.txt").read_text()
     setup(output, "SEED", "2")
     assert contents(output / "old-1") == RUN_FILES
@@ -287,7 +287,7 @@ def test_folder_without_a_run_is_left_alone(output):
     output.mkdir()
     (output / "notes.txt").write_text("mine")
     setup(output)
-    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "notes.txt"]
+    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "notes.txt", "run.lock"]
 
 
 @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ def test_two_ranks_agree_on_seed_classes_and_folder(tmp_path):
     assert first["seed"] >= 0 and first["classes"] == 3 and first["frozen"]
     assert Path(first["weights"]).read_text() == RUN_FILES["model_final.pth"]
     output = job.folder / "output"
-    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "log.txt.rank1", "old-1"]
+    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "log.txt.rank1", "old-1", "run.lock"]
     assert f"SEED: {first['seed']}\n" in (output / "config.yaml").read_text()
     assert "rank 0 of 2" in (output / "log.txt").read_text()
     assert "rank 1 of 2" in (output / "log.txt.rank1").read_text()

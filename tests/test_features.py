@@ -566,3 +566,90 @@ def test_a_dry_run_notices_a_checkpoint_that_does_not_come_back(run):
     results = iter([{"few_val": {"bbox": {"AP": 10.0}}}, {"few_val": {"bbox": {"AP": 12.0}}}])
     with pytest.raises(UserError, match=r"read back is another model: few_val/bbox/AP was 10 and is 12"):
         run("out", flags=["--dry-run"], do_test=lambda cfg, model: next(results))
+
+
+# ---- another config on resume ---------------------------------------------------------------------
+
+
+def test_what_can_change_on_resume_does_and_is_shown_as_a_table(run, tmp_path, capsys):
+    run("out", "SOLVER.MAX_ITER", 4, "SOLVER.OPTIMIZER", "SGD", "SOLVER.WARMUP_ITERS", 0)
+    changed = ["SOLVER.BASE_LR", 0.0005, "SOLVER.WEIGHT_DECAY", 0.5, "SOLVER.NESTEROV", True]
+    changed += [
+        "SOLVER.MAX_ITER",
+        8,
+        "LOG_PERIOD",
+        1,
+        "SOLVER.CHECKPOINT_PERIOD",
+        2,
+        "SOLVER.WARMUP_ITERS",
+        0,
+    ]
+    run("out", "SOLVER.OPTIMIZER", "SGD", *changed, flags=["--resume"])
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["key", "before", "now", "effect"] in shown
+    assert ["SOLVER.MAX_ITER", "4", "8", "from", "here", "on"] in shown
+    assert ["SOLVER.WEIGHT_DECAY", "0.0001", "0.5", "from", "here", "on"] in shown
+    assert not any(row[:1] == ["SEED"] for row in shown)
+    (group, *_) = load(tmp_path / "out/model_0000007.pth")["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["nesterov"], group["lr"]) == (0.5, True, 0.0005)
+    assert [line["iteration"] for line in lines(tmp_path / "out")][-4:] == [4, 5, 6, 7]
+    assert (tmp_path / "out/model_0000005.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "changed, key",
+    [
+        (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "MODEL.META_ARCHITECTURE was RetinaNet in"),
+        (["MODEL.TINY.OUT_CHANNELS", 32], "MODEL.TINY.OUT_CHANNELS was 16 .* and is 32 now"),
+        (["SOLVER.OPTIMIZER", "SGD"], "SOLVER.OPTIMIZER was AdamW .* and is SGD now"),
+        (["SOLVER.BIAS_LR_FACTOR", 2.0], "grouped by .*BIAS_LR_FACTOR"),
+        (["DATALOADER.RANDOM_SUBSET_RATIO", 0.5], "DATASETS.TRAIN has 6 images, .* it had 12"),
+    ],
+)
+def test_what_cannot_change_on_resume_is_refused_by_name(run, tmp_path, changed, key):
+    run("out", "SOLVER.MAX_ITER", 4)
+    before = (tmp_path / "out/last_checkpoint").read_text(), weights(tmp_path / "out/model_final.pth")
+    if "RANDOM_SUBSET" in changed[0]:
+        changed = [*changed, "DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"]
+    with pytest.raises(UserError, match=key):
+        run("out", "SOLVER.MAX_ITER", 8, *changed, flags=["--resume"])
+    after = (tmp_path / "out/last_checkpoint").read_text(), weights(tmp_path / "out/model_final.pth")
+    assert before[0] == after[0] and same(before[1], after[1])
+
+
+def test_another_batch_in_the_middle_of_a_pass_goes_on_with_the_images_that_are_left(run, tmp_path, capsys):
+    seen = []
+
+    def check_finite(storage, scaler, images_of):
+        seen.append((storage.iter, images_of(storage.iter)))
+
+    # 12 images: 5 batches of 2, then 3 of 4, which take in two images of the next pass.
+    grouped = ["DATALOADER.ASPECT_RATIO_GROUPING", True, "DATALOADER.GROUP_WINDOW", 2, "LOG_PERIOD", 1]
+    run("out", *grouped, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 5, check_finite=check_finite)
+    resumed = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 10]
+    run("out", *grouped, *resumed, flags=["--resume"], check_finite=check_finite)
+    images = [image for _, batch in seen for image in batch]
+    assert len(images) == 5 * 2 + 5 * 4 and [len(batch) for _, batch in seen] == [2] * 5 + [4] * 5
+    assert len(set(images[:12])) == len(set(images[12:24])) == 12
+    assert "from iteration 5 on a batch has 4 images and not 2" in capsys.readouterr().out
+    # Killed and resumed again, with the same batch: the same images.
+    (tmp_path / "out/last_checkpoint").write_text("model_0000005.pth")
+    (tmp_path / "out/model_final.pth").unlink()
+    before, seen[:] = seen[6:], []
+    run("out", *grouped, *resumed, flags=["--resume"], check_finite=check_finite)
+    assert seen == before
+
+
+def test_another_batch_in_a_run_that_is_counted_in_epochs_is_refused(run, tmp_path):
+    run("out", *EPOCHS, "SOLVER.MAX_EPOCHS", 1, script="epoch")
+    changed = ["SOLVER.IMS_PER_BATCH", 6]
+    with pytest.raises(UserError, match=r"SOLVER.IMS_PER_BATCH was 4 .* and is 6 now"):
+        run("out", *EPOCHS, "SOLVER.MAX_EPOCHS", 2, *changed, script="epoch", flags=["--resume"])
+
+
+def test_an_extended_run_evaluates_what_it_had_finished_with(run, tmp_path):
+    best = ["TEST.BEST_METRIC", "bbox/AP", "SOLVER.MAX_ITER"]
+    run("out", *best, 6, do_test=evaluations(9.0))
+    # The best of the run before is the best still.
+    run("out", *best, 12, flags=["--resume"], do_test=evaluations(9.0, 5.0))
+    assert load(tmp_path / "out/model_best.pth")["iteration"] == 5

@@ -18,6 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from plaintrain.utils.files import atomic_write, writing
 from plaintrain.utils.storage import EventStorage, every, get_event_storage
 
 __all__ = [
@@ -108,10 +109,8 @@ class JSONWriter(EventWriter):
         kept = {line["iteration"]: line for line in _json_lines(self._path) if line["iteration"] < start_iter}
         for at in [at for at in lines if at < start_iter]:
             kept[at] = {**kept.get(at, {}), "iteration": at, **lines.pop(at)}
-        temporary = f"{self._path}.tmp"
-        with open(temporary, "w", encoding="utf-8") as f:
+        with atomic_write(self._path) as f:
             f.writelines(json.dumps(kept[at]) + "\n" for at in sorted(kept))
-        os.replace(temporary, self._path)
         self._last_write = start_iter - 1
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
@@ -122,26 +121,30 @@ class JSONWriter(EventWriter):
         for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
             if at > self._last_write:
                 lines[at][name] = value if math.isfinite(value) else None
-        if self._file is None:
-            self._open(storage.start_iter, lines)
-        for at in sorted(lines):
-            self._file.write(json.dumps({"iteration": at, **lines[at]}, allow_nan=False) + "\n")
-            self._last_write = at
-        self._file.flush()
+        with writing(self._path):
+            if self._file is None:
+                self._open(storage.start_iter, lines)
+            for at in sorted(lines):
+                self._file.write(json.dumps({"iteration": at, **lines[at]}, allow_nan=False) + "\n")
+                self._last_write = at
+            self._file.flush()
 
     def close(self):
         if self._file is not None:
-            self._file.close()
+            with writing(self._path):
+                self._file.close()
 
 
 def _json_lines(path):
-    """The objects of a JSON-lines file; a last line that was cut off is left out."""
+    """The objects of a JSON-lines file; what is none, such as a last line that was cut off, is left out."""
     if not os.path.exists(path):
         return
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+            with contextlib.suppress(ValueError, RecursionError):
+                content = json.loads(line)
+                if isinstance(content, dict) and isinstance(content.get("iteration"), int):
+                    yield content
 
 
 class TensorboardXWriter(EventWriter):
@@ -165,7 +168,10 @@ class TensorboardXWriter(EventWriter):
 
     def write(self):
         """Write what is new since the last call; takes the images and histograms out of the storage."""
-        storage = get_event_storage()
+        with writing(self._log_dir):
+            self._write(get_event_storage())
+
+    def _write(self, storage):
         if self._file is None:
             self._open(storage.start_iter)
         values = defaultdict(list)
@@ -188,4 +194,5 @@ class TensorboardXWriter(EventWriter):
 
     def close(self):
         if self._file is not None:
-            self._file.close()
+            with writing(self._log_dir):
+                self._file.close()

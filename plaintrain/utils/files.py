@@ -21,17 +21,29 @@ def atomic_write(path, mode="w"):
     """
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
         _sync_folder(os.path.dirname(path) or ".")
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Say which file cannot be written when the system raises an error within the block.
+
+    Raises:
+        UserError: names the file and the system's reason.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
 
 
 def _sync_folder(folder):

@@ -23,6 +23,18 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
+class _FileHandler(logging.FileHandler):
+    """Writes lines to a file; a disk that is full costs the lines, and is told once."""
+
+    _told = False
+
+    def handleError(self, record):  # noqa: N802 - logging's name
+        """Tell on the console that the file is not complete."""
+        if not self._told:
+            self._told = True
+            print(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
+
+
 def setup_logger(output=None, distributed_rank=0, name="plaintrain"):
     """Send a logger's lines to the console (rank 0 only) and to a file per rank.
 
@@ -46,7 +58,7 @@ def setup_logger(output=None, distributed_rank=0, name="plaintrain"):
     if output:
         suffix = f".rank{distributed_rank}" if distributed_rank else ""
         path = os.path.join(output, "log.txt" + suffix)
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        handlers.append(_FileHandler(path, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(_FORMAT, _DATE))
         logger.addHandler(handler)

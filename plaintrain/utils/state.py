@@ -7,11 +7,18 @@ import torch
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
+_GROUPED_BY = (
+    "its parameters are chosen and grouped by MODEL.BACKBONE.FREEZE_AT, SOLVER.BACKBONE_MULTIPLIER, "
+    "BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and WEIGHT_DECAY_NORM"
+)
 _NORM_BUFFERS = (".running_mean", ".running_var")
 
 
 def load_state(item, state, what):
-    """`item.load_state_dict(state)`, refusing the state of another kind of optimizer."""
+    """`item.load_state_dict(state)`, refusing the state of another kind of optimizer.
+
+    A decay and Nesterov's momentum that the optimizer was built with stay; a schedule sets the rest.
+    """
     kinds = [
         {"betas", "momentum"} & set(group)
         for groups in (state, item.state_dict())
@@ -23,9 +30,14 @@ def load_state(item, state, what):
     try:
         if len(kinds) == 2 and kinds[0] != kinds[1]:
             raise ValueError("it is of another kind, see SOLVER.OPTIMIZER")
+        groups = getattr(item, "param_groups", [])
+        built = [{key: g[key] for key in ("weight_decay", "nesterov") if key in g} for g in groups]
         item.load_state_dict(state)
+        for group, options in zip(getattr(item, "param_groups", []), built, strict=True):
+            group.update(options)
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{what} does not fit this run: {e}") from e
+        hint = f"; {_GROUPED_BY}" if isinstance(item, torch.optim.Optimizer) else ""
+        raise UserError(f"{what} does not fit this run: {e}{hint}") from e
 
 
 def plain(value, name):

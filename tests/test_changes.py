@@ -1,0 +1,96 @@
+"""A config that differs from that of the run that is resumed: plaintrain.changes."""
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from plaintrain.changes import check_changes, config_changes
+from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.utils.errors import UserError
+
+CONFIG = {
+    "MODEL": {"META_ARCHITECTURE": "RetinaNet", "FPN": {"OUT_CHANNELS": 64}, "WEIGHTS": "a.pth"},
+    "SOLVER": {"BASE_LR": 0.1, "IMS_PER_BATCH": 2, "MAX_EPOCHS": 0, "STEPS": [1, 2]},
+    "OUTPUT_DIR": "here",
+}
+
+
+def config(**changes):
+    """The YAML of CONFIG with `SECTION__KEY=value`."""
+    tree = yaml.safe_load(yaml.safe_dump(CONFIG))
+    for name, value in changes.items():
+        *sections, key = name.split("__")
+        part = tree
+        for section in sections:
+            part = part[section]
+        part[key] = value
+    return yaml.safe_dump(tree)
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Function (saved config, config, classes, model) that saves a run and looks at its continuation."""
+
+    def call(saved, now, classes=("a", "b"), model=None):
+        about = {"config": saved, "class_names": ["a", "b"]}
+        DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path), about=about).save("model_final", iteration=3)
+        check_changes(str(tmp_path), now, list(classes), model or nn.Linear(2, 2, device="meta"))
+
+    return call
+
+
+def test_changes_are_found_at_any_depth_also_keys_that_come_and_go():
+    now = config(SOLVER__BASE_LR=0.2, SOLVER__STEPS=[1], SOLVER__NEW=True)
+    assert config_changes(config(MODEL__OLD="x"), now) == [
+        ("MODEL.OLD", "x", "-"),
+        ("SOLVER.BASE_LR", 0.1, 0.2),
+        ("SOLVER.NEW", "-", True),
+        ("SOLVER.STEPS", [1, 2], [1]),
+    ]
+
+
+def test_nothing_is_said_about_the_same_config(check, log):
+    check(config(), config())
+    assert "differs" not in log.text
+
+
+def test_the_table_says_what_a_change_does(check, log):
+    check(config(), config(SOLVER__BASE_LR=0.2, OUTPUT_DIR="there", MODEL__WEIGHTS="b" * 99))
+    rows = [line.split(None, 3) for line in log.text.partition("differs")[2].splitlines()[1:]]
+    assert rows == [
+        ["key", "before", "now", "effect"],
+        ["MODEL.WEIGHTS", "a.pth", "b" * 37 + "...", "none: the checkpoint's weights are taken"],
+        ["OUTPUT_DIR", "here", "there", "here"],
+        ["SOLVER.BASE_LR", "0.1", "0.2", "from here on"],
+    ]
+
+
+def test_another_model_is_refused_by_the_key_that_made_it(check, log):
+    with pytest.raises(UserError, match="FPN.OUT_CHANNELS was 64 in the run that is resumed and is 32 now"):
+        check(config(), config(MODEL__FPN={"OUT_CHANNELS": 32}), model=nn.Linear(2, 3, device="meta"))
+    assert "refused" in log.text
+    # The same key in a model of the same shape is a change like others.
+    check(config(), config(MODEL__FPN={"OUT_CHANNELS": 32}))
+
+
+@pytest.mark.parametrize("classes", [("b", "a"), ("a",)])
+def test_other_classes_are_refused(check, classes):
+    with pytest.raises(UserError, match="DATASETS.TRAIN was of .* and is of"):
+        check(config(), config(), classes)
+
+
+def test_another_batch_is_refused_only_where_the_run_is_counted_in_epochs(check):
+    check(config(), config(SOLVER__IMS_PER_BATCH=4))
+    with pytest.raises(UserError, match="SOLVER.IMS_PER_BATCH was 2"):
+        check(config(SOLVER__MAX_EPOCHS=3), config(SOLVER__MAX_EPOCHS=3, SOLVER__IMS_PER_BATCH=4))
+
+
+def test_what_is_no_run_is_not_compared(tmp_path, log):
+    model = nn.Linear(2, 2)
+    check_changes(str(tmp_path), config(), ["a"], model)
+    (tmp_path / "model_final.pth").write_bytes(b"damaged")
+    check_changes(str(tmp_path), config(), ["a"], model)
+    torch.save({"model": {}, "iteration": 1}, tmp_path / "model_final.pth")
+    check_changes(str(tmp_path), config(), ["a"], model)
+    assert log.text == ""
