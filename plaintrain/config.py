@@ -136,7 +136,8 @@ def _merge(new, node, path, source):
         key = str(key)
         name = ".".join([*path, key])
         if key not in node:
-            if not node.is_new_allowed():
+            # yacs keeps its own state beside the keys.
+            if not node.is_new_allowed() or key in vars(node):
                 raise ConfigError(_unknown_key(name, node, path, source))
             setattr(node, key, _to_node(value, name, source))
         elif not isinstance(node[key], _YacsNode):
@@ -199,9 +200,12 @@ def _literal(value):
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        literal = ast.literal_eval(value)
+        # What is too long to be printed, or nested too deeply, is none either.
+        repr(literal)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return value
+    return literal
 
 
 def _coerce(old, value, name, source):
@@ -215,7 +219,7 @@ def _coerce(old, value, name, source):
         old = NULLABLE[name]
     if type(old) is type(value):
         pass
-    elif isinstance(old, float) and type(value) is int:
+    elif isinstance(old, float) and type(value) is int and value.bit_length() <= 64:
         value = float(value)
     elif isinstance(old, tuple | list) and isinstance(value, tuple | list):
         value = type(old)(value)

@@ -65,7 +65,13 @@ def segmentation_mistake(segmentation, height, width):
     if isinstance(segmentation, list | tuple):
         wrong = [str(polygon)[:60] for polygon in segmentation if not is_polygon(polygon)]
         what = "has a polygon that is no list x, y, x, y, ... of 3 finite points or more: "
-        return ("bad_polygon", what + wrong[0]) if wrong else None
+        if wrong:
+            return "bad_polygon", what + wrong[0]
+        reach = max(max(map(abs, polygon)) for polygon in segmentation)
+        if reach > 10 * (height + width):
+            # pycocotools takes memory for the length of its outline.
+            return "bad_polygon", f"has a polygon that reaches to {reach:g}, far outside its image"
+        return None
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "bad_rle", f"has a segmentation that is neither polygons nor an RLE: {str(segmentation)[:60]}"
     size = segmentation["size"]
@@ -76,6 +82,10 @@ def segmentation_mistake(segmentation, height, width):
     return None
 
 
+# Of a run in pycocotools' strings: 5 bits each, and 32 in all.
+_MAX_LETTERS = 7
+
+
 def _sum_of_runs(counts):
     """Pixels that an RLE's counts cover, or None if they are malformed."""
     if isinstance(counts, list | tuple):
@@ -84,19 +94,22 @@ def _sum_of_runs(counts):
     if not isinstance(counts, str | bytes):
         return None
     # As `rleFrString` in pycocotools' maskApi.c.
-    letters = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8)
+    data = counts.encode(errors="replace") if isinstance(counts, str) else counts
+    letters = np.frombuffer(data, dtype=np.uint8)
     letters = letters.astype(np.int64) - 48
     if not letters.size or letters.min() < 0 or letters.max() > 63 or letters[-1] & 32:
         return None
     ends = np.flatnonzero(letters < 32)
     starts = np.append(0, ends[:-1] + 1)
     lengths = ends - starts + 1
+    if lengths.max() > _MAX_LETTERS:
+        return None
     places = 5 * (np.arange(letters.size) - np.repeat(starts, lengths))
     runs = np.add.reduceat((letters & 31) << places, starts)
     runs -= (letters[ends] >> 4) << (5 * lengths)
     # From the fourth on, a run is given by what it has more than the one but one before it.
     runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
-    return None if runs.min() < 0 else int(runs.sum())
+    return None if runs.min() < 0 or runs.max() >= 2**32 else int(runs.sum())
 
 
 def segmentation_to_rle(segmentation, height, width):

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -17,6 +18,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.reading import check_file
 from plaintrain.weight_classes import select_classes
 from plaintrain.weight_names import match_names, translate
 
@@ -126,8 +128,19 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")
 
 
+def _check_stored(path):
+    """Refuse a zip that unpacks to more than it is, which torch, who compresses nothing, would unpack."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > os.path.getsize(path):
+            raise UserError(f"it unpacks to {unpacked:,} bytes, more than it has, which no saved weights do")
+
+
 def _read_content(path):
     try:
+        check_file(path)
+        _check_stored(path)
         if path.endswith(".pkl"):
             with open(path, "rb") as f:
                 return _ArrayUnpickler(f, encoding="latin1").load()
@@ -197,7 +210,7 @@ def _check_eps(model, path):
 def averaged_state(ema):
     """The state dict of the averaged model in the `ema` of a checkpoint."""
     prefix = "module."
-    return {name.removeprefix(prefix): value for name, value in ema.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): v for name, v in ema.items() if str(name).startswith(prefix)}
 
 
 def load_weights(model, name, class_names=None, *, averaged=False):
@@ -224,9 +237,10 @@ def load_weights(model, name, class_names=None, *, averaged=False):
         logger.info(f"the averaged weights of {name} are taken")
     tensors, of_detectron2 = translate(_tensors(content, path), num_ratios)
     trained_for = content.get("class_names")
-    if class_names and trained_for and list(trained_for) != list(class_names):
+    named = isinstance(trained_for, list | tuple) and trained_for
+    if class_names and named and list(trained_for) != list(class_names):
         logger.warning(
-            f"{name} was trained for the classes {', '.join(trained_for)}, here they are "
+            f"{name} was trained for the classes {', '.join(map(str, trained_for))}, here they are "
             f"{', '.join(class_names)}: what it knows of a class goes to the one in the same place"
         )
     found = match_names(tensors, wanted)

@@ -20,7 +20,6 @@ import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, declare_datasets
@@ -36,9 +35,9 @@ from plaintrain.data.checks import (
 from plaintrain.data.folder import image_header
 from plaintrain.data.images import read_image
 from plaintrain.data.shapes import is_drawn
-from plaintrain.data.write import make_folder, write_coco
+from plaintrain.data.write import make_folder, relative_names, write_coco
 from plaintrain.launch import launch
-from plaintrain.structures import BoxMode, is_polygon
+from plaintrain.structures import BoxMode, segmentation_mistake
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import progress
@@ -131,7 +130,8 @@ def clean_annotation(annotation, record, num_keypoints, changes):
         del annotation["segmentation"]
         changes["malformed run-length encodings dropped, their boxes kept"] += 1
     if "bad_polygon" in problems:
-        polygons = [polygon for polygon in annotation.pop("segmentation") if is_polygon(polygon)]
+        size = record["height"], record["width"]
+        polygons = [p for p in annotation.pop("segmentation") if not segmentation_mistake([p], *size)]
         annotation |= {"segmentation": polygons} if polygons else {}
         changes["annotations lost broken polygons, their boxes kept"] += 1
     if "wrong_keypoints" in problems:
@@ -152,9 +152,8 @@ def write_fixed(folder, records, looks, metadata, problems):
         changes[f"{what} while reading: {KINDS[kind][0]}"] += 1
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "annotations.json")
-    names = [Path(os.path.relpath(record["file_name"], folder)).as_posix() for record in records]
+    root, names = relative_names(record["file_name"] for record in records)
     write_coco(path, records, metadata, names)
-    root = os.path.abspath(folder)
     print(f"  cleaned copy: {path} (FORMAT coco, IMAGE_ROOT {root}), {len(records)} images")
     for text, count in changes.items():
         if count:

@@ -6,8 +6,9 @@ python scripts/convert_dataset.py bccd_train --val bccd_val --to yolo --output D
     --config-file configs/BCCD/Base-BCCD.yaml
 
 NAME is a built-in dataset, or one that DATASETS.DECLARE of the config declares. COCO: writes
-DIR/annotations.json; images are referred to by their path from DIR. YOLO: writes DIR/data.yaml,
-labels/ and images/, which holds links. Images of the shapes set are drawn and written.
+DIR/annotations.json; images are referred to by their path from a folder that holds them all, which is
+said. YOLO: writes DIR/data.yaml, labels/ and images/, which holds links. Images of the shapes set are
+drawn and written.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from plaintrain.config import get_cfg
 from plaintrain.data import declare_datasets
 from plaintrain.data.builtin import read_dataset
 from plaintrain.data.shapes import is_drawn, render
-from plaintrain.data.write import category_ids, make_folder, write_coco
+from plaintrain.data.write import category_ids, make_folder, relative_names, write_coco
 from plaintrain.data.yolo import label_file
 from plaintrain.launch import launch
 from plaintrain.structures import BoxMode
@@ -84,17 +85,18 @@ def put_image(record, target, copy):
 
 def to_coco(records, metadata, output, copy):
     """Write `annotations.json`, and the images that are to be copied or drawn."""
-    names = []
+    files, written = [], set()
     for record, name in zip(progress(records, desc="images"), image_names(records), strict=True):
-        if copy or is_drawn(record["file_name"]):
-            name = f"images/{name}"
-            put_image(record, os.path.join(output, name), copy)
-        else:
-            name = Path(os.path.relpath(record["file_name"], output)).as_posix()
-        names.append(name)
+        file = record["file_name"]
+        if copy or is_drawn(file):
+            file = os.path.join(output, "images", name)
+            put_image(record, file, copy)
+            written = {output}
+        files.append(file)
+    root, names = relative_names(files, *written)
     path = os.path.join(output, "annotations.json")
     write_coco(path, records, metadata, names)
-    logger.info(f"{path}: {_size(records)}; read it with FORMAT coco, IMAGE_ROOT {os.path.abspath(output)}")
+    logger.info(f"{path}: {_size(records)}; read it with FORMAT coco, IMAGE_ROOT {root}")
 
 
 def to_yolo(splits, metadata, output, args):

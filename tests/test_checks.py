@@ -277,7 +277,7 @@ def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_
         "renumbered while reading: annotations with the id of another one: 1",
     ]
     assert [text for text in wanted if text not in said] == []
-    records, metadata = load_coco_json(str(tmp_path / "fixed/annotations.json"), str(tmp_path / "fixed"))
+    records, metadata = load_coco_json(str(tmp_path / "fixed/annotations.json"), str(tiny_coco.images))
     assert [record["image_id"] for record in records] == [2, 11]
     assert records[0]["width"] == 30
     assert [a["bbox"] for a in records[1]["annotations"]][2:] == [[30, 0, 10, 5], [1, 1, 5, 5], [1, 1, 5, 5]]

@@ -56,16 +56,17 @@ def _corners(annotation):
     return BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
 
 
-def _coco(folder):
-    return load_coco_json(str(folder / "annotations.json"), str(folder))
+def _coco(folder, images=None):
+    return load_coco_json(str(folder / "annotations.json"), str(images or folder))
 
 
 # ---- to COCO JSON
 
 
 def test_coco_to_coco_loses_nothing(convert, pets, tiny_coco):
-    folder, _ = convert("pets", "coco")
-    records, metadata = _coco(folder)
+    folder, said = convert("pets", "coco")
+    assert f"IMAGE_ROOT {tiny_coco.images}\n" in said
+    records, metadata = _coco(folder, tiny_coco.images)
     before, known = read_dataset("pets")
     for old, new in zip(before, records, strict=True):
         assert Path(new.pop("file_name")).resolve() == Path(old.pop("file_name"))

@@ -175,7 +175,10 @@ def declare_dataset(name, spec):
 
 
 def _read(spec, problems=None):
-    records, metadata = _FORMATS[spec["FORMAT"]][0](spec, problems)
+    try:
+        records, metadata = _FORMATS[spec["FORMAT"]][0](spec, problems)
+    except RecursionError as e:
+        raise UserError(f"the files of {spec} hold what is nested too deeply to be read") from e
     if "KEYPOINT_FLIP_MAP" in spec:
         metadata["keypoint_flip_map"] = [tuple(pair) for pair in spec["KEYPOINT_FLIP_MAP"]]
     if "FRACTION" in spec:

@@ -38,8 +38,11 @@ class _DatasetCatalog:
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(self.list())}"
             raise UserError(f"the dataset {name!r} is not registered; {hint}")
         if name not in self._loaded:
-            with no_garbage_collection():
-                self._loaded[name] = SerializedRecords(self._functions[name]())
+            try:
+                with no_garbage_collection():
+                    self._loaded[name] = SerializedRecords(self._functions[name]())
+            except RecursionError as e:
+                raise UserError(f"the dataset {name} holds what is nested too deeply to be read") from e
         return self._loaded[name]
 
     def remove(self, name):

@@ -13,18 +13,19 @@ from plaintrain.data.coco_mistakes import annotation_mistake, image_mistake, key
 from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.structures import BoxMode, are_numbers, segmentation_mistake, segmentation_to_rle
 from plaintrain.utils.errors import DataError, UserError, refuse
+from plaintrain.utils.reading import is_below, read_text, reason
 
 _XYWH = BoxMode.XYWH_ABS
 
 
 def _read_json(json_file, what="annotation file"):
     try:
-        with open(json_file, encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
-        raise UserError(f"cannot read the {what} {json_file}: {reason}") from e
-    except (json.JSONDecodeError, RecursionError) as e:
+        text = read_text(json_file)
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read the {what} {json_file}: {reason(e)}") from e
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise UserError(f"the {what} {json_file} is not JSON: {e}") from e
 
 
@@ -221,6 +222,11 @@ def _image_records(images, json_file, image_root, problems):
     records = {}
     for image in images:
         wrong = image_mistake(image, records, json_file)
+        if not wrong and not is_below(image_root, image["file_name"]):
+            wrong = (
+                f"image {image['id']} in {json_file} has the file_name {image['file_name']!r}, which leaves "
+                f"the images' folder {image_root}: let IMAGE_ROOT be a folder that holds all images"
+            )
         if wrong:
             refuse(problems, DataError("broken_image", wrong))
             continue

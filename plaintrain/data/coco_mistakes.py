@@ -2,10 +2,10 @@
 
 import math
 
+from plaintrain.data.folder import is_too_large
 from plaintrain.structures import are_numbers
 
 _NUMBERS = {int, float}
-_AREAS = {*_NUMBERS, type(None)}
 
 
 def image_mistake(image, known_ids, json_file):
@@ -25,6 +25,8 @@ def image_mistake(image, known_ids, json_file):
     for key in ("height", "width"):
         if type(image[key]) is not int or image[key] < 1:
             return f"{where} has the {key} {image[key]!r}, not a number of pixels"
+    if is_too_large(image["height"], image["width"]):
+        return f"{where} is {image['width']} x {image['height']}, more pixels than an image may have"
     if not isinstance(image["file_name"], str):
         return f"{where} has the file_name {image['file_name']!r}"
     if image["id"] in known_ids:
@@ -59,8 +61,9 @@ def annotation_mistake(annotation, image_ids, num_keypoints):
         return _missing(annotation, "bbox") or ("bad_box", what)
     if annotation.get("iscrowd") not in (None, 0, 1):
         return "broken", f"has iscrowd {annotation['iscrowd']!r}, not 0 or 1"
-    if type(annotation.get("area", 0)) not in _AREAS:
-        return "broken", f"has the area {annotation['area']!r}, not a number"
+    area = annotation.get("area")
+    if area is not None and (type(area) not in _NUMBERS or not -1e300 < area < 1e300):
+        return "broken", f"has the area {area!r}, not a number"
     return keypoint_mistake(keypoints, num_keypoints[category_id]) if keypoints else None
 
 

@@ -1,5 +1,6 @@
 """A folder of images -> records without annotations, for prediction."""
 
+import errno
 import os
 import struct
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from plaintrain.utils.errors import DataError, UserError, refuse
+from plaintrain.utils.reading import check_file, reason
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
@@ -18,16 +20,40 @@ def list_images(folder):
     """Paths of the image files in a folder and the folders below it, sorted.
 
     Raises:
-        UserError: no such folder, or no image in it.
+        UserError: no such folder, no image in it, or a link by which the list would not end.
     """
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}, where images were expected")
-    found = []
+    found, seen = [], set()
     for parent, _, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            raise UserError(f"the folder {real} is reached twice, also as {parent}: a link leads there")
+        seen.add(real)
         found += [os.path.join(parent, name) for name in names if name.lower().endswith(_EXTENSIONS)]
     if not found:
         raise UserError(f"there is no image in {folder}; known endings: {' '.join(_EXTENSIONS)}")
     return sorted(found)
+
+
+def open_image(file_name):
+    """`PIL.Image.open`, for what is a file and has no program in it.
+
+    Raises:
+        One of `BROKEN_IMAGE`.
+    """
+    check_file(file_name)
+    image = Image.open(file_name)
+    if image.format == "EPS":
+        image.close()
+        # Pillow would have Ghostscript run what the file says.
+        raise OSError(errno.EINVAL, "it is PostScript, a program, whatever its name ends in")
+    return image
+
+
+def is_too_large(height, width):
+    """Whether Pillow would refuse to decode an image of this size, as a decompression bomb."""
+    return Image.MAX_IMAGE_PIXELS is not None and height * width > 2 * Image.MAX_IMAGE_PIXELS
 
 
 def image_header(file_name):
@@ -37,14 +63,14 @@ def image_header(file_name):
         DataError: the file is missing or not an image.
     """
     try:
-        with Image.open(file_name) as image:
+        with open_image(file_name) as image:
             width, height = image.size
             # The PNG class' own method would decode the whole image first.
             orientation = int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     except FileNotFoundError as e:
         raise DataError("unreadable", f"the image file {file_name} does not exist") from e
     except BROKEN_IMAGE as e:
-        raise DataError("unreadable", f"cannot read the image file {file_name}: {e}") from e
+        raise DataError("unreadable", f"cannot read the image file {file_name}: {reason(e)}") from e
     return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
 
 

@@ -2,11 +2,12 @@
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from plaintrain.data import shapes
-from plaintrain.data.folder import BROKEN_IMAGE
+from plaintrain.data.folder import BROKEN_IMAGE, image_header, open_image
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.reading import reason
 
 
 def read_image(file_name):
@@ -23,7 +24,7 @@ def read_image(file_name):
     if shapes.is_drawn(file_name):
         return torch.from_numpy(shapes.render(file_name)).permute(2, 0, 1)
     try:
-        with Image.open(file_name) as image:
+        with open_image(file_name) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 # 16 bits, which Pillow may hold in 32: keep the upper 8, as a plain cast would clip.
@@ -33,7 +34,7 @@ def read_image(file_name):
     except FileNotFoundError as e:
         raise UserError(f"the image file {file_name} does not exist") from e
     except BROKEN_IMAGE as e:
-        raise UserError(f"cannot read the image file {file_name}: {e}") from e
+        raise UserError(f"cannot read the image file {file_name}: {reason(e)}") from e
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
@@ -52,7 +53,4 @@ def check_image_size(record, image):
 
 def _is_turned(file_name):
     """Whether an image file's EXIF orientation exchanges its sides."""
-    if shapes.is_drawn(file_name):
-        return False
-    with Image.open(file_name) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return not shapes.is_drawn(file_name) and image_header(file_name)[2] >= 5

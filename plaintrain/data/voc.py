@@ -9,11 +9,13 @@ import logging
 import math
 import os
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 from plaintrain.data.catalog import select_classes
-from plaintrain.data.folder import image_header
+from plaintrain.data.folder import image_header, is_too_large
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import DataError, UserError, refuse
+from plaintrain.utils.reading import MAX_BYTES, check_file, read_text, reason
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +86,8 @@ def _choose_classes(folder, classes, problems):
 def _read_split(root, split):
     path = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
     try:
-        with open(path, encoding="utf-8") as f:
-            names = [line.strip() for line in f if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
+        names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    except (OSError, ValueError) as e:
         folder = os.path.dirname(path)
         known = sorted(os.path.splitext(p)[0] for p in os.listdir(folder)) if os.path.isdir(folder) else []
         hint = f"; splits there: {', '.join(known)}" if known else ""
@@ -105,9 +106,17 @@ def _image_files(folder):
 
 def _parse(xml_file):
     try:
-        return ElementTree.parse(xml_file).getroot()
+        check_file(xml_file)
+        size, limit = os.path.getsize(xml_file), 32 * MAX_BYTES
+        text = Path(xml_file).read_bytes() if size <= limit else b""
     except OSError as e:
-        raise UserError(f"cannot read the annotation file {xml_file}: {e.strerror}") from e
+        raise UserError(f"cannot read the annotation file {xml_file}: {reason(e)}") from e
+    if size > limit or b"<!DOCTYPE" in text:
+        # Its entities could stand for more text than there is memory.
+        what = f"{size:,} bytes, more than {limit:,}" if size > limit else "a DOCTYPE"
+        raise UserError(f"the annotation file {xml_file} has {what}, which no VOC annotation has")
+    try:
+        return ElementTree.fromstring(text)
     except (ElementTree.ParseError, LookupError, ValueError) as e:
         raise UserError(f"the annotation file {xml_file} is not XML: {e}") from e
 
@@ -151,6 +160,8 @@ def _record(xml_file, image_file, labels, problems):
     size = root.find("size")
     if size is not None and size.findtext("width") not in (None, "0"):
         width, height = (int(_number(size, tag, xml_file)) for tag in ("width", "height"))
+        if min(width, height) < 1 or is_too_large(height, width):
+            raise UserError(f"{xml_file}: <size> is {width} x {height}, not that of an image")
     else:
         height, width, _ = image_header(image_file)
     annotations = []

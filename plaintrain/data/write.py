@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 from pycocotools import mask as coco_mask
 
@@ -23,6 +24,14 @@ def make_folder(path):
             raise UserError(f"the folder {path} is not empty, and nothing in it is to be overwritten")
     except OSError as e:
         raise UserError(f"cannot make the folder {path}: {e.strerror}") from e
+
+
+def relative_names(paths, *folders):
+    """(folder, names): a folder that holds these files and folders, and the files' paths from there on."""
+    paths = [os.path.abspath(path) for path in paths]
+    places = [*map(os.path.dirname, paths), *map(os.path.abspath, folders)]
+    folder = os.path.commonpath(places or [os.getcwd()])
+    return folder, [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
 
 
 def category_ids(metadata):

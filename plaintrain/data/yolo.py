@@ -16,10 +16,13 @@ from plaintrain.data.catalog import select_classes
 from plaintrain.data.folder import image_record, list_images
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import DataError, UserError, refuse
+from plaintrain.utils.reading import MAX_BYTES, is_below, read_text, reason
 from plaintrain.utils.yaml_files import parse_yaml
 
 logger = logging.getLogger(__name__)
 
+# Of a file that gives their number instead of their names.
+_MAX_CLASSES = 100_000
 # How far outside 0 to 1 a coordinate may be, for rounding; Ultralytics' own limit.
 _TOLERANCE = 0.01
 
@@ -63,15 +66,15 @@ def load_yolo(data_file, split, classes=None, dataset_root="", problems=None):
     return records, {"thing_classes": chosen}
 
 
-def _read_text(path):
+def _read_text(path, limit=None):
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError("broken", f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+        return read_text(path, limit)
+    except (OSError, ValueError) as e:
+        raise DataError("broken", f"cannot read {path}: {reason(e)}") from e
 
 
 def _read_data(data_file):
-    data = parse_yaml(_read_text(data_file), data_file)
+    data = parse_yaml(_read_text(data_file, MAX_BYTES), data_file)
     if "kpt_shape" in data:
         # Its lines would pass for polygons.
         raise UserError(
@@ -82,7 +85,7 @@ def _read_data(data_file):
 
 def _class_names(data, data_file):
     names, number = data.get("names"), data.get("nc")
-    if names is None and type(number) is int and number > 0:
+    if names is None and type(number) is int and 0 < number <= _MAX_CLASSES:
         return [f"class_{i}" for i in range(number)]
     if isinstance(names, dict):
         if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
@@ -123,20 +126,33 @@ def _image_files(data, data_file, split, root):
     files = []
     for entry in value if isinstance(value, list) else [value]:
         path = os.path.normpath(os.path.join(root, str(entry)))
-        if not os.path.exists(path) and str(entry).startswith("../"):
+        if str(entry).startswith("../") and not (is_below(root, path) and os.path.exists(path)):
             # Roboflow writes ../train/images for a folder beside the file.
             path = os.path.normpath(os.path.join(root, str(entry)[3:]))
+        _check_below(root, path, data_file)
         if path.endswith(".txt"):
             lines = (line.strip() for line in _read_text(path).splitlines())
-            files += [os.path.normpath(os.path.join(os.path.dirname(path), line)) for line in lines if line]
+            listed = [os.path.normpath(os.path.join(os.path.dirname(path), line)) for line in lines if line]
+            for file in listed:
+                _check_below(root, file, path)
+            files += listed
         else:
             files += list_images(path)
     return files
 
 
+def _check_below(root, path, source):
+    if not is_below(root, path):
+        raise UserError(
+            f"{source} names {path}, which is outside the dataset's folder {root}; let the path in the "
+            "data.yaml be a folder that holds all images"
+        )
+
+
 def _image_ids(files, root):
     stems = [Path(file).stem for file in files]
-    if all(stem.isascii() and stem.isdigit() for stem in stems):
+    # No more digits than 64 bits hold.
+    if all(stem.isascii() and stem.isdigit() and len(stem) < 19 for stem in stems):
         stems = [int(stem) for stem in stems]
     if len(set(stems)) == len(stems):
         return stems

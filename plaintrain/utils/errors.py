@@ -1,5 +1,7 @@
 """Exceptions for mistakes that the person who runs a script can mend."""
 
+_LONGEST = 1000
+
 
 class UserError(ValueError):
     """A mistake in the input: a config key, a file, an annotation, an option.
@@ -7,6 +9,13 @@ class UserError(ValueError):
     Its message is one sentence that says what was found, where, and what was expected.
     `plaintrain.launch.launch` prints it without a traceback; every other exception is a bug.
     """
+
+    def __init__(self, message=""):
+        # What it quotes is somebody else's: it may hold line breaks, or be as long as a file.
+        text = " ".join(str(message).splitlines())
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST - 200]} ... {text[-190:]}"
+        super().__init__(text)
 
 
 def first_line(error):

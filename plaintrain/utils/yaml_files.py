@@ -5,17 +5,43 @@ import os
 import yaml
 
 from plaintrain.utils.errors import ConfigError
+from plaintrain.utils.reading import MAX_BYTES, read_text, reason
 
 BASE_KEY = "_BASE_"
+# Values of a YAML text with its aliases written out, sections in sections, files that a file builds on.
+_MAX_VALUES, _MAX_DEPTH, _MAX_FILES = 100_000, 50, 100
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that stands twice in one mapping."""
+    """YAML's safe loader, which also refuses a key that stands twice in one mapping, and alias bombs."""
+
+    def fetch_flow_collection_start(self, token_class):
+        """PyYAML's method, with the check before it: each level is looked at for each further bracket."""
+        if self.flow_level >= _MAX_DEPTH:
+            problem = f"it is nested more than {_MAX_DEPTH} levels deep"
+            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
+        super().fetch_flow_collection_start(token_class)
+
+    def get_single_node(self):
+        """PyYAML's method, with the check after it: a few aliases of aliases are billions of values."""
+        node = super().get_single_node()
+        if node is not None:
+            _measure(node, {})
+        return node
+
+    def construct_number(self, node):
+        """PyYAML's methods, for numbers of 64 bits: more digits take long, and may not even be printed."""
+        known = {"int": self.construct_yaml_int, "float": self.construct_yaml_float}
+        number = known[node.tag.rsplit(":", 1)[-1]](node) if len(node.value) < 80 else 2**64
+        if isinstance(number, int) and number.bit_length() > 64:
+            what = "a number has more than 64 bits"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+        return number
 
     def construct_mapping(self, node, deep=False):
         """PyYAML's method, with the check before it."""
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
                 continue
             if key_node.value in seen:
@@ -24,6 +50,26 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+
+
+def _measure(node, known):
+    """(values, depth) of a node, what it refers to counted each time; `known` are those of others."""
+    if id(node) not in known:
+        # Met again before it is measured, it is in itself.
+        known[id(node)] = _MAX_VALUES, _MAX_DEPTH
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        flat = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+        measured = [_measure(part, known) for part in flat]
+        values, depth = 1 + sum(v for v, _ in measured), 1 + max((d for _, d in measured), default=0)
+        if values > _MAX_VALUES or depth > _MAX_DEPTH:
+            what = f"holds over {_MAX_VALUES:,} values or {_MAX_DEPTH} levels, aliases written out"
+            raise yaml.constructor.ConstructorError(None, None, f"it {what}", node.start_mark)
+        known[id(node)] = values, depth
+    return known[id(node)]
 
 
 def parse_yaml(text, source):
@@ -45,8 +91,9 @@ def parse_yaml(text, source):
         raise ConfigError(f"{source}, line {e.problem_mark.line + 1}: {problem}") from e
     except yaml.YAMLError as e:
         raise ConfigError(_describe(e, source)) from e
-    except (ValueError, KeyError, RecursionError) as e:
-        # Raised for scalars that look like a date or a number and are none, and for deep nesting.
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
+        # Raised for scalars that look like a date or a number, or have a tag, and are none of the kind,
+        # and for deep nesting.
         reason = "it is nested too deeply" if isinstance(e, RecursionError) else e
         raise ConfigError(f"{source} is not valid YAML: {reason}") from e
     if content is None:
@@ -86,10 +133,9 @@ def load_chain(path, chain=()):
         what = "base config file not found" if chain else "config file not found"
         raise ConfigError(f"{what}: {shown}")
     try:
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"cannot read the config file {shown}: {e}") from e
+        text = read_text(path, MAX_BYTES)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read the config file {shown}: {reason(e)}") from e
     content = parse_yaml(text, path)
     bases = content.pop(BASE_KEY, [])
     bases = [bases] if isinstance(bases, str) else bases
@@ -98,5 +144,7 @@ def load_chain(path, chain=()):
     loaded = []
     for base in bases:
         base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        if max(len(loaded), len(chain)) >= _MAX_FILES:
+            raise ConfigError(f"{BASE_KEY} in {path}: a config may build on {_MAX_FILES} files, not on more")
         loaded += load_chain(base, (*chain, path))
     return [*loaded, (path, content)]

@@ -1,0 +1,261 @@
+#!/usr/bin/env python
+"""Feed broken files to the readers: each must give records or one clear `UserError`, nothing else.
+
+python tests/faults/fuzz_readers.py --inputs 10000 --seed 0
+python tests/faults/fuzz_readers.py --reader coco --show 5
+
+Input number i of a reader depends on the seed, the reader and i alone. Half of the inputs are changed
+as bytes, half as the tree that the file holds. Exit code: 0 if every error was clear, else 1.
+"""
+
+import argparse
+import contextlib
+import logging
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mutations import mutate
+from seed_files import FILES
+
+from plaintrain.config import check_cfg, get_cfg
+from plaintrain.data import DatasetCatalog, MetadataCatalog
+from plaintrain.data.builtin import declare_dataset, declare_datasets, read_dataset
+from plaintrain.data.checks import check_problems, check_records
+from plaintrain.data.images import read_image
+from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
+from plaintrain.evaluation.instances import ground_truth
+from plaintrain.evaluation.predictions import read_predictions
+from plaintrain.utils.errors import UserError
+
+# An error is one line that can be read, and an input is refused soon.
+MAX_MESSAGE, MAX_SECONDS = 1500, 10
+NAME = "fuzzed"
+# A file by its name alone or by its path, or a key of the config.
+_NAMED = re.compile(r"\b[\w-]+\.(xml|yaml|json|txt|png)\b|(^| )/\S|\b[A-Z][A-Z_]+(\.[A-Z_]+)+ is")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`files` {name: bytes} are written before each input; those in `changed` are mutated."""
+
+    files: dict
+    changed: tuple
+    run: object
+
+
+@dataclass
+class Report:
+    """What a reader made of its inputs; `foreign` and `unclear` hold lines to repeat a failure by."""
+
+    reader: str
+    counts: Counter = field(default_factory=Counter)
+    foreign: list = field(default_factory=list)
+    unclear: list = field(default_factory=list)
+    slowest: float = 0.0
+
+    def row(self):
+        """One line of the table."""
+        counts = [self.counts.total(), self.counts["ok"], self.counts["refused"]]
+        counts += [len(self.foreign), len(self.unclear)]
+        return f"{self.reader:<8}" + "".join(f"{n:>10}" for n in counts) + f"{self.slowest:>12.3f}"
+
+
+HEAD = f"{'reader':<8}" + "".join(f"{h:>10}" for h in ("inputs", "ok", "refused", "foreign", "unclear"))
+HEAD += f"{'slowest (s)':>12}"
+
+
+def _errors(*actions):
+    """What the actions refuse: each is to be safe also where the one before it has refused."""
+    found = []
+    for action, *args in actions:
+        try:
+            action(*args)
+        except UserError as e:
+            found.append(e)
+    return found
+
+
+def _read_all(name):
+    """Read as scripts/check_dataset.py does."""
+    problems = []
+    records, metadata = read_dataset(name, problems)
+    check_problems(problems)
+    check_records(records, metadata)
+
+
+def check_dataset(spec):
+    """What a script does with a declared dataset before it trains on it, or scores it.
+
+    Returns:
+        (errors, errors that only training with masks or keypoints has)
+    """
+    declare_dataset(NAME, spec)
+    always = _errors(
+        (get_detection_dataset_dicts, NAME),
+        (ground_truth, NAME),
+        (lambda: check_image_files(DatasetCatalog.get(NAME), NAME),),
+        (_read_all, NAME),
+    )
+    with_targets = _errors(
+        (get_detection_dataset_dicts, NAME, True, 0, True), (get_detection_dataset_dicts, NAME, True, 1)
+    )
+    return always, with_targets
+
+
+def _run_config(folder):
+    overrides = (folder / "overrides").read_bytes().decode(errors="surrogateescape").split("\n")
+    cfg = get_cfg()
+    errors = _errors(
+        (cfg.merge_from_file, folder / "config.yaml"),
+        (cfg.merge_from_list, overrides),
+        (check_cfg, cfg),
+        (declare_datasets, cfg),
+    )
+    # What was accepted can be written and read again.
+    get_cfg().merge_from_other_cfg(cfg)
+    cfg.dump()
+    return errors, []
+
+
+def _coco_spec(folder):
+    return {"FORMAT": "coco", "JSON": f"{folder}/a.json", "IMAGE_ROOT": f"{folder}/images"}
+
+
+def _run_coco(folder):
+    return check_dataset(_coco_spec(folder))
+
+
+def _run_results(folder):
+    declare_dataset(f"{NAME}_truth", _coco_spec(folder))
+    path = f"{folder}/results.json"
+    errors, more = check_dataset({**_coco_spec(folder), "FORMAT": "coco_results", "RESULTS": path})
+    return errors + _errors((lambda: list(read_predictions(path, f"{NAME}_truth")),)), more
+
+
+def _run_voc(folder):
+    return check_dataset({"FORMAT": "voc", "ROOT": str(folder), "SPLIT": "train"})
+
+
+def _run_yolo(folder):
+    return check_dataset({"FORMAT": "yolo", "DATA": f"{folder}/data.yaml", "SPLIT": "train"})
+
+
+def _run_image(folder):
+    return _errors(*((read_image, str(path)) for path in sorted(folder.glob("a.*")))), []
+
+
+READERS = {
+    "config": Reader(FILES["config"], ("config.yaml", "overrides"), _run_config),
+    "coco": Reader(FILES["coco"], ("a.json",), _run_coco),
+    "results": Reader(FILES["results"], ("results.json",), _run_results),
+    "voc": Reader(FILES["voc"], ("Annotations/a.xml", "ImageSets/Main/train.txt"), _run_voc),
+    "yolo": Reader(FILES["yolo"], ("data.yaml", "labels/train/a.txt", "list.txt"), _run_yolo),
+    "image": Reader(FILES["image"], tuple(FILES["image"]), _run_image),
+}
+
+
+@contextlib.contextmanager
+def _time_limit():
+    def stop(*_):
+        raise TimeoutError(f"took longer than {MAX_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _forget(known):
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        for name in set(catalog.list()) - known:
+            catalog.remove(name)
+
+
+def why_unclear(message, folder):
+    """What is wrong with an error's message, or None."""
+    if not message.strip() or len(message.splitlines()) != 1:
+        return f"is not one line: {message[:200]!r}"
+    if len(message) > MAX_MESSAGE:
+        return f"has {len(message)} characters: {message[:200]}"
+    named = any(word in message for word in (str(folder), NAME, "command line", "overrides", "DECLARE"))
+    if not named and not _NAMED.search(message):
+        return f"names neither file nor key: {message[:200]}"
+    return None
+
+
+def _attempt(reader, folder, report, where):
+    start = time.perf_counter()
+    try:
+        with _time_limit():
+            errors, more = reader.run(folder)
+        report.counts["refused" if errors else "ok"] += 1
+        unclear = [why for why in (why_unclear(str(e), folder) for e in errors + more) if why]
+        report.unclear += [f"{where}: the error {why}" for why in unclear[:1]]
+    except Exception as e:  # The point of it all: whatever else may come.
+        report.counts["foreign"] += 1
+        report.foreign.append(f"{where}: {type(e).__name__}: {str(e)[:200]}")
+    report.slowest = max(report.slowest, time.perf_counter() - start)
+
+
+def fuzz(name, inputs, seed=0, first=0):
+    """Give `inputs` broken inputs to the reader `name` of `READERS`; a `Report`."""
+    reader, report = READERS[name], Report(name)
+    known = {*DatasetCatalog.list(), *MetadataCatalog.list()}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        folder = Path(folder).resolve() / name
+        try:
+            for path, data in reader.files.items():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_bytes(data)
+            for i in range(first, first + inputs):
+                rng = random.Random(f"{seed} {name} {i}")
+                changed = rng.sample(reader.changed, 1 if rng.random() < 0.8 else min(2, len(reader.changed)))
+                for path in changed:
+                    (folder / path).write_bytes(mutate(path, reader.files[path], rng))
+                _attempt(reader, folder, report, f"--seed {seed} --reader {name} --first {i}")
+                _forget(known)
+                for path in changed:
+                    (folder / path).write_bytes(reader.files[path])
+        finally:
+            logging.disable(logging.NOTSET)
+            shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--inputs", type=int, default=10_000, help="for each reader")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first input, to repeat one")
+    parser.add_argument("--reader", choices=READERS, action="append", help="default: all")
+    parser.add_argument("--show", type=int, default=3, help="failures to print for each reader")
+    args = parser.parse_args()
+    failed = False
+    print(HEAD)
+    for name in args.reader or READERS:
+        report = fuzz(name, args.inputs, args.seed, args.first)
+        print(report.row(), flush=True)
+        for line in report.foreign[: args.show] + report.unclear[: args.show]:
+            print(f"    {line}")
+        failed |= bool(report.foreign or report.unclear)
+    print(f"most memory at any time: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
