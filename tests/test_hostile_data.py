@@ -337,6 +337,14 @@ def test_an_image_of_another_kind_than_its_name_says_is_read(tmp_path, kind):
     assert read_image(str(path)).shape == (3, 30, 40)
 
 
+def test_a_shapes_set_of_absurd_size_is_refused():
+    for key, value in (("HEIGHT", 10**6), ("NUM", 10**12), ("WIDTH", 10**30)):
+        declare_dataset(
+            f"big {key}", {"FORMAT": "shapes", "SPLIT": "train", "NUM": 4, "WIDTH": 10**4, key: value}
+        )
+        refused("shapes needs", by=lambda key=key: get_detection_dataset_dicts(f"big {key}"))
+
+
 def test_an_image_larger_than_its_record_says_is_refused(tiny_coco):
     (tiny_coco.images / "wide.png").write_bytes(_png(41, 30, bytes(124 * 30)))
     records, _ = _coco(tiny_coco)()

@@ -8,6 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 from PIL import Image
 
+from plaintrain.data.folder import is_too_large
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
@@ -20,6 +21,7 @@ _NUM_VERTICES = {"circle": 40, "square": 4, "triangle": 3}
 _SPLITS = {"train": 0, "val": 1, "test": 2}
 _MAX_IOU = 0.3
 _MIN_CONTRAST = 50
+_MAX_IMAGES = 10_000_000
 # Shapes are turned by up to this much, in radians, to either side of lying on an edge.
 _MAX_TURN = np.pi / 18
 
@@ -45,10 +47,10 @@ def load_shapes(split="train", num=2000, height=128, width=128, seed=0):
     """
     if split not in _SPLITS:
         raise UserError(f"shapes has the splits {', '.join(_SPLITS)}, not {split!r}")
-    if min(height, width) < 16 or num < 1 or seed < 0:
+    if min(height, width) < 16 or is_too_large(height, width) or not 1 <= num <= _MAX_IMAGES or seed < 0:
         raise UserError(
-            f"shapes needs HEIGHT and WIDTH >= 16, NUM >= 1 and SEED >= 0, not {height}, {width}, "
-            f"{num} and {seed}"
+            "shapes needs HEIGHT and WIDTH >= 16 and of no more pixels than Pillow takes, NUM from 1 to "
+            f"{_MAX_IMAGES:,} and SEED >= 0, not {height}, {width}, {num} and {seed}"
         )
     records = []
     for index in range(num):

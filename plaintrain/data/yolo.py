@@ -171,7 +171,7 @@ def label_file(image_file):
 
 def _read_labels(record, labels, problems):
     path = label_file(record["file_name"])
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         return []
     annotations = []
     try:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 # Of what is parsed slowly, as YAML and XML are. A file that a person wrote is far smaller.
@@ -10,7 +11,8 @@ MAX_BYTES = 2**19
 
 def check_file(path):
     """Refuse, with an `OSError`, a pipe or a device, which `open` would wait for or read without end."""
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
 
 

@@ -41,6 +41,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         """PyYAML's method, with the check before it."""
         seen = set()
+        # With a tag it may be no mapping, which PyYAML says.
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
                 continue
@@ -94,8 +95,8 @@ def parse_yaml(text, source):
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
         # Raised for scalars that look like a date or a number, or have a tag, and are none of the kind,
         # and for deep nesting.
-        reason = "it is nested too deeply" if isinstance(e, RecursionError) else e
-        raise ConfigError(f"{source} is not valid YAML: {reason}") from e
+        what = "it is nested too deeply" if isinstance(e, RecursionError) else e
+        raise ConfigError(f"{source} is not valid YAML: {what}") from e
     if content is None:
         return {}
     if not isinstance(content, dict):

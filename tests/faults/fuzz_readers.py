@@ -121,9 +121,11 @@ def _run_config(folder):
         (check_cfg, cfg),
         (declare_datasets, cfg),
     )
-    # What was accepted can be written and read again.
-    get_cfg().merge_from_other_cfg(cfg)
-    cfg.dump()
+    if not errors:
+        # What was accepted can be written and read again.
+        again = folder / "again.yaml"
+        again.write_text(cfg.dump(), encoding="utf-8", errors="surrogatepass")
+        get_cfg().merge_from_file(again)
     return errors, []
 
 
