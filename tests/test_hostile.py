@@ -12,11 +12,13 @@ from PIL import Image
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
+from plaintrain.data.builtin import declare_dataset
 from plaintrain.data.coco import load_coco_json, load_coco_results
 from plaintrain.data.folder import image_header
 from plaintrain.data.images import read_image
 from plaintrain.data.voc import load_voc
 from plaintrain.data.yolo import load_yolo
+from plaintrain.evaluation.predictions import read_predictions
 from plaintrain.utils.yaml_files import parse_yaml
 from plaintrain.weights import read_state_dict
 
@@ -106,8 +108,13 @@ def test_postscript_named_as_a_photo_is_not_handed_to_ghostscript(tmp_path, monk
 
 def test_annotations_and_predictions_are_data_only(tmp_path, tiny_coco):
     # A pickle where JSON is expected.
-    tiny_coco.json.write_bytes(pickle.dumps(Evil(tmp_path / "touched")))
-    refused(tiny_coco.json, by=lambda: load_coco_json(str(tiny_coco.json), ""))
+    path = tmp_path / "found.json"
+    path.write_bytes(pickle.dumps(Evil(tmp_path / "touched")))
+    declare_dataset(
+        "pets", {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": str(tiny_coco.images)}
+    )
+    refused(path, by=lambda: read_predictions(str(path), "pets"))
+    refused(path, by=lambda: load_coco_json(str(path), ""))
     assert not (tmp_path / "touched").exists()
 
 
