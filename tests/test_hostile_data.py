@@ -139,6 +139,10 @@ def test_broken_predictions_are_refused(tiny_coco, tmp_path):
     ):
         path.write_text(json.dumps([{**good, **change}]))
         refused(path, "detection 0", by=lambda: list(read_predictions(str(path), "pets")))
+    for size in ([10**6, 10**6], [-30, -40], [0, 0], [10**30, 1], [True, 1200], "ab", [30, 40, 1]):
+        rle = {"size": size, "counts": [10**12 if size == [10**6, 10**6] else 1200]}
+        path.write_text(json.dumps([{"image_id": 11, "category_id": 7, "score": 0.5, "segmentation": rle}]))
+        refused(path, "detection 0", by=lambda: list(read_predictions(str(path), "pets")))
     for text in ("[" * 500_000, "null", "[[1]]", '"a"', "", "[{}]"):
         path.write_text(text)
         refused(path, by=lambda: list(read_predictions(str(path), "pets")))

@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
 from plaintrain.data.coco_mistakes import annotation_mistake, image_mistake, keypoint_mistake
+from plaintrain.data.folder import is_too_large
 from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.structures import BoxMode, are_numbers, segmentation_mistake, segmentation_to_rle
 from plaintrain.utils.errors import DataError, UserError, refuse
@@ -145,7 +146,8 @@ def _complete(detection):
     wrong = None
     if isinstance(segmentation, dict):
         size = segmentation.get("size")
-        if not isinstance(size, list) or len(size) != 2 or {*map(type, size)} != {int}:
+        right = isinstance(size, list) and len(size) == 2 and {*map(type, size)} == {int}
+        if not right or min(size) < 1 or is_too_large(*size):
             return "bad_rle", f"has an RLE of the size {size}, not [height, width]"
         wrong = segmentation_mistake(segmentation, *size)
         if not wrong:
