@@ -1,12 +1,13 @@
 """Mistakes that checkpoints could have, patched in under them: what is written, read and sorted."""
 
 import os
-import sys
 
 import torch
 
 from plaintrain.checkpoint import PeriodicCheckpointer
 from plaintrain.ema import ModelEMA
+from plaintrain.utils import checkpoint_files
+from plaintrain.utils.background import Background, HostCopy
 
 
 def _mapped(value, change):
@@ -128,6 +129,18 @@ def steps_counted_from_one(patch):
 
 
 def sorted_as_text(patch):
-    for name in ("plaintrain.checkpoint", "plaintrain.utils.checkpoint_files"):
-        if name in sys.modules:
-            patch.setattr(sys.modules[name], "sorted", lambda names, key=None: sorted(names), raising=False)
+    patch.setattr(checkpoint_files, "sorted", lambda names, key: sorted(names), raising=False)
+
+
+def nothing_is_copied(patch):
+    """Files are written as late as may be, and not from a copy."""
+    jobs = []
+
+    def wait(self):
+        while jobs:
+            function, arguments = jobs.pop(0)
+            function(*arguments)
+
+    patch.setattr(Background, "submit", lambda self, *job: jobs.append((job[0], job[1:])))
+    patch.setattr(Background, "wait", wait)
+    patch.setattr(HostCopy, "__call__", lambda self, data: data)

@@ -27,7 +27,23 @@ DEFAULTS = {key: NULLABLE.get(key, get_value(get_cfg(), key)) for key in LEAVES}
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 _WORDS = st.sampled_from(
-    ["", "null", "none", "~", "true", "yes", "1e-3", "0x1F", "12:30", "2020-01-01", "-", "a: b"]
+    [
+        "",
+        "null",
+        "none",
+        "~",
+        "true",
+        "yes",
+        "1e-3",
+        "0x1F",
+        "12:30",
+        "2020-01-01",
+        "-",
+        "a: b",
+        " a ",
+        "\ta",
+        "a\n",
+    ]
 )
 STRINGS = _TEXT | _WORDS
 INTS = st.integers(-(2**70), 2**70)
@@ -70,8 +86,9 @@ def same(a, b):
 
 @st.composite
 def settings_of(draw, keys=LEAVES):
-    """(key, value): a key and a value that it takes."""
-    key = draw(st.sampled_from(keys))
+    """(key, value): a key and a value that it takes; each type is as likely."""
+    kind = draw(st.sampled_from(sorted({type(DEFAULTS[key]).__name__ for key in keys})))
+    key = draw(st.sampled_from([key for key in keys if type(DEFAULTS[key]).__name__ == kind]))
     value = KINDS[type(DEFAULTS[key])]
     return key, draw(value | st.none() if key in NULLABLE else value)
 

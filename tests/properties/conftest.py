@@ -7,7 +7,7 @@ settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=150,
+    max_examples=60,
     report_multiple_bugs=False,
     # A busy machine is no failure.
     suppress_health_check=[HealthCheck.too_slow],

