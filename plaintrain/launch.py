@@ -148,10 +148,13 @@ def _end_ranks(ranks):
 
 def _tell_other_machines(job, rank, text):
     """Report a rank that could not do so itself."""
+    if job["local_size"] == job["world_size"] or rank == 0:
+        # Rank 0 took the store with it; that they see themselves.
+        return
     try:
         report_failure(connect(*job["address"]), {"machine": job["machine"], "text": text, "rank": rank})
     except (RuntimeError, OSError):
-        # The store was rank 0's, and went with it; that they see themselves.
+        # The store has gone too.
         return
 
 

@@ -862,14 +862,41 @@ def test_the_window_of_a_storage_is_gone_on_with_and_not_written_again(tmp_path)
             storage.put_scalar("lr", 0.5, smoothing_hint=False)
             storage.step()
         window = storage.window()
-    assert window["loss"] == [[[float(v), v] for v in range(10, 30)], True] and window["lr"][1] is False
+        storage.latest_with_smoothing_hint()
+        assert storage.window()["unwritten"] == {}
+    scalars = window["scalars"]
+    assert scalars["loss"] == [[[float(v), v] for v in range(10, 30)], True] and scalars["lr"][1] is False
     writer = JSONWriter(str(tmp_path / "metrics.json"))
+    assert window["unwritten"] == {}
     with EventStorage(30, window) as storage, closing_all([writer]):
         assert not storage.has_unwritten() and storage.latest() == {}
         storage.put_scalars(loss=torch.tensor(0.0))
     # The median of 11 to 29 and 0.
     line = json.loads((tmp_path / "metrics.json").read_text())
     assert line == {"iteration": 30, "loss": 19.5}
+
+
+def test_what_was_not_written_before_the_end_is_written_by_the_run_that_goes_on(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 1, "loss": 9.0}\n')
+    with EventStorage(2) as storage:
+        storage.put_scalars(loss=torch.tensor(4.0))
+        storage.iter = 3
+        storage.put_scalars(loss=torch.tensor(6.0), bad=torch.tensor(math.nan))
+        # Saved, and ended before the writers came.
+        window = storage.window()
+    with (
+        EventStorage(4, window) as storage,
+        closing_all([JSONWriter(str(path)), TensorboardXWriter(tmp_path)]),
+    ):
+        storage.put_scalars(loss=torch.tensor(1.0))
+        # An evaluation that was due then joins the line.
+        storage.put_scalar("AP", 50.0, cur_iter=3, smoothing_hint=False)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"iteration": 1, "loss": 9.0},
+        {"iteration": 3, "loss": 5.0, "bad": None, "AP": 50.0},
+        {"iteration": 4, "loss": 4.0},
+    ]
 
 
 def test_a_result_without_a_value_is_no_loss_that_diverged():

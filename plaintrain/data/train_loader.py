@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import itertools
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -100,8 +101,8 @@ def _outlive_signals(worker_id):
 
 
 def _obey_parent():
-    # What multiprocessing sends a worker that is no longer needed comes from its parent.
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+    # What multiprocessing sends a worker that is no longer needed comes from the training process.
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != multiprocessing.parent_process().pid:
         pass
     os._exit(0)
 
@@ -141,11 +142,11 @@ class Loader:
                 beat(extra)
                 extra = 0.0
                 yield samples
-        except RuntimeError as e:
-            if "DataLoader worker" not in str(e):
+        except (RuntimeError, MemoryError) as e:
+            if "DataLoader worker" not in str(e) and not isinstance(e, MemoryError):
                 raise
             raise UserError(
-                f"a process that loads images has ended ({first_line(e)}); if the machine's memory is full, "
+                f"a process that loads images has failed ({first_line(e)}); if the machine's memory is full, "
                 "lower DATALOADER.NUM_WORKERS"
             ) from e
 

@@ -105,7 +105,11 @@ class JSONWriter(EventWriter):
         self._path, self._window_size = json_file, window_size
         self._file, self._last_write = None, -1
 
-    def _open(self, start_iter, lines):
+    def _open(self, storage, lines):
+        start_iter = storage.start_iter
+        if storage.unwritten:
+            # The run that is resumed was interrupted between its last save and its last line.
+            lines[start_iter - 1] = {**_finite(storage.unwritten), **lines[start_iter - 1]}
         kept = {line["iteration"]: line for line in _json_lines(self._path) if line["iteration"] < start_iter}
         for at in [at for at in lines if at < start_iter]:
             kept[at] = {**kept.get(at, {}), "iteration": at, **lines.pop(at)}
@@ -120,10 +124,10 @@ class JSONWriter(EventWriter):
         lines = defaultdict(dict)
         for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
             if at > self._last_write:
-                lines[at][name] = value if math.isfinite(value) else None
+                lines[at] |= _finite({name: value})
         with writing(self._path):
             if self._file is None:
-                self._open(storage.start_iter, lines)
+                self._open(storage, lines)
             for at in sorted(lines):
                 self._file.write(json.dumps({"iteration": at, **lines[at]}, allow_nan=False) + "\n")
                 self._last_write = at
@@ -133,6 +137,10 @@ class JSONWriter(EventWriter):
         if self._file is not None:
             with writing(self._path):
                 self._file.close()
+
+
+def _finite(scalars):
+    return {name: value if math.isfinite(value) else None for name, value in scalars.items()}
 
 
 def _json_lines(path):
@@ -154,7 +162,8 @@ class TensorboardXWriter(EventWriter):
         self._log_dir, self._window_size = log_dir, window_size
         self._file, self._last_write, self._last_flush = None, -1, 0.0
 
-    def _open(self, start_iter):
+    def _open(self, storage):
+        start_iter = storage.start_iter
         os.makedirs(self._log_dir, exist_ok=True)
         # SummaryWriter would send each event through a queue to a thread: three times the work.
         self._file = EventsWriter(os.path.join(self._log_dir, "events"))
@@ -162,6 +171,9 @@ class TensorboardXWriter(EventWriter):
             # Hides what an interrupted run wrote beyond the point it is resumed from.
             log = SessionLog(status=SessionLog.START)
             self._file.write_event(Event(session_log=log, step=start_iter, wall_time=time.time()))
+        if storage.unwritten:
+            values = [Summary.Value(tag=name, simple_value=v) for name, v in storage.unwritten.items()]
+            self._add(Summary(value=values), start_iter - 1)
 
     def _add(self, contents, at):
         self._file.write_event(Event(summary=contents, step=at, wall_time=time.time()))
@@ -173,7 +185,7 @@ class TensorboardXWriter(EventWriter):
 
     def _write(self, storage):
         if self._file is None:
-            self._open(storage.start_iter)
+            self._open(storage)
         values = defaultdict(list)
         for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
             if at > self._last_write:

@@ -88,7 +88,8 @@ class EventStorage:
         """
         Args:
             start_iter: the iteration to count from; `iter` equals it until `step()`.
-            window: that of the run that is resumed, so that its medians go on.
+            window: that of the run that is resumed, so that its medians go on; what its writers have not
+                written of its last iteration becomes `unwritten`, {name: value}.
         """
         self.start_iter = start_iter
         self.iter = start_iter
@@ -100,7 +101,8 @@ class EventStorage:
         self._scope = ""
         self.clear_images()
         self.clear_histograms()
-        for name, (values, hint) in (window or {}).items():
+        self.unwritten = (window or {}).get("unwritten", {})
+        for name, (values, hint) in (window or {}).get("scalars", {}).items():
             self._hints[name] = hint
             for value, iteration in values:
                 # The writers of the run that is resumed have had it as the latest.
@@ -113,12 +115,15 @@ class EventStorage:
             size: values a scalar; the window of the writers.
 
         Returns:
-            {name: [[[value, iteration], ...], smoothing hint]}
+            {"scalars": {name: [[[value, iteration], ...], smoothing hint]}, "unwritten": {name: value}}, the
+            latter of this iteration, as a writer would show it.
         """
-        return {
+        scalars = {
             name: [[list(pair) for pair in history.values()[-size:]], self._hints[name]]
             for name, history in self.histories().items()
         }
+        latest = self._smooth(size) if self._unwritten else {}
+        return {"scalars": scalars, "unwritten": {n: v for n, (v, at) in latest.items() if at == self.iter}}
 
     def put_scalar(self, name, value, smoothing_hint=True, cur_iter=None):
         """Store one scalar; see `put_scalars`."""
@@ -240,6 +245,9 @@ class EventStorage:
     def latest_with_smoothing_hint(self, window_size=20):
         """name -> (median of the window or latest value, iteration of the latest); for writers."""
         self._unwritten = False
+        return self._smooth(window_size)
+
+    def _smooth(self, window_size):
         latest = self.latest()
         if window_size not in self._smoothed:
             self._smoothed[window_size] = {

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from plaintrain.utils import heartbeat
 
-_FAILED = "plaintrain/failed"
+_FAILED = "failed"
 _STORE_GONE = json.dumps({"machine": -1, "text": "its process is gone", "rank": 0})
 _SECONDS = 1.0
 # What a rank says that lost its connection to one that failed; that one's own word is waited for.
@@ -23,7 +23,7 @@ _FELT_SECONDS = 5.0
 def report_failure(store, failure, prefix=""):
     """Record a failure as the job's first; returns the first, which may be another."""
     mine = json.dumps(failure)
-    return json.loads(store.compare_set(prefix + _FAILED, "", mine).decode())
+    return json.loads(store.compare_set(f"{prefix}plaintrain/{_FAILED}", "", mine).decode())
 
 
 def connect(host, port):
@@ -89,11 +89,15 @@ class FailureWatch:
     def _key(self, name):
         return f"{self._prefix}plaintrain/{name}"
 
-    def _failure(self):
-        """What was reported first, or None."""
+    def _read(self, name):
+        """What is in the store under a name, or ""."""
         with self._lock:
-            key = self._prefix + _FAILED
-            return self._store.get(key) if self._store.check([key]) else None
+            key = self._key(name)
+            return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def _failure(self):
+        """What was reported first, or ""."""
+        return self._read(_FAILED)
 
     def _talk(self):
         """Say that this process lives, and look whether another has failed."""
@@ -113,9 +117,7 @@ class FailureWatch:
 
     def _look_at_others(self):
         for rank in range(1, self._world_size):
-            with self._lock:
-                key = self._key(f"alive/{rank}")
-                sign = self._store.get(key).decode() if self._store.check([key]) else "0 inf"
+            sign = self._read(f"alive/{rank}") or "0 inf"
             since = self._alive.setdefault(rank, (sign, time.monotonic()))
             if since[0] != sign:
                 self._alive[rank] = sign, time.monotonic()
@@ -140,16 +142,16 @@ class FailureWatch:
 
     def _stuck(self):
         """Where the main threads of all ranks stand that are silent too."""
+        places, ranks = {}, range(self._world_size)
         try:
             with self._lock:
                 self._store.set(self._key(f"stuck/{self._rank}"), _position())
+            before = [self._read(f"alive/{rank}") for rank in ranks]
             # The others find it out at the same time.
             time.sleep(3 * _SECONDS)
-            places = {}
-            for rank in range(self._world_size):
-                with self._lock:
-                    key = self._key(f"stuck/{rank}")
-                    place = self._store.get(key).decode() if self._store.check([key]) else "at work"
+            for rank in ranks:
+                lives = self._read(f"alive/{rank}") != before[rank]
+                place = self._read(f"stuck/{rank}") or ("at work" if lives else "no sign of life")
                 places.setdefault(place, []).append(str(rank))
         except RuntimeError:
             places = {_position(): [str(self._rank)]}

@@ -1,0 +1,200 @@
+"""Every way in which one rank of a job can fail, and how long it takes until all of its processes have ended.
+
+python tests/faults/failures.py
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import Run, newest_checkpoint
+
+from plaintrain.utils import comm
+from plaintrain.utils.storage import get_event_storage
+
+# The iteration in which it happens; a checkpoint is saved every 4.
+AT = 6
+
+
+def _is_there(rank=1):
+    return comm.get_rank() == rank and get_event_storage().iter >= AT
+
+
+def _in_steps(names, act):
+    """Call `act` in the forward pass of iteration AT on rank 1; what it returns is multiplied with a loss."""
+    build_model = names["build_model"]
+
+    def build(cfg):
+        model = build_model(cfg)
+        forward = model.forward
+
+        def failing(samples):
+            losses = forward(samples)
+            if model.training and _is_there():
+                name = next(iter(losses))
+                losses[name] = losses[name] * act()
+            return losses
+
+        model.forward = failing
+        return model
+
+    names["build_model"] = build
+
+
+def nan_loss(names):
+    _in_steps(names, lambda: float("nan"))
+
+
+def exception(names):
+    def fail():
+        raise ValueError("something in the model of rank 1")
+
+    _in_steps(names, fail)
+
+
+def rank_killed(names):
+    _in_steps(names, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def rank_0_killed(names):
+    save = names["build_periodic_checkpointer"]
+
+    def build(*args):
+        saver = save(*args)
+        step = saver.step
+        saver.step = lambda iteration, **kw: (
+            os.kill(os.getpid(), signal.SIGKILL) if _is_there(0) else step(iteration, **kw)
+        )
+        return saver
+
+    names["build_periodic_checkpointer"] = build
+
+
+def main_thread_hangs(names):
+    _in_steps(names, lambda: time.sleep(1000))
+
+
+def process_frozen(names):
+    _in_steps(names, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def _in_workers(act):
+    from plaintrain.data import mapper
+
+    read = mapper.read_image
+
+    def failing(file_name):
+        if comm.get_rank() == 1 and np.random.default_rng().random() < 0.2:
+            act()
+        return read(file_name)
+
+    mapper.read_image = failing
+
+
+def worker_killed(names):
+    _in_workers(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def worker_out_of_memory(names):
+    def fail():
+        raise MemoryError("a worker of rank 1")
+
+    _in_workers(fail)
+
+
+def evaluator_raises(names):
+    from plaintrain.evaluation.coco import COCOEvaluator
+
+    def evaluate(self):
+        if comm.is_main_process():
+            raise RuntimeError("something in the scoring")
+
+    COCOEvaluator.evaluate = evaluate
+
+
+def disk_full(names):
+    whole = torch.save
+
+    def save(data, f, **kwargs):
+        # torch sends tensors between ranks by it too.
+        if kwargs:
+            return whole(data, f, **kwargs)
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    build = names["build_periodic_checkpointer"]
+
+    def failing(*args):
+        saver = build(*args)
+        step = saver.step
+
+        def full_from_then_on(iteration, **kwargs):
+            if iteration >= AT:
+                torch.save = save
+            step(iteration, **kwargs)
+
+        saver.step = full_from_then_on
+        return saver
+
+    names["build_periodic_checkpointer"] = failing
+
+
+# {failure: (what happens, options, what must stand in the output)}
+WORKERS = ["DATALOADER.NUM_WORKERS", 2]
+HANG = ["HANG_TIMEOUT", 5]
+FAILURES = {
+    "NaN loss on one rank": (nan_loss, [], ["NaN or infinite at iteration 6", "images of that batch"]),
+    "an exception on one rank": (exception, [], ["ValueError: something in the model of rank 1"]),
+    "a rank killed (SIGKILL)": (rank_killed, [], ["error: rank 1 was ended by SIGKILL"]),
+    "rank 0 killed (SIGKILL)": (rank_0_killed, [], ["error: rank 0 was ended by SIGKILL"]),
+    "a loader worker killed (SIGKILL)": (worker_killed, WORKERS, ["a process that loads images has failed"]),
+    "a loader worker out of memory": (
+        worker_out_of_memory,
+        WORKERS,
+        ["a process that loads images has failed (Caught MemoryError"],
+    ),
+    "the evaluator raises": (evaluator_raises, [], ["RuntimeError: something in the scoring"]),
+    "the disk is full": (disk_full, [], ["No space left on device"]),
+    "the disk is full, saved in the background": (
+        disk_full,
+        ["SOLVER.ASYNC_CHECKPOINT", True],
+        ["No space left on device"],
+    ),
+    "one rank hangs (5 s allowed)": (main_thread_hangs, HANG, ["HANG_TIMEOUT", "failures.py"]),
+    "one rank is frozen (5 s allowed)": (process_frozen, HANG, ["rank 1: no sign of life"]),
+}
+
+
+def fail(name, folder, num_gpus=2, launch=None):
+    """Let it happen; (run, exit code, seconds from the failure to the end, newest checkpoint)."""
+    faults, options, _ = FAILURES[name]
+    launch = {"num_gpus_per_machine": num_gpus, **(launch or {})}
+    run = Run(folder, [*options, "TEST.EVAL_PERIOD", 0, "SOLVER.MAX_ITER", 12], faults=faults, launch=launch)
+    # From where every rank is at work; a failure in the first of workers may come before.
+    run.wait_for(run.has_said("iter: 5" if options is not WORKERS else "starting training"))
+    start = time.monotonic()
+    code, _ = run.wait(120)
+    return run, code, time.monotonic() - start, newest_checkpoint(folder)[0]
+
+
+def main():
+    print("| failure | seconds to the end of every process | exit code | newest checkpoint |")
+    print("| --- | --- | --- | --- |")
+    wrong = []
+    with tempfile.TemporaryDirectory() as root:
+        for number, (name, (_, _, texts)) in enumerate(FAILURES.items()):
+            run, code, seconds, saved = fail(name, Path(root) / f"run-{number}")
+            print(f"| {name} | {seconds:.1f} | {code} | {saved} |", flush=True)
+            if code == 0 or run.children() or not all(text in run.output for text in texts):
+                wrong.append(f"{name}:\n{run.output[-3000:]}")
+    print("\n".join(wrong))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Kill real training runs at random moments, resume them, and compare with runs that were left alone.
+
+python tests/faults/kill_runs.py --kills 200 --seed 0
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from harness import Run, differences, lines, newest_checkpoint
+
+STEP = [
+    *["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.ACCUMULATE_STEPS", 2],
+    *["MODEL.EMA.ENABLED", True, "SOLVER.CLIP_GRADIENTS.ENABLED", True],
+    *["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"],
+]
+RETINANET = [
+    "MODEL.META_ARCHITECTURE",
+    "RetinaNet",
+    "MODEL.RETINANET.IN_FEATURES",
+    "['p3','p4','p5','p6','p7']",
+]
+EPOCHS = ["SOLVER.MAX_EPOCHS", 4, "WORKFLOW", "[['train', 1], ['val', 1]]"]
+REPEAT = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 0.9]
+PASTE = [
+    *["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8],
+    *["INPUT.AUGMENTATIONS", "['SimpleCopyPaste', 'RandomPhotometricDistort']"],
+]
+ASYNC = ["SOLVER.ASYNC_CHECKPOINT", True]
+GROUPED = ["DATALOADER.GROUP_WINDOW", 2]
+
+# What a run is made of: (script, processes, options).
+MIXES = {
+    "R-CNN": ("plain", 1, GROUPED),
+    "R-CNN, bf16, EMA, accumulation, clipping, 1 worker": (
+        "plain",
+        1,
+        [*STEP, *GROUPED, "DATALOADER.NUM_WORKERS", 1, "TEST.VAL_LOSS_PERIOD", 6],
+    ),
+    "Mask R-CNN, repeat factors, copy-paste, 3 workers": (
+        "plain",
+        1,
+        [*REPEAT, *PASTE, "DATALOADER.NUM_WORKERS", 3],
+    ),
+    "R-CNN, saved in the background, 2 checkpoints kept": (
+        "plain",
+        1,
+        [
+            *STEP,
+            "SOLVER.ASYNC_CHECKPOINT",
+            True,
+            "SOLVER.CHECKPOINT_PERIOD",
+            2,
+            "SOLVER.CHECKPOINT_MAX_TO_KEEP",
+            2,
+        ],
+    ),
+    "epochs, bf16, EMA, accumulation": ("epoch", 1, [*STEP, *EPOCHS]),
+    "two ranks": ("plain", 2, [*STEP, *GROUPED]),
+    "two ranks, epochs, saved in the background": ("epoch", 2, [*EPOCHS, *ASYNC]),
+}
+
+
+def pause_in_writes(names):
+    """Make the moments longer in which a file is written but not yet whole, and say when they begin."""
+    sync = os.fsync
+
+    def slow(fd):
+        print("WRITING", flush=True)
+        time.sleep(0.15)
+        sync(fd)
+
+    os.fsync = slow
+
+
+class Trial:
+    """One feature mix: a run that is left alone, and others that are not."""
+
+    def __init__(self, root, number, mix, rng):
+        self.root, self.rng = Path(root) / f"mix-{number}", rng
+        self.script, self.num_gpus, self.options = mix
+        self.counts, self.found = Counter(), []
+        self.whole = self.root / "whole"
+        run = self._start(self.whole)
+        code, self.seconds = run.wait(300)
+        assert code == 0, run.output
+
+    def _start(self, folder, *, resume=False, faults=None):
+        flags = ["--resume"] if resume else []
+        launch = {"num_gpus_per_machine": self.num_gpus}
+        return Run(folder, self.options, script=self.script, flags=flags, faults=faults, launch=launch)
+
+    def kill_until(self, kills):
+        """Runs that are killed at random moments and resumed, until that many kills have hit."""
+        while self.counts["kills"] < kills:
+            folder, ended = self.root / f"killed-{self.counts['runs']}", False
+            self.counts["runs"] += 1
+            while not ended:
+                ended = self._once(folder, last=self.counts["kills"] >= kills)
+            self.found += [f"{folder.name}: {text}" for text in differences(self.whole, folder)]
+            if not self.found:
+                shutil.rmtree(folder)
+
+    def _once(self, folder, last):
+        """Start or resume, and kill; True if the run came to its end."""
+        resume = newest_checkpoint(folder)[0] >= 0
+        in_write = self.rng.random() < 0.3
+        run = self._start(folder, resume=resume, faults=pause_in_writes if in_write and not last else None)
+        self.counts["resumes"] += resume
+        if last:
+            code, _ = run.wait(300)
+            self._check_end(run, code)
+            return True
+        if in_write:
+            self._wait_for_a_write(run)
+        else:
+            run.process.join(self.rng.uniform(0.1, 1.0) * self.seconds)
+        if run.process.exitcode is not None:
+            self._check_end(run, run.process.exitcode)
+            return True
+        self._kill(run, folder, in_write)
+        return False
+
+    def _check_end(self, run, code):
+        if code != 0:
+            self.counts["lost"] += 1
+            self.found.append(f"ended with {code}:\n{run.output[-2000:]}")
+
+    def _wait_for_a_write(self, run):
+        target = self.rng.randrange(1, 12)
+        run.wait_for(lambda: run.output.count("WRITING") >= target)
+        time.sleep(self.rng.uniform(0, 0.15))
+
+    def _kill(self, run, folder, in_write):
+        reached = max(lines(folder), default=-1)
+        number = self.rng.choice([signal.SIGKILL] * 4 + [signal.SIGTERM])
+        run.kill(number)
+        code, _ = run.wait(60)
+        if code == 0:
+            # It had ended by itself a moment before.
+            return
+        self.counts["kills"] += 1
+        self.counts["in a write"] += in_write
+        self.counts["SIGTERM"] += number == signal.SIGTERM
+        saved, passed = newest_checkpoint(folder)
+        self.counts["unreadable"] += passed
+        self.counts["lost iterations"] += max(0, reached - saved)
+        if number == signal.SIGTERM and code == 143:
+            self.counts["lost iterations after SIGTERM"] += max(0, max(lines(folder), default=-1) - saved)
+
+
+COLUMNS = ("kills", "in a write", "SIGTERM", "resumes", "lost iterations", "unreadable", "lost")
+
+
+def kill_runs(kills, seed, root, mixes=MIXES):
+    """{mix: (counts, differences)} after that many kills, spread evenly over the mixes."""
+    rng, results = random.Random(seed), {}
+    for number, (name, mix) in enumerate(mixes.items()):
+        trial = Trial(root, number, mix, rng)
+        share = kills // len(mixes) + (number < kills % len(mixes))
+        start = time.monotonic()
+        trial.kill_until(share)
+        results[name] = trial.counts, trial.found
+        print(f"{name}: {time.monotonic() - start:.0f} s, {len(trial.found)} differences", file=sys.stderr)
+    return results
+
+
+def show(results):
+    """The table, in Markdown."""
+    rows = [["mix", *COLUMNS, "differences"]]
+    total = Counter()
+    for name, (counts, found) in results.items():
+        total += counts + Counter({"differences": len(found)})
+        rows.append([name, *(counts[c] for c in COLUMNS), len(found)])
+    rows.append(["all", *(total[c] for c in COLUMNS), total["differences"]])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="where the runs are kept; default a temporary folder")
+    parser.add_argument("--mix", type=int, help="only this one, from 0")
+    args = parser.parse_args()
+    chosen = dict(list(MIXES.items())[args.mix : args.mix + 1]) if args.mix is not None else MIXES
+    with contextlib.ExitStack() as stack:
+        root = args.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        results = kill_runs(args.kills, args.seed, root, chosen)
+    print(show(results))
+    bad = [text for _, found in results.values() for text in found]
+    print("\n".join(bad[:20]))
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
