@@ -1,6 +1,7 @@
 """Start a function on every process of a job, or join the job that torchrun or Slurm started."""
 
 import datetime
+import functools
 import os
 import signal
 import sys
@@ -15,7 +16,8 @@ import torch.multiprocessing as mp
 
 from plaintrain.job import find_job
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.network import choose_interface
 from plaintrain.utils.watch import FailureWatch, connect, is_felt, report_failure
 
 # How long a collective may wait for the slowest rank, for example while rank 0 scores.
@@ -75,6 +77,12 @@ def _interrupted():
 
 
 def _describe(error, debug):
+    if "DataLoader worker" in str(error) and isinstance(error, RuntimeError | MemoryError):
+        # PyTorch raises it wherever the training process stands when a worker has gone.
+        text = (
+            f"a process that loads images has failed ({first_line(error)}); if the machine's memory is full, "
+        )
+        error = UserError(text + "lower DATALOADER.NUM_WORKERS")
     if isinstance(error, UserError | FloatingPointError) and not debug:
         return f"error: {error}"
     return "".join(traceback.format_exception(error)).rstrip()
@@ -167,13 +175,13 @@ def _process(local_rank, main_func, args, job, debug):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     rank = job.setdefault("rank", job.get("first_rank", 0) + local_rank)
-    local_rank = job.get("local_rank", local_rank)
+    local_rank = job.setdefault("local_rank", local_rank)
     os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(local_rank), str(job["local_size"])
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job["local_size"]))
-    watch = None
+    watches = []
     try:
-        watch = _join_group(rank, local_rank, job)
+        _join_group(job, watches)
         main_func(*args)
         comm.synchronize()
     except KeyboardInterrupt as e:
@@ -182,7 +190,7 @@ def _process(local_rank, main_func, args, job, debug):
         # The process that spawned this one says it, once for all ranks.
         os._exit(_RANK_INTERRUPTED if spawned else _INTERRUPTED)
     except Exception as e:
-        if watch is not None and not watch.report(_describe(e, debug), felt=is_felt(e)):
+        if not all(watch.report(_describe(e, debug), felt=is_felt(e)) for watch in watches):
             # Another rank failed first; this one only felt it.
             os._exit(1)
         print(f"rank {rank}: ", end="", file=sys.stderr)
@@ -191,34 +199,42 @@ def _process(local_rank, main_func, args, job, debug):
             time.sleep(2)
         _fail(e, debug)
     finally:
-        if watch is not None:
+        for watch in watches:
             watch.stop()
     dist.destroy_process_group()
 
 
-def _join_group(rank, local_rank, job):
-    """Join the process group; returns the watch over the other ranks."""
+def _join_group(job, watches):
+    """Join the process group; the watch over the other ranks is added to `watches` as early as it can be."""
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(job["local_rank"])
         backend = "cpu:gloo,cuda:nccl"
-    ranks, place = (rank, job["world_size"]), (job["machine"], local_rank)
-    if job["address"] is None:
-        dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
-        # torchrun's store outlives the ranks that it starts again.
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return FailureWatch(address, ranks, place, prefix=f"{comm.broadcast(uuid.uuid4().hex)}/")
-    host, port = job["address"]
+    rank, world_size, by_torchrun = job["rank"], job["world_size"], job["address"] is None
+    env = os.environ
+    address = (env["MASTER_ADDR"], int(env["MASTER_PORT"])) if by_torchrun else job["address"]
+    watch = functools.partial(FailureWatch, address, (rank, world_size), (job["machine"], job["local_rank"]))
+    store = _open_store(address, rank, world_size, by_torchrun)
+    if not by_torchrun:
+        # Before the ranks part: rank 0 takes the store with it when it ends.
+        watches.append(watch())
+    if job["local_size"] < world_size:
+        choose_interface(store, job["machine"], address[0])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
+    if by_torchrun:
+        # Its store outlives the ranks that it starts again.
+        watches.append(watch(prefix=f"{comm.broadcast(uuid.uuid4().hex)}/"))
+
+
+def _open_store(address, rank, world_size, by_torchrun):
+    """The store in which the ranks of the job meet."""
+    if by_torchrun:
+        return next(dist.rendezvous("env://", timeout=DEFAULT_TIMEOUT))[0]
+    host, port = address
     try:
-        store = dist.TCPStore(host, port, job["world_size"], rank == 0, timeout=_RENDEZVOUS_TIMEOUT)
+        return dist.TCPStore(host, port, world_size, rank == 0, timeout=_RENDEZVOUS_TIMEOUT)
     except (RuntimeError, OSError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(
-            f"rank {rank} cannot meet the {job['world_size']} processes at tcp://{host}:{port}: {reason}"
+            f"rank {rank} cannot meet the {world_size} processes at tcp://{host}:{port}: {reason}"
         ) from e
-    # Before the ranks part: rank 0 takes the store with it when it ends.
-    watch = FailureWatch((host, port), ranks, place)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=job["world_size"], timeout=DEFAULT_TIMEOUT
-    )
-    return watch
