@@ -18,6 +18,7 @@ from plaintrain.job import find_job
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.network import choose_interface
+from plaintrain.utils.stop import end_at_once
 from plaintrain.utils.watch import FailureWatch, connect, is_felt, report_failure
 
 # How long a collective may wait for the slowest rank, for example while rank 0 scores.
@@ -188,11 +189,11 @@ def _process(local_rank, main_func, args, job, debug):
         if rank == 0 and not spawned:
             _fail(e, debug)
         # The process that spawned this one says it, once for all ranks.
-        os._exit(_RANK_INTERRUPTED if spawned else _INTERRUPTED)
+        end_at_once(_RANK_INTERRUPTED if spawned else _INTERRUPTED)
     except Exception as e:
         if not all(watch.report(_describe(e, debug), felt=is_felt(e)) for watch in watches):
             # Another rank failed first; this one only felt it.
-            os._exit(1)
+            end_at_once(1)
         print(f"rank {rank}: ", end="", file=sys.stderr)
         if rank == 0 and job["local_size"] < job["world_size"]:
             # The store ends with this process: let the other machines read what happened.

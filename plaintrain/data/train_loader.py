@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
 
 logger = logging.getLogger(__name__)
@@ -133,22 +133,14 @@ class Loader:
 
     def __iter__(self):
         extra = LONG
-        try:
-            for samples in self._loader:
-                for sample in samples:
-                    if isinstance(sample, UserError):
-                        raise sample
-                # The first step may compile the model.
-                beat(extra)
-                extra = 0.0
-                yield samples
-        except (RuntimeError, MemoryError) as e:
-            if "DataLoader worker" not in str(e) and not isinstance(e, MemoryError):
-                raise
-            raise UserError(
-                f"a process that loads images has failed ({first_line(e)}); if the machine's memory is full, "
-                "lower DATALOADER.NUM_WORKERS"
-            ) from e
+        for samples in self._loader:
+            for sample in samples:
+                if isinstance(sample, UserError):
+                    raise sample
+            # The first step may compile the model.
+            beat(extra)
+            extra = 0.0
+            yield samples
 
 
 class TrainLoader(Loader):

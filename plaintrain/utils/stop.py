@@ -22,6 +22,13 @@ _TIME_IS_OVER = 1
 _ACTIVE = []
 
 
+def end_at_once(code):
+    """End this process and those that load its images, from any thread and whatever they are doing."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
 class Stopped(SystemExit):
     """A signal ended the run on all ranks, with a checkpoint; `code` is what a shell reports for it."""
 
@@ -61,9 +68,7 @@ class StopRequest:
         if number == signal.SIGINT:
             now = time.monotonic()
             if now - self._first_interrupt > _SAME_SECONDS:
-                for child in multiprocessing.active_children():
-                    child.kill()
-                os._exit(128 + number)
+                end_at_once(128 + number)
             self._first_interrupt = min(now, self._first_interrupt)
         if not self.signal and comm.get_local_rank() == 0:
             name = signal.Signals(number).name

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from plaintrain.utils import heartbeat
+from plaintrain.utils.stop import end_at_once
 
 _FAILED = "failed"
 _STORE_GONE = json.dumps({"machine": -1, "text": "its process is gone", "rank": 0})
@@ -164,11 +165,11 @@ class FailureWatch:
             print(f"error: {text}", file=sys.stderr, flush=True)
             # Rank 0 takes the store with it: let the others read what happened.
             time.sleep(3 * _SECONDS)
-        os._exit(1)
+        end_at_once(1)
 
     def _end(self, failure):
         self._show(failure)
-        os._exit(1)
+        end_at_once(1)
 
     def _show(self, failure):
         # The failed rank has printed its error on its own machine.

@@ -146,7 +146,7 @@ def disk_full(names):
 
 # {failure: (what happens, options, what must stand in the output)}
 WORKERS = ["DATALOADER.NUM_WORKERS", 2]
-HANG = ["HANG_TIMEOUT", 5]
+HANG = ["HANG_TIMEOUT", 2]
 FAILURES = {
     "NaN loss on one rank": (nan_loss, [], ["NaN or infinite at iteration 6", "images of that batch"]),
     "an exception on one rank": (exception, [], ["ValueError: something in the model of rank 1"]),
@@ -165,8 +165,12 @@ FAILURES = {
         ["SOLVER.ASYNC_CHECKPOINT", True],
         ["No space left on device"],
     ),
-    "one rank hangs (5 s allowed)": (main_thread_hangs, HANG, ["HANG_TIMEOUT", "failures.py"]),
-    "one rank is frozen (5 s allowed)": (process_frozen, HANG, ["rank 1: no sign of life"]),
+    "one rank hangs (2 s allowed)": (
+        main_thread_hangs,
+        HANG,
+        ["no step was finished within 2 s", "tests/faults/failures.py, line"],
+    ),
+    "one rank is frozen (2 s allowed)": (process_frozen, HANG, ["rank 1: no sign of life"]),
 }
 
 
@@ -179,6 +183,8 @@ def fail(name, folder, num_gpus=2, launch=None):
     run.wait_for(run.has_said("iter: 5" if options is not WORKERS else "starting training"))
     start = time.monotonic()
     code, _ = run.wait(120)
+    while run.children() and time.monotonic() - start < 60:
+        time.sleep(0.1)
     return run, code, time.monotonic() - start, newest_checkpoint(folder)[0]
 
 

@@ -87,13 +87,18 @@ class Run:
     def output(self):
         return self.log.read_text(errors="replace")
 
+    @property
+    def tail(self):
+        """The last lines of it, for what a failed test shows."""
+        return "\n".join(self.output.splitlines()[-60:])
+
     def wait(self, timeout=120):
         """Wait for the end; returns (exit code, seconds since the start)."""
         self.process.join(timeout)
         seconds, running = time.monotonic() - self._start, self.process.is_alive()
         if running:
             self.kill()
-        assert not running, f"still running after {timeout} s; it printed:\n{self.output}"
+        assert not running, f"still running after {timeout} s; it printed:\n{self.tail}"
         return self.process.exitcode, seconds
 
     def wait_for(self, condition, timeout=60):
@@ -102,7 +107,7 @@ class Run:
         while not condition():
             if not self.process.is_alive():
                 return bool(condition())
-            assert time.monotonic() < end, f"waited for {timeout} s; it printed:\n{self.output}"
+            assert time.monotonic() < end, f"waited for {timeout} s; it printed:\n{self.tail}"
             time.sleep(0.01)
         return True
 

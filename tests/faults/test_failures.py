@@ -1,0 +1,78 @@
+"""One rank of a job fails, and all of its processes end; the script failures.py measures how soon."""
+
+import failures
+import pytest
+import torch
+from harness import Run, differences, newest_checkpoint
+
+from plaintrain.utils.checkpoint_files import read_checkpoint, resume_candidates
+
+# The others differ little from one of these.
+NAMES = [n for n in failures.FAILURES if n not in ("the disk is full", "a loader worker out of memory")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_process_ends_and_says_why_once(name, tmp_path):
+    run, code, seconds, saved = failures.fail(name, tmp_path / "run")
+    assert code == 1 and seconds < 60, run.tail
+    assert run.children() == {}
+    # The cause comes once, at the end, and the last checkpoint is good.
+    for text in failures.FAILURES[name][2]:
+        assert run.output.count(text) == run.tail.count(text) == 1, run.tail
+    if saved >= 0:
+        assert read_checkpoint(resume_candidates(str(tmp_path / "run"))[0])["iteration"] == saved
+
+
+def test_an_exception_in_a_single_process_leaves_a_good_checkpoint(tmp_path):
+    _, code, _, saved = failures.fail("the disk is full", tmp_path / "run", num_gpus=1)
+    assert code == 1 and saved == 3
+
+
+def nan_now_and_then(names):
+    """A model whose loss is NaN for the images of iteration 5, on rank 1, whenever they come up."""
+    build_model = names["build_model"]
+
+    def build(cfg):
+        model = build_model(cfg)
+        forward = model.forward
+
+        def failing(samples):
+            losses = forward(samples)
+            if model.training and failures._is_there() and failures.get_event_storage().iter == failures.AT:
+                losses = {name: value * float("nan") for name, value in losses.items()}
+            return losses
+
+        model.forward = failing
+        return model
+
+    names["build_model"] = build
+
+
+def test_a_step_that_is_left_out_is_left_out_on_all_ranks_also_after_a_resume(tmp_path):
+    options = ["SOLVER.ON_NONFINITE", "skip", "DEBUG.DUMP_BAD_BATCH", True, "SOLVER.MAX_ITER", 10]
+    launch = {"num_gpus_per_machine": 2}
+    run = Run(tmp_path / "whole", options, faults=nan_now_and_then, launch=launch)
+    code, _ = run.wait()
+    assert code == 0, run.tail
+    assert (
+        "the step is left out: grad_norm, loss_box_reg, loss_cls, loss_rpn_cls, loss_rpn_loc, total_loss is"
+        in run.output
+    )
+    final = torch.load(tmp_path / "whole/model_final.pth", weights_only=True)
+    assert final["skipped_steps"] == (1, 0)
+    assert all(torch.isfinite(value).all() for value in final["model"].values())
+    for rank in ("", ".rank1"):
+        dumped = torch.load(tmp_path / f"whole/bad_batch_0000006{rank}.pth", weights_only=True)
+        assert len(dumped["samples"]) == 2
+    run = Run(
+        tmp_path / "killed", [*options, "SOLVER.MAX_TIME", 0.001], faults=nan_now_and_then, launch=launch
+    )
+    assert run.wait()[0] == 0 and newest_checkpoint(tmp_path / "killed")[0] == 0
+    for step in (4, 7):
+        # Ends at the next save, and goes on from there.
+        run = Run(tmp_path / "killed", options, faults=nan_now_and_then, launch=launch, flags=["--resume"])
+        run.wait_for(run.has_said(f"iter: {step}"))
+        run.kill()
+    run = Run(tmp_path / "killed", options, faults=nan_now_and_then, launch=launch, flags=["--resume"])
+    assert run.wait()[0] == 0, run.tail
+    assert differences(tmp_path / "whole", tmp_path / "killed") == []

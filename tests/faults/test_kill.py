@@ -1,0 +1,217 @@
+"""Runs that are killed, or asked to stop, and go on as if nothing had been. kill_runs.py does it for long."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from harness import Run, differences, lines, newest_checkpoint
+from kill_runs import EPOCHS, MIXES, STEP, Trial
+
+NAMES = list(MIXES)
+
+
+# Workers and all that a step can hold; two ranks, epochs, files written in the background.
+@pytest.mark.parametrize("number", [1, 6])
+def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(number, tmp_path):
+    trial = Trial(tmp_path, number, MIXES[NAMES[number]], random.Random(number))
+    trial.kill_until(2)
+    assert trial.found == [] and trial.counts["kills"] >= 2
+    assert trial.counts["lost"] == trial.counts["unreadable"] == 0
+
+
+def forget_random_state(names):
+    """A defect: what the model draws does not go on where it was."""
+    import plaintrain.checkpoint
+
+    plaintrain.checkpoint.load_rng_states = lambda states: None
+
+
+def skip_a_batch(names):
+    """A defect: the stream goes on one batch too late."""
+    from plaintrain.data.train_loader import TrainLoader
+
+    load = TrainLoader.load_state_dict
+    TrainLoader.load_state_dict = lambda self, state: load(
+        self, {**state, "iteration": state["iteration"] + 1}
+    )
+
+
+def forget_the_average(names):
+    """A defect: the averaged weights begin anew."""
+    from plaintrain.ema import ModelEMA
+
+    ModelEMA.load_state_dict = lambda self, state: None
+
+
+def write_in_place(names):
+    """A defect: a checkpoint is tagged before it is whole."""
+    import plaintrain.utils.checkpoint_files as files
+
+    write = files.write_checkpoint
+
+    def early(path, data, last):
+        files.tag_last(*path.rsplit("/", 1))
+        with open(path, "wb") as f:
+            f.write(b"half of it")
+        print("HALF", flush=True)
+        time.sleep(0.3)
+        write(path, data, last)
+
+    files.write_checkpoint = early
+    import plaintrain.checkpoint
+
+    plaintrain.checkpoint.write_checkpoint = early
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run = Run(folder, STEP)
+    assert run.wait()[0] == 0, run.tail
+    return folder
+
+
+@pytest.mark.parametrize("defect", [None, forget_random_state, skip_a_batch, forget_the_average])
+def test_what_would_be_lost_is_noticed(defect, whole, tmp_path):
+    run = Run(tmp_path / "run", STEP)
+    run.wait_for(run.has_said("iter: 12"))
+    run.kill()
+    run = Run(tmp_path / "run", STEP, faults=defect, flags=["--resume"])
+    assert run.wait()[0] == 0, run.tail
+    assert bool(differences(whole, tmp_path / "run")) == (defect is not None)
+
+
+def test_a_checkpoint_that_is_not_whole_is_noticed_and_passed_over(whole, tmp_path):
+    run = Run(tmp_path / "run", STEP, faults=write_in_place)
+    run.wait_for(lambda: run.output.count("HALF") == 2)
+    run.kill()
+    assert newest_checkpoint(tmp_path / "run") == (3, 1)
+    run = Run(tmp_path / "run", STEP, flags=["--resume"])
+    assert run.wait()[0] == 0 and "cannot read the checkpoint" in run.output
+    assert differences(whole, tmp_path / "run") == []
+
+
+# ---- signals --------------------------------------------------------------------------------------
+
+
+def kill_main_only(run, number):
+    """Send a signal to the process that was started, and none to its children."""
+    os.kill(run.process.pid, number)
+
+
+@pytest.mark.parametrize(
+    "number, ranks, script, to_all",
+    [
+        (signal.SIGUSR1, 1, "plain", False),
+        (signal.SIGINT, 2, "plain", True),
+        (signal.SIGTERM, 2, "epoch", False),
+        (signal.SIGTERM, 1, "epoch", True),
+    ],
+)
+def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, ranks, script, to_all, tmp_path):
+    options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 0, "DATALOADER.NUM_WORKERS", 1]
+    options += [*EPOCHS, "SOLVER.MAX_EPOCHS", 3] if script == "epoch" else ["SOLVER.MAX_ITER", 16]
+    launch = {"num_gpus_per_machine": ranks}
+    whole = Run(tmp_path / "whole", options, script=script, launch=launch)
+    assert whole.wait()[0] == 0, whole.tail
+    run = Run(tmp_path / "run", options, script=script, launch=launch)
+    run.wait_for(run.has_said("iter: 3"))
+    (run.kill if to_all else lambda n: kill_main_only(run, n))(number)
+    code, seconds = run.wait(60)
+    assert code == 128 + number, run.tail
+    assert run.output.count(f"{number.name}: the run has stopped") == 1 and "Traceback" not in run.output
+    saved, _ = newest_checkpoint(tmp_path / "run")
+    # Not one step is lost.
+    assert saved == max(lines(tmp_path / "run")) >= 3
+    run = Run(tmp_path / "run", options, script=script, launch=launch, flags=["--resume"])
+    assert run.wait()[0] == 0, run.tail
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+def slow_evaluation(names):
+    from plaintrain.evaluation.coco import COCOEvaluator
+
+    process = COCOEvaluator.process
+
+    def slow(self, inputs, outputs):
+        print("EVALUATING", flush=True)
+        time.sleep(0.3)
+        process(self, inputs, outputs)
+
+    COCOEvaluator.process = slow
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_ends_an_evaluation_which_the_resumed_run_does_first(whole, ranks, tmp_path):
+    options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 5]
+    launch = {"num_gpus_per_machine": ranks}
+    undisturbed = Run(tmp_path / "whole", options, launch=launch)
+    assert undisturbed.wait()[0] == 0
+    run = Run(tmp_path / "run", options, faults=slow_evaluation, launch=launch)
+    run.wait_for(run.has_said("EVALUATING"))
+    run.kill(signal.SIGTERM)
+    code, _ = run.wait(60)
+    assert code == 143 and run.output.count("EVALUATING") <= 2 * ranks, run.tail
+    assert newest_checkpoint(tmp_path / "run")[0] == 7
+    saved = torch.load(tmp_path / "run/model_0000007.pth", weights_only=True)
+    assert saved["due"] == (False, True)
+    run = Run(tmp_path / "run", options, launch=launch, flags=["--resume"])
+    assert run.wait()[0] == 0, run.tail
+    assert run.output.index("results on few_val") < run.output.index("iter: 8")
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+def test_a_second_interrupt_ends_at_once_also_where_a_step_takes_for_ever(tmp_path):
+    def interrupt_twice(run):
+        run.kill(signal.SIGINT)
+        time.sleep(1.0)
+        run.kill(signal.SIGINT)
+
+    for ranks in (1, 2):
+        folder = tmp_path / f"run-{ranks}"
+        launch = {"num_gpus_per_machine": ranks}
+        run = Run(folder, ["TEST.EVAL_PERIOD", 2], faults=hang_in_evaluation, launch=launch)
+        run.wait_for(run.has_said("HANGING"))
+        interrupt_twice(run)
+        code, _ = run.wait(20)
+        assert code == 130 and run.children() == {}, run.tail
+
+
+def hang_in_evaluation(names):
+    def do_test(cfg, model):
+        print("HANGING", flush=True)
+        while True:
+            time.sleep(0.1)
+
+    names["do_test"] = do_test
+
+
+def test_ranks_whose_launcher_is_killed_end_with_a_checkpoint(tmp_path):
+    options = ["SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.MAX_ITER", 5000]
+    run = Run(tmp_path / "run", options, launch={"num_gpus_per_machine": 2})
+    run.wait_for(run.has_said("iter: 3"))
+    kill_main_only(run, signal.SIGKILL)
+    run.process.join()
+    end = time.monotonic() + 30
+    while run.children() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert run.children() == {}
+    assert newest_checkpoint(tmp_path / "run")[0] >= 3
+
+
+def test_the_second_of_two_runs_in_one_folder_is_refused(tmp_path):
+    first = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 5000])
+    first.wait_for(first.has_said("iter: 3"))
+    for flags in ([], ["--resume"]):
+        second = Run(tmp_path / "run", [], flags=flags)
+        code, _ = second.wait()
+        assert code == 1 and f"another run is at work in {tmp_path / 'run'}: process" in second.output
+    # Evaluating beside a training is not a run of its own.
+    evaluated = Run(tmp_path / "run", [], flags=["--eval-only", "--resume"])
+    assert evaluated.wait()[0] == 0, evaluated.tail
+    first.kill()
+    resumed = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 20], flags=["--resume"])
+    assert resumed.wait()[0] == 0, resumed.tail
