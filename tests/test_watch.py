@@ -1,0 +1,107 @@
+"""Signs of life: plaintrain.utils.heartbeat and plaintrain.utils.watch."""
+
+import sys
+import threading
+
+import pytest
+import torch.distributed as dist
+from launch_helpers import free_port
+
+from plaintrain.utils import heartbeat, watch
+from plaintrain.utils.watch import FailureWatch, is_felt
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: Clock.now)
+    yield Clock
+    heartbeat.set_limit(0)
+    heartbeat.rest()
+
+
+def test_silence_counts_from_the_last_beat_and_only_where_one_is_expected(clock):
+    heartbeat.rest()
+    heartbeat.set_limit(5)
+    clock.now = 200.0
+    assert heartbeat.silence() == 0 and heartbeat.allowed() == 5
+    heartbeat.beat()
+    clock.now = 204.0
+    assert heartbeat.silence() == 4
+    heartbeat.beat(heartbeat.LONG)
+    assert heartbeat.allowed() == 5 + heartbeat.LONG
+    clock.now += 50
+    heartbeat.forgive(49)
+    assert heartbeat.silence() == 1
+    heartbeat.beat()
+    assert heartbeat.allowed() == 5
+    heartbeat.set_limit(0)
+    clock.now = 1e9
+    assert heartbeat.silence() < heartbeat.allowed()
+
+
+@pytest.mark.parametrize(
+    "error, felt",
+    [
+        (RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:1] Connection closed by peer"), True),
+        (RuntimeError("NCCL communicator was aborted"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("connection reset"), False),
+    ],
+)
+def test_what_another_ranks_end_looks_like(error, felt):
+    assert is_felt(error) is felt
+
+
+@pytest.fixture
+def watches(monkeypatch):
+    """Two ranks on two machines, in one process; `ended` is what would have ended it."""
+    ended = []
+    monkeypatch.setattr(watch, "end_at_once", lambda code: ended.append(code) or sys.exit())
+    monkeypatch.setattr(watch, "_SECONDS", 0.05)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    port = free_port()
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    made = [FailureWatch(("127.0.0.1", port), (rank, 2), (rank, 0)) for rank in range(2)]
+    yield made, ended
+    for each in made:
+        each.stop()
+    heartbeat.set_limit(0)
+    heartbeat.rest()
+    del store
+
+
+def wait_for(condition):
+    for _ in range(200):
+        if condition():
+            return True
+        threading.Event().wait(0.05)
+    return False
+
+
+def test_the_first_failure_is_the_one_that_is_shown(watches, capfd):
+    (first, second), ended = watches
+    assert first.report("this was first")
+    assert not second.report("this was felt", felt=True)
+    assert wait_for(lambda: ended)
+    err = capfd.readouterr().err
+    assert "rank 0 failed: this was first" in err and "felt" not in err
+
+
+def test_a_failure_that_was_felt_waits_for_its_cause(watches, capfd):
+    (first, second), ended = watches
+    threading.Timer(0.3, lambda: first.report("the cause")).start()
+    assert not second.report("connection closed", felt=True)
+    assert "rank 0 failed: the cause" in capfd.readouterr().err
+
+
+def test_silence_ends_the_job_and_says_where_it_stands(watches, capfd):
+    _, ended = watches
+    heartbeat.set_limit(0.2)
+    heartbeat.beat()
+    assert wait_for(lambda: ended)
+    err = capfd.readouterr().err
+    assert "no step was finished within 0.2 s (HANG_TIMEOUT); the ranks stand at rank 0, 1: " in err
+    assert "test_watch.py, line" in err
