@@ -46,7 +46,8 @@ _WORDS = st.sampled_from(
     ]
 )
 STRINGS = _TEXT | _WORDS
-INTS = st.integers(-(2**70), 2**70)
+# A file may hold no longer ones.
+INTS = st.integers(-(2**63), 2**64 - 1)
 FLOATS = st.floats(allow_nan=False)
 _SCALARS = st.one_of(st.booleans(), INTS, FLOATS, STRINGS, st.none())
 _ITEMS = st.recursive(
@@ -106,9 +107,10 @@ def mistakes(draw):
 
 
 # What DATASETS.DECLARE holds: any names, of sections or values.
+_FLAT = st.dictionaries(STRINGS, _SCALARS, max_size=3)
 DECLARATIONS = st.dictionaries(
     STRINGS,
-    st.dictionaries(STRINGS, _SCALARS | st.lists(_SCALARS, max_size=2) | st.dictionaries(STRINGS, _SCALARS)),
+    st.dictionaries(STRINGS, _SCALARS | st.lists(_SCALARS, max_size=2) | _FLAT, max_size=3),
     max_size=3,
 )
 

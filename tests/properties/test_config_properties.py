@@ -8,7 +8,18 @@ import tempfile
 import config_defects as broken
 import pytest
 import yaml
-from config_cases import DECLARATIONS, DEFAULTS, LEAVES, SECTIONS, mistakes, nested, same, settings_of, stored
+from config_cases import (
+    DECLARATIONS,
+    DEFAULTS,
+    INTS,
+    LEAVES,
+    SECTIONS,
+    mistakes,
+    nested,
+    same,
+    settings_of,
+    stored,
+)
 from hypothesis import assume
 from hypothesis import strategies as st
 from property_helpers import assert_caught, checks_of, defects_of, examine, for_all, patched
@@ -160,7 +171,7 @@ def typing_mistakes(draw):
     return key, wrong
 
 
-@for_all(typing_mistakes(), st.integers())
+@for_all(typing_mistakes(), INTS)
 def check_an_unknown_key_is_named_with_the_one_that_was_meant(mistake, value):
     key, wrong = mistake
     with refused(wrong, key if len(key.rsplit(".", 1)[-1]) > 4 else ""):
@@ -180,7 +191,7 @@ def check_a_wrong_type_is_refused_by_name(mistake):
         read(yaml.safe_dump(_as_yaml(nested([mistake]))))
 
 
-@for_all(st.sampled_from(SECTIONS), st.integers() | st.booleans() | st.text("xyz", max_size=3))
+@for_all(st.sampled_from(SECTIONS), INTS | st.booleans() | st.text("xyz", max_size=3))
 def check_a_section_is_no_value(section, value):
     with refused(section):
         get_cfg().merge_from_list([section, value])
