@@ -1,9 +1,11 @@
 """What can be settled and checked before a run starts: numbers the dataset knows, and mistakes."""
 
 import logging
+import math
 
 import torch
 
+from plaintrain.changes import flatten
 from plaintrain.config import get_value, set_value
 from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.builtin import EVALUATORS
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
+# The maximum norm.
+_MAY_BE_INFINITE = "SOLVER.CLIP_GRADIENTS.NORM_TYPE"
 _LEAST = {
     "DATALOADER.NUM_WORKERS": 0,
     "HANG_TIMEOUT": 0,
@@ -96,6 +100,9 @@ def _check_values(cfg):
     for key, least in _LEAST.items():
         if get_value(cfg, key) < least:
             raise UserError(f"{key} is {get_value(cfg, key)}, but must be at least {least}")
+    for key, value in flatten(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value) and key != _MAY_BE_INFINITE:
+            raise UserError(f"{key} is {value}, but must be a finite number")
     if not 0 <= cfg.MODEL.EMA.DECAY < 1:
         raise UserError(f"MODEL.EMA.DECAY is {cfg.MODEL.EMA.DECAY}, but must be at least 0 and below 1")
     for row in cfg.TEST.EXPECTED_RESULTS:
@@ -122,7 +129,7 @@ def check_before_training(cfg, resume, eval_only, needs_model=True):
         locate_weights(cfg.MODEL.WEIGHTS)
     if eval_only and not cfg.DATASETS.TEST:
         raise UserError("--eval-only needs DATASETS.TEST: name at least one dataset")
-    if eval_only and not cfg.MODEL.WEIGHTS and not resume:
+    if eval_only and not resume and not cfg.MODEL.WEIGHTS:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
     if not eval_only:
         _check_norms(cfg, resume)

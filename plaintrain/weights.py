@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import re
-import zipfile
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -18,7 +17,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.utils.errors import UserError, first_line
-from plaintrain.utils.reading import check_file
+from plaintrain.utils.reading import check_file, check_stored
 from plaintrain.weight_classes import select_classes
 from plaintrain.weight_names import match_names, translate
 
@@ -128,19 +127,10 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")
 
 
-def _check_stored(path):
-    """Refuse a zip that unpacks to more than it is, which torch, who compresses nothing, would unpack."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > os.path.getsize(path):
-            raise UserError(f"it unpacks to {unpacked:,} bytes, more than it has, which no saved weights do")
-
-
 def _read_content(path):
     try:
         check_file(path)
-        _check_stored(path)
+        check_stored(path)
         if path.endswith(".pkl"):
             with open(path, "rb") as f:
                 return _ArrayUnpickler(f, encoding="latin1").load()

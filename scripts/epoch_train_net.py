@@ -235,6 +235,8 @@ def main(args):
         averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
         names = {"class_names": dataset_classes(cfg.DATASETS.TEST), "averaged": averaged}
         checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+        if args.resume and not checkpointer.has_checkpoint():
+            raise UserError(f"--eval-only --resume: there is no checkpoint in {cfg.OUTPUT_DIR}")
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, **names)
         results = do_test(cfg, model)
     else:

@@ -46,6 +46,7 @@ from plaintrain.precision import build_amp, build_autocast, check_finite
 from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from plaintrain.trial import finish_dry_run
 from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage
 from plaintrain.utils.logger import progress_range
 from plaintrain.utils.stop import StopRequest
@@ -195,6 +196,8 @@ def main(args):
         averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
         names = {"class_names": dataset_classes(cfg.DATASETS.TEST), "averaged": averaged}
         checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+        if args.resume and not checkpointer.has_checkpoint():
+            raise UserError(f"--eval-only --resume: there is no checkpoint in {cfg.OUTPUT_DIR}")
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, **names)
         results = do_test(cfg, model)
     else:

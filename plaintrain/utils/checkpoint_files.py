@@ -8,6 +8,7 @@ import torch
 
 from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.files import atomic_write
+from plaintrain.utils.reading import check_file, check_stored
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ def read_checkpoint(path, **kwargs):
         DamagedCheckpointError: a file that is missing, cut off, or no checkpoint of this project.
     """
     try:
+        check_file(path)
+        check_stored(path)
         data = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
         if "model" not in data:
             raise KeyError("it has no model")

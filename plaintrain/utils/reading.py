@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import zipfile
 from pathlib import Path
 
 # Of what is parsed slowly, as YAML and XML are. A file that a person wrote is far smaller.
@@ -14,6 +15,15 @@ def check_file(path):
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
+
+
+def check_stored(path):
+    """Refuse, with an `OSError`, a zip that unpacks to more than it is; torch itself compresses nothing."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > os.path.getsize(path):
+            raise OSError(errno.EFBIG, f"it unpacks to {unpacked:,} bytes, more than it has")
 
 
 def read_text(path, limit=None):
