@@ -181,11 +181,7 @@ def _to_node(value, name, source):
         return node
     if source == _COMMAND_LINE:
         value = _literal(value)
-    if isinstance(value, _SCALARS):
-        return value
-    if isinstance(value, Sequence):
-        return _inner_lists(value)
-    raise ConfigError(f"{name} in {source} is a {type(value).__name__}, which a config cannot hold")
+    return _plain_item(value, name, source)
 
 
 def _unquote(value):
@@ -225,17 +221,20 @@ def _coerce(old, value, name, source):
         value = type(old)(value)
     else:
         raise ConfigError(_wrong_type(old, value, given, name, source))
-    if isinstance(value, tuple | list):
-        value = type(value)(_inner_lists(value))
-    return value
+    return type(old)(_plain_item(value, name, source))
 
 
-def _inner_lists(value):
-    """A list whose nested sequences are lists too, so that a dumped config loads back equal."""
-    return [
-        _inner_lists(item) if isinstance(item, Sequence) and not isinstance(item, str) else item
-        for item in value
-    ]
+def _plain_item(value, name, source):
+    """A value whose sequences are lists at any depth, so that a dumped config loads back equal."""
+    if isinstance(value, Mapping):
+        return {key: _plain_item(item, name, source) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain_item(item, name, source) for item in value]
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ConfigError(f"{name} in {source} holds a whole number of more than 64 bits")
+    if isinstance(value, _SCALARS):
+        return value
+    raise ConfigError(f"{name} in {source} holds a {type(value).__name__}, which a config cannot hold")
 
 
 def _wrong_type(old, value, given, name, source):

@@ -753,3 +753,18 @@ def test_the_keys_are_those_of_the_golden_file():
 if __name__ == "__main__":
     GOLDEN_KEYS.parent.mkdir(exist_ok=True)
     GOLDEN_KEYS.write_text("\n".join(sorted(all_keys(get_cfg()))) + "\n")
+
+
+@pytest.mark.parametrize(
+    "value, what",
+    [
+        ("[1, {2, 3}]", "holds a set"),
+        ("[b'x']", "holds a bytes"),
+        ("[{'a': [1+2j]}]", "holds a complex"),
+        ("[...]", "holds a ellipsis"),
+        (f"[{2**65}]", "holds a whole number of more than 64 bits"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused_in_a_list_too(value, what):
+    with pytest.raises(ConfigError, match=f"INPUT.AUGMENTATIONS in .* {what}"):
+        get_cfg().merge_from_list(["INPUT.AUGMENTATIONS", value])

@@ -56,7 +56,8 @@ _ITEMS = st.recursive(
     max_leaves=6,
 )
 # As in INPUT.AUGMENTATIONS.
-_ITEMS |= st.dictionaries(STRINGS, _SCALARS | st.lists(_SCALARS, max_size=2), max_size=2)
+_PAIRS = st.lists(_SCALARS, max_size=2)
+_ITEMS |= st.dictionaries(STRINGS, _SCALARS | _PAIRS | _PAIRS.map(tuple), max_size=2)
 LISTS = st.lists(_ITEMS, max_size=4)
 # A whole number stands for a float.
 NUMBERS = FLOATS | st.integers(-(2**60), 2**60)
@@ -65,6 +66,8 @@ KINDS = {bool: st.booleans(), int: INTS, float: NUMBERS, str: STRINGS, list: LIS
 
 def _plain(value):
     """Sequences inside of a value are lists in a config."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -211,7 +211,7 @@ DEFECTS = {
     check_a_value_sticks: {
         "a false value is not merged": broken.coerce_from(broken.keep_if_false),
         "all configs are one": broken.configs_are_one,
-        "inner tuples stay": patched(config, "_inner_lists", list),
+        "inner tuples stay": patched(config, "_plain_item", lambda value, *_: value),
         "a value goes to the key of that name in each section": broken.merges_everywhere,
     },
     check_a_frozen_config_takes_it_and_stays_frozen: {
