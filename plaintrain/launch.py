@@ -191,14 +191,16 @@ def _process(local_rank, main_func, args, job, debug):
         # The process that spawned this one says it, once for all ranks.
         end_at_once(_RANK_INTERRUPTED if spawned else _INTERRUPTED)
     except Exception as e:
-        if not all(watch.report(_describe(e, debug), felt=is_felt(e)) for watch in watches):
-            # Another rank failed first; this one only felt it.
+        text = _describe(e, debug)
+        first = all(watch.report(text, felt=is_felt(e)) for watch in watches)
+        if first:
+            print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
+        for watch in watches:
+            watch.linger()
+        if not first:
+            # This one only felt that another rank has failed.
             end_at_once(1)
-        print(f"rank {rank}: ", end="", file=sys.stderr)
-        if rank == 0 and job["local_size"] < job["world_size"]:
-            # The store ends with this process: let the other machines read what happened.
-            time.sleep(2)
-        _fail(e, debug)
+        sys.exit(1)
     finally:
         for watch in watches:
             watch.stop()
@@ -212,14 +214,14 @@ def _join_group(job, watches):
         torch.cuda.set_device(job["local_rank"])
         backend = "cpu:gloo,cuda:nccl"
     rank, world_size, by_torchrun = job["rank"], job["world_size"], job["address"] is None
-    env = os.environ
+    several_machines, env = job["local_size"] < world_size, os.environ
     address = (env["MASTER_ADDR"], int(env["MASTER_PORT"])) if by_torchrun else job["address"]
     watch = functools.partial(FailureWatch, address, (rank, world_size), (job["machine"], job["local_rank"]))
     store = _open_store(address, rank, world_size, by_torchrun)
     if not by_torchrun:
         # Before the ranks part: rank 0 takes the store with it when it ends.
-        watches.append(watch())
-    if job["local_size"] < world_size:
+        watches.append(watch(lingers=several_machines and rank == 0))
+    if several_machines:
         choose_interface(store, job["machine"], address[0])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
     if by_torchrun:

@@ -1,5 +1,6 @@
 """Telling all ranks of a job, on all machines, that one has failed, is gone, or hangs."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -14,11 +15,13 @@ from plaintrain.utils import heartbeat
 from plaintrain.utils.stop import end_at_once
 
 _FAILED = "failed"
-_STORE_GONE = json.dumps({"machine": -1, "text": "its process is gone", "rank": 0})
+_STORE_GONE = json.dumps({"machine": -1, "text": "its process is gone, or its machine", "rank": 0})
 _SECONDS = 1.0
 # What a rank says that lost its connection to one that failed; that one's own word is waited for.
 _FELT = ("connection closed", "connection reset", "connection refused", "broken pipe", "gloo", "nccl")
 _FELT_SECONDS = 5.0
+# Where the network is gone, a question to the store is never answered.
+_STORE_SECONDS = 10.0
 
 
 def report_failure(store, failure, prefix=""):
@@ -42,7 +45,7 @@ class FailureWatch:
     hangs, its process is frozen, or its machine is gone.
     """
 
-    def __init__(self, address, ranks, place, prefix=""):
+    def __init__(self, address, ranks, place, prefix="", lingers=False):
         """
         Args:
             address: (host, port) where rank 0, or an agent, holds the job's `TCPStore`.
@@ -50,10 +53,12 @@ class FailureWatch:
             place: (this machine's number, this process' number on it); 0 of a machine shows the failures
                 of others.
             prefix: of the keys in the store, where jobs before have used it.
+            lingers: other machines lose the store with this process: when it ends because of a failure, it
+                gives them time to read what happened.
         """
         self._store = connect(*address)
         (self._rank, self._world_size), (self._machine, self._local_rank) = ranks, place
-        self._prefix = prefix
+        self._prefix, self._lingers = prefix, lingers
         self._stopped, self._lock = threading.Event(), threading.Lock()
         self._answered, self._alive = time.monotonic(), {}
         self._threads = [threading.Thread(target=t, daemon=True) for t in (self._talk, self._look_at_clock)]
@@ -68,18 +73,40 @@ class FailureWatch:
             felt: it looks as if another rank had failed, whose report is waited for.
         """
         mine = {"machine": self._machine, "text": text, "rank": self._rank}
+        silence = ""
         try:
-            end = time.monotonic() + _FELT_SECONDS * felt
-            while time.monotonic() < end and not self._failure():
-                time.sleep(0.1)
-            with self._lock:
-                first = report_failure(self._store, mine, self._prefix)
+            if felt:
+                silence = self._wait_for_the_cause()
+                mine["text"] = silence + text
+            with self._store_alone() as store:
+                first = report_failure(store, mine, self._prefix)
         except RuntimeError:
             # The store is gone, and rank 0 with it: it failed first.
             first = json.loads(_STORE_GONE)
         if first != mine:
             self._show(first)
+        elif silence:
+            print(silence, end="", file=sys.stderr, flush=True)
         return first == mine
+
+    def _wait_for_the_cause(self):
+        """Wait for the report of the rank that failed first; if none comes, say which ranks are silent."""
+        before, end = self._signs(), time.monotonic() + _FELT_SECONDS
+        while time.monotonic() < end:
+            if self._failure():
+                return ""
+            time.sleep(0.1)
+        silent = [str(rank) for rank, sign in self._signs().items() if sign == before[rank]]
+        return f"there is no sign of life of rank {', '.join(silent)}\n" if silent else ""
+
+    def _signs(self):
+        """The last sign of life of every other rank."""
+        return {rank: self._read(f"alive/{rank}") for rank in range(self._world_size) if rank != self._rank}
+
+    def linger(self):
+        """Give the other machines time to read what was reported."""
+        if self._lingers:
+            time.sleep(2 * _SECONDS)
 
     def stop(self):
         """Stop watching."""
@@ -87,14 +114,24 @@ class FailureWatch:
         for thread in self._threads:
             thread.join(timeout=2 * _SECONDS)
 
+    @contextlib.contextmanager
+    def _store_alone(self):
+        """The store, for one question; a RuntimeError if another thread waits for an answer for too long."""
+        if not self._lock.acquire(timeout=_STORE_SECONDS):
+            raise RuntimeError("the store does not answer")
+        try:
+            yield self._store
+        finally:
+            self._lock.release()
+
     def _key(self, name):
         return f"{self._prefix}plaintrain/{name}"
 
     def _read(self, name):
         """What is in the store under a name, or ""."""
-        with self._lock:
+        with self._store_alone() as store:
             key = self._key(name)
-            return self._store.get(key).decode() if self._store.check([key]) else ""
+            return store.get(key).decode() if store.check([key]) else ""
 
     def _failure(self):
         """What was reported first, or ""."""
@@ -106,8 +143,8 @@ class FailureWatch:
         while not self._stopped.wait(_SECONDS):
             try:
                 failure, count = self._failure(), count + 1
-                with self._lock:
-                    self._store.set(self._key(f"alive/{self._rank}"), f"{count} {heartbeat.allowed()}")
+                with self._store_alone() as store:
+                    store.set(self._key(f"alive/{self._rank}"), f"{count} {heartbeat.allowed()}")
                 if self._rank == 0 and count % 5 == 0:
                     self._look_at_others()
             except RuntimeError:
@@ -145,8 +182,8 @@ class FailureWatch:
         """Where the main threads of all ranks stand that are silent too."""
         places, ranks = {}, range(self._world_size)
         try:
-            with self._lock:
-                self._store.set(self._key(f"stuck/{self._rank}"), _position())
+            with self._store_alone() as store:
+                store.set(self._key(f"stuck/{self._rank}"), _position())
             before = [self._read(f"alive/{rank}") for rank in ranks]
             # The others find it out at the same time.
             time.sleep(3 * _SECONDS)
@@ -169,6 +206,7 @@ class FailureWatch:
 
     def _end(self, failure):
         self._show(failure)
+        self.linger()
         end_at_once(1)
 
     def _show(self, failure):
