@@ -7,10 +7,10 @@ from plaintrain.ema import final_model
 from plaintrain.utils import comm
 from plaintrain.utils.background import Background, HostCopy
 from plaintrain.utils.checkpoint_files import (
-    DamagedCheckpointError,
     checkpoint_files,
     link_checkpoint,
     read_checkpoint,
+    read_last,
     resume_candidates,
     tag_last,
     write_checkpoint,
@@ -18,9 +18,10 @@ from plaintrain.utils.checkpoint_files import (
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.periodic import PeriodicCheckpointer
 from plaintrain.utils.rng import load_rng_states, rng_states
+from plaintrain.utils.shared_files import check_same, from_rank_0
 from plaintrain.utils.state import gather_norm_buffers, load_state, plain, take_norm_buffers
 from plaintrain.utils.storage import get_event_storage, is_logging
-from plaintrain.weights import averaged_state, load_weights
+from plaintrain.weights import averaged_state, fetch_weights, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,9 @@ class DetectionCheckpointer:
         Raises:
             UserError: a file that cannot be read, or that belongs to another model.
         """
-        data = read_checkpoint(path)
+        return self._load(path, read_checkpoint(path), checkpointables)
+
+    def _load(self, path, data, checkpointables=None):
         names = list(self.checkpointables if checkpointables is None else checkpointables)
         for name in names:
             if name not in data:
@@ -162,7 +165,9 @@ class DetectionCheckpointer:
         return data
 
     def resume_or_load(self, path, *, resume=True, class_names=None, averaged=False):
-        """Resume from the last checkpoint, or start from weights.
+        """Resume from the last checkpoint, or start from weights; all ranks call it.
+
+        The checkpoint is that of rank 0's `save_dir`, also for ranks on machines that do not share it.
 
         Args:
             path: weights to start from, as MODEL.WEIGHTS names them; "" for none.
@@ -176,27 +181,31 @@ class DetectionCheckpointer:
             starts at iteration 0 whatever the weights were.
 
         Raises:
-            UserError: every checkpoint is damaged, or the weights cannot be used.
+            UserError: every checkpoint is damaged, or the weights cannot be used, or differ on a machine.
         """
-        candidates = resume_candidates(self.save_dir) if resume else []
-        for i, candidate in enumerate(candidates):
-            try:
-                data = self.load(candidate)
-            except DamagedCheckpointError as e:
-                if i + 1 == len(candidates):
-                    raise
-                logger.warning(f"{e}; trying {candidates[i + 1]}")
-            else:
-                self._take_up(candidate, data, averaged)
-                return data
         if resume:
+            last, data = self._read_last()
+            if last:
+                self._load(last, data)
+                self._take_up(last, data, averaged)
+                return data
             logger.warning(f"there is no checkpoint in {self.save_dir}: starting from the beginning")
         if path:
             class_names = class_names or self.about.get("class_names")
+            check_same(fetch_weights(path), f"MODEL.WEIGHTS {path}")
             load_weights(self.model, path, class_names, averaged=averaged)
         else:
             logger.info("MODEL.WEIGHTS is empty: starting from random weights")
         return {}
+
+    def _read_last(self):
+        """(path, data) of the last checkpoint in rank 0's folder, on every rank; ("", None) if none."""
+        last, data = read_last(self.save_dir) if comm.is_main_process() else ("", None)
+        # Other machines may have another folder of that name, without it or of another run.
+        last, source = from_rank_0(last)
+        if last and data is None:
+            data = read_checkpoint(last, source)
+        return last, data
 
     def _take_up(self, path, data, averaged):
         logger.info(f"resumed from {path}")

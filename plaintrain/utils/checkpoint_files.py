@@ -20,20 +20,22 @@ class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be read at all; an earlier one may be whole."""
 
 
-def read_checkpoint(path, **kwargs):
+def read_checkpoint(path, source=None, **kwargs):
     """The dict that a checkpoint holds, on the CPU; loading it runs no code.
 
     Args:
         path: the file.
+        source: an file object with its content, in place of it.
         kwargs: of `torch.load`, such as mmap=True to leave the tensors on the disk.
 
     Raises:
         DamagedCheckpointError: a file that is missing, cut off, or no checkpoint of this project.
     """
     try:
-        check_file(path)
-        check_stored(path)
-        data = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
+        if source is None:
+            check_file(path)
+            check_stored(path)
+        data = torch.load(source or path, map_location="cpu", weights_only=True, **kwargs)
         if "model" not in data:
             raise KeyError("it has no model")
     except Exception as e:  # A damaged file can raise anything while it is unpickled.
@@ -108,6 +110,23 @@ def _age(folder, name):
         return int(read_checkpoint(os.path.join(folder, name), mmap=True)["iteration"]), name
     except (DamagedCheckpointError, KeyError):
         return -1, name
+
+
+def read_last(folder):
+    """(path, data) of the checkpoint to resume from, ("", None) where there is none.
+
+    Raises:
+        DamagedCheckpointError: none of those that are there can be read.
+    """
+    candidates = resume_candidates(folder)
+    for i, candidate in enumerate(candidates):
+        try:
+            return candidate, read_checkpoint(candidate)
+        except DamagedCheckpointError as e:
+            if i + 1 == len(candidates):
+                raise
+            logger.warning(f"{e}; trying {candidates[i + 1]}")
+    return "", None
 
 
 def resume_candidates(folder):
