@@ -23,7 +23,7 @@ from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
-from plaintrain.utils.files import atomic_write, move_old_run, remove_unfinished
+from plaintrain.utils.files import atomic_write, move_old_run, remove_unfinished, writing
 from plaintrain.utils.heartbeat import set_limit
 from plaintrain.utils.lock import lock_folder
 from plaintrain.utils.logger import setup_logger
@@ -127,7 +127,8 @@ def default_setup(cfg, args):
     if not eval_only:
         settle_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
     check_before_training(cfg, resume, eval_only, needs_model=not getattr(args, "predictions", ""))
-    if resume and not eval_only:
+    # The checkpoint of rank 0 is resumed on every machine.
+    if resume and not eval_only and comm.is_main_process():
         classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
         check_changes(cfg.OUTPUT_DIR, cfg.dump(), classes, build_meta_model(cfg))
     # Nothing is moved while another rank still looks at it.
@@ -202,7 +203,9 @@ def _prepare_output(cfg, training, resume):
         except (OSError, UserError) as e:
             raise UserError(f"OUTPUT_DIR {folder!r} cannot be written: {e}") from e
     moved = comm.broadcast(moved)
-    os.makedirs(folder, exist_ok=True)
+    # Of other machines, where the folder may be another; for the log of each rank.
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
     if not moved:
         return
     logger.warning(f"{folder} held an earlier run; its files are now in {moved}")
