@@ -1,5 +1,6 @@
 """Event storage and writers: plaintrain.utils.storage and plaintrain.utils.events."""
 
+import contextlib
 import gc
 import json
 import math
@@ -12,6 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plaintrain.utils import events
+from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import (
     CommonMetricPrinter,
     EventStorage,
@@ -897,6 +899,55 @@ def test_what_was_not_written_before_the_end_is_written_by_the_run_that_goes_on(
         {"iteration": 3, "loss": 5.0, "bad": None, "AP": 50.0},
         {"iteration": 4, "loss": 4.0},
     ]
+
+
+def test_a_file_that_vanishes_is_begun_anew_with_a_warning(tmp_path, log):
+    path = tmp_path / "run" / "metrics.json"
+    path.parent.mkdir()
+    writer = JSONWriter(str(path))
+    with EventStorage() as storage:
+        storage.put_scalar("loss", 1.0)
+        writer.write()
+        path.unlink()
+        path.parent.rmdir()
+        storage.iter = 1
+        storage.put_scalar("loss", 3.0)
+        writer.write()
+        writer.close()
+        assert json.loads(path.read_text()) == {"iteration": 1, "loss": 2.0}
+    assert "metrics.json has vanished: a new one is begun" in log.text
+
+
+def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path):
+    with EventStorage() as storage:
+        storage.put_scalar("loss", 1.0)
+        for writer in (JSONWriter("/proc/nowhere/metrics.json"), TensorboardXWriter("/proc/nowhere")):
+            with pytest.raises(UserError, match="cannot write /proc/nowhere"):
+                writer.write()
+    writer = JSONWriter(str(tmp_path / "metrics.json"))
+    with EventStorage() as storage:
+        storage.put_scalar("loss", 1.0)
+        writer.write()
+        full = open("/dev/full", "w")  # noqa: SIM115 - closed below
+        writer._file.close()
+        writer._file = full
+        storage.iter = 1
+        storage.put_scalar("loss", 1.0)
+        with pytest.raises(UserError, match=r"cannot write .*metrics.json: No space left"):
+            writer.write()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", '{"loss": 1}', '{"iteration": "x"}', "\xff\x00", "[" * 5000, "nonsense"]
+)
+def test_lines_that_are_none_do_not_stop_a_resumed_run(tmp_path, line):
+    path = tmp_path / "metrics.json"
+    path.write_bytes(b'{"iteration": 0, "loss": 1.0}\n' + line.encode("latin1") + b"\n")
+    with EventStorage(1) as storage, closing_all([JSONWriter(str(path))]):
+        storage.put_scalar("loss", 2.0)
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [0, 1]
 
 
 def test_a_result_without_a_value_is_no_loss_that_diverged():

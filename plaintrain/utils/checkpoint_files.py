@@ -59,8 +59,9 @@ def write_checkpoint(path, data, last):
         with atomic_write(path, "wb") as f:
             torch.save(data, f)
     except (OSError, RuntimeError) as e:
-        # torch's zip writer turns a failed write into a RuntimeError.
-        raise UserError(f"cannot write {path}: is the disk full? ({first_line(e)})") from e
+        # torch's zip writer turns a failed write into a RuntimeError, with the system's reason before it.
+        cause = e.__context__ if isinstance(e.__context__, OSError) else e
+        raise UserError(f"cannot write {path}: is the disk full? ({first_line(cause)})") from e
     logger.info(f"saved {path}")
     if last:
         tag_last(os.path.dirname(path), os.path.basename(path))

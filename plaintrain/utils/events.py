@@ -128,6 +128,11 @@ class JSONWriter(EventWriter):
         with writing(self._path):
             if self._file is None:
                 self._open(storage, lines)
+            elif not os.path.exists(self._path):
+                logging.getLogger(__name__).warning(f"{self._path} has vanished: a new one is begun")
+                self._file.close()
+                os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
+                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
             for at in sorted(lines):
                 self._file.write(json.dumps({"iteration": at, **lines[at]}, allow_nan=False) + "\n")
                 self._last_write = at
