@@ -1,7 +1,6 @@
 """What differs between a run and its continuation: shown as a table, and refused where it cannot be."""
 
 import logging
-import re
 
 from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_checkpoint, resume_candidates
 from plaintrain.utils.errors import UserError
@@ -53,7 +52,8 @@ def check_changes(folder, config, class_names, model):
         return
     changes = config_changes(saved["config"], config)
     fits = _shapes(model.state_dict()) == _shapes(saved["model"])
-    refused = [change for change in changes if _is_refused(change[0], config, fits)]
+    now = flatten(parse_yaml(config, "the config"))
+    refused = [change for change in changes if _is_refused(change[0], now, fits)]
     if saved.get("class_names") not in (None, class_names):
         refused.append(("DATASETS.TRAIN", f"of {_short(saved['class_names'])}", f"of {_short(class_names)}"))
     if changes:
@@ -85,7 +85,7 @@ def _shapes(state):
 def _is_refused(key, config, model_fits):
     if key in _OF_THE_PLACE or key in _NO_EFFECT:
         return False
-    in_epochs = re.search(r"^ +MAX_EPOCHS: [1-9]", config, re.MULTILINE)
+    in_epochs = config.get("SOLVER.MAX_EPOCHS", 0) > 0
     other_model = key.startswith("MODEL.") and not model_fits
     return key in _REFUSED or other_model or (key in _COUNTED and in_epochs)
 
