@@ -392,7 +392,7 @@ _C.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
 # Iterations between two checkpoints, and how many numbered ones are kept (0: all).
 _C.SOLVER.CHECKPOINT_PERIOD = 5000
 _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
-# Write checkpoints in a thread: the loop waits only for a copy to the host's memory.
+# Write checkpoints in a thread: the loop waits only for a copy, for which the host's memory must have room.
 _C.SOLVER.ASYNC_CHECKPOINT = False
 # When a loss or the gradient's norm is NaN or infinite: stop, seen when the losses are next read; or skip,
 # which leaves that step out on all ranks, and reads the losses at each step.

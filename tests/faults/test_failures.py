@@ -28,6 +28,14 @@ def test_an_exception_in_a_single_process_leaves_a_good_checkpoint(tmp_path):
     assert code == 1 and saved == 3
 
 
+def test_without_a_limit_a_job_that_hangs_is_not_ended(tmp_path):
+    launch = {"num_gpus_per_machine": 2}
+    run = Run(tmp_path / "run", ["HANG_TIMEOUT", 0], faults=failures.main_thread_hangs, launch=launch)
+    run.wait_for(run.has_said("iter: 5"))
+    with pytest.raises(AssertionError, match="still running after 8 s"):
+        run.wait(8)
+
+
 def nan_now_and_then(names):
     """A model whose loss is NaN for the images of iteration 5, on rank 1, whenever they come up."""
     build_model = names["build_model"]

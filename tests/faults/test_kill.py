@@ -132,6 +132,15 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, ranks, s
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
+def test_another_number_of_ranks_goes_on_and_the_log_says_what_that_changes(tmp_path):
+    run = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 6], launch={"num_gpus_per_machine": 2})
+    assert run.wait()[0] == 0, run.tail
+    run = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 10], flags=["--resume"])
+    assert run.wait()[0] == 0, run.tail
+    assert "the random state of 2 processes, and here there are 1" in run.output
+    assert sorted(lines(tmp_path / "run")) == list(range(10))
+
+
 def slow_evaluation(names):
     from plaintrain.evaluation.coco import COCOEvaluator
 
