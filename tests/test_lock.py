@@ -1,5 +1,6 @@
 """One run at a time in a folder: plaintrain.utils.lock."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -86,3 +87,13 @@ def test_a_lock_whose_owner_cannot_be_read_is_one_still(tmp_path, hold):
     (tmp_path / "run.lock").write_text("")
     with pytest.raises(UserError, match="not yet written its number"):
         lock_folder(str(tmp_path))
+
+
+def test_where_there_are_no_locks_the_run_goes_on_with_a_warning(tmp_path, monkeypatch, log):
+    def refuse(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    lock_folder(str(tmp_path))
+    assert "run.lock cannot be locked (No locks available)" in log.text
+    assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()

@@ -2,11 +2,14 @@
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
 
 from plaintrain.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _NAME = "run.lock"
 # What this process holds, by folder. The system lets go of a lock when its process ends, however it
@@ -42,6 +45,9 @@ def lock_folder(folder):
         raise UserError(
             f"another run is at work in {folder}: {owner}; wait for its end, or choose another OUTPUT_DIR"
         ) from e
+    except OSError as e:
+        # Some file systems of clusters are mounted without locks.
+        logger.warning(f"{path} cannot be locked ({e.strerror}): see to it that no other run uses the folder")
     _HELD[folder] = handle
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started})
