@@ -122,8 +122,8 @@ class DetectionCheckpointer:
         self.in_order(link_checkpoint, self.save_dir, source + ".pth", target + ".pth")
 
     def has_checkpoint(self):
-        """Whether `save_dir` holds a checkpoint to resume from."""
-        return bool(resume_candidates(self.save_dir))
+        """Whether `save_dir` of rank 0 holds a checkpoint to resume from; all ranks call it."""
+        return comm.broadcast(bool(resume_candidates(self.save_dir)))
 
     def get_checkpoint_file(self):
         """Path of the last checkpoint, or "" if there is none."""

@@ -216,17 +216,20 @@ def _join_group(job, watches):
     rank, world_size, by_torchrun = job["rank"], job["world_size"], job["address"] is None
     several_machines, env = job["local_size"] < world_size, os.environ
     address = (env["MASTER_ADDR"], int(env["MASTER_PORT"])) if by_torchrun else job["address"]
+    # The store of torchrun's agent outlives the ranks that are started again.
+    lingers = several_machines and rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     watch = functools.partial(FailureWatch, address, (rank, world_size), (job["machine"], job["local_rank"]))
     store = _open_store(address, rank, world_size, by_torchrun)
     if not by_torchrun:
         # Before the ranks part: rank 0 takes the store with it when it ends.
-        watches.append(watch(lingers=several_machines and rank == 0))
+        watches.append(watch(lingers=lingers))
     if several_machines:
         choose_interface(store, job["machine"], address[0])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
     if by_torchrun:
-        # Its store outlives the ranks that it starts again.
-        watches.append(watch(prefix=f"{comm.broadcast(uuid.uuid4().hex)}/"))
+        # Ranks that are started again are not told what ended those before.
+        prefix = f"{comm.broadcast(uuid.uuid4().hex)}/"
+        watches.append(watch(prefix=prefix, lingers=lingers))
 
 
 def _open_store(address, rank, world_size, by_torchrun):

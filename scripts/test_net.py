@@ -135,7 +135,7 @@ def main(args):
     else:
         model = build_model(cfg)
         checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
-        if args.resume and comm.is_main_process() and not checkpointer.has_checkpoint():
+        if args.resume and not checkpointer.has_checkpoint():
             raise UserError(f"--resume: there is no checkpoint in {cfg.OUTPUT_DIR}; give MODEL.WEIGHTS FILE")
         averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
         names = {"class_names": class_names(cfg.DATASETS.TEST[0]), "averaged": averaged}

@@ -58,7 +58,7 @@ class FailureWatch:
         """
         self._store = connect(*address)
         (self._rank, self._world_size), (self._machine, self._local_rank) = ranks, place
-        self._prefix, self._lingers = prefix, lingers
+        self._prefix, self._lingers, self._has_shown = prefix, lingers, False
         self._stopped, self._lock = threading.Event(), threading.Lock()
         self._answered, self._alive = time.monotonic(), {}
         self._threads = [threading.Thread(target=t, daemon=True) for t in (self._talk, self._look_at_clock)]
@@ -211,7 +211,8 @@ class FailureWatch:
 
     def _show(self, failure):
         # The failed rank has printed its error on its own machine.
-        if failure["machine"] != self._machine and self._local_rank == 0:
+        if failure["machine"] != self._machine and self._local_rank == 0 and not self._has_shown:
+            self._has_shown = True
             print(f"rank {failure['rank']} failed: {failure['text']}", file=sys.stderr, flush=True)
 
 

@@ -1,0 +1,242 @@
+"""Machines of one's own: network namespaces that are joined by a bridge, each with a name and an address.
+
+Each has its own host name, which it looks up as 127.0.1.1, as Debian writes it into /etc/hosts, and knows
+the names of the others. Runs of the harness work in them, started by `launch` or by torchrun.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from harness import CONFIG, ROOT, Run
+
+_NEWNS, _NEWUTS, _NEWNET, _PRIVATE, _BIND = 0x20000, 0x4000000, 0x40000000, 0x44000, 0x1000
+_NAME = re.compile(r"plaintrain-(\d+)-\w+")
+_IP = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+class NotAllowedError(Exception):
+    """This system lets nobody make network namespaces here; says why."""
+
+
+def _ip(*arguments):
+    done = subprocess.run([_IP, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NotAllowedError(f"ip {' '.join(map(str, arguments))}: {done.stderr.strip()}")
+    return done.stdout
+
+
+class Machines:
+    """`with Machines(3, folder) as machines`: three of them, until the end of the block."""
+
+    def __init__(self, number, folder):
+        """
+        Args:
+            number: how many.
+            folder: for their home folders and `hosts` files.
+        """
+        if _IP is None:
+            raise NotAllowedError("there is no ip (Debian's package iproute2)")
+        pid = os.getpid()
+        self._prefix, self._folder = f"plaintrain-{pid}", Path(folder)
+        net = f"10.{64 + pid // 256 % 128}.{pid % 256}"
+        self.names = [f"host{k}" for k in range(number)]
+        self.addresses = [f"{net}.{k + 1}" for k in range(number)]
+        self._port = 20000 + pid % 10000
+
+    def __enter__(self):
+        _remove_those_of_ended_processes()
+        try:
+            self._make()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self._remove()
+
+    def _make(self):
+        # The bridge is in a namespace too: no rule of this machine's firewall holds there.
+        switch = f"{self._prefix}-switch"
+        _ip("netns", "add", switch)
+        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", switch, "link", "set", "bridge", "up")
+        for k, address in enumerate(self.addresses):
+            space = self.space(k)
+            _ip("netns", "add", space)
+            _ip("-n", space, "link", "set", "lo", "up")
+            _ip(
+                "-n",
+                space,
+                "link",
+                "add",
+                "wire",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                f"port{k}",
+                "netns",
+                switch,
+            )
+            _ip("-n", switch, "link", "set", f"port{k}", "master", "bridge", "up")
+            _ip("-n", space, "address", "add", f"{address}/24", "dev", "wire")
+            _ip("-n", space, "link", "set", "wire", "up")
+            others = zip(self.addresses, self.names, strict=True)
+            rows = ["127.0.0.1 localhost", f"127.0.1.1 {self.names[k]}"]
+            rows += [f"{a} {name}" for a, name in others if a != address]
+            self.home(k).mkdir()
+            self._hosts_file(k).write_text("\n".join(rows) + "\n")
+
+    def _remove(self):
+        names = [f"{self._prefix}-switch", *map(self.space, range(len(self.names)))]
+        for name in names:
+            _remove(name)
+
+    def space(self, k):
+        """Name of the network namespace of machine k."""
+        return f"{self._prefix}-{k}"
+
+    def home(self, k):
+        """The home folder of machine k."""
+        return self._folder / self.names[k]
+
+    def _hosts_file(self, k):
+        return self._folder / f"hosts-{k}"
+
+    def pids(self, k):
+        """The processes at work on machine k."""
+        return [int(pid) for pid in _ip("netns", "pids", self.space(k)).split()]
+
+    def wait_for_the_end(self, timeout):
+        """Wait until no process is left on any machine; the seconds it took."""
+        begin = time.monotonic()
+        while any(left := [self.pids(k) for k in range(len(self.names))]):
+            assert time.monotonic() - begin < timeout, f"after {timeout} s these are left: {left}"
+            time.sleep(0.1)
+        return time.monotonic() - begin
+
+    def kill(self, k, number=signal.SIGKILL, but=None):
+        """Send a signal to all processes of machine k, but to one."""
+        for pid in self.pids(k):
+            if pid == but:
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def unplug(self, k):
+        """Machine k loses its network; it can be plugged in again."""
+        _ip("-n", self.space(k), "link", "set", "wire", "down")
+
+    def plug_in(self, k):
+        _ip("-n", self.space(k), "link", "set", "wire", "up")
+
+    def free_port(self):
+        """A port that no run so far has been given; nothing else listens in the namespaces."""
+        self._port += 1
+        return self._port
+
+    def enter(self, k):
+        """Move this process, and what it will start, to machine k."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(f"/run/netns/{self.space(k)}") as space:
+            done = [libc.setns(space.fileno(), _NEWNET), libc.unshare(_NEWNS | _NEWUTS)]
+        hosts = str(self._hosts_file(k)).encode()
+        done += [
+            libc.mount(b"none", b"/", None, ctypes.c_ulong(_PRIVATE), None),
+            libc.mount(hosts, b"/etc/hosts", None, ctypes.c_ulong(_BIND), None),
+        ]
+        socket.sethostname(self.names[k])
+        os.environ["HOME"] = str(self.home(k))
+        if any(done):
+            raise OSError(ctypes.get_errno(), f"cannot enter machine {k}: {done}")
+
+
+def _remove(name):
+    with contextlib.suppress(NotAllowedError):
+        for pid in _ip("netns", "pids", name).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        _ip("netns", "delete", name)
+
+
+def _remove_those_of_ended_processes():
+    for line in _ip("netns", "list").splitlines():
+        match = _NAME.match(line)
+        if match and not Path("/proc", match[1]).exists():
+            _remove(match[0])
+
+
+# ---- runs on them -----------------------------------------------------------------------------------
+
+
+def _in_machine(machines, k, faults, names):
+    machines.enter(k)
+    if faults is not None:
+        faults(names)
+
+
+def _torchrun(machines, k, arguments, replaced, names):
+    machines.enter(k)
+    # Where the agents share the store of the ranks, PyTorch 2.14 lets none in that is started again.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int(replaced))
+    from torch.distributed.run import main
+
+    main(arguments)
+    sys.exit(0)
+
+
+def start(machines, folders, options, *, flags=(), faults=None, num_gpus=1):
+    """The script on every machine, by `--num-machines`; a `Run` for each.
+
+    Args:
+        machines: `Machines`.
+        folders: each one's OUTPUT_DIR.
+        options, flags, faults: see `harness.Run`.
+        num_gpus: processes on each machine.
+    """
+    launch = {"num_gpus_per_machine": num_gpus, "num_machines": len(folders)}
+    launch["dist_url"] = f"tcp://{machines.names[0]}:{machines.free_port()}"
+    runs = []
+    for k, folder in enumerate(folders):
+        write_config(folder)
+        in_machine = functools.partial(_in_machine, machines, k, faults)
+        arguments = {**launch, "machine_rank": k}
+        runs.append(Run(folder, options, flags=flags, faults=in_machine, launch=arguments))
+    return runs
+
+
+def start_torchrun(machines, k, port, folder, options, *, replaced=False):
+    """The script on machine k of two, by torchrun, as a `Run`.
+
+    Args:
+        machines, k: which machine.
+        port: of the rendezvous on machine 0.
+        folder, options: see `harness.Run`.
+        replaced: agents may be started again while others are at work.
+    """
+    write_config(folder)
+    arguments = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    arguments += ["--rdzv-endpoint", f"{machines.names[0]}:{port}", "--monitor-interval", "0.1"]
+    arguments += [str(ROOT / "scripts" / "plain_train_net.py"), "--config-file"]
+    arguments += [str(Path(folder).parent / "config.yaml"), "--resume", "OUTPUT_DIR", str(folder)]
+    arguments += map(str, options)
+    return Run(folder, [], faults=functools.partial(_torchrun, machines, k, arguments, replaced))
+
+
+def write_config(folder):
+    """The config beside a folder, whole before several runs there read it."""
+    config = Path(folder).parent / "config.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    if not config.exists():
+        config.write_text(CONFIG)

@@ -1,0 +1,199 @@
+"""Jobs on two and three machines, which are network namespaces here."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from harness import Run, differences, lines, newest_checkpoint
+from machines import Machines, NotAllowedError, start, start_torchrun, write_config
+
+from plaintrain.utils import watch
+
+# Long enough to be ended in between.
+OPTIONS = ["SOLVER.MAX_ITER", 60, "TEST.EVAL_PERIOD", 20, "SOLVER.CHECKPOINT_PERIOD", 10]
+THREE = ["SOLVER.IMS_PER_BATCH", 6, "SOLVER.MAX_ITER", 12, "TEST.EVAL_PERIOD", 0]
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    """Three machines."""
+    try:
+        with Machines(3, tmp_path_factory.mktemp("machines")) as made:
+            yield made
+    except NotAllowedError as e:
+        pytest.skip(f"needs network namespaces, which are not allowed here: {e}")
+
+
+@pytest.fixture(autouse=True)
+def _none_is_left(request):
+    yield
+    if "machines" in request.fixturenames:
+        machines = request.getfixturevalue("machines")
+        for k in range(3):
+            machines.kill(k)
+            machines.plug_in(k)
+
+
+def one_machine(folder, number, options):
+    """A run of as many processes on one machine, its folder."""
+    write_config(folder)
+    code, _ = Run(folder, options, launch={"num_gpus_per_machine": number}).wait()
+    assert code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder of a run of two processes on one machine, that nothing has disturbed."""
+    return one_machine(tmp_path_factory.mktemp("one") / "whole", 2, OPTIONS)
+
+
+def wait(runs, code):
+    """Wait until all end, which they do with this code."""
+    found = [run.wait(60)[0] for run in runs]
+    assert found == [code] * len(runs), "\n\n".join(run.output for run in runs)
+
+
+def reach(run, iteration):
+    """Wait until the log of a run on machine 0 has a line of an iteration."""
+    assert run.wait_for(run.has_said(f"iter: {iteration} ")), run.output
+
+
+def test_three_machines_train_as_one_does_and_only_the_first_holds_the_run(machines, tmp_path):
+    alone = one_machine(tmp_path / "alone", 3, THREE)
+    folders = [tmp_path / f"machine-{k}" for k in range(3)]
+    wait(start(machines, folders, THREE), 0)
+    assert differences(alone, folders[0]) == []
+    assert [sorted(os.listdir(f)) for f in folders[1:]] == [["log.txt.rank1"], ["log.txt.rank2"]]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared folder", "own folders"])
+def test_two_machines_stop_together_and_go_on_as_one_would(machines, whole, tmp_path, shared):
+    folders = [tmp_path / "run", tmp_path / ("run" if shared else "other")]
+    runs = start(machines, folders, OPTIONS)
+    reach(runs[0], 24)
+    os.kill(runs[1].process.pid, signal.SIGTERM)
+    wait(runs, 143)
+    iteration, damaged = newest_checkpoint(folders[0])
+    assert 24 <= iteration < 60 and not damaged
+    if not shared:
+        # A run of that machine's own is not taken up.
+        for name in ("model_final.pth", "last_checkpoint", "config.yaml"):
+            shutil.copy(whole / name, folders[1])
+    runs = start(machines, folders, OPTIONS, flags=["--resume"])
+    wait(runs, 0)
+    assert f"starting training from iteration {iteration + 1} of 60" in runs[0].output
+    assert differences(whole, folders[0]) == []
+
+
+def test_machines_with_own_folders_evaluate_the_checkpoint_of_the_first(machines, whole, tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    shutil.copytree(whole, folders[0])
+    predictions = "inference/few_val/coco_instances_results.json"
+    (folders[0] / predictions).unlink()
+    wait(start(machines, folders, OPTIONS, flags=["--eval-only", "--resume"]), 0)
+    assert (folders[0] / predictions).read_bytes() == (whole / predictions).read_bytes()
+    assert sorted(os.listdir(folders[1])) == ["log.txt.rank1"]
+
+
+def test_weights_that_differ_on_a_machine_are_refused(machines, whole, tmp_path):
+    for k, name in enumerate(("model_0000009.pth", "model_final.pth")):
+        shutil.copy(whole / name, machines.home(k) / "weights.pth")
+    runs = start(machines, [tmp_path / "run"] * 2, [*OPTIONS, "MODEL.WEIGHTS", "~/weights.pth"])
+    wait(runs, 1)
+    said = "MODEL.WEIGHTS ~/weights.pth is another file on the machine of rank 1 than on that of rank 0"
+    assert [run.output.count(said) for run in runs] == [1, 1]
+
+
+def impatient(names):
+    """Wait for the store of machine 0 for a shorter time than usual."""
+    watch._STORE_SECONDS = 3.0
+
+
+def kill_a_rank(machines, runs):
+    children = runs[1].children()
+    ranks = [pid for pid, parent in children.items() if parent == runs[1].process.pid]
+    os.kill(max(ranks), signal.SIGKILL)
+
+
+# {what happens: (it, what is said on machine 0, and on machine 1, the most seconds until all have ended)}
+HANG = "no step was finished within 5 s (HANG_TIMEOUT); the ranks stand at rank 0: "
+FAILURES = {
+    "a rank is killed": (
+        kill_a_rank,
+        ["rank 1 failed: rank 1 was ended by SIGKILL", "error: rank 1 was ended by SIGKILL"],
+        15,
+    ),
+    "machine 1 is killed": (
+        lambda machines, runs: machines.kill(1),
+        ["there is no sign of life of rank 1", ""],
+        15,
+    ),
+    "machine 0 is killed": (
+        lambda machines, runs: machines.kill(0),
+        ["", "rank 0 failed: its process is gone, or its machine"],
+        15,
+    ),
+    "machine 1 loses its network": (
+        lambda machines, runs: machines.unplug(1),
+        [HANG, "rank 0 failed: its process is gone, or its machine"],
+        40,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_whatever_fails_all_machines_end_and_say_why_once(machines, tmp_path, name):
+    act, said, seconds = FAILURES[name]
+    options = [*OPTIONS, "SOLVER.MAX_ITER", 5000, "TEST.EVAL_PERIOD", 0, "HANG_TIMEOUT", 5]
+    runs = start(machines, [tmp_path / "run", tmp_path / "other"], options, faults=impatient)
+    reach(runs[0], 12)
+    act(machines, runs)
+    taken = machines.wait_for_the_end(seconds)
+    print(f"{name}: {taken:.1f} s")
+    assert all(run.wait(5)[0] != 0 for run in runs)
+    for run, text in zip(runs, said, strict=True):
+        assert not text or run.output.count(text) == 1, run.output
+    iteration, damaged = newest_checkpoint(tmp_path / "run")
+    assert iteration >= 9 and not damaged
+
+
+def reach_in_log(folder, iteration, timeout=60):
+    """Wait until metrics.json has a line of an iteration."""
+    end = time.monotonic() + timeout
+    while max(lines(folder), default=-1) < iteration:
+        assert time.monotonic() < end, f"iteration {iteration} was not reached within {timeout} s"
+        time.sleep(0.05)
+
+
+def test_torchrun_forms_the_job_again_when_a_rank_is_killed(machines, whole, tmp_path):
+    folder, port = tmp_path / "run", machines.free_port()
+    runs = [start_torchrun(machines, k, port, folder, OPTIONS) for k in range(2)]
+    reach_in_log(folder, 24)
+    machines.kill(1, but=runs[1].process.pid)
+    wait(runs, 0)
+    assert differences(whole, folder) == []
+    assert runs[0].output.count("resumed from") == 1
+    # The others reported what they felt; those that came after them are not told.
+    assert runs[0].output.count("there is no sign of life of rank 1") <= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_torchrun_takes_a_machine_back_that_was_ended(machines, whole, tmp_path, number):
+    folder, port = tmp_path / "run", machines.free_port()
+    runs = [start_torchrun(machines, k, port, folder, OPTIONS, replaced=True) for k in range(2)]
+    reach_in_log(folder, 24)
+    if number == signal.SIGTERM:
+        os.kill(runs[1].process.pid, number)
+    else:
+        machines.kill(1)
+    runs[1].process.join(30)
+    if number == signal.SIGTERM:
+        # Rank 0 had saved before rank 1 ended.
+        assert newest_checkpoint(folder)[0] == max(lines(folder))
+    runs[1] = start_torchrun(machines, 1, port, folder, OPTIONS, replaced=True)
+    wait(runs, 0)
+    assert differences(whole, folder) == []
+    assert runs[0].output.count("resumed from") == 1
