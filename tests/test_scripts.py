@@ -251,10 +251,8 @@ def test_ctrl_c_ends_a_run_with_one_line(config, tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "SIGINT: the run stops after this step" in stderr and "Traceback" not in stderr
-    assert (
-        "the run has stopped, with a checkpoint; go on with --resume"
-        in (tmp_path / "out/log.txt").read_text()
-    )
+    log = (tmp_path / "out/log.txt").read_text()
+    assert "the run has stopped, with a checkpoint; go on with --resume" in log
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(config, tmp_path):
