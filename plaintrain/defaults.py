@@ -310,8 +310,11 @@ _C.DATASETS.TRAIN_REPEAT_FACTOR = []
 _C.DATASETS.DECLARE = CN(new_allowed=True)
 
 _C.DATALOADER = CN()
-# Worker processes per rank; 0 loads in the training process.
+# Workers per rank; 0 loads in the training process, between the steps.
 _C.DATALOADER.NUM_WORKERS = 4
+# What they are: process; thread, which need not send images from one process to another; auto: threads for
+# mappers that say that they are thread_safe, as the built-in ones do. The samples are the same.
+_C.DATALOADER.WORKER_TYPE = "process"
 # Where a training image cannot be read, train on another one, drawn from SEED and its place, and log it; else
 # it ends the run. Evaluation never leaves an image out.
 _C.DATALOADER.SKIP_UNREADABLE = False
@@ -470,6 +473,7 @@ SUPPORTED = {
             "WeightedTrainingSampler",
             "RandomSubsetTrainingSampler",
         ),
+        "DATALOADER.WORKER_TYPE": ("process", "thread", "auto"),
         "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
         "SOLVER.ON_NONFINITE": ("stop", "skip"),
         "SOLVER.WARMUP_METHOD": ("linear", "constant"),

@@ -6,6 +6,7 @@ from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
 from plaintrain.data.samplers import InferenceSampler
 from plaintrain.data.serialized import SerializedRecords
+from plaintrain.data.thread_loader import Threads
 from plaintrain.data.train_loader import Loader, MappedRecords, TrainLoader
 from plaintrain.data.train_sampler import build_train_sampler
 from plaintrain.data.tta import build_tta_mapper
@@ -36,7 +37,8 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
     Args:
         cfg: the config, after `default_setup`.
         mapper: `(record, generator) -> sample`, default `DatasetMapper`. A mapper of one
-            argument finds the global generators seeded for its sample.
+            argument finds the global generators seeded for its sample, except in threads. One whose
+            `thread_safe` is true is called by several threads at a time.
         dataset: sequence of records, default those of DATASETS.TRAIN.
         sampler: default `build_train_sampler`; any object with the `seed` and `batch` of a
             `TrainingSampler`.
@@ -57,10 +59,18 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
     records = _serialized(dataset)
     sampler = sampler or build_train_sampler(cfg, records, batch_size)
     mapper = mapper or DatasetMapper(cfg, is_train=True, records=records)
-    workers = cfg.DATALOADER.NUM_WORKERS
+    workers = _workers(cfg, mapper)
     return TrainLoader(
         records, mapper, sampler, start_iter=start_iter, num_workers=workers, skip_unreadable=skip
     )
+
+
+def _workers(cfg, mapper):
+    """DATALOADER.NUM_WORKERS, as `Threads` where WORKER_TYPE and the mapper say so."""
+    number, kind = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.WORKER_TYPE
+    if kind == "auto":
+        kind = "thread" if getattr(mapper, "thread_safe", False) else "process"
+    return Threads(number) if kind == "thread" else number
 
 
 def training_records(cfg):
@@ -92,7 +102,7 @@ def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None,
     """This rank's share of a dataset, each image once over all ranks, in batches.
 
     Args:
-        cfg: the config: TEST.IMS_PER_BATCH, TEST.AUG, DATALOADER.NUM_WORKERS, INPUT.*.
+        cfg: the config: TEST.IMS_PER_BATCH, TEST.AUG, DATALOADER.NUM_WORKERS, WORKER_TYPE, INPUT.*.
         dataset_name: name of a registered dataset.
         mapper: default `DatasetMapper(cfg, is_train=False)`, or with TEST.AUG.ENABLED `TTAMapper`.
         dataset: sequence of records, default those of `dataset_name`.
@@ -114,7 +124,7 @@ def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None,
     if size < 1:
         raise UserError(f"TEST.IMS_PER_BATCH is {size}, but must be at least 1")
     batches = [keys[i : i + size] for i in range(0, len(keys), size)]
-    return Loader(MappedRecords(records, mapper, seed=0), batches, cfg.DATALOADER.NUM_WORKERS)
+    return Loader(MappedRecords(records, mapper, seed=0), batches, _workers(cfg, mapper))
 
 
 def build_detection_val_loader(cfg, dataset_name):

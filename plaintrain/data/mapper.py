@@ -26,6 +26,9 @@ class DatasetMapper:
     left out of `target`.
     """
 
+    # Several threads may call it at a time: it and the augmentations change nothing that they share.
+    thread_safe = True
+
     def __init__(
         self, cfg=None, is_train=True, *, augmentations=None, use_masks=None, num_keypoints=None, records=None
     ):

@@ -1,4 +1,4 @@
-"""What makes samples of records, in worker processes or in this one, in an order that never varies."""
+"""What makes samples of records, in worker processes, threads or neither, in an order that never varies."""
 
 import contextlib
 import inspect
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from plaintrain.data.thread_loader import ThreadLoader, Threads
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
@@ -35,7 +36,7 @@ class MappedRecords(Dataset):
 
     def __init__(self, records, mapper, seed, skip=False):
         self._records, self._mapper, self._seed, self._skip = records, mapper, seed, skip
-        self._takes_rng = _takes_generator(mapper)
+        self.takes_rng = _takes_generator(mapper)
 
     def __len__(self):
         return len(self._records)
@@ -48,7 +49,7 @@ class MappedRecords(Dataset):
             return self._another(position, e) if self._skip else e
 
     def _sample(self, index, position):
-        if self._takes_rng:
+        if self.takes_rng:
             return self._mapper(self._records[index], np.random.default_rng((self._seed, position)))
         with _seeded_globals(self._seed, position):
             return self._mapper(self._records[index])
@@ -110,14 +111,23 @@ def _obey_parent():
 
 
 def _make_loader(dataset, batches, num_workers):
-    if num_workers < 0:
-        raise UserError(f"DATALOADER.NUM_WORKERS is {num_workers}, but must be at least 0")
+    in_threads, pin_memory = isinstance(num_workers, Threads), torch.cuda.is_available()
+    number = num_workers.number if in_threads else num_workers
+    if number < 0:
+        raise UserError(f"DATALOADER.NUM_WORKERS is {number}, but must be at least 0")
+    if in_threads and number:
+        if not dataset.takes_rng:
+            raise UserError(
+                "DATALOADER.WORKER_TYPE is thread, but the mapper takes a record alone, so it draws from the "
+                "global generators, which threads share: let it take (record, generator), or use processes"
+            )
+        return ThreadLoader(dataset, batches, number, pin_memory)
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=num_workers,
+        num_workers=number,
         collate_fn=list,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         worker_init_fn=_outlive_signals,
         # Its own generator: drawing the workers' base seed must not move the training's.
         generator=torch.Generator(),
@@ -160,7 +170,7 @@ class TrainLoader(Loader):
             sampler: a `TrainingSampler`, whose batches are split over the ranks; its `seed` also
                 seeds every sample's generator.
             start_iter: iteration to begin with; nothing before it is loaded.
-            num_workers: worker processes; 0 loads in this process.
+            num_workers: worker processes, or `Threads`; 0 loads as batches are asked for.
             skip_unreadable: put another image, drawn from the seed and the position, where one cannot
                 be read, and log it, instead of raising a `UserError`.
         """

@@ -43,6 +43,7 @@ class TTAMapper:
     flip: bool = True
     fixed_size: tuple | None = None
     keypoint_flip_indices: tuple | None = None
+    thread_safe = True
 
     def __post_init__(self):
         check_list(self, "min_sizes", 0, whole=True)
