@@ -10,7 +10,7 @@ from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.copy_paste import SimpleCopyPaste
 from plaintrain.data.images import check_image_size, read_image
 from plaintrain.data.keypoints import dataset_flip_indices
-from plaintrain.data.tensors import has_extent, hide_outside, select
+from plaintrain.data.tensors import has_extent, hide_outside, plain_image, select
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
@@ -72,7 +72,7 @@ class DatasetMapper:
         rng = np.random.default_rng() if rng is None else rng
         tensors = self._augmented(record, self.augmentations, rng)
         sample = {key: record[key] for key in ("image_id", "file_name", "height", "width")}
-        sample["image"] = tensors["image"].as_subclass(torch.Tensor).contiguous()
+        sample["image"] = plain_image(tensors)
         if self.is_train:
             sample["target"] = _target(tensors)
         return sample

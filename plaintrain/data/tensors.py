@@ -7,6 +7,7 @@ A dict of `image` (`tv_tensors.Image`, uint8 `[3, H, W]`) and in training `boxes
 pixel's centre is at +0.5. No function changes what it is given.
 """
 
+import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
 from torchvision import tv_tensors
@@ -23,6 +24,12 @@ ROWS = ("boxes", "labels", "masks", "keypoints", "visibility")
 def image_size(tensors):
     """(height, width) in pixels."""
     return tuple(tensors["image"].shape[-2:])
+
+
+def plain_image(tensors):
+    """The image as a plain tensor, `[3, H, W]` in memory too."""
+    # NumPy takes colours apart in half of PyTorch's time.
+    return torch.from_numpy(np.ascontiguousarray(tensors["image"].as_subclass(torch.Tensor).numpy()))
 
 
 def _move(tensors, function):

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
 from torchvision import tv_tensors
 
 from plaintrain.data.arguments import check_list, check_number
 from plaintrain.data.images import check_image_size, read_image
 from plaintrain.data.keypoints import dataset_flip_indices
-from plaintrain.data.tensors import horizontal_flip, image_size, resize
+from plaintrain.data.tensors import horizontal_flip, image_size, plain_image, resize
 from plaintrain.data.transforms import shortest_edge_size
 from plaintrain.utils.errors import UserError
 
@@ -75,8 +74,7 @@ class TTAMapper:
 
 
 def _view(tensors, flipped, keypoint_flip_indices):
-    image = tensors["image"].as_subclass(torch.Tensor).contiguous()
-    return {"image": image, "flipped": flipped, "keypoint_flip_indices": keypoint_flip_indices}
+    return {"image": plain_image(tensors), "flipped": flipped, "keypoint_flip_indices": keypoint_flip_indices}
 
 
 def build_tta_mapper(cfg, dataset_name):
