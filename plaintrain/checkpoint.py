@@ -31,6 +31,7 @@ class DetectionCheckpointer:
 
     Attributes:
         iteration: that of the newest checkpoint that was saved or resumed from; None before.
+        resumed_from: name of the file that was resumed from, "" if none was.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class DetectionCheckpointer:
         self.save_dir = save_dir
         self.save_to_disk = comm.is_main_process() if save_to_disk is None else save_to_disk
         self.about, self.checkpointables = about or {}, checkpointables
-        self.iteration = None
+        self.iteration, self.resumed_from = None, ""
         self._background = Background() if asynchronous else None
         self._host_copy = HostCopy()
 
@@ -209,7 +210,7 @@ class DetectionCheckpointer:
 
     def _take_up(self, path, data, averaged):
         logger.info(f"resumed from {path}")
-        self.iteration = data.get("iteration")
+        self.iteration, self.resumed_from = data.get("iteration"), os.path.basename(path)
         if self.checkpointables and "rng_states" in data:
             load_rng_states(data.pop("rng_states"))
         if averaged and data.get("ema"):

@@ -11,10 +11,15 @@ from plaintrain.utils.storage import every
 logger = logging.getLogger(__name__)
 
 
+def _numbered(iteration):
+    return f"model_{iteration:07d}.pth"
+
+
 class PeriodicCheckpointer:
     """Saves every `period` iterations, and `model_final` after the last one.
 
-    As a context manager it waits, at the end of its block, until the last file is whole.
+    As a context manager it begins with the `model_final` that a resumed run lacks which was interrupted just
+    before it, and waits, at the end of its block, until the last file is whole.
     """
 
     def __init__(self, checkpointer, period, max_iter=None, max_to_keep=0, *, final_model=None):
@@ -59,7 +64,7 @@ class PeriodicCheckpointer:
                 self._save_numbered(iteration, **kwargs)
             self.checkpointer.save_weights("model_final", self.final_model(), **kwargs)
         elif self._saved == iteration:
-            self.checkpointer.link(f"model_{iteration:07d}", "model_final")
+            self.checkpointer.link(_numbered(iteration).removesuffix(".pth"), "model_final")
         else:
             self.save("model_final", iteration=iteration, **kwargs)
 
@@ -68,12 +73,11 @@ class PeriodicCheckpointer:
         self.checkpointer.save(name, **kwargs)
 
     def _save_numbered(self, iteration, **kwargs):
-        name = f"model_{iteration:07d}"
-        self.save(name, iteration=iteration, **kwargs)
+        name = _numbered(iteration)
+        self.save(name.removesuffix(".pth"), iteration=iteration, **kwargs)
         self._saved = iteration
         if self.max_to_keep:
-            folder = self.checkpointer.save_dir
-            self.checkpointer.in_order(prune_checkpoints, folder, f"{name}.pth", self.max_to_keep)
+            self.checkpointer.in_order(prune_checkpoints, self.checkpointer.save_dir, name, self.max_to_keep)
 
     @contextlib.contextmanager
     def saving_if_stopped(self, iteration, **kwargs):
@@ -90,6 +94,10 @@ class PeriodicCheckpointer:
             raise
 
     def __enter__(self):
+        last = self.checkpointer.iteration
+        if last is not None and self._is_last(last) and self.checkpointer.resumed_from == _numbered(last):
+            self._saved = last
+            self.finish(last)
         return self
 
     def __exit__(self, kind, error, traceback):

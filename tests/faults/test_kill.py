@@ -94,6 +94,25 @@ def test_a_checkpoint_that_is_not_whole_is_noticed_and_passed_over(whole, tmp_pa
     assert differences(whole, tmp_path / "run") == []
 
 
+def killed_before_the_final_model(names):
+    from plaintrain.utils.periodic import PeriodicCheckpointer
+
+    PeriodicCheckpointer.finish = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("script, options", [("plain", []), ("epoch", [*EPOCHS, *STEP])])
+def test_a_run_that_is_killed_just_before_its_final_model_gets_it(script, options, tmp_path):
+    options = [*options, "TEST.EVAL_PERIOD", 0]
+    undisturbed = Run(tmp_path / "whole", options, script=script)
+    assert undisturbed.wait()[0] == 0, undisturbed.tail
+    run = Run(tmp_path / "run", options, script=script, faults=killed_before_the_final_model)
+    assert run.wait()[0] == -signal.SIGKILL
+    assert newest_checkpoint(tmp_path / "run")[0] == 23 and not (tmp_path / "run/model_final.pth").exists()
+    run = Run(tmp_path / "run", options, script=script, flags=["--resume"])
+    assert run.wait()[0] == 0, run.tail
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
 # ---- signals --------------------------------------------------------------------------------------
 
 
