@@ -112,12 +112,16 @@ def test_the_next_step_raises_what_failed_and_nothing_older_is_removed(tmp_path,
     saver.step(1)
     checkpointer.wait()
 
+    go = threading.Event()
+
     def full(*args):
+        go.wait(10)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     saver.step(3)
-    time.sleep(0.1)
+    go.set()
+    time.sleep(0.3)
     with pytest.raises(UserError, match=r"cannot write .*model_0000003.pth"):
         saver.step(4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0000001.pth"]
