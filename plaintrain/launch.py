@@ -1,13 +1,11 @@
 """Start a function on every process of a job, or join the job that torchrun or Slurm started."""
 
 import datetime
-import functools
 import os
 import signal
 import sys
 import time
 import traceback
-import uuid
 from multiprocessing.connection import wait
 
 import torch
@@ -17,7 +15,7 @@ import torch.multiprocessing as mp
 from plaintrain.job import find_job
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError, first_line
-from plaintrain.utils.network import choose_interface
+from plaintrain.utils.network import agree_on_prefix, choose_interface
 from plaintrain.utils.stop import end_at_once
 from plaintrain.utils.watch import FailureWatch, connect, is_felt, report_failure
 
@@ -216,20 +214,18 @@ def _join_group(job, watches):
     rank, world_size, by_torchrun = job["rank"], job["world_size"], job["address"] is None
     several_machines, env = job["local_size"] < world_size, os.environ
     address = (env["MASTER_ADDR"], int(env["MASTER_PORT"])) if by_torchrun else job["address"]
-    # The store of torchrun's agent outlives the ranks that are started again.
+    store, prefix = _open_store(address, rank, world_size, by_torchrun), ""
+    if by_torchrun:
+        prefix = agree_on_prefix(store, rank, world_size, _RENDEZVOUS_TIMEOUT.total_seconds())
+        store = dist.PrefixStore(prefix, store)
+    # The store of torchrun's agent outlives rank 0.
     lingers = several_machines and rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    watch = functools.partial(FailureWatch, address, (rank, world_size), (job["machine"], job["local_rank"]))
-    store = _open_store(address, rank, world_size, by_torchrun)
-    if not by_torchrun:
-        # Before the ranks part: rank 0 takes the store with it when it ends.
-        watches.append(watch(lingers=lingers))
+    place = job["machine"], job["local_rank"]
+    # Before the ranks part: rank 0 takes the store with it when it ends.
+    watches.append(FailureWatch(address, (rank, world_size), place, prefix=prefix, lingers=lingers))
     if several_machines:
         choose_interface(store, job["machine"], address[0])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
-    if by_torchrun:
-        # Ranks that are started again are not told what ended those before.
-        prefix = f"{comm.broadcast(uuid.uuid4().hex)}/"
-        watches.append(watch(prefix=prefix, lingers=lingers))
 
 
 def _open_store(address, rank, world_size, by_torchrun):

@@ -1,14 +1,51 @@
-"""The network interface by which the machines of a job reach each other."""
+"""How the processes of a job find each other, and by which network interface their machines do."""
 
 import contextlib
 import fcntl
 import os
 import socket
 import struct
+import time
+import uuid
+
+from plaintrain.utils.errors import UserError
 
 _KEY = "plaintrain/address"
 # Linux' ioctl for the address of an interface.
 _SIOCGIFADDR = 0x8915
+
+
+def agree_on_prefix(store, rank, world_size, timeout):
+    """A prefix for the keys of this job alone, the same on all of its ranks.
+
+    The store of torchrun's agents outlives the ranks that they start again, with the addresses and failures
+    of those before, and the agents do not count the starts alike.
+
+    Args:
+        store: where the ranks meet.
+        rank, world_size: this process' and their number.
+        timeout: seconds that rank 0 waits for the others.
+
+    Raises:
+        UserError: on rank 0, if one does not come.
+    """
+    if rank != 0:
+        # What rank 0 answers to a question of this very process is not from an earlier start.
+        question = uuid.uuid4().hex
+        store.set(f"plaintrain/asks/{rank}", question)
+        prefix = store.get(f"plaintrain/answer/{question}").decode()
+        store.set(f"{prefix}here/{rank}", "")
+        return prefix
+    prefix, end, missing = f"plaintrain/{uuid.uuid4().hex}/", time.monotonic() + timeout, range(1, world_size)
+    while missing := [other for other in missing if not store.check([f"{prefix}here/{other}"])]:
+        if time.monotonic() > end:
+            raise UserError(f"rank {missing[0]} of {world_size} has not come within {timeout:g} s")
+        for other in missing:
+            if store.check([f"plaintrain/asks/{other}"]):
+                question = store.get(f"plaintrain/asks/{other}").decode()
+                store.set(f"plaintrain/answer/{question}", prefix)
+        time.sleep(0.05)
+    return prefix
 
 
 def choose_interface(store, machine, host):

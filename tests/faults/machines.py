@@ -228,6 +228,9 @@ def start_torchrun(machines, k, port, folder, options, *, replaced=False):
     write_config(folder)
     arguments = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
     arguments += ["--rdzv-endpoint", f"{machines.names[0]}:{port}", "--monitor-interval", "0.1"]
+    if replaced:
+        # A machine that is gone is missed after 5 seconds, not 15.
+        arguments += ["--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=5"]
     arguments += [str(ROOT / "scripts" / "plain_train_net.py"), "--config-file"]
     arguments += [str(Path(folder).parent / "config.yaml"), "--resume", "OUTPUT_DIR", str(folder)]
     arguments += map(str, options)
