@@ -57,7 +57,7 @@ def whole(tmp_path_factory):
 
 def wait(runs, code):
     """Wait until all end, which they do with this code."""
-    found = [run.wait(60)[0] for run in runs]
+    found = [run.wait(120)[0] for run in runs]
     assert found == [code] * len(runs), "\n\n".join(run.output for run in runs)
 
 
@@ -123,8 +123,8 @@ def kill_a_rank(machines, runs):
     os.kill(max(ranks), signal.SIGKILL)
 
 
+SILENT = r"\(HANG_TIMEOUT\); the ranks stand at .*rank 1: no sign of life|rank 1 gives no sign of life"
 # {what happens: (it, [what is said on machine 0, and on machine 1], the most seconds until all have ended)}
-HANG = r"no step was finished within 5 s \(HANG_TIMEOUT\).*; rank 1: no sign of life|rank 1 gives no sign of life"
 FAILURES = {
     "a rank is killed": (
         kill_a_rank,
@@ -143,7 +143,7 @@ FAILURES = {
     ),
     "machine 1 loses its network": (
         lambda machines, runs: machines.unplug(1),
-        [HANG, "rank 0 failed: its process is gone, or its machine"],
+        [SILENT, "rank 0 failed: its process is gone, or its machine"],
         40,
     ),
 }
