@@ -115,10 +115,9 @@ def _spawn(main_func, args, job, debug):
         code = failed.exitcode if failed else 0
         if code < 0 and not received:
             name, rank = signal.Signals(-code).name, job["first_rank"] + ranks.index(failed)
-            text = f"rank {rank} was ended by {name}"
-            text += ": is the memory full?" if code == -signal.SIGKILL else ""
-            _tell_other_machines(job, rank, text)
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            text = f"was ended by {name}" + (": is the memory full?" if code == -signal.SIGKILL else "")
+            _tell_other_machines(job, rank, f"it {text}")
+            print(f"error: rank {rank} {text}", file=sys.stderr, flush=True)
         _end_ranks(ranks)
     finally:
         for number, handler in before.items():

@@ -407,6 +407,7 @@ def test_killed_rank_ends_the_job_on_the_other_machine_too(tmp_path):
     jobs = wait_all(start_machines(launch_helpers.rank_1_is_killed, tmp_path))
     assert [job.code for job in jobs] == [1, 1]
     assert "rank 1 was ended by SIGKILL" in jobs[1].output
+    assert "rank 1 failed: it was ended by SIGKILL" in jobs[0].output
 
 
 def test_port_that_is_taken_is_named_in_one_sentence(tmp_path):
