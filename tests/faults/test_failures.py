@@ -11,9 +11,7 @@ from plaintrain.utils.checkpoint_files import read_checkpoint, resume_candidates
 NAMES = [n for n in failures.FAILURES if n not in ("the disk is full", "a loader worker out of memory")]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.long] * ("frozen" in n)) for n in NAMES]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * ("frozen" in n)) for n in NAMES])
 def test_every_process_ends_and_says_why_once(name, tmp_path):
     run, code, seconds, saved = failures.fail(name, tmp_path / "run")
     assert code == 1 and seconds < 60, run.tail
