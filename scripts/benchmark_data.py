@@ -4,15 +4,23 @@
 python scripts/benchmark_data.py time
 python scripts/benchmark_data.py memory
 python scripts/benchmark_data.py time memory --images 20000 --output data.json
+python scripts/benchmark_data.py images --repeats 7
 
 `time` is CPU time from reading the annotation file to the first batch, checks included, and that of a
 plain `json.load` of the same file; each in a fresh process, in turns. `memory` is what a worker
 process has for itself (unique set size, Linux only) after an epoch, beside a worker of 100 records,
-with workers that are forked and with spawned ones. Numbers are medians.
-The files, some 470 MB at COCO's 117,000 images, are kept in --folder for the next time.
+with workers that are forked and with spawned ones. The files of both, some 470 MB at COCO's 117,000
+images, are kept in --folder for the next time.
+`images` is wall time per image of the training loader with two workers on two cores, processes and threads,
+and of a loader written after torchvision's detection references: Pillow decodes, resizes and flips, tensors
+are floats, PyTorch's DataLoader has two processes. JPEG files of 640x480, shorter side 640 to 800, seven
+boxes; in turns, after a start that is not counted.
+Numbers are medians.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,9 +32,13 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional
 
 from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_train_loader, register_coco_instances
+from plaintrain.structures import BoxMode
 
 _BATCH = 16
 _CLASSES = 80
@@ -159,7 +171,108 @@ def measure_memory(folder, images, repeats):
     return result
 
 
-MEASUREMENTS = {"time": measure_time, "memory": measure_memory}
+def write_images(folder, number=64):
+    """JPEG files of 640x480, about as large as COCO's; returns their records."""
+    records, rng = [], np.random.default_rng(0)
+    for i in range(number):
+        coarse = Image.fromarray(rng.integers(0, 256, size=(30, 40, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), dtype=np.float32)
+        pixels = pixels + rng.normal(0, 9, size=(480, 640, 1))
+        path = os.path.join(folder, f"{i}.jpg")
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=92)
+        corners = np.sort(rng.uniform(0, 1, size=(7, 2, 2)), axis=1) * (640, 480)
+        boxes = [
+            {"bbox": row, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
+            for row in corners.reshape(7, 4).tolist()
+        ]
+        records.append({"file_name": path, "image_id": i, "height": 480, "width": 640, "annotations": boxes})
+    return records
+
+
+class PillowDataset(Dataset):
+    """Samples without end, made as torchvision's detection references make them with Pillow."""
+
+    def __init__(self, records, short_sides, max_size):
+        self._records, self._short_sides, self._max_size = records, short_sides, max_size
+
+    def __len__(self):
+        return 1 << 30
+
+    def __getitem__(self, index):
+        record = self._records[index % len(self._records)]
+        image = Image.open(record["file_name"]).convert("RGB")
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]])
+        short_side = self._short_sides[int(torch.randint(len(self._short_sides), ()))]
+        image = functional.resize(image, [short_side], max_size=self._max_size)
+        boxes *= image.width / record["width"]
+        if torch.rand(1) < 0.5:
+            image = functional.horizontal_flip(image)
+            boxes[:, [0, 2]] = image.width - boxes[:, [2, 0]]
+        labels = torch.tensor([a["category_id"] for a in record["annotations"]])
+        return functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True), {
+            "boxes": boxes,
+            "labels": labels,
+        }
+
+
+def _reference_loader(cfg, records):
+    dataset = PillowDataset(records, cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN)
+    return DataLoader(dataset, cfg.SOLVER.IMS_PER_BATCH, num_workers=2, collate_fn=list)
+
+
+def _own_loader(kind, cfg, records):
+    cfg.DATALOADER.WORKER_TYPE = kind
+    return build_detection_train_loader(cfg, dataset=records)
+
+
+def ms_per_image(make, records, batches, skipped=6):
+    """Wall time per image of a loader, after its first batches."""
+    cfg = get_cfg()
+    cfg.merge_from_list(["SEED", 1, "SOLVER.IMS_PER_BATCH", _BATCH, "DATALOADER.NUM_WORKERS", 2])
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", tuple(range(640, 801, 32)), "INPUT.MAX_SIZE_TRAIN", 1333])
+    stream = itertools.islice(make(cfg, records), skipped + batches)
+    for _ in range(skipped):
+        next(stream)
+    start = time.perf_counter()
+    number = sum(len(batch) for batch in stream)
+    return (time.perf_counter() - start) / number * 1000
+
+
+def time_images(repeats, batches=20):
+    """{loader: wall time per image of each turn, ms}."""
+    torch.set_num_threads(1)
+    makers = {"as torchvision's references, 2 processes": _reference_loader}
+    for kind, name in (("process", "2 processes"), ("thread", "2 threads")):
+        makers[name] = functools.partial(_own_loader, kind)
+    times = {name: [] for name in makers}
+    with tempfile.TemporaryDirectory() as files:
+        records = write_images(files)
+        for _ in range(repeats):
+            for name, make in makers.items():
+                times[name].append(ms_per_image(make, records, batches))
+    return times
+
+
+def measure_images(folder, images, repeats):
+    """Print and return the wall time per image of each loader."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else ()
+    if cores:
+        os.sched_setaffinity(0, sorted(cores)[:2])
+    times = time_images(repeats)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    base = next(iter(times.values()))
+    for name, values in times.items():
+        middle = statistics.median(values)
+        ratio = statistics.median(b / v for b, v in zip(base, values, strict=True))
+        print(
+            f"{name}: {middle:.2f} ms per image ({min(values):.2f} to {max(values):.2f}), "
+            f"{1000 / middle:.0f} images/s, {ratio:.2f} times as many as the first (median of the turns)"
+        )
+    return times
+
+
+MEASUREMENTS = {"time": measure_time, "memory": measure_memory, "images": measure_images}
 
 
 def main():
@@ -167,7 +280,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="+", choices=list(MEASUREMENTS), help="what to measure")
-    parser.add_argument("--images", type=int, default=117000, help="size of the synthetic set")
+    parser.add_argument("--images", type=int, default=117000, help="size of the set for time and memory")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", default=os.path.join(tempfile.gettempdir(), "plaintrain-benchmark"))
     parser.add_argument("--output", help="also write the numbers as JSON to this file")
