@@ -9,7 +9,8 @@ from plaintrain.utils.yaml_files import parse_yaml
 logger = logging.getLogger(__name__)
 
 # Keys that are not of the run itself: a moved folder, another machine.
-_OF_THE_PLACE = ("OUTPUT_DIR", "VERSION", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "DATALOADER.WORKER_TYPE")
+_WORKERS = ("DATALOADER.NUM_WORKERS", "DATALOADER.WORKER_TYPE", "DATALOADER.CACHE_BYTES")
+_OF_THE_PLACE = ("OUTPUT_DIR", "VERSION", "MODEL.DEVICE", *_WORKERS)
 _NO_EFFECT = {"MODEL.WEIGHTS": "none: the checkpoint's weights are taken"}
 # Whatever else fits, its state means something else.
 _REFUSED = ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "SOLVER.OPTIMIZER")

@@ -315,6 +315,9 @@ _C.DATALOADER.NUM_WORKERS = 4
 # What they are: process; thread, which need not send images from one process to another; auto: threads for
 # mappers that say that they are thread_safe, as the built-in ones do. The samples are the same.
 _C.DATALOADER.WORKER_TYPE = "process"
+# Bytes of decoded training images that each rank keeps in memory, so that they are not read again; not in
+# worker processes, which would not share them. 0: none.
+_C.DATALOADER.CACHE_BYTES = 0
 # Where a training image cannot be read, train on another one, drawn from SEED and its place, and log it; else
 # it ends the run. Evaluation never leaves an image out.
 _C.DATALOADER.SKIP_UNREADABLE = False

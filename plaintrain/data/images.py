@@ -1,5 +1,8 @@
 """Reading images: files of any common kind, and those of the shapes set, as RGB tensors."""
 
+import logging
+from threading import Lock
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -8,6 +11,8 @@ from plaintrain.data import shapes
 from plaintrain.data.folder import BROKEN_IMAGE, image_header, open_image
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.reading import reason
+
+logger = logging.getLogger(__name__)
 
 
 def read_image(file_name):
@@ -37,6 +42,42 @@ def read_image(file_name):
     except BROKEN_IMAGE as e:
         raise UserError(f"cannot read the image file {file_name}: {reason(e)}") from e
     return torch.from_numpy(array).permute(2, 0, 1)
+
+
+class ImageCache:
+    """Reads images as `read_image` does, and keeps the first that fit; for the threads of a process.
+
+    None gives way to another: in passes over all images, what came last comes last again.
+    """
+
+    def __init__(self, limit):
+        """limit: bytes of decoded images to keep."""
+        self._limit, self._used, self._images, self._lock = limit, 0, {}, Lock()
+        self._is_full = False
+
+    def __call__(self, file_name):
+        image = self._images.get(file_name)
+        if image is None:
+            image = read_image(file_name)
+            if not self._keep(file_name, image):
+                return image
+        # What is kept stays as it is, whatever an augmentation does to what it gets.
+        return image.clone()
+
+    def _keep(self, file_name, image):
+        with self._lock:
+            if file_name in self._images:
+                return True
+            if self._used + image.nbytes <= self._limit:
+                self._used += image.nbytes
+                self._images[file_name] = image
+                return True
+            if not self._is_full:
+                self._is_full, held = True, len(self._images)
+                logger.info(
+                    f"DATALOADER.CACHE_BYTES {self._limit} holds {held} images: others are read each time"
+                )
+            return False
 
 
 def check_image_size(record, image):

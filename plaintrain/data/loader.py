@@ -1,7 +1,10 @@
 """The data loaders that a config describes."""
 
+import copy
+
 from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.catalog import DatasetCatalog
+from plaintrain.data.images import ImageCache
 from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
 from plaintrain.data.samplers import InferenceSampler
@@ -60,6 +63,7 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
     sampler = sampler or build_train_sampler(cfg, records, batch_size)
     mapper = mapper or DatasetMapper(cfg, is_train=True, records=records)
     workers = _workers(cfg, mapper)
+    mapper = _with_cache(cfg.DATALOADER.CACHE_BYTES, mapper, workers)
     return TrainLoader(
         records, mapper, sampler, start_iter=start_iter, num_workers=workers, skip_unreadable=skip
     )
@@ -71,6 +75,25 @@ def _workers(cfg, mapper):
     if kind == "auto":
         kind = "thread" if getattr(mapper, "thread_safe", False) else "process"
     return Threads(number) if kind == "thread" else number
+
+
+def _with_cache(limit, mapper, workers):
+    """The mapper, reading through an `ImageCache` of DATALOADER.CACHE_BYTES."""
+    if limit == 0:
+        return mapper
+    what = f"DATALOADER.CACHE_BYTES is {limit}, but"
+    if limit < 0:
+        raise UserError(f"{what} must be at least 0")
+    if workers and not isinstance(workers, Threads):
+        raise UserError(
+            f"{what} processes do not share decoded images: set DATALOADER.WORKER_TYPE to thread, or "
+            "DATALOADER.NUM_WORKERS to 0"
+        )
+    if not hasattr(mapper, "read_image"):
+        raise UserError(f"{what} the mapper has no read_image, as DatasetMapper has, to read through it")
+    mapper = copy.copy(mapper)
+    mapper.read_image = ImageCache(limit)
+    return mapper
 
 
 def training_records(cfg):
