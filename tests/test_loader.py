@@ -47,8 +47,8 @@ def make_dataset(tmp_path, write_image):
 
 @pytest.fixture
 def train(cfg):
-    """A config whose training draws crops, sizes and flips."""
-    cfg.DATASETS.TRAIN = ("cells",)
+    """A config whose training draws crops, sizes and flips; what workers it has are processes."""
+    cfg.DATASETS.TRAIN, cfg.DATALOADER.WORKER_TYPE = ("cells",), "process"
     cfg.INPUT.CROP.ENABLED = True
     cfg.INPUT.CROP.SIZE = [0.5, 0.5]
     return cfg
