@@ -121,6 +121,14 @@ def get_targets(samples, device, label_offset=0):
     return targets
 
 
+def check_boxes(samples):
+    """Refuse boxes without a size, as torchvision does, while they are on the host: no sync point."""
+    boxes = torch.cat([sample["target"]["boxes"] for sample in samples])
+    wrong = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+    if wrong.any():
+        raise AssertionError(f"Boxes need a positive height and width, not {boxes[wrong][0].tolist()}")
+
+
 class OnSamples:
     """Lets a torchvision detector take samples: the first base of a class, torchvision's the second.
 

@@ -5,7 +5,9 @@ With these, weights trained by Detectron2 give the boxes that they give there.
 
 import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops import MultiScaleRoIAlign
+
+from plaintrain.modeling.roi_heads import pool_levels
 
 # A box of this side belongs to level 4, of stride 16 (FPN paper, equation 1).
 _CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4
@@ -71,13 +73,5 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         sides = torch.cat([(b[:, 2:] - b[:, :2]).prod(dim=1) for b in boxes]).sqrt()
         levels = torch.floor(_CANONICAL_LEVEL + torch.log2(sides / _CANONICAL_SIDE + 1e-8)) - first
         levels = levels.clamp(0, len(features) - 1)
-        index = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
-        rois = torch.cat([index, torch.cat(boxes)], dim=1)
-        result = features[0].new_zeros(len(rois), features[0].shape[1], *self.output_size)
-        for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            rows = torch.where(levels == level)[0]
-            pooled = roi_align(
-                feature, rois[rows], self.output_size, 1 / stride, self.sampling_ratio, aligned=True
-            )
-            result[rows] = pooled.to(result.dtype)
-        return result
+        arguments = {"output_size": self.output_size, "sampling_ratio": self.sampling_ratio, "aligned": True}
+        return pool_levels(features, boxes, levels, [1 / s for s in self.strides], **arguments)

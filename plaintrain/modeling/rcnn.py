@@ -11,20 +11,22 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 
 from plaintrain.modeling.backbone import build_backbone, get_norm
 from plaintrain.modeling.common import (
     OnSamples,
     build_anchor_generator,
     build_preprocess,
+    check_boxes,
     get_targets,
     get_thresholds,
     to_original_size,
 )
 from plaintrain.modeling.detectron2 import AlignedRoIAlign
 from plaintrain.modeling.float32 import keep_float32
+from plaintrain.modeling.roi_heads import BatchedRoIHeads, RoIAlign
+from plaintrain.modeling.rpn import BatchedRPN
 from plaintrain.utils.errors import UserError
 
 # torchvision's names of the losses -> Detectron2's.
@@ -39,17 +41,28 @@ _LOSSES = {
 
 
 class GeneralizedRCNN(OnSamples, FasterRCNN):
-    """torchvision's Faster, Mask or Keypoint R-CNN, parameter for parameter."""
+    """torchvision's Faster, Mask or Keypoint R-CNN, parameter for parameter, trained in fixed shapes."""
 
     loss_names, label_offset = _LOSSES, 1
     keypoint_loss_weight = 1.0
 
+    def __init__(self, *parts):
+        # FasterRCNN's own would build torchvision's parts.
+        super(FasterRCNN, self).__init__(*parts)
+
     def forward(self, samples):
         """See `OnSamples.forward`; `loss_keypoint` is weighted."""
-        results = super().forward(samples)
-        if self.training and "loss_keypoint" in results:
-            results["loss_keypoint"] = results["loss_keypoint"] * self.keypoint_loss_weight
-        return results
+        if not self.training:
+            return super().forward(samples)
+        check_boxes(samples)
+        images, _ = self.transform([sample["image"] for sample in samples])
+        targets = get_targets(samples, images.tensors.device, self.label_offset)
+        features = self.backbone(images.tensors)
+        proposals, losses = self.rpn(images, features, targets)
+        losses |= self.roi_heads(features, proposals, images.image_sizes, targets)[1]
+        if "loss_keypoint" in losses:
+            losses["loss_keypoint"] = losses["loss_keypoint"] * self.keypoint_loss_weight
+        return {name: losses[theirs] for theirs, name in self.loss_names.items() if theirs in losses}
 
     @contextlib.contextmanager
     def without_masks(self):
@@ -129,7 +142,7 @@ def _build_rpn(cfg, backbone):
     background, foreground = get_thresholds(rpn.IOU_THRESHOLDS, 2, "MODEL.RPN.IOU_THRESHOLDS")
     head = _build_rpn_head(cfg, backbone, anchors)
     keep_float32(heads=[head], anchors=[anchors])
-    return RegionProposalNetwork(
+    return BatchedRPN(
         anchors,
         head,
         fg_iou_thresh=foreground,
@@ -155,29 +168,26 @@ def build_rcnn(cfg):
     rpn = _build_rpn(cfg, backbone)
     heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
     (threshold,) = get_thresholds(heads.IOU_THRESHOLDS, 1, "MODEL.ROI_HEADS.IOU_THRESHOLDS")
-    model = GeneralizedRCNN(
-        backbone,
-        rpn_anchor_generator=rpn.anchor_generator,
-        rpn_head=rpn.head,
+    roi_heads = BatchedRoIHeads(
         box_roi_pool=_build_pooler(box, backbone),
         box_head=_build_box_head(box, backbone.out_channels),
         box_predictor=FastRCNNPredictor(box.FC_DIM, heads.NUM_CLASSES + 1),
-        box_score_thresh=heads.SCORE_THRESH_TEST,
-        box_nms_thresh=heads.NMS_THRESH_TEST,
-        box_detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
-        box_fg_iou_thresh=threshold,
-        box_bg_iou_thresh=threshold,
-        box_batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
-        box_positive_fraction=heads.POSITIVE_FRACTION,
+        fg_iou_thresh=threshold,
+        bg_iou_thresh=threshold,
+        batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=heads.POSITIVE_FRACTION,
         bbox_reg_weights=box.BBOX_REG_WEIGHTS,
+        score_thresh=heads.SCORE_THRESH_TEST,
+        nms_thresh=heads.NMS_THRESH_TEST,
+        detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
-    model.rpn, model.transform = rpn, build_preprocess(cfg)
-    _initialize_box_head(model.roi_heads)
-    keep_float32(heads=[model.roi_heads.box_predictor])
+    _initialize_box_head(roi_heads)
+    keep_float32(heads=[roi_heads.box_predictor])
+    model = GeneralizedRCNN(backbone, rpn, roi_heads, build_preprocess(cfg))
     if cfg.MODEL.MASK_ON:
-        _add_mask_head(cfg, model.roi_heads, backbone)
+        _add_mask_head(cfg, roi_heads, backbone)
     if cfg.MODEL.KEYPOINT_ON:
-        _add_keypoint_head(cfg, model.roi_heads, backbone)
+        _add_keypoint_head(cfg, roi_heads, backbone)
         model.keypoint_loss_weight = cfg.MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT
     return model
 
@@ -189,7 +199,7 @@ def _build_pooler(head, backbone):
     if head.POOLER_TYPE == "ROIAlignV2":
         return AlignedRoIAlign(names, resolution, ratio, backbone.strides[: len(names)])
     # torchvision's operator takes as many samples as there are pixels at anything below 1.
-    return MultiScaleRoIAlign(names, resolution, ratio)
+    return RoIAlign(names, resolution, ratio)
 
 
 def _build_box_head(box, channels):

@@ -1,0 +1,123 @@
+"""Which objects the anchors and proposals of a batch are to learn, in fixed shapes.
+
+What does not count is masked, not left out: a mask as an index is a sync point of a GPU. B is the number
+of images, M the largest number of objects in one, N that of candidates. Boxes are XYXY, in pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+# Anchors of this many padded sizes are kept; those of a COCO image take 4 MB.
+_MAX_ANCHORS = 8
+# Pairs of an object and a candidate compared at once: 64 MB for each number of a pair.
+_MAX_PAIRS = 2**24
+
+
+class AnchorCache:
+    """Anchors by the sizes they are made for."""
+
+    def __init__(self):
+        self._anchors = {}
+
+    def __call__(self, generator, images, features):
+        """The anchors `[N, 4]` that `generator` gives each image of an ImageList, for a list of features."""
+        sizes = [tuple(feature.shape[-2:]) for feature in features]
+        key = (tuple(images.tensors.shape[-2:]), *sizes, features[0].dtype, features[0].device)
+        if key not in self._anchors:
+            while len(self._anchors) >= _MAX_ANCHORS:
+                del self._anchors[next(iter(self._anchors))]
+            # Training may follow an evaluation in inference mode, whose tensors it could not use.
+            with torch.inference_mode(False), torch.no_grad():
+                self._anchors[key] = generator(images, features)[0]
+        return self._anchors[key]
+
+
+def pad_targets(targets):
+    """boxes `[B, M, 4]` and labels `[B, M]` of a list of targets, M at least 1; padding has label -1."""
+    boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True)
+    labels = pad_sequence([target["labels"] for target in targets], batch_first=True, padding_value=-1)
+    missing = int(boxes.shape[1] == 0)
+    return F.pad(boxes, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=-1)
+
+
+def _pairwise_iou(boxes, others):
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(-1)
+    # One row of each coordinate is faster to read than every fourth number.
+    u0, v0, u1, v1 = others.movedim(-1, 0).contiguous()[:, :, None]
+    overlap = (torch.minimum(x1, u1) - torch.maximum(x0, u0)).clamp_(min=0)
+    overlap *= (torch.minimum(y1, v1) - torch.maximum(y0, v0)).clamp_(min=0)
+    return overlap / ((x1 - x0) * (y1 - y0) + (u1 - u0) * (v1 - v0) - overlap)
+
+
+@torch.no_grad()
+def match(boxes, exists, candidates, matcher):
+    """Give each candidate the object that it overlaps most, as torchvision's `Matcher` does.
+
+    Args:
+        boxes, exists: the objects `[B, M, 4]`, and bool `[B, M]`, False for padding.
+        candidates: `[B, N, 4]`, or `[1, N, 4]`, the same for all images.
+        matcher: the `Matcher` whose thresholds of IoU, 0..1, and `allow_low_quality_matches` count.
+
+    Returns:
+        The index `[B, N]` of each candidate's object, and bool `[B, N]` twice: whether it matches, and
+        whether it is background. An image without objects is all background.
+    """
+    size = max(1, _MAX_PAIRS // (boxes.shape[1] * candidates.shape[1]))
+    given = (boxes, candidates.expand(len(boxes), -1, -1), exists[:, :, None])
+    parts = zip(*(part.split(size) for part in given), strict=True)
+    found = [_match(_pairwise_iou(b, c), e, matcher) for b, c, e in parts]
+    return [torch.cat(part) for part in zip(*found, strict=True)]
+
+
+def _match(iou, exists, matcher):
+    iou.masked_fill_(~exists, -1)
+    quality, index = iou.max(dim=1)
+    matched, background = quality >= matcher.high_threshold, quality < matcher.low_threshold
+    if matcher.allow_low_quality_matches:
+        matched |= ((iou == iou.amax(dim=2, keepdim=True)) & exists).any(dim=1)
+    return index, matched, background & ~matched
+
+
+@torch.no_grad()
+def sample(matched, background, sampler):
+    """Draw candidates at random, as many as torchvision's sampler, of which the settings are read.
+
+    How many random numbers are drawn depends on shapes alone.
+
+    Args:
+        matched, background: bool `[B, N]`.
+
+    Returns:
+        The indices `[B, S]`, matches first; and bool `[B, S]`, False where there were too few.
+    """
+    number, size = sampler.batch_size_per_image, matched.shape[1]
+    keys = torch.rand(matched.shape, device=matched.device)
+    most = min(int(number * sampler.positive_fraction), size)
+    first = keys.masked_fill(~matched, -1).topk(most, dim=1).indices
+    matched = torch.zeros_like(matched).scatter_(1, first, True) & matched
+    keys = (keys + 2 * matched).masked_fill_(~(matched | background), -1)
+    keys, index = keys.topk(min(number, size), dim=1)
+    return index, keys >= 0
+
+
+def take(values, index):
+    """The rows `[B, S, ...]` of `[B, N, ...]` that indices `[B, S]` name."""
+    return torch.take_along_dim(values, index.view(*index.shape, *[1] * (values.ndim - 2)), dim=1)
+
+
+def decode(deltas, anchors, coder):
+    """torchvision's `BoxCoder.decode` for `[..., 4]`, without its uploads."""
+    units = anchors[..., 2:] - anchors[..., :2]
+    x, y, width, height = (part / w for part, w in zip(deltas.unbind(-1), coder.weights, strict=True))
+    centres = torch.stack([x, y], dim=-1) * units + (anchors[..., :2] + 0.5 * units)
+    halves = 0.5 * (torch.stack([width, height], dim=-1).clamp(max=coder.bbox_xform_clip).exp() * units)
+    return torch.cat([centres - halves, centres + halves], dim=-1)
+
+
+def regression_loss(deltas, targets, counts):
+    """torchvision's smooth L1, summed over the rows of `[B, S, 4]` that bool `[B, S]` counts."""
+    missing = ~counts[..., None]
+    # Where they do not count, targets may be infinite or not a number.
+    targets = targets.masked_fill(missing, 0)
+    return F.smooth_l1_loss(deltas, targets, beta=1 / 9, reduction="none").masked_fill(missing, 0).sum()

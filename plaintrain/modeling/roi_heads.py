@@ -1,0 +1,93 @@
+"""The box, mask and keypoint heads of an R-CNN, trained in fixed shapes, and RoIAlign for them."""
+
+import torch
+import torch.nn.functional as F
+from torchvision.models.detection._utils import encode_boxes
+from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_loss
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops.poolers import _convert_to_roi_format
+
+from plaintrain.modeling.matching import match, pad_targets, regression_loss, sample, take
+
+# The label of padding, which cross entropy leaves out.
+_IGNORED = -100
+
+
+def pool_levels(features, boxes, levels, scales, **arguments):
+    """Pool each box from its level, `[K, C, *bins]`, with one sync point for all of them.
+
+    Args:
+        features, scales: of each level `[B, C, H, W]`, and its locations per pixel.
+        boxes: list of `[n, 4]`, one an image, K in all; `levels` holds the index of each one's level.
+        arguments: more of `roi_align`.
+    """
+    rois = _convert_to_roi_format(boxes)
+    every = torch.arange(len(features), device=levels.device)
+    counts = (levels[:, None] == every).sum(dim=0).tolist()  # sync point
+    rows = levels.argsort(stable=True).split(counts)
+    parts = zip(features, rows, scales, strict=True)
+    pooled = [roi_align(f, rois[r], spatial_scale=scale, **arguments) for f, r, scale in parts]
+    result = features[0].new_zeros(len(rois), *pooled[0].shape[1:])
+    for r, p in zip(rows, pooled, strict=True):
+        result[r] = p.to(result.dtype)
+    return result
+
+
+class RoIAlign(MultiScaleRoIAlign):
+    """torchvision's RoIAlign, with one sync point for all levels."""
+
+    def forward(self, x, boxes, image_shapes):
+        """Pool `[n, 4]` boxes per image to `[sum of n, C, *output_size]`."""
+        features = [x[name] for name in self.featmap_names if name in x]
+        if len(features) == 1 or self.scales is None:
+            return super().forward(x, boxes, image_shapes)
+        arguments = {"output_size": self.output_size, "sampling_ratio": self.sampling_ratio}
+        return pool_levels(features, boxes, self.map_levels(boxes), self.scales, **arguments)
+
+
+class BatchedRoIHeads(RoIHeads):
+    """torchvision's heads, parameter for parameter; their training without its sync points."""
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        """torchvision's, but in training the proposals are those of `BatchedRPN`."""
+        if not self.training:
+            return super().forward(features, proposals, image_shapes, targets)
+        self.check_targets(targets)
+        boxes, index, labels, wanted = self._sample(*proposals, targets)
+        pooled = self.box_roi_pool(features, list(boxes), image_shapes)
+        losses = self._box_losses(*self.box_predictor(self.box_head(pooled)), labels, wanted)
+        if self.has_mask() or self.has_keypoint():
+            # Matches come first: a number an image cuts them off.
+            counts = (labels > 0).sum(dim=1).tolist()  # sync point
+            boxes, index = ([v[:n] for v, n in zip(part, counts, strict=True)] for part in (boxes, index))
+        if self.has_mask():
+            pooled = self.mask_roi_pool(features, boxes, image_shapes)
+            logits = self.mask_predictor(self.mask_head(pooled))
+            masks, classes = ([target[key] for target in targets] for key in ("masks", "labels"))
+            losses["loss_mask"] = maskrcnn_loss(logits, boxes, masks, classes, index)
+        if self.has_keypoint():
+            pooled = self.keypoint_roi_pool(features, boxes, image_shapes)
+            logits = self.keypoint_predictor(self.keypoint_head(pooled))
+            keypoints = [target["keypoints"] for target in targets]
+            losses["loss_keypoint"] = keypointrcnn_loss(logits, boxes, keypoints, index)
+        return [], losses
+
+    def _sample(self, proposals, exists, targets):
+        """Proposals `[B, S, 4]`, their objects' indices and labels, and what takes them to the objects."""
+        boxes, labels = pad_targets(targets)
+        boxes = boxes.to(proposals.dtype)
+        proposals, exists = torch.cat([proposals, boxes], dim=1), torch.cat([exists, labels >= 0], dim=1)
+        index, matched, background = match(boxes, labels >= 0, proposals, self.proposal_matcher)
+        sampled, exists = sample(matched & exists, background & exists, self.fg_bg_sampler)
+        proposals, index, matched = (take(part, sampled) for part in (proposals, index, matched))
+        labels = take(labels, index).masked_fill(~matched, 0).masked_fill(~exists, _IGNORED)
+        objects = take(boxes, index)
+        wanted = encode_boxes(objects.flatten(0, 1), proposals.flatten(0, 1), self.box_coder.weights)
+        return proposals, index, labels, wanted.view_as(objects)
+
+    def _box_losses(self, logits, deltas, labels, wanted):
+        number = (labels >= 0).sum().clamp(min=1)
+        loss = F.cross_entropy(logits, labels.flatten(), ignore_index=_IGNORED, reduction="sum")
+        deltas = take(deltas.view(labels.numel(), -1, 4), labels.clamp(min=0).view(-1, 1))
+        loss_box = regression_loss(deltas.view_as(wanted), wanted, labels > 0)
+        return {"loss_classifier": loss / number, "loss_box_reg": loss_box / number}

@@ -1,0 +1,97 @@
+"""Counts, on a CPU, what of a training step would make the host wait for a GPU."""
+
+import collections
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import boxes as box_ops
+
+# Operators whose result's shape, or whose caller, needs a number from the device.
+_SYNCS = {
+    "_local_scalar_dense", "is_nonzero", "item", "nonzero", "nonzero_numpy", "masked_select", "unique_dim",
+    "_unique", "_unique2", "unique_consecutive", "bincount", "equal", "repeat_interleave", "histc",
+}  # fmt: skip
+# Methods that copy to the host, which on a CPU are no operators.
+_COPIES = {"tolist", "numpy", "cpu", "__array__"}
+
+
+def _is_mask(index):
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+class SyncCounter(TorchDispatchMode):
+    """Within it, `counts` holds how often each kind of sync point was met.
+
+    Attributes:
+        counts: Counter by operator, backward included; uploads are `lift_fresh`, the mark of a tensor made of
+            Python numbers, and `nms` is torchvision's.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        if name in _SYNCS or name in ("lift_fresh", "nms"):
+            self.counts[name] += 1
+        elif name == "index" and any(map(_is_mask, args[1])):
+            self.counts["index by mask"] += 1
+        elif name in ("index_put", "index_put_", "_index_put_impl_") and any(map(_is_mask, args[1])):
+            # One number for all is written where the mask says so, without a list of places.
+            self.counts["index_put by mask"] += args[2].numel() != 1
+        return func(*args, **(kwargs or {}))
+
+
+class _CopyCounter(TorchFunctionMode):
+    def __init__(self, counts):
+        super().__init__()
+        self.counts = counts
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in _COPIES:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_syncs(step):
+    """Call `step` and count.
+
+    NMS of several kinds takes the path that a GPU's takes, and is one, with all that it does.
+
+    Returns:
+        {"syncs": number, "uploads": number, "nms": number, "by kind": Counter}.
+    """
+    counter, trick = SyncCounter(), box_ops._batched_nms_coordinate_trick
+
+    def batched_nms(*args):
+        before = dict(counter.counts)
+        keep = trick(*args)
+        counter.counts.clear()
+        counter.counts.update(before)
+        counter.counts["nms"] += 1
+        return keep
+
+    paths = {"_batched_nms_vanilla": batched_nms, "_batched_nms_coordinate_trick": batched_nms}
+    with mock.patch.multiple(box_ops, **paths), counter, _CopyCounter(counter.counts):
+        step()
+    counts = +counter.counts
+    apart = counts["lift_fresh"] + counts["nms"]
+    return {
+        "syncs": sum(counts.values()) - apart,
+        "uploads": counts["lift_fresh"],
+        "nms": counts["nms"],
+        "by kind": counts,
+    }
+
+
+def training_step(model, *inputs):
+    """A function of forward and backward."""
+
+    def step():
+        sum(model(*inputs).values()).backward()
+
+    return step

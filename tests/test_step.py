@@ -1,0 +1,344 @@
+"""The training step of an R-CNN: its sync points, and modeling.matching, .rpn and .roi_heads."""
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from model_helpers import (
+    KEYPOINT,
+    MASK,
+    PROPOSALS,
+    RESNET18,
+    SMALL_HEAD,
+    build,
+    make_sample,
+    randomize_predictions,
+    torchvision_inputs,
+    two_samples,
+)
+from sync_helpers import count_syncs, training_step
+from test_rcnn import LOSSES, torchvision_rcnn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou
+
+from plaintrain.modeling import matching
+from plaintrain.modeling.matching import (
+    AnchorCache,
+    decode,
+    match,
+    pad_targets,
+    regression_loss,
+    sample,
+)
+from plaintrain.modeling.roi_heads import RoIAlign
+
+# ---- sync points -------------------------------------------------------------------------------
+
+MODELS = {
+    "faster": (*RESNET18, *SMALL_HEAD),
+    "mask and keypoints": (*RESNET18, *SMALL_HEAD, *MASK, *KEYPOINT),
+    "proposals": (*RESNET18, *PROPOSALS),
+}
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_training_step_has_at_most_8_sync_points_beside_nms_at_any_batch_size(name, batch):
+    step = training_step(build(*MODELS[name]), (two_samples() * 4)[:batch])
+    # The first finds out the strides, once.
+    step()
+    counts = count_syncs(step)
+    assert counts["syncs"] <= 8, counts
+    assert counts["nms"] > 0, counts
+    if name != "mask and keypoints":
+        # torchvision's loss of keypoints makes tensors of numbers.
+        assert counts["uploads"] <= 1, counts
+
+
+def test_torchvisions_own_step_has_more_with_every_image():
+    plain, numbers = torchvision_rcnn(), []
+    for batch in (2, 8):
+        step = training_step(plain, *torchvision_inputs((two_samples() * 4)[:batch], 1))
+        step()
+        counts = count_syncs(step)
+        numbers.append((counts["syncs"], counts["uploads"]))
+    assert numbers[0] > (20, 40) and numbers[1] > (80, 150)
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        ("nonzero", lambda x: torch.where(x > 2)),
+        ("nonzero", lambda x: x.nonzero()),
+        ("_local_scalar_dense", lambda x: x.sum().item()),
+        ("_local_scalar_dense", lambda x: bool((x > 2).any())),
+        ("index by mask", lambda x: x[x > 2]),
+        ("index_put by mask", lambda x: x.clone().__setitem__(x > 3, torch.zeros(2))),
+        ("masked_select", lambda x: x.masked_select(x > 2)),
+        ("_unique2", lambda x: torch.unique(x)),
+        ("tolist", lambda x: x.tolist()),
+        ("cpu", lambda x: x.cpu()),
+        ("nms", lambda x: batched_nms(x.view(-1, 1).expand(-1, 4), x, x, 0.5)),
+        ("lift_fresh", lambda x: torch.tensor([1.0, 2.0])),
+        ("lift_fresh", lambda x: torch.as_tensor([1.0, 2.0])),
+        ("lift_fresh", lambda x: x.new_tensor(3.0)),
+    ],
+)
+def test_the_count_sees(kind, step):
+    values = torch.arange(6.0)
+    assert count_syncs(lambda: step(values))["by kind"][kind] >= 1
+
+
+def test_the_count_leaves_out_what_is_none():
+    def step():
+        x = torch.arange(6.0)
+        y = x.clone().index_put_((x > 3,), x[0]).index_fill_(0, torch.arange(2), 1.0)
+        return torch.where(x > 3, x, y).masked_fill(x > 2, 0)[torch.arange(2)].topk(2)
+
+    assert not count_syncs(step)["by kind"]
+
+
+# ---- the same training as torchvision's --------------------------------------------------------
+
+
+def make_batch(name):
+    """Images of different sizes, with the numbers of objects that `name` lists."""
+    generator, samples = torch.Generator().manual_seed(5), []
+    for i, number in enumerate(name):
+        height, width = (64, 96) if i % 2 else (80, 64)
+        corners = torch.rand(number, 2, 2, generator=generator) * torch.tensor([width - 8, height - 8])
+        boxes = torch.cat([corners.amin(1), corners.amax(1) + 6], dim=1).long().tolist()
+        samples.append(make_sample(height, width, boxes, [j % 3 for j in range(number)], seed=i))
+    return samples
+
+
+BATCHES = [(1,), (0,), (40,), (0, 3), (1, 30), (0, 0), (2, 1, 0, 17, 5, 1, 0, 9)]
+
+
+@pytest.mark.parametrize("numbers", BATCHES, ids=str)
+def test_losses_and_gradients_are_torchvisions_where_all_are_sampled(numbers):
+    model, plain = build(*RESNET18, *SMALL_HEAD), torchvision_rcnn()
+    for part in (model.rpn, plain.rpn, model.roi_heads, plain.roi_heads):
+        part.fg_bg_sampler.batch_size_per_image = 10**6
+    randomize_predictions(model, spread=0.1)
+    plain.load_state_dict(model.state_dict())
+    samples = make_batch(numbers)
+    found, expected = model(samples), plain(*torchvision_inputs(samples, 1))
+    for ours, theirs in LOSSES.items():
+        torch.testing.assert_close(found[ours], expected[theirs], rtol=1e-5, atol=1e-5)
+        assert found[ours] > 0 or (max(numbers) == 0 and ours in ("loss_box_reg", "loss_rpn_loc"))
+    sum(found.values()).backward()
+    sum(expected.values()).backward()
+    parameters = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        scale = parameters[name].grad.abs().max().item()
+        torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-3, atol=1e-3 * scale + 1e-6)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.8])
+def test_proposals_in_training_are_torchvisions(score):
+    model = build(
+        *RESNET18, *SMALL_HEAD, "MODEL.RPN.SCORE_THRESH", score, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 60
+    )
+    plain = torchvision_rcnn(rpn_score_thresh=score)
+    plain.rpn._post_nms_top_n["training"] = 60
+    randomize_predictions(model)
+    plain.load_state_dict(model.state_dict())
+    samples = make_batch((1, 2, 3))
+    images, _ = model.transform([s["image"] for s in samples])
+    with torch.no_grad():
+        features = model.backbone.eval()(images.tensors)
+        targets = torchvision_inputs(samples, 1)[1]
+        (boxes, exists), _ = model.rpn(images, features, targets)
+        expected, _ = plain.rpn(images, features, targets)
+    assert boxes.shape == (3, 60, 4) and exists.shape == (3, 60)
+    for b, e, theirs in zip(boxes, exists, expected, strict=True):
+        assert len(theirs) > 5 and e.sum() == len(theirs)
+        torch.testing.assert_close(b[e], theirs, rtol=1e-5, atol=1e-4)
+    assert exists.all() == (score == 0)
+
+
+def test_boxes_without_a_size_are_refused():
+    samples = two_samples()
+    samples[1]["target"]["boxes"][0, 2] = 10.0
+    with pytest.raises(AssertionError, match=r"positive height and width, not \[10.0, 10.0, 10.0, 70.0\]"):
+        build(*RESNET18, *SMALL_HEAD)(samples)
+
+
+# ---- matching ----------------------------------------------------------------------------------
+
+
+def random_boxes(*shape, seed=0):
+    corners = torch.rand(*shape, 2, 2, generator=torch.Generator().manual_seed(seed)) * 60
+    # Whole pixels, so that some are equally good.
+    return torch.cat([corners.amin(-2).floor(), corners.amax(-2).ceil() + 2], dim=-1)
+
+
+@pytest.mark.parametrize("pairs", [2**24, 1])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("matcher", [Matcher(0.7, 0.3, True), Matcher(0.5, 0.5), Matcher(0.6, 0.2)])
+def test_matches_are_those_of_torchvisions_matcher(matcher, shared, pairs):
+    numbers = [3, 0, 7, 1]
+    objects = [random_boxes(n, seed=i) for i, n in enumerate(numbers)]
+    boxes, labels = pad_targets([{"boxes": b, "labels": torch.ones(len(b)).long()} for b in objects])
+    candidates = random_boxes(1 if shared else 4, 500, seed=9)
+    with mock.patch.object(matching, "_MAX_PAIRS", pairs):
+        index, matched, background = match(boxes, labels >= 0, candidates, matcher)
+    assert index.shape == matched.shape == background.shape == (4, 500)
+    for i, b in enumerate(objects):
+        if not len(b):
+            assert background[i].all() and not matched[i].any()
+            continue
+        expected = matcher(box_iou(b, candidates[0 if shared else i]))
+        assert matched[i].equal(expected >= 0) and background[i].equal(expected == -1)
+        assert index[i][matched[i]].equal(expected[expected >= 0])
+    assert 0 < matched.sum() < background.sum()
+
+
+def test_targets_are_padded_to_the_largest_number_and_to_at_least_one():
+    targets = [{"boxes": random_boxes(n), "labels": torch.arange(n)} for n in (2, 0, 3)]
+    boxes, labels = pad_targets(targets)
+    assert labels.tolist() == [[0, 1, -1], [-1, -1, -1], [0, 1, 2]]
+    assert boxes[2].equal(targets[2]["boxes"]) and boxes[0, :2].equal(targets[0]["boxes"])
+    boxes, labels = pad_targets(targets[1:2])
+    assert boxes.shape == (1, 1, 4) and labels.tolist() == [[-1]]
+
+
+# ---- sampling ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("positives", "negatives", "expected"),
+    [
+        (100, 300, (20, 60)),
+        (5, 300, (5, 75)),
+        (0, 300, (0, 80)),
+        (100, 30, (20, 30)),
+        (0, 0, (0, 0)),
+        (3, 2, (3, 2)),
+    ],
+)
+def test_as_many_are_drawn_as_by_torchvisions_sampler(positives, negatives, expected):
+    sampler = BalancedPositiveNegativeSampler(80, 0.25)
+    labels = torch.full((1, 500), -1)
+    labels[:, :positives], labels[:, 150 : 150 + negatives] = 1, 0
+    index, exists = sample(labels == 1, labels == 0, sampler)
+    assert index.shape == exists.shape == (1, 80)
+    drawn = labels[0][index[0][exists[0]]]
+    assert ((drawn == 1).sum(), (drawn == 0).sum()) == expected
+    assert len(drawn) == sum(expected) == len(index[0][exists[0]].unique())
+    # Matches first, and padding last.
+    assert drawn.diff().le(0).all() and exists[0].long().diff().le(0).all()
+    theirs = sampler(list(labels))
+    assert [part[0].sum() for part in theirs] == list(expected)
+
+
+def test_every_candidate_is_drawn_as_often():
+    sampler, counts = BalancedPositiveNegativeSampler(8, 0.25), torch.zeros(30)
+    labels = torch.arange(30).lt(10).long()[None].expand(500, -1)
+    torch.manual_seed(0)
+    for _ in range(10):
+        index, _ = sample(labels == 1, labels == 0, sampler)
+        counts += index.flatten().bincount(minlength=30)
+    # 2 of 10 and 6 of 20 in 5000 draws: 1000 and 1500, with deviations of about 28 and 32.
+    assert (counts[:10] - 1000).abs().max() < 130 and (counts[10:] - 1500).abs().max() < 140
+
+
+def test_what_is_drawn_from_the_generator_depends_on_shapes_alone():
+    states = []
+    for positives in (0, 7, 40):
+        torch.manual_seed(3)
+        matched = torch.arange(40)[None] < positives
+        sample(matched, ~matched, BalancedPositiveNegativeSampler(16, 0.5))
+        states.append(torch.get_rng_state())
+    assert all(state.equal(states[0]) for state in states)
+
+
+# ---- boxes, NMS, pooling, anchors --------------------------------------------------------------
+
+
+def test_boxes_are_decoded_as_by_torchvisions_coder():
+    boxes, anchors, coder = random_boxes(100), random_boxes(100, seed=1), BoxCoder((10.0, 10.0, 5.0, 5.0))
+    deltas = coder.encode_single(boxes, anchors)
+    # Sides that grow beyond all measure are held back.
+    deltas[0] = 100.0
+    found = decode(deltas.view(2, 50, 4), anchors.view(2, 50, 4), coder).view(100, 4)
+    assert found.equal(coder.decode_single(deltas, anchors))
+    torch.testing.assert_close(found[1:], boxes[1:], rtol=1e-4, atol=1e-3)
+
+
+def test_the_regression_loss_leaves_out_what_does_not_count():
+    deltas = torch.tensor([[[0.1, 1.0, -2.0, 0.0], [5.0, 5.0, 5.0, 5.0]]], requires_grad=True)
+    targets = torch.tensor([[[0.0] * 4, [float("nan"), float("inf"), 0.0, 0.0]]])
+    loss = regression_loss(deltas, targets, torch.tensor([[True, False]]))
+    # Quadratic below 1/9, linear above.
+    assert loss.item() == pytest.approx(0.1**2 / 2 * 9 + (1 - 1 / 18) + (2 - 1 / 18))
+    loss.backward()
+    assert deltas.grad.isfinite().all() and not deltas.grad[0, 1].any() and deltas.grad[0, 0].any()
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_roi_align_is_torchvisions(ratio):
+    generator = torch.Generator().manual_seed(2)
+    names = ["0", "1", "2", "3"]
+    features = {
+        name: torch.rand(2, 3, 512 >> i, 512 >> i, generator=generator, requires_grad=True)
+        for i, name in enumerate(names, start=2)
+        for name in [names[i - 2]]
+    }
+    boxes = [random_boxes(n, seed=n) * 8 for n in (30, 1)]
+    pools = [kind(names, 7, ratio) for kind in (RoIAlign, MultiScaleRoIAlign)]
+    # The first call finds out the scales.
+    for pool in pools:
+        pool(features, boxes, [(512, 512)] * 2)
+    found, expected = (pool(features, boxes, [(512, 512)] * 2) for pool in pools)
+    assert found.equal(expected)
+    gradients = [
+        torch.autograd.grad((pooled * torch.arange(49.0).view(7, 7)).sum(), list(features.values()))
+        for pooled in (found, expected)
+    ]
+    assert all(ours.equal(theirs) for ours, theirs in zip(*gradients, strict=True))
+    assert sum(bool(g.any()) for g in gradients[0]) >= 3
+    assert pools[0](features, [boxes[0][:0]] * 2, [(512, 512)] * 2).shape == (0, 3, 7, 7)
+
+
+def images_of(height, width):
+    return ImageList(torch.zeros(2, 3, height, width), [(height, width)] * 2)
+
+
+def maps_of(height, width, dtype=torch.float32):
+    return [torch.zeros(2, 1, height // 16, width // 16, dtype=dtype)]
+
+
+def test_anchors_are_made_once_for_a_size_and_kept_for_few_sizes():
+    cache, generator = AnchorCache(), AnchorGenerator(((32,),), ((0.5, 1.0),))
+    made = mock.Mock(side_effect=generator)
+    sizes = list(itertools.product((32, 64, 96), (32, 64, 96, 128)))
+    for height, width in sizes:
+        for _ in range(2):
+            found = cache(made, images_of(height, width), maps_of(height, width))
+            assert found.equal(generator(images_of(height, width), maps_of(height, width))[0])
+    assert made.call_count == len(sizes) == 12
+    assert cache(made, images_of(96, 128), maps_of(96, 128)) is found
+    # The oldest went.
+    cache(made, images_of(32, 32), maps_of(32, 32))
+    assert made.call_count == 13
+    # Another type, and another image of the same maps, are others.
+    low = cache(made, images_of(32, 32), maps_of(32, 32, torch.float64))
+    assert low.dtype == torch.float64
+    cache(made, images_of(40, 40), maps_of(32, 32))
+    assert made.call_count == 15
+
+
+def test_anchors_first_made_in_inference_mode_can_be_trained_with():
+    cache = AnchorCache()
+    generator = AnchorGenerator(((32,),), ((1.0,),))
+    with torch.inference_mode():
+        cache(generator, images_of(32, 32), maps_of(32, 32))
+    anchors = cache(generator, images_of(32, 32), maps_of(32, 32))
+    scale = torch.ones(1, requires_grad=True)
+    (anchors * scale).sum().backward()
+    assert scale.grad == anchors.sum()
