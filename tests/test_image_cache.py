@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from plaintrain.data import DatasetMapper, build_detection_train_loader, images
+from plaintrain.data import mapper as mappers
 from plaintrain.data.images import ImageCache
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
@@ -29,7 +30,8 @@ def dataset(tmp_path, write_image):
 def read(monkeypatch):
     """The names of the files that are read, in order."""
     names, read_image = [], images.read_image
-    monkeypatch.setattr(images, "read_image", lambda name: names.append(name) or read_image(name))
+    for module in (images, mappers):
+        monkeypatch.setattr(module, "read_image", lambda name: names.append(name) or read_image(name))
     return names
 
 
@@ -63,7 +65,7 @@ def test_the_stream_is_the_same_and_what_fits_is_read_once(dataset, cfg, read, l
         assert sum(count <= 2 for count in counts) == kept
         assert log.text.count(f"CACHE_BYTES {limit} holds {kept} images") == (kept < 5) * (number + 1)
     # The mapper that was passed in is another's too.
-    assert not isinstance(mapper.read_image, ImageCache)
+    assert mapper.image_cache is None
 
 
 def test_it_returns_what_read_image_returns_in_the_same_order_in_memory(dataset):
@@ -88,7 +90,7 @@ def test_processes_and_mappers_that_read_by_themselves_are_refused(dataset, cfg)
     with pytest.raises(UserError, match=r"CACHE_BYTES is 100, but processes .*WORKER_TYPE to thread, or"):
         build_detection_train_loader(cfg, dataset=dataset)
     cfg.DATALOADER.WORKER_TYPE = "thread"
-    with pytest.raises(UserError, match=r"CACHE_BYTES is 100, but the mapper has no read_image"):
+    with pytest.raises(UserError, match=r"CACHE_BYTES is 100, but the mapper has no image_cache"):
         build_detection_train_loader(cfg, dataset=dataset, mapper=lambda record, rng: record)
     cfg.DATALOADER.CACHE_BYTES = -1
     with pytest.raises(UserError, match=r"CACHE_BYTES is -1, but must be at least 0"):

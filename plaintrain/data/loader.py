@@ -89,10 +89,10 @@ def _with_cache(limit, mapper, workers):
             f"{what} processes do not share decoded images: set DATALOADER.WORKER_TYPE to thread, or "
             "DATALOADER.NUM_WORKERS to 0"
         )
-    if not hasattr(mapper, "read_image"):
-        raise UserError(f"{what} the mapper has no read_image, as DatasetMapper has, to read through it")
+    if not hasattr(mapper, "image_cache"):
+        raise UserError(f"{what} the mapper has no image_cache, as DatasetMapper has, to read through")
     mapper = copy.copy(mapper)
-    mapper.read_image = ImageCache(limit)
+    mapper.image_cache = ImageCache(limit)
     return mapper
 
 

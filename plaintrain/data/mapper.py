@@ -28,8 +28,8 @@ class DatasetMapper:
 
     # Several threads may call it at a time: it and the augmentations change nothing that they share.
     thread_safe = True
-    # Or an `ImageCache`.
-    read_image = staticmethod(read_image)
+    # An `ImageCache` to read through.
+    image_cache = None
 
     def __init__(
         self, cfg=None, is_train=True, *, augmentations=None, use_masks=None, num_keypoints=None, records=None
@@ -91,7 +91,7 @@ class DatasetMapper:
         return tensors
 
     def _read(self, record):
-        image = self.read_image(record["file_name"])
+        image = (self.image_cache or read_image)(record["file_name"])
         check_image_size(record, image)
         tensors = {"image": tv_tensors.Image(image)}
         if not self.is_train:
