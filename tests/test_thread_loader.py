@@ -280,7 +280,11 @@ print("loaded", torch.get_num_threads(), flush=True)
 def _child(seconds, then=""):
     code = _CHILD.format(seconds=seconds, then=then)
     pipe, env = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "2"}
-    return subprocess.Popen([sys.executable, "-c", code], text=True, stdout=pipe, stderr=pipe, env=env)
+    # A shell's background job, as CI may be, hands down that Ctrl-C is ignored.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], text=True, stdout=pipe, stderr=pipe, env=env, **heeds
+    )
 
 
 def test_the_process_ends_with_threads_at_work():
