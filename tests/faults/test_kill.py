@@ -144,8 +144,8 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, ranks, s
     assert code == 128 + number, run.tail
     assert run.output.count(f"{number.name}: the run has stopped") == 1 and "Traceback" not in run.output
     saved, _ = newest_checkpoint(tmp_path / "run")
-    # Not one step is lost.
-    assert saved == max(lines(tmp_path / "run")) >= 3
+    # Not one step is lost; where an evaluation was ended, its line is written by the run that goes on.
+    assert saved >= max(lines(tmp_path / "run")) >= 3
     run = Run(tmp_path / "run", options, script=script, launch=launch, flags=["--resume"])
     assert run.wait()[0] == 0, run.tail
     assert differences(tmp_path / "whole", tmp_path / "run") == []
