@@ -124,6 +124,7 @@ def test_a_file_of_predictions_scores_as_the_model_that_wrote_it(call, files, tm
         assert written == content(tmp_path / "model", name) and written
 
 
+@pytest.mark.long
 def test_two_processes_find_and_score_what_one_does(call, files, tmp_path):
     evaluate(call, files, tmp_path / "one")
     predictions = tmp_path / "one" / "inference" / "test_net_coco" / FOUND

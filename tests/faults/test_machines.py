@@ -74,7 +74,10 @@ def test_three_machines_train_as_one_does_and_only_the_first_holds_the_run(machi
     assert [sorted(os.listdir(f)) for f in folders[1:]] == [["log.txt.rank1"], ["log.txt.rank2"]]
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared folder", "own folders"])
+@pytest.mark.parametrize(
+    "shared",
+    [pytest.param(True, id="shared folder", marks=pytest.mark.long), pytest.param(False, id="own folders")],
+)
 def test_two_machines_stop_together_and_go_on_as_one_would(machines, whole, tmp_path, shared):
     folders = [tmp_path / "run", tmp_path / ("run" if shared else "other")]
     runs = start(machines, folders, OPTIONS)
