@@ -52,7 +52,8 @@ class StepGuard:
         if not self.enabled:
             return losses, norm
         numbers = losses if scaler.is_enabled() else {**losses, **norm}
-        bad = {name for name, value in numbers.items() if not torch.isfinite(value)}  # sync point
+        finite = torch.stack([value.detach().float() for value in numbers.values()]).isfinite()
+        bad = {name for name, good in zip(numbers, finite.tolist(), strict=True) if not good}  # sync point
         if comm.any_rank(bad):
             self._leave_out(bad)
             return {}, {}

@@ -193,7 +193,7 @@ def do_train(cfg, model, resume=False):
             left = range(max(steps.start, start_iter), steps.stop)
             if mode == "train" and train_one_epoch(cfg, training, epoch, left, due):
                 break
-            with saver.saving_if_stopped(steps.stop - 1, due=due, skipped_steps=guard.counts):
+            with saver.saving_if_stopped(steps.stop - 1, due=due):
                 if mode == "val":
                     metrics = val_one_epoch(cfg, ema.evaluated)
                 elif due:

@@ -18,6 +18,7 @@ from plaintrain.config import get_cfg
 from plaintrain.ema import build_ema
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write, move_old_run
+from plaintrain.utils.stop import Stopped
 
 torch.set_num_threads(1)
 
@@ -779,3 +780,18 @@ def test_the_class_names_of_the_run_are_those_that_weights_are_taken_for(tmp_pat
     checkpointer = DetectionCheckpointer(make_model(), about={"class_names": ["ant", "bee"]})
     checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False, class_names=given)
     assert ("was trained for the classes cat, dog, here they are ant, bee" in log.text) == warns
+
+
+def test_a_run_that_is_stopped_in_an_evaluation_saves_what_its_last_step_was_given(tmp_path):
+    saver = PeriodicCheckpointer(DetectionCheckpointer(make_model(), str(tmp_path)), 0)
+    saver.step(6, due=(False, True), skipped_steps=(3, 1))
+    with pytest.raises(Stopped), saver.saving_if_stopped(6, due=(False, False)):
+        raise Stopped
+    data = torch.load(tmp_path / "model_0000006.pth", weights_only=True)
+    assert (data["iteration"], data["skipped_steps"], data["due"]) == (6, (3, 1), (False, False))
+    (tmp_path / "model_0000006.pth").unlink()
+    # Once is enough, and before the first step there is nothing.
+    for iteration in (6, -1):
+        with pytest.raises(Stopped), saver.saving_if_stopped(iteration):
+            raise Stopped
+    assert names(tmp_path) == ["last_checkpoint"]

@@ -34,7 +34,8 @@ class PeriodicCheckpointer:
         """
         self.checkpointer, self.period, self.final_model = checkpointer, period, final_model
         self.max_iter, self.max_to_keep = max_iter, max_to_keep
-        self._saved = None
+        # What the last step was given belongs to its iteration, also when that is saved later.
+        self._saved, self._given = None, {}
 
     def is_due(self, iteration):
         """Whether `step(iteration)` will save."""
@@ -52,6 +53,7 @@ class PeriodicCheckpointer:
             kwargs: passed to `save`.
         """
         self.checkpointer.check()
+        self._given = kwargs
         if now or every(self.period, iteration):
             self._save_numbered(iteration, **kwargs)
         if self._is_last(iteration):
@@ -84,13 +86,14 @@ class PeriodicCheckpointer:
         """Save, unless that is done, when a signal ends an evaluation on all ranks within the block.
 
         Args:
-            iteration, kwargs: see `step`; nothing is saved before the first iteration, -1.
+            iteration: see `step`; nothing is saved before the first iteration, -1.
+            kwargs: of `step`, those that are other ones by now.
         """
         try:
             yield
         except Stopped:
             if iteration >= 0 and self.checkpointer.iteration != iteration:
-                self._save_numbered(iteration, **kwargs)
+                self._save_numbered(iteration, **{**self._given, **kwargs})
             raise
 
     def __enter__(self):
