@@ -87,8 +87,8 @@ class StepGuard:
     def _dump(self, iteration):
         rank = f".rank{comm.get_rank()}" if comm.get_rank() else ""
         path = os.path.join(self._dump_folder, f"bad_batch_{iteration:07d}{rank}.pth")
-        samples = plain(self._data_loader.samples(iteration), "a sample")
         try:
+            samples = plain(self._data_loader.samples(iteration), "a sample")
             with atomic_write(path, "wb") as f:
                 torch.save({"iteration": iteration, "samples": samples}, f)
         except (UserError, RuntimeError) as e:

@@ -175,6 +175,16 @@ def test_an_image_that_cannot_be_read_is_replaced_the_same_each_time_logged_once
     assert again.num_replaced == 8
 
 
+def test_what_is_logged_is_why_the_first_was_replaced_and_its_samples_can_be_made_again(log):
+    # So many that a replacement often has to be replaced.
+    UNREADABLE.update({0, 1, 2, 3, 4})
+    stream = loader(skip_unreadable=True)
+    batches = take(stream, 7)
+    told = [line.split("image file ")[1][0] for line in log.text.splitlines() if "takes its place" in line]
+    assert sorted(told) == list("01234") and "nor can" not in log.text
+    assert [stream.samples(iteration) for iteration in range(7)] == batches
+
+
 def test_without_that_it_ends_the_run():
     UNREADABLE.add(3)
     with pytest.raises(UserError, match="cannot read the image file 3.png"):
@@ -183,8 +193,10 @@ def test_without_that_it_ends_the_run():
 
 def test_where_nothing_can_be_read_the_run_ends_too():
     UNREADABLE.update(range(7))
-    with pytest.raises(UserError, match=r"cannot read .*; nor can 10 others in its place be read"):
-        take(loader(skip_unreadable=True), 1)
+    stream = loader(skip_unreadable=True)
+    name = stream.image_names(0)[0].split("(")[1].rstrip(")")
+    with pytest.raises(UserError, match=rf"cannot read .* {name}; nor can 10 others in its place be read"):
+        take(stream, 1)
 
 
 def test_a_mistake_in_the_code_is_never_skipped():

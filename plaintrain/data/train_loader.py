@@ -58,11 +58,9 @@ class MappedRecords(Dataset):
         """A sample in place of one that cannot be read, the same whenever the position comes up."""
         rng = np.random.default_rng((self._seed, position, 0))
         for index in rng.integers(len(self._records), size=_MAX_TRIES):
-            try:
+            with contextlib.suppress(UserError):
                 return _Replacement(self._sample(int(index), position), str(error))
-            except UserError as e:
-                error = UserError(f"{e}; nor can {_MAX_TRIES} others in its place be read")
-        return error
+        return UserError(f"{error}; nor can {_MAX_TRIES} others in its place be read")
 
 
 def _takes_generator(mapper):
@@ -213,7 +211,8 @@ class TrainLoader(Loader):
     def samples(self, iteration):
         """This rank's samples of an iteration, made once more."""
         keys = self._sampler.batch(iteration, comm.get_rank(), comm.get_world_size())
-        return [self._mapped[key] for key in keys]
+        samples = [self._mapped[key] for key in keys]
+        return [s.sample if isinstance(s, _Replacement) else s for s in samples]
 
     def state_dict(self):
         """The iteration that comes next, and the state of the sampler, if it has one."""
