@@ -1,6 +1,5 @@
-"""The start of every script: command line, output folder, log, seeds, and checks before training."""
+"""The start of every script: output folder, log, seeds, and checks before training."""
 
-import argparse
 import logging
 import logging.handlers
 import os
@@ -10,6 +9,7 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from plaintrain.arguments import default_argument_parser
 from plaintrain.changes import check_changes
 from plaintrain.config import check_cfg, get_cfg, get_value, set_value
 from plaintrain.data.builtin import declare_datasets
@@ -38,58 +38,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-class _Overrides(argparse.Action):
-    """KEY VALUE pairs; argparse would swallow a flag among them without a word."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        for value in values:
-            if value.startswith("--"):
-                parser.error(f"{value} stands after the overrides {values[0]} ...; put flags first")
-        setattr(namespace, self.dest, values)
-
-
-def default_argument_parser(epilog=None):
-    """The parser of the training scripts; its result goes to `default_setup` and `launch`."""
-    parser = argparse.ArgumentParser(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from, or evaluate, the last checkpoint in OUTPUT_DIR"
-    )
-    parser.add_argument(
-        "--eval-only",
-        action="store_true",
-        help="evaluate MODEL.WEIGHTS (or, with --resume, the last checkpoint)",
-    )
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
-    parser.add_argument("--num-machines", type=int, default=1, help="machines of the job")
-    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
-    parser.add_argument(
-        "--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; needed on several machines"
-    )
-    parser.add_argument(
-        "--overfit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="train and evaluate on the same first N training images; a model that can learn does so",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="two iterations, an evaluation of a few images, a save and a load; says ready and keeps "
-        "nothing, or says what is wrong and leaves OUTPUT_DIR/dry-run",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        action=_Overrides,
-        metavar="KEY VALUE",
-        help="config overrides, after all flags, for example SOLVER.BASE_LR 0.01 OUTPUT_DIR out",
-    )
-    return parser
 
 
 def default_setup(cfg, args):

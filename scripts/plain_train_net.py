@@ -13,6 +13,12 @@ import logging
 import os
 from time import perf_counter
 
+from plaintrain.arguments import default_argument_parser
+
+if __name__ == "__main__":
+    # --help and a wrong flag are answered before the imports that take seconds.
+    args = default_argument_parser(epilog=__doc__).parse_args()
+
 from plaintrain.accumulation import add_scaled, split_batch, sum_losses
 from plaintrain.best import BestMetric
 from plaintrain.checkpoint import DetectionCheckpointer, build_periodic_checkpointer
@@ -26,7 +32,6 @@ from plaintrain.data import (
 from plaintrain.ema import build_ema
 from plaintrain.engine import (
     create_ddp_model,
-    default_argument_parser,
     default_setup,
     default_writers,
     launch,
@@ -211,7 +216,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser(epilog=__doc__).parse_args()
     launch(
         main,
         args.num_gpus,

@@ -21,11 +21,21 @@ The file is made to be copied: change the data or the evaluator where they are c
 import logging
 import os
 
+from plaintrain.arguments import default_argument_parser
+
+if __name__ == "__main__":
+    # --help and a wrong flag are answered before the imports that take seconds.
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--predictions", default="", metavar="FILE", help="score this file of predictions, without a model"
+    )
+    args = parser.parse_args()
+
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_test_loader
 from plaintrain.data.catalog import class_names
-from plaintrain.engine import default_argument_parser, default_setup, launch
+from plaintrain.engine import default_setup, launch
 from plaintrain.evaluation import (
     build_evaluator,
     inference_on_dataset,
@@ -147,11 +157,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser(epilog=__doc__)
-    parser.add_argument(
-        "--predictions", default="", metavar="FILE", help="score this file of predictions, without a model"
-    )
-    args = parser.parse_args()
     launch(
         main,
         args.num_gpus,

@@ -153,7 +153,9 @@ def _chosen(records, objects, counts, filter_empty, min_keypoints):
 def _without(records, kept):
     """The records with only the annotations that are kept; most records need not be touched."""
     record_of = records.annotations.record
-    changed, order, cleaned = np.unique(record_of[~kept]), np.arange(len(records)), []
+    # `np.unique` would import numpy.ma.
+    changed = np.flatnonzero(np.bincount(record_of[~kept]))
+    order, cleaned = np.arange(len(records)), []
     for index, start in zip(changed, np.searchsorted(record_of, changed), strict=True):
         record = records[index]
         record["annotations"] = [a for i, a in enumerate(record["annotations"], start) if kept[i]]

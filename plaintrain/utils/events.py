@@ -13,10 +13,6 @@ import time
 from collections import defaultdict
 
 import torch
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from plaintrain.utils.files import atomic_write, writing
 from plaintrain.utils.storage import EventStorage, every, get_event_storage
@@ -161,13 +157,20 @@ def _json_lines(path):
 
 
 class TensorboardXWriter(EventWriter):
-    """Writes scalars, images and histograms as TensorBoard event files."""
+    """Writes scalars, images and histograms as TensorBoard event files.
+
+    tensorboardX is imported by the first write: most ranks, and evaluations, have none.
+    """
 
     def __init__(self, log_dir, window_size=20):
         self._log_dir, self._window_size = log_dir, window_size
         self._file, self._last_write, self._last_flush = None, -1, 0.0
 
     def _open(self, storage):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
         start_iter = storage.start_iter
         os.makedirs(self._log_dir, exist_ok=True)
         # SummaryWriter would send each event through a queue to a thread: three times the work.
@@ -181,6 +184,8 @@ class TensorboardXWriter(EventWriter):
             self._add(Summary(value=values), start_iter - 1)
 
     def _add(self, contents, at):
+        from tensorboardX.proto.event_pb2 import Event
+
         self._file.write_event(Event(summary=contents, step=at, wall_time=time.time()))
 
     def write(self):
@@ -189,6 +194,9 @@ class TensorboardXWriter(EventWriter):
             self._write(get_event_storage())
 
     def _write(self, storage):
+        from tensorboardX import summary
+        from tensorboardX.proto.summary_pb2 import Summary
+
         if self._file is None:
             self._open(storage)
         values = defaultdict(list)
