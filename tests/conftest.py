@@ -35,6 +35,12 @@ def _forget_datasets():
         now.update(known)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory):
+    """No test writes into the cache of who runs it, nor reads from it."""
+    os.environ["PLAINTRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def cfg():
     """A config for images of some 40 pixels, loaded in this process."""

@@ -31,7 +31,9 @@ def test_joined_and_taken_records_are_the_same_records_without_their_bytes_copie
     assert taken.lengths == [3, 3]
     assert taken.columns["file_name"].tolist() == [f"{i}.png" for i in (7, 0, 4, 3, 4, 5)]
     assert taken.columns["height"].tolist() == [37, 30, 34, 33, 34, 35]
-    assert {block.data_ptr() for block in taken._blocks} == {part._blocks[0].data_ptr() for part in parts}
+    assert {block._bytes.data_ptr() for block in taken._blocks} == {
+        part._blocks[0]._bytes.data_ptr() for part in parts
+    }
     assert len(joined.take(np.array([], dtype=np.int64))) == 0
 
 

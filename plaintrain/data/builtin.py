@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from plaintrain.data import coco, concat, folder, shapes, voc, yolo
+from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.utils.errors import UserError
 
@@ -21,6 +22,11 @@ def _path(path):
 
 def _load_coco(spec, problems):
     return coco.load_coco_json(_path(spec["JSON"]), _path(spec["IMAGE_ROOT"]), spec.get("CLASSES"), problems)
+
+
+def _load_cached_coco(spec, _):
+    json_file, image_root = _path(spec["JSON"]), _path(spec["IMAGE_ROOT"])
+    return cached_records(coco.load_coco_json, json_file, image_root, spec.get("CLASSES"))
 
 
 def _load_coco_results(spec, problems):
@@ -164,7 +170,7 @@ def declare_dataset(name, spec):
         raise UserError(f"the dataset {name} exists already; declare yours under another name")
 
     def load():
-        records, found = _read(spec)
+        records, found = _read(spec, load=_load_cached_coco if spec["FORMAT"] == "coco" else None)
         MetadataCatalog.get(name).set(**found)
         return records
 
@@ -174,9 +180,10 @@ def declare_dataset(name, spec):
         metadata.set(year=spec["YEAR"])
 
 
-def _read(spec, problems=None):
+def _read(spec, problems=None, load=None):
+    load = load or _FORMATS[spec["FORMAT"]][0]
     try:
-        records, metadata = _FORMATS[spec["FORMAT"]][0](spec, problems)
+        records, metadata = load(spec, problems)
     except RecursionError as e:
         raise UserError(f"the files of {spec} hold what is nested too deeply to be read") from e
     if "KEYPOINT_FLIP_MAP" in spec:

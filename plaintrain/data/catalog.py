@@ -18,7 +18,7 @@ class _DatasetCatalog:
 
         Args:
             name: what DATASETS.TRAIN and DATASETS.TEST call it.
-            func: function of no arguments; its list is asked for once and kept, serialised.
+            func: function of no arguments; its list, or `SerializedRecords`, is asked for once and kept.
 
         Raises:
             UserError: the name is taken.
@@ -40,7 +40,9 @@ class _DatasetCatalog:
         if name not in self._loaded:
             try:
                 with no_garbage_collection():
-                    self._loaded[name] = SerializedRecords(self._functions[name]())
+                    found = self._functions[name]()
+                    is_serialized = isinstance(found, SerializedRecords)
+                    self._loaded[name] = found if is_serialized else SerializedRecords(found)
             except RecursionError as e:
                 raise UserError(f"the dataset {name} holds what is nested too deeply to be read") from e
         return self._loaded[name]

@@ -8,6 +8,7 @@ import os
 
 from pycocotools import mask as coco_mask
 
+from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
 from plaintrain.data.coco_mistakes import annotation_mistake, image_mistake, keypoint_mistake
 from plaintrain.data.folder import is_too_large
@@ -286,7 +287,8 @@ def register_coco_instances(name, metadata, json_file, image_root):
     """
 
     def load():
-        records, found = load_coco_json(json_file, image_root, metadata.get("thing_classes"))
+        classes = metadata.get("thing_classes")
+        records, found = cached_records(load_coco_json, json_file, image_root, classes)
         MetadataCatalog.get(name).set(**found)
         return records
 

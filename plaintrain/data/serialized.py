@@ -6,11 +6,11 @@ import gc
 import numbers
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from plaintrain.data.columns import AnnotationTable, RecordColumns, num_labelled
 from plaintrain.structures import BoxMode
 
 RECORD_KEYS = ("file_name", "image_id", "height", "width", "annotations")
@@ -28,20 +28,17 @@ def no_garbage_collection():
             gc.enable()
 
 
-@dataclass(frozen=True)
-class AnnotationTable:
-    """All annotations of a list of records, in their order."""
+class _Pickled:
+    """Records of any kind as bytes."""
 
-    # Index of the record that an annotation belongs to, [A].
-    record: np.ndarray
-    # XYXY corners in pixels, float64 [A, 4].
-    boxes: np.ndarray
-    # category_id, int64 [A].
-    labels: np.ndarray
-    # Whether it is a crowd, bool [A].
-    crowd: np.ndarray
-    # Number of labelled keypoints, int64 [A].
-    keypoints: np.ndarray
+    def __init__(self, records):
+        blobs = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
+        self._ends = torch.from_numpy(np.cumsum([0, *map(len, blobs)], dtype=np.int64))
+        self._bytes = torch.frombuffer(bytearray(b"".join(blobs) or b"\0"), dtype=torch.uint8)
+
+    def __getitem__(self, index):
+        start, end = self._ends[index : index + 2].tolist()
+        return pickle.loads(self._bytes[start:end].numpy())  # noqa: S301 - bytes made above
 
 
 class SerializedRecords(Sequence):
@@ -61,25 +58,27 @@ class SerializedRecords(Sequence):
     files_exist = False
 
     def __init__(self, records):
-        """records: iterable of dicts."""
-        records = list(records)
-        blobs = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
-        ends = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
-        spans = np.stack([np.zeros_like(ends[1:]), ends[:-1], ends[1:]], axis=1)
-        self._spans = torch.from_numpy(spans)
-        self._blocks = [torch.frombuffer(bytearray(b"".join(blobs) or b"\0"), dtype=torch.uint8)]
-        self.columns = _or_none(_columns, records)
-        self.annotations = _or_none(_annotation_table, records)
+        """records: iterable of dicts, or `RecordColumns`, which are kept as they are."""
+        in_columns = isinstance(records, RecordColumns)
+        if not in_columns:
+            records = list(records)
+        self._blocks = [records if in_columns else _Pickled(records)]
+        # Block, and place in the block.
+        self._places = torch.stack(
+            [torch.zeros(len(records), dtype=torch.int64), torch.arange(len(records))], 1
+        )
+        self.columns = records.columns if in_columns else _or_none(_columns, records)
+        self.annotations = records.table() if in_columns else _or_none(_annotation_table, records)
         self.lengths = [len(records)]
 
     @staticmethod
     def join(parts):
         """The records of several `SerializedRecords`, in their order; the bytes are shared."""
-        joined, spans, blocks = copy.copy(parts[0]), [], []
+        joined, places, blocks = copy.copy(parts[0]), [], []
         for part in parts:
-            spans.append(part._spans + torch.tensor([len(blocks), 0, 0]))
+            places.append(part._places + torch.tensor([len(blocks), 0]))
             blocks += part._blocks
-        joined._spans, joined._blocks = torch.cat(spans), blocks
+        joined._places, joined._blocks = torch.cat(places), blocks
         if all(part.columns for part in parts):
             joined.columns = {k: np.concatenate([p.columns[k] for p in parts]) for k in parts[0].columns}
         joined.lengths = [len(part) for part in parts]
@@ -88,25 +87,25 @@ class SerializedRecords(Sequence):
     def take(self, indices):
         """The records at some indices, an int array; the bytes are shared."""
         taken = copy.copy(self)
-        taken._spans = self._spans[torch.from_numpy(indices)]
+        taken._places = self._places[torch.from_numpy(indices)]
         taken.columns = self.columns and {key: column[indices] for key, column in self.columns.items()}
         taken.lengths = [len(indices)]
         return taken
 
     def __getstate__(self):
         # What copies and other processes get.
-        return {"_spans": self._spans, "_blocks": self._blocks}
+        return {"_places": self._places, "_blocks": self._blocks}
 
     def __len__(self):
-        return len(self._spans)
+        return len(self._places)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        block, start, end = self._spans[index].tolist()
-        return pickle.loads(self._blocks[block][start:end].numpy())  # noqa: S301 - bytes made above
+        block, place = self._places[index].tolist()
+        return self._blocks[block][place]
 
 
 def _or_none(make, records):
@@ -144,7 +143,7 @@ def _annotation_table(records):
         boxes=_corners([a["bbox"] for a in annotations], [a["bbox_mode"] for a in annotations]),
         labels=np.array(labels, dtype=np.int64),
         crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool),
-        keypoints=np.array([_num_labelled(a.get("keypoints")) for a in annotations], dtype=np.int64),
+        keypoints=np.array([num_labelled(a.get("keypoints")) for a in annotations], dtype=np.int64),
     )
 
 
@@ -157,7 +156,3 @@ def _corners(boxes, modes):
     boxes = boxes.astype(np.float64)
     boxes[:, 2:] += boxes[:, :2] * (modes == BoxMode.XYWH_ABS)[:, None]
     return boxes
-
-
-def _num_labelled(keypoints):
-    return sum(v > 0 for v in keypoints[2::3]) if keypoints else 0
