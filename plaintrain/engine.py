@@ -71,7 +71,8 @@ def default_setup(cfg, args):
     _settle_seed(cfg, resume)
     if getattr(args, "overfit", 0):
         overfit_on(cfg, args.overfit)
-    settle_num_classes(cfg, eval_only)
+    with comm.first_on_machine():  # reads the datasets
+        settle_num_classes(cfg, eval_only)
     if not eval_only:
         settle_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
     check_before_training(cfg, resume, eval_only, needs_model=not getattr(args, "predictions", ""))

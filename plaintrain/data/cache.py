@@ -128,7 +128,9 @@ def _write(path, arrays, metadata):
             temporary = f.name
             np.savez(f, metadata=text, **arrays)
         os.replace(temporary, path)
-        _make_room(folder)
+        # Another rank may remove the same.
+        with contextlib.suppress(OSError):
+            _make_room(folder)
     except OSError as e:
         logger.info(
             f"the cache {folder} cannot be written ({reason(e)}): the next start reads the JSON again"

@@ -3,6 +3,7 @@
 Names follow Detectron2's `utils.comm`.
 """
 
+import contextlib
 import os
 import zlib
 
@@ -47,6 +48,20 @@ def synchronize():
     """Wait until every rank is here."""
     if get_world_size() > 1:
         dist.barrier()
+
+
+@contextlib.contextmanager
+def first_on_machine():
+    """The ranks of a machine but its first wait with the block until that one has done it.
+
+    They find what it has cached, and the memory that the work needs is needed once. Every rank must come.
+    """
+    first = get_local_rank() == 0
+    if not first:
+        synchronize()
+    yield
+    if first:
+        synchronize()
 
 
 def all_gather(data):

@@ -1,0 +1,285 @@
+"""plaintrain.data.cache and columns: the records of a COCO file come back as they were, or are read anew."""
+
+import errno
+import json
+import os
+import pickle
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import rank_helpers
+from launch_helpers import Job
+
+from plaintrain.data import DatasetCatalog, MetadataCatalog, cache, register_coco_instances
+from plaintrain.data.cache import cache_folder, cached_records
+from plaintrain.data.coco import load_coco_json
+from plaintrain.data.columns import RecordColumns, to_columns
+from plaintrain.data.serialized import SerializedRecords
+from plaintrain.utils.errors import UserError
+
+
+@pytest.fixture
+def parsed(monkeypatch, tmp_path):
+    """The files that were parsed, in order; the cache is empty and takes small files too."""
+    monkeypatch.setattr(cache, "_LEAST_BYTES", 0)
+    monkeypatch.setenv("PLAINTRAIN_CACHE", str(tmp_path / "cache"))
+    return []
+
+
+@pytest.fixture
+def read(parsed):
+    """Function (files, root, classes) -> (records as a list, metadata), through the cache."""
+
+    def load(json_file, image_root, classes):
+        parsed.append(json_file)
+        return load_coco_json(json_file, image_root, classes)
+
+    def read(files, root=None, classes=None):
+        records, metadata = cached_records(load, str(files.json), str(root or files.images), classes)
+        assert isinstance(records, SerializedRecords)
+        return list(records), metadata
+
+    return read
+
+
+def _files():
+    return sorted(Path(cache_folder()).iterdir())
+
+
+def _odd_segmentations(content):
+    box = {"image_id": 5, "category_id": 3, "bbox": [1, 2, 3, 4], "iscrowd": 0}
+    odd = [
+        [[1, 2, 3.5, 4, 5, 6], [7, 8, 9, 10, 11, 12]],
+        [[]],
+        [[1.5, 2.5], {}],
+        [[1.5, "x"]],
+        [1, 2, 3],
+        [[10**400, 1]],
+        "RLE",
+        {"size": [24, 20], "counts": "abc"},
+    ]
+    content["annotations"] += [{"id": 200 + i, **box, "segmentation": s} for i, s in enumerate(odd)]
+    content["annotations"] += [{"id": 300, **box, "score": 0.5, "difficult": 1, "area": 0}]
+    content["images"][0]["file_name"] = "weit\u00e4\ud800 \u4e2d..png"
+
+
+def test_columns_give_back_every_record(tiny_coco):
+    _odd_segmentations(tiny_coco.content)
+    tiny_coco.save()
+    for root in (str(tiny_coco.images), "", "/"):
+        records, _ = load_coco_json(str(tiny_coco.json), root)
+        packed = SerializedRecords(RecordColumns(to_columns(records, root), root))
+        plain = SerializedRecords(records)
+        assert list(packed) == records
+        assert packed[1]["annotations"] == [] or packed[0]["annotations"]
+        assert packed.columns["file_name"].tolist() == plain.columns["file_name"].tolist()
+        assert packed.columns["width"].tolist() == plain.columns["width"].tolist()
+        for name in ("record", "boxes", "labels", "crowd", "keypoints"):
+            np.testing.assert_array_equal(getattr(packed.annotations, name), getattr(plain.annotations, name))
+        # As a worker process gets them, and between records of another kind.
+        sent = pickle.loads(pickle.dumps(SerializedRecords.join([plain, packed])))  # noqa: S301 - own bytes
+        assert list(sent) == records + records
+
+
+def test_columns_of_nothing(tiny_coco):
+    tiny_coco.content["images"], tiny_coco.content["annotations"] = [], []
+    tiny_coco.save()
+    records, _ = load_coco_json(str(tiny_coco.json), "")
+    assert list(SerializedRecords(RecordColumns(to_columns(records, ""), ""))) == []
+
+
+def test_a_file_is_parsed_once_and_known_by_its_content(tiny_coco, read, parsed, tmp_path, log):
+    first = read(tiny_coco)
+    assert first == load_coco_json(str(tiny_coco.json), str(tiny_coco.images))
+    assert read(tiny_coco) == first
+    assert len(parsed) == 1
+    assert "is read from the cache" in log.text
+    # A copy elsewhere, with images elsewhere.
+    tiny_coco.json = tiny_coco.json.rename(tmp_path / "moved.json")
+    records, metadata = read(tiny_coco, root="/data")
+    assert len(parsed) == 1
+    assert metadata == first[1]
+    assert [r["file_name"] for r in records] == [
+        "/data/more/upright.png",
+        "/data/empty.png",
+        "/data/wide.png",
+    ]
+    # Other classes are other records.
+    assert read(tiny_coco, classes=["dog"])[1]["thing_classes"] == ["dog"]
+    assert len(parsed) == 2
+
+
+def test_a_file_of_the_same_size_and_time_but_other_content_is_read_anew(tiny_coco, read, parsed):
+    read(tiny_coco)
+    before = tiny_coco.json.stat()
+    tiny_coco.content["annotations"][0]["bbox"][0] = 9
+    tiny_coco.save()
+    os.utime(tiny_coco.json, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert tiny_coco.json.stat().st_size == before.st_size
+    assert read(tiny_coco)[0][2]["annotations"][0]["bbox"] == [9, 5, 10.5, 8]
+    assert len(parsed) == 2
+
+
+def test_what_changes_while_it_is_read_is_not_kept(tiny_coco, parsed):
+    def load(json_file, image_root, classes):
+        found = load_coco_json(json_file, image_root, classes)
+        tiny_coco.json.write_text(json.dumps(tiny_coco.content) + " ")
+        return found
+
+    cached_records(load, str(tiny_coco.json), str(tiny_coco.images))
+    assert not os.path.exists(cache_folder())
+
+
+def test_a_mistake_is_found_at_every_start(tiny_coco, read, parsed):
+    tiny_coco.content["annotations"][0]["category_id"] = 99
+    tiny_coco.save()
+    for _ in range(2):
+        with pytest.raises(UserError, match="category_id 99"):
+            read(tiny_coco)
+    assert len(parsed) == 2
+
+
+def test_a_damaged_file_is_never_trusted(tiny_coco, read, parsed, log):
+    first, content = read(tiny_coco), bytearray(_files()[0].read_bytes())
+    for at in range(40, len(content), 97):
+        damaged = content.copy()
+        damaged[at] ^= 0x11
+        _files()[0].write_bytes(damaged)
+        assert read(tiny_coco) == first
+    for length in (0, 10, len(content) // 2, len(content) - 1):
+        _files()[0].write_bytes(content[:length])
+        assert read(tiny_coco) == first
+    assert len(parsed) > 10
+    assert "damaged and not used" in log.text
+    assert len(_files()) == 1
+
+
+class _Payload:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("what", ["pickle", "object", "outside", "absolute", "order", "deep", "missing"])
+def test_hostile_content_of_the_cache_runs_nothing(tiny_coco, read, parsed, tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    first, path = read(tiny_coco), _files()[0]
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    head = b'["more/upright.png", 2, 40, 30],'
+    assert arrays["heads"].tobytes().startswith(head)
+    bad = {"outside": b'["../../../secret", 2, 40, 30],', "absolute": b'["/etc/secrets/file", 2, 40, 3],'}
+    if what in bad:
+        text = bad[what] + b" " * (len(head) - len(bad[what]) - 1)
+        text = text[: len(bad[what]) - 1] + b" " * (len(head) - len(bad[what])) + b","
+        arrays["heads"][: len(head)] = np.frombuffer(text, dtype=np.uint8)
+    elif what == "object":
+        arrays["labels"] = np.array([_Payload()], dtype=object)
+    elif what == "order":
+        arrays["ends"][1] = 10**18
+    elif what == "deep":
+        arrays["metadata"] = np.frombuffer(b"[" * 100_000, dtype=np.uint8)
+    elif what == "missing":
+        del arrays["labels"]
+    with open(path, "wb") as f:
+        if what == "pickle":
+            pickle.dump(_Payload(), f)
+        else:
+            np.savez(f, **arrays)
+    assert read(tiny_coco) == first
+    assert len(parsed) == 2
+    assert not os.path.exists("executed")
+
+
+def test_without_a_cache_all_goes_on(tiny_coco, read, parsed, monkeypatch, tmp_path, log):
+    monkeypatch.setenv("PLAINTRAIN_CACHE", "")
+    first = read(tiny_coco)
+    assert read(tiny_coco) == first
+    assert not log.records
+    # A file in the place of the folder: as one that cannot be written.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PLAINTRAIN_CACHE", str(tmp_path / "file"))
+    assert read(tiny_coco) == first
+    assert [r.message.split(" (")[0] for r in log.records] == [
+        f"the cache {tmp_path / 'file'} cannot be written"
+    ]
+    assert len(parsed) == 3
+
+
+def test_a_full_disk_leaves_nothing(tiny_coco, read, parsed, monkeypatch, log):
+    def full(file, **arrays):
+        file.write(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    read(tiny_coco)
+    assert _files() == []
+    assert "No space left on device" in log.text
+
+
+def test_where_the_cache_is(monkeypatch):
+    monkeypatch.delenv("PLAINTRAIN_CACHE")
+    monkeypatch.setenv("HOME", "/home/her")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == "/home/her/.cache/plaintrain"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/fast")
+    assert cache_folder() == "/fast/plaintrain"
+    monkeypatch.setenv("PLAINTRAIN_CACHE", "~/c")
+    assert cache_folder() == "/home/her/c"
+    monkeypatch.setenv("PLAINTRAIN_CACHE", "")
+    assert cache_folder() is None
+
+
+def test_old_files_make_room(tiny_coco, read, monkeypatch):
+    read(tiny_coco)
+    folder, (newest,) = Path(cache_folder()), _files()
+    size, now = newest.stat().st_size, time.time()
+    for name, days in (("a", 1), ("b", 2), ("c", 100), ("other", 200)):
+        path = folder / (name if name == "other" else name + ".coco.npz")
+        path.write_bytes(b"0" * (3 * size if name == "b" else 10))
+        os.utime(path, (now - days * 86400,) * 2)
+    os.utime(newest, (now - 3600,) * 2)
+    monkeypatch.setattr(cache, "_MAX_BYTES", 3 * size)
+    read(tiny_coco, classes=["dog"])
+    assert len(_files()) == 4
+    assert [p.name for p in _files() if p.stat().st_size == 10] == ["a.coco.npz", "other"]
+
+
+def test_many_readers_at_once_all_get_the_records(tiny_coco, read):
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: read(tiny_coco), range(8)))
+    assert all(one == found[0] for one in found)
+    assert len(_files()) == 1
+
+
+def test_of_the_ranks_of_a_machine_one_parses(tiny_coco, tmp_path):
+    folder = tmp_path / "job"
+    folder.mkdir()
+    tiny_coco.json.rename(folder / "instances.json")
+    env = {"PLAINTRAIN_CACHE": str(tmp_path / "cache")}
+    job = Job(rank_helpers.read_through_cache, folder, env=env, num_gpus_per_machine=2).wait()
+    assert job.code == 0, job.output
+    first, second = job.results()
+    assert (first["parsed"], second["parsed"]) == (1, 0)
+    assert first["boxes"] == second["boxes"]
+    assert len(first["boxes"]) == 4
+
+
+def test_a_registered_dataset_is_read_through_the_cache(tiny_coco, parsed, log):
+    for name in ("one", "two"):
+        register_coco_instances(name, {"thing_classes": ["dog", "cat"]}, str(tiny_coco.json), "pictures")
+        assert DatasetCatalog.get(name)[0]["file_name"] == "pictures/more/upright.png"
+        assert MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id == {7: 0, 3: 1}
+    assert log.text.count("is read from the cache") == 1
+
+
+def test_small_files_are_not_kept(tiny_coco, read, parsed, monkeypatch):
+    monkeypatch.setattr(cache, "_LEAST_BYTES", 10**6)
+    read(tiny_coco)
+    assert not os.path.exists(cache_folder())
