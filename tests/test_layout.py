@@ -32,6 +32,7 @@ FORBIDDEN = {
     "plaintrain.solver": ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine"],
     "plaintrain.launch": ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine"],
     "plaintrain.config": ["torch", "plaintrain.data", "plaintrain.utils.comm"],
+    "plaintrain.arguments": ["torch", "plaintrain.config", "plaintrain.data"],
 }
 
 

@@ -41,10 +41,9 @@ def cache_folder():
 def cached_records(load, json_file, image_root, classes=None):
     """Records of a COCO file, from the cache where what it holds now has been read before.
 
-    The cache knows a file by its content alone (SHA-256 of all of it, half a second for COCO's): a copy
-    that keeps its time, or an edit within the clock's tick, would deceive size and time. What can change
-    the records otherwise is part of the key: the classes, and the reader's own code. No key, no trust:
-    files are zip archives of plain arrays (each with its checksum), and loading them runs no code.
+    The cache knows a file by all of its content (SHA-256, half a second for COCO's): a copy that keeps its
+    time, or an edit within the clock's tick, would deceive size and time. The classes and the reader's own
+    code are in the key too. Its files are zip archives of plain arrays, with checksums, that run no code.
 
     Args:
         load: `load_coco_json`.

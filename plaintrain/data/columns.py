@@ -92,21 +92,18 @@ class RecordColumns:
         start, end = a["head_ends"][index : index + 2].tolist()
         name, image_id, height, width = json.loads(a["heads"][start : end - 1].tobytes())
         first, last = a["ends"][index : index + 2].tolist()
-        annotations = [
-            {"bbox": box, "bbox_mode": _XYWH, "category_id": label, "iscrowd": crowd}
-            for box, label, crowd in zip(
-                *(a[name][first:last].tolist() for name in ("boxes", "labels", "crowd")), strict=True
-            )
-        ]
+        boxes, labels, crowd, areas = (
+            a[key][first:last].tolist() for key in ("boxes", "labels", "crowd", "areas")
+        )
+        rest, annotations = a["rest_ends"][first : last + 1].tolist(), []
+        for i, box in enumerate(boxes):
+            one = {"bbox": box, "bbox_mode": _XYWH, "category_id": labels[i], "iscrowd": crowd[i]}
+            if areas[i] == areas[i]:
+                one["area"] = areas[i]
+            if rest[i + 1] > rest[i]:
+                one |= json.loads(a["rest"][rest[i] : rest[i + 1]].tobytes())
+            annotations.append(one)
         self._add_polygons(annotations, a["polygons"][first : last + 1].tolist())
-        rest = a["rest_ends"][first : last + 1].tolist()
-        for annotation, area, start, end in zip(
-            annotations, a["areas"][first:last].tolist(), rest, rest[1:], strict=False
-        ):
-            if area == area:
-                annotation["area"] = area
-            if end > start:
-                annotation |= json.loads(a["rest"][start:end].tobytes())
         size = {"height": height, "width": width}
         file_name = os.path.join(self._root, name)
         return {"file_name": file_name, "image_id": image_id, **size, "annotations": annotations}
@@ -141,26 +138,21 @@ def _columns(arrays, image_root):
 
 def _check(arrays):
     """Refuse, with a `ValueError`, arrays by which a record would be made of what is another's."""
-    wrong = set(arrays) ^ set(_KINDS)
-    for name, (kind, dimensions) in _KINDS.items():
-        if name not in wrong and (arrays[name].dtype.str, arrays[name].ndim) != (kind, dimensions):
-            wrong.add(name)
-    if not wrong:
-        number, size = len(arrays["labels"]), {name: len(array) for name, array in arrays.items()}
-        counted = {"heads": "head_ends", "labels": "ends", "points": "polygon_ends", "rest": "rest_ends"}
-        counted["polygon_ends"] = "polygons"
-        for name, ends in counted.items():
-            last = size[name] - (name == "polygon_ends")
-            array = arrays[ends]
-            if not size[ends] or array[0] != 0 or array[-1] != last or (array[1:] < array[:-1]).any():
-                wrong.add(ends)
-        if arrays["boxes"].shape != (number, 4):
-            wrong.add("boxes")
-        lengths = {"crowd": number, "areas": number, "keypoints": number, "head_ends": size["ends"]}
-        lengths |= {"polygons": number + 1, "rest_ends": number + 1}
-        wrong |= {name for name, length in lengths.items() if size[name] != length}
-    if wrong:
-        raise ValueError(f"the columns {', '.join(sorted(wrong))} do not fit")
+    kinds = {name: (array.dtype.str, array.ndim) for name, array in arrays.items()}
+    size = {name: len(array) for name, array in arrays.items() if array.ndim}
+    right = kinds == _KINDS and all(size[f"{name}ends"] for name in ("", "head_", "polygon_", "rest_"))
+    if right:
+        number = size["labels"]
+        ends = {"head_ends": size["heads"], "ends": number, "rest_ends": size["rest"]}
+        ends |= {"polygon_ends": size["points"], "polygons": size["polygon_ends"] - 1}
+        for name, last in ends.items():
+            array = arrays[name]
+            right &= array[:1] == 0 and array[-1:] == last and (array[1:] >= array[:-1]).all()
+        right &= arrays["boxes"].shape == (number, 4) and size["head_ends"] == size["ends"]
+        right &= {size[name] for name in ("crowd", "areas", "keypoints")} == {number}
+        right &= size["polygons"] == size["rest_ends"] == number + 1
+    if not right:
+        raise ValueError("its columns do not fit together")
 
 
 def to_columns(records, image_root):
@@ -173,22 +165,19 @@ def to_columns(records, image_root):
     heads, head_ends = _joined([_head(record, image_root) for record in records])
     polygons, polygon_ends, points, rest = _split_segmentations(annotations)
     rest, rest_ends = _joined(rest)
-    nan = float("nan")
-    return {
-        "heads": heads,
-        "head_ends": head_ends,
-        "ends": np.cumsum([0, *(len(record["annotations"]) for record in records)], dtype=np.int64),
+    lengths = [0, *(len(record["annotations"]) for record in records)]
+    areas = [a.get("area", float("nan")) for a in annotations]
+    keypoints = [num_labelled(a.get("keypoints")) for a in annotations]
+    found = {
+        "ends": np.cumsum(lengths),
         "boxes": np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4),
-        "labels": np.array([a["category_id"] for a in annotations], dtype=np.int64),
-        "crowd": np.array([a["iscrowd"] for a in annotations], dtype=np.uint8),
-        "areas": np.array([a.get("area", nan) for a in annotations], dtype=np.float64),
-        "keypoints": np.array([num_labelled(a.get("keypoints")) for a in annotations], dtype=np.int64),
-        "polygons": polygons,
-        "polygon_ends": polygon_ends,
-        "points": points,
-        "rest": rest,
-        "rest_ends": rest_ends,
+        "labels": [a["category_id"] for a in annotations],
+        "crowd": [a["iscrowd"] for a in annotations],
     }
+    found |= {"heads": heads, "head_ends": head_ends, "areas": areas, "keypoints": keypoints}
+    found |= {"polygons": polygons, "polygon_ends": polygon_ends, "points": points}
+    found |= {"rest": rest, "rest_ends": rest_ends}
+    return {name: np.asarray(found[name], dtype=kind) for name, (kind, _) in _KINDS.items()}
 
 
 def _head(record, image_root):
@@ -206,17 +195,11 @@ def num_labelled(keypoints):
 def _joined(texts):
     """Texts one after the other, uint8, and where each ends, from 0, int64."""
     texts = [text.encode("ascii") for text in texts]
-    ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-    return np.frombuffer(bytearray(b"".join(texts)), dtype=np.uint8), ends
+    return np.frombuffer(bytearray(b"".join(texts)), dtype=np.uint8), np.cumsum([0, *map(len, texts)])
 
 
 def _split_segmentations(annotations):
-    """Polygons as numbers, and JSON of what else there is.
-
-    Returns:
-        (number of polygons before each annotation, number of numbers before each polygon, the numbers,
-        a text for each annotation).
-    """
+    """What `_KINDS` calls polygons, polygon_ends and points, and the texts of the rest."""
     points, ends, polygons, rest = array("d"), array("q", [0]), array("q", [0]), []
     for annotation in annotations:
         kept = {key: annotation[key] for key in _RARE if key in annotation}
@@ -229,8 +212,7 @@ def _split_segmentations(annotations):
                 kept["segmentation"] = segmentation
         polygons.append(len(ends) - 1)
         rest.append(json.dumps(kept) if kept else "")
-    found = [np.array(polygons, dtype=np.int64), np.array(ends, dtype=np.int64)]
-    return *found, np.array(points, dtype=np.float64), rest
+    return polygons, ends, points, rest
 
 
 def _append(segmentation, points, ends):
