@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 
+import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from plaintrain.utils import comm
@@ -24,27 +25,33 @@ def split_batch(model, batch, steps):
         (part, share, context): the samples, their share of the batch, and what the forward pass is to
         run under.
     """
-    steps = min(steps, len(batch))
-    cuts = [len(batch) * i // steps for i in range(steps + 1)]
+    steps, number = min(steps, len(batch)), len(batch)
+    cuts = [number * i // steps for i in range(steps + 1)]
     for start, end in itertools.pairwise(cuts):
-        waits = end < len(batch) and isinstance(model, DistributedDataParallel)
+        waits = end < number and isinstance(model, DistributedDataParallel)
         context = model.no_sync() if waits else contextlib.nullcontext()
-        yield batch[start:end], (end - start) / len(batch), context
+        yield batch[start:end], (end - start) / number, context
 
 
 def sum_losses(loss_dict):
-    """The sum of the values whose key contains "loss".
+    """The sum of the values whose key contains "loss", all 0-d tensors.
 
     Raises:
         UserError: there is none, or the ranks have different keys; see `comm.check_loss_names`.
     """
     comm.check_loss_names(loss_dict)
-    return sum(value for name, value in loss_dict.items() if "loss" in name)
+    # Two operations, and in the backward pass only views, however many losses there are.
+    return torch.stack([value for name, value in loss_dict.items() if "loss" in name]).sum()
+
+
+def scaled(value, share):
+    """`share` times a tensor; at 1 the tensor itself, which is an operation less, and one less backward."""
+    return value if share == 1 else value * share
 
 
 def add_scaled(total, scalars, share):
     """`total` plus `share` times the scalars, name by name; a new dict."""
     if share == 1:
         return {**total, **scalars}
-    scaled = {name: value.detach() * share for name, value in scalars.items()}
-    return total | {name: total.get(name, 0) + value for name, value in scaled.items()}
+    parts = {name: value.detach() * share for name, value in scalars.items()}
+    return total | {name: total.get(name, 0) + value for name, value in parts.items()}

@@ -314,7 +314,7 @@ _C.DATALOADER = CN()
 _C.DATALOADER.NUM_WORKERS = 4
 # What they are: process; thread, which need not send images from one process to another; auto: threads for
 # mappers that say that they are thread_safe, as the built-in ones do. The samples are the same.
-_C.DATALOADER.WORKER_TYPE = "process"
+_C.DATALOADER.WORKER_TYPE = "auto"
 # Bytes of decoded training images that each rank keeps in memory, so that they are not read again; not in
 # worker processes, which would not share them. 0: none.
 _C.DATALOADER.CACHE_BYTES = 0

@@ -1,5 +1,6 @@
 """The start of every script: output folder, log, seeds, and checks before training."""
 
+import gc
 import logging
 import logging.handlers
 import os
@@ -93,13 +94,21 @@ def default_setup(cfg, args):
     if comm.is_main_process():
         _write_config(cfg, keep=eval_only)
     logger.info(f"config:\n{cfg.dump()}")
+    _prepare_process(cfg)
+    comm.synchronize()
+
+
+def _prepare_process(cfg):
+    """What holds for the whole process: limits, seeds, and how the libraries compute."""
     set_limit(cfg.HANG_TIMEOUT)
     seed_all_rng(cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if cfg.FLOAT32_PRECISION:
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
         torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
-    comm.synchronize()
+    if not gc.get_freeze_count():
+        # What is imported lives to the end: collections, which fall within steps, need not look through it.
+        gc.freeze()
 
 
 def require_default(cfg, key, reason):

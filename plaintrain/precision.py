@@ -3,6 +3,8 @@
 https://docs.pytorch.org/docs/stable/notes/amp_examples.html
 """
 
+import contextlib
+
 import torch
 
 from plaintrain.utils.errors import UserError
@@ -27,9 +29,12 @@ def build_autocast(enabled, precision, device_type):
         raise UserError(f"SOLVER.AMP.PRECISION is {precision!r}, but must be one of {', '.join(_DTYPES)}")
     if enabled and device_type == "cuda" and precision == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise UserError("SOLVER.AMP.PRECISION is bfloat16, which this GPU does not have; use float16")
+    if not enabled:
+        # torch.autocast takes its time also where it does nothing.
+        return contextlib.nullcontext()
     # The cache keeps cast weights for as long as autocast lasts: over a whole evaluation that is a gain,
     # in training autocast ends with each forward pass.
-    return torch.autocast(device_type, _DTYPES[precision], enabled=enabled)
+    return torch.autocast(device_type, _DTYPES[precision])
 
 
 def build_grad_scaler(enabled, precision, device_type):

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
     args = default_argument_parser(epilog=__doc__).parse_args()
 
-from plaintrain.accumulation import add_scaled, split_batch, sum_losses
+from plaintrain.accumulation import add_scaled, scaled, split_batch, sum_losses
 from plaintrain.best import BestMetric
 from plaintrain.checkpoint import DetectionCheckpointer, build_periodic_checkpointer
 from plaintrain.config import get_cfg
@@ -134,7 +134,7 @@ def train_one_epoch(cfg, training, epoch, iterations, test_due):
             with context, autocast:
                 loss_dict = model(samples)  # a dict of losses, whatever the task
             losses = sum_losses(loss_dict)
-            scaler.scale(losses * share).backward()
+            scaler.scale(scaled(losses, share)).backward()
             totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
         scaler.unscale_(optimizer)
         norm = clip(need_norm=read or late or guard.enabled)

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
     args = default_argument_parser(epilog=__doc__).parse_args()
 
-from plaintrain.accumulation import add_scaled, split_batch, sum_losses
+from plaintrain.accumulation import add_scaled, scaled, split_batch, sum_losses
 from plaintrain.best import BestMetric
 from plaintrain.checkpoint import DetectionCheckpointer, build_periodic_checkpointer
 from plaintrain.config import get_cfg
@@ -93,9 +93,9 @@ def do_validate(cfg, model):
 
 def tests_due(cfg, iteration):
     """Whether (validation losses, an evaluation) are due after an iteration."""
-    last = iteration == cfg.SOLVER.MAX_ITER - 1
-    evaluation = last or every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)
-    return every(cfg.TEST.VAL_LOSS_PERIOD, iteration), evaluation
+    test, last = cfg.TEST, iteration == cfg.SOLVER.MAX_ITER - 1
+    evaluation = last or every(test.EVAL_PERIOD, iteration, start=test.EVAL_START)
+    return every(test.VAL_LOSS_PERIOD, iteration), evaluation
 
 
 def test_after(cfg, model, iteration, best, saver, due):
@@ -152,7 +152,7 @@ def do_train(cfg, model, resume=False):
                 with context, autocast:
                     loss_dict = model(samples)  # a dict of losses, whatever the task
                 losses = sum_losses(loss_dict)
-                scaler.scale(losses * share).backward()
+                scaler.scale(scaled(losses, share)).backward()
                 totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
             scaler.unscale_(optimizer)
             norm = clip(need_norm=read or late or guard.enabled)

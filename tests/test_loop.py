@@ -8,10 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
+from model_helpers import RESNET18, SMALL_HEAD, make_cfg, two_samples
+from sync_helpers import SyncCounter, _CopyCounter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plaintrain.config import get_cfg
+from plaintrain.ema import ModelEMA
+from plaintrain.modeling import build_model
 from plaintrain.utils.events import get_event_storage
 
 TRAIN = Path(__file__).resolve().parent.parent / "scripts" / "plain_train_net.py"
@@ -94,6 +98,74 @@ def test_no_value_is_read_from_the_device_between_two_writes(do_train, cfg, clip
         stack.enter_context(_Scalars(lambda what: note(what) if _inside() else None))
         do_train(cfg, Model())
     assert set(reads) == {19, 39, 49}
+
+
+class CountedSteps:
+    """Counts the sync points and uploads of each iteration: those of the loop, and those of the model."""
+
+    def __init__(self, do_train, model):
+        self.counter = SyncCounter()
+        self.of_loop, self.of_model, self._start, self._apart = [], [], 0, 0
+        do_train.__globals__["build_detection_train_loader"] = lambda cfg: self
+        model.forward = self.counted_apart(model.forward)
+        self._backward = self.counted_apart(torch.Tensor.backward)
+
+    def counted_apart(self, function):
+        def call(*args, **kwargs):
+            before = self.counter.counts.total()
+            result = function(*args, **kwargs)
+            self._apart += self.counter.counts.total() - before
+            return result
+
+        return call
+
+    def __iter__(self):
+        samples = two_samples()
+        while True:
+            self._start, self._apart = self.counter.counts.total(), 0
+            yield samples
+            self.of_loop.append(self.counter.counts.total() - self._start - self._apart)
+            self.of_model.append(self._apart)
+
+    def state_dict(self):
+        return {}
+
+    def __enter__(self):
+        self._stack = ExitStack()
+        self._stack.enter_context(mock.patch.object(torch.Tensor, "backward", self._backward))
+        self._stack.enter_context(self.counter)
+        self._stack.enter_context(_CopyCounter(self.counter.counts))
+
+    def __exit__(self, *exc_info):
+        self._stack.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["SOLVER.ACCUMULATE_STEPS", 2, "MODEL.EMA.ENABLED", True],
+        ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"],
+        ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.OPTIMIZER", "AdamW"],
+    ],
+    ids=["plain", "accumulation and averages", "clipping", "bfloat16 and AdamW"],
+)
+def test_the_loop_around_a_detector_has_no_sync_point_and_no_upload_between_two_writes(
+    do_train, tmp_path, options
+):
+    cfg = make_cfg(*RESNET18, *SMALL_HEAD, *options, "SOLVER.CHECKPOINT_PERIOD", 0, "TEST.EVAL_PERIOD", 0)
+    cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", 9, "LOG_PERIOD", 4])
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    model = build_model(cfg)
+    steps = CountedSteps(do_train, model)
+    # AveragedModel counts its steps in a tensor of the host: to look at it is no sync point.
+    average = steps.counted_apart(ModelEMA.update)
+    with mock.patch.object(ModelEMA, "update", average), steps:
+        do_train(cfg, model)
+    written = {3, 7}
+    assert all((steps.of_loop[i] > 0) == (i in written) for i in range(8)), steps.of_loop
+    # Those of the model are limited elsewhere; here they show that sync points are seen.
+    assert min(steps.of_model) > 0, steps.of_model
 
 
 def _inside():

@@ -14,9 +14,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from plaintrain.utils.errors import UserError
 
+_AVAILABLE = dist.is_available()
+
 
 def _initialized():
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and dist.is_initialized()
 
 
 def get_world_size():
@@ -154,7 +156,6 @@ def _check_same_names(names):
     )
 
 
-@torch.no_grad()
 def reduce_dict(input_dict, average=True):
     """Sum or average a dict of 0-d tensors over all ranks in one all-reduce.
 

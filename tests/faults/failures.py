@@ -145,7 +145,7 @@ def disk_full(names):
 
 
 # {failure: (what happens, options, what must stand in the output)}
-WORKERS = ["DATALOADER.NUM_WORKERS", 2]
+WORKERS = ["DATALOADER.NUM_WORKERS", 2, "DATALOADER.WORKER_TYPE", "process"]
 HANG = ["HANG_TIMEOUT", 2]
 FAILURES = {
     "NaN loss on one rank": (nan_loss, [], ["NaN or infinite at iteration 6", "images of that batch"]),

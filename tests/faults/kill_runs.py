@@ -36,6 +36,7 @@ PASTE = [
 ]
 ASYNC = ["SOLVER.ASYNC_CHECKPOINT", True]
 GROUPED = ["DATALOADER.GROUP_WINDOW", 2]
+PROCESSES = ["DATALOADER.WORKER_TYPE", "process", "DATALOADER.NUM_WORKERS"]
 
 # What a run is made of: (script, processes, options).
 MIXES = {
@@ -43,7 +44,7 @@ MIXES = {
     "R-CNN, bf16, EMA, accumulation, clipping, 1 worker": (
         "plain",
         1,
-        [*STEP, *GROUPED, "DATALOADER.NUM_WORKERS", 1, "TEST.VAL_LOSS_PERIOD", 6],
+        [*STEP, *GROUPED, *PROCESSES, 1, "TEST.VAL_LOSS_PERIOD", 6],
     ),
     "Mask R-CNN, repeat factors, copy-paste, 3 workers": (
         "plain",

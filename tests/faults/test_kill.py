@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from harness import Run, differences, lines, newest_checkpoint
-from kill_runs import EPOCHS, MIXES, STEP, Trial
+from kill_runs import EPOCHS, MIXES, PROCESSES, STEP, Trial
 
 NAMES = list(MIXES)
 
@@ -132,7 +132,7 @@ def kill_main_only(run, number):
 )
 def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, ranks, script, to_all, tmp_path):
     # Stopped between two visits of the writers: the ranks' batch norms are not averaged there.
-    options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 0, "DATALOADER.NUM_WORKERS", 1, "LOG_PERIOD", 5]
+    options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 0, *PROCESSES, 1, "LOG_PERIOD", 5]
     options += [*EPOCHS, "SOLVER.MAX_EPOCHS", 3] if script == "epoch" else ["SOLVER.MAX_ITER", 16]
     launch = {"num_gpus_per_machine": ranks}
     whole = Run(tmp_path / "whole", options, script=script, launch=launch)
