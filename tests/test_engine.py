@@ -1,5 +1,6 @@
 """The start of a run: command line, output folder, checks, seeds, log."""
 
+import gc
 import io
 import logging
 import os
@@ -257,6 +258,16 @@ def test_setup_seeds_all_generators(tmp_path):
     first, again, other = draws("a", "5"), draws("b", "5"), draws("c", "6")
     assert first == again
     assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_setup_keeps_what_is_imported_out_of_the_collections_of_the_steps(tmp_path):
+    gc.unfreeze()
+    setup(tmp_path / "run")
+    frozen = gc.get_freeze_count()
+    # A second one keeps nothing more, or what the first has left would stay for ever.
+    kept = [[] for _ in range(1000)]
+    setup(tmp_path / "again")
+    assert frozen > 50_000 and len(kept) == 1000 and gc.get_freeze_count() <= frozen
 
 
 def test_large_seeds_can_be_used():
