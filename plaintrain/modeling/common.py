@@ -6,10 +6,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
+from plaintrain.modeling.anchors import CachedAnchorGenerator
 from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 from plaintrain.utils.errors import UserError
 
@@ -85,7 +85,7 @@ def build_anchor_generator(cfg, backbone):
     if cfg.MODEL.ANCHOR_GENERATOR.NAME == "DefaultAnchorGenerator":
         offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
         return DefaultAnchorGenerator(*per_level.values(), backbone.strides, offset)
-    return AnchorGenerator(*per_level.values())
+    return CachedAnchorGenerator(*per_level.values())
 
 
 def prior_bias(probability, key):

@@ -4,16 +4,16 @@ With these, weights trained by Detectron2 give the boxes that they give there.
 """
 
 import torch
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
+from plaintrain.modeling.anchors import CachedAnchorGenerator
 from plaintrain.modeling.roi_heads import pool_levels
 
 # A box of this side belongs to level 4, of stride 16 (FPN paper, equation 1).
 _CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4
 
 
-class DefaultAnchorGenerator(AnchorGenerator):
+class DefaultAnchorGenerator(CachedAnchorGenerator):
     """Anchors centred on multiples of the stride, not rounded to whole pixels.
 
     The order within a location is torchvision's: for each ratio every size.
@@ -36,20 +36,18 @@ class DefaultAnchorGenerator(AnchorGenerator):
         half = torch.stack([scales / roots[:, None], scales * roots[:, None]], dim=-1).view(-1, 2) / 2
         return torch.cat([-half, half], dim=1)
 
-    def forward(self, image_list, feature_maps):
-        """The anchors of each image, a list of `[sum of H * W * A, 4]`."""
-        dtype, device = feature_maps[0].dtype, feature_maps[0].device
-        self.set_cell_anchors(dtype, device)
+    def grid_anchors(self, grid_sizes, strides):
+        """The anchors of each level, `[H * W * A, 4]`; the strides that torchvision finds do not matter."""
         levels = []
-        for cell, stride, feature in zip(self.cell_anchors, self.strides, feature_maps, strict=True):
+        for cell, stride, sides in zip(self.cell_anchors, self.strides, grid_sizes, strict=True):
             y, x = (
-                (torch.arange(side, dtype=dtype, device=device) + self.offset) * stride
-                for side in feature.shape[-2:]
+                (torch.arange(side, dtype=cell.dtype, device=cell.device) + self.offset) * stride
+                for side in sides
             )
             y, x = torch.meshgrid(y, x, indexing="ij")
             centres = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
             levels.append((centres + cell).view(-1, 4))
-        return [torch.cat(levels)] * len(image_list.image_sizes)
+        return levels
 
 
 class AlignedRoIAlign(MultiScaleRoIAlign):

@@ -7,30 +7,10 @@ of images, M the largest number of objects in one, N that of candidates. Boxes a
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.models.detection._utils import SSDMatcher
 
-# Anchors of this many padded sizes are kept; those of a COCO image take 4 MB.
-_MAX_ANCHORS = 8
 # Pairs of an object and a candidate compared at once: 64 MB for each number of a pair.
 _MAX_PAIRS = 2**24
-
-
-class AnchorCache:
-    """Anchors by the sizes they are made for."""
-
-    def __init__(self):
-        self._anchors = {}
-
-    def __call__(self, generator, images, features):
-        """The anchors `[N, 4]` that `generator` gives each image of an ImageList, for a list of features."""
-        sizes = [tuple(feature.shape[-2:]) for feature in features]
-        key = (tuple(images.tensors.shape[-2:]), *sizes, features[0].dtype, features[0].device)
-        if key not in self._anchors:
-            while len(self._anchors) >= _MAX_ANCHORS:
-                del self._anchors[next(iter(self._anchors))]
-            # Training may follow an evaluation in inference mode, whose tensors it could not use.
-            with torch.inference_mode(False), torch.no_grad():
-                self._anchors[key] = generator(images, features)[0]
-        return self._anchors[key]
 
 
 def pad_targets(targets):
@@ -50,6 +30,20 @@ def _pairwise_iou(boxes, others):
     return overlap / ((x1 - x0) * (y1 - y0) + (u1 - u0) * (v1 - v0) - overlap)
 
 
+def in_parts(assign, boxes, exists, candidates):
+    """Call `assign` for as many images at once as bounds the memory, and join what it returns.
+
+    Args:
+        assign: takes the following three of some images, and returns tensors `[B, ...]`.
+        boxes, exists: the objects `[B, M, 4]`, and bool `[B, M, 1]`, False for padding.
+        candidates: `[B, N, 4]`, or `[1, N, 4]`, the same for all images.
+    """
+    size = max(1, _MAX_PAIRS // (boxes.shape[1] * candidates.shape[1]))
+    given = (boxes, exists, candidates.expand(len(boxes), -1, -1))
+    found = [assign(*part) for part in zip(*(part.split(size) for part in given), strict=True)]
+    return [torch.cat(part) for part in zip(*found, strict=True)]
+
+
 @torch.no_grad()
 def match(boxes, exists, candidates, matcher):
     """Give each candidate the object that it overlaps most, as torchvision's `Matcher` does.
@@ -57,25 +51,32 @@ def match(boxes, exists, candidates, matcher):
     Args:
         boxes, exists: the objects `[B, M, 4]`, and bool `[B, M]`, False for padding.
         candidates: `[B, N, 4]`, or `[1, N, 4]`, the same for all images.
-        matcher: the `Matcher` whose thresholds of IoU, 0..1, and `allow_low_quality_matches` count.
+        matcher: the `Matcher` whose thresholds of IoU, 0..1, and `allow_low_quality_matches` count; an
+            `SSDMatcher` also gives each object the candidate that overlaps it most.
 
     Returns:
         The index `[B, N]` of each candidate's object, and bool `[B, N]` twice: whether it matches, and
         whether it is background. An image without objects is all background.
     """
-    size = max(1, _MAX_PAIRS // (boxes.shape[1] * candidates.shape[1]))
-    given = (boxes, candidates.expand(len(boxes), -1, -1), exists[:, :, None])
-    parts = zip(*(part.split(size) for part in given), strict=True)
-    found = [_match(_pairwise_iou(b, c), e, matcher) for b, c, e in parts]
-    return [torch.cat(part) for part in zip(*found, strict=True)]
+
+    def assign(boxes, exists, candidates):
+        return _match(_pairwise_iou(boxes, candidates).masked_fill_(~exists, -1), exists, matcher)
+
+    return in_parts(assign, boxes, exists[:, :, None], candidates)
 
 
 def _match(iou, exists, matcher):
-    iou.masked_fill_(~exists, -1)
     quality, index = iou.max(dim=1)
     matched, background = quality >= matcher.high_threshold, quality < matcher.low_threshold
     if matcher.allow_low_quality_matches:
         matched |= ((iou == iou.amax(dim=2, keepdim=True)) & exists).any(dim=1)
+    if isinstance(matcher, SSDMatcher):
+        objects = torch.arange(iou.shape[1], device=iou.device)[:, None].where(exists, -1)
+        # Of objects with the same best candidate, the last has it.
+        given = torch.full_like(index, -1)
+        given.scatter_reduce_(1, iou.argmax(dim=2), objects.squeeze(2), "amax")
+        matched |= given >= 0
+        index = given.where(given >= 0, index)
     return index, matched, background & ~matched
 
 

@@ -2,26 +2,49 @@
 
 import torch
 from torchvision.models.detection import RetinaNet as _RetinaNet
-from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection._utils import BoxCoder, encode_boxes
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from plaintrain.modeling.backbone import build_backbone, get_norm
 from plaintrain.modeling.common import (
-    OnSamples,
     build_anchor_generator,
     build_preprocess,
     get_thresholds,
     prior_bias,
 )
+from plaintrain.modeling.dense import DenseOnSamples
 from plaintrain.modeling.float32 import keep_float32
+from plaintrain.modeling.losses import focal_loss, giou_loss, smooth_l1_loss
+from plaintrain.modeling.matching import decode, match, take
+from plaintrain.utils.errors import UserError
 
 
-class RetinaNet(OnSamples, _RetinaNet):
-    """torchvision's RetinaNet, parameter for parameter."""
+class RetinaNet(DenseOnSamples, _RetinaNet):
+    """torchvision's RetinaNet, parameter for parameter, trained in fixed shapes."""
 
-    loss_names = {"classification": "loss_cls", "bbox_regression": "loss_box_reg"}
     clips_before_nms = True
+    alpha, gamma, beta = 0.25, 2.0, 0.0
+
+    def _losses(self, outputs, anchors, levels, boxes, labels):
+        index, matched, background = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
+        numbers = matched.sum(dim=1).clamp(min=1)
+        labels = take(labels, index).masked_fill(~matched, -1)
+        loss = focal_loss(outputs["cls_logits"], labels, self.alpha, self.gamma)
+        loss = loss.masked_fill(~(matched | background), 0).sum(dim=1)
+        loss_box = self._box_loss(outputs["bbox_regression"], anchors, take(boxes, index), matched)
+        # The mean over the images, each divided by its anchors with an object.
+        return {
+            "loss_cls": (loss / numbers).mean(),
+            "loss_box_reg": (loss_box.sum(dim=1) / numbers).mean(),
+        }
+
+    def _box_loss(self, deltas, anchors, objects, matched):
+        if self.head.regression_head._loss_type == "giou":
+            return giou_loss(decode(deltas, anchors, self.box_coder), objects, matched)
+        anchors = anchors.expand_as(objects).flatten(0, 1)
+        wanted = encode_boxes(objects.flatten(0, 1), anchors, self.box_coder.weights).view_as(objects)
+        return smooth_l1_loss(deltas, wanted, matched, self.beta)
 
     def postprocess_detections(self, head_outputs, anchors, image_shapes):
         """torchvision's, or as in Detectron2: boxes are cut at the image's edge after NMS, and those

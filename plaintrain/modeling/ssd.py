@@ -4,24 +4,51 @@ torchvision's implementation.
 
 import functools
 
+import torch
+import torch.nn.functional as F
 from torch import nn
-from torchvision.models.detection._utils import retrieve_out_channels
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection._utils import encode_boxes, retrieve_out_channels
 from torchvision.models.detection.ssd import SSD as _SSD
 from torchvision.models.detection.ssd import SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
+from plaintrain.modeling.anchors import CachedBoxGenerator
 from plaintrain.modeling.backbone import build_backbone, get_tiny_norm
-from plaintrain.modeling.common import OnSamples, build_preprocess
+from plaintrain.modeling.common import build_preprocess
+from plaintrain.modeling.dense import DenseOnSamples
 from plaintrain.modeling.float32 import keep_float32
+from plaintrain.modeling.losses import smooth_l1_loss
+from plaintrain.modeling.matching import match, take
 from plaintrain.utils.errors import UserError
 
 
-class SSD(OnSamples, _SSD):
-    """torchvision's SSD, parameter for parameter, on images of one fixed size."""
+class SSD(DenseOnSamples, _SSD):
+    """torchvision's SSD, parameter for parameter, on images of one fixed size, trained in fixed shapes."""
 
-    loss_names = {"classification": "loss_cls", "bbox_regression": "loss_box_reg"}
     label_offset = 1
+
+    def _losses(self, outputs, anchors, levels, boxes, labels):
+        index, matched, _ = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
+        number = matched.sum().clamp(min=1)
+        objects = take(boxes, index)
+        priors = anchors.expand_as(objects).flatten(0, 1)
+        wanted = encode_boxes(objects.flatten(0, 1), priors, self.box_coder.weights).view_as(objects)
+        loss_box = smooth_l1_loss(outputs["bbox_regression"], wanted, matched, beta=1.0)
+        labels = (take(labels, index) + self.label_offset).masked_fill(~matched, 0)
+        loss = F.cross_entropy(outputs["cls_logits"].flatten(0, 1), labels.flatten(), reduction="none")
+        loss = count_hard(loss.view_as(labels), matched, self.neg_to_pos_ratio)
+        return {"loss_cls": loss.sum() / number, "loss_box_reg": loss_box.sum() / number}
+
+
+def count_hard(loss, matched, ratio):
+    """The losses `[B, N]` of matches, and of `ratio` times as many others, those with the highest.
+
+    As in torchvision, matches count once more in an image that has too few others.
+    """
+    order = loss.detach().masked_fill(matched, -float("inf")).argsort(dim=1, descending=True)
+    number = ratio * matched.sum(dim=1, keepdim=True)
+    hard = torch.arange(loss.shape[1], device=loss.device) < number
+    return loss * matched + loss.gather(1, order) * hard
 
 
 def _build_boxes(ssd, num_levels):
@@ -35,7 +62,7 @@ def _build_boxes(ssd, num_levels):
                 f"MODEL.SSD.{key} has {len(values)} entries, but the backbone's {num_levels} levels "
                 f"need {wanted}"
             )
-    return DefaultBoxGenerator(
+    return CachedBoxGenerator(
         ssd.ASPECT_RATIOS, ssd.MIN_RATIO, ssd.MAX_RATIO, ssd.SCALES or None, ssd.STEPS or None
     )
 
