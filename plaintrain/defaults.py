@@ -230,7 +230,10 @@ _C.MODEL.RETINANET.NMS_THRESH_TEST = 0.5
 _C.MODEL.RETINANET.BBOX_REG_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 # smooth_l1, or giou as torchvision's retinanet_resnet50_fpn_v2.
 _C.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "smooth_l1"
+# Where smooth_l1 turns from quadratic to linear, in the units of the regression; 0 is L1.
 _C.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA = 0.0
+# Focal loss: the higher gamma, the less the easy anchors count; 0 is cross entropy. Alpha weighs the class
+# that is there, 1 - alpha the others; -1 weighs none.
 _C.MODEL.RETINANET.FOCAL_LOSS_GAMMA = 2.0
 _C.MODEL.RETINANET.FOCAL_LOSS_ALPHA = 0.25
 # Norm of the head's towers: "" (none) or GN.
@@ -562,9 +565,9 @@ SUPPORTED = {
         "MODEL.RETINANET.NUM_CONVS": (4,),
         "MODEL.RETINANET.IOU_LABELS": ([0, -1, 1],),
         "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
-        "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": (0.0,),
-        "MODEL.RETINANET.FOCAL_LOSS_GAMMA": (2.0,),
-        "MODEL.RETINANET.FOCAL_LOSS_ALPHA": (0.25,),
         "MODEL.RETINANET.NORM": ("", "GN"),
+    },
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE=giou": {
+        "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": (0.0,),
     },
 }

@@ -279,6 +279,7 @@ def settings(model):
 _OTHER = (
     "momentum", "affine", "track_running_stats", "num_features", "_has_warned",
     "level_names", "strides", "keypoint_loss_weight", "clips_before_nms",
+    "focal_alpha", "focal_gamma", "smooth_l1_beta",
 )  # fmt: skip
 
 

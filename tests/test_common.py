@@ -11,9 +11,9 @@ from model_helpers import (
     make_sample,
     two_samples,
 )
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from plaintrain.modeling.anchors import CachedAnchorGenerator
 from plaintrain.modeling.backbone import build_backbone
 from plaintrain.modeling.common import (
     Preprocess,
@@ -89,7 +89,7 @@ def test_pixel_mean_and_std_reach_the_model():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("AnchorGenerator", AnchorGenerator), ("DefaultAnchorGenerator", DefaultAnchorGenerator)],
+    [("AnchorGenerator", CachedAnchorGenerator), ("DefaultAnchorGenerator", DefaultAnchorGenerator)],
 )
 def test_the_anchor_generator_that_the_config_names(name, kind):
     cfg = make_cfg(*RESNET18, "MODEL.ANCHOR_GENERATOR.NAME", name)

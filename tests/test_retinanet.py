@@ -1,5 +1,7 @@
 """RetinaNet, held against torchvision's: modeling.retinanet."""
 
+import functools
+
 import pytest
 import torch
 import torchvision
@@ -24,7 +26,8 @@ from model_helpers import (
     two_samples,
 )
 from torch import nn
-from torchvision.models.detection import RetinaNet
+from torchvision.models.detection import RetinaNet, retinanet
+from torchvision.ops import sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from plaintrain.utils.errors import UserError
@@ -140,6 +143,27 @@ def test_keys_of_retinanet_are_honoured():
     assert tuple(model.head.regression_head.box_coder.weights) == (1.0, 2.0, 3.0, 4.0)
 
 
+@pytest.mark.parametrize(("alpha", "gamma", "beta"), [(0.4, 1.5, 0.3), (-1.0, 0.0, 0.1)])
+def test_the_numbers_of_the_losses_are_honoured(alpha, gamma, beta, monkeypatch):
+    keys = {"FOCAL_LOSS_ALPHA": alpha, "FOCAL_LOSS_GAMMA": gamma, "SMOOTH_L1_LOSS_BETA": beta}
+    plain = build(*TINY, *RETINA)
+    model = build(*TINY, *RETINA, *(x for k, v in keys.items() for x in (f"MODEL.RETINANET.{k}", v)))
+    randomize_predictions(model)
+    plain.load_state_dict(model.state_dict())
+    samples = two_samples()
+    found, default = model(samples), plain(samples)
+    # torchvision's own step, with its losses set to these numbers.
+    plain.head.regression_head._loss_type = "smooth_l1"
+    box_loss = functools.partial(retinanet._box_loss, cnf={"beta": beta})
+    monkeypatch.setattr(retinanet, "_box_loss", box_loss)
+    focal = functools.partial(sigmoid_focal_loss, alpha=alpha, gamma=gamma)
+    monkeypatch.setattr(retinanet, "sigmoid_focal_loss", focal)
+    images, targets = [sample["image"] for sample in samples], torchvision_inputs(samples)[1]
+    expected = RetinaNet.forward(plain, images, targets)
+    assert_same_losses(found, expected, LOSSES)
+    assert all((found[name] - default[name]).abs() > 0.01 for name in found)
+
+
 @pytest.mark.parametrize("prior", [0.01, 0.2])
 def test_every_anchor_of_a_fresh_retinanet_has_the_prior_probability(prior):
     model = build(
@@ -167,6 +191,14 @@ def test_the_head_has_its_own_norm(norm):
         (("MODEL.RETINANET.IOU_THRESHOLDS", [0.5]), ["RETINANET.IOU_THRESHOLDS", "[0.5]", "2 rising"]),
         (("MODEL.RETINANET.NORM", "BN"), ["RETINANET.NORM", "'BN'", "'GN'"]),
         (("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "diou"), ["BBOX_REG_LOSS_TYPE", "'giou'"]),
+        (("MODEL.RETINANET.FOCAL_LOSS_ALPHA", 1.5), ["FOCAL_LOSS_ALPHA is 1.5", "0 to 1", "-1"]),
+        (("MODEL.RETINANET.FOCAL_LOSS_ALPHA", -0.5), ["FOCAL_LOSS_ALPHA is -0.5", "0 to 1", "-1"]),
+        (("MODEL.RETINANET.FOCAL_LOSS_GAMMA", -2.0), ["FOCAL_LOSS_GAMMA is -2.0", "0 or more"]),
+        (("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", -0.1), ["SMOOTH_L1_LOSS_BETA is -0.1", "0 or more"]),
+        (
+            ("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", 0.1, "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou"),
+            ["SMOOTH_L1_LOSS_BETA", "0.1", "0.0"],
+        ),
         (("MODEL.MASK_ON", True), ["MODEL.MASK_ON", "True"]),
         (("MODEL.KEYPOINT_ON", True), ["MODEL.KEYPOINT_ON", "True"]),
     ],

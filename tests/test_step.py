@@ -25,8 +25,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou
 
 from plaintrain.modeling import matching
-from plaintrain.modeling.anchors import AnchorCache
 from plaintrain.modeling.matching import (
+    AnchorCache,
     decode,
     match,
     pad_targets,

@@ -1,7 +1,4 @@
-"""What the detectors that score every anchor share: a training step in fixed shapes, and the detections.
-
-B is the number of images, N that of anchors, K that of classes.
-"""
+"""The training step, in fixed shapes, of the detectors that score every anchor."""
 
 from plaintrain.modeling.common import OnSamples, check_boxes, get_targets
 from plaintrain.modeling.matching import pad_targets
@@ -10,7 +7,8 @@ from plaintrain.modeling.matching import pad_targets
 class DenseOnSamples(OnSamples):
     """Lets a one-stage detector of torchvision take samples, and trains it without its sync points.
 
-    A subclass computes its losses in `_losses`.
+    A subclass computes the losses in `_losses`: from the head's outputs, the anchors `[N, 4]`, how many
+    locations each level has, and boxes and labels as of `pad_targets`.
     """
 
     def forward(self, samples):

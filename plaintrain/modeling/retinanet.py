@@ -1,5 +1,7 @@
 """RetinaNet (https://arxiv.org/abs/1708.02002) on torchvision's implementation."""
 
+import math
+
 import torch
 from torchvision.models.detection import RetinaNet as _RetinaNet
 from torchvision.models.detection._utils import BoxCoder, encode_boxes
@@ -24,13 +26,13 @@ class RetinaNet(DenseOnSamples, _RetinaNet):
     """torchvision's RetinaNet, parameter for parameter, trained in fixed shapes."""
 
     clips_before_nms = True
-    alpha, gamma, beta = 0.25, 2.0, 0.0
+    focal_alpha, focal_gamma, smooth_l1_beta = 0.25, 2.0, 0.0
 
     def _losses(self, outputs, anchors, levels, boxes, labels):
         index, matched, background = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
         numbers = matched.sum(dim=1).clamp(min=1)
         labels = take(labels, index).masked_fill(~matched, -1)
-        loss = focal_loss(outputs["cls_logits"], labels, self.alpha, self.gamma)
+        loss = focal_loss(outputs["cls_logits"], labels, self.focal_alpha, self.focal_gamma)
         loss = loss.masked_fill(~(matched | background), 0).sum(dim=1)
         loss_box = self._box_loss(outputs["bbox_regression"], anchors, take(boxes, index), matched)
         # The mean over the images, each divided by its anchors with an object.
@@ -44,7 +46,7 @@ class RetinaNet(DenseOnSamples, _RetinaNet):
             return giou_loss(decode(deltas, anchors, self.box_coder), objects, matched)
         anchors = anchors.expand_as(objects).flatten(0, 1)
         wanted = encode_boxes(objects.flatten(0, 1), anchors, self.box_coder.weights).view_as(objects)
-        return smooth_l1_loss(deltas, wanted, matched, self.beta)
+        return smooth_l1_loss(deltas, wanted, matched, self.smooth_l1_beta)
 
     def postprocess_detections(self, head_outputs, anchors, image_shapes):
         """torchvision's, or as in Detectron2: boxes are cut at the image's edge after NMS, and those
@@ -102,8 +104,21 @@ def build_retinanet(cfg):
         fg_iou_thresh=foreground,
         topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
     )
+    _set_losses(model, retinanet)
     model.box_coder = head.regression_head.box_coder = BoxCoder(retinanet.BBOX_REG_WEIGHTS)
     model.clips_before_nms = cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator"
     model.transform = build_preprocess(cfg)
     keep_float32(heads=[head], anchors=[anchors])
     return model
+
+
+def _set_losses(model, retinanet):
+    model.focal_alpha, model.focal_gamma = retinanet.FOCAL_LOSS_ALPHA, retinanet.FOCAL_LOSS_GAMMA
+    model.smooth_l1_beta = retinanet.SMOOTH_L1_LOSS_BETA
+    if not (0 <= model.focal_alpha <= 1 or model.focal_alpha == -1):
+        raise UserError(
+            f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {model.focal_alpha}, but must be 0 to 1, or -1 for none"
+        )
+    for key in ("FOCAL_LOSS_GAMMA", "SMOOTH_L1_LOSS_BETA"):
+        if not 0 <= retinanet[key] < math.inf:
+            raise UserError(f"MODEL.RETINANET.{key} is {retinanet[key]}, but must be 0 or more")

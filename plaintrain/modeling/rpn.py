@@ -7,6 +7,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from plaintrain.modeling.matching import (
+    AnchorCache,
     decode,
     match,
     pad_targets,
@@ -18,6 +19,10 @@ from plaintrain.modeling.matching import (
 
 class BatchedRPN(RegionProposalNetwork):
     """torchvision's RPN, parameter for parameter; its training without its sync points."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._anchors = AnchorCache()
 
     def forward(self, images, features, targets=None):
         """torchvision's, but in training the proposals are boxes `[B, P, 4]` and bool `[B, P]`, False for
@@ -31,7 +36,7 @@ class BatchedRPN(RegionProposalNetwork):
         objectness, deltas = concat_box_prediction_layers(objectness, deltas)
         objectness = objectness.view(len(images.image_sizes), -1)
         deltas = deltas.view(*objectness.shape, 4)
-        anchors = self.anchor_generator(images, features)[0]
+        anchors = self._anchors(self.anchor_generator, images, features)
         losses = self._losses(objectness, deltas, anchors, targets)
         with torch.no_grad():
             return self._propose(objectness, deltas, anchors, counts, images.image_sizes), losses
