@@ -170,18 +170,20 @@ def test_as_many_images_are_matched_at_once_as_there_is_room_for():
 # ---- SSD's matches and hard negatives ----------------------------------------------------------
 
 
-def padded(numbers):
-    """Objects of images in whole pixels, in a list, and padded with whether they exist."""
-    objects = [random_boxes(n, seed=i) for i, n in enumerate(numbers)]
+def padded(objects):
+    """Boxes of images as `match` takes them, and whether they exist."""
     boxes, labels = pad_targets([{"boxes": b, "labels": torch.ones(len(b)).long()} for b in objects])
-    return objects, boxes, labels >= 0
+    # Padding would match as well.
+    boxes[labels < 0] = torch.tensor([10.0, 10, 40, 40])
+    return boxes, labels >= 0
 
 
 @pytest.mark.parametrize("pairs", [2**24, 1])
 @pytest.mark.parametrize("candidates", [500, 12])
 def test_matches_are_those_of_torchvisions_ssd_matcher(candidates, pairs):
     """Of 12 candidates, objects share their best one, and some overlap none."""
-    objects, boxes, exists = padded([9, 0, 30, 1])
+    objects = [random_boxes(n, seed=i) for i, n in enumerate((9, 0, 30, 1))]
+    boxes, exists = padded(objects)
     anchors, matcher = random_boxes(1, candidates, seed=9), SSDMatcher(0.6)
     with mock.patch.object(matching, "_MAX_PAIRS", pairs):
         index, matched, background = match(boxes, exists, anchors, matcher)
@@ -220,19 +222,19 @@ def torchvision_assignment(objects, anchors, levels, radius):
 @pytest.mark.parametrize("radius", [1.5, 4.0])
 @pytest.mark.parametrize("levels", [(64, 16, 4), (84,)])
 def test_locations_have_the_objects_that_torchvisions_have(levels, radius):
-    objects, _, _ = padded([9, 0, 40, 1])
+    objects = [random_boxes(n, seed=i) for i, n in enumerate((9, 0, 40, 1))]
     # Areas that differ by less than 8 are the same to torchvision, and the first has the location.
     objects[0] = torch.cat([torch.tensor([[10.0, 10, 50, 50], [10, 10, 50, 49.9]]), objects[0]])
     # So large that torchvision leaves it out.
     objects[3] = torch.tensor([[-9000.0, -9000, 9000, 9000]])
-    boxes, labels = pad_targets([{"boxes": b, "labels": torch.ones(len(b)).long()} for b in objects])
+    boxes, exists = padded(objects)
     maps = [torch.zeros(1, 1, side, side) for side in (8, 4, 2)]
     generator = AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
     (anchors,) = generator(ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)]), maps)
     expected = torchvision_assignment(objects, anchors, levels, radius)
     for pairs in (2**24, 1):
         with mock.patch.object(matching, "_MAX_PAIRS", pairs):
-            index, matched = assign_centres(boxes, labels >= 0, anchors, levels, radius)
+            index, matched = assign_centres(boxes, exists, anchors, levels, radius)
         assert matched.equal(torch.stack(expected) >= 0)
         assert index[matched].equal(torch.stack(expected)[matched])
     assert matched.any(dim=1).tolist() == [True, False, True, False]

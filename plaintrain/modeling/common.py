@@ -132,12 +132,13 @@ def check_boxes(samples):
 class OnSamples:
     """Lets a torchvision detector take samples: the first base of a class, torchvision's the second.
 
+    It evaluates; a subclass trains.
+
     Attributes:
-        loss_names: torchvision's names of the losses -> those returned.
         label_offset: 1 where torchvision's label 0 is the background.
     """
 
-    loss_names, label_offset = {}, 0
+    label_offset = 0
 
     def forward(self, samples):
         """
@@ -145,17 +146,13 @@ class OnSamples:
             samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
 
         Returns:
-            In training: the losses of `loss_names`, 0-d tensors.
+            In training: a dict of losses, 0-d tensors.
             In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
             original image's pixels, scores descending in 0..1, labels 0 to K-1; with their heads
             masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
         """
         images = [sample["image"] for sample in samples]
-        if not self.training:
-            return to_original_size(super().forward(images), samples, self.label_offset)
-        device = next(self.parameters()).device
-        losses = super().forward(images, get_targets(samples, device, self.label_offset))
-        return {self.loss_names[name]: value for name, value in losses.items()}
+        return to_original_size(super().forward(images), samples, self.label_offset)
 
 
 def paste_masks(masks, boxes, height, width):
