@@ -69,6 +69,7 @@ def assign_centres(boxes, exists, anchors, levels, radius):
     farthest[-levels[-1] :].fill_(float("inf"))
 
     def assign(boxes, exists, anchors):
+        """The same for some of the images."""
         (x, y), (u, v) = _centres(anchors[:, None]), _centres(boxes[:, :, None])
         x0, y0, x1, y1 = boxes[:, :, None].unbind(-1)
         inside = torch.maximum((x - u).abs_(), (y - v).abs_()) < radius * sizes
