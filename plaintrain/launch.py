@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from plaintrain.job import find_job
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.memory import is_out_of_memory, out_of_memory
 from plaintrain.utils.network import agree_on_prefix, choose_interface
 from plaintrain.utils.stop import end_at_once
 from plaintrain.utils.watch import FailureWatch, connect, is_felt, report_failure
@@ -82,6 +83,8 @@ def _describe(error, debug):
             f"a process that loads images has failed ({first_line(error)}); if the machine's memory is full, "
         )
         error = UserError(text + "lower DATALOADER.NUM_WORKERS")
+    elif is_out_of_memory(error):
+        error = out_of_memory(error)
     if isinstance(error, UserError | FloatingPointError) and not debug:
         return f"error: {error}"
     return "".join(traceback.format_exception(error)).rstrip()

@@ -19,6 +19,7 @@ from plaintrain.data.thread_loader import ThreadLoader, Threads
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
+from plaintrain.utils.memory import note_batch
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,8 @@ def _make_loader(dataset, batches, num_workers):
 class Loader:
     """Iterates over lists of samples, raising the mistakes that workers found."""
 
+    training = False
+
     def __init__(self, dataset, batches, num_workers):
         self._loader = _make_loader(dataset, batches, num_workers)
 
@@ -150,6 +153,7 @@ class Loader:
             # The first step may compile the model.
             beat(extra)
             extra = 0.0
+            note_batch(samples, self.training)
             yield samples
 
 
@@ -159,6 +163,8 @@ class TrainLoader(Loader):
     Attributes:
         num_replaced: samples so far whose image could not be read, with `skip_unreadable`.
     """
+
+    training = True
 
     def __init__(self, records, mapper, sampler, *, start_iter=0, num_workers=0, skip_unreadable=False):
         """
