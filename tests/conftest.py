@@ -14,6 +14,8 @@ from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 
 torch.set_num_threads(1)
+# No test, nor a process that it starts, writes into the cache of who runs it, or reads from it.
+os.environ["PLAINTRAIN_CACHE"] = ""
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +35,6 @@ def _forget_datasets():
         now = vars(MetadataCatalog.get(name))
         now.clear()
         now.update(known)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _cache(tmp_path_factory):
-    """No test writes into the cache of who runs it, nor reads from it."""
-    os.environ["PLAINTRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import launch_helpers
 from launch_helpers import Job
 
+from plaintrain import engine
 from plaintrain.config import get_cfg, get_value
 from plaintrain.data import build_detection_test_loader
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
@@ -29,6 +30,7 @@ from plaintrain.engine import (
     require_default,
 )
 from plaintrain.structures import BoxMode
+from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter
@@ -751,3 +753,10 @@ def test_progress_bar_stays_away_from_files(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert list(progress(range(3), desc="training", total=3)) == [0, 1, 2]
     assert sys.stderr.getvalue() == ""
+
+
+def test_several_processes_share_gradients_without_copies_and_send_no_buffers(monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(engine, "DistributedDataParallel", lambda model, **options: options)
+    options = create_ddp_model(torch.nn.Linear(1, 1))
+    assert options == {"device_ids": None, "broadcast_buffers": False, "gradient_as_bucket_view": True}
