@@ -1,7 +1,6 @@
 """plaintrain.data.samplers: streams that are pure functions of the seed and the position."""
 
 import itertools
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from plaintrain.data.samplers import (
     repeat_factors_from_category_frequency,
 )
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.measure import read_sizes
 
 GROUPS = np.random.default_rng(0).integers(0, 2, size=103)
 RATIOS = np.random.default_rng(1).uniform(0.4, 2.5, size=103).round(1)
@@ -203,17 +203,15 @@ def _padding(sampler, heights, widths):
 
 
 def test_padding_at_cocos_sizes():
-    path = Path(__file__).parent / "golden" / "coco_sizes.json"
-    widths, heights, shares = np.array(json.loads(path.read_text())["sizes"]).T
-    counts = np.diff(np.floor(np.cumsum([0, *shares]) * 8000 + 0.5)).astype(int)
-    widths, heights = np.repeat(widths, counts), np.repeat(heights, counts)
+    folder = Path(__file__).resolve().parent.parent / "scripts" / "benchmarks"
+    widths, heights = read_sizes(folder / "coco_sizes.json", 8000)
     groupings = [
         {},
         {"groups": aspect_ratio_groups(heights, widths)},
         {"groups": widths / heights, "window": 100},
     ]
     padding = [
-        _padding(TrainingSampler(counts.sum(), 16, seed=1, **keys), heights, widths) for keys in groupings
+        _padding(TrainingSampler(widths.size, 16, seed=1, **keys), heights, widths) for keys in groupings
     ]
     assert padding[0] == pytest.approx(0.43, abs=0.01)
     assert padding[1] == pytest.approx(0.14, abs=0.01)

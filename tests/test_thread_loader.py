@@ -1,8 +1,6 @@
 """Threads as workers: the very samples that processes make, and nothing left behind."""
 
-import functools
 import gc
-import importlib
 import itertools
 import os
 import random
@@ -12,7 +10,6 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +20,6 @@ from plaintrain.data import train_loader as train_loaders
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.data.thread_loader import _NAME, ThreadLoader, Threads
 from plaintrain.data.train_loader import TrainLoader
-from plaintrain.data.transforms import ResizeShortestEdge
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
@@ -344,20 +340,3 @@ def test_tensors_are_pinned_by_the_threads_for_the_device_of_the_training(monkey
     for sample in itertools.chain(*batches):
         assert sample["target"] == {"boxes": two, "more": [two, (two, "x")]}
         assert sample["image_id"] != 2
-
-
-# ---- the benchmark --------------------------------------------------------------------------------
-
-
-def test_the_benchmark_compares_loaders_of_the_same_images(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "scripts")
-    benchmark = importlib.import_module("benchmark_data")
-    monkeypatch.setattr(benchmark, "_BATCH", 2)
-    records = benchmark.write_images(tmp_path, 3)
-    image, target = benchmark.PillowDataset(records, (320,), 1333)[4]
-    assert image.shape == (3, 320, 426) and image.dtype == torch.float32 and 0.5 < image.max() <= 1
-    mapped = DatasetMapper(augmentations=[ResizeShortestEdge((320,), 1333)])(records[1])
-    areas = [((b[:, 2:] - b[:, :2]).prod(1)) for b in (target["boxes"], mapped["target"]["boxes"])]
-    torch.testing.assert_close(*areas, rtol=0.01, atol=1)
-    makers = [benchmark._reference_loader, functools.partial(benchmark._own_loader, "thread")]
-    assert all(benchmark.ms_per_image(make, records, 2, skipped=1) > 0 for make in makers)

@@ -86,12 +86,3 @@ def count_syncs(step):
         "nms": counts["nms"],
         "by kind": counts,
     }
-
-
-def training_step(model, *inputs):
-    """A function of forward and backward."""
-
-    def step():
-        sum(model(*inputs).values()).backward()
-
-    return step

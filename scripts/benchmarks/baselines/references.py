@@ -1,0 +1,51 @@
+"""torchvision's own Faster R-CNN, in a loop written after torchvision's detection references."""
+
+import math
+
+import torch
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+
+def build_model(args, state):
+    """torchvision's model, as fasterrcnn_resnet50_fpn builds it for weights of ImageNet."""
+    backbone = resnet_fpn_backbone(backbone_name=f"resnet{args.depth}", weights=None, trainable_layers=3)
+    # As many proposals as plaintrain's default; images have their size already, as there.
+    sizes = {"rpn_post_nms_top_n_train": 1000, "box_batch_size_per_image": args.rois}
+    model = FasterRCNN(backbone, args.classes + 1, _skip_resize=True, **sizes)
+    model.load_state_dict(state)
+    return model.to(args.device).train()
+
+
+def make_inputs(samples):
+    """(images, targets) as torchvision's references have them."""
+    images = [sample["image"].float() / 255 for sample in samples]
+    return images, [{**s["target"], "labels": s["target"]["labels"] + 1} for s in samples]
+
+
+def make_steps(args, batches, state):
+    """(function that takes a step of a loop like torchvision's on each batch, its model)."""
+    model, device = build_model(args, state), args.device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3)
+    # The same batch again is the same tensors.
+    inputs = {id(samples): make_inputs(samples) for samples in batches}
+    batches = [inputs[id(samples)] for samples in batches]
+
+    def steps():
+        for images, targets in batches:
+            images = [image.to(device) for image in images]
+            targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
+            losses = model(images, targets)
+            total = sum(losses.values())
+            if not math.isfinite(total.item()):
+                raise FloatingPointError(f"the losses are {losses}")
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            scheduler.step()
+            for loss in (total, *losses.values()):
+                loss.item()
+
+    return steps, model

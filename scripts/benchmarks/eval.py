@@ -1,0 +1,145 @@
+"""COCO's metrics of boxes, in CPU time: pycocotools, and COCOEvaluator with each implementation installed.
+
+From boxes in memory to the metrics, without a results file. The first row is pycocotools called directly, on
+results as lists of dicts. With AP, and whether all of COCOEvaluator's numbers are those with pycocotools.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from plaintrain.data import DatasetCatalog, MetadataCatalog
+from plaintrain.evaluation import COCOEvaluator
+from plaintrain.evaluation.coco_backend import BACKENDS
+from plaintrain.structures import BoxMode
+from plaintrain.utils.measure import in_turns, make_rows, parse_args, positive, report, target, timed
+
+_NAME = "benchmark_eval"
+# Times less than pycocotools; without another implementation nothing may be lost, but for noise.
+WANTED = {"hotcoco": 20, "faster_coco_eval": 6, "pycocotools": 0.95}
+
+
+def make_dataset(images, boxes, classes, seed=0):
+    """Records of up to 7 objects an image, and as many detections as asked for: moved, mislabelled."""
+    rng = np.random.default_rng(seed)
+    records, outputs = [], []
+    for i in range(images):
+        objects = np.concatenate([rng.uniform(0, 400, (7, 2)), np.exp(rng.uniform(2, 5.5, (7, 2)))], axis=1)
+        labels = rng.integers(classes, size=7)
+        size = rng.integers(1, 8)
+        annotations = [
+            {"bbox": box.tolist(), "bbox_mode": BoxMode.XYWH_ABS, "category_id": int(label), "iscrowd": 0}
+            for box, label in zip(objects[:size], labels[:size], strict=True)
+        ]
+        records.append({"image_id": i, "height": 640, "width": 640, "annotations": annotations})
+        chosen = rng.integers(size, size=boxes)
+        moved = objects[chosen] * np.exp(rng.normal(0, 0.1, (boxes, 4)))
+        moved[:, 2:] += moved[:, :2]
+        wrong = rng.random(boxes) < 0.5
+        found = np.where(wrong, rng.integers(classes, size=boxes), labels[chosen])
+        columns = {"boxes": moved, "scores": rng.random(boxes), "labels": found}
+        outputs.append({name: torch.from_numpy(values) for name, values in columns.items()})
+    return records, outputs
+
+
+def coco_truth(records, classes):
+    """Records as COCO's JSON has them."""
+    annotations = [
+        {**a, "image_id": record["image_id"], "area": a["bbox"][2] * a["bbox"][3]}
+        for record in records
+        for a in record["annotations"]
+    ]
+    return {
+        "images": [{"id": record["image_id"], "height": 640, "width": 640} for record in records],
+        "annotations": [{**a, "id": i} for i, a in enumerate(annotations, start=1)],
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(classes)],
+    }
+
+
+def pycocotools_ap(truth, records, outputs):
+    """AP in percent of detections by pycocotools, as it is used where nothing wraps it."""
+    results = []
+    for record, output in zip(records, outputs, strict=True):
+        boxes = output["boxes"].clone()
+        boxes[:, 2:] -= boxes[:, :2]
+        columns = (boxes.tolist(), output["scores"].tolist(), output["labels"].tolist())
+        results += [
+            {"image_id": record["image_id"], "bbox": box, "score": score, "category_id": label}
+            for box, score, label in zip(*columns, strict=True)
+        ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return 100 * evaluation.stats[0]
+
+
+def make_variants(images, boxes, classes):
+    """{name: function that computes the metrics}; those of COCOEvaluator return all of them."""
+    records, outputs = make_dataset(images, boxes, classes)
+    DatasetCatalog.register(_NAME, lambda: records)
+    MetadataCatalog.get(_NAME).set(thing_classes=[f"class {i}" for i in range(classes)])
+    truth = coco_truth(records, classes)
+    variants = {"pycocotools alone": lambda: {"bbox": {"AP": pycocotools_ap(truth, records, outputs)}}}
+    for backend in reversed(BACKENDS):
+        if importlib.util.find_spec(backend):
+            # Its import is not measured.
+            importlib.import_module(backend)
+            evaluator = COCOEvaluator(_NAME)
+            evaluator.backend = backend
+            evaluator.process(records, outputs)
+            variants[f"COCOEvaluator, {backend}"] = evaluator.evaluate
+    DatasetCatalog.remove(_NAME)
+    MetadataCatalog.remove(_NAME)
+    return variants
+
+
+def measure(variants, repeats):
+    """Rows of seconds, and of what each computes."""
+    results = {}
+
+    def keep(name, function):
+        results[name] = function()
+
+    calls = {name: timed(lambda n=name, f=function: keep(n, f)) for name, function in variants.items()}
+    rows = make_rows(in_turns(calls, repeats, warm_up=False))
+    expected = results["COCOEvaluator, pycocotools"]
+    for name, row in rows.items():
+        row["AP"] = f"{results[name]['bbox']['AP']:.8f}"
+        if "Evaluator" in name:
+            # As text: NaN, where there are no objects of a size, is not equal to itself.
+            row["same results"] = repr(results[name]) == repr(expected)
+    return rows
+
+
+def main(argv=None):
+    """Measure and report."""
+    parser = argparse.ArgumentParser("eval", description=__doc__)
+    parser.add_argument("--images", type=positive, default=5000)
+    parser.add_argument("--boxes", type=positive, default=100, help="detections per image")
+    parser.add_argument("--classes", type=positive, default=80)
+    quick = {"images": 6, "boxes": 5, "classes": 3}
+    args = parse_args(parser, argv, repeats=3, quick=quick)
+    torch.set_num_threads(1)
+    rows = measure(make_variants(args.images, args.boxes, args.classes), args.repeats)
+    wanted = [
+        target(f"{name}: times less than pycocotools alone", WANTED[name.split(", ")[1]], row["times less"])
+        for name, row in rows.items()
+        if "Evaluator" in name
+    ]
+    title = f"CPU, {args.images:,} images of {args.boxes} boxes, {args.classes} classes, s"
+    report(args, {title: rows}, wanted)
+
+
+if __name__ == "__main__":
+    main()

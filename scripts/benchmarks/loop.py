@@ -1,0 +1,181 @@
+"""What a training loop costs in CPU time beside forward, backward and optimizer step.
+
+The loop of plain_train_net.py, and one in the style of Detectron2's (`.item()` on every loss, the same
+three writers every 20 iterations, one TensorBoard event per scalar), each over a trivial model and minus a
+bare loop over the same model. Detectron2's own parts and MMEngine's runner are measured where they are
+installed.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import logging
+import os
+import runpy
+import statistics
+import tempfile
+import time
+
+import torch
+from tensorboardX import SummaryWriter
+from torch import nn
+
+from plaintrain.config import get_cfg
+from plaintrain.utils.measure import in_turns, installed, make_rows, parse_args, positive, report, target
+
+_PERIOD = 20
+# Packages that are measured where they are installed, and how.
+_OTHERS = {"detectron2": "baselines.run_detectron2", "mmengine": "baselines.run_mmdet"}
+_TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "plain_train_net.py")
+BARE, ITEM, PLAIN = "bare step", ".item() on every loss, as Detectron2's", "plain_train_net.py"
+
+
+class TrivialModel(nn.Module):
+    """Four losses from one small layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, data):
+        names = ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
+        return dict(zip(names, self.layer(data).square().mean(0).unbind(), strict=True))
+
+
+class Batches:
+    """The same batch `number` + 1 times; `seconds` of CPU pass from the first to the last.
+
+    So what a loop does before and after its iterations is not counted.
+    """
+
+    def __init__(self, number):
+        self.number, self.data, self.seconds = number, torch.ones(8, 4), 0.0
+        # For MMEngine, which looks for names of classes there.
+        self.dataset = None
+
+    def __iter__(self):
+        for i in range(self.number + 1):
+            if i in (0, self.number):
+                self.seconds = time.process_time() - self.seconds
+            yield self.data
+
+    def __len__(self):
+        return self.number + 1
+
+    def state_dict(self):
+        return {}
+
+
+def make():
+    """(a new model, its optimizer)."""
+    torch.manual_seed(0)
+    model = TrivialModel()
+    return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+
+
+def bare_loop(batches, folder):
+    """Forward, backward, step."""
+    model, optimizer = make()
+    for data in batches:
+        losses = sum(model(data).values())
+        optimizer.zero_grad()
+        losses.backward()
+        optimizer.step()
+
+
+def item_loop(batches, folder):
+    """The bookkeeping of Detectron2's plain loop, written with plain torch."""
+    model, optimizer = make()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0)
+    logger, history = logging.getLogger("plaintrain"), {}
+    path = os.path.join(folder, "metrics.json")
+    with SummaryWriter(folder) as board, open(path, "w", encoding="utf-8") as f:
+        for iteration, data in enumerate(batches):
+            loss_dict = model(data)
+            losses = sum(loss_dict.values())
+            assert torch.isfinite(losses).all()
+            values = {name: loss.item() for name, loss in loss_dict.items()}
+            values |= {"total_loss": sum(values.values()), "lr": optimizer.param_groups[0]["lr"]}
+            optimizer.zero_grad()
+            losses.backward()
+            optimizer.step()
+            scheduler.step()
+            for name, value in values.items():
+                history.setdefault(name, []).append(value)
+            if (iteration + 1) % _PERIOD == 0:
+                shown = {name: statistics.median(v[-_PERIOD:]) for name, v in history.items()}
+                logger.info("  ".join(f"{name}: {value:.4g}" for name, value in shown.items()))
+                f.write(json.dumps({"iteration": iteration, **shown}) + "\n")
+                f.flush()
+                for name, value in shown.items():
+                    board.add_scalar(name, value, iteration)
+
+
+def plaintrain_loop(batches, folder):
+    """`do_train` of plain_train_net.py, with a data loader that costs nothing."""
+    do_train = runpy.run_path(_TRAIN)["do_train"]
+    do_train.__globals__["build_detection_train_loader"] = lambda cfg: batches
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.MAX_ITER", batches.number + 1, "SOLVER.CHECKPOINT_PERIOD", 0])
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "LOG_PERIOD", _PERIOD, "OUTPUT_DIR", folder])
+    torch.manual_seed(0)
+    do_train(cfg, TrivialModel())
+
+
+def measure(variants, iterations, repeats):
+    """{variant: [seconds of CPU per iteration, one a turn]}."""
+    with tempfile.TemporaryDirectory() as root:
+
+        def seconds(run):
+            batches = Batches(iterations)
+            with contextlib.redirect_stdout(io.StringIO()):
+                run(batches, tempfile.mkdtemp(dir=root))
+            return batches.seconds / iterations
+
+        logger = logging.getLogger("plaintrain")
+        level, propagate, handler = logger.level, logger.propagate, logging.FileHandler(f"{root}/log.txt")
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(handler)
+        try:
+            return in_turns({name: lambda run=run: seconds(run) for name, run in variants.items()}, repeats)
+        finally:
+            logger.setLevel(level)
+            logger.propagate = propagate
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def over_bare(times):
+    """{variant: median CPU of an iteration over that of the bare loop in the same turn, seconds}."""
+    return {
+        name: statistics.median(v - bare for v, bare in zip(values, times[BARE], strict=True))
+        for name, values in times.items()
+        if name != BARE
+    }
+
+
+def main(argv=None):
+    """Measure and report."""
+    parser = argparse.ArgumentParser("loop", description=__doc__)
+    parser.add_argument("--iterations", type=positive, default=2000, help="per turn")
+    args = parse_args(parser, argv, repeats=9, quick={"iterations": 100})
+    torch.set_num_threads(1)
+    variants = {BARE: bare_loop, ITEM: item_loop, PLAIN: plaintrain_loop}
+    for name in installed(*_OTHERS):
+        run = importlib.import_module(_OTHERS[name]).run_loop
+        variants[name] = lambda batches, folder, run=run: run(make, batches, folder, _PERIOD)
+    times = measure(variants, args.iterations, args.repeats)
+    rows, over = make_rows(times, 1e6), over_bare(times)
+    for name, seconds in over.items():
+        rows[name]["over the bare step"] = seconds * 1e6
+    # Noise may make a difference of nothing.
+    ratio = over[ITEM] / max(over[PLAIN], 1e-9)
+    wanted = [target(f"loop, over the bare step: {PLAIN}, times less than {ITEM}", 2, ratio)]
+    report(args, {"CPU of an iteration, us": rows}, wanted)
+
+
+if __name__ == "__main__":
+    main()

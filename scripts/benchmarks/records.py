@@ -1,0 +1,176 @@
+"""What loading a training set of COCO's size costs, on synthetic records.
+
+`time` is CPU time from reading the annotation file to the first batch, checks included, and that of a
+plain `json.load` of the same file; each in a fresh process, in turns. `memory` is what a worker
+process has for itself (unique set size, Linux only) after an epoch, beside a worker of 100 records,
+with workers that are forked and with spawned ones. The files of both, some 470 MB at COCO's 117,000
+images, are kept in --folder for the next time.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+
+from plaintrain.config import get_cfg
+from plaintrain.data import build_detection_train_loader, register_coco_instances
+from plaintrain.utils.measure import in_turns, make_rows, parse_args, positive, report
+
+_BATCH = 16
+_CLASSES = 80
+# As COCO's train2017: annotations per image, and points per polygon (a log-normal distribution).
+_PER_IMAGE, _POINTS, _SPREAD = 7.3, 20, 0.6
+
+
+def write_dataset(folder, images):
+    """A COCO file with `images` images of 640x480 and empty image files; returns (json, root)."""
+    path, root = os.path.join(folder, "instances.json"), os.path.join(folder, "images")
+    if os.path.exists(path):
+        return path, root
+    os.makedirs(root, exist_ok=True)
+    rng = np.random.default_rng(0)
+    sizes = np.maximum(3, rng.lognormal(np.log(_POINTS), _SPREAD, size=2000).astype(int))
+    polygons = [json.dumps([rng.uniform(1, 480, size=2 * n).round(2).tolist()]) for n in sizes]
+    with open(path + ".part", "w", encoding="utf-8") as f:
+        f.write('{"images": [')
+        for i in range(images):
+            name = f"{i:012d}.jpg"
+            open(os.path.join(root, name), "w").close()
+            f.write(", " * (i > 0))
+            json.dump(_image(i, name), f)
+        f.write('], "annotations": [')
+        for i, number in enumerate(np.repeat(np.arange(images), rng.geometric(1 / _PER_IMAGE, size=images))):
+            f.write(", " * (i > 0) + _annotation(i, number, polygons, rng))
+        f.write('], "categories": ')
+        json.dump([{"id": i + 1, "name": f"class {i}"} for i in range(_CLASSES)], f)
+        f.write("}")
+    os.replace(path + ".part", path)
+    return path, root
+
+
+def _image(number, name):
+    """An entry of `images` with all that COCO's have."""
+    url = f"http://images.cocodataset.org/train2017/{name}"
+    size = {"height": 480, "width": 640, "date_captured": "2013-11-14 11:18:45"}
+    return {"license": 3, "file_name": name, "coco_url": url, **size, "flickr_url": url, "id": number}
+
+
+def _annotation(number, image, polygons, rng):
+    """An entry of `annotations`, as text: `json.dumps` of a million polygons takes minutes."""
+    x, y, w, h = rng.integers(1, 24000, size=4) / 100
+    return (
+        f'{{"segmentation": {polygons[rng.integers(len(polygons))]}, "area": {w * h / 2}, "iscrowd": 0, '
+        f'"image_id": {image}, "bbox": [{x}, {y}, {w}, {h}], "category_id": {rng.integers(_CLASSES) + 1}, '
+        f'"id": {number}}}'
+    )
+
+
+def _touch(record):
+    """A mapper that looks at the record alone."""
+    return record["image_id"], len(record["annotations"])
+
+
+def _make_loader(path, root, num_workers):
+    cfg = get_cfg()
+    cfg.merge_from_list(["SEED", 1, "SOLVER.IMS_PER_BATCH", _BATCH, "DATALOADER.NUM_WORKERS", num_workers])
+    register_coco_instances("synthetic", {}, path, root)
+    cfg.DATASETS.TRAIN = ("synthetic",)
+    return build_detection_train_loader(cfg, mapper=_touch)
+
+
+def parse(path, root):
+    """CPU seconds of `json.load`."""
+    start = time.process_time()
+    with open(path, encoding="utf-8") as f:
+        json.load(f)
+    return time.process_time() - start
+
+
+def first_batch(path, root, cache=""):
+    """CPU seconds from the annotation file to the first batch; `cache` keeps parsed files, "" does not."""
+    os.environ["PLAINTRAIN_CACHE"] = cache
+    start = time.process_time()
+    next(iter(_make_loader(path, root, num_workers=0)))
+    return time.process_time() - start
+
+
+def worker_memory(path, root, images, start_method):
+    """The largest unique set size of two workers after an epoch over `images` images, in MB."""
+    multiprocessing.set_start_method(start_method, force=True)
+    batches = iter(_make_loader(path, root, num_workers=2))
+    for _ in range(-(-images // _BATCH)):
+        next(batches)
+    return max(_unique_set_size(child.pid) for child in multiprocessing.active_children())
+
+
+def _unique_set_size(pid):
+    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as f:
+        rows = [line.split() for line in f if line.startswith("Private_")]
+    return sum(int(row[1]) for row in rows) / 1024
+
+
+def fresh(function, *args):
+    """Call a function in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure_time(folder, images, repeats):
+    """{title: rows} of the CPU seconds to the first batch, beside those of `json.load`."""
+    files = write_dataset(os.path.join(folder, str(images)), images)
+    cache = os.path.join(folder, "cache")
+    functions = {
+        "json.load": lambda: fresh(parse, *files),
+        "to the first batch": lambda: fresh(first_batch, *files),
+        "to the first batch, parsed before": lambda: fresh(first_batch, *files, cache),
+    }
+    functions["to the first batch, parsed before"]()
+    rows = make_rows(in_turns(functions, repeats, warm_up=False))
+    for row in rows.values():
+        row["times json.load"] = 1 / row["times less"]
+    return {f"CPU, {images:,} images, s": rows}
+
+
+def measure_memory(folder, images, repeats):
+    """{title: rows} of the private memory of a worker, MB; both loaders load as many samples."""
+    result = {}
+    for start in ("fork", "spawn"):
+        sizes = {}
+        for size in (100, images):
+            files = write_dataset(os.path.join(folder, str(size)), size)
+            sizes[size] = statistics.median(
+                fresh(worker_memory, *files, images, start) for _ in range(repeats)
+            )
+        result[start] = {f"{size:,} records": mb for size, mb in sizes.items()}
+        result[start]["more"] = sizes[images] - sizes[100]
+    return {"private memory of a worker, MB": result}
+
+
+MEASUREMENTS = {"time": measure_time, "memory": measure_memory}
+
+
+def main(argv=None):
+    """Measure and report."""
+    parser = argparse.ArgumentParser("records", description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
+    parser.add_argument("--images", type=positive, default=117000, help="size of the set")
+    default = os.path.join(tempfile.gettempdir(), "plaintrain-benchmark")
+    parser.add_argument("--folder", default=default, help="where the files are kept")
+    args = parse_args(parser, argv, repeats=3, quick={"images": 100, "parts": ["time"]})
+    if "memory" in args.parts and not sys.platform.startswith("linux"):
+        parser.error("the memory of a worker is measured on Linux only; give --parts time")
+    tables = {}
+    for part in args.parts:
+        tables |= MEASUREMENTS[part](args.folder, args.images, args.repeats)
+    report(args, tables, [])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Seconds from a command to `--help`, and to the end of the first training iteration, in fresh processes.
+
+Faster R-CNN R50-FPN on the images of COCO's train2017 in $PLAINTRAIN_DATASETS (a few made-up ones where that
+is not set or has none), small images, a batch of 2, no loader workers, random weights, one thread on the CPU.
+The baseline is a start as Detectron2's, written with torch, torchvision and pycocotools: import everything,
+parse the COCO file, make records, serialise them, build the model. Each process ends when it prints its
+first iteration; Detectron2's and MMDetection's own starts are measured where they are installed. In turns,
+the first of which does not count: files are in the system's cache, and in plaintrain's where it has one.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+
+import numpy as np
+from PIL import Image
+
+from plaintrain.utils.measure import (
+    in_turns,
+    installed,
+    make_rows,
+    parse_args,
+    positive,
+    report,
+    run_fresh,
+    target,
+)
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_ROOT = os.path.dirname(os.path.dirname(_HERE))
+_JSON, _IMAGES = "coco/annotations/instances_train2017.json", "coco/train2017"
+_PARTS = ["help", "iteration"]
+THEIRS, OURS = "as Detectron2's", "plaintrain"
+
+
+def make_coco(root, number=20):
+    """A COCO file of a few images of noise under `root`, where COCO's would be."""
+    rng = np.random.default_rng(0)
+    for path in (os.path.dirname(_JSON), _IMAGES):
+        os.makedirs(os.path.join(root, path))
+    images, annotations = [], []
+    for i in range(number):
+        images.append({"id": i, "file_name": f"{i}.jpg", "width": 160, "height": 120})
+        pixels = Image.fromarray(rng.integers(0, 256, (120, 160, 3), dtype=np.uint8))
+        pixels.save(os.path.join(root, _IMAGES, f"{i}.jpg"))
+        for x, y in rng.integers(0, 60, (7, 2)).tolist():
+            box = {"bbox": [x, y, 50, 40], "area": 2000, "iscrowd": 0, "category_id": 1 + (x + y) % 80}
+            annotations.append({"id": 1 + len(annotations), "image_id": i, **box})
+    categories = [{"id": i, "name": f"class {i}"} for i in range(1, 81)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    with open(os.path.join(root, _JSON), "w", encoding="utf-8") as f:
+        json.dump(content, f)
+
+
+def plaintrain_options(args, folder):
+    """Those of plain_train_net.py, with a line at each iteration."""
+    config = os.path.join(_ROOT, "configs/COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    keys = {
+        "MODEL.WEIGHTS": "", "MODEL.DEVICE": "cpu", "MODEL.RESNETS.DEPTH": args.depth, "SEED": 1,
+        "DATASETS.TEST": "()", "DATALOADER.NUM_WORKERS": 0, "SOLVER.IMS_PER_BATCH": args.batch,
+        "INPUT.MIN_SIZE_TRAIN": f"({args.size},)", "SOLVER.BASE_LR": 1e-5, "LOG_PERIOD": 1,
+        "OUTPUT_DIR": tempfile.mkdtemp(dir=folder),
+    }  # fmt: skip
+    return ["--config-file", config, *(str(item) for pair in keys.items() for item in pair)]
+
+
+def make_variants(args, root, folder):
+    """({name: function that measures --help}, {name: function that measures a first iteration})."""
+    sizes = ["--size", args.size, "--batch", args.batch, "--depth", args.depth]
+    files = [os.path.join(root, _JSON), os.path.join(root, _IMAGES), *map(str, sizes)]
+    ours = [sys.executable, os.path.join(_ROOT, "scripts", "plain_train_net.py")]
+    others = {THEIRS: ("start", "iter: 0")}
+    marks = {"detectron2": "iter: 0", "mmdet": "Epoch(train)"}
+    others |= {name: (name, marks[name]) for name in installed(*marks)}
+    # A run has a folder of its own.
+    helps = {OURS: lambda: run_fresh([*ours, "--help"])}
+    starts = {OURS: lambda: run_fresh([*ours, *plaintrain_options(args, folder)], "iter: 0")}
+    for name, (stem, mark) in others.items():
+        command = [sys.executable, os.path.join(_HERE, "baselines", f"run_{stem}.py")]
+        helps[name] = lambda c=command: run_fresh([*c, "--help"])
+        starts[name] = lambda c=command, m=mark: run_fresh([*c, *files], m)
+    # The baseline comes first.
+    return tuple({name: part[name] for name in (THEIRS, *part)} for part in (helps, starts))
+
+
+def main(argv=None):
+    """Measure and report."""
+    parser = argparse.ArgumentParser("startup", description=__doc__)
+    parser.add_argument("--size", type=positive, default=160, help="shortest side of the images, pixels")
+    parser.add_argument("--batch", type=positive, default=2, help="images")
+    parser.add_argument("--depth", type=int, choices=(18, 34, 50, 101, 152), default=50, help="of the ResNet")
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="how far")
+    args = parse_args(parser, argv, repeats=5, quick={"size": 64, "batch": 1, "depth": 18})
+    os.environ["OMP_NUM_THREADS"] = "1"
+    tables, targets = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        root = os.path.abspath(os.environ.get("PLAINTRAIN_DATASETS", "datasets"))
+        if not os.path.isfile(os.path.join(root, _JSON)):
+            root = os.path.join(folder, "datasets")
+            make_coco(root)
+        os.environ |= {"PLAINTRAIN_DATASETS": root, "PLAINTRAIN_CACHE": os.path.join(folder, "cache")}
+        for what, functions in zip(_PARTS, make_variants(args, root, folder), strict=True):
+            if what not in args.parts:
+                continue
+            times = in_turns(functions, args.repeats, warm_up=not args.quick)
+            for i, clock in enumerate(("CPU", "wall")):
+                rows = make_rows({name: [pair[i] for pair in pairs] for name, pairs in times.items()})
+                tables[f"to {what}, {clock} s"] = rows
+                if what == "iteration" and clock == "CPU":
+                    ratio = rows[OURS]["times less"]
+                    targets.append(target(f"start to the first {what}: times less CPU", 1.3, ratio))
+    report(args, tables, targets)
+
+
+if __name__ == "__main__":
+    main()
