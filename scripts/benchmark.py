@@ -27,8 +27,6 @@ import subprocess
 import sys
 import tempfile
 
-from plaintrain.utils.measure import print_table
-
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "benchmarks")
 WHAT = ("loop", "data", "records", "step", "precision", "eval", "checkpoint", "startup")
 
@@ -63,9 +61,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the smallest sizes: does it work at all?")
     args = parser.parse_args()
     results, failed = run_all(["--quick"] * args.quick)
-    targets = [target for result in results.values() for target in result["targets"]]
-    print()
-    print_table("wanted", {t["what"]: {k: v for k, v in t.items() if k != "what"} for t in targets})
+    print("\n==== wanted ====\n")
+    for target in (target for result in results.values() for target in result["targets"]):
+        met = "met" if target["met"] else "not met"
+        print(f"{target['what']}: {target['measured']:.3g}, wanted {target['wanted']}: {met}")
     if args.output:
         with open(args.output, "w", encoding="utf-8") as f:
             json.dump(results, f, indent=1)

@@ -1,4 +1,4 @@
-"""The benchmarks, each at its smallest size, and utils.measure; timing itself is no test."""
+"""The benchmarks, each at its smallest size, and what they share; timing itself is no test."""
 
 import importlib
 import json
@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shared import measure
 from test_scripts import TINY
 
 from plaintrain.data.augmentations import ResizeShortestEdge
 from plaintrain.data.mapper import DatasetMapper
-from plaintrain.utils import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT, FOLDER = ROOT / "scripts" / "benchmark.py", ROOT / "scripts" / "benchmarks"
@@ -35,9 +35,8 @@ TARGETS = {"loop": 1, "data": 2, "records": 0, "step": 3, "precision": 0, "check
 
 
 @pytest.fixture
-def load(monkeypatch):
+def load():
     """Function (what) that imports a benchmark, which is forgotten after the test."""
-    monkeypatch.syspath_prepend(FOLDER)
     loaded = []
 
     def load_benchmark(what):
@@ -94,7 +93,8 @@ def test_all_runs_every_one_and_merges_what_they_wrote(tmp_path, monkeypatch, ca
     scripts = tmp_path / "benchmarks"
     scripts.mkdir()
     content = "import json, sys\nassert sys.argv[1:-1] == ['--quick', '--output']\n"
-    content += "json.dump({'targets': [{'what': 'speed', 'met': True}]}, open(sys.argv[-1], 'w'))\n"
+    content += "target = {'what': 'speed', 'measured': 2.5, 'wanted': '>= 2', 'met': True}\n"
+    content += "json.dump({'targets': [target]}, open(sys.argv[-1], 'w'))\n"
     (scripts / "good.py").write_text(content)
     (scripts / "bad.py").write_text("raise SystemExit(3)\n")
     module = runpy.run_path(str(SCRIPT))
@@ -106,7 +106,7 @@ def test_all_runs_every_one_and_merges_what_they_wrote(tmp_path, monkeypatch, ca
     assert module["main"]() == 1
     assert list(json.loads((tmp_path / "all.json").read_text())) == ["good"]
     printed = capfd.readouterr()
-    assert "failed: bad" in printed.err and "speed" in printed.out
+    assert "failed: bad" in printed.err and "speed: 2.5, wanted >= 2: met" in printed.out
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "bad"])
     assert module["main"]() == 3
 
@@ -190,7 +190,7 @@ def test_a_start_like_detectron2s_reads_the_images_that_have_objects(load, tiny_
     assert target["boxes"].tolist() == [[1.5, 2, 11.5, 17]] and target["labels"].tolist() == [2]
 
 
-# ---- utils.measure ---------------------------------------------------------------------------------
+# ---- shared.measure --------------------------------------------------------------------------------
 
 
 def test_variants_take_turns_and_the_first_does_not_count():
@@ -248,5 +248,5 @@ def test_sizes_come_as_often_as_their_shares_say(tmp_path):
 
 
 def test_nothing_of_measure_imports_torch():
-    code = "import sys, plaintrain.utils.measure; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    code = "import sys, shared.measure; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=FOLDER)

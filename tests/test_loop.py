@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from model_helpers import RESNET18, SMALL_HEAD, make_cfg, two_samples
-from sync_helpers import SyncCounter, _CopyCounter
+from shared.syncs import SyncCounter, _CopyCounter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

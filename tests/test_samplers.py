@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shared.measure import read_sizes
 
 from plaintrain.data.samplers import (
     InferenceSampler,
@@ -17,7 +18,6 @@ from plaintrain.data.samplers import (
     repeat_factors_from_category_frequency,
 )
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.measure import read_sizes
 
 GROUPS = np.random.default_rng(0).integers(0, 2, size=103)
 RATIOS = np.random.default_rng(1).uniform(0.4, 2.5, size=103).round(1)

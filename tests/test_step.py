@@ -17,6 +17,7 @@ from model_helpers import (
     torchvision_inputs,
     two_samples,
 )
+from shared.syncs import count_syncs
 from test_rcnn import LOSSES, torchvision_rcnn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -33,7 +34,6 @@ from plaintrain.modeling.matching import (
     sample,
 )
 from plaintrain.modeling.roi_heads import RoIAlign
-from plaintrain.utils.syncs import count_syncs
 
 
 def training_step(model, *inputs):

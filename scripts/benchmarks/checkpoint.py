@@ -14,6 +14,7 @@ import tempfile
 from time import perf_counter
 
 import torch
+from shared.measure import in_turns, make_rows, parse_args, positive, report, target, timed
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
@@ -22,7 +23,6 @@ from plaintrain.data.train_loader import TrainLoader
 from plaintrain.modeling import build_model
 from plaintrain.solver import build_lr_scheduler, build_optimizer
 from plaintrain.utils.checkpoint_files import read_checkpoint
-from plaintrain.utils.measure import in_turns, make_rows, parse_args, positive, report, target, timed
 
 ALONE, PLAIN = "steps alone", "torch.save, fsync"
 OURS, ASYNC = "plaintrain", "plaintrain, ASYNC_CHECKPOINT"

@@ -19,6 +19,7 @@ import time
 import numpy as np
 import torch
 from PIL import Image
+from shared.measure import in_turns, make_rows, parse_args, positive, read_sizes, report, target
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
@@ -26,7 +27,6 @@ from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_train_loader
 from plaintrain.data.samplers import TrainingSampler, aspect_ratio_groups
 from plaintrain.structures import BoxMode
-from plaintrain.utils.measure import in_turns, make_rows, parse_args, positive, read_sizes, report, target
 
 REFERENCES = "as torchvision's references, 2 processes"
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from shared.measure import in_turns, make_rows, parse_args, positive, report, target, timed
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.evaluation import COCOEvaluator
 from plaintrain.evaluation.coco_backend import BACKENDS
 from plaintrain.structures import BoxMode
-from plaintrain.utils.measure import in_turns, make_rows, parse_args, positive, report, target, timed
 
 _NAME = "benchmark_eval"
 # Times less than pycocotools; without another implementation nothing may be lost, but for noise.

@@ -19,11 +19,11 @@ import tempfile
 import time
 
 import torch
+from shared.measure import in_turns, installed, make_rows, parse_args, positive, report, target
 from tensorboardX import SummaryWriter
 from torch import nn
 
 from plaintrain.config import get_cfg
-from plaintrain.utils.measure import in_turns, installed, make_rows, parse_args, positive, report, target
 
 _PERIOD = 20
 # Packages that are measured where they are installed, and how.

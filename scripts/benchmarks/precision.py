@@ -4,14 +4,7 @@ import argparse
 import itertools
 
 import torch
-
-from plaintrain.config import get_cfg
-from plaintrain.data import build_detection_train_loader, declare_datasets
-from plaintrain.modeling import build_model
-from plaintrain.precision import build_autocast
-from plaintrain.preflight import settle_num_classes
-from plaintrain.solver import build_optimizer
-from plaintrain.utils.measure import (
+from shared.measure import (
     cpu_has_bfloat16,
     in_turns,
     make_rows,
@@ -20,6 +13,13 @@ from plaintrain.utils.measure import (
     report,
     timed,
 )
+
+from plaintrain.config import get_cfg
+from plaintrain.data import build_detection_train_loader, declare_datasets
+from plaintrain.modeling import build_model
+from plaintrain.precision import build_autocast
+from plaintrain.preflight import settle_num_classes
+from plaintrain.solver import build_optimizer
 
 
 def make_steps(config_file, batches):

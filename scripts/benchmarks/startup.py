@@ -16,8 +16,7 @@ import tempfile
 
 import numpy as np
 from PIL import Image
-
-from plaintrain.utils.measure import (
+from shared.measure import (
     in_turns,
     installed,
     make_rows,

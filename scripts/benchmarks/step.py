@@ -23,14 +23,7 @@ import os
 import numpy as np
 import torch
 from baselines import references
-
-from plaintrain.accumulation import sum_losses
-from plaintrain.config import get_cfg
-from plaintrain.data.samplers import TrainingSampler
-from plaintrain.modeling import build_model
-from plaintrain.precision import build_amp
-from plaintrain.solver import build_optimizer
-from plaintrain.utils.measure import (
+from shared.measure import (
     cpu_has_bfloat16,
     in_turns,
     installed,
@@ -42,7 +35,14 @@ from plaintrain.utils.measure import (
     target,
     timed,
 )
-from plaintrain.utils.syncs import count_syncs
+from shared.syncs import count_syncs
+
+from plaintrain.accumulation import sum_losses
+from plaintrain.config import get_cfg
+from plaintrain.data.samplers import TrainingSampler
+from plaintrain.modeling import build_model
+from plaintrain.precision import build_amp
+from plaintrain.solver import build_optimizer
 
 _CLASSES, _DIVISOR = 80, 32
 REFERENCES = "torchvision's loop, fp32"
