@@ -19,7 +19,7 @@ from model_helpers import (
     two_samples,
     two_squares,
 )
-from sync_helpers import count_syncs, training_step
+from shared.syncs import count_syncs, training_step
 from test_fcos import LOSSES as FCOS_LOSSES
 from test_retinanet import LOSSES
 from test_ssd import torchvision_ssd

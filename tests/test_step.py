@@ -17,7 +17,7 @@ from model_helpers import (
     torchvision_inputs,
     two_samples,
 )
-from shared.syncs import count_syncs
+from shared.syncs import count_syncs, training_step
 from test_rcnn import LOSSES, torchvision_rcnn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -34,16 +34,6 @@ from plaintrain.modeling.matching import (
     sample,
 )
 from plaintrain.modeling.roi_heads import RoIAlign
-
-
-def training_step(model, *inputs):
-    """A function of forward and backward."""
-
-    def step():
-        sum(model(*inputs).values()).backward()
-
-    return step
-
 
 # ---- sync points -------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ from shared.measure import (
     target,
     timed,
 )
-from shared.syncs import count_syncs
+from shared.syncs import count_syncs, training_step
 
 from plaintrain.accumulation import sum_losses
 from plaintrain.config import get_cfg
@@ -222,10 +222,7 @@ def count(args):
         samples = [make_sample(64, 96, seed) for seed in range(batch)]
         calls = {"torchvision": (theirs, references.make_inputs(samples)), "plaintrain": (own, (samples,))}
         for name, (model, inputs) in calls.items():
-
-            def step(model=model, inputs=inputs):
-                sum(model(*inputs).values()).backward()
-
+            step = training_step(model, *inputs)
             # The first finds out the strides, once.
             step()
             counts = count_syncs(step)

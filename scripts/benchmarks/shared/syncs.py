@@ -86,3 +86,12 @@ def count_syncs(step):
         "nms": counts["nms"],
         "by kind": counts,
     }
+
+
+def training_step(model, *inputs):
+    """A function of forward and backward."""
+
+    def step():
+        sum(model(*inputs).values()).backward()
+
+    return step
