@@ -18,6 +18,7 @@ all         all of them, one after the other; together some 40 minutes of one co
 
 Each runs in a process of its own, scripts/benchmarks/WHAT.py, and prints medians, lowest and highest values
 and ratios; --output writes them as JSON with machine, versions, command and load; --quick is for trying out.
+scaling.py and loader_memory.py there measure without a baseline, and are run by themselves.
 """
 
 import argparse

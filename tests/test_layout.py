@@ -133,7 +133,7 @@ def test_files_and_functions_are_short():
     assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
     assert sum(lengths.values()) / len(lengths) <= 16
     assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in PACKAGE) <= 15_500
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in [*SCRIPTS, *SHARED]) <= 3_400
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in [*SCRIPTS, *SHARED]) <= 3_800
 
 
 def test_every_public_function_of_the_package_says_what_it_does():
