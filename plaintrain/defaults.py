@@ -443,7 +443,8 @@ _C.TEST.EXPECTED_RESULTS = []
 _C.TEST.DETECTIONS_PER_IMAGE = 100
 # Standard deviations of the keypoints in COCO's OKS, one a keypoint; empty means COCO's for 17 of them.
 _C.TEST.KEYPOINT_OKS_SIGMAS = []
-# Images per rank and step in evaluation.
+# Images per rank and step in evaluation, at most. Those of a batch have one shape once they are resized and
+# padded, so that what is found in an image does not depend on the others.
 _C.TEST.IMS_PER_BATCH = 1
 # Test-time augmentation, in every evaluation: each image at several sizes and mirrored, results merged.
 _C.TEST.AUG = CN()

@@ -256,5 +256,5 @@ def evaluate_a_part(args):
     for image_id in sorted(outputs)[comm.get_rank() :: comm.get_world_size()]:
         evaluator.process([{"image_id": image_id}], [outputs[image_id]])
     results = evaluator.evaluate()
-    counts = [part for part in sent[0] if isinstance(part, list) and part and isinstance(part[0], bytes)]
-    save(args, {"results": results, "mask_bytes": sum(map(len, counts[0]))})
+    kinds = sorted({type(value).__name__ for value in sent[0].values()})
+    save(args, {"results": results, "mask_bytes": len(sent[0]["counts"]), "kinds": kinds})

@@ -11,14 +11,12 @@ from model_helpers import (
     make_sample,
     two_samples,
 )
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from plaintrain.modeling.anchors import CachedAnchorGenerator
 from plaintrain.modeling.backbone import build_backbone
 from plaintrain.modeling.common import (
     Preprocess,
     build_anchor_generator,
-    paste_masks,
     prior_bias,
     to_original_size,
 )
@@ -137,57 +135,7 @@ def test_the_sigmoid_of_the_prior_bias_is_the_probability(probability):
     assert torch.tensor(prior_bias(probability, "KEY")).sigmoid().item() == pytest.approx(probability)
 
 
-# ---- masks and the original size ---------------------------------------------------------------
-
-
-def random_masks(number, side):
-    return torch.rand(number, 1, side, side, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.parametrize("side", [28, 7])
-@pytest.mark.parametrize(
-    "box",
-    [
-        [10.0, 5, 40, 30],
-        [10.3, 5.7, 40.2, 30.9],
-        # Over each edge, over all of them, tiny, and as small as a detection may be.
-        [-20.5, 5, 10, 30],
-        [10, -20.5, 30, 9],
-        [50, 5, 90.2, 30],
-        [10, 30, 20, 77.7],
-        [-10, -10, 80, 70],
-        [20.4, 20.4, 21.1, 21.3],
-        [20, 20, 20.01, 20.01],
-        [63.9, 47.9, 64, 48],
-        [0, 0, 64, 48],
-    ],
-)
-def test_pasted_masks_are_torchvisions(box, side):
-    masks, boxes = random_masks(2, side), torch.tensor([box, [30.0, 20, 50, 40]])
-    expected = paste_masks_in_image(masks, boxes, (48, 64))[:, 0] > 0.5
-    found = paste_masks(masks, boxes, 48, 64)
-    assert found.dtype == torch.bool and found.equal(expected)
-    assert found[1].any()
-
-
-@pytest.mark.parametrize(
-    "box",
-    [
-        [70.0, 5, 90, 30],
-        [-40, 5, -10, 30],
-        [10, 60, 30, 90],
-        [10, -50, 30, -8],
-        [70, 60, 90, 80],
-        [200, 5, 201, 9],
-    ],
-)
-def test_a_mask_wholly_outside_of_the_image_is_empty(box):
-    found = paste_masks(torch.ones(1, 1, 28, 28), torch.tensor([box]), 48, 64)
-    assert found.shape == (1, 48, 64) and not found.any()
-
-
-def test_no_masks_are_none():
-    assert paste_masks(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), 48, 64).shape == (0, 48, 64)
+# ---- the original size ---------------------------------------------------------------------------
 
 
 def test_detections_are_brought_to_the_original_size():
@@ -207,3 +155,5 @@ def test_detections_are_brought_to_the_original_size():
     assert result["masks"].shape == (1, 96, 128)
     edges = torch.stack([x.min(), y.min(), x.max(), y.max()])
     assert (edges - torch.tensor([2, 6, 40, 90])).abs().max() <= 1
+    (unpasted,) = to_original_size([detection], [make_sample(32, 64, original=(96, 128))], 1, paste=False)
+    assert unpasted["masks"].shape == (1, 96, 128) and unpasted["masks"].paste().equal(result["masks"])

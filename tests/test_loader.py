@@ -1,6 +1,7 @@
 """plaintrain.data.loader and records: what reaches the training, and in which order."""
 
 import itertools
+import json
 import multiprocessing
 import random
 import re
@@ -20,6 +21,7 @@ from plaintrain.data import (
 )
 from plaintrain.data.loader import TrainLoader, count_iters_per_epoch
 from plaintrain.data.samplers import TrainingSampler
+from plaintrain.data.transforms import shortest_edge_size
 from plaintrain.structures import BoxMode
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -581,18 +583,18 @@ def test_image_folders_are_not_listed_again_for_each_evaluation(make_dataset, cf
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("size", "lengths"), [(1, [1] * 7), (3, [3, 3, 1])])
-def test_the_test_loader_gives_each_image_once_in_order(make_dataset, cfg, size, lengths, workers):
-    records = make_dataset()
+@pytest.mark.parametrize(
+    ("size", "batches"), [(1, [[i] for i in range(7)]), (3, [[0, 3, 6], [1, 2, 4], [5]])]
+)
+def test_the_test_loader_gives_each_image_once_each_time(make_dataset, cfg, size, batches, workers):
+    make_dataset()
     cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = size, workers
     loader = build_detection_test_loader(cfg, "cells")
-    assert len(loader) == len(lengths)
+    assert len(loader) == len(batches)
     for _ in range(2):
-        batches = list(loader)
-        assert [len(batch) for batch in batches] == lengths
-        samples = list(itertools.chain(*batches))
-        assert [sample["file_name"] for sample in samples] == [record["file_name"] for record in records]
-        assert not any("target" in sample for sample in samples)
+        found = list(loader)
+        assert [[sample["image_id"] for sample in batch] for batch in found] == batches
+        assert not any("target" in sample for sample in itertools.chain(*found))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 9])
@@ -603,7 +605,7 @@ def test_ranks_cover_the_test_images_once(make_dataset, cfg, as_rank, world_size
     for rank in range(world_size):
         as_rank(rank, world_size)
         ids += [sample["image_id"] for batch in build_detection_test_loader(cfg, "cells") for sample in batch]
-    assert ids == list(range(7))
+    assert sorted(ids) == list(range(7))
 
 
 def test_the_test_loader_takes_a_dataset_a_sampler_and_a_mapper(make_dataset, cfg):
@@ -613,6 +615,77 @@ def test_the_test_loader_takes_a_dataset_a_sampler_and_a_mapper(make_dataset, cf
         cfg, "cells", dataset=records[2:], sampler=[4, 0, 1], mapper=lambda record: record["image_id"]
     )
     assert list(loader) == [[6, 2], [3]]
+
+
+def coco_like(number, seed=0):
+    """Records without images, of COCO's sizes (tests/golden/coco_sizes.json)."""
+    path = Path(__file__).parent / "golden" / "coco_sizes.json"
+    widths, heights, shares = np.array(json.loads(path.read_text())["sizes"]).T
+    drawn = np.random.default_rng(seed).choice(len(shares), number, p=shares / shares.sum())
+    sizes = zip(heights[drawn].astype(int).tolist(), widths[drawn].astype(int).tolist(), strict=True)
+    names = {"file_name": "", "annotations": []}
+    return [{**names, "image_id": i, "height": h, "width": w} for i, (h, w) in enumerate(sizes)]
+
+
+def padded(sizes):
+    """The sides of a batch of images of some sizes, and the share of it that is padding."""
+    sides = [-(-max(side) // 32) * 32 for side in zip(*sizes, strict=True)]
+    return tuple(sides), 1 - sum(h * w for h, w in sizes) / (len(sizes) * sides[0] * sides[1])
+
+
+def test_a_test_batch_pads_no_image_more_than_it_is_padded_alone(cfg):
+    def sizes(batch):
+        return [shortest_edge_size(record["height"], record["width"], 800, 1333) for record in batch]
+
+    def padding(batches):
+        return np.average([padded(sizes(batch))[1] for batch in batches], weights=list(map(len, batches)))
+
+    cfg.TEST.IMS_PER_BATCH, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 8, 800, 1333
+    records = coco_like(1000)
+    batches = list(build_detection_test_loader(cfg, "coco_like", dataset=records, mapper=lambda r: r))
+    assert sorted(r["image_id"] for r in itertools.chain(*batches)) == list(range(1000))
+    for batch in map(sizes, batches):
+        assert all(padded([size])[0] == padded(batch)[0] for size in batch)
+    assert padding(batches) < 0.02
+    assert padding([records[i : i + 8] for i in range(0, 1000, 8)]) > 0.3
+    # Rare shapes do not fill a batch.
+    assert len(batches) < 1000 / 6
+    areas = [np.prod(padded(sizes(batch))[0]) for batch in batches]
+    assert areas == sorted(areas, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "batches"),
+    [
+        (["INPUT.MIN_SIZE_TEST", 64], [[0, 2, 4], [1, 3]]),
+        # As they are: padded to 64 x 96, 64 x 96, 64 x 128, 128 x 128, 32 x 64.
+        (["INPUT.MIN_SIZE_TEST", 0], [[3], [2], [0, 1], [4]]),
+        (["INPUT.FIXED_SIZE", (32, 32)], [[0, 1, 2], [3, 4]]),
+        (["TEST.IMS_PER_BATCH", 1], [[0], [1], [2], [3], [4]]),
+        # At two sizes: what is alike at one may not be at the other.
+        (["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64, 0)], [[3], [2], [0], [1], [4]]),
+    ],
+)
+def test_test_batches_are_of_one_shape_as_the_config_resizes(cfg, keys, batches):
+    cfg.TEST.IMS_PER_BATCH, cfg.INPUT.MAX_SIZE_TEST, cfg.DATALOADER.NUM_WORKERS = 3, 1000, 0
+    cfg.merge_from_list(keys)
+    sizes = [(40, 80), (64, 96), (60, 120), (100, 128), (30, 60)]
+    records = [{"image_id": i, "height": h, "width": w} for i, (h, w) in enumerate(sizes)]
+    records = [{**record, "file_name": "", "annotations": []} for record in records]
+    loader = build_detection_test_loader(cfg, "five", dataset=records)
+    assert [[key[0] for key in batch] for batch in loader._loader.batch_sampler] == batches
+
+
+def test_records_that_do_not_tell_their_size_are_in_file_order(cfg):
+    cfg.TEST.IMS_PER_BATCH = 2
+    records = [{"image_id": i, "height": h, "width": 9} for i, h in enumerate([9, 99, "?", 9])]
+    loader = build_detection_test_loader(cfg, "odd", dataset=records, mapper=lambda r: r["image_id"])
+    assert list(loader) == [[0, 1], [2, 3]]
+    # A size that cannot be is left to who reads the image.
+    for size in (0, -5):
+        records = [{"image_id": i, "file_name": "", "height": size, "width": 9} for i in range(2)]
+        loader = build_detection_test_loader(cfg, "odd", dataset=records, mapper=lambda r: r["image_id"])
+        assert list(loader) == [[0, 1]]
 
 
 def test_evaluation_keeps_images_without_annotations(make_dataset, cfg):

@@ -1,20 +1,27 @@
 """The data loaders that a config describes."""
 
 import copy
+import functools
+
+import numpy as np
 
 from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.catalog import DatasetCatalog
 from plaintrain.data.images import ImageCache
 from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
-from plaintrain.data.samplers import InferenceSampler
+from plaintrain.data.samplers import InferenceSampler, batches_of_one_shape
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.data.thread_loader import Threads
 from plaintrain.data.train_loader import Loader, MappedRecords, TrainLoader
 from plaintrain.data.train_sampler import build_train_sampler
+from plaintrain.data.transforms import shortest_edge_size
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
+
+# Detectors pad the sides of a batch to multiples of this.
+_PADDED_TO = 32
 
 
 def check_batch_size(cfg):
@@ -124,12 +131,15 @@ def _serialized(records):
 def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None, sampler=None):
     """This rank's share of a dataset, each image once over all ranks, in batches.
 
+    Unless a sampler gives the order, all images of a batch have one shape once they are resized and
+    padded: none is padded more than on its own, and what is found in it does not depend on the others.
+
     Args:
         cfg: the config: TEST.IMS_PER_BATCH, TEST.AUG, DATALOADER.NUM_WORKERS, WORKER_TYPE, INPUT.*.
         dataset_name: name of a registered dataset.
         mapper: default `DatasetMapper(cfg, is_train=False)`, or with TEST.AUG.ENABLED `TTAMapper`.
         dataset: sequence of records, default those of `dataset_name`.
-        sampler: indices of this rank, default `InferenceSampler`.
+        sampler: indices of this rank, default those of `InferenceSampler`.
 
     Returns:
         An iterable of `list[sample]`, with a length.
@@ -137,17 +147,39 @@ def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None,
     records = DatasetCatalog.get(dataset_name) if dataset is None else _serialized(dataset)
     if dataset is None:
         check_image_files(records, dataset_name)
-    if sampler is None:
-        sampler = InferenceSampler(len(records), comm.get_rank(), comm.get_world_size())
-    if mapper is None:
-        tta = cfg.TEST.AUG.ENABLED
-        mapper = build_tta_mapper(cfg, dataset_name) if tta else DatasetMapper(cfg, is_train=False)
-    keys = [(index, index) for index in sampler]
-    size = cfg.TEST.IMS_PER_BATCH
+    size, tta = cfg.TEST.IMS_PER_BATCH, mapper is None and cfg.TEST.AUG.ENABLED
     if size < 1:
         raise UserError(f"TEST.IMS_PER_BATCH is {size}, but must be at least 1")
-    batches = [keys[i : i + size] for i in range(0, len(keys), size)]
-    return Loader(MappedRecords(records, mapper, seed=0), batches, _workers(cfg, mapper))
+    if mapper is None:
+        mapper = build_tta_mapper(cfg, dataset_name) if tta else DatasetMapper(cfg, is_train=False)
+    given = sampler is not None
+    images = list(
+        sampler if given else InferenceSampler(len(records), comm.get_rank(), comm.get_world_size())
+    )
+    shapes = _test_shapes(cfg, records, images, tta) if size > 1 and not given else [()] * len(images)
+    batches = batches_of_one_shape(images, shapes, size)
+    keys = [[(index, index) for index in batch] for batch in batches]
+    return Loader(MappedRecords(records, mapper, seed=0), keys, _workers(cfg, mapper))
+
+
+def _test_shapes(cfg, records, images, tta):
+    """The shapes of some images as a model pads them, of each a tuple of (height, width)."""
+    if tuple(cfg.INPUT.FIXED_SIZE) != (0, 0) or records.columns is None:
+        # All are the same, or nobody knows.
+        return [()] * len(images)
+    aug = cfg.TEST.AUG
+    sides = aug.MIN_SIZES if tta else (cfg.INPUT.MIN_SIZE_TEST,)
+    longest = aug.MAX_SIZE if tta else cfg.INPUT.MAX_SIZE_TEST
+
+    @functools.cache
+    def padded(*size):
+        resized = [shortest_edge_size(*size, side, longest) if side else size for side in sides]
+        return tuple(tuple(-(-side // _PADDED_TO) * _PADDED_TO for side in shape) for shape in resized)
+
+    # What is no size of an image is told of when it is read.
+    chosen = np.array(images, dtype=np.int64)
+    columns = (records.columns[key][chosen].clip(1).tolist() for key in ("height", "width"))
+    return list(map(padded, *columns))
 
 
 def build_detection_val_loader(cfg, dataset_name):

@@ -197,6 +197,24 @@ class InferenceSampler:
         return len(self._range)
 
 
+def batches_of_one_shape(images, shapes, size):
+    """Cut images into batches in which all have the same shape, those with the most pixels first.
+
+    Args:
+        images: their numbers, in the order that those of one shape keep.
+        shapes: of each its (height, width), in a tuple, of several where it is seen at several sizes.
+        size: images in a batch, at most.
+
+    Returns:
+        A list of lists of numbers, in all each of `images` once.
+    """
+    groups = {}
+    for image, shape in zip(images, shapes, strict=True):
+        groups.setdefault(shape, []).append(image)
+    ordered = sorted(groups, key=lambda shape: -sum(height * width for height, width in shape))
+    return [groups[shape][i : i + size] for shape in ordered for i in range(0, len(groups[shape]), size)]
+
+
 def aspect_ratio_groups(heights, widths):
     """0 for images that are higher than wide, 1 for the others, `[N]`."""
     return (np.asarray(widths) >= np.asarray(heights)).astype(np.int64)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import DatasetCatalog, class_names
 from plaintrain.data.records import check_annotation
 from plaintrain.evaluation.loop import DatasetEvaluator
+from plaintrain.masks import BoxMasks, encode_masks
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
@@ -34,20 +34,6 @@ class Detections:
     keypoints: np.ndarray | None = None
 
 
-def encode_masks(masks):
-    """The counts of the compressed RLE of each mask.
-
-    Args:
-        masks: bool or uint8 tensor `[N, H, W]`, on any device.
-
-    Returns:
-        list of N bytes.
-    """
-    # pycocotools wants [H, W, N] in Fortran's order, which is [N, W, H] in C's.
-    columns = masks.to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
-    return [rle["counts"] for rle in coco_mask.encode(columns.transpose(2, 1, 0))]
-
-
 def ground_truth(dataset_name):
     """What a dataset is scored by: (records, class names, {image_id: index of its record}).
 
@@ -67,6 +53,8 @@ def ground_truth(dataset_name):
 
 class InstanceEvaluator(DatasetEvaluator, abc.ABC):
     """Collects detections, gathers them on rank 0, and hands them to `score`."""
+
+    in_background = True
 
     def __init__(self, dataset_name, distributed=True, parts=()):
         """
@@ -95,21 +83,28 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
                 image's size.
         """
         for sample, output in zip(inputs, outputs, strict=True):
-            index = self._index.get(sample["image_id"])
-            if index is None:
-                raise UserError(f"the dataset {self.dataset_name} has no image {sample['image_id']!r}")
-            self._seen.append(index)
-            columns = [output["boxes"], output["scores"][:, None], output["labels"][:, None]]
-            # Not every device has numbers of double precision.
-            rows = torch.cat([column.cpu().double() for column in columns], dim=1).numpy()
-            self._check_labels(rows[:, 5])
-            self._rows.append(np.concatenate([np.full((len(rows), 1), index), rows], axis=1))
-            held = {part for part in self._parts if part in output}
-            self._held |= held
-            if "masks" in held and len(rows):
-                self._masks += self._encode(output["masks"], self.records[index])
-            if "keypoints" in held and len(rows):
-                self._keypoints.append(output["keypoints"].cpu().double().numpy())
+            try:
+                self._process(sample["image_id"], output)
+            except Exception as e:
+                e.add_note(f"while taking in what was found in image {sample['image_id']!r}")
+                raise
+
+    def _process(self, image_id, output):
+        index = self._index.get(image_id)
+        if index is None:
+            raise UserError(f"the dataset {self.dataset_name} has no image {image_id!r}")
+        self._seen.append(index)
+        columns = [output["boxes"], output["scores"][:, None], output["labels"][:, None]]
+        # Not every device has numbers of double precision.
+        rows = torch.cat([column.cpu().double() for column in columns], dim=1).numpy()
+        self._check_labels(rows[:, 5])
+        self._rows.append(np.concatenate([np.full((len(rows), 1), index), rows], axis=1))
+        held = {part for part in self._parts if part in output}
+        self._held |= held
+        if "masks" in held and len(rows):
+            self._masks += self._encode(output["masks"], self.records[index])
+        if "keypoints" in held and len(rows):
+            self._keypoints.append(output["keypoints"].cpu().double().numpy())
 
     def _check_labels(self, labels):
         wrong = labels[(labels < 0) | (labels >= len(self.classes))]
@@ -126,7 +121,7 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
                 f"masks of image {record['image_id']} in {self.dataset_name} are "
                 f"{tuple(masks.shape[1:])}, but the image is {size}"
             )
-        return encode_masks(masks)
+        return masks.encode() if isinstance(masks, BoxMasks) else encode_masks(masks)
 
     def evaluate(self):
         """Gather what all ranks processed, and score it on rank 0; None on the others.
@@ -134,16 +129,23 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         Raises:
             UserError: some of the detections came with masks or keypoints, and some without.
         """
-        keypoints = np.concatenate(self._keypoints) if self._keypoints else None
-        part = np.concatenate([np.zeros((0, 7)), *self._rows]), self._seen, self._held, self._masks, keypoints
+        # Arrays and bytes: as many small objects would take far longer to send.
+        part = {
+            "rows": np.concatenate([np.zeros((0, 7)), *self._rows]),
+            "seen": np.array(self._seen, dtype=np.int64),
+            "held": self._held,
+            "counts": b"".join(self._masks),
+            "lengths": np.array([len(counts) for counts in self._masks], dtype=np.int64),
+            "keypoints": np.concatenate(self._keypoints) if self._keypoints else None,
+        }
         parts = comm.gather(part) if self._distributed else [part]
         if self._distributed and not comm.is_main_process():
             return None
-        self._warn_of_wrong_images([index for part in parts for index in part[1]])
+        self._warn_of_wrong_images(np.concatenate([part["seen"] for part in parts]))
         return self.score(_joined(parts))
 
     def _warn_of_wrong_images(self, seen):
-        number = len(set(seen))
+        number = len(np.unique(seen))
         if number < len(self.records):
             logger.warning(
                 f"only {number} of the {len(self.records)} images of {self.dataset_name} are scored; the "
@@ -161,19 +163,24 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
 
 
 def _joined(parts):
-    rows, seen, held, masks, keypoints = zip(*parts, strict=True)
-    rows, held = np.concatenate(rows), set().union(*held)
-    masks = [mask for part in masks for mask in part]
-    keypoints = [part for part in keypoints if part is not None]
+    rows, seen, lengths = (np.concatenate([part[k] for part in parts]) for k in ("rows", "seen", "lengths"))
+    held, counts = set().union(*(part["held"] for part in parts)), b"".join(part["counts"] for part in parts)
+    keypoints = [part["keypoints"] for part in parts if part["keypoints"] is not None]
     keypoints = np.concatenate(keypoints) if keypoints else np.zeros((0, 0, 3))
-    for name, values in (("masks", masks), ("keypoints", keypoints)):
+    for name, values in (("masks", lengths), ("keypoints", keypoints)):
         if name in held and len(values) != len(rows):
             raise UserError(f"only {len(values)} of {len(rows)} detections have {name}, not all")
-    # By image, so that results do not depend on how images were split over ranks.
+    # By image: results depend neither on how images were split over ranks, nor on the order they came in.
     order = np.argsort(rows[:, 0], kind="stable")
+    masks = None
+    if "masks" in held:
+        ends = np.cumsum(lengths)
+        masks = [
+            counts[i:j] for i, j in zip((ends - lengths)[order].tolist(), ends[order].tolist(), strict=True)
+        ]
     return Detections(
         rows=rows[order],
-        seen=np.unique(np.concatenate([np.array(part, dtype=np.int64) for part in seen])),
-        masks=[masks[i] for i in order] if "masks" in held else None,
+        seen=np.unique(seen),
+        masks=masks,
         keypoints=keypoints[order] if "keypoints" in held else None,
     )

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from plaintrain.evaluation.background import in_background
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
 from plaintrain.utils.logger import progress
@@ -18,7 +19,14 @@ _LOG_SECONDS = 30
 
 
 class DatasetEvaluator:
-    """Base of the evaluators: `reset`, then `process` each batch, then `evaluate`."""
+    """Base of the evaluators: `reset`, then `process` each batch, then `evaluate`.
+
+    Attributes:
+        in_background: `process` may be called in another thread while the model goes on, with outputs on
+            the host and masks that are `BoxMasks`. A class that has its own `process` says so itself.
+    """
+
+    in_background = False
 
     def reset(self):
         """Forget what was processed."""
@@ -58,6 +66,14 @@ class DatasetEvaluators(DatasetEvaluator):
         return results or None
 
 
+def _runs_in_background(evaluator):
+    if isinstance(evaluator, DatasetEvaluators):
+        return all(map(_runs_in_background, evaluator._evaluators))
+    # One that overrides `process` may count on tensors of the model's device, and on masks of pixels.
+    owner = next((kind for kind in type(evaluator).__mro__ if "process" in vars(kind)), object)
+    return vars(owner).get("in_background", False)
+
+
 @contextlib.contextmanager
 def inference_context(model):
     """The model in evaluation mode; each of its modules goes back to the mode it had."""
@@ -72,6 +88,8 @@ def inference_context(model):
 
 def inference_on_dataset(model, data_loader, evaluator):
     """Run a model on every batch and evaluate.
+
+    Batches come to the evaluator in the loader's order, which with TEST.IMS_PER_BATCH above 1 is by size.
 
     Args:
         model: takes a `list[sample]`; put in evaluation mode for the time, also if it raises.
@@ -88,13 +106,15 @@ def inference_on_dataset(model, data_loader, evaluator):
         evaluator = DatasetEvaluators(evaluator)
     evaluator = DatasetEvaluator() if evaluator is None else evaluator
     evaluator.reset()
-    total = len(data_loader)
+    total, background = len(data_loader), contextlib.nullcontext(evaluator.process)
+    if _runs_in_background(evaluator):
+        background = in_background(evaluator.process, model)
     start = logged = time.perf_counter()
-    with inference_context(model), torch.no_grad():
+    with inference_context(model), torch.no_grad(), background as process:
         for i, inputs in enumerate(progress(data_loader, desc="evaluation", total=total)):
             if is_requested():
                 break
-            evaluator.process(inputs, model(inputs))
+            process(inputs, model(inputs))
             if time.perf_counter() - logged > _LOG_SECONDS:
                 logged = time.perf_counter()
                 left = (logged - start) / (i + 1) * (total - i - 1)

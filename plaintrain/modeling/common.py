@@ -4,16 +4,13 @@ import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
+from plaintrain.masks import BoxMasks
 from plaintrain.modeling.anchors import CachedAnchorGenerator
 from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 from plaintrain.utils.errors import UserError
-
-_MASK_THRESHOLD = 0.5
 
 
 class Preprocess(nn.Module):
@@ -136,9 +133,11 @@ class OnSamples:
 
     Attributes:
         label_offset: 1 where torchvision's label 0 is the background.
+        pastes_masks: False leaves masks as `BoxMasks`, for whoever pastes or encodes them elsewhere.
     """
 
     label_offset = 0
+    pastes_masks = True
 
     def forward(self, samples):
         """
@@ -152,37 +151,11 @@ class OnSamples:
             masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
         """
         images = [sample["image"] for sample in samples]
-        return to_original_size(super().forward(images), samples, self.label_offset)
+        detections = super().forward(images)
+        return to_original_size(detections, samples, self.label_offset, self.pastes_masks)
 
 
-def paste_masks(masks, boxes, height, width):
-    """Masks of boxes as masks of the image.
-
-    Places them as torchvision's `paste_masks_in_image`, thresholded at 0.5 box by box, so that no
-    image of probabilities is made for each.
-
-    Args:
-        masks: probabilities `[N, 1, M, M]` of each box's inside.
-        boxes: `[N, 4]`, XYXY, pixels.
-        height, width: size of the image.
-
-    Returns:
-        bool `[N, height, width]`.
-    """
-    masks, scale = expand_masks(masks, padding=1)
-    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    corners = expand_boxes(boxes, scale).long().tolist()  # sync point
-    for target, mask, (x0, y0, x1, y1) in zip(pasted, masks, corners, strict=True):
-        size = (max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1))
-        inside = F.interpolate(mask[None], size=size, mode="bilinear", align_corners=False)[0, 0]
-        top, left = max(y0, 0), max(x0, 0)
-        bottom, right = max(height - y0, 0), max(width - x0, 0)
-        window = inside[top - y0 : bottom, left - x0 : right] > _MASK_THRESHOLD
-        target[top : top + window.shape[0], left : left + window.shape[1]] = window
-    return pasted
-
-
-def to_original_size(detections, samples, label_offset=0):
+def to_original_size(detections, samples, label_offset=0, paste=True):
     """Bring detections from each sample's image to its original `height` and `width`.
 
     Args:
@@ -191,6 +164,7 @@ def to_original_size(detections, samples, label_offset=0):
             torchvision's heads return them.
         samples: the samples they were made from.
         label_offset: what to take off the labels, so that they count from 0.
+        paste: make masks of the image's pixels; otherwise they are `BoxMasks`.
 
     Returns:
         The list, in the original images' pixels: labels 0 to K-1, masks bool `[N, height, width]`,
@@ -204,7 +178,8 @@ def to_original_size(detections, samples, label_offset=0):
         labels = detection["labels"] - label_offset
         result = {"boxes": boxes, "scores": detection["scores"], "labels": labels}
         if "masks" in detection:
-            result["masks"] = paste_masks(detection["masks"], boxes, sample["height"], sample["width"])
+            masks = BoxMasks(detection["masks"], boxes, sample["height"], sample["width"])
+            result["masks"] = masks.paste() if paste else masks
         if "keypoints" in detection:
             points = detection["keypoints"][..., :2] * boxes.new_tensor([x, y])
             result["keypoints"] = torch.cat([points, detection["keypoints_scores"][..., None]], dim=-1)

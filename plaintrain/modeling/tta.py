@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 from plaintrain.config import get_value
-from plaintrain.modeling.common import paste_masks
+from plaintrain.masks import BoxMasks
 from plaintrain.modeling.rcnn import GeneralizedRCNN
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -34,7 +34,12 @@ class DetectorWithTTA(nn.Module):
     exceptions, where the detector's own NMS is another: `RetinaNet` with `DefaultAnchorGenerator`
     cuts boxes at the image's edge after NMS, and `ProposalNetwork` compares the proposals of one
     level only. Of their boxes, those that a better one of the class still overlaps are left out.
+
+    Attributes:
+        pastes_masks: False leaves the masks of a `GeneralizedRCNN` as `BoxMasks`.
     """
+
+    pastes_masks = True
 
     def __init__(self, model, nms_thresh, detections_per_image):
         """
@@ -87,7 +92,8 @@ class DetectorWithTTA(nn.Module):
         probabilities = [self._predict_masks(results, view) for view in views]
         for result, sample, masks in zip(results, views[0], zip(*probabilities, strict=True), strict=True):
             mean = torch.stack(masks).mean(dim=0)
-            result["masks"] = paste_masks(mean, result["boxes"], sample["height"], sample["width"])
+            boxed = BoxMasks(mean, result["boxes"], sample["height"], sample["width"])
+            result["masks"] = boxed.paste() if self.pastes_masks else boxed
 
     def _predict_masks(self, results, view):
         """For each image `[N, 1, M, M]`, of its results' boxes as they lie in the original."""
