@@ -173,15 +173,21 @@ def to_original_size(detections, samples, label_offset=0, paste=True):
     results = []
     for detection, sample in zip(detections, samples, strict=True):
         height, width = sample["image"].shape[-2:]
-        x, y = sample["width"] / width, sample["height"] / height
-        boxes = detection["boxes"] * detection["boxes"].new_tensor([x, y, x, y])
+        # By numbers of the host: a tensor of them is a sync point of a GPU.
+        scale = sample["width"] / width, sample["height"] / height
+        boxes = _scaled(detection["boxes"].view(-1, 2, 2), *scale).flatten(1)
         labels = detection["labels"] - label_offset
         result = {"boxes": boxes, "scores": detection["scores"], "labels": labels}
         if "masks" in detection:
             masks = BoxMasks(detection["masks"], boxes, sample["height"], sample["width"])
             result["masks"] = masks.paste() if paste else masks
         if "keypoints" in detection:
-            points = detection["keypoints"][..., :2] * boxes.new_tensor([x, y])
+            points = _scaled(detection["keypoints"][..., :2], *scale)
             result["keypoints"] = torch.cat([points, detection["keypoints_scores"][..., None]], dim=-1)
         results.append(result)
     return results
+
+
+def _scaled(points, x, y):
+    """Points `[..., 2]` with both coordinates multiplied."""
+    return torch.stack([points[..., 0] * x, points[..., 1] * y], dim=-1)

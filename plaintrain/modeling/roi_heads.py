@@ -8,6 +8,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import _convert_to_roi_format
 
 from plaintrain.modeling.matching import match, pad_targets, regression_loss, sample, take
+from plaintrain.modeling.postprocess import detect_in_rois
 
 # The label of padding, which cross entropy leaves out.
 _IGNORED = -100
@@ -51,7 +52,7 @@ class BatchedRoIHeads(RoIHeads):
     def forward(self, features, proposals, image_shapes, targets=None):
         """torchvision's, but in training the proposals are those of `BatchedRPN`."""
         if not self.training:
-            return super().forward(features, proposals, image_shapes, targets)
+            return detect_in_rois(self, features, proposals, image_shapes), {}
         self.check_targets(targets)
         boxes, index, labels, wanted = self._sample(*proposals, targets)
         pooled = self.box_roi_pool(features, list(boxes), image_shapes)

@@ -15,6 +15,7 @@ from plaintrain.modeling.matching import (
     sample,
     take,
 )
+from plaintrain.modeling.postprocess import best_proposals
 
 
 class BatchedRPN(RegionProposalNetwork):
@@ -40,6 +41,10 @@ class BatchedRPN(RegionProposalNetwork):
         losses = self._losses(objectness, deltas, anchors, targets)
         with torch.no_grad():
             return self._propose(objectness, deltas, anchors, counts, images.image_sizes), losses
+
+    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
+        """torchvision's, for all images at once; only for evaluation."""
+        return best_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level)
 
     def _propose(self, objectness, deltas, anchors, counts, sizes):
         index = self._get_top_n_idx(objectness, counts)

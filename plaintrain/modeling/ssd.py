@@ -19,6 +19,7 @@ from plaintrain.modeling.dense import DenseOnSamples
 from plaintrain.modeling.float32 import keep_float32
 from plaintrain.modeling.losses import smooth_l1_loss
 from plaintrain.modeling.matching import match, take
+from plaintrain.modeling.postprocess import detect_from_anchors
 from plaintrain.utils.errors import UserError
 
 
@@ -26,6 +27,11 @@ class SSD(DenseOnSamples, _SSD):
     """torchvision's SSD, parameter for parameter, on images of one fixed size, trained in fixed shapes."""
 
     label_offset = 1
+
+    def postprocess_detections(self, head_outputs, image_anchors, image_shapes):
+        """torchvision's, for all classes and images at once."""
+        outputs = (head_outputs[key] for key in ("cls_logits", "bbox_regression"))
+        return detect_from_anchors(self, *outputs, image_anchors, image_shapes)
 
     def _losses(self, outputs, anchors, levels, boxes, labels):
         index, matched, _ = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)

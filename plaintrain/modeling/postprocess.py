@@ -1,0 +1,151 @@
+"""Detections of torchvision's heads in evaluation, with few sync points: they are those of torchvision.
+
+What is not wanted is masked, and what is left picked once for the whole batch: picking by a mask is a sync
+point of a GPU. B is the number of images, K that of classes without the background. Boxes are XYXY, in
+pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torchvision.models.detection.roi_heads import maskrcnn_inference
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from plaintrain.modeling.matching import decode, take
+
+# Boxes with a shorter side are left out of an R-CNN's detections.
+_MIN_SIZE = 1e-2
+
+
+def best_of_each(wanted, boxes, scores, labels, limits):
+    """What NMS within a label leaves of the candidates of each image, the best first.
+
+    Args:
+        wanted: of each image bool `[n]`, which candidates there are; N in all.
+        boxes, scores, labels: `[N, 4]`, `[N]` and `[N]`, of all images.
+        limits: IoU in 0..1 with a better box above which one is left out, and how many to keep.
+
+    Returns:
+        Of each image {boxes, scores, labels}.
+    """
+    counts = torch.stack([part.sum() for part in wanted]).tolist()  # sync point
+    index = torch.cat(wanted).nonzero()[:, 0]  # sync point
+    parts = (values[index].split(counts) for values in (boxes, scores, labels))
+    detections = []
+    for b, s, k in zip(*parts, strict=True):
+        keep = batched_nms(b, s, k, limits[0])[: limits[1]]  # sync point
+        detections.append({"boxes": b[keep], "scores": s[keep], "labels": k[keep]})
+    return detections
+
+
+def clip_each(boxes, image_shapes):
+    """Boxes of each image, a list of `[..., 4]`, cut at its edges."""
+    return [clip_boxes_to_image(b, shape) for b, shape in zip(boxes, image_shapes, strict=True)]
+
+
+def are_large(boxes, size):
+    """Whether both sides of boxes `[..., 4]` have at least a size, bool `[...]`."""
+    return (boxes[..., 2:] - boxes[..., :2] >= size).all(dim=-1)
+
+
+def best_proposals(rpn, boxes, objectness, image_shapes, counts):
+    """As torchvision's `RegionProposalNetwork.filter_proposals`, of which the arguments are."""
+    objectness = objectness.detach().view(len(image_shapes), -1)
+    index = rpn._get_top_n_idx(objectness, counts)
+    boxes = torch.stack(clip_each(take(boxes, index), image_shapes))
+    scores = take(objectness, index).sigmoid()
+    counts = [min(count, rpn.pre_nms_top_n()) for count in counts]
+    levels = [torch.full_like(part, i) for i, part in enumerate(scores.split(counts, dim=1))]
+    wanted = are_large(boxes, rpn.min_size) & (scores >= rpn.score_thresh)
+    limits = rpn.nms_thresh, rpn.post_nms_top_n()
+    parts = boxes.flatten(0, 1), scores.flatten(), torch.cat(levels, dim=1).flatten()
+    found = best_of_each(list(wanted), *parts, limits)
+    return [f["boxes"] for f in found], [f["scores"] for f in found]
+
+
+def detect_in_rois(heads, features, proposals, image_shapes):
+    """The detections of torchvision's `RoIHeads`.
+
+    Args:
+        heads: the `RoIHeads`.
+        features: {name: `[B, C, H, W]`}.
+        proposals: of each image boxes `[n, 4]`.
+        image_shapes: (height, width) of each image.
+    """
+    pooled = heads.box_roi_pool(features, proposals, image_shapes)
+    detections = _detect_boxes(heads, *heads.box_predictor(heads.box_head(pooled)), proposals, image_shapes)
+    boxes, labels = ([found[key] for found in detections] for key in ("boxes", "labels"))
+    if heads.has_mask():
+        logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, image_shapes)))
+        for found, masks in zip(detections, maskrcnn_inference(logits, labels), strict=True):
+            found["masks"] = masks
+    if heads.has_keypoint():
+        pooled = heads.keypoint_roi_pool(features, boxes, image_shapes)
+        maps = heads.keypoint_predictor(heads.keypoint_head(pooled))
+        parts = (part.split(list(map(len, boxes))) for part in heatmaps_to_keypoints(maps, torch.cat(boxes)))
+        for found, keypoints, scores in zip(detections, *parts, strict=True):
+            found |= {"keypoints": keypoints, "keypoints_scores": scores}
+    return detections
+
+
+def _detect_boxes(heads, logits, deltas, proposals, image_shapes):
+    sizes, classes = [len(part) for part in proposals], logits.shape[1] - 1
+    scores = logits.softmax(-1)[:, 1:]
+    deltas = deltas.view(len(deltas), classes + 1, 4)[:, 1:]
+    boxes = decode(deltas, torch.cat(proposals).to(deltas.dtype)[:, None], heads.box_coder)
+    boxes = torch.cat(clip_each(boxes.split(sizes), image_shapes))
+    wanted = (scores > heads.score_thresh) & are_large(boxes, _MIN_SIZE)
+    labels = torch.arange(1, classes + 1, device=scores.device).expand_as(scores)
+    wanted = [part.flatten() for part in wanted.split(sizes)]
+    limits = heads.nms_thresh, heads.detections_per_img
+    return best_of_each(wanted, boxes.flatten(0, 1), scores.flatten(), labels.flatten(), limits)
+
+
+def detect_from_anchors(model, logits, deltas, anchors, image_shapes):
+    """As torchvision's `SSD.postprocess_detections`.
+
+    Args:
+        model: the `SSD`.
+        logits: `[B, A, K + 1]`, of the background first.
+        deltas: `[B, A, 4]`.
+        anchors: of each image `[A, 4]`.
+        image_shapes: (height, width) of each image.
+    """
+    boxes = torch.stack(clip_each(decode(deltas, torch.stack(anchors), model.box_coder), image_shapes))
+    scores = logits.softmax(-1)[..., 1:].transpose(1, 2)
+    number, classes = min(model.topk_candidates, scores.shape[2]), scores.shape[1]
+    scores, index = scores.masked_fill(~(scores > model.score_thresh), -1).topk(number, dim=2)
+    boxes = take(boxes, index.flatten(1)).flatten(0, 1)
+    labels = torch.arange(1, classes + 1, device=scores.device)[:, None].expand_as(scores)
+    limits = model.nms_thresh, model.detections_per_img
+    wanted = list((scores > model.score_thresh).flatten(1))
+    return best_of_each(wanted, boxes, scores.flatten(), labels.flatten(), limits)
+
+
+def heatmaps_to_keypoints(maps, boxes):
+    """As torchvision's: the highest point of each map once it has the size of its box.
+
+    Args:
+        maps: `[N, Kp, M, M]`.
+        boxes: `[N, 4]`.
+
+    Returns:
+        keypoints `[N, Kp, 3]` as x, y, 1, and their scores `[N, Kp]`.
+    """
+    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
+    number, places, scores = maps.shape[1], [], []
+    if not len(maps):
+        return maps.new_zeros(0, number, 3), maps.new_zeros(0, number)
+    for roi, (width, height) in zip(maps, sides.ceil().int().tolist(), strict=True):  # sync point
+        resized = F.interpolate(roi[:, None], size=(height, width), mode="bicubic", align_corners=False)
+        flat = resized.view(number, -1)
+        place = flat.argmax(dim=1, keepdim=True)
+        scores.append(flat.gather(1, place)[:, 0])
+        places.append(place[:, 0])
+    if not places:
+        return maps.new_zeros(0, number, 3, dtype=torch.float32), maps.new_zeros(
+            0, number, dtype=torch.float32
+        )
+    places, widths = torch.stack(places), sides[:, :1].ceil().long()
+    cells = torch.stack([places % widths, places.div(widths, rounding_mode="floor")], dim=-1)
+    points = (cells + 0.5) * (sides / sides.ceil())[:, None] + boxes[:, None, :2]
+    return F.pad(points.float(), (0, 1), value=1.0), torch.stack(scores).float()

@@ -1,0 +1,144 @@
+"""Detections in evaluation, held against torchvision's: modeling.postprocess, and its sync points."""
+
+import pytest
+import torch
+from model_helpers import (
+    KEYPOINT,
+    MASK,
+    PROPOSALS,
+    RESNET18,
+    SMALL_HEAD,
+    SSD,
+    SSDLITE,
+    TINY,
+    build,
+    make_sample,
+    randomize_predictions,
+)
+from sync_helpers import count_syncs
+from torchvision.models.detection import ssd
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.roi_heads import heatmaps_to_keypoints as plain_heatmaps_to_keypoints
+from torchvision.models.detection.rpn import RegionProposalNetwork
+
+from plaintrain.modeling.postprocess import detect_in_rois, heatmaps_to_keypoints
+
+torch.set_num_threads(1)
+
+SIZES = [(64, 96), (50, 120), (96, 96)]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def random_boxes(*shape, side=110.0):
+    """XYXY boxes, some without area, some beyond the image."""
+    corners = torch.rand(*shape, 2, 2) * side - 5
+    low, high = corners.min(dim=-2).values, corners.max(dim=-2).values
+    thin = torch.rand(*shape, 1) < 0.1
+    return torch.cat([low, torch.where(thin, low + 1e-3, high)], dim=-1)
+
+
+def assert_equal(found, expected):
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert set(ours) == set(theirs)
+        for key, value in theirs.items():
+            assert ours[key].dtype == value.dtype and ours[key].equal(value), key
+
+
+# ---- proposals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("threshold", "number"), [(0.0, 1000), (0.4, 1000), (0.4, 20), (1.1, 1000)])
+def test_proposals_are_torchvisions(threshold, number):
+    rpn = build(*TINY, *PROPOSALS).rpn.eval()
+    rpn.score_thresh, rpn._pre_nms_top_n["testing"], rpn._post_nms_top_n["testing"] = threshold, 80, number
+    counts = [150, 60, 12]
+    boxes, logits = random_boxes(3, sum(counts)), torch.randn(3, sum(counts))
+    found = rpn.filter_proposals(boxes, logits.flatten()[:, None], SIZES, counts)
+    expected = RegionProposalNetwork.filter_proposals(rpn, boxes, logits.flatten()[:, None], SIZES, counts)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours) == 3 and all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
+    lengths = [len(b) for b in found[0]]
+    assert max(lengths) == (0 if threshold > 1 else min(number, max(lengths))) and max(lengths) <= number
+    assert lengths == [0] * 3 or min(lengths) >= min(number, 20)
+
+
+# ---- regions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("parts", [(), MASK, KEYPOINT, (*MASK, *KEYPOINT)])
+@pytest.mark.parametrize("numbers", [(40, 25, 60), (30, 0, 7), (0, 0, 0)])
+def test_detections_in_regions_are_torchvisions(numbers, parts, threshold):
+    model = build(*TINY, *SMALL_HEAD, *parts).eval()
+    randomize_predictions(model)
+    heads = model.roi_heads
+    heads.score_thresh, heads.detections_per_img = threshold, 30
+    features = {"0": torch.randn(3, 32, 16, 16)}
+    proposals = [random_boxes(number) for number in numbers]
+    found = detect_in_rois(heads, features, proposals, SIZES)
+    expected, _ = RoIHeads.forward(heads, features, proposals, SIZES)
+    assert_equal(found, expected)
+    lengths = [len(detection["scores"]) for detection in found]
+    assert (max(lengths) > 15) == (threshold == 0 and max(numbers) > 15) or threshold == 0.4
+
+
+def test_keypoints_are_torchvisions():
+    maps = torch.randn(40, 4, 14, 14)
+    boxes = random_boxes(40, side=300.0)
+    # As small as they come, and of whole pixels.
+    boxes[0], boxes[1] = torch.tensor([5.0, 5, 5, 5]), torch.tensor([10.0, 20, 50, 90])
+    for n in (40, 1, 0):
+        found, expected = (
+            heatmaps_to_keypoints(maps[:n], boxes[:n]),
+            plain_heatmaps_to_keypoints(maps[:n], boxes[:n]),
+        )
+        assert all(a.shape == b.shape and a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
+# ---- anchors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("threshold", "topk"), [(0.0, 400), (0.3, 400), (0.3, 5), (0.6, 400), (1.0, 400)])
+def test_ssds_detections_are_torchvisions(threshold, topk):
+    model = build(*TINY, *SSD).eval()
+    model.score_thresh, model.topk_candidates, model.detections_per_img = threshold, topk, 60
+    outputs = {"cls_logits": torch.randn(3, 200, 4), "bbox_regression": torch.randn(3, 200, 4)}
+    anchors = [random_boxes(200)] * 3
+    found = model.postprocess_detections(outputs, anchors, SIZES)
+    assert_equal(found, ssd.SSD.postprocess_detections(model, outputs, anchors, SIZES))
+    lengths = [len(detection["scores"]) for detection in found]
+    assert max(lengths) == 0 if threshold == 1 else max(lengths) > 10
+
+
+# ---- sync points -------------------------------------------------------------------------------
+
+# Model, size of its images, and the most sync points that it may have beside NMS, at any batch size.
+MODELS = {
+    "mask and keypoints": ((*RESNET18, *SMALL_HEAD, *MASK, *KEYPOINT), (64, 96), 8),
+    "proposals": ((*RESNET18, *PROPOSALS), (64, 96), 2),
+    "ssd": ((*TINY, *SSD), (64, 64), 2),
+    "ssdlite": (SSDLITE, (320, 320), 2),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_evaluation_has_few_sync_points_at_any_batch_size(name):
+    keys, size, most = MODELS[name]
+    model = build(*keys, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.SSD.SCORE_THRESH_TEST", 0.0).eval()
+    model.pastes_masks = False
+    randomize_predictions(model)
+    samples = [make_sample(*size, seed=i) for i in range(4)]
+    # The first finds out the strides, once.
+    assert all(len(found["scores"]) > 10 for found in model(samples[:1]))
+    counts = [count_syncs(lambda n=n: model(samples[:n])) for n in (2, 4)]
+    assert [c["syncs"] for c in counts] == [most] * 2, counts
+    assert counts[0]["uploads"] == counts[1]["uploads"] <= 5, counts
+    # One NMS an image, two where there are proposals and regions.
+    assert counts[1]["nms"] == 2 * counts[0]["nms"] > 0
