@@ -47,11 +47,10 @@ from plaintrain.solver import build_optimizer
 _CLASSES, _DIVISOR = 80, 32
 REFERENCES = "torchvision's loop, fp32"
 _BF16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"]
-_TEMP = "CHANNELS_LAST" in get_cfg().MODEL
 # What of the config makes the rows of plaintrain, on any device and on a GPU only.
 ROWS = {
     "plaintrain, fp32": ["FLOAT32_PRECISION", "highest"],
-    "plaintrain, bf16, channels_last": [*_BF16, *(["MODEL.CHANNELS_LAST", True] if _TEMP else [])],
+    "plaintrain, bf16, channels_last": [*_BF16, "MODEL.CHANNELS_LAST", True],
 }
 GPU_ROWS = {
     "plaintrain, tf32": ["FLOAT32_PRECISION", "high"],
@@ -90,10 +89,11 @@ def calm(model, ending):
 
 def plaintrain_steps(args, batches, options=()):
     """(function that takes plaintrain's training step on each batch, its model)."""
-    cfg = make_cfg(args, options)
+    by_hand = "MODEL.CHANNELS_LAST" in options and "CHANNELS_LAST" not in get_cfg().MODEL
+    cfg = make_cfg(args, _BF16 if by_hand else options)
     torch.manual_seed(0)
     model = calm(build_model(cfg), "bn3.weight")
-    if not _TEMP and options == _BF16:
+    if by_hand:
         model = model.to(memory_format=torch.channels_last)
     optimizer, (autocast, scaler) = build_optimizer(cfg, model), build_amp(cfg, model)
     if args.device != "cpu":
@@ -160,6 +160,8 @@ def measure_same(args, batch):
     options = ROWS if cpu else ROWS | GPU_ROWS
     if cpu and not cpu_has_bfloat16():
         options = {name: keys for name, keys in ROWS.items() if "bf16" not in name}
+    if "COMPILE" not in get_cfg().MODEL:
+        options = {name: keys for name, keys in options.items() if "MODEL.COMPILE" not in keys}
     own = {name: plaintrain_steps(args, batches, keys) for name, keys in options.items()}
     state = own["plaintrain, fp32"][1].state_dict()
     variants = {REFERENCES: references.make_steps(args, batches, state), **own}
