@@ -15,7 +15,7 @@ from model_helpers import (
     make_sample,
     randomize_predictions,
 )
-from sync_helpers import count_syncs
+from shared.syncs import count_syncs
 from torchvision.models.detection import ssd
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints as plain_heatmaps_to_keypoints
