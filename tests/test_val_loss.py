@@ -18,6 +18,7 @@ from model_helpers import (
     RETINA,
     TINY,
     build,
+    make_sample,
     randomize_predictions,
     two_samples,
     two_squares,
@@ -26,6 +27,7 @@ from rank_helpers import make_batch, make_retinanet
 
 from plaintrain.data import DatasetCatalog, build_detection_test_loader, build_detection_val_loader
 from plaintrain.data.builtin import declare_dataset
+from plaintrain.data.samplers import batches_of_one_shape
 from plaintrain.evaluation import validation_losses
 from plaintrain.structures import BoxMode
 from plaintrain.utils.env import forked_rng
@@ -292,3 +294,17 @@ def test_validation_losses_of_a_dataset(shapes):
     found = validation_losses(build(*TINY, *RETINA), [loader])
     assert set(found) == {"val/total_loss", "val/loss_cls", "val/loss_box_reg"}
     assert found == validation_losses(build(*TINY, *RETINA), [loader])
+
+
+def test_losses_do_not_depend_on_which_images_share_a_batch():
+    """Batches of one shape: what RetinaNet's images lose is theirs, whoever is beside them."""
+    boxes = [[3, 4, 40, 50], [30, 10, 60, 60]]
+    samples = [make_sample(64, (64, 96)[i % 2], boxes[: i % 3], [0, 2][: i % 3], seed=i) for i in range(6)]
+    batches = batches_of_one_shape(range(6), [((64, s["width"]),) for s in samples], 3)
+    assert batches == [[1, 3, 5], [0, 2, 4]]
+    model = make_retinanet()
+    alone = validation_losses(model, [[[sample] for sample in samples]])
+    assert validation_losses(model, [[[samples[i] for i in b] for b in batches]]) == pytest.approx(alone)
+    # Padded to the largest they would not be the same.
+    mixed = validation_losses(model, [[samples[:3], samples[3:]]])
+    assert mixed["val/loss_cls"] != pytest.approx(alone["val/loss_cls"], rel=1e-5)
