@@ -22,7 +22,7 @@ from test_rcnn import LOSSES, torchvision_rcnn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, roi_align
 
 from plaintrain.modeling import matching
 from plaintrain.modeling.matching import (
@@ -33,7 +33,7 @@ from plaintrain.modeling.matching import (
     regression_loss,
     sample,
 )
-from plaintrain.modeling.roi_heads import RoIAlign
+from plaintrain.modeling.pooling import RoIAlign, pool_levels
 
 # ---- sync points -------------------------------------------------------------------------------
 
@@ -280,29 +280,74 @@ def test_the_regression_loss_leaves_out_what_does_not_count():
     assert deltas.grad.isfinite().all() and not deltas.grad[0, 1].any() and deltas.grad[0, 0].any()
 
 
-@pytest.mark.parametrize("ratio", [0, 2])
-def test_roi_align_is_torchvisions(ratio):
+def make_maps(number, side=512, channels=3):
+    """Feature maps of strides 4, 8, ... of two images, a little wider than high."""
     generator = torch.Generator().manual_seed(2)
-    names = ["0", "1", "2", "3"]
-    features = {
-        name: torch.rand(2, 3, 512 >> i, 512 >> i, generator=generator, requires_grad=True)
-        for i, name in enumerate(names, start=2)
-        for name in [names[i - 2]]
-    }
+    shapes = [(2, channels, side >> i, (side >> i) + 3) for i in range(2, 2 + number)]
+    return [torch.rand(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+
+def gradients_of(pooled, features):
+    weighted = pooled * torch.arange(float(pooled[0, 0].numel())).view(pooled.shape[2:])
+    return torch.autograd.grad(weighted.sum(), features)
+
+
+@pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_roi_align_is_torchvisions(ratio, levels):
+    features, names = make_maps(levels), list("0123"[:levels])
+    maps = dict(zip(names, features, strict=True))
     boxes = [random_boxes(n, seed=n) * 8 for n in (30, 1)]
     pools = [kind(names, 7, ratio) for kind in (RoIAlign, MultiScaleRoIAlign)]
-    # The first call finds out the scales.
-    for pool in pools:
-        pool(features, boxes, [(512, 512)] * 2)
-    found, expected = (pool(features, boxes, [(512, 512)] * 2) for pool in pools)
-    assert found.equal(expected)
-    gradients = [
-        torch.autograd.grad((pooled * torch.arange(49.0).view(7, 7)).sum(), list(features.values()))
-        for pooled in (found, expected)
-    ]
-    assert all(ours.equal(theirs) for ours, theirs in zip(*gradients, strict=True))
-    assert sum(bool(g.any()) for g in gradients[0]) >= 3
-    assert pools[0](features, [boxes[0][:0]] * 2, [(512, 512)] * 2).shape == (0, 3, 7, 7)
+    found, expected = (pool(maps, boxes, [(512, 512)] * 2) for pool in pools)
+    assert pools[0].scales == pools[1].scales
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 if ratio else 0)
+    for ours, theirs in zip(gradients_of(found, features), gradients_of(expected, features), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert theirs.any() or levels > 1
+    assert pools[0](maps, [boxes[0][:0]] * 2, [(512, 512)] * 2).shape == (0, 3, 7, 7)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("size", [(7, 7), (2, 3)])
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, aligned):
+    (features,), scale = make_maps(1, side=64), 0.25
+    # Whole and half locations, tiny boxes, some of them wrong way round, and what lies outside.
+    inside = torch.rand(40, 4, generator=torch.Generator().manual_seed(1)) * 70
+    edges = torch.tensor([
+        [-4.0, -4.0, 68.0, 68.0], [-8, -8, 4, 4], [-40, 0, -9, 30], [0, 0, 64, 64], [60, 60, 64, 64],
+        [62, 30, 90, 31], [8, 8, 8, 8], [10, 10, 10.5, 40], [0, 66, 64, 70], [1e6, 0, 2e6, 9], [2, 2, 58, 62],
+    ])  # fmt: skip
+    boxes = torch.cat([edges, inside])
+    arguments = {"output_size": size, "sampling_ratio": ratio, "aligned": aligned}
+    found = pool_levels([features], [boxes[:20], boxes[20:]], torch.zeros(len(boxes)), [scale], **arguments)
+    rois = torch.cat([(torch.arange(len(boxes)) >= 20)[:, None], boxes], dim=1)
+    expected = roi_align(features, rois, spatial_scale=scale, **arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (ours,), (theirs,) = gradients_of(found, [features]), gradients_of(expected, [features])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not expected[2].any() and expected[0].any()
+
+
+def test_boxes_that_are_not_numbers_do_not_stop_the_pooling():
+    boxes = torch.tensor([[float("nan")] * 4, [0.0, 0.0, 40.0, 40.0]])
+    levels = torch.tensor([float("nan"), 1.0])
+    found = pool_levels(make_maps(2), [boxes], levels, [1 / 4, 1 / 8], output_size=(3, 3), sampling_ratio=2)
+    assert found[1].any() and not found[0].any()
+
+
+def test_low_precision_is_pooled_in_float32():
+    (features,) = make_maps(1, side=64)
+    boxes = [random_boxes(60)] * 2
+    arguments = {"output_size": (7, 7), "sampling_ratio": 2}
+    low = features.detach().bfloat16().requires_grad_()
+    found = pool_levels([low], boxes, torch.zeros(120), [0.25], **arguments)
+    expected = pool_levels([low.float()], boxes, torch.zeros(120), [0.25], **arguments)
+    assert found.dtype == torch.bfloat16 and found.equal(expected.bfloat16())
+    # Each location adds up many small numbers.
+    (exact,) = torch.autograd.grad(expected.sum(), low, retain_graph=True)
+    assert torch.autograd.grad(found.float().sum(), low)[0].equal(exact)
 
 
 def images_of(height, width):

@@ -7,7 +7,7 @@ import torch
 from torchvision.ops import MultiScaleRoIAlign
 
 from plaintrain.modeling.anchors import CachedAnchorGenerator
-from plaintrain.modeling.roi_heads import pool_levels
+from plaintrain.modeling.pooling import pool_levels
 
 # A box of this side belongs to level 4, of stride 16 (FPN paper, equation 1).
 _CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4

@@ -25,7 +25,8 @@ from plaintrain.modeling.common import (
 )
 from plaintrain.modeling.detectron2 import AlignedRoIAlign
 from plaintrain.modeling.float32 import keep_float32
-from plaintrain.modeling.roi_heads import BatchedRoIHeads, RoIAlign
+from plaintrain.modeling.pooling import RoIAlign
+from plaintrain.modeling.roi_heads import BatchedRoIHeads
 from plaintrain.modeling.rpn import BatchedRPN
 from plaintrain.utils.errors import UserError
 

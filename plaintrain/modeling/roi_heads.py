@@ -1,49 +1,15 @@
-"""The box, mask and keypoint heads of an R-CNN, trained in fixed shapes, and RoIAlign for them."""
+"""The box, mask and keypoint heads of an R-CNN, trained in fixed shapes."""
 
 import torch
 import torch.nn.functional as F
 from torchvision.models.detection._utils import encode_boxes
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_loss
-from torchvision.ops import MultiScaleRoIAlign, roi_align
-from torchvision.ops.poolers import _convert_to_roi_format
 
 from plaintrain.modeling.matching import match, pad_targets, regression_loss, sample, take
 from plaintrain.modeling.postprocess import detect_in_rois
 
 # The label of padding, which cross entropy leaves out.
 _IGNORED = -100
-
-
-def pool_levels(features, boxes, levels, scales, **arguments):
-    """Pool each box from its level, `[K, C, *bins]`, with one sync point for all of them.
-
-    Args:
-        features, scales: of each level `[B, C, H, W]`, and its locations per pixel.
-        boxes: list of `[n, 4]`, one an image, K in all; `levels` holds the index of each one's level.
-        arguments: more of `roi_align`.
-    """
-    rois = _convert_to_roi_format(boxes)
-    every = torch.arange(len(features), device=levels.device)
-    counts = (levels[:, None] == every).sum(dim=0).tolist()  # sync point
-    rows = levels.argsort(stable=True).split(counts)
-    parts = zip(features, rows, scales, strict=True)
-    pooled = [roi_align(f, rois[r], spatial_scale=scale, **arguments) for f, r, scale in parts]
-    result = features[0].new_zeros(len(rois), *pooled[0].shape[1:])
-    for r, p in zip(rows, pooled, strict=True):
-        result[r] = p.to(result.dtype)
-    return result
-
-
-class RoIAlign(MultiScaleRoIAlign):
-    """torchvision's RoIAlign, with one sync point for all levels."""
-
-    def forward(self, x, boxes, image_shapes):
-        """Pool `[n, 4]` boxes per image to `[sum of n, C, *output_size]`."""
-        features = [x[name] for name in self.featmap_names if name in x]
-        if len(features) == 1 or self.scales is None:
-            return super().forward(x, boxes, image_shapes)
-        arguments = {"output_size": self.output_size, "sampling_ratio": self.sampling_ratio}
-        return pool_levels(features, boxes, self.map_levels(boxes), self.scales, **arguments)
 
 
 class BatchedRoIHeads(RoIHeads):
@@ -68,7 +34,8 @@ class BatchedRoIHeads(RoIHeads):
             losses["loss_mask"] = maskrcnn_loss(logits, boxes, masks, classes, index)
         if self.has_keypoint():
             pooled = self.keypoint_roi_pool(features, boxes, image_shapes)
-            logits = self.keypoint_predictor(self.keypoint_head(pooled))
+            # torchvision's loss takes views of it.
+            logits = self.keypoint_predictor(self.keypoint_head(pooled)).contiguous()
             keypoints = [target["keypoints"] for target in targets]
             losses["loss_keypoint"] = keypointrcnn_loss(logits, boxes, keypoints, index)
         return [], losses

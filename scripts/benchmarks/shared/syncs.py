@@ -8,6 +8,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import boxes as box_ops
 
+from plaintrain.modeling import pooling
+
 # Operators whose result's shape, or whose caller, needs a number from the device.
 _SYNCS = {
     "_local_scalar_dense", "is_nonzero", "item", "nonzero", "nonzero_numpy", "masked_select", "unique_dim",
@@ -60,7 +62,7 @@ class _CopyCounter(TorchFunctionMode):
 def count_syncs(step):
     """Call `step` and count.
 
-    NMS of several kinds takes the path that a GPU's takes, and is one, with all that it does.
+    NMS of several kinds and RoIAlign take the path that a GPU's takes; NMS is one, with all that it does.
 
     Returns:
         {"syncs": number, "uploads": number, "nms": number, "by kind": Counter}.
@@ -76,7 +78,8 @@ def count_syncs(step):
         return keep
 
     paths = {"_batched_nms_vanilla": batched_nms, "_batched_nms_coordinate_trick": batched_nms}
-    with mock.patch.multiple(box_ops, **paths), counter, _CopyCounter(counter.counts):
+    gpu = mock.patch.object(pooling, "_sums_rows", return_value=False)
+    with mock.patch.multiple(box_ops, **paths), gpu, counter, _CopyCounter(counter.counts):
         step()
     counts = +counter.counts
     apart = counts["lift_fresh"] + counts["nms"]
