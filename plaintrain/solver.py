@@ -56,6 +56,15 @@ def get_param_groups(model, *, base_lr, weight_decay, weight_decay_norm, weight_
     return list(groups.values())
 
 
+def _as_parameters(optimizer):
+    """Give loaded state the memory format of its parameter; fused steps go through both side by side."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            same = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if same and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def build_optimizer(cfg, model):
     """SGD or AdamW over the trainable parameters of `model`, as SOLVER.* says.
 
@@ -73,6 +82,12 @@ def build_optimizer(cfg, model):
     )
     if not groups:
         raise UserError("the model has no parameter to train; lower MODEL.BACKBONE.FREEZE_AT")
+    optimizer = _optimizer(solver, groups)
+    optimizer.register_load_state_dict_post_hook(_as_parameters)
+    return optimizer
+
+
+def _optimizer(solver, groups):
     lr, momentum = solver.BASE_LR, solver.MOMENTUM
     try:
         if solver.OPTIMIZER == "SGD":

@@ -233,9 +233,10 @@ def shapes(model):
 
 
 def norm_types(module):
-    """The classes of a module's norm layers."""
+    """The classes of a module's norm layers; a folded one is a frozen batch norm."""
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
-    return {type(m) for m in module.modules() if isinstance(m, kinds)}
+    found = {type(m) for m in module.modules() if isinstance(m, kinds)}
+    return {FrozenBatchNorm2d if issubclass(kind, FrozenBatchNorm2d) else kind for kind in found}
 
 
 # ---- torchvision's whole models ----------------------------------------------------------------
@@ -278,8 +279,9 @@ def settings(model):
 # What a frozen batch norm does not have, what is there for TorchScript alone, and what is only ours.
 _OTHER = (
     "momentum", "affine", "track_running_stats", "num_features", "_has_warned",
-    "level_names", "strides", "keypoint_loss_weight", "clips_before_nms",
-    "focal_alpha", "focal_gamma", "smooth_l1_beta",
+    "level_names", "strides", "keypoint_loss_weight", "clips_before_nms", "focal_alpha", "focal_gamma",
+    "smooth_l1_beta", "box_loss", "loss_weight", "normalizer", "conv1._norm", "conv2._norm", "conv3._norm",
+    "0._norm",
 )  # fmt: skip
 
 

@@ -52,7 +52,8 @@ def test_a_training_step_has_at_most_8_sync_points_beside_nms_at_any_batch_size(
     step()
     counts = count_syncs(step)
     assert counts["syncs"] <= 8, counts
-    assert counts["nms"] > 0, counts
+    # The proposals of an RPN alone are not made in training.
+    assert (counts["nms"] > 0) == (name != "proposals"), counts
     if name != "mask and keypoints":
         # torchvision's loss of keypoints makes tensors of numbers.
         assert counts["uploads"] <= 1, counts
@@ -387,3 +388,52 @@ def test_anchors_first_made_in_inference_mode_can_be_trained_with():
     scale = torch.ones(1, requires_grad=True)
     (anchors * scale).sum().backward()
     assert scale.grad == anchors.sum()
+
+
+# ---- the RPN's losses --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("dims", [[-1], [-1, -1]])
+def test_the_heads_of_sampled_anchors_are_those_of_all_at_once(dims, low):
+    model = build(*RESNET18, *SMALL_HEAD, "MODEL.RPN.CONV_DIMS", dims)
+    randomize_predictions(model)
+    samples = make_batch((2, 3))
+    images, _ = model.transform([s["image"] for s in samples])
+    features = list(model.backbone(images.tensors).values())
+    head, size = model.rpn.head, sum(f.shape[2] * f.shape[3] for f in features) * 3
+    sampled = torch.randint(size, (2, 50), generator=torch.Generator().manual_seed(0))
+    # The corners of the largest and of the smallest map.
+    sampled[:, :2], sampled[:, 2] = torch.tensor([0, size - 1]), features[0].shape[3] * 3 - 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        found = model.rpn._predict(images, features, sampled)
+        objectness, deltas = (
+            torch.cat([level.permute(0, 2, 3, 1).reshape(2, -1, n) for level in part], dim=1)
+            for part, n in zip(head(features), (1, 4), strict=True)
+        )
+    rows = torch.arange(2)[:, None]
+    expected = (objectness[rows, sampled][..., 0], deltas[rows, sampled])
+    gradients = []
+    for part, other in zip(found, expected, strict=True):
+        assert part.dtype == torch.float32
+        torch.testing.assert_close(part, other, rtol=0.1 * low + 1e-5, atol=0.02 * low + 1e-5)
+    for logits, boxes in (found, expected):
+        loss = logits.square().sum() + boxes.square().sum()
+        gradients.append(torch.autograd.grad(loss, [*features, *head.parameters()], retain_graph=True))
+    for part, other in zip(*gradients, strict=True):
+        tolerance = (0.05 * low + 1e-5) * other.abs().max().item()
+        torch.testing.assert_close(part, other, rtol=0.05 * low + 1e-4, atol=tolerance)
+
+
+def test_the_rpn_learns_under_autocast():
+    model = build(*RESNET18, *SMALL_HEAD)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(two_samples())
+    (losses["loss_rpn_cls"] + losses["loss_rpn_loc"]).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.rpn.parameters())
+
+
+def test_an_rpn_alone_makes_no_proposals_in_training():
+    model = build(*RESNET18, *PROPOSALS)
+    with mock.patch.object(model.rpn, "_propose", side_effect=AssertionError):
+        assert len(model(two_samples())) == 2

@@ -18,6 +18,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from plaintrain.modeling.frozen_norm import fold_frozen_norms
 from plaintrain.utils.errors import UserError
 
 _NORMS = {
@@ -269,4 +270,6 @@ def build_backbone(cfg):
             f"MODEL.BACKBONE.NAME {name} does not fit MODEL.META_ARCHITECTURE "
             f"{cfg.MODEL.META_ARCHITECTURE}, which takes {', '.join(fitting)}"
         )
-    return BACKBONES[name](cfg)
+    backbone = BACKBONES[name](cfg)
+    fold_frozen_norms(backbone)
+    return backbone

@@ -3,6 +3,7 @@
 import torch
 
 from plaintrain.config import check_cfg, get_value
+from plaintrain.modeling.compiling import compile_parts
 from plaintrain.modeling.fcos import build_fcos
 from plaintrain.modeling.rcnn import build_proposal_network, build_rcnn
 from plaintrain.modeling.retinanet import build_retinanet
@@ -65,4 +66,10 @@ def build_model(cfg):
             "training dataset, or set the number of classes"
         )
     builder, _ = META_ARCHITECTURES[cfg.MODEL.META_ARCHITECTURE]
-    return builder(cfg).to(get_device(cfg.MODEL.DEVICE))
+    device = get_device(cfg.MODEL.DEVICE)
+    model = builder(cfg).to(device)
+    if cfg.MODEL.CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)
+    if cfg.MODEL.COMPILE and device.type != "meta":
+        compile_parts(model)
+    return model

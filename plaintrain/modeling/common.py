@@ -16,15 +16,16 @@ from plaintrain.utils.errors import UserError
 class Preprocess(nn.Module):
     """Stands in for torchvision's `GeneralizedRCNNTransform`: normalises and pads, never resizes."""
 
-    def __init__(self, pixel_mean, pixel_std, bgr, size_divisible=32):
+    def __init__(self, pixel_mean, pixel_std, bgr, size_divisible=32, channels_last=False):
         """
         Args:
             pixel_mean, pixel_std: 3 numbers each, for pixels of 0 to 255.
             bgr: the numbers, and the network's input, are in BGR order.
             size_divisible: pad the batch's sides to multiples of this.
+            channels_last: the memory format of the batch.
         """
         super().__init__()
-        self.bgr, self.size_divisible = bgr, size_divisible
+        self.bgr, self.size_divisible, self.channels_last = bgr, size_divisible, channels_last
         self.register_buffer("mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -42,6 +43,8 @@ class Preprocess(nn.Module):
         multiple = self.size_divisible
         height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
         batch = self.mean.new_zeros(len(images), 3, height, width)
+        if self.channels_last:
+            batch = batch.to(memory_format=torch.channels_last)
         for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
             image = image.to(self.mean.device, non_blocking=True)
             image = image.flip(0) if self.bgr else image
@@ -58,7 +61,7 @@ def build_preprocess(cfg, size_divisible=32):
     mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise UserError("MODEL.PIXEL_MEAN and MODEL.PIXEL_STD need 3 numbers each, the latter above 0")
-    return Preprocess(mean, std, cfg.INPUT.FORMAT == "BGR", size_divisible)
+    return Preprocess(mean, std, cfg.INPUT.FORMAT == "BGR", size_divisible, cfg.MODEL.CHANNELS_LAST)
 
 
 def build_anchor_generator(cfg, backbone):

@@ -112,7 +112,7 @@ class ProposalNetwork(nn.Module):
         images, _ = self.transform([sample["image"] for sample in samples])
         features = self.backbone(images.tensors)
         if self.training:
-            _, losses = self.rpn(images, features, get_targets(samples, images.tensors.device))
+            losses = self.rpn.losses(images, features, get_targets(samples, images.tensors.device))
             return {_LOSSES[name]: value for name, value in losses.items()}
         return to_original_size(self._propose(images, list(features.values())), samples)
 

@@ -18,12 +18,27 @@ from plaintrain.modeling.matching import (
 from plaintrain.modeling.postprocess import best_proposals
 
 
+def _neighbours(images, features):
+    """Of each location the 9 that a 3x3 convolution reads, in a list as a generator of anchors gives it.
+
+    Locations `[N, 9]` are counted over all levels, row by row; N stands for all beyond the edges.
+    """
+    sizes = [feature.shape[-2:] for feature in features]
+    number, first, places = sum(h * w for h, w in sizes), 0, []
+    for h, w in sizes:
+        level = torch.arange(first, first + h * w, device=features[0].device).view(h, w)
+        windows = F.pad(level, (1, 1, 1, 1), value=number).unfold(0, 3, 1).unfold(1, 3, 1)
+        places.append(windows.reshape(-1, 9))
+        first += h * w
+    return [torch.cat(places)]
+
+
 class BatchedRPN(RegionProposalNetwork):
     """torchvision's RPN, parameter for parameter; its training without its sync points."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._anchors = AnchorCache()
+        self._anchors, self._neighbours = AnchorCache(), AnchorCache()
 
     def forward(self, images, features, targets=None):
         """torchvision's, but in training the proposals are boxes `[B, P, 4]` and bool `[B, P]`, False for
@@ -31,20 +46,62 @@ class BatchedRPN(RegionProposalNetwork):
         """
         if not self.training:
             return super().forward(images, features, targets)
+        losses = self.losses(images, features, targets)
         features = list(features.values())
-        objectness, deltas = self.head(features)
-        counts = [level[0].numel() for level in objectness]
-        objectness, deltas = concat_box_prediction_layers(objectness, deltas)
-        objectness = objectness.view(len(images.image_sizes), -1)
-        deltas = deltas.view(*objectness.shape, 4)
-        anchors = self._anchors(self.anchor_generator, images, features)
-        losses = self._losses(objectness, deltas, anchors, targets)
+        # Proposals are not learned. After the losses: autocast keeps a weight as it first casts it.
         with torch.no_grad():
+            objectness, deltas = self.head(features)
+            counts = [level[0].numel() for level in objectness]
+            objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+            objectness = objectness.view(len(images.image_sizes), -1)
+            deltas = deltas.view(*objectness.shape, 4)
+            anchors = self._anchors(self.anchor_generator, images, features)
             return self._propose(objectness, deltas, anchors, counts, images.image_sizes), losses
 
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
         """torchvision's, for all images at once; only for evaluation."""
         return best_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level)
+
+    def losses(self, images, features, targets):
+        """{"loss_objectness": 0-d tensor, "loss_rpn_box_reg": 0-d tensor}."""
+        features = list(features.values())
+        anchors = self._anchors(self.anchor_generator, images, features)
+        boxes, labels = pad_targets(targets)
+        index, matched, background = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
+        sampled, exists = sample(matched, background, self.fg_bg_sampler)
+        positive = take(matched, sampled) & exists
+        number = exists.sum().clamp(min=1)
+        objects, priors = take(boxes, take(index, sampled)), anchors[sampled]
+        wanted = encode_boxes(objects.flatten(0, 1), priors.flatten(0, 1), self.box_coder.weights)
+        logits, deltas = self._predict(images, features, sampled)
+        loss_box = regression_loss(deltas, wanted.view_as(objects), positive)
+        truth = positive.to(logits.dtype)
+        loss = F.binary_cross_entropy_with_logits(logits, truth, exists.to(logits.dtype), reduction="sum")
+        return {"loss_objectness": loss / number, "loss_rpn_box_reg": loss_box / number}
+
+    def _predict(self, images, features, sampled):
+        """Objectness `[B, S]` and deltas `[B, S, 4]` of sampled anchors `[B, S]`."""
+        if len(self.head.conv) > 1:
+            objectness, deltas = concat_box_prediction_layers(*self.head(features))
+            shape = (len(sampled), -1)
+            return take(objectness.view(shape), sampled), take(deltas.view(*shape, 4), sampled)
+        # The losses see few locations: to convolve the others would cost a seventh of a step, most of it
+        # in the backward pass, which would bring zeros through them.
+        number = self.head.cls_logits.out_channels
+        neighbours = self._neighbours(_neighbours, images, features)
+        rows = [f.permute(0, 2, 3, 1).flatten(1, 2) for f in features]
+        rows = torch.cat([*rows, rows[0].new_zeros(len(sampled), 1, rows[0].shape[2])], dim=1)
+        places = neighbours[sampled // number]
+        places = places + torch.arange(len(sampled), device=sampled.device)[:, None, None] * rows.shape[1]
+        windows = rows.flatten(0, 1).index_select(0, places.flatten()).view(*sampled.shape, -1)
+        convolution = self.head.conv[0][0]
+        weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
+        hidden = F.linear(windows, weight, convolution.bias).relu()
+        heads = (self.head.cls_logits, self.head.bbox_pred)
+        logits, deltas = (F.linear(hidden, h.weight.flatten(1), h.bias).float() for h in heads)
+        anchor = (sampled % number)[..., None]
+        deltas = deltas.unflatten(2, (number, 4)).take_along_dim(anchor[..., None], dim=2)
+        return logits.take_along_dim(anchor, dim=2)[..., 0], deltas[:, :, 0]
 
     def _propose(self, objectness, deltas, anchors, counts, sizes):
         index = self._get_top_n_idx(objectness, counts)
@@ -62,17 +119,3 @@ class BatchedRPN(RegionProposalNetwork):
         number = min(self.post_nms_top_n(), scores.shape[1])
         scores, best = scores.masked_fill(~alive, -1).topk(number, dim=1)
         return take(boxes, best), scores >= 0
-
-    def _losses(self, objectness, deltas, anchors, targets):
-        boxes, labels = pad_targets(targets)
-        index, matched, background = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
-        sampled, exists = sample(matched, background, self.fg_bg_sampler)
-        positive = take(matched, sampled) & exists
-        number = exists.sum().clamp(min=1)
-        objects, priors = take(boxes, take(index, sampled)), anchors[sampled]
-        wanted = encode_boxes(objects.flatten(0, 1), priors.flatten(0, 1), self.box_coder.weights)
-        wanted = wanted.view_as(objects)
-        loss_box = regression_loss(take(deltas, sampled), wanted, positive)
-        logits, truth = take(objectness, sampled), positive.to(objectness.dtype)
-        loss = F.binary_cross_entropy_with_logits(logits, truth, exists.to(logits.dtype), reduction="sum")
-        return {"loss_objectness": loss / number, "loss_rpn_box_reg": loss_box / number}

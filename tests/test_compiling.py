@@ -1,0 +1,189 @@
+"""MODEL.COMPILE and MODEL.CHANNELS_LAST, of every architecture."""
+
+import copy
+import logging
+from unittest import mock
+
+import pytest
+import torch
+from model_helpers import ARCHITECTURES, MASK, SMALL_HEAD, TINY, build, make_sample, two_squares
+from torch import nn
+
+from plaintrain.config import get_cfg
+from plaintrain.ema import ModelEMA
+from plaintrain.modeling import compiling
+from plaintrain.modeling.compiling import careful, compile_parts
+from plaintrain.solver import build_optimizer
+
+LAST = ("MODEL.CHANNELS_LAST", True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    # pytest collects what the tracer says at its lowest level, which takes most of the time.
+    logging.getLogger("torch.__trace").setLevel(logging.WARNING)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def losses_of(model, samples, seed=0):
+    torch.manual_seed(seed)
+    return model(samples)
+
+
+def assert_alike(model, plain, samples):
+    """Two models of the same weights have the same losses, gradients and detections."""
+    found, expected = losses_of(model.train(), samples), losses_of(plain.train(), samples)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for losses in (found, expected):
+        sum(losses.values()).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        scale = theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=name)
+    with torch.inference_mode():
+        results = model.eval()(samples), plain.eval()(samples)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=1e-4, atol=1e-5)
+
+
+# ---- channels last -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_channels_last_gives_the_same_and_reaches_all_layers(name):
+    plain, model = build(*ARCHITECTURES[name]), build(*ARCHITECTURES[name], *LAST)
+    wide = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    seen = []
+    for layer in wide:
+        assert not layer.weight.is_contiguous()
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    assert_alike(model, plain, two_squares())
+    assert len(seen) > 8 and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+
+
+def test_files_and_averages_fit_both_memory_formats(tmp_path):
+    plain, model = build(*ARCHITECTURES["faster_rcnn"]), build(*ARCHITECTURES["faster_rcnn"], *LAST, seed=1)
+    for source, target in ((plain, model), (model, plain)):
+        with torch.no_grad():
+            next(source.parameters()).add_(1)
+        torch.save(source.state_dict(), tmp_path / "file.pth")
+        layout = [p.stride() for p in target.parameters()]
+        target.load_state_dict(torch.load(tmp_path / "file.pth", weights_only=True))
+        assert layout == [p.stride() for p in target.parameters()]
+        assert all(a.equal(b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+    ema = ModelEMA(model)
+    ema.update()
+    assert [p.stride() for p in ema.module.parameters()] == layout_of(model)
+
+
+def layout_of(model):
+    return [p.stride() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_an_optimizer_goes_on_in_the_other_memory_format(kind):
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.OPTIMIZER", kind, "SOLVER.BASE_LR", 0.1])
+    torch.manual_seed(0)
+    plain = nn.Conv2d(3, 4, 3)
+    other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    optimizers = [build_optimizer(cfg, module) for module in (plain, other)]
+    image = torch.randn(1, 3, 8, 8)
+    for turn in range(2):
+        for module, optimizer in zip((plain, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            module(image).square().sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(plain.weight, other.weight.contiguous(), rtol=1e-4, atol=1e-5)
+        if turn == 0:
+            states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+            for optimizer, state in zip(optimizers, reversed(states), strict=True):
+                optimizer.load_state_dict(state)
+    assert not other.weight.is_contiguous()
+
+
+# ---- compiling ---------------------------------------------------------------------------------
+
+
+class Counting:
+    """A backend that leaves graphs as they are, and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["proposals", *(pytest.param(n, marks=pytest.mark.long) for n in ("mask_keypoint_rcnn", "retinanet"))],
+)
+def test_a_compiled_model_gives_the_same_under_the_same_names(name):
+    plain, model, backend = build(*ARCHITECTURES[name]), build(*ARCHITECTURES[name]), Counting()
+    compile_parts(model, backend)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert_alike(model, plain, two_squares())
+    # Backbone and head at least, in training and in evaluation.
+    assert backend.graphs >= {"proposals": 2, "mask_keypoint_rcnn": 10, "retinanet": 4}[name]
+    with torch.no_grad():
+        copied = copy.deepcopy(model)
+        before = backend.graphs
+        assert len(copied.eval()(two_squares())) == 2 and backend.graphs == before
+
+
+def test_other_sizes_do_not_compile_again():
+    model, backend, graphs = build(*ARCHITECTURES["proposals"]), Counting(), []
+    compile_parts(model, backend)
+    for height, width in ((64, 96), (96, 64), (128, 160), (160, 96), (96, 224)):
+        boxes = [[3, 4, 40, 50], [30, 10, 60, 60]]
+        sum(model([make_sample(height, width, boxes, [0, 2], seed=i) for i in (1, 2)]).values()).backward()
+        graphs.append(backend.graphs)
+    assert 0 < graphs[0] == graphs[-1] == 1
+
+
+def test_what_cannot_be_compiled_is_said_once_and_works(caplog):
+    def broken(graph, inputs):
+        raise OSError("no C compiler\nand a long story")
+
+    plain, model = build(*ARCHITECTURES["proposals"]), build(*ARCHITECTURES["proposals"])
+    compile_parts(model, broken)
+    with caplog.at_level(logging.WARNING):
+        assert_alike(model, plain, two_squares())
+    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("plaintrain")]
+    assert said == "MODEL.COMPILE does nothing, training goes on without it: no C compiler"
+
+
+def test_a_platform_without_a_compiler_is_said_once_and_works(caplog):
+    model = build(*ARCHITECTURES["faster_rcnn"])
+    with mock.patch("torch.compile", side_effect=RuntimeError("not on this Python")):
+        compile_parts(model)
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert "MODEL.COMPILE" in said and "not on this Python" in said
+    assert len(model(two_squares())) == 4
+
+
+def test_the_config_decides_over_compiling():
+    with mock.patch.object(compiling, "_inductor", None), mock.patch("torch.compile") as compiled:
+        build(*TINY, *SMALL_HEAD)
+        assert not compiled.called
+        build(*TINY, *SMALL_HEAD, *MASK, "MODEL.COMPILE", True)
+    # Backbone, RPN's head, box head and predictor, mask head and predictor.
+    assert compiled.call_count == 6
+
+
+def test_a_failing_backend_is_not_asked_again():
+    calls = []
+    backend = careful(lambda graph, inputs: calls.append(1) or 1 / 0)
+    graph = mock.Mock()
+    assert backend(graph, []) is graph.forward and backend(graph, []) is graph.forward
+    assert len(calls) == 1
+
+
+@pytest.mark.long
+def test_inductor_compiles_for_real(caplog):
+    plain, model = build(*TINY, *SMALL_HEAD), build(*TINY, *SMALL_HEAD, "MODEL.COMPILE", True)
+    assert_alike(model, plain, two_squares())
+    assert not caplog.records
