@@ -149,11 +149,16 @@ _C.MODEL.RPN.NMS_THRESH = 0.7
 _C.MODEL.RPN.SCORE_THRESH = 0.0
 # -1 keeps the feature's channels; one entry per 3x3 convolution.
 _C.MODEL.RPN.CONV_DIMS = [-1]
+# The loss of the boxes: smooth_l1 (SMOOTH_L1_BETA 0 or more; 0 is L1, as in Detectron2) or giou. LOSS_WEIGHT
+# is a factor of both losses, BBOX_REG_LOSS_WEIGHT of that of the boxes.
 _C.MODEL.RPN.BBOX_REG_LOSS_TYPE = "smooth_l1"
 _C.MODEL.RPN.BBOX_REG_LOSS_WEIGHT = 1.0
 _C.MODEL.RPN.BBOX_REG_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 _C.MODEL.RPN.SMOOTH_L1_BETA = 1.0 / 9
 _C.MODEL.RPN.LOSS_WEIGHT = 1.0
+# What both losses are divided by: the anchors "sampled" in the batch (torchvision), or the "batch_size":
+# BATCH_SIZE_PER_IMAGE times the images (Detectron2). They differ where there are fewer anchors.
+_C.MODEL.RPN.LOSS_NORMALIZER = "sampled"
 
 _C.MODEL.ROI_HEADS = CN()
 _C.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
@@ -187,6 +192,7 @@ _C.MODEL.ROI_BOX_HEAD.NUM_CONV = 0
 _C.MODEL.ROI_BOX_HEAD.CONV_DIM = 256
 _C.MODEL.ROI_BOX_HEAD.NORM = ""
 _C.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+# See MODEL.RPN.
 _C.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE = "smooth_l1"
 _C.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT = 1.0
 _C.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1.0 / 9
@@ -537,11 +543,9 @@ SUPPORTED = {
         "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
         "MODEL.RPN.BOUNDARY_THRESH": (-1,),
         "MODEL.RPN.IOU_LABELS": ([0, -1, 1],),
-        "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
-        "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": (1.0,),
+        "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
         "MODEL.RPN.BBOX_REG_WEIGHTS": ((1.0, 1.0, 1.0, 1.0),),
-        "MODEL.RPN.SMOOTH_L1_BETA": (1.0 / 9,),
-        "MODEL.RPN.LOSS_WEIGHT": (1.0,),
+        "MODEL.RPN.LOSS_NORMALIZER": ("sampled", "batch_size"),
     },
     "MODEL.META_ARCHITECTURE=GeneralizedRCNN": {
         "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
@@ -549,9 +553,7 @@ SUPPORTED = {
         "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": (True,),
         "MODEL.ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead",),
         "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlign", "ROIAlignV2"),
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": (1.0,),
-        "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (1.0 / 9,),
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": (False,),
         "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": (False,),
     },

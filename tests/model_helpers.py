@@ -224,8 +224,10 @@ def assert_same_detections(found, expected, label_offset, at_least):
             assert ours["masks"].equal(theirs["masks"][:, 0] > 0.5)
             assert 0 < ours["masks"].sum() < ours["masks"].numel()
         if "keypoints" in theirs:
-            torch.testing.assert_close(ours["keypoints"][..., :2], theirs["keypoints"][..., :2])
-            torch.testing.assert_close(ours["keypoints"][..., 2], theirs["keypoints_scores"])
+            # Sums of many products, in another order.
+            tolerance = {"rtol": 1e-4, "atol": 2e-3}
+            torch.testing.assert_close(ours["keypoints"][..., :2], theirs["keypoints"][..., :2], **tolerance)
+            torch.testing.assert_close(ours["keypoints"][..., 2], theirs["keypoints_scores"], **tolerance)
 
 
 def shapes(model):

@@ -649,7 +649,7 @@ def test_detectron2_retinanet_merges_once_its_eval_is_written_out(merge_text):
         ("MODEL.RESNETS.RES5_DILATION", "2", "1"),
         ("MODEL.FPN.FUSE_TYPE", "avg", "sum"),
         ("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']", "['res2', 'res3', 'res4', 'res5']"),
-        ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou", "smooth_l1"),
+        ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "diou", "smooth_l1"),
         ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True", "False"),
         ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool", "ROIAlignV2"),
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorSampler", "RepeatFactorTrainingSampler"),

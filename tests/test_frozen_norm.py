@@ -61,6 +61,18 @@ def test_state_dicts_are_the_same_and_what_is_loaded_counts(plain):
     assert not torch.allclose(folded(x), plain(x), atol=1e-2)
 
 
+def test_in_evaluation_nothing_is_folded(plain):
+    folded = copy.deepcopy(plain)
+    fold_frozen_norms(folded)
+    x = torch.randn(1, 3, 64, 64)
+    assert folded.eval()(x).equal(plain.eval()(x))
+    # What counts is the norm's mode alone.
+    folded.conv1.train()
+    assert folded(x).equal(plain(x))
+    folded.bn1.train()
+    torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
 def test_norms_that_learn_or_follow_no_convolution_are_left():
     parts = [nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), FrozenBatchNorm2d(4)]
     module = nn.Sequential(*parts, nn.ReLU(), FrozenBatchNorm2d(4))

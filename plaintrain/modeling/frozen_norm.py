@@ -1,7 +1,8 @@
-"""Frozen batch norms at no cost: folded into the convolutions before them, at each step anew.
+"""Frozen batch norms that cost nothing in training: folded into the convolutions before them, at each step.
 
 torchvision's `FrozenBatchNorm2d` reads and writes all activations twice, and in the backward pass once;
-a factor on the weights is the same arithmetic, on far fewer numbers.
+a factor on the weights is the same arithmetic on far fewer numbers, but for rounding. In evaluation nothing
+is folded, so that published weights find what they find in torchvision, to the last digits.
 """
 
 import itertools
@@ -11,10 +12,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 
 class FoldedNorm(FrozenBatchNorm2d):
-    """The statistics of a frozen batch norm whose work the convolution before it does."""
+    """A frozen batch norm whose work the convolution before it does while `training` is set."""
 
     def forward(self, x):
-        return x
+        return x if self.training else super().forward(x)
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -36,6 +37,8 @@ class FoldedConv2d(nn.Conv2d):
 
     def forward(self, x):
         (norm,) = self._norm
+        if not norm.training:
+            return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         return self._conv_forward(
             x, self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale

@@ -137,9 +137,9 @@ def decode(deltas, anchors, coder):
     return torch.cat([centres - halves, centres + halves], dim=-1)
 
 
-def regression_loss(deltas, targets, counts):
-    """torchvision's smooth L1, summed over the rows of `[B, S, 4]` that bool `[B, S]` counts."""
+def regression_loss(deltas, targets, counts, beta=1 / 9):
+    """Smooth L1, L1 if `beta` is 0, summed over the rows of `[B, S, 4]` that bool `[B, S]` counts."""
     missing = ~counts[..., None]
     # Where they do not count, targets may be infinite or not a number.
     targets = targets.masked_fill(missing, 0)
-    return F.smooth_l1_loss(deltas, targets, beta=1 / 9, reduction="none").masked_fill(missing, 0).sum()
+    return F.smooth_l1_loss(deltas, targets, beta=beta, reduction="none").masked_fill(missing, 0).sum()

@@ -14,6 +14,7 @@ from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 
 from plaintrain.modeling.backbone import build_backbone, get_norm
+from plaintrain.modeling.box_loss import get_box_loss
 from plaintrain.modeling.common import (
     OnSamples,
     build_anchor_generator,
@@ -143,7 +144,7 @@ def _build_rpn(cfg, backbone):
     background, foreground = get_thresholds(rpn.IOU_THRESHOLDS, 2, "MODEL.RPN.IOU_THRESHOLDS")
     head = _build_rpn_head(cfg, backbone, anchors)
     keep_float32(heads=[head], anchors=[anchors])
-    return BatchedRPN(
+    network = BatchedRPN(
         anchors,
         head,
         fg_iou_thresh=foreground,
@@ -155,6 +156,9 @@ def _build_rpn(cfg, backbone):
         nms_thresh=rpn.NMS_THRESH,
         score_thresh=rpn.SCORE_THRESH,
     )
+    network.box_loss = get_box_loss(rpn, "MODEL.RPN")
+    network.loss_weight, network.normalizer = rpn.LOSS_WEIGHT, rpn.LOSS_NORMALIZER
+    return network
 
 
 def build_proposal_network(cfg):
@@ -182,6 +186,7 @@ def build_rcnn(cfg):
         nms_thresh=heads.NMS_THRESH_TEST,
         detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
+    roi_heads.box_loss = get_box_loss(box, "MODEL.ROI_BOX_HEAD")
     _initialize_box_head(roi_heads)
     keep_float32(heads=[roi_heads.box_predictor])
     model = GeneralizedRCNN(backbone, rpn, roi_heads, build_preprocess(cfg))

@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torchvision.models.detection._utils import encode_boxes
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_loss
 
-from plaintrain.modeling.matching import match, pad_targets, regression_loss, sample, take
+from plaintrain.modeling.box_loss import BoxLoss, sum_box_loss
+from plaintrain.modeling.matching import match, pad_targets, sample, take
 from plaintrain.modeling.postprocess import detect_in_rois
 
 # The label of padding, which cross entropy leaves out.
@@ -13,16 +13,22 @@ _IGNORED = -100
 
 
 class BatchedRoIHeads(RoIHeads):
-    """torchvision's heads, parameter for parameter; their training without its sync points."""
+    """torchvision's heads, parameter for parameter; their training without its sync points.
+
+    Attributes:
+        box_loss: the `BoxLoss`.
+    """
+
+    box_loss = BoxLoss()
 
     def forward(self, features, proposals, image_shapes, targets=None):
         """torchvision's, but in training the proposals are those of `BatchedRPN`."""
         if not self.training:
             return detect_in_rois(self, features, proposals, image_shapes), {}
         self.check_targets(targets)
-        boxes, index, labels, wanted = self._sample(*proposals, targets)
+        boxes, index, labels, objects = self._sample(*proposals, targets)
         pooled = self.box_roi_pool(features, list(boxes), image_shapes)
-        losses = self._box_losses(*self.box_predictor(self.box_head(pooled)), labels, wanted)
+        losses = self._box_losses(*self.box_predictor(self.box_head(pooled)), labels, boxes, objects)
         if self.has_mask() or self.has_keypoint():
             # Matches come first: a number an image cuts them off.
             counts = (labels > 0).sum(dim=1).tolist()  # sync point
@@ -41,7 +47,7 @@ class BatchedRoIHeads(RoIHeads):
         return [], losses
 
     def _sample(self, proposals, exists, targets):
-        """Proposals `[B, S, 4]`, their objects' indices and labels, and what takes them to the objects."""
+        """Proposals `[B, S, 4]`, their objects' indices, labels and boxes."""
         boxes, labels = pad_targets(targets)
         boxes = boxes.to(proposals.dtype)
         proposals, exists = torch.cat([proposals, boxes], dim=1), torch.cat([exists, labels >= 0], dim=1)
@@ -49,13 +55,12 @@ class BatchedRoIHeads(RoIHeads):
         sampled, exists = sample(matched & exists, background & exists, self.fg_bg_sampler)
         proposals, index, matched = (take(part, sampled) for part in (proposals, index, matched))
         labels = take(labels, index).masked_fill(~matched, 0).masked_fill(~exists, _IGNORED)
-        objects = take(boxes, index)
-        wanted = encode_boxes(objects.flatten(0, 1), proposals.flatten(0, 1), self.box_coder.weights)
-        return proposals, index, labels, wanted.view_as(objects)
+        return proposals, index, labels, take(boxes, index)
 
-    def _box_losses(self, logits, deltas, labels, wanted):
+    def _box_losses(self, logits, deltas, labels, boxes, objects):
         number = (labels >= 0).sum().clamp(min=1)
         loss = F.cross_entropy(logits, labels.flatten(), ignore_index=_IGNORED, reduction="sum")
         deltas = take(deltas.view(labels.numel(), -1, 4), labels.clamp(min=0).view(-1, 1))
-        loss_box = regression_loss(deltas.view_as(wanted), wanted, labels > 0)
+        deltas = deltas.view_as(objects)
+        loss_box = sum_box_loss(self.box_loss, self.box_coder, deltas, boxes, objects, labels > 0)
         return {"loss_classifier": loss / number, "loss_box_reg": loss_box / number}

@@ -2,16 +2,15 @@
 
 import torch
 import torch.nn.functional as F
-from torchvision.models.detection._utils import encode_boxes
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
+from plaintrain.modeling.box_loss import BoxLoss, sum_box_loss
 from plaintrain.modeling.matching import (
     AnchorCache,
     decode,
     match,
     pad_targets,
-    regression_loss,
     sample,
     take,
 )
@@ -34,7 +33,16 @@ def _neighbours(images, features):
 
 
 class BatchedRPN(RegionProposalNetwork):
-    """torchvision's RPN, parameter for parameter; its training without its sync points."""
+    """torchvision's RPN, parameter for parameter; its training without its sync points.
+
+    Attributes:
+        box_loss: the `BoxLoss`.
+        loss_weight: factor of both losses.
+        normalizer: what they are divided by: the anchors "sampled" in a batch, or the "batch_size", as many
+            as are meant to be sampled.
+    """
+
+    box_loss, loss_weight, normalizer = BoxLoss(), 1.0, "sampled"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -71,13 +79,15 @@ class BatchedRPN(RegionProposalNetwork):
         sampled, exists = sample(matched, background, self.fg_bg_sampler)
         positive = take(matched, sampled) & exists
         number = exists.sum().clamp(min=1)
+        if self.normalizer == "batch_size":
+            number = self.fg_bg_sampler.batch_size_per_image * len(exists)
         objects, priors = take(boxes, take(index, sampled)), anchors[sampled]
-        wanted = encode_boxes(objects.flatten(0, 1), priors.flatten(0, 1), self.box_coder.weights)
         logits, deltas = self._predict(images, features, sampled)
-        loss_box = regression_loss(deltas, wanted.view_as(objects), positive)
+        loss_box = sum_box_loss(self.box_loss, self.box_coder, deltas, priors, objects, positive)
         truth = positive.to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, truth, exists.to(logits.dtype), reduction="sum")
-        return {"loss_objectness": loss / number, "loss_rpn_box_reg": loss_box / number}
+        weight = self.loss_weight / number
+        return {"loss_objectness": loss * weight, "loss_rpn_box_reg": loss_box * weight}
 
     def _predict(self, images, features, sampled):
         """Objectness `[B, S]` and deltas `[B, S, 4]` of sampled anchors `[B, S]`."""
