@@ -43,8 +43,8 @@ _C.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
 # Heads of GeneralizedRCNN beside the boxes: Mask R-CNN, Keypoint R-CNN, or both.
 _C.MODEL.MASK_ON = False
 _C.MODEL.KEYPOINT_ON = False
-# Keep images, activations and the weights of convolutions in the memory format channels_last: faster in
-# bfloat16 and float16, on a CPU often in float32 too. Checkpoints fit both.
+# Keep images, activations and weights of convolutions in the memory format channels_last: made for bfloat16
+# and float16 on a GPU; on a CPU it may be slower. Checkpoints fit both.
 _C.MODEL.CHANNELS_LAST = False
 # Compile backbone, FPN and heads (torch.compile): minutes at the start, then faster where elementwise work
 # counts, mostly on a GPU. Where it cannot be done, a warning says so and nothing is compiled.
