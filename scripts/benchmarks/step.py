@@ -89,12 +89,9 @@ def calm(model, ending):
 
 def plaintrain_steps(args, batches, options=()):
     """(function that takes plaintrain's training step on each batch, its model)."""
-    by_hand = "MODEL.CHANNELS_LAST" in options and "CHANNELS_LAST" not in get_cfg().MODEL
-    cfg = make_cfg(args, _BF16 if by_hand else options)
+    cfg = make_cfg(args, options)
     torch.manual_seed(0)
     model = calm(build_model(cfg), "bn3.weight")
-    if by_hand:
-        model = model.to(memory_format=torch.channels_last)
     optimizer, (autocast, scaler) = build_optimizer(cfg, model), build_amp(cfg, model)
     if args.device != "cpu":
         batches = [[{**s, "image": s["image"].pin_memory()} for s in batch] for batch in batches]
@@ -160,8 +157,6 @@ def measure_same(args, batch):
     options = ROWS if cpu else ROWS | GPU_ROWS
     if cpu and not cpu_has_bfloat16():
         options = {name: keys for name, keys in ROWS.items() if "bf16" not in name}
-    if "COMPILE" not in get_cfg().MODEL:
-        options = {name: keys for name, keys in options.items() if "MODEL.COMPILE" not in keys}
     own = {name: plaintrain_steps(args, batches, keys) for name, keys in options.items()}
     state = own["plaintrain, fp32"][1].state_dict()
     variants = {REFERENCES: references.make_steps(args, batches, state), **own}
