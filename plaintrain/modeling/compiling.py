@@ -31,6 +31,11 @@ def careful(backend):
             try:
                 return backend(graph, inputs)
             except Exception as e:
+                from torch._dynamo.exc import RestartAnalysis
+
+                # No failure: the tracer's own way to begin anew.
+                if isinstance(e, RestartAnalysis):
+                    raise
                 # No C compiler, no Triton, a mistake of its own: what is raised then is not settled.
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0]
                 logger.warning(f"MODEL.COMPILE does nothing, training goes on without it: {reason}")
