@@ -127,9 +127,13 @@ class LRScheduler:
 
     def _apply(self):
         factor = self.factor(self.last_epoch)
-        momentum = self.base_momentum if self.momentum is None else self.momentum(self.last_epoch)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
+        if self.momentum is not None:
+            self._set_momentum(self.momentum(self.last_epoch))
+
+    def _set_momentum(self, momentum):
+        for group in self.optimizer.param_groups:
             if "betas" in group:
                 group["betas"] = (momentum, *group["betas"][1:])
             elif "momentum" in group:
@@ -153,6 +157,8 @@ class LRScheduler:
 
     def load_state_dict(self, state_dict):
         self.last_epoch = state_dict["last_epoch"]
+        # The optimizer's own state has brought that of the saved run.
+        self._set_momentum(self.base_momentum)
         self._apply()
 
 
@@ -192,9 +198,10 @@ def lr_factor(cfg):
 
 
 def _multi_step(solver):
-    steps = sorted(step for step in solver.STEPS if step <= solver.MAX_ITER)
+    max_iter, gamma = solver.MAX_ITER, solver.GAMMA
+    steps = sorted(step for step in solver.STEPS if step <= max_iter)
     # The share is of MAX_ITER iterations; the nearest whole iteration undoes the division.
-    return lambda where: solver.GAMMA ** bisect.bisect_right(steps, round(where * solver.MAX_ITER, 6))
+    return lambda where: gamma ** bisect.bisect_right(steps, round(where * max_iter, 6))
 
 
 def _cosine(solver):

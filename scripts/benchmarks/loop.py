@@ -39,9 +39,9 @@ class TrivialModel(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
 
-    def forward(self, data):
+    def forward(self, samples):
         names = ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
-        return dict(zip(names, self.layer(data).square().mean(0).unbind(), strict=True))
+        return dict(zip(names, self.layer(samples[0]).square().mean(0).unbind(), strict=True))
 
 
 class Batches:
@@ -51,7 +51,7 @@ class Batches:
     """
 
     def __init__(self, number):
-        self.number, self.data, self.seconds = number, torch.ones(8, 4), 0.0
+        self.number, self.data, self.seconds = number, [torch.ones(8, 4)], 0.0
         # For MMEngine, which looks for names of classes there.
         self.dataset = None
 
