@@ -6,6 +6,8 @@ import os
 import pickle
 import sys
 import time
+import tracemalloc
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -166,7 +168,32 @@ class _Payload:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("what", ["pickle", "object", "outside", "absolute", "order", "deep", "missing"])
+def _save(path, arrays, what):
+    """Write a file of the cache: a pickle, text for an array, 32 MB of zeros, or a header alone."""
+    if what not in ("pickle", "text", "bomb", "header"):
+        np.savez(path, **arrays)
+        return
+    size = 2**25 if what == "bomb" else 2**40
+    kind = {"descr": "<f8", "fortran_order": False, "shape": (size // 8,)}
+    with open(path, "wb") as f:
+        if what == "pickle":
+            pickle.dump(_Payload(), f)
+            return
+        with (
+            zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as archive,
+            archive.open("metadata", "w") as member,
+        ):
+            if what == "text":
+                member.write(b"no array")
+            else:
+                np.lib.format.write_array_header_1_0(member, kind)
+            member.write(bytes(size if what == "bomb" else 0))
+
+
+HOSTILE = "pickle object outside absolute order deep missing text ids no-ids list labels negative bomb header"
+
+
+@pytest.mark.parametrize("what", HOSTILE.split())
 def test_hostile_content_of_the_cache_runs_nothing(tiny_coco, read, parsed, tmp_path, monkeypatch, what):
     monkeypatch.chdir(tmp_path)
     first, path = read(tiny_coco), _files()[0]
@@ -183,17 +210,21 @@ def test_hostile_content_of_the_cache_runs_nothing(tiny_coco, read, parsed, tmp_
         arrays["labels"] = np.array([_Payload()], dtype=object)
     elif what == "order":
         arrays["ends"][1] = 10**18
-    elif what == "deep":
-        arrays["metadata"] = np.frombuffer(b"[" * 100_000, dtype=np.uint8)
     elif what == "missing":
         del arrays["labels"]
-    with open(path, "wb") as f:
-        if what == "pickle":
-            pickle.dump(_Payload(), f)
-        else:
-            np.savez(f, **arrays)
+    elif what in ("labels", "negative"):
+        arrays["labels"][1] = 3 if what == "labels" else -1
+    texts = {"deep": "[" * 100_000, "ids": '{"ids": [[], []]}', "no-ids": "{}", "list": "[1]"}
+    if what in texts:
+        arrays["metadata"] = np.frombuffer(texts[what].encode(), dtype=np.uint8)
+    _save(path, arrays, what)
+    tracemalloc.start()
     assert read(tiny_coco) == first
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert len(parsed) == 2
+    # What is only asked for counts too.
+    assert peak < 2**23 or what == "header"
     assert not os.path.exists("executed")
 
 
@@ -221,6 +252,25 @@ def test_a_full_disk_leaves_nothing(tiny_coco, read, parsed, monkeypatch, log):
     read(tiny_coco)
     assert _files() == []
     assert "No space left on device" in log.text
+
+
+def test_a_file_of_somebody_else_stays(tiny_coco, read, parsed, monkeypatch, log):
+    first, (path,) = read(tiny_coco), _files()
+    umask = os.umask(0o022)
+    os.umask(umask)
+    # In a folder that several users share all may read it.
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(np, "load", refuse)
+    monkeypatch.setattr(np, "savez", refuse)
+    log.clear()
+    assert read(tiny_coco) == first
+    assert len(parsed) == 2 and _files() == [path]
+    assert [r.message.split(": ")[0] for r in log.records][:1] == [f"{path} in the cache cannot be read"]
+    assert {r.levelname for r in log.records} == {"INFO"}
 
 
 def test_where_the_cache_is(monkeypatch):

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import secrets
 import time
 import zipfile
 
@@ -26,7 +26,7 @@ _MAX_BYTES = 8 * 2**30
 _MAX_DAYS = 90
 _ENDING = ".coco.npz"
 # What may be wrong with a file of the cache, whoever wrote it.
-_DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile)
+_DAMAGED = (OSError, ValueError, TypeError, AttributeError, LookupError, EOFError, zipfile.BadZipFile)
 _DAMAGED += (MemoryError, RuntimeError)
 
 
@@ -101,17 +101,22 @@ def _read(path, image_root):
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         metadata = json.loads(arrays.pop("metadata").tobytes())
+        # JSON would have made texts of the ids.
+        labels = {id_: label for label, id_ in enumerate(metadata.pop("ids"))}
         records = SerializedRecords(RecordColumns(arrays, image_root))
+        if arrays["labels"].min(initial=0) < 0 or arrays["labels"].max(initial=-1) >= len(labels):
+            raise ValueError("it has labels that are none of its classes")
         with contextlib.suppress(OSError):
             os.utime(path)
+    except PermissionError as e:
+        logger.info(f"{path} in the cache cannot be read: {reason(e)}")
+        return None
     except _DAMAGED as e:
         logger.warning(f"{path} in the cache is damaged and not used: {reason(e)}")
         with contextlib.suppress(OSError):
             os.unlink(path)
         return None
-    # JSON has made texts of the ids.
-    ids = metadata.pop("ids")
-    return records, metadata | {"thing_dataset_id_to_contiguous_id": {id_: i for i, id_ in enumerate(ids)}}
+    return records, metadata | {"thing_dataset_id_to_contiguous_id": labels}
 
 
 def _write(path, arrays, metadata):
@@ -119,12 +124,12 @@ def _write(path, arrays, metadata):
     metadata = dict(metadata)
     metadata["ids"] = list(metadata.pop("thing_dataset_id_to_contiguous_id"))
     text = np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8)
-    folder, temporary = os.path.dirname(path), None
+    # Processes that start at once, on any machine, write the same, each its own; the last one's stays.
+    folder, temporary = os.path.dirname(path), f"{path}.{secrets.token_hex(8)}.tmp"
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        # Ranks that start at once write the same, each its own; the last one's stays.
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as f:
-            temporary = f.name
+        # In a folder that users share all may read what `tempfile` would keep for one.
+        with open(temporary, "xb") as f:
             np.savez(f, metadata=text, **arrays)
         os.replace(temporary, path)
         # Another rank may remove the same.
@@ -134,9 +139,8 @@ def _write(path, arrays, metadata):
         logger.info(
             f"the cache {folder} cannot be written ({reason(e)}): the next start reads the JSON again"
         )
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def _make_room(folder):
