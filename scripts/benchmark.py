@@ -28,6 +28,8 @@ import subprocess
 import sys
 import tempfile
 
+from benchmarks.shared.measure import output_file
+
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "benchmarks")
 WHAT = ("loop", "data", "records", "step", "precision", "eval", "checkpoint", "startup")
 
@@ -58,7 +60,7 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=[*WHAT, "all"], help="what to measure")
-    parser.add_argument("--output", help="also write the numbers as JSON to this file")
+    parser.add_argument("--output", type=output_file, help="also write the numbers as JSON to this file")
     parser.add_argument("--quick", action="store_true", help="the smallest sizes: does it work at all?")
     args = parser.parse_args()
     results, failed = run_all(["--quick"] * args.quick)

@@ -65,6 +65,19 @@ class Here(Recorder):
         super().process(inputs, outputs)
 
 
+class Several(DatasetEvaluators):
+    """Its own `process` hands on what it gets."""
+
+    def process(self, inputs, outputs):
+        super().process(inputs, outputs)
+
+
+def _patched():
+    recorder = Recorder()
+    recorder.process = recorder.process
+    return recorder
+
+
 BATCHES = [[1, 2], [3], [4, 5], [6], [7], [8]]
 
 
@@ -78,7 +91,9 @@ def test_batches_are_processed_in_order_by_one_other_thread_which_ends():
     assert model.pastes == [False] * 6 and model.pastes_masks
 
 
-@pytest.mark.parametrize("evaluator", [Here(), DatasetEvaluators([Here(), Recorder()])])
+@pytest.mark.parametrize(
+    "evaluator", [Here(), DatasetEvaluators([Here(), Recorder()]), Several([Recorder()]), _patched()]
+)
 def test_one_that_does_not_say_so_is_called_by_the_loop_itself(evaluator):
     model = Model()
     members = getattr(evaluator, "_evaluators", [evaluator])

@@ -78,6 +78,31 @@ def test_every_benchmark_measures_at_its_smallest_size(what, load, tmp_path, cap
     assert all(title in printed for title in result["tables"])
 
 
+@pytest.mark.parametrize("root", ["made up", "real"])
+def test_starts_are_compared_on_the_same_files(root, load, tmp_path, monkeypatch):
+    startup, commands = load("startup"), []
+
+    def run_fresh(command, until=None):
+        commands.append((list(map(str, command)), until))
+        files.append(all(os.path.exists(path) for path in command[2:4]))
+        return 2.0, 3.0
+
+    files = []
+    monkeypatch.setattr(startup, "run_fresh", run_fresh)
+    if root == "real":
+        startup.make_coco(str(tmp_path), 2)
+    monkeypatch.setenv("PLAINTRAIN_DATASETS", str(tmp_path))
+    startup.main(["--quick", "--output", str(tmp_path / "out.json")])
+    check(json.loads((tmp_path / "out.json").read_text()), "startup")
+    helps, starts = commands[:2], commands[-2:]
+    assert [command[-1] for command, _ in helps] == ["--help"] * 2
+    assert [until for _, until in starts] == ["iter: 0"] * 2 and files[-2]
+    (theirs, _), (ours, _) = starts
+    assert theirs[1].endswith("run_start.py") and ours[1].endswith("plain_train_net.py")
+    assert theirs[2].startswith(str(tmp_path)) == (root == "real")
+
+
+@pytest.mark.long
 def test_a_benchmark_runs_in_a_process_of_its_own(tmp_path):
     out = tmp_path / "startup.json"
     # Without the real images, on made-up ones.
@@ -134,6 +159,16 @@ def test_a_wrong_option_is_one_sentence(what, options, sentence, load, capsys):
         load(what).main(options)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.value.code == 2 and said.startswith(f"benchmark.py {what}: error: {sentence}")
+
+
+def test_the_file_of_numbers_is_opened_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "folder" / "out.json"
+    assert measure.output_file(str(out)) == str(out) and out.read_text() == ""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "all", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT))["main"]()
+    sentence = f"benchmark.py: error: argument --output: cannot write {tmp_path}: Is a directory"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == sentence
 
 
 def test_an_unknown_benchmark_is_refused(monkeypatch, capsys):

@@ -59,12 +59,13 @@ def _forget():
             True,
             "in a training step with 4 images in this process, the largest image 3 x 48 x 96: lower "
             "SOLVER.IMS_PER_BATCH, keep it and raise SOLVER.ACCUMULATE_STEPS, set SOLVER.AMP.ENABLED True, "
-            "or lower INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN",
+            "or lower INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN (or INPUT.FIXED_SIZE, where it is set)",
         ),
         (
             False,
             "in an evaluation with 1 image in this process, the largest image 3 x 64 x 64: set TEST.AMP "
-            "True, or lower INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST",
+            "True, or lower INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST (or INPUT.FIXED_SIZE, where it is "
+            "set)",
         ),
     ],
 )
@@ -115,10 +116,21 @@ def test_other_errors_stay_what_they_are():
         assert not is_out_of_memory(error)
 
 
-def test_of_samples_without_images_and_before_any_the_keys_are_said():
-    assert "the memory is full before the first batch: lower SOLVER" in str(out_of_memory(RuntimeError("")))
+def test_of_samples_without_images_the_keys_are_said():
     note_batch([(1, 2), {"image": None}], True)
     assert "with 2 images in this process: lower SOLVER" in str(out_of_memory(RuntimeError("")))
+    note_batch([{"views": []}, {"views": []}], False)
+    said = str(out_of_memory(RuntimeError("")))
+    assert said.endswith(
+        "lower TEST.IMS_PER_BATCH, set TEST.AMP True, or lower TEST.AUG.MIN_SIZES and TEST.AUG.MAX_SIZE"
+    )
+
+
+def test_before_any_batch_none_is_made_smaller():
+    said = str(out_of_memory(RuntimeError("")))
+    assert said == (
+        "the memory is full before the first batch: see what else has memory there, or choose a smaller model"
+    )
 
 
 def test_debug_shows_the_error_itself_too(capfd):

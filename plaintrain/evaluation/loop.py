@@ -67,11 +67,15 @@ class DatasetEvaluators(DatasetEvaluator):
 
 
 def _runs_in_background(evaluator):
-    if isinstance(evaluator, DatasetEvaluators):
+    # One with its own `process`, of its class or itself, may count on the model's device and masks of pixels.
+    owner = next(kind for kind in (evaluator, *type(evaluator).__mro__) if "process" in _own(kind))
+    if owner is DatasetEvaluators:
         return all(map(_runs_in_background, evaluator._evaluators))
-    # One that overrides `process` may count on tensors of the model's device, and on masks of pixels.
-    owner = next((kind for kind in type(evaluator).__mro__ if "process" in vars(kind)), object)
-    return vars(owner).get("in_background", False)
+    return _own(owner).get("in_background", False)
+
+
+def _own(thing):
+    return getattr(thing, "__dict__", {})
 
 
 @contextlib.contextmanager

@@ -55,9 +55,17 @@ def _where():
 
 
 def _advice():
-    one = len(_Last.samples) == 1
-    if _Last.samples and not _Last.training:
-        fewer = "" if one else "lower TEST.IMS_PER_BATCH, "
-        return f"{fewer}set TEST.AMP True, or lower INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST"
-    fewer = "" if one else "lower SOLVER.IMS_PER_BATCH, keep it and raise SOLVER.ACCUMULATE_STEPS, "
-    return f"{fewer}set SOLVER.AMP.ENABLED True, or lower INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN"
+    if not _Last.samples:
+        return "see what else has memory there, or choose a smaller model"
+    fewer = len(_Last.samples) > 1
+    if _Last.training:
+        fewer = "lower SOLVER.IMS_PER_BATCH, keep it and raise SOLVER.ACCUMULATE_STEPS, " * fewer
+        return f"{fewer}set SOLVER.AMP.ENABLED True, or lower {_size_keys('TRAIN')}"
+    sizes = _size_keys("TEST")
+    if isinstance(_Last.samples[0], dict) and "views" in _Last.samples[0]:
+        sizes = "TEST.AUG.MIN_SIZES and TEST.AUG.MAX_SIZE"
+    return f"{'lower TEST.IMS_PER_BATCH, ' * fewer}set TEST.AMP True, or lower {sizes}"
+
+
+def _size_keys(split):
+    return f"INPUT.MIN_SIZE_{split} and INPUT.MAX_SIZE_{split} (or INPUT.FIXED_SIZE, where it is set)"

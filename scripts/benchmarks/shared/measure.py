@@ -33,6 +33,16 @@ def positive(text):
     return number
 
 
+def output_file(text):
+    """A file from the command line that can be written; its folder is made, now and not after an hour."""
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(text)), exist_ok=True)
+        open(text, "a", encoding="utf-8").close()
+    except OSError as e:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {e.strerror}") from e
+    return text
+
+
 def parse_args(parser, argv, repeats, quick):
     """Parse, with the options that every benchmark has.
 
@@ -50,7 +60,7 @@ def parse_args(parser, argv, repeats, quick):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.prog = f"benchmark.py {parser.prog}"
     parser.add_argument("--repeats", type=positive, default=repeats, help="turns that count")
-    parser.add_argument("--output", help="also write the numbers as JSON to this file")
+    parser.add_argument("--output", type=output_file, help="also write the numbers as JSON to this file")
     parser.add_argument("--quick", action="store_true", help="the smallest size: does it work at all?")
     if parser.parse_args(argv).quick:
         parser.set_defaults(repeats=1, **quick)
