@@ -161,6 +161,12 @@ def test_a_wrong_option_is_one_sentence(what, options, sentence, load, capsys):
     assert error.value.code == 2 and said.startswith(f"benchmark.py {what}: error: {sentence}")
 
 
+def test_a_wrong_config_is_one_sentence(load, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["precision.py", "--quick", "--config-file", "nope.yaml"])
+    with pytest.raises(SystemExit, match="^error: config file not found: .*nope.yaml"):
+        measure.run(load("precision").main)
+
+
 def test_the_file_of_numbers_is_opened_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "folder" / "out.json"
     assert measure.output_file(str(out)) == str(out) and out.read_text() == ""

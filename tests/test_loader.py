@@ -618,8 +618,8 @@ def test_the_test_loader_takes_a_dataset_a_sampler_and_a_mapper(make_dataset, cf
 
 
 def coco_like(number, seed=0):
-    """Records without images, of COCO's sizes (tests/golden/coco_sizes.json)."""
-    path = Path(__file__).parent / "golden" / "coco_sizes.json"
+    """Records without images, of COCO's sizes (scripts/benchmarks/coco_sizes.json)."""
+    path = Path(__file__).parent.parent / "scripts" / "benchmarks" / "coco_sizes.json"
     widths, heights, shares = np.array(json.loads(path.read_text())["sizes"]).T
     drawn = np.random.default_rng(seed).choice(len(shares), number, p=shares / shares.sum())
     sizes = zip(heights[drawn].astype(int).tolist(), widths[drawn].astype(int).tolist(), strict=True)

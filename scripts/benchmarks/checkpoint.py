@@ -14,7 +14,7 @@ import tempfile
 from time import perf_counter
 
 import torch
-from shared.measure import in_turns, make_rows, parse_args, positive, report, target, timed
+from shared.measure import in_turns, make_rows, parse_args, positive, report, run, target, timed
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
@@ -134,4 +134,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,7 +19,7 @@ import time
 import numpy as np
 import torch
 from PIL import Image
-from shared.measure import in_turns, make_rows, parse_args, positive, read_sizes, report, target
+from shared.measure import in_turns, make_rows, parse_args, positive, read_sizes, report, run, target
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
@@ -184,4 +184,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

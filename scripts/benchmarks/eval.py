@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from shared.measure import in_turns, make_rows, parse_args, positive, report, target, timed
+from shared.measure import in_turns, make_rows, parse_args, positive, report, run, target, timed
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.evaluation import COCOEvaluator
@@ -142,4 +142,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

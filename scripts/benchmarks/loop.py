@@ -19,7 +19,7 @@ import tempfile
 import time
 
 import torch
-from shared.measure import in_turns, installed, make_rows, parse_args, positive, report, target
+from shared.measure import in_turns, installed, make_rows, parse_args, positive, report, run, target
 from tensorboardX import SummaryWriter
 from torch import nn
 
@@ -178,4 +178,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,6 +11,7 @@ from shared.measure import (
     parse_args,
     positive,
     report,
+    run,
     timed,
 )
 
@@ -65,4 +66,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import numpy as np
-from shared.measure import in_turns, make_rows, parse_args, positive, report
+from shared.measure import in_turns, make_rows, parse_args, positive, report, run
 
 from plaintrain.config import get_cfg
 from plaintrain.data import (
@@ -192,4 +192,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

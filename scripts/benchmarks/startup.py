@@ -23,6 +23,7 @@ from shared.measure import (
     parse_args,
     positive,
     report,
+    run,
     run_fresh,
     target,
 )
@@ -114,4 +115,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

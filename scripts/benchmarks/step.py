@@ -32,6 +32,7 @@ from shared.measure import (
     positive,
     read_sizes,
     report,
+    run,
     target,
     timed,
 )
@@ -255,4 +256,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

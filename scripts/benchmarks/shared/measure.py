@@ -19,6 +19,8 @@ import time
 
 import numpy as np
 
+from plaintrain.utils.errors import UserError
+
 _PACKAGES = "torch torchvision numpy pillow pycocotools faster-coco-eval hotcoco detectron2 mmengine mmdet"
 
 
@@ -67,6 +69,14 @@ def parse_args(parser, argv, repeats, quick):
     args = parser.parse_args(argv)
     args.command, args.load = command, _load()
     return args
+
+
+def run(main):
+    """Call a benchmark's `main`; of a wrong device, file or folder one sentence is said."""
+    try:
+        main()
+    except (UserError, FileNotFoundError, NotADirectoryError, PermissionError) as e:
+        sys.exit(f"error: {e}")
 
 
 def _load():
