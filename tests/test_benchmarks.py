@@ -187,6 +187,14 @@ def test_an_unknown_benchmark_is_refused(monkeypatch, capsys):
 # ---- what is compared is the same ----------------------------------------------------------------
 
 
+def test_what_noise_makes_cheaper_than_the_bare_step_costs_nothing(load):
+    loop = load("loop")
+    over = loop.over_bare(
+        {loop.BARE: [2.0, 3.0, 2.0], loop.ITEM: [1.0, 1.0, 3.0], loop.PLAIN: [4.0, 4.0, 2.0]}
+    )
+    assert over == {loop.ITEM: 1e-9, loop.PLAIN: 1.0}
+
+
 def test_the_loaders_compared_give_the_same_images(load, tmp_path):
     data = load("data")
     records = data.write_images(tmp_path, 3)
