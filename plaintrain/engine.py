@@ -1,6 +1,7 @@
 """The start of every script: output folder, log, seeds, and checks before training."""
 
 import gc
+import inspect
 import logging
 import logging.handlers
 import os
@@ -126,11 +127,14 @@ def create_ddp_model(model):
     """The model wrapped in DistributedDataParallel; itself when there is one process."""
     if comm.get_world_size() == 1:
         return model
+    # torch 2.14 has renamed it, and warns of the old name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[comm.get_local_rank()] if next(model.parameters()).is_cuda else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{sync_buffers: False},
     )
 
 

@@ -755,8 +755,18 @@ def test_progress_bar_stays_away_from_files(monkeypatch):
     assert sys.stderr.getvalue() == ""
 
 
-def test_several_processes_share_gradients_without_copies_and_send_no_buffers(monkeypatch):
+@pytest.mark.parametrize("name", ["broadcast_buffers", "forward_sync_buffers"])
+def test_several_processes_share_gradients_without_copies_and_send_no_buffers(monkeypatch, name):
+    def before(model, device_ids, gradient_as_bucket_view, broadcast_buffers=True):
+        return device_ids, gradient_as_bucket_view, broadcast_buffers
+
+    def since_2_14(
+        model, device_ids, gradient_as_bucket_view, broadcast_buffers=None, forward_sync_buffers=None
+    ):
+        assert broadcast_buffers is None
+        return device_ids, gradient_as_bucket_view, forward_sync_buffers
+
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    monkeypatch.setattr(engine, "DistributedDataParallel", lambda model, **options: options)
-    options = create_ddp_model(torch.nn.Linear(1, 1))
-    assert options == {"device_ids": None, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+    wrapper = before if name == "broadcast_buffers" else since_2_14
+    monkeypatch.setattr(engine, "DistributedDataParallel", wrapper)
+    assert create_ddp_model(torch.nn.Linear(1, 1)) == (None, True, False)
