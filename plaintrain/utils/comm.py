@@ -130,12 +130,13 @@ def check_loss_names(loss_dict):
     Raises:
         UserError: on every rank, if two of them have different keys, or none contains "loss".
     """
-    names = sorted(loss_dict)
     # The comparison comes first: a rank that stopped before would leave the others waiting in it.
     if get_world_size() > 1:
-        _check_same_names(names)
-    if not any("loss" in name for name in names):
-        raise UserError(f"the model returned nothing to minimise: no key of {names} contains 'loss'")
+        _check_same_names(sorted(loss_dict))
+    if not any("loss" in name for name in loss_dict):
+        raise UserError(
+            f"the model returned nothing to minimise: no key of {sorted(loss_dict)} contains 'loss'"
+        )
 
 
 def _check_same_names(names):
