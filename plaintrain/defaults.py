@@ -47,7 +47,8 @@ _C.MODEL.KEYPOINT_ON = False
 # and float16 on a GPU; on a CPU it may be slower. Checkpoints fit both.
 _C.MODEL.CHANNELS_LAST = False
 # Compile backbone, FPN and heads (torch.compile): minutes at the start, then faster where elementwise work
-# counts, mostly on a GPU. Where it cannot be done, a warning says so and nothing is compiled.
+# counts, mostly on a GPU. Where the compiler fails, a warning says so and training goes on without it.
+# Averaged weights (MODEL.EMA) are evaluated as they are, not compiled.
 _C.MODEL.COMPILE = False
 # Not built: accepts only False.
 _C.MODEL.LOAD_PROPOSALS = False

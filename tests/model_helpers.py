@@ -282,7 +282,7 @@ def settings(model):
 _OTHER = (
     "momentum", "affine", "track_running_stats", "num_features", "_has_warned",
     "level_names", "strides", "keypoint_loss_weight", "clips_before_nms", "focal_alpha", "focal_gamma",
-    "smooth_l1_beta", "box_loss", "loss_weight", "normalizer", "conv1._norm", "conv2._norm", "conv3._norm",
+    "_loss_type", "box_loss", "loss_weight", "normalizer", "conv1._norm", "conv2._norm", "conv3._norm",
     "0._norm",
 )  # fmt: skip
 

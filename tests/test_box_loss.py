@@ -18,7 +18,7 @@ from torchvision.models.detection._utils import BoxCoder
 
 from plaintrain.config import check_cfg, get_cfg
 from plaintrain.modeling import matching, rpn
-from plaintrain.modeling.box_loss import BoxLoss, sum_box_loss
+from plaintrain.modeling.box_loss import BoxLoss, box_losses
 from plaintrain.utils.errors import UserError
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -61,7 +61,9 @@ def found_loss(recipe):
     # The last is padding.
     counts = torch.tensor([[True, True, True, False]])
     deltas.requires_grad_()
-    loss = sum_box_loss(recipe, BoxCoder(WEIGHTS), deltas, priors, objects, counts)
+    losses = box_losses(recipe, BoxCoder(WEIGHTS), deltas, priors, objects, counts)
+    assert losses.shape == (1, 4) and not losses[0, 3]
+    loss = losses.sum()
     (gradient,) = torch.autograd.grad(loss, deltas)
     assert gradient.isfinite().all() and gradient[0, :2].any() and not gradient[0, 3].any()
     return loss.item()

@@ -77,6 +77,8 @@ def torchvision_twin(name, model):
             anchors = AnchorGenerator(anchors.sizes, anchors.aspect_ratios)
         backbone, head = copy.deepcopy((model.backbone, model.head))
         plain = kind(backbone, K, anchor_generator=anchors, head=head)
+        if "giou" in name:
+            head.regression_head._loss_type = "giou"
     plain.load_state_dict(model.state_dict())
     plain.transform = model.transform
     return plain

@@ -1,6 +1,8 @@
 """The training step of an R-CNN: its sync points, and modeling.matching, .rpn and .roi_heads."""
 
+import copy
 import itertools
+import pickle
 from unittest import mock
 
 import pytest
@@ -11,6 +13,7 @@ from model_helpers import (
     PROPOSALS,
     RESNET18,
     SMALL_HEAD,
+    TINY,
     build,
     make_sample,
     randomize_predictions,
@@ -25,15 +28,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, roi_align
 
 from plaintrain.modeling import matching
-from plaintrain.modeling.matching import (
-    AnchorCache,
-    decode,
-    match,
-    pad_targets,
-    regression_loss,
-    sample,
-)
+from plaintrain.modeling.anchors import SizeCache
+from plaintrain.modeling.matching import decode, match, pad_targets, sample
 from plaintrain.modeling.pooling import RoIAlign, pool_levels
+from plaintrain.modeling.rpn import _is_plain
 
 # ---- sync points -------------------------------------------------------------------------------
 
@@ -41,6 +39,14 @@ MODELS = {
     "faster": (*RESNET18, *SMALL_HEAD),
     "mask and keypoints": (*RESNET18, *SMALL_HEAD, *MASK, *KEYPOINT),
     "proposals": (*RESNET18, *PROPOSALS),
+    "giou": (
+        *RESNET18,
+        *SMALL_HEAD,
+        "MODEL.RPN.BBOX_REG_LOSS_TYPE",
+        "giou",
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE",
+        "giou",
+    ),  # fmt: skip
 }
 
 
@@ -162,11 +168,12 @@ def test_proposals_in_training_are_torchvisions(score):
     assert exists.all() == (score == 0)
 
 
-def test_boxes_without_a_size_are_refused():
+@pytest.mark.parametrize("name", ["faster", "proposals"])
+def test_boxes_without_a_size_are_refused(name):
     samples = two_samples()
     samples[1]["target"]["boxes"][0, 2] = 10.0
     with pytest.raises(AssertionError, match=r"positive height and width, not \[10.0, 10.0, 10.0, 70.0\]"):
-        build(*RESNET18, *SMALL_HEAD)(samples)
+        build(*MODELS[name])(samples)
 
 
 # ---- matching ----------------------------------------------------------------------------------
@@ -271,16 +278,6 @@ def test_boxes_are_decoded_as_by_torchvisions_coder():
     torch.testing.assert_close(found[1:], boxes[1:], rtol=1e-4, atol=1e-3)
 
 
-def test_the_regression_loss_leaves_out_what_does_not_count():
-    deltas = torch.tensor([[[0.1, 1.0, -2.0, 0.0], [5.0, 5.0, 5.0, 5.0]]], requires_grad=True)
-    targets = torch.tensor([[[0.0] * 4, [float("nan"), float("inf"), 0.0, 0.0]]])
-    loss = regression_loss(deltas, targets, torch.tensor([[True, False]]))
-    # Quadratic below 1/9, linear above.
-    assert loss.item() == pytest.approx(0.1**2 / 2 * 9 + (1 - 1 / 18) + (2 - 1 / 18))
-    loss.backward()
-    assert deltas.grad.isfinite().all() and not deltas.grad[0, 1].any() and deltas.grad[0, 0].any()
-
-
 def make_maps(number, side=512, channels=3):
     """Feature maps of strides 4, 8, ... of two images, a little wider than high."""
     generator = torch.Generator().manual_seed(2)
@@ -360,31 +357,36 @@ def maps_of(height, width, dtype=torch.float32):
 
 
 def test_anchors_are_made_once_for_a_size_and_kept_for_few_sizes():
-    cache, generator = AnchorCache(), AnchorGenerator(((32,),), ((0.5, 1.0),))
-    made = mock.Mock(side_effect=generator)
+    cache, generator = SizeCache(), AnchorGenerator(((32,),), ((0.5, 1.0),))
+    made = mock.Mock(side_effect=lambda images, features: generator(images, features)[:1])
     sizes = list(itertools.product((32, 64, 96), (32, 64, 96, 128)))
     for height, width in sizes:
         for _ in range(2):
-            found = cache(made, images_of(height, width), maps_of(height, width))
+            (found,) = one = cache(made, images_of(height, width), maps_of(height, width))
             assert found.equal(generator(images_of(height, width), maps_of(height, width))[0])
     assert made.call_count == len(sizes) == 12
-    assert cache(made, images_of(96, 128), maps_of(96, 128)) is found
+    assert cache(made, images_of(96, 128), maps_of(96, 128)) is one
     # The oldest went.
     cache(made, images_of(32, 32), maps_of(32, 32))
     assert made.call_count == 13
     # Another type, and another image of the same maps, are others.
-    low = cache(made, images_of(32, 32), maps_of(32, 32, torch.float64))
+    (low,) = cache(made, images_of(32, 32), maps_of(32, 32, torch.float64))
     assert low.dtype == torch.float64
     cache(made, images_of(40, 40), maps_of(32, 32))
     assert made.call_count == 15
+    # A copy, such as that of averaged weights, takes no memory for them.
+    copied = copy.deepcopy(cache)
+    copied(made, images_of(40, 40), maps_of(32, 32))
+    cache(made, images_of(40, 40), maps_of(32, 32))
+    assert made.call_count == 16 and len(pickle.dumps(cache)) < 200
 
 
 def test_anchors_first_made_in_inference_mode_can_be_trained_with():
-    cache = AnchorCache()
+    cache = SizeCache()
     generator = AnchorGenerator(((32,),), ((1.0,),))
     with torch.inference_mode():
         cache(generator, images_of(32, 32), maps_of(32, 32))
-    anchors = cache(generator, images_of(32, 32), maps_of(32, 32))
+    anchors = cache(generator, images_of(32, 32), maps_of(32, 32))[0]
     scale = torch.ones(1, requires_grad=True)
     (anchors * scale).sum().backward()
     assert scale.grad == anchors.sum()
@@ -394,9 +396,8 @@ def test_anchors_first_made_in_inference_mode_can_be_trained_with():
 
 
 @pytest.mark.parametrize("low", [False, True])
-@pytest.mark.parametrize("dims", [[-1], [-1, -1]])
-def test_the_heads_of_sampled_anchors_are_those_of_all_at_once(dims, low):
-    model = build(*RESNET18, *SMALL_HEAD, "MODEL.RPN.CONV_DIMS", dims)
+def test_the_heads_of_sampled_anchors_are_those_of_all_at_once(low):
+    model = build(*RESNET18, *SMALL_HEAD)
     randomize_predictions(model)
     samples = make_batch((2, 3))
     images, _ = model.transform([s["image"] for s in samples])
@@ -406,7 +407,7 @@ def test_the_heads_of_sampled_anchors_are_those_of_all_at_once(dims, low):
     # The corners of the largest and of the smallest map.
     sampled[:, :2], sampled[:, 2] = torch.tensor([0, size - 1]), features[0].shape[3] * 3 - 1
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        found = model.rpn._predict(images, features, sampled)
+        found = model.rpn._predict_sampled(images, features, sampled)
         objectness, deltas = (
             torch.cat([level.permute(0, 2, 3, 1).reshape(2, -1, n) for level in part], dim=1)
             for part, n in zip(head(features), (1, 4), strict=True)
@@ -425,12 +426,73 @@ def test_the_heads_of_sampled_anchors_are_those_of_all_at_once(dims, low):
         torch.testing.assert_close(part, other, rtol=0.05 * low + 1e-4, atol=tolerance)
 
 
-def test_the_rpn_learns_under_autocast():
-    model = build(*RESNET18, *SMALL_HEAD)
-    with torch.autocast("cpu", torch.bfloat16):
+def steps_of(model, times=1):
+    """The RPN's losses in some steps on the same samples, and the gradients of the last."""
+    for _ in range(times):
+        torch.manual_seed(0)
+        model.zero_grad()
         losses = model(two_samples())
-    (losses["loss_rpn_cls"] + losses["loss_rpn_loc"]).backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.rpn.parameters())
+        (losses["loss_rpn_cls"] + losses["loss_rpn_loc"]).backward()
+    return losses, {name: p.grad.clone() for name, p in model.rpn.named_parameters()}
+
+
+class OwnHead(torch.nn.Module):
+    """What somebody puts in the place of torchvision's head."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.inner = head
+
+    def forward(self, features):
+        return self.inner([feature.tanh() for feature in features])
+
+
+def put_in(module, name, part):
+    setattr(module, name, part)
+
+
+HEADS = {
+    "a module": lambda rpn: put_in(rpn, "head", OwnHead(rpn.head)),
+    "an activation": lambda rpn: put_in(rpn.head.conv[0], "1", torch.nn.Tanh()),
+    "two convolutions": lambda rpn: rpn.head.conv.append(copy.deepcopy(rpn.head.conv[0])),
+    "a dilation": lambda rpn: [put_in(rpn.head.conv[0][0], key, (2, 2)) for key in ("dilation", "padding")],
+    "a hook": lambda rpn: rpn.head.register_forward_hook(lambda _, i, out: (out[0], [3 * d for d in out[1]])),
+    "a part's hook": lambda rpn: rpn.head.bbox_pred.register_forward_hook(lambda _, i, out: 3 * out),
+    "an input's hook": lambda rpn: rpn.head.conv.register_forward_pre_hook(lambda _, inputs: 3 * inputs[0]),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_of_another_kind_is_called_once_and_learns(name):
+    model = build(*TINY, *SMALL_HEAD)
+    randomize_predictions(model)
+    assert _is_plain(model.rpn.head)
+    HEADS[name](model.rpn)
+    with mock.patch.object(model.rpn.head, "forward", wraps=model.rpn.head.forward) as called:
+        losses, gradients = steps_of(model)
+    assert called.call_count == 1 and all(gradient.any() for gradient in gradients.values())
+    with mock.patch("plaintrain.modeling.rpn._is_plain", return_value=False):
+        expected, wanted = steps_of(model)
+    assert losses == expected and all(gradients[key].equal(wanted[key]) for key in wanted)
+
+
+def test_a_head_called_for_all_anchors_gives_the_losses_of_those_sampled():
+    model = build(*TINY, *SMALL_HEAD)
+    randomize_predictions(model)
+    losses, gradients = steps_of(model)
+    with mock.patch("plaintrain.modeling.rpn._is_plain", return_value=False):
+        expected, wanted = steps_of(model)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_rpn_learns_under_autocast(plain):
+    model = build(*RESNET18, *SMALL_HEAD, "MODEL.RPN.CONV_DIMS", [-1] if plain else [-1, -1])
+    with torch.autocast("cpu", torch.bfloat16):
+        # The second time with weights that autocast has cast already.
+        _, gradients = steps_of(model, times=2)
+    assert all(gradient.any() for gradient in gradients.values())
 
 
 def test_an_rpn_alone_makes_no_proposals_in_training():

@@ -1,12 +1,11 @@
-"""How an R-CNN learns its boxes: torchvision's recipe by default, Detectron2's from the config."""
+"""How a detector learns its boxes: torchvision's recipe by default, Detectron2's from the config."""
 
 from typing import NamedTuple
 
-import torch
 from torchvision.models.detection._utils import encode_boxes
-from torchvision.ops import generalized_box_iou_loss
 
-from plaintrain.modeling.matching import decode, regression_loss
+from plaintrain.modeling.losses import giou_loss, smooth_l1_loss
+from plaintrain.modeling.matching import decode
 from plaintrain.utils.errors import UserError
 
 
@@ -35,19 +34,19 @@ def get_box_loss(node, key):
     return BoxLoss(node.BBOX_REG_LOSS_TYPE, node.SMOOTH_L1_BETA, node.BBOX_REG_LOSS_WEIGHT)
 
 
-def sum_box_loss(recipe, coder, deltas, priors, objects, counts):
-    """The weighted loss summed over the boxes that count, 0-d.
+def box_losses(recipe, coder, deltas, priors, objects, counts):
+    """The weighted losses of boxes, `[B, S]`, 0 where they do not count.
 
     Args:
         recipe: the `BoxLoss`.
         coder: torchvision's `BoxCoder`, whose weights scale the deltas.
-        deltas: what the network gives for `priors`, anchors or proposals; with `objects` all `[B, S, 4]`.
+        deltas: what the network gives for each prior, float32 `[B, S, 4]`.
+        priors: anchors or proposals, `[B, S, 4]`, or `[S, 4]`, the same for all images.
+        objects: the boxes to be learned, `[B, S, 4]`.
         counts: bool `[B, S]`.
     """
     if recipe.kind == "giou":
-        # Padding is compared with itself: what it gives is finite, and left out.
-        boxes = torch.where(counts[..., None], decode(deltas, priors, coder), objects)
-        loss = generalized_box_iou_loss(boxes, objects)
-        return recipe.weight * loss.masked_fill(~counts, 0).sum()
-    wanted = encode_boxes(objects.flatten(0, 1), priors.flatten(0, 1), coder.weights).view_as(objects)
-    return recipe.weight * regression_loss(deltas, wanted, counts, recipe.beta)
+        return recipe.weight * giou_loss(decode(deltas, priors, coder), objects, counts)
+    priors = priors.expand_as(objects).flatten(0, 1)
+    wanted = encode_boxes(objects.flatten(0, 1), priors, coder.weights).view_as(objects)
+    return recipe.weight * smooth_l1_loss(deltas, wanted, counts, recipe.beta)

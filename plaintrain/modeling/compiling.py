@@ -12,13 +12,19 @@ _PARTS = (
     "backbone", "head", "rpn.head", "roi_heads.box_head", "roi_heads.box_predictor", "roi_heads.mask_head",
     "roi_heads.mask_predictor", "roi_heads.keypoint_head", "roi_heads.keypoint_predictor",
 )  # fmt: skip
+# Of a part: training, validation losses and evaluation, with autocast and without.
+_MOST_GRAPHS = 8
 
 
 def _inductor(graph, inputs):
     # Imported where it is used: that takes seconds.
     from torch._dynamo import lookup_backend
+    from torch._functorch import config
 
-    return lookup_backend("inductor")(graph, inputs)
+    # The backward pass is compiled now, not when it is first run: there nobody could catch a failure.
+    eager = {"force_non_lazy_backward_lowering": True}
+    with config.patch({key: value for key, value in eager.items() if hasattr(config, key)}):
+        return lookup_backend("inductor")(graph, inputs)
 
 
 def careful(backend):
@@ -56,12 +62,14 @@ def compile_parts(model, backend=_inductor):
         backend: function (graph, example inputs) -> callable, as torch.compile takes it.
     """
     parts, backend = dict(model.named_modules()), careful(backend)
-    for name in _PARTS:
-        if parts.get(name) is None:
-            continue
-        try:
-            parts[name].compile(backend=backend, dynamic=True)
-        except RuntimeError as e:
-            # A Python or a platform that this torch cannot compile on.
-            logger.warning(f"MODEL.COMPILE does nothing, training goes on without it: {e}")
-            return
+    try:
+        from torch._dynamo import config
+
+        # torch counts the graphs of all parts together, and by default stops at 8.
+        config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS * len(_PARTS))
+        for name in _PARTS:
+            if parts.get(name) is not None:
+                parts[name].compile(backend=backend, dynamic=True)
+    except (ImportError, RuntimeError) as e:
+        # A Python or a platform that this torch cannot compile on.
+        logger.warning(f"MODEL.COMPILE does nothing, training goes on without it: {e}")

@@ -17,7 +17,8 @@ def _raised(value):
     return type(value)(_raised(item) for item in value)
 
 
-def _raise_outputs(module, inputs, outputs):
+def raise_outputs(module, inputs, outputs):
+    """A forward hook: the outputs (see `keep_float32`) in float32, if they are not."""
     return _raised(outputs)
 
 
@@ -36,6 +37,6 @@ def keep_float32(*, heads=(), anchors=()):
         anchors: anchor generators, called with (images, features).
     """
     for module in heads:
-        module.register_forward_hook(_raise_outputs)
+        module.register_forward_hook(raise_outputs)
     for module in anchors:
         module.register_forward_pre_hook(_raise_features)

@@ -49,7 +49,8 @@ def fold_frozen_norms(module):
     """Fold each frozen batch norm that follows a convolution without a bias, in place.
 
     Following means in the order in which a parent registers its children, which is that of the data in
-    torchvision's backbones. The names and shapes of a state dict stay.
+    torchvision's backbones. The names and shapes of a state dict stay. Statistics are read at each step, so
+    that they may be loaded later; whoever replaces one of the two modules later must replace both.
     """
     for parent in list(module.modules()):
         for (name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):

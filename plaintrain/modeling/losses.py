@@ -1,4 +1,4 @@
-"""The losses of detectors that score every anchor, in fixed shapes: what does not count is masked.
+"""Losses in fixed shapes: what does not count is masked.
 
 B is the number of images, N that of anchors, K that of classes.
 """

@@ -9,29 +9,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection._utils import SSDMatcher
 
-# Anchors of this many padded sizes are kept; those of a COCO image take 4 MB.
-_MAX_ANCHORS = 8
 # Pairs of an object and a candidate compared at once: 64 MB for each number of a pair.
 _MAX_PAIRS = 2**24
-
-
-class AnchorCache:
-    """Anchors by the sizes they are made for."""
-
-    def __init__(self):
-        self._anchors = {}
-
-    def __call__(self, generator, images, features):
-        """The anchors `[N, 4]` that `generator` gives each image of an ImageList, for a list of features."""
-        sizes = [tuple(feature.shape[-2:]) for feature in features]
-        key = (tuple(images.tensors.shape[-2:]), *sizes, features[0].dtype, features[0].device)
-        if key not in self._anchors:
-            while len(self._anchors) >= _MAX_ANCHORS:
-                del self._anchors[next(iter(self._anchors))]
-            # Training may follow an evaluation in inference mode, whose tensors it could not use.
-            with torch.inference_mode(False), torch.no_grad():
-                self._anchors[key] = generator(images, features)[0]
-        return self._anchors[key]
 
 
 def pad_targets(targets):
@@ -135,11 +114,3 @@ def decode(deltas, anchors, coder):
     centres = torch.stack([x, y], dim=-1) * units + (anchors[..., :2] + 0.5 * units)
     halves = 0.5 * (torch.stack([width, height], dim=-1).clamp(max=coder.bbox_xform_clip).exp() * units)
     return torch.cat([centres - halves, centres + halves], dim=-1)
-
-
-def regression_loss(deltas, targets, counts, beta=1 / 9):
-    """Smooth L1, L1 if `beta` is 0, summed over the rows of `[B, S, 4]` that bool `[B, S]` counts."""
-    missing = ~counts[..., None]
-    # Where they do not count, targets may be infinite or not a number.
-    targets = targets.masked_fill(missing, 0)
-    return F.smooth_l1_loss(deltas, targets, beta=beta, reduction="none").masked_fill(missing, 0).sum()

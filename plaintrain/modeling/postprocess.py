@@ -134,17 +134,13 @@ def heatmaps_to_keypoints(maps, boxes):
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     number, places, scores = maps.shape[1], [], []
     if not len(maps):
-        return maps.new_zeros(0, number, 3), maps.new_zeros(0, number)
+        return boxes.new_zeros(0, number, 3), boxes.new_zeros(0, number)
     for roi, (width, height) in zip(maps, sides.ceil().int().tolist(), strict=True):  # sync point
         resized = F.interpolate(roi[:, None], size=(height, width), mode="bicubic", align_corners=False)
         flat = resized.view(number, -1)
         place = flat.argmax(dim=1, keepdim=True)
         scores.append(flat.gather(1, place)[:, 0])
         places.append(place[:, 0])
-    if not places:
-        return maps.new_zeros(0, number, 3, dtype=torch.float32), maps.new_zeros(
-            0, number, dtype=torch.float32
-        )
     places, widths = torch.stack(places), sides[:, :1].ceil().long()
     cells = torch.stack([places % widths, places.div(widths, rounding_mode="floor")], dim=-1)
     points = (cells + 0.5) * (sides / sides.ceil())[:, None] + boxes[:, None, :2]

@@ -110,6 +110,8 @@ class ProposalNetwork(nn.Module):
             In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}: proposals in the
             original image's pixels, objectness descending in 0..1, labels all 0.
         """
+        if self.training:
+            check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
         features = self.backbone(images.tensors)
         if self.training:

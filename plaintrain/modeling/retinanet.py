@@ -4,11 +4,12 @@ import math
 
 import torch
 from torchvision.models.detection import RetinaNet as _RetinaNet
-from torchvision.models.detection._utils import BoxCoder, encode_boxes
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from plaintrain.modeling.backbone import build_backbone, get_norm
+from plaintrain.modeling.box_loss import BoxLoss, box_losses
 from plaintrain.modeling.common import (
     build_anchor_generator,
     build_preprocess,
@@ -17,8 +18,8 @@ from plaintrain.modeling.common import (
 )
 from plaintrain.modeling.dense import DenseOnSamples
 from plaintrain.modeling.float32 import keep_float32
-from plaintrain.modeling.losses import focal_loss, giou_loss, smooth_l1_loss
-from plaintrain.modeling.matching import decode, match, take
+from plaintrain.modeling.losses import focal_loss
+from plaintrain.modeling.matching import match, take
 from plaintrain.utils.errors import UserError
 
 
@@ -26,7 +27,7 @@ class RetinaNet(DenseOnSamples, _RetinaNet):
     """torchvision's RetinaNet, parameter for parameter, trained in fixed shapes."""
 
     clips_before_nms = True
-    focal_alpha, focal_gamma, smooth_l1_beta = 0.25, 2.0, 0.0
+    focal_alpha, focal_gamma, box_loss = 0.25, 2.0, BoxLoss(beta=0.0)
 
     def _losses(self, outputs, anchors, levels, boxes, labels):
         index, matched, background = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
@@ -34,19 +35,13 @@ class RetinaNet(DenseOnSamples, _RetinaNet):
         labels = take(labels, index).masked_fill(~matched, -1)
         loss = focal_loss(outputs["cls_logits"], labels, self.focal_alpha, self.focal_gamma)
         loss = loss.masked_fill(~(matched | background), 0).sum(dim=1)
-        loss_box = self._box_loss(outputs["bbox_regression"], anchors, take(boxes, index), matched)
+        deltas, objects = outputs["bbox_regression"], take(boxes, index)
+        loss_box = box_losses(self.box_loss, self.box_coder, deltas, anchors, objects, matched)
         # The mean over the images, each divided by its anchors with an object.
         return {
             "loss_cls": (loss / numbers).mean(),
             "loss_box_reg": (loss_box.sum(dim=1) / numbers).mean(),
         }
-
-    def _box_loss(self, deltas, anchors, objects, matched):
-        if self.head.regression_head._loss_type == "giou":
-            return giou_loss(decode(deltas, anchors, self.box_coder), objects, matched)
-        anchors = anchors.expand_as(objects).flatten(0, 1)
-        wanted = encode_boxes(objects.flatten(0, 1), anchors, self.box_coder.weights).view_as(objects)
-        return smooth_l1_loss(deltas, wanted, matched, self.smooth_l1_beta)
 
     def postprocess_detections(self, head_outputs, anchors, image_shapes):
         """torchvision's, or as in Detectron2: boxes are cut at the image's edge after NMS, and those
@@ -89,8 +84,6 @@ def build_retinanet(cfg):
     )
     bias = prior_bias(retinanet.PRIOR_PROB, "MODEL.RETINANET.PRIOR_PROB")
     torch.nn.init.constant_(head.classification_head.cls_logits.bias, bias)
-    if retinanet.BBOX_REG_LOSS_TYPE == "giou":
-        head.regression_head._loss_type = "giou"
     background, foreground = get_thresholds(retinanet.IOU_THRESHOLDS, 2, "MODEL.RETINANET.IOU_THRESHOLDS")
     model = RetinaNet(
         backbone,
@@ -114,7 +107,7 @@ def build_retinanet(cfg):
 
 def _set_losses(model, retinanet):
     model.focal_alpha, model.focal_gamma = retinanet.FOCAL_LOSS_ALPHA, retinanet.FOCAL_LOSS_GAMMA
-    model.smooth_l1_beta = retinanet.SMOOTH_L1_LOSS_BETA
+    model.box_loss = BoxLoss(retinanet.BBOX_REG_LOSS_TYPE, retinanet.SMOOTH_L1_LOSS_BETA)
     if not (0 <= model.focal_alpha <= 1 or model.focal_alpha == -1):
         raise UserError(
             f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {model.focal_alpha}, but must be 0 to 1, or -1 for none"

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_loss
 
-from plaintrain.modeling.box_loss import BoxLoss, sum_box_loss
+from plaintrain.modeling.box_loss import BoxLoss, box_losses
 from plaintrain.modeling.matching import match, pad_targets, sample, take
 from plaintrain.modeling.postprocess import detect_in_rois
 
@@ -62,5 +62,5 @@ class BatchedRoIHeads(RoIHeads):
         loss = F.cross_entropy(logits, labels.flatten(), ignore_index=_IGNORED, reduction="sum")
         deltas = take(deltas.view(labels.numel(), -1, 4), labels.clamp(min=0).view(-1, 1))
         deltas = deltas.view_as(objects)
-        loss_box = sum_box_loss(self.box_loss, self.box_coder, deltas, boxes, objects, labels > 0)
-        return {"loss_classifier": loss / number, "loss_box_reg": loss_box / number}
+        loss_box = box_losses(self.box_loss, self.box_coder, deltas, boxes, objects, labels > 0)
+        return {"loss_classifier": loss / number, "loss_box_reg": loss_box.sum() / number}

@@ -2,25 +2,37 @@
 
 import torch
 import torch.nn.functional as F
-from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torch import nn
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+from torchvision.ops import batched_nms
+from torchvision.ops.misc import Conv2dNormActivation
 
-from plaintrain.modeling.box_loss import BoxLoss, sum_box_loss
-from plaintrain.modeling.matching import (
-    AnchorCache,
-    decode,
-    match,
-    pad_targets,
-    sample,
-    take,
-)
-from plaintrain.modeling.postprocess import best_proposals
+from plaintrain.modeling.anchors import SizeCache
+from plaintrain.modeling.box_loss import BoxLoss, box_losses
+from plaintrain.modeling.float32 import raise_outputs
+from plaintrain.modeling.matching import decode, match, pad_targets, sample, take
+from plaintrain.modeling.postprocess import are_large, best_proposals, clip_each
+
+# The modules of torchvision's head of one convolution.
+_PLAIN_HEAD = [RPNHead, nn.Sequential, Conv2dNormActivation, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Conv2d]
+
+
+def _is_plain(head):
+    """Whether a head is torchvision's of one 3x3 convolution, of which nothing but the parameters counts."""
+    parts = list(head.modules())
+    if [type(part) for part in parts] != _PLAIN_HEAD:
+        return False
+    conv = parts[3]
+    if (conv.kernel_size, conv.dilation, conv.padding_mode) != ((3, 3), (1, 1), "zeros"):
+        return False
+    hooks = [h for part in parts for h in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())]
+    return all(h is raise_outputs for h in hooks) and not any(part._backward_hooks for part in parts)
 
 
 def _neighbours(images, features):
-    """Of each location the 9 that a 3x3 convolution reads, in a list as a generator of anchors gives it.
+    """Of each location the 9 that a 3x3 convolution reads, `[N, 9]`.
 
-    Locations `[N, 9]` are counted over all levels, row by row; N stands for all beyond the edges.
+    Locations are counted over all levels, row by row; N stands for all beyond the edges.
     """
     sizes = [feature.shape[-2:] for feature in features]
     number, first, places = sum(h * w for h, w in sizes), 0, []
@@ -29,7 +41,7 @@ def _neighbours(images, features):
         windows = F.pad(level, (1, 1, 1, 1), value=number).unfold(0, 3, 1).unfold(1, 3, 1)
         places.append(windows.reshape(-1, 9))
         first += h * w
-    return [torch.cat(places)]
+    return torch.cat(places)
 
 
 class BatchedRPN(RegionProposalNetwork):
@@ -46,7 +58,7 @@ class BatchedRPN(RegionProposalNetwork):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._anchors, self._neighbours = AnchorCache(), AnchorCache()
+        self._neighbours = SizeCache()
 
     def forward(self, images, features, targets=None):
         """torchvision's, but in training the proposals are boxes `[B, P, 4]` and bool `[B, P]`, False for
@@ -54,17 +66,14 @@ class BatchedRPN(RegionProposalNetwork):
         """
         if not self.training:
             return super().forward(images, features, targets)
-        losses = self.losses(images, features, targets)
         features = list(features.values())
+        predicted = self._predict_if_needed(features)
+        losses = self._losses(images, features, targets, predicted)
         # Proposals are not learned. After the losses: autocast keeps a weight as it first casts it.
         with torch.no_grad():
-            objectness, deltas = self.head(features)
-            counts = [level[0].numel() for level in objectness]
-            objectness, deltas = concat_box_prediction_layers(objectness, deltas)
-            objectness = objectness.view(len(images.image_sizes), -1)
-            deltas = deltas.view(*objectness.shape, 4)
-            anchors = self._anchors(self.anchor_generator, images, features)
-            return self._propose(objectness, deltas, anchors, counts, images.image_sizes), losses
+            anchors = self.anchor_generator(images, features)[0]
+            predicted = predicted or self._predict(features)
+            return self._propose(*predicted, anchors, images.image_sizes), losses
 
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
         """torchvision's, for all images at once; only for evaluation."""
@@ -73,7 +82,10 @@ class BatchedRPN(RegionProposalNetwork):
     def losses(self, images, features, targets):
         """{"loss_objectness": 0-d tensor, "loss_rpn_box_reg": 0-d tensor}."""
         features = list(features.values())
-        anchors = self._anchors(self.anchor_generator, images, features)
+        return self._losses(images, features, targets, self._predict_if_needed(features))
+
+    def _losses(self, images, features, targets, predicted):
+        anchors = self.anchor_generator(images, features)[0]
         boxes, labels = pad_targets(targets)
         index, matched, background = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
         sampled, exists = sample(matched, background, self.fg_bg_sampler)
@@ -81,22 +93,32 @@ class BatchedRPN(RegionProposalNetwork):
         number = exists.sum().clamp(min=1)
         if self.normalizer == "batch_size":
             number = self.fg_bg_sampler.batch_size_per_image * len(exists)
+        if predicted:
+            logits, deltas = (take(part, sampled) for part in predicted[:2])
+        else:
+            logits, deltas = self._predict_sampled(images, features, sampled)
         objects, priors = take(boxes, take(index, sampled)), anchors[sampled]
-        logits, deltas = self._predict(images, features, sampled)
-        loss_box = sum_box_loss(self.box_loss, self.box_coder, deltas, priors, objects, positive)
+        loss_box = box_losses(self.box_loss, self.box_coder, deltas, priors, objects, positive).sum()
         truth = positive.to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, truth, exists.to(logits.dtype), reduction="sum")
         weight = self.loss_weight / number
         return {"loss_objectness": loss * weight, "loss_rpn_box_reg": loss_box * weight}
 
-    def _predict(self, images, features, sampled):
-        """Objectness `[B, S]` and deltas `[B, S, 4]` of sampled anchors `[B, S]`."""
-        if len(self.head.conv) > 1:
-            objectness, deltas = concat_box_prediction_layers(*self.head(features))
-            shape = (len(sampled), -1)
-            return take(objectness.view(shape), sampled), take(deltas.view(*shape, 4), sampled)
+    def _predict_if_needed(self, features):
         # The losses see few locations: to convolve the others would cost a seventh of a step, most of it
         # in the backward pass, which would bring zeros through them.
+        return None if _is_plain(self.head) else self._predict(features)
+
+    def _predict(self, features):
+        """Objectness `[B, N]` and deltas `[B, N, 4]` of all anchors, and how many of them each level has."""
+        objectness, deltas = self.head(features)
+        counts = [level[0].numel() for level in objectness]
+        objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+        objectness = objectness.view(len(features[0]), -1)
+        return objectness, deltas.view(*objectness.shape, 4), counts
+
+    def _predict_sampled(self, images, features, sampled):
+        """Objectness `[B, S]` and deltas `[B, S, 4]` of sampled anchors `[B, S]`, by a head that is plain."""
         number = self.head.cls_logits.out_channels
         neighbours = self._neighbours(_neighbours, images, features)
         rows = [f.permute(0, 2, 3, 1).flatten(1, 2) for f in features]
@@ -113,14 +135,14 @@ class BatchedRPN(RegionProposalNetwork):
         deltas = deltas.unflatten(2, (number, 4)).take_along_dim(anchor[..., None], dim=2)
         return logits.take_along_dim(anchor, dim=2)[..., 0], deltas[:, :, 0]
 
-    def _propose(self, objectness, deltas, anchors, counts, sizes):
+    def _propose(self, objectness, deltas, counts, anchors, sizes):
         index = self._get_top_n_idx(objectness, counts)
         counts = [min(count, self.pre_nms_top_n()) for count in counts]
         boxes = decode(take(deltas, index), anchors[index], self.box_coder)
-        boxes = torch.stack([clip_boxes_to_image(b, size) for b, size in zip(boxes, sizes, strict=True)])
+        boxes = torch.stack(clip_each(boxes, sizes))
         scores = take(objectness, index).sigmoid()
         # What is too small or too unlikely comes last: it suppresses nothing.
-        wanted = (boxes[..., 2:] - boxes[..., :2] >= self.min_size).all(-1) & (scores >= self.score_thresh)
+        wanted = are_large(boxes, self.min_size) & (scores >= self.score_thresh)
         boxes, scores = boxes.masked_fill(~wanted[..., None], 0), scores.masked_fill(~wanted, -1)
         levels = torch.cat([torch.full_like(s, i) for i, s in enumerate(scores[0].split(counts))])
         alive = torch.zeros_like(scores, dtype=torch.bool)

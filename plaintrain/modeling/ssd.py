@@ -7,20 +7,23 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.detection._utils import encode_boxes, retrieve_out_channels
+from torchvision.models.detection._utils import retrieve_out_channels
 from torchvision.models.detection.ssd import SSD as _SSD
 from torchvision.models.detection.ssd import SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
 from plaintrain.modeling.anchors import CachedBoxGenerator
 from plaintrain.modeling.backbone import build_backbone, get_tiny_norm
+from plaintrain.modeling.box_loss import BoxLoss, box_losses
 from plaintrain.modeling.common import build_preprocess
 from plaintrain.modeling.dense import DenseOnSamples
 from plaintrain.modeling.float32 import keep_float32
-from plaintrain.modeling.losses import smooth_l1_loss
 from plaintrain.modeling.matching import match, take
 from plaintrain.modeling.postprocess import detect_from_anchors
 from plaintrain.utils.errors import UserError
+
+# The paper's smooth L1.
+_BOX_LOSS = BoxLoss(beta=1.0)
 
 
 class SSD(DenseOnSamples, _SSD):
@@ -37,9 +40,8 @@ class SSD(DenseOnSamples, _SSD):
         index, matched, _ = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
         number = matched.sum().clamp(min=1)
         objects = take(boxes, index)
-        priors = anchors.expand_as(objects).flatten(0, 1)
-        wanted = encode_boxes(objects.flatten(0, 1), priors, self.box_coder.weights).view_as(objects)
-        loss_box = smooth_l1_loss(outputs["bbox_regression"], wanted, matched, beta=1.0)
+        deltas = outputs["bbox_regression"]
+        loss_box = box_losses(_BOX_LOSS, self.box_coder, deltas, anchors, objects, matched)
         labels = (take(labels, index) + self.label_offset).masked_fill(~matched, 0)
         loss = F.cross_entropy(outputs["cls_logits"].flatten(0, 1), labels.flatten(), reduction="none")
         loss = count_hard(loss.view_as(labels), matched, self.neg_to_pos_ratio)
