@@ -218,21 +218,17 @@ def test_the_backward_pass_is_compiled_where_a_failure_is_caught():
 
 @pytest.mark.long
 def test_a_compiler_that_fails_in_the_backward_pass_is_said_once_and_training_works(caplog):
-    plain, model = build(*ARCHITECTURES["proposals"]), build(*ARCHITECTURES["proposals"])
     from torch._inductor import compile_fx
 
-    inner = compile_fx.compile_fx_inner
-
-    def failing(*args, **kwargs):
-        if kwargs.get("is_backward"):
-            raise OSError("no room")
-        return inner(*args, **kwargs)
-
-    with mock.patch.object(compile_fx, "compile_fx_inner", failing):
-        compile_parts(model)
-        assert_alike(model, plain, two_squares())
-    said = [r.getMessage() for r in caplog.records if r.name.startswith("plaintrain")]
-    assert len(said) == 1 and "MODEL.COMPILE" in said[0] and "no room" in said[0]
+    if not hasattr(compile_fx, "compile_fx_backward"):
+        pytest.skip("this torch compiles the backward pass elsewhere")
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with mock.patch.object(compile_fx, "compile_fx_backward", side_effect=OSError("no room")):
+        module.compile(backend=careful(compiling._inductor), dynamic=True)
+        module(torch.randn(2, 3, 9, 9)).sum().backward()
+    assert module[0].weight.grad.any()
+    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("plaintrain")]
+    assert said == "MODEL.COMPILE does nothing, training goes on without it: no room"
 
 
 @pytest.mark.long
