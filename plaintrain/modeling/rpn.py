@@ -67,11 +67,10 @@ class BatchedRPN(RegionProposalNetwork):
         if not self.training:
             return super().forward(images, features, targets)
         features = list(features.values())
-        predicted = self._predict_if_needed(features)
-        losses = self._losses(images, features, targets, predicted)
+        anchors, predicted = self.anchor_generator(images, features)[0], self._predict_if_needed(features)
+        losses = self._losses(images, features, anchors, targets, predicted)
         # Proposals are not learned. After the losses: autocast keeps a weight as it first casts it.
         with torch.no_grad():
-            anchors = self.anchor_generator(images, features)[0]
             predicted = predicted or self._predict(features)
             return self._propose(*predicted, anchors, images.image_sizes), losses
 
@@ -82,10 +81,10 @@ class BatchedRPN(RegionProposalNetwork):
     def losses(self, images, features, targets):
         """{"loss_objectness": 0-d tensor, "loss_rpn_box_reg": 0-d tensor}."""
         features = list(features.values())
-        return self._losses(images, features, targets, self._predict_if_needed(features))
-
-    def _losses(self, images, features, targets, predicted):
         anchors = self.anchor_generator(images, features)[0]
+        return self._losses(images, features, anchors, targets, self._predict_if_needed(features))
+
+    def _losses(self, images, features, anchors, targets, predicted):
         boxes, labels = pad_targets(targets)
         index, matched, background = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
         sampled, exists = sample(matched, background, self.fg_bg_sampler)
