@@ -68,6 +68,10 @@ def watches(monkeypatch):
     yield made, ended
     for each in made:
         each.stop()
+        for thread in each._threads:
+            # One that outlives this block would end the process that runs the tests.
+            thread.join(timeout=60)
+            assert not thread.is_alive()
     heartbeat.set_limit(0)
     heartbeat.rest()
     del store
@@ -105,3 +109,10 @@ def test_silence_ends_the_job_and_says_where_it_stands(watches, capfd):
     err = capfd.readouterr().err
     assert "no step was finished within 0.2 s (HANG_TIMEOUT); the ranks stand at rank 0, 1: " in err
     assert "test_watch.py, line" in err
+
+
+def test_a_watch_that_was_stopped_ends_nothing(watches):
+    (first, _), ended = watches
+    first.stop()
+    first._fail("it was too late for that")
+    assert not ended and not first._failure()

@@ -198,7 +198,10 @@ class FailureWatch:
         return f"no step was finished within {limit:g} s (HANG_TIMEOUT); the ranks stand at {stand}"
 
     def _fail(self, text):
-        if not self._stopped.is_set() and self.report(text):
+        if self._stopped.is_set():
+            # The run has ended meanwhile.
+            return
+        if self.report(text):
             print(f"error: {text}", file=sys.stderr, flush=True)
             # Rank 0 takes the store with it: let the others read what happened.
             time.sleep(3 * _SECONDS)
