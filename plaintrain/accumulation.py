@@ -34,14 +34,17 @@ def split_batch(model, batch, steps):
 
 
 def sum_losses(loss_dict):
-    """The sum of the values whose key contains "loss", all 0-d tensors.
+    """The sum of the values whose key contains "loss": 0-d tensors, or what can be added to them.
 
     Raises:
         UserError: there is none, or the ranks have different keys; see `comm.check_loss_names`.
     """
     comm.check_loss_names(loss_dict)
+    losses = [value for name, value in loss_dict.items() if "loss" in name]
+    if not all(isinstance(value, torch.Tensor) and value.dim() == 0 for value in losses):
+        return sum(losses)
     # Two operations, and in the backward pass only views, however many losses there are.
-    return torch.stack([value for name, value in loss_dict.items() if "loss" in name]).sum()
+    return torch.stack(losses).sum()
 
 
 def scaled(value, share):

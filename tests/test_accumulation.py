@@ -80,6 +80,14 @@ def test_without_a_loss_the_keys_that_there_are_are_named(names):
     )
 
 
+@pytest.mark.parametrize("other", [0.5, torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.bfloat16)])
+def test_a_loss_may_be_a_number_or_have_a_dimension_or_another_precision(other):
+    value = torch.tensor(2.0, requires_grad=True)
+    total = sum_losses({"loss_a": value * value, "loss_b": other})
+    total.backward()
+    assert total.item() == 4.5 and value.grad == 4
+
+
 def test_scalars_are_added_by_name_in_their_share_and_without_their_graph():
     first = {"loss": torch.tensor(2.0, requires_grad=True), "accuracy": torch.tensor(8.0)}
     second = {"loss": torch.tensor(6.0), "accuracy": torch.tensor(4.0), "positives": torch.tensor(4.0)}

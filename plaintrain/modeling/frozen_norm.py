@@ -1,4 +1,4 @@
-"""Frozen batch norms that cost nothing in training: folded into the convolutions before them, at each step.
+"""Frozen batch norms that cost little in training: folded into the convolutions before them, at each step.
 
 torchvision's `FrozenBatchNorm2d` reads and writes all activations twice, and in the backward pass once;
 a factor on the weights is the same arithmetic on far fewer numbers, but for rounding. In evaluation nothing

@@ -14,11 +14,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from plaintrain.utils.errors import UserError
 
-_AVAILABLE = dist.is_available()
-
 
 def _initialized():
-    return _AVAILABLE and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized()
 
 
 def get_world_size():
