@@ -6,6 +6,9 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "plaintrain/__init__.py").read_text())[1]
 
+PLOT = ["matplotlib>=3.8"]
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+
 setup(
     name="plaintrain",
     version=version,
@@ -28,7 +31,17 @@ setup(
     ],
     extras_require={
         "fast": ["hotcoco>=1.3"],
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "hotcoco>=1.3", "faster-coco-eval>=1.8"],
+        "plot": PLOT,
+        "export": EXPORT,
+        "test": [
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "hotcoco>=1.3",
+            "faster-coco-eval>=1.8",
+            "selenium>=4.20",
+            *PLOT,
+            *EXPORT,
+        ],
         "dev": ["pytest>=8.0", "ruff>=0.14"],
     },
 )
