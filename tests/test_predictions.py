@@ -19,6 +19,7 @@ from plaintrain.evaluation import (
     read_predictions,
     write_results,
 )
+from plaintrain.evaluation.predictions import read_detections
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
@@ -83,6 +84,8 @@ def test_a_written_file_read_again_is_the_same_file_with_the_same_scores(shapes,
     first = score(evaluator("first"), found_in(shapes, parts))
     again = score(evaluator("again"), read_predictions(tmp_path / "first" / FILE, shapes))
     assert repr(again) == repr(first)
+    at_once = read_detections(tmp_path / "first" / FILE, shapes)
+    assert repr(evaluator("at_once").score(at_once)) == repr(first)
     assert len(first) == 1 + len(parts) and all(5 < metrics["AP"] < 95 for metrics in first.values())
     written = (tmp_path / "first" / FILE).read_bytes()
     assert len(json.loads(written)) > 8 and (tmp_path / "again" / FILE).read_bytes() == written

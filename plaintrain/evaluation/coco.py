@@ -84,7 +84,7 @@ class COCOEvaluator(InstanceEvaluator):
 
     def score(self, detections):
         """{task: {metric: number}}, in percent; NaN where there is no ground truth of a kind."""
-        tasks = self._tasks_of(detections)
+        tasks = self.tasks_of(detections)
         if self._output_dir and tasks != ["box_proposals"]:
             write_predictions(self._output_dir, self.dataset_name, detections)
         results = {}
@@ -96,7 +96,12 @@ class COCOEvaluator(InstanceEvaluator):
                 results[task] = self._score_task(task, detections)
         return results
 
-    def _tasks_of(self, detections):
+    def tasks_of(self, detections):
+        """The tasks that these `Detections` are scored in.
+
+        Raises:
+            UserError: they lack a part that a task given needs.
+        """
         if self._tasks:
             missing = [task for task in self._tasks if getattr(detections, TASKS[task], ()) is None]
             if missing and len(detections.rows):
@@ -140,19 +145,22 @@ class COCOEvaluator(InstanceEvaluator):
         image_ids = sorted(image_numbers[detections.seen].tolist())
         return Problem(task, truth, table, areas, shapes, image_ids, sigmas)
 
+    def precision_recall(self, task, detections):
+        """What the metrics are means of, see `coco_backend.precision_recall`; classes by label."""
+        precision, recall = precision_recall(self.backend, self._problem(task, detections))
+        order = ranks(self._category_ids) - 1
+        return precision[:, :, order], recall[:, order]
+
     def _score_task(self, task, detections):
         logger.info(f"{task} is scored by {self.backend}")
-        precision, recall = precision_recall(self.backend, self._problem(task, detections))
+        precision, recall = self.precision_recall(task, detections)
         metrics = summary(precision, recall, task)
         names = list(metrics)
         for part in (names[: len(names) // 2], names[len(names) // 2 :]):
             logger.info(f"{task}\n" + format_table([[metrics[name] for name in part]], part))
         if task == "keypoints":
             return metrics
-        order = ranks(self._category_ids) - 1
-        per_class = {
-            name: _mean(precision[:, :, k, 0, -1]) for name, k in zip(self.classes, order, strict=True)
-        }
+        per_class = {name: mean_ap(precision[:, :, k, 0, -1]) for k, name in enumerate(self.classes)}
         if len(per_class) > 1:
             logger.info(f"{task} AP by class\n" + format_table(per_class.items(), ["class", "AP"]))
         return metrics | {f"AP-{name}": value for name, value in per_class.items()}
@@ -170,7 +178,8 @@ class COCOEvaluator(InstanceEvaluator):
             yield found, objects, np.array([area(a, record) for a in things])
 
 
-def _mean(values):
+def mean_ap(values):
+    """Mean in percent of parts of `coco_backend.precision_recall`; NaN where there is no ground truth."""
     # -1 is pycocotools' word for "no ground truth of this kind". faster-coco-eval leaves out the
     # 2.2e-16 that pycocotools adds to a denominator; ten decimals are the same for both.
     values = values[values > -1]
@@ -196,4 +205,4 @@ def summary(precision, recall, task):
     else:
         means |= {f"AR{limit}": recall[..., 0, i] for i, limit in enumerate((1, 10, 100))}
     means |= {f"AR{size}": recall[..., i, -1] for i, size in enumerate(sizes, start=1)}
-    return {name: _mean(values) for name, values in means.items()}
+    return {name: mean_ap(values) for name, values in means.items()}

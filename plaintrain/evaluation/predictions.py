@@ -7,6 +7,7 @@ import json
 import math
 import os
 
+import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
@@ -15,7 +16,7 @@ from plaintrain.data.coco import read_results, visible_keypoints
 from plaintrain.data.coco_mistakes import annotation_mistake
 from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.data.write import category_ids
-from plaintrain.evaluation.instances import ground_truth
+from plaintrain.evaluation.instances import Detections, ground_truth
 from plaintrain.structures import BoxMode, are_numbers, segmentation_to_rle
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -99,6 +100,41 @@ def read_predictions(path, dataset_name):
         UserError: names the file, and the detection, and what is wrong with it; a broken segmentation
             when the iterator comes to its image.
     """
+    records, found, labels, parts = _read_checked(path, dataset_name)
+    return _images(path, records, found, labels, parts)
+
+
+def read_detections(path, dataset_name, parts=("masks", "keypoints")):
+    """What `read_predictions` gives, of all images at once, on each rank.
+
+    Args:
+        path, dataset_name: as there.
+        parts: which of "masks" and "keypoints" to read where the file has them.
+
+    Returns:
+        `Detections` in the order of the file in each image; masks keep the outline that the file has.
+
+    Raises:
+        UserError: as there, and for a broken segmentation.
+    """
+    records, found, labels, given = _read_checked(path, dataset_name)
+    rows, masks, points = [], [], []
+    for i, record in enumerate(records):
+        size = record["height"], record["width"]
+        for d in found.get(record["image_id"], ()):
+            x, y, width, height = d["bbox"]
+            rows.append([i, x, y, x + width, y + height, d["score"], labels[d["category_id"]]])
+            if "masks" in parts and "segmentation" in given:
+                masks.append(_rle(path, d, *size)["counts"])
+            if "keypoints" in parts and "keypoints" in given:
+                points.append(d["keypoints"])
+    rows, points = np.array(rows, dtype=np.float64), np.array(points, dtype=np.float64)
+    keypoints = points.reshape(len(points), -1, 3) + _HALF if len(points) else None
+    return Detections(rows.reshape(-1, 7), np.arange(len(records)), masks or None, keypoints)
+
+
+def _read_checked(path, dataset_name):
+    """Of a file: (records, {image_id: [detection]}, {category_id: label}, parts that detections have)."""
     records, _, index = ground_truth(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
     labels = {dataset_id: label for label, dataset_id in enumerate(category_ids(metadata))}
@@ -113,7 +149,7 @@ def read_predictions(path, dataset_name):
                 raise UserError(f"detection {detection['id']} in {path} {wrong}")
             found.setdefault(detection["image_id"], []).append(detection)
     parts = [part for part in ("segmentation", "keypoints") if _is_given(detections, part, path)]
-    return _images(path, records, found, labels, parts)
+    return records, found, labels, parts
 
 
 def _said_of(dataset_name, detection, mistake):
@@ -184,15 +220,17 @@ def _images(path, records, found, labels, parts):
 
 
 def _masks(path, detections, height, width):
-    encoded = []
-    for detection in detections:
-        try:
-            encoded.append(segmentation_to_rle(detection["segmentation"], height, width))
-        except UserError as e:
-            raise UserError(f"detection {detection['id']} in {path}: {e}") from e
+    encoded = [_rle(path, detection, height, width) for detection in detections]
     if not encoded:
         return torch.zeros(0, height, width, dtype=torch.bool)
     return torch.from_numpy(coco_mask.decode(encoded)).permute(2, 0, 1).bool()
+
+
+def _rle(path, detection, height, width):
+    try:
+        return segmentation_to_rle(detection["segmentation"], height, width)
+    except UserError as e:
+        raise UserError(f"detection {detection['id']} in {path}: {e}") from e
 
 
 def write_results(path, results):
