@@ -10,6 +10,9 @@ _C = CN()
 _C.VERSION = 2
 # Folder of everything a run writes; a fresh run moves an older one's files into old-1/, old-2/, ...
 _C.OUTPUT_DIR = "./output"
+_C.OUTPUT = CN()
+# Where losses, times and results go: console, json (metrics.json), csv (metrics.csv), tensorboard.
+_C.OUTPUT.WRITERS = ("console", "json", "tensorboard")
 # Seed of weights, sample order and augmentation; -1 draws one, logs it and keeps it on resume.
 _C.SEED = -1
 # Let cuDNN time its algorithms for every new input size: pays off when sizes repeat.

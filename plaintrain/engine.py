@@ -24,13 +24,14 @@ from plaintrain.trial import overfit_on, shorten_to_dry_run
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+from plaintrain.utils.events import WRITERS
 from plaintrain.utils.files import atomic_write, move_old_run, remove_unfinished, writing
 from plaintrain.utils.heartbeat import set_limit
 from plaintrain.utils.lock import lock_folder
 from plaintrain.utils.logger import setup_logger
 
 __all__ = [
+    "build_writers",
     "create_ddp_model",
     "default_argument_parser",
     "default_setup",
@@ -138,15 +139,14 @@ def create_ddp_model(model):
     )
 
 
-def default_writers(output_dir, max_iter=None):
-    """Console, `metrics.json` and TensorBoard on the main process; [] on the others."""
-    if not comm.is_main_process():
-        return []
-    return [
-        CommonMetricPrinter(max_iter),
-        JSONWriter(os.path.join(output_dir, "metrics.json")),
-        TensorboardXWriter(output_dir),
-    ]
+def default_writers(output_dir, max_iter=None, names=("console", "json", "tensorboard")):
+    """The writers of these names, of `utils.events.WRITERS`, on the main process; [] on the others."""
+    return [WRITERS[name](output_dir, max_iter) for name in names if comm.is_main_process()]
+
+
+def build_writers(cfg):
+    """The writers that OUTPUT.WRITERS names, on the main process; [] on the others."""
+    return default_writers(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, cfg.OUTPUT.WRITERS)
 
 
 def _prepare_output(cfg, training, resume):

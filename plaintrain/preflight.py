@@ -20,6 +20,7 @@ from plaintrain.modeling.build import build_model, get_device, num_classes_key
 from plaintrain.precision import build_autocast
 from plaintrain.solver import lr_factor, momentum_at
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.events import WRITERS
 from plaintrain.weights import locate_weights
 from plaintrain.workflow import check_workflow
 
@@ -106,6 +107,9 @@ def _check_values(cfg):
             raise UserError(f"{key} is {value}, but must be a finite number")
     if not 0 <= cfg.MODEL.EMA.DECAY < 1:
         raise UserError(f"MODEL.EMA.DECAY is {cfg.MODEL.EMA.DECAY}, but must be at least 0 and below 1")
+    for name in cfg.OUTPUT.WRITERS:
+        if name not in WRITERS:
+            raise UserError(f"OUTPUT.WRITERS holds {name!r}; known: {', '.join(WRITERS)}")
     for row in cfg.TEST.EXPECTED_RESULTS:
         if not isinstance(row, list) or len(row) != 4:
             raise UserError(f"TEST.EXPECTED_RESULTS holds {row!r}, not [task, metric, value, tolerance]")

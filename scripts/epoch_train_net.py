@@ -32,9 +32,9 @@ from plaintrain.data import (
 )
 from plaintrain.ema import build_ema
 from plaintrain.engine import (
+    build_writers,
     create_ddp_model,
     default_setup,
-    default_writers,
     launch,
     require_default,
 )
@@ -55,6 +55,7 @@ from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage
 from plaintrain.utils.logger import progress
+from plaintrain.utils.memory import peak_memory
 from plaintrain.utils.stop import StopRequest
 from plaintrain.workflow import workflow_epochs
 
@@ -151,6 +152,7 @@ def train_one_epoch(cfg, training, epoch, iterations, test_due):
             check_finite(storage, scaler, guard.images_of)  # sync point
         if read:
             comm.average_buffers(model, ema.module)
+            storage.put_scalars(**peak_memory(), smoothing_hint=False)
         saver.step(iteration, now=late, due=due, skipped_steps=guard.counts)
         for writer in writers if write or late else ():
             writer.write()
@@ -164,8 +166,7 @@ def do_train(cfg, model, resume=False):
     """Train for SOLVER.MAX_EPOCHS epochs; returns the results of the last evaluation."""
     model.train()
     optimizer = build_optimizer(cfg, model)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    clip = build_gradient_clipper(cfg, model)
+    scheduler, clip = build_lr_scheduler(cfg, optimizer), build_gradient_clipper(cfg, model)
     autocast, scaler = build_amp(cfg, model)
     ema, best = build_ema(cfg, model), BestMetric(cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema, "best": best}
@@ -175,7 +176,7 @@ def do_train(cfg, model, resume=False):
     state = saver.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
     guard = build_step_guard(cfg, model, data_loader, state.get("skipped_steps", (0, 0)))
-    writers, stop = default_writers(cfg.OUTPUT_DIR, max_iter), StopRequest(cfg.SOLVER.MAX_TIME)
+    writers, stop = build_writers(cfg), StopRequest(cfg.SOLVER.MAX_TIME)
     batches, per_epoch = iter(data_loader), data_loader.iters_per_epoch
     training = Training(
         model, optimizer, scheduler, clip, autocast, scaler, ema, guard, batches, saver, writers, stop

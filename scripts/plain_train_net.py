@@ -31,9 +31,9 @@ from plaintrain.data import (
 )
 from plaintrain.ema import build_ema
 from plaintrain.engine import (
+    build_writers,
     create_ddp_model,
     default_setup,
-    default_writers,
     launch,
     require_default,
 )
@@ -54,6 +54,7 @@ from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage
 from plaintrain.utils.logger import progress_range
+from plaintrain.utils.memory import peak_memory
 from plaintrain.utils.stop import StopRequest
 
 logger = logging.getLogger("plaintrain")
@@ -121,8 +122,7 @@ def do_train(cfg, model, resume=False):
     """Train for SOLVER.MAX_ITER iterations; returns the results of the last evaluation."""
     model.train()
     optimizer = build_optimizer(cfg, model)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    clip = build_gradient_clipper(cfg, model)
+    scheduler, clip = build_lr_scheduler(cfg, optimizer), build_gradient_clipper(cfg, model)
     autocast, scaler = build_amp(cfg, model)
     ema, best = build_ema(cfg, model), BestMetric(cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema, "best": best}
@@ -132,7 +132,7 @@ def do_train(cfg, model, resume=False):
     state = saver.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
     guard = build_step_guard(cfg, model, data_loader, state.get("skipped_steps", (0, 0)))
-    writers, stop = default_writers(cfg.OUTPUT_DIR, max_iter), StopRequest(cfg.SOLVER.MAX_TIME)
+    writers, stop = build_writers(cfg), StopRequest(cfg.SOLVER.MAX_TIME)
     logger.info(f"starting training from iteration {start_iter} of {max_iter}")
     with stop, EventStorage(start_iter, state.get("log_window")) as storage, closing_all(writers), saver:
         # An interrupted run may lack the tests after its last step.
@@ -169,6 +169,7 @@ def do_train(cfg, model, resume=False):
                 check_finite(storage, scaler, guard.images_of)  # sync point
             if read:
                 comm.average_buffers(model, ema.module)
+                storage.put_scalars(**peak_memory(), smoothing_hint=False)
             # The checkpoint comes first: a failing evaluation loses nothing.
             saver.step(iteration, now=late, due=due, skipped_steps=guard.counts)
             if any(due) and not late:

@@ -23,6 +23,7 @@ from plaintrain.config import get_cfg, get_value
 from plaintrain.data import build_detection_test_loader
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.engine import (
+    build_writers,
     create_ddp_model,
     default_argument_parser,
     default_setup,
@@ -642,9 +643,27 @@ def test_default_writers_are_console_json_and_tensorboard(tmp_path):
     assert "eta: 0:00:18" in (tmp_path / "log.txt").read_text()
 
 
+def test_writers_are_those_that_the_config_names(tmp_path):
+    cfg = get_cfg()
+    assert [type(w) for w in build_writers(cfg)] == [CommonMetricPrinter, JSONWriter, TensorboardXWriter]
+    cfg.merge_from_list(["OUTPUT.WRITERS", ("csv",), "OUTPUT_DIR", str(tmp_path)])
+    (writer,) = build_writers(cfg)
+    with EventStorage(0) as storage:
+        storage.put_scalars(total_loss=1.5)
+        writer.write()
+        writer.close()
+    assert os.listdir(tmp_path) == ["metrics.csv"]
+
+
+def test_a_writer_that_nobody_knows_is_refused(output):
+    with pytest.raises(UserError) as error:
+        setup(output, "OUTPUT.WRITERS", ("json", "jsn"))
+    assert str(error.value) == "OUTPUT.WRITERS holds 'jsn'; known: console, json, csv, tensorboard"
+
+
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("plaintrain.utils.comm.get_rank", lambda: 1)
-    assert default_writers(str(tmp_path), 10) == []
+    assert default_writers(str(tmp_path), 10) == [] == build_writers(get_cfg())
 
 
 # ---- files -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Event storage and writers: plaintrain.utils.storage and plaintrain.utils.events."""
 
 import contextlib
+import csv
 import gc
 import json
 import math
@@ -15,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from plaintrain.utils import events
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import (
+    WRITERS,
     CommonMetricPrinter,
+    CSVWriter,
     EventStorage,
     EventWriter,
     JSONWriter,
@@ -524,6 +527,83 @@ def test_json_writer_puts_scalars_of_several_iterations_on_their_own_lines(tmp_p
     lines = read_json_lines(path)
     assert lines[:2] == [{"iteration": 3, "AP": 50.0}, {"iteration": 5, "loss": 1.0}]
     assert lines[2] == {"iteration": 6, "loss": 1.5}
+
+
+# ---- the CSV writer --------------------------------------------------------------------------
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_csv_writer_writes_a_row_an_iteration(tmp_path):
+    path = tmp_path / "run" / "metrics.csv"
+    writer = CSVWriter(str(path), window_size=1)
+    with EventStorage() as storage:
+        for i in range(3):
+            storage.iter = i
+            storage.put_scalars(loss=torch.tensor(i / 2), lr=0.1)
+            writer.write()
+            writer.write()
+    writer.close()
+    assert path.read_text() == "iteration,lr,loss\n0,0.1,0.0\n1,0.1,0.5\n2,0.1,1.0\n"
+
+
+def test_csv_writer_adds_a_column_for_a_scalar_that_comes_later(tmp_path):
+    path = tmp_path / "metrics.csv"
+    writer = CSVWriter(str(path), window_size=1)
+    with EventStorage() as storage:
+        storage.put_scalars(loss=1.0)
+        writer.write()
+        storage.iter = 1
+        storage.put_scalars(loss=0.5)
+        storage.put_scalars(**{"bbox/AP": float("nan"), "bbox/AP-a,b": 3.0}, smoothing_hint=False)
+        writer.write()
+        storage.iter = 2
+        storage.put_scalars(loss=0.25)
+        writer.write()
+    writer.close()
+    assert path.read_text() == ('iteration,loss,bbox/AP,"bbox/AP-a,b"\n0,1.0,,\n1,0.5,,3.0\n2,0.25,,\n')
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_csv_writer_of_a_resumed_run_cuts_what_lies_beyond_its_start_and_what_is_damaged(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("iteration,loss,bbox/AP\n0,1.0,\n1,0.5,20.0\nx,1,2\n1,2,3,4\n2,0.25,\n3,0.1")
+    writer = CSVWriter(str(path))
+    with EventStorage(2, {"scalars": {}, "unwritten": {"bbox/AR": 7.0}}) as storage:
+        storage.put_scalar("loss", 100.0)
+        writer.write()
+    writer.close()
+    assert [list(row.values()) for row in read_csv(path)] == [
+        ["0", "1.0", "", ""],
+        ["1", "0.5", "20.0", "7.0"],
+        ["2", "100.0", "", ""],
+    ]
+
+
+def test_csv_writer_begins_a_file_that_has_vanished_anew(tmp_path, log):
+    path = tmp_path / "metrics.csv"
+    writer = CSVWriter(str(path))
+    with EventStorage() as storage:
+        for i in range(2):
+            storage.iter = i
+            storage.put_scalar("loss", 1.0)
+            writer.write()
+            if i == 0:
+                path.unlink()
+    writer.close()
+    assert [row["iteration"] for row in read_csv(path)] == ["1"] and "has vanished" in log.text
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_by_name_can_be_made_and_closed(tmp_path, name):
+    writer = WRITERS[name](str(tmp_path), 5)
+    with EventStorage() as storage:
+        storage.put_scalar("loss", 1.0)
+        writer.write()
+    writer.close()
 
 
 def test_json_writer_of_a_resumed_run_cuts_what_lies_beyond_its_start(tmp_path):

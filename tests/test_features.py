@@ -72,7 +72,9 @@ def lines(folder):
 
 
 def without_times(folder):
-    return [{k: v for k, v in line.items() if k not in ("time", "data_time")} for line in lines(folder)]
+    return [
+        {k: v for k, v in line.items() if k not in ("time", "data_time", "max_mem")} for line in lines(folder)
+    ]
 
 
 def evaluations(*values, fail_at=None):

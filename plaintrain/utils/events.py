@@ -1,9 +1,11 @@
-"""Writers that read the current `EventStorage`: console, JSON lines, TensorBoard.
+"""Writers that read the current `EventStorage`: console, JSON lines, CSV, TensorBoard.
 
 The storage's names can be imported from here too, as from Detectron2's `utils.events`.
 """
 
+import abc
 import contextlib
+import csv
 import datetime
 import json
 import logging
@@ -12,12 +14,12 @@ import os
 import time
 from collections import defaultdict
 
-import torch
-
 from plaintrain.utils.files import atomic_write, writing
 from plaintrain.utils.storage import EventStorage, every, get_event_storage
 
 __all__ = [
+    "WRITERS",
+    "CSVWriter",
     "CommonMetricPrinter",
     "EventStorage",
     "EventWriter",
@@ -84,55 +86,67 @@ class CommonMetricPrinter(EventWriter):
         fields += [f"{k}: {latest[k][0]:.4f}" for k in ("time", "data_time") if k in latest]
         if "lr" in latest:
             fields.append(f"lr: {latest['lr'][0]:.5g}")
-        if torch.cuda.is_initialized():
-            fields.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+        if "max_mem" in latest:
+            fields.append(f"max_mem: {latest['max_mem'][0]:.0f}M")
         self.logger.info("  ".join(fields))
 
 
-class JSONWriter(EventWriter):
-    """Appends one JSON object a line, `{"iteration": ..., name: value, ...}`.
+class _RowWriter(EventWriter, abc.ABC):
+    """Appends one row of scalars an iteration to a file.
 
-    Non-finite values become null. A file that is there already is cut at the storage's start
-    iteration on the first write, and what comes for an earlier one (an evaluation that is done again)
-    joins its line, so no iteration stands in it twice.
+    A file that is there already is cut at the storage's start iteration on the first write, and what comes
+    for an earlier one (an evaluation that is done again) joins its row, so no iteration stands in it twice.
     """
 
-    def __init__(self, json_file, window_size=20):
-        self._path, self._window_size = json_file, window_size
+    def __init__(self, path, window_size):
+        self._path, self._window_size = path, window_size
         self._file, self._last_write = None, -1
 
-    def _open(self, storage, lines):
+    @abc.abstractmethod
+    def _read(self):
+        """The rows of the file, {"iteration": int, name: value}; what is none is left out."""
+
+    @abc.abstractmethod
+    def _put(self, f, rows):
+        """Write rows to an open file."""
+
+    def _rewrite(self, rows):
+        """Put rows, {iteration: row}, in the place of the file, and open it to append."""
+        if self._file is not None:
+            self._file.close()
+        os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
+        with atomic_write(self._path) as f:
+            self._put(f, [rows[at] for at in sorted(rows)])
+        # newline="": the csv module ends its lines itself.
+        self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - see close()
+
+    def _begin(self, storage, rows):
         start_iter = storage.start_iter
         if storage.unwritten:
             # The run that is resumed was interrupted between its last save and its last line.
-            lines[start_iter - 1] = {**_finite(storage.unwritten), **lines[start_iter - 1]}
-        kept = {line["iteration"]: line for line in _json_lines(self._path) if line["iteration"] < start_iter}
-        for at in [at for at in lines if at < start_iter]:
-            kept[at] = {**kept.get(at, {}), "iteration": at, **lines.pop(at)}
-        with atomic_write(self._path) as f:
-            f.writelines(json.dumps(kept[at]) + "\n" for at in sorted(kept))
+            rows[start_iter - 1] = {**storage.unwritten, **rows[start_iter - 1]}
+        kept = {row["iteration"]: row for row in self._read() if row["iteration"] < start_iter}
+        for at in [at for at in rows if at < start_iter]:
+            kept[at] = {**kept.get(at, {}), "iteration": at, **rows.pop(at)}
+        self._rewrite(kept)
         self._last_write = start_iter - 1
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self):
         """Append what is new since the last call, and flush."""
         storage = get_event_storage()
-        lines = defaultdict(dict)
+        rows = defaultdict(dict)
         for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
             if at > self._last_write:
-                lines[at] |= _finite({name: value})
+                rows[at][name] = value
         with writing(self._path):
             if self._file is None:
-                self._open(storage, lines)
+                self._begin(storage, rows)
             elif not os.path.exists(self._path):
                 logging.getLogger(__name__).warning(f"{self._path} has vanished: a new one is begun")
-                self._file.close()
-                os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
-                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-            for at in sorted(lines):
-                self._file.write(json.dumps({"iteration": at, **lines[at]}, allow_nan=False) + "\n")
-                self._last_write = at
+                self._rewrite({})
+            self._put(self._file, [{"iteration": at, **rows[at]} for at in sorted(rows)])
             self._file.flush()
+        self._last_write = max(rows, default=self._last_write)
 
     def close(self):
         if self._file is not None:
@@ -140,8 +154,59 @@ class JSONWriter(EventWriter):
                 self._file.close()
 
 
-def _finite(scalars):
-    return {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+class JSONWriter(_RowWriter):
+    """Appends one JSON object a line, `{"iteration": ..., name: value, ...}`; non-finite values are null.
+
+    A resumed run cuts the file at its start iteration, so no iteration stands in it twice.
+    """
+
+    def __init__(self, json_file, window_size=20):
+        super().__init__(json_file, window_size)
+
+    def _read(self):
+        return _json_lines(self._path)
+
+    def _put(self, f, rows):
+        f.writelines(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+
+
+class CSVWriter(_RowWriter):
+    """Appends one row an iteration to a CSV file for spreadsheets; non-finite values are empty.
+
+    The header names the scalars in the order in which they came. A scalar that comes later, such as the AP
+    of the first evaluation, gets a column at the end: the file is written anew then. A resumed run cuts it
+    at its start iteration, so no iteration stands in it twice.
+    """
+
+    def __init__(self, csv_file, window_size=20):
+        super().__init__(csv_file, window_size)
+        self._columns = ["iteration"]
+
+    def _read(self):
+        if not os.path.exists(self._path):
+            return
+        with open(self._path, encoding="utf-8", errors="replace", newline="") as f:
+            for row in csv.DictReader(f):
+                with contextlib.suppress(TypeError, ValueError):
+                    # A row that was cut off, or is too long, has None in it.
+                    if None not in row and None not in row.values():
+                        yield {**row, "iteration": int(row["iteration"])}
+
+    def _put(self, f, rows):
+        known = len(self._columns)
+        self._columns += [n for n in dict.fromkeys(n for row in rows for n in row) if n not in self._columns]
+        if f is self._file and len(self._columns) > known:
+            # `_rewrite` comes back to here for the rows that are there, with a file of its own.
+            self._rewrite({row["iteration"]: row for row in self._read()})
+            f = self._file
+        table = csv.DictWriter(f, self._columns, restval="", lineterminator="\n")
+        if f is not self._file:
+            table.writeheader()
+        table.writerows({n: "" if v is None else v for n, v in _finite(row).items()} for row in rows)
+
+
+def _finite(row):
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
 
 
 def _json_lines(path):
@@ -221,3 +286,12 @@ class TensorboardXWriter(EventWriter):
         if self._file is not None:
             with writing(self._log_dir):
                 self._file.close()
+
+
+# Name in OUTPUT.WRITERS -> function (output_dir, max_iter) that makes the writer.
+WRITERS = {
+    "console": lambda output_dir, max_iter: CommonMetricPrinter(max_iter),
+    "json": lambda output_dir, max_iter: JSONWriter(os.path.join(output_dir, "metrics.json")),
+    "csv": lambda output_dir, max_iter: CSVWriter(os.path.join(output_dir, "metrics.csv")),
+    "tensorboard": lambda output_dir, max_iter: TensorboardXWriter(output_dir),
+}

@@ -66,8 +66,8 @@ def remove_unfinished(folder):
 
 # What a run leaves in its output folder; anything else there belongs to somebody else.
 _RUN_FILES = re.compile(
-    r"model_(\d{7,}|final|best)\.pth|last_checkpoint|config(-\d+)?\.yaml|metrics\.json|inference"
-    r"|log\.txt(\.rank\d+)?|events\.out\.tfevents\..*|bad_batch_\d+(\.rank\d+)?\.pth"
+    r"model_(\d{7,}|final|best)\.pth|last_checkpoint|config(-\d+)?\.yaml|metrics\.(json|csv)|inference"
+    r"|run\.json|report\.html|log\.txt(\.rank\d+)?|events\.out\.tfevents\..*|bad_batch_\d+(\.rank\d+)?\.pth"
 )
 _UNFINISHED = re.compile(rf"({_RUN_FILES.pattern})\.tmp-\d+")
 

@@ -1,11 +1,20 @@
-"""What to say when memory runs out: which batch did not fit, and which keys make it smaller."""
+"""How much memory a process holds, and what to say when it runs out.
+
+Then: which batch did not fit, and which keys make it smaller.
+"""
 
 import math
 import re
+import sys
 
 import torch
 
 from plaintrain.utils.errors import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # CUDA, its driver and libraries, and MPS; the CPU.
 _WORDS = ("out of memory", "status_alloc_failed", "can't allocate memory")
@@ -21,6 +30,21 @@ class _Last:
 def note_batch(samples, training):
     """Say what the main thread works on from now on; the list is kept until the next one comes."""
     _Last.samples, _Last.training = samples, training
+
+
+def peak_memory():
+    """{"max_mem": MiB}: the most that this process has held so far, of a GPU's memory if it uses one.
+
+    What torch has allocated on the current GPU, or the process' resident memory; {} where the system does
+    not tell.
+    """
+    if torch.cuda.is_initialized():
+        return {"max_mem": torch.cuda.max_memory_allocated() / 2**20}
+    if resource is None:
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return {"max_mem": peak / (2**20 if sys.platform == "darwin" else 2**10)}
 
 
 def is_out_of_memory(error):

@@ -178,7 +178,9 @@ def lines(folder):
         except json.JSONDecodeError:
             # The last line of a run that was killed.
             continue
-        found[entry["iteration"]] = {k: v for k, v in entry.items() if k not in ("time", "data_time")}
+        found[entry["iteration"]] = {
+            k: v for k, v in entry.items() if k not in ("time", "data_time", "max_mem")
+        }
     return found
 
 
