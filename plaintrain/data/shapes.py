@@ -68,6 +68,8 @@ def load_shapes(split="train", num=2000, height=128, width=128, seed=0):
         "thing_classes": list(CLASSES),
         "keypoint_names": list(KEYPOINTS),
         "keypoint_flip_map": [("left", "right")],
+        # A ring, as COCO writes it.
+        "skeleton": [[1, 2], [2, 3], [3, 4], [4, 1]],
     }
     return records, metadata
 

@@ -1,0 +1,236 @@
+"""plaintrain/visualize.py and plaintrain/picture.py: what is drawn, where, in which colour."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageShow
+
+from plaintrain.data.shapes import load_shapes
+from plaintrain.picture import font_of, save_picture, shortened, show_picture
+from plaintrain.structures import BoxMode
+from plaintrain.utils.errors import UserError
+from plaintrain.visualize import (
+    PALETTE,
+    class_colors,
+    contact_sheet,
+    default_captions,
+    draw_instances,
+    legend_strip,
+    record_instances,
+    scale_to,
+    select,
+    skeleton_of,
+)
+
+NAMES = ["circle", "square"]
+GREY = torch.full((3, 120, 160), 128, dtype=torch.uint8)
+
+
+def instances(boxes, labels=None, **more):
+    labels = labels or [0] * len(boxes)
+    return {
+        "boxes": torch.tensor(boxes).float().reshape(-1, 4),
+        "labels": torch.tensor(labels).long(),
+        **more,
+    }
+
+
+def is_color(image, color):
+    """bool `[H, W]`: the pixels of a colour."""
+    return (image == torch.tensor(color)[:, None, None]).all(dim=0)
+
+
+def extent(pixels):
+    """x0, y0, x1, y1 of the pixels that are true, the last ones excluded."""
+    y, x = pixels.nonzero().unbind(1)
+    return [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]
+
+
+def test_a_box_covers_its_pixels_in_the_colour_of_its_class():
+    boxes = [[20, 30, 60.4, 70], [80.2, 40, 160, 120]]
+    image = draw_instances(GREY, instances(boxes, [0, 1]), NAMES, captions=["", ""])
+    assert extent(is_color(image, PALETTE[0])) == [20, 30, 60, 70]
+    # Its last pixels are those at the image's edge.
+    assert extent(is_color(image, PALETTE[1])) == [80, 40, 160, 120]
+    assert (GREY == 128).all() and image.dtype == torch.uint8
+
+
+def test_colors_and_captions_can_be_given_for_each_instance():
+    found = instances([[20, 30, 60, 70], [20, 30, 50, 60], [90, 30, 120, 60]])
+    wanted = [(1, 2, 3), (4, 5, 6), (1, 2, 3)]
+    plain = draw_instances(GREY, found, NAMES, captions=["", "", ""], colors=wanted)
+    assert extent(is_color(plain, (4, 5, 6))) == [20, 30, 50, 60]
+    named = draw_instances(GREY, found, NAMES, captions=["", "", "x"], colors=wanted)
+    changed = extent((named != plain).any(dim=0))
+    assert changed[0] >= 80 and changed[3] <= 31
+
+
+def test_captions_name_class_score_and_crowd():
+    more = {"scores": torch.tensor([0.5, 0.996]), "crowds": torch.tensor([False, True])}
+    found = instances([[0, 0, 9, 9]] * 2, [1, 2], **more)
+    assert default_captions(found, NAMES) == ["square 0.50", "class 2 1.00 (crowd)"]
+
+
+@pytest.mark.parametrize(
+    "box", [[0, 0, 20, 20], [150, 110, 160, 120], [-50, -40, 300, 200], [np.nan, 5, np.inf, 7]]
+)
+def test_a_label_stays_inside_the_image_and_is_readable(box):
+    image = draw_instances(GREY, instances([box]), NAMES, colors=[(10, 20, 30)])
+    assert image.shape == GREY.shape
+    # White letters on the dark ground.
+    assert (image > 170).all(dim=0).sum() > 30
+
+
+def test_labels_do_not_lie_upon_each_other():
+    found = instances([[60, 50, 100, 90]] * 3, [0, 0, 0])
+    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    image = draw_instances(GREY, found, NAMES, captions=["one"] * 3, colors=colors)
+    areas = [int(is_color(image, color).sum()) for color in colors]
+    assert min(areas) > 100
+
+
+def test_masks_are_blended_small_ones_upon_large_ones_and_never_black():
+    masks = torch.zeros(2, 120, 160, dtype=torch.uint8)
+    masks[0, 10:50, 10:50], masks[1, 5:110, 5:150] = 1, 1
+    found = instances([[10, 10, 50, 50], [5, 5, 150, 110]], [0, 1], masks=masks)
+    image = draw_instances(GREY, found, NAMES, captions=["", ""])
+    blended = [pytest.approx(0.6 * 128 + 0.4 * np.array(color), abs=2) for color in PALETTE[:2]]
+    assert image[:, 30, 30].numpy() == blended[0]
+    assert image[:, 80, 100].numpy() == blended[1]
+    assert torch.equal(image[:, 115, 100], GREY[:, 0, 0])
+
+
+def test_a_crowds_mask_is_hatched():
+    masks = torch.ones(1, 120, 160, dtype=torch.bool)
+    plain = instances([[0, 0, 160, 120]], masks=masks)
+    crowd = {**plain, "crowds": torch.tensor([True])}
+    filled, hatched = (
+        (draw_instances(GREY, found, NAMES, captions=[""])[:, 20:100, 20:140] != 128)
+        .any(dim=0)
+        .float()
+        .mean()
+        for found in (plain, crowd)
+    )
+    assert filled == 1 and 0.4 < hatched < 0.6
+
+
+def test_keypoints_are_drawn_where_their_third_number_is_above_0_and_joined():
+    points = torch.tensor([[[20.0, 20, 2], [100, 20, 1], [60, 100, 0]]])
+    found = instances([[0, 0, 1, 1]], keypoints=points)
+    image = draw_instances(GREY, found, NAMES, skeleton=[(0, 1), (1, 2)], captions=[""])
+    assert is_color(image, PALETTE[0])[18:23, 18:23].any() and is_color(image, PALETTE[0])[22, 100]
+    assert (image[:, 20, 60] == 255).all()
+    assert (image[:, 95:105, 55:65] == 128).all() and (image[:, 60, 70:90] == 128).all()
+
+
+def test_nothing_to_draw_gives_a_copy():
+    image = draw_instances(GREY, instances([]), NAMES)
+    assert torch.equal(image, GREY) and image.data_ptr() != GREY.data_ptr()
+
+
+def test_colours_are_all_different():
+    assert class_colors(3) == list(PALETTE[:3])
+    colors = class_colors(100)
+    assert len(set(colors)) == 100 and all(0 <= part <= 255 for color in colors for part in color)
+
+
+def test_a_record_becomes_instances():
+    records, metadata = load_shapes("val", 3, 64, 64)
+    found = record_instances(records[0])
+    count = len(records[0]["annotations"])
+    assert found["boxes"].tolist() == pytest.approx(np.array([a["bbox"] for a in records[0]["annotations"]]))
+    assert found["masks"].shape == (count, 64, 64) and found["keypoints"].shape == (count, 4, 3)
+    assert not found["crowds"].any() and "scores" not in found
+    assert skeleton_of(metadata) == ((0, 1), (1, 2), (2, 3), (3, 0))
+
+
+def test_a_record_may_lack_masks_and_keypoints_in_part_or_as_a_whole():
+    box = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1, "iscrowd": 1, "score": 0.5}
+    record = {"file_name": "a.jpg", "height": 10, "width": 20, "annotations": [box]}
+    found = record_instances(record)
+    assert found["boxes"].tolist() == [[1, 2, 4, 6]] and found["crowds"].all() and found["scores"].all()
+    assert set(found) == {"boxes", "labels", "crowds", "scores"}
+    polygon, points = [[0, 0, 5, 0, 5, 5]], [1.5, 2.5, 2]
+    record["annotations"].append({**box, "segmentation": polygon, "keypoints": points})
+    found = record_instances(record)
+    assert found["masks"].any(dim=(1, 2)).tolist() == [False, True]
+    assert found["keypoints"].tolist() == [[[0, 0, 0]], [[1.5, 2.5, 2]]]
+    assert record_instances({**record, "annotations": []})["boxes"].shape == (0, 4)
+    record["annotations"][1]["segmentation"] = [[0, 0, 5]]
+    with pytest.raises(UserError, match="annotation of a.jpg: .*polygon"):
+        record_instances(record)
+
+
+def test_the_skeleton_is_cocos_or_detectron2s():
+    names = ["head", "neck", "foot"]
+    rules = [("head", "neck", (1, 2, 3)), ("neck", "tail", (0, 0, 0))]
+    assert skeleton_of({"keypoint_names": names, "keypoint_connection_rules": rules}) == ((0, 1),)
+    assert skeleton_of({"keypoint_names": names, "skeleton": [[1, 3], [3, 4], [0, 1]]}) == ((0, 2),)
+    assert skeleton_of({}) == ()
+
+
+def test_an_image_is_scaled_with_its_instances():
+    masks = torch.zeros(1, 120, 160, dtype=torch.bool)
+    masks[0, 60:, :80] = True
+    points = torch.tensor([[[80.0, 60, 2]]])
+    found = instances([[0, 60, 80, 120]], masks=masks, keypoints=points)
+    image, scaled = scale_to(GREY, found, 320)
+    assert image.shape == (3, 240, 320) and scaled["masks"].shape == (1, 240, 320)
+    assert scaled["boxes"].tolist() == [[0, 120, 160, 240]] == [extent(scaled["masks"][0])]
+    assert scaled["keypoints"].tolist() == [[[160, 120, 2]]]
+    assert select(scaled, scaled["labels"] > 0)["masks"].shape == (0, 240, 320)
+
+
+def test_a_sheet_holds_images_of_any_size_captions_and_a_legend():
+    colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    sizes = [(40, 80), (90, 30), (10, 10)]
+    pairs = list(zip(colors, sizes, strict=True))
+    images = [torch.tensor(c, dtype=torch.uint8)[:, None, None].expand(3, *size) for c, size in pairs]
+    sheet = contact_sheet(images, columns=2, width=400)
+    assert sheet.shape[2] == 400 and sheet.dtype == torch.uint8
+    places = [extent(is_color(sheet, color)) for color in colors]
+    for (x0, y0, x1, y1), (height, width) in zip(places, sizes, strict=True):
+        assert max(x1 - x0, y1 - y0) == 188 and (x1 - x0) / (y1 - y0) == pytest.approx(
+            width / height, rel=0.02
+        )
+    assert places[0][2] <= 200 <= places[1][0] and places[2][1] > places[0][3] == places[1][3]
+    more = contact_sheet(images, ["a", "b", "c"], columns=2, width=400, legend={"what": (9, 9, 9)})
+    assert more.shape[1] > sheet.shape[1] and is_color(more, (9, 9, 9)).sum() >= 100
+
+
+def test_a_legend_goes_on_in_the_next_line():
+    entries = {f"class {i}": color for i, color in enumerate(class_colors(12))}
+    strip = legend_strip(entries, 200, 11)
+    assert strip.shape[1] > legend_strip(dict([*entries.items()][:2]), 200, 11).shape[1]
+    assert all(is_color(strip, color).sum() >= 100 for color in entries.values())
+
+
+def test_a_text_is_cut_to_its_room():
+    assert shortened("a rather long name", 12, 1000)[0] == "a rather long name"
+    text, length = shortened("a rather long name", 12, 60)
+    assert text.startswith("a r") and text.endswith("...") and length <= 60
+    assert font_of("Gebäude 中", 12) is not None
+
+
+def test_pictures_are_written_by_their_ending(tmp_path):
+    save_picture(str(tmp_path / "new" / "a.PNG"), GREY)
+    assert np.array(Image.open(tmp_path / "new" / "a.PNG")).shape == (120, 160, 3)
+    with pytest.raises(UserError, match="must end in one of .png"):
+        save_picture(str(tmp_path / "a.txt"), GREY)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        save_picture(str(tmp_path / "file" / "a.png"), GREY)
+
+
+def test_a_window_needs_a_display(monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="needs a display, and there is none"):
+        show_picture(GREY)
+    monkeypatch.setenv("DISPLAY", ":0")
+    shown = []
+    monkeypatch.setattr(ImageShow, "show", lambda image, title: shown.append((image.size, title)) or False)
+    with pytest.raises(UserError, match="no program that shows pictures"):
+        show_picture(GREY, "title")
+    assert shown == [((160, 120), "title")]
