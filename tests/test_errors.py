@@ -1,17 +1,14 @@
 """What is wrong with detections: every kind by hand, COCO's matching, and what must always hold."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
+from detection_helpers import random_dataset
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.evaluation.errors import KINDS, STATES, errors_of, find_errors, match_image
-from plaintrain.evaluation.instances import Detections
-from plaintrain.structures import BoxMode
+from plaintrain.evaluation.predictions import PREDICTIONS_FILE, write_predictions
 from plaintrain.utils.errors import UserError
 
 # Two classes. Objects: a 0 that is found, a 1, a 0, a 0, a crowd of 0, a 1, a 0 that nothing is near.
@@ -130,51 +127,6 @@ def test_only_the_hundred_best_of_a_class_count():
 # ---- datasets ----------------------------------------------------------------------------------
 
 
-def random_dataset(seed=0, images=30, classes=4, boxes=12):
-    """Register records with crowds, and `Detections` for them; (name, records, detections)."""
-    rng = np.random.default_rng(seed)
-    records, rows = [], []
-    for i in range(images):
-        number = rng.integers(0, 6) if i else 0
-        objects = np.concatenate([rng.integers(0, 60, (number, 2)), rng.integers(4, 50, (number, 2))], 1)
-        labels, crowd = rng.integers(classes, size=number), rng.random(number) < 0.1
-        annotations = [
-            {"bbox": b.tolist(), "bbox_mode": BoxMode.XYWH_ABS, "category_id": int(k), "iscrowd": int(c)}
-            for b, k, c in zip(objects, labels, crowd, strict=True)
-        ]
-        image_id = int(1000 - 7 * i)
-        size = {"height": 120, "width": 120}
-        name = f"{i}.jpg"
-        records.append({"image_id": image_id, "file_name": name, **size, "annotations": annotations})
-        near = objects[rng.integers(number, size=boxes)] if number else rng.integers(1, 60, (boxes, 4))
-        label = labels[rng.integers(number, size=boxes)] if number else np.zeros(boxes)
-        near = near + rng.integers(-4, 5, (boxes, 4)) * (rng.random((boxes, 1)) < 0.8)
-        near[:, 2:] = near[:, :2] + np.maximum(near[:, 2:], 1)
-        label = np.where(rng.random(boxes) < 0.7, label, rng.integers(classes, size=boxes))
-        # Few different scores: ties are as COCO breaks them.
-        scores = rng.integers(1, 20, boxes) / 20
-        rows.append(np.concatenate([np.full((boxes, 1), i), near, scores[:, None], label[:, None]], 1))
-    name = f"errors_{seed}"
-    DatasetCatalog.register(name, lambda: records)
-    MetadataCatalog.get(name).set(thing_classes=[f"c{i}" for i in range(classes)], evaluator_type="coco")
-    return name, records, Detections(np.concatenate(rows), np.arange(images))
-
-
-def write_found(path, name, detections):
-    records = DatasetCatalog.get(name)
-    results = [
-        {
-            "image_id": records[int(i)]["image_id"],
-            "category_id": int(label) + 1,
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": score,
-        }
-        for i, x0, y0, x1, y1, score, label in detections.rows.tolist()
-    ]
-    path.write_text(json.dumps(results))
-    return str(path)
-
-
 def pycocotools_matches(records, detections, threshold_at):
     """{(image, place of the detection in it): (matched object or -1, ignored)} as pycocotools has it."""
     truth, found = COCO(), COCO()
@@ -253,7 +205,8 @@ def test_a_score_threshold_leaves_out_detections_and_changes_no_other_ones_kind(
 
 def test_errors_of_a_file(tmp_path):
     name, _, detections = random_dataset(4)
-    path = write_found(tmp_path / "found.json", name, detections)
+    write_predictions(tmp_path, name, detections)
+    path = tmp_path / PREDICTIONS_FILE
     errors = find_errors(name, path, iou_threshold=0.6)
     expected = errors_of(name, detections, iou_threshold=0.6)
     assert np.array_equal(errors.matches.kinds, expected.matches.kinds)

@@ -4,14 +4,14 @@ The kinds of errors are those of TIDE (Bolya et al., ECCV 2020, https://arxiv.or
 `iou_threshold` here, t_b `background_threshold`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.evaluation.coco_truth import annotated, coco_truth
 from plaintrain.evaluation.instances import ground_truth
+from plaintrain.evaluation.overlaps import box_overlaps, mask_overlaps
 from plaintrain.evaluation.predictions import read_detections, rles
 from plaintrain.utils.errors import UserError
 
@@ -23,8 +23,6 @@ STATES = ("found", "erroneous", "missed", "crowd")
 _BLAMED = ("localisation", "class")
 # Of one class in an image, the best that COCO counts.
 MAX_DETECTIONS = 100
-# Pairs of boxes that are looked at in one go.
-_PAIRS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Errors:
     """The objects and the detections of a dataset, and how they match.
 
     Attributes:
-        records, classes: the dataset's records and class names.
+        records, classes, image_ids: the dataset's records, class names, and the records' image ids.
         objects: dict of arrays `image` (index of the record, ascending), `boxes` `[G, 4]` (XYXY, pixels),
             `labels`, `crowd` (bool), `[G]` each, in the order of the records' annotations.
         detections: dict of arrays `image` (ascending), `boxes` `[N, 4]`, `scores`, `labels`, `[N]` each.
@@ -66,6 +64,7 @@ class Errors:
 
     records: SerializedRecords
     classes: list
+    image_ids: list
     objects: dict
     detections: dict
     matches: Matches
@@ -134,10 +133,9 @@ def find_errors(dataset_name, predictions_path, iou_threshold=0.5, score_thresho
 
 def errors_of(dataset_name, found, iou_threshold=0.5, score_threshold=0.0, task="bbox"):
     """As `find_errors`, of `Detections` (`evaluation.instances`) instead of a file."""
-    records, classes, _ = ground_truth(dataset_name)
-    rows, kept = found.rows, found.rows[:, 5] >= score_threshold
-    image, label = rows[kept, 0].astype(np.int64), rows[kept, 6].astype(np.int64)
-    detections = {"image": image, "boxes": rows[kept, 1:5], "scores": rows[kept, 5], "labels": label}
+    records, classes, index = ground_truth(dataset_name)
+    image, label = (found.rows[:, i].astype(np.int64) for i in (0, 6))
+    detections = {"image": image, "boxes": found.rows[:, 1:5], "scores": found.rows[:, 5], "labels": label}
     table = records.annotations or SerializedRecords(list(records)).annotations
     objects = {"image": table.record, "boxes": table.boxes, "labels": table.labels, "crowd": table.crowd}
     if task == "bbox":
@@ -147,62 +145,21 @@ def errors_of(dataset_name, found, iou_threshold=0.5, score_threshold=0.0, task=
             raise UserError(f"errors of masks need masks in the predictions and in {dataset_name}")
         truth = coco_truth(task, records, range(len(records)), range(len(classes)))["annotations"]
         objects["crowd"] = np.array([bool(a["iscrowd"]) for a in truth], dtype=bool)
-        masks = [rle for rle, is_kept in zip(rles(found, records), kept, strict=True) if is_kept]
-        overlaps = _mask_overlaps(objects, detections, [a["segmentation"] for a in truth], masks)
+        masks = rles(found, records), [a["segmentation"] for a in truth]
+        overlaps = mask_overlaps(objects, detections, *masks)
     matches = match(objects, detections, overlaps, iou_threshold)
-    return Errors(records, classes, objects, detections, matches, iou_threshold)
+    errors = Errors(records, classes, list(index), objects, detections, matches, iou_threshold)
+    return errors_above(errors, score_threshold)
 
 
-def box_overlaps(objects, detections):
-    """All pairs of a detection and an object of the same image whose boxes overlap.
-
-    Args:
-        objects, detections: dicts of `image` and `boxes`, and of objects `crowd`, as in `Errors`.
-
-    Returns:
-        (index of the detection, index of the object, IoU), `[P]` each, the detections ascending. Of a crowd
-        the IoU is as COCO has it, the share of the detection inside it.
-    """
-    order = np.argsort(objects["image"], kind="stable")
-    starts, ends = (np.searchsorted(objects["image"][order], detections["image"], side) for side in _SIDES)
-    numbers, parts = ends - starts, [(np.zeros(0, dtype=np.int64),) * 2 + (np.zeros(0),)]
-    for first, last in _pieces(numbers):
-        number = numbers[first:last]
-        detection = np.repeat(np.arange(first, last), number)
-        place = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
-        thing = order[starts[detection] + place]
-        found, there = detections["boxes"][detection], objects["boxes"][thing]
-        sides = np.minimum(found[:, 2:], there[:, 2:]) - np.maximum(found[:, :2], there[:, :2])
-        common = np.where((sides > 0).all(axis=1), sides.prod(axis=1), 0)
-        area = (found[:, 2:] - found[:, :2]).prod(axis=1)
-        union = area + (there[:, 2:] - there[:, :2]).prod(axis=1) - common
-        kept = common > 0
-        iou = common[kept] / np.where(objects["crowd"][thing], area, union)[kept]
-        parts.append((detection[kept], thing[kept], iou))
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
-
-
-_SIDES = ("left", "right")
-
-
-def _pieces(numbers):
-    """Spans (first, last) of detections with some `_PAIRS` pairs each."""
-    piece = np.cumsum(numbers) // _PAIRS
-    ends = [*np.flatnonzero(np.diff(piece)) + 1, len(numbers)]
-    return zip([0, *ends[:-1]], ends, strict=True)
-
-
-def _mask_overlaps(objects, detections, object_masks, masks):
-    parts = [(np.zeros(0, dtype=np.int64),) * 2 + (np.zeros(0),)]
-    for image in np.unique(detections["image"]):
-        spans = [np.searchsorted(table["image"], [image, image + 1]) for table in (detections, objects)]
-        (d0, d1), (o0, o1) = spans
-        if o1 > o0:
-            crowd = objects["crowd"][o0:o1].astype(np.uint8)
-            iou = coco_mask.iou(masks[d0:d1], object_masks[o0:o1], crowd)
-            detection, thing = np.nonzero(iou)
-            parts.append((detection + d0, thing + o0, iou[detection, thing]))
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+def errors_above(errors, score_threshold):
+    """The `Errors` without the detections below a score; it does not change what the others are."""
+    kept, old = errors.detections["scores"] >= score_threshold, errors.matches
+    detections = {key: value[kept] for key, value in errors.detections.items()}
+    kinds, chosen = old.kinds[kept], old.objects[kept]
+    states = _states(errors.objects["crowd"], kinds, chosen, _score_ranks(detections["scores"]))
+    matches = Matches(kinds, chosen, old.ious[kept], *states)
+    return replace(errors, detections=detections, matches=matches)
 
 
 def match(objects, detections, overlaps, iou_threshold=0.5, background_threshold=0.1):
@@ -213,8 +170,7 @@ def match(objects, detections, overlaps, iou_threshold=0.5, background_threshold
     """
     number = len(detections["image"])
     iou_threshold = min(iou_threshold, 1 - 1e-10)
-    rank = np.empty(number, dtype=np.int64)
-    rank[np.argsort(-detections["scores"], kind="stable")] = np.arange(number)
+    rank = _score_ranks(detections["scores"])
     # Of two objects that are overlapped alike, COCO takes the later one.
     order = np.lexsort((-overlaps[1], -overlaps[2], rank[overlaps[0]]))
     pairs = tuple(part[order] for part in overlaps)
@@ -239,6 +195,12 @@ def match(objects, detections, overlaps, iou_threshold=0.5, background_threshold
     kinds = np.select(conditions, [np.array(kind) for kind in cases], "")
     chosen, ious = (np.select(conditions, [pair[i] for _, pair in cases.values()]) for i in (0, 1))
     return Matches(kinds, chosen, ious, *_states(objects["crowd"], kinds, chosen, rank))
+
+
+def _score_ranks(scores):
+    rank = np.empty(len(scores), dtype=np.int64)
+    rank[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
+    return rank
 
 
 def choose(detection, thing):

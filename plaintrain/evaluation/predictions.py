@@ -58,7 +58,7 @@ def write_predictions(folder, dataset_name, detections):
         for result, keypoints in zip(results, flat_keypoints(detections), strict=True):
             result["keypoints"] = keypoints
     # Ids that came from an array are no int for JSON.
-    _write_json(os.path.join(folder, PREDICTIONS_FILE), results, default=int)
+    write_json(os.path.join(folder, PREDICTIONS_FILE), results, default=int)
 
 
 def rles(detections, records):
@@ -243,16 +243,26 @@ def write_results(path, results):
     Raises:
         UserError: the file cannot be written.
     """
-    _write_json(path, _plain(results), indent=1)
+    write_json(path, plain(results), indent=1)
 
 
-def _plain(value):
+def plain(value):
+    """Dicts and lists as JSON can hold them: each number an int or a float, None for NaN and infinity."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, str | int):
+        return value
     return float(value) if math.isfinite(value) else None
 
 
-def _write_json(path, content, **options):
+def write_json(path, content, **options):
+    """Write JSON as a whole, and make its folder; `options` are those of `json.dumps`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     except OSError as e:

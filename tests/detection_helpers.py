@@ -1,0 +1,37 @@
+"""Datasets and what is found in them, made at random."""
+
+import numpy as np
+
+from plaintrain.data import DatasetCatalog, MetadataCatalog
+from plaintrain.evaluation.instances import Detections
+from plaintrain.structures import BoxMode
+
+
+def random_dataset(seed=0, images=30, classes=4, boxes=12):
+    """Register records with crowds, and `Detections` for them; (name, records, detections)."""
+    rng = np.random.default_rng(seed)
+    records, rows = [], []
+    for i in range(images):
+        number = rng.integers(0, 6) if i else 0
+        objects = np.concatenate([rng.integers(0, 60, (number, 2)), rng.integers(4, 50, (number, 2))], 1)
+        labels, crowd = rng.integers(classes, size=number), rng.random(number) < 0.1
+        annotations = [
+            {"bbox": b.tolist(), "bbox_mode": BoxMode.XYWH_ABS, "category_id": int(k), "iscrowd": int(c)}
+            for b, k, c in zip(objects, labels, crowd, strict=True)
+        ]
+        image_id = int(1000 - 7 * i)
+        size = {"height": 120, "width": 120}
+        name = f"{i}.jpg"
+        records.append({"image_id": image_id, "file_name": name, **size, "annotations": annotations})
+        near = objects[rng.integers(number, size=boxes)] if number else rng.integers(1, 60, (boxes, 4))
+        label = labels[rng.integers(number, size=boxes)] if number else np.zeros(boxes)
+        near = near + rng.integers(-4, 5, (boxes, 4)) * (rng.random((boxes, 1)) < 0.8)
+        near[:, 2:] = near[:, :2] + np.maximum(near[:, 2:], 1)
+        label = np.where(rng.random(boxes) < 0.7, label, rng.integers(classes, size=boxes))
+        # Few different scores: ties are as COCO breaks them.
+        scores = rng.integers(1, 20, boxes) / 20
+        rows.append(np.concatenate([np.full((boxes, 1), i), near, scores[:, None], label[:, None]], 1))
+    name = f"errors_{seed}"
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(thing_classes=[f"c{i}" for i in range(classes)], evaluator_type="coco")
+    return name, records, Detections(np.concatenate(rows), np.arange(images))

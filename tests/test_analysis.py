@@ -1,0 +1,336 @@
+"""What errors cost, by hand; and what the analysis of predictions says."""
+
+import json
+
+import numpy as np
+import pytest
+from detection_helpers import random_dataset
+
+from plaintrain.data import DatasetCatalog, MetadataCatalog
+from plaintrain.data.builtin import declare_dataset
+from plaintrain.evaluation import COCOEvaluator
+from plaintrain.evaluation.analysis import analyze
+from plaintrain.evaluation.breakdown import (
+    best_and_worst,
+    best_thresholds,
+    calibration,
+    confusion,
+    image_scores,
+    object_breakdown,
+)
+from plaintrain.evaluation.error_costs import ERRORS, ap_cost, fixed_ap
+from plaintrain.evaluation.errors import KINDS, STATES, errors_above, errors_of
+from plaintrain.evaluation.instances import Detections
+from plaintrain.evaluation.predictions import PREDICTIONS_FILE, read_detections, write_predictions
+from plaintrain.structures import BoxMode, segmentation_to_rle
+
+
+def register(objects, name="made", classes=2, images=1):
+    """A dataset of objects (image, box XYXY, label, crowd)."""
+    records = [
+        {"image_id": i, "file_name": f"{i}.jpg", "height": 100, "width": 100, "annotations": []}
+        for i in range(images)
+    ]
+    for image, box, label, crowd in objects:
+        annotation = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "iscrowd": crowd}
+        records[image]["annotations"].append(annotation)
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(thing_classes=[f"c{i}" for i in range(classes)], evaluator_type="coco")
+    return name
+
+
+def detections_of(rows, images=1):
+    """`Detections` of rows (image, box, score, label)."""
+    rows = np.array([[image, *box, score, label] for image, box, score, label in rows], dtype=float)
+    return Detections(rows.reshape(-1, 7), np.arange(images))
+
+
+A, B, NEAR_B, BADLY_B, FAR = [0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 4], [20, 0, 30, 2], [80, 80, 90, 90]
+# A recall of a half is reached at 51 of 101 points.
+HALF = 100 * 51 / 101
+# kind: label of the object B if it is there, detections (box, score, label), AP, what is gained by mending
+# each kind, by dropping all that is wrong, and by taking away all that is not found.
+CASES = {
+    "class": (1, [(B, 0.9, 0), (A, 0.5, 0)], 25, {"class": 75}, 25, 50),
+    "localisation": (
+        0,
+        [(NEAR_B, 0.9, 0), (A, 0.5, 0)],
+        HALF / 2,
+        {"localisation": 100 - HALF / 2},
+        HALF / 2,
+        50 - HALF / 2,
+    ),
+    "both": (1, [(BADLY_B, 0.9, 0), (A, 0.5, 0)], 25, {"both": 25, "missed": 50}, 25, 50),
+    "duplicate": (
+        0,
+        [(A, 0.9, 0), (A, 0.8, 0), (B, 0.5, 0)],
+        100 - 50 / 3.03,
+        {"duplicate": 50 / 3.03},
+        50 / 3.03,
+        0,
+    ),
+    "background": (None, [(FAR, 0.9, 0), (A, 0.5, 0)], 50, {"background": 50}, 50, 0),
+    "missed": (0, [(A, 0.9, 0)], HALF, {"missed": 100 - HALF}, 0, 100 - HALF),
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_what_an_error_of_each_kind_costs(kind):
+    label, found, ap, costs, false_positives, false_negatives = CASES[kind]
+    objects = [(0, A, 0, 0)] + ([] if label is None else [(0, B, label, 0)])
+    errors = errors_of(register(objects), detections_of([(0, *row) for row in found]))
+    assert set(errors.matches.kinds) == {"correct", *({kind} - {"missed"})}
+    cost = ap_cost(errors)
+    assert cost["AP"] == pytest.approx(ap)
+    assert cost["costs"] == pytest.approx(dict.fromkeys(ERRORS, 0) | costs)
+    assert cost["false_positives"] == pytest.approx(false_positives)
+    assert cost["false_negatives"] == pytest.approx(false_negatives)
+
+
+def test_of_several_that_are_wrong_about_an_object_only_the_best_is_mended():
+    name = register([(0, A, 0, 0), (0, B, 1, 0)])
+    rows = [(0, A, 0.95, 0), (0, B, 0.9, 0), (0, B, 0.8, 0), (0, NEAR_B, 0.7, 1)]
+    errors = errors_of(name, detections_of(rows))
+    assert errors.matches.kinds.tolist() == ["correct", "class", "class", "localisation"]
+    # Class 0 has 1 of 1, class 1 first a false one of 0.7 and then also a correct one of 0.9.
+    assert fixed_ap(errors) == pytest.approx(50)
+    assert fixed_ap(errors, ["class"]) == fixed_ap(errors, ["localisation"]) == pytest.approx(100)
+    # One that found the object already leaves nothing to mend.
+    errors = errors_of("made", detections_of([*rows, (0, B, 0.6, 1)]))
+    assert errors.matches.kinds[-1] == "correct"
+    assert fixed_ap(errors, ["class"]) == pytest.approx(75)
+    assert fixed_ap(errors, ["localisation"]) == pytest.approx(100)
+
+
+def test_what_is_not_found_at_all_is_all_that_it_costs():
+    name = register([(0, A, 0, 0), (0, B, 1, 0)])
+    cost = ap_cost(errors_of(name, detections_of([])))
+    assert cost["AP"] == 0 and cost["costs"] == dict.fromkeys(ERRORS, 0) | {"missed": 100}
+    assert (cost["false_positives"], cost["false_negatives"]) == (0, 100)
+
+
+@pytest.mark.parametrize(("iou", "metric"), [(0.5, "AP50"), (0.75, "AP75")])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_ap_is_cocos_and_without_any_errors_it_is_100(seed, iou, metric):
+    name, _, detections = random_dataset(seed)
+    errors = errors_of(name, detections, iou)
+    coco = COCOEvaluator(name).score(detections)["bbox"][metric]
+    cost = ap_cost(errors)
+    assert 5 < coco < 95 and cost["AP"] == pytest.approx(coco, abs=1e-8)
+    assert fixed_ap(errors, ERRORS) == 100
+    mended = [fixed_ap(errors, ERRORS[:i]) for i in range(len(ERRORS) + 1)]
+    assert min(cost["costs"].values()) >= 0 and mended[0] == cost["AP"]
+
+
+def test_the_order_of_images_changes_nothing():
+    name, records, detections = random_dataset(5)
+    order = np.random.default_rng(0).permutation(len(records))
+    DatasetCatalog.register("shuffled", lambda: [records[i] for i in order])
+    MetadataCatalog.get("shuffled").set(thing_classes=MetadataCatalog.get(name).thing_classes)
+    rows = detections.rows.copy()
+    rows[:, 0] = np.argsort(order)[rows[:, 0].astype(int)]
+    shuffled = Detections(rows[np.argsort(rows[:, 0], kind="stable")], detections.seen)
+    first, second = (errors_of(n, d) for n, d in ((name, detections), ("shuffled", shuffled)))
+    assert ap_cost(first) == ap_cost(second)
+    assert best_thresholds(first) == best_thresholds(second)
+    assert confusion(first) == confusion(second)
+    bins = [[part["score"] for part in calibration(errors)["bins"]] for errors in (first, second)]
+    assert np.allclose(*np.array(bins, dtype=float), equal_nan=True)
+
+
+# ---- thresholds, calibration, confusion ---------------------------------------------------------
+
+
+def test_the_threshold_of_the_best_f1():
+    name = register([(0, A, 0, 0), (0, B, 0, 0), (0, FAR, 2, 0)], classes=4)
+    rows = [(A, 0.9, 0), (A, 0.7, 0), (B, 0.7, 0), (FAR, 0.6, 0), (A, 0.8, 1), (NEAR_B, 0.8, 2)]
+    found = best_thresholds(errors_of(name, detections_of([(0, *row) for row in rows])))
+    # Of class 0: 1 of 1 and half of all, 2 of 3 and all (the equal scores only together), 2 of 4 and all.
+    assert found["classes"][0] == pytest.approx(
+        {"name": "c0", "threshold": 0.7, "f1": 0.8, "precision": 2 / 3, "recall": 1}
+    )
+    nothing = {"threshold": None, "f1": None, "precision": None, "recall": None}
+    assert found["classes"][1:] == [{"name": f"c{k}", **nothing} for k in (1, 2, 3)]
+    # Of all: 2 of 5 detections and 2 of 3 objects, or 1 of 1 and 1 of 3, which is as good and stricter.
+    assert found["overall"] == pytest.approx({"threshold": 0.9, "f1": 0.5, "precision": 1, "recall": 1 / 3})
+
+
+def test_calibration_compares_scores_with_what_is_correct():
+    objects = [(0, A, 0, 0), (0, B, 0, 0), (0, [40, 40, 100, 100], 0, 1)]
+    rows = [(A, 0.95, 0), (FAR, 0.91, 1), (B, 0.15, 0), ([50, 50, 60, 60], 0.5, 0), (FAR, 1.0, 1)]
+    found = calibration(errors_of(register(objects), detections_of([(0, *row) for row in rows])))
+    bins = found["bins"]
+    assert [part["count"] for part in bins] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 3]
+    assert bins[0] == {"low": 0.0, "high": 0.1, "count": 0, "score": None, "precision": None}
+    assert (bins[9]["score"], bins[9]["precision"]) == pytest.approx((2.86 / 3, 1 / 3))
+    assert found["expected_error"] == pytest.approx((0.85 + 2.86 - 1) / 4)
+
+
+def test_confusion_counts_each_object_and_each_detection_once():
+    # In the second image: found by a better placed one of its class and one of another; mistaken; missed.
+    crowd = (0, [40, 40, 100, 100], 0, 1)
+    objects = [(0, A, 0, 0), crowd, (1, A, 0, 0), (1, B, 1, 0), (1, FAR, 1, 0)]
+    rows = [(0, A, 0.9, 0), (0, FAR, 0.8, 0), (1, A, 0.9, 1), (1, A, 0.6, 0), (1, B, 0.8, 0), (1, B, 0.9, 0)]
+    found = confusion(errors_of(register(objects, images=2), detections_of(rows, images=2)))
+    assert found["labels"] == ["c0", "c1", "background"]
+    assert found["counts"] == [[2, 0, 0], [1, 0, 1], [1, 1, 0]]
+    assert found["shares"] == [[1, 0, 0], [0.5, 0, 0.5], [0.5, 0.5, 0]]
+    assert found["pairs"] == [{"truth": "c1", "found": "c0", "count": 1, "share": 0.5}]
+
+
+def test_confusion_adds_up():
+    name, records, detections = random_dataset(6, images=60)
+    errors = errors_of(name, detections)
+    counts = np.array(confusion(errors)["counts"])
+    labels = errors.objects["labels"][~errors.objects["crowd"]]
+    assert counts[:-1].sum(axis=1).tolist() == np.bincount(labels).tolist()
+    real = errors.matches.kinds != "ignored"
+    assert counts[:, :-1].sum(axis=0).tolist() == np.bincount(errors.detections["labels"][real]).tolist()
+    assert np.trace(counts) == (errors.matches.kinds == "correct").sum() and counts[-1, -1] == 0
+
+
+# ---- objects and images -------------------------------------------------------------------------
+
+
+def test_objects_by_what_they_are_like():
+    # 10x10 beside one that overlaps it; 40x10; 10x50 alone in its image; a crowd, which is left out.
+    objects = [(0, A, 0, 0), (0, [0, 0, 10, 8], 1, 0), (0, [50, 0, 90, 10], 0, 0), (1, [0, 0, 10, 50], 0, 0)]
+    name = register([*objects, (1, [0, 0, 100, 100], 0, 1)], images=2)
+    rows = [(0, A, 0.9, 0), (0, [50, 0, 90, 8], 0.4, 0), (1, [0, 0, 10, 50], 0.8, 1)]
+    errors = errors_of(name, detections_of(rows, images=2))
+    found = object_breakdown(errors, errors_above(errors, 0.5))
+    bins = {key: {p["name"]: p["objects"] for p in parts if p["objects"]} for key, parts in found.items()}
+    assert bins == {
+        "size": {"< 16": 2, "16-32": 2},
+        "aspect": {"< 1:3": 1, "3:4-4:3": 2, ">= 3:1": 1},
+        "overlaps": {"0": 2, "1": 2},
+        "objects_per_image": {"1": 1, "2-3": 3},
+    }
+    part = found["size"][1]
+    assert part == {
+        "name": "16-32",
+        "low": 16,
+        "high": 32,
+        "objects": 2,
+        "recall": 0.5,
+        "recall_above": 0.0,
+        "mean_iou": pytest.approx(0.8),
+        "found": 0,
+        "erroneous": 1,
+        "missed": 1,
+    }
+    assert found["size"][-1]["recall"] is found["size"][-1]["mean_iou"] is None
+
+
+def test_the_best_and_the_worst_images():
+    objects = [(0, A, 0, 0), (1, A, 0, 0), (1, B, 0, 0), (2, A, 0, 0), (3, A, 0, 0), (3, B, 0, 0)]
+    name = register(objects, images=6)
+    rows = [(0, A, 0.9, 0), (1, A, 0.9, 0), (1, B, 0.9, 0), (2, FAR, 0.9, 0), (3, A, 0.9, 0), (5, A, 0.9, 1)]
+    errors = errors_of(name, detections_of(rows, images=6))
+    scores = image_scores(errors)
+    assert scores["f1"] == pytest.approx([1, 1, 0, 2 / 3, 1, 0])
+    found = best_and_worst(errors)
+    assert [entry["image_id"] for entry in found["best"]] == [1, 0]
+    assert [entry["image_id"] for entry in found["worst"]] == [2, 5, 3]
+    counts = dict.fromkeys([*KINDS, *STATES], 0) | {"background": 1, "missed": 1}
+    del counts["crowd"]
+    assert found["worst"][0] == {"image_id": 2, "file_name": "2.jpg", "index": 2, "f1": 0.0, **counts}
+    assert [len(entries) for entries in best_and_worst(errors, 1).values()] == [1, 1]
+
+
+# ---- the whole ----------------------------------------------------------------------------------
+
+
+def analysis_of(folder, name, detections, **options):
+    write_predictions(folder, name, detections)
+    found = analyze(name, folder / PREDICTIONS_FILE, **options)
+    # It is JSON, with nothing that only Python knows.
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    return found
+
+
+def test_an_analysis_agrees_with_the_evaluator_and_with_itself(tmp_path):
+    name, records, detections = random_dataset(7, images=40)
+    found = analysis_of(tmp_path, name, detections)
+    metrics = COCOEvaluator(name).score(read_detections(tmp_path / PREDICTIONS_FILE, name))["bbox"]
+    assert found["metrics"]["bbox"] == {k: v if v == v else None for k, v in metrics.items() if "-" not in k}
+    rows = found["per_class"]["bbox"]
+    assert {f"AP-{row['name']}": row["AP"] for row in rows} == {k: v for k, v in metrics.items() if "-" in k}
+    assert np.mean([row["AP50"] for row in rows]) == pytest.approx(metrics["AP50"])
+    assert sum(row["objects"] for row in rows) == found["objects"]
+    assert found["objects"] + found["crowds"] == sum(len(record["annotations"]) for record in records)
+    curves = found["curves"]["bbox"]
+    assert 100 * np.mean(curves["mean"]["0.75"]) == pytest.approx(metrics["AP75"], abs=0.01)
+    assert 100 * np.mean(curves["classes"][2]["0.50"]) == pytest.approx(rows[2]["AP50"], abs=0.01)
+    assert curves["recall"][-1] == 1 and len(curves["recall"]) == 101
+    errors, overall = found["errors"]["bbox"], found["thresholds"]["overall"]
+    assert errors["AP"] == pytest.approx(metrics["AP50"])
+    assert found["settings"]["score_threshold"] == overall["threshold"]
+    correct, objects = errors["detections"]["correct"], errors["objects"]
+    assert correct / found["objects"] == overall["recall"]
+    counted = sum(errors["detections"].values()) - errors["detections"]["ignored"]
+    assert correct / counted == overall["precision"]
+    assert sum(objects.values()) == found["objects"] + found["crowds"]
+    for parts in found["breakdown"].values():
+        assert sum(part["found"] for part in parts) == correct
+        assert sum(part["missed"] for part in parts) == objects["missed"]
+    for key in ("correct", "both", "missed"):
+        total = {**errors["detections"], **objects}[key]
+        assert sum(row[key] for row in errors["classes"]) == total
+
+
+def test_a_given_score_threshold_and_iou_are_taken(tmp_path):
+    name, _, detections = random_dataset(8)
+    found = analysis_of(tmp_path, name, detections, score_threshold=0.8, iou_threshold=0.75, gallery=2)
+    settings = {"iou_threshold": 0.75, "score_threshold": 0.8, "score_threshold_is": "given"}
+    assert found["settings"] == settings and len(found["gallery"]["worst"]) == 2
+    assert found["errors"]["bbox"]["AP"] == pytest.approx(found["metrics"]["bbox"]["AP75"])
+    assert sum(found["errors"]["bbox"]["detections"].values()) == (detections.rows[:, 5] >= 0.8).sum()
+
+
+NOTHING = ("nothing found", "nothing there", "no images")
+
+
+@pytest.mark.parametrize("case", [*NOTHING, "one class", "eighty classes"])
+def test_what_is_not_there_is_no_number(tmp_path, case):
+    objects, rows = [(0, A, 0, 0), (1, B, 0, 0)], [(0, A, 0.9, 0), (1, FAR, 0.5, 0)]
+    classes, images = {"one class": 1, "eighty classes": 80}.get(case, 2), 2
+    if case == "no images":
+        objects, rows, images = [], [], 0
+    name = register([] if case == "nothing there" else objects, classes=classes, images=images)
+    detections = detections_of([] if case == "nothing found" else rows, images=images)
+    found = analysis_of(tmp_path, name, detections)
+    per_class = found["per_class"]["bbox"]
+    assert len(per_class) == len(found["thresholds"]["classes"]) == classes
+    assert len(found["confusion"]["counts"]) == classes + 1
+    known = {"nothing there": None, "nothing found": 0, "no images": None}.get(case, round(HALF, 10))
+    assert found["metrics"]["bbox"]["AP50"] == found["errors"]["bbox"]["AP"] == per_class[0]["AP50"] == known
+    assert all(row["AP"] is row["APs"] is None and row["objects"] == 0 for row in per_class[1:])
+    assert (found["thresholds"]["overall"]["threshold"] is None) == (case in NOTHING)
+    assert found["settings"]["score_threshold"] == (0 if case in NOTHING else 0.9)
+
+
+def test_masks_and_keypoints_are_tasks_of_their_own(tmp_path):
+    spec = {"FORMAT": "shapes", "SPLIT": "val", "NUM": 6, "HEIGHT": 60, "WIDTH": 90}
+    declare_dataset("drawn", spec)
+    records = DatasetCatalog.get("drawn")
+    rows, masks, keypoints = [], [], []
+    for i, record in enumerate(records):
+        for a in record["annotations"]:
+            box = BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+            rows.append([i, *box, 0.9, a["category_id"]])
+            masks.append(segmentation_to_rle(a["segmentation"], 60, 90)["counts"])
+            keypoints.append(np.reshape(a["keypoints"], (-1, 3)))
+    # The box is right, the mask is that of another object, in another place.
+    masks[0] = masks[1]
+    rows[0][1:5], rows[1][1:5] = rows[0][1:5], rows[1][1:5]
+    detections = Detections(np.array(rows, float), np.arange(6), masks, np.array(keypoints, float))
+    found = analysis_of(tmp_path, "drawn", detections, kpt_oks_sigmas=[0.1] * 4)
+    assert list(found["metrics"]) == list(found["curves"]) == ["bbox", "segm", "keypoints"]
+    assert set(found["errors"]) == {"bbox", "segm"}
+    assert found["metrics"]["bbox"]["AP"] == found["errors"]["bbox"]["AP"] == 100
+    segm = found["errors"]["segm"]
+    assert segm["AP"] == pytest.approx(found["metrics"]["segm"]["AP50"]) and segm["AP"] < 100
+    assert segm["detections"]["correct"] == len(rows) - 1 and segm["objects"]["missed"] == 1
+    keypoints = found["per_class"]["keypoints"][0]
+    assert keypoints["AP"] == 100 and keypoints["APs"] is None
