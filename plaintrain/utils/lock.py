@@ -55,6 +55,31 @@ def lock_folder(folder):
     os.pwrite(handle, text.encode(), 0)
 
 
+def alive(folder):
+    """Whether another process' run is at work in a folder; None if it cannot be told from this machine."""
+    folder = os.path.realpath(folder)
+    path = os.path.join(folder, _NAME)
+    # A handle of one's own file must not be opened: closing it would let go of the lock.
+    if folder in _HELD:
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return None
+    finally:
+        owner = os.read(handle, 4096)
+        os.close(handle)
+    # Not every file system shows one machine the locks of another.
+    here = f'"host": {json.dumps(socket.gethostname())}'.encode()
+    return False if here in owner else None
+
+
 def _read(handle):
     try:
         owner = json.loads(os.pread(handle, 4096, 0))
