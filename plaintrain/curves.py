@@ -7,6 +7,7 @@ from plaintrain.run_folder import split_result
 
 # Of a task's metrics, those that are drawn together for one run.
 _SHOWN = ("AP", "AP50", "AP75")
+_OTHER_KINDS = dict.fromkeys(("lr", "momentum", "max_mem"), "schedule")
 # So many classes can be told apart by colour.
 _MOST_CLASSES = 8
 
@@ -94,9 +95,8 @@ def _groups(names, all_of_them):
     others = [n for n in names if n not in taken and not split_result(n) and n != "epoch"]
     groups = [("loss", "loss", losses), ("validation loss", "loss", validation)]
     groups += [(title, "result", members) for title, members in {**results, **classes}.items()]
-    titles = {"lr": "learning rate", "grad_norm": "gradient norm"}
-    kinds = {"lr": "schedule", "momentum": "schedule"}
-    groups += [(titles.get(name, name), kinds.get(name, "other"), [name]) for name in others]
+    titles = {"lr": "learning rate", "grad_norm": "gradient norm", "max_mem": "peak memory (MiB)"}
+    groups += [(titles.get(name, name), _OTHER_KINDS.get(name, "other"), [name]) for name in others]
     groups += [("seconds per iteration", "time", times)]
     return [group for group in groups if group[2]]
 

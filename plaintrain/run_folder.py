@@ -5,6 +5,7 @@ left out. Nothing here needs torch.
 """
 
 import contextlib
+import csv
 import json
 import math
 import os
@@ -25,7 +26,7 @@ _LINE = re.compile(r"\[(\d\d/\d\d \d\d:\d\d:\d\d) ([\w.]+)\] ([A-Z]+): (.*)")
 _LOG_FILE = re.compile(r"log\.txt(\.rank\d+)?")
 # Of a run on another machine, whose lock may not be seen here: how old its last line may be.
 _SILENT_SECONDS = 600
-_OF_A_RUN = ("config.yaml", "metrics.json", "log.txt", "inference")
+_OF_A_RUN = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "inference")
 # A record of the log that is longer is cut.
 _LONGEST = 4000
 
@@ -58,25 +59,37 @@ def run_names(folders):
 
 
 def read_metrics(folder):
-    """The series of metrics.json: {name: (iterations, values)}, lists in the order of the iterations.
+    """The series of metrics.json, or metrics.csv: {name: (iterations, values)}, lists by iteration.
 
     A value that was not finite is NaN. Of an iteration that stands there twice the later line counts.
     """
-    lines = {}
-    with _opened(os.path.join(folder, "metrics.json")) as f:
-        for line in f:
-            with contextlib.suppress(ValueError, RecursionError):
-                content = json.loads(line)
-                if isinstance(content, dict) and isinstance(content.get("iteration"), int):
-                    lines[content["iteration"]] = content
-    series = {}
-    for iteration in sorted(lines):
-        for name, value in lines[iteration].items():
+    path = os.path.join(folder, "metrics.json")
+    found = _json_rows(path) if os.path.isfile(path) else _csv_rows(os.path.join(folder, "metrics.csv"))
+    rows, series = {row["iteration"]: row for row in found if isinstance(row.get("iteration"), int)}, {}
+    for iteration in sorted(rows):
+        for name, value in rows[iteration].items():
             if name != "iteration" and (value is None or isinstance(value, int | float)):
                 iterations, values = series.setdefault(name, ([], []))
                 iterations.append(iteration)
                 values.append(math.nan if value is None else float(value))
     return series
+
+
+def _json_rows(path):
+    with _opened(path) as f:
+        for line in f:
+            with contextlib.suppress(ValueError, RecursionError):
+                content = json.loads(line)
+                if isinstance(content, dict):
+                    yield content
+
+
+def _csv_rows(path):
+    with _opened(path) as f:
+        # What is not there and what was not finite are both empty.
+        for row in csv.DictReader(f):
+            with contextlib.suppress(TypeError, ValueError):
+                yield {"iteration": int(row.pop("iteration")), **{n: float(v) for n, v in row.items() if v}}
 
 
 @contextlib.contextmanager
