@@ -41,7 +41,7 @@ def wants_log(lines):
     if not values or values[0] <= 0:
         return False
     # A single wild value is no reason.
-    return values[int(0.98 * (len(values) - 1))] > 30 * values[int(0.02 * (len(values) - 1))]
+    return values[round(0.98 * (len(values) - 1))] > 30 * values[round(0.02 * (len(values) - 1))]
 
 
 def panels(runs, patterns=()):

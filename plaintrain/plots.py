@@ -301,10 +301,9 @@ def matrix_figure(matrix, row_names, column_names, x_label, y_label):
         ax.imshow(shades, interpolation="nearest", aspect="auto")
         ax.grid(visible=False)
         size = 9 if few else max(3.5, 9 - 0.07 * len(row_names))
-        ax.set_xticks(
-            range(len(column_names)), map(_cut, column_names), rotation=45 if few else 90, ha="right"
-        )
-        ax.set_yticks(range(len(row_names)), map(_cut, row_names))
+        turned = {"rotation": 45, "ha": "right"} if few else {"rotation": 90}
+        ax.set_xticks(range(len(column_names)), [_cut(str(name)) for name in column_names], **turned)
+        ax.set_yticks(range(len(row_names)), [_cut(str(name)) for name in row_names])
         ax.tick_params(labelsize=size, length=2)
         if few:
             for (i, j), count in np.ndenumerate(counts):

@@ -29,8 +29,8 @@ def braille(values, width, height=_HEIGHT):
     for column, place in enumerate(places):
         if place is not None:
             # Steps are filled, so that the line holds together.
-            low, high = sorted((place, place if before is None else before))
-            for dot in range(low + (low < high and before == low), high + 1):
+            step = place if before is None else before + (place > before) - (place < before)
+            for dot in range(min(step, place), max(step, place) + 1):
                 row = 4 * height - 1 - dot
                 cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]
         before = place
@@ -106,7 +106,7 @@ def curve_lines(curves, width=80, plain=False):
         list of lines.
     """
     # Beside the curve: name, last value, limits.
-    room, lines = max(8, width - _NAME_WIDTH - 2 * 11 - 2), []
+    room, lines = max(8, width - _NAME_WIDTH - 12 - (25 if plain else 11)), []
     for name, values in curves.items():
         finite = [v for v in values if math.isfinite(v)] or [math.nan]
         low, high = f" {min(finite):.4g}", f" {max(finite):.4g}"

@@ -31,8 +31,8 @@ def ap_tables(runs):
             parts.append(_class_table(runs, found, classes, dataset))
     if not parts:
         return note(
-            "No evaluation has been made yet: TEST.EVAL_PERIOD says how often, and the end of the training makes "
-            "one; scripts/test_net.py makes one of any checkpoint."
+            "No evaluation has been made yet: TEST.EVAL_PERIOD says how often, and the end of the training "
+            "makes one; scripts/test_net.py makes one of any checkpoint."
         )
     lead = "Of the last evaluation, 0 to 100. A dash: the test set has no such object."
     return join([tag("p", lead, class_="lead"), *parts])

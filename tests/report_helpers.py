@@ -1,0 +1,81 @@
+"""A run's folder as a training leaves it, made in a moment: images are drawn, detections near objects."""
+
+import json
+
+import numpy as np
+
+from plaintrain.config import get_cfg
+from plaintrain.data.builtin import declare_datasets
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.data.write import category_ids
+from plaintrain.evaluation.coco_truth import box_xywh
+
+LOG = """\
+[11/27 05:46:56 plaintrain.engine] INFO: rank 0 of 2
+python: 3.12.1
+GPUs: none
+[11/27 05:46:56 plaintrain.engine] INFO: command line: scripts/plain_train_net.py OUTPUT_DIR here
+[11/27 05:46:57 plaintrain.data] WARNING: 3 boxes are odd
+and so on
+[11/27 05:46:58 plaintrain.data] WARNING: 12 boxes are odd
+and so on
+[11/27 05:46:59 plaintrain] INFO: a line
+"""
+
+
+def make_run(folder, *, iterations=100, offset=0.0, seed=0, **keys):
+    """Write a finished run of 2 x `iterations` into a folder.
+
+    Args:
+        folder: a `Path`.
+        iterations: lines of metrics.json are 2 apart.
+        offset: what is added to the scores.
+        seed: of the detections.
+        keys: what differs in the config, "SOLVER__BASE_LR" for SOLVER.BASE_LR.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True)
+    cfg = get_cfg()
+    few = {"FORMAT": "shapes", "HEIGHT": 64, "WIDTH": 64}
+    declared = {f"report_{s}": {**few, "SPLIT": s, "NUM": n} for s, n in (("train", 6), ("val", 12))}
+    datasets = {"DECLARE": declared, "TRAIN": ("report_train",), "TEST": ("report_val",)}
+    cfg.merge_from_other_cfg({"DATASETS": datasets, "OUTPUT_DIR": str(folder)})
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 2 * iterations])
+    cfg.merge_from_list([part for k, v in keys.items() for part in (k.replace("__", "."), v)])
+    (folder / "config.yaml").write_text(cfg.dump())
+    (folder / "log.txt").write_text(LOG)
+    (folder / "log.txt.rank1").write_text(LOG.splitlines()[4] + "\n")
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    lines = [_line(2 * i + 1, i == iterations - 1, offset) for i in range(iterations)]
+    (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    declare_datasets(cfg)
+    predictions = folder / "inference" / "report_val" / "coco_instances_results.json"
+    predictions.parent.mkdir(parents=True)
+    predictions.write_text(json.dumps(detections("report_val", seed)))
+    return folder
+
+
+def _line(iteration, last, offset):
+    losses = {"loss_cls": 10 / (iteration + 1), "loss_box_reg": 1.0, "total_loss": 1 + 10 / (iteration + 1)}
+    line = {"iteration": iteration, "lr": 0.1, "time": 0.5, "data_time": 0.01, **losses}
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AP-circle", "AP-square", "AP-triangle")
+    if last or iteration == 9:
+        line |= {f"report_val/bbox/{n}": iteration / 10 + i + offset for i, n in enumerate(names)}
+        line["report_val/bbox/APl"] = None
+    return line
+
+
+def detections(dataset_name, seed=0):
+    """Detections of a dataset in COCO's results format: near an object each, some of a wrong class."""
+    rng, found = np.random.default_rng(seed), []
+    ids = None
+    for record in DatasetCatalog.get(dataset_name):
+        ids = ids or category_ids(MetadataCatalog.get(dataset_name))
+        for a in record["annotations"]:
+            box = (np.array(box_xywh(a)) + rng.normal(0, 2.0, 4)).clip(1).tolist()
+            label = a["category_id"] if rng.random() < 0.8 else rng.integers(len(ids))
+            detection = {"image_id": record["image_id"], "category_id": ids[int(label)], "bbox": box}
+            found.append({**detection, "score": float(rng.uniform(0.3, 1))})
+    return found
