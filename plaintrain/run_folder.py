@@ -15,23 +15,19 @@ import time
 from collections import namedtuple
 
 from plaintrain.config import get_cfg
+from plaintrain.run_log import opened, read_log
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.lock import alive
-from plaintrain.utils.reading import read_text, reason
+from plaintrain.utils.reading import read_text
 from plaintrain.utils.yaml_files import parse_yaml
 
 # The tasks in the names of results: [DATASET/]TASK/METRIC.
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
-_LINE = re.compile(r"\[(\d\d/\d\d \d\d:\d\d:\d\d) ([\w.]+)\] ([A-Z]+): (.*)")
-_LOG_FILE = re.compile(r"log\.txt(\.rank\d+)?")
 # Of a run on another machine, whose lock may not be seen here: how old its last line may be.
 _SILENT_SECONDS = 600
 _OF_A_RUN = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "inference")
-# A record of the log that is longer is cut.
-_LONGEST = 4000
 
 RunState = namedtuple("RunState", "name iteration max_iter")
-LogRecord = namedtuple("LogRecord", "time logger level text")
 
 
 def check_run(folder):
@@ -76,7 +72,7 @@ def read_metrics(folder):
 
 
 def _json_rows(path):
-    with _opened(path) as f:
+    with opened(path) as f:
         for line in f:
             with contextlib.suppress(ValueError, RecursionError):
                 content = json.loads(line)
@@ -85,24 +81,11 @@ def _json_rows(path):
 
 
 def _csv_rows(path):
-    with _opened(path) as f:
+    with opened(path) as f:
         # What is not there and what was not finite are both empty.
         for row in csv.DictReader(f):
             with contextlib.suppress(TypeError, ValueError):
                 yield {"iteration": int(row.pop("iteration")), **{n: float(v) for n, v in row.items() if v}}
-
-
-@contextlib.contextmanager
-def _opened(path):
-    """A text file to read, or no lines where there is none."""
-    if not os.path.isfile(path):
-        yield ()
-        return
-    try:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            yield f
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {reason(e)}") from e
 
 
 def _read_json(path):
@@ -132,54 +115,6 @@ def read_config_tree(folder):
     with contextlib.suppress(OSError, ValueError):
         return parse_yaml(read_text(path), path)
     return {}
-
-
-def read_log(folder):
-    """The records of log.txt and log.txt.rankN: {file name: iterator over `LogRecord`}.
-
-    `time` is as in the log, `text` of all lines of the record (the first 4000 characters).
-    """
-    names = sorted(name for name in os.listdir(folder) if _LOG_FILE.fullmatch(name))
-    return {name: _records(os.path.join(folder, name)) for name in names}
-
-
-def _records(path):
-    head, lines, size = None, [], 0
-    with _opened(path) as f:
-        for line in f:
-            found = _LINE.match(line)
-            if found:
-                if head:
-                    yield LogRecord(*head, "\n".join(lines))
-                *head, text = found.groups()
-                lines, size = [text], len(text)
-            elif size < _LONGEST:
-                lines.append(line.rstrip("\n"))
-                size += len(line)
-    if head:
-        yield LogRecord(*head, "\n".join(lines))
-
-
-def read_warnings(folder):
-    """What was logged as WARNING or worse, by first appearance; those that differ in numbers are one.
-
-    Returns:
-        list of dicts: `level`, `text` (of the first), `count` (over all ranks), `first` and `last` (times
-        as in the log), `files`.
-    """
-    found = {}
-    for name, records in read_log(folder).items():
-        for record in records:
-            if record.level in ("INFO", "DEBUG"):
-                continue
-            key = record.level, re.sub(r"\d+(\.\d+)?", "#", record.text)
-            new = {"level": record.level, "text": record.text, "count": 0, "first": record.time, "files": []}
-            entry = found.setdefault(key, new)
-            entry["count"] += 1
-            entry["last"] = record.time
-            if name not in entry["files"]:
-                entry["files"].append(name)
-    return list(found.values())
 
 
 def read_starts(folder):
@@ -279,7 +214,7 @@ def run_state(folder, metrics=None):
     solver = read_config_tree(folder).get("SOLVER", {})
     max_iter = solver.get("MAX_ITER", 0) if isinstance(solver, dict) else 0
     found, last = alive(folder), ""
-    with _opened(os.path.join(folder, "last_checkpoint")) as f:
+    with opened(os.path.join(folder, "last_checkpoint")) as f:
         last = "".join(f).strip()
     if found:
         name = "running"

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from report_helpers import make_run
 
-from plaintrain import plots
+from plaintrain import charts, plots
 from plaintrain.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,11 +35,11 @@ def figures():
     return {
         "curve": plots.curve_figure(panel, 0.5),
         "grid": plots.curve_grid([panel] * 2),
-        "xy": plots.xy_figure(lines * 2, "x", ODD, limits=(0, 1), diagonal=True),
-        "bar": plots.bar_figure([ODD, "b"], {ODD: [1.0, None], "y": [2.0, 300.0]}, "AP"),
-        "histogram": plots.histogram_figure([1, 10, 100], {"n": [3, 4]}, "x", ODD, log_x=True),
-        "matrix": plots.matrix_figure([[1, 2], [0, 0]], [ODD, "b"], ["c", "d"], "x", "y"),
-        "large": plots.matrix_figure(np.eye(20), range(20), list(map(str, range(20))), "x", "y"),
+        "xy": charts.xy_figure(lines * 2, "x", ODD, limits=(0, 1), diagonal=True),
+        "bar": charts.bar_figure([ODD, "b"], {ODD: [1.0, None], "y": [2.0, 300.0]}, "AP"),
+        "histogram": charts.histogram_figure([1, 10, 100], {"n": [3, 4]}, "x", ODD, log_x=True),
+        "matrix": charts.matrix_figure([[1, 2], [0, 0]], [ODD, "b"], ["c", "d"], "x", "y"),
+        "large": charts.matrix_figure(np.eye(20), range(20), list(map(str, range(20))), "x", "y"),
     }
 
 

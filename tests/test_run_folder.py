@@ -7,7 +7,7 @@ import sys
 import pytest
 from report_helpers import make_run
 
-from plaintrain import run_folder
+from plaintrain import run_folder, run_log
 from plaintrain.curves import panels, smooth, thin, wants_log
 from plaintrain.text_plots import ascii_line, braille, curve_lines, shown_metrics, state_line
 from plaintrain.utils import lock
@@ -73,10 +73,10 @@ def test_without_run_json_the_log_says_how_it_was_started(tmp_path):
 
 
 def test_warnings_that_differ_in_numbers_are_counted_together_over_all_ranks(tmp_path):
-    (warning,) = run_folder.read_warnings(make_run(tmp_path / "run"))[:1]
+    (warning,) = run_log.read_warnings(make_run(tmp_path / "run"))[:1]
     assert warning["text"] == "3 boxes are odd\nand so on" and warning["level"] == "WARNING"
     assert warning["count"] == 2 and warning["last"] == "11/27 05:46:58" and warning["files"] == ["log.txt"]
-    assert len(run_folder.read_warnings(tmp_path / "run")) == 2
+    assert len(run_log.read_warnings(tmp_path / "run")) == 2
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 
-from plaintrain import run_folder
+from plaintrain import run_folder, run_log
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def gather(folder, name, color=0):
         config=run_folder.read_config_tree(folder),
         starts=run_folder.read_starts(folder),
         ends=run_folder.read_ends(folder),
-        warnings=run_folder.read_warnings(folder),
+        warnings=run_log.read_warnings(folder),
         results=run_folder.read_results(folder, metrics),
         test_sets=run_folder.test_sets(folder),
     )
