@@ -44,6 +44,9 @@ def default_argument_parser(epilog=None):
         help="two iterations, an evaluation of a few images, a save and a load; says ready and keeps "
         "nothing, or says what is wrong and leaves OUTPUT_DIR/dry-run",
     )
+    parser.add_argument(
+        "--quiet", action="store_true", help="only warnings and errors on the console; log.txt has the rest"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     parser.add_argument(
         "opts",

@@ -19,6 +19,7 @@ from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.data.loader import count_iters_per_epoch
 from plaintrain.launch import launch
 from plaintrain.preflight import build_meta_model, check_before_training, settle_num_classes
+from plaintrain.run_facts import write_run_facts
 from plaintrain.scaling import settle_schedule
 from plaintrain.trial import overfit_on, shorten_to_dry_run
 from plaintrain.utils import comm
@@ -49,13 +50,13 @@ def default_setup(cfg, args):
     Registers DATASETS.DECLARE, draws SEED if it is -1, takes the number of classes from the
     dataset, brings the schedule to this run (`plaintrain.scaling`) and checks the rest; only then makes
     OUTPUT_DIR (moving an earlier run's files to `old-N` unless resuming or evaluating), starts the
-    log, reports the environment, writes `config.yaml` and seeds all generators.
+    log, reports the environment, writes `config.yaml` and `run.json` and seeds all generators.
 
     Args:
         cfg: the config, frozen or not; SEED, the number of classes, the schedule and MODEL.WEIGHTS
             are settled in place.
-        args: what `default_argument_parser` parsed; `resume`, `eval_only`, `overfit` and `dry_run`
-            may be missing. With `predictions`, a file to score, no model, weights or images are needed.
+        args: what `default_argument_parser` parsed; any of it may be missing. With `predictions`, a file
+            to score, no model, weights or images are needed.
 
     Raises:
         UserError: anything that would make the run fail later.
@@ -64,7 +65,7 @@ def default_setup(cfg, args):
     dry_run = getattr(args, "dry_run", False)
     if dry_run and (resume or eval_only):
         raise UserError("--dry-run tries the start of a training: leave out --resume and --eval-only")
-    log = setup_logger(None, comm.get_rank())
+    log = setup_logger(None, comm.get_rank(), quiet=getattr(args, "quiet", False))
     # What is said before the output folder may be touched goes into its log file afterwards.
     said = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL)
     log.addHandler(said)
@@ -88,13 +89,15 @@ def default_setup(cfg, args):
     if dry_run:
         shorten_to_dry_run(cfg)
     _prepare_output(cfg, training=not eval_only, resume=resume)
-    log = setup_logger(cfg.OUTPUT_DIR, comm.get_rank())
+    log = setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), quiet=getattr(args, "quiet", False))
     for record in said.buffer:
         log.handlers[-1].handle(record)
     logger.info(f"rank {comm.get_rank()} of {comm.get_world_size()}\n{collect_env_info()}")
     logger.info("command line: " + " ".join(sys.argv))
     if comm.is_main_process():
         _write_config(cfg, keep=eval_only)
+    if comm.is_main_process() and not eval_only:
+        write_run_facts(cfg, getattr(args, "config_file", ""))
     logger.info(f"config:\n{cfg.dump()}")
     _prepare_process(cfg)
     comm.synchronize()

@@ -42,7 +42,7 @@ from plaintrain.evaluation import (
     build_evaluator,
     flatten_results,
     inference_on_dataset,
-    print_csv_format,
+    report_results,
     validation_losses,
     verify_results,
 )
@@ -54,7 +54,7 @@ from plaintrain.trial import finish_dry_run
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage
-from plaintrain.utils.logger import progress
+from plaintrain.utils.logger import progress_range
 from plaintrain.utils.memory import peak_memory
 from plaintrain.utils.stop import StopRequest
 from plaintrain.workflow import workflow_epochs
@@ -88,8 +88,7 @@ def do_test(cfg, model):
         with build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, device):
             found = inference_on_dataset(build_tta(cfg, model), data_loader, evaluator)
         results[dataset_name] = comm.broadcast(found)
-        logger.info(f"results on {dataset_name}:")
-        print_csv_format(results[dataset_name])
+        report_results(dataset_name, results[dataset_name], output_folder)
     return results
 
 
@@ -123,7 +122,8 @@ def train_one_epoch(cfg, training, epoch, iterations, test_due):
     """Take the steps of an epoch; True if the run is to stop. Its last step is not written yet."""
     model, optimizer, scheduler, clip, autocast, scaler, ema, guard, batches, saver, writers, stop = training
     storage, start = get_event_storage(), perf_counter()
-    for iteration, data in zip(progress(iterations, desc=f"epoch {epoch}"), batches, strict=False):
+    bar = progress_range(iterations.start, iterations.stop, first=iterations.start, desc=f"epoch {epoch}")
+    for iteration, data in zip(bar, batches, strict=False):
         storage.iter, data_time = iteration, perf_counter() - start
         late, last = iteration < cfg.SOLVER.MAX_ITER - 1 and stop.is_made(), iteration == iterations[-1]
         # The losses are read only for a write, a test or a save.

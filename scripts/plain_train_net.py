@@ -41,7 +41,7 @@ from plaintrain.evaluation import (
     build_evaluator,
     flatten_results,
     inference_on_dataset,
-    print_csv_format,
+    report_results,
     validation_losses,
     verify_results,
 )
@@ -80,8 +80,7 @@ def do_test(cfg, model):
         with build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, device):
             found = inference_on_dataset(build_tta(cfg, model), data_loader, evaluator)
         results[dataset_name] = comm.broadcast(found)
-        logger.info(f"results on {dataset_name}:")
-        print_csv_format(results[dataset_name])
+        report_results(dataset_name, results[dataset_name], output_folder)
     return results
 
 

@@ -39,10 +39,9 @@ from plaintrain.engine import default_setup, launch
 from plaintrain.evaluation import (
     build_evaluator,
     inference_on_dataset,
-    print_csv_format,
     read_predictions,
+    report_results,
     verify_results,
-    write_results,
 )
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE
 from plaintrain.modeling import build_model
@@ -53,14 +52,6 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.logger import progress
 
 logger = logging.getLogger("plaintrain")
-
-
-def report(dataset_name, results, folder):
-    """Say what a dataset's results are, and write them."""
-    if comm.is_main_process():
-        logger.info(f"results on {dataset_name}:")
-        print_csv_format(results)
-        write_results(os.path.join(folder, "results.json"), {dataset_name: results})
 
 
 def do_test(cfg, model):
@@ -74,7 +65,7 @@ def do_test(cfg, model):
         evaluator = build_evaluator(cfg, dataset_name, folder)
         with build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, device_type):
             results[dataset_name] = inference_on_dataset(model, data_loader, evaluator)
-        report(dataset_name, results[dataset_name], folder)
+        report_results(dataset_name, results[dataset_name], folder)
     return results
 
 
@@ -88,7 +79,7 @@ def score_predictions(cfg, path):
     for inputs, outputs in progress(read_predictions(path, dataset_name), desc="predictions"):
         evaluator.process(inputs, outputs)
     results = evaluator.evaluate() or {}
-    report(dataset_name, results, folder)
+    report_results(dataset_name, results, folder)
     return {dataset_name: results}
 
 

@@ -1,5 +1,6 @@
 """The start of a run: command line, output folder, checks, seeds, log."""
 
+import functools
 import gc
 import io
 import logging
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -36,7 +38,7 @@ from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter
 from plaintrain.utils.files import atomic_write, move_old_run
-from plaintrain.utils.logger import progress, setup_logger
+from plaintrain.utils.logger import paint_changes, progress, progress_range, setup_logger
 
 RUN_FILES = {
     "model_0000099.pth": "weights at 99",
@@ -49,6 +51,9 @@ RUN_FILES = {
     "log.txt.rank1": "an earlier line of rank 1\n",
     "events.out.tfevents.17.host": "events",
     "inference/shapes_val/results.json": "[]",
+    "metrics.csv": "iteration\n99\n",
+    "report.html": "<html>",
+    "run.json": '{"starts": []}',
 }
 
 
@@ -135,6 +140,7 @@ def test_parser_takes_flags_and_then_overrides():
         "eval_only": False,
         "overfit": 0,
         "dry_run": False,
+        "quiet": False,
         "debug": False,
         "opts": [],
         "num_gpus": 1,
@@ -143,13 +149,14 @@ def test_parser_takes_flags_and_then_overrides():
         "dist_url": "auto",
     }
     line = "--config-file a.yaml --resume --eval-only --debug --num-gpus 2 --num-machines 3 --machine-rank 1"
-    line += " --overfit 4 --dry-run --dist-url tcp://h:1 SEED -1 MODEL.WEIGHTS"
+    line += " --overfit 4 --dry-run --quiet --dist-url tcp://h:1 SEED -1 MODEL.WEIGHTS"
     assert vars(parser.parse_args([*line.split(), ""])) == {
         "config_file": "a.yaml",
         "resume": True,
         "eval_only": True,
         "overfit": 4,
         "dry_run": True,
+        "quiet": True,
         "debug": True,
         "num_gpus": 2,
         "num_machines": 3,
@@ -182,7 +189,7 @@ def test_unknown_flag_before_the_overrides_is_an_error(capsys):
 def test_setup_writes_the_settled_config_and_the_log(output, capsys):
     cfg = setup(output, "SEED", "7", "CUDNN_BENCHMARK", "True")
     assert torch.backends.cudnn.benchmark is True
-    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "run.lock"]
+    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "run.json", "run.lock"]
     saved = get_cfg()
     saved.merge_from_file(output / "config.yaml")
     assert saved == cfg and saved.MODEL.ROI_HEADS.NUM_CLASSES == 3
@@ -288,7 +295,14 @@ def test_earlier_run_is_moved_to_old_1_and_then_old_2(output):
     (output / "notes.txt").write_text("mine")
     setup(output, "SEED", "1")
     assert contents(output / "old-1") == RUN_FILES
-    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "notes.txt", "old-1", "run.lock"]
+    assert sorted(os.listdir(output)) == [
+        "config.yaml",
+        "log.txt",
+        "notes.txt",
+        "old-1",
+        "run.json",
+        "run.lock",
+    ]
     assert str(output / "old-1") in (output / "log.txt").read_text()
     setup(output, "SEED", "2")
     assert contents(output / "old-1") == RUN_FILES
@@ -301,7 +315,7 @@ def test_folder_without_a_run_is_left_alone(output):
     output.mkdir()
     (output / "notes.txt").write_text("mine")
     setup(output)
-    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "notes.txt", "run.lock"]
+    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "notes.txt", "run.json", "run.lock"]
 
 
 @pytest.mark.parametrize(
@@ -354,7 +368,9 @@ def test_weights_inside_the_folder_that_are_no_file_of_the_run_stay_where_they_a
 def test_resume_moves_nothing(output):
     leave_run(output)
     setup(output, "SEED", "3", resume=True)
-    kept = {name: text for name, text in RUN_FILES.items() if name not in ("config.yaml", "log.txt")}
+    kept = {
+        name: text for name, text in RUN_FILES.items() if name not in ("config.yaml", "log.txt", "run.json")
+    }
     assert kept.items() <= contents(output).items()
     assert not (output / "old-1").exists()
     assert (output / "log.txt").read_text().startswith(RUN_FILES["log.txt"])
@@ -542,7 +558,14 @@ def test_two_ranks_agree_on_seed_classes_and_folder(tmp_path):
     assert first["seed"] >= 0 and first["classes"] == 3 and first["frozen"]
     assert Path(first["weights"]).read_text() == RUN_FILES["model_final.pth"]
     output = job.folder / "output"
-    assert sorted(os.listdir(output)) == ["config.yaml", "log.txt", "log.txt.rank1", "old-1", "run.lock"]
+    assert sorted(os.listdir(output)) == [
+        "config.yaml",
+        "log.txt",
+        "log.txt.rank1",
+        "old-1",
+        "run.json",
+        "run.lock",
+    ]
     assert f"SEED: {first['seed']}\n" in (output / "config.yaml").read_text()
     assert "rank 0 of 2" in (output / "log.txt").read_text()
     assert "rank 1 of 2" in (output / "log.txt.rank1").read_text()
@@ -772,6 +795,59 @@ def test_progress_bar_stays_away_from_files(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert list(progress(range(3), desc="training", total=3)) == [0, 1, 2]
     assert sys.stderr.getvalue() == ""
+
+
+def test_quiet_console_shows_warnings_only_and_no_bar_and_the_file_has_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    logger = setup_logger(str(tmp_path), quiet=True)
+    logger.info("all is well")
+    logger.warning("look here")
+    assert list(progress(range(2), desc="training")) == [0, 1]
+    assert sys.stderr.getvalue() == ""
+    out = capsys.readouterr().out
+    assert "look here" in out and "all is well" not in out
+    assert "all is well" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_colors_are_for_a_terminal_only(tmp_path, monkeypatch, no_color):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
+    logger = setup_logger(str(tmp_path))
+    logger.warning("look %s", "here")
+    logger.info("+1.00 -2.00 - nan+1", extra={"colored": paint_changes("+1.00 -2.00 - nan+1")})
+    text = sys.stdout.getvalue()
+    if no_color:
+        assert "\033" not in text and "+1.00 -2.00" in text
+    else:
+        assert "look here\033[0m" in text
+        assert "\033[32m+1.00\033[0m \033[31m-2.00\033[0m - nan+1" in text
+    assert "\033" not in (tmp_path / "log.txt").read_text()
+
+
+def test_bar_shows_the_losses_that_writers_have_read_and_never_reads_itself(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (150, 40))
+    monkeypatch.setattr("tqdm.std.tqdm.__init__", functools.partialmethod(tqdm.__init__, mininterval=0))
+    with EventStorage(2) as storage:
+        for iteration in progress_range(2, 6, first=1):
+            storage.iter = iteration
+            storage.put_scalars(total_loss=1.5, loss_cls=0.25, time=60.0)
+            storage.put_scalars(**{"val/loss_cls": 9.0}, smoothing_hint=False)
+            if iteration == 4:
+                storage.latest_with_smoothing_hint(20)
+            # Were they read by the bar, none would wait.
+            assert storage._num_pending == {2: 4, 3: 8, 4: 0, 5: 4}[iteration]
+    shown = sys.stderr.getvalue()
+    assert "loss 1.5, cls 0.25, eta 0:01:00" in shown and "9" not in shown.split("eta")[1][:8]
+    assert "1/5" in shown and "5/5" in shown
+
+
+def test_bar_needs_no_storage(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(progress_range(0, 3)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["broadcast_buffers", "forward_sync_buffers"])

@@ -11,6 +11,7 @@ from plaintrain.evaluation.loop import (
     verify_results,
 )
 from plaintrain.evaluation.predictions import read_predictions, write_results
+from plaintrain.evaluation.results import report_results
 from plaintrain.evaluation.val_loss import validation_losses
 from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
 
@@ -24,6 +25,7 @@ __all__ = [
     "inference_on_dataset",
     "print_csv_format",
     "read_predictions",
+    "report_results",
     "validation_losses",
     "verify_results",
     "write_results",

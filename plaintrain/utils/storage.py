@@ -96,7 +96,7 @@ class EventStorage:
         self._history = defaultdict(HistoryBuffer)
         self._hints, self._latest = {}, {}
         self._pending, self._num_pending, self._unwritten = [], 0, False
-        self._smoothed = {}
+        self._smoothed, self._known = {}, {}
         self._nonfinite = {}
         self._scope = ""
         self.clear_images()
@@ -254,7 +254,12 @@ class EventStorage:
                 name: (self._history[name].median(window_size) if self._hints[name] else value, at)
                 for name, (value, at) in latest.items()
             }
+            self._known[window_size] = self._smoothed[window_size]
         return self._smoothed[window_size]
+
+    def known(self, window_size=20):
+        """What a writer has read last, as `latest_with_smoothing_hint`, and nothing is waited for."""
+        return self._known.get(window_size, {})
 
     def smoothing_hints(self):
         return self._hints
