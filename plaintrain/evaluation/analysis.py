@@ -56,44 +56,53 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
     evaluator = COCOEvaluator(dataset_name, distributed=False, kpt_oks_sigmas=kpt_oks_sigmas)
     detections = read_detections(predictions_path, dataset_name)
     tasks = evaluator.tasks_of(detections)
-    errors = {
-        t: errors_of(dataset_name, detections, iou_threshold, task=t) for t in tasks if t != "keypoints"
-    }
+    by_shape = [task for task in tasks if task != "keypoints"]
+    errors = {task: errors_of(dataset_name, detections, iou_threshold, task=task) for task in by_shape}
     boxes = errors["bbox"]
-    thresholds, is_given = best_thresholds(boxes), score_threshold is not None
-    threshold = score_threshold if is_given else thresholds["overall"]["threshold"] or 0.0
+    thresholds = best_thresholds(boxes)
+    threshold, how = score_threshold, "given"
+    if threshold is None:
+        threshold, how = thresholds["overall"]["threshold"] or 0.0, "best F1"
+    settings = {"iou_threshold": iou_threshold, "score_threshold": threshold, "score_threshold_is": how}
     above = errors_above(boxes, threshold)
-    crowd = boxes.objects["crowd"]
-    objects = np.bincount(boxes.objects["labels"][~crowd], minlength=len(boxes.classes)).tolist()
     found = {
         "dataset": dataset_name,
         "predictions": str(predictions_path),
-        "class_names": boxes.classes,
-        "images": len(boxes.image_ids),
-        "objects": int((~crowd).sum()),
-        "crowds": int(crowd.sum()),
-        "detections": len(detections.rows),
-        "settings": {
-            "iou_threshold": iou_threshold,
-            "score_threshold": threshold,
-            "score_threshold_is": "given" if is_given else "best F1",
-        },
-        "metrics": {},
-        "per_class": {},
-        "curves": {},
-        "errors": {task: _error_counts(errors[task], threshold) | ap_cost(errors[task]) for task in errors},
+        **_contents(boxes),
+        "settings": settings,
+        **_coco(evaluator, tasks, detections, boxes),
+        "errors": {task: ap_cost(errors[task]) | _error_counts(errors[task], threshold) for task in errors},
         "thresholds": thresholds,
         "calibration": calibration(boxes),
         "confusion": confusion(above),
         "breakdown": object_breakdown(boxes, above),
         "gallery": best_and_worst(above, gallery),
     }
+    return plain(found)
+
+
+def _contents(errors):
+    crowds = int(errors.objects["crowd"].sum())
+    return {
+        "class_names": errors.classes,
+        "images": len(errors.image_ids),
+        "objects": len(errors.objects["crowd"]) - crowds,
+        "crowds": crowds,
+        "detections": len(errors.detections["scores"]),
+    }
+
+
+def _coco(evaluator, tasks, detections, errors):
+    """`metrics`, `per_class` and `curves`."""
+    labels = errors.objects["labels"][~errors.objects["crowd"]]
+    objects = np.bincount(labels, minlength=len(errors.classes)).tolist()
+    found = {"metrics": {}, "per_class": {}, "curves": {}}
     for task in tasks:
         precision, recall = evaluator.precision_recall(task, detections)
         found["metrics"][task] = summary(precision, recall, task)
-        found["per_class"][task] = _per_class(precision, task, boxes.classes, objects)
-        found["curves"][task] = _curves(precision, boxes.classes)
-    return plain(found)
+        found["per_class"][task] = _per_class(precision, task, errors.classes, objects)
+        found["curves"][task] = _curves(precision, errors.classes)
+    return found
 
 
 def _per_class(precision, task, names, objects):
