@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from array import array
 from dataclasses import dataclass
 
@@ -124,6 +125,14 @@ class RecordColumns:
         boxes[:, 2:] += boxes[:, :2]
         record = np.repeat(np.arange(len(self)), np.diff(a["ends"]))
         return AnnotationTable(record, boxes, a["labels"], a["crowd"] > 0, a["keypoints"])
+
+    def have_masks(self):
+        """Whether each annotation has a segmentation, bool [A]."""
+        a = self._arrays
+        found = np.diff(a["polygons"]) > 0
+        places = [match.start() for match in re.finditer(b'"segmentation"', a["rest"].tobytes())]
+        found[np.searchsorted(a["rest_ends"], places, side="right") - 1] = True
+        return found
 
 
 def _columns(arrays, image_root):

@@ -92,6 +92,12 @@ class SerializedRecords(Sequence):
         taken.lengths = [len(indices)]
         return taken
 
+    def have_masks(self):
+        """Whether each annotation has a segmentation, bool [A], in the order of the records."""
+        if len(self._blocks) == 1 and isinstance(self._blocks[0], RecordColumns) and self.annotations:
+            return self._blocks[0].have_masks()
+        return np.array([bool(a.get("segmentation")) for r in self for a in r["annotations"]], dtype=bool)
+
     def __getstate__(self):
         # What copies and other processes get.
         return {"_places": self._places, "_blocks": self._blocks}

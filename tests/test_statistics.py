@@ -1,0 +1,112 @@
+"""What is in a dataset, in numbers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from plaintrain.data import DatasetCatalog
+from plaintrain.data.builtin import declare_dataset
+from plaintrain.data.catalog import class_names
+from plaintrain.data.columns import RecordColumns, to_columns
+from plaintrain.data.serialized import SerializedRecords
+from plaintrain.data.statistics import dataset_statistics
+from plaintrain.structures import BoxMode
+from plaintrain.utils.errors import UserError
+
+
+def record(image_id, annotations, width=100, height=100):
+    size = {"height": height, "width": width}
+    return {"file_name": f"{image_id}.jpg", "image_id": image_id, **size, "annotations": annotations}
+
+
+def annotation(box, label=0, mode=BoxMode.XYWH_ABS, **more):
+    return {"bbox": box, "bbox_mode": mode, "category_id": label, "iscrowd": 0, **more}
+
+
+RECORDS = [
+    record(
+        1,
+        [
+            annotation([0, 0, 10, 40], segmentation=[[0, 0, 10, 0, 10, 40]]),
+            annotation([50, 50, 90, 70], label=2, mode=BoxMode.XYXY_ABS, keypoints=[60, 60, 2, 0, 0, 0]),
+            annotation([0, 0, 100, 100], label=2, iscrowd=1, segmentation=[[0, 0, 10, 0, 10, 40]]),
+        ],
+    ),
+    record(2, [annotation([100, 40, 100, 100], label=2)], width=200, height=160),
+    record(3, [annotation([0, 0, 50, 50], label=2, iscrowd=1)]),
+    record(4, []),
+]
+
+
+def shown(histogram):
+    """The bins that are not empty."""
+    return {name: count for name, count in zip(histogram["names"], histogram["counts"], strict=True) if count}
+
+
+def test_statistics_by_hand():
+    found = dataset_statistics(RECORDS, ["a", "b", "c"], cells=2)
+    numbers = {key: found[key] for key in ("images", "empty_images", "objects", "crowds")}
+    assert numbers == {"images": 4, "empty_images": 2, "objects": 3, "crowds": 2}
+    assert (found["with_masks"], found["with_keypoints"]) == (1, 1)
+    assert found["classes"] == [
+        {"name": "a", "objects": 1, "images": 1, "crowds": 0},
+        {"name": "b", "objects": 0, "images": 0, "crowds": 0},
+        {"name": "c", "objects": 2, "images": 2, "crowds": 2},
+    ]
+    per_image = found["objects_per_image"]
+    assert shown(per_image) == {"0": 2, "1": 1, "2": 1}
+    assert (per_image["mean"], per_image["median"], per_image["max"]) == (0.75, 0.5, 2)
+    # Areas 400, 800 and 10000.
+    assert shown(found["box_size"]) == {"16-32": 2, "96-128": 1}
+    assert found["box_size"]["median"] == pytest.approx(np.sqrt(800))
+    assert found["area"] == pytest.approx({"small": 2 / 3, "medium": 0, "large": 1 / 3})
+    # Of 10000, 10000 and 32000.
+    assert shown(found["relative_box_size"]) == {"0.2-0.3": 2, "0.5-0.6": 1}
+    assert shown(found["aspect"]) == {"1:4-1:3": 1, "3:4-4:3": 1, "2:1-3:1": 1}
+    assert found["image_size"]["width"] == {"min": 100, "median": 100, "max": 200}
+    assert found["image_size"]["commonest"][0] == {"width": 100, "height": 100, "count": 3}
+    assert shown(found["image_size"]) == {"< 128": 3, "128-256": 1}
+    assert found["centres"] == [[1, 0], [0, 2]]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_bins_are_named_by_their_edges():
+    found = dataset_statistics(RECORDS, ["a", "b", "c"])
+    names = found["objects_per_image"]["names"]
+    assert names[:7] == ["0", "1", "2", "3", "4", "5", "6-7"] and names[-2:] == ["50-99", ">= 100"]
+    for key in ("objects_per_image", "box_size", "relative_box_size", "aspect", "image_size"):
+        histogram = found[key]
+        assert len(histogram["names"]) == len(histogram["edges"]) == len(histogram["counts"])
+        assert sum(histogram["counts"]) == (4 if "image" in key else 3)
+    assert found["aspect"]["names"][0] == "< 1:4"
+
+
+@pytest.mark.parametrize("records", [[], [record(1, [])], [record(1, [annotation([0, 0, 0, 0])])]])
+def test_nothing_to_count_is_none(records):
+    found = dataset_statistics(records, ["a"])
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["empty_images"] == len(records) - found["objects"]
+    assert found["image_size"]["width"] == ({"min": 100, "median": 100, "max": 100} if records else None)
+    assert found["box_size"]["median"] == (0 if found["objects"] else None)
+    assert found["area"]["small"] == (1 if found["objects"] else None)
+
+
+def test_records_in_columns_are_counted_as_those_in_a_list(tiny_coco):
+    # Polygons, an RLE of a crowd and of an object, and keypoints.
+    tiny_coco.content["annotations"][0]["segmentation"] = {"size": [30, 40], "counts": [0, 600, 600]}
+    tiny_coco.save()
+    root = str(tiny_coco.images)
+    declare_dataset("pets", {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": root})
+    records, classes = DatasetCatalog.get("pets"), class_names("pets")
+    in_columns = SerializedRecords(RecordColumns(to_columns(list(records), root), root))
+    expected = dataset_statistics(list(records), classes)
+    assert expected["with_masks"] == 2 and expected["with_keypoints"] == 1 and expected["crowds"] == 1
+    for given in (records, in_columns, SerializedRecords.join([in_columns]), in_columns.take(np.arange(3))):
+        assert dataset_statistics(given, classes) == expected
+
+
+@pytest.mark.parametrize("wrong", [{"bbox": [0, 0, "x", 4]}, {"category_id": 3}])
+def test_what_cannot_be_read_is_said(wrong):
+    with pytest.raises(UserError, match="check_dataset"):
+        dataset_statistics([record(1, [annotation([0, 0, 1, 1]) | wrong])], ["a", "b", "c"])
