@@ -202,7 +202,7 @@ def test_objects_by_what_they_are_like():
     bins = {key: {p["name"]: p["objects"] for p in parts if p["objects"]} for key, parts in found.items()}
     assert bins == {
         "size": {"< 16": 2, "16-32": 2},
-        "aspect": {"< 1:3": 1, "3:4-4:3": 2, ">= 3:1": 1},
+        "aspect": {"< 0.25": 1, "0.75-1.33": 2, ">= 4": 1},
         "overlaps": {"0": 2, "1": 2},
         "objects_per_image": {"1": 1, "2-3": 3},
     }
@@ -232,7 +232,7 @@ def test_the_best_and_the_worst_images():
     found = best_and_worst(errors)
     assert [entry["image_id"] for entry in found["best"]] == [1, 0]
     assert [entry["image_id"] for entry in found["worst"]] == [2, 5, 3]
-    counts = dict.fromkeys([*KINDS, *STATES], 0) | {"background": 1, "missed": 1}
+    counts = dict.fromkeys([*KINDS, *STATES], 0) | {"background": 1, "missed": 1, "wrong": 1}
     del counts["crowd"]
     assert found["worst"][0] == {"image_id": 2, "file_name": "2.jpg", "index": 2, "f1": 0.0, **counts}
     assert [len(entries) for entries in best_and_worst(errors, 1).values()] == [1, 1]

@@ -63,7 +63,7 @@ def test_statistics_by_hand():
     assert found["area"] == pytest.approx({"small": 2 / 3, "medium": 0, "large": 1 / 3})
     # Of 10000, 10000 and 32000.
     assert shown(found["relative_box_size"]) == {"0.2-0.3": 2, "0.5-0.6": 1}
-    assert shown(found["aspect"]) == {"1:4-1:3": 1, "3:4-4:3": 1, "2:1-3:1": 1}
+    assert shown(found["aspect"]) == {"0.25-0.33": 1, "0.75-1.33": 1, "2-3": 1}
     assert found["image_size"]["width"] == {"min": 100, "median": 100, "max": 200}
     assert found["image_size"]["commonest"][0] == {"width": 100, "height": 100, "count": 3}
     assert shown(found["image_size"]) == {"< 128": 3, "128-256": 1}
@@ -79,7 +79,7 @@ def test_bins_are_named_by_their_edges():
         histogram = found[key]
         assert len(histogram["names"]) == len(histogram["edges"]) == len(histogram["counts"])
         assert sum(histogram["counts"]) == (4 if "image" in key else 3)
-    assert found["aspect"]["names"][0] == "< 1:4"
+    assert found["aspect"]["names"][0] == "< 0.25"
 
 
 @pytest.mark.parametrize("records", [[], [record(1, [])], [record(1, [annotation([0, 0, 0, 0])])]])

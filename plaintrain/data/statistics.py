@@ -12,7 +12,6 @@ PER_IMAGE = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100)
 SIZES = (0, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768)
 RELATIVE = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ASPECTS = (0, 1 / 4, 1 / 3, 1 / 2, 3 / 4, 4 / 3, 2, 3, 4)
-_ASPECT_NAMES = ("0", "1:4", "1:3", "1:2", "3:4", "4:3", "2:1", "3:1", "4:1")
 IMAGES = (0, 128, 256, 384, 512, 640, 800, 1024, 1536, 2048, 4096)
 # COCO's areas of what is medium and what is large.
 _MEDIUM, _LARGE = 32**2, 96**2
@@ -86,7 +85,7 @@ def _classes(names, labels, image, crowds):
 def _counted(per_image):
     known = len(per_image) > 0
     return {
-        **_histogram(per_image, PER_IMAGE, [str(edge) for edge in PER_IMAGE], whole=True),
+        **_histogram(per_image, PER_IMAGE),
         "mean": float(per_image.mean()) if known else None,
         "median": _median(per_image),
         "max": int(per_image.max()) if known else None,
@@ -101,15 +100,12 @@ def _boxes(boxes, image_area):
     aspect = sides[:, 0] / np.maximum(sides[:, 1], 1e-9)
     shares = {"small": area < _MEDIUM, "large": area >= _LARGE}
     shares["medium"] = ~(shares["small"] | shares["large"])
-    found = {"box_size": (size, SIZES, None), "relative_box_size": (relative, RELATIVE, None)}
-    found["aspect"] = aspect, ASPECTS, _ASPECT_NAMES
-    histograms = {
-        key: {
-            **_histogram(values, edges, names or [f"{edge:g}" for edge in edges]),
-            "median": _median(values),
-        }
-        for key, (values, edges, names) in found.items()
+    found = {
+        "box_size": (size, SIZES),
+        "relative_box_size": (relative, RELATIVE),
+        "aspect": (aspect, ASPECTS),
     }
+    histograms = {key: {**_histogram(*pair), "median": _median(pair[0])} for key, pair in found.items()}
     share = {key: float(shares[key].mean()) if len(area) else None for key in ("small", "medium", "large")}
     return {**histograms, "area": share}
 
@@ -121,8 +117,7 @@ def _images(width, height):
         for key, side in (("width", width), ("height", height))
     }
     commonest = [{"width": w, "height": h, "count": count} for (w, h), count in sizes]
-    names = [str(edge) for edge in IMAGES]
-    return {**_histogram(np.sqrt(width * height), IMAGES, names), **sides, "commonest": commonest}
+    return {**_histogram(np.sqrt(width * height), IMAGES), **sides, "commonest": commonest}
 
 
 def _centres(boxes, width, height, cells):
@@ -134,15 +129,18 @@ def _centres(boxes, width, height, cells):
     return np.bincount(y * cells + x, minlength=cells**2).reshape(cells, cells).tolist()
 
 
-def _histogram(values, edges, names, whole=False):
-    """Counts of values in bins that start at `edges`; `names` are those of the edges."""
-    place = np.digitize(values, edges[1:])
-    ends = [f"{int(name) - 1}" if whole else name for name in names[1:]]
-    spans = [a if a == b else f"{a}-{b}" for a, b in zip(names, ends, strict=False)]
+def bin_names(edges, whole):
+    """Names of bins by their lower edges, from 0 unless it is whole numbers that are counted."""
+    names = [f"{round(edge, 2):g}" for edge in edges]
     if not whole:
-        spans[0] = f"< {names[1]}"
-    counts = np.bincount(place, minlength=len(edges)).tolist()
-    return {"names": [*spans, f">= {names[-1]}"], "edges": list(edges), "counts": counts}
+        return [f"< {names[1]}", *map("-".join, zip(names[1:-1], names[2:], strict=True)), f">= {names[-1]}"]
+    spans = [f"{a}-{b - 1}" if b - a > 1 else f"{a}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [*spans, f">= {names[-1]}"]
+
+
+def _histogram(values, edges):
+    counts = np.bincount(np.digitize(values, edges[1:]), minlength=len(edges)).tolist()
+    return {"names": bin_names(edges, values.dtype.kind == "i"), "edges": list(edges), "counts": counts}
 
 
 def _median(values):

@@ -7,11 +7,12 @@ from plaintrain.evaluation.breakdown import (
     best_thresholds,
     calibration,
     confusion,
+    count_by,
     object_breakdown,
 )
 from plaintrain.evaluation.coco import COCOEvaluator, mean_ap, summary
 from plaintrain.evaluation.error_costs import ap_cost
-from plaintrain.evaluation.errors import KINDS, STATES, errors_above, errors_of
+from plaintrain.evaluation.errors import errors_above, errors_of
 from plaintrain.evaluation.predictions import plain, read_detections
 
 # Places of IoU 0.5 and 0.75 among COCO's.
@@ -134,15 +135,10 @@ def _curves(precision, names):
 
 def _error_counts(errors, score_threshold):
     """How often each kind and each state there is above a score, in all and by class."""
-    above = errors_above(errors, score_threshold)
-    tables = {"detections": (KINDS, above.matches.kinds, above.detections["labels"])}
-    tables["objects"] = STATES, above.matches.states, above.objects["labels"]
-    totals, rows = {}, [{"name": name} for name in errors.classes]
-    for table, (names, values, labels) in tables.items():
-        totals[table] = {}
-        for name in names:
-            counts = np.bincount(labels[values == name], minlength=len(rows)).tolist()
-            totals[table][name] = sum(counts)
-            for row, count in zip(rows, counts, strict=True):
-                row[name] = count
-    return {**totals, "classes": rows}
+    kinds, states = count_by(errors_above(errors, score_threshold), "labels", len(errors.classes))
+    classes = [
+        {"name": name, **{key: int(counts[k]) for key, counts in {**kinds, **states}.items()}}
+        for k, name in enumerate(errors.classes)
+    ]
+    totals = ({key: int(counts.sum()) for key, counts in part.items()} for part in (kinds, states))
+    return {**dict(zip(("detections", "objects"), totals, strict=True)), "classes": classes}

@@ -2,26 +2,19 @@
 
 import numpy as np
 
+from plaintrain.data.statistics import ASPECTS, bin_names
 from plaintrain.evaluation.coco_truth import area
 from plaintrain.evaluation.error_costs import score_order
 from plaintrain.evaluation.errors import KINDS, STATES, choose
 from plaintrain.evaluation.overlaps import box_overlaps
 
-# What objects are sorted by: names of the bins and the lowest value of each. COCO's sizes, 32 and 96, are
-# among those of the root of the area, in pixels.
+# What objects are sorted by: the lowest values of the bins. COCO's sizes, 32 and 96, are among those of the
+# root of the area, in pixels.
 _BINS = {
-    "size": {"< 16": 0, "16-32": 16, "32-64": 32, "64-96": 64, "96-192": 96, ">= 192": 192},
-    "aspect": {
-        "< 1:3": 0,
-        "1:3-1:2": 1 / 3,
-        "1:2-3:4": 1 / 2,
-        "3:4-4:3": 3 / 4,
-        "4:3-2:1": 4 / 3,
-        "2:1-3:1": 2,
-        ">= 3:1": 3,
-    },
-    "overlaps": {"0": 0, "1": 1, "2": 2, "3-4": 3, ">= 5": 5},
-    "objects_per_image": {"1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, ">= 32": 32},
+    "size": (0, 16, 32, 64, 96, 192),
+    "aspect": ASPECTS,
+    "overlaps": (0, 1, 2, 3, 5),
+    "objects_per_image": (1, 2, 4, 8, 16, 32),
 }
 # IoU from which on two objects are in each other's way.
 OVERLAP_IOU = 0.1
@@ -76,14 +69,9 @@ def calibration(errors, bins=10):
     counts, found = (np.bincount(place, weights, bins) for weights in (None, correct))
     total = np.bincount(place, scores, bins)
     parts = [
-        {
-            "low": i / bins,
-            "high": (i + 1) / bins,
-            "count": int(counts[i]),
-            "score": _share(total[i], counts[i]),
-            "precision": _share(found[i], counts[i]),
-        }
-        for i in range(bins)
+        {"low": i / bins, "high": (i + 1) / bins, "count": int(count)}
+        | {"score": _share(total[i], count), "precision": _share(found[i], count)}
+        for i, count in enumerate(counts)
     ]
     return {"bins": parts, "expected_error": _share(np.abs(total - found).sum(), counts.sum())}
 
@@ -165,23 +153,30 @@ def object_breakdown(errors, above):
         "overlaps": np.bincount(first[near], minlength=len(image)),
         "objects_per_image": np.bincount(image)[image] if len(image) else image,
     }
-    return {key: _bins(errors, above, np.flatnonzero(real), values[key], _BINS[key]) for key in _BINS}
+    return {key: _bins(errors, above, np.flatnonzero(real), values[key], lows) for key, lows in _BINS.items()}
 
 
-def _bins(errors, above, things, values, bins):
-    lows, parts = [*bins.values()], []
-    place = np.digitize(values, lows[1:])
-    for i, (name, high) in enumerate(zip(bins, [*lows[1:], None], strict=True)):
+def _bins(errors, above, things, values, lows):
+    place, parts = np.digitize(values, lows[1:]), []
+    names = bin_names(lows, values.dtype.kind == "i")
+    for i, (name, high) in enumerate(zip(names, [*lows[1:], None], strict=True)):
         mine = things[place == i]
         found = mine[errors.matches.states[mine] == "found"]
-        states = {
-            state: int((above.matches.states[mine] == state).sum()) for state in STATES if state != "crowd"
-        }
+        states = {state: int((above.matches.states[mine] == state).sum()) for state in STATES[:3]}
         part = {"name": name, "low": lows[i], "high": high, "objects": len(mine)}
         part |= {"recall": _share(len(found), len(mine)), "recall_above": _share(states["found"], len(mine))}
         ious = errors.matches.ious[errors.matches.detections[found]]
         parts.append({**part, "mean_iou": _share(ious.sum(), len(found)), **states})
     return parts
+
+
+def count_by(errors, key, number):
+    """({kind: counts}, {state: counts}) by the value, 0 to `number` - 1, of "image" or "labels"."""
+    parts = (KINDS, errors.matches.kinds, errors.detections), (STATES, errors.matches.states, errors.objects)
+    return tuple(
+        {name: np.bincount(table[key][values == name], minlength=number) for name in names}
+        for names, values, table in parts
+    )
 
 
 def image_scores(above):
@@ -191,20 +186,14 @@ def image_scores(above):
         above: `Errors` of the detections that count.
 
     Returns:
-        dict of each of `KINDS`, `found`, `erroneous` and `missed` (counts), and `f1` (0 to 1; 1 where
-        nothing is and nothing is found)
+        dict of the counts of each of `KINDS`, `wrong` (all but "correct" and "ignored"), `found`, `erroneous`
+        and `missed`, and of `f1` (0 to 1; 1 where nothing is and nothing is found)
     """
-    number, matches = len(above.image_ids), above.matches
-    counts = {}
-    for names, values, table in (
-        (KINDS, matches.kinds, above.detections),
-        (STATES, matches.states, above.objects),
-    ):
-        for name in names:
-            counts[name] = np.bincount(table["image"][values == name], minlength=number)
+    kinds, states = count_by(above, "image", len(above.image_ids))
+    counts = {**kinds, **states}
     del counts["crowd"]
-    wrong = sum(counts[kind] for kind in KINDS if kind not in ("correct", "ignored"))
-    total = 2 * counts["found"] + wrong + counts["erroneous"] + counts["missed"]
+    counts["wrong"] = sum(counts[kind] for kind in KINDS if kind not in ("correct", "ignored"))
+    total = 2 * counts["found"] + counts["wrong"] + counts["erroneous"] + counts["missed"]
     f1 = np.where(total > 0, 2 * counts["found"] / np.maximum(total, 1), 1.0)
     return {**counts, "f1": f1}
 
@@ -218,11 +207,10 @@ def best_and_worst(above, number=12):
     """
     scores = image_scores(above)
     size = scores["found"] + scores["erroneous"] + scores["missed"]
-    wrong = sum(scores[kind] for kind in KINDS if kind not in ("correct", "ignored"))
     best = np.lexsort((-size, -scores["f1"]))
     best = best[size[best] > 0]
     best = best[: min(number, (len(best) + 1) // 2)]
-    worst = np.lexsort((-size - wrong, scores["f1"]))
+    worst = np.lexsort((-size - scores["wrong"], scores["f1"]))
     worst = worst[(scores["f1"][worst] < 1) & ~np.isin(worst, best)][:number]
 
     def entry(i):

@@ -97,11 +97,7 @@ class COCOEvaluator(InstanceEvaluator):
         return results
 
     def tasks_of(self, detections):
-        """The tasks that these `Detections` are scored in.
-
-        Raises:
-            UserError: they lack a part that a task given needs.
-        """
+        """The tasks that `Detections` are scored in; a `UserError` if they lack a part that one needs."""
         if self._tasks:
             missing = [task for task in self._tasks if getattr(detections, TASKS[task], ()) is None]
             if missing and len(detections.rows):

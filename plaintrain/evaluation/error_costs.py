@@ -6,9 +6,11 @@ Bolya et al., ECCV 2020, https://arxiv.org/abs/2008.08115
 import numpy as np
 
 from plaintrain.evaluation.coco_truth import ranks
+from plaintrain.evaluation.errors import STATES
 
 # What can be mended, in TIDE's order: kinds of detections, and missed objects.
 ERRORS = ("class", "localisation", "both", "duplicate", "background", "missed")
+_REAL = STATES[:3]
 _RECALLS = np.linspace(0, 1, 101)
 
 
@@ -29,20 +31,12 @@ def ap_cost(errors):
         that were not found, were they taken away)
     """
     order = score_order(errors)
-    ap = fixed_ap(errors, (), order)
-    correct, counts = errors.matches.kinds == "correct", _objects_per_class(errors)
-    labels, number = errors.detections["labels"], len(errors.classes)
-    kept = order[correct[order]]
-    found = np.bincount(labels[correct], minlength=number)
-    real = order[errors.matches.kinds[order] != "ignored"]
-    without_false = _mean_ap(labels[kept], correct[kept], counts, counts > 0)
-    without_missed = _mean_ap(labels[real], correct[real], found, counts > 0)
-    return {
-        "AP": ap,
-        "costs": {kind: fixed_ap(errors, (kind,), order) - ap for kind in ERRORS},
-        "false_positives": without_false - ap,
-        "false_negatives": without_missed - ap,
-    }
+    ap, kinds, labels = fixed_ap(errors, (), order), errors.matches.kinds[order], errors.detections["labels"]
+    without_false = _mean_ap(errors, order[kinds == "correct"], labels)
+    without_missed = _mean_ap(errors, order[kinds != "ignored"], labels, states=("found",))
+    costs = {kind: fixed_ap(errors, (kind,), order) - ap for kind in ERRORS}
+    gains = {"false_positives": without_false - ap, "false_negatives": without_missed - ap}
+    return {"AP": ap, "costs": costs, **gains}
 
 
 def fixed_ap(errors, kinds=(), order=None):
@@ -54,22 +48,16 @@ def fixed_ap(errors, kinds=(), order=None):
     """
     order = score_order(errors) if order is None else order
     matches, labels = errors.matches, errors.detections["labels"].copy()
-    correct = matches.kinds == "correct"
     kept = ~np.isin(matches.kinds, ["ignored", *kinds])
     blamed = order[np.isin(matches.kinds[order], [k for k in kinds if k in ("class", "localisation")])]
     blamed = blamed[matches.states[matches.objects[blamed]] != "found"]
     # The first of each object has the highest score.
     _, first = np.unique(matches.objects[blamed], return_index=True)
     mended = blamed[first]
-    correct[mended] = kept[mended] = True
+    kept[mended] = True
     labels[mended] = errors.objects["labels"][matches.objects[mended]]
-    counts = _objects_per_class(errors)
-    left = counts.copy()
-    if "missed" in kinds:
-        missed = errors.objects["labels"][matches.states == "missed"]
-        left -= np.bincount(missed, minlength=len(counts))
-    chosen = order[kept[order]]
-    return _mean_ap(labels[chosen], correct[chosen], left, counts > 0)
+    states = [state for state in _REAL if state not in kinds]
+    return _mean_ap(errors, order[kept[order]], labels, mended, states)
 
 
 def score_order(errors):
@@ -78,23 +66,30 @@ def score_order(errors):
     return np.lexsort((image_ranks[errors.detections["image"]], -errors.detections["scores"]))
 
 
-def _objects_per_class(errors):
-    labels = errors.objects["labels"][~errors.objects["crowd"]]
-    return np.bincount(labels, minlength=len(errors.classes))
-
-
-def _mean_ap(labels, correct, counts, known):
+def _mean_ap(errors, chosen, labels, mended=slice(0), states=_REAL):
     """Mean of the classes' AP, percent.
 
+    A class whose objects are all taken away has an AP of 0, or, where nothing is found either, of 100.
+
     Args:
-        labels, correct: of detections in the order of `score_order`.
-        counts: objects of each class.
-        known: the classes that count. One that has no objects has an AP of 0, or, where nothing is found
-            either, of 100.
+        errors: `Errors`.
+        chosen: the detections that count, in the order of `score_order`.
+        labels: of all detections.
+        mended: those that are correct beside those that were.
+        states: of the objects that are there.
     """
+    correct = errors.matches.kinds == "correct"
+    correct[mended] = True
+    known, left = (
+        np.bincount(
+            errors.objects["labels"][np.isin(errors.matches.states, s)], minlength=len(errors.classes)
+        )
+        for s in (_REAL, states)
+    )
+    labels, correct = labels[chosen], correct[chosen]
     by_class = np.argsort(labels, kind="stable")
-    ends = np.searchsorted(labels[by_class], np.arange(len(counts) + 1))
-    aps = [_ap(correct[by_class[ends[k] : ends[k + 1]]], counts[k]) for k in np.flatnonzero(known)]
+    ends = np.searchsorted(labels[by_class], np.arange(len(known) + 1))
+    aps = [_ap(correct[by_class[ends[k] : ends[k + 1]]], left[k]) for k in np.flatnonzero(known)]
     # As many decimals as the evaluators give.
     return round(100 * float(np.mean(aps)), 10) if aps else float("nan")
 

@@ -17,7 +17,7 @@ from plaintrain.utils.errors import UserError
 
 # Of detections; a wrong one is of the first that fits, but for "both", which is the rest.
 KINDS = ("correct", "localisation", "class", "duplicate", "background", "both", "ignored")
-# Of objects.
+# Of objects; the first three are real ones.
 STATES = ("found", "erroneous", "missed", "crowd")
 # Of an object that no detection has found, what may come close to it.
 _BLAMED = ("localisation", "class")
