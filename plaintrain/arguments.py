@@ -56,3 +56,19 @@ def default_argument_parser(epilog=None):
         help="config overrides, after all flags, for example SOLVER.BASE_LR 0.01 OUTPUT_DIR out",
     )
     return parser
+
+
+def add_picture_arguments(parser):
+    """What the scripts that draw have in common; see `plaintrain.picture`."""
+    parser.add_argument("--num", type=int, default=16, help="pictures to make at most (default 16)")
+    parser.add_argument("--output", metavar="DIR", help="write one file for each picture into this folder")
+    parser.add_argument("--grid", metavar="FILE", help="write all pictures on one sheet: .jpg, .png or .webp")
+    parser.add_argument("--show", action="store_true", help="show the sheet in a window (the default)")
+    parser.add_argument("--columns", type=int, default=4, help="pictures side by side on the sheet")
+    parser.add_argument(
+        "--size", type=int, default=480, help="smaller images are enlarged to this longer side, in pixels"
+    )
+    parser.add_argument(
+        "--class", action="append", dest="classes", metavar="NAME", help="this class only; may be given again"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")

@@ -86,6 +86,18 @@ def get_cfg():
     return _copy_node(_C)
 
 
+def split_overrides(words):
+    """(names, overrides) of a command line of names and then KEY VALUE pairs.
+
+    The pairs begin at the first word that is a key, or would be one in a section that there is.
+    """
+    for i, word in enumerate(words):
+        section, dot, _ = word.partition(".")
+        if section in _C and isinstance(_C[section], _YacsNode) == bool(dot):
+            return words[:i], words[i:]
+    return words, []
+
+
 def _copy_node(node):
     """A yacs node as a `CfgNode`, in depth."""
     copied = CfgNode(new_allowed=node.is_new_allowed())

@@ -15,6 +15,8 @@ from plaintrain.utils.files import atomic_write
 # With more letters than Pillow's own font, which has those of English only.
 _FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "arial.ttf")
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+# Endings of what can be written.
+PICTURES = tuple(_FORMATS)
 
 
 @functools.lru_cache(maxsize=64)
@@ -97,7 +99,7 @@ def ink_on(color):
 def check_picture_name(path):
     """Refuse a file name whose ending is of no kind of picture that can be written."""
     if os.path.splitext(path)[1].lower() not in _FORMATS:
-        raise UserError(f"the picture {path!r} must end in one of {', '.join(_FORMATS)}")
+        raise UserError(f"the picture {path!r} must end in one of {', '.join(PICTURES)}")
 
 
 def save_picture(path, image, quality=92):
@@ -132,7 +134,7 @@ def check_display():
     """Refuse to open windows where nobody could see them."""
     is_x11 = sys.platform not in ("win32", "darwin")
     if is_x11 and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise UserError("--show needs a display, and there is none here: write files instead")
+        raise UserError("there is no display to show pictures on: use --output DIR or --grid FILE")
 
 
 def show_picture(image, title=None):
@@ -143,4 +145,16 @@ def show_picture(image, title=None):
     """
     check_display()
     if not ImageShow.show(to_pillow(image), title):
-        raise UserError("--show found no program that shows pictures: write files instead")
+        raise UserError("no program shows pictures here: use --output DIR or --grid FILE")
+
+
+def check_picture_arguments(args):
+    """Refuse what `add_picture_arguments` took and cannot be done, before anything is drawn."""
+    for name in ("num", "columns", "size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.grid:
+        check_picture_name(args.grid)
+    args.show = args.show or not (args.output or args.grid)
+    if args.show:
+        check_display()

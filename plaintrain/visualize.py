@@ -173,7 +173,7 @@ def _in_pixels(boxes, height, width):
 
 
 def _line_width(image):
-    return max(1, round(max(image.shape[-2:]) / 420))
+    return max(1, round(max(image.shape[-2:]) / 320))
 
 
 def _draw_masks(image, masks, crowds, colors):

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 # torchvision's 91 classes: the background, then COCO's category ids, with "N/A" where there is none.
 _COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-_COCO_NAMES = [name for name in _COCO[1:] if name != "N/A"]
+COCO_NAMES = [name for name in _COCO[1:] if name != "N/A"]
 # Layers with rows for classes: rows per class; the last one has no background here.
 _CLASS_LAYERS = {
     r"roi_heads\.box_predictor\.cls_score": 1,
@@ -49,8 +49,8 @@ def select_classes(found, class_names, of_detectron2):
     file_names = _COCO
     if of_detectron2:
         dense = "head.classification_head.cls_logits.bias" in found
-        file_names = _COCO_NAMES if dense else ["", *_COCO_NAMES]
-    if len(file_names) != _count_classes(found) or not set(class_names) <= set(_COCO_NAMES):
+        file_names = COCO_NAMES if dense else ["", *COCO_NAMES]
+    if len(file_names) != _count_classes(found) or not set(class_names) <= set(COCO_NAMES):
         return found
     rows = torch.tensor([file_names.index(name) for name in class_names])
     selected = dict(found)

@@ -213,6 +213,9 @@ def load_weights(model, name, class_names=None, *, averaged=False):
             torchvision or Detectron2 published are reduced to these if they have all of them.
         averaged: take the averaged weights (MODEL.EMA) of a checkpoint that has both.
 
+    Returns:
+        The names of the model's parameters that were not in the file, or in another shape.
+
     Raises:
         UserError: unreadable weights, or not a single tensor that fits.
     """
@@ -237,7 +240,8 @@ def load_weights(model, name, class_names=None, *, averaged=False):
     if class_names:
         found = select_classes(found, class_names, of_detectron2)
     fitting = {k: v for k, v in found.items() if k in wanted and v.shape == wanted[k].shape}
-    if not any(k in dict(model.named_parameters()) for k in fitting):
+    parameters = dict(model.named_parameters())
+    if not any(k in parameters for k in fitting):
         raise UserError(
             f"none of the {len(found)} tensors in {name} fits the model; is it of another "
             f"architecture? It starts with {', '.join(list(found)[:3])}"
@@ -245,6 +249,7 @@ def load_weights(model, name, class_names=None, *, averaged=False):
     model.load_state_dict(fitting, strict=False)
     _report(name, wanted, found, fitting)
     _check_eps(model, path)
+    return [k for k in parameters if k not in fitting]
 
 
 def _report(name, wanted, found, fitting):

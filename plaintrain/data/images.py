@@ -32,15 +32,20 @@ def read_image(file_name):
         with open_image(file_name) as image:
             # In place, and no conversion of what is RGB: each would copy the image.
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):
-                # 16 bits, which Pillow may hold in 32: keep the upper 8, as a plain cast would clip.
-                deep = np.asarray(image)
-                image = Image.fromarray((deep >> 8 if deep.max() > 255 else deep).astype(np.uint8))
-            array = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            return to_rgb(image)
     except FileNotFoundError as e:
         raise UserError(f"the image file {file_name} does not exist") from e
     except BROKEN_IMAGE as e:
         raise UserError(f"cannot read the image file {file_name}: {reason(e)}") from e
+
+
+def to_rgb(image):
+    """Pillow's image of any mode, as it lies, as a uint8 tensor `[3, H, W]`, RGB."""
+    if image.mode.startswith("I"):
+        # 16 bits, which Pillow may hold in 32: keep the upper 8, as a plain cast would clip.
+        deep = np.asarray(image)
+        image = Image.fromarray((deep >> 8 if deep.max() > 255 else deep).astype(np.uint8))
+    array = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1)
 
 

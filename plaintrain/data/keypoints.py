@@ -8,6 +8,11 @@ from plaintrain.utils.errors import UserError
 
 _OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 _OTHER |= {right: left for left, right in _OTHER.items()}
+# COCO's 17 keypoints of a person: the pairs that a line joins, numbers from 1, as its files have them.
+COCO_SKELETON = (
+    *((16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9), (8, 10)),
+    *((9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7)),
+)
 
 
 def keypoint_flip_indices(names, flip_map=None):

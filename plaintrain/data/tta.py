@@ -58,15 +58,18 @@ class TTAMapper:
         """
         image = read_image(record["file_name"])
         check_image_size(record, image)
-        tensors = {"image": tv_tensors.Image(image)}
         sample = {key: record[key] for key in ("image_id", "file_name", "height", "width")}
-        sample["views"] = []
+        return {**sample, "views": self.views(image)}
+
+    def views(self, image):
+        """The views of an image, uint8 `[3, H, W]`."""
+        tensors, views = {"image": tv_tensors.Image(image)}, []
         for min_size in self.min_sizes:
             resized = resize(tensors, self._view_size(image_size(tensors), min_size))
-            sample["views"].append(_view(resized, False, None))
+            views.append(_view(resized, False, None))
             if self.flip:
-                sample["views"].append(_view(horizontal_flip(resized), True, self.keypoint_flip_indices))
-        return sample
+                views.append(_view(horizontal_flip(resized), True, self.keypoint_flip_indices))
+        return views
 
     def _view_size(self, size, min_size):
         size = self.fixed_size or size
