@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize_image
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 
@@ -109,7 +110,8 @@ def scale_to(image, instances, longer_side):
     if "keypoints" in instances:
         scaled["keypoints"] = instances["keypoints"].float() * torch.cat([scale, torch.ones(1)])
     if "masks" in instances:
-        scaled["masks"] = F.interpolate(instances["masks"][None].byte(), size, mode="nearest-exact")[0].bool()
+        masks, mode = instances["masks"].byte(), InterpolationMode.NEAREST_EXACT
+        scaled["masks"] = resize_image(masks, size, interpolation=mode).bool()
     return resize_image(image, size), scaled
 
 

@@ -179,6 +179,7 @@ def test_an_image_is_scaled_with_its_instances():
     assert scaled["boxes"].tolist() == [[0, 120, 160, 240]] == [extent(scaled["masks"][0])]
     assert scaled["keypoints"].tolist() == [[[160, 120, 2]]]
     assert select(scaled, scaled["labels"] > 0)["masks"].shape == (0, 240, 320)
+    assert scale_to(GREY, select(found, found["labels"] > 0), 320)[1]["masks"].shape == (0, 240, 320)
 
 
 def test_a_sheet_holds_images_of_any_size_captions_and_a_legend():
