@@ -72,3 +72,23 @@ def add_picture_arguments(parser):
         "--class", action="append", dest="classes", metavar="NAME", help="this class only; may be given again"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+
+
+def parse_run_arguments(parser):
+    """Parse `[RUN_FOLDER] [KEY VALUE ...]` among a parser's flags, in any order.
+
+    Returns:
+        The namespace with `run`, a folder or "", and `opts`, a list.
+    """
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config, without RUN_FOLDER")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="RUN_FOLDER | KEY VALUE",
+        help="the folder of a run (OUTPUT_DIR), then config overrides, as MODEL.WEIGHTS model_best.pth",
+    )
+    args = parser.parse_intermixed_args()
+    args.run = args.words[0] if len(args.words) % 2 else ""
+    args.opts = args.words[len(args.words) % 2 :]
+    return args

@@ -67,9 +67,12 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
     def forward(self, x, boxes, image_shapes):
         """Pool `[N, 4]` boxes per image to `[sum of N, C, output_size, output_size]`."""
         features = [x[name] for name in self.featmap_names]
+        arguments = {"output_size": self.output_size, "sampling_ratio": self.sampling_ratio, "aligned": True}
+        return pool_levels(features, boxes, self.levels(boxes), [1 / s for s in self.strides], **arguments)
+
+    def levels(self, boxes):
+        """The number of each box's feature map, a float tensor, of a list of `[N, 4]`."""
         first = self.strides[0].bit_length() - 1
         sides = torch.cat([(b[:, 2:] - b[:, :2]).prod(dim=1) for b in boxes]).sqrt()
         levels = torch.floor(_CANONICAL_LEVEL + torch.log2(sides / _CANONICAL_SIDE + 1e-8)) - first
-        levels = levels.clamp(0, len(features) - 1)
-        arguments = {"output_size": self.output_size, "sampling_ratio": self.sampling_ratio, "aligned": True}
-        return pool_levels(features, boxes, levels, [1 / s for s in self.strides], **arguments)
+        return levels.clamp(0, len(self.featmap_names) - 1)

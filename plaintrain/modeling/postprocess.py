@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 from plaintrain.modeling.matching import decode, take
 
 # Boxes with a shorter side are left out of an R-CNN's detections.
-_MIN_SIZE = 1e-2
+MIN_SIZE = 1e-2
 
 
 def best_of_each(wanted, boxes, scores, labels, limits):
@@ -93,7 +93,7 @@ def _detect_boxes(heads, logits, deltas, proposals, image_shapes):
     deltas = deltas.view(len(deltas), classes + 1, 4)[:, 1:]
     boxes = decode(deltas, torch.cat(proposals).to(deltas.dtype)[:, None], heads.box_coder)
     boxes = torch.cat(clip_each(boxes.split(sizes), image_shapes))
-    wanted = (scores > heads.score_thresh) & are_large(boxes, _MIN_SIZE)
+    wanted = (scores > heads.score_thresh) & are_large(boxes, MIN_SIZE)
     labels = torch.arange(1, classes + 1, device=scores.device).expand_as(scores)
     wanted = [part.flatten() for part in wanted.split(sizes)]
     limits = heads.nms_thresh, heads.detections_per_img

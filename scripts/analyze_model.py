@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""Say what a detector is made of and what it costs: parameters, FLOPs, activations, memory.
+
+python scripts/analyze_model.py output/quickstart
+python scripts/analyze_model.py --config-file configs/quickstart.yaml --depth 3 --batch 1
+python scripts/analyze_model.py --config-file configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml \\
+    --size 800x1216 --json retinanet.json MODEL.RETINANET.NUM_CLASSES 80
+
+RUN_FOLDER is that of a run (OUTPUT_DIR). Weights are not needed, nor images if the config says how many
+classes (and keypoints) there are. One inference and one training step are run on random images, on the CPU.
+"""
+
+import argparse
+import json
+
+from plaintrain.arguments import parse_run_arguments
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [RUN_FOLDER] [--config-file FILE] [flags] [KEY VALUE ...]",
+        epilog=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--size", default="", metavar="HxW", help="of an image; default: one of 3 to 4, as INPUT resizes it"
+    )
+    parser.add_argument("--batch", type=int, metavar="N", help="images of a step; default: as SOLVER says")
+    parser.add_argument("--depth", type=int, default=2, help="levels of modules to list, default 2")
+    parser.add_argument("--json", metavar="FILE", help="write all of it to this file too")
+    args = parse_run_arguments(parser)
+    height, cross, width = args.size.partition("x")
+    if args.size and not (cross and height.isdigit() and width.isdigit()):
+        parser.error(f"--size is {args.size!r}, but must be HEIGHTxWIDTH, such as 800x1216")
+    args.size = (int(height), int(width)) if args.size else None
+    if args.depth < 0 or (args.batch is not None and args.batch < 1):
+        parser.error("--depth must be at least 0, and --batch at least 1")
+
+from plaintrain.config import get_value
+from plaintrain.data.transforms import shortest_edge_size
+from plaintrain.evaluation.loop import format_table
+from plaintrain.launch import launch
+from plaintrain.model_analysis import NOT_COUNTED, analyze, optimizer_copies, random_samples
+from plaintrain.modeling import build_model
+from plaintrain.modeling.build import num_classes_key
+from plaintrain.trained import read_config
+from plaintrain.utils.errors import UserError
+from plaintrain.utils.files import atomic_write
+
+
+def default_size(cfg):
+    """(height, width) of an image of 3 to 4 as INPUT resizes it in training.
+
+    Raises:
+        UserError: INPUT keeps images as they are.
+    """
+    if min(cfg.INPUT.FIXED_SIZE) > 0:
+        return tuple(cfg.INPUT.FIXED_SIZE)
+    if not max(cfg.INPUT.MIN_SIZE_TRAIN):
+        raise UserError("INPUT.MIN_SIZE_TRAIN keeps images as they are: give --size HEIGHTxWIDTH")
+    return shortest_edge_size(3000, 4000, max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
+
+
+def report(found):
+    """Print the tables."""
+    header = ["module", "kind", "parameters", "trainable", "GFLOPs", "activations", "MB"]
+    rows = [
+        [
+            ("  " * (row["name"].count(".") + 1) + row["name"].rsplit(".", 1)[-1]) if row["name"] else "all",
+            row["kind"],
+            f"{row['parameters']:,}",
+            f"{row['trainable']:,}",
+            row["flops"] / 1e9,
+            f"{row['activations']:,}",
+            row["activation_bytes"] / 2**20,
+        ]
+        for row in found["modules"]
+    ]
+    widest = max(len(row[0]) for row in rows)
+    print(format_table([[row[0].ljust(widest), *row[1:]] for row in rows], header))
+    height, width = found["size"]
+    print(
+        f"\nGFLOPs, and activations (what modules give), are of an inference with {found['batch']} images of "
+        f"{height}x{width}. {NOT_COUNTED}"
+    )
+    steps = [[name.replace("_", " "), value / 1e9] for name, value in found["flops"].items()]
+    print("\n" + format_table(steps, ["run", "GFLOPs"]))
+    parts = [[name, value / 2**20] for name, value in found["memory"].items()]
+    print("\n" + format_table(parts, ["memory of a training step", "MB"]))
+    print(
+        "activations: what the forward pass keeps for the backward pass, in float32. On top comes what "
+        "libraries need while they compute."
+    )
+
+
+def main(args):
+    """Analyse one model."""
+    cfg = read_config(args.run, args.config_file, args.opts)
+    solver, classes = cfg.SOLVER, get_value(cfg, num_classes_key(cfg))
+    size = args.size or default_size(cfg)
+    if cfg.MODEL.META_ARCHITECTURE == "SSD" and size != tuple(cfg.INPUT.FIXED_SIZE):
+        raise UserError(
+            f"--size is {size}, but SSD takes INPUT.FIXED_SIZE {tuple(cfg.INPUT.FIXED_SIZE)} only"
+        )
+    batch = args.batch if args.batch is not None else max(1, solver.IMS_PER_BATCH // solver.ACCUMULATE_STEPS)
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
+    samples = random_samples(size, batch, classes, keypoints)
+    copies = optimizer_copies(solver.OPTIMIZER, solver.MOMENTUM or solver.MOMENTUM_SCHEDULE)
+    model = build_model(cfg)
+    found = {"architecture": cfg.MODEL.META_ARCHITECTURE, "size": size, "batch": batch}
+    found |= analyze(model, samples, depth=args.depth, copies=copies, averaged=cfg.MODEL.EMA.ENABLED)
+    report(found)
+    if args.json:
+        with atomic_write(args.json) as f:
+            json.dump(found | {"not_counted": NOT_COUNTED}, f, indent=1)
+        print(f"written to {args.json}")
+
+
+if __name__ == "__main__":
+    launch(main, args=(args,))

@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""Write a trained detector as a file that needs no plaintrain, and check it on real images.
+
+python scripts/export_model.py output/quickstart
+python scripts/export_model.py output/quickstart --format torch --output model.pt2
+python scripts/export_model.py --config-file configs/quickstart.yaml --images photos \\
+    MODEL.WEIGHTS output/quickstart/model_final.pth
+python examples/predict_exported.py output/quickstart/model.onnx photo.jpg
+
+RUN_FOLDER is that of a run (OUTPUT_DIR), whose model_final.pth is taken, or its newest checkpoint, unless
+MODEL.WEIGHTS names another file. --format onnx needs pip install "plaintrain[export]"; --format torch writes
+a program of torch.export (.pt2), which runs with torch and torchvision alone.
+
+What goes in: `images`, uint8 [batch, 3, height, width] in RGB, all of one size and resized already; the file
+says to which (min_size and max_size, or fixed_size). Normalising is inside. What comes out: num_detections
+[batch]; boxes [batch, D, 4] as x0, y0, x1, y1 in pixels of the image given, scores and labels [batch, D], of
+which an image's first num_detections count; masks [batch, D, M, M], probabilities inside each box;
+keypoint_maps [batch, D, keypoints, M, M], the heatmaps of each box. The number of images may vary, and their
+size too, but for SSD and SSDlite, which take INPUT.FIXED_SIZE.
+
+The first --check images of DATASETS.TEST, or of --images, go through the file and the model. A file that is
+further off than --tolerance (boxes in pixels, scores, masks and heatmaps in their own units) is kept as
+FILE.failed, and the exit code is 1.
+"""
+
+import argparse
+import os
+
+from plaintrain.arguments import parse_run_arguments
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [RUN_FOLDER] [--config-file FILE] [flags] [KEY VALUE ...]",
+        epilog=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--format", choices=["onnx", "torch"], help="default: as --output ends, else onnx")
+    parser.add_argument("--output", metavar="FILE", help="default: model.onnx or model.pt2 in RUN_FOLDER")
+    parser.add_argument("--check", type=int, default=10, metavar="N", help="images, default 10; 0: none")
+    parser.add_argument("--images", default="", metavar="FOLDER", help="check with these, not DATASETS.TEST")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference, default 1e-3")
+    args = parse_run_arguments(parser)
+    if args.check < 0 or not args.tolerance > 0:
+        parser.error("--check must be at least 0, and --tolerance above 0")
+
+from plaintrain.config import get_value
+from plaintrain.evaluation.loop import format_table
+from plaintrain.export import FORMATS, describe, is_fixed, need, score_limit, trace, write_onnx, write_torch
+from plaintrain.export_check import check_exported, check_images, open_exported
+from plaintrain.launch import launch
+from plaintrain.trained import load_trained, read_config
+from plaintrain.utils.errors import UserError
+from plaintrain.utils.files import writing
+from plaintrain.utils.logger import setup_logger
+
+# What an image to trace with needs: more than one location on each level.
+_TRACED_SIZE = (384, 512)
+
+
+def output_path(args):
+    """(format, path) of the file to write.
+
+    Raises:
+        UserError: the format, the ending and RUN_FOLDER do not say which.
+    """
+    ending = os.path.splitext(args.output or "")[1]
+    fitting = [name for name, known in FORMATS.items() if known == ending]
+    form = args.format or (fitting[0] if fitting else "onnx")
+    if not (args.output or args.run):
+        raise UserError("give --output FILE, or the folder of a run")
+    path = args.output or os.path.join(args.run, "model" + FORMATS[form])
+    if not path.endswith(FORMATS[form]):
+        raise UserError(f"--output is {path!r}, but a file of --format {form} must end in {FORMATS[form]}")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(f"--output {path}: there is no folder {os.path.dirname(path)}")
+    return form, path
+
+
+def report(rows):
+    """Print a table of the differences, and return the largest, {value: difference}."""
+    values = [key for key in rows[0] if key not in ("image", "detections")]
+    cells = [[row["image"], row["detections"], *(f"{row[v]:.1e}" for v in values)] for row in rows]
+    worst = {value: max(row[value] for row in rows) for value in values}
+    cells.append(["largest", sum(row["detections"] for row in rows), *(f"{worst[v]:.1e}" for v in values)])
+    print(format_table(cells, ["image", "detections", *values]))
+    return worst
+
+
+def write(cfg, model, names, form, path):
+    """Write the file; returns what it says about itself."""
+    about = describe(cfg, names, cfg.MODEL.WEIGHTS)
+    fixed = is_fixed(cfg)
+    program = trace(model, tuple(cfg.INPUT.FIXED_SIZE) if fixed else _TRACED_SIZE, fixed)
+    with writing(path):
+        (write_onnx if form == "onnx" else write_torch)(program, path, about)
+    return about
+
+
+def check_config(cfg):
+    """Refuse what a file cannot hold.
+
+    Raises:
+        UserError: names the key.
+    """
+    for key in ("TEST.AMP", "TEST.AUG.ENABLED"):
+        if get_value(cfg, key):
+            raise UserError(f"{key} is True, but a file is one pass in float32: give {key} False")
+
+
+def main(args):
+    """Export one model."""
+    setup_logger()
+    form, path = output_path(args)
+    if form == "onnx":
+        for module in ("onnx", "onnxscript", *(["onnxruntime"] if args.check else [])):
+            need(module)
+    cfg = read_config(args.run, args.config_file, args.opts)
+    check_config(cfg)
+    images = check_images(cfg, args.check, args.images) if args.check else []
+    model, names = load_trained(cfg)
+    stem, ending = os.path.splitext(path)
+    unchecked = f"{stem}.unchecked{ending}"
+    about = write(cfg, model, names, form, unchecked)
+    if images:
+        worst = report(check_exported(open_exported(unchecked), model, images, score_limit(cfg)))
+        off = {name: value for name, value in worst.items() if not value <= args.tolerance}
+        if off:
+            os.replace(unchecked, path + ".failed")
+            found = " and ".join(f"{name} by {value:.2g}" for name, value in off.items())
+            raise UserError(
+                f"the file differs from the model in {found}, more than --tolerance {args.tolerance:g}; it "
+                f"is kept as {path}.failed"
+            )
+    os.replace(unchecked, path)
+    size = os.path.getsize(path) / 2**20
+    print(f"{path}: {about['architecture']}, {size:.1f} MB, any {', '.join(about['dynamic'])}")
+
+
+if __name__ == "__main__":
+    launch(main, args=(args,))

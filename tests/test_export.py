@@ -1,0 +1,231 @@
+"""Exported detectors find what the model finds; the scripts as a user runs them."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from model_helpers import ARCHITECTURES, RETINA, TINY, build, make_cfg, make_sample, randomize_predictions
+from torchvision.utils import save_image
+
+from plaintrain import export, export_check
+from plaintrain.export import describe, is_fixed, score_limit, trace, write_onnx, write_torch
+from plaintrain.export_check import check_exported, differences, open_exported
+from plaintrain.modeling.graph import DetectionGraph, best_of_batch
+
+ROOT = Path(__file__).resolve().parent.parent
+PREDICT = ROOT / "examples" / "predict_exported.py"
+CLASSES = ["ant", "bee", "cow"]
+LEVELS = ("MODEL.TINY.NUM_LEVELS", 2, "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32]])
+ANCHORS = ("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator")
+ALIGNED = (*ANCHORS, "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2")
+FEW = ("TEST.DETECTIONS_PER_IMAGE", 10, "MODEL.RPN.POST_NMS_TOPK_TEST", 100)
+KINDS = {
+    **ARCHITECTURES,
+    "mask_keypoint_rcnn": (*ARCHITECTURES["mask_keypoint_rcnn"], *LEVELS, *FEW),
+    "rcnn of detectron2": (*ARCHITECTURES["faster_rcnn"], *LEVELS, *ALIGNED),
+    "retinanet of detectron2": (*TINY, *RETINA, *ANCHORS),
+}
+
+
+def make(name):
+    """(cfg, model) whose scores and boxes differ widely."""
+    model = build(*KINDS[name]).eval()
+    randomize_predictions(model)
+    return make_cfg(*KINDS[name]), model
+
+
+def pictures(number=2, height=64, width=64):
+    return [(str(i), make_sample(height, width, seed=i)["image"]) for i in range(number)]
+
+
+def assert_same(cfg, model, run, images):
+    rows = check_exported(run, model, images, score_limit(cfg))
+    assert all(row["detections"] > 5 for row in rows)
+    worst = {key: max(row[key] for row in rows) for key in rows[0] if key != "image"}
+    assert all(value < 1e-3 for key, value in worst.items() if key != "detections"), worst
+    return worst
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_graph_finds_what_the_model_finds(name):
+    cfg, model = make(name)
+    height, width = (64, 64) if is_fixed(cfg) else (70, 100)
+    with torch.no_grad():
+        images = pictures(3, height, width)
+        found = assert_same(cfg, model, DetectionGraph(model), images)
+        outputs = DetectionGraph(model)(torch.stack([image for _, image in images]))
+        one = DetectionGraph(model)(images[1][1][None])
+    assert ("masks" in found) == ("keypoint_maps" in found) == cfg.MODEL.MASK_ON
+    # An image's place in a batch changes nothing.
+    number = int(one.pop("num_detections"))
+    second, alone = (
+        {k: v[i, :number] for k, v in o.items() if k in one} for i, o in ((1, outputs), (0, one))
+    )
+    apart = differences(second, alone, score_limit(cfg))
+    assert all(value < 1e-3 for key, value in apart.items() if key != "detections"), apart
+    assert (one["labels"][0, number:] == -1).all() and not one["boxes"][0, number:].any()
+
+
+def test_nms_keeps_images_and_groups_apart():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8], [0, 0, 9, 9]])
+    scores = torch.tensor([[0.5, 0.9, 0.8, -1.0], [0.7, 0.2, 0.6, 0.95]])
+    groups = torch.tensor([[0, 0, 1, 0], [0, 0, 1, 1]])
+    kept, index = best_of_batch(boxes.expand(2, -1, -1), scores, groups, (0.5, 3))
+    assert torch.allclose(kept, torch.tensor([[0.9, 0.8, -1.0], [0.95, 0.7, -1.0]]))
+    assert index[:, :2].tolist() == [[1, 2], [3, 0]]
+    nothing, _ = best_of_batch(boxes[None], torch.full((1, 4), -1.0), groups[:1], (0.5, 3))
+    assert nothing.tolist() == [[-1.0] * 3]
+
+
+def test_differences_are_those_of_the_same_objects():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])
+    expected = {"boxes": boxes, "scores": torch.tensor([0.9, 0.8]), "labels": torch.tensor([0, 1])}
+    # Ties come in any order.
+    swapped = {key: value.flip(0) for key, value in expected.items()}
+    swapped["boxes"] = swapped["boxes"] + 0.25
+    assert differences(swapped, expected, 0.5) == {"detections": 2, "boxes": 0.25, "scores": 0.0}
+    # One that only one of them has counts by its score, and so does one of another class.
+    first = {key: value[:1] for key, value in expected.items()}
+    for found, wanted in ((first, expected), (expected, first)):
+        assert differences(found, wanted, 0.5)["scores"] == pytest.approx(0.3)
+    other = expected | {"labels": torch.tensor([0, 2])}
+    assert differences(other, expected, 0.5)["scores"] == pytest.approx(0.3)
+    none = {key: value[:0] for key, value in expected.items()}
+    assert differences(none, none, 0.5) == {"detections": 0, "boxes": 0.0, "scores": 0.0}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", KINDS)
+def test_every_architecture_is_exported(name, tmp_path):
+    cfg, model = make(name)
+    program = trace(model, (64, 64) if is_fixed(cfg) else (96, 160), is_fixed(cfg))
+    about = describe(cfg, CLASSES, "model_final.pth")
+    write_torch(program, str(tmp_path / "a.pt2"), about)
+    write_onnx(program, str(tmp_path / "a.onnx"), about)
+    sizes = [(64, 64)] if is_fixed(cfg) else [(64, 64), (70, 130), (200, 90)]
+    for file in ("a.pt2", "a.onnx"):
+        run = open_exported(str(tmp_path / file))
+        for size in sizes:
+            assert_same(cfg, model, run, pictures(2, *size))
+        outputs = run(torch.stack([image for _, image in pictures(3, *sizes[-1])]))
+        assert len(outputs["num_detections"]) == 3
+        # An image in which nothing is found.
+        assert len(run(torch.zeros(1, 3, *sizes[0], dtype=torch.uint8))["boxes"]) == 1
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """The folder of a run of a small SSD, and two images."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg, model = make("ssd")
+    declared = {"FORMAT": "shapes", "SPLIT": "val", "NUM": 3, "HEIGHT": 64, "WIDTH": 64}
+    cfg.DATASETS.DECLARE.few_val = type(cfg)(declared, new_allowed=True)
+    cfg.merge_from_list(["DATASETS.TEST", ("few_val",), "MODEL.SSD.SCORE_THRESH_TEST", 0.05])
+    (folder / "config.yaml").write_text(cfg.dump())
+    torch.save({"model": model.state_dict(), "class_names": CLASSES}, folder / "model_final.pth")
+    for name, image in pictures():
+        save_image(image / 255, folder / f"{name}.png")
+    return folder
+
+
+def call(monkeypatch, *args):
+    """Run the script in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["export_model.py", *map(str, args)])
+    try:
+        runpy.run_path(str(ROOT / "scripts" / "export_model.py"), run_name="__main__")
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+def predict(*args):
+    """The example in a process that has no plaintrain."""
+    code = "import runpy, sys; sys.modules['plaintrain'] = None; sys.argv = sys.argv[1:]; "
+    command = [sys.executable, "-c", code + "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    return subprocess.run([*command, PREDICT, *args], capture_output=True, text=True, timeout=120)
+
+
+def test_a_run_is_exported_checked_and_used_without_plaintrain(run_folder, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("onnxruntime")
+    assert call(monkeypatch, run_folder, "--check", 2, "MODEL.SSD.SCORE_THRESH_TEST", 0.1) == 0
+    out = capsys.readouterr().out
+    assert "largest" in out and "model.onnx: SSD, 0.4 MB, any batch\n" in out
+    done = predict(run_folder / "model.onnx", run_folder / "1.png", "--threshold", "0", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    cfg, model = make("ssd")
+    model.score_thresh = 0.1
+    with torch.no_grad():
+        found = model([{"image": dict(pictures())["1"], "height": 64, "width": 64}])[0]
+    name, *numbers = done.stdout.splitlines()[1].split()
+    assert name == CLASSES[found["labels"][0]]
+    expected = [found["scores"][0].item(), *found["boxes"][0].tolist()]
+    assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.06)
+    assert done.stdout.startswith(f"{run_folder / '1.png'}: {len(found['scores'])} objects")
+    assert (tmp_path / "1.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_a_program_of_torch_says_what_it_is(run_folder, monkeypatch):
+    file = run_folder / "other.pt2"
+    args = ("--config-file", run_folder / "config.yaml", "--output", file, "--images", run_folder)
+    assert call(monkeypatch, *args, "MODEL.WEIGHTS", run_folder / "model_final.pth") == 0
+    done = predict(file, run_folder / "0.png")
+    assert done.returncode == 0 and "0.png: " in done.stdout, done.stderr
+    extra = {"plaintrain": ""}
+    torch.export.load(file, extra_files=extra)
+    about = json.loads(extra["plaintrain"])
+    assert (about["class_names"], about["dynamic"], about["fixed_size"]) == (CLASSES, ["batch"], [64, 64])
+
+
+def test_a_file_that_is_off_is_kept_apart(run_folder, monkeypatch, capsys):
+    file, (_, model) = run_folder / "off.pt2", make("ssd")
+    model.score_thresh = 0.05
+
+    def a_little_off(images):
+        return {k: v + 0.01 * (k == "boxes") for k, v in DetectionGraph(model)(images).items()}
+
+    # What takes long.
+    monkeypatch.setattr(export, "trace", lambda *args: "a program")
+    monkeypatch.setattr(export, "write_torch", lambda program, path, about: Path(path).write_text(program))
+    monkeypatch.setattr(export_check, "open_exported", lambda path: a_little_off)
+    assert call(monkeypatch, run_folder, "--output", file, "--images", run_folder, "--check", 1) == 1
+    error = capsys.readouterr().err
+    assert "the file differs from the model in boxes by 0.01, more than --tolerance 0.001" in error
+    assert f"kept as {file}.failed" in error and not list(run_folder.glob("*unchecked*"))
+    assert not file.exists() and (run_folder / "off.pt2.failed").read_text() == "a program"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--output", "a.onnx"], "give a run's folder or --config-file FILE, not neither"),
+        (["FOLDER", "--output", "a.pt2", "--format", "onnx"], "must end in .onnx"),
+        (["FOLDER", "--output", "nowhere/a.onnx"], "there is no folder nowhere"),
+        (["FOLDER", "MODEL.WEIGHTS", "''"], "there are no trained weights"),
+        (["FOLDER", "TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED is True, but a file is one pass"),
+        (["FOLDER", "DATASETS.TEST", "()"], "DATASETS.TEST is empty: give --images FOLDER"),
+        (["FOLDER", "--check", "-1"], "--check must be at least 0"),
+    ],
+)
+def test_wrong_inputs_end_with_one_sentence(run_folder, monkeypatch, capsys, args, message):
+    assert call(monkeypatch, *[run_folder if arg == "FOLDER" else arg for arg in args]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_extra_is_said_before_the_work_begins(run_folder, monkeypatch, capsys, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert call(monkeypatch, run_folder) == 1
+    assert f'ONNX needs {module}: pip install "plaintrain[export]"' in capsys.readouterr().err
+
+
+def test_what_cannot_be_traced_is_refused(monkeypatch):
+    _, model = make("faster_rcnn")
+    model.roi_heads.box_head.forward = lambda x: x.flatten(1)[: int(x.sum())]
+    with pytest.raises(ValueError, match="torch.export cannot follow a GeneralizedRCNN: "):
+        trace(model, (64, 96))

@@ -1,0 +1,137 @@
+"""What a model is made of and costs, against numbers known by hand, and the script as a user runs it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from model_helpers import ARCHITECTURES, KEYPOINTS, K, build
+from torch import nn
+
+from plaintrain.model_analysis import (
+    analyze,
+    count_flops,
+    module_rows,
+    optimizer_copies,
+    random_samples,
+    saved_bytes,
+    training_memory,
+    watch_outputs,
+)
+from plaintrain.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "parameters.json").read_text())
+
+
+class _Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()])
+        self.last = nn.Linear(4, 2)
+        self.last.weight.requires_grad_(False)
+
+    def forward(self, images):
+        for stage in self.stages:
+            images = stage(images)
+        return {"scores": self.last(images.mean(dim=(2, 3)))}
+
+
+def test_numbers_of_a_small_module_by_hand():
+    model, images = _Small(), torch.rand(2, 3, 5, 6)
+    flops = count_flops(model, lambda: model(images))
+    # 30 locations, 27 products for each of 4 channels; 4 products for each of 2 outputs; of 2 images.
+    conv, linear = 2 * 2 * 30 * 27 * 4, 2 * 2 * 4 * 2
+    assert flops[""] == conv + linear and flops["last"] == linear
+    outputs = watch_outputs(model, lambda: model(images))
+    assert outputs == {"stages.0": [240, 960], "stages.1": [240, 960], "last": [4, 16]}
+    rows = {row["name"]: row for row in module_rows(model, 2, flops, outputs)}
+    assert list(rows) == ["", "stages", "stages.0", "stages.1", "last"]
+    # A list of modules is never called; it has what its members have.
+    assert rows["stages"]["flops"] == conv and rows["stages"]["activations"] == 480
+    assert rows[""]["parameters"] == 112 + 10 and rows[""]["activation_bytes"] == 1936
+    assert (rows["last"]["trainable"], rows["last"]["frozen"]) == (2, 8)
+    assert [row["name"] for row in module_rows(model, 0, flops, outputs)] == [""]
+
+
+def test_the_saved_tensors_are_counted_once_without_the_weights():
+    model, images = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.ReLU()), torch.rand(16, 8)
+    # The input of the first, and the outputs of both ReLUs.
+    assert saved_bytes(model, lambda: model(images)) == 3 * 16 * 8 * 4
+
+
+@pytest.mark.parametrize("name, momentum, copies", [("SGD", 0.9, 1), ("SGD", 0.0, 0), ("AdamW", 0.9, 2)])
+def test_memory_of_weights_gradients_and_the_optimizer(name, momentum, copies):
+    assert optimizer_copies(name, momentum) == copies
+    found = training_memory(_Small(), 1000, copies, averaged=True)
+    weights, trainable = 4 * 122, 4 * 114
+    assert found == {
+        "weights": weights,
+        "gradients": trainable,
+        "optimizer": copies * trainable,
+        "averaged": weights,
+        "activations": 1000,
+        "total": 2 * weights + (1 + copies) * trainable + 1000,
+    }
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "mask_keypoint_rcnn", "ssd"])
+def test_every_kind_of_model_is_analysed(name):
+    model = build(*ARCHITECTURES[name])
+    found = analyze(model, random_samples((64, 64), 2, K, KEYPOINTS), depth=1)
+    whole, *parts = found["modules"]
+    assert whole["parameters"] == sum(part["parameters"] for part in parts)
+    assert 0 < whole["flops"] == found["flops"]["inference"]
+    # A backward pass has about twice the products of the forward pass.
+    assert 2 < found["flops"]["training_step"] / found["flops"]["training_forward"] < 3.2
+    assert found["memory"]["activations"] > 0
+
+
+def test_random_samples_of_a_wrong_size_are_refused():
+    with pytest.raises(UserError, match="sides of 32 pixels or more.*not 16x64"):
+        random_samples((16, 64), 1, 3)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Function that runs the script in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["analyze_model.py", *map(str, args)])
+        monkeypatch.chdir(ROOT)
+        try:
+            runpy.run_path(str(ROOT / "scripts" / "analyze_model.py"), run_name="__main__")
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_script_writes_a_table_and_json(run, tmp_path):
+    config, file = "configs/quickstart.yaml", tmp_path / "found.json"
+    size = ("--size", "64x96", "--batch", 1, "--depth", 1)
+    code, out, _ = run("--config-file", config, *size, "--json", file, "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+    assert code == 0
+    found = json.loads(file.read_text())
+    assert found["modules"][0]["parameters"] == GOLDEN[config] and found["size"] == [64, 96]
+    assert f"{GOLDEN[config]:,}" in out and "counted are norms" in out
+    assert "roi_heads" in out and "box_head" not in out and str(file) in out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--config-file", "configs/quickstart.yaml", "--size", "64"], "'64', but must be HEIGHTxWIDTH"),
+        (["--config-file", "configs/quickstart.yaml", "--batch", "0"], "--batch at least 1"),
+        ([], "give a run's folder or --config-file FILE, not neither"),
+        (["docs"], "docs is no run's folder: there is no docs/config.yaml"),
+        (["--config-file", "configs/shapes/ssdlite.yaml", "--size", "64x64"], "SSD takes INPUT.FIXED_SIZE"),
+    ],
+)
+def test_wrong_inputs_end_with_one_sentence(run, args, message):
+    code, _, error = run(*args)
+    assert code in (1, 2) and message in error and "Traceback" not in error
