@@ -166,17 +166,6 @@ def _tensors(content, path):
     return tensors
 
 
-def read_class_names(name):
-    """The class names that a checkpoint of this project holds, a list, or None.
-
-    Raises:
-        UserError: see `fetch_weights`; or the file is damaged.
-    """
-    content = _read_content(fetch_weights(name))
-    names = content.get("class_names") if isinstance(content, dict) else None
-    return [str(n) for n in names] if isinstance(names, list | tuple) and names else None
-
-
 def read_weights(path, num_ratios=3):
     """`read_state_dict` under torchvision's names, whichever project wrote the file.
 

@@ -12,6 +12,7 @@ classes (and keypoints) there are. One inference and one training step are run o
 
 import argparse
 import json
+import os
 
 from plaintrain.arguments import parse_run_arguments
 
@@ -35,16 +36,49 @@ if __name__ == "__main__":
     if args.depth < 0 or (args.batch is not None and args.batch < 1):
         parser.error("--depth must be at least 0, and --batch at least 1")
 
-from plaintrain.config import get_value
+from plaintrain.config import check_cfg, get_cfg, get_value
+from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.transforms import shortest_edge_size
 from plaintrain.evaluation.loop import format_table
 from plaintrain.launch import launch
 from plaintrain.model_analysis import NOT_COUNTED, analyze, optimizer_copies, random_samples
 from plaintrain.modeling import build_model
 from plaintrain.modeling.build import num_classes_key
-from plaintrain.trained import read_config
+from plaintrain.preflight import settle_num_classes
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
+
+
+def read_config(run="", config_file="", overrides=()):
+    """The config, frozen, with its number of classes, for one process on the CPU that compiles nothing.
+
+    The datasets are read only where the config leaves the number of classes, or of keypoints, to them.
+
+    Args:
+        run: a run's folder (OUTPUT_DIR), or "".
+        config_file: a YAML config, or "".
+        overrides: KEY, value, KEY, value, ...
+
+    Raises:
+        UserError: neither or both are given, a folder without config.yaml, or a mistake in the config.
+    """
+    if bool(run) == bool(config_file):
+        raise UserError(f"give a run's folder or --config-file FILE, not {'both' if run else 'neither'}")
+    if run:
+        config_file = os.path.join(run, "config.yaml")
+        if not os.path.isfile(config_file):
+            raise UserError(f"{run} is no run's folder: there is no {config_file}")
+    cfg = get_cfg()
+    cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(overrides))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.COMPILE", False])
+    cfg.freeze()
+    check_cfg(cfg)
+    declare_datasets(cfg)
+    keypoints = cfg.MODEL.KEYPOINT_ON and not cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if keypoints or not get_value(cfg, num_classes_key(cfg)):
+        settle_num_classes(cfg, eval_only=True)
+    return cfg
 
 
 def default_size(cfg):

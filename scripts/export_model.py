@@ -43,12 +43,13 @@ if __name__ == "__main__":
     if args.check < 0 or not args.tolerance > 0:
         parser.error("--check must be at least 0, and --tolerance above 0")
 
-from plaintrain.config import get_value
+from plaintrain.config import get_cfg, get_value
+from plaintrain.data.builtin import declare_datasets
 from plaintrain.evaluation.loop import format_table
 from plaintrain.export import FORMATS, describe, is_fixed, need, score_limit, trace, write_onnx, write_torch
 from plaintrain.export_check import check_exported, check_images, open_exported
 from plaintrain.launch import launch
-from plaintrain.trained import load_trained, read_config
+from plaintrain.predict import Predictor
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import writing
 from plaintrain.utils.logger import setup_logger
@@ -86,25 +87,34 @@ def report(rows):
     return worst
 
 
-def write(cfg, model, names, form, path):
+def write(predictor, form, path):
     """Write the file; returns what it says about itself."""
-    about = describe(cfg, names, cfg.MODEL.WEIGHTS)
-    fixed = is_fixed(cfg)
-    program = trace(model, tuple(cfg.INPUT.FIXED_SIZE) if fixed else _TRACED_SIZE, fixed)
+    cfg = predictor.cfg
+    about, fixed = describe(cfg, predictor.class_names, predictor.weights), is_fixed(cfg)
+    program = trace(predictor.model, tuple(cfg.INPUT.FIXED_SIZE) if fixed else _TRACED_SIZE, fixed)
     with writing(path):
         (write_onnx if form == "onnx" else write_torch)(program, path, about)
     return about
 
 
-def check_config(cfg):
-    """Refuse what a file cannot hold.
+def load(args):
+    """The `Predictor` of what the command line names, on the CPU.
 
     Raises:
-        UserError: names the key.
+        UserError: neither a run nor a config, nothing to load, or a setting that a file cannot hold.
     """
+    if bool(args.run) == bool(args.config_file):
+        raise UserError(f"give a run's folder or --config-file FILE, not {'both' if args.run else 'neither'}")
+    run = args.run
+    if not run:
+        run = get_cfg()
+        run.merge_from_file(args.config_file)
+    opts = [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.CHANNELS_LAST", "False"]
+    predictor = Predictor(run, opts=opts)
     for key in ("TEST.AMP", "TEST.AUG.ENABLED"):
-        if get_value(cfg, key):
+        if get_value(predictor.cfg, key):
             raise UserError(f"{key} is True, but a file is one pass in float32: give {key} False")
+    return predictor
 
 
 def main(args):
@@ -114,13 +124,13 @@ def main(args):
     if form == "onnx":
         for module in ("onnx", "onnxscript", *(["onnxruntime"] if args.check else [])):
             need(module)
-    cfg = read_config(args.run, args.config_file, args.opts)
-    check_config(cfg)
+    predictor = load(args)
+    cfg, model = predictor.cfg, predictor.model
+    declare_datasets(cfg)
     images = check_images(cfg, args.check, args.images) if args.check else []
-    model, names = load_trained(cfg)
     stem, ending = os.path.splitext(path)
     unchecked = f"{stem}.unchecked{ending}"
-    about = write(cfg, model, names, form, unchecked)
+    about = write(predictor, form, unchecked)
     if images:
         worst = report(check_exported(open_exported(unchecked), model, images, score_limit(cfg)))
         off = {name: value for name, value in worst.items() if not value <= args.tolerance}

@@ -205,7 +205,7 @@ def test_a_file_that_is_off_is_kept_apart(run_folder, monkeypatch, capsys):
         (["--output", "a.onnx"], "give a run's folder or --config-file FILE, not neither"),
         (["FOLDER", "--output", "a.pt2", "--format", "onnx"], "must end in .onnx"),
         (["FOLDER", "--output", "nowhere/a.onnx"], "there is no folder nowhere"),
-        (["FOLDER", "MODEL.WEIGHTS", "''"], "there are no trained weights"),
+        (["--config-file", "configs/quickstart.yaml", "--output", "a.onnx"], "MODEL.WEIGHTS is empty"),
         (["FOLDER", "TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED is True, but a file is one pass"),
         (["FOLDER", "DATASETS.TEST", "()"], "DATASETS.TEST is empty: give --images FOLDER"),
         (["FOLDER", "--check", "-1"], "--check must be at least 0"),
