@@ -92,6 +92,9 @@ def test_thresholds_are_reached_by_what_is_equal_to_them():
     assert kind(5, iou_threshold=0.6) == "localisation"
     assert kind(2, background_threshold=0.3) == "background"
     assert kind(10, iou_threshold=1.0) == "correct"
+    for thresholds in ((0.05, 0.1), (1.5, 0.1), (0.5, 0)):
+        with pytest.raises(UserError, match="the IoU that a correct detection has must be"):
+            kind(10, iou_threshold=thresholds[0], background_threshold=thresholds[1])
 
 
 def test_a_detection_takes_the_best_object_that_is_left():

@@ -19,8 +19,9 @@ def ap_cost(errors):
 
     Mended, a detection of a wrong class or place is a correct one of the object it is wrong about, if that
     was not found and no other detection that is mended with it has a higher score; all others are
-    dropped. Missed objects are taken away. The costs do not add up to what is lacking: each is what is
-    gained by mending one kind alone.
+    dropped. Missed objects are taken away; of a class that has none left, AP is 0, or, if nothing is found
+    either, 100 (TIDE leaves it out). The costs do not add up to what is lacking: each is what is gained by
+    mending one kind alone.
 
     Args:
         errors: `Errors` of all detections, or of those with a score that is high enough.
@@ -68,8 +69,6 @@ def score_order(errors):
 
 def _mean_ap(errors, chosen, labels, mended=slice(0), states=_REAL):
     """Mean of the classes' AP, percent.
-
-    A class whose objects are all taken away has an AP of 0, or, where nothing is found either, of 100.
 
     Args:
         errors: `Errors`.

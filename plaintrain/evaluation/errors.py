@@ -167,7 +167,13 @@ def match(objects, detections, overlaps, iou_threshold=0.5, background_threshold
 
     As in COCO, detections choose in the order of their scores, each the object of its class that it
     overlaps most among those that are left.
+
+    Raises:
+        UserError: thresholds out of order or range.
     """
+    if not 0 < background_threshold <= iou_threshold <= 1:
+        bound = f"{background_threshold:g}, below which there is only background,"
+        raise UserError(f"the IoU that a correct detection has must be {bound} to 1, not {iou_threshold:g}")
     number = len(detections["image"])
     iou_threshold = min(iou_threshold, 1 - 1e-10)
     rank = _score_ranks(detections["scores"])

@@ -1,0 +1,141 @@
+"""scripts/analyze_errors.py as a user would run it: what it prints and writes, and what it refuses."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from plaintrain.data import DatasetCatalog
+from plaintrain.data.builtin import declare_dataset
+from plaintrain.evaluation.analysis import analyze
+from plaintrain.evaluation.instances import Detections
+from plaintrain.evaluation.predictions import write_predictions
+from plaintrain.structures import BoxMode
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "analyze_errors.py"
+SPEC = {"FORMAT": "shapes", "SPLIT": "val", "NUM": 5, "HEIGHT": 60, "WIDTH": 90}
+CONFIG = """
+DATASETS:
+  DECLARE:
+    first: {FORMAT: shapes, SPLIT: val, NUM: 5, HEIGHT: 60, WIDTH: 90}
+    second: {FORMAT: shapes, SPLIT: val, NUM: 5, HEIGHT: 60, WIDTH: 90}
+  TEST: TESTS
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with two test sets, and predictions for the first: all right but one."""
+    declare_dataset("first", SPEC)
+    rows = [
+        [i, *BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), 0.9, a["category_id"]]
+        for i, record in enumerate(DatasetCatalog.get("first"))
+        for a in record["annotations"]
+    ]
+    rows[0][5:] = [0.95, (rows[0][6] + 1) % 3]
+    folder = tmp_path / "run"
+    write_predictions(folder / "inference" / "first", "first", Detections(np.array(rows), np.arange(5)))
+    DatasetCatalog.remove("first")
+    set_tests(folder, "[first, second]")
+    return folder
+
+
+def set_tests(folder, names):
+    (folder / "config.yaml").write_text(CONFIG.replace("TESTS", names))
+
+
+def call(monkeypatch, *arguments):
+    """The exit code of the script."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    before = set(DatasetCatalog.list())
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        # Another call declares them again.
+        for name in set(DatasetCatalog.list()) - before:
+            DatasetCatalog.remove(name)
+    return exit_.value.code
+
+
+def test_a_run_is_analysed(run, monkeypatch, capsys):
+    assert not call(monkeypatch, run)
+    text = capsys.readouterr().out
+    written = json.loads((run / "inference" / "first" / "analysis.json").read_text())
+    declare_dataset("first", SPEC)
+    assert written == analyze("first", written["predictions"])
+    number, cost = written["objects"], written["errors"]["bbox"]
+    assert f"first: 5 images, {number} objects, {number} detections of {run}" in text
+    assert cost["costs"]["class"] > 1 and cost["costs"]["missed"] == 0
+    assert f"class  {cost['costs']['class']:.2f}      1" in text
+    assert f"at IoU 0.5 of {cost['AP']:.2f}; counts are of a score of at least 0.900 (best F1)" in text
+    for title in (
+        *("bbox, COCO's metrics", "bbox, by class", "score threshold with the highest F1"),
+        *("objects by size", "objects by width / height", "objects in the image", "what they are found as"),
+        *("expected calibration error", "worst images", f"in {run}/inference/first/analysis.json"),
+    ):
+        assert title in text
+
+
+def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path, monkeypatch, capsys):
+    set_tests(run, "[second]")
+    found, output = run / "inference" / "first" / "coco_instances_results.json", tmp_path / "new" / "a.json"
+    options = ["--iou", "0.75", "--score-threshold", "0.92", "--output", output, "--gallery", "1"]
+    assert not call(monkeypatch, "--config-file", run / "config.yaml", "--predictions", found, *options)
+    written = json.loads(output.read_text())
+    settings = {"iou_threshold": 0.75, "score_threshold": 0.92, "score_threshold_is": "given"}
+    assert written["settings"] == settings and written["dataset"] == "second"
+    assert written["errors"]["bbox"]["detections"]["class"] == len(written["gallery"]["best"]) == 1
+    assert "at least 0.920 (given)" in capsys.readouterr().out
+    assert not call(monkeypatch, run, "--dataset", "second", "--predictions", found)
+    assert (run / "inference" / "second" / "analysis.json").is_file()
+
+
+def test_many_classes_are_shown_by_what_is_mistaken(monkeypatch, capsys):
+    functions = runpy.run_path(str(SCRIPT))
+    labels = [f"c{i}" for i in range(20)] + ["background"]
+    pair = {"truth": "c3", "found": "c4", "count": 7, "share": 0.25}
+    functions["show_confusion"]({"confusion": {"labels": labels, "counts": [], "pairs": [pair]}})
+    assert "c3        c4      7           25.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "give the folder of a run, or --config-file FILE"),
+        (["RUN", "--config-file", "x.yaml"], 2, "give the folder of a run, or --config-file FILE"),
+        (["RUN/nowhere"], 2, "there is no folder"),
+        (["RUN/inference/first"], 2, "is no run's folder"),
+        (["RUN", "--dataset", "second"], 2, "there are no predictions for second; there are those for first"),
+        (["RUN", "--dataset", "frist"], 2, "'frist' is not registered; did you mean first"),
+        (["RUN", "--predictions", "none.json", "--dataset", "first"], 2, "there is no such file"),
+        (["RUN", "--predictions", "none.json"], 2, "2 test sets, first, second: choose one with --dataset"),
+        (["--config-file", "RUN/config.yaml", "--dataset", "first"], 2, "give --predictions FILE"),
+        (["RUN", "--iou", "1.5"], 2, "must be 0 to 1, not 1.5"),
+        (["RUN", "--gallery", "-1"], 2, "--gallery is at least 0"),
+        (["RUN", "--iou", "0.05"], 1, "must be 0.1, below which there is only background, to 1, not 0.05"),
+        (["RUN", "--dataset", "shapes_val", "--predictions", "FILE"], 1, "which"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(run, monkeypatch, capsys, arguments, code, message):
+    file = run / "inference" / "first" / "coco_instances_results.json"
+    content = json.loads(file.read_text())
+    content[0]["image_id"] = 10_000
+    (run / "other.json").write_text(json.dumps(content))
+    places = {"RUN": str(run), "FILE": str(run / "other.json")}
+    for name, path in places.items():
+        arguments = [a.replace(name, path) if a.startswith(name) else a for a in arguments]
+    assert call(monkeypatch, *arguments) == code
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in said and message in said
+    assert not os.path.exists(run / "inference" / "first" / "analysis.json")
+
+
+def test_a_run_without_predictions_says_how_to_make_them(run, monkeypatch, capsys):
+    (run / "inference" / "first" / "coco_instances_results.json").unlink()
+    assert call(monkeypatch, run) == 2
+    assert f"scripts/test_net.py --config-file {run}/config.yaml --resume" in capsys.readouterr().err
