@@ -78,7 +78,7 @@ def chosen(records, image_ids):
 
 
 def annotated_images(cfg, args):
-    """(file name, image, instances) of the datasets' images with their annotations, without end in sight."""
+    """(file name, image, instances) of the datasets' images with their annotations."""
     rng = np.random.default_rng(cfg.SEED)
     records = [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     records = list(itertools.chain(*records)) if len(records) > 1 else records[0]
@@ -105,6 +105,8 @@ def training_samples(cfg, args):
     # A class may be in no sample: one pass over the images, then.
     samples = itertools.chain.from_iterable(loader)
     for sample in itertools.islice(samples, loader.iters_per_epoch if args.labels else None):
+        if args.labels and not args.labels & set(sample["target"]["labels"].tolist()):
+            continue
         yield sample["file_name"], sample["image"], sample["target"]
 
 

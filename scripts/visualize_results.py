@@ -192,7 +192,8 @@ def setup(args):
     args.labels = args.labels if args.classes else set()
     args.predictions = args.predictions or os.path.join(args.run, "inference", args.dataset, PREDICTIONS_FILE)
     if not os.path.isfile(args.predictions):
-        raise UserError(f"there are no predictions {args.predictions}: evaluate the model first")
+        hint = ": evaluate the model on the dataset first" if args.run else ""
+        raise UserError(f"there is no file {args.predictions} of predictions{hint}")
 
 
 def main(args):
