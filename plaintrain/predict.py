@@ -219,9 +219,10 @@ def _settle_classes(cfg, path):
         # Published weights have another form.
         names = []
     names = names or next((class_names(name) for name in _datasets(cfg)), [])
-    if not names and number in (0, len(COCO_NAMES)):
-        # What is published without names is of COCO.
-        names = list(COCO_NAMES)
+    # What is published without names is of COCO, whose keypoints are those of persons.
+    of_coco = COCO_NAMES[:1] if cfg.MODEL.KEYPOINT_ON else COCO_NAMES
+    if not names and number in (0, len(of_coco)):
+        names = list(of_coco)
     names = [str(name) for name in names] or [f"class {label}" for label in range(number)]
     if number not in (0, len(names)):
         raise UserError(f"{key} is {number}, but {path} was trained for {len(names)}: {', '.join(names)}")

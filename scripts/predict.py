@@ -23,7 +23,7 @@ if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
     parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "words", nargs="+", metavar="RUN | IMAGE | KEY VALUE", help="the run, images, and config overrides"
+        "words", nargs="*", metavar="RUN | IMAGE | KEY VALUE", help="the run, images, and config overrides"
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config, in place of a run")
     parser.add_argument("--output", default="predictions", metavar="DIR", help="default: predictions")

@@ -214,12 +214,17 @@ def test_amp_is_honoured(run):
 
 
 def test_weights_without_names_for_80_classes_are_cocos(tmp_path):
-    cfg = config("MODEL.ROI_HEADS.NUM_CLASSES", 80)
+    cfg = config("MODEL.ROI_HEADS.NUM_CLASSES", 80, "MODEL.KEYPOINT_ON", False)
     torch.save(build_model(cfg).state_dict(), tmp_path / "published.pth")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
     predictor = Predictor(cfg, str(tmp_path / "published.pth"))
     assert predictor.class_names == COCO_NAMES and predictor.cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0
+    keypoints = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 17]
+    cfg = config("MODEL.ROI_HEADS.NUM_CLASSES", 1, *keypoints)
+    torch.save(build_model(cfg).state_dict(), tmp_path / "published.pth")
+    predictor = Predictor(cfg, str(tmp_path / "published.pth"))
+    assert predictor.class_names == ["person"] and (15, 13) in predictor.skeleton
 
 
 def test_what_does_not_fit_is_refused(run, tmp_path):

@@ -52,7 +52,10 @@ def _loaded(code, *args):
     return set(found[0]), done
 
 
-@pytest.mark.parametrize("script", ["plain_train_net", "epoch_train_net", "test_net"])
+SCRIPTS = ["plain_train_net", "epoch_train_net", "test_net", "predict", "visualize_data", "visualize_results"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(("flag", "code", "answer"), [("--help", 0, "usage"), ("--hlep", 2, "unrecognized")])
 def test_a_question_and_a_wrong_flag_are_answered_without_the_heavy_imports(script, flag, code, answer):
     loaded, done = _loaded(HELP, ROOT / "scripts" / f"{script}.py", flag)
