@@ -155,6 +155,10 @@ def draw_pair(index, errors, found, args):
     check_image_size(record, image)
     objects, table, matches = errors.of_image(index)
     truth, detections = record_instances(record), detections_of(index, errors, found, args.threshold)
+    # Of the objects nothing that detections do not have, either.
+    for part in ("masks", "keypoints"):
+        if getattr(found, part) is None:
+            truth.pop(part, None)
     skeleton = skeleton_of(MetadataCatalog.get(args.dataset))
     about = [{label} for label in truth["labels"].tolist()], classes_of(objects, table, matches)
     kinds = object_kinds(matches), matches.kinds.tolist()
