@@ -71,7 +71,7 @@ def bar_figure(names, series, x_label, *, most=30):
 
 
 def _number(value):
-    return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def _cut(name, most=24):
@@ -119,13 +119,13 @@ def matrix_figure(matrix, row_names, column_names, x_label, y_label):
     shades[..., :3] = [int(PALETTE[0][i : i + 2], 16) / 255 for i in (1, 3, 5)]
     shades[..., 3] = shares**0.6
     few = max(counts.shape) <= 14
-    side = max(3.2, 0.42 * len(row_names) + 1.4) if few else 6.4
+    side = max(3.0, 0.36 * len(row_names) + 1.3) if few else 0.21 * len(row_names) + 1.6
     with styled():
-        figure, axes = new_figure((max(SIZE[0], side + 1.2) if few else 7.4, side))
+        figure, axes = new_figure((max(SIZE[0], side + 1.2), side))
         ax = axes[0, 0]
         ax.imshow(shades, interpolation="nearest", aspect="auto")
         ax.grid(visible=False)
-        size = 9 if few else max(3.5, 9 - 0.07 * len(row_names))
+        size = 9 if few else 8
         turned = {"rotation": 45, "ha": "right"} if few else {"rotation": 90}
         ax.set_xticks(range(len(column_names)), [_cut(str(name)) for name in column_names], **turned)
         ax.set_yticks(range(len(row_names)), [_cut(str(name)) for name in row_names])

@@ -5,7 +5,7 @@ import logging
 
 import plaintrain
 from plaintrain.plots import require_matplotlib
-from plaintrain.report import overview
+from plaintrain.report import detections, gallery, overview, scores, training
 from plaintrain.report.gather import gather
 from plaintrain.report.html import note, page
 from plaintrain.run_folder import run_names
@@ -14,13 +14,21 @@ from plaintrain.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-# id, title, function of the list of `RunFacts`.
+# id, title, function of the list of `RunFacts`; "gallery" is of one run.
 SECTIONS = (
     ("summary", "Summary", overview.summary),
     ("run", "What was run", overview.what_was_run),
-    ("curves", "Curves", overview.curves),
-    ("timing", "Time and memory", overview.timing),
-    ("warnings", "Warnings", overview.warnings),
+    ("curves", "Curves", training.curves),
+    ("scores", "AP", scores.ap_tables),
+    ("precision-recall", "Precision and recall", detections.precision_recall),
+    ("errors", "Errors", detections.error_costs),
+    ("confusion", "Confusion", detections.confusion),
+    ("calibration", "Calibration", detections.calibration),
+    ("thresholds", "Thresholds", detections.thresholds),
+    ("groups", "Size and crowdedness", detections.groups),
+    ("gallery", "Best and worst images", gallery.gallery),
+    ("timing", "Time and memory", training.timing),
+    ("warnings", "Warnings", training.warnings),
 )
 
 
@@ -37,7 +45,11 @@ def build_report(folders, output):
     require_matplotlib()
     names = run_names(folders)
     runs = [gather(f, n, i) for i, (f, n) in enumerate(zip(folders, names, strict=True))]
-    sections = [(id_, title, _section(title, make, runs)) for id_, title, make in SECTIONS]
+    sections = [
+        (id_, title, _section(title, make, runs))
+        for id_, title, make in SECTIONS
+        if len(runs) == 1 or id_ != "gallery"
+    ]
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     title = names[0] if len(names) == 1 else f"{len(names)} runs compared"
     text = page(title, f"Report of {now}, by plaintrain {plaintrain.__version__}", sections)

@@ -1,10 +1,11 @@
 """What a report is made of: the facts of each run, and what there is to know about its detections."""
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 
 from plaintrain import run_folder, run_log
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,8 @@ class RunFacts:
         color: its number in every picture.
         metrics, state, config, starts, ends, warnings, results: what `run_folder` reads.
         test_sets: names.
-        problems: {dataset: why it cannot be read here}.
+        problems: {dataset: why it cannot be read, or analysed, here}.
+        analyses: {test set: what `evaluation.analysis.analyze` gives}, of those that could be analysed.
     """
 
     name: str
@@ -33,6 +35,7 @@ class RunFacts:
     results: dict
     test_sets: list
     problems: dict = field(default_factory=dict)
+    analyses: dict = field(default_factory=dict)
 
     @property
     def train_sets(self):
@@ -62,6 +65,9 @@ def gather(folder, name, color=0):
         test_sets=run_folder.test_sets(folder),
     )
     _declare(run)
+    for dataset in run.test_sets:
+        if dataset not in run.problems:
+            _analyze(run, dataset)
     return run
 
 
@@ -76,3 +82,38 @@ def _declare(run):
                 declare_dataset(name, declared[name])
             except UserError as e:
                 run.problems[name] = str(e)
+
+
+def _analyze(run, dataset):
+    """Analyse a test set's predictions, or note why that cannot be done."""
+    from plaintrain.evaluation.analysis import analyze
+
+    path = run_folder.predictions_path(run.folder, dataset)
+    if path is None:
+        run.problems[dataset] = (
+            f"{run.folder} holds no predictions for {dataset}; the next evaluation writes them, also that of "
+            f"scripts/test_net.py --config-file {run.folder}/config.yaml --resume"
+        )
+        return
+    sigmas = run.config.get("TEST", {}).get("KEYPOINT_OKS_SIGMAS") or ()
+    try:
+        # Scoring says what it scores with, which nobody has asked for here.
+        with _quiet():
+            run.analyses[dataset] = analyze(dataset, path, kpt_oks_sigmas=sigmas)
+    except UserError as e:
+        run.problems[dataset] = str(e)
+    except Exception as e:
+        logger.warning(f"the predictions of {run.folder} for {dataset} could not be analysed", exc_info=True)
+        run.problems[dataset] = f"its predictions could not be analysed: {type(e).__name__}: {first_line(e)}"
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Hold back what plaintrain logs as information."""
+    package = logging.getLogger("plaintrain")
+    before = package.level
+    package.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        package.setLevel(before)

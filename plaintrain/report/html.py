@@ -134,10 +134,11 @@ def grid(figures):
 
 
 def picture(jpeg, alternative, caption=""):
-    """A JPEG, bytes, within the page."""
+    """A JPEG, bytes, within the page; a click enlarges it."""
     data = base64.b64encode(jpeg).decode()
     image = Html(f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(alternative)}">')
-    return tag("figure", image, *([tag("figcaption", caption)] if caption else []))
+    button = tag("button", image, type="button", class_="zoom", title="Enlarge")
+    return tag("figure", button, *([tag("figcaption", caption)] if caption else []))
 
 
 def details(summary, *content, is_open=False):

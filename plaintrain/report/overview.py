@@ -3,19 +3,15 @@
 import datetime
 import math
 import os
-import statistics
 
 from plaintrain.changes import flatten
 from plaintrain.config import get_cfg
-from plaintrain.curves import panels
-from plaintrain.plots import PALETTE, curve_figure, svg_text
+from plaintrain.plots import PALETTE
 from plaintrain.report.html import (
     Cell,
     cards,
     details,
     facts,
-    figure,
-    grid,
     join,
     note,
     score,
@@ -25,10 +21,8 @@ from plaintrain.report.html import (
 )
 from plaintrain.run_folder import seconds_left, split_result
 
-# Weight of the smoothed line of a long curve.
-_SMOOTHING = 0.6
-# Differences that are shown at once, and warnings at all.
-_AT_ONCE, _MOST_WARNINGS = 25, 100
+# Differences that are shown at once.
+_AT_ONCE = 25
 # Of the place, not of the run.
 _OF_THE_PLACE = ("OUTPUT_DIR",)
 
@@ -90,7 +84,7 @@ def summary(runs):
     seconds = training_seconds(run)
     if seconds is not None:
         items.append(("training", duration(seconds), f"{run.state.iteration + 1:,} iterations"))
-    parts = [tag("p", badge, " ", words), cards(items[:8])]
+    parts = [tag("p", badge, " ", words), cards(items[:8]), facts(_what_it_is(run))]
     best = _best(run)
     if best:
         parts.append(tag("p", best))
@@ -99,6 +93,20 @@ def summary(runs):
             note("There are no scores yet: the first evaluation (TEST.EVAL_PERIOD, or the end) makes them.")
         )
     return join(parts)
+
+
+def _what_it_is(run):
+    """The model and the data, in a few words."""
+    model = run.config.get("MODEL", {})
+    parts = [model.get("META_ARCHITECTURE"), model.get("BACKBONE", {}).get("NAME"), model.get("WEIGHTS")]
+    yield "model", ", ".join(part for part in parts if part)
+    yield "trained on", ", ".join(run.train_sets)
+    for name in run.test_sets:
+        a = run.analyses.get(name)
+        counts = (
+            f": {a['images']:,} images, {a['objects']:,} objects, {a['detections']:,} detections" if a else ""
+        )
+        yield "tested on", name + counts
 
 
 def _best(run):
@@ -216,84 +224,3 @@ def _config_of_several(runs):
     if not rows:
         return tag("p", "The configs are equal, but for OUTPUT_DIR.")
     return table(["key", *(run.name for run in runs)], rows)
-
-
-def curves(runs):
-    """The metrics over the iterations."""
-    found = panels({run.name: run.metrics for run in runs})
-    if not found:
-        return note("metrics.json holds no values yet: the first come after LOG_PERIOD iterations.")
-    figures = []
-    for i, panel in enumerate(found):
-        remark = "logarithmic" if panel["log"] else ""
-        svg = svg_text(curve_figure(panel, _SMOOTHING), f"curve{i}")
-        figures.append(figure(svg, panel["title"], remark))
-    lead = "Faint: as logged; strong: smoothed. Scores, learning rate and momentum are as they are."
-    return join([tag("p", lead, class_="lead"), grid(figures)])
-
-
-def timing(runs):
-    """Where the time went, and the memory."""
-    rows = []
-    for run in runs:
-        seconds, data = _median(run, "time"), _median(run, "data_time")
-        images = run.config.get("SOLVER", {}).get("IMS_PER_BATCH")
-        rows.append(
-            [
-                run_label(run) if len(runs) > 1 else run.name,
-                seconds,
-                data,
-                100 * data / seconds if seconds and data is not None else None,
-                images / seconds if seconds and images else None,
-                Cell(duration(training_seconds(run)), training_seconds(run)),
-                max(run.metrics.get("max_mem", ((), (None,)))[1], default=None),
-            ]
-        )
-    columns = [
-        "run",
-        "s per iteration",
-        "s waiting for data",
-        "% waiting",
-        "images per s",
-        "training",
-        "peak memory (MiB)",
-    ]
-    parts = [table(columns, rows, sortable=len(runs) > 1)]
-    if not any(run.metrics.get("time") for run in runs):
-        parts = [note("metrics.json has no times yet.")]
-    lead = "Medians over the iterations. Evaluations and saves are not counted."
-    return join([tag("p", lead, class_="lead"), *parts])
-
-
-def _median(run, name):
-    values = [v for v in run.metrics.get(name, ((), ()))[1] if math.isfinite(v)]
-    return statistics.median(values) if values else None
-
-
-def warnings(runs):
-    """What was logged as a warning or worse."""
-    parts = []
-    for run in runs:
-        rows = [
-            [
-                w["level"],
-                tag("span", _first_lines(w["text"])),
-                w["count"],
-                w["first"],
-                w["last"],
-                ", ".join(w["files"]),
-            ]
-            for w in run.warnings[:_MOST_WARNINGS]
-        ]
-        parts += [tag("h3", run_label(run))] if len(runs) > 1 else []
-        if rows:
-            parts.append(table(["level", "text", "times", "first", "last", "file"], rows))
-        else:
-            parts.append(tag("p", "Nothing was logged as a warning."))
-        if len(run.warnings) > _MOST_WARNINGS:
-            parts.append(note(f"And {len(run.warnings) - _MOST_WARNINGS} more, see log.txt."))
-    return join(parts)
-
-
-def _first_lines(text, most=500):
-    return text if len(text) <= most else text[:most] + " …"

@@ -44,6 +44,20 @@ for (const table of document.querySelectorAll("table.sortable"))
   [...table.tHead.rows[0].cells].forEach((head, column) =>
     head.querySelector("button").addEventListener("click", () => sort(table, column, head)));
 
+// A click on a picture shows it and its neighbour large.
+const dialog = document.createElement("dialog");
+document.body.append(dialog);
+dialog.addEventListener("click", (event) => { if (event.target.tagName !== "IMG") dialog.close(); });
+for (const button of document.querySelectorAll(".zoom"))
+  button.addEventListener("click", () => {
+    const pair = button.closest(".pair"), close = document.createElement("button");
+    const images = document.createElement("div");
+    close.textContent = "Close";
+    images.append(...[...pair.querySelectorAll("img")].map((image) => image.cloneNode()));
+    dialog.replaceChildren(close, pair.querySelector("p").cloneNode(true), images);
+    dialog.showModal();
+  });
+
 // The section that is in view.
 const links = new Map([...document.querySelectorAll("nav a")].map((a) => [a.hash.slice(1), a]));
 const seen = new IntersectionObserver((entries) => {

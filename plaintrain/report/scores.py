@@ -25,10 +25,11 @@ def ap_tables(runs):
     for dataset, task in dict.fromkeys((d, t) for run in runs for d, t, _ in main_scores(run)):
         found = [run.results.get(dataset, {}).get(task, {}) for run in runs]
         parts.append(tag("h3", f"{task} on {dataset}"))
-        parts.append(_main_table(runs, found))
+        tables = [_main_table(runs, found)]
         classes = [n for n in dict.fromkeys(n for scores in found for n in scores) if n.startswith("AP-")]
         if classes:
-            parts.append(_class_table(runs, found, classes, dataset))
+            tables.append(_class_table(runs, found, classes, dataset, task))
+        parts.append(tag("div", *tables, class_="beside"))
     if not parts:
         return note(
             "No evaluation has been made yet: TEST.EVAL_PERIOD says how often, and the end of the training "
@@ -52,8 +53,13 @@ def _columns(runs):
     return [run.name for run in runs] if len(runs) > 1 else ["score"]
 
 
-def _class_table(runs, found, classes, dataset):
+def _class_table(runs, found, classes, dataset, task):
     """By class; of one run with what the analysis knows of each."""
+    if len(runs) == 1 and dataset in runs[0].analyses:
+        names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+        known = runs[0].analyses[dataset]["per_class"].get(task, [])
+        rows = [[row["name"], row["objects"], *(score_cell(row[n]) for n in names)] for row in known]
+        return table(["class", "objects", *names], rows, f"AP by class on {dataset}")
     rows = []
     for name in classes:
         values = [scores.get(name) for scores in found]

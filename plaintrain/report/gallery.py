@@ -1,0 +1,130 @@
+"""The section of images: where the detections are best and worst, beside what is there."""
+
+import io
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.data.images import read_image
+from plaintrain.evaluation.errors import match_image
+from plaintrain.evaluation.predictions import read_detections
+from plaintrain.report.detections import by_dataset
+from plaintrain.report.html import join, note, picture, tag
+from plaintrain.utils.errors import UserError
+from plaintrain.visualize import draw_instances, record_instances, scale_to, skeleton_of
+
+# Images of each kind; the longer side of each, pixels.
+_NUMBERS, _SIDE, _QUALITY = {"worst": 8, "best": 4}, 480, 80
+# With more instances only those that are not right have a label.
+_LABELLED = 12
+_COLORS = {
+    "correct": (42, 157, 82),
+    "localisation": (226, 113, 29),
+    "class": (194, 71, 155),
+    "both": (138, 99, 210),
+    "duplicate": (59, 125, 216),
+    "background": (217, 45, 45),
+    "ignored": (130, 140, 150),
+}
+_STATES = {"found": "correct", "erroneous": "localisation", "missed": "background", "crowd": "ignored"}
+_WORDS = {
+    "correct": "right, or found",
+    "localisation": "placed poorly, or found only wrongly",
+    "class": "another class",
+    "both": "another class, placed poorly",
+    "duplicate": "found twice",
+    "background": "nothing there, or missed",
+}
+
+
+def gallery(runs):
+    """The images with the lowest and the highest F1."""
+
+    def make(dataset, analysed):
+        ((run, analysis),) = analysed
+        detections = read_detections(analysis["predictions"], dataset)
+        parts = []
+        for which, number in _NUMBERS.items():
+            entries = analysis["gallery"][which][:number]
+            pairs = [_pair(dataset, entry, detections, analysis["settings"]) for entry in entries]
+            parts.append(tag("h3", f"{which.capitalize()} on {dataset}"))
+            parts.append(tag("div", *pairs, class_="gallery") if pairs else note("There are none."))
+        return parts
+
+    marks = [
+        tag("span", tag("span", class_="swatch", style=f"background:rgb{_COLORS[kind]}"), words)
+        for kind, words in _WORDS.items()
+    ]
+    lead = "By F1 of the detections above the score threshold. First what is there, then what is found."
+    return join([tag("p", lead, class_="lead"), tag("p", *marks, class_="legend"), by_dataset(runs, make)])
+
+
+def _pair(dataset, entry, detections, settings):
+    name = os.path.basename(entry["file_name"])
+    wrong = sum(entry[kind] for kind in _COLORS if kind not in ("correct", "ignored"))
+    objects = entry["found"] + entry["erroneous"] + entry["missed"]
+    words = f"F1 {entry['f1']:.2f}: {entry['found']} of {objects} objects found, {wrong} wrong detections"
+    head = tag("p", tag("strong", name), " ", words)
+    try:
+        truth, found = _draw(dataset, entry["index"], detections, settings)
+    except UserError as e:
+        return tag("div", head, note(f"It cannot be drawn: {e}"), class_="pair")
+    pictures = [
+        picture(_jpeg(truth), f"{name}, what is there", "what is there"),
+        picture(_jpeg(found), f"{name}, what is found", "what is found"),
+    ]
+    return tag("div", head, tag("div", *pictures), class_="pair")
+
+
+def _draw(dataset, index, detections, settings):
+    """The image twice: with its objects, and with its detections above the threshold."""
+    record, metadata = DatasetCatalog.get(dataset)[index], MetadataCatalog.get(dataset)
+    image, truth = read_image(record["file_name"]), record_instances(record)
+    found = _instances(detections, index, settings["score_threshold"], record)
+    objects = {"boxes": truth["boxes"], "labels": truth["labels"], "crowd": truth["crowds"]}
+    matches = match_image(objects, found, settings["iou_threshold"])
+    kinds = [[_STATES[state] for state in matches.states], matches.kinds.tolist()]
+    drawn = []
+    for instances, of_each in zip((truth, found), kinds, strict=True):
+        scaled, instances = scale_to(image, instances, min(_SIDE, 2 * max(image.shape[-2:])))
+        captions = _captions(instances, of_each, metadata.thing_classes)
+        colors = [_COLORS[kind] for kind in of_each]
+        options = {"captions": captions, "colors": colors, "skeleton": skeleton_of(metadata)}
+        drawn.append(draw_instances(scaled, instances, metadata.thing_classes, **options))
+    return drawn
+
+
+def _instances(detections, index, threshold, record):
+    """The detections of an image with at least a score, as `visualize` takes them."""
+    rows = detections.rows
+    places = np.flatnonzero((rows[:, 0] == index) & (rows[:, 5] >= threshold))
+    found = {
+        "boxes": torch.from_numpy(rows[places, 1:5]).float(),
+        "scores": torch.from_numpy(rows[places, 5]).float(),
+        "labels": torch.from_numpy(rows[places, 6]).long(),
+    }
+    if detections.masks is not None:
+        size = [record["height"], record["width"]]
+        masks = [coco_mask.decode({"size": size, "counts": detections.masks[i]}) for i in places]
+        found["masks"] = torch.from_numpy(np.array(masks).reshape(-1, *size)).bool()
+    if detections.keypoints is not None:
+        found["keypoints"] = torch.from_numpy(detections.keypoints[places]).float()
+    return found
+
+
+def _captions(instances, kinds, class_names):
+    names = [class_names[label] for label in instances["labels"].tolist()]
+    if "scores" in instances:
+        names = [f"{n} {s:.2f}" for n, s in zip(names, instances["scores"].tolist(), strict=True)]
+    few = len(names) <= _LABELLED
+    return [n if few or kind != "correct" else "" for n, kind in zip(names, kinds, strict=True)]
+
+
+def _jpeg(image):
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=_QUALITY)
+    return file.getvalue()
