@@ -40,17 +40,18 @@ def xy_figure(lines, x_label, y_label, *, limits=None, diagonal=False):
     return figure
 
 
-def bar_figure(names, series, x_label, *, most=30):
+def bar_figure(names, series, x_label, *, colors=None, most=30):
     """Horizontal bars, of one kind or of several beside each other, with their values written out.
 
     Args:
         names: one for each group of bars, from the top.
         series: {label: values}; NaN or None is no bar.
         x_label: text of the axis.
+        colors: a number for each of the series; default 0, 1, ...
         most: groups that are drawn; the others are left out.
     """
     names = [str(name) for name in names][:most]
-    height = 0.8 / len(series)
+    height, colors = 0.8 / len(series), range(len(series)) if colors is None else colors
     with styled():
         figure, axes = new_figure((SIZE[0], 0.9 + len(names) * max(0.3, 0.2 * len(series))))
         ax = axes[0, 0]
@@ -58,7 +59,8 @@ def bar_figure(names, series, x_label, *, most=30):
             values = [math.nan if v is None else v for v in values][:most]
             places = [n + height * (i - (len(series) - 1) / 2) for n in range(len(names))]
             shown = [0 if math.isnan(v) else v for v in values]
-            bars = ax.barh(places, shown, height * 0.92, color=PALETTE[i % len(PALETTE)], label=label)
+            color = PALETTE[colors[i] % len(PALETTE)]
+            bars = ax.barh(places, shown, height * 0.92, color=color, label=label)
             ax.bar_label(bars, ["" if math.isnan(v) else _number(v) for v in values], padding=3, fontsize=9)
         ax.set_yticks(range(len(names)), [_cut(name) for name in names])
         ax.invert_yaxis()
@@ -78,7 +80,7 @@ def _cut(name, most=24):
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def histogram_figure(edges, series, x_label, y_label, *, log_x=False):
+def histogram_figure(edges, series, x_label, y_label, *, log_x=False, colors=None):
     """Counts in bins as outlines with a light fill, one or several.
 
     Args:
@@ -86,12 +88,14 @@ def histogram_figure(edges, series, x_label, y_label, *, log_x=False):
         series: {label: N counts}.
         x_label, y_label: text of the axes.
         log_x: a logarithmic x axis.
+        colors: a number for each of the series; default 0, 1, ...
     """
+    colors = range(len(series)) if colors is None else colors
     with styled():
         figure, axes = new_figure()
         ax = axes[0, 0]
-        for i, (label, counts) in enumerate(series.items()):
-            color = PALETTE[i % len(PALETTE)]
+        for number, (label, counts) in zip(colors, series.items(), strict=True):
+            color = PALETTE[number % len(PALETTE)]
             ax.stairs(counts, edges, fill=True, color=color, alpha=0.25)
             ax.stairs(counts, edges, color=color, label=label, linewidth=1.4)
         if log_x:

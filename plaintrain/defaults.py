@@ -13,6 +13,8 @@ _C.OUTPUT_DIR = "./output"
 _C.OUTPUT = CN()
 # Where losses, times and results go: console, json (metrics.json), csv (metrics.csv), tensorboard.
 _C.OUTPUT.WRITERS = ("console", "json", "tensorboard")
+# Make OUTPUT_DIR/report.html at the end of training, if matplotlib is installed.
+_C.OUTPUT.REPORT = True
 # Seed of weights, sample order and augmentation; -1 draws one, logs it and keeps it on resume.
 _C.SEED = -1
 # Let cuDNN time its algorithms for every new input size: pays off when sizes repeat.

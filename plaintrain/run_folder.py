@@ -118,7 +118,7 @@ def read_config_tree(folder):
 
 
 def read_starts(folder):
-    """How the run was started, and resumed: dicts as `starts` of run.json; from log.txt without that.
+    """How the run was started, and resumed: the `starts` of run.json (`run_facts`); without it from log.txt.
 
     From the log there are only `command` (one string in a list), `started` (as the log has it),
     `environment` and `world_size`.
@@ -141,13 +141,6 @@ def read_starts(folder):
             command = [text.removeprefix("command line: ")]
             starts.append({"command": command, "started": record.time, **environment})
     return starts
-
-
-def read_ends(folder):
-    """How the run ended: the dicts `ends` of run.json, [] without that."""
-    facts = _read_json(os.path.join(folder, "run.json"))
-    ends = facts.get("ends") if isinstance(facts, dict) else None
-    return [end for end in ends if isinstance(end, dict)] if isinstance(ends, list) else []
 
 
 def split_result(name):

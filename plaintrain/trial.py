@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _DRY_RUN = {
     "LOG_PERIOD": 1,
+    "OUTPUT.REPORT": False,
     "SOLVER.MAX_ITER": 2,
     "SOLVER.MAX_TIME": 0.0,
     "SOLVER.STEPS": (),

@@ -49,6 +49,7 @@ from plaintrain.evaluation import (
 from plaintrain.modeling import build_model, build_tta
 from plaintrain.nonfinite import build_step_guard
 from plaintrain.precision import build_amp, build_autocast, check_finite
+from plaintrain.report.after_training import make_report_if_wanted
 from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from plaintrain.trial import finish_dry_run
 from plaintrain.utils import comm
@@ -247,6 +248,7 @@ def main(args):
         results = do_test(cfg, model)
     else:
         results = do_train(cfg, create_ddp_model(model), resume=args.resume)
+        make_report_if_wanted(cfg)
     if args.dry_run:
         resumed = do_train(cfg, create_ddp_model(build_model(cfg)), resume=True)
         finish_dry_run(cfg, results, resumed)

@@ -5,7 +5,7 @@ import logging
 
 import plaintrain
 from plaintrain.plots import require_matplotlib
-from plaintrain.report import detections, gallery, overview, scores, training
+from plaintrain.report import detections, gallery, groups, overview, scores, training
 from plaintrain.report.gather import gather
 from plaintrain.report.html import note, page
 from plaintrain.run_folder import run_names
@@ -23,9 +23,9 @@ SECTIONS = (
     ("precision-recall", "Precision and recall", detections.precision_recall),
     ("errors", "Errors", detections.error_costs),
     ("confusion", "Confusion", detections.confusion),
-    ("calibration", "Calibration", detections.calibration),
-    ("thresholds", "Thresholds", detections.thresholds),
-    ("groups", "Size and crowdedness", detections.groups),
+    ("calibration", "Calibration", groups.calibration),
+    ("thresholds", "Thresholds", groups.thresholds),
+    ("groups", "Size and crowdedness", groups.groups),
     ("gallery", "Best and worst images", gallery.gallery),
     ("timing", "Time and memory", training.timing),
     ("warnings", "Warnings", training.warnings),

@@ -60,7 +60,13 @@ def gallery(runs):
         for kind, words in _WORDS.items()
     ]
     lead = "By F1 of the detections above the score threshold. First what is there, then what is found."
-    return join([tag("p", lead, class_="lead"), tag("p", *marks, class_="legend"), by_dataset(runs, make)])
+    return join(
+        [
+            tag("p", lead, class_="lead"),
+            tag("p", *marks, class_="legend"),
+            by_dataset(runs, make, headings=False),
+        ]
+    )
 
 
 def _pair(dataset, entry, detections, settings):

@@ -17,7 +17,7 @@ class RunFacts:
     Attributes:
         name, folder: what to call it, and where it is.
         color: its number in every picture.
-        metrics, state, config, starts, ends, warnings, results: what `run_folder` reads.
+        metrics, state, config, starts, warnings, results: what `run_folder` and `run_log` read.
         test_sets: names.
         problems: {dataset: why it cannot be read, or analysed, here}.
         analyses: {test set: what `evaluation.analysis.analyze` gives}, of those that could be analysed.
@@ -30,7 +30,6 @@ class RunFacts:
     state: run_folder.RunState
     config: dict
     starts: list
-    ends: list
     warnings: list
     results: dict
     test_sets: list
@@ -59,7 +58,6 @@ def gather(folder, name, color=0):
         state=run_folder.run_state(folder, metrics),
         config=run_folder.read_config_tree(folder),
         starts=run_folder.read_starts(folder),
-        ends=run_folder.read_ends(folder),
         warnings=run_log.read_warnings(folder),
         results=run_folder.read_results(folder, metrics),
         test_sets=run_folder.test_sets(folder),

@@ -40,6 +40,11 @@ def tag(name, *content, **attributes):
     return Html(f"<{name}{given}>{''.join(map(text, content))}</{name}>")
 
 
+def page_id(name):
+    """A name with letters, digits and hyphens only."""
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name)
+
+
 def join(parts):
     return Html("".join(map(text, parts)))
 
@@ -120,12 +125,12 @@ def cards(items):
     return tag("div", *parts, class_="cards")
 
 
-def figure(svg, title, description=""):
-    """A drawing (`<svg>` text) under its title."""
+def figure(svg, title, description="", wide=False):
+    """A drawing (`<svg>` text) under its title; a wide one needs more room than others."""
     label = html.escape(f"{title}. {description}" if description else title)
     svg = Html(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
     words = [tag("small", description)] if description else []
-    return tag("figure", tag("figcaption", title, *words), svg, class_="plot")
+    return tag("figure", tag("figcaption", title, *words), svg, class_="plot wide" if wide else "plot")
 
 
 def grid(figures):

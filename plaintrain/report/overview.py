@@ -167,12 +167,11 @@ def _one_start(run):
     changed = git.get("changed_files")
     if isinstance(changed, list):
         changed = f"{len(changed)}: {', '.join(map(str, changed[:10]))}" if changed else "none"
-    end = run.ends[-1] if run.ends else {}
     pairs = [
         ("folder", os.path.abspath(run.folder)),
         ("config file", start.get("config_file")),
         ("started", start.get("started")),
-        ("ended", end.get("ended")),
+        ("last line of metrics.json", _last_written(run)),
         ("resumed", f"{resumed} times, first started {run.starts[0].get('started')}" if resumed else ""),
         ("processes", start.get("world_size")),
         ("plaintrain", start.get("plaintrain")),
@@ -183,6 +182,14 @@ def _one_start(run):
     environment = start.get("environment") or {}
     yield tag("h3", "Versions and machine")
     yield facts(environment.items(), compact=True)
+
+
+def _last_written(run):
+    path = os.path.join(run.folder, "metrics.json")
+    if not os.path.isfile(path):
+        return ""
+    written = datetime.datetime.fromtimestamp(os.path.getmtime(path)).astimezone()
+    return written.isoformat(timespec="seconds")
 
 
 def _quoted(part):

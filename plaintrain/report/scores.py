@@ -58,8 +58,11 @@ def _class_table(runs, found, classes, dataset, task):
     if len(runs) == 1 and dataset in runs[0].analyses:
         names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
         known = runs[0].analyses[dataset]["per_class"].get(task, [])
-        rows = [[row["name"], row["objects"], *(score_cell(row[n]) for n in names)] for row in known]
-        return table(["class", "objects", *names], rows, f"AP by class on {dataset}")
+        there = [row for row in known if row["objects"]]
+        rows = [[row["name"], row["objects"], *(score_cell(row[n]) for n in names)] for row in there]
+        without = len(known) - len(there)
+        more = f"; {without} classes without objects are left out" if without else ""
+        return table(["class", "objects", *names], rows, f"AP by class on {dataset}{more}")
     rows = []
     for name in classes:
         values = [scores.get(name) for scores in found]

@@ -38,7 +38,7 @@ def timing(runs):
                 run_label(run) if len(runs) > 1 else run.name,
                 seconds,
                 data,
-                100 * data / seconds if seconds and data is not None else None,
+                round(100 * data / seconds, 2) if seconds and data is not None else None,
                 images / seconds if seconds and images else None,
                 Cell(duration(training_seconds(run)), training_seconds(run)),
                 max(run.metrics.get("max_mem", ((), (None,)))[1], default=None),
