@@ -118,10 +118,7 @@ def matrix_figure(matrix, row_names, column_names, x_label, y_label):
 
     counts = np.asarray(matrix, dtype=float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # One colour of growing opacity: it works on white and on black.
-    shades = np.zeros((*counts.shape, 4))
-    shades[..., :3] = [int(PALETTE[0][i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    shades[..., 3] = shares**0.6
+    shades = _shades(shares**0.6)
     few = max(counts.shape) <= 14
     side = max(3.0, 0.36 * len(row_names) + 1.3) if few else 0.21 * len(row_names) + 1.6
     with styled():
@@ -140,4 +137,29 @@ def matrix_figure(matrix, row_names, column_names, x_label, y_label):
                     j, i, f"{count:.0f}", ha="center", va="center", fontsize=9, alpha=1 if count else 0.35
                 )
         ax.set(xlabel=x_label, ylabel=y_label)
+    return figure
+
+
+def _shades(opacity):
+    """One colour of growing opacity, `[H, W, 4]`: it works on white and on black."""
+    import numpy as np
+
+    shades = np.zeros((*opacity.shape, 4))
+    shades[..., :3] = [int(PALETTE[0][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    shades[..., 3] = opacity
+    return shades
+
+
+def heat_figure(cells):
+    """Rows of counts, from the top, as a map of shades: the more, the darker."""
+    import numpy as np
+
+    counts = np.asarray(cells, dtype=float)
+    with styled():
+        figure, axes = new_figure()
+        ax = axes[0, 0]
+        ax.imshow(_shades(counts / max(counts.max(), 1)), interpolation="nearest", aspect="auto")
+        ax.grid(visible=False)
+        ax.set(xticks=[], yticks=[], xlabel="width", ylabel="height")
+        ax.spines[["top", "right"]].set_visible(True)
     return figure

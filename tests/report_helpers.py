@@ -1,14 +1,24 @@
 """A run's folder as a training leaves it, made in a moment: images are drawn, detections near objects."""
 
+import functools
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from plaintrain.config import get_cfg
 from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.data.images import read_image
+from plaintrain.data.serialized import SerializedRecords
 from plaintrain.data.write import category_ids
 from plaintrain.evaluation.coco_truth import box_xywh
+from plaintrain.report.build import build_report
+
+# What must never be taken for HTML.
+EVIL = "<script>alert(1)</script>\"'&"
 
 LOG = """\
 [11/27 05:46:56 plaintrain.engine] INFO: rank 0 of 2
@@ -79,3 +89,31 @@ def detections(dataset_name, seed=0):
             detection = {"image_id": record["image_id"], "category_id": ids[int(label)], "bbox": box}
             found.append({**detection, "score": float(rng.uniform(0.3, 1))})
     return found
+
+
+@functools.cache
+def full_report():
+    """The file of a report with all its sections, made once; all names in it hold `EVIL`."""
+    root = Path(tempfile.mkdtemp())
+    folder = make_run(root / "run", OUTPUT_DIR=EVIL)
+    start = {"command": ["python", f"a {EVIL}"], "started": "2026-11-27T07:30:00+00:00", "world_size": 2}
+    start |= {
+        "environment": {"torch": "9.9"},
+        "config_file": "my.yaml",
+        "changes": [["SOLVER.BASE_LR", 1, EVIL]],
+    }
+    start |= {"git": {"commit": "abc", "branch": EVIL, "changed_files": [EVIL]}}
+    (folder / "run.json").write_text(json.dumps({"starts": [start, start]}))
+    with (folder / "log.txt").open("a") as f:
+        f.write(f"[11/27 05:47:00 plaintrain] WARNING: {EVIL}\n")
+    with (folder / "metrics.json").open("a") as f:
+        f.write(json.dumps({"iteration": 100, EVIL: 3.0, f"report_val/bbox/AP-{EVIL}": 1.0}) + "\n")
+    MetadataCatalog.get("report_val").thing_classes = [f"{EVIL}{i}" for i in range(3)]
+    records = list(DatasetCatalog.get("report_val"))
+    for record in records:
+        path = root / f"{record['image_id']}<script>.png"
+        Image.fromarray(read_image(record["file_name"]).permute(1, 2, 0).numpy()).save(path)
+        record["file_name"] = str(path)
+    DatasetCatalog._loaded["report_val"] = SerializedRecords(records)
+    build_report([str(folder)], str(root / "report.html"))
+    return root / "report.html"

@@ -5,7 +5,7 @@ import logging
 
 import plaintrain
 from plaintrain.plots import require_matplotlib
-from plaintrain.report import detections, gallery, groups, overview, scores, training
+from plaintrain.report import datasets, detections, gallery, groups, overview, scores, training
 from plaintrain.report.gather import gather
 from plaintrain.report.html import note, page
 from plaintrain.run_folder import run_names
@@ -27,6 +27,7 @@ SECTIONS = (
     ("thresholds", "Thresholds", groups.thresholds),
     ("groups", "Size and crowdedness", groups.groups),
     ("gallery", "Best and worst images", gallery.gallery),
+    ("data", "Data", datasets.datasets),
     ("timing", "Time and memory", training.timing),
     ("warnings", "Warnings", training.warnings),
 )

@@ -19,7 +19,8 @@ class RunFacts:
         color: its number in every picture.
         metrics, state, config, starts, warnings, results: what `run_folder` and `run_log` read.
         test_sets: names.
-        problems: {dataset: why it cannot be read, or analysed, here}.
+        unreadable: {dataset: why its declaration cannot be used here}.
+        problems: {test set: why there is no analysis of it}.
         analyses: {test set: what `evaluation.analysis.analyze` gives}, of those that could be analysed.
     """
 
@@ -33,6 +34,7 @@ class RunFacts:
     warnings: list
     results: dict
     test_sets: list
+    unreadable: dict = field(default_factory=dict)
     problems: dict = field(default_factory=dict)
     analyses: dict = field(default_factory=dict)
 
@@ -79,7 +81,7 @@ def _declare(run):
             try:
                 declare_dataset(name, declared[name])
             except UserError as e:
-                run.problems[name] = str(e)
+                run.unreadable[name] = run.problems[name] = str(e)
 
 
 def _analyze(run, dataset):

@@ -1,0 +1,290 @@
+"""The HTML report: what it says, what it does without, and that nothing in it is taken for HTML."""
+
+import logging
+import os
+import re
+import runpy
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from report_helpers import EVIL, full_report, make_run
+
+from plaintrain.config import get_cfg
+from plaintrain.data import DatasetCatalog, MetadataCatalog
+from plaintrain.report import after_training, datasets, detections, groups, overview, training
+from plaintrain.report.build import SECTIONS, build_report
+from plaintrain.report.html import Cell, number, page, score, table, tag, text
+from plaintrain.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+_EMPTY = {"meta", "link", "img", "path", "use", "rect", "image", "br"}
+
+
+class Outline(HTMLParser):
+    """The text of each section, the elements by name, and what is not closed."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.sections, self.elements, self.wrong = [], {}, [], []
+        self.section = ""
+        self.feed(content)
+        self.wrong += self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag == "section":
+            self.section = dict(attrs)["id"]
+        if tag not in _EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag in _EMPTY:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data):
+        if self.section:
+            self.sections[self.section] = self.sections.get(self.section, "") + " " + data.strip()
+
+    def named(self, name):
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+
+def report_of(tmp_path, *folders):
+    path = tmp_path / "report.html"
+    build_report([str(f) for f in folders], str(path))
+    return Outline(path.read_text())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Sections without the drawing, which takes seconds."""
+    for module in (detections, groups, datasets, training):
+        monkeypatch.setattr(module, "svg_text", lambda figure, name: "<svg></svg>")
+        for name in [name for name in vars(module) if name.endswith("_figure")]:
+            monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
+
+
+def test_the_report_of_a_run_has_all_its_sections_filled():
+    found = Outline(full_report().read_text())
+    assert not found.wrong
+    assert list(found.sections) == [id_ for id_, *_ in SECTIONS]
+    assert not re.search("cannot be|could not be made", " ".join(found.sections.values()))
+    for section, words in {
+        "summary": ["200 of 200", "19.9", "20.9", "12 images", "GeneralizedRCNN"],
+        "run": ["torch", "9.9", "abc", "my.yaml", "SOLVER.BASE_LR", "1 times, first"],
+        "curves": ["learning rate", "AP by class", "loss"],
+        "scores": ["AP75", "–"],
+        "errors": ["localisation", "AP50 that mending it would gain"],
+        "confusion": ["found as", "background"],
+        "calibration": ["dashed: ideal"],
+        "thresholds": ["all, one threshold"],
+        "groups": ["Crowdedness"],
+        "gallery": ["F1", "what is found"],
+        "data": ["report_train", "train", "report_val", "test", "64 x 64", "Where the objects are"],
+        "timing": ["0.5", "32", "0:01:40"],
+        "warnings": ["3 boxes are odd", "2"],
+    }.items():
+        for word in words:
+            assert word in found.sections[section], (section, word)
+    images = found.named("img")
+    assert len(images) >= 4 and all(i["src"].startswith("data:image/jpeg;base64,") for i in images)
+    assert all(i["alt"] for i in images)
+    ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    # Nothing is fetched.
+    for name, attributes in found.elements:
+        for key in ("src", "href", "xlink:href"):
+            assert attributes.get(key, "#").startswith(("#", "data:")), (name, attributes[key][:80])
+    assert full_report().stat().st_size < 1e6
+
+
+def test_names_of_classes_and_files_are_text():
+    content = full_report().read_text()
+    found = Outline(content)
+    assert len(found.named("script")) == 1
+    for section in ("run", "curves", "scores", "confusion", "thresholds", "data", "warnings"):
+        assert EVIL in found.sections[section], section
+    assert "<script>.png" in found.sections["gallery"]
+    assert "<script>alert" not in content and "<script>.png" not in content
+
+
+def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run")
+    for name in ("metrics.json", "last_checkpoint"):
+        (folder / name).unlink()
+    (folder / "inference/report_val/coco_instances_results.json").unlink()
+    for name in ("log.txt", "log.txt.rank1"):
+        os.utime(folder / name, (0, 0))
+    found = report_of(tmp_path, folder)
+    assert "not trained" in found.sections["summary"] and "no scores yet" in found.sections["summary"]
+    assert "LOG_PERIOD" in found.sections["curves"]
+    assert "TEST.EVAL_PERIOD" in found.sections["scores"]
+    for section in ("errors", "confusion", "calibration", "thresholds", "groups", "gallery"):
+        assert "holds no predictions for report_val" in found.sections[section]
+        assert "scripts/test_net.py" in found.sections[section]
+    assert "3 boxes are odd" in found.sections["warnings"]
+
+
+def test_a_folder_with_only_a_log_has_a_report(tmp_path, undrawn):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.txt").write_text("no record\n")
+    found = report_of(tmp_path, folder)
+    assert not found.wrong and "no config.yaml" in found.sections["run"]
+    assert "names no test set" in found.sections["errors"]
+
+
+def test_a_dataset_that_is_not_here_costs_only_its_sections(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run")
+    config = (folder / "config.yaml").read_text()
+    missing = "{FORMAT: voc, ROOT: /nowhere, SPLIT: val}"
+    config = re.sub(r"report_val: \{.*?\}", f"report_val: {missing}", config, flags=re.S)
+    (folder / "config.yaml").write_text(config)
+    DatasetCatalog.remove("report_val")
+    MetadataCatalog.remove("report_val")
+    found = report_of(tmp_path, folder)
+    assert "/nowhere" in found.sections["errors"] and "/nowhere" in found.sections["gallery"]
+    assert "19.9" in found.sections["scores"]
+
+
+def test_a_section_that_fails_says_so_and_the_others_are_made(tmp_path, monkeypatch, log):
+    def broken(runs):
+        raise ZeroDivisionError("by <b>nothing</b>")
+
+    monkeypatch.setattr(
+        "plaintrain.report.build.SECTIONS", (("a", "A", broken), ("b", "B", overview.summary))
+    )
+    found = report_of(tmp_path, make_run(tmp_path / "run"))
+    assert "could not be made: ZeroDivisionError: by <b>nothing</b>" in found.sections["a"]
+    assert "Finished" in found.sections["b"]
+    assert "the section 'A' of the report could not be made" in log.text
+
+
+def test_several_runs_are_compared(tmp_path, undrawn):
+    one = make_run(tmp_path / "one")
+    two = make_run(tmp_path / "two", offset=5.0, seed=1, SOLVER__BASE_LR=0.25)
+    found = report_of(tmp_path, one, two)
+    assert not found.wrong
+    assert "gallery" not in found.sections
+    assert "SOLVER.BASE_LR" in found.sections["run"] and "0.25" in found.sections["run"]
+    assert "OUTPUT_DIR" not in found.sections["run"].split("Starts")[0]
+    for section in ("summary", "errors", "calibration", "thresholds", "timing", "warnings"):
+        assert "one" in found.sections[section] and "two" in found.sections[section], section
+    content = (tmp_path / "report.html").read_text()
+    scores = content[content.index('id="scores"') :]
+    # The better of both is marked.
+    assert re.search(
+        r'<td class="number" data-value="19.9">19.9</td><td class="number best" data-value="24.9">', scores
+    )
+
+
+def test_the_cells_of_a_table():
+    rows = [["a<", 1.5, Cell("10 s", 10)], [tag("b", "c"), None, Cell("–", None)]]
+    shown = table(["n<", "x", "y"], rows, caption="<c>")
+    assert '<th scope="col" class="number" aria-sort="none"><button type="button">x</button></th>' in shown
+    assert "<td>a&lt;</td>" in shown and "<td><b>c</b></td>" in shown
+    assert '<td class="number" data-value="10">10 s</td>' in shown and '<td class="number">–</td>' in shown
+    assert "<caption>&lt;c&gt;</caption>" in shown and 'aria-label="&lt;c&gt;"' in shown
+    assert "<button" not in table(["a"], [["b"]], sortable=False)
+
+
+@pytest.mark.parametrize(
+    "value, shown", [(1234567.0, "1,234,567"), (0.00012346, "0.0001235"), (0.5, "0.5"), (12.0, "12")]
+)
+def test_numbers_are_short(value, shown):
+    assert number(value) == text(value) == shown
+
+
+def test_scores_without_a_value_are_dashes():
+    assert [score(v) for v in (12.345, None, float("nan"))] == ["12.3", "–", "–"]
+    assert text(None) == text(float("inf")) == "–"
+
+
+def test_a_page_is_for_phones_and_has_a_language():
+    content = page("t<", "s", [("a", "A", tag("p", "x"))])
+    assert 'lang="en"' in content and "width=device-width" in content and "<title>t&lt;</title>" in content
+    assert "prefers-color-scheme: dark" in content and "http" not in content
+
+
+def script(*args):
+    names = runpy.run_path(str(ROOT / "scripts" / "report.py"), run_name="script")
+    import argparse
+
+    return names["main"](argparse.Namespace(**{"output": None, "debug": False, **dict(args)}))
+
+
+def test_the_script_writes_into_the_first_run_and_refuses_what_is_none(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.txt").write_text("")
+    assert script(("runs", [str(folder)])) == 0
+    assert str(folder / "report.html") in capsys.readouterr().out and (folder / "report.html").is_file()
+    assert script(("runs", [str(folder), str(tmp_path)])) == 2
+    assert "is no run's folder" in capsys.readouterr().err
+
+
+def finished_cfg(folder):
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(folder)
+    return cfg
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The folders that `build_report` was called for."""
+    folders = []
+    monkeypatch.setattr("plaintrain.report.build.build_report", lambda runs, output: folders.append(*runs))
+    return folders
+
+
+def test_a_finished_training_has_its_report(tmp_path, made, log):
+    folder = make_run(tmp_path / "run")
+    after_training.make_report_if_wanted(finished_cfg(folder))
+    assert made == [str(folder)] and "report.html" in log.text
+
+
+@pytest.mark.parametrize("why", ["off", "other rank", "stopped"])
+def test_no_report_is_made(tmp_path, made, monkeypatch, why):
+    folder = make_run(tmp_path / "run")
+    cfg = finished_cfg(folder)
+    cfg.OUTPUT.REPORT = why != "off"
+    monkeypatch.setattr("plaintrain.utils.comm.is_main_process", lambda: why != "other rank")
+    if why == "stopped":
+        (folder / "last_checkpoint").write_text("model_0000099.pth")
+    after_training.make_report_if_wanted(cfg)
+    assert made == []
+
+
+def test_a_training_does_not_fail_with_its_report(tmp_path, monkeypatch, log):
+    def broken(runs, output):
+        raise UserError("the disk is full")
+
+    folder = make_run(tmp_path / "run")
+    monkeypatch.setattr("plaintrain.report.build.build_report", broken)
+    after_training.make_report_if_wanted(finished_cfg(folder))
+    (record,) = [r for r in log.records if r.levelno == logging.WARNING]
+    assert "no report.html was made: UserError: the disk is full" in record.message
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path, made, monkeypatch, log):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    after_training.make_report_if_wanted(finished_cfg(make_run(tmp_path / "run")))
+    assert made == [] and 'pip install "plaintrain[plot]"' in log.text
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="needs matplotlib"):
+        build_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
+
+
+def test_the_report_does_not_change_torchs_generator(tmp_path, undrawn):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    report_of(tmp_path, make_run(tmp_path / "run"))
+    assert torch.equal(torch.get_rng_state(), before)
