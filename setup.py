@@ -17,6 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["plaintrain", "plaintrain.*"]),
+    package_data={"plaintrain.report": ["report.css", "report.js"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.9",

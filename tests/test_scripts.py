@@ -40,6 +40,7 @@ DATALOADER: {NUM_WORKERS: 0}
 SOLVER: {OPTIMIZER: AdamW, IMS_PER_BATCH: 4, BASE_LR: 0.002, STEPS: [], WARMUP_ITERS: 2,
   MAX_ITER: 12, CHECKPOINT_PERIOD: 5}
 LOG_PERIOD: 2
+OUTPUT: {REPORT: False}
 SEED: 3
 """
 
@@ -99,6 +100,7 @@ def test_a_run_leaves_everything_and_eval_only_and_resume_agree_with_it(config, 
     names = {path.name for path in out.iterdir()}
     assert {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "inference"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
+    assert "report.html" not in names
     assert {n for n in names if re.fullmatch(r"model_\d+\.pth", n)} == {"model_0000009.pth"}
     assert "AP50" in done.stdout and "eta:" in done.stdout and "Traceback" not in done.stderr
     lines = metrics(out)
@@ -237,8 +239,10 @@ def test_masks_and_keypoints_of_two_processes_are_scored_together(config, tmp_pa
 
 def test_two_processes_on_the_cpu_train_and_evaluate(config, tmp_path):
     out = tmp_path / "out"
-    done = train(config, out, "--num-gpus=2", "SOLVER.MAX_ITER", 4)
+    done = train(config, out, "--num-gpus=2", "SOLVER.MAX_ITER", 4, "OUTPUT.REPORT", True)
     assert (out / "log.txt.rank1").exists()
+    assert done.stdout.count("the report of this run is in") == 1
+    assert "Finished: 4 of 4 iterations" in (out / "report.html").read_text()
     assert "few_val/bbox/AP" in metrics(out)[-1] and "Traceback" not in done.stderr
     # The ranks split one batch: the same first loss but for the proposals that each rank samples.
     train(config, tmp_path / "one", "SOLVER.MAX_ITER", 4)
