@@ -40,7 +40,7 @@ def by_dataset(runs, make, headings=True):
 def precision_recall(runs):
     """Precision over recall, by class or by run."""
 
-    def make(dataset, analysed):
+    def _make(dataset, analysed):
         figures = []
         for task in _tasks(analysed, "curves"):
             for iou in ("0.50", "0.75"):
@@ -51,7 +51,7 @@ def precision_recall(runs):
                     figures.append(figure(svg, f"{task}, IoU {iou}", words))
         return [grid(figures)] if figures else [note(f"{dataset} has no objects, so there is no recall.")]
 
-    return by_dataset(runs, make)
+    return by_dataset(runs, _make)
 
 
 def _tasks(analysed, key):
@@ -84,7 +84,7 @@ def curve_line(label, x, y, color):
 def error_costs(runs):
     """How much AP each kind of error costs, and how often there is one."""
 
-    def make(dataset, analysed):
+    def _make(dataset, analysed):
         parts = []
         for task in _tasks(analysed, "errors"):
             found = [(run, a["errors"][task]) for run, a in analysed if task in a["errors"]]
@@ -105,7 +105,7 @@ def error_costs(runs):
         "changed (TIDE, Bolya et al. 2020). Counted are the detections above the score threshold with the "
         "best F1."
     )
-    return join([tag("p", lead, class_="lead"), by_dataset(runs, make, headings=False)])
+    return join([tag("p", lead, class_="lead"), by_dataset(runs, _make, headings=False)])
 
 
 def _kinds_table(found):
@@ -130,7 +130,7 @@ def _by_class(errors, dataset):
 def confusion(runs):
     """Which classes are taken for which."""
 
-    def make(dataset, analysed):
+    def _make(dataset, analysed):
         parts = []
         for run, analysis in analysed:
             found = analysis["confusion"]
@@ -147,7 +147,7 @@ def confusion(runs):
         return parts
 
     lead = "Shades: shares of a row. Background as a row: detections where nothing is; as a column: missed."
-    return join([tag("p", lead, class_="lead"), by_dataset(runs, make)])
+    return join([tag("p", lead, class_="lead"), by_dataset(runs, _make)])
 
 
 def _busiest(found):

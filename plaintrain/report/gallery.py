@@ -44,7 +44,7 @@ _WORDS = {
 def gallery(runs):
     """The images with the lowest and the highest F1."""
 
-    def make(dataset, analysed):
+    def _make(dataset, analysed):
         ((run, analysis),) = analysed
         detections = read_detections(analysis["predictions"], dataset)
         parts = []
@@ -64,7 +64,7 @@ def gallery(runs):
         [
             tag("p", lead, class_="lead"),
             tag("p", *marks, class_="legend"),
-            by_dataset(runs, make, headings=False),
+            by_dataset(runs, _make, headings=False),
         ]
     )
 

@@ -17,7 +17,7 @@ _GROUPS = {
 def calibration(runs):
     """Whether a score says how often a detection is right, and which threshold is best."""
 
-    def make(dataset, analysed):
+    def _make(dataset, analysed):
         lines, counts = [], {}
         for run, analysis in analysed:
             bins = analysis["calibration"]["bins"]
@@ -39,7 +39,7 @@ def calibration(runs):
         ]
         return [grid(figures)]
 
-    return by_dataset(runs, make)
+    return by_dataset(runs, _make)
 
 
 def _expected_error(run, analysis, name):
@@ -54,7 +54,7 @@ def _expected_error(run, analysis, name):
 def thresholds(runs):
     """The score threshold with the best F1, of each class."""
 
-    def make(dataset, analysed):
+    def _make(dataset, analysed):
         if len(analysed) > 1:
             return [_thresholds_of_several(dataset, analysed)]
         found = analysed[0][1]["thresholds"]
@@ -64,7 +64,7 @@ def thresholds(runs):
         return [table(["class", "threshold", "F1", "precision", "recall"], [overall, *rows])]
 
     lead = "Detections with at least this score have the best F1 (harmonic mean of precision and recall)."
-    return join([tag("p", lead, class_="lead"), by_dataset(runs, make)])
+    return join([tag("p", lead, class_="lead"), by_dataset(runs, _make)])
 
 
 def _rounded(value):
@@ -94,7 +94,7 @@ def _of_class(found, name):
 def groups(runs):
     """How many objects are found, by their size and shape and by what is around them."""
 
-    def make(dataset, analysed):
+    def _make(dataset, analysed):
         figures, tables = [], []
         for key, (title, words) in _GROUPS.items():
             bins = [a["breakdown"][key] for _, a in analysed]
@@ -119,7 +119,7 @@ def groups(runs):
         parts = [grid(figures)] if figures else [note(f"{dataset} has no objects.")]
         return parts + ([details("As tables", *tables)] if len(analysed) == 1 and tables else [])
 
-    return by_dataset(runs, make)
+    return by_dataset(runs, _make)
 
 
 def _group_table(title, bins):
