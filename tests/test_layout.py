@@ -132,7 +132,7 @@ def test_files_and_functions_are_short():
     lengths = {f"{path.name}:{node.name}": n for path, node, n in functions()}
     assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
     assert sum(lengths.values()) / len(lengths) <= 16
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in PACKAGE) <= 20_000
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in PACKAGE) <= 21_000
     assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in [*SCRIPTS, *SHARED]) <= 5_300
 
 
