@@ -97,6 +97,18 @@ def test_thresholds_are_reached_by_what_is_equal_to_them():
             kind(10, iou_threshold=thresholds[0], background_threshold=thresholds[1])
 
 
+def test_of_two_errors_the_first_of_the_kinds_counts():
+    # A place that is wrong, and on an object of another class; a duplicate on an object of another class.
+    objects = {
+        "boxes": [[0, 0, 10, 3], [0, 0, 10, 8], [20, 0, 30, 10], [20, 0, 30, 9]],
+        "labels": [0, 1, 0, 1],
+    }
+    found = {"boxes": [[0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 10]], "labels": [0, 0, 0]}
+    matches = match_image(objects, {**found, "scores": [0.9, 0.8, 0.7]})
+    assert matches.kinds.tolist() == ["localisation", "correct", "class"]
+    assert matches.objects.tolist() == [0, 2, 3] and matches.states.tolist()[0] == "erroneous"
+
+
 def test_a_detection_takes_the_best_object_that_is_left():
     objects = {"boxes": [[0, 0, 10, 10], [0, 0, 10, 8]], "labels": [0, 0]}
     found = {"boxes": [[0, 0, 10, 10]] * 3, "labels": [0] * 3, "scores": [0.5, 0.9, 0.4]}

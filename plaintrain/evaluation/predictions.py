@@ -119,15 +119,16 @@ def read_detections(path, dataset_name, parts=("masks", "keypoints")):
     """
     records, found, labels, given = _read_checked(path, dataset_name)
     rows, masks, points = [], [], []
-    for i, record in enumerate(records):
-        size = record["height"], record["width"]
-        for d in found.get(record["image_id"], ()):
-            x, y, width, height = d["bbox"]
-            rows.append([i, x, y, x + width, y + height, d["score"], labels[d["category_id"]]])
-            if "masks" in parts and "segmentation" in given:
-                masks.append(_rle(path, d, *size)["counts"])
-            if "keypoints" in parts and "keypoints" in given:
-                points.append(d["keypoints"])
+    with no_garbage_collection():
+        for i, record in enumerate(records):
+            size = record["height"], record["width"]
+            for d in found.get(record["image_id"], ()):
+                x, y, width, height = d["bbox"]
+                rows.append([i, x, y, x + width, y + height, d["score"], labels[d["category_id"]]])
+                if "masks" in parts and "segmentation" in given:
+                    masks.append(_rle(path, d, *size)["counts"])
+                if "keypoints" in parts and "keypoints" in given:
+                    points.append(d["keypoints"])
     rows, points = np.array(rows, dtype=np.float64), np.array(points, dtype=np.float64)
     keypoints = points.reshape(len(points), -1, 3) + _HALF if len(points) else None
     return Detections(rows.reshape(-1, 7), np.arange(len(records)), masks or None, keypoints)
