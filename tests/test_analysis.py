@@ -279,6 +279,16 @@ def test_an_analysis_agrees_with_the_evaluator_and_with_itself(tmp_path):
         assert sum(row[key] for row in errors["classes"]) == total
 
 
+def test_classes_keep_their_names_whatever_their_ids_in_the_files(tmp_path):
+    name = register([(0, A, 0, 0), (0, B, 1, 0)])
+    MetadataCatalog.get(name).set(thing_dataset_id_to_contiguous_id={9: 0, 3: 1})
+    detections = detections_of([(0, A, 0.9, 0)])
+    found = analysis_of(tmp_path, name, detections)
+    assert [row["AP"] for row in found["per_class"]["bbox"]] == [100, 0]
+    assert [row["0.50"][0] for row in found["curves"]["bbox"]["classes"]] == [1, 0]
+    assert COCOEvaluator(name).score(detections)["bbox"]["AP-c1"] == 0
+
+
 def test_a_given_score_threshold_and_iou_are_taken(tmp_path):
     name, _, detections = random_dataset(8)
     found = analysis_of(tmp_path, name, detections, score_threshold=0.8, iou_threshold=0.75, gallery=2)

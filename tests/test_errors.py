@@ -117,6 +117,9 @@ def test_a_detection_takes_the_best_object_that_is_left():
     assert matches.objects.tolist() == [1, 0, 0]
     assert matches.ious == pytest.approx([0.8, 1, 1])
     assert matches.detections.tolist() == [1, 0]
+    # Of two that it overlaps alike, COCO has the later one.
+    halves = {"boxes": [[0, 0, 10, 5], [0, 5, 10, 10]], "labels": [0, 0]}
+    assert match_image(halves, found).objects.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize(("num_objects", "num_found"), [(0, 0), (0, 2), (2, 0)])
