@@ -8,16 +8,16 @@ python scripts/export_model.py --config-file configs/quickstart.yaml --images ph
 python examples/predict_exported.py output/quickstart/model.onnx photo.jpg
 
 RUN_FOLDER is that of a run (OUTPUT_DIR), whose last checkpoint is taken (model_final.pth when it has ended)
-unless MODEL.WEIGHTS names another, or it is a checkpoint itself. --format onnx needs pip install "plaintrain[export]"; --format torch writes
-a program of torch.export (.pt2), which runs with torch and torchvision alone.
+unless MODEL.WEIGHTS names another, or it is a checkpoint itself. --format onnx needs pip install
+"plaintrain[export]"; --format torch writes a program of torch.export (.pt2), for torch and torchvision alone.
 
 What goes in: `images`, uint8 [batch, 3, height, width] in RGB, all of one size and resized already; the file
 says to which (min_size and max_size, or fixed_size). Normalising is inside. What comes out: num_detections
 [batch]; boxes [batch, D, 4] as x0, y0, x1, y1 in pixels of the image given, scores and labels [batch, D], of
 which an image's first num_detections count; masks [batch, D, M, M], probabilities inside each box;
 keypoint_maps [batch, D, keypoints, M, M], the heatmaps of each box. The number of images may vary, and their
-size too, but for SSD and SSDlite, which take INPUT.FIXED_SIZE; the sides of an image for a .pt2 must be longer
-than the model's coarsest stride (64, or 128 of RetinaNet and FCOS on ResNet).
+size too, but for SSD and SSDlite, which take INPUT.FIXED_SIZE. A .pt2 takes images whose sides are longer than
+the model's coarsest stride (64, or 128 of RetinaNet and FCOS on ResNet).
 
 The first --check images of DATASETS.TEST, or of --images, go through the file and the model. A file that is
 further off than --tolerance (boxes in pixels, scores, masks and heatmaps in their own units) is kept as
