@@ -66,7 +66,9 @@ def panels(runs, patterns=()):
         if len(runs) == 1:
             (series,) = runs.values()
             lines = [_line(_short(name, kind), series[name], i) for i, name in enumerate(names)]
-            found.append(_panel(title, kind, lines, legend=len(lines) > 1))
+            # One evaluation makes no curve.
+            if patterns or kind != "result" or any(len(line["x"]) > 1 for line in lines):
+                found.append(_panel(title, kind, lines, legend=len(lines) > 1))
             continue
         # The by-class scores of several runs are for tables.
         for name in names if patterns else _main(kind, names):

@@ -45,6 +45,7 @@ _STYLE = {
     # Names of classes and files are not TeX.
     "text.parse_math": False,
     "figure.constrained_layout.use": True,
+    **dict.fromkeys(("figure.constrained_layout.w_pad", "figure.constrained_layout.h_pad"), 0.07),
 }
 
 
@@ -98,6 +99,9 @@ def svg_text(figure, name):
     import matplotlib
 
     with styled(), matplotlib.rc_context({"svg.hashsalt": name}):
+        # Once is enough: left to itself it is laid out, and drawn, twice.
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine("none")
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]

@@ -24,6 +24,7 @@ FORBIDDEN = {
     "plaintrain.modeling": ["plaintrain.data", "plaintrain.utils.events", "plaintrain.utils.storage"],
     "plaintrain.data": ["plaintrain.modeling", "plaintrain.evaluation", "plaintrain.engine"],
     "plaintrain.evaluation": ["plaintrain.data.loader", "plaintrain.data.mapper", "plaintrain.modeling"],
+    "plaintrain.report": ["plaintrain.engine", "plaintrain.modeling", "plaintrain.data.loader"],
     "plaintrain.utils": [
         "plaintrain.data",
         "plaintrain.modeling",

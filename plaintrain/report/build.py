@@ -53,7 +53,8 @@ def build_report(folders, output):
     ]
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     title = names[0] if len(names) == 1 else f"{len(names)} runs compared"
-    text = page(title, f"Report of {now}, by plaintrain {plaintrain.__version__}", sections)
+    what = f"{', '.join(names)}: report" if len(names) > 1 else "Report"
+    text = page(title, f"{what} of {now}, by plaintrain {plaintrain.__version__}", sections)
     with atomic_write(output) as f:
         f.write(text)
 

@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.images import read_image
+from plaintrain.data.shapes import is_drawn
 from plaintrain.evaluation.errors import match_image
 from plaintrain.evaluation.predictions import read_detections
 from plaintrain.report.detections import by_dataset
@@ -70,7 +71,8 @@ def gallery(runs):
 
 
 def _pair(dataset, entry, detections, settings):
-    name = os.path.basename(entry["file_name"])
+    drawn = is_drawn(entry["file_name"])
+    name = f"image {entry['image_id']}" if drawn else os.path.basename(entry["file_name"])
     wrong = sum(entry[kind] for kind in _COLORS if kind not in ("correct", "ignored"))
     objects = entry["found"] + entry["erroneous"] + entry["missed"]
     words = f"F1 {entry['f1']:.2f}: {entry['found']} of {objects} objects found, {wrong} wrong detections"
