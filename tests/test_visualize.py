@@ -92,7 +92,7 @@ def test_labels_do_not_lie_upon_each_other():
 def test_masks_are_blended_small_ones_upon_large_ones_and_never_black():
     masks = torch.zeros(2, 120, 160, dtype=torch.uint8)
     masks[0, 10:50, :50], masks[1, 5:110, 5:150] = 1, 1
-    found = instances([[0, 10, 50, 50], [5, 5, 150, 110]], [0, 1], masks=masks)
+    found = instances([[0, 10, 50, 50], [3, 3, 152, 112]], [0, 1], masks=masks)
     image = draw_instances(GREY, found, NAMES, captions=["", ""])
     blended = [pytest.approx(0.6 * 128 + 0.4 * np.array(color), abs=2) for color in PALETTE[:2]]
     assert image[:, 30, 30].numpy() == blended[0] and image[:, 30, 5].numpy() == blended[0]
