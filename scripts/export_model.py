@@ -16,7 +16,7 @@ says to which (min_size and max_size, or fixed_size). Normalising is inside. Wha
 [batch]; boxes [batch, D, 4] as x0, y0, x1, y1 in pixels of the image given, scores and labels [batch, D], of
 which an image's first num_detections count; masks [batch, D, M, M], probabilities inside each box;
 keypoint_maps [batch, D, keypoints, M, M], the heatmaps of each box. The number of images may vary, and their
-size too, but for SSD and SSDlite, which take INPUT.FIXED_SIZE. A .pt2 takes images whose sides are longer than
+size too, but for SSD and SSDlite, which take INPUT.FIXED_SIZE. A .pt2 takes images with sides longer than
 the model's coarsest stride (64, or 128 of RetinaNet and FCOS on ResNet).
 
 The first --check images of DATASETS.TEST, or of --images, go through the file and the model. A file that is
