@@ -1,0 +1,133 @@
+"""README and guides: their commands, messages and examples are those of the project."""
+
+import ast
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from plaintrain.config import get_cfg
+from plaintrain.utils.events import EventStorage
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "examples/README.md"] if p.exists()]
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(path, language):
+    """The code blocks of a page."""
+    return re.findall(rf"```{language}\n(.*?)```", read(path), re.S)
+
+
+@cache
+def messages():
+    """The texts in the code; in the place of what a message fills in stands a zero character."""
+    found = []
+    for path in [*ROOT.glob("plaintrain/**/*.py"), *ROOT.glob("scripts/*.py")]:
+        tree = ast.parse(read(path))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def message_rows():
+    for line in read(ROOT / "docs" / "TROUBLESHOOTING.md").split("## No message")[0].splitlines():
+        match = re.match(r"\| `(.+?)`[^|`]*\| (.+) \|$", line)
+        if match:
+            yield match[1], match[2]
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    rows = list(message_rows())
+    assert len(rows) > 25
+    for message, _ in rows:
+        parts = [part.strip() for part in message.split("...") if part.strip()]
+        assert any(all(part in text for part in parts) for text in messages()), message
+
+
+def test_the_pages_name_keys_flags_and_files_that_exist():
+    cfg = get_cfg()
+
+    def has(key):
+        node = cfg
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                return False
+            node = node[part]
+        return True
+
+    for page in PAGES:
+        text = read(page)
+        spans = re.findall(r"`([^`\n]+)`", text)
+        keys = {m for span in spans for m in re.findall(r"\b(?:[A-Z][A-Z0-9_]+\.)+[A-Z][A-Z0-9_]+\b", span)}
+        if "FROM_" not in page.name:
+            wrong = [key for key in keys if not has(key)]
+            assert not wrong, (page.name, wrong)
+        for name in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / name).exists(), (page.name, name)
+
+
+def commands():
+    """(page, script, flags) of each command in the pages."""
+    for page in PAGES:
+        text = re.sub(r"\\\n\s*", " ", read(page))
+        for command in re.findall(r"python ((?:scripts|examples)/[\w/]+\.py[^\n`|#]*)", text):
+            script, *words = command.split()
+            yield page.name, script, [word.split("=")[0] for word in words if word.startswith("--")]
+
+
+def test_the_commands_of_the_pages_name_scripts_and_flags_that_exist():
+    found = list(commands())
+    assert len(found) > 30
+    common = read(ROOT / "plaintrain" / "arguments.py")
+    for page, script, flags in found:
+        assert (ROOT / script).is_file(), (page, script)
+        if script.endswith("scaling.py"):
+            continue  # makes its flags from a table
+        known = read(ROOT / script)
+        known += common if "default_argument_parser" in known else ""
+        # A benchmark's own flags stand in the file that it starts.
+        known += "".join(map(read, (ROOT / "scripts/benchmarks").glob("**/*.py"))) if "bench" in script else ""
+        assert [flag for flag in flags if f'"{flag}"' not in known] == [], (page, script)
+
+
+def test_the_writer_of_the_guide_sends_what_is_new_and_has_at_most_25_lines(monkeypatch):
+    sent, finished = [], []
+    run = SimpleNamespace(log=lambda row, step: sent.append((step, row)), finish=lambda: finished.append(1))
+    begun = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **known: begun.append(known) or run))
+    code, use = blocks(ROOT / "docs" / "WRITERS.md", "python")
+    assert len(code.splitlines()) + len(use.splitlines()) <= 25
+    names = {"cfg": get_cfg(), "writers": [], "comm": SimpleNamespace(is_main_process=lambda: True)}
+    exec(code, names)
+    exec(use, names)
+    (writer,) = names["writers"]
+    with EventStorage() as storage:
+        storage.put_scalars(total_loss=2.0, lr=0.5)
+        writer.write()
+        writer.write()
+        storage.iter = 3
+        storage.put_scalars(total_loss=1.0, **{"cells/bbox/AP": 40.0}, smoothing_hint=True)
+        writer.write()
+    writer.close()
+    assert sent == [(0, {"total_loss": 2.0, "lr": 0.5}), (3, {"total_loss": 1.5, "cells/bbox/AP": 40.0})]
+    assert begun[0]["project"] == "cells" and begun[0]["config"]["SEED"] == -1 and finished == [1]
+    main = read(ROOT / "scripts" / "plain_train_net.py")
+    assert "writers, stop = build_writers(cfg)" in main and "from plaintrain.utils import comm" in main
+
+
+@pytest.mark.parametrize("page", ["README.md"])
+def test_pictures_of_the_pages_are_small(page):
+    pictures = re.findall(r"(?:src=\"|\]\()(docs/images/[\w.-]+)", read(ROOT / page))
+    assert pictures
+    for name in pictures:
+        assert (ROOT / name).stat().st_size < 150_000, name
