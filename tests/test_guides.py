@@ -1,4 +1,7 @@
-"""README and guides: their commands, messages and examples are those of the project."""
+"""README and guides: their commands, messages, examples and files are those of the project.
+
+`python tests/test_guides.py` writes the README's tree anew, from the first sentence of each file.
+"""
 
 import ast
 import re
@@ -13,7 +16,16 @@ from plaintrain.config import get_cfg
 from plaintrain.utils.events import EventStorage
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "examples/README.md"] if p.exists()]
+PAGES = [
+    p
+    for p in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted(ROOT.glob("docs/*.md")),
+        ROOT / "examples/README.md",
+    ]
+    if p.exists()
+]
 
 
 def read(path):
@@ -44,6 +56,32 @@ def message_rows():
         match = re.match(r"\| `(.+?)`[^|`]*\| (.+) \|$", line)
         if match:
             yield match[1], match[2]
+
+
+def first_sentence(path):
+    """What a file says of itself, without addresses."""
+    paragraph = (ast.get_docstring(ast.parse(read(path))) or "").split("\n\n")[0].replace("\n", " ")
+    return re.sub(r" \(https?://[^)]+\)", "", paragraph)
+
+
+def tree():
+    """Every Python file of the project but the tests', one line each."""
+    lines = []
+    for folder in ("scripts", "scripts/benchmarks", "examples", "plaintrain", "plaintrain/*"):
+        for path in sorted(ROOT.glob(f"{folder}/*.py"), key=lambda path: (path.parent, path.name)):
+            if path.name == "__init__.py":
+                continue
+            if f"{path.parent.relative_to(ROOT)}/" not in lines:
+                lines.append(f"{path.parent.relative_to(ROOT)}/")
+            lines.append(f"  {path.name:<22} {first_sentence(path)}")
+    return "\n".join(lines)
+
+
+_TREE = re.compile(r"(<summary>Every file, one line each</summary>\n\n```\n)(.*?)(\n```)", re.S)
+
+
+def test_the_readme_has_a_line_for_every_file():
+    assert _TREE.search(read(ROOT / "README.md"))[2] == tree(), "run python tests/test_guides.py"
 
 
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
@@ -96,7 +134,9 @@ def test_the_commands_of_the_pages_name_scripts_and_flags_that_exist():
         known = read(ROOT / script)
         known += common if "default_argument_parser" in known else ""
         # A benchmark's own flags stand in the file that it starts.
-        known += "".join(map(read, (ROOT / "scripts/benchmarks").glob("**/*.py"))) if "bench" in script else ""
+        known += (
+            "".join(map(read, (ROOT / "scripts/benchmarks").glob("**/*.py"))) if "bench" in script else ""
+        )
         assert [flag for flag in flags if f'"{flag}"' not in known] == [], (page, script)
 
 
@@ -104,7 +144,9 @@ def test_the_writer_of_the_guide_sends_what_is_new_and_has_at_most_25_lines(monk
     sent, finished = [], []
     run = SimpleNamespace(log=lambda row, step: sent.append((step, row)), finish=lambda: finished.append(1))
     begun = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **known: begun.append(known) or run))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **known: begun.append(known) or run)
+    )
     code, use = blocks(ROOT / "docs" / "WRITERS.md", "python")
     assert len(code.splitlines()) + len(use.splitlines()) <= 25
     names = {"cfg": get_cfg(), "writers": [], "comm": SimpleNamespace(is_main_process=lambda: True)}
@@ -131,3 +173,9 @@ def test_pictures_of_the_pages_are_small(page):
     assert pictures
     for name in pictures:
         assert (ROOT / name).stat().st_size < 150_000, name
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    text = _TREE.sub(lambda m: m[1] + tree() + m[3], read(readme))
+    readme.write_text(text, encoding="utf-8")
