@@ -34,10 +34,13 @@ def settle_schedule(cfg, num_workers, iters_per_epoch):
             called only with SOLVER.MAX_EPOCHS.
 
     Raises:
-        UserError: both references, epochs without their number, a batch that cannot be scaled, or points
-            that are no schedule of momentum.
+        UserError: both references, epochs without their number, a batch that cannot be scaled, steps that are
+            no numbers, or points that are no schedule of momentum.
     """
     before, solver = cfg.clone(), cfg.SOLVER
+    for step in solver.STEPS:
+        if isinstance(step, bool) or not isinstance(step, int | float):
+            raise UserError(f"SOLVER.STEPS holds {step!r}, but must hold iterations")
     if solver.BY_EPOCH and not solver.MAX_EPOCHS:
         raise UserError("SOLVER.BY_EPOCH counts in epochs, but SOLVER.MAX_EPOCHS is 0: set their number")
     _scale(cfg, num_workers)

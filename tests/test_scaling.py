@@ -281,3 +281,12 @@ def test_negative_counts_are_left_to_be_refused():
     cfg.merge_from_list(["SOLVER.MAX_EPOCHS", 2, "SOLVER.BY_EPOCH", True, "TEST.EVAL_PERIOD", -1])
     settle_schedule(cfg, 1, lambda cfg: 5)
     assert cfg.TEST.EVAL_PERIOD == -1
+
+
+@pytest.mark.parametrize("step", ["a", None, True, [1]])
+def test_a_step_that_is_no_iteration_is_refused(step):
+    cfg = get_cfg()
+    cfg.SOLVER.STEPS = (5, step)
+    with pytest.raises(UserError) as error:
+        settle_schedule(cfg, 1, None)
+    assert str(error.value) == f"SOLVER.STEPS holds {step!r}, but must hold iterations"
