@@ -6,9 +6,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from script_helpers import help_flags
 
 from plaintrain.config import check_cfg, get_cfg, get_value
-from plaintrain.engine import default_argument_parser
 from plaintrain.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,13 +90,8 @@ def find(reference):
 @cache
 def flags(script=None):
     """The flags of a script; of all scripts, by default."""
-    shared = set(default_argument_parser()._option_string_actions)
     scripts = [script] if script else [f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")]
-    found = set()
-    for text in map(source, scripts):
-        found |= shared if "default_argument_parser(" in text else set()
-        found |= set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", text))
-    return found
+    return set().union(*map(help_flags, scripts))
 
 
 def wrong_key(key, value):
