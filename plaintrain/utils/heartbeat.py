@@ -25,7 +25,7 @@ def beat(extra=0.0):
 
 def rest():
     """No beat is expected until the next one."""
-    _Pulse.last = None
+    _Pulse.last, _Pulse.extra = None, 0.0
 
 
 def forgive(seconds):
