@@ -11,6 +11,7 @@ import torch
 from plaintrain import accumulation, checkpoint, config, data, engine, evaluation, precision, solver
 from plaintrain.data.shapes import CLASSES, load_shapes
 from plaintrain.modeling import build_model
+from plaintrain.report.after_training import make_report_if_wanted
 from plaintrain.utils import comm, events
 
 LEFT_OUT = """MODEL.EMA.ENABLED SOLVER.ACCUMULATE_STEPS SOLVER.AMP.ENABLED SOLVER.MAX_TIME SOLVER.ON_NONFINITE
@@ -72,10 +73,9 @@ def do_train(cfg, model, resume):
     parts = {"optimizer": optimizer, "scheduler": scheduler, "data_loader": loader}
     facts = {"config": cfg.dump(), "class_names": CLASSES}
     saver = checkpoint.build_periodic_checkpointer(cfg, model, parts, facts)
-    state = saver.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    state, start = saver.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume), time.perf_counter()
     first, max_iter, writers = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER, engine.build_writers(cfg)
     with events.EventStorage(first, state.get("log_window")) as storage, events.closing_all(writers), saver:
-        start = time.perf_counter()
         for iteration, samples in zip(range(first, max_iter), loader, strict=False):
             storage.iter, data_time = iteration, time.perf_counter() - start
             test = iteration == max_iter - 1 or events.every(cfg.TEST.EVAL_PERIOD, iteration)
@@ -112,6 +112,7 @@ def main(args):
     engine.default_setup(cfg, args)
     add_presence_loss(model := build_model(cfg), {})
     do_train(cfg, engine.create_ddp_model(model), args.resume)
+    make_report_if_wanted(cfg)
 
 
 if __name__ == "__main__":

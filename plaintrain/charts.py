@@ -6,7 +6,7 @@ Every function returns a matplotlib `Figure`, as those of `plaintrain.plots` do.
 import math
 
 from plaintrain.curves import thin
-from plaintrain.plots import INK, PALETTE, SIZE, draw_legend, log_scale, new_figure, styled
+from plaintrain.plots import INK, PALETTE, SIZE, draw_legend, new_figure, styled
 
 
 def xy_figure(lines, x_label, y_label, *, limits=None, diagonal=False):
@@ -80,14 +80,13 @@ def _cut(name, most=24):
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def histogram_figure(edges, series, x_label, y_label, *, log_x=False, colors=None):
+def histogram_figure(edges, series, x_label, y_label, *, colors=None):
     """Counts in bins as outlines with a light fill, one or several.
 
     Args:
         edges: N + 1 borders of the bins.
         series: {label: N counts}.
         x_label, y_label: text of the axes.
-        log_x: a logarithmic x axis.
         colors: a number for each of the series; default 0, 1, ...
     """
     colors = range(len(series)) if colors is None else colors
@@ -98,8 +97,6 @@ def histogram_figure(edges, series, x_label, y_label, *, log_x=False, colors=Non
             color = PALETTE[number % len(PALETTE)]
             ax.stairs(counts, edges, fill=True, color=color, alpha=0.25)
             ax.stairs(counts, edges, color=color, label=label, linewidth=1.4)
-        if log_x:
-            log_scale(ax.xaxis, ax.set_xscale)
         ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
         if len(series) > 1:
             draw_legend(ax, [{"label": label} for label in series])

@@ -151,7 +151,7 @@ def _draw_curves(ax, panel, smoothing):
         marker = "o" if is_result or len(x) == 1 else None
         ax.plot(x, y, dashes, color=color, marker=marker, markersize=4, label=line["label"])
     if panel["log"]:
-        log_scale(ax.yaxis, ax.set_yscale)
+        _log_scale(ax)
     # From the start, whatever came first: the pictures of a run have the same x axis.
     last = max((line["x"][-1] for line in panel["lines"]), default=0)
     ax.set_xlim(-0.03 * last, max(1.0, 1.03 * last))
@@ -161,16 +161,16 @@ def _draw_curves(ax, panel, smoothing):
         draw_legend(ax, panel["lines"])
 
 
-def log_scale(axis, set_scale):
-    """A logarithmic axis with plain numbers at its ticks: powers are TeX, which pages do not have."""
+def _log_scale(ax):
+    """A logarithmic y axis with plain numbers at its ticks: powers are TeX, which pages do not have."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    set_scale("log")
-    low, high = axis.get_view_interval()
+    ax.set_yscale("log")
+    low, high = ax.yaxis.get_view_interval()
     steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
-    axis.set_major_locator(LogLocator(subs=steps, numticks=7))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_locator(LogLocator(subs=steps, numticks=7))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _columns(lines):

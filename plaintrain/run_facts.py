@@ -10,13 +10,13 @@ import sys
 import plaintrain
 from plaintrain.changes import config_changes
 from plaintrain.config import get_cfg
+from plaintrain.run_folder import FACTS_FILE, recorded_starts
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.yaml_files import load_chain
 
-FACTS_FILE = "run.json"
 # For git in a large folder on a slow disk; a run can do without what it says.
 _GIT_SECONDS = 5
 
@@ -51,18 +51,7 @@ def write_run_facts(cfg, config_file):
         "changes": config_changes(_base(config_file).dump(), cfg.dump()),
     }
     with atomic_write(path) as f:
-        json.dump({"starts": [*read_starts(cfg.OUTPUT_DIR), start]}, f, indent=1)
-
-
-def read_starts(folder):
-    """The starts of the run in a folder, oldest first; [] where nothing is known of them."""
-    with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(folder, FACTS_FILE), encoding="utf-8") as f:
-            content = json.load(f)
-        starts = content.get("starts") if isinstance(content, dict) else None
-        if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
-            return starts
-    return []
+        json.dump({"starts": [*recorded_starts(cfg.OUTPUT_DIR), start]}, f, indent=1)
 
 
 def _base(config_file):

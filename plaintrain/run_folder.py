@@ -25,6 +25,7 @@ from plaintrain.utils.yaml_files import parse_yaml
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
 # Of a run on another machine, whose lock may not be seen here: how old its last line may be.
 _SILENT_SECONDS = 600
+FACTS_FILE = "run.json"
 _OF_A_RUN = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "inference")
 
 RunState = namedtuple("RunState", "name iteration max_iter")
@@ -117,17 +118,22 @@ def read_config_tree(folder):
     return {}
 
 
+def recorded_starts(folder):
+    """The `starts` of run.json (see `run_facts`), oldest first; [] where nothing is known of them."""
+    facts = _read_json(os.path.join(folder, FACTS_FILE))
+    starts = facts.get("starts") if isinstance(facts, dict) else None
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+
 def read_starts(folder):
     """How the run was started, and resumed: the `starts` of run.json (`run_facts`); without it from log.txt.
 
     From the log there are only `command` (one string in a list), `started` (as the log has it),
     `environment` and `world_size`.
     """
-    facts = _read_json(os.path.join(folder, "run.json"))
-    starts = facts.get("starts") if isinstance(facts, dict) else None
-    if isinstance(starts, list) and starts:
-        return [start for start in starts if isinstance(start, dict)]
-    starts, environment = [], {}
+    starts, environment = recorded_starts(folder), {}
+    if starts:
+        return starts
     for record in read_log(folder).get("log.txt", ()):
         text = record.text
         of_machine = re.match(r"rank \d+ of (\d+)\n", text)

@@ -14,6 +14,28 @@ a JSON: see `plaintrain.evaluation.analysis.analyze` for its keys.
 """
 
 import argparse
+
+if __name__ == "__main__":
+    # --help and a wrong flag are answered before the imports that take seconds.
+    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run (OUTPUT_DIR)")
+    parser.add_argument("--config-file", metavar="FILE", help="YAML config, instead of a run")
+    parser.add_argument("--dataset", metavar="NAME", help="which of several test sets")
+    parser.add_argument("--predictions", metavar="FILE", help="COCO results; default: the run's last ones")
+    parser.add_argument("--iou", type=float, default=0.5, help="what a correct detection has; default: 0.5")
+    parser.add_argument(
+        "--score-threshold", type=float, metavar="SCORE", help="of what is counted; default: the best F1"
+    )
+    parser.add_argument("--gallery", type=int, default=12, metavar="N", help="best and worst images to list")
+    parser.add_argument("--output", metavar="FILE", help="default: analysis.json beside the predictions")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    args = parser.parse_args()
+    if args.gallery < 0:
+        parser.error("--gallery is at least 0")
+    for flag, value in (("--iou", args.iou), ("--score-threshold", args.score_threshold)):
+        if value is not None and not 0 <= value <= 1:
+            parser.error(f"{flag} must be 0 to 1, not {value:g}")
+
 import os
 import sys
 
@@ -216,40 +238,9 @@ def choose_dataset(names):
     return names[0]
 
 
-def fraction(text):
-    """A number of 0 to 1 from the command line."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be 0 to 1, not {text}")
-    return value
-
-
-def parse_args(argv=None):
-    """The command line; mistakes in it exit with code 2."""
-    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run (OUTPUT_DIR)")
-    parser.add_argument("--config-file", metavar="FILE", help="YAML config, instead of a run")
-    parser.add_argument("--dataset", metavar="NAME", help="which of several test sets")
-    parser.add_argument("--predictions", metavar="FILE", help="COCO results; default: the run's last ones")
-    parser.add_argument(
-        "--iou", type=fraction, default=0.5, help="what a correct detection has; default: 0.5"
-    )
-    parser.add_argument(
-        "--score-threshold", type=fraction, metavar="SCORE", help="of what is counted; default: the best F1"
-    )
-    parser.add_argument("--gallery", type=int, default=12, metavar="N", help="best and worst images to list")
-    parser.add_argument("--output", metavar="FILE", help="default: analysis.json beside the predictions")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
-    args = parser.parse_args(argv)
-    if args.gallery < 0:
-        parser.error("--gallery is at least 0")
+if __name__ == "__main__":
     try:
         choose(args)
     except UserError as e:
         parser.error(str(e))
-    return args
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-    sys.exit(launch(main, args=(arguments,)))
+    sys.exit(launch(main, args=(args,)))

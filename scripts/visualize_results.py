@@ -44,7 +44,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 
 from plaintrain.config import get_cfg
 from plaintrain.data import MetadataCatalog
@@ -52,7 +51,7 @@ from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import class_names, select_classes
 from plaintrain.data.images import check_image_size, read_image
 from plaintrain.evaluation.errors import errors_of
-from plaintrain.evaluation.predictions import PREDICTIONS_FILE, read_detections
+from plaintrain.evaluation.predictions import PREDICTIONS_FILE, detections_of_image, read_detections
 from plaintrain.launch import launch
 from plaintrain.picture import check_picture_arguments, save_picture, show_picture
 from plaintrain.utils.errors import UserError
@@ -122,21 +121,6 @@ def worst_first(counts, kinds):
     return [i for i in order if numbers[i]]
 
 
-def detections_of(index, errors, found, threshold):
-    """The detections of an image as `instances`."""
-    rows = np.flatnonzero((found.rows[:, 0] == index) & (found.rows[:, 5] >= threshold))
-    _, table, _ = errors.of_image(index)
-    instances = {key: torch.from_numpy(table[key].copy()) for key in ("boxes", "scores", "labels")}
-    record = errors.records[index]
-    if found.masks is not None and len(rows):
-        size = [record["height"], record["width"]]
-        masks = coco_mask.decode([{"size": size, "counts": found.masks[row]} for row in rows])
-        instances["masks"] = torch.from_numpy(masks).permute(2, 0, 1).bool()
-    if found.keypoints is not None:
-        instances["keypoints"] = torch.from_numpy(found.keypoints[rows])
-    return instances
-
-
 def captions_of(detections, objects, matches, names):
     """What is written at each detection: the class, the score, and of a wrong class the right one."""
     texts = default_captions(detections, names)
@@ -154,11 +138,9 @@ def draw_pair(index, errors, found, args):
     image = read_image(record["file_name"])
     check_image_size(record, image)
     objects, table, matches = errors.of_image(index)
-    truth, detections = record_instances(record), detections_of(index, errors, found, args.threshold)
+    truth, detections = record_instances(record), detections_of_image(found, index, args.threshold, record)
     # Of the objects nothing that detections do not have, either.
-    for part in ("masks", "keypoints"):
-        if getattr(found, part) is None:
-            truth.pop(part, None)
+    truth = {key: value for key, value in truth.items() if key in detections or key == "crowds"}
     skeleton = skeleton_of(MetadataCatalog.get(args.dataset))
     about = [{label} for label in truth["labels"].tolist()], classes_of(objects, table, matches)
     kinds = object_kinds(matches), matches.kinds.tolist()

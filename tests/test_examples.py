@@ -42,7 +42,8 @@ def train(fork, tmp_path):
 
     def run(folder, *args):
         flags = ["--config-file", str(tmp_path / "tiny.yaml"), *[a for a in args if a.startswith("--")]]
-        given = [*size, *names, "OUTPUT_DIR", str(folder), *[a for a in args if not a.startswith("--")]]
+        given = [*size, *names, "OUTPUT_DIR", str(folder), "OUTPUT.REPORT", "False"]
+        given += [a for a in args if not a.startswith("--")]
         fork.main(default_argument_parser().parse_args([*flags, *given]))
         lines = (folder / "metrics.json").read_text().splitlines()
         return {line["iteration"]: line for line in map(json.loads, lines)}
@@ -58,8 +59,11 @@ def test_the_fork_has_at_most_120_lines_and_the_loop_of_the_script():
         assert line in script and any(line in row for row in fork), line
 
 
-def test_the_fork_trains_on_its_dataset_with_its_loss_and_its_metric(train, tmp_path):
+def test_the_fork_trains_on_its_dataset_with_its_loss_and_its_metric(train, fork, tmp_path, monkeypatch):
+    reports = []
+    monkeypatch.setattr(fork, "make_report_if_wanted", reports.append)
     lines = train(tmp_path / "run")
+    assert [cfg.OUTPUT_DIR for cfg in reports] == [str(tmp_path / "run")]
     assert {len(r["annotations"]) >= 3 for r in DatasetCatalog.get("crowded_train")} == {True}
     assert lines[5]["loss_presence"] > 0 and lines[5]["count/error-circle"] >= 0
     assert {f"count/error-{name}" for name in ("circle", "square", "triangle")} < set(lines[5])

@@ -37,7 +37,7 @@ def figures():
         "grid": plots.curve_grid([panel] * 2),
         "xy": charts.xy_figure(lines * 2, "x", ODD, limits=(0, 1), diagonal=True),
         "bar": charts.bar_figure([ODD, "b"], {ODD: [1.0, None], "y": [2.0, 300.0]}, "AP"),
-        "histogram": charts.histogram_figure([1, 10, 100], {"n": [3, 4]}, "x", ODD, log_x=True),
+        "histogram": charts.histogram_figure([1, 10, 100], {"n": [3, 4]}, "x", ODD),
         "matrix": charts.matrix_figure([[1, 2], [0, 0]], [ODD, "b"], ["c", "d"], "x", "y"),
         "large": charts.matrix_figure(np.eye(20), range(20), list(map(str, range(20))), "x", "y"),
     }

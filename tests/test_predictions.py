@@ -19,7 +19,9 @@ from plaintrain.evaluation import (
     read_predictions,
     write_results,
 )
-from plaintrain.evaluation.predictions import read_detections
+from plaintrain.evaluation.instances import Detections
+from plaintrain.evaluation.predictions import detections_of_image, read_detections
+from plaintrain.masks import encode_masks
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
@@ -289,3 +291,17 @@ def test_the_evaluator_is_what_the_dataset_and_the_model_ask_for(shapes):
     assert isinstance(build_evaluator(cfg, shapes), PascalVOCDetectionEvaluator)
     cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
     assert list(score(build_evaluator(cfg, shapes), found)) == ["box_proposals"]
+
+
+def test_detections_of_one_image_are_as_a_model_gives_them():
+    masks = [encode_masks(torch.eye(4, dtype=torch.bool)[None])[0]] * 3
+    rows = np.array([[0, 1, 2, 3, 4, 0.9, 1], [1, 0, 0, 2, 2, 0.2, 0], [1, 1, 1, 3, 3, 0.8, 2]])
+    found = Detections(rows, np.arange(2), masks, np.arange(9.0).reshape(3, 1, 3))
+    of_image = detections_of_image(found, 1, 0.5, {"height": 4, "width": 4})
+    assert of_image["boxes"].tolist() == [[1, 1, 3, 3]] and of_image["labels"].tolist() == [2]
+    assert of_image["masks"].tolist() == [torch.eye(4, dtype=torch.bool).tolist()]
+    assert of_image["keypoints"].tolist() == [[[6, 7, 8]]]
+    nothing = detections_of_image(found, 0, 0.95, {"height": 4, "width": 4})
+    assert [tuple(nothing[key].shape) for key in ("boxes", "masks")] == [(0, 4), (0, 4, 4)]
+    plain = Detections(rows, np.arange(2))
+    assert set(detections_of_image(plain, 1, 0.0, {})) == {"boxes", "scores", "labels"}

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from plaintrain.config import get_cfg
-from plaintrain.run_facts import read_starts, write_run_facts
+from plaintrain.run_facts import write_run_facts
+from plaintrain.run_folder import recorded_starts
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def run(tmp_path, monkeypatch):
 
 def test_changes_are_those_from_the_base_files(run):
     write_run_facts(*run)
-    (start,) = read_starts(run[0].OUTPUT_DIR)
+    (start,) = recorded_starts(run[0].OUTPUT_DIR)
     assert start["changes"] == [
         ["DATASETS.TRAIN", [], ["cells"]],
         ["OUTPUT_DIR", "./output", run[0].OUTPUT_DIR],
@@ -39,7 +40,7 @@ def test_changes_are_those_from_the_base_files(run):
 @pytest.mark.parametrize("name", ["", "gone.yaml"])
 def test_without_base_files_they_are_those_from_the_defaults(run, name):
     write_run_facts(run[0], name)
-    keys = [key for key, *_ in read_starts(run[0].OUTPUT_DIR)[0]["changes"]]
+    keys = [key for key, *_ in recorded_starts(run[0].OUTPUT_DIR)[0]["changes"]]
     assert keys == ["DATASETS.TRAIN", "OUTPUT_DIR", "SOLVER.BASE_LR", "SOLVER.MAX_ITER"]
 
 
@@ -48,14 +49,14 @@ def test_starts_of_a_resumed_run_are_added(run):
     write_run_facts(cfg, path)
     cfg.SOLVER.MAX_ITER = 9
     write_run_facts(cfg, path)
-    first, second = read_starts(cfg.OUTPUT_DIR)
+    first, second = recorded_starts(cfg.OUTPUT_DIR)
     assert ["SOLVER.MAX_ITER", 7, 9] in second["changes"] and len(first["changes"]) == 3
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"starts": 3}', '{"starts": [3]}'])
 def test_a_damaged_file_is_as_none(run, tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    assert read_starts(str(tmp_path)) == []
+    assert recorded_starts(str(tmp_path)) == []
     write_run_facts(*run)
     assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
 
@@ -72,11 +73,11 @@ def test_the_state_of_the_code_is_that_of_the_folder_of_the_script(run, tmp_path
     (tmp_path / "code" / "train.py").write_text("2")
     (tmp_path / "code" / "notes.txt").write_text("mine")
     write_run_facts(*run)
-    state = read_starts(run[0].OUTPUT_DIR)[0]["git"]
+    state = recorded_starts(run[0].OUTPUT_DIR)[0]["git"]
     assert state["branch"] == "idea" and state["changed_files"] == ["train.py"] and len(state["commit"]) == 40
 
 
 def test_a_machine_without_git_has_no_state(run, monkeypatch):
     monkeypatch.setenv("PATH", "")
     write_run_facts(*run)
-    assert read_starts(run[0].OUTPUT_DIR)[0]["git"] is None
+    assert recorded_starts(run[0].OUTPUT_DIR)[0]["git"] is None

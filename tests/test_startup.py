@@ -52,7 +52,10 @@ def _loaded(code, *args):
     return set(found[0]), done
 
 
-SCRIPTS = ["plain_train_net", "epoch_train_net", "test_net", "predict", "visualize_data", "visualize_results"]
+SCRIPTS = [
+    *("plain_train_net", "epoch_train_net", "test_net", "predict", "visualize_data", "visualize_results"),
+    *("analyze_errors", "analyze_model", "export_model"),
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -134,6 +134,29 @@ def read_detections(path, dataset_name, parts=("masks", "keypoints")):
     return Detections(rows.reshape(-1, 7), np.arange(len(records)), masks or None, keypoints)
 
 
+def detections_of_image(detections, index, score_threshold, record):
+    """Of a dataset's `Detections` those of one image, of scores from a threshold on, as a model gives them.
+
+    Args:
+        detections, index: `Detections`, and which image.
+        score_threshold, record: the lowest score, and the image's record, for its size.
+    """
+    rows = detections.rows
+    places = np.flatnonzero((rows[:, 0] == index) & (rows[:, 5] >= score_threshold))
+    found = {
+        "boxes": torch.from_numpy(rows[places, 1:5]).float(),
+        "scores": torch.from_numpy(rows[places, 5]).float(),
+        "labels": torch.from_numpy(rows[places, 6]).long(),
+    }
+    if detections.masks is not None:
+        size = [record["height"], record["width"]]
+        masks = [coco_mask.decode({"size": size, "counts": detections.masks[i]}) for i in places]
+        found["masks"] = torch.from_numpy(np.array(masks).reshape(-1, *size)).bool()
+    if detections.keypoints is not None:
+        found["keypoints"] = torch.from_numpy(detections.keypoints[places]).float()
+    return found
+
+
 def _read_checked(path, dataset_name):
     """Of a file: (records, {image_id: [detection]}, {category_id: label}, parts that detections have)."""
     records, _, index = ground_truth(dataset_name)

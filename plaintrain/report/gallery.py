@@ -3,16 +3,12 @@
 import io
 import os
 
-import numpy as np
-import torch
-from PIL import Image
-from pycocotools import mask as coco_mask
-
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.images import read_image
 from plaintrain.data.shapes import is_drawn
 from plaintrain.evaluation.errors import match_image
-from plaintrain.evaluation.predictions import read_detections
+from plaintrain.evaluation.predictions import detections_of_image, read_detections
+from plaintrain.picture import to_pillow
 from plaintrain.report.detections import by_dataset
 from plaintrain.report.html import join, note, picture, tag
 from plaintrain.utils.errors import UserError
@@ -92,7 +88,9 @@ def _draw(dataset, index, detections, settings):
     """The image twice: with its objects, and with its detections above the threshold."""
     record, metadata = DatasetCatalog.get(dataset)[index], MetadataCatalog.get(dataset)
     image, truth = read_image(record["file_name"]), record_instances(record)
-    found = _instances(detections, index, settings["score_threshold"], record)
+    found = detections_of_image(detections, index, settings["score_threshold"], record)
+    # Of the objects nothing that detections do not have, either.
+    truth = {key: value for key, value in truth.items() if key in found or key == "crowds"}
     objects = {"boxes": truth["boxes"], "labels": truth["labels"], "crowd": truth["crowds"]}
     matches = match_image(objects, found, settings["iou_threshold"])
     kinds = [[_STATES[state] for state in matches.states], matches.kinds.tolist()]
@@ -106,24 +104,6 @@ def _draw(dataset, index, detections, settings):
     return drawn
 
 
-def _instances(detections, index, threshold, record):
-    """The detections of an image with at least a score, as `visualize` takes them."""
-    rows = detections.rows
-    places = np.flatnonzero((rows[:, 0] == index) & (rows[:, 5] >= threshold))
-    found = {
-        "boxes": torch.from_numpy(rows[places, 1:5]).float(),
-        "scores": torch.from_numpy(rows[places, 5]).float(),
-        "labels": torch.from_numpy(rows[places, 6]).long(),
-    }
-    if detections.masks is not None:
-        size = [record["height"], record["width"]]
-        masks = [coco_mask.decode({"size": size, "counts": detections.masks[i]}) for i in places]
-        found["masks"] = torch.from_numpy(np.array(masks).reshape(-1, *size)).bool()
-    if detections.keypoints is not None:
-        found["keypoints"] = torch.from_numpy(detections.keypoints[places]).float()
-    return found
-
-
 def _captions(instances, kinds, class_names):
     names = [class_names[label] for label in instances["labels"].tolist()]
     if "scores" in instances:
@@ -134,5 +114,5 @@ def _captions(instances, kinds, class_names):
 
 def _jpeg(image):
     file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=_QUALITY)
+    to_pillow(image).save(file, "JPEG", quality=_QUALITY)
     return file.getvalue()

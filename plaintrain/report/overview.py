@@ -1,4 +1,4 @@
-"""The sections on the run itself: how it stands, what was run, its curves, its time, its warnings."""
+"""The sections on the run itself: how it stands, and what was run."""
 
 import datetime
 import math
