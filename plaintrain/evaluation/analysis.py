@@ -17,11 +17,16 @@ from plaintrain.evaluation.predictions import plain, read_detections
 
 # Places of IoU 0.5 and 0.75 among COCO's.
 _IOUS = {"0.50": 0, "0.75": 5}
-_SIZES = ("small", "medium", "large")
 
 
 def analyze(  # noqa: PLR0913 - all but the first two have defaults
-    dataset_name, predictions_path, iou_threshold=0.5, score_threshold=None, gallery=12, kpt_oks_sigmas=()
+    dataset_name,
+    predictions_path,
+    iou_threshold=0.5,
+    score_threshold=None,
+    gallery=12,
+    kpt_oks_sigmas=(),
+    detections=None,
 ):
     """Analyse the predictions for a dataset.
 
@@ -33,6 +38,7 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
             highest F1 over all classes (0 if nothing is correct).
         gallery: how many images to list as the best, and as the worst.
         kpt_oks_sigmas: see `COCOEvaluator`.
+        detections: what `read_detections` gave for the file, to save reading it again.
 
     Returns:
         dict of numbers, strings, lists and dicts, None for what is not known; percent where it says AP,
@@ -55,10 +61,16 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
         UserError: what `read_predictions` and `COCOEvaluator` refuse.
     """
     evaluator = COCOEvaluator(dataset_name, distributed=False, kpt_oks_sigmas=kpt_oks_sigmas)
-    detections = read_detections(predictions_path, dataset_name)
-    tasks = evaluator.tasks_of(detections)
+    if detections is None:
+        detections = read_detections(predictions_path, dataset_name)
+    found = _analysis(evaluator, detections, iou_threshold, score_threshold, gallery)
+    return plain({"dataset": dataset_name, "predictions": str(predictions_path), **found})
+
+
+def _analysis(evaluator, detections, iou_threshold, score_threshold, gallery):
+    tasks, name = evaluator.tasks_of(detections), evaluator.dataset_name
     by_shape = [task for task in tasks if task != "keypoints"]
-    errors = {task: errors_of(dataset_name, detections, iou_threshold, task=task) for task in by_shape}
+    errors = {task: errors_of(name, detections, iou_threshold, task=task) for task in by_shape}
     boxes = errors["bbox"]
     thresholds = best_thresholds(boxes)
     threshold, how = score_threshold, "given"
@@ -66,9 +78,7 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
         threshold, how = thresholds["overall"]["threshold"] or 0.0, "best F1"
     settings = {"iou_threshold": iou_threshold, "score_threshold": threshold, "score_threshold_is": how}
     above = errors_above(boxes, threshold)
-    found = {
-        "dataset": dataset_name,
-        "predictions": str(predictions_path),
+    return {
         **_contents(boxes),
         "settings": settings,
         **_coco(evaluator, tasks, detections, boxes),
@@ -79,7 +89,6 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
         "breakdown": object_breakdown(boxes, above),
         "gallery": best_and_worst(above, gallery),
     }
-    return plain(found)
 
 
 def _contents(errors):

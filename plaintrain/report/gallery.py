@@ -7,7 +7,7 @@ from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.images import read_image
 from plaintrain.data.shapes import is_drawn
 from plaintrain.evaluation.errors import match_image
-from plaintrain.evaluation.predictions import detections_of_image, read_detections
+from plaintrain.evaluation.predictions import detections_of_image
 from plaintrain.picture import to_pillow
 from plaintrain.report.detections import by_dataset
 from plaintrain.report.html import join, note, picture, tag
@@ -43,7 +43,7 @@ def gallery(runs):
 
     def _make(dataset, analysed):
         ((run, analysis),) = analysed
-        detections = read_detections(analysis["predictions"], dataset)
+        detections = run.detections[dataset]
         parts = []
         for which, number in _NUMBERS.items():
             entries = analysis["gallery"][which][:number]

@@ -22,6 +22,7 @@ class RunFacts:
         unreadable: {dataset: why its declaration cannot be used here}.
         problems: {test set: why there is no analysis of it}.
         analyses: {test set: what `evaluation.analysis.analyze` gives}, of those that could be analysed.
+        detections: {test set: the `Detections` of its predictions}, of the same.
     """
 
     name: str
@@ -37,6 +38,7 @@ class RunFacts:
     unreadable: dict = field(default_factory=dict)
     problems: dict = field(default_factory=dict)
     analyses: dict = field(default_factory=dict)
+    detections: dict = field(default_factory=dict)
 
     @property
     def train_sets(self):
@@ -87,6 +89,7 @@ def _declare(run):
 def _analyze(run, dataset):
     """Analyse a test set's predictions, or note why that cannot be done."""
     from plaintrain.evaluation.analysis import analyze
+    from plaintrain.evaluation.predictions import read_detections
 
     path = run_folder.predictions_path(run.folder, dataset)
     if path is None:
@@ -99,7 +102,9 @@ def _analyze(run, dataset):
     try:
         # Scoring says what it scores with, which nobody has asked for here.
         with _quiet():
-            run.analyses[dataset] = analyze(dataset, path, kpt_oks_sigmas=sigmas)
+            found = read_detections(path, dataset)
+            run.analyses[dataset] = analyze(dataset, path, kpt_oks_sigmas=sigmas, detections=found)
+            run.detections[dataset] = found
     except UserError as e:
         run.problems[dataset] = str(e)
     except Exception as e:
