@@ -568,7 +568,7 @@ def test_linking_twice_leaves_no_temporary_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keep", "expected"), [(0, [1, 3, 5, 7]), (1, [7]), (2, [5, 7]), (3, [3, 5, 7]), (9, [1, 3, 5, 7])]
+    ("keep", "expected"), [(0, [1, 3, 5, 7]), (1, [7]), (2, [5, 7]), (3, [3, 5, 7]), (5, [1, 3, 5, 7])]
 )
 def test_only_the_newest_numbered_checkpoints_are_kept(tmp_path, keep, expected):
     run(tmp_path, period=2, max_iter=9, max_to_keep=keep)

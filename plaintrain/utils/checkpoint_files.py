@@ -149,7 +149,7 @@ def prune_checkpoints(folder, saved, max_to_keep):
     """Remove the oldest numbered checkpoints of a folder, so that `max_to_keep` with `saved` are left."""
     names = [os.path.basename(path) for path in checkpoint_files(folder)]
     others = [name for name in names if _NUMBERED.fullmatch(name) and name != saved]
-    for name in others[: len(others) - max_to_keep + 1]:
+    for name in others[: max(0, len(others) - max_to_keep + 1)]:
         try:
             os.unlink(os.path.join(folder, name))
         except FileNotFoundError:
