@@ -38,6 +38,29 @@ def load(path):
     return lambda images: dict(zip(names, session.run(None, {"images": images}), strict=True)), about
 
 
+def read(path, pixel_range):
+    """The image as RGB of 8 bits, its values converted as for the training.
+
+    Args:
+        path: the file.
+        pixel_range: (low, high), the values that become 0 and 255; empty takes the range of the image's type.
+    """
+    image = Image.open(path)
+    of_type = {"I;16": (0, 4095 if "I;12" in str(image.tile) else 65535), "F": (0, 1)}
+    image = ImageOps.exif_transpose(image)
+    is_wide = image.mode[0] in "IF"
+    if not (is_wide or pixel_range):
+        return image.convert("RGB")
+    pixels = np.asarray(image if is_wide else image.convert("RGB")).astype(np.float64)
+    low, high = pixel_range or of_type.get(image.mode[:4], (0, 0))
+    fits = low - 1e-6 <= pixels.min() and pixels.max() <= high + 1e-6 and low < high
+    if not fits or not (is_wide or high <= 255):
+        found = f"pixels from {pixels.min():g} to {pixels.max():g} of the type {image.mode}"
+        sys.exit(f"{path} has {found}, which do not fit the model's pixel_range {list(pixel_range)}")
+    scaled = np.clip((pixels - low) / (high - low), 0, 1) * (256 - 1e-3)
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+
+
 def resized_size(height, width, about):
     """The (height, width) in which the model is to see an image."""
     if about["fixed_size"]:
@@ -111,7 +134,7 @@ def main(args):
         return classes[label] if classes else f"class {label}"
 
     for path in args.images:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        image = read(path, about.get("pixel_range", ()))
         found = predict(run, about, image)
         rows = np.flatnonzero(found["scores"] >= args.threshold).tolist()
         print(f"{path}: {len(rows)} objects")

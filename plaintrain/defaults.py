@@ -318,6 +318,10 @@ _C.INPUT.CROP.TYPE = "relative_range"
 _C.INPUT.CROP.SIZE = [0.9, 0.9]
 # Channel order the model is fed: RGB (torchvision's weights) or BGR (Caffe's, MSRA's).
 _C.INPUT.FORMAT = "RGB"
+# (low, high): the pixel values that become 0 and 255, in every image that is read: [0, 4095] for 12 bits in
+# 16-bit files, [-1024, 3071] for CT. []: by each image's type, 8 bits 0 to 255, 16 bits without sign 0 to
+# 65535, floats 0 to 1. An image with other values is an error.
+_C.INPUT.PIXEL_RANGE = []
 
 # ---- datasets --------------------------------------------------------------------------------
 _C.DATASETS = CN()

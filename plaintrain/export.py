@@ -42,6 +42,8 @@ def describe(cfg, class_names, weights):
         "fixed_size": fixed or (list(cfg.INPUT.FIXED_SIZE) if min(cfg.INPUT.FIXED_SIZE) > 0 else None),
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        # The values of an image's file that become 0 and 255; empty: by its type.
+        "pixel_range": list(cfg.INPUT.PIXEL_RANGE),
         "normalised_inside": {
             "format": cfg.INPUT.FORMAT, "mean": cfg.MODEL.PIXEL_MEAN, "std": cfg.MODEL.PIXEL_STD,
         },

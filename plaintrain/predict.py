@@ -4,14 +4,14 @@ import os
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision import tv_tensors
 
 from plaintrain.config import CfgNode, get_cfg, get_value, set_value
 from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, class_names
-from plaintrain.data.images import read_image, to_rgb
+from plaintrain.data.images import get_pixel_range, read_image, to_rgb
 from plaintrain.data.keypoints import COCO_SKELETON
 from plaintrain.data.tensors import plain_image
 from plaintrain.data.tta import build_tta_mapper
@@ -39,6 +39,7 @@ class Predictor:
 
     Attributes:
         cfg: the config, with its number of classes settled.
+        pixel_range: INPUT.PIXEL_RANGE, for `read_image`.
         weights: the name of what was loaded.
         class_names: by label.
         skeleton: pairs of keypoints that a line joins, for `draw_instances`.
@@ -57,6 +58,7 @@ class Predictor:
             UserError: there is no such run, nothing to load, or weights of another model.
         """
         self.cfg, self.weights = _find(run, weights, opts)
+        self.pixel_range = get_pixel_range(self.cfg)
         path = fetch_weights(self.weights)
         self.class_names = _settle_classes(self.cfg, path)
         self.skeleton = _settle_keypoints(self.cfg)
@@ -81,8 +83,8 @@ class Predictor:
         """What is found in an image.
 
         Args:
-            image: a path, a Pillow image (its EXIF orientation is applied), a uint8 array `[H, W, 3]` or
-                `[H, W]`, or a uint8 tensor `[3, H, W]`; colours are RGB.
+            image: a path or a Pillow image (the EXIF orientation and INPUT.PIXEL_RANGE are applied), a uint8
+                array `[H, W, 3]` or `[H, W]`, or a uint8 tensor `[3, H, W]`; colours are RGB, 0 to 255.
 
         Returns:
             dict of tensors on the CPU, scores descending: `boxes` (`[N, 4]`, XYXY, in the image's pixels),
@@ -96,7 +98,7 @@ class Predictor:
 
     def batch(self, images):
         """As for one image, of several at once; those of other sizes are padded to the largest."""
-        samples = [self._sample(to_tensor(image), i) for i, image in enumerate(images)]
+        samples = [self._sample(to_tensor(image, self.pixel_range), i) for i, image in enumerate(images)]
         with inference_context(self.model), torch.no_grad(), self._autocast:
             found = self.model(samples) if samples else []
         return [{name: value.cpu() for name, value in output.items()} for output in found]
@@ -112,16 +114,16 @@ class Predictor:
         return {**sample, "image": plain_image(tensors)}
 
 
-def to_tensor(image):
-    """An image, as `Predictor` takes it, as a uint8 tensor `[3, H, W]`, RGB.
+def to_tensor(image, pixel_range=()):
+    """An image, as `Predictor` takes it, as a uint8 tensor `[3, H, W]`, RGB; `pixel_range`: see `read_image`.
 
     Raises:
         UserError: a file that cannot be read, or what is no image.
     """
     if isinstance(image, str | os.PathLike):
-        return read_image(os.fspath(image))
+        return read_image(os.fspath(image), pixel_range)
     if isinstance(image, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(image, pixel_range)
     found = f"a {type(image).__name__}"
     if isinstance(image, np.ndarray | torch.Tensor):
         found = f"{found} {image.dtype} of the shape {list(image.shape)}"

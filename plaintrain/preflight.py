@@ -10,6 +10,7 @@ from plaintrain.config import get_value, set_value
 from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.builtin import EVALUATORS
 from plaintrain.data.catalog import MetadataCatalog, common_class_names
+from plaintrain.data.images import get_pixel_range
 from plaintrain.data.loader import check_batch_size
 from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
@@ -99,6 +100,7 @@ def _settle_num_keypoints(cfg, names):
 
 
 def _check_values(cfg):
+    get_pixel_range(cfg)
     for key, least in _LEAST.items():
         if get_value(cfg, key) < least:
             raise UserError(f"{key} is {get_value(cfg, key)}, but must be at least {least}")

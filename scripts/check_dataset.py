@@ -5,19 +5,21 @@ python scripts/check_dataset.py shapes_val
 python scripts/check_dataset.py bccd_train bccd_val --config-file configs/BCCD/Base-BCCD.yaml
 python scripts/check_dataset.py my_train --config-file my.yaml --fix DIR
 
-Opens every image. --fix writes a cleaned copy as DIR/annotations.json (DIR/NAME/annotations.json
-for several datasets), which refers to the original images; the original is never changed.
+Opens every image, its pixels converted as INPUT.PIXEL_RANGE of the config says. --fix writes a cleaned copy
+as DIR/annotations.json (DIR/NAME/annotations.json for several datasets), which refers to the original images;
+the original is never changed. What cannot be fixed without guessing is excluded and named.
 
 Exit code, of the original: 0 training would work, 1 it would not (findings marked FATAL, or a file that
 cannot be read at all), 2 a mistake in the command line.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -26,51 +28,51 @@ from plaintrain.data import DatasetCatalog, declare_datasets
 from plaintrain.data.builtin import read_dataset
 from plaintrain.data.checks import (
     KINDS,
+    LEAST_SPREAD,
+    MAX_EXAMPLES,
     Tally,
-    annotation_problems,
     check_problems,
     check_records,
     class_counts,
 )
+from plaintrain.data.fixes import fix_records
 from plaintrain.data.folder import image_header
-from plaintrain.data.images import read_image
+from plaintrain.data.images import get_pixel_range, read_image
 from plaintrain.data.shapes import is_drawn
 from plaintrain.data.write import make_folder, relative_names, write_coco
 from plaintrain.launch import launch
-from plaintrain.structures import BoxMode, segmentation_mistake
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import progress
 
-# Annotations with such a finding are left out of a cleaned copy; with others only a part of them is.
-_DROPPED = {"bad_box", "empty_box", "outside_box"}
 
-
-def look_at(record):
-    """What an image file is: {error} or {size: (height, width), turned: bool, pixels: a hash}."""
+def look_at(record, pixel_range):
+    """What an image file is: {error, kind} or {size: (height, width), turned, pixels: a hash, spread}."""
     try:
-        image = read_image(record["file_name"])
+        image = read_image(record["file_name"], pixel_range)
         turned = not is_drawn(record["file_name"]) and image_header(record["file_name"])[2] > 1
     except UserError as e:
-        return {"error": str(e)}
+        return {"error": str(e), "kind": getattr(e, "kind", "unreadable")}
     size = tuple(image.shape[-2:])
     pixels = hashlib.blake2b(image.contiguous().numpy(), digest_size=16, key=repr(size).encode())
-    return {"size": size, "turned": turned, "pixels": pixels.hexdigest()}
+    spread = int((image.amax((1, 2)).int() - image.amin((1, 2)).int()).max())
+    return {"size": size, "turned": turned, "pixels": pixels.hexdigest(), "spread": spread}
 
 
-def look_at_all(records, workers):
+def look_at_all(records, args):
     """`look_at` of every record; decoding and hashing run beside each other in threads."""
-    with ThreadPoolExecutor(workers) as pool:
-        return list(progress(pool.map(look_at, records), desc="images", total=len(records)))
+    with ThreadPoolExecutor(args.workers) as pool:
+        looks = pool.map(functools.partial(look_at, pixel_range=args.pixel_range), records)
+        return list(progress(looks, desc="images", total=len(records)))
 
 
 def check_images(records, looks):
     """Findings of the images of one dataset."""
-    tally, first = Tally(), {}
+    tally, first, files = Tally(), {}, set()
     for record, look in zip(records, looks, strict=True):
         name = record["file_name"]
         if "error" in look:
-            tally.add("unreadable", look["error"])
+            tally.add(look["kind"], look["error"])
             continue
         height, width = look["size"]
         if (height, width) != (record["height"], record["width"]):
@@ -78,9 +80,14 @@ def check_images(records, looks):
             tally.add("wrong_size", f"{name}: is {width}x{height}, its record says {said}")
         if look["turned"]:
             tally.add("turned", name)
-        if look["pixels"] in first:
-            tally.add("duplicate", f"{name} is as {first[look['pixels']]}")
-        first.setdefault(look["pixels"], name)
+        if look["spread"] < LEAST_SPREAD:
+            tally.add("near_constant", f"{name}: {look['spread'] + 1} values")
+        other = first.setdefault(look["pixels"], name)
+        if os.path.realpath(name) in files:
+            tally.add("listed_twice", name)
+        elif other != name:
+            tally.add("duplicate", f"{name} is as {other}")
+        files.add(os.path.realpath(name))
     return tally.findings()
 
 
@@ -94,71 +101,26 @@ def check_leaks(name, others, pixels):
     return tally.findings()
 
 
-def clean(records, looks, num_keypoints):
-    """(records without what cannot be used, Counter of the changes in words)."""
-    kept, changes, seen = [], Counter(), set()
-    for record, look in zip(records, looks, strict=True):
-        size = (record["height"], record["width"])
-        if "error" in look:
-            changes["unreadable images dropped"] += 1
-        elif look["pixels"] in seen:
-            changes["duplicate images dropped"] += 1
-        elif look["turned"] and look["size"] == size[::-1] != size:
-            changes["images dropped whose EXIF orientation turns them away from their annotations"] += 1
-        else:
-            seen.add(look["pixels"])
-            changes["image sizes corrected"] += look["size"] != size
-            record = {**record, "height": look["size"][0], "width": look["size"][1]}
-            annotations = (clean_annotation(a, record, num_keypoints, changes) for a in record["annotations"])
-            kept.append({**record, "annotations": [a for a in annotations if a]})
-    return kept, changes
-
-
-def clean_annotation(annotation, record, num_keypoints, changes):
-    """The annotation without what is broken in it, or None."""
-    problems = {kind for kind, _ in annotation_problems(annotation, record, num_keypoints)}
-    for kind in problems & _DROPPED:
-        changes[f"annotations dropped: {KINDS[kind][0].split(',')[0]}"] += 1
-        return None
-    annotation = dict(annotation)
-    if "clipped_box" in problems:
-        x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        inside = [max(x0, 0), max(y0, 0), min(x1, record["width"]), min(y1, record["height"])]
-        annotation |= {"bbox": inside, "bbox_mode": BoxMode.XYXY_ABS}
-        changes["boxes clipped to their image"] += 1
-    if "bad_rle" in problems:
-        del annotation["segmentation"]
-        changes["malformed run-length encodings dropped, their boxes kept"] += 1
-    if "bad_polygon" in problems:
-        size = record["height"], record["width"]
-        polygons = [p for p in annotation.pop("segmentation") if not segmentation_mistake([p], *size)]
-        annotation |= {"segmentation": polygons} if polygons else {}
-        changes["annotations lost broken polygons, their boxes kept"] += 1
-    if "wrong_keypoints" in problems:
-        del annotation["keypoints"]
-        changes["wrong keypoints dropped, their boxes kept"] += 1
-    return annotation
-
-
 def write_fixed(folder, records, looks, metadata, problems):
     """Write the cleaned copy of a dataset and say what was changed."""
     if any(is_drawn(record["file_name"]) for record in records):
         print("  no cleaned copy: its images are drawn, not read from files")
         return
-    records, changes = clean(records, looks, len(metadata.get("keypoint_names") or ()) or None)
+    records, changes = fix_records(records, looks, len(metadata.get("keypoint_names") or ()) or None)
     for error in problems:
         kind = getattr(error, "kind", "broken")
         what = "renumbered" if kind == "duplicate_id" else "dropped"
-        changes[f"{what} while reading: {KINDS[kind][0]}"] += 1
+        changes.add(f"{what} while reading: {KINDS[kind][0]}")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "annotations.json")
     root, names = relative_names(record["file_name"] for record in records)
     write_coco(path, records, metadata, names)
     print(f"  cleaned copy: {path} (FORMAT coco, IMAGE_ROOT {root}), {len(records)} images")
-    for text, count in changes.items():
-        if count:
-            print(f"    {text}: {count}")
-    if not sum(changes.values()):
+    for text, lines in changes.lines.items():
+        print(f"    {text}: {len(lines)}")
+        for line in list(filter(None, lines))[:MAX_EXAMPLES]:
+            print(f"        {line}")
+    if not changes.lines:
         print("    nothing had to be changed")
 
 
@@ -183,7 +145,7 @@ def main(args):
         problems = []
         records, metadata = read_dataset(name, problems)
         metadata.setdefault("thing_classes", [])
-        looks = look_at_all(records, args.workers)
+        looks = look_at_all(records, args)
         for record, look in zip(records, looks, strict=True):
             if "pixels" in look:
                 pixels[name].setdefault(look["pixels"], record["file_name"])
@@ -223,6 +185,7 @@ def parse_args(argv=None):
         if args.config_file:
             cfg.merge_from_file(args.config_file)
         declare_datasets(cfg)
+        args.pixel_range = get_pixel_range(cfg)
         for name in args.names:
             if name not in DatasetCatalog:
                 DatasetCatalog.get(name)

@@ -78,12 +78,12 @@ def find_images(inputs):
     return list(dict.fromkeys(os.path.abspath(path) for path in found))
 
 
-def read_batches(paths, size, problems):
+def read_batches(paths, size, pixel_range, problems):
     """[(path, image)] of the images that can be read, at most `size` of one shape at a time."""
     batch = []
     for path in progress(paths, desc="images"):
         try:
-            image = read_image(path)
+            image = read_image(path, pixel_range)
         except UserError as e:
             problems.append(str(e))
             continue
@@ -151,7 +151,7 @@ def main(args, predictor, paths):
     """Predict and write; the exit code."""
     names = dict(zip(paths, picture_names(paths), strict=True))
     records, problems, number = [], [], 0
-    for batch in read_batches(paths, args.batch_size, problems):
+    for batch in read_batches(paths, args.batch_size, predictor.pixel_range, problems):
         for (path, image), found in zip(batch, predictor.batch([image for _, image in batch]), strict=True):
             records.append(to_record(path, image, found, len(records) + 1))
             shown = select(found, found["scores"] >= args.threshold)

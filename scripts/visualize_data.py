@@ -43,7 +43,7 @@ from plaintrain.config import get_cfg, set_value, split_overrides
 from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
 from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import class_names, common_class_names, select_classes
-from plaintrain.data.images import check_image_size, read_image
+from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.data.loader import training_records
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.launch import launch
@@ -87,7 +87,7 @@ def annotated_images(cfg, args):
         record = records[int(i)]
         if args.labels and not args.labels & {a["category_id"] for a in record["annotations"]}:
             continue
-        image = read_image(record["file_name"])
+        image = read_image(record["file_name"], get_pixel_range(cfg))
         check_image_size(record, image)
         yield record["file_name"], image, record_instances(record)
 

@@ -49,7 +49,7 @@ from plaintrain.config import get_cfg
 from plaintrain.data import MetadataCatalog
 from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import class_names, select_classes
-from plaintrain.data.images import check_image_size, read_image
+from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.evaluation.errors import errors_of
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE, detections_of_image, read_detections
 from plaintrain.launch import launch
@@ -135,7 +135,7 @@ def captions_of(detections, objects, matches, names):
 def draw_pair(index, errors, found, args):
     """The picture of an image: its objects on the left, its detections on the right."""
     record = errors.records[index]
-    image = read_image(record["file_name"])
+    image = read_image(record["file_name"], args.pixel_range)
     check_image_size(record, image)
     objects, table, matches = errors.of_image(index)
     truth, detections = record_instances(record), detections_of_image(found, index, args.threshold, record)
@@ -170,6 +170,7 @@ def setup(args):
     if args.config_file or args.run:
         cfg.merge_from_file(args.config_file or saved)
     declare_datasets(cfg)
+    args.pixel_range = get_pixel_range(cfg)
     args.dataset = args.dataset or next(iter(cfg.DATASETS.TEST), "")
     if not args.dataset:
         raise UserError("which dataset are the predictions of? Name it with --dataset")

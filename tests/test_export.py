@@ -6,15 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from model_helpers import ARCHITECTURES, RETINA, TINY, build, make_cfg, make_sample, randomize_predictions
+from PIL import Image
 from torchvision.utils import save_image
 
 from plaintrain import export, export_check
+from plaintrain.data.images import read_image
 from plaintrain.export import describe, is_fixed, score_limit, trace, write_onnx, write_torch
 from plaintrain.export_check import check_exported, differences, open_exported
 from plaintrain.modeling.graph import DetectionGraph, best_of_batch
+from plaintrain.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PREDICT = ROOT / "examples" / "predict_exported.py"
@@ -147,6 +151,27 @@ def predict(*args):
     code = "import runpy, sys; sys.modules['plaintrain'] = None; sys.argv = sys.argv[1:]; "
     command = [sys.executable, "-c", code + "runpy.run_path(sys.argv[0], run_name='__main__')"]
     return subprocess.run([*command, PREDICT, *args], capture_output=True, text=True, timeout=120)
+
+
+def test_the_example_converts_pixels_as_the_training_does(tmp_path):
+    read = runpy.run_path(str(PREDICT))["read"]
+    deep = (np.arange(1200) * 3).reshape(30, 40)
+    for name, values in {
+        "a.png": deep.astype(np.uint8),
+        "b.png": deep.astype(np.uint16),
+        "c.tif": (deep / 3600).astype(np.float32),
+        "d.tif": deep.astype(np.int32) - 500,
+    }.items():
+        path = str(tmp_path / name)
+        Image.fromarray(values).save(path)
+        for pixel_range in ((), (0, 4095), (-500, 3500), (0, 255)):
+            try:
+                wanted = read_image(path, pixel_range)
+            except UserError:
+                with pytest.raises(SystemExit, match="do not fit the model's pixel_range"):
+                    read(path, pixel_range)
+            else:
+                np.testing.assert_array_equal(np.asarray(read(path, pixel_range)).transpose(2, 0, 1), wanted)
 
 
 def test_a_run_is_exported_checked_and_used_without_plaintrain(run_folder, monkeypatch, capsys, tmp_path):

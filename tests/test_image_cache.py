@@ -31,7 +31,9 @@ def read(monkeypatch):
     """The names of the files that are read, in order."""
     names, read_image = [], images.read_image
     for module in (images, mappers):
-        monkeypatch.setattr(module, "read_image", lambda name: names.append(name) or read_image(name))
+        monkeypatch.setattr(
+            module, "read_image", lambda name, *args: names.append(name) or read_image(name, *args)
+        )
     return names
 
 
@@ -74,6 +76,10 @@ def test_it_returns_what_read_image_returns_in_the_same_order_in_memory(dataset)
     for _ in range(2):
         image = cache(name)
         assert torch.equal(image, plain) and image.stride() == plain.stride()
+    # The same file in another range is another image.
+    assert torch.equal(cache(name, (0, 255)), plain)
+    with pytest.raises(UserError, match="8-bit pixels"):
+        cache(name, (0, 4095))
 
 
 def test_mistakes_are_not_kept(tmp_path, write_image):

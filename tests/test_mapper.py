@@ -1,7 +1,11 @@
 """plaintrain.data.mapper: from a record and its file to a sample."""
 
+import ast
 import copy
+import itertools
+import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +14,20 @@ from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from torchvision import tv_tensors
 
-from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, mapper
+from plaintrain.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_train_loader,
+    mapper,
+)
 from plaintrain.data.crops import RandomCrop
 from plaintrain.data.folder import image_header
 from plaintrain.data.keypoints import keypoint_flip_indices
 from plaintrain.data.mapper import read_image
 from plaintrain.data.shapes import load_shapes, render
 from plaintrain.data.transforms import RandomHorizontalFlip, RandomVerticalFlip, RandomZoomOut, Resize
+from plaintrain.data.tta import build_tta_mapper
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
@@ -77,6 +88,123 @@ def test_a_16_bit_image_keeps_its_upper_bits(tmp_path, name):
     Image.fromarray(values).save(tmp_path / name)
     expected = torch.tensor([[0, 0, 1, 100], [128, 200, 254, 255]], dtype=torch.uint8)
     assert torch.equal(read_image(str(tmp_path / name)), expected.expand(3, 2, 4))
+
+
+# What an image of each type holds, and the ranges that its dataset may declare.
+STEPS = np.arange(64).reshape(8, 8)
+DEEP = {
+    "bits12.png": (STEPS * 65).astype(np.uint16),
+    "bits16.png": (STEPS * 1040).astype(np.uint16),
+    "floats.tif": (STEPS / 63).astype(np.float32),
+    "ints.tif": (STEPS * 1000 - 20_000).astype(np.int32),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "pixel_range", "expected"),
+    [
+        ("bits12.png", (), STEPS * 65 // 256),
+        ("bits12.png", (0, 4095), STEPS * 65 // 16),
+        ("bits16.png", (), STEPS * 1040 // 256),
+        ("bits16.png", (0, 65535), STEPS * 1040 // 256),
+        ("floats.tif", (), STEPS * 256 // 63),
+        ("floats.tif", (-1, 2), (63 + STEPS) * 256 // 189),
+        ("ints.tif", (-20_000, 43_000), STEPS * 256 // 63),
+    ],
+)
+def test_pixels_of_more_than_8_bits_are_scaled_by_type_or_declared_range(
+    tmp_path, name, pixel_range, expected
+):
+    # Each half alone becomes what it is in the whole image: no image's own maximum counts.
+    for values, wanted in ((DEEP[name], expected), (DEEP[name][:4], expected[:4])):
+        Image.fromarray(values).save(tmp_path / name)
+        image = read_image(str(tmp_path / name), pixel_range)
+        assert image.dtype == torch.uint8
+        np.testing.assert_array_equal(image, np.broadcast_to(wanted.clip(max=255), (3, *wanted.shape)))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "pixel_range", "words"),
+    [
+        ("ints.tif", DEEP["ints.tif"], (), "int32 pixels from -20000 to 43000, a type without a default"),
+        ("ints.tif", DEEP["ints.tif"], (0, 43_000), "-20000 to 43000, outside INPUT.PIXEL_RANGE [0, 43000]"),
+        ("a.png", DEEP["bits16.png"], (0, 4095), "uint16 pixels from 0 to 65520, outside INPUT.PIXEL_RANGE"),
+        ("a.tif", DEEP["floats.tif"] * 255, (), "float32 pixels from 0 to 255, outside its type's 0 to 1"),
+        ("a.tif", DEEP["floats.tif"] * np.float32("nan"), (0, 9), "float32 pixels that are NaN or infinite"),
+        ("a.png", STEPS.astype(np.uint8), (0, 4095), "8-bit pixels, but INPUT.PIXEL_RANGE is [0, 4095]"),
+        ("a.png", STEPS.astype(np.uint8), (0, 1), "uint8 pixels from 0 to 63, outside INPUT.PIXEL_RANGE"),
+    ],
+)
+def test_pixels_that_do_not_fit_are_rejected_with_file_type_and_values(
+    tmp_path, name, values, pixel_range, words
+):
+    Image.fromarray(values).save(tmp_path / name)
+    with pytest.raises(UserError) as error:
+        read_image(str(tmp_path / name), pixel_range)
+    assert words in str(error.value) and name in str(error.value)
+    # A worker hands it over.
+    assert pickle.loads(pickle.dumps(error.value)).kind == "pixel_range"  # noqa: S301
+
+
+def _tiff(bits, sample_format, pixels):
+    """An 8x8 TIFF, of a type that Pillow reads and does not write."""
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: len(pixels)}
+    tags[339] = sample_format
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return (
+        struct.pack("<4sI", b"II*\0", 8 + len(pixels)) + pixels + struct.pack("<H", 10) + entries + bytes(4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "sample_format", "values", "pixel_range"),
+    [
+        (16, 2, STEPS.astype("<i2") - 30, (-30, 33)),
+        (8, 2, STEPS.astype("i1") - 30, (-30, 33)),
+        (32, 1, STEPS.astype("<u4") + 3 * 10**9, (3e9, 3e9 + 63)),
+    ],
+)
+def test_numbers_with_a_sign_or_of_32_bits_do_not_wrap_around(
+    tmp_path, bits, sample_format, values, pixel_range
+):
+    (tmp_path / "a.tif").write_bytes(_tiff(bits, sample_format, values.tobytes()))
+    np.testing.assert_array_equal(
+        read_image(str(tmp_path / "a.tif"), pixel_range)[0], STEPS * 256 // 63 - STEPS // 63
+    )
+    with pytest.raises(UserError, match=f"int{bits} pixels from .* a type without a default range"):
+        read_image(str(tmp_path / "a.tif"))
+
+
+def test_the_range_of_the_config_counts_wherever_images_are_read(tmp_path, cfg):
+    Image.fromarray(DEEP["bits12.png"]).save(tmp_path / "a.png")
+    record = _record(tmp_path / "a.png", 8, 8)
+    cfg.INPUT.PIXEL_RANGE, cfg.INPUT.MIN_SIZE_TEST = [0, 4095], 0
+    expected = torch.from_numpy(STEPS * 65 // 16).to(torch.uint8).expand(3, -1, -1)
+    assert torch.equal(DatasetMapper(cfg, augmentations=[])(record)["image"], expected)
+    assert torch.equal(DatasetMapper(cfg, is_train=False)(record)["image"], expected)
+    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.FLIP = (0,), False
+    assert torch.equal(build_tta_mapper(cfg, "")(record)["views"][0]["image"], expected)
+    for value in ([5], [1, 0], [0, float("nan")], ["0", "1"]):
+        cfg.INPUT.PIXEL_RANGE = value
+        with pytest.raises(
+            UserError, match=r"INPUT\.PIXEL_RANGE must be \[\] or two numbers \[low, high\], got"
+        ):
+            DatasetMapper(cfg)
+    # The readers that have no test of their own here pass a range on, too.
+    root = Path(__file__).resolve().parent.parent
+    for path in [*(root / "plaintrain").rglob("*.py"), *(root / "scripts").glob("*.py")]:
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        readers = [n for n in calls if getattr(n.func, "id", "") in ("read_image", "to_rgb", "to_tensor")]
+        assert all(len(n.args) > 1 for n in readers), path
+
+
+def test_skipping_unreadable_images_skips_none_that_does_not_fit(tmp_path, cfg):
+    for i, values in enumerate((STEPS.astype(np.uint8), DEEP["ints.tif"])):
+        Image.fromarray(values).save(tmp_path / f"{i}.tif")
+    records = [_record(tmp_path / f"{i}.tif", 8, 8) for i in range(2)]
+    cfg.DATALOADER.SKIP_UNREADABLE = True
+    with pytest.raises(UserError, match=r"1\.tif has int32 pixels"):
+        list(itertools.islice(build_detection_train_loader(cfg, dataset=records), 2))
 
 
 def test_an_rgb_image_is_read_as_it_is(picture):

@@ -129,6 +129,16 @@ def test_an_image_may_come_in_any_form_and_in_a_batch(run, tmp_path):
     assert torch.allclose(twice[1]["boxes"], wanted["boxes"], atol=1e-3) and predictor.batch([]) == []
 
 
+def test_the_range_of_pixels_is_that_of_the_config(run, tmp_path):
+    deep = np.random.default_rng(0).integers(0, 4096, (SIDE, SIDE), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    wanted = Predictor(run)((deep >> 4).astype(np.uint8))
+    predictor = Predictor(run, opts=["INPUT.PIXEL_RANGE", "[0, 4095]"])
+    for image in (tmp_path / "deep.png", Image.fromarray(deep), Image.open(tmp_path / "deep.png")):
+        assert same(predictor(image), wanted)
+    assert not same(Predictor(run)(tmp_path / "deep.png"), wanted)
+
+
 def test_every_kind_of_image_becomes_rgb_as_a_dataset_reads_it(tmp_path):
     grey = Image.fromarray(np.arange(240, dtype=np.uint8).reshape(12, 20))
     deep = Image.fromarray((np.arange(240, dtype=np.uint16) * 200).reshape(12, 20))

@@ -161,7 +161,7 @@ def test_views_are_what_the_plain_mapper_makes_and_its_mirror_images(cfg, shapes
 
 def test_an_image_is_read_once_and_no_view_is_mirrored_without_flip(cfg, shapes, monkeypatch):
     reads, read_image = [], tta.read_image
-    monkeypatch.setattr(tta, "read_image", lambda name: reads.append(name) or read_image(name))
+    monkeypatch.setattr(tta, "read_image", lambda name, *args: reads.append(name) or read_image(name, *args))
     views = TTAMapper([30, 40, 50], 100, flip=False)(shapes[0])["views"]
     assert reads == [shapes[0]["file_name"]]
     assert [view["image"].shape[1:] for view in views] == [(30, 45), (40, 60), (50, 75)]

@@ -1,5 +1,8 @@
 """plaintrain.data.voc: the reader of Pascal VOC's folders."""
 
+import os
+import re
+
 import pytest
 
 from plaintrain.data import DatasetCatalog, get_detection_dataset_dicts
@@ -115,6 +118,27 @@ def test_a_missing_size_of_an_unreadable_image_is_refused(tiny_voc):
     tiny_voc.write("a", tiny_voc.object("ant", 1, 1, 9, 9), size="")
     (tiny_voc.root / "JPEGImages/a.jpg").write_text("no image")
     _refused(tiny_voc, "a.jpg")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "images/a.jpg", "C:\\\\images\\\\a.jpg", "a.png"])
+def test_of_two_files_with_the_name_of_an_annotation_its_filename_is_read(tiny_voc, monkeypatch, name):
+    (tiny_voc.root / "JPEGImages/a.png").write_bytes((tiny_voc.root / "JPEGImages/a.jpg").read_bytes())
+    _rewrite(tiny_voc, "<annotation>", f"<annotation><filename>{name}</filename>")
+    names, listdir = [], os.listdir
+    for order in (1, -1):
+        monkeypatch.setattr(os, "listdir", lambda folder, order=order: sorted(listdir(folder))[::order])
+        names.append(os.path.basename(load_voc(str(tiny_voc.root), "train")[0][0]["file_name"]))
+    assert names == [re.split(r"[/\\]", name)[-1]] * 2
+
+
+@pytest.mark.parametrize("name", ["", "a", "other.jpg"])
+def test_two_files_of_which_an_annotation_names_neither_are_refused_or_collected(tiny_voc, name):
+    (tiny_voc.root / "JPEGImages/a.png").write_bytes((tiny_voc.root / "JPEGImages/a.jpg").read_bytes())
+    _rewrite(tiny_voc, "<annotation>", f"<annotation><filename>{name}</filename>")
+    _refused(tiny_voc, "JPEGImages/a.jpg and ", "JPEGImages/a.png", "a.xml", repr(name))
+    problems = []
+    records, _ = load_voc(str(tiny_voc.root), "train", problems=problems)
+    assert [record["image_id"] for record in records] == ["b"] and problems[0].kind == "ambiguous"
 
 
 def test_a_missing_split_list_names_those_that_are_there(tiny_voc):

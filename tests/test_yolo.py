@@ -56,6 +56,17 @@ def test_an_image_without_a_label_file_has_no_objects(yolo, log):
     assert log.text == ""
 
 
+def test_images_that_would_share_labels_are_refused_or_collected(yolo, write_image):
+    write_image(yolo / "images/train/b.jpg", 40, 20)
+    # Without labels each is an image of its own.
+    assert len(_load(yolo)[0]) == 3
+    write_image(yolo / "images/train/a.jpg", 40, 20)
+    _refused(yolo, "images/train/a.jpg and ", "images/train/a.png", "labels/train/a.txt")
+    problems = []
+    assert [r["annotations"] for r in _load(yolo, problems=problems)[0]] == [[], []]
+    assert [problem.kind for problem in problems] == ["ambiguous"]
+
+
 def test_where_labels_were_looked_for_is_said_if_there_are_none(yolo, log):
     (yolo / "labels/train/a.txt").unlink()
     _load(yolo)

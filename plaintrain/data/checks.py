@@ -13,6 +13,8 @@ MAX_EXAMPLES = 10
 TINY = 2
 # Classes are unbalanced if the commonest has so many times the boxes of the rarest that has any.
 IMBALANCE = 10
+# An image is nearly constant if its values, in each channel, are closer together: 14 bits read as 16.
+LEAST_SPREAD = 64
 
 # kind -> (what was found, whether training stops at it).
 KINDS = {
@@ -20,6 +22,8 @@ KINDS = {
     "no_boxes": ("datasets without a usable box, so that there is nothing to learn", True),
     "broken_image": ("incomplete or malformed entries of images", True),
     "unreadable": ("images that are missing or cannot be read to their end", True),
+    "pixel_range": ("images whose pixels do not fit INPUT.PIXEL_RANGE, or the range of their type", True),
+    "ambiguous": ("images whose annotations may be those of another one", True),
     "wrong_size": ("images of another size than their record says", True),
     "same_image_id": ("images with the id of another one (stop evaluation)", True),
     "broken": ("incomplete or malformed annotations", True),
@@ -42,6 +46,11 @@ KINDS = {
     "unused_class": ("classes without a box", False),
     "imbalance": (f"classes whose numbers of boxes differ by a factor of {IMBALANCE} or more", False),
     "turned": ("images that their EXIF orientation turns", False),
+    "near_constant": (
+        f"images that use fewer than {LEAST_SPREAD} of 256 values, as when INPUT.PIXEL_RANGE is wrong",
+        False,
+    ),
+    "listed_twice": ("images that are listed more than once", False),
     "duplicate": ("images with the pixels of another one of the dataset", False),
     "leak": ("images with the pixels of one of another dataset", False),
 }

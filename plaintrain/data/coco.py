@@ -10,7 +10,13 @@ from pycocotools import mask as coco_mask
 
 from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
-from plaintrain.data.coco_mistakes import annotation_mistake, image_mistake, keypoint_mistake
+from plaintrain.data.coco_mistakes import (
+    annotation_mistake,
+    image_mistake,
+    keypoint_mistake,
+    note_repeated_ids,
+    without_contradictions,
+)
 from plaintrain.data.folder import is_too_large
 from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.structures import BoxMode, are_numbers, segmentation_mistake, segmentation_to_rle
@@ -67,7 +73,7 @@ def load_coco_json(json_file, image_root, classes=None, problems=None):
     with no_garbage_collection():
         content = _read_content(json_file)
         if problems is not None:
-            _note_repeated_ids(content["annotations"], json_file, problems)
+            note_repeated_ids(content["annotations"], json_file, problems)
         return _to_records(content, json_file, image_root, classes, problems)
 
 
@@ -161,14 +167,6 @@ def _complete(detection):
     return wrong
 
 
-def _note_repeated_ids(annotations, json_file, problems):
-    seen = set()
-    for number in (str(a["id"]) for a in annotations if "id" in a):
-        if number in seen:
-            problems.append(DataError("duplicate_id", f"two annotations in {json_file} have the id {number}"))
-        seen.add(number)
-
-
 def _to_records(content, json_file, image_root, classes, problems=None):
     categories = _categories(content["categories"], json_file)
     id_of = {category["name"]: category["id"] for category in categories}
@@ -222,6 +220,8 @@ def _keypoint_metadata(categories):
 
 
 def _image_records(images, json_file, image_root, problems):
+    if problems is not None:
+        images = without_contradictions(images, json_file, problems)
     records = {}
     for image in images:
         wrong = image_mistake(image, records, json_file)

@@ -1,9 +1,11 @@
-"""What can be wrong with one entry of a COCO JSON."""
+"""What can be wrong with the entries of a COCO JSON."""
 
 import math
+import os
 
 from plaintrain.data.folder import is_too_large
 from plaintrain.structures import are_numbers
+from plaintrain.utils.errors import DataError
 
 _NUMBERS = {int, float}
 
@@ -32,6 +34,40 @@ def image_mistake(image, known_ids, json_file):
     if image["id"] in known_ids:
         return f"{json_file} has two images with the id {image['id']}"
     return None
+
+
+def without_contradictions(images, json_file, problems):
+    """The entries of `images` but those that share an id and differ in file or size.
+
+    Nobody knows which of them an annotation of that id belongs to.
+
+    Args:
+        images: the entries, dicts.
+        json_file: the file, for `problems`.
+        problems: list that takes an error for each such id.
+    """
+    by_id, contradicted = {}, set()
+    for image in images:
+        if "id" in image:
+            name = os.path.normpath(str(image.get("file_name")))
+            by_id.setdefault(repr(image["id"]), set()).add(
+                (name, str(image.get("height")), str(image.get("width")))
+            )
+    for image_id, files in by_id.items():
+        if len(files) > 1:
+            found = " and ".join(f"{name} ({width}x{height})" for name, height, width in sorted(files))
+            problems.append(DataError("ambiguous", f"the id {image_id} in {json_file} is that of {found}"))
+            contradicted.add(image_id)
+    return [image for image in images if repr(image.get("id")) not in contradicted]
+
+
+def note_repeated_ids(annotations, json_file, problems):
+    """Add an error to `problems` for each annotation with the id of one before it."""
+    seen = set()
+    for number in (str(a["id"]) for a in annotations if "id" in a):
+        if number in seen:
+            problems.append(DataError("duplicate_id", f"two annotations in {json_file} have the id {number}"))
+        seen.add(number)
 
 
 def annotation_mistake(annotation, image_ids, num_keypoints):

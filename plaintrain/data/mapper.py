@@ -8,7 +8,7 @@ from torchvision import tv_tensors
 
 from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.copy_paste import SimpleCopyPaste
-from plaintrain.data.images import check_image_size, read_image
+from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.data.keypoints import dataset_flip_indices
 from plaintrain.data.tensors import has_extent, hide_outside, plain_image, select
 from plaintrain.structures import BoxMode, segmentation_to_rle
@@ -30,6 +30,8 @@ class DatasetMapper:
     thread_safe = True
     # An `ImageCache` to read through.
     image_cache = None
+    # See `read_image`; that of the config where there is one.
+    pixel_range = ()
 
     def __init__(
         self, cfg=None, is_train=True, *, augmentations=None, use_masks=None, num_keypoints=None, records=None
@@ -50,6 +52,8 @@ class DatasetMapper:
                 DATASETS.TRAIN do not share, or SimpleCopyPaste without masks or `records`.
         """
         order = None
+        if cfg is not None:
+            self.pixel_range = get_pixel_range(cfg)
         if cfg is not None and is_train and cfg.MODEL.KEYPOINT_ON and num_keypoints != 0:
             number, order = _keypoints_of(cfg)
             num_keypoints = num_keypoints or number
@@ -91,7 +95,7 @@ class DatasetMapper:
         return tensors
 
     def _read(self, record):
-        image = (self.image_cache or read_image)(record["file_name"])
+        image = (self.image_cache or read_image)(record["file_name"], self.pixel_range)
         check_image_size(record, image)
         tensors = {"image": tv_tensors.Image(image)}
         if not self.is_train:

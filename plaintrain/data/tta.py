@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torchvision import tv_tensors
 
 from plaintrain.data.arguments import check_list, check_number
-from plaintrain.data.images import check_image_size, read_image
+from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.data.keypoints import dataset_flip_indices
 from plaintrain.data.tensors import horizontal_flip, image_size, plain_image, resize
 from plaintrain.data.transforms import shortest_edge_size
@@ -35,6 +35,7 @@ class TTAMapper:
         fixed_size: (height, width) of the shape that images are brought to, or None to keep theirs.
         keypoint_flip_indices: for each keypoint the one that takes its place in a mirror image;
             needed where the model finds keypoints and `flip` is on.
+        pixel_range: see `read_image`.
     """
 
     min_sizes: tuple
@@ -42,6 +43,7 @@ class TTAMapper:
     flip: bool = True
     fixed_size: tuple | None = None
     keypoint_flip_indices: tuple | None = None
+    pixel_range: tuple = ()
     thread_safe = True
 
     def __post_init__(self):
@@ -56,7 +58,7 @@ class TTAMapper:
         Raises:
             UserError: an unreadable image, or one that is not of its record's size.
         """
-        image = read_image(record["file_name"])
+        image = read_image(record["file_name"], self.pixel_range)
         check_image_size(record, image)
         sample = {key: record[key] for key in ("image_id", "file_name", "height", "width")}
         return {**sample, "views": self.views(image)}
@@ -96,8 +98,9 @@ def build_tta_mapper(cfg, dataset_name):
                 f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but {dataset_name} has {len(order)} "
                 "keypoints, so TEST.AUG.FLIP does not know which of them change places"
             )
+    pixel_range = get_pixel_range(cfg)
     try:
-        return TTAMapper(aug.MIN_SIZES, aug.MAX_SIZE, aug.FLIP, fixed_size, order)
+        return TTAMapper(aug.MIN_SIZES, aug.MAX_SIZE, aug.FLIP, fixed_size, order, pixel_range)
     except UserError as e:
         argument, _, wrong = str(e).partition(" ")
         raise UserError(f"{_KEYS[argument]} {wrong}") from e

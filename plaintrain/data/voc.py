@@ -1,6 +1,7 @@
 """Pascal VOC XML -> records.
 
-Layout: `Annotations/*.xml`, `ImageSets/Main/<split>.txt`, `JPEGImages/*`.
+Layout: `Annotations/*.xml`, `ImageSets/Main/<split>.txt`, `JPEGImages/*`. Of several images with
+the name of an annotation, its `<filename>` says which is meant.
 Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf
 """
 
@@ -8,6 +9,7 @@ import difflib
 import logging
 import math
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -100,8 +102,28 @@ def _read_split(root, split):
 def _image_files(folder):
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}, which a VOC dataset needs")
-    files = (os.path.splitext(name) for name in os.listdir(folder))
-    return {stem: os.path.join(folder, stem + ext) for stem, ext in files if ext in _EXTENSIONS}
+    files = {}
+    for name in sorted(os.listdir(folder)):
+        stem, ext = os.path.splitext(name)
+        if ext in _EXTENSIONS:
+            files.setdefault(stem, []).append(os.path.join(folder, name))
+    return files
+
+
+def _choose_file(files, root, xml_file):
+    """The image of an annotation: the only file of its name, or that of several which `<filename>` names."""
+    if len(files) == 1:
+        return files[0]
+    # Some tools write a path, also one of Windows.
+    named = re.split(r"[/\\]", root.findtext("filename", "").strip())[-1]
+    chosen = [file for file in files if os.path.basename(file) == named]
+    if not chosen:
+        raise DataError(
+            "ambiguous",
+            f"{' and '.join(files)} could both be the image of {xml_file}, whose <filename> is {named!r}: "
+            "remove one, or name the image there",
+        )
+    return chosen[0]
 
 
 def _parse(xml_file):
@@ -155,8 +177,9 @@ def _number(element, tag, where):
     return number
 
 
-def _record(xml_file, image_file, labels, problems):
+def _record(xml_file, image_files, labels, problems):
     root = _parse(xml_file)
+    image_file = _choose_file(image_files, root, xml_file)
     size = root.find("size")
     if size is not None and size.findtext("width") not in (None, "0"):
         width, height = (int(_number(size, tag, xml_file)) for tag in ("width", "height"))

@@ -32,7 +32,8 @@ def load_yolo(data_file, split, classes=None, dataset_root="", problems=None):
 
     An image's id is its file name without ending, a number if all are numbers; its path where that
     is not unique. Its size comes from the file, its EXIF orientation applied. An image without a
-    label file has no objects. A polygon's box is what encloses it.
+    label file has no objects. A polygon's box is what encloses it. Images that differ in their ending
+    alone, and so share labels, are an error.
 
     Args:
         data_file: path of the `data.yaml`.
@@ -54,6 +55,7 @@ def load_yolo(data_file, split, classes=None, dataset_root="", problems=None):
     labels = [chosen.index(name) if name in chosen else None for name in names]
     root = _root(data, data_file, dataset_root)
     files = _image_files(data, data_file, split, root)
+    files = _without_shared_labels(files, problems)
     records = []
     for file, image_id in zip(files, _image_ids(files, root), strict=True):
         record = image_record(file, image_id, problems)
@@ -147,6 +149,18 @@ def _check_below(root, path, source):
             f"{source} names {path}, which is outside the dataset's folder {root}; let the path in the "
             "data.yaml be a folder that holds all images"
         )
+
+
+def _without_shared_labels(files, problems):
+    """The files but those, such as an image and its mask, that would have one label file in common."""
+    sharing = {}
+    for file in dict.fromkeys(files):
+        sharing.setdefault(label_file(file), []).append(file)
+    sharing = {path: group for path, group in sharing.items() if len(group) > 1 and os.path.lexists(path)}
+    for path, group in sharing.items():
+        what = f"{' and '.join(group)} share the labels {path}: remove or rename all but one"
+        refuse(problems, DataError("ambiguous", what))
+    return [file for file in files if label_file(file) not in sharing]
 
 
 def _image_ids(files, root):

@@ -43,11 +43,10 @@ def gallery(runs):
 
     def _make(dataset, analysed):
         ((run, analysis),) = analysed
-        detections = run.detections[dataset]
         parts = []
         for which, number in _NUMBERS.items():
             entries = analysis["gallery"][which][:number]
-            pairs = [_pair(dataset, entry, detections, analysis["settings"]) for entry in entries]
+            pairs = [_pair(dataset, entry, run, analysis["settings"]) for entry in entries]
             parts.append(tag("h3", f"{which.capitalize()} on {dataset}"))
             parts.append(tag("div", *pairs, class_="gallery") if pairs else note("There are none."))
         return parts
@@ -66,7 +65,7 @@ def gallery(runs):
     )
 
 
-def _pair(dataset, entry, detections, settings):
+def _pair(dataset, entry, run, settings):
     drawn = is_drawn(entry["file_name"])
     name = f"image {entry['image_id']}" if drawn else os.path.basename(entry["file_name"])
     wrong = sum(entry[kind] for kind in _COLORS if kind not in ("correct", "ignored"))
@@ -74,7 +73,7 @@ def _pair(dataset, entry, detections, settings):
     words = f"F1 {entry['f1']:.2f}: {entry['found']} of {objects} objects found, {wrong} wrong detections"
     head = tag("p", tag("strong", name), " ", words)
     try:
-        truth, found = _draw(dataset, entry["index"], detections, settings)
+        truth, found = _draw(dataset, entry["index"], run, settings)
     except UserError as e:
         return tag("div", head, note(f"It cannot be drawn: {e}"), class_="pair")
     pictures = [
@@ -84,11 +83,12 @@ def _pair(dataset, entry, detections, settings):
     return tag("div", head, tag("div", *pictures), class_="pair")
 
 
-def _draw(dataset, index, detections, settings):
+def _draw(dataset, index, run, settings):
     """The image twice: with its objects, and with its detections above the threshold."""
     record, metadata = DatasetCatalog.get(dataset)[index], MetadataCatalog.get(dataset)
-    image, truth = read_image(record["file_name"]), record_instances(record)
-    found = detections_of_image(detections, index, settings["score_threshold"], record)
+    pixel_range = run.config.get("INPUT", {}).get("PIXEL_RANGE") or ()
+    image, truth = read_image(record["file_name"], pixel_range), record_instances(record)
+    found = detections_of_image(run.detections[dataset], index, settings["score_threshold"], record)
     # Of the objects nothing that detections do not have, either.
     truth = {key: value for key, value in truth.items() if key in found or key == "crowds"}
     objects = {"boxes": truth["boxes"], "labels": truth["labels"], "crowd": truth["crowds"]}

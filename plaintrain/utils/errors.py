@@ -37,6 +37,10 @@ class DataError(UserError):
         super().__init__(message)
         self.kind = kind
 
+    def __reduce__(self):
+        # An error's own way would call it with the message alone, in the process that gets it from a worker.
+        return DataError, (self.kind, str(self))
+
 
 def refuse(problems, error):
     """How a reader of datasets meets a mistake: it raises, or keeps the error and goes on.

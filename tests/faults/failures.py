@@ -88,10 +88,10 @@ def _in_workers(act):
 
     read = mapper.read_image
 
-    def failing(file_name):
+    def failing(*args):
         if comm.get_rank() == 1 and np.random.default_rng().random() < 0.2:
             act()
-        return read(file_name)
+        return read(*args)
 
     mapper.read_image = failing
 
