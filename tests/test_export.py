@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from model_helpers import ARCHITECTURES, RETINA, TINY, build, make_cfg, make_sample, randomize_predictions
@@ -14,6 +15,7 @@ from torchvision.utils import save_image
 from plaintrain import export, export_check
 from plaintrain.export import describe, is_fixed, score_limit, trace, write_onnx, write_torch
 from plaintrain.export_check import check_exported, differences, open_exported
+from plaintrain.masks import BoxMasks
 from plaintrain.modeling.graph import DetectionGraph, best_of_batch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +70,18 @@ def test_the_graph_finds_what_the_model_finds(name):
     apart = differences(second, alone, score_limit(cfg))
     assert all(value < 1e-3 for key, value in apart.items() if key != "detections"), apart
     assert (one["labels"][0, number:] == -1).all() and not one["boxes"][0, number:].any()
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_the_example_pastes_masks_as_the_model_does(aligned):
+    paste = runpy.run_path(str(PREDICT))["paste"]
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(20, 1, 28, 28, generator=generator)
+    boxes = (torch.rand(20, 2, 2, generator=generator) * 70 - 5).sort(dim=1).values.flatten(1)
+    expected = BoxMasks(probabilities, boxes, 48, 64, aligned).paste()
+    for mask, box, pasted in zip(probabilities, boxes, expected, strict=True):
+        found = np.asarray(paste(mask[0].numpy(), box.numpy(), (64, 48), aligned)) > 0
+        assert (found == pasted.numpy()).all()
 
 
 def test_nms_keeps_images_and_groups_apart():
