@@ -1,7 +1,7 @@
 """Masks as a mask head gives them, of boxes; as pixels of the image; and as run-length encodings.
 
-Pixel (i, j) covers [j, j + 1) x [i, i + 1). Where masks are `aligned`, a head's M x M cells fill it all,
-as in Detectron2: targets are sampled at the centres of cells, and masks are pasted at the centres of pixels.
+Pixel (i, j) covers [j, j + 1) x [i, i + 1). Where masks are `aligned`, M x M cells fill the box exactly,
+as in Detectron2: targets are sampled at the centres of cells, masks are pasted at the centres of pixels.
 Otherwise both follow torchvision: targets lie half a pixel off, and masks reach about half a pixel too far.
 """
 
@@ -99,8 +99,8 @@ def _sample(mask, box, window):
     y = torch.arange(top, bottom, device=box.device) + 0.5
     # The box reaches from -1 to 1.
     x, y = (x - box[0]) / (box[2] - box[0]) * 2 - 1, (y - box[1]) / (box[3] - box[1]) * 2 - 1
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(mask.dtype)
-    return F.grid_sample(mask[None], grid[None], align_corners=False)[0, 0]
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+    return F.grid_sample(mask[None].to(grid), grid[None], align_corners=False)[0, 0]
 
 
 def sample_masks(masks, boxes, index, side, aligned=True):
