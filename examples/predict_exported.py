@@ -94,22 +94,31 @@ def keypoints_of(maps, box):
     return points
 
 
-def paste(probabilities, box, size):
-    """The mask of a box as a Pillow image of the size (width, height), from `[M, M]` in 0..1."""
-    left, top, right, bottom = (int(round(float(side))) for side in box)
-    inside = Image.fromarray(probabilities.astype(np.float32))
-    inside = inside.resize((max(right - left, 1), max(bottom - top, 1)), Image.Resampling.BILINEAR)
-    mask = Image.new("L", size)
-    mask.paste(Image.fromarray((np.asarray(inside) > 0.5).astype(np.uint8) * 110), (left, top))
-    return mask
+def paste(probabilities, box, size, aligned):
+    """The mask of a box as a Pillow image of the size (width, height), from `[M, M]` in 0..1.
+
+    Where masks are not `aligned` they reach beyond their boxes, as torchvision pastes them.
+    """
+    if not aligned:
+        probabilities = np.pad(probabilities, 1)
+        centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
+        half *= len(probabilities) / (len(probabilities) - 2)
+        box = np.trunc(np.concatenate([centre - half, centre + half])) + [0, 0, 1, 1]
+    cells, weights = np.arange(len(probabilities)), []
+    for pixels, low, high in zip(size, box[:2], box[2:], strict=True):
+        # Between the centres of two cells linear, around the box 0.
+        place = (np.arange(pixels) + 0.5 - low) / (high - low) * len(cells) - 0.5
+        weights.append(np.maximum(1 - np.abs(place[:, None] - cells), 0))
+    inside = weights[1] @ probabilities @ weights[0].T
+    return Image.fromarray((inside >= 0.5).astype(np.uint8) * 110)
 
 
-def draw(image, found, name_of, rows):
-    """A copy of the image with the detections of these rows in it."""
+def draw(image, found, name_of, rows, aligned):
+    """A copy of the image with the detections of these rows in it; `aligned` as for `paste`."""
     image = image.copy()
     colours = [_COLOURS[int(label) % len(_COLOURS)] for label in found["labels"]]
     for i in rows if "masks" in found else ():
-        image.paste(colours[i], mask=paste(found["masks"][i], found["boxes"][i], image.size))
+        image.paste(colours[i], mask=paste(found["masks"][i], found["boxes"][i], image.size, aligned))
     canvas = ImageDraw.Draw(image)
     for i in rows:
         box = found["boxes"][i].tolist()
@@ -144,7 +153,7 @@ def main(args):
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
             file = args.output / f"{Path(path).stem}.png"
-            draw(image, found, name_of, rows).save(file)
+            draw(image, found, name_of, rows, about.get("masks_aligned", False)).save(file)
             print(f"  drawn in {file}")
     return 0
 

@@ -216,6 +216,9 @@ _C.MODEL.ROI_MASK_HEAD.CONV_DIM = 256
 # "" (none), BN, SyncBN or GN.
 _C.MODEL.ROI_MASK_HEAD.NORM = ""
 _C.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = False
+# Masks fill their boxes exactly, in training targets and where they are pasted, as in Detectron2. False is
+# torchvision's convention, for its published weights: targets half a pixel off, masks pasted too large.
+_C.MODEL.ROI_MASK_HEAD.ALIGNED = True
 
 _C.MODEL.ROI_KEYPOINT_HEAD = CN()
 _C.MODEL.ROI_KEYPOINT_HEAD.NAME = "KRCNNConvDeconvUpsampleHead"

@@ -49,6 +49,8 @@ def describe(cfg, class_names, weights):
         },
         "boxes": "x0, y0, x1, y1 in pixels of the image given",
         "has_masks": bool(cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"),
+        # Whether masks fill their boxes exactly, or as torchvision pastes them.
+        "masks_aligned": cfg.MODEL.ROI_MASK_HEAD.ALIGNED,
         "has_keypoints": bool(cfg.MODEL.KEYPOINT_ON and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"),
     }  # fmt: skip
 

@@ -17,6 +17,7 @@ from plaintrain import export, export_check
 from plaintrain.data.images import read_image
 from plaintrain.export import describe, is_fixed, score_limit, trace, write_onnx, write_torch
 from plaintrain.export_check import check_exported, differences, open_exported
+from plaintrain.masks import BoxMasks
 from plaintrain.modeling.graph import DetectionGraph, best_of_batch
 from plaintrain.utils.errors import UserError
 
@@ -72,6 +73,18 @@ def test_the_graph_finds_what_the_model_finds(name):
     apart = differences(second, alone, score_limit(cfg))
     assert all(value < 1e-3 for key, value in apart.items() if key != "detections"), apart
     assert (one["labels"][0, number:] == -1).all() and not one["boxes"][0, number:].any()
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_the_example_pastes_masks_as_the_model_does(aligned):
+    paste = runpy.run_path(str(PREDICT))["paste"]
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(20, 1, 28, 28, generator=generator)
+    boxes = (torch.rand(20, 2, 2, generator=generator) * 70 - 5).sort(dim=1).values.flatten(1)
+    expected = BoxMasks(probabilities, boxes, 48, 64, aligned).paste()
+    for mask, box, pasted in zip(probabilities, boxes, expected, strict=True):
+        found = np.asarray(paste(mask[0].numpy(), box.numpy(), (64, 48), aligned)) > 0
+        assert (found == pasted.numpy()).all()
 
 
 def test_nms_keeps_images_and_groups_apart():

@@ -1,12 +1,15 @@
-"""Masks of boxes, pasted and encoded: plaintrain.masks."""
+"""Masks of boxes, sampled, pasted and encoded: plaintrain.masks."""
 
 import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 
-from plaintrain.masks import BoxMasks, encode_masks
+from plaintrain.data.catalog import DatasetCatalog
+from plaintrain.data.mapper import DatasetMapper
+from plaintrain.evaluation.coco import COCOEvaluator
+from plaintrain.masks import BoxMasks, encode_masks, sample_masks
 
 torch.set_num_threads(1)
 
@@ -33,13 +36,31 @@ def random_masks(number, side):
         [0, 0, 64, 48],
     ],
 )
-def test_pasted_masks_are_torchvisions(box, side):
+def test_pasted_masks_are_detectron2s_or_torchvisions(box, side):
     masks, boxes = random_masks(2, side), torch.tensor([box, [30.0, 20, 50, 40]])
-    expected = paste_masks_in_image(masks, boxes, (48, 64))[:, 0] > 0.5
-    found = BoxMasks(masks, boxes, 48, 64).paste()
-    assert found.dtype == torch.bool and found.equal(expected)
-    assert found[1].any()
-    assert BoxMasks(masks, boxes, 48, 64).encode() == encode_masks(expected)
+    theirs = paste_masks_in_image(masks, boxes, (48, 64))[:, 0] > 0.5
+    exact = np.stack([bilinear(*pair, 48, 64) for pair in zip(masks[:, 0], boxes, strict=True)])
+    assert np.abs(exact - 0.5).min() > 1e-6
+    for aligned, expected in ((True, torch.from_numpy(exact >= 0.5)), (False, theirs)):
+        found = BoxMasks(masks, boxes, 48, 64, aligned)
+        assert found.paste().dtype == torch.bool and found.paste().equal(expected)
+        assert expected[1].any() and found.encode() == encode_masks(expected)
+
+
+def bilinear(mask, box, height, width):
+    """Detectron2's pasting, pixel by pixel: a grid from -1 to 1 over the box, zeros around the mask."""
+    side, (x0, y0, x1, y1) = len(mask), box.double().tolist()
+    padded = np.pad(mask.double().numpy(), 1)
+    values = np.zeros((height, width))
+    for i, j in np.ndindex(height, width):
+        u, v = 2 * (j + 0.5 - x0) / (x1 - x0) - 1, 2 * (i + 0.5 - y0) / (y1 - y0) - 1
+        # Of -1 and 1, the outer edges of the first and the last cell; 1 for the padding.
+        u, v = ((u + 1) * side - 1) / 2 + 1, ((v + 1) * side - 1) / 2 + 1
+        if 0 <= u < side + 1 and 0 <= v < side + 1:
+            column, row, s, t = int(u), int(v), u % 1, v % 1
+            upper, lower = padded[row : row + 2, column : column + 2] @ [1 - s, s]
+            values[i, j] = upper * (1 - t) + lower * t
+    return values
 
 
 @pytest.mark.parametrize(
@@ -54,9 +75,10 @@ def test_pasted_masks_are_torchvisions(box, side):
     ],
 )
 def test_a_mask_wholly_outside_of_the_image_is_empty(box):
-    found = BoxMasks(torch.ones(1, 1, 28, 28), torch.tensor([box]), 48, 64).paste()
-    assert found.shape == (1, 48, 64) and not found.any()
-    assert BoxMasks(torch.ones(1, 1, 28, 28), torch.tensor([box]), 48, 64).encode() == encode_masks(found)
+    for aligned in (True, False):
+        masks = BoxMasks(torch.ones(1, 1, 28, 28), torch.tensor([box]), 48, 64, aligned)
+        assert masks.paste().shape == (1, 48, 64) and not masks.paste().any()
+        assert masks.encode() == encode_masks(masks.paste())
 
 
 def test_no_masks_are_none():
@@ -64,8 +86,9 @@ def test_no_masks_are_none():
     assert masks.paste().shape == masks.shape == (0, 48, 64) and masks.encode() == []
 
 
+@pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("size", [(48, 64), (31, 200), (200, 3), (1, 1)])
-def test_masks_are_encoded_as_if_they_were_pasted(size):
+def test_masks_are_encoded_as_if_they_were_pasted(size, aligned):
     rng = np.random.default_rng(0)
     corners = np.sort(rng.uniform(-0.3, 1.3, (60, 2, 2)) * size[::-1], axis=1).reshape(60, 4)
     # Full height, full width, whole image: runs that go on in the next column, and from the first pixel.
@@ -74,7 +97,9 @@ def test_masks_are_encoded_as_if_they_were_pasted(size):
         rng.uniform(0, 1, (60, 1, 14, 14)) + rng.uniform(-0.5, 0.5, (60, 1, 1, 1))
     )
     probabilities[2] = 1
-    masks = BoxMasks(probabilities.float(), torch.from_numpy(corners).float(), *size)
+    # Certain masks in boxes of whole and half pixels, where probabilities of exactly 0.5 are frequent.
+    probabilities[30:], corners[30:] = probabilities[30:].round().clamp(0, 1), (corners[30:] * 2).round() / 2
+    masks = BoxMasks(probabilities.float(), torch.from_numpy(corners).float(), *size, aligned)
     expected = masks.paste()
     found = masks.encode()
     assert found == encode_masks(expected)
@@ -83,8 +108,10 @@ def test_masks_are_encoded_as_if_they_were_pasted(size):
 
 
 def test_masks_go_to_another_device_with_their_boxes():
-    masks = BoxMasks(torch.ones(2, 1, 4, 4), torch.rand(2, 4), 5, 6).to("meta")
-    assert masks.probabilities.is_meta and masks.boxes.is_meta and masks.shape == (2, 5, 6)
+    masks = BoxMasks(torch.ones(2, 1, 4, 4), torch.rand(2, 4), 5, 6, aligned=False).to("meta")
+    assert (
+        not masks.aligned and masks.probabilities.is_meta and masks.boxes.is_meta and masks.shape == (2, 5, 6)
+    )
     assert masks.device.type == "meta" and not masks.is_cuda
 
 
@@ -95,3 +122,50 @@ def test_masks_are_encoded_as_pycocotools_does():
     assert encode_masks(masks) == [rle["counts"] for rle in expected]
     assert encode_masks(masks.to(torch.uint8)) == encode_masks(masks)
     assert encode_masks(masks[:0]) == []
+
+
+# ---- targets, pasted back ----------------------------------------------------------------------
+
+
+def test_a_full_mask_covers_its_box_and_no_more():
+    boxes, full = torch.tensor([[20.0, 20, 32, 32]]), torch.ones(1, 1, 28, 28)
+    (found,) = BoxMasks(full, boxes, 48, 64).paste()
+    assert found.sum() == 144 and found[20:32, 20:32].all()
+    assert BoxMasks(full, boxes, 48, 64, aligned=False).paste().sum() == 192
+
+
+def test_targets_pasted_back_are_the_masks_that_they_were_sampled_from():
+    rng = np.random.default_rng(0)
+    # Ellipses of a width of 12 pixels.
+    centres, radii = rng.uniform(14, 26, (50, 2)), np.stack([np.full(50, 6), rng.uniform(4, 6, 50)], axis=1)
+    y, x = np.mgrid[:40, :40] + 0.5
+    (cx, cy), (rx, ry) = (values.T[:, :, None, None] for values in (centres, radii))
+    masks = torch.from_numpy(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1)
+    boxes = torch.from_numpy(np.concatenate([centres - radii, centres + radii], axis=1)).float()
+    found = BoxMasks(sample_masks(masks, boxes, torch.arange(50), 28)[:, None], boxes, 40, 40).paste()
+    iou = (found & masks).sum(dim=(1, 2)) / (found | masks).sum(dim=(1, 2))
+    assert iou.min() >= 0.99, iou
+
+
+def test_targets_are_torchvisions_where_masks_are_not_aligned():
+    masks = torch.from_numpy(np.random.default_rng(0).random((3, 40, 50)) < 0.3).to(torch.uint8)
+    boxes, index = torch.tensor([[3.2, 4, 20.7, 30], [0, 0, 50, 40]]), torch.tensor([2, 0])
+    found = sample_masks(masks, boxes, index, 28, aligned=False)
+    assert found.equal(project_masks_on_boxes(masks, boxes, index, 28))
+    assert not found.equal(sample_masks(masks, boxes, index, 28))
+
+
+def test_a_perfect_head_has_the_masks_of_real_objects(data_root):
+    evaluator, mapper = (
+        COCOEvaluator("coco_2017_val", ("segm",)),
+        DatasetMapper(use_masks=True, augmentations=[]),
+    )
+    for record in DatasetCatalog.get("coco_2017_val"):
+        target = mapper(record)["target"]
+        number = len(target["boxes"])
+        masks = sample_masks(target["masks"], target["boxes"], torch.arange(number), 28)[:, None]
+        masks = BoxMasks(masks, target["boxes"], record["height"], record["width"])
+        scores = torch.ones(number)
+        evaluator.process([record], [{**target, "scores": scores, "masks": masks}])
+    results = evaluator.evaluate()["segm"]
+    assert results["AP"] >= 95 and results["APs"] >= 95, results

@@ -17,6 +17,7 @@ from model_helpers import (
     assert_same_losses,
     build,
     different_settings,
+    make_cfg,
     make_sample,
     norm_types,
     randomize_predictions,
@@ -35,6 +36,10 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from plaintrain.export import describe
+from plaintrain.masks import sample_masks
+from plaintrain.modeling import roi_heads
+from plaintrain.modeling.tta import DetectorWithTTA
 from plaintrain.utils.errors import UserError
 
 LOSSES = {
@@ -66,6 +71,8 @@ def test_torchvisions_architectures_load_and_find_the_same(name):
     if "mobilenet" in name:
         # torchvision's names of levels that it does not have.
         assert different.pop("roi_heads.box_roi_pool.featmap_names")
+    if "mask" in name:
+        assert different.pop("masks_aligned") == different.pop("roi_heads.masks_aligned") == (False, None)
     assert not different
     for network in (model, plain):
         # Few, for speed, and whatever their scores.
@@ -109,7 +116,11 @@ def torchvision_keypoint_rcnn():
 
 MODELS = {
     "faster": ((), torchvision_rcnn, {}),
-    "mask": (MASK, torchvision_mask_rcnn, {"loss_mask": "loss_mask"}),
+    "mask": (
+        (*MASK, "MODEL.ROI_MASK_HEAD.ALIGNED", False),
+        torchvision_mask_rcnn,
+        {"loss_mask": "loss_mask"},
+    ),
     "keypoint": (KEYPOINT, torchvision_keypoint_rcnn, {"loss_keypoint": "loss_keypoint"}),
 }
 
@@ -160,10 +171,8 @@ def test_masks_and_keypoints_are_in_the_original_images_pixels():
     torch.testing.assert_close(scaled["keypoints"], found["keypoints"] * torch.tensor([5.0, 2.0, 1.0]))
     for mask, (x0, y0, x1, y1) in zip(scaled["masks"], scaled["boxes"].tolist(), strict=True):
         y, x = mask.nonzero(as_tuple=True)
-        # The box, and the half pixel of the mask that is added on each side of it.
-        margin_x, margin_y = (x1 - x0) / 28 + 1, (y1 - y0) / 28 + 1
-        assert x0 - margin_x <= x.min() and x.max() <= x1 + margin_x
-        assert y0 - margin_y <= y.min() and y.max() <= y1 + margin_y
+        assert x0 <= x.min() + 0.5 and x.max() + 0.5 <= x1
+        assert y0 <= y.min() + 0.5 and y.max() + 0.5 <= y1
     points = scaled["keypoints"][..., :2]
     assert (points >= scaled["boxes"][:, None, :2] - 1).all()
     assert (points <= scaled["boxes"][:, None, 2:] + 1).all()
@@ -289,6 +298,24 @@ def test_keys_of_the_rpn_alone_are_honoured():
     assert (rpn.proposal_matcher.low_threshold, rpn.proposal_matcher.high_threshold) == (0.21, 0.62)
     assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (105, 0.31)
     assert len(rpn.head.conv) == 2
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_masks_lie_in_their_boxes_as_the_config_says_in_training_and_evaluation(aligned, monkeypatch):
+    key, calls = "MODEL.ROI_MASK_HEAD.ALIGNED", []
+    model = build(*TINY, *SMALL_HEAD, *MASK, *(() if aligned else (key, False)))
+    monkeypatch.setattr(roi_heads, "sample_masks", lambda *args: calls.append(args) or sample_masks(*args))
+    assert model(two_samples())["loss_mask"] > 0
+    assert len(calls) == 2 and all(call[-1] is aligned for call in calls)
+    randomize_predictions(model.eval())
+    sample, masks = make_sample(64, 96), []
+    sample["views"] = [{"image": sample["image"], "flipped": False}]
+    for detector in (model, DetectorWithTTA(model, 0.5, 5)):
+        detector.pastes_masks = False
+        with torch.no_grad():
+            masks.append(detector([sample])[0]["masks"])
+    assert all(len(found.boxes) and found.aligned is aligned for found in masks)
+    assert describe(make_cfg(*MASK, key, aligned), ["ant"], "x.pth")["masks_aligned"] is aligned
 
 
 def test_keys_of_the_mask_and_keypoint_heads_are_honoured():

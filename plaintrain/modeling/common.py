@@ -137,10 +137,11 @@ class OnSamples:
     Attributes:
         label_offset: 1 where torchvision's label 0 is the background.
         pastes_masks: False leaves masks as `BoxMasks`, for whoever pastes or encodes them elsewhere.
+        masks_aligned: how masks lie in their boxes; see `plaintrain.masks`.
     """
 
     label_offset = 0
-    pastes_masks = True
+    pastes_masks = masks_aligned = True
 
     def forward(self, samples):
         """
@@ -155,10 +156,11 @@ class OnSamples:
         """
         images = [sample["image"] for sample in samples]
         detections = super().forward(images)
-        return to_original_size(detections, samples, self.label_offset, self.pastes_masks)
+        masks = self.pastes_masks, self.masks_aligned
+        return to_original_size(detections, samples, self.label_offset, *masks)
 
 
-def to_original_size(detections, samples, label_offset=0, paste=True):
+def to_original_size(detections, samples, label_offset=0, paste=True, aligned=True):
     """Bring detections from each sample's image to its original `height` and `width`.
 
     Args:
@@ -168,6 +170,7 @@ def to_original_size(detections, samples, label_offset=0, paste=True):
         samples: the samples they were made from.
         label_offset: what to take off the labels, so that they count from 0.
         paste: make masks of the image's pixels; otherwise they are `BoxMasks`.
+        aligned: how masks lie in their boxes; see `plaintrain.masks`.
 
     Returns:
         The list, in the original images' pixels: labels 0 to K-1, masks bool `[N, height, width]`,
@@ -182,7 +185,7 @@ def to_original_size(detections, samples, label_offset=0, paste=True):
         labels = detection["labels"] - label_offset
         result = {"boxes": boxes, "scores": detection["scores"], "labels": labels}
         if "masks" in detection:
-            masks = BoxMasks(detection["masks"], boxes, sample["height"], sample["width"])
+            masks = BoxMasks(detection["masks"], boxes, sample["height"], sample["width"], aligned)
             result["masks"] = masks.paste() if paste else masks
         if "keypoints" in detection:
             points = _scaled(detection["keypoints"][..., :2], *scale)

@@ -194,6 +194,7 @@ def build_rcnn(cfg):
     model = GeneralizedRCNN(backbone, rpn, roi_heads, build_preprocess(cfg))
     if cfg.MODEL.MASK_ON:
         _add_mask_head(cfg, roi_heads, backbone)
+        model.masks_aligned = roi_heads.masks_aligned = cfg.MODEL.ROI_MASK_HEAD.ALIGNED
     if cfg.MODEL.KEYPOINT_ON:
         _add_keypoint_head(cfg, roi_heads, backbone)
         model.keypoint_loss_weight = cfg.MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT

@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_loss
+from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss
 
+from plaintrain.masks import sample_masks
 from plaintrain.modeling.box_loss import BoxLoss, box_losses
 from plaintrain.modeling.matching import match, pad_targets, sample, take
 from plaintrain.modeling.postprocess import detect_in_rois
@@ -17,9 +18,10 @@ class BatchedRoIHeads(RoIHeads):
 
     Attributes:
         box_loss: the `BoxLoss`.
+        masks_aligned: how masks lie in their boxes; see `plaintrain.masks`.
     """
 
-    box_loss = BoxLoss()
+    box_loss, masks_aligned = BoxLoss(), True
 
     def forward(self, features, proposals, image_shapes, targets=None):
         """torchvision's, but in training the proposals are those of `BatchedRPN`."""
@@ -36,8 +38,7 @@ class BatchedRoIHeads(RoIHeads):
         if self.has_mask():
             pooled = self.mask_roi_pool(features, boxes, image_shapes)
             logits = self.mask_predictor(self.mask_head(pooled))
-            masks, classes = ([target[key] for target in targets] for key in ("masks", "labels"))
-            losses["loss_mask"] = maskrcnn_loss(logits, boxes, masks, classes, index)
+            losses["loss_mask"] = self._mask_loss(logits, boxes, index, targets)
         if self.has_keypoint():
             pooled = self.keypoint_roi_pool(features, boxes, image_shapes)
             # torchvision's loss takes views of it.
@@ -64,3 +65,13 @@ class BatchedRoIHeads(RoIHeads):
         deltas = deltas.view_as(objects)
         loss_box = box_losses(self.box_loss, self.box_coder, deltas, boxes, objects, labels > 0)
         return {"loss_classifier": loss / number, "loss_box_reg": loss_box.sum() / number}
+
+    def _mask_loss(self, logits, boxes, index, targets):
+        matched = list(zip(targets, boxes, index, strict=True))
+        labels = torch.cat([target["labels"][objects] for target, _, objects in matched])
+        if not len(labels):
+            return logits.sum() * 0
+        side, aligned = logits.shape[-1], self.masks_aligned
+        masks = [sample_masks(target["masks"], b, objects, side, aligned) for target, b, objects in matched]
+        logits = logits[torch.arange(len(labels), device=labels.device), labels]
+        return F.binary_cross_entropy_with_logits(logits, torch.cat(masks))

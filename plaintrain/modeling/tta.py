@@ -92,7 +92,8 @@ class DetectorWithTTA(nn.Module):
         probabilities = [self._predict_masks(results, view) for view in views]
         for result, sample, masks in zip(results, views[0], zip(*probabilities, strict=True), strict=True):
             mean = torch.stack(masks).mean(dim=0)
-            boxed = BoxMasks(mean, result["boxes"], sample["height"], sample["width"])
+            size = sample["height"], sample["width"]
+            boxed = BoxMasks(mean, result["boxes"], *size, self.model.masks_aligned)
             result["masks"] = boxed.paste() if self.pastes_masks else boxed
 
     def _predict_masks(self, results, view):
