@@ -16,6 +16,9 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    # It makes an editable install a path entry. The import hook that setuptools uses otherwise is asked after
+    # the folder of the script, where a clone called plaintrain is taken for a namespace package.
+    package_dir={"": "."},
     packages=find_packages(include=["plaintrain", "plaintrain.*"]),
     package_data={"plaintrain.report": ["report.css", "report.js"]},
     python_requires=">=3.11",

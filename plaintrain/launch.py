@@ -15,9 +15,10 @@ import torch.multiprocessing as mp
 from plaintrain.job import find_job
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.logger import outlive_console
 from plaintrain.utils.memory import is_out_of_memory, out_of_memory
 from plaintrain.utils.network import agree_on_prefix, choose_interface
-from plaintrain.utils.stop import end_at_once
+from plaintrain.utils.stop import end_at_once, stop_signals
 from plaintrain.utils.watch import FailureWatch, connect, is_felt, report_failure
 
 # How long a collective may wait for the slowest rank, for example while rank 0 scores.
@@ -26,8 +27,8 @@ DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
 # What a shell reports for a program that Ctrl-C ended.
 _INTERRUPTED = 130
-# What a rank tells the process that has spawned it, which says that to the person.
-_RANK_INTERRUPTED = 129
+# What a rank tells the process that has spawned it, which says that to the person: 128 plus no signal.
+_RANK_INTERRUPTED = 128
 # How long the other ranks have to end by themselves when one has failed.
 _GRACE_SECONDS = 8.0
 
@@ -49,6 +50,7 @@ def launch(main_func, num_gpus_per_machine=1, num_machines=1, machine_rank=0, di
         dist_url: tcp://host:port of machine 0; "auto" picks a free port on a single machine.
         args: arguments of `main_func`.
     """
+    outlive_console()
     debug = any(getattr(arg, "debug", False) for arg in args)
     try:
         job = find_job(num_gpus_per_machine, num_machines, machine_rank, dist_url)
@@ -109,8 +111,7 @@ def _spawn(main_func, args, job, debug):
             if process.is_alive():
                 os.kill(process.pid, number if number != signal.SIGINT or first else signal.SIGKILL)
 
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-    before = {number: signal.signal(number, hand_on) for number in signals}
+    before = {number: signal.signal(number, hand_on) for number in stop_signals()}
     try:
         work, number = (main_func, args, job, debug), job["local_size"]
         ranks += mp.start_processes(_process, work, number, join=False, start_method="spawn").processes
@@ -171,10 +172,7 @@ def _process(local_rank, main_func, args, job, debug):
     """One rank: join the group, run, and tell the others when it fails."""
     spawned = "rank" not in job
     if spawned:
-        # Where processes are forked, they have the handlers of the one that hands signals on.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        _begin_rank()
     rank = job.setdefault("rank", job.get("first_rank", 0) + local_rank)
     local_rank = job.setdefault("local_rank", local_rank)
     os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(local_rank), str(job["local_size"])
@@ -205,6 +203,14 @@ def _process(local_rank, main_func, args, job, debug):
         for watch in watches:
             watch.stop()
     dist.destroy_process_group()
+
+
+def _begin_rank():
+    outlive_console()
+    # Where processes are forked, they have the handlers of the one that hands signals on.
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _join_group(job, watches):

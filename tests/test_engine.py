@@ -776,6 +776,19 @@ def test_second_setup_of_the_log_doubles_no_line_and_appends(tmp_path, capsys):
     assert log.startswith("earlier\n") and log.count("once") == 1
 
 
+def test_log_goes_on_where_the_console_is_closed_or_lost(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stream in (None, os.fdopen(writer, "w", buffering=1)):
+        for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+            monkeypatch.setattr(sys, name, stream)
+        logger = setup_logger(str(tmp_path))
+        logger.info("to the file")
+        print("to nobody", flush=True)
+        assert list(tqdm(range(2))) == [0, 1]
+    assert (tmp_path / "log.txt").read_text().count("to the file") == 2
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -1,9 +1,12 @@
 """The shape of the project: import directions, budgets, and what the files promise."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -175,3 +178,20 @@ def test_the_readme_names_files_that_exist():
     for name in re.findall(r"(?:configs|scripts|docs)/[\w/\-]+\.(?:yaml|py|md)", readme):
         # The reader's own.
         assert name == "configs/my.yaml" or (ROOT / name).is_file(), name
+
+
+def test_an_editable_install_is_imported_next_to_the_folder_of_its_clone(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    clone, site = tmp_path / "plaintrain", tmp_path / "site"
+    shutil.copytree(ROOT / "plaintrain", clone / "plaintrain", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, clone)
+    site.mkdir()
+    build = f"from setuptools import build_meta; build_meta.build_editable({str(site)!r})"
+    subprocess.run([sys.executable, "-c", build], check=True, cwd=clone, capture_output=True)
+    zipfile.ZipFile(*site.glob("*.whl")).extractall(site)
+    code = f"import site; site.addsitedir({str(site)!r}); import plaintrain; print(plaintrain.__file__)"
+    # -S and no PYTHONPATH: nothing else that is installed is seen.
+    command, env = [sys.executable, "-S", "-c", code], {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert str(clone / "plaintrain" / "__init__.py") in done.stdout, done.stderr

@@ -78,15 +78,19 @@ def start_slow_run(config, folder, *args):
     """A run of many iterations in the background, once it has saved a checkpoint."""
     command = [sys.executable, TRAIN, "--config-file", config, *args, "OUTPUT_DIR", folder]
     command += ["SOLVER.MAX_ITER", "5000"]
+    reader, writer = os.pipe()
     process = subprocess.Popen(
         list(map(str, command)),
         env=ENV,
-        stdout=subprocess.DEVNULL,
+        # Ended by the same Ctrl-C, `tee` reads no more.
+        stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
         # A shell's background job, as CI may be, hands down that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    os.close(reader)
+    os.close(writer)
     deadline = time.time() + 90
     while not (folder / "last_checkpoint").exists():
         assert process.poll() is None and time.time() < deadline, process.stderr.read()

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,12 +44,15 @@ def test_without_a_limit_the_time_is_never_over(clock, log):
 
 def test_the_run_stops_when_it_is_asked_to_on_any_rank(clock, monkeypatch):
     request, asked = StopRequest(5.0), []
-    monkeypatch.setattr(comm, "highest", lambda number: asked.append(number) or signal.SIGTERM)
+    # The other rank has SIGHUP, which is 1.
+    monkeypatch.setattr(
+        comm, "highest", lambda number: asked.append(number) or max(number, 2 * signal.SIGHUP)
+    )
     with pytest.raises(Stopped) as stopped, request:
         assert request.is_made()
         clock.now = 1006.0
         assert request.is_made()
-    assert asked == [0, 1] and stopped.value.code == 143
+    assert asked == [0, 1] and stopped.value.code == 129
 
 
 def test_an_end_by_time_is_an_ordinary_end(clock):
@@ -56,17 +61,38 @@ def test_an_end_by_time_is_an_ordinary_end(clock):
         assert request.is_made()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_a_signal_only_asks_for_the_end_which_then_says_how_to_go_on(number, code, log, capfd):
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_only_asks_for_the_end_which_then_says_how_to_go_on(number, log, capfd):
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped, StopRequest() as request:
         assert not request.is_made() and not is_requested()
         send(number)
         assert is_requested() and request.is_made() and request.is_made()
-    assert stopped.value.code == code and signal.getsignal(number) is before
+    assert stopped.value.code == 128 + number and signal.getsignal(number) is before
     assert f"{number.name}: the run has stopped, with a checkpoint; go on with --resume" in log.text
     assert capfd.readouterr().err.count("the run stops after this step") == 1
     assert not is_requested()
+
+
+def test_a_signal_counts_where_nothing_can_be_printed(monkeypatch):
+    def broken():
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(fileno=broken))
+    monkeypatch.setattr(os, "write", lambda *args: broken())
+    with pytest.raises(Stopped), StopRequest() as request:
+        send(signal.SIGINT)
+        assert request.is_made()
+
+
+def test_a_closed_terminal_is_ignored_under_nohup(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as request:
+            send(signal.SIGHUP)
+            assert not request.is_made()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_that_nobody_asked_about_ends_nothing(capfd):

@@ -216,7 +216,7 @@ def _sleep_as_a_worker():
     time.sleep(30)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_worker_outlives_a_signal_to_all_and_obeys_its_parent(number):
     worker = multiprocessing.get_context("fork").Process(target=_sleep_as_a_worker, daemon=True)
     worker.start()

@@ -19,6 +19,7 @@ from plaintrain.data.thread_loader import ThreadLoader, Threads
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
+from plaintrain.utils.logger import outlive_console
 from plaintrain.utils.memory import note_batch
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,9 @@ def _outlive_signals(worker_id):
 
     A worker that died of it would take the checkpoint with it that is about to be saved.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    outlive_console()
+    for number in signal.SIGHUP, signal.SIGINT, signal.SIGUSR1:
+        signal.signal(number, signal.SIG_IGN)
     # macOS cannot tell who sent a signal; there a worker dies of it.
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

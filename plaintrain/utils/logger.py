@@ -1,5 +1,6 @@
 """The console and file log of a run."""
 
+import contextlib
 import copy
 import datetime
 import logging
@@ -21,15 +22,44 @@ _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 _SIGNS = {"+": "\033[32m", "-": "\033[31m"}
 
 
+class _Console:
+    """Standard output or error; what cannot be written is dropped."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def outlive_console():
+    """Let this process continue without its console: a pipe without a reader, a closed terminal, a full disk.
+
+    Prints, progress bars and warnings then write nothing and raise nothing, at the exit of Python either.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # Another stream is one of a notebook or a test; None was closed before the start.
+        if stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, _Console(stream or open(os.devnull, "w", encoding="utf-8")))  # noqa: SIM115
+
+
 class _ConsoleHandler(logging.Handler):
     """Prints through tqdm, so that a progress bar stays below the lines."""
 
     def emit(self, record):
-        try:
+        with contextlib.suppress(OSError):
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except OSError:
-            self.handleError(record)
 
 
 class _ColorFormatter(logging.Formatter):
@@ -78,6 +108,7 @@ def setup_logger(output=None, distributed_rank=0, name="plaintrain", quiet=False
     Returns:
         The logger.
     """
+    outlive_console()
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -1,10 +1,12 @@
 """Ending a run before its end, on all ranks together: after a signal, or when its time is over."""
 
+import contextlib
 import logging
 import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -13,13 +15,19 @@ from plaintrain.utils.heartbeat import rest
 
 logger = logging.getLogger(__name__)
 
-# SIGUSR1 is what Slurm's --signal is usually set to, some time before it ends a job.
-_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+# SIGHUP is sent when the terminal or the ssh session is closed; SIGUSR1 is what Slurm's --signal is usually
+# set to, some time before it ends a job.
+_SIGNALS = signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 # One Ctrl-C may arrive twice: from the terminal, and handed on by the process that started this one.
 _SAME_SECONDS = 0.5
-_TIME_IS_OVER = 1
 # The request whose block is running: a process has one set of signal handlers.
 _ACTIVE = []
+
+
+def stop_signals():
+    """Return the signals that end a run: not SIGHUP where it is ignored, as under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return _SIGNALS[1:] if ignored else _SIGNALS
 
 
 def end_at_once(code):
@@ -36,7 +44,7 @@ class Stopped(SystemExit):
 class StopRequest:
     """Tells all ranks together that the run is to end after this step.
 
-    Within its block SIGINT, SIGTERM and SIGUSR1 only ask for it, and a second SIGINT ends the process at
+    Within its block the signals of `stop_signals` only ask for it, and a second SIGINT ends the process at
     once. At the end of the block a run that a signal has stopped raises `Stopped`.
     """
 
@@ -47,16 +55,16 @@ class StopRequest:
 
     def is_made(self):
         """Whether a rank has a signal or no time left. The ranks' hosts agree; no device is waited for."""
-        time_is_over = self._seconds and time.monotonic() >= self._deadline
-        reason = self.signal or (_TIME_IS_OVER if time_is_over else 0)
-        # SIGINT is 2, SIGHUP 1 is none of the signals.
-        self._agreed = comm.highest(reason)
-        if self._agreed == _TIME_IS_OVER:
+        time_is_over = bool(self._seconds) and time.monotonic() >= self._deadline
+        # One number for both: a signal of any rank counts for more than the time.
+        reason = comm.highest(2 * self.signal + time_is_over)
+        self._agreed = reason // 2
+        if reason == 1:
             logger.warning(
                 f"SOLVER.MAX_TIME of {self._seconds:g} s is over: the run stops after this step, with a "
                 "checkpoint; go on with --resume"
             )
-        return self._agreed > 0
+        return reason > 0
 
     def end_evaluation(self):
         """Raise `Stopped` on every rank if one has a signal; all ranks call it at the same point."""
@@ -65,28 +73,31 @@ class StopRequest:
             raise Stopped(128 + self._agreed)
 
     def _handle(self, number, frame):
+        is_first, self.signal = not self.signal, number
         if number == signal.SIGINT:
             now = time.monotonic()
             if now - self._first_interrupt > _SAME_SECONDS:
                 end_at_once(128 + number)
             self._first_interrupt = min(now, self._first_interrupt)
-        if not self.signal and comm.get_local_rank() == 0:
+        if is_first and comm.get_local_rank() == 0:
             name = signal.Signals(number).name
-            # Not the log: this may stand in the middle of a line of it.
-            os.write(2, f"\n{name}: the run stops after this step; Ctrl-C again stops it at once\n".encode())
-        self.signal = number
+            text = f"\n{name}: the run stops after this step; Ctrl-C again stops it at once\n"
+            # The terminal may be gone, and an exception would rise from the middle of the step. Not the log:
+            # this may stand in the middle of a line of it.
+            with contextlib.suppress(Exception):
+                os.write(sys.stderr.fileno(), text.encode())
 
     def __enter__(self):
         # Elsewhere Python allows no handlers.
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._handlers = {number: signal.signal(number, self._handle) for number in stop_signals()}
         _ACTIVE.append(self)
         return self
 
     def __exit__(self, kind, error, traceback):
         _ACTIVE.remove(self)
         rest()
-        if self._agreed > _TIME_IS_OVER and (error is None or isinstance(error, Stopped)):
+        if self._agreed and (error is None or isinstance(error, Stopped)):
             name = signal.Signals(self._agreed).name
             logger.warning(f"{name}: the run has stopped, with a checkpoint; go on with --resume")
             # Nobody leaves while another still saves: a launcher ends the rest of a job with its first.

@@ -136,7 +136,8 @@ class Run:
 
 
 def _run_script(log, script, arguments, launch, faults):
-    os.setpgid(0, 0)
+    # A session of its own: the first terminal that it opens is its controlling terminal.
+    os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     fd = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(fd, 1)

@@ -1,6 +1,9 @@
 """Runs that are killed, or asked to stop, and go on as if nothing had been. kill_runs.py does it for long."""
 
+import contextlib
+import functools
 import os
+import pty
 import random
 import signal
 import time
@@ -121,34 +124,87 @@ def kill_main_only(run, number):
     os.kill(run.process.pid, number)
 
 
+def without_a_reader(names):
+    """Let the run print into a pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    os.close(reader)
+
+
+class Terminal:
+    """A terminal for a run, on which it shows its progress; closing it sends SIGHUP to the whole run."""
+
+    def __init__(self):
+        self._master, self._slave = pty.openpty()
+        os.set_blocking(self._master, False)
+        self.faults = functools.partial(_use_terminal, os.ttyname(self._slave))
+
+    def read(self):
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._master, 65536):
+                pass
+
+    def close(self):
+        os.close(self._slave)
+        os.close(self._master)
+
+
+def _use_terminal(path, names):
+    fd = os.open(path, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(fd, standard)
+
+
+def log_of(run):
+    path = run.folder / "log.txt"
+    return path.read_text() if path.exists() else ""
+
+
 @pytest.mark.parametrize(
-    "number, ranks, script, to_all",
+    "number, ranks, script, send",
     [
-        (signal.SIGUSR1, 1, "plain", False),
-        (signal.SIGINT, 2, "plain", True),
-        (signal.SIGTERM, 2, "epoch", False),
-        (signal.SIGTERM, 1, "epoch", True),
+        (signal.SIGUSR1, 1, "plain", kill_main_only),
+        (signal.SIGINT, 2, "plain", Run.kill),
+        (signal.SIGTERM, 2, "epoch", kill_main_only),
+        (signal.SIGHUP, 1, "epoch", Terminal.close),
     ],
 )
-def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, ranks, script, to_all, tmp_path):
+def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, ranks, script, send, tmp_path):
     # Stopped between two visits of the writers: the ranks' batch norms are not averaged there.
     options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 0, *PROCESSES, 1, "LOG_PERIOD", 5]
     options += [*EPOCHS, "SOLVER.MAX_EPOCHS", 3] if script == "epoch" else ["SOLVER.MAX_ITER", 16]
     launch = {"num_gpus_per_machine": ranks}
     whole = Run(tmp_path / "whole", options, script=script, launch=launch)
     assert whole.wait()[0] == 0, whole.tail
-    run = Run(tmp_path / "run", options, script=script, launch=launch)
-    run.wait_for(run.has_said("iter: 4"))
-    (run.kill if to_all else lambda n: kill_main_only(run, n))(number)
+    terminal = Terminal() if send is Terminal.close else None
+    # Ctrl-C ends the reader of a pipe too.
+    faults = terminal.faults if terminal else without_a_reader if send is Run.kill else None
+    run = Run(tmp_path / "run", options, script=script, launch=launch, faults=faults)
+    run.wait_for(lambda: (terminal and terminal.read(), "iter: 4" in log_of(run))[1])
+    terminal.close() if terminal else send(run, number)
     code, seconds = run.wait(60)
-    assert code == 128 + number, run.tail
-    assert run.output.count(f"{number.name}: the run has stopped") == 1 and "Traceback" not in run.output
+    assert code == 128 + number, run.tail + log_of(run)
+    assert log_of(run).count(f"{number.name}: the run has stopped") == 1 and "Traceback" not in run.output
     saved, _ = newest_checkpoint(tmp_path / "run")
     # Not one step is lost; where an evaluation was ended, its line is written by the run that goes on.
     assert saved >= max(lines(tmp_path / "run")) >= 3
     run = Run(tmp_path / "run", options, script=script, launch=launch, flags=["--resume"])
     assert run.wait()[0] == 0, run.tail
     assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+def nohup(names):
+    without_a_reader(names)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_a_run_under_nohup_goes_on_without_terminal_and_reader(whole, tmp_path):
+    run = Run(tmp_path / "run", [*STEP, *PROCESSES, 1], faults=nohup)
+    run.wait_for(lambda: "iter: 4" in log_of(run))
+    run.kill(signal.SIGHUP)
+    assert run.wait()[0] == 0, log_of(run)
+    assert differences(whole, tmp_path / "run") == []
 
 
 def test_another_number_of_ranks_goes_on_and_the_log_says_what_that_changes(tmp_path):
