@@ -50,7 +50,7 @@ def write(tensors, path):
             # Detectron2 takes names as they are from a file with an author.
             pickle.dump({"model": arrays, "__author__": "plaintrain", "matching_heuristics": False}, f)
         else:
-            torch.save({"model": tensors}, f)
+            torch.save({"model": tensors, "__author__": "plaintrain"}, f)
 
 
 def main(args):
