@@ -22,7 +22,7 @@ from plaintrain.run_facts import write_run_facts
 from plaintrain.scaling import settle_schedule
 from plaintrain.trial import overfit_on, shorten_to_dry_run
 from plaintrain.utils import comm
-from plaintrain.utils.checkpoint_files import read_last
+from plaintrain.utils.checkpoint_files import read_last, resume_candidates
 from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import WRITERS
@@ -109,10 +109,12 @@ def _check_start(cfg, resume, eval_only, class_names):
     # The files of rank 0 decide for every machine.
     if not comm.is_main_process():
         return
-    if resume and not eval_only:
+    weights = cfg.MODEL.WEIGHTS
+    if resume and eval_only:
+        weights = read_last(cfg.OUTPUT_DIR, mmap=True)[0]
+    elif resume and resume_candidates(cfg.OUTPUT_DIR):
+        weights = ""
         check_changes(cfg.OUTPUT_DIR, cfg.dump(), class_names, model)
-    last = read_last(cfg.OUTPUT_DIR, mmap=True)[0] if resume else ""
-    weights = cfg.MODEL.WEIGHTS if not last else last if eval_only else ""
     if weights:
         check_weights(cfg, model, weights, class_names, strict=eval_only)
 

@@ -8,6 +8,7 @@ import math
 import re
 
 from plaintrain.config import get_value
+from plaintrain.structures import are_numbers
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.yaml_files import parse_yaml
@@ -34,9 +35,10 @@ _DETECTORS = {
     "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO": (_KEYPOINT, 0, 2),
 }
 # The tensors that a key concerns; pixels concern all.
-_CONCERNED = {key: prefixes for key, (prefixes, _, _) in _DETECTORS.items()} | {
+_CONCERNED = {
     **dict.fromkeys((_FORMAT, _MEAN, _STD), ""),
     _STRIDE: "backbone.body.layer2.0.conv3.",
+    **{key: prefixes for key, (prefixes, _, _) in _DETECTORS.items()},
     _P6: "backbone.fpn.extra_blocks.p6.",
 }
 # Authors of backbones under Detectron2's names that were trained on RGB.
@@ -97,7 +99,8 @@ def _contradictions(cfg, source, expected, used):
 
 
 def _agree(expected, value):
-    if not isinstance(expected, list):
+    are_lists = isinstance(expected, list) and isinstance(value, list)
+    if not are_lists or not are_numbers(expected + value):
         return expected == value
     # Means and standard deviations that are in use for the same weights differ by less than 2%.
     pairs = zip(expected, value, strict=False)
@@ -133,17 +136,25 @@ def _of_config(saved):
 def _of_detectron2(tensors, found):
     values = _MSRA | {key: value for key, (_, value, _) in _DETECTORS.items()} | _of_p6(found)
     conv2 = found.get("backbone.body.layer1.0.conv2.weight")
-    if conv2 is not None and conv2.shape[0] != conv2.shape[1]:
+    if conv2 is not None and conv2.shape[:1] != conv2.shape[1:2]:
         # Caffe2's ResNeXt.
         values |= {_STD: [57.375, 57.12, 58.395], _STRIDE: False}
-    elif "backbone.body.bn1.running_mean" not in found:
-        # Caffe2's ResNet with GroupNorm, or one trained from random weights with another scale.
+    elif _has_group_norm(tensors):
+        # Caffe2's, or trained from random weights with another scale.
         values |= {_STRIDE: False}
         del values[_STD]
-    if "pixel_mean" in tensors and "pixel_std" in tensors:
-        mean, std = (tensors[key].flatten().tolist() for key in ("pixel_mean", "pixel_std"))
+    pixels = {key: tensors[key].flatten().tolist() for key in ("pixel_mean", "pixel_std") if key in tensors}
+    mean, std = pixels.get("pixel_mean"), pixels.get("pixel_std")
+    if mean and std:
         values |= {_MEAN: mean, _STD: std, _FORMAT: "BGR" if mean[0] <= mean[-1] else "RGB"}
     return values
+
+
+def _has_group_norm(tensors):
+    stem = "backbone.bottom_up.stem.conv1"
+    is_frozen = f"{stem}.norm.running_mean" in tensors or f"{stem}.weight" not in tensors
+    # Caffe2's frozen norms have no statistics either.
+    return any("_gn_" in name for name in tensors) or not is_frozen
 
 
 def _of_torchvision(tensors, found):
@@ -161,4 +172,4 @@ def _of_torchvision(tensors, found):
 
 def _of_p6(found):
     p6 = found.get("backbone.fpn.extra_blocks.p6.weight")
-    return {} if p6 is None else {_P6: "p5" if p6.shape[0] == p6.shape[1] else "res5"}
+    return {} if p6 is None else {_P6: "p5" if p6.shape[:1] == p6.shape[1:2] else "res5"}

@@ -247,7 +247,9 @@ def load_weights(model, name, class_names=None, *, averaged=False):
     """
     wanted = model.state_dict()
     content, _, found, of_detectron2 = read_for_model(model, name, averaged)
-    check_trained_classes(name, content.get("class_names"), class_names, strict=False)
+    difference = check_trained_classes(name, content.get("class_names"), class_names, strict=False)
+    if difference:
+        logger.warning(f"{difference}: each class is initialized from the one of the same index")
     if class_names:
         found = select_classes(found, class_names, of_detectron2)
     fitting = {k: v for k, v in found.items() if k in wanted and v.shape == wanted[k].shape}

@@ -1,10 +1,6 @@
 """Compare two lists of class names whose order is the order of the labels."""
 
-import logging
-
 from plaintrain.utils.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 # Class names that an error lists.
 _LISTED = 12
@@ -46,32 +42,29 @@ def is_reordered(expected: list[str], actual: list[str]) -> bool:
 
 def check_trained_classes(
     source: str, trained_for: list[str] | None, class_names: list[str] | None, *, strict: bool
-) -> None:
-    """Reject weights whose classes contradict those of the dataset.
+) -> str:
+    """Reject weights whose classes contradict those of the dataset; return how they differ, "" if not.
 
     Args:
         source: the name of the weights.
         trained_for: the class names that their file holds, or None.
         class_names: those of the dataset, or None.
         strict: any difference is an error, as in evaluation and after --resume. Training may start from
-            weights of other classes, which is logged, but not from the same classes in another order.
+            weights of other classes, but not from the same classes in another order.
     """
     if not (isinstance(trained_for, list | tuple) and trained_for and class_names):
-        return
+        return ""
     trained_for = [str(name) for name in trained_for]
     difference = class_difference(trained_for, list(class_names))
     if not difference:
-        return
+        return ""
     classes = f"{source} was trained for the classes {_listed(trained_for)}"
     if strict or is_reordered(trained_for, class_names):
         raise UserError(
             f"{classes}, but the dataset has {_listed(class_names)} ({difference}); "
             + class_remedy(trained_for, class_names)
         )
-    logger.warning(
-        f"{classes}, here they are {_listed(class_names)}: each class is initialized from the one of the "
-        "same index"
-    )
+    return f"{classes}, here they are {_listed(class_names)}"
 
 
 def _listed(names):
