@@ -8,8 +8,9 @@ SOURCE is what MODEL.WEIGHTS may be: a file of either kind, torchvision://MODEL/
 detectron2://PATH or an address. R-CNN (boxes, masks, keypoints) and RetinaNet on ResNet-FPN have a
 counterpart in both. Only names and the order of classes and anchors change: the config must still say
 what the weights were trained with (INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD,
-MODEL.RESNETS.STRIDE_IN_1X1, MODEL.ANCHOR_GENERATOR, POOLER_TYPE). torchvision's boxes and masks of the
-background, which it never uses, are lost on the way to Detectron2 and zero on the way back.
+MODEL.RESNETS.STRIDE_IN_1X1, MODEL.ANCHOR_GENERATOR, POOLER_TYPE), which is not checked for a converted file.
+torchvision's boxes and masks of the background, which it never uses, are lost on the way to Detectron2 and
+zero on the way back.
 """
 
 import argparse
