@@ -553,7 +553,7 @@ def test_order_of_the_classes_counts(output):
 
 
 def test_frozen_backbone_without_weights_is_warned_about(output, tmp_path):
-    setup(output, "MODEL.BACKBONE.FREEZE_AT", "2")
+    setup(output, "MODEL.BACKBONE.FREEZE_AT", "1")
     setup(tmp_path / "tiny")
     assert "FREEZE_AT" in (output / "log.txt").read_text().split("config:")[0]
     assert "FREEZE_AT" not in (tmp_path / "tiny" / "log.txt").read_text().split("config:")[0]
