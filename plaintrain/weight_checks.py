@@ -44,8 +44,8 @@ _CONCERNED = {
 # Authors of backbones under Detectron2's names that were trained on RGB.
 _RGB_AUTHORS = ("torchvision", "MOCO")
 _HINTS = {
-    "Detectron2": ", or list configs/Detectron2/Base-Detectron2.yaml last in _BASE_",
-    "torchvision": ", as the files of configs/torchvision/ do",
+    "Detectron2": "list configs/Detectron2/Base-Detectron2.yaml last in _BASE_, ",
+    "torchvision": "see configs/torchvision/, ",
 }
 
 
@@ -85,17 +85,20 @@ def check_weights(cfg, model, name, class_names, *, strict):
 def _contradictions(cfg, source, expected, used):
     """Return which keys contradict the expected conventions, "" if none does."""
     wrong = [
-        f"{key} must be {value}, got {get_value(cfg, key)}"
+        f"{key} must be {_short(value)}, got {_short(get_value(cfg, key))}"
         for key, value in expected.items()
         if any(name.startswith(_CONCERNED[key]) for name in used) and not _agree(value, get_value(cfg, key))
     ]
     if not wrong:
         return ""
     return (
-        f"has weights of {source}, whose conventions the config contradicts: {'; '.join(wrong)}; set these"
-        f"{_HINTS.get(source, '')}; to keep the config on purpose, convert the file with "
-        "scripts/convert_weights.py"
+        f"has weights of {source}, whose conventions the config contradicts: {'; '.join(wrong)}; "
+        f"{_HINTS.get(source, '')}or convert the file to keep the config (scripts/convert_weights.py)"
     )
+
+
+def _short(value):
+    return str(value).replace(" ", "")
 
 
 def _agree(expected, value):

@@ -50,8 +50,8 @@ def config(*overrides, detectron2=False):
 def model_of(cfg):
     """The model without memory; its names and shapes do not depend on the conventions."""
     model = cfg.MODEL
-    names = model.META_ARCHITECTURE, model.BACKBONE.NAME, model.MASK_ON, model.ROI_HEADS.NUM_CLASSES
-    key = *names, model.RESNETS.NUM_GROUPS, model.FPN.P6_IN_FEATURE
+    names = model.META_ARCHITECTURE, model.BACKBONE.NAME, model.MASK_ON, model.KEYPOINT_ON
+    key = *names, model.ROI_HEADS.NUM_CLASSES, model.RESNETS.NUM_GROUPS, model.FPN.P6_IN_FEATURE
     if key not in MODELS:
         cfg = cfg.clone()
         set_value(cfg, "MODEL.DEVICE", "meta")
