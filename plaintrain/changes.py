@@ -3,6 +3,7 @@
 import logging
 
 from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_checkpoint, resume_candidates
+from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.yaml_files import parse_yaml
 
@@ -46,17 +47,16 @@ def check_changes(folder, config, class_names, model):
         model: the model now; may be on the device "meta".
 
     Raises:
-        UserError: names a key that cannot change within a run.
+        UserError: names a key, or the classes, that cannot change within a run.
     """
-    path, saved = _saved_facts(folder)
-    if saved is None:
+    path, saved = _last_readable(folder)
+    check_trained_classes(path, saved.get("class_names"), class_names, strict=True)
+    if not isinstance(saved.get("config"), str):
         return
     changes = config_changes(saved["config"], config)
     fits = _shapes(model.state_dict()) == _shapes(saved["model"])
     now = flatten(parse_yaml(config, "the config"))
     refused = [change for change in changes if _is_refused(change[0], now, fits)]
-    if saved.get("class_names") not in (None, class_names):
-        refused.append(("DATASETS.TRAIN", f"of {_short(saved['class_names'])}", f"of {_short(class_names)}"))
     if changes:
         rows = [(key, _short(was), _short(is_), _effect(key, refused)) for key, was, is_ in changes]
         logger.warning(f"the config differs from that of {path}:\n{_table(rows)}")
@@ -68,15 +68,14 @@ def check_changes(folder, config, class_names, model):
         )
 
 
-def _saved_facts(folder):
-    """(path, dict) of the checkpoint to resume from, (None, None) if none can be read or tells its config."""
+def _last_readable(folder):
+    """(path, dict) of the checkpoint to resume from, ("", {}) if none can be read."""
     for path in resume_candidates(folder):
         try:
-            saved = read_checkpoint(path, mmap=True)
+            return path, read_checkpoint(path, mmap=True)
         except DamagedCheckpointError:
             continue
-        return (path, saved) if isinstance(saved.get("config"), str) else (None, None)
-    return None, None
+    return "", {}
 
 
 def _shapes(state):

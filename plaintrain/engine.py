@@ -15,7 +15,6 @@ from plaintrain.arguments import default_argument_parser
 from plaintrain.changes import check_changes
 from plaintrain.config import check_cfg, get_cfg, get_value, set_value
 from plaintrain.data.builtin import declare_datasets
-from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.data.loader import count_iters_per_epoch
 from plaintrain.launch import launch
 from plaintrain.preflight import build_meta_model, check_before_training, settle_num_classes
@@ -23,6 +22,7 @@ from plaintrain.run_facts import write_run_facts
 from plaintrain.scaling import settle_schedule
 from plaintrain.trial import overfit_on, shorten_to_dry_run
 from plaintrain.utils import comm
+from plaintrain.utils.checkpoint_files import read_last, resume_candidates
 from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import WRITERS
@@ -30,6 +30,7 @@ from plaintrain.utils.files import atomic_write, move_old_run, remove_unfinished
 from plaintrain.utils.heartbeat import set_limit
 from plaintrain.utils.lock import lock_folder
 from plaintrain.utils.logger import setup_logger
+from plaintrain.weight_checks import check_weights
 
 __all__ = [
     "build_writers",
@@ -76,14 +77,13 @@ def default_setup(cfg, args):
     if getattr(args, "overfit", 0):
         overfit_on(cfg, args.overfit)
     with comm.first_on_machine():  # reads the datasets
-        settle_num_classes(cfg, eval_only)
+        class_names = settle_num_classes(cfg, eval_only)
     if not eval_only:
         settle_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
-    check_before_training(cfg, resume, eval_only, needs_model=not getattr(args, "predictions", ""))
-    # The checkpoint of rank 0 is resumed on every machine.
-    if resume and not eval_only and comm.is_main_process():
-        classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
-        check_changes(cfg.OUTPUT_DIR, cfg.dump(), classes, build_meta_model(cfg))
+    needs_model = not getattr(args, "predictions", "")
+    check_before_training(cfg, resume, eval_only, needs_model)
+    if needs_model:
+        _check_start(cfg, resume, eval_only, class_names)
     # Nothing is moved while another rank still looks at it.
     comm.synchronize()
     if dry_run:
@@ -101,6 +101,22 @@ def default_setup(cfg, args):
     logger.info(f"config:\n{cfg.dump()}")
     _prepare_process(cfg)
     comm.synchronize()
+
+
+def _check_start(cfg, resume, eval_only, class_names):
+    """Check the model, and what it starts from: the last checkpoint, or MODEL.WEIGHTS."""
+    model = build_meta_model(cfg)
+    # The files of rank 0 decide for every machine.
+    if not comm.is_main_process():
+        return
+    weights = cfg.MODEL.WEIGHTS
+    if resume and eval_only:
+        weights = read_last(cfg.OUTPUT_DIR, mmap=True)[0]
+    elif resume and resume_candidates(cfg.OUTPUT_DIR):
+        weights = ""
+        check_changes(cfg.OUTPUT_DIR, cfg.dump(), class_names, model)
+    if weights:
+        check_weights(cfg, model, weights, class_names, strict=eval_only)
 
 
 def _prepare_process(cfg):

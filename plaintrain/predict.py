@@ -22,6 +22,7 @@ from plaintrain.precision import build_autocast
 from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_checkpoint, resume_candidates
 from plaintrain.utils.errors import UserError
 from plaintrain.visualize import skeleton_of
+from plaintrain.weight_checks import check_weights
 from plaintrain.weight_classes import COCO_NAMES
 from plaintrain.weights import fetch_weights, load_weights
 
@@ -65,13 +66,8 @@ class Predictor:
         model = build_model(self.cfg)
         ema = self.cfg.MODEL.EMA
         averaged = ema.ENABLED and ema.EVALUATE == "averaged"
-        missing = load_weights(model, self.weights, self.class_names, averaged=averaged)
-        if missing:
-            raise UserError(
-                f"{self.weights} lacks {len(missing)} of the model's parameters, or has them in another "
-                f"shape, the first {missing[0]}: it is of another architecture, or of another number of "
-                f"classes than the {len(self.class_names)} here"
-            )
+        check_weights(self.cfg, model, self.weights, self.class_names, strict=True)
+        load_weights(model, self.weights, self.class_names, averaged=averaged)
         self.model = build_tta(self.cfg, model).eval()
         device = next(model.parameters()).device.type
         self._autocast = build_autocast(self.cfg.TEST.AMP, self.cfg.SOLVER.AMP.PRECISION, device)

@@ -57,7 +57,11 @@ _LEAST = {
 
 
 def settle_num_classes(cfg, eval_only):
-    """Take the number of classes from the datasets, and refuse a number that contradicts them."""
+    """Take the number of classes from the datasets; return their names.
+
+    Raises:
+        UserError: the number in the config, or one of the datasets, contradicts them.
+    """
     key = num_classes_key(cfg)
     # Who only evaluates need not have the training images.
     train = () if eval_only and cfg.DATASETS.TEST else cfg.DATASETS.TRAIN
@@ -75,6 +79,7 @@ def settle_num_classes(cfg, eval_only):
     logger.info(f"{key} is {len(classes)}: {', '.join(classes)}")
     if cfg.MODEL.KEYPOINT_ON:
         _settle_num_keypoints(cfg, names)
+    return classes
 
 
 def _settle_num_keypoints(cfg, names):
@@ -145,7 +150,6 @@ def check_before_training(cfg, resume, eval_only, needs_model=True):
     _check_test_augmentation(cfg)
     amp, is_used = cfg.SOLVER.AMP, cfg.TEST.AMP or (cfg.SOLVER.AMP.ENABLED and not eval_only)
     build_autocast(is_used, amp.PRECISION, get_device(cfg.MODEL.DEVICE).type)
-    build_meta_model(cfg)
 
 
 def _check_test_augmentation(cfg):

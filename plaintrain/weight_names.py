@@ -104,6 +104,11 @@ def match_names(tensors, wanted):
     return matched
 
 
+def strip_wrappers(tensors):
+    """Return the tensors without the prefixes of wrapped and compiled modules in their names."""
+    return {re.sub(r"^((module|model|_orig_mod)\.)+", "", name): v for name, v in tensors.items()}
+
+
 def translate(tensors, num_ratios):
     """A file's tensors under torchvision's names, whichever project wrote it.
 
@@ -114,7 +119,7 @@ def translate(tensors, num_ratios):
     Returns:
         ({name: tensor}, whether Detectron2 wrote them).
     """
-    tensors = {re.sub(r"^((module|model|_orig_mod)\.)+", "", name): v for name, v in tensors.items()}
+    tensors = strip_wrappers(tensors)
     if is_detectron2(tensors):
         return from_detectron2(tensors, num_ratios), True
     return (_from_timm_mobilenet(tensors) if _is_timm_mobilenet(tensors) else tensors), False

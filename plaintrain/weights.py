@@ -16,10 +16,11 @@ from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d
 
+from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.reading import check_file, check_stored
 from plaintrain.weight_classes import select_classes
-from plaintrain.weight_names import match_names, translate
+from plaintrain.weight_names import match_names, strip_wrappers, translate
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +204,30 @@ def averaged_state(ema):
     return {name.removeprefix(prefix): v for name, v in ema.items() if str(name).startswith(prefix)}
 
 
+def read_for_model(model, name, averaged=False):
+    """Read MODEL.WEIGHTS under the names of a model.
+
+    Args:
+        model: the module; may be on the device "meta".
+        name, averaged: see `load_weights`.
+
+    Returns:
+        (what the file holds, its {name: tensor}, the same under the model's names, whether Detectron2 wrote
+        them).
+    """
+    path = fetch_weights(name)
+    generators = [module for module in model.modules() if isinstance(module, AnchorGenerator)]
+    num_ratios = len(generators[0].aspect_ratios[0]) if generators else 3
+    content = _read_content(path)
+    ema = content.get("ema") if averaged and isinstance(content, dict) else None
+    if isinstance(ema, dict) and ema:
+        content["model"] = averaged_state(ema)
+        logger.info(f"the averaged weights of {name} are taken")
+    tensors = strip_wrappers(_tensors(content, path))
+    translated, of_detectron2 = translate(tensors, num_ratios)
+    return content, tensors, match_names(translated, model.state_dict()), of_detectron2
+
+
 def load_weights(model, name, class_names=None, *, averaged=False):
     """Load MODEL.WEIGHTS into a model as far as names and shapes agree, and log what did not.
 
@@ -217,26 +242,14 @@ def load_weights(model, name, class_names=None, *, averaged=False):
         The names of the model's parameters that were not in the file, or in another shape.
 
     Raises:
-        UserError: unreadable weights, or not a single tensor that fits.
+        UserError: unreadable weights, not a single tensor that fits, or a file that was trained for the same
+            classes in another order.
     """
-    path = fetch_weights(name)
     wanted = model.state_dict()
-    generators = [module for module in model.modules() if isinstance(module, AnchorGenerator)]
-    num_ratios = len(generators[0].aspect_ratios[0]) if generators else 3
-    content = _read_content(path)
-    ema = content.get("ema") if averaged and isinstance(content, dict) else None
-    if isinstance(ema, dict) and ema:
-        content["model"] = averaged_state(ema)
-        logger.info(f"the averaged weights of {name} are taken")
-    tensors, of_detectron2 = translate(_tensors(content, path), num_ratios)
-    trained_for = content.get("class_names")
-    named = isinstance(trained_for, list | tuple) and trained_for
-    if class_names and named and list(trained_for) != list(class_names):
-        logger.warning(
-            f"{name} was trained for the classes {', '.join(map(str, trained_for))}, here they are "
-            f"{', '.join(class_names)}: what it knows of a class goes to the one in the same place"
-        )
-    found = match_names(tensors, wanted)
+    content, _, found, of_detectron2 = read_for_model(model, name, averaged)
+    difference = check_trained_classes(name, content.get("class_names"), class_names, strict=False)
+    if difference:
+        logger.warning(f"{difference}: each class is initialized from the one of the same index")
     if class_names:
         found = select_classes(found, class_names, of_detectron2)
     fitting = {k: v for k, v in found.items() if k in wanted and v.shape == wanted[k].shape}
@@ -248,7 +261,7 @@ def load_weights(model, name, class_names=None, *, averaged=False):
         )
     model.load_state_dict(fitting, strict=False)
     _report(name, wanted, found, fitting)
-    _check_eps(model, path)
+    _check_eps(model, fetch_weights(name))
     return [k for k in parameters if k not in fitting]
 
 

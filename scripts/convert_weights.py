@@ -8,8 +8,9 @@ SOURCE is what MODEL.WEIGHTS may be: a file of either kind, torchvision://MODEL/
 detectron2://PATH or an address. R-CNN (boxes, masks, keypoints) and RetinaNet on ResNet-FPN have a
 counterpart in both. Only names and the order of classes and anchors change: the config must still say
 what the weights were trained with (INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD,
-MODEL.RESNETS.STRIDE_IN_1X1, MODEL.ANCHOR_GENERATOR, POOLER_TYPE). torchvision's boxes and masks of the
-background, which it never uses, are lost on the way to Detectron2 and zero on the way back.
+MODEL.RESNETS.STRIDE_IN_1X1, MODEL.ANCHOR_GENERATOR, POOLER_TYPE), which is not checked for a converted file.
+torchvision's boxes and masks of the background, which it never uses, are lost on the way to Detectron2 and
+zero on the way back.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def write(tensors, path):
             # Detectron2 takes names as they are from a file with an author.
             pickle.dump({"model": arrays, "__author__": "plaintrain", "matching_heuristics": False}, f)
         else:
-            torch.save({"model": tensors}, f)
+            torch.save({"model": tensors, "__author__": "plaintrain"}, f)
 
 
 def main(args):

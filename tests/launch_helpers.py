@@ -26,7 +26,13 @@ from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
 TINY_CONFIG = {
-    "MODEL": {"DEVICE": "cpu"},
+    "MODEL": {
+        "DEVICE": "cpu",
+        "BACKBONE": {"NAME": "build_tiny_backbone", "FREEZE_AT": 0},
+        "TINY": {"CHANNELS": [8], "OUT_CHANNELS": 8},
+        "ANCHOR_GENERATOR": {"SIZES": [[16]]},
+        "ROI_BOX_HEAD": {"FC_DIM": 8, "POOLER_RESOLUTION": 2},
+    },
     "DATASETS": {
         "DECLARE": {
             "engine_tiny_train": {"FORMAT": "shapes", "SPLIT": "train", "NUM": 4},

@@ -76,7 +76,7 @@ def test_another_model_is_refused_by_the_key_that_made_it(check, log):
 
 @pytest.mark.parametrize("classes", [("b", "a"), ("a",)])
 def test_other_classes_are_refused(check, classes):
-    with pytest.raises(UserError, match="DATASETS.TRAIN was of .* and is of"):
+    with pytest.raises(UserError, match="was trained for the classes .*, but the dataset has"):
         check(config(), config(), classes)
 
 

@@ -779,7 +779,7 @@ def test_the_class_names_of_the_run_are_those_that_weights_are_taken_for(tmp_pat
     make_saver(tmp_path, about={"class_names": ["cat", "dog"]}).save("model_0000001", iteration=1)
     checkpointer = DetectionCheckpointer(make_model(), about={"class_names": ["ant", "bee"]})
     checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False, class_names=given)
-    assert ("was trained for the classes cat, dog, here they are ant, bee" in log.text) == warns
+    assert ("was trained for the classes ['cat', 'dog'], here they are ['ant', 'bee']" in log.text) == warns
 
 
 def test_a_run_that_is_stopped_in_an_evaluation_saves_what_its_last_step_was_given(tmp_path):

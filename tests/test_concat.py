@@ -59,9 +59,9 @@ def test_image_ids_that_collide_get_their_datasets_name(part):
 @pytest.mark.parametrize(
     ("classes", "words"),
     [
-        (["cat"], ["lacks ['dog']"]),
-        (["cat", "dog", "cow"], ["has ['cow']"]),
-        (["cat", "cow"], ["lacks ['dog']", "has ['cow']"]),
+        (["cat"], ["missing ['dog']"]),
+        (["cat", "dog", "cow"], ["additional ['cow']"]),
+        (["cat", "cow"], ["missing ['dog']", "additional ['cow']"]),
         (["dog", "cat"], ["another order"]),
     ],
 )

@@ -32,6 +32,7 @@ from plaintrain.engine import (
     default_writers,
     require_default,
 )
+from plaintrain.modeling import build_model
 from plaintrain.structures import BoxMode
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info, seed_all_rng
@@ -40,9 +41,20 @@ from plaintrain.utils.events import CommonMetricPrinter, EventStorage, JSONWrite
 from plaintrain.utils.files import atomic_write, move_old_run
 from plaintrain.utils.logger import paint_changes, progress, progress_range, setup_logger
 
+
+def make_weights():
+    """A file of weights that fits `launch_helpers.TINY_CONFIG`, each byte as a character."""
+    cfg, file = get_cfg(), io.BytesIO()
+    cfg.merge_from_other_cfg(launch_helpers.TINY_CONFIG)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    torch.save({"model": build_model(cfg).state_dict()}, file)
+    return file.getvalue().decode("latin-1")
+
+
+WEIGHTS = make_weights()
 RUN_FILES = {
     "model_0000099.pth": "weights at 99",
-    "model_final.pth": "final weights",
+    "model_final.pth": WEIGHTS,
     "model_best.pth": "best weights",
     "last_checkpoint": "model_0000099.pth",
     "config.yaml": "SEED: 41\n",
@@ -111,13 +123,15 @@ def leave_run(folder):
     for name, text in RUN_FILES.items():
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(text.encode("latin-1"))
 
 
 def contents(folder):
     """path -> text of every file under a folder."""
     folder = Path(folder)
-    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes().decode("latin-1") for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def register(name, *, classes=("circle", "square", "triangle"), file_name="shapes://train/0", **metadata):
@@ -343,7 +357,7 @@ def test_start_that_is_refused_leaves_the_earlier_run_in_place(output, mistake):
 def test_weights_inside_the_folder_that_is_moved_are_still_found(output, freeze):
     leave_run(output)
     cfg = setup(output, "MODEL.WEIGHTS", str(output / "model_final.pth"), freeze=freeze)
-    assert Path(cfg.MODEL.WEIGHTS).read_text() == RUN_FILES["model_final.pth"]
+    assert Path(cfg.MODEL.WEIGHTS).read_bytes().decode("latin-1") == WEIGHTS
     assert cfg.is_frozen() is freeze
     saved = get_cfg()
     saved.merge_from_file(output / "config.yaml")
@@ -354,15 +368,15 @@ def test_weights_inside_the_folder_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     leave_run("out")
     cfg = setup("out", "MODEL.WEIGHTS", "./out/model_final.pth")
-    assert Path(cfg.MODEL.WEIGHTS).read_text() == RUN_FILES["model_final.pth"]
+    assert Path(cfg.MODEL.WEIGHTS).read_bytes().decode("latin-1") == WEIGHTS
 
 
 def test_weights_inside_the_folder_that_are_no_file_of_the_run_stay_where_they_are(output):
     leave_run(output)
     weights = output / "pretrained.pth"
-    weights.write_text("downloaded")
+    weights.write_bytes(WEIGHTS.encode("latin-1"))
     cfg = setup(output, "MODEL.WEIGHTS", str(weights))
-    assert Path(cfg.MODEL.WEIGHTS).read_text() == "downloaded"
+    assert str(weights) == cfg.MODEL.WEIGHTS and weights.exists()
 
 
 def test_resume_moves_nothing(output):
@@ -539,9 +553,8 @@ def test_order_of_the_classes_counts(output):
 
 
 def test_frozen_backbone_without_weights_is_warned_about(output, tmp_path):
-    setup(output)
-    tiny = ["MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"]
-    setup(tmp_path / "tiny", *tiny, "MODEL.BACKBONE.FREEZE_AT", "0")
+    setup(output, "MODEL.BACKBONE.FREEZE_AT", "1")
+    setup(tmp_path / "tiny")
     assert "FREEZE_AT" in (output / "log.txt").read_text().split("config:")[0]
     assert "FREEZE_AT" not in (tmp_path / "tiny" / "log.txt").read_text().split("config:")[0]
 
@@ -556,7 +569,7 @@ def test_two_ranks_agree_on_seed_classes_and_folder(tmp_path):
     first, second = job.results()
     assert first == second
     assert first["seed"] >= 0 and first["classes"] == 3 and first["frozen"]
-    assert Path(first["weights"]).read_text() == RUN_FILES["model_final.pth"]
+    assert Path(first["weights"]).read_bytes().decode("latin-1") == WEIGHTS
     output = job.folder / "output"
     assert sorted(os.listdir(output)) == [
         "config.yaml",
@@ -611,7 +624,7 @@ def test_numbers_that_no_schedule_can_be_made_of_are_refused_by_their_key(output
 
 def test_evaluating_does_not_settle_the_schedule(output):
     (output / "model_final.pth").parent.mkdir()
-    (output / "model_final.pth").write_text("weights")
+    (output / "model_final.pth").write_bytes(WEIGHTS.encode("latin-1"))
     keys = ["SOLVER.BY_EPOCH", "True", "MODEL.WEIGHTS", str(output / "model_final.pth")]
     assert setup(output, *keys, eval_only=True).SOLVER.MAX_ITER == get_cfg().SOLVER.MAX_ITER
 

@@ -240,7 +240,7 @@ def test_weights_without_names_for_80_classes_are_cocos(tmp_path):
 def test_what_does_not_fit_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="NUM_CLASSES is 5, but .*model_final.pth was trained for 3: ring"):
         Predictor(run, opts=["MODEL.ROI_HEADS.NUM_CLASSES", 5])
-    with pytest.raises(UserError, match="lacks .* of the model's parameters.*another architecture"):
+    with pytest.raises(UserError, match="is missing .* of the model's parameters.*another architecture"):
         Predictor(run, opts=["MODEL.ROI_BOX_HEAD.FC_DIM", 17])
     with pytest.raises(UserError, match="'.*nowhere' does not exist: expected the OUTPUT_DIR"):
         Predictor(tmp_path / "nowhere")

@@ -4,6 +4,7 @@ import difflib
 from types import SimpleNamespace
 
 from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
+from plaintrain.utils.class_lists import class_difference, class_remedy
 from plaintrain.utils.errors import UserError
 
 
@@ -120,10 +121,11 @@ def common_class_names(names):
     """
     classes = class_names(names[0])
     for name in names[1:]:
-        if class_names(name) != classes:
+        found = class_names(name)
+        if found != classes:
             raise UserError(
-                f"the datasets {names[0]} and {name} have different classes: {classes} and "
-                f"{class_names(name)}"
+                f"the datasets {names[0]} and {name} have different classes: {classes} and {found} "
+                f"({class_difference(classes, found)}); {class_remedy(classes, found, name)}"
             )
     return classes
 
@@ -145,6 +147,7 @@ def select_classes(found, wanted, where):
         if name not in found:
             near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.0)
             hint = f"; the nearest is {near[0]!r}" if near else ""
+            hint += " (only CLASSES of FORMAT concat may name classes that are missing)"
             raise UserError(f"{where} has no class {name!r}{hint}")
     if len(set(wanted)) != len(wanted):
         raise UserError(f"CLASSES of {where} names a class twice: {list(wanted)}")

@@ -5,6 +5,7 @@ import logging
 
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.records import check_annotation
+from plaintrain.utils.class_lists import class_difference
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -65,23 +66,12 @@ def _join_classes(names, found, classes, merge):
         return select_classes([*union, *classes], classes, ", ".join(names))
     for name, part in zip(names[1:], found[1:], strict=True):
         if not merge and part != found[0]:
-            difference = _difference(names[0], found[0], part)
+            difference = class_difference(found[0], part)
             raise UserError(
                 f"the datasets {names[0]} and {name} have different classes: {difference}; "
                 "set MERGE_CLASSES: True, or choose them with CLASSES"
             )
     return union
-
-
-def _difference(first_name, first, second):
-    missing = [name for name in first if name not in second]
-    more = [name for name in second if name not in first]
-    if not missing and not more:
-        return f"the same in another order, {first} and {second}"
-    parts = [f"it lacks {missing}"] * bool(missing) + [f"it has {more}, which {first_name} lacks"] * bool(
-        more
-    )
-    return " and ".join(parts)
 
 
 def _relabel(record, labels):

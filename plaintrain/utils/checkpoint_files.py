@@ -113,8 +113,8 @@ def _age(folder, name):
         return -1, name
 
 
-def read_last(folder):
-    """(path, data) of the checkpoint to resume from, ("", None) where there is none.
+def read_last(folder, **kwargs):
+    """(path, data) of the checkpoint to resume from, ("", None) without one; `kwargs` of `torch.load`.
 
     Raises:
         DamagedCheckpointError: none of those that are there can be read.
@@ -122,7 +122,7 @@ def read_last(folder):
     candidates = resume_candidates(folder)
     for i, candidate in enumerate(candidates):
         try:
-            return candidate, read_checkpoint(candidate)
+            return candidate, read_checkpoint(candidate, **kwargs)
         except DamagedCheckpointError as e:
             if i + 1 == len(candidates):
                 raise
