@@ -77,6 +77,7 @@ _IN_CODE = {
     "SOLVER.OPTIMIZER": "SGD",
     "INPUT.AUGMENTATIONS": [],
     "INPUT.FIXED_SIZE": [0, 0],
+    "MODEL.ROI_MASK_HEAD.ALIGNED": True,
 }
 # Its configs, each as the differences from the defaults.
 _1X = {"SOLVER.MAX_ITER": 90000, "SOLVER.STEPS": [60000, 80000]}

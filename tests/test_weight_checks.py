@@ -33,6 +33,7 @@ BOXES = [
 ]
 MASKS = ["MODEL.ROI_MASK_HEAD.POOLER_TYPE", "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO"]
 KEYPOINTS = [key.replace("MASK", "KEYPOINT") for key in MASKS]
+MASKS.append("MODEL.ROI_MASK_HEAD.ALIGNED")
 MODELS = {}
 RETINANET = [
     "MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
@@ -40,7 +41,7 @@ RETINANET = [
 
 
 def config(*overrides, detectron2=False):
-    cfg = make_cfg(*SMALL)
+    cfg = make_cfg(*SMALL, "MODEL.ROI_MASK_HEAD.ALIGNED", detectron2)
     if detectron2:
         cfg.merge_from_file(CONFIGS / "Detectron2" / "Base-Detectron2.yaml")
     cfg.merge_from_list(list(overrides))
