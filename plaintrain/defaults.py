@@ -17,7 +17,8 @@ _C.OUTPUT.WRITERS = ("console", "json", "tensorboard")
 _C.OUTPUT.REPORT = True
 # Seed of weights, sample order and augmentation; -1 draws one, logs it and keeps it on resume.
 _C.SEED = -1
-# Let cuDNN time its algorithms for every new input size: pays off when sizes repeat.
+# Let cuDNN time its algorithms for every new input size: pays off when sizes repeat. A resumed run may then
+# choose others, and round differently.
 _C.CUDNN_BENCHMARK = False
 # Seconds within which a rank of several must finish a step, or a batch in evaluation; else all ranks end,
 # saying where each one stands. While rank 0 scores, and in a first step, 30 minutes more. 0: never.

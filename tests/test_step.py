@@ -17,6 +17,7 @@ from model_helpers import (
     build,
     make_sample,
     randomize_predictions,
+    same_input,
     torchvision_inputs,
     two_samples,
 )
@@ -131,6 +132,9 @@ def test_losses_and_gradients_are_torchvisions_where_all_are_sampled(numbers):
         part.fg_bg_sampler.batch_size_per_image = 10**6
     randomize_predictions(model, spread=0.1)
     plain.load_state_dict(model.state_dict())
+    # The same features and RoIs, bit for bit: rounding, another on each CPU, decides about NMS and ReLU.
+    same_input(model, plain)
+    plain.roi_heads.box_roi_pool = model.roi_heads.box_roi_pool
     samples = make_batch(numbers)
     found, expected = model(samples), plain(*torchvision_inputs(samples, 1))
     for ours, theirs in LOSSES.items():

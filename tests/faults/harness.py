@@ -31,8 +31,8 @@ _PRELOAD = [
 # What a scheduler around the tests may have set.
 _SCHEDULER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_RANK", "MASTER_", "SLURM_", "TORCHELASTIC_")
 
-# A detector that takes milliseconds. Image sizes vary: in the first batch the features have the stride's share of
-# the tallest image's height, rounded to a power of 2, and after most checkpoints another one.
+# A detector that takes milliseconds. Image sizes vary: the first batch's tallest image has 64 pixels, and the
+# batches after most checkpoints have some whose padding makes their feature maps half as tall again.
 CONFIG = """
 MODEL:
   DEVICE: cpu
