@@ -121,9 +121,9 @@ _C.MODEL.FPN.FUSE_TYPE = "sum"
 _C.MODEL.FPN.P6_IN_FEATURE = "p5"
 
 _C.MODEL.ANCHOR_GENERATOR = CN()
-# AnchorGenerator (torchvision's: rounded to whole pixels, strides from the sizes of the feature maps)
-# or DefaultAnchorGenerator (Detectron2's: not rounded, the backbone's own strides; and as there,
-# RetinaNet cuts boxes at the image's edge after NMS, not before).
+# AnchorGenerator (torchvision's: rounded to whole pixels, strides from the sizes of the feature maps: 61
+# rather than 64 where a batch is padded to 800 pixels) or DefaultAnchorGenerator (Detectron2's: not rounded,
+# the backbone's own strides; and as there, RetinaNet cuts boxes at the image's edge after NMS, not before).
 _C.MODEL.ANCHOR_GENERATOR.NAME = "AnchorGenerator"
 # One list a feature level, in pixels of the network's input: the square root of an anchor's area.
 # A single list serves every level.
