@@ -66,10 +66,13 @@ def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, alig
     assert not expected[2].any() and expected[0].any()
 
 
-def test_boxes_that_are_not_numbers_do_not_stop_the_pooling():
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_boxes_that_are_not_numbers_do_not_stop_the_pooling(ratio):
     boxes = torch.tensor([[float("nan")] * 4, [0.0, 0.0, 40.0, 40.0]])
     levels = torch.tensor([float("nan"), 1.0])
-    found = pool_levels(make_maps(2), [boxes], levels, [1 / 4, 1 / 8], output_size=(3, 3), sampling_ratio=2)
+    found = pool_levels(
+        make_maps(2), [boxes], levels, [1 / 4, 1 / 8], output_size=(3, 3), sampling_ratio=ratio
+    )
     assert found[1].any() and not found[0].any()
 
 
