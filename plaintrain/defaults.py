@@ -17,7 +17,8 @@ _C.OUTPUT.WRITERS = ("console", "json", "tensorboard")
 _C.OUTPUT.REPORT = True
 # Seed of weights, sample order and augmentation; -1 draws one, logs it and keeps it on resume.
 _C.SEED = -1
-# Let cuDNN time its algorithms for every new input size: pays off when sizes repeat.
+# Let cuDNN time its algorithms for every new input size: pays off when sizes repeat. A resumed run may then
+# choose others, and round differently.
 _C.CUDNN_BENCHMARK = False
 # Seconds within which a rank of several must finish a step, or a batch in evaluation; else all ranks end,
 # saying where each one stands. While rank 0 scores, and in a first step, 30 minutes more. 0: never.
@@ -120,9 +121,9 @@ _C.MODEL.FPN.FUSE_TYPE = "sum"
 _C.MODEL.FPN.P6_IN_FEATURE = "p5"
 
 _C.MODEL.ANCHOR_GENERATOR = CN()
-# AnchorGenerator (torchvision's: rounded to whole pixels, strides from the sizes of the feature maps)
-# or DefaultAnchorGenerator (Detectron2's: not rounded, the backbone's own strides; and as there,
-# RetinaNet cuts boxes at the image's edge after NMS, not before).
+# AnchorGenerator (torchvision's: rounded to whole pixels, strides from the sizes of the feature maps: 61
+# rather than 64 where a batch is padded to 800 pixels) or DefaultAnchorGenerator (Detectron2's: not rounded,
+# the backbone's own strides; and as there, RetinaNet cuts boxes at the image's edge after NMS, not before).
 _C.MODEL.ANCHOR_GENERATOR.NAME = "AnchorGenerator"
 # One list a feature level, in pixels of the network's input: the square root of an anchor's area.
 # A single list serves every level.

@@ -97,19 +97,17 @@ def trace(model, size, fixed=False):
     """The model's inference as an `ExportedProgram`, for any number of images, of any size unless `fixed`.
 
     Args:
-        model: a detector on the CPU, in evaluation mode; it sees one image first.
+        model: a detector on the CPU, in evaluation mode.
         size: (height, width) of an image to trace with, at least 2 x 32 pixels.
         fixed: height and width stay these.
 
     Raises:
         UserError: torch.export cannot follow the model.
     """
-    dynamic, image = torch.export.Dim.DYNAMIC, torch.zeros(3, *size, dtype=torch.uint8)
+    dynamic, images = torch.export.Dim.DYNAMIC, torch.zeros(2, 3, *size, dtype=torch.uint8)
     sides = {} if fixed else {2: dynamic, 3: dynamic}
     try:
         with torch.no_grad(), _quietly():
-            model([{"image": image, "height": size[0], "width": size[1]}])
-            images = torch.stack([image, image])
             shapes = ({0: dynamic, **sides},)
             return torch.export.export(DetectionGraph(model), (images,), dynamic_shapes=shapes, strict=False)
     except Exception as e:  # The tracer has dozens of them.

@@ -1,5 +1,7 @@
 """What `build_model` gives in every architecture: modeling.build."""
 
+import copy
+
 import pytest
 import torch
 from model_helpers import (
@@ -31,6 +33,7 @@ from torchvision.models.detection import FasterRCNN
 
 from plaintrain.config import get_value
 from plaintrain.modeling.build import META_ARCHITECTURES, num_classes_key
+from plaintrain.modeling.graph import DetectionGraph
 from plaintrain.utils.errors import UserError
 
 
@@ -221,6 +224,39 @@ def test_gradients_reach_every_parameter_that_is_trained(name):
     assert [n for n, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
     assert [n for n, p in trained.items() if not p.grad.any()] == []
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+# ---- nothing is kept from batch to batch -------------------------------------------------------
+
+# Of two images each: an image of 66, 40 or 22 pixels and the map of a padded batch have the wrong ratio.
+HEIGHTS = [(66, 40), (40, 23), (22, 20), (96, 64)]
+
+
+def outputs_of(model, samples):
+    """(losses, gradients, detections, what the exported graph gives for the first image)."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    losses = model.train()(samples)
+    sum(losses.values()).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        detections = model.eval()(samples)
+        return losses, gradients, detections, DetectionGraph(model)(samples[0]["image"][None])
+
+
+@pytest.mark.parametrize("name", ["mask_keypoint_rcnn", "proposals", "retinanet", "fcos"], indirect=True)
+def test_results_do_not_depend_on_earlier_batches(detector):
+    batches = [
+        [make_sample(h, 72, [[2, 3, 50, h - 4]], [i], seed=h + i) for i, h in enumerate(heights)]
+        for heights in HEIGHTS
+    ]
+    # Each by a model that has seen nothing, as one that a resumed run or --eval-only has built.
+    expected = [outputs_of(copy.deepcopy(detector), batch) for batch in batches]
+    assert all(len(found["boxes"]) for _, _, detections, _ in expected for found in detections)
+    for order in ([0, 1, 2, 3, 0], [3, 2, 1, 0, 3]):
+        used = copy.deepcopy(detector)
+        for i in order:
+            torch.testing.assert_close(outputs_of(used, batches[i]), expected[i], rtol=0, atol=0)
 
 
 # ---- what is built -----------------------------------------------------------------------------

@@ -1,17 +1,13 @@
-"""Detectron2's anchors and RoIAlign: modeling.detectron2."""
+"""Detectron2's anchors: modeling.detectron2."""
 
 import math
 
 import pytest
 import torch
-from model_helpers import KEYPOINT, MASK, RESNET18, SMALL_HEAD, TINY, build, make_sample, two_samples
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import roi_align
 
-from plaintrain.modeling.detectron2 import AlignedRoIAlign, DefaultAnchorGenerator
-
-# ---- anchors -----------------------------------------------------------------------------------
+from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 
 
 def anchors_of(generator, height, width, strides):
@@ -75,106 +71,3 @@ def test_every_image_of_a_batch_has_the_same_anchors():
     images = ImageList(torch.zeros(2, 3, 32, 64), [(32, 50), (20, 64)])
     first, second = generator(images, [torch.zeros(2, 1, 2, 4)])
     assert first.equal(second) and first.shape == (8, 4)
-
-
-# ---- RoIAlign ----------------------------------------------------------------------------------
-
-STRIDES = [4, 8, 16, 32]
-
-
-def feature_maps(batch=2, channels=3, side=512):
-    generator = torch.Generator().manual_seed(2)
-    return {
-        str(i): torch.rand(batch, channels, side // stride, side // stride, generator=generator)
-        for i, stride in enumerate(STRIDES)
-    }
-
-
-@pytest.mark.parametrize(
-    ("side", "level"),
-    [
-        (1, 0),
-        (50, 0),
-        (111, 0),
-        (112, 1),
-        (223, 1),
-        # FPN paper: 224 belongs to the map of stride 16.
-        (224, 2),
-        (447, 2),
-        (448, 3),
-        (2000, 3),
-    ],
-)
-@pytest.mark.parametrize("ratio", [0, 2])
-def test_a_box_is_pooled_from_the_level_of_its_size(side, level, ratio):
-    maps = feature_maps()
-    box = torch.tensor([[10.3, 7.9, 10.3 + side, 7.9 + side]])
-    if side >= 112:
-        # Exactly on the border between two levels.
-        box = torch.tensor([[0.0, 0.0, side, side]])
-    found = AlignedRoIAlign(list(maps), 7, ratio, STRIDES)(maps, [box, box[:0]], [(512, 512)] * 2)
-    rois = torch.cat([torch.zeros(1, 1), box], dim=1)
-    for i, stride in enumerate(STRIDES):
-        expected = roi_align(maps[str(i)], rois, 7, 1 / stride, ratio, aligned=True)
-        assert torch.allclose(found, expected, atol=1e-6) == (i == level)
-
-
-def test_boxes_of_many_images_and_levels_keep_their_order():
-    maps = feature_maps()
-    boxes = [
-        torch.tensor([[0.0, 0, 300, 300], [5, 5, 20, 30], [0, 0, 500, 510]]),
-        torch.tensor([[50.0, 40, 200, 190], [0, 0, 10, 400]]),
-    ]
-    pool = AlignedRoIAlign(list(maps), 5, 2, STRIDES)
-    found = pool(maps, boxes, [(512, 512)] * 2)
-    assert found.shape == (5, 3, 5, 5)
-    levels = [2, 0, 3, 1, 0]
-    rows = [(image, box) for image, some in enumerate(boxes) for box in some]
-    for pooled, level, (image, box) in zip(found, levels, rows, strict=True):
-        expected = roi_align(maps[str(level)][image : image + 1], [box[None]], 5, 1 / STRIDES[level], 2, True)
-        torch.testing.assert_close(pooled, expected[0])
-
-
-def test_the_first_level_is_that_of_the_first_stride():
-    maps = {"a": torch.rand(1, 2, 16, 16), "b": torch.rand(1, 2, 8, 8)}
-    pool = AlignedRoIAlign(["a", "b"], 3, 2, [16, 32])
-    for side, name, stride in ((100.0, "a", 16), (447.0, "a", 16), (448.0, "b", 32)):
-        boxes = [torch.tensor([[0.0, 0, side, side]])]
-        expected = roi_align(maps[name], boxes, 3, 1 / stride, 2, aligned=True)
-        torch.testing.assert_close(pool(maps, boxes, [(256, 256)]), expected)
-
-
-def test_no_boxes_give_no_features():
-    maps = feature_maps()
-    pool = AlignedRoIAlign(list(maps), 7, 0, STRIDES)
-    assert pool(maps, [torch.zeros(0, 4), torch.zeros(0, 4)], [(512, 512)] * 2).shape == (0, 3, 7, 7)
-
-
-def test_gradients_reach_the_features():
-    maps = {name: feature.requires_grad_() for name, feature in feature_maps().items()}
-    boxes = [torch.tensor([[0.0, 0, 300, 300], [5, 5, 20, 30]]), torch.tensor([[50.0, 40, 200, 190]])]
-    AlignedRoIAlign(list(maps), 5, 2, STRIDES)(maps, boxes, [(512, 512)] * 2).sum().backward()
-    assert [maps[str(i)].grad.abs().sum() > 0 for i in range(4)] == [True, True, True, False]
-
-
-@pytest.mark.parametrize("backbone", [TINY, RESNET18])
-def test_poolers_and_anchors_by_config(backbone):
-    model = build(
-        *backbone, *SMALL_HEAD, *MASK, *KEYPOINT,
-        "MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator",
-        "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2",
-        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 0,
-        "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE", "ROIAlignV2",
-        "MODEL.RPN.POST_NMS_TOPK_TEST", 20,
-    )  # fmt: skip
-    heads = model.roi_heads
-    assert isinstance(heads.box_roi_pool, AlignedRoIAlign) and heads.box_roi_pool.sampling_ratio == 0
-    assert isinstance(heads.keypoint_roi_pool, AlignedRoIAlign)
-    assert not isinstance(heads.mask_roi_pool, AlignedRoIAlign)
-    levels = {len(TINY): [8], len(RESNET18): [4, 8, 16, 32]}[len(backbone)]
-    assert heads.box_roi_pool.strides == levels
-    losses = model(two_samples())
-    assert all(loss.isfinite() for loss in losses.values())
-    with torch.no_grad():
-        (found,) = model.eval()([make_sample(64, 64)])
-    assert found["boxes"].isfinite().all()

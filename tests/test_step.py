@@ -17,6 +17,7 @@ from model_helpers import (
     build,
     make_sample,
     randomize_predictions,
+    same_input,
     torchvision_inputs,
     two_samples,
 )
@@ -25,12 +26,11 @@ from test_rcnn import LOSSES, torchvision_rcnn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, roi_align
+from torchvision.ops import batched_nms, box_iou
 
 from plaintrain.modeling import matching
 from plaintrain.modeling.anchors import SizeCache
 from plaintrain.modeling.matching import decode, match, pad_targets, sample
-from plaintrain.modeling.pooling import RoIAlign, pool_levels
 from plaintrain.modeling.rpn import _is_plain
 
 # ---- sync points -------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_training_step_has_at_most_8_sync_points_beside_nms_at_any_batch_size(name, batch):
     step = training_step(build(*MODELS[name]), (two_samples() * 4)[:batch])
-    # The first finds out the strides, once.
+    # The first makes the anchors, once.
     step()
     counts = count_syncs(step)
     assert counts["syncs"] <= 8, counts
@@ -132,6 +132,9 @@ def test_losses_and_gradients_are_torchvisions_where_all_are_sampled(numbers):
         part.fg_bg_sampler.batch_size_per_image = 10**6
     randomize_predictions(model, spread=0.1)
     plain.load_state_dict(model.state_dict())
+    # The same features and RoIs, bit for bit: rounding, another on each CPU, decides about NMS and ReLU.
+    same_input(model, plain)
+    plain.roi_heads.box_roi_pool = model.roi_heads.box_roi_pool
     samples = make_batch(numbers)
     found, expected = model(samples), plain(*torchvision_inputs(samples, 1))
     for ours, theirs in LOSSES.items():
@@ -265,7 +268,7 @@ def test_what_is_drawn_from_the_generator_depends_on_shapes_alone():
     assert all(state.equal(states[0]) for state in states)
 
 
-# ---- boxes, NMS, pooling, anchors --------------------------------------------------------------
+# ---- boxes, NMS, anchors -----------------------------------------------------------------------
 
 
 def test_boxes_are_decoded_as_by_torchvisions_coder():
@@ -276,76 +279,6 @@ def test_boxes_are_decoded_as_by_torchvisions_coder():
     found = decode(deltas.view(2, 50, 4), anchors.view(2, 50, 4), coder).view(100, 4)
     assert found.equal(coder.decode_single(deltas, anchors))
     torch.testing.assert_close(found[1:], boxes[1:], rtol=1e-4, atol=1e-3)
-
-
-def make_maps(number, side=512, channels=3):
-    """Feature maps of strides 4, 8, ... of two images, a little wider than high."""
-    generator = torch.Generator().manual_seed(2)
-    shapes = [(2, channels, side >> i, (side >> i) + 3) for i in range(2, 2 + number)]
-    return [torch.rand(shape, generator=generator, requires_grad=True) for shape in shapes]
-
-
-def gradients_of(pooled, features):
-    weighted = pooled * torch.arange(float(pooled[0, 0].numel())).view(pooled.shape[2:])
-    return torch.autograd.grad(weighted.sum(), features)
-
-
-@pytest.mark.parametrize("levels", [1, 4])
-@pytest.mark.parametrize("ratio", [0, 2])
-def test_roi_align_is_torchvisions(ratio, levels):
-    features, names = make_maps(levels), list("0123"[:levels])
-    maps = dict(zip(names, features, strict=True))
-    boxes = [random_boxes(n, seed=n) * 8 for n in (30, 1)]
-    pools = [kind(names, 7, ratio) for kind in (RoIAlign, MultiScaleRoIAlign)]
-    found, expected = (pool(maps, boxes, [(512, 512)] * 2) for pool in pools)
-    assert pools[0].scales == pools[1].scales
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 if ratio else 0)
-    for ours, theirs in zip(gradients_of(found, features), gradients_of(expected, features), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        assert theirs.any() or levels > 1
-    assert pools[0](maps, [boxes[0][:0]] * 2, [(512, 512)] * 2).shape == (0, 3, 7, 7)
-
-
-@pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize("size", [(7, 7), (2, 3)])
-@pytest.mark.parametrize("ratio", [1, 2, 3])
-def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, aligned):
-    (features,), scale = make_maps(1, side=64), 0.25
-    # Whole and half locations, tiny boxes, some of them wrong way round, and what lies outside.
-    inside = torch.rand(40, 4, generator=torch.Generator().manual_seed(1)) * 70
-    edges = torch.tensor([
-        [-4.0, -4.0, 68.0, 68.0], [-8, -8, 4, 4], [-40, 0, -9, 30], [0, 0, 64, 64], [60, 60, 64, 64],
-        [62, 30, 90, 31], [8, 8, 8, 8], [10, 10, 10.5, 40], [0, 66, 64, 70], [1e6, 0, 2e6, 9], [2, 2, 58, 62],
-    ])  # fmt: skip
-    boxes = torch.cat([edges, inside])
-    arguments = {"output_size": size, "sampling_ratio": ratio, "aligned": aligned}
-    found = pool_levels([features], [boxes[:20], boxes[20:]], torch.zeros(len(boxes)), [scale], **arguments)
-    rois = torch.cat([(torch.arange(len(boxes)) >= 20)[:, None], boxes], dim=1)
-    expected = roi_align(features, rois, spatial_scale=scale, **arguments)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    (ours,), (theirs,) = gradients_of(found, [features]), gradients_of(expected, [features])
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert not expected[2].any() and expected[0].any()
-
-
-def test_boxes_that_are_not_numbers_do_not_stop_the_pooling():
-    boxes = torch.tensor([[float("nan")] * 4, [0.0, 0.0, 40.0, 40.0]])
-    levels = torch.tensor([float("nan"), 1.0])
-    found = pool_levels(make_maps(2), [boxes], levels, [1 / 4, 1 / 8], output_size=(3, 3), sampling_ratio=2)
-    assert found[1].any() and not found[0].any()
-
-
-def test_low_precision_is_pooled_in_float32():
-    (features,) = make_maps(1, side=64)
-    boxes = [random_boxes(60)] * 2
-    arguments = {"output_size": (7, 7), "sampling_ratio": 2}
-    low = features.detach().bfloat16().requires_grad_()
-    found = pool_levels([low], boxes, torch.zeros(120), [0.25], **arguments)
-    expected = pool_levels([low.float()], boxes, torch.zeros(120), [0.25], **arguments)
-    assert found.dtype == torch.bfloat16 and found.equal(expected.bfloat16())
-    # Each location adds up many small numbers.
-    (exact,) = torch.autograd.grad(expected.sum(), low, retain_graph=True)
-    assert torch.autograd.grad(found.float().sum(), low)[0].equal(exact)
 
 
 def images_of(height, width):

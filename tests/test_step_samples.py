@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from model_helpers import RESNET18, SMALL_HEAD, build, randomize_predictions, torchvision_inputs
+from model_helpers import RESNET18, SMALL_HEAD, build, randomize_predictions, same_input, torchvision_inputs
 from test_rcnn import LOSSES, torchvision_rcnn
 from test_step import make_batch
 
@@ -52,12 +52,20 @@ def test_losses_and_gradients_are_torchvisions_for_the_same_samples(numbers, see
         part.fg_bg_sampler.batch_size_per_image = 24
     randomize_predictions(model, spread=0.3)
     plain.load_state_dict(model.state_dict())
+    # The same features and RoIs, bit for bit: rounding, another on each CPU, decides about NMS and ReLU.
+    same_input(model, plain)
+    plain.roi_heads.box_roi_pool = model.roi_heads.box_roi_pool
     samples = make_batch(numbers)
     torch.manual_seed(seed)
+    proposals = []
+    model.roi_heads.register_forward_pre_hook(lambda _, inputs: proposals.append(inputs[1]))
     found = model(samples)
     assert all(exists.sum() > 0 and index.shape[1] == 24 for _, index, exists in draws)
     given = Drawn(draws)
+    ((boxes, exists),) = proposals
+    same = [b[e] for b, e in zip(boxes, exists, strict=True)], None
     with (
+        mock.patch.object(plain.rpn, "filter_proposals", lambda *_: same),
         mock.patch.object(plain.rpn, "fg_bg_sampler", given),
         mock.patch.object(plain.roi_heads, "fg_bg_sampler", given),
     ):

@@ -1,16 +1,11 @@
-"""Detectron2's arithmetic where torchvision's differs: anchors that are not rounded, aligned RoIAlign.
+"""Detectron2's anchors, which are not rounded.
 
-With these, weights trained by Detectron2 give the boxes that they give there.
+With these, and the aligned RoIAlign, weights trained by Detectron2 give the boxes that they give there.
 """
 
 import torch
-from torchvision.ops import MultiScaleRoIAlign
 
 from plaintrain.modeling.anchors import CachedAnchorGenerator
-from plaintrain.modeling.pooling import pool_levels
-
-# A box of this side belongs to level 4, of stride 16 (FPN paper, equation 1).
-_CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4
 
 
 class DefaultAnchorGenerator(CachedAnchorGenerator):
@@ -48,31 +43,3 @@ class DefaultAnchorGenerator(CachedAnchorGenerator):
             centres = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
             levels.append((centres + cell).view(-1, 4))
         return levels
-
-
-class AlignedRoIAlign(MultiScaleRoIAlign):
-    """RoIAlign whose samples lie at pixel centres (`aligned=True`), on the level of the box's size."""
-
-    def __init__(self, featmap_names, output_size, sampling_ratio, strides):
-        """
-        Args:
-            featmap_names: the feature maps to pool from, finest first.
-            output_size: bins per side.
-            sampling_ratio: samples per bin and side; 0 takes as many as the bin has pixels.
-            strides: pixels per location, one number a feature map.
-        """
-        super().__init__(featmap_names, output_size, sampling_ratio)
-        self.strides = list(strides)
-
-    def forward(self, x, boxes, image_shapes):
-        """Pool `[N, 4]` boxes per image to `[sum of N, C, output_size, output_size]`."""
-        features = [x[name] for name in self.featmap_names]
-        arguments = {"output_size": self.output_size, "sampling_ratio": self.sampling_ratio, "aligned": True}
-        return pool_levels(features, boxes, self.levels(boxes), [1 / s for s in self.strides], **arguments)
-
-    def levels(self, boxes):
-        """The number of each box's feature map, a float tensor, of a list of `[N, 4]`."""
-        first = self.strides[0].bit_length() - 1
-        sides = torch.cat([(b[:, 2:] - b[:, :2]).prod(dim=1) for b in boxes]).sqrt()
-        levels = torch.floor(_CANONICAL_LEVEL + torch.log2(sides / _CANONICAL_SIDE + 1e-8)) - first
-        return levels.clamp(0, len(self.featmap_names) - 1)

@@ -16,17 +16,13 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
-from plaintrain.modeling.detectron2 import AlignedRoIAlign
 from plaintrain.modeling.matching import decode
 from plaintrain.modeling.postprocess import MIN_SIZE, are_large
 from plaintrain.modeling.rcnn import GeneralizedRCNN, ProposalNetwork
 
 
 class DetectionGraph(nn.Module):
-    """A detector on tensors: uint8 `[B, 3, H, W]` RGB in, a dict of tensors out.
-
-    The poolers of an R-CNN must have seen an image: from it they know the scales of their levels.
-    """
+    """A detector on tensors: uint8 `[B, 3, H, W]` RGB in, a dict of tensors out."""
 
     def __init__(self, model):
         """model: what `plaintrain.modeling.build_model` returns, in evaluation mode."""
@@ -187,20 +183,17 @@ def take_channel(maps, labels):
 
 
 def _pool(pooler, maps, boxes):
-    """torchvision's RoIAlign of boxes `[B, P, 4]`, each on its level, as `[B * P, C, size, size]`."""
-    features = [maps[name] for name in pooler.featmap_names if name in maps]
+    """A `RoIAlign` of boxes `[B, P, 4]`, each on its level, as `[B * P, C, size, size]`."""
+    features = [maps[name] for name in pooler.featmap_names]
     image = torch.arange(boxes.shape[0], device=boxes.device).view(-1, 1, 1).expand(-1, boxes.shape[1], 1)
     rois = torch.cat([image.to(boxes.dtype), boxes], dim=2).flatten(0, 1)
-    aligned = isinstance(pooler, AlignedRoIAlign)
-    scales = [1 / stride for stride in pooler.strides] if aligned else pooler.scales
-    arguments = {"output_size": pooler.output_size, "sampling_ratio": pooler.sampling_ratio}
     if len(features) == 1:
-        return roi_align(features[0], rois, spatial_scale=scales[0], aligned=aligned, **arguments)
-    levels = (pooler.levels if aligned else pooler.map_levels)([rois[:, 1:]])
+        return roi_align(features[0], rois, spatial_scale=pooler.scales[0], **pooler.arguments)
+    levels = pooler.levels([rois[:, 1:]])
     pooled = rois.new_zeros(rois.shape[0], features[0].shape[1], *pooler.output_size)
-    for i, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+    for i, (feature, scale) in enumerate(zip(features, pooler.scales, strict=True)):
         rows = (levels == i).nonzero()[:, 0]
-        part = roi_align(feature, rois[rows], spatial_scale=scale, aligned=aligned, **arguments)
+        part = roi_align(feature, rois[rows], spatial_scale=scale, **pooler.arguments)
         pooled = pooled.index_put((rows,), part)
     return pooled
 

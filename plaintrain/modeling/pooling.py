@@ -1,9 +1,11 @@
 """RoIAlign over the levels of a feature pyramid (https://arxiv.org/abs/1703.06870)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torchvision.ops import MultiScaleRoIAlign, roi_align
-from torchvision.ops.poolers import _convert_to_roi_format, _setup_scales
+from torchvision.ops import MultiScaleRoIAlign, box_area, roi_align
+from torchvision.ops.poolers import _convert_to_roi_format
 
 
 def _sums_rows(features, sampling_ratio):
@@ -22,6 +24,8 @@ def pool_levels(features, boxes, levels, scales, **arguments):
         arguments: `output_size` (two numbers), `sampling_ratio` and `aligned` of `roi_align`.
     """
     rois = _convert_to_roi_format(boxes)
+    # A box that is not a number has no level.
+    levels = levels.long().clamp(0, len(features) - 1)
     if _sums_rows(features, arguments["sampling_ratio"]):
         return _sum_rows(features, rois, levels, scales, arguments)
     if len(features) == 1:
@@ -68,8 +72,6 @@ def _sum_rows(features, rois, levels, scales, arguments):
     """RoIAlign as a weighted sum of locations, each a row of C numbers; float32 also under autocast."""
     bins, ratio, aligned = arguments["output_size"], arguments["sampling_ratio"], arguments.get("aligned")
     rows = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in features]).float()
-    # A box that is not a number has no level.
-    levels = levels.long().clamp(0, len(features) - 1)
     counts = [f[:, 0].numel() for f in features]
     start = torch.tensor([sum(counts[:i]) for i in range(len(counts))])[levels]
     height, width = torch.tensor([f.shape[2:] for f in features])[levels].unbind(1)
@@ -87,13 +89,45 @@ def _sum_rows(features, rois, levels, scales, arguments):
 
 
 class RoIAlign(MultiScaleRoIAlign):
-    """torchvision's RoIAlign, with one sync point for all levels."""
+    """RoIAlign of each box on the level of its size, with one sync point for all levels.
+
+    Nothing is inferred from a batch: the scales of the levels are those of the backbone's strides.
+
+    Attributes:
+        scales: locations per pixel, one number a level.
+        aligned: samples lie at pixel centres.
+    """
+
+    def __init__(self, featmap_names, output_size, sampling_ratio, strides, *, aligned=False):
+        """
+        Args:
+            featmap_names: the feature maps to pool from, finest first.
+            output_size: bins per side.
+            sampling_ratio: samples per bin and side; 0 takes as many as the bin has pixels.
+            strides: pixels per location, a power of 2 for each feature map.
+            aligned: sample and choose levels as Detectron2's ROIAlignV2; otherwise as torchvision.
+        """
+        super().__init__(featmap_names, output_size, sampling_ratio)
+        self.scales, self.aligned = [1 / stride for stride in strides], aligned
 
     def forward(self, x, boxes, image_shapes):
-        """Pool `[n, 4]` boxes per image to `[sum of n, C, *output_size]`."""
-        features = [x[name] for name in self.featmap_names if name in x]
-        if self.scales is None or self.map_levels is None:
-            canonical = (self.canonical_scale, self.canonical_level)
-            self.scales, self.map_levels = _setup_scales(features, image_shapes, *canonical)
-        arguments = {"output_size": self.output_size, "sampling_ratio": self.sampling_ratio}
-        return pool_levels(features, boxes, self.map_levels(boxes), self.scales, **arguments)
+        """Pool `[n, 4]` boxes per image to `[sum of n, C, *output_size]`; `image_shapes` is torchvision's."""
+        features = [x[name] for name in self.featmap_names]
+        return pool_levels(features, boxes, self.levels(boxes), self.scales, **self.arguments)
+
+    @property
+    def arguments(self):
+        """The arguments of `roi_align` that all levels share."""
+        sampling = {"output_size": self.output_size, "sampling_ratio": self.sampling_ratio}
+        return {**sampling, "aligned": self.aligned}
+
+    def levels(self, boxes):
+        """The index of each box's feature map, a float tensor, of a list of `[n, 4]`."""
+        first, last = (-math.log2(scale) for scale in (self.scales[0], self.scales[-1]))
+        relative = torch.cat([box_area(b) for b in boxes]).sqrt() / self.canonical_scale
+        if self.aligned:
+            levels = self.canonical_level + torch.log2(relative + 1e-8)
+            last = first + len(self.scales) - 1
+        else:
+            levels = self.canonical_level + torch.log2(relative) + 1e-6
+        return torch.floor(levels).clamp(first, last) - first

@@ -24,7 +24,6 @@ from plaintrain.modeling.common import (
     get_thresholds,
     to_original_size,
 )
-from plaintrain.modeling.detectron2 import AlignedRoIAlign
 from plaintrain.modeling.float32 import keep_float32
 from plaintrain.modeling.pooling import RoIAlign
 from plaintrain.modeling.roi_heads import BatchedRoIHeads
@@ -205,10 +204,8 @@ def _build_pooler(head, backbone):
     """The RoIAlign that a head's POOLER_* describe, on every level but the RPN's own."""
     names = [name for name in backbone.level_names if name != "pool"]
     resolution, ratio = head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO
-    if head.POOLER_TYPE == "ROIAlignV2":
-        return AlignedRoIAlign(names, resolution, ratio, backbone.strides[: len(names)])
-    # torchvision's operator takes as many samples as there are pixels at anything below 1.
-    return RoIAlign(names, resolution, ratio)
+    strides, aligned = backbone.strides[: len(names)], head.POOLER_TYPE == "ROIAlignV2"
+    return RoIAlign(names, resolution, ratio, strides, aligned=aligned)
 
 
 def _build_box_head(box, channels):

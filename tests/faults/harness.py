@@ -31,7 +31,8 @@ _PRELOAD = [
 # What a scheduler around the tests may have set.
 _SCHEDULER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_RANK", "MASTER_", "SLURM_", "TORCHELASTIC_")
 
-# A detector that takes milliseconds.
+# A detector that takes milliseconds. Image sizes vary: the first batch's tallest image has 64 pixels, and the
+# batches after most checkpoints have some whose padding makes their feature maps half as tall again.
 CONFIG = """
 MODEL:
   DEVICE: cpu
@@ -41,7 +42,7 @@ MODEL:
   RPN: {PRE_NMS_TOPK_TRAIN: 50, PRE_NMS_TOPK_TEST: 50, POST_NMS_TOPK_TRAIN: 20, POST_NMS_TOPK_TEST: 20}
   ROI_HEADS: {BATCH_SIZE_PER_IMAGE: 16, POSITIVE_FRACTION: 0.5, SCORE_THRESH_TEST: 0.01}
   ROI_BOX_HEAD: {FC_DIM: 16}
-INPUT: {MIN_SIZE_TRAIN: [48, 64], MIN_SIZE_TEST: 64}
+INPUT: {MIN_SIZE_TRAIN: [40, 64, 66], MIN_SIZE_TEST: 64, CROP: {ENABLED: True, SIZE: [0.7, 0.9]}}
 DATASETS:
   DECLARE:
     few_train: {FORMAT: shapes, SPLIT: train, NUM: 22, HEIGHT: 64, WIDTH: 64}
@@ -54,7 +55,7 @@ SOLVER: {OPTIMIZER: AdamW, IMS_PER_BATCH: 4, BASE_LR: 0.002, STEPS: [], WARMUP_I
 TEST: {EVAL_PERIOD: 8, BEST_METRIC: auto}
 LOG_PERIOD: 1
 OUTPUT: {REPORT: False}
-SEED: 3
+SEED: 2
 """
 
 

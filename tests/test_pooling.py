@@ -1,0 +1,190 @@
+"""RoIAlign on the levels of a feature pyramid: modeling.pooling."""
+
+import pytest
+import torch
+from model_helpers import KEYPOINT, MASK, RESNET18, SMALL_HEAD, TINY, build, make_sample, two_samples
+from test_step import random_boxes
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+from plaintrain.modeling.pooling import RoIAlign, pool_levels
+
+STRIDES = [4, 8, 16, 32]
+
+# ---- torchvision's operator ----------------------------------------------------------------------
+
+
+def make_maps(number, side=512, channels=3, batch=2):
+    """Feature maps of strides 4, 8, ..., a little wider than high."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(batch, channels, side >> i, (side >> i) + 3) for i in range(2, 2 + number)]
+    return [torch.rand(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+
+def gradients_of(pooled, features):
+    weighted = pooled * torch.arange(float(pooled[0, 0].numel())).view(pooled.shape[2:])
+    return torch.autograd.grad(weighted.sum(), features)
+
+
+@pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_roi_align_is_torchvisions(ratio, levels):
+    features, names = make_maps(levels, batch=3), list("0123"[:levels])
+    maps = dict(zip(names, features, strict=True))
+    boxes = [random_boxes(n, seed=n) * 8 for n in (30, 1)]
+    # A side of 112 * 2 ** n is the border between two levels.
+    boxes.append(torch.tensor([[0, 0, side, side] for side in (111.99, 112, 223.9999, 224, 448, 448.01)]))
+    pools = RoIAlign(names, 7, ratio, STRIDES[:levels]), MultiScaleRoIAlign(names, 7, ratio)
+    found, expected = (pool(maps, boxes, [(512, 512)] * 3) for pool in pools)
+    assert pools[0].scales == pools[1].scales
+    assert pools[0].levels(boxes).equal(pools[1].map_levels(boxes).float())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 if ratio else 0)
+    for ours, theirs in zip(gradients_of(found, features), gradients_of(expected, features), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert theirs.any() or levels > 1
+    assert pools[0](maps, [boxes[0][:0]] * 3, [(512, 512)] * 3).shape == (0, 3, 7, 7)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("size", [(7, 7), (2, 3)])
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, aligned):
+    (features,), scale = make_maps(1, side=64), 0.25
+    # Whole and half locations, tiny boxes, some of them wrong way round, and what lies outside.
+    inside = torch.rand(40, 4, generator=torch.Generator().manual_seed(1)) * 70
+    edges = torch.tensor([
+        [-4.0, -4.0, 68.0, 68.0], [-8, -8, 4, 4], [-40, 0, -9, 30], [0, 0, 64, 64], [60, 60, 64, 64],
+        [62, 30, 90, 31], [8, 8, 8, 8], [10, 10, 10.5, 40], [0, 66, 64, 70], [1e6, 0, 2e6, 9], [2, 2, 58, 62],
+    ])  # fmt: skip
+    boxes = torch.cat([edges, inside])
+    arguments = {"output_size": size, "sampling_ratio": ratio, "aligned": aligned}
+    found = pool_levels([features], [boxes[:20], boxes[20:]], torch.zeros(len(boxes)), [scale], **arguments)
+    rois = torch.cat([(torch.arange(len(boxes)) >= 20)[:, None], boxes], dim=1)
+    expected = roi_align(features, rois, spatial_scale=scale, **arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (ours,), (theirs,) = gradients_of(found, [features]), gradients_of(expected, [features])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not expected[2].any() and expected[0].any()
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_boxes_that_are_not_numbers_do_not_stop_the_pooling(ratio):
+    boxes = torch.tensor([[float("nan")] * 4, [0.0, 0.0, 40.0, 40.0]])
+    levels = torch.tensor([float("nan"), 1.0])
+    found = pool_levels(
+        make_maps(2), [boxes], levels, [1 / 4, 1 / 8], output_size=(3, 3), sampling_ratio=ratio
+    )
+    assert found[1].any() and not found[0].any()
+
+
+def test_low_precision_is_pooled_in_float32():
+    (features,) = make_maps(1, side=64)
+    boxes = [random_boxes(60)] * 2
+    arguments = {"output_size": (7, 7), "sampling_ratio": 2}
+    low = features.detach().bfloat16().requires_grad_()
+    found = pool_levels([low], boxes, torch.zeros(120), [0.25], **arguments)
+    expected = pool_levels([low.float()], boxes, torch.zeros(120), [0.25], **arguments)
+    assert found.dtype == torch.bfloat16 and found.equal(expected.bfloat16())
+    # Each location adds up many small numbers.
+    (exact,) = torch.autograd.grad(expected.sum(), low, retain_graph=True)
+    assert torch.autograd.grad(found.float().sum(), low)[0].equal(exact)
+
+
+# ---- levels and poolers ----------------------------------------------------------------------------
+
+
+def feature_maps(batch=2, channels=3, side=512):
+    generator = torch.Generator().manual_seed(2)
+    return {
+        str(i): torch.rand(batch, channels, side // stride, side // stride, generator=generator)
+        for i, stride in enumerate(STRIDES)
+    }
+
+
+@pytest.mark.parametrize(
+    ("side", "level"),
+    [
+        (1, 0),
+        (50, 0),
+        (111, 0),
+        (112, 1),
+        (223, 1),
+        # FPN paper: 224 belongs to the map of stride 16.
+        (224, 2),
+        (447, 2),
+        (448, 3),
+        (2000, 3),
+    ],
+)
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_a_box_is_pooled_from_the_level_of_its_size(side, level, ratio):
+    maps = feature_maps()
+    box = torch.tensor([[10.3, 7.9, 10.3 + side, 7.9 + side]])
+    if side >= 112:
+        # Exactly on the border between two levels.
+        box = torch.tensor([[0.0, 0.0, side, side]])
+    found = RoIAlign(list(maps), 7, ratio, STRIDES, aligned=True)(maps, [box, box[:0]], [(512, 512)] * 2)
+    rois = torch.cat([torch.zeros(1, 1), box], dim=1)
+    for i, stride in enumerate(STRIDES):
+        expected = roi_align(maps[str(i)], rois, 7, 1 / stride, ratio, aligned=True)
+        assert torch.allclose(found, expected, atol=1e-6) == (i == level)
+
+
+def test_boxes_of_many_images_and_levels_keep_their_order():
+    maps = feature_maps()
+    boxes = [
+        torch.tensor([[0.0, 0, 300, 300], [5, 5, 20, 30], [0, 0, 500, 510]]),
+        torch.tensor([[50.0, 40, 200, 190], [0, 0, 10, 400]]),
+    ]
+    pool = RoIAlign(list(maps), 5, 2, STRIDES, aligned=True)
+    found = pool(maps, boxes, [(512, 512)] * 2)
+    assert found.shape == (5, 3, 5, 5)
+    levels = [2, 0, 3, 1, 0]
+    rows = [(image, box) for image, some in enumerate(boxes) for box in some]
+    for pooled, level, (image, box) in zip(found, levels, rows, strict=True):
+        expected = roi_align(maps[str(level)][image : image + 1], [box[None]], 5, 1 / STRIDES[level], 2, True)
+        torch.testing.assert_close(pooled, expected[0])
+
+
+def test_the_first_level_is_that_of_the_first_stride():
+    maps = {"a": torch.rand(1, 2, 16, 16), "b": torch.rand(1, 2, 8, 8)}
+    pool = RoIAlign(["a", "b"], 3, 2, [16, 32], aligned=True)
+    for side, name, stride in ((100.0, "a", 16), (447.0, "a", 16), (448.0, "b", 32)):
+        boxes = [torch.tensor([[0.0, 0, side, side]])]
+        expected = roi_align(maps[name], boxes, 3, 1 / stride, 2, aligned=True)
+        torch.testing.assert_close(pool(maps, boxes, [(256, 256)]), expected)
+
+
+def test_no_boxes_give_no_features():
+    maps = feature_maps()
+    pool = RoIAlign(list(maps), 7, 0, STRIDES, aligned=True)
+    assert pool(maps, [torch.zeros(0, 4), torch.zeros(0, 4)], [(512, 512)] * 2).shape == (0, 3, 7, 7)
+
+
+def test_gradients_reach_the_features():
+    maps = {name: feature.requires_grad_() for name, feature in feature_maps().items()}
+    boxes = [torch.tensor([[0.0, 0, 300, 300], [5, 5, 20, 30]]), torch.tensor([[50.0, 40, 200, 190]])]
+    RoIAlign(list(maps), 5, 2, STRIDES, aligned=True)(maps, boxes, [(512, 512)] * 2).sum().backward()
+    assert [maps[str(i)].grad.abs().sum() > 0 for i in range(4)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("backbone", [TINY, RESNET18])
+def test_poolers_and_anchors_by_config(backbone):
+    model = build(
+        *backbone, *SMALL_HEAD, *MASK, *KEYPOINT,
+        "MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator",
+        "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2",
+        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 0,
+        "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE", "ROIAlignV2",
+        "MODEL.RPN.POST_NMS_TOPK_TEST", 20,
+    )  # fmt: skip
+    heads = model.roi_heads
+    assert heads.box_roi_pool.aligned and heads.box_roi_pool.sampling_ratio == 0
+    assert heads.keypoint_roi_pool.aligned and not heads.mask_roi_pool.aligned
+    strides = {len(TINY): [8], len(RESNET18): [4, 8, 16, 32]}[len(backbone)]
+    for pool in (heads.box_roi_pool, heads.mask_roi_pool, heads.keypoint_roi_pool):
+        assert pool.scales == [1 / stride for stride in strides]
+    losses = model(two_samples())
+    assert all(loss.isfinite() for loss in losses.values())
+    with torch.no_grad():
+        (found,) = model.eval()([make_sample(64, 64)])
+    assert found["boxes"].isfinite().all()
