@@ -86,14 +86,14 @@ def check_weights(cfg, model, name, class_names, *, strict):
 def _contradictions(cfg, source, expected, used):
     """Return which keys contradict the expected conventions, "" if none does."""
     wrong = [
-        f"{key} must be {_short(value)}, got {_short(get_value(cfg, key))}"
+        f"{key} {_short(value)} (got {_short(get_value(cfg, key))})"
         for key, value in expected.items()
         if any(name.startswith(_CONCERNED[key]) for name in used) and not _agree(value, get_value(cfg, key))
     ]
     if not wrong:
         return ""
     return (
-        f"has weights of {source}, whose conventions the config contradicts: {'; '.join(wrong)}; "
+        f"has weights of {source}, whose conventions the config contradicts; set {', '.join(wrong)}; "
         f"{_HINTS.get(source, '')}or convert the file to keep the config (scripts/convert_weights.py)"
     )
 

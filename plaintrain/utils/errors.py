@@ -1,6 +1,6 @@
 """Exceptions for mistakes that the person who runs a script can mend."""
 
-_LONGEST = 1500
+_LONGEST = 1000
 
 
 class UserError(ValueError):
