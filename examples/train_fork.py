@@ -84,7 +84,7 @@ def do_train(cfg, model, resume):
                 loss_dict = model(samples)
                 losses = accumulation.sum_losses(loss_dict)
                 losses.backward()
-                norm = clip(need_norm=write)
+                norm = clip()
                 optimizer.step()
                 storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
                 scheduler.step()

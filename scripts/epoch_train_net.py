@@ -139,7 +139,7 @@ def train_one_epoch(cfg, training, epoch, iterations, test_due):
             scaler.scale(scaled(losses, share)).backward()
             totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
         scaler.unscale_(optimizer)
-        norm = clip(need_norm=read or late or guard.enabled)
+        norm = clip()
         totals, norm = guard.only_finite(totals, norm, scaler)
         if totals:
             scaler.step(optimizer)

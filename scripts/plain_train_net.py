@@ -156,7 +156,7 @@ def do_train(cfg, model, resume=False):
                 scaler.scale(scaled(losses, share)).backward()
                 totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
             scaler.unscale_(optimizer)
-            norm = clip(need_norm=read or late or guard.enabled)
+            norm = clip()
             totals, norm = guard.only_finite(totals, norm, scaler)
             if totals:
                 scaler.step(optimizer)
