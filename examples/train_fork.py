@@ -5,12 +5,12 @@ python examples/train_fork.py --config-file configs/quickstart.yaml OUTPUT_DIR o
 """
 
 import time
+from itertools import chain
 
 import torch
 
-from plaintrain import accumulation, checkpoint, config, data, engine, evaluation, precision, solver
+from plaintrain import accumulation, checkpoint, config, data, engine, evaluation, modeling, precision, solver
 from plaintrain.data.shapes import CLASSES, load_shapes
-from plaintrain.modeling import build_model
 from plaintrain.report.after_training import make_report_if_wanted
 from plaintrain.utils import comm, events
 
@@ -67,37 +67,37 @@ def do_test(cfg, model):
 
 
 def do_train(cfg, model, resume):
-    optimizer = solver.build_optimizer(cfg, model)
+    optimizer, loader = solver.build_optimizer(cfg, model), data.build_detection_train_loader(cfg)
     scheduler, clip = solver.build_lr_scheduler(cfg, optimizer), solver.build_gradient_clipper(cfg, model)
-    loader, scaler = data.build_detection_train_loader(cfg), torch.amp.GradScaler(enabled=False)
     parts = {"optimizer": optimizer, "scheduler": scheduler, "data_loader": loader}
-    facts = {"config": cfg.dump(), "class_names": CLASSES}
+    facts, scaler = {"config": cfg.dump(), "class_names": CLASSES}, torch.amp.GradScaler(enabled=False)
     saver = checkpoint.build_periodic_checkpointer(cfg, model, parts, facts)
     state, start = saver.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume), time.perf_counter()
     first, max_iter, writers = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER, engine.build_writers(cfg)
     with events.EventStorage(first, state.get("log_window")) as storage, events.closing_all(writers), saver:
-        for iteration, samples in zip(range(first, max_iter), loader, strict=False):
+        for iteration, samples in zip(range(first - 1, max_iter), chain([None], loader), strict=False):
             storage.iter, data_time = iteration, time.perf_counter() - start
             test = iteration == max_iter - 1 or events.every(cfg.TEST.EVAL_PERIOD, iteration)
             write = test or events.every(cfg.LOG_PERIOD, iteration)
-            optimizer.zero_grad()
-            loss_dict = model(samples)
-            losses = accumulation.sum_losses(loss_dict)
-            losses.backward()
-            norm = clip(need_norm=write)
-            optimizer.step()
-            storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
-            scheduler.step()
-            reduced = comm.reduce_dict({"total_loss": losses, **loss_dict})
-            storage.put_scalars(**reduced, **norm, time=time.perf_counter() - start, data_time=data_time)
-            if write or saver.is_due(iteration):
-                precision.check_finite(storage, scaler, loader.image_names)  # sync point
-                comm.average_buffers(model)
-            saver.step(iteration)
+            if samples:  # A resumed run begins with the test and the log row of its last iteration.
+                optimizer.zero_grad()
+                loss_dict = model(samples)
+                losses = accumulation.sum_losses(loss_dict)
+                losses.backward()
+                norm = clip()
+                optimizer.step()
+                storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
+                scheduler.step()
+                reduced = comm.reduce_dict({"total_loss": losses, **loss_dict})
+                storage.put_scalars(**reduced, **norm, time=time.perf_counter() - start, data_time=data_time)
+                if write or saver.is_due(iteration):
+                    precision.check_finite(storage, scaler, loader.image_names)  # sync point
+                    comm.average_buffers(model)
+                saver.step(iteration)
             if test:
                 storage.put_scalars(**do_test(cfg, model), smoothing_hint=False)
-            for writer in writers if write else ():
-                writer.write()
+            if write:
+                events.write_all(writers)
             start = time.perf_counter()
 
 
@@ -110,7 +110,7 @@ def main(args):
     for key in LEFT_OUT.split():
         engine.require_default(cfg, key, "this fork has left it out")
     engine.default_setup(cfg, args)
-    add_presence_loss(model := build_model(cfg), {})
+    add_presence_loss(model := modeling.build_model(cfg), {})
     do_train(cfg, engine.create_ddp_model(model), args.resume)
     make_report_if_wanted(cfg)
 

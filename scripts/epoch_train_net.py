@@ -54,7 +54,7 @@ from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_
 from plaintrain.trial import finish_dry_run
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage
+from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage, write_all
 from plaintrain.utils.logger import progress_range
 from plaintrain.utils.memory import peak_memory
 from plaintrain.utils.stop import StopRequest
@@ -139,7 +139,7 @@ def train_one_epoch(cfg, training, epoch, iterations, test_due):
             scaler.scale(scaled(losses, share)).backward()
             totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
         scaler.unscale_(optimizer)
-        norm = clip(need_norm=read or late or guard.enabled)
+        norm = clip()
         totals, norm = guard.only_finite(totals, norm, scaler)
         if totals:
             scaler.step(optimizer)
@@ -155,8 +155,8 @@ def train_one_epoch(cfg, training, epoch, iterations, test_due):
             comm.average_buffers(model, ema.module)
             storage.put_scalars(**peak_memory(), smoothing_hint=False)
         saver.step(iteration, now=late, due=due, skipped_steps=guard.counts)
-        for writer in writers if write or late else ():
-            writer.write()
+        if write or late:
+            write_all(writers)
         if late:
             return True
         start = perf_counter()
@@ -187,11 +187,14 @@ def do_train(cfg, model, resume=False):
     within, results = start_iter % per_epoch != 0, {}
     flows = itertools.dropwhile(lambda flow: flow[0] == "val" and within, flows)
     logger.info(f"starting training from iteration {start_iter} of {max_iter}, {per_epoch} an epoch")
-    with stop, EventStorage(start_iter, state.get("log_window")), closing_all(writers), saver:
-        # One that was interrupted after its last step may lack the evaluation.
+    with stop, EventStorage(start_iter, state.get("log_window")) as storage, closing_all(writers), saver:
+        # A checkpoint precedes the tests and the log row of its iteration: a resumed run does these first.
         if best.is_stale() or state.get("due"):
             results = do_test(cfg, ema.evaluated)
             store_results(flatten_results(results), start_iter - 1, ema.evaluated, best, saver)
+        if start_iter and (not within or every(cfg.LOG_PERIOD, start_iter - 1)):
+            storage.iter = start_iter - 1
+            write_all(writers)
         for (mode, epoch), (following, _) in itertools.pairwise([*flows, ("end", 0)]):
             if best.is_stale():
                 break
@@ -213,8 +216,7 @@ def do_train(cfg, model, resume=False):
                 store_results(flatten_results(results), steps.stop - 1, ema.evaluated, best, saver)
             # One line an iteration: after all validation that follows the epoch.
             if epoch >= 0 and (following != "val" or best.is_stale()):
-                for writer in writers:
-                    writer.write()
+                write_all(writers)
     return results
 
 

@@ -53,7 +53,7 @@ from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_
 from plaintrain.trial import finish_dry_run
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage
+from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage, write_all
 from plaintrain.utils.logger import progress_range
 from plaintrain.utils.memory import peak_memory
 from plaintrain.utils.stop import StopRequest
@@ -109,10 +109,11 @@ def test_after(cfg, model, iteration, best, saver, due):
         saver.checkpointer.save_weights("model_best", model, iteration=iteration)
     if best.is_stale():
         # The run ends here: with its final checkpoint and evaluation.
-        saver.finish(iteration)
+        saver.finish(iteration, due=due)
         results = results or do_test(cfg, model)
     metrics, storage = {**losses, **flatten_results(results)}, get_event_storage()
-    storage.iter = iteration if metrics else storage.iter
+    # A new run begins at 0.
+    storage.iter = max(iteration, 0)
     storage.put_scalars(**metrics, smoothing_hint=False)
     comm.synchronize()
     return results
@@ -128,24 +129,24 @@ def do_train(cfg, model, resume=False):
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema, "best": best}
     parts["data_loader"] = data_loader = build_detection_train_loader(cfg)
     saver = build_periodic_checkpointer(cfg, model, parts, run_facts(cfg))
-    # Only a resumed run goes on counting; weights of another run start at 0.
     state = saver.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
+    start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER  # 0 unless resuming
     guard = build_step_guard(cfg, model, data_loader, state.get("skipped_steps", (0, 0)))
     writers, stop = build_writers(cfg), StopRequest(cfg.SOLVER.MAX_TIME)
     logger.info(f"starting training from iteration {start_iter} of {max_iter}")
     with stop, EventStorage(start_iter, state.get("log_window")) as storage, closing_all(writers), saver:
-        # An interrupted run may lack the tests after its last step.
+        # A checkpoint precedes the tests and the log row of its iteration: a resumed run does these first.
         results = test_after(cfg, ema.evaluated, start_iter - 1, best, saver, state.get("due"))
+        if every(cfg.LOG_PERIOD, start_iter - 1) or any(state.get("due", ())):
+            write_all(writers)
         late, start = False, perf_counter()
         for iteration, data in zip(progress_range(start_iter, max_iter), data_loader, strict=False):
             if late or best.is_stale():
                 break
             storage.iter, data_time = iteration, perf_counter() - start
             late, due = iteration < max_iter - 1 and stop.is_made(), tests_due(cfg, iteration)
-            # The losses are read only for a write, a test or a save.
             write = every(cfg.LOG_PERIOD, iteration) or any(due)
-            read = write or saver.is_due(iteration)
+            read = write or saver.is_due(iteration)  # the losses, else they stay on the device
             optimizer.zero_grad()
             totals = {}
             for samples, share, context in split_batch(model, data, cfg.SOLVER.ACCUMULATE_STEPS):
@@ -155,7 +156,7 @@ def do_train(cfg, model, resume=False):
                 scaler.scale(scaled(losses, share)).backward()
                 totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
             scaler.unscale_(optimizer)
-            norm = clip(need_norm=read or late or guard.enabled)
+            norm = clip()
             totals, norm = guard.only_finite(totals, norm, scaler)
             if totals:
                 scaler.step(optimizer)
@@ -174,8 +175,8 @@ def do_train(cfg, model, resume=False):
             saver.step(iteration, now=late, due=due, skipped_steps=guard.counts)
             if any(due) and not late:
                 results = test_after(cfg, ema.evaluated, iteration, best, saver, due) or results
-            for writer in writers if write or late else ():
-                writer.write()
+            if write or late:
+                write_all(writers)
             start = perf_counter()
     return results
 

@@ -1,17 +1,19 @@
 """Event storage and writers: plaintrain.utils.storage and plaintrain.utils.events."""
 
 import contextlib
-import csv
+import copy
 import gc
 import json
 import math
-import struct
+import os
+import random
 import weakref
 
 import pytest
 import torch
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import SessionLog
 from torch.utils._python_dispatch import TorchDispatchMode
+from writer_helpers import read_csv, read_events, read_values, tensorboard_values
 
 from plaintrain.utils import events
 from plaintrain.utils.errors import UserError
@@ -102,23 +104,6 @@ def read_json_lines(path):
     text = path.read_text(encoding="utf-8")
     assert text == "" or text.endswith("\n")
     return [json.loads(line, parse_constant=_refuse_constant) for line in text.splitlines()]
-
-
-def read_events(folder):
-    """All TensorBoard events of a folder's files, in the order they were written."""
-    found = []
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            found.append(Event.FromString(data[12 : 12 + length]))
-            data = data[16 + length :]
-    return found
-
-
-def tensorboard_values(folder):
-    """[(step, tag, value message)] of a folder's TensorBoard files."""
-    return [(event.step, value.tag, value) for event in read_events(folder) for value in event.summary.value]
 
 
 # ---- every -----------------------------------------------------------------------------------
@@ -532,11 +517,6 @@ def test_json_writer_puts_scalars_of_several_iterations_on_their_own_lines(tmp_p
 # ---- the CSV writer --------------------------------------------------------------------------
 
 
-def read_csv(path):
-    with open(path, encoding="utf-8", newline="") as f:
-        return list(csv.DictReader(f))
-
-
 def test_csv_writer_writes_a_row_an_iteration(tmp_path):
     path = tmp_path / "run" / "metrics.csv"
     writer = CSVWriter(str(path), window_size=1)
@@ -570,12 +550,11 @@ def test_csv_writer_adds_a_column_for_a_scalar_that_comes_later(tmp_path):
 
 def test_csv_writer_of_a_resumed_run_cuts_what_lies_beyond_its_start_and_what_is_damaged(tmp_path):
     path = tmp_path / "metrics.csv"
-    path.write_text("iteration,loss,bbox/AP\n0,1.0,\n1,0.5,20.0\nx,1,2\n1,2,3,4\n2,0.25,\n3,0.1")
-    writer = CSVWriter(str(path))
-    with EventStorage(2, {"scalars": {}, "unwritten": {"bbox/AR": 7.0}}) as storage:
+    path.write_text("iteration,loss,bbox/AP\n0,1.0,\n1,0.5,20.0\nx,1,2\n1,2,3,4\n2,0.25,\n1,0.5,2")
+    window = {"scalars": {"bbox/AR": [[[7.0, 1]], False]}, "unwritten": ["bbox/AR"]}
+    with EventStorage(2, window) as storage, closing_all([CSVWriter(str(path))]):
+        assert path.read_text() == "iteration,loss,bbox/AP\n0,1.0,\n1,0.5,20.0\n"
         storage.put_scalar("loss", 100.0)
-        writer.write()
-    writer.close()
     assert [list(row.values()) for row in read_csv(path)] == [
         ["0", "1.0", "", ""],
         ["1", "0.5", "20.0", "7.0"],
@@ -594,7 +573,7 @@ def test_csv_writer_begins_a_file_that_has_vanished_anew(tmp_path, log):
             if i == 0:
                 path.unlink()
     writer.close()
-    assert [row["iteration"] for row in read_csv(path)] == ["1"] and "has vanished" in log.text
+    assert [row["iteration"] for row in read_csv(path)] == ["1"] and "was deleted" in log.text
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -655,7 +634,7 @@ def test_json_writer_of_a_resumed_run_that_evaluates_again_has_one_line_an_itera
     assert read_json_lines(path) == [
         {"iteration": 2, "val/loss": 1.5},
         {"iteration": 3, "loss": 3.0},
-        {"iteration": 4, "AP": 12.0, "AP50": 20.0, "loss": 4.0, "extra": None},
+        {"iteration": 4, "AP": 11.0, "AP50": 20.0, "loss": 4.0, "extra": None},
         {"iteration": 5, "loss": 105.0},
         {"iteration": 6, "loss": 106.0},
     ]
@@ -943,13 +922,13 @@ def test_the_window_of_a_storage_is_gone_on_with_and_not_written_again(tmp_path)
             storage.put_scalars(loss=torch.tensor(float(value)))
             storage.put_scalar("lr", 0.5, smoothing_hint=False)
             storage.step()
-        window = storage.window()
+        assert storage.window()["unwritten"] == ["loss", "lr"]
         storage.latest_with_smoothing_hint()
-        assert storage.window()["unwritten"] == {}
+        window = storage.window()
     scalars = window["scalars"]
     assert scalars["loss"] == [[[float(v), v] for v in range(10, 30)], True] and scalars["lr"][1] is False
     writer = JSONWriter(str(tmp_path / "metrics.json"))
-    assert window["unwritten"] == {}
+    assert window["unwritten"] == []
     with EventStorage(30, window) as storage, closing_all([writer]):
         assert not storage.has_unwritten() and storage.latest() == {}
         storage.put_scalars(loss=torch.tensor(0.0))
@@ -958,27 +937,81 @@ def test_the_window_of_a_storage_is_gone_on_with_and_not_written_again(tmp_path)
     assert line == {"iteration": 30, "loss": 19.5}
 
 
-def test_what_was_not_written_before_the_end_is_written_by_the_run_that_goes_on(tmp_path):
-    path = tmp_path / "metrics.json"
-    path.write_text('{"iteration": 1, "loss": 9.0}\n')
-    with EventStorage(2) as storage:
-        storage.put_scalars(loss=torch.tensor(4.0))
-        storage.iter = 3
-        storage.put_scalars(loss=torch.tensor(6.0), bad=torch.tensor(math.nan))
-        # Saved, and ended before the writers came.
-        window = storage.window()
-    with (
-        EventStorage(4, window) as storage,
-        closing_all([JSONWriter(str(path)), TensorboardXWriter(tmp_path)]),
-    ):
-        storage.put_scalars(loss=torch.tensor(1.0))
-        # An evaluation that was due then joins the line.
-        storage.put_scalar("AP", 50.0, cur_iter=3, smoothing_hint=False)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"iteration": 1, "loss": 9.0},
-        {"iteration": 3, "loss": 5.0, "bad": None, "AP": 50.0},
-        {"iteration": 4, "loss": 4.0},
-    ]
+class KilledError(Exception):
+    """In the place of SIGKILL, which no test in a process survives."""
+
+
+class Kills:
+    """Lets a run end at a random moment, with its files as they are on the disk then."""
+
+    def __init__(self, rng, folder):
+        self.rng, self.folder, self.files = rng, folder, {}
+
+    def kill(self):
+        # What Python still holds is not there.
+        self.files = {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        raise KilledError
+
+    def moment(self):
+        if self.rng.random() < 0.03:
+            self.kill()
+
+    def write(self, writer):
+        """A write, which may end within the bytes it appends."""
+        self.moment()
+        sizes = {path: path.stat().st_size for path in self.folder.iterdir()}
+        writer.write()
+        for path, size in sizes.items():
+            if self.rng.random() < 0.03 and path.stat().st_size > size:
+                os.truncate(path, self.rng.randrange(size, path.stat().st_size))
+                self.kill()
+
+
+def loop(folder, saved, kills=None):
+    """24 iterations with all that is written, from the iteration of `saved`, in the order of the scripts."""
+    start = saved.get("iteration", -1) + 1
+    moment, write = (kills.moment, kills.write) if kills else (lambda: None, lambda writer: writer.write())
+    writers = [JSONWriter(str(folder / "metrics.json")), CSVWriter(str(folder / "metrics.csv"))]
+    writers.append(TensorboardXWriter(str(folder)))
+    with EventStorage(start, saved.get("window")) as storage, closing_all(writers):
+        for i in range(start - 1, 24):
+            storage.iter = max(i, 0)
+            test = every(5, i)
+            if i >= start:
+                storage.put_scalars(loss=torch.tensor(1 / (i + 1)), time=random.random())
+                storage.put_scalar("lr", i / 7, smoothing_hint=False)
+                if i in (0, 7, 14):
+                    storage.put_scalars(seldom=float(i), smoothing_hint=False)
+                    storage.put_image("an image", torch.full((3, 2, 2), i, dtype=torch.uint8))
+                    storage.put_histogram("numbers", torch.arange(i + 2.0), bins=3)
+                moment()
+                if every(4, i) or every(5, i):
+                    saved.update(iteration=i, window=copy.deepcopy(storage.window()))
+                moment()
+            if test:
+                storage.put_scalars(**{"bbox/AP": i / 3, "bbox/AP-none": math.nan}, smoothing_hint=False)
+                moment()
+            for writer in writers if test or every(8, i) else ():
+                write(writer)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_value_is_in_each_file_once_after_any_kills(tmp_path, seed):
+    (tmp_path / "whole").mkdir()
+    loop(tmp_path / "whole", {})
+    rng, saved, kills = random.Random(seed), {}, None
+    for number in range(100):
+        folder = tmp_path / f"run-{number}"
+        folder.mkdir()
+        for name, content in kills.files.items() if kills else ():
+            (folder / name).write_bytes(content)
+        kills = Kills(rng, folder)
+        try:
+            loop(folder, saved, kills if number < 6 else None)
+            break
+        except KilledError:
+            continue
+    assert number > 0 and read_values(folder) == read_values(tmp_path / "whole")
 
 
 def test_a_file_that_vanishes_is_begun_anew_with_a_warning(tmp_path, log):
@@ -995,7 +1028,7 @@ def test_a_file_that_vanishes_is_begun_anew_with_a_warning(tmp_path, log):
         writer.write()
         writer.close()
         assert json.loads(path.read_text()) == {"iteration": 1, "loss": 2.0}
-    assert "metrics.json has vanished: a new one is begun" in log.text
+    assert "metrics.json was deleted; creating a new file" in log.text
 
 
 def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tensorboardX.proto.event_pb2 import Event
 from test_scripts import HEADS, TINY
+from writer_helpers import tensorboard_values
 
 from plaintrain.config import get_cfg
 from plaintrain.engine import default_argument_parser
@@ -429,15 +429,10 @@ def test_an_epoch_run_writes_one_line_an_iteration_and_its_losses_everywhere(run
 
 
 def tags(folder):
-    """{tag: {step: value}} of a TensorBoard file."""
-    (path,) = folder.glob("events.out.tfevents.*")
-    data, found = path.read_bytes(), {}
-    while data:
-        length = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + length])
-        for value in event.summary.value:
-            found.setdefault(value.tag, {})[event.step] = value.simple_value
-        data = data[16 + length :]
+    """{tag: {step: value}} of a folder's TensorBoard files."""
+    found = {}
+    for step, tag, value in tensorboard_values(folder):
+        found.setdefault(tag, {})[step] = value.simple_value
     return found
 
 

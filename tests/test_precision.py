@@ -260,7 +260,7 @@ def training(precision="float16", **solver):
         optimizer.zero_grad()
         scaler.scale((layer.weight * gradient).sum()).backward()
         scaler.unscale_(optimizer)
-        norm = clip_gradients(need_norm=True)
+        norm = clip_gradients()
         scaler.step(optimizer)
         scaler.update()
         return norm["grad_norm"].item()

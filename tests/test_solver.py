@@ -577,25 +577,21 @@ def clip_cfg(kind, value, **more):
         ("full_model", [3.0 * 3.5 / 13, -4.0 * 3.5 / 13], [0.0, 12.0 * 3.5 / 13]),
     ],
 )
-@pytest.mark.parametrize("need_norm", [False, True])
-def test_gradients_are_clipped_and_the_norm_is_that_before(kind, first, second, need_norm):
+def test_gradients_are_clipped_and_the_norm_is_that_before(kind, first, second):
     model = clipping_model()
-    scalars = build_gradient_clipper(clip_cfg(kind, 3.5), model)(need_norm=need_norm)
+    scalars = build_gradient_clipper(clip_cfg(kind, 3.5), model)()
     assert model[0].grad.tolist() == pytest.approx(first, abs=1e-5)
     assert model[1].grad.tolist() == pytest.approx(second, abs=1e-5)
     assert model[2].grad is None and model[3].grad is None
-    if need_norm or kind == "full_model":
-        (norm,) = scalars.values()
-        assert scalars == {"grad_norm": norm} and isinstance(norm, torch.Tensor) and norm.shape == ()
-        assert norm.item() == pytest.approx(13.0)
-    else:
-        assert scalars == {}
+    (norm,) = scalars.values()
+    assert scalars == {"grad_norm": norm} and isinstance(norm, torch.Tensor) and norm.shape == ()
+    assert norm.item() == pytest.approx(13.0)
 
 
 @pytest.mark.parametrize("kind", ["value", "norm", "full_model"])
 def test_gradients_below_the_limit_are_left_alone(kind):
     model = clipping_model()
-    build_gradient_clipper(clip_cfg(kind, 100.0), model)(need_norm=True)
+    build_gradient_clipper(clip_cfg(kind, 100.0), model)()
     assert model[0].grad.tolist() == pytest.approx([3.0, -4.0])
     assert model[1].grad.tolist() == pytest.approx([0.0, 12.0])
 
@@ -603,16 +599,15 @@ def test_gradients_below_the_limit_are_left_alone(kind):
 def test_norm_type_is_honoured():
     model = clipping_model()
     cfg = clip_cfg("full_model", 6.0, CLIP_GRADIENTS__NORM_TYPE=float("inf"))
-    norm = build_gradient_clipper(cfg, model)(need_norm=True)["grad_norm"]
+    norm = build_gradient_clipper(cfg, model)()["grad_norm"]
     assert norm.item() == 12.0
     assert model[0].grad.tolist() == pytest.approx([1.5, -2.0], rel=1e-4)
 
 
-def test_without_clipping_gradients_stay_and_the_norm_can_be_had():
+def test_without_clipping_gradients_stay_and_the_norm_is_given():
     model = clipping_model()
     clip_gradients = build_gradient_clipper(make_cfg(CLIP_GRADIENTS__CLIP_VALUE=0.1), model)
-    assert clip_gradients(need_norm=False) == {}
-    assert clip_gradients(need_norm=True)["grad_norm"].item() == pytest.approx(13.0)
+    assert clip_gradients()["grad_norm"].item() == pytest.approx(13.0)
     assert model[0].grad.tolist() == [3.0, -4.0]
     assert model[1].grad.tolist() == [0.0, 12.0]
 
@@ -620,4 +615,4 @@ def test_without_clipping_gradients_stay_and_the_norm_can_be_had():
 def test_the_norm_tells_of_a_gradient_that_is_not_finite():
     model = clipping_model()
     model[0].grad[0] = float("nan")
-    assert math.isnan(build_gradient_clipper(make_cfg(), model)(need_norm=True)["grad_norm"].item())
+    assert math.isnan(build_gradient_clipper(make_cfg(), model)()["grad_norm"].item())

@@ -11,11 +11,13 @@ import json
 import logging
 import math
 import os
+import socket
 import time
-from collections import defaultdict
 
-from plaintrain.utils.files import atomic_write, writing
+from plaintrain.utils.event_files import cut_event_files, encode_event, list_event_files
+from plaintrain.utils.files import atomic_write
 from plaintrain.utils.storage import EventStorage, every, get_event_storage
+from plaintrain.utils.writer import EventWriter, FileWriter
 
 __all__ = [
     "WRITERS",
@@ -29,28 +31,26 @@ __all__ = [
     "get_event_storage",
 ]
 
-_FLUSH_SECONDS = 30
 
-
-class EventWriter:
-    """Base of the writers."""
-
-    def write(self):
-        """Read the current storage and put out what is new."""
-
-    def close(self):
-        """Nothing to close by default."""
+def write_all(writers):
+    """Call `write` of each writer."""
+    for writer in writers:
+        writer.write()
 
 
 @contextlib.contextmanager
 def closing_all(writers):
-    """Close writers at the end of the block, whatever ends it; a good end leaves nothing unwritten."""
+    """Begin writers, and close them at the end of the block, whatever ends it.
+
+    A block that ends without an exception leaves nothing unwritten.
+    """
     with contextlib.ExitStack() as stack:
         for writer in writers:
             stack.callback(writer.close)
+            writer.begin(get_event_storage().start_iter)
         yield
-        for writer in writers if get_event_storage().has_unwritten() else ():
-            writer.write()
+        if get_event_storage().has_unwritten():
+            write_all(writers)
 
 
 class CommonMetricPrinter(EventWriter):
@@ -91,73 +91,61 @@ class CommonMetricPrinter(EventWriter):
         self.logger.info("  ".join(fields))
 
 
-class _RowWriter(EventWriter, abc.ABC):
+class _RowWriter(FileWriter):
     """Appends one row of scalars an iteration to a file.
 
-    A file that is there already is cut at the storage's start iteration on the first write, and what comes
-    for an earlier one (an evaluation that is done again) joins its row, so no iteration stands in it twice.
+    What comes for a row that is already written, such as a repeated evaluation, joins that row.
     """
-
-    def __init__(self, path, window_size):
-        self._path, self._window_size = path, window_size
-        self._file, self._last_write = None, -1
 
     @abc.abstractmethod
     def _read(self):
-        """The rows of the file, {"iteration": int, name: value}; what is none is left out."""
+        """Yield the complete rows of the file, {"iteration": int, name: value}."""
 
     @abc.abstractmethod
     def _put(self, f, rows):
-        """Write rows to an open file."""
+        """Write {iteration: {name: value}} to an open file."""
+
+    def _fits(self, rows):
+        """Return whether rows can be appended to the file as it is."""
+        last = max(self._written.values(), default=-1)
+        return self._file is not None and min(rows) > last
+
+    def _rows(self):
+        return {row.pop("iteration"): row for row in self._read()}
 
     def _rewrite(self, rows):
-        """Put rows, {iteration: row}, in the place of the file, and open it to append."""
+        """Replace the file, and open it to append."""
         if self._file is not None:
             self._file.close()
         os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
         with atomic_write(self._path) as f:
-            self._put(f, [rows[at] for at in sorted(rows)])
+            self._put(f, dict(sorted(rows.items())))
         # newline="": the csv module ends its lines itself.
         self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - see close()
 
-    def _begin(self, storage, rows):
-        start_iter = storage.start_iter
-        if storage.unwritten:
-            # The run that is resumed was interrupted between its last save and its last line.
-            rows[start_iter - 1] = {**storage.unwritten, **rows[start_iter - 1]}
-        kept = {row["iteration"]: row for row in self._read() if row["iteration"] < start_iter}
-        for at in [at for at in rows if at < start_iter]:
-            kept[at] = {**kept.get(at, {}), "iteration": at, **rows.pop(at)}
-        self._rewrite(kept)
-        self._last_write = start_iter - 1
+    def _cut(self, start_iter):
+        rows = {at: row for at, row in sorted(self._rows().items()) if at < start_iter}
+        if os.path.exists(self._path):
+            self._rewrite(rows)
+        return {name: at for at, row in rows.items() for name in row if row[name] != ""}
 
-    def write(self):
-        """Append what is new since the last call, and flush."""
-        storage = get_event_storage()
-        rows = defaultdict(dict)
-        for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
-            if at > self._last_write:
-                rows[at][name] = value
-        with writing(self._path):
-            if self._file is None:
-                self._begin(storage, rows)
-            elif not os.path.exists(self._path):
-                logging.getLogger(__name__).warning(f"{self._path} has vanished: a new one is begun")
-                self._rewrite({})
-            self._put(self._file, [{"iteration": at, **rows[at]} for at in sorted(rows)])
-            self._file.flush()
-        self._last_write = max(rows, default=self._last_write)
-
-    def close(self):
-        if self._file is not None:
-            with writing(self._path):
-                self._file.close()
+    def _append(self, rows):
+        if not rows:
+            return
+        deleted = self._file is not None and not os.path.exists(self._path)
+        if deleted:
+            logging.getLogger(__name__).warning(f"{self._path} was deleted; creating a new file")
+        if not deleted and self._fits(rows):
+            self._put(self._file, rows)
+            return
+        kept = self._rows()
+        self._rewrite(kept | {at: {**kept.get(at, {}), **row} for at, row in rows.items()})
 
 
 class JSONWriter(_RowWriter):
     """Appends one JSON object a line, `{"iteration": ..., name: value, ...}`; non-finite values are null.
 
-    A resumed run cuts the file at its start iteration, so no iteration stands in it twice.
+    A resumed run cuts the file at its start iteration; each iteration has one line.
     """
 
     def __init__(self, json_file, window_size=20):
@@ -167,15 +155,16 @@ class JSONWriter(_RowWriter):
         return _json_lines(self._path)
 
     def _put(self, f, rows):
-        f.writelines(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+        lines = (_finite({"iteration": at, **row}) for at, row in rows.items())
+        f.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
 
 class CSVWriter(_RowWriter):
     """Appends one row an iteration to a CSV file for spreadsheets; non-finite values are empty.
 
     The header names the scalars in the order in which they came. A scalar that comes later, such as the AP
-    of the first evaluation, gets a column at the end: the file is written anew then. A resumed run cuts it
-    at its start iteration, so no iteration stands in it twice.
+    of the first evaluation, gets a column at the end: the file is rewritten then. A resumed run cuts it
+    at its start iteration; each iteration has one row.
     """
 
     def __init__(self, csv_file, window_size=20):
@@ -186,23 +175,28 @@ class CSVWriter(_RowWriter):
         if not os.path.exists(self._path):
             return
         with open(self._path, encoding="utf-8", errors="replace", newline="") as f:
-            for row in csv.DictReader(f):
-                with contextlib.suppress(TypeError, ValueError):
-                    # A row that was cut off, or is too long, has None in it.
+            # The last number of a line without its end may have lost digits.
+            for row in csv.DictReader(line for line in f if line.endswith("\n")):
+                with contextlib.suppress(KeyError, TypeError, ValueError):
+                    # A row that is damaged, or too long, has None in it.
                     if None not in row and None not in row.values():
                         yield {**row, "iteration": int(row["iteration"])}
 
+    def _fits(self, rows):
+        return super()._fits(rows) and all(self._columns.count(name) for row in rows.values() for name in row)
+
+    def _rewrite(self, rows):
+        names = (name for row in rows.values() for name in row)
+        self._columns = list(dict.fromkeys([*self._columns, *names]))
+        super()._rewrite(rows)
+
     def _put(self, f, rows):
-        known = len(self._columns)
-        self._columns += [n for n in dict.fromkeys(n for row in rows for n in row) if n not in self._columns]
-        if f is self._file and len(self._columns) > known:
-            # `_rewrite` comes back to here for the rows that are there, with a file of its own.
-            self._rewrite({row["iteration"]: row for row in self._read()})
-            f = self._file
         table = csv.DictWriter(f, self._columns, restval="", lineterminator="\n")
         if f is not self._file:
             table.writeheader()
-        table.writerows({n: "" if v is None else v for n, v in _finite(row).items()} for row in rows)
+        for at, row in rows.items():
+            finite = _finite({"iteration": at, **row})
+            table.writerow({name: "" if value is None else value for name, value in finite.items()})
 
 
 def _finite(row):
@@ -221,71 +215,54 @@ def _json_lines(path):
                     yield content
 
 
-class TensorboardXWriter(EventWriter):
-    """Writes scalars, images and histograms as TensorBoard event files.
+class TensorboardXWriter(FileWriter):
+    """Writes scalars, images and histograms as TensorBoard event files, one a process.
 
     tensorboardX is imported by the first write: most ranks, and evaluations, have none.
     """
 
     def __init__(self, log_dir, window_size=20):
-        self._log_dir, self._window_size = log_dir, window_size
-        self._file, self._last_write, self._last_flush = None, -1, 0.0
+        super().__init__(log_dir, window_size)
 
-    def _open(self, storage):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
+    def _cut(self, start_iter):
+        return cut_event_files(self._path, start_iter)
 
-        start_iter = storage.start_iter
-        os.makedirs(self._log_dir, exist_ok=True)
-        # SummaryWriter would send each event through a queue to a thread: three times the work.
-        self._file = EventsWriter(os.path.join(self._log_dir, "events"))
+    def _open(self, start_iter):
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        os.makedirs(self._path, exist_ok=True)
+        # The number: a run may be resumed within a second.
+        name = f"{int(time.time())}.{socket.gethostname()}.{len(list_event_files(self._path))}"
+        self._file = open(os.path.join(self._path, f"events.out.tfevents.{name}"), "wb")  # noqa: SIM115
+        self._event(0, file_version="brain.Event:2")
         if start_iter:
-            # Hides what an interrupted run wrote beyond the point it is resumed from.
-            log = SessionLog(status=SessionLog.START)
-            self._file.write_event(Event(session_log=log, step=start_iter, wall_time=time.time()))
-        if storage.unwritten:
-            values = [Summary.Value(tag=name, simple_value=v) for name, v in storage.unwritten.items()]
-            self._add(Summary(value=values), start_iter - 1)
+            # A TensorBoard that is open forgets what has been cut.
+            self._event(start_iter, session_log=SessionLog(status=SessionLog.START))
 
-    def _add(self, contents, at):
+    def _event(self, step, **contents):
         from tensorboardX.proto.event_pb2 import Event
 
-        self._file.write_event(Event(summary=contents, step=at, wall_time=time.time()))
+        self._file.write(encode_event(Event(step=step, wall_time=time.time(), **contents)))
 
-    def write(self):
-        """Write what is new since the last call; takes the images and histograms out of the storage."""
-        with writing(self._log_dir):
-            self._write(get_event_storage())
-
-    def _write(self, storage):
+    def _append(self, rows):
+        """Write the rows; takes the images and histograms out of the storage."""
         from tensorboardX import summary
         from tensorboardX.proto.summary_pb2 import Summary
 
+        storage = get_event_storage()
         if self._file is None:
-            self._open(storage)
-        values = defaultdict(list)
-        for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
-            if at > self._last_write:
-                values[at].append(Summary.Value(tag=name, simple_value=value))
-        for at in sorted(values):
-            self._add(Summary(value=values[at]), at)
-            self._last_write = at
-        for name, image, at in storage.images:
-            self._add(summary.image(name, image.numpy()), at)
-        for name, numbers, bins, at in storage.histograms:
-            self._add(summary.histogram(name, numbers.numpy(), bins), at)
+            self._open(storage.start_iter)
+        for at, row in rows.items():
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+            self._event(at, summary=Summary(value=values))
+        images = [(summary.image(name, image.numpy()), at) for name, image, at in storage.images]
+        images += [(summary.histogram(name, x.numpy(), bins), at) for name, x, bins, at in storage.histograms]
+        for contents, at in images:
+            # tensorboardX makes the tag from the name.
+            if at > self._written.get(contents.value[0].tag, -1):
+                self._event(at, summary=contents)
         storage.clear_images()
         storage.clear_histograms()
-        # A flush waits for the disk.
-        if time.monotonic() - self._last_flush > _FLUSH_SECONDS:
-            self._file.flush()
-            self._last_flush = time.monotonic()
-
-    def close(self):
-        if self._file is not None:
-            with writing(self._log_dir):
-                self._file.close()
 
 
 # Name in OUTPUT.WRITERS -> function (output_dir, max_iter) that makes the writer.

@@ -88,25 +88,30 @@ class EventStorage:
         """
         Args:
             start_iter: the iteration to count from; `iter` equals it until `step()`.
-            window: that of the run that is resumed, so that its medians go on; what its writers have not
-                written of its last iteration becomes `unwritten`, {name: value}.
+            window: that of the run that is resumed, so that its medians continue; the latest values that
+                its writers have not read are to be written.
         """
         self.start_iter = start_iter
         self.iter = start_iter
         self._history = defaultdict(HistoryBuffer)
         self._hints, self._latest = {}, {}
-        self._pending, self._num_pending, self._unwritten = [], 0, False
+        self._pending, self._num_pending = [], 0
         self._smoothed, self._known = {}, {}
         self._nonfinite = {}
         self._scope = ""
         self.clear_images()
         self.clear_histograms()
-        self.unwritten = (window or {}).get("unwritten", {})
-        for name, (values, hint) in (window or {}).get("scalars", {}).items():
+        window = window or {}
+        # The names of the scalars that no writer has read, and when one has read last.
+        self._unwritten, self._read_at = set(window.get("unwritten", ())), -1
+        for kept, unread in zip((self.images, self.histograms), window.get("images", ()), strict=False):
+            kept.extend(unread)
+        for name, (values, hint) in window.get("scalars", {}).items():
             self._hints[name] = hint
             for value, iteration in values:
-                # The writers of the run that is resumed have had it as the latest.
                 self._history[name].update(value, iteration)
+            if name in self._unwritten:
+                self._latest[name] = tuple(values[-1])
 
     def window(self, size=20):
         """The last values of each scalar, for the `EventStorage` of a run that is resumed.
@@ -115,15 +120,15 @@ class EventStorage:
             size: values a scalar; the window of the writers.
 
         Returns:
-            {"scalars": {name: [[[value, iteration], ...], smoothing hint]}, "unwritten": {name: value}}, the
-            latter of this iteration, as a writer would show it.
+            {"scalars": {name: [[[value, iteration], ...], smoothing hint]}, "unwritten": [name, ...],
+            "images": [images, histograms]}, the last two of what no writer has read.
         """
         scalars = {
             name: [[list(pair) for pair in history.values()[-size:]], self._hints[name]]
             for name, history in self.histories().items()
         }
-        latest = self._smooth(size) if self._unwritten else {}
-        return {"scalars": scalars, "unwritten": {n: v for n, (v, at) in latest.items() if at == self.iter}}
+        images = [[i for i in kept if i[-1] > self._read_at] for kept in (self.images, self.histograms)]
+        return {"scalars": scalars, "unwritten": sorted(self._unwritten), "images": images}
 
     def put_scalar(self, name, value, smoothing_hint=True, cur_iter=None):
         """Store one scalar; see `put_scalars`."""
@@ -156,7 +161,7 @@ class EventStorage:
             # its one result is cheaper than entering no_grad.
             self._pending.append((iteration, names, torch.stack(tensors).detach()))
         self._num_pending += len(scalars)
-        self._unwritten |= bool(scalars)
+        self._unwritten.update(scalars)
         if self._num_pending > _MAX_PENDING:
             self._fetch()
 
@@ -184,7 +189,7 @@ class EventStorage:
 
     def has_unwritten(self):
         """Whether a scalar was stored since a writer last looked."""
-        return self._unwritten
+        return bool(self._unwritten)
 
     def raise_if_nonfinite(self, images_of=None, *, norm_too=True):
         """Stop when a loss or `grad_norm` stored since the last call is NaN or infinite.
@@ -244,7 +249,8 @@ class EventStorage:
 
     def latest_with_smoothing_hint(self, window_size=20):
         """name -> (median of the window or latest value, iteration of the latest); for writers."""
-        self._unwritten = False
+        self._unwritten.clear()
+        self._read_at = self.iter
         return self._smooth(window_size)
 
     def _smooth(self, window_size):

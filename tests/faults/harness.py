@@ -19,6 +19,8 @@ from torch import multiprocessing as torch_mp
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from writer_helpers import value_differences  # noqa: E402
+
 _SERVER = multiprocessing.get_context("forkserver")
 _PRELOAD = [
     "torch",
@@ -27,6 +29,7 @@ _PRELOAD = [
     "plaintrain.engine",
     "plaintrain.modeling",
     "hotcoco",
+    "tensorboardX",
 ]
 # What a scheduler around the tests may have set.
 _SCHEDULER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_RANK", "MASTER_", "SLURM_", "TORCHELASTIC_")
@@ -54,7 +57,7 @@ SOLVER: {OPTIMIZER: AdamW, IMS_PER_BATCH: 4, BASE_LR: 0.002, STEPS: [], WARMUP_I
   CHECKPOINT_PERIOD: 4}
 TEST: {EVAL_PERIOD: 8, BEST_METRIC: auto}
 LOG_PERIOD: 1
-OUTPUT: {REPORT: False}
+OUTPUT: {REPORT: False, WRITERS: [console, json, csv, tensorboard]}
 SEED: 2
 """
 
@@ -201,14 +204,7 @@ def newest_checkpoint(folder):
 
 def differences(whole, killed):
     """What differs between the folder of an undisturbed run and that of one that was killed and resumed."""
-    found = []
-    a, b = lines(whole), lines(killed)
-    # A line that was written because a signal ended the run there is one more.
-    for at in sorted(a):
-        if a[at] != b.get(at):
-            other = b.get(at, {})
-            changed = sorted(k for k in a[at].keys() | other.keys() if a[at].get(k) != other.get(k))
-            found.append(f"iteration {at}: {', '.join(changed)}")
+    found = value_differences(Path(whole), Path(killed))
     for name in ("model_final.pth", "model_best.pth"):
         paths = [Path(folder) / name for folder in (whole, killed)]
         if [p.exists() for p in paths] != [True, True]:

@@ -35,6 +35,7 @@ PASTE = [
     *["INPUT.AUGMENTATIONS", "['SimpleCopyPaste', 'RandomPhotometricDistort']"],
 ]
 ASYNC = ["SOLVER.ASYNC_CHECKPOINT", True]
+SPARSE = ["LOG_PERIOD", 20, "SOLVER.CHECKPOINT_PERIOD", 5, "TEST.EVAL_PERIOD", 5]
 GROUPED = ["DATALOADER.GROUP_WINDOW", 2]
 PROCESSES = ["DATALOADER.WORKER_TYPE", "process", "DATALOADER.NUM_WORKERS"]
 
@@ -67,6 +68,8 @@ MIXES = {
     "epochs, bf16, EMA, accumulation": ("epoch", 1, [*STEP, *EPOCHS]),
     "two ranks": ("plain", 2, [*STEP, *GROUPED]),
     "two ranks, epochs, saved in the background": ("epoch", 2, [*EPOCHS, *ASYNC]),
+    "R-CNN, a log row every 20 steps": ("plain", 1, [*SPARSE, "TEST.VAL_LOSS_PERIOD", 4]),
+    "epochs, a log row every 20 steps": ("epoch", 1, [*SPARSE, *EPOCHS]),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from harness import Run, differences, lines, newest_checkpoint
 from kill_runs import EPOCHS, MIXES, PROCESSES, STEP, Trial
+from writer_helpers import read_values
 
 NAMES = list(MIXES)
 
@@ -116,6 +117,47 @@ def test_a_run_that_is_killed_just_before_its_final_model_gets_it(script, option
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
+def kill_in_first_test(names):
+    names["do_test"] = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_second_test(names):
+    do_test, calls = names["do_test"], []
+
+    def killing(*args):
+        calls.append(args)
+        return do_test(*args) if len(calls) == 1 else os.kill(os.getpid(), signal.SIGKILL)
+
+    names["do_test"] = killing
+
+
+@pytest.mark.parametrize("script", ["plain", "epoch"])
+def test_an_evaluation_that_is_repeated_is_written_before_the_first_step(script, tmp_path):
+    # 5 steps an epoch.
+    options = [
+        "SOLVER.IMS_PER_BATCH",
+        5,
+        "LOG_PERIOD",
+        20,
+        "SOLVER.CHECKPOINT_PERIOD",
+        5,
+        "TEST.EVAL_PERIOD",
+        5,
+    ]
+    options += ["SOLVER.MAX_ITER", 20] if script == "plain" else ["SOLVER.MAX_EPOCHS", 4]
+    undisturbed = Run(tmp_path / "whole", options, script=script)
+    assert undisturbed.wait()[0] == 0, undisturbed.tail
+    # Killed right after the first checkpoint, and again after the second, before anything else is written.
+    for faults, flags in ((kill_in_first_test, []), (kill_in_second_test, ["--resume"])):
+        run = Run(tmp_path / "run", options, script=script, faults=faults, flags=flags)
+        assert run.wait()[0] == -signal.SIGKILL, run.tail
+    assert sorted(lines(tmp_path / "run")) == [4] and newest_checkpoint(tmp_path / "run")[0] == 9
+    run = Run(tmp_path / "run", options, script=script, flags=["--resume"])
+    assert run.wait()[0] == 0, run.tail
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+    assert read_values(tmp_path / "whole") == read_values(tmp_path / "run")
+
+
 # ---- signals --------------------------------------------------------------------------------------
 
 
@@ -173,6 +215,8 @@ def log_of(run):
 def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, ranks, script, send, tmp_path):
     # Stopped between two visits of the writers: the ranks' batch norms are not averaged there.
     options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 0, *PROCESSES, 1, "LOG_PERIOD", 5]
+    # Without clipping the norm of the gradients is computed for the log alone.
+    options += ["SOLVER.CLIP_GRADIENTS.ENABLED", script == "epoch"]
     options += [*EPOCHS, "SOLVER.MAX_EPOCHS", 3] if script == "epoch" else ["SOLVER.MAX_ITER", 16]
     launch = {"num_gpus_per_machine": ranks}
     whole = Run(tmp_path / "whole", options, script=script, launch=launch)
