@@ -1,0 +1,255 @@
+#!/usr/bin/env python
+"""Measure what the test suite catches: apply each defect of mutation_list.py to a copy and run the tests there.
+
+python tests/mutation_check.py record            # once: which test runs which line (needs coverage)
+python tests/mutation_check.py run               # which defects the recorded tests catch
+python tests/mutation_check.py run --only ema --not-long
+
+A defect is tried with the tests that run its lines, the quickest first, until one fails.
+"""
+
+import argparse
+import ast
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import coverage
+import pytest
+from mutation_list import MUTATIONS
+
+ROOT = Path(__file__).resolve().parent.parent
+# The static context is the test file; in its own process, the running test is added to it.
+_COVERAGE = """
+[run]
+source = plaintrain,scripts,examples
+concurrency = multiprocessing,thread
+parallel = true
+patch = subprocess,_exit,fork
+sigterm = true
+context = {test_file}
+data_file = {folder}/coverage
+"""
+
+
+class Recorder:
+    """A pytest plugin that names the running test, or the shared fixture that it sets up, to coverage."""
+
+    def __init__(self):
+        self.tests = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item, nextitem):
+        coverage.Coverage.current().switch_context(item.nodeid)
+        start = time.perf_counter()
+        result = yield
+        self.tests[item.nodeid] = {
+            "seconds": time.perf_counter() - start,
+            "fixtures": item.fixturenames,
+            "long": item.get_closest_marker("long") is not None,
+        }
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request):
+        if fixturedef.scope == "function":
+            return (yield)
+        current = coverage.Coverage.current()
+        current.switch_context(f"fixture {fixturedef.argname}")
+        try:
+            return (yield)
+        finally:
+            current.switch_context(request.node.nodeid)
+
+
+def run_file(folder, test_file):
+    """Run one test file under coverage in a process of its own; print its last line."""
+    name = test_file.replace("/", ".")
+    rc = folder / f"{name}.rc"
+    rc.write_text(_COVERAGE.format(test_file=test_file, folder=folder))
+    command = [sys.executable, "-m", "coverage", "run", f"--rcfile={rc}", __file__, "pytest", str(folder)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    start = time.perf_counter()
+    done = subprocess.run([*command, "--only", test_file], cwd=ROOT, env=env, capture_output=True, text=True)
+    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    print(f"{test_file:45} {time.perf_counter() - start:5.0f} s  {last}", flush=True)
+
+
+def record(folder):
+    """Run the whole suite under coverage, two files at a time; write `folder`/*.json and `folder`/coverage."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: run_file(folder, name), files))
+    data = f"--data-file={folder}/coverage"
+    subprocess.run(
+        [sys.executable, "-m", "coverage", "combine", "-q", data, str(folder)], cwd=ROOT, check=True
+    )
+
+
+def run_recorded(folder, test_file):
+    """The inner process of `run_file`."""
+    recorder = Recorder()
+    options = ["-q", "-m", "", "-p", "no:randomly", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=line"]
+    pytest.main([test_file, *options], plugins=[recorder])
+    (folder / f"{test_file.replace('/', '.')}.json").write_text(json.dumps(recorder.tests))
+
+
+def mutated_lines(text, old):
+    """The numbers, from 1, of the lines that a snippet spans, and those of the function around it."""
+    if text.count(old) != 1:
+        raise SystemExit(f"a snippet occurs {text.count(old)} times instead of once: {old!r}")
+    first = text[: text.index(old)].count("\n") + 1
+    lines, around = set(range(first, first + old.count("\n") + 1)), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.lineno <= first <= node.end_lineno:
+            around = set(range(node.body[0].lineno, node.end_lineno + 1))
+    return lines, around
+
+
+class Covering:
+    """Which tests run which lines, as `record` has written it."""
+
+    def __init__(self, folder):
+        self.data, self.tests = coverage.CoverageData(str(folder / "coverage")), {}
+        self.data.read()
+        for path in folder.glob("tests.*.json"):
+            self.tests |= json.loads(path.read_text())
+
+    def tests_of(self, path, text, old):
+        """Tests that run the snippet `old`, or else its function, or else its file; the quickest first.
+
+        Those that ran it in another process are known by their file only, and come last.
+        """
+        contexts_of = self.data.contexts_by_lineno(str(ROOT / path))
+        for lines in (*mutated_lines(text, old), set(contexts_of)):
+            contexts = {context for line in lines for context in contexts_of.get(line, ())}
+            exact = {context.partition("|")[2] for context in contexts if "|" in context}
+            fixtures = {name.removeprefix("fixture ") for name in exact if name.startswith("fixture ")}
+            exact |= {name for name, test in self.tests.items() if fixtures.intersection(test["fixtures"])}
+            if exact or any(context not in self._importing(contexts_of) for context in contexts):
+                break
+        files = {context.partition("|")[0] for context in contexts} if lines else set()
+        of_files = {name for name in self.tests if name.partition("::")[0] in files}
+        return self._sorted(exact & set(self.tests)) + self._sorted(of_files - exact)
+
+    def _importing(self, contexts_of):
+        first = min(contexts_of, default=0)
+        return {context for context in contexts_of.get(first, ()) if "|" not in context}
+
+    def _sorted(self, names):
+        return sorted(names, key=lambda name: self.tests[name]["seconds"])
+
+
+def copy_tree(target):
+    """Copy the files that git knows, and new ones it does not ignore."""
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    for name in names:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def try_defect(copy, mutation, tests, seconds):
+    """The first test that fails with the defect in the copy; "" if all pass."""
+    _, path, old, new = mutation
+    file = copy / path
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    (copy / "chosen").write_text("\n".join(tests))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-m", "", "-p", "no:cacheprovider"]
+    command += ["-p", "no:randomly", "-p", "no:xdist", "-o", "addopts=", "@chosen"]
+    env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=copy,
+            env=env,
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+    except subprocess.TimeoutExpired:
+        return "(no end)"
+    finally:
+        file.write_text(text, encoding="utf-8")
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode and not failed:
+        return f"(exit {done.returncode})"
+    return failed[1] if failed else ""
+
+
+def check(folder, copy, mutation, options):
+    """Print what one defect led to; returns the test that caught it, or ""."""
+    start, (title, path, old, _) = time.perf_counter(), mutation
+    covering = Covering(folder)
+    tests = covering.tests_of(path, (ROOT / path).read_text(encoding="utf-8"), old)
+    tests = [name for name in tests if not (options.not_long and covering.tests[name]["long"])]
+    failed = try_defect(copy, mutation, tests, options.seconds) if tests else ""
+    took = time.perf_counter() - start
+    print(f"{title:45} {len(tests):5} tests {took:5.0f} s  {failed or 'NOT CAUGHT'}", flush=True)
+    return failed
+
+
+def run(folder, options):
+    """Check all defects, two at a time; returns the names of those that no test caught."""
+    chosen = [m for m in MUTATIONS if options.only in m[0]]
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        copies = queue.SimpleQueue()
+        for side in ("a", "b"):
+            copy_tree(Path(name) / side)
+            copies.put(Path(name) / side)
+
+        def one(mutation):
+            copy = copies.get()
+            try:
+                return check(folder, copy, mutation, options)
+            finally:
+                copies.put(copy)
+
+        results = dict(zip([m[0] for m in chosen], pool.map(one, chosen), strict=True))
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    survivors = [title for title, failed in results.items() if not failed]
+    print(
+        f"{len(results) - len(survivors)} of {len(results)} defects caught; not: {', '.join(survivors) or '-'}"
+    )
+    return survivors
+
+
+def main():
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=["record", "run", "pytest"])
+    parser.add_argument(
+        "folder", nargs="?", default=str(ROOT / "output" / "mutations"), help="what is recorded"
+    )
+    parser.add_argument("--only", default="", help="the defects whose names contain this")
+    parser.add_argument("--not-long", action="store_true", help="leave out the tests marked long")
+    parser.add_argument("--seconds", type=float, default=300, help="limit for one defect's tests")
+    args = parser.parse_args()
+    folder = Path(args.folder).resolve()
+    if args.action == "pytest":
+        run_recorded(folder, args.only)
+    elif args.action == "record":
+        record(folder)
+    else:
+        sys.exit(bool(run(folder, args)))
+
+
+if __name__ == "__main__":
+    main()
