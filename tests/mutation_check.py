@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Measure what the test suite catches: apply each defect of mutation_list.py to a copy and run the tests there.
+"""Measure what the tests catch: apply each defect of mutation_list.py to a copy, and run the tests there.
 
-python tests/mutation_check.py record            # once: which test runs which line (needs coverage)
-python tests/mutation_check.py run               # which defects the recorded tests catch
-python tests/mutation_check.py run --only ema --not-long
+python tests/mutation_check.py record                        # which test runs which line (needs coverage)
+python tests/mutation_check.py record --tests tests/test_ema # again, of some files
+python tests/mutation_check.py run                           # which defects the recorded tests catch
+python tests/mutation_check.py run --source plaintrain/ema --fast
 
 A defect is tried with the tests that run its lines, the quickest first, until one fails.
 """
@@ -11,10 +12,12 @@ A defect is tried with the tests that run its lines, the quickest first, until o
 import argparse
 import ast
 import json
+import multiprocessing
 import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import coverage
+import hypothesis  # noqa: F401 - this and those below: imported once, for all that is forked
+import pycocotools.mask  # noqa: F401
 import pytest
+import torch
+import torchvision  # noqa: F401
 from mutation_list import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +43,7 @@ parallel = true
 patch = subprocess,_exit,fork
 sigterm = true
 context = {test_file}
-data_file = {folder}/coverage
+data_file = {folder}/{name}.part
 """
 
 
@@ -74,26 +81,25 @@ def run_file(folder, test_file):
     """Run one test file under coverage in a process of its own; print its last line."""
     name = test_file.replace("/", ".")
     rc = folder / f"{name}.rc"
-    rc.write_text(_COVERAGE.format(test_file=test_file, folder=folder))
+    rc.write_text(_COVERAGE.format(test_file=test_file, folder=folder, name=name))
     command = [sys.executable, "-m", "coverage", "run", f"--rcfile={rc}", __file__, "pytest", str(folder)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
-    done = subprocess.run([*command, "--only", test_file], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([*command, "--tests", test_file], cwd=ROOT, env=env, capture_output=True, text=True)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    parts = [str(path) for path in folder.glob(f"{name}.part*")]
+    data = f"--data-file={folder / name}.coverage"
+    subprocess.run([sys.executable, "-m", "coverage", "combine", "-q", data, *parts], cwd=ROOT, check=True)
+    rc.unlink()
     print(f"{test_file:45} {time.perf_counter() - start:5.0f} s  {last}", flush=True)
 
 
-def record(folder):
-    """Run the whole suite under coverage, two files at a time; write `folder`/*.json and `folder`/coverage."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def record(folder, prefixes):
+    """Run the tests under coverage, two files at a time; write FILE.json and FILE.coverage into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: run_file(folder, name), files))
-    data = f"--data-file={folder}/coverage"
-    subprocess.run(
-        [sys.executable, "-m", "coverage", "combine", "-q", data, str(folder)], cwd=ROOT, check=True
-    )
+        list(pool.map(lambda name: run_file(folder, name), [f for f in files if f.startswith(prefixes)]))
 
 
 def run_recorded(folder, test_file):
@@ -120,10 +126,12 @@ class Covering:
     """Which tests run which lines, as `record` has written it."""
 
     def __init__(self, folder):
-        self.data, self.tests = coverage.CoverageData(str(folder / "coverage")), {}
-        self.data.read()
-        for path in folder.glob("tests.*.json"):
+        self.data, self.tests = coverage.CoverageData(no_disk=True), {}
+        for path in sorted(folder.glob("tests.*.json")):
             self.tests |= json.loads(path.read_text())
+            part = coverage.CoverageData(str(path.with_suffix(".coverage")))
+            part.read()
+            self.data.update(part)
 
     def tests_of(self, path, text, old):
         """Tests that run the snippet `old`, or else its function, or else its file; the quickest first.
@@ -162,42 +170,50 @@ def copy_tree(target):
             shutil.copy2(ROOT / name, target / name)
 
 
+def _pytest(copy, tests, output):
+    """The child of `try_defect`: torch is imported already, plaintrain comes from the copy."""
+    sys.stdin = open(os.devnull)  # noqa: SIM115 - for the life of the process
+    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.setpgid(0, 0)
+    os.chdir(copy)
+    sys.path[:0] = [str(copy)]
+    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    sys.dont_write_bytecode = True
+    options = ["-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist"]
+    code = pytest.main([*options, "-o", "addopts=", *tests])
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def try_defect(copy, mutation, tests, seconds):
-    """The first test that fails with the defect in the copy; "" if all pass."""
+    """Return the first test that fails with the defect in the copy, "" if all pass."""
     _, path, old, new = mutation
-    file = copy / path
+    file, output = copy / path, copy.with_suffix(".out")
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(old, new), encoding="utf-8")
-    (copy / "chosen").write_text("\n".join(tests))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-m", "", "-p", "no:cacheprovider"]
-    command += ["-p", "no:randomly", "-p", "no:xdist", "-o", "addopts=", "@chosen"]
-    env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = multiprocessing.get_context("fork").Process(target=_pytest, args=(copy, tests, output))
     try:
-        done = subprocess.run(
-            command,
-            cwd=copy,
-            env=env,
-            timeout=seconds,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-    except subprocess.TimeoutExpired:
-        return "(no end)"
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            return "(no end)"
     finally:
         file.write_text(text, encoding="utf-8")
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    if done.returncode and not failed:
-        return f"(exit {done.returncode})"
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output.read_text(errors="replace"), re.MULTILINE)
+    if process.exitcode and not failed:
+        return f"(exit {process.exitcode})"
     return failed[1] if failed else ""
 
 
-def check(folder, copy, mutation, options):
+def check(covering, copy, mutation, options):
     """Print what one defect led to; returns the test that caught it, or ""."""
     start, (title, path, old, _) = time.perf_counter(), mutation
-    covering = Covering(folder)
     tests = covering.tests_of(path, (ROOT / path).read_text(encoding="utf-8"), old)
-    tests = [name for name in tests if not (options.not_long and covering.tests[name]["long"])]
+    tests = [name for name in tests if not (options.fast and covering.tests[name]["long"])]
     failed = try_defect(copy, mutation, tests, options.seconds) if tests else ""
     took = time.perf_counter() - start
     print(f"{title:45} {len(tests):5} tests {took:5.0f} s  {failed or 'NOT CAUGHT'}", flush=True)
@@ -205,8 +221,10 @@ def check(folder, copy, mutation, options):
 
 
 def run(folder, options):
-    """Check all defects, two at a time; returns the names of those that no test caught."""
-    chosen = [m for m in MUTATIONS if options.only in m[0]]
+    """Check the defects, two at a time; returns the names of those that no test caught."""
+    torch.set_num_threads(1)
+    covering, prefixes = Covering(folder), tuple(options.source.split(","))
+    chosen = [m for m in MUTATIONS if options.only in m[0] and m[1].startswith(prefixes)]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         copies = queue.SimpleQueue()
         for side in ("a", "b"):
@@ -216,16 +234,14 @@ def run(folder, options):
         def one(mutation):
             copy = copies.get()
             try:
-                return check(folder, copy, mutation, options)
+                return check(covering, copy, mutation, options)
             finally:
                 copies.put(copy)
 
         results = dict(zip([m[0] for m in chosen], pool.map(one, chosen), strict=True))
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
     survivors = [title for title, failed in results.items() if not failed]
-    print(
-        f"{len(results) - len(survivors)} of {len(results)} defects caught; not: {', '.join(survivors) or '-'}"
-    )
+    print(f"{len(results) - len(survivors)} of {len(results)} defects caught")
+    print(f"not caught: {', '.join(survivors) or '-'}")
     return survivors
 
 
@@ -235,18 +251,19 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=["record", "run", "pytest"])
-    parser.add_argument(
-        "folder", nargs="?", default=str(ROOT / "output" / "mutations"), help="what is recorded"
-    )
-    parser.add_argument("--only", default="", help="the defects whose names contain this")
-    parser.add_argument("--not-long", action="store_true", help="leave out the tests marked long")
-    parser.add_argument("--seconds", type=float, default=300, help="limit for one defect's tests")
+    recorded = str(ROOT / "output" / "mutations")
+    parser.add_argument("folder", nargs="?", default=recorded, help="where the record is")
+    parser.add_argument("--tests", default="", help="record the test files that begin with one of these, a,b")
+    parser.add_argument("--source", default="", help="run the defects of files that begin with one of these")
+    parser.add_argument("--only", default="", help="run the defects whose names contain this")
+    parser.add_argument("--fast", action="store_true", help="without the tests that are marked long")
+    parser.add_argument("--seconds", type=float, default=300, help="limit for the tests of one defect")
     args = parser.parse_args()
     folder = Path(args.folder).resolve()
     if args.action == "pytest":
-        run_recorded(folder, args.only)
+        run_recorded(folder, args.tests)
     elif args.action == "record":
-        record(folder)
+        record(folder, tuple(args.tests.split(",")))
     else:
         sys.exit(bool(run(folder, args)))
 

@@ -33,7 +33,8 @@ _PRELOAD = [
 # What a scheduler around the tests may have set.
 _SCHEDULER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_RANK", "MASTER_", "SLURM_", "TORCHELASTIC_")
 
-# A detector that takes milliseconds: 4 layers, 64 pixels, two dozen images.
+# A detector that takes milliseconds. Image sizes vary: the first batch's tallest image has 64 pixels, and the
+# batches after most checkpoints have some whose padding makes their feature maps half as tall again.
 CONFIG = """
 MODEL:
   DEVICE: cpu
@@ -43,7 +44,7 @@ MODEL:
   RPN: {PRE_NMS_TOPK_TRAIN: 50, PRE_NMS_TOPK_TEST: 50, POST_NMS_TOPK_TRAIN: 20, POST_NMS_TOPK_TEST: 20}
   ROI_HEADS: {BATCH_SIZE_PER_IMAGE: 16, POSITIVE_FRACTION: 0.5, SCORE_THRESH_TEST: 0.01}
   ROI_BOX_HEAD: {FC_DIM: 16}
-INPUT: {MIN_SIZE_TRAIN: [48, 64], MIN_SIZE_TEST: 64}
+INPUT: {MIN_SIZE_TRAIN: [40, 64, 66], MIN_SIZE_TEST: 64, CROP: {ENABLED: True, SIZE: [0.7, 0.9]}}
 DATASETS:
   DECLARE:
     few_train: {FORMAT: shapes, SPLIT: train, NUM: 22, HEIGHT: 64, WIDTH: 64}
@@ -55,13 +56,13 @@ SOLVER: {OPTIMIZER: AdamW, IMS_PER_BATCH: 4, BASE_LR: 0.002, STEPS: [], WARMUP_I
   CHECKPOINT_PERIOD: 4}
 TEST: {EVAL_PERIOD: 8, BEST_METRIC: auto}
 LOG_PERIOD: 1
-OUTPUT: {REPORT: False}
-SEED: 3
+OUTPUT: {REPORT: False, WRITERS: [console, json, csv, tensorboard]}
+SEED: 2
 """
 
 
 class Process:
-    """A function in a process of its own, the leader of its process group, and what that prints.
+    """A function in a process of its own, the leader of a session, and what that prints.
 
     Attributes:
         pid: of the process.
@@ -139,7 +140,8 @@ class Process:
 
 
 def _in_child(log, env, cwd, function, args):
-    os.setpgid(0, 0)
+    # A session of its own: the first terminal that it opens is its controlling terminal.
+    os.setsid()
     # A shell's background job, as CI may be, hands down that Ctrl-C is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     fd = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -193,7 +195,7 @@ def _run_script(path, args, faults):
 class Run(Process):
     """A training script on CONFIG."""
 
-    def __init__(self, folder, options, *, script="plain", flags=(), faults=None, ranks=1, launch=()):
+    def __init__(self, folder, options, *, script="plain", flags=(), faults=None, ranks=1):
         """
         Args:
             folder: OUTPUT_DIR.
@@ -202,25 +204,25 @@ class Run(Process):
             flags: such as ["--resume"].
             faults: see `start_script`.
             ranks: `--num-gpus`.
-            launch: further flags, such as ["--num-machines", 2].
         """
-        folder = Path(folder)
-        config = folder.parent / "config.yaml"
-        write_config(config)
-        words = ["--config-file", config, "--num-gpus", ranks, *launch, *flags]
+        self.folder = folder = Path(folder)
+        config = write_config(folder.parent)
+        words = ["--config-file", config, "--num-gpus", ranks, *flags]
         words = [*map(str, [*words, "OUTPUT_DIR", folder, *options])]
         path = str(SCRIPTS / f"{script}_train_net.py")
         log = folder.parent / f"{folder.name}-{time.monotonic_ns()}.out"
         super().__init__(log, _run_script, path, words, faults)
 
 
-def write_config(path):
-    """Write CONFIG, unless it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_config(folder):
+    """Write CONFIG as config.yaml into a folder, unless it is there; returns its path."""
+    path = folder / "config.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        part = path.with_suffix(f".{time.monotonic_ns()}")
+        part = folder / f"config.{time.monotonic_ns()}"
         part.write_text(CONFIG)
         part.rename(path)
+    return path
 
 
 # ---- functions under launch -------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import rank_helpers
-from launch_helpers import Job
-from rank_helpers import backward_in_parts, gradients, make_batch, make_retinanet
+import rank_functions
+from processes import Job
+from rank_functions import backward_in_parts, gradients, make_batch, make_retinanet
 
 from plaintrain.accumulation import add_scaled, split_batch, sum_losses
 from plaintrain.utils.errors import UserError
@@ -118,7 +118,7 @@ def run(main, folder):
 
 
 def test_two_ranks_send_gradients_once_for_all_parts(tmp_path):
-    job = run(rank_helpers.accumulate, tmp_path)
+    job = run(rank_functions.accumulate, tmp_path)
     assert job.code == 0, job.output
     first, second = job.results()
     assert first == second
@@ -140,19 +140,19 @@ ADVICE = "; return every loss in every step, as zero where it does not apply"
     ("main", "words"),
     [
         (
-            rank_helpers.a_loss_too_few_on_rank_1,
+            rank_functions.a_loss_too_few_on_rank_1,
             f"{DIFFERENT}loss_mask on rank 0; none of these on rank 1{ADVICE}",
         ),
         (
-            rank_helpers.other_losses_on_rank_1,
+            rank_functions.other_losses_on_rank_1,
             f"{DIFFERENT}loss_box on rank 0; loss_mask on rank 1{ADVICE}",
         ),
         (
-            rank_helpers.no_loss_on_rank_1,
+            rank_functions.no_loss_on_rank_1,
             f"{DIFFERENT}loss on rank 0; accuracy on rank 1{ADVICE}",
         ),
         (
-            rank_helpers.no_loss_at_all,
+            rank_functions.no_loss_at_all,
             "the model returned nothing to minimise: no key of ['accuracy'] contains 'loss'",
         ),
     ],

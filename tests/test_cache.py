@@ -16,8 +16,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import rank_helpers
-from launch_helpers import Job
+import rank_functions
+from processes import Job
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, cache, register_coco_instances
 from plaintrain.data.cache import cache_folder, cached_records
@@ -313,7 +313,7 @@ def test_of_the_ranks_of_a_machine_one_parses(tiny_coco, tmp_path):
     folder.mkdir()
     tiny_coco.json.rename(folder / "instances.json")
     env = {"PLAINTRAIN_CACHE": str(tmp_path / "cache")}
-    job = Job(rank_helpers.read_through_cache, folder, env=env, num_gpus_per_machine=2).wait()
+    job = Job(rank_functions.read_through_cache, folder, env=env, num_gpus_per_machine=2).wait()
     assert job.code == 0, job.output
     first, second = job.results()
     assert (first["parsed"], second["parsed"]) == (1, 0)

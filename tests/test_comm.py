@@ -9,9 +9,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import launch_helpers
-import rank_helpers
-from launch_helpers import Job
+import rank_functions
+from processes import Job
 
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -19,9 +18,9 @@ from plaintrain.utils.errors import UserError
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What `launch_helpers.collect` found on rank 0 and on rank 1."""
+    """What `rank_functions.collect` found on rank 0 and on rank 1."""
     folder = tmp_path_factory.mktemp("comm") / "job"
-    job = Job(launch_helpers.collect, folder, num_gpus_per_machine=2).wait()
+    job = Job(rank_functions.collect, folder, num_gpus_per_machine=2).wait()
     assert job.code == 0, job.output
     results = job.results()
     assert len(results) == 2
@@ -78,7 +77,7 @@ def test_average_buffers_averages_running_statistics_only(ranks):
 
 
 def test_ranks_agree_on_a_flag_on_names_and_on_the_statistics_of_several_models(tmp_path):
-    job = Job(rank_helpers.agree, tmp_path / "job", num_gpus_per_machine=2).wait()
+    job = Job(rank_functions.agree, tmp_path / "job", num_gpus_per_machine=2).wait()
     assert job.code == 0, job.output
     # One sends less if a model that is given twice is sent once, and all of them together.
     expected = {"flags": [False, True, True, True], "means": [0.5, 12.0], "averaged": [4]}

@@ -10,8 +10,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import rank_helpers
-from launch_helpers import Job
+import rank_functions
+from processes import Job
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
@@ -120,7 +120,7 @@ def test_a_model_wrapped_for_several_processes_is_averaged_under_its_own_names()
 
 
 def test_two_ranks_average_what_their_gradients_are_sent_for(tmp_path):
-    job = Job(rank_helpers.average_a_wrapped_model, tmp_path / "job", num_gpus_per_machine=2).wait()
+    job = Job(rank_functions.average_a_wrapped_model, tmp_path / "job", num_gpus_per_machine=2).wait()
     assert job.code == 0, job.output
     expected = {"names": ["module.weight", "n_averaged"], "own": ["Linear", 1.5], "wrapped": False}
     assert job.results() == [expected, expected]

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import launch_helpers
-from launch_helpers import Job
+import rank_functions
+from processes import Job
 
 from plaintrain import engine
 from plaintrain.config import get_cfg, get_value
@@ -43,9 +43,9 @@ from plaintrain.utils.logger import paint_changes, progress, progress_range, set
 
 
 def make_weights():
-    """A file of weights that fits `launch_helpers.TINY_CONFIG`, each byte as a character."""
+    """A file of weights that fits `rank_functions.TINY_CONFIG`, each byte as a character."""
     cfg, file = get_cfg(), io.BytesIO()
-    cfg.merge_from_other_cfg(launch_helpers.TINY_CONFIG)
+    cfg.merge_from_other_cfg(rank_functions.TINY_CONFIG)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
     torch.save({"model": build_model(cfg).state_dict()}, file)
     return file.getvalue().decode("latin-1")
@@ -97,7 +97,7 @@ def output(tmp_path):
 def make_cfg(output, *overrides):
     """A config that trains on four declared images and tests on two."""
     cfg = get_cfg()
-    cfg.merge_from_other_cfg(launch_helpers.TINY_CONFIG)
+    cfg.merge_from_other_cfg(rank_functions.TINY_CONFIG)
     cfg.merge_from_list(["OUTPUT_DIR", str(output), *overrides])
     return cfg
 
@@ -564,7 +564,7 @@ def test_frozen_backbone_without_weights_is_warned_about(output, tmp_path):
 
 def test_two_ranks_agree_on_seed_classes_and_folder(tmp_path):
     leave_run(tmp_path / "job" / "output")
-    job = Job(launch_helpers.setup_frozen, tmp_path / "job", num_gpus_per_machine=2).wait()
+    job = Job(rank_functions.setup_frozen, tmp_path / "job", num_gpus_per_machine=2).wait()
     assert job.code == 0, job.output
     first, second = job.results()
     assert first == second
@@ -588,7 +588,7 @@ def test_two_ranks_agree_on_seed_classes_and_folder(tmp_path):
 
 
 def test_batch_that_two_ranks_cannot_share_is_said_once(tmp_path):
-    job = Job(launch_helpers.setup_odd_batch, tmp_path / "job", num_gpus_per_machine=2).wait()
+    job = Job(rank_functions.setup_odd_batch, tmp_path / "job", num_gpus_per_machine=2).wait()
     assert job.code == 1 and "Traceback" not in job.output
     said = [line for line in job.output.splitlines() if "error: " in line]
     assert len(said) == 1 and "SOLVER.IMS_PER_BATCH is 3" in said[0] and "2 processes" in said[0]

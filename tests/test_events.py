@@ -11,9 +11,9 @@ import weakref
 
 import pytest
 import torch
+from run_files import read_csv, read_events, read_values, tensorboard_values
 from tensorboardX.proto.event_pb2 import SessionLog
 from torch.utils._python_dispatch import TorchDispatchMode
-from writer_helpers import read_csv, read_events, read_values, tensorboard_values
 
 from plaintrain.utils import events
 from plaintrain.utils.errors import UserError

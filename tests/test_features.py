@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from run_files import tensorboard_values
 from test_scripts import HEADS, TINY
-from writer_helpers import tensorboard_values
 
 from plaintrain.config import get_cfg
 from plaintrain.engine import default_argument_parser

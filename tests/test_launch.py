@@ -14,8 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import launch_helpers
-from launch_helpers import Job, free_port
+import rank_functions
+from processes import Job
+from rank_functions import free_port
 
 from plaintrain.job import _first_host, _joined_job, _parse_url
 from plaintrain.launch import launch
@@ -264,7 +265,7 @@ def test_two_spawned_processes_work_on_the_cpu(tmp_path):
 
 
 def test_two_jobs_at_once_do_not_meet(tmp_path):
-    jobs = [Job(launch_helpers.report, tmp_path / str(i), num_gpus_per_machine=2) for i in range(2)]
+    jobs = [Job(rank_functions.report, tmp_path / str(i), num_gpus_per_machine=2) for i in range(2)]
     for job in wait_all(jobs):
         assert job.code == 0, job.output
         first, second = job.results()
@@ -274,7 +275,7 @@ def test_two_jobs_at_once_do_not_meet(tmp_path):
 
 
 def test_two_machines_form_one_job(tmp_path):
-    jobs = wait_all(start_machines(launch_helpers.report, tmp_path))
+    jobs = wait_all(start_machines(rank_functions.report, tmp_path))
     assert [job.code for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
     expected = {"rank": 0, "world_size": 2, "local_rank": 0, "local_size": 1, "main": True, "sum": 1.0}
     assert jobs[0].results() == [expected]
@@ -285,7 +286,7 @@ def test_torchruns_processes_are_joined(tmp_path):
     port = str(free_port())
     env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     jobs = [
-        Job(launch_helpers.report, tmp_path / str(i), env={**env, "RANK": str(i), "LOCAL_RANK": str(i)})
+        Job(rank_functions.report, tmp_path / str(i), env={**env, "RANK": str(i), "LOCAL_RANK": str(i)})
         for i in range(2)
     ]
     wait_all(jobs)
@@ -302,7 +303,7 @@ def test_slurms_tasks_are_joined(tmp_path, per_node, local):
         slurm_env(rank, local=local[rank], per_node=per_node, node=str(rank - local[rank]))
         for rank in range(2)
     ]
-    jobs = [Job(launch_helpers.report, tmp_path / str(i), env=envs[i], dist_url=url) for i in range(2)]
+    jobs = [Job(rank_functions.report, tmp_path / str(i), env=envs[i], dist_url=url) for i in range(2)]
     wait_all(jobs)
     assert [job.code for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
     found = [job.results()[0] for job in jobs]
@@ -314,7 +315,7 @@ def test_slurms_tasks_are_joined(tmp_path, per_node, local):
 def test_a_batch_script_of_slurm_may_start_the_processes_itself(tmp_path, num_gpus):
     """sbatch sets SLURM_NTASKS and SLURM_PROCID for its script too; only srun starts that many."""
     env = {key: value for key, value in slurm_env(0).items() if "STEP" not in key}
-    job = Job(launch_helpers.report, tmp_path / "job", env=env, num_gpus_per_machine=num_gpus)
+    job = Job(rank_functions.report, tmp_path / "job", env=env, num_gpus_per_machine=num_gpus)
     wait_all([job])
     assert job.code == 0 and [rank["world_size"] for rank in job.results()] == [num_gpus] * num_gpus
 
@@ -325,9 +326,9 @@ def test_a_batch_script_of_slurm_may_start_the_processes_itself(tmp_path, num_gp
 @pytest.mark.parametrize(
     ("main", "said"),
     [
-        (launch_helpers.rank_1_fails_while_0_works, "rank 1 broke"),
-        (launch_helpers.rank_0_fails_while_1_works, "rank 0 broke"),
-        (launch_helpers.rank_1_fails_while_0_waits, "rank 1 broke"),
+        (rank_functions.rank_1_fails_while_0_works, "rank 1 broke"),
+        (rank_functions.rank_0_fails_while_1_works, "rank 0 broke"),
+        (rank_functions.rank_1_fails_while_0_waits, "rank 1 broke"),
     ],
 )
 def test_failing_rank_ends_the_job_with_its_own_traceback(tmp_path, main, said):
@@ -340,9 +341,9 @@ def test_failing_rank_ends_the_job_with_its_own_traceback(tmp_path, main, said):
 @pytest.mark.parametrize(
     ("main", "rank"),
     [
-        (launch_helpers.rank_1_fails_while_0_works, 1),
-        (launch_helpers.rank_0_fails_while_1_works, 0),
-        (launch_helpers.rank_1_fails_while_0_waits, 1),
+        (rank_functions.rank_1_fails_while_0_works, 1),
+        (rank_functions.rank_0_fails_while_1_works, 0),
+        (rank_functions.rank_1_fails_while_0_waits, 1),
     ],
 )
 def test_failing_rank_ends_the_job_on_the_other_machine_too(tmp_path, main, rank):
@@ -356,7 +357,7 @@ def test_failing_rank_ends_the_job_on_the_other_machine_too(tmp_path, main, rank
 
 def test_failing_rank_ends_slurms_other_tasks(tmp_path):
     url = f"tcp://127.0.0.1:{free_port()}"
-    main = launch_helpers.rank_1_fails_while_0_works
+    main = rank_functions.rank_1_fails_while_0_works
     jobs = [Job(main, tmp_path / str(i), env=slurm_env(i), dist_url=url) for i in range(2)]
     wait_all(jobs)
     assert [job.code for job in jobs] == [1, 1]
@@ -364,7 +365,7 @@ def test_failing_rank_ends_slurms_other_tasks(tmp_path):
 
 
 def test_mistake_that_all_ranks_find_is_said_once(tmp_path):
-    (job,) = wait_all([Job(launch_helpers.both_refuse, tmp_path / "job", num_gpus_per_machine=2)])
+    (job,) = wait_all([Job(rank_functions.both_refuse, tmp_path / "job", num_gpus_per_machine=2)])
     assert job.code == 1 and "Traceback" not in job.output
     assert job.output.count("error: both ranks find this") == 1
 
@@ -372,7 +373,7 @@ def test_mistake_that_all_ranks_find_is_said_once(tmp_path):
 def test_machine_that_is_late_feels_that_rank_0_has_failed(tmp_path):
     """Rank 0 holds the store, and is gone before the other machine has begun to watch."""
     common = {"num_machines": 2, "dist_url": f"tcp://127.0.0.1:{free_port()}"}
-    main = launch_helpers.rank_0_fails_while_1_works
+    main = rank_functions.rank_0_fails_while_1_works
     jobs = [Job(main, tmp_path / str(m), machine_rank=m, slow=m * 1.0, **common) for m in range(2)]
     wait_all(jobs)
     assert [job.code for job in jobs] == [1, 1]
@@ -380,31 +381,31 @@ def test_machine_that_is_late_feels_that_rank_0_has_failed(tmp_path):
 
 
 def test_mistake_that_all_machines_find_ends_both(tmp_path):
-    jobs = wait_all(start_machines(launch_helpers.both_refuse, tmp_path))
+    jobs = wait_all(start_machines(rank_functions.both_refuse, tmp_path))
     assert [job.code for job in jobs] == [1, 1]
     assert "error: both ranks find this" in jobs[0].output + jobs[1].output
     assert "Traceback" not in jobs[0].output + jobs[1].output
 
 
 def test_mistake_that_one_rank_finds_is_one_sentence(tmp_path):
-    (job,) = wait_all([Job(launch_helpers.rank_1_refuses, tmp_path / "job", num_gpus_per_machine=2)])
+    (job,) = wait_all([Job(rank_functions.rank_1_refuses, tmp_path / "job", num_gpus_per_machine=2)])
     assert job.code == 1 and "Traceback" not in job.output
     assert job.output.count("error: only rank 1 finds this") == 1
 
 
 def test_mistake_of_the_user_has_a_traceback_with_debug(tmp_path):
-    job = Job(launch_helpers.rank_1_refuses, tmp_path / "job", num_gpus_per_machine=2, debug=True)
+    job = Job(rank_functions.rank_1_refuses, tmp_path / "job", num_gpus_per_machine=2, debug=True)
     wait_all([job])
     assert job.code == 1 and "only rank 1 finds this" in first_traceback(job.output)
 
 
 def test_killed_rank_ends_the_job_and_is_named(tmp_path):
-    (job,) = wait_all([Job(launch_helpers.rank_1_is_killed, tmp_path / "job", num_gpus_per_machine=2)])
+    (job,) = wait_all([Job(rank_functions.rank_1_is_killed, tmp_path / "job", num_gpus_per_machine=2)])
     assert job.code == 1 and "rank 1" in job.output and "SIGKILL" in job.output
 
 
 def test_killed_rank_ends_the_job_on_the_other_machine_too(tmp_path):
-    jobs = wait_all(start_machines(launch_helpers.rank_1_is_killed, tmp_path))
+    jobs = wait_all(start_machines(rank_functions.rank_1_is_killed, tmp_path))
     assert [job.code for job in jobs] == [1, 1]
     assert "rank 1 was ended by SIGKILL" in jobs[1].output
     assert "rank 1 failed: it was ended by SIGKILL" in jobs[0].output
@@ -415,14 +416,14 @@ def test_port_that_is_taken_is_named_in_one_sentence(tmp_path):
         s.bind(("127.0.0.1", 0))
         s.listen()
         url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
-        job = Job(launch_helpers.report, tmp_path / "job", num_gpus_per_machine=2, dist_url=url)
+        job = Job(rank_functions.report, tmp_path / "job", num_gpus_per_machine=2, dist_url=url)
         wait_all([job])
     said = [line for line in job.output.splitlines() if "error: " in line]
     assert job.code == 1 and len(said) == 1 and url in said[0] and "Traceback" not in job.output
 
 
 def test_interrupt_ends_all_ranks_with_one_message(tmp_path):
-    job = Job(launch_helpers.wait_for_the_end, tmp_path / "job", num_gpus_per_machine=2)
+    job = Job(rank_functions.wait_for_the_end, tmp_path / "job", num_gpus_per_machine=2)
     end = time.monotonic() + SOON
     while len(list(job.folder.glob("ready-*"))) < 2:
         assert time.monotonic() < end, job.wait(0).output

@@ -10,8 +10,7 @@ from torchvision.ops import StochasticDepth
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import rank_helpers
-from launch_helpers import Job
+import rank_functions
 from model_helpers import (
     ARCHITECTURES,
     LOSSES,
@@ -23,7 +22,8 @@ from model_helpers import (
     two_samples,
     two_squares,
 )
-from rank_helpers import make_batch, make_retinanet
+from processes import Job
+from rank_functions import make_batch, make_retinanet
 
 from plaintrain.data import DatasetCatalog, build_detection_test_loader, build_detection_val_loader
 from plaintrain.data.builtin import declare_dataset
@@ -231,7 +231,7 @@ def test_forked_generators_are_seeded_within_the_block_and_as_before_after_it(fa
 
 
 def test_two_ranks_with_unequal_shares_have_the_losses_of_one(tmp_path):
-    job = Job(rank_helpers.validate, tmp_path / "job", num_gpus_per_machine=2).wait()
+    job = Job(rank_functions.validate, tmp_path / "job", num_gpus_per_machine=2).wait()
     assert job.code == 0, job.output
     first, second = job.results()
     assert first == second
@@ -240,7 +240,7 @@ def test_two_ranks_with_unequal_shares_have_the_losses_of_one(tmp_path):
 
 
 def test_a_rank_without_images_has_the_losses_of_the_others(tmp_path):
-    job = Job(rank_helpers.validate_on_rank_0_only, tmp_path / "job", num_gpus_per_machine=2).wait()
+    job = Job(rank_functions.validate_on_rank_0_only, tmp_path / "job", num_gpus_per_machine=2).wait()
     assert job.code == 0, job.output
     first, second = job.results()
     assert first == second == pytest.approx(validation_losses(make_retinanet(), [[make_batch(2)]]), rel=1e-5)

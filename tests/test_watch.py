@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch.distributed as dist
-from launch_helpers import free_port
+from rank_functions import free_port
 
 from plaintrain.utils import heartbeat, watch
 from plaintrain.utils.watch import FailureWatch, is_felt

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Run, newest_checkpoint
+from processes import Run
+from run_files import newest_checkpoint
 
+from plaintrain import checkpoint, modeling
 from plaintrain.utils import comm
 from plaintrain.utils.storage import get_event_storage
 
@@ -25,9 +27,9 @@ def _is_there(rank=1):
     return comm.get_rank() == rank and get_event_storage().iter >= AT
 
 
-def _in_steps(names, act):
+def _in_steps(act):
     """Call `act` in the forward pass of iteration AT on rank 1; what it returns is multiplied with a loss."""
-    build_model = names["build_model"]
+    build_model = modeling.build_model
 
     def build(cfg):
         model = build_model(cfg)
@@ -43,26 +45,26 @@ def _in_steps(names, act):
         model.forward = failing
         return model
 
-    names["build_model"] = build
+    modeling.build_model = build
 
 
-def nan_loss(names):
-    _in_steps(names, lambda: float("nan"))
+def nan_loss():
+    _in_steps(lambda: float("nan"))
 
 
-def exception(names):
+def exception():
     def fail():
         raise ValueError("something in the model of rank 1")
 
-    _in_steps(names, fail)
+    _in_steps(fail)
 
 
-def rank_killed(names):
-    _in_steps(names, lambda: os.kill(os.getpid(), signal.SIGKILL))
+def rank_killed():
+    _in_steps(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def rank_0_killed(names):
-    save = names["build_periodic_checkpointer"]
+def rank_0_killed():
+    save = checkpoint.build_periodic_checkpointer
 
     def build(*args):
         saver = save(*args)
@@ -72,15 +74,15 @@ def rank_0_killed(names):
         )
         return saver
 
-    names["build_periodic_checkpointer"] = build
+    checkpoint.build_periodic_checkpointer = build
 
 
-def main_thread_hangs(names):
-    _in_steps(names, lambda: time.sleep(1000))
+def main_thread_hangs():
+    _in_steps(lambda: time.sleep(1000))
 
 
-def process_frozen(names):
-    _in_steps(names, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+def process_frozen():
+    _in_steps(lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 def _in_workers(act):
@@ -96,18 +98,18 @@ def _in_workers(act):
     mapper.read_image = failing
 
 
-def worker_killed(names):
+def worker_killed():
     _in_workers(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def worker_out_of_memory(names):
+def worker_out_of_memory():
     def fail():
         raise MemoryError("a worker of rank 1")
 
     _in_workers(fail)
 
 
-def evaluator_raises(names):
+def evaluator_raises():
     from plaintrain.evaluation.coco import COCOEvaluator
 
     def evaluate(self):
@@ -117,7 +119,7 @@ def evaluator_raises(names):
     COCOEvaluator.evaluate = evaluate
 
 
-def disk_full(names):
+def disk_full():
     whole = torch.save
 
     def save(data, f, **kwargs):
@@ -127,7 +129,7 @@ def disk_full(names):
         f.write(b"half")
         raise OSError(28, "No space left on device")
 
-    build = names["build_periodic_checkpointer"]
+    build = checkpoint.build_periodic_checkpointer
 
     def failing(*args):
         saver = build(*args)
@@ -141,7 +143,7 @@ def disk_full(names):
         saver.step = full_from_then_on
         return saver
 
-    names["build_periodic_checkpointer"] = failing
+    checkpoint.build_periodic_checkpointer = failing
 
 
 # {failure: (what happens, options, what must stand in the output)}
@@ -174,15 +176,14 @@ FAILURES = {
 }
 
 
-def fail(name, folder, num_gpus=2, launch=None):
+def fail(name, folder, ranks=2):
     """Let it happen; (run, exit code, seconds from the failure to the end, newest checkpoint)."""
     faults, options, _ = FAILURES[name]
-    launch = {"num_gpus_per_machine": num_gpus, **(launch or {})}
-    run = Run(folder, [*options, "TEST.EVAL_PERIOD", 0, "SOLVER.MAX_ITER", 12], faults=faults, launch=launch)
+    run = Run(folder, [*options, "TEST.EVAL_PERIOD", 0, "SOLVER.MAX_ITER", 12], faults=faults, ranks=ranks)
     # From where every rank is at work; a failure in the first of workers may come before.
-    run.wait_for(run.has_said("iter: 5" if options is not WORKERS else "starting training"))
+    run.wait_for("iter: 5" if options is not WORKERS else "starting training")
     start = time.monotonic()
-    code, _ = run.wait(120)
+    code = run.wait(120).code
     while run.children() and time.monotonic() - start < 60:
         time.sleep(0.1)
     return run, code, time.monotonic() - start, newest_checkpoint(folder)[0]

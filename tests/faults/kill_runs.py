@@ -15,7 +15,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from harness import Run, differences, lines, newest_checkpoint
+from processes import Run
+from run_files import differences, lines, newest_checkpoint
 
 STEP = [
     *["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.ACCUMULATE_STEPS", 2],
@@ -73,7 +74,7 @@ MIXES = {
 }
 
 
-def pause_in_writes(names):
+def pause_in_writes():
     """Make the moments longer in which a file is written but not yet whole, and say when they begin."""
     sync = os.fsync
 
@@ -94,13 +95,12 @@ class Trial:
         self.counts, self.found = Counter(), []
         self.whole = self.root / "whole"
         run = self._start(self.whole)
-        code, self.seconds = run.wait(300)
+        code, self.seconds = run.wait(300).code, run.seconds
         assert code == 0, run.output
 
     def _start(self, folder, *, resume=False, faults=None):
         flags = ["--resume"] if resume else []
-        launch = {"num_gpus_per_machine": self.num_gpus}
-        return Run(folder, self.options, script=self.script, flags=flags, faults=faults, launch=launch)
+        return Run(folder, self.options, script=self.script, flags=flags, faults=faults, ranks=self.num_gpus)
 
     def kill_until(self, kills):
         """Runs that are killed at random moments and resumed, until that many kills have hit."""
@@ -120,7 +120,7 @@ class Trial:
         run = self._start(folder, resume=resume, faults=pause_in_writes if in_write and not last else None)
         self.counts["resumes"] += resume
         if last:
-            code, _ = run.wait(300)
+            code = run.wait(300).code
             self._check_end(run, code)
             return True
         if in_write:
@@ -147,7 +147,7 @@ class Trial:
         reached = max(lines(folder), default=-1)
         number = self.rng.choice([signal.SIGKILL] * 4 + [signal.SIGTERM])
         run.kill(number)
-        code, _ = run.wait(60)
+        code = run.wait(60).code
         if code == 0:
             # It had ended by itself a moment before.
             return

@@ -1,7 +1,7 @@
 """Machines of one's own: network namespaces that are joined by a bridge, each with a name and an address.
 
 Each has its own host name, which it looks up as 127.0.1.1, as Debian writes it into /etc/hosts, and knows
-the names of the others. Runs of the harness work in them, started by `launch` or by torchrun.
+the names of the others. Runs work in them, started by `launch` or by torchrun.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from harness import CONFIG, ROOT, Run
+from processes import ROOT, Run, write_config
 
 _NEWNS, _NEWUTS, _NEWNET, _PRIVATE, _BIND = 0x20000, 0x4000000, 0x40000000, 0x44000, 0x1000
 _NAME = re.compile(r"plaintrain-(\d+)-\w+")
@@ -180,13 +180,13 @@ def _remove_those_of_ended_processes():
 # ---- runs on them -----------------------------------------------------------------------------------
 
 
-def _in_machine(machines, k, faults, names):
+def _in_machine(machines, k, faults):
     machines.enter(k)
     if faults is not None:
-        faults(names)
+        faults()
 
 
-def _torchrun(machines, k, arguments, replaced, names):
+def _torchrun(machines, k, arguments, replaced):
     machines.enter(k)
     # Where the agents share the store of the ranks, PyTorch 2.14 lets none in that is started again.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int(replaced))
@@ -202,17 +202,15 @@ def start(machines, folders, options, *, flags=(), faults=None, num_gpus=1):
     Args:
         machines: `Machines`.
         folders: each one's OUTPUT_DIR.
-        options, flags, faults: see `harness.Run`.
+        options, flags, faults: see `processes.Run`.
         num_gpus: processes on each machine.
     """
-    launch = {"num_gpus_per_machine": num_gpus, "num_machines": len(folders)}
-    launch["dist_url"] = f"tcp://{machines.names[0]}:{machines.free_port()}"
+    url = f"tcp://{machines.names[0]}:{machines.free_port()}"
+    launch = [*flags, "--num-machines", len(folders), "--dist-url", url, "--machine-rank"]
     runs = []
     for k, folder in enumerate(folders):
-        write_config(folder)
         in_machine = functools.partial(_in_machine, machines, k, faults)
-        arguments = {**launch, "machine_rank": k}
-        runs.append(Run(folder, options, flags=flags, faults=in_machine, launch=arguments))
+        runs.append(Run(folder, options, flags=[*launch, k], faults=in_machine, ranks=num_gpus))
     return runs
 
 
@@ -222,24 +220,16 @@ def start_torchrun(machines, k, port, folder, options, *, replaced=False):
     Args:
         machines, k: which machine.
         port: of the rendezvous on machine 0.
-        folder, options: see `harness.Run`.
+        folder, options: see `processes.Run`.
         replaced: agents may be started again while others are at work.
     """
-    write_config(folder)
+    config = write_config(Path(folder).parent)
     arguments = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
     arguments += ["--rdzv-endpoint", f"{machines.names[0]}:{port}", "--monitor-interval", "0.1"]
     if replaced:
         # A machine that is gone is missed after 5 seconds, not 15.
         arguments += ["--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=5"]
     arguments += [str(ROOT / "scripts" / "plain_train_net.py"), "--config-file"]
-    arguments += [str(Path(folder).parent / "config.yaml"), "--resume", "OUTPUT_DIR", str(folder)]
+    arguments += [str(config), "--resume", "OUTPUT_DIR", str(folder)]
     arguments += map(str, options)
     return Run(folder, [], faults=functools.partial(_torchrun, machines, k, arguments, replaced))
-
-
-def write_config(folder):
-    """The config beside a folder, whole before several runs there read it."""
-    config = Path(folder).parent / "config.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    if not config.exists():
-        config.write_text(CONFIG)

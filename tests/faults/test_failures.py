@@ -3,8 +3,10 @@
 import failures
 import pytest
 import torch
-from harness import Run, differences, newest_checkpoint
+from processes import Run
+from run_files import differences, newest_checkpoint
 
+from plaintrain import modeling
 from plaintrain.utils.checkpoint_files import read_checkpoint, resume_candidates
 
 # The others differ little from one of these.
@@ -24,21 +26,20 @@ def test_every_process_ends_and_says_why_once(name, tmp_path):
 
 
 def test_an_exception_in_a_single_process_leaves_a_good_checkpoint(tmp_path):
-    _, code, _, saved = failures.fail("the disk is full", tmp_path / "run", num_gpus=1)
+    _, code, _, saved = failures.fail("the disk is full", tmp_path / "run", ranks=1)
     assert code == 1 and saved == 3
 
 
 def test_without_a_limit_a_job_that_hangs_is_not_ended(tmp_path):
-    launch = {"num_gpus_per_machine": 2}
-    run = Run(tmp_path / "run", ["HANG_TIMEOUT", 0], faults=failures.main_thread_hangs, launch=launch)
-    run.wait_for(run.has_said("iter: 5"))
+    run = Run(tmp_path / "run", ["HANG_TIMEOUT", 0], faults=failures.main_thread_hangs, ranks=2)
+    run.wait_for("iter: 5")
     with pytest.raises(AssertionError, match="still running after 8 s"):
         run.wait(8)
 
 
-def nan_now_and_then(names):
+def nan_now_and_then():
     """A model whose loss is NaN for the images of iteration 5, on rank 1, whenever they come up."""
-    build_model = names["build_model"]
+    build_model = modeling.build_model
 
     def build(cfg):
         model = build_model(cfg)
@@ -53,14 +54,13 @@ def nan_now_and_then(names):
         model.forward = failing
         return model
 
-    names["build_model"] = build
+    modeling.build_model = build
 
 
 def test_a_step_that_is_left_out_is_left_out_on_all_ranks_also_after_a_resume(tmp_path):
     options = ["SOLVER.ON_NONFINITE", "skip", "DEBUG.DUMP_BAD_BATCH", True, "SOLVER.MAX_ITER", 10]
-    launch = {"num_gpus_per_machine": 2}
-    run = Run(tmp_path / "whole", options, faults=nan_now_and_then, launch=launch)
-    code, _ = run.wait()
+    run = Run(tmp_path / "whole", options, faults=nan_now_and_then, ranks=2)
+    code = run.wait().code
     assert code == 0, run.tail
     assert (
         "the step is left out: grad_norm, loss_box_reg, loss_cls, loss_rpn_cls, loss_rpn_loc, total_loss is"
@@ -72,15 +72,13 @@ def test_a_step_that_is_left_out_is_left_out_on_all_ranks_also_after_a_resume(tm
     for rank in ("", ".rank1"):
         dumped = torch.load(tmp_path / f"whole/bad_batch_0000006{rank}.pth", weights_only=True)
         assert len(dumped["samples"]) == 2
-    run = Run(
-        tmp_path / "killed", [*options, "SOLVER.MAX_TIME", 0.001], faults=nan_now_and_then, launch=launch
-    )
-    assert run.wait()[0] == 0 and newest_checkpoint(tmp_path / "killed")[0] == 0
+    run = Run(tmp_path / "killed", [*options, "SOLVER.MAX_TIME", 0.001], faults=nan_now_and_then, ranks=2)
+    assert run.wait().code == 0 and newest_checkpoint(tmp_path / "killed")[0] == 0
     for step in (4, 7):
         # Ends at the next save, and goes on from there.
-        run = Run(tmp_path / "killed", options, faults=nan_now_and_then, launch=launch, flags=["--resume"])
-        run.wait_for(run.has_said(f"iter: {step}"))
+        run = Run(tmp_path / "killed", options, faults=nan_now_and_then, ranks=2, flags=["--resume"])
+        run.wait_for(f"iter: {step}")
         run.kill()
-    run = Run(tmp_path / "killed", options, faults=nan_now_and_then, launch=launch, flags=["--resume"])
-    assert run.wait()[0] == 0, run.tail
+    run = Run(tmp_path / "killed", options, faults=nan_now_and_then, ranks=2, flags=["--resume"])
+    assert run.wait().code == 0, run.tail
     assert differences(tmp_path / "whole", tmp_path / "killed") == []

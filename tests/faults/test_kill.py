@@ -10,9 +10,11 @@ import time
 
 import pytest
 import torch
-from harness import Run, differences, lines, newest_checkpoint
 from kill_runs import EPOCHS, MIXES, PROCESSES, STEP, Trial
-from writer_helpers import read_values
+from processes import Run
+from run_files import differences, lines, newest_checkpoint, read_values
+
+from plaintrain import evaluation
 
 NAMES = list(MIXES)
 
@@ -26,14 +28,14 @@ def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(number, 
     assert trial.counts["lost"] == trial.counts["unreadable"] == 0
 
 
-def forget_random_state(names):
+def forget_random_state():
     """A defect: what the model draws does not go on where it was."""
     import plaintrain.checkpoint
 
     plaintrain.checkpoint.load_rng_states = lambda states: None
 
 
-def skip_a_batch(names):
+def skip_a_batch():
     """A defect: the stream goes on one batch too late."""
     from plaintrain.data.train_loader import TrainLoader
 
@@ -43,14 +45,14 @@ def skip_a_batch(names):
     )
 
 
-def forget_the_average(names):
+def forget_the_average():
     """A defect: the averaged weights begin anew."""
     from plaintrain.ema import ModelEMA
 
     ModelEMA.load_state_dict = lambda self, state: None
 
 
-def write_in_place(names):
+def write_in_place():
     """A defect: a checkpoint is tagged before it is whole."""
     import plaintrain.utils.checkpoint_files as files
 
@@ -74,17 +76,17 @@ def write_in_place(names):
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     run = Run(folder, STEP)
-    assert run.wait()[0] == 0, run.tail
+    assert run.wait().code == 0, run.tail
     return folder
 
 
 @pytest.mark.parametrize("defect", [None, forget_random_state, skip_a_batch, forget_the_average])
 def test_what_would_be_lost_is_noticed(defect, whole, tmp_path):
     run = Run(tmp_path / "run", STEP)
-    run.wait_for(run.has_said("iter: 12"))
+    run.wait_for("iter: 12")
     run.kill()
     run = Run(tmp_path / "run", STEP, faults=defect, flags=["--resume"])
-    assert run.wait()[0] == 0, run.tail
+    assert run.wait().code == 0, run.tail
     assert bool(differences(whole, tmp_path / "run")) == (defect is not None)
 
 
@@ -94,11 +96,11 @@ def test_a_checkpoint_that_is_not_whole_is_noticed_and_passed_over(whole, tmp_pa
     run.kill()
     assert newest_checkpoint(tmp_path / "run") == (3, 1)
     run = Run(tmp_path / "run", STEP, flags=["--resume"])
-    assert run.wait()[0] == 0 and "cannot read the checkpoint" in run.output
+    assert run.wait().code == 0 and "cannot read the checkpoint" in run.output
     assert differences(whole, tmp_path / "run") == []
 
 
-def killed_before_the_final_model(names):
+def killed_before_the_final_model():
     from plaintrain.utils.periodic import PeriodicCheckpointer
 
     PeriodicCheckpointer.finish = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
@@ -108,27 +110,27 @@ def killed_before_the_final_model(names):
 def test_a_run_that_is_killed_just_before_its_final_model_gets_it(script, options, tmp_path):
     options = [*options, "TEST.EVAL_PERIOD", 0]
     undisturbed = Run(tmp_path / "whole", options, script=script)
-    assert undisturbed.wait()[0] == 0, undisturbed.tail
+    assert undisturbed.wait().code == 0, undisturbed.tail
     run = Run(tmp_path / "run", options, script=script, faults=killed_before_the_final_model)
-    assert run.wait()[0] == -signal.SIGKILL
+    assert run.wait().code == -signal.SIGKILL
     assert newest_checkpoint(tmp_path / "run")[0] == 23 and not (tmp_path / "run/model_final.pth").exists()
     run = Run(tmp_path / "run", options, script=script, flags=["--resume"])
-    assert run.wait()[0] == 0, run.tail
+    assert run.wait().code == 0, run.tail
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
-def kill_in_first_test(names):
-    names["do_test"] = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+def kill_in_first_test():
+    evaluation.inference_on_dataset = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_in_second_test(names):
-    do_test, calls = names["do_test"], []
+def kill_in_second_test():
+    inference, calls = evaluation.inference_on_dataset, []
 
     def killing(*args):
         calls.append(args)
-        return do_test(*args) if len(calls) == 1 else os.kill(os.getpid(), signal.SIGKILL)
+        return inference(*args) if len(calls) == 1 else os.kill(os.getpid(), signal.SIGKILL)
 
-    names["do_test"] = killing
+    evaluation.inference_on_dataset = killing
 
 
 @pytest.mark.parametrize("script", ["plain", "epoch"])
@@ -146,14 +148,14 @@ def test_an_evaluation_that_is_repeated_is_written_before_the_first_step(script,
     ]
     options += ["SOLVER.MAX_ITER", 20] if script == "plain" else ["SOLVER.MAX_EPOCHS", 4]
     undisturbed = Run(tmp_path / "whole", options, script=script)
-    assert undisturbed.wait()[0] == 0, undisturbed.tail
+    assert undisturbed.wait().code == 0, undisturbed.tail
     # Killed right after the first checkpoint, and again after the second, before anything else is written.
     for faults, flags in ((kill_in_first_test, []), (kill_in_second_test, ["--resume"])):
         run = Run(tmp_path / "run", options, script=script, faults=faults, flags=flags)
-        assert run.wait()[0] == -signal.SIGKILL, run.tail
+        assert run.wait().code == -signal.SIGKILL, run.tail
     assert sorted(lines(tmp_path / "run")) == [4] and newest_checkpoint(tmp_path / "run")[0] == 9
     run = Run(tmp_path / "run", options, script=script, flags=["--resume"])
-    assert run.wait()[0] == 0, run.tail
+    assert run.wait().code == 0, run.tail
     assert differences(tmp_path / "whole", tmp_path / "run") == []
     assert read_values(tmp_path / "whole") == read_values(tmp_path / "run")
 
@@ -166,7 +168,7 @@ def kill_main_only(run, number):
     os.kill(run.process.pid, number)
 
 
-def without_a_reader(names):
+def without_a_reader():
     """Let the run print into a pipe whose reader has gone."""
     reader, writer = os.pipe()
     os.dup2(writer, 1)
@@ -192,7 +194,7 @@ class Terminal:
         os.close(self._master)
 
 
-def _use_terminal(path, names):
+def _use_terminal(path):
     fd = os.open(path, os.O_RDWR)
     for standard in range(3):
         os.dup2(fd, standard)
@@ -218,28 +220,27 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, ranks, s
     # Without clipping the norm of the gradients is computed for the log alone.
     options += ["SOLVER.CLIP_GRADIENTS.ENABLED", script == "epoch"]
     options += [*EPOCHS, "SOLVER.MAX_EPOCHS", 3] if script == "epoch" else ["SOLVER.MAX_ITER", 16]
-    launch = {"num_gpus_per_machine": ranks}
-    whole = Run(tmp_path / "whole", options, script=script, launch=launch)
-    assert whole.wait()[0] == 0, whole.tail
+    whole = Run(tmp_path / "whole", options, script=script, ranks=ranks)
+    assert whole.wait().code == 0, whole.tail
     terminal = Terminal() if send is Terminal.close else None
     # Ctrl-C ends the reader of a pipe too.
     faults = terminal.faults if terminal else without_a_reader if send is Run.kill else None
-    run = Run(tmp_path / "run", options, script=script, launch=launch, faults=faults)
+    run = Run(tmp_path / "run", options, script=script, ranks=ranks, faults=faults)
     run.wait_for(lambda: (terminal and terminal.read(), "iter: 4" in log_of(run))[1])
     terminal.close() if terminal else send(run, number)
-    code, seconds = run.wait(60)
+    code = run.wait(60).code
     assert code == 128 + number, run.tail + log_of(run)
     assert log_of(run).count(f"{number.name}: the run has stopped") == 1 and "Traceback" not in run.output
     saved, _ = newest_checkpoint(tmp_path / "run")
     # Not one step is lost; where an evaluation was ended, its line is written by the run that goes on.
     assert saved >= max(lines(tmp_path / "run")) >= 3
-    run = Run(tmp_path / "run", options, script=script, launch=launch, flags=["--resume"])
-    assert run.wait()[0] == 0, run.tail
+    run = Run(tmp_path / "run", options, script=script, ranks=ranks, flags=["--resume"])
+    assert run.wait().code == 0, run.tail
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
-def nohup(names):
-    without_a_reader(names)
+def nohup():
+    without_a_reader()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
@@ -247,20 +248,20 @@ def test_a_run_under_nohup_goes_on_without_terminal_and_reader(whole, tmp_path):
     run = Run(tmp_path / "run", [*STEP, *PROCESSES, 1], faults=nohup)
     run.wait_for(lambda: "iter: 4" in log_of(run))
     run.kill(signal.SIGHUP)
-    assert run.wait()[0] == 0, log_of(run)
+    assert run.wait().code == 0, log_of(run)
     assert differences(whole, tmp_path / "run") == []
 
 
 def test_another_number_of_ranks_goes_on_and_the_log_says_what_that_changes(tmp_path):
-    run = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 6], launch={"num_gpus_per_machine": 2})
-    assert run.wait()[0] == 0, run.tail
+    run = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 6], ranks=2)
+    assert run.wait().code == 0, run.tail
     run = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 10], flags=["--resume"])
-    assert run.wait()[0] == 0, run.tail
+    assert run.wait().code == 0, run.tail
     assert "the random state of 2 processes, and here there are 1" in run.output
     assert sorted(lines(tmp_path / "run")) == list(range(10))
 
 
-def slow_evaluation(names):
+def slow_evaluation():
     from plaintrain.evaluation.coco import COCOEvaluator
 
     process = COCOEvaluator.process
@@ -276,19 +277,18 @@ def slow_evaluation(names):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_ends_an_evaluation_which_the_resumed_run_does_first(whole, ranks, tmp_path):
     options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 5]
-    launch = {"num_gpus_per_machine": ranks}
-    undisturbed = Run(tmp_path / "whole", options, launch=launch)
-    assert undisturbed.wait()[0] == 0
-    run = Run(tmp_path / "run", options, faults=slow_evaluation, launch=launch)
-    run.wait_for(run.has_said("EVALUATING"))
+    undisturbed = Run(tmp_path / "whole", options, ranks=ranks)
+    assert undisturbed.wait().code == 0
+    run = Run(tmp_path / "run", options, faults=slow_evaluation, ranks=ranks)
+    run.wait_for("EVALUATING")
     run.kill(signal.SIGTERM)
-    code, _ = run.wait(60)
+    code = run.wait(60).code
     assert code == 143 and run.output.count("EVALUATING") <= 2 * ranks, run.tail
     assert newest_checkpoint(tmp_path / "run")[0] == 7
     saved = torch.load(tmp_path / "run/model_0000007.pth", weights_only=True)
     assert saved["due"] == (False, True)
-    run = Run(tmp_path / "run", options, launch=launch, flags=["--resume"])
-    assert run.wait()[0] == 0, run.tail
+    run = Run(tmp_path / "run", options, ranks=ranks, flags=["--resume"])
+    assert run.wait().code == 0, run.tail
     assert run.output.index("results on few_val") < run.output.index("iter: 8")
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
@@ -301,27 +301,26 @@ def test_a_second_interrupt_ends_at_once_also_where_a_step_takes_for_ever(tmp_pa
 
     for ranks in (1, 2):
         folder = tmp_path / f"run-{ranks}"
-        launch = {"num_gpus_per_machine": ranks}
-        run = Run(folder, ["TEST.EVAL_PERIOD", 2], faults=hang_in_evaluation, launch=launch)
-        run.wait_for(run.has_said("HANGING"))
+        run = Run(folder, ["TEST.EVAL_PERIOD", 2], faults=hang_in_evaluation, ranks=ranks)
+        run.wait_for("HANGING")
         interrupt_twice(run)
-        code, _ = run.wait(20)
+        code = run.wait(20).code
         assert code == 130 and run.children() == {}, run.tail
 
 
-def hang_in_evaluation(names):
-    def do_test(cfg, model):
+def hang_in_evaluation():
+    def inference(*args):
         print("HANGING", flush=True)
         while True:
             time.sleep(0.1)
 
-    names["do_test"] = do_test
+    evaluation.inference_on_dataset = inference
 
 
 def test_ranks_whose_launcher_is_killed_end_with_a_checkpoint(tmp_path):
     options = ["SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.MAX_ITER", 5000]
-    run = Run(tmp_path / "run", options, launch={"num_gpus_per_machine": 2})
-    run.wait_for(run.has_said("iter: 3"))
+    run = Run(tmp_path / "run", options, ranks=2)
+    run.wait_for("iter: 3")
     kill_main_only(run, signal.SIGKILL)
     run.process.join()
     end = time.monotonic() + 30
@@ -333,14 +332,14 @@ def test_ranks_whose_launcher_is_killed_end_with_a_checkpoint(tmp_path):
 
 def test_the_second_of_two_runs_in_one_folder_is_refused(tmp_path):
     first = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 5000])
-    first.wait_for(first.has_said("iter: 3"))
+    first.wait_for("iter: 3")
     for flags in ([], ["--resume"]):
         second = Run(tmp_path / "run", [], flags=flags)
-        code, _ = second.wait()
+        code = second.wait().code
         assert code == 1 and f"another run is at work in {tmp_path / 'run'}: process" in second.output
     # Evaluating beside a training is not a run of its own.
     evaluated = Run(tmp_path / "run", [], flags=["--eval-only", "--resume"])
-    assert evaluated.wait()[0] == 0, evaluated.tail
+    assert evaluated.wait().code == 0, evaluated.tail
     first.kill()
     resumed = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 20], flags=["--resume"])
-    assert resumed.wait()[0] == 0, resumed.tail
+    assert resumed.wait().code == 0, resumed.tail

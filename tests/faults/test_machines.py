@@ -9,8 +9,9 @@ import time
 
 import pytest
 import torch.distributed as dist
-from harness import Run, differences, lines, newest_checkpoint
-from machines import Machines, NotAllowedError, start, start_torchrun, write_config
+from machines import Machines, NotAllowedError, start, start_torchrun
+from processes import Run
+from run_files import differences, lines, newest_checkpoint
 
 from plaintrain.utils import watch
 from plaintrain.utils.errors import UserError
@@ -43,8 +44,7 @@ def _none_is_left(request):
 
 def one_machine(folder, number, options):
     """A run of as many processes on one machine, its folder."""
-    write_config(folder)
-    code, _ = Run(folder, options, launch={"num_gpus_per_machine": number}).wait()
+    code = Run(folder, options, ranks=number).wait().code
     assert code == 0
     return folder
 
@@ -57,13 +57,13 @@ def whole(tmp_path_factory):
 
 def wait(runs, code):
     """Wait until all end, which they do with this code."""
-    found = [run.wait(120)[0] for run in runs]
+    found = [run.wait(120).code for run in runs]
     assert found == [code] * len(runs), "\n\n".join(run.output for run in runs)
 
 
 def reach(run, iteration):
     """Wait until the log of a run on machine 0 has a line of an iteration."""
-    assert run.wait_for(run.has_said(f"iter: {iteration} ")), run.output
+    assert run.wait_for(f"iter: {iteration} "), run.output
 
 
 def test_three_machines_train_as_one_does_and_only_the_first_holds_the_run(machines, tmp_path):
@@ -115,7 +115,7 @@ def test_weights_that_differ_on_a_machine_are_refused(machines, whole, tmp_path)
     assert [run.output.count(said) for run in runs] == [1, 1]
 
 
-def impatient(names):
+def impatient():
     """Wait for the store of machine 0 for a shorter time than usual."""
     watch._STORE_SECONDS = 3.0
 
@@ -163,7 +163,7 @@ def test_whatever_fails_all_machines_end_and_say_why_once(machines, tmp_path, na
     act(machines, runs)
     taken = machines.wait_for_the_end(seconds)
     print(f"{name}: {taken:.1f} s")
-    assert all(run.wait(5)[0] != 0 for run in runs)
+    assert all(run.wait(5).code != 0 for run in runs)
     for run, text in zip(runs, said, strict=True):
         assert not text or len(re.findall(text, run.output)) == 1, run.output
     iteration, damaged = newest_checkpoint(tmp_path / "run")

@@ -1,10 +1,12 @@
-"""What the writers have left in a folder, read independently of them."""
+"""What a run has left in its folder, read independently of what wrote it, and compared with another run."""
 
 import csv
 import json
 import struct
 from collections import Counter
+from pathlib import Path
 
+import torch
 from tensorboardX.proto.event_pb2 import Event
 
 # Of the machine, not of the run.
@@ -68,3 +70,59 @@ def value_differences(whole, other):
         twice = Counter((at, name) for at, name, _ in written[file].elements())
         found += [f"{file}: iteration {at}, {name} {n} times" for (at, name), n in twice.items() if n > 1]
     return sorted(found)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def lines(folder):
+    """{iteration: what metrics.json says, without times}."""
+    path = Path(folder) / "metrics.json"
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            # The last line of a run that was killed.
+            continue
+        found[entry["iteration"]] = {
+            k: v for k, v in entry.items() if k not in ("time", "data_time", "max_mem")
+        }
+    return found
+
+
+def newest_checkpoint(folder):
+    """(iteration, number of files that had to be passed over) of what `--resume` would take; -1 if none."""
+    from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_checkpoint, resume_candidates
+
+    for passed, path in enumerate(resume_candidates(str(folder))):
+        try:
+            return read_checkpoint(path, mmap=True)["iteration"], passed
+        except DamagedCheckpointError:
+            continue
+    return -1, 0
+
+
+def differences(whole, killed):
+    """What differs between the folder of an undisturbed run and that of one that was killed and resumed."""
+    found = value_differences(Path(whole), Path(killed))
+    for name in ("model_final.pth", "model_best.pth"):
+        paths = [Path(folder) / name for folder in (whole, killed)]
+        if [p.exists() for p in paths] != [True, True]:
+            found += [f"{p} is missing" for p in paths if not p.exists()]
+            continue
+        first, second = (load(p) for p in paths)
+        parts = ("model", "ema", "optimizer", "scheduler", "best", "data_loader")
+        found += [f"{name}: {part}" for part in parts if not _same(first.get(part), second.get(part))]
+    return found
+
+
+def _same(a, b):
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b
