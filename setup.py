@@ -39,6 +39,7 @@ setup(
         "export": EXPORT,
         "test": [
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "hotcoco>=1.3",
             "faster-coco-eval>=1.8",
@@ -46,6 +47,6 @@ setup(
             *PLOT,
             *EXPORT,
         ],
-        "dev": ["pytest>=8.0", "ruff>=0.14"],
+        "dev": ["ruff>=0.14", "coverage>=7.10"],
     },
 )

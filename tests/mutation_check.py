@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def run_file(folder, test_file):
     parts = [str(path) for path in folder.glob(f"{name}.part*")]
     data = f"--data-file={folder / name}.coverage"
     subprocess.run([sys.executable, "-m", "coverage", "combine", "-q", data, *parts], cwd=ROOT, check=True)
-    rc.unlink()
+    for path in (rc, *folder.glob(f"{name}.part*")):
+        path.unlink()
     print(f"{test_file:45} {time.perf_counter() - start:5.0f} s  {last}", flush=True)
 
 
@@ -138,7 +140,7 @@ class Covering:
 
         Those that ran it in another process are known by their file only, and come last.
         """
-        contexts_of = self.data.contexts_by_lineno(str(ROOT / path))
+        contexts_of = self._contexts(path)
         for lines in (*mutated_lines(text, old), set(contexts_of)):
             contexts = {context for line in lines for context in contexts_of.get(line, ())}
             exact = {context.partition("|")[2] for context in contexts if "|" in context}
@@ -149,6 +151,15 @@ class Covering:
         files = {context.partition("|")[0] for context in contexts} if lines else set()
         of_files = {name for name in self.tests if name.partition("::")[0] in files}
         return self._sorted(exact & set(self.tests)) + self._sorted(of_files - exact)
+
+    def _contexts(self, path):
+        """{line: contexts} of a file, wherever the checkout was that was recorded."""
+        contexts = defaultdict(set)
+        for file in self.data.measured_files():
+            if file.endswith(f"/{path}"):
+                for line, names in self.data.contexts_by_lineno(file).items():
+                    contexts[line].update(names)
+        return contexts
 
     def _importing(self, contexts_of):
         first = min(contexts_of, default=0)
