@@ -107,7 +107,19 @@ def record(folder, prefixes):
 def run_recorded(folder, test_file):
     """The inner process of `run_file`."""
     recorder = Recorder()
-    options = ["-q", "-m", "", "-p", "no:randomly", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=line"]
+    options = [
+        "-q",
+        "-m",
+        "",
+        "-p",
+        "no:randomly",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+    ]
     pytest.main([test_file, *options], plugins=[recorder])
     (folder / f"{test_file.replace('/', '.')}.json").write_text(json.dumps(recorder.tests))
 
