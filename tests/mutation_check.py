@@ -36,6 +36,8 @@ import torchvision  # noqa: F401
 from mutation_list import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
+# Without the options of the project, and plugins that somebody has installed.
+_ALONE = ["-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist"]
 # The static context is the test file; in its own process, the running test is added to it.
 _COVERAGE = """
 [run]
@@ -81,14 +83,10 @@ class Recorder:
 
 def run_file(folder, test_file):
     """Run one test file under coverage in a process of its own; print its last line."""
-    name = test_file.replace("/", ".")
-    rc = folder / f"{name}.rc"
+    name, start = test_file.replace("/", "."), time.perf_counter()
+    rc, output = folder / f"{name}.rc", folder / f"{name}.out"
     rc.write_text(_COVERAGE.format(test_file=test_file, folder=folder, name=name))
-    command = [sys.executable, "-m", "coverage", "run", f"--rcfile={rc}", __file__, "pytest", str(folder)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    start = time.perf_counter()
-    done = subprocess.run([*command, "--tests", test_file], cwd=ROOT, env=env, capture_output=True, text=True)
-    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    fork(_record_here, folder, test_file, rc, output=output).join()
     data = coverage.CoverageData(str(folder / f"{name}.coverage"))
     data.erase()
     for path in folder.glob(f"{name}.part*"):
@@ -98,37 +96,54 @@ def run_file(folder, test_file):
             part.read()
             data.update(part)
     data.write()
-    for path in (rc, *folder.glob(f"{name}.part*")):
+    last = (output.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+    for path in (rc, output, *folder.glob(f"{name}.part*")):
         path.unlink(missing_ok=True)
     print(f"{test_file:45} {time.perf_counter() - start:5.0f} s  {last}", flush=True)
+
+
+def _record_here(folder, test_file, rc):
+    """The child of `run_file`."""
+    measured, recorder = coverage.Coverage(config_file=str(rc)), Recorder()
+    measured.start()
+    code = pytest.main([test_file, "-q", "--tb=no", *_ALONE], plugins=[recorder])
+    measured.stop()
+    measured.save()
+    (folder / f"{test_file.replace('/', '.')}.json").write_text(json.dumps(recorder.tests))
+    return code
 
 
 def record(folder, prefixes):
     """Run the tests under coverage, two files at a time; write FILE.json and FILE.coverage into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+    torch.set_num_threads(1)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: run_file(folder, name), [f for f in files if f.startswith(prefixes)]))
 
 
-def run_recorded(folder, test_file):
-    """The inner process of `run_file`."""
-    recorder = Recorder()
-    options = [
-        "-q",
-        "-m",
-        "",
-        "-p",
-        "no:randomly",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-    ]
-    pytest.main([test_file, *options], plugins=[recorder])
-    (folder / f"{test_file.replace('/', '.')}.json").write_text(json.dumps(recorder.tests))
+def fork(function, *args, output, cwd=ROOT):
+    """Call a function in a child, which has torch imported already but not plaintrain."""
+    process = multiprocessing.get_context("fork").Process(
+        target=_in_child, args=(function, args, output, cwd)
+    )
+    process.start()
+    return process
+
+
+def _in_child(function, args, output, cwd):
+    sys.stdin = open(os.devnull)  # noqa: SIM115 - for the life of the process
+    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.setpgid(0, 0)
+    os.chdir(cwd)
+    sys.path[:0] = [str(cwd)]
+    os.environ |= {"PYTHONPATH": str(cwd), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    sys.dont_write_bytecode = True
+    code = function(*args)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def mutated_lines(text, old):
@@ -200,32 +215,15 @@ def copy_tree(target):
             shutil.copy2(ROOT / name, target / name)
 
 
-def _pytest(copy, tests, output):
-    """The child of `try_defect`: torch is imported already, plaintrain comes from the copy."""
-    sys.stdin = open(os.devnull)  # noqa: SIM115 - for the life of the process
-    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    os.setpgid(0, 0)
-    os.chdir(copy)
-    sys.path[:0] = [str(copy)]
-    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    sys.dont_write_bytecode = True
-    options = ["-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist"]
-    code = pytest.main([*options, "-o", "addopts=", *tests])
-    sys.stdout.flush()
-    os._exit(code)
-
-
 def try_defect(copy, mutation, tests, seconds):
     """Return the first test that fails with the defect in the copy, "" if all pass."""
     _, path, old, new = mutation
     file, output = copy / path, copy.with_suffix(".out")
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(old, new), encoding="utf-8")
-    process = multiprocessing.get_context("fork").Process(target=_pytest, args=(copy, tests, output))
+    options = ["-x", "-q", "--tb=no", "-rfE", *_ALONE, *tests]
     try:
-        process.start()
+        process = fork(pytest.main, options, output=output, cwd=copy)
         process.join(seconds)
         if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
@@ -280,7 +278,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=["record", "run", "pytest"])
+    parser.add_argument("action", choices=["record", "run"])
     recorded = str(ROOT / "output" / "mutations")
     parser.add_argument("folder", nargs="?", default=recorded, help="where the record is")
     parser.add_argument("--tests", default="", help="record the test files that begin with one of these, a,b")
@@ -290,9 +288,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=300, help="limit for the tests of one defect")
     args = parser.parse_args()
     folder = Path(args.folder).resolve()
-    if args.action == "pytest":
-        run_recorded(folder, args.tests)
-    elif args.action == "record":
+    if args.action == "record":
         record(folder, tuple(args.tests.split(",")))
     else:
         sys.exit(bool(run(folder, args)))
