@@ -2,7 +2,7 @@
 
 import logging
 
-from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_checkpoint, resume_candidates
+from plaintrain.utils.checkpoint_files import read_last
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.yaml_files import parse_yaml
@@ -49,7 +49,7 @@ def check_changes(folder, config, class_names, model):
     Raises:
         UserError: names a key, or the classes, that cannot change within a run.
     """
-    path, saved = _last_readable(folder)
+    path, saved = read_last(folder, mmap=True)
     check_trained_classes(path, saved.get("class_names"), class_names, strict=True)
     if not isinstance(saved.get("config"), str):
         return
@@ -66,16 +66,6 @@ def check_changes(folder, config, class_names, model):
             f"{key} was {_short(was)} in the run that is resumed and is {_short(is_)} now: it cannot change "
             "within a run; set it back, or start a new run from the weights (MODEL.WEIGHTS, without --resume)"
         )
-
-
-def _last_readable(folder):
-    """(path, dict) of the checkpoint to resume from, ("", {}) if none can be read."""
-    for path in resume_candidates(folder):
-        try:
-            return path, read_checkpoint(path, mmap=True)
-        except DamagedCheckpointError:
-            continue
-    return "", {}
 
 
 def _shapes(state):

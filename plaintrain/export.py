@@ -16,6 +16,7 @@ import torch
 from plaintrain.config import get_value
 from plaintrain.modeling.graph import DetectionGraph
 from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.logger import silenced
 
 # Where the files hold what `describe` says.
 ABOUT = "plaintrain"
@@ -83,14 +84,9 @@ def need(module):
 @contextlib.contextmanager
 def _quietly():
     """Exporters warn of what nobody who exports can change."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with silenced(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def trace(model, size, fixed=False):

@@ -1,6 +1,5 @@
 """Datasets by declaration: the formats, the built-in names, and what a config declares."""
 
-import difflib
 import os
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from plaintrain.data import coco, concat, folder, shapes, voc, yolo
 from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, nearest
 
 
 def dataset_root():
@@ -73,9 +72,9 @@ def _check_parts(names, chain):
         if name in chain:
             raise UserError(f"concat datasets go round in a circle: {' -> '.join(map(str, trail))}")
         if name not in DatasetCatalog:
-            near = difflib.get_close_matches(str(name), DatasetCatalog.list(), n=1, cutoff=0.0)[0]
             raise UserError(
-                f"DATASETS of a concat dataset names {name!r}, which is no dataset; the nearest is {near}"
+                f"DATASETS of a concat dataset names {name!r}, which is no dataset; the nearest is "
+                + nearest(name, DatasetCatalog.list())
             )
         _check_parts((MetadataCatalog.get(name).get("declaration") or {}).get("DATASETS", ()), trail)
 

@@ -1,11 +1,10 @@
 """Datasets by name: a function that returns records, and what is known about them."""
 
-import difflib
 from types import SimpleNamespace
 
 from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
 from plaintrain.utils.class_lists import class_difference, class_remedy
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, nearest
 
 
 class _DatasetCatalog:
@@ -35,8 +34,8 @@ class _DatasetCatalog:
             UserError: an unknown name, or whatever makes the dataset unreadable.
         """
         if name not in self._functions:
-            near = difflib.get_close_matches(name, self._functions, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(self.list())}"
+            near = nearest(name, self._functions, number=3, least=0.5)
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(self.list())}"
             raise UserError(f"the dataset {name!r} is not registered; {hint}")
         if name not in self._loaded:
             try:
@@ -145,8 +144,7 @@ def select_classes(found, wanted, where):
         return list(found)
     for name in wanted:
         if name not in found:
-            near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.0)
-            hint = f"; the nearest is {near[0]!r}" if near else ""
+            hint = f"; the nearest is {nearest(name, found)!r}" if found else ""
             hint += " (only CLASSES of FORMAT concat may name classes that are missing)"
             raise UserError(f"{where} has no class {name!r}{hint}")
     if len(set(wanted)) != len(wanted):

@@ -1,12 +1,11 @@
 """Several datasets as one."""
 
-import difflib
 import logging
 
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.records import check_annotation
 from plaintrain.utils.class_lists import class_difference
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ def _join_classes(names, found, classes, merge):
     if classes:
         for name in classes:
             if name not in union:
-                near = difflib.get_close_matches(str(name), union, n=1, cutoff=0.0)[0]
+                near = nearest(name, union)
                 logger.warning(f"none of {', '.join(names)} has a class {name!r}; the nearest is {near!r}")
         return select_classes([*union, *classes], classes, ", ".join(names))
     for name, part in zip(names[1:], found[1:], strict=True):

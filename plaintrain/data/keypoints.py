@@ -1,10 +1,9 @@
 """Which keypoint takes whose place when an image is mirrored."""
 
-import difflib
 import re
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, nearest
 
 _OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 _OTHER |= {right: left for left, right in _OTHER.items()}
@@ -37,8 +36,7 @@ def keypoint_flip_indices(names, flip_map=None):
     for pair in flip_map:
         for name in pair:
             if name not in names:
-                near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
-                hint = f"; the nearest is {near[0]!r}" if near else ""
+                hint = f"; the nearest is {nearest(name, names)!r}" if names else ""
                 raise UserError(f"keypoint_flip_map has an unknown keypoint {name!r}{hint}")
             if order[names.index(name)] != names.index(name):
                 raise UserError(f"keypoint_flip_map has the keypoint {name!r} in two pairs")

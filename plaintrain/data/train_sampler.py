@@ -1,6 +1,5 @@
 """The training sampler that a config describes."""
 
-import difflib
 import math
 
 import numpy as np
@@ -14,7 +13,7 @@ from plaintrain.data.samplers import (
     repeat_factors_from_category_frequency,
 )
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, nearest
 
 
 def build_train_sampler(cfg, records, batch_size):
@@ -33,8 +32,9 @@ def build_train_sampler(cfg, records, batch_size):
     """
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name not in _SAMPLERS:
-        near = difflib.get_close_matches(name, _SAMPLERS, n=1, cutoff=0.0)[0]
-        raise UserError(f"DATALOADER.SAMPLER_TRAIN {name!r} is unknown; the nearest is {near}")
+        raise UserError(
+            f"DATALOADER.SAMPLER_TRAIN {name!r} is unknown; the nearest is {nearest(name, _SAMPLERS)}"
+        )
     settings = {
         "DATALOADER.REPEAT_THRESHOLD": (cfg.DATALOADER.REPEAT_THRESHOLD, "RepeatFactorTrainingSampler"),
         "DATASETS.TRAIN_REPEAT_FACTOR": (cfg.DATASETS.TRAIN_REPEAT_FACTOR, "WeightedTrainingSampler"),

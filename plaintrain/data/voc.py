@@ -5,7 +5,6 @@ the name of an annotation, its `<filename>` says which is meant.
 Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf
 """
 
-import difflib
 import logging
 import math
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.folder import image_header, is_too_large
 from plaintrain.structures import BoxMode
-from plaintrain.utils.errors import DataError, UserError, refuse
+from plaintrain.utils.errors import DataError, UserError, nearest, refuse
 from plaintrain.utils.reading import MAX_BYTES, check_file, read_text, reason
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ def _choose_classes(folder, classes, problems):
         return found
     for name in classes:
         if name not in found:
-            near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.0)[0]
+            near = nearest(name, found)
             logger.warning(f"no object in {folder} is of the class {name!r}; the nearest is {near!r}")
     return select_classes([*found, *classes], classes, folder)
 

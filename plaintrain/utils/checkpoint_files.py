@@ -3,11 +3,12 @@
 import logging
 import os
 import re
+import shutil
 
 import torch
 
 from plaintrain.utils.errors import UserError, first_line
-from plaintrain.utils.files import atomic_write
+from plaintrain.utils.files import atomic_write, writing
 from plaintrain.utils.reading import check_file, check_stored
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def link_checkpoint(folder, source, target):
     """Give `source` the second name `target`, as a hard link where there are any, and make it the last."""
     source, path = os.path.join(folder, source), os.path.join(folder, target)
     temporary = f"{path}.tmp-{os.getpid()}"
-    try:
+    with writing(path):
         if os.path.exists(temporary):
             os.unlink(temporary)
         try:
@@ -88,9 +89,7 @@ def link_checkpoint(folder, source, target):
                 os.unlink(temporary)
         except OSError:
             with open(source, "rb") as f, atomic_write(path, "wb") as out:
-                out.writelines(iter(lambda: f.read(1 << 20), b""))
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+                shutil.copyfileobj(f, out)
     tag_last(folder, target)
 
 

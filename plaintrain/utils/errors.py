@@ -1,5 +1,7 @@
 """Exceptions for mistakes that the person who runs a script can mend."""
 
+import difflib
+
 _LONGEST = 1000
 
 
@@ -24,6 +26,19 @@ def first_line(error):
     if "Weights only load failed" in text:
         return "it is not plain data: loading it could run code, which is refused"
     return (text or type(error).__name__).splitlines()[0]
+
+
+def nearest(name, known, number=1, least=0.0):
+    """The names that are most like a name, for a hint in an error: a text, "" if there are none.
+
+    Args:
+        name: what was given.
+        known: the names that there are.
+        number: names to give at most.
+        least: how alike they must be, 0 to 1.
+    """
+    near = difflib.get_close_matches(str(name), map(str, known), n=number, cutoff=least)
+    return " or ".join(near)
 
 
 class ConfigError(UserError):
