@@ -2,7 +2,7 @@
 
 import logging
 
-from plaintrain.utils.checkpoint_files import read_last
+from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_last
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.yaml_files import parse_yaml
@@ -49,7 +49,11 @@ def check_changes(folder, config, class_names, model):
     Raises:
         UserError: names a key, or the classes, that cannot change within a run.
     """
-    path, saved = read_last(folder, mmap=True)
+    try:
+        path, saved = read_last(folder, mmap=True)
+    except DamagedCheckpointError:
+        # Resuming says so.
+        return
     check_trained_classes(path, saved.get("class_names"), class_names, strict=True)
     if not isinstance(saved.get("config"), str):
         return

@@ -116,11 +116,11 @@ def write_fixed(folder, records, looks, metadata, problems):
     root, names = relative_names(record["file_name"] for record in records)
     write_coco(path, records, metadata, names)
     print(f"  cleaned copy: {path} (FORMAT coco, IMAGE_ROOT {root}), {len(records)} images")
-    for text, lines in changes.lines.items():
+    for text, lines in changes.items():
         print(f"    {text}: {len(lines)}")
         for line in list(filter(None, lines))[:MAX_EXAMPLES]:
             print(f"        {line}")
-    if not changes.lines:
+    if not changes:
         print("    nothing had to be changed")
 
 

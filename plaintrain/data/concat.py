@@ -1,13 +1,9 @@
 """Several datasets as one."""
 
-import logging
-
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.records import check_annotation
 from plaintrain.utils.class_lists import class_difference
-from plaintrain.utils.errors import UserError, nearest
-
-logger = logging.getLogger(__name__)
+from plaintrain.utils.errors import UserError
 
 
 def load_concat(names, read, classes=None, merge=False):
@@ -58,11 +54,7 @@ def load_concat(names, read, classes=None, merge=False):
 def _join_classes(names, found, classes, merge):
     union = list(dict.fromkeys(name for part in found for name in part))
     if classes:
-        for name in classes:
-            if name not in union:
-                near = nearest(name, union)
-                logger.warning(f"none of {', '.join(names)} has a class {name!r}; the nearest is {near!r}")
-        return select_classes([*union, *classes], classes, ", ".join(names))
+        return select_classes(union, classes, ", ".join(names), may_miss=True)
     for name, part in zip(names[1:], found[1:], strict=True):
         if not merge and part != found[0]:
             difference = class_difference(found[0], part)

@@ -71,7 +71,7 @@ class BatchedRPN(RegionProposalNetwork):
         losses = self._losses(images, features, anchors, targets, predicted)
         # Proposals are not learned. After the losses: autocast keeps a weight as it first casts it.
         with torch.no_grad():
-            predicted = predicted or self._predict(features)
+            predicted = predicted or self.predict(features)
             return self._propose(*predicted, anchors, images.image_sizes), losses
 
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
@@ -106,9 +106,9 @@ class BatchedRPN(RegionProposalNetwork):
     def _predict_if_needed(self, features):
         # The losses see few locations: to convolve the others would cost a seventh of a step, most of it
         # in the backward pass, which would bring zeros through them.
-        return None if _is_plain(self.head) else self._predict(features)
+        return None if _is_plain(self.head) else self.predict(features)
 
-    def _predict(self, features):
+    def predict(self, features):
         """Objectness `[B, N]` and deltas `[B, N, 4]` of all anchors, and how many of them each level has."""
         objectness, deltas = self.head(features)
         counts = [level[0].numel() for level in objectness]

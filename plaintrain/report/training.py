@@ -4,7 +4,7 @@ import math
 import statistics
 
 from plaintrain.curves import panels
-from plaintrain.plots import curve_figure, svg_text
+from plaintrain.plots import curve_figure
 from plaintrain.report.html import Cell, figure, grid, join, note, table, tag
 from plaintrain.report.overview import duration, run_label, training_seconds
 
@@ -21,8 +21,7 @@ def curves(runs):
     figures = []
     for i, panel in enumerate(found):
         remark = "logarithmic" if panel["log"] else ""
-        svg = svg_text(curve_figure(panel, _SMOOTHING), f"curve{i}")
-        figures.append(figure(svg, panel["title"], remark))
+        figures.append(figure(curve_figure(panel, _SMOOTHING), f"curve{i}", panel["title"], remark))
     lead = "Faint: as logged; strong: smoothed. Scores, learning rate and momentum are as they are."
     return join([tag("p", lead, class_="lead"), grid(figures)])
 
