@@ -11,7 +11,7 @@ import os
 import re
 
 from plaintrain.curves import smooth, thin
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import require
 from plaintrain.utils.files import writing
 
 # Told apart on white and on black, also by most who do not see all colours.
@@ -50,19 +50,13 @@ _STYLE = {
 
 
 def require_matplotlib():
-    """Raise a `UserError` that says how to install matplotlib where it is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise UserError('drawing needs matplotlib: pip install "plaintrain[plot]"') from e
+    """matplotlib, or a `UserError` that says how to install it."""
+    return require("matplotlib", "drawing", "plot")
 
 
 @contextlib.contextmanager
 def styled():
-    require_matplotlib()
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
+    with require_matplotlib().rc_context(_STYLE):
         yield
 
 

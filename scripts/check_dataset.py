@@ -110,7 +110,7 @@ def write_fixed(folder, records, looks, metadata, problems):
     for error in problems:
         kind = getattr(error, "kind", "broken")
         what = "renumbered" if kind == "duplicate_id" else "dropped"
-        changes.add(f"{what} while reading: {KINDS[kind][0]}")
+        changes[f"{what} while reading: {KINDS[kind][0]}"].append("")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "annotations.json")
     root, names = relative_names(record["file_name"] for record in records)

@@ -71,23 +71,12 @@ class Errors:
     iou_threshold: float
 
     def of_image(self, index):
-        """(objects, detections, matches) of the image at an index, as `match_image` takes and gives them."""
-        at = [
-            np.searchsorted(table["image"], [index, index + 1]) for table in (self.objects, self.detections)
-        ]
-        (o0, o1), (d0, d1) = at
-        objects = {key: value[o0:o1] for key, value in self.objects.items()}
-        detections = {key: value[d0:d1] for key, value in self.detections.items()}
-        m = self.matches
-        chosen, found_by = m.objects[d0:d1], m.detections[o0:o1]
-        matches = Matches(
-            kinds=m.kinds[d0:d1],
-            objects=np.where(chosen < 0, -1, chosen - o0),
-            ious=m.ious[d0:d1],
-            states=m.states[o0:o1],
-            detections=np.where(found_by < 0, -1, found_by - d0),
-        )
-        return objects, detections, matches
+        """(objects, detections, `Matches`) of the image at an index, matched alone."""
+        tables = []
+        for table in (self.objects, self.detections):
+            first, last = np.searchsorted(table["image"], [index, index + 1])
+            tables.append({key: value[first:last] for key, value in table.items()})
+        return *tables, match_image(*tables, self.iou_threshold)
 
 
 def match_image(objects, detections, iou_threshold=0.5, background_threshold=0.1):

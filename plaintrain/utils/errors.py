@@ -1,6 +1,7 @@
 """Exceptions for mistakes that the person who runs a script can mend."""
 
 import difflib
+import importlib
 
 _LONGEST = 1000
 
@@ -39,6 +40,14 @@ def nearest(name, known, number=1, least=0.0):
     """
     near = difflib.get_close_matches(str(name), map(str, known), n=number, cutoff=least)
     return " or ".join(near)
+
+
+def require(module, what, extra):
+    """Import a module that `what` needs and an extra of plaintrain installs; a `UserError` without it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f'{what} needs {module}: pip install "plaintrain[{extra}]"') from e
 
 
 class ConfigError(UserError):
