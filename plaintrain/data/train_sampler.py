@@ -64,10 +64,6 @@ def _grouping(cfg, records):
     return {"groups": width / height if window else aspect_ratio_groups(height, width), "window": window}
 
 
-def _all(cfg, records, keys):
-    return TrainingSampler(len(records), **keys)
-
-
 def _random_subset(cfg, records, keys):
     ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
     if not 0 < ratio <= 1:
@@ -84,10 +80,6 @@ def _by_class_frequency(cfg, records, keys):
         )
     factors = repeat_factors_from_category_frequency(records, threshold, cfg.DATALOADER.REPEAT_SQRT)
     return RepeatFactorTrainingSampler(factors, **keys)
-
-
-def _class_balanced(cfg, records, keys):
-    return RepeatFactorTrainingSampler(class_balanced_factors(records), **keys)
 
 
 def _weighted(cfg, records, keys):
@@ -109,9 +101,11 @@ def _weighted(cfg, records, keys):
 
 
 _SAMPLERS = {
-    "TrainingSampler": _all,
+    "TrainingSampler": lambda _, records, keys: TrainingSampler(len(records), **keys),
     "RepeatFactorTrainingSampler": _by_class_frequency,
-    "ClassBalancedTrainingSampler": _class_balanced,
+    "ClassBalancedTrainingSampler": lambda _, records, keys: RepeatFactorTrainingSampler(
+        class_balanced_factors(records), **keys
+    ),
     "WeightedTrainingSampler": _weighted,
     "RandomSubsetTrainingSampler": _random_subset,
 }

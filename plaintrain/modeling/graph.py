@@ -20,7 +20,9 @@ from plaintrain.modeling.postprocess import (
     MIN_SIZE,
     are_large,
     best_of_levels,
+    best_scores,
     detect_candidates,
+    retinanet_candidates,
     score_proposals,
 )
 from plaintrain.modeling.rcnn import GeneralizedRCNN, ProposalNetwork
@@ -182,25 +184,19 @@ def _pool(pooler, maps, boxes):
 
 
 def _retinanet_candidates(model, outputs, anchors, features):
-    scores, deltas = outputs["cls_logits"].sigmoid(), outputs["bbox_regression"]
-    rows, scores, labels = _best_scores(model, scores, features)
-    return decode(take(deltas, rows), anchors[rows], model.box_coder), scores, labels
+    return retinanet_candidates(model, outputs, anchors, _counts(model, features))
 
 
 def _fcos_candidates(model, outputs, anchors, features):
     scores = torch.sqrt(outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid())
-    rows, scores, labels = _best_scores(model, scores, features)
+    rows, scores, labels = best_scores(model, scores, _counts(model, features))
     return model.box_coder.decode(take(outputs["bbox_regression"], rows), anchors[rows]), scores, labels
 
 
-def _best_scores(model, scores, features):
-    """The rows, scores (-1 below the threshold) and labels of each level's best, of scores `[B, N, K]`."""
-    classes, number = scores.shape[2], model.anchor_generator.num_anchors_per_location()
-    sizes = [feature.shape[-2] * feature.shape[-1] for feature in features]
-    counts = [size * n * classes for size, n in zip(sizes, number, strict=True)]
-    scores = scores.masked_fill(~(scores > model.score_thresh), -1).flatten(1)
-    index, _ = best_of_levels(scores, counts, model.topk_candidates)
-    return index // classes, take(scores, index), index % classes
+def _counts(model, features):
+    """How many anchors each level has."""
+    numbers = model.anchor_generator.num_anchors_per_location()
+    return [f.shape[-2] * f.shape[-1] * n for f, n in zip(features, numbers, strict=True)]
 
 
 def _ssd_candidates(model, outputs, anchors, features):

@@ -57,6 +57,20 @@ def best_of_levels(scores, counts, limit):
     return torch.cat(index, dim=1), torch.cat(levels, dim=1)
 
 
+def best_scores(model, scores, counts):
+    """The rows, scores (-1 below the threshold) and labels of each level's best, of scores `[B, N, K]`."""
+    classes = scores.shape[2]
+    scores = scores.masked_fill(~(scores > model.score_thresh), -1).flatten(1)
+    index, _ = best_of_levels(scores, [count * classes for count in counts], model.topk_candidates)
+    return index // classes, take(scores, index), index % classes
+
+
+def retinanet_candidates(model, outputs, anchors, counts):
+    """The best boxes `[B, N, 4]` of a RetinaNet's levels, their scores and labels, `[B, N]`."""
+    rows, scores, labels = best_scores(model, outputs["cls_logits"].sigmoid(), counts)
+    return decode(take(outputs["bbox_regression"], rows), anchors[rows], model.box_coder), scores, labels
+
+
 def score_proposals(rpn, objectness, boxes):
     """The scores of proposals, and whether they are likely and large enough, both `[B, N]`."""
     scores = objectness.sigmoid()
