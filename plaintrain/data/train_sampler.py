@@ -64,13 +64,6 @@ def _grouping(cfg, records):
     return {"groups": width / height if window else aspect_ratio_groups(height, width), "window": window}
 
 
-def _random_subset(cfg, records, keys):
-    ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-    if not 0 < ratio <= 1:
-        raise UserError(f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}, but must be in (0, 1]")
-    return RandomSubsetTrainingSampler(len(records), ratio, **keys)
-
-
 def _by_class_frequency(cfg, records, keys):
     threshold = cfg.DATALOADER.REPEAT_THRESHOLD
     if not 0 < threshold <= 1:
@@ -107,5 +100,7 @@ _SAMPLERS = {
         class_balanced_factors(records), **keys
     ),
     "WeightedTrainingSampler": _weighted,
-    "RandomSubsetTrainingSampler": _random_subset,
+    "RandomSubsetTrainingSampler": lambda cfg, records, keys: RandomSubsetTrainingSampler(
+        len(records), cfg.DATALOADER.RANDOM_SUBSET_RATIO, **keys
+    ),
 }

@@ -12,7 +12,7 @@ from plaintrain.picture import to_pillow
 from plaintrain.report.detections import ERROR_TYPES, by_dataset
 from plaintrain.report.html import join, note, picture, tag
 from plaintrain.utils.errors import UserError
-from plaintrain.visualize import draw_instances, record_instances, scale_to, skeleton_of
+from plaintrain.visualize import default_captions, draw_instances, record_instances, scale_to, skeleton_of
 
 # Images of each kind; the longer side of each, pixels.
 _NUMBERS, _SIDE, _QUALITY = {"worst": 8, "best": 4}, 480, 80
@@ -97,9 +97,7 @@ def _draw(dataset, index, run, settings):
 
 
 def _captions(instances, kinds, class_names):
-    names = [class_names[label] for label in instances["labels"].tolist()]
-    if "scores" in instances:
-        names = [f"{n} {s:.2f}" for n, s in zip(names, instances["scores"].tolist(), strict=True)]
+    names = default_captions(instances, class_names)
     few = len(names) <= _LABELLED
     return [n if few or kind != "correct" else "" for n, kind in zip(names, kinds, strict=True)]
 

@@ -112,13 +112,15 @@ def _age(folder, name):
         return -1, name
 
 
-def read_last(folder, **kwargs):
+def read_last(folder, *others, **kwargs):
     """(path, data) of the checkpoint to resume from, ("", None) without one; `kwargs` of `torch.load`.
+
+    `others` are paths to try after all of the folder's.
 
     Raises:
         DamagedCheckpointError: none of those that are there can be read.
     """
-    candidates = resume_candidates(folder)
+    candidates = [*resume_candidates(folder), *others]
     for i, candidate in enumerate(candidates):
         try:
             return candidate, read_checkpoint(candidate, **kwargs)
