@@ -58,7 +58,7 @@ def bar_figure(names, series, x_label, *, colors=None, most=30):
             color = PALETTE[colors[i] % len(PALETTE)]
             bars = ax.barh(places, shown, height * 0.92, color=color, label=label)
             ax.bar_label(bars, ["" if math.isnan(v) else _number(v) for v in values], padding=3, fontsize=9)
-        ax.set_yticks(range(len(names)), [_cut(name) for name in names])
+        ax.set_yticks(range(len(names)), [cut(name) for name in names])
         ax.invert_yaxis()
         ax.margins(x=0.15)
         ax.grid(axis="y", visible=False)
@@ -72,7 +72,7 @@ def _number(value):
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def _cut(name, most=24):
+def cut(name, most=24):
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
@@ -117,8 +117,8 @@ def matrix_figure(matrix, row_names, column_names, x_label, y_label):
         ax.grid(visible=False)
         size = 9 if few else 8
         turned = {"rotation": 45, "ha": "right"} if few else {"rotation": 90}
-        ax.set_xticks(range(len(column_names)), [_cut(str(name)) for name in column_names], **turned)
-        ax.set_yticks(range(len(row_names)), [_cut(str(name)) for name in row_names])
+        ax.set_xticks(range(len(column_names)), [cut(str(name)) for name in column_names], **turned)
+        ax.set_yticks(range(len(row_names)), [cut(str(name)) for name in row_names])
         ax.tick_params(labelsize=size, length=2)
         if few:
             for (i, j), count in np.ndenumerate(counts):

@@ -45,13 +45,17 @@ def keypoint_flip_indices(names, flip_map=None):
     return tuple(order)
 
 
-def dataset_flip_indices(datasets):
+def dataset_flip_indices(datasets, number=0):
     """The order after a horizontal flip of the keypoints that all of these datasets have.
 
     Loads a dataset if its keypoints come from its files.
 
+    Args:
+        datasets: their names.
+        number: MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS; 0 for any.
+
     Raises:
-        UserError: one names no keypoints, or two name others or pair them otherwise.
+        UserError: one names no keypoints, or not so many, or two name others or pair them otherwise.
     """
     found = []
     for dataset in datasets:
@@ -70,4 +74,9 @@ def dataset_flip_indices(datasets):
                 f"the datasets {datasets[0]} and {dataset} have different keypoints or "
                 f"keypoint_flip_map: {found[0][0]} and {names}"
             )
+    if number not in (0, len(found[0][0])):
+        raise UserError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but {', '.join(datasets)} has "
+            f"{len(found[0][0])} keypoints"
+        )
     return found[0][1]

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from plaintrain.config import check_cfg
 from plaintrain.data.samplers import (
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
@@ -13,7 +14,7 @@ from plaintrain.data.samplers import (
     repeat_factors_from_category_frequency,
 )
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError, nearest
+from plaintrain.utils.errors import UserError
 
 
 def build_train_sampler(cfg, records, batch_size):
@@ -31,10 +32,7 @@ def build_train_sampler(cfg, records, batch_size):
         UserError: an unknown sampler, or a key that it cannot use or does not read.
     """
     name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name not in _SAMPLERS:
-        raise UserError(
-            f"DATALOADER.SAMPLER_TRAIN {name!r} is unknown; the nearest is {nearest(name, _SAMPLERS)}"
-        )
+    check_cfg(cfg)
     settings = {
         "DATALOADER.REPEAT_THRESHOLD": (cfg.DATALOADER.REPEAT_THRESHOLD, "RepeatFactorTrainingSampler"),
         "DATASETS.TRAIN_REPEAT_FACTOR": (cfg.DATASETS.TRAIN_REPEAT_FACTOR, "WeightedTrainingSampler"),

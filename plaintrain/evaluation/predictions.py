@@ -142,7 +142,8 @@ def detections_of_image(detections, index, score_threshold, record):
         score_threshold, record: the lowest score, and the image's record, for its size.
     """
     rows = detections.rows
-    places = np.flatnonzero((rows[:, 0] == index) & (rows[:, 5] >= score_threshold))
+    places = np.arange(*np.searchsorted(rows[:, 0], [index, index + 1]))
+    places = places[rows[places, 5] >= score_threshold]
     found = {
         "boxes": torch.from_numpy(rows[places, 1:5]),
         "scores": torch.from_numpy(rows[places, 5]),

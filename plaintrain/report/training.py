@@ -3,6 +3,7 @@
 import math
 import statistics
 
+from plaintrain.charts import cut
 from plaintrain.curves import panels
 from plaintrain.plots import curve_figure
 from plaintrain.report.html import Cell, figure, grid, join, note, table, tag
@@ -71,7 +72,7 @@ def warnings(runs):
         rows = [
             [
                 w["level"],
-                tag("span", _first_lines(w["text"])),
+                tag("span", cut(w["text"], 500)),
                 w["count"],
                 w["first"],
                 w["last"],
@@ -87,7 +88,3 @@ def warnings(runs):
         if len(run.warnings) > _MOST_WARNINGS:
             parts.append(note(f"And {len(run.warnings) - _MOST_WARNINGS} more, see log.txt."))
     return join(parts)
-
-
-def _first_lines(text, most=500):
-    return text if len(text) <= most else text[:most] + " …"
