@@ -12,13 +12,11 @@ from PIL import Image
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
-from plaintrain.data.builtin import declare_dataset
 from plaintrain.data.coco import load_coco_json, load_coco_results
 from plaintrain.data.folder import image_header
 from plaintrain.data.images import read_image
 from plaintrain.data.voc import load_voc
 from plaintrain.data.yolo import load_yolo
-from plaintrain.evaluation.predictions import read_predictions
 from plaintrain.utils.yaml_files import parse_yaml
 from plaintrain.weights import read_state_dict
 
@@ -41,9 +39,7 @@ class Evil:
         ("w.pth", "whole", torch.save),
         ("w.pth", "model", pickle.dump),
         ("w.pkl", "class_names", pickle.dump),
-        ("w.pkl", "model", torch.save),
         ("w.pt", "class_names", torch.save),
-        ("w.pt", "whole", pickle.dump),
     ],
 )
 def test_weights_that_would_run_code_are_rejected(tmp_path, name, where, save):
@@ -81,7 +77,6 @@ def test_last_checkpoint_cannot_lead_out_of_its_folder(tmp_path):
         ("base", "!!python/object/new:os.mkdir ['{0}']"),
         ("yolo", "!!python/object/apply:os.mkdir ['{0}']"),
         ("key", "!!python/name:os.mkdir ''"),
-        ("config", "!!python/module:antigravity ''"),
     ],
 )
 def test_yaml_that_would_run_code_is_rejected(tmp_path, where, tag):
@@ -94,34 +89,12 @@ def test_yaml_that_would_run_code_is_rejected(tmp_path, where, tag):
     assert not (tmp_path / "touched").exists()
 
 
-def test_a_python_config_is_not_run(tmp_path):
-    path = tmp_path / "c.py"
-    path.write_text(f"import os\nos.mkdir('{tmp_path}/touched')\ncfg = {{}}\n")
-    rejected(path, by=lambda: merge(path))
-    assert not (tmp_path / "touched").exists()
-
-
 def test_postscript_named_as_a_photo_is_not_handed_to_ghostscript(tmp_path, monkeypatch):
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was run"))
     path = tmp_path / "a.jpg"
     Image.new("RGB", (20, 20)).save(path, "EPS")
     rejected(path, "PostScript", by=lambda: read_image(str(path)))
     rejected(path, "PostScript", by=lambda: image_header(str(path)))
-
-
-def test_annotations_and_predictions_are_data_only(tmp_path, tiny_coco):
-    # A pickle where JSON is expected.
-    path = tmp_path / "found.json"
-    path.write_bytes(pickle.dumps(Evil(tmp_path / "touched")))
-    declare_dataset(
-        "pets", {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": str(tiny_coco.images)}
-    )
-    rejected(path, by=lambda: read_predictions(str(path), "pets"))
-    rejected(path, by=lambda: load_coco_json(str(path), ""))
-    assert not (tmp_path / "touched").exists()
-
-
-# ---- weights that fill the memory
 
 
 def test_a_compressed_checkpoint_is_rejected_before_it_is_unpacked(tmp_path):
@@ -138,33 +111,22 @@ def test_a_compressed_checkpoint_is_rejected_before_it_is_unpacked(tmp_path):
 # ---- YAML
 
 
-def _aliases(levels, flow="[{}]"):
-    lines = ["a0: &a0 " + flow.format("x: 1" if flow != "[{}]" else "x")]
-    refer = "<<: [{}]" if flow != "[{}]" else "{}"
-    for i in range(1, levels):
-        lines.append(f"a{i}: &a{i} " + flow.format(refer.format(", ".join([f"*a{i - 1}"] * 9))))
-    return "\n".join(lines)
+def _anchors(first, aliases, levels):
+    lines = [f"a{i}: &a{i} [{f'*a{i - 1}, ' * aliases}]" for i in range(1, levels)]
+    return "\n".join([f"a0: &a0 {first}", *lines])
 
 
 YAML_BOMBS = {
-    "aliases": (_aliases(30), "values"),
-    "merges": (_aliases(30, "{{{}}}"), "values"),
+    "aliases": (_anchors("[x]", 9, 30), "values"),
     "itself": ("a: &a [*a]", "levels"),
-    "chain": ("a0: &a0 x\n" + "\n".join(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 3000)), "levels"),
+    "chain": (_anchors("x", 1, 3000), "levels"),
     "brackets": ("a: " + "[" * 300_000, "deep"),
-    "closed": ("a: " + "[" * 60 + "]" * 60, "deep"),
-    "dashes": ("- " * 200_000, "deep"),
     "sixties": ("a: " + "1:" * 200_000 + "1", "64 bits"),
-    "digits": ("SEED: " + "9" * 100_000, "64 bits"),
     "twice": ("SEED: 1\nSEED: 2", "twice"),
     "date": ("a: 2001-99-99", "YAML"),
-    "tag": ("a: !!timestamp x", "YAML"),
-    "int": ("a: !!int ''", "YAML"),
     "unhashable": ("? [a]\n: b", "unhashable"),
-    "word": ("yes", "KEY: value"),
     "nul": ("a: b\0c", "YAML"),
     "number": ("1: 2", "unknown key 1"),
-    "pair": ("? !!python/tuple [a, b]\n: 2", "python tag"),
 }
 
 
@@ -176,8 +138,10 @@ def test_yaml_bombs_and_broken_yaml_are_rejected(tmp_path, name):
     rejected(path, word, by=lambda: merge(path))
 
 
-def test_yaml_of_many_bytes_is_not_read(tmp_path):
+def test_yaml_of_many_bytes_or_another_encoding_is_not_read(tmp_path):
     path = tmp_path / "c.yaml"
+    path.write_bytes(b"SEED: \xe9")
+    rejected(path, by=lambda: merge(path))
     with path.open("wb") as f:
         f.truncate(10 << 30)
     rejected(path, "bytes", by=lambda: merge(path))
@@ -193,23 +157,15 @@ def test_ordinary_aliases_a_byte_order_mark_and_crlf_are_read(tmp_path):
     assert parse_yaml("a: &a {b: 1}\nc: {<<: *a}\nd: [*a, *a]", "x")["d"] == [{"b": 1}] * 2
 
 
-def test_a_config_that_is_not_text_is_rejected(tmp_path):
-    path = tmp_path / "c.yaml"
-    for data in (b"\xff\xfeS\x00E\x00", b"SEED: \xe9", bytes(range(256))):
-        path.write_bytes(data)
-        rejected(path, by=lambda: merge(path))
-
-
 @pytest.mark.parametrize(
     ("bases", "words"),
     [
         ({"a": "b", "b": "sub/../a"}, ["goes round in a circle", "a -> "]),
-        ({"a": "a"}, ["goes round in a circle"]),
         ({"a": "c0"} | {f"c{i}": f"c{i + 1}" for i in range(300)}, ["100 files"]),
         ({"a": "d0"} | {f"d{i}": f"[d{i + 1}, d{i + 1}]" for i in range(40)}, ["100 files"]),
         ({"a": '"a\\0b"'}, ["not found"]),
     ],
-    ids=["circle", "itself", "chain", "doubling", "nul"],
+    ids=["circle", "chain", "doubling", "nul"],
 )
 def test_hostile_bases_are_rejected(tmp_path, bases, words):
     (tmp_path / "sub").mkdir()
@@ -224,15 +180,11 @@ def test_hostile_bases_are_rejected(tmp_path, bases, words):
     ("key", "value"),
     [
         ("SOLVER.BASE_LR", "1" + "0" * 400),
-        ("SEED", "0x" + "f" * 9000),
         ("SEED", "-" * 100_000 + "1"),
         ("INPUT.MIN_SIZE_TRAIN", "(" * 90 + "{[]: 1}" + ")" * 90),
-        ("SOLVER.STEPS", "[" * 5000),
         ("SOLVER.STEPS", "__import__('os').mkdir('/tmp/touched')"),
         ("DATASETS.DECLARE.__immutable__", "1"),
-        ("__class__", "1"),
         ("a" * 100_000, "1"),
-        ("SEED\n", "1"),
         ("", "1"),
     ],
 )
