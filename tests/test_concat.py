@@ -90,6 +90,16 @@ def test_classes_choose_order_and_may_be_in_no_part(part, log):
         _join("one", name="again", CLASSES=["dog", "dog"])
 
 
+def test_class_ids_that_their_dataset_does_not_have_are_rejected(part):
+    part("one", ["cat", "dog", "cow"], (1, 2))
+    box = {"bbox": [1, 1, 4, 4], "bbox_mode": 0, "category_id": -1}
+    record = {"file_name": "own.png", "image_id": 7, "height": 9, "width": 9, "annotations": [box]}
+    DatasetCatalog.register("own", lambda: [record])
+    MetadataCatalog.get("own").set(thing_classes=["cat", "dog"])
+    with pytest.raises(UserError, match=r"own\.png has category_id -1"):
+        _join("own", "one", MERGE_CLASSES=True)
+
+
 def test_keypoint_names_are_kept_where_they_are_equal(part):
     names = {"keypoints": ["head", "tail"], "skeleton": [[1, 2]]}
     part("one", ["cat"], (1, 2), **names)

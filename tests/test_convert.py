@@ -62,12 +62,6 @@ def zoo(tiny_voc, declare):
         declare(f"zoo_{split}", FORMAT="voc", ROOT=str(tiny_voc.root), SPLIT=split)
 
 
-@pytest.fixture
-def few(declare):
-    """A shapes set of 3 images, declared as few."""
-    declare("few", FORMAT="shapes", SPLIT="val", NUM=3, HEIGHT=40, WIDTH=50)
-
-
 def _corners(annotation):
     return BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
 
@@ -122,7 +116,8 @@ def test_voc_to_coco_keeps_boxes_difficult_and_names_as_ids(convert, zoo):
     assert [record["image_id"] for record in _coco(elsewhere)[0]] == ["c"]
 
 
-def test_shapes_are_drawn_and_written(convert, few):
+def test_shapes_are_drawn_and_written(convert, declare):
+    declare("few", FORMAT="shapes", SPLIT="val", NUM=3, HEIGHT=40, WIDTH=50)
     records, metadata = _coco(convert("few", "coco")[0])
     before, known = read_dataset("few")
     assert metadata["keypoint_names"] == known["keypoint_names"]
@@ -217,29 +212,16 @@ def test_coco_to_yolo_and_back_keeps_boxes_and_polygons(convert, declare, pets, 
                 assert b["segmentation"] == [pytest.approx(a["segmentation"][0], abs=1e-3)]
 
 
-def test_a_mask_in_parts_becomes_one_outline_of_the_same_pixels(convert, pets, tiny_coco):
-    parts = [[2, 2, 10, 2, 10, 10, 2, 10], [20, 12, 30, 12, 30, 20, 20, 20], [5, 20, 9, 20, 9, 28]]
-    tiny_coco.content["annotations"][1] |= {"segmentation": parts, "bbox": [2, 2, 28, 26]}
-    tiny_coco.save()
-    folder, said = convert("pets", "yolo")
-    assert "masks of several polygons, written as one outline joined by lines without width: 1" in said
-    record = next(
-        r for r in load_yolo(str(folder / "data.yaml"), "train")[0] if r["image_id"].endswith("wide")
-    )
-    (outline,) = record["annotations"][1]["segmentation"]
-    masks = [coco_mask.decode(segmentation_to_rle(s, 30, 40)) for s in (parts, [outline])]
-    # The joining lines may touch single pixels.
-    assert np.logical_and(*masks).sum() / np.logical_or(*masks).sum() > 0.95
-
-
 def test_what_yolo_cannot_say_is_counted(convert, pets, tiny_coco):
     extra = {"image_id": 11, "category_id": 7}
     rle = {"size": [30, 40], "counts": [100, 10, 1090]}
+    parts = [[2, 2, 10, 2, 10, 10, 2, 10], [20, 12, 30, 12, 30, 20, 20, 20], [5, 20, 9, 20, 9, 28]]
     tiny_coco.content["annotations"] += [
         {**extra, "id": 1, "bbox": [1, 1, 0, 5]},
         {**extra, "id": 2, "bbox": [30, 20, 20, 20], "difficult": 1},
         {**extra, "id": 3, "bbox": [1, 1, 5, 5], "segmentation": rle, "score": 0.5},
         {**extra, "id": 4, "bbox": [1, 1, 9, 9], "segmentation": [[1, 1, 5, 1, 50, 5]]},
+        {**extra, "id": 5, "bbox": [2, 2, 28, 26], "segmentation": parts},
     ]
     tiny_coco.save()
     folder, said = convert("pets", "yolo")
@@ -250,12 +232,17 @@ def test_what_yolo_cannot_say_is_counted(convert, pets, tiny_coco):
         "objects marked difficult, which is left out: 1",
         "objects with a score, which is left out: 1",
         "boxes over 0.001 pixels off their polygon's, which alone is written: 1",
+        "masks of several polygons, written as one outline joined by lines without width: 1",
     ):
         assert text in said
     annotations = load_yolo(str(folder / "data.yaml"), "train")[0][2]["annotations"]
     assert _corners(annotations[2]) == pytest.approx([30, 20, 40, 30])
     assert _corners(annotations[3]) == pytest.approx([1, 1, 6, 6])
     assert "segmentation" not in annotations[3]
+    # The lines that join the parts of a mask may touch single pixels.
+    (outline,) = annotations[5]["segmentation"]
+    masks = [coco_mask.decode(segmentation_to_rle(s, 30, 40)) for s in (parts, [outline])]
+    assert np.logical_and(*masks).sum() / np.logical_or(*masks).sum() > 0.95
 
 
 def test_several_splits_share_a_data_yaml(convert, zoo):

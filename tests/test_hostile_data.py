@@ -11,8 +11,8 @@ from PIL import Image
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetMapper
-from plaintrain.data.builtin import declare_dataset, read_dataset
-from plaintrain.data.coco import load_coco_json, load_coco_results
+from plaintrain.data.builtin import declare_dataset
+from plaintrain.data.coco import load_coco_json
 from plaintrain.data.folder import image_header, load_images
 from plaintrain.data.images import read_image
 from plaintrain.data.records import get_detection_dataset_dicts
@@ -35,11 +35,11 @@ def _coco(files):
     ["[" * 1_000_000, '{"images":' * 100_000, '{"images": [' + "9" * 100_000 + "]}", '"\\ud800"', "\0"],
 )
 def test_json_that_fills_the_memory_is_rejected(tiny_coco, text):
-    tiny_coco.json.write_text(text)
-    rejected(tiny_coco.json, by=_coco(tiny_coco))
-    rejected(tiny_coco.json, by=lambda: load_coco_results(str(tiny_coco.json), "", str(tiny_coco.json)))
-    tiny_coco.json.write_text("{}", encoding="utf-16")
-    rejected(tiny_coco.json, by=_coco(tiny_coco))
+    declare_dataset("pets", _spec(tiny_coco))
+    path = tiny_coco.json.with_name("odd.json")
+    path.write_text(text)
+    rejected(path, by=lambda: load_coco_json(str(path), ""))
+    rejected(path, by=lambda: list(read_predictions(str(path), "pets")))
 
 
 @pytest.mark.parametrize("depth", [100, 960, 990])
@@ -50,37 +50,27 @@ def test_deep_nesting_in_an_annotation_is_rejected(tiny_coco, depth):
     rejected("deep" if depth > 600 else "", by=lambda: get_detection_dataset_dicts("deep", need_masks=True))
 
 
-def _rle(size, counts):
-    return {"segmentation": {"size": size, "counts": counts}}
+BOX = {"bbox": [1, 1, 5, 5]}
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        *({"score": float("nan")}, {"score": 10**400}, {"bbox": [float("inf")] * 4}, {"image_id": [11]}),
-        *({"bbox": "abcd"}, {"category_id": None}, {"keypoints": {"a": 1}}, {"keypoints": [1, 2]}),
-        *({"segmentation": [[0, 0, 2e9, 0, 2e9, 2e9]]}, _rle([30, 40], "o" * 50)),
-        *(_rle(size, [1200]) for size in ([-30, -40], [0, 0], [True, 1200], "ab", [30, 40, 1])),
-        *(_rle([10**6, 10**6], [10**12]), _rle([10**30, 1], [1200])),
+        *({"bbox": box} for box in ("abcd", [float("inf")] * 4)),
+        *({**BOX, "score": score} for score in (float("nan"), 10**400)),
+        *({**BOX, **change} for change in ({"image_id": [11]}, {"category_id": None}, {"keypoints": [1, 2]})),
+        {**BOX, "segmentation": [[0, 0, 2e9, 0, 2e9, 2e9]]},
+        # Boxes are made of these.
+        {"segmentation": {"size": [30, 40], "counts": "o" * 50}},
+        *({"segmentation": {"size": size, "counts": [1200]}} for size in ([-30, -40], [True, 1200], "ab")),
+        {"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}},
     ],
 )
 def test_broken_predictions_are_rejected(tiny_coco, tmp_path, change):
     declare_dataset("pets", _spec(tiny_coco))
-    detection = {"image_id": 11, "category_id": 7, "score": 0.5, **change}
-    # Without a box, one would be made of the RLE.
-    if not isinstance(change.get("segmentation"), dict):
-        detection = {"bbox": [1, 1, 5, 5], **detection}
     path = tmp_path / "found.json"
-    path.write_text(json.dumps([detection]))
+    path.write_text(json.dumps([{"image_id": 11, "category_id": 7, "score": 0.5, **change}]))
     rejected(path, "detection 0", by=lambda: list(read_predictions(str(path), "pets")))
-
-
-def test_predictions_of_another_format_are_rejected(tiny_coco, tmp_path):
-    declare_dataset("pets", _spec(tiny_coco))
-    path = tmp_path / "found.json"
-    for text in ("[" * 500_000, "null", "[[1]]", '"a"', "", "[{}]"):
-        path.write_text(text)
-        rejected(path, by=lambda: list(read_predictions(str(path), "pets")))
 
 
 # ---- images
@@ -107,9 +97,7 @@ IMAGES = {
     "wide bomb": lambda _: _png(2**31 - 1, 1, bytes(1000)),
     "text bomb": lambda _: _png(4, 4, bytes(52), [(b"zTXt", b"a\0\0" + zlib.compress(bytes(200 << 20)))]),
     "short": lambda _: _png(4000, 4000, bytes(1000)),
-    "no pixels": lambda _: _png(0, 0),
     "empty": lambda _: b"",
-    "text": lambda _: b"this is no image\n" * 100,
     "cut jpeg": lambda folder: _saved(folder, "JPEG")[:800],
     "cut png": lambda folder: _saved(folder, "PNG")[:900],
     "cut tiff": lambda folder: _saved(folder, "TIFF")[:900],
@@ -145,17 +133,6 @@ def test_an_image_larger_than_its_record_says_is_rejected(tiny_coco):
     records, _ = _coco(tiny_coco)()
     mapper = DatasetMapper(get_cfg(), is_train=False)
     rejected("wide.png", "41x30", by=lambda: mapper(records[2]))
-
-
-def test_one_broken_image_is_listed_and_the_rest_is_read(tmp_path, write_image):
-    for name in "ab":
-        write_image(tmp_path / f"images/{name}.png", 20, 20)
-    (tmp_path / "images/c.png").write_bytes(_png(60_000, 60_000))
-    declare_dataset("found", {"FORMAT": "images", "ROOT": str(tmp_path / "images")})
-    problems = []
-    records, _ = read_dataset("found", problems)
-    assert [len(records), len(problems)] == [2, 1]
-    rejected("c.png", by=lambda: read_dataset("found"))
 
 
 def test_links_that_go_round_do_not_make_an_endless_list(tmp_path, write_image):
