@@ -7,7 +7,6 @@ import pickle
 import time
 import tracemalloc
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -150,9 +149,7 @@ def _leave_the_folder(arrays):
 HOSTILE = {
     "outside": _leave_the_folder,
     "object": lambda arrays: arrays.update(labels=np.array([_Payload()], dtype=object)),
-    "order": lambda arrays: arrays["ends"].__setitem__(1, 10**18),
     "label": lambda arrays: arrays["labels"].__setitem__(1, 3),
-    "deep": lambda arrays: arrays.update(metadata=np.frombuffer(b"[" * 100_000, dtype=np.uint8)),
 }
 
 
@@ -187,28 +184,22 @@ def test_records_are_read_without_a_cache(tiny_coco, read, parsed, monkeypatch, 
     first = read(tiny_coco)
     assert read(tiny_coco) == first
     assert not log.records
-    # A file in the place of the folder: as one that cannot be written.
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("PLAINTRAIN_CACHE", str(tmp_path / "file"))
-    assert read(tiny_coco) == first
-    assert f"the cache {tmp_path / 'file'} cannot be written" in log.text
-    assert len(parsed) == 3
     # Small files are not kept.
     monkeypatch.setenv("PLAINTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "_LEAST_BYTES", 10**6)
     read(tiny_coco)
     assert not os.path.exists(cache_folder())
+    monkeypatch.setattr(cache, "_LEAST_BYTES", 0)
 
-
-def test_a_full_disk_leaves_nothing(tiny_coco, read, monkeypatch, log):
-    def full(file, **arrays):
+    def save(file, **arrays):
         file.write(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
-    read(tiny_coco)
+    monkeypatch.setattr(np, "savez", save)
+    assert read(tiny_coco) == first
     assert _files() == []
-    assert "No space left on device" in log.text
+    assert "cannot be written (No space left on device)" in log.text
+    assert len(parsed) == 4
 
 
 def test_unreadable_files_of_another_user_stay(tiny_coco, read, parsed, monkeypatch, log):
@@ -237,8 +228,6 @@ def test_cache_folder_follows_the_environment(monkeypatch):
     assert cache_folder() == "/fast/plaintrain"
     monkeypatch.setenv("PLAINTRAIN_CACHE", "~/c")
     assert cache_folder() == "/home/her/c"
-    monkeypatch.setenv("PLAINTRAIN_CACHE", "")
-    assert cache_folder() is None
 
 
 def test_old_files_make_room_for_new_ones(tiny_coco, read, monkeypatch):
@@ -258,13 +247,6 @@ def test_old_files_make_room_for_new_ones(tiny_coco, read, monkeypatch):
     read(tiny_coco, classes=["dog"])
     assert newest in _files() and len(_files()) == 4
     assert [p.name for p in _files() if p.stat().st_size == 10] == ["other", "recent.coco.npz"]
-
-
-def test_many_readers_at_once_all_get_the_records(tiny_coco, read):
-    with ThreadPoolExecutor(8) as pool:
-        records = list(pool.map(lambda _: read(tiny_coco), range(8)))
-    assert all(one == records[0] for one in records)
-    assert len(_files()) == 1
 
 
 def test_one_rank_of_a_machine_parses(tiny_coco, tmp_path):

@@ -20,32 +20,26 @@ def _records(num):
 
 def test_datasets_are_loaded_once_and_not_before_they_are_asked_for():
     calls = []
-    DatasetCatalog.register("cells", lambda: calls.append(1) or _records(3))
+
+    def load():
+        calls.append(1)
+        if len(calls) == 1:
+            raise UserError("no disk")
+        return _records(3)
+
+    DatasetCatalog.register("cells", load)
     assert not calls
     with pytest.raises(UserError, match="cells"):
         DatasetCatalog.register("cells", list)
+    with pytest.raises(UserError, match="no disk"):
+        DatasetCatalog.get("cells")
+    # A failure is not kept, and each reader gets records of its own.
     DatasetCatalog.get("cells")[1]["annotations"].clear()
     for _ in range(2):
         assert list(DatasetCatalog.get("cells")) == _records(3)
-    assert len(calls) == 1
+    assert len(calls) == 2
     DatasetCatalog.remove("cells")
-    assert "cells" not in DatasetCatalog and "cells" not in DatasetCatalog.list()
     DatasetCatalog.register("cells", lambda: _records(1))
-    assert len(DatasetCatalog.get("cells")) == 1
-
-
-def test_datasets_that_could_not_be_read_are_tried_again():
-    attempts = []
-
-    def load():
-        attempts.append(1)
-        if len(attempts) == 1:
-            raise UserError("no disk")
-        return _records(1)
-
-    DatasetCatalog.register("cells", load)
-    with pytest.raises(UserError, match="no disk"):
-        DatasetCatalog.get("cells")
     assert len(DatasetCatalog.get("cells")) == 1
 
 
@@ -163,17 +157,14 @@ def test_relative_paths_start_at_the_folder_of_datasets(tiny_coco, tmp_path, mon
     _declare("relative", FORMAT="coco", JSON="instances.json", IMAGE_ROOT=images)
     with pytest.raises(UserError, match="elsewhere"):
         DatasetCatalog.get("relative")
+    monkeypatch.delenv("PLAINTRAIN_DATASETS")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets").symlink_to(tmp_path)
+    _declare("default", FORMAT="coco", JSON="instances.json", IMAGE_ROOT=images)
+    assert len(DatasetCatalog.get("default")) == 3
     monkeypatch.setenv("HOME", str(tmp_path))
     _declare("home", FORMAT="coco", JSON="~/instances.json", IMAGE_ROOT="~/images")
     assert DatasetCatalog.get("home")[0]["file_name"].startswith(images)
-
-
-def test_the_default_folder_of_datasets_is_datasets(tiny_voc, tmp_path, monkeypatch):
-    monkeypatch.delenv("PLAINTRAIN_DATASETS", raising=False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "datasets").symlink_to(tmp_path)
-    _declare("cells", FORMAT="voc", ROOT="voc", SPLIT="val")
-    assert len(DatasetCatalog.get("cells")) == 1
 
 
 def test_declared_classes_and_flip_maps_are_used(tiny_coco, tiny_voc):
@@ -199,30 +190,16 @@ SHAPES = {"FORMAT": "shapes", "SPLIT": "val"}
     [
         ("voc", ["FORMAT", "'voc'"]),
         ({**VOC, "FORMAT": "vco"}, ["FORMAT", "vco", "coco", "voc", "shapes"]),
-        ({"ROOT": "x", "SPLIT": "y"}, ["FORMAT", "coco", "voc", "shapes"]),
-        ({**VOC, "FORMAT": ["voc"]}, ["FORMAT", "voc"]),
         ({"FORMAT": "voc", "ROTO": "x", "SPLIT": "y"}, ["ROTO", "ROOT"]),
-        ({**VOC, "JSON": "z"}, ["JSON", "ROOT"]),
-        # A needed key of each format.
         ({"FORMAT": "voc", "ROOT": "x"}, ["voc", "SPLIT"]),
-        ({"FORMAT": "coco", "IMAGE_ROOT": "x"}, ["coco", "JSON"]),
-        ({"FORMAT": "shapes"}, ["shapes", "SPLIT"]),
-        ({**COCO, "FORMAT": "coco_results"}, ["coco_results", "RESULTS"]),
         ({"FORMAT": "yolo", "DATA": "x"}, ["yolo", "SPLIT"]),
-        ({"FORMAT": "images"}, ["images", "ROOT"]),
-        ({"FORMAT": "concat"}, ["concat", "DATASETS"]),
-        # Types and values.
-        ({**SHAPES, "NUM": "many"}, ["NUM", "a whole number", "many"]),
         ({**SHAPES, "NUM": True}, ["NUM", "a whole number", "True"]),
         ({**VOC, "ROOT": 3}, ["ROOT", "a string", "3"]),
-        ({**VOC, "CLASSES": "RBC"}, ["CLASSES", "list", "RBC"]),
         ({**VOC, "CLASSES": ["yes", False]}, ["CLASSES", "False"]),
         ({**VOC, "EVALUATOR": "voc"}, ["EVALUATOR", "pascal_voc", "'voc'"]),
         ({"FORMAT": "concat", "DATASETS": [["a"]]}, ["DATASETS", "['a']"]),
         ({**COCO, "KEYPOINT_FLIP_MAP": [["left"]]}, ["KEYPOINT_FLIP_MAP", "['left']"]),
-        ({**SHAPES, "FRACTION": 0.0}, [".FRACTION must be"]),
         ({**SHAPES, "FRACTION": 1.5}, [".FRACTION must be"]),
-        ({**SHAPES, "FRACTION": "half"}, [".FRACTION must be a number"]),
         ({**SHAPES, "FRACTION_SEED": -1}, [".FRACTION_SEED must be"]),
     ],
 )
@@ -262,26 +239,18 @@ def test_a_declaration_may_be_repeated_but_not_changed():
         _declare("mine", FORMAT="shapes", SPLIT="val")
 
 
-def test_the_built_in_names_exist_with_their_evaluators():
-    coco = [f"{kind}_2017_{split}" for kind in ("coco", "keypoints_coco") for split in ("train", "val")]
+def test_built_in_datasets_have_their_evaluators_and_classes(tiny_voc, tmp_path, monkeypatch):
+    coco = [f"{name}_2017_{split}" for name in ("coco", "keypoints_coco") for split in ("train", "val")]
     voc = [f"voc_2007_{split}" for split in ("train", "val", "trainval", "test")]
     voc += [f"voc_2012_{split}" for split in ("train", "val", "trainval")]
-    for names, kind in ((coco, "coco"), (voc, "pascal_voc"), (["shapes_train", "shapes_val"], "coco")):
-        for name in names:
-            assert name in DatasetCatalog
-            assert MetadataCatalog.get(name).evaluator_type == kind
-    assert MetadataCatalog.get("voc_2007_test").year == 2007
-    assert MetadataCatalog.get("voc_2012_val").year == 2012
-
-
-def test_a_built_in_voc_set_has_vocs_twenty_classes_in_their_order(tiny_voc, tmp_path, monkeypatch):
-    declaration = MetadataCatalog.get("voc_2007_train").declaration
-    assert declaration["ROOT"] == "VOC2007"
+    for names, evaluator in ((coco, "coco"), (voc, "pascal_voc"), (["shapes_train", "shapes_val"], "coco")):
+        assert {MetadataCatalog.get(name).evaluator_type for name in names} == {evaluator}
+        assert set(names) <= set(DatasetCatalog.list())
+    assert [MetadataCatalog.get(name).year for name in voc] == [2007] * 4 + [2012] * 3
+    # VOC's twenty classes in their order.
     (tmp_path / "VOC2007").symlink_to(tiny_voc.root)
     monkeypatch.setenv("PLAINTRAIN_DATASETS", str(tmp_path))
     tiny_voc.write("a", tiny_voc.object("tvmonitor", 1, 1, 9, 9), tiny_voc.object("aeroplane", 1, 1, 9, 9))
-    declare_dataset("voc_again", declaration)
-    record = DatasetCatalog.get("voc_again")[0]
-    assert [a["category_id"] for a in record["annotations"]] == [19, 0]
+    declare_dataset("voc_again", MetadataCatalog.get("voc_2007_train").declaration)
+    assert [a["category_id"] for a in DatasetCatalog.get("voc_again")[0]["annotations"]] == [19, 0]
     assert class_names("voc_again") == VOC_CLASSES
-    assert len(set(VOC_CLASSES)) == 20

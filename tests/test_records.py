@@ -73,7 +73,7 @@ def test_keypoints_of_a_dropped_box_do_not_count(register):
     assert _ids(get_detection_dataset_dicts("people", min_keypoints=2)) == [1]
 
 
-def test_masks_need_a_segmentation_of_every_object(register):
+def test_masks_and_keypoints_are_checked_before_training(register):
     crowd, gone = _object(iscrowd=1), _object(bbox=[0, 0, 0, 0])
     register("good", [_object(segmentation=TRIANGLE), crowd, gone])
     assert len(get_detection_dataset_dicts("good", need_masks=True)) == 1
@@ -82,16 +82,12 @@ def test_masks_need_a_segmentation_of_every_object(register):
     with pytest.raises(UserError, match=r"MASK_ON needs a segmentation.* bad/1\.png has no segmentation"):
         get_detection_dataset_dicts(("good", "bad"), need_masks=True)
     register("rle", [_object(segmentation={"size": [30, 40], "counts": "h"})])
+    register("people", [_object(2, 2, 2)])
+    MetadataCatalog.get("people").set(keypoint_names=["head", "foot"])
+    with pytest.raises(UserError, match=r"people/0\.png has 9 numbers as keypoints, not 3 x 2"):
+        get_detection_dataset_dicts("people", min_keypoints=1)
     with pytest.raises(UserError, match=r"of rle/0\.png has .*counts do not add up to 30 x 40"):
         get_detection_dataset_dicts("rle", need_masks=True)
-
-
-def test_keypoints_of_another_number_are_named_before_training(register):
-    register("people", [_object(2, 2)], [_object(2, 2, 2)])
-    MetadataCatalog.get("people").set(keypoint_names=["head", "foot"])
-    assert len(get_detection_dataset_dicts("people")) == 2
-    with pytest.raises(UserError, match=r"people/1\.png has 9 numbers as keypoints, not 3 x 2"):
-        get_detection_dataset_dicts("people", min_keypoints=1)
 
 
 BOXES = [[5, 5, 0, 3], [5, 5, 3, -1], [50, 5, 3, 3], [-9, -9, 5, 5], [20, 5, 30, 5], [20, 5, 20.4, 5]]
@@ -130,13 +126,9 @@ def test_only_the_bad_boxes_of_an_image_are_dropped(register):
     ("change", "words"),
     [
         ({"height": None}, "the dataset odd has the height None"),
-        ({"width": "40"}, "the dataset odd has the width '40'"),
         ({"file_name": Path("a.png")}, "the dataset odd has the file_name PosixPath"),
-        ({"annotations": None}, "the dataset odd has the annotations None"),
         ({"annotations": [_object(category_id=2)]}, "of odd.png has category_id 2"),
-        ({"annotations": [_object(category_id=True)]}, "of odd.png has category_id True"),
         ({"annotations": [_object(bbox=None)]}, "of odd.png has no box, but None"),
-        ({"annotations": [_object(bbox=[1, 2, 3])]}, "of odd.png: a box must be four"),
         ({"annotations": [_object(keypoints=["a", "b", "c"])]}, "annotations of odd.png cannot be read"),
         ({"annotations": [{"bbox": [1, 2, 3, 4]}]}, "of odd.png has no bbox_mode"),
     ],

@@ -34,10 +34,8 @@ def test_convert_returns_a_new_list_of_floats(box, source, target, expected):
     ("box", "mode", "words"),
     [
         ([1, 2, 3], XYWH, "four finite numbers, not [1, 2, 3]"),
-        ([1, 2, 3, 4, 5], XYWH, "four finite numbers"),
         ([1, 2, math.nan, 4], XYWH, "nan"),
         ([1, 2, 3, "4"], XYWH, "'4'"),
-        ([1, 2, 3, 4], 4, "4"),
         ([1, 2, 3, 4], "XYXY", "'XYXY'"),
     ],
 )
@@ -95,21 +93,14 @@ def _rle(counts, size=(8, 10)):
     ("segmentation", "words"),
     [
         ([[1, 2, 3, 4]], ["polygon", "3 finite points", "[1, 2, 3, 4]"]),
-        ([[1, 2, 3, 4, 5, 6, 7]], ["polygon", "[1, 2, 3, 4, 5, 6, 7]"]),
-        ([SQUARE, []], ["polygon", "[]"]),
         # A list of numbers where a list of polygons belongs.
         (SQUARE, ["polygon", "2"]),
         ([[1, 2, 3, math.nan, 5, 6]], ["finite", "nan"]),
-        ([[1, 2, 3, "4", 5, 6]], ["finite", "'4'"]),
         ([[0, 0, 1e300, 0, -1e300, 5]], ["far outside"]),
         (None, ["no segmentation"]),
-        ("polygon", ["neither polygons nor an RLE", "polygon"]),
         ({"counts": [80]}, ["neither polygons nor an RLE", "counts"]),
-        ({"size": [8, 10]}, ["neither polygons nor an RLE", "size"]),
         (_rle([80], (10, 8)), ["[10, 8]", "[8, 10]"]),
-        ({"size": 8, "counts": [80]}, ["size", "8"]),
         *((_rle(counts), ["counts", "8 x 10"]) for counts in ([10, 20], [100, -20], [], [40, "40"], 80)),
-        (_rle([40.5, 39.5]), ["counts", "8 x 10"]),
         (_rle([2**64, -(2**64) + 80]), ["counts", "8 x 10"]),
         # Strings that are cut off, of which pycocotools would read on past the end, or are no runs.
         *((_rle(counts), ["counts", "8 x 10"]) for counts in ("1", b"\x01", "", "h", "0 0", "\ud800")),
