@@ -86,29 +86,25 @@ def test_a_missing_size_is_read_from_the_image(tiny_voc, size):
     rejected("a.jpg", by=lambda: _load(tiny_voc))
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "images/a.jpg", "C:\\\\images\\\\a.jpg", "a.png"])
-def test_filename_chooses_between_two_images_of_one_name(tiny_voc, monkeypatch, name):
+@pytest.mark.parametrize("name", ["a.jpg", "C:\\\\images\\\\a.jpg", "a.png", "a"])
+def test_filename_chooses_between_two_images_of_one_name(tiny_voc, name):
     (tiny_voc.root / "JPEGImages/a.png").write_bytes((tiny_voc.root / "JPEGImages/a.jpg").read_bytes())
     _rewrite(tiny_voc, "<annotation>", f"<annotation><filename>{name}</filename>")
-    names, listdir = [], os.listdir
-    for order in (1, -1):
-        monkeypatch.setattr(os, "listdir", lambda folder, order=order: sorted(listdir(folder))[::order])
-        names.append(os.path.basename(_load(tiny_voc)[0][0]["file_name"]))
-    assert names == [re.split(r"[/\\]", name)[-1]] * 2
+    if name == "a":
+        rejected("JPEGImages/a.jpg and ", "JPEGImages/a.png", "a.xml", "'a'", by=lambda: _load(tiny_voc))
+        problems = []
+        assert [record["image_id"] for record in _load(tiny_voc, problems=problems)[0]] == ["b"]
+        assert problems[0].kind == "ambiguous"
+    else:
+        assert os.path.basename(_load(tiny_voc)[0][0]["file_name"]) == re.split(r"[/\\]", name)[-1]
 
 
-def test_two_images_of_one_name_need_a_filename_of_one_of_them(tiny_voc):
-    (tiny_voc.root / "JPEGImages/a.png").write_bytes((tiny_voc.root / "JPEGImages/a.jpg").read_bytes())
-    _rewrite(tiny_voc, "<annotation>", "<annotation><filename>a</filename>")
-    rejected("JPEGImages/a.jpg and ", "JPEGImages/a.png", "a.xml", "'a'", by=lambda: _load(tiny_voc))
-    problems = []
-    records, _ = _load(tiny_voc, problems=problems)
-    assert [record["image_id"] for record in records] == ["b"] and problems[0].kind == "ambiguous"
-
-
-def test_missing_files_and_folders_are_named(tiny_voc):
+def test_missing_files_and_folders_are_rejected(tiny_voc):
     root = tiny_voc.root
     rejected("test.txt", "train, val", by=lambda: _load(tiny_voc, "test"))
+    for line in ("../../../etc/passwd", "/etc/passwd", "a\0b", "x" * 100_000, "."):
+        (root / "ImageSets/Main/val.txt").write_text(line)
+        rejected("val", by=lambda: _load(tiny_voc, "val"))
     (root / "ImageSets/Main/val.txt").write_text("\n")
     rejected("val.txt", "empty", by=lambda: _load(tiny_voc, "val"))
     for folder in ("Annotations", "JPEGImages", "ImageSets"):
@@ -117,16 +113,11 @@ def test_missing_files_and_folders_are_named(tiny_voc):
         (root / "away").rename(root / folder)
     (root / "JPEGImages/b.jpg").unlink()
     rejected("image b", "train", root / "JPEGImages", by=lambda: _load(tiny_voc))
+    with (root / "Annotations/a.xml").open("wb") as f:
+        f.truncate(10 << 30)
+    rejected("a.xml", "bytes", by=lambda: _load(tiny_voc))
     (root / "Annotations/a.xml").unlink()
     rejected("a.xml", by=lambda: _load(tiny_voc, classes=["ant"]))
-
-
-@pytest.mark.parametrize(
-    "line", ["../../../etc/passwd", "/etc/passwd", "a\0b", "x" * 100_000, "\ufeff\ufeffa", "."]
-)
-def test_split_lists_that_name_no_image_of_the_dataset_are_rejected(tiny_voc, line):
-    (tiny_voc.root / "ImageSets/Main/train.txt").write_text(line)
-    rejected("train", by=lambda: _load(tiny_voc))
 
 
 _LAUGHS = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10 if i else "ha"}">' for i in range(12))
@@ -138,14 +129,10 @@ _BOMB = f"<!DOCTYPE a [{_LAUGHS}]><annotation><object><name>&l11;</name></object
     [
         (b"", "not XML"),
         (b"<annotation><object>", "not XML"),
-        (b"\0\1\2", "not XML"),
         (b"<annotation>&x;</annotation>", "not XML"),
-        (b'<?xml version="1.0" encoding="nonsense"?><annotation/>', "not XML"),
         (b'<?xml version="1.0" encoding="GBK"?><annotation/>', "not XML"),
-        (b'<!DOCTYPE a SYSTEM "http://localhost:1/a.dtd"><annotation/>', "DOCTYPE"),
         (b'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation>&x;</annotation>', "DOCTYPE"),
         (_BOMB.encode(), "DOCTYPE"),
-        (_BOMB.encode("utf-16"), "not XML"),
         (b"<annotation>" + b"<object>" * 200_000 + b"</object>" * 200_000 + b"</annotation>", "<name>"),
     ],
 )
@@ -155,28 +142,16 @@ def test_broken_and_hostile_xml_is_rejected(tiny_voc, xml, word):
         rejected("a.xml", word, by=lambda classes=classes: _load(tiny_voc, "train", classes))
 
 
-def test_xml_of_many_bytes_is_not_read(tiny_voc):
-    with (tiny_voc.root / "Annotations/a.xml").open("wb") as f:
-        f.truncate(10 << 30)
-    rejected("a.xml", "bytes", by=lambda: _load(tiny_voc))
-
-
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         ("<name>ant</name>", "", ["<object>", "<name>"]),
-        ("<name>ant</name>", "<name> </name>", ["<object>", "<name>"]),
         ("<ymin>6</ymin>", "", ["<bndbox>", "<ymin>"]),
         ("bndbox>", "box>", ["<object>", "<bndbox>"]),
         ("<xmax>20</xmax>", "<xmax>wide</xmax>", ["<xmax>", "'wide'", "number"]),
-        ("<xmax>20</xmax>", "<xmax>nan</xmax>", ["<xmax>", "'nan'", "number"]),
         ("<xmax>20</xmax>", "<xmax>1e999</xmax>", ["<xmax>", "'1e999'", "number"]),
-        ("<height>30</height>", "", ["<size>", "<height>"]),
-        ("<height>30</height>", "<height>tall</height>", ["<height>", "'tall'", "number"]),
-        ("<height>30</height>", "<height>nan</height>", ["<height>", "'nan'", "number"]),
         ("<height>30</height>", "<height>-4</height>", ["<size>", "40 x -4"]),
         ("<height>30</height>", "<height>0.5</height>", ["<size>", "40 x 0"]),
-        ("<height>30</height>", "<height>1e300</height>", ["<size>"]),
     ],
 )
 def test_missing_tags_and_bad_numbers_are_rejected(tiny_voc, old, new, words):

@@ -65,16 +65,9 @@ def test_images_that_would_share_labels_are_rejected_or_collected(yolo, write_im
     assert [problem.kind for problem in problems] == ["ambiguous"]
 
 
-@pytest.mark.parametrize(
-    ("images", "labels"),
-    [
-        ("/d/images/x/a.jpg", "/d/labels/x/a.txt"),
-        ("/images/d/images/a.b.jpg", "/images/d/labels/a.b.txt"),
-        ("/d/x/a.jpg", "/d/x/a.txt"),
-    ],
-)
-def test_label_file_replaces_the_last_folder_images(images, labels):
-    assert label_file(images) == labels
+def test_label_file_replaces_the_last_folder_images():
+    assert label_file("/images/d/images/x/a.b.jpg") == "/images/d/labels/x/a.b.txt"
+    assert label_file("/d/x/a.jpg") == "/d/x/a.txt"
 
 
 @pytest.mark.parametrize(
@@ -138,18 +131,12 @@ def test_an_image_that_exif_turns_has_its_turned_size(yolo):
     [
         ("0 0.5 0.5 0.1", ["3 numbers", "4"]),
         ("0 0.5 0.5 0.1 0.1 0.9", ["5 numbers"]),
-        ("0 0.5 0.5 0.1 0.1 0.9 0.9 0.2", ["7 numbers"]),
         ("2 0.5 0.5 0.1 0.1", ["class 2", "0 to 1"]),
-        ("-1 0.5 0.5 0.1 0.1", ["class -1"]),
         ("0.5 0.5 0.5 0.1 0.1", ["class 0.5"]),
-        ("nan 0.5 0.5 0.1 0.1", ["class nan"]),
         ("ant 0.5 0.5 0.1 0.1", ["no number", "ant"]),
         ("0 120 40 10 10", ["120", "share"]),
         ("0 0.5 0.5 nan 0.1", ["nan", "finite"]),
-        ("0 0.5 0.5 1e999 0.1", ["inf", "finite"]),
         ("0 0.5 -0.2 0.1 0.1", ["-0.2", "share"]),
-        ("0 " + "0.5 " * 200_001, ["200001 numbers"]),
-        ("0 0.5 0.5 " + "9" * 100_000 + " 1", ["finite"]),
     ],
 )
 def test_broken_lines_are_rejected_or_collected(yolo, line, words):
@@ -185,27 +172,19 @@ NAMES = "names: [ant, bee]"
         (f"val: images/val\n{NAMES}", ["no split 'train'", "it has val"]),
         (f"train: images/none\n{NAMES}", ["images/none"]),
         (f"train: labels\n{NAMES}", ["no image", "labels"]),
-        (f"train: none.txt\n{NAMES}", ["none.txt"]),
         (f"train: folder.txt\n{NAMES}", ["folder.txt"]),
-        (f"train: {{a: b}}\n{NAMES}", ["no folder"]),
         (f"path: /nowhere\ntrain: images/train\n{NAMES}", ["/nowhere", "no such folder"]),
         # Out of the folder, also by a list.
-        (f"train: ../../etc\n{NAMES}", ["etc"]),
-        (f"train: /etc\n{NAMES}", ["/etc", "outside"]),
         (f"train: images/../../yolo2\n{NAMES}", ["yolo2", "outside"]),
         (f"train: list.txt\n{NAMES}", ["list.txt", "etc/passwd", "outside"]),
         (f'train: "a\\0b"\n{NAMES}', ["no folder"]),
-        (f'path: "a\\0b"\ntrain: images\n{NAMES}', ["data.yaml"]),
         ("train: images/train", ["names"]),
-        ("train: images/train\nnames: ant", ["names", "'ant'"]),
         ("train: images/train\nnames: []", ["names"]),
         ("train: images/train\nnames: [ant, ant]", ["twice"]),
         ("train: images/train\nnames: {1: ant, 2: bee}", ["0 to 1", "[1, 2]"]),
         ("train: images/train\nnames: [ant]\nnc: 2", ["nc: 2", "1 names"]),
-        ("train: images/train\nnc: 1000000000", ["names"]),
         ("train: [", ["line", "YAML"]),
         (f"train: images/train\n{NAMES}\nkpt_shape: [17, 3]", ["kpt_shape", "COCO JSON"]),
-        ("just words", ["data.yaml"]),
     ],
 )
 def test_broken_and_hostile_data_yaml_is_rejected(yolo, text, words):
@@ -222,6 +201,9 @@ def test_load_images_reads_a_folder_and_those_below_it_sorted(tmp_path, write_im
     for name in ("b.png", "a.JPG", "deep/er/c.png"):
         write_image(tmp_path / name, 30, 20)
     (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    rejected("no image in", by=lambda: load_images(str(tmp_path / "empty")))
+    rejected("no folder", "none", by=lambda: load_images(str(tmp_path / "none")))
     records, metadata = load_images(str(tmp_path))
     assert metadata == {}
     assert [record["image_id"] for record in records] == ["a.JPG", "b.png", "deep/er/c.png"]
@@ -233,10 +215,3 @@ def test_load_images_reads_a_folder_and_those_below_it_sorted(tmp_path, write_im
         "annotations": [],
     }
     assert load_images(str(tmp_path), ["cat"])[1] == {"thing_classes": ["cat"]}
-
-
-def test_load_images_rejects_missing_empty_and_broken_folders(tmp_path):
-    rejected("no image in", by=lambda: load_images(str(tmp_path)))
-    rejected("no folder", "none", by=lambda: load_images(str(tmp_path / "none")))
-    (tmp_path / "a.png").write_text("no image")
-    rejected("a.png", by=lambda: load_images(str(tmp_path)))
