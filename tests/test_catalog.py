@@ -168,15 +168,11 @@ def test_relative_paths_start_at_the_folder_of_datasets(tiny_coco, tmp_path, mon
 
 
 def test_declared_classes_and_flip_maps_are_used(tiny_coco, tiny_voc):
-    _declare("one", **_spec(tiny_coco), CLASSES=["dog", "cat"])
-    _declare("two", FORMAT="voc", ROOT=str(tiny_voc.root), SPLIT="train", CLASSES=["zebra"])
-    for name, labels in (("one", [1, 0, 1]), ("two", [0])):
+    _declare("pets", **_spec(tiny_coco), CLASSES=["dog", "cat"], KEYPOINT_FLIP_MAP=[["head", "foot"]])
+    _declare("zoo", FORMAT="voc", ROOT=str(tiny_voc.root), SPLIT="train", CLASSES=["zebra"])
+    for name, labels, classes in (("pets", [1, 0, 1], ["dog", "cat"]), ("zoo", [0], ["zebra"])):
         assert [a["category_id"] for r in DatasetCatalog.get(name) for a in r["annotations"]] == labels
-    assert class_names("one") == ["dog", "cat"]
-    assert class_names("two") == ["zebra"]
-    assert MetadataCatalog.get("one").thing_dataset_id_to_contiguous_id == {7: 0, 3: 1}
-    _declare("pets", **_spec(tiny_coco), KEYPOINT_FLIP_MAP=[["head", "foot"]])
-    assert len(DatasetCatalog.get("pets")) == 3
+        assert class_names(name) == classes
     assert MetadataCatalog.get("pets").keypoint_flip_map == [("head", "foot")]
 
 
@@ -199,6 +195,7 @@ SHAPES = {"FORMAT": "shapes", "SPLIT": "val"}
         ({**VOC, "EVALUATOR": "voc"}, ["EVALUATOR", "pascal_voc", "'voc'"]),
         ({"FORMAT": "concat", "DATASETS": [["a"]]}, ["DATASETS", "['a']"]),
         ({**COCO, "KEYPOINT_FLIP_MAP": [["left"]]}, ["KEYPOINT_FLIP_MAP", "['left']"]),
+        ({**SHAPES, "FRACTION": 0.0}, [".FRACTION must be"]),
         ({**SHAPES, "FRACTION": 1.5}, [".FRACTION must be"]),
         ({**SHAPES, "FRACTION_SEED": -1}, [".FRACTION_SEED must be"]),
     ],

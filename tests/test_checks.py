@@ -272,9 +272,9 @@ def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_
     ]
     content["annotations"][2].pop("segmentation")
     declare(content)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    before = (tmp_path / "pets.json").read_bytes()
     said, _ = check("pets", "--fix", tmp_path / "fixed", code=1)
-    assert {path: path.read_bytes() for path in before} == before
+    assert (tmp_path / "pets.json").read_bytes() == before
     wanted = [
         "excluded: images that are missing or cannot be read to their end: 1",
         "copies of images dropped whose objects are the same, or part of the other's: 1",

@@ -268,7 +268,5 @@ def test_the_real_images_are_read_by_their_built_in_names(data_root):
     ids = MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id
     assert (len(class_names("coco_2017_val")), ids[1], ids[90]) == (80, 0, 79)
     people = DatasetCatalog.get("keypoints_coco_2017_val")
-    assert (len(people), sum(len(r["annotations"]) for r in people)) == (28, 46)
-    assert class_names("keypoints_coco_2017_val") == ["person"]
     assert MetadataCatalog.get("keypoints_coco_2017_val").keypoint_names[:2] == ["nose", "left_eye"]
     assert {len(a["keypoints"]) for r in people for a in r["annotations"]} == {51}

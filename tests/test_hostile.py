@@ -160,15 +160,13 @@ def test_ordinary_aliases_a_byte_order_mark_and_crlf_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("bases", "words"),
     [
-        ({"a": "b", "b": "sub/../a"}, ["goes round in a circle", "a -> "]),
         ({"a": "c0"} | {f"c{i}": f"c{i + 1}" for i in range(300)}, ["100 files"]),
         ({"a": "d0"} | {f"d{i}": f"[d{i + 1}, d{i + 1}]" for i in range(40)}, ["100 files"]),
         ({"a": '"a\\0b"'}, ["not found"]),
     ],
-    ids=["circle", "chain", "doubling", "nul"],
+    ids=["chain", "doubling", "nul"],
 )
 def test_hostile_bases_are_rejected(tmp_path, bases, words):
-    (tmp_path / "sub").mkdir()
     for name in ("c300", "d40"):
         (tmp_path / name).write_text("SEED: 1\n")
     for name, base in bases.items():

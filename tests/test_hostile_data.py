@@ -9,8 +9,6 @@ import pytest
 from hostile_helpers import rejected
 from PIL import Image
 
-from plaintrain.config import get_cfg
-from plaintrain.data import DatasetMapper
 from plaintrain.data.builtin import declare_dataset
 from plaintrain.data.coco import load_coco_json
 from plaintrain.data.folder import image_header, load_images
@@ -24,10 +22,6 @@ from plaintrain.evaluation.predictions import read_predictions
 
 def _spec(files):
     return {"FORMAT": "coco", "JSON": str(files.json), "IMAGE_ROOT": str(files.images)}
-
-
-def _coco(files):
-    return lambda: load_coco_json(str(files.json), str(files.images))
 
 
 @pytest.mark.parametrize(
@@ -50,27 +44,17 @@ def test_deep_nesting_in_an_annotation_is_rejected(tiny_coco, depth):
     rejected("deep" if depth > 600 else "", by=lambda: get_detection_dataset_dicts("deep", need_masks=True))
 
 
-BOX = {"bbox": [1, 1, 5, 5]}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"bbox": box} for box in ("abcd", [float("inf")] * 4)),
-        *({**BOX, "score": score} for score in (float("nan"), 10**400)),
-        *({**BOX, **change} for change in ({"image_id": [11]}, {"category_id": None}, {"keypoints": [1, 2]})),
-        {**BOX, "segmentation": [[0, 0, 2e9, 0, 2e9, 2e9]]},
-        # Boxes are made of these.
-        {"segmentation": {"size": [30, 40], "counts": "o" * 50}},
-        *({"segmentation": {"size": size, "counts": [1200]}} for size in ([-30, -40], [True, 1200], "ab")),
-        {"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}},
-    ],
-)
-def test_broken_predictions_are_rejected(tiny_coco, tmp_path, change):
+def test_masks_of_predictions_that_fill_the_memory_are_rejected(tiny_coco, tmp_path):
     declare_dataset("pets", _spec(tiny_coco))
     path = tmp_path / "found.json"
-    path.write_text(json.dumps([{"image_id": 11, "category_id": 7, "score": 0.5, **change}]))
-    rejected(path, "detection 0", by=lambda: list(read_predictions(str(path), "pets")))
+    for change in (
+        {"bbox": [1, 1, 5, 5], "segmentation": [[0, 0, 2e9, 0, 2e9, 2e9]]},
+        # Boxes are made of these.
+        {"segmentation": {"size": [30, 40], "counts": "o" * 50}},
+        {"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}},
+    ):
+        path.write_text(json.dumps([{"image_id": 11, "category_id": 7, "score": 0.5, **change}]))
+        rejected(path, "detection 0", by=lambda: list(read_predictions(str(path), "pets")))
 
 
 # ---- images
@@ -126,13 +110,6 @@ def test_a_shapes_set_of_absurd_size_is_rejected():
             f"big {key}", {"FORMAT": "shapes", "SPLIT": "train", "NUM": 4, "WIDTH": 10**4, key: value}
         )
         rejected("shapes needs", by=lambda key=key: get_detection_dataset_dicts(f"big {key}"))
-
-
-def test_an_image_larger_than_its_record_says_is_rejected(tiny_coco):
-    (tiny_coco.images / "wide.png").write_bytes(_png(41, 30, bytes(124 * 30)))
-    records, _ = _coco(tiny_coco)()
-    mapper = DatasetMapper(get_cfg(), is_train=False)
-    rejected("wide.png", "41x30", by=lambda: mapper(records[2]))
 
 
 def test_links_that_go_round_do_not_make_an_endless_list(tmp_path, write_image):

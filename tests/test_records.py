@@ -81,11 +81,11 @@ def test_masks_and_keypoints_are_checked_before_training(register):
     assert len(get_detection_dataset_dicts("bad")) == 2
     with pytest.raises(UserError, match=r"MASK_ON needs a segmentation.* bad/1\.png has no segmentation"):
         get_detection_dataset_dicts(("good", "bad"), need_masks=True)
-    register("rle", [_object(segmentation={"size": [30, 40], "counts": "h"})])
     register("people", [_object(2, 2, 2)])
     MetadataCatalog.get("people").set(keypoint_names=["head", "foot"])
     with pytest.raises(UserError, match=r"people/0\.png has 9 numbers as keypoints, not 3 x 2"):
         get_detection_dataset_dicts("people", min_keypoints=1)
+    register("rle", [_object(segmentation={"size": [30, 40], "counts": "h"})])
     with pytest.raises(UserError, match=r"of rle/0\.png has .*counts do not add up to 30 x 40"):
         get_detection_dataset_dicts("rle", need_masks=True)
 
