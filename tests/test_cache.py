@@ -51,15 +51,8 @@ def _files():
 
 def _odd_segmentations(content):
     box = {"image_id": 5, "category_id": 3, "bbox": [1, 2, 3, 4], "iscrowd": 0}
-    odd = [
-        [[1, 2, 3.5, 4, 5, 6], [7, 8, 9, 10, 11, 12]],
-        [[]],
-        [[1.5, "x"]],
-        [1, 2, 3],
-        [[10**400, 1]],
-        "RLE",
-        {"size": [24, 20], "counts": "abc"},
-    ]
+    polygons = [[[1, 2, 3.5, 4, 5, 6], [7, 8, 9, 10, 11, 12]], [[]], [[1.5, "x"]], [1, 2, 3], [[10**400, 1]]]
+    odd = [*polygons, "RLE", {"size": [24, 20], "counts": "abc"}]
     content["annotations"] += [{"id": 200 + i, **box, "segmentation": s} for i, s in enumerate(odd)]
     content["annotations"] += [{"id": 300, **box, "score": 0.5, "difficult": 1, "area": 0}]
     content["images"][0]["file_name"] = "weit\u00e4\ud800 \u4e2d..png"

@@ -123,22 +123,19 @@ def test_shapes_are_drawn_and_written(convert, declare):
     assert metadata["keypoint_names"] == known["keypoint_names"]
     for old, new in zip(before, records, strict=True):
         assert np.array_equal(read_image(new["file_name"]), read_image(old["file_name"]))
-        assert (new["image_id"], new["height"], new["width"]) == (old["image_id"], 40, 50)
         for a, b in zip(old["annotations"], new["annotations"], strict=True):
-            assert _corners(b) == pytest.approx(_corners(a))
             assert b["keypoints"] == pytest.approx(a["keypoints"])
-            for key in ("segmentation", "area", "category_id"):
-                assert b[key] == a[key]
+            assert b["segmentation"] == a["segmentation"]
     folder, _ = convert("few", "yolo")
     assert [r["image_id"] for r in load_yolo(str(folder / "data.yaml"), "train")[0]] == [1, 2, 3]
 
 
 def test_copied_images_are_files_of_the_same_bytes(convert, pets, tiny_coco):
     folder, _ = convert("pets", "coco", "--copy-images")
-    names = [image["file_name"] for image in json.loads((folder / "annotations.json").read_text())["images"]]
-    assert names == ["images/more/upright.png", "images/empty.png", "images/wide.png"]
-    assert (folder / names[2]).read_bytes() == (tiny_coco.images / "wide.png").read_bytes()
-    assert not (folder / names[2]).is_symlink()
+    copy = folder / "images/wide.png"
+    assert _coco(folder)[0][2]["file_name"] == str(copy)
+    assert copy.read_bytes() == (tiny_coco.images / "wide.png").read_bytes()
+    assert not copy.is_symlink()
     (tiny_coco.images / "wide.png").unlink()
     said = convert("pets", "coco", "--copy-images", output=folder.with_name("again"), code=1)[1]
     assert "error: cannot put" in said and "wide.png" in said and "No such file" in said
@@ -160,6 +157,17 @@ def test_compressed_masks_scores_and_custom_areas_are_written(tmp_path):
 
 
 # ---- to YOLO
+
+
+def test_voc_to_yolo_keeps_boxes_of_all_splits(convert, zoo):
+    folder, said = convert("zoo_train", "yolo", "--val", "zoo_val")
+    assert "--val NAME" not in said
+    for split in ("train", "val"):
+        records, metadata = load_yolo(str(folder / "data.yaml"), split)
+        assert metadata["thing_classes"] == ["ant", "cow", "zebra"]
+        boxes = [[_corners(a) for a in r["annotations"]] for r in read_dataset(f"zoo_{split}")[0]]
+        for record, expected in zip(records, boxes, strict=True):
+            assert [_corners(a) for a in record["annotations"]] == [pytest.approx(box) for box in expected]
 
 
 def test_coco_to_yolo_writes_labels_links_and_data_yaml(convert, pets, tiny_coco):
@@ -243,18 +251,6 @@ def test_what_yolo_cannot_say_is_counted(convert, pets, tiny_coco):
     (outline,) = annotations[5]["segmentation"]
     masks = [coco_mask.decode(segmentation_to_rle(s, 30, 40)) for s in (parts, [outline])]
     assert np.logical_and(*masks).sum() / np.logical_or(*masks).sum() > 0.95
-
-
-def test_several_splits_share_a_data_yaml(convert, zoo):
-    folder, said = convert("zoo_train", "yolo", "--val", "zoo_val")
-    assert "--val NAME" not in said
-    for split in ("train", "val"):
-        records, metadata = load_yolo(str(folder / "data.yaml"), split)
-        assert metadata["thing_classes"] == ["ant", "cow", "zebra"]
-        for old, new in zip(read_dataset(f"zoo_{split}")[0], records, strict=True):
-            assert new["image_id"] == old["image_id"]
-            for a, b in zip(old["annotations"], new["annotations"], strict=True):
-                assert _corners(b) == pytest.approx(_corners(a))
 
 
 def test_mistakes_write_nothing(convert, declare, pets, zoo, tiny_coco):

@@ -66,11 +66,9 @@ def test_images_with_too_few_labelled_keypoints_are_skipped(register, log):
         get_detection_dataset_dicts("people", min_keypoints=3)
     assert _ids(get_detection_dataset_dicts("people", filter_empty=False)) == [0, 1, 2, 3, 4, 5]
     assert _ids(get_detection_dataset_dicts("people", False, min_keypoints=1)) == [0, 1, 2]
-
-
-def test_keypoints_of_a_dropped_box_do_not_count(register):
-    register("people", [_object(2, 2, bbox=[50, 50, 3, 3]), _object(2)], [_object(2, 2)])
-    assert _ids(get_detection_dataset_dicts("people", min_keypoints=2)) == [1]
+    # Those of a dropped box do not count.
+    register("outside", [_object(2, 2, bbox=[50, 50, 3, 3]), _object(2)], [_object(2, 2)])
+    assert _ids(get_detection_dataset_dicts("outside", min_keypoints=2)) == [1]
 
 
 def test_masks_and_keypoints_are_checked_before_training(register):

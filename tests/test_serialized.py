@@ -48,7 +48,6 @@ def test_joined_and_taken_records_are_the_same_without_their_bytes_copied():
     assert [record["image_id"] for record in taken] == [7, 0, 4, 3, 4, 5]
     assert taken[-1] == _record(5)
     assert taken.lengths == [3, 3]
-    assert taken.columns["file_name"].tolist() == [record["file_name"] for record in taken]
     assert taken.columns["height"].tolist() == [37, 30, 34, 33, 34, 35]
     assert {block._bytes.data_ptr() for block in taken._blocks} == {
         part._blocks[0]._bytes.data_ptr() for part in parts
