@@ -28,7 +28,7 @@ RECORDS = [
     record(
         1,
         [
-            annotation([0, 0, 10, 40], segmentation=[[0, 0, 10, 0, 10, 40]]),
+            annotation([60, 0, 10, 40], segmentation=[[60, 0, 70, 0, 70, 40]]),
             annotation([50, 50, 90, 70], label=2, mode=BoxMode.XYXY_ABS, keypoints=[60, 60, 2, 0, 0, 0]),
             annotation([0, 0, 100, 100], label=2, iscrowd=1, segmentation=[[0, 0, 10, 0, 10, 40]]),
         ],
@@ -67,7 +67,7 @@ def test_dataset_statistics_as_counted_by_hand():
     assert found["image_size"]["width"] == {"min": 100, "median": 100, "max": 200}
     assert found["image_size"]["commonest"][0] == {"width": 100, "height": 100, "count": 3}
     assert shown(found["image_size"]) == {"< 128": 3, "128-256": 1}
-    assert found["centres"] == [[1, 0], [0, 2]]
+    assert found["centres"] == [[0, 1], [0, 2]]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     names = per_image["names"]
     assert names[:7] == ["0", "1", "2", "3", "4", "5", "6-7"] and names[-2:] == ["50-99", ">= 100"]
