@@ -4,18 +4,13 @@ import errno
 import json
 import os
 import pickle
-import sys
 import time
 import tracemalloc
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import rank_functions
 from processes import Job
 
@@ -24,7 +19,6 @@ from plaintrain.data.cache import cache_folder, cached_records
 from plaintrain.data.coco import load_coco_json
 from plaintrain.data.columns import RecordColumns, to_columns
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.utils.errors import UserError
 
 
 @pytest.fixture
@@ -57,22 +51,15 @@ def _files():
 
 def _odd_segmentations(content):
     box = {"image_id": 5, "category_id": 3, "bbox": [1, 2, 3, 4], "iscrowd": 0}
-    odd = [
-        [[1, 2, 3.5, 4, 5, 6], [7, 8, 9, 10, 11, 12]],
-        [[]],
-        [[1.5, 2.5], {}],
-        [[1.5, "x"]],
-        [1, 2, 3],
-        [[10**400, 1]],
-        "RLE",
-        {"size": [24, 20], "counts": "abc"},
-    ]
+    polygons = [[[1, 2, 3.5, 4, 5, 6], [7, 8, 9, 10, 11, 12]], [[]], [[1.5, "x"]], [1, 2, 3], [[10**400, 1]]]
+    odd = [*polygons, "RLE", {"size": [24, 20], "counts": "abc"}]
     content["annotations"] += [{"id": 200 + i, **box, "segmentation": s} for i, s in enumerate(odd)]
     content["annotations"] += [{"id": 300, **box, "score": 0.5, "difficult": 1, "area": 0}]
     content["images"][0]["file_name"] = "weit\u00e4\ud800 \u4e2d..png"
 
 
 def test_columns_give_back_every_record(tiny_coco):
+    assert list(SerializedRecords(RecordColumns(to_columns([], ""), ""))) == []
     _odd_segmentations(tiny_coco.content)
     tiny_coco.save()
     for root in (str(tiny_coco.images), "", "/"):
@@ -90,14 +77,7 @@ def test_columns_give_back_every_record(tiny_coco):
         assert list(sent) == records + records
 
 
-def test_columns_of_nothing(tiny_coco):
-    tiny_coco.content["images"], tiny_coco.content["annotations"] = [], []
-    tiny_coco.save()
-    records, _ = load_coco_json(str(tiny_coco.json), "")
-    assert list(SerializedRecords(RecordColumns(to_columns(records, ""), ""))) == []
-
-
-def test_a_file_is_parsed_once_and_known_by_its_content(tiny_coco, read, parsed, tmp_path, log):
+def test_files_are_parsed_once_and_known_by_their_content(tiny_coco, read, parsed, tmp_path, log):
     first = read(tiny_coco)
     assert first == load_coco_json(str(tiny_coco.json), str(tiny_coco.images))
     assert read(tiny_coco) == first
@@ -108,28 +88,22 @@ def test_a_file_is_parsed_once_and_known_by_its_content(tiny_coco, read, parsed,
     records, metadata = read(tiny_coco, root="/data")
     assert len(parsed) == 1
     assert metadata == first[1]
-    assert [r["file_name"] for r in records] == [
-        "/data/more/upright.png",
-        "/data/empty.png",
-        "/data/wide.png",
-    ]
+    names = [record["file_name"] for record in records]
+    assert names == ["/data/more/upright.png", "/data/empty.png", "/data/wide.png"]
     # Other classes are other records.
     assert read(tiny_coco, classes=["dog"])[1]["thing_classes"] == ["dog"]
     assert len(parsed) == 2
-
-
-def test_a_file_of_the_same_size_and_time_but_other_content_is_read_anew(tiny_coco, read, parsed):
-    read(tiny_coco)
+    # Other content of the same size and time.
     before = tiny_coco.json.stat()
-    tiny_coco.content["annotations"][0]["bbox"][0] = 9
-    tiny_coco.save()
+    text = tiny_coco.json.read_text()
+    tiny_coco.json.write_text(text.replace("[4, 5, 10.5, 8]", "[9, 5, 10.5, 8]"))
     os.utime(tiny_coco.json, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert tiny_coco.json.stat().st_size == before.st_size
     assert read(tiny_coco)[0][2]["annotations"][0]["bbox"] == [9, 5, 10.5, 8]
-    assert len(parsed) == 2
+    assert len(parsed) == 3
 
 
-def test_what_changes_while_it_is_read_is_not_kept(tiny_coco, parsed):
+def test_files_that_change_while_they_are_read_are_not_kept(tiny_coco, parsed):
     def load(json_file, image_root, classes):
         found = load_coco_json(json_file, image_root, classes)
         tiny_coco.json.write_text(json.dumps(tiny_coco.content) + " ")
@@ -139,16 +113,7 @@ def test_what_changes_while_it_is_read_is_not_kept(tiny_coco, parsed):
     assert not os.path.exists(cache_folder())
 
 
-def test_a_mistake_is_found_at_every_start(tiny_coco, read, parsed):
-    tiny_coco.content["annotations"][0]["category_id"] = 99
-    tiny_coco.save()
-    for _ in range(2):
-        with pytest.raises(UserError, match="category_id 99"):
-            read(tiny_coco)
-    assert len(parsed) == 2
-
-
-def test_a_damaged_file_is_never_trusted(tiny_coco, read, parsed, log):
+def test_damaged_files_are_never_trusted(tiny_coco, read, parsed, log):
     first, content = read(tiny_coco), bytearray(_files()[0].read_bytes())
     for at in range(40, len(content), 97):
         damaged = content.copy()
@@ -168,112 +133,86 @@ class _Payload:
         return os.mkdir, ("executed",)
 
 
-def _save(path, arrays, what):
-    """Write a file of the cache: a pickle, text for an array, 32 MB of zeros, or a header alone."""
-    if what not in ("pickle", "text", "bomb", "header"):
-        np.savez(path, **arrays)
-        return
-    size = 2**25 if what == "bomb" else 2**40
-    kind = {"descr": "<f8", "fortran_order": False, "shape": (size // 8,)}
-    with open(path, "wb") as f:
-        if what == "pickle":
-            pickle.dump(_Payload(), f)
-            return
-        with (
-            zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as archive,
-            archive.open("metadata", "w") as member,
-        ):
-            if what == "text":
-                member.write(b"no array")
-            else:
-                np.lib.format.write_array_header_1_0(member, kind)
-            member.write(bytes(size if what == "bomb" else 0))
+def _leave_the_folder(arrays):
+    heads = arrays["heads"].tobytes()
+    assert b"more/upright.png" in heads
+    arrays["heads"] = np.frombuffer(heads.replace(b"more/upright.png", b"../../../secrets"), dtype=np.uint8)
 
 
-HOSTILE = "pickle object outside absolute order deep missing text ids no-ids list labels negative bomb header"
+HOSTILE = {
+    "outside": _leave_the_folder,
+    "object": lambda arrays: arrays.update(labels=np.array([_Payload()], dtype=object)),
+    "label": lambda arrays: arrays["labels"].__setitem__(1, 3),
+}
 
 
-@pytest.mark.parametrize("what", HOSTILE.split())
-def test_hostile_content_of_the_cache_runs_nothing(tiny_coco, read, parsed, tmp_path, monkeypatch, what):
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_arrays_in_the_cache_run_nothing(tiny_coco, read, parsed, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     first, path = read(tiny_coco), _files()[0]
     with np.load(path) as archive:
         arrays = dict(archive)
-    head = b'["more/upright.png", 2, 40, 30],'
-    assert arrays["heads"].tobytes().startswith(head)
-    bad = {"outside": b'["../../../secret", 2, 40, 30],', "absolute": b'["/etc/secrets/file", 2, 40, 3],'}
-    if what in bad:
-        text = bad[what] + b" " * (len(head) - len(bad[what]) - 1)
-        text = text[: len(bad[what]) - 1] + b" " * (len(head) - len(bad[what])) + b","
-        arrays["heads"][: len(head)] = np.frombuffer(text, dtype=np.uint8)
-    elif what == "object":
-        arrays["labels"] = np.array([_Payload()], dtype=object)
-    elif what == "order":
-        arrays["ends"][1] = 10**18
-    elif what == "missing":
-        del arrays["labels"]
-    elif what in ("labels", "negative"):
-        arrays["labels"][1] = 3 if what == "labels" else -1
-    texts = {"deep": "[" * 100_000, "ids": '{"ids": [[], []]}', "no-ids": "{}", "list": "[1]"}
-    if what in texts:
-        arrays["metadata"] = np.frombuffer(texts[what].encode(), dtype=np.uint8)
-    _save(path, arrays, what)
+    HOSTILE[name](arrays)
+    np.savez(path, **arrays)
+    assert read(tiny_coco) == first
+    assert len(parsed) == 2
+    assert not os.path.exists("executed")
+
+
+def test_archives_that_would_fill_the_memory_are_not_unpacked(tiny_coco, read):
+    first, path = read(tiny_coco), _files()[0]
+    header = {"descr": "<f8", "fortran_order": False, "shape": (2**22,)}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("metadata", "w") as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(bytes(2**25))
     tracemalloc.start()
     assert read(tiny_coco) == first
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(parsed) == 2
-    # What is only asked for counts too.
-    assert peak < 2**23 or what == "header"
-    assert not os.path.exists("executed")
+    assert peak < 2**23
 
 
-def test_without_a_cache_all_goes_on(tiny_coco, read, parsed, monkeypatch, tmp_path, log):
+def test_records_are_read_without_a_cache(tiny_coco, read, parsed, monkeypatch, tmp_path, log):
     monkeypatch.setenv("PLAINTRAIN_CACHE", "")
     first = read(tiny_coco)
     assert read(tiny_coco) == first
     assert not log.records
-    # A file in the place of the folder: as one that cannot be written.
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("PLAINTRAIN_CACHE", str(tmp_path / "file"))
-    assert read(tiny_coco) == first
-    assert [r.message.split(" (")[0] for r in log.records] == [
-        f"the cache {tmp_path / 'file'} cannot be written"
-    ]
-    assert len(parsed) == 3
+    # Small files are not kept.
+    monkeypatch.setenv("PLAINTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_LEAST_BYTES", 10**6)
+    read(tiny_coco)
+    assert not os.path.exists(cache_folder())
+    monkeypatch.setattr(cache, "_LEAST_BYTES", 0)
 
-
-def test_a_full_disk_leaves_nothing(tiny_coco, read, parsed, monkeypatch, log):
-    def full(file, **arrays):
+    def save(file, **arrays):
         file.write(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
-    read(tiny_coco)
+    monkeypatch.setattr(np, "savez", save)
+    assert read(tiny_coco) == first
     assert _files() == []
-    assert "No space left on device" in log.text
+    assert "cannot be written (No space left on device)" in log.text
+    assert len(parsed) == 4
 
 
-def test_a_file_of_somebody_else_stays(tiny_coco, read, parsed, monkeypatch, log):
+def test_unreadable_files_of_another_user_stay(tiny_coco, read, parsed, monkeypatch, log):
     first, (path,) = read(tiny_coco), _files()
     umask = os.umask(0o022)
     os.umask(umask)
     # In a folder that several users share all may read it.
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
-    def refuse(*args, **kwargs):
+    def deny(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(np, "load", refuse)
-    monkeypatch.setattr(np, "savez", refuse)
-    log.clear()
+    monkeypatch.setattr(np, "load", deny)
+    monkeypatch.setattr(np, "savez", deny)
     assert read(tiny_coco) == first
     assert len(parsed) == 2 and _files() == [path]
-    assert [r.message.split(": ")[0] for r in log.records][:1] == [f"{path} in the cache cannot be read"]
-    assert {r.levelname for r in log.records} == {"INFO"}
+    assert f"{path} in the cache cannot be read" in log.text
 
 
-def test_where_the_cache_is(monkeypatch):
+def test_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.delenv("PLAINTRAIN_CACHE")
     monkeypatch.setenv("HOME", "/home/her")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -282,33 +221,28 @@ def test_where_the_cache_is(monkeypatch):
     assert cache_folder() == "/fast/plaintrain"
     monkeypatch.setenv("PLAINTRAIN_CACHE", "~/c")
     assert cache_folder() == "/home/her/c"
-    monkeypatch.setenv("PLAINTRAIN_CACHE", "")
-    assert cache_folder() is None
 
 
-def test_old_files_make_room(tiny_coco, read, monkeypatch):
+def test_old_files_make_room_for_new_ones(tiny_coco, read, monkeypatch):
     read(tiny_coco)
     folder, (newest,) = Path(cache_folder()), _files()
     size, now = newest.stat().st_size, time.time()
-    for name, days in (("a", 1), ("b", 2), ("c", 100), ("other", 200)):
-        path = folder / (name if name == "other" else name + ".coco.npz")
-        path.write_bytes(b"0" * (3 * size if name == "b" else 10))
-        os.utime(path, (now - days * 86400,) * 2)
+    for name, days, length in (
+        ("recent.coco.npz", 1, 10),
+        ("large.coco.npz", 2, 3 * size),
+        ("old.coco.npz", 100, 10),
+        ("other", 200, 10),
+    ):
+        (folder / name).write_bytes(b"0" * length)
+        os.utime(folder / name, (now - days * 86400,) * 2)
     os.utime(newest, (now - 3600,) * 2)
     monkeypatch.setattr(cache, "_MAX_BYTES", 3 * size)
     read(tiny_coco, classes=["dog"])
-    assert len(_files()) == 4
-    assert [p.name for p in _files() if p.stat().st_size == 10] == ["a.coco.npz", "other"]
+    assert newest in _files() and len(_files()) == 4
+    assert [p.name for p in _files() if p.stat().st_size == 10] == ["other", "recent.coco.npz"]
 
 
-def test_many_readers_at_once_all_get_the_records(tiny_coco, read):
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: read(tiny_coco), range(8)))
-    assert all(one == found[0] for one in found)
-    assert len(_files()) == 1
-
-
-def test_of_the_ranks_of_a_machine_one_parses(tiny_coco, tmp_path):
+def test_one_rank_of_a_machine_parses(tiny_coco, tmp_path):
     folder = tmp_path / "job"
     folder.mkdir()
     tiny_coco.json.rename(folder / "instances.json")
@@ -321,15 +255,9 @@ def test_of_the_ranks_of_a_machine_one_parses(tiny_coco, tmp_path):
     assert len(first["boxes"]) == 4
 
 
-def test_a_registered_dataset_is_read_through_the_cache(tiny_coco, parsed, log):
+def test_registered_datasets_are_read_through_the_cache(tiny_coco, parsed, log):
     for name in ("one", "two"):
         register_coco_instances(name, {"thing_classes": ["dog", "cat"]}, str(tiny_coco.json), "pictures")
         assert DatasetCatalog.get(name)[0]["file_name"] == "pictures/more/upright.png"
         assert MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id == {7: 0, 3: 1}
     assert log.text.count("is read from the cache") == 1
-
-
-def test_small_files_are_not_kept(tiny_coco, read, parsed, monkeypatch):
-    monkeypatch.setattr(cache, "_LEAST_BYTES", 10**6)
-    read(tiny_coco)
-    assert not os.path.exists(cache_folder())

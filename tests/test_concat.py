@@ -1,4 +1,4 @@
-"""plaintrain.data.concat: several datasets as one; and a share of a dataset."""
+"""plaintrain.data.concat: several datasets as one; and a fraction of a dataset."""
 
 import json
 
@@ -56,22 +56,14 @@ def test_image_ids_that_collide_get_their_datasets_name(part):
     assert [r["image_id"] for r in _join("one", "three", name="mixed")][::2] == ["one/1", "three/1"]
 
 
-@pytest.mark.parametrize(
-    ("classes", "words"),
-    [
-        (["cat"], ["missing ['dog']"]),
-        (["cat", "dog", "cow"], ["additional ['cow']"]),
-        (["cat", "cow"], ["missing ['dog']", "additional ['cow']"]),
-        (["dog", "cat"], ["another order"]),
-    ],
-)
-def test_differing_classes_are_refused_with_both_names_and_the_difference(part, classes, words):
+def test_differing_classes_are_rejected_with_the_difference(part):
     part("one", ["cat", "dog"])
-    part("two", classes)
-    with pytest.raises(UserError) as error:
+    part("two", ["cat", "cow"])
+    with pytest.raises(UserError, match=r"one.*two.*missing \['dog'\].*additional \['cow'\].*MERGE_CLASSES"):
         _join("one", "two")
-    wanted = ["one", "two", "MERGE_CLASSES", "CLASSES", *words]
-    assert [word for word in wanted if word not in str(error.value)] == []
+    part("three", ["dog", "cat"])
+    with pytest.raises(UserError, match=r"another order"):
+        _join("one", "three", name="reordered")
 
 
 def test_merged_classes_are_in_order_of_first_appearance(part):
@@ -82,16 +74,9 @@ def test_merged_classes_are_in_order_of_first_appearance(part):
     assert _labels(records) == [[0, 1], [], [2, 0], []]
     # dog is 1 there and 8 here.
     assert MetadataCatalog.get("both").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
-
-
-def test_category_ids_are_kept_where_the_parts_agree(part):
-    part("one", ["cat", "dog"], (1, 2), first_id=5)
-    part("two", ["dog", "cow"], (3, 4), first_id=6)
-    _join("one", "two", MERGE_CLASSES=True)
-    assert MetadataCatalog.get("both").thing_dataset_id_to_contiguous_id == {5: 0, 6: 1, 7: 2}
-    part("three", ["cow"], (5, 6), first_id=5)
-    _join("one", "three", name="other", MERGE_CLASSES=True)
-    assert MetadataCatalog.get("other").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
+    part("three", ["cat", "cow"], (5, 6), first_id=2)
+    _join("one", "three", name="agreeing", MERGE_CLASSES=True)
+    assert MetadataCatalog.get("agreeing").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
 
 
 def test_classes_choose_order_and_may_be_in_no_part(part, log):
@@ -105,14 +90,13 @@ def test_classes_choose_order_and_may_be_in_no_part(part, log):
         _join("one", name="again", CLASSES=["dog", "dog"])
 
 
-@pytest.mark.parametrize("label", [2, -1, True, "0"])
-def test_a_class_id_that_its_part_does_not_have_is_refused(part, label):
+def test_class_ids_that_their_dataset_does_not_have_are_rejected(part):
     part("one", ["cat", "dog", "cow"], (1, 2))
-    box = {"bbox": [1, 1, 4, 4], "bbox_mode": 0, "category_id": label}
+    box = {"bbox": [1, 1, 4, 4], "bbox_mode": 0, "category_id": -1}
     record = {"file_name": "own.png", "image_id": 7, "height": 9, "width": 9, "annotations": [box]}
     DatasetCatalog.register("own", lambda: [record])
     MetadataCatalog.get("own").set(thing_classes=["cat", "dog"])
-    with pytest.raises(UserError, match=rf"own\.png has category_id {label!r}"):
+    with pytest.raises(UserError, match=r"own\.png has category_id -1"):
         _join("own", "one", MERGE_CLASSES=True)
 
 
@@ -139,57 +123,44 @@ def test_other_formats_concatenations_and_registered_datasets_can_be_joined(tiny
     assert records[0]["image_id"] == "inner/pets/2"
 
 
-def test_unknown_datasets_circles_and_doubles_are_refused(part, write_image, tmp_path):
+def test_unknown_datasets_circles_and_doubles_are_rejected(part, write_image, tmp_path):
     part("one", ["cat"])
-    with pytest.raises(UserError, match="'onne', which is no dataset; the nearest is one"):
-        _join("onne")
     declare_dataset("a", {"FORMAT": "concat", "DATASETS": ["one", "b"]})
     declare_dataset("b", {"FORMAT": "concat", "DATASETS": ["a"]})
-    with pytest.raises(UserError, match="circle: b -> a -> b"):
-        DatasetCatalog.get("a")
-    with pytest.raises(UserError, match="each once"):
-        _join("one", "one", name="twice")
-    with pytest.raises(UserError, match="one or more"):
-        _join(name="none")
     write_image(tmp_path / "images/a.png", 9, 9)
     declare_dataset("pictures", {"FORMAT": "images", "ROOT": str(tmp_path / "images")})
-    with pytest.raises(UserError, match="pictures names no classes"):
-        _join("pictures", name="unnamed")
+    for i, (names, words) in enumerate(
+        [
+            (["onne"], "'onne', which is no dataset; the nearest is one"),
+            (["a"], "circle: a -> b -> a"),
+            (["one", "one"], "each once"),
+            ([], "one or more"),
+            (["pictures"], "pictures names no classes"),
+        ]
+    ):
+        with pytest.raises(UserError, match=words):
+            _join(*names, name=f"joined {i}")
 
 
-# ---- a share of a dataset
+# ---- a fraction of a dataset
 
 
-def _share(name, **keys):
+def _fraction(name, **keys):
     size = {"HEIGHT": 16, "WIDTH": 16, "NUM": 40}
     declare_dataset(name, {"FORMAT": "shapes", "SPLIT": "val", **size, **keys})
     return [record["image_id"] for record in DatasetCatalog.get(name)]
 
 
 def test_a_fraction_is_a_fixed_random_subset_in_order():
-    tenth, half = _share("tenth", FRACTION=0.1), _share("half", FRACTION=0.5)
+    tenth, half = _fraction("tenth", FRACTION=0.1), _fraction("half", FRACTION=0.5)
     assert len(tenth) == 4
     assert len(half) == 20
     assert half == sorted(half)
     assert half != list(range(1, 21))
-    assert half == _share("again", FRACTION=0.5)
-    assert half != _share("other", FRACTION=0.5, FRACTION_SEED=1)
+    assert half == _fraction("again", FRACTION=0.5)
+    assert half != _fraction("other", FRACTION=0.5, FRACTION_SEED=1)
     assert set(tenth) < set(half)
-    assert _share("all", FRACTION=1) == list(range(1, 41))
-
-
-def test_a_small_fraction_leaves_an_image():
-    assert len(_share("little", FRACTION=0.001)) == 1
-
-
-def test_a_fraction_is_not_rounded_up_by_the_error_of_a_product():
+    assert _fraction("all", FRACTION=1) == list(range(1, 41))
+    assert len(_fraction("little", FRACTION=0.001)) == 1
     # 0.07 * 100 is 7.000000000000001.
-    assert len(_share("some", FRACTION=0.07, NUM=100)) == 7
-
-
-@pytest.mark.parametrize(
-    "keys", [{"FRACTION": 0.0}, {"FRACTION": 1.5}, {"FRACTION": "half"}, {"FRACTION_SEED": -1}]
-)
-def test_a_bad_fraction_is_refused(keys):
-    with pytest.raises(UserError, match=rf"DECLARE\.bad\.{next(iter(keys))} must be"):
-        _share("bad", **keys)
+    assert len(_fraction("some", FRACTION=0.07, NUM=100)) == 7

@@ -1,55 +1,65 @@
 """scripts/convert_dataset.py and plaintrain.data.write: any format to COCO JSON and to YOLO."""
 
 import json
-import runpy
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from processes import run_script
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.builtin import declare_dataset, read_dataset
 from plaintrain.data.coco import load_coco_json
 from plaintrain.data.images import read_image
-from plaintrain.data.voc import load_voc
-from plaintrain.data.write import make_folder, write_coco
-from plaintrain.data.yolo import load_yolo
+from plaintrain.data.write import write_coco
+from plaintrain.data.yolo import label_file, load_yolo
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "convert_dataset.py"
 
+@pytest.fixture
+def declare(tmp_path):
+    """Function (name, **spec) that declares a dataset here and in the config of `convert`."""
+    specs = {}
 
-@pytest.fixture(scope="module")
-def script():
-    """The script's functions."""
-    return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+    def declare(name, **spec):
+        declare_dataset(name, spec)
+        specs[name] = spec
+        (tmp_path / "c.yaml").write_text(json.dumps({"DATASETS": {"DECLARE": specs}}))
+
+    return declare
 
 
 @pytest.fixture
-def convert(script, tmp_path, capsys):
-    """Function (name, format, *flags) -> (folder, what was said)."""
+def convert(tmp_path):
+    """Function (name, format, *flags) -> (folder, output) that runs the script."""
 
-    def run(name, to, *flags, output=None):
+    def convert(name, to, *flags, output=None, code=0):
         output = output or tmp_path / f"{name}-{to}"
-        script.main(script.parse_args([name, "--to", to, "--output", str(output), *map(str, flags)]))
-        return output, capsys.readouterr().out
+        words = [name, "--to", to, "--output", output, "--config-file", tmp_path / "c.yaml", *flags]
+        done = run_script("convert_dataset.py", *words, folder=tmp_path)
+        assert done.code == code, done.output
+        assert "Traceback" not in done.output
+        return output, done.output
 
-    return run
+    return convert
 
 
 @pytest.fixture
-def pets(tiny_coco):
+def pets(tiny_coco, declare):
     """The tiny COCO dataset, declared as pets."""
     tiny_coco.content["categories"][2]["skeleton"] = [[1, 2]]
     tiny_coco.save()
-    coco = {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": str(tiny_coco.images)}
-    declare_dataset("pets", coco)
-    return coco
+    spec = {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": str(tiny_coco.images)}
+    declare("pets", **spec)
+    return spec
+
+
+@pytest.fixture
+def zoo(tiny_voc, declare):
+    """The tiny VOC dataset, declared as zoo_train and zoo_val."""
+    for split in ("train", "val"):
+        declare(f"zoo_{split}", FORMAT="voc", ROOT=str(tiny_voc.root), SPLIT=split)
 
 
 def _corners(annotation):
@@ -86,44 +96,49 @@ def test_coco_to_coco_loses_nothing(convert, pets, tiny_coco):
     assert not (folder / "images").exists()
 
 
-def test_voc_to_coco_keeps_boxes_difficult_and_names_as_ids(convert, tiny_voc):
-    declare_dataset("zoo", {"FORMAT": "voc", "ROOT": str(tiny_voc.root), "SPLIT": "train"})
-    records, metadata = _coco(convert("zoo", "coco")[0])
-    before, known = load_voc(str(tiny_voc.root), "train")
+def test_voc_to_coco_keeps_boxes_difficult_and_names_as_ids(convert, zoo):
+    folder, _ = convert("zoo_train", "coco")
+    records, metadata = _coco(folder)
+    before, known = read_dataset("zoo_train")
     assert metadata["thing_classes"] == known["thing_classes"]
     assert metadata["thing_dataset_id_to_contiguous_id"] == {1: 0, 2: 1, 3: 2}
     assert [record["image_id"] for record in records] == ["a", "b"]
     for old, new in zip(before, records, strict=True):
         assert [_corners(a) for a in new["annotations"]] == [_corners(a) for a in old["annotations"]]
-        assert [a.get("difficult", 0) for a in new["annotations"]] == [
-            a["difficult"] for a in old["annotations"]
-        ]
+        difficult = [a["difficult"] for a in old["annotations"]]
+        assert [a.get("difficult", 0) for a in new["annotations"]] == difficult
+    # What is there is not overwritten.
+    said = convert("zoo_train", "coco", code=1)[1]
+    assert "error: the folder" in said and "is not empty" in said
+    # An override of the command line.
+    elsewhere = folder.with_name("elsewhere")
+    convert("zoo_train", "coco", "DATASETS.DECLARE.zoo_train.SPLIT", "val", output=elsewhere)
+    assert [record["image_id"] for record in _coco(elsewhere)[0]] == ["c"]
 
 
-def test_shapes_are_drawn_and_written(convert):
-    declare_dataset("few", {"FORMAT": "shapes", "SPLIT": "val", "NUM": 3, "HEIGHT": 40, "WIDTH": 50})
+def test_shapes_are_drawn_and_written(convert, declare):
+    declare("few", FORMAT="shapes", SPLIT="val", NUM=3, HEIGHT=40, WIDTH=50)
     records, metadata = _coco(convert("few", "coco")[0])
     before, known = read_dataset("few")
     assert metadata["keypoint_names"] == known["keypoint_names"]
     for old, new in zip(before, records, strict=True):
         assert np.array_equal(read_image(new["file_name"]), read_image(old["file_name"]))
-        assert (new["image_id"], new["height"], new["width"]) == (old["image_id"], 40, 50)
         for a, b in zip(old["annotations"], new["annotations"], strict=True):
-            assert _corners(b) == pytest.approx(_corners(a))
             assert b["keypoints"] == pytest.approx(a["keypoints"])
-            assert (b["segmentation"], b["area"], b["category_id"]) == (
-                a["segmentation"],
-                a["area"],
-                a["category_id"],
-            )
+            assert b["segmentation"] == a["segmentation"]
+    folder, _ = convert("few", "yolo")
+    assert [r["image_id"] for r in load_yolo(str(folder / "data.yaml"), "train")[0]] == [1, 2, 3]
 
 
-def test_images_can_be_copied(convert, pets, tiny_coco):
+def test_copied_images_are_files_of_the_same_bytes(convert, pets, tiny_coco):
     folder, _ = convert("pets", "coco", "--copy-images")
-    names = [image["file_name"] for image in json.loads((folder / "annotations.json").read_text())["images"]]
-    assert names == ["images/more/upright.png", "images/empty.png", "images/wide.png"]
-    assert (folder / names[2]).read_bytes() == (tiny_coco.images / "wide.png").read_bytes()
-    assert not (folder / names[2]).is_symlink()
+    copy = folder / "images/wide.png"
+    assert _coco(folder)[0][2]["file_name"] == str(copy)
+    assert copy.read_bytes() == (tiny_coco.images / "wide.png").read_bytes()
+    assert not copy.is_symlink()
+    (tiny_coco.images / "wide.png").unlink()
+    said = convert("pets", "coco", "--copy-images", output=folder.with_name("again"), code=1)[1]
+    assert "error: cannot put" in said and "wide.png" in said and "No such file" in said
 
 
 def test_compressed_masks_scores_and_custom_areas_are_written(tmp_path):
@@ -142,6 +157,17 @@ def test_compressed_masks_scores_and_custom_areas_are_written(tmp_path):
 
 
 # ---- to YOLO
+
+
+def test_voc_to_yolo_keeps_boxes_of_all_splits(convert, zoo):
+    folder, said = convert("zoo_train", "yolo", "--val", "zoo_val")
+    assert "--val NAME" not in said
+    for split in ("train", "val"):
+        records, metadata = load_yolo(str(folder / "data.yaml"), split)
+        assert metadata["thing_classes"] == ["ant", "cow", "zebra"]
+        boxes = [[_corners(a) for a in r["annotations"]] for r in read_dataset(f"zoo_{split}")[0]]
+        for record, expected in zip(records, boxes, strict=True):
+            assert [_corners(a) for a in record["annotations"]] == [pytest.approx(box) for box in expected]
 
 
 def test_coco_to_yolo_writes_labels_links_and_data_yaml(convert, pets, tiny_coco):
@@ -166,16 +192,20 @@ def test_coco_to_yolo_writes_labels_links_and_data_yaml(convert, pets, tiny_coco
         "--val NAME",
     ):
         assert text in said
+    folder, said = convert("pets", "yolo", "--boxes", output=folder.with_name("boxes"))
+    lines = (folder / "labels/train/wide.txt").read_text().splitlines()
+    assert [len(line.split()) for line in lines] == [5, 5]
+    assert "misreads" not in said
 
 
-def test_coco_to_yolo_and_back_keeps_boxes_and_polygons(convert, pets, tiny_coco):
+def test_coco_to_yolo_and_back_keeps_boxes_and_polygons(convert, declare, pets, tiny_coco):
     for annotation in tiny_coco.content["annotations"]:
         annotation["iscrowd"] = 0
     tiny_coco.content["annotations"][1]["segmentation"] = [[20.123, 10, 35, 10.77, 35, 25, 20.123, 25]]
     tiny_coco.content["annotations"][1]["bbox"] = [20.123, 10, 14.877, 15]
     tiny_coco.save()
     folder, _ = convert("pets", "yolo", "--copy-images")
-    declare_dataset("middle", {"FORMAT": "yolo", "DATA": str(folder / "data.yaml"), "SPLIT": "train"})
+    declare("middle", FORMAT="yolo", DATA=str(folder / "data.yaml"), SPLIT="train")
     records, metadata = _coco(convert("middle", "coco")[0])
     assert metadata["thing_classes"] == ["cat", "person", "dog"]
     by_name = {Path(record["file_name"]).name: record for record in records}
@@ -190,29 +220,16 @@ def test_coco_to_yolo_and_back_keeps_boxes_and_polygons(convert, pets, tiny_coco
                 assert b["segmentation"] == [pytest.approx(a["segmentation"][0], abs=1e-3)]
 
 
-def test_a_mask_in_parts_becomes_one_outline_of_the_same_pixels(convert, pets, tiny_coco):
-    parts = [[2, 2, 10, 2, 10, 10, 2, 10], [20, 12, 30, 12, 30, 20, 20, 20], [5, 20, 9, 20, 9, 28]]
-    tiny_coco.content["annotations"][1] |= {"segmentation": parts, "bbox": [2, 2, 28, 26]}
-    tiny_coco.save()
-    folder, said = convert("pets", "yolo")
-    assert "masks of several polygons, written as one outline joined by lines without width: 1" in said
-    record = next(
-        r for r in load_yolo(str(folder / "data.yaml"), "train")[0] if r["image_id"].endswith("wide")
-    )
-    (outline,) = record["annotations"][1]["segmentation"]
-    masks = [coco_mask.decode(segmentation_to_rle(s, 30, 40)) for s in (parts, [outline])]
-    # The joining lines may touch single pixels.
-    assert np.logical_and(*masks).sum() / np.logical_or(*masks).sum() > 0.95
-
-
 def test_what_yolo_cannot_say_is_counted(convert, pets, tiny_coco):
     extra = {"image_id": 11, "category_id": 7}
     rle = {"size": [30, 40], "counts": [100, 10, 1090]}
+    parts = [[2, 2, 10, 2, 10, 10, 2, 10], [20, 12, 30, 12, 30, 20, 20, 20], [5, 20, 9, 20, 9, 28]]
     tiny_coco.content["annotations"] += [
         {**extra, "id": 1, "bbox": [1, 1, 0, 5]},
         {**extra, "id": 2, "bbox": [30, 20, 20, 20], "difficult": 1},
         {**extra, "id": 3, "bbox": [1, 1, 5, 5], "segmentation": rle, "score": 0.5},
         {**extra, "id": 4, "bbox": [1, 1, 9, 9], "segmentation": [[1, 1, 5, 1, 50, 5]]},
+        {**extra, "id": 5, "bbox": [2, 2, 28, 26], "segmentation": parts},
     ]
     tiny_coco.save()
     folder, said = convert("pets", "yolo")
@@ -223,158 +240,44 @@ def test_what_yolo_cannot_say_is_counted(convert, pets, tiny_coco):
         "objects marked difficult, which is left out: 1",
         "objects with a score, which is left out: 1",
         "boxes over 0.001 pixels off their polygon's, which alone is written: 1",
+        "masks of several polygons, written as one outline joined by lines without width: 1",
     ):
         assert text in said
     annotations = load_yolo(str(folder / "data.yaml"), "train")[0][2]["annotations"]
     assert _corners(annotations[2]) == pytest.approx([30, 20, 40, 30])
     assert _corners(annotations[3]) == pytest.approx([1, 1, 6, 6])
     assert "segmentation" not in annotations[3]
+    # The lines that join the parts of a mask may touch single pixels.
+    (outline,) = annotations[5]["segmentation"]
+    masks = [coco_mask.decode(segmentation_to_rle(s, 30, 40)) for s in (parts, [outline])]
+    assert np.logical_and(*masks).sum() / np.logical_or(*masks).sum() > 0.95
 
 
-def test_boxes_only_writes_no_polygon(convert, pets):
-    folder, said = convert("pets", "yolo", "--boxes")
-    lines = (folder / "labels/train/wide.txt").read_text().splitlines()
-    assert [len(line.split()) for line in lines] == [5, 5]
-    assert "misreads" not in said
+def test_mistakes_write_nothing(convert, declare, pets, zoo, tiny_coco):
+    declare("pictures", FORMAT="images", ROOT=str(tiny_coco.images))
+    declare("again", **pets, FRACTION=0.99)
+    declare("both", FORMAT="concat", DATASETS=["pets", "again"])
+    for name, flags, code, words in (
+        ("pet", (), 1, "did you mean pets"),
+        ("pets", ("--val", "zoo_val"), 1, "pets and zoo_val have different classes"),
+        ("pictures", (), 1, "pictures names no classes"),
+        ("both", (), 1, "same image file"),
+    ):
+        folder, said = convert(name, "yolo", *flags, code=code)
+        assert "error: " in said and words in said
+        assert not (folder / "data.yaml").exists()
+    said = convert("pets", "coco", output=tiny_coco.json, code=1)[1]
+    assert "cannot make the folder" in said
+    assert "--boxes belong to --to yolo" in convert("pets", "coco", "--boxes", code=2)[1]
 
 
-def test_several_splits_share_a_data_yaml(convert, tiny_voc):
-    for split in ("train", "val"):
-        declare_dataset(f"zoo_{split}", {"FORMAT": "voc", "ROOT": str(tiny_voc.root), "SPLIT": split})
-    folder, said = convert("zoo_train", "yolo", "--val", "zoo_val")
-    assert "--val NAME" not in said
-    for split, number in (("train", 2), ("val", 1)):
-        records, metadata = load_yolo(str(folder / "data.yaml"), split)
-        assert len(records) == number
-        assert metadata["thing_classes"] == ["ant", "cow", "zebra"]
-        assert [[_corners(a) for a in r["annotations"]] for r in records] == [
-            [pytest.approx(_corners(a)) for a in r["annotations"]] for r in read_dataset(f"zoo_{split}")[0]
-        ]
-
-
-def test_shapes_to_yolo_keep_their_ids_as_file_names(convert):
-    declare_dataset("few", {"FORMAT": "shapes", "SPLIT": "val", "NUM": 3, "HEIGHT": 40, "WIDTH": 50})
-    folder, _ = convert("few", "yolo")
-    records, _ = load_yolo(str(folder / "data.yaml"), "train")
-    assert [record["image_id"] for record in records] == [1, 2, 3]
-
-
-# ---- mistakes
-
-
-def test_a_folder_with_content_is_refused(convert, pets, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="full is not empty"):
-        convert("pets", "coco", output=tmp_path / "full")
-    with pytest.raises(UserError, match=r"notes\.txt"):
-        make_folder(tmp_path / "full/notes.txt")
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
-
-
-def test_unknown_datasets_and_differing_classes_are_refused_before_anything_is_written(
-    convert, pets, tmp_path
-):
-    with pytest.raises(UserError, match="did you mean pets"):
-        convert("pet", "coco")
-    with pytest.raises(UserError, match="pets and shapes_val have different classes"):
-        convert("pets", "yolo", "--val", "shapes_val")
-    assert not (tmp_path / "pets-yolo").exists()
-
-
-def test_a_dataset_without_class_names_or_with_an_image_twice_is_refused(
-    convert, tiny_coco, pets, write_image
-):
-    declare_dataset("pictures", {"FORMAT": "images", "ROOT": str(tiny_coco.images)})
-    with pytest.raises(UserError, match="pictures names no classes"):
-        convert("pictures", "coco")
-    declare_dataset("again", {**pets, "FRACTION": 0.99})
-    declare_dataset("both", {"FORMAT": "concat", "DATASETS": ["pets", "again"]})
-    with pytest.raises(UserError, match="same image file"):
-        convert("both", "yolo")
-
-
-def test_a_missing_image_is_named(convert, pets, tiny_coco):
-    (tiny_coco.images / "wide.png").unlink()
-    with pytest.raises(UserError, match=r"wide\.png.*No such file"):
-        convert("pets", "coco", "--copy-images")
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["x", "--to", "voc", "--output", "d"],
-        ["x", "--to", "coco"],
-        ["--to", "coco", "--output", "d"],
-        ["x", "--to", "coco", "--output", "d", "--boxes"],
-    ],
-)
-def test_a_mistake_in_the_command_line_exits_with_2(script, args, capsys):
-    with pytest.raises(SystemExit) as error:
-        script.parse_args(args)
-    assert error.value.code == 2
-
-
-def test_the_script_runs_as_a_user_runs_it(tiny_voc, tmp_path):
-    (tmp_path / "c.yaml").write_text(
-        f"DATASETS: {{DECLARE: {{zoo: {{FORMAT: voc, ROOT: {tiny_voc.root}, SPLIT: train}}}}}}\n"
-    )
-    command = [sys.executable, str(SCRIPT), "zoo", "--to", "coco", "--output", str(tmp_path / "out")]
-    command += ["--config-file", str(tmp_path / "c.yaml"), "DATASETS.DECLARE.zoo.SPLIT", "val"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [record["image_id"] for record in _coco(tmp_path / "out")[0]] == ["c"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: the folder")
-    assert "Traceback" not in done.stderr
-
-
-def test_real_images_go_to_yolo_and_back(convert, data_root):
-    folder, _ = convert("coco_2017_val", "yolo")
-    declare_dataset("middle", {"FORMAT": "yolo", "DATA": str(folder / "data.yaml"), "SPLIT": "train"})
-    records, _ = read_dataset("middle")
-    for old, new in zip(read_dataset("coco_2017_val")[0], records, strict=True):
-        kept = [a for a in old["annotations"] if not a["iscrowd"]]
-        assert (new["image_id"], new["height"]) == (old["image_id"], old["height"])
-        for a, b in zip(kept, new["annotations"], strict=True):
-            assert b["category_id"] == a["category_id"]
-            assert _corners(b) == pytest.approx(_corners(a), abs=1e-3)
-            if len(a["segmentation"]) == 1:
-                assert b["segmentation"] == [pytest.approx(a["segmentation"][0], abs=1e-3)]
-
-
-def test_an_image_that_is_turned_keeps_its_turned_size(convert, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (40, 20)).save(tmp_path / "images/a.jpg", exif=exif)
-    (tmp_path / "data.yaml").write_text("train: images\nnames: [ant]\n")
-    declare_dataset("one", {"FORMAT": "yolo", "DATA": str(tmp_path / "data.yaml"), "SPLIT": "train"})
-    record = _coco(convert("one", "coco")[0])[0][0]
-    assert (record["height"], record["width"]) == (40, 20)
-
-
-def _place(tmp_path, write_image, *files):
-    """A COCO dataset named `places` of an object in each image."""
-    for i, file in enumerate(files):
-        write_image(tmp_path / file, 40, 20, i)
-    images = [{"id": i, "file_name": file, "height": 20, "width": 40} for i, file in enumerate(files)]
-    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 9, 9]} for i in range(len(files))]
-    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
-    (tmp_path / "places.json").write_text(json.dumps(content))
-    spec = {"FORMAT": "coco", "JSON": str(tmp_path / "places.json"), "IMAGE_ROOT": str(tmp_path)}
-    declare_dataset("places", spec)
-
-
-def test_labels_are_found_again_whatever_the_folders_of_the_images_are_called(convert, tmp_path, write_image):
-    _place(tmp_path, write_image, "a/images/1.png", "b/images/2.png")
+def test_labels_are_found_again_whatever_the_folders_are_called(convert, declare, tmp_path, write_image):
+    for name in ("a/images/1.png", "b/images/2.png"):
+        write_image(tmp_path / "places" / name, 40, 20)
+    declare("places", FORMAT="images", ROOT=str(tmp_path / "places"), CLASSES=["cat"])
     folder, _ = convert("places", "yolo")
     records, _ = load_yolo(str(folder / "data.yaml"), "train")
-    assert [len(record["annotations"]) for record in records] == [1, 1]
-
-
-def test_two_images_that_would_share_a_label_file_are_refused(convert, tmp_path, write_image):
-    _place(tmp_path, write_image, "c/x.png", "c/x.bmp")
-    with pytest.raises(UserError, match=r"x\.bmp and another image would share the labels .*x\.txt"):
-        convert("places", "yolo")
+    assert [Path(label_file(record["file_name"])).is_file() for record in records] == [True, True]
+    write_image(tmp_path / "places/b/images/2.bmp", 40, 20)
+    said = convert("places", "yolo", output=tmp_path / "again", code=1)[1]
+    assert "2.png and another image would share the labels" in said

@@ -1,4 +1,4 @@
-"""plaintrain.data.records: which images of a dataset are trained on, and what is said about them."""
+"""plaintrain.data.records: the records of a training set, checked and cleaned."""
 
 import os
 from pathlib import Path
@@ -46,7 +46,7 @@ def _ids(records):
     return [record["image_id"] for record in records]
 
 
-def test_images_with_too_few_labelled_keypoints_are_left_out_and_counted(register, log):
+def test_images_with_too_few_labelled_keypoints_are_skipped(register, log):
     register(
         "people",
         [_object(2, 1, 0)],
@@ -66,14 +66,12 @@ def test_images_with_too_few_labelled_keypoints_are_left_out_and_counted(registe
         get_detection_dataset_dicts("people", min_keypoints=3)
     assert _ids(get_detection_dataset_dicts("people", filter_empty=False)) == [0, 1, 2, 3, 4, 5]
     assert _ids(get_detection_dataset_dicts("people", False, min_keypoints=1)) == [0, 1, 2]
+    # Those of a dropped box do not count.
+    register("outside", [_object(2, 2, bbox=[50, 50, 3, 3]), _object(2)], [_object(2, 2)])
+    assert _ids(get_detection_dataset_dicts("outside", min_keypoints=2)) == [1]
 
 
-def test_keypoints_of_a_dropped_box_do_not_count(register):
-    register("people", [_object(2, 2, bbox=[50, 50, 3, 3]), _object(2)], [_object(2, 2)])
-    assert _ids(get_detection_dataset_dicts("people", min_keypoints=2)) == [1]
-
-
-def test_masks_need_a_segmentation_of_every_object(register):
+def test_masks_and_keypoints_are_checked_before_training(register):
     crowd, gone = _object(iscrowd=1), _object(bbox=[0, 0, 0, 0])
     register("good", [_object(segmentation=TRIANGLE), crowd, gone])
     assert len(get_detection_dataset_dicts("good", need_masks=True)) == 1
@@ -81,37 +79,20 @@ def test_masks_need_a_segmentation_of_every_object(register):
     assert len(get_detection_dataset_dicts("bad")) == 2
     with pytest.raises(UserError, match=r"MASK_ON needs a segmentation.* bad/1\.png has no segmentation"):
         get_detection_dataset_dicts(("good", "bad"), need_masks=True)
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "words"),
-    [
-        ([[1, 1, 9, 9]], "3 finite points or more"),
-        ("1 1 9 9 5 5", "neither polygons nor an RLE"),
-        ({"size": [30, 40], "counts": "h"}, "counts do not add up to 30 x 40"),
-        ({"size": [40, 30], "counts": [1200]}, r"the size \[40, 30\]"),
-    ],
-)
-def test_masks_that_cannot_be_made_are_named_before_training(register, segmentation, words):
-    register("bad", [_object(segmentation=TRIANGLE)], [_object(segmentation=segmentation)])
-    assert len(get_detection_dataset_dicts("bad")) == 2
-    with pytest.raises(UserError, match=rf"an annotation of bad/1\.png has .*{words}"):
-        get_detection_dataset_dicts("bad", need_masks=True)
-
-
-def test_keypoints_of_another_number_are_named_before_training(register):
-    register("people", [_object(2, 2)], [_object(2, 2, 2)])
+    register("people", [_object(2, 2, 2)])
     MetadataCatalog.get("people").set(keypoint_names=["head", "foot"])
-    assert len(get_detection_dataset_dicts("people")) == 2
-    with pytest.raises(UserError, match=r"people/1\.png has 9 numbers as keypoints, not 3 x 2"):
+    with pytest.raises(UserError, match=r"people/0\.png has 9 numbers as keypoints, not 3 x 2"):
         get_detection_dataset_dicts("people", min_keypoints=1)
+    register("rle", [_object(segmentation={"size": [30, 40], "counts": "h"})])
+    with pytest.raises(UserError, match=r"of rle/0\.png has .*counts do not add up to 30 x 40"):
+        get_detection_dataset_dicts("rle", need_masks=True)
 
 
 BOXES = [[5, 5, 0, 3], [5, 5, 3, -1], [50, 5, 3, 3], [-9, -9, 5, 5], [20, 5, 30, 5], [20, 5, 20.4, 5]]
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_training_says_of_a_box_what_the_check_of_the_dataset_says(register, log, box):
+def test_training_warns_of_a_box_as_check_records_does(register, log, box):
     register("one", [_object(bbox=box), _object(bbox=[1, 1, 9, 9])])
     found = check_records(DatasetCatalog.get("one"), MetadataCatalog.get("one"))
     kept = get_detection_dataset_dicts("one")[0]["annotations"]
@@ -130,7 +111,7 @@ def test_lengths_are_those_of_the_datasets_after_filtering(register):
     assert get_detection_dataset_dicts(("two", "one"), filter_empty=False).lengths == [3, 3]
 
 
-def test_only_the_bad_boxes_of_an_image_are_dropped_whatever_is_around_it(register):
+def test_only_the_bad_boxes_of_an_image_are_dropped(register):
     good, bad = _object(), _object(bbox=[1, 1, 0, 3])
     kinds = {"g": good, "b": bad}
     texts = ["gbg", "", "g", "bb", "bg", "gg", "gb"]
@@ -139,29 +120,25 @@ def test_only_the_bad_boxes_of_an_image_are_dropped_whatever_is_around_it(regist
     assert kept == [[0, 2], [], [0], [], [1], [0, 1], [0]]
 
 
-def test_a_fault_in_any_dataset_is_named_though_the_first_is_fine(register):
-    register("one", [_object()])
-    register("two", [_object()], [_object(), _object(category_id=2)])
-    with pytest.raises(UserError, match=r"two/1\.png has category_id 2"):
-        get_detection_dataset_dicts(("one", "two"))
-
-
 @pytest.mark.parametrize(
-    ("key", "value"), [("height", None), ("width", "40"), ("file_name", Path("a.png")), ("annotations", None)]
+    ("change", "words"),
+    [
+        ({"height": None}, "the dataset odd has the height None"),
+        ({"file_name": Path("a.png")}, "the dataset odd has the file_name PosixPath"),
+        ({"annotations": [_object(category_id=2)]}, "of odd.png has category_id 2"),
+        ({"annotations": [_object(bbox=None)]}, "of odd.png has no box, but None"),
+        ({"annotations": [_object(keypoints=["a", "b", "c"])]}, "annotations of odd.png cannot be read"),
+        ({"annotations": [{"bbox": [1, 2, 3, 4]}]}, "of odd.png has no bbox_mode"),
+    ],
+    ids=str,
 )
-def test_what_a_record_holds_instead_is_said(register, key, value):
-    register("odd", [_object()])
-    DatasetCatalog._functions["odd"]()[0][key] = value
-    with pytest.raises(UserError, match="the dataset odd has the") as error:
-        get_detection_dataset_dicts("odd")
-    assert f"{key} {value!r}" in str(error.value)
-
-
-@pytest.mark.parametrize("more", [{"bbox": None}, {"keypoints": ["a", "b", "c"]}])
-def test_an_annotation_that_cannot_be_read_is_placed(register, more):
-    register("odd", [_object()], [_object(**more)])
-    with pytest.raises(UserError, match=r"annotations? of odd/1\.png"):
-        get_detection_dataset_dicts("odd")
+def test_malformed_records_are_named(register, change, words):
+    register("good", [_object()])
+    register("odd", [_object()], [_object()])
+    DatasetCatalog._functions["odd"]()[1].update({"file_name": "odd.png", **change})
+    with pytest.raises(UserError) as error:
+        get_detection_dataset_dicts(("good", "odd"))
+    assert words in str(error.value)
 
 
 def test_folders_are_listed_once_for_each_loaded_dataset(register, tmp_path, monkeypatch):
