@@ -1,4 +1,4 @@
-"""Mistakes that a config could have, to patch into plaintrain.config."""
+"""Defects to patch into plaintrain.config."""
 
 from plaintrain import config
 from plaintrain.config import CfgNode
@@ -107,26 +107,10 @@ def chain_from(change):
     return defect
 
 
-def _merge_from(is_taken):
-    def defect(patch):
-        original = config._merge
+def unknown_keys_are_passed_over(patch):
+    original = config._merge
 
-        def merge(new, node, path, source):
-            original(
-                {key: item for key, item in new.items() if is_taken(node, key, item)}, node, path, source
-            )
+    def merge(new, node, path, source):
+        original({key: item for key, item in new.items() if key in node}, node, path, source)
 
-        patch.setattr(config, "_merge", merge)
-
-    return defect
-
-
-def _replaced(node, key, item):
-    if isinstance(node.get(key), CfgNode) and not isinstance(item, dict):
-        node[key] = item
-        return False
-    return True
-
-
-unknown_keys_are_passed_over = _merge_from(lambda node, key, item: key in node)
-sections_are_replaced = _merge_from(_replaced)
+    patch.setattr(config, "_merge", merge)
