@@ -15,10 +15,6 @@ def coerce_from(change):
     return defect
 
 
-def keep_if_false(original, old, value, name, source):
-    return original(old, value, name, source) or old
-
-
 def extend_lists(original, old, value, name, source):
     new = original(old, value, name, source)
     return old + new if isinstance(old, list | tuple) else new
@@ -28,15 +24,6 @@ def subclasses_are_taken(original, old, value, name, source):
     return value if isinstance(value, type(old)) else original(old, value, name, source)
 
 
-def converted(original, old, value, name, source):
-    try:
-        return original(old, value, name, source)
-    except ConfigError:
-        if isinstance(value, type(None) | str | dict):
-            raise
-        return type(old)([value] if isinstance(old, list | tuple) else value)
-
-
 def name_is_short(original, old, value, name, source):
     return original(old, value, name.rsplit(".", 1)[-1], source)
 
@@ -44,20 +31,6 @@ def name_is_short(original, old, value, name, source):
 def configs_are_one(patch):
     one = config.get_cfg()
     patch.setattr(config, "_copy_node", lambda node: one)
-
-
-def merges_everywhere(patch):
-    """A value also goes to the key's namesake one section up or down."""
-    original = CfgNode.merge_from_list
-
-    def merge(self, pairs):
-        original(self, pairs)
-        leaf = str(pairs[0]).rsplit(".", 1)[-1]
-        for section in self.values():
-            if isinstance(section, CfgNode) and type(section.get(leaf)) is type(pairs[1]):
-                section[leaf] = pairs[1]
-
-    patch.setattr(CfgNode, "merge_from_list", merge)
 
 
 def open_sections_read_literals(patch):
@@ -77,10 +50,6 @@ def dump_from(change):
 
 def without_empty(value):
     return {key: item for key, item in value.items() if item != ""} if isinstance(value, dict) else value
-
-
-def with_short_floats(value):
-    return float(f"{value:g}") if isinstance(value, float) else value
 
 
 def with_stripped_strings(value):
