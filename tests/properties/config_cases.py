@@ -27,7 +27,7 @@ DEFAULTS = {key: NULLABLE.get(key, get_value(get_cfg(), key)) for key in LEAVES}
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 _WORDS = st.sampled_from(["", "a: b", " a ", "\ta", "a\n"]) | st.sampled_from(
-    "null none ~ true yes 1e-3 0x1F 12:30 2020-01-01 -".split()
+    ["null", "none", "~", "true", "yes", "1e-3", "0x1F", "12:30", "2020-01-01", "-"]
 )
 STRINGS = _TEXT | _WORDS
 # A file may hold no longer ones.

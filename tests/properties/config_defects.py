@@ -2,7 +2,6 @@
 
 from plaintrain import config
 from plaintrain.config import CfgNode
-from plaintrain.utils.errors import ConfigError
 
 
 def coerce_from(change):
