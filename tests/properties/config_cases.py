@@ -93,15 +93,6 @@ def mistakes(draw):
     return key, draw(st.one_of(*values))
 
 
-# What DATASETS.DECLARE holds: any names, of sections or values.
-_FLAT = st.dictionaries(STRINGS, _SCALARS, max_size=3)
-DECLARATIONS = st.dictionaries(
-    STRINGS,
-    st.dictionaries(STRINGS, _SCALARS | st.lists(_SCALARS, max_size=2) | _FLAT, max_size=3),
-    max_size=3,
-)
-
-
 def nested(settings):
     """[(dotted key, value)] as the nested mapping of a YAML file."""
     content = {}

@@ -32,11 +32,6 @@ def configs_are_one(patch):
     patch.setattr(config, "_copy_node", lambda node: one)
 
 
-def open_sections_read_literals(patch):
-    original = config._to_node
-    patch.setattr(config, "_to_node", lambda value, name, _: original(value, name, config._COMMAND_LINE))
-
-
 def dump_from(change):
     """A defect in what a dump writes: `change(value)`."""
 

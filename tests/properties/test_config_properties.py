@@ -9,7 +9,6 @@ import config_defects as broken
 import pytest
 import yaml
 from config_cases import (
-    DECLARATIONS,
     DEFAULTS,
     INTS,
     LEAVES,
@@ -74,13 +73,6 @@ def check_a_value_sticks(setting, as_text):
     others = get_cfg()
     assert all(same(get_value(cfg, other), get_value(others, other)) for other in LEAVES if other != key)
     assert others.dump() == DEFAULT_DUMP
-
-
-@for_all(DECLARATIONS, examples=20)
-def check_a_section_with_names_of_its_own_holds_what_a_file_says(content):
-    cfg = read(yaml.safe_dump({"DATASETS": {"DECLARE": content}}))
-    assert same(cfg.DATASETS.DECLARE, content)
-    assert same(read(cfg.dump()), cfg)
 
 
 @for_all(st.lists(settings_of(), min_size=10, max_size=24), examples=15)
@@ -184,10 +176,6 @@ DEFECTS = {
     check_a_value_sticks: {
         "all configs are one": broken.configs_are_one,
         "inner tuples stay": patched(config, "_plain_item", lambda value, *_: value),
-    },
-    check_a_section_with_names_of_its_own_holds_what_a_file_says: {
-        "values are read as literals": broken.open_sections_read_literals,
-        "an empty value is left out": broken.dump_from(broken.without_empty),
     },
     check_a_dumped_config_merges_back_equal: {
         "an empty value is left out": broken.dump_from(broken.without_empty),
