@@ -231,13 +231,6 @@ def test_setup_writes_the_schedule_in_iterations(output):
     assert torch.get_float32_matmul_precision() == "medium"
 
 
-def test_setup_warns_of_a_frozen_backbone_without_weights(output, tmp_path):
-    setup(output, "MODEL.BACKBONE.FREEZE_AT", "1")
-    setup(tmp_path / "tiny")
-    assert "FREEZE_AT" in (output / "log.txt").read_text().split("config:")[0]
-    assert "FREEZE_AT" not in (tmp_path / "tiny" / "log.txt").read_text().split("config:")[0]
-
-
 def test_setup_scores_a_dataset_without_evaluator_type_with_coco_metrics(output):
     register("engine_unscored")
     setup(output, "DATASETS.TRAIN", "('engine_unscored',)", "DATASETS.TEST", "('engine_unscored',)")
@@ -359,11 +352,9 @@ def test_eval_only_does_not_need_the_training_set(output):
         (["DATASETS.TRAIN", "('engine_tiny_trian',)"], ["'engine_tiny_trian'", "engine_tiny_train"]),
         (["DATASETS.TEST", "('engine_tiny_vla',)"], ["'engine_tiny_vla'", "engine_tiny_val"]),
         (["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], ["DATASETS.TRAIN"]),
-        (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN"]),
         (["DATASETS.DECLARE.engine_tiny_val.FORMAT", "png"], ["DATASETS.DECLARE.engine_tiny_val", "coco"]),
         (["MODEL.WEIGHTS", "/nowhere/weights.pth"], ["MODEL.WEIGHTS", "/nowhere/weights.pth"]),
         (["MODEL.WEIGHTS", "torchvision://resnet50/IMAGENET1K_V9"], ["MODEL.WEIGHTS", "IMAGENET1K_V2"]),
-        (["MODEL.WEIGHTS", "torchvision://resnet51/IMAGENET1K_V1"], ["MODEL.WEIGHTS", "resnet51"]),
         (
             ["MODEL.ROI_HEADS.NUM_CLASSES", "80"],
             ["MODEL.ROI_HEADS.NUM_CLASSES is 80", "engine_tiny_train", " 3 ", "circle, square, triangle"],
@@ -371,13 +362,10 @@ def test_eval_only_does_not_need_the_training_set(output):
         (["SOLVER.IMS_PER_BATCH", "-4"], ["SOLVER.IMS_PER_BATCH", "-4"]),
         (["SOLVER.REFERENCE_IMS_PER_BATCH", "8", "SOLVER.IMS_PER_BATCH", "0"], ["SOLVER.IMS_PER_BATCH is 0"]),
         (["SOLVER.BY_EPOCH", "True"], ["SOLVER.BY_EPOCH counts in epochs"]),
-        (["MODEL.KEYPOINT_ON", "True"], ["KEYPOINT_OKS_SIGMAS must be 4 positive numbers"]),
         (["MODEL.LOAD_PROPOSALS", "True"], ["MODEL.LOAD_PROPOSALS"]),
         (["MODEL.BACKBONE.NAME", "build_resnet50"], ["MODEL.BACKBONE.NAME", "build_resnet50"]),
-        (["MODEL.TINY.NORM", "SyncBN"], ["SyncBN", "cpu", " BN "]),
         (["INPUT.AUGMENTATIONS", "['RandomIoUCorp']"], ["RandomIoUCorp", "RandomIoUCrop"]),
         (["MODEL.DEVICE", "cuda:77"], ["MODEL.DEVICE", "'cuda:77'"]),
-        (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE", "'gpu'"]),
         (["OUTPUT.WRITERS", "('json', 'jsn')"], ["OUTPUT.WRITERS holds 'jsn'", "console, json, csv, tens"]),
     ],
 )

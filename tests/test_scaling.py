@@ -144,15 +144,6 @@ def test_settling_again_changes_nothing_also_from_the_dumped_config(more, log):
     assert again.dump() == before and "the schedule for this run" not in log.text
 
 
-def test_schedule_is_logged_before_and_after(log):
-    settle(make_cfg(**BY_EPOCH, SOLVER__REFERENCE_IMS_PER_BATCH=4), per_epoch=70)
-    assert "an epoch has 70 iterations of 16 images" in log.text
-    lines = log.text.split("the schedule for this run:")[1].splitlines()
-    assert lines[1:3] == ["  SOLVER.BASE_LR: 0.1 -> 0.4", "  SOLVER.BASE_LR_END: 0.01 -> 0.04"]
-    assert "  SOLVER.STEPS: (8, 11) -> (560, 770)" in lines
-    assert not any("IMS_PER_BATCH" in line for line in lines)
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
