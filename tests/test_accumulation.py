@@ -1,4 +1,4 @@
-"""One step from a batch in parts: plaintrain.accumulation, alone and on two ranks."""
+"""Gradient accumulation over micro-batches: plaintrain.accumulation, on one rank and on two."""
 
 import copy
 import sys
@@ -15,80 +15,60 @@ from processes import Job
 from rank_functions import backward_in_parts, gradients, make_batch, make_retinanet
 
 from plaintrain.accumulation import add_scaled, split_batch, sum_losses
-from plaintrain.utils.errors import UserError
 
-# ---- parts of a batch ------------------------------------------------------------------------
+# ---- micro-batches ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 7, 8])
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 20])
-def test_a_batch_is_split_in_order_into_parts_that_are_nearly_equal(number, steps):
+@pytest.mark.parametrize(("number", "steps"), [(1, 2), (7, 1), (7, 3), (8, 3), (8, 8), (8, 20)])
+def test_split_batch_gives_nearly_equal_micro_batches_in_order(number, steps):
     batch = list(range(number))
-    parts = list(split_batch(None, batch, steps))
-    assert [image for part, _, _ in parts for image in part] == batch
-    sizes = [len(part) for part, _, _ in parts]
+    micro_batches, weights, contexts = zip(*split_batch(None, batch, steps), strict=True)
+    assert [image for micro_batch in micro_batches for image in micro_batch] == batch
+    sizes = [len(micro_batch) for micro_batch in micro_batches]
     assert len(sizes) == min(steps, number) and max(sizes) - min(sizes) <= 1
-    assert [share for _, share, _ in parts] == [size / number for size in sizes]
-    assert all(isinstance(context, nullcontext) for _, _, context in parts)
+    assert list(weights) == [size / number for size in sizes]
+    assert all(isinstance(context, nullcontext) for context in contexts)
 
 
-def steps_of_sgd(model, batches, parts):
-    """Train on each batch in parts; the weights in one tensor, and the losses of each step."""
+def train_with_sgd(model, batches, steps):
+    """Train on each batch in micro-batches; return the weights as one tensor, and the losses of each step."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), []
     for batch in batches:
         optimizer.zero_grad()
-        losses.append({name: value.item() for name, value in backward_in_parts(model, batch, parts).items()})
+        losses.append({name: value.item() for name, value in backward_in_parts(model, batch, steps).items()})
         optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()]), losses
 
 
-@pytest.fixture(scope="module")
-def whole():
-    """(fresh model, batches, weights and losses of 5 steps on whole batches of 8)."""
+def test_micro_batches_train_the_weights_of_the_whole_batch():
     model, batch = make_retinanet(), make_batch(8)
-    batches = [batch[i:] + batch[:i] for i in range(5)]
-    return model, batches, *steps_of_sgd(copy.deepcopy(model), batches, parts=1)
-
-
-# 8 images in 3 parts are 2, 3 and 3.
-@pytest.mark.parametrize("parts", [2, 3, 4, 8])
-def test_a_batch_in_parts_trains_the_weights_that_the_whole_batch_trains(whole, parts):
-    model, batches, weights, losses = whole
-    found, found_losses = steps_of_sgd(copy.deepcopy(model), batches, parts)
+    batches = [batch, batch[3:] + batch[:3]]
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    weights, losses = train_with_sgd(copy.deepcopy(model), batches, 1)
     assert (weights - start).abs().max() > 1e-3
-    torch.testing.assert_close(found, weights, rtol=0, atol=1e-5)
-    for ours, expected in zip(found_losses, losses, strict=True):
-        assert ours == pytest.approx(expected, rel=1e-4)
-        assert set(ours) == {"total_loss", "loss_cls", "loss_box_reg"}
+    # 8 images in 3 micro-batches are 2, 3 and 3.
+    for steps in (3, 8):
+        found, found_losses = train_with_sgd(copy.deepcopy(model), batches, steps)
+        torch.testing.assert_close(found, weights, rtol=0, atol=1e-5)
+        for ours, expected in zip(found_losses, losses, strict=True):
+            assert ours == pytest.approx(expected, rel=1e-4)
+            assert set(ours) == {"total_loss", "loss_cls", "loss_box_reg"}
 
 
 # ---- losses ----------------------------------------------------------------------------------
 
 
-def test_only_what_is_called_loss_is_summed():
-    losses = {"loss_a": torch.tensor(1.0), "accuracy": torch.tensor(50.0), "b_loss": torch.tensor(3.0)}
-    assert sum_losses(losses).item() == 4.0
-
-
-@pytest.mark.parametrize("names", [[], ["accuracy", "a"]])
-def test_without_a_loss_the_keys_that_there_are_are_named(names):
-    with pytest.raises(UserError) as error:
-        sum_losses(dict.fromkeys(names, torch.tensor(1.0)))
-    assert str(error.value) == (
-        f"the model returned nothing to minimise: no key of {sorted(names)} contains 'loss'"
-    )
-
-
-@pytest.mark.parametrize("other", [0.5, torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.bfloat16)])
-def test_a_loss_may_be_a_number_or_have_a_dimension_or_another_precision(other):
+def test_sum_losses_adds_what_is_named_loss_of_any_type():
     value = torch.tensor(2.0, requires_grad=True)
-    total = sum_losses({"loss_a": value * value, "loss_b": other})
-    total.backward()
-    assert total.item() == 4.5 and value.grad == 4
+    others = {"b_loss": torch.tensor([0.5]), "loss_c": 0.5, "loss_d": torch.tensor(1.0, dtype=torch.bfloat16)}
+    for name, other in others.items():
+        value.grad = None
+        total = sum_losses({"loss_a": value * value, "accuracy": torch.tensor(50.0), name: other})
+        total.backward()
+        assert total.item() == 4.0 + float(other) and value.grad == 4
 
 
-def test_scalars_are_added_by_name_in_their_share_and_without_their_graph():
+def test_add_scaled_adds_by_name_with_a_weight_and_without_the_graph():
     first = {"loss": torch.tensor(2.0, requires_grad=True), "accuracy": torch.tensor(8.0)}
     second = {"loss": torch.tensor(6.0), "accuracy": torch.tensor(4.0), "positives": torch.tensor(4.0)}
     empty = {}
@@ -101,13 +81,8 @@ def test_scalars_are_added_by_name_in_their_share_and_without_their_graph():
         "positives": 3.0,
     }
     assert empty == {} and not any(value.requires_grad for value in (*half.values(), *whole.values()))
-
-
-def test_the_scalars_of_an_undivided_batch_are_not_computed_with():
-    total, scalars = {"a": torch.tensor(1.0)}, {"loss": torch.tensor(2.0)}
-    found = add_scaled(total, scalars, 1)
-    assert found == {**total, **scalars} and found["loss"] is scalars["loss"]
-    assert list(total) == ["a"] and list(scalars) == ["loss"]
+    # Those of an undivided batch are not computed with.
+    assert add_scaled(empty, second, 1)["loss"] is second["loss"] and empty == {}
 
 
 # ---- two ranks -------------------------------------------------------------------------------
@@ -117,7 +92,7 @@ def run(main, folder):
     return Job(main, folder / "job", num_gpus_per_machine=2).wait()
 
 
-def test_two_ranks_send_gradients_once_for_all_parts(tmp_path):
+def test_two_ranks_send_gradients_once_for_all_micro_batches(tmp_path):
     job = run(rank_functions.accumulate, tmp_path)
     assert job.code == 0, job.output
     first, second = job.results()
@@ -144,10 +119,6 @@ ADVICE = "; return every loss in every step, as zero where it does not apply"
             f"{DIFFERENT}loss_mask on rank 0; none of these on rank 1{ADVICE}",
         ),
         (
-            rank_functions.other_losses_on_rank_1,
-            f"{DIFFERENT}loss_box on rank 0; loss_mask on rank 1{ADVICE}",
-        ),
-        (
             rank_functions.no_loss_on_rank_1,
             f"{DIFFERENT}loss on rank 0; accuracy on rank 1{ADVICE}",
         ),
@@ -157,7 +128,7 @@ ADVICE = "; return every loss in every step, as zero where it does not apply"
         ),
     ],
 )
-def test_ranks_with_other_losses_end_with_one_sentence_before_backward(tmp_path, main, words):
+def test_ranks_with_different_losses_end_with_one_message_before_backward(tmp_path, main, words):
     job = run(main, tmp_path)
     assert job.code == 1 and job.seconds < 20
     assert job.results() == [words, words]

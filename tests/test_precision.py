@@ -6,7 +6,6 @@ import pytest
 import torch
 from model_helpers import ARCHITECTURES, build, make_sample, randomize_predictions, two_samples, two_squares
 from torch import nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
@@ -18,63 +17,38 @@ from plaintrain.utils.events import EventStorage
 # ---- autocast --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-def test_autocast_computes_in_the_precision_each_time_it_is_entered(precision):
-    layer, autocast = nn.Linear(2, 2), build_autocast(True, precision, "cpu")
-    for _ in range(2):
-        with autocast:
-            assert layer(torch.ones(1, 2)).dtype == getattr(torch, precision)
-        assert layer(torch.ones(1, 2)).dtype == torch.float32
-
-
-def test_weights_that_change_between_two_forward_passes_are_cast_anew():
-    layer, autocast = nn.Linear(1, 1), build_autocast(True, "bfloat16", "cpu")
+@pytest.mark.parametrize(
+    ("enabled", "precision", "casts_to", "scales"),
+    [
+        (False, "float16", torch.float32, False),
+        (True, "float16", torch.float16, True),
+        (True, "bfloat16", torch.bfloat16, False),
+    ],
+)
+def test_build_amp_follows_the_config(enabled, precision, casts_to, scales):
+    cfg, layer = get_cfg(), nn.Linear(1, 1)
+    cfg.merge_from_list(["SOLVER.AMP.ENABLED", enabled, "SOLVER.AMP.PRECISION", precision])
+    autocast, scaler = build_amp(cfg, layer)
     for value in (1.0, 2.0):
+        # Weights that change between two forward passes are cast again.
         nn.init.constant_(layer.weight, value)
         nn.init.zeros_(layer.bias)
         with autocast:
-            assert layer(torch.ones(1, 1)).item() == value
+            output = layer(torch.ones(1, 1))
+        assert output.dtype == casts_to and output.item() == value
+        assert layer(torch.ones(1, 1)).dtype == torch.float32
+    loss = torch.ones(())
+    assert scaler.is_enabled() == scales and (scaler.scale(loss) is loss) == (not scales)
 
 
-@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-def test_disabled_autocast_does_nothing(precision):
-    with build_autocast(False, precision, "cpu"):
-        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("enabled", [False, True])
-def test_another_precision_is_refused_with_those_there_are(enabled):
-    words = "SOLVER.AMP.PRECISION is 'float32', but must be one of float16, bfloat16"
-    with pytest.raises(UserError, match=words):
-        build_autocast(enabled, "float32", "cpu")
-
-
-def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch):
+def test_build_autocast_rejects_what_cannot_be_used(monkeypatch):
+    with pytest.raises(UserError, match="AMP.PRECISION is 'float32', but must be one of float16, bfloat16"):
+        build_autocast(False, "float32", "cpu")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     with pytest.raises(UserError, match="SOLVER.AMP.PRECISION is bfloat16, which this GPU .* use float16"):
         build_autocast(True, "bfloat16", "cuda")
     build_autocast(False, "bfloat16", "cuda")
     build_autocast(True, "bfloat16", "cpu")
-
-
-@pytest.mark.parametrize(
-    ("enabled", "precision", "casts_to", "scales"),
-    [
-        (False, "float16", torch.float32, False),
-        (False, "bfloat16", torch.float32, False),
-        (True, "float16", torch.float16, True),
-        (True, "bfloat16", torch.bfloat16, False),
-    ],
-)
-def test_the_config_decides_over_autocast_and_the_scaler(enabled, precision, casts_to, scales):
-    cfg, layer = get_cfg(), nn.Linear(2, 2)
-    cfg.merge_from_list(["SOLVER.AMP.ENABLED", enabled, "SOLVER.AMP.PRECISION", precision])
-    autocast, scaler = build_amp(cfg, layer)
-    with autocast:
-        assert layer(torch.ones(1, 2)).dtype == casts_to
-    assert scaler.is_enabled() == scales == build_grad_scaler(enabled, precision, "cpu").is_enabled()
-    loss = torch.ones(())
-    assert (scaler.scale(loss) is loss) == (not scales)
 
 
 # ---- detectors -------------------------------------------------------------------------------
@@ -88,8 +62,16 @@ def make_detector(name):
     return model, two_squares() if name == "ssd" else two_samples()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("faster_rcnn", "float16"),
+        ("mask_keypoint_rcnn", "bfloat16"),
+        ("retinanet", "float16"),
+        ("fcos", "bfloat16"),
+        ("ssd", "float16"),
+    ],
+)
 def test_losses_in_mixed_precision_are_near_those_of_float32(name, precision):
     model, samples = make_detector(name)
     found = {}
@@ -109,51 +91,6 @@ def test_losses_in_mixed_precision_are_near_those_of_float32(name, precision):
         )
 
 
-HEADS = {
-    "faster_rcnn": {"rpn.head", "roi_heads.box_predictor"},
-    "proposals": {"rpn.head"},
-    "retinanet": {"head"},
-    "fcos": {"head"},
-    "ssd": {"head"},
-}
-HEADS["mask_keypoint_rcnn"] = HEADS["faster_rcnn"] | {
-    "roi_heads.mask_predictor",
-    "roi_heads.keypoint_predictor",
-}
-
-
-def tensors(value):
-    """All tensors in dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value
-    return [tensor for item in items for tensor in tensors(item)]
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("is_train", [False, True])
-def test_what_comes_out_of_every_head_is_float32(name, is_train):
-    model, samples = make_detector(name)
-    model.train(is_train)
-    inside, outside = {}, {}
-
-    def note(head):
-        def hook(module, inputs, outputs):
-            outside.setdefault(head, set()).update(tensor.dtype for tensor in tensors(outputs))
-
-        return hook
-
-    for head in HEADS[name]:
-        model.get_submodule(head).register_forward_hook(note(head))
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(lambda module, inputs, output: inside.update({output.dtype: 1}))
-    with torch.no_grad(), build_autocast(True, "bfloat16", "cpu"):
-        model(samples)
-    assert outside == {head: {torch.float32} for head in HEADS[name]}
-    assert set(inside) == {torch.bfloat16}
-
-
 # One box for each place and class, and none of them left out.
 ALL_BOXES = (
     "MODEL.ANCHOR_GENERATOR.SIZES", [[32]],
@@ -163,21 +100,13 @@ ALL_BOXES = (
 )  # fmt: skip
 NO_NMS = {
     "faster_rcnn": ("MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
-    "proposals": (),
     "retinanet": ("MODEL.RETINANET.NMS_THRESH_TEST", 1.0, "MODEL.RETINANET.TOPK_CANDIDATES_TEST", 10_000),
     "fcos": ("MODEL.FCOS.NMS_THRESH_TEST", 1.0, "MODEL.FCOS.TOPK_CANDIDATES_TEST", 10_000),
-    "ssd": (
-        "MODEL.SSD.NMS_THRESH_TEST", 1.0,
-        "MODEL.SSD.TOPK_CANDIDATES_TEST", 10_000,
-        "INPUT.FIXED_SIZE", (32, 768),
-        "MODEL.TINY.NUM_LEVELS", 1,
-        "MODEL.SSD.ASPECT_RATIOS", [[2]],
-    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NO_NMS)
-def test_boxes_in_bfloat16_are_those_of_float32_to_a_pixel(name):
+def test_boxes_in_bfloat16_are_within_a_pixel_of_float32(name):
     """Beyond 512, bfloat16 itself knows only every fourth pixel."""
     model = build(*ARCHITECTURES[name], *ALL_BOXES, *NO_NMS[name]).eval()
     randomize_predictions(model, 0.1)
@@ -194,46 +123,6 @@ def test_boxes_in_bfloat16_are_those_of_float32_to_a_pixel(name):
         assert apart.max() < 1
         checked += len(apart)
     assert checked > 100
-
-
-def test_masks_and_keypoints_in_bfloat16_are_near_those_of_float32():
-    model, samples = make_detector("mask_keypoint_rcnn")
-    model.eval()
-    # The same boxes for both: only the heads are compared.
-    found = {}
-    for enabled in (False, True):
-        with torch.no_grad(), build_autocast(enabled, "bfloat16", "cpu"):
-            found[enabled] = model(samples)
-    for low, exact in zip(found[True], found[False], strict=True):
-        assert low["masks"].dtype == torch.bool and low["keypoints"].dtype == torch.float32
-        near = [(a, b) for a in range(20) for b in range(20) if _same(low, a, exact, b)]
-        assert len(near) > 10
-        agree = [(low["masks"][a] == exact["masks"][b]).float().mean().item() for a, b in near]
-        assert sum(agree) / len(agree) > 0.97
-
-
-def _same(low, a, exact, b):
-    same_label = low["labels"][a] == exact["labels"][b]
-    return same_label and (low["boxes"][a] - exact["boxes"][b]).abs().max() < 0.5
-
-
-@pytest.mark.parametrize("name", ["faster_rcnn", "proposals", "retinanet", "fcos", "ssd"])
-@pytest.mark.parametrize("training", [False, True])
-def test_anchors_are_the_same_in_every_precision(name, training):
-    size = (64, 768)
-    model = build(*ARCHITECTURES[name], "INPUT.FIXED_SIZE", size if name == "ssd" else ())
-    model.train(training)
-    seen = []
-    for module in model.modules():
-        if isinstance(module, AnchorGenerator | DefaultBoxGenerator):
-            module.register_forward_hook(lambda module, inputs, anchors: seen.append(anchors))
-    for precision in ("float16", "bfloat16", None):
-        with build_autocast(precision is not None, precision or "float16", "cpu"):
-            model([make_sample(*size, [[600, 4, 640, 50]], [0])])
-    assert len(seen) == 3
-    for anchors in seen:
-        assert anchors[0].dtype == torch.float32 and anchors[0].equal(seen[-1][0])
-    assert seen[-1][0].max() > 700
 
 
 # ---- the scaler ------------------------------------------------------------------------------
@@ -268,9 +157,8 @@ def training(precision="float16", **solver):
     return layer, optimizer, scaler, step
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_a_step_with_infinite_gradients_is_left_out_and_the_scale_halved(optimizer):
-    layer, _, scaler, step = training(OPTIMIZER=optimizer)
+def test_step_with_infinite_gradients_is_skipped_and_the_scale_halved():
+    layer, _, scaler, step = training()
     assert scaler.get_scale() == 2.0**16
     step(1.0)
     before = layer.weight.item()
@@ -291,8 +179,7 @@ def test_a_step_with_infinite_gradients_is_left_out_and_the_scale_halved(optimiz
         {"OPTIMIZER": "AdamW"},
     ],
 )
-@pytest.mark.parametrize("left_out", [0, 1, 3])
-def test_steps_that_are_left_out_at_the_start_change_nothing_later(settings, left_out, monkeypatch):
+def test_steps_skipped_at_the_start_change_nothing_later(settings, monkeypatch):
     """Fused SGD makes its buffers in the first step of all, and that one often overflows."""
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(1e30))
@@ -301,7 +188,7 @@ def test_steps_that_are_left_out_at_the_start_change_nothing_later(settings, lef
     if "MOMENTUM_SCHEDULE" in settings:
         for group in (*optimizer.param_groups, *plain_optimizer.param_groups):
             group["momentum"] = 0.5
-    for _ in range(left_out):
+    for _ in range(2):
         step(float("inf"))
     for gradient in (1.0, -0.5, 2.0):
         step(gradient)
@@ -309,37 +196,15 @@ def test_steps_that_are_left_out_at_the_start_change_nothing_later(settings, lef
         assert layer.weight.item() == pytest.approx(plain.weight.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["value", "norm", "full_model"])
-def test_gradients_are_clipped_in_their_own_scale(kind):
-    clip = {
-        "CLIP_GRADIENTS.ENABLED": True,
-        "CLIP_GRADIENTS.CLIP_TYPE": kind,
-        "CLIP_GRADIENTS.CLIP_VALUE": 2.0,
-    }
+def test_gradients_are_clipped_in_their_own_scale():
+    clip = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 2.0}
+    clip = {f"CLIP_GRADIENTS.{key}": value for key, value in clip.items()}
     layer, _, scaler, step = training(MOMENTUM=0.0, **clip)
     assert step(0.5) == pytest.approx(0.5)
     assert layer.weight.item() == pytest.approx(1 - 0.1 * 0.5)
     assert step(30.0) == pytest.approx(30.0)
     assert layer.weight.item() == pytest.approx(1 - 0.1 * 0.5 - 0.1 * 2.0)
     assert scaler.get_scale() == 2.0**16
-
-
-def test_float16_training_on_the_cpu_learns():
-    model, samples = make_detector("retinanet")
-    cfg = get_cfg()
-    cfg.merge_from_list(["SOLVER.AMP.ENABLED", True, "SOLVER.BASE_LR", 0.002])
-    optimizer, (autocast, scaler) = build_optimizer(cfg, model), build_amp(cfg, model)
-    totals = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        with autocast:
-            losses = sum(model(samples).values())
-        scaler.scale(losses).backward()
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        totals.append(losses.item())
-    assert all(map(math.isfinite, totals)) and totals[-1] < 0.9 * totals[0]
 
 
 # ---- the scaler in a checkpoint --------------------------------------------------------------
@@ -349,7 +214,7 @@ def checkpointer(folder, layer, optimizer, scaler):
     return DetectionCheckpointer(layer, str(folder), optimizer=optimizer, scaler=scaler)
 
 
-def test_a_resumed_run_goes_on_with_the_scale_it_had(tmp_path):
+def test_resumed_run_continues_with_the_saved_scale(tmp_path):
     layer, optimizer, scaler, step = training()
     step(float("inf"))
     step(1.0)
@@ -365,7 +230,7 @@ def test_a_resumed_run_goes_on_with_the_scale_it_had(tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [("bfloat16", "float16"), ("float16", "bfloat16")])
-def test_the_precision_may_change_when_a_run_is_resumed(tmp_path, before, after):
+def test_precision_may_change_on_resume(tmp_path, before, after):
     layer, optimizer, scaler, step = training(before)
     step(1.0)
     checkpointer(tmp_path, layer, optimizer, scaler).save("model_0000000", iteration=0)
@@ -390,7 +255,7 @@ def scaler_at(scale):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_an_infinite_norm_stops_the_run_only_without_a_scaler(value):
+def test_check_finite_stops_at_an_infinite_norm_only_without_a_scaler(value):
     for scale in (None, 2.0**16):
         storage = EventStorage(7)
         storage.put_scalars(total_loss=torch.tensor(1.0), grad_norm=torch.tensor(value))
@@ -404,42 +269,21 @@ def test_an_infinite_norm_stops_the_run_only_without_a_scaler(value):
 
 
 @pytest.mark.parametrize("scale", [None, 2.0**16])
-def test_an_infinite_loss_stops_the_run_with_and_without_a_scaler(scale):
-    storage = EventStorage()
-    storage.put_scalars(grad_norm=float("inf"))
-    storage.step()
+def test_check_finite_stops_at_an_infinite_loss(scale):
+    storage = EventStorage(1)
     storage.put_scalars(loss_cls=torch.tensor(float("nan")), grad_norm=float("nan"))
-    with pytest.raises(FloatingPointError) as error:
+    with pytest.raises(FloatingPointError, match=r"loss_cls became NaN .*iteration 1;.*: 1\.jpg"):
         check_finite(storage, scaler_at(scale), lambda iteration: [f"{iteration}.jpg"])
-    if scale is not None:
-        assert "iteration 1;" in str(error.value) and "1.jpg" in str(error.value)
-        assert str(error.value).startswith("loss_cls became")
 
 
-def test_the_scale_is_stored_where_there_is_one():
+def test_check_finite_stores_the_scale_and_stops_where_it_helps_no_more():
     storage = EventStorage(3)
     check_finite(storage, scaler_at(None))
     assert storage.latest() == {}
-    check_finite(storage, scaler_at(2.0**9))
-    assert storage.latest() == {"amp_scale": (512.0, 3)}
+    check_finite(storage, scaler_at(2.0**-14))
+    assert storage.latest() == {"amp_scale": (2.0**-14, 3)}
     assert storage.smoothing_hints() == {"amp_scale": False}
-
-
-def test_a_scale_that_helps_no_more_stops_the_run():
-    check_finite(EventStorage(), scaler_at(2.0**-14))
     with pytest.raises(
         FloatingPointError, match=r"float16 even at a loss scale of 3\.1e-05.*BASE_LR.*bfloat16"
     ):
-        check_finite(EventStorage(), scaler_at(2.0**-15))
-
-
-def test_gradients_that_overflow_for_ever_stop_the_run_in_the_end():
-    _, _, scaler, step = training()
-    storage = EventStorage()
-    for iteration in range(40):
-        storage.put_scalars(total_loss=1.0, grad_norm=step(float("inf")))
-        storage.step()
-        if iteration == 29:
-            check_finite(storage, scaler)
-    with pytest.raises(FloatingPointError, match="gradients overflow in float16"):
-        check_finite(storage, scaler)
+        check_finite(storage, scaler_at(2.0**-15))

@@ -1,4 +1,4 @@
-"""What a config is settled to before a run, and what is refused: keypoints, norms, test sets."""
+"""Checks before a run starts: plaintrain.preflight."""
 
 import pytest
 import torch
@@ -10,8 +10,6 @@ from plaintrain.preflight import check_before_training, settle_num_classes
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
-SIGMAS = [0.05] * 4
-
 
 @pytest.fixture
 def cfg():
@@ -19,137 +17,176 @@ def cfg():
     declare_dataset("few_shapes", {"FORMAT": "shapes", "SPLIT": "train", "NUM": 2, "HEIGHT": 32, "WIDTH": 32})
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("few_shapes",)
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.KEYPOINT_ON = True
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.SSD.NUM_CLASSES = 3
-    cfg.TEST.KEYPOINT_OKS_SIGMAS = SIGMAS
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.05] * 4
     return cfg
 
 
-def settle(cfg):
+def register_boxes(name, category_id, **metadata):
+    """Register a dataset of one image with one box."""
+    box = {"bbox": [1, 1, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": category_id}
+    record = {"file_name": "shapes://train/0", "image_id": 3, "height": 64, "width": 64, "annotations": [box]}
+    DatasetCatalog.register(name, lambda: [record])
+    MetadataCatalog.get(name).set(**metadata)
+
+
+def check(cfg, *overrides, resume=False, eval_only=False):
+    cfg.merge_from_list(list(overrides))
+    check_before_training(cfg, resume=resume, eval_only=eval_only)
+
+
+def error_message(cfg, *overrides, **kwargs):
+    """Return the message of the `UserError` that `check` must raise."""
+    with pytest.raises(UserError) as error:
+        check(cfg, *overrides, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- keypoints -------------------------------------------------------------------------------
+
+
+def settle_keypoints(cfg, *overrides):
+    cfg.merge_from_list(["MODEL.KEYPOINT_ON", True, *overrides])
+    cfg.freeze()
     settle_num_classes(cfg, eval_only=False)
     return cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
 
 
-@pytest.mark.parametrize("given", [0, 4])
-@pytest.mark.parametrize("freeze", [False, True])
-def test_the_number_of_keypoints_comes_from_the_dataset(cfg, given, freeze):
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = given
-    if freeze:
-        cfg.freeze()
-    assert settle(cfg) == 4
+def test_num_keypoints_comes_from_the_dataset(cfg):
+    assert settle_keypoints(cfg) == 4
+    cfg.defrost()
+    # It agrees now.
+    assert settle_keypoints(cfg) == 4
 
 
-def test_a_number_of_keypoints_that_contradicts_the_dataset_names_both(cfg):
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 17
-    with pytest.raises(UserError, match=r"NUM_KEYPOINTS is 17, but the dataset few_shapes has 4 .* bottom"):
-        settle(cfg)
-
-
-def test_without_keypoint_names_the_number_must_be_given(cfg):
+def test_num_keypoints_must_be_set_for_a_dataset_without_names(cfg):
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
     MetadataCatalog.get("few_shapes").set(thing_classes=["circle"], keypoint_names=None)
     with pytest.raises(UserError, match="names no keypoints"):
-        settle(cfg)
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 4
-    assert settle(cfg) == 4
-
-
-@pytest.mark.parametrize("sigmas", [[], [0.05] * 3])
-def test_sigmas_that_do_not_fit_the_keypoints_are_found_before_training(cfg, sigmas):
-    cfg.TEST.KEYPOINT_OKS_SIGMAS = sigmas
-    with pytest.raises(UserError, match="KEYPOINT_OKS_SIGMAS must be 4 positive numbers"):
-        settle(cfg)
-
-
-def test_sigmas_that_are_no_deviations_are_found_before_training(cfg):
-    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.05, 0.05, 0.0, 0.05]
-    with pytest.raises(UserError, match=r"KEYPOINT_OKS_SIGMAS must be 4 positive numbers.*0\.0"):
-        settle(cfg)
-
-
-def test_without_a_keypoint_head_nothing_is_asked(cfg):
-    cfg.MODEL.KEYPOINT_ON, cfg.TEST.KEYPOINT_OKS_SIGMAS = False, []
-    assert settle(cfg) == 0
-
-
-def test_a_test_set_that_cannot_be_scored_is_found_before_training(cfg):
-    box = {"bbox": [1, 1, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1}
-    record = {"file_name": "shapes://0", "image_id": 3, "height": 9, "width": 9, "annotations": [box]}
-    DatasetCatalog.register("odd_test", lambda: [record])
-    MetadataCatalog.get("odd_test").set(thing_classes=["one"])
-    cfg.DATASETS.TEST = ("odd_test",)
-    with pytest.raises(UserError, match="image 3 of odd_test has category_id 1, but"):
-        check_before_training(cfg, resume=False, eval_only=False)
-
-
-def test_evaluating_nothing_is_refused(cfg):
-    cfg.DATASETS.TEST = ()
-    with pytest.raises(UserError, match="--eval-only needs DATASETS.TEST"):
-        check_before_training(cfg, resume=False, eval_only=True)
+        settle_keypoints(cfg.clone())
+    assert settle_keypoints(cfg, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 4) == 4
 
 
 @pytest.mark.parametrize(
-    ("overrides", "refused"),
+    ("key", "value", "words"),
     [
+        (
+            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
+            17,
+            r"NUM_KEYPOINTS is 17, but the dataset few_shapes has 4 .* bottom",
+        ),
+        ("TEST.KEYPOINT_OKS_SIGMAS", [], "KEYPOINT_OKS_SIGMAS must be 4 positive numbers"),
+        ("TEST.KEYPOINT_OKS_SIGMAS", [0.05] * 3, "KEYPOINT_OKS_SIGMAS must be 4 positive numbers"),
+        ("TEST.KEYPOINT_OKS_SIGMAS", [0.05, 0.0, 0.05, 0.05], r"must be 4 positive numbers.*0\.0"),
+    ],
+)
+def test_keypoint_errors_name_the_key(cfg, key, value, words):
+    with pytest.raises(UserError, match=words):
+        settle_keypoints(cfg, key, value)
+    # Without a keypoint head they do not matter.
+    cfg.defrost()
+    cfg.MODEL.KEYPOINT_ON = False
+    settle_num_classes(cfg, eval_only=False)
+
+
+# ---- the model and the test sets -------------------------------------------------------------
+
+
+def test_test_set_that_cannot_be_scored_is_rejected(cfg):
+    register_boxes("odd_test", 1, thing_classes=["one"])
+    message = error_message(cfg, "DATASETS.TEST", ("odd_test",))
+    assert "image 3 of odd_test has category_id 1, but" in message
+
+
+def test_validation_losses_of_masks_need_segmentations(cfg):
+    register_boxes("boxes", 0, thing_classes=class_names("few_shapes"), evaluator_type="coco")
+    check(cfg, "DATASETS.TEST", ("boxes",), "MODEL.MASK_ON", True)
+    for key, value in (("TEST.VAL_LOSS_PERIOD", 5), ("WORKFLOW", [["train", 1], ["val", 1]])):
+        message = error_message(cfg.clone(), key, value)
+        assert "MODEL.MASK_ON needs a segmentation of every object" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rejects"),
+    [
+        (["MODEL.RESNETS.NORM", "SyncBN"], True),
+        (["MODEL.FPN.NORM", "SyncBN"], True),
+        (["MODEL.TINY.NORM", "SyncBN"], False),
+        (["MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.RESNETS.NORM", "SyncBN"], False),
         (["MODEL.ROI_BOX_HEAD.NORM", "SyncBN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 4], True),
         (["MODEL.ROI_BOX_HEAD.NORM", "SyncBN"], False),
         (["MODEL.ROI_MASK_HEAD.NORM", "SyncBN", "MODEL.MASK_ON", True], True),
         (["MODEL.ROI_MASK_HEAD.NORM", "SyncBN"], False),
     ],
 )
-def test_sync_bn_of_a_head_counts_only_if_the_head_has_it(cfg, overrides, refused):
-    cfg.merge_from_list([*overrides, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 4])
-    if not refused:
-        check_before_training(cfg, resume=False, eval_only=False)
-        return
-    with pytest.raises(UserError, match="SyncBN needs GPUs"):
-        check_before_training(cfg, resume=False, eval_only=False)
+def test_sync_bn_without_gpus_is_rejected_where_the_model_has_it(cfg, overrides, rejects):
+    if rejects:
+        assert "SyncBN needs GPUs" in error_message(cfg, *overrides)
+    else:
+        check(cfg, *overrides)
 
 
-@pytest.mark.parametrize(("freeze_at", "warns"), [(0, False), (1, True)])
-def test_ssd_is_warned_about_frozen_stages_not_about_the_norm_of_another_backbone(cfg, log, freeze_at, warns):
-    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME = "SSD", "build_ssd_vgg16_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT, cfg.INPUT.FIXED_SIZE = freeze_at, (300, 300)
-    cfg.MODEL.KEYPOINT_ON = False
-    check_before_training(cfg, resume=False, eval_only=False)
-    assert ("does not learn" in log.text) == warns
-
-
-# ---- the solver, and the tests in between ------------------------------------------------------
-
-
-def refused(cfg, *overrides, **kwargs):
-    """The sentence with which `check_before_training` refuses a config."""
-    cfg.merge_from_list(["MODEL.KEYPOINT_ON", False, *overrides])
-    with pytest.raises(UserError) as error:
-        check_before_training(cfg, **{"resume": False, "eval_only": False, **kwargs})
-    assert "\n" not in str(error.value)
-    return str(error.value)
+SSD = ["MODEL.META_ARCHITECTURE", "SSD", "MODEL.BACKBONE.NAME", "build_ssd_vgg16_backbone"]
+SSD += ["INPUT.FIXED_SIZE", (300, 300)]
+UNFROZEN = ["MODEL.BACKBONE.FREEZE_AT", 0]
 
 
 @pytest.mark.parametrize(
-    ("key", "least"),
+    ("overrides", "warns"),
     [
-        ("SOLVER.ACCUMULATE_STEPS", 1),
-        ("SOLVER.MAX_EPOCHS", 0),
-        ("SOLVER.MAX_TIME", 0),
-        ("SOLVER.PATIENCE", 0),
-        ("SOLVER.REFERENCE_IMS_PER_BATCH", 0),
-        ("SOLVER.REFERENCE_WORLD_SIZE", 0),
-        ("TEST.EVAL_START", 0),
-        ("TEST.VAL_LOSS_PERIOD", 0),
-        ("LOG_PERIOD", 1),
+        ([], True),
+        ([*UNFROZEN, "MODEL.RESNETS.NORM", "BN"], False),
+        ([*UNFROZEN, "MODEL.RESNETS.NORM", "FrozenBN"], True),
+        (SSD, True),
+        # The norm of another backbone does not matter.
+        ([*SSD, *UNFROZEN, "MODEL.RESNETS.NORM", "FrozenBN"], False),
     ],
 )
-def test_a_number_below_the_least_is_refused_with_it(cfg, key, least):
-    found = float(least - 1) if key == "SOLVER.MAX_TIME" else least - 1
-    assert refused(cfg, key, least - 1) == f"{key} is {found}, but must be at least {least}"
+def test_frozen_backbone_without_weights_is_warned_about(cfg, log, overrides, warns):
+    check(cfg, *overrides)
+    assert ("does not learn" in log.text) == warns
 
 
-@pytest.mark.parametrize("decay", [-0.5, 1.0])
-def test_a_decay_that_is_none_is_found_before_training(cfg, decay):
-    words = f"MODEL.EMA.DECAY is {decay}, but must be at least 0 and below 1"
-    assert refused(cfg, "MODEL.EMA.DECAY", decay) == words
+@pytest.mark.parametrize(
+    ("overrides", "eval_only", "rejects"),
+    [
+        (["SOLVER.AMP.ENABLED", True], False, True),
+        (["SOLVER.AMP.ENABLED", True], True, False),
+        (["TEST.AMP", True], True, True),
+        ([], False, False),
+    ],
+)
+def test_bfloat16_is_rejected_on_a_gpu_without_it(cfg, overrides, eval_only, rejects, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr("plaintrain.preflight.get_device", lambda name: torch.device("cuda"))
+    overrides = ["SOLVER.AMP.PRECISION", "bfloat16", *overrides]
+    if rejects:
+        message = error_message(cfg, *overrides, eval_only=eval_only, resume=True)
+        assert message.startswith("SOLVER.AMP.PRECISION is bfloat16")
+    else:
+        check(cfg, *overrides, eval_only=eval_only, resume=True)
+
+
+# ---- values ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "bounds"),
+    [
+        ("SOLVER.ACCUMULATE_STEPS", 0, "at least 1"),
+        ("SOLVER.IMS_PER_BATCH", 0, "at least 1"),
+        ("SOLVER.MAX_TIME", -1.0, "at least 0"),
+        ("TEST.IMS_PER_BATCH", 0, "at least 1"),
+        ("DATALOADER.NUM_WORKERS", -1, "at least 0"),
+        ("LOG_PERIOD", 0, "at least 1"),
+        ("MODEL.EMA.DECAY", -0.5, "at least 0 and below 1"),
+        ("MODEL.EMA.DECAY", 1.0, "at least 0 and below 1"),
+        ("SOLVER.BASE_LR", float("inf"), "a finite number"),
+    ],
+)
+def test_values_out_of_range_are_rejected(cfg, key, value, bounds):
+    assert error_message(cfg, key, value) == f"{key} is {value}, but must be {bounds}"
 
 
 LOSS_PERIOD = ("TEST.VAL_LOSS_PERIOD", 5)
@@ -162,13 +199,8 @@ VAL_FLOW = ("WORKFLOW", [["train", 1], ["val", 1]])
         (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "SOLVER.LR_SCHEDULER_NAME is 'Cosine', but must be one of"),
         (["SOLVER.MOMENTUM_SCHEDULE", [[0, 1.5]]], "SOLVER.MOMENTUM_SCHEDULE has the momentum 1.5"),
         (["WORKFLOW", [["val", 1]]], "WORKFLOW is [['val', 1]], which never trains"),
-        (["WORKFLOW", [["train", 0]]], "WORKFLOW has the entry ['train', 0]"),
         (
             [*LOSS_PERIOD, "DATASETS.TEST", ()],
-            "TEST.VAL_LOSS_PERIOD or a val flow in WORKFLOW is set, but DATASETS.TEST is empty",
-        ),
-        (
-            [*VAL_FLOW, "DATASETS.TEST", ()],
             "TEST.VAL_LOSS_PERIOD or a val flow in WORKFLOW is set, but DATASETS.TEST is empty",
         ),
         (
@@ -180,77 +212,31 @@ VAL_FLOW = ("WORKFLOW", [["train", 1], ["val", 1]])
             ["TEST.BEST_METRIC", "val/total_loss"],
             "TEST.BEST_METRIC is val/total_loss, but no validation losses are computed: set",
         ),
-        (["SOLVER.PATIENCE", 3], "SOLVER.PATIENCE is 3: it needs TEST.BEST_METRIC, and TEST.EVAL_PERIOD"),
         (["SOLVER.PATIENCE", 3, "TEST.EVAL_PERIOD", 5], "SOLVER.PATIENCE is 3: it needs TEST.BEST_METRIC"),
         (["SOLVER.PATIENCE", 3, "TEST.BEST_METRIC", "auto"], "SOLVER.PATIENCE is 3: it needs"),
         (["SOLVER.ACCUMULATE_STEPS", 17], "SOLVER.ACCUMULATE_STEPS is 17, but must be from 1 to"),
     ],
 )
-def test_settings_that_do_not_go_together_are_found_before_training_and_only_then(cfg, overrides, words):
-    assert words in refused(cfg, *overrides)
-    # Of these nothing is used when a model is evaluated.
-    cfg.DATASETS.TEST = ("few_shapes",)
-    check_before_training(cfg, resume=True, eval_only=True)
+def test_settings_that_contradict_each_other_are_rejected_before_training_only(cfg, overrides, words):
+    assert words in error_message(cfg, *overrides)
+    check(cfg, "DATASETS.TEST", ("few_shapes",), resume=True, eval_only=True)
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["TEST.EVAL_START", 3, "TEST.EVAL_PERIOD", 5],
-        ["TEST.BEST_METRIC", "bbox/AP"],
+        # The last evaluation counts then.
+        ["TEST.BEST_METRIC", "auto", "TEST.EVAL_PERIOD", 0],
         ["TEST.BEST_METRIC", "val/total_loss", *LOSS_PERIOD, "SOLVER.PATIENCE", 3],
         ["TEST.BEST_METRIC", "val/total_loss", *VAL_FLOW, "SOLVER.PATIENCE", 3],
         ["TEST.BEST_METRIC", "auto", "TEST.EVAL_PERIOD", 5, "SOLVER.PATIENCE", 3],
         ["SOLVER.MOMENTUM_SCHEDULE", [[0, 0.9], [10, 0.8]], "SOLVER.ACCUMULATE_STEPS", 16],
-        ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"],
-        [*LOSS_PERIOD, "MODEL.MASK_ON", True],
     ],
 )
-def test_settings_that_go_together_are_accepted(cfg, overrides):
-    cfg.merge_from_list(["MODEL.KEYPOINT_ON", False, *overrides])
-    check_before_training(cfg, resume=False, eval_only=False)
+def test_settings_that_agree_are_accepted(cfg, overrides):
+    check(cfg, *overrides)
 
 
-def test_a_metric_may_be_named_without_an_evaluation_in_between(cfg):
-    """The last one counts then."""
-    cfg.merge_from_list(["MODEL.KEYPOINT_ON", False, "TEST.BEST_METRIC", "auto", "TEST.EVAL_PERIOD", 0])
-    check_before_training(cfg, resume=False, eval_only=False)
-
-
-@pytest.mark.parametrize(("overrides", "refuses"), [(LOSS_PERIOD, True), (VAL_FLOW, True), ((), False)])
-def test_validation_losses_of_masks_need_segmentations(cfg, overrides, refuses):
-    box = {"bbox": [1, 1, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
-    record = {"file_name": "shapes://train/0", "image_id": 3, "height": 64, "width": 64, "annotations": [box]}
-    DatasetCatalog.register("boxes_only", lambda: [record])
-    MetadataCatalog.get("boxes_only").set(thing_classes=class_names("few_shapes"), evaluator_type="coco")
-    cfg.DATASETS.TEST = ("boxes_only",)
-    overrides = ["MODEL.MASK_ON", True, *overrides]
-    if refuses:
-        assert "MODEL.MASK_ON needs a segmentation of every object" in refused(cfg, *overrides)
-    else:
-        cfg.merge_from_list(["MODEL.KEYPOINT_ON", False, *overrides])
-        check_before_training(cfg, resume=False, eval_only=False)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "eval_only", "refuses"),
-    [
-        (["SOLVER.AMP.ENABLED", True], False, True),
-        (["SOLVER.AMP.ENABLED", True], True, False),
-        (["TEST.AMP", True], True, True),
-        (["TEST.AMP", True], False, True),
-        ([], False, False),
-    ],
-)
-def test_bfloat16_that_the_gpu_lacks_is_found_where_it_is_used(
-    cfg, overrides, eval_only, refuses, monkeypatch
-):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    monkeypatch.setattr("plaintrain.preflight.get_device", lambda name: torch.device("cuda"))
-    overrides = ["SOLVER.AMP.PRECISION", "bfloat16", *overrides]
-    if refuses:
-        said = refused(cfg, *overrides, eval_only=eval_only, resume=True)
-        assert said.startswith("SOLVER.AMP.PRECISION is bfloat16")
-    else:
-        cfg.merge_from_list(["MODEL.KEYPOINT_ON", False, *overrides])
-        check_before_training(cfg, resume=True, eval_only=eval_only)
+def test_eval_only_needs_a_test_set(cfg):
+    message = error_message(cfg, "DATASETS.TEST", (), eval_only=True)
+    assert "--eval-only needs DATASETS.TEST" in message

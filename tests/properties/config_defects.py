@@ -1,8 +1,7 @@
-"""Mistakes that a config could have, to patch into plaintrain.config."""
+"""Defects to patch into plaintrain.config."""
 
 from plaintrain import config
 from plaintrain.config import CfgNode
-from plaintrain.utils.errors import ConfigError
 
 
 def coerce_from(change):
@@ -15,10 +14,6 @@ def coerce_from(change):
     return defect
 
 
-def keep_if_false(original, old, value, name, source):
-    return original(old, value, name, source) or old
-
-
 def extend_lists(original, old, value, name, source):
     new = original(old, value, name, source)
     return old + new if isinstance(old, list | tuple) else new
@@ -28,15 +23,6 @@ def subclasses_are_taken(original, old, value, name, source):
     return value if isinstance(value, type(old)) else original(old, value, name, source)
 
 
-def converted(original, old, value, name, source):
-    try:
-        return original(old, value, name, source)
-    except ConfigError:
-        if isinstance(value, type(None) | str | dict):
-            raise
-        return type(old)([value] if isinstance(old, list | tuple) else value)
-
-
 def name_is_short(original, old, value, name, source):
     return original(old, value, name.rsplit(".", 1)[-1], source)
 
@@ -44,25 +30,6 @@ def name_is_short(original, old, value, name, source):
 def configs_are_one(patch):
     one = config.get_cfg()
     patch.setattr(config, "_copy_node", lambda node: one)
-
-
-def merges_everywhere(patch):
-    """A value also goes to the key's namesake one section up or down."""
-    original = CfgNode.merge_from_list
-
-    def merge(self, pairs):
-        original(self, pairs)
-        leaf = str(pairs[0]).rsplit(".", 1)[-1]
-        for section in self.values():
-            if isinstance(section, CfgNode) and type(section.get(leaf)) is type(pairs[1]):
-                section[leaf] = pairs[1]
-
-    patch.setattr(CfgNode, "merge_from_list", merge)
-
-
-def open_sections_read_literals(patch):
-    original = config._to_node
-    patch.setattr(config, "_to_node", lambda value, name, _: original(value, name, config._COMMAND_LINE))
 
 
 def dump_from(change):
@@ -77,10 +44,6 @@ def dump_from(change):
 
 def without_empty(value):
     return {key: item for key, item in value.items() if item != ""} if isinstance(value, dict) else value
-
-
-def with_short_floats(value):
-    return float(f"{value:g}") if isinstance(value, float) else value
 
 
 def with_stripped_strings(value):
@@ -107,26 +70,10 @@ def chain_from(change):
     return defect
 
 
-def _merge_from(is_taken):
-    def defect(patch):
-        original = config._merge
+def unknown_keys_are_passed_over(patch):
+    original = config._merge
 
-        def merge(new, node, path, source):
-            original(
-                {key: item for key, item in new.items() if is_taken(node, key, item)}, node, path, source
-            )
+    def merge(new, node, path, source):
+        original({key: item for key, item in new.items() if key in node}, node, path, source)
 
-        patch.setattr(config, "_merge", merge)
-
-    return defect
-
-
-def _replaced(node, key, item):
-    if isinstance(node.get(key), CfgNode) and not isinstance(item, dict):
-        node[key] = item
-        return False
-    return True
-
-
-unknown_keys_are_passed_over = _merge_from(lambda node, key, item: key in node)
-sections_are_replaced = _merge_from(_replaced)
+    patch.setattr(config, "_merge", merge)
