@@ -340,10 +340,9 @@ def test_missing_images_are_counted_before_training(make_dataset, train):
         build_detection_train_loader(train)
     with pytest.raises(UserError, match=pattern):
         build_detection_test_loader(train, "cells")
-    for record in records:
-        record["file_name"] = "no/such/folder/0.png"
-    with pytest.raises(UserError, match=r"does not exist: no/such/folder/0\.png"):
-        build_detection_train_loader(train)
+    make_dataset("others", num=1)[0]["file_name"] = "no/such/folder/0.png"
+    with pytest.raises(UserError, match=r"does not exist: no/such/folder/0\.png$"):
+        build_detection_test_loader(train, "others")
 
 
 @pytest.mark.parametrize(
