@@ -505,9 +505,10 @@ def test_keypoints_that_are_unnamed_or_differ_are_rejected(cfg):
     _keypoint_dataset(cfg, "two", ["left", "right"], keypoint_flip_map=[("left", "right")])
     assert DatasetMapper(cfg).num_keypoints == 2
     cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 17
-    with pytest.raises(UserError, match="NUM_KEYPOINTS is 17, but one has 2"):
+    with pytest.raises(UserError, match="NUM_KEYPOINTS is 17, but one, two has 2"):
         DatasetMapper(cfg)
     DatasetMapper(cfg, is_train=False)
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 2
     MetadataCatalog.get("two").set(keypoint_flip_map=[])
     with pytest.raises(UserError, match="one and two have different keypoints"):
         DatasetMapper(cfg)
