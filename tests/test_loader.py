@@ -1,7 +1,6 @@
 """plaintrain.data.loader and records: the samples that reach the training, and their order."""
 
 import itertools
-import json
 import multiprocessing
 import random
 from pathlib import Path
@@ -19,7 +18,6 @@ from plaintrain.data import (
 )
 from plaintrain.data.loader import count_iters_per_epoch
 from plaintrain.data.samplers import TrainingSampler
-from plaintrain.data.transforms import shortest_edge_size
 from plaintrain.structures import BoxMode
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -220,24 +218,6 @@ def test_sampler_of_the_config_is_used_and_weighs_the_records_that_are_left(make
     names = list(itertools.chain(*_names(_batches(build_detection_train_loader(train), 4))))
     assert {name.split("/")[-2] for name in names} == {"more"}
     assert len(set(names)) == 4
-
-
-def test_images_without_keypoints_are_skipped_in_keypoint_training(make_dataset, train):
-    records = make_dataset()
-    for record in records[:3]:
-        record["annotations"][0]["keypoints"] = [4, 4, 2]
-    loader = build_detection_train_loader(train, mapper=lambda record: record["image_id"])
-    assert len(set(itertools.chain(*_batches(loader, 7)))) == 7
-    train.MODEL.KEYPOINT_ON = True
-    loader = build_detection_train_loader(train, mapper=lambda record: record["image_id"])
-    assert set(itertools.chain(*_batches(loader, 7))) == {0, 1, 2}
-
-
-def test_masks_without_a_segmentation_are_rejected_before_training(make_dataset, train):
-    make_dataset()
-    train.MODEL.MASK_ON = True
-    with pytest.raises(UserError, match=r"MASK_ON needs a segmentation.*cells/0\.png"):
-        build_detection_train_loader(train)
 
 
 def test_default_mapper_gets_the_training_records(make_dataset, train, monkeypatch):
@@ -452,13 +432,6 @@ def test_boxes_without_area_or_outside_are_counted_in_warnings(make_dataset, log
 # ---- evaluation
 
 
-def test_test_loader_lists_image_folders_once(make_dataset, cfg, monkeypatch):
-    make_dataset()
-    build_detection_test_loader(cfg, "cells")
-    monkeypatch.setattr("os.listdir", lambda path: 1 / 0)
-    assert len(build_detection_test_loader(cfg, "cells")) == 7
-
-
 @pytest.mark.parametrize(
     ("size", "workers", "batches"), [(1, 0, [[i] for i in range(7)]), (3, 2, [[0, 3, 6], [1, 2, 4], [5]])]
 )
@@ -491,43 +464,6 @@ def test_test_loader_takes_a_dataset_a_sampler_and_a_mapper(make_dataset, cfg):
         cfg, "cells", dataset=records[2:], sampler=[4, 0, 1], mapper=lambda record: record["image_id"]
     )
     assert list(loader) == [[6, 2], [3]]
-
-
-def coco_like(number, seed=0):
-    """Return records without images, of COCO's sizes (scripts/benchmarks/coco_sizes.json)."""
-    path = Path(__file__).parent.parent / "scripts" / "benchmarks" / "coco_sizes.json"
-    widths, heights, shares = np.array(json.loads(path.read_text())["sizes"]).T
-    drawn = np.random.default_rng(seed).choice(len(shares), number, p=shares / shares.sum())
-    sizes = zip(heights[drawn].astype(int).tolist(), widths[drawn].astype(int).tolist(), strict=True)
-    names = {"file_name": "", "annotations": []}
-    return [{**names, "image_id": i, "height": h, "width": w} for i, (h, w) in enumerate(sizes)]
-
-
-def padded(sizes):
-    """Return the sides of a batch of images of some sizes, and the proportion of padding."""
-    sides = [-(-max(side) // 32) * 32 for side in zip(*sizes, strict=True)]
-    return tuple(sides), 1 - sum(h * w for h, w in sizes) / (len(sizes) * sides[0] * sides[1])
-
-
-def test_test_batches_pad_no_image_more_than_it_is_padded_alone(cfg):
-    def sizes(batch):
-        return [shortest_edge_size(record["height"], record["width"], 800, 1333) for record in batch]
-
-    def padding(batches):
-        return np.average([padded(sizes(batch))[1] for batch in batches], weights=list(map(len, batches)))
-
-    cfg.TEST.IMS_PER_BATCH, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 8, 800, 1333
-    records = coco_like(1000)
-    batches = list(build_detection_test_loader(cfg, "coco_like", dataset=records, mapper=lambda r: r))
-    assert sorted(r["image_id"] for r in itertools.chain(*batches)) == list(range(1000))
-    for batch in map(sizes, batches):
-        assert all(padded([size])[0] == padded(batch)[0] for size in batch)
-    assert padding(batches) < 0.02
-    assert padding([records[i : i + 8] for i in range(0, 1000, 8)]) > 0.3
-    # Rare shapes do not fill a batch.
-    assert len(batches) < 1000 / 6
-    areas = [np.prod(padded(sizes(batch))[0]) for batch in batches]
-    assert areas == sorted(areas, reverse=True)
 
 
 @pytest.mark.parametrize(

@@ -119,13 +119,6 @@ def test_state_does_not_count_what_was_loaded_ahead():
     assert take(second, 7) == whole[5:]
 
 
-def test_unreadable_images_are_replaced_as_in_processes():
-    UNREADABLE.update({2, 5})
-    streams = [make(workers=workers, skip_unreadable=True) for workers in (0, Threads(3))]
-    assert take(streams[0], 14) == take(streams[1], 14)
-    assert streams[0].num_replaced == streams[1].num_replaced == 8
-
-
 def test_every_batch_is_a_heartbeat(monkeypatch):
     beats = []
     monkeypatch.setattr(train_loaders, "beat", lambda extra: beats.append(extra > 0))
