@@ -28,7 +28,6 @@ from plaintrain.data import augmentations, copy_paste, photometric, transforms
 from plaintrain.data import tensors as moving
 
 SEEDS = st.integers(0, 2**32)
-SHORTEST_EDGE_SIZE = transforms.shortest_edge_size
 
 
 # ---- what only moves pixels
@@ -129,19 +128,6 @@ def check_targets_scale_with_the_image(before, height, width):
         assert torch.equal(after["visibility"], before["visibility"])
 
 
-@for_all(tensors(), st.integers(2, 50), st.integers(2, 50), SEEDS)
-def check_the_shortest_edge_has_its_length(before, short, longest, seed):
-    """Unless the longer side would be too long; the shape is kept to half a pixel."""
-    step = transforms.ResizeShortestEdge((short,), longest)
-    after = step(before, np.random.default_rng(seed))
-    check_claims(after, slack=1e-3)
-    old, new = before["image"].shape[-2:], after["image"].shape[-2:]
-    assert max(new) <= longest
-    assert min(new) == short or max(new) == longest
-    scale = min(short / min(old), longest / max(old))
-    assert all(abs(n - max(1, o * scale)) <= 0.501 for n, o in zip(new, old, strict=True))
-
-
 # ---- any augmentation
 
 
@@ -229,11 +215,6 @@ DEFECTS = {
     },
     check_targets_scale_with_the_image: {
         "one factor is used for both sides": broken.function_from("resize", broken.scaled_alike),
-    },
-    check_the_shortest_edge_has_its_length: {
-        "the longest side is not read": patched(
-            transforms, "shortest_edge_size", lambda h, w, short, _: SHORTEST_EDGE_SIZE(h, w, short, 10**6)
-        ),
     },
     check_the_generator_alone_decides: {
         "the generator of NumPy is drawn from": patched(
