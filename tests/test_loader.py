@@ -14,6 +14,7 @@ from plaintrain.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
+    build_detection_val_loader,
     get_detection_dataset_dicts,
 )
 from plaintrain.data.loader import count_iters_per_epoch
@@ -455,6 +456,15 @@ def test_test_loader_covers_the_images_once_over_all_ranks(make_dataset, cfg, as
         as_rank(rank, world_size)
         ids += [sample["image_id"] for batch in build_detection_test_loader(cfg, "cells") for sample in batch]
     assert sorted(ids) == list(range(7))
+
+
+def test_val_loader_adds_targets_to_the_images_of_the_test_loader(make_dataset, train):
+    make_dataset()
+    expected = itertools.chain(*build_detection_test_loader(train, "cells"))
+    samples = itertools.chain(*build_detection_val_loader(train, "cells"))
+    for sample, test_sample in zip(samples, expected, strict=True):
+        assert torch.equal(sample["image"], test_sample["image"])
+        assert sample["target"]["boxes"].tolist() == [[1, 2, 4 + sample["image_id"], 6]]
 
 
 def test_test_loader_takes_a_dataset_a_sampler_and_a_mapper(make_dataset, cfg):

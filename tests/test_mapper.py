@@ -210,6 +210,7 @@ def test_read_image_applies_the_exif_orientation(picture, orientation, turned):
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(picture, exif=exif)
     np.testing.assert_array_equal(read_image(str(picture)).permute(1, 2, 0).numpy(), turned(pixels))
+    assert image_header(str(picture))[:2] == turned(pixels).shape[:2]
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", *(0.1, 0.9)])

@@ -26,13 +26,13 @@ def _records(name, num, label):
 
 @pytest.fixture
 def records():
-    """24 images of dataset one with class 0, then 6 of dataset two with class 1."""
-    return SerializedRecords.join([_records("one", 24, 0), _records("two", 6, 1)])
+    """24 images of dataset large with class 0, then 6 of dataset few with class 1."""
+    return SerializedRecords.join([_records("large", 24, 0), _records("few", 6, 1)])
 
 
 @pytest.fixture
 def cfg(cfg):
-    cfg.DATASETS.TRAIN = ("one", "two")
+    cfg.DATASETS.TRAIN = ("large", "few")
     return cfg
 
 
@@ -56,10 +56,10 @@ def _mean_counts(sampler, passes=40):
             ["DATALOADER.REPEAT_THRESHOLD", 0.8, "DATALOADER.REPEAT_SQRT", False],
             [1] * 24 + [4] * 6,
         ),
-        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["two", 3]]], [1] * 24 + [3] * 6),
+        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 3]]], [1] * 24 + [3] * 6),
         (
             "WeightedTrainingSampler",
-            ["DATASETS.TRAIN_REPEAT_FACTOR", [["two", 2.0], ["one", 0]]],
+            ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 2.0], ["large", 0]]],
             [0] * 24 + [2] * 6,
         ),
     ],
@@ -100,7 +100,7 @@ def test_group_window_makes_batches_of_like_aspect_ratio(cfg, records):
     [
         ("RepeatFactorTrainingSampler", ["DATALOADER.REPEAT_THRESHOLD", 0.8]),
         ("ClassBalancedTrainingSampler", []),
-        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["two", 3]]]),
+        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 3]]]),
         ("RandomSubsetTrainingSampler", ["DATALOADER.RANDOM_SUBSET_RATIO", 0.8]),
     ],
 )
@@ -133,12 +133,12 @@ FACTORS = "DATASETS.TRAIN_REPEAT_FACTOR"
         ("RandomSubsetTrainingSampler", RATIO, 0.0, r"RATIO is 0\.0.*\(0, 1\]"),
         ("RandomSubsetTrainingSampler", RATIO, 1.5, r"RATIO is 1\.5.*\(0, 1\]"),
         ("TrainingSampler", RATIO, 0.5, "only RandomSubsetTrainingSampler reads"),
-        ("TrainingSampler", FACTORS, [["one", 2]], "only WeightedTrainingSampler reads"),
-        ("WeightedTrainingSampler", FACTORS, [["onee", 2]], r"'onee'.*\['one', 'two'\]"),
-        ("WeightedTrainingSampler", FACTORS, ["one", 2], r"has 'one', not \[name, factor"),
-        ("WeightedTrainingSampler", FACTORS, [["one"]], r"not \[name, factor"),
-        ("WeightedTrainingSampler", FACTORS, [["one", -1]], "one the factor -1, not"),
-        ("WeightedTrainingSampler", FACTORS, [["one", "2"]], "one the factor '2', not"),
+        ("TrainingSampler", FACTORS, [["large", 2]], "only WeightedTrainingSampler reads"),
+        ("WeightedTrainingSampler", FACTORS, [["largee", 2]], r"'largee'.*\['large', 'few'\]"),
+        ("WeightedTrainingSampler", FACTORS, ["large", 2], r"has 'large', not \[name, factor"),
+        ("WeightedTrainingSampler", FACTORS, [["large"]], r"not \[name, factor"),
+        ("WeightedTrainingSampler", FACTORS, [["large", -1]], "large the factor -1, not"),
+        ("WeightedTrainingSampler", FACTORS, [["large", "2"]], "large the factor '2', not"),
         ("WeightedTrainingSampler", "SEED", 1, "WeightedTrainingSampler needs " + FACTORS),
     ],
 )
@@ -148,7 +148,7 @@ def test_sampler_keys_that_cannot_be_used_are_rejected(cfg, records, sampler, ke
 
 
 def test_weighted_sampler_needs_the_records_of_the_datasets(cfg):
-    _use(cfg, "WeightedTrainingSampler", "DATASETS.TRAIN_REPEAT_FACTOR", [["one", 2]])
+    _use(cfg, "WeightedTrainingSampler", "DATASETS.TRAIN_REPEAT_FACTOR", [["large", 2]])
     with pytest.raises(UserError, match="other records were passed in"):
         build_train_sampler(cfg, _records("other", 5, 0), 4)
 
