@@ -1,11 +1,10 @@
-"""plaintrain.data.train_sampler: the sampler that a config describes, and what it refuses."""
+"""plaintrain.data.train_sampler: the sampler that a config describes, and the keys it rejects."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from plaintrain.data.samplers import TrainingSampler
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.data.train_sampler import build_train_sampler
 from plaintrain.utils.errors import UserError
@@ -27,13 +26,13 @@ def _records(name, num, label):
 
 @pytest.fixture
 def records():
-    """24 images of dataset one with class 0, then 6 of dataset two with class 1."""
-    return SerializedRecords.join([_records("one", 24, 0), _records("two", 6, 1)])
+    """24 images of dataset large with class 0, then 6 of dataset few with class 1."""
+    return SerializedRecords.join([_records("large", 24, 0), _records("few", 6, 1)])
 
 
 @pytest.fixture
 def cfg(cfg):
-    cfg.DATASETS.TRAIN = ("one", "two")
+    cfg.DATASETS.TRAIN = ("large", "few")
     return cfg
 
 
@@ -47,57 +46,51 @@ def _mean_counts(sampler, passes=40):
     return np.bincount(images, minlength=30) / passes
 
 
-def test_by_default_every_image_comes_once_a_pass(cfg, records):
-    sampler = build_train_sampler(cfg, records, 4)
-    assert (sampler.size, sampler.batch_size, sampler.seed) == (30, 4, 5)
-    assert (_mean_counts(sampler) == 1).all()
+@pytest.mark.parametrize(
+    ("sampler", "options", "expected"),
+    [
+        ("TrainingSampler", [], [1] * 30),
+        ("RepeatFactorTrainingSampler", ["DATALOADER.REPEAT_THRESHOLD", 0.8], [1] * 24 + [2] * 6),
+        (
+            "RepeatFactorTrainingSampler",
+            ["DATALOADER.REPEAT_THRESHOLD", 0.8, "DATALOADER.REPEAT_SQRT", False],
+            [1] * 24 + [4] * 6,
+        ),
+        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 3]]], [1] * 24 + [3] * 6),
+        (
+            "WeightedTrainingSampler",
+            ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 2.0], ["large", 0]]],
+            [0] * 24 + [2] * 6,
+        ),
+    ],
+)
+def test_sampler_draws_each_image_as_often_as_the_config_says(cfg, records, sampler, options, expected):
+    assert _mean_counts(build_train_sampler(_use(cfg, sampler, *options), records, 4)).tolist() == expected
 
 
-def test_repeat_factors_by_class_frequency(cfg, records):
-    _use(cfg, "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 0.8)
-    counts = _mean_counts(build_train_sampler(cfg, records, 4))
-    assert (counts[:24] == 1).all()
-    assert (counts[24:] == 2).all()
-    cfg.DATALOADER.REPEAT_SQRT = False
-    assert (_mean_counts(build_train_sampler(cfg, records, 4))[24:] == 4).all()
-
-
-def test_class_balance(cfg, records):
+def test_class_balanced_sampler_draws_each_class_as_often(cfg, records):
     counts = _mean_counts(build_train_sampler(_use(cfg, "ClassBalancedTrainingSampler"), records, 4))
-    assert counts[:24].sum() == pytest.approx(15, abs=0.5)
-    assert counts[24:].sum() == pytest.approx(15, abs=0.5)
+    assert [counts[:24].sum(), counts[24:].sum()] == pytest.approx([15, 15], abs=0.5)
 
 
-def test_datasets_by_their_factors(cfg, records):
-    cfg.DATASETS.TRAIN_REPEAT_FACTOR = [["two", 3]]
-    counts = _mean_counts(build_train_sampler(_use(cfg, "WeightedTrainingSampler"), records, 4))
-    assert counts.tolist() == [1] * 24 + [3] * 6
-    cfg.DATASETS.TRAIN_REPEAT_FACTOR = [["two", 2.0], ("one", 0)]
-    counts = _mean_counts(build_train_sampler(cfg, records, 4))
-    assert counts.tolist() == [0] * 24 + [2] * 6
-
-
-def test_a_random_subset(cfg, records):
-    sampler = build_train_sampler(
-        _use(cfg, "RandomSubsetTrainingSampler", "DATALOADER.RANDOM_SUBSET_RATIO", 0.5), records, 4
-    )
-    assert sorted(_mean_counts(sampler)) == [0] * 15 + [1] * 15
+def test_random_subset_sampler_draws_a_subset(cfg, records):
+    _use(cfg, "RandomSubsetTrainingSampler", "DATALOADER.RANDOM_SUBSET_RATIO", 0.5)
+    assert sorted(_mean_counts(build_train_sampler(cfg, records, 4))) == [0] * 15 + [1] * 15
 
 
 def _spread(sampler, records):
-    """For each batch within a pass, the difference of its aspect ratios; the larger half of them."""
+    """Return the mean, over the batches within an epoch, of the range of their aspect ratios."""
     ratios = records.columns["width"] / records.columns["height"]
     batches = [[i for i, _ in sampler.batch(n)] for n in range(90) if (n * 4) // 30 == (n * 4 + 3) // 30]
     return np.mean([np.ptp(ratios[batch]) for batch in batches])
 
 
-def test_the_window_and_its_absence_decide_how_batches_are_made(cfg, records):
+def test_group_window_makes_batches_of_like_aspect_ratio(cfg, records):
     spread = {}
     for window in (100, 0, None):
         cfg.DATALOADER.ASPECT_RATIO_GROUPING = window is not None
         cfg.DATALOADER.GROUP_WINDOW = window or 0
         sampler = build_train_sampler(cfg, records, 4)
-        assert isinstance(sampler, TrainingSampler)
         spread[window] = _spread(sampler, records)
     assert spread[100] < 0.8 * spread[0] < 0.8 * 0.8 * spread[None]
 
@@ -107,7 +100,7 @@ def test_the_window_and_its_absence_decide_how_batches_are_made(cfg, records):
     [
         ("RepeatFactorTrainingSampler", ["DATALOADER.REPEAT_THRESHOLD", 0.8]),
         ("ClassBalancedTrainingSampler", []),
-        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["two", 3]]]),
+        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 3]]]),
         ("RandomSubsetTrainingSampler", ["DATALOADER.RANDOM_SUBSET_RATIO", 0.8]),
     ],
 )
@@ -123,78 +116,41 @@ def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
     assert spread[5, True] < 0.6 * spread[5, False]
 
 
-# ---- mistakes
+# ---- errors
+
+THRESHOLD, RATIO = "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.RANDOM_SUBSET_RATIO"
+FACTORS = "DATASETS.TRAIN_REPEAT_FACTOR"
 
 
 @pytest.mark.parametrize(
-    ("sampler", "options", "message"),
+    ("sampler", "key", "value", "message"),
     [
-        ("RepeatFactorSampler", [], "but only .*RepeatFactorTrainingSampler.* is supported"),
-        ("RepeatFactorTrainingSampler", [], r"REPEAT_THRESHOLD is 0\.0, but"),
-        (
-            "RepeatFactorTrainingSampler",
-            ["DATALOADER.REPEAT_THRESHOLD", -0.1],
-            r"REPEAT_THRESHOLD is -0\.1, but",
-        ),
-        (
-            "RepeatFactorTrainingSampler",
-            ["DATALOADER.REPEAT_THRESHOLD", 1.5],
-            r"REPEAT_THRESHOLD is 1\.5, but",
-        ),
-        (
-            "TrainingSampler",
-            ["DATALOADER.REPEAT_THRESHOLD", 0.1],
-            "only RepeatFactorTrainingSampler reads it",
-        ),
-        ("TrainingSampler", ["DATALOADER.GROUP_WINDOW", -1], "GROUP_WINDOW is -1"),
-        ("RandomSubsetTrainingSampler", ["DATALOADER.RANDOM_SUBSET_RATIO", 0.0], r"RATIO is 0\.0.*\(0, 1\]"),
-        ("RandomSubsetTrainingSampler", ["DATALOADER.RANDOM_SUBSET_RATIO", 1.5], r"RATIO is 1\.5.*\(0, 1\]"),
-        (
-            "TrainingSampler",
-            ["DATALOADER.RANDOM_SUBSET_RATIO", 0.5],
-            "only RandomSubsetTrainingSampler reads",
-        ),
-        (
-            "TrainingSampler",
-            ["DATASETS.TRAIN_REPEAT_FACTOR", [["one", 2]]],
-            "only WeightedTrainingSampler reads",
-        ),
-        (
-            "WeightedTrainingSampler",
-            ["DATASETS.TRAIN_REPEAT_FACTOR", [["onee", 2]]],
-            r"'onee'.*\['one', 'two'\]",
-        ),
-        (
-            "WeightedTrainingSampler",
-            ["DATASETS.TRAIN_REPEAT_FACTOR", ["one", 2]],
-            r"has 'one', not \[name, factor",
-        ),
-        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["one"]]], r"not \[name, factor"),
-        (
-            "WeightedTrainingSampler",
-            ["DATASETS.TRAIN_REPEAT_FACTOR", [["one", -1]]],
-            "one the factor -1, not",
-        ),
-        (
-            "WeightedTrainingSampler",
-            ["DATASETS.TRAIN_REPEAT_FACTOR", [["one", "2"]]],
-            "one the factor '2', not",
-        ),
+        ("RepeatFactorSampler", "SEED", 1, "but only .*RepeatFactorTrainingSampler.* is supported"),
+        ("RepeatFactorTrainingSampler", THRESHOLD, 0.0, r"REPEAT_THRESHOLD is 0\.0, but"),
+        ("RepeatFactorTrainingSampler", THRESHOLD, 1.5, r"REPEAT_THRESHOLD is 1\.5, but"),
+        ("TrainingSampler", THRESHOLD, 0.1, "only RepeatFactorTrainingSampler reads it"),
+        ("TrainingSampler", "DATALOADER.GROUP_WINDOW", -1, "GROUP_WINDOW is -1"),
+        ("RandomSubsetTrainingSampler", RATIO, 0.0, r"RATIO is 0\.0.*\(0, 1\]"),
+        ("RandomSubsetTrainingSampler", RATIO, 1.5, r"RATIO is 1\.5.*\(0, 1\]"),
+        ("TrainingSampler", RATIO, 0.5, "only RandomSubsetTrainingSampler reads"),
+        ("TrainingSampler", FACTORS, [["large", 2]], "only WeightedTrainingSampler reads"),
+        ("WeightedTrainingSampler", FACTORS, [["largee", 2]], r"'largee'.*\['large', 'few'\]"),
+        ("WeightedTrainingSampler", FACTORS, ["large", 2], r"has 'large', not \[name, factor"),
+        ("WeightedTrainingSampler", FACTORS, [["large"]], r"not \[name, factor"),
+        ("WeightedTrainingSampler", FACTORS, [["large", -1]], "large the factor -1, not"),
+        ("WeightedTrainingSampler", FACTORS, [["large", "2"]], "large the factor '2', not"),
+        ("WeightedTrainingSampler", "SEED", 1, "WeightedTrainingSampler needs " + FACTORS),
     ],
 )
-def test_a_key_that_a_sampler_cannot_use_is_refused(cfg, records, sampler, options, message):
+def test_sampler_keys_that_cannot_be_used_are_rejected(cfg, records, sampler, key, value, message):
     with pytest.raises(UserError, match=message):
-        build_train_sampler(_use(cfg, sampler, *options), records, 4)
+        build_train_sampler(_use(cfg, sampler, key, value), records, 4)
 
 
-def test_weights_of_datasets_need_the_datasets(cfg):
-    cfg = _use(cfg, "WeightedTrainingSampler", "DATASETS.TRAIN_REPEAT_FACTOR", [["one", 2]])
+def test_weighted_sampler_needs_the_records_of_the_datasets(cfg):
+    _use(cfg, "WeightedTrainingSampler", "DATASETS.TRAIN_REPEAT_FACTOR", [["large", 2]])
     with pytest.raises(UserError, match="other records were passed in"):
         build_train_sampler(cfg, _records("other", 5, 0), 4)
-    with pytest.raises(UserError, match="WeightedTrainingSampler needs DATASETS.TRAIN_REPEAT_FACTOR"):
-        build_train_sampler(
-            _use(cfg, "WeightedTrainingSampler", "DATASETS.TRAIN_REPEAT_FACTOR", []), _records("one", 5, 0), 4
-        )
 
 
 def test_grouping_needs_the_sizes(cfg):

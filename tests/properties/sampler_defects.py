@@ -2,10 +2,7 @@
 
 import numpy as np
 
-from plaintrain.data import samplers
-from plaintrain.data.samplers import InferenceSampler, TrainingSampler
-
-_default_rng = np.random.default_rng
+from plaintrain.data.samplers import TrainingSampler
 
 
 def batch_from(start_of):
@@ -46,11 +43,6 @@ def replayed(sampler, number, original):
     return original(sampler, number)
 
 
-def seeded_with(seed_of):
-    """A defect in how a pass is seeded: `seed_of((seed, number))`."""
-    return lambda patch: patch.setattr(samplers.np.random, "default_rng", lambda s: _default_rng(seed_of(s)))
-
-
 def subset_of_the_pass(self, rng):
     return rng.choice(self.subset.max() + 1, size=self.size, replace=False)
 
@@ -59,20 +51,6 @@ def rounded_alone(self, rng):
     """Each factor rounded by itself, as LVIS does: the length of a pass varies."""
     counts = self._whole + (rng.random(self._whole.size) < self._extra)
     return np.resize(rng.permutation(np.repeat(np.arange(counts.size), counts)), self.size)
-
-
-def share_of(bounds):
-    """A defect in a rank's share of the images to evaluate: `bounds(size, rank, world_size)`."""
-
-    def init(self, size, rank=0, world_size=1):
-        self._range = range(*bounds(size, rank, world_size))
-
-    return lambda patch: patch.setattr(InferenceSampler, "__init__", init)
-
-
-def argsort_gives(order_of):
-    """A defect in which images count as neighbours."""
-    return lambda patch: patch.setattr(samplers.np, "argsort", lambda values, **_: order_of(values))
 
 
 def cut_by_the_last_batch(patch):
@@ -85,10 +63,7 @@ def cut_by_the_last_batch(patch):
     )
 
 
-def window_twice_as_long(patch):
-    original = TrainingSampler.__init__
-
-    def init(self, size, batch_size=1, *, window=0, **options):
-        original(self, size, batch_size, window=window * 2, **options)
-
-    patch.setattr(TrainingSampler, "__init__", init)
+def padded_share(self, size, rank=0, world_size=1):
+    """A rank's share of the images to evaluate, all of one length."""
+    share = -(-size // world_size)
+    self._range = range(share * rank, share * (rank + 1))

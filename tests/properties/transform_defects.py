@@ -1,11 +1,10 @@
 """Mistakes that an augmentation could have, to patch into plaintrain.data."""
 
-from types import SimpleNamespace
-
+import numpy as np
 import torch
 from torchvision import tv_tensors
 
-from plaintrain.data import copy_paste, tensors, transforms
+from plaintrain.data import tensors, transforms
 from plaintrain.data.transforms import RandomVerticalFlip
 
 
@@ -35,11 +34,6 @@ def function_from(name, change):
     return defect
 
 
-def one_pixel_less(original, boxes, arguments):
-    moved = original(boxes).as_subclass(torch.Tensor) - torch.tensor([1, 0, 1, 0])
-    return moved.clamp(min=0)
-
-
 def rounded(original, boxes, arguments):
     return original(boxes).as_subclass(torch.Tensor).floor()
 
@@ -56,59 +50,11 @@ boxes_not_clipped = function_from(
 )
 
 
-def flip_by_torchvision(patch):
-    def flip(found, axis):
-        return tensors._move(found, tensors.F.vertical_flip if axis else tensors.F.horizontal_flip)
-
-    patch.setattr(tensors, "_flip", flip)
-
-
-def left_where_it_is(part):
-    def defect(patch):
-        original = tensors._move
-        patch.setattr(tensors, "_move", lambda found, f: {**original(found, f), **_stays(found, f, part)})
-
-    return defect
-
-
-def _stays(found, function, part):
-    """The part as it was, but for the size of the image that it belongs to."""
-    if part not in found:
-        return {}
-    moved, old = function(found[part]), found[part].as_subclass(torch.Tensor)
-    if part == "keypoints":
-        return {part: tv_tensors.wrap(old.clone(), like=moved)}
-    height, width = moved.shape[-2:]
-    same = torch.zeros(moved.shape, dtype=old.dtype)
-    cut = old[:, :height, :width]
-    same[:, : cut.shape[1], : cut.shape[2]] = cut
-    return {part: tv_tensors.wrap(same, like=moved)}
-
-
-def visibility_stays(patch):
-    original = transforms.horizontal_flip
-
-    def flip(found, order=None):
-        kept = {"visibility": found["visibility"]} if "visibility" in found else {}
-        return {**original(found, order), **kept}
-
-    patch.setattr(transforms, "horizontal_flip", flip)
-
-
 def order_ignored(patch):
     original = transforms.horizontal_flip
     patch.setattr(
         transforms, "horizontal_flip", lambda found, order=None: original(found, order and range(len(order)))
     )
-
-
-def order_rolled(patch):
-    original = tensors.horizontal_flip
-
-    def flip(found, order=None):
-        return original(found, order and [*order[1:], order[0]])
-
-    patch.setattr(tensors, "horizontal_flip", flip)
 
 
 def flip_in_place(patch):
@@ -126,22 +72,6 @@ def masks_end_early(patch):
     patch.setattr(tensors, "masks_to_boxes", lambda masks: original(masks) - torch.tensor([0, 0, 1, 1]))
 
 
-def first_visibility(patch):
-    original = tensors.select
-
-    def select(found, keep):
-        if "visibility" not in found:
-            return original(found, keep)
-        return {**original(found, keep), "visibility": found["visibility"][: int(keep.sum())]}
-
-    patch.setattr(tensors, "select", select)
-
-
-def nearest_not_exact(patch):
-    nearest = tensors.InterpolationMode.NEAREST
-    patch.setattr(tensors, "InterpolationMode", SimpleNamespace(NEAREST_EXACT=nearest))
-
-
 def all_have_extent(patch):
     original = tensors.has_extent
 
@@ -151,26 +81,8 @@ def all_have_extent(patch):
     patch.setattr(tensors, "has_extent", has_extent)
 
 
-def size_from(change):
-    """A defect in the size to resize to: `change(original, height, width, short)`."""
-
-    def defect(patch):
-        original = transforms.shortest_edge_size
-        patch.setattr(transforms, "shortest_edge_size", lambda h, w, short, _: change(original, h, w, short))
-
-    return defect
-
-
-def floored(original, height, width, short):
-    scale = short / min(height, width)
-    return max(1, int(height * scale)), max(1, int(width * scale))
-
-
-def draws_from(random):
-    def call(self, found, rng):
-        return tensors.vertical_flip(found) if random() < self.p else found
-
-    return lambda patch: patch.setattr(RandomVerticalFlip, "__call__", call)
+def draws_from_numpy(self, found, rng):
+    return tensors.vertical_flip(found) if np.random.random() < self.p else found
 
 
 def every_second(patch):
@@ -186,22 +98,3 @@ def every_second(patch):
 def darkened_in_place(self, found, rng):
     found["image"] //= 2
     return found
-
-
-def labels_from_below(patch):
-    original = copy_paste.SimpleCopyPaste.__call__
-
-    def call(self, found, rng, partner):
-        return original(self, found, rng, {**partner, "labels": torch.zeros_like(partner["labels"])})
-
-    patch.setattr(copy_paste.SimpleCopyPaste, "__call__", call)
-
-
-def pasted_in_place(patch):
-    original = copy_paste._paste
-
-    def paste(image, other, cover, blending):
-        image.copy_(original(image, other, cover, blending))
-        return image
-
-    patch.setattr(copy_paste, "_paste", paste)
