@@ -1,32 +1,28 @@
-"""COCO's numbers of boxes, masks and keypoints, by every implementation; proposals: COCOEvaluator."""
+"""COCO's metrics of boxes, masks and keypoints, by every backend; recall of proposals: COCOEvaluator."""
 
 import contextlib
 import importlib.util
 import io
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detection_helpers import add_dataset, evaluate, make_annotation, make_record
 from processes import Job
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rank_functions import evaluate_a_part
 
-from plaintrain.config import get_cfg
-from plaintrain.data import DatasetCatalog, MetadataCatalog, register_coco_instances
+from plaintrain.data import register_coco_instances
 from plaintrain.evaluation import (
     COCOEvaluator,
     PascalVOCDetectionEvaluator,
-    build_evaluator,
     coco_backend,
 )
-from plaintrain.evaluation.proposals import average_recall, box_ious, coverage
-from plaintrain.structures import BoxMode
+from plaintrain.evaluation.proposals import average_recall, coverage
 from plaintrain.utils.errors import UserError
 
 torch.set_num_threads(1)
@@ -36,10 +32,9 @@ KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "A
 INSTALLED = [name for name in coco_backend.BACKENDS if importlib.util.find_spec(name)]
 FAST = [name for name in INSTALLED if name != "pycocotools"]
 HEIGHT, WIDTH = 150, 200
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
-# ---- a written dataset with all that is hard, and what a model finds in it ---------------------
+# ---- a written dataset with every difficulty, and a model's outputs for it -----------------------
 
 
 def box_mask(x, y, w, h, rng=None, size=(HEIGHT, WIDTH)):
@@ -113,8 +108,8 @@ def write_coco(path, kp=17, images=14, seed=0):
     return content
 
 
-def found_in(content, seed=1):
-    """{image_id: output}: moved, mislabelled, doubled and spurious objects, scores with ties."""
+def detections_in(content, seed=1):
+    """{image_id: output}: moved, mislabelled, repeated and spurious objects, scores with ties."""
     rng = np.random.default_rng(seed)
     labels = {5: 1, 2: 0, 9: 2}
     by_image = {image["id"]: [] for image in content["images"]}
@@ -144,20 +139,8 @@ def found_in(content, seed=1):
     return outputs
 
 
-def register(path, name="coco_evaluation_test"):
-    register_coco_instances(name, {}, str(path), "nowhere")
-    return name
-
-
-def evaluate(evaluator, outputs):
-    evaluator.reset()
-    for image_id, output in outputs.items():
-        evaluator.process([{"image_id": image_id}], [output])
-    return evaluator.evaluate()
-
-
 def coco_results(outputs, category_ids):
-    """The outputs in COCO's results format, written apart from what is tested."""
+    """The outputs in COCO's results format, written independently of what is tested."""
     results = []
     for image_id, output in outputs.items():
         for i, (x0, y0, x1, y1) in enumerate(output["boxes"].tolist()):
@@ -208,138 +191,64 @@ def expected_metrics(json_file, results, image_ids, sigmas=None):
     return expected
 
 
-def assert_same(results, expected):
-    assert list(results) == list(expected)
-    for task, metrics in expected.items():
-        assert set(results[task]) == set(metrics)
-        assert results[task] == pytest.approx(metrics, abs=1e-9, nan_ok=True)
-
-
-# ---- against pycocotools -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", INSTALLED)
-@pytest.mark.parametrize(("kp", "sigmas"), [(17, ()), (4, (0.05, 0.1, 0.02, 0.08))])
-def test_the_numbers_are_those_of_pycocotools_on_the_file(tmp_path, backend, kp, sigmas):
-    content = write_coco(tmp_path / "a.json", kp)
-    outputs = found_in(content)
-    evaluator = COCOEvaluator(register(tmp_path / "a.json"), kpt_oks_sigmas=sigmas)
-    evaluator.backend = backend
-    results = evaluate(evaluator, outputs)
-    expected = coco_results(outputs, [2, 5, 9])
-    assert_same(results, expected_metrics(tmp_path / "a.json", expected, outputs, sigmas))
-    assert all(5 < metrics["AP"] < 95 for metrics in results.values())
-    # There are some of each size, and no object of class 9.
-    assert not any(math.isnan(results["segm"][f"AP{size}"]) for size in "sml")
-    assert math.isnan(results["segm"]["AP-c9"])
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("seed", range(4))
-def test_faster_implementations_agree_to_the_last_digit(tmp_path, backend, seed):
-    content = write_coco(tmp_path / "a.json", images=30, seed=seed)
-    outputs = found_in(content, seed=seed)
-    evaluator = COCOEvaluator(register(tmp_path / "a.json"))
-    evaluator.backend = backend
-    fast = evaluate(evaluator, outputs)
-    evaluator.backend = "pycocotools"
-    slow = evaluate(evaluator, outputs)
-    assert repr(fast) == repr(slow)
-    assert set(fast) == {"bbox", "segm", "keypoints"}
-
-
 @pytest.fixture
-def real_coco(data_root):
-    """(name, annotation file) of the real subset with masks, or with keypoints."""
-
-    def add(kind):
-        json_file = os.path.join(data_root, f"coco/annotations/{kind}_val2017.json")
-        return register(json_file, f"coco_evaluation_{kind}"), json_file
-
-    return add
+def difficult(tmp_path):
+    """Name of the written dataset with 17 keypoints, and outputs for it."""
+    outputs = detections_in(write_coco(tmp_path / "a.json"))
+    register_coco_instances("difficult", {}, str(tmp_path / "a.json"), "nowhere")
+    return "difficult", outputs
 
 
-@pytest.mark.parametrize("backend", INSTALLED)
-@pytest.mark.parametrize("kind", ["instances", "person_keypoints"])
-def test_the_numbers_on_real_images_are_those_of_pycocotools(real_coco, backend, kind):
-    name, json_file = real_coco(kind)
-    tasks = ("bbox", "segm", *(["keypoints"] if kind == "person_keypoints" else []))
-    evaluator = COCOEvaluator(name, tasks)
+def evaluate_by(backend, evaluator, outputs):
     evaluator.backend = backend
-    outputs, results = real_outputs(json_file, MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id)
-    metrics = evaluate(evaluator, outputs)
-    for task in tasks:
-        stats, _ = run_pycocotools(json_file, results, task, outputs)
-        names = KEYPOINT_METRICS if task == "keypoints" else BOX_METRICS
-        assert [metrics[task][key] for key in names] == pytest.approx(stats, abs=1e-9, nan_ok=True)
-        assert 20 < metrics[task]["AP"] < 99
+    return evaluate(evaluator, outputs)
 
 
-def real_outputs(json_file, labels):
-    """Outputs and COCO results: the ground truth, crowds too, moved by some pixels."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        truths = COCO(json_file)
-    rng = np.random.default_rng(0)
-    outputs, results, category_ids = {}, [], {label: i for i, label in labels.items()}
-    for image_id, image in truths.imgs.items():
-        annotations = truths.imgToAnns[image_id]
-        shifts = rng.integers(-4, 5, (len(annotations), 2)) if annotations else np.zeros((0, 2), int)
-        boxes = np.array([a["bbox"] for a in annotations]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        masks = [np.roll(truths.annToMask(a), s, (1, 0)) for a, s in zip(annotations, shifts, strict=True)]
-        keypoints = np.array([a.get("keypoints", [0] * 51) for a in annotations], float).reshape(-1, 17, 3)
-        keypoints[..., :2] += shifts[:, None] + 0.5
-        outputs[image_id] = {
-            "boxes": torch.from_numpy(boxes + np.tile(shifts, 2)).float(),
-            "scores": torch.from_numpy(rng.integers(1, 10, len(annotations)) / 16),
-            "labels": torch.tensor([labels[a["category_id"]] for a in annotations], dtype=torch.int64),
-            "masks": torch.from_numpy(np.array(masks, bool).reshape(-1, image["height"], image["width"])),
-            "keypoints": torch.from_numpy(keypoints),
-        }
-    results = coco_results(outputs, category_ids)
-    return outputs, results
+# ---- against pycocotools -------------------------------------------------------------------------
 
 
-def test_the_results_file_holds_masks_and_keypoints(tmp_path):
-    outputs = found_in(write_coco(tmp_path / "a.json"))
-    evaluator = COCOEvaluator(register(tmp_path / "a.json"), output_dir=str(tmp_path))
-    evaluate(evaluator, outputs)
-    written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+@pytest.mark.parametrize(("seed", "kp", "sigmas"), [(0, 17, ()), (1, 4, (0.05, 0.1, 0.02, 0.08))])
+def test_metrics_by_every_backend_are_those_of_pycocotools_on_the_file(tmp_path, seed, kp, sigmas):
+    content = write_coco(tmp_path / "a.json", kp, images=20, seed=seed)
+    outputs = detections_in(content, seed)
+    register_coco_instances("written", {}, str(tmp_path / "a.json"), "nowhere")
+    # In another order than that of the dataset, and without one of its images.
+    outputs = dict(list(outputs.items())[:0:-1])
+    evaluator = COCOEvaluator("written", kpt_oks_sigmas=sigmas)
+    by_backend = [evaluate_by(backend, evaluator, outputs) for backend in INSTALLED]
+    results = coco_results(outputs, [2, 5, 9])
+    expected = expected_metrics(tmp_path / "a.json", results, outputs, sigmas)
+    assert list(by_backend[0]) == list(expected)
+    for task, metrics in expected.items():
+        assert by_backend[0][task] == pytest.approx(metrics, abs=1e-9, nan_ok=True)
+    assert all(repr(results) == repr(by_backend[0]) for results in by_backend)
+    assert all(5 < metrics["AP"] < 95 for metrics in expected.values())
+    # No object is of class 9.
+    assert math.isnan(expected["segm"]["AP-c9"])
+
+
+def test_the_results_file_holds_masks_and_keypoints(tmp_path, difficult):
+    name, outputs = difficult
+    evaluate(COCOEvaluator(name, output_dir=str(tmp_path / "new" / "folder")), outputs)
+    written = json.loads((tmp_path / "new" / "folder" / "coco_instances_results.json").read_text())
     expected = [r for i in sorted(outputs) for r in coco_results({i: outputs[i]}, [2, 5, 9])]
     assert len(written) == len(expected) > 50
     for a, b in zip(written, expected, strict=True):
         assert a == {**b, "keypoints": pytest.approx(b["keypoints"])}
 
 
-# ---- which implementation ----------------------------------------------------------------------
-
-
-def test_the_fastest_that_is_installed_is_used_and_named_in_the_log(tmp_path, monkeypatch, log):
-    content = write_coco(tmp_path / "a.json", images=4)
-    name = register(tmp_path / "a.json")
-    assert COCOEvaluator(name).backend == INSTALLED[0]
+def test_the_fastest_installed_backend_is_used_and_logged(difficult, monkeypatch, log):
+    name, outputs = difficult
     assert COCOEvaluator(name, use_fast_impl=False).backend == "pycocotools"
-    evaluate(COCOEvaluator(name, ["bbox"]), found_in(content))
+    evaluate(COCOEvaluator(name, ["bbox"]), outputs)
     assert f"bbox is scored by {INSTALLED[0]}" in log.messages
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "hotcoco" else find(n))
-    assert COCOEvaluator(name).backend != "hotcoco"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in FAST else find(n))
-    assert COCOEvaluator(name).backend == "pycocotools"
+    for missing, backend in (("hotcoco", coco_backend.BACKENDS[1]), (FAST, "pycocotools")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda n, m=missing: None if n in m else find(n))
+        assert COCOEvaluator(name).backend == backend
 
 
-def small(image_id, *annotations):
-    return {
-        "file_name": f"{image_id}.jpg",
-        "image_id": image_id,
-        "height": 100,
-        "width": 100,
-        "annotations": list(annotations),
-    }
-
-
-def thing(box, label=0, **more):
-    return {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "iscrowd": 0, **more}
+# ---- small datasets ------------------------------------------------------------------------------
 
 
 def rectangle(x0, y0, x1, y1):
@@ -348,7 +257,7 @@ def rectangle(x0, y0, x1, y1):
     return mask
 
 
-def output_of(boxes, masks=None, keypoints=None, labels=None):
+def make_outputs(boxes, masks=None, keypoints=None, labels=None):
     """A model's output; scores fall, labels are 0."""
     output = {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
@@ -358,227 +267,225 @@ def output_of(boxes, masks=None, keypoints=None, labels=None):
     if masks is not None:
         output["masks"] = torch.stack(masks) if masks else torch.zeros(0, 100, 100, dtype=torch.bool)
     if keypoints is not None:
-        output["keypoints"] = torch.tensor(keypoints, dtype=torch.float32).reshape(
-            len(boxes), -1 if boxes else 2, 3
-        )
+        points = torch.tensor(keypoints, dtype=torch.float32)
+        output["keypoints"] = points.reshape(len(boxes), -1 if boxes else 2, 3)
     return output
 
 
-def add(records, **metadata):
-    name = f"coco_evaluation_{len(DatasetCatalog.list())}"
-    DatasetCatalog.register(name, lambda: records)
-    MetadataCatalog.get(name).set(thing_classes=["cat", "dog"], **metadata)
-    return name
-
-
 SQUARE = [10, 10, 50, 50]
-CORNERS = [[10, 10, 50, 10, 50, 50, 10, 50]]
 POINTS = [20.0, 20.0, 2, 40.0, 30.0, 1]
-# What the implementations might not do alike.
+MASK = rectangle(*SQUARE)
+PARTS = {"segmentation": [[10, 10, 50, 10, 50, 50, 10, 50]], "keypoints": POINTS}
+FULL = make_annotation(SQUARE, **PARTS)
+# What the backends might not do alike: records, outputs.
 EDGE_CASES = {
-    "no ground truth": ([small(1), small(2)], {1: output_of([SQUARE], [rectangle(*SQUARE)], [POINTS])}),
-    "no detection": (
-        [small(1, thing(SQUARE, segmentation=CORNERS, keypoints=POINTS))],
-        {1: output_of([], [], [])},
-    ),
+    "no ground truth": ([make_record(1), make_record(2)], {1: make_outputs([SQUARE], [MASK], [POINTS])}),
+    "no detection": ([make_record(1, FULL)], {1: make_outputs([], [], [])}),
     "only crowds": (
-        [small(1, thing(SQUARE, segmentation=CORNERS, keypoints=POINTS, iscrowd=1))],
-        {1: output_of([SQUARE] * 2, [rectangle(*SQUARE)] * 2, [POINTS] * 2)},
+        [make_record(1, FULL | {"iscrowd": 1})],
+        {1: make_outputs([SQUARE] * 2, [MASK] * 2, [POINTS] * 2)},
     ),
     "names for images": (
-        [small(i, thing(SQUARE, segmentation=CORNERS, keypoints=POINTS)) for i in ("b", "a", "c")],
+        [make_record(i, FULL) for i in ("b", "a", "c")],
         {
-            i: output_of([SQUARE, [0, 0, 9, 9]], [rectangle(*SQUARE), rectangle(0, 0, 9, 9)], [POINTS] * 2)
+            i: make_outputs([SQUARE, [0, 0, 9, 9]], [MASK, rectangle(0, 0, 9, 9)], [POINTS] * 2)
             for i in ("a", "c", "b")
         },
     ),
-    "no class, no area, no keypoints for some": (
+    "an empty class, no area, no keypoints for some": (
         [
-            small(0, thing(SQUARE, 1, segmentation=CORNERS), thing([0, 60, 90, 90], 1, keypoints=POINTS)),
-            small(7, thing(SQUARE, 1, segmentation=CORNERS, keypoints=[0.0] * 6)),
+            make_record(0, FULL | {"category_id": 1}, make_annotation([0, 60, 90, 90], 1, keypoints=POINTS)),
+            make_record(7, FULL | {"category_id": 1, "keypoints": [0.0] * 6}),
         ],
-        {
-            i: output_of([SQUARE, [0, 60, 90, 91]], [rectangle(*SQUARE)] * 2, [POINTS] * 2, [1, 1])
-            for i in (0, 7)
-        },
+        {i: make_outputs([SQUARE, [0, 60, 90, 91]], [MASK] * 2, [POINTS] * 2, [1, 1]) for i in (0, 7)},
     ),
     "more detections than count": (
-        [small(1, thing(SQUARE, segmentation=CORNERS, keypoints=POINTS))],
-        {1: output_of([[60, 60, 90, 90]] * 299 + [SQUARE], [rectangle(*SQUARE)] * 300, [POINTS] * 300)},
+        [make_record(1, FULL)],
+        {1: make_outputs([[60, 60, 90, 90]] * 299 + [SQUARE], [MASK] * 300, [POINTS] * 300)},
     ),
     "empty masks and boxes": (
-        [small(1, thing(SQUARE, segmentation=CORNERS, keypoints=POINTS), thing([5, 5, 5, 5]))],
-        {1: output_of([[3, 3, 3, 3], SQUARE], [rectangle(0, 0, 0, 0), rectangle(*SQUARE)], [POINTS] * 2)},
+        [make_record(1, FULL, make_annotation([5, 5, 5, 5]))],
+        {1: make_outputs([[3, 3, 3, 3], SQUARE], [rectangle(0, 0, 0, 0), MASK], [POINTS] * 2)},
     ),
 }
 
 
-@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("case", EDGE_CASES)
-def test_faster_implementations_agree_where_something_is_missing(backend, case):
+def test_all_backends_agree_where_something_is_missing(case):
     records, outputs = EDGE_CASES[case]
-    evaluator = COCOEvaluator(add(records), kpt_oks_sigmas=(0.1, 0.1))
-    evaluator.backend = backend
-    fast = evaluate(evaluator, outputs)
-    evaluator.backend = "pycocotools"
-    assert repr(fast) == repr(evaluate(evaluator, outputs))
-    assert set(fast) == {"bbox", "segm", "keypoints"}
+    evaluator = COCOEvaluator(add_dataset(records), kpt_oks_sigmas=(0.1, 0.1))
+    by_backend = [evaluate_by(backend, evaluator, outputs) for backend in INSTALLED]
+    assert list(by_backend[0]) == ["bbox", "segm", "keypoints"]
+    assert all(repr(results) == repr(by_backend[0]) for results in by_backend)
+    # Without objects an AP is NaN, with some that were missed it is 0.
+    expected = {"no ground truth": math.nan, "only crowds": math.nan, "no detection": 0}
+    if case in expected:
+        assert by_backend[0]["bbox"]["AP"] == pytest.approx(expected[case], nan_ok=True)
 
 
-# ---- masks -------------------------------------------------------------------------------------
+def test_ids_may_be_names_or_numpys_and_are_those_of_the_dataset_in_the_file(tmp_path):
+    boxes = {"b": [0, 0, 10, 10], "a": [5, 5, 50, 60], "c": [1, 1, 30, 30]}
+    name = add_dataset([make_record(key, make_annotation(box)) for key, box in boxes.items()])
+    outputs = {key: make_outputs([boxes[key]]) for key in "abc"}
+    evaluator = COCOEvaluator(name, output_dir=str(tmp_path / "names"))
+    assert evaluate(evaluator, outputs)["bbox"]["AP"] == pytest.approx(100.0)
+    rows = json.loads((tmp_path / "names" / "coco_instances_results.json").read_text())
+    assert {row["image_id"]: row["bbox"][2:] for row in rows} == {"b": [10, 10], "a": [45, 55], "c": [29, 29]}
+    swapped = {"a": outputs["b"], "b": outputs["a"], "c": outputs["c"]}
+    assert evaluate(COCOEvaluator(name), swapped)["bbox"]["AP"] < 50
+
+    records = [make_record(np.int64(i), make_annotation(SQUARE, i % 2)) for i in (9, 6)]
+    ids = {np.int64(5): 0, np.int64(3): 1}
+    name = add_dataset(records, ("zebra", "ant"), thing_dataset_id_to_contiguous_id=ids)
+    # The ant's IoU is below 0.5.
+    outputs = {6: make_outputs([SQUARE]), 9: make_outputs([[10, 10, 50, 25]], labels=[1])}
+    metrics = evaluate(COCOEvaluator(name, output_dir=str(tmp_path)), outputs)["bbox"]
+    assert (metrics["AP-zebra"], metrics["AP-ant"]) == (pytest.approx(100.0), 0.0)
+    rows = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert [(row["image_id"], row["category_id"]) for row in rows] == [(9, 3), (6, 5)]
+
+
+def test_the_area_is_that_of_the_annotation_its_mask_or_its_box():
+    # A box of 100 x 100 is large; its mask has 40 x 40 pixels.
+    box = [0, 0, 100, 100]
+    for entries, size in (
+        ({**PARTS, "area": 500.0}, "s"),
+        (PARTS, "m"),
+        ({}, "l"),
+    ):
+        name = add_dataset([make_record(1, make_annotation(box, **entries))])
+        metrics = evaluate(COCOEvaluator(name), {1: make_outputs([box])})["bbox"]
+        assert [s for s in "sml" if not math.isnan(metrics[f"AP{s}"])] == [size]
+
+
+# ---- masks ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", INSTALLED)
-def test_a_mask_is_scored_by_its_pixels_and_its_box_by_itself(backend):
-    name = add([small(1, thing(SQUARE, segmentation=CORNERS))])
-    evaluator = COCOEvaluator(name)
-    evaluator.backend = backend
+def test_masks_are_scored_by_their_pixels(backend):
+    evaluator = COCOEvaluator(add_dataset([make_record(1, FULL)]))
     # The box is right; the mask has 0.775 of it.
-    results = evaluate(evaluator, {1: output_of([SQUARE], [rectangle(10, 10, 50, 41)])})
+    results = evaluate_by(backend, evaluator, {1: make_outputs([SQUARE], [rectangle(10, 10, 50, 41)])})
     assert results["bbox"]["AP"] == 100.0
-    assert results["segm"]["AP"] == pytest.approx(60.0)
-    assert results["segm"]["APm"] == pytest.approx(60.0)
-
-
-@pytest.mark.parametrize("backend", INSTALLED)
-def test_the_masks_area_and_not_the_boxs_decides_what_is_small(backend):
-    name = add([small(1, thing(SQUARE, segmentation=CORNERS))])
-    evaluator = COCOEvaluator(name)
-    evaluator.backend = backend
-    # A false one of 40 x 40 pixels' box, and 10 pixels: in no way a medium one.
-    wrong = output_of([[50, 50, 90, 90], SQUARE], [rectangle(60, 60, 62, 65), rectangle(*SQUARE)])
-    results = evaluate(evaluator, {1: wrong})
+    assert results["segm"]["AP"] == results["segm"]["APm"] == pytest.approx(60.0)
+    # A false one with a box of 40 x 40 pixels, and a mask of 10: not a medium one.
+    wrong = make_outputs([[50, 50, 90, 90], SQUARE], [rectangle(60, 60, 62, 65), MASK])
+    results = evaluate_by(backend, evaluator, {1: wrong})
     assert results["segm"]["APm"] == pytest.approx(100.0)
     assert results["bbox"]["APm"] == pytest.approx(50.0)
 
 
-def test_without_masks_in_the_dataset_segm_is_left_out_with_a_warning(log):
-    name = add([small(1, thing(SQUARE))])
-    results = evaluate(COCOEvaluator(name), {1: output_of([SQUARE], [rectangle(*SQUARE)], [POINTS])})
-    assert list(results) == ["bbox"]
+def test_parts_that_the_dataset_does_not_have_are_skipped_with_a_warning(log):
+    name = add_dataset([make_record(1, make_annotation(SQUARE))])
+    output = make_outputs([SQUARE], [MASK], [POINTS])
+    assert list(evaluate(COCOEvaluator(name), {1: output})) == ["bbox"]
     warnings = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
-    assert [w.split()[0] for w in warnings] == ["segm", "keypoints"]
-    assert all(name in w for w in warnings)
+    assert [warning.split()[0] for warning in warnings] == ["segm", "keypoints"]
+    voc = evaluate(PascalVOCDetectionEvaluator(name), {1: {**output, "masks": torch.zeros(1, 3, 3)}})
+    assert voc["bbox"]["AP50"] == 100.0
 
 
-def test_what_is_found_over_an_object_without_a_mask_is_ignored():
-    name = add([small(1, thing(SQUARE, segmentation=CORNERS), thing([60, 60, 90, 90]))])
-    inside = output_of([[60, 60, 90, 90], SQUARE], [rectangle(61, 61, 88, 89), rectangle(*SQUARE)])
-    results = evaluate(COCOEvaluator(name), {1: inside})
-    assert results["segm"]["AP"] == 100.0
+def test_objects_without_a_mask_or_labelled_keypoints_are_ignored_not_missed():
+    blank = make_annotation([60, 60, 90, 90], keypoints=[0.0] * 6)
+    name = add_dataset([make_record(1, FULL, blank)])
+    output = make_outputs(
+        [[60, 60, 90, 90], SQUARE],
+        [rectangle(61, 61, 88, 89), MASK],
+        [[70.0, 70.0, 1, 80.0, 80.0, 1], POINTS],
+    )
+    results = evaluate(COCOEvaluator(name, kpt_oks_sigmas=(0.1, 0.1)), {1: output})
+    assert results["segm"]["AP"] == results["keypoints"]["AP"] == results["keypoints"]["AR"] == 100.0
 
 
-def test_masks_of_another_size_or_missing_ones_are_refused():
-    name = add([small(1, thing(SQUARE, segmentation=CORNERS)), small(2)])
-    evaluator = COCOEvaluator(name)
-    wrong = output_of([SQUARE], [torch.zeros(50, 100, dtype=torch.bool)])
-    with pytest.raises(UserError, match=r"image 1 .*\(50, 100\).*\(100, 100\)"):
-        evaluate(evaluator, {1: wrong})
-    with pytest.raises(UserError, match="1 of 2 detections have masks"):
-        evaluate(evaluator, {1: output_of([SQUARE], [rectangle(*SQUARE)]), 2: output_of([SQUARE])})
-    with pytest.raises(UserError, match="segm needs masks"):
-        evaluate(COCOEvaluator(name, ["segm"]), {1: output_of([SQUARE])})
-
-
-def test_a_segmentation_that_cannot_be_read_is_named():
-    name = add([small("x9", thing(SQUARE, segmentation=[[1, 2, 3, 4]]))])
-    with pytest.raises(UserError, match="x9.*polygon"):
-        evaluate(COCOEvaluator(name, ["segm"]), {"x9": output_of([SQUARE], [rectangle(*SQUARE)])})
-
-
-@pytest.mark.parametrize(("area", "size"), [(500.0, "s"), (None, "m")])
-def test_the_area_is_the_annotations_or_its_masks_or_its_boxs(area, size):
-    # A box of 100 x 100 is large; its mask has 40 x 40 pixels.
-    box = [0, 0, 100, 100]
-    annotation = thing(box, segmentation=CORNERS) | ({"area": area} if area else {})
-    metrics = evaluate(COCOEvaluator(add([small(1, annotation)])), {1: output_of([box])})["bbox"]
-    assert [s for s in "sml" if not math.isnan(metrics[f"AP{s}"])] == [size]
-    metrics = evaluate(COCOEvaluator(add([small(1, thing(box))])), {1: output_of([box])})["bbox"]
-    assert [s for s in "sml" if not math.isnan(metrics[f"AP{s}"])] == ["l"]
-
-
-# ---- keypoints ---------------------------------------------------------------------------------
+# ---- keypoints -----------------------------------------------------------------------------------
 
 
 def test_keypoints_are_compared_without_a_shift():
     # OKS of a shift d on every point: exp(-d^2 / (2 * area * (2 sigma)^2)).
-    name = add([small(1, thing(SQUARE, keypoints=POINTS, area=1600.0))])
+    name = add_dataset([make_record(1, make_annotation(SQUARE, keypoints=POINTS, area=1600.0))])
     evaluator = COCOEvaluator(name, kpt_oks_sigmas=(0.05, 0.05))
-    exact = evaluate(evaluator, {1: output_of([SQUARE], keypoints=[POINTS])})
+    exact = evaluate(evaluator, {1: make_outputs([SQUARE], keypoints=[POINTS])})
     assert exact["keypoints"]["AP"] == 100.0
     shift = math.sqrt(-math.log(0.77) * 2 * 1600 * 0.1**2)
     moved = [20 + shift, 20, 2, 40 + shift, 30, 1]
-    results = evaluate(evaluator, {1: output_of([SQUARE], keypoints=[moved])})
+    results = evaluate(evaluator, {1: make_outputs([SQUARE], keypoints=[moved])})
     # 0.77 is above 0.50, 0.55, ..., 0.75.
     assert results["keypoints"]["AP"] == pytest.approx(60.0)
-    assert list(results["keypoints"]) == list(KEYPOINT_METRICS)
 
 
 @pytest.mark.parametrize(
-    ("sigmas", "kp", "shown"),
+    ("sigmas", "kp", "words"),
     [((), 4, "COCO's are for 17"), ((0.1,) * 3, 4, "not \\[0.1, 0.1, 0.1\\]"), ((0.1, 0.0), 2, "positive")],
 )
-def test_a_wrong_number_of_sigmas_is_refused(sigmas, kp, shown):
-    records = [small(1, thing(SQUARE, keypoints=[20.0, 20.0, 2] * kp))]
-    message = f"TEST.KEYPOINT_OKS_SIGMAS must be {kp} positive numbers.*{shown}|{shown}"
+def test_a_wrong_number_of_sigmas_is_rejected(sigmas, kp, words):
+    name = add_dataset([make_record(1, make_annotation(SQUARE, keypoints=[20.0, 20.0, 2] * kp))])
+    message = f"TEST.KEYPOINT_OKS_SIGMAS must be {kp} positive numbers.*{words}|{words}"
     with pytest.raises(UserError, match=message):
-        COCOEvaluator(add(records), ["bbox", "keypoints"], kpt_oks_sigmas=sigmas)
-    named = add(records, keypoint_names=[f"k{i}" for i in range(kp)])
+        COCOEvaluator(name, ["bbox", "keypoints"], kpt_oks_sigmas=sigmas)
     with pytest.raises(UserError, match=message):
-        COCOEvaluator(named, ["keypoints"], kpt_oks_sigmas=sigmas)
-    with pytest.raises(UserError, match=message):
-        output = output_of([SQUARE], keypoints=[[20.0, 20.0, 2] * kp])
-        evaluate(COCOEvaluator(named, kpt_oks_sigmas=sigmas), {1: output})
+        output = make_outputs([SQUARE], keypoints=[[20.0, 20.0, 2] * kp])
+        evaluate(COCOEvaluator(name, kpt_oks_sigmas=sigmas), {1: output})
 
 
-def test_a_model_with_another_number_of_keypoints_is_refused():
-    name = add([small(1, thing(SQUARE, keypoints=POINTS))])
-    output = output_of([SQUARE], keypoints=[[20.0, 20.0, 2] * 3])
-    with pytest.raises(UserError, match="finds 3 keypoints, .* has 2"):
-        evaluate(COCOEvaluator(name, kpt_oks_sigmas=(0.1, 0.1)), {1: output})
+# ---- tasks and errors ----------------------------------------------------------------------------
 
 
-def test_objects_without_a_labelled_keypoint_are_ignored_not_missed():
-    blank = thing([60, 60, 90, 90], keypoints=[0.0] * 6)
-    name = add([small(1, thing(SQUARE, keypoints=POINTS), blank)])
-    evaluator = COCOEvaluator(name, kpt_oks_sigmas=(0.1, 0.1))
-    there = [70.0, 70.0, 1, 80.0, 80.0, 1]
-    found = output_of([[60, 60, 90, 90], SQUARE], keypoints=[there, POINTS])
-    results = evaluate(evaluator, {1: found})
-    assert results["keypoints"]["AP"] == results["keypoints"]["AR"] == 100.0
+def test_only_the_requested_tasks_are_scored():
+    name = add_dataset([make_record(1, FULL)])
+    output = make_outputs([SQUARE], [MASK], [POINTS])
+    for tasks in (["segm"], ["bbox", "box_proposals"]):
+        assert list(evaluate(COCOEvaluator(name, tasks[::-1]), {1: output})) == tasks
 
 
-# ---- tasks -------------------------------------------------------------------------------------
+# tasks, annotation, outputs, words of the error; without outputs it is raised before an evaluation.
+MISTAKES = {
+    "an unknown task": (("bbox", "panoptic"), FULL, None, "bbox, segm, keypoints, box_proposals"),
+    "no task": ((), FULL, None, "bbox, segm, keypoints, box_proposals"),
+    "no annotations": (["segm"], make_annotation(SQUARE), None, "segm cannot be scored: .*detections_"),
+    "a mask of another size": (
+        None,
+        FULL,
+        [make_outputs([SQUARE], [torch.zeros(50, 100, dtype=torch.bool)])],
+        r"image 1 .*\(50, 100\).*\(100, 100\)",
+    ),
+    "some masks": (
+        None,
+        FULL,
+        [make_outputs([SQUARE], [MASK]), make_outputs([SQUARE])],
+        "1 of 2 detections have masks",
+    ),
+    "no masks": (["segm"], FULL, [make_outputs([SQUARE])], "segm needs masks"),
+    "a broken polygon": (
+        ["segm"],
+        make_annotation(SQUARE, segmentation=[[1, 2, 3, 4]]),
+        [make_outputs([SQUARE], [MASK])],
+        "image 1 .*polygon",
+    ),
+    "other keypoints": (
+        None,
+        FULL,
+        [make_outputs([SQUARE], keypoints=[[20.0, 20.0, 2] * 3])],
+        "finds 3 keypoints, .* has 2",
+    ),
+}
 
 
-@pytest.mark.parametrize("tasks", [("bbox", "panoptic"), (), "bbox"])
-def test_unknown_tasks_are_refused(tasks):
-    with pytest.raises(UserError, match="bbox, segm, keypoints, box_proposals"):
-        COCOEvaluator(add([small(1)]), tasks)
+@pytest.mark.parametrize("case", MISTAKES)
+def test_tasks_and_outputs_that_cannot_be_scored_are_rejected(case):
+    tasks, annotation, outputs, words = MISTAKES[case]
+    name = add_dataset([make_record(1, annotation), make_record(2)])
+    with pytest.raises(UserError, match=words):
+        evaluator = COCOEvaluator(name, tasks, kpt_oks_sigmas=(0.1, 0.1))
+        if outputs is not None:
+            evaluate(evaluator, dict(enumerate(outputs, start=1)))
 
 
-def test_a_task_without_annotations_is_refused_before_anything_is_run():
-    name = add([small(1, thing(SQUARE))])
-    with pytest.raises(UserError, match=f"segm cannot be scored: .*{name}"):
-        COCOEvaluator(name, ["bbox", "segm"])
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
-def test_only_the_tasks_that_were_asked_for_are_scored():
-    records = [small(1, thing(SQUARE, segmentation=CORNERS, keypoints=POINTS))]
-    output = output_of([SQUARE], [rectangle(*SQUARE)], [POINTS])
-    name = add(records)
-    assert list(evaluate(COCOEvaluator(name, ["segm"]), {1: output})) == ["segm"]
-    both = COCOEvaluator(name, ("box_proposals", "bbox"))
-    assert list(evaluate(both, {1: output})) == ["bbox", "box_proposals"]
-
-
-# ---- ranks -------------------------------------------------------------------------------------
-
-
-def test_two_processes_gather_masks_as_rle_and_score_as_one(tmp_path):
-    content = write_coco(tmp_path / "a.json")
-    outputs = found_in(content)
-    alone = evaluate(COCOEvaluator(register(tmp_path / "a.json")), outputs)
+def test_two_processes_gather_masks_as_rle_and_score_as_one(tmp_path, difficult):
+    name, outputs = difficult
+    alone = evaluate(COCOEvaluator(name), outputs)
     torch.save(outputs, tmp_path / "outputs.pt")
     job = Job(evaluate_a_part, tmp_path / "job", num_gpus_per_machine=2).wait()
     assert job.code == 0, job.output
@@ -590,50 +497,26 @@ def test_two_processes_gather_masks_as_rle_and_score_as_one(tmp_path):
     assert facts[0]["kinds"] == facts[1]["kinds"] == ["bytes", "ndarray", "set"]
 
 
-def test_a_rank_without_images_or_masks_changes_nothing(tmp_path, monkeypatch):
-    from plaintrain.utils import comm
-
-    content = write_coco(tmp_path / "a.json")
-    outputs = found_in(content)
-    evaluator = COCOEvaluator(register(tmp_path / "a.json"))
+def test_a_rank_without_images_or_masks_changes_nothing(difficult, monkeypatch):
+    name, outputs = difficult
+    evaluator, idle, sent = COCOEvaluator(name), COCOEvaluator(name), []
     alone = evaluate(evaluator, outputs)
-    idle = COCOEvaluator(evaluator.dataset_name)
-    sent = []
-    monkeypatch.setattr(comm, "is_main_process", lambda: False)
-    monkeypatch.setattr(comm, "gather", lambda data: sent.append(data) or [])
-    assert evaluate(evaluator, outputs) is None
-    monkeypatch.setattr(comm, "is_main_process", lambda: True)
-    monkeypatch.setattr(comm, "gather", lambda data: [data, *sent])
+    monkeypatch.setattr("plaintrain.utils.comm.gather", lambda data: sent.append(data) or [data])
+    evaluator.evaluate()
+    monkeypatch.setattr("plaintrain.utils.comm.gather", lambda data: [data, *sent])
     # The rank that scores has seen nothing.
     assert repr(idle.evaluate()) == repr(alone)
 
 
-def test_voc_scores_boxes_of_outputs_with_masks_and_keypoints():
-    name = add([small(1, thing(SQUARE))])
-    evaluator = PascalVOCDetectionEvaluator(name)
-    output = output_of([SQUARE], [torch.zeros(3, 3, dtype=torch.bool)], [POINTS])
-    assert evaluate(evaluator, {1: output})["bbox"]["AP50"] == 100.0
-
-
-# ---- proposals ---------------------------------------------------------------------------------
+# ---- proposals -----------------------------------------------------------------------------------
 
 
 def test_each_proposal_covers_one_object_and_the_best_pair_comes_first():
     # The second proposal is best for both objects; the first object is left with the first proposal.
-    ious = np.array([[0.5, 0.3], [0.6, 0.8], [0.1, 0.2]])
-    assert sorted(coverage(ious)) == [0.5, 0.8]
-    assert ious.max() == 0.8
+    assert sorted(coverage(np.array([[0.5, 0.3], [0.6, 0.8], [0.1, 0.2]]))) == [0.5, 0.8]
     # More objects than proposals.
     assert sorted(coverage(np.array([[0.5, 0.3, 0.9]]))) == [0.0, 0.0, 0.9]
     assert coverage(np.zeros((0, 2))).tolist() == [0.0, 0.0]
-
-
-def test_box_ious_by_hand():
-    ious = box_ious(
-        np.array([[0.0, 0, 10, 10]]), np.array([[0.0, 0, 10, 10], [5, 0, 15, 10], [20, 20, 30, 30]])
-    )
-    assert ious.tolist() == [[1.0, pytest.approx(1 / 3), 0.0]]
-    assert box_ious(np.zeros((1, 4)), np.zeros((1, 4))).tolist() == [[0.0]]
 
 
 def test_average_recall_by_hand():
@@ -643,11 +526,8 @@ def test_average_recall_by_hand():
     metrics = average_recall([(boxes, objects, areas)])
     assert list(metrics) == [f"AR{size}@{limit}" for limit in (100, 1000) for size in ("", "s", "m", "l")]
     # IoUs are 1, 0.72 (above 0.50 to 0.70) and 0.
-    assert metrics["ARs@100"] == 100.0
-    assert metrics["ARm@100"] == pytest.approx(50.0)
-    assert metrics["ARl@100"] == 0.0
-    assert metrics["AR@100"] == pytest.approx(50.0)
-    # The hit comes at the 101st place.
+    assert [metrics[f"AR{size}@100"] for size in ("s", "m", "l", "")] == pytest.approx([100, 50, 0, 50])
+    # The hit is the 101st.
     far = np.tile([900.0, 900, 950, 950], (100, 1))
     metrics = average_recall([(np.concatenate([far, boxes[:1]]), objects[:1], areas[:1])])
     assert metrics["AR@100"] == 0.0 and metrics["AR@1000"] == 100.0
@@ -655,30 +535,16 @@ def test_average_recall_by_hand():
 
 
 def test_proposals_are_scored_by_score_whatever_their_class_and_without_crowds(tmp_path):
-    crowd = thing([60, 60, 90, 90], iscrowd=1)
-    name = add([small(1, thing(SQUARE, 1), crowd), small(2, thing(SQUARE, 0))])
+    crowd = make_annotation([60, 60, 90, 90], iscrowd=1)
+    name = add_dataset(
+        [make_record(1, make_annotation(SQUARE, 1), crowd), make_record(2, make_annotation(SQUARE, 0))]
+    )
     evaluator = COCOEvaluator(name, ("box_proposals",), output_dir=str(tmp_path / "none"))
     # Worst first: sorted by score, the hit is among the first hundred.
-    output = output_of([[0, 0, 5, 5]] * 100 + [SQUARE])
+    output = make_outputs([[0, 0, 5, 5]] * 100 + [SQUARE])
     output["scores"] = output["scores"].flip(0)
-    results = evaluate(evaluator, {1: output, 2: output_of([])})
+    results = evaluate(evaluator, {1: output, 2: make_outputs([])})
     assert list(results) == ["box_proposals"]
     assert results["box_proposals"]["AR@100"] == pytest.approx(50.0)
     assert math.isnan(results["box_proposals"]["ARl@1000"])
     assert not (tmp_path / "none").exists()
-
-
-# ---- scripts -----------------------------------------------------------------------------------
-
-
-def test_the_evaluator_is_chosen_by_model_and_dataset():
-    records = [small(1, thing(SQUARE, keypoints=POINTS))]
-    coco, voc = add(records, evaluator_type="coco"), add(records, evaluator_type="pascal_voc")
-    cfg = get_cfg()
-    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
-    assert isinstance(build_evaluator(cfg, voc, None), PascalVOCDetectionEvaluator)
-    output = output_of([SQUARE], keypoints=[POINTS])
-    assert list(evaluate(build_evaluator(cfg, coco, None), {1: output})) == ["bbox", "keypoints"]
-    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
-    for name in (coco, voc):
-        assert list(evaluate(build_evaluator(cfg, name, None), {1: output})) == ["box_proposals"]
