@@ -106,22 +106,6 @@ def test_the_ap_is_cocos_and_100_without_errors(seed, iou, metric):
     assert fixed_ap(errors, ERRORS) == 100 and min(cost["costs"].values()) >= 0
 
 
-def test_the_order_of_images_changes_nothing():
-    name, records, detections = random_dataset(5)
-    order = np.random.default_rng(0).permutation(len(records))
-    DatasetCatalog.register("shuffled", lambda: [records[i] for i in order])
-    MetadataCatalog.get("shuffled").set(thing_classes=MetadataCatalog.get(name).thing_classes)
-    rows = detections.rows.copy()
-    rows[:, 0] = np.argsort(order)[rows[:, 0].astype(int)]
-    shuffled = Detections(rows[np.argsort(rows[:, 0], kind="stable")], detections.seen)
-    first, second = (errors_of(n, d) for n, d in ((name, detections), ("shuffled", shuffled)))
-    assert ap_cost(first) == ap_cost(second)
-    assert best_thresholds(first) == best_thresholds(second)
-    assert confusion(first) == confusion(second)
-    bins = [[part["score"] for part in calibration(errors)["bins"]] for errors in (first, second)]
-    assert np.allclose(*np.array(bins, dtype=float), equal_nan=True)
-
-
 # ---- thresholds, calibration, confusion ---------------------------------------------------------
 
 

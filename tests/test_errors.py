@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from detection_helpers import random_dataset
 
 from plaintrain.evaluation.errors import KINDS, STATES, errors_of, find_errors, match_image
@@ -108,15 +107,6 @@ def test_a_detection_matches_the_best_object_that_is_left():
     # Of two that it overlaps alike, COCO has the later one.
     halves = {"boxes": [[0, 0, 10, 5], [0, 5, 10, 10]], "labels": [0, 0]}
     assert match_image(halves, found).objects.tolist() == [0, 1, 1]
-
-
-def test_an_image_without_objects_or_detections():
-    for num_objects, num_found in ((0, 0), (0, 2), (2, 0)):
-        objects = {"boxes": torch.ones(num_objects, 4), "labels": torch.zeros(num_objects)}
-        found = {"boxes": torch.ones(num_found, 4), "labels": torch.zeros(num_found)}
-        matches = match_image(objects, {**found, "scores": torch.ones(num_found)})
-        assert matches.kinds.tolist() == ["background"] * num_found
-        assert matches.states.tolist() == ["missed"] * num_objects
 
 
 def test_only_the_hundred_best_of_a_class_count():

@@ -90,47 +90,30 @@ def write(folder, detections):
 # ---- written and read again --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [(), ("masks", "keypoints")])
-def test_a_written_file_read_again_is_the_same_file_with_the_same_scores(shapes, tmp_path, parts):
-    def evaluator(folder):
-        return COCOEvaluator(shapes, output_dir=str(tmp_path / folder), kpt_oks_sigmas=SIGMAS)
+@pytest.mark.parametrize(
+    ("evaluator_class", "parts", "options"),
+    [
+        (COCOEvaluator, (), {}),
+        (COCOEvaluator, ("masks", "keypoints"), {"kpt_oks_sigmas": SIGMAS}),
+        (PascalVOCDetectionEvaluator, ("masks",), {"use_07_metric": True}),
+    ],
+)
+def test_a_written_file_read_again_gives_the_same_file_and_scores(
+    shapes, tmp_path, evaluator_class, parts, options
+):
+    def make_evaluator(folder):
+        return evaluator_class(shapes, output_dir=str(tmp_path / folder), **options)
 
-    first = score(evaluator("first"), detections_in(shapes, parts))
-    again = score(evaluator("again"), read_predictions(tmp_path / "first" / FILE, shapes))
+    first = score(make_evaluator("first"), detections_in(shapes, parts))
+    again = score(make_evaluator("again"), read_predictions(tmp_path / "first" / FILE, shapes))
     assert repr(again) == repr(first)
     at_once = read_detections(tmp_path / "first" / FILE, shapes)
-    assert repr(evaluator("at_once").score(at_once)) == repr(first)
-    assert len(first) == 1 + len(parts) and all(5 < metrics["AP"] < 95 for metrics in first.values())
+    assert repr(make_evaluator("at_once").score(at_once)) == repr(first)
+    assert all(5 < metrics["AP"] < 95 for metrics in first.values())
+    assert len(first) == 1 + len(parts) or evaluator_class is PascalVOCDetectionEvaluator
     written = (tmp_path / "first" / FILE).read_bytes()
     assert len(json.loads(written)) > 8 and (tmp_path / "again" / FILE).read_bytes() == written
-
-
-def test_predictions_for_a_voc_dataset_are_in_cocos_format_and_scored_by_vocs_metric(tiny_voc, tmp_path):
-    declare_dataset("zoo", {"FORMAT": "voc", "ROOT": str(tiny_voc.root), "SPLIT": "train", "YEAR": 2007})
-    tiny_voc.write("b", tiny_voc.object("ant", 20, 12, 36, 24), tiny_voc.object("cow", 3, 3, 9, 9, 1))
-    boxes = {"a": [[4, 5, 20, 20], [0, 0, 40, 29], [1, 1, 9, 9]], "b": [[19, 11, 33, 24], [2, 2, 9, 9]]}
-    labels = {"a": [0, 2, 0], "b": [0, 1]}
-    masks = torch.arange(30 * 40).reshape(1, 30, 40) % 7 == 0
-    outputs = {
-        i: {
-            "boxes": torch.tensor(boxes[i], dtype=torch.float32) + 0.3,
-            "scores": torch.linspace(0.9, 0.6, len(boxes[i])),
-            "labels": torch.tensor(labels[i]),
-            "masks": masks.repeat(len(boxes[i]), 1, 1),
-        }
-        for i in "ab"
-    }
-    pairs = [([{"image_id": i}], [output]) for i, output in outputs.items()]
-    first = score(PascalVOCDetectionEvaluator("zoo", output_dir=str(tmp_path / "first")), pairs)
-    written = json.loads((tmp_path / "first" / FILE).read_text())
-    ids = [("a", 1), ("a", 3), ("a", 1), ("b", 1), ("b", 2)]
-    assert [(d["image_id"], d["category_id"]) for d in written] == ids
-    assert written[0]["bbox"] == pytest.approx([4.3, 5.3, 16, 15], abs=1e-5)
-    assert all(d["segmentation"]["size"] == [30, 40] for d in written)
-    again = PascalVOCDetectionEvaluator("zoo", output_dir=str(tmp_path / "again"))
-    results = score(again, read_predictions(tmp_path / "first" / FILE, "zoo"))
-    assert repr(results) == repr(first) and 0 < first["bbox"]["AP"] < first["bbox"]["AP50"]
-    assert json.loads((tmp_path / "again" / FILE).read_text()) == written
+    assert ("segmentation" in json.loads(written)[0]) == ("masks" in parts)
 
 
 def test_every_image_is_read_once_as_a_model_returns_it(declare_pets):
@@ -175,11 +158,6 @@ def test_labels_are_those_of_the_chosen_classes(declare_pets):
     assert pairs[-1][1][0]["labels"].tolist() == [1, 0, 1]
     with pytest.raises(UserError, match=r"category_id 5, but pets has 2 categories: 7 dog, 3 cat$"):
         read_predictions(write(folder, [detection | {"category_id": 5}]), "pets")
-
-
-def test_a_file_without_detections_scores_0(shapes, tmp_path):
-    results = score(COCOEvaluator(shapes), read_predictions(write(tmp_path, []), shapes))
-    assert results["bbox"]["AP"] == 0 and list(results) == ["bbox"]
 
 
 def test_each_rank_reads_its_images(shapes, tmp_path, monkeypatch):

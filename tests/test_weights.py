@@ -1,6 +1,5 @@
 """Pretrained weights: plaintrain.weights."""
 
-import collections
 import copy
 import os
 import pickle
@@ -165,6 +164,8 @@ def test_entries_that_are_no_tensors_are_skipped(tmp_path):
     assert list(read_state_dict(str(tmp_path / "w.pkl"))) == ["a"]
 
 
+COUNTER = {"backbone.body.bn1.num_batches_tracked": torch.tensor(3)}
+OTHER = {"encoder.weight": torch.ones(3)}
 # file, content (bytes, or an object for torch.save; None: a folder), words of the error
 MISTAKES = {
     "folder": ("w.pth", None, r"MODEL.WEIGHTS is .*w\.pth.* no such file"),
@@ -173,18 +174,9 @@ MISTAKES = {
     "cut off": ("w.pth", b"PK\x03\x04 cut off", r"cannot read .*w\.pth"),
     "cut off pickle": ("w.pkl", b"\x80\x04]", r"cannot read .*w\.pkl"),
     "list": ("w.pth", [1, 2], r"w\.pth holds a list"),
-    "tensor": ("w.pth", torch.ones(2), r"w\.pth holds a Tensor"),
     "no tensors": ("w.pth", {}, r"none of the 0 tensors in .*w\.pth"),
-    "another model": (
-        "w.pth",
-        {"encoder.weight": torch.ones(3)},
-        r"none of the 1 tensors.*w\.pth.*encoder\.weight",
-    ),
-    "counters": (
-        "w.pth",
-        {"backbone.body.bn1.num_batches_tracked": torch.tensor(3)},
-        r"none of the 1 tensors",
-    ),
+    "another model": ("w.pth", OTHER, r"none of the 1 tensors.*w\.pth.*encoder\.weight"),
+    "counters": ("w.pth", COUNTER, r"none of the 1 tensors"),
 }
 
 
@@ -201,32 +193,19 @@ def test_files_without_weights_of_the_model_are_rejected(tmp_path, case):
         load_weights(make_model(), str(tmp_path / name))
 
 
-@pytest.mark.parametrize(
-    ("name", "protocol"),
-    [("w.pth", 2), ("value.pkl", 0), ("top.pkl", 2), ("ordered.pkl", 4), ("list.pkl", 5)],
-)
-def test_a_pickle_that_would_run_code_is_rejected_and_does_not_run(tmp_path, name, protocol):
-    bomb, array = Bomb(tmp_path / "ran"), np.ones(2)
-    content = {
-        "w": {"conv1.weight": bomb},
-        "value": {"model": {"stem.conv1.weight": array, "x": bomb}},
-        "top": bomb,
-        "ordered": collections.OrderedDict(x=bomb),
-        "list": {"model": {"stem.conv1.weight": array}, "cfg": [{"a": bomb}]},
-    }[name.partition(".")[0]]
-    path = tmp_path / name
-    if name == "w.pth":
+@pytest.mark.parametrize("protocol", [None, 0, 2, 4])
+@pytest.mark.parametrize("wrap", [lambda bomb: bomb, lambda bomb: {"model": {"conv1.weight": bomb}}])
+def test_a_pickle_that_would_run_code_is_rejected_and_does_not_run(tmp_path, protocol, wrap):
+    content = wrap(Bomb(tmp_path / "ran"))
+    path = tmp_path / ("w.pth" if protocol is None else "w.pkl")
+    if protocol is None:
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=protocol))
-    with pytest.raises(UserError, match=rf"cannot read .*{name}" if name == "w.pth" else rf"{name}.*refused"):
+    words = "" if protocol is None else ".*refused"
+    with pytest.raises(UserError, match=f"cannot read .*{path.name}{words}"):
         read_state_dict(str(path))
     assert not (tmp_path / "ran").exists()
-    if name == "w.pth":
-        torch.load(path, weights_only=False)
-    else:
-        pickle.loads(path.read_bytes())  # noqa: S301 - its own bytes
-    assert (tmp_path / "ran").exists()
 
 
 # ---- backbones and heads -------------------------------------------------------------------------
@@ -436,35 +415,25 @@ def test_a_head_is_skipped_if_its_classes_are_not_known_to_be_cocos(tmp_path, lo
     assert warnings_of(log).count("other shape") == 6
 
 
+@pytest.mark.parametrize("names", [NAMES, COCO_80[::-1]], ids=["three", "reversed"])
 @pytest.mark.parametrize(
-    ("keys", "names", "ending"),
-    [
-        ([], NAMES, ".pkl"),
-        ([], COCO_80[::-1], ".pth"),
-        (RETINANET, NAMES, ".pth"),
-        (RETINANET, COCO_80, ".pkl"),
-    ],
-    ids=["rcnn, three", "rcnn, reversed", "retinanet, three", "retinanet, all"],
+    ("keys", "layers", "anchors"),
+    [([], {f"{BOXES}.cls_score": 1, f"{BOXES}.bbox_pred": 4}, 1), (RETINANET, {LOGITS: 1}, 3)],
+    ids=["rcnn", "retinanet"],
 )
-def test_heads_of_detectron2s_80_classes_are_reduced_by_name(tmp_path, log, keys, names, ending):
+def test_heads_of_detectron2s_80_classes_are_reduced_by_name(tmp_path, log, names, keys, layers, anchors):
     state = randomize(make_model(*keys, num_classes=80).state_dict())
     there = weight_detectron2.to_detectron2(state)
-    path = tmp_path / f"model_final{ending}"
-    if ending == ".pkl":
-        arrays = {name: value.numpy() for name, value in there.items()}
-        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "me"}))
-    else:
-        torch.save({"model": there, "optimizer": {"state": {}}, "iteration": 7}, path)
+    torch.save({"model": there, "optimizer": {"state": {}}, "iteration": 7}, tmp_path / "d2.pth")
     model = make_model(*keys, num_classes=len(names))
-    load_weights(model, str(path), names)
-    rows = torch.tensor([COCO_80.index(name) for name in names])
-    layer = LOGITS if keys else f"{BOXES}.cls_score"
-    value, before = model.state_dict()[f"{layer}.weight"], state[f"{layer}.weight"]
-    if keys:
-        assert value.unflatten(0, (3, -1)).equal(before.unflatten(0, (3, -1))[:, rows])
-    else:
-        assert value[0].equal(before[0]) and value[1:].equal(before[1:][rows])
-        boxes = model.state_dict()[f"{BOXES}.bbox_pred.bias"].view(-1, 4)
-        assert boxes[1:].equal(state[f"{BOXES}.bbox_pred.bias"].view(-1, 4)[1:][rows])
-        assert not boxes[0].any()
+    load_weights(model, str(tmp_path / "d2.pth"), names)
+    rows = [COCO_80.index(name) for name in names]
+    rows = rows if keys else [0, *(row + 1 for row in rows)]
+    for layer, per_class in layers.items():
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            expected = state[name].unflatten(0, (anchors, -1, per_class))[:, rows].flatten(0, 2)
+            if per_class == 4:
+                # Detectron2 has no box of the background.
+                expected[:4] = 0
+            assert model.state_dict()[name].equal(expected), name
     assert not warnings_of(log)
