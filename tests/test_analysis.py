@@ -236,15 +236,6 @@ def test_classes_keep_their_names_whatever_their_ids_in_the_files(tmp_path):
     assert COCOEvaluator(name).score(detections)["bbox"]["AP-c1"] == 0
 
 
-def test_a_given_score_threshold_and_iou_are_taken(tmp_path):
-    name, _, detections = random_dataset(8)
-    found = analysis_of(tmp_path, name, detections, score_threshold=0.8, iou_threshold=0.75, gallery=2)
-    settings = {"iou_threshold": 0.75, "score_threshold": 0.8, "score_threshold_is": "given"}
-    assert found["settings"] == settings and len(found["gallery"]["worst"]) == 2
-    assert found["errors"]["bbox"]["AP"] == pytest.approx(found["metrics"]["bbox"]["AP75"])
-    assert sum(found["errors"]["bbox"]["detections"].values()) == (detections.rows[:, 5] >= 0.8).sum()
-
-
 @pytest.mark.parametrize("case", ["no detections", "no objects", "no images", "eighty classes"])
 def test_an_analysis_without_objects_or_detections_has_no_numbers(tmp_path, case):
     objects = [] if case in ("no objects", "no images") else [(0, A, 0, 0), (1, B, 0, 0)]

@@ -408,13 +408,17 @@ def test_two_processes_gather_masks_as_rle_and_score_as_one(tmp_path, difficult)
     assert facts[0]["kinds"] == facts[1]["kinds"] == ["bytes", "ndarray", "set"]
 
 
-def test_a_rank_without_images_or_masks_changes_nothing(difficult, monkeypatch):
+@pytest.mark.parametrize("evaluator_class", [COCOEvaluator, PascalVOCDetectionEvaluator])
+def test_a_rank_without_images_or_masks_changes_nothing(difficult, monkeypatch, evaluator_class):
     name, outputs = difficult
-    evaluator, idle, sent = COCOEvaluator(name), COCOEvaluator(name), []
+    evaluator, idle, sent = evaluator_class(name), evaluator_class(name), []
     alone = evaluate(evaluator, outputs)
-    monkeypatch.setattr("plaintrain.utils.comm.gather", lambda data: sent.append(data) or [data])
-    evaluator.evaluate()
+    monkeypatch.setattr("plaintrain.utils.comm.gather", lambda data: sent.append(data))
+    monkeypatch.setattr("plaintrain.utils.comm.is_main_process", lambda: False)
+    assert evaluator.evaluate() is None
+    assert repr(evaluate(evaluator_class(name, distributed=False), outputs)) == repr(alone)
     monkeypatch.setattr("plaintrain.utils.comm.gather", lambda data: [data, *sent])
+    monkeypatch.setattr("plaintrain.utils.comm.is_main_process", lambda: True)
     # The rank that scores has seen nothing.
     assert repr(idle.evaluate()) == repr(alone)
 

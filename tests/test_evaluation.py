@@ -3,7 +3,6 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from detection_helpers import add_dataset, evaluate, make_annotation, make_output, make_record
@@ -19,8 +18,6 @@ from plaintrain.evaluation import (
     print_csv_format,
     verify_results,
 )
-from plaintrain.evaluation.voc import voc_ap
-from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
 torch.set_num_threads(1)
@@ -30,33 +27,6 @@ both_evaluators = pytest.mark.parametrize("evaluator_class", [COCOEvaluator, Pas
 
 
 # ---- collecting detections -----------------------------------------------------------------------
-
-
-@both_evaluators
-def test_detections_of_all_ranks_are_scored_on_the_main_process(monkeypatch, evaluator_class):
-    boxes = {i: [5.0 * i, 4.0, 40.0 + 3 * i, 50.0] for i in range(8)}
-    name = add_dataset([make_record(i, make_annotation(box, i % 2)) for i, box in boxes.items()])
-    # Ties between images of different ranks, and a wrong box on every third image.
-    outputs = {
-        i: make_output((box, 0.5, i % 2), *([(FAR, 0.6, i % 2)] if i % 3 == 0 else []))
-        for i, box in boxes.items()
-    }
-    alone = evaluate(evaluator_class(name), outputs)["bbox"]
-    ranks = [evaluator_class(name), evaluator_class(name)]
-    for i, output in outputs.items():
-        ranks[i % 2].process([{"image_id": i}], [output])
-    sent = []
-    monkeypatch.setattr(comm, "is_main_process", lambda: False)
-    monkeypatch.setattr(comm, "gather", lambda data: sent.append(data) or [])
-    assert ranks[1].evaluate() is None
-    monkeypatch.setattr(comm, "is_main_process", lambda: True)
-    monkeypatch.setattr(comm, "gather", lambda data: [data, *sent])
-    assert ranks[0].evaluate()["bbox"] == pytest.approx(alone, abs=1e-12, nan_ok=True)
-    assert 0 < alone["AP"] < 100
-    # Without `distributed` each rank scores its own.
-    monkeypatch.setattr(comm, "gather", lambda data: pytest.fail("gathered"))
-    own = evaluate(evaluator_class(name, distributed=False), {i: outputs[i] for i in (0, 1)})
-    assert own["bbox"]["AP50"] < 100
 
 
 def test_only_images_processed_since_reset_are_scored():
@@ -118,19 +88,6 @@ def test_outputs_may_be_on_a_device_without_float64():
 
 
 # ---- Pascal VOC ----------------------------------------------------------------------------------
-
-
-def test_voc_ap_by_hand():
-    # Two objects; the detections are a hit, a miss, a hit.
-    recall, precision = np.array([0.5, 0.5, 1.0]), np.array([1.0, 0.5, 2 / 3])
-    assert voc_ap(recall, precision) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-    # Recalls 0, 0.1, ..., 0.5 have precision 1, the five above 2/3.
-    assert voc_ap(recall, precision, use_07_metric=True) == pytest.approx((6 + 5 * 2 / 3) / 11)
-    # Recall ends at 0.25: above it the precision is 0.
-    recall, precision = np.array([0.25, 0.25]), np.array([1.0, 0.5])
-    assert voc_ap(recall, precision) == pytest.approx(0.25)
-    assert voc_ap(recall, precision, use_07_metric=True) == pytest.approx(3 / 11)
-    assert voc_ap(np.zeros(0), np.zeros(0)) == voc_ap(np.zeros(0), np.zeros(0), True) == 0.0
 
 
 def score_voc(records, outputs, classes=("cat",), metadata=None, **kwargs):

@@ -151,15 +151,6 @@ def test_keypoints_are_moved_to_the_centers_of_pixels_and_keep_their_scores(decl
     assert len(outputs[1]["keypoints"]) == 0 and "masks" not in outputs[0]
 
 
-def test_labels_are_those_of_the_chosen_classes(declare_pets):
-    detection = {"image_id": 11, "bbox": [1, 2, 3, 4], "score": 0.5}
-    folder = declare_pets(CLASSES=["dog", "cat"])
-    pairs = list(read_predictions(write(folder, [detection | {"category_id": i} for i in (3, 7, 3)]), "pets"))
-    assert pairs[-1][1][0]["labels"].tolist() == [1, 0, 1]
-    with pytest.raises(UserError, match=r"category_id 5, but pets has 2 categories: 7 dog, 3 cat$"):
-        read_predictions(write(folder, [detection | {"category_id": 5}]), "pets")
-
-
 def test_each_rank_reads_its_images(shapes, tmp_path, monkeypatch):
     path = write(tmp_path, [])
     monkeypatch.setattr(predictions.comm, "get_world_size", lambda: 4)
@@ -183,6 +174,10 @@ _MISTAKES = {
     "image": ([_GOOD, _GOOD | {"image_id": 3}], r"detection 1 in .*image 3, .* in pets \(3 images, .* 2\)"),
     "name of an image": ([_GOOD | {"image_id": "2"}], r"detection 0 in .*is of image '2'"),
     "no image": ([{"score": 1, "category_id": 5, "bbox": [1] * 4}], r"detection 0 in .* has no image_id"),
+    "class": (
+        [_GOOD | {"category_id": 0}],
+        r"category_id 0, but pets has 3 categories: 3 cat, ",
+    ),
     "no box": ([{"image_id": 2, "category_id": 5, "score": 1}], r"detection 0 in .* has no bbox"),
     "box": ([_GOOD | {"bbox": [1, 2, math.nan, 4]}], r"detection 0 in .* has bbox \[1, 2, nan, 4\]"),
     "negative": ([_GOOD | {"bbox": [9, 2, -3, 4]}], r"has bbox \[9, 2, -3, 4\], whose width or height"),

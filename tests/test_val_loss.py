@@ -154,16 +154,6 @@ def test_a_model_in_evaluation_mode_or_one_that_raises_is_not_changed_either():
     assert_unchanged(model, before)
 
 
-def test_a_wrapped_model_is_run_without_its_wrapper():
-    class Wrapper(nn.DataParallel):
-        def forward(self, samples):
-            pytest.fail("the wrapper waits for the other ranks")
-
-    model = Model()
-    assert validation_losses(Wrapper(model), [[[1]]])["val/loss_a"] == 1.0
-    assert model.training and len(model.seen) == 1
-
-
 def test_losses_of_sampled_proposals_depend_on_the_seed_alone():
     few = ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 8, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8)
     model = build(*ARCHITECTURES["faster_rcnn"], *few)

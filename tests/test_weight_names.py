@@ -72,32 +72,29 @@ TIMM = {
     "bn1": "0.1",
     # Blocks without an expansion,
     "blocks.0.0.conv_dw": "1.block.0.0",
-    "blocks.0.0.bn1": "1.block.0.1",
     "blocks.0.0.conv_pw": "1.block.1.0",
     "blocks.0.0.bn2": "1.block.1.1",
     # with one,
     "blocks.1.0.conv_pw": "2.block.0.0",
     "blocks.1.0.bn1": "2.block.0.1",
     "blocks.1.0.conv_dw": "2.block.1.0",
-    "blocks.1.0.bn2": "2.block.1.1",
     "blocks.1.0.conv_pwl": "2.block.2.0",
-    "blocks.1.0.bn3": "2.block.2.1",
     # and with squeeze-and-excitation.
     "blocks.2.0.conv_pw": "3.block.0.0",
     "blocks.2.0.bn2": "3.block.1.1",
     "blocks.2.0.se.conv_reduce": "3.block.2.fc1",
-    "blocks.2.0.se.conv_expand": "3.block.2.fc2",
     "blocks.2.0.conv_pwl": "3.block.3.0",
     "blocks.2.0.bn3": "3.block.3.1",
     # The last convolution.
     "blocks.6.0.conv": "4.0",
     "blocks.6.0.bn1": "4.1",
 }
+# Of mobilenetv3_small_100.
 TIMM_SMALL = {
     "conv_stem": "0.0",
     "blocks.0.0.conv_dw": "1.block.0.0",
-    "blocks.0.0.se.conv_reduce": "1.block.1.fc1",
     "blocks.0.0.se.conv_expand": "1.block.1.fc2",
+    "blocks.0.0.se.conv_reduce": "1.block.1.fc1",
     "blocks.0.0.conv_pw": "1.block.2.0",
     "blocks.0.0.bn2": "1.block.2.1",
 }
