@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rank_functions import evaluate_a_part
 
-from plaintrain.data import register_coco_instances
+from plaintrain.data import DatasetCatalog, MetadataCatalog, register_coco_instances
 from plaintrain.evaluation import (
     COCOEvaluator,
     PascalVOCDetectionEvaluator,
@@ -184,9 +184,13 @@ def test_metrics_by_every_backend_are_those_of_pycocotools_on_the_file(tmp_path,
     content = write_coco(tmp_path / "a.json", kp, images=20, seed=seed)
     outputs = detections_in(content, seed)
     register_coco_instances("written", {}, str(tmp_path / "a.json"), "nowhere")
-    # In another order than that of the dataset, and without one of its images.
+    # Neither images nor outputs are in the order of their ids, in which COCO breaks ties; one is missing.
     outputs = dict(list(outputs.items())[:0:-1])
-    evaluator = COCOEvaluator("written", kpt_oks_sigmas=sigmas)
+    records, metadata = DatasetCatalog.get("written"), MetadataCatalog.get("written")
+    ids = metadata.thing_dataset_id_to_contiguous_id
+    shuffled = [records[i] for i in np.random.default_rng(0).permutation(len(records)).tolist()]
+    name = add_dataset(shuffled, metadata.thing_classes, thing_dataset_id_to_contiguous_id=ids)
+    evaluator = COCOEvaluator(name, kpt_oks_sigmas=sigmas)
     by_backend = [evaluate_by(backend, evaluator, outputs) for backend in INSTALLED]
     results = coco_results(outputs, [2, 5, 9])
     assert all(repr(metrics) == repr(by_backend[0]) for metrics in by_backend)
