@@ -1,10 +1,46 @@
-"""Datasets and what is found in them, made at random."""
+"""Small datasets in memory, detections in them, and evaluations of those."""
 
 import numpy as np
+import torch
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.evaluation.instances import Detections
 from plaintrain.structures import BoxMode
+
+
+def add_dataset(records, classes=("cat", "dog"), **metadata):
+    """Register records as a dataset, and return its name."""
+    name = f"detections_{len(DatasetCatalog.list())}"
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(thing_classes=list(classes), **metadata)
+    return name
+
+
+def make_record(image_id, *annotations):
+    """A record of an image of 100 x 100 pixels."""
+    size = {"height": 100, "width": 100}
+    return {"image_id": image_id, "file_name": f"{image_id}.jpg", **size, "annotations": list(annotations)}
+
+
+def make_annotation(box, label=0, **entries):
+    return {"bbox": list(box), "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, **entries}
+
+
+def make_output(*rows):
+    """A model's output from rows (box, score, label)."""
+    return {
+        "boxes": torch.tensor([row[0] for row in rows], dtype=torch.float32).reshape(-1, 4),
+        "scores": torch.tensor([row[1] for row in rows], dtype=torch.float32),
+        "labels": torch.tensor([row[2] for row in rows], dtype=torch.int64),
+    }
+
+
+def evaluate(evaluator, outputs):
+    """The results of {image_id: output}."""
+    evaluator.reset()
+    for image_id, output in outputs.items():
+        evaluator.process([{"image_id": image_id}], [output])
+    return evaluator.evaluate()
 
 
 def random_dataset(seed=0, images=30, classes=4, boxes=12):

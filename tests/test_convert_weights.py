@@ -1,142 +1,99 @@
 """scripts/convert_weights.py."""
 
-import importlib.util
 import pickle
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from processes import run_script
 
 from plaintrain.config import get_cfg
 from plaintrain.modeling import build_model
-from plaintrain.utils.errors import UserError
 from plaintrain.weights import load_weights
 
 torch.set_num_threads(1)
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "convert_weights.py"
 _SMALL = [
-    "MODEL.DEVICE", "cpu",
-    "MODEL.RESNETS.DEPTH", 18,
-    "MODEL.BACKBONE.FREEZE_AT", 0,
-    "MODEL.FPN.OUT_CHANNELS", 16,
-    "MODEL.ROI_HEADS.NUM_CLASSES", 2,
-    "MODEL.RETINANET.NUM_CLASSES", 2,
-    "MODEL.ROI_BOX_HEAD.FC_DIM", 16,
-    "MODEL.MASK_ON", True,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM", 8,
+    "MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", 18, "MODEL.BACKBONE.FREEZE_AT", 0,
+    "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_HEADS.NUM_CLASSES", 2, "MODEL.ROI_BOX_HEAD.FC_DIM", 16,
+    "MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8,
 ]  # fmt: skip
 
 
-def make_model():
+def convert(folder, source, output, to, *options):
+    paths = folder / source, folder / output
+    return run_script("convert_weights.py", *paths, "--to", to, *options, folder=folder)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_converted_files_hold_the_same_weights_in_both_directions(tmp_path):
     cfg = get_cfg()
     cfg.merge_from_list(_SMALL)
-    return build_model(cfg)
+    model = build_model(cfg)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.save({"model": state, "iteration": 7}, tmp_path / "run.pth")
+    done = convert(tmp_path, "run.pth", "there.pkl", "detectron2")
+    assert done.code == 0, done.output
+    assert "there.pkl" in done.output and f"{len(state)} tensors" in done.output
+    assert convert(tmp_path, "there.pkl", "here.pth", "torchvision").code == 0
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("convert_weights", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def convert(source, output, to, num_ratios=3):
-    args = SimpleNamespace(source=str(source), output=str(output), to=to, num_ratios=num_ratios)
-    load_script().main(args)
-
-
-def run(*args):
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-def read_array_file(path):
-    with open(path, "rb") as f:
-        return pickle.load(f)  # noqa: S301 - written by this test
-
-
-def test_there_and_back_the_files_hold_the_same(tmp_path):
-    model = make_model()
-    torch.save({"model": model.state_dict(), "iteration": 7}, tmp_path / "run.pth")
-    done = run(tmp_path / "run.pth", tmp_path / "there.pkl", "--to", "detectron2")
-    assert done.returncode == 0, done.stderr
-    assert "there.pkl" in done.stdout and f"{len(model.state_dict())} tensors" in done.stdout
-
-    content = read_array_file(tmp_path / "there.pkl")
+    content = pickle.loads((tmp_path / "there.pkl").read_bytes())  # noqa: S301 - written by this test
     # Detectron2 matches by exact name only with an author and without heuristics.
     assert content["__author__"] and not content["matching_heuristics"]
     arrays = content["model"]
     assert all(isinstance(value, np.ndarray) for value in arrays.values())
-    scores = model.roi_heads.box_predictor.cls_score.bias.detach().numpy()
+    scores = state["roi_heads.box_predictor.cls_score.bias"].numpy()
     np.testing.assert_array_equal(arrays["roi_heads.box_predictor.cls_score.bias"], np.roll(scores, -1))
     assert arrays["roi_heads.box_predictor.bbox_pred.bias"].shape == (8,)
     assert arrays["roi_heads.mask_head.predictor.bias"].shape == (2,)
+    assert list(load(tmp_path / "here.pth")) == list(state)
+    for name in ("here.pth", "there.pkl"):
+        load_weights(model, str(tmp_path / name))
+        for key, value in model.state_dict().items():
+            # The background's rows are not kept.
+            rows = {"box_predictor.bbox_pred": 4, "mask_predictor.mask_fcn_logits": 1}
+            start = rows.get(".".join(key.split(".")[1:3]), 0)
+            assert value[start:].equal(state[key][start:]) if value.dim() else value.equal(state[key]), key
 
-    convert(tmp_path / "there.pkl", tmp_path / "here.pth", "torchvision")
-    here = torch.load(tmp_path / "here.pth", weights_only=True)["model"]
-    assert list(here) == list(model.state_dict())
-    convert(tmp_path / "here.pth", tmp_path / "again.pth", "detectron2")
-    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
-    assert list(again) == list(arrays)
-    for name, value in again.items():
-        np.testing.assert_array_equal(value.numpy(), arrays[name])
 
-    for name in ("here.pth", "there.pkl", "again.pth"):
-        loaded = make_model()
-        load_weights(loaded, str(tmp_path / name))
-        for key, value in loaded.state_dict().items():
-            rows = {"bbox_pred": 4, "mask_fcn_logits": 1}.get(key.split(".")[-2], 0)
-            rows = 0 if key.startswith("rpn.") else rows
-            assert value[rows:].equal(model.state_dict()[key][rows:]), key
+RPN = {"rpn.head.conv.0.0.weight": torch.ones(1)}
 
 
 @pytest.mark.parametrize(
-    ("content", "args", "words"),
+    ("content", "output", "to", "words"),
     [
-        (None, ["o.pth", "torchvision"], ["no such file"]),
-        (b"no pickle", ["o.pth", "torchvision"], ["cannot read"]),
-        ({}, ["o.pth", "torchvision"], ["holds no weights"]),
-        (
-            {"features.0.0.weight": torch.ones(1)},
-            ["o.pkl", "detectron2"],
-            ["no counterpart", "features"],
-        ),
-        ({"rpn.head.conv.0.0.weight": torch.ones(1)}, ["o.npz", "detectron2"], ["o.npz", ".pkl"]),
-        ({"rpn.head.conv.0.0.weight": torch.ones(1)}, ["o.pkl", "torchvision"], ["o.pkl", ".pth"]),
-        ({"rpn.head.bbox_pred.bias": torch.ones(20)}, ["o.pkl", "detectron2"], ["5", "--num-ratios"]),
-        ({"x": torch.ones(1)}, ["missing/o.pth", "torchvision"], ["missing"]),
+        (None, "o.pth", "torchvision", ["source.pth", "no such file"]),
+        (b"no pickle", "o.pth", "torchvision", ["cannot read"]),
+        ({}, "o.pth", "torchvision", ["holds no weights"]),
+        ({"features.0.0.weight": torch.ones(1)}, "o.pkl", "detectron2", ["no counterpart", "features"]),
+        (RPN, "o.npz", "detectron2", ["o.npz", ".pkl"]),
+        (RPN, "o.pkl", "torchvision", ["o.pkl", ".pth"]),
+        ({"rpn.head.bbox_pred.bias": torch.ones(20)}, "o.pkl", "detectron2", ["5", "--num-ratios"]),
+        (RPN, "missing/o.pth", "torchvision", ["missing"]),
     ],
-    ids=["absent", "damaged", "empty", "stranger", "ending", "pkl", "anchors", "folder"],
+    ids=["absent", "damaged", "empty", "unknown names", "ending", "pkl", "anchors", "folder"],
 )
-def test_what_cannot_be_converted_is_one_clear_sentence(tmp_path, content, args, words):
+def test_files_that_cannot_be_converted_are_rejected_without_a_traceback(
+    tmp_path, content, output, to, words
+):
     source = tmp_path / "source.pth"
     if isinstance(content, bytes):
         source.write_bytes(content)
     elif content is not None:
         torch.save(content, source)
-    with pytest.raises(UserError) as error:
-        convert(source, tmp_path / args[0], args[1])
-    assert "\n" not in str(error.value)
-    assert all(word in str(error.value) for word in words), error.value
-    assert not (tmp_path / args[0]).exists()
+    done = convert(tmp_path, "source.pth", output, to)
+    assert done.code == 1 and "Traceback" not in done.output
+    assert len(done.output.splitlines()) == 1 and all(word in done.output for word in words)
+    assert not (tmp_path / output).exists()
 
 
-def test_the_number_of_ratios_can_be_given(tmp_path):
+def test_the_number_of_ratios_is_an_option(tmp_path):
     tensors = {"rpn.head.bbox_pred.bias": torch.arange(24.0), "rpn.head.cls_logits.bias": torch.arange(6.0)}
     torch.save(tensors, tmp_path / "source.pth")
-    convert(tmp_path / "source.pth", tmp_path / "out.pth", "detectron2", num_ratios=2)
-    there = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    assert convert(tmp_path, "source.pth", "out.pth", "detectron2", "--num-ratios", 2).code == 0
     # 2 ratios with 3 sizes each become 3 sizes with 2 ratios each.
-    assert there["proposal_generator.rpn_head.objectness_logits.bias"].tolist() == [0, 3, 1, 4, 2, 5]
-
-
-def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
-    done = run(tmp_path / "absent.pth", tmp_path / "out.pth", "--to", "torchvision")
-    assert done.returncode != 0
-    assert "absent.pth" in done.stderr and "Traceback" not in done.stderr
+    scores = load(tmp_path / "out.pth")["proposal_generator.rpn_head.objectness_logits.bias"]
+    assert scores.tolist() == [0, 3, 1, 4, 2, 5]

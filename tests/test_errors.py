@@ -1,11 +1,8 @@
-"""What is wrong with detections: every kind by hand, COCO's matching, and what must always hold."""
+"""The error type of each detection: every type by hand, and invariants: plaintrain.evaluation.errors."""
 
 import numpy as np
 import pytest
-import torch
 from detection_helpers import random_dataset
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from plaintrain.evaluation.errors import KINDS, STATES, errors_of, match_image
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE, read_detections, write_predictions
@@ -49,46 +46,36 @@ def detections_of(rows):
     }
 
 
-def check(matches, rows):
-    assert matches.kinds.tolist() == [row[0] for row in rows]
-    assert matches.objects.tolist() == [row[1] for row in rows]
-    assert matches.ious == pytest.approx([row[2] for row in rows])
-
-
-def test_every_kind_of_detection_and_of_object():
+def test_every_type_of_detection_and_of_object_in_any_order():
     matches = match_image(OBJECTS, detections_of(EXPECTED))
-    check(matches, EXPECTED)
     assert set(matches.kinds) == set(KINDS) and set(matches.states) == set(STATES)
     states = ["found", "erroneous", "erroneous", "missed", "crowd", "missed", "missed"]
     assert matches.states.tolist() == states
     # Of the two that are badly placed, the one with the higher score.
     assert matches.detections.tolist() == [0, 2, 4, -1, -1, -1, -1]
-
-
-def test_the_order_of_detections_and_objects_changes_nothing():
-    rows = [EXPECTED[i] for i in np.random.default_rng(0).permutation(len(EXPECTED))]
-    check(match_image(OBJECTS, detections_of(rows)), rows)
     order = np.array([3, 0, 6, 5, 1, 4, 2])
     objects = {key: np.array(value)[order] for key, value in OBJECTS.items()}
-    matches = match_image(objects, detections_of(EXPECTED))
-    assert matches.kinds.tolist() == [row[0] for row in EXPECTED]
-    assert np.where(matches.objects < 0, -1, order[matches.objects]).tolist() == [row[1] for row in EXPECTED]
+    rows = [EXPECTED[i] for i in np.random.default_rng(0).permutation(len(EXPECTED))]
+    for actual, expected, places in (
+        (matches, EXPECTED, np.arange(7)),
+        (match_image(objects, detections_of(rows)), rows, order),
+    ):
+        assert actual.kinds.tolist() == [row[0] for row in expected]
+        matched = np.where(actual.objects < 0, -1, places[actual.objects])
+        assert matched.tolist() == [row[1] for row in expected]
+        assert actual.ious == pytest.approx([row[2] for row in expected])
 
 
-def test_thresholds_are_reached_by_what_is_equal_to_them():
+def test_an_iou_equal_to_a_threshold_reaches_it():
     objects = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
 
     def kind(height, label=0, **thresholds):
         found = {"boxes": [[0, 0, 10, height]], "labels": [label], "scores": [1.0]}
         return match_image(objects, found, **thresholds).kinds[0]
 
-    assert [kind(5), kind(4.99), kind(1), kind(0.99)] == [
-        "correct",
-        "localisation",
-        "localisation",
-        "background",
-    ]
-    assert [kind(5, 1), kind(4.99, 1), kind(1, 1), kind(0.99, 1)] == ["class", "both", "both", "background"]
+    heights = (5, 4.99, 1, 0.99)
+    assert [kind(h) for h in heights] == ["correct", "localisation", "localisation", "background"]
+    assert [kind(h, label=1) for h in heights] == ["class", "both", "both", "background"]
     assert kind(5, iou_threshold=0.6) == "localisation"
     assert kind(2, background_threshold=0.3) == "background"
     assert kind(10, iou_threshold=1.0) == "correct"
@@ -97,7 +84,7 @@ def test_thresholds_are_reached_by_what_is_equal_to_them():
             kind(10, iou_threshold=thresholds[0], background_threshold=thresholds[1])
 
 
-def test_of_two_errors_the_first_of_the_kinds_counts():
+def test_the_first_of_two_types_of_error_counts():
     # A place that is wrong, and on an object of another class; a duplicate on an object of another class.
     objects = {
         "boxes": [[0, 0, 10, 3], [0, 0, 10, 8], [20, 0, 30, 10], [20, 0, 30, 9]],
@@ -109,7 +96,7 @@ def test_of_two_errors_the_first_of_the_kinds_counts():
     assert matches.objects.tolist() == [0, 2, 3] and matches.states.tolist()[0] == "erroneous"
 
 
-def test_a_detection_takes_the_best_object_that_is_left():
+def test_a_detection_matches_the_best_object_that_is_left():
     objects = {"boxes": [[0, 0, 10, 10], [0, 0, 10, 8]], "labels": [0, 0]}
     found = {"boxes": [[0, 0, 10, 10]] * 3, "labels": [0] * 3, "scores": [0.5, 0.9, 0.4]}
     matches = match_image(objects, found)
@@ -120,15 +107,6 @@ def test_a_detection_takes_the_best_object_that_is_left():
     # Of two that it overlaps alike, COCO has the later one.
     halves = {"boxes": [[0, 0, 10, 5], [0, 5, 10, 10]], "labels": [0, 0]}
     assert match_image(halves, found).objects.tolist() == [0, 1, 1]
-
-
-@pytest.mark.parametrize(("num_objects", "num_found"), [(0, 0), (0, 2), (2, 0)])
-def test_nothing_to_find_and_nothing_found(num_objects, num_found):
-    objects = {"boxes": torch.ones(num_objects, 4), "labels": torch.zeros(num_objects)}
-    found = {"boxes": torch.ones(num_found, 4), "labels": torch.zeros(num_found)}
-    matches = match_image(objects, {**found, "scores": torch.ones(num_found)})
-    assert matches.kinds.tolist() == ["background"] * num_found
-    assert matches.states.tolist() == ["missed"] * num_objects
 
 
 def test_only_the_hundred_best_of_a_class_count():
@@ -145,54 +123,15 @@ def test_only_the_hundred_best_of_a_class_count():
 # ---- datasets ----------------------------------------------------------------------------------
 
 
-def pycocotools_matches(records, detections, threshold_at):
-    """{(image, place of the detection in it): (matched object or -1, ignored)} as pycocotools has it."""
-    truth, found = COCO(), COCO()
-    things = [(i, a) for i, record in enumerate(records) for a in record["annotations"]]
-    base = {"images": [{"id": i} for i in range(len(records))], "categories": [{"id": k} for k in range(9)]}
-    truth.dataset = base | {
-        "annotations": [
-            {"id": n, "image_id": i, "area": 1, **{k: a[k] for k in ("bbox", "iscrowd", "category_id")}}
-            for n, (i, a) in enumerate(things, start=1)
-        ]
-    }
-    found.dataset = base | {
-        "annotations": [
-            {"id": n, "image_id": i, "area": 1, "bbox": [*b[:2], b[2] - b[0], b[3] - b[1]], "iscrowd": 0}
-            | {"score": b[4], "category_id": b[5]}
-            for n, (i, *b) in enumerate(detections.rows.tolist())
-        ]
-    }
-    truth.createIndex()
-    found.createIndex()
-    evaluation = COCOeval(truth, found, "bbox")
-    evaluation.evaluate()
-    matched = {}
-    for image in (e for e in evaluation.evalImgs[: 9 * 4 * len(records)] if e and e["aRng"] == [0, 1e10]):
-        rows = zip(
-            image["dtIds"], image["dtMatches"][threshold_at], image["dtIgnore"][threshold_at], strict=True
-        )
-        matched |= {n: (int(thing) - 1, bool(ignored)) for n, thing, ignored in rows}
-    return matched
-
-
-@pytest.mark.parametrize(("threshold", "place"), [(0.5, 0), (0.75, 5)])
-def test_correct_and_ignored_are_as_pycocotools_has_them(threshold, place):
-    name, records, detections = random_dataset()
-    matches = errors_of(name, detections, iou_threshold=threshold).matches
-    expected = pycocotools_matches(records, detections, place)
-    assert len(expected) == len(matches.kinds) and {"ignored", "correct"} < set(matches.kinds)
-    for n, (thing, ignored) in expected.items():
-        kind = matches.kinds[n]
-        assert (kind == "ignored") == ignored and (kind == "correct") == (thing >= 0 and not ignored)
-        if kind == "correct":
-            assert matches.objects[n] == thing
-
-
-def test_an_image_of_a_dataset_is_matched_as_one_alone():
+def test_images_of_a_dataset_are_matched_as_each_alone():
     name, records, detections = random_dataset(1)
     errors = errors_of(name, detections)
-    assert set(errors.matches.kinds) == set(KINDS)
+    m = errors.matches
+    correct = m.kinds == "correct"
+    assert set(m.kinds) == set(KINDS) and set(m.states) == set(STATES)
+    # Each correct detection has found one object, and each found object has one.
+    assert np.array_equal(m.detections[m.objects[correct]], np.flatnonzero(correct))
+    assert correct.sum() == (m.states == "found").sum() == len(set(m.objects[correct].tolist()))
     for i, record in enumerate(records):
         objects, found, matches = errors.of_image(i)
         assert len(objects["labels"]) == len(record["annotations"]) and len(found["labels"]) == 12
@@ -201,19 +140,7 @@ def test_an_image_of_a_dataset_is_matched_as_one_alone():
             assert np.array_equal(value, getattr(matches, key)), key
 
 
-def test_what_always_holds():
-    name, _, detections = random_dataset(2, images=60)
-    m = errors_of(name, detections).matches
-    correct, found = m.kinds == "correct", m.states == "found"
-    assert set(m.kinds) <= set(KINDS) and set(m.states) <= set(STATES)
-    # Each correct one has found one object, and each object was found by one.
-    assert np.array_equal(m.detections[m.objects[correct]], np.flatnonzero(correct))
-    assert correct.sum() == found.sum() == len(set(m.objects[correct].tolist()))
-    assert (m.objects[~np.isin(m.kinds, ["background"])] >= 0).all()
-    assert ((m.ious >= 0) & (m.ious <= 1)).all()
-
-
-def test_a_score_threshold_leaves_out_detections_and_changes_no_other_ones_kind():
+def test_a_score_threshold_changes_no_type_of_the_detections_above_it():
     name, _, detections = random_dataset(3)
     every, some = errors_of(name, detections), errors_of(name, detections, score_threshold=0.5)
     kept = every.detections["scores"] >= 0.5

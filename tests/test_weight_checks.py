@@ -78,7 +78,7 @@ def check(cfg, path, strict=True, class_names=NAMES):
 
 
 def contradicted(cfg, path, **kwargs):
-    """The keys that `check_weights` names."""
+    """Return the keys that `check_weights` names."""
     with pytest.raises(UserError, match="whose conventions the config contradicts") as error:
         check(cfg, path, **kwargs)
     text = str(error.value).partition("contradicts; set ")[2]
@@ -90,16 +90,14 @@ def contradicted(cfg, path, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "keys"),
+    ("overrides", "keys", "ending"),
     [
-        ([], BOXES),
-        (["MODEL.MASK_ON", True, "MODEL.KEYPOINT_ON", True], BOXES + MASKS + KEYPOINTS),
-        ([*RETINANET, "MODEL.FPN.P6_IN_FEATURE", "res5"], BOXES[:1]),
-        (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], BOXES[:1]),
+        (["MODEL.MASK_ON", True, "MODEL.KEYPOINT_ON", True], BOXES + MASKS + KEYPOINTS, ".pth"),
+        ([*RETINANET, "MODEL.FPN.P6_IN_FEATURE", "res5"], BOXES[:1], ".pkl"),
+        (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], BOXES[:1], ".pth"),
     ],
-    ids=["box", "mask and keypoint", "retinanet", "rpn"],
+    ids=["rcnn", "retinanet", "rpn"],
 )
-@pytest.mark.parametrize("ending", [".pkl", ".pth"])
 def test_detectors_of_either_project_need_its_conventions(tmp_path, overrides, keys, ending):
     ours, theirs = config(*overrides), config(*overrides, detectron2=True)
     state = model_of(ours).state_dict()
@@ -124,7 +122,7 @@ def test_backbones_need_their_pixels_in_training_too(tmp_path):
     caffe2 = save(tmp_path / "caffe2.pkl", stem)
     converted = save(tmp_path / "r50.pkl", there, __author__="torchvision", matching_heuristics=True)
     classifier = save(tmp_path / "resnet50.pth", resnet)
-    # Nobody knows who trained a backbone without a classifier under these names.
+    # The author of a backbone without a classifier under these names is unknown.
     bare = save(tmp_path / "bare.pth", {k: v for k, v in resnet.items() if not k.startswith("fc.")})
     for path, right, wrong in ((msra, theirs, ours), (converted, ours, theirs), (classifier, ours, theirs)):
         check(right, path, strict=False)
@@ -139,7 +137,7 @@ def test_backbones_need_their_pixels_in_training_too(tmp_path):
     check(theirs, msra, strict=False)
 
 
-def test_what_the_file_says_counts_more_than_the_defaults_of_its_project(tmp_path):
+def test_pixels_in_the_file_take_precedence_over_those_of_its_project(tmp_path):
     keys = ["MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8]
     cfg = config(*keys, detectron2=True)
     state = to_detectron2(model_of(cfg).state_dict())
@@ -162,21 +160,21 @@ def test_weights_of_a_run_need_the_conventions_of_its_config(tmp_path):
     assert contradicted(ours, path) == PIXELS + BOXES
     with pytest.raises(UserError, match=r"whose conventions the config contradicts; set INPUT.FORMAT"):
         Predictor(ours, path)
-    # Of older and converted files nothing is known.
+    # The conventions of older and converted files are unknown.
     for entries in ({"iteration": 3}, {"class_names": NAMES}, {"__author__": "plaintrain"}):
         check(theirs, save(tmp_path / "old.pth", state, **entries))
     check(ours, save(tmp_path / "converted.pkl", to_detectron2(state), __author__="plaintrain"))
 
 
-@pytest.mark.parametrize("name", ["ssd300_vgg16", "ssdlite320_mobilenet_v3_large"])
-def test_ssds_need_other_pixels(tmp_path, name):
-    cfg = make_cfg()
-    cfg.merge_from_file(CONFIGS / "torchvision" / f"{name}.yaml")
-    path = save(tmp_path / "w.pth", model_of(cfg).state_dict())
-    check(cfg, path)
-    for key in PIXELS[1:3]:
-        set_value(cfg, key, make_cfg().MODEL[key.split(".")[1]])
-    assert set(contradicted(cfg, path)) <= set(PIXELS[1:3])
+def test_ssds_need_other_pixels(tmp_path):
+    for name in ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large"):
+        cfg = make_cfg()
+        cfg.merge_from_file(CONFIGS / "torchvision" / f"{name}.yaml")
+        path = save(tmp_path / "w.pth", model_of(cfg).state_dict())
+        check(cfg, path)
+        for key in PIXELS[1:3]:
+            set_value(cfg, key, make_cfg().MODEL[key.split(".")[1]])
+        assert set(contradicted(cfg, path)) <= set(PIXELS[1:3])
 
 
 # ---- classes -----------------------------------------------------------------------------------
@@ -207,29 +205,26 @@ def start(tmp_path):
     return call
 
 
-@pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("eval_only", [False, True])
-@pytest.mark.parametrize("other", [["square", "circle", "triangle"], ["Square", "circle ", "triangle"]])
-def test_classes_in_another_order_are_rejected_before_every_run(start, resume, eval_only, other):
-    flags = {"resume": resume, "eval_only": eval_only}
-    with pytest.raises(UserError, match=rf"trained for the classes \['{other[0]}', .* has \['circle'"):
-        start(other, **flags)
+@pytest.mark.parametrize(
+    "flags", [{}, {"eval_only": True}, {"resume": True}, {"resume": True, "eval_only": True}], ids=str
+)
+def test_classes_in_another_order_are_rejected_before_every_run(start, flags):
+    for other in ["square", "circle", "triangle"], ["Square", "circle ", "triangle"]:
+        with pytest.raises(UserError, match=rf"trained for the classes \['{other[0]}', .* has \['circle'"):
+            start(other, **flags)
     start(NAMES, **flags)
-    start(None, **flags)
 
 
-def test_other_classes_can_be_started_from_but_neither_evaluated_nor_resumed(start):
+def test_training_may_start_from_other_classes_but_neither_evaluation_nor_resume(start):
     start(["disc", "square", "triangle"])
-    for flags in ({"resume": True}, {"eval_only": True}, {"eval_only": True, "resume": True}):
-        with pytest.raises(UserError, match="missing \\['Circle'\\].*'Circle' is spelled 'circle'"):
-            start(["Circle", "square", "triangle"], **flags)
-        with pytest.raises(UserError, match=r"concat, DATASETS: \[NAME\], CLASSES: \['circle', .*'star'\]"):
-            start([*NAMES, "star"], number=4, **flags)
-        with pytest.raises(UserError, match=r"declare the dataset .* CLASSES: \['square', 'circle'\]"):
-            start(["square", "circle"], number=2, **flags)
-
-
-def test_weights_for_another_number_of_classes_are_not_evaluated(start):
     start(None, number=5)
+    with pytest.raises(UserError, match=r"missing \['Circle'\].*'Circle' is spelled 'circle'"):
+        start(["Circle", "square", "triangle"], resume=True)
+    with pytest.raises(UserError, match=r"concat, DATASETS: \[NAME\], CLASSES: \['circle', .*'star'\]"):
+        start([*NAMES, "star"], number=4, eval_only=True)
+    with pytest.raises(UserError, match=r"declare the dataset .* CLASSES: \['square', 'circle'\]"):
+        start(["square", "circle"], number=2, eval_only=True, resume=True)
+    with pytest.raises(UserError, match=r"rename the classes of the dataset"):
+        start(["a", "b"], number=2, resume=True)
     with pytest.raises(UserError, match="missing 4 of the model's parameters.* number of classes than the 3"):
         start(None, number=5, eval_only=True)

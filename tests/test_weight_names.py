@@ -15,56 +15,39 @@ from plaintrain.weight_names import match_names, translate
 torch.set_num_threads(1)
 
 
-def assert_shares(found, extractor, names):
-    """Under `names`, all of which exist, stand the tensors that the extractor's modules hold."""
-    state = {f"backbone.{name}": value for name, value in extractor.state_dict().items()}
-    assert names <= set(state) and names
-    for name in names:
-        assert found[name].data_ptr() == state[name].data_ptr(), name
+# ---- backbones -----------------------------------------------------------------------------------
 
 
-def prefixed(prefix, module):
-    return {prefix + name: value for name, value in module.state_dict().items()}
-
-
-# ---- backbones ---------------------------------------------------------------------------------
-
-
-def test_vgg_goes_into_both_parts_of_ssds_extractor():
+def make_vgg():
+    """(tensors of a classifier, SSD's extractor of the same modules): its shape decides where it is cut."""
     features = make_layers([4, 4, "M", 4, 4, "M", 4, 4, 4, "M", 4, 4, 4, "M", 4, 4, 4, "M"])
-    # The whole network's shape decides where it is cut, its widths do not.
-    tensors = prefixed("features.", features) | {"classifier.0.weight": torch.zeros(1)}
     extractor = SSDFeatureExtractorVGG(features, highres=False)
-    wanted = {f"backbone.{name}" for name in extractor.state_dict()}
-    found = match_names(tensors, wanted)
-    # fc6 and fc7, as convolutions, are new.
-    places = {n for n in wanted if n.startswith(("backbone.features.", "backbone.extra.0."))}
-    places = {n for n in places if not n.startswith("backbone.extra.0.7.")}
-    assert set(found) & wanted == places
-    assert len(places) == len(tensors) - 1
-    assert_shares(found, extractor, places)
+    tensors = {f"features.{name}": value for name, value in features.state_dict().items()}
+    return tensors | {"classifier.0.weight": torch.zeros(1)}, extractor
 
 
-def test_mobilenet_goes_into_both_parts_of_ssdlites_extractor():
+def make_mobilenet():
     network = mobilenet_v3_large(width_mult=0.25)
-    tensors = prefixed("", network)
-    extractor = SSDLiteFeatureExtractorMobileNet(
-        network.features, 13, functools.partial(nn.BatchNorm2d, eps=0.001)
-    )
-    wanted = {f"backbone.{name}" for name in extractor.state_dict()}
-    found = match_names(tensors, wanted)
-    places = {name for name in wanted if name.startswith("backbone.features.")}
-    assert set(found) & wanted == places
-    assert len(places) == sum(name.startswith("features.") for name in tensors)
-    assert_shares(found, extractor, places)
+    norm = functools.partial(nn.BatchNorm2d, eps=0.001)
+    return network.state_dict(), SSDLiteFeatureExtractorMobileNet(network.features, 13, norm)
+
+
+@pytest.mark.parametrize("make", [make_vgg, make_mobilenet])
+def test_a_classifier_loads_into_both_parts_of_ssds_extractor(make):
+    tensors, extractor = make()
+    state = {f"backbone.{name}": value for name, value in extractor.state_dict().items()}
+    matched = match_names(tensors, set(state))
+    shared = [name for name in matched if name in state]
+    assert len(shared) == sum(name.startswith("features.") for name in tensors)
+    for name in shared:
+        assert matched[name].data_ptr() == state[name].data_ptr(), name
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "features.", "backbone.features."])
-def test_a_backbone_goes_into_an_fpns_body(prefix):
+def test_a_backbone_loads_into_the_body_of_an_fpn(prefix):
     wanted = {"backbone.body.0.0.weight", "backbone.body.layer1.0.conv1.weight", "backbone.fpn.x"}
     tensors = {f"{prefix}0.0.weight": 1, f"{prefix}layer1.0.conv1.weight": 2, f"{prefix}fc.bias": 3}
-    found = match_names(tensors, wanted)
-    assert found == {
+    assert match_names(tensors, wanted) == {
         "backbone.body.0.0.weight": 1,
         "backbone.body.layer1.0.conv1.weight": 2,
         "backbone.body.fc.bias": 3,
@@ -72,114 +55,86 @@ def test_a_backbone_goes_into_an_fpns_body(prefix):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module._orig_mod.model."])
-def test_wrappers_leave_no_trace(prefix):
+def test_prefixes_of_wrappers_are_removed(prefix):
     tensors = {f"{prefix}backbone.body.conv1.weight": 1, f"{prefix}rpn.head.cls_logits.bias": 2}
-    found, of_detectron2 = translate(tensors, 3)
-    assert found == {"backbone.body.conv1.weight": 1, "rpn.head.cls_logits.bias": 2}
+    translated, of_detectron2 = translate(tensors, 3)
+    assert translated == {"backbone.body.conv1.weight": 1, "rpn.head.cls_logits.bias": 2}
     assert not of_detectron2
-    there = {f"{prefix}backbone.bottom_up.stem.conv1.weight": torch.zeros(1)}
-    found, of_detectron2 = translate(there, 3)
-    assert list(found) == ["backbone.body.conv1.weight"] and of_detectron2
+    translated, of_detectron2 = translate(
+        {f"{prefix}backbone.bottom_up.stem.conv1.weight": torch.zeros(1)}, 3
+    )
+    assert list(translated) == ["backbone.body.conv1.weight"] and of_detectron2
 
 
-# ---- timm --------------------------------------------------------------------------------------
+# timm's modules, as timm.create_model("mobilenetv3_large_100") lists them -> torchvision's.
+TIMM = {
+    "conv_stem": "0.0",
+    "bn1": "0.1",
+    # Blocks without an expansion,
+    "blocks.0.0.conv_dw": "1.block.0.0",
+    "blocks.0.0.conv_pw": "1.block.1.0",
+    "blocks.0.0.bn2": "1.block.1.1",
+    # with one,
+    "blocks.1.0.conv_pw": "2.block.0.0",
+    "blocks.1.0.bn1": "2.block.0.1",
+    "blocks.1.0.conv_dw": "2.block.1.0",
+    "blocks.1.0.conv_pwl": "2.block.2.0",
+    # and with squeeze-and-excitation.
+    "blocks.2.0.conv_pw": "3.block.0.0",
+    "blocks.2.0.bn2": "3.block.1.1",
+    "blocks.2.0.se.conv_reduce": "3.block.2.fc1",
+    "blocks.2.0.conv_pwl": "3.block.3.0",
+    "blocks.2.0.bn3": "3.block.3.1",
+    # The last convolution.
+    "blocks.6.0.conv": "4.0",
+    "blocks.6.0.bn1": "4.1",
+}
+# Of mobilenetv3_small_100.
+TIMM_SMALL = {
+    "conv_stem": "0.0",
+    "blocks.0.0.conv_dw": "1.block.0.0",
+    "blocks.0.0.se.conv_expand": "1.block.1.fc2",
+    "blocks.0.0.se.conv_reduce": "1.block.1.fc1",
+    "blocks.0.0.conv_pw": "1.block.2.0",
+    "blocks.0.0.bn2": "1.block.2.1",
+}
 
 
-def to_timm(name):
-    """torchvision's name in MobileNetV3 -> timm's, for the blocks that `TIMM_STAGES` describes."""
-    parts = name.split(".")
-    block, rest = int(parts[1]), parts[2:]
-    if block == 0:
-        return {"0": "conv_stem", "1": "bn1"}[rest[0]] + "." + rest[1]
-    stage, number, order = TIMM_BLOCKS[block - 1]
-    if order == ["conv"]:
-        return f"blocks.{stage}.{number}." + {"0": "conv", "1": "bn1"}[rest[0]] + "." + rest[1]
-    part = order[int(rest[1])]
-    if part == "se":
-        return (
-            f"blocks.{stage}.{number}.se.{ {'fc1': 'conv_reduce', 'fc2': 'conv_expand'}[rest[2]] }.{rest[3]}"
-        )
-    norm = {"conv_pw": {4: 1, 3: 1, 2: 2}, "conv_dw": {4: 2, 3: 2, 2: 1}, "conv_pwl": {4: 3, 3: 3}}
-    if order[0] == "conv_dw":
-        norm = {"conv_dw": {2: 1, 3: 1}, "conv_pw": {2: 2, 3: 2}}
-    module = part if rest[2] == "0" else f"bn{norm[part][len(order)]}"
-    return f"blocks.{stage}.{number}.{module}.{rest[3]}"
+@pytest.mark.parametrize("modules", [TIMM, TIMM_SMALL], ids=["large", "small"])
+def test_names_of_timms_mobilenet_become_those_of_torchvision(modules):
+    tensors = {f"{module}.weight": i for i, module in enumerate(modules)}
+    translated, _ = translate({**tensors, "conv_head.weight": -1, "classifier.bias": -2}, 3)
+    expected = {f"features.{module}.weight": i for i, module in enumerate(modules.values())}
+    assert translated == {**expected, "conv_head.weight": -1, "classifier.bias": -2}
+    if modules is TIMM_SMALL:
+        assert expected.keys() <= mobilenet_v3_small(width_mult=0.25).state_dict().keys()
 
 
-_PLAIN, _SE = ["conv_pw", "conv_dw", "conv_pwl"], ["conv_pw", "conv_dw", "se", "conv_pwl"]
-TIMM_BLOCKS = [
-    (0, 0, ["conv_dw", "conv_pw"]),
-    *[(1, i, _PLAIN) for i in range(2)],
-    *[(2, i, _SE) for i in range(3)],
-    *[(3, i, _PLAIN) for i in range(4)],
-    *[(4, i, _SE) for i in range(2)],
-    *[(5, i, _SE) for i in range(3)],
-    (6, 0, ["conv"]),
-]
+# ---- torchvision ---------------------------------------------------------------------------------
 
 
-def test_timms_mobilenet_has_torchvisions_names_afterwards():
-    state = {
-        name: value
-        for name, value in mobilenet_v3_large(width_mult=0.25).state_dict().items()
-        if name.startswith("features.")
-    }
-    there = {to_timm(name): value for name, value in state.items()}
-    # As timm.create_model("mobilenetv3_large_100") lists them.
-    assert {
-        "conv_stem.weight", "bn1.running_mean", "blocks.0.0.conv_dw.weight", "blocks.0.0.bn2.bias",
-        "blocks.2.0.se.conv_reduce.bias", "blocks.2.0.conv_pwl.weight", "blocks.2.0.bn3.weight",
-        "blocks.6.0.conv.weight", "blocks.6.0.bn1.running_var",
-    } <= set(there)  # fmt: skip
-    found, _ = translate({**there, "conv_head.weight": 1, "classifier.bias": 2}, 3)
-    assert found == {**state, "conv_head.weight": 1, "classifier.bias": 2}
+def names_of(builder):
+    """The names of a model of torchvision, built on the meta device, where it costs no memory."""
+    with torch.device("meta"):
+        return list(builder(weights=None, weights_backbone=None, num_classes=4).state_dict())
 
 
-def test_a_separable_block_of_timm_may_squeeze():
-    names = ["conv_stem.weight"]
-    names += [
-        f"blocks.0.0.{x}.weight" for x in ("conv_dw", "se.conv_reduce", "se.conv_expand", "conv_pw", "bn2")
-    ]
-    found, _ = translate(dict.fromkeys(names, 0), 3)
-    block = "features.1.block"
-    assert list(found)[1:] == [
-        f"{block}.0.0.weight",
-        f"{block}.1.fc1.weight",
-        f"{block}.1.fc2.weight",
-        f"{block}.2.0.weight",
-        f"{block}.2.1.weight",
-    ]
-    assert set(found) <= set(mobilenet_v3_small(width_mult=0.25).state_dict())
-
-
-# ---- torchvision -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def names():
-    """{architecture: names of torchvision's model}, made on the meta device, where they cost nothing."""
-    builders = (
-        detection.fasterrcnn_resnet50_fpn,
-        detection.fasterrcnn_resnet50_fpn_v2,
+@pytest.mark.parametrize(
+    "builder",
+    [
         detection.fasterrcnn_mobilenet_v3_large_320_fpn,
         detection.maskrcnn_resnet50_fpn_v2,
         detection.keypointrcnn_resnet50_fpn,
         detection.retinanet_resnet50_fpn_v2,
         detection.fcos_resnet50_fpn,
         detection.ssdlite320_mobilenet_v3_large,
-    )
-    with torch.device("meta"):
-        return {
-            builder.__name__: list(builder(weights=None, weights_backbone=None, num_classes=4).state_dict())
-            for builder in builders
-        }
-
-
-def test_torchvisions_own_names_stay_as_they_are(names):
-    for architecture, own in names.items():
-        found, of_detectron2 = translate(dict.fromkeys(own, 0), 3)
-        assert list(match_names(found, set(own))) == own, architecture
-        assert not of_detectron2
+    ],
+)
+def test_torchvisions_own_names_are_kept(builder):
+    names = names_of(builder)
+    translated, of_detectron2 = translate(dict.fromkeys(names, 0), 3)
+    assert list(match_names(translated, set(names))) == names
+    assert not of_detectron2
 
 
 def test_names_of_older_versions_become_todays():
@@ -192,14 +147,12 @@ def test_names_of_older_versions_become_todays():
         "head.regression_head.conv.6.weight": "head.regression_head.conv.3.0.weight",
         "head.classification_head.conv.0.bias": "head.classification_head.conv.0.0.bias",
     }
-    found = match_names({name: i for i, name in enumerate(old)}, set(old.values()))
-    assert found == {name: i for i, name in enumerate(old.values())}
+    matched = match_names({name: i for i, name in enumerate(old)}, set(old.values()))
+    assert matched == {name: i for i, name in enumerate(old.values())}
 
 
-def test_the_towers_of_fcos_are_not_taken_for_an_old_retinanets(names):
-    fcos = dict.fromkeys(names["fcos_resnet50_fpn"], 0)
-    with torch.device("meta"):
-        retinanet = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
-    found = set(match_names(fcos, set(retinanet))) & set(retinanet)
-    assert not {name for name in found if "_head.conv." in name}
-    assert "backbone.body.conv1.weight" in found
+def test_the_towers_of_fcos_are_not_taken_for_those_of_an_old_retinanet():
+    retinanet = set(names_of(detection.retinanet_resnet50_fpn))
+    matched = set(match_names(dict.fromkeys(names_of(detection.fcos_resnet50_fpn), 0), retinanet)) & retinanet
+    assert not {name for name in matched if "_head.conv." in name}
+    assert "backbone.body.conv1.weight" in matched

@@ -1,6 +1,6 @@
 """Pretrained weights: plaintrain.weights."""
 
-import collections
+import copy
 import os
 import pickle
 import urllib.error
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torchvision.models import detection
 
 from plaintrain import weight_detectron2
 from plaintrain.checkpoint import DetectionCheckpointer
@@ -16,42 +17,44 @@ from plaintrain.config import get_cfg
 from plaintrain.modeling import build_model
 from plaintrain.modeling.build import num_classes_key
 from plaintrain.utils.errors import UserError
-from plaintrain.weights import load_weights, locate_weights, read_state_dict, read_weights
+from plaintrain.weights import fetch_weights, load_weights, locate_weights, read_state_dict, read_weights
 
 torch.set_num_threads(1)
 
-_SMALL_RCNN = [
-    "MODEL.DEVICE", "cpu",
-    "MODEL.RESNETS.DEPTH", 18,
-    "MODEL.RESNETS.NORM", "BN",
-    "MODEL.FPN.OUT_CHANNELS", 16,
-    "MODEL.ROI_BOX_HEAD.FC_DIM", 16,
+_SMALL = [
+    "MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RESNETS.DEPTH", 18,
+    "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 8,
     "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 3,
-    "MODEL.BACKBONE.FREEZE_AT", 0,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.SSD.STEPS", [], "MODEL.SSD.SCALES", [0.3, 0.6],
+    "MODEL.SSD.ASPECT_RATIOS", [[2, 3]], "INPUT.FIXED_SIZE", (64, 64),
 ]  # fmt: skip
-_SMALL_RETINANET = [
-    "MODEL.DEVICE", "cpu",
-    "MODEL.META_ARCHITECTURE", "RetinaNet",
-    "MODEL.BACKBONE.NAME", "build_tiny_backbone",
-    "MODEL.BACKBONE.FREEZE_AT", 0,
-    "MODEL.TINY.CHANNELS", [8, 8],
-    "MODEL.TINY.OUT_CHANNELS", 32,
-    "MODEL.ANCHOR_GENERATOR.SIZES", [[32]],
+TINY = [
+    "MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.TINY.CHANNELS", [8, 8],
+    "MODEL.TINY.OUT_CHANNELS", 32, "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]],
+]  # fmt: skip
+TINY_RETINANET = [*TINY, "MODEL.META_ARCHITECTURE", "RetinaNet"]
+TINY_SSD = [*TINY, "MODEL.META_ARCHITECTURE", "SSD"]
+TINY_FCOS = [
+    *TINY, "MODEL.META_ARCHITECTURE", "FCOS", "MODEL.ANCHOR_GENERATOR.SIZES", [[32]],
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]],
+]  # fmt: skip
+RETINANET = [
+    "MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
 ]  # fmt: skip
 
 
-def make_model(keys):
-    cfg = get_cfg()
-    cfg.merge_from_list(keys)
-    return build_model(cfg)
+_MODELS = {}
 
 
-def make_rcnn(num_classes=3, more=()):
-    return make_model([*_SMALL_RCNN, "MODEL.ROI_HEADS.NUM_CLASSES", num_classes, *more])
-
-
-def make_retinanet(num_classes=3):
-    return make_model([*_SMALL_RETINANET, "MODEL.RETINANET.NUM_CLASSES", num_classes])
+def make_model(*keys, num_classes=3):
+    """A small R-CNN on ResNet-18, or what the keys say."""
+    key = repr((keys, num_classes))
+    if key not in _MODELS:
+        cfg = get_cfg()
+        cfg.merge_from_list([*_SMALL, *keys])
+        cfg.merge_from_list([num_classes_key(cfg), num_classes])
+        _MODELS[key] = build_model(cfg)
+    return copy.deepcopy(_MODELS[key])
 
 
 def randomize(state):
@@ -70,22 +73,17 @@ def imagenet():
 
 
 @pytest.fixture
-def no_download(monkeypatch):
-    """Reaching for the network fails the test."""
-
-    def refuse(url, *args, **kwargs):
-        pytest.fail(f"tried to download {url}")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-
-
-@pytest.fixture
-def hub(tmp_path, no_download):
-    """torch.hub's folder of checkpoints, empty, in a temporary TORCH_HOME."""
-    before = torch.hub.get_dir()
+def downloads(tmp_path, monkeypatch):
+    """[(address, file in an empty cache of torch.hub, hash prefix)] of what is downloaded: only tensors."""
+    before, calls = torch.hub.get_dir(), []
     torch.hub.set_dir(str(tmp_path / "hub"))
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    yield tmp_path / "hub" / "checkpoints"
+
+    def download(url, path, hash_prefix=None):
+        calls.append((url, path, hash_prefix))
+        torch.save({"a": torch.ones(1)}, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    yield calls
     torch.hub.set_dir(before)
 
 
@@ -99,588 +97,146 @@ class Bomb:
         return open, (self.path, "w")
 
 
-def assert_body_equals(model, imagenet, ignore=()):
+def assert_holds(model, expected):
+    state = model.state_dict()
+    assert list(state) == list(expected)
+    for name, value in state.items():
+        assert value.equal(expected[name]), name
+
+
+def assert_body_holds(model, imagenet):
     """The body of a model holds a ResNet's weights, statistics included."""
-    body = model.backbone.body.state_dict()
-    assert set(body) == {name for name in imagenet if not name.startswith("fc.")}
-    for name, value in body.items():
-        if not name.endswith(ignore):
-            assert value.equal(imagenet[name]), name
+    body = {name: value for name, value in imagenet.items() if not name.startswith("fc.")}
+    if isinstance(model.backbone.body.bn1, torchvision.ops.FrozenBatchNorm2d):
+        body = {name: value for name, value in body.items() if not name.endswith("num_batches_tracked")}
+    assert_holds(model.backbone.body, body)
 
 
 def warnings_of(log):
     return "\n".join(record.getMessage() for record in log.records if record.levelname == "WARNING")
 
 
-# ---- local files -------------------------------------------------------------------------------
+# ---- local files ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda s: s, lambda s: {"model": s, "iteration": 7}, lambda s: {"state_dict": s}]
-)
-def test_a_local_file_is_loaded_whole(tmp_path, log, wrap):
-    state = randomize(make_rcnn().state_dict())
-    torch.save(wrap(state), tmp_path / "w.pth")
-    model = make_rcnn()
-    load_weights(model, str(tmp_path / "w.pth"))
-    for name, value in model.state_dict().items():
-        assert value.equal(state[name]), name
-    assert f"loaded {len(state)} of the model's {len(state)} tensors" in log.text
-    assert not warnings_of(log)
-
-
-def test_a_path_may_start_with_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "w.pth").write_bytes(b"")
-    assert locate_weights("~/w.pth") == (str(tmp_path / "w.pth"), None)
-
-
-def test_names_of_a_model_saved_inside_a_wrapper_are_understood(tmp_path):
-    state = randomize(make_retinanet().state_dict())
-    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "w.pth")
-    model = make_retinanet()
-    load_weights(model, str(tmp_path / "w.pth"))
-    assert all(value.equal(state[name]) for name, value in model.state_dict().items())
-
-
-def test_a_missing_file_is_a_clear_error(tmp_path):
-    with pytest.raises(UserError, match=r"MODEL.WEIGHTS.*missing\.pth"):
-        locate_weights(str(tmp_path / "missing.pth"))
-    with pytest.raises(UserError, match=r"MODEL.WEIGHTS"):
-        locate_weights(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["w.pth", "w.pkl"])
-@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 cut off", b"\x80\x04]"])
-def test_a_damaged_file_is_a_clear_error(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=name):
-        read_state_dict(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("content", [[1, 2], "text", torch.ones(2)])
-def test_a_file_without_a_state_dict_is_a_clear_error(tmp_path, content):
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"w\.pth"):
-        read_state_dict(str(tmp_path / "w.pth"))
-
-
-# ---- ImageNet backbones ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
-def test_an_imagenet_resnet_goes_into_the_backbone(tmp_path, imagenet, norm, log):
-    torch.save(imagenet, tmp_path / "resnet18.pth")
-    model = make_rcnn(more=["MODEL.RESNETS.NORM", norm])
-    head = model.roi_heads.box_predictor.cls_score.weight.clone()
-    load_weights(model, str(tmp_path / "resnet18.pth"))
-    if norm == "FrozenBN":
-        imagenet = {k: v for k, v in imagenet.items() if not k.endswith("num_batches_tracked")}
-    assert_body_equals(model, imagenet)
-    assert model.roi_heads.box_predictor.cls_score.weight.equal(head)
-    assert "not used      backbone.body.fc.weight" in log.text
-    assert "missing there rpn.head.conv.0.0.weight" in log.text
-
-
-def test_an_imagenet_mobilenet_goes_into_the_backbone(tmp_path):
-    state = randomize(torchvision.models.mobilenet_v3_large(weights=None).state_dict())
-    torch.save(state, tmp_path / "mobilenet.pth")
-    model = make_rcnn(
-        more=[
-            "MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone",
-            "MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64]],
-        ]
-    )  # fmt: skip
-    load_weights(model, str(tmp_path / "mobilenet.pth"))
-    body = model.backbone.body.state_dict()
-    assert set(body) == {name.removeprefix("features.") for name in state if name.startswith("features.")}
-    for name, value in body.items():
-        assert value.equal(state["features." + name]), name
-
-
-# ---- names of older torchvision versions -------------------------------------------------------
-
-
-def test_weights_of_a_faster_rcnn_of_an_older_torchvision_load_whole(tmp_path, log):
-    state = randomize(make_rcnn().state_dict())
-    old = {name.replace("rpn.head.conv.0.0.", "rpn.head.conv."): value for name, value in state.items()}
-    assert "rpn.head.conv.weight" in old and "rpn.head.conv.bias" in old
-    torch.save(old, tmp_path / "old.pth")
-    model = make_rcnn()
-    load_weights(model, str(tmp_path / "old.pth"))
-    assert all(value.equal(state[name]) for name, value in model.state_dict().items())
-    assert not warnings_of(log)
-
-
-def test_weights_of_a_retinanet_of_an_older_torchvision_load_whole(tmp_path, log):
-    state = randomize(make_retinanet().state_dict())
+def before_torchvision_013(state):
+    """The names in which R-CNN's and RetinaNet's convolutions were not wrapped."""
     old = {}
     for name, value in state.items():
+        name = name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
         for head in ("classification_head", "regression_head"):
             for i in range(4):
                 # Convolutions and ReLUs alternated.
                 name = name.replace(f"head.{head}.conv.{i}.0.", f"head.{head}.conv.{2 * i}!.")
         old[name.replace("!", "")] = value
-    assert {f"head.regression_head.conv.{i}.weight" for i in (0, 2, 4, 6)} <= set(old)
-    torch.save(old, tmp_path / "old.pth")
-    model = make_retinanet()
-    load_weights(model, str(tmp_path / "old.pth"))
-    for name, value in model.state_dict().items():
-        assert value.equal(state[name]), name
-    assert not warnings_of(log)
-
-
-# ---- other heads and other models --------------------------------------------------------------
-
-
-def test_a_head_for_another_number_of_classes_is_skipped_with_a_table(tmp_path, log):
-    state = randomize(make_rcnn(num_classes=3).state_dict())
-    torch.save(state, tmp_path / "three.pth")
-    model = make_rcnn(num_classes=2)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    load_weights(model, str(tmp_path / "three.pth"))
-    differing = {
-        f"roi_heads.box_predictor.{p}.{q}" for p in ("cls_score", "bbox_pred") for q in ("weight", "bias")
-    }
-    for name, value in model.state_dict().items():
-        assert value.equal(before[name] if name in differing else state[name]), name
-    table = warnings_of(log)
-    assert f"loaded {len(state) - 4} of the model's {len(state)}" in table
-    assert "roi_heads.box_predictor.cls_score.weight: [4, 16] there, [3, 16] here" in table
-    assert "roi_heads.box_predictor.bbox_pred.bias: [16] there, [12] here" in table
-    assert table.count("other shape") == 4
-
-
-def test_weights_of_which_nothing_fits_are_an_error(tmp_path):
-    torch.save({"encoder.layer.weight": torch.ones(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"none of the 1 tensors.*other\.pth.*encoder\.layer\.weight"):
-        load_weights(make_retinanet(), str(tmp_path / "other.pth"))
-    torch.save({}, tmp_path / "empty.pth")
-    with pytest.raises(UserError, match=r"empty\.pth"):
-        load_weights(make_retinanet(), str(tmp_path / "empty.pth"))
-
-
-def test_weights_of_which_only_counters_fit_are_an_error(tmp_path, imagenet):
-    torch.save({"bn1.num_batches_tracked": imagenet["bn1.num_batches_tracked"]}, tmp_path / "counter.pth")
-    with pytest.raises(UserError, match=r"counter\.pth"):
-        load_weights(make_rcnn(), str(tmp_path / "counter.pth"))
-
-
-# ---- torchvision:// and http:// ----------------------------------------------------------------
+    assert old.keys() != state.keys()
+    return old
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("keys", "wrap"),
     [
-        ("torchvision://resnet5/IMAGENET1K_V1", ["no model 'resnet5'", "nearest is resnet50"]),
-        ("torchvision://resnet18/IMAGENET1K_V9", ["IMAGENET1K_V1", "'IMAGENET1K_V9'"]),
-        ("torchvision://resnet18", ["IMAGENET1K_V1"]),
+        ([], lambda state: state),
+        (TINY, lambda state: {"model": state, "iteration": 7}),
+        (TINY, lambda state: {"state_dict": state}),
+        (TINY_RETINANET, lambda state: {f"module.{name}": value for name, value in state.items()}),
+        (TINY, before_torchvision_013),
+        (TINY_RETINANET, before_torchvision_013),
     ],
+    ids=["bare", "model", "state_dict", "wrapped", "old rcnn", "old retinanet"],
 )
-def test_a_name_that_torchvision_does_not_know_is_a_clear_error(name, words):
-    with pytest.raises(UserError) as error:
-        locate_weights(name)
-    assert name in str(error.value)
-    assert all(word in str(error.value) for word in words)
+def test_a_complete_file_loads_whole(tmp_path, monkeypatch, log, keys, wrap):
+    model = make_model(*keys)
+    state = randomize(model.state_dict())
+    torch.save(wrap(state), tmp_path / "w.pth")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_weights(model, "~/w.pth") == []
+    assert_holds(model, state)
+    assert f"loaded {len(state)} of the model's {len(state)} tensors" in log.text
+    assert not warnings_of(log)
 
 
-def test_torchvision_weights_come_from_torch_hubs_cache(hub, imagenet):
-    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
-    assert locate_weights("torchvision://resnet18/IMAGENET1K_V1") == (None, url)
-    torch.save(imagenet, hub / os.path.basename(url))
-    model = make_rcnn()
-    load_weights(model, "torchvision://resnet18/IMAGENET1K_V1")
-    assert_body_equals(model, imagenet)
+def test_entries_that_are_no_tensors_are_skipped(tmp_path):
+    torch.save({0: torch.ones(1), "a": torch.ones(1), "b": "text"}, tmp_path / "w.pth")
+    assert list(read_state_dict(str(tmp_path / "w.pth"))) == ["a"]
+    arrays = {"a": np.ones(3, np.float32), "b": np.array(["x"]), "c": np.array([{}, None], dtype=object)}
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(arrays))
+    assert list(read_state_dict(str(tmp_path / "w.pkl"))) == ["a"]
 
 
-def test_detection_weights_of_torchvision_are_known_by_name():
-    url = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url
-    assert locate_weights("torchvision://fasterrcnn_resnet50_fpn/COCO_V1") == (None, url)
-
-
-def test_a_cached_file_that_would_run_code_is_refused_and_does_not_run(hub, tmp_path):
-    path = hub / os.path.basename(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url)
-    torch.save({"conv1.weight": Bomb(tmp_path / "ran")}, path)
-    with pytest.raises(UserError, match="cannot read"):
-        load_weights(make_retinanet(), "torchvision://resnet18/IMAGENET1K_V1")
-    assert not (tmp_path / "ran").exists()
-    torch.load(path, weights_only=False)
-    assert (tmp_path / "ran").exists()
-
-
-def test_addresses_that_end_alike_do_not_share_a_cached_file(hub, imagenet, monkeypatch):
-    other = {name: value + 1 for name, value in imagenet.items()}
-    content = {"https://example.invalid/a/mine.pth": imagenet, "http://example.invalid/b/mine.pth?x=1": other}
-    calls = []
-
-    def download(url, path, hash_prefix=None):
-        calls.append(url)
-        torch.save(content[url], path)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    for _ in range(2):
-        for url, weights in content.items():
-            model = make_rcnn()
-            load_weights(model, url)
-            assert_body_equals(model, weights)
-    assert calls == list(content)
-
-
-def test_what_is_not_cached_is_downloaded_once_and_checked(hub, imagenet, monkeypatch):
-    calls = []
-
-    def download(url, path, hash_prefix=None, **kwargs):
-        calls.append((url, hash_prefix))
-        torch.save(imagenet, path)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    for _ in range(2):
-        load_weights(make_rcnn(), "torchvision://resnet18/IMAGENET1K_V1")
-    # torchvision's file names end in the start of their SHA-256.
-    assert calls == [(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url, "f37072fd")]
-
-
-def test_digits_in_the_name_of_somebody_elses_file_are_no_checksum(hub, imagenet, monkeypatch):
-    prefixes = []
-
-    def download(url, path, hash_prefix=None):
-        prefixes.append(hash_prefix)
-        torch.save(imagenet, path)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    load_weights(make_rcnn(), "https://example.invalid/run-20240131.pth")
-    assert prefixes == [None]
-
-
-def test_a_download_that_fails_is_a_clear_error(hub, monkeypatch):
-    def fail(*args, **kwargs):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(UserError, match=r"https://example\.invalid/w\.pth.*no route to host"):
-        load_weights(make_retinanet(), "https://example.invalid/w.pth")
-
-
-# ---- Detectron2's files ------------------------------------------------------------------------
-
-
-def to_detectron2(name):
-    """torchvision's name of a ResNet's parameter -> Detectron2's."""
-    parts = name.split(".")
-    if parts[0] in ("conv1", "bn1"):
-        return "stem.conv1." + ("norm." if parts[0] == "bn1" else "") + parts[-1]
-    stage, block = f"res{int(parts[0][-1]) + 1}", parts[1]
-    if parts[2] == "downsample":
-        return f"{stage}.{block}.shortcut." + ("norm." if parts[3] == "1" else "") + parts[-1]
-    number = parts[2][-1]
-    return f"{stage}.{block}.conv{number}." + ("norm." if parts[2].startswith("bn") else "") + parts[-1]
-
-
-def to_caffe2(name):
-    """torchvision's name of a ResNet's parameter -> Caffe2's (as in the MSRA models)."""
-    parts = name.split(".")
-    is_norm = parts[-2].startswith("bn") or parts[-3:-1] == ["downsample", "1"]
-    ending = {"weight": "_bn_s", "bias": "_bn_b"}[parts[-1]] if is_norm else "_w"
-    if parts[0] in ("conv1", "bn1"):
-        return ("res_conv1" if is_norm else "conv1") + ending
-    branch = "1" if parts[2] == "downsample" else "2" + "abc"[int(parts[2][-1]) - 1]
-    return f"res{int(parts[0][-1]) + 1}_{parts[1]}_branch{branch}{ending}"
-
-
-def test_the_two_translations_of_this_test_give_the_published_names():
-    expected = {
-        "conv1.weight": ("stem.conv1.weight", "conv1_w"),
-        "bn1.weight": ("stem.conv1.norm.weight", "res_conv1_bn_s"),
-        "layer1.0.downsample.0.weight": ("res2.0.shortcut.weight", "res2_0_branch1_w"),
-        "layer1.0.downsample.1.bias": ("res2.0.shortcut.norm.bias", "res2_0_branch1_bn_b"),
-        "layer4.2.conv3.weight": ("res5.2.conv3.weight", "res5_2_branch2c_w"),
-        "layer3.5.bn2.weight": ("res4.5.conv2.norm.weight", "res4_5_branch2b_bn_s"),
-    }
-    assert {name: (to_detectron2(name), to_caffe2(name)) for name in expected} == expected
-
-
-def detectron2_pickle(imagenet, style, protocol):
-    """Bytes of a ResNet's weights as Detectron2 or Caffe2 stores them."""
-    body = {name: value for name, value in imagenet.items() if not name.startswith("fc.")}
-    if style == "detectron2":
-        model = {to_detectron2(name): value.numpy() for name, value in body.items()}
-        content = {
-            "model": {**model, "fc.bias": np.ones(10)},
-            "__author__": "me",
-            "matching_heuristics": True,
-        }
-    else:
-        keep = {k: v for k, v in body.items() if k.endswith(("weight", "bias"))}
-        blobs = {to_caffe2(name): value.numpy() for name, value in keep.items()}
-        content = {
-            "blobs": {**blobs, "pred_w": np.ones((10, 5), np.float32), "lr": np.float32(0.1)},
-            "cfg": "text",
-        }
-    return pickle.dumps(content, protocol=protocol)
-
-
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-@pytest.mark.parametrize("style", ["detectron2", "caffe2"])
-def test_detectron2_weights_come_from_the_mirror_folder(
-    tmp_path, monkeypatch, imagenet, no_download, style, protocol
-):
-    name = "ImageNetPretrained/mine/R-18.pkl"
-    path = tmp_path / name
-    path.parent.mkdir(parents=True)
-    path.write_bytes(detectron2_pickle(imagenet, style, protocol))
-    monkeypatch.setenv("PLAINTRAIN_WEIGHTS", str(tmp_path))
-    assert locate_weights("detectron2://" + name) == (str(path), None)
-    model = make_rcnn()
-    load_weights(model, "detectron2://" + name)
-    # Caffe2's frozen norms have no statistics: the model keeps its own.
-    ignore = ("running_mean", "running_var") if style == "caffe2" else ()
-    assert_body_equals(model, imagenet, ignore)
-    if ignore:
-        assert model.backbone.body.bn1.running_mean.eq(0).all()
-        assert model.backbone.body.bn1.running_var.eq(1).all()
-
-
-def test_an_fpn_of_detectron2_is_understood(tmp_path):
-    names = {
-        "backbone.bottom_up.res3.0.conv1.weight": "backbone.body.layer2.0.conv1.weight",
-        "backbone.bottom_up.stem.conv1.norm.running_mean": "backbone.body.bn1.running_mean",
-        "backbone.fpn_lateral2.weight": "backbone.fpn.inner_blocks.0.0.weight",
-        "backbone.fpn_lateral5.bias": "backbone.fpn.inner_blocks.3.0.bias",
-        "backbone.fpn_output4.weight": "backbone.fpn.layer_blocks.2.0.weight",
-    }
-    (tmp_path / "model.pkl").write_bytes(pickle.dumps({name: np.ones(1) for name in names}))
-    assert set(read_weights(str(tmp_path / "model.pkl"))) == set(names.values())
-    assert set(names.values()) <= set(make_rcnn().state_dict())
-
-
-def test_detectron2_weights_that_are_not_mirrored_have_an_address_and_a_cache_name_of_their_own(
-    tmp_path, monkeypatch, hub
-):
-    monkeypatch.setenv("PLAINTRAIN_WEIGHTS", str(tmp_path))
-    _, url = locate_weights("detectron2://a/1/model_final.pkl")
-    assert url == "https://dl.fbaipublicfiles.com/detectron2/a/1/model_final.pkl"
-    monkeypatch.delenv("PLAINTRAIN_WEIGHTS")
-    assert locate_weights("detectron2://a/1/model_final.pkl") == (None, url)
-    got = []
-
-    def download(url, path, **kwargs):
-        got.append(path)
-        with open(path, "wb") as f:
-            pickle.dump({"stem.conv1.weight": np.ones((64, 3, 7, 7), np.float32)}, f)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    for name in ("a/1/model_final.pkl", "a/2/model_final.pkl", "a/1/model_final.pkl"):
-        load_weights(make_rcnn(), "detectron2://" + name)
-    assert len(got) == len(set(got)) == 2
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("where", ["top", "value", "key of a dict", "ordered"])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, protocol, where):
-    bomb = Bomb(tmp_path / "ran")
-    content = {
-        "top": bomb,
-        "value": {"model": {"stem.conv1.weight": np.ones(2), "x": bomb}},
-        "key of a dict": {"model": {"stem.conv1.weight": np.ones(2)}, "cfg": [{"a": bomb}]},
-        "ordered": collections.OrderedDict(x=bomb),
-    }[where]
-    path = tmp_path / "w.pkl"
-    path.write_bytes(pickle.dumps(content, protocol=protocol))
-    with pytest.raises(UserError, match=r"w\.pkl.*refused"):
-        read_state_dict(str(path))
-    assert not (tmp_path / "ran").exists()
-    pickle.loads(path.read_bytes())  # noqa: S301 - its own bytes
-    assert (tmp_path / "ran").exists()
-
-
-def test_arrays_that_are_no_numbers_are_a_clear_error_or_left_out(tmp_path):
-    content = {
-        "stem.conv1.weight": np.ones((64, 3, 7, 7), np.float32),
-        "names": np.array(["a", "b"]),
-        "objects": np.array([{}, None], dtype=object),
-    }
-    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
-    try:
-        found = read_state_dict(str(tmp_path / "w.pkl"))
-    except UserError as e:
-        assert "w.pkl" in str(e)
-    else:
-        assert {name: value.shape for name, value in found.items()} == {"stem.conv1.weight": (64, 3, 7, 7)}
-
-
-# ---- detectors for COCO's classes --------------------------------------------------------------
-
-COCO = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-COCO_80 = [name for name in COCO[1:] if name != "N/A"]
-# Neither in COCO's order nor next to each other; "dog" stands after the first hole.
-NAMES = ["dog", "person", "toothbrush"]
-_TINY = [
-    *["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.BACKBONE.FREEZE_AT", 0],
-    *[
-        "MODEL.TINY.CHANNELS",
-        [8, 8],
-        "MODEL.TINY.OUT_CHANNELS",
-        32,
-        "MODEL.ANCHOR_GENERATOR.SIZES",
-        [[16, 32]],
-    ],
-    *["MODEL.ROI_BOX_HEAD.FC_DIM", 8, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8],
-    *["MODEL.SSD.STEPS", [], "MODEL.SSD.SCALES", [0.3, 0.6], "MODEL.SSD.ASPECT_RATIOS", [[2, 3]]],
-    *["INPUT.FIXED_SIZE", (64, 64)],
-]
-_SSD = ["MODEL.META_ARCHITECTURE", "SSD"]
-_FCOS = ["MODEL.META_ARCHITECTURE", "FCOS", "MODEL.ANCHOR_GENERATOR.SIZES", [[32]]]
-_FCOS += ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]]
-_LOGITS = "head.classification_head.cls_logits"
-_BOXES = "roi_heads.box_predictor"
-# architecture -> (keys, {layer: rows per class and anchor}, anchors a location, background).
-COCO_HEADS = {
-    "rcnn": (
-        ["MODEL.MASK_ON", True],
-        {f"{_BOXES}.cls_score": 1, f"{_BOXES}.bbox_pred": 4, "roi_heads.mask_predictor.mask_fcn_logits": 1},
-        1,
-        True,
-    ),
-    "retinanet": (["MODEL.META_ARCHITECTURE", "RetinaNet"], {_LOGITS: 1}, 6, False),
-    "fcos": (_FCOS, {_LOGITS: 1}, 1, False),
-    "ssd": (_SSD, {"head.classification_head.module_list.0": 1}, 6, True),
-    "ssdlite": (
-        [*_SSD, "MODEL.SSD.HEAD_NAME", "SSDLiteHead"],
-        {"head.classification_head.module_list.0.1": 1},
-        6,
-        True,
-    ),
+COUNTER = {"backbone.body.bn1.num_batches_tracked": torch.tensor(3)}
+OTHER = {"encoder.weight": torch.ones(3)}
+# file, content (bytes, or an object for torch.save; None: a folder), words of the error
+MISTAKES = {
+    "folder": ("w.pth", None, r"MODEL.WEIGHTS is .*w\.pth.* no such file"),
+    "empty": ("w.pth", b"", r"cannot read .*w\.pth"),
+    "text": ("w.pkl", b"not weights", r"cannot read .*w\.pkl"),
+    "cut off": ("w.pth", b"PK\x03\x04 cut off", r"cannot read .*w\.pth"),
+    "cut off pickle": ("w.pkl", b"\x80\x04]", r"cannot read .*w\.pkl"),
+    "list": ("w.pth", [1, 2], r"w\.pth holds a list"),
+    "no tensors": ("w.pth", {}, r"none of the 0 tensors in .*w\.pth"),
+    "another model": ("w.pth", OTHER, r"none of the 1 tensors.*w\.pth.*encoder\.weight"),
+    "counters": ("w.pth", COUNTER, r"none of the 1 tensors"),
 }
 
 
-def make_tiny(keys, num_classes):
-    cfg = get_cfg()
-    cfg.merge_from_list([*_TINY, *keys])
-    cfg.merge_from_list([num_classes_key(cfg), num_classes])
-    return build_model(cfg)
-
-
-@pytest.mark.parametrize("architecture", COCO_HEADS)
-def test_heads_of_torchvisions_91_classes_are_reduced_by_name(tmp_path, log, architecture):
-    keys, layers, anchors, background = COCO_HEADS[architecture]
-    state = randomize(make_tiny(keys, 90 if background else 91).state_dict())
-    torch.save(state, tmp_path / "coco.pth")
-    model = make_tiny(keys, len(NAMES))
-    load_weights(model, str(tmp_path / "coco.pth"), NAMES)
-    rows = [0] * background + [COCO.index(name) for name in NAMES]
-    for name, value in model.state_dict().items():
-        per_class = layers.get(name.rpartition(".")[0])
-        if per_class is None:
-            assert value.equal(state[name]), name
-            continue
-        assert len(state[name]) == anchors * 91 * per_class
-        for a in range(anchors):
-            for k, row in enumerate(rows):
-                here, there = ((a * n + i) * per_class for n, i in ((len(rows), k), (91, row)))
-                assert value[here : here + per_class].equal(state[name][there : there + per_class]), name
-    assert not warnings_of(log)
-    assert "of the 91 classes of the weights the dataset's 3 are kept" in log.text
-
-
-@pytest.mark.parametrize("class_names", [["dog", "unicorn", "person"], ["dog", "N/A", "person"], None])
-def test_a_head_is_left_out_if_a_class_is_not_among_cocos(tmp_path, log, class_names):
-    keys, layers, *_ = COCO_HEADS["rcnn"]
-    state = randomize(make_tiny(keys, 90).state_dict())
-    torch.save(state, tmp_path / "coco.pth")
-    model = make_tiny(keys, 3)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    load_weights(model, str(tmp_path / "coco.pth"), class_names)
-    for name, value in model.state_dict().items():
-        left_out = name.rpartition(".")[0] in layers
-        assert value.equal(before[name] if left_out else state[name]), name
-    assert warnings_of(log).count("other shape") == 6
-
-
-def test_a_head_for_other_classes_is_not_reduced(tmp_path, log):
-    # Rows of 80 classes under torchvision's names could be any 80 classes.
-    torch.save(randomize(make_tiny([], 80).state_dict()), tmp_path / "eighty.pth")
-    load_weights(make_tiny([], 3), str(tmp_path / "eighty.pth"), NAMES)
-    assert warnings_of(log).count("other shape") == 4
-
-
-@pytest.mark.parametrize("architecture", ["rcnn", "retinanet"])
-@pytest.mark.parametrize("names", [NAMES, COCO_80, COCO_80[::-1]], ids=["three", "all", "reversed"])
-@pytest.mark.parametrize("ending", [".pkl", ".pth"])
-def test_heads_of_detectron2s_80_classes_are_taken_by_name(tmp_path, log, architecture, names, ending):
-    keys = [*_SMALL_RCNN]
-    if architecture == "retinanet":
-        keys += ["MODEL.META_ARCHITECTURE", "RetinaNet"]
-        keys += ["MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"]
-    whole, model = ([*keys, "MODEL.ROI_HEADS.NUM_CLASSES", n] for n in (80, len(names)))
-    whole, model = (make_model([*k, "MODEL.RETINANET.NUM_CLASSES", k[-1]]) for k in (whole, model))
-    state = randomize(whole.state_dict())
-    there = weight_detectron2.to_detectron2(state)
-    path = tmp_path / f"model_final{ending}"
-    if ending == ".pkl":
-        arrays = {name: value.numpy() for name, value in there.items()}
-        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "me"}))
+@pytest.mark.parametrize("case", MISTAKES)
+def test_files_without_weights_of_the_model_are_rejected(tmp_path, case):
+    name, content, words = MISTAKES[case]
+    if content is None:
+        (tmp_path / name).mkdir()
+    elif isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
     else:
-        torch.save({"model": there, "optimizer": {"state": {}}, "iteration": 7}, path)
-    load_weights(model, str(path), names)
-    rows = torch.tensor([COCO_80.index(name) for name in names])
-    layer = _LOGITS if architecture == "retinanet" else f"{_BOXES}.cls_score"
-    value, before = model.state_dict()[f"{layer}.weight"], state[f"{layer}.weight"]
-    if architecture == "retinanet":
-        assert value.unflatten(0, (3, -1)).equal(before.unflatten(0, (3, -1))[:, rows])
+        torch.save(content, tmp_path / name)
+    with pytest.raises(UserError, match=words):
+        load_weights(make_model(), str(tmp_path / name))
+
+
+@pytest.mark.parametrize("protocol", [None, 0, 2, 4])
+@pytest.mark.parametrize("wrap", [lambda bomb: bomb, lambda bomb: {"model": {"conv1.weight": bomb}}])
+def test_a_pickle_that_would_run_code_is_rejected_and_does_not_run(tmp_path, protocol, wrap):
+    content = wrap(Bomb(tmp_path / "ran"))
+    path = tmp_path / ("w.pth" if protocol is None else "w.pkl")
+    if protocol is None:
+        torch.save(content, path)
     else:
-        assert value[0].equal(before[0]) and value[1:].equal(before[1:][rows])
-        boxes = model.state_dict()[f"{_BOXES}.bbox_pred.bias"].view(-1, 4)
-        assert boxes[1:].equal(state[f"{_BOXES}.bbox_pred.bias"].view(-1, 4)[1:][rows])
-        assert not boxes[0].any()
-    assert model.state_dict()["backbone.body.conv1.weight"].equal(state["backbone.body.conv1.weight"])
-    assert not warnings_of(log)
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+    words = "" if protocol is None else ".*refused"
+    with pytest.raises(UserError, match=f"cannot read .*{path.name}{words}"):
+        read_state_dict(str(path))
+    assert not (tmp_path / "ran").exists()
 
 
-def test_the_checkpointer_hands_the_class_names_on(tmp_path):
-    state = randomize(make_tiny([], 90).state_dict())
-    torch.save(state, tmp_path / "coco.pth")
-    model = make_tiny([], 1)
-    checkpointer = DetectionCheckpointer(model, str(tmp_path / "run"))
-    checkpointer.resume_or_load(str(tmp_path / "coco.pth"), resume=False, class_names=["dog"])
-    found = model.state_dict()[f"{_BOXES}.cls_score.bias"]
-    assert found.equal(state[f"{_BOXES}.cls_score.bias"][[0, COCO.index("dog")]])
-
-
-@pytest.mark.parametrize("eps", [0.0, 1e-5])
-def test_torchvisions_first_detectors_want_no_eps(hub, log, eps):
-    keys = [*_SMALL_RCNN, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.NORM_EPS", eps]
-    model = make_model([*keys, "MODEL.ROI_HEADS.NUM_CLASSES", 3])
-    url = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url
-    torch.save(model.state_dict(), hub / os.path.basename(url))
-    load_weights(model, "torchvision://fasterrcnn_resnet50_fpn/COCO_V1")
-    assert ("MODEL.RESNETS.NORM_EPS 0" in warnings_of(log)) == (eps > 0)
+# ---- backbones and heads -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
-def test_other_weights_say_nothing_about_eps(tmp_path, log, norm):
-    model = make_rcnn(more=["MODEL.RESNETS.NORM", norm])
-    torch.save(model.state_dict(), tmp_path / "mine.pth")
-    load_weights(model, str(tmp_path / "mine.pth"))
-    assert not warnings_of(log)
+def test_an_imagenet_resnet_loads_into_the_backbone(tmp_path, imagenet, norm, log):
+    torch.save(imagenet, tmp_path / "resnet18.pth")
+    model = make_model("MODEL.RESNETS.NORM", norm)
+    head = model.roi_heads.box_predictor.cls_score.weight.clone()
+    load_weights(model, str(tmp_path / "resnet18.pth"))
+    assert_body_holds(model, imagenet)
+    assert model.roi_heads.box_predictor.cls_score.weight.equal(head)
+    assert "not used      backbone.body.fc.weight" in log.text
+    assert "missing there rpn.head.conv.0.0.weight" in log.text
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_mobilenet_v3_large_fpn",
-        "fasterrcnn_mobilenet_v3_large_320_fpn", "maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2",
-        "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2",
-        "fcos_resnet50_fpn", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large",
-    ],
-)  # fmt: skip
-def test_every_detector_of_torchvision_has_an_address(model):
-    path, url = locate_weights(f"torchvision://{model}/COCO_V1")
-    assert path is None and url.startswith("https://download.pytorch.org/models/")
-
-
-def test_names_that_are_no_text_are_left_out(tmp_path):
-    torch.save({0: torch.ones(1), "a": torch.ones(1)}, tmp_path / "w.pth")
-    assert list(read_state_dict(str(tmp_path / "w.pth"))) == ["a"]
+def test_a_head_for_another_number_of_classes_is_skipped_with_a_table(tmp_path, log):
+    state = randomize(make_model(*TINY, num_classes=3).state_dict())
+    torch.save(state, tmp_path / "three.pth")
+    model = make_model(*TINY, num_classes=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    skipped = load_weights(model, str(tmp_path / "three.pth"))
+    layers = ("cls_score", "bbox_pred")
+    assert skipped == [f"roi_heads.box_predictor.{p}.{q}" for p in layers for q in ("weight", "bias")]
+    assert_holds(model, {name: before[name] if name in skipped else state[name] for name in state})
+    table = warnings_of(log)
+    assert f"loaded {len(state) - 4} of the model's {len(state)}" in table
+    assert "roi_heads.box_predictor.cls_score.weight: [4, 8] there, [3, 8] here" in table
+    assert "roi_heads.box_predictor.bbox_pred.bias: [16] there, [12] here" in table
+    assert table.count("other shape") == 4
 
 
 @pytest.mark.parametrize(("classes", "warns"), [(["a", "b"], False), (["b", "c"], True), (None, False)])
@@ -691,3 +247,193 @@ def test_weights_of_other_classes_are_warned_about(tmp_path, log, classes, warns
     assert ("was trained for the classes ['a', 'b'], here they are ['b', 'c']" in log.text) == warns
     with pytest.raises(UserError, match="the same in another order"):
         load_weights(model, str(tmp_path / "w.pth"), ["b", "a"])
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_torchvisions_first_detectors_want_no_eps(downloads, tmp_path, log, eps):
+    model = make_model("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.NORM_EPS", eps)
+    torch.save(model.state_dict(), tmp_path / "mine.pth")
+    load_weights(model, str(tmp_path / "mine.pth"))
+    assert not warnings_of(log)
+    path = fetch_weights("torchvision://fasterrcnn_resnet50_fpn/COCO_V1")
+    os.replace(tmp_path / "mine.pth", path)
+    load_weights(model, "torchvision://fasterrcnn_resnet50_fpn/COCO_V1")
+    assert ("MODEL.RESNETS.NORM_EPS 0" in warnings_of(log)) == (eps > 0)
+
+
+# ---- names and downloads -------------------------------------------------------------------------
+
+
+def test_every_detector_of_torchvision_has_an_address():
+    for builder in torchvision.models.list_models(module=detection):
+        path, url = locate_weights(f"torchvision://{builder}/COCO_V1")
+        assert path is None and url == torchvision.models.get_model_weights(builder).COCO_V1.url
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("torchvision://resnet5/IMAGENET1K_V1", ["no model 'resnet5'", "nearest is resnet50"]),
+        ("torchvision://resnet18/IMAGENET1K_V9", ["IMAGENET1K_V1", "'IMAGENET1K_V9'"]),
+        ("torchvision://resnet18", ["IMAGENET1K_V1"]),
+    ],
+)
+def test_a_name_that_torchvision_does_not_know_is_rejected(name, words):
+    with pytest.raises(UserError) as error:
+        locate_weights(name)
+    assert all(word in str(error.value) for word in [name, *words])
+
+
+def test_weights_are_downloaded_once_each_and_torchvisions_are_verified(downloads, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLAINTRAIN_WEIGHTS", str(tmp_path))
+    names = [
+        "torchvision://resnet18/IMAGENET1K_V1",
+        "https://example.invalid/a/mine-20240131.pth",
+        "http://example.invalid/b/mine-20240131.pth?x=1",
+        "detectron2://a/1/model_final.pkl",
+        "detectron2://a/2/model_final.pkl",
+    ]
+    paths = [fetch_weights(name) for name in names + names]
+    assert paths[:5] == paths[5:] and len(set(paths)) == 5
+    detectron2 = "https://dl.fbaipublicfiles.com/detectron2/a"
+    assert [url for url, *_ in downloads] == [
+        torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url,
+        *names[1:3],
+        f"{detectron2}/1/model_final.pkl",
+        f"{detectron2}/2/model_final.pkl",
+    ]
+    # torchvision's file names end in the start of their SHA-256; digits in other names are no checksum.
+    assert [prefix for *_, prefix in downloads] == ["f37072fd", None, None, None, None]
+    assert paths[0] == os.path.join(torch.hub.get_dir(), "checkpoints", "resnet18-f37072fd.pth")
+    assert [path for _, path, _ in downloads] == paths[:5]
+    (tmp_path / "a" / "1").mkdir(parents=True)
+    (tmp_path / "a" / "1" / "model_final.pkl").touch()
+    assert fetch_weights(names[3]) == str(tmp_path / "a/1/model_final.pkl")
+
+
+def test_a_failed_download_is_an_error(downloads, monkeypatch):
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    with pytest.raises(UserError, match=r"https://example\.invalid/w\.pth.*no route to host"):
+        fetch_weights("https://example.invalid/w.pth")
+
+
+# ---- Detectron2's files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_backbone_of_detectron2_loads_from_a_pickle_of_any_protocol(tmp_path, imagenet, protocol):
+    body = {f"backbone.body.{k}": v for k, v in imagenet.items() if not k.startswith("fc.")}
+    there = weight_detectron2.to_detectron2(body)
+    arrays = {name.removeprefix("backbone.bottom_up."): value.numpy() for name, value in there.items()}
+    content = {"model": {**arrays, "fc.bias": np.ones(10)}, "__author__": "me", "matching_heuristics": True}
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    model = make_model()
+    load_weights(model, str(tmp_path / "R-18.pkl"))
+    assert_body_holds(model, imagenet)
+
+
+def test_a_backbone_of_caffe2_has_blobs(tmp_path):
+    names = {
+        "conv1_w": "conv1.weight",
+        "res_conv1_bn_s": "bn1.weight",
+        "res2_0_branch1_w": "layer1.0.downsample.0.weight",
+        "res2_0_branch1_bn_b": "layer1.0.downsample.1.bias",
+        "res5_2_branch2c_w": "layer4.2.conv3.weight",
+        "res4_5_branch2b_bn_s": "layer3.5.bn2.weight",
+    }
+    blobs = {name: np.ones(1, np.float32) for name in names}
+    content = {"blobs": {**blobs, "pred_w": np.ones(5, np.float32), "lr": np.float32(0.1)}, "cfg": "text"}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content, protocol=2))
+    expected = [f"backbone.body.{name}" for name in names.values()]
+    assert list(read_weights(str(tmp_path / "R-50.pkl"))) == [*expected, "pred_w"]
+
+
+# ---- detectors for COCO's classes ----------------------------------------------------------------
+
+COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO_80 = [name for name in COCO[1:] if name != "N/A"]
+# Neither in COCO's order nor next to each other; "dog" is after the first hole.
+NAMES = ["dog", "person", "toothbrush"]
+LOGITS = "head.classification_head.cls_logits"
+BOXES = "roi_heads.box_predictor"
+# architecture -> (keys, {layer: rows per class and anchor}, anchors a location, background).
+COCO_HEADS = {
+    "rcnn": (
+        [*TINY, "MODEL.MASK_ON", True],
+        {f"{BOXES}.cls_score": 1, f"{BOXES}.bbox_pred": 4, "roi_heads.mask_predictor.mask_fcn_logits": 1},
+        1,
+        True,
+    ),
+    "retinanet": (TINY_RETINANET, {LOGITS: 1}, 6, False),
+    "fcos": (TINY_FCOS, {LOGITS: 1}, 1, False),
+    "ssd": (TINY_SSD, {"head.classification_head.module_list.0": 1}, 6, True),
+    "ssdlite": (
+        [*TINY_SSD, "MODEL.SSD.HEAD_NAME", "SSDLiteHead"],
+        {"head.classification_head.module_list.0.1": 1},
+        6,
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", COCO_HEADS)
+def test_heads_of_torchvisions_91_classes_are_reduced_by_name(tmp_path, log, architecture):
+    keys, layers, anchors, background = COCO_HEADS[architecture]
+    state = randomize(make_model(*keys, num_classes=90 if background else 91).state_dict())
+    torch.save(state, tmp_path / "coco.pth")
+    model = make_model(*keys)
+    # As a training does it.
+    checkpointer = DetectionCheckpointer(model, str(tmp_path / "run"))
+    checkpointer.resume_or_load(str(tmp_path / "coco.pth"), resume=False, class_names=NAMES)
+    rows = [0] * background + [COCO.index(name) for name in NAMES]
+    for name, value in model.state_dict().items():
+        per_class = layers.get(name.rpartition(".")[0])
+        if per_class is None:
+            assert value.equal(state[name]), name
+            continue
+        expected = state[name].unflatten(0, (anchors, 91, per_class))[:, rows].flatten(0, 2)
+        assert value.equal(expected), name
+    assert not warnings_of(log)
+    assert "of the 91 classes of the weights the dataset's 3 are kept" in log.text
+
+
+@pytest.mark.parametrize(
+    ("num_there", "class_names"),
+    # Rows of 80 classes under torchvision's names could be any 80 classes.
+    [(90, ["dog", "unicorn", "person"]), (90, ["dog", "N/A", "person"]), (90, None), (80, NAMES)],
+)
+def test_a_head_is_skipped_if_its_classes_are_not_known_to_be_cocos(tmp_path, log, num_there, class_names):
+    keys, layers, *_ = COCO_HEADS["rcnn"]
+    state = randomize(make_model(*keys, num_classes=num_there).state_dict())
+    torch.save(state, tmp_path / "coco.pth")
+    model = make_model(*keys)
+    skipped = load_weights(model, str(tmp_path / "coco.pth"), class_names)
+    assert {name.rpartition(".")[0] for name in skipped} == set(layers)
+    assert warnings_of(log).count("other shape") == 6
+
+
+@pytest.mark.parametrize("names", [NAMES, COCO_80[::-1]], ids=["three", "reversed"])
+@pytest.mark.parametrize(
+    ("keys", "layers", "anchors"),
+    [([], {f"{BOXES}.cls_score": 1, f"{BOXES}.bbox_pred": 4}, 1), (RETINANET, {LOGITS: 1}, 3)],
+    ids=["rcnn", "retinanet"],
+)
+def test_heads_of_detectron2s_80_classes_are_reduced_by_name(tmp_path, log, names, keys, layers, anchors):
+    state = randomize(make_model(*keys, num_classes=80).state_dict())
+    there = weight_detectron2.to_detectron2(state)
+    torch.save({"model": there, "optimizer": {"state": {}}, "iteration": 7}, tmp_path / "d2.pth")
+    model = make_model(*keys, num_classes=len(names))
+    load_weights(model, str(tmp_path / "d2.pth"), names)
+    rows = [COCO_80.index(name) for name in names]
+    rows = rows if keys else [0, *(row + 1 for row in rows)]
+    for layer, per_class in layers.items():
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            expected = state[name].unflatten(0, (anchors, -1, per_class))[:, rows].flatten(0, 2)
+            if per_class == 4:
+                # Detectron2 has no box of the background.
+                expected[:4] = 0
+            assert model.state_dict()[name].equal(expected), name
+    assert not warnings_of(log)
