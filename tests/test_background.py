@@ -14,15 +14,6 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.stop import Stopped
 
 
-def test_jobs_are_done_in_order_in_another_thread():
-    background, done = Background(), []
-    for i in range(5):
-        background.submit(lambda i: done.append((i, threading.current_thread().name)), i)
-    background.wait()
-    assert [i for i, _ in done] == list(range(5))
-    assert {name for _, name in done} != {threading.current_thread().name}
-
-
 @pytest.mark.parametrize("call", ["check", "wait", "submit"])
 def test_a_failure_is_raised_by_the_next_call_and_ends_what_comes_after(call):
     background, done, failed = Background(), [], threading.Event()
@@ -59,23 +50,15 @@ def test_the_process_ends_after_its_jobs_are_done(tmp_path):
     assert process.code == 3 and (tmp_path / "done").exists()
 
 
-def test_a_copy_keeps_values_and_types_and_uses_its_memory_again():
+def test_a_copy_keeps_the_versions_of_modules_and_uses_its_memory_again():
     copy, layer = HostCopy(), nn.BatchNorm1d(3)
-    data = {
-        "model": layer.state_dict(),
-        "list": [torch.ones(2, dtype=torch.bfloat16), ("a", 1, None)],
-        "part": torch.arange(6).reshape(2, 3).T,
-    }
-    copied = copy(data)
-    assert copied["model"]._metadata == data["model"]._metadata and copied["list"][1] == ("a", 1, None)
-    assert torch.equal(copied["part"], data["part"]) and torch.equal(copied["list"][0], data["list"][0])
-    kept = copied["model"]["running_mean"]
+    first = copy(layer.state_dict())
+    assert first._metadata == layer.state_dict()._metadata
+    kept = first["running_mean"]
     layer.running_mean += 1
     assert kept.tolist() == [0, 0, 0]
-    again = copy(data)["model"]["running_mean"]
+    again = copy(layer.state_dict())["running_mean"]
     assert again.data_ptr() == kept.data_ptr() and again.tolist() == [1, 1, 1]
-    # Another shape or type takes other memory.
-    assert copy({"part": torch.ones(7)})["part"].shape == (7,)
 
 
 @pytest.fixture

@@ -66,18 +66,6 @@ def read(path):
 # That all values are loaded as they were saved is a property, see properties/test_checkpoint_properties.py.
 
 
-def test_load_can_leave_checkpointables_out(tmp_path):
-    model = make_model(1.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    checkpointer = DetectionCheckpointer(model, str(tmp_path), optimizer=optimizer)
-    checkpointer.save("model_0000000", iteration=0)
-    optimizer.param_groups[0]["lr"] = 0.7
-    assert checkpointer.load(checkpointer.get_checkpoint_file(), checkpointables=[])["iteration"] == 0
-    assert optimizer.param_groups[0]["lr"] == 0.7
-    checkpointer.load(checkpointer.get_checkpoint_file())
-    assert optimizer.param_groups[0]["lr"] == 0.1
-
-
 def test_weights_are_saved_under_the_models_own_names_and_only_by_who_writes(tmp_path):
     checkpointer = DetectionCheckpointer(nn.DataParallel(make_model(2.0)), str(tmp_path))
     checkpointer.save("model_0000000", iteration=0)
@@ -191,18 +179,15 @@ def test_the_old_run_moves_aside_and_what_is_not_its_own_stays(tmp_path):
     for name in own + others:
         (tmp_path / name).write_text(name)
     (tmp_path / "inference").mkdir()
-    (tmp_path / "inference" / "results.json").write_text("results")
-
     assert move_old_run(str(tmp_path)) == str(tmp_path / "old-1")
-    assert names(tmp_path) == [*others, "old-1"]
-    assert names(tmp_path / "old-1") == sorted([*own, "inference"])
-    assert (tmp_path / "old-1" / "inference" / "results.json").read_text() == "results"
-
+    assert names(tmp_path) == [*others, "old-1"] and names(tmp_path / "old-1") == sorted([*own, "inference"])
     assert move_old_run(str(tmp_path)) is None
     (tmp_path / "metrics.json").write_text("second")
     assert move_old_run(str(tmp_path)) == str(tmp_path / "old-2")
-    assert (tmp_path / "old-1" / "metrics.json").read_text() == "metrics.json"
-    assert (tmp_path / "old-2" / "metrics.json").read_text() == "second"
+    assert [(tmp_path / f"old-{i}" / "metrics.json").read_text() for i in (1, 2)] == [
+        "metrics.json",
+        "second",
+    ]
 
 
 # ---- which checkpoint a resumed run starts from ------------------------------------------------
@@ -278,29 +263,22 @@ def test_get_checkpoint_file_and_has_checkpoint(tmp_path, extended_run):
     assert checkpointer.get_all_checkpoint_files() == files
 
 
-@pytest.mark.parametrize("content", [None, "model_0000009.pth"])
-def test_resuming_with_nothing_there_warns_and_starts_from_the_weights_or_fresh(tmp_path, log, content):
-    save_run(tmp_path / "other", [9])
-    if content is not None:
-        (tmp_path / "last_checkpoint").write_text(content)
-    model, data = resume(tmp_path)
-    assert data == {} and value_of(model) == -1.0
-    assert any(r.levelname == "WARNING" and str(tmp_path) in r.getMessage() for r in log.records)
-    checkpointer = DetectionCheckpointer(model, str(tmp_path))
-    assert checkpointer.resume_or_load(str(tmp_path / "other" / "model_0000009.pth"), resume=True) == {}
-    assert value_of(model) == 9.0
-
-
-def test_only_resume_takes_the_checkpoint_and_its_iteration(tmp_path, extended_run):
+def test_only_resume_takes_the_checkpoint_and_its_iteration(tmp_path, log, extended_run):
+    weights = str(extended_run / "model_0000001.pth")
     model = make_model(-1.0)
     checkpointer = DetectionCheckpointer(model, str(extended_run))
     assert checkpointer.resume_or_load("", resume=False) == {} and value_of(model) == -1.0
-    weights = str(extended_run / "model_0000001.pth")
     assert checkpointer.resume_or_load(weights, resume=True) == {"iteration": 7} and value_of(model) == 7.0
     # Fine-tuning from a run's own model: the optimizer, which the file lacks, begins anew too.
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    checkpointer = DetectionCheckpointer(model, str(extended_run), optimizer=optimizer)
+    checkpointer = DetectionCheckpointer(model, str(extended_run), **sgd(model.parameters()))
     assert checkpointer.resume_or_load(weights, resume=False) == {} and value_of(model) == 1.0
+    # With nothing there, also where a tag is left, it begins.
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    assert resume(tmp_path)[1] == {} and value_of(resume(tmp_path)[0]) == -1.0
+    assert any(r.levelname == "WARNING" and str(tmp_path) in r.getMessage() for r in log.records)
+    model = make_model()
+    assert DetectionCheckpointer(model, str(tmp_path)).resume_or_load(weights, resume=True) == {}
+    assert value_of(model) == 1.0
 
 
 def sgd(parameters):
@@ -389,20 +367,15 @@ def test_the_last_checkpoint_is_written_once_under_two_names(tmp_path, monkeypat
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
-def test_pruning_leaves_other_files_and_counts_those_from_before_a_resume(tmp_path):
+def test_pruning_leaves_other_files_and_the_checkpoint_just_saved(tmp_path):
     others = ["model_best.pth", "model_0000001.pth.bak", "notes.txt"]
     for name in others:
         (tmp_path / name).write_text(name)
-    save_run(tmp_path, [1, 3])
-    saver = make_saver(tmp_path, max_to_keep=1)
-    saver.step(5)
-    assert set(names(tmp_path)) == {*others, "last_checkpoint", "model_0000005.pth", "model_final.pth"}
-
-
-def test_pruning_never_removes_the_checkpoint_just_saved(tmp_path):
     # A run is taken back to an earlier point, so files of later iterations lie there.
     save_run(tmp_path, [3, 7, 9])
     make_saver(tmp_path, max_to_keep=2).step(1)
+    files = {"last_checkpoint", "model_0000001.pth", "model_0000009.pth"}
+    assert set(names(tmp_path)) == {*others, *files}
     assert resume(tmp_path)[1]["iteration"] == 1
 
 
@@ -462,30 +435,21 @@ def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path
     assert value_of(again.model) == 7.0
 
 
-def test_the_best_weights_are_never_resumed_from(tmp_path):
-    saver = make_saver(tmp_path, value=1.0)
+def test_the_best_weights_are_never_resumed_from_and_every_file_is_about_its_run(tmp_path):
+    about = {"class_names": ["cat", "dog"], "config": "text"}
+    saver = make_saver(tmp_path, value=1.0, about=about)
     saver.step(3)
-    saver.checkpointer.save_weights("model_best", make_model(9.0), iteration=4, AP=12.5)
+    saver.checkpointer.save_weights("model_best", make_model(9.0), iteration=4, config="mine")
     best = read(tmp_path / "model_best.pth")
-    assert set(best) == {"model", "iteration", "AP"} and (best["iteration"], best["AP"]) == (4, 12.5)
+    assert set(best) == {"model", "iteration", *about}
+    # What is given for one file goes before.
+    assert (best["iteration"], best["class_names"], best["config"]) == (4, about["class_names"], "mine")
     for name in ("last_checkpoint", "model_0000003.pth"):
-        assert saver.checkpointer.resume_or_load("", resume=True)["iteration"] == 3
+        assert saver.checkpointer.resume_or_load("", resume=True) == {"iteration": 3, **about}
         (tmp_path / name).unlink()
     assert not saver.checkpointer.has_checkpoint()
     assert saver.checkpointer.resume_or_load(str(tmp_path / "model_best.pth"), resume=False) == {}
     assert value_of(saver.checkpointer.model) == 9.0
-
-
-def test_every_file_holds_what_is_to_be_known_about_its_run(tmp_path):
-    about = {"class_names": ["cat", "dog"], "config": "text"}
-    saver = make_saver(tmp_path, final=1.0, about=about)
-    saver.step(5)
-    saver.checkpointer.save_weights("model_best", make_model(), config="mine")
-    for name in ("model_0000005", "model_final"):
-        data = read(tmp_path / f"{name}.pth")
-        assert {key: data[key] for key in about} == about
-    # What is given for one file goes before.
-    assert read(tmp_path / "model_best.pth")["config"] == "mine"
 
 
 @pytest.mark.parametrize(("given", "warns"), [(None, True), (["cat", "dog"], False)])

@@ -280,36 +280,6 @@ def test_json_writer_writes_one_line_an_iteration_that_can_be_read_at_once(tmp_p
     assert read_json_lines(path) == [*expected, {"iteration": 4, "loss": 3.0}]
 
 
-def test_json_writer_of_a_resumed_run_cuts_its_file_and_joins_what_is_evaluated_again(tmp_path):
-    path = tmp_path / "metrics.json"
-    before = [
-        {"iteration": 3, "loss": None},
-        {"iteration": 4, "AP": 11.0, "AP50": 20.0, "loss": 4.0},
-        {"iteration": 5, "loss": 5.0},
-        {"iteration": 9, "loss": 9.0},
-    ]
-    damaged = ["[1]", '{"loss": 1}', '{"iteration": "x"}', "\xff\x00", "[" * 5000, "nonsense"]
-    lines = [*damaged, *map(json.dumps, before), '{"iteration": 10, "lo']
-    path.write_bytes("\n".join(lines).encode("latin1"))
-    writer = JSONWriter(str(path), window_size=1)
-    with EventStorage(5) as storage, closing_all([writer]):
-        # What was lost or not of the evaluation after iteration 4; nothing is there of iteration 2.
-        storage.put_scalars(AP=12.0, extra=NAN, cur_iter=4, smoothing_hint=False)
-        storage.put_scalar("val/loss", 1.5, cur_iter=2)
-        writer.write()
-        for storage.iter in (5, 6):
-            storage.put_scalar("loss", torch.tensor(100.0 + storage.iter))
-            writer.write()
-    assert read_json_lines(path) == [
-        {"iteration": 2, "val/loss": 1.5},
-        {"iteration": 3, "loss": None},
-        {"iteration": 4, "AP": 11.0, "AP50": 20.0, "loss": 4.0, "extra": None},
-        {"iteration": 5, "loss": 105.0},
-        {"iteration": 6, "loss": 106.0},
-    ]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
-
-
 def test_csv_writer_writes_a_row_an_iteration_and_adds_columns(tmp_path):
     path = tmp_path / "run" / "metrics.csv"
     writer = CSVWriter(str(path), window_size=1)
@@ -329,18 +299,38 @@ def test_csv_writer_writes_a_row_an_iteration_and_adds_columns(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["metrics.csv"]
 
 
-def test_csv_writer_of_a_resumed_run_cuts_what_lies_beyond_its_start_and_what_is_damaged(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text("iteration,loss,bbox/AP\n0,1.0,\n1,0.5,20.0\nx,1,2\n1,2,3,4\n2,0.25,\n1,0.5,2")
-    window = {"scalars": {"bbox/AR": [[[7.0, 1]], False]}, "unwritten": ["bbox/AR"]}
-    with EventStorage(2, window) as storage, closing_all([CSVWriter(str(path))]):
-        assert path.read_text() == "iteration,loss,bbox/AP\n0,1.0,\n1,0.5,20.0\n"
+JSON_ROWS = [
+    '{"iteration": 0, "AP": 11.0, "loss": null}',
+    '{"iteration": 1, "loss": 0.5}',
+    '{"iteration": 2}',
+]
+DAMAGED_JSON = ["[1]", '{"loss": 1}', '{"iteration": "x"}', "\xff\x00", "[" * 5000, '{"iteration": 1, "lo']
+CSV_ROWS = ["iteration,AP,loss", "0,11.0,", "1,,0.5", "2,,0.25"]
+DAMAGED_CSV = ["x,1,2", "1,2,3,4", "1,2", "1,20.0,0."]
+
+
+@pytest.mark.parametrize(
+    ("writer_class", "rows", "damaged", "read"),
+    [(JSONWriter, JSON_ROWS, DAMAGED_JSON, read_json_lines), (CSVWriter, CSV_ROWS, DAMAGED_CSV, read_csv)],
+)
+def test_a_file_of_a_resumed_run_is_cut_and_joined_with_what_is_evaluated_again(
+    tmp_path, writer_class, rows, damaged, read
+):
+    path = tmp_path / "metrics"
+    path.write_bytes("\n".join([*rows, *damaged]).encode("latin1"))
+    with EventStorage(2) as storage, closing_all([writer_class(str(path), 1)]):
+        # What was lost or not of the evaluation after iteration 0.
+        storage.put_scalars(AP=12.0, extra=7.0, cur_iter=0, smoothing_hint=False)
         storage.put_scalar("loss", 100.0)
-    assert [list(row.values()) for row in read_csv(path)] == [
-        ["0", "1.0", "", ""],
-        ["1", "0.5", "20.0", "7.0"],
-        ["2", "100.0", "", ""],
+    values = [
+        {name: str(value) for name, value in row.items() if value not in ("", None)} for row in read(path)
     ]
+    assert values == [
+        {"iteration": "0", "AP": "11.0", "extra": "7.0"},
+        {"iteration": "1", "loss": "0.5"},
+        {"iteration": "2", "loss": "100.0"},
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics"]
 
 
 @pytest.mark.parametrize(("writer_class", "read"), [(JSONWriter, read_json_lines), (CSVWriter, read_csv)])
@@ -494,38 +484,23 @@ class KilledError(Exception):
     """In the place of SIGKILL, which no test in a process survives."""
 
 
-class Kills:
-    """Lets a run end at a random moment, with its files as they are on the disk then."""
+def loop(folder, saved, lives=math.inf):
+    """24 iterations with all that is written, from the iteration of `saved`, in the order of the scripts.
 
-    def __init__(self, rng, folder):
-        self.rng, self.folder, self.files = rng, folder, {}
-
-    def kill(self):
-        # What Python still holds is not there.
-        self.files = {path.name: path.read_bytes() for path in self.folder.iterdir()}
-        raise KilledError
-
-    def moment(self):
-        if self.rng.random() < 0.03:
-            self.kill()
-
-    def write(self, writer):
-        """A write, which may end within the bytes it appends."""
-        self.moment()
-        sizes = {path: path.stat().st_size for path in self.folder.iterdir()}
-        writer.write()
-        for path, size in sizes.items():
-            if self.rng.random() < 0.03 and path.stat().st_size > size:
-                os.truncate(path, self.rng.randrange(size, path.stat().st_size))
-                self.kill()
-
-
-def loop(folder, saved, kills=None):
-    """24 iterations with all that is written, from the iteration of `saved`, in the order of the scripts."""
+    After `lives` moments it is killed, half of what a writer has just appended is on the disk then.
+    """
     start = saved.get("iteration", -1) + 1
-    moment, write = (kills.moment, kills.write) if kills else (lambda: None, lambda writer: writer.write())
     writers = [JSONWriter(str(folder / "metrics.json")), CSVWriter(str(folder / "metrics.csv"))]
     writers.append(TensorboardXWriter(str(folder)))
+
+    def moment(sizes=None):
+        nonlocal lives
+        lives -= 1
+        if lives < 0:
+            for path, size in (sizes or {}).items():
+                os.truncate(path, (size + path.stat().st_size) // 2)
+            raise KilledError
+
     with EventStorage(start, saved.get("window")) as storage, closing_all(writers):
         for i in range(start - 1, 24):
             storage.iter = max(i, 0)
@@ -545,23 +520,19 @@ def loop(folder, saved, kills=None):
                 storage.put_scalars(**{"bbox/AP": i / 3, "bbox/AP-none": NAN}, smoothing_hint=False)
                 moment()
             for writer in writers if test or every(8, i) else ():
-                write(writer)
+                sizes = {path: path.stat().st_size for path in folder.iterdir()}
+                writer.write()
+                moment(sizes)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_each_value_is_in_each_file_once_after_any_kills(tmp_path, seed):
-    (tmp_path / "whole").mkdir()
+@pytest.mark.parametrize("kills", [(11, 15, 6), (13, 3, 21), (19, 14, 12)])
+def test_each_value_is_in_each_file_once_after_any_kills(tmp_path, kills):
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
     loop(tmp_path / "whole", {})
-    rng, saved, kills = random.Random(seed), {}, None
-    for number in range(100):
-        folder = tmp_path / f"run-{number}"
-        folder.mkdir()
-        for name, content in kills.files.items() if kills else ():
-            (folder / name).write_bytes(content)
-        kills = Kills(rng, folder)
-        try:
-            loop(folder, saved, kills if number < 6 else None)
-            break
-        except KilledError:
-            continue
-    assert number > 0 and read_values(folder) == read_values(tmp_path / "whole")
+    saved = {}
+    for lives in kills:
+        with pytest.raises(KilledError):
+            loop(tmp_path / "killed", saved, lives)
+    loop(tmp_path / "killed", saved)
+    assert read_values(tmp_path / "killed") == read_values(tmp_path / "whole")

@@ -1,12 +1,9 @@
 """plaintrain.utils.memory: a run whose memory is full ends with one sentence that says what to change."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 from processes import Run
 
-from plaintrain.launch import launch
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.memory import is_out_of_memory, note_batch, out_of_memory, peak_memory
 
@@ -101,16 +98,6 @@ def test_the_messages_of_all_devices_are_known():
 def test_samples_of_any_make_are_counted(samples, training, words):
     note_batch(samples, training)
     assert words in str(out_of_memory(RuntimeError("")))
-
-
-def test_debug_shows_the_error_itself_too(capfd):
-    def main(args):
-        raise torch.OutOfMemoryError(CUDA)
-
-    with pytest.raises(SystemExit):
-        launch(main, args=(Namespace(debug=True),))
-    text = capfd.readouterr().err
-    assert "total capacity of 79.10 GiB" in text and "the memory is full" in text and "in main" in text
 
 
 def test_peak_memory_is_that_of_this_process_in_mib():

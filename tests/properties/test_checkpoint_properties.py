@@ -25,7 +25,7 @@ def written(folder, name):
 
 @for_all(VALUES, st.lists(tensors(), max_size=4), VALUES)
 def check_values_are_loaded_as_they_were_saved(value, layouts, about):
-    """Any nested value, given to `save` or the checkpointer, and a model's tensors; they stay as they were."""
+    """Any nested value, given to `save` or the checkpointer, and a model's tensors; all stay unchanged."""
     before = copy.deepcopy((value, layouts, about))
     target = Holder([torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in layouts])
     with tempfile.TemporaryDirectory() as folder:
