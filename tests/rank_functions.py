@@ -90,6 +90,15 @@ def collect(args):
     comm.average_buffers(model)
     comm.average_buffers(nn.Linear(1, 1))
     comm.synchronize()
+    one, other = nn.BatchNorm1d(1), nn.Sequential(nn.BatchNorm1d(1))
+    one.running_mean.fill_(rank)
+    other[0].running_mean.fill_(10 + 4 * rank)
+    averaged, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda *args: (averaged.append(args[0].numel()), all_reduce(*args))
+    comm.average_buffers(one, other, one)
+    dist.all_reduce = all_reduce
+    names = ("loss_a", "accuracy", "loss_b")
+    comm.check_loss_names(dict.fromkeys(names if rank else reversed(names)))
     facts = {
         "mean": list(mean.items()),
         "sum": list(total.items()),
@@ -101,6 +110,9 @@ def collect(args):
         "broadcast": comm.broadcast({"from": rank}),
         "broadcast from 1": comm.broadcast(rank, src=1),
         "seed": comm.shared_random_seed(),
+        "flags": [comm.any_rank(flag) for flag in (False, rank == 0, rank == 1, True)],
+        "means": [one.running_mean.item(), other[0].running_mean.item()],
+        "averaged": averaged,
         "state": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
     }
     Path(args.folder, f"rank-{rank}.json").write_text(json.dumps(facts, default=torch.Tensor.item))
@@ -279,22 +291,6 @@ def _step(args, losses):
         raise
     total.backward()
     Path(args.folder, f"backward-{comm.get_rank()}").touch()
-
-
-def agree(args):
-    """Save what the smaller collectives of `comm` give on this rank."""
-    rank = comm.get_rank()
-    flags = [comm.any_rank(flag) for flag in (False, rank == 0, rank == 1, True)]
-    names = ("loss_a", "accuracy", "loss_b")
-    comm.check_loss_names(dict.fromkeys(names if rank else reversed(names)))
-    one, other = nn.BatchNorm1d(1), nn.Sequential(nn.BatchNorm1d(1))
-    one.running_mean.fill_(rank)
-    other[0].running_mean.fill_(10 + 4 * rank)
-    collectives, all_reduce = [], dist.all_reduce
-    dist.all_reduce = lambda *args: (collectives.append(args[0].numel()), all_reduce(*args))
-    comm.average_buffers(one, other, one)
-    means = [one.running_mean.item(), other[0].running_mean.item()]
-    save(args, {"flags": flags, "means": means, "averaged": collectives})
 
 
 def average_a_wrapped_model(args):

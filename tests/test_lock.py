@@ -4,92 +4,97 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
+import time
 
 import pytest
+from processes import Process
 
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.lock import lock_folder
+from plaintrain.utils.lock import alive, lock_folder
 
-HOLD = """
-import sys, time
-from plaintrain.utils.errors import UserError
-from plaintrain.utils.lock import lock_folder
-try:
-    lock_folder(sys.argv[1])
-    print("held", flush=True)
-    time.sleep(100)
-except UserError as e:
-    print(e)
-"""
+
+def hold(folder):
+    """Hold the lock of a folder until the end of the process, or say why not."""
+    try:
+        print(f"alive before: {alive(folder)}")
+        lock_folder(folder)
+        print("held", flush=True)
+        time.sleep(100)
+    except UserError as e:
+        print(e, flush=True)
 
 
 @pytest.fixture
-def hold():
+def start(tmp_path):
     """Function (folder) -> a process that holds its lock, or has said why not."""
-    started = []
+    processes = []
 
     def start(folder):
-        started.append(
-            subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
-        )
-        return started[-1], started[-1].stdout.readline()
+        process = Process(tmp_path / f"{len(processes)}.out", hold, str(folder))
+        processes.append(process)
+        process.wait_for(lambda: process.output.count("\n") == 2)
+        return process
 
     yield start
-    for process in started:
+    for process in processes:
         process.kill()
-        process.communicate()
 
 
-def test_a_second_run_is_refused_while_the_first_is_alive_however_that_ends(tmp_path, hold):
-    first, said = hold(tmp_path)
-    assert said == "held\n"
-    owner = json.loads((tmp_path / "run.lock").read_text())
+def test_a_second_run_is_refused_while_the_first_is_alive_however_that_ends(tmp_path, start):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first = start(folder)
+    assert "held" in first.output and alive(folder)
+    owner = json.loads((folder / "run.lock").read_text())
     assert (owner["pid"], owner["host"]) == (first.pid, socket.gethostname())
-    with pytest.raises(
-        UserError, match=f"another run is at work .*: process {first.pid} on {owner['host']}, since"
-    ):
-        lock_folder(str(tmp_path))
+    words = f"another run is at work .*: process {first.pid} on {owner['host']}, since"
+    with pytest.raises(UserError, match=words):
+        lock_folder(str(folder))
     # By another name of the folder too.
-    os.symlink(tmp_path, tmp_path.parent / "link")
-    assert "another run" in hold(tmp_path.parent / "link")[1]
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    lock_folder(str(tmp_path))
+    os.symlink(folder, tmp_path / "link")
+    assert "another run" in start(tmp_path / "link").output
+    (folder / "run.lock").write_text("")
+    with pytest.raises(UserError, match="not yet written its number"):
+        lock_folder(str(folder))
+    first.kill()
+    lock_folder(str(folder))
+    # A look at the own run keeps its lock.
+    assert alive(folder) is False
     # Not read here: this process would let go of the lock with the handle.
-    assert f"process {os.getpid()} on" in hold(tmp_path)[1]
+    assert (
+        f"alive before: True\nanother run is at work in {folder}: process {os.getpid()} on"
+        in start(folder).output
+    )
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"pid": 1, "host": "elsewhere", "started": "long ago"}', "[]"])
-def test_what_a_dead_run_has_left_is_no_lock(tmp_path, content):
+@pytest.mark.parametrize("content", ["", '{"pid": 1, "host": "elsewhere", "started": "long ago"}', "[]"])
+def test_a_file_that_a_dead_run_has_left_is_no_lock(tmp_path, content):
     (tmp_path / "run.lock").write_text(content)
+    # Of another machine it cannot be told.
+    assert alive(tmp_path) is None
     lock_folder(str(tmp_path))
     lock_folder(str(tmp_path))
     assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
 
 
-def test_a_folder_that_was_made_anew_is_locked_anew(tmp_path, hold):
+def test_a_dead_run_of_this_machine_is_not_alive(tmp_path):
+    (tmp_path / "run.lock").write_text(json.dumps({"host": socket.gethostname()}))
+    assert alive(tmp_path) is False
+
+
+def test_a_folder_that_was_made_anew_is_locked_anew(tmp_path, start):
     folder = tmp_path / "run"
     folder.mkdir()
     lock_folder(str(folder))
     shutil.rmtree(folder)
     folder.mkdir()
-    assert hold(folder)[1] == "held\n"
+    assert "held" in start(folder).output
     with pytest.raises(UserError, match="another run"):
         lock_folder(str(folder))
 
 
-def test_a_lock_whose_owner_cannot_be_read_is_one_still(tmp_path, hold):
-    hold(tmp_path)
-    (tmp_path / "run.lock").write_text("")
-    with pytest.raises(UserError, match="not yet written its number"):
-        lock_folder(str(tmp_path))
-
-
-def test_where_there_are_no_locks_the_run_goes_on_with_a_warning(tmp_path, monkeypatch, log):
+def test_where_there_are_no_locks_the_run_continues_with_a_warning(tmp_path, monkeypatch, log):
     def refuse(*args):
         raise OSError(37, "No locks available")
 

@@ -1,8 +1,8 @@
+"""What a run has left in its folder, and its curves: plaintrain.run_folder, run_log, curves, text_plots."""
+
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 from report_helpers import make_run
@@ -10,54 +10,62 @@ from report_helpers import make_run
 from plaintrain import run_folder, run_log
 from plaintrain.curves import panels, smooth, thin, wants_log
 from plaintrain.text_plots import ascii_line, braille, curve_lines, shown_metrics, state_line
-from plaintrain.utils import lock
 from plaintrain.utils.errors import UserError
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run; tests leave it as it is."""
+    return make_run(tmp_path_factory.mktemp("finished") / "run")
+
+
 def test_metrics_are_series_and_what_is_cut_off_is_left_out(tmp_path):
+    assert run_folder.read_metrics(tmp_path) == {}
+    (tmp_path / "metrics.csv").write_text("iteration,a,b\n1,2.5,\n3,,4\n5,6\n7")
+    assert run_folder.read_metrics(tmp_path) == {"a": ([1, 5], [2.5, 6.0]), "b": ([3], [4.0])}
     lines = ['{"iteration": 1, "a": 1, "text": "x"}', '{"iteration": 3, "a": null, "b": 2}', "5", "{}"]
     lines += ['{"iteration": 1, "a": 7}', '{"iteration": 5, "a": 1']
     (tmp_path / "metrics.json").write_text("\n".join(lines))
-    found = run_folder.read_metrics(tmp_path)
-    assert found["b"] == ([3], [2.0])
-    assert found["a"][0] == [1, 3] and found["a"][1][0] == 7 and math.isnan(found["a"][1][1])
-    assert set(found) == {"a", "b"}
-    assert run_folder.read_metrics(tmp_path / "nowhere") == {}
+    series = run_folder.read_metrics(tmp_path)
+    assert set(series) == {"a", "b"} and series["b"] == ([3], [2.0])
+    assert series["a"][0] == [1, 3] and series["a"][1][0] == 7 and math.isnan(series["a"][1][1])
 
 
-def test_metrics_come_from_the_csv_where_there_is_no_json(tmp_path):
-    (tmp_path / "metrics.csv").write_text("iteration,a,b\n1,2.5,\n3,,4\n5,6\n7")
-    assert run_folder.read_metrics(tmp_path) == {"a": ([1, 5], [2.5, 6.0]), "b": ([3], [4.0])}
-
-
-@pytest.mark.parametrize(
-    "name, parts",
-    [
-        ("bbox/AP", ("", "bbox", "AP")),
-        ("my/set/segm/AP-a/b", ("my/set", "segm", "AP-a/b")),
-        ("val/total_loss", None),
-        ("lr", None),
-    ],
-)
-def test_the_name_of_a_result_has_three_parts(name, parts):
-    assert run_folder.split_result(name) == parts
+def test_the_name_of_a_result_has_three_parts():
+    assert run_folder.split_result("bbox/AP") == ("", "bbox", "AP")
+    assert run_folder.split_result("my/set/segm/AP-a/b") == ("my/set", "segm", "AP-a/b")
+    assert run_folder.split_result("val/total_loss") is None and run_folder.split_result("lr") is None
 
 
 def test_a_whole_run(tmp_path):
     folder = make_run(tmp_path / "run")
-    metrics = run_folder.read_metrics(folder)
-    assert len(metrics["lr"][0]) == 100
+    assert len(run_folder.read_metrics(folder)["lr"][0]) == 100
     assert run_folder.run_state(folder) == ("finished", 199, 200)
     assert run_folder.read_config(folder).DATASETS.TEST == ("report_val",)
     assert run_folder.test_sets(folder) == ["report_val"]
     assert run_folder.predictions_path(folder, "report_val").endswith("coco_instances_results.json")
     assert run_folder.predictions_path(folder, "other") is None
     assert run_folder.read_results(folder)["report_val"]["bbox"]["AP50"] == 20.9
-    (folder / "inference/report_val/results.json").write_text(
-        '{"report_val": {"bbox": {"AP": 5, "APl": null}}}'
-    )
-    found = run_folder.read_results(folder)["report_val"]["bbox"]
-    assert found["AP"] == 5 and math.isnan(found["APl"])
+    results = {"report_val": {"bbox": {"AP": 5, "APl": None}}}
+    (folder / "inference/report_val/results.json").write_text(json.dumps(results))
+    scores = run_folder.read_results(folder)["report_val"]["bbox"]
+    assert scores["AP"] == 5 and math.isnan(scores["APl"])
+
+
+def test_the_state_of_a_run_is_that_of_its_lock_and_its_log(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run")
+    (folder / "last_checkpoint").write_text("model_0000009.pth")
+
+    def state(alive):
+        monkeypatch.setattr(run_folder, "alive", lambda folder: alive)
+        return run_folder.run_state(folder).name
+
+    assert [state(True), state(False)] == ["running", "interrupted"]
+    # Of another machine only the age of the log tells.
+    assert state(None) == "running"
+    for name in ("log.txt", "log.txt.rank1"):
+        os.utime(folder / name, (0, 0))
+    assert state(None) == "interrupted"
 
 
 def test_without_run_json_the_log_says_how_it_was_started(tmp_path):
@@ -72,11 +80,11 @@ def test_without_run_json_the_log_says_how_it_was_started(tmp_path):
     assert run_folder.read_starts(folder) == [start]
 
 
-def test_warnings_that_differ_in_numbers_are_counted_together_over_all_ranks(tmp_path):
-    (warning,) = run_log.read_warnings(make_run(tmp_path / "run"))[:1]
+def test_warnings_that_differ_in_numbers_are_counted_together_over_all_ranks(finished):
+    warning, other = run_log.read_warnings(finished)
     assert warning["text"] == "3 boxes are odd\nand so on" and warning["level"] == "WARNING"
     assert warning["count"] == 2 and warning["last"] == "11/27 05:46:58" and warning["files"] == ["log.txt"]
-    assert len(run_log.read_warnings(tmp_path / "run")) == 2
+    assert other["files"] == ["log.txt.rank1"]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -93,43 +101,6 @@ def test_names_of_runs_are_as_long_as_they_must_be():
     assert run_folder.run_names(["/a/x", "/a/x"]) == ["x (1)", "x (2)"]
 
 
-_HOLD = """
-import sys
-from plaintrain.utils.lock import lock_folder
-lock_folder(sys.argv[1])
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_run_is_running_as_long_as_its_process_holds_the_lock(tmp_path):
-    folder = make_run(tmp_path / "run")
-    (folder / "last_checkpoint").write_text("model_0000009.pth")
-    command = [sys.executable, "-c", _HOLD, str(folder)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
-        assert process.stdout.readline() == "held\n"
-        assert run_folder.run_state(folder).name == "running"
-        process.stdin.close()
-    assert run_folder.run_state(folder).name == "interrupted"
-    # Of another machine only the age of the log tells.
-    (folder / "run.lock").write_text('{"host": "elsewhere"}')
-    assert run_folder.run_state(folder).name == "running"
-    os.utime(folder / "log.txt", (0, 0))
-    os.utime(folder / "log.txt.rank1", (0, 0))
-    assert run_folder.run_state(folder).name == "interrupted"
-
-
-def test_a_look_at_the_own_run_keeps_its_lock(tmp_path):
-    lock.lock_folder(tmp_path)
-    assert lock.alive(tmp_path) is False
-    code = "import sys; from plaintrain.utils.lock import alive; print(alive(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "True"
-
-
 def test_smoothing_starts_at_the_first_value_and_passes_over_gaps():
     assert smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2, 2, 2])
     assert smooth([0.0, 1.0], 0.5) == pytest.approx([0, 2 / 3])
@@ -143,18 +114,17 @@ def test_a_thinned_curve_keeps_its_last_point():
     assert thin([1], [2]) == ([1], [2])
 
 
-def test_a_logarithmic_scale_is_for_what_falls_far():
+def test_a_logarithmic_scale_is_for_values_that_fall_far():
     assert wants_log([{"y": [100.0, 10.0, 1.0]}])
-    assert not wants_log([{"y": [2.0, 1.0]}]) and not wants_log([{"y": [100.0, 0.0]}])
-    assert not wants_log([{"y": []}])
+    assert not any(wants_log([{"y": y}]) for y in ([2.0, 1.0], [100.0, 0.0], []))
 
 
 def test_panels_group_the_metrics_of_one_run_and_the_runs_of_each_metric():
     series = ([1, 3], [1.0, 2.0])
     names = ["total_loss", "loss_cls", "val/total_loss", "d/bbox/AP", "d/bbox/AP50", "d/bbox/APs"]
     names += ["d/bbox/AP-dog", "lr", "time", "data_time", "epoch"]
-    one = panels({"a": dict.fromkeys(names, series)})
-    assert {p["title"]: [line["label"] for line in p["lines"]] for p in one} == {
+    metrics = dict.fromkeys(names, series)
+    assert {p["title"]: [line["label"] for line in p["lines"]] for p in panels({"a": metrics})} == {
         "loss": ["total_loss", "loss_cls"],
         "validation loss": ["total_loss"],
         "AP, bbox on d": ["AP", "AP50"],
@@ -162,25 +132,21 @@ def test_panels_group_the_metrics_of_one_run_and_the_runs_of_each_metric():
         "learning rate": ["lr"],
         "seconds per iteration": ["time", "data_time"],
     }
-    two = panels({"a": dict.fromkeys(names, series), "b": {"lr": series}})
-    (lr,) = (p for p in two if p["title"] == "lr")
+    (lr,) = (p for p in panels({"a": metrics, "b": {"lr": series}}) if p["title"] == "lr")
     assert [(line["label"], line["color"]) for line in lr["lines"]] == [("a", 0), ("b", 1)]
-    assert [p["title"] for p in panels({"a": dict.fromkeys(names, series)}, ["*/APs", "loss_*"])] == [
-        "loss",
-        "AP, bbox on d",
-    ]
+    chosen = panels({"a": metrics}, ["*/APs", "loss_*"])
+    assert [p["title"] for p in chosen] == ["loss", "AP, bbox on d"]
 
 
-def test_a_curve_of_braille_characters_falls_from_the_upper_left_to_the_lower_right():
+def test_a_curve_of_characters_falls_from_the_upper_left_to_the_lower_right():
     lines = braille([4.0, 3.0, 2.0, 1.0], 2, 1)
     assert lines == [chr(0x2800 + 0x01 + 0x10) + chr(0x2800 + 0x04 + 0x80)]
     assert braille([math.nan], 2, 1) == ["\u2800\u2800"]
     assert ascii_line([0.0, 1.0], 3) == " =#" and ascii_line([], 2) == "  "
 
 
-def test_the_text_of_a_run_has_its_state_its_metrics_and_fits_the_width(tmp_path):
-    folder = make_run(tmp_path / "run")
-    metrics = run_folder.read_metrics(folder)
+def test_the_text_of_a_run_has_its_state_its_metrics_and_fits_the_width(finished):
+    metrics = run_folder.read_metrics(finished)
     state = run_folder.RunState("running", 99, 200)
     assert state_line("run", metrics, state) == "run: running, iteration 100 of 200, 0:00:50 left"
     names = shown_metrics(metrics)

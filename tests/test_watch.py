@@ -42,30 +42,28 @@ def test_silence_counts_from_the_last_beat_and_only_where_one_is_expected(clock)
     assert heartbeat.silence() < heartbeat.allowed()
 
 
-@pytest.mark.parametrize(
-    "error, felt",
-    [
-        (RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:1] Connection closed by peer"), True),
-        (RuntimeError("NCCL communicator was aborted"), True),
-        (RuntimeError("shape mismatch"), False),
-        (ValueError("connection reset"), False),
-    ],
-)
-def test_what_another_ranks_end_looks_like(error, felt):
-    assert is_felt(error) is felt
+def test_errors_that_another_ranks_end_causes_are_felt():
+    assert is_felt(RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:1] Connection closed by peer"))
+    assert is_felt(RuntimeError("NCCL communicator was aborted"))
+    assert not is_felt(RuntimeError("shape mismatch")) and not is_felt(ValueError("connection reset"))
 
 
 @pytest.fixture
-def watches(monkeypatch):
-    """Two ranks on two machines, in one process; `ended` is what would have ended it."""
-    ended = []
+def watch_ranks(monkeypatch):
+    """Function (ranks of two machines) -> their watches, in one process, and the codes that ended them."""
+    ended, made = [], []
     monkeypatch.setattr(watch, "end_at_once", lambda code: ended.append(code) or sys.exit())
     monkeypatch.setattr(watch, "_SECONDS", 0.05)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     port = free_port()
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    made = [FailureWatch(("127.0.0.1", port), (rank, 2), (rank, 0)) for rank in range(2)]
-    yield made, ended
+
+    def start(*ranks):
+        made.extend(FailureWatch(("127.0.0.1", port), (rank, 2), (rank, 0)) for rank in ranks)
+        return made, ended
+
+    start.port = port
+    yield start
     for each in made:
         each.stop()
         for thread in each._threads:
@@ -85,8 +83,8 @@ def wait_for(condition):
     return False
 
 
-def test_the_first_failure_is_the_one_that_is_shown(watches, capfd):
-    (first, second), ended = watches
+def test_the_first_failure_is_the_one_that_is_shown(watch_ranks, capfd):
+    (first, second), ended = watch_ranks(0, 1)
     assert first.report("this was first")
     assert not second.report("this was felt", felt=True)
     assert wait_for(lambda: ended)
@@ -94,15 +92,15 @@ def test_the_first_failure_is_the_one_that_is_shown(watches, capfd):
     assert "rank 0 failed: this was first" in err and "felt" not in err
 
 
-def test_a_failure_that_was_felt_waits_for_its_cause(watches, capfd):
-    (first, second), ended = watches
+def test_a_failure_that_was_felt_waits_for_its_cause(watch_ranks, capfd):
+    (first, second), _ = watch_ranks(0, 1)
     threading.Timer(0.3, lambda: first.report("the cause")).start()
     assert not second.report("connection closed", felt=True)
     assert "rank 0 failed: the cause" in capfd.readouterr().err
 
 
-def test_silence_ends_the_job_and_says_where_it_stands(watches, capfd):
-    _, ended = watches
+def test_silence_ends_the_job_and_says_where_it_stands(watch_ranks, capfd):
+    _, ended = watch_ranks(0, 1)
     heartbeat.set_limit(0.2)
     heartbeat.beat()
     assert wait_for(lambda: ended)
@@ -111,8 +109,15 @@ def test_silence_ends_the_job_and_says_where_it_stands(watches, capfd):
     assert "test_watch.py, line" in err
 
 
-def test_a_watch_that_was_stopped_ends_nothing(watches):
-    (first, _), ended = watches
+def test_a_rank_that_is_frozen_ends_the_job(watch_ranks, capfd):
+    _, ended = watch_ranks(0)
+    dist.TCPStore("127.0.0.1", watch_ranks.port, is_master=False).set("plaintrain/alive/1", "1 0.2")
+    assert wait_for(lambda: ended)
+    assert "error: rank 1 gives no sign of life" in capfd.readouterr().err
+
+
+def test_a_watch_that_was_stopped_ends_nothing(watch_ranks):
+    (first,), ended = watch_ranks(0)
     first.stop()
     first._fail("it was too late for that")
     assert not ended and not first._failure()

@@ -9,16 +9,7 @@ from plaintrain.config import get_cfg
 from plaintrain.ema import ModelEMA
 from plaintrain.solver import build_lr_scheduler, build_optimizer
 
-DTYPES = [
-    torch.int64,
-    torch.bfloat16,
-    torch.float32,
-    torch.bool,
-    torch.float16,
-    torch.float64,
-    torch.uint8,
-    torch.int32,
-]
+DTYPES = [torch.int64, torch.bfloat16, torch.float32, torch.bool, torch.float16, torch.float64, torch.uint8]
 
 
 @st.composite

@@ -19,31 +19,19 @@ def _mapped(value, change):
     return change(value)
 
 
-def saved_values(change):
-    """A defect in what is written of the values beside the model's."""
+def saved(change):
+    """A defect in what is written: `change` gets every value, at any depth."""
 
     def defect(patch):
         original = torch.save
-
-        def save(data, f):
-            original({key: v if key == "model" else _mapped(v, change) for key, v in data.items()}, f)
-
-        patch.setattr(torch, "save", save)
+        patch.setattr(torch, "save", lambda data, f: original(_mapped(data, change), f))
 
     return defect
 
 
 def saved_tensors(change):
     """A defect in what is written of tensors."""
-
-    def changed(value):
-        return change(value) if isinstance(value, torch.Tensor) else value
-
-    def defect(patch):
-        original = torch.save
-        patch.setattr(torch, "save", lambda data, f: original(_mapped(data, changed), f))
-
-    return defect
+    return saved(lambda value: change(value) if isinstance(value, torch.Tensor) else value)
 
 
 def in_storage_order(tensor):
