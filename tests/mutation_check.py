@@ -11,6 +11,7 @@ A defect is tried with the tests that run its lines, the quickest first, until o
 
 import argparse
 import ast
+import contextlib
 import json
 import multiprocessing
 import os
@@ -88,11 +89,17 @@ def run_file(folder, test_file):
     start = time.perf_counter()
     done = subprocess.run([*command, "--tests", test_file], cwd=ROOT, env=env, capture_output=True, text=True)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    parts = [str(path) for path in folder.glob(f"{name}.part*")]
-    data = f"--data-file={folder / name}.coverage"
-    subprocess.run([sys.executable, "-m", "coverage", "combine", "-q", data, *parts], cwd=ROOT, check=True)
+    data = coverage.CoverageData(str(folder / f"{name}.coverage"))
+    data.erase()
+    for path in folder.glob(f"{name}.part*"):
+        # A process that was killed may have left half a file.
+        with contextlib.suppress(coverage.CoverageException, OSError):
+            part = coverage.CoverageData(str(path))
+            part.read()
+            data.update(part)
+    data.write()
     for path in (rc, *folder.glob(f"{name}.part*")):
-        path.unlink()
+        path.unlink(missing_ok=True)
     print(f"{test_file:45} {time.perf_counter() - start:5.0f} s  {last}", flush=True)
 
 
