@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from processes import MASKS_AND_KEYPOINTS, run_script, write_config
+from processes import run_script, write_config
 
 from plaintrain.config import get_cfg
 from plaintrain.modeling import build_model
@@ -15,14 +15,19 @@ PREDICTIONS, RESULTS = "coco_instances_results.json", "results.json"
 # The second dataset is scored as VOC.
 DATASETS = """
 _BASE_: config.yaml
-MODEL: {ROI_HEADS: {SCORE_THRESH_TEST: 0.0}}
+MODEL:
+  ROI_HEADS: {SCORE_THRESH_TEST: 0.0}
+  MASK_ON: True
+  ROI_MASK_HEAD: {NUM_CONV: 1, CONV_DIM: 8}
+  KEYPOINT_ON: True
+  ROI_KEYPOINT_HEAD: {CONV_DIMS: [8]}
 DATASETS:
   DECLARE:
     test_net_coco: {FORMAT: shapes, SPLIT: val, NUM: 6, HEIGHT: 64, WIDTH: 64}
     test_net_voc: {FORMAT: shapes, SPLIT: val, NUM: 5, HEIGHT: 64, WIDTH: 72, EVALUATOR: pascal_voc}
   TRAIN: [test_net_coco]
   TEST: [test_net_coco, test_net_voc]
-TEST: {DETECTIONS_PER_IMAGE: 8}
+TEST: {DETECTIONS_PER_IMAGE: 8, KEYPOINT_OKS_SIGMAS: [0.1, 0.1, 0.1, 0.1]}
 """
 COCO, VOC = ("DATASETS.TEST", "('test_net_coco',)"), ("DATASETS.TEST", "('test_net_voc',)")
 
@@ -35,8 +40,7 @@ def files(tmp_path_factory):
     (folder / "tiny.yaml").write_text(DATASETS)
     cfg = get_cfg()
     cfg.merge_from_file(folder / "tiny.yaml")
-    cfg.merge_from_list([*MASKS_AND_KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 4])
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    cfg.merge_from_list(["MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 4])
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
         torch.save({"model": build_model(cfg).state_dict(), "iteration": seed}, folder / f"{name}.pth")
@@ -44,11 +48,8 @@ def files(tmp_path_factory):
 
 
 def run(files, folder, *words, script="test_net.py", code=0):
-    """Run a script, in `folder`, with flags and then overrides; it ends with this exit code."""
-    flags = [word for i, word in enumerate(words) if "--" in str(words[max(0, i - 1) : i + 1])]
-    options = [*MASKS_AND_KEYPOINTS, *words[len(flags) :]]
-    command = ["--config-file", files / "tiny.yaml", *flags, *options]
-    done = run_script(script, *command, folder=folder, cwd=folder)
+    """Run a script in `folder`; it ends with this exit code."""
+    done = run_script(script, "--config-file", files / "tiny.yaml", *words, folder=folder, cwd=folder)
     assert done.code == code, done.tail
     return done
 
@@ -174,17 +175,7 @@ def test_file_is_scored_without_images_weights_or_a_model_that_can_be_built(file
         f"DATASETS: {{DECLARE: {{test_net_other: {spec}}}, TEST: [test_net_other]}}\n"
     )
     expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 100.0, 0.1]]"]
-    run(
-        tmp_path,
-        tmp_path,
-        "--predictions",
-        "found.json",
-        *expected,
-        "MODEL.MASK_ON",
-        False,
-        "MODEL.KEYPOINT_ON",
-        False,
-    )
+    run(tmp_path, tmp_path, "--predictions", "found.json", *expected)
 
 
 @pytest.mark.parametrize(
