@@ -7,7 +7,7 @@ import pytest
 import torch
 from model_helpers import ARCHITECTURES, make_cfg, two_samples
 from processes import ROOT, run_script, write_config
-from run_files import differences, lines, load
+from run_files import lines, load, value_differences
 
 from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, shapes
 from plaintrain.data.records import get_detection_dataset_dicts
@@ -49,7 +49,9 @@ def test_fork_trains_and_resumes_exactly_with_its_dataset_its_loss_and_its_metri
     for path in [*killed.glob("metrics.*"), *killed.glob("events.*")]:
         path.unlink()
     assert "resumed from" in train(killed, flags=["--resume"]).output
-    assert differences(whole, killed) == []
+    assert value_differences(whole, killed) == []
+    again = load(killed / "model_final.pth")["model"]
+    assert all(torch.equal(value, again[name]) for name, value in saved.items())
 
 
 @pytest.mark.parametrize(

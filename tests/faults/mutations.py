@@ -7,131 +7,48 @@ import xml.etree.ElementTree as ElementTree
 
 import yaml
 
+# What is inserted into the bytes of a file; of a line, the words between spaces.
+_WORDS = r"""
+NaN -Infinity 1e999 -1 0 null true {} [] "" ../ ~ \ud800 ' " : # % | {[]}
+1_0 1:30:59 2001-99-99 0o9 __class__ *a --- &lt; &b; <![CDATA[ <a> </object> <!--
+"""
+_LINES = r"""
+<<: *solver
+&a [*a]
+({[]: 1})
+!!python/object/apply:os.system [x]
+!!timestamp x
+!!int ""
+!!map [a]
+!!set {a}
+!!binary x
+!!omap [a]
+<!DOCTYPE a [<!ENTITY b 'c'>]>
+"""
 _TOKENS = [
-    *(
-        b"NaN",
-        b"-Infinity",
-        b"1e999",
-        b"-1",
-        b"0",
-        b"null",
-        b"true",
-        b"{}",
-        b"[]",
-        b'""',
-        b"\x00",
-        b"\xff\xfe",
-    ),
-    *(
-        b"\xef\xbb\xbf",
-        b"9" * 400,
-        b"9" * 5000,
-        b"0x" + b"f" * 5000,
-        b"[" * 3000,
-        b'{"a":' * 500,
-        b"../",
-        b"~",
-    ),
-    *(
-        b"\\ud800",
-        "\u0661\u2028\u00e9".encode(),
-        b"\n",
-        b"\r",
-        b"\t",
-        b" ",
-        b"'",
-        b'"',
-        b":",
-        b"- ",
-        b"#",
-        b"%",
-        b"|",
-    ),
-    *(b"!!python/object/apply:os.system [x]", b"!!timestamp x", b'!!int ""', b"!!map [a]", b"!!set {a}"),
-    *(
-        b"!!binary x",
-        b"!!omap [a]",
-        b"&a [*a]",
-        b"*a",
-        b"<<: *solver",
-        b"? [a]\n: b",
-        b"? {a: b}\n: c",
-        b"---",
-    ),
-    *(
-        b"<!DOCTYPE a [<!ENTITY b 'c'>]>",
-        b"&lt;",
-        b"&b;",
-        b"<![CDATA[",
-        b"<a>",
-        b"</object>",
-        b"<a>" * 5000,
-        b"<!--",
-        b"<" * 99,
-    ),
-    *(
-        b"({[]: 1})",
-        b"{[]}",
-        b"(" * 150,
-        b"-" * 9000 + b"1",
-        b"1_0",
-        b"1:30:59",
-        b"2001-99-99",
-        b"0o9",
-        b"__class__",
-    ),
+    *(word.encode() for word in _WORDS.split()),
+    *(line.encode() for line in _LINES.strip("\n").splitlines()),
+    *(b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", "\u0661\u2028\u00e9".encode(), b"\n", b"\r", b"\t", b" "),
+    *(b"9" * 400, b"9" * 5000, b"0x" + b"f" * 5000, b"[" * 3000, b'{"a":' * 500, b"<a>" * 5000, b"<" * 99),
+    *(b"(" * 150, b"-" * 9000 + b"1", b"- ", b"? [a]\n: b", b"? {a: b}\n: c"),
+]
+_STRINGS = """a NaN 1e999 ../../x.png /etc/passwd shapes://train/1 __class__ __immutable__ . /"""
+_MASKS = [
+    {"size": [30, 40], "counts": "0" * 20 + "o" * 40},
+    {"size": 3, "counts": 4},
+    {"size": [30, 40], "counts": "\ud800"},
+    {"size": [10**6, 10**6], "counts": [10**12]},
 ]
 _VALUES = [
     *(float("nan"), float("inf"), 1e308, -1e308, 1e-320, -1, 0, 1, 2, 3, 1.5, None, True, False, {}, [], ""),
-    *(
-        10**400,
-        -(10**18),
-        2**63,
-        2**31,
-        10**9,
-        "a",
-        "NaN",
-        "1e999",
-        "9" * 5000,
-        "\ud800",
-        "\u0661",
-        "a\0b",
-        "\n",
-    ),
-    *(
-        "../../x.png",
-        "/etc/passwd",
-        "shapes://train/1",
-        "__class__",
-        "__immutable__",
-        ".",
-        "/",
-        " ",
-        "x" * 3000,
-    ),
-    *(
-        [[]],
-        [{}],
-        [None],
-        {"a": {}},
-        {"": None},
-        [1, 2, 3, 4],
-        [1e308] * 4,
-        ["a"] * 4,
-        [[1, 2], [3]],
-        [0, 0, 3],
-    ),
-    *(
-        [[1e9, 1e9, -1e9, 1e9, 0, 0]],
-        {"size": [30, 40], "counts": "0" * 20 + "o" * 40},
-        {"size": 3, "counts": 4},
-    ),
-    *({"size": [30, 40], "counts": "\ud800"}, {"size": [10**6, 10**6], "counts": [10**12]}),
+    *(10**400, -(10**18), 2**63, 2**31, 10**9, "9" * 5000, "\ud800", "\u0661", "a\0b", "\n", " ", "x" * 3000),
+    *([[]], [{}], [None], {"a": {}}, {"": None}, [1, 2, 3, 4], [1e308] * 4, ["a"] * 4, [[1, 2], [3]]),
+    *([0, 0, 3], [[1e9, 1e9, -1e9, 1e9, 0, 0]], *_MASKS, *_STRINGS.split()),
 ]
 
 
 def mutate(path, data, rng):
-    """`data`, the bytes of the file `path`, broken as `rng` (random.Random) says."""
+    """Return `data`, the bytes of the file `path`, broken as `rng` (random.Random) says."""
     change_tree = _TREES.get(path.rsplit(".", 1)[-1])
     if change_tree and rng.random() < 0.5:
         data = change_tree(data, rng)
@@ -188,7 +105,7 @@ _BYTES = (_flip, _random, _cut, _remove, _splice, _insert, _insert, _replace_wor
 
 
 def _places(tree):
-    """[(container, key)] of everything in a tree of dicts and lists."""
+    """Return [(container, key)] of everything in a tree of dicts and lists."""
     found, waiting = [], [tree]
     while waiting:
         node = waiting.pop()
@@ -206,7 +123,7 @@ def _nested(value, rng):
 
 
 def _change(tree, rng):
-    """The tree with one thing in it changed."""
+    """Return the tree with one thing in it changed."""
     places = _places(tree)
     if not places:
         return copy.deepcopy(rng.choice(_VALUES))
