@@ -15,57 +15,25 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from processes import Run
+from processes import EPOCHS, MASKS_AND_KEYPOINTS, STEP, Run
 from run_files import differences, lines, newest_checkpoint
 
-STEP = [
-    *["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.ACCUMULATE_STEPS", 2],
-    *["MODEL.EMA.ENABLED", True, "SOLVER.CLIP_GRADIENTS.ENABLED", True],
-    *["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"],
-]
-RETINANET = [
-    "MODEL.META_ARCHITECTURE",
-    "RetinaNet",
-    "MODEL.RETINANET.IN_FEATURES",
-    "['p3','p4','p5','p6','p7']",
-]
-EPOCHS = ["SOLVER.MAX_EPOCHS", 4, "WORKFLOW", "[['train', 1], ['val', 1]]"]
 REPEAT = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 0.9]
-PASTE = [
-    *["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8],
-    *["INPUT.AUGMENTATIONS", "['SimpleCopyPaste', 'RandomPhotometricDistort']"],
-]
+PASTE = [*MASKS_AND_KEYPOINTS, "DATALOADER.NUM_WORKERS", 3]
+PASTE += ["INPUT.AUGMENTATIONS", "['SimpleCopyPaste', 'RandomPhotometricDistort']"]
 ASYNC = ["SOLVER.ASYNC_CHECKPOINT", True]
 SPARSE = ["LOG_PERIOD", 20, "SOLVER.CHECKPOINT_PERIOD", 5, "TEST.EVAL_PERIOD", 5]
 GROUPED = ["DATALOADER.GROUP_WINDOW", 2]
-PROCESSES = ["DATALOADER.WORKER_TYPE", "process", "DATALOADER.NUM_WORKERS"]
+WORKER = ["DATALOADER.WORKER_TYPE", "process", "DATALOADER.NUM_WORKERS", 1, "TEST.VAL_LOSS_PERIOD", 6]
 
-# What a run is made of: (script, processes, options).
+KEPT = ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 2]
+
+# {mix: (script, processes, options)}.
 MIXES = {
     "R-CNN": ("plain", 1, GROUPED),
-    "R-CNN, bf16, EMA, accumulation, clipping, 1 worker": (
-        "plain",
-        1,
-        [*STEP, *GROUPED, *PROCESSES, 1, "TEST.VAL_LOSS_PERIOD", 6],
-    ),
-    "Mask R-CNN, repeat factors, copy-paste, 3 workers": (
-        "plain",
-        1,
-        [*REPEAT, *PASTE, "DATALOADER.NUM_WORKERS", 3],
-    ),
-    "R-CNN, saved in the background, 2 checkpoints kept": (
-        "plain",
-        1,
-        [
-            *STEP,
-            "SOLVER.ASYNC_CHECKPOINT",
-            True,
-            "SOLVER.CHECKPOINT_PERIOD",
-            2,
-            "SOLVER.CHECKPOINT_MAX_TO_KEEP",
-            2,
-        ],
-    ),
+    "R-CNN, bf16, EMA, accumulation, clipping, 1 worker": ("plain", 1, [*STEP, *GROUPED, *WORKER]),
+    "Mask R-CNN, repeat factors, copy-paste, 3 workers": ("plain", 1, [*REPEAT, *PASTE]),
+    "R-CNN, saved in the background, 2 checkpoints kept": ("plain", 1, [*STEP, *ASYNC, *KEPT]),
     "epochs, bf16, EMA, accumulation": ("epoch", 1, [*STEP, *EPOCHS]),
     "two ranks": ("plain", 2, [*STEP, *GROUPED]),
     "two ranks, epochs, saved in the background": ("epoch", 2, [*EPOCHS, *ASYNC]),
@@ -75,7 +43,7 @@ MIXES = {
 
 
 def pause_in_writes():
-    """Make the moments longer in which a file is written but not yet whole, and say when they begin."""
+    """Lengthen the moments in which a file is written but not yet whole, and say when they begin."""
     sync = os.fsync
 
     def slow(fd):
@@ -103,7 +71,7 @@ class Trial:
         return Run(folder, self.options, script=self.script, flags=flags, faults=faults, ranks=self.num_gpus)
 
     def kill_until(self, kills):
-        """Runs that are killed at random moments and resumed, until that many kills have hit."""
+        """Kill runs at random moments and resume them, until that many kills have hit."""
         while self.counts["kills"] < kills:
             folder, ended = self.root / f"killed-{self.counts['runs']}", False
             self.counts["runs"] += 1
@@ -114,7 +82,7 @@ class Trial:
                 shutil.rmtree(folder)
 
     def _once(self, folder, last):
-        """Start or resume, and kill; True if the run came to its end."""
+        """Start or resume, and kill; returns whether the run came to its end."""
         resume = newest_checkpoint(folder)[0] >= 0
         in_write = self.rng.random() < 0.3
         run = self._start(folder, resume=resume, faults=pause_in_writes if in_write and not last else None)
@@ -165,7 +133,7 @@ COLUMNS = ("kills", "in a write", "SIGTERM", "resumes", "lost iterations", "unre
 
 
 def kill_runs(kills, seed, root, mixes=MIXES):
-    """{mix: (counts, differences)} after that many kills, spread evenly over the mixes."""
+    """Return {mix: (counts, differences)} after that many kills, spread evenly over the mixes."""
     rng, results = random.Random(seed), {}
     for number, (name, mix) in enumerate(mixes.items()):
         trial = Trial(root, number, mix, rng)
@@ -178,7 +146,7 @@ def kill_runs(kills, seed, root, mixes=MIXES):
 
 
 def show(results):
-    """The table, in Markdown."""
+    """Return the table, in Markdown."""
     rows = [["mix", *COLUMNS, "differences"]]
     total = Counter()
     for name, (counts, found) in results.items():
@@ -190,9 +158,7 @@ def show(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where the runs are kept; default a temporary folder")

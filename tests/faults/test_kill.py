@@ -1,4 +1,4 @@
-"""Runs that are killed, or asked to stop, and go on as if nothing had been. kill_runs.py does it for long."""
+"""Runs that are killed, or asked to stop, and resume to the same bits. kill_runs.py does it for long."""
 
 import contextlib
 import functools
@@ -9,19 +9,95 @@ import signal
 import time
 
 import pytest
-import torch
-from kill_runs import EPOCHS, MIXES, PROCESSES, STEP, Trial
-from processes import Run
-from run_files import differences, lines, newest_checkpoint, read_values
+from kill_runs import MIXES, SPARSE, WORKER, Trial
+from processes import EPOCHS, STEP, Run
+from run_files import differences, lines, load, newest_checkpoint, read_values
 
-from plaintrain import evaluation
+from plaintrain import checkpoint, evaluation
+from plaintrain.data.train_loader import TrainLoader
+from plaintrain.ema import ModelEMA
+from plaintrain.evaluation.coco import COCOEvaluator
+from plaintrain.utils import checkpoint_files, comm
+from plaintrain.utils.periodic import PeriodicCheckpointer
 
 NAMES = list(MIXES)
 
 
-# Workers and all that a step can hold; two ranks, epochs, files written in the background.
-@pytest.mark.parametrize("number", [1, 6])
-def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(number, tmp_path):
+def finish(folder, options, **kwargs):
+    """Let a run come to its end."""
+    run = Run(folder, options, **kwargs).wait()
+    assert run.code == 0, run.tail
+    return run
+
+
+# ---- kills ----------------------------------------------------------------------------------------
+
+
+def in_step(at):
+    """A `faults` that kills the run before the checkpoint of an iteration."""
+    return functools.partial(_in_step, at)
+
+
+def _in_step(at):
+    step = PeriodicCheckpointer.step
+
+    def killing(self, iteration, **kwargs):
+        if iteration == at and comm.is_main_process():
+            os.killpg(0, signal.SIGKILL)
+        step(self, iteration, **kwargs)
+
+    PeriodicCheckpointer.step = killing
+
+
+def in_evaluation(number):
+    """A `faults` that kills the run in one of its evaluations, counted from 0."""
+    return functools.partial(_in_evaluation, number)
+
+
+def _in_evaluation(number):
+    inference, calls = evaluation.inference_on_dataset, []
+
+    def killing(*args):
+        calls.append(args)
+        return inference(*args) if len(calls) <= number else os.killpg(0, signal.SIGKILL)
+
+    evaluation.inference_on_dataset = killing
+
+
+def before_final_model():
+    PeriodicCheckpointer.finish = lambda *args, **kwargs: os.killpg(0, signal.SIGKILL)
+
+
+# 5 steps an epoch; killed after the first checkpoint, and after the second, before anything else is written.
+SPARSE = [*SPARSE, "SOLVER.IMS_PER_BATCH", 5]
+IN_EVALUATIONS = [in_evaluation(0), in_evaluation(1)]
+# (mix, [faults of a run, and of that which resumes it, ...], newest checkpoint after these).
+KILLS = [
+    (MIXES[NAMES[1]], [in_step(5), in_step(9)], 7),
+    (MIXES[NAMES[6]], [in_step(10)], 7),
+    pytest.param(("epoch", 1, [*EPOCHS, *STEP]), [before_final_model], 23, marks=pytest.mark.long),
+    pytest.param(("plain", 1, [*SPARSE, "SOLVER.MAX_ITER", 20]), IN_EVALUATIONS, 9, marks=pytest.mark.long),
+    pytest.param(("epoch", 1, [*SPARSE, *EPOCHS]), IN_EVALUATIONS, 9, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("mix", "kills", "newest"), KILLS)
+def test_killed_run_resumes_to_the_same_bits(mix, kills, newest, tmp_path):
+    script, ranks, options = mix
+    finish(tmp_path / "whole", options, script=script, ranks=ranks)
+    for number, faults in enumerate(kills):
+        flags = ["--resume"] if number else []
+        run = Run(tmp_path / "run", options, script=script, ranks=ranks, faults=faults, flags=flags)
+        assert run.wait().code == -signal.SIGKILL, run.tail
+    assert newest_checkpoint(tmp_path / "run") == (newest, 0)
+    finish(tmp_path / "run", options, script=script, ranks=ranks, flags=["--resume"])
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+    assert read_values(tmp_path / "whole") == read_values(tmp_path / "run")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [1, 2, 6])
+def test_run_that_is_killed_at_random_moments_resumes_to_the_same_bits(number, tmp_path):
     trial = Trial(tmp_path, number, MIXES[NAMES[number]], random.Random(number))
     trial.kill_until(2)
     assert trial.found == [] and trial.counts["kills"] >= 2
@@ -29,135 +105,56 @@ def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(number, 
 
 
 def forget_random_state():
-    """A defect: what the model draws does not go on where it was."""
-    import plaintrain.checkpoint
-
-    plaintrain.checkpoint.load_rng_states = lambda states: None
+    checkpoint.load_rng_states = lambda states: None
 
 
 def skip_a_batch():
-    """A defect: the stream goes on one batch too late."""
-    from plaintrain.data.train_loader import TrainLoader
-
-    load = TrainLoader.load_state_dict
-    TrainLoader.load_state_dict = lambda self, state: load(
+    load_state = TrainLoader.load_state_dict
+    TrainLoader.load_state_dict = lambda self, state: load_state(
         self, {**state, "iteration": state["iteration"] + 1}
     )
 
 
 def forget_the_average():
-    """A defect: the averaged weights begin anew."""
-    from plaintrain.ema import ModelEMA
-
     ModelEMA.load_state_dict = lambda self, state: None
-
-
-def write_in_place():
-    """A defect: a checkpoint is tagged before it is whole."""
-    import plaintrain.utils.checkpoint_files as files
-
-    write = files.write_checkpoint
-
-    def early(path, data, last):
-        files.tag_last(*path.rsplit("/", 1))
-        with open(path, "wb") as f:
-            f.write(b"half of it")
-        print("HALF", flush=True)
-        time.sleep(0.3)
-        write(path, data, last)
-
-    files.write_checkpoint = early
-    import plaintrain.checkpoint
-
-    plaintrain.checkpoint.write_checkpoint = early
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    run = Run(folder, STEP)
-    assert run.wait().code == 0, run.tail
-    return folder
+    """Folder of a run that nothing has disturbed."""
+    return finish(tmp_path_factory.mktemp("whole") / "run", STEP).folder
 
 
-@pytest.mark.parametrize("defect", [None, forget_random_state, skip_a_batch, forget_the_average])
-def test_what_would_be_lost_is_noticed(defect, whole, tmp_path):
-    run = Run(tmp_path / "run", STEP)
-    run.wait_for("iter: 12")
-    run.kill()
-    run = Run(tmp_path / "run", STEP, faults=defect, flags=["--resume"])
-    assert run.wait().code == 0, run.tail
-    assert bool(differences(whole, tmp_path / "run")) == (defect is not None)
-
-
-def test_a_checkpoint_that_is_not_whole_is_noticed_and_passed_over(whole, tmp_path):
-    run = Run(tmp_path / "run", STEP, faults=write_in_place)
-    run.wait_for(lambda: run.output.count("HALF") == 2)
-    run.kill()
-    assert newest_checkpoint(tmp_path / "run") == (3, 1)
-    run = Run(tmp_path / "run", STEP, flags=["--resume"])
-    assert run.wait().code == 0 and "cannot read the checkpoint" in run.output
-    assert differences(whole, tmp_path / "run") == []
-
-
-def killed_before_the_final_model():
-    from plaintrain.utils.periodic import PeriodicCheckpointer
-
-    PeriodicCheckpointer.finish = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("script, options", [("plain", []), ("epoch", [*EPOCHS, *STEP])])
-def test_a_run_that_is_killed_just_before_its_final_model_gets_it(script, options, tmp_path):
-    options = [*options, "TEST.EVAL_PERIOD", 0]
-    undisturbed = Run(tmp_path / "whole", options, script=script)
-    assert undisturbed.wait().code == 0, undisturbed.tail
-    run = Run(tmp_path / "run", options, script=script, faults=killed_before_the_final_model)
+@pytest.mark.long
+@pytest.mark.parametrize("defect", [forget_random_state, skip_a_batch, forget_the_average])
+def test_state_that_is_lost_is_noticed(defect, whole, tmp_path):
+    run = Run(tmp_path / "run", STEP, faults=in_step(12))
     assert run.wait().code == -signal.SIGKILL
-    assert newest_checkpoint(tmp_path / "run")[0] == 23 and not (tmp_path / "run/model_final.pth").exists()
-    run = Run(tmp_path / "run", options, script=script, flags=["--resume"])
-    assert run.wait().code == 0, run.tail
-    assert differences(tmp_path / "whole", tmp_path / "run") == []
+    finish(tmp_path / "run", STEP, faults=defect, flags=["--resume"])
+    assert differences(whole, tmp_path / "run") != []
 
 
-def kill_in_first_test():
-    evaluation.inference_on_dataset = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+def write_in_place():
+    """A defect: a checkpoint is tagged before it is whole."""
+    write = checkpoint_files.write_checkpoint
+
+    def early(path, data, last):
+        checkpoint_files.tag_last(*path.rsplit("/", 1))
+        with open(path, "wb") as f:
+            f.write(b"half of it")
+        if path.endswith("7.pth"):
+            os.killpg(0, signal.SIGKILL)
+        write(path, data, last)
+
+    checkpoint_files.write_checkpoint = checkpoint.write_checkpoint = early
 
 
-def kill_in_second_test():
-    inference, calls = evaluation.inference_on_dataset, []
-
-    def killing(*args):
-        calls.append(args)
-        return inference(*args) if len(calls) == 1 else os.kill(os.getpid(), signal.SIGKILL)
-
-    evaluation.inference_on_dataset = killing
-
-
-@pytest.mark.parametrize("script", ["plain", "epoch"])
-def test_an_evaluation_that_is_repeated_is_written_before_the_first_step(script, tmp_path):
-    # 5 steps an epoch.
-    options = [
-        "SOLVER.IMS_PER_BATCH",
-        5,
-        "LOG_PERIOD",
-        20,
-        "SOLVER.CHECKPOINT_PERIOD",
-        5,
-        "TEST.EVAL_PERIOD",
-        5,
-    ]
-    options += ["SOLVER.MAX_ITER", 20] if script == "plain" else ["SOLVER.MAX_EPOCHS", 4]
-    undisturbed = Run(tmp_path / "whole", options, script=script)
-    assert undisturbed.wait().code == 0, undisturbed.tail
-    # Killed right after the first checkpoint, and again after the second, before anything else is written.
-    for faults, flags in ((kill_in_first_test, []), (kill_in_second_test, ["--resume"])):
-        run = Run(tmp_path / "run", options, script=script, faults=faults, flags=flags)
-        assert run.wait().code == -signal.SIGKILL, run.tail
-    assert sorted(lines(tmp_path / "run")) == [4] and newest_checkpoint(tmp_path / "run")[0] == 9
-    run = Run(tmp_path / "run", options, script=script, flags=["--resume"])
-    assert run.wait().code == 0, run.tail
-    assert differences(tmp_path / "whole", tmp_path / "run") == []
-    assert read_values(tmp_path / "whole") == read_values(tmp_path / "run")
+@pytest.mark.long
+def test_checkpoint_that_is_not_whole_is_noticed_and_passed_over(whole, tmp_path):
+    Run(tmp_path / "run", STEP, faults=write_in_place).wait()
+    assert newest_checkpoint(tmp_path / "run") == (3, 1)
+    assert "cannot read the checkpoint" in finish(tmp_path / "run", STEP, flags=["--resume"]).output
+    assert differences(whole, tmp_path / "run") == []
 
 
 # ---- signals --------------------------------------------------------------------------------------
@@ -189,7 +186,7 @@ class Terminal:
             while os.read(self._master, 65536):
                 pass
 
-    def close(self):
+    def close(self, *_):
         os.close(self._slave)
         os.close(self._master)
 
@@ -206,36 +203,35 @@ def log_of(run):
 
 
 @pytest.mark.parametrize(
-    "number, ranks, script, send",
+    ("number", "ranks", "script"),
     [
-        (signal.SIGUSR1, 1, "plain", kill_main_only),
-        (signal.SIGINT, 2, "plain", Run.kill),
-        (signal.SIGTERM, 2, "epoch", kill_main_only),
-        (signal.SIGHUP, 1, "epoch", Terminal.close),
+        (signal.SIGINT, 2, "plain"),
+        pytest.param(signal.SIGTERM, 2, "epoch", marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, 1, "epoch", marks=pytest.mark.long),
     ],
 )
-def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, ranks, script, send, tmp_path):
+def test_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, ranks, script, tmp_path):
     # Stopped between two visits of the writers: the ranks' batch norms are not averaged there.
-    options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 0, *PROCESSES, 1, "LOG_PERIOD", 5]
+    options = [*STEP, *WORKER[:4], "SOLVER.CHECKPOINT_PERIOD", 0, "LOG_PERIOD", 5]
     # Without clipping the norm of the gradients is computed for the log alone.
     options += ["SOLVER.CLIP_GRADIENTS.ENABLED", script == "epoch"]
     options += [*EPOCHS, "SOLVER.MAX_EPOCHS", 3] if script == "epoch" else ["SOLVER.MAX_ITER", 16]
-    whole = Run(tmp_path / "whole", options, script=script, ranks=ranks)
-    assert whole.wait().code == 0, whole.tail
-    terminal = Terminal() if send is Terminal.close else None
+    finish(tmp_path / "whole", options, script=script, ranks=ranks)
+    terminal = Terminal()
     # Ctrl-C ends the reader of a pipe too.
-    faults = terminal.faults if terminal else without_a_reader if send is Run.kill else None
+    faults, send = {
+        signal.SIGINT: (without_a_reader, Run.kill),
+        signal.SIGTERM: (None, kill_main_only),
+        signal.SIGHUP: (terminal.faults, terminal.close),
+    }[number]
     run = Run(tmp_path / "run", options, script=script, ranks=ranks, faults=faults)
-    run.wait_for(lambda: (terminal and terminal.read(), "iter: 4" in log_of(run))[1])
-    terminal.close() if terminal else send(run, number)
-    code = run.wait(60).code
-    assert code == 128 + number, run.tail + log_of(run)
+    run.wait_for(lambda: (terminal.read(), "iter: 4" in log_of(run))[1])
+    send(run, number)
+    assert run.wait(60).code == 128 + number, run.tail + log_of(run)
     assert log_of(run).count(f"{number.name}: the run has stopped") == 1 and "Traceback" not in run.output
-    saved, _ = newest_checkpoint(tmp_path / "run")
     # Not one step is lost; where an evaluation was ended, its line is written by the run that goes on.
-    assert saved >= max(lines(tmp_path / "run")) >= 3
-    run = Run(tmp_path / "run", options, script=script, ranks=ranks, flags=["--resume"])
-    assert run.wait().code == 0, run.tail
+    assert newest_checkpoint(tmp_path / "run")[0] >= max(lines(tmp_path / "run")) >= 3
+    finish(tmp_path / "run", options, script=script, ranks=ranks, flags=["--resume"])
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
@@ -244,26 +240,24 @@ def nohup():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def test_a_run_under_nohup_goes_on_without_terminal_and_reader(whole, tmp_path):
-    run = Run(tmp_path / "run", [*STEP, *PROCESSES, 1], faults=nohup)
+@pytest.mark.long
+def test_run_under_nohup_goes_on_without_terminal_and_reader(whole, tmp_path):
+    run = Run(tmp_path / "run", [*STEP, *WORKER[:4]], faults=nohup)
     run.wait_for(lambda: "iter: 4" in log_of(run))
     run.kill(signal.SIGHUP)
     assert run.wait().code == 0, log_of(run)
     assert differences(whole, tmp_path / "run") == []
 
 
-def test_another_number_of_ranks_goes_on_and_the_log_says_what_that_changes(tmp_path):
-    run = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 6], ranks=2)
-    assert run.wait().code == 0, run.tail
-    run = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 10], flags=["--resume"])
-    assert run.wait().code == 0, run.tail
+@pytest.mark.long
+def test_another_number_of_ranks_resumes_and_the_log_says_what_that_changes(tmp_path):
+    finish(tmp_path / "run", ["SOLVER.MAX_ITER", 6], ranks=2)
+    run = finish(tmp_path / "run", ["SOLVER.MAX_ITER", 10], flags=["--resume"])
     assert "the random state of 2 processes, and here there are 1" in run.output
     assert sorted(lines(tmp_path / "run")) == list(range(10))
 
 
 def slow_evaluation():
-    from plaintrain.evaluation.coco import COCOEvaluator
-
     process = COCOEvaluator.process
 
     def slow(self, inputs, outputs):
@@ -274,38 +268,19 @@ def slow_evaluation():
     COCOEvaluator.process = slow
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_ends_an_evaluation_which_the_resumed_run_does_first(whole, ranks, tmp_path):
+@pytest.mark.long
+def test_signal_ends_an_evaluation_which_the_resumed_run_does_first(tmp_path):
     options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 5]
-    undisturbed = Run(tmp_path / "whole", options, ranks=ranks)
-    assert undisturbed.wait().code == 0
-    run = Run(tmp_path / "run", options, faults=slow_evaluation, ranks=ranks)
+    finish(tmp_path / "whole", options, ranks=2)
+    run = Run(tmp_path / "run", options, faults=slow_evaluation, ranks=2)
     run.wait_for("EVALUATING")
     run.kill(signal.SIGTERM)
-    code = run.wait(60).code
-    assert code == 143 and run.output.count("EVALUATING") <= 2 * ranks, run.tail
+    assert run.wait(60).code == 143 and run.output.count("EVALUATING") <= 4, run.tail
     assert newest_checkpoint(tmp_path / "run")[0] == 7
-    saved = torch.load(tmp_path / "run/model_0000007.pth", weights_only=True)
-    assert saved["due"] == (False, True)
-    run = Run(tmp_path / "run", options, ranks=ranks, flags=["--resume"])
-    assert run.wait().code == 0, run.tail
+    assert load(tmp_path / "run/model_0000007.pth")["due"] == (False, True)
+    run = finish(tmp_path / "run", options, ranks=2, flags=["--resume"])
     assert run.output.index("results on few_val") < run.output.index("iter: 8")
     assert differences(tmp_path / "whole", tmp_path / "run") == []
-
-
-def test_a_second_interrupt_ends_at_once_also_where_a_step_takes_for_ever(tmp_path):
-    def interrupt_twice(run):
-        run.kill(signal.SIGINT)
-        time.sleep(1.0)
-        run.kill(signal.SIGINT)
-
-    for ranks in (1, 2):
-        folder = tmp_path / f"run-{ranks}"
-        run = Run(folder, ["TEST.EVAL_PERIOD", 2], faults=hang_in_evaluation, ranks=ranks)
-        run.wait_for("HANGING")
-        interrupt_twice(run)
-        code = run.wait(20).code
-        assert code == 130 and run.children() == {}, run.tail
 
 
 def hang_in_evaluation():
@@ -317,6 +292,17 @@ def hang_in_evaluation():
     evaluation.inference_on_dataset = inference
 
 
+@pytest.mark.long
+def test_second_interrupt_ends_at_once_also_where_a_step_takes_for_ever(tmp_path):
+    run = Run(tmp_path / "run", ["TEST.EVAL_PERIOD", 2], faults=hang_in_evaluation, ranks=2)
+    run.wait_for("HANGING")
+    run.kill(signal.SIGINT)
+    time.sleep(1.0)
+    run.kill(signal.SIGINT)
+    assert run.wait(20).code == 130 and run.children() == {}, run.tail
+
+
+@pytest.mark.long
 def test_ranks_whose_launcher_is_killed_end_with_a_checkpoint(tmp_path):
     options = ["SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.MAX_ITER", 5000]
     run = Run(tmp_path / "run", options, ranks=2)
@@ -330,16 +316,13 @@ def test_ranks_whose_launcher_is_killed_end_with_a_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path / "run")[0] >= 3
 
 
-def test_the_second_of_two_runs_in_one_folder_is_refused(tmp_path):
+@pytest.mark.long
+def test_second_of_two_runs_in_one_folder_is_refused(tmp_path):
     first = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 5000])
     first.wait_for("iter: 3")
-    for flags in ([], ["--resume"]):
-        second = Run(tmp_path / "run", [], flags=flags)
-        code = second.wait().code
-        assert code == 1 and f"another run is at work in {tmp_path / 'run'}: process" in second.output
+    second = Run(tmp_path / "run", [], flags=["--resume"]).wait()
+    assert second.code == 1 and f"another run is at work in {tmp_path / 'run'}: process" in second.output
     # Evaluating beside a training is not a run of its own.
-    evaluated = Run(tmp_path / "run", [], flags=["--eval-only", "--resume"])
-    assert evaluated.wait().code == 0, evaluated.tail
+    finish(tmp_path / "run", [], flags=["--eval-only", "--resume"])
     first.kill()
-    resumed = Run(tmp_path / "run", ["SOLVER.MAX_ITER", 20], flags=["--resume"])
-    assert resumed.wait().code == 0, resumed.tail
+    finish(tmp_path / "run", ["SOLVER.MAX_ITER", 20], flags=["--resume"])
