@@ -167,10 +167,8 @@ def _in_machine(machines, k, faults):
         faults()
 
 
-def _torchrun(machines, k, arguments, replaced):
+def _torchrun(machines, k, arguments):
     machines.enter(k)
-    # Where the agents share the store of the ranks, PyTorch 2.14 lets none in that is started again.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int(replaced))
     from torch.distributed.run import main
 
     main(arguments)
@@ -188,18 +186,12 @@ def start(machines, folders, options, *, flags=(), faults=None, num_gpus=1):
     return runs
 
 
-def start_torchrun(machines, k, port, folder, options, *, replaced=False):
-    """Start the script on machine k of two, by torchrun; returns a `Run`.
-
-    With `replaced`, agents may be started again while others are at work.
-    """
+def start_torchrun(machines, k, port, folder, options):
+    """Start the script on machine k of two, by torchrun; returns a `Run`."""
     config = write_config(Path(folder).parent)
     arguments = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
     arguments += ["--rdzv-endpoint", f"{machines.names[0]}:{port}", "--monitor-interval", "0.1"]
-    if replaced:
-        # A machine that is gone is missed after 5 seconds, not 15.
-        arguments += ["--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=5"]
     arguments += [str(ROOT / "scripts" / "plain_train_net.py"), "--config-file"]
     arguments += [str(config), "--resume", "OUTPUT_DIR", str(folder)]
     arguments += map(str, options)
-    return Run(folder, [], faults=functools.partial(_torchrun, machines, k, arguments, replaced))
+    return Run(folder, [], faults=functools.partial(_torchrun, machines, k, arguments))

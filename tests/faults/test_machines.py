@@ -163,24 +163,6 @@ def test_torchrun_forms_the_job_again_when_a_rank_is_killed(machines, whole, tmp
     assert runs[0].output.count("resumed from") == 1
 
 
-@pytest.mark.long
-def test_torchrun_takes_a_machine_back_that_was_ended(machines, whole, tmp_path):
-    folder, port = tmp_path / "run", machines.free_port()
-    runs = [start_torchrun(machines, k, port, folder, OPTIONS, replaced=True) for k in range(2)]
-    reach(folder, 20)
-    os.kill(runs[1].process.pid, signal.SIGTERM)
-    runs[1].process.join(30)
-    # Rank 0 had saved before rank 1 ended.
-    assert newest_checkpoint(folder)[0] == max(lines(folder))
-    runs[1] = start_torchrun(machines, 1, port, folder, OPTIONS, replaced=True)
-    reach(folder, 42)
-    machines.kill(1)
-    runs[1] = start_torchrun(machines, 1, port, folder, OPTIONS, replaced=True)
-    wait(runs, 0)
-    assert differences(whole, folder) == []
-    assert runs[0].output.count("resumed from") == 2
-
-
 def test_ranks_that_are_started_again_agree_on_a_new_prefix():
     store, prefixes = dist.HashStore(), []
 
