@@ -1,6 +1,5 @@
 """The fork of the loop, and the worked examples of CONTRIBUTING.md, as they are printed."""
 
-import importlib.util
 import re
 
 import pytest
@@ -65,22 +64,6 @@ def test_fork_trains_and_resumes_exactly_with_its_dataset_its_loss_and_its_metri
 def test_fork_rejects_what_it_has_left_out(tmp_path, flags, options, words):
     assert re.search(words, train(tmp_path / "run", *options, flags=flags, code=1).output)
     assert not (tmp_path / "run").exists()
-
-
-def test_metric_of_the_fork_counts_objects():
-    spec = importlib.util.spec_from_file_location("train_fork", FORK)
-    fork = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fork)
-    records = load_shapes("val", 30)[0]
-    DatasetCatalog.register("counted", lambda: records)
-    evaluator = fork.CountingError("counted")
-    labels = torch.tensor([a["category_id"] for a in records[0]["annotations"]])
-    right = {"labels": labels, "scores": torch.full((len(labels),), 0.9)}
-    more = torch.cat([labels, torch.tensor([1, 1])])
-    one_more = {"labels": more, "scores": torch.tensor([*right["scores"], 0.6, 0.4])}
-    evaluator.process([records[0], records[0]], [right, one_more])
-    errors = {"error-circle": 0.0, "error-square": 0.5, "error-triangle": 0.0}
-    assert evaluator.evaluate() == {"count": errors}
 
 
 def worked_example(heading):

@@ -1,11 +1,11 @@
 """Options of the training scripts, from the command line."""
 
-import functools
 import json
 import os
 import re
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -57,11 +57,7 @@ def iterations_with(folder, name):
 
 
 def set_results(*values, kill_at=None):
-    """A `faults` that lets the evaluations give these AP, and kills the run in one of them."""
-    return functools.partial(_set_results, values, kill_at)
-
-
-def _set_results(values, kill_at):
+    """Let the evaluations give these AP, and kill the run in one of them."""
     left = list(values)
 
     def inference(*args):
@@ -73,11 +69,7 @@ def _set_results(values, kill_at):
 
 
 def set_losses(*values):
-    """A `faults` that lets the validations give these losses, and evaluations an AP of 5."""
-    return functools.partial(_set_losses, values)
-
-
-def _set_losses(values):
+    """Let the validations give these losses, and the evaluations an AP of 5."""
     left = iter(values)
     evaluation.validation_losses = lambda *args: {"val/total_loss": next(left)}
     evaluation.inference_on_dataset = lambda *args: {"bbox": {"AP": 5.0}}
@@ -155,16 +147,16 @@ def test_two_ranks_average_their_losses_and_statistics(run, tmp_path, script):
 
 def test_best_model_is_kept_also_when_an_evaluation_is_interrupted(run, tmp_path):
     values = [0.0, 3.0, 3.0, 2.0]
-    run("out", *BEST, faults=set_results(*values, kill_at=2), code=-signal.SIGKILL)
+    run("out", *BEST, faults=partial(set_results, *values, kill_at=2), code=-signal.SIGKILL)
     # The evaluation that was interrupted comes first.
-    run("out", *BEST, flags=["--resume"], faults=set_results(*values[2:]))
+    run("out", *BEST, flags=["--resume"], faults=partial(set_results, *values[2:]))
     best = load(tmp_path / "out/model_best.pth")
     assert (best["iteration"], best["class_names"]) == (5, ["circle", "square", "triangle"])
     assert same(best["model"], weights(tmp_path / "out", "model_0000005"))
     rows = {i: row.get("few_val/bbox/AP") for i, row in lines(tmp_path / "out").items()}
     assert [rows.pop(i) for i in (2, 5, 8, 11)] == values and set(rows.values()) == {None}
     # A longer run still knows the best.
-    run("out", *BEST, "SOLVER.MAX_ITER", 15, flags=["--resume"], faults=set_results(2.5, 2.5))
+    run("out", *BEST, "SOLVER.MAX_ITER", 15, flags=["--resume"], faults=partial(set_results, 2.5, 2.5))
     assert load(tmp_path / "out/model_best.pth")["iteration"] == 5
 
 
@@ -172,14 +164,14 @@ def test_best_model_is_kept_also_when_an_evaluation_is_interrupted(run, tmp_path
 def test_patience_ends_a_run_which_more_patience_extends(run, tmp_path, script, kill_at):
     out, values = tmp_path / "out", [5.0, 4.0, 5.0, 9.0]
     options = [*(EPOCHS if script == "epoch" else []), *BEST, "SOLVER.PATIENCE", 2]
-    call = functools.partial(run, "out", *options, script=script)
-    call(faults=set_results(*values, kill_at=kill_at), code=-signal.SIGKILL)
-    call(flags=["--resume"], faults=set_results(*values[kill_at:]))
+    call = partial(run, "out", *options, script=script)
+    call(faults=partial(set_results, *values, kill_at=kill_at), code=-signal.SIGKILL)
+    call(flags=["--resume"], faults=partial(set_results, *values[kill_at:]))
     assert max(lines(out)) == 8 and lines(out)[8]["few_val/bbox/AP"] == 5
     assert same(weights(out), weights(out, "model_0000008"))
-    call(flags=["--resume"], faults=set_results(5.0))
+    call(flags=["--resume"], faults=partial(set_results, 5.0))
     assert max(lines(out)) == 8
-    call("SOLVER.PATIENCE", 3, flags=["--resume"], faults=set_results(5.0, 9.0))
+    call("SOLVER.PATIENCE", 3, flags=["--resume"], faults=partial(set_results, 5.0, 9.0))
     assert max(lines(out)) == 11
 
 
@@ -187,11 +179,11 @@ def test_patience_ends_a_run_which_more_patience_extends(run, tmp_path, script, 
 def test_validation_losses_choose_the_best_and_end_the_run_with_an_evaluation(run, tmp_path, script):
     options = ["TEST.BEST_METRIC", "val/total_loss", "SOLVER.PATIENCE", 2]
     options += EPOCHS if script == "epoch" else ["TEST.VAL_LOSS_PERIOD", 3]
-    first = run("out", *options, script=script, faults=set_losses(2.0, 3.0, 3.0))
+    first = run("out", *options, script=script, faults=partial(set_losses, 2.0, 3.0, 3.0))
     last = lines(tmp_path / "out").popitem()
     assert last[0] == 8 and (last[1]["few_val/bbox/AP"], last[1]["val/total_loss"]) == (5.0, 3.0)
     assert load(tmp_path / "out/model_best.pth")["iteration"] == 2
-    again = run("out", *options, script=script, flags=["--resume"], faults=set_losses(3.0))
+    again = run("out", *options, script=script, flags=["--resume"], faults=partial(set_losses, 3.0))
     for output in (first.output, again.output):
         assert output.count("no better val/total_loss in SOLVER.PATIENCE 2 evaluations") == 1
         assert "results on few_val" in output
@@ -237,7 +229,7 @@ def test_epochs_are_written_once_with_all_that_follows_them(run, tmp_path):
 def test_losses_before_the_first_step_count_for_the_best(run, tmp_path):
     options = ["SOLVER.MAX_EPOCHS", 3, "SOLVER.IMS_PER_BATCH", 22, "WORKFLOW", "[['val', 1], ['train', 1]]"]
     options += ["TEST.BEST_METRIC", "val/total_loss"]
-    run("out", *options, script="epoch", faults=set_losses(1.0, 2.0, 0.5))
+    run("out", *options, script="epoch", faults=partial(set_losses, 1.0, 2.0, 0.5))
     assert load(tmp_path / "out/model_best.pth")["iteration"] == 1
 
 
@@ -283,7 +275,7 @@ def test_dry_run_says_ready_and_leaves_everything_as_it_was(run, finished, tmp_p
 
 @pytest.mark.parametrize("value", [12.0, float("nan")])
 def test_dry_run_notices_a_checkpoint_of_another_model(run, value):
-    output = run("out", flags=["--dry-run"], faults=set_results(10.0, value), code=1).output
+    output = run("out", flags=["--dry-run"], faults=partial(set_results, 10.0, value), code=1).output
     assert f"read back is another model: few_val/bbox/AP was 10 and is {value:g}" in output
 
 
@@ -325,7 +317,6 @@ def test_changes_on_resume_take_effect_and_are_shown_as_a_table(run, tmp_path):
 
 CANNOT_CHANGE = [
     ("plain", ["MODEL.TINY.OUT_CHANNELS", 32], "MODEL.TINY.OUT_CHANNELS was 16 .* and is 32 now"),
-    ("plain", ["SOLVER.OPTIMIZER", "SGD"], "SOLVER.OPTIMIZER was AdamW .* and is SGD now"),
     ("plain", ["SOLVER.BIAS_LR_FACTOR", 2.0], "grouped by .*BIAS_LR_FACTOR"),
     (
         "plain",
