@@ -59,6 +59,18 @@ LOG_PERIOD: 1
 OUTPUT: {REPORT: False, WRITERS: [console, json, csv, tensorboard]}
 SEED: 2
 """
+# Options over CONFIG: all that a step can hold, epochs, the other heads.
+STEP = [
+    *["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.ACCUMULATE_STEPS", 2],
+    *["MODEL.EMA.ENABLED", True, "SOLVER.CLIP_GRADIENTS.ENABLED", True],
+    *["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"],
+]
+EPOCHS = ["SOLVER.MAX_EPOCHS", 4, "WORKFLOW", "[['train', 1], ['val', 1]]"]
+MASKS_AND_KEYPOINTS = [
+    *["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8],
+    *["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "[8]"],
+    *["TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1, 0.1, 0.1]"],
+]
 
 
 class Process:
@@ -70,13 +82,7 @@ class Process:
     """
 
     def __init__(self, log, function, *args, env=None, cwd=None):
-        """
-        Args:
-            log: the file that its standard output and standard error go to.
-            function: called with `args`, which are pickled.
-            env: environment variables that are set before; a value of None removes one.
-            cwd: the working directory.
-        """
+        """`args` are pickled; an environment variable of None is removed."""
         self.log = Path(log)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.touch()
@@ -127,7 +133,7 @@ class Process:
             self.process.join()
 
     def children(self):
-        """{pid: pid of its parent} of the processes that this one has started, ranks and loader workers."""
+        """Return {pid: pid of its parent} of what this one has started, ranks and loader workers."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -165,15 +171,9 @@ def _in_child(log, env, cwd, function, args):
 
 
 def start_script(script, *args, log, faults=None, env=None, cwd=None):
-    """A script of scripts/, or a path, with command-line arguments, as a `Process`.
+    """Start a script of scripts/, or of a path, with command-line arguments; returns a `Process`.
 
-    Args:
-        script: file name in scripts/, or a path.
-        args: of the command line.
-        log: see `Process`.
-        faults: function of a module, called in the process before the script is: it may replace what the
-            script imports.
-        env, cwd: see `Process`.
+    `faults` is a function of a module, called before the script is: it may replace what the script imports.
     """
     return Process(log, _run_script, str(SCRIPTS / script), [*map(str, args)], faults, env=env, cwd=cwd)
 
@@ -196,15 +196,7 @@ class Run(Process):
     """A training script on CONFIG."""
 
     def __init__(self, folder, options, *, script="plain", flags=(), faults=None, ranks=1):
-        """
-        Args:
-            folder: OUTPUT_DIR.
-            options: KEY VALUE pairs over CONFIG.
-            script: "plain" or "epoch".
-            flags: such as ["--resume"].
-            faults: see `start_script`.
-            ranks: `--num-gpus`.
-        """
+        """`folder` is OUTPUT_DIR, `script` "plain" or "epoch"; for `faults` see `start_script`."""
         self.folder = folder = Path(folder)
         config = write_config(folder.parent)
         words = ["--config-file", config, "--num-gpus", ranks, *flags]
@@ -232,15 +224,7 @@ class Job(Process):
     """`launch(main_func, args=(args,), **kwargs)`; each rank may `save` facts."""
 
     def __init__(self, main_func, folder, *, env=None, debug=False, slow=0.0, **kwargs):
-        """
-        Args:
-            main_func: function of a module that takes `args`.
-            folder: folder for the job's files; `args.folder`.
-            env: see `Process`.
-            debug: `args.debug`.
-            slow: seconds that each process stands still after it has met the others.
-            kwargs: arguments of `launch`.
-        """
+        """`slow` is the time in seconds that each process stands still after it has met the others."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         args = SimpleNamespace(folder=str(folder), debug=debug)

@@ -15,8 +15,11 @@ import torch
 from processes import Run
 from run_files import newest_checkpoint
 
-from plaintrain import checkpoint, modeling
+from plaintrain import modeling
+from plaintrain.data import mapper
+from plaintrain.evaluation.coco import COCOEvaluator
 from plaintrain.utils import comm
+from plaintrain.utils.periodic import PeriodicCheckpointer
 from plaintrain.utils.storage import get_event_storage
 
 # The iteration in which it happens; a checkpoint is saved every 4.
@@ -27,67 +30,61 @@ def _is_there(rank=1):
     return comm.get_rank() == rank and get_event_storage().iter >= AT
 
 
-def _in_steps(act):
-    """Call `act` in the forward pass of iteration AT on rank 1; what it returns is multiplied with a loss."""
+def change_losses(change):
+    """Let `change(losses)` act on the losses of the training from iteration AT on, on rank 1."""
     build_model = modeling.build_model
+
+    def hook(module, inputs, losses):
+        if module.training and _is_there():
+            change(losses)
 
     def build(cfg):
         model = build_model(cfg)
-        forward = model.forward
-
-        def failing(samples):
-            losses = forward(samples)
-            if model.training and _is_there():
-                name = next(iter(losses))
-                losses[name] = losses[name] * act()
-            return losses
-
-        model.forward = failing
+        model.register_forward_hook(hook)
         return model
 
     modeling.build_model = build
 
 
 def nan_loss():
-    _in_steps(lambda: float("nan"))
+    change_losses(lambda losses: losses.update(loss_cls=losses["loss_cls"] * float("nan")))
 
 
 def exception():
-    def fail():
+    def fail(losses):
         raise ValueError("something in the model of rank 1")
 
-    _in_steps(fail)
+    change_losses(fail)
 
 
 def rank_killed():
-    _in_steps(lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def rank_0_killed():
-    save = checkpoint.build_periodic_checkpointer
-
-    def build(*args):
-        saver = save(*args)
-        step = saver.step
-        saver.step = lambda iteration, **kw: (
-            os.kill(os.getpid(), signal.SIGKILL) if _is_there(0) else step(iteration, **kw)
-        )
-        return saver
-
-    checkpoint.build_periodic_checkpointer = build
+    change_losses(lambda losses: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def main_thread_hangs():
-    _in_steps(lambda: time.sleep(1000))
+    change_losses(lambda losses: time.sleep(1000))
 
 
 def process_frozen():
-    _in_steps(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    change_losses(lambda losses: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def _before_saves(act):
+    """Call `act(iteration)` before what is done for the checkpoint of an iteration."""
+    step = PeriodicCheckpointer.step
+
+    def acting(self, iteration, **kwargs):
+        act(iteration)
+        step(self, iteration, **kwargs)
+
+    PeriodicCheckpointer.step = acting
+
+
+def rank_0_killed():
+    _before_saves(lambda iteration: os.kill(os.getpid(), signal.SIGKILL) if _is_there(0) else None)
 
 
 def _in_workers(act):
-    from plaintrain.data import mapper
-
     read = mapper.read_image
 
     def failing(*args):
@@ -110,8 +107,6 @@ def worker_out_of_memory():
 
 
 def evaluator_raises():
-    from plaintrain.evaluation.coco import COCOEvaluator
-
     def evaluate(self):
         if comm.is_main_process():
             raise RuntimeError("something in the scoring")
@@ -129,55 +124,37 @@ def disk_full():
         f.write(b"half")
         raise OSError(28, "No space left on device")
 
-    build = checkpoint.build_periodic_checkpointer
+    def fill(iteration):
+        if iteration >= AT:
+            torch.save = save
 
-    def failing(*args):
-        saver = build(*args)
-        step = saver.step
-
-        def full_from_then_on(iteration, **kwargs):
-            if iteration >= AT:
-                torch.save = save
-            step(iteration, **kwargs)
-
-        saver.step = full_from_then_on
-        return saver
-
-    checkpoint.build_periodic_checkpointer = failing
+    _before_saves(fill)
 
 
-# {failure: (what happens, options, what must stand in the output)}
 WORKERS = ["DATALOADER.NUM_WORKERS", 2, "DATALOADER.WORKER_TYPE", "process"]
 HANG = ["HANG_TIMEOUT", 2]
+ASYNC = ["SOLVER.ASYNC_CHECKPOINT", True]
+LOADER = "a process that loads images has failed"
+NAN = ["NaN or infinite at iteration 6", "images of that batch"]
+HANGS = ["no step was finished within 2 s", "tests/faults/failures.py, line"]
+# {failure: (faults, options, words in the output)}.
 FAILURES = {
-    "NaN loss on one rank": (nan_loss, [], ["NaN or infinite at iteration 6", "images of that batch"]),
+    "NaN loss on one rank": (nan_loss, [], NAN),
     "an exception on one rank": (exception, [], ["ValueError: something in the model of rank 1"]),
     "a rank killed (SIGKILL)": (rank_killed, [], ["error: rank 1 was ended by SIGKILL"]),
     "rank 0 killed (SIGKILL)": (rank_0_killed, [], ["error: rank 0 was ended by SIGKILL"]),
-    "a loader worker killed (SIGKILL)": (worker_killed, WORKERS, ["a process that loads images has failed"]),
-    "a loader worker out of memory": (
-        worker_out_of_memory,
-        WORKERS,
-        ["a process that loads images has failed (Caught MemoryError"],
-    ),
+    "a loader worker killed (SIGKILL)": (worker_killed, WORKERS, [LOADER]),
+    "a loader worker out of memory": (worker_out_of_memory, WORKERS, [f"{LOADER} (Caught MemoryError"]),
     "the evaluator raises": (evaluator_raises, [], ["RuntimeError: something in the scoring"]),
     "the disk is full": (disk_full, [], ["No space left on device"]),
-    "the disk is full, saved in the background": (
-        disk_full,
-        ["SOLVER.ASYNC_CHECKPOINT", True],
-        ["No space left on device"],
-    ),
-    "one rank hangs (2 s allowed)": (
-        main_thread_hangs,
-        HANG,
-        ["no step was finished within 2 s", "tests/faults/failures.py, line"],
-    ),
+    "the disk is full, saved in the background": (disk_full, ASYNC, ["No space left on device"]),
+    "one rank hangs (2 s allowed)": (main_thread_hangs, HANG, HANGS),
     "one rank is frozen (2 s allowed)": (process_frozen, HANG, ["rank 1: no sign of life"]),
 }
 
 
 def fail(name, folder, ranks=2):
-    """Let it happen; (run, exit code, seconds from the failure to the end, newest checkpoint)."""
+    """Let it happen; returns (run, exit code, seconds to the end of all processes, newest checkpoint)."""
     faults, options, _ = FAILURES[name]
     run = Run(folder, [*options, "TEST.EVAL_PERIOD", 0, "SOLVER.MAX_ITER", 12], faults=faults, ranks=ranks)
     # From where every rank is at work; a failure in the first of workers may come before.

@@ -2,7 +2,7 @@
 """Feed broken files to the readers: each must give records or one clear `UserError`, nothing else.
 
 python tests/faults/fuzz_readers.py --inputs 10000 --seed 0
-python tests/faults/fuzz_readers.py --reader coco --show 5
+python tests/faults/fuzz_readers.py --reader coco --first 17 --inputs 1
 
 Input number i of a reader depends on the seed, the reader and i alone. Half of the inputs are changed
 as bytes, half as the tree that the file holds. Exit code: 0 if every error was clear, else 1.
@@ -13,8 +13,6 @@ import contextlib
 import logging
 import random
 import re
-import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -44,38 +42,18 @@ NAME = "fuzzed"
 _NAMED = re.compile(r"\b[\w-]+\.(xml|yaml|json|txt|png)\b|(^| )/\S|\b[A-Z][A-Z_]+(\.[A-Z_]+)+ is")
 
 
-@dataclass(frozen=True)
-class Reader:
-    """`files` {name: bytes} are written before each input; those in `changed` are mutated."""
-
-    files: dict
-    changed: tuple
-    run: object
-
-
 @dataclass
 class Report:
-    """What a reader made of its inputs; `foreign` and `unclear` hold lines to repeat a failure by."""
+    """The results of a reader; `foreign` and `unclear` hold lines to repeat a failure by."""
 
-    reader: str
     counts: Counter = field(default_factory=Counter)
     foreign: list = field(default_factory=list)
     unclear: list = field(default_factory=list)
     slowest: float = 0.0
 
-    def row(self):
-        """One line of the table."""
-        counts = [self.counts.total(), self.counts["ok"], self.counts["refused"]]
-        counts += [len(self.foreign), len(self.unclear)]
-        return f"{self.reader:<8}" + "".join(f"{n:>10}" for n in counts) + f"{self.slowest:>12.3f}"
-
-
-HEAD = f"{'reader':<8}" + "".join(f"{h:>10}" for h in ("inputs", "ok", "refused", "foreign", "unclear"))
-HEAD += f"{'slowest (s)':>12}"
-
 
 def _errors(*actions):
-    """What the actions refuse: each is to be safe also where the one before it has refused."""
+    """Return the errors of actions, each of which is to be safe also where the one before it has failed."""
     found = []
     for action, *args in actions:
         try:
@@ -94,10 +72,9 @@ def _read_all(name):
 
 
 def check_dataset(spec):
-    """What a script does with a declared dataset before it trains on it, or scores it.
+    """Do what a script does with a declared dataset before it trains on it, or scores it.
 
-    Returns:
-        (errors, errors that only training with masks or keypoints has)
+    Returns (errors, errors that only training with masks or keypoints has).
     """
     declare_dataset(NAME, spec)
     always = _errors(
@@ -129,40 +106,41 @@ def _run_config(folder):
     return errors, []
 
 
-def _coco_spec(folder):
-    return {"FORMAT": "coco", "JSON": f"{folder}/a.json", "IMAGE_ROOT": f"{folder}/images"}
-
-
-def _run_coco(folder):
-    return check_dataset(_coco_spec(folder))
+def _spec(folder, name, **more):
+    """Return the declaration of a dataset of a format in the folder."""
+    files = {
+        "coco": {"JSON": f"{folder}/a.json", "IMAGE_ROOT": f"{folder}/images"},
+        "voc": {"ROOT": str(folder), "SPLIT": "train"},
+        "yolo": {"DATA": f"{folder}/data.yaml", "SPLIT": "train"},
+    }
+    return {"FORMAT": name, **files[name], **more}
 
 
 def _run_results(folder):
-    declare_dataset(f"{NAME}_truth", _coco_spec(folder))
+    declare_dataset(f"{NAME}_truth", _spec(folder, "coco"))
     path = f"{folder}/results.json"
-    errors, more = check_dataset({**_coco_spec(folder), "FORMAT": "coco_results", "RESULTS": path})
+    errors, more = check_dataset(_spec(folder, "coco", FORMAT="coco_results", RESULTS=path))
     return errors + _errors((lambda: list(read_predictions(path, f"{NAME}_truth")),)), more
-
-
-def _run_voc(folder):
-    return check_dataset({"FORMAT": "voc", "ROOT": str(folder), "SPLIT": "train"})
-
-
-def _run_yolo(folder):
-    return check_dataset({"FORMAT": "yolo", "DATA": f"{folder}/data.yaml", "SPLIT": "train"})
 
 
 def _run_image(folder):
     return _errors(*((read_image, str(path)) for path in sorted(folder.glob("a.*")))), []
 
 
+# {reader: (the files that are changed, function that reads them)}.
 READERS = {
-    "config": Reader(FILES["config"], ("config.yaml", "overrides"), _run_config),
-    "coco": Reader(FILES["coco"], ("a.json",), _run_coco),
-    "results": Reader(FILES["results"], ("results.json",), _run_results),
-    "voc": Reader(FILES["voc"], ("Annotations/a.xml", "ImageSets/Main/train.txt"), _run_voc),
-    "yolo": Reader(FILES["yolo"], ("data.yaml", "labels/train/a.txt", "list.txt"), _run_yolo),
-    "image": Reader(FILES["image"], tuple(FILES["image"]), _run_image),
+    "config": (("config.yaml", "overrides"), _run_config),
+    "coco": (("a.json",), lambda folder: check_dataset(_spec(folder, "coco"))),
+    "results": (("results.json",), _run_results),
+    "voc": (
+        ("Annotations/a.xml", "ImageSets/Main/train.txt"),
+        lambda folder: check_dataset(_spec(folder, "voc")),
+    ),
+    "yolo": (
+        ("data.yaml", "labels/train/a.txt", "list.txt"),
+        lambda folder: check_dataset(_spec(folder, "yolo")),
+    ),
+    "image": (tuple(FILES["image"]), _run_image),
 }
 
 
@@ -187,7 +165,7 @@ def _forget(known):
 
 
 def why_unclear(message, folder):
-    """What is wrong with an error's message, or None."""
+    """Return what is wrong with an error's message, or None."""
     if not message.strip() or len(message.splitlines()) != 1:
         return f"is not one line: {message[:200]!r}"
     if len(message) > MAX_MESSAGE:
@@ -198,11 +176,11 @@ def why_unclear(message, folder):
     return None
 
 
-def _attempt(reader, folder, report, where):
+def _attempt(read, folder, report, where):
     start = time.perf_counter()
     try:
         with _time_limit():
-            errors, more = reader.run(folder)
+            errors, more = read(folder)
         report.counts["refused" if errors else "ok"] += 1
         unclear = [why for why in (why_unclear(str(e), folder) for e in errors + more) if why]
         report.unclear += [f"{where}: the error {why}" for why in unclear[:1]]
@@ -213,29 +191,28 @@ def _attempt(reader, folder, report, where):
 
 
 def fuzz(name, inputs, seed=0, first=0):
-    """Give `inputs` broken inputs to the reader `name` of `READERS`; a `Report`."""
-    reader, report = READERS[name], Report(name)
+    """Give `inputs` broken inputs to the reader `name` of `READERS`; returns a `Report`."""
+    report, files, (names, read) = Report(), FILES[name], READERS[name]
     known = {*DatasetCatalog.list(), *MetadataCatalog.list()}
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
-        folder = Path(folder).resolve() / name
+        folder = Path(root).resolve() / name
         try:
-            for path, data in reader.files.items():
+            for path, data in files.items():
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / path).write_bytes(data)
             for i in range(first, first + inputs):
                 rng = random.Random(f"{seed} {name} {i}")
-                changed = rng.sample(reader.changed, 1 if rng.random() < 0.8 else min(2, len(reader.changed)))
+                changed = rng.sample(names, 1 if rng.random() < 0.8 else min(2, len(names)))
                 for path in changed:
-                    (folder / path).write_bytes(mutate(path, reader.files[path], rng))
-                _attempt(reader, folder, report, f"--seed {seed} --reader {name} --first {i}")
+                    (folder / path).write_bytes(mutate(path, files[path], rng))
+                _attempt(read, folder, report, f"--seed {seed} --reader {name} --first {i}")
                 _forget(known)
                 for path in changed:
-                    (folder / path).write_bytes(reader.files[path])
+                    (folder / path).write_bytes(files[path])
         finally:
             logging.disable(logging.NOTSET)
-            shutil.rmtree(folder, ignore_errors=True)
     return report
 
 
@@ -245,17 +222,17 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input, to repeat one")
     parser.add_argument("--reader", choices=READERS, action="append", help="default: all")
-    parser.add_argument("--show", type=int, default=3, help="failures to print for each reader")
     args = parser.parse_args()
-    failed = False
-    print(HEAD)
+    failed, row = False, "{:<8}{:>10}{:>10}{:>10}{:>10}{:>10}{:>12}"
+    print(row.format("reader", "inputs", "ok", "refused", "foreign", "unclear", "slowest (s)"))
     for name in args.reader or READERS:
         report = fuzz(name, args.inputs, args.seed, args.first)
-        print(report.row(), flush=True)
-        for line in report.foreign[: args.show] + report.unclear[: args.show]:
+        counts = [report.counts.total(), report.counts["ok"], report.counts["refused"]]
+        counts += [len(report.foreign), len(report.unclear), f"{report.slowest:.3f}"]
+        print(row.format(name, *counts), flush=True)
+        for line in report.foreign[:3] + report.unclear[:3]:
             print(f"    {line}")
         failed |= bool(report.foreign or report.unclear)
-    print(f"most memory at any time: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")
     return int(failed)
 
 

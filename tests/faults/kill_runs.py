@@ -4,7 +4,6 @@ python tests/faults/kill_runs.py --kills 200 --seed 0
 """
 
 import argparse
-import contextlib
 import os
 import random
 import shutil
@@ -15,57 +14,25 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from processes import Run
+from processes import EPOCHS, MASKS_AND_KEYPOINTS, STEP, Run
 from run_files import differences, lines, newest_checkpoint
 
-STEP = [
-    *["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.ACCUMULATE_STEPS", 2],
-    *["MODEL.EMA.ENABLED", True, "SOLVER.CLIP_GRADIENTS.ENABLED", True],
-    *["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"],
-]
-RETINANET = [
-    "MODEL.META_ARCHITECTURE",
-    "RetinaNet",
-    "MODEL.RETINANET.IN_FEATURES",
-    "['p3','p4','p5','p6','p7']",
-]
-EPOCHS = ["SOLVER.MAX_EPOCHS", 4, "WORKFLOW", "[['train', 1], ['val', 1]]"]
 REPEAT = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 0.9]
-PASTE = [
-    *["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8],
-    *["INPUT.AUGMENTATIONS", "['SimpleCopyPaste', 'RandomPhotometricDistort']"],
-]
+PASTE = [*MASKS_AND_KEYPOINTS, "DATALOADER.NUM_WORKERS", 3]
+PASTE += ["INPUT.AUGMENTATIONS", "['SimpleCopyPaste', 'RandomPhotometricDistort']"]
 ASYNC = ["SOLVER.ASYNC_CHECKPOINT", True]
 SPARSE = ["LOG_PERIOD", 20, "SOLVER.CHECKPOINT_PERIOD", 5, "TEST.EVAL_PERIOD", 5]
 GROUPED = ["DATALOADER.GROUP_WINDOW", 2]
-PROCESSES = ["DATALOADER.WORKER_TYPE", "process", "DATALOADER.NUM_WORKERS"]
+WORKER = ["DATALOADER.WORKER_TYPE", "process", "DATALOADER.NUM_WORKERS", 1, "TEST.VAL_LOSS_PERIOD", 6]
 
-# What a run is made of: (script, processes, options).
+KEPT = ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 2]
+
+# {mix: (script, processes, options)}.
 MIXES = {
     "R-CNN": ("plain", 1, GROUPED),
-    "R-CNN, bf16, EMA, accumulation, clipping, 1 worker": (
-        "plain",
-        1,
-        [*STEP, *GROUPED, *PROCESSES, 1, "TEST.VAL_LOSS_PERIOD", 6],
-    ),
-    "Mask R-CNN, repeat factors, copy-paste, 3 workers": (
-        "plain",
-        1,
-        [*REPEAT, *PASTE, "DATALOADER.NUM_WORKERS", 3],
-    ),
-    "R-CNN, saved in the background, 2 checkpoints kept": (
-        "plain",
-        1,
-        [
-            *STEP,
-            "SOLVER.ASYNC_CHECKPOINT",
-            True,
-            "SOLVER.CHECKPOINT_PERIOD",
-            2,
-            "SOLVER.CHECKPOINT_MAX_TO_KEEP",
-            2,
-        ],
-    ),
+    "R-CNN, bf16, EMA, accumulation, clipping, 1 worker": ("plain", 1, [*STEP, *GROUPED, *WORKER]),
+    "Mask R-CNN, repeat factors, copy-paste, 3 workers": ("plain", 1, [*REPEAT, *PASTE]),
+    "R-CNN, saved in the background, 2 checkpoints kept": ("plain", 1, [*STEP, *ASYNC, *KEPT]),
     "epochs, bf16, EMA, accumulation": ("epoch", 1, [*STEP, *EPOCHS]),
     "two ranks": ("plain", 2, [*STEP, *GROUPED]),
     "two ranks, epochs, saved in the background": ("epoch", 2, [*EPOCHS, *ASYNC]),
@@ -75,7 +42,7 @@ MIXES = {
 
 
 def pause_in_writes():
-    """Make the moments longer in which a file is written but not yet whole, and say when they begin."""
+    """Lengthen the moments in which a file is written but not yet whole, and say when they begin."""
     sync = os.fsync
 
     def slow(fd):
@@ -103,7 +70,7 @@ class Trial:
         return Run(folder, self.options, script=self.script, flags=flags, faults=faults, ranks=self.num_gpus)
 
     def kill_until(self, kills):
-        """Runs that are killed at random moments and resumed, until that many kills have hit."""
+        """Kill runs at random moments and resume them, until that many kills have hit."""
         while self.counts["kills"] < kills:
             folder, ended = self.root / f"killed-{self.counts['runs']}", False
             self.counts["runs"] += 1
@@ -114,34 +81,25 @@ class Trial:
                 shutil.rmtree(folder)
 
     def _once(self, folder, last):
-        """Start or resume, and kill; True if the run came to its end."""
-        resume = newest_checkpoint(folder)[0] >= 0
-        in_write = self.rng.random() < 0.3
-        run = self._start(folder, resume=resume, faults=pause_in_writes if in_write and not last else None)
+        """Start or resume, and kill; returns whether the run came to its end."""
+        resume, in_write = newest_checkpoint(folder)[0] >= 0, not last and self.rng.random() < 0.3
+        run = self._start(folder, resume=resume, faults=pause_in_writes if in_write else None)
         self.counts["resumes"] += resume
         if last:
-            code = run.wait(300).code
-            self._check_end(run, code)
-            return True
-        if in_write:
-            self._wait_for_a_write(run)
+            run.wait(300)
+        elif in_write:
+            target = self.rng.randrange(1, 12)
+            run.wait_for(lambda: run.output.count("WRITING") >= target)
+            time.sleep(self.rng.uniform(0, 0.15))
         else:
             run.process.join(self.rng.uniform(0.1, 1.0) * self.seconds)
-        if run.process.exitcode is not None:
-            self._check_end(run, run.process.exitcode)
-            return True
-        self._kill(run, folder, in_write)
-        return False
-
-    def _check_end(self, run, code):
-        if code != 0:
+        code = run.process.exitcode
+        if code is None:
+            self._kill(run, folder, in_write)
+        elif code:
             self.counts["lost"] += 1
             self.found.append(f"ended with {code}:\n{run.output[-2000:]}")
-
-    def _wait_for_a_write(self, run):
-        target = self.rng.randrange(1, 12)
-        run.wait_for(lambda: run.output.count("WRITING") >= target)
-        time.sleep(self.rng.uniform(0, 0.15))
+        return code is not None
 
     def _kill(self, run, folder, in_write):
         reached = max(lines(folder), default=-1)
@@ -157,55 +115,34 @@ class Trial:
         saved, passed = newest_checkpoint(folder)
         self.counts["unreadable"] += passed
         self.counts["lost iterations"] += max(0, reached - saved)
-        if number == signal.SIGTERM and code == 143:
-            self.counts["lost iterations after SIGTERM"] += max(0, max(lines(folder), default=-1) - saved)
 
 
 COLUMNS = ("kills", "in a write", "SIGTERM", "resumes", "lost iterations", "unreadable", "lost")
 
 
-def kill_runs(kills, seed, root, mixes=MIXES):
-    """{mix: (counts, differences)} after that many kills, spread evenly over the mixes."""
-    rng, results = random.Random(seed), {}
-    for number, (name, mix) in enumerate(mixes.items()):
-        trial = Trial(root, number, mix, rng)
-        share = kills // len(mixes) + (number < kills % len(mixes))
-        start = time.monotonic()
-        trial.kill_until(share)
-        results[name] = trial.counts, trial.found
-        print(f"{name}: {time.monotonic() - start:.0f} s, {len(trial.found)} differences", file=sys.stderr)
-    return results
-
-
-def show(results):
-    """The table, in Markdown."""
-    rows = [["mix", *COLUMNS, "differences"]]
-    total = Counter()
-    for name, (counts, found) in results.items():
-        total += counts + Counter({"differences": len(found)})
-        rows.append([name, *(counts[c] for c in COLUMNS), len(found)])
-    rows.append(["all", *(total[c] for c in COLUMNS), total["differences"]])
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+def print_row(*cells):
+    """Print a row of a Markdown table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", help="where the runs are kept; default a temporary folder")
-    parser.add_argument("--mix", type=int, help="only this one, from 0")
     args = parser.parse_args()
-    chosen = dict(list(MIXES.items())[args.mix : args.mix + 1]) if args.mix is not None else MIXES
-    with contextlib.ExitStack() as stack:
-        root = args.folder or stack.enter_context(tempfile.TemporaryDirectory())
-        results = kill_runs(args.kills, args.seed, root, chosen)
-    print(show(results))
-    bad = [text for _, found in results.values() for text in found]
-    print("\n".join(bad[:20]))
-    sys.exit(bool(bad))
+    rng, total, differing = random.Random(args.seed), Counter(), []
+    print_row("mix", *COLUMNS, "differences")
+    print_row(*["---"] * (len(COLUMNS) + 2))
+    with tempfile.TemporaryDirectory() as root:
+        for number, (name, mix) in enumerate(MIXES.items()):
+            trial = Trial(root, number, mix, rng)
+            trial.kill_until(args.kills // len(MIXES) + (number < args.kills % len(MIXES)))
+            print_row(name, *(trial.counts[c] for c in COLUMNS), len(trial.found))
+            total += trial.counts
+            differing += trial.found
+    print_row("all", *(total[c] for c in COLUMNS), len(differing))
+    print("\n".join(differing[:20]))
+    sys.exit(bool(differing))
 
 
 if __name__ == "__main__":

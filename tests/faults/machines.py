@@ -1,7 +1,7 @@
-"""Machines of one's own: network namespaces that are joined by a bridge, each with a name and an address.
+"""Machines that are network namespaces joined by a bridge.
 
-Each has its own host name, which it looks up as 127.0.1.1, as Debian writes it into /etc/hosts, and knows
-the names of the others. Runs work in them, started by `launch` or by torchrun.
+Each has an address and a host name, which it looks up as 127.0.1.1, as Debian writes it into /etc/hosts, and
+knows the names of the others. Runs work in them, started by `launch` or by torchrun.
 """
 
 import contextlib
@@ -36,14 +36,9 @@ def _ip(*arguments):
 
 
 class Machines:
-    """`with Machines(3, folder) as machines`: three of them, until the end of the block."""
+    """A number of machines, until the end of a `with` block; their files are in a folder."""
 
     def __init__(self, number, folder):
-        """
-        Args:
-            number: how many.
-            folder: for their home folders and `hosts` files.
-        """
         if _IP is None:
             raise NotAllowedError("there is no ip (Debian's package iproute2)")
         pid = os.getpid()
@@ -75,20 +70,8 @@ class Machines:
             space = self.space(k)
             _ip("netns", "add", space)
             _ip("-n", space, "link", "set", "lo", "up")
-            _ip(
-                "-n",
-                space,
-                "link",
-                "add",
-                "wire",
-                "type",
-                "veth",
-                "peer",
-                "name",
-                f"port{k}",
-                "netns",
-                switch,
-            )
+            ends = ["wire", "type", "veth", "peer", "name", f"port{k}", "netns", switch]
+            _ip("-n", space, "link", "add", *ends)
             _ip("-n", switch, "link", "set", f"port{k}", "master", "bridge", "up")
             _ip("-n", space, "address", "add", f"{address}/24", "dev", "wire")
             _ip("-n", space, "link", "set", "wire", "up")
@@ -99,32 +82,30 @@ class Machines:
             self._hosts_file(k).write_text("\n".join(rows) + "\n")
 
     def _remove(self):
-        names = [f"{self._prefix}-switch", *map(self.space, range(len(self.names)))]
-        for name in names:
+        for name in (f"{self._prefix}-switch", *map(self.space, range(len(self.names)))):
             _remove(name)
 
     def space(self, k):
-        """Name of the network namespace of machine k."""
+        """Return the name of the network namespace of machine k."""
         return f"{self._prefix}-{k}"
 
     def home(self, k):
-        """The home folder of machine k."""
+        """Return the home folder of machine k."""
         return self._folder / self.names[k]
 
     def _hosts_file(self, k):
         return self._folder / f"hosts-{k}"
 
     def pids(self, k):
-        """The processes at work on machine k."""
+        """Return the processes at work on machine k."""
         return [int(pid) for pid in _ip("netns", "pids", self.space(k)).split()]
 
     def wait_for_the_end(self, timeout):
-        """Wait until no process is left on any machine; the seconds it took."""
+        """Wait until no process is left on any machine."""
         begin = time.monotonic()
         while any(left := [self.pids(k) for k in range(len(self.names))]):
             assert time.monotonic() - begin < timeout, f"after {timeout} s these are left: {left}"
             time.sleep(0.1)
-        return time.monotonic() - begin
 
     def kill(self, k, number=signal.SIGKILL, but=None):
         """Send a signal to all processes of machine k, but to one."""
@@ -142,7 +123,7 @@ class Machines:
         _ip("-n", self.space(k), "link", "set", "wire", "up")
 
     def free_port(self):
-        """A port that no run so far has been given; nothing else listens in the namespaces."""
+        """Return a port that no run so far has been given."""
         self._port += 1
         return self._port
 
@@ -186,10 +167,8 @@ def _in_machine(machines, k, faults):
         faults()
 
 
-def _torchrun(machines, k, arguments, replaced):
+def _torchrun(machines, k, arguments):
     machines.enter(k)
-    # Where the agents share the store of the ranks, PyTorch 2.14 lets none in that is started again.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int(replaced))
     from torch.distributed.run import main
 
     main(arguments)
@@ -197,14 +176,7 @@ def _torchrun(machines, k, arguments, replaced):
 
 
 def start(machines, folders, options, *, flags=(), faults=None, num_gpus=1):
-    """The script on every machine, by `--num-machines`; a `Run` for each.
-
-    Args:
-        machines: `Machines`.
-        folders: each one's OUTPUT_DIR.
-        options, flags, faults: see `processes.Run`.
-        num_gpus: processes on each machine.
-    """
+    """Start the script on every machine, each with its OUTPUT_DIR; returns a `Run` for each."""
     url = f"tcp://{machines.names[0]}:{machines.free_port()}"
     launch = [*flags, "--num-machines", len(folders), "--dist-url", url, "--machine-rank"]
     runs = []
@@ -214,22 +186,12 @@ def start(machines, folders, options, *, flags=(), faults=None, num_gpus=1):
     return runs
 
 
-def start_torchrun(machines, k, port, folder, options, *, replaced=False):
-    """The script on machine k of two, by torchrun, as a `Run`.
-
-    Args:
-        machines, k: which machine.
-        port: of the rendezvous on machine 0.
-        folder, options: see `processes.Run`.
-        replaced: agents may be started again while others are at work.
-    """
+def start_torchrun(machines, k, port, folder, options):
+    """Start the script on machine k of two, by torchrun; returns a `Run`."""
     config = write_config(Path(folder).parent)
     arguments = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
     arguments += ["--rdzv-endpoint", f"{machines.names[0]}:{port}", "--monitor-interval", "0.1"]
-    if replaced:
-        # A machine that is gone is missed after 5 seconds, not 15.
-        arguments += ["--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=5"]
     arguments += [str(ROOT / "scripts" / "plain_train_net.py"), "--config-file"]
     arguments += [str(config), "--resume", "OUTPUT_DIR", str(folder)]
     arguments += map(str, options)
-    return Run(folder, [], faults=functools.partial(_torchrun, machines, k, arguments, replaced))
+    return Run(folder, [], faults=functools.partial(_torchrun, machines, k, arguments))

@@ -7,131 +7,48 @@ import xml.etree.ElementTree as ElementTree
 
 import yaml
 
+# What is inserted into the bytes of a file; of a line, the words between spaces.
+_WORDS = r"""
+NaN -Infinity 1e999 -1 0 null true {} [] "" ../ ~ \ud800 ' " : # % | {[]}
+1_0 1:30:59 2001-99-99 0o9 __class__ *a --- &lt; &b; <![CDATA[ <a> </object> <!--
+"""
+_LINES = r"""
+<<: *solver
+&a [*a]
+({[]: 1})
+!!python/object/apply:os.system [x]
+!!timestamp x
+!!int ""
+!!map [a]
+!!set {a}
+!!binary x
+!!omap [a]
+<!DOCTYPE a [<!ENTITY b 'c'>]>
+"""
 _TOKENS = [
-    *(
-        b"NaN",
-        b"-Infinity",
-        b"1e999",
-        b"-1",
-        b"0",
-        b"null",
-        b"true",
-        b"{}",
-        b"[]",
-        b'""',
-        b"\x00",
-        b"\xff\xfe",
-    ),
-    *(
-        b"\xef\xbb\xbf",
-        b"9" * 400,
-        b"9" * 5000,
-        b"0x" + b"f" * 5000,
-        b"[" * 3000,
-        b'{"a":' * 500,
-        b"../",
-        b"~",
-    ),
-    *(
-        b"\\ud800",
-        "\u0661\u2028\u00e9".encode(),
-        b"\n",
-        b"\r",
-        b"\t",
-        b" ",
-        b"'",
-        b'"',
-        b":",
-        b"- ",
-        b"#",
-        b"%",
-        b"|",
-    ),
-    *(b"!!python/object/apply:os.system [x]", b"!!timestamp x", b'!!int ""', b"!!map [a]", b"!!set {a}"),
-    *(
-        b"!!binary x",
-        b"!!omap [a]",
-        b"&a [*a]",
-        b"*a",
-        b"<<: *solver",
-        b"? [a]\n: b",
-        b"? {a: b}\n: c",
-        b"---",
-    ),
-    *(
-        b"<!DOCTYPE a [<!ENTITY b 'c'>]>",
-        b"&lt;",
-        b"&b;",
-        b"<![CDATA[",
-        b"<a>",
-        b"</object>",
-        b"<a>" * 5000,
-        b"<!--",
-        b"<" * 99,
-    ),
-    *(
-        b"({[]: 1})",
-        b"{[]}",
-        b"(" * 150,
-        b"-" * 9000 + b"1",
-        b"1_0",
-        b"1:30:59",
-        b"2001-99-99",
-        b"0o9",
-        b"__class__",
-    ),
+    *(word.encode() for word in _WORDS.split()),
+    *(line.encode() for line in _LINES.strip("\n").splitlines()),
+    *(b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", "\u0661\u2028\u00e9".encode(), b"\n", b"\r", b"\t", b" "),
+    *(b"9" * 400, b"9" * 5000, b"0x" + b"f" * 5000, b"[" * 3000, b'{"a":' * 500, b"<a>" * 5000, b"<" * 99),
+    *(b"(" * 150, b"-" * 9000 + b"1", b"- ", b"? [a]\n: b", b"? {a: b}\n: c"),
+]
+_STRINGS = """a NaN 1e999 ../../x.png /etc/passwd shapes://train/1 __class__ __immutable__ . /"""
+_MASKS = [
+    {"size": [30, 40], "counts": "0" * 20 + "o" * 40},
+    {"size": 3, "counts": 4},
+    {"size": [30, 40], "counts": "\ud800"},
+    {"size": [10**6, 10**6], "counts": [10**12]},
 ]
 _VALUES = [
     *(float("nan"), float("inf"), 1e308, -1e308, 1e-320, -1, 0, 1, 2, 3, 1.5, None, True, False, {}, [], ""),
-    *(
-        10**400,
-        -(10**18),
-        2**63,
-        2**31,
-        10**9,
-        "a",
-        "NaN",
-        "1e999",
-        "9" * 5000,
-        "\ud800",
-        "\u0661",
-        "a\0b",
-        "\n",
-    ),
-    *(
-        "../../x.png",
-        "/etc/passwd",
-        "shapes://train/1",
-        "__class__",
-        "__immutable__",
-        ".",
-        "/",
-        " ",
-        "x" * 3000,
-    ),
-    *(
-        [[]],
-        [{}],
-        [None],
-        {"a": {}},
-        {"": None},
-        [1, 2, 3, 4],
-        [1e308] * 4,
-        ["a"] * 4,
-        [[1, 2], [3]],
-        [0, 0, 3],
-    ),
-    *(
-        [[1e9, 1e9, -1e9, 1e9, 0, 0]],
-        {"size": [30, 40], "counts": "0" * 20 + "o" * 40},
-        {"size": 3, "counts": 4},
-    ),
-    *({"size": [30, 40], "counts": "\ud800"}, {"size": [10**6, 10**6], "counts": [10**12]}),
+    *(10**400, -(10**18), 2**63, 2**31, 10**9, "9" * 5000, "\ud800", "\u0661", "a\0b", "\n", " ", "x" * 3000),
+    *([[]], [{}], [None], {"a": {}}, {"": None}, [1, 2, 3, 4], [1e308] * 4, ["a"] * 4, [[1, 2], [3]]),
+    *([0, 0, 3], [[1e9, 1e9, -1e9, 1e9, 0, 0]], *_MASKS, *_STRINGS.split()),
 ]
 
 
 def mutate(path, data, rng):
-    """`data`, the bytes of the file `path`, broken as `rng` (random.Random) says."""
+    """Return `data`, the bytes of the file `path`, broken as `rng` (random.Random) says."""
     change_tree = _TREES.get(path.rsplit(".", 1)[-1])
     if change_tree and rng.random() < 0.5:
         data = change_tree(data, rng)
@@ -149,18 +66,8 @@ def _flip(data, rng):
     return data[:i] + bytes([data[i] ^ (1 << rng.randrange(8))]) + data[i + 1 :]
 
 
-def _random(data, rng):
-    i = rng.randint(0, len(data))
-    return data[:i] + rng.randbytes(rng.randint(1, 8)) + data[i + rng.randint(0, 8) :]
-
-
 def _cut(data, rng):
     return data[: rng.randint(0, len(data))]
-
-
-def _part(data, rng):
-    i = rng.randint(0, len(data))
-    return data[i : i + rng.randint(0, 60)]
 
 
 def _remove(data, rng):
@@ -169,13 +76,13 @@ def _remove(data, rng):
 
 
 def _splice(data, rng):
-    i = rng.randint(0, len(data))
-    return data[:i] + _part(data, rng) + data[i:]
+    i, j = rng.randint(0, len(data)), rng.randint(0, len(data))
+    return data[:i] + data[j : j + rng.randint(0, 60)] + data[i:]
 
 
 def _insert(data, rng):
     i = rng.randint(0, len(data))
-    return data[:i] + rng.choice(_TOKENS) + data[i:]
+    return data[:i] + rng.choice([*_TOKENS, rng.randbytes(8)]) + data[i:]
 
 
 def _replace_word(data, rng):
@@ -184,19 +91,19 @@ def _replace_word(data, rng):
     return b" ".join(words)
 
 
-_BYTES = (_flip, _random, _cut, _remove, _splice, _insert, _insert, _replace_word, _replace_word)
+_BYTES = (_flip, _cut, _remove, _splice, _insert, _insert, _replace_word, _replace_word)
 
 
 def _places(tree):
-    """[(container, key)] of everything in a tree of dicts and lists."""
-    found, waiting = [], [tree]
+    """Return [(container, key)] of everything in a tree of dicts and lists."""
+    places, waiting = [], [tree]
     while waiting:
         node = waiting.pop()
         for key in list(node) if isinstance(node, dict) else range(len(node)):
-            found.append((node, key))
+            places.append((node, key))
             if isinstance(node[key], dict | list):
                 waiting.append(node[key])
-    return found
+    return places
 
 
 def _nested(value, rng):
@@ -206,30 +113,25 @@ def _nested(value, rng):
 
 
 def _change(tree, rng):
-    """The tree with one thing in it changed."""
+    """Change one thing in the tree."""
     places = _places(tree)
     if not places:
         return copy.deepcopy(rng.choice(_VALUES))
-    node, key = rng.choice(places)
-    what = rng.random()
-    if what < 0.5:
+    (node, key), (other, other_key) = rng.choice(places), rng.choice(places)
+    change = rng.choice(("value", "value", "value", "delete", "copy", "nest", "move"))
+    if change == "value":
         node[key] = copy.deepcopy(rng.choice(_VALUES))
-    elif what < 0.6:
+    elif change == "delete":
         del node[key]
-    elif what < 0.75:
-        other, place = rng.choice(places)
-        node[key] = copy.deepcopy(other[place]) if _has(other, place) else None
-    elif what < 0.85:
+    elif change == "copy":
+        node[key] = copy.deepcopy(other[other_key])
+    elif change == "nest":
         node[key] = _nested(node[key], rng)
     elif isinstance(node, list):
         node.insert(key, copy.deepcopy(node[key]))
     else:
         node[rng.choice(("__class__", "extra", "", "file_name", "size", "\u0661"))] = node.pop(key)
     return tree
-
-
-def _has(node, key):
-    return key in node if isinstance(node, dict) else key < len(node)
 
 
 def _changes(tree, rng):
@@ -241,49 +143,41 @@ def _changes(tree, rng):
 
 def _change_json(data, rng):
     try:
-        return json.dumps(_changes(json.loads(data), rng), ensure_ascii=rng.random() < 0.5).encode(
-            errors="surrogatepass"
-        )
+        text = json.dumps(_changes(json.loads(data), rng), ensure_ascii=rng.random() < 0.5)
     except RecursionError:
         return data
+    return text.encode(errors="surrogatepass")
 
 
 def _change_yaml(data, rng):
     tree = _changes(yaml.safe_load(data), rng)
     try:
-        if rng.random() < 0.5:
-            return yaml.safe_dump(tree, allow_unicode=True).encode(errors="surrogatepass")
         # JSON is YAML, nearly, and has other words for what is no number.
-        return json.dumps(tree).encode()
+        text = yaml.safe_dump(tree, allow_unicode=True) if rng.random() < 0.5 else json.dumps(tree)
     except (RecursionError, ValueError, TypeError):
         return data
+    return text.encode(errors="surrogatepass")
 
 
 def _change_xml(data, rng):
     root = ElementTree.fromstring(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        parents = [element for element in root.iter() if len(element)]
-        if not parents:
-            break
-        parent = rng.choice(parents)
-        child = rng.choice(list(parent))
-        what = rng.random()
-        if what < 0.4:
-            child.text = str(_printable(rng.choice(_VALUES)))
-        elif what < 0.55:
+        parent = rng.choice([element for element in root.iter() if len(element)] or [root])
+        child = rng.choice([*parent] or [ElementTree.SubElement(parent, "a")])
+        change = rng.choice(("text", "text", "remove", "copy", "rename", "nest"))
+        if change == "text":
+            value = rng.choice(_VALUES)
+            child.text = "1" + "0" * 400 if value == 10**400 else str(value)
+        elif change == "remove":
             parent.remove(child)
-        elif what < 0.7:
+        elif change == "copy":
             parent.append(copy.deepcopy(rng.choice(list(root.iter()))))
-        elif what < 0.85:
+        elif change == "rename":
             child.tag = rng.choice(("size", "name", "object", "bndbox", "xmin", "width", "annotation"))
         else:
             for _ in range(rng.choice((1, 50, 400))):
                 child = ElementTree.SubElement(child, rng.choice(("object", "a")))
     return ElementTree.tostring(root).replace(b"\x00", b"")
-
-
-def _printable(value):
-    return value if value != 10**400 else "1" + "0" * 400
 
 
 _TREES = {"json": _change_json, "yaml": _change_yaml, "xml": _change_xml}

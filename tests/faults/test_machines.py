@@ -19,12 +19,11 @@ from plaintrain.utils.network import agree_on_prefix
 
 # Long enough to be ended in between.
 OPTIONS = ["SOLVER.MAX_ITER", 60, "TEST.EVAL_PERIOD", 20, "SOLVER.CHECKPOINT_PERIOD", 10]
-THREE = ["SOLVER.IMS_PER_BATCH", 6, "SOLVER.MAX_ITER", 12, "TEST.EVAL_PERIOD", 0]
+THREE = ["SOLVER.IMS_PER_BATCH", 6, "SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 0]
 
 
 @pytest.fixture(scope="module")
-def machines(tmp_path_factory):
-    """Three machines."""
+def three_machines(tmp_path_factory):
     try:
         with Machines(3, tmp_path_factory.mktemp("machines")) as made:
             yield made
@@ -32,20 +31,18 @@ def machines(tmp_path_factory):
         pytest.skip(f"needs network namespaces, which are not allowed here: {e}")
 
 
-@pytest.fixture(autouse=True)
-def _none_is_left(request):
-    yield
-    if "machines" in request.fixturenames:
-        machines = request.getfixturevalue("machines")
-        for k in range(3):
-            machines.kill(k)
-            machines.plug_in(k)
+@pytest.fixture
+def machines(three_machines):
+    """Three machines, on which nothing is left afterwards."""
+    yield three_machines
+    for k in range(3):
+        three_machines.kill(k)
+        three_machines.plug_in(k)
 
 
 def one_machine(folder, number, options):
-    """A run of as many processes on one machine, its folder."""
-    code = Run(folder, options, ranks=number).wait().code
-    assert code == 0
+    """Run as many processes on one machine; returns the folder."""
+    assert Run(folder, options, ranks=number).wait().code == 0
     return folder
 
 
@@ -57,13 +54,16 @@ def whole(tmp_path_factory):
 
 def wait(runs, code):
     """Wait until all end, which they do with this code."""
-    found = [run.wait(120).code for run in runs]
-    assert found == [code] * len(runs), "\n\n".join(run.output for run in runs)
+    codes = [run.wait(120).code for run in runs]
+    assert codes == [code] * len(runs), "\n\n".join(run.output for run in runs)
 
 
-def reach(run, iteration):
-    """Wait until the log of a run on machine 0 has a line of an iteration."""
-    assert run.wait_for(f"iter: {iteration} "), run.output
+def reach(folder, iteration, timeout=60):
+    """Wait until metrics.json has a line of an iteration."""
+    end = time.monotonic() + timeout
+    while max(lines(folder), default=-1) < iteration:
+        assert time.monotonic() < end, f"iteration {iteration} was not reached within {timeout} s"
+        time.sleep(0.05)
 
 
 def test_three_machines_train_as_one_does_and_only_the_first_holds_the_run(machines, tmp_path):
@@ -74,14 +74,12 @@ def test_three_machines_train_as_one_does_and_only_the_first_holds_the_run(machi
     assert [sorted(os.listdir(f)) for f in folders[1:]] == [["log.txt.rank1"], ["log.txt.rank2"]]
 
 
-@pytest.mark.parametrize(
-    "shared",
-    [pytest.param(True, id="shared folder", marks=pytest.mark.long), pytest.param(False, id="own folders")],
-)
-def test_two_machines_stop_together_and_go_on_as_one_would(machines, whole, tmp_path, shared):
+@pytest.mark.long
+@pytest.mark.parametrize("shared", [True, False], ids=["shared folder", "own folders"])
+def test_two_machines_stop_together_and_resume_and_evaluate_as_one_would(machines, whole, tmp_path, shared):
     folders = [tmp_path / "run", tmp_path / ("run" if shared else "other")]
     runs = start(machines, folders, OPTIONS)
-    reach(runs[0], 24)
+    reach(folders[0], 24)
     os.kill(runs[1].process.pid, signal.SIGTERM)
     wait(runs, 143)
     iteration, damaged = newest_checkpoint(folders[0])
@@ -94,25 +92,20 @@ def test_two_machines_stop_together_and_go_on_as_one_would(machines, whole, tmp_
     wait(runs, 0)
     assert f"starting training from iteration {iteration + 1} of 60" in runs[0].output
     assert differences(whole, folders[0]) == []
-
-
-def test_machines_with_own_folders_evaluate_the_checkpoint_of_the_first(machines, whole, tmp_path):
-    folders = [tmp_path / "first", tmp_path / "second"]
-    shutil.copytree(whole, folders[0])
     predictions = "inference/few_val/coco_instances_results.json"
     (folders[0] / predictions).unlink()
     wait(start(machines, folders, OPTIONS, flags=["--eval-only", "--resume"]), 0)
     assert (folders[0] / predictions).read_bytes() == (whole / predictions).read_bytes()
-    assert sorted(os.listdir(folders[1])) == ["log.txt.rank1"]
 
 
+@pytest.mark.long
 def test_weights_that_differ_on_a_machine_are_refused(machines, whole, tmp_path):
     for k, name in enumerate(("model_0000009.pth", "model_final.pth")):
         shutil.copy(whole / name, machines.home(k) / "weights.pth")
     runs = start(machines, [tmp_path / "run"] * 2, [*OPTIONS, "MODEL.WEIGHTS", "~/weights.pth"])
     wait(runs, 1)
-    said = "MODEL.WEIGHTS ~/weights.pth is another file on the machine of rank 1 than on that of rank 0"
-    assert [run.output.count(said) for run in runs] == [1, 1]
+    words = "MODEL.WEIGHTS ~/weights.pth is another file on the machine of rank 1 than on that of rank 0"
+    assert [run.output.count(words) for run in runs] == [1, 1]
 
 
 def impatient():
@@ -127,7 +120,8 @@ def kill_a_rank(machines, runs):
 
 
 SILENT = r"\(HANG_TIMEOUT\); the ranks stand at .*rank 1: no sign of life|rank 1 gives no sign of life"
-# {what happens: (it, [what is said on machine 0, and on machine 1], the most seconds until all have ended)}
+GONE = "rank 0 failed: its process is gone, or its machine"
+# {failure: (what happens, [words on machine 0, and on machine 1], the most seconds until all have ended)}.
 FAILURES = {
     "a rank is killed": (
         kill_a_rank,
@@ -135,95 +129,57 @@ FAILURES = {
         15,
     ),
     "machine 1 is killed": (
-        lambda machines, runs: machines.kill(1),
-        ["there is no sign of life of rank 1", ""],
-        15,
+        lambda machines, _: machines.kill(1), ["there is no sign of life of rank 1", ""], 15
     ),
-    "machine 0 is killed": (
-        lambda machines, runs: machines.kill(0),
-        ["", "rank 0 failed: its process is gone, or its machine"],
-        15,
-    ),
-    "machine 1 loses its network": (
-        lambda machines, runs: machines.unplug(1),
-        [SILENT, "rank 0 failed: its process is gone, or its machine"],
-        40,
-    ),
-}
+    "machine 0 is killed": (lambda machines, _: machines.kill(0), ["", GONE], 15),
+    "machine 1 loses its network": (lambda machines, _: machines.unplug(1), [SILENT, GONE], 40),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.long] * ("network" in n)) for n in FAILURES]
-)
-def test_whatever_fails_all_machines_end_and_say_why_once(machines, tmp_path, name):
-    act, said, seconds = FAILURES[name]
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAILURES)
+def test_failure_ends_all_machines_which_say_why_once(machines, tmp_path, name):
+    act, words, seconds = FAILURES[name]
     options = [*OPTIONS, "SOLVER.MAX_ITER", 5000, "TEST.EVAL_PERIOD", 0, "HANG_TIMEOUT", 5]
     runs = start(machines, [tmp_path / "run", tmp_path / "other"], options, faults=impatient)
-    reach(runs[0], 12)
+    reach(tmp_path / "run", 12)
     act(machines, runs)
-    taken = machines.wait_for_the_end(seconds)
-    print(f"{name}: {taken:.1f} s")
+    machines.wait_for_the_end(seconds)
     assert all(run.wait(5).code != 0 for run in runs)
-    for run, text in zip(runs, said, strict=True):
+    for run, text in zip(runs, words, strict=True):
         assert not text or len(re.findall(text, run.output)) == 1, run.output
     iteration, damaged = newest_checkpoint(tmp_path / "run")
     assert iteration >= 9 and not damaged
 
 
-def reach_in_log(folder, iteration, timeout=60):
-    """Wait until metrics.json has a line of an iteration."""
-    end = time.monotonic() + timeout
-    while max(lines(folder), default=-1) < iteration:
-        assert time.monotonic() < end, f"iteration {iteration} was not reached within {timeout} s"
-        time.sleep(0.05)
-
-
+@pytest.mark.long
 def test_torchrun_forms_the_job_again_when_a_rank_is_killed(machines, whole, tmp_path):
     folder, port = tmp_path / "run", machines.free_port()
     runs = [start_torchrun(machines, k, port, folder, OPTIONS) for k in range(2)]
-    reach_in_log(folder, 24)
+    reach(folder, 24)
     machines.kill(1, but=runs[1].process.pid)
     wait(runs, 0)
     assert differences(whole, folder) == []
     assert runs[0].output.count("resumed from") == 1
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["rank 0 comes first", "rank 1 comes first"])
-def test_ranks_that_are_started_again_agree_on_a_new_prefix(first):
-    store, found = dist.HashStore(), []
+def test_ranks_that_are_started_again_agree_on_a_new_prefix():
+    store, prefixes = dist.HashStore(), []
 
     def agree(rank):
-        found.append(agree_on_prefix(store, rank, 2, timeout=20))
+        prefixes.append(agree_on_prefix(store, rank, 2, timeout=20))
 
-    for _ in range(3):
+    for first in (0, 1, 0):
         threads = [threading.Thread(target=agree, args=(rank,)) for rank in (first, 1 - first)]
         for thread in threads:
             thread.start()
             time.sleep(0.1)
         for thread in threads:
             thread.join(20)
-    assert len(found) == 6 and len(set(found)) == 3
-    assert all(found[i] == found[i + 1] for i in (0, 2, 4))
+    assert len(prefixes) == 6 and len(set(prefixes)) == 3
+    assert all(prefixes[i] == prefixes[i + 1] for i in (0, 2, 4))
 
 
-def test_a_rank_that_does_not_come_is_named():
+def test_rank_that_does_not_come_is_named():
     with pytest.raises(UserError, match="rank 1 of 3 has not come within 0.1 s"):
         agree_on_prefix(dist.HashStore(), 0, 3, timeout=0.1)
-
-
-@pytest.mark.long
-def test_torchrun_takes_a_machine_back_that_was_ended(machines, whole, tmp_path):
-    folder, port = tmp_path / "run", machines.free_port()
-    runs = [start_torchrun(machines, k, port, folder, OPTIONS, replaced=True) for k in range(2)]
-    reach_in_log(folder, 20)
-    os.kill(runs[1].process.pid, signal.SIGTERM)
-    runs[1].process.join(30)
-    # Rank 0 had saved before rank 1 ended.
-    assert newest_checkpoint(folder)[0] == max(lines(folder))
-    runs[1] = start_torchrun(machines, 1, port, folder, OPTIONS, replaced=True)
-    reach_in_log(folder, 42)
-    machines.kill(1)
-    runs[1] = start_torchrun(machines, 1, port, folder, OPTIONS, replaced=True)
-    wait(runs, 0)
-    assert differences(whole, folder) == []
-    assert runs[0].output.count("resumed from") == 2
