@@ -266,6 +266,8 @@ def test_param_groups_of_norms_biases_and_the_backbone():
         assert found[name] == pytest.approx(values), name
     # As few as there are different settings.
     assert len(optimizer.param_groups) == len(set(found.values()))
+    alike = make_cfg(WEIGHT_DECAY=0.1, WEIGHT_DECAY_NORM=0.1)
+    assert len(build_optimizer(alike, model).param_groups) == 1
     # By default, biases decay like the weights of their layer.
     found = settings(build_optimizer(make_cfg(**keys), model), model)
     assert found["head.fc.bias"] == pytest.approx((0.2, 0.01))
