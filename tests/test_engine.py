@@ -363,6 +363,7 @@ def test_eval_only_does_not_need_the_training_set(output):
         (["SOLVER.REFERENCE_IMS_PER_BATCH", "8", "SOLVER.IMS_PER_BATCH", "0"], ["SOLVER.IMS_PER_BATCH is 0"]),
         (["SOLVER.BY_EPOCH", "True"], ["SOLVER.BY_EPOCH counts in epochs"]),
         (["MODEL.LOAD_PROPOSALS", "True"], ["MODEL.LOAD_PROPOSALS"]),
+        (["SEED", str(2**32)], ["SEED is 4294967296", "2**32"]),
         (["MODEL.BACKBONE.NAME", "build_resnet50"], ["MODEL.BACKBONE.NAME", "build_resnet50"]),
         (["INPUT.AUGMENTATIONS", "['RandomIoUCorp']"], ["RandomIoUCorp", "RandomIoUCrop"]),
         (["MODEL.DEVICE", "cuda:77"], ["MODEL.DEVICE", "'cuda:77'"]),

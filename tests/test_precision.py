@@ -6,6 +6,7 @@ import pytest
 import torch
 from model_helpers import ARCHITECTURES, build, make_sample, randomize_predictions, two_samples, two_squares
 from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
@@ -91,6 +92,42 @@ def test_losses_in_mixed_precision_are_near_those_of_float32(name, precision):
         )
 
 
+HEADS = {
+    "faster_rcnn": {"rpn.head", "roi_heads.box_predictor"},
+    "proposals": {"rpn.head"},
+    "retinanet": {"head"},
+    "fcos": {"head"},
+    "ssd": {"head"},
+}
+HEADS["mask_keypoint_rcnn"] = {"roi_heads.mask_predictor", "roi_heads.keypoint_predictor"}
+
+
+def tensor_types(value):
+    """Return the types of all tensors in dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return {value.dtype}
+    return set().union(*map(tensor_types, value.values() if isinstance(value, dict) else value))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_head_outputs_are_float32_in_training_and_evaluation(name):
+    model, samples = make_detector(name)
+    for is_train in (True, False):
+        inside, outside = set(), set()
+        for head in HEADS[name]:
+            model.get_submodule(head).register_forward_hook(
+                lambda module, inputs, outputs, seen=outside: seen.update(tensor_types(outputs))
+            )
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(
+                    lambda module, inputs, output, seen=inside: seen.add(output.dtype)
+                )
+        with torch.no_grad(), build_autocast(True, "bfloat16", "cpu"):
+            model.train(is_train)(samples)
+        assert outside == {torch.float32} and inside == {torch.bfloat16}
+
+
 # One box for each place and class, and none of them left out.
 ALL_BOXES = (
     "MODEL.ANCHOR_GENERATOR.SIZES", [[32]],
@@ -123,6 +160,21 @@ def test_boxes_in_bfloat16_are_within_a_pixel_of_float32(name):
         assert apart.max() < 1
         checked += len(apart)
     assert checked > 100
+
+
+@pytest.mark.parametrize("name", ["proposals", "retinanet", "fcos", "ssd"])
+def test_anchors_are_the_same_in_every_precision(name):
+    size = (64, 768)
+    model = build(*ARCHITECTURES[name], "INPUT.FIXED_SIZE", size if name == "ssd" else ())
+    seen = []
+    for module in model.modules():
+        if isinstance(module, AnchorGenerator | DefaultBoxGenerator):
+            module.register_forward_hook(lambda module, inputs, anchors: seen.append(anchors[0]))
+    for enabled in (True, False):
+        with build_autocast(enabled, "bfloat16", "cpu"):
+            model([make_sample(*size, [[600, 4, 640, 50]], [0])])
+    low, exact = seen
+    assert low.dtype == torch.float32 and low.equal(exact) and exact.max() > 700
 
 
 # ---- the scaler ------------------------------------------------------------------------------

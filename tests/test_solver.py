@@ -24,7 +24,7 @@ POINTS = [[4, 0.8], [8, 0.6], [10, 0.9]]
 
 
 def make_cfg(**solver):
-    """Defaults with SOLVER keys set; `A__B` stands for A.B."""
+    """Return the defaults with SOLVER keys set; `A__B` stands for A.B."""
     cfg = get_cfg()
     for key, value in solver.items():
         cfg.merge_from_list(["SOLVER." + key.replace("__", "."), value])
@@ -50,7 +50,7 @@ class SmallModel(nn.Module):
 
 
 def settings(optimizer, model):
-    """{parameter name: (lr, weight decay)} of an optimizer's groups."""
+    """Return {parameter name: (lr, weight decay)} of an optimizer's groups."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         names[id(parameter)]: (group["lr"], group["weight_decay"])
@@ -176,8 +176,16 @@ def momenta(optimizer):
     return [g["betas"][0] if "betas" in g else g["momentum"] for g in optimizer.param_groups]
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
-def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("SGD", {"MOMENTUM_SCHEDULE": POINTS}, {"MOMENTUM_SCHEDULE": [[0, 0.1], [10, 0.9]]}),
+        ("AdamW", {"MOMENTUM_SCHEDULE": POINTS}, {"MOMENTUM_SCHEDULE": [[0, 0.1], [10, 0.9]]}),
+        ("SGD", {"MOMENTUM": 0.8}, {"MOMENTUM": 0.1}),
+        ("AdamW", {"MOMENTUM": 0.8}, {"MOMENTUM": 0.1}),
+    ],
+)
+def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name, before, after):
     keys = {"OPTIMIZER": name, "MAX_ITER": 10, "WARMUP_ITERS": 4, "STEPS": (8,), "BACKBONE_MULTIPLIER": 0.5}
 
     def build(**changed):
@@ -188,29 +196,31 @@ def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name):
         checkpointer = DetectionCheckpointer(model, str(tmp_path), optimizer=optimizer, scheduler=scheduler)
         return model, optimizer, scheduler, checkpointer, bases
 
-    def check_and_train(iterations, points):
+    def check_and_train(iterations, momentum):
+        points = momentum.get("MOMENTUM_SCHEDULE") or [[0, momentum["MOMENTUM"]]]
         for iteration in iterations:
             rates = [group["lr"] for group in optimizer.param_groups]
             assert rates == pytest.approx([base * factor(iteration) for base in bases])
             assert set(momenta(optimizer)) == {momentum_at(points, "cosine")(iteration)}
-            assert scheduler.scalars() == {"lr": rates[0], "momentum": momenta(optimizer)[0]}
+            # A momentum that stays is not logged.
+            logged = {"momentum": momenta(optimizer)[0]} if "MOMENTUM_SCHEDULE" in momentum else {}
+            assert scheduler.scalars() == {"lr": rates[0], **logged}
             _train(model, optimizer, scheduler, 1)
 
     factor = lr_factor(make_cfg(**keys))
-    model, optimizer, scheduler, checkpointer, bases = build(BASE_LR=0.01, MOMENTUM_SCHEDULE=POINTS)
-    check_and_train(range(5), POINTS)
+    model, optimizer, scheduler, checkpointer, bases = build(BASE_LR=0.01, **before)
+    check_and_train(range(5), before)
     checkpointer.save("model_0000004", iteration=4)
     saved = copy.deepcopy(optimizer.state_dict()["state"])
 
-    points = [[0, 0.1], [10, 0.9]]
-    model, optimizer, scheduler, checkpointer, bases = build(BASE_LR=0.03, MOMENTUM_SCHEDULE=points)
+    model, optimizer, scheduler, checkpointer, bases = build(BASE_LR=0.03, **after)
     assert sorted(set(bases)) == pytest.approx([0.015, 0.03])
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 4
     # The optimizer's own state is loaded.
     for key, state in optimizer.state_dict()["state"].items():
         for entry, value in state.items():
             torch.testing.assert_close(value, saved[key][entry], rtol=0, atol=0)
-    check_and_train(range(5, 10), points)
+    check_and_train(range(5, 10), after)
     if name == "AdamW":
         assert {group["betas"][1] for group in optimizer.param_groups} == {0.999}
 
@@ -231,19 +241,6 @@ def test_momentum_at_interpolates_between_the_points(interpolation, table):
     assert {i: momentum(i) for i in table} == pytest.approx(table, abs=1e-7)
     assert [momentum(i) for i in (0, 3, 11, 1000)] == [0.8, 0.8, 0.9, 0.9]
     assert [momentum_at([[5, 0.7]], interpolation)(i) for i in (0, 5, 6)] == [0.7] * 3
-
-
-def test_momentum_without_a_schedule_stays_and_is_not_logged():
-    cfg = make_cfg(OPTIMIZER="AdamW", MOMENTUM=0.7, BASE_LR=0.1, MAX_ITER=10, WARMUP_ITERS=0, STEPS=(5,))
-    model = SmallModel()
-    optimizer = build_optimizer(cfg, model)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    found = []
-    for _ in range(10):
-        found.append(scheduler.scalars())
-        _train(model, optimizer, scheduler, 1)
-    assert found == [{"lr": pytest.approx(lr)} for lr in [0.1] * 5 + [0.01] * 5]
-    assert set(momenta(optimizer)) == {0.7}
 
 
 # ---- parameter groups --------------------------------------------------------------------------
@@ -269,6 +266,8 @@ def test_param_groups_of_norms_biases_and_the_backbone():
         assert found[name] == pytest.approx(values), name
     # As few as there are different settings.
     assert len(optimizer.param_groups) == len(set(found.values()))
+    alike = make_cfg(WEIGHT_DECAY=0.1, WEIGHT_DECAY_NORM=0.1)
+    assert len(build_optimizer(alike, model).param_groups) == 1
     # By default, biases decay like the weights of their layer.
     found = settings(build_optimizer(make_cfg(**keys), model), model)
     assert found["head.fc.bias"] == pytest.approx((0.2, 0.01))
