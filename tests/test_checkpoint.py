@@ -15,9 +15,12 @@ from plaintrain.checkpoint import (
 )
 from plaintrain.config import get_cfg
 from plaintrain.ema import build_ema
+from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write, move_old_run
+from plaintrain.utils.state import take_norm_buffers
 from plaintrain.utils.stop import Stopped
+from plaintrain.utils.storage import EventStorage
 
 
 def make_model(value=0.0, width=2):
@@ -54,6 +57,10 @@ def truncate(path):
     path.write_bytes(data[: len(data) // 2])
 
 
+def sgd(parameters):
+    return {"optimizer": torch.optim.SGD(parameters, lr=0.1)}
+
+
 def names(folder):
     return sorted(os.listdir(folder))
 
@@ -79,6 +86,33 @@ def test_weights_are_saved_under_the_models_own_names_and_only_by_who_writes(tmp
     saver.step(0, now=True)
     saver.step(1)
     assert not folder.exists()
+
+
+def test_a_checkpoint_of_a_training_holds_the_window_of_its_log(tmp_path):
+    with EventStorage() as storage:
+        storage.put_scalar("loss", 2.0)
+        save_run(tmp_path, [0])
+        assert resume(tmp_path)[1]["log_window"] == storage.window()
+
+
+def test_a_changed_weight_decay_counts_on_resume(tmp_path):
+    model = make_model()
+    DetectionCheckpointer(model, str(tmp_path), **sgd(model.parameters())).save("model_0000001", iteration=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.25)
+    DetectionCheckpointer(model, str(tmp_path), optimizer=optimizer).resume_or_load("")
+    group = optimizer.param_groups[0]
+    # A schedule sets the rate.
+    assert (group["weight_decay"], group["lr"]) == (0.25, 0.1)
+
+
+@pytest.mark.parametrize(("world_size", "mean"), [(2, 1), (3, 0)])
+def test_each_rank_takes_its_own_running_statistics(monkeypatch, world_size, mean):
+    monkeypatch.setattr(comm, "get_rank", lambda: 1)
+    monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+    saved = [{"model": {"bn.running_mean": rank}} for rank in range(2)]
+    states = {"model": {"bn.running_mean": 0}, "norm_buffers": saved}
+    take_norm_buffers(states)
+    assert states == {"model": {"bn.running_mean": mean}}
 
 
 class Bomb:
@@ -281,11 +315,7 @@ def test_only_resume_takes_the_checkpoint_and_its_iteration(tmp_path, log, exten
     assert value_of(model) == 1.0
 
 
-def sgd(parameters):
-    return {"optimizer": torch.optim.SGD(parameters, lr=0.1)}
-
-
-# The second model as after a change of SOLVER.OPTIMIZER, and the third as after one of FREEZE_AT.
+# As after a change of the model, of SOLVER.OPTIMIZER, of FREEZE_AT.
 OTHER_RUNS = {
     "another width": (lambda: make_model(width=5), lambda m: {}, r"3\.pth.*another model.*0\.weight"),
     "a layer less": (lambda: make_model()[:1], lambda m: {}, r"3\.pth.*another model.*1\.weight"),
