@@ -165,7 +165,9 @@ def test_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, script, tm
     options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 0, "LOG_PERIOD", 5]
     # Without clipping the norm of the gradients is computed for the log alone.
     options += ["SOLVER.CLIP_GRADIENTS.ENABLED", script == "epoch"]
-    options += [*EPOCHS, "SOLVER.MAX_EPOCHS", 3, *WORKER[:4]] if script == "epoch" else ["SOLVER.MAX_ITER", 16]
+    options += (
+        [*EPOCHS, "SOLVER.MAX_EPOCHS", 3, *WORKER[:4]] if script == "epoch" else ["SOLVER.MAX_ITER", 16]
+    )
     finish(tmp_path / "whole", options, script=script, ranks=2)
     # Ctrl-C is sent to the whole group, and ends the reader of a pipe too.
     faults = without_a_reader if number == signal.SIGINT else None
