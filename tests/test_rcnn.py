@@ -12,24 +12,21 @@ from model_helpers import (
     SMALL_HEAD,
     TINY,
     K,
-    assert_finds_what_torchvision_finds,
     assert_same_detections,
-    assert_same_losses,
     build,
-    different_settings,
+    make_batch,
     make_cfg,
     make_sample,
     norm_types,
     randomize_predictions,
+    same_input,
     torchvision_backbone,
     torchvision_inputs,
-    torchvision_pair,
     transform_arguments,
     two_samples,
 )
 from torch import nn
 from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -38,9 +35,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from plaintrain.export import describe
 from plaintrain.masks import sample_masks
-from plaintrain.modeling import roi_heads
+from plaintrain.modeling import matching, roi_heads, rpn
 from plaintrain.modeling.tta import DetectorWithTTA
-from plaintrain.utils.errors import UserError
 
 LOSSES = {
     "loss_cls": "loss_classifier",
@@ -49,40 +45,7 @@ LOSSES = {
     "loss_rpn_loc": "loss_rpn_box_reg",
 }
 
-# ---- torchvision's architectures ---------------------------------------------------------------
-
-# torchvision's name -> eps of its frozen norms, and arguments of its function.
-TORCHVISION = {
-    "fasterrcnn_resnet50_fpn": {"eps": 0.0},
-    "fasterrcnn_resnet50_fpn_v2": {},
-    "fasterrcnn_mobilenet_v3_large_fpn": {"eps": 1e-5},
-    "fasterrcnn_mobilenet_v3_large_320_fpn": {"eps": 1e-5},
-    "maskrcnn_resnet50_fpn": {"eps": 0.0},
-    "maskrcnn_resnet50_fpn_v2": {},
-    "keypointrcnn_resnet50_fpn": {"eps": 0.0, "num_keypoints": KEYPOINTS},
-}
-
-
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvisions_architectures_load_and_find_the_same(name):
-    size = (96, 128)
-    model, plain = torchvision_pair(name, size, label_offset=1, **TORCHVISION[name])
-    different = different_settings(model, plain)
-    if "mobilenet" in name:
-        # torchvision's names of levels that it does not have.
-        assert different.pop("roi_heads.box_roi_pool.featmap_names")
-    if "mask" in name:
-        assert different.pop("masks_aligned") == different.pop("roi_heads.masks_aligned") == (False, None)
-    assert not different
-    for network in (model, plain):
-        # Few, for speed, and whatever their scores.
-        network.rpn._pre_nms_top_n["testing"] = network.rpn._post_nms_top_n["testing"] = 40
-        network.rpn.score_thresh = network.roi_heads.score_thresh = 0.0
-        network.roi_heads.detections_per_img = 8
-    assert_finds_what_torchvision_finds(model, plain, size, label_offset=1)
-
-
-# ---- losses, detections and proposals of small ones --------------------------------------------
+# ---- losses, detections and proposals ----------------------------------------------------------
 
 
 def torchvision_rcnn(model=FasterRCNN, **kwargs):
@@ -115,28 +78,96 @@ def torchvision_keypoint_rcnn():
 
 
 MODELS = {
-    "faster": ((), torchvision_rcnn, {}),
-    "mask": (
-        (*MASK, "MODEL.ROI_MASK_HEAD.ALIGNED", False),
-        torchvision_mask_rcnn,
-        {"loss_mask": "loss_mask"},
-    ),
-    "keypoint": (KEYPOINT, torchvision_keypoint_rcnn, {"loss_keypoint": "loss_keypoint"}),
+    "faster": ((), torchvision_rcnn),
+    "mask": ((*MASK, "MODEL.ROI_MASK_HEAD.ALIGNED", False), torchvision_mask_rcnn),
+    "keypoint": (KEYPOINT, torchvision_keypoint_rcnn),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_losses_are_torchvisions(name):
-    keys, make, names = MODELS[name]
-    model, plain = build(*RESNET18, *SMALL_HEAD, *keys), make()
-    # All are sampled: the two do not draw alike.
+def build_pair(name="faster", spread=0.1):
+    """A model and torchvision's, of the same weights, which get the same features and RoIs, bit for bit.
+
+    Rounding, another on each CPU, would decide about NMS and ReLU.
+    """
+    keys, make_plain = MODELS[name]
+    model, plain = build(*RESNET18, *SMALL_HEAD, *keys), make_plain()
+    randomize_predictions(model, spread)
+    plain.load_state_dict(model.state_dict())
+    same_input(model, plain)
+    plain.roi_heads.box_roi_pool = model.roi_heads.box_roi_pool
+    return model, plain
+
+
+def assert_same_losses_and_gradients(model, losses, plain, expected):
+    names = {name: LOSSES.get(name, name) for name in losses}
+    assert set(names.values()) == set(expected)
+    for ours, theirs in names.items():
+        torch.testing.assert_close(losses[ours], expected[theirs], rtol=1e-5, atol=1e-5)
+    sum(losses.values()).backward()
+    sum(expected.values()).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        scale = theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3 * scale + 1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("faster", (0,)), ("faster", (2, 1, 0, 17)), ("mask", (1, 30)), ("keypoint", (0, 3))],
+)
+def test_losses_and_gradients_are_torchvisions_where_all_are_sampled(name, numbers):
+    model, plain = build_pair(name)
     for part in (model.rpn, plain.rpn, model.roi_heads, plain.roi_heads):
         part.fg_bg_sampler.batch_size_per_image = 10**6
-    randomize_predictions(model, spread=0.1)
-    plain.load_state_dict(model.state_dict())
-    samples = two_samples()
-    found, expected = model(samples), plain(*torchvision_inputs(samples, label_offset=1))
-    assert_same_losses(found, expected, LOSSES | names)
+    samples = make_batch(numbers)
+    losses, expected = model(samples), plain(*torchvision_inputs(samples, 1))
+    assert all(loss > 0 or max(numbers) == 0 for loss in losses.values())
+    assert_same_losses_and_gradients(model, losses, plain, expected)
+
+
+class Drawn:
+    """A sampler of torchvision's that takes, in each call, the candidates of the next draw of ours."""
+
+    def __init__(self, draws):
+        self._draws = draws
+
+    def __call__(self, labels):
+        candidates, index, exists = self._draws.pop(0)
+        taken = torch.zeros_like(candidates).scatter_(1, index, exists) & candidates
+        # What is padding to us is not there for torchvision, and all else in the same order.
+        rows = [
+            t[c] if len(label) < len(t) else t for t, c, label in zip(taken, candidates, labels, strict=True)
+        ]
+        assert [len(row) for row in rows] == [len(label) for label in labels]
+        pairs = list(zip(rows, labels, strict=True))
+        return [row & (label >= 1) for row, label in pairs], [row & (label == 0) for row, label in pairs]
+
+
+@pytest.mark.parametrize("numbers", [(0, 5), (2, 1, 17)], ids=str)
+def test_losses_and_gradients_are_torchvisions_for_the_same_samples(numbers, monkeypatch):
+    draws, proposals = [], []
+
+    def sample(matched, background, sampler):
+        drawn = matching.sample(matched, background, sampler)
+        draws.append((matched | background, *drawn))
+        return drawn
+
+    monkeypatch.setattr(rpn, "sample", sample)
+    monkeypatch.setattr(roi_heads, "sample", sample)
+    model, plain = build_pair(spread=0.3)
+    for part in (model.rpn, model.roi_heads):
+        part.fg_bg_sampler.batch_size_per_image = 24
+    model.roi_heads.register_forward_pre_hook(lambda _, inputs: proposals.append(inputs[1]))
+    samples = make_batch(numbers)
+    torch.manual_seed(0)
+    losses = model(samples)
+    assert all(exists.sum() > 0 and index.shape[1] == 24 for _, index, exists in draws)
+    ((boxes, exists),) = proposals
+    same = [b[e] for b, e in zip(boxes, exists, strict=True)], None
+    monkeypatch.setattr(plain.rpn, "filter_proposals", lambda *_: same)
+    plain.rpn.fg_bg_sampler = plain.roi_heads.fg_bg_sampler = Drawn(draws)
+    expected = plain(*torchvision_inputs(samples, 1))
+    assert not draws
+    assert_same_losses_and_gradients(model, losses, plain, expected)
 
 
 def test_the_keypoint_loss_has_a_weight():
@@ -178,6 +209,29 @@ def test_masks_and_keypoints_are_in_the_original_images_pixels():
     assert (points <= scaled["boxes"][:, None, 2:] + 1).all()
 
 
+@pytest.mark.parametrize("score", [0.0, 0.8])
+def test_proposals_in_training_are_torchvisions(score):
+    model = build(
+        *RESNET18, *SMALL_HEAD, "MODEL.RPN.SCORE_THRESH", score, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 60
+    )
+    plain = torchvision_rcnn(rpn_score_thresh=score)
+    plain.rpn._post_nms_top_n["training"] = 60
+    randomize_predictions(model)
+    plain.load_state_dict(model.state_dict())
+    samples = make_batch((1, 2, 3))
+    images, _ = model.transform([s["image"] for s in samples])
+    with torch.no_grad():
+        features = model.backbone.eval()(images.tensors)
+        targets = torchvision_inputs(samples, 1)[1]
+        (boxes, exists), _ = model.rpn(images, features, targets)
+        expected, _ = plain.rpn(images, features, targets)
+    assert boxes.shape == (3, 60, 4) and exists.shape == (3, 60)
+    for b, e, theirs in zip(boxes, exists, expected, strict=True):
+        assert len(theirs) > 5 and e.sum() == len(theirs)
+        torch.testing.assert_close(b[e], theirs, rtol=1e-5, atol=1e-4)
+    assert exists.all() == (score == 0)
+
+
 def test_proposals_are_those_of_torchvisions_rpn():
     detector = torchvision_rcnn(**transform_arguments((0, 0, 0), (255, 255, 255))).eval()
     randomize_predictions(detector)
@@ -196,27 +250,6 @@ def test_proposals_are_those_of_torchvisions_rpn():
         assert ours["scores"].diff().le(0).all() and ours["scores"].unique().numel() > 50
         assert ours["scores"].min() > 0 and ours["scores"].max() < 1
         assert ours["labels"].equal(torch.zeros(60, dtype=torch.int64))
-
-
-def test_proposals_are_scored_by_their_own_anchors():
-    model = build(*TINY, *PROPOSALS, "MODEL.RPN.NMS_THRESH", 1.0).eval()
-    randomize_predictions(model)
-    # Boxes are their anchors, far enough inside the image not to be clipped.
-    for parameter in model.rpn.head.bbox_pred.parameters():
-        parameter.data.zero_()
-    sample = make_sample(64, 64)
-    with torch.no_grad():
-        (found,) = model([sample])
-        images, _ = model.transform([sample["image"]])
-        features = list(model.backbone(images.tensors).values())
-        (objectness,), _ = model.rpn.head(features)
-        (anchors,) = model.rpn.anchor_generator(images, features)
-    objectness = objectness[0].permute(1, 2, 0).flatten().sigmoid()
-    inside = (anchors.min(dim=1).values >= 0) & (anchors.max(dim=1).values <= 64)
-    assert inside.sum() > 20
-    for anchor, score in zip(anchors[inside], objectness[inside], strict=True):
-        same = (found["boxes"] - anchor).abs().amax(dim=1) < 1e-3
-        assert (found["scores"][same] - score).abs().min() < 1e-5
 
 
 def test_losses_of_proposals_are_those_of_the_rpn_in_faster_rcnn():
