@@ -216,14 +216,6 @@ def torchvision_backbone(levels, extra_blocks):
     )
 
 
-def assert_same_losses(found, expected, names):
-    """`names`: ours -> torchvision's."""
-    assert set(found) == set(names) and set(expected) == set(names.values())
-    for ours, theirs in names.items():
-        assert found[ours].shape == () and found[ours].item() > 0
-        torch.testing.assert_close(found[ours], expected[theirs], rtol=1e-5, atol=1e-5)
-
-
 def assert_same_detections(found, expected, label_offset, at_least):
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
