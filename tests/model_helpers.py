@@ -1,6 +1,7 @@
 """Small configs and samples for the tests of plaintrain.modeling, and what compares with torchvision."""
 
 import math
+from unittest import mock
 
 import torch
 from torch import nn
@@ -176,6 +177,18 @@ def random_boxes(*shape, seed=0):
 def build(*overrides, seed=0):
     torch.manual_seed(seed)
     return build_model(make_cfg(*overrides))
+
+
+def initialise_at_most(elements):
+    """Leave bigger tensors as the memory is: they will be overwritten, or dropped (VGG's classifier)."""
+
+    def limit(initialise):
+        return lambda tensor, *args, **kwargs: (
+            tensor if tensor.numel() > elements else initialise(tensor, *args, **kwargs)
+        )
+
+    names = ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "normal_", "uniform_")
+    return mock.patch.multiple(nn.init, **{name: limit(getattr(nn.init, name)) for name in names})
 
 
 def randomize_predictions(model, spread=0.5):

@@ -3,7 +3,6 @@
 import io
 import math
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from model_helpers import (
     KEYPOINTS,
     K,
     assert_same_detections,
+    initialise_at_most,
     make_overrides,
     make_sample,
     randomize_predictions,
@@ -90,18 +90,6 @@ def build_pair(name, size, label_offset, eps=None, **arguments):
         model = build_model(cfg)
     model.load_state_dict(torch.load(file, weights_only=True))
     return model.eval(), plain.eval()
-
-
-def initialise_at_most(elements):
-    """Leave bigger tensors as the memory is: they will be overwritten, or dropped (VGG's classifier)."""
-
-    def limit(initialise):
-        return lambda tensor, *args, **kwargs: (
-            tensor if tensor.numel() > elements else initialise(tensor, *args, **kwargs)
-        )
-
-    names = ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "normal_", "uniform_")
-    return mock.patch.multiple(nn.init, **{name: limit(getattr(nn.init, name)) for name in names})
 
 
 def settle_norms(backbone, images):

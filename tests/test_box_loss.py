@@ -6,20 +6,17 @@ import pytest
 import torch
 from model_helpers import (
     PROPOSALS,
-    RESNET18,
     SMALL_HEAD,
     TINY,
     build,
-    make_cfg,
     randomize_predictions,
     two_samples,
 )
 from torchvision.models.detection._utils import BoxCoder
 
-from plaintrain.config import check_cfg, get_cfg
+from plaintrain.config import get_cfg
 from plaintrain.modeling import matching, rpn
 from plaintrain.modeling.box_loss import BoxLoss, box_losses
-from plaintrain.utils.errors import UserError
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 RPN, BOX = "MODEL.RPN.", "MODEL.ROI_BOX_HEAD."
@@ -69,8 +66,7 @@ def found_loss(recipe):
     return loss.item()
 
 
-@pytest.mark.parametrize("beta", [0.0, 1 / 9, 0.5, 3.0])
-@pytest.mark.parametrize("weight", [1.0, 2.5])
+@pytest.mark.parametrize(("beta", "weight"), [(0.0, 1.0), (1 / 9, 2.5), (3.0, 1.0)])
 def test_smooth_l1_has_any_beta_and_0_is_l1(beta, weight):
     terms = [
         plain_smooth_l1(delta - wanted, beta)
@@ -93,7 +89,7 @@ def test_giou_compares_the_boxes():
 
 def losses_with(*overrides):
     """The losses of one model on the same samples, under some recipe."""
-    model = build(*RESNET18, *SMALL_HEAD, *overrides)
+    model = build(*TINY, *SMALL_HEAD, *overrides)
     randomize_predictions(model, spread=0.1)
     torch.manual_seed(0)
     return {name: loss.item() for name, loss in model(two_samples()).items()}
@@ -154,23 +150,3 @@ def test_detectron2s_files_have_its_recipe():
     assert (proposals.SMOOTH_L1_BETA, proposals.LOSS_NORMALIZER) == (0.0, "batch_size")
     assert (proposals.LOSS_WEIGHT, proposals.BBOX_REG_LOSS_WEIGHT) == (1.0, 1.0)
     assert (box.SMOOTH_L1_BETA, box.BBOX_REG_LOSS_WEIGHT, box.POOLER_TYPE) == (0.0, 1.0, "ROIAlignV2")
-
-
-@pytest.mark.parametrize("key", [RPN + "SMOOTH_L1_BETA", BOX + "SMOOTH_L1_BETA"])
-@pytest.mark.parametrize("value", [-0.1, float("nan")])
-def test_a_beta_below_0_is_refused(key, value):
-    with pytest.raises(UserError, match=f"{key} is {value}"):
-        build(*TINY, *SMALL_HEAD, key, value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        (RPN + "BBOX_REG_LOSS_TYPE", "diou"),
-        (BOX + "BBOX_REG_LOSS_TYPE", "l2"),
-        (RPN + "LOSS_NORMALIZER", "images"),
-    ],
-)
-def test_a_recipe_that_is_not_built_is_refused(key, value):
-    with pytest.raises(UserError, match=key):
-        check_cfg(make_cfg(key, value))

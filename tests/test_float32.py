@@ -37,28 +37,14 @@ def test_outputs_become_float32_in_dicts_lists_and_tuples_at_any_depth(dtype):
     assert given["a"] is low and low.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
-def test_tensors_of_other_types_are_the_same_objects(dtype):
-    head, value = Returns(), torch.ones(2, dtype=dtype)
-    keep_float32(heads=[head])
-    assert head(value) is value and head({"a": [value]})["a"][0] is value
-
-
-def test_only_the_modules_that_are_named_are_changed():
-    heads = [Returns(), Returns(), Returns()]
-    keep_float32(heads=heads[:2])
+def test_other_types_and_other_modules_are_left_as_they_are():
+    heads = [Returns(), Returns()]
+    keep_float32(heads=heads[:1])
+    for dtype in (torch.float32, torch.float64, torch.int64):
+        value = torch.ones(2, dtype=dtype)
+        assert heads[0](value) is value and heads[0]({"a": [value]})["a"][0] is value
     low = torch.ones(1, dtype=torch.bfloat16)
-    assert [head(low).dtype for head in heads] == [torch.float32, torch.float32, torch.bfloat16]
-
-
-def test_gradients_pass_through():
-    layer = nn.Linear(2, 1)
-    keep_float32(heads=[layer])
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = layer(torch.ones(1, 2)).sum()
-    assert loss.dtype == torch.float32
-    loss.backward()
-    assert layer.weight.grad.tolist() == [[1.0, 1.0]]
+    assert heads[0](low).dtype == torch.float32 and heads[1](low) is low
 
 
 # ---- anchors ---------------------------------------------------------------------------------
@@ -77,8 +63,10 @@ def anchors(generator, dtype):
     return found
 
 
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("torchvision", torch.bfloat16), ("detectron2", torch.float16), ("ssd", torch.bfloat16)],
+)
 def test_anchors_of_features_in_low_precision_are_those_of_float32(name, dtype):
     generator = GENERATORS[name]()
     keep_float32(anchors=[generator])
@@ -88,13 +76,6 @@ def test_anchors_of_features_in_low_precision_are_those_of_float32(name, dtype):
     assert found.dtype == torch.float32 and found.equal(exact)
     # Nor is anything left behind for features in full precision.
     assert anchors(generator, torch.float32).equal(exact)
-
-
-def test_without_it_anchors_of_bfloat16_are_off_by_pixels():
-    """What it is there for; should torchvision ever change this, it can go."""
-    exact = anchors(GENERATORS["torchvision"](), torch.float32)
-    found = anchors(GENERATORS["torchvision"](), torch.bfloat16)
-    assert (found.float() - exact).abs().max() >= 1
 
 
 class Shapes(nn.Module):
@@ -123,4 +104,7 @@ def test_a_copied_model_keeps_it():
     generator, head = copy.deepcopy([generator, head])
     assert anchors(generator, torch.bfloat16).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert head(torch.ones(1, 1)).dtype == torch.float32
+        loss = head(torch.ones(1, 1)).sum()
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert head.weight.grad.item() == 1
