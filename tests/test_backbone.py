@@ -125,20 +125,6 @@ def test_resnets_are_torchvisions(name, keys):
     assert body.layer1[0].conv2.groups == expected.layer1[0].conv2.groups
 
 
-@pytest.mark.parametrize(
-    ("keys", "levels"),
-    [
-        ((*SSDLITE,), [(672, 20), (480, 10), (512, 5), (256, 3), (256, 2), (128, 1)]),
-        (VGG, [(512, 38), (1024, 19), (512, 10), (256, 5), (256, 3), (256, 1)]),
-    ],
-)
-def test_levels_of_ssds_backbones(keys, levels):
-    cfg = make_cfg(*keys)
-    with torch.device("meta"):
-        features = build_backbone(cfg).eval()(torch.zeros(1, 3, *cfg.INPUT.FIXED_SIZE))
-    assert [(f.shape[1], f.shape[2], f.shape[3]) for f in features.values()] == [(c, s, s) for c, s in levels]
-
-
 def test_the_first_stages_of_vgg_are_frozen():
     counts = []
     for freeze_at in range(6):

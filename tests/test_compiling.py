@@ -10,12 +10,10 @@ from model_helpers import ARCHITECTURES, MASK, SMALL_HEAD, TINY, build, make_sam
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from plaintrain.config import get_cfg
 from plaintrain.ema import ModelEMA
 from plaintrain.modeling import compiling
 from plaintrain.modeling.compiling import careful, compile_parts
 from plaintrain.modeling.frozen_norm import fold_frozen_norms
-from plaintrain.solver import build_optimizer
 
 LAST = ("MODEL.CHANNELS_LAST", True)
 
@@ -81,27 +79,6 @@ def test_files_and_averages_fit_both_memory_formats(tmp_path):
     ema = ModelEMA(model)
     ema.update()
     assert layout_of(ema.module) == layout_of(model)
-
-
-def test_an_optimizer_continues_in_the_other_memory_format():
-    cfg = get_cfg()
-    cfg.merge_from_list(["SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", 0.1])
-    torch.manual_seed(0)
-    plain = nn.Conv2d(3, 4, 3)
-    other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-    optimizers = [build_optimizer(cfg, module) for module in (plain, other)]
-    image = torch.randn(1, 3, 8, 8)
-    for turn in range(2):
-        for module, optimizer in zip((plain, other), optimizers, strict=True):
-            optimizer.zero_grad()
-            module(image).square().sum().backward()
-            optimizer.step()
-        torch.testing.assert_close(plain.weight, other.weight.contiguous(), rtol=1e-4, atol=1e-5)
-        if turn == 0:
-            states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
-            for optimizer, state in zip(optimizers, reversed(states), strict=True):
-                optimizer.load_state_dict(state)
-    assert not other.weight.is_contiguous()
 
 
 # ---- compiling ---------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerato
 from plaintrain.modeling.backbone import build_backbone
 from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 from plaintrain.modeling.fcos import assign_centres
-from plaintrain.modeling.losses import focal_loss, giou_loss, smooth_l1_loss
+from plaintrain.modeling.losses import focal_loss, giou_loss
 from plaintrain.modeling.matching import match, pad_targets
 from plaintrain.modeling.ssd import count_hard
 
@@ -153,23 +153,15 @@ def test_losses_gradients_and_detections_are_torchvisions(name, numbers):
 @ALL_THREE
 def test_a_batch_that_is_matched_image_by_image_has_the_same_losses(name):
     model, samples = build(*MODELS[name]), samples_of(name, (2, 0, 17, 1))
-    expected = model(samples)
-    with mock.patch.object(matching, "_MAX_PAIRS", 1):
+    expected, batches, pairwise_iou = model(samples), [], matching._pairwise_iou
+
+    def compute_iou(boxes, others):
+        batches.append(len(boxes))
+        return pairwise_iou(boxes, others)
+
+    with mock.patch.multiple(matching, _MAX_PAIRS=1, _pairwise_iou=compute_iou):
         torch.testing.assert_close(model(samples), expected, rtol=0, atol=0)
-
-
-def test_in_parts_assigns_as_many_images_at_once_as_there_is_room_for():
-    boxes, candidates, sizes = torch.rand(5, 3, 4), torch.rand(1, 100, 4), []
-
-    def assign(boxes, exists, candidates):
-        assert boxes.shape[1:] == (3, 4) and exists.shape[1:] == (3, 1) and candidates.shape[1:] == (100, 4)
-        sizes.append((len(boxes), len(exists), len(candidates)))
-        return boxes, candidates
-
-    with mock.patch.object(matching, "_MAX_PAIRS", 699):
-        joined = matching.in_parts(assign, boxes, torch.ones(5, 3, 1).bool(), candidates)
-    assert sizes == [(2, 2, 2), (2, 2, 2), (1, 1, 1)]
-    assert joined[0].equal(boxes) and joined[1].equal(candidates.expand(5, -1, -1))
+    assert batches == ([] if name == "fcos" else [1] * 4)
 
 
 # ---- SSD's matches and hard negatives ----------------------------------------------------------
@@ -276,15 +268,6 @@ def test_giou_and_its_gradient_are_torchvisions_where_boxes_count():
     boxes = torch.full((1, 2, 4), float("inf"), requires_grad=True)
     giou_loss(boxes, targets[:, :2], torch.zeros(1, 2).bool()).sum().backward()
     assert not boxes.grad.any()
-
-
-def test_smooth_l1_ignores_nan_targets_of_anchors_that_do_not_count():
-    deltas = torch.tensor([[[0.1, 1.0, -2.0, 0.0], [5.0, 5.0, 5.0, 5.0]]], requires_grad=True)
-    targets = torch.tensor([[[0.0] * 4, [float("nan"), float("inf"), 0.0, 0.0]]])
-    loss = smooth_l1_loss(deltas, targets, torch.tensor([[True, False]]), 0.5)
-    assert loss[0].tolist() == pytest.approx([0.1**2 / 2 / 0.5 + (1 - 0.25) + (2 - 0.25), 0])
-    loss.sum().backward()
-    assert deltas.grad.isfinite().all() and not deltas.grad[0, 1].any() and deltas.grad[0, 0].any()
 
 
 # ---- anchors are kept --------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from model_helpers import (
     randomize_predictions,
 )
 from shared.syncs import count_syncs
-from torchvision.models.detection import ssd
 from torchvision.models.detection.roi_heads import RoIHeads, keypoints_to_heatmap
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints as plain_heatmaps_to_keypoints
 from torchvision.models.detection.rpn import RegionProposalNetwork
@@ -118,21 +117,6 @@ def test_keypoints_are_found_where_they_are_without_a_shift(side):
     maps = (-(far[0][:, None, :] + far[1][:, :, None]) / 8).exp()[:, None]
     found, _ = heatmaps_to_keypoints(maps, boxes)
     assert ((found[:, 0, :2] - points).mean(dim=0).abs() < 0.1).all()
-
-
-# ---- anchors -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("threshold", "topk"), [(0.0, 400), (0.3, 5), (0.6, 400), (1.0, 400)])
-def test_ssds_detections_are_torchvisions(threshold, topk):
-    model = build(*TINY, *SSD).eval()
-    model.score_thresh, model.topk_candidates, model.detections_per_img = threshold, topk, 60
-    outputs = {"cls_logits": torch.randn(3, 200, 4), "bbox_regression": torch.randn(3, 200, 4)}
-    anchors = [random_boxes(200)] * 3
-    found = model.postprocess_detections(outputs, anchors, SIZES)
-    assert_equal(found, ssd.SSD.postprocess_detections(model, outputs, anchors, SIZES))
-    lengths = [len(detection["scores"]) for detection in found]
-    assert max(lengths) == 0 if threshold == 1 else max(lengths) > 10
 
 
 # ---- sync points -------------------------------------------------------------------------------

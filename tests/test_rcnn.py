@@ -191,24 +191,6 @@ def test_detections_of_a_batch_are_torchvisions():
     assert_same_detections(found, expected, label_offset=1, at_least=10)
 
 
-def test_masks_and_keypoints_are_in_the_original_images_pixels():
-    model = build(*TINY, *SMALL_HEAD, *MASK, *KEYPOINT, "TEST.DETECTIONS_PER_IMAGE", 5).eval()
-    randomize_predictions(model)
-    with torch.no_grad():
-        (found,) = model([make_sample(64, 96)])
-        (scaled,) = model([make_sample(64, 96, original=(128, 480))])
-    assert found["masks"].shape == (5, 64, 96) and found["keypoints"].shape == (5, KEYPOINTS, 3)
-    assert scaled["masks"].shape == (5, 128, 480) and scaled["masks"].dtype == torch.bool
-    torch.testing.assert_close(scaled["keypoints"], found["keypoints"] * torch.tensor([5.0, 2.0, 1.0]))
-    for mask, (x0, y0, x1, y1) in zip(scaled["masks"], scaled["boxes"].tolist(), strict=True):
-        y, x = mask.nonzero(as_tuple=True)
-        assert x0 <= x.min() + 0.5 and x.max() + 0.5 <= x1
-        assert y0 <= y.min() + 0.5 and y.max() + 0.5 <= y1
-    points = scaled["keypoints"][..., :2]
-    assert (points >= scaled["boxes"][:, None, :2] - 1).all()
-    assert (points <= scaled["boxes"][:, None, 2:] + 1).all()
-
-
 @pytest.mark.parametrize("score", [0.0, 0.8])
 def test_proposals_in_training_are_torchvisions(score):
     model = build(

@@ -288,18 +288,6 @@ def test_a_mirrored_view_gives_the_mirrored_detections_of_its_image():
 # ---- merging -----------------------------------------------------------------------------------
 
 
-def test_flips_and_scales_are_undone(scenes):
-    mapper = TTAMapper((0, 64, 80, 16), 1000, keypoint_flip_indices=ORDER)
-    # At a threshold of 1, what is found in each view is kept.
-    found = run(DetectorWithTTA(Seeing(), 1.0, 100), [mapper(record) for record in scenes])
-    for result, (_, _, box) in zip(found, SCENES, strict=True):
-        assert len(result["boxes"]) == 8
-        for boxes, points in zip(result["boxes"], result["keypoints"], strict=True):
-            expected = torch.tensor(truth(box)).float()
-            torch.testing.assert_close(boxes, torch.tensor(box).float(), rtol=0, atol=1.0)
-            torch.testing.assert_close(points[:, :2], expected, rtol=0, atol=1.0)
-
-
 def test_detections_compete_within_their_class_over_all_views():
     first = detection([BOX, BOX], [0.5, 0.7], [0, 1])
     second = detection([NEAR, NEAR, [50, 0, 60, 10]], [0.6, 0.4, 0.3], [0, 2, 0])
