@@ -106,15 +106,6 @@ def test_aligned_boxes_of_many_images_are_pooled_from_the_level_of_their_size(ra
         torch.testing.assert_close(row, expected[0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_first_level_is_that_of_the_first_stride():
-    maps = {"a": torch.rand(1, 2, 16, 16), "b": torch.rand(1, 2, 8, 8)}
-    pool = RoIAlign(["a", "b"], 3, 2, [16, 32], aligned=True)
-    for side, name, stride in ((100.0, "a", 16), (447.0, "a", 16), (448.0, "b", 32)):
-        boxes = [torch.tensor([[0.0, 0, side, side]])]
-        expected = roi_align(maps[name], boxes, 3, 1 / stride, 2, aligned=True)
-        torch.testing.assert_close(pool(maps, boxes, [(256, 256)]), expected)
-
-
 @pytest.mark.parametrize(("backbone", "strides"), [(TINY, [8]), (RESNET18, [4, 8, 16, 32])])
 def test_poolers_of_a_config(backbone, strides):
     model = build(
