@@ -81,7 +81,6 @@ def test_the_fpn_has_its_own_norm(norm):
         (("MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone"), {"0": 4, "1": 4, "pool": 2}),
         (TINY, {"0": 16}),
         ((*TINY, "MODEL.TINY.CHANNELS", [8, 8]), {"0": 32}),
-        ((*TINY, "MODEL.TINY.NUM_LEVELS", 2), {"0": 32, "1": 16}),
         ((*TINY, "MODEL.TINY.NUM_LEVELS", 3), {"0": 64, "1": 32, "2": 16}),
     ],
 )

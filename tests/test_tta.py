@@ -9,7 +9,7 @@ from model_helpers import ARCHITECTURES, TINY, K, build, make_cfg, make_override
 from PIL import Image
 from torch import nn
 
-from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader, tta
+from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
 from plaintrain.data.shapes import load_shapes
 from plaintrain.data.tta import TTAMapper, build_tta_mapper
 from plaintrain.evaluation import COCOEvaluator, inference_on_dataset
@@ -21,7 +21,7 @@ from plaintrain.utils.errors import UserError
 AUG = ("TEST.AUG.ENABLED", True)
 # Left and right change places, the nose stays.
 ORDER = (1, 0, 2)
-SSD, MASKS = ARCHITECTURES["ssd"], ARCHITECTURES["mask_keypoint_rcnn"]
+MASKS = ARCHITECTURES["mask_keypoint_rcnn"]
 # IoU 0.6 with the box of 10 x 10.
 BOX, NEAR = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 6.0]
 
@@ -158,15 +158,6 @@ def test_views_are_what_the_plain_mapper_makes_and_its_mirror_images(cfg, shapes
                 assert type(image) is torch.Tensor and image.dtype == torch.uint8 and image.is_contiguous()
 
 
-def test_an_image_is_read_once_and_no_view_is_mirrored_without_flip(cfg, shapes, monkeypatch):
-    reads, read_image = [], tta.read_image
-    monkeypatch.setattr(tta, "read_image", lambda name, *args: reads.append(name) or read_image(name, *args))
-    views = TTAMapper([30, 40, 50], 100, flip=False)(shapes[0])["views"]
-    assert reads == [shapes[0]["file_name"]]
-    assert [view["image"].shape[1:] for view in views] == [(30, 45), (40, 60), (50, 75)]
-    assert not any(view["flipped"] for view in views)
-
-
 def test_the_order_of_keypoints_comes_from_the_dataset(cfg, shapes):
     cfg.TEST.AUG.MIN_SIZES, cfg.MODEL.KEYPOINT_ON = (40,), True
     views = build_tta_mapper(cfg, "few_shapes")(shapes[0])["views"]
@@ -183,8 +174,10 @@ def test_the_order_of_keypoints_comes_from_the_dataset(cfg, shapes):
 
 def test_the_test_loader_makes_views_unless_it_is_given_a_mapper(cfg, shapes):
     cfg.TEST.AUG.MIN_SIZES, cfg.TEST.IMS_PER_BATCH = (40,), 2
-    (samples,) = build_detection_test_loader(cfg, "few_shapes", sampler=range(2))
-    assert [len(sample["views"]) for sample in samples] == [2, 2]
+    for flip, flipped in ((True, [False, True]), (False, [False])):
+        cfg.TEST.AUG.FLIP = flip
+        (samples,) = build_detection_test_loader(cfg, "few_shapes", sampler=range(2))
+        assert [[view["flipped"] for view in sample["views"]] for sample in samples] == [flipped] * 2
     mapper = DatasetMapper(cfg, is_train=False)
     (samples,) = build_detection_test_loader(cfg, "few_shapes", mapper=mapper, sampler=range(2))
     assert all("image" in sample and "views" not in sample for sample in samples)
@@ -391,19 +384,7 @@ def test_masks_are_not_made_twice_and_the_branch_comes_back():
     assert model.roi_heads.mask_roi_pool is pool and model.roi_heads.has_mask()
 
 
-# ---- empty images, whole evaluations, mistakes -------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["mask_keypoint_rcnn", "ssd"])
-def test_images_without_detections(name):
-    none = [f"MODEL.{key}" for key in ("ROI_HEADS.SCORE_THRESH_TEST", "SSD.SCORE_THRESH_TEST")]
-    overrides = [*ARCHITECTURES[name], *AUG, *(part for key in none for part in (key, 1.0))]
-    model = build_tta(make_cfg(*overrides), build(*overrides).eval())
-    samples = [sample_of(False, True, view=(64, 64), order=(0, 3, 2, 1)) for _ in range(2)]
-    for found in run(model, samples):
-        parts = {"masks": (0, 20, 30), "keypoints": (0, 4, 3)} if name == "mask_keypoint_rcnn" else {}
-        shapes = {"boxes": (0, 4), "scores": (0,), "labels": (0,), **parts}
-        assert {key: tuple(value.shape) for key, value in found.items()} == shapes
+# ---- whole evaluations and mistakes ------------------------------------------------------------
 
 
 def test_a_detector_that_finds_all_in_every_view_scores_100_and_is_trained_on(cfg, scenes):
