@@ -10,7 +10,6 @@ from model_helpers import ARCHITECTURES, MASK, SMALL_HEAD, TINY, build, make_sam
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from plaintrain.ema import ModelEMA
 from plaintrain.modeling import compiling
 from plaintrain.modeling.compiling import careful, compile_parts
 from plaintrain.modeling.frozen_norm import fold_frozen_norms
@@ -60,25 +59,6 @@ def test_channels_last_gives_the_same_and_reaches_all_layers(name):
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     assert_alike(model, plain, two_squares())
     assert len(seen) > 8 and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
-
-
-def layout_of(model):
-    return [parameter.stride() for parameter in model.parameters()]
-
-
-def test_files_and_averages_fit_both_memory_formats(tmp_path):
-    plain, model = build(*ARCHITECTURES["faster_rcnn"]), build(*ARCHITECTURES["faster_rcnn"], *LAST, seed=1)
-    for source, target in ((plain, model), (model, plain)):
-        with torch.no_grad():
-            next(source.parameters()).add_(1)
-        torch.save(source.state_dict(), tmp_path / "file.pth")
-        layout = layout_of(target)
-        target.load_state_dict(torch.load(tmp_path / "file.pth", weights_only=True))
-        assert layout == layout_of(target)
-        assert all(a.equal(b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
-    ema = ModelEMA(model)
-    ema.update()
-    assert layout_of(ema.module) == layout_of(model)
 
 
 # ---- compiling ---------------------------------------------------------------------------------

@@ -30,13 +30,13 @@ from torchvision.models.detection._utils import SSDMatcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from plaintrain.modeling import matching
 from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerator
 from plaintrain.modeling.backbone import build_backbone
 from plaintrain.modeling.fcos import assign_centres
-from plaintrain.modeling.losses import focal_loss, giou_loss
+from plaintrain.modeling.losses import focal_loss
 from plaintrain.modeling.matching import match, pad_targets
 from plaintrain.modeling.ssd import count_hard
 
@@ -250,22 +250,6 @@ def test_focal_loss_and_its_gradient_are_torchvisions_and_finite(alpha, gamma):
     loss = focal_loss(extreme, torch.tensor([[0, 1, 2, -1]]), alpha, gamma)
     loss.sum().backward()
     assert loss.isfinite().all() and loss[0, 0] > 2000 and extreme.grad.isfinite().all()
-
-
-def test_giou_and_its_gradient_are_torchvisions_where_boxes_count():
-    boxes, targets = random_boxes(1, 200).requires_grad_(), random_boxes(1, 200, seed=1)
-    targets = torch.cat([targets[:, :100], boxes[:, 100:150].detach(), targets[:, 150:]], dim=1)
-    counts = torch.arange(200)[None] < 180
-    loss = giou_loss(boxes, targets, counts)
-    expected = generalized_box_iou_loss(boxes[:, :180], targets[:, :180])
-    torch.testing.assert_close(loss[:, :180], expected)
-    assert not loss[:, 180:].any() and (loss[:, 100:150].abs() < 1e-5).all()
-    gradients = [torch.autograd.grad(part.sum(), boxes)[0] for part in (loss, expected)]
-    torch.testing.assert_close(*gradients)
-    assert gradients[0].any()
-    boxes = torch.full((1, 2, 4), float("inf"), requires_grad=True)
-    giou_loss(boxes, targets[:, :2], torch.zeros(1, 2).bool()).sum().backward()
-    assert not boxes.grad.any()
 
 
 # ---- anchors are kept --------------------------------------------------------------------------

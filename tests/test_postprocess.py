@@ -14,7 +14,7 @@ from model_helpers import (
     randomize_predictions,
 )
 from shared.syncs import count_syncs
-from torchvision.models.detection.roi_heads import RoIHeads, keypoints_to_heatmap
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints as plain_heatmaps_to_keypoints
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
@@ -104,19 +104,6 @@ def test_keypoints_are_torchvisions():
             plain_heatmaps_to_keypoints(maps[:n], boxes[:n]),
         )
         assert all(a.shape == b.shape and a.equal(b) for a, b in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("side", [20.0, 60.7])
-def test_keypoints_are_found_where_they_are_without_a_shift(side):
-    low = torch.rand(400, 2) * 30
-    points = low + (torch.rand(400, 2) * 0.8 + 0.1) * side
-    boxes, visible = torch.cat([low, low + side], dim=1), torch.full((400, 1), 2.0)
-    index, _ = keypoints_to_heatmap(torch.cat([points, visible], dim=1)[:, None], boxes, 56)
-    # What a head learns of a point: the cell that the loss names, and less of those around it.
-    far = [(torch.arange(56) - cell) ** 2 for cell in (index % 56, index // 56)]
-    maps = (-(far[0][:, None, :] + far[1][:, :, None]) / 8).exp()[:, None]
-    found, _ = heatmaps_to_keypoints(maps, boxes)
-    assert ((found[:, 0, :2] - points).mean(dim=0).abs() < 0.1).all()
 
 
 # ---- sync points -------------------------------------------------------------------------------

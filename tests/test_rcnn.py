@@ -35,7 +35,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from plaintrain.export import describe
 from plaintrain.masks import sample_masks
-from plaintrain.modeling import matching, roi_heads, rpn
+from plaintrain.modeling import roi_heads
 from plaintrain.modeling.tta import DetectorWithTTA
 
 LOSSES = {
@@ -121,52 +121,6 @@ def test_losses_and_gradients_are_torchvisions_where_all_are_sampled(name, numbe
     samples = make_batch(numbers)
     losses, expected = model(samples), plain(*torchvision_inputs(samples, 1))
     assert all(loss > 0 or max(numbers) == 0 for loss in losses.values())
-    assert_same_losses_and_gradients(model, losses, plain, expected)
-
-
-class Drawn:
-    """A sampler of torchvision's that takes, in each call, the candidates of the next draw of ours."""
-
-    def __init__(self, draws):
-        self._draws = draws
-
-    def __call__(self, labels):
-        candidates, index, exists = self._draws.pop(0)
-        taken = torch.zeros_like(candidates).scatter_(1, index, exists) & candidates
-        # What is padding to us is not there for torchvision, and all else in the same order.
-        rows = [
-            t[c] if len(label) < len(t) else t for t, c, label in zip(taken, candidates, labels, strict=True)
-        ]
-        assert [len(row) for row in rows] == [len(label) for label in labels]
-        pairs = list(zip(rows, labels, strict=True))
-        return [row & (label >= 1) for row, label in pairs], [row & (label == 0) for row, label in pairs]
-
-
-@pytest.mark.parametrize("numbers", [(0, 5), (2, 1, 17)], ids=str)
-def test_losses_and_gradients_are_torchvisions_for_the_same_samples(numbers, monkeypatch):
-    draws, proposals = [], []
-
-    def sample(matched, background, sampler):
-        drawn = matching.sample(matched, background, sampler)
-        draws.append((matched | background, *drawn))
-        return drawn
-
-    monkeypatch.setattr(rpn, "sample", sample)
-    monkeypatch.setattr(roi_heads, "sample", sample)
-    model, plain = build_pair(spread=0.3)
-    for part in (model.rpn, model.roi_heads):
-        part.fg_bg_sampler.batch_size_per_image = 24
-    model.roi_heads.register_forward_pre_hook(lambda _, inputs: proposals.append(inputs[1]))
-    samples = make_batch(numbers)
-    torch.manual_seed(0)
-    losses = model(samples)
-    assert all(exists.sum() > 0 and index.shape[1] == 24 for _, index, exists in draws)
-    ((boxes, exists),) = proposals
-    same = [b[e] for b, e in zip(boxes, exists, strict=True)], None
-    monkeypatch.setattr(plain.rpn, "filter_proposals", lambda *_: same)
-    plain.rpn.fg_bg_sampler = plain.roi_heads.fg_bg_sampler = Drawn(draws)
-    expected = plain(*torchvision_inputs(samples, 1))
-    assert not draws
     assert_same_losses_and_gradients(model, losses, plain, expected)
 
 
