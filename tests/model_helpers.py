@@ -1,13 +1,11 @@
 """Small configs and samples for the tests of plaintrain.modeling, and what compares with torchvision."""
 
-import io
 import math
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import nn
-from torchvision.models import detection, resnet18
+from torchvision.models import resnet18
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -15,8 +13,6 @@ from plaintrain.config import get_cfg
 from plaintrain.modeling import build_model
 
 torch.set_num_threads(1)
-
-TORCHVISION_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "torchvision"
 
 K = 3
 KEYPOINTS = 4
@@ -161,9 +157,38 @@ def two_squares():
     ]
 
 
+def make_batch(numbers):
+    """Images of different sizes, with these numbers of objects."""
+    generator, samples = torch.Generator().manual_seed(5), []
+    for i, number in enumerate(numbers):
+        height, width = (64, 96) if i % 2 else (80, 64)
+        corners = torch.rand(number, 2, 2, generator=generator) * torch.tensor([width - 8, height - 8])
+        boxes = torch.cat([corners.amin(1), corners.amax(1) + 6], dim=1).long().tolist()
+        samples.append(make_sample(height, width, boxes, [j % 3 for j in range(number)], seed=i))
+    return samples
+
+
+def random_boxes(*shape, seed=0):
+    """Boxes of whole pixels, so that some are equally good."""
+    corners = torch.rand(*shape, 2, 2, generator=torch.Generator().manual_seed(seed)) * 60
+    return torch.cat([corners.amin(-2).floor(), corners.amax(-2).ceil() + 2], dim=-1)
+
+
 def build(*overrides, seed=0):
     torch.manual_seed(seed)
     return build_model(make_cfg(*overrides))
+
+
+def initialise_at_most(elements):
+    """Leave bigger tensors as the memory is: they will be overwritten, or dropped (VGG's classifier)."""
+
+    def limit(initialise):
+        return lambda tensor, *args, **kwargs: (
+            tensor if tensor.numel() > elements else initialise(tensor, *args, **kwargs)
+        )
+
+    names = ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "normal_", "uniform_")
+    return mock.patch.multiple(nn.init, **{name: limit(getattr(nn.init, name)) for name in names})
 
 
 def randomize_predictions(model, spread=0.5):
@@ -204,14 +229,6 @@ def torchvision_backbone(levels, extra_blocks):
     )
 
 
-def assert_same_losses(found, expected, names):
-    """`names`: ours -> torchvision's."""
-    assert set(found) == set(names) and set(expected) == set(names.values())
-    for ours, theirs in names.items():
-        assert found[ours].shape == () and found[ours].item() > 0
-        torch.testing.assert_close(found[ours], expected[theirs], rtol=1e-5, atol=1e-5)
-
-
 def assert_same_detections(found, expected, label_offset, at_least):
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
@@ -241,111 +258,6 @@ def norm_types(module):
     return {FrozenBatchNorm2d if issubclass(kind, FrozenBatchNorm2d) else kind for kind in found}
 
 
-# ---- torchvision's whole models ----------------------------------------------------------------
-
-
-def _settle_norms(backbone, images):
-    """Make the statistics of batch norms those of some images, and small, so that eps matters."""
-    norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-    if not norms:
-        return
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d) and module.bias is None:
-            nn.init.kaiming_normal_(module.weight)
-            module.weight.data *= math.sqrt(30 * norms[0].eps)
-    for norm in norms:
-        norm.momentum, norm.before = 1.0, norm.momentum
-    with torch.no_grad():
-        backbone.train()(images)
-    for norm in norms:
-        norm.momentum = norm.before
-        del norm.before
-
-
-def settings(model):
-    """Numbers and strings that a model's modules and their helper objects hold, by dotted name."""
-    found, ours = {}, set(vars(nn.Module()))
-    for name, module in model.named_modules():
-        if name.split(".")[0] == "transform":
-            continue
-        for key, value in vars(module).items():
-            helper = type(value).__module__.startswith("torchvision.models.detection")
-            for inner, leaf in (vars(value) if helper else {"": value}).items():
-                if isinstance(leaf, int | float | str | dict | tuple | list) and key not in ours:
-                    if isinstance(leaf, tuple | list):
-                        leaf = [v.tolist() if isinstance(v, torch.Tensor) else v for v in leaf]
-                    found[".".join(filter(None, [name, key, inner]))] = leaf
-    return found
-
-
-# What a frozen batch norm does not have, what is there for TorchScript alone, and what is only ours.
-_OTHER = (
-    "momentum", "affine", "track_running_stats", "num_features", "_has_warned",
-    "level_names", "strides", "roi_pool.scales", "roi_pool.aligned",
-    "keypoint_loss_weight", "clips_before_nms", "focal_alpha", "focal_gamma",
-    "_loss_type", "box_loss", "loss_weight", "normalizer", "conv1._norm", "conv2._norm", "conv3._norm",
-    "0._norm",
-)  # fmt: skip
-
-
-def different_settings(model, plain):
-    """{name: (ours, torchvision's)} where the two are not the same."""
-    ours, theirs = settings(model), settings(plain)
-    assert len(ours) > 100
-    names = [n for n in sorted(ours.keys() | theirs.keys()) if not n.endswith(_OTHER)]
-    return {n: (ours.get(n), theirs.get(n)) for n in names if ours.get(n) != theirs.get(n)}
-
-
-def initialise_at_most(elements):
-    """Leave bigger tensors as the memory is: they will be overwritten, or dropped (VGG's classifier)."""
-
-    def limit(initialise):
-        return lambda tensor, *args, **kwargs: (
-            tensor if tensor.numel() > elements else initialise(tensor, *args, **kwargs)
-        )
-
-    names = ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "normal_", "uniform_")
-    return mock.patch.multiple(nn.init, **{name: limit(getattr(nn.init, name)) for name in names})
-
-
-def _freeze_norms(module, eps):
-    """Put frozen batch norms in the place of batch norms, as torchvision does for trained weights."""
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, eps)
-            frozen.load_state_dict(child.state_dict())
-            setattr(module, name, frozen)
-        else:
-            _freeze_norms(child, eps)
-
-
-def torchvision_pair(name, size, label_offset, eps=None, **arguments):
-    """(the model of configs/torchvision, torchvision's `name`) with the same random weights from a file.
-
-    Args:
-        size: height and width of the images its batch norms are settled on.
-        eps: of frozen batch norms in the backbone, which torchvision has once it has weights.
-    """
-    torch.manual_seed(0)
-    make = getattr(detection, name)
-    with initialise_at_most(10**7):
-        plain = make(weights=None, weights_backbone=None, num_classes=K + label_offset, **arguments)
-    _settle_norms(plain.backbone, torch.rand(2, 3, *size))
-    randomize_predictions(plain, spread=0.1)
-    if eps is not None:
-        _freeze_norms(plain.backbone, eps)
-    file = io.BytesIO()
-    torch.save(plain.state_dict(), file)
-    file.seek(0)
-    with initialise_at_most(0):
-        cfg = get_cfg()
-        cfg.merge_from_file(TORCHVISION_CONFIGS / f"{name}.yaml")
-        cfg.merge_from_list(make_overrides())
-        model = build_model(cfg)
-    model.load_state_dict(torch.load(file, weights_only=True))
-    return model.eval(), plain.eval()
-
-
 def same_input(model, plain):
     """Check that both normalise alike, then make them do it bit for bit, and resize nothing."""
     mean, std = (255 * torch.tensor(v) for v in (plain.transform.image_mean, plain.transform.image_std))
@@ -355,18 +267,3 @@ def same_input(model, plain):
     model.transform.mean.zero_()
     model.transform.std.fill_(255)
     plain.transform.image_mean, plain.transform.image_std = [0, 0, 0], [1, 1, 1]
-
-
-def assert_finds_what_torchvision_finds(model, plain, size, label_offset, at_least=5):
-    """Compare the detections of two settled models of the same weights, and give the weights back."""
-    same_input(model, plain)
-    sample = make_sample(*size, seed=4)
-    plain.transform.min_size, plain.transform.max_size = (min(size),), 10_000
-    with torch.no_grad():
-        found, expected = model([sample]), plain([sample["image"].float() / 255])
-    assert expected[0]["scores"].unique().numel() >= at_least
-    assert_same_detections(found, expected, label_offset, at_least)
-    before = {key: value.clone() for key, value in plain.state_dict().items()}
-    plain.load_state_dict(model.state_dict())
-    after = plain.state_dict()
-    assert all(after[key].equal(before[key]) for key in before if not key.endswith("num_batches_tracked"))

@@ -5,12 +5,10 @@ import torch
 import torchvision
 from model_helpers import (
     RESNET18,
-    RETINA,
     RETINANET18,
     SSD,
     SSDLITE,
     TINY,
-    build,
     make_cfg,
     norm_types,
     shapes,
@@ -19,14 +17,12 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.modeling.backbone import build_backbone
-from plaintrain.utils.errors import UserError
 
 NORM_CLASSES = {"FrozenBN": FrozenBatchNorm2d, "BN": nn.BatchNorm2d, "GN": nn.GroupNorm}
 VGG = (*SSD, "MODEL.BACKBONE.NAME", "build_ssd_vgg16_backbone", "INPUT.FIXED_SIZE", (300, 300))
 
 
-@pytest.mark.parametrize("norm", NORM_CLASSES)
-@pytest.mark.parametrize("freeze_at", range(6))
+@pytest.mark.parametrize(("freeze_at", "norm"), [(0, "BN"), (1, "GN"), (2, "BN"), (3, "FrozenBN"), (5, "BN")])
 def test_the_first_stages_of_a_resnet_are_frozen(freeze_at, norm):
     cfg = make_cfg(*RESNET18, "MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", freeze_at)
     body = build_backbone(cfg).body
@@ -37,18 +33,6 @@ def test_the_first_stages_of_a_resnet_are_frozen(freeze_at, norm):
         # Statistics of frozen stages do not move either.
         kind = FrozenBatchNorm2d if frozen and norm == "BN" else NORM_CLASSES[norm]
         assert norm_types(stage) == {kind}
-
-
-def test_statistics_of_frozen_stages_stay_as_they_are_in_training():
-    cfg = make_cfg(*RESNET18, "MODEL.BACKBONE.FREEZE_AT", 2)
-    backbone = build_backbone(cfg).train()
-    before = {name: value.clone() for name, value in backbone.state_dict().items() if "running" in name}
-    backbone(torch.randn(2, 3, 64, 64))
-    after = backbone.state_dict()
-    changed = {name for name in before if not after[name].equal(before[name])}
-    assert changed == {
-        name for name in before if name.startswith(("body.layer2", "body.layer3", "body.layer4"))
-    }
 
 
 @pytest.mark.parametrize("name", ["build_tiny_backbone", "build_mobilenet_v3_large_fpn_backbone"])
@@ -69,15 +53,7 @@ def test_the_first_stages_of_other_backbones_are_frozen(name):
     assert counts == sorted(set(counts))
 
 
-@pytest.mark.parametrize("name", ["build_resnet_fpn_backbone", "build_tiny_backbone"])
-@pytest.mark.parametrize("freeze_at", [-1, 6])
-def test_a_freeze_at_that_the_backbone_does_not_have_is_refused(name, freeze_at):
-    cfg = make_cfg(*RESNET18, "MODEL.BACKBONE.NAME", name, "MODEL.BACKBONE.FREEZE_AT", freeze_at)
-    with pytest.raises(UserError, match=f"FREEZE_AT is {freeze_at}"):
-        build_backbone(cfg)
-
-
-@pytest.mark.parametrize("norm", ["", "BN", "GN"])
+@pytest.mark.parametrize("norm", ["", "BN"])
 def test_the_fpn_has_its_own_norm(norm):
     backbone = build_backbone(make_cfg(*RESNET18, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", norm))
     assert norm_types(backbone.body) == {FrozenBatchNorm2d}
@@ -93,7 +69,6 @@ def test_the_fpn_has_its_own_norm(norm):
         (("MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone"), {"0": 4, "1": 4, "pool": 2}),
         (TINY, {"0": 16}),
         ((*TINY, "MODEL.TINY.CHANNELS", [8, 8]), {"0": 32}),
-        ((*TINY, "MODEL.TINY.NUM_LEVELS", 2), {"0": 32, "1": 16}),
         ((*TINY, "MODEL.TINY.NUM_LEVELS", 3), {"0": 64, "1": 32, "2": 16}),
     ],
 )
@@ -109,53 +84,32 @@ def test_levels_widths_and_strides_of_the_backbones(keys, sizes):
         assert features[name].shape == (1, backbone.out_channels, size, size)
 
 
-def test_resnext_is_torchvisions():
-    cfg = make_cfg(
-        "MODEL.RESNETS.NORM", "BN", "MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 4
-    )  # fmt: skip
-    expected = torchvision.models.resnext50_32x4d(weights=None)
-    found = build_backbone(cfg).body
-    assert {k: v for k, v in shapes(expected).items() if not k.startswith("fc.")} == shapes(found)
-    assert found.layer1[0].conv2.groups == 32
-
-
 def test_stride_in_1x1_moves_the_stride_and_nothing_else():
-    outputs = {}
     for flag in (False, True):
-        backbone = build_backbone(
-            make_cfg("MODEL.RESNETS.STRIDE_IN_1X1", flag, "MODEL.RESNETS.NORM", "BN")
-        ).eval()
+        with torch.device("meta"):
+            backbone = build_backbone(make_cfg("MODEL.RESNETS.STRIDE_IN_1X1", flag))
         for stage in (backbone.body.layer2, backbone.body.layer3, backbone.body.layer4):
             strides = (stage[0].conv1.stride, stage[0].conv2.stride)
             assert strides == (((2, 2), (1, 1)) if flag else ((1, 1), (2, 2)))
             assert stage[0].downsample[0].stride == (2, 2)
             assert stage[1].conv1.stride == stage[1].conv2.stride == (1, 1)
-        with torch.no_grad():
-            outputs[flag] = {k: v.shape for k, v in backbone(torch.zeros(1, 3, 64, 64)).items()}
-    assert outputs[True] == outputs[False]
-
-
-@pytest.mark.parametrize("depth", [18, 34, 101])
-def test_depths_are_torchvisions(depth):
-    # On the meta device, where a big network costs nothing.
-    with torch.device("meta"):
-        body = build_backbone(make_cfg("MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.NORM", "BN")).body
-        expected = getattr(torchvision.models, f"resnet{depth}")(weights=None)
-    assert shapes(body) == {k: v for k, v in shapes(expected).items() if not k.startswith("fc.")}
 
 
 @pytest.mark.parametrize(
-    ("keys", "levels"),
+    ("name", "keys"),
     [
-        ((*SSDLITE,), [(672, 20), (480, 10), (512, 5), (256, 3), (256, 2), (128, 1)]),
-        (VGG, [(512, 38), (1024, 19), (512, 10), (256, 5), (256, 3), (256, 1)]),
+        ("resnet18", ("MODEL.RESNETS.DEPTH", 18)),
+        ("resnet101", ("MODEL.RESNETS.DEPTH", 101)),
+        ("resnext50_32x4d", ("MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 4)),
     ],
 )
-def test_levels_of_ssds_backbones(keys, levels):
-    cfg = make_cfg(*keys)
+def test_resnets_are_torchvisions(name, keys):
+    # On the meta device, where a big network costs nothing.
     with torch.device("meta"):
-        features = build_backbone(cfg).eval()(torch.zeros(1, 3, *cfg.INPUT.FIXED_SIZE))
-    assert [(f.shape[1], f.shape[2], f.shape[3]) for f in features.values()] == [(c, s, s) for c, s in levels]
+        body = build_backbone(make_cfg(*keys, "MODEL.RESNETS.NORM", "BN")).body
+        expected = getattr(torchvision.models, name)(weights=None)
+    assert shapes(body) == {k: v for k, v in shapes(expected).items() if not k.startswith("fc.")}
+    assert body.layer1[0].conv2.groups == expected.layer1[0].conv2.groups
 
 
 def test_the_first_stages_of_vgg_are_frozen():
@@ -181,37 +135,28 @@ def test_the_first_stages_of_ssdlites_mobilenet_are_frozen():
     assert norm_types(backbone.features) == {FrozenBatchNorm2d}
 
 
-@pytest.mark.parametrize(("source", "channels"), [("p5", 32), ("res5", 512)])
+@pytest.mark.parametrize("channels", [32, 512])
+@pytest.mark.parametrize("source", ["p5", "res5"])
 def test_p6_is_made_from_p5_or_res5(source, channels):
-    backbone = build_backbone(make_cfg(*RETINANET18, "MODEL.FPN.P6_IN_FEATURE", source)).eval()
-    assert backbone.fpn.extra_blocks.p6.in_channels == channels
-    inputs = {}
+    """Also where both have the 512 channels of a ResNet-18's res5."""
+    keys = (*RETINANET18, "MODEL.FPN.OUT_CHANNELS", channels, "MODEL.FPN.P6_IN_FEATURE", source)
+    backbone, inputs = build_backbone(make_cfg(*keys)).eval(), {}
     backbone.fpn.extra_blocks.p6.register_forward_hook(lambda _, args, __: inputs.update(p6=args[0]))
     with torch.no_grad():
-        outputs = backbone(torch.rand(1, 3, 64, 64))
-        res5 = backbone.body(torch.rand(1, 3, 64, 64))["2"]
-    assert inputs["p6"].shape[1] == res5.shape[1] if source == "res5" else inputs["p6"].equal(outputs["2"])
-
-
-def test_p6_from_p5_also_where_the_widths_are_the_same():
-    keys = (*RETINANET18, "MODEL.FPN.OUT_CHANNELS", 512)
-    for source, use_p5 in (("p5", True), ("res5", False)):
-        with torch.device("meta"):
-            backbone = build_backbone(make_cfg(*keys, "MODEL.FPN.P6_IN_FEATURE", source))
-        assert backbone.fpn.extra_blocks.use_P5 is use_p5
+        outputs = backbone(torch.ones(1, 3, 64, 64))
+        res5 = backbone.body(torch.ones(1, 3, 64, 64))["2"]
+    assert inputs["p6"].equal(outputs["2"] if source == "p5" else res5)
 
 
 @pytest.mark.parametrize(
     ("name", "norm"),
     [
-        ("build_resnet_fpn_backbone", "FrozenBN"),
         ("build_resnet_fpn_backbone", "BN"),
         ("build_resnet_fpn_backbone", "GN"),
         ("build_mobilenet_v3_large_fpn_backbone", "FrozenBN"),
-        ("build_mobilenet_v3_large_fpn_backbone", "BN"),
     ],
 )
-def test_eps_reaches_every_norm_also_the_frozen_ones(name, norm):
+def test_eps_reaches_every_norm_also_frozen_ones(name, norm):
     with torch.device("meta"):
         backbone = build_backbone(
             make_cfg(
@@ -229,53 +174,10 @@ def test_the_tiny_backbone_has_its_own_norm(norm):
 
 
 @pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        (("MODEL.BACKBONE.NAME", "build_resnet_fpn"), ["BACKBONE.NAME", "'build_resnet_fpn'", "nearest"]),
-        (("MODEL.BACKBONE.NAME", ""), ["BACKBONE.NAME", "''", "build_tiny_backbone"]),
-        (("MODEL.RESNETS.DEPTH", 20), ["RESNETS.DEPTH", "20", "18"]),
-        (("MODEL.RESNETS.NORM", "LN"), ["RESNETS.NORM", "'LN'", "'GN'"]),
-        (("MODEL.FPN.NORM", "FrozenBN"), ["FPN.NORM", "'FrozenBN'", "'GN'"]),
-        ((*TINY, "MODEL.TINY.NORM", ""), ["TINY.NORM", "''", "'BN'"]),
-        ((*TINY, "MODEL.TINY.CHANNELS", []), ["TINY.CHANNELS"]),
-        ((*TINY, "MODEL.TINY.NUM_LEVELS", 0), ["TINY.NUM_LEVELS", "0", "1 to the 3"]),
-        ((*TINY, "MODEL.TINY.NUM_LEVELS", 4), ["TINY.NUM_LEVELS", "4", "1 to the 3"]),
-        (("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.NUM_GROUPS", 32), ["NUM_GROUPS 32", "50"]),
-        (("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.STRIDE_IN_1X1", True), ["STRIDE_IN_1X1", "50", "18"]),
-        (
-            ("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256),
-            ["RES2_OUT_CHANNELS", "256", "64"],
-        ),
-        (
-            (*RETINA, "MODEL.BACKBONE.NAME", "build_ssd_vgg16_backbone"),
-            ["build_ssd_vgg16_backbone", "RetinaNet", "build_retinanet_resnet_fpn_backbone"],
-        ),
-        (
-            (*SSD, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
-            ["build_resnet_fpn_backbone", "SSD", "build_ssd_vgg16_backbone", "build_tiny_backbone"],
-        ),
-        (
-            ("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
-            ["META_ARCHITECTURE", "'GeneralizedRCNN'", "'RetinaNet'", "'FCOS'"],
-        ),
-        (
-            (*RETINANET18, "MODEL.FPN.P6_IN_FEATURE", "p4"),
-            ["P6_IN_FEATURE", "'p4'", "'p5'", "'res5'"],
-        ),
-    ],
-)
-def test_settings_that_cannot_be_built_are_clear_errors(keys, words):
-    with pytest.raises(UserError) as error:
-        build(*keys)
-    missing = [word for word in words if word not in str(error.value)]
-    assert not missing, str(error.value)
-
-
-@pytest.mark.parametrize(
     "keys", [(*TINY, "MODEL.TINY.CHANNELS", [8, 28]), (*RESNET18, "MODEL.FPN.NORM", "GN")]
 )
-@pytest.mark.parametrize("width", [40, 48])
-def test_group_norm_takes_widths_that_32_groups_do_not_divide(keys, width):
+def test_group_norm_takes_widths_that_32_groups_do_not_divide(keys):
+    width = 40
     backbone = build_backbone(
         make_cfg(*keys, "MODEL.FPN.OUT_CHANNELS", width, "MODEL.TINY.OUT_CHANNELS", width)
     )

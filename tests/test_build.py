@@ -1,4 +1,4 @@
-"""What `build_model` gives in every architecture: modeling.build."""
+"""What `build_model` returns in every architecture: keys, errors, samples in, losses and detections out."""
 
 import copy
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from model_helpers import (
     ARCHITECTURES,
+    FCOS,
     FCOS18,
     KEYPOINT,
     KEYPOINTS,
@@ -17,22 +18,21 @@ from model_helpers import (
     RETINA,
     RETINANET18,
     SMALL_HEAD,
+    SSD,
     SSDLITE,
     TINY,
     K,
     build,
-    initialise_at_most,
-    make_cfg,
     make_sample,
+    norm_types,
     randomize_predictions,
     shapes,
     two_samples,
     two_squares,
 )
+from torch import nn
 from torchvision.models.detection import FasterRCNN
 
-from plaintrain.config import get_value
-from plaintrain.modeling.build import META_ARCHITECTURES, num_classes_key
 from plaintrain.modeling.graph import DetectionGraph
 from plaintrain.utils.errors import UserError
 
@@ -50,216 +50,178 @@ def detector(name):
     return model
 
 
-def prefer(model, label):
-    """Make a detector call everything `label`."""
-    if isinstance(model, FasterRCNN):
-        biases, classes, label = [model.roi_heads.box_predictor.cls_score.bias], K + 1, label + 1
-    elif hasattr(model.head.classification_head, "module_list"):
-        biases = [layer.bias for layer in model.head.classification_head.module_list]
-        classes, label = K + 1, label + 1
-    else:
-        biases, classes = [model.head.classification_head.cls_logits.bias], K
-    for bias in biases:
-        bias.data.view(-1, classes)[:, label] = 20.0
+# ---- keys --------------------------------------------------------------------------------------
 
 
-# ---- samples in, detections out ----------------------------------------------------------------
-
-WITH_CLASSES = [name for name in ARCHITECTURES if name != "proposals"]
-
-
-@pytest.mark.parametrize("label", range(K))
-@pytest.mark.parametrize("name", WITH_CLASSES, indirect=True)
-def test_labels_of_detections_count_from_0(detector, label):
-    prefer(detector, label)
-    with torch.no_grad():
-        (found,) = detector([make_sample(64, 64)])
-    # FCOS's score is the root of the class's score times the centre-ness.
-    likely = found["scores"] > 0.5
-    assert likely[0] and found["labels"][likely].unique().tolist() == [label]
+def thresholds(matcher):
+    return [matcher.low_threshold, matcher.high_threshold]
 
 
-@pytest.mark.parametrize("label", range(K))
-@pytest.mark.parametrize("name", WITH_CLASSES, indirect=True)
-def test_labels_of_targets_count_from_0(detector, label, name):
-    prefer(detector, label)
-    detector.train()
-    key = "loss_fcos_cls" if name == "fcos" else "loss_cls"
-    losses = []
-    for target in range(K):
-        torch.manual_seed(0)
-        losses.append(detector([make_sample(64, 64, [[8, 8, 40, 40]], [target])])[key].item())
-    assert losses.index(min(losses)) == label
+def widths(head):
+    return [layer.out_channels for layer in head.modules() if isinstance(layer, nn.Conv2d)]
 
 
-def test_boxes_are_in_the_original_images_pixels(detector):
-    same, resized = make_sample(64, 64), make_sample(64, 64, original=(128, 320))
-    with torch.no_grad():
-        (found,), (scaled,) = detector([same]), detector([resized])
-    assert len(found["boxes"]) > 0
-    torch.testing.assert_close(scaled["boxes"], found["boxes"] * torch.tensor([5.0, 2.0, 5.0, 2.0]))
-    assert scaled["scores"].equal(found["scores"])
-    assert scaled["labels"].equal(found["labels"])
-
-
-def test_detections_are_sorted_limited_and_inside_their_image(detector, name):
-    samples = [make_sample(64, 96, seed=1), make_sample(40, 64, seed=2)]
-    with torch.no_grad():
-        found = detector(samples)
-    assert len(found) == 2
-    for output, sample in zip(found, samples, strict=True):
-        number = len(output["scores"])
-        assert 0 < number <= (1000 if name == "proposals" else 100)
-        assert output["boxes"].shape == (number, 4)
-        assert output["scores"].diff().le(0).all()
-        assert output["scores"].ge(0).all() and output["scores"].le(1).all()
-        assert output["labels"].dtype == torch.int64
-        assert output["boxes"].min() >= 0
-        assert output["boxes"][:, 2].max() <= sample["width"]
-        assert output["boxes"][:, 3].max() <= sample["height"]
-        assert set(output) - {"masks", "keypoints"} == {"boxes", "scores", "labels"}
-        assert ("masks" in output, "keypoints" in output) == (name.startswith("mask"),) * 2
-
-
-@pytest.mark.parametrize("name", WITH_CLASSES, indirect=True)
-def test_an_image_without_detections_is_evaluated(detector, name):
-    (detector.roi_heads if isinstance(detector, FasterRCNN) else detector).score_thresh = 1.0
-    with torch.no_grad():
-        (found,) = detector([make_sample(64, 64, original=(30, 50))])
-    assert found["boxes"].shape == (0, 4)
-    assert found["scores"].shape == found["labels"].shape == (0,)
-    assert found["labels"].dtype == torch.int64
-    if name.startswith("mask"):
-        assert found["masks"].shape == (0, 30, 50) and found["masks"].dtype == torch.bool
-        assert found["keypoints"].shape == (0, KEYPOINTS, 3)
-
-
-@pytest.mark.parametrize("pooler", ["ROIAlign", "ROIAlignV2"])
-@pytest.mark.parametrize("name", ["faster_rcnn", "mask_keypoint_rcnn", "proposals"])
-def test_an_image_without_proposals_is_evaluated(name, pooler):
-    keys = [f"MODEL.ROI_{head}_HEAD.POOLER_TYPE" for head in ("BOX", "MASK", "KEYPOINT")]
-    model = build(*ARCHITECTURES[name], *(part for key in keys for part in (key, pooler))).eval()
-    # Every proposal is too small to be one.
-    model.rpn.head.bbox_pred.bias.data.view(-1, 4)[:, 2:] = -20
-    with torch.no_grad():
-        found = model(two_samples())
-    for output, size in zip(found, ((64, 96), (80, 64)), strict=True):
-        assert output["boxes"].shape == (0, 4) and output["scores"].shape == (0,)
-        if name.startswith("mask"):
-            assert output["masks"].shape == (0, *size) and output["keypoints"].shape == (0, KEYPOINTS, 3)
-
-
-# ---- samples in, losses out --------------------------------------------------------------------
-
-
-def test_losses_are_numbers_above_0(detector, name):
-    losses = detector.train()(two_squares())
-    assert set(losses) == LOSSES[name]
-    assert all(loss.shape == () and loss.item() > 0 for loss in losses.values())
-
-
-def test_images_without_any_object_can_be_trained_on(detector):
-    detector.train()
-    for samples in (
-        [make_sample(64, 64)],
-        [make_sample(64, 64), make_sample(64, 64, [[5, 5, 40, 40]], [1], seed=1)],
-    ):
-        losses = detector(samples)
-        assert all(loss.isfinite() for loss in losses.values())
-        sum(losses.values()).backward()
-        assert all(p.grad is None or p.grad.isfinite().all() for p in detector.parameters())
-        of_objects = [losses[key].item() for key in losses if key in OBJECT_LOSSES]
-        assert all(value == 0 for value in of_objects) == (len(samples) == 1)
-
-
-def test_training_does_not_change_the_samples(detector):
-    detector.train()
-    sample = make_sample(64, 64, [[5, 5, 40, 40]], [1])
-    before = {key: value.clone() for key, value in {"image": sample["image"], **sample["target"]}.items()}
-    detector([sample])
-    after = {"image": sample["image"], **sample["target"]}
-    assert all(after[key].equal(before[key]) for key in before)
-
-
-WHOLE = {
-    "mask_keypoint_rcnn": (*RESNET18, *SMALL_HEAD, *MASK, *KEYPOINT),
-    "mask_rcnn_v2": (
-        *RESNET18, *MASK, "MODEL.FPN.NORM", "BN", "MODEL.RPN.CONV_DIMS", [-1, -1],
-        "MODEL.ROI_BOX_HEAD.NUM_CONV", 2, "MODEL.ROI_BOX_HEAD.NUM_FC", 1, "MODEL.ROI_BOX_HEAD.NORM", "BN",
-        "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.NORM", "GN",
-    ),
-    "resnet_gn": (*RESNET18, *SMALL_HEAD, "MODEL.RESNETS.NORM", "GN"),
-    "mobilenet": (
-        "MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone", "MODEL.RESNETS.NORM", "BN",
-        "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]], *SMALL_HEAD,
-    ),
-    "retinanet": RETINANET18,
-    "retinanet_res5": (*RETINANET18, "MODEL.FPN.P6_IN_FEATURE", "res5", "MODEL.RETINANET.NORM", "GN"),
-    "retinanet_tiny_bn": (*TINY, *RETINA, "MODEL.TINY.NORM", "BN", "MODEL.TINY.NUM_LEVELS", 3),
-    "fcos": FCOS18,
-    "proposals": (*RESNET18, *PROPOSALS),
-    "ssdlite": SSDLITE,
-    "ssd300": (
-        "MODEL.META_ARCHITECTURE", "SSD", "MODEL.BACKBONE.NAME", "build_ssd_vgg16_backbone",
-        "INPUT.FIXED_SIZE", (300, 300),
-    ),
+# Base keys; then each key, its value, and what of the model must have this value.
+KEYS = {
+    "faster_rcnn": [
+        (*TINY, *MASK, *KEYPOINT),
+        ("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 101, lambda m: m.rpn._pre_nms_top_n["training"]),
+        ("MODEL.RPN.PRE_NMS_TOPK_TEST", 102, lambda m: m.rpn._pre_nms_top_n["testing"]),
+        ("MODEL.RPN.POST_NMS_TOPK_TRAIN", 103, lambda m: m.rpn._post_nms_top_n["training"]),
+        ("MODEL.RPN.POST_NMS_TOPK_TEST", 104, lambda m: m.rpn._post_nms_top_n["testing"]),
+        ("MODEL.RPN.NMS_THRESH", 0.61, lambda m: m.rpn.nms_thresh),
+        ("MODEL.RPN.SCORE_THRESH", 0.02, lambda m: m.rpn.score_thresh),
+        ("MODEL.RPN.IOU_THRESHOLDS", [0.21, 0.62], lambda m: thresholds(m.rpn.proposal_matcher)),
+        ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 105, lambda m: m.rpn.fg_bg_sampler.batch_size_per_image),
+        ("MODEL.RPN.POSITIVE_FRACTION", 0.31, lambda m: m.rpn.fg_bg_sampler.positive_fraction),
+        ("MODEL.RPN.CONV_DIMS", [-1, -1], lambda m: [-1] * len(m.rpn.head.conv)),
+        ("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.41], lambda m: thresholds(m.roi_heads.proposal_matcher)[:1]),
+        ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 106,
+         lambda m: m.roi_heads.fg_bg_sampler.batch_size_per_image),
+        ("MODEL.ROI_HEADS.POSITIVE_FRACTION", 0.32, lambda m: m.roi_heads.fg_bg_sampler.positive_fraction),
+        ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.07, lambda m: m.roi_heads.score_thresh),
+        ("MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.43, lambda m: m.roi_heads.nms_thresh),
+        ("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 6, lambda m: m.roi_heads.box_roi_pool.output_size[0]),
+        ("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 3, lambda m: m.roi_heads.box_roi_pool.sampling_ratio),
+        ("MODEL.ROI_BOX_HEAD.FC_DIM", 24, lambda m: len(m.roi_heads.box_head.fc6.weight)),
+        ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 2.0, 3.0, 4), lambda m: m.roi_heads.box_coder.weights),
+        ("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 7, lambda m: m.roi_heads.mask_roi_pool.output_size[1]),
+        ("MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", 3, lambda m: m.roi_heads.mask_roi_pool.sampling_ratio),
+        ("MODEL.ROI_MASK_HEAD.NUM_CONV", 3, lambda m: len(widths(m.roi_heads.mask_head))),
+        ("MODEL.ROI_MASK_HEAD.CONV_DIM", 24, lambda m: widths(m.roi_heads.mask_head)[-1]),
+        ("MODEL.ROI_MASK_HEAD.NORM", "GN", lambda m: "GN" if norm_types(m.roi_heads.mask_head) else ""),
+        ("MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION", 8,
+         lambda m: m.roi_heads.keypoint_roi_pool.output_size[0]),
+        ("MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO", 1,
+         lambda m: m.roi_heads.keypoint_roi_pool.sampling_ratio),
+        ("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [12, 20], lambda m: widths(m.roi_heads.keypoint_head)),
+        ("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 7,
+         lambda m: m.roi_heads.keypoint_predictor.kps_score_lowres.out_channels),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", 9,
+         lambda m: m.roi_heads.mask_predictor.mask_fcn_logits.out_channels - 1),
+        ("TEST.DETECTIONS_PER_IMAGE", 17, lambda m: m.roi_heads.detections_per_img),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16, 24]],
+         lambda m: [list(sizes) for sizes in m.rpn.anchor_generator.sizes]),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.4, 1.5]],
+         lambda m: [list(ratios) for ratios in m.rpn.anchor_generator.aspect_ratios]),
+    ],
+    "retinanet": [
+        (*TINY, *RETINA),
+        ("MODEL.RETINANET.NUM_CLASSES", 9, lambda m: m.head.classification_head.num_classes),
+        ("MODEL.RETINANET.IOU_THRESHOLDS", [0.31, 0.52], lambda m: thresholds(m.proposal_matcher)),
+        ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.07, lambda m: m.score_thresh),
+        ("MODEL.RETINANET.NMS_THRESH_TEST", 0.43, lambda m: m.nms_thresh),
+        ("MODEL.RETINANET.TOPK_CANDIDATES_TEST", 108, lambda m: m.topk_candidates),
+        ("MODEL.RETINANET.BBOX_REG_WEIGHTS", (1.0, 2.0, 3.0, 4.0), lambda m: m.box_coder.weights),
+        ("TEST.DETECTIONS_PER_IMAGE", 17, lambda m: m.detections_per_img),
+    ],
+    "fcos": [
+        (*TINY, *FCOS),
+        ("MODEL.FCOS.NUM_CLASSES", 9, lambda m: m.head.classification_head.num_classes),
+        ("MODEL.FCOS.NUM_CONVS", 2, lambda m: len(widths(m.head.regression_head.conv))),
+        ("MODEL.FCOS.CENTER_SAMPLING_RADIUS", 2.5, lambda m: m.center_sampling_radius),
+        ("MODEL.FCOS.SCORE_THRESH_TEST", 0.07, lambda m: m.score_thresh),
+        ("MODEL.FCOS.NMS_THRESH_TEST", 0.43, lambda m: m.nms_thresh),
+        ("MODEL.FCOS.TOPK_CANDIDATES_TEST", 108, lambda m: m.topk_candidates),
+        ("TEST.DETECTIONS_PER_IMAGE", 17, lambda m: m.detections_per_img),
+    ],
+    "ssd": [
+        (*TINY, *SSD),
+        ("MODEL.SSD.NUM_CLASSES", 9, lambda m: m.head.classification_head.num_columns - 1),
+        ("MODEL.SSD.MIN_RATIO", 0.25, lambda m: m.anchor_generator.scales[0]),
+        ("MODEL.SSD.MAX_RATIO", 0.75, lambda m: m.anchor_generator.scales[1]),
+        ("MODEL.SSD.STEPS", [5, 9], lambda m: m.anchor_generator.steps),
+        ("MODEL.SSD.ASPECT_RATIOS", [[3], [2]], lambda m: m.anchor_generator.aspect_ratios),
+        ("MODEL.SSD.IOU_THRESHOLD", 0.6, lambda m: m.proposal_matcher.high_threshold),
+        ("MODEL.SSD.POSITIVE_FRACTION", 0.25, lambda m: 1 / (m.neg_to_pos_ratio + 1)),
+        ("MODEL.SSD.SCORE_THRESH_TEST", 0.07, lambda m: m.score_thresh),
+        ("MODEL.SSD.NMS_THRESH_TEST", 0.43, lambda m: m.nms_thresh),
+        ("MODEL.SSD.TOPK_CANDIDATES_TEST", 108, lambda m: m.topk_candidates),
+        ("TEST.DETECTIONS_PER_IMAGE", 17, lambda m: m.detections_per_img),
+    ],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_gradients_reach_every_parameter_that_is_trained(name):
-    with initialise_at_most(10**7):
-        model = build(*WHOLE[name], "MODEL.BACKBONE.FREEZE_AT", 1)
-    side = {"ssdlite": 320, "ssd300": 300, "fcos": 256, "retinanet_res5": 256}.get(name, 128)
-    # One for each level of SSD.
-    boxes = [
-        [4, 4, 4 + side * share // 100, 4 + side * share // 100] for share in (10, 20, 35, 50, 65, 80, 95)
-    ]
-    samples = [make_sample(side, side, boxes, [0, 1, 2, 0, 1, 2, 0], seed) for seed in (1, 2)]
-    losses = model(samples[: 1 if name == "ssd300" else 2])
-    assert all(loss.isfinite() for loss in losses.values())
-    sum(losses.values()).backward()
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) > 20
-    assert [n for n, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
-    assert [n for n, p in trained.items() if not p.grad.any()] == []
-    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+@pytest.mark.parametrize("architecture", KEYS)
+def test_each_key_reaches_the_model(architecture):
+    base, *rows = KEYS[architecture]
+    model = build(*base, *(part for key, value, _ in rows for part in (key, value)))
+    for key, value, get_value in rows:
+        assert get_value(model) == value, key
 
 
-# ---- nothing is kept from batch to batch -------------------------------------------------------
+RCNN = (*TINY, *SMALL_HEAD)
+BAD_SETTINGS = [
+    (RCNN, "MODEL.META_ARCHITECTURE", "FasterRCNN", "'FasterRCNN'.* one of GeneralizedRCNN"),
+    (RCNN, "MODEL.DEVICE", "gpu", r"MODEL\.DEVICE is 'gpu'"),
+    (RCNN, "MODEL.DEVICE", f"cuda:{torch.cuda.device_count()}", r"MODEL\.DEVICE is 'cuda"),
+    (RCNN, "MODEL.ROI_HEADS.NUM_CLASSES", 0, "ROI_HEADS.NUM_CLASSES is 0: call default_setup"),
+    ((*TINY, *RETINA), "MODEL.RETINANET.NUM_CLASSES", -1, "RETINANET.NUM_CLASSES is -1: call default_setup"),
+    # Backbones.
+    ((), "MODEL.BACKBONE.NAME", "build_resnet_fpn", "'build_resnet_fpn'.*nearest is build_resnet_fpn_"),
+    (RESNET18, "MODEL.BACKBONE.FREEZE_AT", 6, "FREEZE_AT is 6.* 0 to 5"),
+    ((), "MODEL.RESNETS.DEPTH", 20, "RESNETS.DEPTH is 20.* one of .18"),
+    ((), "MODEL.RESNETS.NORM", "LN", "RESNETS.NORM is 'LN'.*'GN'"),
+    ((), "MODEL.FPN.NORM", "FrozenBN", "FPN.NORM is 'FrozenBN'.*'GN'"),
+    (TINY, "MODEL.TINY.NORM", "", "TINY.NORM is ''.*'BN'"),
+    (TINY, "MODEL.TINY.CHANNELS", [], "TINY.CHANNELS is empty"),
+    (TINY, "MODEL.TINY.NUM_LEVELS", 0, "TINY.NUM_LEVELS is 0.* 1 to the 3"),
+    (RESNET18, "MODEL.RESNETS.NUM_GROUPS", 32, "NUM_GROUPS 32 .* DEPTH of 50"),
+    (RESNET18, "MODEL.RESNETS.STRIDE_IN_1X1", True, "STRIDE_IN_1X1 needs a DEPTH of 50 or more, not 18"),
+    (RESNET18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256, "RES2_OUT_CHANNELS is 256.* has 64"),
+    (RETINA, "MODEL.BACKBONE.NAME", "build_ssd_vgg16_backbone", "RetinaNet, which takes .*_retinanet_resnet"),
+    (SSD, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "SSD, which takes .*vgg16.*, build_tiny_"),
+    ((), "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone", "'GeneralizedRCNN'.*'RetinaNet'"),
+    (RETINANET18, "MODEL.FPN.P6_IN_FEATURE", "p4", "P6_IN_FEATURE.*'p4'.*'p5'.*'res5'"),
+    # What the architectures share.
+    (TINY, "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64]], r"SIZES must .* 1 levels.*\[\[32\], \[64\]\]"),
+    (RESNET18, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0], [0.5]], "ASPECT_RATIOS must .* 5 levels"),
+    (TINY, "MODEL.ANCHOR_GENERATOR.SIZES", [[]], "SIZES must have the same length"),
+    (TINY, "MODEL.ANCHOR_GENERATOR.OFFSET", 0.5, "ANCHOR_GENERATOR.OFFSET.*0.5"),
+    (TINY, "MODEL.ANCHOR_GENERATOR.NAME", "Anchors", "'Anchors'.*DefaultAnchorGenerator"),
+    (TINY, "MODEL.PIXEL_MEAN", [1.0], "PIXEL_MEAN"),
+    (TINY, "MODEL.PIXEL_STD", [1.0, 0.0, 1.0], "PIXEL_STD"),
+    # R-CNN.
+    (RCNN, "MODEL.RPN.IOU_THRESHOLDS", [0.5], r"RPN.IOU_THRESHOLDS is \[0.5\].* 2 rising"),
+    (RCNN, "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.4, 0.6], "ROI_HEADS.IOU_THRESHOLDS .*one number"),
+    ((*TINY, *PROPOSALS), "MODEL.RPN.CONV_DIMS", [64], r"CONV_DIMS .* not \[64\]"),
+    (RCNN, "MODEL.ROI_BOX_HEAD.NUM_FC", 0, "ROI_BOX_HEAD .*NUM_FC .* 0 and 0"),
+    ((*RCNN, "MODEL.ROI_BOX_HEAD.NUM_CONV", 1), "MODEL.ROI_BOX_HEAD.NORM", "LN", "ROI_BOX_HEAD.NORM is 'LN'"),
+    (RCNN, "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool", "ROI_BOX_HEAD.POOLER_TYPE .*'ROIAlignV2'"),
+    ((*RCNN, *MASK), "MODEL.ROI_MASK_HEAD.NUM_CONV", 0, "ROI_MASK_HEAD.NUM_CONV is 0.* 1"),
+    ((*RCNN, *MASK), "MODEL.ROI_MASK_HEAD.NORM", "LN", "ROI_MASK_HEAD.NORM is 'LN'"),
+    ((*RCNN, *KEYPOINT), "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 0, "NUM_KEYPOINTS is 0: call default_"),
+    ((*RCNN, *KEYPOINT), "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [], "ROI_KEYPOINT_HEAD.CONV_DIMS is empty"),
+    (RCNN, "MODEL.RPN.SMOOTH_L1_BETA", -0.1, "RPN.SMOOTH_L1_BETA is -0.1"),
+    (RCNN, "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA", float("nan"), "ROI_BOX_HEAD.SMOOTH_L1_BETA is nan"),
+    (RCNN, "MODEL.RPN.BBOX_REG_LOSS_TYPE", "diou", "RPN.BBOX_REG_LOSS_TYPE"),
+    (RCNN, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "l2", "ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE"),
+    (RCNN, "MODEL.RPN.LOSS_NORMALIZER", "images", "RPN.LOSS_NORMALIZER"),
+    # RetinaNet, FCOS and SSD.
+    ((*TINY, *RETINA), "MODEL.RETINANET.PRIOR_PROB", 0.0, "RETINANET.PRIOR_PROB is 0.0"),
+    ((*TINY, *RETINA), "MODEL.RETINANET.NORM", "BN", "RETINANET.NORM is 'BN'.*'GN'"),
+    ((*TINY, *RETINA), "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "diou", "BBOX_REG_LOSS_TYPE.*'giou'"),
+    ((*TINY, *RETINA), "MODEL.RETINANET.FOCAL_LOSS_ALPHA", 1.5, "FOCAL_LOSS_ALPHA is 1.5.* 0 to 1, or -1"),
+    ((*TINY, *RETINA), "MODEL.RETINANET.FOCAL_LOSS_GAMMA", -2.0, "FOCAL_LOSS_GAMMA is -2.0.* 0 or more"),
+    ((*TINY, *RETINA, "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou"),
+     "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", 0.1, "SMOOTH_L1_LOSS_BETA.*0.1.*0.0"),
+    ((*TINY, *RETINA), "MODEL.KEYPOINT_ON", True, "MODEL.KEYPOINT_ON.*True"),
+    ((*TINY, *FCOS), "MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16]], r"one anchor a location.*SIZES \[\[8\]\]"),
+    ((*TINY, *FCOS), "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 1.0]], r"ASPECT_RATIOS \[\[1.0\]\]"),
+    ((*TINY, *FCOS), "MODEL.TINY.OUT_CHANNELS", 40, "32 groups.* 40 channels"),
+    ((*TINY, *SSD), "INPUT.FIXED_SIZE", (300,), r"INPUT.FIXED_SIZE.*\(300,\)"),
+    ((*TINY, *SSD), "MODEL.SSD.ASPECT_RATIOS", [], "SSD.ASPECT_RATIOS has 0 entries.*2 levels need 2"),
+    ((*TINY, *SSD), "MODEL.SSD.SCALES", [0.1, 0.2], "SSD.SCALES has 2 entries.*2 levels need 3"),
+    ((*TINY, *SSD), "MODEL.SSD.STEPS", [8, 16, 32], "SSD.STEPS has 3 entries.*2 levels need 2"),
+    ((*TINY, *SSD), "MODEL.SSD.POSITIVE_FRACTION", 1.0, "SSD.POSITIVE_FRACTION is 1.0"),
+    ((*TINY, *SSD), "MODEL.SSD.HEAD_NAME", "SSDHeadd", "SSD.HEAD_NAME.*'SSDHeadd'.*'SSDLiteHead'"),
+]  # fmt: skip
 
-# Of two images each: an image of 66, 40 or 22 pixels and the map of a padded batch have the wrong ratio.
-HEIGHTS = [(66, 40), (40, 23), (22, 20), (96, 64)]
 
-
-def outputs_of(model, samples):
-    """(losses, gradients, detections, what the exported graph gives for the first image)."""
-    torch.manual_seed(0)
-    model.zero_grad()
-    losses = model.train()(samples)
-    sum(losses.values()).backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        detections = model.eval()(samples)
-        return losses, gradients, detections, DetectionGraph(model)(samples[0]["image"][None])
-
-
-@pytest.mark.parametrize("name", ["mask_keypoint_rcnn", "proposals", "retinanet", "fcos"], indirect=True)
-def test_results_do_not_depend_on_earlier_batches(detector):
-    batches = [
-        [make_sample(h, 72, [[2, 3, 50, h - 4]], [i], seed=h + i) for i, h in enumerate(heights)]
-        for heights in HEIGHTS
-    ]
-    # Each by a model that has seen nothing, as one that a resumed run or --eval-only has built.
-    expected = [outputs_of(copy.deepcopy(detector), batch) for batch in batches]
-    assert all(len(found["boxes"]) for _, _, detections, _ in expected for found in detections)
-    for order in ([0, 1, 2, 3, 0], [3, 2, 1, 0, 3]):
-        used = copy.deepcopy(detector)
-        for i in order:
-            torch.testing.assert_close(outputs_of(used, batches[i]), expected[i], rtol=0, atol=0)
-
-
-# ---- what is built -----------------------------------------------------------------------------
+@pytest.mark.parametrize(("base", "key", "value", "message"), BAD_SETTINGS)
+def test_bad_settings_are_rejected(base, key, value, message):
+    with pytest.raises(UserError, match=message):
+        build(*base, key, value)
 
 
 def test_the_same_seed_gives_the_same_weights():
@@ -275,30 +237,190 @@ def test_names_with_frozen_norms_are_those_without_the_counters():
     assert frozen != trained
 
 
-@pytest.mark.parametrize("architecture", META_ARCHITECTURES)
-def test_the_number_of_classes_has_its_own_key(architecture):
-    cfg = make_cfg("MODEL.META_ARCHITECTURE", architecture)
-    assert get_value(cfg, num_classes_key(cfg)) == K
+# ---- samples in, detections out ----------------------------------------------------------------
+
+WITH_CLASSES = [name for name in ARCHITECTURES if name != "proposals"]
+
+
+def prefer(model, label):
+    """Make a detector call everything `label`."""
+    if isinstance(model, FasterRCNN):
+        biases, classes, label = [model.roi_heads.box_predictor.cls_score.bias], K + 1, label + 1
+    elif hasattr(model.head.classification_head, "module_list"):
+        biases = [layer.bias for layer in model.head.classification_head.module_list]
+        classes, label = K + 1, label + 1
+    else:
+        biases, classes = [model.head.classification_head.cls_logits.bias], K
+    for bias in biases:
+        bias.data.view(-1, classes)[:, label] = 20.0
+
+
+@pytest.mark.parametrize("label", [0, K - 1])
+@pytest.mark.parametrize("name", WITH_CLASSES, indirect=True)
+def test_labels_of_detections_and_targets_count_from_0(detector, label, name):
+    prefer(detector, label)
+    with torch.no_grad():
+        (found,) = detector([make_sample(64, 64)])
+    # FCOS's score is the root of the class's score times the centre-ness.
+    likely = found["scores"] > 0.5
+    assert likely[0] and found["labels"][likely].unique().tolist() == [label]
+    detector.train()
+    key = "loss_fcos_cls" if name == "fcos" else "loss_cls"
+    losses = []
+    for target in range(K):
+        torch.manual_seed(0)
+        losses.append(detector([make_sample(64, 64, [[8, 8, 40, 40]], [target])])[key].item())
+    assert losses.index(min(losses)) == label
+
+
+def test_detections_are_sorted_limited_and_in_the_original_images_pixels(detector, name):
+    samples = [make_sample(64, 96, seed=1), make_sample(40, 64, seed=2)]
+    resized = [make_sample(64, 96, seed=1, original=(128, 480)), samples[1]]
+    with torch.no_grad():
+        found, (scaled, _) = detector(samples), detector(resized)
+    for output, sample in zip(found, samples, strict=True):
+        number = len(output["scores"])
+        assert 0 < number <= (1000 if name == "proposals" else 100)
+        assert output["boxes"].shape == (number, 4) and output["labels"].dtype == torch.int64
+        assert output["scores"].diff().le(0).all()
+        assert output["scores"].ge(0).all() and output["scores"].le(1).all()
+        assert output["boxes"].min() >= 0
+        assert output["boxes"][:, 2].max() <= sample["width"]
+        assert output["boxes"][:, 3].max() <= sample["height"]
+        assert set(output) - {"masks", "keypoints"} == {"boxes", "scores", "labels"}
+        assert ("masks" in output, "keypoints" in output) == (name.startswith("mask"),) * 2
+    torch.testing.assert_close(scaled["boxes"], found[0]["boxes"] * torch.tensor([5.0, 2.0, 5.0, 2.0]))
+    assert scaled["scores"].equal(found[0]["scores"]) and scaled["labels"].equal(found[0]["labels"])
+
+
+def assert_empty(found, name, size):
+    assert found["boxes"].shape == (0, 4) and found["scores"].shape == found["labels"].shape == (0,)
+    assert found["labels"].dtype == torch.int64
+    if name.startswith("mask"):
+        assert found["masks"].shape == (0, *size) and found["masks"].dtype == torch.bool
+        assert found["keypoints"].shape == (0, KEYPOINTS, 3)
+
+
+@pytest.mark.parametrize("name", WITH_CLASSES, indirect=True)
+def test_an_image_without_detections_is_evaluated(detector, name):
+    (detector.roi_heads if isinstance(detector, FasterRCNN) else detector).score_thresh = 1.0
+    with torch.no_grad():
+        (found,) = detector([make_sample(64, 64, original=(30, 50))])
+    assert_empty(found, name, (30, 50))
 
 
 @pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        (("MODEL.META_ARCHITECTURE", "FasterRCNN"), ["META_ARCHITECTURE", "'FasterRCNN'", "GeneralizedRCNN"]),
-        (("MODEL.ROI_HEADS.NUM_CLASSES", 0), ["ROI_HEADS.NUM_CLASSES", "0", "default_setup"]),
-        ((*PROPOSALS, "MODEL.ROI_HEADS.NUM_CLASSES", 0), ["ROI_HEADS.NUM_CLASSES", "0", "default_setup"]),
-        ((*RETINA, "MODEL.RETINANET.NUM_CLASSES", -1), ["RETINANET.NUM_CLASSES", "-1", "default_setup"]),
-        (("MODEL.DEVICE", "gpu"), ["MODEL.DEVICE", "'gpu'"]),
-    ],
+    ("name", "pooler"),
+    [("mask_keypoint_rcnn", "ROIAlign"), ("mask_keypoint_rcnn", "ROIAlignV2"), ("proposals", "ROIAlign")],
 )
-def test_settings_that_cannot_be_built_are_clear_errors(keys, words):
-    with pytest.raises(UserError) as error:
-        build(*TINY, *keys)
-    missing = [word for word in words if word not in str(error.value)]
-    assert not missing, str(error.value)
+def test_an_image_without_proposals_is_evaluated(name, pooler):
+    keys = [f"MODEL.ROI_{head}_HEAD.POOLER_TYPE" for head in ("BOX", "MASK", "KEYPOINT")]
+    model = build(*ARCHITECTURES[name], *(part for key in keys for part in (key, pooler))).eval()
+    # Every proposal is too small to be one.
+    model.rpn.head.bbox_pred.bias.data.view(-1, 4)[:, 2:] = -20
+    with torch.no_grad():
+        found = model(two_samples())
+    for output, size in zip(found, ((64, 96), (80, 64)), strict=True):
+        assert_empty(output, name, size)
 
 
-def test_a_cuda_device_that_is_not_there_is_a_clear_error():
-    name = f"cuda:{torch.cuda.device_count()}"
-    with pytest.raises(UserError, match=rf"MODEL\.DEVICE is '{name}'"):
-        build(*TINY, "MODEL.DEVICE", name)
+# ---- samples in, losses out --------------------------------------------------------------------
+
+
+def test_losses_are_positive_and_leave_the_samples_as_they_are(detector, name):
+    samples = two_squares()
+    before = copy.deepcopy(samples)
+    losses = detector.train()(samples)
+    assert set(losses) == LOSSES[name]
+    assert all(loss.shape == () and loss.item() > 0 for loss in losses.values())
+    for sample, same in zip(samples, before, strict=True):
+        assert sample["image"].equal(same["image"])
+        assert all(sample["target"][key].equal(value) for key, value in same["target"].items())
+
+
+def test_images_without_objects_can_be_trained_on(detector):
+    detector.train()
+    for samples in (
+        [make_sample(64, 64)],
+        [make_sample(64, 64), make_sample(64, 64, [[5, 5, 40, 40]], [1], seed=1)],
+    ):
+        losses = detector(samples)
+        assert all(loss.isfinite() for loss in losses.values())
+        sum(losses.values()).backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in detector.parameters())
+        of_objects = [losses[key].item() for key in losses if key in OBJECT_LOSSES]
+        assert all(value == 0 for value in of_objects) == (len(samples) == 1)
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "proposals"], indirect=True)
+def test_boxes_without_an_area_are_rejected(detector):
+    samples = two_samples()
+    samples[1]["target"]["boxes"][0, 2] = 10.0
+    with pytest.raises(AssertionError, match=r"positive height and width, not \[10.0, 10.0, 10.0, 70.0\]"):
+        detector.train()(samples)
+
+
+WHOLE = {
+    "mask_keypoint_rcnn": (*RESNET18, *SMALL_HEAD, *MASK, *KEYPOINT),
+    "mask_rcnn_v2": (
+        *RESNET18, *MASK, "MODEL.FPN.NORM", "BN", "MODEL.RPN.CONV_DIMS", [-1, -1], "MODEL.RESNETS.NORM", "GN",
+        "MODEL.ROI_BOX_HEAD.NUM_CONV", 2, "MODEL.ROI_BOX_HEAD.NUM_FC", 1, "MODEL.ROI_BOX_HEAD.NORM", "BN",
+        "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.NORM", "GN",
+    ),
+    "mobilenet": (
+        "MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone", "MODEL.RESNETS.NORM", "BN",
+        "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]], *SMALL_HEAD,
+    ),
+    "retinanet_res5": (*RETINANET18, "MODEL.FPN.P6_IN_FEATURE", "res5", "MODEL.RETINANET.NORM", "GN"),
+    "fcos": FCOS18,
+    "ssdlite": SSDLITE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_gradients_reach_every_parameter_that_is_trained(name):
+    model = build(*WHOLE[name], "MODEL.BACKBONE.FREEZE_AT", 1)
+    side = {"ssdlite": 320, "fcos": 256, "retinanet_res5": 256}.get(name, 128)
+    # One for each level of SSD.
+    boxes = [
+        [4, 4, 4 + side * share // 100, 4 + side * share // 100] for share in (10, 20, 35, 50, 65, 80, 95)
+    ]
+    losses = model([make_sample(side, side, boxes, [0, 1, 2, 0, 1, 2, 0], seed) for seed in (1, 2)])
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) > 20
+    assert [n for n, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [n for n, p in trained.items() if not p.grad.any()] == []
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+# ---- nothing is kept from batch to batch -------------------------------------------------------
+
+# Of two images each: an image of 66 or 22 pixels and the map of a padded batch have the wrong ratio.
+HEIGHTS = [(66, 40), (22, 20), (96, 64)]
+
+
+def outputs_of(model, samples):
+    """(losses, gradients, detections, what the exported graph gives for the first image)."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    losses = model.train()(samples)
+    sum(losses.values()).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        detections = model.eval()(samples)
+        return losses, gradients, detections, DetectionGraph(model)(samples[0]["image"][None])
+
+
+@pytest.mark.parametrize("name", ["mask_keypoint_rcnn", "retinanet"], indirect=True)
+def test_results_do_not_depend_on_earlier_batches(detector):
+    batches = [
+        [make_sample(h, 72, [[2, 3, 50, h - 4]], [i], seed=h + i) for i, h in enumerate(heights)]
+        for heights in HEIGHTS
+    ]
+    # Each by a model that has seen nothing, as one that a resumed run or --eval-only has built.
+    expected = [outputs_of(copy.deepcopy(detector), batch) for batch in batches]
+    assert all(len(found["boxes"]) for _, _, detections, _ in expected for found in detections)
+    for i in (2, 1, 0, 2):
+        torch.testing.assert_close(outputs_of(detector, batches[i]), expected[i], rtol=0, atol=0)

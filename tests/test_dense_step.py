@@ -1,7 +1,6 @@
-"""The training step of RetinaNet, FCOS and SSD: its sync points, and that it is torchvision's."""
+"""RetinaNet, FCOS and SSD: training steps and detections are torchvision's, without its sync points."""
 
 import copy
-import itertools
 from unittest import mock
 
 import pytest
@@ -12,45 +11,54 @@ from model_helpers import (
     SSD,
     TINY,
     K,
+    assert_same_detections,
     build,
+    make_batch,
+    make_cfg,
     make_sample,
+    random_boxes,
     randomize_predictions,
     torchvision_inputs,
     two_samples,
     two_squares,
 )
 from shared.syncs import count_syncs, training_step
-from test_fcos import LOSSES as FCOS_LOSSES
-from test_retinanet import LOSSES
-from test_ssd import torchvision_ssd
-from test_step import make_batch, random_boxes
+from torch import nn
 from torchvision.models import detection
+from torchvision.models.detection import ssd
 from torchvision.models.detection._utils import SSDMatcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.models.detection.ssdlite import SSDLiteHead
+from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from plaintrain.modeling import matching
 from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerator
-from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
+from plaintrain.modeling.backbone import build_backbone
 from plaintrain.modeling.fcos import assign_centres
-from plaintrain.modeling.losses import focal_loss, giou_loss, smooth_l1_loss
+from plaintrain.modeling.losses import focal_loss
 from plaintrain.modeling.matching import match, pad_targets
 from plaintrain.modeling.ssd import count_hard
 
+LOSSES = {"loss_cls": "classification", "loss_box_reg": "bbox_regression"}
+FCOS_LOSSES = {
+    "loss_fcos_cls": "classification",
+    "loss_fcos_loc": "bbox_regression",
+    "loss_fcos_ctr": "bbox_ctrness",
+}
 GIOU = ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou")
 DETECTRON2 = ("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator")
-LITE = ("MODEL.TINY.NORM", "BN", "MODEL.SSD.HEAD_NAME", "SSDLiteHead")
 TINY_BN = (*TINY, "MODEL.TINY.NORM", "BN")
+STEPS = ("MODEL.SSD.SCALES", [0.2, 0.5, 0.9], "MODEL.SSD.STEPS", [4, 8])
 MODELS = {
     "retinanet": (*TINY, *RETINA),
     "retinanet, giou": (*TINY, *RETINA, *GIOU),
     "retinanet, detectron2": (*TINY, *RETINA, *DETECTRON2),
     "fcos": (*TINY, *FCOS),
-    "fcos, detectron2": (*TINY, *FCOS, *DETECTRON2),
     "ssd": (*TINY_BN, *SSD),
-    "ssdlite": (*TINY_BN, *SSD, "MODEL.SSD.HEAD_NAME", "SSDLiteHead"),
+    "ssdlite": (*TINY_BN, *SSD, *STEPS, "MODEL.SSD.HEAD_NAME", "SSDLiteHead"),
 }
+ALL_THREE = pytest.mark.parametrize("name", ["retinanet", "fcos", "ssd"])
 
 
 def samples_of(name, numbers):
@@ -66,10 +74,21 @@ def samples_of(name, numbers):
     ]
 
 
+def torchvision_ssd(name):
+    arguments = {"scales": [0.2, 0.5, 0.9], "steps": [4, 8]} if name == "ssdlite" else {}
+    boxes = DefaultBoxGenerator([[2], [2, 3]], **arguments)
+    backbone, numbers = build_backbone(make_cfg(*TINY_BN, *SSD)), boxes.num_anchors_per_location()
+    if name == "ssdlite":
+        head = SSDLiteHead([32, 32], numbers, K + 1, nn.BatchNorm2d)
+    else:
+        head = ssd.SSDHead([32, 32], numbers, K + 1)
+    return ssd.SSD(backbone, boxes, (64, 64), K + 1, head=head)
+
+
 def torchvision_twin(name, model):
     """torchvision's model of the same modules and weights, that takes uint8 images."""
     if name.startswith("ssd"):
-        plain = torchvision_ssd("SSDHead" if name == "ssd" else "SSDLiteHead")
+        plain = torchvision_ssd(name)
     else:
         kind = detection.FCOS if name.startswith("fcos") else detection.RetinaNet
         anchors = model.anchor_generator
@@ -84,89 +103,63 @@ def torchvision_twin(name, model):
     return plain
 
 
-def inputs_of(samples, label_offset):
-    """Images and targets as `torchvision_twin` takes them."""
-    return [sample["image"] for sample in samples], torchvision_inputs(samples, label_offset)[1]
+# ---- whole steps -------------------------------------------------------------------------------
 
 
-# ---- sync points -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch", [2, 8])
 @pytest.mark.parametrize("name", ["retinanet", "retinanet, giou", "fcos", "ssd"])
-def test_a_training_step_waits_for_nothing_at_any_batch_size(name, batch):
-    samples = ((two_squares() if name == "ssd" else two_samples()) * 4)[:batch]
-    step = training_step(build(*MODELS[name]), samples)
-    # The first makes the anchors.
-    step()
-    counts = count_syncs(step)
-    # The one is the check of the boxes, which are on the host.
-    assert counts["syncs"] == 1 and counts["uploads"] == 0, counts
-
-
-@pytest.mark.parametrize("name", ["retinanet", "fcos", "ssd"])
-def test_torchvisions_own_step_has_more_with_every_image(name):
+def test_a_training_step_waits_for_nothing_at_any_batch_size(name):
     model = build(*MODELS[name])
-    plain, numbers = torchvision_twin(name, model), []
-    for batch in (2, 8):
-        samples = ((two_squares() if name == "ssd" else two_samples()) * 4)[:batch]
-        step = training_step(plain, *inputs_of(samples, model.label_offset))
-        numbers.append(count_syncs(step)["syncs"])
-    assert numbers[0] >= 8 and numbers[1] >= numbers[0] + 6
+    for batch in (2, 6):
+        step = training_step(model, ((two_squares() if name == "ssd" else two_samples()) * 3)[:batch])
+        # The first makes the anchors.
+        step()
+        counts = count_syncs(step)
+        # The one is the check of the boxes, which are on the host.
+        assert counts["syncs"] == 1 and counts["uploads"] == 0, counts
 
 
-# ---- the same training as torchvision's --------------------------------------------------------
-
-
-@pytest.mark.parametrize("numbers", [(0,), (1, 40), (2, 1, 0, 17, 1)], ids=str)
+@pytest.mark.parametrize("numbers", [(2, 0, 17, 1), (0, 0)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_and_gradients_are_torchvisions(name, numbers):
+def test_losses_gradients_and_detections_are_torchvisions(name, numbers):
     model = build(*MODELS[name])
     randomize_predictions(model, spread=0.1)
     plain, samples = torchvision_twin(name, model), samples_of(name, numbers)
-    found, expected = model(samples), plain(*inputs_of(samples, model.label_offset))
+    images, targets = [s["image"] for s in samples], torchvision_inputs(samples, model.label_offset)[1]
+    losses, expected = model(samples), plain(images, targets)
     names = FCOS_LOSSES if name.startswith("fcos") else LOSSES
-    assert found.keys() == names.keys()
+    assert losses.keys() == names.keys()
     for ours, theirs in names.items():
-        torch.testing.assert_close(found[ours], expected[theirs], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(losses[ours], expected[theirs], rtol=1e-5, atol=1e-6)
         # SSD learns nothing of an image without objects, and the others from their scores alone.
-        assert found[ours] > 0 or (max(numbers) == 0 and (model.label_offset or "cls" not in ours))
-    sum(found.values()).backward()
+        assert losses[ours] > 0 or (max(numbers) == 0 and (model.label_offset or "cls" not in ours))
+    sum(losses.values()).backward()
     sum(expected.values()).backward()
     parameters = dict(plain.named_parameters())
     for key, parameter in model.named_parameters():
         scale = parameters[key].grad.abs().max().item()
         torch.testing.assert_close(parameter.grad, parameters[key].grad, rtol=1e-4, atol=1e-5 * scale + 1e-7)
+    if name == "retinanet, detectron2":
+        # It cuts boxes after NMS, see test_retinanet.py.
+        return
+    for network in (model, plain):
+        network.score_thresh, network.topk_candidates, network.detections_per_img = 0.0, 100, 50
+    with torch.no_grad():
+        detections, expected = model.eval()(samples), plain.eval()(images)
+    assert_same_detections(detections, expected, model.label_offset, at_least=10)
 
 
-@pytest.mark.parametrize("name", ["retinanet", "fcos", "ssd"])
+@ALL_THREE
 def test_a_batch_that_is_matched_image_by_image_has_the_same_losses(name):
     model, samples = build(*MODELS[name]), samples_of(name, (2, 0, 17, 1))
-    expected = model(samples)
-    calls, pairwise_iou = [], matching._pairwise_iou
+    expected, batches, pairwise_iou = model(samples), [], matching._pairwise_iou
 
-    def one(boxes, others):
-        calls.append(len(boxes))
+    def compute_iou(boxes, others):
+        batches.append(len(boxes))
         return pairwise_iou(boxes, others)
 
-    with mock.patch.multiple(matching, _MAX_PAIRS=1, _pairwise_iou=one):
-        found = model(samples)
-    assert calls == ([] if name == "fcos" else [1] * 4)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-def test_as_many_images_are_matched_at_once_as_there_is_room_for():
-    boxes, candidates, sizes = torch.rand(5, 3, 4), torch.rand(1, 100, 4), []
-
-    def assign(boxes, exists, candidates):
-        assert boxes.shape[1:] == (3, 4) and exists.shape[1:] == (3, 1) and candidates.shape[1:] == (100, 4)
-        sizes.append((len(boxes), len(exists), len(candidates)))
-        return boxes, candidates
-
-    with mock.patch.object(matching, "_MAX_PAIRS", 699):
-        found = matching.in_parts(assign, boxes, torch.ones(5, 3, 1).bool(), candidates)
-    assert sizes == [(2, 2, 2), (2, 2, 2), (1, 1, 1)]
-    assert found[0].equal(boxes) and found[1].equal(candidates.expand(5, -1, -1))
+    with mock.patch.multiple(matching, _MAX_PAIRS=1, _pairwise_iou=compute_iou):
+        torch.testing.assert_close(model(samples), expected, rtol=0, atol=0)
+    assert batches == ([] if name == "fcos" else [1] * 4)
 
 
 # ---- SSD's matches and hard negatives ----------------------------------------------------------
@@ -180,9 +173,8 @@ def padded(objects):
     return boxes, labels >= 0
 
 
-@pytest.mark.parametrize("pairs", [2**24, 1])
-@pytest.mark.parametrize("candidates", [500, 12])
-def test_matches_are_those_of_torchvisions_ssd_matcher(candidates, pairs):
+@pytest.mark.parametrize(("candidates", "pairs"), [(500, 1), (12, 2**24)])
+def test_match_is_torchvisions_ssd_matcher(candidates, pairs):
     """Of 12 candidates, objects share their best one, and some overlap none."""
     objects = [random_boxes(n, seed=i) for i, n in enumerate((9, 0, 30, 1))]
     boxes, exists = padded(objects)
@@ -213,17 +205,16 @@ def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
 
 def torchvision_assignment(objects, anchors, levels, radius):
     """What torchvision's FCOS hands its head: for each image `[N]`, -1 without an object."""
-    model, found = build(*MODELS["fcos"]), []
+    model, assigned = build(*MODELS["fcos"]), []
     model.center_sampling_radius = radius
     targets = [{"boxes": b} for b in objects]
-    with mock.patch.object(model.head, "compute_loss", lambda *args: found.append(args[3])):
+    with mock.patch.object(model.head, "compute_loss", lambda *args: assigned.append(args[3])):
         detection.FCOS.compute_loss(model, targets, {}, [anchors] * len(objects), levels)
-    return found[0]
+    return assigned[0]
 
 
-@pytest.mark.parametrize("radius", [1.5, 4.0])
-@pytest.mark.parametrize("levels", [(64, 16, 4), (84,)])
-def test_locations_have_the_objects_that_torchvisions_have(levels, radius):
+@pytest.mark.parametrize(("levels", "radius"), [((64, 16, 4), 1.5), ((64, 16, 4), 4.0), ((84,), 1.5)])
+def test_assign_centres_is_torchvisions(levels, radius):
     objects = [random_boxes(n, seed=i) for i, n in enumerate((9, 0, 40, 1))]
     # Areas that differ by less than 8 are the same to torchvision, and the first has the location.
     objects[0] = torch.cat([torch.tensor([[10.0, 10, 50, 50], [10, 10, 50, 49.9]]), objects[0]])
@@ -233,12 +224,9 @@ def test_locations_have_the_objects_that_torchvisions_have(levels, radius):
     maps = [torch.zeros(1, 1, side, side) for side in (8, 4, 2)]
     generator = AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
     (anchors,) = generator(ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)]), maps)
-    expected = torchvision_assignment(objects, anchors, levels, radius)
-    for pairs in (2**24, 1):
-        with mock.patch.object(matching, "_MAX_PAIRS", pairs):
-            index, matched = assign_centres(boxes, exists, anchors, levels, radius)
-        assert matched.equal(torch.stack(expected) >= 0)
-        assert index[matched].equal(torch.stack(expected)[matched])
+    expected = torch.stack(torchvision_assignment(objects, anchors, levels, radius))
+    index, matched = assign_centres(boxes, exists, anchors, levels, radius)
+    assert matched.equal(expected >= 0) and index[matched].equal(expected[matched])
     assert matched.any(dim=1).tolist() == [True, False, True, False]
     assert len(index[2][matched[2]].unique()) > 5
 
@@ -246,63 +234,25 @@ def test_locations_have_the_objects_that_torchvisions_have(levels, radius):
 # ---- losses ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.7, 0.0), (-1, 1.5), (0.0, 0.5), (1.0, 3.0)])
-def test_the_focal_loss_and_its_gradient_are_torchvisions(alpha, gamma):
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.7, 0.0), (-1, 1.5), (0.0, 0.5)])
+def test_focal_loss_and_its_gradient_are_torchvisions_and_finite(alpha, gamma):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(2, 50, K, generator=generator) * 6).requires_grad_()
     labels = torch.randint(-1, K, (2, 50), generator=generator)
     truth = torch.nn.functional.one_hot(labels.clamp(min=0), K) * (labels >= 0)[..., None].float()
-    found = focal_loss(logits, labels, alpha, gamma)
+    loss = focal_loss(logits, labels, alpha, gamma)
     expected = sigmoid_focal_loss(logits, truth, alpha, gamma).sum(dim=-1)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert found.shape == (2, 50)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     weights = torch.rand(2, 50, generator=generator)
-    gradients = [torch.autograd.grad((loss * weights).sum(), logits)[0] for loss in (found, expected)]
+    gradients = [torch.autograd.grad((part * weights).sum(), logits)[0] for part in (loss, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_the_focal_loss_of_scores_beyond_all_measure_is_finite(gamma):
-    logits = torch.tensor([[[-1e4, 1e4, 0.0]] * 4], requires_grad=True)
-    loss = focal_loss(logits, torch.tensor([[0, 1, 2, -1]]), 0.25, gamma)
+    extreme = torch.tensor([[[-1e4, 1e4, 0.0]] * 4], requires_grad=True)
+    loss = focal_loss(extreme, torch.tensor([[0, 1, 2, -1]]), alpha, gamma)
     loss.sum().backward()
-    assert loss.isfinite().all() and loss[0, 0] > 2000 and logits.grad.isfinite().all()
-
-
-def test_giou_and_its_gradient_are_torchvisions_where_boxes_count():
-    boxes, targets = random_boxes(1, 200).requires_grad_(), random_boxes(1, 200, seed=1)
-    targets = torch.cat([targets[:, :100], boxes[:, 100:150].detach(), targets[:, 150:]], dim=1)
-    counts = torch.arange(200)[None] < 180
-    found = giou_loss(boxes, targets, counts)
-    expected = generalized_box_iou_loss(boxes[:, :180], targets[:, :180])
-    torch.testing.assert_close(found[:, :180], expected)
-    assert not found[:, 180:].any() and (found[:, 100:150].abs() < 1e-5).all()
-    gradients = [torch.autograd.grad(loss.sum(), boxes)[0] for loss in (found, expected)]
-    torch.testing.assert_close(*gradients)
-    assert gradients[0].any()
-    boxes = torch.full((1, 2, 4), float("inf"), requires_grad=True)
-    giou_loss(boxes, targets[:, :2], torch.zeros(1, 2).bool()).sum().backward()
-    assert not boxes.grad.any()
-
-
-def test_smooth_l1_is_summed_for_each_anchor_that_counts():
-    deltas = torch.tensor([[[0.1, 1.0, -2.0, 0.0], [5.0, 5.0, 5.0, 5.0]]], requires_grad=True)
-    targets = torch.tensor([[[0.0] * 4, [float("nan"), float("inf"), 0.0, 0.0]]])
-    counts = torch.tensor([[True, False]])
-    assert smooth_l1_loss(deltas, targets, counts, 0.0)[0].tolist() == pytest.approx([3.1, 0])
-    loss = smooth_l1_loss(deltas, targets, counts, 0.5)
-    assert loss[0].tolist() == pytest.approx([0.1**2 / 2 / 0.5 + (1 - 0.25) + (2 - 0.25), 0])
-    loss.sum().backward()
-    assert deltas.grad.isfinite().all() and not deltas.grad[0, 1].any() and deltas.grad[0, 0].any()
+    assert loss.isfinite().all() and loss[0, 0] > 2000 and extreme.grad.isfinite().all()
 
 
 # ---- anchors are kept --------------------------------------------------------------------------
-
-GENERATORS = {
-    "torchvision": (CachedAnchorGenerator, AnchorGenerator, (((32, 40), (64, 80)), ((0.5, 1.0),) * 2)),
-    "detectron2": (DefaultAnchorGenerator, None, (((32, 40), (64, 80)), ((0.5, 1.0),) * 2, [8, 16], 0.5)),
-    "ssd": (CachedBoxGenerator, DefaultBoxGenerator, ([[2], [2, 3]], 0.2, 0.9, None, [8, 16])),
-}
 
 
 def make_anchors(generator, height, width, batch=2):
@@ -310,24 +260,23 @@ def make_anchors(generator, height, width, batch=2):
     return generator(images, [torch.zeros(batch, 1, height // s, width // s) for s in (8, 16)])
 
 
-@pytest.mark.parametrize("name", GENERATORS)
-def test_generators_make_anchors_once_for_a_size(name):
-    kind, plain, arguments = GENERATORS[name]
-    generator = kind(*arguments)
-    first, second = make_anchors(generator, 64, 96)
-    assert first is second and first is make_anchors(generator, 64, 96, batch=1)[0]
-    assert len(first) == sum(8 * 12 // 4**i * n for i, n in enumerate(generator.num_anchors_per_location()))
-    if plain:
-        for height, width in itertools.product((32, 64), (32, 96)):
-            found, expected = (make_anchors(g, height, width) for g in (generator, plain(*arguments)))
-            assert len(found) == len(expected) == 2 and all(map(torch.equal, found, expected))
-    # A copy has its own, and no anchors are saved.
-    twin = copy.deepcopy(generator)
-    assert make_anchors(twin, 64, 96)[0].equal(first) and make_anchors(twin, 64, 96)[0] is not first
+@pytest.mark.parametrize(
+    ("kind", "plain", "arguments"),
+    [
+        (CachedAnchorGenerator, AnchorGenerator, (((32, 40), (64, 80)), ((0.5, 1.0),) * 2)),
+        (CachedBoxGenerator, DefaultBoxGenerator, ([[2], [2, 3]], 0.2, 0.9, None, [8, 16])),
+    ],
+)
+def test_generators_make_torchvisions_anchors_once_for_a_size(kind, plain, arguments):
+    generator, plain = kind(*arguments), plain(*arguments)
+    for size in ((32, 32), (64, 96)):
+        first, second = make_anchors(generator, *size)
+        assert first is second and first is make_anchors(generator, *size, batch=1)[0]
+        assert first.equal(make_anchors(plain, *size)[0])
     assert not generator.state_dict() and not list(generator.buffers())
 
 
-@pytest.mark.parametrize("name", ["retinanet", "fcos", "ssd"])
+@ALL_THREE
 def test_a_model_that_was_evaluated_in_inference_mode_can_be_trained(name):
     model = build(*MODELS[name])
     samples = two_squares() if name == "ssd" else two_samples()

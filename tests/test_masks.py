@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 
-from plaintrain.data.catalog import DatasetCatalog
-from plaintrain.data.mapper import DatasetMapper
-from plaintrain.evaluation.coco import COCOEvaluator
 from plaintrain.masks import BoxMasks, encode_masks, sample_masks
 
 torch.set_num_threads(1)
@@ -18,66 +16,45 @@ def random_masks(number, side):
     return torch.rand(number, 1, side, side, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("side", [28, 7])
 @pytest.mark.parametrize(
     "box",
     [
-        [10.0, 5, 40, 30],
         [10.3, 5.7, 40.2, 30.9],
         # Over each edge, over all of them, tiny, and as small as a detection may be.
         [-20.5, 5, 10, 30],
         [10, -20.5, 30, 9],
-        [50, 5, 90.2, 30],
         [10, 30, 20, 77.7],
         [-10, -10, 80, 70],
-        [20.4, 20.4, 21.1, 21.3],
         [20, 20, 20.01, 20.01],
         [63.9, 47.9, 64, 48],
         [0, 0, 64, 48],
     ],
 )
-def test_pasted_masks_are_detectron2s_or_torchvisions(box, side):
-    masks, boxes = random_masks(2, side), torch.tensor([box, [30.0, 20, 50, 40]])
+def test_pasted_masks_are_detectron2s_or_torchvisions(box):
+    masks, boxes = random_masks(2, 7), torch.tensor([box, [30.0, 20, 50, 40]])
     theirs = paste_masks_in_image(masks, boxes, (48, 64))[:, 0] > 0.5
-    exact = np.stack([bilinear(*pair, 48, 64) for pair in zip(masks[:, 0], boxes, strict=True)])
-    assert np.abs(exact - 0.5).min() > 1e-6
-    for aligned, expected in ((True, torch.from_numpy(exact >= 0.5)), (False, theirs)):
+    exact = paste_as_detectron2(masks, boxes, 48, 64)
+    assert (exact - 0.5).abs().min() > 1e-6
+    for aligned, expected in ((True, exact >= 0.5), (False, theirs)):
         found = BoxMasks(masks, boxes, 48, 64, aligned)
         assert found.paste().dtype == torch.bool and found.paste().equal(expected)
         assert expected[1].any() and found.encode() == encode_masks(expected)
 
 
-def bilinear(mask, box, height, width):
-    """Detectron2's pasting, pixel by pixel: a grid from -1 to 1 over the box, zeros around the mask."""
-    side, (x0, y0, x1, y1) = len(mask), box.double().tolist()
-    padded = np.pad(mask.double().numpy(), 1)
-    values = np.zeros((height, width))
-    for i, j in np.ndindex(height, width):
-        u, v = 2 * (j + 0.5 - x0) / (x1 - x0) - 1, 2 * (i + 0.5 - y0) / (y1 - y0) - 1
-        # Of -1 and 1, the outer edges of the first and the last cell; 1 for the padding.
-        u, v = ((u + 1) * side - 1) / 2 + 1, ((v + 1) * side - 1) / 2 + 1
-        if 0 <= u < side + 1 and 0 <= v < side + 1:
-            column, row, s, t = int(u), int(v), u % 1, v % 1
-            upper, lower = padded[row : row + 2, column : column + 2] @ [1 - s, s]
-            values[i, j] = upper * (1 - t) + lower * t
-    return values
+def paste_as_detectron2(masks, boxes, height, width):
+    """A grid from -1 to 1 over each box, zeros around the mask."""
+    x0, y0, x1, y1 = boxes.double()[:, :, None].unbind(1)
+    x = 2 * (torch.arange(width) + 0.5 - x0) / (x1 - x0) - 1
+    y = 2 * (torch.arange(height) + 0.5 - y0) / (y1 - y0) - 1
+    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
+    return F.grid_sample(masks.double(), grid, align_corners=False)[:, 0]
 
 
-@pytest.mark.parametrize(
-    "box",
-    [
-        [70.0, 5, 90, 30],
-        [-40, 5, -10, 30],
-        [10, 60, 30, 90],
-        [10, -50, 30, -8],
-        [70, 60, 90, 80],
-        [200, 5, 201, 9],
-    ],
-)
-def test_a_mask_wholly_outside_of_the_image_is_empty(box):
+def test_a_mask_wholly_outside_of_the_image_is_empty():
+    boxes = torch.tensor([[70.0, 5, 90, 30], [-40, 5, -10, 30], [10, 60, 30, 90], [10, -50, 30, -8]])
     for aligned in (True, False):
-        masks = BoxMasks(torch.ones(1, 1, 28, 28), torch.tensor([box]), 48, 64, aligned)
-        assert masks.paste().shape == (1, 48, 64) and not masks.paste().any()
+        masks = BoxMasks(torch.ones(4, 1, 28, 28), boxes, 48, 64, aligned)
+        assert masks.paste().shape == (4, 48, 64) and not masks.paste().any()
         assert masks.encode() == encode_masks(masks.paste())
 
 
@@ -86,8 +63,9 @@ def test_no_masks_are_none():
     assert masks.paste().shape == masks.shape == (0, 48, 64) and masks.encode() == []
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("size", [(48, 64), (31, 200), (200, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("size", "aligned"), [((48, 64), True), ((31, 200), False), ((200, 3), True), ((1, 1), False)]
+)
 def test_masks_are_encoded_as_if_they_were_pasted(size, aligned):
     rng = np.random.default_rng(0)
     corners = np.sort(rng.uniform(-0.3, 1.3, (60, 2, 2)) * size[::-1], axis=1).reshape(60, 4)
@@ -153,19 +131,3 @@ def test_targets_are_torchvisions_where_masks_are_not_aligned():
     found = sample_masks(masks, boxes, index, 28, aligned=False)
     assert found.equal(project_masks_on_boxes(masks, boxes, index, 28))
     assert not found.equal(sample_masks(masks, boxes, index, 28))
-
-
-def test_a_perfect_head_has_the_masks_of_real_objects(data_root):
-    evaluator, mapper = (
-        COCOEvaluator("coco_2017_val", ("segm",)),
-        DatasetMapper(use_masks=True, augmentations=[]),
-    )
-    for record in DatasetCatalog.get("coco_2017_val"):
-        target = mapper(record)["target"]
-        number = len(target["boxes"])
-        masks = sample_masks(target["masks"], target["boxes"], torch.arange(number), 28)[:, None]
-        masks = BoxMasks(masks, target["boxes"], record["height"], record["width"])
-        scores = torch.ones(number)
-        evaluator.process([record], [{**target, "scores": scores, "masks": masks}])
-    results = evaluator.evaluate()["segm"]
-    assert results["AP"] >= 95 and results["APs"] >= 95, results

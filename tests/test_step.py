@@ -1,4 +1,4 @@
-"""The training step of an R-CNN: its sync points, and modeling.matching, .rpn and .roi_heads."""
+"""The training step of an R-CNN: its sync points, and modeling.matching, .anchors and .rpn."""
 
 import copy
 import itertools
@@ -8,21 +8,16 @@ from unittest import mock
 import pytest
 import torch
 from model_helpers import (
-    KEYPOINT,
-    MASK,
-    PROPOSALS,
-    RESNET18,
+    ARCHITECTURES,
     SMALL_HEAD,
     TINY,
     build,
-    make_sample,
+    make_batch,
+    random_boxes,
     randomize_predictions,
-    same_input,
-    torchvision_inputs,
     two_samples,
 )
 from shared.syncs import count_syncs, training_step
-from test_rcnn import LOSSES, torchvision_rcnn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -31,169 +26,73 @@ from torchvision.ops import batched_nms, box_iou
 from plaintrain.modeling import matching
 from plaintrain.modeling.anchors import SizeCache
 from plaintrain.modeling.matching import decode, match, pad_targets, sample
-from plaintrain.modeling.rpn import _is_plain
+
+TWO_LEVELS = ("MODEL.TINY.NUM_LEVELS", 2)
 
 # ---- sync points -------------------------------------------------------------------------------
 
+GIOU = ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou", "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou")
 MODELS = {
-    "faster": (*RESNET18, *SMALL_HEAD),
-    "mask and keypoints": (*RESNET18, *SMALL_HEAD, *MASK, *KEYPOINT),
-    "proposals": (*RESNET18, *PROPOSALS),
-    "giou": (
-        *RESNET18,
-        *SMALL_HEAD,
-        "MODEL.RPN.BBOX_REG_LOSS_TYPE",
-        "giou",
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE",
-        "giou",
-    ),  # fmt: skip
+    "mask and keypoints": (*ARCHITECTURES["mask_keypoint_rcnn"], *TWO_LEVELS),
+    "giou": (*ARCHITECTURES["faster_rcnn"], *TWO_LEVELS, *GIOU),
+    "proposals": (*ARCHITECTURES["proposals"], *TWO_LEVELS),
 }
 
 
-@pytest.mark.parametrize("batch", [2, 8])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_training_step_has_at_most_8_sync_points_beside_nms_at_any_batch_size(name, batch):
-    step = training_step(build(*MODELS[name]), (two_samples() * 4)[:batch])
-    # The first makes the anchors, once.
-    step()
-    counts = count_syncs(step)
-    assert counts["syncs"] <= 8, counts
-    # The proposals of an RPN alone are not made in training.
-    assert (counts["nms"] > 0) == (name != "proposals"), counts
-    if name != "mask and keypoints":
-        # torchvision's loss of keypoints makes tensors of numbers.
-        assert counts["uploads"] <= 1, counts
-
-
-def test_torchvisions_own_step_has_more_with_every_image():
-    plain, numbers = torchvision_rcnn(), []
-    for batch in (2, 8):
-        step = training_step(plain, *torchvision_inputs((two_samples() * 4)[:batch], 1))
+def test_a_training_step_has_at_most_8_sync_points_beside_nms_at_any_batch_size(name):
+    model = build(*MODELS[name])
+    for batch in (2, 6):
+        step = training_step(model, (two_samples() * 3)[:batch])
+        # The first makes the anchors, once.
         step()
         counts = count_syncs(step)
-        numbers.append((counts["syncs"], counts["uploads"]))
-    assert numbers[0] > (20, 40) and numbers[1] > (80, 150)
+        assert counts["syncs"] <= 8, counts
+        # The proposals of an RPN alone are not made in training.
+        assert counts["nms"] == (0 if name == "proposals" else batch), counts
+        if name != "mask and keypoints":
+            # torchvision's loss of keypoints makes tensors of numbers.
+            assert counts["uploads"] <= 1, counts
 
 
-@pytest.mark.parametrize(
-    ("kind", "step"),
-    [
-        ("nonzero", lambda x: torch.where(x > 2)),
-        ("nonzero", lambda x: x.nonzero()),
-        ("_local_scalar_dense", lambda x: x.sum().item()),
-        ("_local_scalar_dense", lambda x: bool((x > 2).any())),
-        ("index by mask", lambda x: x[x > 2]),
-        ("index_put by mask", lambda x: x.clone().__setitem__(x > 3, torch.zeros(2))),
-        ("masked_select", lambda x: x.masked_select(x > 2)),
-        ("_unique2", lambda x: torch.unique(x)),
-        ("tolist", lambda x: x.tolist()),
-        ("cpu", lambda x: x.cpu()),
-        ("nms", lambda x: batched_nms(x.view(-1, 1).expand(-1, 4), x, x, 0.5)),
-        ("lift_fresh", lambda x: torch.tensor([1.0, 2.0])),
-        ("lift_fresh", lambda x: torch.as_tensor([1.0, 2.0])),
-        ("lift_fresh", lambda x: x.new_tensor(3.0)),
-    ],
-)
-def test_the_count_sees(kind, step):
+def test_count_syncs_counts_each_kind():
     values = torch.arange(6.0)
-    assert count_syncs(lambda: step(values))["by kind"][kind] >= 1
+    steps = [
+        ("nonzero", lambda: torch.where(values > 2)),
+        ("_local_scalar_dense", lambda: bool((values > 2).any())),
+        ("index by mask", lambda: values[values > 2]),
+        ("index_put by mask", lambda: values.clone().__setitem__(values > 3, torch.zeros(2))),
+        ("masked_select", lambda: values.masked_select(values > 2)),
+        ("_unique2", lambda: torch.unique(values)),
+        ("tolist", lambda: values.tolist()),
+        ("cpu", lambda: values.cpu()),
+        ("nms", lambda: batched_nms(values.view(-1, 1).expand(-1, 4), values, values, 0.5)),
+        ("lift_fresh", lambda: torch.as_tensor([1.0, 2.0])),
+    ]
+    for kind, step in steps:
+        assert count_syncs(step)["by kind"][kind] >= 1, kind
 
+    def without_syncs():
+        y = values.clone().index_put_((values > 3,), values[0]).index_fill_(0, torch.arange(2), 1.0)
+        return torch.where(values > 3, values, y).masked_fill(values > 2, 0)[torch.arange(2)].topk(2)
 
-def test_the_count_leaves_out_what_is_none():
-    def step():
-        x = torch.arange(6.0)
-        y = x.clone().index_put_((x > 3,), x[0]).index_fill_(0, torch.arange(2), 1.0)
-        return torch.where(x > 3, x, y).masked_fill(x > 2, 0)[torch.arange(2)].topk(2)
-
-    assert not count_syncs(step)["by kind"]
-
-
-# ---- the same training as torchvision's --------------------------------------------------------
-
-
-def make_batch(name):
-    """Images of different sizes, with the numbers of objects that `name` lists."""
-    generator, samples = torch.Generator().manual_seed(5), []
-    for i, number in enumerate(name):
-        height, width = (64, 96) if i % 2 else (80, 64)
-        corners = torch.rand(number, 2, 2, generator=generator) * torch.tensor([width - 8, height - 8])
-        boxes = torch.cat([corners.amin(1), corners.amax(1) + 6], dim=1).long().tolist()
-        samples.append(make_sample(height, width, boxes, [j % 3 for j in range(number)], seed=i))
-    return samples
-
-
-BATCHES = [(1,), (0,), (40,), (0, 3), (1, 30), (0, 0), (2, 1, 0, 17, 5, 1, 0, 9)]
-
-
-@pytest.mark.parametrize("numbers", BATCHES, ids=str)
-def test_losses_and_gradients_are_torchvisions_where_all_are_sampled(numbers):
-    model, plain = build(*RESNET18, *SMALL_HEAD), torchvision_rcnn()
-    for part in (model.rpn, plain.rpn, model.roi_heads, plain.roi_heads):
-        part.fg_bg_sampler.batch_size_per_image = 10**6
-    randomize_predictions(model, spread=0.1)
-    plain.load_state_dict(model.state_dict())
-    # The same features and RoIs, bit for bit: rounding, another on each CPU, decides about NMS and ReLU.
-    same_input(model, plain)
-    plain.roi_heads.box_roi_pool = model.roi_heads.box_roi_pool
-    samples = make_batch(numbers)
-    found, expected = model(samples), plain(*torchvision_inputs(samples, 1))
-    for ours, theirs in LOSSES.items():
-        torch.testing.assert_close(found[ours], expected[theirs], rtol=1e-5, atol=1e-5)
-        assert found[ours] > 0 or (max(numbers) == 0 and ours in ("loss_box_reg", "loss_rpn_loc"))
-    sum(found.values()).backward()
-    sum(expected.values()).backward()
-    parameters = dict(plain.named_parameters())
-    for name, parameter in model.named_parameters():
-        scale = parameters[name].grad.abs().max().item()
-        torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-3, atol=1e-3 * scale + 1e-6)
-
-
-@pytest.mark.parametrize("score", [0.0, 0.8])
-def test_proposals_in_training_are_torchvisions(score):
-    model = build(
-        *RESNET18, *SMALL_HEAD, "MODEL.RPN.SCORE_THRESH", score, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 60
-    )
-    plain = torchvision_rcnn(rpn_score_thresh=score)
-    plain.rpn._post_nms_top_n["training"] = 60
-    randomize_predictions(model)
-    plain.load_state_dict(model.state_dict())
-    samples = make_batch((1, 2, 3))
-    images, _ = model.transform([s["image"] for s in samples])
-    with torch.no_grad():
-        features = model.backbone.eval()(images.tensors)
-        targets = torchvision_inputs(samples, 1)[1]
-        (boxes, exists), _ = model.rpn(images, features, targets)
-        expected, _ = plain.rpn(images, features, targets)
-    assert boxes.shape == (3, 60, 4) and exists.shape == (3, 60)
-    for b, e, theirs in zip(boxes, exists, expected, strict=True):
-        assert len(theirs) > 5 and e.sum() == len(theirs)
-        torch.testing.assert_close(b[e], theirs, rtol=1e-5, atol=1e-4)
-    assert exists.all() == (score == 0)
-
-
-@pytest.mark.parametrize("name", ["faster", "proposals"])
-def test_boxes_without_a_size_are_refused(name):
-    samples = two_samples()
-    samples[1]["target"]["boxes"][0, 2] = 10.0
-    with pytest.raises(AssertionError, match=r"positive height and width, not \[10.0, 10.0, 10.0, 70.0\]"):
-        build(*MODELS[name])(samples)
+    assert not count_syncs(without_syncs)["by kind"]
 
 
 # ---- matching ----------------------------------------------------------------------------------
 
 
-def random_boxes(*shape, seed=0):
-    corners = torch.rand(*shape, 2, 2, generator=torch.Generator().manual_seed(seed)) * 60
-    # Whole pixels, so that some are equally good.
-    return torch.cat([corners.amin(-2).floor(), corners.amax(-2).ceil() + 2], dim=-1)
-
-
-@pytest.mark.parametrize("pairs", [2**24, 1])
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("matcher", [Matcher(0.7, 0.3, True), Matcher(0.5, 0.5), Matcher(0.6, 0.2)])
-def test_matches_are_those_of_torchvisions_matcher(matcher, shared, pairs):
-    numbers = [3, 0, 7, 1]
-    objects = [random_boxes(n, seed=i) for i, n in enumerate(numbers)]
+@pytest.mark.parametrize(
+    ("matcher", "shared", "pairs"),
+    [
+        (Matcher(0.7, 0.3, True), True, 2**24),
+        (Matcher(0.7, 0.3, True), False, 1),
+        (Matcher(0.5, 0.5), True, 1),
+        (Matcher(0.6, 0.2), False, 2**24),
+    ],
+)
+def test_match_is_torchvisions_matcher(matcher, shared, pairs):
+    objects = [random_boxes(n, seed=i) for i, n in enumerate([3, 0, 7, 1])]
     boxes, labels = pad_targets([{"boxes": b, "labels": torch.ones(len(b)).long()} for b in objects])
     candidates = random_boxes(1 if shared else 4, 500, seed=9)
     with mock.patch.object(matching, "_MAX_PAIRS", pairs):
@@ -209,7 +108,7 @@ def test_matches_are_those_of_torchvisions_matcher(matcher, shared, pairs):
     assert 0 < matched.sum() < background.sum()
 
 
-def test_targets_are_padded_to_the_largest_number_and_to_at_least_one():
+def test_pad_targets_pads_to_the_largest_number_and_to_at_least_one():
     targets = [{"boxes": random_boxes(n), "labels": torch.arange(n)} for n in (2, 0, 3)]
     boxes, labels = pad_targets(targets)
     assert labels.tolist() == [[0, 1, -1], [-1, -1, -1], [0, 1, 2]]
@@ -223,16 +122,9 @@ def test_targets_are_padded_to_the_largest_number_and_to_at_least_one():
 
 @pytest.mark.parametrize(
     ("positives", "negatives", "expected"),
-    [
-        (100, 300, (20, 60)),
-        (5, 300, (5, 75)),
-        (0, 300, (0, 80)),
-        (100, 30, (20, 30)),
-        (0, 0, (0, 0)),
-        (3, 2, (3, 2)),
-    ],
+    [(100, 300, (20, 60)), (5, 300, (5, 75)), (0, 300, (0, 80)), (100, 30, (20, 30)), (3, 2, (3, 2))],
 )
-def test_as_many_are_drawn_as_by_torchvisions_sampler(positives, negatives, expected):
+def test_sample_draws_as_many_as_torchvisions_sampler(positives, negatives, expected):
     sampler = BalancedPositiveNegativeSampler(80, 0.25)
     labels = torch.full((1, 500), -1)
     labels[:, :positives], labels[:, 150 : 150 + negatives] = 1, 0
@@ -240,25 +132,13 @@ def test_as_many_are_drawn_as_by_torchvisions_sampler(positives, negatives, expe
     assert index.shape == exists.shape == (1, 80)
     drawn = labels[0][index[0][exists[0]]]
     assert ((drawn == 1).sum(), (drawn == 0).sum()) == expected
-    assert len(drawn) == sum(expected) == len(index[0][exists[0]].unique())
+    assert len(drawn) == len(index[0][exists[0]].unique())
     # Matches first, and padding last.
     assert drawn.diff().le(0).all() and exists[0].long().diff().le(0).all()
-    theirs = sampler(list(labels))
-    assert [part[0].sum() for part in theirs] == list(expected)
+    assert [part[0].sum() for part in sampler(list(labels))] == list(expected)
 
 
-def test_every_candidate_is_drawn_as_often():
-    sampler, counts = BalancedPositiveNegativeSampler(8, 0.25), torch.zeros(30)
-    labels = torch.arange(30).lt(10).long()[None].expand(500, -1)
-    torch.manual_seed(0)
-    for _ in range(10):
-        index, _ = sample(labels == 1, labels == 0, sampler)
-        counts += index.flatten().bincount(minlength=30)
-    # 2 of 10 and 6 of 20 in 5000 draws: 1000 and 1500, with deviations of about 28 and 32.
-    assert (counts[:10] - 1000).abs().max() < 130 and (counts[10:] - 1500).abs().max() < 140
-
-
-def test_what_is_drawn_from_the_generator_depends_on_shapes_alone():
+def test_sample_draws_numbers_that_depend_on_shapes_alone():
     states = []
     for positives in (0, 7, 40):
         torch.manual_seed(3)
@@ -268,90 +148,82 @@ def test_what_is_drawn_from_the_generator_depends_on_shapes_alone():
     assert all(state.equal(states[0]) for state in states)
 
 
-# ---- boxes, NMS, anchors -----------------------------------------------------------------------
+def test_sample_draws_every_candidate_as_often():
+    labels = torch.arange(30).lt(10).long()[None].expand(5000, -1)
+    torch.manual_seed(0)
+    index, _ = sample(labels == 1, labels == 0, BalancedPositiveNegativeSampler(8, 0.25))
+    counts = index.flatten().bincount(minlength=30)
+    # 2 of 10 and 6 of 20 in 5000 draws: 1000 and 1500, with deviations of about 28 and 32.
+    assert (counts[:10] - 1000).abs().max() < 130 and (counts[10:] - 1500).abs().max() < 140
 
 
-def test_boxes_are_decoded_as_by_torchvisions_coder():
+# ---- boxes and anchors -------------------------------------------------------------------------
+
+
+def test_decode_is_torchvisions():
     boxes, anchors, coder = random_boxes(100), random_boxes(100, seed=1), BoxCoder((10.0, 10.0, 5.0, 5.0))
     deltas = coder.encode_single(boxes, anchors)
     # Sides that grow beyond all measure are held back.
     deltas[0] = 100.0
-    found = decode(deltas.view(2, 50, 4), anchors.view(2, 50, 4), coder).view(100, 4)
-    assert found.equal(coder.decode_single(deltas, anchors))
-    torch.testing.assert_close(found[1:], boxes[1:], rtol=1e-4, atol=1e-3)
+    decoded = decode(deltas.view(2, 50, 4), anchors.view(2, 50, 4), coder).view(100, 4)
+    assert decoded.equal(coder.decode_single(deltas, anchors))
+    torch.testing.assert_close(decoded[1:], boxes[1:], rtol=1e-4, atol=1e-3)
 
 
-def images_of(height, width):
-    return ImageList(torch.zeros(2, 3, height, width), [(height, width)] * 2)
-
-
-def maps_of(height, width, dtype=torch.float32):
-    return [torch.zeros(2, 1, height // 16, width // 16, dtype=dtype)]
-
-
-def test_anchors_are_made_once_for_a_size_and_kept_for_few_sizes():
+def test_size_cache_makes_anchors_once_for_a_size_and_keeps_few_sizes():
     cache, generator = SizeCache(), AnchorGenerator(((32,),), ((0.5, 1.0),))
-    made = mock.Mock(side_effect=lambda images, features: generator(images, features)[:1])
+    make = mock.Mock(side_effect=lambda images, features: generator(images, features)[:1])
+
+    def get_anchors(height, width, dtype=torch.float32, cache=cache, image=None):
+        images = ImageList(torch.zeros(2, 3, *(image or (height, width))), [(height, width)] * 2)
+        return cache(make, images, [torch.zeros(2, 1, height // 16, width // 16, dtype=dtype)])
+
     sizes = list(itertools.product((32, 64, 96), (32, 64, 96, 128)))
-    for height, width in sizes:
-        for _ in range(2):
-            (found,) = one = cache(made, images_of(height, width), maps_of(height, width))
-            assert found.equal(generator(images_of(height, width), maps_of(height, width))[0])
-    assert made.call_count == len(sizes) == 12
-    assert cache(made, images_of(96, 128), maps_of(96, 128)) is one
+    for size in sizes:
+        anchors = get_anchors(*size)
+        assert get_anchors(*size) is anchors
+    assert make.call_count == len(sizes) == 12
     # The oldest went.
-    cache(made, images_of(32, 32), maps_of(32, 32))
-    assert made.call_count == 13
+    get_anchors(32, 32)
+    assert make.call_count == 13
     # Another type, and another image of the same maps, are others.
-    (low,) = cache(made, images_of(32, 32), maps_of(32, 32, torch.float64))
-    assert low.dtype == torch.float64
-    cache(made, images_of(40, 40), maps_of(32, 32))
-    assert made.call_count == 15
+    assert get_anchors(32, 32, torch.float64)[0].dtype == torch.float64
+    get_anchors(32, 32, image=(40, 40))
+    assert make.call_count == 15
     # A copy, such as that of averaged weights, takes no memory for them.
-    copied = copy.deepcopy(cache)
-    copied(made, images_of(40, 40), maps_of(32, 32))
-    cache(made, images_of(40, 40), maps_of(32, 32))
-    assert made.call_count == 16 and len(pickle.dumps(cache)) < 200
+    get_anchors(32, 32, cache=copy.deepcopy(cache))
+    get_anchors(32, 32)
+    assert make.call_count == 16 and len(pickle.dumps(cache)) < 200
 
 
-def test_anchors_first_made_in_inference_mode_can_be_trained_with():
-    cache = SizeCache()
-    generator = AnchorGenerator(((32,),), ((1.0,),))
-    with torch.inference_mode():
-        cache(generator, images_of(32, 32), maps_of(32, 32))
-    anchors = cache(generator, images_of(32, 32), maps_of(32, 32))[0]
-    scale = torch.ones(1, requires_grad=True)
-    (anchors * scale).sum().backward()
-    assert scale.grad == anchors.sum()
-
-
-# ---- the RPN's losses --------------------------------------------------------------------------
+# ---- the RPN's heads ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_the_heads_of_sampled_anchors_are_those_of_all_at_once(low):
-    model = build(*RESNET18, *SMALL_HEAD)
+def test_heads_of_sampled_anchors_are_those_of_all_at_once(low):
+    model = build(*TINY, *SMALL_HEAD, *TWO_LEVELS)
     randomize_predictions(model)
-    samples = make_batch((2, 3))
-    images, _ = model.transform([s["image"] for s in samples])
+    images, _ = model.transform([s["image"] for s in make_batch((2, 3))])
     features = list(model.backbone(images.tensors).values())
-    head, size = model.rpn.head, sum(f.shape[2] * f.shape[3] for f in features) * 3
+    head = model.rpn.head
+    anchors = head.cls_logits.out_channels
+    size = sum(f.shape[2] * f.shape[3] for f in features) * anchors
     sampled = torch.randint(size, (2, 50), generator=torch.Generator().manual_seed(0))
     # The corners of the largest and of the smallest map.
-    sampled[:, :2], sampled[:, 2] = torch.tensor([0, size - 1]), features[0].shape[3] * 3 - 1
+    sampled[:, :2], sampled[:, 2] = torch.tensor([0, size - 1]), features[0].shape[3] * anchors - 1
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        found = model.rpn._predict_sampled(images, features, sampled)
+        predicted = model.rpn._predict_sampled(images, features, sampled)
         objectness, deltas = (
             torch.cat([level.permute(0, 2, 3, 1).reshape(2, -1, n) for level in part], dim=1)
             for part, n in zip(head(features), (1, 4), strict=True)
         )
     rows = torch.arange(2)[:, None]
     expected = (objectness[rows, sampled][..., 0], deltas[rows, sampled])
-    gradients = []
-    for part, other in zip(found, expected, strict=True):
+    for part, other in zip(predicted, expected, strict=True):
         assert part.dtype == torch.float32
         torch.testing.assert_close(part, other, rtol=0.1 * low + 1e-5, atol=0.02 * low + 1e-5)
-    for logits, boxes in (found, expected):
+    gradients = []
+    for logits, boxes in (predicted, expected):
         loss = logits.square().sum() + boxes.square().sum()
         gradients.append(torch.autograd.grad(loss, [*features, *head.parameters()], retain_graph=True))
     for part, other in zip(*gradients, strict=True):
@@ -369,38 +241,24 @@ def steps_of(model, times=1):
     return losses, {name: p.grad.clone() for name, p in model.rpn.named_parameters()}
 
 
-class OwnHead(torch.nn.Module):
-    """What somebody puts in the place of torchvision's head."""
-
-    def __init__(self, head):
-        super().__init__()
-        self.inner = head
-
-    def forward(self, features):
-        return self.inner([feature.tanh() for feature in features])
-
-
-def put_in(module, name, part):
+def replace(module, name, part):
     setattr(module, name, part)
 
 
-HEADS = {
-    "a module": lambda rpn: put_in(rpn, "head", OwnHead(rpn.head)),
-    "an activation": lambda rpn: put_in(rpn.head.conv[0], "1", torch.nn.Tanh()),
-    "two convolutions": lambda rpn: rpn.head.conv.append(copy.deepcopy(rpn.head.conv[0])),
-    "a dilation": lambda rpn: [put_in(rpn.head.conv[0][0], key, (2, 2)) for key in ("dilation", "padding")],
-    "a hook": lambda rpn: rpn.head.register_forward_hook(lambda _, i, out: (out[0], [3 * d for d in out[1]])),
-    "a part's hook": lambda rpn: rpn.head.bbox_pred.register_forward_hook(lambda _, i, out: 3 * out),
-    "an input's hook": lambda rpn: rpn.head.conv.register_forward_pre_hook(lambda _, inputs: 3 * inputs[0]),
+OTHER_HEADS = {
+    "activation": lambda rpn: replace(rpn.head.conv[0], "1", torch.nn.Tanh()),
+    "dilation": lambda rpn: [replace(rpn.head.conv[0][0], key, (2, 2)) for key in ("dilation", "padding")],
+    "hook": lambda rpn: rpn.head.register_forward_hook(lambda _, i, out: (out[0], [3 * d for d in out[1]])),
+    "hook of a part": lambda rpn: rpn.head.bbox_pred.register_forward_hook(lambda _, i, out: 3 * out),
+    "hook of an input": lambda rpn: rpn.head.conv.register_forward_pre_hook(lambda _, inputs: 3 * inputs[0]),
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_a_head_of_another_kind_is_called_once_and_learns(name):
+@pytest.mark.parametrize("name", OTHER_HEADS)
+def test_a_head_that_is_not_plain_is_called_for_all_anchors(name):
     model = build(*TINY, *SMALL_HEAD)
     randomize_predictions(model)
-    assert _is_plain(model.rpn.head)
-    HEADS[name](model.rpn)
+    OTHER_HEADS[name](model.rpn)
     with mock.patch.object(model.rpn.head, "forward", wraps=model.rpn.head.forward) as called:
         losses, gradients = steps_of(model)
     assert called.call_count == 1 and all(gradient.any() for gradient in gradients.values())
@@ -409,7 +267,7 @@ def test_a_head_of_another_kind_is_called_once_and_learns(name):
     assert losses == expected and all(gradients[key].equal(wanted[key]) for key in wanted)
 
 
-def test_a_head_called_for_all_anchors_gives_the_losses_of_those_sampled():
+def test_a_plain_head_gives_the_losses_of_one_that_is_called_for_all_anchors():
     model = build(*TINY, *SMALL_HEAD)
     randomize_predictions(model)
     losses, gradients = steps_of(model)
@@ -419,16 +277,10 @@ def test_a_head_called_for_all_anchors_gives_the_losses_of_those_sampled():
     torch.testing.assert_close(gradients, wanted, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_the_rpn_learns_under_autocast(plain):
-    model = build(*RESNET18, *SMALL_HEAD, "MODEL.RPN.CONV_DIMS", [-1] if plain else [-1, -1])
+@pytest.mark.parametrize("dims", [[-1], [-1, -1]])
+def test_the_rpn_learns_under_autocast(dims):
+    model = build(*TINY, *SMALL_HEAD, "MODEL.RPN.CONV_DIMS", dims)
     with torch.autocast("cpu", torch.bfloat16):
         # The second time with weights that autocast has cast already.
         _, gradients = steps_of(model, times=2)
     assert all(gradient.any() for gradient in gradients.values())
-
-
-def test_an_rpn_alone_makes_no_proposals_in_training():
-    model = build(*RESNET18, *PROPOSALS)
-    with mock.patch.object(model.rpn, "_propose", side_effect=AssertionError):
-        assert len(model(two_samples())) == 2
