@@ -1,9 +1,8 @@
 """The best model of a run, and when to give up waiting for a better one."""
 
-import difflib
 import logging
 
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +33,9 @@ class BestMetric:
         for name in names:
             if f"/{name}".endswith(f"/{self._metric}"):
                 return name
-        near = difflib.get_close_matches(self._metric, names, n=3, cutoff=0.0)
+        near = nearest(self._metric, names, number=3)
         raise UserError(
-            f"TEST.BEST_METRIC is {self._metric!r}, which the evaluation does not give; near are "
-            + ", ".join(near)
+            f"TEST.BEST_METRIC is {self._metric!r}, which the evaluation does not give; did you mean {near}?"
         )
 
     def update(self, iteration, results):

@@ -2,10 +2,10 @@
 
 import logging
 
-from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_checkpoint, resume_candidates
+from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_last
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.yaml_files import parse_yaml
+from plaintrain.utils.yaml_files import flatten, parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -17,17 +17,6 @@ _NO_EFFECT = {"MODEL.WEIGHTS": "none: the checkpoint's weights are taken"}
 _REFUSED = ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "SOLVER.OPTIMIZER")
 # The counts of a run in epochs would mean other iterations than those that are done.
 _COUNTED = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_IMS_PER_BATCH")
-
-
-def flatten(tree, prefix=""):
-    """{"A": {"B": value}} as {"A.B": value}, tuples as lists."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def config_changes(before, now):
@@ -49,7 +38,13 @@ def check_changes(folder, config, class_names, model):
     Raises:
         UserError: names a key, or the classes, that cannot change within a run.
     """
-    path, saved = _last_readable(folder)
+    try:
+        path, saved = read_last(folder, mmap=True)
+    except DamagedCheckpointError:
+        # Resuming says so.
+        return
+    if not path:
+        return
     check_trained_classes(path, saved.get("class_names"), class_names, strict=True)
     if not isinstance(saved.get("config"), str):
         return
@@ -66,16 +61,6 @@ def check_changes(folder, config, class_names, model):
             f"{key} was {_short(was)} in the run that is resumed and is {_short(is_)} now: it cannot change "
             "within a run; set it back, or start a new run from the weights (MODEL.WEIGHTS, without --resume)"
         )
-
-
-def _last_readable(folder):
-    """(path, dict) of the checkpoint to resume from, ("", {}) if none can be read."""
-    for path in resume_candidates(folder):
-        try:
-            return path, read_checkpoint(path, mmap=True)
-        except DamagedCheckpointError:
-            continue
-    return "", {}
 
 
 def _shapes(state):

@@ -6,7 +6,7 @@ Every function returns a matplotlib `Figure`, as those of `plaintrain.plots` do.
 import math
 
 from plaintrain.curves import thin
-from plaintrain.plots import INK, PALETTE, SIZE, draw_legend, new_figure, styled
+from plaintrain.plots import INK, PALETTE, SIZE, draw_legend, drawing
 
 
 def xy_figure(lines, x_label, y_label, *, limits=None, diagonal=False):
@@ -19,9 +19,7 @@ def xy_figure(lines, x_label, y_label, *, limits=None, diagonal=False):
         limits: (least, largest) of both axes, or None to fit.
         diagonal: draw the line of equal x and y, faint.
     """
-    with styled():
-        figure, axes = new_figure()
-        ax = axes[0, 0]
+    with drawing() as (figure, ax):
         if diagonal:
             ax.plot(limits, limits, "--", color=INK, alpha=0.4, linewidth=1)
         for line in lines:
@@ -36,7 +34,7 @@ def xy_figure(lines, x_label, y_label, *, limits=None, diagonal=False):
             )
         ax.set(xlabel=x_label, ylabel=y_label)
         if len(lines) > 1:
-            draw_legend(ax, lines)
+            draw_legend(ax, [line["label"] for line in lines])
     return figure
 
 
@@ -52,9 +50,7 @@ def bar_figure(names, series, x_label, *, colors=None, most=30):
     """
     names = [str(name) for name in names][:most]
     height, colors = 0.8 / len(series), range(len(series)) if colors is None else colors
-    with styled():
-        figure, axes = new_figure((SIZE[0], 0.9 + len(names) * max(0.3, 0.2 * len(series))))
-        ax = axes[0, 0]
+    with drawing((SIZE[0], 0.9 + len(names) * max(0.3, 0.2 * len(series)))) as (figure, ax):
         for i, (label, values) in enumerate(series.items()):
             values = [math.nan if v is None else v for v in values][:most]
             places = [n + height * (i - (len(series) - 1) / 2) for n in range(len(names))]
@@ -62,13 +58,13 @@ def bar_figure(names, series, x_label, *, colors=None, most=30):
             color = PALETTE[colors[i] % len(PALETTE)]
             bars = ax.barh(places, shown, height * 0.92, color=color, label=label)
             ax.bar_label(bars, ["" if math.isnan(v) else _number(v) for v in values], padding=3, fontsize=9)
-        ax.set_yticks(range(len(names)), [_cut(name) for name in names])
+        ax.set_yticks(range(len(names)), [cut(name) for name in names])
         ax.invert_yaxis()
         ax.margins(x=0.15)
         ax.grid(axis="y", visible=False)
         ax.set_xlabel(x_label)
         if len(series) > 1:
-            draw_legend(ax, [{"label": label} for label in series])
+            draw_legend(ax, list(series))
     return figure
 
 
@@ -76,7 +72,7 @@ def _number(value):
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def _cut(name, most=24):
+def cut(name, most=24):
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
@@ -90,16 +86,14 @@ def histogram_figure(edges, series, x_label, y_label, *, colors=None):
         colors: a number for each of the series; default 0, 1, ...
     """
     colors = range(len(series)) if colors is None else colors
-    with styled():
-        figure, axes = new_figure()
-        ax = axes[0, 0]
+    with drawing() as (figure, ax):
         for number, (label, counts) in zip(colors, series.items(), strict=True):
             color = PALETTE[number % len(PALETTE)]
             ax.stairs(counts, edges, fill=True, color=color, alpha=0.25)
             ax.stairs(counts, edges, color=color, label=label, linewidth=1.4)
         ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
         if len(series) > 1:
-            draw_legend(ax, [{"label": label} for label in series])
+            draw_legend(ax, list(series))
     return figure
 
 
@@ -118,15 +112,13 @@ def matrix_figure(matrix, row_names, column_names, x_label, y_label):
     shades = _shades(shares**0.6)
     few = max(counts.shape) <= 14
     side = max(3.0, 0.36 * len(row_names) + 1.3) if few else 0.21 * len(row_names) + 1.6
-    with styled():
-        figure, axes = new_figure((max(SIZE[0], side + 1.2), side))
-        ax = axes[0, 0]
+    with drawing((max(SIZE[0], side + 1.2), side)) as (figure, ax):
         ax.imshow(shades, interpolation="nearest", aspect="auto")
         ax.grid(visible=False)
         size = 9 if few else 8
         turned = {"rotation": 45, "ha": "right"} if few else {"rotation": 90}
-        ax.set_xticks(range(len(column_names)), [_cut(str(name)) for name in column_names], **turned)
-        ax.set_yticks(range(len(row_names)), [_cut(str(name)) for name in row_names])
+        ax.set_xticks(range(len(column_names)), [cut(str(name)) for name in column_names], **turned)
+        ax.set_yticks(range(len(row_names)), [cut(str(name)) for name in row_names])
         ax.tick_params(labelsize=size, length=2)
         if few:
             for (i, j), count in np.ndenumerate(counts):
@@ -152,9 +144,7 @@ def heat_figure(cells):
     import numpy as np
 
     counts = np.asarray(cells, dtype=float)
-    with styled():
-        figure, axes = new_figure()
-        ax = axes[0, 0]
+    with drawing() as (figure, ax):
         ax.imshow(_shades(counts / max(counts.max(), 1)), interpolation="nearest", aspect="auto")
         ax.grid(visible=False)
         ax.set(xticks=[], yticks=[], xlabel="width", ylabel="height")

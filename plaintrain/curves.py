@@ -65,14 +65,14 @@ def panels(runs, patterns=()):
     for title, kind, names in _groups(known, all_of_them=bool(patterns)):
         if len(runs) == 1:
             (series,) = runs.values()
-            lines = [_line(_short(name, kind), series[name], i) for i, name in enumerate(names)]
+            lines = [curve_line(_short(name, kind), *series[name], i) for i, name in enumerate(names)]
             # One evaluation makes no curve.
             if patterns or kind != "result" or any(len(line["x"]) > 1 for line in lines):
                 found.append(_panel(title, kind, lines, legend=len(lines) > 1))
             continue
         # The by-class scores of several runs are for tables.
         for name in names if patterns else _main(kind, names):
-            lines = [_line(run, s[name], i) for i, (run, s) in enumerate(runs.items()) if name in s]
+            lines = [curve_line(run, *s[name], i) for i, (run, s) in enumerate(runs.items()) if name in s]
             found.append(_panel(name, kind, lines, legend=True))
     return found
 
@@ -117,8 +117,8 @@ def _short(name, kind):
     return name.removeprefix("val/")
 
 
-def _line(label, series, color):
-    return {"label": label, "x": series[0], "y": series[1], "color": color}
+def curve_line(label, x, y, color):
+    return {"label": label, "x": x, "y": y, "color": color}
 
 
 def _panel(title, kind, lines, legend):

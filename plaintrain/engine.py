@@ -197,14 +197,6 @@ def _prepare_output(cfg, training, resume):
         logger.warning(f"MODEL.WEIGHTS moved with them: {cfg.MODEL.WEIGHTS}")
 
 
-def _saved_cfg(path, cfg):
-    """A config that a run has saved; it may have keys that only `cfg` has, those of a fork."""
-    before = cfg.clone()
-    before.defrost()
-    before.merge_from_file(path)
-    return before
-
-
 def _settle_seed(cfg, resume):
     if cfg.SEED >= 2**32:
         raise UserError(f"SEED is {cfg.SEED}, but must be below 2**32")
@@ -213,7 +205,10 @@ def _settle_seed(cfg, resume):
     saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     seed = None
     if resume and comm.is_main_process() and os.path.isfile(saved):
-        before = _saved_cfg(saved, cfg)
+        # Not the defaults: a fork's keys are known to its own config only.
+        before = cfg.clone()
+        before.defrost()
+        before.merge_from_file(saved)
         seed = before.SEED if before.SEED >= 0 else None
     seed = comm.broadcast(seed)
     source = "of the run that is resumed" if seed is not None else "drawn now"

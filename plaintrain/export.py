@@ -5,7 +5,6 @@ A file takes `images`, uint8 `[B, 3, H, W]` in RGB, all of one size, resized alr
 """
 
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -13,9 +12,10 @@ import warnings
 
 import torch
 
-from plaintrain.config import get_value
 from plaintrain.modeling.graph import DetectionGraph
-from plaintrain.utils.errors import UserError, first_line
+from plaintrain.modeling.tta import detection_threshold
+from plaintrain.utils.errors import UserError, first_line, require
+from plaintrain.utils.logger import silenced
 
 # Where the files hold what `describe` says.
 ABOUT = "plaintrain"
@@ -62,35 +62,20 @@ def is_fixed(cfg):
 
 def score_limit(cfg):
     """The score below which the model of a config finds nothing."""
-    names = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS", "SSD": "SSD"}
-    if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
-        return cfg.MODEL.RPN.SCORE_THRESH
-    return get_value(cfg, f"MODEL.{names[cfg.MODEL.META_ARCHITECTURE]}.SCORE_THRESH_TEST")
+    return detection_threshold(cfg, "SCORE_THRESH")
 
 
 def need(module):
-    """Import what the extra [export] installs.
-
-    Raises:
-        UserError: it is not there.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise UserError(f'ONNX needs {module}: pip install "plaintrain[export]"') from e
+    """A module that ONNX needs, or a `UserError` that says how to install it."""
+    return require(module, "ONNX", "export")
 
 
 @contextlib.contextmanager
 def _quietly():
     """Exporters warn of what nobody who exports can change."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with silenced(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def trace(model, size, fixed=False):

@@ -8,6 +8,7 @@ import torch
 from plaintrain.data.folder import image_record, list_images
 from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import get_detection_dataset_dicts
+from plaintrain.evaluation.background import unpasted_masks
 from plaintrain.export import need
 from plaintrain.utils.errors import UserError
 
@@ -67,18 +68,14 @@ def expected_of(model, image):
         model: the detector, on the CPU, in evaluation mode.
         image: uint8 `[3, H, W]`.
     """
-    heads, maps, paste = getattr(model, "roi_heads", None), [], getattr(model, "pastes_masks", None)
+    heads, maps = getattr(model, "roi_heads", None), []
     hook = contextlib.nullcontext()
     if getattr(heads, "keypoint_predictor", None) is not None:
         hook = heads.keypoint_predictor.register_forward_hook(
             lambda module, args, output: maps.append(output)
         )
-    model.pastes_masks = False
-    try:
-        with hook, torch.no_grad():
-            found = model([{"image": image, "height": image.shape[1], "width": image.shape[2]}])[0]
-    finally:
-        model.pastes_masks = paste
+    with hook, unpasted_masks(model), torch.no_grad():
+        found = model([{"image": image, "height": image.shape[1], "width": image.shape[2]}])[0]
     expected = {key: found[key] for key in ("boxes", "scores", "labels")}
     if "masks" in found:
         expected["masks"] = found["masks"].probabilities[:, 0]

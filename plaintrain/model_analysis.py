@@ -5,6 +5,7 @@ torch.utils.flop_counter counts.
 """
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from plaintrain.utils.errors import UserError
@@ -58,14 +59,6 @@ def _bytes(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _tensors(value):
-    """All tensors in nested dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in items for tensor in _tensors(item)]
-
-
 def watch_outputs(model, run):
     """What the modules without children give while `run()` runs: {name: [numbers, bytes]}, over all calls."""
     found, hooks = {}, []
@@ -73,8 +66,9 @@ def watch_outputs(model, run):
     def hook(name):
         def count(module, inputs, output):
             seen = found.setdefault(name, [0, 0])
-            seen[0] += sum(tensor.numel() for tensor in _tensors(output))
-            seen[1] += _bytes(_tensors(output))
+            tensors = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+            seen[0] += sum(tensor.numel() for tensor in tensors)
+            seen[1] += _bytes(tensors)
 
         return count
 

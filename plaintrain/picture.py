@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageShow
 
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write
+from plaintrain.utils.files import atomic_write, make_parent
 
 # With more letters than Pillow's own font, which has those of English only.
 _FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "arial.ttf")
@@ -117,10 +117,7 @@ def save_picture(path, image, quality=92):
     buffer = io.BytesIO()
     kind = _FORMATS[os.path.splitext(path)[1].lower()]
     to_pillow(image).save(buffer, format=kind, quality=quality)
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot make the folder of {path}: {e.strerror}") from e
+    make_parent(path)
     with atomic_write(path, "wb") as f:
         f.write(buffer.getvalue())
 

@@ -11,8 +11,8 @@ import os
 import re
 
 from plaintrain.curves import smooth, thin
-from plaintrain.utils.errors import UserError
-from plaintrain.utils.reading import reason
+from plaintrain.utils.errors import require
+from plaintrain.utils.files import writing
 
 # Told apart on white and on black, also by most who do not see all colours.
 PALETTE = ("#3b7dd8", "#e2711d", "#2a9d6f", "#c2479b", "#8a63d2", "#b5890c", "#c9423f", "#4f93a8")
@@ -50,28 +50,25 @@ _STYLE = {
 
 
 def require_matplotlib():
-    """Raise a `UserError` that says how to install matplotlib where it is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise UserError('drawing needs matplotlib: pip install "plaintrain[plot]"') from e
+    """matplotlib, or a `UserError` that says how to install it."""
+    return require("matplotlib", "drawing", "plot")
 
 
 @contextlib.contextmanager
 def styled():
-    require_matplotlib()
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
+    with require_matplotlib().rc_context(_STYLE):
         yield
 
 
-def new_figure(size=SIZE, rows=1, columns=1):
-    """(figure, axes `[rows, columns]`) without pyplot, whose figures stay in memory."""
-    from matplotlib.figure import Figure
+@contextlib.contextmanager
+def drawing(size=SIZE, rows=1, columns=1):
+    """(figure, its axes, `[rows, columns]` if they are several) to be drawn on within the block."""
+    with styled():
+        from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+        # Without pyplot, whose figures stay in memory.
+        figure = Figure(figsize=size)
+        yield figure, figure.subplots(rows, columns)
 
 
 def save_figure(figure, path):
@@ -80,12 +77,9 @@ def save_figure(figure, path):
     Raises:
         UserError: the file cannot be written.
     """
-    with styled():
-        try:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            figure.savefig(path, facecolor="white", dpi=130)
-        except OSError as e:
-            raise UserError(f"cannot write {path}: {reason(e)}") from e
+    with styled(), writing(path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        figure.savefig(path, facecolor="white", dpi=130)
 
 
 def svg_text(figure, name):
@@ -119,21 +113,20 @@ def curve_grid(panels, smoothing=0.0):
     """The pictures of `curves.panels` in one figure, three a row."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with styled():
-        figure, axes = new_figure((SIZE[0] * columns, (SIZE[1] + 0.3) * rows), rows, columns)
-        for ax, panel in zip(axes.flat, panels, strict=False):
+    with drawing((SIZE[0] * columns, (SIZE[1] + 0.3) * rows), rows, columns) as (figure, _):
+        for ax, panel in zip(figure.axes, panels, strict=False):
             _draw_curves(ax, panel, smoothing)
-            ax.set_title(panel["title"], pad=6 + 13 * _legend_rows(panel["lines"]) * panel["legend"])
-        for ax in list(axes.flat)[len(panels) :]:
+            rows_of_legend = math.ceil(len(panel["lines"]) / _columns(_labels(panel)))
+            ax.set_title(panel["title"], pad=6 + 13 * rows_of_legend * panel["legend"])
+        for ax in figure.axes[len(panels) :]:
             ax.set_axis_off()
     return figure
 
 
 def curve_figure(panel, smoothing=0.0):
     """One of the pictures of `curves.panels`, without its title."""
-    with styled():
-        figure, axes = new_figure()
-        _draw_curves(axes[0, 0], panel, smoothing)
+    with drawing() as (figure, ax):
+        _draw_curves(ax, panel, smoothing)
     return figure
 
 
@@ -158,7 +151,7 @@ def _draw_curves(ax, panel, smoothing):
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_xlabel(panel.get("x_label", "iteration"))
     if panel["legend"]:
-        draw_legend(ax, panel["lines"])
+        draw_legend(ax, _labels(panel))
 
 
 def _log_scale(ax):
@@ -173,16 +166,15 @@ def _log_scale(ax):
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _columns(lines):
-    widest = max(len(line["label"]) for line in lines)
-    return max(1, min(4, 62 // (widest + 6)))
+def _labels(panel):
+    return [line["label"] for line in panel["lines"]]
 
 
-def _legend_rows(lines):
-    return math.ceil(len(lines) / _columns(lines))
+def _columns(labels):
+    return max(1, min(4, 62 // (max(map(len, labels)) + 6)))
 
 
-def draw_legend(ax, lines):
+def draw_legend(ax, labels):
     """Above the axes, where it hides nothing."""
     place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
-    ax.legend(ncols=_columns(lines), handlelength=1.4, columnspacing=1.2, labelspacing=0.2, **place)
+    ax.legend(ncols=_columns(labels), handlelength=1.4, columnspacing=1.2, labelspacing=0.2, **place)

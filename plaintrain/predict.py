@@ -19,7 +19,8 @@ from plaintrain.evaluation.loop import inference_context
 from plaintrain.modeling.build import build_model, num_classes_key
 from plaintrain.modeling.tta import build_tta
 from plaintrain.precision import build_autocast
-from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_checkpoint, resume_candidates
+from plaintrain.run_folder import read_config
+from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_checkpoint, read_last
 from plaintrain.utils.errors import UserError
 from plaintrain.visualize import skeleton_of
 from plaintrain.weight_checks import check_weights
@@ -169,8 +170,7 @@ def _from_folder(run, weights):
     if not os.path.isfile(path):
         what = "has no config.yaml" if os.path.isdir(run) else "does not exist"
         raise UserError(f"{run!r} {what}: expected the OUTPUT_DIR of a training, or a checkpoint")
-    cfg = get_cfg()
-    cfg.merge_from_file(path)
+    cfg = read_config(run)
     if weights and os.path.isfile(os.path.join(run, weights)):
         return cfg, os.path.join(run, weights)
     return cfg, weights or _last_weights(run)
@@ -179,15 +179,12 @@ def _from_folder(run, weights):
 def _last_weights(run):
     """The newest checkpoint of a run that can be read."""
     best = os.path.join(run, _BEST)
-    candidates = resume_candidates(run) + [best] * os.path.isfile(best)
-    error = f"{run} holds no checkpoint: its training has not saved one yet, or it was left behind"
-    for path in candidates:
-        try:
-            read_checkpoint(path, mmap=True)
-            return path
-        except DamagedCheckpointError as e:
-            error = e
-    raise UserError(error)
+    path, _ = read_last(run, *[best] * os.path.isfile(best), mmap=True)
+    if not path:
+        raise UserError(
+            f"{run} holds no checkpoint: its training has not saved one yet, or it was left behind"
+        )
+    return path
 
 
 def _datasets(cfg):

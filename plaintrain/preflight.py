@@ -5,7 +5,6 @@ import math
 
 import torch
 
-from plaintrain.changes import flatten
 from plaintrain.config import get_value, set_value
 from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.builtin import EVALUATORS
@@ -22,6 +21,7 @@ from plaintrain.precision import build_autocast
 from plaintrain.solver import lr_factor, momentum_at
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import WRITERS
+from plaintrain.utils.yaml_files import flatten
 from plaintrain.weights import locate_weights
 from plaintrain.workflow import check_workflow
 

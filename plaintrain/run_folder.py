@@ -25,7 +25,7 @@ from plaintrain.utils.yaml_files import parse_yaml
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
 # Of a run on another machine, whose lock may not be seen here: how old its last line may be.
 _SILENT_SECONDS = 600
-FACTS_FILE = "run.json"
+FACTS_FILE, RESULTS_FILE = "run.json", "results.json"
 _OF_A_RUN = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "inference")
 
 RunState = namedtuple("RunState", "name iteration max_iter")
@@ -187,13 +187,19 @@ def read_results(folder, metrics=None):
             dataset = dataset or (names[0] if names else "")
             results.setdefault(dataset, {}).setdefault(task, {})[metric] = values[-1]
     for dataset in names:
-        saved = _read_json(os.path.join(folder, "inference", dataset, "results.json"))
-        tasks = saved.get(dataset) if isinstance(saved, dict) else None
-        for task, scores in tasks.items() if isinstance(tasks, dict) else ():
-            if isinstance(scores, dict):
-                plain = {m: math.nan if v is None else v for m, v in scores.items()}
-                results.setdefault(dataset, {})[task] = plain
+        saved = read_results_file(os.path.join(folder, "inference", dataset))
+        for task, scores in saved.get(dataset, {}).items():
+            plain = {m: math.nan if v is None else v for m, v in scores.items()}
+            results.setdefault(dataset, {})[task] = plain
     return results
+
+
+def read_results_file(folder):
+    """{dataset: {task: {metric: number or None}}} of a folder's results.json; {} without a whole one."""
+    content = _read_json(os.path.join(folder, RESULTS_FILE))
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        return {d: {t: dict(m) for t, m in tasks.items()} for d, tasks in content.items()}
+    return {}
 
 
 def run_state(folder, metrics=None):

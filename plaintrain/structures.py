@@ -38,6 +38,12 @@ class BoxMode(IntEnum):
         return [x, y, third, fourth]
 
 
+def make_record(file_name, image_id, height, width, annotations=()):
+    """A record of a dataset, with a list of annotations of its own."""
+    size = {"height": height, "width": width}
+    return {"file_name": file_name, "image_id": image_id, **size, "annotations": list(annotations)}
+
+
 def are_numbers(values):
     """Whether a list or tuple holds nothing but finite numbers."""
     try:

@@ -96,6 +96,12 @@ def select(instances, keep):
     return {name: value[keep] for name, value in instances.items()}
 
 
+def _fitted_size(image, longer_side):
+    """(height, width) of an image once its longer side has so many pixels."""
+    height, width = image.shape[-2:]
+    return [max(1, round(side * longer_side / max(height, width))) for side in (height, width)]
+
+
 def scale_to(image, instances, longer_side):
     """(image, instances) brought to a size, so that lines and letters drawn then are sharp.
 
@@ -104,7 +110,7 @@ def scale_to(image, instances, longer_side):
         longer_side: pixels.
     """
     height, width = image.shape[-2:]
-    size = [max(1, round(side * longer_side / max(height, width))) for side in (height, width)]
+    size = _fitted_size(image, longer_side)
     scale = torch.tensor([size[1] / width, size[0] / height])
     scaled = {**instances, "boxes": instances["boxes"].float() * scale.repeat(2)}
     if "keypoints" in instances:
@@ -222,7 +228,7 @@ def contact_sheet(images, captions=None, columns=4, width=1600, legend=None):
     columns = max(1, min(columns, len(images)))
     cell, size = (width - _GAP) // columns - _GAP, max(11, width // 110)
     band = round(1.6 * size) if captions else 0
-    images = [_fitted(image, cell) for image in images]
+    images = [resize_image(image, _fitted_size(image, cell)) for image in images]
     rows = [list(range(i, min(i + columns, len(images)))) for i in range(0, len(images), columns)]
     parts = [legend_strip(legend, width, size)] if legend else []
     for row in rows:
@@ -240,12 +246,6 @@ def contact_sheet(images, captions=None, columns=4, width=1600, legend=None):
 
 def _paper(height, width):
     return torch.tensor(_PAPER, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
-
-
-def _fitted(image, side):
-    height, width = image.shape[-2:]
-    scale = side / max(height, width)
-    return resize_image(image, [max(1, round(height * scale)), max(1, round(width * scale))])
 
 
 def _with_texts(strip, texts, y, size, room):

@@ -1,7 +1,6 @@
 """Pretrained weights: from a name to a state dict to a model, running no code on the way."""
 
 import collections
-import difflib
 import hashlib
 import logging
 import os
@@ -17,7 +16,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.utils.class_lists import check_trained_classes
-from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.errors import UserError, first_line, nearest
 from plaintrain.utils.reading import check_file, check_stored
 from plaintrain.weight_classes import select_classes
 from plaintrain.weight_names import match_names, strip_wrappers, translate
@@ -38,7 +37,7 @@ def _torchvision_url(name):
     try:
         weights = torchvision.models.get_model_weights(model)
     except ValueError as e:
-        near = difflib.get_close_matches(model, torchvision.models.list_models(), n=1, cutoff=0.0)[0]
+        near = nearest(model, torchvision.models.list_models())
         raise UserError(
             f"MODEL.WEIGHTS {name}: torchvision has no model {model!r}; the nearest is {near}"
         ) from e

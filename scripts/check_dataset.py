@@ -110,17 +110,17 @@ def write_fixed(folder, records, looks, metadata, problems):
     for error in problems:
         kind = getattr(error, "kind", "broken")
         what = "renumbered" if kind == "duplicate_id" else "dropped"
-        changes.add(f"{what} while reading: {KINDS[kind][0]}")
+        changes[f"{what} while reading: {KINDS[kind][0]}"].append("")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "annotations.json")
     root, names = relative_names(record["file_name"] for record in records)
     write_coco(path, records, metadata, names)
     print(f"  cleaned copy: {path} (FORMAT coco, IMAGE_ROOT {root}), {len(records)} images")
-    for text, lines in changes.lines.items():
+    for text, lines in changes.items():
         print(f"    {text}: {len(lines)}")
         for line in list(filter(None, lines))[:MAX_EXAMPLES]:
             print(f"        {line}")
-    if not changes.lines:
+    if not changes:
         print("    nothing had to be changed")
 
 

@@ -121,7 +121,7 @@ def test_results_of_the_other_kind_are_passed_over(metric, results):
 def test_a_metric_that_is_not_among_the_results_is_refused_with_the_nearest(metric, near, far):
     with pytest.raises(UserError) as error:
         BestMetric(metric).update(0, {**LOSSES, **RESULTS})
-    said, _, names = str(error.value).partition("; near are ")
+    said, _, names = str(error.value).partition("; did you mean ")
     assert said == f"TEST.BEST_METRIC is {metric!r}, which the evaluation does not give"
     assert near in names and far not in names
 

@@ -7,8 +7,8 @@ from detection_helpers import random_dataset
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from plaintrain.evaluation.errors import KINDS, STATES, errors_of, find_errors, match_image
-from plaintrain.evaluation.predictions import PREDICTIONS_FILE, write_predictions
+from plaintrain.evaluation.errors import KINDS, STATES, errors_of, match_image
+from plaintrain.evaluation.predictions import PREDICTIONS_FILE, read_detections, write_predictions
 from plaintrain.utils.errors import UserError
 
 # Two classes. Objects: a 0 that is found, a 1, a 0, a 0, a crowd of 0, a 1, a 0 that nothing is near.
@@ -225,9 +225,9 @@ def test_errors_of_a_file(tmp_path):
     name, _, detections = random_dataset(4)
     write_predictions(tmp_path, name, detections)
     path = tmp_path / PREDICTIONS_FILE
-    errors = find_errors(name, path, iou_threshold=0.6)
+    errors = errors_of(name, read_detections(path, name), iou_threshold=0.6)
     expected = errors_of(name, detections, iou_threshold=0.6)
     assert np.array_equal(errors.matches.kinds, expected.matches.kinds)
     assert errors.classes == ["c0", "c1", "c2", "c3"] and errors.iou_threshold == 0.6
     with pytest.raises(UserError, match="errors of masks need masks"):
-        find_errors(name, path, task="segm")
+        errors_of(name, read_detections(path, name), task="segm")

@@ -7,8 +7,8 @@ import torch
 import yaml
 from torchvision.models import detection
 
-from plaintrain.changes import flatten
 from plaintrain.config import get_cfg
+from plaintrain.utils.yaml_files import flatten
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

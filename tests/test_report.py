@@ -14,7 +14,7 @@ from report_helpers import EVIL, full_report, make_run
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
-from plaintrain.report import after_training, datasets, detections, groups, overview, training
+from plaintrain.report import after_training, datasets, detections, groups, html, overview, training
 from plaintrain.report.build import SECTIONS, build_report
 from plaintrain.report.html import Cell, number, page, score, table, tag, text
 from plaintrain.utils.errors import UserError
@@ -66,8 +66,8 @@ def report_of(tmp_path, *folders):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Sections without the drawing, which takes seconds."""
+    monkeypatch.setattr(html, "svg_text", lambda figure, name: "<svg></svg>")
     for module in (detections, groups, datasets, training):
-        monkeypatch.setattr(module, "svg_text", lambda figure, name: "<svg></svg>")
         for name in [name for name in vars(module) if name.endswith("_figure")]:
             monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
 

@@ -129,7 +129,7 @@ def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
 @pytest.mark.parametrize(
     ("sampler", "options", "message"),
     [
-        ("RepeatFactorSampler", [], "unknown; the nearest is RepeatFactorTrainingSampler"),
+        ("RepeatFactorSampler", [], "but only .*RepeatFactorTrainingSampler.* is supported"),
         ("RepeatFactorTrainingSampler", [], r"REPEAT_THRESHOLD is 0\.0, but"),
         (
             "RepeatFactorTrainingSampler",

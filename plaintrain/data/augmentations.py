@@ -1,6 +1,5 @@
 """The augmentations that a config names."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 
@@ -16,7 +15,7 @@ from plaintrain.data.transforms import (
     ResizeShortestEdge,
     ScaleJitter,
 )
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, nearest
 
 # What INPUT.AUGMENTATIONS may name.
 AUGMENTATIONS = {
@@ -93,8 +92,8 @@ def _from_entry(entry, keypoint_flip_indices):
             "name to its arguments, {name: {argument: value}}"
         )
     if name not in AUGMENTATIONS:
-        near = difflib.get_close_matches(str(name), AUGMENTATIONS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(AUGMENTATIONS)}"
+        near = nearest(name, AUGMENTATIONS, least=0.6)
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(AUGMENTATIONS)}"
         raise UserError(f"INPUT.AUGMENTATIONS has an unknown augmentation {name!r}; {hint}")
     order = {_FROM_DATASET: keypoint_flip_indices} if name == "RandomHorizontalFlip" else {}
     try:
@@ -114,8 +113,8 @@ def _check_names(augmentation, given):
     known = _arguments(augmentation)
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
+            near = nearest(key, known, least=0.6)
+            hint = f", did you mean {near}?" if near else ""
             raise UserError(f"it has no argument {key!r}{hint}")
     for key, default in known.items():
         if default is MISSING and key not in given:

@@ -1,6 +1,5 @@
 """Datasets by declaration: the formats, the built-in names, and what a config declares."""
 
-import difflib
 import os
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from plaintrain.data import coco, concat, folder, shapes, voc, yolo
 from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, nearest
 
 
 def dataset_root():
@@ -20,28 +19,19 @@ def _path(path):
     return os.path.join(dataset_root(), os.path.expanduser(path))
 
 
-def _load_coco(spec, problems):
-    return coco.load_coco_json(_path(spec["JSON"]), _path(spec["IMAGE_ROOT"]), spec.get("CLASSES"), problems)
+def _loader(function, paths, *keys):
+    """A loader of (declaration, problems): the function with its paths and then the values of other keys."""
+
+    def load(spec, problems):
+        values = (spec.get(key, _DEFAULTS.get(key)) for key in keys)
+        return function(*(_path(spec[key]) for key in paths), *values, problems=problems)
+
+    return load
 
 
 def _load_cached_coco(spec, _):
     json_file, image_root = _path(spec["JSON"]), _path(spec["IMAGE_ROOT"])
     return cached_records(coco.load_coco_json, json_file, image_root, spec.get("CLASSES"))
-
-
-def _load_coco_results(spec, problems):
-    return coco.load_coco_results(
-        _path(spec["JSON"]),
-        _path(spec["IMAGE_ROOT"]),
-        _path(spec["RESULTS"]),
-        spec.get("CLASSES"),
-        spec.get("SCORE_THRESH", 0.0),
-        problems,
-    )
-
-
-def _load_voc(spec, problems):
-    return voc.load_voc(_path(spec["ROOT"]), spec["SPLIT"], spec.get("CLASSES"), problems)
 
 
 def _load_yolo(spec, problems):
@@ -51,10 +41,6 @@ def _load_yolo(spec, problems):
 def _load_shapes(spec, _):
     names = {"SPLIT": "split", "NUM": "num", "HEIGHT": "height", "WIDTH": "width", "SEED": "seed"}
     return shapes.load_shapes(**{names[key]: spec[key] for key in names if key in spec})
-
-
-def _load_images(spec, problems):
-    return folder.load_images(_path(spec["ROOT"]), spec.get("CLASSES"), problems)
 
 
 def _load_concat(spec, problems):
@@ -73,28 +59,34 @@ def _check_parts(names, chain):
         if name in chain:
             raise UserError(f"concat datasets go round in a circle: {' -> '.join(map(str, trail))}")
         if name not in DatasetCatalog:
-            near = difflib.get_close_matches(str(name), DatasetCatalog.list(), n=1, cutoff=0.0)[0]
             raise UserError(
-                f"DATASETS of a concat dataset names {name!r}, which is no dataset; the nearest is {near}"
+                f"DATASETS of a concat dataset names {name!r}, which is no dataset; the nearest is "
+                + nearest(name, DatasetCatalog.list())
             )
         _check_parts((MetadataCatalog.get(name).get("declaration") or {}).get("DATASETS", ()), trail)
 
 
+_DEFAULTS = {"SCORE_THRESH": 0.0}
 # FORMAT -> (loader, needed keys, optional keys with their types, how it is scored by default).
 _FORMATS = {
     "coco": (
-        _load_coco,
+        _loader(coco.load_coco_json, ("JSON", "IMAGE_ROOT"), "CLASSES"),
         {"JSON": str, "IMAGE_ROOT": str},
         {"CLASSES": list, "KEYPOINT_FLIP_MAP": list},
         "coco",
     ),
     "coco_results": (
-        _load_coco_results,
+        _loader(coco.load_coco_results, ("JSON", "IMAGE_ROOT", "RESULTS"), "CLASSES", "SCORE_THRESH"),
         {"JSON": str, "IMAGE_ROOT": str, "RESULTS": str},
         {"CLASSES": list, "SCORE_THRESH": float, "KEYPOINT_FLIP_MAP": list},
         "coco",
     ),
-    "voc": (_load_voc, {"ROOT": str, "SPLIT": str}, {"CLASSES": list, "YEAR": int}, "pascal_voc"),
+    "voc": (
+        _loader(voc.load_voc, ("ROOT",), "SPLIT", "CLASSES"),
+        {"ROOT": str, "SPLIT": str},
+        {"CLASSES": list, "YEAR": int},
+        "pascal_voc",
+    ),
     "yolo": (_load_yolo, {"DATA": str, "SPLIT": str}, {"CLASSES": list}, "coco"),
     "shapes": (
         _load_shapes,
@@ -102,7 +94,7 @@ _FORMATS = {
         {"NUM": int, "HEIGHT": int, "WIDTH": int, "SEED": int},
         "coco",
     ),
-    "images": (_load_images, {"ROOT": str}, {"CLASSES": list}, "coco"),
+    "images": (_loader(folder.load_images, ("ROOT",), "CLASSES"), {"ROOT": str}, {"CLASSES": list}, "coco"),
     "concat": (_load_concat, {"DATASETS": list}, {"CLASSES": list, "MERGE_CLASSES": bool}, "coco"),
 }
 # What every format takes.

@@ -1,11 +1,13 @@
 """Datasets by name: a function that returns records, and what is known about them."""
 
-import difflib
+import logging
 from types import SimpleNamespace
 
 from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
 from plaintrain.utils.class_lists import class_difference, class_remedy
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 
 class _DatasetCatalog:
@@ -35,8 +37,8 @@ class _DatasetCatalog:
             UserError: an unknown name, or whatever makes the dataset unreadable.
         """
         if name not in self._functions:
-            near = difflib.get_close_matches(name, self._functions, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(self.list())}"
+            near = nearest(name, self._functions, number=3, least=0.5)
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(self.list())}"
             raise UserError(f"the dataset {name!r} is not registered; {hint}")
         if name not in self._loaded:
             try:
@@ -130,13 +132,14 @@ def common_class_names(names):
     return classes
 
 
-def select_classes(found, wanted, where):
+def select_classes(found, wanted, where, may_miss=False):
     """The classes to use, in order.
 
     Args:
         found: class names of the files.
         wanted: names to keep, in the order of their labels; empty or None for all of `found`.
         where: what to call the dataset in an error.
+        may_miss: warn of a wanted name that the dataset does not have, which may be a typo, and keep it.
 
     Raises:
         UserError: a wanted name that the dataset does not have, or one given twice.
@@ -145,8 +148,10 @@ def select_classes(found, wanted, where):
         return list(found)
     for name in wanted:
         if name not in found:
-            near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.0)
-            hint = f"; the nearest is {near[0]!r}" if near else ""
+            hint = f"; the nearest is {nearest(name, found)!r}" if found else ""
+            if may_miss:
+                logger.warning(f"{where} has no class {name!r}{hint}")
+                continue
             hint += " (only CLASSES of FORMAT concat may name classes that are missing)"
             raise UserError(f"{where} has no class {name!r}{hint}")
     if len(set(wanted)) != len(wanted):

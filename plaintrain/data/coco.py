@@ -19,7 +19,7 @@ from plaintrain.data.coco_mistakes import (
 )
 from plaintrain.data.folder import is_too_large
 from plaintrain.data.serialized import no_garbage_collection
-from plaintrain.structures import BoxMode, are_numbers, segmentation_mistake, segmentation_to_rle
+from plaintrain.structures import BoxMode, are_numbers, make_record, segmentation_mistake, segmentation_to_rle
 from plaintrain.utils.errors import DataError, UserError, refuse
 from plaintrain.utils.reading import is_below, read_text, reason
 
@@ -233,13 +233,8 @@ def _image_records(images, json_file, image_root, problems):
         if wrong:
             refuse(problems, DataError("broken_image", wrong))
             continue
-        records[image["id"]] = {
-            "file_name": os.path.join(image_root, image["file_name"]),
-            "image_id": image["id"],
-            "height": image["height"],
-            "width": image["width"],
-            "annotations": [],
-        }
+        file_name = os.path.join(image_root, image["file_name"])
+        records[image["id"]] = make_record(file_name, image["id"], image["height"], image["width"])
     if len({type(image_id) for image_id in records}) > 1:
         raise UserError(f"the image ids in {json_file} must be all numbers or all strings")
     return records

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from plaintrain.structures import BoxMode
+from plaintrain.structures import BoxMode, make_record
 from plaintrain.utils.reading import is_below
 
 _XYWH = BoxMode.XYWH_ABS
@@ -105,9 +105,7 @@ class RecordColumns:
                 one |= json.loads(a["rest"][rest[i] : rest[i + 1]].tobytes())
             annotations.append(one)
         self._add_polygons(annotations, a["polygons"][first : last + 1].tolist())
-        size = {"height": height, "width": width}
-        file_name = os.path.join(self._root, name)
-        return {"file_name": file_name, "image_id": image_id, **size, "annotations": annotations}
+        return make_record(os.path.join(self._root, name), image_id, height, width, annotations)
 
     def _add_polygons(self, annotations, polygons):
         ends = self._arrays["polygon_ends"][polygons[0] : polygons[-1] + 1].tolist()

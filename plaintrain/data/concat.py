@@ -1,14 +1,9 @@
 """Several datasets as one."""
 
-import difflib
-import logging
-
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.records import check_annotation
 from plaintrain.utils.class_lists import class_difference
 from plaintrain.utils.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 def load_concat(names, read, classes=None, merge=False):
@@ -59,11 +54,7 @@ def load_concat(names, read, classes=None, merge=False):
 def _join_classes(names, found, classes, merge):
     union = list(dict.fromkeys(name for part in found for name in part))
     if classes:
-        for name in classes:
-            if name not in union:
-                near = difflib.get_close_matches(str(name), union, n=1, cutoff=0.0)[0]
-                logger.warning(f"none of {', '.join(names)} has a class {name!r}; the nearest is {near!r}")
-        return select_classes([*union, *classes], classes, ", ".join(names))
+        return select_classes(union, classes, ", ".join(names), may_miss=True)
     for name, part in zip(names[1:], found[1:], strict=True):
         if not merge and part != found[0]:
             difference = class_difference(found[0], part)

@@ -1,6 +1,7 @@
 """Fix the records of a dataset as far as nothing has to be guessed; exclude and report the rest."""
 
 import os
+from collections import defaultdict
 
 import numpy as np
 from PIL import Image
@@ -11,17 +12,6 @@ from plaintrain.structures import BoxMode, segmentation_mistake, segmentation_to
 
 # Annotations with such a finding are dropped; others lose only the broken part.
 _DROPPED = {"bad_box", "empty_box", "outside_box"}
-
-
-class Changes:
-    """What was changed, in words: how often, and lines that say where."""
-
-    def __init__(self):
-        self.lines = {}
-
-    def add(self, text, line=""):
-        """Count one change; `line` says which image it concerns."""
-        self.lines.setdefault(text, []).append(line)
 
 
 def fix_records(records, images, num_keypoints=None):
@@ -39,9 +29,9 @@ def fix_records(records, images, num_keypoints=None):
         num_keypoints: how many keypoints an annotation must have if it has any, or None.
 
     Returns:
-        (records, `Changes`).
+        (records, {what was changed: a line each time, which says where, or ""}).
     """
-    kept, of_pixels, changes = [], {}, Changes()
+    kept, of_pixels, changes = [], {}, defaultdict(list)
     for record, image in zip(records, images, strict=True):
         record = _fix_image(record, image, num_keypoints, changes)
         if record is None:
@@ -50,7 +40,7 @@ def fix_records(records, images, num_keypoints=None):
         if not any(_merge(record, other, changes) for other in same):
             if same:
                 text = "images with the pixels of another one but other objects, both kept: choose by hand"
-                changes.add(text, f"{record['file_name']} and {same[0]['file_name']}")
+                changes[text].append(f"{record['file_name']} and {same[0]['file_name']}")
             same.append(record)
             kept.append(record)
     return kept, changes
@@ -60,22 +50,22 @@ def _fix_image(record, image, num_keypoints, changes):
     """The record with its image's size and annotations that fit it, or None."""
     name = record["file_name"]
     if "error" in image:
-        changes.add(f"excluded: {KINDS[image['kind']][0]}", image["error"])
+        changes[f"excluded: {KINDS[image['kind']][0]}"].append(image["error"])
         return None
     old, new = (record["height"], record["width"]), tuple(image["size"])
     resized = max(abs(new[0] - old[0]), abs(new[1] - old[1])) > 1
     sizes = f"{name}: {new[1]}x{new[0]}, its record says {old[1]}x{old[0]}"
     if old[::-1] == new != old or (resized and not _is_scaled(record, old, new)):
-        changes.add("excluded: images of another shape than their annotations, turned or cropped", sizes)
+        changes["excluded: images of another shape than their annotations, turned or cropped"].append(sizes)
         return None
     if not resized:
         if new != old:
-            changes.add("image sizes corrected by a pixel", sizes)
+            changes["image sizes corrected by a pixel"].append(sizes)
         record = {**record, "height": new[0], "width": new[1]}
     fixed = (_fix_annotation(a, record, num_keypoints, changes) for a in record["annotations"])
     annotations = [annotation for annotation in fixed if annotation]
     if resized:
-        changes.add("images resized after annotation, their annotations scaled", sizes)
+        changes["images resized after annotation, their annotations scaled"].append(sizes)
         annotations = [_scale_annotation(a, old, new) for a in annotations]
     return {**record, "height": new[0], "width": new[1], "annotations": annotations}
 
@@ -96,25 +86,25 @@ def _fix_annotation(annotation, record, num_keypoints, changes):
     """The annotation without what is broken in it, or None."""
     problems = {kind for kind, _ in annotation_problems(annotation, record, num_keypoints)}
     for kind in problems & _DROPPED:
-        changes.add(f"annotations dropped: {KINDS[kind][0].split(',')[0]}")
+        changes[f"annotations dropped: {KINDS[kind][0].split(',')[0]}"].append("")
         return None
     annotation = dict(annotation)
     if "clipped_box" in problems:
         x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         inside = [max(x0, 0), max(y0, 0), min(x1, record["width"]), min(y1, record["height"])]
         annotation |= {"bbox": inside, "bbox_mode": BoxMode.XYXY_ABS}
-        changes.add("boxes clipped to their image")
+        changes["boxes clipped to their image"].append("")
     if "bad_rle" in problems:
         del annotation["segmentation"]
-        changes.add("malformed run-length encodings dropped, their boxes kept")
+        changes["malformed run-length encodings dropped, their boxes kept"].append("")
     if "bad_polygon" in problems:
         size = record["height"], record["width"]
         polygons = [p for p in annotation.pop("segmentation") if not segmentation_mistake([p], *size)]
         annotation |= {"segmentation": polygons} if polygons else {}
-        changes.add("annotations lost broken polygons, their boxes kept")
+        changes["annotations lost broken polygons, their boxes kept"].append("")
     if "wrong_keypoints" in problems:
         del annotation["keypoints"]
-        changes.add("wrong keypoints dropped, their boxes kept")
+        changes["wrong keypoints dropped, their boxes kept"].append("")
     return annotation
 
 
@@ -156,7 +146,7 @@ def _merge(record, other, changes):
     text += (
         ", their objects merged" if listed_twice else " whose objects are the same, or part of the other's"
     )
-    changes.add(text, " and ".join(dict.fromkeys([record["file_name"], other["file_name"]])))
+    changes[text].append(" and ".join(dict.fromkeys([record["file_name"], other["file_name"]])))
     return True
 
 

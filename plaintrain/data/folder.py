@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
+from plaintrain.structures import make_record
 from plaintrain.utils.errors import DataError, UserError, refuse
 from plaintrain.utils.reading import check_file, reason
 
@@ -84,13 +85,7 @@ def image_record(file_name, image_id, problems=None):
         height, width, _ = image_header(file_name)
     except DataError as e:
         return refuse(problems, e)
-    return {
-        "file_name": file_name,
-        "image_id": image_id,
-        "height": height,
-        "width": width,
-        "annotations": [],
-    }
+    return make_record(file_name, image_id, height, width)
 
 
 def load_images(root, classes=None, problems=None):

@@ -1,10 +1,9 @@
 """Which keypoint takes whose place when an image is mirrored."""
 
-import difflib
 import re
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, nearest
 
 _OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 _OTHER |= {right: left for left, right in _OTHER.items()}
@@ -37,8 +36,7 @@ def keypoint_flip_indices(names, flip_map=None):
     for pair in flip_map:
         for name in pair:
             if name not in names:
-                near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
-                hint = f"; the nearest is {near[0]!r}" if near else ""
+                hint = f"; the nearest is {nearest(name, names)!r}" if names else ""
                 raise UserError(f"keypoint_flip_map has an unknown keypoint {name!r}{hint}")
             if order[names.index(name)] != names.index(name):
                 raise UserError(f"keypoint_flip_map has the keypoint {name!r} in two pairs")
@@ -47,13 +45,17 @@ def keypoint_flip_indices(names, flip_map=None):
     return tuple(order)
 
 
-def dataset_flip_indices(datasets):
+def dataset_flip_indices(datasets, number=0):
     """The order after a horizontal flip of the keypoints that all of these datasets have.
 
     Loads a dataset if its keypoints come from its files.
 
+    Args:
+        datasets: their names.
+        number: MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS; 0 for any.
+
     Raises:
-        UserError: one names no keypoints, or two name others or pair them otherwise.
+        UserError: one names no keypoints, or not so many, or two name others or pair them otherwise.
     """
     found = []
     for dataset in datasets:
@@ -72,4 +74,9 @@ def dataset_flip_indices(datasets):
                 f"the datasets {datasets[0]} and {dataset} have different keypoints or "
                 f"keypoint_flip_map: {found[0][0]} and {names}"
             )
+    if number not in (0, len(found[0][0])):
+        raise UserError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but {', '.join(datasets)} has "
+            f"{len(found[0][0])} keypoints"
+        )
     return found[0][1]

@@ -123,12 +123,7 @@ def _keypoints_of(cfg):
         if number == 0:
             raise UserError("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is 0, but DATASETS.TRAIN names no dataset")
         return number, None
-    order = dataset_flip_indices(cfg.DATASETS.TRAIN)
-    if number not in (0, len(order)):
-        raise UserError(
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but {', '.join(cfg.DATASETS.TRAIN)} "
-            f"has {len(order)} keypoints"
-        )
+    order = dataset_flip_indices(cfg.DATASETS.TRAIN, number)
     return len(order), order
 
 

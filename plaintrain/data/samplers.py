@@ -174,7 +174,7 @@ class RandomSubsetTrainingSampler(TrainingSampler):
             UserError: no image, or a ratio out of its range.
         """
         if not 0 < ratio <= 1:
-            raise UserError(f"the share of the images to use is {ratio}, not in (0, 1]")
+            raise UserError(f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}, not in (0, 1]")
         # Three numbers, where the generator of a pass has two.
         rng = np.random.default_rng((seed, 0, 1))
         self.subset = np.sort(rng.choice(size, size=min(size, max(1, round(size * ratio))), replace=False))

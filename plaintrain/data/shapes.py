@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from plaintrain.data.folder import is_too_large
-from plaintrain.structures import BoxMode
+from plaintrain.structures import BoxMode, make_record
 from plaintrain.utils.errors import UserError
 
 SCHEME = "shapes://"
@@ -55,15 +55,9 @@ def load_shapes(split="train", num=2000, height=128, width=128, seed=0):
     records = []
     for index in range(num):
         shapes = _place(_generator(seed, split, index), height, width)
-        records.append(
-            {
-                "file_name": f"{SCHEME}{split}/{index}?seed={seed}&height={height}&width={width}",
-                "image_id": index + 1,
-                "height": height,
-                "width": width,
-                "annotations": [_annotation(shapes, i) for i in range(len(shapes))],
-            }
-        )
+        name = f"{SCHEME}{split}/{index}?seed={seed}&height={height}&width={width}"
+        annotations = [_annotation(shapes, i) for i in range(len(shapes))]
+        records.append(make_record(name, index + 1, height, width, annotations))
     metadata = {
         "thing_classes": list(CLASSES),
         "keypoint_names": list(KEYPOINTS),

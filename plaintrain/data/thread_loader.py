@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from threading import current_thread
 
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 # Batches that are made ahead, at least.
 _AHEAD = 3
@@ -60,7 +61,7 @@ class ThreadLoader:
 
     def _make(self, key):
         sample = self._dataset[key]
-        return pinned(sample) if self._pin_memory else sample
+        return pin_memory(sample) if self._pin_memory else sample
 
 
 def _begin(device):
@@ -68,14 +69,3 @@ def _begin(device):
     torch.set_num_threads(1)
     if device is not None:
         torch.cuda.set_device(device)
-
-
-def pinned(value):
-    """A sample with its tensors in pinned memory, in dicts, lists and tuples too."""
-    if isinstance(value, torch.Tensor):
-        return value.pin_memory()
-    if isinstance(value, dict):
-        return {key: pinned(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(pinned, value))
-    return type(value)(map(pinned, value)) if isinstance(value, list | tuple) else value

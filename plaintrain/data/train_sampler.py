@@ -1,10 +1,10 @@
 """The training sampler that a config describes."""
 
-import difflib
 import math
 
 import numpy as np
 
+from plaintrain.config import check_cfg
 from plaintrain.data.samplers import (
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
@@ -32,9 +32,7 @@ def build_train_sampler(cfg, records, batch_size):
         UserError: an unknown sampler, or a key that it cannot use or does not read.
     """
     name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name not in _SAMPLERS:
-        near = difflib.get_close_matches(name, _SAMPLERS, n=1, cutoff=0.0)[0]
-        raise UserError(f"DATALOADER.SAMPLER_TRAIN {name!r} is unknown; the nearest is {near}")
+    check_cfg(cfg)
     settings = {
         "DATALOADER.REPEAT_THRESHOLD": (cfg.DATALOADER.REPEAT_THRESHOLD, "RepeatFactorTrainingSampler"),
         "DATASETS.TRAIN_REPEAT_FACTOR": (cfg.DATASETS.TRAIN_REPEAT_FACTOR, "WeightedTrainingSampler"),
@@ -64,17 +62,6 @@ def _grouping(cfg, records):
     return {"groups": width / height if window else aspect_ratio_groups(height, width), "window": window}
 
 
-def _all(cfg, records, keys):
-    return TrainingSampler(len(records), **keys)
-
-
-def _random_subset(cfg, records, keys):
-    ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-    if not 0 < ratio <= 1:
-        raise UserError(f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}, but must be in (0, 1]")
-    return RandomSubsetTrainingSampler(len(records), ratio, **keys)
-
-
 def _by_class_frequency(cfg, records, keys):
     threshold = cfg.DATALOADER.REPEAT_THRESHOLD
     if not 0 < threshold <= 1:
@@ -84,10 +71,6 @@ def _by_class_frequency(cfg, records, keys):
         )
     factors = repeat_factors_from_category_frequency(records, threshold, cfg.DATALOADER.REPEAT_SQRT)
     return RepeatFactorTrainingSampler(factors, **keys)
-
-
-def _class_balanced(cfg, records, keys):
-    return RepeatFactorTrainingSampler(class_balanced_factors(records), **keys)
 
 
 def _weighted(cfg, records, keys):
@@ -109,9 +92,13 @@ def _weighted(cfg, records, keys):
 
 
 _SAMPLERS = {
-    "TrainingSampler": _all,
+    "TrainingSampler": lambda _, records, keys: TrainingSampler(len(records), **keys),
     "RepeatFactorTrainingSampler": _by_class_frequency,
-    "ClassBalancedTrainingSampler": _class_balanced,
+    "ClassBalancedTrainingSampler": lambda _, records, keys: RepeatFactorTrainingSampler(
+        class_balanced_factors(records), **keys
+    ),
     "WeightedTrainingSampler": _weighted,
-    "RandomSubsetTrainingSampler": _random_subset,
+    "RandomSubsetTrainingSampler": lambda cfg, records, keys: RandomSubsetTrainingSampler(
+        len(records), cfg.DATALOADER.RANDOM_SUBSET_RATIO, **keys
+    ),
 }

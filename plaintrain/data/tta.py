@@ -92,12 +92,7 @@ def build_tta_mapper(cfg, dataset_name):
     aug, order = cfg.TEST.AUG, None
     fixed_size = None if tuple(cfg.INPUT.FIXED_SIZE) == (0, 0) else cfg.INPUT.FIXED_SIZE
     if cfg.MODEL.KEYPOINT_ON and aug.FLIP:
-        order, number = dataset_flip_indices([dataset_name]), cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-        if number not in (0, len(order)):
-            raise UserError(
-                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but {dataset_name} has {len(order)} "
-                "keypoints, so TEST.AUG.FLIP does not know which of them change places"
-            )
+        order = dataset_flip_indices([dataset_name], cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
     pixel_range = get_pixel_range(cfg)
     try:
         return TTAMapper(aug.MIN_SIZES, aug.MAX_SIZE, aug.FLIP, fixed_size, order, pixel_range)

@@ -5,8 +5,6 @@ the name of an annotation, its `<filename>` says which is meant.
 Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf
 """
 
-import difflib
-import logging
 import math
 import os
 import re
@@ -15,11 +13,9 @@ from pathlib import Path
 
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.folder import image_header, is_too_large
-from plaintrain.structures import BoxMode
+from plaintrain.structures import BoxMode, make_record
 from plaintrain.utils.errors import DataError, UserError, refuse
 from plaintrain.utils.reading import MAX_BYTES, check_file, read_text, reason
-
-logger = logging.getLogger(__name__)
 
 # fmt: off
 VOC_CLASSES = [
@@ -75,14 +71,7 @@ def load_voc(root, split, classes=None, problems=None):
 
 def _choose_classes(folder, classes, problems):
     """The given classes, or all; a given one that no object has may be a typo, so it is named."""
-    found = _all_classes(folder, problems)
-    if not classes:
-        return found
-    for name in classes:
-        if name not in found:
-            near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.0)[0]
-            logger.warning(f"no object in {folder} is of the class {name!r}; the nearest is {near!r}")
-    return select_classes([*found, *classes], classes, folder)
+    return select_classes(_all_classes(folder, problems), classes, folder, may_miss=True)
 
 
 def _read_split(root, split):
@@ -195,13 +184,8 @@ def _record(xml_file, image_files, labels, problems):
                 annotations.append(_annotation(obj, labels[class_name], xml_file))
         except UserError as e:
             refuse(problems, e)
-    return {
-        "file_name": image_file,
-        "image_id": os.path.splitext(os.path.basename(xml_file))[0],
-        "height": height,
-        "width": width,
-        "annotations": annotations,
-    }
+    image_id = os.path.splitext(os.path.basename(xml_file))[0]
+    return make_record(image_file, image_id, height, width, annotations)
 
 
 def _annotation(obj, label, xml_file):

@@ -6,7 +6,6 @@ shares of the image's width and height.
 Format: https://docs.ultralytics.com/datasets/detect/ and https://docs.ultralytics.com/datasets/segment/
 """
 
-import difflib
 import logging
 import math
 import os
@@ -122,8 +121,7 @@ def _image_files(data, data_file, split, root):
     value = data.get(split)
     if not value:
         there = [key for key in ("train", "val", "test") if data.get(key)]
-        near = difflib.get_close_matches(split, there, n=1, cutoff=0.0)
-        hint = f"; it has {', '.join(there)}" if near else ""
+        hint = f"; it has {', '.join(there)}" if there else ""
         raise UserError(f"{data_file} has no split {split!r}{hint}")
     files = []
     for entry in value if isinstance(value, list) else [value]:

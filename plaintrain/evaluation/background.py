@@ -34,7 +34,7 @@ def in_background(process, model):
         waiting.append(pool.submit(_call, process, inputs, *_to_host(outputs)))
 
     try:
-        with _unpasted_masks(comm.unwrap_model(model)):
+        with unpasted_masks(comm.unwrap_model(model)):
             yield submit
         for future in waiting:
             future.result()
@@ -48,7 +48,8 @@ def _begin():
 
 
 @contextlib.contextmanager
-def _unpasted_masks(model):
+def unpasted_masks(model):
+    """Within the block, masks are `BoxMasks` where the model has `pastes_masks`."""
     if not getattr(model, "pastes_masks", False):
         yield
         return

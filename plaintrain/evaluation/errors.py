@@ -12,7 +12,7 @@ from plaintrain.data.serialized import SerializedRecords
 from plaintrain.evaluation.coco_truth import annotated, coco_truth
 from plaintrain.evaluation.instances import ground_truth
 from plaintrain.evaluation.overlaps import box_overlaps, mask_overlaps
-from plaintrain.evaluation.predictions import read_detections, rles
+from plaintrain.evaluation.predictions import rles
 from plaintrain.utils.errors import UserError
 
 # Of detections; a wrong one is of the first that fits, but for "both", which is the rest.
@@ -71,23 +71,12 @@ class Errors:
     iou_threshold: float
 
     def of_image(self, index):
-        """(objects, detections, matches) of the image at an index, as `match_image` takes and gives them."""
-        at = [
-            np.searchsorted(table["image"], [index, index + 1]) for table in (self.objects, self.detections)
-        ]
-        (o0, o1), (d0, d1) = at
-        objects = {key: value[o0:o1] for key, value in self.objects.items()}
-        detections = {key: value[d0:d1] for key, value in self.detections.items()}
-        m = self.matches
-        chosen, found_by = m.objects[d0:d1], m.detections[o0:o1]
-        matches = Matches(
-            kinds=m.kinds[d0:d1],
-            objects=np.where(chosen < 0, -1, chosen - o0),
-            ious=m.ious[d0:d1],
-            states=m.states[o0:o1],
-            detections=np.where(found_by < 0, -1, found_by - d0),
-        )
-        return objects, detections, matches
+        """(objects, detections, `Matches`) of the image at an index, matched alone."""
+        tables = []
+        for table in (self.objects, self.detections):
+            first, last = np.searchsorted(table["image"], [index, index + 1])
+            tables.append({key: value[first:last] for key, value in table.items()})
+        return *tables, match_image(*tables, self.iou_threshold)
 
 
 def match_image(objects, detections, iou_threshold=0.5, background_threshold=0.1):
@@ -111,12 +100,12 @@ def _image_table(table, keys):
     return {"image": np.zeros(len(boxes), dtype=np.int64), "boxes": boxes, **arrays}
 
 
-def find_errors(dataset_name, predictions_path, iou_threshold=0.5, score_threshold=0.0, task="bbox"):
-    """What is wrong with the predictions for a dataset.
+def errors_of(dataset_name, found, iou_threshold=0.5, score_threshold=0.0, task="bbox"):
+    """What is wrong with the detections for a dataset.
 
     Args:
         dataset_name: a registered dataset.
-        predictions_path: a JSON in COCO's results format, see `read_predictions`.
+        found: `Detections` (`evaluation.instances`), such as those of `read_detections`.
         iou_threshold: IoU that a correct detection has at least.
         score_threshold: detections below it are left out.
         task: whose IoU counts, "bbox" or "segm".
@@ -125,14 +114,8 @@ def find_errors(dataset_name, predictions_path, iou_threshold=0.5, score_thresho
         `Errors`
 
     Raises:
-        UserError: what `read_predictions` refuses, or masks asked for and not there.
+        UserError: masks asked for and not there.
     """
-    detections = read_detections(predictions_path, dataset_name, () if task == "bbox" else ("masks",))
-    return errors_of(dataset_name, detections, iou_threshold, score_threshold, task)
-
-
-def errors_of(dataset_name, found, iou_threshold=0.5, score_threshold=0.0, task="bbox"):
-    """As `find_errors`, of `Detections` (`evaluation.instances`) instead of a file."""
     records, classes, index = ground_truth(dataset_name)
     image, label = (found.rows[:, i].astype(np.int64) for i in (0, 6))
     detections = {"image": image, "boxes": found.rows[:, 1:5], "scores": found.rows[:, 5], "labels": label}

@@ -11,6 +11,7 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
 from plaintrain.utils.logger import progress
 from plaintrain.utils.stop import end_evaluation_if_requested, is_requested
+from plaintrain.utils.yaml_files import flatten
 
 logger = logging.getLogger(__name__)
 
@@ -138,15 +139,9 @@ def print_csv_format(results):
         logger.info("copypaste: " + ",".join(f"{value:.4f}" for value in main.values()))
 
 
-def flatten_results(results, prefix=""):
+def flatten_results(results):
     """{a: {b: number}} -> {"a/b": number}, at any depth."""
-    flat = {}
-    for name, value in results.items():
-        if isinstance(value, dict):
-            flat |= flatten_results(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value
-    return flat
+    return flatten(results, "/")
 
 
 def verify_results(expected_results, results):

@@ -17,10 +17,10 @@ from plaintrain.data.coco_mistakes import annotation_mistake
 from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.data.write import category_ids
 from plaintrain.evaluation.instances import Detections, ground_truth
-from plaintrain.structures import BoxMode, are_numbers, segmentation_to_rle
+from plaintrain.structures import are_numbers, segmentation_to_rle
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write
+from plaintrain.utils.files import atomic_write, make_parent
 
 PREDICTIONS_FILE = "coco_instances_results.json"
 # COCO's keypoints are numbers of pixels, whose centres are at half.
@@ -91,17 +91,17 @@ def read_predictions(path, dataset_name):
 
     Returns:
         An iterator over this rank's share of the images, each image of the dataset once over all
-        ranks: (`[sample]`, `[output]`), which an evaluator's `process` takes. The sample has no
-        `image`; the output holds `boxes` (float64 `[N, 4]`, XYXY), `scores` (float64 `[N]`), `labels`
+        ranks: (`[sample]`, `[output]`), which an evaluator's `process` takes. The sample is its
+        record; the output holds `boxes` (float64 `[N, 4]`, XYXY), `scores` (float64 `[N]`), `labels`
         (int64 `[N]`, 0 to K-1), and where the file has them `masks` (bool `[N, height, width]`) and
         `keypoints` (float64 `[N, Kp, 3]`, x, y, score), in the original image's pixels.
 
     Raises:
-        UserError: names the file, and the detection, and what is wrong with it; a broken segmentation
-            when the iterator comes to its image.
+        UserError: names the file, and the detection, and what is wrong with it.
     """
-    records, found, labels, parts = _read_checked(path, dataset_name)
-    return _images(path, records, found, labels, parts)
+    records, detections = DatasetCatalog.get(dataset_name), read_detections(path, dataset_name)
+    images = range(comm.get_rank(), len(records), comm.get_world_size())
+    return (([records[i]], [detections_of_image(detections, i, -math.inf, records[i])]) for i in images)
 
 
 def read_detections(path, dataset_name, parts=("masks", "keypoints")):
@@ -142,10 +142,11 @@ def detections_of_image(detections, index, score_threshold, record):
         score_threshold, record: the lowest score, and the image's record, for its size.
     """
     rows = detections.rows
-    places = np.flatnonzero((rows[:, 0] == index) & (rows[:, 5] >= score_threshold))
+    places = np.arange(*np.searchsorted(rows[:, 0], [index, index + 1]))
+    places = places[rows[places, 5] >= score_threshold]
     found = {
-        "boxes": torch.from_numpy(rows[places, 1:5]).float(),
-        "scores": torch.from_numpy(rows[places, 5]).float(),
+        "boxes": torch.from_numpy(rows[places, 1:5]),
+        "scores": torch.from_numpy(rows[places, 5]),
         "labels": torch.from_numpy(rows[places, 6]).long(),
     }
     if detections.masks is not None:
@@ -153,7 +154,7 @@ def detections_of_image(detections, index, score_threshold, record):
         masks = [coco_mask.decode({"size": size, "counts": detections.masks[i]}) for i in places]
         found["masks"] = torch.from_numpy(np.array(masks).reshape(-1, *size)).bool()
     if detections.keypoints is not None:
-        found["keypoints"] = torch.from_numpy(detections.keypoints[places]).float()
+        found["keypoints"] = torch.from_numpy(detections.keypoints[places])
     return found
 
 
@@ -224,32 +225,6 @@ def _is_given(detections, part, path):
     return True
 
 
-def _images(path, records, found, labels, parts):
-    """(`[sample]`, `[output]`) of this rank's images."""
-    for i in range(comm.get_rank(), len(records), comm.get_world_size()):
-        record = records[i]
-        detections = found.get(record["image_id"], [])
-        boxes = [BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for d in detections]
-        output = {
-            "boxes": torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4),
-            "scores": torch.tensor([d["score"] for d in detections], dtype=torch.float64),
-            "labels": torch.tensor([labels[d["category_id"]] for d in detections], dtype=torch.int64),
-        }
-        if "segmentation" in parts:
-            output["masks"] = _masks(path, detections, record["height"], record["width"])
-        if "keypoints" in parts:
-            rows = torch.tensor([d["keypoints"] for d in detections], dtype=torch.float64)
-            output["keypoints"] = rows.reshape(len(rows), -1 if len(rows) else 0, 3) + torch.tensor(_HALF)
-        yield [{key: record[key] for key in ("image_id", "file_name", "height", "width")}], [output]
-
-
-def _masks(path, detections, height, width):
-    encoded = [_rle(path, detection, height, width) for detection in detections]
-    if not encoded:
-        return torch.zeros(0, height, width, dtype=torch.bool)
-    return torch.from_numpy(coco_mask.decode(encoded)).permute(2, 0, 1).bool()
-
-
 def _rle(path, detection, height, width):
     try:
         return segmentation_to_rle(detection["segmentation"], height, width)
@@ -287,10 +262,7 @@ def write_json(path, content, **options):
     Raises:
         UserError: the file cannot be written.
     """
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot make the folder of {path}: {e.strerror}") from e
+    make_parent(path)
     with atomic_write(path) as f:
         # In one string: `json.dump` makes small pieces, which takes several times as long.
         f.write(json.dumps(content, **options))

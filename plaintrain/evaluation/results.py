@@ -1,18 +1,16 @@
 """The results of an evaluation for people: a table with the change since the last one, and results.json."""
 
-import json
 import logging
 import math
 import os
 
 from plaintrain.evaluation.loop import format_table, print_csv_format
 from plaintrain.evaluation.predictions import write_results
+from plaintrain.run_folder import RESULTS_FILE, read_results_file
 from plaintrain.utils import comm
 from plaintrain.utils.logger import paint_changes
 
 logger = logging.getLogger(__name__)
-
-RESULTS_FILE = "results.json"
 
 
 def report_results(dataset_name, results, folder):
@@ -37,16 +35,6 @@ def report_results(dataset_name, results, folder):
     logger.info(text, extra={"colored": paint_changes(text)})
     print_csv_format(results)
     write_results(os.path.join(folder, RESULTS_FILE), {dataset_name: results})
-
-
-def read_results_file(folder):
-    """{dataset: {task: {metric: number or None}}} of a folder's results.json; {} without a whole one."""
-    try:
-        with open(os.path.join(folder, RESULTS_FILE), encoding="utf-8") as f:
-            content = json.load(f)
-        return {d: {t: dict(m) for t, m in tasks.items()} for d, tasks in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
 
 
 def results_table(results, before):

@@ -11,8 +11,8 @@ import numpy as np
 from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.evaluation.instances import InstanceEvaluator
 from plaintrain.evaluation.loop import format_table
+from plaintrain.evaluation.overlaps import box_overlaps
 from plaintrain.evaluation.predictions import write_predictions, write_results
-from plaintrain.evaluation.proposals import box_ious
 from plaintrain.structures import BoxMode
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,6 @@ def voc_ap(recall, precision, use_07_metric=False):
     return float(np.sum(np.diff(recall) * envelope[1:]))
 
 
-def _rows_by_image(images):
-    order = np.argsort(images, kind="stable")
-    return lambda image: order[slice(*np.searchsorted(images, [image, image + 1], sorter=order))]
-
-
 def best_overlaps(detections, truths):
     """The truth of its image that each detection overlaps most.
 
@@ -55,12 +50,12 @@ def best_overlaps(detections, truths):
     Returns:
         IoU `[N]` in 0..1 (0 in an image without truths), number of the truth `[N]`.
     """
+    found, objects = ({"image": rows[:, 0], "boxes": rows[:, 1:]} for rows in (detections, truths))
+    row, number, iou = box_overlaps({**objects, "crowd": np.zeros(len(truths), dtype=bool)}, found)
     best, claimed = np.zeros(len(detections)), np.zeros(len(detections), dtype=np.int64)
-    groups = [_rows_by_image(rows[:, 0]) for rows in (detections, truths)]
-    for image in np.intersect1d(detections[:, 0], truths[:, 0]):
-        rows, numbers = (by_image(image) for by_image in groups)
-        ious = box_ious(detections[rows, 1:], truths[numbers, 1:])
-        best[rows], claimed[rows] = ious.max(axis=1), numbers[ious.argmax(axis=1)]
+    # Of an image's truths the best is written last, of equal ones the first.
+    order = np.lexsort((-number, iou))
+    best[row[order]], claimed[row[order]] = iou[order], number[order]
     return best, claimed
 
 

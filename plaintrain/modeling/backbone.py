@@ -5,7 +5,6 @@ finest first) and `strides` (input pixels per location, one a level).
 Parameter names are torchvision's.
 """
 
-import difflib
 import functools
 import math
 
@@ -19,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from plaintrain.modeling.frozen_norm import fold_frozen_norms
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, nearest
 
 _NORMS = {
     "FrozenBN": FrozenBatchNorm2d,
@@ -259,9 +258,9 @@ def build_backbone(cfg):
     """
     name = cfg.MODEL.BACKBONE.NAME
     if name not in BACKBONES:
-        near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"MODEL.BACKBONE.NAME is {name!r}; known: {', '.join(BACKBONES)}; the nearest is {near}"
+            f"MODEL.BACKBONE.NAME is {name!r}; known: {', '.join(BACKBONES)}; the nearest is "
+            + nearest(name, BACKBONES)
         )
     ssd_only, is_ssd = name.startswith("build_ssd"), cfg.MODEL.META_ARCHITECTURE == "SSD"
     if ssd_only != is_ssd and name != "build_tiny_backbone":

@@ -12,12 +12,19 @@ from torch import nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
-from plaintrain.modeling.matching import decode
-from plaintrain.modeling.postprocess import MIN_SIZE, are_large
+from plaintrain.modeling.matching import decode, take
+from plaintrain.modeling.postprocess import (
+    MIN_SIZE,
+    are_large,
+    best_of_levels,
+    best_scores,
+    detect_candidates,
+    retinanet_candidates,
+    score_proposals,
+)
 from plaintrain.modeling.rcnn import GeneralizedRCNN, ProposalNetwork
 
 
@@ -93,13 +100,6 @@ def best_of_batch(boxes, scores, groups, limits):
     return scores.masked_fill(~alive, -1).topk(torch.sym_min(limits[1], number), dim=1)
 
 
-def take(values, index):
-    """As `plaintrain.modeling.matching.take`, which fixes the sizes that it sees while it is traced."""
-    return values.gather(
-        1, index.view(*index.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
-    )
-
-
 def _padded(boxes, scores, labels):
     found = scores >= 0
     return {
@@ -126,27 +126,12 @@ def _best(settings, boxes, scores, labels, size):
     return _padded(boxes, scores, take(labels, index))
 
 
-def _best_per_level(scores, counts, limit):
-    """The indices of the best `limit` scores of each level, of `[B, N]`, and the number of their level."""
-    index, levels, start = [], [], 0
-    for i, (part, count) in enumerate(zip(scores.split(counts, dim=1), counts, strict=True)):
-        index.append(part.topk(torch.sym_min(limit, count), dim=1).indices + start)
-        levels.append(torch.full_like(index[-1], i))
-        start = start + count
-    return torch.cat(index, dim=1), torch.cat(levels, dim=1)
-
-
 def _propose(rpn, features, anchors, size):
     """Proposals `[B, P, 4]` and their scores `[B, P]`, -1 for padding."""
-    objectness, deltas = rpn.head(features)
-    counts = [level.shape[1] * level.shape[2] * level.shape[3] for level in objectness]
-    objectness, deltas = concat_box_prediction_layers(objectness, deltas)
-    objectness = objectness.view(features[0].shape[0], -1)
-    deltas = deltas.view(features[0].shape[0], -1, 4)
-    index, levels = _best_per_level(objectness, counts, rpn.pre_nms_top_n())
+    objectness, deltas, counts = rpn.predict(features)
+    index, levels = best_of_levels(objectness, counts, rpn.pre_nms_top_n())
     boxes = clip_boxes_to_image(decode(take(deltas, index), anchors[index], rpn.box_coder), size)
-    scores = take(objectness, index).sigmoid()
-    wanted = are_large(boxes, rpn.min_size) & (scores >= rpn.score_thresh)
+    scores, wanted = score_proposals(rpn, take(objectness, index), boxes)
     limits = rpn.nms_thresh, rpn.post_nms_top_n()
     scores, index = best_of_batch(boxes, scores.masked_fill(~wanted, -1), levels, limits)
     return take(boxes, index), scores
@@ -199,31 +184,23 @@ def _pool(pooler, maps, boxes):
 
 
 def _retinanet_candidates(model, outputs, anchors, features):
-    scores, deltas = outputs["cls_logits"].sigmoid(), outputs["bbox_regression"]
-    rows, scores, labels = _best_scores(model, scores, features)
-    return decode(take(deltas, rows), anchors[rows], model.box_coder), scores, labels
+    return retinanet_candidates(model, outputs, anchors, _counts(model, features))
 
 
 def _fcos_candidates(model, outputs, anchors, features):
     scores = torch.sqrt(outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid())
-    rows, scores, labels = _best_scores(model, scores, features)
+    rows, scores, labels = best_scores(model, scores, _counts(model, features))
     return model.box_coder.decode(take(outputs["bbox_regression"], rows), anchors[rows]), scores, labels
 
 
-def _best_scores(model, scores, features):
-    """The rows, scores (-1 below the threshold) and labels of each level's best, of scores `[B, N, K]`."""
-    classes, number = scores.shape[2], model.anchor_generator.num_anchors_per_location()
-    sizes = [feature.shape[-2] * feature.shape[-1] for feature in features]
-    counts = [size * n * classes for size, n in zip(sizes, number, strict=True)]
-    scores = scores.masked_fill(~(scores > model.score_thresh), -1).flatten(1)
-    index, _ = _best_per_level(scores, counts, model.topk_candidates)
-    return index // classes, take(scores, index), index % classes
+def _counts(model, features):
+    """How many anchors each level has."""
+    numbers = model.anchor_generator.num_anchors_per_location()
+    return [f.shape[-2] * f.shape[-1] * n for f, n in zip(features, numbers, strict=True)]
 
 
 def _ssd_candidates(model, outputs, anchors, features):
-    boxes = decode(outputs["bbox_regression"], anchors, model.box_coder)
-    scores = outputs["cls_logits"].softmax(-1)[..., 1:].transpose(1, 2)
-    number = min(model.topk_candidates, scores.shape[2])
-    scores, index = scores.masked_fill(~(scores > model.score_thresh), -1).topk(number, dim=2)
-    labels = torch.arange(scores.shape[1], device=scores.device)[:, None].expand_as(scores)
-    return take(boxes, index.flatten(1)), scores.flatten(1), labels.flatten(1)
+    boxes, scores, labels = detect_candidates(
+        model, outputs["cls_logits"], outputs["bbox_regression"], anchors
+    )
+    return boxes, scores.flatten(1), labels.flatten(1)

@@ -104,7 +104,9 @@ def sample(matched, background, sampler):
 
 def take(values, index):
     """The rows `[B, S, ...]` of `[B, N, ...]` that indices `[B, S]` name."""
-    return torch.take_along_dim(values, index.view(*index.shape, *[1] * (values.ndim - 2)), dim=1)
+    # Not `take_along_dim`, which fixes the sizes that it sees while torch.export traces it.
+    index = index.view(*index.shape, *[1] * (values.ndim - 2))
+    return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
 
 
 def decode(deltas, anchors, coder):

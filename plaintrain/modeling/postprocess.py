@@ -47,18 +47,56 @@ def are_large(boxes, size):
     return (boxes[..., 2:] - boxes[..., :2] >= size).all(dim=-1)
 
 
+def best_of_levels(scores, counts, limit):
+    """The indices of the best `limit` scores of each level, of `[B, N]`, and the number of their level."""
+    index, levels, start = [], [], 0
+    for i, (part, count) in enumerate(zip(scores.split(counts, dim=1), counts, strict=True)):
+        index.append(part.topk(torch.sym_min(limit, count), dim=1).indices + start)
+        levels.append(torch.full_like(index[-1], i))
+        start = start + count
+    return torch.cat(index, dim=1), torch.cat(levels, dim=1)
+
+
+def best_scores(model, scores, counts):
+    """The rows, scores (-1 below the threshold) and labels of each level's best, of scores `[B, N, K]`."""
+    classes = scores.shape[2]
+    scores = scores.masked_fill(~(scores > model.score_thresh), -1).flatten(1)
+    index, _ = best_of_levels(scores, [count * classes for count in counts], model.topk_candidates)
+    return index // classes, take(scores, index), index % classes
+
+
+def retinanet_candidates(model, outputs, anchors, counts):
+    """The best boxes `[B, N, 4]` of a RetinaNet's levels, their scores and labels, `[B, N]`."""
+    rows, scores, labels = best_scores(model, outputs["cls_logits"].sigmoid(), counts)
+    return decode(take(outputs["bbox_regression"], rows), anchors[rows], model.box_coder), scores, labels
+
+
+def score_proposals(rpn, objectness, boxes):
+    """The scores of proposals, and whether they are likely and large enough, both `[B, N]`."""
+    scores = objectness.sigmoid()
+    return scores, are_large(boxes, rpn.min_size) & (scores >= rpn.score_thresh)
+
+
+def detect_candidates(model, logits, deltas, anchors):
+    """Of an SSD the best boxes `[B, C, 4]` of each class, their scores and labels, both `[B, K, C / K]`.
+
+    Scores are -1 below the threshold; labels count from 0.
+    """
+    boxes, scores = decode(deltas, anchors, model.box_coder), logits.softmax(-1)[..., 1:].transpose(1, 2)
+    number = min(model.topk_candidates, scores.shape[2])
+    scores, index = scores.masked_fill(~(scores > model.score_thresh), -1).topk(number, dim=2)
+    labels = torch.arange(scores.shape[1], device=scores.device)[:, None].expand_as(scores)
+    return take(boxes, index.flatten(1)), scores, labels
+
+
 def best_proposals(rpn, boxes, objectness, image_shapes, counts):
     """As torchvision's `RegionProposalNetwork.filter_proposals`, of which the arguments are."""
     objectness = objectness.detach().view(len(image_shapes), -1)
-    index = rpn._get_top_n_idx(objectness, counts)
+    index, levels = best_of_levels(objectness, counts, rpn.pre_nms_top_n())
     boxes = torch.stack(clip_each(take(boxes, index), image_shapes))
-    scores = take(objectness, index).sigmoid()
-    counts = [min(count, rpn.pre_nms_top_n()) for count in counts]
-    levels = [torch.full_like(part, i) for i, part in enumerate(scores.split(counts, dim=1))]
-    wanted = are_large(boxes, rpn.min_size) & (scores >= rpn.score_thresh)
+    scores, wanted = score_proposals(rpn, take(objectness, index), boxes)
     limits = rpn.nms_thresh, rpn.post_nms_top_n()
-    parts = boxes.flatten(0, 1), scores.flatten(), torch.cat(levels, dim=1).flatten()
-    found = best_of_each(list(wanted), *parts, limits)
+    found = best_of_each(list(wanted), *(part.flatten(0, 1) for part in (boxes, scores, levels)), limits)
     return [f["boxes"] for f in found], [f["scores"] for f in found]
 
 
@@ -110,15 +148,11 @@ def detect_from_anchors(model, logits, deltas, anchors, image_shapes):
         anchors: of each image `[A, 4]`.
         image_shapes: (height, width) of each image.
     """
-    boxes = torch.stack(clip_each(decode(deltas, torch.stack(anchors), model.box_coder), image_shapes))
-    scores = logits.softmax(-1)[..., 1:].transpose(1, 2)
-    number, classes = min(model.topk_candidates, scores.shape[2]), scores.shape[1]
-    scores, index = scores.masked_fill(~(scores > model.score_thresh), -1).topk(number, dim=2)
-    boxes = take(boxes, index.flatten(1)).flatten(0, 1)
-    labels = torch.arange(1, classes + 1, device=scores.device)[:, None].expand_as(scores)
+    boxes, scores, labels = detect_candidates(model, logits, deltas, torch.stack(anchors))
+    boxes = torch.cat(clip_each(boxes, image_shapes))
     limits = model.nms_thresh, model.detections_per_img
     wanted = list((scores > model.score_thresh).flatten(1))
-    return best_of_each(wanted, boxes, scores.flatten(), labels.flatten(), limits)
+    return best_of_each(wanted, boxes, scores.flatten(), labels.flatten() + 1, limits)
 
 
 def heatmaps_to_keypoints(maps, boxes):

@@ -11,7 +11,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference
-from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
+from torchvision.models.detection.rpn import RPNHead
 
 from plaintrain.modeling.backbone import build_backbone, get_norm
 from plaintrain.modeling.box_loss import get_box_loss
@@ -25,6 +25,7 @@ from plaintrain.modeling.common import (
     to_original_size,
 )
 from plaintrain.modeling.float32 import keep_float32
+from plaintrain.modeling.matching import decode
 from plaintrain.modeling.pooling import RoIAlign
 from plaintrain.modeling.roi_heads import BatchedRoIHeads
 from plaintrain.modeling.rpn import BatchedRPN
@@ -120,11 +121,8 @@ class ProposalNetwork(nn.Module):
 
     def _propose(self, images, features):
         # RegionProposalNetwork.forward keeps the scores to itself.
-        objectness, deltas = self.rpn.head(features)
-        anchors = self.rpn.anchor_generator(images, features)
-        counts = [level.shape[1] * level.shape[2] * level.shape[3] for level in objectness]
-        objectness, deltas = concat_box_prediction_layers(objectness, deltas)
-        boxes = self.rpn.box_coder.decode(deltas, anchors).view(len(anchors), -1, 4)
+        objectness, deltas, counts = self.rpn.predict(features)
+        boxes = decode(deltas, self.rpn.anchor_generator(images, features)[0], self.rpn.box_coder)
         boxes, scores = self.rpn.filter_proposals(boxes, objectness, images.image_sizes, counts)
         return [
             {"boxes": b, "scores": s, "labels": torch.zeros_like(s, dtype=torch.int64)}

@@ -6,7 +6,7 @@ import torch
 from torchvision.models.detection import RetinaNet as _RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
 from plaintrain.modeling.backbone import build_backbone, get_norm
 from plaintrain.modeling.box_loss import BoxLoss, box_losses
@@ -20,6 +20,7 @@ from plaintrain.modeling.dense import DenseOnSamples
 from plaintrain.modeling.float32 import keep_float32
 from plaintrain.modeling.losses import focal_loss
 from plaintrain.modeling.matching import match, take
+from plaintrain.modeling.postprocess import best_of_each, retinanet_candidates
 from plaintrain.utils.errors import UserError
 
 
@@ -49,26 +50,15 @@ class RetinaNet(DenseOnSamples, _RetinaNet):
         """
         if self.clips_before_nms:
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
-        detections = []
+        outputs = {name: torch.cat(levels, dim=1) for name, levels in head_outputs.items()}
+        found = retinanet_candidates(self, outputs, torch.cat(anchors[0]), list(map(len, anchors[0])))
+        wanted, limits = list(found[1] >= 0), (self.nms_thresh, self.detections_per_img)
+        detections = best_of_each(wanted, *(part.flatten(0, 1) for part in found), limits)
         for i, shape in enumerate(image_shapes):
-            levels = zip(
-                *(head_outputs[k] for k in ("cls_logits", "bbox_regression")), anchors[i], strict=True
-            )
-            found = [self._candidates(logits[i], deltas[i], boxes) for logits, deltas, boxes in levels]
-            boxes, scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-            keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
-            boxes = clip_boxes_to_image(boxes, shape)
-            keep = keep[(boxes[keep, 2:] > boxes[keep, :2]).all(dim=1)]
-            detections.append({"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]})
+            boxes = detections[i]["boxes"] = clip_boxes_to_image(detections[i]["boxes"], shape)
+            keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+            detections[i] = {name: value[keep] for name, value in detections[i].items()}
         return detections
-
-    def _candidates(self, logits, deltas, anchors):
-        """The best (boxes, scores, labels) of one level, from `[A, K]`, `[A, 4]` and `[A, 4]`."""
-        scores = logits.sigmoid().flatten()
-        index = torch.where(scores > self.score_thresh)[0]
-        scores, best = scores[index].topk(min(self.topk_candidates, len(index)))
-        row, label = index[best] // logits.shape[1], index[best] % logits.shape[1]
-        return self.box_coder.decode_single(deltas[row], anchors[row]), scores, label
 
 
 def build_retinanet(cfg):

@@ -11,7 +11,7 @@ from plaintrain.modeling.anchors import SizeCache
 from plaintrain.modeling.box_loss import BoxLoss, box_losses
 from plaintrain.modeling.float32 import raise_outputs
 from plaintrain.modeling.matching import decode, match, pad_targets, sample, take
-from plaintrain.modeling.postprocess import are_large, best_proposals, clip_each
+from plaintrain.modeling.postprocess import best_of_levels, best_proposals, clip_each, score_proposals
 
 # The modules of torchvision's head of one convolution.
 _PLAIN_HEAD = [RPNHead, nn.Sequential, Conv2dNormActivation, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Conv2d]
@@ -71,7 +71,7 @@ class BatchedRPN(RegionProposalNetwork):
         losses = self._losses(images, features, anchors, targets, predicted)
         # Proposals are not learned. After the losses: autocast keeps a weight as it first casts it.
         with torch.no_grad():
-            predicted = predicted or self._predict(features)
+            predicted = predicted or self.predict(features)
             return self._propose(*predicted, anchors, images.image_sizes), losses
 
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
@@ -106,14 +106,14 @@ class BatchedRPN(RegionProposalNetwork):
     def _predict_if_needed(self, features):
         # The losses see few locations: to convolve the others would cost a seventh of a step, most of it
         # in the backward pass, which would bring zeros through them.
-        return None if _is_plain(self.head) else self._predict(features)
+        return None if _is_plain(self.head) else self.predict(features)
 
-    def _predict(self, features):
+    def predict(self, features):
         """Objectness `[B, N]` and deltas `[B, N, 4]` of all anchors, and how many of them each level has."""
         objectness, deltas = self.head(features)
-        counts = [level[0].numel() for level in objectness]
+        counts = [level.shape[1] * level.shape[2] * level.shape[3] for level in objectness]
         objectness, deltas = concat_box_prediction_layers(objectness, deltas)
-        objectness = objectness.view(len(features[0]), -1)
+        objectness = objectness.view(features[0].shape[0], -1)
         return objectness, deltas.view(*objectness.shape, 4), counts
 
     def _predict_sampled(self, images, features, sampled):
@@ -135,18 +135,15 @@ class BatchedRPN(RegionProposalNetwork):
         return logits.take_along_dim(anchor, dim=2)[..., 0], deltas[:, :, 0]
 
     def _propose(self, objectness, deltas, counts, anchors, sizes):
-        index = self._get_top_n_idx(objectness, counts)
-        counts = [min(count, self.pre_nms_top_n()) for count in counts]
+        index, levels = best_of_levels(objectness, counts, self.pre_nms_top_n())
         boxes = decode(take(deltas, index), anchors[index], self.box_coder)
         boxes = torch.stack(clip_each(boxes, sizes))
-        scores = take(objectness, index).sigmoid()
         # What is too small or too unlikely comes last: it suppresses nothing.
-        wanted = are_large(boxes, self.min_size) & (scores >= self.score_thresh)
+        scores, wanted = score_proposals(self, take(objectness, index), boxes)
         boxes, scores = boxes.masked_fill(~wanted[..., None], 0), scores.masked_fill(~wanted, -1)
-        levels = torch.cat([torch.full_like(s, i) for i, s in enumerate(scores[0].split(counts))])
         alive = torch.zeros_like(scores, dtype=torch.bool)
         for row, b, s in zip(alive, boxes, scores, strict=True):
-            row.index_fill_(0, batched_nms(b, s, levels, self.nms_thresh), True)  # sync point
+            row.index_fill_(0, batched_nms(b, s, levels[0], self.nms_thresh), True)  # sync point
         number = min(self.post_nms_top_n(), scores.shape[1])
         scores, best = scores.masked_fill(~alive, -1).topk(number, dim=1)
         return take(boxes, best), scores >= 0

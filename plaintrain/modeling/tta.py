@@ -12,14 +12,20 @@ from plaintrain.modeling.rcnn import GeneralizedRCNN
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
-# MODEL.META_ARCHITECTURE -> the key that holds the IoU threshold of its NMS in evaluation.
-_NMS_KEYS = {
-    "GeneralizedRCNN": "MODEL.ROI_HEADS.NMS_THRESH_TEST",
-    "ProposalNetwork": "MODEL.RPN.NMS_THRESH",
-    "RetinaNet": "MODEL.RETINANET.NMS_THRESH_TEST",
-    "FCOS": "MODEL.FCOS.NMS_THRESH_TEST",
-    "SSD": "MODEL.SSD.NMS_THRESH_TEST",
+# MODEL.META_ARCHITECTURE -> what the keys of its detections in evaluation begin and end with.
+_DETECTION_KEYS = {
+    "GeneralizedRCNN": ("MODEL.ROI_HEADS", "_TEST"),
+    "ProposalNetwork": ("MODEL.RPN", ""),
+    "RetinaNet": ("MODEL.RETINANET", "_TEST"),
+    "FCOS": ("MODEL.FCOS", "_TEST"),
+    "SSD": ("MODEL.SSD", "_TEST"),
 }
+
+
+def detection_threshold(cfg, name):
+    """The threshold of a config's detections in evaluation: SCORE_THRESH, or NMS_THRESH, an IoU."""
+    section, ending = _DETECTION_KEYS[cfg.MODEL.META_ARCHITECTURE]
+    return get_value(cfg, f"{section}.{name}{ending}")
 
 
 class DetectorWithTTA(nn.Module):
@@ -160,11 +166,11 @@ def build_tta(cfg, model):
     if not cfg.TEST.AUG.ENABLED:
         return model
     name = cfg.MODEL.META_ARCHITECTURE
-    if name not in _NMS_KEYS:
+    if name not in _DETECTION_KEYS:
         raise UserError(
             f"TEST.AUG.ENABLED is True, which MODEL.META_ARCHITECTURE {name!r} does not have; those that "
-            f"do are {', '.join(_NMS_KEYS)}"
+            f"do are {', '.join(_DETECTION_KEYS)}"
         )
     proposals = name == "ProposalNetwork"
     number = cfg.MODEL.RPN.POST_NMS_TOPK_TEST if proposals else cfg.TEST.DETECTIONS_PER_IMAGE
-    return DetectorWithTTA(model, get_value(cfg, _NMS_KEYS[name]), number)
+    return DetectorWithTTA(model, detection_threshold(cfg, "NMS_THRESH"), number)

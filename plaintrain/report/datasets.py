@@ -3,8 +3,7 @@
 from plaintrain.charts import bar_figure, heat_figure
 from plaintrain.data.catalog import DatasetCatalog, class_names
 from plaintrain.data.statistics import dataset_statistics
-from plaintrain.plots import svg_text
-from plaintrain.report.html import figure, grid, join, note, page_id, table, tag
+from plaintrain.report.html import figure, grid, join, note, table, tag
 from plaintrain.utils.errors import UserError
 
 _HISTOGRAMS = {
@@ -86,10 +85,10 @@ def _drawn(found):
         used = [i for i in range(len(names)) if any(c[i] for c in counts.values())]
         series = {n: [100 * c[i] / max(1, sum(c)) for i in used] for n, c in counts.items()}
         if used:
-            svg = svg_text(bar_figure([names[i] for i in used], series, label), f"data-{page_id(key)}")
-            figures.append(figure(svg, title, _WORDS.get(key, "")))
+            shown = bar_figure([names[i] for i in used], series, label)
+            figures.append(figure(shown, f"data-{key}", title, _WORDS.get(key, "")))
     for i, (name, s) in enumerate(found.items()):
         if s["objects"]:
-            svg = svg_text(heat_figure(s["centres"]), f"centres-{i}")
-            figures.append(figure(svg, f"Where the objects are, {name}", "centres of the boxes in the image"))
+            words = f"Where the objects are, {name}", "centres of the boxes in the image"
+            figures.append(figure(heat_figure(s["centres"]), f"centres-{i}", *words))
     return grid(figures)

@@ -1,12 +1,14 @@
 """The sections on what the detections get wrong: precision and recall, errors, confusion."""
 
 from plaintrain.charts import bar_figure, matrix_figure, xy_figure
-from plaintrain.plots import svg_text
-from plaintrain.report.html import details, figure, grid, join, note, page_id, table, tag
+from plaintrain.curves import curve_line
+from plaintrain.report.html import details, figure, grid, join, note, table, tag
 
 # So many classes can be told apart by colour, and as rows of a matrix.
 _MOST_LINES, _MOST_ROWS = 8, 20
-_KINDS = {
+# What became of a detection or an object; all but the first are errors.
+ERROR_TYPES = {
+    "correct": "the right class and place",
     "localisation": "the right class, placed poorly",
     "class": "an object of another class",
     "both": "another class, placed poorly",
@@ -14,6 +16,7 @@ _KINDS = {
     "background": "nothing is there",
     "missed": "an object that no detection is near",
 }
+_KINDS = list(ERROR_TYPES)[1:]
 
 
 def by_dataset(runs, make, headings=True):
@@ -45,10 +48,10 @@ def precision_recall(runs):
         for task in _tasks(analysed, "curves"):
             for iou in ("0.50", "0.75"):
                 lines, words = _curve_lines(analysed, task, iou)
-                shown = xy_figure(lines, "recall", "precision", limits=(0, 1)) if lines else None
-                if shown:
-                    svg = svg_text(shown, f"pr-{page_id(dataset)}-{task}-{iou[2:]}")
-                    figures.append(figure(svg, f"{task}, IoU {iou}", words))
+                if lines:
+                    shown = xy_figure(lines, "recall", "precision", limits=(0, 1))
+                    name = f"pr-{dataset}-{task}-{iou[2:]}"
+                    figures.append(figure(shown, name, f"{task}, IoU {iou}", words))
         return [grid(figures)] if figures else [note(f"{dataset} has no objects, so there is no recall.")]
 
     return by_dataset(runs, _make)
@@ -77,10 +80,6 @@ def _curve_lines(analysed, task, iou):
     return lines, f"the {len(most)} classes with the most objects, and the mean over all {len(classes)}"
 
 
-def curve_line(label, x, y, color):
-    return {"label": label, "x": x, "y": y, "color": color}
-
-
 def error_costs(runs):
     """How much AP each kind of error costs, and how often there is one."""
 
@@ -91,11 +90,9 @@ def error_costs(runs):
             series = {run.name: [e["costs"][kind] for kind in _KINDS] for run, e in found}
             colors = [run.color for run, _ in found]
             shown = bar_figure(_KINDS, series, "AP50 that mending it would gain", colors=colors)
-            svg = svg_text(shown, f"cost-{page_id(dataset)}-{task}")
+            shown = figure(shown, f"cost-{dataset}-{task}", "What each kind of error costs")
             parts.append(tag("h3", f"{task} on {dataset}"))
-            parts.append(
-                tag("div", figure(svg, "What each kind of error costs"), _kinds_table(found), class_="beside")
-            )
+            parts.append(tag("div", shown, _kinds_table(found), class_="beside"))
             if len(found) == 1:
                 parts.append(details("By class", _by_class(found[0][1], dataset)))
         return parts
@@ -110,7 +107,7 @@ def error_costs(runs):
 
 def _kinds_table(found):
     rows = []
-    for kind, words in {"correct": "the right class and place", **_KINDS}.items():
+    for kind, words in ERROR_TYPES.items():
         counts = [(e["objects"] if kind == "missed" else e["detections"])[kind] for _, e in found]
         rows.append([kind, words, *counts])
     names = ["count"] if len(found) == 1 else [run.name for run, _ in found]
@@ -135,14 +132,14 @@ def confusion(runs):
         for run, analysis in analysed:
             found = analysis["confusion"]
             labels, counts, words = _busiest(found)
-            shown = matrix_figure(counts, labels, labels, "found as", "what is there")
-            svg = svg_text(shown, f"confusion-{page_id(dataset)}-{run.color}")
+            drawn = matrix_figure(counts, labels, labels, "found as", "what is there")
             title = run.name if len(runs) > 1 else dataset
             pairs = [[p["truth"], p["found"], p["count"], round(100 * p["share"], 1)] for p in found["pairs"]]
             columns = ["what is there", "found as", "times", "% of the class"]
             shown = table(columns, pairs, "The classes that are mistaken most often")
             beside = shown if pairs else tag("p", "No object is taken for one of another class.")
-            drawn = figure(svg, title, words, wide=len(labels) > _MOST_LINES)
+            name, is_wide = f"confusion-{dataset}-{run.color}", len(labels) > _MOST_LINES
+            drawn = figure(drawn, name, title, words, is_wide)
             parts.append(tag("div", drawn, beside, class_="beside"))
         return parts
 

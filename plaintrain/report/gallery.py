@@ -9,10 +9,10 @@ from plaintrain.data.shapes import is_drawn
 from plaintrain.evaluation.errors import match_image
 from plaintrain.evaluation.predictions import detections_of_image
 from plaintrain.picture import to_pillow
-from plaintrain.report.detections import by_dataset
+from plaintrain.report.detections import ERROR_TYPES, by_dataset
 from plaintrain.report.html import join, note, picture, tag
 from plaintrain.utils.errors import UserError
-from plaintrain.visualize import draw_instances, record_instances, scale_to, skeleton_of
+from plaintrain.visualize import default_captions, draw_instances, record_instances, scale_to, skeleton_of
 
 # Images of each kind; the longer side of each, pixels.
 _NUMBERS, _SIDE, _QUALITY = {"worst": 8, "best": 4}, 480, 80
@@ -24,18 +24,10 @@ _COLORS = {
     "class": (194, 71, 155),
     "both": (138, 99, 210),
     "duplicate": (59, 125, 216),
-    "background": (217, 45, 45),
+    **dict.fromkeys(("background", "missed"), (217, 45, 45)),
     "ignored": (130, 140, 150),
 }
-_STATES = {"found": "correct", "erroneous": "localisation", "missed": "background", "crowd": "ignored"}
-_WORDS = {
-    "correct": "right, or found",
-    "localisation": "placed poorly, or found only wrongly",
-    "class": "another class",
-    "both": "another class, placed poorly",
-    "duplicate": "found twice",
-    "background": "nothing there, or missed",
-}
+_STATES = {"found": "correct", "erroneous": "localisation", "missed": "missed", "crowd": "ignored"}
 
 
 def gallery(runs):
@@ -53,7 +45,7 @@ def gallery(runs):
 
     marks = [
         tag("span", tag("span", class_="swatch", style=f"background:rgb{_COLORS[kind]}"), words)
-        for kind, words in _WORDS.items()
+        for kind, words in ERROR_TYPES.items()
     ]
     lead = "By F1 of the detections above the score threshold. First what is there, then what is found."
     return join(
@@ -68,9 +60,9 @@ def gallery(runs):
 def _pair(dataset, entry, run, settings):
     drawn = is_drawn(entry["file_name"])
     name = f"image {entry['image_id']}" if drawn else os.path.basename(entry["file_name"])
-    wrong = sum(entry[kind] for kind in _COLORS if kind not in ("correct", "ignored"))
     objects = entry["found"] + entry["erroneous"] + entry["missed"]
-    words = f"F1 {entry['f1']:.2f}: {entry['found']} of {objects} objects found, {wrong} wrong detections"
+    words = f"F1 {entry['f1']:.2f}: {entry['found']} of {objects} objects found, "
+    words += f"{entry['wrong']} wrong detections"
     head = tag("p", tag("strong", name), " ", words)
     try:
         truth, found = _draw(dataset, entry["index"], run, settings)
@@ -105,9 +97,7 @@ def _draw(dataset, index, run, settings):
 
 
 def _captions(instances, kinds, class_names):
-    names = [class_names[label] for label in instances["labels"].tolist()]
-    if "scores" in instances:
-        names = [f"{n} {s:.2f}" for n, s in zip(names, instances["scores"].tolist(), strict=True)]
+    names = default_captions(instances, class_names)
     few = len(names) <= _LABELLED
     return [n if few or kind != "correct" else "" for n, kind in zip(names, kinds, strict=True)]
 

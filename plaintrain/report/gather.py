@@ -1,11 +1,11 @@
 """What a report is made of: the facts of each run, and what there is to know about its detections."""
 
-import contextlib
 import logging
 from dataclasses import dataclass, field
 
 from plaintrain import run_folder, run_log
 from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.logger import silenced
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _analyze(run, dataset):
     sigmas = run.config.get("TEST", {}).get("KEYPOINT_OKS_SIGMAS") or ()
     try:
         # Scoring says what it scores with, which nobody has asked for here.
-        with _quiet():
+        with silenced(logging.INFO):
             found = read_detections(path, dataset)
             run.analyses[dataset] = analyze(dataset, path, kpt_oks_sigmas=sigmas, detections=found)
             run.detections[dataset] = found
@@ -110,15 +110,3 @@ def _analyze(run, dataset):
     except Exception as e:
         logger.warning(f"the predictions of {run.folder} for {dataset} could not be analysed", exc_info=True)
         run.problems[dataset] = f"its predictions could not be analysed: {type(e).__name__}: {first_line(e)}"
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Hold back what plaintrain logs as information."""
-    package = logging.getLogger("plaintrain")
-    before = package.level
-    package.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        package.setLevel(before)

@@ -1,9 +1,9 @@
 """The sections on scores and on groups of objects: calibration, thresholds, size and what is around."""
 
 from plaintrain.charts import bar_figure, histogram_figure, xy_figure
-from plaintrain.plots import svg_text
-from plaintrain.report.detections import by_dataset, curve_line
-from plaintrain.report.html import Cell, details, figure, grid, join, note, page_id, table, tag
+from plaintrain.curves import curve_line
+from plaintrain.report.detections import by_dataset
+from plaintrain.report.html import Cell, details, figure, grid, join, note, table, tag
 from plaintrain.report.overview import is_best
 
 _GROUPS = {
@@ -29,13 +29,12 @@ def calibration(runs):
             counts[run.name] = [b["count"] for b in bins]
         edges = [i / len(bins) for i in range(len(bins) + 1)]
         errors = ", ".join(_expected_error(run, a, len(analysed) > 1) for run, a in analysed)
-        name = page_id(dataset)
         curve = xy_figure(lines, "score", "share that is correct", limits=(0, 1), diagonal=True)
         colors = [line["color"] for line in lines]
         scores = histogram_figure(edges, counts, "score", "detections", colors=colors)
         figures = [
-            figure(svg_text(curve, f"calibration-{name}"), "Calibration", f"dashed: ideal; {errors}"),
-            figure(svg_text(scores, f"scores-{name}"), "Scores of all detections"),
+            figure(curve, f"calibration-{dataset}", "Calibration", f"dashed: ideal; {errors}"),
+            figure(scores, f"scores-{dataset}", "Scores of all detections"),
         ]
         return [grid(figures)]
 
@@ -113,8 +112,8 @@ def groups(runs):
             if names:
                 colors = [run.color for run, _ in analysed] if len(analysed) > 1 else None
                 shown = bar_figure(names, series, "share that is found", colors=colors)
-                svg = svg_text(shown, f"group-{page_id(dataset)}-{key}")
-                figures.append(figure(svg, title, f"{words}; in brackets: objects"))
+                name = f"group-{dataset}-{key}"
+                figures.append(figure(shown, name, title, f"{words}; in brackets: objects"))
                 tables.append(_group_table(title, [bins[0][i] for i in used]))
         parts = [grid(figures)] if figures else [note(f"{dataset} has no objects.")]
         return parts + ([details("As tables", *tables)] if len(analysed) == 1 and tables else [])

@@ -5,6 +5,8 @@ import html
 import math
 from importlib import resources
 
+from plaintrain.plots import svg_text
+
 
 class Html(str):
     """Text that is HTML already."""
@@ -125,9 +127,17 @@ def cards(items):
     return tag("div", *parts, class_="cards")
 
 
-def figure(svg, title, description="", wide=False):
-    """A drawing (`<svg>` text) under its title; a wide one needs more room than others."""
+def figure(drawing, name, title, description="", wide=False):
+    """A drawing of matplotlib's under its title; a wide one needs more room than others.
+
+    Args:
+        drawing: the matplotlib `Figure`.
+        name: another for each figure of the page.
+        title, description: texts; the description may be "".
+        wide: whether it needs more room.
+    """
     label = html.escape(f"{title}. {description}" if description else title)
+    svg = svg_text(drawing, page_id(name))
     svg = Html(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
     words = [tag("small", description)] if description else []
     return tag("figure", tag("figcaption", title, *words), svg, class_="plot wide" if wide else "plot")

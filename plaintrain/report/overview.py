@@ -3,8 +3,8 @@
 import datetime
 import math
 import os
+import shlex
 
-from plaintrain.changes import flatten
 from plaintrain.config import get_cfg
 from plaintrain.plots import PALETTE
 from plaintrain.report.html import (
@@ -20,6 +20,7 @@ from plaintrain.report.html import (
     tag,
 )
 from plaintrain.run_folder import seconds_left, split_result
+from plaintrain.utils.yaml_files import flatten
 
 # Differences that are shown at once.
 _AT_ONCE = 25
@@ -162,7 +163,7 @@ def _one_start(run):
         return
     start = run.starts[-1]
     command = start.get("command") or ["–"]
-    yield tag("pre", " ".join(_quoted(str(part)) for part in command) if len(command) > 1 else command[0])
+    yield tag("pre", shlex.join(map(str, command)) if len(command) > 1 else command[0])
     git, resumed = start.get("git") or {}, len(run.starts) - 1
     changed = git.get("changed_files")
     if isinstance(changed, list):
@@ -190,10 +191,6 @@ def _last_written(run):
         return ""
     written = datetime.datetime.fromtimestamp(os.path.getmtime(path)).astimezone()
     return written.isoformat(timespec="seconds")
-
-
-def _quoted(part):
-    return f"'{part}'" if not part or set(part) & set(' ()[]{}*?$&;|<>"') else part
 
 
 def _config_of_one(run):

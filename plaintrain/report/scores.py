@@ -43,10 +43,13 @@ def _main_table(runs, found):
     names = [n for n in dict.fromkeys(n for scores in found for n in scores) if "-" not in n]
     rows = []
     for name in names:
-        values = [scores.get(name) for scores in found]
-        cells = [score_cell(value, is_best(value, values)) for value in values]
-        rows.append([tag("strong", name), *cells, _EXPLAINED.get(name, "")])
+        rows.append([tag("strong", name), *_cells(found, name), _EXPLAINED.get(name, "")])
     return table(["metric", *_columns(runs), "what it is"], rows)
+
+
+def _cells(found, name):
+    values = [scores.get(name) for scores in found]
+    return [score_cell(value, is_best(value, values)) for value in values]
 
 
 def _columns(runs):
@@ -63,11 +66,6 @@ def _class_table(runs, found, classes, dataset, task):
         without = len(known) - len(there)
         more = f"; {without} classes without objects are left out" if without else ""
         return table(["class", "objects", *names], rows, f"AP by class on {dataset}{more}")
-    rows = []
-    for name in classes:
-        values = [scores.get(name) for scores in found]
-        cells = [score_cell(value, is_best(value, values)) for value in values]
-        rows.append([name.removeprefix("AP-"), *cells])
-    return table(
-        ["class", *(["AP"] if len(runs) == 1 else _columns(runs))], rows, f"AP by class on {dataset}"
-    )
+    rows = [[name.removeprefix("AP-"), *_cells(found, name)] for name in classes]
+    columns = ["AP"] if len(runs) == 1 else _columns(runs)
+    return table(["class", *columns], rows, f"AP by class on {dataset}")

@@ -3,8 +3,9 @@
 import math
 import statistics
 
+from plaintrain.charts import cut
 from plaintrain.curves import panels
-from plaintrain.plots import curve_figure, svg_text
+from plaintrain.plots import curve_figure
 from plaintrain.report.html import Cell, figure, grid, join, note, table, tag
 from plaintrain.report.overview import duration, run_label, training_seconds
 
@@ -21,8 +22,7 @@ def curves(runs):
     figures = []
     for i, panel in enumerate(found):
         remark = "logarithmic" if panel["log"] else ""
-        svg = svg_text(curve_figure(panel, _SMOOTHING), f"curve{i}")
-        figures.append(figure(svg, panel["title"], remark))
+        figures.append(figure(curve_figure(panel, _SMOOTHING), f"curve{i}", panel["title"], remark))
     lead = "Faint: as logged; strong: smoothed. Scores, learning rate and momentum are as they are."
     return join([tag("p", lead, class_="lead"), grid(figures)])
 
@@ -72,7 +72,7 @@ def warnings(runs):
         rows = [
             [
                 w["level"],
-                tag("span", _first_lines(w["text"])),
+                tag("span", cut(w["text"], 500)),
                 w["count"],
                 w["first"],
                 w["last"],
@@ -88,7 +88,3 @@ def warnings(runs):
         if len(run.warnings) > _MOST_WARNINGS:
             parts.append(note(f"And {len(run.warnings) - _MOST_WARNINGS} more, see log.txt."))
     return join(parts)
-
-
-def _first_lines(text, most=500):
-    return text if len(text) <= most else text[:most] + " …"

@@ -3,11 +3,12 @@
 import logging
 import os
 import re
+import shutil
 
 import torch
 
 from plaintrain.utils.errors import UserError, first_line
-from plaintrain.utils.files import atomic_write
+from plaintrain.utils.files import atomic_write, writing
 from plaintrain.utils.reading import check_file, check_stored
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def link_checkpoint(folder, source, target):
     """Give `source` the second name `target`, as a hard link where there are any, and make it the last."""
     source, path = os.path.join(folder, source), os.path.join(folder, target)
     temporary = f"{path}.tmp-{os.getpid()}"
-    try:
+    with writing(path):
         if os.path.exists(temporary):
             os.unlink(temporary)
         try:
@@ -88,9 +89,7 @@ def link_checkpoint(folder, source, target):
                 os.unlink(temporary)
         except OSError:
             with open(source, "rb") as f, atomic_write(path, "wb") as out:
-                out.writelines(iter(lambda: f.read(1 << 20), b""))
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+                shutil.copyfileobj(f, out)
     tag_last(folder, target)
 
 
@@ -113,13 +112,15 @@ def _age(folder, name):
         return -1, name
 
 
-def read_last(folder, **kwargs):
+def read_last(folder, *others, **kwargs):
     """(path, data) of the checkpoint to resume from, ("", None) without one; `kwargs` of `torch.load`.
+
+    `others` are paths to try after all of the folder's.
 
     Raises:
         DamagedCheckpointError: none of those that are there can be read.
     """
-    candidates = resume_candidates(folder)
+    candidates = [*resume_candidates(folder), *others]
     for i, candidate in enumerate(candidates):
         try:
             return candidate, read_checkpoint(candidate, **kwargs)

@@ -1,5 +1,8 @@
 """Exceptions for mistakes that the person who runs a script can mend."""
 
+import difflib
+import importlib
+
 _LONGEST = 1000
 
 
@@ -24,6 +27,27 @@ def first_line(error):
     if "Weights only load failed" in text:
         return "it is not plain data: loading it could run code, which is refused"
     return (text or type(error).__name__).splitlines()[0]
+
+
+def nearest(name, known, number=1, least=0.0):
+    """The names that are most like a name, for a hint in an error: a text, "" if there are none.
+
+    Args:
+        name: what was given.
+        known: the names that there are.
+        number: names to give at most.
+        least: how alike they must be, 0 to 1.
+    """
+    near = difflib.get_close_matches(str(name), map(str, known), n=number, cutoff=least)
+    return " or ".join(near)
+
+
+def require(module, what, extra):
+    """Import a module that `what` needs and an extra of plaintrain installs; a `UserError` without it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f'{what} needs {module}: pip install "plaintrain[{extra}]"') from e
 
 
 class ConfigError(UserError):

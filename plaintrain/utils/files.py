@@ -46,6 +46,18 @@ def writing(path):
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
 
 
+def make_parent(path):
+    """Make the folder that a file is to be in.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the folder of {path}: {e.strerror}") from e
+
+
 def _sync_folder(folder):
     """Bring a renamed file's new name to the disk too, where folders can be synchronised."""
     with contextlib.suppress(OSError):

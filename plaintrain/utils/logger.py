@@ -129,6 +129,17 @@ def setup_logger(output=None, distributed_rank=0, name="plaintrain", quiet=False
     return logger
 
 
+@contextlib.contextmanager
+def silenced(level):
+    """Hold back what anybody logs up to a level."""
+    before = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def progress_range(start, end, first=0, desc="training"):
     """`range(start, end)` with a bar that counts from `first` to `end`; see `progress`.
 

@@ -104,6 +104,17 @@ def parse_yaml(text, source):
     return content
 
 
+def flatten(tree, separator=".", prefix=""):
+    """{"A": {"B": value}} as {"A.B": value}, at any depth, tuples as lists."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, separator, f"{prefix}{key}{separator}")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
 def _describe(error, source):
     mark = getattr(error, "problem_mark", None)
     where = f", line {mark.line + 1}" if mark else ""
