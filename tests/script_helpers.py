@@ -12,8 +12,8 @@ def help_flags(script):
     """The flags in the usage and options that a script prints with --help."""
     with tempfile.TemporaryDirectory() as folder:
         done = run_script(ROOT / script, "--help", folder=folder)
-    assert done.code == 0, done.output
-    return set(re.findall(r"(?<!\S)--[a-z][\w-]*", re.sub(r"[\[\],]", " ", done.output)))
+        assert done.code == 0, done.output
+        return set(re.findall(r"(?<!\S)--[a-z][\w-]*", re.sub(r"[\[\],]", " ", done.output)))
 
 
 def assert_refused(script, args, words, folder, codes=(1, 2), **kwargs):

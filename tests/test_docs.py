@@ -65,6 +65,11 @@ def source(path):
     return (ROOT / path).read_text(encoding="utf-8")
 
 
+@cache
+def parsed(path):
+    return ast.parse(source(path))
+
+
 def _names(node):
     """The names that a statement gives a meaning to."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -77,7 +82,7 @@ def find(reference):
     path, name = reference.split(": ")
     if not (ROOT / path).is_file():
         return None
-    node = ast.parse(source(path))
+    node = parsed(path)
     for part in name.split("."):
         found = [child for child in node.body if part in _names(child)]
         if not found:

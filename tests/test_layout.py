@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import cache
 
 import pytest
 from processes import ROOT
@@ -49,10 +50,16 @@ def module_name(path):
 MODULES = {module_name(path): path for path in PACKAGE}
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path):
     """The modules that a file imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -122,7 +129,7 @@ from plaintrain.utils.events import (CommonMetricPrinter, EventStorage, JSONWrit
 
 def functions():
     for path in [*PACKAGE, *SCRIPTS, *SHARED]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield path, node, node.end_lineno - node.lineno + 1
 
