@@ -31,6 +31,8 @@ RED, ORANGE, PURPLE, BLUE, PINK = COLORS = (
 )
 
 
+# Image 3 has no circle.
+NOWHERE = ["--config-file", "seen.yaml", "--class", "circle", "--image-id", 3, "--output", "none"]
 # Without a display.
 ENV = {"DISPLAY": None, "WAYLAND_DISPLAY": None}
 
@@ -48,14 +50,6 @@ def call(tmp_path):
     return call
 
 
-def data(call, *args):
-    return call("visualize_data.py", *args)
-
-
-def results(call, *args):
-    return call("visualize_results.py", *args)
-
-
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -68,7 +62,7 @@ def count(image, color):
 
 def test_annotations_are_drawn_as_files_and_on_a_sheet(call, tmp_path):
     seen = ("--config-file", "seen.yaml", "seen_val", "--num", 4)
-    output = data(call, *seen, "--output", "one", "--grid", "all.png")
+    output = call("visualize_data.py", *seen, "--output", "one", "--grid", "all.png")
     assert "wrote 4 pictures to one" in output and "wrote 4 pictures to all.png" in output
     assert names_in(tmp_path / "one") == [f"000{i + 1}_{i}.jpg" for i in range(4)]
     for i, record in enumerate(load_shapes("val", 6, 64, 96)[0][:4]):
@@ -81,15 +75,15 @@ def test_annotations_are_drawn_as_files_and_on_a_sheet(call, tmp_path):
 
 def test_images_are_chosen_by_id_and_class_and_shuffled_by_a_seed(call, tmp_path):
     seen = ("seen_train", "--config-file", "seen.yaml")
-    data(call, *seen, "--image-id", 7, "--image-id", 3, "--output", "few")
+    call("visualize_data.py", *seen, "--image-id", 7, "--image-id", 3, "--output", "few")
     assert names_in(tmp_path / "few") == ["0001_2.jpg", "0002_6.jpg"]
-    data(call, *seen, "--class", "circle", "--output", "circles", "--num", 3)
+    call("visualize_data.py", *seen, "--class", "circle", "--output", "circles", "--num", 3)
     records = load_shapes("train", 9, 64, 96)[0]
     wanted = [i for i, r in enumerate(records) if any(a["category_id"] == 0 for a in r["annotations"])][:3]
     assert names_in(tmp_path / "circles") == [f"{n:04d}_{i}.jpg" for n, i in enumerate(wanted, start=1)]
     assert wanted != [0, 1, 2]
     for seed in (1, 1, 2):
-        data(call, *seen, "--shuffle", "--num", 3, "--output", f"seed{seed}", "--seed", seed)
+        call("visualize_data.py", *seen, "--shuffle", "--num", 3, "--output", f"seed{seed}", "--seed", seed)
     assert len(names_in(tmp_path / "seed1")) == 3
     assert names_in(tmp_path / "seed1") != names_in(tmp_path / "seed2")
 
@@ -97,27 +91,17 @@ def test_images_are_chosen_by_id_and_class_and_shuffled_by_a_seed(call, tmp_path
 def test_the_loaders_samples_are_drawn_as_a_model_gets_them(call, tmp_path):
     common = ("--config-file", "seen.yaml", "--source", "dataloader", "--size", 1)
     unchanged = (*common, "--num", 2, "INPUT.RANDOM_FLIP", "none")
-    data(call, *unchanged, "--output", "plain")
+    call("visualize_data.py", *unchanged, "--output", "plain")
     names = names_in(tmp_path / "plain")
     assert {Image.open(tmp_path / "plain" / name).size for name in names} == {(72, 48)} and len(names) == 2
     # The same samples again, one of which now has what another image had.
-    data(call, *unchanged, "--output", "pasted", "INPUT.AUGMENTATIONS", "['SimpleCopyPaste']")
+    call("visualize_data.py", *unchanged, "--output", "pasted", "INPUT.AUGMENTATIONS", "['SimpleCopyPaste']")
     assert names_in(tmp_path / "pasted") == names
     pairs = [[read_image(str(tmp_path / folder / name)) for folder in ("plain", "pasted")] for name in names]
     assert not all(torch.equal(*pair) for pair in pairs)
     # More pictures than images: the loader goes on.
-    data(call, *common, "--num", 11, "--output", "one", "--image-id", 4)
+    call("visualize_data.py", *common, "--num", 11, "--output", "one", "--image-id", 4)
     assert names_in(tmp_path / "one") == [f"{n:04d}_3.jpg" for n in range(1, 12)]
-
-
-@pytest.mark.parametrize("source", ["annotation", "dataloader"])
-def test_a_class_that_is_nowhere_ends_the_search(tmp_path, source):
-    (tmp_path / "seen.yaml").write_text(CONFIG)
-    records = load_shapes("train", 9, 64, 96)[0]
-    others = [r["image_id"] for r in records if all(a["category_id"] for a in r["annotations"])]
-    chosen = ["--config-file", "seen.yaml", "--source", source, "--class", "circle", "--image-id", others[0]]
-    words = "error: no image of seen_train has what was asked for"
-    assert_refused("visualize_data.py", [*chosen, "--output", "none"], words, tmp_path, codes=[1])
 
 
 @pytest.mark.parametrize(
@@ -131,9 +115,12 @@ def test_a_class_that_is_nowhere_ends_the_search(tmp_path, source):
         (["shapes_val", "--grid", "a.jpg", "--class", "circel"], "the nearest is 'circle'"),
         (["shapes_val", "--grid", "a.jpg", "MODEL.MASK", 1], "unknown key MODEL.MASK"),
         (["shapes_val", "--grid", "a.jpg", "--image-id", "x"], "x: no such image among 200, the first"),
+        (NOWHERE, "error: no image of seen_train has what was asked for"),
+        ([*NOWHERE, "--source", "dataloader"], "error: no image of seen_train has what was asked for"),
     ],
 )
 def test_visualize_data_answers_mistakes_in_a_sentence(tmp_path, args, words):
+    (tmp_path / "seen.yaml").write_text(CONFIG)
     assert_refused("visualize_data.py", args, words, tmp_path, env=ENV)
 
 
@@ -180,7 +167,7 @@ def table(out):
 
 
 def test_errors_are_counted_and_drawn_in_their_colours(call, run, tmp_path):
-    output = results(call, "run", "--output", "drawn", "--grid", "all.jpg")
+    output = call("visualize_results.py", "run", "--output", "drawn", "--grid", "all.jpg")
     counts = {"missed": 2, "class": 1, "localisation": 1, "both": 0, "duplicate": 1, "background": 1}
     assert table(output) == counts
     files = {p.stem.split("_")[1]: p for p in (tmp_path / "drawn").iterdir()}
@@ -197,23 +184,25 @@ def test_errors_are_counted_and_drawn_in_their_colours(call, run, tmp_path):
 
 
 def test_kinds_classes_and_thresholds_choose_what_counts(call, run, tmp_path):
-    results(call, "run", "--kind", "class", "--kind", "duplicate", "--output", "kinds")
+    call("visualize_results.py", "run", "--kind", "class", "--kind", "duplicate", "--output", "kinds")
     assert {name.split("_")[1] for name in names_in(tmp_path / "kinds")} == {
         f"{n}.jpg" for n in run.names[1:]
     }
-    output = results(call, "run", "--threshold", 0.85, "--iou", 0.1, "--grid", "a.jpg")
+    output = call("visualize_results.py", "run", "--threshold", 0.85, "--iou", 0.1, "--grid", "a.jpg")
     assert [table(output)[kind] for kind in ("duplicate", "background", "localisation")] == [0, 0, 0]
-    output = results(call, "run", "--class", CLASSES[run.label], "--kind", "class", "--grid", "a.jpg")
+    output = call(
+        "visualize_results.py", "run", "--class", CLASSES[run.label], "--kind", "class", "--grid", "a.jpg"
+    )
     assert table(output)["class"] == 1
-    output = results(call, "run", "--threshold", 1, "--kind", "duplicate", "--grid", "b.jpg")
+    output = call("visualize_results.py", "run", "--threshold", 1, "--kind", "duplicate", "--grid", "b.jpg")
     assert "no image has such an error" in output and not (tmp_path / "b.jpg").exists()
 
 
 def test_any_file_of_predictions_will_do(call, run):
     path = "run/inference/seen_val/coco_instances_results.json"
     common = ("--config-file", "seen.yaml", "--predictions", path, "--grid", "a.jpg")
-    assert table(results(call, *common))["missed"] == 2
-    assert "seen_train, 9 images" in results(call, *common, "--dataset", "seen_train")
+    assert table(call("visualize_results.py", *common))["missed"] == 2
+    assert "seen_train, 9 images" in call("visualize_results.py", *common, "--dataset", "seen_train")
 
 
 @pytest.mark.parametrize(
