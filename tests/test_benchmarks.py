@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from processes import ROOT, run_script, write_config
@@ -181,12 +180,6 @@ def test_ratios_are_medians_over_the_turns():
     assert rows["other"]["times less"] == 3
 
 
-def test_a_target_is_at_least_or_at_most():
-    expected = {"what": "a", "wanted": ">= 2", "measured": 2.5, "met": True}
-    assert measure.target("a", 2, np.float64(2.5)) == expected
-    assert not measure.target("a", 2, 2.5, at_most=True)["met"]
-
-
 def test_a_fresh_process_is_measured_to_its_end_or_to_a_line():
     code = "import time, sys\nfor i in range({}): pass\nprint('there', flush=True)\ntime.sleep({})"
     small, _ = measure.run_fresh([sys.executable, "-c", code.format(1, 0)])
@@ -195,12 +188,6 @@ def test_a_fresh_process_is_measured_to_its_end_or_to_a_line():
     for command, until in (("raise ValueError('broken')", None), ("print('broken')", "there")):
         with pytest.raises(RuntimeError, match="broken"):
             measure.run_fresh([sys.executable, "-c", command], until)
-
-
-def test_sizes_come_as_often_as_their_shares_say(tmp_path):
-    (tmp_path / "sizes.json").write_text(json.dumps({"sizes": [[4, 3, 0.25], [3, 4, 0.75]]}))
-    widths, heights = measure.read_sizes(tmp_path / "sizes.json", 8)
-    assert widths.tolist() == [4] * 2 + [3] * 6 and heights.tolist() == [3] * 2 + [4] * 6
 
 
 def test_nothing_of_measure_imports_torch():

@@ -20,6 +20,7 @@ from plaintrain.model_analysis import (
     watch_outputs,
 )
 
+QUICKSTART, SSDLITE = (ROOT / "configs" / name for name in ("quickstart.yaml", "shapes/ssdlite.yaml"))
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "parameters.json").read_text())
 
 
@@ -88,18 +89,8 @@ def test_every_kind_of_model_is_analysed(name):
 
 def test_script_writes_a_table_and_json(tmp_path):
     config, file = "configs/quickstart.yaml", tmp_path / "found.json"
-    options = [
-        "--size",
-        "64x96",
-        "--batch",
-        1,
-        "--depth",
-        1,
-        "--json",
-        file,
-        "MODEL.ROI_HEADS.NUM_CLASSES",
-        3,
-    ]
+    options = ["--size", "64x96", "--batch", 1, "--depth", 1, "--json", file]
+    options += ["MODEL.ROI_HEADS.NUM_CLASSES", 3]
     done = run_script("analyze_model.py", "--config-file", ROOT / config, *options, folder=tmp_path)
     assert done.code == 0, done.output
     found = json.loads(file.read_text())
@@ -111,17 +102,13 @@ def test_script_writes_a_table_and_json(tmp_path):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["quickstart.yaml", "--size", "64"], "'64', but must be HEIGHTxWIDTH"),
-        (["quickstart.yaml", "--batch", "0"], "--batch at least 1"),
-        (["quickstart.yaml", "--size", "16x64"], "sides of 32 pixels or more"),
-        (["shapes/ssdlite.yaml", "--size", "64x64"], "SSD takes INPUT.FIXED_SIZE"),
+        (["--config-file", QUICKSTART, "--size", "64"], "'64', but must be HEIGHTxWIDTH"),
+        (["--config-file", QUICKSTART, "--batch", "0"], "--batch at least 1"),
+        (["--config-file", QUICKSTART, "--size", "16x64"], "sides of 32 pixels or more"),
+        (["--config-file", SSDLITE, "--size", "64x64"], "SSD takes INPUT.FIXED_SIZE"),
+        ([], "give a run's folder or --config-file FILE, not neither"),
+        (["."], "is no run's folder: there is no"),
     ],
 )
 def test_script_answers_mistakes_in_a_sentence(tmp_path, args, words):
-    options = ["--config-file", ROOT / "configs" / args[0], *args[1:], "MODEL.ROI_HEADS.NUM_CLASSES", 3]
-    assert_refused("analyze_model.py", options, words, tmp_path)
-
-
-@pytest.mark.parametrize("args, words", [([], "not neither"), (["."], "is no run's folder")])
-def test_script_needs_a_run_or_a_config(tmp_path, args, words):
     assert_refused("analyze_model.py", args, words, tmp_path)

@@ -91,7 +91,6 @@ def test_script_draws_one_run_or_several(tmp_path):
         (["run", "--smooth", "1"], 2, "--smooth"),
         (["run", "--output", "a.jpg"], 2, "must end in .png"),
         (["run", "--output", "a.png", "--watch"], 2, "writes nothing"),
-        (["/nowhere"], 2, "there is no folder /nowhere"),
         (["run", "--metrics", "los"], 1, "no metric matches los; there are: data_time, loss_box_reg"),
         (["empty"], 1, "nothing to draw"),
     ],

@@ -16,7 +16,7 @@ from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.report import after_training, datasets, detections, groups, html, overview, training
 from plaintrain.report.build import SECTIONS, build_report
-from plaintrain.report.html import Cell, page, score, table, tag, text
+from plaintrain.report.html import Cell, score, table, tag, text
 from plaintrain.utils.errors import UserError
 
 _EMPTY = {"meta", "link", "img", "path", "use", "rect", "image", "br"}
@@ -76,6 +76,7 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
     content = full_report().read_text()
     found = Outline(content)
     assert not found.wrong and len(content) < 1e6
+    assert 'lang="en"' in content and "width=device-width" in content
     assert list(found.sections) == [id_ for id_, *_ in SECTIONS]
     assert not re.search("cannot be|could not be made", " ".join(found.sections.values()))
     for section, words in {
@@ -128,15 +129,6 @@ def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path, undrawn):
         assert "holds no predictions for report_val" in found.sections[section]
         assert "scripts/test_net.py" in found.sections[section]
     assert "3 boxes are odd" in found.sections["warnings"]
-
-
-def test_a_folder_with_only_a_log_has_a_report(tmp_path, undrawn):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "log.txt").write_text("no record\n")
-    found = report_of(tmp_path, folder)
-    assert not found.wrong and "no config.yaml" in found.sections["run"]
-    assert "names no test set" in found.sections["errors"]
 
 
 def test_a_dataset_that_is_not_here_costs_only_its_sections(tmp_path, undrawn):
@@ -196,19 +188,15 @@ def test_numbers_are_short_and_what_is_missing_is_a_dash():
     assert [score(v) for v in (12.345, None, float("nan"))] == ["12.3", "–", "–"]
 
 
-def test_a_page_is_for_phones_and_has_a_language():
-    content = page("t<", "s", [("a", "A", tag("p", "x"))])
-    assert 'lang="en"' in content and "width=device-width" in content and "<title>t&lt;</title>" in content
-    assert "prefers-color-scheme: dark" in content and "http" not in content
-
-
-def test_script_writes_into_the_first_run_and_refuses_what_is_none(tmp_path):
+def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "log.txt").write_text("")
     done = run_script("report.py", folder, folder=tmp_path)
     assert done.code == 0 and str(folder / "report.html") in done.output, done.output
-    assert (folder / "report.html").is_file()
+    found = Outline((folder / "report.html").read_text())
+    assert not found.wrong and "no config.yaml" in found.sections["run"]
+    assert "names no test set" in found.sections["errors"]
     assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[2])
 
 

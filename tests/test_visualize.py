@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageShow
+from PIL import Image
 
 from plaintrain.data.shapes import load_shapes
-from plaintrain.picture import font_of, save_picture, shortened, show_picture
+from plaintrain.picture import save_picture, shortened
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 from plaintrain.visualize import (
@@ -182,7 +182,6 @@ def test_a_text_is_cut_to_its_room():
     assert shortened("a rather long name", 12, 1000)[0] == "a rather long name"
     text, length = shortened("a rather long name", 12, 60)
     assert text.startswith("a r") and text.endswith("...") and length <= 60
-    assert font_of("Gebäude 中", 12) is not None
 
 
 def test_pictures_are_written_by_their_ending(tmp_path):
@@ -193,17 +192,3 @@ def test_pictures_are_written_by_their_ending(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder"):
         save_picture(str(tmp_path / "file" / "a.png"), GREY)
-
-
-def test_a_window_needs_a_display(monkeypatch):
-    monkeypatch.setattr("sys.platform", "linux")
-    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="no display to show"):
-        show_picture(GREY)
-    monkeypatch.setenv("DISPLAY", ":0")
-    shown = []
-    monkeypatch.setattr(ImageShow, "show", lambda image, title: shown.append((image.size, title)) or False)
-    with pytest.raises(UserError, match="no program shows pictures"):
-        show_picture(GREY, "title")
-    assert shown == [((160, 120), "title")]
