@@ -1,17 +1,29 @@
-"""What the scripts say of themselves."""
+"""What the scripts say of themselves, and of a wrong command line."""
 
 import re
-import subprocess
-import sys
+import tempfile
 from functools import cache
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from processes import ROOT, run_script
 
 
 @cache
 def help_flags(script):
     """The flags in the usage and options that a script prints with --help."""
-    command = [sys.executable, str(ROOT / script), "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
-    return set(re.findall(r"(?<!\S)--[a-z][\w-]*", re.sub(r"[\[\],]", " ", done.stdout)))
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_script(ROOT / script, "--help", folder=folder)
+        assert done.code == 0, done.output
+        return set(re.findall(r"(?<!\S)--[a-z][\w-]*", re.sub(r"[\[\],]", " ", done.output)))
+
+
+def assert_refused(script, args, words, folder, codes=(1, 2), **kwargs):
+    """Check that a script ends with one of the codes and a sentence, without a traceback.
+
+    Args:
+        script, args, kwargs: see `processes.run_script`.
+        words: part of the sentence.
+        folder: where it runs, and where its log is.
+        codes: exit codes; 2 is that of a wrong command line.
+    """
+    done = run_script(script, *args, folder=folder, cwd=folder, **kwargs)
+    assert done.code in codes and words in done.output and "Traceback" not in done.output, done.output

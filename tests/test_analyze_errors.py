@@ -1,13 +1,11 @@
 """scripts/analyze_errors.py as a user would run it: what it prints and writes, and what it refuses."""
 
 import json
-import os
-import runpy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_script
+from script_helpers import assert_refused
 
 from plaintrain.data import DatasetCatalog
 from plaintrain.data.builtin import declare_dataset
@@ -16,7 +14,7 @@ from plaintrain.evaluation.instances import Detections
 from plaintrain.evaluation.predictions import write_predictions
 from plaintrain.structures import BoxMode
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "analyze_errors.py"
+SCRIPT = "analyze_errors.py"
 SPEC = {"FORMAT": "shapes", "SPLIT": "val", "NUM": 5, "HEIGHT": 60, "WIDTH": 90}
 CONFIG = """
 DATASETS:
@@ -48,23 +46,15 @@ def set_tests(folder, names):
     (folder / "config.yaml").write_text(CONFIG.replace("TESTS", names))
 
 
-def call(monkeypatch, *arguments):
-    """The exit code of the script."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    before = set(DatasetCatalog.list())
-    try:
-        with pytest.raises(SystemExit) as exit_:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        # Another call declares them again.
-        for name in set(DatasetCatalog.list()) - before:
-            DatasetCatalog.remove(name)
-    return exit_.value.code
+def call(folder, *args):
+    """What the script prints."""
+    done = run_script(SCRIPT, *args, folder=folder)
+    assert done.code == 0, done.output
+    return done.output
 
 
-def test_a_run_is_analysed(run, monkeypatch, capsys):
-    assert not call(monkeypatch, run)
-    text = capsys.readouterr().out
+def test_a_run_is_analysed(run, tmp_path):
+    text = call(tmp_path, run)
     written = json.loads((run / "inference" / "first" / "analysis.json").read_text())
     declare_dataset("first", SPEC)
     assert written == analyze("first", written["predictions"])
@@ -81,61 +71,43 @@ def test_a_run_is_analysed(run, monkeypatch, capsys):
         assert title in text
 
 
-def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path, monkeypatch, capsys):
+def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path):
     set_tests(run, "[second]")
     found, output = run / "inference" / "first" / "coco_instances_results.json", tmp_path / "new" / "a.json"
     options = ["--iou", "0.75", "--score-threshold", "0.92", "--output", output, "--gallery", "1"]
-    assert not call(monkeypatch, "--config-file", run / "config.yaml", "--predictions", found, *options)
+    text = call(tmp_path, "--config-file", run / "config.yaml", "--predictions", found, *options)
     written = json.loads(output.read_text())
     settings = {"iou_threshold": 0.75, "score_threshold": 0.92, "score_threshold_is": "given"}
     assert written["settings"] == settings and written["dataset"] == "second"
     assert written["errors"]["bbox"]["detections"]["class"] == len(written["gallery"]["best"]) == 1
-    assert "at least 0.920 (given)" in capsys.readouterr().out
-    assert not call(monkeypatch, run, "--dataset", "second", "--predictions", found)
+    assert "at least 0.920 (given)" in text
+    call(tmp_path, run, "--dataset", "second", "--predictions", found)
     assert (run / "inference" / "second" / "analysis.json").is_file()
 
 
-def test_many_classes_are_shown_by_what_is_mistaken(monkeypatch, capsys):
-    functions = runpy.run_path(str(SCRIPT))
-    labels = [f"c{i}" for i in range(20)] + ["background"]
-    pair = {"truth": "c3", "found": "c4", "count": 7, "share": 0.25}
-    functions["show_confusion"]({"confusion": {"labels": labels, "counts": [], "pairs": [pair]}})
-    assert "c3        c4      7           25.00" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("args", "code", "words"),
     [
         ([], 2, "give the folder of a run, or --config-file FILE"),
-        (["RUN", "--config-file", "x.yaml"], 2, "give the folder of a run, or --config-file FILE"),
-        (["RUN/nowhere"], 2, "there is no folder"),
-        (["RUN/inference/first"], 2, "is no run's folder"),
-        (["RUN", "--dataset", "second"], 2, "there are no predictions for second; there are those for first"),
-        (["RUN", "--dataset", "frist"], 2, "'frist' is not registered; did you mean first"),
-        (["RUN", "--predictions", "none.json", "--dataset", "first"], 2, "there is no such file"),
-        (["RUN", "--predictions", "none.json"], 2, "2 test sets, first, second: choose one with --dataset"),
-        (["--config-file", "RUN/config.yaml", "--dataset", "first"], 2, "give --predictions FILE"),
-        (["RUN", "--iou", "1.5"], 2, "must be 0 to 1, not 1.5"),
-        (["RUN", "--gallery", "-1"], 2, "--gallery is at least 0"),
-        (["RUN", "--iou", "0.05"], 1, "must be 0.1, below which there is only background, to 1, not 0.05"),
-        (["RUN", "--dataset", "shapes_val", "--predictions", "FILE"], 1, "which"),
+        (["run/inference/first"], 2, "is no run's folder"),
+        (["run", "--dataset", "second"], 2, "there are no predictions for second; there are those for first"),
+        (["run", "--predictions", "none.json", "--dataset", "first"], 2, "there is no such file"),
+        (["run", "--predictions", "none.json"], 2, "2 test sets, first, second: choose one with --dataset"),
+        (["--config-file", "run/config.yaml", "--dataset", "first"], 2, "give --predictions FILE"),
+        (["run", "--iou", "1.5"], 2, "must be 0 to 1, not 1.5"),
+        (["run", "--dataset", "shapes_val", "--predictions", "other.json"], 1, "10000, which"),
     ],
 )
-def test_mistakes_end_with_one_sentence(run, monkeypatch, capsys, arguments, code, message):
-    file = run / "inference" / "first" / "coco_instances_results.json"
-    content = json.loads(file.read_text())
+def test_mistakes_end_with_one_sentence(run, tmp_path, args, code, words):
+    found = run / "inference" / "first"
+    content = json.loads((found / "coco_instances_results.json").read_text())
     content[0]["image_id"] = 10_000
-    (run / "other.json").write_text(json.dumps(content))
-    places = {"RUN": str(run), "FILE": str(run / "other.json")}
-    for name, path in places.items():
-        arguments = [a.replace(name, path) if a.startswith(name) else a for a in arguments]
-    assert call(monkeypatch, *arguments) == code
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "error: " in said and message in said
-    assert not os.path.exists(run / "inference" / "first" / "analysis.json")
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    assert_refused(SCRIPT, args, words, tmp_path, codes=[code])
+    assert not (found / "analysis.json").exists()
 
 
-def test_a_run_without_predictions_says_how_to_make_them(run, monkeypatch, capsys):
+def test_a_run_without_predictions_says_how_to_make_them(run, tmp_path):
     (run / "inference" / "first" / "coco_instances_results.json").unlink()
-    assert call(monkeypatch, run) == 2
-    assert f"scripts/test_net.py --config-file {run}/config.yaml --resume" in capsys.readouterr().err
+    words = f"scripts/test_net.py --config-file {run}/config.yaml --resume"
+    assert_refused(SCRIPT, [run], words, tmp_path, codes=[2])

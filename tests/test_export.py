@@ -1,8 +1,7 @@
 """Exported detectors find what the model finds; the scripts as a user runs them."""
 
-import json
-import runpy
-import subprocess
+import functools
+import importlib
 import sys
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import pytest
 import torch
 from model_helpers import ARCHITECTURES, RETINA, TINY, build, make_cfg, make_sample, randomize_predictions
 from PIL import Image
+from processes import ROOT, run_script
+from script_helpers import assert_refused
 from torchvision.utils import save_image
 
 from plaintrain import export, export_check
@@ -18,10 +19,9 @@ from plaintrain.data.images import read_image
 from plaintrain.export import describe, is_fixed, score_limit, trace, write_onnx, write_torch
 from plaintrain.export_check import check_exported, differences, open_exported
 from plaintrain.masks import BoxMasks
-from plaintrain.modeling.graph import DetectionGraph, best_of_batch
+from plaintrain.modeling.graph import DetectionGraph
 from plaintrain.utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 PREDICT = ROOT / "examples" / "predict_exported.py"
 CLASSES = ["ant", "bee", "cow"]
 LEVELS = ("MODEL.TINY.NUM_LEVELS", 2, "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32]])
@@ -31,7 +31,7 @@ FEW = ("TEST.DETECTIONS_PER_IMAGE", 10, "MODEL.RPN.POST_NMS_TOPK_TEST", 100)
 KINDS = {
     **ARCHITECTURES,
     "mask_keypoint_rcnn": (*ARCHITECTURES["mask_keypoint_rcnn"], *LEVELS, *FEW),
-    "rcnn of detectron2": (*ARCHITECTURES["faster_rcnn"], *LEVELS, *ALIGNED),
+    "rcnn of detectron2": (*ARCHITECTURES["faster_rcnn"], *LEVELS, *ALIGNED, "INPUT.FORMAT", "BGR"),
     "retinanet of detectron2": (*TINY, *RETINA, *ANCHORS),
 }
 
@@ -47,55 +47,66 @@ def pictures(number=2, height=64, width=64):
     return [(str(i), make_sample(height, width, seed=i)["image"]) for i in range(number)]
 
 
+def assert_small(apart):
+    assert all(value < 1e-3 for key, value in apart.items() if key not in ("image", "detections")), apart
+
+
 def assert_same(cfg, model, run, images):
-    rows = check_exported(run, model, images, score_limit(cfg))
-    assert all(row["detections"] > 5 for row in rows)
-    worst = {key: max(row[key] for row in rows) for key in rows[0] if key != "image"}
-    assert all(value < 1e-3 for key, value in worst.items() if key != "detections"), worst
-    return worst
+    for row in check_exported(run, model, images, score_limit(cfg)):
+        assert row["detections"] > 5
+        assert ("masks" in row) == ("keypoint_maps" in row) == cfg.MODEL.MASK_ON
+        assert_small(row)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_graph_finds_what_the_model_finds(name):
     cfg, model = make(name)
-    height, width = (64, 64) if is_fixed(cfg) else (70, 100)
+    images = pictures(3, *((64, 64) if is_fixed(cfg) else (70, 100)))
     with torch.no_grad():
-        images = pictures(3, height, width)
-        found = assert_same(cfg, model, DetectionGraph(model), images)
+        assert_same(cfg, model, DetectionGraph(model), images)
         outputs = DetectionGraph(model)(torch.stack([image for _, image in images]))
         one = DetectionGraph(model)(images[1][1][None])
-    assert ("masks" in found) == ("keypoint_maps" in found) == cfg.MODEL.MASK_ON
     # An image's place in a batch changes nothing.
     number = int(one.pop("num_detections"))
     second, alone = (
         {k: v[i, :number] for k, v in o.items() if k in one} for i, o in ((1, outputs), (0, one))
     )
-    apart = differences(second, alone, score_limit(cfg))
-    assert all(value < 1e-3 for key, value in apart.items() if key != "detections"), apart
+    assert_small(differences(second, alone, score_limit(cfg)))
     assert (one["labels"][0, number:] == -1).all() and not one["boxes"][0, number:].any()
 
 
+@pytest.fixture
+def example(monkeypatch):
+    """examples/predict_exported.py as a module."""
+    monkeypatch.syspath_prepend(PREDICT.parent)
+    return importlib.import_module(PREDICT.stem)
+
+
 @pytest.mark.parametrize("aligned", [True, False])
-def test_the_example_pastes_masks_as_the_model_does(aligned):
-    paste = runpy.run_path(str(PREDICT))["paste"]
+def test_the_example_pastes_masks_as_the_model_does(example, aligned):
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.rand(20, 1, 28, 28, generator=generator)
     boxes = (torch.rand(20, 2, 2, generator=generator) * 70 - 5).sort(dim=1).values.flatten(1)
     expected = BoxMasks(probabilities, boxes, 48, 64, aligned).paste()
-    for mask, box, pasted in zip(probabilities, boxes, expected, strict=True):
-        found = np.asarray(paste(mask[0].numpy(), box.numpy(), (64, 48), aligned)) > 0
-        assert (found == pasted.numpy()).all()
+    pairs = zip(probabilities[:, 0].numpy(), boxes.numpy(), strict=True)
+    found = [np.asarray(example.paste(mask, box, (64, 48), aligned)) > 0 for mask, box in pairs]
+    np.testing.assert_array_equal(found, expected)
 
 
-def test_nms_keeps_images_and_groups_apart():
-    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8], [0, 0, 9, 9]])
-    scores = torch.tensor([[0.5, 0.9, 0.8, -1.0], [0.7, 0.2, 0.6, 0.95]])
-    groups = torch.tensor([[0, 0, 1, 0], [0, 0, 1, 1]])
-    kept, index = best_of_batch(boxes.expand(2, -1, -1), scores, groups, (0.5, 3))
-    assert torch.allclose(kept, torch.tensor([[0.9, 0.8, -1.0], [0.95, 0.7, -1.0]]))
-    assert index[:, :2].tolist() == [[1, 2], [3, 0]]
-    nothing, _ = best_of_batch(boxes[None], torch.full((1, 4), -1.0), groups[:1], (0.5, 3))
-    assert nothing.tolist() == [[-1.0] * 3]
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.int32])
+def test_the_example_converts_pixels_as_the_training_does(example, tmp_path, dtype):
+    path, values = str(tmp_path / "a.tif"), np.arange(1200).reshape(30, 40)
+    values = {np.uint8: values % 256, np.float32: values / 1200, np.int32: values - 500}.get(dtype, values)
+    Image.fromarray(values.astype(dtype)).save(path)
+    for pixel_range in ((), (0, 4095), (-500, 3500), (0, 255)):
+        try:
+            wanted = read_image(path, pixel_range)
+        except UserError:
+            with pytest.raises(SystemExit, match="do not fit the model's pixel_range"):
+                example.read(path, pixel_range)
+        else:
+            found = np.asarray(example.read(path, pixel_range)).transpose(2, 0, 1)
+            np.testing.assert_array_equal(found, wanted)
 
 
 def test_differences_are_those_of_the_same_objects():
@@ -117,7 +128,7 @@ def test_differences_are_those_of_the_same_objects():
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", KINDS)
-def test_every_architecture_is_exported(name, tmp_path):
+def test_every_architecture_is_exported(name, example, tmp_path):
     cfg, model = make(name)
     program = trace(model, (64, 64) if is_fixed(cfg) else (96, 160), is_fixed(cfg))
     about = describe(cfg, CLASSES, "model_final.pth")
@@ -128,8 +139,12 @@ def test_every_architecture_is_exported(name, tmp_path):
         run = open_exported(str(tmp_path / file))
         for size in sizes:
             assert_same(cfg, model, run, pictures(2, *size))
-        outputs = run(torch.stack([image for _, image in pictures(3, *sizes[-1])]))
+        batch = torch.stack([image for _, image in pictures(3, *sizes[-1])])
+        outputs = run(batch)
         assert len(outputs["num_detections"]) == 3
+        alone, said = example.load(str(tmp_path / file))
+        assert said["class_names"] == CLASSES and said["dynamic"] == about["dynamic"]
+        np.testing.assert_array_equal(alone(batch.numpy())["scores"], outputs["scores"])
         # An image in which nothing is found.
         assert len(run(torch.zeros(1, 3, *sizes[0], dtype=torch.uint8))["boxes"]) == 1
 
@@ -149,92 +164,62 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def call(monkeypatch, *args):
-    """Run the script in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["export_model.py", *map(str, args)])
-    try:
-        runpy.run_path(str(ROOT / "scripts" / "export_model.py"), run_name="__main__")
-    except SystemExit as e:
-        return e.code
-    return 0
+def predict(folder, *args):
+    """Run the example without plaintrain; its output."""
+    done = run_script(PREDICT, *args, folder=folder, faults=hide_plaintrain)
+    assert done.code == 0, done.output
+    return done.output
 
 
-def predict(*args):
-    """The example in a process that has no plaintrain."""
-    code = "import runpy, sys; sys.modules['plaintrain'] = None; sys.argv = sys.argv[1:]; "
-    command = [sys.executable, "-c", code + "runpy.run_path(sys.argv[0], run_name='__main__')"]
-    return subprocess.run([*command, PREDICT, *args], capture_output=True, text=True, timeout=120)
+def hide_plaintrain():
+    for name in ["plaintrain", *(name for name in sys.modules if name.startswith("plaintrain."))]:
+        sys.modules[name] = None
 
 
-def test_the_example_converts_pixels_as_the_training_does(tmp_path):
-    read = runpy.run_path(str(PREDICT))["read"]
-    deep = (np.arange(1200) * 3).reshape(30, 40)
-    for name, values in {
-        "a.png": deep.astype(np.uint8),
-        "b.png": deep.astype(np.uint16),
-        "c.tif": (deep / 3600).astype(np.float32),
-        "d.tif": deep.astype(np.int32) - 500,
-    }.items():
-        path = str(tmp_path / name)
-        Image.fromarray(values).save(path)
-        for pixel_range in ((), (0, 4095), (-500, 3500), (0, 255)):
-            try:
-                wanted = read_image(path, pixel_range)
-            except UserError:
-                with pytest.raises(SystemExit, match="do not fit the model's pixel_range"):
-                    read(path, pixel_range)
-            else:
-                np.testing.assert_array_equal(np.asarray(read(path, pixel_range)).transpose(2, 0, 1), wanted)
-
-
-def test_a_run_is_exported_checked_and_used_without_plaintrain(run_folder, monkeypatch, capsys, tmp_path):
+def test_a_run_is_exported_checked_and_used_without_plaintrain(run_folder, tmp_path):
     pytest.importorskip("onnxruntime")
-    assert call(monkeypatch, run_folder, "--check", 2, "MODEL.SSD.SCORE_THRESH_TEST", 0.1) == 0
-    out = capsys.readouterr().out
-    assert "largest" in out and "model.onnx: SSD, 0.4 MB, any batch\n" in out
-    done = predict(run_folder / "model.onnx", run_folder / "1.png", "--threshold", "0", "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    cfg, model = make("ssd")
+    options = ["--check", 2, "MODEL.SSD.SCORE_THRESH_TEST", 0.1]
+    done = run_script("export_model.py", run_folder, *options, folder=tmp_path)
+    assert done.code == 0, done.output
+    assert "largest" in done.output and "model.onnx: SSD, 0.4 MB, any batch\n" in done.output
+    image = run_folder / "1.png"
+    options = ["--threshold", "0", "--output", tmp_path]
+    output = predict(tmp_path, run_folder / "model.onnx", image, *options)
+    _, model = make("ssd")
     model.score_thresh = 0.1
     with torch.no_grad():
         found = model([{"image": dict(pictures())["1"], "height": 64, "width": 64}])[0]
-    name, *numbers = done.stdout.splitlines()[1].split()
+    lines = output[output.index(str(image)) :].splitlines()
+    assert lines[0] == f"{image}: {len(found['scores'])} objects"
+    name, *numbers = lines[1].split()
     assert name == CLASSES[found["labels"][0]]
     expected = [found["scores"][0].item(), *found["boxes"][0].tolist()]
     assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.06)
-    assert done.stdout.startswith(f"{run_folder / '1.png'}: {len(found['scores'])} objects")
     assert (tmp_path / "1.png").stat().st_size > 1000
 
 
-@pytest.mark.long
-def test_a_program_of_torch_says_what_it_is(run_folder, monkeypatch):
-    file = run_folder / "other.pt2"
-    args = ("--config-file", run_folder / "config.yaml", "--output", file, "--images", run_folder)
-    assert call(monkeypatch, *args, "MODEL.WEIGHTS", run_folder / "model_final.pth") == 0
-    done = predict(file, run_folder / "0.png")
-    assert done.returncode == 0 and "0.png: " in done.stdout, done.stderr
-    extra = {"plaintrain": ""}
-    torch.export.load(file, extra_files=extra)
-    about = json.loads(extra["plaintrain"])
-    assert (about["class_names"], about["dynamic"], about["fixed_size"]) == (CLASSES, ["batch"], [64, 64])
+def test_a_file_that_is_off_is_kept_apart(run_folder, tmp_path):
+    file = tmp_path / "off.pt2"
+    args = [run_folder, "--output", file, "--images", run_folder, "--check", 1]
+    words = (
+        f"the file differs from the model in boxes by 0.01, more than --tolerance 0.001; it is kept as {file}"
+    )
+    assert_refused("export_model.py", args, words, tmp_path, codes=[1], faults=export_a_little_off)
+    assert {path.name for path in tmp_path.glob("*.pt2*")} == {"off.pt2.failed"}
+    assert (tmp_path / "off.pt2.failed").read_text() == "a program"
 
 
-def test_a_file_that_is_off_is_kept_apart(run_folder, monkeypatch, capsys):
-    file, (_, model) = run_folder / "off.pt2", make("ssd")
+def export_a_little_off():
+    """Stand in for what takes long."""
+    _, model = make("ssd")
     model.score_thresh = 0.05
 
-    def a_little_off(images):
+    def run(images):
         return {k: v + 0.01 * (k == "boxes") for k, v in DetectionGraph(model)(images).items()}
 
-    # What takes long.
-    monkeypatch.setattr(export, "trace", lambda *args: "a program")
-    monkeypatch.setattr(export, "write_torch", lambda program, path, about: Path(path).write_text(program))
-    monkeypatch.setattr(export_check, "open_exported", lambda path: a_little_off)
-    assert call(monkeypatch, run_folder, "--output", file, "--images", run_folder, "--check", 1) == 1
-    error = capsys.readouterr().err
-    assert "the file differs from the model in boxes by 0.01, more than --tolerance 0.001" in error
-    assert f"kept as {file}.failed" in error and not list(run_folder.glob("*unchecked*"))
-    assert not file.exists() and (run_folder / "off.pt2.failed").read_text() == "a program"
+    export.trace = lambda *args: "a program"
+    export.write_torch = lambda program, path, about: Path(path).write_text(program)
+    export_check.open_exported = lambda path: run
 
 
 @pytest.mark.parametrize(
@@ -243,27 +228,29 @@ def test_a_file_that_is_off_is_kept_apart(run_folder, monkeypatch, capsys):
         (["--output", "a.onnx"], "give a run's folder or --config-file FILE, not neither"),
         (["FOLDER", "--output", "a.pt2", "--format", "onnx"], "must end in .onnx"),
         (["FOLDER", "--output", "nowhere/a.onnx"], "there is no folder nowhere"),
-        (["--config-file", "configs/quickstart.yaml", "--output", "a.onnx"], "MODEL.WEIGHTS is empty"),
         (["FOLDER", "TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED is True, but a file is one pass"),
         (["FOLDER", "DATASETS.TEST", "()"], "DATASETS.TEST is empty: give --images FOLDER"),
-        (["FOLDER", "--check", "-1"], "--check must be at least 0"),
     ],
 )
-def test_wrong_inputs_end_with_one_sentence(run_folder, monkeypatch, capsys, args, message):
-    assert call(monkeypatch, *[run_folder if arg == "FOLDER" else arg for arg in args]) in (1, 2)
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+def test_wrong_inputs_end_with_one_sentence(run_folder, tmp_path, args, message):
+    args = [run_folder if arg == "FOLDER" else arg for arg in args]
+    assert_refused("export_model.py", args, message, tmp_path)
 
 
-@pytest.mark.parametrize("module", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_extra_is_said_before_the_work_begins(run_folder, monkeypatch, capsys, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    assert call(monkeypatch, run_folder) == 1
-    assert f'ONNX needs {module}: pip install "plaintrain[export]"' in capsys.readouterr().err
+@pytest.mark.parametrize("module", ["onnx", "onnxruntime"])
+def test_a_missing_extra_is_said_before_the_work_begins(run_folder, tmp_path, module):
+    words = f'ONNX needs {module}: pip install "plaintrain[export]"'
+    hide = functools.partial(hide_module, module)
+    assert_refused("export_model.py", [run_folder], words, tmp_path, codes=[1], faults=hide)
 
 
-def test_what_cannot_be_traced_is_refused(monkeypatch):
-    _, model = make("faster_rcnn")
-    model.roi_heads.box_head.forward = lambda x: x.flatten(1)[: int(x.sum())]
-    with pytest.raises(ValueError, match="torch.export cannot follow a GeneralizedRCNN: "):
-        trace(model, (64, 96))
+def hide_module(name):
+    sys.modules[name] = None
+
+
+@pytest.mark.long
+def test_what_cannot_be_traced_is_refused():
+    _, model = make("ssd")
+    model.backbone.forward = lambda x: x[: int(x.sum())]
+    with pytest.raises(ValueError, match="torch.export cannot follow a SSD: "):
+        trace(model, (64, 64), True)

@@ -7,26 +7,16 @@ import ast
 import re
 import sys
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
+from processes import ROOT
 from script_helpers import help_flags
 
-from plaintrain.config import get_cfg
+from plaintrain.config import get_cfg, get_value
+from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import EventStorage
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [
-    p
-    for p in [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *sorted(ROOT.glob("docs/*.md")),
-        ROOT / "examples/README.md",
-    ]
-    if p.exists()
-]
+PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("examples/*.md")]
 
 
 def read(path):
@@ -50,13 +40,6 @@ def messages():
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return found
-
-
-def message_rows():
-    for line in read(ROOT / "docs" / "TROUBLESHOOTING.md").split("## No message")[0].splitlines():
-        match = re.match(r"\| `(.+?)`[^|`]*\| (.+) \|$", line)
-        if match:
-            yield match[1], match[2]
 
 
 def first_sentence(path):
@@ -86,33 +69,44 @@ def test_the_readme_has_a_line_for_every_file():
 
 
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
-    rows = list(message_rows())
+    table = read(ROOT / "docs" / "TROUBLESHOOTING.md").split("## No message")[0]
+    rows = re.findall(r"^\| `(.+?)`[^|`]*\| .+ \|$", table, re.M)
     assert len(rows) > 25
-    for message, _ in rows:
+    for message in rows:
         parts = [part.strip() for part in message.split("...") if part.strip()]
         assert any(all(part in text for part in parts) for text in messages()), message
 
 
-def test_the_pages_name_keys_flags_and_files_that_exist():
-    cfg = get_cfg()
+def has_key(key):
+    try:
+        get_value(get_cfg(), key)
+    except (KeyError, AttributeError, UserError):
+        return False
+    return True
 
-    def has(key):
-        node = cfg
-        for part in key.split("."):
-            if not isinstance(node, dict) or part not in node:
-                return False
-            node = node[part]
-        return True
 
+def test_the_pages_name_keys_and_files_that_exist():
+    assert not has_key("SOLVER.NO_SUCH_KEY")
     for page in PAGES:
         text = read(page)
-        spans = re.findall(r"`([^`\n]+)`", text)
-        keys = {m for span in spans for m in re.findall(r"\b(?:[A-Z][A-Z0-9_]+\.)+[A-Z][A-Z0-9_]+\b", span)}
         if "FROM_" not in page.name:
-            wrong = [key for key in keys if not has(key)]
-            assert not wrong, (page.name, wrong)
+            spans = " ".join(re.findall(r"`([^`\n]+)`", text))
+            keys = set(re.findall(r"\b(?:[A-Z][A-Z0-9_]+\.)+[A-Z][A-Z0-9_]+\b", spans))
+            assert not [key for key in keys if not has_key(key)], page.name
         for name in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (page.parent / name).exists(), (page.name, name)
+        for name in re.findall(r"(?:configs|scripts|docs|plaintrain)/[\w/.-]+\.(?:yaml|py|md)\b", text):
+            # The reader's own.
+            assert name == "configs/my.yaml" or (ROOT / name).is_file(), (page.name, name)
+
+
+def test_the_readme_shows_the_loop_as_it_is_and_small_pictures():
+    readme = read(ROOT / "README.md")
+    shown = re.search(r"```python\nfor iteration.*?```", readme, re.S).group().splitlines()[1:-1]
+    lines = {line.strip() for line in read(ROOT / "scripts" / "plain_train_net.py").splitlines()}
+    assert not [line for line in shown if line.strip() not in lines | {"..."}]
+    pictures = re.findall(r"(?:src=\"|\]\()(docs/images/[\w.-]+)", readme)
+    assert pictures and all((ROOT / name).stat().st_size < 150_000 for name in pictures)
 
 
 def commands():
@@ -159,14 +153,6 @@ def test_the_writer_of_the_guide_sends_what_is_new_and_has_at_most_25_lines(monk
     assert begun[0]["project"] == "cells" and begun[0]["config"]["SEED"] == -1 and finished == [1]
     main = read(ROOT / "scripts" / "plain_train_net.py")
     assert "writers, stop = build_writers(cfg)" in main and "from plaintrain.utils import comm" in main
-
-
-@pytest.mark.parametrize("page", ["README.md"])
-def test_pictures_of_the_pages_are_small(page):
-    pictures = re.findall(r"(?:src=\"|\]\()(docs/images/[\w.-]+)", read(ROOT / page))
-    assert pictures
-    for name in pictures:
-        assert (ROOT / name).stat().st_size < 150_000, name
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """What a model is made of and costs, against numbers known by hand, and the script as a user runs it."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from model_helpers import ARCHITECTURES, KEYPOINTS, K, build
+from processes import ROOT, run_script
+from script_helpers import assert_refused
 from torch import nn
 
 from plaintrain.model_analysis import (
@@ -20,9 +19,8 @@ from plaintrain.model_analysis import (
     training_memory,
     watch_outputs,
 )
-from plaintrain.utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART, SSDLITE = (ROOT / "configs" / name for name in ("quickstart.yaml", "shapes/ssdlite.yaml"))
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "parameters.json").read_text())
 
 
@@ -89,49 +87,28 @@ def test_every_kind_of_model_is_analysed(name):
     assert found["memory"]["activations"] > 0
 
 
-def test_random_samples_of_a_wrong_size_are_refused():
-    with pytest.raises(UserError, match="sides of 32 pixels or more.*not 16x64"):
-        random_samples((16, 64), 1, 3)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Function that runs the script in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["analyze_model.py", *map(str, args)])
-        monkeypatch.chdir(ROOT)
-        try:
-            runpy.run_path(str(ROOT / "scripts" / "analyze_model.py"), run_name="__main__")
-            code = 0
-        except SystemExit as e:
-            code = e.code
-        return code, *capsys.readouterr()
-
-    return call
-
-
-def test_the_script_writes_a_table_and_json(run, tmp_path):
+def test_script_writes_a_table_and_json(tmp_path):
     config, file = "configs/quickstart.yaml", tmp_path / "found.json"
-    size = ("--size", "64x96", "--batch", 1, "--depth", 1)
-    code, out, _ = run("--config-file", config, *size, "--json", file, "MODEL.ROI_HEADS.NUM_CLASSES", 3)
-    assert code == 0
+    options = ["--size", "64x96", "--batch", 1, "--depth", 1, "--json", file]
+    options += ["MODEL.ROI_HEADS.NUM_CLASSES", 3]
+    done = run_script("analyze_model.py", "--config-file", ROOT / config, *options, folder=tmp_path)
+    assert done.code == 0, done.output
     found = json.loads(file.read_text())
     assert found["modules"][0]["parameters"] == GOLDEN[config] and found["size"] == [64, 96]
-    assert f"{GOLDEN[config]:,}" in out and "counted are norms" in out
-    assert "roi_heads" in out and "box_head" not in out and str(file) in out
+    assert f"{GOLDEN[config]:,}" in done.output and "counted are norms" in done.output
+    assert "roi_heads" in done.output and "box_head" not in done.output and str(file) in done.output
 
 
 @pytest.mark.parametrize(
-    "args, message",
+    "args, words",
     [
-        (["--config-file", "configs/quickstart.yaml", "--size", "64"], "'64', but must be HEIGHTxWIDTH"),
-        (["--config-file", "configs/quickstart.yaml", "--batch", "0"], "--batch at least 1"),
+        (["--config-file", QUICKSTART, "--size", "64"], "'64', but must be HEIGHTxWIDTH"),
+        (["--config-file", QUICKSTART, "--batch", "0"], "--batch at least 1"),
+        (["--config-file", QUICKSTART, "--size", "16x64"], "sides of 32 pixels or more"),
+        (["--config-file", SSDLITE, "--size", "64x64"], "SSD takes INPUT.FIXED_SIZE"),
         ([], "give a run's folder or --config-file FILE, not neither"),
-        (["docs"], "docs is no run's folder: there is no docs/config.yaml"),
-        (["--config-file", "configs/shapes/ssdlite.yaml", "--size", "64x64"], "SSD takes INPUT.FIXED_SIZE"),
+        (["."], "is no run's folder: there is no"),
     ],
 )
-def test_wrong_inputs_end_with_one_sentence(run, args, message):
-    code, _, error = run(*args)
-    assert code in (1, 2) and message in error and "Traceback" not in error
+def test_script_answers_mistakes_in_a_sentence(tmp_path, args, words):
+    assert_refused("analyze_model.py", args, words, tmp_path)

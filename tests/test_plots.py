@@ -2,30 +2,23 @@
 
 import functools
 import re
-import runpy
+import signal
+import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import ROOT, run_script
 from report_helpers import make_run
+from script_helpers import assert_refused
 
-from plaintrain import charts, plots
+from plaintrain import charts, plots, run_folder
 from plaintrain.utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 ODD = "a <b> & $x_1$ \\frac{"
-
-
-@pytest.fixture(scope="module")
-def script():
-    return runpy.run_path(str(ROOT / "scripts" / "plot_metrics.py"), run_name="script")
-
-
-def run(script, *args):
-    return script["main"](script["parse_args"](list(map(str, args))))
 
 
 @functools.cache
@@ -64,76 +57,86 @@ def test_a_figure_in_a_page_has_the_colour_of_its_text_and_ids_of_its_own(name):
     assert "mathdefault" not in texts[0] and (name == "large" or ODD in words)
 
 
-def test_a_run_is_drawn(script, tmp_path, capsys):
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*a\.png"):
+        plots.save_figure(figures()["xy"], str(tmp_path / "file" / "a.png"))
+
+
+# ---- scripts/plot_metrics.py ------------------------------------------------------------------------
+
+
+def plot(folder, *args, **kwargs):
+    """What the script prints."""
+    done = run_script("plot_metrics.py", *args, folder=folder, **kwargs)
+    assert done.code == 0, done.output
+    return done.output
+
+
+def test_script_draws_one_run_or_several(tmp_path):
     folder = make_run(tmp_path / "run")
-    assert run(script, folder, "--metrics", "total_loss", "--smooth", 0.5) == 0
-    assert str(folder / "curves.png") in capsys.readouterr().out
+    assert str(folder / "curves.png") in plot(tmp_path, folder, "--metrics", "total_loss", "--smooth", 0.5)
     pixels = np.asarray(Image.open(folder / "curves.png").convert("RGB"))
     assert (pixels == 255).all(axis=2).mean() > 0.5 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
     both = [folder, make_run(tmp_path / "other", offset=3.0)]
-    assert run(script, *both, "--output", tmp_path / "new" / "two.svg", "--metrics", "*/AP", "lr") == 0
+    plot(tmp_path, *both, "--output", tmp_path / "new" / "two.svg", "--metrics", "*/AP", "lr")
     root = ET.parse(tmp_path / "new" / "two.svg").getroot()
     words = {"".join(e.itertext()) for e in root.iter() if e.tag.endswith("}text")}
     assert {"report_val/bbox/AP", "lr", "run", "other"} <= words and "total_loss" not in words
 
 
 @pytest.mark.parametrize(
-    "args, words",
+    "args, code, words",
     [
-        (["RUN", "--smooth", "1"], "--smooth"),
-        (["RUN", "--output", "a.jpg"], "must end in .png"),
-        (["RUN", "--output", "a.png", "--watch"], "writes nothing"),
-        (["/nowhere"], "there is no folder /nowhere"),
+        (["run", "--smooth", "1"], 2, "--smooth"),
+        (["run", "--output", "a.jpg"], 2, "must end in .png"),
+        (["run", "--output", "a.png", "--watch"], 2, "writes nothing"),
+        (["run", "--metrics", "los"], 1, "no metric matches los; there are: data_time, loss_box_reg"),
+        (["empty"], 1, "nothing to draw"),
     ],
 )
-def test_a_wrong_command_line_exits_with_2(script, tmp_path, capsys, args, words):
+def test_script_answers_mistakes_in_a_sentence(tmp_path, args, code, words):
+    make_run(tmp_path / "run")
+    (tmp_path / "empty" / "inference").mkdir(parents=True)
+    assert_refused("plot_metrics.py", args, words, tmp_path, codes=[code])
+
+
+def test_script_without_matplotlib_says_what_to_install_and_watches(tmp_path):
     folder = make_run(tmp_path / "run")
-    with pytest.raises(SystemExit, match="2"):
-        run(script, *[str(folder) if arg == "RUN" else arg for arg in args])
-    assert words in capsys.readouterr().err
-
-
-def test_what_cannot_be_drawn_is_said(script, tmp_path, capsys):
-    folder = make_run(tmp_path / "run")
-    assert run(script, folder, "--metrics", "los") == 1
-    assert "no metric matches los; there are: data_time, loss_box_reg" in capsys.readouterr().err
-    (folder / "metrics.json").write_text("")
-    assert run(script, folder) == 1
-    assert "nothing to draw" in capsys.readouterr().err
-
-
-def test_without_matplotlib_drawing_says_what_to_install_and_watching_works(
-    script, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    folder = make_run(tmp_path / "run")
-    assert run(script, folder) == 1
-    assert 'pip install "plaintrain[plot]"' in capsys.readouterr().err
-    assert run(script, folder, "--watch") == 0
-    shown = capsys.readouterr().out
+    words = 'pip install "plaintrain[plot]"'
+    assert_refused("plot_metrics.py", [folder], words, tmp_path, codes=[1], faults=hide_matplotlib)
+    shown = plot(tmp_path, folder, "--watch", faults=hide_matplotlib)
     assert "run: finished, iteration 200 of 200" in shown and "total_loss" in shown and "\x1b" not in shown
 
 
-def test_watching_goes_on_as_long_as_the_run_does(script, tmp_path, capsys, monkeypatch):
-    folder, states = make_run(tmp_path / "run"), iter(["running", "running", "finished"])
-    watch = script["main"].__globals__
-    state = watch["run_state"](folder)
-    monkeypatch.setitem(watch, "run_state", lambda *_: state._replace(name=next(states)))
-    assert run(script, folder, "--watch", "--interval", "0.001") == 0
-    shown = capsys.readouterr().out
+def hide_matplotlib():
+    sys.modules["matplotlib"] = None
+
+
+def test_script_watches_as_long_as_the_run_goes_on(tmp_path):
+    shown = plot(
+        tmp_path, make_run(tmp_path / "run"), "--watch", "--interval", 0.001, faults=run_for_two_looks
+    )
     # What has not changed is not said again.
     assert shown.count("run: running") == shown.count("run: finished") == 1
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(watch, "run_state", interrupt)
-    assert run(script, folder, "--watch") == 0
+    # Ctrl-C ends it.
+    assert "run: running" in plot(tmp_path, tmp_path / "run", "--watch", faults=interrupt_between_looks)
 
 
-def test_the_watch_needs_no_torch(tmp_path):
-    import subprocess
+def run_for_two_looks():
+    """Replace what the script asks for the state of a run."""
+    states, ask = iter(["running", "running", "finished"]), run_folder.run_state
+    run_folder.run_state = lambda *args: ask(*args)._replace(name=next(states))
 
+
+def interrupt_between_looks():
+    """Press Ctrl-C while a run goes on."""
+    ask = run_folder.run_state
+    run_folder.run_state = lambda *args: ask(*args)._replace(name="running")
+    time.sleep = lambda seconds: signal.raise_signal(signal.SIGINT)
+
+
+def test_script_needs_no_torch_to_watch(tmp_path):
     folder = make_run(tmp_path / "run")
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -142,9 +145,3 @@ def test_the_watch_needs_no_torch(tmp_path):
     command = [sys.executable, "-c", code, ROOT / "scripts" / "plot_metrics.py", folder, "--watch"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "set()", done.stdout + done.stderr
-
-
-def test_a_file_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*a\.png"):
-        plots.save_figure(figures()["xy"], str(tmp_path / "file" / "a.png"))

@@ -2,19 +2,18 @@
 
 import json
 import os
-import runpy
 import shutil
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from model_helpers import ARCHITECTURES, make_cfg
 from PIL import Image
+from processes import run_script
+from script_helpers import assert_refused
 
 from plaintrain.checkpoint import DetectionCheckpointer
-from plaintrain.config import get_cfg, split_overrides
+from plaintrain.config import split_overrides
 from plaintrain.data import build_detection_test_loader
 from plaintrain.data.coco import load_coco_json
 from plaintrain.data.images import read_image
@@ -23,64 +22,37 @@ from plaintrain.ema import ModelEMA
 from plaintrain.modeling import build_model, build_tta
 from plaintrain.predict import Predictor, to_tensor
 from plaintrain.utils.errors import UserError
+from plaintrain.visualize import scale_to
 from plaintrain.weight_classes import COCO_NAMES
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "predict.py"
 NAMES = ["ring", "block", "wedge"]
 SIDE = 64
-# A Mask and Keypoint R-CNN that takes milliseconds.
-TINY = """
-MODEL:
-  DEVICE: cpu
-  BACKBONE: {NAME: build_tiny_backbone, FREEZE_AT: 0}
-  TINY: {CHANNELS: [8, 16], OUT_CHANNELS: 16, NORM: BN}
-  ANCHOR_GENERATOR: {SIZES: [[16, 32]]}
-  RPN: {PRE_NMS_TOPK_TEST: 50, POST_NMS_TOPK_TEST: 20}
-  ROI_HEADS: {SCORE_THRESH_TEST: 0.0, NUM_CLASSES: 3}
-  ROI_BOX_HEAD: {FC_DIM: 16}
-  MASK_ON: True
-  ROI_MASK_HEAD: {NUM_CONV: 1, CONV_DIM: 8}
-  KEYPOINT_ON: True
-  ROI_KEYPOINT_HEAD: {CONV_DIMS: [8], NUM_KEYPOINTS: 4}
-INPUT: {MIN_SIZE_TEST: 96}
-DATASETS:
-  DECLARE:
-    predict_gone: {FORMAT: coco, JSON: /no/such.json, IMAGE_ROOT: /no}
-  TRAIN: [predict_gone]
-  TEST: [predict_gone]
-DATALOADER: {NUM_WORKERS: 0}
-TEST: {DETECTIONS_PER_IMAGE: 8, AUG: {MIN_SIZES: [64, 96]}}
-SEED: 3
-"""
 # The same with a dataset that is there.
 HERE = ["DATASETS.TEST", ("shapes_val",), "DATASETS.TRAIN", ("shapes_val",)]
 IMAGE = load_shapes("val", 8, SIDE, SIDE + 16)[0][5]["file_name"]
 
 
 def config(*opts):
-    cfg = get_cfg()
-    cfg.merge_from_other_cfg(get_cfg()._load_cfg_from_yaml_str(TINY))
-    cfg.merge_from_list(list(opts))
+    """A Mask and Keypoint R-CNN that takes milliseconds, and a dataset that is not there."""
+    few = ["TEST.DETECTIONS_PER_IMAGE", 8, "MODEL.RPN.POST_NMS_TOPK_TEST", 20]
+    few += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "INPUT.MIN_SIZE_TEST", 96]
+    cfg = make_cfg(*ARCHITECTURES["mask_keypoint_rcnn"], *few)
+    gone = {"FORMAT": "coco", "JSON": "/no/such.json", "IMAGE_ROOT": "/no"}
+    names = {"TRAIN": ("predict_gone",), "TEST": ("predict_gone",)}
+    cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": {"predict_gone": gone}, **names}})
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "TEST.AUG.MIN_SIZES", [64, 96], *opts])
     return cfg
-
-
-def save(folder, name, seed, cfg=None, about=None):
-    """A checkpoint of random weights, and the folder's config.yaml."""
-    torch.manual_seed(seed)
-    cfg = cfg or config()
-    model = build_model(cfg)
-    about = {"class_names": NAMES, "config": cfg.dump()} if about is None else about
-    DetectionCheckpointer(model, str(folder), about=about).save(name, iteration=seed)
-    (folder / "config.yaml").write_text(cfg.dump())
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run's folder with two checkpoints, whose dataset is not there."""
-    folder = tmp_path_factory.mktemp("run")
-    save(folder, "model_0000001", 1)
-    save(folder, "model_final", 2)
+    """A run's folder with two checkpoints of random weights."""
+    folder, cfg = tmp_path_factory.mktemp("run"), config()
+    about = {"class_names": NAMES, "config": cfg.dump()}
+    for seed, name in ((1, "model_0000001"), (2, "model_final")):
+        torch.manual_seed(seed)
+        DetectionCheckpointer(build_model(cfg), str(folder), about=about).save(name, iteration=seed)
+    (folder / "config.yaml").write_text(cfg.dump())
     return folder
 
 
@@ -102,19 +74,7 @@ def test_it_finds_what_the_evaluation_finds(run, views):
     found = [predictor(record["file_name"]) for record in records]
     assert len(found[0]["boxes"]) == 8 and all(map(same, found, wanted))
     assert found[0]["masks"].shape == (8, SIDE, SIDE + 16) and found[0]["keypoints"].shape == (8, 4, 3)
-
-
-def test_the_dataset_need_not_be_there(run, tmp_path):
-    shutil.copytree(run, tmp_path / "copied")
-    predictor = Predictor(tmp_path / "copied")
-    assert predictor.class_names == NAMES and predictor.skeleton == ()
-    assert set(predictor(IMAGE)) == {"boxes", "scores", "labels", "masks", "keypoints"}
-    assert Predictor(run, opts=["DATASETS.TEST", ("shapes_val",)]).skeleton == (
-        (0, 1),
-        (1, 2),
-        (2, 3),
-        (3, 0),
-    )
+    assert predictor.skeleton == ((0, 1), (1, 2), (2, 3), (3, 0))
 
 
 def test_an_image_may_come_in_any_form_and_in_a_batch(run, tmp_path):
@@ -139,7 +99,7 @@ def test_the_range_of_pixels_is_that_of_the_config(run, tmp_path):
     assert not same(Predictor(run)(tmp_path / "deep.png"), wanted)
 
 
-def test_every_kind_of_image_becomes_rgb_as_a_dataset_reads_it(tmp_path):
+def test_to_tensor_reads_images_as_a_dataset_and_refuses_what_is_none(tmp_path):
     grey = Image.fromarray(np.arange(240, dtype=np.uint8).reshape(12, 20))
     deep = Image.fromarray((np.arange(240, dtype=np.uint16) * 200).reshape(12, 20))
     turned = Image.Exif()
@@ -156,21 +116,13 @@ def test_every_kind_of_image_becomes_rgb_as_a_dataset_reads_it(tmp_path):
             assert torch.equal(to_tensor(opened), wanted), name
         assert wanted.shape == ((3, 20, 12) if name == "turned.png" else (3, 12, 20))
     assert torch.equal(to_tensor(np.asarray(grey)), read_image(str(tmp_path / "grey.png")))
-
-
-@pytest.mark.parametrize(
-    ("image", "said"),
-    [
+    for image, words in (
         ("nowhere.jpg", "nowhere.jpg does not exist"),
         (np.zeros((4, 4, 3)), r"not a ndarray float64 of the shape \[4, 4, 3\]"),
-        (np.zeros((4, 4, 4), dtype=np.uint8), r"shape \[4, 4, 4\]"),
         (torch.zeros(3, 4, 4), "not a Tensor torch.float32"),
-        (7, "not a int"),
-    ],
-)
-def test_what_is_no_image_is_refused(image, said):
-    with pytest.raises(UserError, match=said):
-        to_tensor(image)
+    ):
+        with pytest.raises(UserError, match=words):
+            to_tensor(image)
 
 
 def test_the_last_checkpoint_that_can_be_read_is_taken(run, tmp_path):
@@ -193,7 +145,9 @@ def test_the_last_checkpoint_that_can_be_read_is_taken(run, tmp_path):
 def test_a_checkpoint_alone_holds_its_config_and_names(run, tmp_path):
     shutil.copy(run / "model_final.pth", tmp_path / "mine.pth")
     predictor = Predictor(tmp_path / "mine.pth")
-    assert predictor.class_names == NAMES and same(predictor(IMAGE), Predictor(run)(IMAGE))
+    # The dataset is not there.
+    assert predictor.class_names == NAMES and predictor.skeleton == ()
+    assert same(predictor(IMAGE), Predictor(run)(IMAGE))
     torch.save({"model": predictor.model.state_dict()}, tmp_path / "bare.pth")
     with pytest.raises(UserError, match="bare.pth holds no config"):
         Predictor(tmp_path / "bare.pth")
@@ -223,58 +177,44 @@ def test_amp_is_honoured(run):
     assert not torch.equal(exact, mixed) and torch.allclose(exact, mixed.float(), atol=0.05)
 
 
-def test_weights_without_names_for_80_classes_are_cocos(tmp_path):
-    cfg = config("MODEL.ROI_HEADS.NUM_CLASSES", 80, "MODEL.KEYPOINT_ON", False)
+@pytest.mark.parametrize(("classes", "keypoints", "names"), [(80, 0, COCO_NAMES), (1, 17, ["person"])])
+def test_published_weights_have_the_names_of_coco(tmp_path, classes, keypoints, names):
+    opts = ["MODEL.KEYPOINT_ON", keypoints > 0, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", keypoints]
+    cfg = config("MODEL.ROI_HEADS.NUM_CLASSES", classes, *opts)
     torch.save(build_model(cfg).state_dict(), tmp_path / "published.pth")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
     predictor = Predictor(cfg, str(tmp_path / "published.pth"))
-    assert predictor.class_names == COCO_NAMES and predictor.cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
+    found = predictor.cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    assert predictor.class_names == names and found == classes
+    assert ((15, 13) in predictor.skeleton) == (keypoints > 0)
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0
-    keypoints = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 17]
-    cfg = config("MODEL.ROI_HEADS.NUM_CLASSES", 1, *keypoints)
-    torch.save(build_model(cfg).state_dict(), tmp_path / "published.pth")
-    predictor = Predictor(cfg, str(tmp_path / "published.pth"))
-    assert predictor.class_names == ["person"] and (15, 13) in predictor.skeleton
 
 
-def test_what_does_not_fit_is_refused(run, tmp_path):
-    with pytest.raises(UserError, match="NUM_CLASSES is 5, but .*model_final.pth was trained for 3: ring"):
-        Predictor(run, opts=["MODEL.ROI_HEADS.NUM_CLASSES", 5])
-    with pytest.raises(UserError, match="is missing .* of the model's parameters.*another architecture"):
-        Predictor(run, opts=["MODEL.ROI_BOX_HEAD.FC_DIM", 17])
-    with pytest.raises(UserError, match="'.*nowhere' does not exist: expected the OUTPUT_DIR"):
-        Predictor(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="has no config.yaml: expected the OUTPUT_DIR"):
-        Predictor(tmp_path)
-    with pytest.raises(UserError, match="MODEL.WEIGHTS is empty"):
-        Predictor(config())
-    with pytest.raises(UserError, match="which keypoints then change places.*set TEST.AUG.FLIP False"):
-        Predictor(run, opts=["TEST.AUG.ENABLED", True])
-    assert len(Predictor(run, opts=["TEST.AUG.ENABLED", True, "TEST.AUG.FLIP", False])(IMAGE)["boxes"]) == 8
+@pytest.mark.parametrize(
+    ("place", "opts", "words"),
+    [
+        ("run", ["MODEL.ROI_HEADS.NUM_CLASSES", 5], "CLASSES is 5, but .*final.pth was trained for 3: ring"),
+        ("run", ["MODEL.ROI_BOX_HEAD.FC_DIM", 17], "is missing .* of the model's parameters.*architecture"),
+        ("run", ["TEST.AUG.ENABLED", True], "which keypoints then change places.*set TEST.AUG.FLIP False"),
+        ("nowhere", [], "'.*nowhere' does not exist: expected the OUTPUT_DIR"),
+        (".", [], "has no config.yaml: expected the OUTPUT_DIR"),
+        (config(), [], "MODEL.WEIGHTS is empty"),
+    ],
+)
+def test_what_does_not_fit_is_refused(run, tmp_path, monkeypatch, place, opts, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        Predictor(run if place == "run" else place, opts=opts)
 
 
-def test_names_and_overrides_are_told_apart():
+def test_split_overrides_tells_names_from_keys():
     words = ["TEST", "IMG.JPG", "a b", "TEST.AMP", "True", "SEED", "3"]
-    assert split_overrides(words) == (words[:3], words[3:])
-    assert split_overrides(words[:3]) == (words[:3], []) and split_overrides([]) == ([], [])
+    assert split_overrides(words) == (words[:3], words[3:]) and split_overrides([]) == ([], [])
     # A key that is misspelled is one all the same.
     assert split_overrides(["a", "MODEL.WEIGTHS", "b"]) == (["a"], ["MODEL.WEIGTHS", "b"])
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Runs the script in this process, in `tmp_path`: its exit code, stdout and stderr."""
-
-    def call(*args, code=0):
-        monkeypatch.setattr(sys, "argv", [str(arg) for arg in (SCRIPT, *args)])
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as done:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        out, err = capsys.readouterr()
-        assert (done.value.code or 0) == code, out + err
-        return SimpleNamespace(out=out, err=err)
-
-    return call
+# ---- scripts/predict.py -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -286,60 +226,64 @@ def images(tmp_path, write_image):
     return folder
 
 
-def test_images_folders_and_patterns_become_pictures_and_a_coco_json(call, run, images):
+def test_script_turns_images_folders_and_patterns_into_pictures_and_a_coco_json(run, images, tmp_path):
     inputs = [images / "b", images / "a" / "one.png", str(images / "**" / "*.gif"), images / "b" / "two.JPG"]
-    done = call(run, *inputs, "--output", "found", "--threshold", 0, "--batch-size", 2)
-    found = images.parent / "found"
+    found = tmp_path / "found"
+    options = ["--output", found, "--threshold", 0, "--batch-size", 2]
+    done = run_script("predict.py", run, *inputs, *options, folder=tmp_path)
+    assert done.code == 0, done.output
     pictures = {path.relative_to(found).as_posix() for path in found.rglob("*.*")}
     assert pictures == {"a/one.png", "b/one.png", "b/two.JPG", "c.gif.jpg", "predictions.json"}
     # Small ones are enlarged, so that they can be read.
     assert {Image.open(found / name).size for name in ("a/one.png", "c.gif.jpg")} == {(320, 320), (320, 240)}
-    assert "32 objects with a score of at least 0 in 4 images" in done.out
+    assert "32 objects with a score of at least 0 in 4 images" in done.output
     content = json.loads((found / "predictions.json").read_text())
     assert [c["name"] for c in content["categories"]] == NAMES
     assert [i["file_name"] for i in content["images"]] == ["b/one.png", "b/two.JPG", "a/one.png", "c.gif"]
     records, _ = load_coco_json(str(found / "predictions.json"), str(images))
     predictor = Predictor(run)
     for record in records:
-        wanted = predictor(record["file_name"])
-        assert [a["score"] for a in record["annotations"]] == pytest.approx(
-            wanted["scores"].tolist(), abs=1e-5
-        )
+        scores = predictor(record["file_name"])["scores"].tolist()
+        assert [a["score"] for a in record["annotations"]] == pytest.approx(scores, abs=1e-5)
         assert {len(a["keypoints"]) for a in record["annotations"]} == {12}
         assert all(a["segmentation"]["size"] == [record["height"], SIDE] for a in record["annotations"])
 
 
-def test_a_config_and_weights_will_do_too_and_only_what_is_wanted_is_drawn(call, run, images):
-    command = ["--config-file", run / "config.yaml", images / "a", "--output", "found"]
-    call(*command, "--no-pictures", "MODEL.WEIGHTS", run / "model_final.pth")
-    assert os.listdir("found") == ["predictions.json"]
-    call(*command, "--threshold", 1, "MODEL.WEIGHTS", run / "model_final.pth")
-    drawn = read_image("found/one.png")
-    call(run, images / "a", "--output", "more", "--threshold", 0)
-    assert not torch.equal(drawn, read_image("more/one.png"))
-    assert len(json.loads(Path("found/predictions.json").read_text())["annotations"]) == 8
-
-
-def test_an_image_that_cannot_be_read_is_named_and_left_out(call, run, images):
+def test_script_draws_what_reaches_the_threshold_and_leaves_out_what_it_cannot_read(run, images, tmp_path):
     (images / "a" / "bad.jpg").write_text("no image")
-    done = call(run, images / "a", "--output", "found", code=1)
-    assert "left out: cannot read the image file" in done.err and "bad.jpg" in done.err
-    assert sorted(os.listdir("found")) == ["one.png", "predictions.json"]
+    weights = ["MODEL.WEIGHTS", run / "model_final.pth"]
+    command = ["predict.py", "--config-file", run / "config.yaml", images / "a"]
+    for threshold in (0, 1):
+        output = ["--output", tmp_path / str(threshold), "--threshold", threshold]
+        done = run_script(*command, *output, *weights, folder=tmp_path)
+        assert done.code == 1 and "Traceback" not in done.output
+        assert "left out: cannot read the image file" in done.output and "bad.jpg" in done.output
+        assert sorted(os.listdir(tmp_path / str(threshold))) == ["one.png", "predictions.json"]
+    everything, nothing = (read_image(str(tmp_path / name / "one.png")) for name in "01")
+    assert not torch.equal(everything, nothing)
+    plain = images / "a" / "one.png"
+    enlarged, _ = scale_to(read_image(str(plain)), {"boxes": torch.zeros(0, 4)}, 320)
+    assert torch.equal(nothing, enlarged)
+    assert len(json.loads((tmp_path / "1" / "predictions.json").read_text())["annotations"]) == 8
+    more = ["--output", tmp_path / "no", "--no-pictures"]
+    assert run_script(*command[:-1], plain, *more, *weights, folder=tmp_path).code == 0
+    assert os.listdir(tmp_path / "no") == ["predictions.json"]
 
 
-def test_mistakes_in_the_command_line_are_answered_in_a_sentence(call, run, images, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for args, said in (
-        ([run], "name the images, folders or patterns to look at"),
-        ([tmp_path / "nowhere", images], "nowhere' does not exist: expected the OUTPUT_DIR"),
-        ([run, "*.bmp"], "*.bmp: there is no such image, folder or pattern"),
-        ([run, tmp_path / "empty"], "there is no image in"),
-        ([run, images, "MODEL.WEIGTHS", "b"], "unknown key MODEL.WEIGTHS"),
-        ([run, images, "--threshold", 2], "--threshold must be from 0 to 1"),
-        ([run, images / "a", "--output", images / "a"], "would overwrite"),
-        (["--config-file", run / "config.yaml", images], "MODEL.WEIGHTS is empty"),
-        (["--config-file", run / "config.yaml", images, "MODEL.WEIGHTS", "x.pth"], "there is no such file"),
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["RUN"], "name the images, folders or patterns to look at"),
+        (["RUN", "*.bmp"], "*.bmp: there is no such image, folder or pattern"),
+        (["RUN", "empty"], "there is no image in"),
+        (["RUN", "images", "MODEL.WEIGTHS", "b"], "unknown key MODEL.WEIGTHS"),
+        (["RUN", "images", "--threshold", 2], "--threshold must be from 0 to 1"),
+        (["RUN", "images/a", "--output", "images/a"], "would overwrite"),
+        (["--config-file", "RUN/config.yaml", "images", "MODEL.WEIGHTS", "x.pth"], "there is no such file"),
         (["SEED", 3], "name a run's folder"),
-    ):
-        done = call(*args, code=2)
-        assert said in done.err and "Traceback" not in done.err, done.err
+    ],
+)
+def test_script_answers_mistakes_in_a_sentence(run, images, tmp_path, args, words):
+    (tmp_path / "empty").mkdir()
+    args = [str(arg).replace("RUN", str(run)) for arg in args]
+    assert_refused("predict.py", args, words, tmp_path, codes=[2])

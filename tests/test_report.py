@@ -3,23 +3,22 @@
 import logging
 import os
 import re
-import runpy
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 from report_helpers import EVIL, full_report, make_run
+from script_helpers import assert_refused
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.report import after_training, datasets, detections, groups, html, overview, training
 from plaintrain.report.build import SECTIONS, build_report
-from plaintrain.report.html import Cell, number, page, score, table, tag, text
+from plaintrain.report.html import Cell, score, table, tag, text
 from plaintrain.utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 _EMPTY = {"meta", "link", "img", "path", "use", "rect", "image", "br"}
 
 
@@ -58,8 +57,9 @@ class Outline(HTMLParser):
 
 
 def report_of(tmp_path, *folders):
-    path = tmp_path / "report.html"
+    path, before = tmp_path / "report.html", torch.get_rng_state()
     build_report([str(f) for f in folders], str(path))
+    assert torch.equal(torch.get_rng_state(), before)
     return Outline(path.read_text())
 
 
@@ -72,9 +72,11 @@ def undrawn(monkeypatch):
             monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
 
 
-def test_the_report_of_a_run_has_all_its_sections_filled():
-    found = Outline(full_report().read_text())
-    assert not found.wrong
+def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names():
+    content = full_report().read_text()
+    found = Outline(content)
+    assert not found.wrong and len(content) < 1e6
+    assert 'lang="en"' in content and "width=device-width" in content
     assert list(found.sections) == [id_ for id_, *_ in SECTIONS]
     assert not re.search("cannot be|could not be made", " ".join(found.sections.values()))
     for section, words in {
@@ -103,12 +105,8 @@ def test_the_report_of_a_run_has_all_its_sections_filled():
     for name, attributes in found.elements:
         for key in ("src", "href", "xlink:href"):
             assert attributes.get(key, "#").startswith(("#", "data:")), (name, attributes[key][:80])
-    assert full_report().stat().st_size < 1e6
 
-
-def test_names_of_classes_and_files_are_text():
-    content = full_report().read_text()
-    found = Outline(content)
+    # Names of classes and files are text.
     assert len(found.named("script")) == 1
     for section in ("run", "curves", "scores", "confusion", "thresholds", "data", "warnings"):
         assert EVIL in found.sections[section], section
@@ -133,15 +131,6 @@ def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path, undrawn):
     assert "3 boxes are odd" in found.sections["warnings"]
 
 
-def test_a_folder_with_only_a_log_has_a_report(tmp_path, undrawn):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "log.txt").write_text("no record\n")
-    found = report_of(tmp_path, folder)
-    assert not found.wrong and "no config.yaml" in found.sections["run"]
-    assert "names no test set" in found.sections["errors"]
-
-
 def test_a_dataset_that_is_not_here_costs_only_its_sections(tmp_path, undrawn):
     folder = make_run(tmp_path / "run")
     config = (folder / "config.yaml").read_text()
@@ -159,9 +148,8 @@ def test_a_section_that_fails_says_so_and_the_others_are_made(tmp_path, monkeypa
     def broken(runs):
         raise ZeroDivisionError("by <b>nothing</b>")
 
-    monkeypatch.setattr(
-        "plaintrain.report.build.SECTIONS", (("a", "A", broken), ("b", "B", overview.summary))
-    )
+    sections = (("a", "A", broken), ("b", "B", overview.summary))
+    monkeypatch.setattr("plaintrain.report.build.SECTIONS", sections)
     found = report_of(tmp_path, make_run(tmp_path / "run"))
     assert "could not be made: ZeroDivisionError: by <b>nothing</b>" in found.sections["a"]
     assert "Finished" in found.sections["b"]
@@ -179,14 +167,12 @@ def test_several_runs_are_compared(tmp_path, undrawn):
     for section in ("summary", "errors", "calibration", "thresholds", "timing", "warnings"):
         assert "one" in found.sections[section] and "two" in found.sections[section], section
     content = (tmp_path / "report.html").read_text()
-    scores = content[content.index('id="scores"') :]
     # The better of both is marked.
-    assert re.search(
-        r'<td class="number" data-value="19.9">19.9</td><td class="number best" data-value="24.9">', scores
-    )
+    lower, higher = '"number" data-value="19.9">19.9</td>', '"number best" data-value="24.9">'
+    assert f"<td class={lower}<td class={higher}" in content[content.index('id="scores"') :]
 
 
-def test_the_cells_of_a_table():
+def test_cells_of_a_table_are_escaped_and_sortable():
     rows = [["a<", 1.5, Cell("10 s", 10)], [tag("b", "c"), None, Cell("–", None)]]
     shown = table(["n<", "x", "y"], rows, caption="<c>")
     assert '<th scope="col" class="number" aria-sort="none"><button type="button">x</button></th>' in shown
@@ -196,44 +182,32 @@ def test_the_cells_of_a_table():
     assert "<button" not in table(["a"], [["b"]], sortable=False)
 
 
-@pytest.mark.parametrize(
-    "value, shown", [(1234567.0, "1,234,567"), (0.00012346, "0.0001235"), (0.5, "0.5"), (12.0, "12")]
-)
-def test_numbers_are_short(value, shown):
-    assert number(value) == text(value) == shown
-
-
-def test_scores_without_a_value_are_dashes():
+def test_numbers_are_short_and_what_is_missing_is_a_dash():
+    values = {1234567.0: "1,234,567", 0.00012346: "0.0001235", 12.0: "12", None: "–", float("inf"): "–"}
+    assert [text(value) for value in values] == [*values.values()]
     assert [score(v) for v in (12.345, None, float("nan"))] == ["12.3", "–", "–"]
-    assert text(None) == text(float("inf")) == "–"
 
 
-def test_a_page_is_for_phones_and_has_a_language():
-    content = page("t<", "s", [("a", "A", tag("p", "x"))])
-    assert 'lang="en"' in content and "width=device-width" in content and "<title>t&lt;</title>" in content
-    assert "prefers-color-scheme: dark" in content and "http" not in content
-
-
-def script(*args):
-    names = runpy.run_path(str(ROOT / "scripts" / "report.py"), run_name="script")
-    import argparse
-
-    return names["main"](argparse.Namespace(**{"output": None, "debug": False, **dict(args)}))
-
-
-def test_the_script_writes_into_the_first_run_and_refuses_what_is_none(tmp_path, capsys):
+def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "log.txt").write_text("")
-    assert script(("runs", [str(folder)])) == 0
-    assert str(folder / "report.html") in capsys.readouterr().out and (folder / "report.html").is_file()
-    assert script(("runs", [str(folder), str(tmp_path)])) == 2
-    assert "is no run's folder" in capsys.readouterr().err
+    done = run_script("report.py", folder, folder=tmp_path)
+    assert done.code == 0 and str(folder / "report.html") in done.output, done.output
+    found = Outline((folder / "report.html").read_text())
+    assert not found.wrong and "no config.yaml" in found.sections["run"]
+    assert "names no test set" in found.sections["errors"]
+    assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[2])
 
 
-def finished_cfg(folder):
+# ---- at the end of a training -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """The config of a finished run."""
     cfg = get_cfg()
-    cfg.OUTPUT_DIR = str(folder)
+    cfg.OUTPUT_DIR = str(make_run(tmp_path / "run"))
     return cfg
 
 
@@ -245,46 +219,30 @@ def made(monkeypatch):
     return folders
 
 
-def test_a_finished_training_has_its_report(tmp_path, made, log):
-    folder = make_run(tmp_path / "run")
-    after_training.make_report_if_wanted(finished_cfg(folder))
-    assert made == [str(folder)] and "report.html" in log.text
-
-
-@pytest.mark.parametrize("why", ["off", "other rank", "stopped"])
-def test_no_report_is_made(tmp_path, made, monkeypatch, why):
-    folder = make_run(tmp_path / "run")
-    cfg = finished_cfg(folder)
-    cfg.OUTPUT.REPORT = why != "off"
-    monkeypatch.setattr("plaintrain.utils.comm.is_main_process", lambda: why != "other rank")
-    if why == "stopped":
-        (folder / "last_checkpoint").write_text("model_0000099.pth")
+@pytest.mark.parametrize("why_not", ["", "off", "other rank", "stopped"])
+def test_a_training_has_its_report_when_it_has_finished(cfg, tmp_path, made, monkeypatch, log, why_not):
+    cfg.OUTPUT.REPORT = why_not != "off"
+    monkeypatch.setattr("plaintrain.utils.comm.is_main_process", lambda: why_not != "other rank")
+    if why_not == "stopped":
+        (tmp_path / "run" / "last_checkpoint").write_text("model_0000099.pth")
     after_training.make_report_if_wanted(cfg)
-    assert made == []
+    assert made == ([] if why_not else [cfg.OUTPUT_DIR]) and ("report.html" in log.text) == (not why_not)
 
 
-def test_a_training_does_not_fail_with_its_report(tmp_path, monkeypatch, log):
+def test_a_training_does_not_fail_with_its_report(cfg, monkeypatch, log):
     def broken(runs, output):
         raise UserError("the disk is full")
 
-    folder = make_run(tmp_path / "run")
     monkeypatch.setattr("plaintrain.report.build.build_report", broken)
-    after_training.make_report_if_wanted(finished_cfg(folder))
+    after_training.make_report_if_wanted(cfg)
     (record,) = [r for r in log.records if r.levelno == logging.WARNING]
     assert "no report.html was made: UserError: the disk is full" in record.message
 
 
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path, made, monkeypatch, log):
+def test_without_matplotlib_one_line_says_what_to_install(cfg, tmp_path, made, monkeypatch, log):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    after_training.make_report_if_wanted(finished_cfg(make_run(tmp_path / "run")))
+    after_training.make_report_if_wanted(cfg)
     assert made == [] and 'pip install "plaintrain[plot]"' in log.text
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="needs matplotlib"):
-        build_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
-
-
-def test_the_report_does_not_change_torchs_generator(tmp_path, undrawn):
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    report_of(tmp_path, make_run(tmp_path / "run"))
-    assert torch.equal(torch.get_rng_state(), before)
+        build_report([cfg.OUTPUT_DIR], str(tmp_path / "report.html"))
