@@ -233,7 +233,9 @@ def try_defect(copy, mutation, tests, seconds):
         file.write_text(text, encoding="utf-8")
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output.read_text(errors="replace"), re.MULTILINE)
     if process.exitcode == pytest.ExitCode.USAGE_ERROR:
-        raise SystemExit(f"a recorded test is gone, record again: {output.read_text(errors='replace')[-300:]}")
+        raise SystemExit(
+            f"a recorded test is gone, record again: {output.read_text(errors='replace')[-300:]}"
+        )
     if process.exitcode and not failed:
         return f"(exit {process.exitcode})"
     return failed[1] if failed else ""
