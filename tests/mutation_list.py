@@ -65,8 +65,8 @@ MUTATIONS = [
     (
         "datasets_with_reordered_classes_joined",
         "plaintrain/data/catalog.py",
-        "if class_names(name) != classes:",
-        "if set(class_names(name)) != set(classes):",
+        "if found != classes:",
+        "if set(found) != set(classes):",
     ),
     (
         "cache_forgets_classes",
@@ -325,9 +325,9 @@ MUTATIONS = [
     ),
     (
         "aligned_pooler_one_level_finer",
-        "plaintrain/modeling/detectron2.py",
-        "self.strides[0].bit_length() - 1",
-        "self.strides[0].bit_length()",
+        "plaintrain/modeling/pooling.py",
+        "torch.log2(relative + 1e-8)",
+        "torch.log2(relative + 1e-8) - 1",
     ),
     (
         "one_stage_too_few_frozen",
@@ -391,7 +391,12 @@ MUTATIONS = [
         "(1, 1, 1, 1), value=number)",
         "(1, 1, 1, 1), value=0)",
     ),
-    ("rpn_nms_across_levels", "plaintrain/modeling/rpn.py", "torch.full_like(s, i)", "torch.full_like(s, 0)"),
+    (
+        "rpn_nms_across_levels",
+        "plaintrain/modeling/postprocess.py",
+        "torch.full_like(index[-1], i)",
+        "torch.full_like(index[-1], 0)",
+    ),
     (
         "background_learns_boxes",
         "plaintrain/modeling/roi_heads.py",
@@ -709,26 +714,26 @@ MUTATIONS = [
     (
         "resumed_metrics_have_a_row_twice",
         "plaintrain/utils/events.py",
-        'row["iteration"] < start_iter}',
-        'row["iteration"] <= start_iter}',
+        "sorted(self._rows().items()) if at < start_iter}",
+        "sorted(self._rows().items()) if at <= start_iter}",
     ),
     (
         "metrics_json_holds_nan",
         "plaintrain/utils/events.py",
-        "json.dumps(_finite(row), allow_nan=False)",
-        "json.dumps(row)",
+        'lines = (_finite({"iteration": at, **row}) for at, row in rows.items())',
+        'lines = ({"iteration": at, **row} for at, row in rows.items())',
     ),
     (
         "csv_header_lacks_one_new_column",
         "plaintrain/utils/events.py",
-        "len(self._columns) > known:",
-        "len(self._columns) > known + 1:",
+        "and all(self._columns.count(name) for row in rows.values() for name in row)",
+        "and bool(self._columns)",
     ),
     (
         "tensorboard_step_off_by_one",
         "plaintrain/utils/events.py",
-        "self._add(Summary(value=values[at]), at)",
-        "self._add(Summary(value=values[at]), at + 1)",
+        "self._event(at, summary=Summary(value=values))",
+        "self._event(at + 1, summary=Summary(value=values))",
     ),
     (
         "eta_of_the_whole_run",
@@ -1046,8 +1051,8 @@ MUTATIONS = [
     (
         "resume_with_other_classes_accepted",
         "plaintrain/changes.py",
-        'if saved.get("class_names") not in (None, class_names):',
-        'if saved.get("class_names") and not class_names:',
+        "class_names, strict=True)",
+        "class_names, strict=False)",
     ),
     ("dry_run_accepts_nan", "plaintrain/trial.py", "not abs(a - b) < 0.1", "abs(a - b) >= 0.1"),
     (
@@ -1199,5 +1204,35 @@ MUTATIONS = [
         "scripts/predict.py",
         'select(found, found["scores"] >= args.threshold)',
         "found",
+    ),
+    (
+        "event_files_keep_the_step_of_the_start",
+        "plaintrain/utils/event_files.py",
+        "e.step < start_iter)",
+        "e.step <= start_iter)",
+    ),
+    (
+        "mask_targets_half_a_pixel_off",
+        "plaintrain/masks.py",
+        "(side, side), aligned=aligned)",
+        "(side, side), aligned=False)",
+    ),
+    (
+        "pooler_scales_of_one_stride",
+        "plaintrain/modeling/pooling.py",
+        "[1 / stride for stride in strides]",
+        "[1 / strides[0] for stride in strides]",
+    ),
+    (
+        "aligned_masks_accepted_from_torchvision",
+        "plaintrain/weight_checks.py",
+        '"MODEL.ROI_MASK_HEAD.ALIGNED": (_MASK, True, False)',
+        '"MODEL.ROI_MASK_HEAD.ALIGNED": (_MASK, True, True)',
+    ),
+    (
+        "checkpoints_to_keep_one_too_few",
+        "plaintrain/utils/checkpoint_files.py",
+        "max(0, len(others) - max_to_keep + 1)",
+        "max(0, len(others) - max_to_keep + 2)",
     ),
 ]

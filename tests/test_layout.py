@@ -10,6 +10,7 @@ import zipfile
 from functools import cache
 
 import pytest
+from mutation_list import MUTATIONS
 from processes import ROOT
 
 from plaintrain.config import check_cfg, get_cfg
@@ -147,7 +148,11 @@ def test_files_and_functions_are_short():
     assert sum(lengths.values()) / len(lengths) <= 16
     assert number_of_lines(PACKAGE) <= 21_000
     assert number_of_lines([*SCRIPTS, *SHARED]) <= 5_300
-    assert number_of_lines((ROOT / "tests").rglob("*.py")) <= 24_000
+
+
+def test_each_defect_of_the_mutation_check_fits_the_code():
+    for name, path, old, new in MUTATIONS:
+        assert (ROOT / path).read_text(encoding="utf-8").count(old) == 1 and old != new, name
 
 
 def test_every_public_function_of_the_package_says_what_it_does():

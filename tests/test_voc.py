@@ -54,7 +54,7 @@ def test_classes_of_all_splits_are_collected_and_may_be_chosen(tiny_voc, log):
     assert _labels(records) == [[0], []]
     assert log.text == ""
     _load(tiny_voc, "train", ["ant", "zebr"])
-    assert "of the class 'zebr'; the nearest is 'zebra'" in log.text
+    assert "no class 'zebr'; the nearest is 'zebra'" in log.text
     rejected("ant", "twice", by=lambda: _load(tiny_voc, "train", ["ant", "cow", "ant"]))
 
 
