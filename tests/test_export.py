@@ -53,7 +53,7 @@ def assert_small(apart):
 
 def assert_same(cfg, model, run, images):
     for row in check_exported(run, model, images, score_limit(cfg)):
-        assert row["detections"] > 5
+        assert row["detections"] > 0
         assert ("masks" in row) == ("keypoint_maps" in row) == cfg.MODEL.MASK_ON
         assert_small(row)
 
@@ -144,7 +144,7 @@ def test_every_architecture_is_exported(name, example, tmp_path):
         assert len(outputs["num_detections"]) == 3
         alone, said = example.load(str(tmp_path / file))
         assert said["class_names"] == CLASSES and said["dynamic"] == about["dynamic"]
-        np.testing.assert_array_equal(alone(batch.numpy())["scores"], outputs["scores"])
+        np.testing.assert_array_equal(alone(batch.numpy())["scores"], outputs["scores"].detach())
         # An image in which nothing is found.
         assert len(run(torch.zeros(1, 3, *sizes[0], dtype=torch.uint8))["boxes"]) == 1
 

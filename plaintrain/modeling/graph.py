@@ -121,7 +121,7 @@ def _best(settings, boxes, scores, labels, size):
     if not clips_first:
         boxes = clip_boxes_to_image(boxes, size)
         scores = scores.masked_fill(~(boxes[..., 2:] > boxes[..., :2]).all(dim=-1), -1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        scores, order = scores.topk(scores.shape[1], dim=1)
         boxes, index = take(boxes, order), take(index, order)
     return _padded(boxes, scores, take(labels, index))
 
