@@ -215,10 +215,11 @@ def test_validation_losses_and_evaluations_come_when_due_and_change_nothing(run,
 
 def test_epochs_are_written_once_with_all_that_follows_them(run, tmp_path):
     options = ["SOLVER.MAX_EPOCHS", 5, "WORKFLOW", "[['train', 2], ['val', 1]]"]
-    run("out", *options, "TEST.EVAL_PERIOD", 4, "LOG_PERIOD", 2, script="epoch")
+    output = run("out", *options, "TEST.EVAL_PERIOD", 4, "LOG_PERIOD", 2, script="epoch").output
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.json").read_text().splitlines()]
     written = [(row["iteration"], row["epoch"]) for row in rows]
     assert written == [(i, i // 3) for i in (1, 2, 3, 5, 7, 8, 9, 11, 13, 14)]
+    assert re.findall(r" iter: (\d+) ", output) == [str(i) for i, _ in written]
     assert iterations_with(tmp_path / "out", "val/loss_cls") == [5, 11, 14]
     # At the end of the epochs in which one is due.
     assert iterations_with(tmp_path / "out", "few_val/bbox/AP") == [5, 8, 11, 14]
