@@ -1,6 +1,8 @@
 """Runs that are killed, or asked to stop, and resume to the same bits. kill_runs.py does it for long."""
 
+import contextlib
 import os
+import pty
 import random
 import signal
 import time
@@ -183,6 +185,54 @@ def test_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, script, tm
     assert newest_checkpoint(tmp_path / "run")[0] >= max(lines(tmp_path / "run")) >= 3
     finish(tmp_path / "run", options, script=script, ranks=2, flags=["--resume"])
     assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+class Terminal:
+    """A terminal for a run; closing it sends SIGHUP to the whole run."""
+
+    def __init__(self):
+        self._master, self._slave = pty.openpty()
+        os.set_blocking(self._master, False)
+        self.faults = partial(use_terminal, os.ttyname(self._slave))
+
+    def read(self):
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._master, 65536):
+                pass
+
+    def close(self):
+        os.close(self._slave)
+        os.close(self._master)
+
+
+def use_terminal(path):
+    fd = os.open(path, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(fd, standard)
+
+
+def test_closed_terminal_ends_a_run_with_a_checkpoint(whole, tmp_path):
+    terminal = Terminal()
+    run = Run(tmp_path / "run", STEP, faults=terminal.faults)
+    run.wait_for(lambda: (terminal.read(), "iter: 4" in log_of(run))[1])
+    terminal.close()
+    assert run.wait(60).code == 128 + signal.SIGHUP, log_of(run)
+    assert "SIGHUP: the run has stopped" in log_of(run) and newest_checkpoint(tmp_path / "run")[0] >= 3
+    finish(tmp_path / "run", STEP, flags=["--resume"])
+    assert differences(whole, tmp_path / "run") == []
+
+
+def nohup():
+    without_a_reader()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_run_under_nohup_outlives_its_terminal_and_reader(whole, tmp_path):
+    run = Run(tmp_path / "run", STEP, faults=nohup)
+    run.wait_for(lambda: "iter: 4" in log_of(run))
+    run.kill(signal.SIGHUP)
+    assert run.wait().code == 0, log_of(run)
+    assert differences(whole, tmp_path / "run") == []
 
 
 def slow_evaluation():
