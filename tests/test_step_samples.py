@@ -1,0 +1,81 @@
+"""A training step on candidates that were drawn at random, held against torchvision's on the same ones."""
+
+from unittest import mock
+
+import pytest
+import torch
+from model_helpers import RESNET18, SMALL_HEAD, build, randomize_predictions, same_input, torchvision_inputs
+from test_rcnn import LOSSES, torchvision_rcnn
+from test_step import make_batch
+
+from plaintrain.modeling import matching, roi_heads, rpn
+
+
+class Drawn:
+    """A sampler of torchvision's that takes, in each call, the candidates of the next draw of ours."""
+
+    def __init__(self, draws):
+        self._draws = draws
+
+    def __call__(self, labels):
+        candidates, index, exists = self._draws.pop(0)
+        taken = torch.zeros_like(candidates).scatter_(1, index, exists) & candidates
+        # What is padding to us is not there for torchvision, and all else in the same order.
+        rows = [
+            t[c] if len(label) < len(t) else t for t, c, label in zip(taken, candidates, labels, strict=True)
+        ]
+        assert [len(row) for row in rows] == [len(label) for label in labels]
+        wanted = [(row & (label >= 1), row & (label == 0)) for row, label in zip(rows, labels, strict=True)]
+        return [w[0] for w in wanted], [w[1] for w in wanted]
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """The draws of our samplers, in their order: which were candidates, the indices, which exist."""
+    found = []
+
+    def sample(matched, background, sampler):
+        drawn = matching.sample(matched, background, sampler)
+        found.append((matched | background, *drawn))
+        return drawn
+
+    monkeypatch.setattr(rpn, "sample", sample)
+    monkeypatch.setattr(roi_heads, "sample", sample)
+    return found
+
+
+@pytest.mark.parametrize("numbers", [(3, 1), (0, 5), (2, 1, 0, 17)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_and_gradients_are_torchvisions_for_the_same_samples(numbers, seed, draws):
+    model, plain = build(*RESNET18, *SMALL_HEAD), torchvision_rcnn()
+    for part in (model.rpn, model.roi_heads):
+        part.fg_bg_sampler.batch_size_per_image = 24
+    randomize_predictions(model, spread=0.3)
+    plain.load_state_dict(model.state_dict())
+    # The same features and RoIs, bit for bit: rounding, another on each CPU, decides about NMS and ReLU.
+    same_input(model, plain)
+    plain.roi_heads.box_roi_pool = model.roi_heads.box_roi_pool
+    samples = make_batch(numbers)
+    torch.manual_seed(seed)
+    proposals = []
+    model.roi_heads.register_forward_pre_hook(lambda _, inputs: proposals.append(inputs[1]))
+    found = model(samples)
+    assert all(exists.sum() > 0 and index.shape[1] == 24 for _, index, exists in draws)
+    given = Drawn(draws)
+    ((boxes, exists),) = proposals
+    same = [b[e] for b, e in zip(boxes, exists, strict=True)], None
+    with (
+        mock.patch.object(plain.rpn, "filter_proposals", lambda *_: same),
+        mock.patch.object(plain.rpn, "fg_bg_sampler", given),
+        mock.patch.object(plain.roi_heads, "fg_bg_sampler", given),
+    ):
+        expected = plain(*torchvision_inputs(samples, 1))
+    assert not draws
+    for ours, theirs in LOSSES.items():
+        torch.testing.assert_close(found[ours], expected[theirs], rtol=1e-5, atol=1e-5)
+    sum(found.values()).backward()
+    sum(expected.values()).backward()
+    parameters = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        scale = parameters[name].grad.abs().max().item()
+        torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-3, atol=1e-3 * scale + 1e-6)
