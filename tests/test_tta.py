@@ -2,23 +2,27 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 from model_helpers import ARCHITECTURES, TINY, K, build, make_cfg, make_overrides, randomize_predictions
+from PIL import Image
 from torch import nn
+from torchvision.ops import batched_nms
 
-from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
+from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader, tta
 from plaintrain.data.shapes import load_shapes
 from plaintrain.data.tta import TTAMapper, build_tta_mapper
 from plaintrain.evaluation import COCOEvaluator, inference_on_dataset
 from plaintrain.modeling.tta import DetectorWithTTA, build_tta
 from plaintrain.preflight import check_before_training
+from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
 AUG = ("TEST.AUG.ENABLED", True)
-# Two keypoints change places, the third stays.
+# Left and right change places, the nose stays.
 ORDER = (1, 0, 2)
-MASKS = ARCHITECTURES["mask_keypoint_rcnn"]
+SSD, MASKS = ARCHITECTURES["ssd"], ARCHITECTURES["mask_keypoint_rcnn"]
 # IoU 0.6 with the box of 10 x 10.
 BOX, NEAR = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 6.0]
 
@@ -41,6 +45,59 @@ def shapes():
     (wide,), metadata = load_shapes("val", num=1, height=60, width=90)
     (upright,), _ = load_shapes("test", num=1, height=80, width=50)
     return register("few_shapes", [wide, {**upright, "image_id": 2}], **metadata)
+
+
+# Height, width and the box of a green object with a red block, its nose, left of its middle.
+SCENES = [(40, 60, (6, 8, 26, 20)), (48, 32, (12, 20, 28, 40)), (40, 60, (30, 2, 58, 30))]
+
+
+def truth(box):
+    """The keypoints left, right and nose of the object in a box."""
+    x0, y0, x1, y1 = box
+    middle = (y0 + y1) / 2
+    return [[x0, middle], [x1, middle], [x0 + 4, y0 + 4]]
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Records of written images of one object each."""
+    records = []
+    for i, (height, width, box) in enumerate(SCENES):
+        x0, y0, x1, y1 = box
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[y0:y1, x0:x1, 1] = 255
+        pixels[y0 + 2 : y0 + 6, x0 + 2 : x0 + 6] = [255, 0, 0]
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        keypoints = [v for x, y in truth(box) for v in (x, y, 2)]
+        annotation = {"bbox": list(box), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
+        annotation |= {"keypoints": keypoints, "num_keypoints": 3}
+        record = {"file_name": str(tmp_path / f"{i}.png"), "image_id": i, "height": height, "width": width}
+        records.append({**record, "annotations": [annotation]})
+    names = ["left_side", "right_side", "nose"]
+    return register("scenes", records, thing_classes=["thing"], keypoint_names=names)
+
+
+class Seeing(nn.Module):
+    """Finds the object of a scene in the pixels that it is given; its left is the image's left."""
+
+    def __init__(self):
+        super().__init__()
+        self.eval()
+
+    def forward(self, samples):
+        return [self._find(sample) for sample in samples]
+
+    def _find(self, sample):
+        red, green = sample["image"][0].float(), sample["image"][1].float()
+        y, x = torch.where(red + green > 127)
+        box = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
+        nose_y, nose_x = (v.float().mean() + 0.5 for v in torch.where(red > 127))
+        middle = (box[1] + box[3]) / 2
+        points = torch.stack([box[0], middle, box[2], middle, nose_x, nose_y]).view(3, 2)
+        scale = torch.tensor([sample["width"], sample["height"]]) / torch.tensor(red.shape[::-1])
+        points = torch.cat([points * scale, torch.ones(3, 1)], dim=1)
+        boxes, scores = (box * scale.repeat(2))[None], torch.tensor([red.mean() / 255])
+        return {"boxes": boxes, "scores": scores, "labels": torch.tensor([0]), "keypoints": points[None]}
 
 
 class Listed(nn.Module):
@@ -102,6 +159,20 @@ def test_views_are_what_the_plain_mapper_makes_and_its_mirror_images(cfg, shapes
                 assert type(image) is torch.Tensor and image.dtype == torch.uint8 and image.is_contiguous()
 
 
+def test_an_image_is_read_once_and_no_view_is_mirrored_without_flip(cfg, shapes, monkeypatch):
+    reads, read_image = [], tta.read_image
+    monkeypatch.setattr(tta, "read_image", lambda name, *args: reads.append(name) or read_image(name, *args))
+    views = TTAMapper([30, 40, 50], 100, flip=False)(shapes[0])["views"]
+    assert reads == [shapes[0]["file_name"]]
+    assert [view["image"].shape[1:] for view in views] == [(30, 45), (40, 60), (50, 75)]
+    assert not any(view["flipped"] for view in views)
+
+
+def test_an_image_of_another_size_than_its_record_is_refused(shapes):
+    with pytest.raises(UserError, match="90x60, but its annotation says 91x60"):
+        TTAMapper((40,), 100)({**shapes[0], "width": 91})
+
+
 def test_the_order_of_keypoints_comes_from_the_dataset(cfg, shapes):
     cfg.TEST.AUG.MIN_SIZES, cfg.MODEL.KEYPOINT_ON = (40,), True
     views = build_tta_mapper(cfg, "few_shapes")(shapes[0])["views"]
@@ -118,10 +189,8 @@ def test_the_order_of_keypoints_comes_from_the_dataset(cfg, shapes):
 
 def test_the_test_loader_makes_views_unless_it_is_given_a_mapper(cfg, shapes):
     cfg.TEST.AUG.MIN_SIZES, cfg.TEST.IMS_PER_BATCH = (40,), 2
-    for flip, flipped in ((True, [False, True]), (False, [False])):
-        cfg.TEST.AUG.FLIP = flip
-        (samples,) = build_detection_test_loader(cfg, "few_shapes", sampler=range(2))
-        assert [[view["flipped"] for view in sample["views"]] for sample in samples] == [flipped] * 2
+    (samples,) = build_detection_test_loader(cfg, "few_shapes", sampler=range(2))
+    assert [len(sample["views"]) for sample in samples] == [2, 2]
     mapper = DatasetMapper(cfg, is_train=False)
     (samples,) = build_detection_test_loader(cfg, "few_shapes", mapper=mapper, sampler=range(2))
     assert all("image" in sample and "views" not in sample for sample in samples)
@@ -130,27 +199,33 @@ def test_the_test_loader_makes_views_unless_it_is_given_a_mapper(cfg, shapes):
     assert all("image" in sample and "views" not in sample for sample in samples)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("TEST.AUG.MIN_SIZES", (), r"TEST\.AUG\.MIN_SIZES must be a list of whole numbers of .* 0, not \(\)"),
-        ("TEST.AUG.MIN_SIZES", (40, 50.5), r"TEST\.AUG\.MIN_SIZES must .* not \(40, 50.5\)"),
-        ("TEST.AUG.MAX_SIZE", 0, r"TEST\.AUG\.MAX_SIZE must be a whole number of at least 1, not 0"),
-        ("INPUT.FIXED_SIZE", (40, 0), r"INPUT.FIXED_SIZE.*must be 2 whole numbers of at least 1"),
-    ],
-)
-def test_bad_sizes_are_rejected_before_training(cfg, shapes, key, value, message):
+BAD_KEYS = [
+    ("TEST.AUG.MIN_SIZES", (), r"TEST\.AUG\.MIN_SIZES must be a list of whole numbers of .* 0, not \(\)"),
+    ("TEST.AUG.MIN_SIZES", (40, -1), r"TEST\.AUG\.MIN_SIZES must .* not \(40, -1\)"),
+    ("TEST.AUG.MIN_SIZES", (40, 50.5), r"TEST\.AUG\.MIN_SIZES must .* not \(40, 50.5\)"),
+    ("TEST.AUG.MIN_SIZES", (40, True), r"TEST\.AUG\.MIN_SIZES must .* not \(40, True\)"),
+    ("TEST.AUG.MAX_SIZE", 0, r"TEST\.AUG\.MAX_SIZE must be a whole number of at least 1, not 0"),
+    ("INPUT.FIXED_SIZE", (40, 0), r"INPUT.FIXED_SIZE.*must be 2 whole numbers of at least 1, not \(40, 0\)"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "text"), BAD_KEYS)
+def test_sizes_that_cannot_be_are_refused(cfg, shapes, key, value, text):
+    cfg.merge_from_list([key, value])
+    with pytest.raises(UserError, match=text):
+        build_tta_mapper(cfg, "few_shapes")
+
+
+def test_mistakes_are_met_before_training(cfg, shapes):
     cfg.merge_from_list(make_overrides(*TINY))
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("few_shapes",)
-    cfg.merge_from_list([key, value])
-    for call in (
-        lambda: build_tta_mapper(cfg, "few_shapes"),
-        lambda: check_before_training(cfg, resume=False, eval_only=False),
-    ):
-        with pytest.raises(UserError, match=message):
-            call()
-    with pytest.raises(UserError, match="90x60, but its annotation says 91x60"):
-        TTAMapper((40,), 100)({**shapes[0], "width": 91})
+    cfg.TEST.AUG.MIN_SIZES = ()
+    with pytest.raises(UserError, match=r"TEST\.AUG\.MIN_SIZES must be .* not \(\)"):
+        check_before_training(cfg, resume=False, eval_only=False)
+    cfg.TEST.AUG.ENABLED = False
+    check_before_training(cfg, resume=False, eval_only=False)
+    cfg.TEST.AUG.ENABLED, cfg.DATASETS.TEST = True, ()
+    check_before_training(cfg, resume=False, eval_only=False)
 
 
 # ---- one view is the plain test ----------------------------------------------------------------
@@ -175,7 +250,7 @@ def plain_and_merged(*overrides, autocast=False):
     (views,) = build_detection_test_loader(cfg, "few_shapes", sampler=range(2))
     context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
     with context:
-        return run(model, plain), run(wrapped, views)
+        return run(model, plain), run(wrapped, views), wrapped
 
 
 def assert_same(found, expected, at_least=20):
@@ -192,14 +267,28 @@ def assert_same(found, expected, at_least=20):
             assert plain["masks"].flatten(1).any(dim=1).sum() >= at_least
 
 
-@pytest.mark.parametrize(
-    ("name", "autocast"),
-    [("faster_rcnn", True), ("mask_keypoint_rcnn", False), ("proposals", True)]
-    + [("retinanet", False), ("fcos", True), ("ssd", False)],
-)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_view_of_the_plain_size_gives_the_plain_detections(shapes, name, autocast):
-    expected, found = plain_and_merged(*ARCHITECTURES[name], autocast=autocast)
+    expected, found, _ = plain_and_merged(*ARCHITECTURES[name], autocast=autocast)
     assert_same(found, expected)
+
+
+EXCEPTIONS = {
+    "retinanet": ("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator"),
+    "proposals": ("MODEL.TINY.NUM_LEVELS", 2, "MODEL.RPN.POST_NMS_TOPK_TEST", 150),
+}
+
+
+@pytest.mark.parametrize("name", EXCEPTIONS)
+def test_where_the_detectors_own_nms_is_another_one_view_gives_what_nms_by_class_leaves(shapes, name):
+    expected, found, wrapped = plain_and_merged(*ARCHITECTURES[name], *EXCEPTIONS[name])
+    left = []
+    for plain in expected:
+        keep = batched_nms(plain["boxes"], plain["scores"], plain["labels"], wrapped.nms_thresh)
+        assert 20 < len(keep) < len(plain["scores"])
+        left.append({key: value[keep] for key, value in plain.items()})
+    assert_same(found, left)
 
 
 def test_a_mirrored_view_gives_the_mirrored_detections_of_its_image():
@@ -225,6 +314,18 @@ def test_a_mirrored_view_gives_the_mirrored_detections_of_its_image():
 # ---- merging -----------------------------------------------------------------------------------
 
 
+def test_flips_and_scales_are_undone(scenes):
+    mapper = TTAMapper((0, 64, 80, 16), 1000, keypoint_flip_indices=ORDER)
+    # At a threshold of 1, what is found in each view is kept.
+    found = run(DetectorWithTTA(Seeing(), 1.0, 100), [mapper(record) for record in scenes])
+    for result, (_, _, box) in zip(found, SCENES, strict=True):
+        assert len(result["boxes"]) == 8
+        for boxes, points in zip(result["boxes"], result["keypoints"], strict=True):
+            expected = torch.tensor(truth(box)).float()
+            torch.testing.assert_close(boxes, torch.tensor(box).float(), rtol=0, atol=1.0)
+            torch.testing.assert_close(points[:, :2], expected, rtol=0, atol=1.0)
+
+
 def test_detections_compete_within_their_class_over_all_views():
     first = detection([BOX, BOX], [0.5, 0.7], [0, 1])
     second = detection([NEAR, NEAR, [50, 0, 60, 10]], [0.6, 0.4, 0.3], [0, 2, 0])
@@ -233,6 +334,13 @@ def test_detections_compete_within_their_class_over_all_views():
     torch.testing.assert_close(found["scores"], torch.tensor([0.7, 0.6, 0.4, 0.3]))
     assert found["labels"].tolist() == [1, 0, 2, 0]
     assert found["boxes"].tolist() == [BOX, NEAR, NEAR, [50, 0, 60, 10]]
+
+
+@pytest.mark.parametrize(("nms_thresh", "number", "scores"), [(0.7, 3, [0.9, 0.8]), (0.5, 3, [0.9])])
+def test_the_threshold_decides_what_overlaps(nms_thresh, number, scores):
+    model = DetectorWithTTA(Listed([detection([BOX], [0.8])], [detection([NEAR], [0.9])]), nms_thresh, number)
+    (found,) = model([sample_of(False, False)])
+    torch.testing.assert_close(found["scores"], torch.tensor(scores))
 
 
 def test_the_best_are_kept_and_each_image_keeps_its_own():
@@ -328,11 +436,33 @@ def test_masks_are_not_made_twice_and_the_branch_comes_back():
     assert model.roi_heads.mask_roi_pool is pool and model.roi_heads.has_mask()
 
 
-# ---- whole evaluations and mistakes ------------------------------------------------------------
+# ---- empty images, whole runs, mistakes --------------------------------------------------------
 
 
-def test_a_whole_evaluation_has_every_task_and_leaves_the_model_in_training(shapes):
-    overrides = (*MASKS, *AUG, "DATALOADER.NUM_WORKERS", 0, "TEST.IMS_PER_BATCH", 2)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_images_without_detections(name):
+    none = ("ROI_HEADS.SCORE_THRESH_TEST", "RETINANET.SCORE_THRESH_TEST", "FCOS.SCORE_THRESH_TEST")
+    none += ("SSD.SCORE_THRESH_TEST", "RPN.SCORE_THRESH")
+    overrides = [*ARCHITECTURES[name], *AUG, *(v for key in none for v in (f"MODEL.{key}", 1.0))]
+    model = build_tta(make_cfg(*overrides), build(*overrides).eval())
+    view = (64, 64) if name == "ssd" else (48, 64)
+    samples = [sample_of(False, True, view=view, order=(0, 3, 2, 1)) for _ in range(2)]
+    for found in run(model, samples):
+        parts = {"masks": (0, 20, 30), "keypoints": (0, 4, 3)} if name == "mask_keypoint_rcnn" else {}
+        shapes = {"boxes": (0, 4), "scores": (0,), "labels": (0,), **parts}
+        assert {key: tuple(value.shape) for key, value in found.items()} == shapes
+
+
+def test_a_detector_that_finds_all_in_every_view_scores_100(cfg, scenes):
+    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.IMS_PER_BATCH, cfg.MODEL.KEYPOINT_ON = (0, 64, 80), 2, True
+    loader = build_detection_test_loader(cfg, "scenes")
+    evaluator = COCOEvaluator("scenes", kpt_oks_sigmas=[0.05] * 3)
+    results = inference_on_dataset(build_tta(cfg, Seeing()), loader, evaluator)
+    assert results["bbox"]["AP"] == pytest.approx(100) and results["keypoints"]["AP"] == pytest.approx(100)
+
+
+def test_a_whole_evaluation_has_every_task_and_leaves_the_model_as_it_was(shapes):
+    overrides = (*MASKS, *AUG, "DATALOADER.NUM_WORKERS", 1, "TEST.IMS_PER_BATCH", 2)
     overrides += ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.AUG.MIN_SIZES", (40, 56))
     model, cfg = build(*overrides), make_cfg(*overrides)
     loader = build_detection_test_loader(cfg, "few_shapes")
@@ -352,34 +482,39 @@ LIMITS = {
 }
 
 
-def test_build_tta_takes_threshold_and_number_of_the_architecture():
-    for name, (threshold, number) in LIMITS.items():
-        cfg, model = make_cfg(*ARCHITECTURES[name], *AUG, threshold, 0.123, number, 17), Listed()
-        # Without GPUs, DataParallel only wraps.
-        wrapped = build_tta(cfg, nn.DataParallel(model))
-        assert (wrapped.nms_thresh, wrapped.detections_per_image, wrapped.model) == (0.123, 17, model)
-        assert not wrapped.training
+@pytest.mark.parametrize("name", LIMITS)
+def test_threshold_and_number_are_the_architectures(name):
+    threshold, number = LIMITS[name]
+    cfg, model = make_cfg(*ARCHITECTURES[name], *AUG, threshold, 0.123, number, 17), Listed()
+    # Without GPUs, DataParallel only wraps.
+    wrapped = build_tta(cfg, nn.DataParallel(model))
+    assert (wrapped.nms_thresh, wrapped.detections_per_image, wrapped.model) == (0.123, 17, model)
+    assert not wrapped.training
     cfg.TEST.AUG.ENABLED = False
     assert build_tta(cfg, model) is model
-    cfg.TEST.AUG.ENABLED, cfg.MODEL.META_ARCHITECTURE = True, "Mine"
+
+
+def test_an_architecture_without_a_known_threshold_is_refused(cfg):
+    cfg.MODEL.META_ARCHITECTURE = "Mine"
     with pytest.raises(UserError, match="TEST.AUG.ENABLED is True, which MODEL.META_ARCHITECTURE 'Mine'"):
-        build_tta(cfg, model)
+        build_tta(cfg, Listed())
 
 
-BAD_SAMPLES = [
-    (sample_of(), Listed(), UserError, r"image 0 has no views: .*TEST.AUG.ENABLED"),
-    ({"image_id": 1, "image": torch.zeros(3, 8, 8)}, Listed(), UserError, "image 1 has no views"),
-    (sample_of(False), Listed().train(), RuntimeError, r"only evaluates: call its eval\(\)"),
-    (
-        sample_of(True, order=None),
-        Listed([detection([BOX], [0.6], keypoints=torch.zeros(1, K, 3))]),
-        UserError,
-        "keypoint_flip_indices",
-    ),
-]
+def test_samples_without_views_are_refused(shapes):
+    model = DetectorWithTTA(Listed(), 0.5, 9)
+    plain = DatasetMapper(augmentations=[], is_train=False)(shapes[0])
+    for sample in (plain, {**plain, "views": []}):
+        with pytest.raises(UserError, match=r"image 1 has no views: .*TEST.AUG.ENABLED"):
+            model([sample])
 
 
-@pytest.mark.parametrize(("sample", "model", "error", "message"), BAD_SAMPLES)
-def test_bad_samples_and_models_are_rejected(sample, model, error, message):
-    with pytest.raises(error, match=message):
-        DetectorWithTTA(model, 0.5, 9)([sample])
+def test_it_does_not_train():
+    model = DetectorWithTTA(Listed().train(), 0.5, 9)
+    with pytest.raises(RuntimeError, match=r"only evaluates: call its eval\(\)"):
+        model([sample_of(False)])
+
+
+def test_keypoints_of_unknown_order_are_not_mirrored():
+    found = detection([BOX], [0.6], keypoints=torch.zeros(1, K, 3))
+    with pytest.raises(UserError, match="keypoint_flip_indices"):
+        DetectorWithTTA(Listed([found]), 0.5, 9)([sample_of(True, order=None)])
