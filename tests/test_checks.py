@@ -341,6 +341,18 @@ def test_fix_scales_the_annotations_of_resized_images_and_excludes_others(check,
         assert box == pytest.approx([20 * x, 10 * y, 40 * x, 20 * y], abs=1)
 
 
+def test_fix_scales_the_boxes_of_voc_too(check, declare, tiny_voc, tmp_path, write_image):
+    images = tiny_voc.root / "JPEGImages"
+    write_image(images / "a.jpg", 20, 15)
+    write_image(images / "b.jpg", 30, 40)
+    declare(None, "few", FORMAT="voc", ROOT=str(tiny_voc.root), SPLIT="train")
+    check("few", "--fix", tmp_path / "fixed", code=1)
+    records = _fixed(tmp_path / "fixed", images)
+    # The other image is turned, and so excluded.
+    assert set(records) == {"a.jpg"}
+    assert [a["bbox"] for a in records["a.jpg"]["annotations"]] == [[0, 0, 20, 15], [2, 2.5, 8, 8]]
+
+
 def test_fix_merges_the_objects_of_a_file_that_is_listed_twice(check, declare, tiny_coco, tmp_path):
     content = _good(tiny_coco.content)
     wide = next(image for image in content["images"] if image["file_name"] == "wide.png")

@@ -48,6 +48,20 @@ def test_with_detectron2s_anchors_boxes_are_cut_after_nms(monkeypatch):
     assert any(len(a["scores"]) != len(b["scores"]) for a, b in zip(found, cut_before, strict=True))
 
 
+def test_with_detectron2s_anchors_boxes_outside_of_the_image_are_left_out():
+    model = build(
+        *TINY, *RETINA,
+        "MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator",
+        "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0,
+    ).eval()  # fmt: skip
+    outputs = {"cls_logits": [torch.zeros(1, 4, K)], "bbox_regression": [torch.zeros(1, 4, 4)]}
+    boxes = torch.tensor([[-9.0, 2, -1, 8], [4, 64, 20, 80], [-5, -5, 5, 5], [50, 50, 90, 60]])
+    (found,) = model.postprocess_detections(outputs, [[boxes]], [(64, 64)])
+    inside = {(0.0, 0.0, 5.0, 5.0), (50.0, 50.0, 64.0, 60.0)}
+    assert {tuple(box) for box in found["boxes"].tolist()} == inside
+    assert len(found["boxes"]) == len(found["scores"]) == len(found["labels"]) == 2 * K
+
+
 # ---- losses and weights ------------------------------------------------------------------------
 
 
