@@ -133,11 +133,12 @@ def test_images_of_a_dataset_are_matched_as_each_alone():
     assert np.array_equal(m.detections[m.objects[correct]], np.flatnonzero(correct))
     assert correct.sum() == (m.states == "found").sum() == len(set(m.objects[correct].tolist()))
     for i, record in enumerate(records):
-        objects, found, matches = errors.of_image(i)
+        objects, found, alone = errors.of_image(i)
         assert len(objects["labels"]) == len(record["annotations"]) and len(found["labels"]) == 12
-        alone = match_image(objects, found)
-        for key, value in vars(alone).items():
-            assert np.array_equal(value, getattr(matches, key)), key
+        of_detections, of_objects = (table["image"] == i for table in (errors.detections, errors.objects))
+        assert np.array_equal(alone.kinds, m.kinds[of_detections])
+        assert np.array_equal(alone.ious, m.ious[of_detections])
+        assert np.array_equal(alone.states, m.states[of_objects])
 
 
 def test_a_score_threshold_changes_no_type_of_the_detections_above_it():
