@@ -20,21 +20,17 @@ os.environ["PLAINTRAIN_CACHE"] = ""
 
 @pytest.fixture(autouse=True)
 def _forget_datasets():
-    """What a test registers or loads is forgotten after it."""
-    catalogs = (DatasetCatalog, MetadataCatalog)
-    before = [set(catalog.list()) for catalog in catalogs]
-    loaded = set(DatasetCatalog._loaded)
-    metadata = {name: dict(vars(MetadataCatalog.get(name))) for name in MetadataCatalog.list()}
+    """Restore both catalogs after each test: names, loaded records and metadata."""
+    states = (DatasetCatalog._functions, DatasetCatalog._loaded, MetadataCatalog._metadata)
+    before = [dict(state) for state in states]
+    metadata = {name: dict(vars(m)) for name, m in MetadataCatalog._metadata.items()}
     yield
-    for catalog, names in zip(catalogs, before, strict=True):
-        for name in set(catalog.list()) - names:
-            catalog.remove(name)
-    for name in set(DatasetCatalog._loaded) - loaded:
-        del DatasetCatalog._loaded[name]
-    for name, known in metadata.items():
-        now = vars(MetadataCatalog.get(name))
-        now.clear()
-        now.update(known)
+    for state, values in zip(states, before, strict=True):
+        state.clear()
+        state.update(values)
+    for name, values in metadata.items():
+        vars(MetadataCatalog.get(name)).clear()
+        vars(MetadataCatalog.get(name)).update(values)
 
 
 @pytest.fixture
