@@ -215,9 +215,17 @@ def copy_tree(target):
             shutil.copy2(ROOT / name, target / name)
 
 
+def title_of(mutation):
+    """Return the file of a defect, its line, and the first characters of the text that it replaces."""
+    path, old, _ = mutation
+    text = (ROOT / path).read_text(encoding="utf-8")
+    line = text[: text.index(old)].count("\n") + 1
+    return f"{path}:{line} {' '.join(old.split())[:40]}"
+
+
 def try_defect(copy, mutation, tests, seconds):
     """Return the first test that fails with the defect in the copy, "" if all pass."""
-    _, path, old, new = mutation
+    path, old, new = mutation
     file, output = copy / path, copy.with_suffix(".out")
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(old, new), encoding="utf-8")
@@ -243,20 +251,24 @@ def try_defect(copy, mutation, tests, seconds):
 
 def check(covering, copy, mutation, options):
     """Print what one defect led to; returns the test that caught it, or ""."""
-    start, (title, path, old, _) = time.perf_counter(), mutation
-    tests = covering.tests_of(path, (ROOT / path).read_text(encoding="utf-8"), old)
+    start = time.perf_counter()
+    path, old, _ = mutation
+    text = (ROOT / path).read_text(encoding="utf-8")
+    tests = covering.tests_of(path, text, old)
     tests = [name for name in tests if not (options.fast and covering.tests[name]["long"])]
     failed = try_defect(copy, mutation, tests, options.seconds) if tests else ""
     took = time.perf_counter() - start
-    print(f"{title:45} {len(tests):5} tests {took:5.0f} s  {failed or 'NOT CAUGHT'}", flush=True)
+    title = title_of(mutation)
+    print(f"{title:72} {len(tests):5} tests {took:5.0f} s  {failed or 'NOT CAUGHT'}", flush=True)
     return failed
 
 
 def run(folder, options):
-    """Check the defects, two at a time; returns the names of those that no test caught."""
+    """Check the defects, two at a time; returns the titles of those that no test caught."""
     torch.set_num_threads(1)
     covering, prefixes = Covering(folder), tuple(options.source.split(","))
-    chosen = [m for m in MUTATIONS if options.only in m[0] and m[1].startswith(prefixes)]
+    mutations = [(path, *texts) for path, changes in MUTATIONS.items() for texts in changes]
+    chosen = [m for m in mutations if m[0].startswith(prefixes) and options.only in title_of(m)]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         copies = queue.SimpleQueue()
         for side in ("a", "b"):
@@ -270,10 +282,10 @@ def run(folder, options):
             finally:
                 copies.put(copy)
 
-        results = dict(zip([m[0] for m in chosen], pool.map(one, chosen), strict=True))
-    survivors = [title for title, failed in results.items() if not failed]
-    print(f"{len(results) - len(survivors)} of {len(results)} defects caught")
-    print(f"not caught: {', '.join(survivors) or '-'}")
+        results = list(pool.map(one, chosen))
+    survivors = [title_of(m) for m, failed in zip(chosen, results, strict=True) if not failed]
+    print(f"{len(results) - len(survivors)} of {len(results)} defects caught; not caught:")
+    print("\n".join(survivors) or "-")
     return survivors
 
 
@@ -287,7 +299,7 @@ def main():
     parser.add_argument("folder", nargs="?", default=recorded, help="where the record is")
     parser.add_argument("--tests", default="", help="record the test files that begin with one of these, a,b")
     parser.add_argument("--source", default="", help="run the defects of files that begin with one of these")
-    parser.add_argument("--only", default="", help="run the defects whose names contain this")
+    parser.add_argument("--only", default="", help="run the defects whose title contains this")
     parser.add_argument("--fast", action="store_true", help="without the tests that are marked long")
     parser.add_argument("--seconds", type=float, default=300, help="limit for the tests of one defect")
     args = parser.parse_args()

@@ -1,1238 +1,532 @@
-"""Deliberate defects for mutation_check.py: (name, file, old text, new text)."""
+"""Deliberate defects for mutation_check.py: {file: [(text, text in its place)]}."""
 
-MUTATIONS = [
-    # Reading and writing datasets.
-    (
-        "coco_keypoints_not_shifted",
-        "plaintrain/data/coco.py",
-        'converted["keypoints"] = shift_keypoints(keypoints, 0.5)',
-        'converted["keypoints"] = list(keypoints)',
-    ),
-    (
-        "coco_categories_in_file_order",
-        "plaintrain/data/coco.py",
-        'return sorted(categories, key=lambda category: category["id"])',
-        "return categories",
-    ),
-    (
-        "coco_results_at_the_threshold_left_out",
-        "plaintrain/data/coco.py",
-        'detection["score"] >= score_thresh',
-        'detection["score"] > score_thresh',
-    ),
-    (
-        "voc_boxes_stay_one_based",
-        "plaintrain/data/voc.py",
-        "x0, y0 = x0 - 1, y0 - 1",
-        "x1, y1 = x1 + 1, y1 + 1",
-    ),
-    (
-        "voc_doctype_is_read",
-        "plaintrain/data/voc.py",
-        'if size > limit or b"<!DOCTYPE" in text:',
-        "if size > limit:",
-    ),
-    (
-        "yolo_names_ordered_as_text",
-        "plaintrain/data/yolo.py",
-        "key=lambda item: int(item[0])",
-        "key=lambda item: str(item[0])",
-    ),
-    (
-        "yolo_first_images_folder_replaced",
-        "plaintrain/data/yolo.py",
-        "range(len(parts) - 2, -1, -1)",
-        "range(len(parts) - 1)",
-    ),
-    (
-        "shapes_hidden_keypoints_seen",
-        "plaintrain/data/shapes.py",
-        "for other in shapes[index + 1 :])",
-        "for other in shapes[:index])",
-    ),
-    (
-        "exif_orientation_keeps_sides",
-        "plaintrain/data/folder.py",
-        "return (width, height, orientation) if orientation >= 5 else (height, width, orientation)",
-        "return height, width, orientation",
-    ),
-    (
-        "chosen_classes_in_file_order",
-        "plaintrain/data/catalog.py",
-        "return list(wanted)",
-        "return [name for name in found if name in wanted]",
-    ),
-    (
-        "datasets_with_reordered_classes_joined",
-        "plaintrain/data/catalog.py",
-        "if found != classes:",
-        "if set(found) != set(classes):",
-    ),
-    (
-        "cache_forgets_classes",
-        "plaintrain/data/cache.py",
-        "json.dumps([list(classes or ()), Image.MAX_IMAGE_PIXELS])",
-        "json.dumps([Image.MAX_IMAGE_PIXELS])",
-    ),
-    (
-        "cache_removes_the_newest",
-        "plaintrain/data/cache.py",
-        "key=lambda f: f.stat().st_mtime, reverse=True)",
-        "key=lambda f: f.stat().st_mtime)",
-    ),
-    (
-        "columns_polygons_of_another_record",
-        "plaintrain/data/columns.py",
-        "points[i - ends[0] : j - ends[0]]",
-        "points[i:j]",
-    ),
-    ("columns_give_nan_as_area", "plaintrain/data/columns.py", "if areas[i] == areas[i]:", "if areas[i]:"),
-    (
-        "written_keypoints_not_shifted",
-        "plaintrain/data/write.py",
-        'shift_keypoints(annotation["keypoints"], -0.5)',
-        'list(annotation["keypoints"])',
-    ),
-    (
-        "statistics_centres_transposed",
-        "plaintrain/data/statistics.py",
-        "np.bincount(y * cells + x,",
-        "np.bincount(x * cells + y,",
-    ),
-    (
-        "label_of_one_class_too_many_accepted",
-        "plaintrain/data/records.py",
-        "whole and 0 <= label < num_classes",
-        "whole and 0 <= label <= num_classes",
-    ),
-    (
-        "images_with_boxes_outside_only_are_kept",
-        "plaintrain/data/records.py",
-        'dropped = kinds["empty_box"] | kinds["outside_box"]',
-        'dropped = kinds["empty_box"]',
-    ),
-    (
-        "crowd_keypoints_count_as_labelled",
-        "plaintrain/data/records.py",
-        "table.keypoints * objects",
-        "table.keypoints",
-    ),
-    (
-        "boxes_dropped_from_another_image",
-        "plaintrain/data/records.py",
-        'enumerate(record["annotations"], start)',
-        'enumerate(record["annotations"])',
-    ),
-    (
-        "missing_image_files_pass",
-        "plaintrain/data/records.py",
-        "if name not in folders[folder]:",
-        "if not folders[folder]:",
-    ),
-    # Samples: mapper, augmentation, loaders, samplers.
-    (
-        "unlabelled_keypoints_keep_their_place",
-        "plaintrain/data/mapper.py",
-        "as_subclass(torch.Tensor) * (visibility > 0)",
-        "as_subclass(torch.Tensor)",
-    ),
-    (
-        "crowds_are_trained_on",
-        "plaintrain/data/mapper.py",
-        'annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]',
-        'annotations = record["annotations"]',
-    ),
-    (
-        "instances_without_extent_are_targets",
-        "plaintrain/data/mapper.py",
-        "tensors = select(tensors, has_extent(tensors))",
-        'tensors = select(tensors, tensors["labels"] >= 0)',
-    ),
-    (
-        "keypoint_flip_by_pixel_index",
-        "plaintrain/data/tensors.py",
-        "value.canvas_size[1 - axis] - points",
-        "value.canvas_size[1 - axis] - 1 - points",
-    ),
-    (
-        "flip_keeps_order_of_visibility",
-        "plaintrain/data/tensors.py",
-        'for name in ("keypoints", "visibility"):',
-        'for name in ("keypoints",):',
-    ),
-    (
-        "masks_resized_by_plain_nearest",
-        "plaintrain/data/tensors.py",
-        "InterpolationMode.NEAREST_EXACT",
-        "InterpolationMode.NEAREST",
-    ),
-    (
-        "masks_padded_with_the_colour",
-        "plaintrain/data/tensors.py",
-        "fill=fill if isinstance(value, tv_tensors.Image) else 0",
-        "fill=fill",
-    ),
-    (
-        "keypoints_outside_by_swapped_sides",
-        "plaintrain/data/tensors.py",
-        "torch.tensor([width, height])",
-        "torch.tensor([height, width])",
-    ),
-    (
-        "empty_masks_keep_their_instance",
-        "plaintrain/data/tensors.py",
-        'keep &= tensors["masks"].as_subclass(torch.Tensor).flatten(1).any(dim=1).bool()',
-        "keep &= keep",
-    ),
-    (
-        "flip_map_of_the_dataset_ignored",
-        "plaintrain/data/keypoints.py",
-        'keypoint_flip_indices(names, metadata.get("keypoint_flip_map"))',
-        "keypoint_flip_indices(names)",
-    ),
-    (
-        "resize_rounds_down",
-        "plaintrain/data/transforms.py",
-        "max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))",
-        "max(1, int(new[0])), max(1, int(new[1]))",
-    ),
-    (
-        "resize_range_lacks_its_end",
-        "plaintrain/data/transforms.py",
-        "rng.integers(low, high + 1)",
-        "rng.integers(low, max(high, low + 1))",
-    ),
-    (
-        "iou_crop_keeps_those_with_centre_outside",
-        "plaintrain/data/crops.py",
-        "crop(select(tensors, inside), top",
-        "crop(tensors, top",
-    ),
-    (
-        "pasted_over_keypoints_unlabelled",
-        "plaintrain/data/copy_paste.py",
-        'tensors["visibility"].clamp(max=1)',
-        'tensors["visibility"].clamp(max=0)',
-    ),
-    (
-        "erasing_ratio_inverted",
-        "plaintrain/data/photometric.py",
-        "h, w = round(math.sqrt(area * ratio))",
-        "w, h = round(math.sqrt(area * ratio))",
-    ),
-    (
-        "augmentation_seeded_by_image",
-        "plaintrain/data/train_loader.py",
-        "np.random.default_rng((self._seed, position)))",
-        "np.random.default_rng((self._seed, index)))",
-    ),
-    (
-        "replacement_drawn_at_random",
-        "plaintrain/data/train_loader.py",
-        "np.random.default_rng((self._seed, position, 0))",
-        "np.random.default_rng()",
-    ),
-    (
-        "mapper_moves_the_global_generator",
-        "plaintrain/data/train_loader.py",
-        "        np.random.set_state(before[1])\n",
-        "",
-    ),
-    (
-        "validation_images_are_augmented",
-        "plaintrain/data/loader.py",
-        "DatasetMapper(cfg, is_train=True, augmentations=augmentations)",
-        "DatasetMapper(cfg, is_train=True)",
-    ),
-    (
-        "test_batches_of_other_padded_shapes",
-        "plaintrain/data/loader.py",
-        "-(-side // _PADDED_TO) * _PADDED_TO",
-        "side // _PADDED_TO * _PADDED_TO",
-    ),
-    (
-        "accumulation_beyond_a_rank_accepted",
-        "plaintrain/data/loader.py",
-        "if not 1 <= parts <= cfg.SOLVER.IMS_PER_BATCH // world_size:",
-        "if not 1 <= parts <= cfg.SOLVER.IMS_PER_BATCH:",
-    ),
-    (
-        "thread_loader_ends_in_reverse",
-        "plaintrain/data/thread_loader.py",
-        ("while waiting:\n                yield [sample.result() for sample in waiting.popleft()]"),
-        ("while waiting:\n                yield [sample.result() for sample in waiting.pop()]"),
-    ),
-    (
-        "sampler_groups_unaligned_batches",
-        "plaintrain/data/samplers.py",
-        "head = min((position - number * self.size) % batch_size, self.size)",
-        "head = 0",
-    ),
-    (
-        "sampler_position_by_the_new_batch_size",
-        "plaintrain/data/samplers.py",
-        "(iteration, self.position(iteration), self.batch_size)",
-        "(iteration, iteration * self.batch_size, self.batch_size)",
-    ),
-    (
-        "sampler_ranks_overlap",
-        "plaintrain/data/samplers.py",
-        "self.position(iteration) + rank * share",
-        "self.position(iteration) + rank",
-    ),
-    (
-        "inference_sampler_leaves_out_the_rest",
-        "plaintrain/data/samplers.py",
-        "size * rank // world_size, size * (rank + 1) // world_size",
-        "size // world_size * rank, size // world_size * (rank + 1)",
-    ),
-    (
-        "repeat_factors_by_share_of_boxes",
-        "plaintrain/data/samplers.py",
-        "share = np.bincount(labels) / len(records)",
-        "share = np.bincount(labels) / len(labels)",
-    ),
-    (
-        "weighted_factors_of_the_wrong_dataset",
-        "plaintrain/data/train_sampler.py",
-        "np.repeat([factors[name] for name in names], records.lengths)",
-        "np.repeat([factors[name] for name in sorted(names)], records.lengths)",
-    ),
-    # Models.
-    (
-        "original_size_by_swapped_sides",
-        "plaintrain/modeling/common.py",
-        'scale = sample["width"] / width, sample["height"] / height',
-        'scale = sample["height"] / height, sample["width"] / width',
-    ),
-    (
-        "prior_bias_has_the_wrong_sign",
-        "plaintrain/modeling/common.py",
-        "return -math.log((1 - probability) / probability)",
-        "return math.log((1 - probability) / probability)",
-    ),
-    (
-        "anchor_offset_ignored",
-        "plaintrain/modeling/common.py",
-        "backbone.strides, offset)",
-        "backbone.strides)",
-    ),
-    (
-        "empty_boxes_are_trained_on",
-        "plaintrain/modeling/common.py",
-        "(boxes[:, 2:] <= boxes[:, :2])",
-        "(boxes[:, 2:] < boxes[:, :2])",
-    ),
-    (
-        "aligned_pooler_one_level_finer",
-        "plaintrain/modeling/pooling.py",
-        "torch.log2(relative + 1e-8)",
-        "torch.log2(relative + 1e-8) - 1",
-    ),
-    (
-        "one_stage_too_few_frozen",
-        "plaintrain/modeling/backbone.py",
-        "for stage in stages[:freeze_at]:",
-        "for stage in stages[: max(0, freeze_at - 1)]:",
-    ),
-    (
-        "stride_in_1x1_ignored",
-        "plaintrain/modeling/backbone.py",
-        "stage[0].conv2.stride = (2, 2), (1, 1)",
-        "stage[0].conv2.stride = (1, 1), (2, 2)",
-    ),
-    (
-        "folded_norm_adds_the_mean",
-        "plaintrain/modeling/frozen_norm.py",
-        "norm.bias - norm.running_mean * scale",
-        "norm.bias + norm.running_mean * scale",
-    ),
-    (
-        "box_loss_weight_ignored",
-        "plaintrain/modeling/box_loss.py",
-        "return recipe.weight * smooth_l1_loss",
-        "return smooth_l1_loss",
-    ),
-    (
-        "box_coder_weights_ignored",
-        "plaintrain/modeling/box_loss.py",
-        "priors, coder.weights).view_as",
-        "priors, (1.0, 1.0, 1.0, 1.0)).view_as",
-    ),
-    (
-        "padding_matches_anchors",
-        "plaintrain/modeling/matching.py",
-        "((iou == iou.amax(dim=2, keepdim=True)) & exists)",
-        "(iou == iou.amax(dim=2, keepdim=True))",
-    ),
-    ("decoded_boxes_unbounded", "plaintrain/modeling/matching.py", ".clamp(max=coder.bbox_xform_clip)", ""),
-    ("sampling_forgets_matches_first", "plaintrain/modeling/matching.py", "(keys + 2 * matched)", "keys"),
-    (
-        "focal_gradient_lacks_a_term",
-        "plaintrain/modeling/losses.py",
-        ".mul_(gamma).add_(p).mul_(factor)",
-        ".mul_(gamma).mul_(factor)",
-    ),
-    (
-        "rpn_loss_weight_ignored",
-        "plaintrain/modeling/rpn.py",
-        "weight = self.loss_weight / number",
-        "weight = 1 / number",
-    ),
-    (
-        "rpn_batch_size_of_one_image",
-        "plaintrain/modeling/rpn.py",
-        "batch_size_per_image * len(exists)",
-        "batch_size_per_image",
-    ),
-    (
-        "rpn_border_reads_the_first_location",
-        "plaintrain/modeling/rpn.py",
-        "(1, 1, 1, 1), value=number)",
-        "(1, 1, 1, 1), value=0)",
-    ),
-    (
-        "rpn_nms_across_levels",
-        "plaintrain/modeling/postprocess.py",
-        "torch.full_like(index[-1], i)",
-        "torch.full_like(index[-1], 0)",
-    ),
-    (
-        "background_learns_boxes",
-        "plaintrain/modeling/roi_heads.py",
-        "deltas, boxes, objects, labels > 0)",
-        "deltas, boxes, objects, labels >= 0)",
-    ),
-    (
-        "sampled_padding_is_background",
-        "plaintrain/modeling/roi_heads.py",
-        ".masked_fill(~matched, 0).masked_fill(~exists, _IGNORED)",
-        ".masked_fill(~matched, 0)",
-    ),
-    (
-        "keypoint_loss_weight_ignored",
-        "plaintrain/modeling/rcnn.py",
-        'losses["loss_keypoint"] * self.keypoint_loss_weight',
-        'losses["loss_keypoint"]',
-    ),
-    (
-        "given_boxes_get_masks_of_another_class",
-        "plaintrain/modeling/rcnn.py",
-        "[label + self.label_offset for label in labels]",
-        "labels",
-    ),
-    ("fcos_radius_ignored", "plaintrain/modeling/fcos.py", "< radius * sizes", "< 1.5 * sizes"),
-    (
-        "retinanet_learns_between_thresholds",
-        "plaintrain/modeling/retinanet.py",
-        "loss.masked_fill(~(matched | background), 0).sum(dim=1)",
-        "loss.sum(dim=1)",
-    ),
-    (
-        "nms_across_classes",
-        "plaintrain/modeling/postprocess.py",
-        "batched_nms(b, s, k, limits[0])",
-        "batched_nms(b, s, torch.zeros_like(k), limits[0])",
-    ),
-    (
-        "fcos_takes_the_largest_object",
-        "plaintrain/modeling/fcos.py",
-        "1e8 - (x1 - x0) * (y1 - y0)",
-        "1e8 + (x1 - x0) * (y1 - y0)",
-    ),
-    (
-        "tta_keypoints_keep_mirrored_order",
-        "plaintrain/modeling/tta.py",
-        'detection["keypoints"][:, list(order)]',
-        'detection["keypoints"]',
-    ),
-    (
-        "tta_masks_stay_mirrored",
-        "plaintrain/modeling/tta.py",
-        'm.flip(-1) if sample["flipped"] else m for m',
-        "m for m",
-    ),
-    (
-        "exported_model_ignores_bgr",
-        "plaintrain/modeling/graph.py",
-        "images.flip(1) if transform.bgr else images",
-        "images",
-    ),
-    (
-        "exported_masks_of_another_class",
-        "plaintrain/modeling/graph.py",
-        'found["labels"].clamp(min=0) + 1',
-        'found["labels"].clamp(min=0)',
-    ),
-    # Evaluation.
-    (
-        "coco_sizes_off_by_one",
-        "plaintrain/evaluation/coco.py",
-        'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes, start=1)',
-        'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes)',
-    ),
-    (
-        "coco_unseen_images_count",
-        "plaintrain/evaluation/coco.py",
-        "sorted(image_numbers[detections.seen].tolist())",
-        "sorted(image_numbers.tolist())",
-    ),
-    (
-        "coco_ids_ranked_by_one_argsort",
-        "plaintrain/evaluation/coco_truth.py",
-        "np.argsort(np.argsort(ids)) + 1",
-        "np.argsort(ids) + 1",
-    ),
-    (
-        "coco_truth_ids_from_zero",
-        "plaintrain/evaluation/coco_truth.py",
-        '"id": len(annotations) + 1',
-        '"id": len(annotations)',
-    ),
-    (
-        "coco_truth_has_no_crowds",
-        "plaintrain/evaluation/coco_truth.py",
-        '"iscrowd": int(a.get("iscrowd", 0))',
-        '"iscrowd": 0',
-    ),
-    (
-        "coco_oks_sigmas_ignored",
-        "plaintrain/evaluation/coco_backend.py",
-        "    evaluation.params.kpt_oks_sigmas = problem.sigmas\n",
-        "",
-    ),
-    (
-        "voc_07_points_above_the_recall",
-        "plaintrain/evaluation/voc.py",
-        "precision[recall >= t]",
-        "precision[recall > t]",
-    ),
-    (
-        "voc_difficult_count_as_missed",
-        "plaintrain/evaluation/voc.py",
-        "int((~difficult).sum())",
-        "len(difficult)",
-    ),
-    (
-        "voc_iou_of_the_threshold_is_enough",
-        "plaintrain/evaluation/voc.py",
-        "above = best > iou / 100",
-        "above = best >= iou / 100",
-    ),
-    (
-        "voc_crowds_count",
-        "plaintrain/evaluation/voc.py",
-        'bool(a.get("difficult", 0) or a.get("iscrowd", 0))',
-        'bool(a.get("difficult", 0))',
-    ),
-    (
-        "recall_of_proposals_beyond_the_limit",
-        "plaintrain/evaluation/proposals.py",
-        "ious[:limit, (areas",
-        "ious[:, (areas",
-    ),
-    (
-        "detections_not_ordered_by_image",
-        "plaintrain/evaluation/instances.py",
-        'np.argsort(rows[:, 0], kind="stable")',
-        "np.arange(len(rows))",
-    ),
-    (
-        "label_of_one_class_too_many_scored",
-        "plaintrain/evaluation/instances.py",
-        "(labels >= len(self.classes))",
-        "(labels > len(self.classes))",
-    ),
-    (
-        "only_the_first_rank_is_scored",
-        "plaintrain/evaluation/instances.py",
-        "comm.gather(part) if self._distributed else [part]",
-        "[part]",
-    ),
-    (
-        "scores_written_as_nan",
-        "plaintrain/evaluation/predictions.py",
-        "float(value) if math.isfinite(value) else None",
-        "float(value)",
-    ),
-    (
-        "every_rank_reads_all_predictions",
-        "plaintrain/evaluation/predictions.py",
-        "range(comm.get_rank(), len(records), comm.get_world_size())",
-        "range(len(records))",
-    ),
-    (
-        "errors_count_101_detections",
-        "plaintrain/evaluation/errors.py",
-        "_place_in_class(detections) >= MAX_DETECTIONS",
-        "_place_in_class(detections) > MAX_DETECTIONS",
-    ),
-    (
-        "duplicates_count_as_localisation",
-        "plaintrain/evaluation/errors.py",
-        "(own[1] >= background_threshold) & (own[1] < iou_threshold)",
-        "own[1] >= background_threshold",
-    ),
-    (
-        "objects_blame_the_worst_detection",
-        "plaintrain/evaluation/errors.py",
-        "by_rank[np.argsort(-rank[by_rank])]",
-        "by_rank[np.argsort(rank[by_rank])]",
-    ),
-    (
-        "mended_errors_find_objects_twice",
-        "plaintrain/evaluation/error_costs.py",
-        '    blamed = blamed[matches.states[matches.objects[blamed]] != "found"]\n',
-        "",
-    ),
-    (
-        "crowd_overlap_by_the_union",
-        "plaintrain/evaluation/overlaps.py",
-        'np.where(objects["crowd"][thing], area, union)',
-        "union",
-    ),
-    (
-        "confusion_transposed",
-        "plaintrain/evaluation/breakdown.py",
-        '(objects["labels"][real], found_as[real])',
-        '(found_as[real], objects["labels"][real])',
-    ),
-    ("best_f1_off_by_one", "plaintrain/evaluation/breakdown.py", "(ends + 1 + count)", "(ends + count)"),
-    (
-        "objects_overlap_themselves",
-        "plaintrain/evaluation/breakdown.py",
-        "(first != second) & (iou >= OVERLAP_IOU)",
-        "iou >= OVERLAP_IOU",
-    ),
-    (
-        "analysis_counts_crowds_as_objects",
-        "plaintrain/evaluation/analysis.py",
-        'len(errors.objects["crowd"]) - crowds',
-        'len(errors.objects["crowd"])',
-    ),
-    (
-        "validation_losses_by_batch",
-        "plaintrain/evaluation/val_loss.py",
-        "value.float() * len(samples)",
-        "value.float()",
-    ),
-    (
-        "validation_moves_norm_statistics",
-        "plaintrain/evaluation/val_loss.py",
-        "not isinstance(module, _AS_IN_EVALUATION)",
-        "True",
-    ),
-    (
-        "expected_results_accept_nan",
-        "plaintrain/evaluation/loop.py",
-        "not abs(actual - expected) <= tolerance",
-        "abs(actual - expected) > tolerance",
-    ),
-    (
-        "evaluation_leaves_all_in_training_mode",
-        "plaintrain/evaluation/loop.py",
-        "module.training = training",
-        "module.training = True",
-    ),
-    (
-        "background_evaluation_swallows_errors",
-        "plaintrain/evaluation/background.py",
-        "waiting.popleft().result()",
-        "waiting.popleft()",
-    ),
-    # What the run stands on: files, logs, ranks, locks.
-    (
-        "file_renamed_before_it_is_on_disk",
-        "plaintrain/utils/files.py",
-        "                os.fsync(f.fileno())\n",
-        "",
-    ),
-    (
-        "failed_write_leaves_its_file",
-        "plaintrain/utils/files.py",
-        "            os.unlink(temporary)\n",
-        "            pass\n",
-    ),
-    (
-        "checkpoint_not_atomic",
-        "plaintrain/utils/checkpoint_files.py",
-        'with atomic_write(path, "wb") as f:',
-        'with open(path, "wb") as f:',
-    ),
-    (
-        "last_checkpoint_named_before_it_is_whole",
-        "plaintrain/utils/checkpoint_files.py",
-        '        with atomic_write(path, "wb") as f:\n',
+MUTATIONS = {
+    "plaintrain/accumulation.py": [
+        ("(end - start) / number", "1 / steps"),
+        ('for name, value in loss_dict.items() if "loss" in name]', "for name, value in loss_dict.items()]"),
+    ],
+    "plaintrain/best.py": [
+        ('"loss" in name.rpartition("/")[2].partition("-")[0]', '"loss" in name'),
+        ("0 < self._patience <= self.num_waited", "0 < self._patience < self.num_waited"),
         (
-            "        if last:\n"
-            "            tag_last(os.path.dirname(path), os.path.basename(path))\n"
-            '        with atomic_write(path, "wb") as f:\n'
+            "value < self.value if lower else value > self.value",
+            "value > self.value if lower else value < self.value",
         ),
-    ),
-    (
-        "checkpoint_may_run_code",
-        "plaintrain/utils/checkpoint_files.py",
-        'map_location="cpu", weights_only=True',
-        'map_location="cpu", weights_only=False',
-    ),
-    (
-        "pruning_removes_the_newest",
-        "plaintrain/utils/checkpoint_files.py",
-        "for path in checkpoint_files(folder)]",
-        "for path in checkpoint_files(folder)[::-1]]",
-    ),
-    (
-        "long_runs_not_numbered",
-        "plaintrain/utils/checkpoint_files.py",
-        r'model_(\d{7,})\.pth")',
-        r'model_(\d{7})\.pth")',
-    ),
-    (
-        "stop_in_evaluation_forgets_skipped_steps",
-        "plaintrain/utils/periodic.py",
-        "**{**self._given, **kwargs}",
-        "**kwargs",
-    ),
-    (
-        "failed_save_at_a_stop_is_not_told",
-        "plaintrain/utils/periodic.py",
-        "if error is None or isinstance(error, Stopped):",
-        "if error is None:",
-    ),
-    (
-        "infinite_gradient_norm_passes",
-        "plaintrain/utils/storage.py",
-        '("loss" in name or name == "grad_norm")',
-        '"loss" in name',
-    ),
-    (
-        "last_bad_iteration_named",
-        "plaintrain/utils/storage.py",
-        "iteration = min(self._nonfinite)",
-        "iteration = max(self._nonfinite)",
-    ),
-    (
-        "resumed_metrics_have_a_row_twice",
-        "plaintrain/utils/events.py",
-        "sorted(self._rows().items()) if at < start_iter}",
-        "sorted(self._rows().items()) if at <= start_iter}",
-    ),
-    (
-        "metrics_json_holds_nan",
-        "plaintrain/utils/events.py",
-        'lines = (_finite({"iteration": at, **row}) for at, row in rows.items())',
-        'lines = ({"iteration": at, **row} for at, row in rows.items())',
-    ),
-    (
-        "csv_header_lacks_one_new_column",
-        "plaintrain/utils/events.py",
-        "and all(self._columns.count(name) for row in rows.values() for name in row)",
-        "and bool(self._columns)",
-    ),
-    (
-        "tensorboard_step_off_by_one",
-        "plaintrain/utils/events.py",
-        "self._event(at, summary=Summary(value=values))",
-        "self._event(at + 1, summary=Summary(value=values))",
-    ),
-    (
-        "eta_of_the_whole_run",
-        "plaintrain/utils/events.py",
-        "self._max_iter - storage.iter - 1",
-        "self._max_iter",
-    ),
-    (
-        "reduced_losses_in_the_order_of_a_rank",
-        "plaintrain/utils/comm.py",
-        "names = sorted(input_dict)",
-        "names = list(input_dict)",
-    ),
-    (
-        "reduced_losses_are_sums",
-        "plaintrain/utils/comm.py",
-        "        values /= get_world_size()\n",
-        "        values /= 1\n",
-    ),
-    (
-        "variances_not_averaged",
-        "plaintrain/utils/comm.py",
-        "for b in (m.running_mean, m.running_var)]",
-        "for b in (m.running_mean,)]",
-    ),
-    (
-        "each_rank_draws_its_seed",
-        "plaintrain/utils/comm.py",
-        'return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)',
-        'return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF',
-    ),
-    (
-        "lock_is_shared",
-        "plaintrain/utils/lock.py",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
-    ),
-    ("lock_released_by_a_look", "plaintrain/utils/lock.py", "    _HELD[folder] = handle\n", ""),
-    (
-        "run_elsewhere_counts_as_ended",
-        "plaintrain/utils/lock.py",
-        "return False if here in owner else None",
-        "return False",
-    ),
-    (
-        "long_steps_count_as_hanging",
-        "plaintrain/utils/heartbeat.py",
-        "return _Pulse.limit + _Pulse.extra",
-        "return _Pulse.limit",
-    ),
-    ("no_hang_timeout_means_none_allowed", "plaintrain/utils/heartbeat.py", "seconds or math.inf", "seconds"),
-    (
-        "last_rank_not_watched",
-        "plaintrain/utils/watch.py",
-        "for rank in range(1, self._world_size):",
-        "for rank in range(1, self._world_size - 1):",
-    ),
-    (
-        "changed_weight_decay_ignored_on_resume",
-        "plaintrain/utils/state.py",
-        "            group.update(options)\n",
-        "            pass\n",
-    ),
-    ("norm_statistics_of_rank_0_resumed", "plaintrain/utils/state.py", "saved[comm.get_rank()]", "saved[0]"),
-    (
-        "base_relative_to_the_working_folder",
-        "plaintrain/utils/yaml_files.py",
-        "os.path.join(os.path.dirname(path), os.path.expanduser(base))",
-        "os.path.expanduser(base)",
-    ),
-    (
-        "first_base_wins",
-        "plaintrain/utils/yaml_files.py",
-        "loaded += load_chain(base, (*chain, path))",
-        "loaded = load_chain(base, (*chain, path)) + loaded",
-    ),
-    (
-        "key_given_twice_accepted",
-        "plaintrain/utils/yaml_files.py",
-        "            seen.add(key_node.value)\n",
-        "",
-    ),
-    (
-        "background_goes_on_after_a_failure",
-        "plaintrain/utils/background.py",
-        ("        if self._error is None:\n            try:"),
-        ("        if function:\n            try:"),
-    ),
-    (
-        "memory_in_gib",
-        "plaintrain/utils/memory.py",
-        '(2**20 if sys.platform == "darwin" else 2**10)',
-        "2**20",
-    ),
-    (
-        "folder_with_the_same_start_is_below",
-        "plaintrain/utils/reading.py",
-        'os.path.join(os.path.abspath(folder), "")',
-        "os.path.abspath(folder)",
-    ),
-    # Solver, config, checkpoints, weights and the start of a run.
-    (
-        "warmup_ends_at_the_base_rate",
-        "plaintrain/solver.py",
-        "schedule(0.0 if rescale else warmup)",
-        "schedule(0.0)",
-    ),
-    (
-        "steps_one_iteration_late",
-        "plaintrain/solver.py",
-        "bisect.bisect_right(steps, round(",
-        "bisect.bisect_left(steps, round(",
-    ),
-    (
-        "changed_momentum_ignored_on_resume",
-        "plaintrain/solver.py",
-        "        self._set_momentum(self.base_momentum)\n",
-        "",
-    ),
-    ("group_norm_decays_as_weights", "plaintrain/solver.py", "    nn.GroupNorm,\n", ""),
-    (
-        "clip_norm_type_ignored",
-        "plaintrain/solver.py",
-        "clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0",
-        "clip.CLIP_VALUE, 2.0",
-    ),
-    (
-        "final_rate_not_scaled",
-        "plaintrain/scaling.py",
-        'for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"):',
-        'for key in ("SOLVER.BASE_LR",):',
-    ),
-    (
-        "short_period_becomes_never",
-        "plaintrain/scaling.py",
-        "max(round(count * factor), 1) if count > 0 else count",
-        "round(count * factor)",
-    ),
-    ("eval_start_stays_in_epochs", "plaintrain/scaling.py", '    "TEST.EVAL_START",\n', ""),
-    (
-        "bool_accepted_as_number",
-        "plaintrain/config.py",
-        "if type(old) is type(value):",
-        "if isinstance(value, type(old)):",
-    ),
-    (
-        "unknown_key_accepted",
-        "plaintrain/config.py",
-        "if not node.is_new_allowed() or key in vars(node):",
-        "if key in vars(node):",
-    ),
-    ("configs_share_their_lists", "plaintrain/config.py", "else copy.deepcopy(value)", "else value"),
-    (
-        "log_window_lost_on_resume",
-        "plaintrain/checkpoint.py",
-        '"log_window": get_event_storage().window()',
-        '"log_window": {}',
-    ),
-    (
-        "generators_not_resumed",
-        "plaintrain/checkpoint.py",
-        'load_rng_states(data.pop("rng_states"))',
-        'data.pop("rng_states")',
-    ),
-    (
-        "copy_overwritten_while_it_is_written",
-        "plaintrain/checkpoint.py",
-        ("            self._background.wait()\n            data = self._host_copy(data)"),
-        "            data = self._host_copy(data)",
-    ),
-    ("unequal_parts_count_alike", "plaintrain/accumulation.py", "(end - start) / number", "1 / steps"),
-    (
-        "metrics_are_minimised",
-        "plaintrain/accumulation.py",
-        'for name, value in loss_dict.items() if "loss" in name]',
-        "for name, value in loss_dict.items()]",
-    ),
-    ("ema_copies_buffers", "plaintrain/ema.py", "use_buffers=True", "use_buffers=False"),
-    (
-        "ema_warmup_never_warm",
-        "plaintrain/ema.py",
-        "decay = min(self._decay, (1 + steps)",
-        "decay = max(self._decay, (1 + steps)",
-    ),
-    (
-        "best_metric_of_a_class_with_loss_in_its_name",
-        "plaintrain/best.py",
-        '"loss" in name.rpartition("/")[2].partition("-")[0]',
-        '"loss" in name',
-    ),
-    (
-        "patience_one_evaluation_longer",
-        "plaintrain/best.py",
-        "0 < self._patience <= self.num_waited",
-        "0 < self._patience < self.num_waited",
-    ),
-    (
-        "best_metric_direction_inverted",
-        "plaintrain/best.py",
-        "value < self.value if lower else value > self.value",
-        "value > self.value if lower else value < self.value",
-    ),
-    (
-        "patience_begins_anew_on_resume",
-        "plaintrain/best.py",
-        '= state_dict["num_waited"], state_dict["seen"]',
-        '= 0, state_dict["seen"]',
-    ),
-    (
-        "repeated_evaluation_counts_twice",
-        "plaintrain/best.py",
-        "iteration <= self._seen:",
-        "iteration < self._seen:",
-    ),
-    (
-        "skipped_step_stays_in_norm_statistics",
-        "plaintrain/nonfinite.py",
-        ("        _copy(self._buffers, self._before)\n        total"),
-        "        total",
-    ),
-    ("ranks_skip_alone", "plaintrain/nonfinite.py", "if comm.any_rank(bad):", "if bad:"),
-    (
-        "skipped_steps_never_in_a_row_again",
-        "plaintrain/nonfinite.py",
-        "        self.counts = self.counts[0], 0\n",
-        "",
-    ),
-    (
-        "overflow_of_float16_stops_the_run",
-        "plaintrain/precision.py",
-        "norm_too=not scaler.is_enabled()",
-        "norm_too=True",
-    ),
-    (
-        "pickled_weights_may_run_code",
-        "plaintrain/weights.py",
-        'raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")',
-        "return super().find_class(module, name)",
-    ),
-    (
-        "downloaded_weights_not_verified",
-        "plaintrain/weights.py",
-        "hash_prefix=digest and digest.group(1)",
-        "hash_prefix=None",
-    ),
-    (
-        "detectron2_anchors_not_reordered",
-        "plaintrain/weight_detectron2.py",
-        "rows.transpose(0, 1).flatten(0, 2)",
-        "rows.flatten(0, 2)",
-    ),
-    (
-        "detectron2_background_moved_the_wrong_way",
-        "plaintrain/weight_detectron2.py",
-        "1 if to_torchvision else -1, 0",
-        "-1 if to_torchvision else 1, 0",
-    ),
-    (
-        "compiled_names_not_stripped",
-        "plaintrain/weight_names.py",
-        "(module|model|_orig_mod)",
-        "(module|model)",
-    ),
-    (
-        "published_classes_in_coco_order",
-        "plaintrain/weight_classes.py",
-        "torch.tensor([file_names.index(name) for name in class_names])",
-        "torch.tensor(sorted(file_names.index(name) for name in class_names))",
-    ),
-    (
-        "only_the_first_polygon_is_the_mask",
-        "plaintrain/structures.py",
-        "return coco_mask.merge(parts)",
-        "return parts[0]",
-    ),
-    ("two_points_are_a_polygon", "plaintrain/structures.py", "len(polygon) >= 6", "len(polygon) >= 4"),
-    (
-        "ranks_draw_alike",
-        "plaintrain/engine.py",
-        "seed_all_rng(cfg.SEED + comm.get_rank())",
-        "seed_all_rng(cfg.SEED)",
-    ),
-    (
-        "evaluation_moves_the_run_away",
-        "plaintrain/engine.py",
-        "move_old_run(folder) if training and not resume",
-        "move_old_run(folder) if not resume",
-    ),
-    ("output_folder_not_locked", "plaintrain/engine.py", "                lock_folder(folder)\n", ""),
-    (
-        "resumed_run_draws_a_new_seed",
-        "plaintrain/engine.py",
-        "seed = before.SEED if before.SEED >= 0 else None",
-        "seed = None",
-    ),
-    (
-        "rank_counts_from_zero_on_each_machine",
-        "plaintrain/launch.py",
-        'job.get("first_rank", 0) + local_rank',
-        "local_rank",
-    ),
-    (
-        "exit_code_hides_the_signal",
-        "plaintrain/launch.py",
-        "code = 128 + received[0] if received else 1",
-        "code = 1",
-    ),
-    ("slurm_repeats_not_counted", "plaintrain/job.py", "[int(count)] * int(times or 1)", "[int(count)]"),
-    (
-        "patience_without_evaluations_accepted",
-        "plaintrain/preflight.py",
-        "not (test.BEST_METRIC and (test.EVAL_PERIOD or of_losses))",
-        "not test.BEST_METRIC",
-    ),
-    (
-        "resume_with_other_classes_accepted",
-        "plaintrain/changes.py",
-        "class_names, strict=True)",
-        "class_names, strict=False)",
-    ),
-    ("dry_run_accepts_nan", "plaintrain/trial.py", "not abs(a - b) < 0.1", "abs(a - b) >= 0.1"),
-    (
-        "overfit_evaluates_the_test_set",
-        "plaintrain/trial.py",
-        'for key in ("DATASETS.TRAIN", "DATASETS.TEST"):',
-        'for key in ("DATASETS.TRAIN",):',
-    ),
-    (
-        "predictor_ignores_averaged_weights",
-        "plaintrain/predict.py",
-        'averaged = ema.ENABLED and ema.EVALUATE == "averaged"',
-        "averaged = False",
-    ),
-    (
-        "export_check_matches_other_classes",
-        "plaintrain/export_check.py",
-        'far.masked_fill(found["labels"][:, None] != expected["labels"], float("inf"))',
-        "far",
-    ),
-    (
-        "time_left_of_the_whole_run",
-        "plaintrain/run_folder.py",
-        "max(0, state.max_iter - state.iteration - 1)",
-        "state.max_iter",
-    ),
-    (
-        "warnings_told_apart_by_numbers",
-        "plaintrain/run_log.py",
-        r're.sub(r"\d+(\.\d+)?", "#", record.text)',
-        "record.text",
-    ),
-    # Reports and pictures.
-    (
-        "page_does_not_escape",
-        "plaintrain/report/html.py",
-        "Html(html.escape(number(value) if isinstance(value, float) else str(value)))",
-        "Html(number(value) if isinstance(value, float) else str(value))",
-    ),
-    (
-        "training_time_of_one_iteration_a_line",
-        "plaintrain/report/overview.py",
-        "(iteration - before) * seconds",
-        "seconds",
-    ),
-    (
-        "waiting_share_of_the_wrong_sum",
-        "plaintrain/report/training.py",
-        "100 * data / seconds",
-        "100 * data / (seconds + data)",
-    ),
-    (
-        "calibration_axes_swapped",
-        "plaintrain/report/groups.py",
-        '[b["score"] for b in known], [b["precision"] for b in known]',
-        '[b["precision"] for b in known], [b["score"] for b in known]',
-    ),
-    ("busiest_classes_by_correct_ones", "plaintrain/report/detections.py", " - 2 * counts[i][i]", ""),
-    ("smoothed_curve_pulled_to_zero", "plaintrain/curves.py", "average / share if share", "average if share"),
-    (
-        "thinned_curve_lacks_its_end",
-        "plaintrain/curves.py",
-        "range((len(x) - 1) % step, len(x), step)",
-        "range(0, len(x), step)",
-    ),
-    (
-        "skeleton_off_by_one",
-        "plaintrain/visualize.py",
-        "[(a - 1, b - 1) for a, b in metadata",
-        "[(a, b) for a, b in metadata",
-    ),
-    (
-        "pictures_scaled_by_swapped_sides",
-        "plaintrain/visualize.py",
-        "torch.tensor([size[1] / width, size[0] / height])",
-        "torch.tensor([size[0] / height, size[1] / width])",
-    ),
-    # Scripts.
-    (
-        "gradients_clipped_while_scaled",
-        "scripts/plain_train_net.py",
-        "            scaler.unscale_(optimizer)\n",
-        "",
-    ),
-    ("gradients_never_cleared", "scripts/plain_train_net.py", "            optimizer.zero_grad()\n", ""),
-    (
-        "resumed_run_repeats_an_iteration",
-        "scripts/plain_train_net.py",
-        'state.get("iteration", -1) + 1',
-        'max(0, state.get("iteration", -1))',
-    ),
-    (
-        "validation_loss_never_the_best",
-        "scripts/plain_train_net.py",
-        "best.update(iteration, {**losses, **flatten_results(results)})",
-        "best.update(iteration, flatten_results(results))",
-    ),
-    ("losses_of_one_rank_logged", "scripts/plain_train_net.py", "comm.reduce_dict(totals)", "dict(totals)"),
-    (
-        "interrupted_evaluation_not_made_up",
-        "scripts/plain_train_net.py",
-        "saver.step(iteration, now=late, due=due, skipped_steps",
-        "saver.step(iteration, now=late, skipped_steps",
-    ),
-    (
-        "averaged_model_keeps_statistics_of_a_rank",
-        "scripts/plain_train_net.py",
-        "comm.average_buffers(model, ema.module)",
-        "comm.average_buffers(model)",
-    ),
-    (
-        "eval_start_ignored",
-        "scripts/plain_train_net.py",
-        "every(test.EVAL_PERIOD, iteration, start=test.EVAL_START)",
-        "every(test.EVAL_PERIOD, iteration)",
-    ),
-    (
-        "rest_of_an_interrupted_epoch_left_out",
-        "scripts/epoch_train_net.py",
-        "start_epoch=start_iter // per_epoch)",
-        "start_epoch=-(-start_iter // per_epoch))",
-    ),
-    (
-        "epoch_line_written_before_its_tests",
-        "scripts/epoch_train_net.py",
-        "write = every(cfg.LOG_PERIOD, iteration) and not last",
-        "write = every(cfg.LOG_PERIOD, iteration)",
-    ),
-    (
-        "evaluation_due_within_an_epoch_left_out",
-        "scripts/epoch_train_net.py",
-        "any(every(period, i, start=start) for i in iterations)",
-        "every(period, iterations[-1], start=start)",
-    ),
-    (
-        "evaluated_weights_never_averaged",
-        "scripts/test_net.py",
-        'averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"',
-        "averaged = False",
-    ),
-    (
-        "yolo_polygons_leave_the_image",
-        "scripts/convert_dataset.py",
-        "[min(max(share, 0), 1) for share in shares]",
-        "shares",
-    ),
-    (
-        "prediction_threshold_ignored",
-        "scripts/predict.py",
-        'select(found, found["scores"] >= args.threshold)',
-        "found",
-    ),
-    (
-        "event_files_keep_the_step_of_the_start",
-        "plaintrain/utils/event_files.py",
-        "e.step < start_iter)",
-        "e.step <= start_iter)",
-    ),
-    (
-        "mask_targets_half_a_pixel_off",
-        "plaintrain/masks.py",
-        "(side, side), aligned=aligned)",
-        "(side, side), aligned=False)",
-    ),
-    (
-        "pooler_scales_of_one_stride",
-        "plaintrain/modeling/pooling.py",
-        "[1 / stride for stride in strides]",
-        "[1 / strides[0] for stride in strides]",
-    ),
-    (
-        "aligned_masks_accepted_from_torchvision",
-        "plaintrain/weight_checks.py",
-        '"MODEL.ROI_MASK_HEAD.ALIGNED": (_MASK, True, False)',
-        '"MODEL.ROI_MASK_HEAD.ALIGNED": (_MASK, True, True)',
-    ),
-    (
-        "checkpoints_to_keep_one_too_few",
-        "plaintrain/utils/checkpoint_files.py",
-        "max(0, len(others) - max_to_keep + 1)",
-        "max(0, len(others) - max_to_keep + 2)",
-    ),
-]
+        ('= state_dict["num_waited"], state_dict["seen"]', '= 0, state_dict["seen"]'),
+        ("iteration <= self._seen:", "iteration < self._seen:"),
+    ],
+    "plaintrain/changes.py": [
+        ("class_names, strict=True)", "class_names, strict=False)"),
+    ],
+    "plaintrain/checkpoint.py": [
+        ('"log_window": get_event_storage().window()', '"log_window": {}'),
+        ('load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
+        (
+            ("            self._background.wait()\n            data = self._host_copy(data)"),
+            "            data = self._host_copy(data)",
+        ),
+    ],
+    "plaintrain/config.py": [
+        ("if type(old) is type(value):", "if isinstance(value, type(old)):"),
+        ("if not node.is_new_allowed() or key in vars(node):", "if key in vars(node):"),
+        ("else copy.deepcopy(value)", "else value"),
+    ],
+    "plaintrain/curves.py": [
+        ("average / share if share", "average if share"),
+        ("range((len(x) - 1) % step, len(x), step)", "range(0, len(x), step)"),
+    ],
+    "plaintrain/data/cache.py": [
+        ("json.dumps([list(classes or ()), Image.MAX_IMAGE_PIXELS])", "json.dumps([Image.MAX_IMAGE_PIXELS])"),
+        ("key=lambda f: f.stat().st_mtime, reverse=True)", "key=lambda f: f.stat().st_mtime)"),
+    ],
+    "plaintrain/data/catalog.py": [
+        ("return list(wanted)", "return [name for name in found if name in wanted]"),
+        ("if found != classes:", "if set(found) != set(classes):"),
+    ],
+    "plaintrain/data/coco.py": [
+        (
+            'converted["keypoints"] = shift_keypoints(keypoints, 0.5)',
+            'converted["keypoints"] = list(keypoints)',
+        ),
+        ('return sorted(categories, key=lambda category: category["id"])', "return categories"),
+        ('detection["score"] >= score_thresh', 'detection["score"] > score_thresh'),
+    ],
+    "plaintrain/data/columns.py": [
+        ("points[i - ends[0] : j - ends[0]]", "points[i:j]"),
+        ("if areas[i] == areas[i]:", "if areas[i]:"),
+    ],
+    "plaintrain/data/copy_paste.py": [
+        ('tensors["visibility"].clamp(max=1)', 'tensors["visibility"].clamp(max=0)'),
+    ],
+    "plaintrain/data/crops.py": [
+        ("crop(select(tensors, inside), top", "crop(tensors, top"),
+    ],
+    "plaintrain/data/folder.py": [
+        (
+            "return (width, height, orientation) if orientation >= 5 else (height, width, orientation)",
+            "return height, width, orientation",
+        ),
+    ],
+    "plaintrain/data/keypoints.py": [
+        ('keypoint_flip_indices(names, metadata.get("keypoint_flip_map"))', "keypoint_flip_indices(names)"),
+    ],
+    "plaintrain/data/loader.py": [
+        (
+            "DatasetMapper(cfg, is_train=True, augmentations=augmentations)",
+            "DatasetMapper(cfg, is_train=True)",
+        ),
+        ("-(-side // _PADDED_TO) * _PADDED_TO", "side // _PADDED_TO * _PADDED_TO"),
+        (
+            "if not 1 <= parts <= cfg.SOLVER.IMS_PER_BATCH // world_size:",
+            "if not 1 <= parts <= cfg.SOLVER.IMS_PER_BATCH:",
+        ),
+    ],
+    "plaintrain/data/mapper.py": [
+        ("as_subclass(torch.Tensor) * (visibility > 0)", "as_subclass(torch.Tensor)"),
+        (
+            'annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]',
+            'annotations = record["annotations"]',
+        ),
+        (
+            "tensors = select(tensors, has_extent(tensors))",
+            'tensors = select(tensors, tensors["labels"] >= 0)',
+        ),
+    ],
+    "plaintrain/data/photometric.py": [
+        ("h, w = round(math.sqrt(area * ratio))", "w, h = round(math.sqrt(area * ratio))"),
+    ],
+    "plaintrain/data/records.py": [
+        ("whole and 0 <= label < num_classes", "whole and 0 <= label <= num_classes"),
+        ('dropped = kinds["empty_box"] | kinds["outside_box"]', 'dropped = kinds["empty_box"]'),
+        ("table.keypoints * objects", "table.keypoints"),
+        ('enumerate(record["annotations"], start)', 'enumerate(record["annotations"])'),
+        ("if name not in folders[folder]:", "if not folders[folder]:"),
+    ],
+    "plaintrain/data/samplers.py": [
+        ("head = min((position - number * self.size) % batch_size, self.size)", "head = 0"),
+        (
+            "(iteration, self.position(iteration), self.batch_size)",
+            "(iteration, iteration * self.batch_size, self.batch_size)",
+        ),
+        ("self.position(iteration) + rank * share", "self.position(iteration) + rank"),
+        (
+            "size * rank // world_size, size * (rank + 1) // world_size",
+            "size // world_size * rank, size // world_size * (rank + 1)",
+        ),
+        ("share = np.bincount(labels) / len(records)", "share = np.bincount(labels) / len(labels)"),
+    ],
+    "plaintrain/data/shapes.py": [
+        ("for other in shapes[index + 1 :])", "for other in shapes[:index])"),
+    ],
+    "plaintrain/data/statistics.py": [
+        ("np.bincount(y * cells + x,", "np.bincount(x * cells + y,"),
+    ],
+    "plaintrain/data/tensors.py": [
+        ("value.canvas_size[1 - axis] - points", "value.canvas_size[1 - axis] - 1 - points"),
+        ('for name in ("keypoints", "visibility"):', 'for name in ("keypoints",):'),
+        ("InterpolationMode.NEAREST_EXACT", "InterpolationMode.NEAREST"),
+        ("fill=fill if isinstance(value, tv_tensors.Image) else 0", "fill=fill"),
+        ("torch.tensor([width, height])", "torch.tensor([height, width])"),
+        ('keep &= tensors["masks"].as_subclass(torch.Tensor).flatten(1).any(dim=1).bool()', "keep &= keep"),
+    ],
+    "plaintrain/data/thread_loader.py": [
+        (
+            ("while waiting:\n                yield [sample.result() for sample in waiting.popleft()]"),
+            ("while waiting:\n                yield [sample.result() for sample in waiting.pop()]"),
+        ),
+    ],
+    "plaintrain/data/train_loader.py": [
+        ("np.random.default_rng((self._seed, position)))", "np.random.default_rng((self._seed, index)))"),
+        ("np.random.default_rng((self._seed, position, 0))", "np.random.default_rng()"),
+        (("        np.random.set_state(before[1])\n"), ""),
+    ],
+    "plaintrain/data/train_sampler.py": [
+        (
+            "np.repeat([factors[name] for name in names], records.lengths)",
+            "np.repeat([factors[name] for name in sorted(names)], records.lengths)",
+        ),
+    ],
+    "plaintrain/data/transforms.py": [
+        ("max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))", "max(1, int(new[0])), max(1, int(new[1]))"),
+        ("rng.integers(low, high + 1)", "rng.integers(low, max(high, low + 1))"),
+    ],
+    "plaintrain/data/voc.py": [
+        ("x0, y0 = x0 - 1, y0 - 1", "x1, y1 = x1 + 1, y1 + 1"),
+        ('if size > limit or b"<!DOCTYPE" in text:', "if size > limit:"),
+    ],
+    "plaintrain/data/write.py": [
+        ('shift_keypoints(annotation["keypoints"], -0.5)', 'list(annotation["keypoints"])'),
+    ],
+    "plaintrain/data/yolo.py": [
+        ("key=lambda item: int(item[0])", "key=lambda item: str(item[0])"),
+        ("range(len(parts) - 2, -1, -1)", "range(len(parts) - 1)"),
+    ],
+    "plaintrain/ema.py": [
+        ("use_buffers=True", "use_buffers=False"),
+        ("decay = min(self._decay, (1 + steps)", "decay = max(self._decay, (1 + steps)"),
+    ],
+    "plaintrain/engine.py": [
+        ("seed_all_rng(cfg.SEED + comm.get_rank())", "seed_all_rng(cfg.SEED)"),
+        ("move_old_run(folder) if training and not resume", "move_old_run(folder) if not resume"),
+        (("                lock_folder(folder)\n"), ""),
+        ("seed = before.SEED if before.SEED >= 0 else None", "seed = None"),
+    ],
+    "plaintrain/evaluation/analysis.py": [
+        ('len(errors.objects["crowd"]) - crowds', 'len(errors.objects["crowd"])'),
+    ],
+    "plaintrain/evaluation/background.py": [
+        ("waiting.popleft().result()", "waiting.popleft()"),
+    ],
+    "plaintrain/evaluation/breakdown.py": [
+        ('(objects["labels"][real], found_as[real])', '(found_as[real], objects["labels"][real])'),
+        ("(ends + 1 + count)", "(ends + count)"),
+        ("(first != second) & (iou >= OVERLAP_IOU)", "iou >= OVERLAP_IOU"),
+    ],
+    "plaintrain/evaluation/coco.py": [
+        (
+            'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes, start=1)',
+            'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes)',
+        ),
+        ("sorted(image_numbers[detections.seen].tolist())", "sorted(image_numbers.tolist())"),
+    ],
+    "plaintrain/evaluation/coco_backend.py": [
+        (("    evaluation.params.kpt_oks_sigmas = problem.sigmas\n"), ""),
+    ],
+    "plaintrain/evaluation/coco_truth.py": [
+        ("np.argsort(np.argsort(ids)) + 1", "np.argsort(ids) + 1"),
+        ('"id": len(annotations) + 1', '"id": len(annotations)'),
+        ('"iscrowd": int(a.get("iscrowd", 0))', '"iscrowd": 0'),
+    ],
+    "plaintrain/evaluation/error_costs.py": [
+        (('    blamed = blamed[matches.states[matches.objects[blamed]] != "found"]\n'), ""),
+    ],
+    "plaintrain/evaluation/errors.py": [
+        ("_place_in_class(detections) >= MAX_DETECTIONS", "_place_in_class(detections) > MAX_DETECTIONS"),
+        ("(own[1] >= background_threshold) & (own[1] < iou_threshold)", "own[1] >= background_threshold"),
+        ("by_rank[np.argsort(-rank[by_rank])]", "by_rank[np.argsort(rank[by_rank])]"),
+    ],
+    "plaintrain/evaluation/instances.py": [
+        ('np.argsort(rows[:, 0], kind="stable")', "np.arange(len(rows))"),
+        ("(labels >= len(self.classes))", "(labels > len(self.classes))"),
+        ("comm.gather(part) if self._distributed else [part]", "[part]"),
+    ],
+    "plaintrain/evaluation/loop.py": [
+        ("not abs(actual - expected) <= tolerance", "abs(actual - expected) > tolerance"),
+        ("module.training = training", "module.training = True"),
+    ],
+    "plaintrain/evaluation/overlaps.py": [
+        ('np.where(objects["crowd"][thing], area, union)', "union"),
+    ],
+    "plaintrain/evaluation/predictions.py": [
+        ("float(value) if math.isfinite(value) else None", "float(value)"),
+        ("range(comm.get_rank(), len(records), comm.get_world_size())", "range(len(records))"),
+    ],
+    "plaintrain/evaluation/proposals.py": [
+        ("ious[:limit, (areas", "ious[:, (areas"),
+    ],
+    "plaintrain/evaluation/val_loss.py": [
+        ("value.float() * len(samples)", "value.float()"),
+        ("not isinstance(module, _AS_IN_EVALUATION)", "True"),
+    ],
+    "plaintrain/evaluation/voc.py": [
+        ("precision[recall >= t]", "precision[recall > t]"),
+        ("int((~difficult).sum())", "len(difficult)"),
+        ("above = best > iou / 100", "above = best >= iou / 100"),
+        ('bool(a.get("difficult", 0) or a.get("iscrowd", 0))', 'bool(a.get("difficult", 0))'),
+    ],
+    "plaintrain/export_check.py": [
+        ('far.masked_fill(found["labels"][:, None] != expected["labels"], float("inf"))', "far"),
+    ],
+    "plaintrain/job.py": [
+        ("[int(count)] * int(times or 1)", "[int(count)]"),
+    ],
+    "plaintrain/launch.py": [
+        ('job.get("first_rank", 0) + local_rank', "local_rank"),
+        ("code = 128 + received[0] if received else 1", "code = 1"),
+    ],
+    "plaintrain/masks.py": [
+        ("(side, side), aligned=aligned)", "(side, side), aligned=False)"),
+    ],
+    "plaintrain/modeling/backbone.py": [
+        ("for stage in stages[:freeze_at]:", "for stage in stages[: max(0, freeze_at - 1)]:"),
+        ("stage[0].conv2.stride = (2, 2), (1, 1)", "stage[0].conv2.stride = (1, 1), (2, 2)"),
+    ],
+    "plaintrain/modeling/box_loss.py": [
+        ("return recipe.weight * smooth_l1_loss", "return smooth_l1_loss"),
+        ("priors, coder.weights).view_as", "priors, (1.0, 1.0, 1.0, 1.0)).view_as"),
+    ],
+    "plaintrain/modeling/common.py": [
+        (
+            'scale = sample["width"] / width, sample["height"] / height',
+            'scale = sample["height"] / height, sample["width"] / width',
+        ),
+        (
+            "return -math.log((1 - probability) / probability)",
+            "return math.log((1 - probability) / probability)",
+        ),
+        ("backbone.strides, offset)", "backbone.strides)"),
+        ("(boxes[:, 2:] <= boxes[:, :2])", "(boxes[:, 2:] < boxes[:, :2])"),
+    ],
+    "plaintrain/modeling/fcos.py": [
+        ("< radius * sizes", "< 1.5 * sizes"),
+        ("1e8 - (x1 - x0) * (y1 - y0)", "1e8 + (x1 - x0) * (y1 - y0)"),
+    ],
+    "plaintrain/modeling/frozen_norm.py": [
+        ("norm.bias - norm.running_mean * scale", "norm.bias + norm.running_mean * scale"),
+    ],
+    "plaintrain/modeling/graph.py": [
+        ("images.flip(1) if transform.bgr else images", "images"),
+        ('found["labels"].clamp(min=0) + 1', 'found["labels"].clamp(min=0)'),
+    ],
+    "plaintrain/modeling/losses.py": [
+        (".mul_(gamma).add_(p).mul_(factor)", ".mul_(gamma).mul_(factor)"),
+    ],
+    "plaintrain/modeling/matching.py": [
+        ("((iou == iou.amax(dim=2, keepdim=True)) & exists)", "(iou == iou.amax(dim=2, keepdim=True))"),
+        (".clamp(max=coder.bbox_xform_clip)", ""),
+        ("(keys + 2 * matched)", "keys"),
+    ],
+    "plaintrain/modeling/pooling.py": [
+        ("torch.log2(relative + 1e-8)", "torch.log2(relative + 1e-8) - 1"),
+        ("[1 / stride for stride in strides]", "[1 / strides[0] for stride in strides]"),
+    ],
+    "plaintrain/modeling/postprocess.py": [
+        ("torch.full_like(index[-1], i)", "torch.full_like(index[-1], 0)"),
+        ("batched_nms(b, s, k, limits[0])", "batched_nms(b, s, torch.zeros_like(k), limits[0])"),
+    ],
+    "plaintrain/modeling/rcnn.py": [
+        ('losses["loss_keypoint"] * self.keypoint_loss_weight', 'losses["loss_keypoint"]'),
+        ("[label + self.label_offset for label in labels]", "labels"),
+    ],
+    "plaintrain/modeling/retinanet.py": [
+        ("loss.masked_fill(~(matched | background), 0).sum(dim=1)", "loss.sum(dim=1)"),
+    ],
+    "plaintrain/modeling/roi_heads.py": [
+        ("deltas, boxes, objects, labels > 0)", "deltas, boxes, objects, labels >= 0)"),
+        (".masked_fill(~matched, 0).masked_fill(~exists, _IGNORED)", ".masked_fill(~matched, 0)"),
+    ],
+    "plaintrain/modeling/rpn.py": [
+        ("weight = self.loss_weight / number", "weight = 1 / number"),
+        ("batch_size_per_image * len(exists)", "batch_size_per_image"),
+        ("(1, 1, 1, 1), value=number)", "(1, 1, 1, 1), value=0)"),
+    ],
+    "plaintrain/modeling/tta.py": [
+        ('detection["keypoints"][:, list(order)]', 'detection["keypoints"]'),
+        ('m.flip(-1) if sample["flipped"] else m for m', "m for m"),
+    ],
+    "plaintrain/nonfinite.py": [
+        (("        _copy(self._buffers, self._before)\n        total"), "        total"),
+        ("if comm.any_rank(bad):", "if bad:"),
+        (("        self.counts = self.counts[0], 0\n"), ""),
+    ],
+    "plaintrain/precision.py": [
+        ("norm_too=not scaler.is_enabled()", "norm_too=True"),
+    ],
+    "plaintrain/predict.py": [
+        ('averaged = ema.ENABLED and ema.EVALUATE == "averaged"', "averaged = False"),
+    ],
+    "plaintrain/preflight.py": [
+        ("not (test.BEST_METRIC and (test.EVAL_PERIOD or of_losses))", "not test.BEST_METRIC"),
+    ],
+    "plaintrain/report/detections.py": [
+        (" - 2 * counts[i][i]", ""),
+    ],
+    "plaintrain/report/groups.py": [
+        (
+            '[b["score"] for b in known], [b["precision"] for b in known]',
+            '[b["precision"] for b in known], [b["score"] for b in known]',
+        ),
+    ],
+    "plaintrain/report/html.py": [
+        (
+            "Html(html.escape(number(value) if isinstance(value, float) else str(value)))",
+            "Html(number(value) if isinstance(value, float) else str(value))",
+        ),
+    ],
+    "plaintrain/report/overview.py": [
+        ("(iteration - before) * seconds", "seconds"),
+    ],
+    "plaintrain/report/training.py": [
+        ("100 * data / seconds", "100 * data / (seconds + data)"),
+    ],
+    "plaintrain/run_folder.py": [
+        ("max(0, state.max_iter - state.iteration - 1)", "state.max_iter"),
+    ],
+    "plaintrain/run_log.py": [
+        ('re.sub(r"\\d+(\\.\\d+)?", "#", record.text)', "record.text"),
+    ],
+    "plaintrain/scaling.py": [
+        ('for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"):', 'for key in ("SOLVER.BASE_LR",):'),
+        ("max(round(count * factor), 1) if count > 0 else count", "round(count * factor)"),
+        (('    "TEST.EVAL_START",\n'), ""),
+    ],
+    "plaintrain/solver.py": [
+        ("schedule(0.0 if rescale else warmup)", "schedule(0.0)"),
+        ("bisect.bisect_right(steps, round(", "bisect.bisect_left(steps, round("),
+        (("        self._set_momentum(self.base_momentum)\n"), ""),
+        (("    nn.GroupNorm,\n"), ""),
+        ("clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0", "clip.CLIP_VALUE, 2.0"),
+    ],
+    "plaintrain/structures.py": [
+        ("return coco_mask.merge(parts)", "return parts[0]"),
+        ("len(polygon) >= 6", "len(polygon) >= 4"),
+    ],
+    "plaintrain/trial.py": [
+        ("not abs(a - b) < 0.1", "abs(a - b) >= 0.1"),
+        ('for key in ("DATASETS.TRAIN", "DATASETS.TEST"):', 'for key in ("DATASETS.TRAIN",):'),
+    ],
+    "plaintrain/utils/background.py": [
+        (("        if self._error is None:\n            try:"), ("        if function:\n            try:")),
+    ],
+    "plaintrain/utils/checkpoint_files.py": [
+        ('with atomic_write(path, "wb") as f:', 'with open(path, "wb") as f:'),
+        (
+            ('        with atomic_write(path, "wb") as f:\n'),
+            (
+                "        if last:\n"
+                "            tag_last(os.path.dirname(path), os.path.basename(path))\n"
+                '        with atomic_write(path, "wb") as f:\n'
+            ),
+        ),
+        ('map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
+        ("for path in checkpoint_files(folder)]", "for path in checkpoint_files(folder)[::-1]]"),
+        ('model_(\\d{7,})\\.pth")', 'model_(\\d{7})\\.pth")'),
+        ("max(0, len(others) - max_to_keep + 1)", "max(0, len(others) - max_to_keep + 2)"),
+    ],
+    "plaintrain/utils/comm.py": [
+        ("names = sorted(input_dict)", "names = list(input_dict)"),
+        (("        values /= get_world_size()\n"), ("        values /= 1\n")),
+        ("for b in (m.running_mean, m.running_var)]", "for b in (m.running_mean,)]"),
+        (
+            'return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)',
+            'return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF',
+        ),
+    ],
+    "plaintrain/utils/event_files.py": [
+        ("e.step < start_iter)", "e.step <= start_iter)"),
+    ],
+    "plaintrain/utils/events.py": [
+        (
+            "sorted(self._rows().items()) if at < start_iter}",
+            "sorted(self._rows().items()) if at <= start_iter}",
+        ),
+        (
+            'lines = (_finite({"iteration": at, **row}) for at, row in rows.items())',
+            'lines = ({"iteration": at, **row} for at, row in rows.items())',
+        ),
+        (
+            "and all(self._columns.count(name) for row in rows.values() for name in row)",
+            "and bool(self._columns)",
+        ),
+        (
+            "self._event(at, summary=Summary(value=values))",
+            "self._event(at + 1, summary=Summary(value=values))",
+        ),
+        ("self._max_iter - storage.iter - 1", "self._max_iter"),
+    ],
+    "plaintrain/utils/files.py": [
+        (("                os.fsync(f.fileno())\n"), ""),
+        (("            os.unlink(temporary)\n"), ("            pass\n")),
+    ],
+    "plaintrain/utils/heartbeat.py": [
+        ("return _Pulse.limit + _Pulse.extra", "return _Pulse.limit"),
+        ("seconds or math.inf", "seconds"),
+    ],
+    "plaintrain/utils/lock.py": [
+        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+        (("    _HELD[folder] = handle\n"), ""),
+        ("return False if here in owner else None", "return False"),
+    ],
+    "plaintrain/utils/memory.py": [
+        ('(2**20 if sys.platform == "darwin" else 2**10)', "2**20"),
+    ],
+    "plaintrain/utils/periodic.py": [
+        ("**{**self._given, **kwargs}", "**kwargs"),
+        ("if error is None or isinstance(error, Stopped):", "if error is None:"),
+    ],
+    "plaintrain/utils/reading.py": [
+        ('os.path.join(os.path.abspath(folder), "")', "os.path.abspath(folder)"),
+    ],
+    "plaintrain/utils/state.py": [
+        (("            group.update(options)\n"), ("            pass\n")),
+        ("saved[comm.get_rank()]", "saved[0]"),
+    ],
+    "plaintrain/utils/storage.py": [
+        ('("loss" in name or name == "grad_norm")', '"loss" in name'),
+        ("iteration = min(self._nonfinite)", "iteration = max(self._nonfinite)"),
+    ],
+    "plaintrain/utils/watch.py": [
+        ("for rank in range(1, self._world_size):", "for rank in range(1, self._world_size - 1):"),
+    ],
+    "plaintrain/utils/yaml_files.py": [
+        ("os.path.join(os.path.dirname(path), os.path.expanduser(base))", "os.path.expanduser(base)"),
+        ("loaded += load_chain(base, (*chain, path))", "loaded = load_chain(base, (*chain, path)) + loaded"),
+        (("            seen.add(key_node.value)\n"), ""),
+    ],
+    "plaintrain/visualize.py": [
+        ("[(a - 1, b - 1) for a, b in metadata", "[(a, b) for a, b in metadata"),
+        (
+            "torch.tensor([size[1] / width, size[0] / height])",
+            "torch.tensor([size[0] / height, size[1] / width])",
+        ),
+    ],
+    "plaintrain/weight_checks.py": [
+        (
+            '"MODEL.ROI_MASK_HEAD.ALIGNED": (_MASK, True, False)',
+            '"MODEL.ROI_MASK_HEAD.ALIGNED": (_MASK, True, True)',
+        ),
+    ],
+    "plaintrain/weight_classes.py": [
+        (
+            "torch.tensor([file_names.index(name) for name in class_names])",
+            "torch.tensor(sorted(file_names.index(name) for name in class_names))",
+        ),
+    ],
+    "plaintrain/weight_detectron2.py": [
+        ("rows.transpose(0, 1).flatten(0, 2)", "rows.flatten(0, 2)"),
+        ("1 if to_torchvision else -1, 0", "-1 if to_torchvision else 1, 0"),
+    ],
+    "plaintrain/weight_names.py": [
+        ("(module|model|_orig_mod)", "(module|model)"),
+    ],
+    "plaintrain/weights.py": [
+        (
+            'raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")',
+            "return super().find_class(module, name)",
+        ),
+        ("hash_prefix=digest and digest.group(1)", "hash_prefix=None"),
+    ],
+    "scripts/convert_dataset.py": [
+        ("[min(max(share, 0), 1) for share in shares]", "shares"),
+    ],
+    "scripts/epoch_train_net.py": [
+        ("start_epoch=start_iter // per_epoch)", "start_epoch=-(-start_iter // per_epoch))"),
+        ("write = every(cfg.LOG_PERIOD, iteration) and not last", "write = every(cfg.LOG_PERIOD, iteration)"),
+        (
+            "any(every(period, i, start=start) for i in iterations)",
+            "every(period, iterations[-1], start=start)",
+        ),
+    ],
+    "scripts/plain_train_net.py": [
+        (("            scaler.unscale_(optimizer)\n"), ""),
+        (("            optimizer.zero_grad()\n"), ""),
+        ('state.get("iteration", -1) + 1', 'max(0, state.get("iteration", -1))'),
+        (
+            "best.update(iteration, {**losses, **flatten_results(results)})",
+            "best.update(iteration, flatten_results(results))",
+        ),
+        ("comm.reduce_dict(totals)", "dict(totals)"),
+        (
+            "saver.step(iteration, now=late, due=due, skipped_steps",
+            "saver.step(iteration, now=late, skipped_steps",
+        ),
+        ("comm.average_buffers(model, ema.module)", "comm.average_buffers(model)"),
+        ("every(test.EVAL_PERIOD, iteration, start=test.EVAL_START)", "every(test.EVAL_PERIOD, iteration)"),
+    ],
+    "scripts/predict.py": [
+        ('select(found, found["scores"] >= args.threshold)', "found"),
+    ],
+    "scripts/test_net.py": [
+        ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
+    ],
+}
