@@ -1,60 +1,62 @@
-"""One optimizer step from a batch that is computed in parts."""
+"""Gradient accumulation: one optimizer step from a batch that is computed in micro-batches."""
 
 import contextlib
-import itertools
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError
 
 
-def split_batch(model, batch, steps):
-    """The parts of a batch whose gradients are added up for one optimizer step.
+def micro_batches(model, samples, steps):
+    """Split a batch into micro-batches whose gradients are summed for one optimizer step.
 
-    Each part's losses count by its share of the images, so that for losses that are means over images
-    the sum of the gradients is that of the whole batch. Losses that a model normalises over the batch
-    (RPN and R-CNN over sampled boxes, FCOS and SSD over objects) are normalised in each part instead.
+    Each loss is weighted by its micro-batch's fraction of the images, so for losses that are means over
+    images the gradient is that of the whole batch. Losses that a model normalizes over the batch (RPN and
+    R-CNN over sampled boxes, FCOS and SSD over objects) are normalized in each micro-batch instead.
 
     Args:
-        model: DistributedDataParallel sends gradients only with the last part.
-        batch: list of samples.
-        steps: number of parts, nearly equal; at most as many as images.
+        model: DistributedDataParallel synchronizes gradients in the backward pass of the last one only.
+        samples: list of samples.
+        steps: number of micro-batches, of nearly equal size; at most one per image is made.
 
     Yields:
-        (part, share, context): the samples, their share of the batch, and what the forward pass is to
-        run under.
+        (micro_batch, weight, is_last): a list of samples, its fraction of the images, and whether it is
+        the last one.
     """
-    steps, number = min(steps, len(batch)), len(batch)
-    cuts = [number * i // steps for i in range(steps + 1)]
-    for start, end in itertools.pairwise(cuts):
-        waits = end < number and isinstance(model, DistributedDataParallel)
-        context = model.no_sync() if waits else contextlib.nullcontext()
-        yield batch[start:end], (end - start) / number, context
+    steps = min(steps, len(samples))
+    start = 0
+    for step in range(1, steps + 1):
+        end = len(samples) * step // steps
+        is_last = step == steps
+        no_sync = not is_last and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if no_sync else contextlib.nullcontext():
+            yield samples[start:end], (end - start) / len(samples), is_last
+        start = end
 
 
 def sum_losses(loss_dict):
-    """The sum of the values whose key contains "loss": 0-d tensors, or what can be added to them.
+    """Return the sum of the values whose key contains "loss": 0-d tensors, or what can be added to them.
 
     Raises:
-        UserError: there is none, or the ranks have different keys; see `comm.check_loss_names`.
+        UserError: no key contains "loss".
     """
-    comm.check_loss_names(loss_dict)
     losses = [value for name, value in loss_dict.items() if "loss" in name]
+    if not losses:
+        raise UserError(
+            f"the model returned nothing to minimise: no key of {sorted(loss_dict)} contains 'loss'"
+        )
     if not all(isinstance(value, torch.Tensor) and value.dim() == 0 for value in losses):
         return sum(losses)
     # Two operations, and in the backward pass only views, however many losses there are.
     return torch.stack(losses).sum()
 
 
-def scaled(value, share):
-    """`share` times a tensor; at 1 the tensor itself, which is an operation less, and one less backward."""
-    return value if share == 1 else value * share
-
-
-def add_scaled(total, scalars, share):
-    """`total` plus `share` times the scalars, name by name; a new dict."""
-    if share == 1:
-        return {**total, **scalars}
-    parts = {name: value.detach() * share for name, value in scalars.items()}
-    return total | {name: total.get(name, 0) + value for name, value in parts.items()}
+def add_losses(total, scalars, weight):
+    """Return `total` plus `weight` times the detached scalars, name by name, as a new dict."""
+    summed = dict(total)
+    for name, value in scalars.items():
+        # An undivided batch costs no operation on the device.
+        weighted = value.detach() if weight == 1 else value.detach() * weight
+        summed[name] = summed[name] + weighted if name in summed else weighted
+    return summed

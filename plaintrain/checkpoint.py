@@ -8,7 +8,9 @@ from plaintrain.utils import comm
 from plaintrain.utils.background import Background, HostCopy
 from plaintrain.utils.checkpoint_files import (
     checkpoint_files,
+    delete_checkpoint,
     link_checkpoint,
+    prune_checkpoints,
     read_checkpoint,
     read_last,
     resume_candidates,
@@ -16,12 +18,22 @@ from plaintrain.utils.checkpoint_files import (
     write_checkpoint,
 )
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.periodic import PeriodicCheckpointer
+from plaintrain.utils.periodic import PeriodicCheckpointer, checkpoint_name
 from plaintrain.utils.rng import load_rng_states, rng_states
 from plaintrain.utils.shared_files import check_same, from_rank_0
-from plaintrain.utils.state import gather_norm_buffers, load_state, plain, take_norm_buffers
-from plaintrain.utils.storage import get_event_storage, is_logging
+from plaintrain.utils.state import (
+    average_norm_buffers,
+    convert_older_states,
+    gather_norm_buffers,
+    load_state,
+    plain,
+    take_norm_buffers,
+)
+from plaintrain.utils.stop import Stopped
+from plaintrain.utils.storage import every
 from plaintrain.weights import averaged_state, fetch_weights, load_weights
+
+__all__ = ["DetectionCheckpointer", "PeriodicCheckpointer", "TrainingCheckpointer", "build_checkpointer"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +70,7 @@ class DetectionCheckpointer:
     def save(self, name, **kwargs):
         """Write `name`.pth with the model, the checkpointables and `kwargs`, and make it the last.
 
-        All ranks call it: within the `EventStorage` of a training, each one's random state is saved too.
+        All ranks call it: with checkpointables, each one's random state is saved too.
 
         Args:
             name: file name without `.pth`.
@@ -69,21 +81,25 @@ class DetectionCheckpointer:
         """
         states = {key: item.state_dict() for key, item in self.checkpointables.items()}
         states["model"] = self.model.state_dict()
-        if is_logging():
-            # Of a training: what is each rank's own, and the window of the log's medians.
-            states |= {"rng_states": rng_states(), "log_window": get_event_storage().window()}
-            states |= gather_norm_buffers(states)
+        if self.checkpointables:
+            # Of a training: what is each rank's own.
+            states["rng_states"] = rng_states()  # all ranks
+            states |= gather_norm_buffers(states)  # all ranks
         self._write(name, states, kwargs, last=True)
         self.iteration = kwargs.get("iteration", self.iteration)
 
     def save_weights(self, name, model, **kwargs):
         """Write `name`.pth with a model's weights and `kwargs` only; it is not one to resume from.
 
+        All ranks call it.
+
         Args:
             name, kwargs: see `save`.
             model: the module, for example one with averaged weights.
         """
-        self._write(name, {"model": comm.unwrap_model(model).state_dict()}, kwargs, last=False)
+        state = comm.unwrap_model(model).state_dict()
+        average_norm_buffers(state)  # all ranks
+        self._write(name, {"model": state}, kwargs, last=False)
 
     def _write(self, name, data, kwargs, *, last):
         if not self.save_to_disk:
@@ -122,6 +138,10 @@ class DetectionCheckpointer:
         """Give a saved checkpoint a second name, as a hard link where the file system has them."""
         self.in_order(link_checkpoint, self.save_dir, source + ".pth", target + ".pth")
 
+    def prune(self, max_to_keep):
+        """Delete the oldest numbered checkpoints, so that `max_to_keep` are left with the newest one."""
+        self.in_order(prune_checkpoints, self.save_dir, checkpoint_name(self.iteration) + ".pth", max_to_keep)
+
     def has_checkpoint(self):
         """Whether `save_dir` of rank 0 holds a checkpoint to resume from; all ranks call it."""
         return comm.broadcast(bool(resume_candidates(self.save_dir)))
@@ -134,12 +154,11 @@ class DetectionCheckpointer:
         """Paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
         return checkpoint_files(self.save_dir)
 
-    def load(self, path, checkpointables=None):
+    def load(self, path):
         """Load one checkpoint of this project.
 
         Args:
             path: the file.
-            checkpointables: names of those to load; default: all.
 
         Returns:
             Everything else that was saved, for example `iteration`.
@@ -147,22 +166,22 @@ class DetectionCheckpointer:
         Raises:
             UserError: a file that cannot be read, or that belongs to another model.
         """
-        return self._load(path, read_checkpoint(path), checkpointables)
+        return self._load(path, read_checkpoint(path))
 
-    def _load(self, path, data, checkpointables=None):
-        names = list(self.checkpointables if checkpointables is None else checkpointables)
-        for name in names:
+    def _load(self, path, data):
+        convert_older_states(data)
+        for name in self.checkpointables:
             if name not in data:
                 raise UserError(f"{path} holds no {name}, which is needed to resume from it")
-        if names:
+        if self.checkpointables:
             take_norm_buffers(data)
         try:
             self.model.load_state_dict(data.pop("model"))
         except RuntimeError as e:
             reason = " ".join(line.strip() for line in str(e).splitlines()[1:2])
             raise UserError(f"{path} holds another model: {reason}") from e
-        for name in names:
-            load_state(self.checkpointables[name], data.pop(name), f"the {name} in {path}")
+        for name, item in self.checkpointables.items():
+            load_state(item, data.pop(name), f"the {name} in {path}")
         return data
 
     def resume_or_load(self, path, *, resume=True, class_names=None, averaged=False):
@@ -218,19 +237,98 @@ class DetectionCheckpointer:
             logger.info("its averaged weights are taken")
 
 
-def build_periodic_checkpointer(cfg, model, parts, about=None):
-    """The `PeriodicCheckpointer` of a run, as SOLVER.* and OUTPUT_DIR say.
+class TrainingCheckpointer(DetectionCheckpointer):
+    """The checkpoints of a run: numbered ones, and `model_final` at its end.
+
+    As a context manager it waits, at the end of its block, until the last file is whole.
+    """
+
+    def __init__(self, model, save_dir, *, period=0, max_to_keep=0, final_model=None, **kwargs):
+        """
+        Args:
+            model, save_dir, kwargs: see `DetectionCheckpointer`.
+            period: checkpoints that are not due by it, such as before an evaluation, are deleted once the
+                next one is written.
+            max_to_keep: numbered checkpoints to keep; 0 keeps all.
+            final_model: function to the module whose weights become `model_final`, beside a numbered
+                checkpoint to resume from; None makes the last checkpoint itself `model_final`.
+        """
+        super().__init__(model, save_dir, **kwargs)
+        self._period = period
+        self._max_to_keep = max_to_keep
+        self._final_model = final_model
+        self._temporary = None
+
+    def save_iteration(self, iteration):
+        """Save everything as `model_ITERATION`; all ranks call it after that iteration (from 0)."""
+        self.save(checkpoint_name(iteration), iteration=iteration)
+        self._delete_temporary()
+        if not every(self._period, iteration):
+            self._temporary = iteration
+        elif self._max_to_keep:
+            self.prune(self._max_to_keep)
+
+    def save_final(self):
+        """Write `model_final` from the newest checkpoint, or with the weights of `final_model`."""
+        if self._final_model is not None:
+            self.save_weights("model_final", self._final_model())
+        elif self.resumed_from != "model_final.pth":
+            self.link(checkpoint_name(self.iteration), "model_final")
+            self._delete_temporary()
+
+    def _delete_temporary(self):
+        if self._temporary is not None:
+            self.in_order(delete_checkpoint, self.save_dir, checkpoint_name(self._temporary) + ".pth")
+            self._temporary = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, error, traceback):
+        try:
+            self.wait()
+        except UserError as e:
+            # What ended the block before is what is to be told.
+            if error is None or isinstance(error, Stopped):
+                raise
+            logger.error(str(e))
+
+
+def build_checkpointer(cfg, model, class_names=None, **checkpointables):
+    """Build the `TrainingCheckpointer` of SOLVER.* and OUTPUT_DIR.
 
     Args:
-        cfg: SOLVER.CHECKPOINT_PERIOD, MAX_ITER, CHECKPOINT_MAX_TO_KEEP and ASYNC_CHECKPOINT, MODEL.EMA.
+        cfg: SOLVER.CHECKPOINT_PERIOD, CHECKPOINT_MAX_TO_KEEP and ASYNC_CHECKPOINT, MODEL.EMA.
         model: see `DetectionCheckpointer`.
-        parts: {name: object}, what is saved beside the model; "ema" may be a `ModelEMA`.
-        about: see `DetectionCheckpointer`.
+        class_names: those of the training data, kept in each file.
+        checkpointables: `name=object`; "ema" may be a `ModelEMA`.
     """
-    solver = cfg.SOLVER
-    checkpointer = DetectionCheckpointer(
-        model, cfg.OUTPUT_DIR, about=about, asynchronous=solver.ASYNC_CHECKPOINT, **parts
+    return TrainingCheckpointer(
+        model,
+        cfg.OUTPUT_DIR,
+        period=cfg.SOLVER.CHECKPOINT_PERIOD,
+        max_to_keep=cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP,
+        final_model=final_model(cfg, checkpointables["ema"]) if "ema" in checkpointables else None,
+        about={"config": cfg.dump(), "class_names": class_names},
+        asynchronous=cfg.SOLVER.ASYNC_CHECKPOINT,
+        **checkpointables,
     )
-    periods = solver.CHECKPOINT_PERIOD, solver.MAX_ITER, solver.CHECKPOINT_MAX_TO_KEEP
-    final = final_model(cfg, parts["ema"]) if "ema" in parts else None
-    return PeriodicCheckpointer(checkpointer, *periods, final_model=final)
+
+
+def load_for_evaluation(cfg, model, class_names, *, resume):
+    """Load MODEL.WEIGHTS, or the last checkpoint of OUTPUT_DIR, averaged as MODEL.EMA says.
+
+    Args:
+        cfg: the config.
+        model: the module.
+        class_names: the dataset's, to take published classes by name.
+        resume: take the last checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint, or the weights cannot be used.
+    """
+    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+    if resume and not checkpointer.has_checkpoint():
+        raise UserError(f"--resume: there is no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS instead")
+    averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, class_names=class_names, averaged=averaged)

@@ -29,7 +29,7 @@ class ModelEMA:
             enabled: see the class.
             decay: weight of the average so far, in [0, 1).
             warmup: begin with min(decay, (1 + n) / (10 + n)) at step n.
-            evaluate: which weights `evaluated` has, "averaged" or "raw".
+            evaluate: which weights `eval_model` has, "averaged" or "raw".
 
         Raises:
             UserError: a decay outside of 0..1.
@@ -49,8 +49,8 @@ class ModelEMA:
         return self._average.module if self._average is not None and self.num_steps else self._model
 
     @property
-    def evaluated(self):
-        """The model to evaluate, averaged or raw."""
+    def eval_model(self):
+        """Return the model to evaluate, averaged or raw."""
         return self.module if self._evaluate == "averaged" else self._model
 
     @property
@@ -68,10 +68,10 @@ class ModelEMA:
         else:
             torch._foreach_copy_(averages, values)
 
-    def update(self):
-        """Take in the model's weights; call it after each step, one that a scaler left out too."""
+    def update(self, model):
+        """Average the model's weights in; call it after each step, also one that a scaler skipped."""
         if self._average is not None:
-            self._average.update_parameters(comm.unwrap_model(self._model))
+            self._average.update_parameters(comm.unwrap_model(model))
 
     def state_dict(self):
         """{"n_averaged": ..., "module.NAME": tensor}; {} when disabled."""

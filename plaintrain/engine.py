@@ -1,7 +1,6 @@
 """The start of every script: output folder, log, seeds, and checks before training."""
 
 import gc
-import inspect
 import logging
 import logging.handlers
 import os
@@ -9,14 +8,13 @@ import shutil
 import sys
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from plaintrain.arguments import default_argument_parser
 from plaintrain.changes import check_changes
 from plaintrain.config import check_cfg, get_cfg, get_value, set_value
 from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.loader import count_iters_per_epoch
-from plaintrain.launch import launch
+from plaintrain.launch import create_ddp_model, launch
 from plaintrain.preflight import build_meta_model, check_before_training, settle_num_classes
 from plaintrain.run_facts import write_run_facts
 from plaintrain.scaling import settle_schedule
@@ -39,10 +37,20 @@ __all__ = [
     "default_setup",
     "default_writers",
     "launch",
+    "load_cfg",
     "require_default",
 ]
 
 logger = logging.getLogger(__name__)
+
+
+def load_cfg(args):
+    """Return the config of a command line: --config-file, then the overrides."""
+    cfg = get_cfg()
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    return cfg
 
 
 def default_setup(cfg, args):
@@ -141,21 +149,6 @@ def require_default(cfg, key, reason):
     value, default = get_value(cfg, key), get_value(get_cfg(), key)
     if value != default:
         raise UserError(f"{key} is {value}, but here it must be {default}: {reason}")
-
-
-def create_ddp_model(model):
-    """The model wrapped in DistributedDataParallel; itself when there is one process."""
-    if comm.get_world_size() == 1:
-        return model
-    # torch 2.14 has renamed it, and warns of the old name.
-    known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(
-        model,
-        device_ids=[comm.get_local_rank()] if next(model.parameters()).is_cuda else None,
-        gradient_as_bucket_view=True,
-        **{sync_buffers: False},
-    )
 
 
 def default_writers(output_dir, max_iter=None, names=("console", "json", "tensorboard")):

@@ -1,6 +1,7 @@
 """Start a function on every process of a job, or join the job that torchrun or Slurm started."""
 
 import datetime
+import inspect
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from multiprocessing.connection import wait
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
 from plaintrain.job import find_job
 from plaintrain.utils import comm
@@ -248,3 +250,18 @@ def _open_store(address, rank, world_size, by_torchrun):
         raise UserError(
             f"rank {rank} cannot meet the {world_size} processes at tcp://{host}:{port}: {reason}"
         ) from e
+
+
+def create_ddp_model(model):
+    """Return the model wrapped in DistributedDataParallel; itself when there is one process."""
+    if comm.get_world_size() == 1:
+        return model
+    # torch 2.14 has renamed it, and warns of the old name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(
+        model,
+        device_ids=[comm.get_local_rank()] if next(model.parameters()).is_cuda else None,
+        gradient_as_bucket_view=True,
+        **{sync_buffers: False},
+    )

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: which images gave them, and going on without their step."""
+"""NaN and infinite losses and gradients: stop the run, or skip the step (SOLVER.ON_NONFINITE)."""
 
 import logging
 import os
@@ -14,72 +14,110 @@ from plaintrain.utils.storage import get_event_storage
 
 logger = logging.getLogger(__name__)
 
+# The scaler halves its scale at each step whose gradients overflow. Far below 1 it no longer helps.
+_LEAST_SCALE = 2.0**-14
 
-class StepGuard:
-    """Says which steps to leave out, on all ranks together, because of a loss or gradient that is not finite.
+
+class NonfiniteGuard:
+    """Looks for NaN and infinity, on all ranks together.
 
     Attributes:
-        enabled: False leaves none out, and reads nothing.
-        counts: (steps left out in all, and in a row just now), to be saved.
+        skips_steps: whether `check_step` does anything.
+        num_skipped: steps that were skipped.
+        num_in_row: steps that were skipped since the last good one.
     """
 
-    def __init__(self, model, data_loader, *, max_in_row=0, counts=(0, 0), dump_folder=""):
+    def __init__(self, model, data_loader, scaler, *, max_in_row=0, dump_folder=""):
         """
         Args:
-            model: its batch norm forgets what it saw in a step that is left out.
+            model: its batch norm forgets what it saw in a skipped step.
             data_loader: names the images of an iteration, and makes its samples once more.
-            max_in_row: how many steps in a row may be left out; 0 disables it.
-            counts: those of the run that is resumed.
-            dump_folder: where `images_of` saves the samples; "" for nowhere.
+            scaler: the `GradScaler`; if it is enabled, it skips steps whose gradients are not finite.
+            max_in_row: how many steps in a row may be skipped; 0 skips none.
+            dump_folder: where the samples of a bad iteration are saved; "" for nowhere.
         """
-        self.enabled, self.counts = max_in_row > 0, tuple(counts)
-        self._max_in_row, self._data_loader, self._dump_folder = max_in_row, data_loader, dump_folder
+        self.skips_steps = max_in_row > 0
+        self.num_skipped = 0
+        self.num_in_row = 0
+        self._max_in_row = max_in_row
+        self._data_loader = data_loader
+        self._scaler = scaler
+        self._dump_folder = dump_folder
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self._buffers = [b for m in norms for b in m.buffers(recurse=False)] if self.enabled else []
+        self._buffers = [b for m in norms for b in m.buffers(recurse=False)] if self.skips_steps else []
         self._before = [b.clone() for b in self._buffers]
+        # Weights are loaded later.
+        comm.unwrap_model(model).register_load_state_dict_post_hook(self._remember_buffers)
 
-    def only_finite(self, losses, norm, scaler):
-        """What was given, or ({}, {}) on all ranks to leave the step out; a sync point if enabled.
+    def check_step(self, losses):
+        """Return whether the optimizer may step; False on all ranks if one has a value that is not finite.
+
+        Always True, without a device sync, unless steps are skipped (SOLVER.ON_NONFINITE).
 
         Args:
-            losses: {"total_loss": 0-d tensor, ...} of this rank.
-            norm: {"grad_norm": 0-d tensor}. With an enabled scaler it is left to that.
-            scaler: the `GradScaler`.
+            losses: {name: 0-d tensor} of this rank, with `grad_norm`, which an enabled scaler checks itself.
 
         Raises:
-            FloatingPointError: too many in a row.
+            FloatingPointError: too many steps in a row were skipped.
         """
-        if not self.enabled:
-            return losses, norm
-        numbers = losses if scaler.is_enabled() else {**losses, **norm}
-        finite = torch.stack([value.detach().float() for value in numbers.values()]).isfinite()
-        bad = {name for name, good in zip(numbers, finite.tolist(), strict=True) if not good}  # sync point
-        if comm.any_rank(bad):
-            self._leave_out(bad)
-            return {}, {}
-        self.counts = self.counts[0], 0
+        if not self.skips_steps:
+            return True
+        names = [name for name in losses if name != "grad_norm" or not self._scaler.is_enabled()]
+        finite = torch.stack([losses[name].detach().float() for name in names]).isfinite()
+        bad = {name for name, good in zip(names, finite.tolist(), strict=True) if not good}  # device sync
+        if comm.any_rank(bad):  # all ranks
+            self._skip(bad)
+            return False
+        self.num_in_row = 0
+        self._remember_buffers()
+        return True
+
+    def _remember_buffers(self, *_):
         _copy(self._before, self._buffers)
-        return losses, norm
 
-    def _leave_out(self, bad):
+    def _skip(self, bad):
         _copy(self._buffers, self._before)
-        total, in_row = self.counts
-        self.counts = total + 1, in_row + 1
+        self.num_skipped += 1
+        self.num_in_row += 1
         storage = get_event_storage()
-        names = sorted(set().union(*comm.all_gather(bad)))
-        images = ", ".join(self.images_of(storage.iter))
-        what = f"{', '.join(names)} is NaN or infinite at iteration {storage.iter}"
-        what += f"; images of that batch: {images}"
-        if in_row >= self._max_in_row:
+        names = ", ".join(sorted(set().union(*comm.all_gather(bad))))
+        images = ", ".join(self._images_of(storage.iter))
+        message = f"{names} is NaN or infinite at iteration {storage.iter}; images of that batch: {images}"
+        if self.num_in_row > self._max_in_row:
             raise FloatingPointError(
-                f"{what}; {in_row} steps before it were left out too, and SOLVER.MAX_SKIPPED_STEPS is "
-                f"{self._max_in_row}"
+                f"{message}; {self.num_in_row - 1} steps before it were skipped too, and "
+                f"SOLVER.MAX_SKIPPED_STEPS is {self._max_in_row}"
             )
-        logger.warning(f"the step is left out: {what}")
-        storage.put_scalar("skipped_steps", total + 1, smoothing_hint=False)
+        logger.warning(f"skipping the step: {message}")
+        storage.put_scalar("skipped_steps", self.num_skipped, smoothing_hint=False)
 
-    def images_of(self, iteration):
-        """The images that all ranks see in an iteration; saves this rank's samples if that is wanted."""
+    def check_losses(self, storage):
+        """Raise if a loss or `grad_norm` in the storage is NaN or infinite; a device sync.
+
+        The losses in the storage are reduced over ranks, so all ranks raise. With an enabled scaler,
+        `grad_norm` may be infinite, since such a step is not taken.
+
+        Raises:
+            FloatingPointError: names the iteration, the losses and the images; or the loss scale is so
+                small that no step is taken any more.
+        """
+        storage.raise_if_nonfinite(self._images_of, norm_too=not self._scaler.is_enabled())
+        if self._scaler.is_enabled() and self._scaler.get_scale() < _LEAST_SCALE:
+            raise FloatingPointError(
+                f"gradients overflow in float16 even at a loss scale of {self._scaler.get_scale():.2g}, so "
+                "nothing is learned; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or set "
+                "SOLVER.AMP.PRECISION bfloat16"
+            )
+
+    def state_dict(self):
+        return {"num_skipped": self.num_skipped, "num_in_row": self.num_in_row}
+
+    def load_state_dict(self, state_dict):
+        self.num_skipped = state_dict["num_skipped"]
+        self.num_in_row = state_dict["num_in_row"]
+
+    def _images_of(self, iteration):
+        """Return the images that all ranks see in an iteration; saves this rank's samples if asked for."""
         if self._dump_folder:
             self._dump(iteration)
         return self._data_loader.image_names(iteration)
@@ -95,7 +133,7 @@ class StepGuard:
             # What is wrong with the losses is more important.
             logger.error(f"cannot save the samples: {first_line(e)}")
         else:
-            logger.warning(f"the samples are saved in {path}")
+            logger.warning(f"saved the samples in {path}")
 
 
 def _copy(targets, sources):
@@ -104,12 +142,12 @@ def _copy(targets, sources):
             torch._foreach_copy_(targets, sources)
 
 
-def build_step_guard(cfg, model, data_loader, counts=(0, 0)):
-    """The `StepGuard` of SOLVER.ON_NONFINITE, SOLVER.MAX_SKIPPED_STEPS and DEBUG.DUMP_BAD_BATCH."""
-    return StepGuard(
+def build_nonfinite_guard(cfg, model, data_loader, scaler):
+    """Build the guard of SOLVER.ON_NONFINITE, SOLVER.MAX_SKIPPED_STEPS and DEBUG.DUMP_BAD_BATCH."""
+    return NonfiniteGuard(
         model,
         data_loader,
+        scaler,
         max_in_row=cfg.SOLVER.MAX_SKIPPED_STEPS if cfg.SOLVER.ON_NONFINITE == "skip" else 0,
-        counts=counts,
         dump_folder=cfg.OUTPUT_DIR if cfg.DEBUG.DUMP_BAD_BATCH else "",
     )

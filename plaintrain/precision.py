@@ -4,14 +4,24 @@ https://docs.pytorch.org/docs/stable/notes/amp_examples.html
 """
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 
 from plaintrain.utils.errors import UserError
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# The scaler halves its scale at each step whose gradients overflow. Far below 1 it no longer helps.
-_LEAST_SCALE = 2.0**-14
+
+
+class Amp(NamedTuple):
+    """Mixed precision in training; both parts do nothing where it is off."""
+
+    autocast: contextlib.AbstractContextManager
+    scaler: torch.amp.GradScaler
+
+    def scalars(self):
+        """Return {"amp_scale": the loss scale}, a device sync; {} without a scaler."""
+        return {"amp_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
 
 
 def build_autocast(enabled, precision, device_type):
@@ -37,6 +47,11 @@ def build_autocast(enabled, precision, device_type):
     return torch.autocast(device_type, _DTYPES[precision])
 
 
+def build_test_autocast(cfg, model):
+    """Build the autocast context of an evaluation, as TEST.AMP says, on the model's device."""
+    return build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, next(model.parameters()).device.type)
+
+
 def build_grad_scaler(enabled, precision, device_type):
     """The scaler that keeps float16 gradients from vanishing; disabled otherwise, all its steps plain.
 
@@ -47,32 +62,6 @@ def build_grad_scaler(enabled, precision, device_type):
 
 
 def build_amp(cfg, model):
-    """(autocast, scaler) for training as SOLVER.AMP says, on the model's device."""
+    """Build the `Amp` of SOLVER.AMP on the model's device."""
     amp = cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION, next(model.parameters()).device.type
-    return build_autocast(*amp), build_grad_scaler(*amp)
-
-
-def check_finite(storage, scaler, images_of=None):
-    """Read the window of losses that waits in the storage, and stop all ranks if one is not finite.
-
-    With a scaler, `grad_norm` may be infinite, for such a step is not taken; its scale is stored as
-    `amp_scale`.
-
-    Args:
-        storage: the `EventStorage`; reading it is a sync point.
-        scaler: what `build_grad_scaler` returned.
-        images_of: see `EventStorage.raise_if_nonfinite`.
-
-    Raises:
-        FloatingPointError: names the iteration, the terms and the images; or no step is taken any more.
-    """
-    storage.raise_if_nonfinite(images_of, norm_too=not scaler.is_enabled())
-    if not scaler.is_enabled():
-        return
-    scale = scaler.get_scale()
-    storage.put_scalar("amp_scale", scale, smoothing_hint=False)
-    if scale < _LEAST_SCALE:
-        raise FloatingPointError(
-            f"gradients overflow in float16 even at a loss scale of {scale:.2g}, so nothing is learned; "
-            "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or set SOLVER.AMP.PRECISION bfloat16"
-        )
+    return Amp(build_autocast(*amp), build_grad_scaler(*amp))

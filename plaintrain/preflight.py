@@ -18,12 +18,12 @@ from plaintrain.evaluation.coco_backend import oks_sigmas
 from plaintrain.evaluation.instances import ground_truth
 from plaintrain.modeling.build import build_model, get_device, num_classes_key
 from plaintrain.precision import build_autocast
+from plaintrain.schedule import check_workflow
 from plaintrain.solver import lr_factor, momentum_at
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import WRITERS
 from plaintrain.utils.yaml_files import flatten
 from plaintrain.weights import locate_weights
-from plaintrain.workflow import check_workflow
 
 logger = logging.getLogger(__name__)
 

@@ -270,7 +270,7 @@ def build_gradient_clipper(cfg, model):
     """A function that clips the gradients in place, as SOLVER.CLIP_GRADIENTS says.
 
     Returns:
-        Function `() -> {"grad_norm": norm}`. The norm is that of all gradients before clipping, a 0-d tensor.
+        Function `() -> norm`: that of all gradients before clipping, a 0-d tensor.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -280,7 +280,7 @@ def build_gradient_clipper(cfg, model):
     def clip_gradients():
         """Clip now; see `build_gradient_clipper`."""
         if kind == "full_model":
-            return {"grad_norm": torch.nn.utils.clip_grad_norm_(parameters, limit, norm_type)}
+            return torch.nn.utils.clip_grad_norm_(parameters, limit, norm_type)
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads, norm_type)
         if kind == "value":
@@ -288,6 +288,6 @@ def build_gradient_clipper(cfg, model):
         elif kind == "norm":
             for parameter in parameters:
                 torch.nn.utils.clip_grad_norm_(parameter, limit, norm_type)
-        return {"grad_norm": norm}
+        return norm
 
     return clip_gradients

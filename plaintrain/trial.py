@@ -10,6 +10,8 @@ from plaintrain.config import set_value
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.loader import count_iters_per_epoch, training_records
 from plaintrain.evaluation.loop import flatten_results
+from plaintrain.launch import create_ddp_model
+from plaintrain.modeling.build import build_model
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
@@ -83,17 +85,20 @@ def shorten_to_dry_run(cfg):
     comm.synchronize()
 
 
-def finish_dry_run(cfg, results, again):
-    """Compare the results of the run with those of the one resumed from its checkpoint, and say "ready".
+def finish_dry_run(cfg, results, do_train):
+    """Resume the run from its checkpoint with another model, compare the results, and say "ready".
 
     Args:
         cfg: what `shorten_to_dry_run` made.
-        results, again: {dataset: {task: {metric: number}}} of both.
+        results: {dataset: {task: {metric: number}}} of the run.
+        do_train: function `(cfg, model, resume)` that returns such results.
 
     Raises:
         UserError: they differ.
     """
-    before, after = flatten_results(results), flatten_results(again)
+    resumed_results = do_train(cfg, create_ddp_model(build_model(cfg)), resume=True)
+    before = flatten_results(results)
+    after = flatten_results(resumed_results)
     for name in before | after:
         a, b = before.get(name, math.nan), after.get(name, math.nan)
         if not (math.isnan(a) and math.isnan(b)) and not abs(a - b) < 0.1:

@@ -7,6 +7,7 @@ python scripts/plain_train_net.py --config-file configs/quickstart.yaml --eval-o
     MODEL.WEIGHTS output/quickstart/model_final.pth
 
 The file is made to be copied: change the data, the evaluator or the loss where they are called.
+examples/minimal_train.py is the same loop without options.
 """
 
 import logging
@@ -16,173 +17,187 @@ from time import perf_counter
 from plaintrain.arguments import default_argument_parser
 
 if __name__ == "__main__":
-    # --help and a wrong flag are answered before the imports that take seconds.
+    # Parsed here, so that --help does not wait for the imports of torch below.
     args = default_argument_parser(epilog=__doc__).parse_args()
 
-from plaintrain.accumulation import add_scaled, scaled, split_batch, sum_losses
-from plaintrain.best import BestMetric
-from plaintrain.checkpoint import DetectionCheckpointer, build_periodic_checkpointer
+from plaintrain.accumulation import add_losses, micro_batches, sum_losses
+from plaintrain.checkpoint import build_checkpointer, load_for_evaluation
 from plaintrain.config import get_cfg
 from plaintrain.data import (
-    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
-    build_detection_val_loader,
+    get_class_names,
 )
+from plaintrain.early_stopping import EarlyStopping
 from plaintrain.ema import build_ema
-from plaintrain.engine import (
-    build_writers,
-    create_ddp_model,
-    default_setup,
-    launch,
-    require_default,
-)
+from plaintrain.engine import build_writers, create_ddp_model, default_setup, launch, require_default
 from plaintrain.evaluation import (
     build_evaluator,
     flatten_results,
     inference_on_dataset,
     report_results,
-    validation_losses,
     verify_results,
 )
 from plaintrain.modeling import build_model, build_tta
-from plaintrain.nonfinite import build_step_guard
-from plaintrain.precision import build_amp, build_autocast, check_finite
+from plaintrain.nonfinite import build_nonfinite_guard
+from plaintrain.precision import build_amp, build_test_autocast
 from plaintrain.report.after_training import make_report_if_wanted
+from plaintrain.schedule import Due, every
 from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
+from plaintrain.testing import do_validate
 from plaintrain.trial import finish_dry_run
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError
-from plaintrain.utils.events import EventStorage, closing_all, every, get_event_storage, write_all
-from plaintrain.utils.logger import progress_range
+from plaintrain.utils.events import EventStorage, closing_all, get_event_storage, write_all
 from plaintrain.utils.memory import peak_memory
-from plaintrain.utils.stop import StopRequest
+from plaintrain.utils.stop import StopSignal
 
 logger = logging.getLogger("plaintrain")
 
 
-def dataset_classes(dataset_names):
-    """The class names by which published weights are taken over, or None."""
-    return MetadataCatalog.get(dataset_names[0]).get("thing_classes") if dataset_names else None
-
-
-def run_facts(cfg):
-    """What a checkpoint says about its run."""
-    return {"config": cfg.dump(), "class_names": dataset_classes(cfg.DATASETS.TRAIN)}
+def due(cfg, iteration, stopping=False):
+    """Return what is due after an iteration (from 0); `stopping`: the run is asked to stop."""
+    is_last = iteration == cfg.SOLVER.MAX_ITER - 1
+    if stopping and not is_last:
+        return Due(save=True, stop=True)
+    validate = every(cfg.TEST.VAL_LOSS_PERIOD, iteration)
+    test = is_last or every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)
+    # A checkpoint precedes an evaluation: one that fails or is interrupted loses nothing.
+    save = validate or test or every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration)
+    log = validate or test or every(cfg.LOG_PERIOD, iteration)
+    return Due(save, validate, test, log)
 
 
 def do_test(cfg, model):
-    """Evaluate on every dataset of DATASETS.TEST; {dataset: {task: {metric: number}}} on every rank."""
-    results, device = {}, next(model.parameters()).device.type
+    """Evaluate on each dataset of DATASETS.TEST; returns {dataset: {task: {metric: number}}} on all ranks."""
+    results = {}
     for dataset_name in cfg.DATASETS.TEST:
         data_loader = build_detection_test_loader(cfg, dataset_name)
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         evaluator = build_evaluator(cfg, dataset_name, output_folder)
-        with build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, device):
-            found = inference_on_dataset(build_tta(cfg, model), data_loader, evaluator)
-        results[dataset_name] = comm.broadcast(found)
+        with build_test_autocast(cfg, model):
+            dataset_results = inference_on_dataset(build_tta(cfg, model), data_loader, evaluator)
+        results[dataset_name] = comm.broadcast(dataset_results)
         report_results(dataset_name, results[dataset_name], output_folder)
     return results
 
 
-def do_validate(cfg, model):
-    """The losses on DATASETS.TEST together, {"val/NAME": mean over images}, on every rank."""
-    loaders = [build_detection_val_loader(cfg, name) for name in cfg.DATASETS.TEST]
-    with build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, next(model.parameters()).device.type):
-        return validation_losses(model, loaders, cfg.SEED)
-
-
-def tests_due(cfg, iteration):
-    """Whether (validation losses, an evaluation) are due after an iteration."""
-    test, last = cfg.TEST, iteration == cfg.SOLVER.MAX_ITER - 1
-    evaluation = last or every(test.EVAL_PERIOD, iteration, start=test.EVAL_START)
-    return every(test.VAL_LOSS_PERIOD, iteration), evaluation
-
-
-def test_after(cfg, model, iteration, best, saver, due):
-    """Compute and store what is due after an iteration, and keep the best model; the results, if any."""
-    validation, evaluation = due or (False, False)
-    with saver.saving_if_stopped(iteration, due=due):
-        losses = do_validate(cfg, model) if validation else {}
-        results = do_test(cfg, model) if evaluation else {}
-    if best.update(iteration, {**losses, **flatten_results(results)}):
-        saver.checkpointer.save_weights("model_best", model, iteration=iteration)
-    if best.is_stale():
-        # The run ends here: with its final checkpoint and evaluation.
-        saver.finish(iteration, due=due)
-        results = results or do_test(cfg, model)
-    metrics, storage = {**losses, **flatten_results(results)}, get_event_storage()
-    # A new run begins at 0.
-    storage.iter = max(iteration, 0)
-    storage.put_scalars(**metrics, smoothing_hint=False)
-    comm.synchronize()
+def evaluate(cfg, model, iteration, actions, early_stopping, checkpointer):
+    """Compute and log what is due after an iteration, and save the best weights; returns test results."""
+    metrics = do_validate(cfg, model) if actions.validate else {}
+    results = do_test(cfg, model) if actions.test else {}
+    metrics |= flatten_results(results)
+    if early_stopping.update(iteration, metrics):
+        checkpointer.save_weights("model_best", model, iteration=iteration)
+    if early_stopping.triggered and not actions.test:
+        # The run ends here, as always with test results.
+        results = do_test(cfg, model)
+        metrics |= flatten_results(results)
+    get_event_storage().put_scalars(**metrics, smoothing_hint=False)
     return results
+
+
+def train_step(model, batches, optimizer, amp, clip_gradients, nonfinite):
+    """Compute the gradients of one batch and step; returns detached losses, {} for a skipped step."""
+    optimizer.zero_grad()
+    losses = {}
+    # One micro-batch, unless SOLVER.ACCUMULATE_STEPS is larger; `weight` is its fraction of the images.
+    for micro_batch, weight, is_last in batches:
+        with amp.autocast:
+            loss_dict = model(micro_batch)
+        if is_last:
+            # The only backward pass in which ranks exchange gradients.
+            comm.check_loss_names(loss_dict)  # all ranks
+        total_loss = sum_losses(loss_dict)
+        amp.scaler.scale(total_loss * weight).backward()
+        losses = add_losses(losses, {"total_loss": total_loss, **loss_dict}, weight)
+    amp.scaler.unscale_(optimizer)
+    losses["grad_norm"] = clip_gradients()
+    # With SOLVER.ON_NONFINITE "skip", all ranks skip a bad step together (device sync).
+    is_finite = nonfinite.check_step(losses)
+    if is_finite:
+        amp.scaler.step(optimizer)
+    amp.scaler.update()
+    return losses if is_finite else {}
 
 
 def do_train(cfg, model, resume=False):
     """Train for SOLVER.MAX_ITER iterations; returns the results of the last evaluation."""
     model.train()
     optimizer = build_optimizer(cfg, model)
-    scheduler, clip = build_lr_scheduler(cfg, optimizer), build_gradient_clipper(cfg, model)
-    autocast, scaler = build_amp(cfg, model)
-    ema, best = build_ema(cfg, model), BestMetric(cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
-    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema, "best": best}
-    parts["data_loader"] = data_loader = build_detection_train_loader(cfg)
-    saver = build_periodic_checkpointer(cfg, model, parts, run_facts(cfg))
-    state = saver.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    start_iter, max_iter = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER  # 0 unless resuming
-    guard = build_step_guard(cfg, model, data_loader, state.get("skipped_steps", (0, 0)))
-    writers, stop = build_writers(cfg), StopRequest(cfg.SOLVER.MAX_TIME)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    clip_gradients = build_gradient_clipper(cfg, model)
+    amp = build_amp(cfg, model)
+    ema = build_ema(cfg, model)
+    data_loader = build_detection_train_loader(cfg)
+    nonfinite = build_nonfinite_guard(cfg, model, data_loader, amp.scaler)
+    early_stopping = EarlyStopping(cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
+    storage = EventStorage()
+    writers = build_writers(cfg)
+
+    # Whatever has a state is saved and restored by name.
+    checkpointer = build_checkpointer(
+        cfg,
+        model,
+        class_names=get_class_names(cfg.DATASETS.TRAIN),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=amp.scaler,
+        ema=ema,
+        data_loader=data_loader,
+        nonfinite=nonfinite,
+        early_stopping=early_stopping,
+        storage=storage,
+    )
+    start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
+    max_iter = cfg.SOLVER.MAX_ITER
+
     logger.info(f"starting training from iteration {start_iter} of {max_iter}")
-    with stop, EventStorage(start_iter, state.get("log_window")) as storage, closing_all(writers), saver:
-        # A checkpoint precedes the tests and the log row of its iteration: a resumed run does these first.
-        results = test_after(cfg, ema.evaluated, start_iter - 1, best, saver, state.get("due"))
-        if every(cfg.LOG_PERIOD, start_iter - 1) or any(state.get("due", ())):
+    with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
+        # A checkpoint is written before the evaluation and the log of its iteration: resume with these.
+        results = {}
+        actions = due(cfg, start_iter - 1)
+        if actions.validate or actions.test:
+            results = evaluate(cfg, ema.eval_model, start_iter - 1, actions, early_stopping, checkpointer)
+        if actions.log:
             write_all(writers)
-        late, start = False, perf_counter()
-        for iteration, data in zip(progress_range(start_iter, max_iter), data_loader, strict=False):
-            if late or best.is_stale():
+
+        start_time = perf_counter()
+        for iteration, samples in data_loader.iterations(start_iter, max_iter):
+            if early_stopping.triggered:
                 break
-            storage.iter, data_time = iteration, perf_counter() - start
-            late, due = iteration < max_iter - 1 and stop.is_made(), tests_due(cfg, iteration)
-            write = every(cfg.LOG_PERIOD, iteration) or any(due)
-            read = write or saver.is_due(iteration)  # the losses, else they stay on the device
-            optimizer.zero_grad()
-            totals = {}
-            for samples, share, context in split_batch(model, data, cfg.SOLVER.ACCUMULATE_STEPS):
-                with context, autocast:
-                    loss_dict = model(samples)  # a dict of losses, whatever the task
-                losses = sum_losses(loss_dict)
-                scaler.scale(scaled(losses, share)).backward()
-                totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
-            scaler.unscale_(optimizer)
-            norm = clip()
-            totals, norm = guard.only_finite(totals, norm, scaler)
-            if totals:
-                scaler.step(optimizer)
-            scaler.update()
+            data_time = perf_counter() - start_time
+            storage.iter = iteration
+            stopping = stop.requested_on_any_rank()  # all ranks
+            actions = due(cfg, iteration, stopping)
+
+            batches = micro_batches(model, samples, cfg.SOLVER.ACCUMULATE_STEPS)
+            losses = train_step(model, batches, optimizer, amp, clip_gradients, nonfinite)
             storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
             scheduler.step()
-            ema.update()
-            reduced = comm.reduce_dict(totals)
-            storage.put_scalars(**reduced, **norm, time=perf_counter() - start, data_time=data_time)
-            if read or late:
-                check_finite(storage, scaler, guard.images_of)  # sync point
-            if read:
-                comm.average_buffers(model, ema.module)
-                storage.put_scalars(**peak_memory(), smoothing_hint=False)
-            # The checkpoint comes first: a failing evaluation loses nothing.
-            saver.step(iteration, now=late, due=due, skipped_steps=guard.counts)
-            if any(due) and not late:
-                results = test_after(cfg, ema.evaluated, iteration, best, saver, due) or results
-            if write or late:
+            ema.update(model)
+
+            # Losses stay on the device until they are saved or logged.
+            losses = comm.reduce_dict(losses)
+            storage.put_scalars(**losses, time=perf_counter() - start_time, data_time=data_time)
+            if actions.save or actions.log:
+                nonfinite.check_losses(storage)  # device sync: NaN on any rank stops all ranks
+                storage.put_scalars(**amp.scalars(), **peak_memory(), smoothing_hint=False)
+
+            if actions.save:
+                checkpointer.save_iteration(iteration)
+            if actions.validate or actions.test:
+                results = evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
+            if actions.log:
                 write_all(writers)
-            start = perf_counter()
+            if actions.stop:
+                return results
+            start_time = perf_counter()
+        checkpointer.save_final()
     return results
 
 
 def setup(args):
-    """The config of the command line, after the checks that can be made before training."""
+    """Return the config of the command line, after the checks that can be made before training."""
     cfg = get_cfg()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
@@ -195,35 +210,22 @@ def setup(args):
 
 
 def main(args):
-    """One process' work."""
+    """Train or evaluate; runs on each rank."""
     cfg = setup(args)
     model = build_model(cfg)
     logger.info(f"model:\n{model}")
     if args.eval_only:
-        averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
-        names = {"class_names": dataset_classes(cfg.DATASETS.TEST), "averaged": averaged}
-        checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
-        if args.resume and not checkpointer.has_checkpoint():
-            raise UserError(f"--eval-only --resume: there is no checkpoint in {cfg.OUTPUT_DIR}")
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, **names)
+        load_for_evaluation(cfg, model, get_class_names(cfg.DATASETS.TEST), resume=args.resume)
         results = do_test(cfg, model)
     else:
         results = do_train(cfg, create_ddp_model(model), resume=args.resume)
         make_report_if_wanted(cfg)
     if args.dry_run:
-        resumed = do_train(cfg, create_ddp_model(build_model(cfg)), resume=True)
-        finish_dry_run(cfg, results, resumed)
+        finish_dry_run(cfg, results, do_train)
     if comm.is_main_process() and results:
         verify_results(cfg.TEST.EXPECTED_RESULTS, next(iter(results.values())))
     return results
 
 
 if __name__ == "__main__":
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))

@@ -15,7 +15,6 @@ Each dataset of DATASETS.TEST gets a folder OUTPUT_DIR/inference/DATASET with it
 with the predictions, coco_instances_results.json (but for a ProposalNetwork's). Of a run in OUTPUT_DIR
 nothing else is changed but log.txt, which goes on.
 
-The file is made to be copied: change the data or the evaluator where they are called.
 """
 
 import logging
@@ -31,42 +30,18 @@ if __name__ == "__main__":
     )
     args = parser.parse_args()
 
-from plaintrain.checkpoint import DetectionCheckpointer
-from plaintrain.config import get_cfg
-from plaintrain.data import build_detection_test_loader
+from plaintrain.checkpoint import load_for_evaluation
 from plaintrain.data.catalog import class_names
-from plaintrain.engine import default_setup, launch
-from plaintrain.evaluation import (
-    build_evaluator,
-    inference_on_dataset,
-    read_predictions,
-    report_results,
-    verify_results,
-)
+from plaintrain.engine import default_setup, launch, load_cfg
+from plaintrain.evaluation import build_evaluator, read_predictions, report_results, verify_results
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE
 from plaintrain.modeling import build_model
-from plaintrain.modeling.tta import build_tta
-from plaintrain.precision import build_autocast
+from plaintrain.testing import do_test
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.logger import progress
 
 logger = logging.getLogger("plaintrain")
-
-
-def do_test(cfg, model):
-    """Evaluate on every dataset of DATASETS.TEST; {dataset: {task: {metric: number}}} on rank 0."""
-    results = {}
-    device_type = next(model.parameters()).device.type
-    model = build_tta(cfg, model)
-    for dataset_name in cfg.DATASETS.TEST:
-        data_loader = build_detection_test_loader(cfg, dataset_name)
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        evaluator = build_evaluator(cfg, dataset_name, folder)
-        with build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, device_type):
-            results[dataset_name] = inference_on_dataset(model, data_loader, evaluator)
-        report_results(dataset_name, results[dataset_name], folder)
-    return results
 
 
 def score_predictions(cfg, path):
@@ -114,33 +89,19 @@ def check(cfg, args):
         )
 
 
-def setup(args):
-    """The config of the command line, after the checks that can be made before evaluating."""
-    cfg = get_cfg()
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    cfg.freeze()
-    check(cfg, args)
-    default_setup(cfg, args)
-    return cfg
-
-
 def main(args):
     """One process' work."""
     # The files of a run in OUTPUT_DIR stay where they are.
     args.eval_only = True
-    cfg = setup(args)
+    cfg = load_cfg(args)
+    cfg.freeze()
+    check(cfg, args)
+    default_setup(cfg, args)
     if args.predictions:
         results = score_predictions(cfg, args.predictions)
     else:
         model = build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
-        if args.resume and not checkpointer.has_checkpoint():
-            raise UserError(f"--resume: there is no checkpoint in {cfg.OUTPUT_DIR}; give MODEL.WEIGHTS FILE")
-        averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
-        names = {"class_names": class_names(cfg.DATASETS.TEST[0]), "averaged": averaged}
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, **names)
+        load_for_evaluation(cfg, model, class_names(cfg.DATASETS.TEST[0]), resume=args.resume)
         results = do_test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg.TEST.EXPECTED_RESULTS, next(iter(results.values())))
@@ -148,11 +109,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))

@@ -115,6 +115,11 @@ def class_names(name):
     return list(metadata.thing_classes)
 
 
+def get_class_names(dataset_names):
+    """Return the class names that the first dataset's metadata has, None without any."""
+    return MetadataCatalog.get(dataset_names[0]).get("thing_classes") if dataset_names else None
+
+
 def common_class_names(names):
     """The class names that all of these datasets have.
 

@@ -19,7 +19,7 @@ from plaintrain.data.thread_loader import ThreadLoader, Threads
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
-from plaintrain.utils.logger import outlive_console
+from plaintrain.utils.logger import outlive_console, progress_range
 from plaintrain.utils.memory import note_batch
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,7 @@ class TrainLoader(Loader):
         """
         self._records, self._sampler, self._iteration = records, sampler, start_iter
         self.num_replaced, self._replaced = 0, set()
+        self._stream = None
         self._mapped = MappedRecords(records, mapper, sampler.seed, skip_unreadable)
         super().__init__(self._mapped, _Batches(self), num_workers)
 
@@ -207,6 +208,20 @@ class TrainLoader(Loader):
             self._replaced.add(sample.reason)
             logger.warning(f"{sample.reason}; another image takes its place, {self.num_replaced} so far")
         return sample.sample
+
+    def iterations(self, start_iter, end_iter, desc="training"):
+        """Yield (iteration, samples), with a progress bar on a terminal.
+
+        Args:
+            start_iter: the first iteration; nothing before it is loaded.
+            end_iter: the iteration to end before. The next call may continue there, with the same workers.
+            desc: label of the bar.
+        """
+        if self._stream is None or self._iteration != start_iter:
+            self._iteration = start_iter
+            self._stream = iter(self)
+        for iteration in progress_range(start_iter, end_iter, desc=desc):
+            yield iteration, next(self._stream)
 
     @property
     def iters_per_epoch(self):

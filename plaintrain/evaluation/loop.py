@@ -7,6 +7,7 @@ import time
 import torch
 
 from plaintrain.evaluation.background import in_background
+from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
 from plaintrain.utils.logger import progress
@@ -81,11 +82,15 @@ def _own(thing):
 
 @contextlib.contextmanager
 def inference_context(model):
-    """The model in evaluation mode; each of its modules goes back to the mode it had."""
+    """Put the model into evaluation mode; afterwards each module has the mode it had.
+
+    Running statistics are averaged over ranks within the block, so all ranks enter it.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with comm.averaged_norm_buffers(model):  # all ranks
+            yield
     finally:
         for module, training in modes:
             module.training = training

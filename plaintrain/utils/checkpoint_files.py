@@ -151,10 +151,14 @@ def prune_checkpoints(folder, saved, max_to_keep):
     names = [os.path.basename(path) for path in checkpoint_files(folder)]
     others = [name for name in names if _NUMBERED.fullmatch(name) and name != saved]
     for name in others[: max(0, len(others) - max_to_keep + 1)]:
-        try:
-            os.unlink(os.path.join(folder, name))
-        except FileNotFoundError:
-            # Somebody was faster.
-            continue
-        except OSError as e:
-            raise UserError(f"cannot remove the old checkpoint {name} in {folder}: {e.strerror}") from e
+        delete_checkpoint(folder, name)
+
+
+def delete_checkpoint(folder, name):
+    """Delete a checkpoint; one that is gone already is no error."""
+    try:
+        os.unlink(os.path.join(folder, name))
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise UserError(f"cannot delete the old checkpoint {name} in {folder}: {e.strerror}") from e

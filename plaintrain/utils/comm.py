@@ -118,26 +118,19 @@ def any_rank(flag):
 
 
 def check_loss_names(loss_dict):
-    """Make sure that there is a loss, and that every rank has the same, before a collective waits for ever.
+    """Raise if ranks have different losses, before a backward pass in which they would wait forever.
 
-    The host compares a checksum, in one small all-reduce; no device is waited for.
+    The hosts compare a checksum in one small all-reduce; no device sync.
 
     Args:
         loss_dict: what the model returned.
 
     Raises:
-        UserError: on every rank, if two of them have different keys, or none contains "loss".
+        UserError: on every rank, if two of them have different keys.
     """
-    # The comparison comes first: a rank that stopped before would leave the others waiting in it.
-    if get_world_size() > 1:
-        _check_same_names(sorted(loss_dict))
-    if not any("loss" in name for name in loss_dict):
-        raise UserError(
-            f"the model returned nothing to minimise: no key of {sorted(loss_dict)} contains 'loss'"
-        )
-
-
-def _check_same_names(names):
+    if get_world_size() == 1:
+        return
+    names = sorted(loss_dict)
     checksum = zlib.crc32("\n".join(names).encode())
     extremes = torch.tensor([checksum, -checksum])
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
@@ -178,24 +171,34 @@ def reduce_dict(input_dict, average=True):
 
 
 @torch.no_grad()
-def average_buffers(*models):
-    """Average the running statistics of batch-norm layers over all ranks, in place.
-
-    Ranks see different images and DDP runs with `broadcast_buffers=False`, so the statistics
-    drift apart; call this before evaluating or saving.
-
-    Args:
-        models: modules; one that is given twice is averaged once.
-    """
-    if get_world_size() == 1:
-        return
-    modules = (module for model in dict.fromkeys(models) for module in model.modules())
-    layers = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
-    buffers = [b for m in layers for b in (m.running_mean, m.running_var)]
-    if not buffers:
-        return
-    flat = torch.cat([b.flatten() for b in buffers])
+def average_tensors(tensors):
+    """Return the averages over ranks of tensors on one device, in one all-reduce; all ranks call it."""
+    tensors = list(tensors)
+    if get_world_size() == 1 or not tensors:
+        return tensors
+    # In float64 the average of equal numbers is that number.
+    flat = torch.cat([t.flatten().double() for t in tensors])
     dist.all_reduce(flat)
     flat /= get_world_size()
-    for buffer, value in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(value.view_as(buffer))
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+
+
+@contextlib.contextmanager
+def averaged_norm_buffers(model):
+    """Average the running statistics of batch norm over ranks within the block; all ranks enter it.
+
+    Ranks see different images and DDP runs with `broadcast_buffers=False`, so the statistics drift apart.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    buffers = [b for m in layers for b in (m.running_mean, m.running_var)]
+    own = [b.clone() for b in buffers] if get_world_size() > 1 else []
+    with torch.no_grad():
+        for buffer, value in zip(buffers, average_tensors(buffers), strict=True):
+            buffer.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers if own else [], own, strict=True):
+                buffer.copy_(value)

@@ -40,6 +40,19 @@ def load_state(item, state, what):
         raise UserError(f"{what} does not fit this run: {e}{hint}") from e
 
 
+def convert_older_states(data):
+    """Give the states of a checkpoint of plaintrain 0.x the names that they have now, in place."""
+    if "best" in data:
+        data["early_stopping"] = data.pop("best")
+    if "skipped_steps" in data:
+        num_skipped, num_in_row = data.pop("skipped_steps")
+        data["nonfinite"] = {"num_skipped": num_skipped, "num_in_row": num_in_row}
+    if "log_window" in data:
+        data["storage"] = {"iteration": data["iteration"], **data.pop("log_window")}
+    # What was to be evaluated: the schedule says it.
+    data.pop("due", None)
+
+
 def plain(value, name):
     """`value` as types that `torch.load(weights_only=True)` reads: NumPy's numbers become Python's."""
     if isinstance(value, bool | str | torch.Tensor | type(None)):
@@ -55,20 +68,29 @@ def plain(value, name):
     raise UserError(f"a checkpoint cannot hold {name}, a {type(value).__name__}")
 
 
+def average_norm_buffers(state):
+    """Replace the running statistics in a model's state dict by their average over ranks.
+
+    All ranks call it. The model keeps its own statistics, which differ between ranks.
+
+    Returns:
+        This rank's own ones, {name: tensor on the CPU}.
+    """
+    names = [name for name in state if name.endswith(_NORM_BUFFERS)]
+    own = {name: state[name].cpu() for name in names}
+    state.update(zip(names, comm.average_tensors(state[name] for name in names), strict=True))
+    return own
+
+
 def gather_norm_buffers(states):
-    """Every rank's running statistics of batch norm: {"norm_buffers": [...]} on rank 0; all ranks call it.
+    """Average the running statistics in a checkpoint's "model" and "ema"; all ranks call it.
 
-    They drift apart between two averagings; {} where there are none, or only one rank.
-
-    Args:
-        states: {"model": state dict, "ema": state dict, ...}.
+    Returns:
+        {"norm_buffers": [each rank's own ones]} on rank 0; {} where there are none, or only one rank.
     """
     if comm.get_world_size() == 1:
         return {}
-    own = {
-        part: {name: t.cpu() for name, t in states.get(part, {}).items() if name.endswith(_NORM_BUFFERS)}
-        for part in ("model", "ema")
-    }
+    own = {name: average_norm_buffers(states.get(name, {})) for name in ("model", "ema")}
     return {"norm_buffers": comm.gather(own)} if own["model"] else {}
 
 
@@ -76,7 +98,7 @@ def take_norm_buffers(states):
     """Put this rank's running statistics into the states of the model and its average.
 
     Args:
-        states: what was saved with `gather_norm_buffers`; of another number of ranks, rank 0's stay.
+        states: what was saved with `gather_norm_buffers`; of another number of ranks, the averages stay.
     """
     saved = states.pop("norm_buffers", [])
     if len(saved) == comm.get_world_size():

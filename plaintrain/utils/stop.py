@@ -41,7 +41,7 @@ class Stopped(SystemExit):
     """A signal ended the run on all ranks, with a checkpoint; `code` is what a shell reports for it."""
 
 
-class StopRequest:
+class StopSignal:
     """Tells all ranks together that the run is to end after this step.
 
     Within its block the signals of `stop_signals` only ask for it, and a second SIGINT ends the process at
@@ -49,20 +49,24 @@ class StopRequest:
     """
 
     def __init__(self, max_time=0):
-        """max_time: seconds from now after which it is made, 0 for no limit."""
-        self._seconds, self._deadline = max_time, time.monotonic() + max_time
-        self.signal, self._first_interrupt, self._agreed, self._handlers = 0, math.inf, 0, {}
+        """max_time: seconds from now after which the run is to end, 0 for no limit."""
+        self._max_time = max_time
+        self._deadline = time.monotonic() + max_time
+        self.signal = 0
+        self._first_interrupt = math.inf
+        self._agreed = 0
+        self._handlers = {}
 
-    def is_made(self):
-        """Whether a rank has a signal or no time left. The ranks' hosts agree; no device is waited for."""
-        time_is_over = bool(self._seconds) and time.monotonic() >= self._deadline
+    def requested_on_any_rank(self):
+        """Return whether a rank has a signal or no time left: an all-reduce on the host, no device sync."""
+        is_out_of_time = bool(self._max_time) and time.monotonic() >= self._deadline
         # One number for both: a signal of any rank counts for more than the time.
-        reason = comm.highest(2 * self.signal + time_is_over)
+        reason = comm.highest(2 * self.signal + is_out_of_time)
         self._agreed = reason // 2
         if reason == 1:
             logger.warning(
-                f"SOLVER.MAX_TIME of {self._seconds:g} s is over: the run stops after this step, with a "
-                "checkpoint; go on with --resume"
+                f"SOLVER.MAX_TIME of {self._max_time:g} s is over: the run stops after this step, with a "
+                "checkpoint; continue with --resume"
             )
         return reason > 0
 
@@ -99,7 +103,7 @@ class StopRequest:
         rest()
         if self._agreed and (error is None or isinstance(error, Stopped)):
             name = signal.Signals(self._agreed).name
-            logger.warning(f"{name}: the run has stopped, with a checkpoint; go on with --resume")
+            logger.warning(f"{name}: the run has stopped, with a checkpoint; continue with --resume")
             # Nobody leaves while another still saves: a launcher ends the rest of a job with its first.
             comm.synchronize()
             self._restore()

@@ -15,6 +15,8 @@ _STORAGES = []
 # Tensors are fetched at the latest when this many scalars wait, so memory stays bounded.
 _MAX_PENDING = 10_000
 _MAX_IMAGES = 100
+# Values of a scalar that are saved: the window of the writers.
+_WINDOW_SIZE = 20
 
 
 def every(period, iteration, start=0):
@@ -84,13 +86,8 @@ class EventStorage:
     and all that wait are fetched in one transfer when somebody reads.
     """
 
-    def __init__(self, start_iter=0, window=None):
-        """
-        Args:
-            start_iter: the iteration to count from; `iter` equals it until `step()`.
-            window: that of the run that is resumed, so that its medians continue; the latest values that
-                its writers have not read are to be written.
-        """
+    def __init__(self, start_iter=0):
+        """start_iter: the iteration to count from; `iter` equals it until `step()`."""
         self.start_iter = start_iter
         self.iter = start_iter
         self._history = defaultdict(HistoryBuffer)
@@ -101,34 +98,39 @@ class EventStorage:
         self._scope = ""
         self.clear_images()
         self.clear_histograms()
-        window = window or {}
         # The names of the scalars that no writer has read, and when one has read last.
-        self._unwritten, self._read_at = set(window.get("unwritten", ())), -1
-        for kept, unread in zip((self.images, self.histograms), window.get("images", ()), strict=False):
+        self._unwritten = set()
+        self._read_at = -1
+
+    def state_dict(self):
+        """Return the log window, so that the medians of a resumed run continue; a device sync.
+
+        Returns:
+            {"iteration": the current one, "scalars": {name: [[[value, iteration], ...], smoothing hint]},
+            "unwritten": [name, ...], "images": [images, histograms]}, the last two of what no writer has
+            read.
+        """
+        scalars = {
+            name: [[list(pair) for pair in history.values()[-_WINDOW_SIZE:]], self._hints[name]]
+            for name, history in self.histories().items()
+        }
+        images = [[i for i in kept if i[-1] > self._read_at] for kept in (self.images, self.histograms)]
+        unwritten = sorted(self._unwritten)
+        return {"iteration": self.iter, "scalars": scalars, "unwritten": unwritten, "images": images}
+
+    def load_state_dict(self, state_dict):
+        """Continue from a saved log window: `iter` is the iteration that was finished last."""
+        self.iter = state_dict["iteration"]
+        self.start_iter = self.iter + 1
+        self._unwritten = set(state_dict["unwritten"])
+        for kept, unread in zip((self.images, self.histograms), state_dict["images"], strict=True):
             kept.extend(unread)
-        for name, (values, hint) in window.get("scalars", {}).items():
+        for name, (values, hint) in state_dict["scalars"].items():
             self._hints[name] = hint
             for value, iteration in values:
                 self._history[name].update(value, iteration)
             if name in self._unwritten:
                 self._latest[name] = tuple(values[-1])
-
-    def window(self, size=20):
-        """The last values of each scalar, for the `EventStorage` of a run that is resumed.
-
-        Args:
-            size: values a scalar; the window of the writers.
-
-        Returns:
-            {"scalars": {name: [[[value, iteration], ...], smoothing hint]}, "unwritten": [name, ...],
-            "images": [images, histograms]}, the last two of what no writer has read.
-        """
-        scalars = {
-            name: [[list(pair) for pair in history.values()[-size:]], self._hints[name]]
-            for name, history in self.histories().items()
-        }
-        images = [[i for i in kept if i[-1] > self._read_at] for kept in (self.images, self.histograms)]
-        return {"scalars": scalars, "unwritten": sorted(self._unwritten), "images": images}
 
     def put_scalar(self, name, value, smoothing_hint=True, cur_iter=None):
         """Store one scalar; see `put_scalars`."""

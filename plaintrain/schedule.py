@@ -1,8 +1,23 @@
-"""The order of training and validation epochs."""
+"""When something is due: what follows an iteration, and the order of training and validation epochs."""
+
+from typing import NamedTuple
 
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.storage import every
+
+__all__ = ["Due", "check_workflow", "every", "validates_after", "workflow_epochs"]
 
 _MODES = ("train", "val")
+
+
+class Due(NamedTuple):
+    """What follows an iteration."""
+
+    save: bool = False
+    validate: bool = False
+    test: bool = False
+    log: bool = False
+    stop: bool = False
 
 
 def workflow_epochs(workflow, max_epochs, start_epoch=0):
@@ -35,6 +50,12 @@ def workflow_epochs(workflow, max_epochs, start_epoch=0):
                     done += 1
                 if done > start_epoch or (done == start_epoch and (mode == "val" or start_epoch == 0)):
                     yield mode, done - 1
+
+
+def validates_after(cfg, epoch):
+    """Return whether WORKFLOW validates after a training epoch (from 0), or with -1 before the first."""
+    epochs = workflow_epochs(cfg.WORKFLOW, cfg.SOLVER.MAX_EPOCHS)
+    return any(mode == "val" and last_epoch == epoch for mode, last_epoch in epochs)
 
 
 def check_workflow(workflow):

@@ -1,0 +1,52 @@
+"""Evaluation of a model on all datasets of DATASETS.TEST."""
+
+import os
+
+from plaintrain.data.loader import build_detection_test_loader, build_detection_val_loader
+from plaintrain.evaluation import (
+    build_evaluator,
+    flatten_results,
+    inference_on_dataset,
+    report_results,
+    validation_losses,
+)
+from plaintrain.modeling.tta import build_tta
+from plaintrain.precision import build_test_autocast
+from plaintrain.utils import comm
+from plaintrain.utils.storage import get_event_storage
+
+
+def do_test(cfg, model):
+    """Evaluate on each dataset of DATASETS.TEST; returns {dataset: {task: {metric: number}}} on all ranks."""
+    results = {}
+    for dataset_name in cfg.DATASETS.TEST:
+        data_loader = build_detection_test_loader(cfg, dataset_name)
+        output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        evaluator = build_evaluator(cfg, dataset_name, output_folder)
+        with build_test_autocast(cfg, model):
+            dataset_results = inference_on_dataset(build_tta(cfg, model), data_loader, evaluator)
+        results[dataset_name] = comm.broadcast(dataset_results)
+        report_results(dataset_name, results[dataset_name], output_folder)
+    return results
+
+
+def do_validate(cfg, model):
+    """Compute the losses on DATASETS.TEST; returns {"val/NAME": mean over images} on all ranks."""
+    data_loaders = [build_detection_val_loader(cfg, name) for name in cfg.DATASETS.TEST]
+    with build_test_autocast(cfg, model):
+        return validation_losses(model, data_loaders, cfg.SEED)
+
+
+def evaluate(cfg, model, iteration, actions, early_stopping, checkpointer):
+    """Compute and log what is due after an iteration, and save the best weights; returns test results."""
+    metrics = do_validate(cfg, model) if actions.validate else {}
+    results = do_test(cfg, model) if actions.test else {}
+    metrics |= flatten_results(results)
+    if early_stopping.update(iteration, metrics):
+        checkpointer.save_weights("model_best", model, iteration=iteration)
+    if early_stopping.triggered and not actions.test:
+        # The run ends here, as always with test results.
+        results = do_test(cfg, model)
+        metrics |= flatten_results(results)
+    get_event_storage().put_scalars(**metrics, smoothing_hint=False)
+    return results
