@@ -4,18 +4,15 @@ python examples/train_fork.py --config-file configs/quickstart.yaml OUTPUT_DIR o
     DATASETS.TRAIN "('crowded_train',)" DATASETS.TEST "('crowded_val',)"
 """
 
-import time
-from itertools import chain
-
 import torch
+from torch.nn import functional as F
 
-from plaintrain import accumulation, checkpoint, config, data, engine, evaluation, modeling, precision, solver
+from plaintrain import data, engine, evaluation, modeling, solver
+from plaintrain.checkpoint import build_checkpointer
 from plaintrain.data.shapes import CLASSES, load_shapes
 from plaintrain.report.after_training import make_report_if_wanted
-from plaintrain.utils import comm, events
-
-LEFT_OUT = """MODEL.EMA.ENABLED SOLVER.ACCUMULATE_STEPS SOLVER.AMP.ENABLED SOLVER.MAX_TIME SOLVER.ON_NONFINITE
-TEST.AMP TEST.AUG.ENABLED TEST.BEST_METRIC TEST.EVAL_START TEST.EXPECTED_RESULTS TEST.VAL_LOSS_PERIOD"""
+from plaintrain.utils import comm
+from plaintrain.utils.events import EventStorage, closing_all, every, write_all
 
 
 def load_crowded(split):
@@ -28,93 +25,98 @@ for name, split in (("crowded_train", "train"), ("crowded_val", "val")):
     data.MetadataCatalog.get(name).set(thing_classes=CLASSES, evaluator_type="coco")
 
 
-def add_presence_loss(detector, maps):
-    """2. The loss: from the backbone's coarsest map the detector also learns which classes there are."""
-    presence = torch.nn.Linear(detector.backbone.out_channels, len(CLASSES))
-    detector.presence = presence.to(next(detector.parameters()).device)
+def add_presence_loss(detector):
+    """2. The loss: from the backbone's coarsest map, the detector also learns which classes are present."""
+    detector.presence = torch.nn.Linear(detector.backbone.out_channels, len(CLASSES))
+    detector.presence.to(next(detector.parameters()).device)
+    maps = {}
     detector.backbone.register_forward_hook(lambda module, inputs, outputs: maps.update(outputs))
 
-    def add_loss(module, inputs, found):
+    def add_loss(module, inputs, loss_dict):
         if module.training:
             logits = module.presence(list(maps.values())[-1].mean(dim=(2, 3))).float()
-            labels = [sample["target"]["labels"].to(logits.device) for sample in inputs[0]]
-            there = torch.stack([torch.zeros_like(logits[0]).index_fill(0, index, 1) for index in labels])
-            found["loss_presence"] = 0.1 * torch.nn.functional.binary_cross_entropy_with_logits(logits, there)
+            presence = torch.zeros_like(logits)
+            for row, sample in zip(presence, inputs[0], strict=True):
+                row[sample["target"]["labels"].to(row.device)] = 1
+            loss_dict["loss_presence"] = 0.1 * F.binary_cross_entropy_with_logits(logits, presence)
 
     detector.register_forward_hook(add_loss)
 
 
-# 3. The metric: by how many objects of each class the count in an image is off, on average.
 class CountingError(evaluation.DatasetEvaluator):
+    """3. The metric: by how much the number of detections of a class is off in an image, on average."""
+
     def __init__(self, dataset_name):
-        records, self.off = data.DatasetCatalog.get(dataset_name), []
-        self.truth = {r["image_id"]: [a["category_id"] for a in r["annotations"]] for r in records}
+        records = data.DatasetCatalog.get(dataset_name)
+        self.ground_truth = {r["image_id"]: [a["category_id"] for a in r["annotations"]] for r in records}
+        self.errors = []
 
     def process(self, inputs, outputs):
         for sample, output in zip(inputs, outputs, strict=True):
-            found, truth = output["labels"][output["scores"] >= 0.5].tolist(), self.truth[sample["image_id"]]
-            self.off.append([abs(found.count(k) - truth.count(k)) for k in range(len(CLASSES))])
+            detected = output["labels"][output["scores"] >= 0.5].tolist()
+            labels = self.ground_truth[sample["image_id"]]
+            self.errors.append([abs(detected.count(k) - labels.count(k)) for k in range(len(CLASSES))])
 
     def evaluate(self):
-        off = torch.tensor(sum(comm.all_gather(self.off), []), dtype=torch.float32).mean(dim=0)
-        return {"count": {f"error-{k}": value for k, value in zip(CLASSES, off.tolist(), strict=True)}}
+        errors = torch.tensor(sum(comm.all_gather(self.errors), []), dtype=torch.float32).mean(dim=0)
+        return {"count": {f"error-{k}": value for k, value in zip(CLASSES, errors.tolist(), strict=True)}}
 
 
 def do_test(cfg, model):
-    loader, (name,) = data.build_detection_test_loader(cfg, *cfg.DATASETS.TEST), cfg.DATASETS.TEST
-    scorers = [evaluation.build_evaluator(cfg, name), CountingError(name)]
-    return evaluation.flatten_results(comm.broadcast(evaluation.inference_on_dataset(model, loader, scorers)))
+    (dataset_name,) = cfg.DATASETS.TEST
+    data_loader = data.build_detection_test_loader(cfg, dataset_name)
+    evaluators = [evaluation.build_evaluator(cfg, dataset_name), CountingError(dataset_name)]
+    results = comm.broadcast(evaluation.inference_on_dataset(model, data_loader, evaluators))
+    return evaluation.flatten_results({dataset_name: results})
 
 
 def do_train(cfg, model, resume):
-    optimizer, loader = solver.build_optimizer(cfg, model), data.build_detection_train_loader(cfg)
-    scheduler, clip = solver.build_lr_scheduler(cfg, optimizer), solver.build_gradient_clipper(cfg, model)
-    parts = {"optimizer": optimizer, "scheduler": scheduler, "data_loader": loader}
-    facts, scaler = {"config": cfg.dump(), "class_names": CLASSES}, torch.amp.GradScaler(enabled=False)
-    saver = checkpoint.build_periodic_checkpointer(cfg, model, parts, facts)
-    state, start = saver.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume), time.perf_counter()
-    first, max_iter, writers = state.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER, engine.build_writers(cfg)
-    with events.EventStorage(first, state.get("log_window")) as storage, events.closing_all(writers), saver:
-        for iteration, samples in zip(range(first - 1, max_iter), chain([None], loader), strict=False):
-            storage.iter, data_time = iteration, time.perf_counter() - start
-            test = iteration == max_iter - 1 or events.every(cfg.TEST.EVAL_PERIOD, iteration)
-            write = test or events.every(cfg.LOG_PERIOD, iteration)
-            if samples:  # A resumed run begins with the test and the log row of its last iteration.
-                optimizer.zero_grad()
-                loss_dict = model(samples)
-                losses = accumulation.sum_losses(loss_dict)
-                losses.backward()
-                norm = clip()
-                optimizer.step()
-                storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
-                scheduler.step()
-                reduced = comm.reduce_dict({"total_loss": losses, **loss_dict})
-                storage.put_scalars(**reduced, **norm, time=time.perf_counter() - start, data_time=data_time)
-                if write or saver.is_due(iteration):
-                    precision.check_finite(storage, scaler, loader.image_names)  # sync point
-                    comm.average_buffers(model)
-                saver.step(iteration)
-            if test:
+    optimizer = solver.build_optimizer(cfg, model)
+    scheduler = solver.build_lr_scheduler(cfg, optimizer)
+    clip_gradients = solver.build_gradient_clipper(cfg, model)
+    data_loader = data.build_detection_train_loader(cfg)
+    storage = EventStorage()
+    states = {"optimizer": optimizer, "scheduler": scheduler, "data_loader": data_loader, "storage": storage}
+    checkpointer = build_checkpointer(cfg, model, CLASSES, **states)
+    start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
+    with storage, closing_all(engine.build_writers(cfg)) as writers, checkpointer:
+        for iteration, samples in data_loader.iterations(start_iter, cfg.SOLVER.MAX_ITER):
+            storage.iter = iteration
+            optimizer.zero_grad()
+            loss_dict = model(samples)
+            comm.check_loss_names(loss_dict)  # all ranks
+            total_loss = sum(loss_dict.values())
+            total_loss.backward()
+            grad_norm = clip_gradients()
+            optimizer.step()
+            losses = {"total_loss": total_loss, **loss_dict, "grad_norm": grad_norm}
+            storage.put_scalars(**comm.reduce_dict(losses))
+            storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
+            scheduler.step()
+
+            is_last = iteration == cfg.SOLVER.MAX_ITER - 1
+            if is_last or every(cfg.TEST.EVAL_PERIOD, iteration):
                 storage.put_scalars(**do_test(cfg, model), smoothing_hint=False)
-            if write:
-                events.write_all(writers)
-            start = time.perf_counter()
+            if is_last or every(cfg.LOG_PERIOD, iteration):
+                write_all(writers)
+            if is_last or every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration):
+                storage.raise_if_nonfinite(data_loader.image_names)  # device sync
+                checkpointer.save_iteration(iteration)
+        checkpointer.save_final()
 
 
 def main(args):
     if args.eval_only or args.dry_run:
         raise SystemExit("error: this fork only trains, without --eval-only and --dry-run")
-    cfg = config.get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    for key in LEFT_OUT.split():
-        engine.require_default(cfg, key, "this fork has left it out")
+    cfg = engine.load_cfg(args)
+    engine.reject_loop_options(cfg, used=["SOLVER.ASYNC_CHECKPOINT", "SOLVER.CHECKPOINT_MAX_TO_KEEP"])
     engine.default_setup(cfg, args)
-    add_presence_loss(model := modeling.build_model(cfg), {})
+    model = modeling.build_model(cfg)
+    add_presence_loss(model)
     do_train(cfg, engine.create_ddp_model(model), args.resume)
     make_report_if_wanted(cfg)
 
 
 if __name__ == "__main__":
     args = engine.default_argument_parser(epilog=__doc__).parse_args()
-    engine.launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
+    engine.launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))

@@ -38,10 +38,31 @@ __all__ = [
     "default_writers",
     "launch",
     "load_cfg",
+    "reject_loop_options",
     "require_default",
 ]
 
 logger = logging.getLogger(__name__)
+
+# What a loop does or leaves out; whatever else the config says is done by the functions that it calls.
+LOOP_OPTIONS = (
+    "DEBUG.DUMP_BAD_BATCH",
+    "MODEL.EMA.ENABLED",
+    "SOLVER.ACCUMULATE_STEPS",
+    "SOLVER.AMP.ENABLED",
+    "SOLVER.ASYNC_CHECKPOINT",
+    "SOLVER.CHECKPOINT_MAX_TO_KEEP",
+    "SOLVER.MAX_TIME",
+    "SOLVER.ON_NONFINITE",
+    "SOLVER.PATIENCE",
+    "TEST.AMP",
+    "TEST.AUG.ENABLED",
+    "TEST.BEST_METRIC",
+    "TEST.EVAL_START",
+    "TEST.EXPECTED_RESULTS",
+    "TEST.VAL_LOSS_PERIOD",
+    "WORKFLOW",
+)
 
 
 def load_cfg(args):
@@ -149,6 +170,21 @@ def require_default(cfg, key, reason):
     value, default = get_value(cfg, key), get_value(get_cfg(), key)
     if value != default:
         raise UserError(f"{key} is {value}, but here it must be {default}: {reason}")
+
+
+def reject_loop_options(cfg, used=()):
+    """Raise if the config asks for what a loop leaves out that scripts/plain_train_net.py does.
+
+    Args:
+        cfg: the config.
+        used: those of `LOOP_OPTIONS` that the loop does itself.
+
+    Raises:
+        UserError: see `require_default`.
+    """
+    for key in LOOP_OPTIONS:
+        if key not in used:
+            require_default(cfg, key, "this loop does not read it, scripts/plain_train_net.py does")
 
 
 def default_writers(output_dir, max_iter=None, names=("console", "json", "tensorboard")):

@@ -1,10 +1,10 @@
-"""The best model of a run and its patience: plaintrain.best."""
+"""Early stopping and the best value: plaintrain.early_stopping."""
 
 import pytest
 import torch
 
-from plaintrain.best import BestMetric
 from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.early_stopping import EarlyStopping
 from plaintrain.utils.errors import UserError
 
 NAN = float("nan")
@@ -41,7 +41,7 @@ def state(best):
     ],
 )
 def test_update_returns_whether_the_value_is_the_best(name, values, expected):
-    best = BestMetric(name)
+    best = EarlyStopping(name)
     assert updates(best, values, name) == expected
     last = len(expected) - 1 - expected[::-1].index(True)
     assert state(best) == (float(values[last]), last, len(expected) - 1 - last)
@@ -61,7 +61,7 @@ def test_update_returns_whether_the_value_is_the_best(name, values, expected):
     ],
 )
 def test_metric_is_the_first_that_ends_with_its_name(metric, value):
-    best = BestMetric(metric)
+    best = EarlyStopping(metric)
     assert best.update(7, {**LOSSES, **RESULTS})
     assert state(best) == (value, 7, 0)
 
@@ -70,9 +70,9 @@ def test_metric_is_the_first_that_ends_with_its_name(metric, value):
     ("metric", "results"), [("", RESULTS), ("auto", LOSSES), ("bbox/AP", LOSSES), ("val/total_loss", RESULTS)]
 )
 def test_results_of_another_type_are_skipped(metric, results):
-    best = BestMetric(metric, patience=1)
+    best = EarlyStopping(metric, patience=1)
     assert not best.update(4, results) and not best.update(4, {})
-    assert state(best) == (None, None, 0) and not best.is_stale()
+    assert state(best) == (None, None, 0) and not best.triggered
     # The iteration may still be evaluated.
     assert best.update(4, {**LOSSES, **RESULTS}) == (metric != "")
 
@@ -87,7 +87,7 @@ def test_results_of_another_type_are_skipped(metric, results):
 )
 def test_unknown_metric_is_rejected_with_the_nearest(metric, near, far):
     with pytest.raises(UserError) as error:
-        BestMetric(metric).update(0, {**LOSSES, **RESULTS})
+        EarlyStopping(metric).update(0, {**LOSSES, **RESULTS})
     message, _, names = str(error.value).partition("; did you mean ")
     assert message == f"TEST.BEST_METRIC is {metric!r}, which the evaluation does not give"
     assert near in names and far not in names
@@ -106,53 +106,53 @@ def test_unknown_metric_is_rejected_with_the_nearest(metric, near, far):
     ],
 )
 def test_patience_counts_evaluations_in_a_row_without_a_new_best(log, patience, expected):
-    best = BestMetric("bbox/AP", patience)
-    stale = []
+    best = EarlyStopping("bbox/AP", patience)
+    triggered = []
     for i, value in enumerate([NAN, 1.0, 1.0, 2.0, 0.0, NAN, 1.0]):
         best.update(i, {"bbox/AP": value})
-        stale.append(best.is_stale())
-    assert stale == expected
-    assert ("bbox/AP in SOLVER.PATIENCE" in log.text) == any(expected)
+        triggered.append(best.triggered)
+    assert triggered == expected
+    assert ("early stopping: bbox/AP has not improved for" in log.text) == any(expected)
 
 
 # ---- resuming --------------------------------------------------------------------------------
 
 
 def test_repeated_evaluation_counts_once():
-    best = BestMetric("bbox/AP", patience=2)
+    best = EarlyStopping("bbox/AP", patience=2)
     # Before the first iteration.
     assert best.update(-1, {"bbox/AP": 1.0}) and best.iteration == -1
     assert not best.update(19, {"bbox/AP": 0.5})
     for iteration, value in ((19, 0.5), (19, 3.0), (9, 4.0)):
         assert not best.update(iteration, {"bbox/AP": value})
-    assert state(best) == (1.0, -1, 1) and not best.is_stale()
+    assert state(best) == (1.0, -1, 1) and not best.triggered
     assert best.update(29, {"bbox/AP": 1.5})
 
 
 def test_resumed_run_continues_from_the_state_in_its_checkpoint(tmp_path, log):
-    best, model = BestMetric("bbox/AP", patience=3), torch.nn.Linear(1, 1)
+    best, model = EarlyStopping("bbox/AP", patience=3), torch.nn.Linear(1, 1)
     updates(best, [5.0, 4.0, 3.0])
-    DetectionCheckpointer(model, str(tmp_path), best=best).save("model_0000002", iteration=2)
-    again = BestMetric("bbox/AP", patience=3)
-    DetectionCheckpointer(model, str(tmp_path), best=again).resume_or_load("", resume=True)
+    DetectionCheckpointer(model, str(tmp_path), early_stopping=best).save("model_0000002", iteration=2)
+    again = EarlyStopping("bbox/AP", patience=3)
+    DetectionCheckpointer(model, str(tmp_path), early_stopping=again).resume_or_load("", resume=True)
     assert state(again) == (5.0, 0, 2)
     # The evaluation after the checkpoint's own iteration was in it.
-    assert not again.update(2, {"bbox/AP": 9.0}) and not again.is_stale()
-    assert updates(again, [5.0], start=3) == [False] and again.is_stale()
+    assert not again.update(2, {"bbox/AP": 9.0}) and not again.triggered
+    assert updates(again, [5.0], start=3) == [False] and again.triggered
     # A changed patience takes effect.
-    for patience, is_stale in ((2, True), (4, False)):
+    for patience, triggered in ((2, True), (4, False)):
         log.clear()
-        other = BestMetric("bbox/AP", patience=patience)
+        other = EarlyStopping("bbox/AP", patience=patience)
         other.load_state_dict(best.state_dict())
-        assert other.is_stale() is is_stale
-        assert ("larger SOLVER.PATIENCE" in log.text) is is_stale
+        assert other.triggered is triggered
+        assert ("larger SOLVER.PATIENCE" in log.text) is triggered
 
 
 @pytest.mark.parametrize("metric", ["segm/AP", "auto", ""])
 def test_best_of_another_metric_is_forgotten_with_a_warning(metric, log):
-    saved = BestMetric("bbox/AP")
+    saved = EarlyStopping("bbox/AP")
     updates(saved, [50.0, 1.0])
-    best = BestMetric(metric)
+    best = EarlyStopping(metric)
     best.load_state_dict(saved.state_dict())
     assert state(best) == (None, None, 0)
     assert log.records[-1].levelname == "WARNING"
@@ -162,7 +162,7 @@ def test_best_of_another_metric_is_forgotten_with_a_warning(metric, log):
 
 def test_metric_that_is_new_at_a_resume_begins_without_a_warning(log):
     for before in ("", "bbox/AP"):
-        best = BestMetric("bbox/AP")
-        best.load_state_dict(BestMetric(before).state_dict())
+        best = EarlyStopping("bbox/AP")
+        best.load_state_dict(EarlyStopping(before).state_dict())
         assert state(best) == (None, None, 0) and log.text == ""
     assert best.update(0, {"bbox/AP": 0.0})

@@ -1,4 +1,4 @@
-"""Losses that are not finite: plaintrain.nonfinite."""
+"""NaN and infinite losses: plaintrain.nonfinite."""
 
 import math
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
-from plaintrain.nonfinite import StepGuard, build_step_guard
+from plaintrain.nonfinite import NonfiniteGuard, build_nonfinite_guard
 from plaintrain.utils import comm
 from plaintrain.utils.storage import EventStorage
 
@@ -27,85 +28,129 @@ class Loader:
         return [{"image": torch.zeros(3, 2, 2, dtype=torch.uint8), "image_id": 7, "target": target}]
 
 
-def guard(model=None, **kwargs):
-    return StepGuard(model or nn.Linear(1, 1), Loader(), **kwargs)
+def guard(model=None, scaler=PLAIN, **kwargs):
+    return NonfiniteGuard(model or nn.Linear(1, 1), Loader(), scaler, **kwargs)
 
 
-def losses(value=ONE):
-    return {"total_loss": value + 1, "loss_a": value, "loss_b": ONE}
+def losses(value=ONE, norm=ONE):
+    return {"total_loss": value + 1, "loss_a": value, "loss_b": ONE, "grad_norm": norm}
 
 
-def test_a_guard_that_is_off_reads_nothing_and_lets_everything_pass():
+def test_check_step_without_skipping_reads_nothing():
     meta = torch.ones((), device="meta")
-    given = {"total_loss": meta}, {"grad_norm": meta}
-    assert guard().only_finite(*given, PLAIN) == given
+    assert guard().check_step({"total_loss": meta, "grad_norm": meta})
 
 
 @pytest.mark.parametrize(
-    ("given", "norm", "scaler", "words"),
+    ("step_losses", "scaler", "words"),
     [
-        (losses(NAN), ONE, PLAIN, "loss_a, total_loss is NaN"),
-        (losses(-INF), INF, SCALER, "loss_a, total_loss is NaN"),
-        (losses(), INF, PLAIN, "grad_norm is NaN"),
-        (losses(), NAN, SCALER, None),
-        (losses(), ONE, PLAIN, None),
+        (losses(NAN), PLAIN, "loss_a, total_loss is NaN"),
+        (losses(-INF, INF), SCALER, "loss_a, total_loss is NaN"),
+        (losses(norm=INF), PLAIN, "grad_norm is NaN"),
+        (losses(norm=NAN), SCALER, None),
+        (losses(), PLAIN, None),
     ],
 )
-def test_a_step_that_is_not_finite_is_left_out_named_and_counted(given, norm, scaler, words, log):
-    norm, skips = {"grad_norm": norm}, guard(max_in_row=2)
+def test_check_step_names_and_counts_what_is_skipped(step_losses, scaler, words, log):
+    nonfinite = guard(scaler=scaler, max_in_row=2)
     with EventStorage(5) as storage:
-        kept = skips.only_finite(given, norm, scaler)
+        assert nonfinite.check_step(step_losses) is (words is None)
+    number = 0 if words is None else 1
+    assert nonfinite.state_dict() == {"num_skipped": number, "num_in_row": number}
     if words is None:
-        assert kept == (given, norm) and skips.counts == (0, 0) and log.text == ""
+        assert log.text == ""
         return
-    assert kept == ({}, {}) and skips.counts == (1, 1)
     assert f"{words} or infinite at iteration 5; images of that batch: 50 (a.jpg), 51 (b.jpg)" in log.text
     assert storage.latest() == {"skipped_steps": (1.0, 5)}
 
 
-def test_a_step_is_left_out_where_another_ranks_is_not_finite(monkeypatch):
-    skips = guard(max_in_row=2)
+def test_check_step_skips_where_another_rank_has_nan(monkeypatch):
     monkeypatch.setattr(comm, "any_rank", lambda flag: True)
     monkeypatch.setattr(comm, "all_gather", lambda names: [names, {"loss_of_rank_1"}])
     with EventStorage():
-        assert skips.only_finite(losses(), {}, PLAIN) == ({}, {})
+        assert not guard(max_in_row=2).check_step(losses())
 
 
-def test_too_many_in_a_row_end_the_run():
-    skips = guard(max_in_row=2, counts=(10, 1))
+def test_check_step_raises_after_too_many_in_a_row():
+    nonfinite = guard(max_in_row=2)
+    nonfinite.load_state_dict({"num_skipped": 10, "num_in_row": 1})
     with EventStorage(3):
-        skips.only_finite(losses(), {}, PLAIN)
-        assert skips.counts == (10, 0)
+        assert nonfinite.check_step(losses())
+        assert nonfinite.state_dict() == {"num_skipped": 10, "num_in_row": 0}
         for _ in range(2):
-            skips.only_finite(losses(NAN), {}, PLAIN)
+            assert not nonfinite.check_step(losses(NAN))
         with pytest.raises(FloatingPointError, match="2 steps before it .*MAX_SKIPPED_STEPS is 2"):
-            skips.only_finite(losses(NAN), {}, PLAIN)
-    assert skips.counts == (13, 3)
+            nonfinite.check_step(losses(NAN))
+    assert nonfinite.state_dict() == {"num_skipped": 13, "num_in_row": 3}
 
 
-def test_batch_norm_forgets_what_it_saw_in_a_step_that_is_left_out():
+@pytest.mark.parametrize("resumed", [False, True])
+def test_batch_norm_forgets_a_skipped_step(tmp_path, resumed):
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
-    skips = guard(model, max_in_row=2)
+    nonfinite = guard(model, max_in_row=2)
+    if resumed:
+        # The statistics that a skipped first step goes back to are those that were loaded.
+        other = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+        other(torch.randn(4, 2) + 5)
+        DetectionCheckpointer(other, str(tmp_path)).save("model_0000000", iteration=0)
+        DetectionCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
     with EventStorage():
-        model(torch.randn(4, 2))
-        skips.only_finite(losses(), {}, PLAIN)
+        if not resumed:
+            model(torch.randn(4, 2))
+            nonfinite.check_step(losses())
         before = {name: value.clone() for name, value in model.state_dict().items()}
         model(torch.full((4, 2), math.nan))
-        skips.only_finite(losses(NAN), {}, PLAIN)
+        nonfinite.check_step(losses(NAN))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("mode", "enabled"), [("stop", False), ("skip", True)])
-def test_the_config_says_what_happens_and_whether_the_samples_are_saved(mode, enabled, tmp_path, log):
+@pytest.mark.parametrize(("mode", "skips"), [("stop", False), ("skip", True)])
+def test_config_says_whether_steps_are_skipped_and_samples_saved(mode, skips, tmp_path, log):
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.ON_NONFINITE", mode, "OUTPUT_DIR", str(tmp_path)])
-    for cfg.DEBUG.DUMP_BAD_BATCH, iteration in ((False, 3), (True, 12)):
-        built = build_step_guard(cfg, nn.Linear(1, 1), Loader(), (4, 1))
-        assert built.enabled is enabled and built.counts == (4, 1)
-        assert built.images_of(iteration) == [f"{iteration}0 (a.jpg)", f"{iteration}1 (b.jpg)"]
-    assert [path.name for path in tmp_path.iterdir()] == ["bad_batch_0000012.pth"]
+    storage = EventStorage(12)
+    storage.put_scalar("loss_a", math.nan)
+    for cfg.DEBUG.DUMP_BAD_BATCH, number in ((False, 0), (True, 1)):
+        nonfinite = build_nonfinite_guard(cfg, nn.Linear(1, 1), Loader(), PLAIN)
+        assert nonfinite.skips_steps is skips
+        storage.put_scalar("loss_a", math.nan)
+        with pytest.raises(FloatingPointError, match=r"iteration 12.*120 \(a.jpg\), 121 \(b.jpg\)"):
+            nonfinite.check_losses(storage)
+        assert len(list(tmp_path.iterdir())) == number
     saved = torch.load(tmp_path / "bad_batch_0000012.pth", weights_only=True)
     assert saved["iteration"] == 12 and saved["samples"][0]["target"]["labels"].tolist() == [12]
-    # What is wrong with the losses is not hidden.
-    assert guard(dump_folder="/proc/nowhere").images_of(1) == ["10 (a.jpg)", "11 (b.jpg)"]
+    # A failing dump does not hide the error.
+    storage.put_scalar("loss_a", math.nan)
+    with pytest.raises(FloatingPointError, match="loss_a"):
+        guard(dump_folder="/proc/nowhere").check_losses(storage)
     assert "cannot save the samples" in log.text
+
+
+def scaler_at(scale):
+    scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
+    scaler.scale(torch.ones(()))
+    return scaler
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_check_losses_raises_for_the_norm_only_without_a_scaler(value):
+    for scale in (None, 8.0):
+        with EventStorage(4) as storage:
+            storage.put_scalars(total_loss=1.0, grad_norm=value)
+            if scale is None:
+                with pytest.raises(
+                    FloatingPointError, match="grad_norm became NaN or infinite at iteration 4"
+                ):
+                    guard(scaler=scaler_at(scale)).check_losses(storage)
+            guard(scaler=scaler_at(scale)).check_losses(storage)
+            # A loss counts with a scaler too.
+            storage.put_scalars(total_loss=value)
+            with pytest.raises(FloatingPointError, match="total_loss"):
+                guard(scaler=scaler_at(scale)).check_losses(storage)
+
+
+def test_check_losses_raises_where_the_scale_no_longer_helps():
+    with EventStorage() as storage:
+        guard(scaler=scaler_at(2.0**-14)).check_losses(storage)
+        with pytest.raises(FloatingPointError, match="overflow in float16 even at a loss scale of 3.1e-05"):
+            guard(scaler=scaler_at(2.0**-15)).check_losses(storage)

@@ -1,9 +1,9 @@
-"""The order of training and validation epochs: plaintrain.workflow."""
+"""The order of training and validation epochs: plaintrain.schedule."""
 
 import pytest
 
 from plaintrain.utils.errors import UserError
-from plaintrain.workflow import check_workflow, workflow_epochs
+from plaintrain.schedule import check_workflow, workflow_epochs
 
 TRAIN_VAL = [["train", 2], ["val", 1]]
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from plaintrain.utils import comm, stop
-from plaintrain.utils.stop import Stopped, StopRequest, end_evaluation_if_requested, is_requested
+from plaintrain.utils.stop import Stopped, StopSignal, end_evaluation_if_requested, is_requested
 
 
 @pytest.fixture
@@ -27,36 +27,36 @@ def send(number):
 
 
 def test_the_time_counts_from_when_the_request_is_made_and_is_an_ordinary_end(clock, log):
-    made, endless = [], StopRequest()
-    with StopRequest(5.0) as request:
+    made, endless = [], StopSignal()
+    with StopSignal(5.0) as stop_signal:
         for clock.now in (1000.0, 1004.9, 1005.0, 1100.0):
-            made.append(request.is_made())
-    assert made == [False, False, True, True] and not endless.is_made()
+            made.append(stop_signal.requested_on_any_rank())
+    assert made == [False, False, True, True] and not endless.requested_on_any_rank()
     assert log.text.count("SOLVER.MAX_TIME of 5 s is over") == 2 and "--resume" in log.text
 
 
 def test_the_run_stops_when_it_is_asked_to_on_any_rank(clock, monkeypatch):
-    request, asked = StopRequest(5.0), []
+    stop_signal, asked = StopSignal(5.0), []
     # The other rank has SIGHUP, which is 1.
     monkeypatch.setattr(
         comm, "highest", lambda number: asked.append(number) or max(number, 2 * signal.SIGHUP)
     )
-    with pytest.raises(Stopped) as stopped, request:
-        assert request.is_made()
+    with pytest.raises(Stopped) as stopped, stop_signal:
+        assert stop_signal.requested_on_any_rank()
         clock.now = 1006.0
-        assert request.is_made()
+        assert stop_signal.requested_on_any_rank()
     assert asked == [0, 1] and stopped.value.code == 129
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_only_asks_for_the_end_which_then_says_how_to_go_on(number, log, capfd):
     before = signal.getsignal(number)
-    with pytest.raises(Stopped) as stopped, StopRequest() as request:
-        assert not request.is_made() and not is_requested()
+    with pytest.raises(Stopped) as stopped, StopSignal() as stop_signal:
+        assert not stop_signal.requested_on_any_rank() and not is_requested()
         send(number)
-        assert is_requested() and request.is_made() and request.is_made()
+        assert is_requested() and stop_signal.requested_on_any_rank() and stop_signal.requested_on_any_rank()
     assert stopped.value.code == 128 + number and signal.getsignal(number) is before
-    assert f"{number.name}: the run has stopped, with a checkpoint; go on with --resume" in log.text
+    assert f"{number.name}: the run has stopped, with a checkpoint; continue with --resume" in log.text
     assert capfd.readouterr().err.count("the run stops after this step") == 1
     assert not is_requested()
 
@@ -66,34 +66,34 @@ def test_a_signal_counts_where_nothing_can_be_printed(monkeypatch):
         raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(fileno=broken))
-    with pytest.raises(Stopped), StopRequest() as request:
+    with pytest.raises(Stopped), StopSignal() as stop_signal:
         send(signal.SIGINT)
-        assert request.is_made()
+        assert stop_signal.requested_on_any_rank()
 
 
 def test_a_closed_terminal_is_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopRequest() as request:
+        with StopSignal() as stop_signal:
             send(signal.SIGHUP)
-            assert not request.is_made()
+            assert not stop_signal.requested_on_any_rank()
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_ends_nothing_where_nobody_asks_or_another_error_does():
-    with StopRequest():
+    with StopSignal():
         send(signal.SIGTERM)
-    with pytest.raises(KeyError), StopRequest() as request:
+    with pytest.raises(KeyError), StopSignal() as stop_signal:
         send(signal.SIGTERM)
-        assert request.is_made()
+        assert stop_signal.requested_on_any_rank()
         raise KeyError
 
 
 def test_a_second_interrupt_ends_at_once_and_one_that_arrives_twice_is_one(clock, monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    with StopRequest():
+    with StopSignal():
         send(signal.SIGINT)
         clock.now += 0.3
         send(signal.SIGINT)
@@ -106,7 +106,7 @@ def test_a_second_interrupt_ends_at_once_and_one_that_arrives_twice_is_one(clock
 
 def test_an_evaluation_ends_where_a_signal_asks_for_it(log):
     end_evaluation_if_requested()
-    with pytest.raises(Stopped) as stopped, StopRequest():
+    with pytest.raises(Stopped) as stopped, StopSignal():
         end_evaluation_if_requested()
         send(signal.SIGUSR1)
         end_evaluation_if_requested()

@@ -40,7 +40,7 @@ def write_all(writers):
 
 @contextlib.contextmanager
 def closing_all(writers):
-    """Begin writers, and close them at the end of the block, whatever ends it.
+    """Begin writers and yield them; they are closed at the end of the block, whatever ends it.
 
     A block that ends without an exception leaves nothing unwritten.
     """
@@ -48,7 +48,7 @@ def closing_all(writers):
         for writer in writers:
             stack.callback(writer.close)
             writer.begin(get_event_storage().start_iter)
-        yield
+        yield writers
         if get_event_storage().has_unwritten():
             write_all(writers)
 
