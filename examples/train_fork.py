@@ -67,7 +67,7 @@ def do_test(cfg, model):
     data_loader = data.build_detection_test_loader(cfg, dataset_name)
     evaluators = [evaluation.build_evaluator(cfg, dataset_name), CountingError(dataset_name)]
     results = comm.broadcast(evaluation.inference_on_dataset(model, data_loader, evaluators))
-    return evaluation.flatten_results({dataset_name: results})
+    return evaluation.flatten_results(results)
 
 
 def do_train(cfg, model, resume):
@@ -87,13 +87,11 @@ def do_train(cfg, model, resume):
             comm.check_loss_names(loss_dict)  # all ranks
             total_loss = sum(loss_dict.values())
             total_loss.backward()
-            grad_norm = clip_gradients()
+            losses = {"total_loss": total_loss, **loss_dict, "grad_norm": clip_gradients()}
             optimizer.step()
-            losses = {"total_loss": total_loss, **loss_dict, "grad_norm": grad_norm}
             storage.put_scalars(**comm.reduce_dict(losses))
             storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
             scheduler.step()
-
             is_last = iteration == cfg.SOLVER.MAX_ITER - 1
             if is_last or every(cfg.TEST.EVAL_PERIOD, iteration):
                 storage.put_scalars(**do_test(cfg, model), smoothing_hint=False)

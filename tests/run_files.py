@@ -113,7 +113,7 @@ def differences(whole, killed):
             found += [f"{p} is missing" for p in paths if not p.exists()]
             continue
         first, second = (load(p) for p in paths)
-        parts = ("model", "ema", "optimizer", "scheduler", "best", "data_loader")
+        parts = ("model", "ema", "optimizer", "scheduler", "early_stopping", "data_loader", "nonfinite")
         found += [f"{name}: {part}" for part in parts if not _same(first.get(part), second.get(part))]
     return found
 

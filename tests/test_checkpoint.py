@@ -11,15 +11,17 @@ from torch import nn
 from plaintrain.checkpoint import (
     DetectionCheckpointer,
     PeriodicCheckpointer,
-    build_periodic_checkpointer,
+    TrainingCheckpointer,
+    build_checkpointer,
 )
 from plaintrain.config import get_cfg
+from plaintrain.early_stopping import EarlyStopping
 from plaintrain.ema import build_ema
+from plaintrain.nonfinite import NonfiniteGuard
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write, move_old_run
 from plaintrain.utils.state import take_norm_buffers
-from plaintrain.utils.stop import Stopped
 from plaintrain.utils.storage import EventStorage
 
 
@@ -82,17 +84,26 @@ def test_weights_are_saved_under_the_models_own_names_and_only_by_who_writes(tmp
     folder = tmp_path / "rank-1"
     checkpointer = DetectionCheckpointer(make_model(), str(folder), save_to_disk=False)
     checkpointer.save_weights("model_best", make_model())
-    saver = PeriodicCheckpointer(checkpointer, 1, max_iter=2, max_to_keep=1, final_model=make_model)
-    saver.step(0, now=True)
+    saver = PeriodicCheckpointer(checkpointer, 1, max_iter=2, max_to_keep=1)
+    saver.step(0)
     saver.step(1)
     assert not folder.exists()
 
 
-def test_a_checkpoint_of_a_training_holds_the_window_of_its_log(tmp_path):
-    with EventStorage() as storage:
-        storage.put_scalar("loss", 2.0)
-        save_run(tmp_path, [0])
-        assert resume(tmp_path)[1]["log_window"] == storage.window()
+def test_checkpoints_of_version_0_1_are_resumed(tmp_path):
+    """With their names of the states, and what their storage's window was."""
+    scalars = {"loss": [[[2.0, 3], [1.0, 4]], True]}
+    window = {"scalars": scalars, "unwritten": ["loss"], "images": [[], []]}
+    older = {"log_window": window, "skipped_steps": (4, 1), "due": (False, True)}
+    older["best"] = {"metric": "bbox/AP", "value": 5.0, "iteration": 2, "num_waited": 1, "seen": 4}
+    DetectionCheckpointer(make_model(), str(tmp_path)).save("model_0000004", iteration=4, **older)
+    model, storage = make_model(), EventStorage()
+    states = {"early_stopping": EarlyStopping("bbox/AP"), "nonfinite": NonfiniteGuard(model, None, None)}
+    checkpointer = DetectionCheckpointer(model, str(tmp_path), storage=storage, **states)
+    assert checkpointer.resume_or_load("") == {"iteration": 4}
+    assert (storage.iter, storage.start_iter, storage.latest()) == (4, 5, {"loss": (1.0, 4)})
+    assert storage.latest_with_smoothing_hint() == {"loss": (1.5, 4)}
+    assert (states["early_stopping"].value, states["nonfinite"].num_skipped) == (5.0, 4)
 
 
 def test_a_changed_weight_decay_counts_on_resume(tmp_path):
@@ -371,30 +382,51 @@ def saves(monkeypatch):
 
 
 def make_saver(folder, value=0.0, final=None, about=None, **kwargs):
-    """A `PeriodicCheckpointer` of a run of 6 iterations; `final` is the value of the final weights."""
+    """A `TrainingCheckpointer` that saves every 2 iterations; `final` is the value of the final weights."""
     model = make_model(value)
-    checkpointer = DetectionCheckpointer(model, str(folder), about=about, **sgd(model.parameters()))
     final_model = None if final is None else lambda: nn.DataParallel(make_model(final))
-    return PeriodicCheckpointer(checkpointer, 2, max_iter=6, final_model=final_model, **kwargs)
+    options = {"period": 2, "final_model": final_model, "about": about, **kwargs}
+    return TrainingCheckpointer(model, str(folder), **options, **sgd(model.parameters()))
+
+
+def refuse_links(*args, **kwargs):
+    raise OSError(1, "Operation not permitted")
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_the_last_checkpoint_is_written_once_under_two_names(tmp_path, monkeypatch, saves, links):
-    def refuse(*args, **kwargs):
-        raise OSError(1, "Operation not permitted")
-
+@pytest.mark.parametrize("iteration", [4, 5])
+def test_final_model_is_the_last_checkpoint(tmp_path, monkeypatch, saves, links, iteration):
     if not links:
-        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "link", refuse_links)
     saver = make_saver(tmp_path)
     # Also where it replaces one of a shorter run.
     (tmp_path / "model_final.pth").write_text("old")
-    saver.step(5, now=True)
-    final, numbered = tmp_path / "model_final.pth", tmp_path / "model_0000005.pth"
-    assert len(saves) == 1 and os.path.samefile(final, numbered) == links
-    assert final.read_bytes() == numbered.read_bytes()
-    saver.checkpointer.link("model_0000005", "model_final")
-    assert names(tmp_path) == ["last_checkpoint", numbered.name, final.name]
+    saver.save_iteration(iteration)
+    numbered = tmp_path / f"model_000000{iteration}.pth"
+    content = numbered.read_bytes()
+    saver.save_final()
+    assert len(saves) == 1 and (tmp_path / "model_final.pth").read_bytes() == content
+    # Under its number too, if the period has it.
+    assert names(tmp_path) == [
+        "last_checkpoint",
+        *([numbered.name] if iteration == 5 else []),
+        "model_final.pth",
+    ]
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    # A finished run that is resumed leaves it as it is.
+    again = make_saver(tmp_path)
+    assert again.resume_or_load("")["iteration"] == iteration
+    again.save_final()
+    assert len(saves) == 1 and "model_final.pth" in names(tmp_path)
+
+
+def test_checkpoints_beside_the_period_are_replaced_by_the_next(tmp_path):
+    saver = make_saver(tmp_path, max_to_keep=2)
+    kept = []
+    for iteration in (0, 1, 2, 3, 5, 6):
+        saver.save_iteration(iteration)
+        kept.append([int(name[6:13]) for name in names(tmp_path) if name.startswith("model_")])
+    assert kept == [[0], [1], [1, 2], [1, 3], [3, 5], [3, 5, 6]]
 
 
 def test_pruning_leaves_other_files_and_the_checkpoint_just_saved(tmp_path):
@@ -403,63 +435,50 @@ def test_pruning_leaves_other_files_and_the_checkpoint_just_saved(tmp_path):
         (tmp_path / name).write_text(name)
     # A run is taken back to an earlier point, so files of later iterations lie there.
     save_run(tmp_path, [3, 7, 9])
-    make_saver(tmp_path, max_to_keep=2).step(1)
+    make_saver(tmp_path, max_to_keep=2).save_iteration(1)
     files = {"last_checkpoint", "model_0000001.pth", "model_0000009.pth"}
     assert set(names(tmp_path)) == {*others, *files}
     assert resume(tmp_path)[1]["iteration"] == 1
 
 
-def test_the_config_says_when_checkpoints_come_and_how_many_are_kept(tmp_path):
+def test_periodic_checkpointer_saves_as_detectron2s(tmp_path, saves):
+    checkpointer = DetectionCheckpointer(make_model(), str(tmp_path))
+    for max_iter, files in ((7, ["model_0000003", "model_0000005", "model_final"]), (8, ["model_0000007"])):
+        saver = PeriodicCheckpointer(checkpointer, 2, max_iter, max_to_keep=2)
+        saves.clear()
+        for iteration in range(max_iter):
+            saver.step(iteration, reason="period")
+        assert set(files) <= {name.removesuffix(".pth") for name in names(tmp_path)}
+        assert len(saves) == 4 and resume(tmp_path)[1] == {"iteration": max_iter - 1, "reason": "period"}
+
+
+def test_config_of_checkpoints(tmp_path):
     cfg, model = get_cfg(), make_model()
-    cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 7])
-    cfg.merge_from_list(["SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
-    cfg.OUTPUT_DIR = str(tmp_path)
-    saver = build_periodic_checkpointer(cfg, model, {})
-    assert [i for i in range(7) if saver.is_due(i)] == [1, 3, 5, 6]
-    for i in range(7):
-        saver.step(i)
+    cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
+    cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "MODEL.EMA.ENABLED", True])
+    saver = build_checkpointer(cfg, model, ["cat"], ema=build_ema(cfg, model))
+    for i in (1, 3, 5):
+        saver.save_iteration(i)
+    saver.save_final()
     assert names(tmp_path) == ["last_checkpoint", "model_0000005.pth", "model_final.pth"]
-    cfg.MODEL.EMA.ENABLED = True
-    build_periodic_checkpointer(cfg, model, {"ema": build_ema(cfg, model)}).step(6)
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000006.pth"
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000005.pth"
+    saved = read(tmp_path / "model_0000005.pth")
+    assert (saved["config"], saved["class_names"]) == (cfg.dump(), ["cat"])
 
 
-def test_a_run_that_ends_early_has_its_final_model(tmp_path, saves):
-    saver = make_saver(tmp_path, value=2.0)
-    saver.step(0, now=True, reason="time")
-    saver.finish(0)
-    assert len(saves) == 1 and os.path.samefile(tmp_path / "model_0000000.pth", tmp_path / "model_final.pth")
-    saver.step(2)
-    saver.finish(2, reason="patience")
-    assert names(tmp_path) == ["last_checkpoint", "model_0000000.pth", "model_final.pth"]
-    model, data = resume(tmp_path)
-    assert (data["iteration"], data["reason"], value_of(model)) == (2, "patience", 2.0)
-    first = read(tmp_path / "model_0000000.pth")
-    assert (first["iteration"], first["reason"]) == (0, "time") and "optimizer" in first
-
-
-@pytest.mark.parametrize("last", [4, 5])
-def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path, saves, last):
+def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path, saves):
     saver = make_saver(tmp_path, value=2.0, final=7.0, about={"class_names": ["a"]})
-    saver.step(3)
-    if last == 4:
-        saver.finish(last, reason="patience")
-    else:
-        saver.step(last, reason="patience")
-    numbered = f"model_{last:07d}.pth"
-    assert names(tmp_path) == ["last_checkpoint", "model_0000003.pth", numbered, "model_final.pth"]
-    # The numbered one, which is due after iteration 5 anyway, once.
-    assert len(saves) == 3
-    final = read(tmp_path / "model_final.pth")
-    assert set(final) == {"model", "class_names", "reason"}
+    saver.save_iteration(4)
+    saver.save_final()
+    assert names(tmp_path) == ["last_checkpoint", "model_0000004.pth", "model_final.pth"]
+    assert len(saves) == 2 and set(read(tmp_path / "model_final.pth")) == {"model", "class_names"}
 
-    again = make_saver(tmp_path).checkpointer
-    data = again.resume_or_load("", resume=True)
-    assert data == {"iteration": last, "class_names": ["a"], "reason": "patience"}
+    again = make_saver(tmp_path)
+    assert again.resume_or_load("", resume=True) == {"iteration": 4, "class_names": ["a"]}
     assert value_of(again.model) == 2.0
     # And by whoever lost the tag.
     (tmp_path / "last_checkpoint").unlink()
-    assert again.get_checkpoint_file() == str(tmp_path / numbered)
+    assert again.get_checkpoint_file() == str(tmp_path / "model_0000004.pth")
     # Another training may start from them.
     assert again.resume_or_load(str(tmp_path / "model_final.pth"), resume=False) == {}
     assert value_of(again.model) == 7.0
@@ -468,18 +487,18 @@ def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path
 def test_the_best_weights_are_never_resumed_from_and_every_file_is_about_its_run(tmp_path):
     about = {"class_names": ["cat", "dog"], "config": "text"}
     saver = make_saver(tmp_path, value=1.0, about=about)
-    saver.step(3)
-    saver.checkpointer.save_weights("model_best", make_model(9.0), iteration=4, config="mine")
+    saver.save_iteration(3)
+    saver.save_weights("model_best", make_model(9.0), iteration=4, config="mine")
     best = read(tmp_path / "model_best.pth")
     assert set(best) == {"model", "iteration", *about}
     # What is given for one file goes before.
     assert (best["iteration"], best["class_names"], best["config"]) == (4, about["class_names"], "mine")
     for name in ("last_checkpoint", "model_0000003.pth"):
-        assert saver.checkpointer.resume_or_load("", resume=True) == {"iteration": 3, **about}
+        assert saver.resume_or_load("", resume=True) == {"iteration": 3, **about}
         (tmp_path / name).unlink()
-    assert not saver.checkpointer.has_checkpoint()
-    assert saver.checkpointer.resume_or_load(str(tmp_path / "model_best.pth"), resume=False) == {}
-    assert value_of(saver.checkpointer.model) == 9.0
+    assert not saver.has_checkpoint()
+    assert saver.resume_or_load(str(tmp_path / "model_best.pth"), resume=False) == {}
+    assert value_of(saver.model) == 9.0
 
 
 @pytest.mark.parametrize(("given", "warns"), [(None, True), (["cat", "dog"], False)])
@@ -488,18 +507,3 @@ def test_the_class_names_of_the_run_are_those_that_weights_are_taken_for(tmp_pat
     checkpointer = DetectionCheckpointer(make_model(), about={"class_names": ["ant", "bee"]})
     checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False, class_names=given)
     assert ("was trained for the classes ['cat', 'dog'], here they are ['ant', 'bee']" in log.text) == warns
-
-
-def test_a_run_that_is_stopped_in_an_evaluation_saves_what_its_last_step_was_given(tmp_path):
-    saver = PeriodicCheckpointer(DetectionCheckpointer(make_model(), str(tmp_path)), 0)
-    saver.step(6, due=(False, True), skipped_steps=(3, 1))
-    with pytest.raises(Stopped), saver.saving_if_stopped(6, due=(False, False)):
-        raise Stopped
-    data = read(tmp_path / "model_0000006.pth")
-    assert (data["iteration"], data["skipped_steps"], data["due"]) == (6, (3, 1), (False, False))
-    (tmp_path / "model_0000006.pth").unlink()
-    # Once is enough, and before the first step there is nothing.
-    for iteration in (6, -1):
-        with pytest.raises(Stopped), saver.saving_if_stopped(iteration):
-            raise Stopped
-    assert names(tmp_path) == ["last_checkpoint"]

@@ -243,13 +243,18 @@ def test_window_of_a_storage_continues_its_medians_and_is_not_written_again(tmp_
             storage.put_scalars(loss=torch.tensor(float(value)))
             storage.put_scalar("lr", 0.5, smoothing_hint=False)
             storage.step()
-        assert storage.window()["unwritten"] == ["loss", "lr"]
+        storage.iter = 29
+        assert storage.state_dict()["unwritten"] == ["loss", "lr"]
         storage.latest_with_smoothing_hint()
-        window = storage.window()
-    assert window["scalars"]["loss"] == [[[float(v), v] for v in range(10, 30)], True]
-    assert window["scalars"]["lr"][1] is False and window["unwritten"] == []
-    with EventStorage(30, window) as storage, closing_all([JSONWriter(str(tmp_path / "metrics.json"))]):
+        state = storage.state_dict()
+    assert state["scalars"]["loss"] == [[[float(v), v] for v in range(10, 30)], True]
+    assert state["scalars"]["lr"][1] is False and state["unwritten"] == []
+    resumed = EventStorage()
+    resumed.load_state_dict(state)
+    assert (resumed.iter, resumed.start_iter) == (29, 30)
+    with resumed as storage, closing_all([JSONWriter(str(tmp_path / "metrics.json"))]):
         assert not storage.has_unwritten() and storage.latest() == {}
+        storage.iter = 30
         storage.put_scalars(loss=torch.tensor(0.0))
     # The median of 11 to 29 and 0.
     assert read_json_lines(tmp_path / "metrics.json") == [{"iteration": 30, "loss": 19.5}]
@@ -484,12 +489,20 @@ class KilledError(Exception):
     """In the place of SIGKILL, which no test in a process survives."""
 
 
+def resumed_storage(saved):
+    storage = EventStorage()
+    if saved:
+        storage.load_state_dict(saved["storage"])
+    return storage
+
+
 def loop(folder, saved, lives=math.inf):
     """24 iterations with all that is written, from the iteration of `saved`, in the order of the scripts.
 
     After `lives` moments it is killed, half of what a writer has just appended is on the disk then.
     """
-    start = saved.get("iteration", -1) + 1
+    resumed = resumed_storage(saved)
+    start = resumed.start_iter
     writers = [JSONWriter(str(folder / "metrics.json")), CSVWriter(str(folder / "metrics.csv"))]
     writers.append(TensorboardXWriter(str(folder)))
 
@@ -501,7 +514,7 @@ def loop(folder, saved, lives=math.inf):
                 os.truncate(path, (size + path.stat().st_size) // 2)
             raise KilledError
 
-    with EventStorage(start, saved.get("window")) as storage, closing_all(writers):
+    with resumed as storage, closing_all(writers):
         for i in range(start - 1, 24):
             storage.iter = max(i, 0)
             test = every(5, i)
@@ -514,7 +527,7 @@ def loop(folder, saved, lives=math.inf):
                     storage.put_histogram("numbers", torch.arange(i + 2.0), bins=3)
                 moment()
                 if every(4, i) or every(5, i):
-                    saved.update(iteration=i, window=copy.deepcopy(storage.window()))
+                    saved["storage"] = copy.deepcopy(storage.state_dict())
                 moment()
             if test:
                 storage.put_scalars(**{"bbox/AP": i / 3, "bbox/AP-none": NAN}, smoothing_hint=False)

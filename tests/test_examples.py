@@ -14,6 +14,7 @@ from plaintrain.data.shapes import load_shapes
 from plaintrain.modeling import build, build_model
 
 FORK = ROOT / "examples" / "train_fork.py"
+MINIMAL = ROOT / "examples" / "minimal_train.py"
 
 
 def load_fewer_shapes():
@@ -32,7 +33,7 @@ def train(folder, *options, flags=(), code=0):
 
 
 def test_fork_trains_and_resumes_exactly_with_its_dataset_its_loss_and_its_metric(tmp_path):
-    assert len(FORK.read_text().splitlines()) <= 120
+    assert len(FORK.read_text().splitlines()) <= 120 and len(MINIMAL.read_text().splitlines()) <= 60
     whole = tmp_path / "whole"
     train(whole, "OUTPUT.REPORT", True)
     assert (whole / "report.html").exists()
@@ -56,7 +57,7 @@ def test_fork_trains_and_resumes_exactly_with_its_dataset_its_loss_and_its_metri
 @pytest.mark.parametrize(
     ("flags", "options", "words"),
     [
-        ([], ["MODEL.EMA.ENABLED", "True"], "MODEL.EMA.ENABLED is True.*left it out"),
+        ([], ["MODEL.EMA.ENABLED", "True"], "MODEL.EMA.ENABLED is True.*plain_train_net.py does"),
         (["--eval-only"], [], "only trains"),
         (["--dry-run"], [], "only trains"),
     ],
@@ -64,6 +65,27 @@ def test_fork_trains_and_resumes_exactly_with_its_dataset_its_loss_and_its_metri
 def test_fork_rejects_what_it_has_left_out(tmp_path, flags, options, words):
     assert re.search(words, train(tmp_path / "run", *options, flags=flags, code=1).output)
     assert not (tmp_path / "run").exists()
+
+
+def test_minimal_loop_trains_and_resumes_exactly(tmp_path):
+    def train(folder, *options, flags=(), code=0):
+        command = [*flags, write_config(tmp_path), "OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", 2]
+        command += ["TEST.EVAL_PERIOD", 3, "TEST.BEST_METRIC", "", "LOG_PERIOD", 2, *options]
+        run = run_script(MINIMAL, *command, folder=tmp_path)
+        assert run.code == code, run.tail
+        return run.output
+
+    train(tmp_path / "whole", "SOLVER.MAX_ITER", 6)
+    assert "few_val/bbox/AP" in lines(tmp_path / "whole")[5]
+    train(tmp_path / "ended", "SOLVER.MAX_ITER", 6, "SOLVER.STEPS", "()")
+    for name in ("model_0000005.pth", "last_checkpoint"):
+        (tmp_path / "ended" / name).unlink()
+    assert "resumed from" in train(tmp_path / "ended", "SOLVER.MAX_ITER", 6, flags=["--resume"])
+    assert value_differences(tmp_path / "whole", tmp_path / "ended") == []
+    finals = [load(tmp_path / name / "model_0000005.pth")["model"] for name in ("whole", "ended")]
+    assert all(torch.equal(value, finals[1][name]) for name, value in finals[0].items())
+    output = train(tmp_path / "out", "SOLVER.AMP.ENABLED", True, code=1)
+    assert "SOLVER.AMP.ENABLED is True" in output and not (tmp_path / "out").exists()
 
 
 def worked_example(heading):

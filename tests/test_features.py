@@ -185,7 +185,7 @@ def test_validation_losses_choose_the_best_and_end_the_run_with_an_evaluation(ru
     assert load(tmp_path / "out/model_best.pth")["iteration"] == 2
     again = run("out", *options, script=script, flags=["--resume"], faults=partial(set_losses, 3.0))
     for output in (first.output, again.output):
-        assert output.count("no better val/total_loss in SOLVER.PATIENCE 2 evaluations") == 1
+        assert output.count("early stopping: val/total_loss has not improved for 2 evaluations") == 1
         assert "results on few_val" in output
 
 
@@ -198,6 +198,34 @@ def test_run_that_is_out_of_time_resumes_where_it_ended(run, finished, tmp_path,
         assert not (out / "model_final.pth").exists() and not (out / "inference").exists()
     run("out", *options, script=script, flags=["--resume"])
     assert differences(finished[script], out) == []
+
+
+def test_each_script_resumes_the_checkpoints_of_the_other(run, finished, tmp_path):
+    out, resume = tmp_path / "out", {"flags": ["--resume"]}
+    evaluated = ["TEST.EVAL_PERIOD", 3]
+    a_step = ["SOLVER.MAX_TIME", 1e-9]
+    run("out", *OPTIONS["plain"], *a_step)
+    run("out", *OPTIONS["epoch"], *a_step, script="epoch", **resume)
+    # Killed in the evaluation after the first epoch, which the other one repeats.
+    killed = {"faults": partial(set_results, 1.0, kill_at=0), "code": -signal.SIGKILL}
+    run("out", *OPTIONS["epoch"], *evaluated, script="epoch", **resume, **killed)
+    assert (out / "last_checkpoint").read_text() == "model_0000002.pth"
+    run("out", *OPTIONS["plain"], *evaluated, *a_step, **resume)
+    assert iterations_with(out, "few_val/bbox/AP") == [2] and max(lines(out)) == 3
+    run(
+        "out",
+        *OPTIONS["plain"],
+        *evaluated,
+        **resume,
+        **{**killed, "faults": partial(set_results, kill_at=0)},
+    )
+    run("out", *OPTIONS["epoch"], *evaluated, script="epoch", **resume)
+    assert iterations_with(out, "few_val/bbox/AP") == [2, 5, 8, 11]
+    last, expected = (load(folder / "model_0000011.pth") for folder in (out, finished["epoch"]))
+    assert all(same(last[name], expected[name]) for name in ("model", "ema"))
+    names = ("total_loss", "grad_norm", "lr")
+    rows, expected_rows = lines(out), lines(finished["plain"])
+    assert all(rows[i][name] == row[name] for i, row in expected_rows.items() for name in names)
 
 
 # ---- tests between --------------------------------------------------------------------------------

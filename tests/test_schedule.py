@@ -2,8 +2,8 @@
 
 import pytest
 
-from plaintrain.utils.errors import UserError
 from plaintrain.schedule import check_workflow, workflow_epochs
+from plaintrain.utils.errors import UserError
 
 TRAIN_VAL = [["train", 2], ["val", 1]]
 

@@ -17,9 +17,9 @@ from run_files import newest_checkpoint
 
 from plaintrain import modeling
 from plaintrain.data import mapper
+from plaintrain.ema import ModelEMA
 from plaintrain.evaluation.coco import COCOEvaluator
 from plaintrain.utils import comm
-from plaintrain.utils.periodic import PeriodicCheckpointer
 from plaintrain.utils.storage import get_event_storage
 
 # The iteration in which it happens; a checkpoint is saved every 4.
@@ -69,19 +69,19 @@ def process_frozen():
     change_losses(lambda losses: os.kill(os.getpid(), signal.SIGSTOP))
 
 
-def _before_saves(act):
-    """Call `act(iteration)` before what is done for the checkpoint of an iteration."""
-    step = PeriodicCheckpointer.step
+def before_saves(act):
+    """Call `act(iteration)` in each iteration, before its checkpoint is saved."""
+    update = ModelEMA.update
 
-    def acting(self, iteration, **kwargs):
-        act(iteration)
-        step(self, iteration, **kwargs)
+    def acting(self, model):
+        act(get_event_storage().iter)
+        update(self, model)
 
-    PeriodicCheckpointer.step = acting
+    ModelEMA.update = acting
 
 
 def rank_0_killed():
-    _before_saves(lambda iteration: os.kill(os.getpid(), signal.SIGKILL) if _is_there(0) else None)
+    before_saves(lambda iteration: os.kill(os.getpid(), signal.SIGKILL) if _is_there(0) else None)
 
 
 def _in_workers(act):
@@ -128,7 +128,7 @@ def disk_full():
         if iteration >= AT:
             torch.save = save
 
-    _before_saves(fill)
+    before_saves(fill)
 
 
 WORKERS = ["DATALOADER.NUM_WORKERS", 2, "DATALOADER.WORKER_TYPE", "process"]

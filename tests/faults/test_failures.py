@@ -45,9 +45,9 @@ def test_step_that_is_skipped_is_skipped_on_all_ranks_also_after_a_resume(tmp_pa
         return Run(tmp_path / folder, [*skip, *options], faults=nan_in_one_iteration, ranks=2, flags=flags)
 
     run = start("whole")
-    assert run.wait().code == 0 and "the step is left out: grad_norm, loss_box_reg" in run.output, run.tail
+    assert run.wait().code == 0 and "skipping the step: grad_norm, loss_box_reg" in run.output, run.tail
     final = load(tmp_path / "whole/model_final.pth")
-    assert final["skipped_steps"] == (1, 0)
+    assert final["nonfinite"] == {"num_skipped": 1, "num_in_row": 0}
     assert all(value.isfinite().all() for value in final["model"].values())
     for rank in ("", ".rank1"):
         assert len(load(tmp_path / f"whole/bad_batch_0000006{rank}.pth")["samples"]) == 2

@@ -9,16 +9,17 @@ import time
 from functools import partial
 
 import pytest
+from failures import before_saves
 from kill_runs import MIXES, SPARSE, WORKER, Trial
 from processes import EPOCHS, STEP, Run
-from run_files import differences, lines, load, newest_checkpoint, read_values
+from run_files import differences, lines, newest_checkpoint, read_values
 
 from plaintrain import checkpoint, evaluation
+from plaintrain.checkpoint import TrainingCheckpointer
 from plaintrain.data.train_loader import TrainLoader
 from plaintrain.ema import ModelEMA
 from plaintrain.evaluation.coco import COCOEvaluator
 from plaintrain.utils import comm
-from plaintrain.utils.periodic import PeriodicCheckpointer
 
 NAMES = list(MIXES)
 
@@ -35,14 +36,12 @@ def finish(folder, options, **kwargs):
 
 def kill_in_step(at):
     """Kill the run before the checkpoint of an iteration."""
-    step = PeriodicCheckpointer.step
 
-    def killing(self, iteration, **kwargs):
+    def kill(iteration):
         if iteration == at and comm.is_main_process():
             os.killpg(0, signal.SIGKILL)
-        step(self, iteration, **kwargs)
 
-    PeriodicCheckpointer.step = killing
+    before_saves(kill)
 
 
 def kill_in_evaluation(number):
@@ -57,7 +56,7 @@ def kill_in_evaluation(number):
 
 
 def kill_before_final_model():
-    PeriodicCheckpointer.finish = lambda *args, **kwargs: os.killpg(0, signal.SIGKILL)
+    TrainingCheckpointer.save_final = lambda *args, **kwargs: os.killpg(0, signal.SIGKILL)
 
 
 # 5 steps an epoch; killed after the first checkpoint, and after the second, before anything else is written.
@@ -165,7 +164,6 @@ def log_of(run):
 def test_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, script, tmp_path):
     # Stopped between two visits of the writers: the ranks' batch norms are not averaged there.
     options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 0, "LOG_PERIOD", 5]
-    # Without clipping the norm of the gradients is computed for the log alone.
     options += ["SOLVER.CLIP_GRADIENTS.ENABLED", script == "epoch"]
     options += (
         [*EPOCHS, "SOLVER.MAX_EPOCHS", 3, *WORKER[:4]] if script == "epoch" else ["SOLVER.MAX_ITER", 16]
@@ -255,7 +253,6 @@ def test_signal_ends_an_evaluation_which_the_resumed_run_does_first(tmp_path):
     run.kill(signal.SIGTERM)
     assert run.wait(60).code == 143 and run.output.count("EVALUATING") <= 4, run.tail
     assert newest_checkpoint(tmp_path / "run")[0] == 7
-    assert load(tmp_path / "run/model_0000007.pth")["due"] == (False, True)
     run = finish(tmp_path / "run", options, ranks=2, flags=["--resume"])
     assert run.output.index("results on few_val") < run.output.index("iter: 8")
     assert differences(tmp_path / "whole", tmp_path / "run") == []
