@@ -1,6 +1,7 @@
 """Gradient accumulation: one optimizer step from a batch that is computed in micro-batches."""
 
 import contextlib
+import itertools
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -8,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from plaintrain.utils.errors import UserError
 
 
-def micro_batches(model, samples, steps):
+def split_batch(samples, steps):
     """Split a batch into micro-batches whose gradients are summed for one optimizer step.
 
     Each loss is weighted by its micro-batch's fraction of the images, so for losses that are means over
@@ -16,23 +17,25 @@ def micro_batches(model, samples, steps):
     R-CNN over sampled boxes, FCOS and SSD over objects) are normalized in each micro-batch instead.
 
     Args:
-        model: DistributedDataParallel synchronizes gradients in the backward pass of the last one only.
         samples: list of samples.
         steps: number of micro-batches, of nearly equal size; at most one per image is made.
 
-    Yields:
-        (micro_batch, weight, is_last): a list of samples, its fraction of the images, and whether it is
-        the last one.
+    Returns:
+        List of (micro_batch, weight, is_last): a list of samples, its fraction of the images, and whether
+        it is the last one.
     """
     steps = min(steps, len(samples))
-    start = 0
-    for step in range(1, steps + 1):
-        end = len(samples) * step // steps
-        is_last = step == steps
-        no_sync = not is_last and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if no_sync else contextlib.nullcontext():
-            yield samples[start:end], (end - start) / len(samples), is_last
-        start = end
+    ends = [len(samples) * step // steps for step in range(steps + 1)]
+    return [
+        (samples[start:end], (end - start) / len(samples), end == len(samples))
+        for start, end in itertools.pairwise(ends)
+    ]
+
+
+def sync_gradients(model, enabled):
+    """Return a context for a forward pass: whether its backward pass averages gradients over ranks."""
+    is_ddp = isinstance(model, DistributedDataParallel)
+    return model.no_sync() if is_ddp and not enabled else contextlib.nullcontext()
 
 
 def sum_losses(loss_dict):

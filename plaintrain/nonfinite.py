@@ -22,7 +22,7 @@ class NonfiniteGuard:
     """Looks for NaN and infinity, on all ranks together.
 
     Attributes:
-        skips_steps: whether `check_step` does anything.
+        skips_steps: whether `allows_step` looks at anything.
         num_skipped: steps that were skipped.
         num_in_row: steps that were skipped since the last good one.
     """
@@ -49,22 +49,24 @@ class NonfiniteGuard:
         # Weights are loaded later.
         comm.unwrap_model(model).register_load_state_dict_post_hook(self._remember_buffers)
 
-    def check_step(self, losses):
-        """Return whether the optimizer may step; False on all ranks if one has a value that is not finite.
+    def allows_step(self, losses, grad_norm):
+        """Return whether the optimizer may step; False on all ranks if a value of one is not finite.
 
-        Always True, without a device sync, unless steps are skipped (SOLVER.ON_NONFINITE).
+        Always True, without a device sync, unless steps are skipped (SOLVER.ON_NONFINITE). For a skipped
+        step, the model's running statistics are set back.
 
         Args:
-            losses: {name: 0-d tensor} of this rank, with `grad_norm`, which an enabled scaler checks itself.
+            losses: {name: 0-d tensor} of this rank.
+            grad_norm: 0-d tensor; ignored with an enabled scaler, which skips such a step itself.
 
         Raises:
             FloatingPointError: too many steps in a row were skipped.
         """
         if not self.skips_steps:
             return True
-        names = [name for name in losses if name != "grad_norm" or not self._scaler.is_enabled()]
-        finite = torch.stack([losses[name].detach().float() for name in names]).isfinite()
-        bad = {name for name, good in zip(names, finite.tolist(), strict=True) if not good}  # device sync
+        scalars = losses if self._scaler.is_enabled() else {**losses, "grad_norm": grad_norm}
+        finite = torch.stack([value.detach().float() for value in scalars.values()]).isfinite()
+        bad = {name for name, good in zip(scalars, finite.tolist(), strict=True) if not good}  # device sync
         if comm.any_rank(bad):  # all ranks
             self._skip(bad)
             return False
@@ -91,7 +93,7 @@ class NonfiniteGuard:
         logger.warning(f"skipping the step: {message}")
         storage.put_scalar("skipped_steps", self.num_skipped, smoothing_hint=False)
 
-    def check_losses(self, storage):
+    def raise_if_found(self, storage):
         """Raise if a loss or `grad_norm` in the storage is NaN or infinite; a device sync.
 
         The losses in the storage are reduced over ranks, so all ranks raise. With an enabled scaler,

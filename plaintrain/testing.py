@@ -37,16 +37,17 @@ def do_validate(cfg, model):
         return validation_losses(model, data_loaders, cfg.SEED)
 
 
-def evaluate(cfg, model, iteration, actions, early_stopping, checkpointer):
-    """Compute and log what is due after an iteration, and save the best weights; returns test results."""
-    metrics = do_validate(cfg, model) if actions.validate else {}
-    results = do_test(cfg, model) if actions.test else {}
-    metrics |= flatten_results(results)
-    if early_stopping.update(iteration, metrics):
-        checkpointer.save_weights("model_best", model, iteration=iteration)
-    if early_stopping.triggered and not actions.test:
-        # The run ends here, as always with test results.
-        results = do_test(cfg, model)
+def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
+    """Validate and test as `actions` says, log the metrics, save the best weights; returns test results."""
+    metrics = {}
+    results = {}
+    if actions.validate:
+        metrics |= do_validate(cfg, eval_model)
+    if actions.test:
+        results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
+    is_best = early_stopping.update(iteration, metrics)
+    if is_best:
+        checkpointer.save_weights("model_best", eval_model, iteration=iteration)
     get_event_storage().put_scalars(**metrics, smoothing_hint=False)
     return results

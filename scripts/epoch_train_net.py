@@ -18,7 +18,7 @@ if __name__ == "__main__":
     args = default_argument_parser(epilog=__doc__).parse_args()
 
 from plaintrain import checkpoint, data, engine, evaluation, modeling, precision, solver
-from plaintrain.accumulation import add_losses, micro_batches, sum_losses
+from plaintrain.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 from plaintrain.early_stopping import EarlyStopping
 from plaintrain.ema import build_ema
 from plaintrain.nonfinite import build_nonfinite_guard
@@ -47,15 +47,15 @@ def due(cfg, iteration, iters_per_epoch, stopping=False):
     test = is_last or any(every(cfg.TEST.EVAL_PERIOD, i, start=cfg.TEST.EVAL_START) for i in iterations)
     save = validate or test or every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration)
     log = validate or test or every(cfg.LOG_PERIOD, iteration) or (is_end and epoch >= 0)
-    return Due(save, validate, test, log)
+    return Due(save=save, validate=validate, test=test, log=log)
 
 
-def train_step(model, batches, optimizer, amp, clip_gradients, nonfinite):
-    """Compute the gradients of one batch and step; returns detached losses, {} for a skipped step."""
+def train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite):
+    """Forward, backward and optimizer step on one batch; returns detached losses and the gradient norm."""
     optimizer.zero_grad()
     losses = {}
-    for micro_batch, weight, is_last in batches:
-        with amp.autocast:
+    for micro_batch, weight, is_last in micro_batches:
+        with sync_gradients(model, is_last), amp.autocast:
             loss_dict = model(micro_batch)
         if is_last:
             comm.check_loss_names(loss_dict)  # all ranks
@@ -63,12 +63,12 @@ def train_step(model, batches, optimizer, amp, clip_gradients, nonfinite):
         amp.scaler.scale(total_loss * weight).backward()
         losses = add_losses(losses, {"total_loss": total_loss, **loss_dict}, weight)
     amp.scaler.unscale_(optimizer)
-    losses["grad_norm"] = clip_gradients()
-    is_finite = nonfinite.check_step(losses)  # device sync with SOLVER.ON_NONFINITE "skip"
-    if is_finite:
+    grad_norm = clip_gradients()
+    is_step_taken = nonfinite.allows_step(losses, grad_norm)
+    if is_step_taken:
         amp.scaler.step(optimizer)
     amp.scaler.update()
-    return losses if is_finite else {}
+    return {**losses, "grad_norm": grad_norm} if is_step_taken else {}
 
 
 def do_train(cfg, model, resume=False):
@@ -90,22 +90,22 @@ def do_train(cfg, model, resume=False):
     class_names = data.get_class_names(cfg.DATASETS.TRAIN)
     checkpointer = checkpoint.build_checkpointer(cfg, model, class_names, storage=storage, **states)
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
-    max_iter = cfg.SOLVER.MAX_ITER
     iters_per_epoch = data_loader.iters_per_epoch
+    logger.info(f"starting training from iteration {start_iter}, {iters_per_epoch} an epoch")
 
-    logger.info(f"starting training from iteration {start_iter} of {max_iter}, {iters_per_epoch} an epoch")
     with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
-        # A checkpoint is written before the evaluation and the log of its iteration: resume with these.
+        # WORKFLOW may begin with a validation. A resumed run first does what its checkpoint precedes.
         results = {}
-        actions = due(cfg, start_iter - 1, iters_per_epoch)
+        iteration = start_iter - 1
+        actions = due(cfg, iteration, iters_per_epoch)
         if actions.validate or actions.test:
-            results = evaluate(cfg, ema.eval_model, start_iter - 1, actions, early_stopping, checkpointer)
+            results |= evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
         if actions.log:
             write_all(writers)
 
-        while start_iter < max_iter and not early_stopping.triggered:
+        while start_iter < cfg.SOLVER.MAX_ITER and not early_stopping.triggered:
             epoch = start_iter // iters_per_epoch
-            end_iter = min((epoch + 1) * iters_per_epoch, max_iter)
+            end_iter = min((epoch + 1) * iters_per_epoch, cfg.SOLVER.MAX_ITER)
             start_time = perf_counter()
             for iteration, samples in data_loader.iterations(start_iter, end_iter, desc=f"epoch {epoch}"):
                 data_time = perf_counter() - start_time
@@ -113,27 +113,30 @@ def do_train(cfg, model, resume=False):
                 stopping = stop.requested_on_any_rank()  # all ranks
                 actions = due(cfg, iteration, iters_per_epoch, stopping)
 
-                batches = micro_batches(model, samples, cfg.SOLVER.ACCUMULATE_STEPS)
-                losses = train_step(model, batches, optimizer, amp, clip_gradients, nonfinite)
+                micro_batches = split_batch(samples, cfg.SOLVER.ACCUMULATE_STEPS)
+                losses = train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite)
+                ema.update(model)
                 storage.put_scalars(**scheduler.scalars(), epoch=epoch, smoothing_hint=False)
                 scheduler.step()
-                ema.update(model)
-                losses = comm.reduce_dict(losses)
-                storage.put_scalars(**losses, time=perf_counter() - start_time, data_time=data_time)
+                reduced_losses = comm.reduce_dict(losses)  # all ranks
+                storage.put_scalars(**reduced_losses, time=perf_counter() - start_time, data_time=data_time)
                 if actions.save or actions.log:
-                    nonfinite.check_losses(storage)  # device sync: NaN on any rank stops all ranks
+                    nonfinite.raise_if_found(storage)  # device sync
                     storage.put_scalars(**amp.scalars(), **peak_memory(), smoothing_hint=False)
 
                 if actions.save:
-                    checkpointer.save_iteration(iteration)
+                    checkpointer.save_iteration(iteration)  # all ranks
                 if actions.validate or actions.test:
-                    results = evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
+                    results |= evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
                 if actions.log:
                     write_all(writers)
                 if actions.stop:
                     return results
                 start_time = perf_counter()
             start_iter = end_iter
+
+        if early_stopping.triggered and not actions.test:
+            results |= evaluate(cfg, ema.eval_model, iteration, Due(test=True), early_stopping, checkpointer)
         checkpointer.save_final()
     return results
 

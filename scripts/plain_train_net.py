@@ -20,7 +20,7 @@ if __name__ == "__main__":
     # Parsed here, so that --help does not wait for the imports of torch below.
     args = default_argument_parser(epilog=__doc__).parse_args()
 
-from plaintrain.accumulation import add_losses, micro_batches, sum_losses
+from plaintrain.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 from plaintrain.checkpoint import build_checkpointer, load_for_evaluation
 from plaintrain.config import get_cfg
 from plaintrain.data import (
@@ -55,16 +55,17 @@ logger = logging.getLogger("plaintrain")
 
 
 def due(cfg, iteration, stopping=False):
-    """Return what is due after an iteration (from 0); `stopping`: the run is asked to stop."""
+    """Return what is due after an iteration (from 0); `stopping`: the run is asked to end."""
     is_last = iteration == cfg.SOLVER.MAX_ITER - 1
     if stopping and not is_last:
+        # Whatever else is due is done when the run is resumed.
         return Due(save=True, stop=True)
     validate = every(cfg.TEST.VAL_LOSS_PERIOD, iteration)
     test = is_last or every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)
-    # A checkpoint precedes an evaluation: one that fails or is interrupted loses nothing.
+    # A checkpoint precedes each evaluation, so that one that fails or is interrupted loses nothing.
     save = validate or test or every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration)
     log = validate or test or every(cfg.LOG_PERIOD, iteration)
-    return Due(save, validate, test, log)
+    return Due(save=save, validate=validate, test=test, log=log)
 
 
 def do_test(cfg, model):
@@ -81,47 +82,51 @@ def do_test(cfg, model):
     return results
 
 
-def evaluate(cfg, model, iteration, actions, early_stopping, checkpointer):
-    """Compute and log what is due after an iteration, and save the best weights; returns test results."""
-    metrics = do_validate(cfg, model) if actions.validate else {}
-    results = do_test(cfg, model) if actions.test else {}
-    metrics |= flatten_results(results)
-    if early_stopping.update(iteration, metrics):
-        checkpointer.save_weights("model_best", model, iteration=iteration)
-    if early_stopping.triggered and not actions.test:
-        # The run ends here, as always with test results.
-        results = do_test(cfg, model)
+def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
+    """Validate and test as `actions` says, log the metrics, save the best weights; returns test results."""
+    metrics = {}
+    results = {}
+    if actions.validate:
+        metrics |= do_validate(cfg, eval_model)
+    if actions.test:
+        results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
+    is_best = early_stopping.update(iteration, metrics)
+    if is_best:
+        checkpointer.save_weights("model_best", eval_model, iteration=iteration)
     get_event_storage().put_scalars(**metrics, smoothing_hint=False)
     return results
 
 
-def train_step(model, batches, optimizer, amp, clip_gradients, nonfinite):
-    """Compute the gradients of one batch and step; returns detached losses, {} for a skipped step."""
+def train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite):
+    """Forward, backward and optimizer step on one batch; returns detached losses and the gradient norm."""
     optimizer.zero_grad()
     losses = {}
-    # One micro-batch, unless SOLVER.ACCUMULATE_STEPS is larger; `weight` is its fraction of the images.
-    for micro_batch, weight, is_last in batches:
-        with amp.autocast:
+    # One micro-batch, unless SOLVER.ACCUMULATE_STEPS is larger; `weight` is its fraction of the batch.
+    for micro_batch, weight, is_last in micro_batches:
+        # DistributedDataParallel averages gradients over ranks in the last backward pass only.
+        with sync_gradients(model, is_last), amp.autocast:
             loss_dict = model(micro_batch)
         if is_last:
-            # The only backward pass in which ranks exchange gradients.
-            comm.check_loss_names(loss_dict)  # all ranks
+            comm.check_loss_names(loss_dict)  # all ranks: without a loss, one would hang in backward()
         total_loss = sum_losses(loss_dict)
         amp.scaler.scale(total_loss * weight).backward()
         losses = add_losses(losses, {"total_loss": total_loss, **loss_dict}, weight)
     amp.scaler.unscale_(optimizer)
-    losses["grad_norm"] = clip_gradients()
-    # With SOLVER.ON_NONFINITE "skip", all ranks skip a bad step together (device sync).
-    is_finite = nonfinite.check_step(losses)
-    if is_finite:
+    grad_norm = clip_gradients()
+    # True unless SOLVER.ON_NONFINITE is "skip": then all ranks skip a bad step together (device sync).
+    is_step_taken = nonfinite.allows_step(losses, grad_norm)
+    if is_step_taken:
         amp.scaler.step(optimizer)
     amp.scaler.update()
-    return losses if is_finite else {}
+    return {**losses, "grad_norm": grad_norm} if is_step_taken else {}
 
 
 def do_train(cfg, model, resume=False):
-    """Train for SOLVER.MAX_ITER iterations; returns the results of the last evaluation."""
+    """Train for SOLVER.MAX_ITER iterations; returns the results of the last test.
+
+    Lines marked "all ranks" communicate, so every rank must reach them; "device sync" waits for the GPU.
+    """
     model.train()
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
@@ -134,64 +139,62 @@ def do_train(cfg, model, resume=False):
     storage = EventStorage()
     writers = build_writers(cfg)
 
-    # Whatever has a state is saved and restored by name.
-    checkpointer = build_checkpointer(
-        cfg,
-        model,
-        class_names=get_class_names(cfg.DATASETS.TRAIN),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=amp.scaler,
-        ema=ema,
-        data_loader=data_loader,
-        nonfinite=nonfinite,
-        early_stopping=early_stopping,
-        storage=storage,
-    )
+    # Saved and restored by name, with the model and the random state of each rank.
+    states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler, "ema": ema}
+    states |= {"data_loader": data_loader, "nonfinite": nonfinite, "early_stopping": early_stopping}
+    class_names = get_class_names(cfg.DATASETS.TRAIN)
+    checkpointer = build_checkpointer(cfg, model, class_names, storage=storage, **states)
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
-    max_iter = cfg.SOLVER.MAX_ITER
+    logger.info(f"starting training from iteration {start_iter} of {cfg.SOLVER.MAX_ITER}")
 
-    logger.info(f"starting training from iteration {start_iter} of {max_iter}")
     with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
-        # A checkpoint is written before the evaluation and the log of its iteration: resume with these.
         results = {}
-        actions = due(cfg, start_iter - 1)
-        if actions.validate or actions.test:
-            results = evaluate(cfg, ema.eval_model, start_iter - 1, actions, early_stopping, checkpointer)
-        if actions.log:
-            write_all(writers)
+        if start_iter > 0:
+            # A checkpoint is saved before its iteration is evaluated and logged: do both again.
+            iteration = start_iter - 1
+            actions = due(cfg, iteration)
+            if actions.validate or actions.test:
+                results |= evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
+            if actions.log:
+                write_all(writers)
+        # A run that early stopping has ended trains no further.
+        end_iter = start_iter if early_stopping.triggered else cfg.SOLVER.MAX_ITER
 
         start_time = perf_counter()
-        for iteration, samples in data_loader.iterations(start_iter, max_iter):
-            if early_stopping.triggered:
-                break
+        for iteration, samples in data_loader.iterations(start_iter, end_iter):
             data_time = perf_counter() - start_time
             storage.iter = iteration
             stopping = stop.requested_on_any_rank()  # all ranks
             actions = due(cfg, iteration, stopping)
 
-            batches = micro_batches(model, samples, cfg.SOLVER.ACCUMULATE_STEPS)
-            losses = train_step(model, batches, optimizer, amp, clip_gradients, nonfinite)
+            micro_batches = split_batch(samples, cfg.SOLVER.ACCUMULATE_STEPS)
+            losses = train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite)
+            ema.update(model)
             storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
             scheduler.step()
-            ema.update(model)
 
-            # Losses stay on the device until they are saved or logged.
-            losses = comm.reduce_dict(losses)
-            storage.put_scalars(**losses, time=perf_counter() - start_time, data_time=data_time)
+            # Losses stay on the device until someone reads them from the storage.
+            reduced_losses = comm.reduce_dict(losses)  # all ranks
+            storage.put_scalars(**reduced_losses, time=perf_counter() - start_time, data_time=data_time)
             if actions.save or actions.log:
-                nonfinite.check_losses(storage)  # device sync: NaN on any rank stops all ranks
+                nonfinite.raise_if_found(storage)  # device sync: NaN on one rank stops all, before a save
                 storage.put_scalars(**amp.scalars(), **peak_memory(), smoothing_hint=False)
 
             if actions.save:
-                checkpointer.save_iteration(iteration)
+                checkpointer.save_iteration(iteration)  # all ranks
             if actions.validate or actions.test:
-                results = evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
+                results |= evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
             if actions.log:
                 write_all(writers)
             if actions.stop:
-                return results
+                return results  # unfinished: no final checkpoint
+            if early_stopping.triggered:
+                break
             start_time = perf_counter()
+
+        if early_stopping.triggered and not actions.test:
+            # Validation losses have ended the run: it has test results all the same.
+            results |= evaluate(cfg, ema.eval_model, iteration, Due(test=True), early_stopping, checkpointer)
         checkpointer.save_final()
     return results
 

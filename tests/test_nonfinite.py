@@ -32,29 +32,30 @@ def guard(model=None, scaler=PLAIN, **kwargs):
     return NonfiniteGuard(model or nn.Linear(1, 1), Loader(), scaler, **kwargs)
 
 
-def losses(value=ONE, norm=ONE):
-    return {"total_loss": value + 1, "loss_a": value, "loss_b": ONE, "grad_norm": norm}
+def scalars(value=ONE, norm=ONE):
+    """(losses, grad_norm)."""
+    return {"total_loss": value + 1, "loss_a": value, "loss_b": ONE}, norm
 
 
-def test_check_step_without_skipping_reads_nothing():
+def test_allows_step_without_skipping_reads_nothing():
     meta = torch.ones((), device="meta")
-    assert guard().check_step({"total_loss": meta, "grad_norm": meta})
+    assert guard().allows_step({"total_loss": meta}, meta)
 
 
 @pytest.mark.parametrize(
-    ("step_losses", "scaler", "words"),
+    ("step", "scaler", "words"),
     [
-        (losses(NAN), PLAIN, "loss_a, total_loss is NaN"),
-        (losses(-INF, INF), SCALER, "loss_a, total_loss is NaN"),
-        (losses(norm=INF), PLAIN, "grad_norm is NaN"),
-        (losses(norm=NAN), SCALER, None),
-        (losses(), PLAIN, None),
+        (scalars(NAN), PLAIN, "loss_a, total_loss is NaN"),
+        (scalars(-INF, INF), SCALER, "loss_a, total_loss is NaN"),
+        (scalars(norm=INF), PLAIN, "grad_norm is NaN"),
+        (scalars(norm=NAN), SCALER, None),
+        (scalars(), PLAIN, None),
     ],
 )
-def test_check_step_names_and_counts_what_is_skipped(step_losses, scaler, words, log):
+def test_allows_step_names_and_counts_what_is_skipped(step, scaler, words, log):
     nonfinite = guard(scaler=scaler, max_in_row=2)
     with EventStorage(5) as storage:
-        assert nonfinite.check_step(step_losses) is (words is None)
+        assert nonfinite.allows_step(*step) is (words is None)
     number = 0 if words is None else 1
     assert nonfinite.state_dict() == {"num_skipped": number, "num_in_row": number}
     if words is None:
@@ -64,23 +65,23 @@ def test_check_step_names_and_counts_what_is_skipped(step_losses, scaler, words,
     assert storage.latest() == {"skipped_steps": (1.0, 5)}
 
 
-def test_check_step_skips_where_another_rank_has_nan(monkeypatch):
+def test_allows_step_skips_where_another_rank_has_nan(monkeypatch):
     monkeypatch.setattr(comm, "any_rank", lambda flag: True)
     monkeypatch.setattr(comm, "all_gather", lambda names: [names, {"loss_of_rank_1"}])
     with EventStorage():
-        assert not guard(max_in_row=2).check_step(losses())
+        assert not guard(max_in_row=2).allows_step(*scalars())
 
 
-def test_check_step_raises_after_too_many_in_a_row():
+def test_allows_step_raises_after_too_many_in_a_row():
     nonfinite = guard(max_in_row=2)
     nonfinite.load_state_dict({"num_skipped": 10, "num_in_row": 1})
     with EventStorage(3):
-        assert nonfinite.check_step(losses())
+        assert nonfinite.allows_step(*scalars())
         assert nonfinite.state_dict() == {"num_skipped": 10, "num_in_row": 0}
         for _ in range(2):
-            assert not nonfinite.check_step(losses(NAN))
+            assert not nonfinite.allows_step(*scalars(NAN))
         with pytest.raises(FloatingPointError, match="2 steps before it .*MAX_SKIPPED_STEPS is 2"):
-            nonfinite.check_step(losses(NAN))
+            nonfinite.allows_step(*scalars(NAN))
     assert nonfinite.state_dict() == {"num_skipped": 13, "num_in_row": 3}
 
 
@@ -97,10 +98,10 @@ def test_batch_norm_forgets_a_skipped_step(tmp_path, resumed):
     with EventStorage():
         if not resumed:
             model(torch.randn(4, 2))
-            nonfinite.check_step(losses())
+            nonfinite.allows_step(*scalars())
         before = {name: value.clone() for name, value in model.state_dict().items()}
         model(torch.full((4, 2), math.nan))
-        nonfinite.check_step(losses(NAN))
+        nonfinite.allows_step(*scalars(NAN))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -115,14 +116,14 @@ def test_config_says_whether_steps_are_skipped_and_samples_saved(mode, skips, tm
         assert nonfinite.skips_steps is skips
         storage.put_scalar("loss_a", math.nan)
         with pytest.raises(FloatingPointError, match=r"iteration 12.*120 \(a.jpg\), 121 \(b.jpg\)"):
-            nonfinite.check_losses(storage)
+            nonfinite.raise_if_found(storage)
         assert len(list(tmp_path.iterdir())) == number
     saved = torch.load(tmp_path / "bad_batch_0000012.pth", weights_only=True)
     assert saved["iteration"] == 12 and saved["samples"][0]["target"]["labels"].tolist() == [12]
     # A failing dump does not hide the error.
     storage.put_scalar("loss_a", math.nan)
     with pytest.raises(FloatingPointError, match="loss_a"):
-        guard(dump_folder="/proc/nowhere").check_losses(storage)
+        guard(dump_folder="/proc/nowhere").raise_if_found(storage)
     assert "cannot save the samples" in log.text
 
 
@@ -133,7 +134,7 @@ def scaler_at(scale):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_check_losses_raises_for_the_norm_only_without_a_scaler(value):
+def test_raise_if_found_raises_for_the_norm_only_without_a_scaler(value):
     for scale in (None, 8.0):
         with EventStorage(4) as storage:
             storage.put_scalars(total_loss=1.0, grad_norm=value)
@@ -141,16 +142,16 @@ def test_check_losses_raises_for_the_norm_only_without_a_scaler(value):
                 with pytest.raises(
                     FloatingPointError, match="grad_norm became NaN or infinite at iteration 4"
                 ):
-                    guard(scaler=scaler_at(scale)).check_losses(storage)
-            guard(scaler=scaler_at(scale)).check_losses(storage)
+                    guard(scaler=scaler_at(scale)).raise_if_found(storage)
+            guard(scaler=scaler_at(scale)).raise_if_found(storage)
             # A loss counts with a scaler too.
             storage.put_scalars(total_loss=value)
             with pytest.raises(FloatingPointError, match="total_loss"):
-                guard(scaler=scaler_at(scale)).check_losses(storage)
+                guard(scaler=scaler_at(scale)).raise_if_found(storage)
 
 
-def test_check_losses_raises_where_the_scale_no_longer_helps():
+def test_raise_if_found_raises_where_the_scale_no_longer_helps():
     with EventStorage() as storage:
-        guard(scaler=scaler_at(2.0**-14)).check_losses(storage)
+        guard(scaler=scaler_at(2.0**-14)).raise_if_found(storage)
         with pytest.raises(FloatingPointError, match="overflow in float16 even at a loss scale of 3.1e-05"):
-            guard(scaler=scaler_at(2.0**-15)).check_losses(storage)
+            guard(scaler=scaler_at(2.0**-15)).raise_if_found(storage)

@@ -56,10 +56,14 @@ class Batches:
         self.dataset = None
 
     def __iter__(self):
-        for i in range(self.number + 1):
+        for _, samples in self.iterations(0, self.number + 1):
+            yield samples
+
+    def iterations(self, start_iter, end_iter):
+        for i in range(start_iter, end_iter):
             if i in (0, self.number):
                 self.seconds = time.process_time() - self.seconds
-            yield self.data
+            yield i, self.data
 
     def __len__(self):
         return self.number + 1

@@ -37,7 +37,7 @@ from plaintrain.modeling import build_model
 from plaintrain.preflight import build_meta_model, settle_num_classes
 from plaintrain.solver import build_optimizer
 from plaintrain.utils import comm
-from plaintrain.utils.stop import StopRequest
+from plaintrain.utils.stop import StopSignal
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("stop agreement", "forward", "loss names", "backward", "optimizer", "reduce_dict", "barrier")
@@ -106,7 +106,7 @@ class Sent:
 def iterate(model, optimizer, samples, stop, part):
     """One iteration as in plain_train_net.py, each part within `part(name)`."""
     with part("stop agreement"):
-        stop.is_made()
+        stop.requested_on_any_rank()
     optimizer.zero_grad()
     with part("forward"):
         loss_dict = model(samples)
@@ -130,7 +130,7 @@ def work(args):
     model = create_ddp_model(build_model(cfg).train())
     optimizer = build_optimizer(cfg, model)
     batches = [samples for samples, _ in zip(build_detection_train_loader(cfg), range(4), strict=False)]
-    stop, sent = StopRequest(), Sent()
+    stop, sent = StopSignal(), Sent()
     clock = Clock()
     for i in range(args.iterations + 5):
         if i == 5:
