@@ -38,7 +38,10 @@ def do_validate(cfg, model):
 
 
 def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
-    """Validate and test as `actions` says, log the metrics, save the best weights; returns test results."""
+    """Validate and test as `actions` says, log the metrics, save the best weights; returns test results.
+
+    All ranks call it. Modules return to the mode they had, training or evaluation.
+    """
     metrics = {}
     results = {}
     if actions.validate:
@@ -46,8 +49,13 @@ def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
     if actions.test:
         results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
+    # Ignored unless the metrics contain TEST.BEST_METRIC.
     is_best = early_stopping.update(iteration, metrics)
     if is_best:
         checkpointer.save_weights("model_best", eval_model, iteration=iteration)
+    if early_stopping.triggered and not actions.test:
+        # The validation losses have ended the run, which still gets test results.
+        results = do_test(cfg, eval_model)
+        metrics |= flatten_results(results)
     get_event_storage().put_scalars(**metrics, smoothing_hint=False)
     return results

@@ -37,14 +37,14 @@ logger = logging.getLogger("plaintrain")
 
 def due(cfg, iteration, iters_per_epoch, stopping=False):
     """Return what is due after an iteration (from 0); evaluations come at the end of an epoch."""
-    is_last = iteration == cfg.SOLVER.MAX_ITER - 1
-    if stopping and not is_last:
+    is_last_iter = iteration == cfg.SOLVER.MAX_ITER - 1
+    if stopping and not is_last_iter:
         return Due(save=True, stop=True)
     epoch = iteration // iters_per_epoch
-    is_end = is_last or (iteration + 1) % iters_per_epoch == 0
+    is_end = is_last_iter or (iteration + 1) % iters_per_epoch == 0
     validate = is_end and validates_after(cfg, epoch)
     iterations = range(epoch * iters_per_epoch, iteration + 1) if is_end else ()
-    test = is_last or any(every(cfg.TEST.EVAL_PERIOD, i, start=cfg.TEST.EVAL_START) for i in iterations)
+    test = is_last_iter or any(every(cfg.TEST.EVAL_PERIOD, i, start=cfg.TEST.EVAL_START) for i in iterations)
     save = validate or test or every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration)
     log = validate or test or every(cfg.LOG_PERIOD, iteration) or (is_end and epoch >= 0)
     return Due(save=save, validate=validate, test=test, log=log)
@@ -55,20 +55,21 @@ def train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite):
     optimizer.zero_grad()
     losses = {}
     for micro_batch, weight, is_last in micro_batches:
-        with sync_gradients(model, is_last), amp.autocast:
-            loss_dict = model(micro_batch)
-        if is_last:
-            comm.check_loss_names(loss_dict)  # all ranks
-        total_loss = sum_losses(loss_dict)
-        amp.scaler.scale(total_loss * weight).backward()
+        with sync_gradients(model, is_last):
+            with amp.autocast:
+                loss_dict = model(micro_batch)
+            if is_last:
+                comm.check_loss_names(loss_dict)  # all ranks
+            total_loss = sum_losses(loss_dict)
+            amp.scaler.scale(total_loss * weight).backward()
         losses = add_losses(losses, {"total_loss": total_loss, **loss_dict}, weight)
     amp.scaler.unscale_(optimizer)
     grad_norm = clip_gradients()
-    is_step_taken = nonfinite.allows_step(losses, grad_norm)
-    if is_step_taken:
+    take_step = nonfinite.allows_step(losses, grad_norm)
+    if take_step:
         amp.scaler.step(optimizer)
     amp.scaler.update()
-    return {**losses, "grad_norm": grad_norm} if is_step_taken else {}
+    return {**losses, "grad_norm": grad_norm} if take_step else {}
 
 
 def do_train(cfg, model, resume=False):
@@ -134,9 +135,6 @@ def do_train(cfg, model, resume=False):
                     return results
                 start_time = perf_counter()
             start_iter = end_iter
-
-        if early_stopping.triggered and not actions.test:
-            results |= evaluate(cfg, ema.eval_model, iteration, Due(test=True), early_stopping, checkpointer)
         checkpointer.save_final()
     return results
 

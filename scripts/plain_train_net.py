@@ -56,12 +56,12 @@ logger = logging.getLogger("plaintrain")
 
 def due(cfg, iteration, stopping=False):
     """Return what is due after an iteration (from 0); `stopping`: the run is asked to end."""
-    is_last = iteration == cfg.SOLVER.MAX_ITER - 1
-    if stopping and not is_last:
+    is_last_iter = iteration == cfg.SOLVER.MAX_ITER - 1
+    if stopping and not is_last_iter:
         # Whatever else is due is done when the run is resumed.
         return Due(save=True, stop=True)
     validate = every(cfg.TEST.VAL_LOSS_PERIOD, iteration)
-    test = is_last or every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)
+    test = is_last_iter or every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)
     # A checkpoint precedes each evaluation, so that one that fails or is interrupted loses nothing.
     save = validate or test or every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration)
     log = validate or test or every(cfg.LOG_PERIOD, iteration)
@@ -83,7 +83,10 @@ def do_test(cfg, model):
 
 
 def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
-    """Validate and test as `actions` says, log the metrics, save the best weights; returns test results."""
+    """Validate and test as `actions` says, log the metrics, save the best weights; returns test results.
+
+    All ranks call it. Modules return to the mode they had, training or evaluation.
+    """
     metrics = {}
     results = {}
     if actions.validate:
@@ -91,9 +94,14 @@ def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
     if actions.test:
         results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
+    # Ignored unless the metrics contain TEST.BEST_METRIC.
     is_best = early_stopping.update(iteration, metrics)
     if is_best:
         checkpointer.save_weights("model_best", eval_model, iteration=iteration)
+    if early_stopping.triggered and not actions.test:
+        # The validation losses have ended the run, which still gets test results.
+        results = do_test(cfg, eval_model)
+        metrics |= flatten_results(results)
     get_event_storage().put_scalars(**metrics, smoothing_hint=False)
     return results
 
@@ -104,22 +112,24 @@ def train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite):
     losses = {}
     # One micro-batch, unless SOLVER.ACCUMULATE_STEPS is larger; `weight` is its fraction of the batch.
     for micro_batch, weight, is_last in micro_batches:
-        # DistributedDataParallel averages gradients over ranks in the last backward pass only.
-        with sync_gradients(model, is_last), amp.autocast:
-            loss_dict = model(micro_batch)
-        if is_last:
-            comm.check_loss_names(loss_dict)  # all ranks: without a loss, one would hang in backward()
-        total_loss = sum_losses(loss_dict)
-        amp.scaler.scale(total_loss * weight).backward()
+        # DistributedDataParallel averages gradients over ranks with the last micro-batch only.
+        with sync_gradients(model, is_last):
+            with amp.autocast:
+                loss_dict = model(micro_batch)
+            if is_last:
+                comm.check_loss_names(loss_dict)  # all ranks: if one lacks a loss, others hang in backward()
+            total_loss = sum_losses(loss_dict)
+            amp.scaler.scale(total_loss * weight).backward()
         losses = add_losses(losses, {"total_loss": total_loss, **loss_dict}, weight)
     amp.scaler.unscale_(optimizer)
     grad_norm = clip_gradients()
-    # True unless SOLVER.ON_NONFINITE is "skip": then all ranks skip a bad step together (device sync).
-    is_step_taken = nonfinite.allows_step(losses, grad_norm)
-    if is_step_taken:
+    # With SOLVER.ON_NONFINITE "skip", all ranks skip a step that has NaN on any (device sync). Otherwise it
+    # is taken, and do_train raises before the next save or log.
+    take_step = nonfinite.allows_step(losses, grad_norm)
+    if take_step:
         amp.scaler.step(optimizer)
     amp.scaler.update()
-    return {**losses, "grad_norm": grad_norm} if is_step_taken else {}
+    return {**losses, "grad_norm": grad_norm} if take_step else {}
 
 
 def do_train(cfg, model, resume=False):
@@ -141,17 +151,19 @@ def do_train(cfg, model, resume=False):
 
     # Saved and restored by name, with the model and the random state of each rank.
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler, "ema": ema}
-    states |= {"data_loader": data_loader, "nonfinite": nonfinite, "early_stopping": early_stopping}
+    states |= {"data_loader": data_loader, "storage": storage}
+    states |= {"nonfinite": nonfinite, "early_stopping": early_stopping}
     class_names = get_class_names(cfg.DATASETS.TRAIN)
-    checkpointer = build_checkpointer(cfg, model, class_names, storage=storage, **states)
+    checkpointer = build_checkpointer(cfg, model, class_names, **states)
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
     logger.info(f"starting training from iteration {start_iter} of {cfg.SOLVER.MAX_ITER}")
 
+    # At the end of the block, writers and checkpointer finish their files.
     with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
         results = {}
         if start_iter > 0:
-            # A checkpoint is saved before its iteration is evaluated and logged: do both again.
-            iteration = start_iter - 1
+            # A checkpoint is saved before its iteration is evaluated and logged, so this is still to do.
+            iteration = storage.iter
             actions = due(cfg, iteration)
             if actions.validate or actions.test:
                 results |= evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
@@ -168,7 +180,7 @@ def do_train(cfg, model, resume=False):
             actions = due(cfg, iteration, stopping)
 
             micro_batches = split_batch(samples, cfg.SOLVER.ACCUMULATE_STEPS)
-            losses = train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite)
+            losses = train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite)  # all ranks
             ema.update(model)
             storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
             scheduler.step()
@@ -177,7 +189,8 @@ def do_train(cfg, model, resume=False):
             reduced_losses = comm.reduce_dict(losses)  # all ranks
             storage.put_scalars(**reduced_losses, time=perf_counter() - start_time, data_time=data_time)
             if actions.save or actions.log:
-                nonfinite.raise_if_found(storage)  # device sync: NaN on one rank stops all, before a save
+                # Raise if a loss since the last time is NaN. Being reduced, it is so on all ranks.
+                nonfinite.raise_if_found(storage)  # device sync
                 storage.put_scalars(**amp.scalars(), **peak_memory(), smoothing_hint=False)
 
             if actions.save:
@@ -191,11 +204,7 @@ def do_train(cfg, model, resume=False):
             if early_stopping.triggered:
                 break
             start_time = perf_counter()
-
-        if early_stopping.triggered and not actions.test:
-            # Validation losses have ended the run: it has test results all the same.
-            results |= evaluate(cfg, ema.eval_model, iteration, Due(test=True), early_stopping, checkpointer)
-        checkpointer.save_final()
+        checkpointer.save_final()  # all ranks
     return results
 
 
