@@ -49,7 +49,7 @@ def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
     if actions.test:
         results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
-    # Ignored unless the metrics contain TEST.BEST_METRIC.
+    # False, and without effect, unless the metrics contain TEST.BEST_METRIC.
     is_best = early_stopping.update(iteration, metrics)
     if is_best:
         checkpointer.save_weights("model_best", eval_model, iteration=iteration)

@@ -51,7 +51,7 @@ def due(cfg, iteration, iters_per_epoch, stopping=False):
 
 
 def train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite):
-    """Forward, backward and optimizer step on one batch; returns detached losses and the gradient norm."""
+    """Forward, backward and optimizer step; returns detached losses and the gradient norm, {} if skipped."""
     optimizer.zero_grad()
     losses = {}
     for micro_batch, weight, is_last in micro_batches:

@@ -58,7 +58,7 @@ def due(cfg, iteration, stopping=False):
     """Return what is due after an iteration (from 0); `stopping`: the run is asked to end."""
     is_last_iter = iteration == cfg.SOLVER.MAX_ITER - 1
     if stopping and not is_last_iter:
-        # Whatever else is due is done when the run is resumed.
+        # Whatever else is due is done when the run is resumed, see do_train.
         return Due(save=True, stop=True)
     validate = every(cfg.TEST.VAL_LOSS_PERIOD, iteration)
     test = is_last_iter or every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)
@@ -94,7 +94,7 @@ def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
     if actions.test:
         results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
-    # Ignored unless the metrics contain TEST.BEST_METRIC.
+    # False, and without effect, unless the metrics contain TEST.BEST_METRIC.
     is_best = early_stopping.update(iteration, metrics)
     if is_best:
         checkpointer.save_weights("model_best", eval_model, iteration=iteration)
@@ -107,7 +107,10 @@ def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
 
 
 def train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite):
-    """Forward, backward and optimizer step on one batch; returns detached losses and the gradient norm."""
+    """Forward, backward and optimizer step on one batch.
+
+    Returns the detached losses and the gradient norm; {} if the step is skipped.
+    """
     optimizer.zero_grad()
     losses = {}
     # One micro-batch, unless SOLVER.ACCUMULATE_STEPS is larger; `weight` is its fraction of the batch.
@@ -123,12 +126,12 @@ def train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite):
         losses = add_losses(losses, {"total_loss": total_loss, **loss_dict}, weight)
     amp.scaler.unscale_(optimizer)
     grad_norm = clip_gradients()
-    # With SOLVER.ON_NONFINITE "skip", all ranks skip a step that has NaN on any (device sync). Otherwise it
-    # is taken, and do_train raises before the next save or log.
+    # SOLVER.ON_NONFINITE "skip": all ranks skip a step that has NaN on any of them (device sync).
+    # Otherwise it is taken, and do_train raises before the next save or log.
     take_step = nonfinite.allows_step(losses, grad_norm)
     if take_step:
         amp.scaler.step(optimizer)
-    amp.scaler.update()
+    amp.scaler.update()  # also without a step: unscale_() has looked for infinite gradients
     return {**losses, "grad_norm": grad_norm} if take_step else {}
 
 
@@ -153,8 +156,8 @@ def do_train(cfg, model, resume=False):
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler, "ema": ema}
     states |= {"data_loader": data_loader, "storage": storage}
     states |= {"nonfinite": nonfinite, "early_stopping": early_stopping}
-    class_names = get_class_names(cfg.DATASETS.TRAIN)
-    checkpointer = build_checkpointer(cfg, model, class_names, **states)
+    checkpointer = build_checkpointer(cfg, model, get_class_names(cfg.DATASETS.TRAIN), **states)
+    # Only a resumed checkpoint has an iteration; other weights start at 0.
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
     logger.info(f"starting training from iteration {start_iter} of {cfg.SOLVER.MAX_ITER}")
 
@@ -162,25 +165,26 @@ def do_train(cfg, model, resume=False):
     with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
         results = {}
         if start_iter > 0:
-            # A checkpoint is saved before its iteration is evaluated and logged, so this is still to do.
-            iteration = storage.iter
+            # A checkpoint is saved before its iteration is evaluated and logged: do both now, or again.
+            iteration = start_iter - 1
             actions = due(cfg, iteration)
             if actions.validate or actions.test:
                 results |= evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
             if actions.log:
                 write_all(writers)
-        # A run that early stopping has ended trains no further.
+        # A run that early stopping has ended, as the evaluation above finds again, trains no further.
         end_iter = start_iter if early_stopping.triggered else cfg.SOLVER.MAX_ITER
 
         start_time = perf_counter()
         for iteration, samples in data_loader.iterations(start_iter, end_iter):
             data_time = perf_counter() - start_time
             storage.iter = iteration
-            stopping = stop.requested_on_any_rank()  # all ranks
+            stopping = stop.requested_on_any_rank()  # all ranks; this iteration is still trained and saved
             actions = due(cfg, iteration, stopping)
 
             micro_batches = split_batch(samples, cfg.SOLVER.ACCUMULATE_STEPS)
             losses = train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite)  # all ranks
+            # Also after a skipped step: averages and schedule count iterations.
             ema.update(model)
             storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
             scheduler.step()
@@ -189,7 +193,7 @@ def do_train(cfg, model, resume=False):
             reduced_losses = comm.reduce_dict(losses)  # all ranks
             storage.put_scalars(**reduced_losses, time=perf_counter() - start_time, data_time=data_time)
             if actions.save or actions.log:
-                # Raise if a loss since the last time is NaN. Being reduced, it is so on all ranks.
+                # Raises on all ranks if a loss since the last save or log is NaN on one of them.
                 nonfinite.raise_if_found(storage)  # device sync
                 storage.put_scalars(**amp.scalars(), **peak_memory(), smoothing_hint=False)
 
