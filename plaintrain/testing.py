@@ -54,7 +54,7 @@ def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
     if is_best:
         checkpointer.save_weights("model_best", eval_model, iteration=iteration)
     if early_stopping.triggered and not actions.test:
-        # The validation losses have ended the run, which still gets test results.
+        # The run ends here because of a validation loss: it gets test results all the same.
         results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
     get_event_storage().put_scalars(**metrics, smoothing_hint=False)

@@ -58,7 +58,7 @@ def due(cfg, iteration, stopping=False):
     """Return what is due after an iteration (from 0); `stopping`: the run is asked to end."""
     is_last_iter = iteration == cfg.SOLVER.MAX_ITER - 1
     if stopping and not is_last_iter:
-        # Whatever else is due is done when the run is resumed, see do_train.
+        # What else is due is done by the resumed run, see `start_iter > 0` in do_train.
         return Due(save=True, stop=True)
     validate = every(cfg.TEST.VAL_LOSS_PERIOD, iteration)
     test = is_last_iter or every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)
@@ -99,7 +99,7 @@ def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
     if is_best:
         checkpointer.save_weights("model_best", eval_model, iteration=iteration)
     if early_stopping.triggered and not actions.test:
-        # The validation losses have ended the run, which still gets test results.
+        # The run ends here because of a validation loss: it gets test results all the same.
         results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
     get_event_storage().put_scalars(**metrics, smoothing_hint=False)
@@ -126,8 +126,8 @@ def train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite):
         losses = add_losses(losses, {"total_loss": total_loss, **loss_dict}, weight)
     amp.scaler.unscale_(optimizer)
     grad_norm = clip_gradients()
-    # SOLVER.ON_NONFINITE "skip": all ranks skip a step that has NaN on any of them (device sync).
-    # Otherwise it is taken, and do_train raises before the next save or log.
+    # True, except with SOLVER.ON_NONFINITE "skip" if any rank has NaN: then all ranks skip (device sync).
+    # With "stop" a bad step is taken, and raise_if_found() in do_train ends the run before it is saved.
     take_step = nonfinite.allows_step(losses, grad_norm)
     if take_step:
         amp.scaler.step(optimizer)
@@ -154,32 +154,32 @@ def do_train(cfg, model, resume=False):
 
     # Saved and restored by name, with the model and the random state of each rank.
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler, "ema": ema}
-    states |= {"data_loader": data_loader, "storage": storage}
-    states |= {"nonfinite": nonfinite, "early_stopping": early_stopping}
-    checkpointer = build_checkpointer(cfg, model, get_class_names(cfg.DATASETS.TRAIN), **states)
+    states |= {"data_loader": data_loader, "nonfinite": nonfinite, "early_stopping": early_stopping}
+    class_names = get_class_names(cfg.DATASETS.TRAIN)
+    checkpointer = build_checkpointer(cfg, model, class_names, storage=storage, **states)
     # Only a resumed checkpoint has an iteration; other weights start at 0.
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
     logger.info(f"starting training from iteration {start_iter} of {cfg.SOLVER.MAX_ITER}")
 
-    # At the end of the block, writers and checkpointer finish their files.
     with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
         results = {}
         if start_iter > 0:
-            # A checkpoint is saved before its iteration is evaluated and logged: do both now, or again.
+            # The checkpoint is from before the evaluation and log of its iteration: do these, if need be again.
             iteration = start_iter - 1
             actions = due(cfg, iteration)
             if actions.validate or actions.test:
                 results |= evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
             if actions.log:
                 write_all(writers)
-        # A run that early stopping has ended, as the evaluation above finds again, trains no further.
-        end_iter = start_iter if early_stopping.triggered else cfg.SOLVER.MAX_ITER
+            if early_stopping.triggered:
+                checkpointer.save_final()
+                return results
 
         start_time = perf_counter()
-        for iteration, samples in data_loader.iterations(start_iter, end_iter):
+        for iteration, samples in data_loader.iterations(start_iter, cfg.SOLVER.MAX_ITER):
             data_time = perf_counter() - start_time
             storage.iter = iteration
-            stopping = stop.requested_on_any_rank()  # all ranks; this iteration is still trained and saved
+            stopping = stop.requested_on_any_rank()  # all ranks; this iteration is still finished
             actions = due(cfg, iteration, stopping)
 
             micro_batches = split_batch(samples, cfg.SOLVER.ACCUMULATE_STEPS)
@@ -193,7 +193,7 @@ def do_train(cfg, model, resume=False):
             reduced_losses = comm.reduce_dict(losses)  # all ranks
             storage.put_scalars(**reduced_losses, time=perf_counter() - start_time, data_time=data_time)
             if actions.save or actions.log:
-                # Raises on all ranks if a loss since the last save or log is NaN on one of them.
+                # Raise on all ranks if a loss or norm since the last save or log is NaN on any rank.
                 nonfinite.raise_if_found(storage)  # device sync
                 storage.put_scalars(**amp.scalars(), **peak_memory(), smoothing_hint=False)
 
