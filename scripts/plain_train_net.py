@@ -164,7 +164,7 @@ def do_train(cfg, model, resume=False):
     with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
         results = {}
         if start_iter > 0:
-            # The checkpoint is from before the evaluation and log of its iteration: do these, if need be again.
+            # The checkpoint is from before the evaluation and log of its iteration: do these, maybe again.
             iteration = start_iter - 1
             actions = due(cfg, iteration)
             if actions.validate or actions.test:
