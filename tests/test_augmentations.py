@@ -30,9 +30,6 @@ def _rng(seed=0):
     return np.random.default_rng(seed)
 
 
-# ---- from the config
-
-
 def test_build_augmentation_appends_crop_resize_and_flip_to_the_list(cfg):
     cfg.INPUT.AUGMENTATIONS = ["RandomPhotometricDistort", {"RandomZoomOut": {"p": 0.3}}]
     cfg.INPUT.CROP.ENABLED = True
@@ -93,9 +90,6 @@ def test_defaults_are_those_of_torchvision(step):
         value = theirs[{"sampler_options": "options"}.get(field.name, field.name)]
         value = value[0] if field.name == "value" else value
         assert field.default == (tuple(value) if isinstance(value, list) else value), field.name
-
-
-# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -162,9 +156,6 @@ def test_keys_of_input_are_checked(cfg, key, value, word):
     cfg.merge_from_list([f"INPUT.{key}", value])
     with pytest.raises(UserError, match=word):
         build_augmentation(cfg, is_train=True)
-
-
-# ---- colours
 
 
 @pytest.fixture
@@ -257,8 +248,6 @@ def test_erasing_fills_with_noise_and_happens_as_often_as_p(tensors):
     count = sum((RandomErasing(0.3)(tensors, _rng(i))["image"] != 200).any().item() for i in range(200))
     assert 40 <= count <= 80
 
-
-# ---- all augmentations
 
 # tests/properties/test_transform_properties.py draws these with their targets.
 ALL = [

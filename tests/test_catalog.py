@@ -15,9 +15,6 @@ def _records(num):
     return [{"image_id": i, "file_name": str(i), "annotations": [{"bbox": [i, 2.5]}]} for i in range(num)]
 
 
-# ---- the catalogs
-
-
 def test_datasets_are_loaded_once_and_not_before_they_are_asked_for():
     calls = []
 
@@ -91,9 +88,6 @@ def test_common_class_names_are_of_one_order():
     assert common_class_names(["one", "same"]) == ["a", "b"]
     with pytest.raises(UserError, match="one and other have different classes"):
         common_class_names(["one", "same", "other"])
-
-
-# ---- declarations
 
 
 def _declare(name, **spec):

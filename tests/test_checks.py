@@ -28,9 +28,6 @@ def _check(*records, classes=("cat",), **metadata):
     return {f.kind: f for f in check_records(records, {"thing_classes": list(classes), **metadata})}
 
 
-# ---- records
-
-
 def test_good_records_have_no_findings():
     polygon = [[1, 1, 9, 1, 9, 9]]
     rle = coco_mask.encode(np.asfortranarray(np.eye(20, 30, dtype=np.uint8)))
@@ -100,9 +97,6 @@ def test_findings_keep_ten_examples_and_count_all():
     assert "boxes without area, which training drops: 12" in text
     assert "... and 2 more" in text
     assert str(Finding("no_images", 1, (), True)).startswith("FATAL: datasets without an image")
-
-
-# ---- the script
 
 
 @pytest.fixture
@@ -235,9 +229,6 @@ def test_clean_datasets_pass_and_mistakes_of_the_command_line_do_not(check, decl
         assert [word for word in words if word not in said] == []
     (tmp_path / "pets.json").write_text("{")
     assert "error: the annotation file" in check("pets", code=1)[0]
-
-
-# ---- cleaned copies
 
 
 def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_path):

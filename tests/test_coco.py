@@ -166,9 +166,6 @@ def test_broken_entries_are_collected_if_asked_for(tiny_coco):
     assert [(r["image_id"], len(r["annotations"])) for r in records] == [(2, 1), (11, 0)]
 
 
-# ---- results files
-
-
 BOX = {"image_id": 11, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.9}
 BOXLESS = {"bbox": DELETED, "image_id": 2, "category_id": 5}
 
@@ -229,9 +226,6 @@ def test_broken_detections_are_collected_if_asked_for(tiny_coco):
     assert [problem.kind for problem in problems] == ["broken", "unknown_image", "bad_box"]
     assert [len(record["annotations"]) for record in records] == [0, 0, 1]
     rejected("list of detections", by=lambda: _load_results(tiny_coco, {"annotations": []}))
-
-
-# ---- registered datasets
 
 
 def test_register_coco_instances_as_in_detectron2(tiny_coco):

@@ -142,9 +142,6 @@ def test_unknown_datasets_circles_and_doubles_are_rejected(part, write_image, tm
             _join(*names, name=f"joined {i}")
 
 
-# ---- a fraction of a dataset
-
-
 def _fraction(name, **keys):
     size = {"HEIGHT": 16, "WIDTH": 16, "NUM": 40}
     declare_dataset(name, {"FORMAT": "shapes", "SPLIT": "val", **size, **keys})

@@ -70,9 +70,6 @@ def _coco(folder, images=None):
     return load_coco_json(str(folder / "annotations.json"), str(images or folder))
 
 
-# ---- to COCO JSON
-
-
 def test_coco_to_coco_loses_nothing(convert, pets, tiny_coco):
     folder, said = convert("pets", "coco")
     assert f"IMAGE_ROOT {tiny_coco.images}\n" in said
@@ -154,9 +151,6 @@ def test_compressed_masks_scores_and_custom_areas_are_written(tmp_path):
     with pytest.raises(UserError, match="an annotation of x: it has a polygon"):
         write_coco(tmp_path / "b.json", [record], {"thing_classes": ["cat"]}, ["x.png"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json"]
-
-
-# ---- to YOLO
 
 
 def test_voc_to_yolo_keeps_boxes_of_all_splits(convert, zoo):

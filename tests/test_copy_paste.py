@@ -129,9 +129,6 @@ def test_blending_softens_only_the_edges_of_the_image():
         assert (image - (10 + 200 * share)).abs().max() <= 0.51
 
 
-# ---- in the mapper
-
-
 @pytest.fixture
 def records(tmp_path):
     """Five 40x30 images of one colour with an instance each; the first has none."""

@@ -20,8 +20,6 @@ from plaintrain.data.yolo import load_yolo
 from plaintrain.utils.yaml_files import parse_yaml
 from plaintrain.weights import read_state_dict
 
-# ---- files that would run code
-
 
 class Evil:
     """Pickled, it makes a folder when it is loaded."""
@@ -108,9 +106,6 @@ def test_a_compressed_checkpoint_is_rejected_before_it_is_unpacked(tmp_path):
     rejected(bomb, "unpacks to 67,", by=lambda: read_state_dict(str(bomb)))
 
 
-# ---- YAML
-
-
 def _anchors(first, aliases, levels):
     lines = [f"a{i}: &a{i} [{f'*a{i - 1}, ' * aliases}]" for i in range(1, levels)]
     return "\n".join([f"a0: &a0 {first}", *lines])
@@ -188,9 +183,6 @@ def test_hostile_bases_are_rejected(tmp_path, bases, words):
 )
 def test_hostile_overrides_are_rejected(key, value):
     rejected("command line", by=lambda: get_cfg().merge_from_list([key, value]))
-
-
-# ---- folders, pipes, devices and broken links in the place of files
 
 
 MAKE = {

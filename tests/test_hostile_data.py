@@ -17,8 +17,6 @@ from plaintrain.data.records import get_detection_dataset_dicts
 from plaintrain.data.yolo import load_yolo
 from plaintrain.evaluation.predictions import read_predictions
 
-# ---- COCO
-
 
 def _spec(files):
     return {"FORMAT": "coco", "JSON": str(files.json), "IMAGE_ROOT": str(files.images)}
@@ -55,9 +53,6 @@ def test_masks_of_predictions_that_fill_the_memory_are_rejected(tiny_coco, tmp_p
     ):
         path.write_text(json.dumps([{"image_id": 11, "category_id": 7, "score": 0.5, **change}]))
         rejected(path, "detection 0", by=lambda: list(read_predictions(str(path), "pets")))
-
-
-# ---- images
 
 
 def _png(width, height, data=b"", extra=()):

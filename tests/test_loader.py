@@ -82,9 +82,6 @@ def _plain(batches):
     return [[plain(sample) for sample in batch] for batch in batches]
 
 
-# ---- the training stream
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_train_loader_depends_on_seed_and_iteration_alone(make_dataset, train, workers):
     make_dataset()
@@ -231,9 +228,6 @@ def test_default_mapper_gets_the_training_records(make_dataset, train, monkeypat
     assert given == [list(get_detection_dataset_dicts("cells"))]
 
 
-# ---- mappers and generators
-
-
 def _draws(record):
     """A mapper in Detectron2's style: it draws from the global generators."""
     return random.random(), np.random.rand(), torch.rand(1).item()
@@ -278,9 +272,6 @@ def test_failing_mapper_leaves_the_global_generators_alone(make_dataset, train):
     assert _global_state() == before
 
 
-# ---- errors of workers
-
-
 @pytest.mark.parametrize(("workers", "loader"), [(0, "train"), (2, "train"), (2, "test")])
 def test_unreadable_image_is_one_sentence(make_dataset, train, workers, loader):
     records = make_dataset()
@@ -307,9 +298,6 @@ def test_bug_in_a_mapper_is_raised(make_dataset, train, workers):
         # Not pytest.raises: a traceback that is kept keeps the workers, which torch then awaits for 5 s.
         error.__traceback__, caught = None, True
     assert caught
-
-
-# ---- errors in the records
 
 
 def test_missing_images_are_counted_before_training(make_dataset, train):
@@ -378,9 +366,6 @@ def test_datasets_are_joined_in_their_order_if_their_classes_agree(make_dataset)
         get_detection_dataset_dicts(("one", "three"))
 
 
-# ---- cleaning and counting
-
-
 def test_images_without_annotations_are_skipped_unless_asked_for(make_dataset, train, log):
     records = make_dataset()
     records[1]["annotations"] = []
@@ -428,9 +413,6 @@ def test_boxes_without_area_or_outside_are_counted_in_warnings(make_dataset, log
         "cells: boxes outside their image, which training drops: 3",
         "cells: boxes that reach beyond their image by over half a pixel, which training clips: 1",
     ]
-
-
-# ---- evaluation
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,6 @@ def picture(tmp_path, write_image):
     return tmp_path / "picture.png"
 
 
-# ---- reading
-
-
 def _grey(value):
     return Image.new("L", (4, 3), value), [value] * 3
 
@@ -232,9 +229,6 @@ def test_read_image_names_missing_files_and_folders(tmp_path):
         read_image(str(tmp_path))
 
 
-# ---- size
-
-
 @pytest.mark.parametrize("value", ["x", struct.error("unpack")])
 def test_image_header_names_files_with_broken_exif_data(tmp_path, write_image, monkeypatch, value):
     def getexif(image):
@@ -262,9 +256,6 @@ def test_mapper_rejects_an_image_of_another_size_than_its_record(picture):
     with pytest.raises(UserError, match="is 30x40.* says 40x30.* EXIF"):
         DatasetMapper(augmentations=[])(_record(picture, 30, 40))
     assert DatasetMapper(augmentations=[])(_record(picture, 40, 30))["image"].shape == (3, 40, 30)
-
-
-# ---- samples
 
 
 def test_training_sample_has_the_keys_and_types_of_the_contract(picture):
@@ -335,9 +326,6 @@ def test_shapes_are_rendered_instead_of_read():
     record = load_shapes("val", 1, 40, 60)[0][0]
     sample = DatasetMapper(augmentations=[])(record)
     np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy(), render(record["file_name"]))
-
-
-# ---- masks and keypoints
 
 
 SQUARE = [4, 5, 14, 5, 14, 13, 4, 13]
@@ -426,9 +414,6 @@ def test_annotation_without_the_needed_keys_is_named(picture, more, words):
         DatasetMapper(augmentations=[], use_masks=True, num_keypoints=2)(record)
     assert "picture.png" in str(error.value)
     assert "\n" not in str(error.value)
-
-
-# ---- from the config
 
 
 def _keypoint_dataset(cfg, name, names, **metadata):

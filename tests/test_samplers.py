@@ -37,9 +37,6 @@ def test_training_sampler_without_shuffle_keeps_the_order_of_the_dataset():
     assert {type(image) for image in images} == {int}
 
 
-# ---- batches of images of like aspect ratio
-
-
 def test_grouped_batches_come_in_random_order():
     groups = np.random.default_rng(0).integers(0, 2, size=96)
     sampler = TrainingSampler(96, 8, seed=6, groups=groups)
@@ -95,9 +92,6 @@ def test_grouping_reduces_the_padding_at_coco_sizes():
     assert padding[2] <= 0.03
 
 
-# ---- repeat factors
-
-
 def test_repeat_factors_are_met_on_average():
     factors = np.array([0.5] * 20 + [1] * 20 + [1.5] * 9 + [3, 4])
     passes = _passes(RepeatFactorTrainingSampler(factors, seed=3), 2000)
@@ -149,17 +143,11 @@ def test_factors_of_images_without_annotations_are_1():
     assert class_balanced_factors(_records([], [])).tolist() == [1, 1]
 
 
-# ---- a subset
-
-
 def test_random_subset_has_its_size_and_depends_on_the_seed():
     samplers = [RandomSubsetTrainingSampler(103, 0.4, seed=seed) for seed in (1, 2, 3)]
     assert {sampler.size for sampler in samplers} == {41}
     assert len({frozenset(_passes(sampler, 1)[0]) for sampler in samplers}) == 3
     assert RandomSubsetTrainingSampler(9, 0.001).size == 1
-
-
-# ---- errors
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,6 @@ def _scaled(polygon, share):
     return centre + (polygon - centre) * share
 
 
-# ---- the images
-
-
 def test_dataset_is_the_one_that_results_were_measured_on(records, shapes):
     # Frozen numbers: a change of these images changes every result that names the dataset.
     boxes = np.array([a["bbox"] for a in shapes])
@@ -70,9 +67,6 @@ def test_splits_and_seeds_share_no_image(records):
     assert len(boxes) == 400
     assert len({r["file_name"] for part in datasets for r in part}) == 400
     assert len({render(part[0]["file_name"]).tobytes() for part in datasets}) == 4
-
-
-# ---- difficulty
 
 
 def test_shapes_have_10_to_50_percent_of_the_image_and_overlap_to_a_limit(records, shapes):
@@ -105,9 +99,6 @@ def test_shapes_are_regular_and_turned_by_up_to_10_degrees(shapes):
         radius = np.linalg.norm(polygon - polygon.mean(axis=0), axis=1)
         np.testing.assert_allclose(radius, radius[0])
         assert len(polygon) >= 30
-
-
-# ---- boxes, polygons, keypoints and pixels agree
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 160), (16, 16), (17, 301)])
@@ -185,9 +176,6 @@ def test_keypoints_under_a_later_shape_are_hidden(records):
             assert points[:, 2].tolist() == np.where(covered, 1, 2).tolist()
             seen.update(points[:, 2].tolist())
     assert seen[1] > 20
-
-
-# ---- errors
 
 
 @pytest.mark.parametrize(

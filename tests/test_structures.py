@@ -45,8 +45,6 @@ def test_convert_rejects_other_boxes_and_modes(box, mode, words):
     assert words in str(error.value)
 
 
-# ---- segmentations -----------------------------------------------------------------------------
-
 SQUARE = [2, 1, 6, 1, 6, 4, 2, 4]
 # Rows 1 to 3, columns 2 to 5, of an image of 8 x 10.
 MASK = np.zeros((8, 10), dtype=np.uint8)

@@ -78,9 +78,6 @@ def _plain(sample):
     return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in parts.items()}
 
 
-# ---- the same stream ------------------------------------------------------------------------------
-
-
 def test_threads_make_the_samples_of_processes(dataset, cfg):
     cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.SIZE = True, [0.5, 0.5]
     cfg.INPUT.AUGMENTATIONS = ["RandomPhotometricDistort"]
@@ -137,9 +134,6 @@ def test_threads_load_a_few_batches_ahead(batch_size, threads, most):
     stream.close()
 
 
-# ---- errors ----------------------------------------------------------------------------------------
-
-
 def test_unreadable_image_is_raised_when_its_batch_is_due():
     whole = [s["image_id"] for batch in take(make(workers=0), 3) for s in batch]
     UNREADABLE.add(whole[4])
@@ -180,9 +174,6 @@ def test_mapper_that_draws_from_global_generators_is_rejected():
 def test_worker_type_auto_takes_threads_for_mappers_that_allow_it(cfg, kind, mapper, expected):
     cfg.DATALOADER.WORKER_TYPE, cfg.DATALOADER.NUM_WORKERS = kind, 2
     assert loaders._workers(cfg, mapper) == expected
-
-
-# ---- the end --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["raise", "drop", "close", "finish"])
@@ -271,9 +262,6 @@ def test_ctrl_c_ends_a_process_that_waits_for_a_sample(tmp_path):
     # It waits for the samples being loaded, and not for the 32 of four batches.
     assert process.code == 1 and "KeyboardInterrupt" in process.output
     assert 1 <= process.output.count("sample\n") < 8
-
-
-# ---- cores and pinned memory ----------------------------------------------------------------------
 
 
 def test_threads_use_one_core_each_and_leave_the_training_its_number():

@@ -38,9 +38,6 @@ def take(stream, number):
     return list(itertools.islice(iter(stream), number))
 
 
-# ---- resume
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_state_does_not_count_what_was_loaded_ahead(workers):
     whole, first = take(loader(), 12), loader(num_workers=workers)
@@ -114,9 +111,6 @@ def test_sampler_without_a_state_is_entered_by_iteration():
     assert [s["image_id"] for s in take(second, 1)[0]] == [3]
 
 
-# ---- unreadable images
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skip_unreadable_replaces_images_reproducibly(workers, log):
     UNREADABLE.update({2, 5})
@@ -165,9 +159,6 @@ def test_unreadable_images_and_bugs_end_the_run():
     name = stream.image_names(0)[0].split("(")[1].rstrip(")")
     with pytest.raises(UserError, match=rf"cannot read .* {name}; nor can 10 others in its place be read"):
         take(stream, 1)
-
-
-# ---- signals
 
 
 def _sleep_as_a_worker(ready):

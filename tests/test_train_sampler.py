@@ -116,8 +116,6 @@ def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
     assert spread[5, True] < 0.6 * spread[5, False]
 
 
-# ---- errors
-
 THRESHOLD, RATIO = "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.RANDOM_SUBSET_RATIO"
 FACTORS = "DATASETS.TRAIN_REPEAT_FACTOR"
 

@@ -48,9 +48,6 @@ def _rng(seed=0):
     return np.random.default_rng(seed)
 
 
-# ---- resizing
-
-
 def _detectron2_size(h, w, short_edge_length, max_size):
     """ResizeShortestEdge.get_output_shape of Detectron2 0.6."""
     size = short_edge_length * 1.0
@@ -124,9 +121,6 @@ def test_scale_jitter_fits_into_the_target_times_a_factor_of_its_range():
     assert _size(ScaleJitter((20, 20), (0.1, 0.1))(_tensors(2, 100), _rng())) == (1, 2)
 
 
-# ---- flips and zoom out
-
-
 @pytest.mark.parametrize("flip", [RandomHorizontalFlip, RandomVerticalFlip])
 def test_flip_happens_as_often_as_its_probability(flip):
     tensors = _tensors(30, 40, (2, 5, 10, 22))
@@ -158,9 +152,6 @@ def test_zoom_out_puts_the_image_anywhere_on_a_canvas_of_its_range():
     assert (min(places), max(places)) == (0, 1)
     zoomed = sum(_size(RandomZoomOut(p=0.3)(tensors, _rng(seed))) != (20, 30) for seed in range(200))
     assert 40 <= zoomed <= 80
-
-
-# ---- cropping
 
 
 def _windows(crop_type, size, image=(40, 60)):
@@ -237,9 +228,6 @@ def test_iou_crop_keeps_the_instances_whose_centre_is_inside():
 def test_iou_crop_of_an_image_without_instances_is_the_image():
     tensors = _tensors(20, 30)
     assert RandomIoUCrop()(tensors, _rng()) is tensors
-
-
-# ---- errors
 
 
 @pytest.mark.parametrize(

@@ -190,9 +190,6 @@ def test_broken_and_hostile_data_yaml_is_rejected(yolo, text, words):
     rejected(*words, by=lambda: _load(yolo))
 
 
-# ---- folders of images
-
-
 def test_load_images_reads_a_folder_and_those_below_it_sorted(tmp_path, write_image):
     for name in ("b.png", "a.JPG", "deep/er/c.png"):
         write_image(tmp_path / name, 30, 20)
