@@ -11,14 +11,19 @@ import torch
 
 from plaintrain.data import (
     DatasetCatalog,
+    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
     build_detection_val_loader,
     get_detection_dataset_dicts,
+    images,
 )
+from plaintrain.data import mapper as mappers
+from plaintrain.data.images import ImageCache
 from plaintrain.data.loader import count_iters_per_epoch
 from plaintrain.data.samplers import TrainingSampler
+from plaintrain.data.thread_loader import ThreadLoader
 from plaintrain.structures import BoxMode
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -82,19 +87,21 @@ def _plain(batches):
     return [[plain(sample) for sample in batch] for batch in batches]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_train_loader_depends_on_seed_and_iteration_alone(make_dataset, train, workers):
+@pytest.mark.parametrize(("worker_type", "workers"), [("process", 0), ("process", 2), ("thread", 3)])
+def test_train_loader_depends_on_seed_and_iteration_alone(make_dataset, train, worker_type, workers):
     make_dataset()
+    train.INPUT.AUGMENTATIONS = ["RandomPhotometricDistort"]
     whole = _plain(_batches(build_detection_train_loader(train), 9))
-    train.DATALOADER.NUM_WORKERS = workers
+    train.DATALOADER.WORKER_TYPE, train.DATALOADER.NUM_WORKERS = worker_type, workers
     for start in (0, 5):
         loader = build_detection_train_loader(train, start_iter=start)
+        assert isinstance(loader._loader, ThreadLoader) == (worker_type == "thread")
         assert _plain(_batches(loader, 4)) == whole[start : start + 4]
     # An image does not look the same in every epoch.
     images = {}
     for sample in itertools.chain(*whole):
         images.setdefault(sample["file_name"], set()).add(str(sample["image"]))
-    assert len(images) == 7 and max(map(len, images.values())) > 1
+    assert len(images) == 7 and sum(map(len, images.values())) == 18
     train.SEED = 6
     assert _plain(_batches(build_detection_train_loader(train), 4)) != whole[:4]
 
@@ -314,36 +321,6 @@ def test_missing_images_are_counted_before_training(make_dataset, train):
         build_detection_test_loader(train, "others")
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        *(
-            ("category_id", v, rf"category_id {v!r}, but .* 2 classes .*0 to 1")
-            for v in (2, -1, "a", 1.0, True)
-        ),
-        ("bbox", [1, 2, float("nan"), 4], r"\[1, 2, nan, 4\]"),
-        ("bbox", [1, 2, 3], r"\[1, 2, 3\]"),
-        ("bbox_mode", 7, "7"),
-    ],
-)
-def test_annotation_out_of_range_is_named_with_its_image(make_dataset, key, value, words):
-    make_dataset()[4]["annotations"][0][key] = value
-    with pytest.raises(UserError, match=words) as error:
-        get_detection_dataset_dicts("cells")
-    assert "4.png" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "key", ["file_name", "image_id", "height", "width", "annotations", "bbox", "bbox_mode", "category_id"]
-)
-def test_missing_key_of_a_record_or_annotation_is_named(make_dataset, key):
-    record = make_dataset()[4]
-    del (record if key in record else record["annotations"][0])[key]
-    with pytest.raises(UserError, match=key) as error:
-        get_detection_dataset_dicts("cells")
-    assert "cells" in str(error.value) or "4.png" in str(error.value)
-
-
 def test_missing_unknown_and_empty_datasets_are_rejected(make_dataset, train):
     with pytest.raises(UserError, match=r"DATASETS\.TRAIN is empty"):
         get_detection_dataset_dicts([])
@@ -355,64 +332,16 @@ def test_missing_unknown_and_empty_datasets_are_rejected(make_dataset, train):
         build_detection_train_loader(train)
 
 
-def test_datasets_are_joined_in_their_order_if_their_classes_agree(make_dataset):
-    make_dataset("one", num=2)
-    make_dataset("two", num=3)
-    make_dataset("three", classes=("b", "a"))
-    joined = get_detection_dataset_dicts(("two", "one"))
-    assert [record["file_name"].split("/")[-2] for record in joined] == ["two"] * 3 + ["one"] * 2
-    message = r"one and three have different classes: \['a', 'b'\] and \['b', 'a'\]"
-    with pytest.raises(UserError, match=message):
-        get_detection_dataset_dicts(("one", "three"))
-
-
 def test_images_without_annotations_are_skipped_unless_asked_for(make_dataset, train, log):
     records = make_dataset()
     records[1]["annotations"] = []
     records[2]["annotations"][0]["iscrowd"] = 1
     records[3]["annotations"][0]["bbox"] = [5, 5, 0, 3]
-    assert [r["image_id"] for r in get_detection_dataset_dicts("cells")] == [0, 4, 5, 6]
-    assert "cells: 3 images without annotations are left out" in log.text
-    assert len(get_detection_dataset_dicts("cells", filter_empty=False)) == 7
-    seen = []
-    for value in (True, False):
+    for value, expected in ((True, [0, 4, 5, 6]), (False, list(range(7)))):
         train.DATALOADER.FILTER_EMPTY_ANNOTATIONS = value
-        seen.append(set(itertools.chain(*_names(_batches(build_detection_train_loader(train), 12)))))
-    assert [len(names) for names in seen] == [4, 7]
-
-
-def test_statistics_are_logged(make_dataset, log):
-    records = make_dataset(classes=("cell", "nucleus"))
-    records[0]["annotations"] += [dict(records[0]["annotations"][0], iscrowd=1)] * 2
-    get_detection_dataset_dicts("cells")
-    assert "cells: 7 images, 9 boxes (2 crowds) of 2 classes" in log.text
-    rows = [line.split() for line in log.text.splitlines()]
-    assert ["cell", "6"] in rows
-    assert ["nucleus", "3"] in rows
-
-
-def test_boxes_without_area_or_outside_are_counted_in_warnings(make_dataset, log):
-    records = make_dataset()
-    boxes = [
-        [5, 5, 0, 3],
-        [5, 5, 3, -1],
-        [50, 5, 3, 3],
-        [-9, -9, 5, 5],
-        [5, 45, 3, 3],
-        [20, 5, 30, 5],
-        [20, 5, 10.4, 5],
-    ]
-    records[0]["annotations"] = [dict(records[0]["annotations"][0], bbox=box) for box in boxes]
-    kept = get_detection_dataset_dicts("cells")[0]["annotations"]
-    assert [annotation["bbox"] for annotation in kept] == boxes[5:]
-    # The registered records stay as they are.
-    assert len(DatasetCatalog.get("cells")[0]["annotations"]) == 7
-    warnings = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
-    assert warnings == [
-        "cells: boxes without area, which training drops: 2",
-        "cells: boxes outside their image, which training drops: 3",
-        "cells: boxes that reach beyond their image by over half a pixel, which training clips: 1",
-    ]
+        samples = itertools.chain(*_batches(build_detection_train_loader(train), 12))
+        assert sorted({sample["image_id"] for sample in samples}) == expected
+    assert "cells: 3 images without annotations are left out" in log.text
 
 
 @pytest.mark.parametrize(
@@ -427,6 +356,23 @@ def test_test_loader_gives_each_image_once_each_time(make_dataset, cfg, size, wo
         loaded = list(loader)
         assert [[sample["image_id"] for sample in batch] for batch in loaded] == batches
         assert not any("target" in sample for sample in itertools.chain(*loaded))
+
+
+def test_test_loader_with_threads_gives_the_views_of_each_image_once_each_time(make_dataset, cfg):
+    make_dataset()
+    cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.MIN_SIZES = True, (20, 30)
+    cfg.DATALOADER.WORKER_TYPE, cfg.TEST.IMS_PER_BATCH = "thread", 3
+    seen = []
+    for number in (0, 2):
+        cfg.DATALOADER.NUM_WORKERS = number
+        loader = build_detection_test_loader(cfg, "cells")
+        for _ in range(2):
+            batches = list(loader)
+            assert [len(batch) for batch in batches] == [3, 3, 1]
+            samples = list(itertools.chain(*batches))
+            assert [sample["image_id"] for sample in samples] == [0, 3, 6, 1, 2, 4, 5]
+            seen.append([view["image"].tolist() for sample in samples for view in sample["views"]])
+    assert all(views == seen[0] for views in seen)
 
 
 @pytest.mark.parametrize("world_size", [2, 9])
@@ -490,3 +436,98 @@ def test_test_batches_of_records_without_a_size_are_in_file_order(cfg):
         records = [{"image_id": i, "file_name": "", "height": size, "width": 9} for i in range(2)]
         loader = build_detection_test_loader(cfg, "odd", dataset=records, mapper=lambda r: r["image_id"])
         assert list(loader) == [[0, 1]]
+
+
+BYTES = 40 * 30 * 3
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the files that are read, in order."""
+    names, read_image = [], images.read_image
+    for module in (images, mappers):
+        monkeypatch.setattr(
+            module, "read_image", lambda name, *args: names.append(name) or read_image(name, *args)
+        )
+    return names
+
+
+class _Darken:
+    """An augmentation that breaks the rule: it changes what it is given."""
+
+    def __call__(self, tensors, rng):
+        tensors["image"].as_subclass(torch.Tensor).floor_divide_(int(rng.integers(2, 9)))
+        return tensors
+
+
+def _stream(cfg, dataset, mapper=None):
+    return _plain(_batches(build_detection_train_loader(cfg, dataset=dataset, mapper=mapper), 10))
+
+
+@pytest.mark.parametrize(
+    ("workers", "limits"),
+    [
+        ((0, "process"), (2 * BYTES + 1, 2)),
+        ((3, "thread"), (2 * BYTES + 1, 2)),
+        ((3, "thread"), (5 * BYTES, 5)),
+        ((2, "auto"), (1, 0)),
+    ],
+)
+def test_image_cache_keeps_the_stream_and_reads_what_fits_once(make_dataset, cfg, read, log, workers, limits):
+    limit, kept = limits
+    dataset = make_dataset(num=5)
+    mapper = DatasetMapper(cfg, augmentations=[_Darken()])
+    expected = [_stream(cfg, dataset), _stream(cfg, dataset, mapper=mapper)]
+    cfg.DATALOADER.CACHE_BYTES = limit
+    cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.WORKER_TYPE = workers
+    for number, custom in enumerate((None, mapper)):
+        read.clear()
+        assert _stream(cfg, dataset, mapper=custom) == expected[number]
+        counts = [read.count(record["file_name"]) for record in dataset]
+        # Threads may read an image of the first pass for two samples at a time.
+        assert sum(count <= 2 for count in counts) == kept
+        assert log.text.count(f"CACHE_BYTES {limit} holds {kept} images") == (kept < 5) * (number + 1)
+    # The mapper that was passed in is another's too.
+    assert mapper.image_cache is None
+
+
+def test_image_cache_returns_what_read_image_returns(make_dataset, tmp_path, write_image):
+    name, cache = make_dataset()[0]["file_name"], ImageCache(5 * BYTES)
+    plain = images.read_image(name)
+    for _ in range(2):
+        image = cache(name)
+        assert torch.equal(image, plain) and image.stride() == plain.stride()
+    # The same file in another range is another image.
+    assert torch.equal(cache(name, (0, 255)), plain)
+    with pytest.raises(UserError, match="8-bit pixels"):
+        cache(name, (0, 4095))
+    # Errors are not kept.
+    path = tmp_path / "late.png"
+    with pytest.raises(UserError, match="does not exist"):
+        cache(str(path))
+    write_image(path, 40, 30)
+    assert cache(str(path)).shape == (3, 30, 40)
+
+
+def test_image_cache_rejects_processes_and_other_mappers(make_dataset, cfg):
+    dataset = make_dataset()
+    cfg.DATALOADER.CACHE_BYTES, cfg.DATALOADER.NUM_WORKERS = 100, 1
+    cfg.DATALOADER.WORKER_TYPE = "process"
+    with pytest.raises(UserError, match=r"CACHE_BYTES is 100, but processes .*WORKER_TYPE to thread, or"):
+        build_detection_train_loader(cfg, dataset=dataset)
+    cfg.DATALOADER.WORKER_TYPE = "thread"
+    with pytest.raises(UserError, match=r"CACHE_BYTES is 100, but the mapper has no image_cache"):
+        build_detection_train_loader(cfg, dataset=dataset, mapper=lambda record, rng: record)
+    cfg.DATALOADER.CACHE_BYTES = -1
+    with pytest.raises(UserError, match=r"CACHE_BYTES is -1, but must be at least 0"):
+        build_detection_train_loader(cfg, dataset=dataset)
+
+
+def test_image_cache_has_the_pasted_images(make_dataset, cfg, read):
+    dataset = make_dataset(num=5)
+    for record in dataset:
+        record["annotations"][0]["segmentation"] = [[1, 2, 14, 2, 14, 16, 1, 16]]
+    cfg.MODEL.MASK_ON, cfg.INPUT.AUGMENTATIONS = True, [{"SimpleCopyPaste": {}}]
+    cfg.DATALOADER.CACHE_BYTES = 5 * BYTES
+    _stream(cfg, dataset)
+    assert sorted(read) == sorted(np.unique(read)) and len(read) == 5

@@ -20,14 +20,8 @@ def register():
 
     def make(name, *images):
         records = [
-            {
-                "file_name": f"{name}/{i}.png",
-                "image_id": i,
-                "height": 30,
-                "width": 40,
-                "annotations": annotations,
-            }
-            for i, annotations in enumerate(images)
+            {"file_name": f"{name}/{i}.png", "image_id": i, "height": 30, "width": 40, "annotations": objects}
+            for i, objects in enumerate(images)
         ]
         DatasetCatalog.register(name, lambda: records)
         MetadataCatalog.get(name).set(thing_classes=["a", "b"])
@@ -88,19 +82,6 @@ def test_masks_and_keypoints_are_checked_before_training(register):
         get_detection_dataset_dicts("rle", need_masks=True)
 
 
-BOXES = [[5, 5, 0, 3], [5, 5, 3, -1], [50, 5, 3, 3], [-9, -9, 5, 5], [20, 5, 30, 5], [20, 5, 20.4, 5]]
-
-
-@pytest.mark.parametrize("box", BOXES)
-def test_training_warns_of_a_box_as_check_records_does(register, log, box):
-    register("one", [_object(bbox=box), _object(bbox=[1, 1, 9, 9])])
-    found = check_records(DatasetCatalog.get("one"), MetadataCatalog.get("one"))
-    kept = get_detection_dataset_dicts("one")[0]["annotations"]
-    said = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
-    assert said == [f"one: {finding}".split("\n")[0] for finding in found if "box" in finding.kind]
-    assert len(kept) == 1 + (not said or "clips" in said[0])
-
-
 def test_lengths_are_those_of_the_datasets_after_filtering(register):
     register("one", [_object()], [], [_object()])
     register("two", [], [_object(bbox=[1, 1, 0, 0])], [_object()])
@@ -118,27 +99,6 @@ def test_only_the_bad_boxes_of_an_image_are_dropped(register):
     register("mixed", *[[{**kinds[c], "area": i} for i, c in enumerate(text)] for text in texts])
     kept = [[a["area"] for a in r["annotations"]] for r in get_detection_dataset_dicts("mixed", False)]
     assert kept == [[0, 2], [], [0], [], [1], [0, 1], [0]]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"height": None}, "the dataset odd has the height None"),
-        ({"file_name": Path("a.png")}, "the dataset odd has the file_name PosixPath"),
-        ({"annotations": [_object(category_id=2)]}, "of odd.png has category_id 2"),
-        ({"annotations": [_object(bbox=None)]}, "of odd.png has no box, but None"),
-        ({"annotations": [_object(keypoints=["a", "b", "c"])]}, "annotations of odd.png cannot be read"),
-        ({"annotations": [{"bbox": [1, 2, 3, 4]}]}, "of odd.png has no bbox_mode"),
-    ],
-    ids=str,
-)
-def test_malformed_records_are_named(register, change, words):
-    register("good", [_object()])
-    register("odd", [_object()], [_object()])
-    DatasetCatalog._functions["odd"]()[1].update({"file_name": "odd.png", **change})
-    with pytest.raises(UserError) as error:
-        get_detection_dataset_dicts(("good", "odd"))
-    assert words in str(error.value)
 
 
 def test_folders_are_listed_once_for_each_loaded_dataset(register, tmp_path, monkeypatch):
@@ -160,3 +120,79 @@ def test_folders_are_listed_once_for_each_loaded_dataset(register, tmp_path, mon
     register("files", [], [_object()], [])
     with pytest.raises(UserError, match=r"does not exist: files/2\.png$"):
         check_image_files(DatasetCatalog.get("files"), "files")
+
+
+def test_training_warns_of_boxes_as_check_records_does(register, log):
+    boxes = [[5, 5, 0, 3], [5, 5, 3, -1], [50, 5, 3, 3], [-9, -9, 5, 5], [5, 45, 3, 3]]
+    boxes += [[20, 5, 30, 5], [20, 5, 20.4, 5]]
+    register("one", [_object(bbox=box) for box in boxes])
+    findings = check_records(DatasetCatalog.get("one"), MetadataCatalog.get("one"))
+    assert [a["bbox"] for a in get_detection_dataset_dicts("one")[0]["annotations"]] == boxes[5:]
+    # The registered records stay as they are.
+    assert len(DatasetCatalog.get("one")[0]["annotations"]) == 7
+    warnings = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
+    assert warnings == [
+        "one: boxes without area, which training drops: 2",
+        "one: boxes outside their image, which training drops: 3",
+        "one: boxes that reach beyond their image by over half a pixel, which training clips: 1",
+    ]
+    assert warnings == [f"one: {f}".split("\n")[0] for f in findings if "box" in f.kind]
+
+
+def test_statistics_are_logged(register, log):
+    register("few", [_object(), _object(iscrowd=1)], [_object(category_id=1)])
+    get_detection_dataset_dicts("few")
+    assert "few: 2 images, 3 boxes (1 crowds) of 2 classes" in log.text
+    rows = [line.split() for line in log.text.splitlines()]
+    assert ["a", "2"] in rows and ["b", "1"] in rows
+
+
+def test_datasets_are_joined_in_their_order_if_their_classes_agree(register):
+    register("one", [_object()], [_object()])
+    register("two", [_object()])
+    register("three", [_object()])
+    MetadataCatalog.get("three").set(thing_classes=["b", "a"])
+    joined = get_detection_dataset_dicts(("two", "one"))
+    assert [record["file_name"].split("/")[0] for record in joined] == ["two", "one", "one"]
+    message = r"one and three have different classes: \['a', 'b'\] and \['b', 'a'\]"
+    with pytest.raises(UserError, match=message):
+        get_detection_dataset_dicts(("one", "three"))
+
+
+LABELS = (2, -1, "a", 1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"height": None}, "the dataset odd has the height None"),
+        ({"file_name": Path("a.png")}, "the dataset odd has the file_name PosixPath"),
+        *(
+            ({"annotations": [_object(category_id=v)]}, rf"odd.png .* {v!r}, .* 2 classes .*0 to 1")
+            for v in LABELS
+        ),
+        ({"annotations": [_object(bbox=None)]}, "of odd.png has no box, but None"),
+        ({"annotations": [_object(bbox=[1, 2, float("nan"), 4])]}, r"odd.png.*\[1, 2, nan, 4\]"),
+        ({"annotations": [_object(bbox=[1, 2, 3])]}, r"odd.png.*\[1, 2, 3\]"),
+        ({"annotations": [_object(bbox_mode=7)]}, "odd.png.*7"),
+        ({"annotations": [_object(keypoints=["a", "b", "c"])]}, "annotations of odd.png cannot be read"),
+    ],
+    ids=str,
+)
+def test_malformed_records_are_named(register, change, words):
+    register("good", [_object()])
+    register("odd", [_object()], [_object()])
+    DatasetCatalog._functions["odd"]()[1].update({"file_name": "odd.png", **change})
+    with pytest.raises(UserError, match=words):
+        get_detection_dataset_dicts(("good", "odd"))
+
+
+@pytest.mark.parametrize(
+    "key", ["file_name", "image_id", "height", "width", "annotations", "bbox", "bbox_mode", "category_id"]
+)
+def test_missing_key_of_a_record_or_annotation_is_named(register, key):
+    register("odd", [_object()], [_object()])
+    record = DatasetCatalog._functions["odd"]()[1]
+    del (record if key in record else record["annotations"][0])[key]
+    with pytest.raises(UserError, match=f"odd.* no {key}"):
+        get_detection_dataset_dicts("odd")
