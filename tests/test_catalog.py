@@ -5,7 +5,7 @@ import pytest
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog, declare_datasets
 from plaintrain.data.builtin import declare_dataset, read_dataset
-from plaintrain.data.catalog import class_names, common_class_names, select_classes
+from plaintrain.data.catalog import class_names
 from plaintrain.data.shapes import load_shapes
 from plaintrain.data.voc import VOC_CLASSES
 from plaintrain.utils.errors import UserError
@@ -70,24 +70,6 @@ def test_class_names_come_from_the_metadata_or_from_loading_the_dataset():
     DatasetCatalog.register("unnamed", list)
     with pytest.raises(UserError, match=r'MetadataCatalog.get\("unnamed"\).set\(thing_classes='):
         class_names("unnamed")
-
-
-def test_select_classes_keeps_the_wanted_order_and_rejects_typos_and_doubles():
-    names = ["cat", "dog", "person"]
-    assert select_classes(names, None, "f") == select_classes(names, [], "f") == names
-    assert select_classes(names, ["person", "cat"], "f") == ["person", "cat"]
-    with pytest.raises(UserError, match="f has no class 'persn'; the nearest is 'person'"):
-        select_classes(names, ["persn"], "f")
-    with pytest.raises(UserError, match="twice"):
-        select_classes(names, ["cat", "cat"], "f")
-
-
-def test_common_class_names_are_of_one_order():
-    for name, names in (("one", ["a", "b"]), ("same", ["a", "b"]), ("other", ["b", "a"])):
-        MetadataCatalog.get(name).set(thing_classes=names)
-    assert common_class_names(["one", "same"]) == ["a", "b"]
-    with pytest.raises(UserError, match="one and other have different classes"):
-        common_class_names(["one", "same", "other"])
 
 
 def _declare(name, **spec):

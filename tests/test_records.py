@@ -159,7 +159,8 @@ def test_datasets_are_joined_in_their_order_if_their_classes_agree(register):
         get_detection_dataset_dicts(("one", "three"))
 
 
-LABELS = (2, -1, "a", 1.0, True)
+def _holding(**change):
+    return {"annotations": [_object(**change)]}
 
 
 @pytest.mark.parametrize(
@@ -168,14 +169,14 @@ LABELS = (2, -1, "a", 1.0, True)
         ({"height": None}, "the dataset odd has the height None"),
         ({"file_name": Path("a.png")}, "the dataset odd has the file_name PosixPath"),
         *(
-            ({"annotations": [_object(category_id=v)]}, rf"odd.png .* {v!r}, .* 2 classes .*0 to 1")
-            for v in LABELS
+            (_holding(category_id=v), f"odd.png has category_id {v!r}, .* 2 classes .*0 to 1")
+            for v in (2, -1, "a", 1.0, True)
         ),
-        ({"annotations": [_object(bbox=None)]}, "of odd.png has no box, but None"),
-        ({"annotations": [_object(bbox=[1, 2, float("nan"), 4])]}, r"odd.png.*\[1, 2, nan, 4\]"),
-        ({"annotations": [_object(bbox=[1, 2, 3])]}, r"odd.png.*\[1, 2, 3\]"),
-        ({"annotations": [_object(bbox_mode=7)]}, "odd.png.*7"),
-        ({"annotations": [_object(keypoints=["a", "b", "c"])]}, "annotations of odd.png cannot be read"),
+        (_holding(bbox=None), "of odd.png has no box, but None"),
+        (_holding(bbox=[1, 2, float("nan"), 4]), r"odd.png.*\[1, 2, nan, 4\]"),
+        (_holding(bbox=[1, 2, 3]), r"odd.png.*\[1, 2, 3\]"),
+        (_holding(bbox_mode=7), "odd.png.*7"),
+        (_holding(keypoints=["a", "b", "c"]), "annotations of odd.png cannot be read"),
     ],
     ids=str,
 )

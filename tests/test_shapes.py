@@ -37,11 +37,6 @@ def _inside(polygon, points):
     return odd
 
 
-def _scaled(polygon, share):
-    centre = polygon.mean(axis=0)
-    return centre + (polygon - centre) * share
-
-
 def test_dataset_is_the_one_that_results_were_measured_on(records, shapes):
     # Frozen numbers: a change of these images changes every result that names the dataset.
     boxes = np.array([a["bbox"] for a in shapes])
@@ -119,10 +114,8 @@ def test_images_of_any_size_hold_shapes_with_tight_boxes(height, width):
 
 def test_area_is_that_of_the_polygon(shapes):
     for annotation in shapes:
-        polygon = _polygon(annotation)
-        radius, corners = np.linalg.norm(polygon[0] - polygon.mean(axis=0)), len(polygon)
-        regular = corners * radius**2 * np.sin(2 * np.pi / corners) / 2
-        assert annotation["area"] == pytest.approx(regular)
+        x, y = _polygon(annotation).T
+        assert annotation["area"] == pytest.approx(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
 
 
 def test_image_shows_the_shape_of_its_record():
@@ -131,28 +124,15 @@ def test_image_shows_the_shape_of_its_record():
     pixels = np.stack([x.ravel(), y.ravel()], axis=1)
     for record in records:
         polygon, colours = _polygon(record["annotations"][0]), render(record["file_name"]).reshape(-1, 3)
-        inside, near = (_inside(_scaled(polygon, scale), pixels) for scale in (0.8, 1.15))
-        ring = _inside(_scaled(polygon, 1.5), pixels) & ~near
+        centre = polygon.mean(axis=0)
+        inside, near, far = (
+            _inside(centre + (polygon - centre) * scale, pixels) for scale in (0.8, 1.15, 1.5)
+        )
+        ring = far & ~near
         # One colour and noise inside, up to near the outline, and another colour right outside.
         colour = np.median(colours[inside], axis=0)
         assert np.percentile(np.abs(colours[inside] - colour), 95) < 40
         assert np.linalg.norm(np.median(colours[ring], axis=0) - colour) > 25
-
-
-def _outline_crossings(polygon):
-    """Return the farthest points of the outline above, right of, below and left of the centre."""
-    centre = polygon.mean(axis=0)
-    crossings = []
-    for axis, sign in ((1, -1), (0, 1), (1, 1), (0, -1)):
-        across, best = 1 - axis, 0.0
-        for start, end in zip(polygon - centre, np.roll(polygon - centre, -1, axis=0), strict=True):
-            if start[across] * end[across] <= 0 and start[across] != end[across]:
-                share = start[across] / (start[across] - end[across])
-                best = max(best, sign * (start[axis] + share * (end[axis] - start[axis])))
-        point = centre.copy()
-        point[axis] += sign * best
-        crossings.append(point)
-    return np.array(crossings)
 
 
 def test_keypoints_lie_on_the_outline_around_the_centre(shapes):
@@ -160,8 +140,13 @@ def test_keypoints_lie_on_the_outline_around_the_centre(shapes):
     assert metadata["keypoint_names"] == ["top", "right", "bottom", "left"]
     assert [sorted(pair) for pair in metadata["keypoint_flip_map"]] == [["left", "right"]]
     for annotation in shapes:
-        points = np.array(annotation["keypoints"]).reshape(4, 3)[:, :2]
-        np.testing.assert_allclose(points, _outline_crossings(_polygon(annotation)), atol=1e-6)
+        polygon = _polygon(annotation)
+        centre = polygon.mean(axis=0)
+        offset = np.array(annotation["keypoints"]).reshape(4, 3)[:, :2] - centre
+        directions = offset / np.linalg.norm(offset, axis=1, keepdims=True)
+        np.testing.assert_allclose(directions, [(0, -1), (1, 0), (0, 1), (-1, 0)], atol=1e-6)
+        assert _inside(polygon, centre + 0.9999 * offset).all()
+        assert not _inside(polygon, centre + 1.0001 * offset).any()
 
 
 def test_keypoints_under_a_later_shape_are_hidden(records):

@@ -16,23 +16,15 @@ from plaintrain.defaults import NULLABLE
 from plaintrain.utils.errors import UserError
 
 
-def _leaves(node, path=()):
+def _keys(node, path=()):
     for key, value in node.items():
+        yield ".".join((*path, key)), value
         if isinstance(value, CfgNode):
-            yield from _leaves(value, (*path, key))
-        else:
-            yield ".".join((*path, key))
+            yield from _keys(value, (*path, key))
 
 
-def _sections(node, path=()):
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield ".".join((*path, key))
-            yield from _sections(value, (*path, key))
-
-
-LEAVES = list(_leaves(get_cfg()))
-SECTIONS = list(_sections(get_cfg()))
+LEAVES = [key for key, value in _keys(get_cfg()) if not isinstance(value, CfgNode)]
+SECTIONS = [key for key, value in _keys(get_cfg()) if isinstance(value, CfgNode)]
 DEFAULTS = {key: NULLABLE.get(key, get_value(get_cfg(), key)) for key in LEAVES}
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -118,8 +110,7 @@ def nested(settings):
 DEFAULT_DUMP = get_cfg().dump()
 
 
-def merged(settings, as_text=False):
-    cfg = get_cfg()
+def merge(cfg, settings, as_text=False):
     cfg.merge_from_list([part for key, value in settings for part in (key, as_given(value, as_text))])
     return cfg
 
@@ -156,7 +147,7 @@ def check_a_value_sticks(setting, as_text):
     key, value = setting
     # An infinity has no literal.
     assume(not as_text or "inf" not in repr(value))
-    cfg = merged([setting], as_text)
+    cfg = merge(get_cfg(), [setting], as_text)
     assert same(get_value(cfg, key), stored(key, value))
     others = get_cfg()
     assert all(same(get_value(cfg, other), get_value(others, other)) for other in LEAVES if other != key)
@@ -165,11 +156,11 @@ def check_a_value_sticks(setting, as_text):
 
 @for_all(st.lists(settings_of(), min_size=10, max_size=24), examples=15)
 def check_a_dumped_config_merges_back_equal(settings):
-    cfg = merged(settings)
+    cfg = merge(get_cfg(), settings)
     again = read(cfg.dump())
     assert same(again, cfg)
     assert again.dump() == cfg.dump()
-    other = merged([("SOLVER.MAX_ITER", 7), ("SEED", 3)])
+    other = merge(get_cfg(), [("SOLVER.MAX_ITER", 7), ("SEED", 3)])
     other.merge_from_other_cfg(cfg)
     assert same(other, cfg)
 
@@ -195,14 +186,8 @@ def _write(folder, numbers, file):
         content["_BASE_"] = paths if len(paths) > 1 or number % 2 else paths[0]
     path = os.path.join(home, f"{number}.yaml")
     with open(path, "w", encoding="utf-8") as f:
-        yaml.safe_dump(_as_yaml(content), f)
+        yaml.safe_dump(_plain(content), f)
     return path, [*itertools.chain(*(order for _, order in written)), *settings]
-
-
-def _as_yaml(value):
-    if isinstance(value, dict):
-        return {key: _as_yaml(item) for key, item in value.items()}
-    return [_as_yaml(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @for_all(FILES, st.lists(settings_of(FEW_KEYS), min_size=1, max_size=4))
@@ -213,7 +198,7 @@ def check_later_files_win_over_bases_and_the_last_override_over_all(file, overri
         cfg.merge_from_file(path)
     expected = {key: DEFAULTS[key] for key in FEW_KEYS} | dict(order)
     assert all(same(get_value(cfg, key), stored(key, value)) for key, value in expected.items())
-    cfg.merge_from_list([part for key, value in overrides for part in (key, as_given(value, False))])
+    merge(cfg, overrides)
     expected |= dict(overrides)
     assert all(same(get_value(cfg, key), stored(key, value)) for key, value in expected.items())
 
@@ -247,7 +232,7 @@ def check_a_wrong_type_is_rejected_by_name(mistake):
         cfg.merge_from_list([key, value])
     assert same(cfg, get_cfg())
     with rejected(key, "config.yaml"):
-        read(yaml.safe_dump(_as_yaml(nested([mistake]))))
+        read(yaml.safe_dump(_plain(nested([mistake]))))
 
 
 def coerce_from(change):

@@ -61,16 +61,20 @@ def cases(draw, grouped=None, longest=24):
     )
 
 
-def stream(sampler, start, stop):
-    """The images at the positions from `start` to `stop`, as batches give them."""
+def pass_of(sampler, number):
+    """The images of a pass, as batches give them."""
+    start, stop = number * sampler.size, (number + 1) * sampler.size
     first, last = start // sampler.batch_size, -(-stop // sampler.batch_size)
     images = [image for i in range(first, last) for image, _ in sampler.batch(i)]
     offset = start - first * sampler.batch_size
-    return images[offset : offset + stop - start]
+    return images[offset : offset + sampler.size]
 
 
-def pass_of(sampler, number):
-    return stream(sampler, number * sampler.size, (number + 1) * sampler.size)
+def counts_of(case, images):
+    """How often each image comes in a pass: within the limits of its case."""
+    counts = np.bincount(images, minlength=len(case.low))
+    assert (case.low <= counts).all() and (counts <= case.high).all()
+    return counts
 
 
 PASSES = st.lists(st.integers(0, 10**6), max_size=2).map(lambda more: [0, 1, 2, *more])
@@ -82,11 +86,8 @@ def check_a_pass_holds_each_image_as_often_as_it_should(case, numbers):
     sampler, images_of = case.make(), []
     for number in numbers:
         images = pass_of(sampler, number)
-        counts = np.bincount(images, minlength=len(case.low))
-        assert (case.low <= counts).all()
-        assert (counts <= case.high).all()
         assert len(images) == sampler.size
-        images_of.append(counts)
+        images_of.append(counts_of(case, images))
     if case.kind == "repeat":
         assert sampler.size == round(case.factors.sum())
     else:
@@ -137,10 +138,7 @@ def check_passes_stay_whole_when_the_batch_changes(case, changes):
         iteration += 1
     assert [position for _, position in keys] == list(range(len(keys)))
     for start in range(0, len(keys) - sampler.size + 1, sampler.size):
-        images = [image for image, _ in keys[start : start + sampler.size]]
-        counts = np.bincount(images, minlength=len(case.low))
-        assert (case.low <= counts).all()
-        assert (counts <= case.high).all()
+        counts_of(case, [image for image, _ in keys[start : start + sampler.size]])
 
 
 class _Counted:

@@ -38,8 +38,6 @@ def check_box_modes_invert(box, mode, other):
 
 
 NO_NUMBERS = st.sampled_from([float("inf"), float("-inf"), float("nan"), "1", None])
-
-
 FINITE = st.floats(-9, 9)
 ROWS = st.lists(FINITE, min_size=3, max_size=5) | st.lists(FINITE | NO_NUMBERS, min_size=4, max_size=4)
 
@@ -59,14 +57,8 @@ SIDES = st.sampled_from(["", "left_", "right_", "Left", "Right", "LEFT ", "RIGHT
 KEYPOINTS = st.lists(
     st.tuples(SIDES, st.sampled_from(["eye", "ear", "nose", "left"])).map("".join), unique=True, max_size=8
 )
-_OTHER = {
-    "left": "right",
-    "right": "left",
-    "Left": "Right",
-    "Right": "Left",
-    "LEFT": "RIGHT",
-    "RIGHT": "LEFT",
-}
+_OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+_OTHER |= {right: left for left, right in _OTHER.items()}
 
 
 def _mirrored(name):
@@ -168,13 +160,8 @@ def _record(folder, found, crowds, mode):
                 "keypoints": points.flatten().tolist(),
             }
         )
-    return {
-        "file_name": path,
-        "image_id": 1,
-        "height": int(height),
-        "width": int(width),
-        "annotations": annotations,
-    }
+    size = {"height": int(height), "width": int(width)}
+    return {"file_name": path, "image_id": 1, **size, "annotations": annotations}
 
 
 def convert_from(change):

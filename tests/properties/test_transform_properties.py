@@ -30,15 +30,20 @@ from plaintrain.data.transforms import RandomVerticalFlip
 SEEDS = st.integers(0, 2**32)
 
 
+def _augmented(before, names, rng, slack=0.0):
+    after = before
+    for name, arguments in names:
+        order = {"keypoint_flip_indices": flip_order(before)} if name == "RandomHorizontalFlip" else {}
+        after = augmentations.AUGMENTATIONS[name](**arguments, **order)(after, rng)
+        check_claims(after, slack)
+    return after
+
+
 @for_all(tensors(angles=True), st.lists(lossless(), min_size=1, max_size=4), SEEDS)
 def check_pixels_take_their_targets_along(before, names, seed):
     """After flips, crops and padding each pixel is in the same masks, boxes and keypoints as before."""
-    after, rng, flips = before, np.random.default_rng(seed), 0
-    for name, arguments in names:
-        order = {"keypoint_flip_indices": flip_order(before)} if name == "RandomHorizontalFlip" else {}
-        flips += bool(order)
-        after = augmentations.AUGMENTATIONS[name](**arguments, **order)(after, rng)
-        check_claims(after)
+    after = _augmented(before, names, np.random.default_rng(seed))
+    flips = [name for name, _ in names].count("RandomHorizontalFlip")
     is_image = plain(after["image"])[2] == IMAGE
     source = tuple(plain(after["image"])[:2, is_image].long())
     _check_areas(before, after, is_image, source)
@@ -139,14 +144,9 @@ def check_the_generator_alone_decides(before, names, seed):
     given = copy.deepcopy(before)
     results = []
     for _ in range(2):
-        after, rng = before, np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         with global_generators_rest():
-            for name, arguments in names:
-                order = (
-                    {"keypoint_flip_indices": flip_order(before)} if name == "RandomHorizontalFlip" else {}
-                )
-                after = augmentations.AUGMENTATIONS[name](**arguments, **order)(after, rng)
-                check_claims(after, slack=1e-3)
+            after = _augmented(before, names, rng, slack=1e-3)
         labels = after["labels"].tolist()
         assert labels == sorted(set(labels) & set(given["labels"].tolist()))
         results.append((after, rng.bit_generator.state))
