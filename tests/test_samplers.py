@@ -1,4 +1,4 @@
-"""plaintrain.data.samplers: streams that are pure functions of the seed and the position.
+"""plaintrain.data.samplers and train_sampler: streams of the seed and the position, and the config's sampler.
 
 tests/properties/test_sampler_properties.py has what holds for every size, batch, seed and grouping.
 """
@@ -18,6 +18,8 @@ from plaintrain.data.samplers import (
     class_balanced_factors,
     repeat_factors_from_category_frequency,
 )
+from plaintrain.data.serialized import SerializedRecords
+from plaintrain.data.train_sampler import build_train_sampler
 from plaintrain.utils.errors import UserError
 
 
@@ -85,8 +87,7 @@ def test_grouping_reduces_the_padding_at_coco_sizes():
 
 def test_repeat_factors_are_met_on_average():
     factors = np.array([0.5] * 20 + [1] * 20 + [1.5] * 9 + [3, 4])
-    passes = _passes(RepeatFactorTrainingSampler(factors, seed=3), 2000)
-    mean = np.bincount(list(itertools.chain(*passes)), minlength=factors.size) / 2000
+    mean = _mean_counts(RepeatFactorTrainingSampler(factors, seed=3), 2000)
     # Four standard deviations of a fair coin over 2000 passes, and the rounding of the sum.
     assert abs(mean - factors).max() < 4 * 0.5 / 2000**0.5 + 0.5 / 29
     assert (mean == factors)[factors % 1 == 0].all()
@@ -157,3 +158,144 @@ def test_random_subset_has_its_size_and_depends_on_the_seed():
 def test_sampler_arguments_out_of_range_are_rejected(sampler, arguments, words):
     with pytest.raises(UserError, match=words):
         sampler(*arguments)
+
+
+def _dataset(name, num, label):
+    # Every third image is upright.
+    return SerializedRecords(
+        {"file_name": f"{name}/{i}.png", "image_id": i, "height": 20 if i % 3 else 40 + i, "width": 30}
+        | {"annotations": [{"category_id": label}]}
+        for i in range(num)
+    )
+
+
+@pytest.fixture
+def records():
+    """24 images of dataset large with class 0, then 6 of dataset few with class 1."""
+    return SerializedRecords.join([_dataset("large", 24, 0), _dataset("few", 6, 1)])
+
+
+@pytest.fixture
+def cfg(cfg):
+    cfg.DATASETS.TRAIN = ("large", "few")
+    return cfg
+
+
+def _use(cfg, sampler, *options):
+    cfg.merge_from_list(["DATALOADER.SAMPLER_TRAIN", sampler, *options])
+    return cfg
+
+
+def _mean_counts(sampler, num=40):
+    return np.bincount(list(itertools.chain(*_passes(sampler, num)))) / num
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "expected"),
+    [
+        ("TrainingSampler", [], [1] * 30),
+        ("RepeatFactorTrainingSampler", ["DATALOADER.REPEAT_THRESHOLD", 0.8], [1] * 24 + [2] * 6),
+        (
+            "RepeatFactorTrainingSampler",
+            ["DATALOADER.REPEAT_THRESHOLD", 0.8, "DATALOADER.REPEAT_SQRT", False],
+            [1] * 24 + [4] * 6,
+        ),
+        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 3]]], [1] * 24 + [3] * 6),
+        (
+            "WeightedTrainingSampler",
+            ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 2.0], ["large", 0]]],
+            [0] * 24 + [2] * 6,
+        ),
+    ],
+)
+def test_sampler_draws_each_image_as_often_as_the_config_says(cfg, records, sampler, options, expected):
+    assert _mean_counts(build_train_sampler(_use(cfg, sampler, *options), records, 4)).tolist() == expected
+
+
+def test_class_balanced_sampler_draws_each_class_as_often(cfg, records):
+    counts = _mean_counts(build_train_sampler(_use(cfg, "ClassBalancedTrainingSampler"), records, 4))
+    assert [counts[:24].sum(), counts[24:].sum()] == pytest.approx([15, 15], abs=0.5)
+
+
+def test_random_subset_sampler_draws_a_subset(cfg, records):
+    _use(cfg, "RandomSubsetTrainingSampler", "DATALOADER.RANDOM_SUBSET_RATIO", 0.5)
+    assert sorted(_mean_counts(build_train_sampler(cfg, records, 4))) == [0] * 15 + [1] * 15
+
+
+def _spread(sampler, records):
+    """Return the mean, over the batches within an epoch, of the range of their aspect ratios."""
+    ratios = records.columns["width"] / records.columns["height"]
+    batches = [[i for i, _ in sampler.batch(n)] for n in range(90) if (n * 4) // 30 == (n * 4 + 3) // 30]
+    return np.mean([np.ptp(ratios[batch]) for batch in batches])
+
+
+def test_group_window_makes_batches_of_like_aspect_ratio(cfg, records):
+    spread = []
+    for grouping, window in ((True, 100), (True, 0), (False, 0)):
+        cfg.DATALOADER.ASPECT_RATIO_GROUPING, cfg.DATALOADER.GROUP_WINDOW = grouping, window
+        spread.append(_spread(build_train_sampler(cfg, records, 4), records))
+    assert spread[0] < 0.8 * spread[1] < 0.8 * 0.8 * spread[2]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("RepeatFactorTrainingSampler", ["DATALOADER.REPEAT_THRESHOLD", 0.8]),
+        ("ClassBalancedTrainingSampler", []),
+        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 3]]]),
+        ("RandomSubsetTrainingSampler", ["DATALOADER.RANDOM_SUBSET_RATIO", 0.8]),
+    ],
+)
+def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
+    _use(cfg, sampler, *options)
+    spread, orders = {}, set()
+    for seed, grouping in itertools.product((5, 6), (True, False)):
+        cfg.SEED, cfg.DATALOADER.ASPECT_RATIO_GROUPING = seed, grouping
+        built = build_train_sampler(cfg, records, 4)
+        spread[seed, grouping] = _spread(built, records)
+        orders.add(tuple(built.index_at(p) for p in range(60)))
+    assert len(orders) == 4
+    assert spread[5, True] < 0.6 * spread[5, False]
+
+
+THRESHOLD, RATIO = "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.RANDOM_SUBSET_RATIO"
+FACTORS = "DATASETS.TRAIN_REPEAT_FACTOR"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "key", "value", "message"),
+    [
+        ("RepeatFactorSampler", "SEED", 1, "but only .*RepeatFactorTrainingSampler.* is supported"),
+        ("RepeatFactorTrainingSampler", THRESHOLD, 0.0, r"REPEAT_THRESHOLD is 0\.0, but"),
+        ("RepeatFactorTrainingSampler", THRESHOLD, 1.5, r"REPEAT_THRESHOLD is 1\.5, but"),
+        ("TrainingSampler", THRESHOLD, 0.1, "only RepeatFactorTrainingSampler reads it"),
+        ("TrainingSampler", "DATALOADER.GROUP_WINDOW", -1, "GROUP_WINDOW is -1"),
+        ("RandomSubsetTrainingSampler", RATIO, 0.0, r"RATIO is 0\.0.*\(0, 1\]"),
+        ("RandomSubsetTrainingSampler", RATIO, 1.5, r"RATIO is 1\.5.*\(0, 1\]"),
+        ("TrainingSampler", RATIO, 0.5, "only RandomSubsetTrainingSampler reads"),
+        ("TrainingSampler", FACTORS, [["large", 2]], "only WeightedTrainingSampler reads"),
+        ("WeightedTrainingSampler", FACTORS, [["largee", 2]], r"'largee'.*\['large', 'few'\]"),
+        ("WeightedTrainingSampler", FACTORS, ["large", 2], r"has 'large', not \[name, factor"),
+        ("WeightedTrainingSampler", FACTORS, [["large"]], r"not \[name, factor"),
+        ("WeightedTrainingSampler", FACTORS, [["large", -1]], "large the factor -1, not"),
+        ("WeightedTrainingSampler", FACTORS, [["large", "2"]], "large the factor '2', not"),
+        ("WeightedTrainingSampler", "SEED", 1, "WeightedTrainingSampler needs " + FACTORS),
+    ],
+)
+def test_sampler_keys_that_cannot_be_used_are_rejected(cfg, records, sampler, key, value, message):
+    with pytest.raises(UserError, match=message):
+        build_train_sampler(_use(cfg, sampler, key, value), records, 4)
+
+
+def test_weighted_sampler_needs_the_records_of_the_datasets(cfg):
+    _use(cfg, "WeightedTrainingSampler", "DATASETS.TRAIN_REPEAT_FACTOR", [["large", 2]])
+    with pytest.raises(UserError, match="other records were passed in"):
+        build_train_sampler(cfg, _dataset("other", 5, 0), 4)
+
+
+def test_grouping_needs_the_sizes(cfg):
+    records = SerializedRecords([{"file_name": "a.png"}])
+    with pytest.raises(UserError, match="ASPECT_RATIO_GROUPING needs the height and width"):
+        build_train_sampler(cfg, records, 1)
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    assert build_train_sampler(cfg, records, 1).size == 1
