@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from property_helpers import build_tests, for_all, patched
 from pycocotools import mask as coco_mask
+from test_transform_properties import filled, plain, tensors
 from torchvision import tv_tensors
-from transform_cases import filled, plain, tensors
 
 from plaintrain import structures
 from plaintrain.data import keypoints, mapper
