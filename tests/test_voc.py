@@ -37,13 +37,8 @@ def test_records_hold_zero_based_boxes_that_include_their_last_pixels(tiny_voc):
     # The whole image is 1..40 x 1..30 in VOC's numbers.
     zebra = {"bbox": [0, 0, 40, 30], "category_id": 2, "difficult": 0, **keys}
     ant = {"bbox": [4, 5, 20.5, 21], "category_id": 0, "difficult": 0, **keys}
-    assert records[0] == {
-        "file_name": str(tiny_voc.root / "JPEGImages/a.jpg"),
-        "image_id": "a",
-        "height": 30,
-        "width": 40,
-        "annotations": [zebra, ant],
-    }
+    image = {"file_name": str(tiny_voc.root / "JPEGImages/a.jpg"), "image_id": "a", "height": 30, "width": 40}
+    assert records[0] == {**image, "annotations": [zebra, ant]}
     assert records[1]["annotations"] == [{**ant, "bbox": [10, 11, 13, 14], "difficult": 1}]
 
 
