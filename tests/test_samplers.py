@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile_helpers import rejected
 from shared.measure import read_sizes
 
 from plaintrain.data.samplers import (
@@ -21,6 +22,9 @@ from plaintrain.data.samplers import (
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.data.train_sampler import build_train_sampler
 from plaintrain.utils.errors import UserError
+
+THRESHOLD, REPEAT_SQRT = "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.REPEAT_SQRT"
+FACTORS, RATIO = "DATASETS.TRAIN_REPEAT_FACTOR", "DATALOADER.RANDOM_SUBSET_RATIO"
 
 
 def _passes(sampler, num):
@@ -194,32 +198,21 @@ def _mean_counts(sampler, num=40):
     ("sampler", "options", "expected"),
     [
         ("TrainingSampler", [], [1] * 30),
-        ("RepeatFactorTrainingSampler", ["DATALOADER.REPEAT_THRESHOLD", 0.8], [1] * 24 + [2] * 6),
-        (
-            "RepeatFactorTrainingSampler",
-            ["DATALOADER.REPEAT_THRESHOLD", 0.8, "DATALOADER.REPEAT_SQRT", False],
-            [1] * 24 + [4] * 6,
-        ),
-        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 3]]], [1] * 24 + [3] * 6),
-        (
-            "WeightedTrainingSampler",
-            ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 2.0], ["large", 0]]],
-            [0] * 24 + [2] * 6,
-        ),
+        ("RepeatFactorTrainingSampler", [THRESHOLD, 0.8], [1] * 24 + [2] * 6),
+        ("RepeatFactorTrainingSampler", [THRESHOLD, 0.8, REPEAT_SQRT, False], [1] * 24 + [4] * 6),
+        ("WeightedTrainingSampler", [FACTORS, [["few", 3]]], [1] * 24 + [3] * 6),
+        ("WeightedTrainingSampler", [FACTORS, [["few", 2.0], ["large", 0]]], [0] * 24 + [2] * 6),
     ],
 )
 def test_sampler_draws_each_image_as_often_as_the_config_says(cfg, records, sampler, options, expected):
     assert _mean_counts(build_train_sampler(_use(cfg, sampler, *options), records, 4)).tolist() == expected
 
 
-def test_class_balanced_sampler_draws_each_class_as_often(cfg, records):
+def test_sampler_draws_each_class_as_often_or_a_subset_of_the_images(cfg, records):
     counts = _mean_counts(build_train_sampler(_use(cfg, "ClassBalancedTrainingSampler"), records, 4))
     assert [counts[:24].sum(), counts[24:].sum()] == pytest.approx([15, 15], abs=0.5)
-
-
-def test_random_subset_sampler_draws_a_subset(cfg, records):
-    _use(cfg, "RandomSubsetTrainingSampler", "DATALOADER.RANDOM_SUBSET_RATIO", 0.5)
-    assert sorted(_mean_counts(build_train_sampler(cfg, records, 4))) == [0] * 15 + [1] * 15
+    _use(cfg, "RandomSubsetTrainingSampler", RATIO, 0.5)
+    assert build_train_sampler(cfg, records, 4).size == 15
 
 
 def _spread(sampler, records):
@@ -240,10 +233,10 @@ def test_group_window_makes_batches_of_like_aspect_ratio(cfg, records):
 @pytest.mark.parametrize(
     ("sampler", "options"),
     [
-        ("RepeatFactorTrainingSampler", ["DATALOADER.REPEAT_THRESHOLD", 0.8]),
+        ("RepeatFactorTrainingSampler", [THRESHOLD, 0.8]),
         ("ClassBalancedTrainingSampler", []),
-        ("WeightedTrainingSampler", ["DATASETS.TRAIN_REPEAT_FACTOR", [["few", 3]]]),
-        ("RandomSubsetTrainingSampler", ["DATALOADER.RANDOM_SUBSET_RATIO", 0.8]),
+        ("WeightedTrainingSampler", [FACTORS, [["few", 3]]]),
+        ("RandomSubsetTrainingSampler", [RATIO, 0.8]),
     ],
 )
 def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
@@ -256,10 +249,6 @@ def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
         orders.add(tuple(built.index_at(p) for p in range(60)))
     assert len(orders) == 4
     assert spread[5, True] < 0.6 * spread[5, False]
-
-
-THRESHOLD, RATIO = "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.RANDOM_SUBSET_RATIO"
-FACTORS = "DATASETS.TRAIN_REPEAT_FACTOR"
 
 
 @pytest.mark.parametrize(
@@ -288,9 +277,8 @@ def test_sampler_keys_that_cannot_be_used_are_rejected(cfg, records, sampler, ke
 
 
 def test_weighted_sampler_needs_the_records_of_the_datasets(cfg):
-    _use(cfg, "WeightedTrainingSampler", "DATASETS.TRAIN_REPEAT_FACTOR", [["large", 2]])
-    with pytest.raises(UserError, match="other records were passed in"):
-        build_train_sampler(cfg, _dataset("other", 5, 0), 4)
+    _use(cfg, "WeightedTrainingSampler", FACTORS, [["large", 2]])
+    rejected("other records were passed in", by=lambda: build_train_sampler(cfg, _dataset("other", 5, 0), 4))
 
 
 def test_grouping_needs_the_sizes(cfg):

@@ -101,10 +101,8 @@ def test_unreadable_annotations_leave_no_table_but_the_records(change):
 
 @pytest.mark.parametrize("change", [{"file_name": Path("0.png")}, {"height": "30"}, {"width": 40.5}, None])
 def test_columns_need_every_key_in_its_type(change):
-    record = _record(0)
-    if change:
-        record |= change
-    else:
+    record = _record(0) | (change or {})
+    if not change:
         del record["height"]
     packed = SerializedRecords([_record(1), record])
     assert packed.columns is None

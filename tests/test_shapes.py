@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from hostile_helpers import rejected
 from torchvision.ops import box_iou
 
 from plaintrain.data.shapes import load_shapes, render
@@ -189,5 +190,4 @@ def test_load_shapes_rejects_arguments_out_of_range(wrong, words):
     ],
 )
 def test_render_rejects_names_of_no_image(name):
-    with pytest.raises(UserError, match="does not name an image of the shapes set"):
-        render(name)
+    rejected("does not name an image of the shapes set", by=lambda: render(name))

@@ -121,8 +121,7 @@ def test_flip_happens_as_often_as_its_probability(flip):
 def test_horizontal_flip_without_pairs_rejects_keypoints():
     points = tv_tensors.KeyPoints(torch.zeros(1, 3, 2), canvas_size=(30, 40))
     tensors = {**_tensors(30, 40, (2, 5, 10, 26)), "keypoints": points, "visibility": torch.ones(1, 3)}
-    with pytest.raises(UserError, match="keypoint_flip_indices"):
-        RandomHorizontalFlip(1.0)(tensors, _rng())
+    rejected("keypoint_flip_indices", by=lambda: RandomHorizontalFlip(1.0)(tensors, _rng()))
 
 
 def test_zoom_out_puts_the_image_anywhere_on_a_canvas_of_its_range():

@@ -55,8 +55,7 @@ def test_classes_of_all_splits_are_collected_and_may_be_chosen(tiny_voc, log):
 
 def test_boxes_without_area_stay_empty_and_are_dropped_by_training(tiny_voc, log):
     tiny_voc.write("a", tiny_voc.object("ant", 5, 5, 5, 9), tiny_voc.object("ant", 2, 8, 9, 4))
-    boxes = [a["bbox"] for a in _load(tiny_voc)[0][0]["annotations"]]
-    assert boxes == [[5, 5, 5, 9], [2, 8, 9, 4]]
+    assert [a["bbox"] for a in _load(tiny_voc)[0][0]["annotations"]] == [[5, 5, 5, 9], [2, 8, 9, 4]]
     declare_dataset("zoo", {"FORMAT": "voc", "ROOT": str(tiny_voc.root), "SPLIT": "train"})
     assert [record["image_id"] for record in get_detection_dataset_dicts("zoo")] == ["b"]
     assert "zoo: boxes without area, which training drops: 2" in log.text
