@@ -144,27 +144,6 @@ def test_train_loader_gives_each_rank_its_samples_and_all_names(records, train, 
     assert _names(_batches(loader, 2)) == [names[2:] for names in loaded[3:5]]
 
 
-@pytest.mark.parametrize(("size", "world_size"), [(0, 1), (3, 2), (2, 4)])
-def test_batch_that_ranks_cannot_share_is_rejected(records, train, as_rank, size, world_size):
-    train.SOLVER.IMS_PER_BATCH = size
-    as_rank(0, world_size)
-    with pytest.raises(UserError, match=rf"SOLVER\.IMS_PER_BATCH is {size}.*{world_size} processes"):
-        build_detection_train_loader(train)
-
-
-@pytest.mark.parametrize(("steps", "world_size", "most"), [(0, 1, 6), (7, 1, 6), (4, 2, 3)])
-def test_accumulate_steps_beyond_the_images_of_a_rank_are_rejected(
-    records, train, as_rank, steps, world_size, most
-):
-    train.SOLVER.IMS_PER_BATCH, train.SOLVER.ACCUMULATE_STEPS = 6, steps
-    as_rank(0, world_size)
-    words = f"SOLVER.ACCUMULATE_STEPS is {steps}, but must be from 1 to the images of a process in a batch, "
-    with pytest.raises(UserError, match=f"{words}{most}$"):
-        build_detection_train_loader(train)
-    train.SOLVER.ACCUMULATE_STEPS = most
-    build_detection_train_loader(train)
-
-
 @pytest.mark.parametrize(("batch", "factor", "expected"), [(2, 1, 3), (4, 1, 2), (9, 1, 1), (2, 3, 9)])
 def test_count_iters_per_epoch_agrees_with_the_loader(records, train, batch, factor, expected):
     # One image has nothing to train on.
@@ -179,6 +158,41 @@ def test_count_iters_per_epoch_agrees_with_the_loader(records, train, batch, fac
     assert count_iters_per_epoch(train) == loader.iters_per_epoch == expected
     with pytest.raises(TypeError, match="endless"):
         len(loader)
+
+
+BATCH, STEPS, CACHE = "SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE_STEPS", "DATALOADER.CACHE_BYTES"
+MOST = "must be from 1 to the images of a process in a batch,"
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "words"),
+    [
+        *(
+            ([BATCH, size], ranks, f"is {size}.* {ranks} processes")
+            for size, ranks in ((0, 1), (3, 2), (2, 4))
+        ),
+        ([BATCH, 6, STEPS, 0], 1, f"is 0, but {MOST} 6$"),
+        ([BATCH, 6, STEPS, 7], 1, f"is 7, but {MOST} 6$"),
+        ([BATCH, 6, STEPS, 4], 2, f"is 4, but {MOST} 3$"),
+        ([CACHE, -1], 1, "is -1, but must be at least 0"),
+        ([CACHE, 100, "DATALOADER.NUM_WORKERS", 1], 1, "is 100, but processes .*WORKER_TYPE to thread, or"),
+    ],
+)
+def test_train_loader_rejects_what_ranks_and_workers_cannot_do(
+    records, train, as_rank, options, world_size, words
+):
+    train.merge_from_list(options)
+    as_rank(0, world_size)
+    key = options[-2] if options[-2] in (BATCH, STEPS) else options[0]
+    with pytest.raises(UserError, match=f"{key} {words}"):
+        build_detection_train_loader(train)
+
+
+@pytest.mark.parametrize(("steps", "world_size"), [(6, 1), (3, 2)])
+def test_train_loader_accumulates_up_to_an_image_of_a_rank_a_step(records, train, as_rank, steps, world_size):
+    train.SOLVER.IMS_PER_BATCH, train.SOLVER.ACCUMULATE_STEPS = 6, steps
+    as_rank(0, world_size)
+    build_detection_train_loader(train)
 
 
 @pytest.mark.parametrize(("key", "value"), [("TEST.IMS_PER_BATCH", 0), ("DATALOADER.NUM_WORKERS", -1)])
@@ -464,17 +478,10 @@ def test_image_cache_returns_what_read_image_returns(make_dataset, tmp_path, wri
     assert cache(str(path)).shape == (3, 30, 40)
 
 
-def test_image_cache_rejects_processes_and_other_mappers(records, cfg):
-    cfg.DATALOADER.CACHE_BYTES, cfg.DATALOADER.NUM_WORKERS = 100, 1
-    cfg.DATALOADER.WORKER_TYPE = "process"
-    with pytest.raises(UserError, match=r"CACHE_BYTES is 100, but processes .*WORKER_TYPE to thread, or"):
-        build_detection_train_loader(cfg, dataset=records)
-    cfg.DATALOADER.WORKER_TYPE = "thread"
-    with pytest.raises(UserError, match=r"CACHE_BYTES is 100, but the mapper has no image_cache"):
+def test_image_cache_rejects_other_mappers(records, cfg):
+    cfg.DATALOADER.CACHE_BYTES, cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.WORKER_TYPE = 100, 1, "thread"
+    with pytest.raises(UserError, match="CACHE_BYTES is 100, but the mapper has no image_cache"):
         build_detection_train_loader(cfg, dataset=records, mapper=lambda record, rng: record)
-    cfg.DATALOADER.CACHE_BYTES = -1
-    with pytest.raises(UserError, match=r"CACHE_BYTES is -1, but must be at least 0"):
-        build_detection_train_loader(cfg, dataset=records)
 
 
 def test_image_cache_has_the_pasted_images(make_dataset, cfg, read):
