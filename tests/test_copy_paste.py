@@ -50,7 +50,7 @@ def test_pasted_instances_keep_their_targets():
     assert ALL(below, _rng(), _tensors(200, (30, 40))) is below
 
 
-def test_covered_instances_shrink_and_their_keypoints_are_hidden():
+def test_covered_instances_shrink_and_only_their_covered_keypoints_are_hidden():
     # The first is covered whole, the second by half, the third not at all.
     below = _tensors(10, (30, 40), (22, 7, 30, 15), (10, 10, 30, 20), (2, 22, 12, 29))
     below["boxes"][2] += torch.tensor([0.3, 0.3, -0.3, -0.3])
@@ -62,9 +62,6 @@ def test_covered_instances_shrink_and_their_keypoints_are_hidden():
     assert result["boxes"][1].tolist() == pytest.approx([2.3, 22.3, 11.7, 28.7])
     assert result["visibility"].tolist() == [[2, 1], [2, 1], [2, 1]]
     assert torch.equal(result["keypoints"][:2], below["keypoints"][1:])
-
-
-def test_keypoints_that_are_not_covered_keep_their_visibility():
     below = _tensors(10, (30, 40), (10, 10, 38, 20))
     other = _tensors(200, (30, 40), (20, 5, 35, 25))
     for visibility in ([0, 1], [2, 0]):
@@ -151,15 +148,12 @@ def test_mapper_draws_partners_with_the_generator_of_the_sample(records):
     assert {2, 3} <= counts
 
 
-def test_partner_goes_through_the_augmentations_before_the_paste(records):
+def test_partner_goes_through_the_augmentations_before_the_paste_and_draws_for_itself(records):
     mapper = _mapper(records[3:4], RandomHorizontalFlip(1.0), ALL, Resize((60, 80)))
     target = mapper(records[1], _rng())["target"]
     assert target["labels"].tolist() == [1, 3]
     # x 20 to 25 is mirrored to 15 to 20, as 8 to 13 is to 27 to 32, then all is doubled.
     assert target["boxes"].tolist() == [[54, 8, 64, 40], [30, 8, 40, 40]]
-
-
-def test_partner_draws_for_itself(records):
     mapper, sizes = _mapper(records[3:4], ScaleJitter((30, 40), (0.5, 1.0)), ALL), []
     for seed in range(20):
         sample = mapper(records[1], _rng(seed))

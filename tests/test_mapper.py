@@ -8,6 +8,7 @@ import copy
 import pickle
 import struct
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -202,16 +203,10 @@ def test_read_image_names_files_that_are_truncated_or_no_image(tmp_path, write_i
     rejected("none.png does not exist", by=lambda: read_image(str(tmp_path / "none.png")))
 
 
-@pytest.mark.parametrize("value", ["x", struct.error("unpack")])
-def test_image_header_names_files_with_broken_exif_data(tmp_path, write_image, monkeypatch, value):
-    def getexif(image):
-        if isinstance(value, Exception):
-            raise value
-        return {ExifTags.Base.Orientation: value}
-
-    write_image(tmp_path / "a.png", 8, 6)
-    monkeypatch.setattr(Image.Image, "getexif", getexif)
-    rejected("cannot read the image file ", "a.png", by=lambda: image_header(str(tmp_path / "a.png")))
+def test_image_header_names_files_with_broken_exif_data(picture):
+    for exif in (mock.Mock(side_effect=struct.error("unpack")), lambda _: {ExifTags.Base.Orientation: "x"}):
+        with mock.patch.object(Image.Image, "getexif", exif):
+            rejected("cannot read the image file ", "picture.png", by=lambda: image_header(str(picture)))
 
 
 def test_mapper_rejects_an_image_of_another_size_than_its_record(picture):

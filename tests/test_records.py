@@ -89,7 +89,7 @@ def test_masks_and_keypoints_are_checked_before_training(register):
         get_detection_dataset_dicts("rle", need_masks=True)
 
 
-def test_lengths_are_those_of_the_datasets_after_filtering(register):
+def test_lengths_are_those_after_filtering_and_only_bad_boxes_are_dropped(register):
     register("one", [_object()], [], [_object()])
     register("two", [], [_object(bbox=[1, 1, 0, 0])], [_object()])
     register("none", [])
@@ -97,9 +97,6 @@ def test_lengths_are_those_of_the_datasets_after_filtering(register):
     assert records.lengths == [2, 0, 1]
     assert _ids(records) == [0, 2, 2]
     assert get_detection_dataset_dicts(("two", "one"), filter_empty=False).lengths == [3, 3]
-
-
-def test_only_the_bad_boxes_of_an_image_are_dropped(register):
     good, bad = _object(), _object(bbox=[1, 1, 0, 3])
     kinds = {"g": good, "b": bad}
     texts = ["gbg", "", "g", "bb", "bg", "gg", "gb"]

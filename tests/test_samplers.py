@@ -38,7 +38,7 @@ def test_training_sampler_without_shuffle_keeps_the_order_of_the_dataset():
     assert images == [0, 1, 2, 3, 4] and {type(image) for image in images} == {int}
 
 
-def test_grouped_batches_come_in_random_order():
+def test_grouped_batches_come_in_random_order_and_of_images_that_meet_at_random():
     groups = np.random.default_rng(0).integers(0, 2, size=96)
     sampler = TrainingSampler(96, 8, seed=6, groups=groups)
     orders, members = [], set()
@@ -49,9 +49,6 @@ def test_grouped_batches_come_in_random_order():
     assert len(set(map(tuple, orders))) == 6
     assert not any(order in (sorted(order), sorted(order, reverse=True)) for order in orders)
     assert len(members) == 72
-
-
-def test_grouped_images_of_equal_aspect_ratio_meet_at_random():
     sampler = TrainingSampler(64, 8, seed=9, groups=np.ones(64), window=4)
     batches = [frozenset(image for image, _ in sampler.batch(i)) for i in range(80)]
     assert len(set(batches)) == 80
@@ -89,15 +86,12 @@ def test_grouping_reduces_the_padding_at_coco_sizes():
         assert _padding(sampler, heights, widths) == pytest.approx(expected, abs=0.01)
 
 
-def test_repeat_factors_are_met_on_average():
+def test_repeat_factors_are_met_on_average_and_rounded_independently_of_the_neighbours():
     factors = np.array([0.5] * 20 + [1] * 20 + [1.5] * 9 + [3, 4])
     mean = _mean_counts(RepeatFactorTrainingSampler(factors, seed=3), 2000)
     # Four standard deviations of a fair coin over 2000 passes, and the rounding of the sum.
     assert abs(mean - factors).max() < 4 * 0.5 / 2000**0.5 + 0.5 / 29
     assert (mean == factors)[factors % 1 == 0].all()
-
-
-def test_repeat_factors_are_rounded_up_independently_of_the_neighbours():
     chosen = {frozenset(images) for images in _passes(RepeatFactorTrainingSampler([0.5] * 6, seed=4), 400)}
     assert all(len(images) == 3 for images in chosen)
     assert len(chosen) == 20
@@ -114,13 +108,18 @@ def _records(*classes):
     return [{"annotations": [{"category_id": c, "iscrowd": 0} for c in labels]} for labels in classes]
 
 
-def test_repeat_factors_from_category_frequency_are_those_of_the_rarest_class_of_an_image():
+def test_factors_are_those_of_the_rarest_class_of_an_image_or_1():
     # f = 3/4, 1/4, 1/2; class 3 has no image.
     records = _records([0, 0, 0], [0, 1], [0, 2], [2, 4])
     root = np.sqrt([1, 2, 1, 2])
     assert repeat_factors_from_category_frequency(records, 0.5).tolist() == pytest.approx(root.tolist())
     linear = repeat_factors_from_category_frequency(records, 0.5, sqrt=False)
     assert linear.tolist() == pytest.approx([1, 2, 1, 2])
+    records = _records([], [0], [], [1, 1])
+    assert repeat_factors_from_category_frequency(records, 1.0).tolist() == [1, 2, 1, 2]
+    assert class_balanced_factors(records).tolist() == [1, 1, 1, 1]
+    assert repeat_factors_from_category_frequency(_records([], []), 0.5).tolist() == [1, 1]
+    assert class_balanced_factors(_records([], [])).tolist() == [1, 1]
 
 
 def test_class_balanced_factors_draw_each_class_as_often():
@@ -129,14 +128,6 @@ def test_class_balanced_factors_draw_each_class_as_often():
     assert [factors[:90].sum(), factors[90:99].sum(), factors[99]] == pytest.approx([100 / 3] * 3)
     both = class_balanced_factors(_records([0, 1], [0], [0]))
     assert both.tolist() == pytest.approx([3 * (1 / 2 / 3 + 1 / 2), 0.5, 0.5])
-
-
-def test_factors_of_images_without_annotations_are_1():
-    records = _records([], [0], [], [1, 1])
-    assert repeat_factors_from_category_frequency(records, 1.0).tolist() == [1, 2, 1, 2]
-    assert class_balanced_factors(records).tolist() == [1, 1, 1, 1]
-    assert repeat_factors_from_category_frequency(_records([], []), 0.5).tolist() == [1, 1]
-    assert class_balanced_factors(_records([], [])).tolist() == [1, 1]
 
 
 def test_random_subset_has_its_size_and_depends_on_the_seed():
@@ -276,14 +267,11 @@ def test_sampler_keys_that_cannot_be_used_are_rejected(cfg, records, sampler, ke
         build_train_sampler(_use(cfg, sampler, key, value), records, 4)
 
 
-def test_weighted_sampler_needs_the_records_of_the_datasets(cfg):
-    _use(cfg, "WeightedTrainingSampler", FACTORS, [["large", 2]])
-    rejected("other records were passed in", by=lambda: build_train_sampler(cfg, _dataset("other", 5, 0), 4))
-
-
-def test_grouping_needs_the_sizes(cfg):
+def test_sampler_needs_the_records_of_the_datasets_and_their_sizes(cfg):
     records = SerializedRecords([{"file_name": "a.png"}])
     with pytest.raises(UserError, match="ASPECT_RATIO_GROUPING needs the height and width"):
         build_train_sampler(cfg, records, 1)
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     assert build_train_sampler(cfg, records, 1).size == 1
+    _use(cfg, "WeightedTrainingSampler", FACTORS, [["large", 2]])
+    rejected("other records were passed in", by=lambda: build_train_sampler(cfg, _dataset("other", 5, 0), 4))

@@ -51,12 +51,9 @@ def test_dataset_is_the_one_that_results_were_measured_on(records, shapes):
     assert np.abs(np.diff(images, axis=2)).mean() == pytest.approx(15.9, abs=0.05)
 
 
-def test_dataset_of_more_images_begins_with_that_of_fewer(records):
+def test_dataset_of_more_images_begins_with_that_of_fewer_and_shares_none_with_others(records):
     assert load_shapes("train", 5)[0] == records[:5]
     assert [record["image_id"] for record in records] == list(range(1, 301))
-
-
-def test_splits_and_seeds_share_no_image(records):
     datasets = [records[:100], *(load_shapes(split, 100)[0] for split in ("val", "test"))]
     datasets.append(load_shapes("train", 100, seed=1)[0])
     boxes = {tuple(r["annotations"][0]["bbox"]) for part in datasets for r in part}
@@ -113,10 +110,20 @@ def test_images_of_any_size_hold_shapes_with_tight_boxes(height, width):
             assert 0.1 - 1e-9 <= max(x1 - x0, y1 - y0) / min(height, width) <= 0.5 + 1e-9
 
 
-def test_area_is_that_of_the_polygon(shapes):
+def test_area_and_keypoints_are_those_of_the_polygon(shapes):
+    metadata = load_shapes("val", 1)[1]
+    assert metadata["keypoint_names"] == ["top", "right", "bottom", "left"]
+    assert [sorted(pair) for pair in metadata["keypoint_flip_map"]] == [["left", "right"]]
     for annotation in shapes:
-        x, y = _polygon(annotation).T
+        polygon = _polygon(annotation)
+        x, y = polygon.T
         assert annotation["area"] == pytest.approx(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
+        centre = polygon.mean(axis=0)
+        offset = np.array(annotation["keypoints"]).reshape(4, 3)[:, :2] - centre
+        directions = offset / np.linalg.norm(offset, axis=1, keepdims=True)
+        np.testing.assert_allclose(directions, [(0, -1), (1, 0), (0, 1), (-1, 0)], atol=1e-6)
+        assert _inside(polygon, centre + 0.9999 * offset).all()
+        assert not _inside(polygon, centre + 1.0001 * offset).any()
 
 
 def test_image_shows_the_shape_of_its_record():
@@ -134,20 +141,6 @@ def test_image_shows_the_shape_of_its_record():
         colour = np.median(colours[inside], axis=0)
         assert np.percentile(np.abs(colours[inside] - colour), 95) < 40
         assert np.linalg.norm(np.median(colours[ring], axis=0) - colour) > 25
-
-
-def test_keypoints_lie_on_the_outline_around_the_centre(shapes):
-    metadata = load_shapes("val", 1)[1]
-    assert metadata["keypoint_names"] == ["top", "right", "bottom", "left"]
-    assert [sorted(pair) for pair in metadata["keypoint_flip_map"]] == [["left", "right"]]
-    for annotation in shapes:
-        polygon = _polygon(annotation)
-        centre = polygon.mean(axis=0)
-        offset = np.array(annotation["keypoints"]).reshape(4, 3)[:, :2] - centre
-        directions = offset / np.linalg.norm(offset, axis=1, keepdims=True)
-        np.testing.assert_allclose(directions, [(0, -1), (1, 0), (0, 1), (-1, 0)], atol=1e-6)
-        assert _inside(polygon, centre + 0.9999 * offset).all()
-        assert not _inside(polygon, centre + 1.0001 * offset).any()
 
 
 def test_keypoints_under_a_later_shape_are_hidden(records):

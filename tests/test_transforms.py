@@ -62,15 +62,12 @@ def _detectron2_size(h, w, short_edge_length, max_size):
     return int(newh + 0.5), int(neww + 0.5)
 
 
-def test_shortest_edge_size_is_that_of_detectron2():
+def test_shortest_edge_size_is_that_of_detectron2_and_of_at_least_a_pixel():
     rng = _rng()
     for _ in range(3000):
         h, w, drawn_short, drawn_longest = rng.integers(20, 1200, size=4).tolist()
         for short, longest in ((800, 1333), (640, 1333), (drawn_short, drawn_longest)):
             assert shortest_edge_size(h, w, short, longest) == _detectron2_size(h, w, short, longest)
-
-
-def test_resize_shortest_edge_gives_known_sizes():
     for size, short, longest, expected in (((300, 900), 800, 1333, (444, 1333)), ((1, 900), 20, 30, (1, 30))):
         assert _size(ResizeShortestEdge((short,), longest)(_tensors(*size), _rng())) == expected
 
@@ -145,16 +142,13 @@ def _windows(crop_type, size, image=(40, 60)):
     return np.array([_size(crop(_tensors(*image), _rng(seed))) for seed in range(200)])
 
 
-def test_random_crop_has_its_size_within_the_image():
+def test_random_crop_has_its_size_or_one_of_its_range_within_the_image():
     assert {tuple(w) for w in _windows("relative", (0.5, 0.35))} == {(20, 21)}
     assert {tuple(w) for w in _windows("relative", (1.0, 1.0))} == {(40, 60)}
     # A part of a pixel still leaves one.
     assert {tuple(w) for w in _windows("relative", (0.001, 0.001))} == {(1, 1)}
     assert {tuple(w) for w in _windows("absolute", (30, 25))} == {(30, 25)}
     assert {tuple(w) for w in _windows("absolute", (50, 25))} == {(40, 25)}
-
-
-def test_random_crop_draws_both_sides_from_its_range():
     windows = _windows("relative_range", (0.5, 0.8))
     assert (windows.min(axis=0) == [20, 48]).all()
     assert (windows.max(axis=0) == [40, 60]).all()
@@ -420,11 +414,9 @@ def test_photometric_distort_changes_contrast_first_or_last(tensors):
     assert len(grey & both) == 2
 
 
-GREY = tv_tensors.Image(torch.full((3, 60, 80), 200, dtype=torch.uint8))
-
-
-def test_erasing_fills_a_rectangle_of_its_scale_and_ratio_in_the_image_only(tensors):
-    tensors["image"], places = GREY, set()
+def test_erasing_fills_a_rectangle_of_its_scale_and_ratio_in_the_image_as_often_as_p(tensors):
+    tensors["image"] = tv_tensors.Image(torch.full((3, 60, 80), 200, dtype=torch.uint8))
+    places = set()
     for seed in range(200):
         erased = RandomErasing(1.0, (0.05, 0.2), (0.5, 2.0), value=(1, 2, 3))(tensors, _rng(seed))
         changed = erased["image"][0] == 1
@@ -437,10 +429,6 @@ def test_erasing_fills_a_rectangle_of_its_scale_and_ratio_in_the_image_only(tens
         assert all(erased[name] is tensors[name] for name in tensors if name != "image")
         places.add((y.min().item() // 15, x.min().item() // 20))
     assert len(places) >= 12
-
-
-def test_erasing_fills_with_noise_and_happens_as_often_as_p(tensors):
-    tensors["image"] = GREY
     noisy = RandomErasing(1.0, (0.3, 0.3), (1, 1), value="random")(tensors, _rng())["image"]
     changed = noisy[noisy != 200].float()
     assert len(changed) == pytest.approx(3 * 0.3 * 4800, rel=0.05)

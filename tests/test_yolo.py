@@ -31,7 +31,7 @@ def _ids(root, **options):
     return [record["image_id"] for record in _load(root, **options)[0]]
 
 
-def test_boxes_and_polygons_are_in_pixels(yolo, log):
+def test_boxes_and_polygons_are_in_pixels_and_their_files_beside_the_images(yolo, log):
     records, metadata = _load(yolo)
     assert metadata == {"thing_classes": ["ant", "bee"]}
     assert [(r["image_id"], r["height"], r["width"]) for r in records] == [("a", 20, 40), ("b", 20, 40)]
@@ -47,6 +47,8 @@ def test_boxes_and_polygons_are_in_pixels(yolo, log):
     (yolo / "labels/train/a.txt").unlink()
     _load(yolo)
     assert f"would be {yolo}/labels/train/a.txt" in log.text
+    assert label_file("/images/d/images/x/a.b.jpg") == "/images/d/labels/x/a.b.txt"
+    assert label_file("/d/x/a.jpg") == "/d/x/a.txt"
 
 
 def test_images_that_would_share_labels_are_rejected_or_collected(yolo, write_image):
@@ -59,11 +61,6 @@ def test_images_that_would_share_labels_are_rejected_or_collected(yolo, write_im
     problems = []
     assert [r["annotations"] for r in _load(yolo, problems=problems)[0]] == [[], []]
     assert [problem.kind for problem in problems] == ["ambiguous"]
-
-
-def test_label_file_replaces_the_last_folder_images():
-    assert label_file("/images/d/images/x/a.b.jpg") == "/images/d/labels/x/a.b.txt"
-    assert label_file("/d/x/a.jpg") == "/d/x/a.txt"
 
 
 SPLITS = ("train: ../images/train", "train: [images/train]", "train: lists/train.txt")
