@@ -202,11 +202,14 @@ def test_numbers_out_of_range_are_rejected(records, cfg, key, value):
         list(build_detection_test_loader(cfg, "cells"))
 
 
-def test_train_loader_takes_a_dataset_a_sampler_and_a_mapper(make_dataset, train):
-    records = make_dataset()[:3]
-    parts = {"dataset": records, "sampler": TrainingSampler(3, 3, seed=1, shuffle=False)}
+def test_loaders_take_a_dataset_a_sampler_and_a_mapper(records, train):
+    parts = {"dataset": records[:3], "sampler": TrainingSampler(3, 3, seed=1, shuffle=False)}
     loader = build_detection_train_loader(train, **parts, mapper=lambda record: record["image_id"])
     assert _batches(loader, 2) == [[0, 1, 2], [0, 1, 2]]
+    parts = {"dataset": records[2:], "sampler": [4, 0, 1]}
+    train.TEST.IMS_PER_BATCH = 2
+    loader = build_detection_test_loader(train, "cells", **parts, mapper=lambda record: record["image_id"])
+    assert list(loader) == [[6, 2], [3]]
 
 
 def test_sampler_of_the_config_is_used_and_weighs_the_records_that_are_left(make_dataset, train):
@@ -365,14 +368,6 @@ def test_val_loader_adds_targets_to_the_images_of_the_test_loader(records, train
     for sample, test_sample in zip(samples, expected, strict=True):
         assert torch.equal(sample["image"], test_sample["image"])
         assert sample["target"]["boxes"].tolist() == [[1, 2, 4 + sample["image_id"], 6]]
-
-
-def test_test_loader_takes_a_dataset_a_sampler_and_a_mapper(records, cfg):
-    cfg.TEST.IMS_PER_BATCH = 2
-    loader = build_detection_test_loader(
-        cfg, "cells", dataset=records[2:], sampler=[4, 0, 1], mapper=lambda record: record["image_id"]
-    )
-    assert list(loader) == [[6, 2], [3]]
 
 
 @pytest.mark.parametrize(

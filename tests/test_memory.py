@@ -75,16 +75,15 @@ def test_the_messages_of_all_devices_are_known():
     assert is_out_of_memory(caught.value)
 
 
+VIEWS = "set TEST.AMP True, or lower TEST.AUG.MIN_SIZES and TEST.AUG.MAX_SIZE"
+
+
 @pytest.mark.parametrize(
     ("samples", "training", "words"),
     [
         ([], False, "before the first batch: see what else has memory there, or choose a smaller model"),
         ([(1, 2), {"image": None}], True, "with 2 images in this process: lower SOLVER"),
-        (
-            [{"views": []}, {"views": []}],
-            False,
-            "lower TEST.IMS_PER_BATCH, set TEST.AMP True, or lower TEST.AUG.MIN_SIZES and TEST.AUG.MAX_SIZE",
-        ),
+        ([{"views": []}] * 2, False, f"lower TEST.IMS_PER_BATCH, {VIEWS}"),
     ],
 )
 def test_samples_of_any_make_are_counted(samples, training, words):

@@ -1,5 +1,7 @@
 """Counts brought to a run's processes, batch and epochs: plaintrain.scaling."""
 
+import re
+
 import pytest
 
 from plaintrain.config import get_cfg, get_value
@@ -138,31 +140,28 @@ def test_settling_again_changes_nothing_also_from_the_dumped_config(more, log):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ({"BY_EPOCH": True}, "BY_EPOCH counts in epochs, but SOLVER.MAX_EPOCHS is 0: set their number"),
         (
-            {"SOLVER__BY_EPOCH": True},
-            "SOLVER.BY_EPOCH counts in epochs, but SOLVER.MAX_EPOCHS is 0: set their number",
-        ),
-        (
-            {"SOLVER__REFERENCE_WORLD_SIZE": 8, "SOLVER__REFERENCE_IMS_PER_BATCH": 8},
-            "SOLVER.REFERENCE_WORLD_SIZE and SOLVER.REFERENCE_IMS_PER_BATCH would both scale the schedule: "
+            {"REFERENCE_WORLD_SIZE": 8, "REFERENCE_IMS_PER_BATCH": 8},
+            "REFERENCE_WORLD_SIZE and SOLVER.REFERENCE_IMS_PER_BATCH would both scale the schedule: "
             "set one of them to 0",
         ),
         (
-            {"SOLVER__REFERENCE_WORLD_SIZE": 6},
-            "SOLVER.IMS_PER_BATCH is 16, which SOLVER.REFERENCE_WORLD_SIZE 6 does not divide",
+            {"REFERENCE_WORLD_SIZE": 6},
+            "IMS_PER_BATCH is 16, which SOLVER.REFERENCE_WORLD_SIZE 6 does not divide",
         ),
         (
-            {"SOLVER__REFERENCE_WORLD_SIZE": 8, "SOLVER__MOMENTUM_SCHEDULE": [5]},
-            "SOLVER.MOMENTUM_SCHEDULE has 5, not [iteration, momentum]",
+            {"REFERENCE_WORLD_SIZE": 8, "MOMENTUM_SCHEDULE": [5]},
+            "MOMENTUM_SCHEDULE has 5, not [iteration, momentum]",
         ),
-        ({"SOLVER__STEPS": (5, "a")}, "SOLVER.STEPS holds 'a', but must hold iterations"),
-        ({"SOLVER__STEPS": (5, True)}, "SOLVER.STEPS holds True, but must hold iterations"),
+        ({"STEPS": (5, "a")}, "STEPS holds 'a', but must hold iterations"),
+        ({"STEPS": (5, True)}, "STEPS holds True, but must hold iterations"),
     ],
 )
 def test_schedule_errors_name_the_keys(more, message):
-    with pytest.raises(UserError) as error:
-        settle(make_cfg(**more), per_epoch=70)
-    assert str(error.value) == message
+    cfg = make_cfg(**{f"SOLVER__{key}": value for key, value in more.items()})
+    with pytest.raises(UserError, match=f"^{re.escape(f'SOLVER.{message}')}$"):
+        settle(cfg, per_epoch=70)
 
 
 @pytest.mark.parametrize(

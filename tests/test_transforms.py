@@ -17,7 +17,6 @@ from torchvision.transforms.v2 import functional as F
 
 from plaintrain.config import get_cfg
 from plaintrain.data.augmentations import AUGMENTATIONS, build_augmentation
-from plaintrain.data.copy_paste import SimpleCopyPaste
 from plaintrain.data.crops import FixedSizeCrop, RandomCrop, RandomIoUCrop
 from plaintrain.data.photometric import RandomErasing, RandomPhotometricDistort
 from plaintrain.data.transforms import (
@@ -438,27 +437,21 @@ def test_erasing_fills_a_rectangle_of_its_scale_and_ratio_in_the_image_as_often_
     assert 40 <= count <= 80
 
 
-ALL = [
-    ResizeShortestEdge((20, 24, 31), 50),
-    RandomShortestSize((20, 40), 70),
-    ScaleJitter((40, 40)),
-    Resize((50, 30)),
-    RandomHorizontalFlip(0.5, (1, 0)),
-    RandomVerticalFlip(),
-    RandomCrop("relative_range", (0.4, 0.4)),
-    FixedSizeCrop((35, 20)),
-    RandomIoUCrop(),
-    RandomZoomOut(),
-    RandomPhotometricDistort(),
-    RandomErasing(value="random"),
-]
+ARGUMENTS = {
+    "ResizeShortestEdge": ((20, 24, 31), 50),
+    "RandomShortestSize": ((20, 40), 70),
+    "ScaleJitter": ((40, 40),),
+    "Resize": ((50, 30),),
+    "RandomCrop": ("relative_range", (0.4, 0.4)),
+    "FixedSizeCrop": ((35, 20),),
+}
 
 
-def test_all_augmentations_change_an_image_alone_as_with_boxes(tensors):
-    assert {type(step) for step in ALL} | {SimpleCopyPaste} == set(AUGMENTATIONS.values())
-    for step in ALL:
-        for seed in range(4):
-            alone = step({"image": tensors["image"]}, _rng(seed))
-            assert alone.keys() == {"image"}
-            if not isinstance(step, RandomIoUCrop):
-                assert torch.equal(alone["image"], step(tensors, _rng(seed))["image"]), step
+@pytest.mark.parametrize("name", sorted(AUGMENTATIONS.keys() - {"SimpleCopyPaste"}))
+def test_augmentation_changes_an_image_alone_as_with_boxes(tensors, name):
+    step = AUGMENTATIONS[name](*ARGUMENTS.get(name, ()))
+    for seed in range(4):
+        alone = step({"image": tensors["image"]}, _rng(seed))
+        assert alone.keys() == {"image"}
+        if name != "RandomIoUCrop":
+            assert torch.equal(alone["image"], step(tensors, _rng(seed))["image"])
