@@ -73,8 +73,7 @@ def _turn(path, orientation):
 def test_read_image_converts_to_rgb(tmp_path, name, image, expected):
     image.save(tmp_path / name)
     tensor = read_image(str(tmp_path / name))
-    assert tensor.shape == (3, 3, 4)
-    assert tensor.dtype == torch.uint8
+    assert (tensor.shape, tensor.dtype) == ((3, 3, 4), torch.uint8)
     assert (tensor == torch.tensor(expected, dtype=torch.uint8).reshape(3, 1, 1)).all()
 
 
@@ -139,11 +138,8 @@ def _tiff(bits, sample_format, pixels):
 
 
 def test_read_image_does_not_wrap_signed_or_32_bit_pixels_around(tmp_path):
-    for bits, sample_format, dtype, low in (
-        (16, 2, "<i2", -30),
-        (8, 2, "i1", -30),
-        (32, 1, "<u4", 3 * 10**9),
-    ):
+    types = ((16, 2, "<i2", -30), (8, 2, "i1", -30), (32, 1, "<u4", 3 * 10**9))
+    for bits, sample_format, dtype, low in types:
         values = (STEPS + low).astype(dtype)
         (tmp_path / "a.tif").write_bytes(_tiff(bits, sample_format, values.tobytes()))
         image = read_image(str(tmp_path / "a.tif"), (low, low + 63))
@@ -190,17 +186,21 @@ def test_read_image_applies_the_exif_orientation(picture, orientation):
     assert image_header(str(picture))[:2] == expected.shape[:2]
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", *(0.1, 0.9)])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
-def test_read_image_names_files_that_are_truncated_or_no_image(tmp_path, write_image, name, content):
-    if isinstance(content, float):
-        write_image(tmp_path / name, 64, 64)
-        whole = (tmp_path / name).read_bytes()
-        content = whole[: int(content * len(whole))]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"cannot read the image file .*{name}"):
-        read_image(str(tmp_path / name))
-    rejected("none.png does not exist", by=lambda: read_image(str(tmp_path / "none.png")))
+def test_read_image_names_files_that_are_truncated_missing_or_no_image(tmp_path, write_image, name):
+    path = tmp_path / name
+    rejected(f"{name} does not exist", by=lambda: read_image(str(path)))
+    write_image(path, 64, 64)
+    whole = path.read_bytes()
+    for content in (
+        b"",
+        b"no image",
+        b"\x89PNG\r\n\x1a\n",
+        whole[: len(whole) // 10],
+        whole[: -len(whole) // 10],
+    ):
+        path.write_bytes(content)
+        rejected("cannot read the image file ", name, by=lambda: read_image(str(path)))
 
 
 def test_image_header_names_files_with_broken_exif_data(picture):
@@ -347,7 +347,7 @@ def test_empty_target_keeps_its_shapes_and_types(picture, annotations):
         ({}, "has no segmentation"),
         ({"segmentation": []}, "has no segmentation"),
         ({"segmentation": [[1, 2, 3, 4]]}, "3 finite points or more"),
-        ({"segmentation": {"size": [40, 30], "counts": [1200]}}, r"\[40, 30\]"),
+        ({"segmentation": {"size": [40, 30], "counts": [1200]}}, "[40, 30]"),
         ({"segmentation": {"size": [30, 40], "counts": "h"}}, "counts do not add up to 30 x 40"),
         ({"segmentation": [SQUARE], "keypoints": [1, 2, 2]}, "3 numbers of keypoints, but 2 keypoints"),
     ],
@@ -356,10 +356,8 @@ def test_annotation_without_the_needed_keys_is_named(picture, more, words):
     record = _record(picture, 30, 40, ([4, 5, 10, 8], 2), ([4, 5, 10, 8], 2))
     _annotated(record, 0, segmentation=[SQUARE])
     _annotated(record, 1, **more)
-    with pytest.raises(UserError, match=words) as error:
-        DatasetMapper(augmentations=[], use_masks=True, num_keypoints=2)(record)
-    assert "picture.png" in str(error.value)
-    assert "\n" not in str(error.value)
+    mapper = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=2)
+    rejected("picture.png", words, by=lambda: mapper(record))
 
 
 def _keypoint_dataset(cfg, name, names, **metadata):
@@ -414,20 +412,12 @@ def test_keypoints_that_are_unnamed_or_differ_are_rejected(cfg):
     rejected("the dataset points names no keypoints", by=lambda: DatasetMapper(cfg))
 
 
-@pytest.mark.parametrize(
-    ("flip_map", "expected"),
-    [
-        ([("left_eye", "right_eye")], (0, 2, 1)),
-        ([["right_eye", "left_eye"]], (0, 2, 1)),
-        ([], (0, 1, 2)),
+def test_keypoint_flip_indices_exchange_the_pairs_of_the_dataset():
+    names = ["nose", "left_eye", "right_eye"]
+    assert keypoint_flip_indices(names, [["right_eye", "left_eye"]]) == (0, 2, 1)
+    assert keypoint_flip_indices(names, []) == (0, 1, 2)
+    for pairs, words in (
         ([("left_eye", "right_ey")], "unknown keypoint 'right_ey'; the nearest is 'right_eye'"),
         ([("left_eye", "right_eye"), ("nose", "left_eye")], "'left_eye' in two pairs"),
-    ],
-)
-def test_keypoint_flip_indices_exchange_the_pairs_of_the_dataset(flip_map, expected):
-    names = ["nose", "left_eye", "right_eye"]
-    if isinstance(expected, tuple):
-        assert keypoint_flip_indices(names, flip_map) == expected
-    else:
-        with pytest.raises(UserError, match=expected):
-            keypoint_flip_indices(names, flip_map)
+    ):
+        rejected(words, by=lambda pairs=pairs: keypoint_flip_indices(names, pairs))
