@@ -338,7 +338,7 @@ def test_unknown_datasets_circles_and_doubles_are_rejected(part, write_image, tm
         (["pictures"], "pictures names no classes"),
     ):
         with pytest.raises(UserError, match=words):
-            _join(*names, name=words)
+            _join(*names, name=f"joined {names}")
 
 
 def _fraction(name, **keys):

@@ -167,15 +167,14 @@ MOST = "must be from 1 to the images of a process in a batch,"
 @pytest.mark.parametrize(
     ("options", "world_size", "words"),
     [
-        *(
-            ([BATCH, size], ranks, f"is {size}.* {ranks} processes")
-            for size, ranks in ((0, 1), (3, 2), (2, 4))
-        ),
-        ([BATCH, 6, STEPS, 0], 1, f"is 0, but {MOST} 6$"),
-        ([BATCH, 6, STEPS, 7], 1, f"is 7, but {MOST} 6$"),
-        ([BATCH, 6, STEPS, 4], 2, f"is 4, but {MOST} 3$"),
-        ([CACHE, -1], 1, "is -1, but must be at least 0"),
-        ([CACHE, 100, "DATALOADER.NUM_WORKERS", 1], 1, "is 100, but processes .*WORKER_TYPE to thread, or"),
+        ([BATCH, 0], 1, f"{BATCH} is 0.* 1 processes"),
+        ([BATCH, 3], 2, f"{BATCH} is 3.* 2 processes"),
+        ([BATCH, 2], 4, f"{BATCH} is 2.* 4 processes"),
+        ([BATCH, 6, STEPS, 0], 1, f"{STEPS} is 0, but {MOST} 6$"),
+        ([BATCH, 6, STEPS, 7], 1, f"{STEPS} is 7, but {MOST} 6$"),
+        ([BATCH, 6, STEPS, 4], 2, f"{STEPS} is 4, but {MOST} 3$"),
+        ([CACHE, -1], 1, f"{CACHE} is -1, but must be at least 0"),
+        ([CACHE, 100, "DATALOADER.NUM_WORKERS", 1], 1, f"{CACHE} is 100, but processes .* to thread, or"),
     ],
 )
 def test_train_loader_rejects_what_ranks_and_workers_cannot_do(
@@ -183,8 +182,7 @@ def test_train_loader_rejects_what_ranks_and_workers_cannot_do(
 ):
     train.merge_from_list(options)
     as_rank(0, world_size)
-    key = options[-2] if options[-2] in (BATCH, STEPS) else options[0]
-    with pytest.raises(UserError, match=f"{key} {words}"):
+    with pytest.raises(UserError, match=words):
         build_detection_train_loader(train)
 
 
