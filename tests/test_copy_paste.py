@@ -58,6 +58,7 @@ def test_covered_instances_shrink_and_only_their_covered_keypoints_are_hidden():
     other = _tensors(200, (30, 40), (20, 5, 35, 25), first_label=5)
     result = ALL(below, _rng(), other)
     assert result["labels"].tolist() == [1, 2, 5]
+    assert result["boxes"][0].tolist() == [10, 10, 20, 20]
     # A box that is not touched is not drawn anew.
     assert result["boxes"][1].tolist() == pytest.approx([2.3, 22.3, 11.7, 28.7])
     assert result["visibility"].tolist() == [[2, 1], [2, 1], [2, 1]]

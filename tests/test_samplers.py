@@ -34,8 +34,10 @@ def _passes(sampler, num):
 
 
 def test_training_sampler_without_shuffle_keeps_the_order_of_the_dataset():
-    (images,) = _passes(TrainingSampler(5, 3, shuffle=False), 1)
-    assert images == [0, 1, 2, 3, 4] and {type(image) for image in images} == {int}
+    sampler = TrainingSampler(5, 3, shuffle=False)
+    images = [image for iteration in range(4) for image, _ in sampler.batch(iteration)]
+    assert images == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert {type(image) for image in images} == {int}
 
 
 def test_grouped_batches_come_in_random_order_and_of_images_that_meet_at_random():
