@@ -34,15 +34,16 @@ from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
 RED = [255, 0, 0]
-SQUARE = [4, 5, 14, 5, 14, 13, 4, 13]
+BOX, SQUARE = [4, 5, 10, 8], [4, 5, 14, 5, 14, 13, 4, 13]
 
 
 def _record(path, height, width, *annotations):
-    """annotations: (box, label) or (box, label, iscrowd), boxes x, y, w, h."""
-    keys = ("bbox", "category_id", "iscrowd")
-    annotations = [dict(zip(keys, (*a, 0)[:3], strict=True), bbox_mode=BoxMode.XYWH_ABS) for a in annotations]
-    record = {"file_name": str(path), "image_id": 17, "height": height, "width": width}
-    return {**record, "annotations": annotations}
+    size = {"height": height, "width": width}
+    return {"file_name": str(path), "image_id": 17, **size, "annotations": list(annotations)}
+
+
+def _object(box, label=0, **more):
+    return {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": label, "iscrowd": 0, **more}
 
 
 @pytest.fixture
@@ -225,7 +226,9 @@ def test_mapper_rejects_an_image_of_another_size_than_its_record(picture):
 
 def test_training_sample_has_the_keys_and_types_of_the_contract(picture):
     mapper = DatasetMapper(augmentations=[Resize((60, 80)), RandomHorizontalFlip(1.0)])
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2), ([0, 0, 20, 20], 1, 1), ([0, 0, 40, 30], 0))
+    record = _record(
+        picture, 30, 40, _object(BOX, 2), _object([0, 0, 20, 20], 1, iscrowd=1), _object([0, 0, 40, 30])
+    )
     before = copy.deepcopy(record)
     sample = mapper(record)
     assert record == before
@@ -244,7 +247,7 @@ def test_training_sample_has_the_keys_and_types_of_the_contract(picture):
 
 def test_evaluation_sample_has_no_target_and_the_original_size(picture, cfg):
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 15, 100
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
+    record = _record(picture, 30, 40, _object(BOX, 2))
     sample = DatasetMapper(cfg, is_train=False)(record)
     assert set(sample) == {"image", "image_id", "file_name", "height", "width"}
     assert sample["image"].shape == (3, 15, 20)
@@ -255,7 +258,7 @@ def test_evaluation_sample_has_no_target_and_the_original_size(picture, cfg):
 
 def test_boxes_are_clipped_and_those_without_area_dropped_with_their_labels(picture):
     boxes = [[5, 5, 0, 9], [-5, -6, 15, 16], [5, 5, 9, -2], [50, 5, 9, 9], [30, 20, 50, 50]]
-    record = _record(picture, 30, 40, *((box, label) for label, box in enumerate(boxes)))
+    record = _record(picture, 30, 40, *(_object(box, label) for label, box in enumerate(boxes)))
     target = DatasetMapper(augmentations=[])(record)["target"]
     assert target["labels"].tolist() == [1, 4]
     assert target["boxes"].tolist() == [[0, 0, 10, 10], [30, 20, 40, 30]]
@@ -266,7 +269,7 @@ def test_augmentation_may_be_any_function(picture):
         points = tv_tensors.wrap(tensors["keypoints"] + 30, like=tensors["keypoints"])
         return {**tensors, "image": tv_tensors.Image(tensors["image"] // 2), "keypoints": points}
 
-    record = _annotated(_record(picture, 30, 40, ([0, 0, 9, 9], 2)), 0, keypoints=[5, 0, 2, 5, 1, 2])
+    record = _record(picture, 30, 40, _object([0, 0, 9, 9], keypoints=[5, 0, 2, 5, 1, 2]))
     sample = DatasetMapper(augmentations=[move], num_keypoints=2)(record)
     assert torch.equal(sample["image"], read_image(str(picture)) // 2)
     assert type(sample["image"]) is torch.Tensor
@@ -280,15 +283,10 @@ def test_shapes_are_rendered_instead_of_read():
     np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy(), render(record["file_name"]))
 
 
-def _annotated(record, index, **more):
-    record["annotations"][index].update(more)
-    return record
-
-
 def test_target_with_masks_and_keypoints_has_the_keys_and_types_of_the_contract(picture):
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2), ([0, 0, 9, 9], 1, 1), ([20, 10, 10, 10], 0))
-    _annotated(record, 0, segmentation=[SQUARE], keypoints=[5, 6, 2, 13.5, 12, 1, 0, 0, 0])
-    _annotated(record, 2, segmentation=[[20, 10, 30, 10, 30, 20, 20, 20]])
+    one = _object(BOX, 2, segmentation=[SQUARE], keypoints=[5, 6, 2, 13.5, 12, 1, 0, 0, 0])
+    other = _object([20, 10, 10, 10], segmentation=[[20, 10, 30, 10, 30, 20, 20, 20]])
+    record = _record(picture, 30, 40, one, _object([0, 0, 9, 9], 1, iscrowd=1), other)
     target = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=3)(record)["target"]
     assert set(target) == {"boxes", "labels", "masks", "keypoints"}
     assert all(type(value) is torch.Tensor for value in target.values())
@@ -300,8 +298,7 @@ def test_target_with_masks_and_keypoints_has_the_keys_and_types_of_the_contract(
 
 
 def test_masks_and_keypoints_are_not_decoded_unless_needed(picture, monkeypatch):
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
-    _annotated(record, 0, segmentation="nonsense", keypoints=[1])
+    record = _record(picture, 30, 40, _object(BOX, segmentation="nonsense", keypoints=[1]))
     monkeypatch.delattr(mapper.coco_mask, "decode")
     assert set(DatasetMapper(augmentations=[])(record)["target"]) == {"boxes", "labels"}
     both = DatasetMapper(is_train=False, augmentations=[], use_masks=True, num_keypoints=3)
@@ -309,8 +306,8 @@ def test_masks_and_keypoints_are_not_decoded_unless_needed(picture, monkeypatch)
 
 
 def test_keypoints_outside_the_image_stay_unlabelled(picture):
-    record = _record(picture, 30, 40, ([0, 0, 40, 30], 2))
-    _annotated(record, 0, keypoints=[-1, 6, 2, 40, 30, 1, 5, 30.5, 2, 7, 8, 0, 0, 0, 2])
+    keypoints = [-1, 6, 2, 40, 30, 1, 5, 30.5, 2, 7, 8, 0, 0, 0, 2]
+    record = _record(picture, 30, 40, _object([0, 0, 40, 30], keypoints=keypoints))
     for steps in ([], [RandomZoomOut(p=1.0, side_range=(2, 2))]):
         keypoints = DatasetMapper(augmentations=steps, num_keypoints=5)(record, np.random.default_rng(0))
         keypoints = keypoints["target"]["keypoints"][0]
@@ -320,17 +317,18 @@ def test_keypoints_outside_the_image_stay_unlabelled(picture):
 
 
 def test_instance_is_dropped_with_its_mask_and_keypoints(picture):
-    record = _record(picture, 30, 40, ([0, 0, 8, 8], 0), ([30, 20, 10, 10], 1), ([9, 9, 3, 3], 2))
+    objects = []
     for i, (x, y, side) in enumerate(((0, 0, 8), (30, 20, 10), (9.1, 9.1, 0.1))):
         polygon = [x, y, x + side, y, x + side, y + side, x, y + side]
-        _annotated(record, i, segmentation=[polygon], keypoints=[x + 1, y + 1, 2])
+        objects.append(_object([x, y, 10, 10], i, segmentation=[polygon], keypoints=[x + 1, y + 1, 2]))
+    record = _record(picture, 30, 40, *objects)
     target = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=1)(record)["target"]
     # The third's polygon covers no pixel.
     assert target["labels"].tolist() == [0, 1]
     assert {len(value) for value in target.values()} == {2}
 
 
-@pytest.mark.parametrize("annotations", [[], [([0, 0, 9, 9], 0, 1)]])
+@pytest.mark.parametrize("annotations", [[], [_object([0, 0, 9, 9], iscrowd=1)]])
 def test_empty_target_keeps_its_shapes_and_types(picture, annotations):
     steps = [Resize((20, 25)), RandomHorizontalFlip(1.0, (0, 1, 2, 3))]
     record = _record(picture, 30, 40, *annotations)
@@ -353,9 +351,7 @@ def test_empty_target_keeps_its_shapes_and_types(picture, annotations):
     ],
 )
 def test_annotation_without_the_needed_keys_is_named(picture, more, words):
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2), ([4, 5, 10, 8], 2))
-    _annotated(record, 0, segmentation=[SQUARE])
-    _annotated(record, 1, **more)
+    record = _record(picture, 30, 40, _object(BOX, segmentation=[SQUARE]), _object(BOX, **more))
     mapper = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=2)
     rejected("picture.png", words, by=lambda: mapper(record))
 
@@ -372,8 +368,8 @@ def test_config_decides_the_targets_and_the_dataset_how_they_flip(picture, cfg):
     cfg.MODEL.MASK_ON = True
     cfg.INPUT.AUGMENTATIONS = [{"RandomHorizontalFlip": {"p": 1.0}}]
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (0,), "none"
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
-    _annotated(record, 0, segmentation=[SQUARE], keypoints=[5, 6, 2, 8, 7, 1, 9, 9, 2])
+    instance = _object(BOX, segmentation=[SQUARE], keypoints=[5, 6, 2, 8, 7, 1, 9, 9, 2])
+    record = _record(picture, 30, 40, instance)
     target = DatasetMapper(cfg)(record)["target"]
     assert target["keypoints"].tolist() == [[[35, 6, 2], [31, 9, 2], [32, 7, 1]]]
     assert target["masks"].sum() == 80
