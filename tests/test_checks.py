@@ -80,13 +80,10 @@ def test_check_records_finds_empty_images_unused_classes_and_shared_ids():
     assert _check(_record())["no_boxes"].fatal
 
 
-def test_unbalanced_classes_are_listed_with_their_counts():
+def test_findings_list_unbalanced_classes_and_keep_ten_examples():
     found = _check(_record(*[{}] * 20, {"category_id": 1}, {"category_id": 1}), classes=["cat", "dog"])
     assert found["imbalance"].examples == ("cat: 20 boxes", "dog: 2 boxes")
     assert "imbalance" not in _check(_record(*[{}] * 19, *[{"category_id": 1}] * 2), classes=["cat", "dog"])
-
-
-def test_findings_keep_ten_examples_and_count_all():
     finding = _check(_record({}, *[{"bbox": [1, 1, 1, 1]}] * 12))["empty_box"]
     assert (finding.count, len(finding.examples)) == (12, 10)
     assert "boxes without area, which training drops: 12" in str(finding) and "... and 2 more" in str(finding)

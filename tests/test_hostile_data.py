@@ -103,18 +103,15 @@ def test_a_shapes_set_of_absurd_size_is_rejected():
         rejected("shapes needs", by=lambda key=key: get_detection_dataset_dicts(f"big {key}"))
 
 
-def test_links_that_go_round_do_not_make_an_endless_list(tmp_path, write_image):
+def test_links_that_go_round_are_rejected_and_those_to_elsewhere_read(tmp_path, write_image):
     write_image(tmp_path / "images/a.png", 20, 20)
     for name in "xyz":
         (tmp_path / "images" / name).symlink_to(tmp_path / "images")
     rejected(tmp_path / "images", "link", by=lambda: load_images(str(tmp_path / "images")))
     (tmp_path / "data.yaml").write_text("train: images\nnames: [a]\n")
     rejected(tmp_path / "images", "link", by=lambda: load_yolo(str(tmp_path / "data.yaml"), "train"))
-
-
-def test_a_folder_of_links_to_elsewhere_is_read(tmp_path, write_image):
     write_image(tmp_path / "elsewhere/sub/a.png", 20, 20)
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/link").symlink_to(tmp_path / "elsewhere")
-    records, _ = load_images(str(tmp_path / "images"))
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/link").symlink_to(tmp_path / "elsewhere")
+    records, _ = load_images(str(tmp_path / "others"))
     assert [record["image_id"] for record in records] == ["link/sub/a.png"]

@@ -27,16 +27,13 @@ MASK = np.zeros((8, 10), dtype=np.uint8)
 MASK[1:4, 2:6] = 1
 
 
-def test_segmentations_may_hold_tuples_and_stay_as_they_are():
+def test_segmentations_may_hold_tuples_and_polygons_are_their_union_cut_off_at_the_image():
     for segmentation in ([tuple(SQUARE)], {"size": (8, 10), "counts": (17, 3, 5, 3, 5, 3, 5, 3, 36)}):
         before = repr(segmentation)
         rle = segmentation_to_rle(segmentation, 8, 10)
         assert rle["size"] == [8, 10] and type(rle["counts"]) is bytes
         assert np.array_equal(coco_mask.decode(rle), MASK)
         assert repr(segmentation) == before
-
-
-def test_polygons_are_their_union_cut_off_at_the_image():
     mask = MASK.copy()
     mask[2:7, 4:9] = 1
     rle = segmentation_to_rle([SQUARE, [4, 2, 9, 2, 9, 7, 4, 7]], 8, 10)
