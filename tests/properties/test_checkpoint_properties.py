@@ -398,6 +398,9 @@ def nothing_is_copied(patch):
 
 DEFECTS = {
     check_values_are_loaded_as_they_were_saved: {
+        "what is None is left out": saved(
+            lambda v: {key: item for key, item in v.items() if item is not None} if isinstance(v, dict) else v
+        ),
         "bfloat16 is widened": saved_tensors(lambda t: t.float() if t.dtype == torch.bfloat16 else t),
         "the sign of zero is lost": saved_tensors(lambda t: t + 0 if t.is_floating_point() else t),
         "a number becomes a list": saved_tensors(lambda t: t.reshape(1) if t.dim() == 0 else t),
@@ -408,9 +411,6 @@ DEFECTS = {
         "True becomes 1": saved(lambda v: int(v) if isinstance(v, bool) else v),
         "keys become strings": saved(
             lambda v: {str(key): item for key, item in v.items()} if isinstance(v, dict) else v
-        ),
-        "what is None is left out": saved(
-            lambda v: {key: item for key, item in v.items() if item is not None} if isinstance(v, dict) else v
         ),
     },
     check_numbers_of_numpy_become_those_of_python: {
