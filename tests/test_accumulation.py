@@ -16,8 +16,6 @@ from rank_functions import backward_in_parts, gradients, make_batch, make_retina
 
 from plaintrain.accumulation import add_scaled, split_batch, sum_losses
 
-# ---- micro-batches ---------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("number", "steps"), [(1, 2), (7, 1), (7, 3), (8, 3), (8, 8), (8, 20)])
 def test_split_batch_gives_nearly_equal_micro_batches_in_order(number, steps):
@@ -55,9 +53,6 @@ def test_micro_batches_train_the_weights_of_the_whole_batch():
             assert set(ours) == {"total_loss", "loss_cls", "loss_box_reg"}
 
 
-# ---- losses ----------------------------------------------------------------------------------
-
-
 def test_sum_losses_adds_what_is_named_loss_of_any_type():
     value = torch.tensor(2.0, requires_grad=True)
     others = {"b_loss": torch.tensor([0.5]), "loss_c": 0.5, "loss_d": torch.tensor(1.0, dtype=torch.bfloat16)}
@@ -83,9 +78,6 @@ def test_add_scaled_adds_by_name_with_a_weight_and_without_the_graph():
     assert empty == {} and not any(value.requires_grad for value in (*half.values(), *whole.values()))
     # Those of an undivided batch are not computed with.
     assert add_scaled(empty, second, 1)["loss"] is second["loss"] and empty == {}
-
-
-# ---- two ranks -------------------------------------------------------------------------------
 
 
 def run(main, folder):

@@ -129,9 +129,6 @@ def test_a_stop_or_an_error_of_the_model_ends_the_thread(monkeypatch):
     assert not recorder.threads[0][0].is_alive() and len(recorder.calls) == 2
 
 
-# ---- masks ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def dataset():
     """Four images of 64 x 96, named 0 to 3, with an object each."""

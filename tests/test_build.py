@@ -50,9 +50,6 @@ def detector(name):
     return model
 
 
-# ---- keys --------------------------------------------------------------------------------------
-
-
 def thresholds(matcher):
     return [matcher.low_threshold, matcher.high_threshold]
 
@@ -237,8 +234,6 @@ def test_names_with_frozen_norms_are_those_without_the_counters():
     assert frozen != trained
 
 
-# ---- samples in, detections out ----------------------------------------------------------------
-
 WITH_CLASSES = [name for name in ARCHITECTURES if name != "proposals"]
 
 
@@ -324,9 +319,6 @@ def test_an_image_without_proposals_is_evaluated(name, pooler):
         assert_empty(output, name, size)
 
 
-# ---- samples in, losses out --------------------------------------------------------------------
-
-
 def test_losses_are_positive_and_leave_the_samples_as_they_are(detector, name):
     samples = two_squares()
     before = copy.deepcopy(samples)
@@ -394,8 +386,6 @@ def test_gradients_reach_every_parameter_that_is_trained(name):
     assert [n for n, p in trained.items() if not p.grad.any()] == []
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
-
-# ---- nothing is kept from batch to batch -------------------------------------------------------
 
 # Of two images each: an image of 66 or 22 pixels and the map of a padded batch have the wrong ratio.
 HEIGHTS = [(66, 40), (22, 20), (96, 64)]

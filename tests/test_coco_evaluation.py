@@ -35,9 +35,6 @@ FAST = [name for name in INSTALLED if name != "pycocotools"]
 HEIGHT, WIDTH = 150, 200
 
 
-# ---- a written dataset with every difficulty, and a model's outputs for it -----------------------
-
-
 def encode(mask):
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": rle["size"], "counts": rle["counts"].decode()}
@@ -176,9 +173,6 @@ def evaluate_by(backend, evaluator, outputs):
     return evaluate(evaluator, outputs)
 
 
-# ---- against pycocotools -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("seed", "kp", "sigmas"), [(0, 17, ()), (1, 4, (0.05, 0.1, 0.02, 0.08))])
 def test_metrics_by_every_backend_are_those_of_pycocotools_on_the_file(tmp_path, seed, kp, sigmas):
     content = write_coco(tmp_path / "a.json", kp, images=20, seed=seed)
@@ -222,9 +216,6 @@ def test_the_fastest_installed_backend_is_used_and_logged(difficult, monkeypatch
     for missing, backend in (("hotcoco", coco_backend.BACKENDS[1]), (FAST, "pycocotools")):
         monkeypatch.setattr(importlib.util, "find_spec", lambda n, m=missing: None if n in m else find(n))
         assert COCOEvaluator(name).backend == backend
-
-
-# ---- small datasets ------------------------------------------------------------------------------
 
 
 def rectangle(x0, y0, x1, y1):
@@ -395,9 +386,6 @@ def test_tasks_and_outputs_that_cannot_be_scored_are_rejected(case):
             evaluate(evaluator, dict(enumerate(outputs, start=1)))
 
 
-# ---- ranks ---------------------------------------------------------------------------------------
-
-
 def test_two_processes_gather_masks_as_rle_and_score_as_one(tmp_path, difficult):
     name, outputs = difficult
     alone = evaluate(COCOEvaluator(name), outputs)
@@ -425,9 +413,6 @@ def test_a_rank_without_images_or_masks_changes_nothing(difficult, monkeypatch, 
     monkeypatch.setattr("plaintrain.utils.comm.is_main_process", lambda: True)
     # The rank that scores has seen nothing.
     assert repr(idle.evaluate()) == repr(alone)
-
-
-# ---- proposals -----------------------------------------------------------------------------------
 
 
 def test_each_proposal_covers_one_object_and_the_best_pair_comes_first():

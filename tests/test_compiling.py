@@ -46,9 +46,6 @@ def assert_alike(model, plain, samples):
         torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=1e-4, atol=1e-5)
 
 
-# ---- channels last -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_channels_last_gives_the_same_and_reaches_all_layers(name):
     plain, model = build(*ARCHITECTURES[name]), build(*ARCHITECTURES[name], *LAST)
@@ -59,9 +56,6 @@ def test_channels_last_gives_the_same_and_reaches_all_layers(name):
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     assert_alike(model, plain, two_squares())
     assert len(seen) > 8 and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
-
-
-# ---- compiling ---------------------------------------------------------------------------------
 
 
 class Counting:

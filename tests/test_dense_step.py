@@ -103,9 +103,6 @@ def torchvision_twin(name, model):
     return plain
 
 
-# ---- whole steps -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["retinanet", "retinanet, giou", "fcos", "ssd"])
 def test_a_training_step_waits_for_nothing_at_any_batch_size(name):
     model = build(*MODELS[name])
@@ -162,9 +159,6 @@ def test_a_batch_that_is_matched_image_by_image_has_the_same_losses(name):
     assert batches == ([] if name == "fcos" else [1] * 4)
 
 
-# ---- SSD's matches and hard negatives ----------------------------------------------------------
-
-
 def padded(objects):
     """Boxes of images as `match` takes them, and whether they exist."""
     boxes, labels = pad_targets([{"boxes": b, "labels": torch.ones(len(b)).long()} for b in objects])
@@ -200,9 +194,6 @@ def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
     assert loss.grad.tolist() == [[1, 1, 1, 0, 1, 0], [0] * 6, [2, 2, 1, 1, 1, 1]]
 
 
-# ---- FCOS's assignment -------------------------------------------------------------------------
-
-
 def torchvision_assignment(objects, anchors, levels, radius):
     """What torchvision's FCOS hands its head: for each image `[N]`, -1 without an object."""
     model, assigned = build(*MODELS["fcos"]), []
@@ -231,9 +222,6 @@ def test_assign_centres_is_torchvisions(levels, radius):
     assert len(index[2][matched[2]].unique()) > 5
 
 
-# ---- losses ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.7, 0.0), (-1, 1.5), (0.0, 0.5)])
 def test_focal_loss_and_its_gradient_are_torchvisions_and_finite(alpha, gamma):
     generator = torch.Generator().manual_seed(0)
@@ -250,9 +238,6 @@ def test_focal_loss_and_its_gradient_are_torchvisions_and_finite(alpha, gamma):
     loss = focal_loss(extreme, torch.tensor([[0, 1, 2, -1]]), alpha, gamma)
     loss.sum().backward()
     assert loss.isfinite().all() and loss[0, 0] > 2000 and extreme.grad.isfinite().all()
-
-
-# ---- anchors are kept --------------------------------------------------------------------------
 
 
 def make_anchors(generator, height, width, batch=2):

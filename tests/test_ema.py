@@ -53,9 +53,6 @@ def averaged_over(numbers, **settings):
     return model, ema
 
 
-# ---- the average -----------------------------------------------------------------------------
-
-
 def test_average_of_every_tensor_is_as_by_hand():
     model = make_model()
     ema = ModelEMA(model, decay=0.3, warmup=True)
@@ -92,9 +89,6 @@ def test_decay_out_of_range_is_rejected(decay):
         ModelEMA(make_model(), decay=decay)
 
 
-# ---- which model is which --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("evaluate", "wrap"), [("averaged", nn.DataParallel), ("raw", lambda model: model)])
 def test_average_before_the_first_step_is_the_model_itself(evaluate, wrap):
     model = wrap(make_model())
@@ -129,9 +123,6 @@ def test_config_decides_which_weights_are_evaluated_and_final(log, evaluate, fin
     assert ema.evaluated is (ema.module if evaluate == "averaged" else model)
     # It returns the weights of the moment when it is called.
     assert final_module is None if final == "raw" else final_module() is ema.module
-
-
-# ---- checkpoints -----------------------------------------------------------------------------
 
 
 def save(folder, numbers, **settings):

@@ -26,9 +26,6 @@ A, B, FAR = [0, 0, 20, 20], [10, 10, 50, 50], [60, 60, 90, 90]
 both_evaluators = pytest.mark.parametrize("evaluator_class", [COCOEvaluator, PascalVOCDetectionEvaluator])
 
 
-# ---- collecting detections -----------------------------------------------------------------------
-
-
 def test_only_images_processed_since_reset_are_scored():
     name = add_dataset([make_record(i, make_annotation(A)) for i in (1, 2)])
     evaluator = COCOEvaluator(name)
@@ -85,9 +82,6 @@ def test_outputs_may_be_on_a_device_without_float64():
     output = {key: value.as_subclass(SinglePrecision) for key, value in output.items()}
     results = evaluate(COCOEvaluator(name, kpt_oks_sigmas=[0.05]), {0: output})
     assert results["keypoints"]["AP"] == pytest.approx(100)
-
-
-# ---- Pascal VOC ----------------------------------------------------------------------------------
 
 
 def score_voc(records, outputs, classes=("cat",), metadata=None, **kwargs):
@@ -180,9 +174,6 @@ def test_voc_2007_has_its_own_metric():
     assert forced["AP50"] == pytest.approx(100 * 5 / 6)
 
 
-# ---- the loop ------------------------------------------------------------------------------------
-
-
 class Recorder(DatasetEvaluator):
     """Records its calls; raises in one of them if told to."""
 
@@ -257,9 +248,6 @@ def test_several_evaluators_work_as_one():
     assert first.calls == second.calls
     with pytest.raises(ValueError, match="bbox"):
         DatasetEvaluators([first, Recorder(result={"bbox": {}})]).evaluate()
-
-
-# ---- results -------------------------------------------------------------------------------------
 
 
 def test_results_are_flattened_and_logged_as_csv(log):

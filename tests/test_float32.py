@@ -11,8 +11,6 @@ from torchvision.models.detection.image_list import ImageList
 from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 from plaintrain.modeling.float32 import keep_float32
 
-# ---- heads -----------------------------------------------------------------------------------
-
 
 def test_outputs_become_float32_in_dicts_lists_and_tuples_at_any_depth():
     head, low = nn.Identity(), torch.tensor([1.5], dtype=torch.bfloat16)
@@ -28,8 +26,6 @@ def test_outputs_become_float32_in_dicts_lists_and_tuples_at_any_depth():
         value = torch.ones(2, dtype=dtype)
         assert head(value) is value and head({"a": [value]})["a"][0] is value
 
-
-# ---- anchors ---------------------------------------------------------------------------------
 
 GENERATORS = {
     "torchvision": lambda: AnchorGenerator([[32, 300]], [[0.5, 1.0]]),

@@ -105,9 +105,6 @@ def test_masks_are_encoded_as_pycocotools_does():
     assert encode_masks(masks[:0]) == []
 
 
-# ---- targets, pasted back ----------------------------------------------------------------------
-
-
 def test_a_full_mask_covers_its_box_and_no_more():
     boxes, full = torch.tensor([[20.0, 20, 32, 32]]), torch.ones(1, 1, 28, 28)
     (found,) = BoxMasks(full, boxes, 48, 64).paste()

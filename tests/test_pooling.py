@@ -9,8 +9,6 @@ from plaintrain.modeling.pooling import RoIAlign, pool_levels
 
 STRIDES = [4, 8, 16, 32]
 
-# ---- torchvision's operator ----------------------------------------------------------------------
-
 
 def make_maps(number, side=512, channels=3, batch=2):
     """Feature maps of strides 4, 8, ..., a little wider than high."""
@@ -86,9 +84,6 @@ def test_low_precision_is_pooled_in_float32():
     # Each location adds up many small numbers.
     (exact,) = torch.autograd.grad(expected.sum(), low, retain_graph=True)
     assert torch.autograd.grad(found.float().sum(), low)[0].equal(exact)
-
-
-# ---- levels and poolers ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ratio", [0, 2])

@@ -48,9 +48,6 @@ def assert_equal(found, expected):
             assert ours[key].dtype == value.dtype and ours[key].equal(value), key
 
 
-# ---- proposals ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("threshold", "number"), [(0.0, 1000), (0.4, 20), (1.1, 1000)])
 def test_proposals_are_torchvisions(threshold, number):
     rpn = build(*TINY, *PROPOSALS).rpn.eval()
@@ -64,9 +61,6 @@ def test_proposals_are_torchvisions(threshold, number):
     lengths = [len(b) for b in found[0]]
     assert max(lengths) == (0 if threshold > 1 else min(number, max(lengths))) and max(lengths) <= number
     assert lengths == [0] * 3 or min(lengths) >= min(number, 20)
-
-
-# ---- regions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,8 +99,6 @@ def test_keypoints_are_torchvisions():
         )
         assert all(a.shape == b.shape and a.equal(b) for a, b in zip(found, expected, strict=True))
 
-
-# ---- sync points -------------------------------------------------------------------------------
 
 # Model, size of its images, and the most sync points that it may have beside NMS, at any batch size.
 MODELS = {

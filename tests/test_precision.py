@@ -15,8 +15,6 @@ from plaintrain.solver import build_gradient_clipper, build_optimizer
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import EventStorage
 
-# ---- autocast --------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     ("enabled", "precision", "casts_to", "scales"),
@@ -50,9 +48,6 @@ def test_build_autocast_rejects_what_cannot_be_used(monkeypatch):
         build_autocast(True, "bfloat16", "cuda")
     build_autocast(False, "bfloat16", "cuda")
     build_autocast(True, "bfloat16", "cpu")
-
-
-# ---- detectors -------------------------------------------------------------------------------
 
 
 def make_detector(name):
@@ -177,9 +172,6 @@ def test_anchors_are_the_same_in_every_precision(name):
     assert low.dtype == torch.float32 and low.equal(exact) and exact.max() > 700
 
 
-# ---- the scaler ------------------------------------------------------------------------------
-
-
 def training(precision="float16", **solver):
     """(layer with a weight of 1, optimizer, scaler, function that takes a step with a gradient)."""
     cfg, layer = get_cfg(), nn.Linear(1, 1, bias=False)
@@ -259,9 +251,6 @@ def test_gradients_are_clipped_in_their_own_scale():
     assert scaler.get_scale() == 2.0**16
 
 
-# ---- the scaler in a checkpoint --------------------------------------------------------------
-
-
 def checkpointer(folder, layer, optimizer, scaler):
     return DetectionCheckpointer(layer, str(folder), optimizer=optimizer, scaler=scaler)
 
@@ -292,9 +281,6 @@ def test_precision_may_change_on_resume(tmp_path, before, after):
     assert scaler.get_scale() == (2.0**16 if after == "float16" else 1.0)
     step(1.0)
     assert other.weight.item() == pytest.approx(0.9 - 0.1 * 1.9)
-
-
-# ---- what is finite --------------------------------------------------------------------------
 
 
 def scaler_at(scale):

@@ -87,9 +87,6 @@ def write(folder, detections):
     return path
 
 
-# ---- written and read again --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("evaluator_class", "parts", "options"),
     [
@@ -162,8 +159,6 @@ def test_each_rank_reads_its_images(shapes, tmp_path, monkeypatch):
     assert sorted(sum(by_rank, [])) == [record["image_id"] for record in DatasetCatalog.get(shapes)]
 
 
-# ---- mistakes ----------------------------------------------------------------------------------
-
 _GOOD = {"image_id": 2, "category_id": 5, "bbox": [1, 2, 3, 4], "score": 0.9}
 _RLE = {"size": [40, 30], "counts": [0, 600, 600]}
 _TURNED = {"size": [30, 40], "counts": [0, 600, 600]}
@@ -217,9 +212,6 @@ def test_missing_files_and_other_numbers_of_keypoints_are_named(declare_pets):
     message = r"detection 1 in .* has 9 numbers as keypoints, but detection 0 has 6"
     with pytest.raises(UserError, match=message):
         read_predictions(path, "pets")
-
-
-# ---- results, evaluators and images --------------------------------------------------------------
 
 
 def test_results_are_written_with_null_for_nan(tmp_path):

@@ -45,8 +45,6 @@ LOSSES = {
     "loss_rpn_loc": "loss_rpn_box_reg",
 }
 
-# ---- losses, detections and proposals ----------------------------------------------------------
-
 
 def torchvision_rcnn(model=FasterRCNN, **kwargs):
     """torchvision's R-CNN that RESNET18 and SMALL_HEAD describe."""
@@ -197,9 +195,6 @@ def test_losses_of_proposals_are_those_of_the_rpn_in_faster_rcnn():
     torch.manual_seed(7)
     found = model(two_samples())
     assert found == {name: expected[name] for name in ("loss_rpn_cls", "loss_rpn_loc")}
-
-
-# ---- heads -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("aligned", [True, False])

@@ -21,8 +21,6 @@ from torch import nn
 from torchvision.models.detection import RetinaNet, retinanet
 from torchvision.ops import sigmoid_focal_loss
 
-# ---- detections --------------------------------------------------------------------------------
-
 
 def test_with_detectron2s_anchors_boxes_are_cut_after_nms(monkeypatch):
     keys = (*TINY, *RETINA, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.012, "TEST.DETECTIONS_PER_IMAGE", 1000)
@@ -60,9 +58,6 @@ def test_with_detectron2s_anchors_boxes_outside_of_the_image_are_left_out():
     inside = {(0.0, 0.0, 5.0, 5.0), (50.0, 50.0, 64.0, 60.0)}
     assert {tuple(box) for box in found["boxes"].tolist()} == inside
     assert len(found["boxes"]) == len(found["scores"]) == len(found["labels"]) == 2 * K
-
-
-# ---- losses and weights ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("alpha", "gamma", "beta"), [(0.4, 1.5, 0.3), (-1.0, 0.0, 0.1)])

@@ -29,7 +29,6 @@ from plaintrain.modeling.matching import decode, match, pad_targets, sample
 
 TWO_LEVELS = ("MODEL.TINY.NUM_LEVELS", 2)
 
-# ---- sync points -------------------------------------------------------------------------------
 
 GIOU = ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou", "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou")
 MODELS = {
@@ -79,9 +78,6 @@ def test_count_syncs_counts_each_kind():
     assert not count_syncs(without_syncs)["by kind"]
 
 
-# ---- matching ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("matcher", "shared", "pairs"),
     [
@@ -115,9 +111,6 @@ def test_pad_targets_pads_to_the_largest_number_and_to_at_least_one():
     assert boxes[2].equal(targets[2]["boxes"]) and boxes[0, :2].equal(targets[0]["boxes"])
     boxes, labels = pad_targets(targets[1:2])
     assert boxes.shape == (1, 1, 4) and labels.tolist() == [[-1]]
-
-
-# ---- sampling ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,9 +150,6 @@ def test_sample_draws_every_candidate_as_often():
     assert (counts[:10] - 1000).abs().max() < 130 and (counts[10:] - 1500).abs().max() < 140
 
 
-# ---- boxes and anchors -------------------------------------------------------------------------
-
-
 def test_decode_is_torchvisions():
     boxes, anchors, coder = random_boxes(100), random_boxes(100, seed=1), BoxCoder((10.0, 10.0, 5.0, 5.0))
     deltas = coder.encode_single(boxes, anchors)
@@ -194,9 +184,6 @@ def test_size_cache_makes_anchors_once_for_a_size_and_keeps_few_sizes():
     get_anchors(32, 32, cache=copy.deepcopy(cache))
     get_anchors(32, 32)
     assert make.call_count == 16 and len(pickle.dumps(cache)) < 200
-
-
-# ---- the RPN's heads ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low", [False, True])

@@ -132,9 +132,6 @@ def run(model, samples):
         return model(samples)
 
 
-# ---- views -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("fixed_size", [(0, 0), (30, 45)])
 def test_views_are_what_the_plain_mapper_makes_and_its_mirror_images(cfg, shapes, fixed_size):
     cfg.INPUT.FIXED_SIZE = fixed_size
@@ -228,9 +225,6 @@ def test_mistakes_are_met_before_training(cfg, shapes):
     check_before_training(cfg, resume=False, eval_only=False)
 
 
-# ---- one view is the plain test ----------------------------------------------------------------
-
-
 def plain_and_merged(*overrides, autocast=False):
     """What a model finds in the shapes in the plain test, and with one view of the same size."""
     overrides = (
@@ -311,9 +305,6 @@ def test_a_mirrored_view_gives_the_mirrored_detections_of_its_image():
     assert (masks & expected["masks"]).sum() / (masks | expected["masks"]).sum() < 0.7
 
 
-# ---- merging -----------------------------------------------------------------------------------
-
-
 def test_flips_and_scales_are_undone(scenes):
     mapper = TTAMapper((0, 64, 80, 16), 1000, keypoint_flip_indices=ORDER)
     # At a threshold of 1, what is found in each view is kept.
@@ -369,9 +360,6 @@ def test_keypoints_and_masks_of_any_detector_are_those_of_the_view_that_is_left(
     expected = torch.tensor([[[21.0, 3, 0.2], [29, 2, 0.1], [26, 5, 0.3]]])
     torch.testing.assert_close(found["keypoints"], expected)
     assert found["masks"].sum() == 14 and found["masks"][0, 2:4, 23:].all()
-
-
-# ---- masks -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -434,9 +422,6 @@ def test_masks_are_not_made_twice_and_the_branch_comes_back():
     with pytest.raises(ZeroDivisionError):
         run(DetectorWithTTA(model, 0.5, 9), [sample])
     assert model.roi_heads.mask_roi_pool is pool and model.roi_heads.has_mask()
-
-
-# ---- empty images, whole runs, mistakes --------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

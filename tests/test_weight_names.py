@@ -15,9 +15,6 @@ from plaintrain.weight_names import match_names, translate
 torch.set_num_threads(1)
 
 
-# ---- backbones -----------------------------------------------------------------------------------
-
-
 def make_vgg():
     """(tensors of a classifier, SSD's extractor of the same modules): its shape decides where it is cut."""
     features = make_layers([4, 4, "M", 4, 4, "M", 4, 4, 4, "M", 4, 4, 4, "M", 4, 4, 4, "M"])
@@ -108,9 +105,6 @@ def test_names_of_timms_mobilenet_become_those_of_torchvision(modules):
     assert translated == {**expected, "conv_head.weight": -1, "classifier.bias": -2}
     if modules is TIMM_SMALL:
         assert expected.keys() <= mobilenet_v3_small(width_mult=0.25).state_dict().keys()
-
-
-# ---- torchvision ---------------------------------------------------------------------------------
 
 
 def names_of(builder):

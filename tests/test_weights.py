@@ -116,9 +116,6 @@ def warnings_of(log):
     return "\n".join(record.getMessage() for record in log.records if record.levelname == "WARNING")
 
 
-# ---- local files ---------------------------------------------------------------------------------
-
-
 def before_torchvision_013(state):
     """The names in which R-CNN's and RetinaNet's convolutions were not wrapped."""
     old = {}
@@ -208,9 +205,6 @@ def test_a_pickle_that_would_run_code_is_rejected_and_does_not_run(tmp_path, pro
     assert not (tmp_path / "ran").exists()
 
 
-# ---- backbones and heads -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_an_imagenet_resnet_loads_into_the_backbone(tmp_path, imagenet, norm, log):
     torch.save(imagenet, tmp_path / "resnet18.pth")
@@ -259,9 +253,6 @@ def test_torchvisions_first_detectors_want_no_eps(downloads, tmp_path, log, eps)
     os.replace(tmp_path / "mine.pth", path)
     load_weights(model, "torchvision://fasterrcnn_resnet50_fpn/COCO_V1")
     assert ("MODEL.RESNETS.NORM_EPS 0" in warnings_of(log)) == (eps > 0)
-
-
-# ---- names and downloads -------------------------------------------------------------------------
 
 
 def test_every_detector_of_torchvision_has_an_address():
@@ -320,9 +311,6 @@ def test_a_failed_download_is_an_error(downloads, monkeypatch):
         fetch_weights("https://example.invalid/w.pth")
 
 
-# ---- Detectron2's files --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_a_backbone_of_detectron2_loads_from_a_pickle_of_any_protocol(tmp_path, imagenet, protocol):
     body = {f"backbone.body.{k}": v for k, v in imagenet.items() if not k.startswith("fc.")}
@@ -350,8 +338,6 @@ def test_a_backbone_of_caffe2_has_blobs(tmp_path):
     expected = [f"backbone.body.{name}" for name in names.values()]
     assert list(read_weights(str(tmp_path / "R-50.pkl"))) == [*expected, "pred_w"]
 
-
-# ---- detectors for COCO's classes ----------------------------------------------------------------
 
 COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 COCO_80 = [name for name in COCO[1:] if name != "N/A"]
