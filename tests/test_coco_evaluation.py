@@ -17,11 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from rank_functions import evaluate_a_part
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, register_coco_instances
-from plaintrain.evaluation import (
-    COCOEvaluator,
-    PascalVOCDetectionEvaluator,
-    coco_backend,
-)
+from plaintrain.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, coco_backend
 from plaintrain.evaluation.proposals import average_recall, coverage
 from plaintrain.utils.errors import UserError
 
