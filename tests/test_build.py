@@ -14,6 +14,7 @@ from model_helpers import (
     MASK,
     OBJECT_LOSSES,
     PROPOSALS,
+    RCNN_V2,
     RESNET18,
     RETINA,
     RETINANET18,
@@ -354,11 +355,7 @@ def test_boxes_without_an_area_are_rejected(detector):
 
 WHOLE = {
     "mask_keypoint_rcnn": (*RESNET18, *SMALL_HEAD, *MASK, *KEYPOINT),
-    "mask_rcnn_v2": (
-        *RESNET18, *MASK, "MODEL.FPN.NORM", "BN", "MODEL.RPN.CONV_DIMS", [-1, -1], "MODEL.RESNETS.NORM", "GN",
-        "MODEL.ROI_BOX_HEAD.NUM_CONV", 2, "MODEL.ROI_BOX_HEAD.NUM_FC", 1, "MODEL.ROI_BOX_HEAD.NORM", "BN",
-        "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.NORM", "GN",
-    ),
+    "mask_rcnn_v2": RCNN_V2,
     "mobilenet": (
         "MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone", "MODEL.RESNETS.NORM", "BN",
         "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]], *SMALL_HEAD,
