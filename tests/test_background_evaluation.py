@@ -19,8 +19,6 @@ from plaintrain.evaluation import (
 from plaintrain.masks import BoxMasks, encode_masks
 from plaintrain.utils.errors import UserError
 
-torch.set_num_threads(1)
-
 
 class Model(nn.Module):
     """Returns the number of each image; `pastes` is `pastes_masks` at each call."""

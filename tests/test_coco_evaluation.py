@@ -21,8 +21,6 @@ from plaintrain.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, co
 from plaintrain.evaluation.proposals import average_recall, coverage
 from plaintrain.utils.errors import UserError
 
-torch.set_num_threads(1)
-
 _BOX = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _KEYPOINT = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 METRICS = {"bbox": _BOX, "segm": _BOX, "keypoints": _KEYPOINT}

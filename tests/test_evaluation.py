@@ -20,8 +20,6 @@ from plaintrain.evaluation import (
 )
 from plaintrain.utils.errors import UserError
 
-torch.set_num_threads(1)
-
 A, B, FAR = [0, 0, 20, 20], [10, 10, 50, 50], [60, 60, 90, 90]
 both_evaluators = pytest.mark.parametrize("evaluator_class", [COCOEvaluator, PascalVOCDetectionEvaluator])
 

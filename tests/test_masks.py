@@ -12,8 +12,6 @@ from plaintrain.data.mapper import DatasetMapper
 from plaintrain.evaluation.coco import COCOEvaluator
 from plaintrain.masks import BoxMasks, encode_masks, sample_masks
 
-torch.set_num_threads(1)
-
 
 def random_masks(number, side):
     return torch.rand(number, 1, side, side, generator=torch.Generator().manual_seed(1))

@@ -20,8 +20,6 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from plaintrain.modeling.postprocess import detect_in_rois, heatmaps_to_keypoints
 
-torch.set_num_threads(1)
-
 SIZES = [(64, 96), (50, 120), (96, 96)]
 
 

@@ -12,8 +12,6 @@ from torchvision.models.vgg import make_layers
 
 from plaintrain.weight_names import match_names, translate
 
-torch.set_num_threads(1)
-
 
 def make_vgg():
     """(tensors of a classifier, SSD's extractor of the same modules): its shape decides where it is cut."""
