@@ -5,8 +5,6 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torchvision.models import resnet18
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.config import get_cfg
@@ -92,7 +90,6 @@ SSDLITE = (
     "MODEL.SSD.MIN_RATIO", 0.2,
     "MODEL.SSD.MAX_RATIO", 0.95,
 )  # fmt: skip
-PIXELS_TO_1 = ("MODEL.PIXEL_MEAN", [0.0, 0.0, 0.0], "MODEL.PIXEL_STD", [255.0, 255.0, 255.0])
 
 # One small model of each kind, and the losses it has; of those, the ones that need an object.
 ARCHITECTURES = {
@@ -215,23 +212,6 @@ def torchvision_inputs(samples, label_offset=0):
         {**sample["target"], "labels": sample["target"]["labels"] + label_offset} for sample in samples
     ]
     return images, targets
-
-
-def transform_arguments(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)):
-    """Arguments that make torchvision's transform normalise alike and resize nothing."""
-    mean, std = [v / 255 for v in mean], [v / 255 for v in std]
-    return {"min_size": 64, "max_size": 10_000, "image_mean": mean, "image_std": std}
-
-
-def torchvision_backbone(levels, extra_blocks):
-    """torchvision's ResNet-18 with an FPN of 32 channels on some of its 4 stages."""
-    return BackboneWithFPN(
-        resnet18(weights=None),
-        {f"layer{level}": str(i) for i, level in enumerate(levels)},
-        [32 * 2**level for level in levels],
-        32,
-        extra_blocks=extra_blocks,
-    )
 
 
 def assert_same_detections(found, expected, label_offset, at_least):
