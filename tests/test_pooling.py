@@ -67,9 +67,8 @@ def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, alig
 def test_boxes_that_are_not_numbers_do_not_stop_the_pooling(ratio):
     boxes = torch.tensor([[float("nan")] * 4, [0.0, 0.0, 40.0, 40.0]])
     levels = torch.tensor([float("nan"), 1.0])
-    found = pool_levels(
-        make_maps(2), [boxes], levels, [1 / 4, 1 / 8], output_size=(3, 3), sampling_ratio=ratio
-    )
+    arguments = {"output_size": (3, 3), "sampling_ratio": ratio}
+    found = pool_levels(make_maps(2), [boxes], levels, [1 / 4, 1 / 8], **arguments)
     assert found[1].any() and not found[0].any()
 
 

@@ -150,10 +150,7 @@ _MISTAKES = {
     "image": ([_GOOD, _GOOD | {"image_id": 3}], r"detection 1 in .*image 3, .* in pets \(3 images, .* 2\)"),
     "name of an image": ([_GOOD | {"image_id": "2"}], r"detection 0 in .*is of image '2'"),
     "no image": ([{"score": 1, "category_id": 5, "bbox": [1] * 4}], r"detection 0 in .* has no image_id"),
-    "class": (
-        [_GOOD | {"category_id": 0}],
-        r"category_id 0, but pets has 3 categories: 3 cat, ",
-    ),
+    "class": ([_GOOD | {"category_id": 0}], r"category_id 0, but pets has 3 categories: 3 cat, "),
     "no box": ([{"image_id": 2, "category_id": 5, "score": 1}], r"detection 0 in .* has no bbox"),
     "box": ([_GOOD | {"bbox": [1, 2, math.nan, 4]}], r"detection 0 in .* has bbox \[1, 2, nan, 4\]"),
     "negative": ([_GOOD | {"bbox": [9, 2, -3, 4]}], r"has bbox \[9, 2, -3, 4\], whose width or height"),

@@ -29,7 +29,6 @@ from plaintrain.modeling.matching import decode, match, pad_targets, sample
 
 TWO_LEVELS = ("MODEL.TINY.NUM_LEVELS", 2)
 
-
 GIOU = ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou", "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou")
 MODELS = {
     "mask and keypoints": (*ARCHITECTURES["mask_keypoint_rcnn"], *TWO_LEVELS),
@@ -228,13 +227,9 @@ def steps_of(model, times=1):
     return losses, {name: p.grad.clone() for name, p in model.rpn.named_parameters()}
 
 
-def replace(module, name, part):
-    setattr(module, name, part)
-
-
 OTHER_HEADS = {
-    "activation": lambda rpn: replace(rpn.head.conv[0], "1", torch.nn.Tanh()),
-    "dilation": lambda rpn: [replace(rpn.head.conv[0][0], key, (2, 2)) for key in ("dilation", "padding")],
+    "activation": lambda rpn: setattr(rpn.head.conv[0], "1", torch.nn.Tanh()),
+    "dilation": lambda rpn: [setattr(rpn.head.conv[0][0], key, (2, 2)) for key in ("dilation", "padding")],
     "hook": lambda rpn: rpn.head.register_forward_hook(lambda _, i, out: (out[0], [3 * d for d in out[1]])),
     "hook of a part": lambda rpn: rpn.head.bbox_pred.register_forward_hook(lambda _, i, out: 3 * out),
     "hook of an input": lambda rpn: rpn.head.conv.register_forward_pre_hook(lambda _, inputs: 3 * inputs[0]),

@@ -5,17 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from model_helpers import (
-    KEYPOINT,
-    MASK,
-    PROPOSALS,
-    RCNN_V2,
-    RESNET18,
-    RETINANET18,
-    SMALL_HEAD,
-    K,
-    build,
-)
+from model_helpers import KEYPOINT, MASK, PROPOSALS, RCNN_V2, RESNET18, RETINANET18, SMALL_HEAD, K, build
 from processes import run_script
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
