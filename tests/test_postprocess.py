@@ -46,8 +46,8 @@ def test_proposals_are_torchvisions(threshold, number):
     boxes, logits = random_boxes(3, sum(counts)), torch.randn(3, sum(counts))
     found = rpn.filter_proposals(boxes, logits.flatten()[:, None], SIZES, counts)
     expected = RegionProposalNetwork.filter_proposals(rpn, boxes, logits.flatten()[:, None], SIZES, counts)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert len(ours) == 3 and all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert [len(part) for part in found] == [3, 3]
     lengths = [len(b) for b in found[0]]
     assert max(lengths) == (0 if threshold > 1 else min(number, max(lengths))) and max(lengths) <= number
     assert lengths == [0] * 3 or min(lengths) >= min(number, 20)

@@ -249,16 +249,6 @@ def test_a_head_that_is_not_plain_is_called_for_all_anchors(name):
     assert losses == expected and all(gradients[key].equal(wanted[key]) for key in wanted)
 
 
-def test_a_plain_head_gives_the_losses_of_one_that_is_called_for_all_anchors():
-    model = build(*TINY, *SMALL_HEAD)
-    randomize_predictions(model)
-    losses, gradients = steps_of(model)
-    with mock.patch("plaintrain.modeling.rpn._is_plain", return_value=False):
-        expected, wanted = steps_of(model)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradients, wanted, rtol=1e-3, atol=1e-5)
-
-
 @pytest.mark.parametrize("dims", [[-1], [-1, -1]])
 def test_the_rpn_learns_under_autocast(dims):
     model = build(*TINY, *SMALL_HEAD, "MODEL.RPN.CONV_DIMS", dims)

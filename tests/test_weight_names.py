@@ -136,6 +136,8 @@ def test_names_of_older_versions_become_todays():
         "backbone.fpn.layer_blocks.0.weight": "backbone.fpn.layer_blocks.0.0.weight",
         "roi_heads.mask_head.mask_fcn1.weight": "roi_heads.mask_head.0.0.weight",
         "roi_heads.mask_head.mask_fcn4.bias": "roi_heads.mask_head.3.0.bias",
+        "head.regression_head.conv.2.bias": "head.regression_head.conv.1.0.bias",
+        "head.regression_head.conv.4.weight": "head.regression_head.conv.2.0.weight",
         "head.regression_head.conv.6.weight": "head.regression_head.conv.3.0.weight",
         "head.classification_head.conv.0.bias": "head.classification_head.conv.0.0.bias",
     }

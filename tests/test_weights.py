@@ -92,20 +92,6 @@ def warnings_of(log):
     return "\n".join(record.getMessage() for record in log.records if record.levelname == "WARNING")
 
 
-def before_torchvision_013(state):
-    """The names in which R-CNN's and RetinaNet's convolutions were not wrapped."""
-    old = {}
-    for name, value in state.items():
-        name = name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
-        for head in ("classification_head", "regression_head"):
-            for i in range(4):
-                # Convolutions and ReLUs alternated.
-                name = name.replace(f"head.{head}.conv.{i}.0.", f"head.{head}.conv.{2 * i}!.")
-        old[name.replace("!", "")] = value
-    assert old.keys() != state.keys()
-    return old
-
-
 @pytest.mark.parametrize(
     ("keys", "wrap"),
     [
@@ -113,10 +99,8 @@ def before_torchvision_013(state):
         (TINY_RCNN, lambda state: {"model": state, "iteration": 7}),
         (TINY_RCNN, lambda state: {"state_dict": state}),
         (RETINANET, lambda state: {f"module.{name}": value for name, value in state.items()}),
-        (TINY_RCNN, before_torchvision_013),
-        (RETINANET, before_torchvision_013),
     ],
-    ids=["bare", "model", "state_dict", "wrapped", "old rcnn", "old retinanet"],
+    ids=["bare", "model", "state_dict", "wrapped"],
 )
 def test_a_complete_file_loads_whole(tmp_path, monkeypatch, log, keys, wrap):
     model = make_model(*keys)
