@@ -53,9 +53,6 @@ def free_port():
         return s.getsockname()[1]
 
 
-# ---- start and end of a job ------------------------------------------------------------------------
-
-
 def report(args):
     """Save what this rank knows of itself and of the others."""
     ranks = {"rank": torch.tensor(float(comm.get_rank()))}
@@ -203,9 +200,6 @@ def evaluate_a_part(args):
     results = evaluator.evaluate()
     kinds = sorted({type(value).__name__ for value in sent[0].values()})
     save(args, {"results": results, "mask_bytes": len(sent[0]["counts"]), "kinds": kinds})
-
-
-# ---- steps ----------------------------------------------------------------------------------------
 
 
 def make_batch(number, size=64):

@@ -106,9 +106,6 @@ def test_the_ap_is_cocos_and_100_without_errors(seed, iou, metric):
     assert fixed_ap(errors, ERRORS) == 100 and min(cost["costs"].values()) >= 0
 
 
-# ---- thresholds, calibration, confusion ---------------------------------------------------------
-
-
 def test_the_threshold_of_the_best_f1():
     name = register([(0, A, 0, 0), (0, B, 0, 0), (0, FAR, 2, 0)], classes=4)
     rows = [(A, 0.9, 0), (A, 0.7, 0), (B, 0.7, 0), (FAR, 0.6, 0), (A, 0.8, 1), (NEAR_B, 0.8, 2)]
@@ -146,9 +143,6 @@ def test_confusion_counts_each_object_and_each_detection_once():
     assert found["pairs"] == [{"truth": "c1", "found": "c0", "count": 1, "share": 0.5}]
 
 
-# ---- objects and images -------------------------------------------------------------------------
-
-
 def test_objects_by_what_they_are_like():
     # 10x10 beside one that overlaps it; 40x10; 10x50 alone in its image; a crowd, which is left out.
     objects = [(0, A, 0, 0), (0, [0, 0, 10, 8], 1, 0), (0, [50, 0, 90, 10], 0, 0), (1, [0, 0, 10, 50], 0, 0)]
@@ -183,9 +177,6 @@ def test_the_best_and_the_worst_images():
     del counts["crowd"]
     assert found["worst"][0] == {"image_id": 2, "file_name": "2.jpg", "index": 2, "f1": 0.0, **counts}
     assert [len(entries) for entries in best_and_worst(errors, 1).values()] == [1, 1]
-
-
-# ---- the whole ----------------------------------------------------------------------------------
 
 
 def analysis_of(folder, name, detections, **options):

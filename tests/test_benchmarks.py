@@ -123,9 +123,6 @@ def test_script_answers_a_wrong_option_in_a_sentence(what, options, words, tmp_p
     assert_refused(script, arguments, words, tmp_path)
 
 
-# ---- what is compared is the same ----------------------------------------------------------------
-
-
 def test_the_loaders_compared_give_the_same_images(load, tmp_path):
     data = load("data")
     records = data.write_images(tmp_path, 3)
@@ -161,9 +158,6 @@ def test_a_start_like_detectron2s_reads_the_images_that_have_objects(load, tiny_
     image, target = start.load(record, 15)
     assert image.shape == (3, 20, 15) and image.max() <= 1
     assert target["boxes"].tolist() == [[1.5, 2, 11.5, 17]] and target["labels"].tolist() == [2]
-
-
-# ---- shared.measure --------------------------------------------------------------------------------
 
 
 def test_variants_take_turns_and_the_first_does_not_count():

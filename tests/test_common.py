@@ -21,8 +21,6 @@ from plaintrain.modeling.common import (
 )
 from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 
-# ---- preprocessing -----------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("divisor", "size"), [(1, (40, 64)), (7, (42, 70)), (32, (64, 64))])
 def test_images_are_normalised_and_padded_with_zeros_to_multiples_of_the_divisor(divisor, size):
@@ -47,9 +45,6 @@ def test_bgr_swaps_the_channels_before_they_are_normalised():
     assert batch.tensors[0, :, 0, 0].tolist() == [0.0, 0.5, 0.25]
 
 
-# ---- anchors -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("AnchorGenerator", CachedAnchorGenerator), ("DefaultAnchorGenerator", DefaultAnchorGenerator)],
@@ -71,9 +66,6 @@ def test_prior_bias_is_the_logit_of_the_probability():
     probabilities = [0.01, 0.5, 0.9]
     biases = torch.tensor([prior_bias(probability, "KEY") for probability in probabilities])
     assert biases.sigmoid().tolist() == pytest.approx(probabilities)
-
-
-# ---- the original size ---------------------------------------------------------------------------
 
 
 def test_detections_are_brought_to_the_original_size():

@@ -86,9 +86,6 @@ def error_message(function, *args):
     return str(error.value)
 
 
-# ---- _BASE_ ----------------------------------------------------------------------------------
-
-
 def test_base_paths_are_relative_to_the_file_absolute_or_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     write(tmp_path, "base.yaml", "SEED: 1\nLOG_PERIOD: 7\n")
@@ -123,9 +120,6 @@ def test_base_errors_show_the_chain_of_files(tmp_path):
     write(tmp_path, "b.yaml", "SEEED: 1\n")
     text = error_message(merge_file, a)
     assert b in text and a not in text
-
-
-# ---- values ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,8 +161,6 @@ def test_declarations_come_from_files_and_the_command_line(tmp_path):
         "c": {"FORMAT": "shapes", "NUM": 4, "CLASSES": ["circle", "square"]},
     }
 
-
-# ---- errors ----------------------------------------------------------------------------------
 
 SPLIT_TUPLE = '["a", "b"]'
 
@@ -255,9 +247,6 @@ def test_python_configs_are_not_executed(tmp_path):
     assert not target.exists()
 
 
-# ---- copies ----------------------------------------------------------------------------------
-
-
 def test_get_cfg_and_clone_return_copies():
     cfg = get_cfg()
     clone = cfg.clone()
@@ -278,9 +267,6 @@ def test_frozen_config_cannot_be_changed():
     cfg.defrost()
     cfg.merge_from_list(["SOLVER.MAX_ITER", "3"])
     assert cfg.SOLVER.MAX_ITER == 3
-
-
-# ---- Detectron2's files ----------------------------------------------------------------------
 
 
 def test_detectron2_base_and_child_merge_and_are_supported(tmp_path):
@@ -336,9 +322,6 @@ def test_unsupported_variant_is_rejected_naming_what_is_supported(merge_text, ke
 def test_keys_of_a_feature_are_checked_only_if_it_is_on(switch, on, off, key, value):
     assert error_message(check_cfg, merge_list(switch, on, key, value)).startswith(key)
     check_cfg(merge_list(switch, off, key, value))
-
-
-# ---- the module itself -----------------------------------------------------------------------
 
 
 def test_importing_the_config_does_not_import_torch():

@@ -157,9 +157,6 @@ def register(name, *, classes=("circle", "square", "triangle"), file_name="shape
     MetadataCatalog.get(name).set(thing_classes=list(classes), **metadata)
 
 
-# ---- command line ----------------------------------------------------------------------------
-
-
 def test_parser_takes_flags_and_then_overrides():
     parser = default_argument_parser()
     line = "--config-file a.yaml --resume --eval-only --debug --num-gpus 2 --num-machines 3 --machine-rank 1"
@@ -187,9 +184,6 @@ def test_parser_rejects_a_flag_after_an_override(capsys, flag):
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert flag[0] in text and "SOLVER.BASE_LR" in text and "first" in text
-
-
-# ---- a fresh run -----------------------------------------------------------------------------
 
 
 def test_setup_writes_the_resolved_config_and_the_log(output, capsys):
@@ -239,9 +233,6 @@ def test_setup_scores_a_dataset_without_evaluator_type_with_coco_metrics(output)
     assert any("engine_unscored" in line and "COCO" in line for line in warnings)
 
 
-# ---- seeds -----------------------------------------------------------------------------------
-
-
 def test_seed_is_drawn_saved_and_reused_on_resume_only(output):
     cfg = setup(output, resume=True)
     assert cfg.SEED >= 0 and load_saved(output).SEED == cfg.SEED
@@ -271,9 +262,6 @@ def test_setup_freezes_what_is_imported_once(tmp_path):
     kept = [[] for _ in range(1000)]
     setup(tmp_path / "again")
     assert frozen > 50_000 and len(kept) == 1000 and gc.get_freeze_count() <= frozen
-
-
-# ---- the output folder -----------------------------------------------------------------------
 
 
 def test_earlier_run_is_moved_to_old_1_and_then_old_2(output):
@@ -343,9 +331,6 @@ def test_eval_only_does_not_need_the_training_set(output):
     assert setup(output, "DATASETS.TRAIN", "()", eval_only=True, resume=True).MODEL.ROI_HEADS.NUM_CLASSES == 3
 
 
-# ---- errors before training ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -410,9 +395,6 @@ def test_require_default_rejects_a_key_that_a_script_does_not_read():
         require_default(cfg, "WORKFLOW", "no")
 
 
-# ---- a first try: --overfit and --dry-run ----------------------------------------------------
-
-
 def test_overfit_trains_and_tests_on_the_same_images(output):
     cfg = setup(output, overfit=2)
     assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("overfit_2",)
@@ -434,9 +416,6 @@ def test_dry_run_compares_the_resumed_model_and_keeps_nothing(output):
     assert contents(output) == RUN_FILES
     for flag in ("resume", "eval_only"):
         assert "--dry-run" in setup_error(output, dry_run=True, **{flag: True})
-
-
-# ---- on several ranks ------------------------------------------------------------------------
 
 
 def test_two_ranks_agree_on_seed_classes_and_folder(tmp_path):
@@ -483,9 +462,6 @@ def test_ddp_shares_gradients_without_copies_and_sends_no_buffers(monkeypatch):
         assert create_ddp_model(model) == (None, True, False)
 
 
-# ---- writers ---------------------------------------------------------------------------------
-
-
 def test_build_writers_takes_those_of_the_config_on_rank_0_only(tmp_path, monkeypatch):
     cfg = get_cfg()
     types = [type(writer) for writer in default_writers(str(tmp_path), 10)]
@@ -499,9 +475,6 @@ def test_build_writers_takes_those_of_the_config_on_rank_0_only(tmp_path, monkey
     assert os.listdir(tmp_path) == ["metrics.csv"]
     monkeypatch.setattr("plaintrain.utils.comm.get_rank", lambda: 1)
     assert default_writers(str(tmp_path), 10) == [] == build_writers(cfg)
-
-
-# ---- files -----------------------------------------------------------------------------------
 
 
 def test_atomic_write_replaces_the_file_only_at_the_end(tmp_path, monkeypatch):
@@ -538,9 +511,6 @@ def test_atomic_write_that_fails_leaves_the_file_as_it_was(tmp_path, error, expe
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["a.txt"]
     if expected is UserError:
         assert str(path) in str(raised.value) and "No space left" in str(raised.value)
-
-
-# ---- log -----------------------------------------------------------------------------------
 
 
 def test_log_goes_to_the_console_on_rank_0_and_to_a_file_of_each_rank(tmp_path, capsys):

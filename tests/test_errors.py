@@ -120,9 +120,6 @@ def test_only_the_hundred_best_of_a_class_count():
     assert match_image(objects, found).kinds.tolist()[-2:] == ["ignored", "correct"]
 
 
-# ---- datasets ----------------------------------------------------------------------------------
-
-
 def test_images_of_a_dataset_are_matched_as_each_alone():
     name, records, detections = random_dataset(1)
     errors = errors_of(name, detections)

@@ -86,9 +86,6 @@ def environ(monkeypatch):
     return monkeypatch
 
 
-# ---- one process -----------------------------------------------------------------------------
-
-
 def test_one_process_runs_here_and_returns_the_value(environ):
     seen = []
     assert launch(lambda *args: seen.append(args) or os.getpid(), args=(1, "two")) == os.getpid()
@@ -163,9 +160,6 @@ def test_a_command_line_that_does_not_fit_is_one_sentence(capfd, environ, args, 
     assert stop.value.code == 1 and text.startswith("error: ") and text.count("\n") == 1 and words in text
 
 
-# ---- which processes make up a job -----------------------------------------------------------
-
-
 def test_find_job_reads_the_address(environ):
     assert find_job(1, 2, 1, "tcp://gpu-node.cluster:1")["address"] == ("gpu-node.cluster", 1)
     assert find_job(1, 2, 1, "tcp://[fe80::1]:29500")["address"] == ("fe80::1", 29500)
@@ -201,9 +195,6 @@ def test_a_batch_script_of_slurm_may_start_the_processes_itself(environ):
             environ.setenv(key, value)
     job = find_job(2, 1, 0, "auto")
     assert job["world_size"] == 2 and "rank" not in job
-
-
-# ---- jobs that work --------------------------------------------------------------------------
 
 
 def test_two_spawned_processes_work_on_the_cpu(tmp_path):
@@ -265,9 +256,6 @@ def test_processes_of_a_scheduler_are_joined(tmp_path, start, local):
     ranks = [job.results()[0] for job in jobs]
     assert [(rank["rank"], rank["world_size"], rank["sum"]) for rank in ranks] == [(0, 2, 1.0), (1, 2, 1.0)]
     assert [(rank["local_rank"], rank["local_size"]) for rank in ranks] == local
-
-
-# ---- jobs that fail --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,6 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
         plots.save_figure(figures()["xy"], str(tmp_path / "file" / "a.png"))
 
 
-# ---- scripts/plot_metrics.py ------------------------------------------------------------------------
-
-
 def plot(folder, *args, **kwargs):
     """What the script prints."""
     done = run_script("plot_metrics.py", *args, folder=folder, **kwargs)

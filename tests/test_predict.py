@@ -214,9 +214,6 @@ def test_split_overrides_tells_names_from_keys():
     assert split_overrides(["a", "MODEL.WEIGTHS", "b"]) == (["a"], ["MODEL.WEIGTHS", "b"])
 
 
-# ---- scripts/predict.py -----------------------------------------------------------------------------
-
-
 @pytest.fixture
 def images(tmp_path, write_image):
     """A folder with images of the same name in two folders, and other kinds."""

@@ -43,9 +43,6 @@ def error_message(cfg, *overrides, **kwargs):
     return str(error.value)
 
 
-# ---- keypoints -------------------------------------------------------------------------------
-
-
 def settle_keypoints(cfg, *overrides):
     cfg.merge_from_list(["MODEL.KEYPOINT_ON", True, *overrides])
     cfg.freeze()
@@ -88,9 +85,6 @@ def test_keypoint_errors_name_the_key(cfg, key, value, words):
     cfg.defrost()
     cfg.MODEL.KEYPOINT_ON = False
     settle_num_classes(cfg, eval_only=False)
-
-
-# ---- the model and the test sets -------------------------------------------------------------
 
 
 def test_test_set_that_cannot_be_scored_is_rejected(cfg):
@@ -166,9 +160,6 @@ def test_bfloat16_is_rejected_on_a_gpu_without_it(cfg, overrides, eval_only, rej
         assert message.startswith("SOLVER.AMP.PRECISION is bfloat16")
     else:
         check(cfg, *overrides, eval_only=eval_only, resume=True)
-
-
-# ---- values ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -200,9 +200,6 @@ def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(t
     assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[2])
 
 
-# ---- at the end of a training -----------------------------------------------------------------------
-
-
 @pytest.fixture
 def cfg(tmp_path):
     """The config of a finished run."""

@@ -59,9 +59,6 @@ def settings(optimizer, model):
     }
 
 
-# ---- learning rate: Detectron2's formulas, written from fvcore's definitions -------------------
-
-
 def reference_factor(where, schedule, length, method, rescale):
     """WarmupParamScheduler(schedule, 0.01, length, method, rescale) of Detectron2 at a share of MAX_ITER."""
     if where + 1e-6 <= length:
@@ -160,9 +157,6 @@ def test_lr_steps_beyond_the_end_are_reported_and_ignored(log):
     assert "20" in log.text and "MAX_ITER" in log.text
 
 
-# ---- resuming ----------------------------------------------------------------------------------
-
-
 def _train(model, optimizer, scheduler, iterations):
     for _ in range(iterations):
         model(torch.ones(2, 3, 5, 5)).sum().backward()
@@ -225,9 +219,6 @@ def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name, be
         assert {group["betas"][1] for group in optimizer.param_groups} == {0.999}
 
 
-# ---- momentum ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("interpolation", "table"),
     [
@@ -241,9 +232,6 @@ def test_momentum_at_interpolates_between_the_points(interpolation, table):
     assert {i: momentum(i) for i in table} == pytest.approx(table, abs=1e-7)
     assert [momentum(i) for i in (0, 3, 11, 1000)] == [0.8, 0.8, 0.9, 0.9]
     assert [momentum_at([[5, 0.7]], interpolation)(i) for i in (0, 5, 6)] == [0.7] * 3
-
-
-# ---- parameter groups --------------------------------------------------------------------------
 
 
 def test_param_groups_of_norms_biases_and_the_backbone():
@@ -291,9 +279,6 @@ def test_param_groups_have_a_shared_parameter_once():
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
 
 
-# ---- optimizers --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("keys", "expected_type", "options"),
     [
@@ -315,9 +300,6 @@ def test_optimizer_steps_equal_those_of_torch(keys, expected_type, options):
         expected.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-5, atol=1e-6)
-
-
-# ---- errors ------------------------------------------------------------------------------------
 
 
 def _build_frozen(cfg):
@@ -359,9 +341,6 @@ def _build_momentum(cfg):
 def test_solver_errors_name_the_key(build, keys, words):
     with pytest.raises(UserError, match=words):
         build(make_cfg(**keys))
-
-
-# ---- clipping ----------------------------------------------------------------------------------
 
 
 def clipping_model():

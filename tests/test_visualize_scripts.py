@@ -122,9 +122,6 @@ def test_visualize_data_answers_mistakes_in_a_sentence(tmp_path, args, words):
     assert_refused("visualize_data.py", args, words, tmp_path, env=ENV)
 
 
-# ---- scripts/visualize_results.py -------------------------------------------------------------------
-
-
 def to_result(record, annotation, score=0.9, label=None, shift=0):
     x, y, right, bottom = annotation["bbox"]
     assert annotation["bbox_mode"] == BoxMode.XYXY_ABS
