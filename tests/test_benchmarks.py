@@ -3,7 +3,6 @@
 import importlib
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -182,8 +181,3 @@ def test_a_fresh_process_is_measured_to_its_end_or_to_a_line():
     for command, until in (("raise ValueError('broken')", None), ("print('broken')", "there")):
         with pytest.raises(RuntimeError, match="broken"):
             measure.run_fresh([sys.executable, "-c", command], until)
-
-
-def test_nothing_of_measure_imports_torch():
-    code = "import sys, shared.measure; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=FOLDER)
