@@ -1,6 +1,7 @@
 """Parameter groups, optimizers, learning rate schedules and gradient clipping: plaintrain.solver."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -17,8 +18,6 @@ from plaintrain.solver import (
     momentum_at,
 )
 from plaintrain.utils.errors import UserError
-
-torch.set_num_threads(1)
 
 POINTS = [[4, 0.8], [8, 0.6], [10, 0.9]]
 
@@ -85,21 +84,15 @@ def fixed_gamma(num_decays, gamma):
     return lambda where: gamma ** min(int((where + 1e-6) * (num_decays + 1)), num_decays)
 
 
+MULTI_STEP, COSINE, FIXED_GAMMA = (
+    {"LR_SCHEDULER_NAME": f"Warmup{name}LR"} for name in ("MultiStep", "Cosine", "StepWithFixedGamma")
+)
 _SCHEDULES = {
-    "multi_step": (
-        {"LR_SCHEDULER_NAME": "WarmupMultiStepLR", "STEPS": (40, 70), "GAMMA": 0.1},
-        multi_step((40, 70), 0.1, 90),
-    ),
-    "multi_step_early": (
-        {"LR_SCHEDULER_NAME": "WarmupMultiStepLR", "STEPS": (7, 90), "GAMMA": 0.5},
-        multi_step((7, 90), 0.5, 90),
-    ),
-    "cosine": ({"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR_END": 0.0}, cosine(0.0)),
-    "cosine_with_end": ({"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR_END": 0.005}, cosine(0.25)),
-    "fixed_gamma": (
-        {"LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR", "NUM_DECAYS": 3, "GAMMA": 0.2},
-        fixed_gamma(3, 0.2),
-    ),
+    "multi_step": ({**MULTI_STEP, "STEPS": (40, 70), "GAMMA": 0.1}, multi_step((40, 70), 0.1, 90)),
+    "multi_step_early": ({**MULTI_STEP, "STEPS": (7, 90), "GAMMA": 0.5}, multi_step((7, 90), 0.5, 90)),
+    "cosine": ({**COSINE, "BASE_LR_END": 0.0}, cosine(0.0)),
+    "cosine_with_end": ({**COSINE, "BASE_LR_END": 0.005}, cosine(0.25)),
+    "fixed_gamma": ({**FIXED_GAMMA, "NUM_DECAYS": 3, "GAMMA": 0.2}, fixed_gamma(3, 0.2)),
 }
 
 
@@ -133,20 +126,14 @@ def test_lr_factor_is_detectron2s(name, warmup_iters, method, rescale):
     assert [factor(i) for i in (91, 120, 900)] == [factor(90)] * 3
 
 
-def test_lr_steps_fall_on_their_iteration_however_the_division_rounds():
-    for max_iter in (7, 49, 107, 90_000, 270_000):
-        step = max_iter * 2 // 3
-        factor = lr_factor(make_cfg(MAX_ITER=max_iter, STEPS=(step,), WARMUP_ITERS=0))
-        assert (factor(step - 1), factor(step)) == (1.0, 0.1)
-
-
-def test_lr_decays_fall_on_their_iteration_however_the_division_rounds():
+@pytest.mark.parametrize("schedule", [MULTI_STEP, FIXED_GAMMA])
+def test_lr_steps_fall_on_their_iteration_however_the_division_rounds(schedule):
     for parts in (2, 3, 7, 11):
-        for max_iter in range(parts, 400, 7 * parts):
-            keys = {"LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR", "NUM_DECAYS": parts - 1, "GAMMA": 0.5}
+        for max_iter in (*range(parts, 400, 7 * parts), 49, 107, 90_000, 270_000):
+            steps = tuple(math.ceil(k * max_iter / parts) for k in range(1, parts))
+            keys = schedule | {"STEPS": steps, "NUM_DECAYS": parts - 1, "GAMMA": 0.5}
             factor = lr_factor(make_cfg(MAX_ITER=max_iter, WARMUP_ITERS=0, **keys))
-            for k in range(1, parts):
-                step = k * max_iter // parts
+            for k, step in enumerate(steps, start=1):
                 assert (factor(step - 1), factor(step)) == (0.5 ** (k - 1), 0.5**k), (parts, max_iter, k)
 
 
@@ -262,14 +249,7 @@ def test_param_groups_of_norms_biases_and_the_backbone():
     assert found["backbone.bn.bias"] == pytest.approx((0.1, 0.002))
 
 
-def test_param_groups_leave_out_frozen_parameters():
-    model = SmallModel()
-    model.backbone.requires_grad_(False)
-    found = settings(build_optimizer(make_cfg(), model), model)
-    assert set(found) == {name for name, _ in model.named_parameters() if name.startswith("head.")}
-
-
-def test_param_groups_have_a_shared_parameter_once():
+def test_param_groups_have_a_shared_parameter_once_and_a_frozen_one_never():
     model = SmallModel()
     model.head["fc"] = nn.Linear(4, 4)
     model.head["fc"].weight = model.backbone["fc"].weight
@@ -277,6 +257,9 @@ def test_param_groups_have_a_shared_parameter_once():
     optimizer = build_optimizer(make_cfg(BACKBONE_MULTIPLIER=0.5), model)
     found = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
+    model.backbone.requires_grad_(False)
+    found = settings(build_optimizer(make_cfg(), model), model)
+    assert set(found) == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(
@@ -302,12 +285,8 @@ def test_optimizer_steps_equal_those_of_torch(keys, expected_type, options):
         torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-5, atol=1e-6)
 
 
-def _build_frozen(cfg):
-    build_optimizer(cfg, SmallModel().requires_grad_(False))
-
-
-def _build_optimizer(cfg):
-    build_optimizer(cfg, SmallModel())
+def _build_optimizer(cfg, trains=True):
+    build_optimizer(cfg, SmallModel().requires_grad_(trains))
 
 
 def _build_momentum(cfg):
@@ -317,15 +296,11 @@ def _build_momentum(cfg):
 @pytest.mark.parametrize(
     ("build", "keys", "words"),
     [
-        (
-            lr_factor,
-            {"LR_SCHEDULER_NAME": "WarmupCosine"},
-            "LR_SCHEDULER_NAME is 'WarmupCosine'.*WarmupCosineLR",
-        ),
+        (lr_factor, {"LR_SCHEDULER_NAME": "Cosine"}, "LR_SCHEDULER_NAME is 'Cosine'.*WarmupCosineLR"),
         (lr_factor, {"MAX_ITER": 0}, "SOLVER.MAX_ITER must be >= 1.*not 0 and"),
         (lr_factor, {"WARMUP_ITERS": -1}, "SOLVER.WARMUP_ITERS >= 0, .* and -1"),
-        (lr_factor, {"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR": 0.0}, "SOLVER.BASE_LR"),
-        (_build_frozen, {}, "FREEZE_AT"),
+        (lr_factor, {**COSINE, "BASE_LR": 0.0}, "SOLVER.BASE_LR"),
+        (functools.partial(_build_optimizer, trains=False), {}, "FREEZE_AT"),
         (_build_optimizer, {"OPTIMIZER": "Adam"}, "SOLVER.OPTIMIZER.*'Adam'.*SGD.*AdamW"),
         (_build_optimizer, {"NESTEROV": True, "MOMENTUM": 0.0}, r"SOLVER\.\*"),
         (_build_optimizer, {"OPTIMIZER": "AdamW", "MOMENTUM": 1.5}, r"SOLVER\.\*"),
@@ -352,44 +327,33 @@ def clipping_model():
     return model
 
 
-def clip_cfg(kind, value, **more):
-    return make_cfg(
-        CLIP_GRADIENTS__ENABLED=True, CLIP_GRADIENTS__CLIP_TYPE=kind, CLIP_GRADIENTS__CLIP_VALUE=value, **more
-    )
-
-
 @pytest.mark.parametrize(
-    ("kind", "first", "second"),
+    ("kind", "norm_type", "first", "second", "before"),
     [
-        ("value", [3.0, -3.5], [0.0, 3.5]),
+        ("value", 2.0, [3.0, -3.5], [0.0, 3.5], 13.0),
         # Each parameter on its own: norm 5 -> 3.5, norm 12 -> 3.5.
-        ("norm", [2.1, -2.8], [0.0, 3.5]),
-        # Both together: norm 13 -> 3.5.
-        ("full_model", [3.0 * 3.5 / 13, -4.0 * 3.5 / 13], [0.0, 12.0 * 3.5 / 13]),
+        ("norm", 2.0, [2.1, -2.8], [0.0, 3.5], 13.0),
+        # Both together: norm 13 -> 3.5, or the largest of 12 -> 3.5.
+        ("full_model", 2.0, [3.0 * 3.5 / 13, -4.0 * 3.5 / 13], [0.0, 12.0 * 3.5 / 13], 13.0),
+        ("full_model", float("inf"), [3.0 * 3.5 / 12, -4.0 * 3.5 / 12], [0.0, 3.5], 12.0),
     ],
 )
-def test_clipper_clips_gradients_and_returns_the_norm_before(kind, first, second):
+def test_clipper_clips_gradients_and_returns_the_norm_before(kind, norm_type, first, second, before):
+    keys = {"CLIP_GRADIENTS__ENABLED": True, "CLIP_GRADIENTS__CLIP_TYPE": kind}
+    keys["CLIP_GRADIENTS__NORM_TYPE"] = norm_type
     model = clipping_model()
-    scalars = build_gradient_clipper(clip_cfg(kind, 3.5), model)()
+    scalars = build_gradient_clipper(make_cfg(**keys, CLIP_GRADIENTS__CLIP_VALUE=3.5), model)()
     assert model[0].grad.tolist() == pytest.approx(first, abs=1e-5)
     assert model[1].grad.tolist() == pytest.approx(second, abs=1e-5)
     assert model[2].grad is None and model[3].grad is None
     (norm,) = scalars.values()
     assert scalars == {"grad_norm": norm} and isinstance(norm, torch.Tensor) and norm.shape == ()
-    assert norm.item() == pytest.approx(13.0)
+    assert norm.item() == pytest.approx(before)
     # Below the limit they are left alone.
     model = clipping_model()
-    build_gradient_clipper(clip_cfg(kind, 100.0), model)()
+    build_gradient_clipper(make_cfg(**keys, CLIP_GRADIENTS__CLIP_VALUE=100.0), model)()
     assert model[0].grad.tolist() == pytest.approx([3.0, -4.0])
     assert model[1].grad.tolist() == pytest.approx([0.0, 12.0])
-
-
-def test_clipper_honours_the_norm_type():
-    model = clipping_model()
-    cfg = clip_cfg("full_model", 6.0, CLIP_GRADIENTS__NORM_TYPE=float("inf"))
-    norm = build_gradient_clipper(cfg, model)()["grad_norm"]
-    assert norm.item() == 12.0
-    assert model[0].grad.tolist() == pytest.approx([1.5, -2.0], rel=1e-4)
 
 
 def test_clipper_that_is_off_returns_the_norm_only():
