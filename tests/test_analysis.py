@@ -8,16 +8,8 @@ from detection_helpers import add_dataset, make_annotation, make_record, random_
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.builtin import declare_dataset
-from plaintrain.evaluation import COCOEvaluator
+from plaintrain.evaluation import COCOEvaluator, breakdown
 from plaintrain.evaluation.analysis import analyze
-from plaintrain.evaluation.breakdown import (
-    best_and_worst,
-    best_thresholds,
-    calibration,
-    confusion,
-    image_scores,
-    object_breakdown,
-)
 from plaintrain.evaluation.error_costs import ERRORS, ap_cost, fixed_ap
 from plaintrain.evaluation.errors import KINDS, STATES, errors_above, errors_of
 from plaintrain.evaluation.instances import Detections
@@ -42,27 +34,14 @@ def detections_of(rows, images=1):
 A, B, NEAR_B, BADLY_B, FAR = [0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 4], [20, 0, 30, 2], [80, 80, 90, 90]
 # A recall of a half is reached at 51 of 101 points.
 HALF = 100 * 51 / 101
+LATE, TWICE = (HALF / 2, 50 - HALF / 2), 50 / 3.03
 # Type of error: label of the object B (None: no object B), detections (box, score, label), AP, the AP gained
 # by fixing each type, by dropping all wrong detections, and by removing all objects that are not found.
 CASES = {
     "class": (1, [(B, 0.9, 0), (A, 0.5, 0)], 25, {"class": 75}, 25, 50),
-    "localisation": (
-        0,
-        [(NEAR_B, 0.9, 0), (A, 0.5, 0)],
-        HALF / 2,
-        {"localisation": 100 - HALF / 2},
-        HALF / 2,
-        50 - HALF / 2,
-    ),
+    "localisation": (0, [(NEAR_B, 0.9, 0), (A, 0.5, 0)], HALF / 2, {"localisation": 100 - HALF / 2}, *LATE),
     "both": (1, [(BADLY_B, 0.9, 0), (A, 0.5, 0)], 25, {"both": 25, "missed": 50}, 25, 50),
-    "duplicate": (
-        0,
-        [(A, 0.9, 0), (A, 0.8, 0), (B, 0.5, 0)],
-        100 - 50 / 3.03,
-        {"duplicate": 50 / 3.03},
-        50 / 3.03,
-        0,
-    ),
+    "duplicate": (0, [(A, 0.9, 0), (A, 0.8, 0), (B, 0.5, 0)], 100 - TWICE, {"duplicate": TWICE}, TWICE, 0),
     "background": (None, [(FAR, 0.9, 0), (A, 0.5, 0)], 50, {"background": 50}, 50, 0),
     "missed": (0, [(A, 0.9, 0)], HALF, {"missed": 100 - HALF}, 0, 100 - HALF),
 }
@@ -109,11 +88,10 @@ def test_the_ap_is_cocos_and_100_without_errors(seed, iou, metric):
 def test_the_threshold_of_the_best_f1():
     name = register([(0, A, 0, 0), (0, B, 0, 0), (0, FAR, 2, 0)], classes=4)
     rows = [(A, 0.9, 0), (A, 0.7, 0), (B, 0.7, 0), (FAR, 0.6, 0), (A, 0.8, 1), (NEAR_B, 0.8, 2)]
-    found = best_thresholds(errors_of(name, detections_of([(0, *row) for row in rows])))
+    found = breakdown.best_thresholds(errors_of(name, detections_of([(0, *row) for row in rows])))
     # Of class 0: 1 of 1 and half of all, 2 of 3 and all (the equal scores only together), 2 of 4 and all.
-    assert found["classes"][0] == pytest.approx(
-        {"name": "c0", "threshold": 0.7, "f1": 0.8, "precision": 2 / 3, "recall": 1}
-    )
+    first = {"name": "c0", "threshold": 0.7, "f1": 0.8, "precision": 2 / 3, "recall": 1}
+    assert found["classes"][0] == pytest.approx(first)
     nothing = {"threshold": None, "f1": None, "precision": None, "recall": None}
     assert found["classes"][1:] == [{"name": f"c{k}", **nothing} for k in (1, 2, 3)]
     # Of all: 2 of 5 detections and 2 of 3 objects, or 1 of 1 and 1 of 3, which is as good and stricter.
@@ -123,7 +101,7 @@ def test_the_threshold_of_the_best_f1():
 def test_calibration_compares_scores_with_what_is_correct():
     objects = [(0, A, 0, 0), (0, B, 0, 0), (0, [40, 40, 100, 100], 0, 1)]
     rows = [(A, 0.95, 0), (FAR, 0.91, 1), (B, 0.15, 0), ([50, 50, 60, 60], 0.5, 0), (FAR, 1.0, 1)]
-    found = calibration(errors_of(register(objects), detections_of([(0, *row) for row in rows])))
+    found = breakdown.calibration(errors_of(register(objects), detections_of([(0, *row) for row in rows])))
     bins = found["bins"]
     assert [part["count"] for part in bins] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 3]
     assert bins[0] == {"low": 0.0, "high": 0.1, "count": 0, "score": None, "precision": None}
@@ -136,7 +114,7 @@ def test_confusion_counts_each_object_and_each_detection_once():
     crowd = (0, [40, 40, 100, 100], 0, 1)
     objects = [(0, A, 0, 0), crowd, (1, A, 0, 0), (1, B, 1, 0), (1, FAR, 1, 0)]
     rows = [(0, A, 0.9, 0), (0, FAR, 0.8, 0), (1, A, 0.9, 1), (1, A, 0.6, 0), (1, B, 0.8, 0), (1, B, 0.9, 0)]
-    found = confusion(errors_of(register(objects, images=2), detections_of(rows, images=2)))
+    found = breakdown.confusion(errors_of(register(objects, images=2), detections_of(rows, images=2)))
     assert found["labels"] == ["c0", "c1", "background"]
     assert found["counts"] == [[2, 0, 0], [1, 0, 1], [1, 1, 0]]
     assert found["shares"] == [[1, 0, 0], [0.5, 0, 0.5], [0.5, 0.5, 0]]
@@ -149,7 +127,7 @@ def test_objects_by_what_they_are_like():
     name = register([*objects, (1, [0, 0, 100, 100], 0, 1)], images=2)
     rows = [(0, A, 0.9, 0), (0, [50, 0, 90, 8], 0.4, 0), (1, [0, 0, 10, 50], 0.8, 1)]
     errors = errors_of(name, detections_of(rows, images=2))
-    found = object_breakdown(errors, errors_above(errors, 0.5))
+    found = breakdown.object_breakdown(errors, errors_above(errors, 0.5))
     bins = {key: {p["name"]: p["objects"] for p in parts if p["objects"]} for key, parts in found.items()}
     assert bins == {
         "size": {"< 16": 2, "16-32": 2},
@@ -168,15 +146,15 @@ def test_the_best_and_the_worst_images():
     name = register(objects, images=6)
     rows = [(0, A, 0.9, 0), (1, A, 0.9, 0), (1, B, 0.9, 0), (2, FAR, 0.9, 0), (3, A, 0.9, 0), (5, A, 0.9, 1)]
     errors = errors_of(name, detections_of(rows, images=6))
-    scores = image_scores(errors)
+    scores = breakdown.image_scores(errors)
     assert scores["f1"] == pytest.approx([1, 1, 0, 2 / 3, 1, 0])
-    found = best_and_worst(errors)
+    found = breakdown.best_and_worst(errors)
     assert [entry["image_id"] for entry in found["best"]] == [1, 0]
     assert [entry["image_id"] for entry in found["worst"]] == [2, 5, 3]
     counts = dict.fromkeys([*KINDS, *STATES], 0) | {"background": 1, "missed": 1, "wrong": 1}
     del counts["crowd"]
     assert found["worst"][0] == {"image_id": 2, "file_name": "2.jpg", "index": 2, "f1": 0.0, **counts}
-    assert [len(entries) for entries in best_and_worst(errors, 1).values()] == [1, 1]
+    assert [len(entries) for entries in breakdown.best_and_worst(errors, 1).values()] == [1, 1]
 
 
 def analysis_of(folder, name, detections, **options):
@@ -246,11 +224,9 @@ def test_an_analysis_without_objects_or_detections_has_no_numbers(tmp_path, case
 
 
 def test_masks_and_keypoints_are_tasks_of_their_own(tmp_path):
-    spec = {"FORMAT": "shapes", "SPLIT": "val", "NUM": 6, "HEIGHT": 60, "WIDTH": 90}
-    declare_dataset("drawn", spec)
-    records = DatasetCatalog.get("drawn")
+    declare_dataset("drawn", {"FORMAT": "shapes", "SPLIT": "val", "NUM": 6, "HEIGHT": 60, "WIDTH": 90})
     rows, masks, keypoints = [], [], []
-    for i, record in enumerate(records):
+    for i, record in enumerate(DatasetCatalog.get("drawn")):
         for a in record["annotations"]:
             box = BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
             rows.append([i, *box, 0.9, a["category_id"]])
@@ -258,7 +234,6 @@ def test_masks_and_keypoints_are_tasks_of_their_own(tmp_path):
             keypoints.append(np.reshape(a["keypoints"], (-1, 3)))
     # The box is right, the mask is that of another object, in another place.
     masks[0] = masks[1]
-    rows[0][1:5], rows[1][1:5] = rows[0][1:5], rows[1][1:5]
     detections = Detections(np.array(rows, float), np.arange(6), masks, np.array(keypoints, float))
     found = analysis_of(tmp_path, "drawn", detections, kpt_oks_sigmas=[0.1] * 4)
     assert list(found["metrics"]) == list(found["curves"]) == ["bbox", "segm", "keypoints"]

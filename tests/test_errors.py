@@ -11,13 +11,8 @@ from plaintrain.utils.errors import UserError
 # Two classes. Objects: a 0 that is found, a 1, a 0, a 0, a crowd of 0, a 1, a 0 that nothing is near.
 OBJECTS = {
     "boxes": [
-        [0, 0, 10, 10],
-        [20, 0, 30, 10],
-        [40, 0, 50, 10],
-        [60, 0, 70, 10],
-        [0, 40, 40, 80],
-        [80, 0, 90, 10],
-        [0, 20, 10, 30],
+        *([0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]),
+        *([0, 40, 40, 80], [80, 0, 90, 10], [0, 20, 10, 30]),
     ],
     "labels": [0, 1, 0, 0, 0, 1, 0],
     "crowd": [False, False, False, False, True, False, False],
@@ -86,10 +81,8 @@ def test_an_iou_equal_to_a_threshold_reaches_it():
 
 def test_the_first_of_two_types_of_error_counts():
     # A place that is wrong, and on an object of another class; a duplicate on an object of another class.
-    objects = {
-        "boxes": [[0, 0, 10, 3], [0, 0, 10, 8], [20, 0, 30, 10], [20, 0, 30, 9]],
-        "labels": [0, 1, 0, 1],
-    }
+    boxes = [[0, 0, 10, 3], [0, 0, 10, 8], [20, 0, 30, 10], [20, 0, 30, 9]]
+    objects = {"boxes": boxes, "labels": [0, 1, 0, 1]}
     found = {"boxes": [[0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 10]], "labels": [0, 0, 0]}
     matches = match_image(objects, {**found, "scores": [0.9, 0.8, 0.7]})
     assert matches.kinds.tolist() == ["localisation", "correct", "class"]
@@ -138,21 +131,15 @@ def test_images_of_a_dataset_are_matched_as_each_alone():
         assert np.array_equal(alone.states, m.states[of_objects])
 
 
-def test_a_score_threshold_changes_no_type_of_the_detections_above_it():
+def test_errors_of_a_file_and_above_a_score_threshold(tmp_path):
     name, _, detections = random_dataset(3)
-    every, some = errors_of(name, detections), errors_of(name, detections, score_threshold=0.5)
+    every = errors_of(name, detections, iou_threshold=0.6)
+    write_predictions(tmp_path, name, detections)
+    read = read_detections(tmp_path / PREDICTIONS_FILE, name)
+    some = errors_of(name, read, iou_threshold=0.6, score_threshold=0.5)
     kept = every.detections["scores"] >= 0.5
     assert 0 < kept.sum() < len(kept)
     assert np.array_equal(some.matches.kinds, every.matches.kinds[kept])
-
-
-def test_errors_of_a_file(tmp_path):
-    name, _, detections = random_dataset(4)
-    write_predictions(tmp_path, name, detections)
-    path = tmp_path / PREDICTIONS_FILE
-    errors = errors_of(name, read_detections(path, name), iou_threshold=0.6)
-    expected = errors_of(name, detections, iou_threshold=0.6)
-    assert np.array_equal(errors.matches.kinds, expected.matches.kinds)
-    assert errors.classes == ["c0", "c1", "c2", "c3"] and errors.iou_threshold == 0.6
+    assert some.classes == ["c0", "c1", "c2", "c3"] and some.iou_threshold == 0.6
     with pytest.raises(UserError, match="errors of masks need masks"):
-        errors_of(name, read_detections(path, name), task="segm")
+        errors_of(name, read, task="segm")
