@@ -10,9 +10,8 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 from PIL import Image
-from processes import run_script
 from report_helpers import make_run
-from script_helpers import assert_refused
+from script_helpers import assert_refused, script_output
 
 from plaintrain import charts, plots, run_folder
 from plaintrain.utils.errors import UserError
@@ -59,9 +58,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 
 def plot(folder, *args, **kwargs):
     """What the script prints."""
-    done = run_script("plot_metrics.py", *args, folder=folder, **kwargs)
-    assert done.code == 0, done.output
-    return done.output
+    return script_output("plot_metrics.py", *args, folder=folder, **kwargs)
 
 
 def test_script_draws_one_run_or_several(tmp_path):
