@@ -1,5 +1,6 @@
 """The benchmarks, each at its smallest size, and what they share; timing itself is no test."""
 
+import functools
 import importlib
 import json
 import shutil
@@ -31,17 +32,14 @@ SMOKE = "records"
 
 
 @pytest.fixture
-def load():
-    """Function (what) that imports a benchmark, which is forgotten after the test."""
-    loaded = []
+def load(request):
+    """Function (name) that imports a benchmark, which is forgotten after the test."""
 
-    def load_benchmark(what):
-        loaded.append(what)
-        return importlib.import_module(what)
+    def load_benchmark(name):
+        request.addfinalizer(lambda: sys.modules.pop(name, None))
+        return importlib.import_module(name)
 
-    yield load_benchmark
-    for name in loaded:
-        sys.modules.pop(name, None)
+    return load_benchmark
 
 
 def check(path, what):
@@ -69,7 +67,7 @@ def test_every_benchmark_measures_at_its_smallest_size(what, tmp_path):
         "startup": ["--parts", "iteration"],
     }
     # One benchmark measures bfloat16, and another does not, whatever this processor has.
-    processor = have_bfloat16 if what == "step" else have_no_bfloat16
+    processor = functools.partial(set_bfloat16, what == "step")
     command = [f"benchmarks/{what}.py", "--quick", "--output", tmp_path / "out.json", *options.get(what, ())]
     # Without the real images, on made-up ones.
     env = {"PLAINTRAIN_DATASETS": str(tmp_path)}
@@ -78,12 +76,8 @@ def test_every_benchmark_measures_at_its_smallest_size(what, tmp_path):
     assert all(title in done.output for title in check(tmp_path / "out.json", what))
 
 
-def have_bfloat16():
-    measure.cpu_has_bfloat16 = lambda: True
-
-
-def have_no_bfloat16():
-    measure.cpu_has_bfloat16 = lambda: False
+def set_bfloat16(has_it):
+    measure.cpu_has_bfloat16 = lambda: has_it
 
 
 def test_script_runs_all_and_merges_what_they_wrote(tmp_path):
@@ -148,8 +142,7 @@ def test_the_steps_compared_have_the_same_weights_and_pixels(load):
 
 
 def test_a_start_like_detectron2s_reads_the_images_that_have_objects(load, tiny_coco):
-    load("baselines.run_start")
-    start = sys.modules["baselines.run_start"]
+    start = load("baselines.run_start")
     data, ends, classes = start.read_records(str(tiny_coco.json), str(tiny_coco.images))
     assert classes == 3 and len(ends) == 2
     record = start.pickle.loads(data[: ends[0]])

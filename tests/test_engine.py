@@ -21,14 +21,6 @@ from plaintrain import engine
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg, get_value
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.engine import (
-    build_writers,
-    create_ddp_model,
-    default_argument_parser,
-    default_setup,
-    default_writers,
-    require_default,
-)
 from plaintrain.modeling import build_model
 from plaintrain.structures import BoxMode
 from plaintrain.trial import finish_dry_run
@@ -101,7 +93,7 @@ def setup(output, *overrides, freeze=False, **args):
     cfg = make_cfg(output, *overrides)
     if freeze:
         cfg.freeze()
-    default_setup(cfg, Namespace(**args))
+    engine.default_setup(cfg, Namespace(**args))
     return cfg
 
 
@@ -113,7 +105,7 @@ def load_saved(output):
 
 
 def setup_error(output, *overrides, **args):
-    """Return the message of the `UserError` that `default_setup` must raise."""
+    """Return the message of the `UserError` that `engine.default_setup` must raise."""
     with pytest.raises(UserError) as error:
         setup(output, *overrides, **args)
     assert "\n" not in str(error.value)
@@ -152,7 +144,7 @@ def register(name, *, classes=("circle", "square", "triangle"), file_name="shape
 
 
 def test_parser_takes_flags_and_then_overrides():
-    parser = default_argument_parser()
+    parser = engine.default_argument_parser()
     line = "--config-file a.yaml --resume --eval-only --debug --num-gpus 2 --num-machines 3 --machine-rank 1"
     line += " --overfit 4 --dry-run --quiet --dist-url tcp://h:1 SEED -1 MODEL.WEIGHTS"
     switches = dict.fromkeys(("resume", "eval_only", "dry_run", "quiet", "debug"), True)
@@ -164,7 +156,7 @@ def test_parser_takes_flags_and_then_overrides():
 @pytest.mark.parametrize("flag", [["--resume"], ["--num-gpus", "2"], ["--config-file=a.yaml"]])
 def test_parser_rejects_a_flag_after_an_override(capsys, flag):
     with pytest.raises(SystemExit) as stop:
-        default_argument_parser().parse_args(["SOLVER.BASE_LR", "0.1", *flag])
+        engine.default_argument_parser().parse_args(["SOLVER.BASE_LR", "0.1", *flag])
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert flag[0] in text and "SOLVER.BASE_LR" in text and "first" in text
@@ -396,10 +388,10 @@ def test_setup_errors_name_missing_weights_and_bad_folders(output):
 
 def test_require_default_rejects_a_key_that_a_script_does_not_read():
     cfg = get_cfg()
-    require_default(cfg, "WORKFLOW", "it is")
+    engine.require_default(cfg, "WORKFLOW", "it is")
     cfg.merge_from_list(["WORKFLOW", [["train", 2]]])
     with pytest.raises(UserError, match=r"WORKFLOW is \[\['train', 2\]\], .* must be \[\['train', 1\]\]: no"):
-        require_default(cfg, "WORKFLOW", "no")
+        engine.require_default(cfg, "WORKFLOW", "no")
 
 
 def test_overfit_trains_and_tests_on_the_same_images(output):
@@ -450,7 +442,7 @@ def test_two_ranks_report_an_error_once(tmp_path):
 
 def test_ddp_shares_gradients_without_copies_and_sends_no_buffers(monkeypatch):
     model = torch.nn.Linear(1, 1)
-    assert create_ddp_model(model) is model
+    assert engine.create_ddp_model(model) is model
 
     def wrap(model, device_ids, gradient_as_bucket_view, broadcast_buffers=True):
         return device_ids, gradient_as_bucket_view, broadcast_buffers
@@ -464,22 +456,22 @@ def test_ddp_shares_gradients_without_copies_and_sends_no_buffers(monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     for wrapper in (wrap, wrap_since_2_14):
         monkeypatch.setattr(engine, "DistributedDataParallel", wrapper)
-        assert create_ddp_model(model) == (None, True, False)
+        assert engine.create_ddp_model(model) == (None, True, False)
 
 
 def test_build_writers_takes_those_of_the_config_on_rank_0_only(tmp_path, monkeypatch):
     cfg = get_cfg()
-    types = [type(writer) for writer in default_writers(str(tmp_path), 10)]
+    types = [type(writer) for writer in engine.default_writers(str(tmp_path), 10)]
     assert types == [CommonMetricPrinter, JSONWriter, TensorboardXWriter]
     cfg.merge_from_list(["OUTPUT.WRITERS", ("csv",), "OUTPUT_DIR", str(tmp_path)])
-    (writer,) = build_writers(cfg)
+    (writer,) = engine.build_writers(cfg)
     with EventStorage(0) as storage:
         storage.put_scalars(total_loss=1.5)
         writer.write()
         writer.close()
     assert os.listdir(tmp_path) == ["metrics.csv"]
     monkeypatch.setattr("plaintrain.utils.comm.get_rank", lambda: 1)
-    assert default_writers(str(tmp_path), 10) == [] == build_writers(cfg)
+    assert engine.default_writers(str(tmp_path), 10) == [] == engine.build_writers(cfg)
 
 
 def test_atomic_write_of_bytes_is_whole_after_an_interrupt_or_on_a_full_disk(tmp_path):

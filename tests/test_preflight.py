@@ -43,6 +43,9 @@ def error_message(cfg, *overrides, **kwargs):
     return str(error.value)
 
 
+NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+
+
 def settle_keypoints(cfg, *overrides):
     cfg.merge_from_list(["MODEL.KEYPOINT_ON", True, *overrides])
     cfg.freeze()
@@ -62,17 +65,13 @@ def test_num_keypoints_must_be_set_for_a_dataset_without_names(cfg):
     MetadataCatalog.get("few_shapes").set(thing_classes=["circle"], keypoint_names=None)
     with pytest.raises(UserError, match="names no keypoints"):
         settle_keypoints(cfg.clone())
-    assert settle_keypoints(cfg, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 4) == 4
+    assert settle_keypoints(cfg, NUM_KEYPOINTS, 4) == 4
 
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        (
-            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
-            17,
-            r"NUM_KEYPOINTS is 17, but the dataset few_shapes has 4 .* bottom",
-        ),
+        (NUM_KEYPOINTS, 17, r"NUM_KEYPOINTS is 17, but the dataset few_shapes has 4 .* bottom"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [], "KEYPOINT_OKS_SIGMAS must be 4 positive numbers"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [0.05] * 3, "KEYPOINT_OKS_SIGMAS must be 4 positive numbers"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [0.05, 0.0, 0.05, 0.05], r"must be 4 positive numbers.*0\.0"),
@@ -87,17 +86,18 @@ def test_keypoint_errors_name_the_key(cfg, key, value, words):
     settle_num_classes(cfg, eval_only=False)
 
 
-def test_test_set_that_cannot_be_scored_is_rejected(cfg):
+def test_test_set_that_cannot_be_scored_or_is_missing_is_rejected(cfg):
     register_boxes("odd_test", 1, thing_classes=["one"])
     message = error_message(cfg, "DATASETS.TEST", ("odd_test",))
     assert "image 3 of odd_test has category_id 1, but" in message
+    assert "--eval-only needs DATASETS.TEST" in error_message(cfg, *NO_TESTS, eval_only=True)
 
 
 def test_validation_losses_of_masks_need_segmentations(cfg):
     register_boxes("boxes", 0, thing_classes=class_names("few_shapes"), evaluator_type="coco")
     check(cfg, "DATASETS.TEST", ("boxes",), "MODEL.MASK_ON", True)
-    for key, value in (("TEST.VAL_LOSS_PERIOD", 5), ("WORKFLOW", [["train", 1], ["val", 1]])):
-        message = error_message(cfg.clone(), key, value)
+    for setting in (LOSS_PERIOD, VAL_FLOW):
+        message = error_message(cfg.clone(), *setting)
         assert "MODEL.MASK_ON needs a segmentation of every object" in message
 
 
@@ -180,8 +180,8 @@ def test_values_out_of_range_are_rejected(cfg, key, value, bounds):
     assert error_message(cfg, key, value) == f"{key} is {value}, but must be {bounds}"
 
 
-LOSS_PERIOD = ("TEST.VAL_LOSS_PERIOD", 5)
-VAL_FLOW = ("WORKFLOW", [["train", 1], ["val", 1]])
+LOSS_PERIOD, VAL_FLOW = ("TEST.VAL_LOSS_PERIOD", 5), ("WORKFLOW", [["train", 1], ["val", 1]])
+NO_TESTS = ("DATASETS.TEST", ())
 
 
 @pytest.mark.parametrize(
@@ -191,17 +191,14 @@ VAL_FLOW = ("WORKFLOW", [["train", 1], ["val", 1]])
         (["SOLVER.MOMENTUM_SCHEDULE", [[0, 1.5]]], "SOLVER.MOMENTUM_SCHEDULE has the momentum 1.5"),
         (["WORKFLOW", [["val", 1]]], "WORKFLOW is [['val', 1]], which never trains"),
         (
-            [*LOSS_PERIOD, "DATASETS.TEST", ()],
-            "TEST.VAL_LOSS_PERIOD or a val flow in WORKFLOW is set, but DATASETS.TEST is empty",
+            [*LOSS_PERIOD, *NO_TESTS],
+            "VAL_LOSS_PERIOD or a val flow in WORKFLOW is set, but DATASETS.TEST is empty",
         ),
-        (
-            ["TEST.BEST_METRIC", "auto", "DATASETS.TEST", ()],
-            "TEST.BEST_METRIC is set, but DATASETS.TEST is empty",
-        ),
+        (["TEST.BEST_METRIC", "auto", *NO_TESTS], "TEST.BEST_METRIC is set, but DATASETS.TEST is empty"),
         (["TEST.EVAL_START", 3], "TEST.EVAL_START is 3, but TEST.EVAL_PERIOD is 0: set it too"),
         (
             ["TEST.BEST_METRIC", "val/total_loss"],
-            "TEST.BEST_METRIC is val/total_loss, but no validation losses are computed: set",
+            "is val/total_loss, but no validation losses are computed: set",
         ),
         (["SOLVER.PATIENCE", 3, "TEST.EVAL_PERIOD", 5], "SOLVER.PATIENCE is 3: it needs TEST.BEST_METRIC"),
         (["SOLVER.PATIENCE", 3, "TEST.BEST_METRIC", "auto"], "SOLVER.PATIENCE is 3: it needs"),
@@ -226,8 +223,3 @@ def test_settings_that_contradict_each_other_are_rejected_before_training_only(c
 )
 def test_settings_that_agree_are_accepted(cfg, overrides):
     check(cfg, *overrides)
-
-
-def test_eval_only_needs_a_test_set(cfg):
-    message = error_message(cfg, "DATASETS.TEST", (), eval_only=True)
-    assert "--eval-only needs DATASETS.TEST" in message

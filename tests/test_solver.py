@@ -8,15 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from plaintrain import solver
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
-from plaintrain.solver import (
-    build_gradient_clipper,
-    build_lr_scheduler,
-    build_optimizer,
-    lr_factor,
-    momentum_at,
-)
 from plaintrain.utils.errors import UserError
 
 POINTS = [[4, 0.8], [8, 0.6], [10, 0.9]]
@@ -118,7 +112,7 @@ _SCHEDULES = {
 def test_lr_factor_is_detectron2s(name, warmup_iters, method, rescale):
     keys, schedule = _SCHEDULES[name]
     warmup = {"WARMUP_ITERS": warmup_iters, "WARMUP_FACTOR": 0.01, "WARMUP_METHOD": method}
-    factor = lr_factor(make_cfg(BASE_LR=0.02, MAX_ITER=90, RESCALE_INTERVAL=rescale, **warmup, **keys))
+    factor = solver.lr_factor(make_cfg(BASE_LR=0.02, MAX_ITER=90, RESCALE_INTERVAL=rescale, **warmup, **keys))
     length = min(warmup_iters / 90, 1.0)
     expected = [reference_factor(i / 90, schedule, length, method, rescale) for i in range(91)]
     assert [factor(i) for i in range(91)] == pytest.approx(expected, rel=1e-9)
@@ -132,14 +126,14 @@ def test_lr_steps_fall_on_their_iteration_however_the_division_rounds(schedule):
         for max_iter in (*range(parts, 400, 7 * parts), 49, 107, 90_000, 270_000):
             steps = tuple(math.ceil(k * max_iter / parts) for k in range(1, parts))
             keys = schedule | {"STEPS": steps, "NUM_DECAYS": parts - 1, "GAMMA": 0.5}
-            factor = lr_factor(make_cfg(MAX_ITER=max_iter, WARMUP_ITERS=0, **keys))
+            factor = solver.lr_factor(make_cfg(MAX_ITER=max_iter, WARMUP_ITERS=0, **keys))
             for k, step in enumerate(steps, start=1):
                 assert (factor(step - 1), factor(step)) == (0.5 ** (k - 1), 0.5**k), (parts, max_iter, k)
 
 
 def test_lr_steps_beyond_the_end_are_reported_and_ignored(log):
     cfg = make_cfg(MAX_ITER=10, STEPS=(5, 20), WARMUP_ITERS=0)
-    factor = build_lr_scheduler(cfg, torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)).factor
+    factor = solver.build_lr_scheduler(cfg, torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)).factor
     assert [factor(i) for i in (4, 5, 10, 30)] == [1.0, 0.1, 0.1, 0.1]
     assert "20" in log.text and "MAX_ITER" in log.text
 
@@ -171,9 +165,9 @@ def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name, be
 
     def build(**changed):
         model, cfg = SmallModel(), make_cfg(MOMENTUM_INTERPOLATION="cosine", **keys, **changed)
-        optimizer = build_optimizer(cfg, model)
+        optimizer = solver.build_optimizer(cfg, model)
         bases = [group["lr"] for group in optimizer.param_groups]
-        scheduler = build_lr_scheduler(cfg, optimizer)
+        scheduler = solver.build_lr_scheduler(cfg, optimizer)
         checkpointer = DetectionCheckpointer(model, str(tmp_path), optimizer=optimizer, scheduler=scheduler)
         return model, optimizer, scheduler, checkpointer, bases
 
@@ -182,13 +176,13 @@ def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name, be
         for iteration in iterations:
             rates = [group["lr"] for group in optimizer.param_groups]
             assert rates == pytest.approx([base * factor(iteration) for base in bases])
-            assert set(momenta(optimizer)) == {momentum_at(points, "cosine")(iteration)}
+            assert set(momenta(optimizer)) == {solver.momentum_at(points, "cosine")(iteration)}
             # A momentum that stays is not logged.
             logged = {"momentum": momenta(optimizer)[0]} if "MOMENTUM_SCHEDULE" in momentum else {}
             assert scheduler.scalars() == {"lr": rates[0], **logged}
             _train(model, optimizer, scheduler, 1)
 
-    factor = lr_factor(make_cfg(**keys))
+    factor = solver.lr_factor(make_cfg(**keys))
     model, optimizer, scheduler, checkpointer, bases = build(BASE_LR=0.01, **before)
     check_and_train(range(5), before)
     checkpointer.save("model_0000004", iteration=4)
@@ -215,10 +209,10 @@ def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name, be
     ],
 )
 def test_momentum_at_interpolates_between_the_points(interpolation, table):
-    momentum = momentum_at(POINTS, interpolation)
+    momentum = solver.momentum_at(POINTS, interpolation)
     assert {i: momentum(i) for i in table} == pytest.approx(table, abs=1e-7)
     assert [momentum(i) for i in (0, 3, 11, 1000)] == [0.8, 0.8, 0.9, 0.9]
-    assert [momentum_at([[5, 0.7]], interpolation)(i) for i in (0, 5, 6)] == [0.7] * 3
+    assert [solver.momentum_at([[5, 0.7]], interpolation)(i) for i in (0, 5, 6)] == [0.7] * 3
 
 
 def test_param_groups_of_norms_biases_and_the_backbone():
@@ -234,7 +228,7 @@ def test_param_groups_of_norms_biases_and_the_backbone():
         "head.fc.weight": (0.1, 0.01),
         "head.fc.bias": (0.2, 0.0003),
     }
-    optimizer = build_optimizer(make_cfg(**keys, WEIGHT_DECAY_BIAS=0.0003), model)
+    optimizer = solver.build_optimizer(make_cfg(**keys, WEIGHT_DECAY_BIAS=0.0003), model)
     found = settings(optimizer, model)
     assert set(found) == {name for name, _ in model.named_parameters()}
     for name, values in expected.items():
@@ -242,9 +236,9 @@ def test_param_groups_of_norms_biases_and_the_backbone():
     # As few as there are different settings.
     assert len(optimizer.param_groups) == len(set(found.values()))
     alike = make_cfg(WEIGHT_DECAY=0.1, WEIGHT_DECAY_NORM=0.1)
-    assert len(build_optimizer(alike, model).param_groups) == 1
+    assert len(solver.build_optimizer(alike, model).param_groups) == 1
     # By default, biases decay like the weights of their layer.
-    found = settings(build_optimizer(make_cfg(**keys), model), model)
+    found = settings(solver.build_optimizer(make_cfg(**keys), model), model)
     assert found["head.fc.bias"] == pytest.approx((0.2, 0.01))
     assert found["backbone.bn.bias"] == pytest.approx((0.1, 0.002))
 
@@ -254,11 +248,11 @@ def test_param_groups_have_a_shared_parameter_once_and_a_frozen_one_never():
     model.head["fc"] = nn.Linear(4, 4)
     model.head["fc"].weight = model.backbone["fc"].weight
     model.head["again"] = model.head["out"]
-    optimizer = build_optimizer(make_cfg(BACKBONE_MULTIPLIER=0.5), model)
+    optimizer = solver.build_optimizer(make_cfg(BACKBONE_MULTIPLIER=0.5), model)
     found = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
     model.backbone.requires_grad_(False)
-    found = settings(build_optimizer(make_cfg(), model), model)
+    found = settings(solver.build_optimizer(make_cfg(), model), model)
     assert set(found) == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -273,7 +267,7 @@ def test_param_groups_have_a_shared_parameter_once_and_a_frozen_one_never():
 def test_optimizer_steps_equal_those_of_torch(keys, expected_type, options):
     model = nn.Linear(4, 4)
     other = copy.deepcopy(model)
-    optimizer = build_optimizer(make_cfg(BASE_LR=0.1, WEIGHT_DECAY=0.02, **keys), model)
+    optimizer = solver.build_optimizer(make_cfg(BASE_LR=0.1, WEIGHT_DECAY=0.02, **keys), model)
     expected = expected_type(other.parameters(), lr=0.1, weight_decay=0.02, fused=False, **options)
     for i in range(3):
         for parameter, twin in zip(model.parameters(), other.parameters(), strict=True):
@@ -286,20 +280,20 @@ def test_optimizer_steps_equal_those_of_torch(keys, expected_type, options):
 
 
 def _build_optimizer(cfg, trains=True):
-    build_optimizer(cfg, SmallModel().requires_grad_(trains))
+    solver.build_optimizer(cfg, SmallModel().requires_grad_(trains))
 
 
 def _build_momentum(cfg):
-    momentum_at(cfg.SOLVER.MOMENTUM_SCHEDULE, "linear")
+    solver.momentum_at(cfg.SOLVER.MOMENTUM_SCHEDULE, "linear")
 
 
 @pytest.mark.parametrize(
     ("build", "keys", "words"),
     [
-        (lr_factor, {"LR_SCHEDULER_NAME": "Cosine"}, "LR_SCHEDULER_NAME is 'Cosine'.*WarmupCosineLR"),
-        (lr_factor, {"MAX_ITER": 0}, "SOLVER.MAX_ITER must be >= 1.*not 0 and"),
-        (lr_factor, {"WARMUP_ITERS": -1}, "SOLVER.WARMUP_ITERS >= 0, .* and -1"),
-        (lr_factor, {**COSINE, "BASE_LR": 0.0}, "SOLVER.BASE_LR"),
+        (solver.lr_factor, {"LR_SCHEDULER_NAME": "Cosine"}, "LR_SCHEDULER_NAME is 'Cosine'.*WarmupCosineLR"),
+        (solver.lr_factor, {"MAX_ITER": 0}, "SOLVER.MAX_ITER must be >= 1.*not 0 and"),
+        (solver.lr_factor, {"WARMUP_ITERS": -1}, "SOLVER.WARMUP_ITERS >= 0, .* and -1"),
+        (solver.lr_factor, {**COSINE, "BASE_LR": 0.0}, "SOLVER.BASE_LR"),
         (functools.partial(_build_optimizer, trains=False), {}, "FREEZE_AT"),
         (_build_optimizer, {"OPTIMIZER": "Adam"}, "SOLVER.OPTIMIZER.*'Adam'.*SGD.*AdamW"),
         (_build_optimizer, {"NESTEROV": True, "MOMENTUM": 0.0}, r"SOLVER\.\*"),
@@ -342,7 +336,7 @@ def test_clipper_clips_gradients_and_returns_the_norm_before(kind, norm_type, fi
     keys = {"CLIP_GRADIENTS__ENABLED": True, "CLIP_GRADIENTS__CLIP_TYPE": kind}
     keys["CLIP_GRADIENTS__NORM_TYPE"] = norm_type
     model = clipping_model()
-    scalars = build_gradient_clipper(make_cfg(**keys, CLIP_GRADIENTS__CLIP_VALUE=3.5), model)()
+    scalars = solver.build_gradient_clipper(make_cfg(**keys, CLIP_GRADIENTS__CLIP_VALUE=3.5), model)()
     assert model[0].grad.tolist() == pytest.approx(first, abs=1e-5)
     assert model[1].grad.tolist() == pytest.approx(second, abs=1e-5)
     assert model[2].grad is None and model[3].grad is None
@@ -351,14 +345,14 @@ def test_clipper_clips_gradients_and_returns_the_norm_before(kind, norm_type, fi
     assert norm.item() == pytest.approx(before)
     # Below the limit they are left alone.
     model = clipping_model()
-    build_gradient_clipper(make_cfg(**keys, CLIP_GRADIENTS__CLIP_VALUE=100.0), model)()
+    solver.build_gradient_clipper(make_cfg(**keys, CLIP_GRADIENTS__CLIP_VALUE=100.0), model)()
     assert model[0].grad.tolist() == pytest.approx([3.0, -4.0])
     assert model[1].grad.tolist() == pytest.approx([0.0, 12.0])
 
 
 def test_clipper_that_is_off_returns_the_norm_only():
     model = clipping_model()
-    clip_gradients = build_gradient_clipper(make_cfg(CLIP_GRADIENTS__CLIP_VALUE=0.1), model)
+    clip_gradients = solver.build_gradient_clipper(make_cfg(CLIP_GRADIENTS__CLIP_VALUE=0.1), model)
     assert clip_gradients()["grad_norm"].item() == pytest.approx(13.0)
     assert model[0].grad.tolist() == [3.0, -4.0]
     assert model[1].grad.tolist() == [0.0, 12.0]
