@@ -34,7 +34,8 @@ def detections_of(rows, images=1):
 A, B, NEAR_B, BADLY_B, FAR = [0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 4], [20, 0, 30, 2], [80, 80, 90, 90]
 # A recall of a half is reached at 51 of 101 points.
 HALF = 100 * 51 / 101
-LATE, TWICE = (HALF / 2, 50 - HALF / 2), 50 / 3.03
+LATE = (HALF / 2, 50 - HALF / 2)
+TWICE = 50 / 3.03
 # Type of error: label of the object B (None: no object B), detections (box, score, label), AP, the AP gained
 # by fixing each type, by dropping all wrong detections, and by removing all objects that are not found.
 CASES = {

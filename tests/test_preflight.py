@@ -180,7 +180,8 @@ def test_values_out_of_range_are_rejected(cfg, key, value, bounds):
     assert error_message(cfg, key, value) == f"{key} is {value}, but must be {bounds}"
 
 
-LOSS_PERIOD, VAL_FLOW = ("TEST.VAL_LOSS_PERIOD", 5), ("WORKFLOW", [["train", 1], ["val", 1]])
+LOSS_PERIOD = ("TEST.VAL_LOSS_PERIOD", 5)
+VAL_FLOW = ("WORKFLOW", [["train", 1], ["val", 1]])
 NO_TESTS = ("DATASETS.TEST", ())
 
 

@@ -36,13 +36,10 @@ def test_metrics_are_series_and_what_is_cut_off_is_left_out(tmp_path):
     assert series["a"][0] == [1, 3] and series["a"][1][0] == 7 and math.isnan(series["a"][1][1])
 
 
-def test_the_name_of_a_result_has_three_parts():
+def test_a_whole_run_and_the_names_of_its_results(tmp_path):
     assert run_folder.split_result("bbox/AP") == ("", "bbox", "AP")
     assert run_folder.split_result("my/set/segm/AP-a/b") == ("my/set", "segm", "AP-a/b")
     assert run_folder.split_result("val/total_loss") is None and run_folder.split_result("lr") is None
-
-
-def test_a_whole_run(tmp_path):
     folder = make_run(tmp_path / "run")
     assert len(run_folder.read_metrics(folder)["lr"][0]) == 100
     assert run_folder.run_state(folder) == ("finished", 199, 200)
@@ -113,13 +110,10 @@ def test_smoothing_starts_at_the_first_value_and_passes_over_gaps():
     assert smooth([1.0, 5.0], 0) == [1, 5]
 
 
-def test_a_thinned_curve_keeps_its_last_point():
+def test_a_thinned_curve_keeps_its_last_point_and_one_that_falls_far_is_logarithmic():
     x, y = thin(list(range(1000)), list(range(1000)), 100)
     assert len(x) == 100 and x[-1] == y[-1] == 999
     assert thin([1], [2]) == ([1], [2])
-
-
-def test_a_logarithmic_scale_is_for_values_that_fall_far():
     assert wants_log([{"y": [100.0, 10.0, 1.0]}])
     assert not any(wants_log([{"y": y}]) for y in ([2.0, 1.0], [100.0, 0.0], []))
 
