@@ -42,19 +42,6 @@ def load(request):
     return load_benchmark
 
 
-def check(path, what):
-    """What every report has, and its numbers: what was measured, and met or not."""
-    result = json.loads(path.read_text())
-    assert result["command"].startswith(f"python scripts/benchmark.py {what} --quick")
-    assert {"cpu", "cores", "python", "torch", "torchvision"} <= set(result["machine"])
-    rows = {name: row for table in result["tables"].values() for name, row in table.items()}
-    assert ROWS[what] <= set(rows) and all(row.get("same results", True) for row in rows.values())
-    numbers = [row[key] for row in rows.values() for key in ("median", "lowest", "times less") if key in row]
-    assert len(numbers) > 2 and all(isinstance(number, float) and 0 < number < 1e9 for number in numbers)
-    assert all(target["measured"] >= 0 and target["met"] in (True, False) for target in result["targets"])
-    return result["tables"]
-
-
 LONG = [pytest.param(what, marks=pytest.mark.long) for what in ROWS if what != SMOKE]
 
 
@@ -73,7 +60,15 @@ def test_every_benchmark_measures_at_its_smallest_size(what, tmp_path):
     env = {"PLAINTRAIN_DATASETS": str(tmp_path)}
     done = run_script(*command, folder=tmp_path, cwd=ROOT, env=env, faults=processor)
     assert done.code == 0, done.output
-    assert all(title in done.output for title in check(tmp_path / "out.json", what))
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["command"].startswith(f"python scripts/benchmark.py {what} --quick")
+    assert {"cpu", "cores", "python", "torch", "torchvision"} <= set(result["machine"])
+    assert all(title in done.output for title in result["tables"])
+    rows = {name: row for table in result["tables"].values() for name, row in table.items()}
+    assert ROWS[what] <= set(rows) and all(row.get("same results", True) for row in rows.values())
+    numbers = [row[key] for row in rows.values() for key in ("median", "lowest", "times less") if key in row]
+    assert len(numbers) > 2 and all(isinstance(number, float) and 0 < number < 1e9 for number in numbers)
+    assert all(target["measured"] >= 0 and target["met"] in (True, False) for target in result["targets"])
 
 
 def set_bfloat16(has_it):

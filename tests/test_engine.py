@@ -81,16 +81,11 @@ def output(tmp_path):
     return tmp_path / "output"
 
 
-def make_cfg(output, *overrides):
-    """Return a config that trains on four declared images and tests on two."""
+def setup(output, *overrides, freeze=False, **args):
+    """Set up a run that trains on four declared images and tests on two; returns its config."""
     cfg = get_cfg()
     cfg.merge_from_other_cfg(rank_functions.TINY_CONFIG)
     cfg.merge_from_list(["OUTPUT_DIR", str(output), *overrides])
-    return cfg
-
-
-def setup(output, *overrides, freeze=False, **args):
-    cfg = make_cfg(output, *overrides)
     if freeze:
         cfg.freeze()
     engine.default_setup(cfg, Namespace(**args))
@@ -122,10 +117,8 @@ def leave_run(folder):
 
 def contents(folder):
     """Return {path: text} of every file under a folder."""
-    folder = Path(folder)
-    return {
-        str(p.relative_to(folder)): p.read_bytes().decode("latin-1") for p in folder.rglob("*") if p.is_file()
-    }
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes().decode("latin-1") for path in files}
 
 
 def assert_only_log_grew(folder):
@@ -213,20 +206,19 @@ def test_seed_is_drawn_saved_and_reused_on_resume_only(output):
     assert setup(output).SEED not in (0, cfg.SEED)
 
 
-def test_setup_seeds_all_generators(tmp_path):
-    def draws(folder, seed):
-        setup(tmp_path / folder, "SEED", seed)
-        return random.random(), np.random.rand(), torch.rand(()).item()
-
-    first, again, other = draws("a", "5"), draws("b", "5"), draws("c", "6")
-    assert first == again
-    assert all(a != b for a, b in zip(first, other, strict=True))
-    # SEED and a rank may add up to more than NumPy takes.
-    seed_all_rng(2**40)
-
-
 def draw():
     return random.random(), float(np.random.rand()), float(np.random.randn()), torch.rand(2).tolist()
+
+
+def test_setup_seeds_all_generators(tmp_path):
+    draws = []
+    for seed in ("5", "5", "6"):
+        setup(tmp_path / f"run {len(draws)}", "SEED", seed)
+        draws.append(draw())
+    assert draws[0] == draws[1]
+    assert all(a != b for a, b in zip(*draws[1:], strict=True))
+    # SEED and a rank may add up to more than NumPy takes.
+    seed_all_rng(2**40)
 
 
 def test_generators_continue_from_a_checkpoint_that_is_resumed_only(tmp_path):
@@ -280,17 +272,13 @@ def test_earlier_run_is_moved_to_old_1_and_then_old_2(output):
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-def test_weights_of_the_earlier_run_are_followed_when_it_is_moved(tmp_path, monkeypatch, freeze):
+def test_weights_follow_the_run_that_is_moved_and_others_stay(tmp_path, monkeypatch, freeze):
     monkeypatch.chdir(tmp_path)
     output = Path("out") if freeze else tmp_path / "out"
     leave_run(output)
     cfg = setup(output, "MODEL.WEIGHTS", str(output / "model_final.pth"), freeze=freeze)
     assert Path(cfg.MODEL.WEIGHTS).read_bytes().decode("latin-1") == WEIGHTS
     assert cfg.is_frozen() is freeze and load_saved(output).MODEL.WEIGHTS == cfg.MODEL.WEIGHTS
-
-
-def test_weights_that_are_no_file_of_the_run_stay_where_they_are(output):
-    leave_run(output)
     weights = output / "pretrained.pth"
     weights.write_bytes(WEIGHTS.encode("latin-1"))
     assert str(weights) == setup(output, "MODEL.WEIGHTS", str(weights)).MODEL.WEIGHTS

@@ -164,9 +164,9 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def hide_plaintrain():
-    """Run the example without plaintrain."""
-    for name in ["plaintrain", *(name for name in sys.modules if name.startswith("plaintrain."))]:
+def hide(package):
+    """Let nothing import a package."""
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         sys.modules[name] = None
 
 
@@ -177,7 +177,7 @@ def test_a_run_is_exported_checked_and_used_without_plaintrain(run_folder, tmp_p
     assert "largest" in output and "model.onnx: SSD, 0.4 MB, any batch\n" in output
     image = run_folder / "1.png"
     command = [PREDICT, run_folder / "model.onnx", image, "--threshold", "0", "--output", tmp_path]
-    output = script_output(*command, folder=tmp_path, faults=hide_plaintrain)
+    output = script_output(*command, folder=tmp_path, faults=functools.partial(hide, "plaintrain"))
     _, model = make("ssd")
     model.score_thresh = 0.1
     with torch.no_grad():
@@ -233,12 +233,8 @@ def test_wrong_inputs_end_with_one_sentence(run_folder, tmp_path, args, message)
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime"])
 def test_a_missing_extra_is_said_before_the_work_begins(run_folder, tmp_path, module):
     words = f'ONNX needs {module}: pip install "plaintrain[export]"'
-    hide = functools.partial(hide_module, module)
-    assert_refused("export_model.py", [run_folder], words, tmp_path, codes=[1], faults=hide)
-
-
-def hide_module(name):
-    sys.modules[name] = None
+    faults = functools.partial(hide, module)
+    assert_refused("export_model.py", [run_folder], words, tmp_path, codes=[1], faults=faults)
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ import re
 import sys
 from functools import cache
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from processes import ROOT
@@ -158,14 +159,8 @@ def test_what_does_not_exist_is_found(span):
     assert wrong_span(span)
 
 
-def first_sentence(path):
-    """What a file says of itself, without addresses."""
-    paragraph = (ast.get_docstring(parsed(path)) or "").split("\n\n")[0].replace("\n", " ")
-    return re.sub(r" \(https?://[^)]+\)", "", paragraph)
-
-
 def tree():
-    """Every Python file of the project but the tests', one line each."""
+    """Every Python file of the project but the tests', with its first sentence without addresses."""
     lines = []
     for folder in ("scripts", "scripts/benchmarks", "examples", "plaintrain", "plaintrain/*"):
         for path in sorted(ROOT.glob(f"{folder}/*.py"), key=lambda path: (path.parent, path.name)):
@@ -173,7 +168,9 @@ def tree():
                 continue
             if f"{path.parent.relative_to(ROOT)}/" not in lines:
                 lines.append(f"{path.parent.relative_to(ROOT)}/")
-            lines.append(f"  {path.name:<22} {first_sentence(path)}")
+            paragraph = (ast.get_docstring(parsed(path)) or "").split("\n\n")[0].replace("\n", " ")
+            sentence = re.sub(r" \(https?://[^)]+\)", "", paragraph)
+            lines.append(f"  {path.name:<22} {sentence}")
     return "\n".join(lines)
 
 
@@ -224,32 +221,22 @@ def test_the_readme_shows_the_loop_as_it_is_and_small_pictures():
     assert pictures and all((ROOT / name).stat().st_size < 150_000 for name in pictures)
 
 
-def commands():
-    """(page, script, flags) of each command in the pages."""
-    for page in PAGES:
-        text = re.sub(r"\\\n\s*", " ", read(page))
-        for command in re.findall(r"python ((?:scripts|examples)/[\w/]+\.py[^\n`|#]*)", text):
-            script, *words = command.split()
-            yield page.name, script, [word.split("=")[0] for word in words if word.startswith("--")]
-
-
 def test_the_commands_of_the_pages_name_scripts_and_flags_that_exist():
-    found = list(commands())
+    texts = [re.sub(r"\\\n\s*", " ", read(page)) for page in PAGES]
+    found = re.findall(r"python ((?:scripts|examples)/[\w/]+\.py[^\n`|#]*)", "\n".join(texts))
     assert len(found) > 30
-    for page, script, flags in found:
-        assert (ROOT / script).is_file(), (page, script)
+    for command in found:
+        script, *words = command.split()
+        assert (ROOT / script).is_file(), command
+        flags = [word.split("=")[0] for word in words if word.startswith("--")]
         # What a benchmark measures is a command with flags of its own.
         known = set(flags) if "bench" in script else help_flags(script)
-        assert [flag for flag in flags if flag not in known] == [], (page, script)
+        assert [flag for flag in flags if flag not in known] == [], command
 
 
 def test_the_writer_of_the_guide_sends_what_is_new_and_has_at_most_25_lines(monkeypatch):
-    sent, finished = [], []
-    run = SimpleNamespace(log=lambda row, step: sent.append((step, row)), finish=lambda: finished.append(1))
-    begun = []
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **known: begun.append(known) or run)
-    )
+    wandb = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     code, use = re.findall(r"```python\n(.*?)```", read("docs/WRITERS.md"), re.S)
     assert len(code.splitlines()) + len(use.splitlines()) <= 25
     names = {"cfg": get_cfg(), "writers": [], "comm": SimpleNamespace(is_main_process=lambda: True)}
@@ -264,8 +251,11 @@ def test_the_writer_of_the_guide_sends_what_is_new_and_has_at_most_25_lines(monk
         storage.put_scalars(total_loss=1.0, **{"cells/bbox/AP": 40.0}, smoothing_hint=True)
         writer.write()
     writer.close()
+    run, begun = wandb.init.return_value, wandb.init.call_args.kwargs
+    sent = [(call.kwargs["step"], *call.args) for call in run.log.call_args_list]
     assert sent == [(0, {"total_loss": 2.0, "lr": 0.5}), (3, {"total_loss": 1.5, "cells/bbox/AP": 40.0})]
-    assert begun[0]["project"] == "cells" and begun[0]["config"]["SEED"] == -1 and finished == [1]
+    assert begun["project"] == "cells" and begun["config"]["SEED"] == -1
+    assert run.finish.call_count == 1
     main = read("scripts/plain_train_net.py")
     assert "writers, stop = build_writers(cfg)" in main and "from plaintrain.utils import comm" in main
 

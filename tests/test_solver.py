@@ -138,14 +138,6 @@ def test_lr_steps_beyond_the_end_are_reported_and_ignored(log):
     assert "20" in log.text and "MAX_ITER" in log.text
 
 
-def _train(model, optimizer, scheduler, iterations):
-    for _ in range(iterations):
-        model(torch.ones(2, 3, 5, 5)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-
-
 def momenta(optimizer):
     """Return the momentum, or AdamW's beta1, of every group."""
     return [g["betas"][0] if "betas" in g else g["momentum"] for g in optimizer.param_groups]
@@ -180,7 +172,10 @@ def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name, be
             # A momentum that stays is not logged.
             logged = {"momentum": momenta(optimizer)[0]} if "MOMENTUM_SCHEDULE" in momentum else {}
             assert scheduler.scalars() == {"lr": rates[0], **logged}
-            _train(model, optimizer, scheduler, 1)
+            model(torch.ones(2, 3, 5, 5)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
 
     factor = solver.lr_factor(make_cfg(**keys))
     model, optimizer, scheduler, checkpointer, bases = build(BASE_LR=0.01, **before)
