@@ -111,27 +111,14 @@ def collect(args):
     Path(args.folder, f"rank-{rank}.json").write_text(json.dumps(facts, default=torch.Tensor.item))
 
 
-def both_refuse(args):
-    raise UserError("both ranks find this")
-
-
-def rank_1_refuses(args):
-    if comm.get_rank() == 1:
-        raise UserError("only rank 1 finds this")
+def fail(args, ranks, error, waits=False):
+    """Raise an error on some ranks, while the others work or wait for them in a collective."""
+    if comm.get_rank() in ranks:
+        time.sleep(0.3 if waits else 0)
+        raise error
+    if waits:
+        comm.synchronize()
     time.sleep(100)
-
-
-def rank_0_fails_while_1_works(args):
-    if comm.get_rank() == 0:
-        raise RuntimeError("rank 0 broke")
-    time.sleep(100)
-
-
-def rank_1_fails_while_0_waits(args):
-    if comm.get_rank() == 1:
-        time.sleep(0.3)
-        raise RuntimeError("rank 1 broke")
-    comm.synchronize()
 
 
 def rank_1_is_killed(args):

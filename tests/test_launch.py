@@ -6,17 +6,20 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import rank_functions
 import torch
 from processes import Job
-from rank_functions import free_port
+from rank_functions import fail, free_port
 
 from plaintrain.job import find_job
 from plaintrain.launch import launch
 from plaintrain.utils.errors import UserError
 
+RANK_0_FAILS = partial(fail, ranks=(0,), error=RuntimeError("rank 0 broke"))
+RANK_1_FAILS = partial(fail, ranks=(1,), error=RuntimeError("rank 1 broke"), waits=True)
 # A waiting rank would wait for 100 s or, in a collective, for 30 minutes.
 SOON = 20
 
@@ -240,10 +243,10 @@ def test_processes_of_a_scheduler_are_joined(tmp_path, start, local):
 @pytest.mark.parametrize(
     ("main", "words", "tracebacks"),
     [
-        (rank_functions.rank_0_fails_while_1_works, "RuntimeError: rank 0 broke", 1),
-        (rank_functions.rank_1_fails_while_0_waits, "RuntimeError: rank 1 broke", 1),
-        (rank_functions.both_refuse, "error: both ranks find this", 0),
-        (rank_functions.rank_1_refuses, "error: only rank 1 finds this", 0),
+        (RANK_0_FAILS, "RuntimeError: rank 0 broke", 1),
+        (RANK_1_FAILS, "RuntimeError: rank 1 broke", 1),
+        (partial(fail, ranks=(0, 1), error=UserError("both find this")), "error: both find this", 0),
+        (partial(fail, ranks=(1,), error=UserError("only rank 1 does")), "error: only rank 1 does", 0),
     ],
 )
 def test_failing_rank_ends_the_job_which_says_why_once(tmp_path, main, words, tracebacks):
@@ -262,8 +265,8 @@ def test_killed_rank_ends_the_job_and_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("main", "rank", "own", "others"),
     [
-        (rank_functions.rank_0_fails_while_1_works, 0, "RuntimeError: rank 0 broke", "rank 0 failed"),
-        (rank_functions.rank_1_fails_while_0_waits, 1, "RuntimeError: rank 1 broke", "rank 1 failed"),
+        (RANK_0_FAILS, 0, "RuntimeError: rank 0 broke", "rank 0 failed"),
+        (RANK_1_FAILS, 1, "RuntimeError: rank 1 broke", "rank 1 failed"),
         (rank_functions.rank_1_is_killed, 1, "rank 1 was ended by SIGKILL", "rank 1 failed: it was ended by"),
     ],
 )
@@ -276,7 +279,7 @@ def test_failing_rank_ends_the_job_on_the_other_machine_too(tmp_path, main, rank
 @pytest.mark.long
 def test_machine_that_is_late_feels_that_rank_0_has_failed(tmp_path):
     # Rank 0 holds the store, and is gone before the other machine has begun to watch.
-    jobs = run_machines(rank_functions.rank_0_fails_while_1_works, tmp_path, late=1.0)
+    jobs = run_machines(RANK_0_FAILS, tmp_path, late=1.0)
     assert [job.code for job in jobs] == [1, 1]
     assert "RuntimeError: rank 0 broke" in jobs[0].output
 
