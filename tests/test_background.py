@@ -17,15 +17,17 @@ from plaintrain.utils.stop import Stopped
 
 @pytest.mark.parametrize("call", ["check", "wait", "submit"])
 def test_a_failure_is_raised_by_the_next_call_and_ends_what_comes_after(call):
-    background, done, go = Background(), [], threading.Event()
+    background, done, go, failed = Background(), [], threading.Event(), threading.Event()
 
     def fail():
         go.wait(10)
+        failed.set()
         raise UserError("no disk")
 
     background.submit(fail)
     background.submit(done.append, 1)
     go.set()
+    failed.wait(10)
     time.sleep(0.1)
     with pytest.raises(UserError, match="no disk"):
         getattr(background, call)(*([print] if call == "submit" else []))

@@ -34,13 +34,19 @@ IMAGE = load_shapes("val", 8, SIDE, SIDE + 16)[0][5]["file_name"]
 
 def config(*opts):
     """A Mask and Keypoint R-CNN that takes milliseconds, and a dataset that is not there."""
-    few = ["TEST.DETECTIONS_PER_IMAGE", 8, "MODEL.RPN.POST_NMS_TOPK_TEST", 20]
-    few += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "INPUT.MIN_SIZE_TEST", 96]
+    few = ["TEST.DETECTIONS_PER_IMAGE", 8, "MODEL.RPN.POST_NMS_TOPK_TEST", 20, "DATALOADER.NUM_WORKERS", 0]
+    few += [
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        0.0,
+        "INPUT.MIN_SIZE_TEST",
+        96,
+        "TEST.AUG.MIN_SIZES",
+        [64, 96],
+    ]
     cfg = make_cfg(*ARCHITECTURES["mask_keypoint_rcnn"], *few)
-    gone = {"FORMAT": "coco", "JSON": "/no/such.json", "IMAGE_ROOT": "/no"}
-    names = {"TRAIN": ("predict_gone",), "TEST": ("predict_gone",)}
-    cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": {"predict_gone": gone}, **names}})
-    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "TEST.AUG.MIN_SIZES", [64, 96], *opts])
+    gone = {"gone": {"FORMAT": "coco", "JSON": "/no/such.json", "IMAGE_ROOT": "/no"}}
+    cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": gone, "TRAIN": ("gone",), "TEST": ("gone",)}})
+    cfg.merge_from_list(list(opts))
     return cfg
 
 

@@ -165,7 +165,7 @@ def test_several_runs_are_compared(tmp_path, undrawn):
     assert f"<td class={lower}<td class={higher}" in content[content.index('id="scores"') :]
 
 
-def test_cells_of_a_table_are_escaped_and_sortable():
+def test_cells_of_a_table_are_escaped_and_sortable_and_numbers_short():
     rows = [["a<", 1.5, Cell("10 s", 10)], [tag("b", "c"), None, Cell("–", None)]]
     shown = table(["n<", "x", "y"], rows, caption="<c>")
     assert '<th scope="col" class="number" aria-sort="none"><button type="button">x</button></th>' in shown
@@ -173,9 +173,6 @@ def test_cells_of_a_table_are_escaped_and_sortable():
     assert '<td class="number" data-value="10">10 s</td>' in shown and '<td class="number">–</td>' in shown
     assert "<caption>&lt;c&gt;</caption>" in shown and 'aria-label="&lt;c&gt;"' in shown
     assert "<button" not in table(["a"], [["b"]], sortable=False)
-
-
-def test_numbers_are_short_and_what_is_missing_is_a_dash():
     values = {1234567.0: "1,234,567", 0.00012346: "0.0001235", 12.0: "12", None: "–", float("inf"): "–"}
     assert [text(value) for value in values] == [*values.values()]
     assert [score(v) for v in (12.345, None, float("nan"))] == ["12.3", "–", "–"]
