@@ -61,8 +61,8 @@ def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path):
     set_tests(run, "second")
     found, output = run / "inference" / "first" / "coco_instances_results.json", tmp_path / "new" / "a.json"
     options = ["--iou", "0.75", "--score-threshold", "0.92", "--output", output, "--gallery", "1"]
-    given = ["--config-file", run / "config.yaml", "--predictions", found]
-    text = script_output(SCRIPT, *given, *options, folder=tmp_path)
+    sources = ["--config-file", run / "config.yaml", "--predictions", found]
+    text = script_output(SCRIPT, *sources, *options, folder=tmp_path)
     written = json.loads(output.read_text())
     settings = {"iou_threshold": 0.75, "score_threshold": 0.92, "score_threshold_is": "given"}
     assert written["settings"] == settings and written["dataset"] == "second"

@@ -102,7 +102,7 @@ def test_validation_losses_of_masks_need_segmentations(cfg):
 
 
 @pytest.mark.parametrize(
-    ("part", "overrides"),
+    ("section", "overrides"),
     [
         ("RESNETS", []),
         ("FPN", []),
@@ -110,8 +110,8 @@ def test_validation_losses_of_masks_need_segmentations(cfg):
         ("ROI_MASK_HEAD", ["MODEL.MASK_ON", True]),
     ],
 )
-def test_sync_bn_without_gpus_is_rejected_where_the_model_has_it(cfg, part, overrides):
-    assert "SyncBN needs GPUs" in error_message(cfg, f"MODEL.{part}.NORM", "SyncBN", *overrides)
+def test_sync_bn_without_gpus_is_rejected_where_the_model_has_it(cfg, section, overrides):
+    assert "SyncBN needs GPUs" in error_message(cfg, f"MODEL.{section}.NORM", "SyncBN", *overrides)
 
 
 SSD = ["MODEL.META_ARCHITECTURE", "SSD", "MODEL.BACKBONE.NAME", "build_ssd_vgg16_backbone"]

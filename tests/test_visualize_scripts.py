@@ -53,8 +53,8 @@ def count(image, color):
 
 
 def test_annotations_are_drawn_as_files_and_on_a_sheet(call, tmp_path):
-    given = ("--config-file", "seen.yaml", "seen_val", "--num", 4, "--output", "one", "--grid", "all.png")
-    output = call("visualize_data.py", *given)
+    options = ("--config-file", "seen.yaml", "seen_val", "--num", 4, "--output", "one", "--grid", "all.png")
+    output = call("visualize_data.py", *options)
     assert "wrote 4 pictures to one" in output and "wrote 4 pictures to all.png" in output
     assert names_in(tmp_path / "one") == [f"000{i + 1}_{i}.jpg" for i in range(4)]
     for i, record in enumerate(load_shapes("val", 6, 64, 96)[0][:4]):
