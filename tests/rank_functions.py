@@ -56,15 +56,9 @@ def free_port():
 def report(args):
     """Save what this rank knows of itself and of the others."""
     ranks = {"rank": torch.tensor(float(comm.get_rank()))}
-    facts = {
-        "rank": comm.get_rank(),
-        "world_size": comm.get_world_size(),
-        "local_rank": comm.get_local_rank(),
-        "local_size": comm.get_local_size(),
-        "main": comm.is_main_process(),
-        "sum": comm.reduce_dict(ranks, average=False)["rank"].item(),
-    }
-    save(args, facts)
+    facts = {"rank": comm.get_rank(), "world_size": comm.get_world_size(), "main": comm.is_main_process()}
+    facts |= {"local_rank": comm.get_local_rank(), "local_size": comm.get_local_size()}
+    save(args, {**facts, "sum": comm.reduce_dict(ranks, average=False)["rank"].item()})
 
 
 def collect(args):

@@ -177,10 +177,6 @@ def tree():
 _TREE = re.compile(r"(<summary>Every file, one line each</summary>\n\n```\n)(.*?)(\n```)", re.S)
 
 
-def test_the_readme_has_a_line_for_every_file():
-    assert _TREE.search(read("README.md"))[2] == tree(), "run python tests/test_guides.py"
-
-
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
     table = read("docs/TROUBLESHOOTING.md").split("## No message")[0]
     rows = re.findall(r"^\| `(.+?)`[^|`]*\| .+ \|$", table, re.M)
@@ -212,8 +208,9 @@ def test_the_pages_name_keys_and_files_that_exist():
             assert name == "configs/my.yaml" or (ROOT / name).is_file(), (page.name, name)
 
 
-def test_the_readme_shows_the_loop_as_it_is_and_small_pictures():
+def test_the_readme_shows_every_file_the_loop_as_it_is_and_small_pictures():
     readme = read("README.md")
+    assert _TREE.search(readme)[2] == tree(), "run python tests/test_guides.py"
     shown = re.search(r"```python\nfor iteration.*?```", readme, re.S).group().splitlines()[1:-1]
     lines = {line.strip() for line in read("scripts/plain_train_net.py").splitlines()}
     assert not [line for line in shown if line.strip() not in lines | {"..."}]

@@ -32,25 +32,17 @@ def run_script(script, *args, before=""):
     return run(SCRIPT.format(before=before), ROOT / "scripts" / f"{script}.py", *args)
 
 
-HELP, WRONG = ("--help", 0, "usage"), ("--hlep", 2, "unrecognized")
+QUESTIONS = {
+    ("--help", 0, "usage"): "plain_train_net test_net visualize_data analyze_errors export_model",
+    ("--hlep", 2, "unrecognized"): "epoch_train_net predict visualize_results analyze_model",
+}
 
 
 @pytest.mark.parametrize(
-    ("script", "question"),
-    [
-        ("plain_train_net", HELP),
-        ("epoch_train_net", WRONG),
-        ("test_net", HELP),
-        ("predict", WRONG),
-        ("visualize_data", HELP),
-        ("visualize_results", WRONG),
-        ("analyze_errors", HELP),
-        ("analyze_model", WRONG),
-        ("export_model", HELP),
-    ],
+    ("script", "flag", "code", "answer"),
+    [(script, *question) for question, scripts in QUESTIONS.items() for script in scripts.split()],
 )
-def test_a_question_and_a_wrong_flag_are_answered_without_the_heavy_imports(script, question):
-    flag, code, answer = question
+def test_a_question_and_a_wrong_flag_are_answered_without_the_heavy_imports(script, flag, code, answer):
     loaded, done = run_script(script, flag)
     assert not loaded & {"torch", "torchvision", "numpy", "PIL", "yaml", "pycocotools", "tqdm"}
     assert done.returncode == code and answer in done.stdout + done.stderr
