@@ -5,8 +5,6 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torchvision.models import resnet18
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.config import get_cfg
@@ -49,6 +47,11 @@ TINY = (
 )  # fmt: skip
 MASK = ("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16)
 KEYPOINT = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [16, 16])
+RCNN_V2 = (
+    *RESNET18, *MASK, "MODEL.FPN.NORM", "BN", "MODEL.RPN.CONV_DIMS", [-1, -1], "MODEL.RESNETS.NORM", "GN",
+    "MODEL.ROI_BOX_HEAD.NUM_CONV", 2, "MODEL.ROI_BOX_HEAD.NUM_FC", 1, "MODEL.ROI_BOX_HEAD.NORM", "BN",
+    "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.NORM", "GN",
+)  # fmt: skip
 PROPOSALS = ("MODEL.META_ARCHITECTURE", "ProposalNetwork")
 RETINA = ("MODEL.META_ARCHITECTURE", "RetinaNet")
 NINE_ANCHORS = [[x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))] for x in (32, 64, 128, 256, 512)]
@@ -87,7 +90,6 @@ SSDLITE = (
     "MODEL.SSD.MIN_RATIO", 0.2,
     "MODEL.SSD.MAX_RATIO", 0.95,
 )  # fmt: skip
-PIXELS_TO_1 = ("MODEL.PIXEL_MEAN", [0.0, 0.0, 0.0], "MODEL.PIXEL_STD", [255.0, 255.0, 255.0])
 
 # One small model of each kind, and the losses it has; of those, the ones that need an object.
 ARCHITECTURES = {
@@ -210,23 +212,6 @@ def torchvision_inputs(samples, label_offset=0):
         {**sample["target"], "labels": sample["target"]["labels"] + label_offset} for sample in samples
     ]
     return images, targets
-
-
-def transform_arguments(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)):
-    """Arguments that make torchvision's transform normalise alike and resize nothing."""
-    mean, std = [v / 255 for v in mean], [v / 255 for v in std]
-    return {"min_size": 64, "max_size": 10_000, "image_mean": mean, "image_std": std}
-
-
-def torchvision_backbone(levels, extra_blocks):
-    """torchvision's ResNet-18 with an FPN of 32 channels on some of its 4 stages."""
-    return BackboneWithFPN(
-        resnet18(weights=None),
-        {f"layer{level}": str(i) for i, level in enumerate(levels)},
-        [32 * 2**level for level in levels],
-        32,
-        extra_blocks=extra_blocks,
-    )
 
 
 def assert_same_detections(found, expected, label_offset, at_least):

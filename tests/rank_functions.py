@@ -53,21 +53,12 @@ def free_port():
         return s.getsockname()[1]
 
 
-# ---- start and end of a job ------------------------------------------------------------------------
-
-
 def report(args):
     """Save what this rank knows of itself and of the others."""
     ranks = {"rank": torch.tensor(float(comm.get_rank()))}
-    facts = {
-        "rank": comm.get_rank(),
-        "world_size": comm.get_world_size(),
-        "local_rank": comm.get_local_rank(),
-        "local_size": comm.get_local_size(),
-        "main": comm.is_main_process(),
-        "sum": comm.reduce_dict(ranks, average=False)["rank"].item(),
-    }
-    save(args, facts)
+    facts = {"rank": comm.get_rank(), "world_size": comm.get_world_size(), "main": comm.is_main_process()}
+    facts |= {"local_rank": comm.get_local_rank(), "local_size": comm.get_local_size()}
+    save(args, {**facts, "sum": comm.reduce_dict(ranks, average=False)["rank"].item()})
 
 
 def collect(args):
@@ -78,12 +69,8 @@ def collect(args):
     given = losses if rank == 0 else dict(reversed(losses.items()))
     given["c"] = torch.tensor(3.0 * rank, requires_grad=True)
     mean, total = comm.reduce_dict(given), comm.reduce_dict(given, average=False)
-    model = nn.Sequential(
-        nn.Conv2d(1, 2, 1),
-        nn.BatchNorm2d(2),
-        nn.GroupNorm(1, 2),
-        nn.BatchNorm1d(3, track_running_stats=False),
-    )
+    norms = nn.BatchNorm2d(2), nn.GroupNorm(1, 2), nn.BatchNorm1d(3, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), *norms)
     for tensor in model.state_dict().values():
         tensor.fill_(rank + 1)
     model[1].running_var[1] = 5 * rank
@@ -118,33 +105,14 @@ def collect(args):
     Path(args.folder, f"rank-{rank}.json").write_text(json.dumps(facts, default=torch.Tensor.item))
 
 
-def both_refuse(args):
-    raise UserError("both ranks find this")
-
-
-def rank_1_refuses(args):
-    if comm.get_rank() == 1:
-        raise UserError("only rank 1 finds this")
+def fail(args, ranks, error, waits=False):
+    """Raise an error on some ranks, while the others work or wait for them in a collective."""
+    if comm.get_rank() in ranks:
+        time.sleep(0.3 if waits else 0)
+        raise error
+    if waits:
+        comm.synchronize()
     time.sleep(100)
-
-
-def rank_1_fails_while_0_works(args):
-    if comm.get_rank() == 1:
-        raise RuntimeError("rank 1 broke")
-    time.sleep(100)
-
-
-def rank_0_fails_while_1_works(args):
-    if comm.get_rank() == 0:
-        raise RuntimeError("rank 0 broke")
-    time.sleep(100)
-
-
-def rank_1_fails_while_0_waits(args):
-    if comm.get_rank() == 1:
-        time.sleep(0.3)
-        raise RuntimeError("rank 1 broke")
-    comm.synchronize()
 
 
 def rank_1_is_killed(args):
@@ -205,9 +173,6 @@ def evaluate_a_part(args):
     save(args, {"results": results, "mask_bytes": len(sent[0]["counts"]), "kinds": kinds})
 
 
-# ---- steps ----------------------------------------------------------------------------------------
-
-
 def make_batch(number, size=64):
     """Samples of one size with 0, 1, 2, 0, ... objects."""
     boxes = [[3, 4, 40, 50], [30, 10, 60, 60]]
@@ -258,34 +223,23 @@ def accumulate(args):
     save(args, facts)
 
 
-def other_losses_on_rank_1(args):
-    """Rank 1 lacks a loss, and has one that rank 0 lacks."""
-    layer = nn.Linear(2, 1)
-    losses = {name: layer(torch.ones(1, 2)).sum() for name in ("loss_cls", "loss_box")}
-    if comm.get_rank() == 1:
-        losses["loss_mask"] = losses.pop("loss_box")
-    _step(args, losses)
-
-
 def a_loss_too_few_on_rank_1(args):
     """As a mask head would do that returns nothing for a batch without objects."""
-    layer = nn.Linear(2, 1)
-    names = ("loss_cls", "accuracy", "loss_mask")[: 3 - comm.get_rank()]
-    _step(args, {name: layer(torch.ones(1, 2)).sum() for name in sorted(names)})
+    _step(args, *sorted(("loss_cls", "accuracy", "loss_mask")[: 3 - comm.get_rank()]))
 
 
 def no_loss_on_rank_1(args):
-    layer = nn.Linear(2, 1)
-    _step(args, {("accuracy" if comm.get_rank() else "loss"): layer(torch.ones(1, 2)).sum()})
+    _step(args, "accuracy" if comm.get_rank() else "loss")
 
 
 def no_loss_at_all(args):
-    _step(args, {"accuracy": nn.Linear(2, 1)(torch.ones(1, 2)).sum()})
+    _step(args, "accuracy")
 
 
-def _step(args, losses):
+def _step(args, *names):
+    layer = nn.Linear(2, 1)
     try:
-        total = sum_losses(losses)
+        total = sum_losses({name: layer(torch.ones(1, 2)).sum() for name in names})
     except UserError as e:
         save(args, str(e))
         raise

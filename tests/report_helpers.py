@@ -34,17 +34,9 @@ and so on
 
 
 def make_run(folder, *, iterations=100, offset=0.0, seed=0, **keys):
-    """Write a finished run of 2 x `iterations` into a folder.
+    """Write a finished run of 2 x `iterations` into a folder, and return that; every other one is logged.
 
-    Args:
-        folder: a `Path`.
-        iterations: lines of metrics.json are 2 apart.
-        offset: what is added to the scores.
-        seed: of the detections.
-        keys: what differs in the config, "SOLVER__BASE_LR" for SOLVER.BASE_LR.
-
-    Returns:
-        The folder.
+    `offset` is added to the scores; `seed` is of the detections; `keys` are of the config, `A__B` for A.B.
     """
     folder.mkdir(parents=True)
     cfg = get_cfg()
@@ -80,9 +72,9 @@ def _line(iteration, last, offset):
 def detections(dataset_name, seed=0):
     """Detections of a dataset in COCO's results format: near an object each, some of a wrong class."""
     rng, found = np.random.default_rng(seed), []
-    ids = None
-    for record in DatasetCatalog.get(dataset_name):
-        ids = ids or category_ids(MetadataCatalog.get(dataset_name))
+    records = DatasetCatalog.get(dataset_name)
+    ids = category_ids(MetadataCatalog.get(dataset_name))
+    for record in records:
         for a in record["annotations"]:
             box = (np.array(box_xywh(a)) + rng.normal(0, 2.0, 4)).clip(1).tolist()
             label = a["category_id"] if rng.random() < 0.8 else rng.integers(len(ids))
@@ -97,12 +89,11 @@ def full_report():
     root = Path(tempfile.mkdtemp())
     folder = make_run(root / "run", OUTPUT_DIR=EVIL)
     start = {"command": ["python", f"a {EVIL}"], "started": "2026-11-27T07:30:00+00:00", "world_size": 2}
+    start |= {"config_file": "my.yaml", "changes": [["SOLVER.BASE_LR", 1, EVIL]]}
     start |= {
+        "git": {"commit": "abc", "branch": EVIL, "changed_files": [EVIL]},
         "environment": {"torch": "9.9"},
-        "config_file": "my.yaml",
-        "changes": [["SOLVER.BASE_LR", 1, EVIL]],
     }
-    start |= {"git": {"commit": "abc", "branch": EVIL, "changed_files": [EVIL]}}
     (folder / "run.json").write_text(json.dumps({"starts": [start, start]}))
     with (folder / "log.txt").open("a") as f:
         f.write(f"[11/27 05:47:00 plaintrain] WARNING: {EVIL}\n")

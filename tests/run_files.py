@@ -43,9 +43,7 @@ def read_values(folder):
         "metrics.csv": [{n: v for n, v in row.items() if v} for row in read_csv(folder / "metrics.csv")],
     }
     values = {
-        name: [
-            (int(row["iteration"]), key, str(row[key])) for row in found for key in row if key != "iteration"
-        ]
+        name: [(int(row["iteration"]), key, str(row[key])) for row in found for key in {*row} - {"iteration"}]
         for name, found in rows.items()
     }
     values["events"] = [(step, tag, v.SerializeToString()) for step, tag, v in tensorboard_values(folder)]
@@ -86,9 +84,7 @@ def lines(folder):
         except json.JSONDecodeError:
             # The last line of a run that was killed.
             continue
-        found[entry["iteration"]] = {
-            k: v for k, v in entry.items() if k not in ("time", "data_time", "max_mem")
-        }
+        found[entry["iteration"]] = {k: v for k, v in entry.items() if k not in _UNEQUAL}
     return found
 
 

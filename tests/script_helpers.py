@@ -16,6 +16,13 @@ def help_flags(script):
         return set(re.findall(r"(?<!\S)--[a-z][\w-]*", re.sub(r"[\[\],]", " ", done.output)))
 
 
+def script_output(script, *args, folder, **kwargs):
+    """Run a script, check that it ends well, and return what it prints; see `processes.run_script`."""
+    done = run_script(script, *args, folder=folder, **kwargs)
+    assert done.code == 0, done.output
+    return done.output
+
+
 def assert_refused(script, args, words, folder, codes=(1, 2), **kwargs):
     """Check that a script ends with one of the codes and a sentence, without a traceback.
 

@@ -1,4 +1,4 @@
-"""TIDE's delta AP by hand, and the analysis of predictions: plaintrain.evaluation.analysis and others."""
+"""The errors of detections and TIDE's delta AP by hand, and the analysis of predictions."""
 
 import json
 
@@ -8,21 +8,14 @@ from detection_helpers import add_dataset, make_annotation, make_record, random_
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.builtin import declare_dataset
-from plaintrain.evaluation import COCOEvaluator
+from plaintrain.evaluation import COCOEvaluator, breakdown
 from plaintrain.evaluation.analysis import analyze
-from plaintrain.evaluation.breakdown import (
-    best_and_worst,
-    best_thresholds,
-    calibration,
-    confusion,
-    image_scores,
-    object_breakdown,
-)
 from plaintrain.evaluation.error_costs import ERRORS, ap_cost, fixed_ap
-from plaintrain.evaluation.errors import KINDS, STATES, errors_above, errors_of
+from plaintrain.evaluation.errors import KINDS, STATES, errors_above, errors_of, match_image
 from plaintrain.evaluation.instances import Detections
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE, read_detections, write_predictions
 from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.utils.errors import UserError
 
 
 def register(objects, classes=2, images=1):
@@ -42,27 +35,15 @@ def detections_of(rows, images=1):
 A, B, NEAR_B, BADLY_B, FAR = [0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 4], [20, 0, 30, 2], [80, 80, 90, 90]
 # A recall of a half is reached at 51 of 101 points.
 HALF = 100 * 51 / 101
+LATE = (HALF / 2, 50 - HALF / 2)
+TWICE = 50 / 3.03
 # Type of error: label of the object B (None: no object B), detections (box, score, label), AP, the AP gained
 # by fixing each type, by dropping all wrong detections, and by removing all objects that are not found.
 CASES = {
     "class": (1, [(B, 0.9, 0), (A, 0.5, 0)], 25, {"class": 75}, 25, 50),
-    "localisation": (
-        0,
-        [(NEAR_B, 0.9, 0), (A, 0.5, 0)],
-        HALF / 2,
-        {"localisation": 100 - HALF / 2},
-        HALF / 2,
-        50 - HALF / 2,
-    ),
+    "localisation": (0, [(NEAR_B, 0.9, 0), (A, 0.5, 0)], HALF / 2, {"localisation": 100 - HALF / 2}, *LATE),
     "both": (1, [(BADLY_B, 0.9, 0), (A, 0.5, 0)], 25, {"both": 25, "missed": 50}, 25, 50),
-    "duplicate": (
-        0,
-        [(A, 0.9, 0), (A, 0.8, 0), (B, 0.5, 0)],
-        100 - 50 / 3.03,
-        {"duplicate": 50 / 3.03},
-        50 / 3.03,
-        0,
-    ),
+    "duplicate": (0, [(A, 0.9, 0), (A, 0.8, 0), (B, 0.5, 0)], 100 - TWICE, {"duplicate": TWICE}, TWICE, 0),
     "background": (None, [(FAR, 0.9, 0), (A, 0.5, 0)], 50, {"background": 50}, 50, 0),
     "missed": (0, [(A, 0.9, 0)], HALF, {"missed": 100 - HALF}, 0, 100 - HALF),
 }
@@ -106,17 +87,13 @@ def test_the_ap_is_cocos_and_100_without_errors(seed, iou, metric):
     assert fixed_ap(errors, ERRORS) == 100 and min(cost["costs"].values()) >= 0
 
 
-# ---- thresholds, calibration, confusion ---------------------------------------------------------
-
-
 def test_the_threshold_of_the_best_f1():
     name = register([(0, A, 0, 0), (0, B, 0, 0), (0, FAR, 2, 0)], classes=4)
     rows = [(A, 0.9, 0), (A, 0.7, 0), (B, 0.7, 0), (FAR, 0.6, 0), (A, 0.8, 1), (NEAR_B, 0.8, 2)]
-    found = best_thresholds(errors_of(name, detections_of([(0, *row) for row in rows])))
+    found = breakdown.best_thresholds(errors_of(name, detections_of([(0, *row) for row in rows])))
     # Of class 0: 1 of 1 and half of all, 2 of 3 and all (the equal scores only together), 2 of 4 and all.
-    assert found["classes"][0] == pytest.approx(
-        {"name": "c0", "threshold": 0.7, "f1": 0.8, "precision": 2 / 3, "recall": 1}
-    )
+    first = {"name": "c0", "threshold": 0.7, "f1": 0.8, "precision": 2 / 3, "recall": 1}
+    assert found["classes"][0] == pytest.approx(first)
     nothing = {"threshold": None, "f1": None, "precision": None, "recall": None}
     assert found["classes"][1:] == [{"name": f"c{k}", **nothing} for k in (1, 2, 3)]
     # Of all: 2 of 5 detections and 2 of 3 objects, or 1 of 1 and 1 of 3, which is as good and stricter.
@@ -126,7 +103,7 @@ def test_the_threshold_of_the_best_f1():
 def test_calibration_compares_scores_with_what_is_correct():
     objects = [(0, A, 0, 0), (0, B, 0, 0), (0, [40, 40, 100, 100], 0, 1)]
     rows = [(A, 0.95, 0), (FAR, 0.91, 1), (B, 0.15, 0), ([50, 50, 60, 60], 0.5, 0), (FAR, 1.0, 1)]
-    found = calibration(errors_of(register(objects), detections_of([(0, *row) for row in rows])))
+    found = breakdown.calibration(errors_of(register(objects), detections_of([(0, *row) for row in rows])))
     bins = found["bins"]
     assert [part["count"] for part in bins] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 3]
     assert bins[0] == {"low": 0.0, "high": 0.1, "count": 0, "score": None, "precision": None}
@@ -139,14 +116,11 @@ def test_confusion_counts_each_object_and_each_detection_once():
     crowd = (0, [40, 40, 100, 100], 0, 1)
     objects = [(0, A, 0, 0), crowd, (1, A, 0, 0), (1, B, 1, 0), (1, FAR, 1, 0)]
     rows = [(0, A, 0.9, 0), (0, FAR, 0.8, 0), (1, A, 0.9, 1), (1, A, 0.6, 0), (1, B, 0.8, 0), (1, B, 0.9, 0)]
-    found = confusion(errors_of(register(objects, images=2), detections_of(rows, images=2)))
+    found = breakdown.confusion(errors_of(register(objects, images=2), detections_of(rows, images=2)))
     assert found["labels"] == ["c0", "c1", "background"]
     assert found["counts"] == [[2, 0, 0], [1, 0, 1], [1, 1, 0]]
     assert found["shares"] == [[1, 0, 0], [0.5, 0, 0.5], [0.5, 0.5, 0]]
     assert found["pairs"] == [{"truth": "c1", "found": "c0", "count": 1, "share": 0.5}]
-
-
-# ---- objects and images -------------------------------------------------------------------------
 
 
 def test_objects_by_what_they_are_like():
@@ -155,7 +129,7 @@ def test_objects_by_what_they_are_like():
     name = register([*objects, (1, [0, 0, 100, 100], 0, 1)], images=2)
     rows = [(0, A, 0.9, 0), (0, [50, 0, 90, 8], 0.4, 0), (1, [0, 0, 10, 50], 0.8, 1)]
     errors = errors_of(name, detections_of(rows, images=2))
-    found = object_breakdown(errors, errors_above(errors, 0.5))
+    found = breakdown.object_breakdown(errors, errors_above(errors, 0.5))
     bins = {key: {p["name"]: p["objects"] for p in parts if p["objects"]} for key, parts in found.items()}
     assert bins == {
         "size": {"< 16": 2, "16-32": 2},
@@ -174,18 +148,15 @@ def test_the_best_and_the_worst_images():
     name = register(objects, images=6)
     rows = [(0, A, 0.9, 0), (1, A, 0.9, 0), (1, B, 0.9, 0), (2, FAR, 0.9, 0), (3, A, 0.9, 0), (5, A, 0.9, 1)]
     errors = errors_of(name, detections_of(rows, images=6))
-    scores = image_scores(errors)
+    scores = breakdown.image_scores(errors)
     assert scores["f1"] == pytest.approx([1, 1, 0, 2 / 3, 1, 0])
-    found = best_and_worst(errors)
+    found = breakdown.best_and_worst(errors)
     assert [entry["image_id"] for entry in found["best"]] == [1, 0]
     assert [entry["image_id"] for entry in found["worst"]] == [2, 5, 3]
     counts = dict.fromkeys([*KINDS, *STATES], 0) | {"background": 1, "missed": 1, "wrong": 1}
     del counts["crowd"]
     assert found["worst"][0] == {"image_id": 2, "file_name": "2.jpg", "index": 2, "f1": 0.0, **counts}
-    assert [len(entries) for entries in best_and_worst(errors, 1).values()] == [1, 1]
-
-
-# ---- the whole ----------------------------------------------------------------------------------
+    assert [len(entries) for entries in breakdown.best_and_worst(errors, 1).values()] == [1, 1]
 
 
 def analysis_of(folder, name, detections, **options):
@@ -255,11 +226,9 @@ def test_an_analysis_without_objects_or_detections_has_no_numbers(tmp_path, case
 
 
 def test_masks_and_keypoints_are_tasks_of_their_own(tmp_path):
-    spec = {"FORMAT": "shapes", "SPLIT": "val", "NUM": 6, "HEIGHT": 60, "WIDTH": 90}
-    declare_dataset("drawn", spec)
-    records = DatasetCatalog.get("drawn")
+    declare_dataset("drawn", {"FORMAT": "shapes", "SPLIT": "val", "NUM": 6, "HEIGHT": 60, "WIDTH": 90})
     rows, masks, keypoints = [], [], []
-    for i, record in enumerate(records):
+    for i, record in enumerate(DatasetCatalog.get("drawn")):
         for a in record["annotations"]:
             box = BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
             rows.append([i, *box, 0.9, a["category_id"]])
@@ -267,7 +236,6 @@ def test_masks_and_keypoints_are_tasks_of_their_own(tmp_path):
             keypoints.append(np.reshape(a["keypoints"], (-1, 3)))
     # The box is right, the mask is that of another object, in another place.
     masks[0] = masks[1]
-    rows[0][1:5], rows[1][1:5] = rows[0][1:5], rows[1][1:5]
     detections = Detections(np.array(rows, float), np.arange(6), masks, np.array(keypoints, float))
     found = analysis_of(tmp_path, "drawn", detections, kpt_oks_sigmas=[0.1] * 4)
     assert list(found["metrics"]) == list(found["curves"]) == ["bbox", "segm", "keypoints"]
@@ -278,3 +246,137 @@ def test_masks_and_keypoints_are_tasks_of_their_own(tmp_path):
     assert segm["detections"]["correct"] == len(rows) - 1 and segm["objects"]["missed"] == 1
     keypoints = found["per_class"]["keypoints"][0]
     assert keypoints["AP"] == 100 and keypoints["APs"] is None
+
+
+# Two classes. Objects: a 0 that is found, a 1, a 0, a 0, a crowd of 0, a 1, a 0 that nothing is near.
+OBJECTS = {
+    "boxes": [
+        *([0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]),
+        *([0, 40, 40, 80], [80, 0, 90, 10], [0, 20, 10, 30]),
+    ],
+    "labels": [0, 1, 0, 0, 0, 1, 0],
+    "crowd": [False, False, False, False, True, False, False],
+}
+# kind, object, IoU, box, label, score
+EXPECTED = [
+    ("correct", 0, 0.9, [0, 0, 10, 9], 0, 0.9),
+    ("duplicate", 0, 1.0, [0, 0, 10, 10], 0, 0.8),
+    ("class", 1, 0.8, [20, 0, 30, 8], 0, 0.7),
+    ("localisation", 2, 0.4, [40, 0, 50, 4], 0, 0.6),
+    ("localisation", 2, 0.3, [40, 0, 50, 3], 0, 0.95),
+    ("both", 3, 0.2, [60, 0, 70, 2], 1, 0.5),
+    ("background", -1, 0.0, [90, 90, 99, 99], 1, 0.4),
+    ("background", 5, 0.05, [80, 0, 90, 0.5], 1, 0.3),
+    # Half of it is in the crowd, of which it is 1/16.
+    ("ignored", 4, 0.5, [30, 40, 50, 50], 0, 0.2),
+    ("background", -1, 0.0, [0, 40, 10, 50], 1, 0.1),
+]
+
+
+def arrays_of(rows):
+    boxes, labels, scores = (np.array([row[i] for row in rows]) for i in (3, 4, 5))
+    return {"boxes": boxes.astype(float), "labels": labels, "scores": scores}
+
+
+def test_every_type_of_detection_and_of_object_in_any_order():
+    matches = match_image(OBJECTS, arrays_of(EXPECTED))
+    assert set(matches.kinds) == set(KINDS) and set(matches.states) == set(STATES)
+    states = ["found", "erroneous", "erroneous", "missed", "crowd", "missed", "missed"]
+    assert matches.states.tolist() == states
+    # Of the two that are badly placed, the one with the higher score.
+    assert matches.detections.tolist() == [0, 2, 4, -1, -1, -1, -1]
+    order = np.array([3, 0, 6, 5, 1, 4, 2])
+    objects = {key: np.array(value)[order] for key, value in OBJECTS.items()}
+    rows = [EXPECTED[i] for i in np.random.default_rng(0).permutation(len(EXPECTED))]
+    for actual, expected, places in (
+        (matches, EXPECTED, np.arange(7)),
+        (match_image(objects, arrays_of(rows)), rows, order),
+    ):
+        assert actual.kinds.tolist() == [row[0] for row in expected]
+        matched = np.where(actual.objects < 0, -1, places[actual.objects])
+        assert matched.tolist() == [row[1] for row in expected]
+        assert actual.ious == pytest.approx([row[2] for row in expected])
+
+
+def test_an_iou_equal_to_a_threshold_reaches_it():
+    objects = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
+
+    def kind(height, label=0, **thresholds):
+        found = {"boxes": [[0, 0, 10, height]], "labels": [label], "scores": [1.0]}
+        return match_image(objects, found, **thresholds).kinds[0]
+
+    heights = (5, 4.99, 1, 0.99)
+    assert [kind(h) for h in heights] == ["correct", "localisation", "localisation", "background"]
+    assert [kind(h, label=1) for h in heights] == ["class", "both", "both", "background"]
+    assert kind(5, iou_threshold=0.6) == "localisation"
+    assert kind(2, background_threshold=0.3) == "background"
+    assert kind(10, iou_threshold=1.0) == "correct"
+    for thresholds in ((0.05, 0.1), (1.5, 0.1), (0.5, 0)):
+        with pytest.raises(UserError, match="the IoU that a correct detection has must be"):
+            kind(10, iou_threshold=thresholds[0], background_threshold=thresholds[1])
+
+
+def test_the_first_of_two_types_of_error_counts():
+    # A place that is wrong, and on an object of another class; a duplicate on an object of another class.
+    boxes = [[0, 0, 10, 3], [0, 0, 10, 8], [20, 0, 30, 10], [20, 0, 30, 9]]
+    objects = {"boxes": boxes, "labels": [0, 1, 0, 1]}
+    found = {"boxes": [[0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 10]], "labels": [0, 0, 0]}
+    matches = match_image(objects, {**found, "scores": [0.9, 0.8, 0.7]})
+    assert matches.kinds.tolist() == ["localisation", "correct", "class"]
+    assert matches.objects.tolist() == [0, 2, 3] and matches.states.tolist()[0] == "erroneous"
+
+
+def test_a_detection_matches_the_best_object_that_is_left():
+    objects = {"boxes": [[0, 0, 10, 10], [0, 0, 10, 8]], "labels": [0, 0]}
+    found = {"boxes": [[0, 0, 10, 10]] * 3, "labels": [0] * 3, "scores": [0.5, 0.9, 0.4]}
+    matches = match_image(objects, found)
+    assert matches.kinds.tolist() == ["correct", "correct", "duplicate"]
+    assert matches.objects.tolist() == [1, 0, 0]
+    assert matches.ious == pytest.approx([0.8, 1, 1])
+    assert matches.detections.tolist() == [1, 0]
+    # Of two that it overlaps alike, COCO has the later one.
+    halves = {"boxes": [[0, 0, 10, 5], [0, 5, 10, 10]], "labels": [0, 0]}
+    assert match_image(halves, found).objects.tolist() == [0, 1, 1]
+
+
+def test_only_the_hundred_best_of_a_class_count():
+    objects = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
+    boxes = [[50, 50, 60, 60]] * 100 + [[0, 0, 10, 10]] * 2
+    found = {"boxes": boxes, "labels": [0] * 102, "scores": [0.9] * 100 + [0.1, 0.2]}
+    matches = match_image(objects, found)
+    assert matches.kinds.tolist() == ["background"] * 100 + ["ignored"] * 2
+    assert matches.states.tolist() == ["missed"]
+    found["labels"][3] = 1
+    assert match_image(objects, found).kinds.tolist()[-2:] == ["ignored", "correct"]
+
+
+def test_images_of_a_dataset_are_matched_as_each_alone():
+    name, records, detections = random_dataset(1)
+    errors = errors_of(name, detections)
+    m = errors.matches
+    correct = m.kinds == "correct"
+    assert set(m.kinds) == set(KINDS) and set(m.states) == set(STATES)
+    # Each correct detection has found one object, and each found object has one.
+    assert np.array_equal(m.detections[m.objects[correct]], np.flatnonzero(correct))
+    assert correct.sum() == (m.states == "found").sum() == len(set(m.objects[correct].tolist()))
+    for i, record in enumerate(records):
+        objects, found, alone = errors.of_image(i)
+        assert len(objects["labels"]) == len(record["annotations"]) and len(found["labels"]) == 12
+        of_detections, of_objects = (table["image"] == i for table in (errors.detections, errors.objects))
+        assert np.array_equal(alone.kinds, m.kinds[of_detections])
+        assert np.array_equal(alone.ious, m.ious[of_detections])
+        assert np.array_equal(alone.states, m.states[of_objects])
+
+
+def test_errors_of_a_file_and_above_a_score_threshold(tmp_path):
+    name, _, detections = random_dataset(3)
+    every = errors_of(name, detections, iou_threshold=0.6)
+    write_predictions(tmp_path, name, detections)
+    read = read_detections(tmp_path / PREDICTIONS_FILE, name)
+    some = errors_of(name, read, iou_threshold=0.6, score_threshold=0.5)
+    kept = every.detections["scores"] >= 0.5
+    assert 0 < kept.sum() < len(kept)
+    assert np.array_equal(some.matches.kinds, every.matches.kinds[kept])
+    assert some.classes == ["c0", "c1", "c2", "c3"] and some.iou_threshold == 0.6
+    with pytest.raises(UserError, match="errors of masks need masks"):
+        errors_of(name, read, task="segm")

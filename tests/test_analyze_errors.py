@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from processes import run_script
-from script_helpers import assert_refused
+from script_helpers import assert_refused, script_output
 
 from plaintrain.data import DatasetCatalog
 from plaintrain.data.builtin import declare_dataset
@@ -16,13 +15,6 @@ from plaintrain.structures import BoxMode
 
 SCRIPT = "analyze_errors.py"
 SPEC = {"FORMAT": "shapes", "SPLIT": "val", "NUM": 5, "HEIGHT": 60, "WIDTH": 90}
-CONFIG = """
-DATASETS:
-  DECLARE:
-    first: {FORMAT: shapes, SPLIT: val, NUM: 5, HEIGHT: 60, WIDTH: 90}
-    second: {FORMAT: shapes, SPLIT: val, NUM: 5, HEIGHT: 60, WIDTH: 90}
-  TEST: TESTS
-"""
 
 
 @pytest.fixture
@@ -38,23 +30,17 @@ def run(tmp_path):
     folder = tmp_path / "run"
     write_predictions(folder / "inference" / "first", "first", Detections(np.array(rows), np.arange(5)))
     DatasetCatalog.remove("first")
-    set_tests(folder, "[first, second]")
+    set_tests(folder, "first", "second")
     return folder
 
 
-def set_tests(folder, names):
-    (folder / "config.yaml").write_text(CONFIG.replace("TESTS", names))
-
-
-def call(folder, *args):
-    """What the script prints."""
-    done = run_script(SCRIPT, *args, folder=folder)
-    assert done.code == 0, done.output
-    return done.output
+def set_tests(folder, *names):
+    config = {"DATASETS": {"DECLARE": {"first": SPEC, "second": SPEC}, "TEST": names}}
+    (folder / "config.yaml").write_text(json.dumps(config))
 
 
 def test_a_run_is_analysed(run, tmp_path):
-    text = call(tmp_path, run)
+    text = script_output(SCRIPT, run, folder=tmp_path)
     written = json.loads((run / "inference" / "first" / "analysis.json").read_text())
     declare_dataset("first", SPEC)
     assert written == analyze("first", written["predictions"])
@@ -72,16 +58,17 @@ def test_a_run_is_analysed(run, tmp_path):
 
 
 def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path):
-    set_tests(run, "[second]")
+    set_tests(run, "second")
     found, output = run / "inference" / "first" / "coco_instances_results.json", tmp_path / "new" / "a.json"
     options = ["--iou", "0.75", "--score-threshold", "0.92", "--output", output, "--gallery", "1"]
-    text = call(tmp_path, "--config-file", run / "config.yaml", "--predictions", found, *options)
+    sources = ["--config-file", run / "config.yaml", "--predictions", found]
+    text = script_output(SCRIPT, *sources, *options, folder=tmp_path)
     written = json.loads(output.read_text())
     settings = {"iou_threshold": 0.75, "score_threshold": 0.92, "score_threshold_is": "given"}
     assert written["settings"] == settings and written["dataset"] == "second"
     assert written["errors"]["bbox"]["detections"]["class"] == len(written["gallery"]["best"]) == 1
     assert "at least 0.920 (given)" in text
-    call(tmp_path, run, "--dataset", "second", "--predictions", found)
+    script_output(SCRIPT, run, "--dataset", "second", "--predictions", found, folder=tmp_path)
     assert (run / "inference" / "second" / "analysis.json").is_file()
 
 

@@ -1,22 +1,17 @@
-"""Backbones, held against torchvision's: modeling.backbone."""
+"""Backbones, held against torchvision's, and their folded norms: modeling.backbone, .frozen_norm."""
+
+import copy
 
 import pytest
 import torch
 import torchvision
-from model_helpers import (
-    RESNET18,
-    RETINANET18,
-    SSD,
-    SSDLITE,
-    TINY,
-    make_cfg,
-    norm_types,
-    shapes,
-)
+from model_helpers import RESNET18, RETINANET18, SSD, SSDLITE, TINY, make_cfg, norm_types, shapes
 from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.modeling.backbone import build_backbone
+from plaintrain.modeling.frozen_norm import FoldedConv2d, FoldedNorm, fold_frozen_norms
 
 NORM_CLASSES = {"FrozenBN": FrozenBatchNorm2d, "BN": nn.BatchNorm2d, "GN": nn.GroupNorm}
 VGG = (*SSD, "MODEL.BACKBONE.NAME", "build_ssd_vgg16_backbone", "INPUT.FIXED_SIZE", (300, 300))
@@ -37,13 +32,12 @@ def test_the_first_stages_of_a_resnet_are_frozen(freeze_at, norm):
 
 @pytest.mark.parametrize("name", ["build_tiny_backbone", "build_mobilenet_v3_large_fpn_backbone"])
 def test_the_first_stages_of_other_backbones_are_frozen(name):
+    keys = ("MODEL.BACKBONE.NAME", name, "MODEL.RESNETS.NORM", "BN", "MODEL.TINY.NORM", "BN")
     counts = []
     for freeze_at in range(4):
-        cfg = make_cfg(
-            "MODEL.BACKBONE.NAME", name, "MODEL.BACKBONE.FREEZE_AT", freeze_at,
-            "MODEL.RESNETS.NORM", "BN", "MODEL.TINY.NORM", "BN", "MODEL.TINY.CHANNELS", [8, 16, 24],
-        )  # fmt: skip
-        backbone = build_backbone(cfg)
+        backbone = build_backbone(
+            make_cfg(*keys, "MODEL.TINY.CHANNELS", [8, 16, 24], "MODEL.BACKBONE.FREEZE_AT", freeze_at)
+        )
         frozen = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
         counts.append(len(frozen))
         convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d)]
@@ -77,10 +71,8 @@ def test_levels_widths_and_strides_of_the_backbones(keys, sizes):
     with torch.no_grad():
         features = backbone(torch.zeros(1, 3, 128, 128))
     assert backbone.level_names == list(features) == list(sizes)
-    assert [size * stride for size, stride in zip(sizes.values(), backbone.strides, strict=True)] == (
-        [128] * len(sizes)
-    )
-    for name, size in sizes.items():
+    for (name, size), stride in zip(sizes.items(), backbone.strides, strict=True):
+        assert size * stride == 128
         assert features[name].shape == (1, backbone.out_channels, size, size)
 
 
@@ -157,29 +149,78 @@ def test_p6_is_made_from_p5_or_res5(source, channels):
     ],
 )
 def test_eps_reaches_every_norm_also_frozen_ones(name, norm):
+    keys = ("MODEL.BACKBONE.NAME", name, "MODEL.RESNETS.NORM", norm, "MODEL.RESNETS.NORM_EPS", 0.25)
     with torch.device("meta"):
-        backbone = build_backbone(
-            make_cfg(
-                "MODEL.BACKBONE.NAME", name, "MODEL.BACKBONE.FREEZE_AT", 2,
-                "MODEL.RESNETS.NORM", norm, "MODEL.RESNETS.NORM_EPS", 0.25,
-            )
-        )  # fmt: skip
+        backbone = build_backbone(make_cfg(*keys, "MODEL.BACKBONE.FREEZE_AT", 2))
     kinds = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm)
     assert {m.eps for m in backbone.body.modules() if isinstance(m, kinds)} == {0.25}
-
-
-@pytest.mark.parametrize("norm", ["BN", "GN"])
-def test_the_tiny_backbone_has_its_own_norm(norm):
-    assert norm_types(build_backbone(make_cfg(*TINY, "MODEL.TINY.NORM", norm))) == {NORM_CLASSES[norm]}
 
 
 @pytest.mark.parametrize(
     "keys", [(*TINY, "MODEL.TINY.CHANNELS", [8, 28]), (*RESNET18, "MODEL.FPN.NORM", "GN")]
 )
 def test_group_norm_takes_widths_that_32_groups_do_not_divide(keys):
-    width = 40
-    backbone = build_backbone(
-        make_cfg(*keys, "MODEL.FPN.OUT_CHANNELS", width, "MODEL.TINY.OUT_CHANNELS", width)
-    )
-    features = backbone(torch.rand(1, 3, 64, 64))
-    assert all(f.shape[1] == width and f.isfinite().all() for f in features.values())
+    cfg = make_cfg(*keys, "MODEL.FPN.OUT_CHANNELS", 40, "MODEL.TINY.OUT_CHANNELS", 40)
+    features = build_backbone(cfg)(torch.rand(1, 3, 64, 64))
+    assert all(f.shape[1] == 40 and f.isfinite().all() for f in features.values())
+
+
+@pytest.fixture
+def plain():
+    """A ResNet whose norms have factors and statistics of a trained network."""
+    torch.manual_seed(0)
+    module = ResNet(Bottleneck, [1, 2, 1, 1], width_per_group=8, norm_layer=FrozenBatchNorm2d)
+    for norm in module.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            for name, buffer in norm.named_buffers():
+                buffer.uniform_(0.5, 1.5)
+                buffer.sub_(1.0 * (name in ("bias", "running_mean")))
+    return module
+
+
+def test_folded_norms_have_outputs_and_gradients_of_norms_on_their_own(plain):
+    folded = ResNet(Bottleneck, [1, 2, 1, 1], width_per_group=8, norm_layer=FrozenBatchNorm2d)
+    fold_frozen_norms(folded)
+    convolutions = [m for m in folded.modules() if isinstance(m, nn.Conv2d)]
+    assert all(isinstance(m, FoldedConv2d) for m in convolutions) and len(convolutions) == 20
+    # What is loaded after the folding counts.
+    folded.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    outputs, expected = folded(x), plain(x)
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
+    for out in (outputs, expected):
+        out.square().sum().backward()
+    for (name, ours), theirs in zip(folded.named_parameters(), plain.parameters(), strict=True):
+        scale = theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * scale, msg=name)
+    # A copy has its own norms.
+    copied = copy.deepcopy(folded)
+    for norm in (m for m in folded.modules() if isinstance(m, FoldedNorm)):
+        norm.bias.zero_()
+    torch.testing.assert_close(copied(x), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(folded(x), expected, atol=1e-2)
+
+
+def test_in_evaluation_nothing_is_folded(plain):
+    folded = copy.deepcopy(plain)
+    fold_frozen_norms(folded)
+    x = torch.randn(1, 3, 64, 64)
+    assert folded.eval()(x).equal(plain.eval()(x))
+    # What counts is the norm's mode alone.
+    folded.conv1.train()
+    assert folded(x).equal(plain(x))
+    folded.bn1.train()
+    torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_norms_that_learn_or_follow_no_convolution_are_left():
+    parts = [nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), FrozenBatchNorm2d(4)]
+    module = nn.Sequential(*parts, nn.ReLU(), FrozenBatchNorm2d(4))
+    fold_frozen_norms(module)
+    assert list(module)[:4] == parts and type(module[5]) is FrozenBatchNorm2d
+
+
+def test_a_backbone_has_no_frozen_norm_of_its_own_left():
+    backbone = build_backbone(make_cfg(*RESNET18, "MODEL.RESNETS.NORM", "FrozenBN"))
+    norms = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert len(norms) == 20 and all(isinstance(norm, FoldedNorm) for norm in norms)

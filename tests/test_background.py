@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,15 +17,14 @@ from plaintrain.utils.stop import Stopped
 
 @pytest.mark.parametrize("call", ["check", "wait", "submit"])
 def test_a_failure_is_raised_by_the_next_call_and_ends_what_comes_after(call):
-    background, done, failed = Background(), [], threading.Event()
+    background, done, go, failed = Background(), [], threading.Event(), threading.Event()
 
-    def fail(go):
+    def fail():
         go.wait(10)
         failed.set()
         raise UserError("no disk")
 
-    go = threading.Event()
-    background.submit(fail, go)
+    background.submit(fail)
     background.submit(done.append, 1)
     go.set()
     failed.wait(10)
@@ -65,28 +65,25 @@ def test_a_copy_keeps_the_versions_of_modules_and_uses_its_memory_again():
 def disk(monkeypatch):
     """`disk.go` lets files be written, which wait for it; where `disk.full` is true, they fail then."""
 
-    class Disk:
-        go, full = threading.Event(), False
-
+    disk = SimpleNamespace(go=threading.Event(), full=False)
     save = torch.save
 
     def wait_and_save(*args):
-        Disk.go.wait(10)
-        if Disk.full:
+        disk.go.wait(10)
+        if disk.full:
             raise OSError(28, "No space left on device")
         save(*args)
 
     monkeypatch.setattr(torch, "save", wait_and_save)
-    yield Disk
-    Disk.go.set()
+    yield disk
+    disk.go.set()
 
 
 def make_saver(folder, *args, **kwargs):
     """(model, saver) of a run that writes in the background."""
     model = nn.Linear(2, 2, bias=False)
-    return model, PeriodicCheckpointer(
-        DetectionCheckpointer(model, str(folder), asynchronous=True), *args, **kwargs
-    )
+    checkpointer = DetectionCheckpointer(model, str(folder), asynchronous=True)
+    return model, PeriodicCheckpointer(checkpointer, *args, **kwargs)
 
 
 def names(folder):

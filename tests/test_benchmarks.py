@@ -1,9 +1,9 @@
 """The benchmarks, each at its smallest size, and what they share; timing itself is no test."""
 
+import functools
 import importlib
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -32,30 +32,14 @@ SMOKE = "records"
 
 
 @pytest.fixture
-def load():
-    """Function (what) that imports a benchmark, which is forgotten after the test."""
-    loaded = []
+def load(request):
+    """Function (name) that imports a benchmark, which is forgotten after the test."""
 
-    def load_benchmark(what):
-        loaded.append(what)
-        return importlib.import_module(what)
+    def load_benchmark(name):
+        request.addfinalizer(lambda: sys.modules.pop(name, None))
+        return importlib.import_module(name)
 
-    yield load_benchmark
-    for name in loaded:
-        sys.modules.pop(name, None)
-
-
-def check(path, what):
-    """What every report has, and its numbers: what was measured, and met or not."""
-    result = json.loads(path.read_text())
-    assert result["command"].startswith(f"python scripts/benchmark.py {what} --quick")
-    assert {"cpu", "cores", "python", "torch", "torchvision"} <= set(result["machine"])
-    rows = {name: row for table in result["tables"].values() for name, row in table.items()}
-    assert ROWS[what] <= set(rows) and all(row.get("same results", True) for row in rows.values())
-    numbers = [row[key] for row in rows.values() for key in ("median", "lowest", "times less") if key in row]
-    assert len(numbers) > 2 and all(isinstance(number, float) and 0 < number < 1e9 for number in numbers)
-    assert all(target["measured"] >= 0 and target["met"] in (True, False) for target in result["targets"])
-    return result["tables"]
+    return load_benchmark
 
 
 LONG = [pytest.param(what, marks=pytest.mark.long) for what in ROWS if what != SMOKE]
@@ -70,21 +54,25 @@ def test_every_benchmark_measures_at_its_smallest_size(what, tmp_path):
         "startup": ["--parts", "iteration"],
     }
     # One benchmark measures bfloat16, and another does not, whatever this processor has.
-    processor = have_bfloat16 if what == "step" else have_no_bfloat16
+    processor = functools.partial(set_bfloat16, what == "step")
     command = [f"benchmarks/{what}.py", "--quick", "--output", tmp_path / "out.json", *options.get(what, ())]
     # Without the real images, on made-up ones.
     env = {"PLAINTRAIN_DATASETS": str(tmp_path)}
     done = run_script(*command, folder=tmp_path, cwd=ROOT, env=env, faults=processor)
     assert done.code == 0, done.output
-    assert all(title in done.output for title in check(tmp_path / "out.json", what))
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["command"].startswith(f"python scripts/benchmark.py {what} --quick")
+    assert {"cpu", "cores", "python", "torch", "torchvision"} <= set(result["machine"])
+    assert all(title in done.output for title in result["tables"])
+    rows = {name: row for table in result["tables"].values() for name, row in table.items()}
+    assert ROWS[what] <= set(rows) and all(row.get("same results", True) for row in rows.values())
+    numbers = [row[key] for row in rows.values() for key in ("median", "lowest", "times less") if key in row]
+    assert len(numbers) > 2 and all(isinstance(number, float) and 0 < number < 1e9 for number in numbers)
+    assert all(target["measured"] >= 0 and target["met"] in (True, False) for target in result["targets"])
 
 
-def have_bfloat16():
-    measure.cpu_has_bfloat16 = lambda: True
-
-
-def have_no_bfloat16():
-    measure.cpu_has_bfloat16 = lambda: False
+def set_bfloat16(has_it):
+    measure.cpu_has_bfloat16 = lambda: has_it
 
 
 def test_script_runs_all_and_merges_what_they_wrote(tmp_path):
@@ -123,9 +111,6 @@ def test_script_answers_a_wrong_option_in_a_sentence(what, options, words, tmp_p
     assert_refused(script, arguments, words, tmp_path)
 
 
-# ---- what is compared is the same ----------------------------------------------------------------
-
-
 def test_the_loaders_compared_give_the_same_images(load, tmp_path):
     data = load("data")
     records = data.write_images(tmp_path, 3)
@@ -152,8 +137,7 @@ def test_the_steps_compared_have_the_same_weights_and_pixels(load):
 
 
 def test_a_start_like_detectron2s_reads_the_images_that_have_objects(load, tiny_coco):
-    load("baselines.run_start")
-    start = sys.modules["baselines.run_start"]
+    start = load("baselines.run_start")
     data, ends, classes = start.read_records(str(tiny_coco.json), str(tiny_coco.images))
     assert classes == 3 and len(ends) == 2
     record = start.pickle.loads(data[: ends[0]])
@@ -161,9 +145,6 @@ def test_a_start_like_detectron2s_reads_the_images_that_have_objects(load, tiny_
     image, target = start.load(record, 15)
     assert image.shape == (3, 20, 15) and image.max() <= 1
     assert target["boxes"].tolist() == [[1.5, 2, 11.5, 17]] and target["labels"].tolist() == [2]
-
-
-# ---- shared.measure --------------------------------------------------------------------------------
 
 
 def test_variants_take_turns_and_the_first_does_not_count():
@@ -188,8 +169,3 @@ def test_a_fresh_process_is_measured_to_its_end_or_to_a_line():
     for command, until in (("raise ValueError('broken')", None), ("print('broken')", "there")):
         with pytest.raises(RuntimeError, match="broken"):
             measure.run_fresh([sys.executable, "-c", command], until)
-
-
-def test_nothing_of_measure_imports_torch():
-    code = "import sys, shared.measure; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=FOLDER)

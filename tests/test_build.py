@@ -14,6 +14,7 @@ from model_helpers import (
     MASK,
     OBJECT_LOSSES,
     PROPOSALS,
+    RCNN_V2,
     RESNET18,
     RETINA,
     RETINANET18,
@@ -48,9 +49,6 @@ def detector(name):
     model = build(*ARCHITECTURES[name]).eval()
     randomize_predictions(model)
     return model
-
-
-# ---- keys --------------------------------------------------------------------------------------
 
 
 def thresholds(matcher):
@@ -237,8 +235,6 @@ def test_names_with_frozen_norms_are_those_without_the_counters():
     assert frozen != trained
 
 
-# ---- samples in, detections out ----------------------------------------------------------------
-
 WITH_CLASSES = [name for name in ARCHITECTURES if name != "proposals"]
 
 
@@ -324,9 +320,6 @@ def test_an_image_without_proposals_is_evaluated(name, pooler):
         assert_empty(output, name, size)
 
 
-# ---- samples in, losses out --------------------------------------------------------------------
-
-
 def test_losses_are_positive_and_leave_the_samples_as_they_are(detector, name):
     samples = two_squares()
     before = copy.deepcopy(samples)
@@ -362,11 +355,7 @@ def test_boxes_without_an_area_are_rejected(detector):
 
 WHOLE = {
     "mask_keypoint_rcnn": (*RESNET18, *SMALL_HEAD, *MASK, *KEYPOINT),
-    "mask_rcnn_v2": (
-        *RESNET18, *MASK, "MODEL.FPN.NORM", "BN", "MODEL.RPN.CONV_DIMS", [-1, -1], "MODEL.RESNETS.NORM", "GN",
-        "MODEL.ROI_BOX_HEAD.NUM_CONV", 2, "MODEL.ROI_BOX_HEAD.NUM_FC", 1, "MODEL.ROI_BOX_HEAD.NORM", "BN",
-        "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.NORM", "GN",
-    ),
+    "mask_rcnn_v2": RCNN_V2,
     "mobilenet": (
         "MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone", "MODEL.RESNETS.NORM", "BN",
         "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]], *SMALL_HEAD,
@@ -394,8 +383,6 @@ def test_gradients_reach_every_parameter_that_is_trained(name):
     assert [n for n, p in trained.items() if not p.grad.any()] == []
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
-
-# ---- nothing is kept from batch to batch -------------------------------------------------------
 
 # Of two images each: an image of 66 or 22 pixels and the map of a padded batch have the wrong ratio.
 HEIGHTS = [(66, 40), (22, 20), (96, 64)]

@@ -1,11 +1,15 @@
-"""plaintrain.data.catalog and builtin: datasets by name, and by declaration."""
+"""plaintrain.data.catalog, builtin and concat: datasets by name, by declaration, joined, and fractions."""
+
+import json
 
 import pytest
+from hostile_helpers import rejected
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog, declare_datasets
 from plaintrain.data.builtin import declare_dataset, read_dataset
-from plaintrain.data.catalog import class_names, common_class_names, select_classes
+from plaintrain.data.catalog import class_names
+from plaintrain.data.coco import register_coco_instances
 from plaintrain.data.shapes import load_shapes
 from plaintrain.data.voc import VOC_CLASSES
 from plaintrain.utils.errors import UserError
@@ -13,9 +17,6 @@ from plaintrain.utils.errors import UserError
 
 def _records(num):
     return [{"image_id": i, "file_name": str(i), "annotations": [{"bbox": [i, 2.5]}]} for i in range(num)]
-
-
-# ---- the catalogs
 
 
 def test_datasets_are_loaded_once_and_not_before_they_are_asked_for():
@@ -29,10 +30,8 @@ def test_datasets_are_loaded_once_and_not_before_they_are_asked_for():
 
     DatasetCatalog.register("cells", load)
     assert not calls
-    with pytest.raises(UserError, match="cells"):
-        DatasetCatalog.register("cells", list)
-    with pytest.raises(UserError, match="no disk"):
-        DatasetCatalog.get("cells")
+    rejected("cells", by=lambda: DatasetCatalog.register("cells", list))
+    rejected("no disk", by=lambda: DatasetCatalog.get("cells"))
     # A failure is not kept, and each reader gets records of its own.
     DatasetCatalog.get("cells")[1]["annotations"].clear()
     for _ in range(2):
@@ -45,10 +44,9 @@ def test_datasets_are_loaded_once_and_not_before_they_are_asked_for():
 
 def test_unknown_names_are_answered_with_the_nearest_or_all():
     DatasetCatalog.register("my_cells_train", list)
-    with pytest.raises(UserError, match="'my_cell_train' is not registered; did you mean my_cells_train"):
-        DatasetCatalog.get("my_cell_train")
-    with pytest.raises(UserError, match=r"known: .*coco_2017_train.*voc_2007_test"):
-        DatasetCatalog.get("#")
+    words = "'my_cell_train' is not registered; did you mean my_cells_train"
+    rejected(words, by=lambda: DatasetCatalog.get("my_cell_train"))
+    rejected("known: ", "coco_2017_train", "voc_2007_test", by=lambda: DatasetCatalog.get("#"))
 
 
 def test_metadata_holds_what_was_set_and_names_what_is_missing():
@@ -75,31 +73,14 @@ def test_class_names_come_from_the_metadata_or_from_loading_the_dataset():
         class_names("unnamed")
 
 
-def test_select_classes_keeps_the_wanted_order_and_rejects_typos_and_doubles():
-    names = ["cat", "dog", "person"]
-    assert select_classes(names, None, "f") == select_classes(names, [], "f") == names
-    assert select_classes(names, ["person", "cat"], "f") == ["person", "cat"]
-    with pytest.raises(UserError, match="f has no class 'persn'; the nearest is 'person'"):
-        select_classes(names, ["persn"], "f")
-    with pytest.raises(UserError, match="twice"):
-        select_classes(names, ["cat", "cat"], "f")
-
-
-def test_common_class_names_are_of_one_order():
-    for name, names in (("one", ["a", "b"]), ("same", ["a", "b"]), ("other", ["b", "a"])):
-        MetadataCatalog.get(name).set(thing_classes=names)
-    assert common_class_names(["one", "same"]) == ["a", "b"]
-    with pytest.raises(UserError, match="one and other have different classes"):
-        common_class_names(["one", "same", "other"])
-
-
-# ---- declarations
-
-
-def _declare(name, **spec):
+def _declare_spec(name, spec):
     cfg = get_cfg()
     cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": {name: spec}}})
     declare_datasets(cfg)
+
+
+def _declare(name, **spec):
+    _declare_spec(name, spec)
 
 
 def _spec(files):
@@ -108,9 +89,8 @@ def _spec(files):
 
 def test_every_format_is_declared_in_a_yaml_file(tiny_coco, tiny_voc, tmp_path, monkeypatch, write_image):
     monkeypatch.setenv("PLAINTRAIN_DATASETS", str(tmp_path))
-    (tmp_path / "results.json").write_text(
-        '[{"image_id": 2, "category_id": 5, "bbox": [1, 2, 3, 4], "score": 0.5}]'
-    )
+    detection = {"image_id": 2, "category_id": 5, "bbox": [1, 2, 3, 4], "score": 0.5}
+    (tmp_path / "results.json").write_text(json.dumps([detection]))
     write_image(tmp_path / "yolo/images/a.png", 9, 9)
     (tmp_path / "yolo/data.yaml").write_text("val: images\nnames: [ant]\n")
     (tmp_path / "c.yaml").write_text(
@@ -130,12 +110,10 @@ def test_every_format_is_declared_in_a_yaml_file(tiny_coco, tiny_voc, tmp_path, 
     declare_datasets(cfg)
     lengths = {"pets": 3, "zoo": 2, "drawn": 4, "detected": 3, "ants": 1, "images": 1, "both": 2}
     assert {name: len(DatasetCatalog.get(name)) for name in lengths} == lengths
-    assert class_names("zoo") == ["ant", "cow", "zebra"]
-    assert class_names("drawn") == ["circle", "square", "triangle"]
-    assert class_names("both") == ["ant"]
-    for name in lengths:
-        by_voc = name in ("zoo", "detected")
-        assert MetadataCatalog.get(name).evaluator_type == ("pascal_voc" if by_voc else "coco")
+    assert class_names("drawn") == ["circle", "square", "triangle"] and class_names("both") == ["ant"]
+    by_voc = [name for name in lengths if MetadataCatalog.get(name).evaluator_type == "pascal_voc"]
+    assert by_voc == ["zoo", "detected"]
+    assert {MetadataCatalog.get(name).evaluator_type for name in lengths} == {"pascal_voc", "coco"}
     assert MetadataCatalog.get("zoo").year == 2007
     assert list(DatasetCatalog.get("drawn")) == load_shapes("val", 4, 20, 30, seed=9)[0]
     assert DatasetCatalog.get("pets")[0]["file_name"] == str(tmp_path / "images" / "more/upright.png")
@@ -148,8 +126,7 @@ def test_relative_paths_start_at_the_folder_of_datasets(tiny_coco, tmp_path, mon
     _declare("absolute", FORMAT="coco", JSON=str(tiny_coco.json), IMAGE_ROOT=images)
     assert len(DatasetCatalog.get("absolute")) == 3
     _declare("relative", FORMAT="coco", JSON="instances.json", IMAGE_ROOT=images)
-    with pytest.raises(UserError, match="elsewhere"):
-        DatasetCatalog.get("relative")
+    rejected("elsewhere", by=lambda: DatasetCatalog.get("relative"))
     monkeypatch.delenv("PLAINTRAIN_DATASETS")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "datasets").symlink_to(tmp_path)
@@ -194,11 +171,7 @@ SHAPES = {"FORMAT": "shapes", "SPLIT": "val"}
     ],
 )
 def test_bad_declarations_are_rejected(spec, words):
-    cfg = get_cfg()
-    cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": {"cells": spec}}})
-    with pytest.raises(UserError) as error:
-        declare_datasets(cfg)
-    assert [word for word in ["DATASETS.DECLARE.cells", *words] if word not in str(error.value)] == []
+    rejected("DATASETS.DECLARE.cells", *words, by=lambda: _declare_spec("cells", spec))
     assert "cells" not in DatasetCatalog
 
 
@@ -212,21 +185,17 @@ def test_read_dataset_reads_anew_and_collects_problems(tiny_coco):
     assert sum(len(record["annotations"]) for record in records) == 3
     assert metadata["thing_classes"] == ["cat", "person", "dog"]
     assert [str(problem)[:14] for problem in problems] == ["annotation 100"]
-    with pytest.raises(UserError, match="annotation 100"):
-        read_dataset("pets")
-    with pytest.raises(UserError, match="did you mean pets"):
-        read_dataset("pet")
+    rejected("annotation 100", by=lambda: read_dataset("pets"))
+    rejected("did you mean pets", by=lambda: read_dataset("pet"))
 
 
 def test_a_declaration_may_be_repeated_but_not_changed():
     _declare("cells", FORMAT="shapes", SPLIT="val", NUM=3)
     _declare("cells", FORMAT="shapes", SPLIT="val", NUM=3)
-    with pytest.raises(UserError, match="cells exists already"):
-        _declare("cells", FORMAT="shapes", SPLIT="val", NUM=4)
+    rejected("cells exists already", by=lambda: _declare("cells", FORMAT="shapes", SPLIT="val", NUM=4))
     assert len(DatasetCatalog.get("cells")) == 3
     DatasetCatalog.register("mine", list)
-    with pytest.raises(UserError, match="mine exists already"):
-        _declare("mine", FORMAT="shapes", SPLIT="val")
+    rejected("mine exists already", by=lambda: _declare("mine", FORMAT="shapes", SPLIT="val"))
 
 
 def test_built_in_datasets_have_their_evaluators_and_classes(tiny_voc, tmp_path, monkeypatch):
@@ -244,3 +213,148 @@ def test_built_in_datasets_have_their_evaluators_and_classes(tiny_voc, tmp_path,
     declare_dataset("voc_again", MetadataCatalog.get("voc_2007_train").declaration)
     assert [a["category_id"] for a in DatasetCatalog.get("voc_again")[0]["annotations"]] == [19, 0]
     assert class_names("voc_again") == VOC_CLASSES
+
+
+@pytest.fixture
+def part(tmp_path):
+    """Function (name, class names, image ids) that declares a COCO dataset, an object of each class."""
+
+    def make(name, classes, image_ids=(1, 2), first_id=1, **keys):
+        images = [{"id": i, "file_name": f"{name}-{i}.png", "height": 9, "width": 9} for i in image_ids]
+        categories = [{"id": first_id + i, "name": c, **keys} for i, c in enumerate(classes)]
+        box = {"image_id": image_ids[0], "bbox": [1, 1, 4, 4]}
+        annotations = [{"id": i, "category_id": c["id"], **box} for i, c in enumerate(categories)]
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+        declare_dataset(name, {"FORMAT": "coco", "JSON": str(path), "IMAGE_ROOT": ""})
+
+    return make
+
+
+def _join(*names, name="both", **keys):
+    declare_dataset(name, {"FORMAT": "concat", "DATASETS": list(names), **keys})
+    return list(DatasetCatalog.get(name))
+
+
+def _labels(records):
+    return [[a["category_id"] for a in record["annotations"]] for record in records]
+
+
+def test_datasets_of_equal_classes_are_joined_in_order(part):
+    part("one", ["cat", "dog"], (1, 2))
+    part("two", ["cat", "dog"], (3, 4))
+    records = _join("two", "one")
+    assert [record["image_id"] for record in records] == [3, 4, 1, 2]
+    assert _labels(records) == [[0, 1], [], [0, 1], []]
+    assert class_names("both") == ["cat", "dog"]
+    metadata = MetadataCatalog.get("both")
+    assert metadata.evaluator_type == "coco"
+    assert metadata.thing_dataset_id_to_contiguous_id == {1: 0, 2: 1}
+
+
+def test_image_ids_that_collide_get_their_datasets_name(part):
+    part("one", ["cat"], (1, 2))
+    part("two", ["cat"], (2, 3))
+    assert [r["image_id"] for r in _join("one", "two")] == ["one/1", "one/2", "two/2", "two/3"]
+    part("three", ["cat"], ("1", "x"))
+    assert [r["image_id"] for r in _join("one", "three", name="mixed")][::2] == ["one/1", "three/1"]
+
+
+def test_differing_classes_are_rejected_with_the_difference(part):
+    part("one", ["cat", "dog"])
+    part("two", ["cat", "cow"])
+    with pytest.raises(UserError, match=r"one.*two.*missing \['dog'\].*additional \['cow'\].*MERGE_CLASSES"):
+        _join("one", "two")
+    part("three", ["dog", "cat"])
+    rejected("another order", by=lambda: _join("one", "three", name="reordered"))
+
+
+def test_merged_classes_are_in_order_of_first_appearance(part):
+    part("one", ["dog", "cat"], (1, 2))
+    part("two", ["cow", "dog"], (3, 4), first_id=7)
+    records = _join("one", "two", MERGE_CLASSES=True)
+    assert class_names("both") == ["dog", "cat", "cow"]
+    assert _labels(records) == [[0, 1], [], [2, 0], []]
+    # dog is 1 there and 8 here.
+    assert MetadataCatalog.get("both").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
+    part("three", ["cat", "cow"], (5, 6), first_id=2)
+    _join("one", "three", name="agreeing", MERGE_CLASSES=True)
+    assert MetadataCatalog.get("agreeing").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
+
+
+def test_classes_choose_order_and_may_be_in_no_part(part, log):
+    part("one", ["cat", "dog"], (1, 2))
+    part("two", ["cow", "dog"], (3, 4))
+    records = _join("one", "two", CLASSES=["dog", "catt", "cow"])
+    assert class_names("both") == ["dog", "catt", "cow"]
+    assert _labels(records) == [[0], [], [2, 0], []]
+    assert "'catt'; the nearest is 'cat'" in log.text
+    rejected("twice", by=lambda: _join("one", name="again", CLASSES=["dog", "dog"]))
+
+
+def test_class_ids_that_their_dataset_does_not_have_are_rejected(part):
+    part("one", ["cat", "dog", "cow"], (1, 2))
+    box = {"bbox": [1, 1, 4, 4], "bbox_mode": 0, "category_id": -1}
+    record = {"file_name": "own.png", "image_id": 7, "height": 9, "width": 9, "annotations": [box]}
+    DatasetCatalog.register("own", lambda: [record])
+    MetadataCatalog.get("own").set(thing_classes=["cat", "dog"])
+    rejected("own.png has category_id -1", by=lambda: _join("own", "one", MERGE_CLASSES=True))
+
+
+def test_keypoint_names_are_kept_where_they_are_equal(part):
+    names = {"keypoints": ["head", "tail"], "skeleton": [[1, 2]]}
+    part("one", ["cat"], (1, 2), **names)
+    part("two", ["cat"], (3, 4))
+    part("three", ["cat"], (5, 6), keypoints=["nose"])
+    _join("one", "two")
+    assert MetadataCatalog.get("both").keypoint_names == ["head", "tail"]
+    assert MetadataCatalog.get("both").skeleton == [[1, 2]]
+    _join("one", "three", name="other")
+    assert MetadataCatalog.get("other").get("keypoint_names") is None
+
+
+def test_other_formats_concatenations_and_registered_datasets_can_be_joined(tiny_coco, tiny_voc):
+    register_coco_instances("pets", {}, str(tiny_coco.json), str(tiny_coco.images))
+    declare_dataset("zoo", {"FORMAT": "voc", "ROOT": str(tiny_voc.root), "SPLIT": "train"})
+    _join("pets", "zoo", name="inner", MERGE_CLASSES=True)
+    declare_dataset("shapes", {"FORMAT": "shapes", "SPLIT": "val", "NUM": 3})
+    records = _join("inner", "shapes", MERGE_CLASSES=True)
+    assert len(records) == 3 + 2 + 3
+    assert class_names("both")[:4] == ["cat", "person", "dog", "ant"]
+    assert records[0]["image_id"] == "inner/pets/2"
+
+
+def test_unknown_datasets_circles_and_doubles_are_rejected(part, write_image, tmp_path):
+    part("one", ["cat"])
+    declare_dataset("a", {"FORMAT": "concat", "DATASETS": ["one", "b"]})
+    declare_dataset("b", {"FORMAT": "concat", "DATASETS": ["a"]})
+    write_image(tmp_path / "images/a.png", 9, 9)
+    declare_dataset("pictures", {"FORMAT": "images", "ROOT": str(tmp_path / "images")})
+    for names, words in (
+        (["onne"], "'onne', which is no dataset; the nearest is one"),
+        (["a"], "circle: a -> b -> a"),
+        (["one", "one"], "each once"),
+        ([], "one or more"),
+        (["pictures"], "pictures names no classes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            _join(*names, name=f"joined {names}")
+
+
+def _fraction(name, **keys):
+    size = {"HEIGHT": 16, "WIDTH": 16, "NUM": 40}
+    declare_dataset(name, {"FORMAT": "shapes", "SPLIT": "val", **size, **keys})
+    return [record["image_id"] for record in DatasetCatalog.get(name)]
+
+
+def test_a_fraction_is_a_fixed_random_subset_in_order():
+    tenth, half = _fraction("tenth", FRACTION=0.1), _fraction("half", FRACTION=0.5)
+    assert (len(tenth), len(half)) == (4, 20)
+    assert half == sorted(half) != list(range(1, 21))
+    assert half == _fraction("again", FRACTION=0.5)
+    assert half != _fraction("other", FRACTION=0.5, FRACTION_SEED=1)
+    assert set(tenth) < set(half)
+    assert _fraction("all", FRACTION=1) == list(range(1, 41))
+    assert len(_fraction("little", FRACTION=0.001)) == 1
+    # 0.07 * 100 is 7.000000000000001.
+    assert len(_fraction("some", FRACTION=0.07, NUM=100)) == 7

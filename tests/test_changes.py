@@ -1,5 +1,7 @@
 """A config that differs from that of the run that is resumed: plaintrain.changes."""
 
+import copy
+
 import pytest
 import torch
 import yaml
@@ -18,13 +20,10 @@ CONFIG = {
 
 def config(**changes):
     """Return the YAML of CONFIG with `SECTION__KEY=value`."""
-    tree = yaml.safe_load(yaml.safe_dump(CONFIG))
+    tree = copy.deepcopy(CONFIG)
     for name, value in changes.items():
-        *sections, key = name.split("__")
-        node = tree
-        for section in sections:
-            node = node[section]
-        node[key] = value
+        section, _, key = name.rpartition("__")
+        (tree[section] if section else tree)[key] = value
     return yaml.safe_dump(tree)
 
 

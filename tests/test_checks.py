@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from detection_helpers import make_annotation, make_record
 from PIL import Image
 from processes import run_script
 from pycocotools import mask as coco_mask
@@ -15,20 +16,13 @@ from plaintrain.data.coco import load_coco_json
 from plaintrain.structures import BoxMode, segmentation_to_rle
 
 
-def _record(*annotations, image_id=1, **keys):
-    boxes = [
-        {"bbox": [1, 1, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0, **annotation}
-        for annotation in annotations
-    ]
-    record = {"file_name": f"{image_id}.png", "image_id": image_id, "height": 20, "width": 30}
-    return {**record, **keys, "annotations": boxes}
+def _record(*changes, image_id=1):
+    annotations = [make_annotation([1, 1, 9, 9]) | change for change in changes]
+    return make_record(image_id, *annotations) | {"height": 20, "width": 30}
 
 
 def _check(*records, classes=("cat",), **metadata):
     return {f.kind: f for f in check_records(records, {"thing_classes": list(classes), **metadata})}
-
-
-# ---- records
 
 
 def test_good_records_have_no_findings():
@@ -71,38 +65,29 @@ def test_good_records_have_no_findings():
 def test_check_records_finds_mistakes_of_annotations(kind, annotation):
     good = {"category_id": 1}
     found = _check(_record({}, good, annotation), classes=["a", "b"], keypoint_names=["head", "foot"])
-    assert set(found) == {kind}
-    assert found[kind].count == 1
-    assert "1.png" in found[kind].examples[0]
+    assert set(found) == {kind} and found[kind].count == 1
+    assert "1.jpg" in found[kind].examples[0]
     assert found[kind].fatal == KINDS[kind][1]
 
 
 def test_check_records_finds_empty_images_unused_classes_and_shared_ids():
     found = _check(_record({}), _record(image_id=2), _record({}), classes=["cat", "dog"])
     assert set(found) == {"no_annotations", "unused_class", "same_image_id"}
-    assert found["no_annotations"].examples == ("2.png",)
+    assert found["no_annotations"].examples == ("2.jpg",)
     assert found["unused_class"].examples == ("dog",)
     assert found["same_image_id"].fatal
     assert _check()["no_images"].fatal
     assert _check(_record())["no_boxes"].fatal
 
 
-def test_unbalanced_classes_are_listed_with_their_counts():
+def test_findings_list_unbalanced_classes_and_keep_ten_examples():
     found = _check(_record(*[{}] * 20, {"category_id": 1}, {"category_id": 1}), classes=["cat", "dog"])
     assert found["imbalance"].examples == ("cat: 20 boxes", "dog: 2 boxes")
     assert "imbalance" not in _check(_record(*[{}] * 19, *[{"category_id": 1}] * 2), classes=["cat", "dog"])
-
-
-def test_findings_keep_ten_examples_and_count_all():
     finding = _check(_record({}, *[{"bbox": [1, 1, 1, 1]}] * 12))["empty_box"]
     assert (finding.count, len(finding.examples)) == (12, 10)
-    text = str(finding)
-    assert "boxes without area, which training drops: 12" in text
-    assert "... and 2 more" in text
+    assert "boxes without area, which training drops: 12" in str(finding) and "... and 2 more" in str(finding)
     assert str(Finding("no_images", 1, (), True)).startswith("FATAL: datasets without an image")
-
-
-# ---- the script
 
 
 @pytest.fixture
@@ -143,12 +128,8 @@ def _good(content):
     return content
 
 
-def _turn(path):
-    image, exif = Image.open(path), Image.Exif()
-    exif[0x0112] = 6
-    image.save(path, exif=exif)
-
-
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
 RAMP = (np.arange(1200) * 13).reshape(30, 40)
 SPOIL = {
     "cut.png": lambda path: path.write_bytes(path.read_bytes()[:-200]),
@@ -158,7 +139,7 @@ SPOIL = {
     # 14 bits in a 16-bit file, and a type that has no range of its own.
     "bits.png": lambda path: Image.fromarray(RAMP.astype(np.uint16)).save(path),
     "int32.png": lambda path: Image.fromarray(RAMP.astype(np.int32)).save(path, "TIFF"),
-    "turned.png": _turn,
+    "turned.png": lambda path: Image.open(path).save(path, exif=TURNED),
     "good.png": lambda path: None,
 }
 
@@ -209,21 +190,20 @@ def test_images_of_equal_pixels_are_found_in_and_between_datasets(check, declare
     declare(content, "two")
     _, found = check("one", "two", "--fix", tmp_path / "fixed")
     duplicate, leak = found["duplicate"], found["leak"]
-    assert (duplicate["count"], duplicate["examples"][0].count(".")) == (1, 2)
-    assert leak["count"] == 1
-    assert "copy.bmp" in leak["examples"][0]
-    assert "wide.png of one" in leak["examples"][0]
+    assert (duplicate["count"], duplicate["examples"][0].count("."), leak["count"]) == (1, 2, 1)
+    assert "copy.bmp" in leak["examples"][0] and "wide.png of one" in leak["examples"][0]
     for name in ("one", "two"):
         assert (tmp_path / "fixed" / name / "annotations.json").is_file()
 
 
 def test_clean_datasets_pass_and_mistakes_of_the_command_line_do_not(check, declare, tiny_coco, tmp_path):
     declare(_good(tiny_coco.content))
-    said, found = check("pets")
+    declare(None, "few", FORMAT="shapes", SPLIT="val", NUM=12, HEIGHT=64, WIDTH=64)
+    said, found = check("pets", "few", "--fix", tmp_path / "fixed")
     assert found == {}
-    assert "pets: 2 images, 4 boxes" in said
-    assert "nothing is wrong with it" in said
-    assert "training would work" in said
+    for words in ("pets: 2 images, 4 boxes", "nothing is wrong with it", "training would work"):
+        assert words in said
+    assert "no cleaned copy: its images are drawn" in said
     for args, words in (
         (["petts"], ["'petts'", "pets"]),
         (["pets", "--config-file", "none.yaml"], ["none.yaml"]),
@@ -235,9 +215,6 @@ def test_clean_datasets_pass_and_mistakes_of_the_command_line_do_not(check, decl
         assert [word for word in words if word not in said] == []
     (tmp_path / "pets.json").write_text("{")
     assert "error: the annotation file" in check("pets", code=1)[0]
-
-
-# ---- cleaned copies
 
 
 def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_path):
@@ -297,9 +274,10 @@ MASK = np.zeros((60, 80), dtype=np.uint8)
 MASK[10:30, 20:60] = 1
 
 
-@pytest.fixture
-def resized(tmp_path, write_image):
-    """A COCO file's content with images that were resized after annotation, or turned or cropped."""
+def test_fix_scales_the_annotations_of_resized_images_and_excludes_others(
+    check, declare, tmp_path, write_image
+):
+    # Images that were resized after annotation, or turned or cropped.
     rle = coco_mask.encode(np.asfortranarray(MASK))
     rle["counts"] = rle["counts"].decode()
     sizes = {"half": (40, 30), "odd": (53, 40), "twice": (160, 120), "cut": (40, 27), "turned": (60, 80)}
@@ -314,11 +292,7 @@ def resized(tmp_path, write_image):
     annotations[-1]["segmentation"] = {"size": [30, 40], "counts": new["counts"].decode()}
     annotations = [{"id": i, "iscrowd": 0, **a} for i, a in enumerate(annotations)]
     categories = [{"id": 1, "name": "cat", "keypoints": ["head", "tail"]}]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def test_fix_scales_the_annotations_of_resized_images_and_excludes_others(check, declare, resized, tmp_path):
-    declare(resized)
+    declare({"images": images, "annotations": annotations, "categories": categories})
     said, _ = check("pets", "--fix", tmp_path / "fixed", code=1)
     records = _fixed(tmp_path / "fixed", tmp_path / "images")
     assert set(records) == {"half.png", "odd.png", "twice.png", "whole.png"}
@@ -331,9 +305,8 @@ def test_fix_scales_the_annotations_of_resized_images_and_excludes_others(check,
         assert (record["width"], record["height"]) == (round(80 * x), round(60 * y))
         polygon, rle = record["annotations"]
         assert polygon["bbox"] == pytest.approx([2 * x, 2 * y, 20 * x, 16 * y])
-        assert polygon["segmentation"][0] == pytest.approx(
-            [v * (x, y)[i % 2] for i, v in enumerate(POLYGON[0])]
-        )
+        expected = [v * (x, y)[i % 2] for i, v in enumerate(POLYGON[0])]
+        assert polygon["segmentation"][0] == pytest.approx(expected)
         assert polygon["keypoints"] == pytest.approx([10.5 * x, 8.5 * y, 2, 0, 0, 0])
         assert [a["area"] for a in record["annotations"]] == pytest.approx([320 * x * y, 800 * x * y])
         mask = coco_mask.decode(segmentation_to_rle(rle["segmentation"], record["height"], record["width"]))
@@ -389,8 +362,3 @@ def test_fix_assigns_no_annotation_of_an_id_that_two_images_have(check, declare,
     assert "more/upright.png (30x40) and wide.png (40x30)" in said
     records = _fixed(tmp_path / "fixed", tiny_coco.images)
     assert {name: len(r["annotations"]) for name, r in records.items()} == {"copy.bmp": 1}
-
-
-def test_shapes_are_checked_and_need_no_copy(check, declare, tmp_path):
-    declare(None, "few", FORMAT="shapes", SPLIT="val", NUM=12, HEIGHT=64, WIDTH=64)
-    assert "no cleaned copy: its images are drawn" in check("few", "--fix", tmp_path / "fixed")[0]

@@ -10,7 +10,6 @@ from plaintrain.data import DatasetCatalog, MetadataCatalog, register_coco_insta
 from plaintrain.data.catalog import class_names
 from plaintrain.data.coco import load_coco_json, load_coco_results
 from plaintrain.structures import BoxMode
-from plaintrain.utils.errors import UserError
 
 NAN = float("nan")
 DELETED = object()
@@ -34,19 +33,13 @@ def test_records_hold_detectron2s_keys(tiny_coco):
     del tiny_coco.content["annotations"][1]["iscrowd"]
     records, metadata = _load(tiny_coco)
     assert [record["image_id"] for record in records] == [2, 5, 11]
-    assert records[1] == {
-        "file_name": str(tiny_coco.images / "empty.png"),
-        "image_id": 5,
-        "height": 24,
-        "width": 20,
-        "annotations": [],
-    }
+    empty = {"file_name": str(tiny_coco.images / "empty.png"), "image_id": 5, "height": 24, "width": 20}
+    assert records[1] == {**empty, "annotations": []}
     dog, cat = records[2]["annotations"]
-    xywh = BoxMode.XYWH_ABS
-    assert dog == {"bbox": [4, 5, 10.5, 8], "bbox_mode": xywh, "category_id": 2, "iscrowd": 0}
-    polygons = [[20, 10, 35, 10, 35, 25, 20, 25]]
-    box = {"bbox": [20, 10, 15, 15], "bbox_mode": xywh, "category_id": 0, "iscrowd": 0, "area": 225}
-    assert cat == {**box, "segmentation": polygons}
+    keys = {"bbox_mode": BoxMode.XYWH_ABS, "iscrowd": 0}
+    assert dog == {"bbox": [4, 5, 10.5, 8], "category_id": 2, **keys}
+    box = {"bbox": [20, 10, 15, 15], "category_id": 0, "area": 225, **keys}
+    assert cat == {**box, "segmentation": [[20, 10, 35, 10, 35, 25, 20, 25]]}
     crowd, person = records[0]["annotations"]
     assert crowd["iscrowd"] == 1
     assert crowd["segmentation"] == {"size": [40, 30], "counts": [0, 600, 600]}
@@ -84,6 +77,7 @@ def test_classes_choose_and_order_categories(tiny_coco):
     assert metadata["thing_dataset_id_to_contiguous_id"] == {7: 0, 5: 1}
     assert [[a["category_id"] for a in r["annotations"]] for r in records] == [[1], [], [0]]
     rejected("instances.json", "'dgo'", "'dog'", by=lambda: _load(tiny_coco, ["dgo"]))
+    assert _load(tiny_coco, [])[1]["thing_classes"] == ["cat", "person", "dog"]
 
 
 def test_image_ids_may_be_strings_and_file_names_absolute(tiny_coco):
@@ -166,9 +160,6 @@ def test_broken_entries_are_collected_if_asked_for(tiny_coco):
     assert [(r["image_id"], len(r["annotations"])) for r in records] == [(2, 1), (11, 0)]
 
 
-# ---- results files
-
-
 BOX = {"image_id": 11, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.9}
 BOXLESS = {"bbox": DELETED, "image_id": 2, "category_id": 5}
 
@@ -231,9 +222,6 @@ def test_broken_detections_are_collected_if_asked_for(tiny_coco):
     rejected("list of detections", by=lambda: _load_results(tiny_coco, {"annotations": []}))
 
 
-# ---- registered datasets
-
-
 def test_register_coco_instances_as_in_detectron2(tiny_coco):
     files = str(tiny_coco.json), str(tiny_coco.images)
     register_coco_instances("pets", {"colour": "red"}, *files)
@@ -242,15 +230,11 @@ def test_register_coco_instances_as_in_detectron2(tiny_coco):
     assert (metadata.json_file, metadata.image_root, metadata.colour) == (*files, "red")
     assert class_names("pets") == ["cat", "person", "dog"]
     assert len(DatasetCatalog.get("pets")) == 3
-    with pytest.raises(UserError, match="pets"):
-        register_coco_instances("pets", {}, *files)
-    # Given classes choose and order.
-    register_coco_instances(
-        "few", {"thing_classes": ["person", "cat"], "evaluator_type": "pascal_voc"}, *files
-    )
+    rejected("pets", by=lambda: register_coco_instances("pets", {}, *files))
+    own = {"thing_classes": ["person", "cat"], "evaluator_type": "pascal_voc"}
+    register_coco_instances("few", own, *files)
     labels = [[a["category_id"] for a in r["annotations"]] for r in DatasetCatalog.get("few")]
     assert labels == [[1, 0], [], [1]]
-    assert class_names("few") == ["person", "cat"]
     assert MetadataCatalog.get("few").evaluator_type == "pascal_voc"
 
 
@@ -260,7 +244,7 @@ def test_the_real_images_are_read_by_their_built_in_names(data_root):
     assert (sum(len(r["annotations"]) for r in train), sum(len(r["annotations"]) for r in val)) == (354, 220)
     assert sum(a["iscrowd"] for r in train for a in r["annotations"]) == 5
     ids = MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id
-    assert (len(class_names("coco_2017_val")), ids[1], ids[90]) == (80, 0, 79)
+    assert (len(ids), ids[1], ids[90]) == (80, 0, 79)
     people = DatasetCatalog.get("keypoints_coco_2017_val")
     assert MetadataCatalog.get("keypoints_coco_2017_val").keypoint_names[:2] == ["nose", "left_eye"]
     assert {len(a["keypoints"]) for r in people for a in r["annotations"]} == {51}

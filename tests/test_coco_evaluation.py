@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from detection_helpers import add_dataset, evaluate, make_annotation, make_record
+from detection_helpers import add_dataset, evaluate, make_annotation, make_mask, make_record, random_outputs
 from processes import Job
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -17,15 +17,9 @@ from pycocotools.cocoeval import COCOeval
 from rank_functions import evaluate_a_part
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, register_coco_instances
-from plaintrain.evaluation import (
-    COCOEvaluator,
-    PascalVOCDetectionEvaluator,
-    coco_backend,
-)
+from plaintrain.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, coco_backend
 from plaintrain.evaluation.proposals import average_recall, coverage
 from plaintrain.utils.errors import UserError
-
-torch.set_num_threads(1)
 
 _BOX = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _KEYPOINT = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
@@ -35,23 +29,13 @@ FAST = [name for name in INSTALLED if name != "pycocotools"]
 HEIGHT, WIDTH = 150, 200
 
 
-# ---- a written dataset with every difficulty, and a model's outputs for it -----------------------
-
-
 def encode(mask):
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
-def make_mask(x, y, w, h, rng):
-    """An ellipse with random holes that fills a box."""
-    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
-    ellipse = ((columns - x - w / 2) / (w / 2)) ** 2 + ((rows - y - h / 2) / (h / 2)) ** 2 <= 1
-    return ellipse & (rng.random((HEIGHT, WIDTH)) < 0.9)
-
-
-def write_coco(path, kp=17, images=14, seed=0):
-    """A COCO file with crowds, objects of all sizes, and images and classes without any."""
+def register_difficult(path, kp=17, images=14, seed=0):
+    """Register a COCO file with crowds, objects of all sizes, and images and classes without any."""
     rng = np.random.default_rng(seed)
     annotations = []
     ids = rng.permutation(100)[:images].tolist()
@@ -68,19 +52,12 @@ def write_coco(path, kp=17, images=14, seed=0):
             x, y = box[:2]
             triangles = [[x, top, x + w, top, x + w / 2, top + h / 2.5] for top in (y, y + h / 2)]
             as_polygons = not crowd and rng.random() < 0.4
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": int(rng.choice([5, 2])),
-                    "bbox": box,
-                    "area": round(w * h * float(rng.uniform(0.4, 1)), 2),
-                    "iscrowd": crowd,
-                    "segmentation": triangles if as_polygons else encode(make_mask(*box, rng)),
-                    "keypoints": keypoints,
-                    "num_keypoints": int((visible > 0).sum()),
-                }
-            )
+            mask = encode(make_mask(x, y, x + w, y + h, (HEIGHT, WIDTH), rng))
+            annotation = {"bbox": box, "area": round(w * h * float(rng.uniform(0.4, 1)), 2), "iscrowd": crowd}
+            annotation |= {"segmentation": triangles if as_polygons else mask, "keypoints": keypoints}
+            annotation |= {"id": len(annotations) + 1, "num_keypoints": int((visible > 0).sum())}
+            category_id = int(rng.choice([5, 2]))
+            annotations.append({**annotation, "image_id": image_id, "category_id": category_id})
     names = [f"k{i}" for i in range(kp)]
     content = {
         "images": [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in ids],
@@ -88,37 +65,7 @@ def write_coco(path, kp=17, images=14, seed=0):
         "annotations": annotations,
     }
     path.write_text(json.dumps(content))
-    return content
-
-
-def detections_in(content, seed=1):
-    """{image_id: output}: moved, mislabelled, repeated and spurious objects, scores with ties."""
-    rng = np.random.default_rng(seed)
-    labels = {5: 1, 2: 0, 9: 2}
-    by_image = {image["id"]: [] for image in content["images"]}
-    kp = len(content["categories"][0]["keypoints"])
-    for a in content["annotations"]:
-        by_image[a["image_id"]].append(a)
-    outputs = {}
-    for image_id, annotations in by_image.items():
-        boxes, scores, classes, masks, keypoints = [], [], [], [], []
-        for a in [a for a in annotations for _ in range(rng.integers(0, 4))]:
-            x, y, w, h = a["bbox"] + rng.normal(0, 0.06, 4) * np.array(a["bbox"])[[2, 3, 2, 3]]
-            boxes.append([x, y, x + w, y + h])
-            scores.append(round(float(rng.random()), 1))
-            classes.append(labels[a["category_id"]] if rng.random() < 0.8 else int(rng.integers(3)))
-            masks.append(make_mask(x, y, max(w, 1), max(h, 1), rng))
-            points = np.array(a["keypoints"]).reshape(kp, 3)[:, :2] + 0.5
-            points = points + rng.normal(0, 0.03, (kp, 2)) * [w, h]
-            keypoints.append(np.concatenate([points, rng.random((kp, 1))], axis=1))
-        outputs[image_id] = {
-            "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-            "scores": torch.tensor(scores, dtype=torch.float32),
-            "labels": torch.tensor(classes, dtype=torch.int64),
-            "masks": torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, HEIGHT, WIDTH)),
-            "keypoints": torch.tensor(np.array(keypoints), dtype=torch.float32).reshape(-1, kp, 3),
-        }
-    return outputs
+    register_coco_instances("difficult", {}, str(path), "nowhere")
 
 
 def coco_results(outputs, category_ids):
@@ -127,16 +74,10 @@ def coco_results(outputs, category_ids):
     for image_id, output in outputs.items():
         for i, (x0, y0, x1, y1) in enumerate(output["boxes"].tolist()):
             keypoints = [[x - 0.5, y - 0.5, score] for x, y, score in output["keypoints"][i].tolist()]
-            results.append(
-                {
-                    "image_id": image_id,
-                    "category_id": category_ids[int(output["labels"][i])],
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "score": float(output["scores"][i]),
-                    "segmentation": encode(output["masks"][i].numpy()),
-                    "keypoints": sum(keypoints, []),
-                }
-            )
+            category_id, score = category_ids[int(output["labels"][i])], float(output["scores"][i])
+            result = {"image_id": image_id, "category_id": category_id, "score": score}
+            result |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "keypoints": sum(keypoints, [])}
+            results.append({**result, "segmentation": encode(output["masks"][i].numpy())})
     return results
 
 
@@ -157,17 +98,16 @@ def run_pycocotools(json_file, results, task, image_ids, sigmas):
     metrics = dict(zip(METRICS[task], evaluation.stats, strict=True))
     for k, category in enumerate(evaluation.params.catIds if task != "keypoints" else ()):
         values = evaluation.eval["precision"][:, :, k, 0, -1]
-        metrics[f"AP-{truths.cats[category]['name']}"] = (
-            values[values > -1].mean() if values.max() > -1 else -1
-        )
+        mean = values[values > -1].mean() if values.max() > -1 else -1
+        metrics[f"AP-{truths.cats[category]['name']}"] = mean
     return {name: 100 * value if value > -1 else math.nan for name, value in metrics.items()}
 
 
 @pytest.fixture
 def difficult(tmp_path):
     """Name of the written dataset with 17 keypoints, and outputs for it."""
-    outputs = detections_in(write_coco(tmp_path / "a.json"))
-    register_coco_instances("difficult", {}, str(tmp_path / "a.json"), "nowhere")
+    register_difficult(tmp_path / "a.json")
+    outputs = random_outputs("difficult")
     return "difficult", outputs
 
 
@@ -176,17 +116,13 @@ def evaluate_by(backend, evaluator, outputs):
     return evaluate(evaluator, outputs)
 
 
-# ---- against pycocotools -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("seed", "kp", "sigmas"), [(0, 17, ()), (1, 4, (0.05, 0.1, 0.02, 0.08))])
 def test_metrics_by_every_backend_are_those_of_pycocotools_on_the_file(tmp_path, seed, kp, sigmas):
-    content = write_coco(tmp_path / "a.json", kp, images=20, seed=seed)
-    outputs = detections_in(content, seed)
-    register_coco_instances("written", {}, str(tmp_path / "a.json"), "nowhere")
+    register_difficult(tmp_path / "a.json", kp, images=20, seed=seed)
+    outputs = random_outputs("difficult", seed)
     # Neither images nor outputs are in the order of their ids, in which COCO breaks ties; one is missing.
     outputs = dict(list(outputs.items())[:0:-1])
-    records, metadata = DatasetCatalog.get("written"), MetadataCatalog.get("written")
+    records, metadata = DatasetCatalog.get("difficult"), MetadataCatalog.get("difficult")
     ids = metadata.thing_dataset_id_to_contiguous_id
     shuffled = [records[i] for i in np.random.default_rng(0).permutation(len(records)).tolist()]
     name = add_dataset(shuffled, metadata.thing_classes, thing_dataset_id_to_contiguous_id=ids)
@@ -222,9 +158,6 @@ def test_the_fastest_installed_backend_is_used_and_logged(difficult, monkeypatch
     for missing, backend in (("hotcoco", coco_backend.BACKENDS[1]), (FAST, "pycocotools")):
         monkeypatch.setattr(importlib.util, "find_spec", lambda n, m=missing: None if n in m else find(n))
         assert COCOEvaluator(name).backend == backend
-
-
-# ---- small datasets ------------------------------------------------------------------------------
 
 
 def rectangle(x0, y0, x1, y1):
@@ -314,11 +247,7 @@ def test_image_ids_may_be_names(tmp_path):
 def test_the_area_is_that_of_the_annotation_its_mask_or_its_box():
     # A box of 100 x 100 is large; its mask has 40 x 40 pixels.
     box = [0, 0, 100, 100]
-    for entries, size in (
-        ({**PARTS, "area": 500.0}, "s"),
-        (PARTS, "m"),
-        ({}, "l"),
-    ):
+    for entries, size in (({**PARTS, "area": 500.0}, "s"), (PARTS, "m"), ({}, "l")):
         name = add_dataset([make_record(1, make_annotation(box, **entries))])
         metrics = evaluate(COCOEvaluator(name), {1: make_outputs([box])})["bbox"]
         assert [s for s in "sml" if not math.isnan(metrics[f"AP{s}"])] == [size]
@@ -395,9 +324,6 @@ def test_tasks_and_outputs_that_cannot_be_scored_are_rejected(case):
             evaluate(evaluator, dict(enumerate(outputs, start=1)))
 
 
-# ---- ranks ---------------------------------------------------------------------------------------
-
-
 def test_two_processes_gather_masks_as_rle_and_score_as_one(tmp_path, difficult):
     name, outputs = difficult
     alone = evaluate(COCOEvaluator(name), outputs)
@@ -425,9 +351,6 @@ def test_a_rank_without_images_or_masks_changes_nothing(difficult, monkeypatch, 
     monkeypatch.setattr("plaintrain.utils.comm.is_main_process", lambda: True)
     # The rank that scores has seen nothing.
     assert repr(idle.evaluate()) == repr(alone)
-
-
-# ---- proposals -----------------------------------------------------------------------------------
 
 
 def test_each_proposal_covers_one_object_and_the_best_pair_comes_first():

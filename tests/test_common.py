@@ -2,34 +2,21 @@
 
 import pytest
 import torch
-from model_helpers import (
-    RESNET18,
-    SMALL_HEAD,
-    TINY,
-    build,
-    make_cfg,
-    make_sample,
-)
+from model_helpers import RESNET18, SMALL_HEAD, TINY, build, make_cfg, make_sample
 
 from plaintrain.modeling.anchors import CachedAnchorGenerator
 from plaintrain.modeling.backbone import build_backbone
-from plaintrain.modeling.common import (
-    Preprocess,
-    build_anchor_generator,
-    prior_bias,
-    to_original_size,
-)
+from plaintrain.modeling.common import Preprocess, build_anchor_generator, prior_bias, to_original_size
 from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 
-# ---- preprocessing -----------------------------------------------------------------------------
+
+def plain_image(values, height, width):
+    return torch.tensor(values, dtype=torch.uint8).view(3, 1, 1).expand(3, height, width)
 
 
 @pytest.mark.parametrize(("divisor", "size"), [(1, (40, 64)), (7, (42, 70)), (32, (64, 64))])
 def test_images_are_normalised_and_padded_with_zeros_to_multiples_of_the_divisor(divisor, size):
-    images = [
-        torch.tensor([10, 20, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 40, 33),
-        torch.tensor([50, 40, 250], dtype=torch.uint8).view(3, 1, 1).expand(3, 20, 64),
-    ]
+    images = [plain_image([10, 20, 30], 40, 33), plain_image([50, 40, 250], 20, 64)]
     batch, _ = Preprocess([10.0, 20.0, 40.0], [1.0, 2.0, 4.0], bgr=False, size_divisible=divisor)(images)
     assert batch.image_sizes == [(40, 33), (20, 64)]
     assert batch.tensors.shape == (2, 3, *size)
@@ -43,37 +30,29 @@ def test_images_are_normalised_and_padded_with_zeros_to_multiples_of_the_divisor
 def test_bgr_swaps_the_channels_before_they_are_normalised():
     model = build(*TINY, *SMALL_HEAD, "INPUT.FORMAT", "BGR", "MODEL.PIXEL_MEAN", [3.0, 1.0, 0.0])
     model.transform.std[:] = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
-    batch, _ = model.transform([torch.tensor([1, 2, 3], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)])
+    batch, _ = model.transform([plain_image([1, 2, 3], 32, 32)])
     assert batch.tensors[0, :, 0, 0].tolist() == [0.0, 0.5, 0.25]
 
 
-# ---- anchors -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("AnchorGenerator", CachedAnchorGenerator), ("DefaultAnchorGenerator", DefaultAnchorGenerator)],
-)
-def test_the_anchor_generator_that_the_config_names(name, kind):
-    keys = ("MODEL.ANCHOR_GENERATOR.NAME", name)
-    if name == "DefaultAnchorGenerator":
-        keys += ("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5)
-    cfg = make_cfg(*RESNET18, *keys)
-    generator = build_anchor_generator(cfg, build_backbone(cfg))
-    assert type(generator) is kind
-    assert generator.sizes == ((32,), (64,), (128,), (256,), (512,))
-    assert generator.aspect_ratios == ((0.5, 1.0, 2.0),) * 5
-    if kind is DefaultAnchorGenerator:
-        assert (generator.strides, generator.offset) == ([4, 8, 16, 32, 64], 0.5)
+def test_the_anchor_generator_is_that_of_the_config():
+    key = "MODEL.ANCHOR_GENERATOR"
+    settings = [
+        (f"{key}.NAME", "AnchorGenerator"),
+        (f"{key}.NAME", "DefaultAnchorGenerator", f"{key}.OFFSET", 0.5),
+    ]
+    configs = [make_cfg(*RESNET18, *setting) for setting in settings]
+    generators = [build_anchor_generator(cfg, build_backbone(cfg)) for cfg in configs]
+    assert [type(generator) for generator in generators] == [CachedAnchorGenerator, DefaultAnchorGenerator]
+    for generator in generators:
+        assert generator.sizes == ((32,), (64,), (128,), (256,), (512,))
+        assert generator.aspect_ratios == ((0.5, 1.0, 2.0),) * 5
+    assert (generator.strides, generator.offset) == ([4, 8, 16, 32, 64], 0.5)
 
 
 def test_prior_bias_is_the_logit_of_the_probability():
     probabilities = [0.01, 0.5, 0.9]
     biases = torch.tensor([prior_bias(probability, "KEY") for probability in probabilities])
     assert biases.sigmoid().tolist() == pytest.approx(probabilities)
-
-
-# ---- the original size ---------------------------------------------------------------------------
 
 
 def test_detections_are_brought_to_the_original_size():

@@ -26,17 +26,14 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def losses_of(model, samples, seed=0):
-    torch.manual_seed(seed)
-    return model(samples)
-
-
 def assert_alike(model, plain, samples):
     """Two models of the same weights have the same losses, gradients and detections."""
-    found, expected = losses_of(model.train(), samples), losses_of(plain.train(), samples)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    for losses in (found, expected):
-        sum(losses.values()).backward()
+    losses = []
+    for network in (model.train(), plain.train()):
+        torch.manual_seed(0)
+        losses.append(network(samples))
+        sum(losses[-1].values()).backward()
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         scale = theirs.grad.abs().max().item()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=name)
@@ -44,9 +41,6 @@ def assert_alike(model, plain, samples):
         results = model.eval()(samples), plain.eval()(samples)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=1e-4, atol=1e-5)
-
-
-# ---- channels last -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -59,9 +53,6 @@ def test_channels_last_gives_the_same_and_reaches_all_layers(name):
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     assert_alike(model, plain, two_squares())
     assert len(seen) > 8 and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
-
-
-# ---- compiling ---------------------------------------------------------------------------------
 
 
 class Counting:

@@ -3,9 +3,6 @@
 `python tests/test_config.py` writes golden/config_keys.txt anew, after a key was added on purpose.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,19 +15,11 @@ GOLDEN_KEYS = Path(__file__).parent / "golden" / "config_keys.txt"
 BASE_RCNN_FPN = """
 MODEL:
   META_ARCHITECTURE: "GeneralizedRCNN"
-  BACKBONE:
-    NAME: "build_resnet_fpn_backbone"
-  FPN:
-    IN_FEATURES: ["res2", "res3", "res4", "res5"]
-  ANCHOR_GENERATOR:
-    SIZES: [[32], [64], [128], [256], [512]]
-    ASPECT_RATIOS: [[0.5, 1.0, 2.0]]
-  RPN:
-    IN_FEATURES: ["p2", "p3", "p4", "p5", "p6"]
-    PRE_NMS_TOPK_TRAIN: 2000
-  ROI_HEADS:
-    NAME: "StandardROIHeads"
-    IN_FEATURES: ["p2", "p3", "p4", "p5"]
+  BACKBONE: {NAME: "build_resnet_fpn_backbone"}
+  FPN: {IN_FEATURES: ["res2", "res3", "res4", "res5"]}
+  ANCHOR_GENERATOR: {SIZES: [[32], [64], [128], [256], [512]], ASPECT_RATIOS: [[0.5, 1.0, 2.0]]}
+  RPN: {IN_FEATURES: ["p2", "p3", "p4", "p5", "p6"], PRE_NMS_TOPK_TRAIN: 2000}
+  ROI_HEADS: {NAME: "StandardROIHeads", IN_FEATURES: ["p2", "p3", "p4", "p5"]}
 DATASETS:
   TRAIN: ("coco_2017_train",)
 SOLVER:
@@ -46,9 +35,7 @@ def all_keys(cfg, prefix=""):
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             yield from all_keys(value, f"{prefix}{key}.")
-            if not value:
-                yield f"{prefix}{key}"
-        else:
+        if not isinstance(value, CfgNode) or not value:
             yield f"{prefix}{key}"
 
 
@@ -59,22 +46,23 @@ def write(folder, name, text):
     return str(path)
 
 
-def merge_list(*overrides):
+def merge_list(*overrides, file=None):
+    """Return the defaults with a file merged over them, and then the overrides."""
     cfg = get_cfg()
+    if file:
+        cfg.merge_from_file(file)
     cfg.merge_from_list(list(overrides))
     return cfg
 
 
 def merge_file(path):
-    cfg = get_cfg()
-    cfg.merge_from_file(path)
-    return cfg
+    return merge_list(file=path)
 
 
 @pytest.fixture
 def merge_text(tmp_path):
     """Function from YAML to the defaults with that YAML merged over them."""
-    return lambda text, name="config.yaml": merge_file(write(tmp_path, name, text))
+    return lambda text: merge_file(write(tmp_path, "config.yaml", text))
 
 
 def error_message(function, *args):
@@ -84,9 +72,6 @@ def error_message(function, *args):
     assert isinstance(error.value, UserError)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-# ---- _BASE_ ----------------------------------------------------------------------------------
 
 
 def test_base_paths_are_relative_to_the_file_absolute_or_in_the_home_folder(tmp_path, monkeypatch):
@@ -113,19 +98,16 @@ def test_base_shared_by_two_bases_is_no_cycle(tmp_path):
 
 
 def test_base_errors_show_the_chain_of_files(tmp_path):
+    gone = tmp_path / "gone.yaml"
+    assert f"config file not found: {gone}" in error_message(merge_file, str(gone))
     a = write(tmp_path, "a.yaml", "_BASE_: b.yaml\n")
     b = write(tmp_path, "b.yaml", "_BASE_: [a.yaml]\n")
     assert f"{a} -> {b} -> {a}" in error_message(merge_file, a)
     write(tmp_path, "b.yaml", "_BASE_: gone.yaml\n")
-    assert f"base config file not found: {a} -> {b} -> {tmp_path / 'gone.yaml'}" in error_message(
-        merge_file, a
-    )
+    assert f"base config file not found: {a} -> {b} -> {gone}" in error_message(merge_file, a)
     write(tmp_path, "b.yaml", "SEEED: 1\n")
     text = error_message(merge_file, a)
     assert b in text and a not in text
-
-
-# ---- values ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,9 +135,8 @@ def test_empty_file_and_empty_section_change_nothing(merge_text):
 
 
 def test_declarations_come_from_files_and_the_command_line(tmp_path):
-    write(
-        tmp_path, "base.yaml", "DATASETS: {DECLARE: {a: &a {FORMAT: shapes, NUM: 4}, b: {<<: *a, NUM: 5}}}\n"
-    )
+    base = "DATASETS: {DECLARE: {a: &a {FORMAT: shapes, NUM: 4}, b: {<<: *a, NUM: 5}}}\n"
+    write(tmp_path, "base.yaml", base)
     text = "_BASE_: base.yaml\nDATASETS: {DECLARE: {a: {NUM: 6}, 2012: {FORMAT: voc}}}\n"
     cfg = merge_file(write(tmp_path, "child.yaml", text))
     cfg.merge_from_list(["DATASETS.DECLARE.c.FORMAT", "shapes", "DATASETS.DECLARE.c.NUM", "4"])
@@ -167,8 +148,6 @@ def test_declarations_come_from_files_and_the_command_line(tmp_path):
         "c": {"FORMAT": "shapes", "NUM": 4, "CLASSES": ["circle", "square"]},
     }
 
-
-# ---- errors ----------------------------------------------------------------------------------
 
 SPLIT_TUPLE = '["a", "b"]'
 
@@ -187,16 +166,12 @@ SPLIT_TUPLE = '["a", "b"]'
         ("SOLVER: {STEPS: (100, 200), MAX_ITER: 300}", [SPLIT_TUPLE]),
         # Bases.
         ("_BASE_: 3", ["_BASE_"]),
-        # No YAML, or none of a config.
+        # No YAML, or none of a config; test_hostile.py has more.
         ("SEED: [", []),
         ("SEED: 1\n\tLOG_PERIOD: 2\n", ["line 2"]),
         ("- SEED\n", ["list"]),
-        ("SEED: \x01", []),
-        ("OUTPUT_DIR: 2024-13-45", []),
         ("SEED: !!int abc", []),
-        ("? [a, b]\n: c\n", []),
-        ("SEED: &a [*a]", []),
-        ("[" * 500, ["levels deep"]),
+        ("OUTPUT_DIR: !!python/tuple [a]\n", ["line 1", "write the plain list"]),
     ],
 )
 def test_file_errors_name_the_file_and_the_key(merge_text, text, words):
@@ -227,23 +202,6 @@ def test_override_errors_name_the_key_and_change_nothing(overrides, words):
     assert cfg == get_cfg()
 
 
-def test_unreadable_files_are_named(tmp_path):
-    path = tmp_path / "config.yaml"
-    assert f"config file not found: {path}" in error_message(merge_file, str(path))
-    path.write_bytes(b"\xff\xfe\x00\x01")
-    assert str(path) in error_message(merge_file, str(path))
-    assert str(tmp_path) in error_message(merge_file, str(tmp_path))
-
-
-@pytest.mark.parametrize("tag", ["object/apply:os.mkdir", "object/new:os.mkdir", "name:os.mkdir", "tuple"])
-def test_python_tags_are_not_executed(merge_text, tmp_path, tag):
-    target = tmp_path / "made"
-    text = f"SEED: 1\nOUTPUT_DIR: !!python/{tag} ['{target}']\n"
-    for message in (error_message(merge_text, text), error_message(CfgNode.load_cfg, text)):
-        assert "line 2" in message and "write the plain list" in message
-    assert not target.exists()
-
-
 def test_python_configs_are_not_executed(tmp_path):
     target = tmp_path / "made"
     path = write(tmp_path, "config.py", f"import os\nos.mkdir({str(target)!r})\ncfg = dict(SEED=1)\n")
@@ -252,10 +210,9 @@ def test_python_configs_are_not_executed(tmp_path):
     with open(path) as f:
         assert path in error_message(CfgNode.load_cfg, f)
     assert path in error_message(CfgNode._load_cfg_py_source, path)
+    text = f"SEED: 1\nOUTPUT_DIR: !!python/object/apply:os.mkdir ['{target}']\n"
+    assert "line 2" in error_message(CfgNode.load_cfg, text)
     assert not target.exists()
-
-
-# ---- copies ----------------------------------------------------------------------------------
 
 
 def test_get_cfg_and_clone_return_copies():
@@ -278,9 +235,6 @@ def test_frozen_config_cannot_be_changed():
     cfg.defrost()
     cfg.merge_from_list(["SOLVER.MAX_ITER", "3"])
     assert cfg.SOLVER.MAX_ITER == 3
-
-
-# ---- Detectron2's files ----------------------------------------------------------------------
 
 
 def test_detectron2_base_and_child_merge_and_are_supported(tmp_path):
@@ -336,19 +290,6 @@ def test_unsupported_variant_is_rejected_naming_what_is_supported(merge_text, ke
 def test_keys_of_a_feature_are_checked_only_if_it_is_on(switch, on, off, key, value):
     assert error_message(check_cfg, merge_list(switch, on, key, value)).startswith(key)
     check_cfg(merge_list(switch, off, key, value))
-
-
-# ---- the module itself -----------------------------------------------------------------------
-
-
-def test_importing_the_config_does_not_import_torch():
-    code = (
-        "import sys; import plaintrain.config as c; cfg = c.get_cfg(); c.check_cfg(cfg); cfg.dump();"
-        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'torchvision', 'numpy')])"
-    )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
-    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
 def test_keys_are_those_of_the_golden_file():

@@ -1,10 +1,14 @@
-"""RetinaNet, FCOS and SSD: training steps and detections are torchvision's, without its sync points."""
+"""RetinaNet, FCOS, SSD and their anchors: steps and detections are torchvision's, without its sync points."""
 
 import copy
+import functools
+import itertools
+import math
 from unittest import mock
 
 import pytest
 import torch
+import torchvision
 from model_helpers import (
     FCOS,
     RETINA,
@@ -16,6 +20,7 @@ from model_helpers import (
     make_batch,
     make_cfg,
     make_sample,
+    norm_types,
     random_boxes,
     randomize_predictions,
     torchvision_inputs,
@@ -25,7 +30,7 @@ from model_helpers import (
 from shared.syncs import count_syncs, training_step
 from torch import nn
 from torchvision.models import detection
-from torchvision.models.detection import ssd
+from torchvision.models.detection import retinanet, ssd
 from torchvision.models.detection._utils import SSDMatcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -35,6 +40,7 @@ from torchvision.ops import box_iou, sigmoid_focal_loss
 from plaintrain.modeling import matching
 from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerator
 from plaintrain.modeling.backbone import build_backbone
+from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 from plaintrain.modeling.fcos import assign_centres
 from plaintrain.modeling.losses import focal_loss
 from plaintrain.modeling.matching import match, pad_targets
@@ -103,9 +109,6 @@ def torchvision_twin(name, model):
     return plain
 
 
-# ---- whole steps -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["retinanet", "retinanet, giou", "fcos", "ssd"])
 def test_a_training_step_waits_for_nothing_at_any_batch_size(name):
     model = build(*MODELS[name])
@@ -139,7 +142,7 @@ def test_losses_gradients_and_detections_are_torchvisions(name, numbers):
         scale = parameters[key].grad.abs().max().item()
         torch.testing.assert_close(parameter.grad, parameters[key].grad, rtol=1e-4, atol=1e-5 * scale + 1e-7)
     if name == "retinanet, detectron2":
-        # It cuts boxes after NMS, see test_retinanet.py.
+        # It cuts boxes after NMS, see below.
         return
     for network in (model, plain):
         network.score_thresh, network.topk_candidates, network.detections_per_img = 0.0, 100, 50
@@ -160,9 +163,6 @@ def test_a_batch_that_is_matched_image_by_image_has_the_same_losses(name):
     with mock.patch.multiple(matching, _MAX_PAIRS=1, _pairwise_iou=compute_iou):
         torch.testing.assert_close(model(samples), expected, rtol=0, atol=0)
     assert batches == ([] if name == "fcos" else [1] * 4)
-
-
-# ---- SSD's matches and hard negatives ----------------------------------------------------------
 
 
 def padded(objects):
@@ -200,9 +200,6 @@ def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
     assert loss.grad.tolist() == [[1, 1, 1, 0, 1, 0], [0] * 6, [2, 2, 1, 1, 1, 1]]
 
 
-# ---- FCOS's assignment -------------------------------------------------------------------------
-
-
 def torchvision_assignment(objects, anchors, levels, radius):
     """What torchvision's FCOS hands its head: for each image `[N]`, -1 without an object."""
     model, assigned = build(*MODELS["fcos"]), []
@@ -231,9 +228,6 @@ def test_assign_centres_is_torchvisions(levels, radius):
     assert len(index[2][matched[2]].unique()) > 5
 
 
-# ---- losses ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.7, 0.0), (-1, 1.5), (0.0, 0.5)])
 def test_focal_loss_and_its_gradient_are_torchvisions_and_finite(alpha, gamma):
     generator = torch.Generator().manual_seed(0)
@@ -250,9 +244,6 @@ def test_focal_loss_and_its_gradient_are_torchvisions_and_finite(alpha, gamma):
     loss = focal_loss(extreme, torch.tensor([[0, 1, 2, -1]]), alpha, gamma)
     loss.sum().backward()
     assert loss.isfinite().all() and loss[0, 0] > 2000 and extreme.grad.isfinite().all()
-
-
-# ---- anchors are kept --------------------------------------------------------------------------
 
 
 def make_anchors(generator, height, width, batch=2):
@@ -284,3 +275,133 @@ def test_a_model_that_was_evaluated_in_inference_mode_can_be_trained(name):
         model.eval()(samples)
     sum(model.train()(samples).values()).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def anchors_of(generator, height, width, strides):
+    """The anchors that both images of a batch have."""
+    maps = [torch.zeros(2, 1, -(-height // stride), -(-width // stride)) for stride in strides]
+    images = ImageList(torch.zeros(2, 3, height, width), [(height, width - 14), (height - 12, width)])
+    first, second = generator(images, maps)
+    assert first.equal(second)
+    return first
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_detectron2s_anchors_follow_the_formula(offset):
+    sizes, ratios, strides = ((32.0, 40.3), (64.0, 80.6)), ((0.5, 1.0, 2.0),) * 2, [8, 16]
+    found = anchors_of(DefaultAnchorGenerator(sizes, ratios, strides, offset), 32, 48, strides)
+    expected = []
+    for level, stride in enumerate(strides):
+        locations = itertools.product(range(32 // stride), range(48 // stride))
+        for (row, column), ratio, size in itertools.product(locations, ratios[level], sizes[level]):
+            # Height / width is the ratio, height * width the size squared.
+            width, height = size / math.sqrt(ratio), size * math.sqrt(ratio)
+            x, y = (column + offset) * stride, (row + offset) * stride
+            expected.append([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
+    torch.testing.assert_close(found, torch.tensor(expected))
+    if not offset:
+        # The order is torchvision's, and the difference only its rounding.
+        rounded = anchors_of(AnchorGenerator(sizes, ratios), 32, 48, strides)
+        assert 0 < (found - rounded).abs().max() <= 0.5
+
+
+def test_detectron2s_anchors_have_the_exact_stride_where_the_map_is_not_a_fraction_of_the_image():
+    strides = [4, 8, 16, 32, 64]
+    generator = DefaultAnchorGenerator(((32,),) * 5, ((1.0,),) * 5, strides)
+    # 800 / 64 is 12.5: the last map has 13 rows, and torchvision's stride is 800 // 13.
+    found = anchors_of(generator, 800, 1088, strides)[-13 * 17 :]
+    rows = ((found[:, 1] + found[:, 3]) / 2).view(13, 17)
+    assert rows[:, 0].tolist() == [64 * row for row in range(13)]
+
+
+def test_with_detectron2s_anchors_boxes_are_cut_after_nms(monkeypatch):
+    keys = (*TINY, *RETINA, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.012, "TEST.DETECTIONS_PER_IMAGE", 1000)
+    model = build(*keys, *DETECTRON2).eval()
+    randomize_predictions(model)
+    before = build(*keys).eval()
+    before.load_state_dict(model.state_dict())
+    before.anchor_generator = model.anchor_generator
+    samples = two_samples()
+    with torch.no_grad():
+        found, cut_before = model(samples), before(samples)
+        # torchvision's own, with the cut moved behind it, and what it leaves nothing of left out.
+        cut = torchvision.ops.clip_boxes_to_image
+        monkeypatch.setattr(retinanet.box_ops, "clip_boxes_to_image", lambda boxes, size: boxes)
+        expected = before(samples)
+    for sample, output in zip(samples, expected, strict=True):
+        output["boxes"] = cut(output["boxes"], (sample["height"], sample["width"]))
+        inside = (output["boxes"][:, 2:] > output["boxes"][:, :2]).all(dim=1)
+        output.update({name: values[inside] for name, values in output.items()})
+    assert_same_detections(found, expected, label_offset=0, at_least=10)
+    assert any(len(a["scores"]) != len(b["scores"]) for a, b in zip(found, cut_before, strict=True))
+
+
+def test_with_detectron2s_anchors_boxes_outside_of_the_image_are_left_out():
+    model = build(*MODELS["retinanet, detectron2"], "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0).eval()
+    outputs = {"cls_logits": [torch.zeros(1, 4, K)], "bbox_regression": [torch.zeros(1, 4, 4)]}
+    boxes = torch.tensor([[-9.0, 2, -1, 8], [4, 64, 20, 80], [-5, -5, 5, 5], [50, 50, 90, 60]])
+    (found,) = model.postprocess_detections(outputs, [[boxes]], [(64, 64)])
+    inside = {(0.0, 0.0, 5.0, 5.0), (50.0, 50.0, 64.0, 60.0)}
+    assert {tuple(box) for box in found["boxes"].tolist()} == inside
+    assert len(found["boxes"]) == len(found["scores"]) == len(found["labels"]) == 2 * K
+
+
+@pytest.mark.parametrize(("alpha", "gamma", "beta"), [(0.4, 1.5, 0.3), (-1.0, 0.0, 0.1)])
+def test_the_numbers_of_retinanets_losses_reach_them(alpha, gamma, beta, monkeypatch):
+    keys = {"FOCAL_LOSS_ALPHA": alpha, "FOCAL_LOSS_GAMMA": gamma, "SMOOTH_L1_LOSS_BETA": beta}
+    plain = build(*TINY, *RETINA)
+    model = build(*TINY, *RETINA, *(x for k, v in keys.items() for x in (f"MODEL.RETINANET.{k}", v)))
+    randomize_predictions(model)
+    plain.load_state_dict(model.state_dict())
+    samples = two_samples()
+    losses, default = model(samples), plain(samples)
+    # torchvision's own step, with its losses set to these numbers.
+    plain.head.regression_head._loss_type = "smooth_l1"
+    for name, numbers in (
+        ("_box_loss", {"cnf": {"beta": beta}}),
+        ("sigmoid_focal_loss", {"alpha": alpha, "gamma": gamma}),
+    ):
+        monkeypatch.setattr(retinanet, name, functools.partial(getattr(retinanet, name), **numbers))
+    images, targets = [sample["image"] for sample in samples], torchvision_inputs(samples)[1]
+    expected = detection.RetinaNet.forward(plain, images, targets)
+    for name, theirs in LOSSES.items():
+        torch.testing.assert_close(losses[name], expected[theirs], rtol=1e-5, atol=1e-5)
+    assert all((losses[name] - default[name]).abs() > 0.01 for name in losses)
+
+
+@pytest.mark.parametrize(("name", "anchors"), [("retinanet", 6), ("fcos", 1)])
+def test_a_fresh_model_has_the_prior_probability_everywhere(name, anchors):
+    model = build(*MODELS[name], "MODEL.RETINANET.PRIOR_PROB", 0.2, "MODEL.FCOS.PRIOR_PROB", 0.2).eval()
+    bias = model.head.classification_head.cls_logits.bias
+    assert bias.sigmoid().tolist() == pytest.approx([0.2] * anchors * K)
+    with torch.no_grad():
+        images, _ = model.transform([make_sample(64, 64)["image"]])
+        outputs = model.head(list(model.backbone(images.tensors).values()))
+    assert outputs["cls_logits"].sigmoid().mean().item() == pytest.approx(0.2, rel=0.2)
+    if name == "fcos":
+        # What passes the ReLU of the box outputs is the same everywhere, and above 0.
+        assert outputs["bbox_regression"].min() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "backbone", "head"),
+    [
+        ("retinanet", ("MODEL.TINY.NORM", "BN", "MODEL.RETINANET.NORM", "GN"), nn.BatchNorm2d, nn.GroupNorm),
+        # SSDLite's head has the norm of the backbone.
+        ("ssdlite", ("MODEL.TINY.NORM", "GN"), nn.GroupNorm, nn.GroupNorm),
+        ("ssdlite", ("MODEL.TINY.NORM", "BN"), nn.BatchNorm2d, nn.BatchNorm2d),
+    ],
+)
+def test_norms_of_backbone_and_head(name, keys, backbone, head):
+    model = build(*MODELS[name], *keys)
+    assert norm_types(model.backbone) == {backbone} and norm_types(model.head) == {head}
+
+
+def test_ssds_images_are_not_padded_and_need_not_be_square():
+    model = build(*MODELS["ssd"], "INPUT.FIXED_SIZE", (40, 72), "MODEL.SSD.SCORE_THRESH_TEST", 0.0).eval()
+    randomize_predictions(model)
+    batch, _ = model.transform([make_sample(40, 72)["image"]])
+    assert batch.tensors.shape == (1, 3, 40, 72)
+    with torch.no_grad():
+        (found,) = model([make_sample(40, 72, original=(80, 720))])
+    assert 80 >= found["boxes"][:, 3].max() > 72 and 720 >= found["boxes"][:, 2].max() > 400

@@ -1,17 +1,12 @@
 """Averaged weights: plaintrain.ema, and the checkpoints that hold them."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import rank_functions
+import torch
 from processes import Job
+from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
@@ -20,18 +15,17 @@ from plaintrain.utils.errors import UserError
 from plaintrain.weights import load_weights
 
 
-def make_model(value=0.0):
-    """Return a layer and a batch norm; every number is `value`, and every count."""
-    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    fill(model, value)
-    return model
-
-
 def fill(model, value):
     """Set all parameters and running statistics to a number, and the count of batches to it too."""
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.fill_(value)
+
+
+def make_model(value=0.0):
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    fill(model, value)
+    return model
 
 
 def values(state):
@@ -43,17 +37,19 @@ def values(state):
 NUMBERS = [3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0, 6.0, 5.0, 3.5]
 
 
+def step(model, ema, *numbers):
+    """Take a step to each of some numbers."""
+    for number in numbers:
+        fill(model, number)
+        ema.update()
+
+
 def averaged_over(numbers, **settings):
     """Return (model, its `ModelEMA`) after one step for each number."""
     model = make_model(100.0)
     ema = ModelEMA(model, **settings)
-    for number in numbers:
-        fill(model, number)
-        ema.update()
+    step(model, ema, *numbers)
     return model, ema
-
-
-# ---- the average -----------------------------------------------------------------------------
 
 
 def test_average_of_every_tensor_is_as_by_hand():
@@ -92,9 +88,6 @@ def test_decay_out_of_range_is_rejected(decay):
         ModelEMA(make_model(), decay=decay)
 
 
-# ---- which model is which --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("evaluate", "wrap"), [("averaged", nn.DataParallel), ("raw", lambda model: model)])
 def test_average_before_the_first_step_is_the_model_itself(evaluate, wrap):
     model = wrap(make_model())
@@ -122,16 +115,11 @@ def test_config_decides_which_weights_are_evaluated_and_final(log, evaluate, fin
     ema = build_ema(cfg, model)
     assert f"the {evaluate} weights are evaluated, the {final} become model_final.pth" in log.text
     final_module = final_model(cfg, ema)
-    for number in (1.0, 2.0):
-        fill(model, number)
-        ema.update()
+    step(model, ema, 1.0, 2.0)
     assert ema.module is not model and values(ema.module.state_dict()) == 1.5
     assert ema.evaluated is (ema.module if evaluate == "averaged" else model)
     # It returns the weights of the moment when it is called.
     assert final_module is None if final == "raw" else final_module() is ema.module
-
-
-# ---- checkpoints -----------------------------------------------------------------------------
 
 
 def save(folder, numbers, **settings):
@@ -149,9 +137,7 @@ def test_resumed_average_is_that_of_an_uninterrupted_run(tmp_path):
     assert ema.num_steps == 4
     whole = averaged_over(NUMBERS[:4], decay=0.5, warmup=False)[1]
     assert values(ema.module.state_dict()) == values(whole.module.state_dict())
-    for number in NUMBERS[4:]:
-        fill(model, number)
-        ema.update()
+    step(model, ema, *NUMBERS[4:])
     whole = averaged_over(NUMBERS, decay=0.5, warmup=False)[1]
     assert values(ema.module.state_dict()) == values(whole.module.state_dict())
 
@@ -161,13 +147,10 @@ def test_average_turned_on_at_a_resume_begins_there_with_a_warning(tmp_path, log
     model = make_model()
     ema = ModelEMA(model, decay=0.5, warmup=False)
     DetectionCheckpointer(model, str(tmp_path), ema=ema).resume_or_load("", resume=True)
-    assert [r.getMessage() for r in log.records if r.levelname == "WARNING"] == [
-        "the checkpoint has no averaged weights: MODEL.EMA begins to average here"
-    ]
+    (message,) = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
+    assert message == "the checkpoint has no averaged weights: MODEL.EMA begins to average here"
     assert ema.module is model
-    for number in (4.0, 5.0):
-        fill(model, number)
-        ema.update()
+    step(model, ema, 4.0, 5.0)
     assert values(ema.module.state_dict()) == 4.5
 
 
@@ -176,9 +159,8 @@ def test_average_turned_off_at_a_resume_is_dropped_with_a_warning(tmp_path, log)
     model = make_model()
     ema = ModelEMA(model, enabled=False)
     DetectionCheckpointer(model, str(tmp_path), ema=ema).resume_or_load("", resume=True)
-    assert [r.getMessage() for r in log.records if r.levelname == "WARNING"] == [
-        "MODEL.EMA.ENABLED is False: the checkpoint's averaged weights are left out"
-    ]
+    (message,) = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
+    assert message == "MODEL.EMA.ENABLED is False: the checkpoint's averaged weights are left out"
     assert values(model.state_dict()) == 2.0 and ema.module is model and ema.state_dict() == {}
 
 

@@ -1,11 +1,14 @@
-"""Evaluators, Pascal VOC's metric and the loop that runs them: plaintrain.evaluation."""
+"""Evaluators, Pascal VOC's metric, the loop that runs them, and its thread: plaintrain.evaluation."""
 
 import json
 import math
+import threading
+import time
 
 import pytest
 import torch
 from detection_helpers import add_dataset, evaluate, make_annotation, make_output, make_record
+from model_helpers import ARCHITECTURES, build, make_sample, randomize_predictions
 from torch import nn
 
 from plaintrain.evaluation import (
@@ -15,18 +18,15 @@ from plaintrain.evaluation import (
     PascalVOCDetectionEvaluator,
     flatten_results,
     inference_on_dataset,
+    loop,
     print_csv_format,
     verify_results,
 )
+from plaintrain.masks import BoxMasks, encode_masks
 from plaintrain.utils.errors import UserError
-
-torch.set_num_threads(1)
 
 A, B, FAR = [0, 0, 20, 20], [10, 10, 50, 50], [60, 60, 90, 90]
 both_evaluators = pytest.mark.parametrize("evaluator_class", [COCOEvaluator, PascalVOCDetectionEvaluator])
-
-
-# ---- collecting detections -----------------------------------------------------------------------
 
 
 def test_only_images_processed_since_reset_are_scored():
@@ -85,9 +85,6 @@ def test_outputs_may_be_on_a_device_without_float64():
     output = {key: value.as_subclass(SinglePrecision) for key, value in output.items()}
     results = evaluate(COCOEvaluator(name, kpt_oks_sigmas=[0.05]), {0: output})
     assert results["keypoints"]["AP"] == pytest.approx(100)
-
-
-# ---- Pascal VOC ----------------------------------------------------------------------------------
 
 
 def score_voc(records, outputs, classes=("cat",), metadata=None, **kwargs):
@@ -180,9 +177,6 @@ def test_voc_2007_has_its_own_metric():
     assert forced["AP50"] == pytest.approx(100 * 5 / 6)
 
 
-# ---- the loop ------------------------------------------------------------------------------------
-
-
 class Recorder(DatasetEvaluator):
     """Records its calls; raises in one of them if told to."""
 
@@ -259,9 +253,6 @@ def test_several_evaluators_work_as_one():
         DatasetEvaluators([first, Recorder(result={"bbox": {}})]).evaluate()
 
 
-# ---- results -------------------------------------------------------------------------------------
-
-
 def test_results_are_flattened_and_logged_as_csv(log):
     nested = {"coco_val": {"bbox": {"AP": 1.0, "AP-cat": 2.0}}, "loss": 3.0, "empty": {}}
     assert flatten_results(nested) == {"coco_val/bbox/AP": 1.0, "coco_val/bbox/AP-cat": 2.0, "loss": 3.0}
@@ -284,3 +275,159 @@ def test_expected_results_fail_if_they_differ_are_missing_or_nan():
         verify_results([*good, *wrong.values()], results)
     assert all(words in str(error.value) for words in wrong)
     assert str(error.value).count("expected") == len(wrong)
+
+
+class Numbers(nn.Module):
+    """Returns the number of each image; `pastes` is `pastes_masks` at each call."""
+
+    pastes_masks = True
+
+    def __init__(self, fails_at=None):
+        super().__init__()
+        self.pastes, self.fails_at = [], fails_at
+
+    def forward(self, samples):
+        self.pastes.append(self.pastes_masks)
+        if len(self.pastes) == self.fails_at:
+            raise ZeroDivisionError
+        return [{"found": torch.tensor(sample), "name": "x"} for sample in samples]
+
+
+class InBackground(DatasetEvaluator):
+    """Records its batches, and the thread that it is called in."""
+
+    in_background = True
+
+    def __init__(self, fails_at=None, seconds=0):
+        self.calls, self.threads, self.fails_at, self.seconds = [], [], fails_at, seconds
+
+    def process(self, inputs, outputs):
+        time.sleep(self.seconds)
+        self.threads.append((threading.current_thread(), torch.is_grad_enabled(), torch.get_num_threads()))
+        self.calls.append((inputs, [output["found"].item() for output in outputs], outputs[0]["name"]))
+        if len(self.calls) == self.fails_at:
+            raise ValueError("no such image")
+
+
+class Own(InBackground):
+    """Has its own `process`, and does not say that it may be called in another thread."""
+
+    def process(self, inputs, outputs):
+        super().process(inputs, outputs)
+
+
+BATCHES = [[1, 2], [3], [4, 5], [6], [7], [8]]
+
+
+def test_batches_are_processed_in_order_by_one_other_thread_which_ends():
+    model, recorders = Numbers(), [InBackground(), InBackground()]
+    assert inference_on_dataset(model, BATCHES, recorders) == {}
+    for recorder in recorders:
+        assert recorder.calls == [(batch, batch, "x") for batch in BATCHES]
+    ((thread, has_grad, num_threads),) = set(recorders[0].threads + recorders[1].threads)
+    assert thread is not threading.current_thread() and not thread.is_alive()
+    assert (has_grad, num_threads) == (False, 1)
+    assert model.pastes == [False] * 6 and model.pastes_masks
+
+
+@pytest.mark.parametrize("others", [[], [InBackground]])
+def test_an_evaluator_with_its_own_process_is_called_by_the_loop_itself(others):
+    model, evaluators = Numbers(), [Own(), *(make() for make in others)]
+    inference_on_dataset(model, BATCHES, evaluators if others else evaluators[0])
+    for evaluator in evaluators:
+        assert {thread for thread, *_ in evaluator.threads} == {threading.current_thread()}
+        assert [inputs for inputs, *_ in evaluator.calls] == BATCHES
+    assert model.pastes == [True] * 6
+
+
+def test_the_model_is_at_most_three_batches_ahead():
+    recorder, ahead = InBackground(seconds=0.02), []
+
+    class Ahead(Numbers):
+        def forward(self, samples):
+            ahead.append(len(self.pastes) + 1 - len(recorder.calls))
+            return super().forward(samples)
+
+    inference_on_dataset(Ahead(), BATCHES * 2, recorder)
+    assert max(ahead) == 3 and len(recorder.calls) == 12
+
+
+# The error of the last batch comes after the last call of the model.
+@pytest.mark.parametrize("fails_at", [2, 6])
+def test_an_error_of_process_is_raised_by_the_loop(fails_at):
+    model, recorder = Numbers(), InBackground(fails_at)
+    with pytest.raises(ValueError, match="no such image"):
+        inference_on_dataset(model, BATCHES, recorder)
+    assert not recorder.threads[0][0].is_alive()
+    assert len(recorder.calls) < 6 or fails_at == 6
+    assert model.pastes_masks
+
+
+def test_a_stop_or_an_error_of_the_model_ends_the_thread(monkeypatch):
+    def stop():
+        raise SystemExit(143)
+
+    model, recorder = Numbers(fails_at=3), InBackground()
+    with pytest.raises(ZeroDivisionError):
+        inference_on_dataset(model, BATCHES, recorder)
+    assert not recorder.threads[0][0].is_alive() and len(recorder.calls) <= 2
+    assert model.pastes_masks
+    model, recorder = Numbers(), InBackground()
+    monkeypatch.setattr(loop, "is_requested", lambda: len(model.pastes) == 2)
+    monkeypatch.setattr(loop, "end_evaluation_if_requested", stop)
+    with pytest.raises(SystemExit):
+        inference_on_dataset(model, BATCHES, recorder)
+    assert not recorder.threads[0][0].is_alive() and len(recorder.calls) == 2
+
+
+@pytest.fixture
+def wide_images():
+    """Four images of 64 x 96, named 0 to 3, with an object each."""
+    polygon = [10, 10, 50, 10, 50, 50, 10, 50]
+    annotation = make_annotation([10, 10, 50, 50], segmentation=[polygon], keypoints=[20, 20, 2] * 4)
+    record = {"file_name": "", "height": 64, "width": 96, "annotations": [annotation]}
+    return add_dataset([{**record, "image_id": i} for i in range(4)], "abc")
+
+
+class Kept(COCOEvaluator):
+    """Keeps the detections that it would score."""
+
+    def score(self, detections):
+        self.detections = detections
+        return {}
+
+
+def test_masks_of_mask_rcnn_are_those_that_its_users_get(wide_images):
+    model = build(*ARCHITECTURES["mask_keypoint_rcnn"], "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    randomize_predictions(model)
+    loader = [[make_sample(64, 96, seed=i) for i in pair] for pair in ((2, 0), (3, 1))]
+    evaluator = Kept(wide_images, kpt_oks_sigmas=[0.1] * 4)
+    inference_on_dataset(model, loader, evaluator)
+    detections = evaluator.detections
+    with torch.no_grad():
+        by_image = {
+            s["image_id"]: o for batch in loader for s, o in zip(batch, model.eval()(batch), strict=True)
+        }
+    outputs = [by_image[i] for i in range(4)]
+    assert all(output["masks"].dtype == torch.bool and len(output["masks"]) > 5 for output in outputs)
+    assert detections.masks == [counts for output in outputs for counts in encode_masks(output["masks"])]
+    assert detections.rows[:, 1:5].tolist() == torch.cat([o["boxes"] for o in outputs]).double().tolist()
+    assert detections.keypoints.tolist() == torch.cat([o["keypoints"] for o in outputs]).double().tolist()
+    # Masks of pixels, as another model returns them, are accepted as well.
+    evaluator.reset()
+    evaluator.process([{"image_id": i} for i in range(4)], outputs)
+    evaluator.evaluate()
+    assert evaluator.detections.masks == detections.masks
+
+
+def test_an_image_whose_masks_cannot_be_encoded_is_named(wide_images):
+    output = {"boxes": torch.zeros(1, 4), "scores": torch.ones(1), "labels": torch.zeros(1)}
+    wrong = BoxMasks(torch.ones(1, 1, 4, 4), torch.zeros(1, 4), 64, 90)
+    evaluator = COCOEvaluator(wide_images, ["bbox", "segm"])
+    message = r"masks of image 2 in .* are \(64, 90\), but the image is \(64, 96\)"
+    with pytest.raises(UserError, match=message):
+        evaluator.process([{"image_id": 2}], [{**output, "masks": wrong}])
+    broken = {**output, "masks": BoxMasks(None, torch.zeros(1, 4), 64, 96)}
+    with pytest.raises(Exception) as error:  # noqa: PT011 - whatever it is, the image is named
+        evaluator.process([{"image_id": 3}], [broken])
+    assert error.value.__notes__ == ["while taking in what was found in image 3"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from model_helpers import ARCHITECTURES, RETINA, TINY, build, make_cfg, make_sample, randomize_predictions
 from PIL import Image
-from processes import ROOT, run_script
-from script_helpers import assert_refused
+from processes import ROOT
+from script_helpers import assert_refused, script_output
 from torchvision.utils import save_image
 
 from plaintrain import export, export_check
@@ -164,27 +164,20 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def predict(folder, *args):
-    """Run the example without plaintrain; its output."""
-    done = run_script(PREDICT, *args, folder=folder, faults=hide_plaintrain)
-    assert done.code == 0, done.output
-    return done.output
-
-
-def hide_plaintrain():
-    for name in ["plaintrain", *(name for name in sys.modules if name.startswith("plaintrain."))]:
+def hide(package):
+    """Let nothing import a package."""
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         sys.modules[name] = None
 
 
 def test_a_run_is_exported_checked_and_used_without_plaintrain(run_folder, tmp_path):
     pytest.importorskip("onnxruntime")
     options = ["--check", 2, "MODEL.SSD.SCORE_THRESH_TEST", 0.1]
-    done = run_script("export_model.py", run_folder, *options, folder=tmp_path)
-    assert done.code == 0, done.output
-    assert "largest" in done.output and "model.onnx: SSD, 0.4 MB, any batch\n" in done.output
+    output = script_output("export_model.py", run_folder, *options, folder=tmp_path)
+    assert "largest" in output and "model.onnx: SSD, 0.4 MB, any batch\n" in output
     image = run_folder / "1.png"
-    options = ["--threshold", "0", "--output", tmp_path]
-    output = predict(tmp_path, run_folder / "model.onnx", image, *options)
+    command = [PREDICT, run_folder / "model.onnx", image, "--threshold", "0", "--output", tmp_path]
+    output = script_output(*command, folder=tmp_path, faults=functools.partial(hide, "plaintrain"))
     _, model = make("ssd")
     model.score_thresh = 0.1
     with torch.no_grad():
@@ -240,12 +233,8 @@ def test_wrong_inputs_end_with_one_sentence(run_folder, tmp_path, args, message)
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime"])
 def test_a_missing_extra_is_said_before_the_work_begins(run_folder, tmp_path, module):
     words = f'ONNX needs {module}: pip install "plaintrain[export]"'
-    hide = functools.partial(hide_module, module)
-    assert_refused("export_model.py", [run_folder], words, tmp_path, codes=[1], faults=hide)
-
-
-def hide_module(name):
-    sys.modules[name] = None
+    faults = functools.partial(hide, module)
+    assert_refused("export_model.py", [run_folder], words, tmp_path, codes=[1], faults=faults)
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""README and guides: their commands, messages, examples and files are those of the project.
+"""README and guides: their commands, keys, messages, quotes and files are those of the project.
 
 `python tests/test_guides.py` writes the README's tree anew, from the first sentence of each file.
 """
@@ -6,51 +6,161 @@
 import ast
 import re
 import sys
-import textwrap
 from functools import cache
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import pytest
 from processes import ROOT
 from script_helpers import help_flags
 
-from plaintrain.config import get_cfg, get_value
+from plaintrain.config import check_cfg, get_cfg, get_value
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import EventStorage
 
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("examples/*.md")]
+# For those who come from elsewhere; the number of rows that each has at least.
+GUIDES = {"FROM_MMDET.md": 200, "FROM_DETECTRON2.md": 170}
+_REFERENCE = re.compile(r"[\w/]+\.py: [\w.]+")
+_KEY = re.compile(r"([A-Z][A-Z0-9_]*(?:\.[A-Z][A-Z0-9_]*)*)(?: (.+))?")
+_SPAN = re.compile(r"`([^`]+)`")
+# One place: a reference, and after a colon a line that stands there.
+_ITEM = re.compile(r"`([\w/]+\.py: [\w.]+)`(?:: `([^`]+)`)?")
 
 
-def read(path):
-    return path.read_text(encoding="utf-8")
-
-
-def blocks(path, language):
-    """The code blocks of a page."""
-    return re.findall(rf"```{language}\n(.*?)```", read(path), re.S)
+def rows(guide):
+    """(line number, cells) of the rows under each table's head."""
+    in_table = False
+    for number, line in enumerate(read(f"docs/{guide}").splitlines(), start=1):
+        if not line.startswith("|"):
+            in_table = False
+        elif in_table and not re.fullmatch(r"[|\- ]+", line):
+            yield number, [cell.strip() for cell in line.strip("|").split("|")]
+        in_table = line.startswith("|")
 
 
 @cache
-def messages():
-    """The texts in the code; in the place of what a message fills in stands a zero character."""
-    found = []
-    for path in [*ROOT.glob("plaintrain/**/*.py"), *ROOT.glob("scripts/*.py")]:
-        tree = ast.parse(read(path))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.JoinedStr):
-                found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
+def read(path):
+    """The text of a file, given from the project's folder."""
+    return (ROOT / path).read_text(encoding="utf-8")
 
 
-def first_sentence(path):
-    """What a file says of itself, without addresses."""
-    paragraph = (ast.get_docstring(ast.parse(read(path))) or "").split("\n\n")[0].replace("\n", " ")
-    return re.sub(r" \(https?://[^)]+\)", "", paragraph)
+@cache
+def parsed(path):
+    return ast.parse(read(path))
+
+
+def _names(node):
+    """The names that a statement gives a meaning to."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    return [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
+
+
+def find(reference):
+    """The source of `file.py: name` (function, class, method, name of the module), or None without one."""
+    path, name = reference.split(": ")
+    if not (ROOT / path).is_file():
+        return None
+    node = parsed(path)
+    for part in name.split("."):
+        found = [child for child in node.body if part in _names(child)]
+        if not found:
+            return None
+        node = found[-1]
+    return ast.get_source_segment(read(path), node)
+
+
+@cache
+def flags(script=None):
+    """The flags of a script; of all scripts, by default."""
+    scripts = [script] if script else [f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")]
+    return set().union(*map(help_flags, scripts))
+
+
+def wrong_key(key, value=None):
+    """What is wrong with a config key and the value given for it, or None."""
+    cfg = get_cfg()
+    try:
+        get_value(cfg, key)
+        if value:
+            cfg.merge_from_list([key, value])
+            check_cfg(cfg)
+    except (KeyError, AttributeError, UserError) as e:
+        return f"{key}: {e}"
+    return None
+
+
+def wrong_span(span):
+    """What is wrong with something between backquotes in a column of ours, or None."""
+    if _REFERENCE.fullmatch(span):
+        return None if find(span) else f"{span} does not exist"
+    script = re.search(r"scripts/\w+\.py", span)
+    if script or span.startswith("--"):
+        known = flags(script.group() if script else None)
+        given = span[script.end() :] if script else span
+        unknown = [flag for flag in re.findall(r"(?<!\S)--[\w-]+", given) if flag not in known]
+        return f"{script.group() if script else 'no script'} has no {unknown}" if unknown else None
+    match = _KEY.fullmatch(span)
+    return wrong_key(*match.groups()) if match else None
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_rows_of_a_guide_name_what_exists_and_quote_lines_that_stand_there(guide):
+    found, wrong = list(rows(guide)), []
+    assert len(found) >= GUIDES[guide]
+    for number, cells in found:
+        problems = [] if len(cells) == 3 and all(cells) else ["there are not three columns"]
+        problems += filter(None, map(wrong_span, _SPAN.findall(" ".join(cells[1:]))))
+        where = cells[-1].removeprefix("not here").removeprefix(": add to ")
+        for item in where.split("; ") if where else []:
+            match = _ITEM.fullmatch(item)
+            if not match:
+                problems.append(f"{item} is no `file.py: name`")
+            elif match[2] and match[2] not in (find(match[1]) or ""):
+                problems.append(f"{match[1]} has no line with {match[2]}")
+        wrong += [f"line {number}: {problem}" for problem in problems]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_steps_that_are_quoted_once_stand_in_both_scripts():
+    plain, epoch = "scripts/plain_train_net.py: do_train", "scripts/epoch_train_net.py"
+    steps = find(f"{epoch}: train_one_epoch") + find(f"{epoch}: do_train")
+    quoted = [_ITEM.findall(cells[-1]) for _, cells in rows("FROM_MMDET.md") if epoch not in cells[-1]]
+    quoted = [line for items in quoted for place, line in items if place == plain]
+    assert len(quoted) > 20
+    assert not [line for line in quoted if line not in steps]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_text_outside_the_tables_names_what_exists(guide):
+    text = read(f"docs/{guide}")
+    outside = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    wrong = [problem for problem in map(wrong_span, _SPAN.findall(outside)) if problem]
+    anchors = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ ([\w .]+)$", text, re.M)}
+    wrong += [anchor for anchor in re.findall(r"\]\(#([^)]+)\)", text) if anchor not in anchors]
+    wrong += [line for line in outside.splitlines() if len(line) > 112]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "plaintrain/ema.py: ModelEMA.renamed",
+        "plaintrain/gone.py: ModelEMA",
+        "SOLVER.NO_SUCH_KEY",
+        "SOLVER.MAX_ITER many",
+        "TEST.PRECISE_BN.ENABLED True",
+        "--no-such-flag 3",
+        "python scripts/plain_train_net.py --config-file FILE --predictions FILE",
+    ],
+)
+def test_what_does_not_exist_is_found(span):
+    assert wrong_span(span)
 
 
 def tree():
-    """Every Python file of the project but the tests', one line each."""
+    """Every Python file of the project but the tests', with its first sentence without addresses."""
     lines = []
     for folder in ("scripts", "scripts/benchmarks", "examples", "plaintrain", "plaintrain/*"):
         for path in sorted(ROOT.glob(f"{folder}/*.py"), key=lambda path: (path.parent, path.name)):
@@ -58,42 +168,39 @@ def tree():
                 continue
             if f"{path.parent.relative_to(ROOT)}/" not in lines:
                 lines.append(f"{path.parent.relative_to(ROOT)}/")
-            lines.append(f"  {path.name:<22} {first_sentence(path)}")
+            paragraph = (ast.get_docstring(parsed(path)) or "").split("\n\n")[0].replace("\n", " ")
+            sentence = re.sub(r" \(https?://[^)]+\)", "", paragraph)
+            lines.append(f"  {path.name:<22} {sentence}")
     return "\n".join(lines)
 
 
 _TREE = re.compile(r"(<summary>Every file, one line each</summary>\n\n```\n)(.*?)(\n```)", re.S)
 
 
-def test_the_readme_has_a_line_for_every_file():
-    assert _TREE.search(read(ROOT / "README.md"))[2] == tree(), "run python tests/test_guides.py"
-
-
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
-    table = read(ROOT / "docs" / "TROUBLESHOOTING.md").split("## No message")[0]
+    table = read("docs/TROUBLESHOOTING.md").split("## No message")[0]
     rows = re.findall(r"^\| `(.+?)`[^|`]*\| .+ \|$", table, re.M)
     assert len(rows) > 25
+    # In the place of what a message fills in stands a zero character.
+    texts = []
+    for path in [*ROOT.glob("plaintrain/**/*.py"), *ROOT.glob("scripts/*.py")]:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
     for message in rows:
         parts = [part.strip() for part in message.split("...") if part.strip()]
-        assert any(all(part in text for part in parts) for text in messages()), message
-
-
-def has_key(key):
-    try:
-        get_value(get_cfg(), key)
-    except (KeyError, AttributeError, UserError):
-        return False
-    return True
+        assert any(all(part in text for part in parts) for text in texts), message
 
 
 def test_the_pages_name_keys_and_files_that_exist():
-    assert not has_key("SOLVER.NO_SUCH_KEY")
     for page in PAGES:
         text = read(page)
         if "FROM_" not in page.name:
             spans = " ".join(re.findall(r"`([^`\n]+)`", text))
             keys = set(re.findall(r"\b(?:[A-Z][A-Z0-9_]+\.)+[A-Z][A-Z0-9_]+\b", spans))
-            assert not [key for key in keys if not has_key(key)], page.name
+            assert not [key for key in keys if wrong_key(key)], page.name
         for name in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (page.parent / name).exists(), (page.name, name)
         for name in re.findall(r"(?:configs|scripts|docs|plaintrain)/[\w/.-]+\.(?:yaml|py|md)\b", text):
@@ -101,42 +208,33 @@ def test_the_pages_name_keys_and_files_that_exist():
             assert name == "configs/my.yaml" or (ROOT / name).is_file(), (page.name, name)
 
 
-def test_the_readme_shows_the_loop_as_it_is_and_small_pictures():
-    readme = read(ROOT / "README.md")
-    shown = re.search(r"```python\n(with storage.*?)```", readme, re.S).group(1)
-    minimal = read(ROOT / "examples" / "minimal_train.py")
-    assert textwrap.indent(shown, "    ") in minimal
+def test_the_readme_shows_every_file_the_loop_as_it_is_and_small_pictures():
+    readme = read("README.md")
+    assert _TREE.search(readme)[2] == tree(), "run python tests/test_guides.py"
+    shown = re.search(r"```python\nfor iteration.*?```", readme, re.S).group().splitlines()[1:-1]
+    lines = {line.strip() for line in read("scripts/plain_train_net.py").splitlines()}
+    assert not [line for line in shown if line.strip() not in lines | {"..."}]
     pictures = re.findall(r"(?:src=\"|\]\()(docs/images/[\w.-]+)", readme)
     assert pictures and all((ROOT / name).stat().st_size < 150_000 for name in pictures)
 
 
-def commands():
-    """(page, script, flags) of each command in the pages."""
-    for page in PAGES:
-        text = re.sub(r"\\\n\s*", " ", read(page))
-        for command in re.findall(r"python ((?:scripts|examples)/[\w/]+\.py[^\n`|#]*)", text):
-            script, *words = command.split()
-            yield page.name, script, [word.split("=")[0] for word in words if word.startswith("--")]
-
-
 def test_the_commands_of_the_pages_name_scripts_and_flags_that_exist():
-    found = list(commands())
+    texts = [re.sub(r"\\\n\s*", " ", read(page)) for page in PAGES]
+    found = re.findall(r"python ((?:scripts|examples)/[\w/]+\.py[^\n`|#]*)", "\n".join(texts))
     assert len(found) > 30
-    for page, script, flags in found:
-        assert (ROOT / script).is_file(), (page, script)
+    for command in found:
+        script, *words = command.split()
+        assert (ROOT / script).is_file(), command
+        flags = [word.split("=")[0] for word in words if word.startswith("--")]
         # What a benchmark measures is a command with flags of its own.
         known = set(flags) if "bench" in script else help_flags(script)
-        assert [flag for flag in flags if flag not in known] == [], (page, script)
+        assert [flag for flag in flags if flag not in known] == [], command
 
 
 def test_the_writer_of_the_guide_sends_what_is_new_and_has_at_most_25_lines(monkeypatch):
-    sent, finished = [], []
-    run = SimpleNamespace(log=lambda row, step: sent.append((step, row)), finish=lambda: finished.append(1))
-    begun = []
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **known: begun.append(known) or run)
-    )
-    code, use = blocks(ROOT / "docs" / "WRITERS.md", "python")
+    wandb = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    code, use = re.findall(r"```python\n(.*?)```", read("docs/WRITERS.md"), re.S)
     assert len(code.splitlines()) + len(use.splitlines()) <= 25
     names = {"cfg": get_cfg(), "writers": [], "comm": SimpleNamespace(is_main_process=lambda: True)}
     exec(code, names)
@@ -150,13 +248,15 @@ def test_the_writer_of_the_guide_sends_what_is_new_and_has_at_most_25_lines(monk
         storage.put_scalars(total_loss=1.0, **{"cells/bbox/AP": 40.0}, smoothing_hint=True)
         writer.write()
     writer.close()
+    run, begun = wandb.init.return_value, wandb.init.call_args.kwargs
+    sent = [(call.kwargs["step"], *call.args) for call in run.log.call_args_list]
     assert sent == [(0, {"total_loss": 2.0, "lr": 0.5}), (3, {"total_loss": 1.5, "cells/bbox/AP": 40.0})]
-    assert begun[0]["project"] == "cells" and begun[0]["config"]["SEED"] == -1 and finished == [1]
-    main = read(ROOT / "scripts" / "plain_train_net.py")
-    assert "writers = build_writers(cfg)" in main and "from plaintrain.utils import comm" in main
+    assert begun["project"] == "cells" and begun["config"]["SEED"] == -1
+    assert run.finish.call_count == 1
+    main = read("scripts/plain_train_net.py")
+    assert "writers, stop = build_writers(cfg)" in main and "from plaintrain.utils import comm" in main
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    text = _TREE.sub(lambda m: m[1] + tree() + m[3], read(readme))
-    readme.write_text(text, encoding="utf-8")
+    text = _TREE.sub(lambda m: m[1] + tree() + m[3], read("README.md"))
+    (ROOT / "README.md").write_text(text, encoding="utf-8")

@@ -20,8 +20,6 @@ from plaintrain.data.yolo import load_yolo
 from plaintrain.utils.yaml_files import parse_yaml
 from plaintrain.weights import read_state_dict
 
-# ---- files that would run code
-
 
 class Evil:
     """Pickled, it makes a folder when it is loaded."""
@@ -33,23 +31,19 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize(
-    ("name", "where", "save"),
-    [
-        ("w.pth", "whole", torch.save),
-        ("w.pth", "model", pickle.dump),
-        ("w.pkl", "class_names", pickle.dump),
-        ("w.pt", "class_names", torch.save),
-    ],
-)
-def test_weights_that_would_run_code_are_rejected(tmp_path, name, where, save):
-    evil = Evil(tmp_path / "touched")
-    content = evil if where == "whole" else {"model": {"a": torch.zeros(1)}, where: evil}
-    path = tmp_path / name
-    with path.open("wb") as f:
-        save(content, f)
-    rejected(path, by=lambda: read_state_dict(str(path)))
-    assert not (tmp_path / "touched").exists()
+def test_weights_that_would_run_code_are_rejected(tmp_path):
+    evil, model = Evil(tmp_path / "touched"), {"a": torch.zeros(1)}
+    for name, content, save in (
+        ("w.pth", evil, torch.save),
+        ("w.pth", {"model": evil}, pickle.dump),
+        ("w.pkl", {"model": model, "class_names": evil}, pickle.dump),
+        ("w.pt", {"model": model, "class_names": evil}, torch.save),
+    ):
+        path = tmp_path / name
+        with path.open("wb") as f:
+            save(content, f)
+        rejected(path, by=lambda path=path: read_state_dict(str(path)))
+        assert not (tmp_path / "touched").exists()
 
 
 def test_a_checkpoint_that_would_run_code_is_not_resumed_from(tmp_path):
@@ -108,31 +102,28 @@ def test_a_compressed_checkpoint_is_rejected_before_it_is_unpacked(tmp_path):
     rejected(bomb, "unpacks to 67,", by=lambda: read_state_dict(str(bomb)))
 
 
-# ---- YAML
-
-
 def _anchors(first, aliases, levels):
     lines = [f"a{i}: &a{i} [{f'*a{i - 1}, ' * aliases}]" for i in range(1, levels)]
     return "\n".join([f"a0: &a0 {first}", *lines])
 
 
-YAML_BOMBS = {
-    "aliases": (_anchors("[x]", 9, 30), "values"),
-    "itself": ("a: &a [*a]", "levels"),
-    "chain": (_anchors("x", 1, 3000), "levels"),
-    "brackets": ("a: " + "[" * 300_000, "deep"),
-    "sixties": ("a: " + "1:" * 200_000 + "1", "64 bits"),
-    "twice": ("SEED: 1\nSEED: 2", "twice"),
-    "date": ("a: 2001-99-99", "YAML"),
-    "unhashable": ("? [a]\n: b", "unhashable"),
-    "nul": ("a: b\0c", "YAML"),
-    "number": ("1: 2", "unknown key 1"),
-}
-
-
-@pytest.mark.parametrize("name", YAML_BOMBS)
-def test_yaml_bombs_and_broken_yaml_are_rejected(tmp_path, name):
-    text, word = YAML_BOMBS[name]
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (_anchors("[x]", 9, 30), "values"),
+        ("a: &a [*a]", "levels"),
+        (_anchors("x", 1, 3000), "levels"),
+        ("a: " + "[" * 300_000, "deep"),
+        ("a: " + "1:" * 200_000 + "1", "64 bits"),
+        ("SEED: 1\nSEED: 2", "twice"),
+        ("a: 2001-99-99", "YAML"),
+        ("? [a]\n: b", "unhashable"),
+        ("a: b\0c", "YAML"),
+        ("1: 2", "unknown key 1"),
+    ],
+    ids=range(10),
+)
+def test_yaml_bombs_and_broken_yaml_are_rejected(tmp_path, text, word):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     rejected(path, word, by=lambda: merge(path))
@@ -160,9 +151,9 @@ def test_ordinary_aliases_a_byte_order_mark_and_crlf_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("bases", "words"),
     [
-        ({"a": "c0"} | {f"c{i}": f"c{i + 1}" for i in range(300)}, ["100 files"]),
-        ({"a": "d0"} | {f"d{i}": f"[d{i + 1}, d{i + 1}]" for i in range(40)}, ["100 files"]),
-        ({"a": '"a\\0b"'}, ["not found"]),
+        ({"a": "c0"} | {f"c{i}": f"c{i + 1}" for i in range(300)}, "100 files"),
+        ({"a": "d0"} | {f"d{i}": f"[d{i + 1}, d{i + 1}]" for i in range(40)}, "100 files"),
+        ({"a": '"a\\0b"'}, "not found"),
     ],
     ids=["chain", "doubling", "nul"],
 )
@@ -171,7 +162,7 @@ def test_hostile_bases_are_rejected(tmp_path, bases, words):
         (tmp_path / name).write_text("SEED: 1\n")
     for name, base in bases.items():
         (tmp_path / name).write_text(f"_BASE_: {base}\n")
-    rejected(*words, by=lambda: merge(tmp_path / "a"))
+    rejected(words, by=lambda: merge(tmp_path / "a"))
 
 
 @pytest.mark.parametrize(
@@ -190,22 +181,19 @@ def test_hostile_overrides_are_rejected(key, value):
     rejected("command line", by=lambda: get_cfg().merge_from_list([key, value]))
 
 
-# ---- folders, pipes, devices and broken links in the place of files
-
-
-MAKE = {
-    "fifo": os.mkfifo,
-    "folder": os.mkdir,
-    "loop": lambda path: path.symlink_to(path),
-    "device": lambda path: path.symlink_to("/dev/zero"),
-    "dangling": lambda path: path.symlink_to(path.parent / "gone"),
-}
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_special_files_are_rejected_and_do_not_hang(tmp_path, tiny_coco, tiny_voc, write_image, name):
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        os.mkdir,
+        lambda path: path.symlink_to(path),
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to(path.parent / "gone"),
+    ],
+    ids=["fifo", "folder", "loop", "device", "dangling"],
+)
+def test_special_files_are_rejected_and_do_not_hang(tmp_path, tiny_coco, tiny_voc, write_image, make):
     path = tmp_path / "odd.yaml"
-    make = MAKE[name]
     make(path)
     for read in (
         merge,

@@ -6,17 +6,20 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import rank_functions
 import torch
 from processes import Job
-from rank_functions import free_port
+from rank_functions import fail, free_port
 
 from plaintrain.job import find_job
 from plaintrain.launch import launch
 from plaintrain.utils.errors import UserError
 
+RANK_0_FAILS = partial(fail, ranks=(0,), error=RuntimeError("rank 0 broke"))
+RANK_1_FAILS = partial(fail, ranks=(1,), error=RuntimeError("rank 1 broke"), waits=True)
 # A waiting rank would wait for 100 s or, in a collective, for 30 minutes.
 SOON = 20
 
@@ -40,63 +43,55 @@ def run_jobs(main_func, folder, options, **kwargs):
     return jobs
 
 
-def run_machines(main_func, folder, **kwargs):
-    """A job of two machines with one process each, both on this one."""
+def run_machines(main_func, folder, late=0.0):
+    """A job of two machines with one process each, both on this one; the second may be late."""
     url = f"tcp://127.0.0.1:{free_port()}"
-    options = [{"machine_rank": machine} for machine in range(2)]
-    return run_jobs(main_func, folder, options, num_machines=2, dist_url=url, **kwargs)
+    options = [{"machine_rank": machine, "slow": machine * late} for machine in range(2)]
+    return run_jobs(main_func, folder, options, num_machines=2, dist_url=url)
 
 
 def torchrun_env(rank, number, **more):
     """What torchrun gives to one of its processes on one machine."""
-    number = str(number)
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": number,
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": number,
-        **more,
-    }
+    env = {"RANK": rank, "WORLD_SIZE": number, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": number}
+    return {key: str(value) for key, value in env.items()} | more
 
 
 def slurm_env(rank, local, tasks=2, per_node="2", node=0, nodes="node[3-4]", **more):
     """What srun gives to one of its tasks."""
-    return {
-        "SLURM_JOB_ID": "4242",
-        "SLURM_STEP_ID": "0",
-        "SLURM_PROCID": str(rank),
-        "SLURM_LOCALID": str(local),
-        "SLURM_NODEID": str(node),
-        "SLURM_NTASKS": str(tasks),
-        "SLURM_STEP_NUM_TASKS": str(tasks),
-        "SLURM_TASKS_PER_NODE": per_node,
-        "SLURM_STEP_TASKS_PER_NODE": per_node,
-        "SLURM_NODELIST": nodes,
-        "SLURM_STEP_NODELIST": nodes,
-        **more,
-    }
+    env = {"JOB_ID": 4242, "STEP_ID": 0, "PROCID": rank, "LOCALID": local, "NODEID": node, "NTASKS": tasks}
+    for step in ("", "STEP_"):
+        env |= {f"{step}TASKS_PER_NODE": per_node, f"{step}NODELIST": nodes}
+    env["STEP_NUM_TASKS"] = tasks
+    return {f"SLURM_{key}": str(value) for key, value in env.items()} | more
 
 
 @pytest.fixture
-def environ(monkeypatch):
-    """`monkeypatch`, and the environment without what a scheduler around the tests may have set."""
+def set_env(monkeypatch):
+    """Function that sets environment variables, of which a scheduler around the tests has set none."""
     for key in list(os.environ):
         if key.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_RANK", "MASTER_", "SLURM_")):
             monkeypatch.delenv(key)
-    return monkeypatch
+
+    def set_all(env):
+        for key, value in env.items():
+            monkeypatch.setenv(key, value)
+
+    return set_all
 
 
-# ---- one process -----------------------------------------------------------------------------
-
-
-def test_one_process_runs_here_and_returns_the_value(environ):
+def test_one_process_runs_here_and_returns_the_value(set_env):
     seen = []
     assert launch(lambda *args: seen.append(args) or os.getpid(), args=(1, "two")) == os.getpid()
     assert seen == [(1, "two")]
     # Nor is a single process of torchrun a job to join.
-    for key, value in torchrun_env(0, 1).items():
-        environ.setenv(key, value)
+    set_env(torchrun_env(0, 1))
     assert launch(torch.distributed.is_initialized) is False
+
+
+KILLED = "DataLoader worker (pid 7) is killed by signal: Killed."
+LOADING = f"a process that loads images has failed ({KILLED})"
+HINT = "if the machine's memory is full, lower DATALOADER.NUM_WORKERS"
+INTERRUPTED = "interrupted; a training goes on"
 
 
 @pytest.mark.parametrize(
@@ -106,22 +101,11 @@ def test_one_process_runs_here_and_returns_the_value(environ):
         (FloatingPointError("loss became NaN"), False, 1, "error: loss became NaN\n"),
         (UserError("the key X is wrong"), True, 1, None),
         (RuntimeError("a bug"), False, 1, None),
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
-            False,
-            1,
-            "error: a process that loads images has failed (DataLoader worker (pid 7) is killed by signal: "
-            "Killed.); if the machine's memory is full, lower DATALOADER.NUM_WORKERS\n",
-        ),
-        (
-            KeyboardInterrupt(),
-            False,
-            130,
-            "interrupted; a training goes on from its last checkpoint with --resume\n",
-        ),
+        (RuntimeError(KILLED), False, 1, f"error: {LOADING}; {HINT}\n"),
+        (KeyboardInterrupt(), False, 130, f"{INTERRUPTED} from its last checkpoint with --resume\n"),
     ],
 )
-def test_mistakes_are_one_sentence_and_bugs_a_traceback(capfd, environ, error, debug, code, text):
+def test_mistakes_are_one_sentence_and_bugs_a_traceback(capfd, set_env, error, debug, code, text):
     def main(config, args):
         raise error
 
@@ -152,21 +136,17 @@ def test_mistakes_are_one_sentence_and_bugs_a_traceback(capfd, environ, error, d
         ((1,), torchrun_env(6, 8), "torchrun has started process 6 on this machine, which has only 4 GPU"),
     ],
 )
-def test_a_command_line_that_does_not_fit_is_one_sentence(capfd, environ, args, env, words):
-    environ.setattr(torch.cuda, "is_available", lambda: True)
-    environ.setattr(torch.cuda, "device_count", lambda: 4)
-    for key, value in env.items():
-        environ.setenv(key, value)
+def test_a_command_line_that_does_not_fit_is_one_sentence(capfd, monkeypatch, set_env, args, env, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    set_env(env)
     with pytest.raises(SystemExit) as stop:
         launch(pytest.fail, *args)
     text = capfd.readouterr().err
     assert stop.value.code == 1 and text.startswith("error: ") and text.count("\n") == 1 and words in text
 
 
-# ---- which processes make up a job -----------------------------------------------------------
-
-
-def test_find_job_reads_the_address(environ):
+def test_find_job_reads_the_address(set_env):
     assert find_job(1, 2, 1, "tcp://gpu-node.cluster:1")["address"] == ("gpu-node.cluster", 1)
     assert find_job(1, 2, 1, "tcp://[fe80::1]:29500")["address"] == ("fe80::1", 29500)
 
@@ -181,12 +161,10 @@ def test_find_job_reads_the_address(environ):
         ("", "127.0.0.1"),
     ],
 )
-def test_slurm_tasks_find_each_other_at_the_first_node(environ, nodes, first):
+def test_slurm_tasks_find_each_other_at_the_first_node(set_env, nodes, first):
     jobs = []
     for rank, number in ((0, "4242"), (5, "4242"), (0, "4243")):
-        env = slurm_env(rank, rank % 4, 8, "4(x2)", rank // 4, nodes, SLURM_JOB_ID=number)
-        for key, value in env.items():
-            environ.setenv(key, value)
+        set_env(slurm_env(rank, rank % 4, 8, "4(x2)", rank // 4, nodes, SLURM_JOB_ID=number))
         jobs.append(find_job(1, 1, 0, "auto"))
     assert jobs[0]["address"] == jobs[1]["address"] != jobs[2]["address"]
     host, port = jobs[1].pop("address")
@@ -194,16 +172,11 @@ def test_slurm_tasks_find_each_other_at_the_first_node(environ, nodes, first):
     assert jobs[1] == {"rank": 5, "world_size": 8, "local_rank": 1, "local_size": 4, "machine": 1}
 
 
-def test_a_batch_script_of_slurm_may_start_the_processes_itself(environ):
-    """sbatch sets SLURM_NTASKS and SLURM_PROCID for its script too; only srun starts that many."""
-    for key, value in slurm_env(0, 0).items():
-        if "STEP" not in key:
-            environ.setenv(key, value)
+def test_a_batch_script_of_slurm_may_start_the_processes_itself(set_env):
+    # sbatch sets SLURM_NTASKS and SLURM_PROCID for its script too; only srun starts that many.
+    set_env({key: value for key, value in slurm_env(0, 0).items() if "STEP" not in key})
     job = find_job(2, 1, 0, "auto")
     assert job["world_size"] == 2 and "rank" not in job
-
-
-# ---- jobs that work --------------------------------------------------------------------------
 
 
 def test_two_spawned_processes_work_on_the_cpu(tmp_path):
@@ -267,16 +240,13 @@ def test_processes_of_a_scheduler_are_joined(tmp_path, start, local):
     assert [(rank["local_rank"], rank["local_size"]) for rank in ranks] == local
 
 
-# ---- jobs that fail --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("main", "words", "tracebacks"),
     [
-        (rank_functions.rank_0_fails_while_1_works, "RuntimeError: rank 0 broke", 1),
-        (rank_functions.rank_1_fails_while_0_waits, "RuntimeError: rank 1 broke", 1),
-        (rank_functions.both_refuse, "error: both ranks find this", 0),
-        (rank_functions.rank_1_refuses, "error: only rank 1 finds this", 0),
+        (RANK_0_FAILS, "RuntimeError: rank 0 broke", 1),
+        (RANK_1_FAILS, "RuntimeError: rank 1 broke", 1),
+        (partial(fail, ranks=(0, 1), error=UserError("both find this")), "error: both find this", 0),
+        (partial(fail, ranks=(1,), error=UserError("only rank 1 does")), "error: only rank 1 does", 0),
     ],
 )
 def test_failing_rank_ends_the_job_which_says_why_once(tmp_path, main, words, tracebacks):
@@ -295,8 +265,8 @@ def test_killed_rank_ends_the_job_and_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("main", "rank", "own", "others"),
     [
-        (rank_functions.rank_0_fails_while_1_works, 0, "RuntimeError: rank 0 broke", "rank 0 failed"),
-        (rank_functions.rank_1_fails_while_0_waits, 1, "RuntimeError: rank 1 broke", "rank 1 failed"),
+        (RANK_0_FAILS, 0, "RuntimeError: rank 0 broke", "rank 0 failed"),
+        (RANK_1_FAILS, 1, "RuntimeError: rank 1 broke", "rank 1 failed"),
         (rank_functions.rank_1_is_killed, 1, "rank 1 was ended by SIGKILL", "rank 1 failed: it was ended by"),
     ],
 )
@@ -308,11 +278,8 @@ def test_failing_rank_ends_the_job_on_the_other_machine_too(tmp_path, main, rank
 
 @pytest.mark.long
 def test_machine_that_is_late_feels_that_rank_0_has_failed(tmp_path):
-    """Rank 0 holds the store, and is gone before the other machine has begun to watch."""
-    options = [{"machine_rank": machine, "slow": machine * 1.0} for machine in range(2)]
-    url = f"tcp://127.0.0.1:{free_port()}"
-    main = rank_functions.rank_0_fails_while_1_works
-    jobs = run_jobs(main, tmp_path, options, num_machines=2, dist_url=url)
+    # Rank 0 holds the store, and is gone before the other machine has begun to watch.
+    jobs = run_machines(RANK_0_FAILS, tmp_path, late=1.0)
     assert [job.code for job in jobs] == [1, 1]
     assert "RuntimeError: rank 0 broke" in jobs[0].output
 
@@ -334,4 +301,4 @@ def test_signal_ends_all_ranks_with_its_code(tmp_path, number, code, messages):
     assert job.wait_for(lambda: len(list(job.folder.glob("ready-*"))) == 2)
     job.kill(number)
     assert job.wait(SOON).code == code
-    assert job.output.count("interrupted; a training goes on") == messages and "Traceback" not in job.output
+    assert job.output.count(INTERRUPTED) == messages and "Traceback" not in job.output

@@ -1,5 +1,6 @@
 """plaintrain.data.loader and records: the samples that reach the training, and their order."""
 
+import contextlib
 import itertools
 import multiprocessing
 import random
@@ -8,17 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hostile_helpers import rejected
 
 from plaintrain.data import (
     DatasetCatalog,
+    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
     build_detection_val_loader,
     get_detection_dataset_dicts,
+    images,
 )
+from plaintrain.data import mapper as mappers
+from plaintrain.data.images import ImageCache
 from plaintrain.data.loader import count_iters_per_epoch
 from plaintrain.data.samplers import TrainingSampler
+from plaintrain.data.thread_loader import ThreadLoader
 from plaintrain.structures import BoxMode
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -42,6 +49,12 @@ def make_dataset(tmp_path, write_image):
         return records
 
     return make
+
+
+@pytest.fixture
+def records(make_dataset):
+    """The records of a dataset of 7 images, registered as cells."""
+    return make_dataset()
 
 
 @pytest.fixture
@@ -82,29 +95,26 @@ def _plain(batches):
     return [[plain(sample) for sample in batch] for batch in batches]
 
 
-# ---- the training stream
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_train_loader_depends_on_seed_and_iteration_alone(make_dataset, train, workers):
-    make_dataset()
+@pytest.mark.parametrize(("worker_type", "workers"), [("process", 0), ("process", 2), ("thread", 3)])
+def test_train_loader_depends_on_seed_and_iteration_alone(records, train, worker_type, workers):
+    train.INPUT.AUGMENTATIONS = ["RandomPhotometricDistort"]
     whole = _plain(_batches(build_detection_train_loader(train), 9))
-    train.DATALOADER.NUM_WORKERS = workers
+    train.DATALOADER.WORKER_TYPE, train.DATALOADER.NUM_WORKERS = worker_type, workers
     for start in (0, 5):
         loader = build_detection_train_loader(train, start_iter=start)
+        assert isinstance(loader._loader, ThreadLoader) == (worker_type == "thread")
         assert _plain(_batches(loader, 4)) == whole[start : start + 4]
     # An image does not look the same in every epoch.
     images = {}
     for sample in itertools.chain(*whole):
         images.setdefault(sample["file_name"], set()).add(str(sample["image"]))
-    assert len(images) == 7 and max(map(len, images.values())) > 1
+    assert len(images) == 7 and sum(map(len, images.values())) == 18
     train.SEED = 6
     assert _plain(_batches(build_detection_train_loader(train), 4)) != whole[:4]
 
 
 @pytest.mark.long
-def test_spawned_workers_load_the_same_stream(make_dataset, train):
-    make_dataset()
+def test_spawned_workers_load_the_same_stream(records, train):
     expected = _plain(_batches(build_detection_train_loader(train), 2))
     train.DATALOADER.NUM_WORKERS = 1
     before = multiprocessing.get_start_method()
@@ -115,22 +125,15 @@ def test_spawned_workers_load_the_same_stream(make_dataset, train):
         multiprocessing.set_start_method(before, force=True)
 
 
-def test_train_loader_loads_nothing_before_the_start(make_dataset, train):
-    make_dataset()
+def test_train_loader_loads_nothing_before_the_start(records, train):
     loaded = []
-
-    def mapper(record, rng):
-        loaded.append(record["image_id"])
-        return record
-
-    loader = build_detection_train_loader(train, mapper=mapper, start_iter=1000)
-    batch = next(iter(loader))
-    assert loaded == [record["image_id"] for record in batch]
-    assert len(loaded) == 2
+    loader = build_detection_train_loader(
+        train, mapper=lambda record, rng: loaded.append(record["image_id"]), start_iter=1000
+    )
+    assert next(iter(loader)) == [None, None] and len(loaded) == 2
 
 
-def test_train_loader_gives_each_rank_its_samples_and_all_names(make_dataset, train, as_rank):
-    make_dataset()
+def test_train_loader_gives_each_rank_its_samples_and_all_names(records, train, as_rank):
     train.SOLVER.IMS_PER_BATCH = 4
     loaded = _names(_batches(build_detection_train_loader(train), 6))
     as_rank(1, 2)
@@ -141,45 +144,8 @@ def test_train_loader_gives_each_rank_its_samples_and_all_names(make_dataset, tr
     assert _names(_batches(loader, 2)) == [names[2:] for names in loaded[3:5]]
 
 
-def test_aspect_ratio_grouping_separates_upright_from_wide_images(make_dataset, train):
-    make_dataset(num=30)
-    train.SOLVER.IMS_PER_BATCH = 5
-
-    def mixed():
-        sizes = [{s["height"] for s in b} for b in _batches(build_detection_train_loader(train), 18)]
-        return [sum(len(size) > 1 for size in sizes[i : i + 6]) for i in (0, 6, 12)]
-
-    assert max(mixed()) <= 1
-    train.DATALOADER.ASPECT_RATIO_GROUPING = False
-    assert min(mixed()) > 1
-
-
-@pytest.mark.parametrize(("size", "world_size"), [(0, 1), (3, 2), (2, 4)])
-def test_batch_that_ranks_cannot_share_is_rejected(make_dataset, train, as_rank, size, world_size):
-    make_dataset()
-    train.SOLVER.IMS_PER_BATCH = size
-    as_rank(0, world_size)
-    with pytest.raises(UserError, match=rf"SOLVER\.IMS_PER_BATCH is {size}.*{world_size} processes"):
-        build_detection_train_loader(train)
-
-
-@pytest.mark.parametrize(("steps", "world_size", "most"), [(0, 1, 6), (7, 1, 6), (4, 2, 3)])
-def test_accumulate_steps_beyond_the_images_of_a_rank_are_rejected(
-    make_dataset, train, as_rank, steps, world_size, most
-):
-    make_dataset()
-    train.SOLVER.IMS_PER_BATCH, train.SOLVER.ACCUMULATE_STEPS = 6, steps
-    as_rank(0, world_size)
-    words = f"SOLVER.ACCUMULATE_STEPS is {steps}, but must be from 1 to the images of a process in a batch, "
-    with pytest.raises(UserError, match=f"{words}{most}$"):
-        build_detection_train_loader(train)
-    train.SOLVER.ACCUMULATE_STEPS = most
-    build_detection_train_loader(train)
-
-
 @pytest.mark.parametrize(("batch", "factor", "expected"), [(2, 1, 3), (4, 1, 2), (9, 1, 1), (2, 3, 9)])
-def test_count_iters_per_epoch_agrees_with_the_loader(make_dataset, train, batch, factor, expected):
-    records = make_dataset()
+def test_count_iters_per_epoch_agrees_with_the_loader(records, train, batch, factor, expected):
     # One image has nothing to train on.
     records[2]["annotations"] = []
     train.SOLVER.IMS_PER_BATCH = batch
@@ -194,19 +160,54 @@ def test_count_iters_per_epoch_agrees_with_the_loader(make_dataset, train, batch
         len(loader)
 
 
+BATCH, STEPS, CACHE = "SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE_STEPS", "DATALOADER.CACHE_BYTES"
+MOST = "must be from 1 to the images of a process in a batch,"
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "words"),
+    [
+        ([BATCH, 0], 1, f"{BATCH} is 0.* 1 processes"),
+        ([BATCH, 3], 2, f"{BATCH} is 3.* 2 processes"),
+        ([BATCH, 2], 4, f"{BATCH} is 2.* 4 processes"),
+        ([BATCH, 6, STEPS, 0], 1, f"{STEPS} is 0, but {MOST} 6$"),
+        ([BATCH, 6, STEPS, 7], 1, f"{STEPS} is 7, but {MOST} 6$"),
+        ([BATCH, 6, STEPS, 4], 2, f"{STEPS} is 4, but {MOST} 3$"),
+        ([CACHE, -1], 1, f"{CACHE} is -1, but must be at least 0"),
+        ([CACHE, 100, "DATALOADER.NUM_WORKERS", 1], 1, f"{CACHE} is 100, but processes .* to thread, or"),
+    ],
+)
+def test_train_loader_rejects_what_ranks_and_workers_cannot_do(
+    records, train, as_rank, options, world_size, words
+):
+    train.merge_from_list(options)
+    as_rank(0, world_size)
+    with pytest.raises(UserError, match=words):
+        build_detection_train_loader(train)
+
+
+@pytest.mark.parametrize(("steps", "world_size"), [(6, 1), (3, 2)])
+def test_train_loader_accumulates_up_to_an_image_of_a_rank_a_step(records, train, as_rank, steps, world_size):
+    train.SOLVER.IMS_PER_BATCH, train.SOLVER.ACCUMULATE_STEPS = 6, steps
+    as_rank(0, world_size)
+    build_detection_train_loader(train)
+
+
 @pytest.mark.parametrize(("key", "value"), [("TEST.IMS_PER_BATCH", 0), ("DATALOADER.NUM_WORKERS", -1)])
-def test_numbers_out_of_range_are_rejected(make_dataset, cfg, key, value):
-    make_dataset()
+def test_numbers_out_of_range_are_rejected(records, cfg, key, value):
     cfg.merge_from_list([key, value])
     with pytest.raises(UserError, match=rf"{key}.*{value}"):
         list(build_detection_test_loader(cfg, "cells"))
 
 
-def test_train_loader_takes_a_dataset_a_sampler_and_a_mapper(make_dataset, train):
-    records = make_dataset()[:3]
-    parts = {"dataset": records, "sampler": TrainingSampler(3, 3, seed=1, shuffle=False)}
+def test_loaders_take_a_dataset_a_sampler_and_a_mapper(records, train):
+    parts = {"dataset": records[:3], "sampler": TrainingSampler(3, 3, seed=1, shuffle=False)}
     loader = build_detection_train_loader(train, **parts, mapper=lambda record: record["image_id"])
     assert _batches(loader, 2) == [[0, 1, 2], [0, 1, 2]]
+    parts = {"dataset": records[2:], "sampler": [4, 0, 1]}
+    train.TEST.IMS_PER_BATCH = 2
+    loader = build_detection_test_loader(train, "cells", **parts, mapper=lambda record: record["image_id"])
+    assert list(loader) == [[6, 2], [3]]
 
 
 def test_sampler_of_the_config_is_used_and_weighs_the_records_that_are_left(make_dataset, train):
@@ -221,17 +222,12 @@ def test_sampler_of_the_config_is_used_and_weighs_the_records_that_are_left(make
     assert len(set(names)) == 4
 
 
-def test_default_mapper_gets_the_training_records(make_dataset, train, monkeypatch):
-    make_dataset()
+def test_default_mapper_gets_the_training_records(records, train, monkeypatch):
     given = []
-    monkeypatch.setattr(
-        "plaintrain.data.loader.DatasetMapper", lambda cfg, is_train, records: given.append(list(records))
-    )
+    mapper = "plaintrain.data.loader.DatasetMapper"
+    monkeypatch.setattr(mapper, lambda cfg, is_train, records: given.append(list(records)))
     build_detection_train_loader(train)
     assert given == [list(get_detection_dataset_dicts("cells"))]
-
-
-# ---- mappers and generators
 
 
 def _draws(record):
@@ -243,8 +239,7 @@ def _global_state():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
-def test_mapper_of_one_argument_finds_the_global_generators_seeded(make_dataset, train):
-    make_dataset()
+def test_mapper_of_one_argument_finds_the_global_generators_seeded(records, train):
     streams = []
     for workers in (0, 2):
         train.DATALOADER.NUM_WORKERS = workers
@@ -257,48 +252,32 @@ def test_mapper_of_one_argument_finds_the_global_generators_seeded(make_dataset,
     assert _batches(build_detection_train_loader(train, mapper=_draws), 6) != streams[0]
 
 
-@pytest.mark.parametrize(("workers", "mapper"), [(0, _draws), (2, None)])
-def test_loading_leaves_the_global_generators_alone(make_dataset, train, workers, mapper):
-    make_dataset()
+def _fails(record):
+    raise UserError(f"bad luck {random.random()}")
+
+
+@pytest.mark.parametrize(("workers", "mapper"), [(0, _draws), (2, None), (0, _fails)])
+def test_loading_leaves_the_global_generators_alone(records, train, workers, mapper):
     train.DATALOADER.NUM_WORKERS = workers
     before = _global_state()
-    _batches(build_detection_train_loader(train, mapper=mapper), 4)
+    with pytest.raises(UserError, match="bad luck") if mapper is _fails else contextlib.nullcontext():
+        _batches(build_detection_train_loader(train, mapper=mapper), 4)
     assert _global_state() == before
-
-
-def test_failing_mapper_leaves_the_global_generators_alone(make_dataset, train):
-    make_dataset()
-
-    def mapper(record):
-        raise UserError(f"bad luck {random.random()}")
-
-    before = _global_state()
-    with pytest.raises(UserError, match="bad luck"):
-        next(iter(build_detection_train_loader(train, mapper=mapper)))
-    assert _global_state() == before
-
-
-# ---- errors of workers
 
 
 @pytest.mark.parametrize(("workers", "loader"), [(0, "train"), (2, "train"), (2, "test")])
-def test_unreadable_image_is_one_sentence(make_dataset, train, workers, loader):
-    records = make_dataset()
+def test_unreadable_image_is_one_sentence(records, train, workers, loader):
     train.DATALOADER.NUM_WORKERS = workers
-    with open(records[3]["file_name"], "wb") as f:
-        f.write(b"not an image")
-    is_train = loader == "train"
-    build = build_detection_train_loader if is_train else build_detection_test_loader
-    with pytest.raises(UserError, match=r"^cannot read the image file .*3\.png: ") as error:
-        _batches(build(train) if is_train else build(train, "cells"), 7)
-    assert type(error.value) is UserError
-    assert "Traceback" not in str(error.value)
-    assert "\n" not in str(error.value)
+    Path(records[3]["file_name"]).write_text("not an image")
+    build = build_detection_train_loader if loader == "train" else build_detection_test_loader
+    names = [] if loader == "train" else ["cells"]
+    with pytest.raises(UserError, match=r"^cannot read the image file .*3\.png: [^\n]*$") as error:
+        _batches(build(train, *names), 7)
+    assert type(error.value) is UserError and "Traceback" not in str(error.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bug_in_a_mapper_is_raised(make_dataset, train, workers):
-    make_dataset()
+def test_bug_in_a_mapper_is_raised(records, train, workers):
     train.DATALOADER.NUM_WORKERS = workers
     caught = False
     try:
@@ -309,128 +288,36 @@ def test_bug_in_a_mapper_is_raised(make_dataset, train, workers):
     assert caught
 
 
-# ---- errors in the records
-
-
 def test_missing_images_are_counted_before_training(make_dataset, train):
     records = make_dataset()
     for i in (2, 5, 6):
         records[i]["file_name"] = records[i]["file_name"].replace(".png", ".jpg")
     pattern = r"an image of cells does not exist: .*cells.2\.jpg \(and 2 more\)"
-    with pytest.raises(UserError, match=pattern):
-        build_detection_train_loader(train)
-    with pytest.raises(UserError, match=pattern):
-        build_detection_test_loader(train, "cells")
+    for build, names in ((build_detection_train_loader, []), (build_detection_test_loader, ["cells"])):
+        with pytest.raises(UserError, match=pattern):
+            build(train, *names)
     make_dataset("others", num=1)[0]["file_name"] = "no/such/folder/0.png"
     with pytest.raises(UserError, match=r"does not exist: no/such/folder/0\.png$"):
         build_detection_test_loader(train, "others")
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        *(
-            ("category_id", v, rf"category_id {v!r}, but .* 2 classes .*0 to 1")
-            for v in (2, -1, "a", 1.0, True)
-        ),
-        ("bbox", [1, 2, float("nan"), 4], r"\[1, 2, nan, 4\]"),
-        ("bbox", [1, 2, 3], r"\[1, 2, 3\]"),
-        ("bbox_mode", 7, "7"),
-    ],
-)
-def test_annotation_out_of_range_is_named_with_its_image(make_dataset, key, value, words):
-    make_dataset()[4]["annotations"][0][key] = value
-    with pytest.raises(UserError, match=words) as error:
-        get_detection_dataset_dicts("cells")
-    assert "4.png" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "key", ["file_name", "image_id", "height", "width", "annotations", "bbox", "bbox_mode", "category_id"]
-)
-def test_missing_key_of_a_record_or_annotation_is_named(make_dataset, key):
-    record = make_dataset()[4]
-    del (record if key in record else record["annotations"][0])[key]
-    with pytest.raises(UserError, match=key) as error:
-        get_detection_dataset_dicts("cells")
-    assert "cells" in str(error.value) or "4.png" in str(error.value)
-
-
 def test_missing_unknown_and_empty_datasets_are_rejected(make_dataset, train):
-    with pytest.raises(UserError, match=r"DATASETS\.TRAIN is empty"):
-        get_detection_dataset_dicts([])
+    rejected("DATASETS.TRAIN is empty", by=lambda: get_detection_dataset_dicts([]))
     make_dataset(num=0)
-    with pytest.raises(UserError, match="no image with annotations is left in cells"):
-        build_detection_train_loader(train)
+    rejected("no image with annotations is left in cells", by=lambda: build_detection_train_loader(train))
     train.DATASETS.TRAIN = ("cell",)
-    with pytest.raises(UserError, match="did you mean cells"):
-        build_detection_train_loader(train)
+    rejected("did you mean cells", by=lambda: build_detection_train_loader(train))
 
 
-def test_datasets_are_joined_in_their_order_if_their_classes_agree(make_dataset):
-    make_dataset("one", num=2)
-    make_dataset("two", num=3)
-    make_dataset("three", classes=("b", "a"))
-    joined = get_detection_dataset_dicts(("two", "one"))
-    assert [record["file_name"].split("/")[-2] for record in joined] == ["two"] * 3 + ["one"] * 2
-    message = r"one and three have different classes: \['a', 'b'\] and \['b', 'a'\]"
-    with pytest.raises(UserError, match=message):
-        get_detection_dataset_dicts(("one", "three"))
-
-
-# ---- cleaning and counting
-
-
-def test_images_without_annotations_are_skipped_unless_asked_for(make_dataset, train, log):
-    records = make_dataset()
+def test_images_without_annotations_are_skipped_unless_asked_for(records, train, log):
     records[1]["annotations"] = []
     records[2]["annotations"][0]["iscrowd"] = 1
     records[3]["annotations"][0]["bbox"] = [5, 5, 0, 3]
-    assert [r["image_id"] for r in get_detection_dataset_dicts("cells")] == [0, 4, 5, 6]
-    assert "cells: 3 images without annotations are left out" in log.text
-    assert len(get_detection_dataset_dicts("cells", filter_empty=False)) == 7
-    seen = []
-    for value in (True, False):
+    for value, expected in ((True, [0, 4, 5, 6]), (False, list(range(7)))):
         train.DATALOADER.FILTER_EMPTY_ANNOTATIONS = value
-        seen.append(set(itertools.chain(*_names(_batches(build_detection_train_loader(train), 12)))))
-    assert [len(names) for names in seen] == [4, 7]
-
-
-def test_statistics_are_logged(make_dataset, log):
-    records = make_dataset(classes=("cell", "nucleus"))
-    records[0]["annotations"] += [dict(records[0]["annotations"][0], iscrowd=1)] * 2
-    get_detection_dataset_dicts("cells")
-    assert "cells: 7 images, 9 boxes (2 crowds) of 2 classes" in log.text
-    rows = [line.split() for line in log.text.splitlines()]
-    assert ["cell", "6"] in rows
-    assert ["nucleus", "3"] in rows
-
-
-def test_boxes_without_area_or_outside_are_counted_in_warnings(make_dataset, log):
-    records = make_dataset()
-    boxes = [
-        [5, 5, 0, 3],
-        [5, 5, 3, -1],
-        [50, 5, 3, 3],
-        [-9, -9, 5, 5],
-        [5, 45, 3, 3],
-        [20, 5, 30, 5],
-        [20, 5, 10.4, 5],
-    ]
-    records[0]["annotations"] = [dict(records[0]["annotations"][0], bbox=box) for box in boxes]
-    kept = get_detection_dataset_dicts("cells")[0]["annotations"]
-    assert [annotation["bbox"] for annotation in kept] == boxes[5:]
-    # The registered records stay as they are.
-    assert len(DatasetCatalog.get("cells")[0]["annotations"]) == 7
-    warnings = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
-    assert warnings == [
-        "cells: boxes without area, which training drops: 2",
-        "cells: boxes outside their image, which training drops: 3",
-        "cells: boxes that reach beyond their image by over half a pixel, which training clips: 1",
-    ]
-
-
-# ---- evaluation
+        samples = itertools.chain(*_batches(build_detection_train_loader(train), 12))
+        assert sorted({sample["image_id"] for sample in samples}) == expected
+    assert "cells: 3 images without annotations are left out" in log.text
 
 
 @pytest.mark.parametrize(
@@ -447,9 +334,24 @@ def test_test_loader_gives_each_image_once_each_time(make_dataset, cfg, size, wo
         assert not any("target" in sample for sample in itertools.chain(*loaded))
 
 
+def test_test_loader_with_threads_gives_the_views_of_each_image_once_each_time(records, cfg):
+    cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.MIN_SIZES = True, (20, 30)
+    cfg.DATALOADER.WORKER_TYPE, cfg.TEST.IMS_PER_BATCH = "thread", 3
+    seen = []
+    for number in (0, 2):
+        cfg.DATALOADER.NUM_WORKERS = number
+        loader = build_detection_test_loader(cfg, "cells")
+        for _ in range(2):
+            batches = list(loader)
+            assert [len(batch) for batch in batches] == [3, 3, 1]
+            samples = list(itertools.chain(*batches))
+            assert [sample["image_id"] for sample in samples] == [0, 3, 6, 1, 2, 4, 5]
+            seen.append([view["image"].tolist() for sample in samples for view in sample["views"]])
+    assert all(views == seen[0] for views in seen)
+
+
 @pytest.mark.parametrize("world_size", [2, 9])
-def test_test_loader_covers_the_images_once_over_all_ranks(make_dataset, cfg, as_rank, world_size):
-    make_dataset()
+def test_test_loader_covers_the_images_once_over_all_ranks(records, cfg, as_rank, world_size):
     cfg.TEST.IMS_PER_BATCH = 3
     ids = []
     for rank in range(world_size):
@@ -458,22 +360,12 @@ def test_test_loader_covers_the_images_once_over_all_ranks(make_dataset, cfg, as
     assert sorted(ids) == list(range(7))
 
 
-def test_val_loader_adds_targets_to_the_images_of_the_test_loader(make_dataset, train):
-    make_dataset()
+def test_val_loader_adds_targets_to_the_images_of_the_test_loader(records, train):
     expected = itertools.chain(*build_detection_test_loader(train, "cells"))
     samples = itertools.chain(*build_detection_val_loader(train, "cells"))
     for sample, test_sample in zip(samples, expected, strict=True):
         assert torch.equal(sample["image"], test_sample["image"])
         assert sample["target"]["boxes"].tolist() == [[1, 2, 4 + sample["image_id"], 6]]
-
-
-def test_test_loader_takes_a_dataset_a_sampler_and_a_mapper(make_dataset, cfg):
-    records = make_dataset()
-    cfg.TEST.IMS_PER_BATCH = 2
-    loader = build_detection_test_loader(
-        cfg, "cells", dataset=records[2:], sampler=[4, 0, 1], mapper=lambda record: record["image_id"]
-    )
-    assert list(loader) == [[6, 2], [3]]
 
 
 @pytest.mark.parametrize(
@@ -508,3 +400,88 @@ def test_test_batches_of_records_without_a_size_are_in_file_order(cfg):
         records = [{"image_id": i, "file_name": "", "height": size, "width": 9} for i in range(2)]
         loader = build_detection_test_loader(cfg, "odd", dataset=records, mapper=lambda r: r["image_id"])
         assert list(loader) == [[0, 1]]
+
+
+BYTES = 40 * 30 * 3
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the files that are read, in order."""
+    names, read_image = [], images.read_image
+    for module in (images, mappers):
+        monkeypatch.setattr(
+            module, "read_image", lambda name, *args: names.append(name) or read_image(name, *args)
+        )
+    return names
+
+
+class _Darken:
+    """An augmentation that breaks the rule: it changes what it is given."""
+
+    def __call__(self, tensors, rng):
+        tensors["image"].as_subclass(torch.Tensor).floor_divide_(int(rng.integers(2, 9)))
+        return tensors
+
+
+def _stream(cfg, dataset, mapper=None):
+    return _plain(_batches(build_detection_train_loader(cfg, dataset=dataset, mapper=mapper), 10))
+
+
+@pytest.mark.parametrize(
+    ("workers", "limits"),
+    [
+        ((0, "process"), (2 * BYTES + 1, 2)),
+        ((3, "thread"), (2 * BYTES + 1, 2)),
+        ((3, "thread"), (5 * BYTES, 5)),
+        ((2, "auto"), (1, 0)),
+    ],
+)
+def test_image_cache_keeps_the_stream_and_reads_what_fits_once(make_dataset, cfg, read, log, workers, limits):
+    limit, kept = limits
+    dataset = make_dataset(num=5)
+    mapper = DatasetMapper(cfg, augmentations=[_Darken()])
+    expected = [_stream(cfg, dataset), _stream(cfg, dataset, mapper=mapper)]
+    cfg.DATALOADER.CACHE_BYTES = limit
+    cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.WORKER_TYPE = workers
+    for number, custom in enumerate((None, mapper)):
+        read.clear()
+        assert _stream(cfg, dataset, mapper=custom) == expected[number]
+        counts = [read.count(record["file_name"]) for record in dataset]
+        # Threads may read an image of the first pass for two samples at a time.
+        assert sum(count <= 2 for count in counts) == kept
+        assert log.text.count(f"CACHE_BYTES {limit} holds {kept} images") == (kept < 5) * (number + 1)
+    # The mapper that was passed in is another's too.
+    assert mapper.image_cache is None
+
+
+def test_image_cache_returns_what_read_image_returns(make_dataset, tmp_path, write_image):
+    name, cache = make_dataset()[0]["file_name"], ImageCache(5 * BYTES)
+    plain = images.read_image(name)
+    for _ in range(2):
+        image = cache(name)
+        assert torch.equal(image, plain) and image.stride() == plain.stride()
+    # The same file in another range is another image.
+    assert torch.equal(cache(name, (0, 255)), plain)
+    rejected("8-bit pixels", by=lambda: cache(name, (0, 4095)))
+    # Errors are not kept.
+    path = tmp_path / "late.png"
+    rejected("does not exist", by=lambda: cache(str(path)))
+    write_image(path, 40, 30)
+    assert cache(str(path)).shape == (3, 30, 40)
+
+
+def test_image_cache_rejects_other_mappers(records, cfg):
+    cfg.DATALOADER.CACHE_BYTES, cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.WORKER_TYPE = 100, 1, "thread"
+    with pytest.raises(UserError, match="CACHE_BYTES is 100, but the mapper has no image_cache"):
+        build_detection_train_loader(cfg, dataset=records, mapper=lambda record, rng: record)
+
+
+def test_image_cache_has_the_pasted_images(make_dataset, cfg, read):
+    dataset = make_dataset(num=5)
+    for record in dataset:
+        record["annotations"][0]["segmentation"] = [[1, 2, 14, 2, 14, 16, 1, 16]]
+    cfg.MODEL.MASK_ON, cfg.INPUT.AUGMENTATIONS = True, [{"SimpleCopyPaste": {}}]
+    cfg.DATALOADER.CACHE_BYTES = 5 * BYTES
+    _stream(cfg, dataset)
+    assert sorted(read) == sorted(np.unique(read)) and len(read) == 5

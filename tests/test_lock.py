@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import time
+from unittest.mock import Mock
 
 import pytest
 from processes import Process
@@ -26,6 +27,12 @@ def hold(folder):
 
 
 @pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.fixture
 def start(tmp_path):
     """Function (folder) -> a process that holds its lock, or has said why not."""
     processes = []
@@ -41,9 +48,7 @@ def start(tmp_path):
         process.kill()
 
 
-def test_a_second_run_is_refused_while_the_first_is_alive_however_that_ends(tmp_path, start):
-    folder = tmp_path / "run"
-    folder.mkdir()
+def test_a_second_run_is_refused_while_the_first_is_alive_however_that_ends(tmp_path, folder, start):
     first = start(folder)
     assert "held" in first.output and alive(folder)
     owner = json.loads((folder / "run.lock").read_text())
@@ -62,10 +67,8 @@ def test_a_second_run_is_refused_while_the_first_is_alive_however_that_ends(tmp_
     # A look at the own run keeps its lock.
     assert alive(folder) is False
     # Not read here: this process would let go of the lock with the handle.
-    assert (
-        f"alive before: True\nanother run is at work in {folder}: process {os.getpid()} on"
-        in start(folder).output
-    )
+    words = f"alive before: True\nanother run is at work in {folder}: process {os.getpid()} on"
+    assert words in start(folder).output
 
 
 @pytest.mark.parametrize("content", ["", '{"pid": 1, "host": "elsewhere", "started": "long ago"}', "[]"])
@@ -83,9 +86,7 @@ def test_a_dead_run_of_this_machine_is_not_alive(tmp_path):
     assert alive(tmp_path) is False
 
 
-def test_a_folder_that_was_made_anew_is_locked_anew(tmp_path, start):
-    folder = tmp_path / "run"
-    folder.mkdir()
+def test_a_folder_that_was_made_anew_is_locked_anew(folder, start):
     lock_folder(str(folder))
     shutil.rmtree(folder)
     folder.mkdir()
@@ -95,10 +96,7 @@ def test_a_folder_that_was_made_anew_is_locked_anew(tmp_path, start):
 
 
 def test_where_there_are_no_locks_the_run_continues_with_a_warning(tmp_path, monkeypatch, log):
-    def refuse(*args):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(37, "No locks available")))
     lock_folder(str(tmp_path))
     assert "run.lock cannot be locked (No locks available)" in log.text
     assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()

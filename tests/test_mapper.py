@@ -5,15 +5,16 @@ tests/properties/test_target_properties.py has what holds for every record.
 
 import ast
 import copy
-import itertools
 import pickle
 import struct
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from hostile_helpers import rejected
+from PIL import ExifTags, Image, ImageOps
 from torchvision import tv_tensors
 
 from plaintrain.data import (
@@ -33,14 +34,16 @@ from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
 RED = [255, 0, 0]
+BOX, SQUARE = [4, 5, 10, 8], [4, 5, 14, 5, 14, 13, 4, 13]
 
 
 def _record(path, height, width, *annotations):
-    """annotations: (box, label) or (box, label, iscrowd), boxes x, y, w, h."""
-    keys = ("bbox", "category_id", "iscrowd")
-    annotations = [dict(zip(keys, (*a, 0)[:3], strict=True), bbox_mode=BoxMode.XYWH_ABS) for a in annotations]
-    record = {"file_name": str(path), "image_id": 17, "height": height, "width": width}
-    return {**record, "annotations": annotations}
+    size = {"height": height, "width": width}
+    return {"file_name": str(path), "image_id": 17, **size, "annotations": list(annotations)}
+
+
+def _object(box, label=0, **more):
+    return {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": label, "iscrowd": 0, **more}
 
 
 @pytest.fixture
@@ -50,25 +53,18 @@ def picture(tmp_path, write_image):
     return tmp_path / "picture.png"
 
 
-# ---- reading
-
-
-def _grey(value):
-    return Image.new("L", (4, 3), value), [value] * 3
-
-
-def _palette():
-    image = Image.new("P", (4, 3), 1)
-    image.putpalette([0, 0, 0, *RED])
-    return image, RED
+def _turn(path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(path).save(path, exif=exif)
 
 
 @pytest.mark.parametrize(
     ("name", "image", "expected"),
     [
-        ("grey.png", *_grey(100)),
-        ("palette.png", *_palette()),
-        ("palette.gif", *_palette()),
+        ("grey.png", Image.new("L", (4, 3), 100), [100] * 3),
+        ("palette.png", Image.new("RGB", (4, 3), (255, 0, 0)).convert("P"), RED),
+        ("palette.gif", Image.new("RGB", (4, 3), (255, 0, 0)).convert("P"), RED),
         ("cmyk.tif", Image.new("CMYK", (4, 3), (0, 255, 255, 0)), RED),
         ("rgba.png", Image.new("RGBA", (4, 3), (255, 0, 0, 255)), RED),
         ("grey_alpha.png", Image.new("LA", (4, 3), (100, 255)), [100] * 3),
@@ -78,8 +74,7 @@ def _palette():
 def test_read_image_converts_to_rgb(tmp_path, name, image, expected):
     image.save(tmp_path / name)
     tensor = read_image(str(tmp_path / name))
-    assert tensor.shape == (3, 3, 4)
-    assert tensor.dtype == torch.uint8
+    assert (tensor.shape, tensor.dtype) == ((3, 3, 4), torch.uint8)
     assert (tensor == torch.tensor(expected, dtype=torch.uint8).reshape(3, 1, 1)).all()
 
 
@@ -139,17 +134,13 @@ def _tiff(bits, sample_format, pixels):
     tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: len(pixels)}
     tags[339] = sample_format
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    return (
-        struct.pack("<4sI", b"II*\0", 8 + len(pixels)) + pixels + struct.pack("<H", 10) + entries + bytes(4)
-    )
+    header = struct.pack("<4sI", b"II*\0", 8 + len(pixels))
+    return header + pixels + struct.pack("<H", 10) + entries + bytes(4)
 
 
 def test_read_image_does_not_wrap_signed_or_32_bit_pixels_around(tmp_path):
-    for bits, sample_format, dtype, low in (
-        (16, 2, "<i2", -30),
-        (8, 2, "i1", -30),
-        (32, 1, "<u4", 3 * 10**9),
-    ):
+    types = ((16, 2, "<i2", -30), (8, 2, "i1", -30), (32, 1, "<u4", 3 * 10**9))
+    for bits, sample_format, dtype, low in types:
         values = (STEPS + low).astype(dtype)
         (tmp_path / "a.tif").write_bytes(_tiff(bits, sample_format, values.tobytes()))
         image = read_image(str(tmp_path / "a.tif"), (low, low + 63))
@@ -169,9 +160,8 @@ def test_pixel_range_of_the_config_is_used_wherever_images_are_read(tmp_path, cf
     assert torch.equal(build_tta_mapper(cfg, "")(record)["views"][0]["image"], expected)
     for value in ([5], [1, 0], [0, float("nan")], ["0", "1"]):
         cfg.INPUT.PIXEL_RANGE = value
-        with pytest.raises(
-            UserError, match=r"INPUT\.PIXEL_RANGE must be \[\] or two numbers \[low, high\], got"
-        ):
+        words = r"INPUT\.PIXEL_RANGE must be \[\] or two numbers \[low, high\], got"
+        with pytest.raises(UserError, match=words):
             DatasetMapper(cfg)
     # The other readers pass a range on, too.
     root = Path(__file__).resolve().parent.parent
@@ -183,69 +173,41 @@ def test_pixel_range_of_the_config_is_used_wherever_images_are_read(tmp_path, cf
 
 
 def test_skip_unreadable_does_not_skip_pixels_outside_the_range(tmp_path, cfg):
-    for i, values in enumerate((STEPS.astype(np.uint8), DEEP["ints.tif"])):
-        Image.fromarray(values).save(tmp_path / f"{i}.tif")
-    records = [_record(tmp_path / f"{i}.tif", 8, 8) for i in range(2)]
+    Image.fromarray(DEEP["ints.tif"]).save(tmp_path / "a.tif")
     cfg.DATALOADER.SKIP_UNREADABLE = True
-    with pytest.raises(UserError, match=r"1\.tif has int32 pixels"):
-        list(itertools.islice(build_detection_train_loader(cfg, dataset=records), 2))
+    loader = build_detection_train_loader(cfg, dataset=[_record(tmp_path / "a.tif", 8, 8)])
+    rejected("a.tif has int32 pixels", by=lambda: next(iter(loader)))
 
 
-@pytest.mark.parametrize(
-    ("orientation", "turned"),
-    [
-        (1, lambda a: a),
-        (2, np.fliplr),
-        (3, lambda a: np.rot90(a, 2)),
-        (4, np.flipud),
-        (5, lambda a: np.swapaxes(a, 0, 1)),
-        (6, lambda a: np.rot90(a, -1)),
-        (7, lambda a: np.swapaxes(np.rot90(a, 2), 0, 1)),
-        (8, lambda a: np.rot90(a)),
-    ],
-)
-def test_read_image_applies_the_exif_orientation(picture, orientation, turned):
-    pixels = np.array(Image.open(picture))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(pixels).save(picture, exif=exif)
-    np.testing.assert_array_equal(read_image(str(picture)).permute(1, 2, 0).numpy(), turned(pixels))
-    assert image_header(str(picture))[:2] == turned(pixels).shape[:2]
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_read_image_applies_the_exif_orientation(picture, orientation):
+    _turn(picture, orientation)
+    expected = np.array(ImageOps.exif_transpose(Image.open(picture)))
+    np.testing.assert_array_equal(read_image(str(picture)).permute(1, 2, 0).numpy(), expected)
+    assert image_header(str(picture))[:2] == expected.shape[:2]
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", *(0.1, 0.9)])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
-def test_read_image_names_files_that_are_truncated_or_no_image(tmp_path, write_image, name, content):
-    if isinstance(content, float):
-        write_image(tmp_path / name, 64, 64)
-        whole = (tmp_path / name).read_bytes()
-        content = whole[: int(content * len(whole))]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"cannot read the image file .*{name}"):
-        read_image(str(tmp_path / name))
+def test_read_image_names_files_that_are_truncated_missing_or_no_image(tmp_path, write_image, name):
+    path = tmp_path / name
+    rejected(f"{name} does not exist", by=lambda: read_image(str(path)))
+    write_image(path, 64, 64)
+    whole = path.read_bytes()
+    for content in (
+        b"",
+        b"no image",
+        b"\x89PNG\r\n\x1a\n",
+        whole[: len(whole) // 10],
+        whole[: -len(whole) // 10],
+    ):
+        path.write_bytes(content)
+        rejected("cannot read the image file ", name, by=lambda: read_image(str(path)))
 
 
-def test_read_image_names_missing_files_and_folders(tmp_path):
-    with pytest.raises(UserError, match=r"none\.png does not exist"):
-        read_image(str(tmp_path / "none.png"))
-    with pytest.raises(UserError, match="cannot read the image file"):
-        read_image(str(tmp_path))
-
-
-# ---- size
-
-
-@pytest.mark.parametrize("value", ["x", struct.error("unpack")])
-def test_image_header_names_files_with_broken_exif_data(tmp_path, write_image, monkeypatch, value):
-    def getexif(image):
-        if isinstance(value, Exception):
-            raise value
-        return {ExifTags.Base.Orientation: value}
-
-    write_image(tmp_path / "a.png", 8, 6)
-    monkeypatch.setattr(Image.Image, "getexif", getexif)
-    with pytest.raises(UserError, match=r"cannot read the image file .*a\.png"):
-        image_header(str(tmp_path / "a.png"))
+def test_image_header_names_files_with_broken_exif_data(picture):
+    for exif in (mock.Mock(side_effect=struct.error("unpack")), lambda _: {ExifTags.Base.Orientation: "x"}):
+        with mock.patch.object(Image.Image, "getexif", exif):
+            rejected("cannot read the image file ", "picture.png", by=lambda: image_header(str(picture)))
 
 
 def test_mapper_rejects_an_image_of_another_size_than_its_record(picture):
@@ -256,21 +218,20 @@ def test_mapper_rejects_an_image_of_another_size_than_its_record(picture):
         DatasetMapper(augmentations=[])(_record(picture, 40, 30))
     assert "its EXIF orientation turns it" not in str(error.value)
     # A size that only the EXIF orientation turns is explained.
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.open(picture).save(picture, exif=exif)
+    _turn(picture, 6)
     with pytest.raises(UserError, match="is 30x40.* says 40x30.* EXIF"):
         DatasetMapper(augmentations=[])(_record(picture, 30, 40))
     assert DatasetMapper(augmentations=[])(_record(picture, 40, 30))["image"].shape == (3, 40, 30)
 
 
-# ---- samples
-
-
 def test_training_sample_has_the_keys_and_types_of_the_contract(picture):
     mapper = DatasetMapper(augmentations=[Resize((60, 80)), RandomHorizontalFlip(1.0)])
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2), ([0, 0, 20, 20], 1, 1), ([0, 0, 40, 30], 0))
+    record = _record(
+        picture, 30, 40, _object(BOX, 2), _object([0, 0, 20, 20], 1, iscrowd=1), _object([0, 0, 40, 30])
+    )
+    before = copy.deepcopy(record)
     sample = mapper(record)
+    assert record == before
     assert set(sample) == {"image", "target", "image_id", "file_name", "height", "width"}
     assert set(sample["target"]) == {"boxes", "labels"}
     image, boxes, labels = sample["image"], sample["target"]["boxes"], sample["target"]["labels"]
@@ -286,7 +247,7 @@ def test_training_sample_has_the_keys_and_types_of_the_contract(picture):
 
 def test_evaluation_sample_has_no_target_and_the_original_size(picture, cfg):
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 15, 100
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
+    record = _record(picture, 30, 40, _object(BOX, 2))
     sample = DatasetMapper(cfg, is_train=False)(record)
     assert set(sample) == {"image", "image_id", "file_name", "height", "width"}
     assert sample["image"].shape == (3, 15, 20)
@@ -297,25 +258,10 @@ def test_evaluation_sample_has_no_target_and_the_original_size(picture, cfg):
 
 def test_boxes_are_clipped_and_those_without_area_dropped_with_their_labels(picture):
     boxes = [[5, 5, 0, 9], [-5, -6, 15, 16], [5, 5, 9, -2], [50, 5, 9, 9], [30, 20, 50, 50]]
-    record = _record(picture, 30, 40, *((box, label) for label, box in enumerate(boxes)))
+    record = _record(picture, 30, 40, *(_object(box, label) for label, box in enumerate(boxes)))
     target = DatasetMapper(augmentations=[])(record)["target"]
     assert target["labels"].tolist() == [1, 4]
     assert target["boxes"].tolist() == [[0, 0, 10, 10], [30, 20, 40, 30]]
-
-
-def test_generator_decides_and_the_record_stays_as_it_was(picture, cfg):
-    cfg.INPUT.CROP.ENABLED = True
-    cfg.INPUT.CROP.SIZE = [0.3, 0.3]
-    record = _record(picture, 30, 40, ([4, 5, 20, 18], 2))
-    before, mapper = copy.deepcopy(record), DatasetMapper(cfg)
-    images = []
-    for seed in range(5):
-        one, other = (mapper(record, np.random.default_rng(seed)) for _ in range(2))
-        assert torch.equal(one["image"], other["image"])
-        assert torch.equal(one["target"]["boxes"], other["target"]["boxes"])
-        images.append(one["image"].numpy().tobytes())
-    assert len(set(images)) > 1
-    assert record == before
 
 
 def test_augmentation_may_be_any_function(picture):
@@ -323,7 +269,7 @@ def test_augmentation_may_be_any_function(picture):
         points = tv_tensors.wrap(tensors["keypoints"] + 30, like=tensors["keypoints"])
         return {**tensors, "image": tv_tensors.Image(tensors["image"] // 2), "keypoints": points}
 
-    record = _annotated(_record(picture, 30, 40, ([0, 0, 9, 9], 2)), 0, keypoints=[5, 0, 2, 5, 1, 2])
+    record = _record(picture, 30, 40, _object([0, 0, 9, 9], keypoints=[5, 0, 2, 5, 1, 2]))
     sample = DatasetMapper(augmentations=[move], num_keypoints=2)(record)
     assert torch.equal(sample["image"], read_image(str(picture)) // 2)
     assert type(sample["image"]) is torch.Tensor
@@ -337,37 +283,22 @@ def test_shapes_are_rendered_instead_of_read():
     np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy(), render(record["file_name"]))
 
 
-# ---- masks and keypoints
-
-
-SQUARE = [4, 5, 14, 5, 14, 13, 4, 13]
-
-
-def _annotated(record, index, **more):
-    record["annotations"][index].update(more)
-    return record
-
-
 def test_target_with_masks_and_keypoints_has_the_keys_and_types_of_the_contract(picture):
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2), ([0, 0, 9, 9], 1, 1), ([20, 10, 10, 10], 0))
-    _annotated(record, 0, segmentation=[SQUARE], keypoints=[5, 6, 2, 13.5, 12, 1, 0, 0, 0])
-    _annotated(record, 2, segmentation=[[20, 10, 30, 10, 30, 20, 20, 20]])
+    one = _object(BOX, 2, segmentation=[SQUARE], keypoints=[5, 6, 2, 13.5, 12, 1, 0, 0, 0])
+    other = _object([20, 10, 10, 10], segmentation=[[20, 10, 30, 10, 30, 20, 20, 20]])
+    record = _record(picture, 30, 40, one, _object([0, 0, 9, 9], 1, iscrowd=1), other)
     target = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=3)(record)["target"]
     assert set(target) == {"boxes", "labels", "masks", "keypoints"}
     assert all(type(value) is torch.Tensor for value in target.values())
     assert (target["masks"].dtype, target["masks"].shape) == (torch.uint8, (2, 30, 40))
     assert target["masks"].is_contiguous()
     assert (target["keypoints"].dtype, target["keypoints"].shape) == (torch.float32, (2, 3, 3))
-    assert target["masks"][0].sum() == target["masks"][0, 5:13, 4:14].sum() == 80
-    assert target["masks"][1].sum() == 100
-    assert target["labels"].tolist() == [2, 0]
-    # Points keep their place; an instance without any has them all unlabelled.
+    # An instance without any has them all unlabelled.
     assert target["keypoints"].tolist() == [[[5, 6, 2], [13.5, 12, 1], [0, 0, 0]], [[0, 0, 0]] * 3]
 
 
 def test_masks_and_keypoints_are_not_decoded_unless_needed(picture, monkeypatch):
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
-    _annotated(record, 0, segmentation="nonsense", keypoints=[1])
+    record = _record(picture, 30, 40, _object(BOX, segmentation="nonsense", keypoints=[1]))
     monkeypatch.delattr(mapper.coco_mask, "decode")
     assert set(DatasetMapper(augmentations=[])(record)["target"]) == {"boxes", "labels"}
     both = DatasetMapper(is_train=False, augmentations=[], use_masks=True, num_keypoints=3)
@@ -375,8 +306,8 @@ def test_masks_and_keypoints_are_not_decoded_unless_needed(picture, monkeypatch)
 
 
 def test_keypoints_outside_the_image_stay_unlabelled(picture):
-    record = _record(picture, 30, 40, ([0, 0, 40, 30], 2))
-    _annotated(record, 0, keypoints=[-1, 6, 2, 40, 30, 1, 5, 30.5, 2, 7, 8, 0, 0, 0, 2])
+    keypoints = [-1, 6, 2, 40, 30, 1, 5, 30.5, 2, 7, 8, 0, 0, 0, 2]
+    record = _record(picture, 30, 40, _object([0, 0, 40, 30], keypoints=keypoints))
     for steps in ([], [RandomZoomOut(p=1.0, side_range=(2, 2))]):
         keypoints = DatasetMapper(augmentations=steps, num_keypoints=5)(record, np.random.default_rng(0))
         keypoints = keypoints["target"]["keypoints"][0]
@@ -386,17 +317,18 @@ def test_keypoints_outside_the_image_stay_unlabelled(picture):
 
 
 def test_instance_is_dropped_with_its_mask_and_keypoints(picture):
-    record = _record(picture, 30, 40, ([0, 0, 8, 8], 0), ([30, 20, 10, 10], 1), ([9, 9, 3, 3], 2))
-    for i, (x, y, w, h) in enumerate(([0, 0, 8, 8], [30, 20, 10, 10], [9.1, 9.1, 0.1, 0.1])):
-        polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
-        _annotated(record, i, segmentation=[polygon], keypoints=[x + 1, y + 1, 2])
-    whole = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=1)(record)["target"]
+    objects = []
+    for i, (x, y, side) in enumerate(((0, 0, 8), (30, 20, 10), (9.1, 9.1, 0.1))):
+        polygon = [x, y, x + side, y, x + side, y + side, x, y + side]
+        objects.append(_object([x, y, 10, 10], i, segmentation=[polygon], keypoints=[x + 1, y + 1, 2]))
+    record = _record(picture, 30, 40, *objects)
+    target = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=1)(record)["target"]
     # The third's polygon covers no pixel.
-    assert whole["labels"].tolist() == [0, 1]
-    assert {len(value) for value in whole.values()} == {2}
+    assert target["labels"].tolist() == [0, 1]
+    assert {len(value) for value in target.values()} == {2}
 
 
-@pytest.mark.parametrize("annotations", [[], [([0, 0, 9, 9], 0, 1)]])
+@pytest.mark.parametrize("annotations", [[], [_object([0, 0, 9, 9], iscrowd=1)]])
 def test_empty_target_keeps_its_shapes_and_types(picture, annotations):
     steps = [Resize((20, 25)), RandomHorizontalFlip(1.0, (0, 1, 2, 3))]
     record = _record(picture, 30, 40, *annotations)
@@ -413,22 +345,15 @@ def test_empty_target_keeps_its_shapes_and_types(picture, annotations):
         ({}, "has no segmentation"),
         ({"segmentation": []}, "has no segmentation"),
         ({"segmentation": [[1, 2, 3, 4]]}, "3 finite points or more"),
-        ({"segmentation": {"size": [40, 30], "counts": [1200]}}, r"\[40, 30\]"),
+        ({"segmentation": {"size": [40, 30], "counts": [1200]}}, "[40, 30]"),
         ({"segmentation": {"size": [30, 40], "counts": "h"}}, "counts do not add up to 30 x 40"),
         ({"segmentation": [SQUARE], "keypoints": [1, 2, 2]}, "3 numbers of keypoints, but 2 keypoints"),
     ],
 )
 def test_annotation_without_the_needed_keys_is_named(picture, more, words):
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2), ([4, 5, 10, 8], 2))
-    _annotated(record, 0, segmentation=[SQUARE])
-    _annotated(record, 1, **more)
-    with pytest.raises(UserError, match=words) as error:
-        DatasetMapper(augmentations=[], use_masks=True, num_keypoints=2)(record)
-    assert "picture.png" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-# ---- from the config
+    record = _record(picture, 30, 40, _object(BOX, segmentation=[SQUARE]), _object(BOX, **more))
+    mapper = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=2)
+    rejected("picture.png", words, by=lambda: mapper(record))
 
 
 def _keypoint_dataset(cfg, name, names, **metadata):
@@ -443,8 +368,8 @@ def test_config_decides_the_targets_and_the_dataset_how_they_flip(picture, cfg):
     cfg.MODEL.MASK_ON = True
     cfg.INPUT.AUGMENTATIONS = [{"RandomHorizontalFlip": {"p": 1.0}}]
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (0,), "none"
-    record = _record(picture, 30, 40, ([4, 5, 10, 8], 2))
-    _annotated(record, 0, segmentation=[SQUARE], keypoints=[5, 6, 2, 8, 7, 1, 9, 9, 2])
+    instance = _object(BOX, segmentation=[SQUARE], keypoints=[5, 6, 2, 8, 7, 1, 9, 9, 2])
+    record = _record(picture, 30, 40, instance)
     target = DatasetMapper(cfg)(record)["target"]
     assert target["keypoints"].tolist() == [[[35, 6, 2], [31, 9, 2], [32, 7, 1]]]
     assert target["masks"].sum() == 80
@@ -465,43 +390,30 @@ def test_keypoints_of_the_metadata_may_come_from_the_loader(picture, cfg):
 
 def test_keypoints_that_are_unnamed_or_differ_are_rejected(cfg):
     cfg.MODEL.KEYPOINT_ON = True
-    with pytest.raises(UserError, match=r"DATASETS\.TRAIN names no dataset"):
-        DatasetMapper(cfg)
+    rejected("DATASETS.TRAIN names no dataset", by=lambda: DatasetMapper(cfg))
     _keypoint_dataset(cfg, "one", ["left", "right"])
     _keypoint_dataset(cfg, "two", ["left", "right"], keypoint_flip_map=[("left", "right")])
     assert DatasetMapper(cfg).num_keypoints == 2
     cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 17
-    with pytest.raises(UserError, match="NUM_KEYPOINTS is 17, but one, two has 2"):
-        DatasetMapper(cfg)
+    rejected("NUM_KEYPOINTS is 17, but one, two has 2", by=lambda: DatasetMapper(cfg))
     DatasetMapper(cfg, is_train=False)
     cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 2
     MetadataCatalog.get("two").set(keypoint_flip_map=[])
-    with pytest.raises(UserError, match="one and two have different keypoints"):
-        DatasetMapper(cfg)
+    rejected("one and two have different keypoints", by=lambda: DatasetMapper(cfg))
     cfg.DATASETS.TRAIN = ("one",)
     _keypoint_dataset(cfg, "three", ["right", "left"])
-    with pytest.raises(UserError, match="one and three have different keypoints"):
-        DatasetMapper(cfg)
+    rejected("one and three have different keypoints", by=lambda: DatasetMapper(cfg))
     cfg.DATASETS.TRAIN = ()
     _keypoint_dataset(cfg, "points", None)
-    with pytest.raises(UserError, match="the dataset points names no keypoints"):
-        DatasetMapper(cfg)
+    rejected("the dataset points names no keypoints", by=lambda: DatasetMapper(cfg))
 
 
-@pytest.mark.parametrize(
-    ("flip_map", "expected"),
-    [
-        ([("left_eye", "right_eye")], (0, 2, 1)),
-        ([["right_eye", "left_eye"]], (0, 2, 1)),
-        ([], (0, 1, 2)),
+def test_keypoint_flip_indices_exchange_the_pairs_of_the_dataset():
+    names = ["nose", "left_eye", "right_eye"]
+    assert keypoint_flip_indices(names, [["right_eye", "left_eye"]]) == (0, 2, 1)
+    assert keypoint_flip_indices(names, []) == (0, 1, 2)
+    for pairs, words in (
         ([("left_eye", "right_ey")], "unknown keypoint 'right_ey'; the nearest is 'right_eye'"),
         ([("left_eye", "right_eye"), ("nose", "left_eye")], "'left_eye' in two pairs"),
-    ],
-)
-def test_keypoint_flip_indices_exchange_the_pairs_of_the_dataset(flip_map, expected):
-    names = ["nose", "left_eye", "right_eye"]
-    if isinstance(expected, tuple):
-        assert keypoint_flip_indices(names, flip_map) == expected
-    else:
-        with pytest.raises(UserError, match=expected):
-            keypoint_flip_indices(names, flip_map)
+    ):
+        rejected(words, by=lambda pairs=pairs: keypoint_flip_indices(names, pairs))

@@ -12,8 +12,6 @@ from plaintrain.data.mapper import DatasetMapper
 from plaintrain.evaluation.coco import COCOEvaluator
 from plaintrain.masks import BoxMasks, encode_masks, sample_masks
 
-torch.set_num_threads(1)
-
 
 def random_masks(number, side):
     return torch.rand(number, 1, side, side, generator=torch.Generator().manual_seed(1))
@@ -103,9 +101,6 @@ def test_masks_are_encoded_as_pycocotools_does():
     assert encode_masks(masks) == [rle["counts"] for rle in expected]
     assert encode_masks(masks.to(torch.uint8)) == encode_masks(masks)
     assert encode_masks(masks[:0]) == []
-
-
-# ---- targets, pasted back ----------------------------------------------------------------------
 
 
 def test_a_full_mask_covers_its_box_and_no_more():

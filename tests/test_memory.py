@@ -1,5 +1,7 @@
 """plaintrain.utils.memory: a run whose memory is full ends with one sentence that says what to change."""
 
+import functools
+
 import pytest
 import torch
 from processes import Run
@@ -37,14 +39,6 @@ def _fill_memory(in_training):
     GeneralizedRCNN.forward = fail
 
 
-def fill_memory_in_training():
-    _fill_memory(in_training=True)
-
-
-def fill_memory_in_an_evaluation():
-    _fill_memory(in_training=False)
-
-
 TRAINING = (
     "in a training step with 4 images in this process, the largest image 3 x 48 x 48: lower "
     "SOLVER.IMS_PER_BATCH, keep it and raise SOLVER.ACCUMULATE_STEPS, set SOLVER.AMP.ENABLED True, "
@@ -56,13 +50,11 @@ EVALUATION = (
 )
 
 
-@pytest.mark.parametrize(
-    ("faults", "words"), [(fill_memory_in_training, TRAINING), (fill_memory_in_an_evaluation, EVALUATION)]
-)
-def test_a_run_ends_with_the_batch_and_the_keys(tmp_path, faults, words):
+@pytest.mark.parametrize(("in_training", "words"), [(True, TRAINING), (False, EVALUATION)])
+def test_a_run_ends_with_the_batch_and_the_keys(tmp_path, in_training, words):
     options = ["SOLVER.MAX_ITER", 1, "TEST.IMS_PER_BATCH", 1, "INPUT.MIN_SIZE_TRAIN", "(48,)"]
     options += ["INPUT.CROP.ENABLED", False]
-    run = Run(tmp_path / "out", options, faults=faults).wait()
+    run = Run(tmp_path / "out", options, faults=functools.partial(_fill_memory, in_training)).wait()
     assert run.code == 1
     errors = [line for line in run.output.splitlines() if line.startswith("error: ")]
     assert errors == [f"error: the memory is full, which was asked for 2.25 GiB more, {words}"]
@@ -83,16 +75,15 @@ def test_the_messages_of_all_devices_are_known():
     assert is_out_of_memory(caught.value)
 
 
+VIEWS = "set TEST.AMP True, or lower TEST.AUG.MIN_SIZES and TEST.AUG.MAX_SIZE"
+
+
 @pytest.mark.parametrize(
     ("samples", "training", "words"),
     [
         ([], False, "before the first batch: see what else has memory there, or choose a smaller model"),
         ([(1, 2), {"image": None}], True, "with 2 images in this process: lower SOLVER"),
-        (
-            [{"views": []}, {"views": []}],
-            False,
-            "lower TEST.IMS_PER_BATCH, set TEST.AMP True, or lower TEST.AUG.MIN_SIZES and TEST.AUG.MAX_SIZE",
-        ),
+        ([{"views": []}] * 2, False, f"lower TEST.IMS_PER_BATCH, {VIEWS}"),
     ],
 )
 def test_samples_of_any_make_are_counted(samples, training, words):

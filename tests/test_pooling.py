@@ -9,8 +9,6 @@ from plaintrain.modeling.pooling import RoIAlign, pool_levels
 
 STRIDES = [4, 8, 16, 32]
 
-# ---- torchvision's operator ----------------------------------------------------------------------
-
 
 def make_maps(number, side=512, channels=3, batch=2):
     """Feature maps of strides 4, 8, ..., a little wider than high."""
@@ -69,9 +67,8 @@ def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, alig
 def test_boxes_that_are_not_numbers_do_not_stop_the_pooling(ratio):
     boxes = torch.tensor([[float("nan")] * 4, [0.0, 0.0, 40.0, 40.0]])
     levels = torch.tensor([float("nan"), 1.0])
-    found = pool_levels(
-        make_maps(2), [boxes], levels, [1 / 4, 1 / 8], output_size=(3, 3), sampling_ratio=ratio
-    )
+    arguments = {"output_size": (3, 3), "sampling_ratio": ratio}
+    found = pool_levels(make_maps(2), [boxes], levels, [1 / 4, 1 / 8], **arguments)
     assert found[1].any() and not found[0].any()
 
 
@@ -86,9 +83,6 @@ def test_low_precision_is_pooled_in_float32():
     # Each location adds up many small numbers.
     (exact,) = torch.autograd.grad(expected.sum(), low, retain_graph=True)
     assert torch.autograd.grad(found.float().sum(), low)[0].equal(exact)
-
-
-# ---- levels and poolers ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ratio", [0, 2])

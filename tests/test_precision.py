@@ -1,5 +1,6 @@
 """Mixed precision: plaintrain.precision, and what every detector makes of it."""
 
+import copy
 import math
 
 import pytest
@@ -7,15 +8,15 @@ import torch
 from model_helpers import ARCHITECTURES, build, make_sample, randomize_predictions, two_samples, two_squares
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
+from plaintrain.modeling.float32 import keep_float32
 from plaintrain.precision import build_amp, build_autocast, build_grad_scaler, check_finite
 from plaintrain.solver import build_gradient_clipper, build_optimizer
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import EventStorage
-
-# ---- autocast --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -52,9 +53,6 @@ def test_build_autocast_rejects_what_cannot_be_used(monkeypatch):
     build_autocast(True, "bfloat16", "cpu")
 
 
-# ---- detectors -------------------------------------------------------------------------------
-
-
 def make_detector(name):
     """A detector whose scores and boxes differ widely, and two samples for it."""
     torch.manual_seed(0)
@@ -86,20 +84,15 @@ def test_losses_in_mixed_precision_are_near_those_of_float32(name, precision):
         assert value.dtype == torch.float32 and value.isfinite()
         assert value.item() == pytest.approx(found[False][loss].item(), rel=0.03), loss
     sum(found[True].values()).backward()
-    for parameter in model.parameters():
-        assert parameter.grad is None or (
-            parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
-        )
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
 
 
 HEADS = {
-    "faster_rcnn": {"rpn.head", "roi_heads.box_predictor"},
-    "proposals": {"rpn.head"},
-    "retinanet": {"head"},
-    "fcos": {"head"},
-    "ssd": {"head"},
+    "faster_rcnn": ["rpn.head", "roi_heads.box_predictor"],
+    "mask_keypoint_rcnn": ["roi_heads.mask_predictor", "roi_heads.keypoint_predictor"],
+    "proposals": ["rpn.head"],
 }
-HEADS["mask_keypoint_rcnn"] = {"roi_heads.mask_predictor", "roi_heads.keypoint_predictor"}
 
 
 def tensor_types(value):
@@ -114,15 +107,13 @@ def test_head_outputs_are_float32_in_training_and_evaluation(name):
     model, samples = make_detector(name)
     for is_train in (True, False):
         inside, outside = set(), set()
-        for head in HEADS[name]:
+        for head in HEADS.get(name, ["head"]):
             model.get_submodule(head).register_forward_hook(
-                lambda module, inputs, outputs, seen=outside: seen.update(tensor_types(outputs))
+                lambda _, inputs, outputs, seen=outside: seen.update(tensor_types(outputs))
             )
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                module.register_forward_hook(
-                    lambda module, inputs, output, seen=inside: seen.add(output.dtype)
-                )
+                module.register_forward_hook(lambda _, inputs, output, seen=inside: seen.add(output.dtype))
         with torch.no_grad(), build_autocast(True, "bfloat16", "cpu"):
             model.train(is_train)(samples)
         assert outside == {torch.float32} and inside == {torch.bfloat16}
@@ -162,36 +153,64 @@ def test_boxes_in_bfloat16_are_within_a_pixel_of_float32(name):
     assert checked > 100
 
 
-@pytest.mark.parametrize("name", ["proposals", "retinanet", "fcos", "ssd"])
-def test_anchors_are_the_same_in_every_precision(name):
-    size = (64, 768)
-    model = build(*ARCHITECTURES[name], "INPUT.FIXED_SIZE", size if name == "ssd" else ())
+@pytest.mark.parametrize(
+    ("name", "generator", "precision"),
+    [
+        ("proposals", "AnchorGenerator", "bfloat16"),
+        ("retinanet", "DefaultAnchorGenerator", "float16"),
+        ("fcos", "AnchorGenerator", "bfloat16"),
+        ("ssd", "AnchorGenerator", "bfloat16"),
+    ],
+)
+def test_anchors_are_the_same_in_every_precision(name, generator, precision):
+    keys, size = [*ARCHITECTURES[name], "MODEL.ANCHOR_GENERATOR.NAME", generator], (64, 768)
+    model = build(*keys, "INPUT.FIXED_SIZE", size if name == "ssd" else ())
     seen = []
     for module in model.modules():
         if isinstance(module, AnchorGenerator | DefaultBoxGenerator):
             module.register_forward_hook(lambda module, inputs, anchors: seen.append(anchors[0]))
     for enabled in (True, False):
-        with build_autocast(enabled, "bfloat16", "cpu"):
+        with build_autocast(enabled, precision, "cpu"):
             model([make_sample(*size, [[600, 4, 640, 50]], [0])])
     low, exact = seen
     assert low.dtype == torch.float32 and low.equal(exact) and exact.max() > 700
 
 
-# ---- the scaler ------------------------------------------------------------------------------
+def test_outputs_become_float32_in_dicts_lists_and_tuples_at_any_depth():
+    head, low = nn.Identity(), torch.tensor([1.5], dtype=torch.bfloat16)
+    keep_float32(heads=[head])
+    nested = {"a": low, "b": [low, (low, {"c": low})], "d": ()}
+    output = head(nested)
+    assert type(output["b"]) is list and type(output["b"][1]) is tuple and output["d"] == ()
+    for tensor in (head(low), output["a"], output["b"][0], output["b"][1][0], output["b"][1][1]["c"]):
+        assert tensor.dtype == torch.float32 and tensor.item() == 1.5
+    # What the module itself holds, and tensors of other types, stay as they are.
+    assert nested["a"] is low
+    for dtype in (torch.float32, torch.float64, torch.int64):
+        value = torch.ones(2, dtype=dtype)
+        assert head(value) is value and head({"a": [value]})["a"][0] is value
+
+
+def test_a_copied_model_keeps_float32():
+    """As the averaged weights do."""
+    generator, head = AnchorGenerator([[32]], [[1.0]]), nn.Linear(1, 1)
+    keep_float32(heads=[head], anchors=[generator])
+    generator, head = copy.deepcopy([generator, head])
+    features = torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16)
+    assert generator(ImageList(torch.zeros(1, 3, 32, 32), [(32, 32)]), [features])[0].dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head(torch.ones(1, 1)).sum()
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert head.weight.grad.item() == 1
 
 
 def training(precision="float16", **solver):
     """(layer with a weight of 1, optimizer, scaler, function that takes a step with a gradient)."""
     cfg, layer = get_cfg(), nn.Linear(1, 1, bias=False)
     nn.init.ones_(layer.weight)
-    settings = {
-        "BASE_LR": 0.1,
-        "WEIGHT_DECAY": 0.0,
-        "AMP.ENABLED": True,
-        "AMP.PRECISION": precision,
-        **solver,
-    }
-    for key, value in settings.items():
+    settings = {"BASE_LR": 0.1, "WEIGHT_DECAY": 0.0, "AMP.ENABLED": True, "AMP.PRECISION": precision}
+    for key, value in (settings | solver).items():
         cfg.merge_from_list([f"SOLVER.{key}", value])
     optimizer, (_, scaler) = build_optimizer(cfg, layer), build_amp(cfg, layer)
     clip_gradients = build_gradient_clipper(cfg, layer)
@@ -259,9 +278,6 @@ def test_gradients_are_clipped_in_their_own_scale():
     assert scaler.get_scale() == 2.0**16
 
 
-# ---- the scaler in a checkpoint --------------------------------------------------------------
-
-
 def checkpointer(folder, layer, optimizer, scaler):
     return DetectionCheckpointer(layer, str(folder), optimizer=optimizer, scaler=scaler)
 
@@ -294,9 +310,6 @@ def test_precision_may_change_on_resume(tmp_path, before, after):
     assert other.weight.item() == pytest.approx(0.9 - 0.1 * 1.9)
 
 
-# ---- what is finite --------------------------------------------------------------------------
-
-
 def scaler_at(scale):
     """A scaler for float16 with this scale; None: a disabled one."""
     scaler = build_grad_scaler(scale is not None, "float16", "cpu")
@@ -308,16 +321,16 @@ def scaler_at(scale):
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_check_finite_stops_at_an_infinite_norm_only_without_a_scaler(value):
-    for scale in (None, 2.0**16):
-        storage = EventStorage(7)
-        storage.put_scalars(total_loss=torch.tensor(1.0), grad_norm=torch.tensor(value))
-        if scale is None:
-            with pytest.raises(FloatingPointError, match=r"grad_norm became NaN .* iteration 7.*: a\.jpg"):
-                check_finite(storage, scaler_at(None), lambda iteration: ["a.jpg"])
-        else:
-            check_finite(storage, scaler_at(scale))
-            # Nor does it come back later.
-            check_finite(storage, scaler_at(None))
+    scalars = {"total_loss": torch.tensor(1.0), "grad_norm": torch.tensor(value)}
+    storage = EventStorage(7)
+    storage.put_scalars(**scalars)
+    check_finite(storage, scaler_at(2.0**16))
+    # Nor does it come back later.
+    check_finite(storage, scaler_at(None))
+    storage = EventStorage(7)
+    storage.put_scalars(**scalars)
+    with pytest.raises(FloatingPointError, match=r"grad_norm became NaN .* iteration 7.*: a\.jpg"):
+        check_finite(storage, scaler_at(None), lambda iteration: ["a.jpg"])
 
 
 @pytest.mark.parametrize("scale", [None, 2.0**16])
@@ -335,7 +348,6 @@ def test_check_finite_stores_the_scale_and_stops_where_it_helps_no_more():
     check_finite(storage, scaler_at(2.0**-14))
     assert storage.latest() == {"amp_scale": (2.0**-14, 3)}
     assert storage.smoothing_hints() == {"amp_scale": False}
-    with pytest.raises(
-        FloatingPointError, match=r"float16 even at a loss scale of 3\.1e-05.*BASE_LR.*bfloat16"
-    ):
+    message = r"float16 even at a loss scale of 3\.1e-05.*BASE_LR.*bfloat16"
+    with pytest.raises(FloatingPointError, match=message):
         check_finite(storage, scaler_at(2.0**-15))

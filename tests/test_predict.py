@@ -10,7 +10,7 @@ import torch
 from model_helpers import ARCHITECTURES, make_cfg
 from PIL import Image
 from processes import run_script
-from script_helpers import assert_refused
+from script_helpers import assert_refused, script_output
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import split_overrides
@@ -34,13 +34,19 @@ IMAGE = load_shapes("val", 8, SIDE, SIDE + 16)[0][5]["file_name"]
 
 def config(*opts):
     """A Mask and Keypoint R-CNN that takes milliseconds, and a dataset that is not there."""
-    few = ["TEST.DETECTIONS_PER_IMAGE", 8, "MODEL.RPN.POST_NMS_TOPK_TEST", 20]
-    few += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "INPUT.MIN_SIZE_TEST", 96]
+    few = ["TEST.DETECTIONS_PER_IMAGE", 8, "MODEL.RPN.POST_NMS_TOPK_TEST", 20, "DATALOADER.NUM_WORKERS", 0]
+    few += [
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        0.0,
+        "INPUT.MIN_SIZE_TEST",
+        96,
+        "TEST.AUG.MIN_SIZES",
+        [64, 96],
+    ]
     cfg = make_cfg(*ARCHITECTURES["mask_keypoint_rcnn"], *few)
-    gone = {"FORMAT": "coco", "JSON": "/no/such.json", "IMAGE_ROOT": "/no"}
-    names = {"TRAIN": ("predict_gone",), "TEST": ("predict_gone",)}
-    cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": {"predict_gone": gone}, **names}})
-    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "TEST.AUG.MIN_SIZES", [64, 96], *opts])
+    gone = {"gone": {"FORMAT": "coco", "JSON": "/no/such.json", "IMAGE_ROOT": "/no"}}
+    cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": gone, "TRAIN": ("gone",), "TEST": ("gone",)}})
+    cfg.merge_from_list(list(opts))
     return cfg
 
 
@@ -214,9 +220,6 @@ def test_split_overrides_tells_names_from_keys():
     assert split_overrides(["a", "MODEL.WEIGTHS", "b"]) == (["a"], ["MODEL.WEIGTHS", "b"])
 
 
-# ---- scripts/predict.py -----------------------------------------------------------------------------
-
-
 @pytest.fixture
 def images(tmp_path, write_image):
     """A folder with images of the same name in two folders, and other kinds."""
@@ -230,13 +233,12 @@ def test_script_turns_images_folders_and_patterns_into_pictures_and_a_coco_json(
     inputs = [images / "b", images / "a" / "one.png", str(images / "**" / "*.gif"), images / "b" / "two.JPG"]
     found = tmp_path / "found"
     options = ["--output", found, "--threshold", 0, "--batch-size", 2]
-    done = run_script("predict.py", run, *inputs, *options, folder=tmp_path)
-    assert done.code == 0, done.output
+    output = script_output("predict.py", run, *inputs, *options, folder=tmp_path)
     pictures = {path.relative_to(found).as_posix() for path in found.rglob("*.*")}
     assert pictures == {"a/one.png", "b/one.png", "b/two.JPG", "c.gif.jpg", "predictions.json"}
     # Small ones are enlarged, so that they can be read.
     assert {Image.open(found / name).size for name in ("a/one.png", "c.gif.jpg")} == {(320, 320), (320, 240)}
-    assert "32 objects with a score of at least 0 in 4 images" in done.output
+    assert "32 objects with a score of at least 0 in 4 images" in output
     content = json.loads((found / "predictions.json").read_text())
     assert [c["name"] for c in content["categories"]] == NAMES
     assert [i["file_name"] for i in content["images"]] == ["b/one.png", "b/two.JPG", "a/one.png", "c.gif"]
@@ -266,7 +268,7 @@ def test_script_draws_what_reaches_the_threshold_and_leaves_out_what_it_cannot_r
     assert torch.equal(nothing, enlarged)
     assert len(json.loads((tmp_path / "1" / "predictions.json").read_text())["annotations"]) == 8
     more = ["--output", tmp_path / "no", "--no-pictures"]
-    assert run_script(*command[:-1], plain, *more, *weights, folder=tmp_path).code == 0
+    script_output(*command[:-1], plain, *more, *weights, folder=tmp_path)
     assert os.listdir(tmp_path / "no") == ["predictions.json"]
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from pycocotools import mask as coco_mask
+from detection_helpers import random_outputs
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
@@ -22,7 +22,6 @@ from plaintrain.evaluation import (
 from plaintrain.evaluation.instances import Detections
 from plaintrain.evaluation.predictions import detections_of_image, read_detections
 from plaintrain.masks import encode_masks
-from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
 FILE = "coco_instances_results.json"
@@ -50,29 +49,11 @@ def declare_pets(tiny_coco):
     return declare
 
 
-def detections_in(name, parts=("masks", "keypoints"), seed=0):
-    """Yield ([sample], [output]): most objects of a dataset, moved and scored; none in the first image."""
-    rng = np.random.default_rng(seed)
-    for place, record in enumerate(DatasetCatalog.get(name)):
-        annotations = [a for a in record["annotations"] if place and rng.random() < 0.8]
-        size, number = (record["height"], record["width"]), len(annotations)
-        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-        moves = rng.normal(0, 1.5, (number, 2))
-        output = {
-            "boxes": torch.tensor(np.array(boxes).reshape(-1, 4) + np.tile(moves, 2)).float(),
-            "scores": torch.from_numpy(rng.random(number)).float(),
-            "labels": torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64),
-        }
-        if "masks" in parts:
-            masks = [coco_mask.decode(segmentation_to_rle(a["segmentation"], *size)) for a in annotations]
-            masks = [np.roll(m, int(move[0]), 1) for m, move in zip(masks, moves, strict=True)]
-            output["masks"] = torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, *size))
-        if "keypoints" in parts:
-            points = np.array([a["keypoints"] for a in annotations]).reshape(number, len(SIGMAS), 3)
-            points[..., :2] += moves[:, None]
-            points[..., 2] = rng.random(points.shape[:2])
-            output["keypoints"] = torch.tensor(points).float()
-        yield [{"image_id": record["image_id"]}], [output]
+def detections_in(name, parts=("masks", "keypoints")):
+    """[([sample], [output])] with some parts of the outputs."""
+    keys = ("boxes", "scores", "labels", *parts)
+    outputs = random_outputs(name)
+    return [([{"image_id": i}], [{key: outputs[i][key] for key in keys}]) for i in outputs]
 
 
 def score(evaluator, pairs):
@@ -85,9 +66,6 @@ def write(folder, detections):
     path = folder / "found.json"
     path.write_text(detections if isinstance(detections, str) else json.dumps(detections))
     return path
-
-
-# ---- written and read again --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,8 +140,6 @@ def test_each_rank_reads_its_images(shapes, tmp_path, monkeypatch):
     assert sorted(sum(by_rank, [])) == [record["image_id"] for record in DatasetCatalog.get(shapes)]
 
 
-# ---- mistakes ----------------------------------------------------------------------------------
-
 _GOOD = {"image_id": 2, "category_id": 5, "bbox": [1, 2, 3, 4], "score": 0.9}
 _RLE = {"size": [40, 30], "counts": [0, 600, 600]}
 _TURNED = {"size": [30, 40], "counts": [0, 600, 600]}
@@ -174,10 +150,7 @@ _MISTAKES = {
     "image": ([_GOOD, _GOOD | {"image_id": 3}], r"detection 1 in .*image 3, .* in pets \(3 images, .* 2\)"),
     "name of an image": ([_GOOD | {"image_id": "2"}], r"detection 0 in .*is of image '2'"),
     "no image": ([{"score": 1, "category_id": 5, "bbox": [1] * 4}], r"detection 0 in .* has no image_id"),
-    "class": (
-        [_GOOD | {"category_id": 0}],
-        r"category_id 0, but pets has 3 categories: 3 cat, ",
-    ),
+    "class": ([_GOOD | {"category_id": 0}], r"category_id 0, but pets has 3 categories: 3 cat, "),
     "no box": ([{"image_id": 2, "category_id": 5, "score": 1}], r"detection 0 in .* has no bbox"),
     "box": ([_GOOD | {"bbox": [1, 2, math.nan, 4]}], r"detection 0 in .* has bbox \[1, 2, nan, 4\]"),
     "negative": ([_GOOD | {"bbox": [9, 2, -3, 4]}], r"has bbox \[9, 2, -3, 4\], whose width or height"),
@@ -219,9 +192,6 @@ def test_missing_files_and_other_numbers_of_keypoints_are_named(declare_pets):
         read_predictions(path, "pets")
 
 
-# ---- results, evaluators and images --------------------------------------------------------------
-
-
 def test_results_are_written_with_null_for_nan(tmp_path):
     path = tmp_path / "new" / "results.json"
     write_results(path, {"a": {"bbox": {"AP": np.float32(12.5), "APs": math.nan, "n": 3}}, "b": {}})
@@ -235,7 +205,7 @@ def test_results_are_written_with_null_for_nan(tmp_path):
 def test_the_evaluator_is_chosen_by_the_dataset_and_the_model(shapes):
     cfg = get_cfg()
     cfg.TEST.KEYPOINT_OKS_SIGMAS = SIGMAS
-    found = list(detections_in(shapes))
+    found = detections_in(shapes)
     results = score(build_evaluator(cfg, shapes), found)
     assert list(results) == ["bbox", "segm", "keypoints"]
     MetadataCatalog.get(shapes).set(evaluator_type="pascal_voc")

@@ -43,7 +43,7 @@ def error_message(cfg, *overrides, **kwargs):
     return str(error.value)
 
 
-# ---- keypoints -------------------------------------------------------------------------------
+NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
 
 def settle_keypoints(cfg, *overrides):
@@ -65,17 +65,13 @@ def test_num_keypoints_must_be_set_for_a_dataset_without_names(cfg):
     MetadataCatalog.get("few_shapes").set(thing_classes=["circle"], keypoint_names=None)
     with pytest.raises(UserError, match="names no keypoints"):
         settle_keypoints(cfg.clone())
-    assert settle_keypoints(cfg, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 4) == 4
+    assert settle_keypoints(cfg, NUM_KEYPOINTS, 4) == 4
 
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        (
-            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
-            17,
-            r"NUM_KEYPOINTS is 17, but the dataset few_shapes has 4 .* bottom",
-        ),
+        (NUM_KEYPOINTS, 17, r"NUM_KEYPOINTS is 17, but the dataset few_shapes has 4 .* bottom"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [], "KEYPOINT_OKS_SIGMAS must be 4 positive numbers"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [0.05] * 3, "KEYPOINT_OKS_SIGMAS must be 4 positive numbers"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [0.05, 0.0, 0.05, 0.05], r"must be 4 positive numbers.*0\.0"),
@@ -90,41 +86,32 @@ def test_keypoint_errors_name_the_key(cfg, key, value, words):
     settle_num_classes(cfg, eval_only=False)
 
 
-# ---- the model and the test sets -------------------------------------------------------------
-
-
-def test_test_set_that_cannot_be_scored_is_rejected(cfg):
+def test_test_set_that_cannot_be_scored_or_is_missing_is_rejected(cfg):
     register_boxes("odd_test", 1, thing_classes=["one"])
     message = error_message(cfg, "DATASETS.TEST", ("odd_test",))
     assert "image 3 of odd_test has category_id 1, but" in message
+    assert "--eval-only needs DATASETS.TEST" in error_message(cfg, *NO_TESTS, eval_only=True)
 
 
 def test_validation_losses_of_masks_need_segmentations(cfg):
     register_boxes("boxes", 0, thing_classes=class_names("few_shapes"), evaluator_type="coco")
     check(cfg, "DATASETS.TEST", ("boxes",), "MODEL.MASK_ON", True)
-    for key, value in (("TEST.VAL_LOSS_PERIOD", 5), ("WORKFLOW", [["train", 1], ["val", 1]])):
-        message = error_message(cfg.clone(), key, value)
+    for setting in (LOSS_PERIOD, VAL_FLOW):
+        message = error_message(cfg.clone(), *setting)
         assert "MODEL.MASK_ON needs a segmentation of every object" in message
 
 
 @pytest.mark.parametrize(
-    ("overrides", "rejects"),
+    ("section", "overrides"),
     [
-        (["MODEL.RESNETS.NORM", "SyncBN"], True),
-        (["MODEL.FPN.NORM", "SyncBN"], True),
-        (["MODEL.TINY.NORM", "SyncBN"], False),
-        (["MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.RESNETS.NORM", "SyncBN"], False),
-        (["MODEL.ROI_BOX_HEAD.NORM", "SyncBN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 4], True),
-        (["MODEL.ROI_BOX_HEAD.NORM", "SyncBN"], False),
-        (["MODEL.ROI_MASK_HEAD.NORM", "SyncBN", "MODEL.MASK_ON", True], True),
-        (["MODEL.ROI_MASK_HEAD.NORM", "SyncBN"], False),
+        ("RESNETS", []),
+        ("FPN", []),
+        ("ROI_BOX_HEAD", ["MODEL.ROI_BOX_HEAD.NUM_CONV", 4]),
+        ("ROI_MASK_HEAD", ["MODEL.MASK_ON", True]),
     ],
 )
-def test_sync_bn_without_gpus_is_rejected_where_the_model_has_it(cfg, overrides, rejects):
-    if rejects:
-        assert "SyncBN needs GPUs" in error_message(cfg, *overrides)
-    else:
-        check(cfg, *overrides)
+def test_sync_bn_without_gpus_is_rejected_where_the_model_has_it(cfg, section, overrides):
+    assert "SyncBN needs GPUs" in error_message(cfg, f"MODEL.{section}.NORM", "SyncBN", *overrides)
 
 
 SSD = ["MODEL.META_ARCHITECTURE", "SSD", "MODEL.BACKBONE.NAME", "build_ssd_vgg16_backbone"]
@@ -168,9 +155,6 @@ def test_bfloat16_is_rejected_on_a_gpu_without_it(cfg, overrides, eval_only, rej
         check(cfg, *overrides, eval_only=eval_only, resume=True)
 
 
-# ---- values ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("key", "value", "bounds"),
     [
@@ -191,6 +175,7 @@ def test_values_out_of_range_are_rejected(cfg, key, value, bounds):
 
 LOSS_PERIOD = ("TEST.VAL_LOSS_PERIOD", 5)
 VAL_FLOW = ("WORKFLOW", [["train", 1], ["val", 1]])
+NO_TESTS = ("DATASETS.TEST", ())
 
 
 @pytest.mark.parametrize(
@@ -200,13 +185,10 @@ VAL_FLOW = ("WORKFLOW", [["train", 1], ["val", 1]])
         (["SOLVER.MOMENTUM_SCHEDULE", [[0, 1.5]]], "SOLVER.MOMENTUM_SCHEDULE has the momentum 1.5"),
         (["WORKFLOW", [["val", 1]]], "WORKFLOW is [['val', 1]], which never trains"),
         (
-            [*LOSS_PERIOD, "DATASETS.TEST", ()],
+            [*LOSS_PERIOD, *NO_TESTS],
             "TEST.VAL_LOSS_PERIOD or a val flow in WORKFLOW is set, but DATASETS.TEST is empty",
         ),
-        (
-            ["TEST.BEST_METRIC", "auto", "DATASETS.TEST", ()],
-            "TEST.BEST_METRIC is set, but DATASETS.TEST is empty",
-        ),
+        (["TEST.BEST_METRIC", "auto", *NO_TESTS], "TEST.BEST_METRIC is set, but DATASETS.TEST is empty"),
         (["TEST.EVAL_START", 3], "TEST.EVAL_START is 3, but TEST.EVAL_PERIOD is 0: set it too"),
         (
             ["TEST.BEST_METRIC", "val/total_loss"],
@@ -231,12 +213,12 @@ def test_settings_that_contradict_each_other_are_rejected_before_training_only(c
         ["TEST.BEST_METRIC", "val/total_loss", *VAL_FLOW, "SOLVER.PATIENCE", 3],
         ["TEST.BEST_METRIC", "auto", "TEST.EVAL_PERIOD", 5, "SOLVER.PATIENCE", 3],
         ["SOLVER.MOMENTUM_SCHEDULE", [[0, 0.9], [10, 0.8]], "SOLVER.ACCUMULATE_STEPS", 16],
+        # The model has no such norm.
+        ["MODEL.TINY.NORM", "SyncBN"],
+        ["MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.RESNETS.NORM", "SyncBN"],
+        ["MODEL.ROI_BOX_HEAD.NORM", "SyncBN"],
+        ["MODEL.ROI_MASK_HEAD.NORM", "SyncBN"],
     ],
 )
 def test_settings_that_agree_are_accepted(cfg, overrides):
     check(cfg, *overrides)
-
-
-def test_eval_only_needs_a_test_set(cfg):
-    message = error_message(cfg, "DATASETS.TEST", (), eval_only=True)
-    assert "--eval-only needs DATASETS.TEST" in message

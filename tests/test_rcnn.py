@@ -1,12 +1,12 @@
-"""Faster, Mask and Keypoint R-CNN and their proposals, held against torchvision's: modeling.rcnn."""
+"""Faster, Mask and Keypoint R-CNN and their proposals, against torchvision's: modeling.rcnn, .box_loss."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_helpers import (
     KEYPOINT,
     KEYPOINTS,
     MASK,
-    PIXELS_TO_1,
     PROPOSALS,
     RESNET18,
     SMALL_HEAD,
@@ -20,22 +20,24 @@ from model_helpers import (
     norm_types,
     randomize_predictions,
     same_input,
-    torchvision_backbone,
     torchvision_inputs,
-    transform_arguments,
     two_samples,
 )
 from torch import nn
+from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from plaintrain.export import describe
 from plaintrain.masks import sample_masks
-from plaintrain.modeling import roi_heads
+from plaintrain.modeling import matching, roi_heads, rpn
+from plaintrain.modeling.box_loss import BoxLoss, box_losses
 from plaintrain.modeling.tta import DetectorWithTTA
 
 LOSSES = {
@@ -45,43 +47,32 @@ LOSSES = {
     "loss_rpn_loc": "loss_rpn_box_reg",
 }
 
-# ---- losses, detections and proposals ----------------------------------------------------------
+
+MODELS = {"faster": (), "mask": (*MASK, "MODEL.ROI_MASK_HEAD.ALIGNED", False), "keypoint": KEYPOINT}
 
 
-def torchvision_rcnn(model=FasterRCNN, **kwargs):
-    """torchvision's R-CNN that RESNET18 and SMALL_HEAD describe."""
-    backbone = torchvision_backbone([1, 2, 3, 4], LastLevelMaxPool())
+def torchvision_rcnn(name="faster"):
+    """torchvision's R-CNN that RESNET18, SMALL_HEAD and MODELS describe, resizing nothing."""
+    model, parts = FasterRCNN, {}
+    if name == "mask":
+        model = MaskRCNN
+        parts["mask_head"] = MaskRCNNHeads(32, (16, 16), 1)
+        parts["mask_predictor"] = MaskRCNNPredictor(16, 16, K + 1)
+    elif name == "keypoint":
+        model = KeypointRCNN
+        parts["keypoint_head"] = KeypointRCNNHeads(32, (16, 16))
+        parts["keypoint_predictor"] = KeypointRCNNPredictor(16, KEYPOINTS)
+    levels, channels = {f"layer{i + 1}": str(i) for i in range(4)}, [64, 128, 256, 512]
     return model(
-        backbone,
+        BackboneWithFPN(resnet18(weights=None), levels, channels, 32, LastLevelMaxPool()),
         box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 5, 2),
         box_head=TwoMLPHead(32 * 25, 32),
         box_predictor=FastRCNNPredictor(32, K + 1),
         rpn_post_nms_top_n_train=1000,
-        **{**transform_arguments(), **kwargs},
+        min_size=64,
+        max_size=10_000,
+        **parts,
     )
-
-
-def torchvision_mask_rcnn():
-    return torchvision_rcnn(
-        MaskRCNN,
-        mask_head=MaskRCNNHeads(32, (16, 16), 1),
-        mask_predictor=MaskRCNNPredictor(16, 16, K + 1),
-    )
-
-
-def torchvision_keypoint_rcnn():
-    return torchvision_rcnn(
-        KeypointRCNN,
-        keypoint_head=KeypointRCNNHeads(32, (16, 16)),
-        keypoint_predictor=KeypointRCNNPredictor(16, KEYPOINTS),
-    )
-
-
-MODELS = {
-    "faster": ((), torchvision_rcnn),
-    "mask": ((*MASK, "MODEL.ROI_MASK_HEAD.ALIGNED", False), torchvision_mask_rcnn),
-    "keypoint": (KEYPOINT, torchvision_keypoint_rcnn),
-}
 
 
 def build_pair(name="faster", spread=0.1):
@@ -89,8 +80,7 @@ def build_pair(name="faster", spread=0.1):
 
     Rounding, another on each CPU, would decide about NMS and ReLU.
     """
-    keys, make_plain = MODELS[name]
-    model, plain = build(*RESNET18, *SMALL_HEAD, *keys), make_plain()
+    model, plain = build(*RESNET18, *SMALL_HEAD, *MODELS[name]), torchvision_rcnn(name)
     randomize_predictions(model, spread)
     plain.load_state_dict(model.state_dict())
     same_input(model, plain)
@@ -124,36 +114,19 @@ def test_losses_and_gradients_are_torchvisions_where_all_are_sampled(name, numbe
     assert_same_losses_and_gradients(model, losses, plain, expected)
 
 
-def test_the_keypoint_loss_has_a_weight():
-    losses = []
-    for weight in (1.0, 0.25):
-        model = build(*TINY, *SMALL_HEAD, *KEYPOINT, "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT", weight)
-        torch.manual_seed(7)
-        losses.append(model(two_samples()))
-    assert losses[1]["loss_keypoint"].item() == pytest.approx(losses[0]["loss_keypoint"].item() / 4)
-    assert losses[1]["loss_cls"] == losses[0]["loss_cls"]
-
-
 def test_detections_of_a_batch_are_torchvisions():
-    model = build(*RESNET18, *SMALL_HEAD, *PIXELS_TO_1).eval()
-    plain = torchvision_rcnn(**transform_arguments((0, 0, 0), (255, 255, 255))).eval()
-    randomize_predictions(model)
-    plain.load_state_dict(model.state_dict())
+    model, plain = build_pair(spread=0.5)
     samples = two_samples()
     with torch.no_grad():
-        found, expected = model(samples), plain(torchvision_inputs(samples, 1)[0])
+        found, expected = model.eval()(samples), plain.eval()(torchvision_inputs(samples)[0])
     assert_same_detections(found, expected, label_offset=1, at_least=10)
 
 
-@pytest.mark.parametrize("score", [0.0, 0.8])
+@pytest.mark.parametrize("score", [0.0, 0.68])
 def test_proposals_in_training_are_torchvisions(score):
-    model = build(
-        *RESNET18, *SMALL_HEAD, "MODEL.RPN.SCORE_THRESH", score, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 60
-    )
-    plain = torchvision_rcnn(rpn_score_thresh=score)
-    plain.rpn._post_nms_top_n["training"] = 60
-    randomize_predictions(model)
-    plain.load_state_dict(model.state_dict())
+    model, plain = build_pair(spread=0.5)
+    for part in (model.rpn, plain.rpn):
+        part.score_thresh, part._post_nms_top_n["training"] = score, 60
     samples = make_batch((1, 2, 3))
     images, _ = model.transform([s["image"] for s in samples])
     with torch.no_grad():
@@ -169,12 +142,13 @@ def test_proposals_in_training_are_torchvisions(score):
 
 
 def test_proposals_are_those_of_torchvisions_rpn():
-    detector = torchvision_rcnn(**transform_arguments((0, 0, 0), (255, 255, 255))).eval()
+    detector = torchvision_rcnn().eval()
     randomize_predictions(detector)
-    model = build(*RESNET18, *PROPOSALS, *PIXELS_TO_1, "MODEL.RPN.POST_NMS_TOPK_TEST", 60).eval()
+    model = build(*RESNET18, *PROPOSALS, "MODEL.RPN.POST_NMS_TOPK_TEST", 60).eval()
     detector.rpn._post_nms_top_n["testing"] = 60
     state = detector.state_dict()
     model.load_state_dict({k: v for k, v in state.items() if k.startswith(("backbone.", "rpn."))})
+    same_input(model, detector)
     samples = two_samples()
     with torch.no_grad():
         images, _ = detector.transform(torchvision_inputs(samples)[0])
@@ -197,9 +171,6 @@ def test_losses_of_proposals_are_those_of_the_rpn_in_faster_rcnn():
     torch.manual_seed(7)
     found = model(two_samples())
     assert found == {name: expected[name] for name in ("loss_rpn_cls", "loss_rpn_loc")}
-
-
-# ---- heads -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -244,3 +215,87 @@ def test_the_box_head_starts_as_detectron2s():
     for layer, std in ((heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)):
         assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
         assert not layer.bias.any()
+
+
+RPN, BOX = "MODEL.RPN.", "MODEL.ROI_BOX_HEAD."
+PRIORS = torch.tensor([[0.0, 0, 20, 10], [5, 5, 15, 25], [0, 0, 8, 8], [3, 3, 9, 9]])
+OBJECTS = torch.tensor([[2.0, 1, 24, 9], [40, 5, 50, 30], [0, 0, 8, 8], [0, 0, 0, 0]])
+DELTAS = torch.tensor([[0.3, -2.0, 0.05, 1.0], [0.0] * 4, [0.01, -0.1, 0.2, 0.0], [float("inf")] * 4])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [BoxLoss("smooth_l1", 0.0, 1.0), BoxLoss(), BoxLoss("smooth_l1", 3.0, 2.5), BoxLoss("giou", 0.0, 3.0)],
+)
+def test_box_losses_are_those_of_torch(recipe):
+    coder, deltas = BoxCoder((10.0, 10.0, 5.0, 5.0)), DELTAS.clone().requires_grad_()
+    # The last is padding.
+    counts = torch.tensor([[True, True, True, False]])
+    losses = box_losses(recipe, coder, deltas[None], PRIORS[None], OBJECTS[None], counts)
+    if recipe.kind == "giou":
+        expected = generalized_box_iou_loss(coder.decode_single(deltas[:3], PRIORS[:3]), OBJECTS[:3])
+    else:
+        wanted = coder.encode_single(OBJECTS[:3], PRIORS[:3])
+        expected = F.smooth_l1_loss(deltas[:3], wanted, beta=recipe.beta, reduction="none").sum(dim=1)
+    assert losses.shape == (1, 4) and not losses[0, 3]
+    torch.testing.assert_close(losses[0, :3], recipe.weight * expected)
+    gradients = [torch.autograd.grad(part.sum(), deltas)[0] for part in (losses, recipe.weight * expected)]
+    assert gradients[0][:2].any() and not gradients[0][3].any()
+    torch.testing.assert_close(*gradients)
+
+
+def losses_with(*overrides):
+    """The losses of one model on the same samples, under some recipe."""
+    model = build(*TINY, *SMALL_HEAD, *KEYPOINT, *overrides)
+    randomize_predictions(model, spread=0.1)
+    torch.manual_seed(0)
+    return {name: loss.item() for name, loss in model(two_samples()).items()}
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return losses_with()
+
+
+@pytest.mark.parametrize(
+    ("key", "factors"),
+    [
+        (RPN + "LOSS_WEIGHT", {"loss_rpn_cls": 3, "loss_rpn_loc": 3}),
+        (RPN + "BBOX_REG_LOSS_WEIGHT", {"loss_rpn_loc": 3}),
+        (BOX + "BBOX_REG_LOSS_WEIGHT", {"loss_box_reg": 3}),
+        ("MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT", {"loss_keypoint": 3}),
+    ],
+)
+def test_weights_multiply_their_losses(key, factors, usual):
+    losses = losses_with(key, 3.0)
+    assert losses == pytest.approx({name: factors.get(name, 1) * usual[name] for name in usual})
+
+
+@pytest.mark.parametrize(("node", "changed"), [(RPN, "loss_rpn_loc"), (BOX, "loss_box_reg")])
+def test_a_recipe_changes_its_loss_alone(node, changed, usual):
+    for override in ((node + "SMOOTH_L1_BETA", 0.0), (node + "BBOX_REG_LOSS_TYPE", "giou")):
+        losses = losses_with(*override)
+        different = {name for name in usual if abs(losses[name] - usual[name]) > 1e-3 * usual[name]}
+        assert different == {changed}
+        # L1 lies above smooth L1, by at most half of beta for each number.
+        assert losses[changed] > usual[changed] or "TYPE" in override[0]
+
+
+def test_losses_of_an_rpn_are_divided_by_what_was_sampled_or_was_to_be(monkeypatch):
+    numbers, losses = [], {}
+
+    def sample(*args):
+        index, exists = matching.sample(*args)
+        numbers.append(exists.sum().item())
+        return index, exists
+
+    monkeypatch.setattr(rpn, "sample", sample)
+    for normalizer in ("sampled", "batch_size"):
+        # More than there are anchors.
+        keys = (RPN + "BATCH_SIZE_PER_IMAGE", 5000, RPN + "LOSS_NORMALIZER", normalizer)
+        model = build(*TINY, *PROPOSALS, *keys)
+        torch.manual_seed(0)
+        losses[normalizer] = {name: loss.item() for name, loss in model(two_samples()).items()}
+    assert numbers[0] == numbers[1] and 100 < numbers[0] < 5000
+    expected = {name: loss * numbers[0] / (2 * 5000) for name, loss in losses["sampled"].items()}
+    assert losses["batch_size"] == pytest.approx(expected, rel=1e-5)

@@ -207,8 +207,6 @@ def test_every_number_is_that_of_detectron2(name):
     assert differences(ours, theirs) == {}
 
 
-# ---- torchvision and trainings -------------------------------------------------------------------
-
 # Of torchvision's references/detection: 120 epochs with steps at 80 and 110, 660 epochs, each over the 117266
 # images of COCO with objects, on 8 GPUs. Of Detectron2: FCOS, and its baselines with large-scale jitter
 # (which also use mixed precision).

@@ -1,13 +1,20 @@
-"""plaintrain.data.records: the records of a training set, checked and cleaned."""
+"""plaintrain.data.records and serialized: the records of a training set, checked, cleaned and shared."""
 
+import gc
 import os
+import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch.multiprocessing  # noqa: F401 - it teaches ForkingPickler tensors
+from torch.utils.data import DataLoader
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from plaintrain.data.checks import check_records
 from plaintrain.data.records import check_image_files
+from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
@@ -20,14 +27,8 @@ def register():
 
     def make(name, *images):
         records = [
-            {
-                "file_name": f"{name}/{i}.png",
-                "image_id": i,
-                "height": 30,
-                "width": 40,
-                "annotations": annotations,
-            }
-            for i, annotations in enumerate(images)
+            {"file_name": f"{name}/{i}.png", "image_id": i, "height": 30, "width": 40, "annotations": objects}
+            for i, objects in enumerate(images)
         ]
         DatasetCatalog.register(name, lambda: records)
         MetadataCatalog.get(name).set(thing_classes=["a", "b"])
@@ -88,20 +89,7 @@ def test_masks_and_keypoints_are_checked_before_training(register):
         get_detection_dataset_dicts("rle", need_masks=True)
 
 
-BOXES = [[5, 5, 0, 3], [5, 5, 3, -1], [50, 5, 3, 3], [-9, -9, 5, 5], [20, 5, 30, 5], [20, 5, 20.4, 5]]
-
-
-@pytest.mark.parametrize("box", BOXES)
-def test_training_warns_of_a_box_as_check_records_does(register, log, box):
-    register("one", [_object(bbox=box), _object(bbox=[1, 1, 9, 9])])
-    found = check_records(DatasetCatalog.get("one"), MetadataCatalog.get("one"))
-    kept = get_detection_dataset_dicts("one")[0]["annotations"]
-    said = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
-    assert said == [f"one: {finding}".split("\n")[0] for finding in found if "box" in finding.kind]
-    assert len(kept) == 1 + (not said or "clips" in said[0])
-
-
-def test_lengths_are_those_of_the_datasets_after_filtering(register):
+def test_lengths_are_those_after_filtering_and_only_bad_boxes_are_dropped(register):
     register("one", [_object()], [], [_object()])
     register("two", [], [_object(bbox=[1, 1, 0, 0])], [_object()])
     register("none", [])
@@ -109,36 +97,12 @@ def test_lengths_are_those_of_the_datasets_after_filtering(register):
     assert records.lengths == [2, 0, 1]
     assert _ids(records) == [0, 2, 2]
     assert get_detection_dataset_dicts(("two", "one"), filter_empty=False).lengths == [3, 3]
-
-
-def test_only_the_bad_boxes_of_an_image_are_dropped(register):
     good, bad = _object(), _object(bbox=[1, 1, 0, 3])
     kinds = {"g": good, "b": bad}
     texts = ["gbg", "", "g", "bb", "bg", "gg", "gb"]
     register("mixed", *[[{**kinds[c], "area": i} for i, c in enumerate(text)] for text in texts])
     kept = [[a["area"] for a in r["annotations"]] for r in get_detection_dataset_dicts("mixed", False)]
     assert kept == [[0, 2], [], [0], [], [1], [0, 1], [0]]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"height": None}, "the dataset odd has the height None"),
-        ({"file_name": Path("a.png")}, "the dataset odd has the file_name PosixPath"),
-        ({"annotations": [_object(category_id=2)]}, "of odd.png has category_id 2"),
-        ({"annotations": [_object(bbox=None)]}, "of odd.png has no box, but None"),
-        ({"annotations": [_object(keypoints=["a", "b", "c"])]}, "annotations of odd.png cannot be read"),
-        ({"annotations": [{"bbox": [1, 2, 3, 4]}]}, "of odd.png has no bbox_mode"),
-    ],
-    ids=str,
-)
-def test_malformed_records_are_named(register, change, words):
-    register("good", [_object()])
-    register("odd", [_object()], [_object()])
-    DatasetCatalog._functions["odd"]()[1].update({"file_name": "odd.png", **change})
-    with pytest.raises(UserError) as error:
-        get_detection_dataset_dicts(("good", "odd"))
-    assert words in str(error.value)
 
 
 def test_folders_are_listed_once_for_each_loaded_dataset(register, tmp_path, monkeypatch):
@@ -160,3 +124,181 @@ def test_folders_are_listed_once_for_each_loaded_dataset(register, tmp_path, mon
     register("files", [], [_object()], [])
     with pytest.raises(UserError, match=r"does not exist: files/2\.png$"):
         check_image_files(DatasetCatalog.get("files"), "files")
+
+
+def test_training_warns_of_boxes_as_check_records_does(register, log):
+    boxes = [[5, 5, 0, 3], [5, 5, 3, -1], [50, 5, 3, 3], [-9, -9, 5, 5], [5, 45, 3, 3]]
+    boxes += [[20, 5, 30, 5], [20, 5, 20.4, 5]]
+    register("one", [_object(bbox=box) for box in boxes])
+    findings = check_records(DatasetCatalog.get("one"), MetadataCatalog.get("one"))
+    assert [a["bbox"] for a in get_detection_dataset_dicts("one")[0]["annotations"]] == boxes[5:]
+    # The registered records stay as they are.
+    assert len(DatasetCatalog.get("one")[0]["annotations"]) == 7
+    warnings = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
+    assert warnings == [
+        "one: boxes without area, which training drops: 2",
+        "one: boxes outside their image, which training drops: 3",
+        "one: boxes that reach beyond their image by over half a pixel, which training clips: 1",
+    ]
+    assert warnings == [f"one: {f}".split("\n")[0] for f in findings if "box" in f.kind]
+
+
+def test_statistics_are_logged(register, log):
+    register("few", [_object(), _object(iscrowd=1)], [_object(category_id=1)])
+    get_detection_dataset_dicts("few")
+    assert "few: 2 images, 3 boxes (1 crowds) of 2 classes" in log.text
+    rows = [line.split() for line in log.text.splitlines()]
+    assert ["a", "2"] in rows and ["b", "1"] in rows
+
+
+def test_datasets_are_joined_in_their_order_if_their_classes_agree(register):
+    register("one", [_object()], [_object()])
+    register("two", [_object()])
+    register("three", [_object()])
+    MetadataCatalog.get("three").set(thing_classes=["b", "a"])
+    joined = get_detection_dataset_dicts(("two", "one"))
+    assert [record["file_name"].split("/")[0] for record in joined] == ["two", "one", "one"]
+    message = r"one and three have different classes: \['a', 'b'\] and \['b', 'a'\]"
+    with pytest.raises(UserError, match=message):
+        get_detection_dataset_dicts(("one", "three"))
+
+
+def _holding(**change):
+    return {"annotations": [_object(**change)]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"height": None}, "the dataset odd has the height None"),
+        ({"file_name": Path("a.png")}, "the dataset odd has the file_name PosixPath"),
+        *(
+            (_holding(category_id=v), f"odd.png has category_id {v!r}, .* 2 classes .*0 to 1")
+            for v in (2, -1, "a", 1.0, True)
+        ),
+        (_holding(bbox=None), "of odd.png has no box, but None"),
+        (_holding(bbox=[1, 2, float("nan"), 4]), r"odd.png.*\[1, 2, nan, 4\]"),
+        (_holding(bbox=[1, 2, 3]), r"odd.png.*\[1, 2, 3\]"),
+        (_holding(bbox_mode=7), "odd.png.*7"),
+        (_holding(keypoints=["a", "b", "c"]), "annotations of odd.png cannot be read"),
+    ],
+    ids=str,
+)
+def test_malformed_records_are_named(register, change, words):
+    register("good", [_object()])
+    register("odd", [_object()], [_object()])
+    DatasetCatalog._functions["odd"]()[1].update({"file_name": "odd.png", **change})
+    with pytest.raises(UserError, match=words):
+        get_detection_dataset_dicts(("good", "odd"))
+
+
+@pytest.mark.parametrize(
+    "key", ["file_name", "image_id", "height", "width", "annotations", "bbox", "bbox_mode", "category_id"]
+)
+def test_missing_key_of_a_record_or_annotation_is_named(register, key):
+    register("odd", [_object()], [_object()])
+    record = DatasetCatalog._functions["odd"]()[1]
+    del (record if key in record else record["annotations"][0])[key]
+    with pytest.raises(UserError, match=f"odd.* no {key}"):
+        get_detection_dataset_dicts("odd")
+
+
+def _record(number, *annotations):
+    size = {"height": 30 + number, "width": 40}
+    return {"file_name": f"{'ü' * number}.png", "image_id": number, **size, "annotations": list(annotations)}
+
+
+def test_serialized_records_read_like_the_list_they_hold():
+    plain = [_record(i) for i in range(5)]
+    packed = SerializedRecords(plain)
+    assert len(packed) == 5
+    assert list(packed) == plain
+    assert [packed[i] for i in range(-5, 5)] == [plain[i] for i in range(-5, 5)]
+    for part in (slice(1, 3), slice(None, None, -1), slice(-2, None), slice(3, 99), slice(4, 1)):
+        assert packed[part] == plain[part]
+    for records, index in ((packed, 5), (packed, -6), (SerializedRecords([]), 0)):
+        with pytest.raises(IndexError):
+            records[index]
+    # Each access gives a record of its own.
+    packed[1]["annotations"].append(1)
+    assert packed[1] == plain[1]
+
+
+def test_joined_and_taken_records_are_the_same_without_their_bytes_copied():
+    parts = [SerializedRecords([_record(i + start) for i in range(3)]) for start in (0, 3, 6)]
+    joined = SerializedRecords.join(parts)
+    assert list(joined) == [_record(i) for i in range(9)]
+    assert joined.lengths == [3, 3, 3]
+    taken = SerializedRecords.join([joined.take(np.array([7, 0, 4])), parts[1]])
+    assert [record["image_id"] for record in taken] == [7, 0, 4, 3, 4, 5]
+    assert taken[-1] == _record(5)
+    assert taken.lengths == [3, 3]
+    assert taken.columns["height"].tolist() == [37, 30, 34, 33, 34, 35]
+    assert {block._bytes.data_ptr() for block in taken._blocks} == {
+        part._blocks[0]._bytes.data_ptr() for part in parts
+    }
+    assert list(joined.take(np.array([], dtype=np.int64))) == []
+
+
+def test_workers_receive_shared_bytes_without_the_arrays():
+    packed = SerializedRecords([_record(i, _object()) for i in range(7)])
+    received = pickle.loads(pickle.dumps(packed))  # noqa: S301 - own bytes
+    assert list(received) == list(packed)
+    assert (received.columns, received.annotations) == (None, None)
+    # The bytes stay in shared memory and are not sent to a spawned worker.
+    sent = bytes(ForkingPickler.dumps(SerializedRecords([{"text": "x" * 10**6}])))
+    assert len(sent) < 10_000
+    assert pickle.loads(sent)[0] == {"text": "x" * 10**6}  # noqa: S301 - own bytes
+    loader = DataLoader(packed, batch_size=None, collate_fn=lambda record: record, num_workers=1)
+    assert list(loader) == list(packed)
+
+
+def test_the_table_holds_the_annotations_in_their_order():
+    first = _object(category_id=np.int64(2), iscrowd=1)
+    second = _object(2, 0, 1, bbox=[1.5, 2, 3, 4], bbox_mode=BoxMode.XYXY_ABS)
+    third = _object(bbox=np.array([1, 2, 3, 4.5]))
+    table = SerializedRecords([_record(0), _record(1, first, second), _record(2, third)]).annotations
+    assert table.record.tolist() == [1, 1, 2]
+    assert table.boxes.tolist() == [[1, 2, 4, 6], [1.5, 2, 3, 4], [1, 2, 4, 6.5]]
+    assert table.labels.tolist() == [2, 0, 0]
+    assert table.crowd.tolist() == [True, False, False]
+    assert table.keypoints.tolist() == [0, 2, 0]
+    for records in ([], [_record(0)]):
+        assert SerializedRecords(records).annotations.boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"category_id": label} for label in (True, 1.0, "1", 2**70)),
+        *({"bbox": box} for box in ([1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, None], [1, 2, 3, np.inf], 3)),
+        *({"bbox_mode": 2}, {"bbox_mode": None}, {"keypoints": ["a", "b", "c"]}),
+    ],
+    ids=str,
+)
+def test_unreadable_annotations_leave_no_table_but_the_records(change):
+    records = [_record(0, _object()), _record(1, _object(**change))]
+    packed = SerializedRecords(records)
+    assert packed.annotations is None
+    assert packed.columns is not None
+    assert list(packed) == records
+
+
+@pytest.mark.parametrize("change", [{"file_name": Path("0.png")}, {"height": "30"}, {"width": 40.5}, None])
+def test_columns_need_every_key_in_its_type(change):
+    record = _record(0) | (change or {})
+    if not change:
+        del record["height"]
+    packed = SerializedRecords([_record(1), record])
+    assert packed.columns is None
+    assert SerializedRecords.join([SerializedRecords([_record(1)]), packed]).columns is None
+
+
+def test_no_garbage_collection_restores_the_collector():
+    with pytest.raises(KeyError), no_garbage_collection():
+        assert not gc.isenabled()
+        with no_garbage_collection():
+            pass
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()

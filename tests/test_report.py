@@ -5,12 +5,12 @@ import os
 import re
 import sys
 from html.parser import HTMLParser
+from unittest.mock import Mock
 
 import pytest
 import torch
-from processes import run_script
 from report_helpers import EVIL, full_report, make_run
-from script_helpers import assert_refused
+from script_helpers import assert_refused, script_output
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
@@ -43,9 +43,7 @@ class Outline(HTMLParser):
         self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
-        if tag in _EMPTY:
-            return
-        if not self.open or self.open.pop() != tag:
+        if tag not in _EMPTY and (not self.open or self.open.pop() != tag):
             self.wrong.append(tag)
 
     def handle_data(self, data):
@@ -105,7 +103,6 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
     for name, attributes in found.elements:
         for key in ("src", "href", "xlink:href"):
             assert attributes.get(key, "#").startswith(("#", "data:")), (name, attributes[key][:80])
-
     # Names of classes and files are text.
     assert len(found.named("script")) == 1
     for section in ("run", "curves", "scores", "confusion", "thresholds", "data", "warnings"):
@@ -116,9 +113,8 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
 
 def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path, undrawn):
     folder = make_run(tmp_path / "run")
-    for name in ("metrics.json", "last_checkpoint"):
+    for name in ("metrics.json", "last_checkpoint", "inference/report_val/coco_instances_results.json"):
         (folder / name).unlink()
-    (folder / "inference/report_val/coco_instances_results.json").unlink()
     for name in ("log.txt", "log.txt.rank1"):
         os.utime(folder / name, (0, 0))
     found = report_of(tmp_path, folder)
@@ -133,9 +129,8 @@ def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path, undrawn):
 
 def test_a_dataset_that_is_not_here_costs_only_its_sections(tmp_path, undrawn):
     folder = make_run(tmp_path / "run")
-    config = (folder / "config.yaml").read_text()
-    missing = "{FORMAT: voc, ROOT: /nowhere, SPLIT: val}"
-    config = re.sub(r"report_val: \{.*?\}", f"report_val: {missing}", config, flags=re.S)
+    missing = "report_val: {FORMAT: voc, ROOT: /nowhere, SPLIT: val}"
+    config = re.sub(r"report_val: \{.*?\}", missing, (folder / "config.yaml").read_text(), flags=re.S)
     (folder / "config.yaml").write_text(config)
     DatasetCatalog.remove("report_val")
     MetadataCatalog.remove("report_val")
@@ -145,9 +140,7 @@ def test_a_dataset_that_is_not_here_costs_only_its_sections(tmp_path, undrawn):
 
 
 def test_a_section_that_fails_says_so_and_the_others_are_made(tmp_path, monkeypatch, log):
-    def broken(runs):
-        raise ZeroDivisionError("by <b>nothing</b>")
-
+    broken = Mock(side_effect=ZeroDivisionError("by <b>nothing</b>"))
     sections = (("a", "A", broken), ("b", "B", overview.summary))
     monkeypatch.setattr("plaintrain.report.build.SECTIONS", sections)
     found = report_of(tmp_path, make_run(tmp_path / "run"))
@@ -172,7 +165,7 @@ def test_several_runs_are_compared(tmp_path, undrawn):
     assert f"<td class={lower}<td class={higher}" in content[content.index('id="scores"') :]
 
 
-def test_cells_of_a_table_are_escaped_and_sortable():
+def test_cells_of_a_table_are_escaped_and_sortable_and_numbers_short():
     rows = [["a<", 1.5, Cell("10 s", 10)], [tag("b", "c"), None, Cell("–", None)]]
     shown = table(["n<", "x", "y"], rows, caption="<c>")
     assert '<th scope="col" class="number" aria-sort="none"><button type="button">x</button></th>' in shown
@@ -180,9 +173,6 @@ def test_cells_of_a_table_are_escaped_and_sortable():
     assert '<td class="number" data-value="10">10 s</td>' in shown and '<td class="number">–</td>' in shown
     assert "<caption>&lt;c&gt;</caption>" in shown and 'aria-label="&lt;c&gt;"' in shown
     assert "<button" not in table(["a"], [["b"]], sortable=False)
-
-
-def test_numbers_are_short_and_what_is_missing_is_a_dash():
     values = {1234567.0: "1,234,567", 0.00012346: "0.0001235", 12.0: "12", None: "–", float("inf"): "–"}
     assert [text(value) for value in values] == [*values.values()]
     assert [score(v) for v in (12.345, None, float("nan"))] == ["12.3", "–", "–"]
@@ -192,15 +182,11 @@ def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(t
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "log.txt").write_text("")
-    done = run_script("report.py", folder, folder=tmp_path)
-    assert done.code == 0 and str(folder / "report.html") in done.output, done.output
+    assert str(folder / "report.html") in script_output("report.py", folder, folder=tmp_path)
     found = Outline((folder / "report.html").read_text())
     assert not found.wrong and "no config.yaml" in found.sections["run"]
     assert "names no test set" in found.sections["errors"]
     assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[2])
-
-
-# ---- at the end of a training -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -230,9 +216,7 @@ def test_a_training_has_its_report_when_it_has_finished(cfg, tmp_path, made, mon
 
 
 def test_a_training_does_not_fail_with_its_report(cfg, monkeypatch, log):
-    def broken(runs, output):
-        raise UserError("the disk is full")
-
+    broken = Mock(side_effect=UserError("the disk is full"))
     monkeypatch.setattr("plaintrain.report.build.build_report", broken)
     after_training.make_report_if_wanted(cfg)
     (record,) = [r for r in log.records if r.levelno == logging.WARNING]

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import time
 
 import pytest
 from report_helpers import full_report
@@ -14,17 +13,13 @@ _FLAGS = (
 )
 
 
-def find(*names):
-    return next(filter(None, map(shutil.which, names)), None)
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     webdriver = pytest.importorskip("selenium.webdriver")
     from selenium.webdriver.chrome.service import Service
 
-    program = find("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    driver = find("chromedriver")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    program, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
     if not program or not driver:
         pytest.skip("needs a browser: chromium and chromedriver (Debian: chromium chromium-driver) in PATH")
     options = webdriver.ChromeOptions()
@@ -56,13 +51,6 @@ def prefer(browser, scheme):
     wanted = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
     features = [{"name": name, "value": value} for name, value in wanted.items()]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-
-def wait_for(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_it_opens_without_an_error_and_a_request_and_with_every_picture(page):
@@ -109,6 +97,8 @@ def test_a_table_sorts_by_a_click_and_by_a_key(page):
 
 
 def test_the_theme_is_the_systems_until_it_is_chosen(page):
+    from selenium.webdriver.support.wait import WebDriverWait
+
     def ground():
         return page.execute_script("return getComputedStyle(document.body).backgroundColor")
 
@@ -118,7 +108,7 @@ def test_the_theme_is_the_systems_until_it_is_chosen(page):
 
     light, light_ink = ground(), ink()
     prefer(page, "dark")
-    wait_for(lambda: ground() != light)
+    WebDriverWait(page, 10).until(lambda _: ground() != light)
     dark = ground()
     # What is drawn has the colour of the text.
     assert ink() != light_ink
@@ -133,7 +123,7 @@ def test_the_theme_is_the_systems_until_it_is_chosen(page):
     while "system" not in toggle.text:
         toggle.click()
     prefer(page, "light")
-    wait_for(lambda: ground() == light)
+    WebDriverWait(page, 10).until(lambda _: ground() == light)
 
 
 @pytest.mark.parametrize("width", [390, 700, 1280])

@@ -1,14 +1,19 @@
-"""What a run has left in its folder, and its curves: plaintrain.run_folder, run_log, curves, text_plots."""
+"""What a run has left in its folder, and its curves: run_folder, run_facts, run_log, curves, text_plots."""
 
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 from report_helpers import make_run
 
 from plaintrain import run_folder, run_log
+from plaintrain.config import get_cfg
 from plaintrain.curves import panels, smooth, thin, wants_log
+from plaintrain.run_facts import write_run_facts
+from plaintrain.run_folder import recorded_starts
 from plaintrain.text_plots import ascii_line, braille, curve_lines, shown_metrics, state_line
 from plaintrain.utils.errors import UserError
 
@@ -31,13 +36,10 @@ def test_metrics_are_series_and_what_is_cut_off_is_left_out(tmp_path):
     assert series["a"][0] == [1, 3] and series["a"][1][0] == 7 and math.isnan(series["a"][1][1])
 
 
-def test_the_name_of_a_result_has_three_parts():
+def test_a_whole_run_and_the_names_of_its_results(tmp_path):
     assert run_folder.split_result("bbox/AP") == ("", "bbox", "AP")
     assert run_folder.split_result("my/set/segm/AP-a/b") == ("my/set", "segm", "AP-a/b")
     assert run_folder.split_result("val/total_loss") is None and run_folder.split_result("lr") is None
-
-
-def test_a_whole_run(tmp_path):
     folder = make_run(tmp_path / "run")
     assert len(run_folder.read_metrics(folder)["lr"][0]) == 100
     assert run_folder.run_state(folder) == ("finished", 199, 200)
@@ -108,13 +110,10 @@ def test_smoothing_starts_at_the_first_value_and_passes_over_gaps():
     assert smooth([1.0, 5.0], 0) == [1, 5]
 
 
-def test_a_thinned_curve_keeps_its_last_point():
+def test_a_thinned_curve_keeps_its_last_point_and_one_that_falls_far_is_logarithmic():
     x, y = thin(list(range(1000)), list(range(1000)), 100)
     assert len(x) == 100 and x[-1] == y[-1] == 999
     assert thin([1], [2]) == ([1], [2])
-
-
-def test_a_logarithmic_scale_is_for_values_that_fall_far():
     assert wants_log([{"y": [100.0, 10.0, 1.0]}])
     assert not any(wants_log([{"y": y}]) for y in ([2.0, 1.0], [100.0, 0.0], []))
 
@@ -157,3 +156,65 @@ def test_the_text_of_a_run_has_its_state_its_metrics_and_fits_the_width(finished
         assert len(lines) == height * len(names) and max(map(len, lines)) <= 70
         assert lines[0].startswith("total_loss") and "1.05" in lines[0]
         assert "".join(lines).isascii() == plain
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """(config, config file) of a run whose script is in a folder of its own."""
+    (tmp_path / "base.yaml").write_text("SOLVER: {MAX_ITER: 7, BASE_LR: 0.5}\n")
+    (tmp_path / "my.yaml").write_text("_BASE_: base.yaml\nSOLVER: {BASE_LR: 0.25}\n")
+    (tmp_path / "code").mkdir()
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "code" / "train.py"), "--config-file", "my.yaml"])
+    cfg = get_cfg()
+    cfg.merge_from_file(tmp_path / "my.yaml")
+    cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "DATASETS.TRAIN", ("cells",)])
+    return cfg, str(tmp_path / "my.yaml")
+
+
+def test_starts_are_added_with_their_changes_from_the_base_files_or_the_defaults(run):
+    cfg, path = run
+    write_run_facts(cfg, path)
+    cfg.SOLVER.MAX_ITER = 9
+    for name in (path, "", "gone.yaml"):
+        write_run_facts(cfg, name)
+    first, second, *without = recorded_starts(cfg.OUTPUT_DIR)
+    assert first["changes"] == [
+        ["DATASETS.TRAIN", [], ["cells"]],
+        ["OUTPUT_DIR", "./output", cfg.OUTPUT_DIR],
+        ["SOLVER.BASE_LR", 0.5, 0.25],
+    ]
+    assert first["command"] == ["python", *sys.argv] and first["world_size"] == 1
+    assert first["environment"]["python"] == sys.version.split()[0]
+    assert first["git"] is None and first["started"][:2] == "20" and first["config_file"] == path
+    assert second["changes"] == [*first["changes"], ["SOLVER.MAX_ITER", 7, 9]]
+    for start in without:
+        keys = [key for key, *_ in start["changes"]]
+        assert keys == ["DATASETS.TRAIN", "OUTPUT_DIR", "SOLVER.BASE_LR", "SOLVER.MAX_ITER"]
+
+
+def test_a_damaged_file_is_as_none(run, tmp_path):
+    for text in ("", "{", "[]", '{"starts": 3}', '{"starts": [3]}'):
+        (tmp_path / "run.json").write_text(text)
+        assert recorded_starts(str(tmp_path)) == []
+        write_run_facts(*run)
+        assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
+
+
+def test_the_state_of_the_code_is_that_of_the_folder_of_the_script(run, tmp_path, monkeypatch):
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", str(tmp_path / "code"), *who, *words], check=True, capture_output=True)
+
+    git("init", "-q", "-b", "idea")
+    (tmp_path / "code" / "train.py").write_text("1")
+    git("add", "train.py")
+    git("commit", "-q", "-m", "first")
+    (tmp_path / "code" / "train.py").write_text("2")
+    (tmp_path / "code" / "notes.txt").write_text("mine")
+    write_run_facts(*run)
+    # Of a machine without git nothing is known.
+    monkeypatch.setenv("PATH", "")
+    write_run_facts(*run)
+    state, unknown = (start["git"] for start in recorded_starts(run[0].OUTPUT_DIR))
+    assert state["branch"] == "idea" and state["changed_files"] == ["train.py"] and len(state["commit"]) == 40
+    assert unknown is None

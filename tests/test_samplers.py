@@ -1,4 +1,4 @@
-"""plaintrain.data.samplers: streams that are pure functions of the seed and the position.
+"""plaintrain.data.samplers and train_sampler: streams of the seed and the position, and the config's sampler.
 
 tests/properties/test_sampler_properties.py has what holds for every size, batch, seed and grouping.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile_helpers import rejected
 from shared.measure import read_sizes
 
 from plaintrain.data.samplers import (
@@ -18,11 +19,12 @@ from plaintrain.data.samplers import (
     class_balanced_factors,
     repeat_factors_from_category_frequency,
 )
+from plaintrain.data.serialized import SerializedRecords
+from plaintrain.data.train_sampler import build_train_sampler
 from plaintrain.utils.errors import UserError
 
-
-def _images(sampler, iterations):
-    return [image for i in range(iterations) for image, _ in sampler.batch(i)]
+THRESHOLD, REPEAT_SQRT = "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.REPEAT_SQRT"
+FACTORS, RATIO = "DATASETS.TRAIN_REPEAT_FACTOR", "DATALOADER.RANDOM_SUBSET_RATIO"
 
 
 def _passes(sampler, num):
@@ -32,15 +34,13 @@ def _passes(sampler, num):
 
 
 def test_training_sampler_without_shuffle_keeps_the_order_of_the_dataset():
-    images = _images(TrainingSampler(5, 3, shuffle=False), 4)
+    sampler = TrainingSampler(5, 3, shuffle=False)
+    images = [image for iteration in range(4) for image, _ in sampler.batch(iteration)]
     assert images == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert {type(image) for image in images} == {int}
 
 
-# ---- batches of images of like aspect ratio
-
-
-def test_grouped_batches_come_in_random_order():
+def test_grouped_batches_come_in_random_order_and_of_images_that_meet_at_random():
     groups = np.random.default_rng(0).integers(0, 2, size=96)
     sampler = TrainingSampler(96, 8, seed=6, groups=groups)
     orders, members = [], set()
@@ -51,9 +51,6 @@ def test_grouped_batches_come_in_random_order():
     assert len(set(map(tuple, orders))) == 6
     assert not any(order in (sorted(order), sorted(order, reverse=True)) for order in orders)
     assert len(members) == 72
-
-
-def test_grouped_images_of_equal_aspect_ratio_meet_at_random():
     sampler = TrainingSampler(64, 8, seed=9, groups=np.ones(64), window=4)
     batches = [frozenset(image for image, _ in sampler.batch(i)) for i in range(80)]
     assert len(set(batches)) == 80
@@ -82,32 +79,21 @@ def _padding(sampler, heights, widths):
 def test_grouping_reduces_the_padding_at_coco_sizes():
     folder = Path(__file__).resolve().parent.parent / "scripts" / "benchmarks"
     widths, heights = read_sizes(folder / "coco_sizes.json", 8000)
-    groupings = [
-        {},
-        {"groups": aspect_ratio_groups(heights, widths)},
-        {"groups": widths / heights, "window": 100},
-    ]
-    padding = [
-        _padding(TrainingSampler(widths.size, 16, seed=1, **keys), heights, widths) for keys in groupings
-    ]
-    assert padding[0] == pytest.approx(0.43, abs=0.01)
-    assert padding[1] == pytest.approx(0.14, abs=0.01)
-    assert padding[2] <= 0.03
+    for grouping, expected in (
+        ({}, 0.43),
+        ({"groups": aspect_ratio_groups(heights, widths)}, 0.14),
+        ({"groups": widths / heights, "window": 100}, 0.01),
+    ):
+        sampler = TrainingSampler(widths.size, 16, seed=1, **grouping)
+        assert _padding(sampler, heights, widths) == pytest.approx(expected, abs=0.01)
 
 
-# ---- repeat factors
-
-
-def test_repeat_factors_are_met_on_average():
+def test_repeat_factors_are_met_on_average_and_rounded_independently_of_the_neighbours():
     factors = np.array([0.5] * 20 + [1] * 20 + [1.5] * 9 + [3, 4])
-    passes = _passes(RepeatFactorTrainingSampler(factors, seed=3), 2000)
-    mean = np.bincount(list(itertools.chain(*passes)), minlength=factors.size) / 2000
+    mean = _mean_counts(RepeatFactorTrainingSampler(factors, seed=3), 2000)
     # Four standard deviations of a fair coin over 2000 passes, and the rounding of the sum.
     assert abs(mean - factors).max() < 4 * 0.5 / 2000**0.5 + 0.5 / 29
     assert (mean == factors)[factors % 1 == 0].all()
-
-
-def test_repeat_factors_are_rounded_up_independently_of_the_neighbours():
     chosen = {frozenset(images) for images in _passes(RepeatFactorTrainingSampler([0.5] * 6, seed=4), 400)}
     assert all(len(images) == 3 for images in chosen)
     assert len(chosen) == 20
@@ -124,13 +110,18 @@ def _records(*classes):
     return [{"annotations": [{"category_id": c, "iscrowd": 0} for c in labels]} for labels in classes]
 
 
-def test_repeat_factors_from_category_frequency_are_those_of_the_rarest_class_of_an_image():
+def test_factors_are_those_of_the_rarest_class_of_an_image_or_1():
     # f = 3/4, 1/4, 1/2; class 3 has no image.
     records = _records([0, 0, 0], [0, 1], [0, 2], [2, 4])
     root = np.sqrt([1, 2, 1, 2])
     assert repeat_factors_from_category_frequency(records, 0.5).tolist() == pytest.approx(root.tolist())
     linear = repeat_factors_from_category_frequency(records, 0.5, sqrt=False)
     assert linear.tolist() == pytest.approx([1, 2, 1, 2])
+    records = _records([], [0], [], [1, 1])
+    assert repeat_factors_from_category_frequency(records, 1.0).tolist() == [1, 2, 1, 2]
+    assert class_balanced_factors(records).tolist() == [1, 1, 1, 1]
+    assert repeat_factors_from_category_frequency(_records([], []), 0.5).tolist() == [1, 1]
+    assert class_balanced_factors(_records([], [])).tolist() == [1, 1]
 
 
 def test_class_balanced_factors_draw_each_class_as_often():
@@ -141,25 +132,11 @@ def test_class_balanced_factors_draw_each_class_as_often():
     assert both.tolist() == pytest.approx([3 * (1 / 2 / 3 + 1 / 2), 0.5, 0.5])
 
 
-def test_factors_of_images_without_annotations_are_1():
-    records = _records([], [0], [], [1, 1])
-    assert repeat_factors_from_category_frequency(records, 1.0).tolist() == [1, 2, 1, 2]
-    assert class_balanced_factors(records).tolist() == [1, 1, 1, 1]
-    assert repeat_factors_from_category_frequency(_records([], []), 0.5).tolist() == [1, 1]
-    assert class_balanced_factors(_records([], [])).tolist() == [1, 1]
-
-
-# ---- a subset
-
-
 def test_random_subset_has_its_size_and_depends_on_the_seed():
     samplers = [RandomSubsetTrainingSampler(103, 0.4, seed=seed) for seed in (1, 2, 3)]
     assert {sampler.size for sampler in samplers} == {41}
     assert len({frozenset(_passes(sampler, 1)[0]) for sampler in samplers}) == 3
     assert RandomSubsetTrainingSampler(9, 0.001).size == 1
-
-
-# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -178,3 +155,125 @@ def test_random_subset_has_its_size_and_depends_on_the_seed():
 def test_sampler_arguments_out_of_range_are_rejected(sampler, arguments, words):
     with pytest.raises(UserError, match=words):
         sampler(*arguments)
+
+
+def _dataset(name, num, label):
+    # Every third image is upright.
+    return SerializedRecords(
+        {"file_name": f"{name}/{i}.png", "image_id": i, "height": 20 if i % 3 else 40 + i, "width": 30}
+        | {"annotations": [{"category_id": label}]}
+        for i in range(num)
+    )
+
+
+@pytest.fixture
+def records():
+    """24 images of dataset large with class 0, then 6 of dataset few with class 1."""
+    return SerializedRecords.join([_dataset("large", 24, 0), _dataset("few", 6, 1)])
+
+
+@pytest.fixture
+def cfg(cfg):
+    cfg.DATASETS.TRAIN = ("large", "few")
+    return cfg
+
+
+def _use(cfg, sampler, *options):
+    cfg.merge_from_list(["DATALOADER.SAMPLER_TRAIN", sampler, *options])
+    return cfg
+
+
+def _mean_counts(sampler, num=40):
+    return np.bincount(list(itertools.chain(*_passes(sampler, num)))) / num
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "expected"),
+    [
+        ("TrainingSampler", [], [1] * 30),
+        ("RepeatFactorTrainingSampler", [THRESHOLD, 0.8], [1] * 24 + [2] * 6),
+        ("RepeatFactorTrainingSampler", [THRESHOLD, 0.8, REPEAT_SQRT, False], [1] * 24 + [4] * 6),
+        ("WeightedTrainingSampler", [FACTORS, [["few", 3]]], [1] * 24 + [3] * 6),
+        ("WeightedTrainingSampler", [FACTORS, [["few", 2.0], ["large", 0]]], [0] * 24 + [2] * 6),
+    ],
+)
+def test_sampler_draws_each_image_as_often_as_the_config_says(cfg, records, sampler, options, expected):
+    assert _mean_counts(build_train_sampler(_use(cfg, sampler, *options), records, 4)).tolist() == expected
+
+
+def test_sampler_draws_each_class_as_often_or_a_subset_of_the_images(cfg, records):
+    counts = _mean_counts(build_train_sampler(_use(cfg, "ClassBalancedTrainingSampler"), records, 4))
+    assert [counts[:24].sum(), counts[24:].sum()] == pytest.approx([15, 15], abs=0.5)
+    _use(cfg, "RandomSubsetTrainingSampler", RATIO, 0.5)
+    assert build_train_sampler(cfg, records, 4).size == 15
+
+
+def _spread(sampler, records):
+    """Return the mean, over the batches within an epoch, of the range of their aspect ratios."""
+    ratios = records.columns["width"] / records.columns["height"]
+    batches = [[i for i, _ in sampler.batch(n)] for n in range(90) if (n * 4) // 30 == (n * 4 + 3) // 30]
+    return np.mean([np.ptp(ratios[batch]) for batch in batches])
+
+
+def test_group_window_makes_batches_of_like_aspect_ratio(cfg, records):
+    spread = []
+    for grouping, window in ((True, 100), (True, 0), (False, 0)):
+        cfg.DATALOADER.ASPECT_RATIO_GROUPING, cfg.DATALOADER.GROUP_WINDOW = grouping, window
+        spread.append(_spread(build_train_sampler(cfg, records, 4), records))
+    assert spread[0] < 0.8 * spread[1] < 0.8 * 0.8 * spread[2]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("RepeatFactorTrainingSampler", [THRESHOLD, 0.8]),
+        ("ClassBalancedTrainingSampler", []),
+        ("WeightedTrainingSampler", [FACTORS, [["few", 3]]]),
+        ("RandomSubsetTrainingSampler", [RATIO, 0.8]),
+    ],
+)
+def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
+    _use(cfg, sampler, *options)
+    spread, orders = {}, set()
+    for seed, grouping in itertools.product((5, 6), (True, False)):
+        cfg.SEED, cfg.DATALOADER.ASPECT_RATIO_GROUPING = seed, grouping
+        built = build_train_sampler(cfg, records, 4)
+        spread[seed, grouping] = _spread(built, records)
+        orders.add(tuple(built.index_at(p) for p in range(60)))
+    assert len(orders) == 4
+    assert spread[5, True] < 0.6 * spread[5, False]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "key", "value", "message"),
+    [
+        ("RepeatFactorSampler", "SEED", 1, "but only .*RepeatFactorTrainingSampler.* is supported"),
+        ("RepeatFactorTrainingSampler", THRESHOLD, 0.0, r"REPEAT_THRESHOLD is 0\.0, but"),
+        ("RepeatFactorTrainingSampler", THRESHOLD, 1.5, r"REPEAT_THRESHOLD is 1\.5, but"),
+        ("TrainingSampler", THRESHOLD, 0.1, "only RepeatFactorTrainingSampler reads it"),
+        ("TrainingSampler", "DATALOADER.GROUP_WINDOW", -1, "GROUP_WINDOW is -1"),
+        ("RandomSubsetTrainingSampler", RATIO, 0.0, r"RATIO is 0\.0.*\(0, 1\]"),
+        ("RandomSubsetTrainingSampler", RATIO, 1.5, r"RATIO is 1\.5.*\(0, 1\]"),
+        ("TrainingSampler", RATIO, 0.5, "only RandomSubsetTrainingSampler reads"),
+        ("TrainingSampler", FACTORS, [["large", 2]], "only WeightedTrainingSampler reads"),
+        ("WeightedTrainingSampler", FACTORS, [["largee", 2]], r"'largee'.*\['large', 'few'\]"),
+        ("WeightedTrainingSampler", FACTORS, ["large", 2], r"has 'large', not \[name, factor"),
+        ("WeightedTrainingSampler", FACTORS, [["large"]], r"not \[name, factor"),
+        ("WeightedTrainingSampler", FACTORS, [["large", -1]], "large the factor -1, not"),
+        ("WeightedTrainingSampler", FACTORS, [["large", "2"]], "large the factor '2', not"),
+        ("WeightedTrainingSampler", "SEED", 1, "WeightedTrainingSampler needs " + FACTORS),
+    ],
+)
+def test_sampler_keys_that_cannot_be_used_are_rejected(cfg, records, sampler, key, value, message):
+    with pytest.raises(UserError, match=message):
+        build_train_sampler(_use(cfg, sampler, key, value), records, 4)
+
+
+def test_sampler_needs_the_records_of_the_datasets_and_their_sizes(cfg):
+    records = SerializedRecords([{"file_name": "a.png"}])
+    with pytest.raises(UserError, match="ASPECT_RATIO_GROUPING needs the height and width"):
+        build_train_sampler(cfg, records, 1)
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    assert build_train_sampler(cfg, records, 1).size == 1
+    _use(cfg, "WeightedTrainingSampler", FACTORS, [["large", 2]])
+    rejected("other records were passed in", by=lambda: build_train_sampler(cfg, _dataset("other", 5, 0), 4))

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from detection_helpers import make_annotation, make_record
 
 from plaintrain.data import DatasetCatalog
 from plaintrain.data.builtin import declare_dataset
@@ -14,28 +15,16 @@ from plaintrain.data.statistics import dataset_statistics
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
-
-def record(image_id, annotations, width=100, height=100):
-    size = {"height": height, "width": width}
-    return {"file_name": f"{image_id}.jpg", "image_id": image_id, **size, "annotations": annotations}
-
-
-def annotation(box, label=0, mode=BoxMode.XYWH_ABS, **more):
-    return {"bbox": box, "bbox_mode": mode, "category_id": label, "iscrowd": 0, **more}
-
-
 RECORDS = [
-    record(
+    make_record(
         1,
-        [
-            annotation([60, 0, 10, 40], segmentation=[[60, 0, 70, 0, 70, 40]]),
-            annotation([50, 50, 90, 70], label=2, mode=BoxMode.XYXY_ABS, keypoints=[60, 60, 2, 0, 0, 0]),
-            annotation([0, 0, 100, 100], label=2, iscrowd=1, segmentation=[[0, 0, 10, 0, 10, 40]]),
-        ],
+        make_annotation([60, 0, 70, 40], segmentation=[[60, 0, 70, 0, 70, 40]]),
+        make_annotation([50, 50, 40, 20], 2, bbox_mode=BoxMode.XYWH_ABS, keypoints=[60, 60, 2, 0, 0, 0]),
+        make_annotation([0, 0, 100, 100], 2, iscrowd=1, segmentation=[[0, 0, 10, 0, 10, 40]]),
     ),
-    record(2, [annotation([100, 40, 100, 100], label=2)], width=200, height=160),
-    record(3, [annotation([0, 0, 50, 50], label=2, iscrowd=1)]),
-    record(4, []),
+    make_record(2, make_annotation([100, 40, 200, 140], 2)) | {"width": 200, "height": 160},
+    make_record(3, make_annotation([0, 0, 50, 50], 2, iscrowd=1)),
+    make_record(4),
 ]
 
 
@@ -75,7 +64,7 @@ def test_dataset_statistics_as_counted_by_hand():
         assert len(found[key]["names"]) == len(found[key]["edges"]) == len(found[key]["counts"])
 
 
-@pytest.mark.parametrize("records", [[], [record(1, [])], [record(1, [annotation([0, 0, 0, 0])])]])
+@pytest.mark.parametrize("records", [[], [make_record(1)], [make_record(1, make_annotation([0, 0, 0, 0]))]])
 def test_statistics_of_nothing_are_none(records):
     found = dataset_statistics(records, ["a"])
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -102,4 +91,4 @@ def test_columns_and_lists_have_the_same_statistics(tiny_coco):
 @pytest.mark.parametrize("wrong", [{"bbox": [0, 0, "x", 4]}, {"category_id": 3}])
 def test_broken_annotations_are_referred_to_check_dataset(wrong):
     with pytest.raises(UserError, match="check_dataset"):
-        dataset_statistics([record(1, [annotation([0, 0, 1, 1]) | wrong])], ["a", "b", "c"])
+        dataset_statistics([make_record(1, make_annotation([0, 0, 1, 1]) | wrong)], ["a", "b", "c"])

@@ -4,9 +4,8 @@ from unittest import mock
 
 import pytest
 import torch
-from model_helpers import RESNET18, SMALL_HEAD, build, randomize_predictions, same_input, torchvision_inputs
-from test_rcnn import LOSSES, torchvision_rcnn
-from test_step import make_batch
+from model_helpers import make_batch, torchvision_inputs
+from test_rcnn import assert_same_losses_and_gradients, build_pair
 
 from plaintrain.modeling import matching, roi_heads, rpn
 
@@ -47,14 +46,9 @@ def draws(monkeypatch):
 @pytest.mark.parametrize("numbers", [(3, 1), (0, 5), (2, 1, 0, 17)], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_losses_and_gradients_are_torchvisions_for_the_same_samples(numbers, seed, draws):
-    model, plain = build(*RESNET18, *SMALL_HEAD), torchvision_rcnn()
+    model, plain = build_pair(spread=0.3)
     for part in (model.rpn, model.roi_heads):
         part.fg_bg_sampler.batch_size_per_image = 24
-    randomize_predictions(model, spread=0.3)
-    plain.load_state_dict(model.state_dict())
-    # The same features and RoIs, bit for bit: rounding, another on each CPU, decides about NMS and ReLU.
-    same_input(model, plain)
-    plain.roi_heads.box_roi_pool = model.roi_heads.box_roi_pool
     samples = make_batch(numbers)
     torch.manual_seed(seed)
     proposals = []
@@ -71,11 +65,4 @@ def test_losses_and_gradients_are_torchvisions_for_the_same_samples(numbers, see
     ):
         expected = plain(*torchvision_inputs(samples, 1))
     assert not draws
-    for ours, theirs in LOSSES.items():
-        torch.testing.assert_close(found[ours], expected[theirs], rtol=1e-5, atol=1e-5)
-    sum(found.values()).backward()
-    sum(expected.values()).backward()
-    parameters = dict(plain.named_parameters())
-    for name, parameter in model.named_parameters():
-        scale = parameters[name].grad.abs().max().item()
-        torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-3, atol=1e-3 * scale + 1e-6)
+    assert_same_losses_and_gradients(model, found, plain, expected)

@@ -1,14 +1,28 @@
-"""plaintrain.data.train_loader: the stream when resumed, with unreadable images and under signals."""
+"""plaintrain.data.train_loader and thread_loader: the stream when resumed, errors, signals and threads."""
 
+import gc
 import itertools
 import multiprocessing
 import os
+import random
 import signal
+import subprocess
+import sys
+import threading
 import time
+import traceback
+from pathlib import Path
 
 import pytest
+import torch
+from hostile_helpers import rejected
+from processes import Process
 
+from plaintrain.data import DatasetMapper
+from plaintrain.data import loader as loaders
+from plaintrain.data import train_loader as train_loaders
 from plaintrain.data.samplers import TrainingSampler
+from plaintrain.data.thread_loader import _NAME, ThreadLoader, Threads
 from plaintrain.data.train_loader import TrainLoader, _outlive_signals
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -21,6 +35,8 @@ def mapper(record, rng):
     """Return a sample with the image's id and a random number."""
     if record["image_id"] in UNREADABLE:
         raise UserError(f"cannot read the image file {record['file_name']}")
+    # So that threads overtake each other.
+    time.sleep(0.002 * random.random())
     return {**record, "draw": int(rng.integers(1 << 30))}
 
 
@@ -29,23 +45,28 @@ def _all_can_be_read():
     UNREADABLE.clear()
 
 
-def loader(batch_size=2, start_iter=0, **kwargs):
+def loader(batch_size=2, workers=0, mapper=mapper, **kwargs):
     sampler = TrainingSampler(len(RECORDS), batch_size, seed=4)
-    return TrainLoader(RECORDS, mapper, sampler, start_iter=start_iter, **kwargs)
+    return TrainLoader(RECORDS, mapper, sampler, num_workers=workers, **kwargs)
+
+
+def broken(record, rng):
+    return 1 / 0
+
+
+def threaded(mapper=mapper, workers=3, **kwargs):
+    return loader(workers=Threads(workers), mapper=mapper, **kwargs)
 
 
 def take(stream, number):
     return list(itertools.islice(iter(stream), number))
 
 
-# ---- resume
-
-
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 2, Threads(3)])
 def test_state_does_not_count_what_was_loaded_ahead(workers):
-    whole, first = take(loader(), 12), loader(num_workers=workers)
-    assert take(first, 5) == whole[:5]
-    second = loader(num_workers=workers)
+    whole, first = take(loader(), 12), loader(workers=workers)
+    assert take(first, 5) == whole[:5] and first.state_dict()["iteration"] == 5
+    second = loader(workers=workers)
     second.load_state_dict(first.state_dict())
     assert take(second, 7) == whole[5:]
 
@@ -60,9 +81,8 @@ def test_state_of_another_batch_size_continues_at_the_next_image_and_again_from_
         seen += [s["image_id"] for batch in take(part, number) for s in batch]
         state = part.state_dict()
     assert seen == images[: len(seen)] and len(seen) == 35
-    assert (
-        "from iteration 3 on a batch has 5 images and not 2; the pass goes on at its image 6 of 7" in log.text
-    )
+    words = "from iteration 3 on a batch has 5 images and not 2; the pass goes on at its image 6 of 7"
+    assert words in log.text
     # Names of batches before the change are those that were seen.
     assert part.image_names(0) == [f"{i} ({i}.png)" for i in images[:2]]
     assert part.image_names(9) == [f"{i} ({i}.png)" for i in images[20:23]]
@@ -96,8 +116,7 @@ def test_state_is_shared_by_another_number_of_ranks(monkeypatch):
 def test_state_of_another_number_of_images_is_rejected():
     state = loader().state_dict()
     state["sampler"]["size"] = 8
-    with pytest.raises(UserError, match=r"DATASETS.TRAIN has 7 images, .* it had 8"):
-        loader().load_state_dict(state)
+    rejected("DATASETS.TRAIN has 7 images, ", " it had 8", by=lambda: loader().load_state_dict(state))
 
 
 def test_sampler_without_a_state_is_entered_by_iteration():
@@ -114,18 +133,13 @@ def test_sampler_without_a_state_is_entered_by_iteration():
     assert [s["image_id"] for s in take(second, 1)[0]] == [3]
 
 
-# ---- unreadable images
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skip_unreadable_replaces_images_reproducibly(workers, log):
     UNREADABLE.update({2, 5})
-    streams = []
-    for _ in range(2):
-        stream = loader(num_workers=workers, skip_unreadable=True)
-        streams.append(take(stream, 14))
-    assert streams[0] == streams[1]
-    replaced = [s["image_id"] for batch in streams[0] for s in batch]
+    stream, other = (loader(workers=workers, skip_unreadable=True) for _ in range(2))
+    batches = take(stream, 14)
+    assert batches == take(other, 14)
+    replaced = [s["image_id"] for batch in batches for s in batch]
     assert len(replaced) == 28 and not {2, 5} & set(replaced)
     # Four passes over seven images.
     assert stream.num_replaced == 8
@@ -133,9 +147,7 @@ def test_skip_unreadable_replaces_images_reproducibly(workers, log):
     # The others are those of a stream without unreadable images.
     UNREADABLE.clear()
     whole = [s["image_id"] for batch in take(loader(), 14) for s in batch]
-    assert [a for a, b in zip(replaced, whole, strict=True) if b not in (2, 5)] == [
-        b for b in whole if b not in (2, 5)
-    ]
+    assert all(a == b for a, b in zip(replaced, whole, strict=True) if b not in (2, 5))
     again = loader(skip_unreadable=True)
     again.load_state_dict(stream.state_dict())
     assert again.num_replaced == 8
@@ -152,11 +164,8 @@ def test_skip_unreadable_logs_the_first_reason_and_makes_samples_again(log):
 
 
 def test_unreadable_images_and_bugs_end_the_run():
-    def broken(record, rng):
-        raise KeyError("x")
-
-    with pytest.raises(KeyError):
-        take(TrainLoader(RECORDS, broken, TrainingSampler(7, 2), skip_unreadable=True), 1)
+    with pytest.raises(ZeroDivisionError):
+        take(loader(mapper=broken, skip_unreadable=True), 1)
     UNREADABLE.add(3)
     with pytest.raises(UserError, match=r"cannot read the image file 3\.png$"):
         take(loader(), 7)
@@ -165,9 +174,6 @@ def test_unreadable_images_and_bugs_end_the_run():
     name = stream.image_names(0)[0].split("(")[1].rstrip(")")
     with pytest.raises(UserError, match=rf"cannot read .* {name}; nor can 10 others in its place be read"):
         take(stream, 1)
-
-
-# ---- signals
 
 
 def _sleep_as_a_worker(ready):
@@ -192,3 +198,184 @@ def test_worker_ignores_signals_to_all_processes_and_obeys_its_parent():
     worker.terminate()
     worker.join(30)
     assert worker.exitcode == 0
+
+
+def loading():
+    """The threads that load."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith(_NAME)]
+
+
+def test_every_batch_is_a_heartbeat(monkeypatch):
+    beats = []
+    monkeypatch.setattr(train_loaders, "beat", lambda extra: beats.append(extra > 0))
+    take(threaded(), 3)
+    assert beats == [True, False, False]
+
+
+@pytest.mark.parametrize(("batch_size", "threads", "most"), [(1, 4, 9), (6, 2, 24)])
+def test_threads_load_a_few_batches_ahead(batch_size, threads, most):
+    made = []
+    stream = iter(threaded(lambda record, rng: made.append(1), threads, batch_size=batch_size))
+    for number in range(1, 4):
+        next(stream)
+        time.sleep(0.05)
+        assert len(made) == most + (number - 1) * batch_size
+    stream.close()
+
+
+def test_unreadable_image_is_raised_when_its_batch_is_due():
+    whole = [s["image_id"] for batch in take(loader(), 3) for s in batch]
+    UNREADABLE.add(whole[4])
+    stream = iter(threaded())
+    next(stream), next(stream)
+    with pytest.raises(UserError, match=rf"^cannot read the image file {whole[4]}\.png$"):
+        next(stream)
+    assert not loading()
+
+
+def test_bug_in_a_mapper_is_raised_with_its_traceback():
+    with pytest.raises(ZeroDivisionError) as error:
+        take(threaded(broken), 1)
+    assert "in broken" in "".join(traceback.format_exception(error.value))
+    assert not loading()
+
+
+def test_mapper_that_draws_from_global_generators_is_rejected():
+    one = {"mapper": lambda record: random.random()}
+    rejected("WORKER_TYPE is thread, but the mapper takes a record alone", by=lambda: threaded(**one))
+    # Nothing is shared where this thread alone loads.
+    assert len(take(threaded(**one, workers=0), 2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "mapper", "expected"),
+    [
+        ("auto", DatasetMapper(augmentations=[]), Threads(2)),
+        ("auto", mapper, 2),
+        ("thread", mapper, Threads(2)),
+        ("process", DatasetMapper(augmentations=[]), 2),
+    ],
+)
+def test_worker_type_auto_takes_threads_for_mappers_that_allow_it(cfg, kind, mapper, expected):
+    cfg.DATALOADER.WORKER_TYPE, cfg.DATALOADER.NUM_WORKERS = kind, 2
+    assert loaders._workers(cfg, mapper) == expected
+
+
+@pytest.mark.parametrize("how", ["raise", "drop", "close", "finish"])
+def test_no_thread_is_left(how):
+    stream = threaded() if how != "finish" else [[1], [2]]
+    if how == "raise":
+        with pytest.raises(KeyError):
+            for _ in stream:
+                raise KeyError
+        gc.collect()
+    elif how == "finish":
+        assert list(ThreadLoader({1: "a", 2: "b"}, stream, 2)) == [["a"], ["b"]]
+    else:
+        iterator = iter(stream)
+        next(iterator)
+        assert loading()
+        if how == "close":
+            iterator.close()
+        del iterator
+    assert not loading()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_loader_collected_by_a_thread_of_its_own_ends():
+    """The garbage collector runs in whatever thread makes the object that is one too many."""
+    collected = []
+
+    def collecting(record, rng):
+        if started.is_set():
+            gc.collect()
+            collected.append(threading.current_thread().name.startswith(_NAME))
+        time.sleep(0.02)
+
+    started, cycle = threading.Event(), {}
+    cycle["self"], cycle["stream"] = cycle, iter(threaded(collecting))
+    gc.disable()
+    try:
+        next(cycle["stream"])
+        del cycle
+        started.set()
+        deadline = time.monotonic() + 30
+        while loading() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        gc.enable()
+    assert collected and all(collected) and not loading()
+    # What was raised on the way, unseen, is raised here.
+    gc.collect()
+
+
+def _print_sample(record, rng):
+    print("sample", flush=True)
+    time.sleep(0.2)
+    return record
+
+
+def load_one_batch():
+    """Load a batch of 8 in two threads, and raise; the traceback holds the stream, to the very end."""
+    torch.set_num_threads(2)
+    sampler = TrainingSampler(9, 8, seed=0)
+    stream = iter(TrainLoader(range(9), _print_sample, sampler, num_workers=Threads(2)))
+    print("begun", flush=True)
+    next(stream)
+    print("loaded", torch.get_num_threads(), flush=True)
+    raise KeyError(stream)
+
+
+@pytest.mark.long
+def test_interpreter_exits_with_threads_at_work():
+    # A fresh interpreter: what is forked ends without finalizing it.
+    command = [sys.executable, "-c", "from test_train_loader import load_one_batch; load_one_batch()"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "loaded 2\n" in done.stdout
+    assert "KeyError" in done.stderr and "Fatal" not in done.stderr
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_a_sample(tmp_path):
+    process = Process(tmp_path / "out.txt", load_one_batch)
+    assert process.wait_for("sample")
+    process.kill(signal.SIGINT)
+    process.wait(60)
+    # It waits for the samples being loaded, and not for the 32 of four batches.
+    assert process.code == 1 and "KeyboardInterrupt" in process.output
+    assert 1 <= process.output.count("sample\n") < 8
+
+
+def test_threads_use_one_core_each_and_leave_the_training_its_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        batches = take(threaded(lambda record, rng: torch.get_num_threads()), 4)
+        assert {number for batch in batches for number in batch} == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tensors_are_pinned_by_the_threads_for_the_current_device(monkeypatch):
+    devices, pins = set(), []
+
+    def pin(tensor):
+        pins.append(threading.current_thread().name.startswith(_NAME))
+        return tensor + 1
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.add)
+    UNREADABLE.add(2)
+
+    def nested(record, rng):
+        one = torch.ones(1)
+        return {**mapper(record, rng), "target": {"boxes": one, "more": [one, (one, "x")]}}
+
+    batches = take(threaded(nested, skip_unreadable=True), 7)
+    assert devices == {5} and all(pins) and len(pins) >= 42
+    two = torch.full((1,), 2.0)
+    for sample in itertools.chain(*batches):
+        assert sample["target"] == {"boxes": two, "more": [two, (two, "x")]}
+        assert sample["image_id"] != 2

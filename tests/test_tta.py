@@ -132,9 +132,6 @@ def run(model, samples):
         return model(samples)
 
 
-# ---- views -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("fixed_size", [(0, 0), (30, 45)])
 def test_views_are_what_the_plain_mapper_makes_and_its_mirror_images(cfg, shapes, fixed_size):
     cfg.INPUT.FIXED_SIZE = fixed_size
@@ -166,9 +163,6 @@ def test_an_image_is_read_once_and_no_view_is_mirrored_without_flip(cfg, shapes,
     assert reads == [shapes[0]["file_name"]]
     assert [view["image"].shape[1:] for view in views] == [(30, 45), (40, 60), (50, 75)]
     assert not any(view["flipped"] for view in views)
-
-
-def test_an_image_of_another_size_than_its_record_is_refused(shapes):
     with pytest.raises(UserError, match="90x60, but its annotation says 91x60"):
         TTAMapper((40,), 100)({**shapes[0], "width": 91})
 
@@ -189,14 +183,12 @@ def test_the_order_of_keypoints_comes_from_the_dataset(cfg, shapes):
 
 def test_the_test_loader_makes_views_unless_it_is_given_a_mapper(cfg, shapes):
     cfg.TEST.AUG.MIN_SIZES, cfg.TEST.IMS_PER_BATCH = (40,), 2
-    (samples,) = build_detection_test_loader(cfg, "few_shapes", sampler=range(2))
-    assert [len(sample["views"]) for sample in samples] == [2, 2]
-    mapper = DatasetMapper(cfg, is_train=False)
-    (samples,) = build_detection_test_loader(cfg, "few_shapes", mapper=mapper, sampler=range(2))
-    assert all("image" in sample and "views" not in sample for sample in samples)
-    cfg.TEST.AUG.ENABLED = False
-    (samples,) = build_detection_test_loader(cfg, "few_shapes", sampler=range(2))
-    assert all("image" in sample and "views" not in sample for sample in samples)
+    plain = DatasetMapper(cfg, is_train=False)
+    for enabled, mapper, num_views in ((True, None, 2), (True, plain, 0), (False, None, 0)):
+        cfg.TEST.AUG.ENABLED = enabled
+        (samples,) = build_detection_test_loader(cfg, "few_shapes", mapper=mapper, sampler=range(2))
+        assert [len(sample.get("views", ())) for sample in samples] == [num_views] * 2
+        assert all(("image" in sample) == (num_views == 0) for sample in samples)
 
 
 BAD_KEYS = [
@@ -228,17 +220,12 @@ def test_mistakes_are_met_before_training(cfg, shapes):
     check_before_training(cfg, resume=False, eval_only=False)
 
 
-# ---- one view is the plain test ----------------------------------------------------------------
-
-
 def plain_and_merged(*overrides, autocast=False):
     """What a model finds in the shapes in the plain test, and with one view of the same size."""
     overrides = (
-        *overrides, *AUG,
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0,
-        "TEST.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0, "TEST.AUG.FLIP", False,
+        *overrides, *AUG, "TEST.AUG.FLIP", False, "TEST.AUG.MAX_SIZE", 70,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0,
         "INPUT.MIN_SIZE_TEST", 48, "INPUT.MAX_SIZE_TEST", 70,
-        "TEST.AUG.MAX_SIZE", 70,
     )  # fmt: skip
     cfg = make_cfg(*overrides)
     cfg.TEST.AUG.MIN_SIZES = (min(cfg.INPUT.FIXED_SIZE) or 48,)
@@ -311,9 +298,6 @@ def test_a_mirrored_view_gives_the_mirrored_detections_of_its_image():
     assert (masks & expected["masks"]).sum() / (masks | expected["masks"]).sum() < 0.7
 
 
-# ---- merging -----------------------------------------------------------------------------------
-
-
 def test_flips_and_scales_are_undone(scenes):
     mapper = TTAMapper((0, 64, 80, 16), 1000, keypoint_flip_indices=ORDER)
     # At a threshold of 1, what is found in each view is kept.
@@ -329,18 +313,14 @@ def test_flips_and_scales_are_undone(scenes):
 def test_detections_compete_within_their_class_over_all_views():
     first = detection([BOX, BOX], [0.5, 0.7], [0, 1])
     second = detection([NEAR, NEAR, [50, 0, 60, 10]], [0.6, 0.4, 0.3], [0, 2, 0])
-    model = DetectorWithTTA(Listed([first], [second]), 0.5, 100)
-    (found,) = model([sample_of(False, False, size=(100, 100))])
+    sample = sample_of(False, False, size=(100, 100))
+    (found,) = DetectorWithTTA(Listed([first], [second]), 0.5, 100)([sample])
     torch.testing.assert_close(found["scores"], torch.tensor([0.7, 0.6, 0.4, 0.3]))
     assert found["labels"].tolist() == [1, 0, 2, 0]
     assert found["boxes"].tolist() == [BOX, NEAR, NEAR, [50, 0, 60, 10]]
-
-
-@pytest.mark.parametrize(("nms_thresh", "number", "scores"), [(0.7, 3, [0.9, 0.8]), (0.5, 3, [0.9])])
-def test_the_threshold_decides_what_overlaps(nms_thresh, number, scores):
-    model = DetectorWithTTA(Listed([detection([BOX], [0.8])], [detection([NEAR], [0.9])]), nms_thresh, number)
-    (found,) = model([sample_of(False, False)])
-    torch.testing.assert_close(found["scores"], torch.tensor(scores))
+    # At a higher threshold the box of 0.5 does not overlap enough.
+    (found,) = DetectorWithTTA(Listed([first], [second]), 0.7, 100)([sample])
+    torch.testing.assert_close(found["scores"], torch.tensor([0.7, 0.6, 0.5, 0.4, 0.3]))
 
 
 def test_the_best_are_kept_and_each_image_keeps_its_own():
@@ -369,9 +349,6 @@ def test_keypoints_and_masks_of_any_detector_are_those_of_the_view_that_is_left(
     expected = torch.tensor([[[21.0, 3, 0.2], [29, 2, 0.1], [26, 5, 0.3]]])
     torch.testing.assert_close(found["keypoints"], expected)
     assert found["masks"].sum() == 14 and found["masks"][0, 2:4, 23:].all()
-
-
-# ---- masks -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -436,14 +413,11 @@ def test_masks_are_not_made_twice_and_the_branch_comes_back():
     assert model.roi_heads.mask_roi_pool is pool and model.roi_heads.has_mask()
 
 
-# ---- empty images, whole runs, mistakes --------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_images_without_detections(name):
-    none = ("ROI_HEADS.SCORE_THRESH_TEST", "RETINANET.SCORE_THRESH_TEST", "FCOS.SCORE_THRESH_TEST")
-    none += ("SSD.SCORE_THRESH_TEST", "RPN.SCORE_THRESH")
-    overrides = [*ARCHITECTURES[name], *AUG, *(v for key in none for v in (f"MODEL.{key}", 1.0))]
+    overrides = [*ARCHITECTURES[name], *AUG, "MODEL.RPN.SCORE_THRESH", 1.0]
+    for node in ("ROI_HEADS", "RETINANET", "FCOS", "SSD"):
+        overrides += [f"MODEL.{node}.SCORE_THRESH_TEST", 1.0]
     model = build_tta(make_cfg(*overrides), build(*overrides).eval())
     view = (64, 64) if name == "ssd" else (48, 64)
     samples = [sample_of(False, True, view=view, order=(0, 3, 2, 1)) for _ in range(2)]
@@ -473,18 +447,18 @@ def test_a_whole_evaluation_has_every_task_and_leaves_the_model_as_it_was(shapes
     assert all(module.training for module in model.modules())
 
 
-LIMITS = {
-    "faster_rcnn": ("MODEL.ROI_HEADS.NMS_THRESH_TEST", "TEST.DETECTIONS_PER_IMAGE"),
-    "proposals": ("MODEL.RPN.NMS_THRESH", "MODEL.RPN.POST_NMS_TOPK_TEST"),
-    "retinanet": ("MODEL.RETINANET.NMS_THRESH_TEST", "TEST.DETECTIONS_PER_IMAGE"),
-    "fcos": ("MODEL.FCOS.NMS_THRESH_TEST", "TEST.DETECTIONS_PER_IMAGE"),
-    "ssd": ("MODEL.SSD.NMS_THRESH_TEST", "TEST.DETECTIONS_PER_IMAGE"),
-}
-
-
-@pytest.mark.parametrize("name", LIMITS)
-def test_threshold_and_number_are_the_architectures(name):
-    threshold, number = LIMITS[name]
+@pytest.mark.parametrize(
+    ("name", "threshold"),
+    [
+        ("faster_rcnn", "MODEL.ROI_HEADS.NMS_THRESH_TEST"),
+        ("proposals", "MODEL.RPN.NMS_THRESH"),
+        ("retinanet", "MODEL.RETINANET.NMS_THRESH_TEST"),
+        ("fcos", "MODEL.FCOS.NMS_THRESH_TEST"),
+        ("ssd", "MODEL.SSD.NMS_THRESH_TEST"),
+    ],
+)
+def test_threshold_and_number_are_the_architectures(name, threshold):
+    number = "MODEL.RPN.POST_NMS_TOPK_TEST" if name == "proposals" else "TEST.DETECTIONS_PER_IMAGE"
     cfg, model = make_cfg(*ARCHITECTURES[name], *AUG, threshold, 0.123, number, 17), Listed()
     # Without GPUs, DataParallel only wraps.
     wrapped = build_tta(cfg, nn.DataParallel(model))
@@ -492,29 +466,18 @@ def test_threshold_and_number_are_the_architectures(name):
     assert not wrapped.training
     cfg.TEST.AUG.ENABLED = False
     assert build_tta(cfg, model) is model
-
-
-def test_an_architecture_without_a_known_threshold_is_refused(cfg):
-    cfg.MODEL.META_ARCHITECTURE = "Mine"
+    cfg.TEST.AUG.ENABLED, cfg.MODEL.META_ARCHITECTURE = True, "Mine"
     with pytest.raises(UserError, match="TEST.AUG.ENABLED is True, which MODEL.META_ARCHITECTURE 'Mine'"):
-        build_tta(cfg, Listed())
+        build_tta(cfg, model)
 
 
-def test_samples_without_views_are_refused(shapes):
-    model = DetectorWithTTA(Listed(), 0.5, 9)
+def test_what_the_detector_cannot_merge_is_refused(shapes):
+    model = DetectorWithTTA(Listed([detection([BOX], [0.6], keypoints=torch.zeros(1, K, 3))]), 0.5, 9)
     plain = DatasetMapper(augmentations=[], is_train=False)(shapes[0])
     for sample in (plain, {**plain, "views": []}):
         with pytest.raises(UserError, match=r"image 1 has no views: .*TEST.AUG.ENABLED"):
             model([sample])
-
-
-def test_it_does_not_train():
-    model = DetectorWithTTA(Listed().train(), 0.5, 9)
-    with pytest.raises(RuntimeError, match=r"only evaluates: call its eval\(\)"):
-        model([sample_of(False)])
-
-
-def test_keypoints_of_unknown_order_are_not_mirrored():
-    found = detection([BOX], [0.6], keypoints=torch.zeros(1, K, 3))
     with pytest.raises(UserError, match="keypoint_flip_indices"):
-        DetectorWithTTA(Listed([found]), 0.5, 9)([sample_of(True, order=None)])
+        model([sample_of(True, order=None)])
+    with pytest.raises(RuntimeError, match=r"only evaluates: call its eval\(\)"):
+        DetectorWithTTA(Listed().train(), 0.5, 9)([sample_of(False)])

@@ -44,9 +44,6 @@ class Model(nn.Module):
         return {"loss_a": values.mean(), "b_loss": 10 * values.mean(), "accuracy": -values.mean()}
 
 
-# ---- means over images ---------------------------------------------------------------------------
-
-
 def test_losses_are_means_over_images_whatever_their_batches(log):
     losses = validation_losses(Model(), [[[1, 2, 3], [6]], [[8, 10]]])
     assert losses == pytest.approx(
@@ -76,9 +73,6 @@ def test_losses_in_low_precision_are_summed_in_float32():
             return {"loss": torch.tensor(1.0, dtype=torch.bfloat16)}
 
     assert validation_losses(Low(1, 1), [[[0]] * 1000])["val/loss"] == 1.0
-
-
-# ---- no side effects -----------------------------------------------------------------------------
 
 
 def snapshot(model):
@@ -159,9 +153,6 @@ def test_losses_of_sampled_proposals_depend_on_the_seed_alone():
     assert validation_losses(model, [loader], seed=6) != first
 
 
-# ---- two ranks -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("function", [rank_functions.validate, rank_functions.validate_on_rank_0_only])
 def test_ranks_with_unequal_numbers_of_images_have_the_losses_of_one(tmp_path, function):
     job = Job(function, tmp_path / "job", num_gpus_per_machine=2).wait()
@@ -170,9 +161,6 @@ def test_ranks_with_unequal_numbers_of_images_have_the_losses_of_one(tmp_path, f
     batch = make_batch(7 if function is rank_functions.validate else 2)
     expected = validation_losses(make_retinanet(), [[batch[:4], *([batch[4:]] if batch[4:] else [])]])
     assert first == second == pytest.approx(expected, rel=1e-5)
-
-
-# ---- the loader ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "masks"), [(0, False), (30, True)])

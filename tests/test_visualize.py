@@ -5,33 +5,20 @@ import pytest
 import torch
 from PIL import Image
 
+from plaintrain import visualize
 from plaintrain.data.shapes import load_shapes
 from plaintrain.picture import save_picture, shortened
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
-from plaintrain.visualize import (
-    PALETTE,
-    class_colors,
-    contact_sheet,
-    default_captions,
-    draw_instances,
-    record_instances,
-    scale_to,
-    select,
-    skeleton_of,
-)
+from plaintrain.visualize import PALETTE, class_colors, scale_to, select
 
 NAMES = ["circle", "square"]
 GREY = torch.full((3, 120, 160), 128, dtype=torch.uint8)
 
 
 def instances(boxes, labels=None, **more):
-    labels = labels or [0] * len(boxes)
-    return {
-        "boxes": torch.tensor(boxes).float().reshape(-1, 4),
-        "labels": torch.tensor(labels).long(),
-        **more,
-    }
+    labels = torch.tensor(labels or [0] * len(boxes)).long()
+    return {"boxes": torch.tensor(boxes).float().reshape(-1, 4), "labels": labels, **more}
 
 
 def is_color(image, color):
@@ -47,7 +34,7 @@ def extent(pixels):
 
 def test_a_box_covers_its_pixels_in_the_colour_of_its_class():
     boxes = [[20, 30, 60.4, 70], [80.2, 40, 160, 120]]
-    image = draw_instances(GREY, instances(boxes, [0, 1]), NAMES, captions=["", ""])
+    image = visualize.draw_instances(GREY, instances(boxes, [0, 1]), NAMES, captions=["", ""])
     assert extent(is_color(image, PALETTE[0])) == [20, 30, 60, 70]
     # Its last pixels are those at the image's edge.
     assert extent(is_color(image, PALETTE[1])) == [80, 40, 160, 120]
@@ -57,9 +44,9 @@ def test_a_box_covers_its_pixels_in_the_colour_of_its_class():
 def test_colors_and_captions_can_be_given_for_each_instance():
     found = instances([[20, 30, 60, 70], [20, 30, 50, 60], [90, 30, 120, 60]])
     wanted = [(1, 2, 3), (4, 5, 6), (1, 2, 3)]
-    plain = draw_instances(GREY, found, NAMES, captions=["", "", ""], colors=wanted)
+    plain = visualize.draw_instances(GREY, found, NAMES, captions=["", "", ""], colors=wanted)
     assert extent(is_color(plain, (4, 5, 6))) == [20, 30, 50, 60]
-    named = draw_instances(GREY, found, NAMES, captions=["", "", "x"], colors=wanted)
+    named = visualize.draw_instances(GREY, found, NAMES, captions=["", "", "x"], colors=wanted)
     changed = extent((named != plain).any(dim=0))
     assert changed[0] >= 80 and changed[3] <= 31
 
@@ -67,8 +54,8 @@ def test_colors_and_captions_can_be_given_for_each_instance():
 @pytest.mark.parametrize("box", [[150, 110, 160, 120], [-50, -40, 300, 200], [np.nan, 5, np.inf, 7]])
 def test_a_label_stays_inside_the_image_and_is_readable(box):
     found = instances([box], scores=torch.tensor([0.996]), crowds=torch.tensor([True]))
-    assert default_captions(found, NAMES) == ["circle 1.00 (crowd)"]
-    image = draw_instances(GREY, found, NAMES, colors=[(10, 20, 30)])
+    assert visualize.default_captions(found, NAMES) == ["circle 1.00 (crowd)"]
+    image = visualize.draw_instances(GREY, found, NAMES, colors=[(10, 20, 30)])
     assert image.shape == GREY.shape
     # White letters on the dark ground.
     assert (image > 170).all(dim=0).sum() > 30
@@ -77,7 +64,7 @@ def test_a_label_stays_inside_the_image_and_is_readable(box):
 def test_labels_do_not_lie_upon_each_other():
     colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     found = instances([[60, 50, 100, 90]] * 3)
-    image = draw_instances(GREY, found, NAMES, captions=["one"] * 3, colors=colors)
+    image = visualize.draw_instances(GREY, found, NAMES, captions=["one"] * 3, colors=colors)
     assert min(int(is_color(image, color).sum()) for color in colors) > 100
 
 
@@ -85,7 +72,7 @@ def test_masks_are_blended_small_ones_upon_large_ones_and_never_black():
     masks = torch.zeros(2, 120, 160, dtype=torch.uint8)
     masks[0, 10:50, :50], masks[1, 5:110, 5:150] = 1, 1
     found = instances([[0, 10, 50, 50], [3, 3, 152, 112]], [0, 1], masks=masks)
-    image = draw_instances(GREY, found, NAMES, captions=["", ""])
+    image = visualize.draw_instances(GREY, found, NAMES, captions=["", ""])
     blended = [pytest.approx(0.6 * 128 + 0.4 * np.array(color), abs=2) for color in PALETTE[:2]]
     assert image[:, 30, 30].numpy() == blended[0] and image[:, 30, 5].numpy() == blended[0]
     assert image[:, 80, 100].numpy() == blended[1]
@@ -93,58 +80,59 @@ def test_masks_are_blended_small_ones_upon_large_ones_and_never_black():
 
     # A crowd's mask is hatched.
     crowd = {**found, "crowds": torch.tensor([False, True])}
-    hatched = draw_instances(GREY, crowd, NAMES, captions=["", ""])[:, 55:100, 60:140] != 128
+    hatched = visualize.draw_instances(GREY, crowd, NAMES, captions=["", ""])[:, 55:100, 60:140] != 128
     assert 0.4 < hatched.any(dim=0).float().mean() < 0.6
 
 
 def test_keypoints_are_drawn_where_their_third_number_is_above_0_and_joined():
     points = torch.tensor([[[20.0, 20, 2], [100, 20, 1], [60, 100, 0]]])
     found = instances([[0, 0, 1, 1]], keypoints=points)
-    image = draw_instances(GREY, found, NAMES, skeleton=[(0, 1), (1, 2)], captions=[""])
-    assert is_color(image, PALETTE[0])[18:23, 18:23].any() and is_color(image, PALETTE[0])[22, 100]
+    image = visualize.draw_instances(GREY, found, NAMES, skeleton=[(0, 1), (1, 2)], captions=[""])
+    drawn = is_color(image, PALETTE[0])
+    assert drawn[18:23, 18:23].any() and drawn[22, 100]
     assert (image[:, 20, 60] == 255).all()
     assert (image[:, 95:105, 55:65] == 128).all() and (image[:, 60, 70:90] == 128).all()
 
 
 def test_nothing_to_draw_gives_a_copy():
-    image = draw_instances(GREY, instances([]), NAMES)
+    image = visualize.draw_instances(GREY, instances([]), NAMES)
     assert torch.equal(image, GREY) and image.data_ptr() != GREY.data_ptr()
     assert class_colors(3) == list(PALETTE[:3]) and len(set(class_colors(100))) == 100
 
 
 def test_a_record_becomes_instances():
-    records, metadata = load_shapes("val", 3, 64, 64)
-    found = record_instances(records[0])
-    count = len(records[0]["annotations"])
-    assert found["boxes"].tolist() == pytest.approx(np.array([a["bbox"] for a in records[0]["annotations"]]))
+    (record, *_), metadata = load_shapes("val", 3, 64, 64)
+    found = visualize.record_instances(record)
+    count = len(record["annotations"])
+    assert found["boxes"].tolist() == pytest.approx(np.array([a["bbox"] for a in record["annotations"]]))
     assert found["masks"].shape == (count, 64, 64) and found["keypoints"].shape == (count, 4, 3)
     assert not found["crowds"].any() and "scores" not in found
-    assert skeleton_of(metadata) == ((0, 1), (1, 2), (2, 3), (3, 0))
+    assert visualize.skeleton_of(metadata) == ((0, 1), (1, 2), (2, 3), (3, 0))
 
 
 def test_a_record_may_lack_masks_and_keypoints_in_part_or_as_a_whole():
     box = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1, "iscrowd": 1, "score": 0.5}
     record = {"file_name": "a.jpg", "height": 10, "width": 20, "annotations": [box]}
-    found = record_instances(record)
+    found = visualize.record_instances(record)
     assert found["boxes"].tolist() == [[1, 2, 4, 6]] and found["crowds"].all() and found["scores"].all()
     assert set(found) == {"boxes", "labels", "crowds", "scores"}
     polygon, points = [[0, 0, 5, 0, 5, 5]], [1.5, 2.5, 2]
     record["annotations"].append({**box, "segmentation": polygon, "keypoints": points})
-    found = record_instances(record)
+    found = visualize.record_instances(record)
     assert found["masks"].any(dim=(1, 2)).tolist() == [False, True]
     assert found["keypoints"].tolist() == [[[0, 0, 0]], [[1.5, 2.5, 2]]]
-    assert record_instances({**record, "annotations": []})["boxes"].shape == (0, 4)
+    assert visualize.record_instances({**record, "annotations": []})["boxes"].shape == (0, 4)
     record["annotations"][1]["segmentation"] = [[0, 0, 5]]
     with pytest.raises(UserError, match="annotation of a.jpg: .*polygon"):
-        record_instances(record)
+        visualize.record_instances(record)
 
 
 def test_the_skeleton_is_cocos_or_detectron2s():
     names = ["head", "neck", "foot"]
     rules = [("head", "neck", (1, 2, 3)), ("neck", "tail", (0, 0, 0))]
-    assert skeleton_of({"keypoint_names": names, "keypoint_connection_rules": rules}) == ((0, 1),)
-    assert skeleton_of({"keypoint_names": names, "skeleton": [[1, 3], [3, 4], [0, 1]]}) == ((0, 2),)
-    assert skeleton_of({}) == ()
+    assert visualize.skeleton_of({"keypoint_names": names, "keypoint_connection_rules": rules}) == ((0, 1),)
+    assert visualize.skeleton_of({"keypoint_names": names, "skeleton": [[1, 3], [3, 4], [0, 1]]}) == ((0, 2),)
+    assert visualize.skeleton_of({}) == ()
 
 
 def test_an_image_is_scaled_with_its_instances():
@@ -161,19 +149,17 @@ def test_an_image_is_scaled_with_its_instances():
 
 
 def test_a_sheet_holds_images_of_any_size_captions_and_a_legend():
-    colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    sizes = [(40, 80), (90, 30), (10, 10)]
-    pairs = list(zip(colors, sizes, strict=True))
-    images = [torch.tensor(c, dtype=torch.uint8)[:, None, None].expand(3, *size) for c, size in pairs]
-    sheet = contact_sheet(images, columns=2, width=400)
+    sizes = {(200, 0, 0): (40, 80), (0, 200, 0): (90, 30), (0, 0, 200): (10, 10)}
+    images = [torch.tensor(c, dtype=torch.uint8)[:, None, None].expand(3, *sizes[c]) for c in sizes]
+    sheet = visualize.contact_sheet(images, columns=2, width=400)
     assert sheet.shape[2] == 400 and sheet.dtype == torch.uint8
-    places = [extent(is_color(sheet, color)) for color in colors]
-    for (x0, y0, x1, y1), (height, width) in zip(places, sizes, strict=True):
+    places = [extent(is_color(sheet, color)) for color in sizes]
+    for (x0, y0, x1, y1), (height, width) in zip(places, sizes.values(), strict=True):
         assert max(x1 - x0, y1 - y0) == 188
         assert (x1 - x0) / (y1 - y0) == pytest.approx(width / height, rel=0.02)
     assert places[0][2] <= 200 <= places[1][0] and places[2][1] > places[0][3] == places[1][3]
     legend = {f"class {i}": color for i, color in enumerate(class_colors(12))}
-    more = contact_sheet(images, ["a", "b", "c"], columns=2, width=400, legend=legend)
+    more = visualize.contact_sheet(images, ["a", "b", "c"], columns=2, width=400, legend=legend)
     assert more.shape[1] > sheet.shape[1]
     assert all(is_color(more, color).sum() >= 100 for color in legend.values())
 

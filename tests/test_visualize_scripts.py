@@ -1,5 +1,6 @@
 """scripts/visualize_data.py and scripts/visualize_results.py, run as a user would."""
 
+import functools
 import json
 import re
 from types import SimpleNamespace
@@ -7,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image, ImageShow
-from processes import run_script
-from script_helpers import assert_refused
+from script_helpers import assert_refused, script_output
 from torchvision.transforms.v2.functional import resize_image
 
 from plaintrain.data.images import read_image
@@ -26,11 +26,8 @@ DATASETS:
 INPUT: {MIN_SIZE_TRAIN: [48], AUGMENTATIONS: []}
 MODEL: {MASK_ON: True}
 """
-RED, ORANGE, PURPLE, BLUE, PINK = COLORS = (
-    *((225, 25, 40), (255, 140, 0), (150, 70, 230), (0, 130, 255), (240, 70, 190)),
-)
-
-
+COLORS = ((225, 25, 40), (255, 140, 0), (150, 70, 230), (0, 130, 255), (240, 70, 190))
+RED, ORANGE, PURPLE, BLUE, PINK = COLORS
 # Image 3 has no circle.
 NOWHERE = ["--config-file", "seen.yaml", "--class", "circle", "--image-id", 3, "--output", "none"]
 # Without a display.
@@ -42,12 +39,7 @@ def call(tmp_path):
     """Function that runs a script in `tmp_path`, where seen.yaml is, and returns its output."""
     (tmp_path / "seen.yaml").write_text(CONFIG)
 
-    def call(script, *args):
-        done = run_script(script, *args, folder=tmp_path, cwd=tmp_path, env=ENV)
-        assert done.code == 0, done.output
-        return done.output
-
-    return call
+    return functools.partial(script_output, folder=tmp_path, cwd=tmp_path, env=ENV)
 
 
 def names_in(folder):
@@ -61,8 +53,8 @@ def count(image, color):
 
 
 def test_annotations_are_drawn_as_files_and_on_a_sheet(call, tmp_path):
-    seen = ("--config-file", "seen.yaml", "seen_val", "--num", 4)
-    output = call("visualize_data.py", *seen, "--output", "one", "--grid", "all.png")
+    options = ("--config-file", "seen.yaml", "seen_val", "--num", 4, "--output", "one", "--grid", "all.png")
+    output = call("visualize_data.py", *options)
     assert "wrote 4 pictures to one" in output and "wrote 4 pictures to all.png" in output
     assert names_in(tmp_path / "one") == [f"000{i + 1}_{i}.jpg" for i in range(4)]
     for i, record in enumerate(load_shapes("val", 6, 64, 96)[0][:4]):
@@ -122,9 +114,6 @@ def test_visualize_data_answers_mistakes_in_a_sentence(tmp_path, args, words):
     assert_refused("visualize_data.py", args, words, tmp_path, env=ENV)
 
 
-# ---- scripts/visualize_results.py -------------------------------------------------------------------
-
-
 def to_result(record, annotation, score=0.9, label=None, shift=0):
     x, y, right, bottom = annotation["bbox"]
     assert annotation["bbox_mode"] == BoxMode.XYXY_ABS
@@ -143,10 +132,8 @@ def run(tmp_path):
     # Of one image two objects are missed; in another one is poorly placed, one of the wrong class.
     missed = [to_result(records[lost], a) for a in records[lost]["annotations"][:2]]
     a, b = records[second]["annotations"][:2]
-    wrong = [
-        to_result(records[second], a, shift=0.5),
-        to_result(records[second], b, label=(b["category_id"] + 1) % 3),
-    ]
+    wrong = [to_result(records[second], a, shift=0.5)]
+    wrong.append(to_result(records[second], b, label=(b["category_id"] + 1) % 3))
     right = [to_result(records[second], x) for x in (a, b)]
     found = [d for d in found if d not in missed and d not in right] + wrong
     # In a third one object is found twice, and there is something on the background, which 0.95 hides.
@@ -182,17 +169,15 @@ def test_errors_are_counted_and_drawn_in_their_colours(call, run, tmp_path):
 
 
 def test_kinds_classes_and_thresholds_choose_what_counts(call, run, tmp_path):
-    call("visualize_results.py", "run", "--kind", "class", "--kind", "duplicate", "--output", "kinds")
-    assert {name.split("_")[1] for name in names_in(tmp_path / "kinds")} == {
-        f"{n}.jpg" for n in run.names[1:]
-    }
-    output = call("visualize_results.py", "run", "--threshold", 0.85, "--iou", 0.1, "--grid", "a.jpg")
+    results = functools.partial(call, "visualize_results.py", "run")
+    results("--kind", "class", "--kind", "duplicate", "--output", "kinds")
+    names = {name.split("_")[1] for name in names_in(tmp_path / "kinds")}
+    assert names == {f"{name}.jpg" for name in run.names[1:]}
+    output = results("--threshold", 0.85, "--iou", 0.1, "--grid", "a.jpg")
     assert [table(output)[kind] for kind in ("duplicate", "background", "localisation")] == [0, 0, 0]
-    output = call(
-        "visualize_results.py", "run", "--class", CLASSES[run.label], "--kind", "class", "--grid", "a.jpg"
-    )
+    output = results("--class", CLASSES[run.label], "--kind", "class", "--grid", "a.jpg")
     assert table(output)["class"] == 1
-    output = call("visualize_results.py", "run", "--threshold", 1, "--kind", "duplicate", "--grid", "b.jpg")
+    output = results("--threshold", 1, "--kind", "duplicate", "--grid", "b.jpg")
     assert "no image has such an error" in output and not (tmp_path / "b.jpg").exists()
 
 
@@ -222,11 +207,9 @@ def test_visualize_results_answers_mistakes_in_a_sentence(run, tmp_path, args, w
 
 
 def test_a_window_shows_the_sheet(tmp_path):
-    done = run_script(
-        "visualize_data.py", "shapes_val", "--num", 2,
-        folder=tmp_path, env={"DISPLAY": ":0"}, faults=print_what_is_shown,
-    )  # fmt: skip
-    assert re.search(r"shown \(960, \d+\) shapes_val\n", done.output), done.output
+    window = {"env": {"DISPLAY": ":0"}, "faults": print_what_is_shown}
+    output = script_output("visualize_data.py", "shapes_val", "--num", 2, folder=tmp_path, **window)
+    assert re.search(r"shown \(960, \d+\) shapes_val\n", output), output
 
 
 def print_what_is_shown():

@@ -37,13 +37,8 @@ def test_records_hold_zero_based_boxes_that_include_their_last_pixels(tiny_voc):
     # The whole image is 1..40 x 1..30 in VOC's numbers.
     zebra = {"bbox": [0, 0, 40, 30], "category_id": 2, "difficult": 0, **keys}
     ant = {"bbox": [4, 5, 20.5, 21], "category_id": 0, "difficult": 0, **keys}
-    assert records[0] == {
-        "file_name": str(tiny_voc.root / "JPEGImages/a.jpg"),
-        "image_id": "a",
-        "height": 30,
-        "width": 40,
-        "annotations": [zebra, ant],
-    }
+    image = {"file_name": str(tiny_voc.root / "JPEGImages/a.jpg"), "image_id": "a", "height": 30, "width": 40}
+    assert records[0] == {**image, "annotations": [zebra, ant]}
     assert records[1]["annotations"] == [{**ant, "bbox": [10, 11, 13, 14], "difficult": 1}]
 
 
@@ -60,8 +55,7 @@ def test_classes_of_all_splits_are_collected_and_may_be_chosen(tiny_voc, log):
 
 def test_boxes_without_area_stay_empty_and_are_dropped_by_training(tiny_voc, log):
     tiny_voc.write("a", tiny_voc.object("ant", 5, 5, 5, 9), tiny_voc.object("ant", 2, 8, 9, 4))
-    boxes = [a["bbox"] for a in _load(tiny_voc)[0][0]["annotations"]]
-    assert boxes == [[5, 5, 5, 9], [2, 8, 9, 4]]
+    assert [a["bbox"] for a in _load(tiny_voc)[0][0]["annotations"]] == [[5, 5, 5, 9], [2, 8, 9, 4]]
     declare_dataset("zoo", {"FORMAT": "voc", "ROOT": str(tiny_voc.root), "SPLIT": "train"})
     assert [record["image_id"] for record in get_detection_dataset_dicts("zoo")] == ["b"]
     assert "zoo: boxes without area, which training drops: 2" in log.text

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -13,11 +14,9 @@ from plaintrain.utils.watch import FailureWatch, is_felt
 
 @pytest.fixture
 def clock(monkeypatch):
-    class Clock:
-        now = 100.0
-
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: Clock.now)
-    yield Clock
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock.now)
+    yield clock
     heartbeat.set_limit(0)
     heartbeat.rest()
 
@@ -76,11 +75,7 @@ def watch_ranks(monkeypatch):
 
 
 def wait_for(condition):
-    for _ in range(200):
-        if condition():
-            return True
-        threading.Event().wait(0.05)
-    return False
+    return any(condition() or threading.Event().wait(0.05) for _ in range(200))
 
 
 def test_the_first_failure_is_the_one_that_is_shown(watch_ranks, capfd):

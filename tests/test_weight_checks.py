@@ -86,9 +86,6 @@ def contradicted(cfg, path, **kwargs):
     return [item.split()[0] for item in text.split(", ") if " (got " in item]
 
 
-# ---- conventions -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("overrides", "keys", "ending"),
     [
@@ -176,8 +173,6 @@ def test_ssds_need_other_pixels(tmp_path):
             set_value(cfg, key, make_cfg().MODEL[key.split(".")[1]])
         assert set(contradicted(cfg, path)) <= set(PIXELS[1:3])
 
-
-# ---- classes -----------------------------------------------------------------------------------
 
 TINY = [
     "MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.TINY.CHANNELS", [8], "MODEL.TINY.OUT_CHANNELS", 8,

@@ -1,44 +1,24 @@
-"""Detectron2's names and orders: plaintrain.weight_detectron2."""
+"""Detectron2's names and orders: plaintrain.weight_detectron2 and scripts/convert_weights.py."""
 
+import pickle
+
+import numpy as np
 import pytest
 import torch
+from model_helpers import KEYPOINT, MASK, PROPOSALS, RCNN_V2, RESNET18, RETINANET18, SMALL_HEAD, K, build
+from processes import run_script
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from plaintrain.config import get_cfg
-from plaintrain.modeling import build_model
+from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 from plaintrain.utils.errors import UserError
 from plaintrain.weight_detectron2 import anchor_counts, from_detectron2, is_detectron2, to_detectron2
+from plaintrain.weights import load_weights
 
-torch.set_num_threads(1)
-
-K = 3
-_SMALL = [
-    "MODEL.DEVICE", "cpu",
-    "MODEL.RESNETS.DEPTH", 18,
-    "MODEL.RESNETS.NORM", "BN",
-    "MODEL.BACKBONE.FREEZE_AT", 0,
-    "MODEL.FPN.OUT_CHANNELS", 16,
-    "MODEL.ROI_HEADS.NUM_CLASSES", K,
-    "MODEL.RETINANET.NUM_CLASSES", K,
-    "MODEL.ROI_BOX_HEAD.FC_DIM", 16,
-    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 3,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM", 8,
-    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [8] * 8,
-    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5,
-]  # fmt: skip
-OCTAVES = [1, 2 ** (1 / 3), 2 ** (2 / 3)]
-RETINANET = [
-    "MODEL.META_ARCHITECTURE", "RetinaNet",
-    "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
-    "MODEL.ANCHOR_GENERATOR.SIZES", [[32 * 2**i * s for s in OCTAVES] for i in range(5)],
-]  # fmt: skip
-BOTH_HEADS = ["MODEL.MASK_ON", True, "MODEL.KEYPOINT_ON", True]
-# As torchvision's second versions.
-RCNN_V2 = [
-    "MODEL.RPN.CONV_DIMS", [-1, -1], "MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 4,
-    "MODEL.ROI_BOX_HEAD.NUM_FC", 1, "MODEL.ROI_BOX_HEAD.CONV_DIM", 8,
-    "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NORM", "BN",
-]  # fmt: skip
-RETINANET_V2 = [*RETINANET, "MODEL.RETINANET.NORM", "GN", "MODEL.FPN.P6_IN_FEATURE", "res5"]
+RCNN = (
+    *RESNET18, *SMALL_HEAD, *MASK, *KEYPOINT,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV", 4, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [8] * 8,
+)  # fmt: skip
+RETINANET_V2 = (*RETINANET18, "MODEL.RETINANET.NORM", "GN", "MODEL.FPN.P6_IN_FEATURE", "res5")
 # Detectron2's name -> torchvision's, of a model with masks and keypoints.
 RCNN_NAMES = {
     "backbone.bottom_up.stem.conv1.weight": "backbone.body.conv1.weight",
@@ -74,9 +54,9 @@ RETINANET_NAMES = {
 }
 RCNN_V2_NAMES = {
     "proposal_generator.rpn_head.conv.conv1.weight": "rpn.head.conv.1.0.weight",
-    "roi_heads.box_head.conv4.weight": "roi_heads.box_head.3.0.weight",
-    "roi_heads.box_head.conv4.norm.weight": "roi_heads.box_head.3.1.weight",
-    "roi_heads.box_head.fc1.weight": "roi_heads.box_head.5.weight",
+    "roi_heads.box_head.conv2.weight": "roi_heads.box_head.1.0.weight",
+    "roi_heads.box_head.conv2.norm.weight": "roi_heads.box_head.1.1.weight",
+    "roi_heads.box_head.fc1.weight": "roi_heads.box_head.3.weight",
     "roi_heads.mask_head.mask_fcn2.norm.bias": "roi_heads.mask_head.1.1.bias",
     "backbone.fpn_lateral3.norm.weight": "backbone.fpn.inner_blocks.1.1.weight",
 }
@@ -85,12 +65,6 @@ RETINANET_V2_NAMES = {
     "head.cls_subnet.10.bias": "head.classification_head.conv.3.1.bias",
     "head.bbox_subnet.1.weight": "head.regression_head.conv.0.1.weight",
 }
-
-
-def make(*more):
-    cfg = get_cfg()
-    cfg.merge_from_list([*_SMALL, *more])
-    return build_model(cfg)
 
 
 def clones(state):
@@ -106,9 +80,9 @@ def assert_equal(actual, expected):
 @pytest.mark.parametrize(
     ("keys", "names"),
     [
-        (BOTH_HEADS, RCNN_NAMES),
-        (RETINANET, RETINANET_NAMES),
-        (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], {}),
+        (RCNN, RCNN_NAMES),
+        (RETINANET18, RETINANET_NAMES),
+        ((*RESNET18, *PROPOSALS), {}),
         (RCNN_V2, RCNN_V2_NAMES),
         (RETINANET_V2, RETINANET_V2_NAMES),
     ],
@@ -118,7 +92,7 @@ def test_names_are_those_of_detectron2_and_round_trips_exact(keys, names):
     generator = torch.Generator().manual_seed(0)
     state = {
         name: torch.rand(value.shape, generator=generator) if value.is_floating_point() else value
-        for name, value in make(*keys).state_dict().items()
+        for name, value in build(*keys).state_dict().items()
     }
     before = clones(state)
     there = to_detectron2(state)
@@ -149,10 +123,10 @@ def test_the_background_is_last_in_detectron2_and_first_in_torchvision():
         "roi_heads.box_predictor.bbox_pred.bias": torch.arange(12.0) + 1,
         "roi_heads.mask_head.predictor.weight": torch.tensor([20.0, 21, 22]).view(3, 1, 1, 1),
     }
-    here = from_detectron2(there)
-    assert here["roi_heads.box_predictor.cls_score.bias"].tolist() == [99, 10, 11, 12]
-    assert here["roi_heads.box_predictor.bbox_pred.bias"].tolist() == [0] * 4 + list(range(1, 13))
-    assert here["roi_heads.mask_predictor.mask_fcn_logits.weight"].flatten().tolist() == [0, 20, 21, 22]
+    *_, scores, deltas, masks = from_detectron2(there).values()
+    assert scores.tolist() == [99, 10, 11, 12]
+    assert deltas.tolist() == [0] * 4 + list(range(1, 13))
+    assert masks.flatten().tolist() == [0, 20, 21, 22]
     # Boxes and masks for all classes at once keep their rows.
     there = {
         "roi_heads.box_predictor.cls_score.bias": torch.zeros(4),
@@ -163,26 +137,25 @@ def test_the_background_is_last_in_detectron2_and_first_in_torchvision():
 
 
 @pytest.mark.parametrize(
-    ("name", "ratios"), [("AnchorGenerator", [0.5, 1.0, 2.0]), ("DefaultAnchorGenerator", [0.5, 2.0])]
+    "generator",
+    [
+        AnchorGenerator(((32, 64, 128),), ((0.5, 1.0, 2.0),)),
+        DefaultAnchorGenerator(((32, 64, 128),), ((0.5, 2.0),), [8]),
+    ],
 )
-def test_each_anchor_gets_the_rows_that_were_trained_for_it(name, ratios):
-    sizes = [32.0, 64.0, 128.0]
-    model = make(
-        *RETINANET, "MODEL.ANCHOR_GENERATOR.NAME", name, "MODEL.ANCHOR_GENERATOR.SIZES", [sizes],
-        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [ratios],
-    )  # fmt: skip
+def test_each_anchor_gets_the_rows_that_were_trained_for_it(generator):
+    (sizes,), (ratios,) = generator.sizes, generator.aspect_ratios
     # Detectron2 counts its anchors size by size.
-    scores = [[[i, j, k] for k in range(K)] for i in range(len(sizes)) for j in range(len(ratios))]
-    deltas = [[[i, j, c] for c in range(4)] for i in range(len(sizes)) for j in range(len(ratios))]
+    places = torch.cartesian_prod(torch.arange(len(sizes)), torch.arange(len(ratios)), torch.arange(4))
     there = {
         "head.cls_subnet.0.weight": torch.zeros(1),
-        "head.cls_score.bias": torch.tensor(scores, dtype=torch.float32).view(-1, 3),
-        "head.bbox_pred.bias": torch.tensor(deltas, dtype=torch.float32).view(-1, 3),
+        "head.cls_score.bias": places[places[:, 2] < K].float(),
+        "head.bbox_pred.bias": places.float(),
     }
     there["head.cls_score.weight"] = there["head.cls_score.bias"].view(-1, 1, 1, 3)
     here = from_detectron2(there, num_ratios=len(ratios))
-    model.anchor_generator.set_cell_anchors(torch.float32, "cpu")
-    for a, (x1, y1, x2, y2) in enumerate(model.anchor_generator.cell_anchors[0].tolist()):
+    generator.set_cell_anchors(torch.float32, "cpu")
+    for a, (x1, y1, x2, y2) in enumerate(generator.cell_anchors[0].tolist()):
         width, height = x2 - x1, y2 - y1
         size = min(range(len(sizes)), key=lambda i: abs((width * height) ** 0.5 - sizes[i]))
         ratio = min(range(len(ratios)), key=lambda j: abs(height / width - ratios[j]))
@@ -241,3 +214,75 @@ def test_a_resnet_alone_is_recognized_and_other_projects_are_not():
 def test_models_that_detectron2_does_not_have_are_rejected(names, words):
     with pytest.raises(UserError, match=words):
         to_detectron2({name: torch.zeros(4) for name in names})
+
+
+def convert(folder, source, output, to, *options):
+    paths = folder / source, folder / output
+    return run_script("convert_weights.py", *paths, "--to", to, *options, folder=folder)
+
+
+def test_converted_files_hold_the_same_weights_in_both_directions(tmp_path):
+    model = build(*RESNET18, *SMALL_HEAD, *MASK)
+    state = clones(model.state_dict())
+    torch.save({"model": state, "iteration": 7}, tmp_path / "run.pth")
+    done = convert(tmp_path, "run.pth", "there.pkl", "detectron2")
+    assert done.code == 0, done.output
+    assert "there.pkl" in done.output and f"{len(state)} tensors" in done.output
+    assert convert(tmp_path, "there.pkl", "here.pth", "torchvision").code == 0
+    content = pickle.loads((tmp_path / "there.pkl").read_bytes())  # noqa: S301 - written by this test
+    # Detectron2 matches by exact name only with an author and without heuristics.
+    assert content["__author__"] and not content["matching_heuristics"]
+    arrays = content["model"]
+    assert all(isinstance(value, np.ndarray) for value in arrays.values())
+    scores = state["roi_heads.box_predictor.cls_score.bias"].numpy()
+    np.testing.assert_array_equal(arrays["roi_heads.box_predictor.cls_score.bias"], np.roll(scores, -1))
+    assert arrays["roi_heads.box_predictor.bbox_pred.bias"].shape == (12,)
+    assert arrays["roi_heads.mask_head.predictor.bias"].shape == (3,)
+    assert list(torch.load(tmp_path / "here.pth")["model"]) == list(state)
+    for name in ("here.pth", "there.pkl"):
+        load_weights(model, str(tmp_path / name))
+        for key, value in model.state_dict().items():
+            # The background's rows are not kept.
+            rows = {"box_predictor.bbox_pred": 4, "mask_predictor.mask_fcn_logits": 1}
+            start = rows.get(".".join(key.split(".")[1:3]), 0)
+            assert value[start:].equal(state[key][start:]) if value.dim() else value.equal(state[key]), key
+
+
+RPN = {"rpn.head.conv.0.0.weight": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("content", "output", "to", "words"),
+    [
+        (None, "o.pth", "torchvision", ["source.pth", "no such file"]),
+        (b"no pickle", "o.pth", "torchvision", ["cannot read"]),
+        ({}, "o.pth", "torchvision", ["holds no weights"]),
+        ({"features.0.0.weight": torch.ones(1)}, "o.pkl", "detectron2", ["no counterpart", "features"]),
+        (RPN, "o.npz", "detectron2", ["o.npz", ".pkl"]),
+        (RPN, "o.pkl", "torchvision", ["o.pkl", ".pth"]),
+        ({"rpn.head.bbox_pred.bias": torch.ones(20)}, "o.pkl", "detectron2", ["5", "--num-ratios"]),
+        (RPN, "missing/o.pth", "torchvision", ["missing"]),
+    ],
+    ids=["absent", "damaged", "empty", "unknown names", "ending", "pkl", "anchors", "folder"],
+)
+def test_files_that_cannot_be_converted_are_rejected_without_a_traceback(
+    tmp_path, content, output, to, words
+):
+    source = tmp_path / "source.pth"
+    if isinstance(content, bytes):
+        source.write_bytes(content)
+    elif content is not None:
+        torch.save(content, source)
+    done = convert(tmp_path, "source.pth", output, to)
+    assert done.code == 1 and "Traceback" not in done.output
+    assert len(done.output.splitlines()) == 1 and all(word in done.output for word in words)
+    assert not (tmp_path / output).exists()
+
+
+def test_the_number_of_ratios_is_an_option(tmp_path):
+    tensors = {"rpn.head.bbox_pred.bias": torch.arange(24.0), "rpn.head.cls_logits.bias": torch.arange(6.0)}
+    torch.save(tensors, tmp_path / "source.pth")
+    assert convert(tmp_path, "source.pth", "out.pth", "detectron2", "--num-ratios", 2).code == 0
+    # 2 ratios with 3 sizes each become 3 sizes with 2 ratios each.
+    scores = torch.load(tmp_path / "out.pth")["model"]["proposal_generator.rpn_head.objectness_logits.bias"]
+    assert scores.tolist() == [0, 3, 1, 4, 2, 5]

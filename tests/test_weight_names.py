@@ -12,11 +12,6 @@ from torchvision.models.vgg import make_layers
 
 from plaintrain.weight_names import match_names, translate
 
-torch.set_num_threads(1)
-
-
-# ---- backbones -----------------------------------------------------------------------------------
-
 
 def make_vgg():
     """(tensors of a classifier, SSD's extractor of the same modules): its shape decides where it is cut."""
@@ -110,9 +105,6 @@ def test_names_of_timms_mobilenet_become_those_of_torchvision(modules):
         assert expected.keys() <= mobilenet_v3_small(width_mult=0.25).state_dict().keys()
 
 
-# ---- torchvision ---------------------------------------------------------------------------------
-
-
 def names_of(builder):
     """The names of a model of torchvision, built on the meta device, where it costs no memory."""
     with torch.device("meta"):
@@ -144,6 +136,8 @@ def test_names_of_older_versions_become_todays():
         "backbone.fpn.layer_blocks.0.weight": "backbone.fpn.layer_blocks.0.0.weight",
         "roi_heads.mask_head.mask_fcn1.weight": "roi_heads.mask_head.0.0.weight",
         "roi_heads.mask_head.mask_fcn4.bias": "roi_heads.mask_head.3.0.bias",
+        "head.regression_head.conv.2.bias": "head.regression_head.conv.1.0.bias",
+        "head.regression_head.conv.4.weight": "head.regression_head.conv.2.0.weight",
         "head.regression_head.conv.6.weight": "head.regression_head.conv.3.0.weight",
         "head.classification_head.conv.0.bias": "head.classification_head.conv.0.0.bias",
     }

@@ -9,51 +9,29 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from model_helpers import ARCHITECTURES, RESNET18, RETINANET18, SMALL_HEAD, build
 from torchvision.models import detection
 
 from plaintrain import weight_detectron2
 from plaintrain.checkpoint import DetectionCheckpointer
-from plaintrain.config import get_cfg
-from plaintrain.modeling import build_model
-from plaintrain.modeling.build import num_classes_key
 from plaintrain.utils.errors import UserError
 from plaintrain.weights import fetch_weights, load_weights, locate_weights, read_state_dict, read_weights
 
-torch.set_num_threads(1)
-
-_SMALL = [
-    "MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RESNETS.DEPTH", 18,
-    "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 8,
-    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 3,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.SSD.STEPS", [], "MODEL.SSD.SCALES", [0.3, 0.6],
-    "MODEL.SSD.ASPECT_RATIOS", [[2, 3]], "INPUT.FIXED_SIZE", (64, 64),
-]  # fmt: skip
-TINY = [
-    "MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.TINY.CHANNELS", [8, 8],
-    "MODEL.TINY.OUT_CHANNELS", 32, "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]],
-]  # fmt: skip
-TINY_RETINANET = [*TINY, "MODEL.META_ARCHITECTURE", "RetinaNet"]
-TINY_SSD = [*TINY, "MODEL.META_ARCHITECTURE", "SSD"]
-TINY_FCOS = [
-    *TINY, "MODEL.META_ARCHITECTURE", "FCOS", "MODEL.ANCHOR_GENERATOR.SIZES", [[32]],
-    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]],
-]  # fmt: skip
-RETINANET = [
-    "MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
-]  # fmt: skip
-
-
+RESNET = (*RESNET18, *SMALL_HEAD)
+TINY_RCNN, RETINANET = ARCHITECTURES["faster_rcnn"], ARCHITECTURES["retinanet"]
+SSD = (*ARCHITECTURES["ssd"], "MODEL.TINY.NUM_LEVELS", 1, "MODEL.SSD.ASPECT_RATIOS", [[2, 3]])
+SSDLITE = (*SSD, "MODEL.SSD.HEAD_NAME", "SSDLiteHead")
 _MODELS = {}
 
 
 def make_model(*keys, num_classes=3):
     """A small R-CNN on ResNet-18, or what the keys say."""
-    key = repr((keys, num_classes))
+    overrides = [*(keys or RESNET)]
+    for name in ("ROI_HEADS", "RETINANET", "FCOS", "SSD"):
+        overrides += [f"MODEL.{name}.NUM_CLASSES", num_classes]
+    key = repr(overrides)
     if key not in _MODELS:
-        cfg = get_cfg()
-        cfg.merge_from_list([*_SMALL, *keys])
-        cfg.merge_from_list([num_classes_key(cfg), num_classes])
-        _MODELS[key] = build_model(cfg)
+        _MODELS[key] = build(*overrides)
     return copy.deepcopy(_MODELS[key])
 
 
@@ -106,44 +84,23 @@ def assert_holds(model, expected):
 
 def assert_body_holds(model, imagenet):
     """The body of a model holds a ResNet's weights, statistics included."""
-    body = {name: value for name, value in imagenet.items() if not name.startswith("fc.")}
-    if isinstance(model.backbone.body.bn1, torchvision.ops.FrozenBatchNorm2d):
-        body = {name: value for name, value in body.items() if not name.endswith("num_batches_tracked")}
-    assert_holds(model.backbone.body, body)
+    for name, value in model.backbone.body.state_dict().items():
+        assert value.equal(imagenet[name]), name
 
 
 def warnings_of(log):
     return "\n".join(record.getMessage() for record in log.records if record.levelname == "WARNING")
 
 
-# ---- local files ---------------------------------------------------------------------------------
-
-
-def before_torchvision_013(state):
-    """The names in which R-CNN's and RetinaNet's convolutions were not wrapped."""
-    old = {}
-    for name, value in state.items():
-        name = name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
-        for head in ("classification_head", "regression_head"):
-            for i in range(4):
-                # Convolutions and ReLUs alternated.
-                name = name.replace(f"head.{head}.conv.{i}.0.", f"head.{head}.conv.{2 * i}!.")
-        old[name.replace("!", "")] = value
-    assert old.keys() != state.keys()
-    return old
-
-
 @pytest.mark.parametrize(
     ("keys", "wrap"),
     [
         ([], lambda state: state),
-        (TINY, lambda state: {"model": state, "iteration": 7}),
-        (TINY, lambda state: {"state_dict": state}),
-        (TINY_RETINANET, lambda state: {f"module.{name}": value for name, value in state.items()}),
-        (TINY, before_torchvision_013),
-        (TINY_RETINANET, before_torchvision_013),
+        (TINY_RCNN, lambda state: {"model": state, "iteration": 7}),
+        (TINY_RCNN, lambda state: {"state_dict": state}),
+        (RETINANET, lambda state: {f"module.{name}": value for name, value in state.items()}),
     ],
-    ids=["bare", "model", "state_dict", "wrapped", "old rcnn", "old retinanet"],
+    ids=["bare", "model", "state_dict", "wrapped"],
 )
 def test_a_complete_file_loads_whole(tmp_path, monkeypatch, log, keys, wrap):
     model = make_model(*keys)
@@ -208,13 +165,10 @@ def test_a_pickle_that_would_run_code_is_rejected_and_does_not_run(tmp_path, pro
     assert not (tmp_path / "ran").exists()
 
 
-# ---- backbones and heads -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_an_imagenet_resnet_loads_into_the_backbone(tmp_path, imagenet, norm, log):
     torch.save(imagenet, tmp_path / "resnet18.pth")
-    model = make_model("MODEL.RESNETS.NORM", norm)
+    model = make_model(*RESNET, "MODEL.RESNETS.NORM", norm)
     head = model.roi_heads.box_predictor.cls_score.weight.clone()
     load_weights(model, str(tmp_path / "resnet18.pth"))
     assert_body_holds(model, imagenet)
@@ -224,9 +178,9 @@ def test_an_imagenet_resnet_loads_into_the_backbone(tmp_path, imagenet, norm, lo
 
 
 def test_a_head_for_another_number_of_classes_is_skipped_with_a_table(tmp_path, log):
-    state = randomize(make_model(*TINY, num_classes=3).state_dict())
+    state = randomize(make_model(*TINY_RCNN).state_dict())
     torch.save(state, tmp_path / "three.pth")
-    model = make_model(*TINY, num_classes=2)
+    model = make_model(*TINY_RCNN, num_classes=2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     skipped = load_weights(model, str(tmp_path / "three.pth"))
     layers = ("cls_score", "bbox_pred")
@@ -234,7 +188,7 @@ def test_a_head_for_another_number_of_classes_is_skipped_with_a_table(tmp_path, 
     assert_holds(model, {name: before[name] if name in skipped else state[name] for name in state})
     table = warnings_of(log)
     assert f"loaded {len(state) - 4} of the model's {len(state)}" in table
-    assert "roi_heads.box_predictor.cls_score.weight: [4, 8] there, [3, 8] here" in table
+    assert "roi_heads.box_predictor.cls_score.weight: [4, 32] there, [3, 32] here" in table
     assert "roi_heads.box_predictor.bbox_pred.bias: [16] there, [12] here" in table
     assert table.count("other shape") == 4
 
@@ -251,7 +205,7 @@ def test_weights_of_other_classes_are_warned_about(tmp_path, log, classes, warns
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
 def test_torchvisions_first_detectors_want_no_eps(downloads, tmp_path, log, eps):
-    model = make_model("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.NORM_EPS", eps)
+    model = make_model(*RESNET, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.NORM_EPS", eps)
     torch.save(model.state_dict(), tmp_path / "mine.pth")
     load_weights(model, str(tmp_path / "mine.pth"))
     assert not warnings_of(log)
@@ -259,9 +213,6 @@ def test_torchvisions_first_detectors_want_no_eps(downloads, tmp_path, log, eps)
     os.replace(tmp_path / "mine.pth", path)
     load_weights(model, "torchvision://fasterrcnn_resnet50_fpn/COCO_V1")
     assert ("MODEL.RESNETS.NORM_EPS 0" in warnings_of(log)) == (eps > 0)
-
-
-# ---- names and downloads -------------------------------------------------------------------------
 
 
 def test_every_detector_of_torchvision_has_an_address():
@@ -320,9 +271,6 @@ def test_a_failed_download_is_an_error(downloads, monkeypatch):
         fetch_weights("https://example.invalid/w.pth")
 
 
-# ---- Detectron2's files --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_a_backbone_of_detectron2_loads_from_a_pickle_of_any_protocol(tmp_path, imagenet, protocol):
     body = {f"backbone.body.{k}": v for k, v in imagenet.items() if not k.startswith("fc.")}
@@ -351,8 +299,6 @@ def test_a_backbone_of_caffe2_has_blobs(tmp_path):
     assert list(read_weights(str(tmp_path / "R-50.pkl"))) == [*expected, "pred_w"]
 
 
-# ---- detectors for COCO's classes ----------------------------------------------------------------
-
 COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 COCO_80 = [name for name in COCO[1:] if name != "N/A"]
 # Neither in COCO's order nor next to each other; "dog" is after the first hole.
@@ -362,21 +308,25 @@ BOXES = "roi_heads.box_predictor"
 # architecture -> (keys, {layer: rows per class and anchor}, anchors a location, background).
 COCO_HEADS = {
     "rcnn": (
-        [*TINY, "MODEL.MASK_ON", True],
+        [*TINY_RCNN, "MODEL.MASK_ON", True],
         {f"{BOXES}.cls_score": 1, f"{BOXES}.bbox_pred": 4, "roi_heads.mask_predictor.mask_fcn_logits": 1},
         1,
         True,
     ),
-    "retinanet": (TINY_RETINANET, {LOGITS: 1}, 6, False),
-    "fcos": (TINY_FCOS, {LOGITS: 1}, 1, False),
-    "ssd": (TINY_SSD, {"head.classification_head.module_list.0": 1}, 6, True),
-    "ssdlite": (
-        [*TINY_SSD, "MODEL.SSD.HEAD_NAME", "SSDLiteHead"],
-        {"head.classification_head.module_list.0.1": 1},
-        6,
-        True,
-    ),
+    "retinanet": (RETINANET, {LOGITS: 1}, 6, False),
+    "fcos": (ARCHITECTURES["fcos"], {LOGITS: 1}, 1, False),
+    "ssd": (SSD, {"head.classification_head.module_list.0": 1}, 6, True),
+    "ssdlite": (SSDLITE, {"head.classification_head.module_list.0.1": 1}, 6, True),
 }
+
+
+def assert_holds_rows(model, state, layers, anchors, rows):
+    """Check that layers with rows for each class hold some of them, and all others what was saved."""
+    for name, value in model.state_dict().items():
+        expected, per_class = state[name], layers.get(name.rpartition(".")[0])
+        if per_class is not None:
+            expected = expected.unflatten(0, (anchors, -1, per_class))[:, rows].flatten(0, 2)
+        assert value.equal(expected), name
 
 
 @pytest.mark.parametrize("architecture", COCO_HEADS)
@@ -389,13 +339,7 @@ def test_heads_of_torchvisions_91_classes_are_reduced_by_name(tmp_path, log, arc
     checkpointer = DetectionCheckpointer(model, str(tmp_path / "run"))
     checkpointer.resume_or_load(str(tmp_path / "coco.pth"), resume=False, class_names=NAMES)
     rows = [0] * background + [COCO.index(name) for name in NAMES]
-    for name, value in model.state_dict().items():
-        per_class = layers.get(name.rpartition(".")[0])
-        if per_class is None:
-            assert value.equal(state[name]), name
-            continue
-        expected = state[name].unflatten(0, (anchors, 91, per_class))[:, rows].flatten(0, 2)
-        assert value.equal(expected), name
+    assert_holds_rows(model, state, layers, anchors, rows)
     assert not warnings_of(log)
     assert "of the 91 classes of the weights the dataset's 3 are kept" in log.text
 
@@ -418,7 +362,7 @@ def test_a_head_is_skipped_if_its_classes_are_not_known_to_be_cocos(tmp_path, lo
 @pytest.mark.parametrize("names", [NAMES, COCO_80[::-1]], ids=["three", "reversed"])
 @pytest.mark.parametrize(
     ("keys", "layers", "anchors"),
-    [([], {f"{BOXES}.cls_score": 1, f"{BOXES}.bbox_pred": 4}, 1), (RETINANET, {LOGITS: 1}, 3)],
+    [(RESNET, {f"{BOXES}.cls_score": 1, f"{BOXES}.bbox_pred": 4}, 1), (RETINANET18, {LOGITS: 1}, 9)],
     ids=["rcnn", "retinanet"],
 )
 def test_heads_of_detectron2s_80_classes_are_reduced_by_name(tmp_path, log, names, keys, layers, anchors):
@@ -428,12 +372,10 @@ def test_heads_of_detectron2s_80_classes_are_reduced_by_name(tmp_path, log, name
     model = make_model(*keys, num_classes=len(names))
     load_weights(model, str(tmp_path / "d2.pth"), names)
     rows = [COCO_80.index(name) for name in names]
-    rows = rows if keys else [0, *(row + 1 for row in rows)]
-    for layer, per_class in layers.items():
-        for name in (f"{layer}.weight", f"{layer}.bias"):
-            expected = state[name].unflatten(0, (anchors, -1, per_class))[:, rows].flatten(0, 2)
-            if per_class == 4:
-                # Detectron2 has no box of the background.
-                expected[:4] = 0
-            assert model.state_dict()[name].equal(expected), name
+    if keys is RESNET:
+        rows = [0, *(row + 1 for row in rows)]
+        # Detectron2 has no box of the background.
+        for name in ("weight", "bias"):
+            state[f"{BOXES}.bbox_pred.{name}"][:4] = 0
+    assert_holds_rows(model, state, layers, anchors, rows)
     assert not warnings_of(log)

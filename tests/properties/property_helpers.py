@@ -5,7 +5,19 @@ defect; otherwise it says nothing.
 """
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
+
+# The same cases every time; a busy machine is no failure.
+settings.register_profile(
+    "plaintrain",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=60,
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("plaintrain")
 
 
 def for_all(*strategies, examples=None):
@@ -23,34 +35,34 @@ def for_all(*strategies, examples=None):
     return declare
 
 
-def checks_of(module):
-    """The checks among the names of a module, in their order."""
-    return [value for name, value in module.items() if name.startswith("check_")]
-
-
-def examine(check):
-    """Try a check on cases; raises what it raises on the simplest case that fails."""
-    settings(**check.limits)(given(*check.strategies)(check))()
-
-
-def assert_caught(check):
-    """A check must fail on some case; which is the simplest does not matter.
-
-    More cases are drawn than `examine` draws, so that another version of hypothesis may draw others.
-    """
-    with pytest.raises(AssertionError):
-        settings(max_examples=1000, phases=[Phase.generate])(given(*check.strategies)(check))()
-
-
 def patched(owner, name, value):
     """A defect that puts a value in the place of an attribute."""
     return lambda patch: patch.setattr(owner, name, value)
 
 
-def defects_of(table):
-    """Parameters of a test, (check, defect), from {check: {what is wrong: function that patches it in}}."""
-    return [
-        pytest.param(check, defect, id=f"{check.__name__}-{wrong}")
-        for check, defects in table.items()
-        for wrong, defect in defects.items()
-    ]
+def build_tests(module, defects):
+    """Return the tests of the checks of a module, and of the defects planted for each of them.
+
+    Args:
+        module: its globals.
+        defects: {check: {what is wrong: function that patches it in}}; only the first is not long.
+    """
+    assert list(defects) == [value for value in module.values() if hasattr(value, "strategies")]
+    planted = []
+    for check, of_check in defects.items():
+        for wrong, defect in of_check.items():
+            marks = [pytest.mark.long] if planted else []
+            planted.append(pytest.param(check, defect, id=f"{check.__name__}-{wrong}", marks=marks))
+
+    @pytest.mark.parametrize("check", defects, ids=lambda check: check.__name__)
+    def test_property(check):
+        settings(**check.limits)(given(*check.strategies)(check))()
+
+    @pytest.mark.parametrize(("check", "defect"), planted)
+    def test_planted_defect_is_caught(check, defect, monkeypatch):
+        defect(monkeypatch)
+        # More cases than of the property, so that another version of hypothesis may draw others.
+        with pytest.raises(AssertionError):
+            settings(max_examples=1000, phases=[Phase.generate])(given(*check.strategies)(check))()
+
+    return test_property, test_planted_defect_is_caught

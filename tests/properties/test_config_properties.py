@@ -5,33 +5,112 @@ import itertools
 import os
 import tempfile
 
-import config_defects as broken
-import pytest
 import yaml
-from config_cases import (
-    DEFAULTS,
-    INTS,
-    LEAVES,
-    SECTIONS,
-    mistakes,
-    nested,
-    same,
-    settings_of,
-    stored,
-)
 from hypothesis import assume
 from hypothesis import strategies as st
-from property_helpers import assert_caught, checks_of, defects_of, examine, for_all, patched
+from property_helpers import build_tests, for_all, patched
 
 from plaintrain import config
 from plaintrain.config import CfgNode, get_cfg, get_value
+from plaintrain.defaults import NULLABLE
 from plaintrain.utils.errors import UserError
+
+
+def _keys(node, path=()):
+    for key, value in node.items():
+        yield ".".join((*path, key)), value
+        if isinstance(value, CfgNode):
+            yield from _keys(value, (*path, key))
+
+
+LEAVES = [key for key, value in _keys(get_cfg()) if not isinstance(value, CfgNode)]
+SECTIONS = [key for key, value in _keys(get_cfg()) if isinstance(value, CfgNode)]
+DEFAULTS = {key: NULLABLE.get(key, get_value(get_cfg(), key)) for key in LEAVES}
+
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+_WORDS = st.sampled_from(["", "a: b", " a ", "\ta", "a\n"]) | st.sampled_from(
+    ["null", "none", "~", "true", "yes", "1e-3", "0x1F", "12:30", "2020-01-01", "-"]
+)
+STRINGS = _TEXT | _WORDS
+# A file may hold no longer ones.
+INTS = st.integers(-(2**63), 2**64 - 1)
+FLOATS = st.floats(allow_nan=False)
+_SCALARS = st.one_of(st.booleans(), INTS, FLOATS, STRINGS, st.none())
+_ITEMS = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple),
+    max_leaves=6,
+)
+# As in INPUT.AUGMENTATIONS.
+_PAIRS = st.lists(_SCALARS, max_size=2)
+_ITEMS |= st.dictionaries(STRINGS, _SCALARS | _PAIRS | _PAIRS.map(tuple), max_size=2)
+LISTS = st.lists(_ITEMS, max_size=4)
+# A whole number stands for a float.
+NUMBERS = FLOATS | st.integers(-(2**60), 2**60)
+KINDS = {bool: st.booleans(), int: INTS, float: NUMBERS, str: STRINGS, list: LISTS, tuple: LISTS.map(tuple)}
+
+
+def _plain(value):
+    """Sequences inside of a value are lists in a config."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def stored(key, value):
+    """What a config holds after it was given a value of the key's type."""
+    kind = type(DEFAULTS[key])
+    if value is None:
+        return None
+    return kind(map(_plain, value)) if kind in (list, tuple) else kind(value)
+
+
+def same(a, b):
+    """Equal, and of equal types throughout: 1, 1.0 and True are three values."""
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and a == b
+
+
+@st.composite
+def settings_of(draw, keys=LEAVES):
+    """(key, value): a key and a value that it takes; each type is as likely."""
+    kind = draw(st.sampled_from(sorted({type(DEFAULTS[key]).__name__ for key in keys})))
+    key = draw(st.sampled_from([key for key in keys if type(DEFAULTS[key]).__name__ == kind]))
+    value = KINDS[type(DEFAULTS[key])]
+    return key, draw(value | st.none() if key in NULLABLE else value)
+
+
+@st.composite
+def mistakes(draw):
+    """(key, value): a key and a value of a type that it does not take."""
+    key = draw(st.sampled_from(LEAVES))
+    kind = type(DEFAULTS[key])
+    takes = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}.get(kind, (kind,))
+    words = st.text("abcxyz", min_size=1, max_size=6).map(lambda word: f"x{word}")
+    kinds = {**KINDS, float: FLOATS, str: words, dict: st.dictionaries(words, INTS, max_size=2)}
+    values = [strategy for other, strategy in kinds.items() if other not in takes]
+    return key, draw(st.one_of(*values))
+
+
+def nested(settings):
+    """[(dotted key, value)] as the nested mapping of a YAML file."""
+    content = {}
+    for key, value in settings:
+        *path, leaf = key.split(".")
+        node = content
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return content
+
 
 DEFAULT_DUMP = get_cfg().dump()
 
 
-def merged(settings, as_text=False):
-    cfg = get_cfg()
+def merge(cfg, settings, as_text=False):
     cfg.merge_from_list([part for key, value in settings for part in (key, as_given(value, as_text))])
     return cfg
 
@@ -68,7 +147,7 @@ def check_a_value_sticks(setting, as_text):
     key, value = setting
     # An infinity has no literal.
     assume(not as_text or "inf" not in repr(value))
-    cfg = merged([setting], as_text)
+    cfg = merge(get_cfg(), [setting], as_text)
     assert same(get_value(cfg, key), stored(key, value))
     others = get_cfg()
     assert all(same(get_value(cfg, other), get_value(others, other)) for other in LEAVES if other != key)
@@ -77,11 +156,11 @@ def check_a_value_sticks(setting, as_text):
 
 @for_all(st.lists(settings_of(), min_size=10, max_size=24), examples=15)
 def check_a_dumped_config_merges_back_equal(settings):
-    cfg = merged(settings)
+    cfg = merge(get_cfg(), settings)
     again = read(cfg.dump())
     assert same(again, cfg)
     assert again.dump() == cfg.dump()
-    other = merged([("SOLVER.MAX_ITER", 7), ("SEED", 3)])
+    other = merge(get_cfg(), [("SOLVER.MAX_ITER", 7), ("SEED", 3)])
     other.merge_from_other_cfg(cfg)
     assert same(other, cfg)
 
@@ -107,14 +186,8 @@ def _write(folder, numbers, file):
         content["_BASE_"] = paths if len(paths) > 1 or number % 2 else paths[0]
     path = os.path.join(home, f"{number}.yaml")
     with open(path, "w", encoding="utf-8") as f:
-        yaml.safe_dump(_as_yaml(content), f)
+        yaml.safe_dump(_plain(content), f)
     return path, [*itertools.chain(*(order for _, order in written)), *settings]
-
-
-def _as_yaml(value):
-    if isinstance(value, dict):
-        return {key: _as_yaml(item) for key, item in value.items()}
-    return [_as_yaml(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @for_all(FILES, st.lists(settings_of(FEW_KEYS), min_size=1, max_size=4))
@@ -125,7 +198,7 @@ def check_later_files_win_over_bases_and_the_last_override_over_all(file, overri
         cfg.merge_from_file(path)
     expected = {key: DEFAULTS[key] for key in FEW_KEYS} | dict(order)
     assert all(same(get_value(cfg, key), stored(key, value)) for key, value in expected.items())
-    cfg.merge_from_list([part for key, value in overrides for part in (key, as_given(value, False))])
+    merge(cfg, overrides)
     expected |= dict(overrides)
     assert all(same(get_value(cfg, key), stored(key, value)) for key, value in expected.items())
 
@@ -159,57 +232,108 @@ def check_a_wrong_type_is_rejected_by_name(mistake):
         cfg.merge_from_list([key, value])
     assert same(cfg, get_cfg())
     with rejected(key, "config.yaml"):
-        read(yaml.safe_dump(_as_yaml(nested([mistake]))))
+        read(yaml.safe_dump(_plain(nested([mistake]))))
 
 
-CHECKS = checks_of(globals())
+def coerce_from(change):
+    """A defect in how a value takes a key's type: `change(original, old, value, name, source)`."""
+
+    def defect(patch):
+        original = config._coerce
+        patch.setattr(config, "_coerce", lambda *arguments: change(original, *arguments))
+
+    return defect
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_property(check):
-    examine(check)
+def extend_lists(original, old, value, name, source):
+    new = original(old, value, name, source)
+    return old + new if isinstance(old, list | tuple) else new
 
 
-# ---- planted defects -------------------------------------------------------------------------
+def subclasses_are_taken(original, old, value, name, source):
+    return value if isinstance(value, type(old)) else original(old, value, name, source)
+
+
+def name_is_short(original, old, value, name, source):
+    return original(old, value, name.rsplit(".", 1)[-1], source)
+
+
+def configs_are_one(patch):
+    one = config.get_cfg()
+    patch.setattr(config, "_copy_node", lambda node: one)
+
+
+def dump_from(change):
+    """A defect in what a dump writes: `change(value)`."""
+
+    def defect(patch):
+        original = config._to_plain
+        patch.setattr(config, "_to_plain", lambda value: change(original(value)))
+
+    return defect
+
+
+def without_empty(value):
+    return {key: item for key, item in value.items() if item != ""} if isinstance(value, dict) else value
+
+
+def with_stripped_strings(value):
+    return value.strip() if isinstance(value, str) else value
+
+
+def pairs_reversed(patch):
+    original = CfgNode.merge_from_list
+
+    def merge(self, pairs):
+        starts = range(len(pairs) - 2, -1, -2)
+        original(self, [part for start in starts for part in pairs[start : start + 2]])
+
+    patch.setattr(CfgNode, "merge_from_list", merge)
+
+
+def chain_from(change):
+    """A defect in the order of a file and its bases: `change(chain)`."""
+
+    def defect(patch):
+        original = config.load_chain
+        patch.setattr(config, "load_chain", lambda path: change(original(path)))
+
+    return defect
+
+
+def unknown_keys_are_passed_over(patch):
+    original = config._merge
+
+    def merge(new, node, path, source):
+        original({key: item for key, item in new.items() if key in node}, node, path, source)
+
+    patch.setattr(config, "_merge", merge)
+
 
 DEFECTS = {
     check_a_value_sticks: {
-        "all configs are one": broken.configs_are_one,
+        "all configs are one": configs_are_one,
         "inner tuples stay": patched(config, "_plain_item", lambda value, *_: value),
     },
     check_a_dumped_config_merges_back_equal: {
-        "an empty value is left out": broken.dump_from(broken.without_empty),
-        "strings are stripped": broken.dump_from(broken.with_stripped_strings),
+        "an empty value is left out": dump_from(without_empty),
+        "strings are stripped": dump_from(with_stripped_strings),
     },
     check_later_files_win_over_bases_and_the_last_override_over_all: {
-        "the first override wins": broken.pairs_reversed,
-        "a list is added to": broken.coerce_from(broken.extend_lists),
-        "bases win": broken.chain_from(lambda chain: chain[::-1]),
-        "bases are merged last to first": broken.chain_from(lambda chain: chain[-2::-1] + chain[-1:]),
+        "the first override wins": pairs_reversed,
+        "a list is added to": coerce_from(extend_lists),
+        "bases win": chain_from(lambda chain: chain[::-1]),
+        "bases are merged last to first": chain_from(lambda chain: chain[-2::-1] + chain[-1:]),
     },
     check_an_unknown_key_is_named_with_the_one_that_was_meant: {
         "it is taken": patched(CfgNode, "is_new_allowed", lambda self: True),
-        "it is passed over": broken.unknown_keys_are_passed_over,
+        "it is passed over": unknown_keys_are_passed_over,
         "no near name is given": patched(config.difflib, "get_close_matches", lambda *_, **__: []),
     },
     check_a_wrong_type_is_rejected_by_name: {
-        "True is an int": broken.coerce_from(broken.subclasses_are_taken),
-        "only the last part is named": broken.coerce_from(broken.name_is_short),
+        "True is an int": coerce_from(subclasses_are_taken),
+        "only the last part is named": coerce_from(name_is_short),
     },
 }
 
-
-def test_every_property_has_a_planted_defect():
-    assert list(DEFECTS) == CHECKS
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("check", "defect"), defects_of(DEFECTS))
-def test_planted_defect_is_caught(check, defect, monkeypatch):
-    defect(monkeypatch)
-    assert_caught(check)
-
-
-def test_planted_defect_in_merging_is_caught(monkeypatch):
-    broken.coerce_from(broken.extend_lists)(monkeypatch)
-    assert_caught(check_later_files_win_over_bases_and_the_last_override_over_all)
+test_property, test_planted_defect_is_caught = build_tests(globals(), DEFECTS)

@@ -2,14 +2,12 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
-import pytest
-import sampler_defects as broken
 from hypothesis import strategies as st
-from property_helpers import assert_caught, checks_of, defects_of, examine, for_all, patched
-from sampler_cases import cases, pass_of
+from property_helpers import build_tests, for_all, patched
 
 from plaintrain.data import samplers
 from plaintrain.data.samplers import (
@@ -18,6 +16,66 @@ from plaintrain.data.samplers import (
     RepeatFactorTrainingSampler,
     TrainingSampler,
 )
+
+FACTORS = st.one_of(st.integers(0, 4).map(float), st.floats(0, 4, allow_subnormal=False))
+
+
+@st.composite
+def cases(draw, grouped=None, longest=24):
+    """A sampler's arguments: `make()` gives it anew, `make(4)` with another batch, `plain()` without groups.
+
+    `low` and `high` say how often an image may come in a pass, each a number for each image.
+    """
+    size, batch_size = draw(st.integers(1, 40)), draw(st.integers(1, longest))
+    seed, kind = draw(st.integers(0, 2**40)), draw(st.sampled_from(["all", "repeat", "subset"]))
+    grouping, low, high = {}, np.ones(size, dtype=int), np.ones(size, dtype=int)
+    if draw(st.booleans()) if grouped is None else grouped:
+        numbers = st.one_of(st.integers(0, 2), st.floats(0.25, 4))
+        grouping["groups"] = draw(st.lists(numbers, min_size=size, max_size=size))
+        grouping["window"] = draw(st.integers(0, 4))
+    if kind == "all":
+        first, options = size, {"shuffle": draw(st.booleans())}
+        maker = TrainingSampler
+    elif kind == "repeat":
+        factors = np.array(draw(st.lists(FACTORS, min_size=size, max_size=size)))
+        factors[0] = max(factors[0], 1.0)
+        first, options, maker = factors, {}, RepeatFactorTrainingSampler
+        low, high = np.floor(factors).astype(int), np.ceil(factors).astype(int)
+    else:
+        ratio = draw(st.floats(0.01, 1))
+        first, options = size, {}
+        low = np.zeros(size, dtype=int)
+
+        def maker(size, *arguments, **keys):
+            return RandomSubsetTrainingSampler(size, ratio, *arguments, **keys)
+
+    return SimpleNamespace(
+        make=lambda batch=batch_size: maker(first, batch, seed=seed, **options, **grouping),
+        plain=lambda: maker(first, batch_size, seed=seed, **options),
+        kind=kind,
+        factors=first,
+        low=low,
+        high=high,
+        grouping=grouping,
+        seed=seed,
+    )
+
+
+def pass_of(sampler, number):
+    """The images of a pass, as batches give them."""
+    start, stop = number * sampler.size, (number + 1) * sampler.size
+    first, last = start // sampler.batch_size, -(-stop // sampler.batch_size)
+    images = [image for i in range(first, last) for image, _ in sampler.batch(i)]
+    offset = start - first * sampler.batch_size
+    return images[offset : offset + sampler.size]
+
+
+def counts_of(case, images):
+    """How often each image comes in a pass: within the limits of its case."""
+    counts = np.bincount(images, minlength=len(case.low))
+    assert (case.low <= counts).all() and (counts <= case.high).all()
+    return counts
+
 
 PASSES = st.lists(st.integers(0, 10**6), max_size=2).map(lambda more: [0, 1, 2, *more])
 
@@ -28,11 +86,8 @@ def check_a_pass_holds_each_image_as_often_as_it_should(case, numbers):
     sampler, images_of = case.make(), []
     for number in numbers:
         images = pass_of(sampler, number)
-        counts = np.bincount(images, minlength=len(case.low))
-        assert (case.low <= counts).all()
-        assert (counts <= case.high).all()
         assert len(images) == sampler.size
-        images_of.append(counts)
+        images_of.append(counts_of(case, images))
     if case.kind == "repeat":
         assert sampler.size == round(case.factors.sum())
     else:
@@ -83,10 +138,7 @@ def check_passes_stay_whole_when_the_batch_changes(case, changes):
         iteration += 1
     assert [position for _, position in keys] == list(range(len(keys)))
     for start in range(0, len(keys) - sampler.size + 1, sampler.size):
-        images = [image for image, _ in keys[start : start + sampler.size]]
-        counts = np.bincount(images, minlength=len(case.low))
-        assert (case.low <= counts).all()
-        assert (counts <= case.high).all()
+        counts_of(case, [image for image, _ in keys[start : start + sampler.size]])
 
 
 class _Counted:
@@ -159,38 +211,92 @@ def check_inference_ranks_cover_all_images_once(size, world_size):
     assert max(lengths) - min(lengths) <= 1
 
 
-CHECKS = checks_of(globals())
+def batch_from(start_of):
+    """A defect that has a rank's share start elsewhere: `start_of(sampler, iteration, rank, share)`."""
+
+    def batch(self, iteration, rank=0, world_size=1):
+        share = self.batch_size // world_size
+        start = start_of(self, iteration, rank, share)
+        return [(self.index_at(p), p) for p in range(start, start + share)]
+
+    return lambda patch: patch.setattr(TrainingSampler, "batch", batch)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_property(check):
-    examine(check)
+def order_from(change):
+    """A defect that changes a pass's order: `change(sampler, number, original)`."""
+
+    def defect(patch):
+        original = TrainingSampler._pass_order
+        patch.setattr(TrainingSampler, "_pass_order", lambda self, n: change(self, n, original))
+
+    return defect
 
 
-# ---- planted defects
+def padded(sampler, number, original):
+    order = original(sampler, number)
+    rest = order.size % sampler.batch_size
+    return np.concatenate([order[: order.size - rest], order[:rest]])
+
+
+def by_history(sampler, number, original):
+    sampler.calls = getattr(sampler, "calls", 0) + 1
+    return np.roll(original(sampler, number), sampler.calls)
+
+
+def replayed(sampler, number, original):
+    for earlier in range(max(number - 64, 0), number):
+        original(sampler, earlier)
+    return original(sampler, number)
+
+
+def subset_of_the_pass(self, rng):
+    return rng.choice(self.subset.max() + 1, size=self.size, replace=False)
+
+
+def rounded_alone(self, rng):
+    """Each factor rounded by itself, as LVIS does: the length of a pass varies."""
+    counts = self._whole + (rng.random(self._whole.size) < self._extra)
+    return np.resize(rng.permutation(np.repeat(np.arange(counts.size), counts)), self.size)
+
+
+def cut_by_the_last_batch(patch):
+    """A pass that is under way when the batch changes is ordered anew."""
+    original = TrainingSampler._phase
+    patch.setattr(
+        TrainingSampler,
+        "_phase",
+        lambda self, column, value: self.phases[-1] if column else original(self, column, value),
+    )
+
+
+def padded_share(self, size, rank=0, world_size=1):
+    """A rank's share of the images to evaluate, all of one length."""
+    share = -(-size // world_size)
+    self._range = range(share * rank, share * (rank + 1))
+
 
 DEFECTS = {
     check_a_pass_holds_each_image_as_often_as_it_should: {
-        "the last batch of a pass is padded": broken.order_from(broken.padded),
+        "the last batch of a pass is padded": order_from(padded),
         "the subset is drawn anew for each pass": patched(
-            RandomSubsetTrainingSampler, "_draw", broken.subset_of_the_pass
+            RandomSubsetTrainingSampler, "_draw", subset_of_the_pass
         ),
-        "factors are rounded one by one": patched(RepeatFactorTrainingSampler, "_draw", broken.rounded_alone),
+        "factors are rounded one by one": patched(RepeatFactorTrainingSampler, "_draw", rounded_alone),
     },
     check_the_stream_can_be_entered_anywhere: {
-        "the order depends on what was read before": broken.order_from(broken.by_history),
+        "the order depends on what was read before": order_from(by_history),
     },
     check_ranks_share_the_batch_whatever_their_number: {
-        "every rank has the first share": broken.batch_from(lambda s, i, rank, share: i * s.batch_size),
+        "every rank has the first share": batch_from(lambda s, i, rank, share: i * s.batch_size),
     },
     check_passes_stay_whole_when_the_batch_changes: {
-        "a pass is cut anew within it": broken.cut_by_the_last_batch,
+        "a pass is cut anew within it": cut_by_the_last_batch,
     },
     check_a_far_position_draws_no_more_than_a_near_one: {
         "a pass is drawn for each image": patched(
             samplers.functools, "lru_cache", lambda maxsize: lambda function: function
         ),
-        "earlier passes are replayed": broken.order_from(broken.replayed),
+        "earlier passes are replayed": order_from(replayed),
     },
     check_a_pass_is_a_permutation_of_seed_and_number: {
         "seed and pass change places": patched(
@@ -201,25 +307,8 @@ DEFECTS = {
         "images are not sorted": patched(samplers.np, "argsort", lambda values, **_: np.arange(values.size)),
     },
     check_inference_ranks_cover_all_images_once: {
-        "shares are padded": patched(InferenceSampler, "__init__", broken.padded_share),
+        "shares are padded": patched(InferenceSampler, "__init__", padded_share),
     },
 }
 
-
-def test_every_property_has_a_planted_defect():
-    assert list(DEFECTS) == CHECKS
-
-
-FIRST, *OTHERS = defects_of(DEFECTS)
-
-
-@pytest.mark.parametrize(("check", "defect"), [FIRST])
-def test_planted_defect_is_caught(check, defect, monkeypatch):
-    defect(monkeypatch)
-    assert_caught(check)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("check", "defect"), OTHERS)
-def test_other_planted_defect_is_caught(check, defect, monkeypatch):
-    test_planted_defect_is_caught(check, defect, monkeypatch)
+test_property, test_planted_defect_is_caught = build_tests(globals(), DEFECTS)

@@ -4,15 +4,15 @@ import os
 import tempfile
 
 import numpy as np
-import pytest
-import target_defects as broken
 import torch
 from hypothesis import strategies as st
 from PIL import Image
-from property_helpers import assert_caught, checks_of, defects_of, examine, for_all, patched
+from property_helpers import build_tests, for_all, patched
 from pycocotools import mask as coco_mask
-from transform_cases import filled, plain, tensors
+from test_transform_properties import filled, plain, tensors
+from torchvision import tv_tensors
 
+from plaintrain import structures
 from plaintrain.data import keypoints, mapper
 from plaintrain.data.transforms import RandomHorizontalFlip
 from plaintrain.structures import BoxMode, segmentation_to_rle
@@ -38,8 +38,6 @@ def check_box_modes_invert(box, mode, other):
 
 
 NO_NUMBERS = st.sampled_from([float("inf"), float("-inf"), float("nan"), "1", None])
-
-
 FINITE = st.floats(-9, 9)
 ROWS = st.lists(FINITE, min_size=3, max_size=5) | st.lists(FINITE | NO_NUMBERS, min_size=4, max_size=4)
 
@@ -59,14 +57,8 @@ SIDES = st.sampled_from(["", "left_", "right_", "Left", "Right", "LEFT ", "RIGHT
 KEYPOINTS = st.lists(
     st.tuples(SIDES, st.sampled_from(["eye", "ear", "nose", "left"])).map("".join), unique=True, max_size=8
 )
-_OTHER = {
-    "left": "right",
-    "right": "left",
-    "Left": "Right",
-    "Right": "Left",
-    "LEFT": "RIGHT",
-    "RIGHT": "LEFT",
-}
+_OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+_OTHER |= {right: left for left, right in _OTHER.items()}
 
 
 def _mirrored(name):
@@ -168,59 +160,95 @@ def _record(folder, found, crowds, mode):
                 "keypoints": points.flatten().tolist(),
             }
         )
-    return {
-        "file_name": path,
-        "image_id": 1,
-        "height": int(height),
-        "width": int(width),
-        "annotations": annotations,
-    }
+    size = {"height": int(height), "width": int(width)}
+    return {"file_name": path, "image_id": 1, **size, "annotations": annotations}
 
 
-CHECKS = checks_of(globals())
+def convert_from(change):
+    """A defect in converting boxes: `change(original, box, from mode, to mode)`."""
+
+    def defect(patch):
+        original = BoxMode.convert
+        patch.setattr(BoxMode, "convert", staticmethod(lambda *arguments: change(original, *arguments)))
+
+    return defect
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_property(check):
-    examine(check)
+def last_pixel(convert, box, a, b):
+    x, y, third, fourth = convert(box, a, b)
+    return [x, y, third - 1, fourth - 1] if b != a == BoxMode.XYWH_ABS else [x, y, third, fourth]
 
 
-# ---- planted defects
+def flip_from(change):
+    """A defect in the order of keypoints after a flip: `change(order)`."""
+
+    def defect(patch):
+        original = keypoints.keypoint_flip_indices
+        patch.setattr(
+            keypoints, "keypoint_flip_indices", lambda *names: tuple(change(list(original(*names))))
+        )
+
+    return defect
+
+
+def first_pair(order):
+    moved = [i for i, k in enumerate(order) if i < k][:1]
+    return [k if i in moved or k in moved else i for i, k in enumerate(order)]
+
+
+def only_small_letters(patch):
+    patch.setattr(keypoints, "_OTHER", {"left": "right", "right": "left"})
+
+
+def counts_by_rows(patch):
+    original = structures.coco_mask.frPyObjects
+
+    def read(rle, height, width):
+        turned = original({**rle, "size": [width, height]}, width, height)
+        pixels = structures.coco_mask.decode(turned).T
+        return structures.coco_mask.encode(structures.np.asfortranarray(pixels))
+
+    patch.setattr(structures.coco_mask, "frPyObjects", read)
+
+
+def mapper_from(name, change):
+    """A defect in what the mapper reads of annotations: `change(what it should be)`."""
+
+    def defect(patch):
+        original = getattr(mapper, name)
+
+        def read(*arguments):
+            value = original(*arguments)
+            new = change(value.as_subclass(torch.Tensor))
+            return tv_tensors.wrap(new, like=value) if isinstance(value, tv_tensors.TVTensor) else new
+
+        patch.setattr(mapper, name, read)
+
+    return defect
+
+
+def half_a_pixel(points):
+    points[..., :2] += 0.5
+    return points
+
 
 DEFECTS = {
     check_box_modes_invert: {
-        "a box ends at its last pixel": broken.convert_from(broken.last_pixel),
+        "a box ends at its last pixel": convert_from(last_pixel),
     },
     check_a_box_that_is_none_is_rejected: {
-        "infinity is a number": patched(broken.structures.math, "isfinite", lambda value: value == value),
-        "a fifth number is ignored": broken.convert_from(lambda convert, box, a, b: convert(box[:4], a, b)),
+        "infinity is a number": patched(structures.math, "isfinite", lambda value: value == value),
+        "a fifth number is ignored": convert_from(lambda convert, box, a, b: convert(box[:4], a, b)),
     },
     check_left_and_right_change_places: {
-        "only the first pair is exchanged": broken.flip_from(broken.first_pair),
-        "capitals are not read": broken.only_small_letters,
+        "only the first pair is exchanged": flip_from(first_pair),
+        "capitals are not read": only_small_letters,
     },
-    check_a_segmentation_keeps_its_pixels: {"counts run along rows": broken.counts_by_rows},
+    check_a_segmentation_keeps_its_pixels: {"counts run along rows": counts_by_rows},
     check_a_sample_holds_what_the_record_says: {
-        "masks come in another order": broken.mapper_from("_masks", lambda masks: masks.flip(0)),
-        "keypoints are moved by half a pixel": broken.mapper_from("_keypoints", broken.half_a_pixel),
+        "masks come in another order": mapper_from("_masks", lambda masks: masks.flip(0)),
+        "keypoints are moved by half a pixel": mapper_from("_keypoints", half_a_pixel),
     },
 }
 
-
-def test_every_property_has_a_planted_defect():
-    assert list(DEFECTS) == CHECKS
-
-
-FIRST, *OTHERS = defects_of(DEFECTS)
-
-
-@pytest.mark.parametrize(("check", "defect"), [FIRST])
-def test_planted_defect_is_caught(check, defect, monkeypatch):
-    defect(monkeypatch)
-    assert_caught(check)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("check", "defect"), OTHERS)
-def test_other_planted_defect_is_caught(check, defect, monkeypatch):
-    test_planted_defect_is_caught(check, defect, monkeypatch)
+test_property, test_planted_defect_is_caught = build_tests(globals(), DEFECTS)
