@@ -2,29 +2,22 @@
 
 MUTATIONS = {
     "plaintrain/accumulation.py": [
-        ("(end - start) / number", "1 / steps"),
+        ("(end - start) / len(samples), end", "1 / steps, end"),
         ('for name, value in loss_dict.items() if "loss" in name]', "for name, value in loss_dict.items()]"),
-    ],
-    "plaintrain/best.py": [
-        ('"loss" in name.rpartition("/")[2].partition("-")[0]', '"loss" in name'),
-        ("0 < self._patience <= self.num_waited", "0 < self._patience < self.num_waited"),
-        (
-            "value < self.value if lower else value > self.value",
-            "value > self.value if lower else value < self.value",
-        ),
-        ('= state_dict["num_waited"], state_dict["seen"]', '= 0, state_dict["seen"]'),
-        ("iteration <= self._seen:", "iteration < self._seen:"),
     ],
     "plaintrain/changes.py": [
         ("class_names, strict=True)", "class_names, strict=False)"),
     ],
     "plaintrain/checkpoint.py": [
-        ('"log_window": get_event_storage().window()', '"log_window": {}'),
         ('load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
         (
             ("            self._background.wait()\n            data = self._host_copy(data)"),
             "            data = self._host_copy(data)",
         ),
+        ("average_norm_buffers(state)  # all ranks", "pass"),
+        (("        self._delete_temporary()\n        if not every"), "        if not every"),
+        ("if error is None or isinstance(error, Stopped):", "if error is None:"),
+        ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
     ],
     "plaintrain/config.py": [
         ("if type(old) is type(value):", "if isinstance(value, type(old)):"),
@@ -160,6 +153,16 @@ MUTATIONS = {
     "plaintrain/data/yolo.py": [
         ("key=lambda item: int(item[0])", "key=lambda item: str(item[0])"),
         ("range(len(parts) - 2, -1, -1)", "range(len(parts) - 1)"),
+    ],
+    "plaintrain/early_stopping.py": [
+        ('"loss" in name.rpartition("/")[2].partition("-")[0]', '"loss" in name'),
+        ("0 < self._patience <= self.num_waited", "0 < self._patience < self.num_waited"),
+        (
+            "value < self.value if lower else value > self.value",
+            "value > self.value if lower else value < self.value",
+        ),
+        ('self.num_waited = state_dict["num_waited"]', "self.num_waited = 0"),
+        ("iteration <= self._seen:", "iteration < self._seen:"),
     ],
     "plaintrain/ema.py": [
         ("use_buffers=True", "use_buffers=False"),
@@ -315,13 +318,13 @@ MUTATIONS = {
         ('m.flip(-1) if sample["flipped"] else m for m', "m for m"),
     ],
     "plaintrain/nonfinite.py": [
-        (("        _copy(self._buffers, self._before)\n        total"), "        total"),
+        (("        _copy(self._buffers, self._before)\n        self"), "        self"),
         ("if comm.any_rank(bad):", "if bad:"),
-        (("        self.counts = self.counts[0], 0\n"), ""),
+        (("        self.num_in_row = 0\n        self._remember"), "        self._remember"),
+        ("register_load_state_dict_post_hook(self._remember_buffers)", "modules()"),
+        ("norm_too=not self._scaler.is_enabled()", "norm_too=True"),
     ],
-    "plaintrain/precision.py": [
-        ("norm_too=not scaler.is_enabled()", "norm_too=True"),
-    ],
+    "plaintrain/precision.py": [],
     "plaintrain/predict.py": [
         ('averaged = ema.ENABLED and ema.EVALUATE == "averaged"', "averaged = False"),
     ],
@@ -401,6 +404,7 @@ MUTATIONS = {
             'return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)',
             'return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF',
         ),
+        ("for buffer, value in zip(buffers if own else [], own, strict=True)", "for buffer, value in ()"),
     ],
     "plaintrain/utils/event_files.py": [
         ("e.step < start_iter)", "e.step <= start_iter)"),
@@ -440,16 +444,13 @@ MUTATIONS = {
     "plaintrain/utils/memory.py": [
         ('(2**20 if sys.platform == "darwin" else 2**10)', "2**20"),
     ],
-    "plaintrain/utils/periodic.py": [
-        ("**{**self._given, **kwargs}", "**kwargs"),
-        ("if error is None or isinstance(error, Stopped):", "if error is None:"),
-    ],
     "plaintrain/utils/reading.py": [
         ('os.path.join(os.path.abspath(folder), "")', "os.path.abspath(folder)"),
     ],
     "plaintrain/utils/state.py": [
         (("            group.update(options)\n"), ("            pass\n")),
         ("saved[comm.get_rank()]", "saved[0]"),
+        ('"storage"] = {"iteration": data["iteration"], ', '"storage"] = {"iteration": 0, '),
     ],
     "plaintrain/utils/storage.py": [
         ('("loss" in name or name == "grad_norm")', '"loss" in name'),
@@ -500,33 +501,36 @@ MUTATIONS = {
         ("[min(max(share, 0), 1) for share in shares]", "shares"),
     ],
     "scripts/epoch_train_net.py": [
-        ("start_epoch=start_iter // per_epoch)", "start_epoch=-(-start_iter // per_epoch))"),
-        ("write = every(cfg.LOG_PERIOD, iteration) and not last", "write = every(cfg.LOG_PERIOD, iteration)"),
+        ("is_end and validates_after(cfg, epoch)", "validates_after(cfg, epoch)"),
+        ("or (is_end and epoch >= 0)", "or False"),
         (
-            "any(every(period, i, start=start) for i in iterations)",
-            "every(period, iterations[-1], start=start)",
+            "any(every(cfg.TEST.EVAL_PERIOD, i, start=cfg.TEST.EVAL_START) for i in iterations)",
+            "every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)",
         ),
     ],
     "scripts/plain_train_net.py": [
-        (("            scaler.unscale_(optimizer)\n"), ""),
-        (("            optimizer.zero_grad()\n"), ""),
-        ('state.get("iteration", -1) + 1', 'max(0, state.get("iteration", -1))'),
+        (("    amp.scaler.unscale_(optimizer)\n"), ""),
+        (("    optimizer.zero_grad()\n"), ""),
+        ('.get("iteration", -1) + 1', '.get("iteration", 0)'),
+        ("metrics |= do_validate(cfg, eval_model)", "do_validate(cfg, eval_model)"),
+        ("comm.reduce_dict(losses)", "dict(losses)"),
+        ("return Due(save=True, stop=True)", "return Due(stop=True)"),
+        (("        if start_iter > 0:\n"), ("        if start_iter < 0:\n")),
         (
-            "best.update(iteration, {**losses, **flatten_results(results)})",
-            "best.update(iteration, flatten_results(results))",
+            "every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)",
+            "every(cfg.TEST.EVAL_PERIOD, iteration)",
         ),
-        ("comm.reduce_dict(totals)", "dict(totals)"),
         (
-            "saver.step(iteration, now=late, due=due, skipped_steps",
-            "saver.step(iteration, now=late, skipped_steps",
+            (
+                "            if early_stopping.triggered:\n"
+                "                checkpointer.save_final()\n"
+                "                return results\n"
+            ),
+            "",
         ),
-        ("comm.average_buffers(model, ema.module)", "comm.average_buffers(model)"),
-        ("every(test.EVAL_PERIOD, iteration, start=test.EVAL_START)", "every(test.EVAL_PERIOD, iteration)"),
+        ("save = validate or test or every", "save = every"),
     ],
     "scripts/predict.py": [
         ('select(found, found["scores"] >= args.threshold)', "found"),
-    ],
-    "scripts/test_net.py": [
-        ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
     ],
 }

@@ -15,7 +15,7 @@ from processes import save
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from plaintrain.accumulation import add_scaled, split_batch, sum_losses
+from plaintrain.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 from plaintrain.config import get_cfg
 from plaintrain.data import cache
 from plaintrain.data.cache import cached_records
@@ -74,15 +74,18 @@ def collect(args):
     for tensor in model.state_dict().values():
         tensor.fill_(rank + 1)
     model[1].running_var[1] = 5 * rank
-    comm.average_buffers(model)
-    comm.average_buffers(nn.Linear(1, 1))
-    comm.synchronize()
+    with comm.averaged_norm_buffers(model):
+        state = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+    with comm.averaged_norm_buffers(nn.Linear(1, 1)):
+        comm.synchronize()
     one, other = nn.BatchNorm1d(1), nn.Sequential(nn.BatchNorm1d(1))
     one.running_mean.fill_(rank)
     other[0].running_mean.fill_(10 + 4 * rank)
     averaged, all_reduce = [], dist.all_reduce
     dist.all_reduce = lambda *args: (averaged.append(args[0].numel()), all_reduce(*args))
-    comm.average_buffers(one, other, one)
+    norms = nn.ModuleList([one, other])
+    with comm.averaged_norm_buffers(norms):
+        means = [norms[0].running_mean.item(), norms[1][0].running_mean.item()]
     dist.all_reduce = all_reduce
     names = ("loss_a", "accuracy", "loss_b")
     comm.check_loss_names(dict.fromkeys(names if rank else reversed(names)))
@@ -98,9 +101,10 @@ def collect(args):
         "broadcast from 1": comm.broadcast(rank, src=1),
         "seed": comm.shared_random_seed(),
         "flags": [comm.any_rank(flag) for flag in (False, rank == 0, rank == 1, True)],
-        "means": [one.running_mean.item(), other[0].running_mean.item()],
+        "means": means,
+        "own means": [one.running_mean.item(), other[0].running_mean.item()],
         "averaged": averaged,
-        "state": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
+        "state": state,
     }
     Path(args.folder, f"rank-{rank}.json").write_text(json.dumps(facts, default=torch.Tensor.item))
 
@@ -187,12 +191,12 @@ def make_retinanet():
 def backward_in_parts(model, batch, steps):
     """The losses of a batch, after backward, as the training loop computes them."""
     totals = {}
-    for samples, share, context in split_batch(model, batch, steps):
-        with context:
+    for samples, weight, is_last in split_batch(batch, steps):
+        with sync_gradients(model, is_last):
             loss_dict = model(samples)
-        losses = sum_losses(loss_dict)
-        (losses * share).backward()
-        totals = add_scaled(totals, {"total_loss": losses, **loss_dict}, share)
+            losses = sum_losses(loss_dict)
+            (losses * weight).backward()
+        totals = add_losses(totals, {"total_loss": losses, **loss_dict}, weight)
     return totals
 
 
@@ -239,7 +243,9 @@ def no_loss_at_all(args):
 def _step(args, *names):
     layer = nn.Linear(2, 1)
     try:
-        total = sum_losses({name: layer(torch.ones(1, 2)).sum() for name in names})
+        loss_dict = {name: layer(torch.ones(1, 2)).sum() for name in names}
+        comm.check_loss_names(loss_dict)
+        total = sum_losses(loss_dict)
     except UserError as e:
         save(args, str(e))
         raise
@@ -254,7 +260,7 @@ def average_a_wrapped_model(args):
     model = create_ddp_model(layer)
     ema = ModelEMA(model, decay=0.5, warmup=False)
     for _ in range(2):
-        ema.update()
+        ema.update(model)
         layer.weight.data += 1
     own = type(ema.module).__name__, ema.module.weight.item()
     save(args, {"names": sorted(ema.state_dict()), "own": own, "wrapped": isinstance(model, type(layer))})

@@ -9,18 +9,21 @@ import torch
 from processes import Job
 from rank_functions import backward_in_parts, gradients, make_batch, make_retinanet
 
-from plaintrain.accumulation import add_scaled, split_batch, sum_losses
+from plaintrain.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 
 
 @pytest.mark.parametrize(("number", "steps"), [(1, 2), (7, 1), (7, 3), (8, 3), (8, 8), (8, 20)])
 def test_split_batch_gives_nearly_equal_micro_batches_in_order(number, steps):
     batch = list(range(number))
-    micro_batches, weights, contexts = zip(*split_batch(None, batch, steps), strict=True)
+    micro_batches, weights, are_last = zip(*split_batch(batch, steps), strict=True)
     assert [image for micro_batch in micro_batches for image in micro_batch] == batch
     sizes = [len(micro_batch) for micro_batch in micro_batches]
     assert len(sizes) == min(steps, number) and max(sizes) - min(sizes) <= 1
     assert list(weights) == [size / number for size in sizes]
-    assert all(isinstance(context, nullcontext) for context in contexts)
+    assert list(are_last) == [False] * (len(sizes) - 1) + [True]
+    assert all(
+        isinstance(sync_gradients(torch.nn.Linear(1, 1), is_last), nullcontext) for is_last in are_last
+    )
 
 
 def train_with_sgd(model, batches, steps):
@@ -58,17 +61,16 @@ def test_sum_losses_adds_what_is_named_loss_of_any_type():
         assert total.item() == 4.0 + float(other) and value.grad == 4
 
 
-def test_add_scaled_adds_by_name_with_a_weight_and_without_the_graph():
+def test_add_losses_adds_by_name_with_a_weight_and_without_the_graph():
     first = {"loss": torch.tensor(2.0, requires_grad=True), "accuracy": torch.tensor(8.0)}
     second = {"loss": torch.tensor(6.0), "accuracy": torch.tensor(4.0), "positives": torch.tensor(4.0)}
     empty = {}
-    half = add_scaled(empty, first, 0.25)
-    whole = add_scaled(half, second, 0.75)
+    half = add_losses(empty, first, 0.25)
+    whole = add_losses(half, second, 0.75)
     assert half == {"loss": 0.5, "accuracy": 2.0}
     assert whole == {"loss": 5.0, "accuracy": 5.0, "positives": 3.0}
     assert empty == {} and not any(value.requires_grad for value in (*half.values(), *whole.values()))
-    # Those of an undivided batch are not computed with.
-    assert add_scaled(empty, second, 1)["loss"] is second["loss"] and empty == {}
+    assert add_losses(empty, first, 1) == {"loss": 2.0, "accuracy": 8.0} and empty == {}
 
 
 def test_two_ranks_send_gradients_once_for_all_micro_batches(tmp_path):

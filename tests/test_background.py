@@ -9,7 +9,7 @@ import torch
 from processes import Process
 from torch import nn
 
-from plaintrain.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
+from plaintrain.checkpoint import TrainingCheckpointer
 from plaintrain.utils.background import Background, HostCopy
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.stop import Stopped
@@ -79,11 +79,10 @@ def disk(monkeypatch):
     disk.go.set()
 
 
-def make_saver(folder, *args, **kwargs):
+def make_saver(folder, **kwargs):
     """(model, saver) of a run that writes in the background."""
     model = nn.Linear(2, 2, bias=False)
-    checkpointer = DetectionCheckpointer(model, str(folder), asynchronous=True)
-    return model, PeriodicCheckpointer(checkpointer, *args, **kwargs)
+    return model, TrainingCheckpointer(model, str(folder), asynchronous=True, **kwargs)
 
 
 def names(folder):
@@ -91,16 +90,16 @@ def names(folder):
 
 
 def test_the_loop_does_not_wait_for_the_disk_and_what_it_changes_is_not_saved(tmp_path, disk):
-    model, saver = make_saver(tmp_path, 1)
+    model, saver = make_saver(tmp_path, period=1)
     for i in range(2):
         nn.init.constant_(model.weight, float(i))
-        saver.step(i)
+        saver.save_iteration(i)
         if i == 0:
             assert not (tmp_path / "model_0000000.pth").exists()
             # Before the second one is copied to the same memory, the first is written.
             threading.Timer(0.2, disk.go.set).start()
     nn.init.constant_(model.weight, 3.0)
-    saver.checkpointer.wait()
+    saver.wait()
     assert names(tmp_path) == ["last_checkpoint", "model_0000000.pth", "model_0000001.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
     for i in range(2):
@@ -108,26 +107,27 @@ def test_the_loop_does_not_wait_for_the_disk_and_what_it_changes_is_not_saved(tm
         assert saved["model"]["weight"].unique().tolist() == [i]
 
 
-def test_the_next_step_raises_what_failed_and_nothing_older_is_removed(tmp_path, disk):
-    _, saver = make_saver(tmp_path, 2, max_to_keep=1)
+def test_the_next_save_raises_what_failed_and_nothing_older_is_removed(tmp_path, disk):
+    _, saver = make_saver(tmp_path, period=2, max_to_keep=1)
     disk.go.set()
-    saver.step(1)
-    saver.checkpointer.wait()
+    saver.save_iteration(1)
+    saver.wait()
     disk.full = True
     disk.go.clear()
-    saver.step(3)
+    saver.save_iteration(3)
     disk.go.set()
     time.sleep(0.3)
     with pytest.raises(UserError, match=r"cannot write .*model_0000003.pth"):
-        saver.step(4)
+        saver.save_iteration(4)
     assert names(tmp_path) == ["last_checkpoint", "model_0000001.pth"]
-    assert saver.checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
+    assert saver.get_checkpoint_file().endswith("model_0000001.pth")
 
 
 def test_the_end_of_the_block_waits_for_the_last_file(tmp_path, disk):
-    _, saver = make_saver(tmp_path, 1, max_iter=1)
+    _, saver = make_saver(tmp_path, period=1)
     with saver:
-        saver.step(0)
+        saver.save_iteration(0)
+        saver.save_final()
         threading.Timer(0.2, disk.go.set).start()
     assert names(tmp_path) == ["last_checkpoint", "model_0000000.pth", "model_final.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
@@ -135,11 +135,11 @@ def test_the_end_of_the_block_waits_for_the_last_file(tmp_path, disk):
 
 @pytest.mark.parametrize(("ends", "told"), [(None, UserError), (Stopped, UserError), (KeyError, KeyError)])
 def test_the_end_of_the_block_raises_what_failed_unless_an_error_came_before(tmp_path, disk, log, ends, told):
-    _, saver = make_saver(tmp_path, 1)
+    _, saver = make_saver(tmp_path, period=1)
     disk.full = True
     disk.go.set()
     with pytest.raises(told), saver:
-        saver.step(0)
+        saver.save_iteration(0)
         if ends:
             raise ends
     assert ("cannot write" in log.text) == (told is KeyError)

@@ -7,7 +7,6 @@ from processes import Job
 from torch import nn
 
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def test_shared_random_seed_is_the_same_on_every_rank(ranks):
     assert ranks[0]["seed"] == ranks[1]["seed"] >= 0
 
 
-def test_average_buffers_averages_running_statistics_only(ranks):
+def test_averaged_norm_buffers_averages_running_statistics_only(ranks):
     for number, rank in enumerate(ranks):
         state = rank["state"]
         assert state["1.running_mean"] == [1.5, 1.5] and state["1.running_var"] == [1.5, 2.5]
@@ -51,8 +50,9 @@ def test_average_buffers_averages_running_statistics_only(ranks):
 def test_ranks_agree_on_a_flag_and_on_the_statistics_of_several_models(ranks):
     assert [rank["flags"] for rank in ranks] == [[False, True, True, True]] * 2
     assert [rank["means"] for rank in ranks] == [[0.5, 12.0]] * 2
-    # A model that is given twice is sent once, and all of them together.
+    # They are sent together, and are a rank's own again afterwards.
     assert [rank["averaged"] for rank in ranks] == [[4], [4]]
+    assert [rank["own means"] for rank in ranks] == [[0.0, 10.0], [1.0, 14.0]]
 
 
 def test_a_single_process_is_the_main_one_of_one_whatever_a_scheduler_says(monkeypatch):
@@ -69,17 +69,11 @@ def test_collectives_of_a_single_process_return_what_they_get():
     comm.synchronize()
     layer = nn.BatchNorm1d(1)
     layer.running_mean.fill_(3.0)
-    comm.average_buffers(layer, layer)
-    assert layer.running_mean.item() == 3.0
+    with comm.averaged_norm_buffers(layer):
+        assert layer.running_mean.item() == 3.0
     assert comm.any_rank(torch.tensor(1)) is True and comm.any_rank(0) is False
     seeds = set()
     for _ in range(20):
         torch.manual_seed(0)
         seeds.add(comm.shared_random_seed())
     assert len(seeds) > 15 and all(0 <= seed < 2**31 for seed in seeds)
-
-
-def test_check_loss_names_needs_a_loss():
-    assert comm.check_loss_names({"accuracy": 1.0, "b_loss": 1.0}) is None
-    with pytest.raises(UserError, match=r"nothing to minimise: no key of \['a', 'b'\] contains 'loss'"):
-        comm.check_loss_names({"b": 1.0, "a": 1.0})

@@ -41,7 +41,7 @@ def step(model, ema, *numbers):
     """Take a step to each of some numbers."""
     for number in numbers:
         fill(model, number)
-        ema.update()
+        ema.update(model)
 
 
 def averaged_over(numbers, **settings):
@@ -65,7 +65,7 @@ def test_average_of_every_tensor_is_as_by_hand():
         decay = min(0.3, (1 + step) / (10 + step)) if step else 0.0
         state = copy.deepcopy(model.state_dict())
         averages = {name: decay * averages.get(name, 0) + (1 - decay) * t for name, t in state.items()}
-        ema.update()
+        ema.update(model)
         assert ema.num_steps == step + 1
     averages["1.num_batches_tracked"] = torch.tensor(40)
     torch.testing.assert_close(ema.module.state_dict(), type(ema.module.state_dict())(averages))
@@ -93,15 +93,15 @@ def test_average_before_the_first_step_is_the_model_itself(evaluate, wrap):
     model = wrap(make_model())
     ema = ModelEMA(model, evaluate=evaluate)
     assert ema.num_steps == 0
-    assert ema.module is model and ema.evaluated is model
+    assert ema.module is model and ema.eval_model is model
 
 
 def test_disabled_average_keeps_nothing(log):
     model = make_model(1.0)
     ema = build_ema(get_cfg(), model)
-    ema.update()
+    ema.update(model)
     assert not ema.enabled and ema.num_steps == 0 and log.text == ""
-    assert ema.module is model and ema.evaluated is model
+    assert ema.module is model and ema.eval_model is model
     assert final_model(get_cfg(), ema) is None
     assert ema.state_dict() == {}
     ema.load_state_dict({})
@@ -117,7 +117,7 @@ def test_config_decides_which_weights_are_evaluated_and_final(log, evaluate, fin
     final_module = final_model(cfg, ema)
     step(model, ema, 1.0, 2.0)
     assert ema.module is not model and values(ema.module.state_dict()) == 1.5
-    assert ema.evaluated is (ema.module if evaluate == "averaged" else model)
+    assert ema.eval_model is (ema.module if evaluate == "averaged" else model)
     # It returns the weights of the moment when it is called.
     assert final_module is None if final == "raw" else final_module() is ema.module
 

@@ -166,7 +166,7 @@ def test_averaged_weights_are_taken_as_in_an_evaluation(tmp_path):
     torch.manual_seed(0)
     model = build_model(cfg)
     ema = ModelEMA(model)
-    ema.update()
+    ema.update(model)
     bias = model.roi_heads.box_predictor.cls_score.bias
     with torch.no_grad():
         bias += 1

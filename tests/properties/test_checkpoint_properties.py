@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from property_helpers import build_tests, for_all, patched
 from torch import nn
 
-from plaintrain.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
+from plaintrain.checkpoint import DetectionCheckpointer, TrainingCheckpointer
 from plaintrain.config import get_cfg
 from plaintrain.ema import ModelEMA
 from plaintrain.solver import LRScheduler, build_lr_scheduler, build_optimizer
@@ -134,7 +134,7 @@ class Training:
             scaler.step(optimizer)
             scaler.update()
             self.parts["scheduler"].step()
-            self.parts["ema"].update()
+            self.parts["ema"].update(self.model)
             losses.append(loss.item())
             self.iteration += 1
         return losses
@@ -242,34 +242,37 @@ def check_the_last_one_that_is_whole_is_resumed(iterations, share):
 
 @st.composite
 def runs(draw):
-    """(first iteration, period, last one or None, number to keep, iterations saved in any case)."""
+    """(first iteration, number of iterations, period, number to keep, iterations saved beside the period)."""
     start = draw(st.sampled_from([10**7 - 3, 0]))
     length, period = draw(st.integers(1, 12)), draw(st.sampled_from([1, 2, 3, 0]))
-    extra = draw(st.sets(st.integers(start, start + length - 1), max_size=2))
-    max_iter = start + length if draw(st.booleans()) else None
-    return start, period, length, max_iter, draw(st.integers(0, 3)), extra
+    extra = draw(st.sets(st.integers(start, start + length - 1), min_size=1, max_size=3))
+    return start, length, period, draw(st.integers(0, 3)), extra
 
 
 @for_all(runs())
 def check_exactly_the_newest_are_kept(run):
-    start, period, length, max_iter, keep, extra = run
-    saved = []
+    """Those of the period, as many as are to be kept, and the newest one, which becomes the final one."""
+    start, length, period, keep, extra = run
+    of_period = []
     with tempfile.TemporaryDirectory() as folder:
-        checkpointer = DetectionCheckpointer(nn.Linear(1, 1), folder)
-        periodic = PeriodicCheckpointer(checkpointer, period, max_iter, keep)
-        for i in range(start, start + length):
-            periodic.step(i, now=i in extra)
-            is_last = max_iter is not None and i == max_iter - 1
-            due = i in extra or (period > 0 and (i + 1) % period == 0)
-            assert periodic.is_due(i) == (is_last or (period > 0 and (i + 1) % period == 0))
-            saved += [i] * due
-            names = {f"model_{n:07d}.pth" for n in (saved[-keep:] if keep else saved)}
-            names |= {"model_final.pth"} if is_last else set()
+        checkpointer = TrainingCheckpointer(nn.Linear(1, 1), folder, period=period, max_to_keep=keep)
+
+        def check(names, newest):
             assert {name for name in os.listdir(folder) if re.fullmatch(r"model_.*\.pth", name)} == names
             for name in names:
                 number = re.search(r"\d+", name)
                 data = checkpointer.load(os.path.join(folder, name))
-                assert data["iteration"] == (int(number.group()) if number else i)
+                assert data["iteration"] == (int(number.group()) if number else newest)
+
+        for i in range(start, start + length):
+            is_due = period > 0 and (i + 1) % period == 0
+            if is_due or i in extra:
+                checkpointer.save_iteration(i)
+                of_period = [*of_period, *([i] * is_due)][-keep:]
+                check({f"model_{n:07d}.pth" for n in {*of_period, i}}, i)
+                newest = i
+        checkpointer.save_final()
+        check({"model_final.pth", *(f"model_{n:07d}.pth" for n in of_period)}, newest)
 
 
 def _mapped(value, change):
@@ -358,24 +361,23 @@ def damage_is_silent(patch):
     patch.setattr(torch, "load", load)
 
 
-def periodic_with(**more):
-    """A defect that adds to arguments of `PeriodicCheckpointer`."""
+def training_checkpointer_with(**more):
+    """A defect that adds to arguments of `TrainingCheckpointer`."""
 
     def defect(patch):
-        original = PeriodicCheckpointer.__init__
+        original = TrainingCheckpointer.__init__
 
-        def init(self, checkpointer, period, max_iter=None, max_to_keep=0, **options):
-            period, max_to_keep = period + more.get("period", 0), max_to_keep + more.get("max_to_keep", 0)
-            original(self, checkpointer, period, max_iter, max_to_keep, **options)
+        def init(self, *args, **options):
+            original(self, *args, **{name: value + more.get(name, 0) for name, value in options.items()})
 
-        patch.setattr(PeriodicCheckpointer, "__init__", init)
+        patch.setattr(TrainingCheckpointer, "__init__", init)
 
     return defect
 
 
 def steps_counted_from_one(patch):
-    original = PeriodicCheckpointer.step
-    patch.setattr(PeriodicCheckpointer, "step", lambda self, i, **options: original(self, i + 1, **options))
+    original = TrainingCheckpointer.save_iteration
+    patch.setattr(TrainingCheckpointer, "save_iteration", lambda self, i: original(self, i + 1))
 
 
 def sorted_as_text(patch):
@@ -432,10 +434,10 @@ DEFECTS = {
         "a damaged file counts as empty": damage_is_silent,
     },
     check_exactly_the_newest_are_kept: {
-        "one too many is kept": periodic_with(max_to_keep=1),
-        "the period is one longer": periodic_with(period=1),
+        "one too many is kept": training_checkpointer_with(max_to_keep=1),
+        "the period is one longer": training_checkpointer_with(period=1),
         "counting starts at one": steps_counted_from_one,
-        "there is no final one": patched(PeriodicCheckpointer, "finish", lambda self, i, **_: None),
+        "there is no final one": patched(TrainingCheckpointer, "save_final", lambda self: None),
         "names are sorted as text": sorted_as_text,
     },
 }
