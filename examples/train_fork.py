@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from plaintrain import data, engine, evaluation, modeling, solver
-from plaintrain.checkpoint import build_checkpointer
 from plaintrain.data.shapes import CLASSES, load_shapes
 from plaintrain.report.after_training import make_report_if_wanted
+from plaintrain.run_checkpointer import build_checkpointer
 from plaintrain.utils import comm
 from plaintrain.utils.events import EventStorage, closing_all, every, write_all
 
@@ -77,7 +77,7 @@ def do_train(cfg, model, resume):
     data_loader = data.build_detection_train_loader(cfg)
     storage = EventStorage()
     states = {"optimizer": optimizer, "scheduler": scheduler, "data_loader": data_loader, "storage": storage}
-    checkpointer = build_checkpointer(cfg, model, CLASSES, **states)
+    checkpointer = build_checkpointer(cfg, model, **states)
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
     with storage, closing_all(engine.build_writers(cfg)) as writers, checkpointer:
         for iteration, samples in data_loader.iterations(start_iter, cfg.SOLVER.MAX_ITER):

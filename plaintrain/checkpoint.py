@@ -3,12 +3,10 @@
 import logging
 import os
 
-from plaintrain.ema import final_model
 from plaintrain.utils import comm
 from plaintrain.utils.background import Background, HostCopy
 from plaintrain.utils.checkpoint_files import (
     checkpoint_files,
-    delete_checkpoint,
     link_checkpoint,
     prune_checkpoints,
     read_checkpoint,
@@ -29,11 +27,9 @@ from plaintrain.utils.state import (
     plain,
     take_norm_buffers,
 )
-from plaintrain.utils.stop import Stopped
-from plaintrain.utils.storage import every
 from plaintrain.weights import averaged_state, fetch_weights, load_weights
 
-__all__ = ["DetectionCheckpointer", "PeriodicCheckpointer", "TrainingCheckpointer", "build_checkpointer"]
+__all__ = ["DetectionCheckpointer", "PeriodicCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
@@ -235,100 +231,3 @@ class DetectionCheckpointer:
         if averaged and data.get("ema"):
             self.model.load_state_dict(averaged_state(data["ema"]))
             logger.info("its averaged weights are taken")
-
-
-class TrainingCheckpointer(DetectionCheckpointer):
-    """The checkpoints of a run: numbered ones, and `model_final` at its end.
-
-    As a context manager it waits, at the end of its block, until the last file is whole.
-    """
-
-    def __init__(self, model, save_dir, *, period=0, max_to_keep=0, final_model=None, **kwargs):
-        """
-        Args:
-            model, save_dir, kwargs: see `DetectionCheckpointer`.
-            period: checkpoints that are not due by it, such as before an evaluation, are deleted once the
-                next one is written.
-            max_to_keep: numbered checkpoints to keep; 0 keeps all.
-            final_model: function to the module whose weights become `model_final`, beside a numbered
-                checkpoint to resume from; None makes the last checkpoint itself `model_final`.
-        """
-        super().__init__(model, save_dir, **kwargs)
-        self._period = period
-        self._max_to_keep = max_to_keep
-        self._final_model = final_model
-        self._temporary = None
-
-    def save_iteration(self, iteration):
-        """Save everything as `model_ITERATION`; all ranks call it after that iteration (from 0)."""
-        self.save(checkpoint_name(iteration), iteration=iteration)
-        self._delete_temporary()
-        if not every(self._period, iteration):
-            self._temporary = iteration
-        elif self._max_to_keep:
-            self.prune(self._max_to_keep)
-
-    def save_final(self):
-        """Write `model_final` from the newest checkpoint, or with the weights of `final_model`."""
-        if self._final_model is not None:
-            self.save_weights("model_final", self._final_model())
-        elif self.resumed_from != "model_final.pth":
-            self.link(checkpoint_name(self.iteration), "model_final")
-            self._delete_temporary()
-
-    def _delete_temporary(self):
-        if self._temporary is not None:
-            self.in_order(delete_checkpoint, self.save_dir, checkpoint_name(self._temporary) + ".pth")
-            self._temporary = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error_type, error, traceback):
-        try:
-            self.wait()
-        except UserError as e:
-            # What ended the block before is what is to be told.
-            if error is None or isinstance(error, Stopped):
-                raise
-            logger.error(str(e))
-
-
-def build_checkpointer(cfg, model, class_names=None, **checkpointables):
-    """Build the `TrainingCheckpointer` of SOLVER.* and OUTPUT_DIR.
-
-    Args:
-        cfg: SOLVER.CHECKPOINT_PERIOD, CHECKPOINT_MAX_TO_KEEP and ASYNC_CHECKPOINT, MODEL.EMA.
-        model: see `DetectionCheckpointer`.
-        class_names: those of the training data, kept in each file.
-        checkpointables: `name=object`; "ema" may be a `ModelEMA`.
-    """
-    return TrainingCheckpointer(
-        model,
-        cfg.OUTPUT_DIR,
-        period=cfg.SOLVER.CHECKPOINT_PERIOD,
-        max_to_keep=cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP,
-        final_model=final_model(cfg, checkpointables["ema"]) if "ema" in checkpointables else None,
-        about={"config": cfg.dump(), "class_names": class_names},
-        asynchronous=cfg.SOLVER.ASYNC_CHECKPOINT,
-        **checkpointables,
-    )
-
-
-def load_for_evaluation(cfg, model, class_names, *, resume):
-    """Load MODEL.WEIGHTS, or the last checkpoint of OUTPUT_DIR, averaged as MODEL.EMA says.
-
-    Args:
-        cfg: the config.
-        model: the module.
-        class_names: the dataset's, to take published classes by name.
-        resume: take the last checkpoint.
-
-    Raises:
-        UserError: there is no checkpoint, or the weights cannot be used.
-    """
-    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
-    if resume and not checkpointer.has_checkpoint():
-        raise UserError(f"--resume: there is no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS instead")
-    averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, class_names=class_names, averaged=averaged)

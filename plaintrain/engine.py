@@ -45,7 +45,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # What a loop does or leaves out; whatever else the config says is done by the functions that it calls.
-LOOP_OPTIONS = (
+LOOP_OPTIONS = [
     "DEBUG.DUMP_BAD_BATCH",
     "MODEL.EMA.ENABLED",
     "SOLVER.ACCUMULATE_STEPS",
@@ -62,7 +62,7 @@ LOOP_OPTIONS = (
     "TEST.EXPECTED_RESULTS",
     "TEST.VAL_LOSS_PERIOD",
     "WORKFLOW",
-)
+]
 
 
 def load_cfg(args):

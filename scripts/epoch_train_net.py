@@ -17,13 +17,13 @@ if __name__ == "__main__":
     # Parsed here, so that --help does not wait for the imports of torch below.
     args = default_argument_parser(epilog=__doc__).parse_args()
 
-from plaintrain import checkpoint, data, engine, evaluation, modeling, precision, solver
+from plaintrain import data, engine, evaluation, modeling, precision, run_checkpointer, solver
 from plaintrain.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 from plaintrain.early_stopping import EarlyStopping
 from plaintrain.ema import build_ema
 from plaintrain.nonfinite import build_nonfinite_guard
 from plaintrain.report.after_training import make_report_if_wanted
-from plaintrain.schedule import Due, every, validates_after
+from plaintrain.schedule import Due, epoch_ranges, every, validates_after
 from plaintrain.testing import do_test, evaluate
 from plaintrain.trial import finish_dry_run
 from plaintrain.utils import comm
@@ -88,8 +88,7 @@ def do_train(cfg, model, resume=False):
 
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler, "ema": ema}
     states |= {"data_loader": data_loader, "nonfinite": nonfinite, "early_stopping": early_stopping}
-    class_names = data.get_class_names(cfg.DATASETS.TRAIN)
-    checkpointer = checkpoint.build_checkpointer(cfg, model, class_names, storage=storage, **states)
+    checkpointer = run_checkpointer.build_checkpointer(cfg, model, storage=storage, **states)
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
     iters_per_epoch = data_loader.iters_per_epoch
     logger.info(f"starting training from iteration {start_iter}, {iters_per_epoch} an epoch")
@@ -97,22 +96,20 @@ def do_train(cfg, model, resume=False):
     with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
         # WORKFLOW may begin with a validation. A resumed run first does what its checkpoint precedes.
         results = {}
-        iteration = start_iter - 1
-        actions = due(cfg, iteration, iters_per_epoch)
+        actions = due(cfg, start_iter - 1, iters_per_epoch)
         if actions.validate or actions.test:
-            results |= evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
+            results |= evaluate(cfg, ema.eval_model, start_iter - 1, actions, early_stopping, checkpointer)
         if actions.log:
             write_all(writers)
 
-        while start_iter < cfg.SOLVER.MAX_ITER and not early_stopping.triggered:
-            epoch = start_iter // iters_per_epoch
-            end_iter = min((epoch + 1) * iters_per_epoch, cfg.SOLVER.MAX_ITER)
+        for epoch, first, end in epoch_ranges(start_iter, cfg.SOLVER.MAX_ITER, iters_per_epoch):
+            if early_stopping.triggered:
+                break
             start_time = perf_counter()
-            for iteration, samples in data_loader.iterations(start_iter, end_iter, desc=f"epoch {epoch}"):
+            for iteration, samples in data_loader.iterations(first, end, desc=f"epoch {epoch}"):
                 data_time = perf_counter() - start_time
                 storage.iter = iteration
-                stopping = stop.requested_on_any_rank()  # all ranks
-                actions = due(cfg, iteration, iters_per_epoch, stopping)
+                actions = due(cfg, iteration, iters_per_epoch, stop.requested_on_any_rank())  # all ranks
 
                 micro_batches = split_batch(samples, cfg.SOLVER.ACCUMULATE_STEPS)
                 losses = train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite)
@@ -134,7 +131,6 @@ def do_train(cfg, model, resume=False):
                 if actions.stop:
                     return results
                 start_time = perf_counter()
-            start_iter = end_iter
         checkpointer.save_final()
     return results
 
@@ -151,7 +147,7 @@ def main(args):
     logger.info(f"model:\n{model}")
     if args.eval_only:
         class_names = data.get_class_names(cfg.DATASETS.TEST)
-        checkpoint.load_for_evaluation(cfg, model, class_names, resume=args.resume)
+        run_checkpointer.load_for_evaluation(cfg, model, class_names, resume=args.resume)
         results = do_test(cfg, model)
     else:
         results = do_train(cfg, engine.create_ddp_model(model), resume=args.resume)

@@ -21,7 +21,6 @@ if __name__ == "__main__":
     args = default_argument_parser(epilog=__doc__).parse_args()
 
 from plaintrain.accumulation import add_losses, split_batch, sum_losses, sync_gradients
-from plaintrain.checkpoint import build_checkpointer, load_for_evaluation
 from plaintrain.config import get_cfg
 from plaintrain.data import (
     build_detection_test_loader,
@@ -42,6 +41,7 @@ from plaintrain.modeling import build_model, build_tta
 from plaintrain.nonfinite import build_nonfinite_guard
 from plaintrain.precision import build_amp, build_test_autocast
 from plaintrain.report.after_training import make_report_if_wanted
+from plaintrain.run_checkpointer import build_checkpointer, load_for_evaluation
 from plaintrain.schedule import Due, every
 from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from plaintrain.testing import do_validate
@@ -150,18 +150,21 @@ def do_train(cfg, model, resume=False):
     nonfinite = build_nonfinite_guard(cfg, model, data_loader, amp.scaler)
     early_stopping = EarlyStopping(cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
     storage = EventStorage()
-    writers = build_writers(cfg)
 
     # Saved and restored by name, with the model and the random state of each rank.
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler, "ema": ema}
     states |= {"data_loader": data_loader, "nonfinite": nonfinite, "early_stopping": early_stopping}
-    class_names = get_class_names(cfg.DATASETS.TRAIN)
-    checkpointer = build_checkpointer(cfg, model, class_names, storage=storage, **states)
+    checkpointer = build_checkpointer(cfg, model, storage=storage, **states)
     # Only a resumed checkpoint has an iteration; other weights start at 0.
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
     logger.info(f"starting training from iteration {start_iter} of {cfg.SOLVER.MAX_ITER}")
 
-    with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
+    with (
+        StopSignal(cfg.SOLVER.MAX_TIME) as stop,  # Ctrl-C, SIGTERM or the end of the time
+        storage,
+        closing_all(build_writers(cfg)) as writers,
+        checkpointer,  # waits for its last file
+    ):
         results = {}
         if start_iter > 0:
             # The checkpoint is from before the evaluation and log of its iteration: do these, maybe again.
@@ -171,16 +174,14 @@ def do_train(cfg, model, resume=False):
                 results |= evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
             if actions.log:
                 write_all(writers)
-            if early_stopping.triggered:
-                checkpointer.save_final()
-                return results
+        # A run that early stopping has ended trains no further: the range is empty.
+        end_iter = start_iter if early_stopping.triggered else cfg.SOLVER.MAX_ITER
 
-        start_time = perf_counter()
-        for iteration, samples in data_loader.iterations(start_iter, cfg.SOLVER.MAX_ITER):
-            data_time = perf_counter() - start_time
+        start = perf_counter()
+        for iteration, samples in data_loader.iterations(start_iter, end_iter):
+            data_time = perf_counter() - start
             storage.iter = iteration
-            stopping = stop.requested_on_any_rank()  # all ranks; this iteration is still finished
-            actions = due(cfg, iteration, stopping)
+            actions = due(cfg, iteration, stopping=stop.requested_on_any_rank())  # all ranks
 
             micro_batches = split_batch(samples, cfg.SOLVER.ACCUMULATE_STEPS)
             losses = train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite)  # all ranks
@@ -189,9 +190,8 @@ def do_train(cfg, model, resume=False):
             storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
             scheduler.step()
 
-            # Losses stay on the device until someone reads them from the storage.
-            reduced_losses = comm.reduce_dict(losses)  # all ranks
-            storage.put_scalars(**reduced_losses, time=perf_counter() - start_time, data_time=data_time)
+            # All ranks. Losses stay on the device until someone reads them from the storage.
+            storage.put_scalars(**comm.reduce_dict(losses), time=perf_counter() - start, data_time=data_time)
             if actions.save or actions.log:
                 # Raise on all ranks if a loss or norm since the last save or log is NaN on any rank.
                 nonfinite.raise_if_found(storage)  # device sync
@@ -207,7 +207,7 @@ def do_train(cfg, model, resume=False):
                 return results  # unfinished: no final checkpoint
             if early_stopping.triggered:
                 break
-            start_time = perf_counter()
+            start = perf_counter()
         checkpointer.save_final()  # all ranks
     return results
 

@@ -30,12 +30,12 @@ if __name__ == "__main__":
     )
     args = parser.parse_args()
 
-from plaintrain.checkpoint import load_for_evaluation
 from plaintrain.data.catalog import class_names
 from plaintrain.engine import default_setup, launch, load_cfg
 from plaintrain.evaluation import build_evaluator, read_predictions, report_results, verify_results
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE
 from plaintrain.modeling import build_model
+from plaintrain.run_checkpointer import load_for_evaluation
 from plaintrain.testing import do_test
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError

@@ -9,7 +9,7 @@ import torch
 from processes import Process
 from torch import nn
 
-from plaintrain.checkpoint import TrainingCheckpointer
+from plaintrain.run_checkpointer import TrainingCheckpointer
 from plaintrain.utils.background import Background, HostCopy
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.stop import Stopped

@@ -8,16 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from plaintrain.checkpoint import (
-    DetectionCheckpointer,
-    PeriodicCheckpointer,
-    TrainingCheckpointer,
-    build_checkpointer,
-)
+from plaintrain.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
 from plaintrain.config import get_cfg
 from plaintrain.early_stopping import EarlyStopping
 from plaintrain.ema import build_ema
 from plaintrain.nonfinite import NonfiniteGuard
+from plaintrain.run_checkpointer import TrainingCheckpointer, build_checkpointer
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write, move_old_run
@@ -456,14 +452,14 @@ def test_config_of_checkpoints(tmp_path):
     cfg, model = get_cfg(), make_model()
     cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
     cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "MODEL.EMA.ENABLED", True])
-    saver = build_checkpointer(cfg, model, ["cat"], ema=build_ema(cfg, model))
+    saver = build_checkpointer(cfg, model, ema=build_ema(cfg, model))
     for i in (1, 3, 5):
         saver.save_iteration(i)
     saver.save_final()
     assert names(tmp_path) == ["last_checkpoint", "model_0000005.pth", "model_final.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000005.pth"
     saved = read(tmp_path / "model_0000005.pth")
-    assert (saved["config"], saved["class_names"]) == (cfg.dump(), ["cat"])
+    assert (saved["config"], saved["class_names"]) == (cfg.dump(), None)
 
 
 def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path, saves):

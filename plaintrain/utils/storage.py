@@ -15,7 +15,6 @@ _STORAGES = []
 # Tensors are fetched at the latest when this many scalars wait, so memory stays bounded.
 _MAX_PENDING = 10_000
 _MAX_IMAGES = 100
-# Values of a scalar that are saved: the window of the writers.
 _WINDOW_SIZE = 20
 
 
@@ -99,8 +98,7 @@ class EventStorage:
         self.clear_images()
         self.clear_histograms()
         # The names of the scalars that no writer has read, and when one has read last.
-        self._unwritten = set()
-        self._read_at = -1
+        self._unwritten, self._read_at = set(), -1
 
     def state_dict(self):
         """Return the log window, so that the medians of a resumed run continue; a device sync.

@@ -15,10 +15,10 @@ from processes import EPOCHS, STEP, Run
 from run_files import differences, lines, newest_checkpoint, read_values
 
 from plaintrain import checkpoint, evaluation
-from plaintrain.checkpoint import TrainingCheckpointer
 from plaintrain.data.train_loader import TrainLoader
 from plaintrain.ema import ModelEMA
 from plaintrain.evaluation.coco import COCOEvaluator
+from plaintrain.run_checkpointer import TrainingCheckpointer
 from plaintrain.utils import comm
 
 NAMES = list(MIXES)

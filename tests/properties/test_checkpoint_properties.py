@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from property_helpers import build_tests, for_all, patched
 from torch import nn
 
-from plaintrain.checkpoint import DetectionCheckpointer, TrainingCheckpointer
+from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
 from plaintrain.ema import ModelEMA
+from plaintrain.run_checkpointer import TrainingCheckpointer
 from plaintrain.solver import LRScheduler, build_lr_scheduler, build_optimizer
 from plaintrain.utils import checkpoint_files
 from plaintrain.utils.background import Background, HostCopy
