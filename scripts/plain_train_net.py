@@ -150,6 +150,7 @@ def do_train(cfg, model, resume=False):
     nonfinite = build_nonfinite_guard(cfg, model, data_loader, amp.scaler)
     early_stopping = EarlyStopping(cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
     storage = EventStorage()
+    writers = build_writers(cfg)
 
     # Saved and restored by name, with the model and the random state of each rank.
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler, "ema": ema}
@@ -159,12 +160,7 @@ def do_train(cfg, model, resume=False):
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
     logger.info(f"starting training from iteration {start_iter} of {cfg.SOLVER.MAX_ITER}")
 
-    with (
-        StopSignal(cfg.SOLVER.MAX_TIME) as stop,  # Ctrl-C, SIGTERM or the end of the time
-        storage,
-        closing_all(build_writers(cfg)) as writers,
-        checkpointer,  # waits for its last file
-    ):
+    with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
         results = {}
         if start_iter > 0:
             # The checkpoint is from before the evaluation and log of its iteration: do these, maybe again.
@@ -203,12 +199,13 @@ def do_train(cfg, model, resume=False):
                 results |= evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
             if actions.log:
                 write_all(writers)
-            if actions.stop:
-                return results  # unfinished: no final checkpoint
-            if early_stopping.triggered:
+            if actions.stop or early_stopping.triggered:
                 break
             start = perf_counter()
-        checkpointer.save_final()  # all ranks
+
+        # A run that was told to stop is unfinished.
+        if not actions.stop:
+            checkpointer.save_final()  # all ranks
     return results
 
 
