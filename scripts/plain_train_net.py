@@ -164,10 +164,9 @@ def do_train(cfg, model, resume=False):
         results = {}
         if start_iter > 0:
             # The checkpoint is from before the evaluation and log of its iteration: do these, maybe again.
-            iteration = start_iter - 1
-            actions = due(cfg, iteration)
+            actions = due(cfg, start_iter - 1)
             if actions.validate or actions.test:
-                results |= evaluate(cfg, ema.eval_model, iteration, actions, early_stopping, checkpointer)
+                results = evaluate(cfg, ema.eval_model, start_iter - 1, actions, early_stopping, checkpointer)
             if actions.log:
                 write_all(writers)
         # A run that early stopping has ended trains no further: the range is empty.
