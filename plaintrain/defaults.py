@@ -383,7 +383,7 @@ _C.SOLVER.BY_EPOCH = False
 # Seconds, from the start of the process' training, after which a run stops with a checkpoint: after the
 # step, or the evaluation, in which they are over. --resume goes on. 0: no limit.
 _C.SOLVER.MAX_TIME = 0.0
-# Parts that a rank's share of the batch is computed in, one after the other, for one step: less memory.
+# Micro-batches that a rank's batch is split into, computed one after the other: less memory.
 _C.SOLVER.ACCUMULATE_STEPS = 1
 # The run ends after this many evaluations in a row without a new best TEST.BEST_METRIC; 0: never.
 _C.SOLVER.PATIENCE = 0
@@ -424,15 +424,16 @@ _C.SOLVER.CLIP_GRADIENTS.ENABLED = False
 _C.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "value"
 _C.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0
 _C.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
-# Iterations between two checkpoints, and how many numbered ones are kept (0: all).
+# Iterations between two checkpoints, and how many numbered ones are kept (0: all). One more is saved before
+# each evaluation that falls between them, and deleted when the next one is written.
 _C.SOLVER.CHECKPOINT_PERIOD = 5000
 _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
 # Write checkpoints in a thread: the loop waits only for a copy, for which the host's memory must have room.
 _C.SOLVER.ASYNC_CHECKPOINT = False
-# When a loss or the gradient's norm is NaN or infinite: stop, seen when the losses are next read; or skip,
-# which leaves that step out on all ranks, and reads the losses at each step.
+# When a loss or the gradient norm is NaN or infinite: stop at the next save or log; or skip that step on all
+# ranks, which costs a device sync in each step.
 _C.SOLVER.ON_NONFINITE = "stop"
-# skip: steps in a row that may be left out.
+# skip: steps in a row that may be skipped.
 _C.SOLVER.MAX_SKIPPED_STEPS = 10
 # Automatic mixed precision: float16 (with a gradient scaler) or bfloat16.
 _C.SOLVER.AMP = CN()
