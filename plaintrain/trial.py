@@ -85,10 +85,11 @@ def shorten_to_dry_run(cfg):
     comm.synchronize()
 
 
-def finish_dry_run(cfg, results, do_train):
-    """Resume the run from its checkpoint with another model, compare the results, and say "ready".
+def finish_dry_run(args, cfg, results, do_train):
+    """With --dry-run, resume from the checkpoint with a new model, compare the results, and say "ready".
 
     Args:
+        args: the command line; nothing is done without its `dry_run`.
         cfg: what `shorten_to_dry_run` made.
         results: {dataset: {task: {metric: number}}} of the run.
         do_train: function `(cfg, model, resume)` that returns such results.
@@ -96,6 +97,8 @@ def finish_dry_run(cfg, results, do_train):
     Raises:
         UserError: they differ.
     """
+    if not args.dry_run:
+        return
     resumed_results = do_train(cfg, create_ddp_model(build_model(cfg)), resume=True)
     before = flatten_results(results)
     after = flatten_results(resumed_results)

@@ -231,9 +231,8 @@ def main(args):
         results = do_test(cfg, model)
     else:
         results = do_train(cfg, create_ddp_model(model), resume=args.resume)
+        finish_dry_run(args, cfg, results, do_train)
         make_report_if_wanted(cfg)
-    if args.dry_run:
-        finish_dry_run(cfg, results, do_train)
     if comm.is_main_process() and results:
         verify_results(cfg.TEST.EXPECTED_RESULTS, next(iter(results.values())))
     return results

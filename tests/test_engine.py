@@ -394,10 +394,11 @@ def test_dry_run_compares_the_resumed_model_and_keeps_nothing(output):
     cfg = setup(output, dry_run=True)
     assert cfg.SOLVER.MAX_ITER == 2 and str(output / "dry-run") == cfg.OUTPUT_DIR
     results = {"engine_tiny_val": {"bbox": {"AP": 30.0, "AP-circle": float("nan")}}}
+    args = Namespace(dry_run=True)
     for again in ({}, {"engine_tiny_val": {"bbox": {"AP": float("nan"), "AP-circle": float("nan")}}}):
         with pytest.raises(UserError, match="bbox/AP was 30"):
-            finish_dry_run(cfg, results, lambda *args, again=again, **kwargs: again)
-    finish_dry_run(cfg, results, lambda *args, **kwargs: results)
+            finish_dry_run(args, cfg, results, lambda *args, again=again, **kwargs: again)
+    finish_dry_run(args, cfg, results, lambda *args, **kwargs: results)
     assert contents(output) == RUN_FILES
     for flag in ("resume", "eval_only"):
         assert "--dry-run" in setup_error(output, dry_run=True, **{flag: True})
