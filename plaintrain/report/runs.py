@@ -1,0 +1,233 @@
+"""The sections on the runs: how they stand, what was run, curves, AP, time and memory, warnings."""
+
+import datetime
+import math
+import os
+import shlex
+import statistics
+
+from plaintrain.charts import cut
+from plaintrain.config import get_cfg
+from plaintrain.curves import panels
+from plaintrain.plots import curve_figure
+from plaintrain.report.render import Figure, format_duration, format_score, format_value, score_cell
+from plaintrain.run_folder import seconds_left, split_result
+from plaintrain.utils.yaml_files import flatten
+
+# Of the place, not of the run.
+_OF_THE_PLACE = ("OUTPUT_DIR",)
+# Weight of the smoothed line of a curve.
+_SMOOTHING = 0.6
+_MOST_WARNINGS = 100
+
+
+def training_seconds(run):
+    """Seconds that the iterations took, of the mean time of each line of metrics.json; None without."""
+    iterations, times = run.metrics.get("time", ((), ()))
+    total, before = 0.0, -1
+    for iteration, seconds in zip(iterations, times, strict=True):
+        total += (iteration - before) * seconds if math.isfinite(seconds) else 0.0
+        before = iteration
+    return total if iterations else None
+
+
+def _scored_tasks(runs):
+    return list(
+        dict.fromkeys((d, task) for run in runs for d, tasks in run.results.items() for task in tasks)
+    )
+
+
+def _scores(runs, dataset, task):
+    """The scores of each run's last evaluation, {metric: score} each."""
+    return [run.results.get(dataset, {}).get(task, {}) for run in runs]
+
+
+def _score_cells(scores, metric):
+    values = [s.get(metric) for s in scores]
+    return [score_cell(value, values) for value in values]
+
+
+def summary(runs):
+    """The few numbers that matter most."""
+    tasks = _scored_tasks(runs)
+    if len(runs) > 1:
+        metrics = [(name, task, dataset) for dataset, task in tasks for name in ("AP", "AP50")]
+        scores = [_score_cells(_scores(runs, d, task), name) for name, task, d in metrics]
+        rows = [
+            [run, run.state.name, run.state.iteration + 1, training_seconds(run), *cells]
+            for run, *cells in zip(runs, *scores, strict=True)
+        ]
+        return {"metrics": metrics, "rows": rows}
+    (run,) = runs
+    cards = []
+    for dataset, task in tasks:
+        scores = run.results[dataset][task]
+        names = [name for name in ("AP", "AP50", "AP75") if name in scores]
+        cards += [(name, format_score(scores[name]), f"{task}, {dataset}") for name in names]
+    seconds = training_seconds(run)
+    if seconds is not None:
+        cards.append(("training", format_duration(seconds), f"{run.state.iteration + 1:,} iterations"))
+    left = seconds_left(run.metrics, run.state) if run.state.name == "running" else None
+    return {"run": run, "seconds_left": left, "cards": cards[:8], "facts": _facts(run), "best": _best(run)}
+
+
+def _facts(run):
+    """The model and the data, in a few words."""
+    model = run.config.get("MODEL", {})
+    words = [model.get("META_ARCHITECTURE"), model.get("BACKBONE", {}).get("NAME"), model.get("WEIGHTS")]
+    facts = [("model", ", ".join(filter(None, words))), ("trained on", ", ".join(run.train_sets))]
+    for name in run.test_sets:
+        a = run.analyses.get(name)
+        counts = ""
+        if a:
+            counts = f": {a['images']:,} images, {a['objects']:,} objects, {a['detections']:,} detections"
+        facts.append(("tested on", name + counts))
+    return facts
+
+
+def _best(run):
+    """The evaluation with the best AP; None with fewer than two."""
+    metric = next((n for n in run.metrics if split_result(n) and split_result(n)[2] == "AP"), None)
+    iterations, values = run.metrics.get(metric, ((), ()))
+    known = [(v, i) for i, v in zip(iterations, values, strict=True) if math.isfinite(v)]
+    if len(known) < 2:
+        return None
+    value, at = max(known)
+    return {
+        "metric": metric,
+        "evaluations": len(values),
+        "value": value,
+        "iteration": at,
+        "is_last": at == iterations[-1],
+        "last": values[-1],
+    }
+
+
+def what_was_run(runs):
+    """Commands, configs, versions, machines, the state of git."""
+    starts = [(run, _start(run)) for run in runs]
+    if len(runs) == 1:
+        return {"starts": starts, **_config_of_one(runs[0])}
+    configs = [flatten(run.config) for run in runs]
+    rows = []
+    for key in sorted(set().union(*configs) - set(_OF_THE_PLACE)):
+        values = [config.get(key, "–") for config in configs]
+        if any(value != values[0] for value in values):
+            rows.append([key, *map(_setting, values)])
+    return {"starts": starts, "names": [run.name for run in runs], "differences": rows}
+
+
+def _start(run):
+    """What the last start says, and the state of the folder; None without."""
+    if not run.starts:
+        return None
+    start = run.starts[-1]
+    command = list(map(str, start.get("command") or ["–"]))
+    git = start.get("git") or {}
+    changed = git.get("changed_files")
+    if isinstance(changed, list):
+        changed = f"{len(changed)}: {', '.join(map(str, changed[:10]))}" if changed else "none"
+    return {
+        "start": start,
+        "command": shlex.join(command) if len(command) > 1 else command[0],
+        "folder": os.path.abspath(run.folder),
+        "last_written": _last_written(run),
+        "commit": f"{git['commit']} ({git.get('branch')})" if git.get("commit") else "",
+        "changed": changed,
+    }
+
+
+def _last_written(run):
+    path = os.path.join(run.folder, "metrics.json")
+    if not os.path.isfile(path):
+        return ""
+    written = datetime.datetime.fromtimestamp(os.path.getmtime(path)).astimezone()
+    return written.isoformat(timespec="seconds")
+
+
+def _config_of_one(run):
+    """The whole config, and its differences from the one it is based on or, if unknown, the defaults."""
+    config = flatten(run.config)
+    changes = run.starts[-1].get("changes") if run.starts else None
+    against = "the config it is based on"
+    if not isinstance(changes, list):
+        defaults = flatten(get_cfg())
+        changes = [(k, defaults.get(k, "–"), v) for k, v in config.items() if defaults.get(k, "–") != v]
+        against = "the defaults"
+    return {
+        "against": against,
+        "changes": [[key, _setting(before), _setting(now)] for key, before, now in changes],
+        "config": [[key, _setting(value)] for key, value in sorted(config.items())],
+    }
+
+
+def _setting(value):
+    return "null" if value is None else str(format_value(value)) if value != "" else "''"
+
+
+def curves(runs):
+    """The metrics over the iterations."""
+    figures = []
+    for i, panel in enumerate(panels({run.name: run.metrics for run in runs})):
+        remark = "logarithmic" if panel["log"] else ""
+        figures.append(Figure(f"curve{i}", curve_figure(panel, _SMOOTHING), panel["title"], remark))
+    return figures
+
+
+def scores(runs):
+    """The scores of the last evaluation, and those by class."""
+    tables = []
+    for dataset, task in _scored_tasks(runs):
+        found = _scores(runs, dataset, task)
+        names = list(dict.fromkeys(name for s in found for name in s))
+        main = [[n, *_score_cells(found, n), n] for n in names if "-" not in n]
+        tables.append({"dataset": dataset, "task": task, "main": main, "skipped": 0})
+        by_class = [[n.removeprefix("AP-"), *_score_cells(found, n)] for n in names if n.startswith("AP-")]
+        columns = ["class", *(run.name for run in runs)] if len(runs) > 1 else ["class", "AP"]
+        if by_class and len(runs) == 1 and dataset in runs[0].analyses:
+            # The analysis knows more of each class.
+            known = runs[0].analyses[dataset]["per_class"].get(task, [])
+            metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+            objects = [c for c in known if c["objects"]]
+            by_class = [[c["name"], c["objects"], *(score_cell(c[m]) for m in metrics)] for c in objects]
+            columns = ["class", "objects", *metrics]
+            tables[-1]["skipped"] = len(known) - len(objects)
+        tables[-1] |= {"by_class": by_class, "columns": columns}
+    return {"names": [run.name for run in runs], "tables": tables}
+
+
+def timing(runs):
+    """Where the time went, and the memory."""
+    rows = []
+    for run in runs:
+        seconds, data = _median(run, "time"), _median(run, "data_time")
+        images = run.config.get("SOLVER", {}).get("IMS_PER_BATCH")
+        rows.append(
+            [
+                run,
+                seconds,
+                data,
+                round(100 * data / seconds, 2) if seconds and data is not None else None,
+                images / seconds if seconds and images else None,
+                training_seconds(run),
+                max(run.metrics.get("max_mem", ((), (None,)))[1], default=None),
+            ]
+        )
+    return rows if any(run.metrics.get("time") for run in runs) else []
+
+
+def _median(run, name):
+    values = [v for v in run.metrics.get(name, ((), ()))[1] if math.isfinite(v)]
+    return statistics.median(values) if values else None
+
+
+def warnings(runs):
+    """What was logged as a warning or worse: (run, rows, how many more) each."""
+    found = []
+    for run in runs:
+        rows = [
+            [w["level"], cut(w["text"], 500), w["count"], w["first"], w["last"], ", ".join(w["files"])]
+            for w in run.warnings[:_MOST_WARNINGS]
+        ]
+        found.append((run, rows, len(run.warnings) - len(rows)))
+    return found
