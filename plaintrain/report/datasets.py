@@ -28,10 +28,12 @@ def datasets(runs):
         except UserError as e:
             reason = next((run.unreadable[name] for run in runs if name in run.unreadable), e)
             reasons.append((name, reason))
+    if not found:
+        return {"unreadable": reasons, "columns": []}
     classes = dict.fromkeys(c["name"] for s in found.values() for c in s["classes"])
     by_name = [{c["name"]: c for c in s["classes"]} for s in found.values()]
     return {
-        "names": list(found),
+        "columns": [f"{counted}, {name}" for name in found for counted in ("objects", "images with it")],
         "unreadable": reasons,
         "counts": [_counts(name, " and ".join(roles[name]), s) for name, s in found.items()],
         "classes": [
@@ -54,7 +56,7 @@ def _counts(name, role, s):
 def _histograms(found):
     for key, title, counted, remark in _HISTOGRAMS:
         counts = {name: s[key]["counts"] for name, s in found.items()}
-        names = [name for s in found.values() for name in s[key]["names"]]
+        names = next(iter(found.values()))[key]["names"]
         used = [i for i, of_bin in enumerate(zip(*counts.values(), strict=True)) if any(of_bin)]
         series = {n: [100 * c[i] / max(1, sum(c)) for i in used] for n, c in counts.items()}
         if used:

@@ -95,9 +95,9 @@ def errors(dataset, analysed):
             {
                 "task": task,
                 "figure": Figure(f"cost-{dataset}-{task}", drawing, "What each kind of error costs"),
-                "runs": [run.name for run, _ in known],
+                "columns": [run.name for run, _ in known] if len(known) > 1 else ["count"],
                 "types": [[name, words, *(c[name] for c in counts)] for name, words in ERROR_TYPES.items()],
-                "columns": ["class", *_COUNTS.values()],
+                "class_columns": ["class", *_COUNTS.values()],
                 "classes": _rows(known[0][1]["classes"], "name", *_COUNTS) if len(known) == 1 else None,
             }
         )

@@ -49,10 +49,11 @@ def _entry(dataset, entry, run, settings):
     name = f"image {entry['image_id']}" if is_drawn(file_name) else os.path.basename(file_name)
     objects = entry["found"] + entry["erroneous"] + entry["missed"]
     try:
-        images, problem = map(_jpeg, _draw(dataset, entry["index"], run, settings)), None
+        drawn, problem = _draw(dataset, entry["index"], run, settings), ""
     except UserError as e:
-        images, problem = (), e
-    return {**entry, "name": name, "objects": objects, "images": list(images), "problem": problem}
+        drawn, problem = {}, e
+    images = [(caption, _jpeg(image)) for caption, image in drawn.items()]
+    return {**entry, "name": name, "objects": objects, "images": images, "problem": problem}
 
 
 def _draw(dataset, index, run, settings):
@@ -65,14 +66,17 @@ def _draw(dataset, index, run, settings):
     truth = {key: value for key, value in truth.items() if key in found or key == "crowds"}
     objects = {"boxes": truth["boxes"], "labels": truth["labels"], "crowd": truth["crowds"]}
     matches = match_image(objects, found, settings["iou_threshold"])
-    kinds = [[_STATES[state] for state in matches.states], matches.kinds.tolist()]
-    drawn = []
-    for instances, of_each in zip((truth, found), kinds, strict=True):
+    shown = {
+        "what is there": (truth, [_STATES[state] for state in matches.states]),
+        "what is found": (found, matches.kinds.tolist()),
+    }
+    drawn = {}
+    for caption, (instances, kinds) in shown.items():
         scaled, instances = scale_to(image, instances, min(_SIDE, 2 * max(image.shape[-2:])))
-        captions = _captions(instances, of_each, metadata.thing_classes)
-        colors = [_COLORS[kind] for kind in of_each]
+        captions = _captions(instances, kinds, metadata.thing_classes)
+        colors = [_COLORS[kind] for kind in kinds]
         options = {"captions": captions, "colors": colors, "skeleton": skeleton_of(metadata)}
-        drawn.append(draw_instances(scaled, instances, metadata.thing_classes, **options))
+        drawn[caption] = draw_instances(scaled, instances, metadata.thing_classes, **options)
     return drawn
 
 

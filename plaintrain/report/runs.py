@@ -52,12 +52,13 @@ def summary(runs):
     tasks = _scored_tasks(runs)
     if len(runs) > 1:
         metrics = [(name, task, dataset) for dataset, task in tasks for name in ("AP", "AP50")]
-        scores = [_score_cells(_scores(runs, d, task), name) for name, task, d in metrics]
+        columns = [f"{name} ({task}, {dataset})" for name, task, dataset in metrics]
+        scores = [_score_cells(_scores(runs, dataset, task), name) for name, task, dataset in metrics]
         rows = [
             [run, run.state.name, run.state.iteration + 1, training_seconds(run), *cells]
             for run, *cells in zip(runs, *scores, strict=True)
         ]
-        return {"metrics": metrics, "rows": rows}
+        return {"columns": columns, "rows": rows}
     (run,) = runs
     cards = []
     for dataset, task in tasks:
@@ -86,21 +87,17 @@ def _facts(run):
 
 
 def _best(run):
-    """The evaluation with the best AP; None with fewer than two."""
+    """A sentence on the evaluation with the best AP; None with fewer than two."""
     metric = next((n for n in run.metrics if split_result(n) and split_result(n)[2] == "AP"), None)
     iterations, values = run.metrics.get(metric, ((), ()))
     known = [(v, i) for i, v in zip(iterations, values, strict=True) if math.isfinite(v)]
     if len(known) < 2:
         return None
     value, at = max(known)
-    return {
-        "metric": metric,
-        "evaluations": len(values),
-        "value": value,
-        "iteration": at,
-        "is_last": at == iterations[-1],
-        "last": values[-1],
-    }
+    if at == iterations[-1]:
+        return f"The last of {len(values)} evaluations was the best ({metric})."
+    words = f"The best of {len(values)} evaluations was after iteration {at + 1:,}: {metric} "
+    return f"{words}{value:.1f}, now {values[-1]:.1f}."
 
 
 def what_was_run(runs):
@@ -118,7 +115,7 @@ def what_was_run(runs):
 
 
 def _start(run):
-    """What the last start says, and the state of the folder; None without."""
+    """The last start and the state of the folder; None where no start is known."""
     if not run.starts:
         return None
     start = run.starts[-1]
@@ -127,14 +124,20 @@ def _start(run):
     changed = git.get("changed_files")
     if isinstance(changed, list):
         changed = f"{len(changed)}: {', '.join(map(str, changed[:10]))}" if changed else "none"
-    return {
-        "start": start,
-        "command": shlex.join(command) if len(command) > 1 else command[0],
+    resumed = len(run.starts) - 1
+    facts = {
         "folder": os.path.abspath(run.folder),
-        "last_written": _last_written(run),
-        "commit": f"{git['commit']} ({git.get('branch')})" if git.get("commit") else "",
-        "changed": changed,
+        "config file": start.get("config_file"),
+        "started": start.get("started"),
+        "last line of metrics.json": _last_written(run),
+        "resumed": f"{resumed} times, first started {run.starts[0].get('started')}" if resumed else "",
+        "processes": start.get("world_size"),
+        "plaintrain": start.get("plaintrain"),
+        "git commit": f"{git['commit']} ({git.get('branch')})" if git.get("commit") else "",
+        "files changed since": changed,
     }
+    command = shlex.join(command) if len(command) > 1 else command[0]
+    return {"command": command, "facts": facts, "environment": start.get("environment") or {}}
 
 
 def _last_written(run):
@@ -176,24 +179,25 @@ def curves(runs):
 
 def scores(runs):
     """The scores of the last evaluation, and those by class."""
-    tables = []
+    columns, tables = [run.name for run in runs] if len(runs) > 1 else ["AP"], []
     for dataset, task in _scored_tasks(runs):
-        found = _scores(runs, dataset, task)
-        names = list(dict.fromkeys(name for s in found for name in s))
-        main = [[n, *_score_cells(found, n), n] for n in names if "-" not in n]
-        tables.append({"dataset": dataset, "task": task, "main": main, "skipped": 0})
-        by_class = [[n.removeprefix("AP-"), *_score_cells(found, n)] for n in names if n.startswith("AP-")]
-        columns = ["class", *(run.name for run in runs)] if len(runs) > 1 else ["class", "AP"]
-        if by_class and len(runs) == 1 and dataset in runs[0].analyses:
-            # The analysis knows more of each class.
-            known = runs[0].analyses[dataset]["per_class"].get(task, [])
-            metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-            objects = [c for c in known if c["objects"]]
-            by_class = [[c["name"], c["objects"], *(score_cell(c[m]) for m in metrics)] for c in objects]
-            columns = ["class", "objects", *metrics]
-            tables[-1]["skipped"] = len(known) - len(objects)
-        tables[-1] |= {"by_class": by_class, "columns": columns}
-    return {"names": [run.name for run in runs], "tables": tables}
+        known = _scores(runs, dataset, task)
+        names = list(dict.fromkeys(name for s in known for name in s))
+        main = [[n, *_score_cells(known, n), n] for n in names if "-" not in n]
+        classes = [[n.removeprefix("AP-"), *_score_cells(known, n)] for n in names if n.startswith("AP-")]
+        table = {"columns": columns, "rows": classes, "skipped": 0}
+        if classes and len(runs) == 1 and dataset in runs[0].analyses:
+            table = _class_table(runs[0].analyses[dataset]["per_class"].get(task, []))
+        tables.append({"dataset": dataset, "task": task, "main": main, "classes": table})
+    return {"columns": [run.name for run in runs] if len(runs) > 1 else ["score"], "tables": tables}
+
+
+def _class_table(classes):
+    """AP by class of what the analysis of a single run knows."""
+    metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    shown = [c for c in classes if c["objects"]]
+    rows = [[c["name"], c["objects"], *(score_cell(c[m]) for m in metrics)] for c in shown]
+    return {"columns": ["objects", *metrics], "rows": rows, "skipped": len(classes) - len(shown)}
 
 
 def timing(runs):
