@@ -146,7 +146,7 @@ def _busiest(confusion):
 
 def calibration(dataset, analysed):
     """Whether a score says how often a detection is right."""
-    lines, counts, remarks = [], {}, ["dashed: ideal"]
+    lines, counts, remarks = [], {}, []
     for run, analysis in analysed:
         bins, error = (analysis["calibration"][key] for key in ("bins", "expected_error"))
         known = [b for b in bins if b["count"]]
@@ -159,7 +159,7 @@ def calibration(dataset, analysed):
     curve = xy_figure(lines, "score", "share that is correct", limits=(0, 1), diagonal=True)
     colors = [line["color"] for line in lines]
     scores = histogram_figure(edges, counts, "score", "detections", colors=colors)
-    words = f"{remarks[0]}; {', '.join(remarks[1:])}"
+    words = f"dashed: ideal; {', '.join(remarks)}"
     return [
         Figure(f"calibration-{dataset}", curve, "Calibration", words),
         Figure(f"scores-{dataset}", scores, "Scores of all detections"),
