@@ -89,7 +89,7 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
         "groups": ["Crowdedness"],
         "gallery": ["F1", "what is found"],
         "data": ["report_train", "train", "report_val", "test", "64 x 64", "Where the objects are"],
-        "timing": ["0.5", "32", "0:01:40"],
+        "timing": ["0.5", " 2 ", "32", "0:01:40"],
         "warnings": ["3 boxes are odd", "2"],
     }.items():
         for word in words:

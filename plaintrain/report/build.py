@@ -56,8 +56,8 @@ def build_report(folders, output):
     ]
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     title = names[0] if len(names) == 1 else f"{len(names)} runs compared"
-    what = f"{', '.join(names)}: report" if len(names) > 1 else "Report"
-    subtitle = f"{what} of {now}, by plaintrain {plaintrain.__version__}"
+    subtitle = f"{', '.join(names)}: report" if len(names) > 1 else "Report"
+    subtitle += f" of {now}, by plaintrain {plaintrain.__version__}"
     text = load_template().page(title, subtitle, sections)
     with atomic_write(output) as f:
         f.write(text)

@@ -16,31 +16,31 @@ _HISTOGRAMS = (
 
 
 def datasets(runs):
-    """Statistics of what was trained and tested on."""
-    roles, found, reasons = {}, {}, []
+    """Return statistics of the datasets that the runs are trained and tested on."""
+    roles, statistics, unreadable = {}, {}, []
     for run in runs:
         for role, names in (("train", run.train_sets), ("test", run.test_sets)):
             for name in names:
                 roles.setdefault(name, {})[role] = None
     for name in roles:
         try:
-            found[name] = dataset_statistics(DatasetCatalog.get(name), class_names(name))
+            statistics[name] = dataset_statistics(DatasetCatalog.get(name), class_names(name))
         except UserError as e:
             reason = next((run.unreadable[name] for run in runs if name in run.unreadable), e)
-            reasons.append((name, reason))
-    if not found:
-        return {"unreadable": reasons, "columns": []}
-    classes = dict.fromkeys(c["name"] for s in found.values() for c in s["classes"])
-    by_name = [{c["name"]: c for c in s["classes"]} for s in found.values()]
+            unreadable.append((name, reason))
+    if not statistics:
+        return {"unreadable": unreadable, "columns": []}
+    classes = dict.fromkeys(c["name"] for s in statistics.values() for c in s["classes"])
+    by_name = [{c["name"]: c for c in s["classes"]} for s in statistics.values()]
     return {
-        "columns": [f"{counted}, {name}" for name in found for counted in ("objects", "images with it")],
-        "unreadable": reasons,
-        "counts": [_counts(name, " and ".join(roles[name]), s) for name, s in found.items()],
+        "columns": [f"{counted}, {name}" for name in statistics for counted in ("objects", "images with it")],
+        "unreadable": unreadable,
+        "counts": [_counts(name, " and ".join(roles[name]), s) for name, s in statistics.items()],
         "classes": [
             [c, *(known.get(c, {}).get(key) for known in by_name for key in ("objects", "images"))]
             for c in classes
         ],
-        "figures": [*_histograms(found), *_heat_maps(found)],
+        "figures": [*_histograms(statistics), *_heat_maps(statistics)],
     }
 
 
@@ -53,10 +53,10 @@ def _counts(name, role, s):
     return [name, role, *counts, s["objects_per_image"]["mean"], *shares, " x ".join(ranges) or "–"]
 
 
-def _histograms(found):
+def _histograms(statistics):
     for key, title, counted, remark in _HISTOGRAMS:
-        counts = {name: s[key]["counts"] for name, s in found.items()}
-        names = next(iter(found.values()))[key]["names"]
+        counts = {name: s[key]["counts"] for name, s in statistics.items()}
+        names = next(iter(statistics.values()))[key]["names"]
         used = [i for i, of_bin in enumerate(zip(*counts.values(), strict=True)) if any(of_bin)]
         series = {n: [100 * c[i] / max(1, sum(c)) for i in used] for n, c in counts.items()}
         if used:
@@ -64,10 +64,9 @@ def _histograms(found):
             yield Figure(f"data-{key}", drawing, title, remark)
 
 
-def _heat_maps(found):
-    for i, (name, s) in enumerate(found.items()):
+def _heat_maps(statistics):
+    for i, (name, s) in enumerate(statistics.items()):
         if s["objects"]:
-            title = f"Where the objects are, {name}"
-            yield Figure(
-                f"centres-{i}", heat_figure(s["centres"]), title, "centres of the boxes in the image"
-            )
+            drawing = heat_figure(s["centres"])
+            title, words = f"Where the objects are, {name}", "centres of the boxes in the image"
+            yield Figure(f"centres-{i}", drawing, title, words)

@@ -33,7 +33,7 @@ _GROUP_COLUMNS = ("name", "objects", "found", "erroneous", "missed", "recall_abo
 
 
 def by_dataset(make, runs):
-    """What `make` gives for each test set, and why some runs are missing in it.
+    """Return what `make` returns for each test set, and why some runs have no analysis of it.
 
     Args:
         make: function (dataset, [(run, analysis)]); None stands for it where no run could be analysed.
@@ -49,7 +49,7 @@ def by_dataset(make, runs):
 
 
 def precision_recall(dataset, analysed):
-    """Precision over recall, by class or by run."""
+    """Draw precision over recall, by class or by run."""
     figures = []
     for task in _tasks(analysed, "curves"):
         for iou in ("0.50", "0.75"):
@@ -83,7 +83,7 @@ def _curve_lines(analysed, task, iou):
 
 
 def errors(dataset, analysed):
-    """How much AP each type of error costs, and how often there is one, of each task."""
+    """Return how much AP each type of error costs, and how often there is one, for each task."""
     tasks = []
     for task in _tasks(analysed, "errors"):
         known = [(run, a["errors"][task]) for run, a in analysed if task in a["errors"]]
@@ -109,7 +109,7 @@ def _rows(records, *keys):
 
 
 def confusion(runs):
-    """Which classes are taken for which, by test set and run."""
+    """Return which classes are mistaken for which, by test set and run."""
 
     def _make(dataset, analysed):
         return [_confusion(dataset, run.name if len(runs) > 1 else dataset, run, a) for run, a in analysed]
@@ -120,17 +120,15 @@ def confusion(runs):
 def _confusion(dataset, title, run, analysis):
     labels, counts, words = _busiest(analysis["confusion"])
     drawing = matrix_figure(counts, labels, labels, "found as", "what is there")
-    pairs = analysis["confusion"]["pairs"]
+    name, pairs = f"confusion-{dataset}-{run.color}", analysis["confusion"]["pairs"]
     return {
-        "figure": Figure(
-            f"confusion-{dataset}-{run.color}", drawing, title, words, len(labels) > _MOST_LINES
-        ),
+        "figure": Figure(name, drawing, title, words, len(labels) > _MOST_LINES),
         "pairs": [[p["truth"], p["found"], p["count"], round(100 * p["share"], 1)] for p in pairs],
     }
 
 
 def _busiest(confusion):
-    """(labels, counts, words) of the classes with the most confusions, and the background."""
+    """Return (labels, counts, words) of the classes with the most confusions, and the background."""
     labels, counts = confusion["labels"], confusion["counts"]
     last = len(labels) - 1
     if last <= _MOST_ROWS:
@@ -145,7 +143,7 @@ def _busiest(confusion):
 
 
 def calibration(dataset, analysed):
-    """Whether a score says how often a detection is right."""
+    """Draw how often detections are correct, by their score."""
     lines, counts, remarks = [], {}, []
     for run, analysis in analysed:
         bins, error = (analysis["calibration"][key] for key in ("bins", "expected_error"))
@@ -167,7 +165,7 @@ def calibration(dataset, analysed):
 
 
 def thresholds(_, analysed):
-    """The score threshold with the best F1, of all classes together (None) and of each class.
+    """Return the score threshold with the best F1, of all classes together (None) and of each class.
 
     Of several runs each has a cell with its F1.
     """
@@ -180,15 +178,15 @@ def thresholds(_, analysed):
         return {"runs": None, "rows": [[n, *(by_run[0][n][key] for key in keys)] for n in names]}
     rows = []
     for name in names:
-        found = [known.get(name, {"f1": None, "threshold": None}) for known in by_run]
-        scores = [f["f1"] for f in found]
-        shown = ["–" if f["f1"] is None else f"{f['f1']:.3f} (from {f['threshold']:.2f})" for f in found]
+        best = [known.get(name, {"f1": None, "threshold": None}) for known in by_run]
+        scores = [b["f1"] for b in best]
+        shown = ["–" if b["f1"] is None else f"{b['f1']:.3f} (from {b['threshold']:.2f})" for b in best]
         rows.append([name, *(Cell(s, v, is_best(v, scores)) for s, v in zip(shown, scores, strict=True))])
     return {"runs": [run.name for run, _ in analysed], "rows": rows}
 
 
 def groups(dataset, analysed):
-    """How many objects are found, by their size and shape and by what is around them."""
+    """Return how many objects are detected, by their size, shape and neighbours."""
     figures, tables = [], []
     for key, (title, words) in _GROUPS.items():
         bins = [a["breakdown"][key] for _, a in analysed]

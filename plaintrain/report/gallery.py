@@ -31,7 +31,7 @@ _STATES = {"found": "correct", "erroneous": "localisation", "missed": "missed", 
 
 
 def gallery(runs):
-    """The images with the lowest and the highest F1, and the colours of what they show."""
+    """Return the images with the lowest and the highest F1, and a legend of their colours."""
     legend = [(_COLORS[name], words) for name, words in ERROR_TYPES.items()]
     return {"legend": legend, "test_sets": by_dataset(_best_and_worst, runs)}
 
@@ -57,7 +57,7 @@ def _entry(dataset, entry, run, settings):
 
 
 def _draw(dataset, index, run, settings):
-    """The image twice: with its objects, and with its detections above the threshold."""
+    """Draw the image with its objects, and with its detections above the threshold."""
     record, metadata = DatasetCatalog.get(dataset)[index], MetadataCatalog.get(dataset)
     pixel_range = run.config.get("INPUT", {}).get("PIXEL_RANGE") or ()
     image, truth = read_image(record["file_name"], pixel_range), record_instances(record)

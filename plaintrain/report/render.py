@@ -31,7 +31,7 @@ class Figure(NamedTuple):
 
 
 def format_value(value):
-    """Floats in at most 4 digits, whole ones from 1000 on; None, NaN and infinity as a dash."""
+    """Format floats in at most 4 digits, whole ones from 1000 on; None, NaN and infinity as a dash."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, float):
@@ -40,17 +40,17 @@ def format_value(value):
 
 
 def format_score(value):
-    """A score, 0 to 100, with one decimal; "–" where there is none."""
+    """Format a score, 0 to 100, with one decimal; "–" where there is none."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.1f}"
 
 
 def format_duration(seconds):
-    """Seconds as h:mm:ss; "–" where they are not known."""
+    """Format seconds as h:mm:ss; "–" where they are not known."""
     return "–" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
 
 
 def score_cell(value, others=()):
-    """A score as a cell, marked if it is the best of `others`; one that is missing sorts below 0."""
+    """Return a score as a cell, marked if it is the best of `others`; one that is missing sorts below 0."""
     is_known = value is not None and math.isfinite(value)
     return Cell(format_score(value), value if is_known else -1.0, is_best(value, others))
 
@@ -62,7 +62,7 @@ def is_best(value, values):
 
 
 def _to_cells(rows):
-    """(rows of `Cell`, for each column whether all its cells are numbers or missing)."""
+    """Return rows of `Cell`, and for each column whether all its cells are numbers or missing."""
     cells = [[c if isinstance(c, Cell) else _cell(c) for c in row] for row in rows]
     values = [[c.value if isinstance(c, Cell) else c for c in row] for row in rows]
     return cells, [all(v is None or _is_number(v) for v in column) for column in zip(*values, strict=True)]
@@ -85,7 +85,7 @@ def _svg(figure):
 def load_template():
     """Return the template's macros: one for each section, and `page`.
 
-    A key that a section's data is missing raises.
+    A key that is missing in the data of a section raises.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -96,10 +96,5 @@ def load_template():
         lstrip_blocks=True,
     )
     environment.globals["palette"] = PALETTE
-    environment.filters |= {
-        "to_cells": _to_cells,
-        "score": format_score,
-        "duration": format_duration,
-        "svg": _svg,
-    }
+    environment.filters |= {"to_cells": _to_cells, "duration": format_duration, "svg": _svg}
     return environment.get_template("report.html.jinja").module

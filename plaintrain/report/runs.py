@@ -22,7 +22,7 @@ _MOST_WARNINGS = 100
 
 
 def training_seconds(run):
-    """Seconds that the iterations took, of the mean time of each line of metrics.json; None without."""
+    """Return the seconds of all iterations, of the mean time in each line of metrics.json; None without."""
     iterations, times = run.metrics.get("time", ((), ()))
     total, before = 0.0, -1
     for iteration, seconds in zip(iterations, times, strict=True):
@@ -38,7 +38,7 @@ def _scored_tasks(runs):
 
 
 def _scores(runs, dataset, task):
-    """The scores of each run's last evaluation, {metric: score} each."""
+    """Return the scores of each run's last evaluation, {metric: score} each."""
     return [run.results.get(dataset, {}).get(task, {}) for run in runs]
 
 
@@ -48,7 +48,7 @@ def _score_cells(scores, metric):
 
 
 def summary(runs):
-    """The few numbers that matter most."""
+    """Return the few numbers that matter most and the state of each run."""
     tasks = _scored_tasks(runs)
     if len(runs) > 1:
         metrics = [(name, task, dataset) for dataset, task in tasks for name in ("AP", "AP50")]
@@ -73,7 +73,7 @@ def summary(runs):
 
 
 def _facts(run):
-    """The model and the data, in a few words."""
+    """Return names and values that describe the model and the data."""
     model = run.config.get("MODEL", {})
     words = [model.get("META_ARCHITECTURE"), model.get("BACKBONE", {}).get("NAME"), model.get("WEIGHTS")]
     facts = [("model", ", ".join(filter(None, words))), ("trained on", ", ".join(run.train_sets))]
@@ -87,7 +87,7 @@ def _facts(run):
 
 
 def _best(run):
-    """A sentence on the evaluation with the best AP; None with fewer than two."""
+    """Return a sentence on the evaluation with the best AP; None with fewer than two."""
     metric = next((n for n in run.metrics if split_result(n) and split_result(n)[2] == "AP"), None)
     iterations, values = run.metrics.get(metric, ((), ()))
     known = [(v, i) for i, v in zip(iterations, values, strict=True) if math.isfinite(v)]
@@ -101,7 +101,7 @@ def _best(run):
 
 
 def what_was_run(runs):
-    """Commands, configs, versions, machines, the state of git."""
+    """Return commands, configs, versions, machines and the state of git."""
     starts = [(run, _start(run)) for run in runs]
     if len(runs) == 1:
         return {"starts": starts, **_config_of_one(runs[0])}
@@ -115,7 +115,7 @@ def what_was_run(runs):
 
 
 def _start(run):
-    """The last start and the state of the folder; None where no start is known."""
+    """Describe the last start and the state of the folder; None where no start is known."""
     if not run.starts:
         return None
     start = run.starts[-1]
@@ -149,7 +149,7 @@ def _last_written(run):
 
 
 def _config_of_one(run):
-    """The whole config, and its differences from the one it is based on or, if unknown, the defaults."""
+    """Return the config and its differences from the one it is based on or, if unknown, the defaults."""
     config = flatten(run.config)
     changes = run.starts[-1].get("changes") if run.starts else None
     against = "the config it is based on"
@@ -169,7 +169,7 @@ def _setting(value):
 
 
 def curves(runs):
-    """The metrics over the iterations."""
+    """Draw the metrics over the iterations."""
     figures = []
     for i, panel in enumerate(panels({run.name: run.metrics for run in runs})):
         remark = "logarithmic" if panel["log"] else ""
@@ -178,14 +178,14 @@ def curves(runs):
 
 
 def scores(runs):
-    """The scores of the last evaluation, and those by class."""
+    """Return the scores of the last evaluation, and those by class."""
     columns, tables = [run.name for run in runs] if len(runs) > 1 else ["AP"], []
     for dataset, task in _scored_tasks(runs):
         known = _scores(runs, dataset, task)
         names = list(dict.fromkeys(name for s in known for name in s))
         main = [[n, *_score_cells(known, n), n] for n in names if "-" not in n]
         classes = [[n.removeprefix("AP-"), *_score_cells(known, n)] for n in names if n.startswith("AP-")]
-        table = {"columns": columns, "rows": classes, "skipped": 0}
+        table = {"columns": columns, "rows": classes, "skipped": 0} if classes else None
         if classes and len(runs) == 1 and dataset in runs[0].analyses:
             table = _class_table(runs[0].analyses[dataset]["per_class"].get(task, []))
         tables.append({"dataset": dataset, "task": task, "main": main, "classes": table})
@@ -193,7 +193,7 @@ def scores(runs):
 
 
 def _class_table(classes):
-    """AP by class of what the analysis of a single run knows."""
+    """Return AP by class with the number of objects, from the analysis of a single run."""
     metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     shown = [c for c in classes if c["objects"]]
     rows = [[c["name"], c["objects"], *(score_cell(c[m]) for m in metrics)] for c in shown]
@@ -201,7 +201,7 @@ def _class_table(classes):
 
 
 def timing(runs):
-    """Where the time went, and the memory."""
+    """Return times of an iteration, of the training, and the memory: a row for each run."""
     rows = []
     for run in runs:
         seconds, data = _median(run, "time"), _median(run, "data_time")
@@ -226,12 +226,12 @@ def _median(run, name):
 
 
 def warnings(runs):
-    """What was logged as a warning or worse: (run, rows, how many more) each."""
-    found = []
+    """Return (run, rows of what was logged as a warning or worse, number of those skipped) of each run."""
+    logged = []
     for run in runs:
         rows = [
             [w["level"], cut(w["text"], 500), w["count"], w["first"], w["last"], ", ".join(w["files"])]
             for w in run.warnings[:_MOST_WARNINGS]
         ]
-        found.append((run, rows, len(run.warnings) - len(rows)))
-    return found
+        logged.append((run, rows, len(run.warnings) - len(rows)))
+    return logged
