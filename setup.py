@@ -20,7 +20,7 @@ setup(
     # the folder of the script, where a clone called plaintrain is taken for a namespace package.
     package_dir={"": "."},
     packages=find_packages(include=["plaintrain", "plaintrain.*"]),
-    package_data={"plaintrain.report": ["report.css", "report.js"]},
+    package_data={"plaintrain.report": ["report.css", "report.js", "report.html.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.9",
@@ -32,6 +32,7 @@ setup(
         "tensorboardX>=2.6.2.2",
         "pillow>=10.3",
         "tqdm>=4.66",
+        "jinja2>=3.1",
     ],
     extras_require={
         "fast": ["hotcoco>=1.3"],

@@ -333,23 +333,16 @@ MUTATIONS = {
     ],
     "plaintrain/report/detections.py": [
         (" - 2 * counts[i][i]", ""),
-    ],
-    "plaintrain/report/groups.py": [
         (
             '[b["score"] for b in known], [b["precision"] for b in known]',
             '[b["precision"] for b in known], [b["score"] for b in known]',
         ),
     ],
-    "plaintrain/report/html.py": [
-        (
-            "Html(html.escape(number(value) if isinstance(value, float) else str(value)))",
-            "Html(number(value) if isinstance(value, float) else str(value))",
-        ),
+    "plaintrain/report/render.py": [
+        ("autoescape=True", "autoescape=False"),
     ],
-    "plaintrain/report/overview.py": [
+    "plaintrain/report/runs.py": [
         ("(iteration - before) * seconds", "seconds"),
-    ],
-    "plaintrain/report/training.py": [
         ("100 * data / seconds", "100 * data / (seconds + data)"),
     ],
     "plaintrain/run_folder.py": [

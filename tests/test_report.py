@@ -14,9 +14,9 @@ from script_helpers import assert_refused, script_output
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
-from plaintrain.report import after_training, datasets, detections, groups, html, overview, training
+from plaintrain.report import after_training, datasets, detections, render, runs
 from plaintrain.report.build import SECTIONS, build_report
-from plaintrain.report.html import Cell, score, table, tag, text
+from plaintrain.report.render import Cell, format_score, format_value, load_template
 from plaintrain.utils.errors import UserError
 
 _EMPTY = {"meta", "link", "img", "path", "use", "rect", "image", "br"}
@@ -64,8 +64,8 @@ def report_of(tmp_path, *folders):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Sections without the drawing, which takes seconds."""
-    monkeypatch.setattr(html, "svg_text", lambda figure, name: "<svg></svg>")
-    for module in (detections, groups, datasets, training):
+    monkeypatch.setattr(render, "svg_text", lambda figure, name: "<svg></svg>")
+    for module in (detections, datasets, runs):
         for name in [name for name in vars(module) if name.endswith("_figure")]:
             monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
 
@@ -89,7 +89,7 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
         "groups": ["Crowdedness"],
         "gallery": ["F1", "what is found"],
         "data": ["report_train", "train", "report_val", "test", "64 x 64", "Where the objects are"],
-        "timing": ["0.5", "32", "0:01:40"],
+        "timing": ["0.5", " 2 ", "32", "0:01:40"],
         "warnings": ["3 boxes are odd", "2"],
     }.items():
         for word in words:
@@ -141,11 +141,11 @@ def test_a_dataset_that_is_not_here_costs_only_its_sections(tmp_path, undrawn):
 
 def test_a_section_that_fails_says_so_and_the_others_are_made(tmp_path, monkeypatch, log):
     broken = Mock(side_effect=ZeroDivisionError("by <b>nothing</b>"))
-    sections = (("a", "A", broken), ("b", "B", overview.summary))
+    sections = (("run", "A", broken), ("summary", "B", runs.summary))
     monkeypatch.setattr("plaintrain.report.build.SECTIONS", sections)
     found = report_of(tmp_path, make_run(tmp_path / "run"))
-    assert "could not be made: ZeroDivisionError: by <b>nothing</b>" in found.sections["a"]
-    assert "Finished" in found.sections["b"]
+    assert "could not be made: ZeroDivisionError: by <b>nothing</b>" in found.sections["run"]
+    assert "Finished" in found.sections["summary"]
     assert "the section 'A' of the report could not be made" in log.text
 
 
@@ -166,16 +166,16 @@ def test_several_runs_are_compared(tmp_path, undrawn):
 
 
 def test_cells_of_a_table_are_escaped_and_sortable_and_numbers_short():
-    rows = [["a<", 1.5, Cell("10 s", 10)], [tag("b", "c"), None, Cell("–", None)]]
-    shown = table(["n<", "x", "y"], rows, caption="<c>")
+    table = load_template().table
+    shown = table(["n<", "x", "y"], [["a<", 1.5, Cell("10 s", 10)], [None, None, Cell("–", None)]], "<c>")
     assert '<th scope="col" class="number" aria-sort="none"><button type="button">x</button></th>' in shown
-    assert "<td>a&lt;</td>" in shown and "<td><b>c</b></td>" in shown
+    assert "<td>a&lt;</td>" in shown and "<td>–</td>" in shown
     assert '<td class="number" data-value="10">10 s</td>' in shown and '<td class="number">–</td>' in shown
     assert "<caption>&lt;c&gt;</caption>" in shown and 'aria-label="&lt;c&gt;"' in shown
     assert "<button" not in table(["a"], [["b"]], sortable=False)
     values = {1234567.0: "1,234,567", 0.00012346: "0.0001235", 12.0: "12", None: "–", float("inf"): "–"}
-    assert [text(value) for value in values] == [*values.values()]
-    assert [score(v) for v in (12.345, None, float("nan"))] == ["12.3", "–", "–"]
+    assert [format_value(value) for value in values] == [*values.values()]
+    assert [format_score(v) for v in (12.345, None, float("nan"))] == ["12.3", "–", "–"]
 
 
 def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(tmp_path):

@@ -2,34 +2,37 @@
 
 import datetime
 import logging
+from functools import partial
 
 import plaintrain
 from plaintrain.plots import require_matplotlib
-from plaintrain.report import datasets, detections, gallery, groups, overview, scores, training
+from plaintrain.report import datasets, detections, gallery, runs
+from plaintrain.report.detections import by_dataset
 from plaintrain.report.gather import gather
-from plaintrain.report.html import note, page
+from plaintrain.report.render import load_template
 from plaintrain.run_folder import run_names
 from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-# id, title, function of the list of `RunFacts`; "gallery" is of one run.
+# The id, which is a macro of the template too, the title, and the function that makes the macro's data from a
+# list of `RunFacts`; "gallery" is of one run.
 SECTIONS = (
-    ("summary", "Summary", overview.summary),
-    ("run", "What was run", overview.what_was_run),
-    ("curves", "Curves", training.curves),
-    ("scores", "AP", scores.ap_tables),
-    ("precision-recall", "Precision and recall", detections.precision_recall),
-    ("errors", "Errors", detections.error_costs),
+    ("summary", "Summary", runs.summary),
+    ("run", "What was run", runs.what_was_run),
+    ("curves", "Curves", runs.curves),
+    ("scores", "AP", runs.scores),
+    ("precision-recall", "Precision and recall", partial(by_dataset, detections.precision_recall)),
+    ("errors", "Errors", partial(by_dataset, detections.errors)),
     ("confusion", "Confusion", detections.confusion),
-    ("calibration", "Calibration", groups.calibration),
-    ("thresholds", "Thresholds", groups.thresholds),
-    ("groups", "Size and crowdedness", groups.groups),
+    ("calibration", "Calibration", partial(by_dataset, detections.calibration)),
+    ("thresholds", "Thresholds", partial(by_dataset, detections.thresholds)),
+    ("groups", "Size and crowdedness", partial(by_dataset, detections.groups)),
     ("gallery", "Best and worst images", gallery.gallery),
     ("data", "Data", datasets.datasets),
-    ("timing", "Time and memory", training.timing),
-    ("warnings", "Warnings", training.warnings),
+    ("timing", "Time and memory", runs.timing),
+    ("warnings", "Warnings", runs.warnings),
 )
 
 
@@ -45,26 +48,28 @@ def build_report(folders, output):
     """
     require_matplotlib()
     names = run_names(folders)
-    runs = [gather(f, n, i) for i, (f, n) in enumerate(zip(folders, names, strict=True))]
+    facts = [gather(f, n, i) for i, (f, n) in enumerate(zip(folders, names, strict=True))]
     sections = [
-        (id_, title, _section(title, make, runs))
-        for id_, title, make in SECTIONS
-        if len(runs) == 1 or id_ != "gallery"
+        (id_, title, _render(id_, title, collect, facts))
+        for id_, title, collect in SECTIONS
+        if len(facts) == 1 or id_ != "gallery"
     ]
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     title = names[0] if len(names) == 1 else f"{len(names)} runs compared"
-    what = f"{', '.join(names)}: report" if len(names) > 1 else "Report"
-    text = page(title, f"{what} of {now}, by plaintrain {plaintrain.__version__}", sections)
+    subtitle = f"{', '.join(names)}: report" if len(names) > 1 else "Report"
+    subtitle += f" of {now}, by plaintrain {plaintrain.__version__}"
+    text = load_template().page(title, subtitle, sections)
     with atomic_write(output) as f:
         f.write(text)
 
 
-def _section(title, make, runs):
+def _render(id_, title, collect, facts):
+    template = load_template()
     try:
-        return make(runs)
+        return getattr(template, id_.replace("-", "_"))(collect(facts))
     except UserError as e:
-        return note(f"This cannot be shown: {e}")
+        return template.note(f"This cannot be shown: {e}")
     except Exception as e:
         # Whatever is wrong with one part, the rest is worth reading.
         logger.warning(f"the section {title!r} of the report could not be made", exc_info=True)
-        return note(f"This could not be made: {type(e).__name__}: {first_line(e)}")
+        return template.note(f"This could not be made: {type(e).__name__}: {first_line(e)}")

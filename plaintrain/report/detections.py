@@ -1,8 +1,11 @@
-"""The sections on what the detections get wrong: precision and recall, errors, confusion."""
+"""The sections on the detections: precision and recall, errors, confusion, scores, groups of objects.
 
-from plaintrain.charts import bar_figure, matrix_figure, xy_figure
+Each makes the data of one test set of (dataset, [(run, analysis)]), see `by_dataset`.
+"""
+
+from plaintrain.charts import bar_figure, histogram_figure, matrix_figure, xy_figure
 from plaintrain.curves import curve_line
-from plaintrain.report.html import details, figure, grid, join, note, table, tag
+from plaintrain.report.render import Cell, Figure, is_best
 
 # So many classes can be told apart by colour, and as rows of a matrix.
 _MOST_LINES, _MOST_ROWS = 8, 20
@@ -16,58 +19,57 @@ ERROR_TYPES = {
     "background": "nothing is there",
     "missed": "an object that no detection is near",
 }
-_KINDS = list(ERROR_TYPES)[1:]
+_ERRORS = list(ERROR_TYPES)[1:]
+# Counts of a class, and what to call them.
+_COUNTS = {name: name for name in ERROR_TYPES if name != "missed"}
+_COUNTS |= {"erroneous": "objects found wrongly", "missed": "objects missed"}
+_GROUPS = {
+    "size": ("Size", "root of the area in pixels"),
+    "aspect": ("Shape", "width : height"),
+    "overlaps": ("Crowdedness", "other objects that overlap it (IoU from 0.1)"),
+    "objects_per_image": ("Objects in the image", "number"),
+}
+_GROUP_COLUMNS = ("name", "objects", "found", "erroneous", "missed", "recall_above", "recall", "mean_iou")
 
 
-def by_dataset(runs, make, headings=True):
-    """What `make` gives for each test set, and a sentence for each that could not be analysed.
+def by_dataset(make, runs):
+    """Return what `make` returns for each test set, and why some runs have no analysis of it.
 
     Args:
+        make: function (dataset, [(run, analysis)]); None stands for it where no run could be analysed.
         runs: list of `RunFacts`.
-        make: function (dataset, [(run, analysis)]) that returns pieces of a page.
-        headings: whether the names of several test sets are to stand above their parts.
     """
-    names = list(dict.fromkeys(name for run in runs for name in run.test_sets))
-    parts = []
-    for name in names:
+    test_sets = []
+    for name in dict.fromkeys(name for run in runs for name in run.test_sets):
         analysed = [(run, run.analyses[name]) for run in runs if name in run.analyses]
-        parts += [tag("h3", name)] if headings and len(names) > 1 else []
-        parts += make(name, analysed) if analysed else []
         reasons = [run.problems[name] for run in runs if name in run.test_sets and name in run.problems]
-        parts += [note(f"{name}: {reason}.") for reason in dict.fromkeys(reasons)]
-    if not names:
-        parts.append(note("The run names no test set: DATASETS.TEST is empty."))
-    return join(parts)
+        data = make(name, analysed) if analysed else None
+        test_sets.append({"name": name, "data": data, "reasons": list(dict.fromkeys(reasons))})
+    return test_sets
 
 
-def precision_recall(runs):
-    """Precision over recall, by class or by run."""
-
-    def _make(dataset, analysed):
-        figures = []
-        for task in _tasks(analysed, "curves"):
-            for iou in ("0.50", "0.75"):
-                lines, words = _curve_lines(analysed, task, iou)
-                if lines:
-                    shown = xy_figure(lines, "recall", "precision", limits=(0, 1))
-                    name = f"pr-{dataset}-{task}-{iou[2:]}"
-                    figures.append(figure(shown, name, f"{task}, IoU {iou}", words))
-        return [grid(figures)] if figures else [note(f"{dataset} has no objects, so there is no recall.")]
-
-    return by_dataset(runs, _make)
+def precision_recall(dataset, analysed):
+    """Draw precision over recall, by class or by run."""
+    figures = []
+    for task in _tasks(analysed, "curves"):
+        for iou in ("0.50", "0.75"):
+            lines, words = _curve_lines(analysed, task, iou)
+            if lines:
+                drawing = xy_figure(lines, "recall", "precision", limits=(0, 1))
+                name = f"pr-{dataset}-{task}-{iou[2:]}"
+                figures.append(Figure(name, drawing, f"{task}, IoU {iou}", words))
+    return figures
 
 
 def _tasks(analysed, key):
-    return list(dict.fromkeys(task for _, found in analysed for task in found[key]))
+    return list(dict.fromkeys(task for _, analysis in analysed for task in analysis[key]))
 
 
 def _curve_lines(analysed, task, iou):
     if len(analysed) > 1:
-        found = [(run.name, a["curves"].get(task), run.color) for run, a in analysed]
-        lines = [
-            (name, curves["recall"], curves["mean"][iou], color) for name, curves, color in found if curves
-        ]
-        return [curve_line(*line) for line in lines if line[2]], "mean over the classes"
+        curves = [(run, a["curves"][task]) for run, a in analysed if task in a["curves"]]
+        lines = [curve_line(run.name, c["recall"], c["mean"][iou], run.color) for run, c in curves]
+        return [line for line in lines if line["y"]], "mean over the classes"
     ((_, analysis),) = analysed
     curves = analysis["curves"][task]
     classes = [c for c in curves["classes"] if c[iou]]
@@ -80,76 +82,54 @@ def _curve_lines(analysed, task, iou):
     return lines, f"the {len(most)} classes with the most objects, and the mean over all {len(classes)}"
 
 
-def error_costs(runs):
-    """How much AP each kind of error costs, and how often there is one."""
-
-    def _make(dataset, analysed):
-        parts = []
-        for task in _tasks(analysed, "errors"):
-            found = [(run, a["errors"][task]) for run, a in analysed if task in a["errors"]]
-            series = {run.name: [e["costs"][kind] for kind in _KINDS] for run, e in found}
-            colors = [run.color for run, _ in found]
-            shown = bar_figure(_KINDS, series, "AP50 that mending it would gain", colors=colors)
-            shown = figure(shown, f"cost-{dataset}-{task}", "What each kind of error costs")
-            parts.append(tag("h3", f"{task} on {dataset}"))
-            parts.append(tag("div", shown, _kinds_table(found), class_="beside"))
-            if len(found) == 1:
-                parts.append(details("By class", _by_class(found[0][1], dataset)))
-        return parts
-
-    lead = (
-        "Each bar: how much higher AP50 would be if the errors of one kind were mended and nothing else "
-        "changed (TIDE, Bolya et al. 2020). Counted are the detections above the score threshold with the "
-        "best F1."
-    )
-    return join([tag("p", lead, class_="lead"), by_dataset(runs, _make, headings=False)])
+def errors(dataset, analysed):
+    """Return how much AP each type of error costs, and how often there is one, for each task."""
+    tasks = []
+    for task in _tasks(analysed, "errors"):
+        known = [(run, a["errors"][task]) for run, a in analysed if task in a["errors"]]
+        series = {run.name: [e["costs"][name] for name in _ERRORS] for run, e in known}
+        colors = [run.color for run, _ in known]
+        drawing = bar_figure(_ERRORS, series, "AP50 that mending it would gain", colors=colors)
+        counts = [{**e["detections"], "missed": e["objects"]["missed"]} for _, e in known]
+        tasks.append(
+            {
+                "task": task,
+                "figure": Figure(f"cost-{dataset}-{task}", drawing, "What each kind of error costs"),
+                "columns": [run.name for run, _ in known] if len(known) > 1 else ["count"],
+                "types": [[name, words, *(c[name] for c in counts)] for name, words in ERROR_TYPES.items()],
+                "class_columns": ["class", *_COUNTS.values()],
+                "classes": _rows(known[0][1]["classes"], "name", *_COUNTS) if len(known) == 1 else None,
+            }
+        )
+    return tasks
 
 
-def _kinds_table(found):
-    rows = []
-    for kind, words in ERROR_TYPES.items():
-        counts = [(e["objects"] if kind == "missed" else e["detections"])[kind] for _, e in found]
-        rows.append([kind, words, *counts])
-    names = ["count"] if len(found) == 1 else [run.name for run, _ in found]
-    return table(["kind", "what it is", *names], rows)
-
-
-def _by_class(errors, dataset):
-    kinds = [kind for kind in _KINDS if kind != "missed"]
-    rows = [
-        [c["name"], c["correct"], *(c[kind] for kind in kinds), c["erroneous"], c["missed"]]
-        for c in errors["classes"]
-    ]
-    columns = ["class", "correct", *kinds, "objects found wrongly", "objects missed"]
-    return table(columns, rows, f"Detections and objects of {dataset}")
+def _rows(records, *keys):
+    return [[record[key] for key in keys] for record in records]
 
 
 def confusion(runs):
-    """Which classes are taken for which."""
+    """Return which classes are mistaken for which, by test set and run."""
 
     def _make(dataset, analysed):
-        parts = []
-        for run, analysis in analysed:
-            found = analysis["confusion"]
-            labels, counts, words = _busiest(found)
-            drawn = matrix_figure(counts, labels, labels, "found as", "what is there")
-            title = run.name if len(runs) > 1 else dataset
-            pairs = [[p["truth"], p["found"], p["count"], round(100 * p["share"], 1)] for p in found["pairs"]]
-            columns = ["what is there", "found as", "times", "% of the class"]
-            shown = table(columns, pairs, "The classes that are mistaken most often")
-            beside = shown if pairs else tag("p", "No object is taken for one of another class.")
-            name, is_wide = f"confusion-{dataset}-{run.color}", len(labels) > _MOST_LINES
-            drawn = figure(drawn, name, title, words, is_wide)
-            parts.append(tag("div", drawn, beside, class_="beside"))
-        return parts
+        return [_confusion(dataset, run.name if len(runs) > 1 else dataset, run, a) for run, a in analysed]
 
-    lead = "Shades: shares of a row. Background as a row: detections where nothing is; as a column: missed."
-    return join([tag("p", lead, class_="lead"), by_dataset(runs, _make)])
+    return by_dataset(_make, runs)
 
 
-def _busiest(found):
-    """(labels, counts, words) of the classes with the most confusions, and the background."""
-    labels, counts = found["labels"], found["counts"]
+def _confusion(dataset, title, run, analysis):
+    labels, counts, words = _busiest(analysis["confusion"])
+    drawing = matrix_figure(counts, labels, labels, "found as", "what is there")
+    name, pairs = f"confusion-{dataset}-{run.color}", analysis["confusion"]["pairs"]
+    return {
+        "figure": Figure(name, drawing, title, words, len(labels) > _MOST_LINES),
+        "pairs": [[p["truth"], p["found"], p["count"], round(100 * p["share"], 1)] for p in pairs],
+    }
+
+
+def _busiest(confusion):
+    """Return (labels, counts, words) of the classes with the most confusions, and the background."""
+    labels, counts = confusion["labels"], confusion["counts"]
     last = len(labels) - 1
     if last <= _MOST_ROWS:
         return labels, counts, ""
@@ -160,3 +140,70 @@ def _busiest(found):
     chosen = sorted(sorted(range(last), key=lambda i: (-wrong(i), -sum(counts[i])))[:_MOST_ROWS]) + [last]
     words = f"the {_MOST_ROWS} of {last} classes that are mistaken most often"
     return [labels[i] for i in chosen], [[counts[i][j] for j in chosen] for i in chosen], words
+
+
+def calibration(dataset, analysed):
+    """Draw how often detections are correct, by their score."""
+    lines, counts, remarks = [], {}, []
+    for run, analysis in analysed:
+        bins, error = (analysis["calibration"][key] for key in ("bins", "expected_error"))
+        known = [b for b in bins if b["count"]]
+        line = curve_line(run.name, [b["score"] for b in known], [b["precision"] for b in known], run.color)
+        lines.append({**line, "points": True})
+        counts[run.name] = [b["count"] for b in bins]
+        remark = "no detections" if error is None else f"off by {100 * error:.1f} points on average"
+        remarks.append(f"{remark} ({run.name})" if len(analysed) > 1 else remark)
+    edges = [i / len(bins) for i in range(len(bins) + 1)]
+    curve = xy_figure(lines, "score", "share that is correct", limits=(0, 1), diagonal=True)
+    colors = [line["color"] for line in lines]
+    scores = histogram_figure(edges, counts, "score", "detections", colors=colors)
+    words = f"dashed: ideal; {', '.join(remarks)}"
+    return [
+        Figure(f"calibration-{dataset}", curve, "Calibration", words),
+        Figure(f"scores-{dataset}", scores, "Scores of all detections"),
+    ]
+
+
+def thresholds(_, analysed):
+    """Return the score threshold with the best F1, of all classes together (None) and of each class.
+
+    Of several runs each has a cell with its F1.
+    """
+    by_run = [{None: a["thresholds"]["overall"]} for _, a in analysed]
+    for known, (_, a) in zip(by_run, analysed, strict=True):
+        known |= {c["name"]: c for c in a["thresholds"]["classes"]}
+    names = dict.fromkeys(name for known in by_run for name in known)
+    if len(analysed) == 1:
+        keys = ("threshold", "f1", "precision", "recall")
+        return {"runs": None, "rows": [[n, *(by_run[0][n][key] for key in keys)] for n in names]}
+    rows = []
+    for name in names:
+        best = [known.get(name, {"f1": None, "threshold": None}) for known in by_run]
+        scores = [b["f1"] for b in best]
+        shown = ["–" if b["f1"] is None else f"{b['f1']:.3f} (from {b['threshold']:.2f})" for b in best]
+        rows.append([name, *(Cell(s, v, is_best(v, scores)) for s, v in zip(shown, scores, strict=True))])
+    return {"runs": [run.name for run, _ in analysed], "rows": rows}
+
+
+def groups(dataset, analysed):
+    """Return how many objects are detected, by their size, shape and neighbours."""
+    figures, tables = [], []
+    for key, (title, words) in _GROUPS.items():
+        bins = [a["breakdown"][key] for _, a in analysed]
+        used = [i for i in range(len(bins[0])) if any(b[i]["objects"] for b in bins)]
+        bins = [[b[i] for i in used] for b in bins]
+        names = [f"{b['name']}  ({b['objects']:,})" for b in bins[0]]
+        if not names:
+            continue
+        series = {
+            run.name: [b["recall_above"] for b in of_run]
+            for (run, _), of_run in zip(analysed, bins, strict=True)
+        }
+        colors = [run.color for run, _ in analysed]
+        if len(analysed) == 1:
+            shown = {"all detections": "recall", "above the threshold": "recall_above"}
+            series, colors = {name: [b[k] for b in bins[0]] for name, k in shown.items()}, None
+            tables.append((title, _rows(bins[0], *_GROUP_COLUMNS)))
+        drawing = bar_figure(names, series, "share that is found", colors=colors)
+        figures.append(Figure(f"group-{dataset}-{key}", drawing, title, f"{words}; in brackets: objects"))
+    return {"figures": figures, "tables": tables}

@@ -4,6 +4,9 @@ import logging
 from dataclasses import dataclass, field
 
 from plaintrain import run_folder, run_log
+from plaintrain.data.builtin import declare_dataset
+from plaintrain.evaluation.analysis import analyze
+from plaintrain.evaluation.predictions import read_detections
 from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.logger import silenced
 
@@ -75,8 +78,6 @@ def gather(folder, name, color=0):
 
 def _declare(run):
     """Make the run's datasets known; one that means something else here already has no analysis."""
-    from plaintrain.data.builtin import declare_dataset
-
     declared = run.config.get("DATASETS", {}).get("DECLARE") or {}
     for name in dict.fromkeys([*run.test_sets, *run.train_sets]):
         if name in declared:
@@ -88,9 +89,6 @@ def _declare(run):
 
 def _analyze(run, dataset):
     """Analyse a test set's predictions, or note why that cannot be done."""
-    from plaintrain.evaluation.analysis import analyze
-    from plaintrain.evaluation.predictions import read_detections
-
     path = run_folder.predictions_path(run.folder, dataset)
     if path is None:
         run.problems[dataset] = (
