@@ -5,7 +5,7 @@ from typing import NamedTuple
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.storage import every
 
-__all__ = ["Due", "check_workflow", "epoch_ranges", "every", "validates_after", "workflow_epochs"]
+__all__ = ["Due", "check_workflow", "every", "validates_after", "workflow_epochs"]
 
 _MODES = ("train", "val")
 
@@ -50,13 +50,6 @@ def workflow_epochs(workflow, max_epochs, start_epoch=0):
                     done += 1
                 if done > start_epoch or (done == start_epoch and (mode == "val" or start_epoch == 0)):
                     yield mode, done - 1
-
-
-def epoch_ranges(start_iter, max_iter, iters_per_epoch):
-    """Yield (epoch, first iteration, iteration to end before), from `start_iter`, maybe within an epoch."""
-    for epoch in range(start_iter // iters_per_epoch, -(-max_iter // iters_per_epoch)):
-        first = epoch * iters_per_epoch
-        yield epoch, max(first, start_iter), min(first + iters_per_epoch, max_iter)
 
 
 def validates_after(cfg, epoch):

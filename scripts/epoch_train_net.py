@@ -23,7 +23,7 @@ from plaintrain.early_stopping import EarlyStopping
 from plaintrain.ema import build_ema
 from plaintrain.nonfinite import build_nonfinite_guard
 from plaintrain.report.after_training import make_report_if_wanted
-from plaintrain.schedule import Due, epoch_ranges, every, validates_after
+from plaintrain.schedule import Due, every, validates_after
 from plaintrain.testing import do_test, evaluate
 from plaintrain.trial import finish_dry_run
 from plaintrain.utils import comm
@@ -102,11 +102,11 @@ def do_train(cfg, model, resume=False):
         if actions.log:
             write_all(writers)
 
-        for epoch, first, end in epoch_ranges(start_iter, cfg.SOLVER.MAX_ITER, iters_per_epoch):
+        for epoch, batches in data_loader.epochs(start_iter, cfg.SOLVER.MAX_ITER):
             if early_stopping.triggered:
                 break
             start_time = perf_counter()
-            for iteration, samples in data_loader.iterations(first, end, desc=f"epoch {epoch}"):
+            for iteration, samples in batches:
                 data_time = perf_counter() - start_time
                 storage.iter = iteration
                 actions = due(cfg, iteration, iters_per_epoch, stop.requested_on_any_rank())  # all ranks

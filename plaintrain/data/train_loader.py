@@ -184,7 +184,6 @@ class TrainLoader(Loader):
         """
         self._records, self._sampler, self._iteration = records, sampler, start_iter
         self.num_replaced, self._replaced = 0, set()
-        self._stream = None
         self._mapped = MappedRecords(records, mapper, sampler.seed, skip_unreadable)
         super().__init__(self._mapped, _Batches(self), num_workers)
 
@@ -209,19 +208,23 @@ class TrainLoader(Loader):
             logger.warning(f"{sample.reason}; another image takes its place, {self.num_replaced} so far")
         return sample.sample
 
-    def iterations(self, start_iter, end_iter, desc="training"):
-        """Yield (iteration, samples), with a progress bar on a terminal.
+    def iterations(self, start_iter, end_iter):
+        """Yield (iteration, samples), with a progress bar on a terminal; nothing before is loaded."""
+        self._iteration = start_iter
+        stream = iter(self)
+        for iteration in progress_range(start_iter, end_iter):
+            yield iteration, next(stream)
 
-        Args:
-            start_iter: the first iteration; nothing before it is loaded.
-            end_iter: the iteration to end before. The next call may continue there, with the same workers.
-            desc: label of the bar.
+    def epochs(self, start_iter, end_iter):
+        """Yield (epoch, iterator over its `iterations`), beginning with what is left of the first epoch.
+
+        The workers are those of one stream, so an iterator is used up before the next one is asked for.
         """
-        if self._stream is None or self._iteration != start_iter:
-            self._iteration = start_iter
-            self._stream = iter(self)
-        for iteration in progress_range(start_iter, end_iter, desc=desc):
-            yield iteration, next(self._stream)
+        stream = self.iterations(start_iter, end_iter)
+        length = self.iters_per_epoch
+        for epoch in range(start_iter // length, -(-end_iter // length)):
+            first = max(epoch * length, start_iter)
+            yield epoch, itertools.islice(stream, min((epoch + 1) * length, end_iter) - first)
 
     @property
     def iters_per_epoch(self):
