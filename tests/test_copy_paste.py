@@ -41,13 +41,21 @@ def _tensors(colour, size, *rectangles, first_label=0):
     }
 
 
-def test_pasted_instances_keep_their_targets():
+def test_pasted_instances_keep_their_targets_and_are_scaled_to_this_image():
     below = _tensors(10, (30, 40), (2, 3, 12, 13))
     other = _tensors(200, (30, 40), (20, 5, 35, 25), first_label=5)
     result = ALL(below, _rng(), other)
     for name in ("labels", "boxes", "masks", "keypoints", "visibility"):
         assert torch.equal(result[name], torch.cat([below[name], other[name]]))
     assert ALL(below, _rng(), _tensors(200, (30, 40))) is below
+    below = _tensors(10, (30, 40))
+    result = ALL(below, _rng(), _tensors(200, (60, 20), (5, 20, 15, 40), first_label=3))
+    assert (result["boxes"].tolist(), result["labels"].tolist()) == ([[10, 10, 30, 20]], [3])
+    assert result["keypoints"].tolist() == [[[11, 10.25], [29, 19.75]]]
+    # An instance of which scaling leaves no pixel is not pasted.
+    below = _tensors(10, (3, 4), (0, 0, 2, 2))
+    other = _tensors(200, (300, 400), (101, 101, 103, 103), (200, 100, 400, 300), first_label=5)
+    assert ALL(below, _rng(), other)["labels"].tolist() == [0, 6]
 
 
 def test_covered_instances_shrink_and_only_their_covered_keypoints_are_hidden():
@@ -74,17 +82,6 @@ def test_covered_instances_shrink_and_only_their_covered_keypoints_are_hidden():
     corner["visibility"][0] = torch.tensor([2, 2])
     result = ALL(corner, _rng(), _tensors(200, (30, 40), (30, 20, 40, 30)))
     assert result["visibility"][0].tolist() == [1, 2]
-
-
-def test_pasted_image_is_scaled_to_this_one():
-    below = _tensors(10, (30, 40))
-    result = ALL(below, _rng(), _tensors(200, (60, 20), (5, 20, 15, 40), first_label=3))
-    assert (result["boxes"].tolist(), result["labels"].tolist()) == ([[10, 10, 30, 20]], [3])
-    assert result["keypoints"].tolist() == [[[11, 10.25], [29, 19.75]]]
-    # An instance of which scaling leaves no pixel is not pasted.
-    below = _tensors(10, (3, 4), (0, 0, 2, 2))
-    other = _tensors(200, (300, 400), (101, 101, 103, 103), (200, 100, 400, 300), first_label=5)
-    assert ALL(below, _rng(), other)["labels"].tolist() == [0, 6]
 
 
 def test_each_instance_is_pasted_with_probability_p_by_itself():

@@ -21,17 +21,14 @@ from plaintrain.utils.yaml_files import parse_yaml
 from plaintrain.weights import read_state_dict
 
 
-class Evil:
-    """Pickled, it makes a folder when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
+class Evil(str):
+    """The path of a folder; pickled, it makes the folder when it is loaded."""
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, (str(self),)
 
 
-def test_weights_that_would_run_code_are_rejected(tmp_path):
+def test_weights_and_checkpoints_that_would_run_code_are_rejected(tmp_path):
     evil, model = Evil(tmp_path / "touched"), {"a": torch.zeros(1)}
     for name, content, save in (
         ("w.pth", evil, torch.save),
@@ -44,9 +41,6 @@ def test_weights_that_would_run_code_are_rejected(tmp_path):
             save(content, f)
         rejected(path, by=lambda path=path: read_state_dict(str(path)))
         assert not (tmp_path / "touched").exists()
-
-
-def test_a_checkpoint_that_would_run_code_is_not_resumed_from(tmp_path):
     model = torch.nn.Linear(1, 1)
     content = {"model": model.state_dict(), "iteration": 3, "extra": Evil(tmp_path / "touched")}
     torch.save(content, tmp_path / "model_0000003.pth")
@@ -129,7 +123,7 @@ def test_yaml_bombs_and_broken_yaml_are_rejected(tmp_path, text, word):
     rejected(path, word, by=lambda: merge(path))
 
 
-def test_yaml_of_many_bytes_or_another_encoding_is_not_read(tmp_path):
+def test_yaml_of_many_bytes_or_another_encoding_is_not_read_but_ordinary_one_is(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_bytes(b"SEED: \xe9")
     rejected(path, by=lambda: merge(path))
@@ -137,10 +131,8 @@ def test_yaml_of_many_bytes_or_another_encoding_is_not_read(tmp_path):
         f.truncate(10 << 30)
     rejected(path, "bytes", by=lambda: merge(path))
     rejected(path, "bytes", by=lambda: load_yolo(str(path), "train"))
-
-
-def test_ordinary_aliases_a_byte_order_mark_and_crlf_are_read(tmp_path):
-    path = tmp_path / "c.yaml"
+    # Ordinary aliases, a byte order mark and CRLF are read.
+    path.unlink()
     path.write_bytes(b"\xef\xbb\xbfINPUT:\r\n  MIN_SIZE_TRAIN: &s [600, 700]\r\n  MIN_SIZE_TEST: 5\r\n")
     cfg = get_cfg()
     cfg.merge_from_file(path)

@@ -10,7 +10,6 @@ from hostile_helpers import rejected
 from torchvision.ops import box_iou
 
 from plaintrain.data.shapes import load_shapes, render
-from plaintrain.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -157,27 +156,16 @@ def test_keypoints_under_a_later_shape_are_hidden(records):
     assert seen[1] > 20
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"split": "vla"}, "train, val, test.*'vla'"),
-        ({"height": 15}, "HEIGHT.*15"),
-        ({"width": 0}, "WIDTH.*0"),
-        ({"num": 0}, "NUM.*0"),
-        ({"seed": -1}, "SEED.*-1"),
-    ],
-)
-def test_load_shapes_rejects_arguments_out_of_range(wrong, words):
-    with pytest.raises(UserError, match=words):
-        load_shapes(**{"num": 1, **wrong})
-
-
-SIZE = "seed=0&height=32&width=32"
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["train/0", f"vla/0?{SIZE}", f"train/one?{SIZE}", f"train/-1?{SIZE}", "train/0?seed=0&height=0&width=32"],
-)
-def test_render_rejects_names_of_no_image(name):
-    rejected("does not name an image of the shapes set", by=lambda: render(f"shapes://{name}"))
+def test_arguments_out_of_range_and_names_of_no_image_are_rejected():
+    for wrong, words in (
+        ({"split": "vla"}, ["train, val, test", "'vla'"]),
+        ({"height": 15}, ["HEIGHT", "15"]),
+        ({"width": 0}, ["WIDTH", "0"]),
+        ({"num": 0}, ["NUM", "0"]),
+        ({"seed": -1}, ["SEED", "-1"]),
+    ):
+        rejected(*words, by=lambda wrong=wrong: load_shapes(**{"num": 1, **wrong}))
+    size = "seed=0&height=32&width=32"
+    names = "train/0", "train/0?seed=0&height=0&width=32"
+    for name in (*names, *(f"{image}?{size}" for image in ("vla/0", "train/one", "train/-1"))):
+        rejected("does not name an image of the shapes set", by=lambda name=name: render(f"shapes://{name}"))
