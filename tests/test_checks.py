@@ -70,7 +70,7 @@ def test_check_records_finds_mistakes_of_annotations(kind, annotation):
     assert found[kind].fatal == KINDS[kind][1]
 
 
-def test_check_records_finds_empty_images_unused_classes_and_shared_ids():
+def test_check_records_finds_mistakes_of_datasets_and_keeps_ten_examples():
     found = _check(_record({}), _record(image_id=2), _record({}), classes=["cat", "dog"])
     assert set(found) == {"no_annotations", "unused_class", "same_image_id"}
     assert found["no_annotations"].examples == ("2.jpg",)
@@ -78,9 +78,6 @@ def test_check_records_finds_empty_images_unused_classes_and_shared_ids():
     assert found["same_image_id"].fatal
     assert _check()["no_images"].fatal
     assert _check(_record())["no_boxes"].fatal
-
-
-def test_findings_list_unbalanced_classes_and_keep_ten_examples():
     found = _check(_record(*[{}] * 20, {"category_id": 1}, {"category_id": 1}), classes=["cat", "dog"])
     assert found["imbalance"].examples == ("cat: 20 boxes", "dog: 2 boxes")
     assert "imbalance" not in _check(_record(*[{}] * 19, *[{"category_id": 1}] * 2), classes=["cat", "dog"])
