@@ -316,16 +316,6 @@ def test_an_iou_equal_to_a_threshold_reaches_it():
             kind(10, iou_threshold=thresholds[0], background_threshold=thresholds[1])
 
 
-def test_the_first_of_two_types_of_error_counts():
-    # A place that is wrong, and on an object of another class; a duplicate on an object of another class.
-    boxes = [[0, 0, 10, 3], [0, 0, 10, 8], [20, 0, 30, 10], [20, 0, 30, 9]]
-    objects = {"boxes": boxes, "labels": [0, 1, 0, 1]}
-    found = {"boxes": [[0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 10]], "labels": [0, 0, 0]}
-    matches = match_image(objects, {**found, "scores": [0.9, 0.8, 0.7]})
-    assert matches.kinds.tolist() == ["localisation", "correct", "class"]
-    assert matches.objects.tolist() == [0, 2, 3] and matches.states.tolist()[0] == "erroneous"
-
-
 def test_a_detection_matches_the_best_object_that_is_left():
     objects = {"boxes": [[0, 0, 10, 10], [0, 0, 10, 8]], "labels": [0, 0]}
     found = {"boxes": [[0, 0, 10, 10]] * 3, "labels": [0] * 3, "scores": [0.5, 0.9, 0.4]}
@@ -337,9 +327,14 @@ def test_a_detection_matches_the_best_object_that_is_left():
     # Of two that it overlaps alike, COCO has the later one.
     halves = {"boxes": [[0, 0, 10, 5], [0, 5, 10, 10]], "labels": [0, 0]}
     assert match_image(halves, found).objects.tolist() == [0, 1, 1]
-
-
-def test_only_the_hundred_best_of_a_class_count():
+    # The first of two types counts: a wrong place, and a duplicate, on an object of another class.
+    boxes = [[0, 0, 10, 3], [0, 0, 10, 8], [20, 0, 30, 10], [20, 0, 30, 9]]
+    objects = {"boxes": boxes, "labels": [0, 1, 0, 1]}
+    found = {"boxes": [[0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 10]], "labels": [0, 0, 0]}
+    matches = match_image(objects, {**found, "scores": [0.9, 0.8, 0.7]})
+    assert matches.kinds.tolist() == ["localisation", "correct", "class"]
+    assert matches.objects.tolist() == [0, 2, 3] and matches.states.tolist()[0] == "erroneous"
+    # Only the hundred best of a class count.
     objects = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
     boxes = [[50, 50, 60, 60]] * 100 + [[0, 0, 10, 10]] * 2
     found = {"boxes": boxes, "labels": [0] * 102, "scores": [0.9] * 100 + [0.1, 0.2]}

@@ -305,20 +305,18 @@ def test_merged_classes_are_in_order_of_first_appearance_and_may_be_chosen(part,
     assert records[0]["image_id"] == "inner/pets/2"
 
 
-def _fraction(name, **keys):
-    size = {"HEIGHT": 16, "WIDTH": 16, "NUM": 40}
-    declare_dataset(name, {"FORMAT": "shapes", "SPLIT": "val", **size, **keys})
-    return [record["image_id"] for record in DatasetCatalog.get(name)]
-
-
 def test_a_fraction_is_a_fixed_random_subset_in_order():
-    tenth, half = _fraction("tenth", FRACTION=0.1), _fraction("half", FRACTION=0.5)
+    def load(name, **keys):
+        declare_dataset(name, {**SHAPES, "HEIGHT": 16, "WIDTH": 16, "NUM": 40, **keys})
+        return [record["image_id"] for record in DatasetCatalog.get(name)]
+
+    tenth, half = load("tenth", FRACTION=0.1), load("half", FRACTION=0.5)
     assert (len(tenth), len(half)) == (4, 20)
     assert half == sorted(half) != list(range(1, 21))
-    assert half == _fraction("again", FRACTION=0.5)
-    assert half != _fraction("other", FRACTION=0.5, FRACTION_SEED=1)
+    assert half == load("again", FRACTION=0.5)
+    assert half != load("other", FRACTION=0.5, FRACTION_SEED=1)
     assert set(tenth) < set(half)
-    assert _fraction("all", FRACTION=1) == list(range(1, 41))
-    assert len(_fraction("little", FRACTION=0.001)) == 1
+    assert load("all", FRACTION=1) == list(range(1, 41))
+    assert len(load("little", FRACTION=0.001)) == 1
     # 0.07 * 100 is 7.000000000000001.
-    assert len(_fraction("some", FRACTION=0.07, NUM=100)) == 7
+    assert len(load("some", FRACTION=0.07, NUM=100)) == 7

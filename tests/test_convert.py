@@ -102,7 +102,7 @@ def test_coco_to_coco_loses_nothing(convert, pets, tiny_coco):
     assert "error: cannot put" in said and "wide.png" in said and "No such file" in said
 
 
-def test_voc_to_coco_keeps_boxes_difficult_and_names_as_ids(convert, zoo):
+def test_voc_to_coco_and_to_yolo_keep_boxes(convert, zoo):
     folder, _ = convert("zoo_train", "coco")
     records, metadata = _coco(folder)
     before, known = read_dataset("zoo_train")
@@ -119,6 +119,15 @@ def test_voc_to_coco_keeps_boxes_difficult_and_names_as_ids(convert, zoo):
     elsewhere = folder.with_name("elsewhere")
     convert("zoo_train", "coco", "DATASETS.DECLARE.zoo_train.SPLIT", "val", output=elsewhere)
     assert [record["image_id"] for record in _coco(elsewhere)[0]] == ["c"]
+    # To YOLO with all splits.
+    folder, said = convert("zoo_train", "yolo", "--val", "zoo_val")
+    assert "--val NAME" not in said
+    for split in ("train", "val"):
+        records, metadata = load_yolo(str(folder / "data.yaml"), split)
+        assert metadata["thing_classes"] == ["ant", "cow", "zebra"]
+        boxes = [[_corners(a) for a in r["annotations"]] for r in read_dataset(f"zoo_{split}")[0]]
+        for record, expected in zip(records, boxes, strict=True):
+            assert [_corners(a) for a in record["annotations"]] == [pytest.approx(box) for box in expected]
 
 
 def test_shapes_are_drawn_and_labels_found_again_whatever_the_folders_are_called(
@@ -159,17 +168,6 @@ def test_compressed_masks_scores_and_custom_areas_are_written(tmp_path):
     with pytest.raises(UserError, match="an annotation of x: it has a polygon"):
         write_coco(tmp_path / "b.json", [record], {"thing_classes": ["cat"]}, ["x.png"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json"]
-
-
-def test_voc_to_yolo_keeps_boxes_of_all_splits(convert, zoo):
-    folder, said = convert("zoo_train", "yolo", "--val", "zoo_val")
-    assert "--val NAME" not in said
-    for split in ("train", "val"):
-        records, metadata = load_yolo(str(folder / "data.yaml"), split)
-        assert metadata["thing_classes"] == ["ant", "cow", "zebra"]
-        boxes = [[_corners(a) for a in r["annotations"]] for r in read_dataset(f"zoo_{split}")[0]]
-        for record, expected in zip(records, boxes, strict=True):
-            assert [_corners(a) for a in record["annotations"]] == [pytest.approx(box) for box in expected]
 
 
 def test_coco_to_yolo_writes_labels_links_and_data_yaml(convert, pets, tiny_coco):

@@ -130,7 +130,7 @@ def _mapper(records, *steps):
     return DatasetMapper(augmentations=list(steps), use_masks=True, records=records)
 
 
-def test_mapper_draws_partners_with_the_generator_of_the_sample(records):
+def test_mapper_draws_and_augments_partners_with_the_generator_of_the_sample(records):
     mapper, seen = _mapper(records, ALL), []
     for seed in range(60):
         one, other = (mapper(records[2], _rng(seed)) for _ in range(2))
@@ -144,9 +144,7 @@ def test_mapper_draws_partners_with_the_generator_of_the_sample(records):
     twice = _mapper(records, ALL, ALL)
     counts = {len(twice(records[1], _rng(seed))["target"]["labels"]) for seed in range(20)}
     assert {2, 3} <= counts
-
-
-def test_partner_goes_through_the_augmentations_before_the_paste_and_draws_for_itself(records):
+    # A partner goes through the augmentations before the paste, and draws for itself.
     mapper = _mapper(records[3:4], RandomHorizontalFlip(1.0), ALL, Resize((60, 80)))
     target = mapper(records[1], _rng())["target"]
     assert target["labels"].tolist() == [1, 3]

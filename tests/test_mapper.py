@@ -293,11 +293,21 @@ def test_target_with_masks_and_keypoints_has_the_keys_and_types_of_the_contract(
     target = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=3)(record)["target"]
     assert set(target) == {"boxes", "labels", "masks", "keypoints"}
     assert all(type(value) is torch.Tensor for value in target.values())
+    assert (target["boxes"].dtype, target["labels"].dtype) == (torch.float32, torch.int64)
     assert (target["masks"].dtype, target["masks"].shape) == (torch.uint8, (2, 30, 40))
     assert target["masks"].is_contiguous()
     assert (target["keypoints"].dtype, target["keypoints"].shape) == (torch.float32, (2, 3, 3))
     # An instance without any has them all unlabelled.
     assert target["keypoints"].tolist() == [[[5, 6, 2], [13.5, 12, 1], [0, 0, 0]], [[0, 0, 0]] * 3]
+    # An empty target keeps its shapes and types.
+    steps = [Resize((20, 25)), RandomHorizontalFlip(1.0, (0, 1, 2, 3))]
+    for annotations in ([], [_object([0, 0, 9, 9], iscrowd=1)]):
+        record = _record(picture, 30, 40, *annotations)
+        empty = DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=4)(record)["target"]
+        shapes = {name: tuple(value.shape) for name, value in empty.items()}
+        assert shapes == {"boxes": (0, 4), "labels": (0,), "masks": (0, 20, 25), "keypoints": (0, 4, 3)}
+        types = {name: value.dtype for name, value in target.items()}
+        assert {name: value.dtype for name, value in empty.items()} == types
 
 
 def test_keypoints_outside_the_image_stay_unlabelled(picture):
@@ -309,17 +319,6 @@ def test_keypoints_outside_the_image_stay_unlabelled(picture):
         assert keypoints[:, 2].tolist() == [0, 1, 0, 0, 2]
         assert (keypoints[keypoints[:, 2] == 0] == 0).all()
     assert keypoints[1, :2].tolist() == (keypoints[4, :2] + torch.tensor([40, 30])).tolist()
-
-
-@pytest.mark.parametrize("annotations", [[], [_object([0, 0, 9, 9], iscrowd=1)]])
-def test_empty_target_keeps_its_shapes_and_types(picture, annotations):
-    steps = [Resize((20, 25)), RandomHorizontalFlip(1.0, (0, 1, 2, 3))]
-    record = _record(picture, 30, 40, *annotations)
-    target = DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=4)(record)["target"]
-    shapes = {name: tuple(value.shape) for name, value in target.items()}
-    assert shapes == {"boxes": (0, 4), "labels": (0,), "masks": (0, 20, 25), "keypoints": (0, 4, 3)}
-    types = {"boxes": torch.float32, "labels": torch.int64, "masks": torch.uint8, "keypoints": torch.float32}
-    assert {name: value.dtype for name, value in target.items()} == types
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_images_of_any_size_hold_shapes_with_tight_boxes(height, width):
             assert 0.1 - 1e-9 <= max(x1 - x0, y1 - y0) / min(height, width) <= 0.5 + 1e-9
 
 
-def test_area_and_keypoints_are_those_of_the_polygon(shapes):
+def test_area_and_keypoints_are_those_of_the_polygon_and_hidden_under_a_later_shape(shapes, records):
     metadata = load_shapes("val", 1)[1]
     assert metadata["keypoint_names"] == ["top", "right", "bottom", "left"]
     assert [sorted(pair) for pair in metadata["keypoint_flip_map"]] == [["left", "right"]]
@@ -123,6 +123,17 @@ def test_area_and_keypoints_are_those_of_the_polygon(shapes):
         np.testing.assert_allclose(directions, [(0, -1), (1, 0), (0, 1), (-1, 0)], atol=1e-6)
         assert _inside(polygon, centre + 0.9999 * offset).all()
         assert not _inside(polygon, centre + 1.0001 * offset).any()
+    seen = Counter()
+    for record in records:
+        polygons = [_polygon(a) for a in record["annotations"]]
+        for index, annotation in enumerate(record["annotations"]):
+            points = np.array(annotation["keypoints"]).reshape(4, 3)
+            covered = np.zeros(4, dtype=bool)
+            for later in polygons[index + 1 :]:
+                covered |= _inside(later, points[:, :2])
+            assert points[:, 2].tolist() == np.where(covered, 1, 2).tolist()
+            seen.update(points[:, 2].tolist())
+    assert seen[1] > 20
 
 
 def test_image_shows_the_shape_of_its_record():
@@ -140,20 +151,6 @@ def test_image_shows_the_shape_of_its_record():
         colour = np.median(colours[inside], axis=0)
         assert np.percentile(np.abs(colours[inside] - colour), 95) < 40
         assert np.linalg.norm(np.median(colours[ring], axis=0) - colour) > 25
-
-
-def test_keypoints_under_a_later_shape_are_hidden(records):
-    seen = Counter()
-    for record in records:
-        polygons = [_polygon(a) for a in record["annotations"]]
-        for index, annotation in enumerate(record["annotations"]):
-            points = np.array(annotation["keypoints"]).reshape(4, 3)
-            covered = np.zeros(4, dtype=bool)
-            for later in polygons[index + 1 :]:
-                covered |= _inside(later, points[:, :2])
-            assert points[:, 2].tolist() == np.where(covered, 1, 2).tolist()
-            seen.update(points[:, 2].tolist())
-    assert seen[1] > 20
 
 
 def test_arguments_out_of_range_and_names_of_no_image_are_rejected():

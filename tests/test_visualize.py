@@ -67,7 +67,7 @@ def test_a_label_stays_inside_the_image_and_is_readable(box):
     assert (image > 170).all(dim=0).sum() > 30
 
 
-def test_masks_are_blended_small_ones_upon_large_ones_and_never_black():
+def test_masks_are_blended_small_ones_upon_large_ones_and_keypoints_joined():
     masks = torch.zeros(2, 120, 160, dtype=torch.uint8)
     masks[0, 10:50, :50], masks[1, 5:110, 5:150] = 1, 1
     found = instances([[0, 10, 50, 50], [3, 3, 152, 112]], [0, 1], masks=masks)
@@ -81,9 +81,7 @@ def test_masks_are_blended_small_ones_upon_large_ones_and_never_black():
     crowd = {**found, "crowds": torch.tensor([False, True])}
     hatched = visualize.draw_instances(GREY, crowd, NAMES, captions=["", ""])[:, 55:100, 60:140] != 128
     assert 0.4 < hatched.any(dim=0).float().mean() < 0.6
-
-
-def test_keypoints_are_drawn_where_their_third_number_is_above_0_and_joined():
+    # Keypoints are drawn where their third number is above 0.
     points = torch.tensor([[[20.0, 20, 2], [100, 20, 1], [60, 100, 0]]])
     found = instances([[0, 0, 1, 1]], keypoints=points)
     image = visualize.draw_instances(GREY, found, NAMES, skeleton=[(0, 1), (1, 2)], captions=[""])
@@ -93,7 +91,7 @@ def test_keypoints_are_drawn_where_their_third_number_is_above_0_and_joined():
     assert (image[:, 95:105, 55:65] == 128).all() and (image[:, 60, 70:90] == 128).all()
 
 
-def test_a_record_becomes_instances_and_may_lack_masks_and_keypoints():
+def test_a_record_becomes_instances_and_metadata_a_skeleton():
     record = load_shapes("val", 3, 64, 64)[0][0]
     found = visualize.record_instances(record)
     count = len(record["annotations"])
@@ -114,9 +112,6 @@ def test_a_record_becomes_instances_and_may_lack_masks_and_keypoints():
     record["annotations"][1]["segmentation"] = [[0, 0, 5]]
     with pytest.raises(UserError, match="annotation of a.jpg: .*polygon"):
         visualize.record_instances(record)
-
-
-def test_the_skeleton_is_cocos_or_detectron2s():
     names = ["head", "neck", "foot"]
     rules = [("head", "neck", (1, 2, 3)), ("neck", "tail", (0, 0, 0))]
     assert visualize.skeleton_of({"keypoint_names": names, "keypoint_connection_rules": rules}) == ((0, 1),)
