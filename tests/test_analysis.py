@@ -195,9 +195,7 @@ def test_an_analysis_agrees_with_the_evaluator_and_with_itself(tmp_path):
     for key in ("correct", "both", "missed"):
         total = {**errors["detections"], **objects}[key]
         assert sum(row[key] for row in errors["classes"]) == total
-
-
-def test_classes_keep_their_names_whatever_their_ids_in_the_files(tmp_path):
+    # Classes keep their names, whatever their ids in the files.
     name = register([(0, A, 0, 0), (0, B, 1, 0)])
     MetadataCatalog.get(name).set(thing_dataset_id_to_contiguous_id={9: 0, 3: 1})
     detections = detections_of([(0, A, 0.9, 0)])
@@ -345,7 +343,7 @@ def test_a_detection_matches_the_best_object_that_is_left():
     assert match_image(objects, found).kinds.tolist()[-2:] == ["ignored", "correct"]
 
 
-def test_images_of_a_dataset_are_matched_as_each_alone():
+def test_images_of_a_dataset_are_matched_as_each_alone_also_of_a_file_and_above_a_score(tmp_path):
     name, records, detections = random_dataset(1)
     errors = errors_of(name, detections)
     m = errors.matches
@@ -361,10 +359,7 @@ def test_images_of_a_dataset_are_matched_as_each_alone():
         assert np.array_equal(alone.kinds, m.kinds[of_detections])
         assert np.array_equal(alone.ious, m.ious[of_detections])
         assert np.array_equal(alone.states, m.states[of_objects])
-
-
-def test_errors_of_a_file_and_above_a_score_threshold(tmp_path):
-    name, _, detections = random_dataset(3)
+    # Of a file, and above a score.
     every = errors_of(name, detections, iou_threshold=0.6)
     write_predictions(tmp_path, name, detections)
     read = read_detections(tmp_path / PREDICTIONS_FILE, name)

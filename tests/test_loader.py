@@ -194,9 +194,7 @@ MOST = "must be from 1 to the images of a process in a batch,"
         ([WORKERS, -1], 1, f"{WORKERS}.*-1"),
     ],
 )
-def test_train_loader_rejects_what_ranks_and_workers_cannot_do(
-    records, train, as_rank, options, world_size, words
-):
+def test_train_loader_checks_options(records, train, as_rank, options, world_size, words):
     train.merge_from_list(options)
     as_rank(0, world_size)
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
@@ -307,21 +305,16 @@ def test_images_without_annotations_are_skipped_unless_asked_for(records, train,
     assert "cells: 3 images without annotations are left out" in log.text
 
 
-@pytest.mark.parametrize(
-    ("size", "workers", "batches"), [(1, 0, [[i] for i in range(7)]), (3, 2, [[0, 3, 6], [1, 2, 4], [5]])]
-)
-def test_test_loader_gives_each_image_once_each_time(make_dataset, cfg, size, workers, batches):
-    make_dataset()[1]["annotations"] = []
-    cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = size, workers
-    loader = build_detection_test_loader(cfg, "cells")
-    assert len(loader) == len(batches)
-    for _ in range(2):
-        loaded = list(loader)
-        assert [[sample["image_id"] for sample in batch] for batch in loaded] == batches
-        assert not any("target" in sample for sample in itertools.chain(*loaded))
-
-
-def test_test_loader_with_threads_gives_the_views_of_each_image_once_each_time(records, cfg):
+def test_test_loader_gives_each_image_once_each_time_and_the_views_with_threads(records, cfg):
+    records[1]["annotations"] = []
+    for size, workers, batches in ((1, 0, [[i] for i in range(7)]), (3, 2, [[0, 3, 6], [1, 2, 4], [5]])):
+        cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = size, workers
+        loader = build_detection_test_loader(cfg, "cells")
+        assert len(loader) == len(batches)
+        for _ in range(2):
+            loaded = list(loader)
+            assert [[sample["image_id"] for sample in batch] for batch in loaded] == batches
+            assert not any("target" in sample for sample in itertools.chain(*loaded))
     cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.MIN_SIZES = True, (20, 30)
     cfg.DATALOADER.WORKER_TYPE, cfg.TEST.IMS_PER_BATCH = "thread", 3
     seen = []

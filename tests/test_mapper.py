@@ -59,9 +59,8 @@ def _turn(path, orientation):
     Image.open(path).save(path, exif=exif)
 
 
-@pytest.mark.parametrize(
-    ("name", "image", "expected"),
-    [
+def test_read_image_converts_to_rgb(tmp_path):
+    for name, image, expected in (
         ("grey.png", Image.new("L", (4, 3), 100), [100] * 3),
         ("palette.png", Image.new("RGB", (4, 3), (255, 0, 0)).convert("P"), RED),
         ("palette.gif", Image.new("RGB", (4, 3), (255, 0, 0)).convert("P"), RED),
@@ -69,13 +68,11 @@ def _turn(path, orientation):
         ("rgba.png", Image.new("RGBA", (4, 3), (255, 0, 0, 255)), RED),
         ("grey_alpha.png", Image.new("LA", (4, 3), (100, 255)), [100] * 3),
         ("bits.png", Image.new("1", (4, 3), 1), [255] * 3),
-    ],
-)
-def test_read_image_converts_to_rgb(tmp_path, name, image, expected):
-    image.save(tmp_path / name)
-    tensor = read_image(str(tmp_path / name))
-    assert (tensor.shape, tensor.dtype) == ((3, 3, 4), torch.uint8)
-    assert (tensor == torch.tensor(expected, dtype=torch.uint8).reshape(3, 1, 1)).all()
+    ):
+        image.save(tmp_path / name)
+        tensor = read_image(str(tmp_path / name))
+        assert (tensor.shape, tensor.dtype) == ((3, 3, 4), torch.uint8)
+        assert (tensor == torch.tensor(expected, dtype=torch.uint8).reshape(3, 1, 1)).all(), name
 
 
 # Pixels of more than 8 bits, and the ranges that a dataset may declare.
@@ -233,6 +230,27 @@ def test_training_sample_has_the_keys_and_types_of_the_contract(picture):
     assert labels.tolist() == [2, 0]
     assert (sample["image_id"], sample["height"], sample["width"]) == (17, 30, 40)
     assert sample["file_name"] == str(picture)
+    one = _object(BOX, 2, segmentation=[SQUARE], keypoints=[5, 6, 2, 13.5, 12, 1, 0, 0, 0])
+    other = _object([20, 10, 10, 10], segmentation=[[20, 10, 30, 10, 30, 20, 20, 20]])
+    record = _record(picture, 30, 40, one, _object([0, 0, 9, 9], 1, iscrowd=1), other)
+    target = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=3)(record)["target"]
+    assert set(target) == {"boxes", "labels", "masks", "keypoints"}
+    assert all(type(value) is torch.Tensor for value in target.values())
+    assert (target["boxes"].dtype, target["labels"].dtype) == (torch.float32, torch.int64)
+    assert (target["masks"].dtype, target["masks"].shape) == (torch.uint8, (2, 30, 40))
+    assert target["masks"].is_contiguous()
+    assert (target["keypoints"].dtype, target["keypoints"].shape) == (torch.float32, (2, 3, 3))
+    # An instance without any has them all unlabelled.
+    assert target["keypoints"].tolist() == [[[5, 6, 2], [13.5, 12, 1], [0, 0, 0]], [[0, 0, 0]] * 3]
+    # An empty target keeps its shapes and types.
+    steps = [Resize((20, 25)), RandomHorizontalFlip(1.0, (0, 1, 2, 3))]
+    for annotations in ([], [_object([0, 0, 9, 9], iscrowd=1)]):
+        record = _record(picture, 30, 40, *annotations)
+        empty = DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=4)(record)["target"]
+        shapes = {name: tuple(value.shape) for name, value in empty.items()}
+        assert shapes == {"boxes": (0, 4), "labels": (0,), "masks": (0, 20, 25), "keypoints": (0, 4, 3)}
+        types = {name: value.dtype for name, value in target.items()}
+        assert {name: value.dtype for name, value in empty.items()} == types
 
 
 def test_evaluation_sample_has_no_target_and_the_original_size(picture, cfg, monkeypatch):
@@ -273,7 +291,7 @@ def test_boxes_are_clipped_and_instances_without_area_dropped_with_their_targets
     assert {len(value) for value in target.values()} == {2}
 
 
-def test_augmentation_may_be_any_function(picture):
+def test_augmentation_may_be_any_function_and_keypoints_outside_the_image_are_unlabelled(picture):
     def move(tensors, rng):
         points = tv_tensors.wrap(tensors["keypoints"] + 30, like=tensors["keypoints"])
         return {**tensors, "image": tv_tensors.Image(tensors["image"] // 2), "keypoints": points}
@@ -284,33 +302,6 @@ def test_augmentation_may_be_any_function(picture):
     assert type(sample["image"]) is torch.Tensor
     # A keypoint that it moves out of the image is unlabelled.
     assert sample["target"]["keypoints"].tolist() == [[[35, 30, 2], [0, 0, 0]]]
-
-
-def test_target_with_masks_and_keypoints_has_the_keys_and_types_of_the_contract(picture):
-    one = _object(BOX, 2, segmentation=[SQUARE], keypoints=[5, 6, 2, 13.5, 12, 1, 0, 0, 0])
-    other = _object([20, 10, 10, 10], segmentation=[[20, 10, 30, 10, 30, 20, 20, 20]])
-    record = _record(picture, 30, 40, one, _object([0, 0, 9, 9], 1, iscrowd=1), other)
-    target = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=3)(record)["target"]
-    assert set(target) == {"boxes", "labels", "masks", "keypoints"}
-    assert all(type(value) is torch.Tensor for value in target.values())
-    assert (target["boxes"].dtype, target["labels"].dtype) == (torch.float32, torch.int64)
-    assert (target["masks"].dtype, target["masks"].shape) == (torch.uint8, (2, 30, 40))
-    assert target["masks"].is_contiguous()
-    assert (target["keypoints"].dtype, target["keypoints"].shape) == (torch.float32, (2, 3, 3))
-    # An instance without any has them all unlabelled.
-    assert target["keypoints"].tolist() == [[[5, 6, 2], [13.5, 12, 1], [0, 0, 0]], [[0, 0, 0]] * 3]
-    # An empty target keeps its shapes and types.
-    steps = [Resize((20, 25)), RandomHorizontalFlip(1.0, (0, 1, 2, 3))]
-    for annotations in ([], [_object([0, 0, 9, 9], iscrowd=1)]):
-        record = _record(picture, 30, 40, *annotations)
-        empty = DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=4)(record)["target"]
-        shapes = {name: tuple(value.shape) for name, value in empty.items()}
-        assert shapes == {"boxes": (0, 4), "labels": (0,), "masks": (0, 20, 25), "keypoints": (0, 4, 3)}
-        types = {name: value.dtype for name, value in target.items()}
-        assert {name: value.dtype for name, value in empty.items()} == types
-
-
-def test_keypoints_outside_the_image_stay_unlabelled(picture):
     keypoints = [-1, 6, 2, 40, 30, 1, 5, 30.5, 2, 7, 8, 0, 0, 0, 2]
     record = _record(picture, 30, 40, _object([0, 0, 40, 30], keypoints=keypoints))
     for steps in ([], [RandomZoomOut(p=1.0, side_range=(2, 2))]):
@@ -387,9 +378,7 @@ def test_keypoints_that_are_unnamed_or_differ_are_rejected(cfg):
     cfg.DATASETS.TRAIN = ()
     _keypoint_dataset(cfg, "points", None)
     rejected("the dataset points names no keypoints", by=lambda: DatasetMapper(cfg))
-
-
-def test_keypoint_flip_indices_exchange_the_pairs_of_the_dataset():
+    # Their names tell the pairs of a flip.
     names = ["nose", "left_eye", "right_eye"]
     assert keypoint_flip_indices(names, [["right_eye", "left_eye"]]) == (0, 2, 1)
     assert keypoint_flip_indices(names, []) == (0, 1, 2)

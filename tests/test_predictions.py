@@ -76,9 +76,7 @@ def write(folder, detections):
         (PascalVOCDetectionEvaluator, ("masks",), {"use_07_metric": True}),
     ],
 )
-def test_a_written_file_read_again_gives_the_same_file_and_scores(
-    shapes, tmp_path, evaluator_class, parts, options
-):
+def test_a_file_read_again_gives_the_same_scores(shapes, tmp_path, evaluator_class, parts, options):
     def make_evaluator(folder):
         return evaluator_class(shapes, output_dir=str(tmp_path / folder), **options)
 

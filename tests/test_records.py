@@ -89,7 +89,7 @@ def test_masks_and_keypoints_are_checked_before_training(register):
         get_detection_dataset_dicts("rle", need_masks=True)
 
 
-def test_lengths_are_those_after_filtering_and_only_bad_boxes_are_dropped(register):
+def test_datasets_are_filtered_counted_and_joined_in_their_order_if_their_classes_agree(register, log):
     register("one", [_object()], [], [_object()])
     register("two", [], [_object(bbox=[1, 1, 0, 0])], [_object()])
     register("none", [])
@@ -103,6 +103,18 @@ def test_lengths_are_those_after_filtering_and_only_bad_boxes_are_dropped(regist
     register("mixed", *[[{**kinds[c], "area": i} for i, c in enumerate(text)] for text in texts])
     kept = [[a["area"] for a in r["annotations"]] for r in get_detection_dataset_dicts("mixed", False)]
     assert kept == [[0, 2], [], [0], [], [1], [0, 1], [0]]
+    joined = get_detection_dataset_dicts(("two", "one"))
+    assert [record["file_name"].split("/")[0] for record in joined] == ["two", "one", "one"]
+    register("three", [_object()])
+    MetadataCatalog.get("three").set(thing_classes=["b", "a"])
+    message = r"one and three have different classes: \['a', 'b'\] and \['b', 'a'\]"
+    with pytest.raises(UserError, match=message):
+        get_detection_dataset_dicts(("one", "three"))
+    register("few", [_object(), _object(iscrowd=1)], [_object(category_id=1)])
+    get_detection_dataset_dicts("few")
+    assert "few: 2 images, 3 boxes (1 crowds) of 2 classes" in log.text
+    rows = [line.split() for line in log.text.splitlines()]
+    assert ["a", "2"] in rows and ["b", "1"] in rows
 
 
 def test_folders_are_listed_once_for_each_loaded_dataset(register, tmp_path, monkeypatch):
@@ -141,23 +153,6 @@ def test_training_warns_of_boxes_as_check_records_does(register, log):
         "one: boxes that reach beyond their image by over half a pixel, which training clips: 1",
     ]
     assert warnings == [f"one: {f}".split("\n")[0] for f in findings if "box" in f.kind]
-
-
-def test_datasets_are_joined_in_their_order_if_their_classes_agree_and_counted(register, log):
-    register("one", [_object()], [_object()])
-    register("two", [_object()])
-    register("three", [_object()])
-    MetadataCatalog.get("three").set(thing_classes=["b", "a"])
-    joined = get_detection_dataset_dicts(("two", "one"))
-    assert [record["file_name"].split("/")[0] for record in joined] == ["two", "one", "one"]
-    message = r"one and three have different classes: \['a', 'b'\] and \['b', 'a'\]"
-    with pytest.raises(UserError, match=message):
-        get_detection_dataset_dicts(("one", "three"))
-    register("few", [_object(), _object(iscrowd=1)], [_object(category_id=1)])
-    get_detection_dataset_dicts("few")
-    assert "few: 2 images, 3 boxes (1 crowds) of 2 classes" in log.text
-    rows = [line.split() for line in log.text.splitlines()]
-    assert ["a", "2"] in rows and ["b", "1"] in rows
 
 
 def _holding(**change):
@@ -218,9 +213,7 @@ def test_serialized_records_read_like_the_list_they_hold():
     # Each access gives a record of its own.
     packed[1]["annotations"].append(1)
     assert packed[1] == plain[1]
-
-
-def test_joined_and_taken_records_are_the_same_without_their_bytes_copied():
+    # Joined and taken ones are the same, without their bytes copied.
     parts = [SerializedRecords([_record(i + start) for i in range(3)]) for start in (0, 3, 6)]
     joined = SerializedRecords.join(parts)
     assert list(joined) == [_record(i) for i in range(9)]

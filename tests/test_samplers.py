@@ -28,9 +28,8 @@ FACTORS, RATIO = "DATASETS.TRAIN_REPEAT_FACTOR", "DATALOADER.RANDOM_SUBSET_RATIO
 
 
 def _passes(sampler, num):
-    return [
-        [sampler.index_at(p) for p in range(n * sampler.size, (n + 1) * sampler.size)] for n in range(num)
-    ]
+    size = sampler.size
+    return [[sampler.index_at(n * size + i) for i in range(size)] for n in range(num)]
 
 
 def test_training_sampler_without_shuffle_keeps_the_order_of_the_dataset():
@@ -196,12 +195,20 @@ def _spread(sampler, records):
     return np.mean([np.ptp(ratios[batch]) for batch in batches])
 
 
-def test_group_window_makes_batches_of_like_aspect_ratio(cfg, records):
+def test_group_window_makes_batches_of_like_aspect_ratio_and_needs_sizes(cfg, records):
     spread = []
     for grouping, window in ((True, 100), (True, 0), (False, 0)):
         cfg.DATALOADER.ASPECT_RATIO_GROUPING, cfg.DATALOADER.GROUP_WINDOW = grouping, window
         spread.append(_spread(build_train_sampler(cfg, records, 4), records))
     assert spread[0] < 0.8 * spread[1] < 0.8 * 0.8 * spread[2]
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = True
+    records = SerializedRecords([{"file_name": "a.png"}])
+    with pytest.raises(UserError, match="ASPECT_RATIO_GROUPING needs the height and width"):
+        build_train_sampler(cfg, records, 1)
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    assert build_train_sampler(cfg, records, 1).size == 1
+    _use(cfg, "WeightedTrainingSampler", FACTORS, [["large", 2]])
+    rejected("other records were passed in", by=lambda: build_train_sampler(cfg, _dataset("other", 5, 0), 4))
 
 
 @pytest.mark.parametrize(
@@ -248,13 +255,3 @@ def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
 def test_sampler_keys_that_cannot_be_used_are_rejected(cfg, records, sampler, key, value, message):
     with pytest.raises(UserError, match=message):
         build_train_sampler(_use(cfg, sampler, key, value), records, 4)
-
-
-def test_sampler_needs_the_records_of_the_datasets_and_their_sizes(cfg):
-    records = SerializedRecords([{"file_name": "a.png"}])
-    with pytest.raises(UserError, match="ASPECT_RATIO_GROUPING needs the height and width"):
-        build_train_sampler(cfg, records, 1)
-    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
-    assert build_train_sampler(cfg, records, 1).size == 1
-    _use(cfg, "WeightedTrainingSampler", FACTORS, [["large", 2]])
-    rejected("other records were passed in", by=lambda: build_train_sampler(cfg, _dataset("other", 5, 0), 4))
