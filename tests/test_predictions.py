@@ -154,7 +154,7 @@ _MISTAKES = {
     "negative": ([_GOOD | {"bbox": [9, 2, -3, 4]}], r"has bbox \[9, 2, -3, 4\], whose width or height"),
     "score": ([_GOOD | {"score": math.nan}], r"detection 0 in .*found\.json has the score nan"),
     "no score": ([{**_GOOD, "score": None}], r"detection 0 in .* has the score None"),
-    "some masks": ([_GOOD | {"segmentation": _RLE}, _GOOD], r"detection 1 in .* no segmentation, but det"),
+    "some masks": ([_GOOD | {"segmentation": _RLE}, _GOOD], r"detection 1 in .* has no segmentation, but"),
     "turned mask": ([_GOOD | {"segmentation": _TURNED}], r"detection 0 in .* an RLE of the size \[30, 40\]"),
     "some keypoints": ([_GOOD, _GOOD | {"keypoints": [1] * 6}], r"detection 0 in .* has no keypoints"),
     "keypoints": ([_GOOD | {"keypoints": [1] * 9}], r"detection 0 in .* 9 numbers as keypoints, not 3 x 2"),

@@ -110,6 +110,7 @@ def test_datasets_are_filtered_counted_and_joined_in_their_order_if_their_classe
     message = r"one and three have different classes: \['a', 'b'\] and \['b', 'a'\]"
     with pytest.raises(UserError, match=message):
         get_detection_dataset_dicts(("one", "three"))
+    log.clear()
     register("few", [_object(), _object(iscrowd=1)], [_object(category_id=1)])
     get_detection_dataset_dicts("few")
     assert "few: 2 images, 3 boxes (1 crowds) of 2 classes" in log.text

@@ -113,8 +113,7 @@ def test_state_of_another_batch_size_number_of_ranks_or_of_images(monkeypatch):
     state["sampler"]["size"] = 8
     rejected("DATASETS.TRAIN has 7 images, ", " it had 8", by=lambda: loader().load_state_dict(state))
 
-
-def test_sampler_without_a_state_is_entered_by_iteration():
+    # A sampler without a state is entered by the iteration.
     class Own:
         seed = 4
 
@@ -148,7 +147,7 @@ def test_skip_unreadable_replaces_images_reproducibly(workers, log):
     assert again.num_replaced == 8
 
 
-def test_skip_unreadable_logs_the_first_reason_and_makes_samples_again(log):
+def test_skip_unreadable_makes_samples_again_and_bugs_or_only_unreadable_images_end_the_run(log):
     # So many that a replacement often has to be replaced.
     UNREADABLE.update({0, 1, 2, 3, 4})
     stream = loader(skip_unreadable=True)
@@ -156,11 +155,9 @@ def test_skip_unreadable_logs_the_first_reason_and_makes_samples_again(log):
     logged = [line.split("image file ")[1][0] for line in log.text.splitlines() if "takes its place" in line]
     assert sorted(logged) == list("01234") and "nor can" not in log.text
     assert [stream.samples(iteration) for iteration in range(7)] == batches
-
-
-def test_unreadable_images_and_bugs_end_the_run():
     with pytest.raises(ZeroDivisionError):
         take(loader(mapper=broken, skip_unreadable=True), 1)
+    UNREADABLE.clear()
     UNREADABLE.add(3)
     with pytest.raises(UserError, match=r"cannot read the image file 3\.png$"):
         take(loader(), 7)
