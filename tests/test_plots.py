@@ -83,25 +83,21 @@ def test_script_answers_mistakes_in_a_sentence(tmp_path, args, code, words):
     assert_refused("plot_metrics.py", args, words, tmp_path, codes=[code])
 
 
-def test_script_without_matplotlib_says_what_to_install_and_watches(tmp_path):
+def test_script_watches_as_long_as_the_run_goes_on_also_without_matplotlib(tmp_path):
     folder = make_run(tmp_path / "run")
     words = 'pip install "plaintrain[plot]"'
     assert_refused("plot_metrics.py", [folder], words, tmp_path, codes=[1], faults=hide_matplotlib)
     shown = plot(tmp_path, folder, "--watch", faults=hide_matplotlib)
     assert "run: finished, iteration 200 of 200" in shown and "total_loss" in shown and "\x1b" not in shown
-
-
-def hide_matplotlib():
-    sys.modules["matplotlib"] = None
-
-
-def test_script_watches_as_long_as_the_run_goes_on(tmp_path):
-    folder = make_run(tmp_path / "run")
     shown = plot(tmp_path, folder, "--watch", "--interval", 0.001, faults=run_for_two_looks)
     # What has not changed is not said again.
     assert shown.count("run: running") == shown.count("run: finished") == 1
     # Ctrl-C ends it.
     assert "run: running" in plot(tmp_path, folder, "--watch", faults=interrupt_between_looks)
+
+
+def hide_matplotlib():
+    sys.modules["matplotlib"] = None
 
 
 def run_for_two_looks():

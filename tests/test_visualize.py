@@ -120,7 +120,7 @@ def test_a_record_becomes_instances_and_metadata_a_skeleton():
     assert visualize.skeleton_of(load_shapes("val", 1)[1]) == ((0, 1), (1, 2), (2, 3), (3, 0))
 
 
-def test_an_image_is_scaled_with_its_instances():
+def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
     masks = torch.zeros(1, 120, 160, dtype=torch.bool)
     masks[0, 60:, :80] = True
     points = torch.tensor([[[80.0, 60, 2]]])
@@ -131,9 +131,6 @@ def test_an_image_is_scaled_with_its_instances():
     assert scaled["keypoints"].tolist() == [[[160, 120, 2]]]
     assert select(scaled, scaled["labels"] > 0)["masks"].shape == (0, 240, 320)
     assert scale_to(GREY, select(found, found["labels"] > 0), 320)[1]["masks"].shape == (0, 240, 320)
-
-
-def test_a_sheet_holds_images_of_any_size_captions_and_a_legend():
     sizes = {(200, 0, 0): (40, 80), (0, 200, 0): (90, 30), (0, 0, 200): (10, 10)}
     images = [torch.tensor(c, dtype=torch.uint8)[:, None, None].expand(3, *sizes[c]) for c in sizes]
     sheet = visualize.contact_sheet(images, columns=2, width=400)
