@@ -330,10 +330,10 @@ def test_test_loader_gives_each_image_once_each_time_and_the_views_with_threads(
     assert all(views == seen[0] for views in seen)
 
 
-def test_test_loader_covers_the_images_once_over_all_ranks_and_val_loader_adds_targets(records, cfg, as_rank):
-    cfg.TEST.IMS_PER_BATCH = 3
-    expected = itertools.chain(*build_detection_test_loader(cfg, "cells"))
-    samples = itertools.chain(*build_detection_val_loader(cfg, "cells"))
+def test_test_loader_covers_the_images_of_all_ranks_and_val_loader_adds_targets(records, train, as_rank):
+    train.TEST.IMS_PER_BATCH = 3
+    expected = itertools.chain(*build_detection_test_loader(train, "cells"))
+    samples = itertools.chain(*build_detection_val_loader(train, "cells"))
     for sample, test_sample in zip(samples, expected, strict=True):
         assert torch.equal(sample["image"], test_sample["image"])
         assert sample["target"]["boxes"].tolist() == [[1, 2, 4 + sample["image_id"], 6]]
@@ -341,7 +341,7 @@ def test_test_loader_covers_the_images_once_over_all_ranks_and_val_loader_adds_t
         ids = []
         for rank in range(world_size):
             as_rank(rank, world_size)
-            loader = build_detection_test_loader(cfg, "cells")
+            loader = build_detection_test_loader(train, "cells")
             ids += [sample["image_id"] for batch in loader for sample in batch]
         assert sorted(ids) == list(range(7))
 
