@@ -343,7 +343,7 @@ def test_a_detection_matches_the_best_object_that_is_left():
     assert match_image(objects, found).kinds.tolist()[-2:] == ["ignored", "correct"]
 
 
-def test_images_of_a_dataset_are_matched_as_each_alone_also_of_a_file_and_above_a_score(tmp_path):
+def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
     name, records, detections = random_dataset(1)
     errors = errors_of(name, detections)
     m = errors.matches

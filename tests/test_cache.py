@@ -98,9 +98,7 @@ def test_files_are_parsed_once_and_known_by_their_content(tiny_coco, read, parse
     assert read(tiny_coco)[0][2]["annotations"][0]["bbox"] == [9, 5, 10.5, 8] and len(parsed) == 3
 
 
-def test_damaged_files_are_never_trusted_nor_archives_unpacked_that_would_fill_the_memory(
-    tiny_coco, read, parsed, log
-):
+def test_damaged_and_oversized_files_are_never_trusted(tiny_coco, read, parsed, log):
     first, content = read(tiny_coco), bytearray(_files()[0].read_bytes())
     for at in range(40, len(content), 97):
         damaged = content.copy()

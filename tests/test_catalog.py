@@ -46,7 +46,7 @@ def test_datasets_are_loaded_once_and_not_before_they_are_asked_for():
     rejected("known: ", "coco_2017_train", "voc_2007_test", by=lambda: DatasetCatalog.get("#"))
 
 
-def test_metadata_holds_what_was_set_and_class_names_come_from_it_or_from_loading():
+def test_metadata_and_class_names_come_from_what_was_set_or_from_loading():
     metadata = MetadataCatalog.get("mine").set(thing_classes=["a", "b"])
     assert metadata.set(evaluator_type="coco") is MetadataCatalog.get("mine")
     assert (metadata.thing_classes, metadata.name) == (["a", "b"], "mine")
@@ -128,7 +128,7 @@ def test_relative_paths_start_at_the_folder_of_datasets(tiny_coco, tmp_path, mon
     assert DatasetCatalog.get("home")[0]["file_name"].startswith(images)
 
 
-def test_declared_classes_and_flip_maps_are_used_and_may_be_repeated_but_not_changed(tiny_coco, tiny_voc):
+def test_declarations_are_used_and_may_be_repeated_but_not_changed(tiny_coco, tiny_voc):
     _declare("pets", **_spec(tiny_coco), CLASSES=["dog", "cat"], KEYPOINT_FLIP_MAP=[["head", "foot"]])
     _declare("zoo", FORMAT="voc", ROOT=str(tiny_voc.root), SPLIT="train", CLASSES=["zebra"])
     for name, labels, classes in (("pets", [1, 0, 1], ["dog", "cat"]), ("zoo", [0], ["zebra"])):

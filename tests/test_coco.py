@@ -45,7 +45,7 @@ def test_records_hold_detectron2s_keys(tiny_coco):
     assert gc.isenabled()
 
 
-def test_keypoint_metadata_is_kept_unless_categories_contradict_and_names_may_be_missing(tiny_coco):
+def test_keypoint_metadata_is_kept_unless_categories_contradict(tiny_coco):
     tiny_coco.content["categories"][2]["skeleton"] = [[1, 2]]
     assert _load(tiny_coco)[1]["skeleton"] == [[1, 2]]
     tiny_coco.content["categories"][0]["keypoints"] = ["nose"]

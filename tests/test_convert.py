@@ -130,9 +130,7 @@ def test_voc_to_coco_and_to_yolo_keep_boxes(convert, zoo):
             assert [_corners(a) for a in record["annotations"]] == [pytest.approx(box) for box in expected]
 
 
-def test_shapes_are_drawn_and_labels_found_again_whatever_the_folders_are_called(
-    convert, declare, tmp_path, write_image
-):
+def test_shapes_are_drawn_and_labels_found_in_folders_of_any_name(convert, declare, tmp_path, write_image):
     declare("few", FORMAT="shapes", SPLIT="val", NUM=3, HEIGHT=40, WIDTH=50)
     records, metadata = _coco(convert("few", "coco")[0])
     before, known = read_dataset("few")

@@ -41,7 +41,7 @@ def _tensors(colour, size, *rectangles, first_label=0):
     }
 
 
-def test_pasted_instances_keep_their_targets_and_are_scaled_to_this_image():
+def test_pasted_instances_keep_their_targets_and_are_scaled():
     below = _tensors(10, (30, 40), (2, 3, 12, 13))
     other = _tensors(200, (30, 40), (20, 5, 35, 25), first_label=5)
     result = ALL(below, _rng(), other)

@@ -39,7 +39,7 @@ def test_json_and_masks_of_predictions_that_fill_the_memory_are_rejected(tiny_co
         rejected(path, "detection 0", by=lambda: list(read_predictions(str(path), "pets")))
 
 
-def test_deep_nesting_in_an_annotation_and_a_shapes_set_of_absurd_size_are_rejected(tiny_coco):
+def test_deep_nesting_and_shapes_sets_of_absurd_size_are_rejected(tiny_coco):
     text = tiny_coco.json.read_text()
     for depth in (100, 960, 990):
         deep, name = "[" * depth + "20" + "]" * depth, f"deep {depth}"

@@ -274,7 +274,7 @@ def test_evaluation_sample_has_no_target_and_the_original_size(picture, cfg, mon
     assert "target" not in both(record)
 
 
-def test_boxes_are_clipped_and_instances_without_area_dropped_with_their_targets(picture):
+def test_boxes_are_clipped_and_instances_without_area_dropped(picture):
     boxes = [[5, 5, 0, 9], [-5, -6, 15, 16], [5, 5, 9, -2], [50, 5, 9, 9], [30, 20, 50, 50]]
     record = _record(picture, 30, 40, *(_object(box, label) for label, box in enumerate(boxes)))
     target = DatasetMapper(augmentations=[])(record)["target"]
@@ -291,7 +291,7 @@ def test_boxes_are_clipped_and_instances_without_area_dropped_with_their_targets
     assert {len(value) for value in target.values()} == {2}
 
 
-def test_augmentation_may_be_any_function_and_keypoints_outside_the_image_are_unlabelled(picture):
+def test_augmentation_may_be_any_function_and_unlabels_keypoints_outside(picture):
     def move(tensors, rng):
         points = tv_tensors.wrap(tensors["keypoints"] + 30, like=tensors["keypoints"])
         return {**tensors, "image": tv_tensors.Image(tensors["image"] // 2), "keypoints": points}

@@ -83,7 +83,7 @@ def test_script_answers_mistakes_in_a_sentence(tmp_path, args, code, words):
     assert_refused("plot_metrics.py", args, words, tmp_path, codes=[code])
 
 
-def test_script_watches_as_long_as_the_run_goes_on_also_without_matplotlib(tmp_path):
+def test_script_watches_while_the_run_goes_on_also_without_matplotlib(tmp_path):
     folder = make_run(tmp_path / "run")
     words = 'pip install "plaintrain[plot]"'
     assert_refused("plot_metrics.py", [folder], words, tmp_path, codes=[1], faults=hide_matplotlib)

@@ -89,7 +89,7 @@ def test_masks_and_keypoints_are_checked_before_training(register):
         get_detection_dataset_dicts("rle", need_masks=True)
 
 
-def test_datasets_are_filtered_counted_and_joined_in_their_order_if_their_classes_agree(register, log):
+def test_datasets_are_filtered_counted_and_joined_if_their_classes_agree(register, log):
     register("one", [_object()], [], [_object()])
     register("two", [], [_object(bbox=[1, 1, 0, 0])], [_object()])
     register("none", [])

@@ -85,7 +85,7 @@ def test_grouping_reduces_the_padding_at_coco_sizes():
         assert _padding(sampler, heights, widths) == pytest.approx(expected, abs=0.01)
 
 
-def test_repeat_factors_are_met_on_average_and_repeated_images_shuffled_as_one_list():
+def test_repeat_factors_are_met_on_average_and_shuffled_as_one_list():
     factors = np.array([0.5] * 20 + [1] * 20 + [1.5] * 9 + [3, 4])
     mean = _mean_counts(RepeatFactorTrainingSampler(factors, seed=3), 2000)
     # Four standard deviations of a fair coin over 2000 passes, and the rounding of the sum.
@@ -104,7 +104,7 @@ def _records(*classes):
     return [{"annotations": [{"category_id": c, "iscrowd": 0} for c in labels]} for labels in classes]
 
 
-def test_factors_are_those_of_the_rarest_class_of_an_image_or_balance_the_classes():
+def test_factors_are_those_of_the_rarest_class_or_balance_the_classes():
     # f = 3/4, 1/4, 1/2; class 3 has no image.
     records = _records([0, 0, 0], [0, 1], [0, 2], [2, 4])
     root = np.sqrt([1, 2, 1, 2])

@@ -147,7 +147,7 @@ def test_skip_unreadable_replaces_images_reproducibly(workers, log):
     assert again.num_replaced == 8
 
 
-def test_skip_unreadable_makes_samples_again_and_bugs_or_only_unreadable_images_end_the_run(log):
+def test_skip_unreadable_makes_samples_again_and_ends_at_bugs(log):
     # So many that a replacement often has to be replaced.
     UNREADABLE.update({0, 1, 2, 3, 4})
     stream = loader(skip_unreadable=True)
@@ -208,7 +208,7 @@ def test_threads_load_a_few_batches_ahead(batch_size, threads, most):
     stream.close()
 
 
-def test_error_in_a_thread_is_raised_when_its_batch_is_due_with_its_traceback():
+def test_error_in_a_thread_is_raised_when_its_batch_is_due():
     whole = [s["image_id"] for batch in take(loader(), 3) for s in batch]
     UNREADABLE.add(whole[4])
     stream = iter(threaded())

@@ -194,7 +194,7 @@ def test_iou_crop_keeps_the_instances_whose_centre_is_inside():
     assert RandomIoUCrop()(empty, _rng()) is empty
 
 
-def test_build_augmentation_appends_crop_resize_and_flip_but_only_resizes_for_evaluation(cfg):
+def test_build_augmentation_appends_crop_resize_and_flip_in_training(cfg):
     cfg.INPUT.AUGMENTATIONS = ["RandomPhotometricDistort", {"RandomZoomOut": {"p": 0.3}}]
     cfg.INPUT.CROP.ENABLED = True
     cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "range"
@@ -363,7 +363,7 @@ def test_photometric_distort_is_that_of_torchvision_up_to_the_order_of_channels(
         assert min(_differences(distorted, expected)) <= 3, name
 
 
-def test_photometric_distort_permutes_channels_as_often_as_p_and_changes_contrast_first_or_last(tensors):
+def test_photometric_distort_permutes_channels_and_the_order_of_contrast(tensors):
     distort = RandomPhotometricDistort(**NOTHING, p=0.5)
     first = []
     for seed in range(300):
