@@ -195,9 +195,7 @@ def test_an_analysis_agrees_with_the_evaluator_and_with_itself(tmp_path):
     for key in ("correct", "both", "missed"):
         total = {**errors["detections"], **objects}[key]
         assert sum(row[key] for row in errors["classes"]) == total
-
-
-def test_classes_keep_their_names_whatever_their_ids_in_the_files(tmp_path):
+    # Classes keep their names, whatever their ids in the files.
     name = register([(0, A, 0, 0), (0, B, 1, 0)])
     MetadataCatalog.get(name).set(thing_dataset_id_to_contiguous_id={9: 0, 3: 1})
     detections = detections_of([(0, A, 0.9, 0)])
@@ -316,16 +314,6 @@ def test_an_iou_equal_to_a_threshold_reaches_it():
             kind(10, iou_threshold=thresholds[0], background_threshold=thresholds[1])
 
 
-def test_the_first_of_two_types_of_error_counts():
-    # A place that is wrong, and on an object of another class; a duplicate on an object of another class.
-    boxes = [[0, 0, 10, 3], [0, 0, 10, 8], [20, 0, 30, 10], [20, 0, 30, 9]]
-    objects = {"boxes": boxes, "labels": [0, 1, 0, 1]}
-    found = {"boxes": [[0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 10]], "labels": [0, 0, 0]}
-    matches = match_image(objects, {**found, "scores": [0.9, 0.8, 0.7]})
-    assert matches.kinds.tolist() == ["localisation", "correct", "class"]
-    assert matches.objects.tolist() == [0, 2, 3] and matches.states.tolist()[0] == "erroneous"
-
-
 def test_a_detection_matches_the_best_object_that_is_left():
     objects = {"boxes": [[0, 0, 10, 10], [0, 0, 10, 8]], "labels": [0, 0]}
     found = {"boxes": [[0, 0, 10, 10]] * 3, "labels": [0] * 3, "scores": [0.5, 0.9, 0.4]}
@@ -337,9 +325,14 @@ def test_a_detection_matches_the_best_object_that_is_left():
     # Of two that it overlaps alike, COCO has the later one.
     halves = {"boxes": [[0, 0, 10, 5], [0, 5, 10, 10]], "labels": [0, 0]}
     assert match_image(halves, found).objects.tolist() == [0, 1, 1]
-
-
-def test_only_the_hundred_best_of_a_class_count():
+    # The first of two types counts: a wrong place, and a duplicate, on an object of another class.
+    boxes = [[0, 0, 10, 3], [0, 0, 10, 8], [20, 0, 30, 10], [20, 0, 30, 9]]
+    objects = {"boxes": boxes, "labels": [0, 1, 0, 1]}
+    found = {"boxes": [[0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 10]], "labels": [0, 0, 0]}
+    matches = match_image(objects, {**found, "scores": [0.9, 0.8, 0.7]})
+    assert matches.kinds.tolist() == ["localisation", "correct", "class"]
+    assert matches.objects.tolist() == [0, 2, 3] and matches.states.tolist()[0] == "erroneous"
+    # Only the hundred best of a class count.
     objects = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
     boxes = [[50, 50, 60, 60]] * 100 + [[0, 0, 10, 10]] * 2
     found = {"boxes": boxes, "labels": [0] * 102, "scores": [0.9] * 100 + [0.1, 0.2]}
@@ -350,7 +343,7 @@ def test_only_the_hundred_best_of_a_class_count():
     assert match_image(objects, found).kinds.tolist()[-2:] == ["ignored", "correct"]
 
 
-def test_images_of_a_dataset_are_matched_as_each_alone():
+def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
     name, records, detections = random_dataset(1)
     errors = errors_of(name, detections)
     m = errors.matches
@@ -366,10 +359,7 @@ def test_images_of_a_dataset_are_matched_as_each_alone():
         assert np.array_equal(alone.kinds, m.kinds[of_detections])
         assert np.array_equal(alone.ious, m.ious[of_detections])
         assert np.array_equal(alone.states, m.states[of_objects])
-
-
-def test_errors_of_a_file_and_above_a_score_threshold(tmp_path):
-    name, _, detections = random_dataset(3)
+    # Of a file, and above a score.
     every = errors_of(name, detections, iou_threshold=0.6)
     write_predictions(tmp_path, name, detections)
     read = read_detections(tmp_path / PREDICTIONS_FILE, name)

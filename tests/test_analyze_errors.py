@@ -1,6 +1,7 @@
 """scripts/analyze_errors.py as a user would run it: what it prints and writes, and what it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -81,6 +82,7 @@ def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path):
         (["run", "--predictions", "none.json", "--dataset", "first"], 2, "there is no such file"),
         (["run", "--predictions", "none.json"], 2, "2 test sets, first, second: choose one with --dataset"),
         (["--config-file", "run/config.yaml", "--dataset", "first"], 2, "give --predictions FILE"),
+        (["bare"], 2, "scripts/test_net.py --config-file bare/config.yaml --resume"),
         (["run", "--iou", "1.5"], 2, "must be 0 to 1, not 1.5"),
         (["run", "--dataset", "shapes_val", "--predictions", "other.json"], 1, "10000, which"),
     ],
@@ -90,11 +92,8 @@ def test_mistakes_end_with_one_sentence(run, tmp_path, args, code, words):
     content = json.loads((found / "coco_instances_results.json").read_text())
     content[0]["image_id"] = 10_000
     (tmp_path / "other.json").write_text(json.dumps(content))
+    # A run without predictions.
+    (tmp_path / "bare").mkdir()
+    shutil.copy(run / "config.yaml", tmp_path / "bare")
     assert_refused(SCRIPT, args, words, tmp_path, codes=[code])
     assert not (found / "analysis.json").exists()
-
-
-def test_a_run_without_predictions_says_how_to_make_them(run, tmp_path):
-    (run / "inference" / "first" / "coco_instances_results.json").unlink()
-    words = f"scripts/test_net.py --config-file {run}/config.yaml --resume"
-    assert_refused(SCRIPT, [run], words, tmp_path, codes=[2])

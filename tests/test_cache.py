@@ -98,17 +98,7 @@ def test_files_are_parsed_once_and_known_by_their_content(tiny_coco, read, parse
     assert read(tiny_coco)[0][2]["annotations"][0]["bbox"] == [9, 5, 10.5, 8] and len(parsed) == 3
 
 
-def test_files_that_change_while_they_are_read_are_not_kept(tiny_coco, parsed):
-    def load(json_file, image_root, classes):
-        found = load_coco_json(json_file, image_root, classes)
-        tiny_coco.json.write_text(json.dumps(tiny_coco.content) + " ")
-        return found
-
-    cached_records(load, str(tiny_coco.json), str(tiny_coco.images))
-    assert not os.path.exists(cache_folder())
-
-
-def test_damaged_files_are_never_trusted(tiny_coco, read, parsed, log):
+def test_damaged_and_oversized_files_are_never_trusted(tiny_coco, read, parsed, log):
     first, content = read(tiny_coco), bytearray(_files()[0].read_bytes())
     for at in range(40, len(content), 97):
         damaged = content.copy()
@@ -119,6 +109,16 @@ def test_damaged_files_are_never_trusted(tiny_coco, read, parsed, log):
         _files()[0].write_bytes(content[:length])
         assert read(tiny_coco) == first
     assert len(parsed) > 10 and len(_files()) == 1 and "damaged and not used" in log.text
+    path = _files()[0]
+    header = {"descr": "<f8", "fortran_order": False, "shape": (2**22,)}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("metadata", "w") as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(bytes(2**25))
+    tracemalloc.start()
+    assert read(tiny_coco) == first
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
 
 
 class _Payload:
@@ -152,19 +152,6 @@ def test_hostile_arrays_in_the_cache_run_nothing(tiny_coco, read, parsed, tmp_pa
     assert not os.path.exists("executed")
 
 
-def test_archives_that_would_fill_the_memory_are_not_unpacked(tiny_coco, read):
-    first, path = read(tiny_coco), _files()[0]
-    header = {"descr": "<f8", "fortran_order": False, "shape": (2**22,)}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("metadata", "w") as member:
-        np.lib.format.write_array_header_1_0(member, header)
-        member.write(bytes(2**25))
-    tracemalloc.start()
-    assert read(tiny_coco) == first
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2**23
-
-
 def test_records_are_read_without_a_cache(tiny_coco, read, parsed, monkeypatch, tmp_path, log):
     monkeypatch.setenv("PLAINTRAIN_CACHE", "")
     first = read(tiny_coco)
@@ -177,6 +164,15 @@ def test_records_are_read_without_a_cache(tiny_coco, read, parsed, monkeypatch, 
     assert not os.path.exists(cache_folder())
     monkeypatch.setattr(cache, "_LEAST_BYTES", 0)
 
+    # Neither are files that change while they are read.
+    def load(json_file, image_root, classes):
+        found = load_coco_json(json_file, image_root, classes)
+        tiny_coco.json.write_text(json.dumps(tiny_coco.content) + " ")
+        return found
+
+    cached_records(load, str(tiny_coco.json), str(tiny_coco.images))
+    assert not os.path.exists(cache_folder())
+
     def save(file, **arrays):
         file.write(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -186,6 +182,14 @@ def test_records_are_read_without_a_cache(tiny_coco, read, parsed, monkeypatch, 
     assert _files() == []
     assert "cannot be written (No space left on device)" in log.text
     assert len(parsed) == 4
+    monkeypatch.delenv("PLAINTRAIN_CACHE")
+    monkeypatch.setenv("HOME", "/home/her")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == "/home/her/.cache/plaintrain"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/fast")
+    assert cache_folder() == "/fast/plaintrain"
+    monkeypatch.setenv("PLAINTRAIN_CACHE", "~/c")
+    assert cache_folder() == "/home/her/c"
 
 
 def test_unreadable_files_of_another_user_stay(tiny_coco, read, parsed, monkeypatch, log):
@@ -203,17 +207,6 @@ def test_unreadable_files_of_another_user_stay(tiny_coco, read, parsed, monkeypa
     assert read(tiny_coco) == first
     assert len(parsed) == 2 and _files() == [path]
     assert f"{path} in the cache cannot be read" in log.text
-
-
-def test_cache_folder_follows_the_environment(monkeypatch):
-    monkeypatch.delenv("PLAINTRAIN_CACHE")
-    monkeypatch.setenv("HOME", "/home/her")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == "/home/her/.cache/plaintrain"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/fast")
-    assert cache_folder() == "/fast/plaintrain"
-    monkeypatch.setenv("PLAINTRAIN_CACHE", "~/c")
-    assert cache_folder() == "/home/her/c"
 
 
 def test_old_files_make_room_for_new_ones(tiny_coco, read, monkeypatch):

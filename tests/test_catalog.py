@@ -40,25 +40,20 @@ def test_datasets_are_loaded_once_and_not_before_they_are_asked_for():
     DatasetCatalog.remove("cells")
     DatasetCatalog.register("cells", lambda: _records(1))
     assert len(DatasetCatalog.get("cells")) == 1
-
-
-def test_unknown_names_are_answered_with_the_nearest_or_all():
     DatasetCatalog.register("my_cells_train", list)
     words = "'my_cell_train' is not registered; did you mean my_cells_train"
     rejected(words, by=lambda: DatasetCatalog.get("my_cell_train"))
     rejected("known: ", "coco_2017_train", "voc_2007_test", by=lambda: DatasetCatalog.get("#"))
 
 
-def test_metadata_holds_what_was_set_and_names_what_is_missing():
-    metadata = MetadataCatalog.get("cells").set(thing_classes=["a", "b"])
-    assert metadata.set(evaluator_type="coco") is MetadataCatalog.get("cells")
-    assert (metadata.thing_classes, metadata.name) == (["a", "b"], "cells")
+def test_metadata_and_class_names_come_from_what_was_set_or_from_loading():
+    metadata = MetadataCatalog.get("mine").set(thing_classes=["a", "b"])
+    assert metadata.set(evaluator_type="coco") is MetadataCatalog.get("mine")
+    assert (metadata.thing_classes, metadata.name) == (["a", "b"], "mine")
     assert (metadata.get("evaluator_type"), metadata.get("colour", 3)) == ("coco", 3)
-    with pytest.raises(AttributeError, match=r"cells.*colour"):
+    with pytest.raises(AttributeError, match=r"mine.*colour"):
         _ = metadata.colour
 
-
-def test_class_names_come_from_the_metadata_or_from_loading_the_dataset():
     def load():
         MetadataCatalog.get("cells").set(thing_classes=("a", "b"))
         return []
@@ -73,14 +68,10 @@ def test_class_names_come_from_the_metadata_or_from_loading_the_dataset():
         class_names("unnamed")
 
 
-def _declare_spec(name, spec):
+def _declare(name, spec=None, **keys):
     cfg = get_cfg()
-    cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": {name: spec}}})
+    cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": {name: spec or keys}}})
     declare_datasets(cfg)
-
-
-def _declare(name, **spec):
-    _declare_spec(name, spec)
 
 
 def _spec(files):
@@ -137,13 +128,19 @@ def test_relative_paths_start_at_the_folder_of_datasets(tiny_coco, tmp_path, mon
     assert DatasetCatalog.get("home")[0]["file_name"].startswith(images)
 
 
-def test_declared_classes_and_flip_maps_are_used(tiny_coco, tiny_voc):
+def test_declarations_are_used_and_may_be_repeated_but_not_changed(tiny_coco, tiny_voc):
     _declare("pets", **_spec(tiny_coco), CLASSES=["dog", "cat"], KEYPOINT_FLIP_MAP=[["head", "foot"]])
     _declare("zoo", FORMAT="voc", ROOT=str(tiny_voc.root), SPLIT="train", CLASSES=["zebra"])
     for name, labels, classes in (("pets", [1, 0, 1], ["dog", "cat"]), ("zoo", [0], ["zebra"])):
         assert [a["category_id"] for r in DatasetCatalog.get(name) for a in r["annotations"]] == labels
         assert class_names(name) == classes
     assert MetadataCatalog.get("pets").keypoint_flip_map == [("head", "foot")]
+    _declare("cells", FORMAT="shapes", SPLIT="val", NUM=3)
+    _declare("cells", FORMAT="shapes", SPLIT="val", NUM=3)
+    rejected("cells exists already", by=lambda: _declare("cells", FORMAT="shapes", SPLIT="val", NUM=4))
+    assert len(DatasetCatalog.get("cells")) == 3
+    DatasetCatalog.register("mine", list)
+    rejected("mine exists already", by=lambda: _declare("mine", FORMAT="shapes", SPLIT="val"))
 
 
 VOC = {"FORMAT": "voc", "ROOT": "x", "SPLIT": "y"}
@@ -171,7 +168,7 @@ SHAPES = {"FORMAT": "shapes", "SPLIT": "val"}
     ],
 )
 def test_bad_declarations_are_rejected(spec, words):
-    rejected("DATASETS.DECLARE.cells", *words, by=lambda: _declare_spec("cells", spec))
+    rejected("DATASETS.DECLARE.cells", *words, by=lambda: _declare("cells", spec))
     assert "cells" not in DatasetCatalog
 
 
@@ -187,15 +184,6 @@ def test_read_dataset_reads_anew_and_collects_problems(tiny_coco):
     assert [str(problem)[:14] for problem in problems] == ["annotation 100"]
     rejected("annotation 100", by=lambda: read_dataset("pets"))
     rejected("did you mean pets", by=lambda: read_dataset("pet"))
-
-
-def test_a_declaration_may_be_repeated_but_not_changed():
-    _declare("cells", FORMAT="shapes", SPLIT="val", NUM=3)
-    _declare("cells", FORMAT="shapes", SPLIT="val", NUM=3)
-    rejected("cells exists already", by=lambda: _declare("cells", FORMAT="shapes", SPLIT="val", NUM=4))
-    assert len(DatasetCatalog.get("cells")) == 3
-    DatasetCatalog.register("mine", list)
-    rejected("mine exists already", by=lambda: _declare("mine", FORMAT="shapes", SPLIT="val"))
 
 
 def test_built_in_datasets_have_their_evaluators_and_classes(tiny_voc, tmp_path, monkeypatch):
@@ -241,7 +229,8 @@ def _labels(records):
 
 
 def test_datasets_of_equal_classes_are_joined_in_order(part):
-    part("one", ["cat", "dog"], (1, 2))
+    names = {"keypoints": ["head", "tail"], "skeleton": [[1, 2]]}
+    part("one", ["cat", "dog"], (1, 2), **names)
     part("two", ["cat", "dog"], (3, 4))
     records = _join("two", "one")
     assert [record["image_id"] for record in records] == [3, 4, 1, 2]
@@ -250,82 +239,29 @@ def test_datasets_of_equal_classes_are_joined_in_order(part):
     metadata = MetadataCatalog.get("both")
     assert metadata.evaluator_type == "coco"
     assert metadata.thing_dataset_id_to_contiguous_id == {1: 0, 2: 1}
+    # Keypoint names are kept where they are equal, and image ids that collide get their dataset's name.
+    assert (metadata.keypoint_names, metadata.skeleton) == (["head", "tail"], [[1, 2]])
+    part("three", ["cat", "dog"], (2, 3), keypoints=["nose"])
+    ids = [record["image_id"] for record in _join("one", "three", name="other")]
+    assert ids == ["one/1", "one/2", "three/2", "three/3"]
+    assert MetadataCatalog.get("other").get("keypoint_names") is None
+    part("four", ["cat", "dog"], ("1", "x"))
+    assert [r["image_id"] for r in _join("one", "four", name="mixed")][::2] == ["one/1", "four/1"]
 
 
-def test_image_ids_that_collide_get_their_datasets_name(part):
-    part("one", ["cat"], (1, 2))
-    part("two", ["cat"], (2, 3))
-    assert [r["image_id"] for r in _join("one", "two")] == ["one/1", "one/2", "two/2", "two/3"]
-    part("three", ["cat"], ("1", "x"))
-    assert [r["image_id"] for r in _join("one", "three", name="mixed")][::2] == ["one/1", "three/1"]
-
-
-def test_differing_classes_are_rejected_with_the_difference(part):
+def test_datasets_that_cannot_be_joined_are_rejected(part, write_image, tmp_path):
     part("one", ["cat", "dog"])
     part("two", ["cat", "cow"])
     with pytest.raises(UserError, match=r"one.*two.*missing \['dog'\].*additional \['cow'\].*MERGE_CLASSES"):
         _join("one", "two")
     part("three", ["dog", "cat"])
     rejected("another order", by=lambda: _join("one", "three", name="reordered"))
-
-
-def test_merged_classes_are_in_order_of_first_appearance(part):
-    part("one", ["dog", "cat"], (1, 2))
-    part("two", ["cow", "dog"], (3, 4), first_id=7)
-    records = _join("one", "two", MERGE_CLASSES=True)
-    assert class_names("both") == ["dog", "cat", "cow"]
-    assert _labels(records) == [[0, 1], [], [2, 0], []]
-    # dog is 1 there and 8 here.
-    assert MetadataCatalog.get("both").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
-    part("three", ["cat", "cow"], (5, 6), first_id=2)
-    _join("one", "three", name="agreeing", MERGE_CLASSES=True)
-    assert MetadataCatalog.get("agreeing").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
-
-
-def test_classes_choose_order_and_may_be_in_no_part(part, log):
-    part("one", ["cat", "dog"], (1, 2))
-    part("two", ["cow", "dog"], (3, 4))
-    records = _join("one", "two", CLASSES=["dog", "catt", "cow"])
-    assert class_names("both") == ["dog", "catt", "cow"]
-    assert _labels(records) == [[0], [], [2, 0], []]
-    assert "'catt'; the nearest is 'cat'" in log.text
-    rejected("twice", by=lambda: _join("one", name="again", CLASSES=["dog", "dog"]))
-
-
-def test_class_ids_that_their_dataset_does_not_have_are_rejected(part):
-    part("one", ["cat", "dog", "cow"], (1, 2))
     box = {"bbox": [1, 1, 4, 4], "bbox_mode": 0, "category_id": -1}
     record = {"file_name": "own.png", "image_id": 7, "height": 9, "width": 9, "annotations": [box]}
     DatasetCatalog.register("own", lambda: [record])
     MetadataCatalog.get("own").set(thing_classes=["cat", "dog"])
-    rejected("own.png has category_id -1", by=lambda: _join("own", "one", MERGE_CLASSES=True))
-
-
-def test_keypoint_names_are_kept_where_they_are_equal(part):
-    names = {"keypoints": ["head", "tail"], "skeleton": [[1, 2]]}
-    part("one", ["cat"], (1, 2), **names)
-    part("two", ["cat"], (3, 4))
-    part("three", ["cat"], (5, 6), keypoints=["nose"])
-    _join("one", "two")
-    assert MetadataCatalog.get("both").keypoint_names == ["head", "tail"]
-    assert MetadataCatalog.get("both").skeleton == [[1, 2]]
-    _join("one", "three", name="other")
-    assert MetadataCatalog.get("other").get("keypoint_names") is None
-
-
-def test_other_formats_concatenations_and_registered_datasets_can_be_joined(tiny_coco, tiny_voc):
-    register_coco_instances("pets", {}, str(tiny_coco.json), str(tiny_coco.images))
-    declare_dataset("zoo", {"FORMAT": "voc", "ROOT": str(tiny_voc.root), "SPLIT": "train"})
-    _join("pets", "zoo", name="inner", MERGE_CLASSES=True)
-    declare_dataset("shapes", {"FORMAT": "shapes", "SPLIT": "val", "NUM": 3})
-    records = _join("inner", "shapes", MERGE_CLASSES=True)
-    assert len(records) == 3 + 2 + 3
-    assert class_names("both")[:4] == ["cat", "person", "dog", "ant"]
-    assert records[0]["image_id"] == "inner/pets/2"
-
-
-def test_unknown_datasets_circles_and_doubles_are_rejected(part, write_image, tmp_path):
-    part("one", ["cat"])
+    own = {"name": "own and two", "MERGE_CLASSES": True}
+    rejected("own.png has category_id -1", by=lambda: _join("own", "two", **own))
     declare_dataset("a", {"FORMAT": "concat", "DATASETS": ["one", "b"]})
     declare_dataset("b", {"FORMAT": "concat", "DATASETS": ["a"]})
     write_image(tmp_path / "images/a.png", 9, 9)
@@ -341,20 +277,46 @@ def test_unknown_datasets_circles_and_doubles_are_rejected(part, write_image, tm
             _join(*names, name=f"joined {names}")
 
 
-def _fraction(name, **keys):
-    size = {"HEIGHT": 16, "WIDTH": 16, "NUM": 40}
-    declare_dataset(name, {"FORMAT": "shapes", "SPLIT": "val", **size, **keys})
-    return [record["image_id"] for record in DatasetCatalog.get(name)]
+def test_merged_classes_are_in_order_of_first_appearance_and_may_be_chosen(part, log, tiny_coco, tiny_voc):
+    part("one", ["dog", "cat"], (1, 2))
+    part("two", ["cow", "dog"], (3, 4), first_id=7)
+    records = _join("one", "two", MERGE_CLASSES=True)
+    assert class_names("both") == ["dog", "cat", "cow"]
+    assert _labels(records) == [[0, 1], [], [2, 0], []]
+    # dog is 1 there and 8 here.
+    assert MetadataCatalog.get("both").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
+    part("three", ["cat", "cow"], (5, 6), first_id=2)
+    _join("one", "three", name="agreeing", MERGE_CLASSES=True)
+    assert MetadataCatalog.get("agreeing").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
+    # CLASSES choose and order them, and may be in no part.
+    records = _join("one", "two", name="chosen", CLASSES=["dog", "catt", "cow"])
+    assert class_names("chosen") == ["dog", "catt", "cow"]
+    assert _labels(records) == [[0], [], [2, 0], []]
+    assert "'catt'; the nearest is 'cat'" in log.text
+    rejected("twice", by=lambda: _join("one", name="again", CLASSES=["dog", "dog"]))
+    # Other formats, concatenations and registered datasets can be joined.
+    register_coco_instances("pets", {}, str(tiny_coco.json), str(tiny_coco.images))
+    declare_dataset("zoo", {"FORMAT": "voc", "ROOT": str(tiny_voc.root), "SPLIT": "train"})
+    _join("pets", "zoo", name="inner", MERGE_CLASSES=True)
+    declare_dataset("shapes", {"FORMAT": "shapes", "SPLIT": "val", "NUM": 3})
+    records = _join("inner", "shapes", name="all", MERGE_CLASSES=True)
+    assert len(records) == 3 + 2 + 3
+    assert class_names("all")[:4] == ["cat", "person", "dog", "ant"]
+    assert records[0]["image_id"] == "inner/pets/2"
 
 
 def test_a_fraction_is_a_fixed_random_subset_in_order():
-    tenth, half = _fraction("tenth", FRACTION=0.1), _fraction("half", FRACTION=0.5)
+    def load(name, **keys):
+        declare_dataset(name, {**SHAPES, "HEIGHT": 16, "WIDTH": 16, "NUM": 40, **keys})
+        return [record["image_id"] for record in DatasetCatalog.get(name)]
+
+    tenth, half = load("tenth", FRACTION=0.1), load("half", FRACTION=0.5)
     assert (len(tenth), len(half)) == (4, 20)
     assert half == sorted(half) != list(range(1, 21))
-    assert half == _fraction("again", FRACTION=0.5)
-    assert half != _fraction("other", FRACTION=0.5, FRACTION_SEED=1)
+    assert half == load("again", FRACTION=0.5)
+    assert half != load("other", FRACTION=0.5, FRACTION_SEED=1)
     assert set(tenth) < set(half)
-    assert _fraction("all", FRACTION=1) == list(range(1, 41))
-    assert len(_fraction("little", FRACTION=0.001)) == 1
+    assert load("all", FRACTION=1) == list(range(1, 41))
+    assert len(load("little", FRACTION=0.001)) == 1
     # 0.07 * 100 is 7.000000000000001.
-    assert len(_fraction("some", FRACTION=0.07, NUM=100)) == 7
+    assert len(load("some", FRACTION=0.07, NUM=100)) == 7

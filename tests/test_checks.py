@@ -70,7 +70,7 @@ def test_check_records_finds_mistakes_of_annotations(kind, annotation):
     assert found[kind].fatal == KINDS[kind][1]
 
 
-def test_check_records_finds_empty_images_unused_classes_and_shared_ids():
+def test_check_records_finds_mistakes_of_datasets_and_keeps_ten_examples():
     found = _check(_record({}), _record(image_id=2), _record({}), classes=["cat", "dog"])
     assert set(found) == {"no_annotations", "unused_class", "same_image_id"}
     assert found["no_annotations"].examples == ("2.jpg",)
@@ -78,9 +78,6 @@ def test_check_records_finds_empty_images_unused_classes_and_shared_ids():
     assert found["same_image_id"].fatal
     assert _check()["no_images"].fatal
     assert _check(_record())["no_boxes"].fatal
-
-
-def test_findings_list_unbalanced_classes_and_keep_ten_examples():
     found = _check(_record(*[{}] * 20, {"category_id": 1}, {"category_id": 1}), classes=["cat", "dog"])
     assert found["imbalance"].examples == ("cat: 20 boxes", "dog: 2 boxes")
     assert "imbalance" not in _check(_record(*[{}] * 19, *[{"category_id": 1}] * 2), classes=["cat", "dog"])
@@ -269,16 +266,17 @@ def _fixed(folder, root):
     return {Path(r["file_name"]).name: r for r in records}
 
 
-POLYGON = [[2, 2, 22, 2, 22, 18, 2, 18]]
-MASK = np.zeros((60, 80), dtype=np.uint8)
-MASK[10:30, 20:60] = 1
-
-
 def test_fix_scales_the_annotations_of_resized_images_and_excludes_others(
-    check, declare, tmp_path, write_image
+    check, declare, tiny_voc, tmp_path, write_image
 ):
-    # Images that were resized after annotation, or turned or cropped.
-    rle = coco_mask.encode(np.asfortranarray(MASK))
+    # Images that were resized after annotation, or turned or cropped; of VOC, too.
+    write_image(tiny_voc.root / "JPEGImages/a.jpg", 20, 15)
+    write_image(tiny_voc.root / "JPEGImages/b.jpg", 30, 40)
+    declare(None, "few", FORMAT="voc", ROOT=str(tiny_voc.root), SPLIT="train")
+    polygon = [2, 2, 22, 2, 22, 18, 2, 18]
+    mask = np.zeros((60, 80), dtype=np.uint8)
+    mask[10:30, 20:60] = 1
+    rle = coco_mask.encode(np.asfortranarray(mask))
     rle["counts"] = rle["counts"].decode()
     sizes = {"half": (40, 30), "odd": (53, 40), "twice": (160, 120), "cut": (40, 27), "turned": (60, 80)}
     images, annotations = [], []
@@ -286,15 +284,17 @@ def test_fix_scales_the_annotations_of_resized_images_and_excludes_others(
         write_image(tmp_path / f"images/{name}.png", *size, seed=i)
         images.append({"id": i, "file_name": f"{name}.png", "width": 80, "height": 60})
         box = {"image_id": i, "category_id": 1, "bbox": [2, 2, 20, 16], "area": 320}
-        annotations.append({**box, "segmentation": POLYGON, "keypoints": [10, 8, 2, 0, 0, 0]})
+        annotations.append({**box, "segmentation": [polygon], "keypoints": [10, 8, 2, 0, 0, 0]})
         annotations.append({**box, "bbox": [20, 10, 40, 20], "area": 800, "segmentation": rle})
-    new = coco_mask.encode(np.asfortranarray(MASK[::2, ::2]))
+    new = coco_mask.encode(np.asfortranarray(mask[::2, ::2]))
     annotations[-1]["segmentation"] = {"size": [30, 40], "counts": new["counts"].decode()}
     annotations = [{"id": i, "iscrowd": 0, **a} for i, a in enumerate(annotations)]
     categories = [{"id": 1, "name": "cat", "keypoints": ["head", "tail"]}]
     declare({"images": images, "annotations": annotations, "categories": categories})
-    said, _ = check("pets", "--fix", tmp_path / "fixed", code=1)
-    records = _fixed(tmp_path / "fixed", tmp_path / "images")
+    said, _ = check("pets", "few", "--fix", tmp_path / "fixed", code=1)
+    (voc,) = _fixed(tmp_path / "fixed/few", tiny_voc.root / "JPEGImages").values()
+    assert [a["bbox"] for a in voc["annotations"]] == [[0, 0, 20, 15], [2, 2.5, 8, 8]]
+    records = _fixed(tmp_path / "fixed/pets", tmp_path / "images")
     assert set(records) == {"half.png", "odd.png", "twice.png", "whole.png"}
     assert "images resized after annotation, their annotations scaled: 3" in said
     assert "excluded: images of another shape than their annotations, turned or cropped: 3" in said
@@ -303,27 +303,14 @@ def test_fix_scales_the_annotations_of_resized_images_and_excludes_others(
     for name, x, y in (("half", 0.5, 0.5), ("odd", 53 / 80, 40 / 60), ("twice", 2, 2), ("whole", 1, 1)):
         record = records[f"{name}.png"]
         assert (record["width"], record["height"]) == (round(80 * x), round(60 * y))
-        polygon, rle = record["annotations"]
-        assert polygon["bbox"] == pytest.approx([2 * x, 2 * y, 20 * x, 16 * y])
-        expected = [v * (x, y)[i % 2] for i, v in enumerate(POLYGON[0])]
-        assert polygon["segmentation"][0] == pytest.approx(expected)
-        assert polygon["keypoints"] == pytest.approx([10.5 * x, 8.5 * y, 2, 0, 0, 0])
+        first, second = record["annotations"]
+        assert first["bbox"] == pytest.approx([2 * x, 2 * y, 20 * x, 16 * y])
+        expected = [v * (x, y)[i % 2] for i, v in enumerate(polygon)]
+        assert first["segmentation"][0] == pytest.approx(expected)
+        assert first["keypoints"] == pytest.approx([10.5 * x, 8.5 * y, 2, 0, 0, 0])
         assert [a["area"] for a in record["annotations"]] == pytest.approx([320 * x * y, 800 * x * y])
-        mask = coco_mask.decode(segmentation_to_rle(rle["segmentation"], record["height"], record["width"]))
-        box = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask)))
-        assert box == pytest.approx([20 * x, 10 * y, 40 * x, 20 * y], abs=1)
-
-
-def test_fix_scales_the_boxes_of_voc_too(check, declare, tiny_voc, tmp_path, write_image):
-    images = tiny_voc.root / "JPEGImages"
-    write_image(images / "a.jpg", 20, 15)
-    write_image(images / "b.jpg", 30, 40)
-    declare(None, "few", FORMAT="voc", ROOT=str(tiny_voc.root), SPLIT="train")
-    check("few", "--fix", tmp_path / "fixed", code=1)
-    records = _fixed(tmp_path / "fixed", images)
-    # The other image is turned, and so excluded.
-    assert set(records) == {"a.jpg"}
-    assert [a["bbox"] for a in records["a.jpg"]["annotations"]] == [[0, 0, 20, 15], [2, 2.5, 8, 8]]
+        rle = segmentation_to_rle(second["segmentation"], record["height"], record["width"])
+        assert coco_mask.toBbox(rle) == pytest.approx([20 * x, 10 * y, 40 * x, 20 * y], abs=1)
 
 
 def test_fix_merges_the_objects_of_a_file_that_is_listed_twice(check, declare, tiny_coco, tmp_path):

@@ -20,14 +20,6 @@ def _load(files, classes=None, problems=None):
     return load_coco_json(str(files.json), str(files.images), classes, problems)
 
 
-def _change(entry, changes):
-    for key, value in changes.items():
-        if value is DELETED:
-            del entry[key]
-        else:
-            entry[key] = value
-
-
 def test_records_hold_detectron2s_keys(tiny_coco):
     tiny_coco.content["annotations"][0]["segmentation"] = []
     del tiny_coco.content["annotations"][1]["iscrowd"]
@@ -53,7 +45,14 @@ def test_records_hold_detectron2s_keys(tiny_coco):
     assert gc.isenabled()
 
 
-def test_keypoints_without_names_may_be_of_any_number(tiny_coco):
+def test_keypoint_metadata_is_kept_unless_categories_contradict(tiny_coco):
+    tiny_coco.content["categories"][2]["skeleton"] = [[1, 2]]
+    assert _load(tiny_coco)[1]["skeleton"] == [[1, 2]]
+    tiny_coco.content["categories"][0]["keypoints"] = ["nose"]
+    assert "keypoint_names" not in _load(tiny_coco)[1]
+    assert _load(tiny_coco, ["dog", "cat"])[1]["keypoint_names"] == ["nose"]
+    # Without names there may be any number of keypoints.
+    del tiny_coco.content["categories"][0]["keypoints"]
     del tiny_coco.content["categories"][2]["keypoints"]
     tiny_coco.content["annotations"][3]["keypoints"] = [0, 0, 0, 20, 30, 2, 1, 2, 1]
     records, metadata = _load(tiny_coco)
@@ -61,14 +60,6 @@ def test_keypoints_without_names_may_be_of_any_number(tiny_coco):
     assert "keypoint_names" not in metadata
     tiny_coco.content["annotations"][3]["keypoints"] = [1, 2, 2, 4]
     rejected("annotation 103", "4 numbers", by=lambda: _load(tiny_coco))
-
-
-def test_keypoint_metadata_is_kept_unless_categories_contradict(tiny_coco):
-    tiny_coco.content["categories"][2]["skeleton"] = [[1, 2]]
-    assert _load(tiny_coco)[1]["skeleton"] == [[1, 2]]
-    tiny_coco.content["categories"][0]["keypoints"] = ["nose"]
-    assert "keypoint_names" not in _load(tiny_coco)[1]
-    assert _load(tiny_coco, ["dog", "cat"])[1]["keypoint_names"] == ["nose"]
 
 
 def test_classes_choose_and_order_categories(tiny_coco):
@@ -96,20 +87,17 @@ def test_image_ids_may_be_strings_and_file_names_absolute(tiny_coco):
     assert len(records[0]["annotations"]) == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
+def test_files_that_are_not_coco_json_are_rejected(tiny_coco):
+    for text, word in (
         *(("{", "JSON"), ("", "JSON"), ("[1]", "images"), ('{"images": []}', "annotations")),
         ('{"images": [3], "annotations": [], "categories": []}', "'images'"),
         ('{"images": [], "annotations": null, "categories": []}', "'annotations'"),
         ('{"images": [], "annotations": [], "categories": null}', "'categories'"),
         ('{"images": [], "annotations": [], "categories": []}', "categories"),
-    ],
-)
-def test_files_that_are_not_coco_json_are_rejected(tiny_coco, text, word):
-    tiny_coco.json.write_text(text)
-    rejected(tiny_coco.json, word, by=lambda: load_coco_json(str(tiny_coco.json), ""))
-    assert gc.isenabled()
+    ):
+        tiny_coco.json.write_text(text)
+        rejected(tiny_coco.json, word, by=lambda: load_coco_json(str(tiny_coco.json), ""))
+        assert gc.isenabled()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +130,8 @@ def test_files_that_are_not_coco_json_are_rejected(tiny_coco, text, word):
     ],
 )
 def test_broken_entries_are_rejected(tiny_coco, key, index, change, words):
-    _change(tiny_coco.content[key][index], change)
+    entry = tiny_coco.content[key][index] | change
+    tiny_coco.content[key][index] = {k: v for k, v in entry.items() if v is not DELETED}
     rejected(tiny_coco.json, *words, by=lambda: _load(tiny_coco))
 
 
@@ -161,7 +150,6 @@ def test_broken_entries_are_collected_if_asked_for(tiny_coco):
 
 
 BOX = {"image_id": 11, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.9}
-BOXLESS = {"bbox": DELETED, "image_id": 2, "category_id": 5}
 
 
 def _load_results(files, results, **options):
@@ -195,25 +183,18 @@ def test_detections_become_annotations_with_a_score(tiny_coco):
     assert len(_load_results(tiny_coco, results, classes=["dog"])[0][2]["annotations"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"score": None}, ["detection 0", "score"]),
-        ({"image_id": 12}, ["annotation 0", "image 12"]),
-        ({"category_id": 4}, ["annotation 0", "category_id 4"]),
-        ({"bbox": [1]}, ["annotation 0", "bbox [1]"]),
-        ({**BOXLESS, "segmentation": {"counts": "x"}}, ["detection 0", "an RLE of the size None"]),
-        ({**BOXLESS, "segmentation": {"size": [40, 30], "counts": "h"}}, ["do not add up to 40 x 30"]),
-        ({**BOXLESS, "keypoints": [1, 2]}, ["detection 0", "2 numbers as keypoints"]),
-    ],
-)
-def test_broken_detections_are_rejected(tiny_coco, change, words):
-    detection = dict(BOX)
-    _change(detection, change)
-    rejected("results.json", *words, by=lambda: _load_results(tiny_coco, [detection]))
-
-
-def test_broken_detections_are_collected_if_asked_for(tiny_coco):
+def test_broken_detections_are_rejected_or_collected(tiny_coco):
+    boxless = {"image_id": 2, "category_id": 5, "score": 0.9}
+    for detection, words in (
+        (BOX | {"score": None}, ["detection 0", "score"]),
+        (BOX | {"image_id": 12}, ["annotation 0", "image 12"]),
+        (BOX | {"category_id": 4}, ["annotation 0", "category_id 4"]),
+        (BOX | {"bbox": [1]}, ["annotation 0", "bbox [1]"]),
+        (boxless | {"segmentation": {"counts": "x"}}, ["detection 0", "an RLE of the size None"]),
+        (boxless | {"segmentation": {"size": [40, 30], "counts": "h"}}, ["do not add up to 40 x 30"]),
+        (boxless | {"keypoints": [1, 2]}, ["detection 0", "2 numbers as keypoints"]),
+    ):
+        rejected("results.json", *words, by=lambda found=[detection]: _load_results(tiny_coco, found))
     broken = [{"score": "high"}, {"image_id": 12}, {"bbox": [1]}]
     problems = []
     records, _ = _load_results(tiny_coco, [*(BOX | change for change in broken), BOX], problems=problems)

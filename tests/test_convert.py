@@ -91,9 +91,18 @@ def test_coco_to_coco_loses_nothing(convert, pets, tiny_coco):
     areas = {a["bbox"][0]: a["area"] for a in written["annotations"]}
     assert areas == {4: 84, 20: 225, 0: 600, 3: 600}
     assert not (folder / "images").exists()
+    # Copied images are files of the same bytes.
+    folder, _ = convert("pets", "coco", "--copy-images", output=folder.with_name("copied"))
+    copy = folder / "images/wide.png"
+    assert _coco(folder)[0][2]["file_name"] == str(copy)
+    assert copy.read_bytes() == (tiny_coco.images / "wide.png").read_bytes()
+    assert not copy.is_symlink()
+    (tiny_coco.images / "wide.png").unlink()
+    said = convert("pets", "coco", "--copy-images", output=folder.with_name("again"), code=1)[1]
+    assert "error: cannot put" in said and "wide.png" in said and "No such file" in said
 
 
-def test_voc_to_coco_keeps_boxes_difficult_and_names_as_ids(convert, zoo):
+def test_voc_to_coco_and_to_yolo_keep_boxes(convert, zoo):
     folder, _ = convert("zoo_train", "coco")
     records, metadata = _coco(folder)
     before, known = read_dataset("zoo_train")
@@ -110,9 +119,18 @@ def test_voc_to_coco_keeps_boxes_difficult_and_names_as_ids(convert, zoo):
     elsewhere = folder.with_name("elsewhere")
     convert("zoo_train", "coco", "DATASETS.DECLARE.zoo_train.SPLIT", "val", output=elsewhere)
     assert [record["image_id"] for record in _coco(elsewhere)[0]] == ["c"]
+    # To YOLO with all splits.
+    folder, said = convert("zoo_train", "yolo", "--val", "zoo_val")
+    assert "--val NAME" not in said
+    for split in ("train", "val"):
+        records, metadata = load_yolo(str(folder / "data.yaml"), split)
+        assert metadata["thing_classes"] == ["ant", "cow", "zebra"]
+        boxes = [[_corners(a) for a in r["annotations"]] for r in read_dataset(f"zoo_{split}")[0]]
+        for record, expected in zip(records, boxes, strict=True):
+            assert [_corners(a) for a in record["annotations"]] == [pytest.approx(box) for box in expected]
 
 
-def test_shapes_are_drawn_and_written(convert, declare):
+def test_shapes_are_drawn_and_labels_found_in_folders_of_any_name(convert, declare, tmp_path, write_image):
     declare("few", FORMAT="shapes", SPLIT="val", NUM=3, HEIGHT=40, WIDTH=50)
     records, metadata = _coco(convert("few", "coco")[0])
     before, known = read_dataset("few")
@@ -124,17 +142,15 @@ def test_shapes_are_drawn_and_written(convert, declare):
             assert b["segmentation"] == a["segmentation"]
     folder, _ = convert("few", "yolo")
     assert [r["image_id"] for r in load_yolo(str(folder / "data.yaml"), "train")[0]] == [1, 2, 3]
-
-
-def test_copied_images_are_files_of_the_same_bytes(convert, pets, tiny_coco):
-    folder, _ = convert("pets", "coco", "--copy-images")
-    copy = folder / "images/wide.png"
-    assert _coco(folder)[0][2]["file_name"] == str(copy)
-    assert copy.read_bytes() == (tiny_coco.images / "wide.png").read_bytes()
-    assert not copy.is_symlink()
-    (tiny_coco.images / "wide.png").unlink()
-    said = convert("pets", "coco", "--copy-images", output=folder.with_name("again"), code=1)[1]
-    assert "error: cannot put" in said and "wide.png" in said and "No such file" in said
+    for name in ("a/images/1.png", "b/images/2.png"):
+        write_image(tmp_path / "places" / name, 40, 20)
+    declare("places", FORMAT="images", ROOT=str(tmp_path / "places"), CLASSES=["cat"])
+    folder, _ = convert("places", "yolo")
+    records, _ = load_yolo(str(folder / "data.yaml"), "train")
+    assert [Path(label_file(record["file_name"])).is_file() for record in records] == [True, True]
+    write_image(tmp_path / "places/b/images/2.bmp", 40, 20)
+    said = convert("places", "yolo", output=tmp_path / "again", code=1)[1]
+    assert "2.png and another image would share the labels" in said
 
 
 def test_compressed_masks_scores_and_custom_areas_are_written(tmp_path):
@@ -150,17 +166,6 @@ def test_compressed_masks_scores_and_custom_areas_are_written(tmp_path):
     with pytest.raises(UserError, match="an annotation of x: it has a polygon"):
         write_coco(tmp_path / "b.json", [record], {"thing_classes": ["cat"]}, ["x.png"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json"]
-
-
-def test_voc_to_yolo_keeps_boxes_of_all_splits(convert, zoo):
-    folder, said = convert("zoo_train", "yolo", "--val", "zoo_val")
-    assert "--val NAME" not in said
-    for split in ("train", "val"):
-        records, metadata = load_yolo(str(folder / "data.yaml"), split)
-        assert metadata["thing_classes"] == ["ant", "cow", "zebra"]
-        boxes = [[_corners(a) for a in r["annotations"]] for r in read_dataset(f"zoo_{split}")[0]]
-        for record, expected in zip(records, boxes, strict=True):
-            assert [_corners(a) for a in record["annotations"]] == [pytest.approx(box) for box in expected]
 
 
 def test_coco_to_yolo_writes_labels_links_and_data_yaml(convert, pets, tiny_coco):
@@ -259,15 +264,3 @@ def test_mistakes_write_nothing(convert, declare, pets, zoo, tiny_coco):
     said = convert("pets", "coco", output=tiny_coco.json, code=1)[1]
     assert "cannot make the folder" in said
     assert "--boxes belong to --to yolo" in convert("pets", "coco", "--boxes", code=2)[1]
-
-
-def test_labels_are_found_again_whatever_the_folders_are_called(convert, declare, tmp_path, write_image):
-    for name in ("a/images/1.png", "b/images/2.png"):
-        write_image(tmp_path / "places" / name, 40, 20)
-    declare("places", FORMAT="images", ROOT=str(tmp_path / "places"), CLASSES=["cat"])
-    folder, _ = convert("places", "yolo")
-    records, _ = load_yolo(str(folder / "data.yaml"), "train")
-    assert [Path(label_file(record["file_name"])).is_file() for record in records] == [True, True]
-    write_image(tmp_path / "places/b/images/2.bmp", 40, 20)
-    said = convert("places", "yolo", output=tmp_path / "again", code=1)[1]
-    assert "2.png and another image would share the labels" in said

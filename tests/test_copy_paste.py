@@ -41,13 +41,21 @@ def _tensors(colour, size, *rectangles, first_label=0):
     }
 
 
-def test_pasted_instances_keep_their_targets():
+def test_pasted_instances_keep_their_targets_and_are_scaled():
     below = _tensors(10, (30, 40), (2, 3, 12, 13))
     other = _tensors(200, (30, 40), (20, 5, 35, 25), first_label=5)
     result = ALL(below, _rng(), other)
     for name in ("labels", "boxes", "masks", "keypoints", "visibility"):
         assert torch.equal(result[name], torch.cat([below[name], other[name]]))
     assert ALL(below, _rng(), _tensors(200, (30, 40))) is below
+    below = _tensors(10, (30, 40))
+    result = ALL(below, _rng(), _tensors(200, (60, 20), (5, 20, 15, 40), first_label=3))
+    assert (result["boxes"].tolist(), result["labels"].tolist()) == ([[10, 10, 30, 20]], [3])
+    assert result["keypoints"].tolist() == [[[11, 10.25], [29, 19.75]]]
+    # An instance of which scaling leaves no pixel is not pasted.
+    below = _tensors(10, (3, 4), (0, 0, 2, 2))
+    other = _tensors(200, (300, 400), (101, 101, 103, 103), (200, 100, 400, 300), first_label=5)
+    assert ALL(below, _rng(), other)["labels"].tolist() == [0, 6]
 
 
 def test_covered_instances_shrink_and_only_their_covered_keypoints_are_hidden():
@@ -74,17 +82,6 @@ def test_covered_instances_shrink_and_only_their_covered_keypoints_are_hidden():
     corner["visibility"][0] = torch.tensor([2, 2])
     result = ALL(corner, _rng(), _tensors(200, (30, 40), (30, 20, 40, 30)))
     assert result["visibility"][0].tolist() == [1, 2]
-
-
-def test_pasted_image_is_scaled_to_this_one():
-    below = _tensors(10, (30, 40))
-    result = ALL(below, _rng(), _tensors(200, (60, 20), (5, 20, 15, 40), first_label=3))
-    assert (result["boxes"].tolist(), result["labels"].tolist()) == ([[10, 10, 30, 20]], [3])
-    assert result["keypoints"].tolist() == [[[11, 10.25], [29, 19.75]]]
-    # An instance of which scaling leaves no pixel is not pasted.
-    below = _tensors(10, (3, 4), (0, 0, 2, 2))
-    other = _tensors(200, (300, 400), (101, 101, 103, 103), (200, 100, 400, 300), first_label=5)
-    assert ALL(below, _rng(), other)["labels"].tolist() == [0, 6]
 
 
 def test_each_instance_is_pasted_with_probability_p_by_itself():
@@ -133,7 +130,7 @@ def _mapper(records, *steps):
     return DatasetMapper(augmentations=list(steps), use_masks=True, records=records)
 
 
-def test_mapper_draws_partners_with_the_generator_of_the_sample(records):
+def test_mapper_draws_and_augments_partners_with_the_generator_of_the_sample(records):
     mapper, seen = _mapper(records, ALL), []
     for seed in range(60):
         one, other = (mapper(records[2], _rng(seed)) for _ in range(2))
@@ -147,9 +144,7 @@ def test_mapper_draws_partners_with_the_generator_of_the_sample(records):
     twice = _mapper(records, ALL, ALL)
     counts = {len(twice(records[1], _rng(seed))["target"]["labels"]) for seed in range(20)}
     assert {2, 3} <= counts
-
-
-def test_partner_goes_through_the_augmentations_before_the_paste_and_draws_for_itself(records):
+    # A partner goes through the augmentations before the paste, and draws for itself.
     mapper = _mapper(records[3:4], RandomHorizontalFlip(1.0), ALL, Resize((60, 80)))
     target = mapper(records[1], _rng())["target"]
     assert target["labels"].tolist() == [1, 3]

@@ -21,17 +21,14 @@ from plaintrain.utils.yaml_files import parse_yaml
 from plaintrain.weights import read_state_dict
 
 
-class Evil:
-    """Pickled, it makes a folder when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
+class Evil(str):
+    """The path of a folder; pickled, it makes the folder when it is loaded."""
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, (str(self),)
 
 
-def test_weights_that_would_run_code_are_rejected(tmp_path):
+def test_checkpoints_that_run_code_or_lead_elsewhere_are_rejected(tmp_path):
     evil, model = Evil(tmp_path / "touched"), {"a": torch.zeros(1)}
     for name, content, save in (
         ("w.pth", evil, torch.save),
@@ -44,9 +41,6 @@ def test_weights_that_would_run_code_are_rejected(tmp_path):
             save(content, f)
         rejected(path, by=lambda path=path: read_state_dict(str(path)))
         assert not (tmp_path / "touched").exists()
-
-
-def test_a_checkpoint_that_would_run_code_is_not_resumed_from(tmp_path):
     model = torch.nn.Linear(1, 1)
     content = {"model": model.state_dict(), "iteration": 3, "extra": Evil(tmp_path / "touched")}
     torch.save(content, tmp_path / "model_0000003.pth")
@@ -54,9 +48,6 @@ def test_a_checkpoint_that_would_run_code_is_not_resumed_from(tmp_path):
     checkpointer = DetectionCheckpointer(model, str(tmp_path))
     rejected("model_0000003.pth", "could run code", by=lambda: checkpointer.resume_or_load("", resume=True))
     assert not (tmp_path / "touched").exists()
-
-
-def test_last_checkpoint_cannot_lead_out_of_its_folder(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     torch.save({"model": {}}, tmp_path / "model_0000001.pth")
@@ -137,10 +128,8 @@ def test_yaml_of_many_bytes_or_another_encoding_is_not_read(tmp_path):
         f.truncate(10 << 30)
     rejected(path, "bytes", by=lambda: merge(path))
     rejected(path, "bytes", by=lambda: load_yolo(str(path), "train"))
-
-
-def test_ordinary_aliases_a_byte_order_mark_and_crlf_are_read(tmp_path):
-    path = tmp_path / "c.yaml"
+    # Ordinary aliases, a byte order mark and CRLF are read.
+    path.unlink()
     path.write_bytes(b"\xef\xbb\xbfINPUT:\r\n  MIN_SIZE_TRAIN: &s [600, 700]\r\n  MIN_SIZE_TEST: 5\r\n")
     cfg = get_cfg()
     cfg.merge_from_file(path)
@@ -148,26 +137,21 @@ def test_ordinary_aliases_a_byte_order_mark_and_crlf_are_read(tmp_path):
     assert parse_yaml("a: &a {b: 1}\nc: {<<: *a}\nd: [*a, *a]", "x")["d"] == [{"b": 1}] * 2
 
 
-@pytest.mark.parametrize(
-    ("bases", "words"),
-    [
+def test_hostile_bases_are_rejected(tmp_path):
+    for name in ("c300", "d40"):
+        (tmp_path / name).write_text("SEED: 1\n")
+    for bases, words in (
         ({"a": "c0"} | {f"c{i}": f"c{i + 1}" for i in range(300)}, "100 files"),
         ({"a": "d0"} | {f"d{i}": f"[d{i + 1}, d{i + 1}]" for i in range(40)}, "100 files"),
         ({"a": '"a\\0b"'}, "not found"),
-    ],
-    ids=["chain", "doubling", "nul"],
-)
-def test_hostile_bases_are_rejected(tmp_path, bases, words):
-    for name in ("c300", "d40"):
-        (tmp_path / name).write_text("SEED: 1\n")
-    for name, base in bases.items():
-        (tmp_path / name).write_text(f"_BASE_: {base}\n")
-    rejected(words, by=lambda: merge(tmp_path / "a"))
+    ):
+        for name, base in bases.items():
+            (tmp_path / name).write_text(f"_BASE_: {base}\n")
+        rejected(words, by=lambda: merge(tmp_path / "a"))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
+def test_hostile_overrides_are_rejected():
+    for key, value in (
         ("SOLVER.BASE_LR", "1" + "0" * 400),
         ("SEED", "-" * 100_000 + "1"),
         ("INPUT.MIN_SIZE_TRAIN", "(" * 90 + "{[]: 1}" + ")" * 90),
@@ -175,10 +159,8 @@ def test_hostile_bases_are_rejected(tmp_path, bases, words):
         ("DATASETS.DECLARE.__immutable__", "1"),
         ("a" * 100_000, "1"),
         ("", "1"),
-    ],
-)
-def test_hostile_overrides_are_rejected(key, value):
-    rejected("command line", by=lambda: get_cfg().merge_from_list([key, value]))
+    ):
+        rejected("command line", by=lambda words=[key, value]: get_cfg().merge_from_list(words))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import struct
 import zlib
 
 import numpy as np
-import pytest
 from hostile_helpers import rejected
 from PIL import Image
 
@@ -22,29 +21,14 @@ def _spec(files):
     return {"FORMAT": "coco", "JSON": str(files.json), "IMAGE_ROOT": str(files.images)}
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["[" * 1_000_000, '{"images":' * 100_000, '{"images": [' + "9" * 100_000 + "]}", '"\\ud800"', "\0"],
-)
-def test_json_that_fills_the_memory_is_rejected(tiny_coco, text):
+def test_json_and_masks_of_predictions_that_fill_the_memory_are_rejected(tiny_coco):
     declare_dataset("pets", _spec(tiny_coco))
     path = tiny_coco.json.with_name("odd.json")
-    path.write_text(text)
-    rejected(path, by=lambda: load_coco_json(str(path), ""))
-    rejected(path, by=lambda: list(read_predictions(str(path), "pets")))
-
-
-@pytest.mark.parametrize("depth", [100, 960, 990])
-def test_deep_nesting_in_an_annotation_is_rejected(tiny_coco, depth):
-    text = tiny_coco.json.read_text().replace("[[20, 10,", "[" * depth + "20" + "]" * depth + ", [[20, 10,")
-    tiny_coco.json.write_text(text)
-    declare_dataset("deep", _spec(tiny_coco))
-    rejected("deep" if depth > 600 else "", by=lambda: get_detection_dataset_dicts("deep", need_masks=True))
-
-
-def test_masks_of_predictions_that_fill_the_memory_are_rejected(tiny_coco, tmp_path):
-    declare_dataset("pets", _spec(tiny_coco))
-    path = tmp_path / "found.json"
+    numbers = '{"images": [' + "9" * 100_000 + "]}"
+    for text in ("[" * 1_000_000, '{"images":' * 100_000, numbers, '"\\ud800"', "\0"):
+        path.write_text(text)
+        rejected(path, by=lambda: load_coco_json(str(path), ""))
+        rejected(path, by=lambda: list(read_predictions(str(path), "pets")))
     for change in (
         {"bbox": [1, 1, 5, 5], "segmentation": [[0, 0, 2e9, 0, 2e9, 2e9]]},
         # Boxes are made of these.
@@ -53,6 +37,20 @@ def test_masks_of_predictions_that_fill_the_memory_are_rejected(tiny_coco, tmp_p
     ):
         path.write_text(json.dumps([{"image_id": 11, "category_id": 7, "score": 0.5, **change}]))
         rejected(path, "detection 0", by=lambda: list(read_predictions(str(path), "pets")))
+
+
+def test_deep_nesting_and_shapes_sets_of_absurd_size_are_rejected(tiny_coco):
+    text = tiny_coco.json.read_text()
+    for depth in (100, 960, 990):
+        deep, name = "[" * depth + "20" + "]" * depth, f"deep {depth}"
+        tiny_coco.json.write_text(text.replace("[[20, 10,", f"{deep}, [[20, 10,"))
+        declare_dataset(name, _spec(tiny_coco))
+        words = "deep" if depth > 600 else ""
+        rejected(words, by=lambda name=name: get_detection_dataset_dicts(name, need_masks=True))
+    for key, value in (("HEIGHT", 10**6), ("NUM", 10**12), ("WIDTH", 10**30)):
+        spec = {"FORMAT": "shapes", "SPLIT": "train", "NUM": 4, "WIDTH": 10**4, key: value}
+        declare_dataset(f"big {key}", spec)
+        rejected("shapes needs", by=lambda key=key: get_detection_dataset_dicts(f"big {key}"))
 
 
 def _png(width, height, data=b"", extra=()):
@@ -71,36 +69,20 @@ def _saved(tmp_path, image_format):
     return (tmp_path / "source").read_bytes()
 
 
-IMAGES = {
-    "bomb": lambda _: _png(60_000, 60_000, bytes(1000)),
-    "wide bomb": lambda _: _png(2**31 - 1, 1, bytes(1000)),
-    "text bomb": lambda _: _png(4, 4, bytes(52), [(b"zTXt", b"a\0\0" + zlib.compress(bytes(200 << 20)))]),
-    "short": lambda _: _png(4000, 4000, bytes(1000)),
-    "cut tiff": lambda folder: _saved(folder, "TIFF")[:900],
-}
-
-
-@pytest.mark.parametrize("name", IMAGES)
-def test_bombs_and_broken_images_are_rejected(tmp_path, name):
-    path = tmp_path / "images/a.jpg"
-    path.parent.mkdir()
-    path.write_bytes(IMAGES[name](tmp_path))
-    rejected(path, by=lambda: read_image(str(path)))
-
-
-def test_an_image_of_another_format_than_its_name_says_is_read(tmp_path):
+def test_bombs_and_broken_images_are_rejected_and_those_of_another_format_read(tmp_path):
     path = tmp_path / "a.jpg"
+    text = b"zTXt", b"a\0\0" + zlib.compress(bytes(200 << 20))
+    for content in (
+        *(_png(*size, bytes(1000)) for size in ((60_000, 60_000), (2**31 - 1, 1), (4000, 4000))),
+        _png(4, 4, bytes(52), [text]),
+        _saved(tmp_path, "TIFF")[:900],
+    ):
+        path.write_bytes(content)
+        rejected(path, by=lambda: read_image(str(path)))
     for image_format in ("PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO"):
         path.write_bytes(_saved(tmp_path, image_format))
         assert image_header(str(path))[:2] == (30, 40)
         assert read_image(str(path)).shape == (3, 30, 40)
-
-
-def test_a_shapes_set_of_absurd_size_is_rejected():
-    for key, value in (("HEIGHT", 10**6), ("NUM", 10**12), ("WIDTH", 10**30)):
-        spec = {"FORMAT": "shapes", "SPLIT": "train", "NUM": 4, "WIDTH": 10**4, key: value}
-        declare_dataset(f"big {key}", spec)
-        rejected("shapes needs", by=lambda key=key: get_detection_dataset_dicts(f"big {key}"))
 
 
 def test_links_that_go_round_are_rejected_and_those_to_elsewhere_read(tmp_path, write_image):

@@ -125,12 +125,24 @@ def test_spawned_workers_load_the_same_stream(records, train):
         multiprocessing.set_start_method(before, force=True)
 
 
-def test_train_loader_loads_nothing_before_the_start(records, train):
+def test_loaders_take_a_mapper_a_dataset_and_a_sampler(records, train, monkeypatch):
     loaded = []
-    loader = build_detection_train_loader(
-        train, mapper=lambda record, rng: loaded.append(record["image_id"]), start_iter=1000
-    )
+    loader = build_detection_train_loader(train, mapper=lambda record, rng: loaded.append(1), start_iter=1000)
+    # Nothing is loaded of the iterations before.
     assert next(iter(loader)) == [None, None] and len(loaded) == 2
+    parts = {"dataset": records[:3], "sampler": TrainingSampler(3, 3, seed=1, shuffle=False)}
+    loader = build_detection_train_loader(train, **parts, mapper=lambda record: record["image_id"])
+    assert _batches(loader, 2) == [[0, 1, 2], [0, 1, 2]]
+    parts = {"dataset": records[2:], "sampler": [4, 0, 1]}
+    train.TEST.IMS_PER_BATCH = 2
+    loader = build_detection_test_loader(train, "cells", **parts, mapper=lambda record: record["image_id"])
+    assert list(loader) == [[6, 2], [3]]
+    # The default mapper gets the training records.
+    given = []
+    mapper = "plaintrain.data.loader.DatasetMapper"
+    monkeypatch.setattr(mapper, lambda cfg, is_train, records: given.append(list(records)))
+    build_detection_train_loader(train)
+    assert given == [list(get_detection_dataset_dicts("cells"))]
 
 
 def test_train_loader_gives_each_rank_its_samples_and_all_names(records, train, as_rank):
@@ -160,7 +172,8 @@ def test_count_iters_per_epoch_agrees_with_the_loader(records, train, batch, fac
         len(loader)
 
 
-BATCH, STEPS, CACHE = "SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE_STEPS", "DATALOADER.CACHE_BYTES"
+BATCH, STEPS = "SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE_STEPS"
+CACHE, WORKERS = "DATALOADER.CACHE_BYTES", "DATALOADER.NUM_WORKERS"
 MOST = "must be from 1 to the images of a process in a batch,"
 
 
@@ -173,41 +186,19 @@ MOST = "must be from 1 to the images of a process in a batch,"
         ([BATCH, 6, STEPS, 0], 1, f"{STEPS} is 0, but {MOST} 6$"),
         ([BATCH, 6, STEPS, 7], 1, f"{STEPS} is 7, but {MOST} 6$"),
         ([BATCH, 6, STEPS, 4], 2, f"{STEPS} is 4, but {MOST} 3$"),
+        # As many as an image of a rank a step.
+        ([BATCH, 6, STEPS, 6], 1, None),
+        ([BATCH, 6, STEPS, 3], 2, None),
         ([CACHE, -1], 1, f"{CACHE} is -1, but must be at least 0"),
-        ([CACHE, 100, "DATALOADER.NUM_WORKERS", 1], 1, f"{CACHE} is 100, but processes .* to thread, or"),
+        ([CACHE, 100, WORKERS, 1], 1, f"{CACHE} is 100, but processes .* to thread, or"),
+        ([WORKERS, -1], 1, f"{WORKERS}.*-1"),
     ],
 )
-def test_train_loader_rejects_what_ranks_and_workers_cannot_do(
-    records, train, as_rank, options, world_size, words
-):
+def test_train_loader_checks_options(records, train, as_rank, options, world_size, words):
     train.merge_from_list(options)
     as_rank(0, world_size)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
         build_detection_train_loader(train)
-
-
-@pytest.mark.parametrize(("steps", "world_size"), [(6, 1), (3, 2)])
-def test_train_loader_accumulates_up_to_an_image_of_a_rank_a_step(records, train, as_rank, steps, world_size):
-    train.SOLVER.IMS_PER_BATCH, train.SOLVER.ACCUMULATE_STEPS = 6, steps
-    as_rank(0, world_size)
-    build_detection_train_loader(train)
-
-
-@pytest.mark.parametrize(("key", "value"), [("TEST.IMS_PER_BATCH", 0), ("DATALOADER.NUM_WORKERS", -1)])
-def test_numbers_out_of_range_are_rejected(records, cfg, key, value):
-    cfg.merge_from_list([key, value])
-    with pytest.raises(UserError, match=rf"{key}.*{value}"):
-        list(build_detection_test_loader(cfg, "cells"))
-
-
-def test_loaders_take_a_dataset_a_sampler_and_a_mapper(records, train):
-    parts = {"dataset": records[:3], "sampler": TrainingSampler(3, 3, seed=1, shuffle=False)}
-    loader = build_detection_train_loader(train, **parts, mapper=lambda record: record["image_id"])
-    assert _batches(loader, 2) == [[0, 1, 2], [0, 1, 2]]
-    parts = {"dataset": records[2:], "sampler": [4, 0, 1]}
-    train.TEST.IMS_PER_BATCH = 2
-    loader = build_detection_test_loader(train, "cells", **parts, mapper=lambda record: record["image_id"])
-    assert list(loader) == [[6, 2], [3]]
 
 
 def test_sampler_of_the_config_is_used_and_weighs_the_records_that_are_left(make_dataset, train):
@@ -220,14 +211,6 @@ def test_sampler_of_the_config_is_used_and_weighs_the_records_that_are_left(make
     names = list(itertools.chain(*_names(_batches(build_detection_train_loader(train), 4))))
     assert {name.split("/")[-2] for name in names} == {"more"}
     assert len(set(names)) == 4
-
-
-def test_default_mapper_gets_the_training_records(records, train, monkeypatch):
-    given = []
-    mapper = "plaintrain.data.loader.DatasetMapper"
-    monkeypatch.setattr(mapper, lambda cfg, is_train, records: given.append(list(records)))
-    build_detection_train_loader(train)
-    assert given == [list(get_detection_dataset_dicts("cells"))]
 
 
 def _draws(record):
@@ -288,8 +271,16 @@ def test_bug_in_a_mapper_is_raised(records, train, workers):
     assert caught
 
 
-def test_missing_images_are_counted_before_training(make_dataset, train):
+def test_missing_unknown_and_empty_datasets_are_rejected(make_dataset, train):
+    rejected("DATASETS.TRAIN is empty", by=lambda: get_detection_dataset_dicts([]))
+    make_dataset(num=0)
+    rejected("no image with annotations is left in cells", by=lambda: build_detection_train_loader(train))
+    train.DATASETS.TRAIN = ("cell",)
+    rejected("did you mean cells", by=lambda: build_detection_train_loader(train))
+    # Missing images are counted before training.
+    DatasetCatalog.remove("cells")
     records = make_dataset()
+    train.DATASETS.TRAIN = ("cells",)
     for i in (2, 5, 6):
         records[i]["file_name"] = records[i]["file_name"].replace(".png", ".jpg")
     pattern = r"an image of cells does not exist: .*cells.2\.jpg \(and 2 more\)"
@@ -299,14 +290,8 @@ def test_missing_images_are_counted_before_training(make_dataset, train):
     make_dataset("others", num=1)[0]["file_name"] = "no/such/folder/0.png"
     with pytest.raises(UserError, match=r"does not exist: no/such/folder/0\.png$"):
         build_detection_test_loader(train, "others")
-
-
-def test_missing_unknown_and_empty_datasets_are_rejected(make_dataset, train):
-    rejected("DATASETS.TRAIN is empty", by=lambda: get_detection_dataset_dicts([]))
-    make_dataset(num=0)
-    rejected("no image with annotations is left in cells", by=lambda: build_detection_train_loader(train))
-    train.DATASETS.TRAIN = ("cell",)
-    rejected("did you mean cells", by=lambda: build_detection_train_loader(train))
+    train.TEST.IMS_PER_BATCH = 0
+    rejected("TEST.IMS_PER_BATCH is 0", by=lambda: build_detection_test_loader(train, "cells", dataset=[]))
 
 
 def test_images_without_annotations_are_skipped_unless_asked_for(records, train, log):
@@ -320,21 +305,16 @@ def test_images_without_annotations_are_skipped_unless_asked_for(records, train,
     assert "cells: 3 images without annotations are left out" in log.text
 
 
-@pytest.mark.parametrize(
-    ("size", "workers", "batches"), [(1, 0, [[i] for i in range(7)]), (3, 2, [[0, 3, 6], [1, 2, 4], [5]])]
-)
-def test_test_loader_gives_each_image_once_each_time(make_dataset, cfg, size, workers, batches):
-    make_dataset()[1]["annotations"] = []
-    cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = size, workers
-    loader = build_detection_test_loader(cfg, "cells")
-    assert len(loader) == len(batches)
-    for _ in range(2):
-        loaded = list(loader)
-        assert [[sample["image_id"] for sample in batch] for batch in loaded] == batches
-        assert not any("target" in sample for sample in itertools.chain(*loaded))
-
-
-def test_test_loader_with_threads_gives_the_views_of_each_image_once_each_time(records, cfg):
+def test_test_loader_gives_each_image_once_each_time_and_the_views_with_threads(records, cfg):
+    records[1]["annotations"] = []
+    for size, workers, batches in ((1, 0, [[i] for i in range(7)]), (3, 2, [[0, 3, 6], [1, 2, 4], [5]])):
+        cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = size, workers
+        loader = build_detection_test_loader(cfg, "cells")
+        assert len(loader) == len(batches)
+        for _ in range(2):
+            loaded = list(loader)
+            assert [[sample["image_id"] for sample in batch] for batch in loaded] == batches
+            assert not any("target" in sample for sample in itertools.chain(*loaded))
     cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.MIN_SIZES = True, (20, 30)
     cfg.DATALOADER.WORKER_TYPE, cfg.TEST.IMS_PER_BATCH = "thread", 3
     seen = []
@@ -350,22 +330,20 @@ def test_test_loader_with_threads_gives_the_views_of_each_image_once_each_time(r
     assert all(views == seen[0] for views in seen)
 
 
-@pytest.mark.parametrize("world_size", [2, 9])
-def test_test_loader_covers_the_images_once_over_all_ranks(records, cfg, as_rank, world_size):
-    cfg.TEST.IMS_PER_BATCH = 3
-    ids = []
-    for rank in range(world_size):
-        as_rank(rank, world_size)
-        ids += [sample["image_id"] for batch in build_detection_test_loader(cfg, "cells") for sample in batch]
-    assert sorted(ids) == list(range(7))
-
-
-def test_val_loader_adds_targets_to_the_images_of_the_test_loader(records, train):
+def test_test_loader_covers_the_images_of_all_ranks_and_val_loader_adds_targets(records, train, as_rank):
+    train.TEST.IMS_PER_BATCH = 3
     expected = itertools.chain(*build_detection_test_loader(train, "cells"))
     samples = itertools.chain(*build_detection_val_loader(train, "cells"))
     for sample, test_sample in zip(samples, expected, strict=True):
         assert torch.equal(sample["image"], test_sample["image"])
         assert sample["target"]["boxes"].tolist() == [[1, 2, 4 + sample["image_id"], 6]]
+    for world_size in (2, 9):
+        ids = []
+        for rank in range(world_size):
+            as_rank(rank, world_size)
+            loader = build_detection_test_loader(train, "cells")
+            ids += [sample["image_id"] for batch in loader for sample in batch]
+        assert sorted(ids) == list(range(7))
 
 
 @pytest.mark.parametrize(
@@ -416,12 +394,10 @@ def read(monkeypatch):
     return names
 
 
-class _Darken:
+def _darken(tensors, rng):
     """An augmentation that breaks the rule: it changes what it is given."""
-
-    def __call__(self, tensors, rng):
-        tensors["image"].as_subclass(torch.Tensor).floor_divide_(int(rng.integers(2, 9)))
-        return tensors
+    tensors["image"].as_subclass(torch.Tensor).floor_divide_(int(rng.integers(2, 9)))
+    return tensors
 
 
 def _stream(cfg, dataset, mapper=None):
@@ -440,7 +416,7 @@ def _stream(cfg, dataset, mapper=None):
 def test_image_cache_keeps_the_stream_and_reads_what_fits_once(make_dataset, cfg, read, log, workers, limits):
     limit, kept = limits
     dataset = make_dataset(num=5)
-    mapper = DatasetMapper(cfg, augmentations=[_Darken()])
+    mapper = DatasetMapper(cfg, augmentations=[_darken])
     expected = [_stream(cfg, dataset), _stream(cfg, dataset, mapper=mapper)]
     cfg.DATALOADER.CACHE_BYTES = limit
     cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.WORKER_TYPE = workers
@@ -455,8 +431,9 @@ def test_image_cache_keeps_the_stream_and_reads_what_fits_once(make_dataset, cfg
     assert mapper.image_cache is None
 
 
-def test_image_cache_returns_what_read_image_returns(make_dataset, tmp_path, write_image):
-    name, cache = make_dataset()[0]["file_name"], ImageCache(5 * BYTES)
+def test_image_cache_returns_what_read_image_returns(make_dataset, tmp_path, write_image, cfg):
+    records, cache = make_dataset(), ImageCache(5 * BYTES)
+    name = records[0]["file_name"]
     plain = images.read_image(name)
     for _ in range(2):
         image = cache(name)
@@ -469,10 +446,8 @@ def test_image_cache_returns_what_read_image_returns(make_dataset, tmp_path, wri
     rejected("does not exist", by=lambda: cache(str(path)))
     write_image(path, 40, 30)
     assert cache(str(path)).shape == (3, 30, 40)
-
-
-def test_image_cache_rejects_other_mappers(records, cfg):
-    cfg.DATALOADER.CACHE_BYTES, cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.WORKER_TYPE = 100, 1, "thread"
+    # Other mappers have none.
+    cfg.merge_from_list([CACHE, 100, WORKERS, 1, "DATALOADER.WORKER_TYPE", "thread"])
     with pytest.raises(UserError, match="CACHE_BYTES is 100, but the mapper has no image_cache"):
         build_detection_train_loader(cfg, dataset=records, mapper=lambda record, rng: record)
 

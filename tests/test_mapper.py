@@ -59,9 +59,8 @@ def _turn(path, orientation):
     Image.open(path).save(path, exif=exif)
 
 
-@pytest.mark.parametrize(
-    ("name", "image", "expected"),
-    [
+def test_read_image_converts_to_rgb(tmp_path):
+    for name, image, expected in (
         ("grey.png", Image.new("L", (4, 3), 100), [100] * 3),
         ("palette.png", Image.new("RGB", (4, 3), (255, 0, 0)).convert("P"), RED),
         ("palette.gif", Image.new("RGB", (4, 3), (255, 0, 0)).convert("P"), RED),
@@ -69,13 +68,11 @@ def _turn(path, orientation):
         ("rgba.png", Image.new("RGBA", (4, 3), (255, 0, 0, 255)), RED),
         ("grey_alpha.png", Image.new("LA", (4, 3), (100, 255)), [100] * 3),
         ("bits.png", Image.new("1", (4, 3), 1), [255] * 3),
-    ],
-)
-def test_read_image_converts_to_rgb(tmp_path, name, image, expected):
-    image.save(tmp_path / name)
-    tensor = read_image(str(tmp_path / name))
-    assert (tensor.shape, tensor.dtype) == ((3, 3, 4), torch.uint8)
-    assert (tensor == torch.tensor(expected, dtype=torch.uint8).reshape(3, 1, 1)).all()
+    ):
+        image.save(tmp_path / name)
+        tensor = read_image(str(tmp_path / name))
+        assert (tensor.shape, tensor.dtype) == ((3, 3, 4), torch.uint8)
+        assert (tensor == torch.tensor(expected, dtype=torch.uint8).reshape(3, 1, 1)).all(), name
 
 
 # Pixels of more than 8 bits, and the ranges that a dataset may declare.
@@ -158,6 +155,11 @@ def test_pixel_range_of_the_config_is_used_wherever_images_are_read(tmp_path, cf
     assert torch.equal(DatasetMapper(cfg, is_train=False)(record)["image"], expected)
     cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.FLIP = (0,), False
     assert torch.equal(build_tta_mapper(cfg, "")(record)["views"][0]["image"], expected)
+    # Pixels outside the range are not skipped as unreadable.
+    Image.fromarray(DEEP["ints.tif"]).save(tmp_path / "a.tif")
+    cfg.DATALOADER.SKIP_UNREADABLE, cfg.INPUT.PIXEL_RANGE = True, []
+    loader = build_detection_train_loader(cfg, dataset=[_record(tmp_path / "a.tif", 8, 8)])
+    rejected("a.tif has int32 pixels", by=lambda: next(iter(loader)))
     for value in ([5], [1, 0], [0, float("nan")], ["0", "1"]):
         cfg.INPUT.PIXEL_RANGE = value
         words = r"INPUT\.PIXEL_RANGE must be \[\] or two numbers \[low, high\], got"
@@ -172,19 +174,15 @@ def test_pixel_range_of_the_config_is_used_wherever_images_are_read(tmp_path, cf
             assert all(len(n.args) > 1 for n in readers), path
 
 
-def test_skip_unreadable_does_not_skip_pixels_outside_the_range(tmp_path, cfg):
-    Image.fromarray(DEEP["ints.tif"]).save(tmp_path / "a.tif")
-    cfg.DATALOADER.SKIP_UNREADABLE = True
-    loader = build_detection_train_loader(cfg, dataset=[_record(tmp_path / "a.tif", 8, 8)])
-    rejected("a.tif has int32 pixels", by=lambda: next(iter(loader)))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_read_image_applies_the_exif_orientation(picture, orientation):
-    _turn(picture, orientation)
-    expected = np.array(ImageOps.exif_transpose(Image.open(picture)))
-    np.testing.assert_array_equal(read_image(str(picture)).permute(1, 2, 0).numpy(), expected)
-    assert image_header(str(picture))[:2] == expected.shape[:2]
+def test_read_image_and_image_header_apply_the_exif_orientation(picture):
+    for orientation in range(1, 9):
+        _turn(picture, orientation)
+        expected = np.array(ImageOps.exif_transpose(Image.open(picture)))
+        np.testing.assert_array_equal(read_image(str(picture)).permute(1, 2, 0).numpy(), expected)
+        assert image_header(str(picture))[:2] == expected.shape[:2]
+    for exif in (mock.Mock(side_effect=struct.error("unpack")), lambda _: {ExifTags.Base.Orientation: "x"}):
+        with mock.patch.object(Image.Image, "getexif", exif):
+            rejected("cannot read the image file ", "picture.png", by=lambda: image_header(str(picture)))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
@@ -193,21 +191,10 @@ def test_read_image_names_files_that_are_truncated_missing_or_no_image(tmp_path,
     rejected(f"{name} does not exist", by=lambda: read_image(str(path)))
     write_image(path, 64, 64)
     whole = path.read_bytes()
-    for content in (
-        b"",
-        b"no image",
-        b"\x89PNG\r\n\x1a\n",
-        whole[: len(whole) // 10],
-        whole[: -len(whole) // 10],
-    ):
+    cut = whole[: len(whole) // 10], whole[: -len(whole) // 10]
+    for content in (b"", b"no image", b"\x89PNG\r\n\x1a\n", *cut):
         path.write_bytes(content)
         rejected("cannot read the image file ", name, by=lambda: read_image(str(path)))
-
-
-def test_image_header_names_files_with_broken_exif_data(picture):
-    for exif in (mock.Mock(side_effect=struct.error("unpack")), lambda _: {ExifTags.Base.Orientation: "x"}):
-        with mock.patch.object(Image.Image, "getexif", exif):
-            rejected("cannot read the image file ", "picture.png", by=lambda: image_header(str(picture)))
 
 
 def test_mapper_rejects_an_image_of_another_size_than_its_record(picture):
@@ -243,9 +230,30 @@ def test_training_sample_has_the_keys_and_types_of_the_contract(picture):
     assert labels.tolist() == [2, 0]
     assert (sample["image_id"], sample["height"], sample["width"]) == (17, 30, 40)
     assert sample["file_name"] == str(picture)
+    one = _object(BOX, 2, segmentation=[SQUARE], keypoints=[5, 6, 2, 13.5, 12, 1, 0, 0, 0])
+    other = _object([20, 10, 10, 10], segmentation=[[20, 10, 30, 10, 30, 20, 20, 20]])
+    record = _record(picture, 30, 40, one, _object([0, 0, 9, 9], 1, iscrowd=1), other)
+    target = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=3)(record)["target"]
+    assert set(target) == {"boxes", "labels", "masks", "keypoints"}
+    assert all(type(value) is torch.Tensor for value in target.values())
+    assert (target["boxes"].dtype, target["labels"].dtype) == (torch.float32, torch.int64)
+    assert (target["masks"].dtype, target["masks"].shape) == (torch.uint8, (2, 30, 40))
+    assert target["masks"].is_contiguous()
+    assert (target["keypoints"].dtype, target["keypoints"].shape) == (torch.float32, (2, 3, 3))
+    # An instance without any has them all unlabelled.
+    assert target["keypoints"].tolist() == [[[5, 6, 2], [13.5, 12, 1], [0, 0, 0]], [[0, 0, 0]] * 3]
+    # An empty target keeps its shapes and types.
+    steps = [Resize((20, 25)), RandomHorizontalFlip(1.0, (0, 1, 2, 3))]
+    for annotations in ([], [_object([0, 0, 9, 9], iscrowd=1)]):
+        record = _record(picture, 30, 40, *annotations)
+        empty = DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=4)(record)["target"]
+        shapes = {name: tuple(value.shape) for name, value in empty.items()}
+        assert shapes == {"boxes": (0, 4), "labels": (0,), "masks": (0, 20, 25), "keypoints": (0, 4, 3)}
+        types = {name: value.dtype for name, value in target.items()}
+        assert {name: value.dtype for name, value in empty.items()} == types
 
 
-def test_evaluation_sample_has_no_target_and_the_original_size(picture, cfg):
+def test_evaluation_sample_has_no_target_and_the_original_size(picture, cfg, monkeypatch):
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 15, 100
     record = _record(picture, 30, 40, _object(BOX, 2))
     sample = DatasetMapper(cfg, is_train=False)(record)
@@ -254,50 +262,11 @@ def test_evaluation_sample_has_no_target_and_the_original_size(picture, cfg):
     assert (sample["height"], sample["width"]) == (30, 40)
     cfg.INPUT.MIN_SIZE_TEST = 0
     assert torch.equal(DatasetMapper(cfg, is_train=False)(record)["image"], read_image(str(picture)))
-
-
-def test_boxes_are_clipped_and_those_without_area_dropped_with_their_labels(picture):
-    boxes = [[5, 5, 0, 9], [-5, -6, 15, 16], [5, 5, 9, -2], [50, 5, 9, 9], [30, 20, 50, 50]]
-    record = _record(picture, 30, 40, *(_object(box, label) for label, box in enumerate(boxes)))
-    target = DatasetMapper(augmentations=[])(record)["target"]
-    assert target["labels"].tolist() == [1, 4]
-    assert target["boxes"].tolist() == [[0, 0, 10, 10], [30, 20, 40, 30]]
-
-
-def test_augmentation_may_be_any_function(picture):
-    def move(tensors, rng):
-        points = tv_tensors.wrap(tensors["keypoints"] + 30, like=tensors["keypoints"])
-        return {**tensors, "image": tv_tensors.Image(tensors["image"] // 2), "keypoints": points}
-
-    record = _record(picture, 30, 40, _object([0, 0, 9, 9], keypoints=[5, 0, 2, 5, 1, 2]))
-    sample = DatasetMapper(augmentations=[move], num_keypoints=2)(record)
-    assert torch.equal(sample["image"], read_image(str(picture)) // 2)
-    assert type(sample["image"]) is torch.Tensor
-    # A keypoint that it moves out of the image is unlabelled.
-    assert sample["target"]["keypoints"].tolist() == [[[35, 30, 2], [0, 0, 0]]]
-
-
-def test_shapes_are_rendered_instead_of_read():
+    # Shapes are rendered instead of read.
     record = load_shapes("val", 1, 40, 60)[0][0]
     sample = DatasetMapper(augmentations=[])(record)
     np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy(), render(record["file_name"]))
-
-
-def test_target_with_masks_and_keypoints_has_the_keys_and_types_of_the_contract(picture):
-    one = _object(BOX, 2, segmentation=[SQUARE], keypoints=[5, 6, 2, 13.5, 12, 1, 0, 0, 0])
-    other = _object([20, 10, 10, 10], segmentation=[[20, 10, 30, 10, 30, 20, 20, 20]])
-    record = _record(picture, 30, 40, one, _object([0, 0, 9, 9], 1, iscrowd=1), other)
-    target = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=3)(record)["target"]
-    assert set(target) == {"boxes", "labels", "masks", "keypoints"}
-    assert all(type(value) is torch.Tensor for value in target.values())
-    assert (target["masks"].dtype, target["masks"].shape) == (torch.uint8, (2, 30, 40))
-    assert target["masks"].is_contiguous()
-    assert (target["keypoints"].dtype, target["keypoints"].shape) == (torch.float32, (2, 3, 3))
-    # An instance without any has them all unlabelled.
-    assert target["keypoints"].tolist() == [[[5, 6, 2], [13.5, 12, 1], [0, 0, 0]], [[0, 0, 0]] * 3]
-
-
-def test_masks_and_keypoints_are_not_decoded_unless_needed(picture, monkeypatch):
+    # Masks and keypoints are not decoded unless they are needed.
     record = _record(picture, 30, 40, _object(BOX, segmentation="nonsense", keypoints=[1]))
     monkeypatch.delattr(mapper.coco_mask, "decode")
     assert set(DatasetMapper(augmentations=[])(record)["target"]) == {"boxes", "labels"}
@@ -305,18 +274,12 @@ def test_masks_and_keypoints_are_not_decoded_unless_needed(picture, monkeypatch)
     assert "target" not in both(record)
 
 
-def test_keypoints_outside_the_image_stay_unlabelled(picture):
-    keypoints = [-1, 6, 2, 40, 30, 1, 5, 30.5, 2, 7, 8, 0, 0, 0, 2]
-    record = _record(picture, 30, 40, _object([0, 0, 40, 30], keypoints=keypoints))
-    for steps in ([], [RandomZoomOut(p=1.0, side_range=(2, 2))]):
-        keypoints = DatasetMapper(augmentations=steps, num_keypoints=5)(record, np.random.default_rng(0))
-        keypoints = keypoints["target"]["keypoints"][0]
-        assert keypoints[:, 2].tolist() == [0, 1, 0, 0, 2]
-        assert (keypoints[keypoints[:, 2] == 0] == 0).all()
-    assert keypoints[1, :2].tolist() == (keypoints[4, :2] + torch.tensor([40, 30])).tolist()
-
-
-def test_instance_is_dropped_with_its_mask_and_keypoints(picture):
+def test_boxes_are_clipped_and_instances_without_area_dropped(picture):
+    boxes = [[5, 5, 0, 9], [-5, -6, 15, 16], [5, 5, 9, -2], [50, 5, 9, 9], [30, 20, 50, 50]]
+    record = _record(picture, 30, 40, *(_object(box, label) for label, box in enumerate(boxes)))
+    target = DatasetMapper(augmentations=[])(record)["target"]
+    assert target["labels"].tolist() == [1, 4]
+    assert target["boxes"].tolist() == [[0, 0, 10, 10], [30, 20, 40, 30]]
     objects = []
     for i, (x, y, side) in enumerate(((0, 0, 8), (30, 20, 10), (9.1, 9.1, 0.1))):
         polygon = [x, y, x + side, y, x + side, y + side, x, y + side]
@@ -328,15 +291,25 @@ def test_instance_is_dropped_with_its_mask_and_keypoints(picture):
     assert {len(value) for value in target.values()} == {2}
 
 
-@pytest.mark.parametrize("annotations", [[], [_object([0, 0, 9, 9], iscrowd=1)]])
-def test_empty_target_keeps_its_shapes_and_types(picture, annotations):
-    steps = [Resize((20, 25)), RandomHorizontalFlip(1.0, (0, 1, 2, 3))]
-    record = _record(picture, 30, 40, *annotations)
-    target = DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=4)(record)["target"]
-    shapes = {name: tuple(value.shape) for name, value in target.items()}
-    assert shapes == {"boxes": (0, 4), "labels": (0,), "masks": (0, 20, 25), "keypoints": (0, 4, 3)}
-    types = {"boxes": torch.float32, "labels": torch.int64, "masks": torch.uint8, "keypoints": torch.float32}
-    assert {name: value.dtype for name, value in target.items()} == types
+def test_augmentation_may_be_any_function_and_unlabels_keypoints_outside(picture):
+    def move(tensors, rng):
+        points = tv_tensors.wrap(tensors["keypoints"] + 30, like=tensors["keypoints"])
+        return {**tensors, "image": tv_tensors.Image(tensors["image"] // 2), "keypoints": points}
+
+    record = _record(picture, 30, 40, _object([0, 0, 9, 9], keypoints=[5, 0, 2, 5, 1, 2]))
+    sample = DatasetMapper(augmentations=[move], num_keypoints=2)(record)
+    assert torch.equal(sample["image"], read_image(str(picture)) // 2)
+    assert type(sample["image"]) is torch.Tensor
+    # A keypoint that it moves out of the image is unlabelled.
+    assert sample["target"]["keypoints"].tolist() == [[[35, 30, 2], [0, 0, 0]]]
+    keypoints = [-1, 6, 2, 40, 30, 1, 5, 30.5, 2, 7, 8, 0, 0, 0, 2]
+    record = _record(picture, 30, 40, _object([0, 0, 40, 30], keypoints=keypoints))
+    for steps in ([], [RandomZoomOut(p=1.0, side_range=(2, 2))]):
+        keypoints = DatasetMapper(augmentations=steps, num_keypoints=5)(record, np.random.default_rng(0))
+        keypoints = keypoints["target"]["keypoints"][0]
+        assert keypoints[:, 2].tolist() == [0, 1, 0, 0, 2]
+        assert (keypoints[keypoints[:, 2] == 0] == 0).all()
+    assert keypoints[1, :2].tolist() == (keypoints[4, :2] + torch.tensor([40, 30])).tolist()
 
 
 @pytest.mark.parametrize(
@@ -377,14 +350,13 @@ def test_config_decides_the_targets_and_the_dataset_how_they_flip(picture, cfg):
     # What is used with the augmentations of evaluation has the same targets.
     assert set(DatasetMapper(cfg, augmentations=[])(record)["target"]) == set(target)
 
-
-def test_keypoints_of_the_metadata_may_come_from_the_loader(picture, cfg):
+    # The loader may name them.
     def load():
-        MetadataCatalog.get("points").set(keypoint_names=["left", "right"])
+        MetadataCatalog.get("late").set(keypoint_names=["left", "right"])
         return []
 
-    DatasetCatalog.register("points", load)
-    cfg.MODEL.KEYPOINT_ON, cfg.DATASETS.TRAIN = True, ("points",)
+    DatasetCatalog.register("late", load)
+    cfg.DATASETS.TRAIN, cfg.INPUT.RANDOM_FLIP = ("late",), "horizontal"
     assert DatasetMapper(cfg).augmentations[-1] == RandomHorizontalFlip(0.5, (1, 0))
 
 
@@ -406,9 +378,7 @@ def test_keypoints_that_are_unnamed_or_differ_are_rejected(cfg):
     cfg.DATASETS.TRAIN = ()
     _keypoint_dataset(cfg, "points", None)
     rejected("the dataset points names no keypoints", by=lambda: DatasetMapper(cfg))
-
-
-def test_keypoint_flip_indices_exchange_the_pairs_of_the_dataset():
+    # Their names tell the pairs of a flip.
     names = ["nose", "left_eye", "right_eye"]
     assert keypoint_flip_indices(names, [["right_eye", "left_eye"]]) == (0, 2, 1)
     assert keypoint_flip_indices(names, []) == (0, 1, 2)

@@ -35,14 +35,8 @@ IMAGE = load_shapes("val", 8, SIDE, SIDE + 16)[0][5]["file_name"]
 def config(*opts):
     """A Mask and Keypoint R-CNN that takes milliseconds, and a dataset that is not there."""
     few = ["TEST.DETECTIONS_PER_IMAGE", 8, "MODEL.RPN.POST_NMS_TOPK_TEST", 20, "DATALOADER.NUM_WORKERS", 0]
-    few += [
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
-        0.0,
-        "INPUT.MIN_SIZE_TEST",
-        96,
-        "TEST.AUG.MIN_SIZES",
-        [64, 96],
-    ]
+    few += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    few += ["INPUT.MIN_SIZE_TEST", 96, "TEST.AUG.MIN_SIZES", [64, 96]]
     cfg = make_cfg(*ARCHITECTURES["mask_keypoint_rcnn"], *few)
     gone = {"gone": {"FORMAT": "coco", "JSON": "/no/such.json", "IMAGE_ROOT": "/no"}}
     cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": gone, "TRAIN": ("gone",), "TEST": ("gone",)}})
@@ -83,7 +77,7 @@ def test_it_finds_what_the_evaluation_finds(run, views):
     assert predictor.skeleton == ((0, 1), (1, 2), (2, 3), (3, 0))
 
 
-def test_an_image_may_come_in_any_form_and_in_a_batch(run, tmp_path):
+def test_images_may_come_in_any_form_and_range_of_pixels(run, tmp_path):
     predictor, tensor = Predictor(run), read_image(IMAGE)
     array = tensor.permute(1, 2, 0).numpy()
     Image.fromarray(array).save(tmp_path / "a.png")
@@ -93,16 +87,16 @@ def test_an_image_may_come_in_any_form_and_in_a_batch(run, tmp_path):
     assert same(predictor(array[:, ::-1]), predictor(array[:, ::-1].copy()))
     twice = predictor.batch([array, tensor])
     assert torch.allclose(twice[1]["boxes"], wanted["boxes"], atol=1e-3) and predictor.batch([]) == []
-
-
-def test_the_range_of_pixels_is_that_of_the_config(run, tmp_path):
+    # The range of pixels is that of the config.
     deep = np.random.default_rng(0).integers(0, 4096, (SIDE, SIDE), dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    wanted = Predictor(run)((deep >> 4).astype(np.uint8))
+    wanted = predictor((deep >> 4).astype(np.uint8))
+    assert not same(predictor(tmp_path / "deep.png"), wanted)
     predictor = Predictor(run, opts=["INPUT.PIXEL_RANGE", "[0, 4095]"])
     for image in (tmp_path / "deep.png", Image.fromarray(deep), Image.open(tmp_path / "deep.png")):
         assert same(predictor(image), wanted)
-    assert not same(Predictor(run)(tmp_path / "deep.png"), wanted)
+    exact, mixed = (Predictor(run, opts=["TEST.AMP", amp])(IMAGE)["scores"] for amp in (False, True))
+    assert not torch.equal(exact, mixed) and torch.allclose(exact, mixed.float(), atol=0.05)
 
 
 def test_to_tensor_reads_images_as_a_dataset_and_refuses_what_is_none(tmp_path):
@@ -131,7 +125,7 @@ def test_to_tensor_reads_images_as_a_dataset_and_refuses_what_is_none(tmp_path):
             to_tensor(image)
 
 
-def test_the_last_checkpoint_that_can_be_read_is_taken(run, tmp_path):
+def test_the_last_checkpoint_that_can_be_read_is_taken_or_one_alone(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     assert Predictor(folder).weights == str(folder / "model_final.pth")
@@ -146,9 +140,7 @@ def test_the_last_checkpoint_that_can_be_read_is_taken(run, tmp_path):
     (folder / "model_best.pth").unlink()
     with pytest.raises(UserError, match="run holds no checkpoint: its training has not saved one"):
         Predictor(folder)
-
-
-def test_a_checkpoint_alone_holds_its_config_and_names(run, tmp_path):
+    # A checkpoint alone holds its config and names.
     shutil.copy(run / "model_final.pth", tmp_path / "mine.pth")
     predictor = Predictor(tmp_path / "mine.pth")
     # The dataset is not there.
@@ -176,11 +168,6 @@ def test_averaged_weights_are_taken_as_in_an_evaluation(tmp_path):
     for evaluate, added in (("averaged", 0), ("raw", 1)):
         taken = Predictor(tmp_path, opts=["MODEL.EMA.EVALUATE", evaluate]).model
         assert torch.equal(taken.roi_heads.box_predictor.cls_score.bias, bias - 1 + added)
-
-
-def test_amp_is_honoured(run):
-    exact, mixed = (Predictor(run, opts=["TEST.AMP", amp])(IMAGE)["scores"] for amp in (False, True))
-    assert not torch.equal(exact, mixed) and torch.allclose(exact, mixed.float(), atol=0.05)
 
 
 @pytest.mark.parametrize(("classes", "keypoints", "names"), [(80, 0, COCO_NAMES), (1, 17, ["person"])])

@@ -89,7 +89,7 @@ def test_masks_and_keypoints_are_checked_before_training(register):
         get_detection_dataset_dicts("rle", need_masks=True)
 
 
-def test_lengths_are_those_after_filtering_and_only_bad_boxes_are_dropped(register):
+def test_datasets_are_filtered_counted_and_joined_if_their_classes_agree(register, log):
     register("one", [_object()], [], [_object()])
     register("two", [], [_object(bbox=[1, 1, 0, 0])], [_object()])
     register("none", [])
@@ -103,6 +103,19 @@ def test_lengths_are_those_after_filtering_and_only_bad_boxes_are_dropped(regist
     register("mixed", *[[{**kinds[c], "area": i} for i, c in enumerate(text)] for text in texts])
     kept = [[a["area"] for a in r["annotations"]] for r in get_detection_dataset_dicts("mixed", False)]
     assert kept == [[0, 2], [], [0], [], [1], [0, 1], [0]]
+    joined = get_detection_dataset_dicts(("two", "one"))
+    assert [record["file_name"].split("/")[0] for record in joined] == ["two", "one", "one"]
+    register("three", [_object()])
+    MetadataCatalog.get("three").set(thing_classes=["b", "a"])
+    message = r"one and three have different classes: \['a', 'b'\] and \['b', 'a'\]"
+    with pytest.raises(UserError, match=message):
+        get_detection_dataset_dicts(("one", "three"))
+    log.clear()
+    register("few", [_object(), _object(iscrowd=1)], [_object(category_id=1)])
+    get_detection_dataset_dicts("few")
+    assert "few: 2 images, 3 boxes (1 crowds) of 2 classes" in log.text
+    rows = [line.split() for line in log.text.splitlines()]
+    assert ["a", "2"] in rows and ["b", "1"] in rows
 
 
 def test_folders_are_listed_once_for_each_loaded_dataset(register, tmp_path, monkeypatch):
@@ -143,26 +156,6 @@ def test_training_warns_of_boxes_as_check_records_does(register, log):
     assert warnings == [f"one: {f}".split("\n")[0] for f in findings if "box" in f.kind]
 
 
-def test_statistics_are_logged(register, log):
-    register("few", [_object(), _object(iscrowd=1)], [_object(category_id=1)])
-    get_detection_dataset_dicts("few")
-    assert "few: 2 images, 3 boxes (1 crowds) of 2 classes" in log.text
-    rows = [line.split() for line in log.text.splitlines()]
-    assert ["a", "2"] in rows and ["b", "1"] in rows
-
-
-def test_datasets_are_joined_in_their_order_if_their_classes_agree(register):
-    register("one", [_object()], [_object()])
-    register("two", [_object()])
-    register("three", [_object()])
-    MetadataCatalog.get("three").set(thing_classes=["b", "a"])
-    joined = get_detection_dataset_dicts(("two", "one"))
-    assert [record["file_name"].split("/")[0] for record in joined] == ["two", "one", "one"]
-    message = r"one and three have different classes: \['a', 'b'\] and \['b', 'a'\]"
-    with pytest.raises(UserError, match=message):
-        get_detection_dataset_dicts(("one", "three"))
-
-
 def _holding(**change):
     return {"annotations": [_object(**change)]}
 
@@ -192,15 +185,14 @@ def test_malformed_records_are_named(register, change, words):
         get_detection_dataset_dicts(("good", "odd"))
 
 
-@pytest.mark.parametrize(
-    "key", ["file_name", "image_id", "height", "width", "annotations", "bbox", "bbox_mode", "category_id"]
-)
-def test_missing_key_of_a_record_or_annotation_is_named(register, key):
-    register("odd", [_object()], [_object()])
-    record = DatasetCatalog._functions["odd"]()[1]
-    del (record if key in record else record["annotations"][0])[key]
-    with pytest.raises(UserError, match=f"odd.* no {key}"):
-        get_detection_dataset_dicts("odd")
+def test_missing_keys_of_records_and_annotations_are_named(register):
+    keys = "file_name", "image_id", "height", "width", "annotations", "bbox", "bbox_mode", "category_id"
+    for i, key in enumerate(keys):
+        register(f"odd {i}", [_object()], [_object()])
+        record = DatasetCatalog._functions[f"odd {i}"]()[1]
+        del (record if key in record else record["annotations"][0])[key]
+        with pytest.raises(UserError, match=f"odd {i}.* no {key}"):
+            get_detection_dataset_dicts(f"odd {i}")
 
 
 def _record(number, *annotations):
@@ -222,9 +214,7 @@ def test_serialized_records_read_like_the_list_they_hold():
     # Each access gives a record of its own.
     packed[1]["annotations"].append(1)
     assert packed[1] == plain[1]
-
-
-def test_joined_and_taken_records_are_the_same_without_their_bytes_copied():
+    # Joined and taken ones are the same, without their bytes copied.
     parts = [SerializedRecords([_record(i + start) for i in range(3)]) for start in (0, 3, 6)]
     joined = SerializedRecords.join(parts)
     assert list(joined) == [_record(i) for i in range(9)]
@@ -267,31 +257,24 @@ def test_the_table_holds_the_annotations_in_their_order():
         assert SerializedRecords(records).annotations.boxes.shape == (0, 4)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_unreadable_annotations_leave_no_table_and_odd_keys_no_columns():
+    for change in (
         *({"category_id": label} for label in (True, 1.0, "1", 2**70)),
         *({"bbox": box} for box in ([1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, None], [1, 2, 3, np.inf], 3)),
         *({"bbox_mode": 2}, {"bbox_mode": None}, {"keypoints": ["a", "b", "c"]}),
-    ],
-    ids=str,
-)
-def test_unreadable_annotations_leave_no_table_but_the_records(change):
-    records = [_record(0, _object()), _record(1, _object(**change))]
-    packed = SerializedRecords(records)
-    assert packed.annotations is None
-    assert packed.columns is not None
-    assert list(packed) == records
-
-
-@pytest.mark.parametrize("change", [{"file_name": Path("0.png")}, {"height": "30"}, {"width": 40.5}, None])
-def test_columns_need_every_key_in_its_type(change):
-    record = _record(0) | (change or {})
-    if not change:
-        del record["height"]
-    packed = SerializedRecords([_record(1), record])
-    assert packed.columns is None
-    assert SerializedRecords.join([SerializedRecords([_record(1)]), packed]).columns is None
+    ):
+        records = [_record(0, _object()), _record(1, _object(**change))]
+        packed = SerializedRecords(records)
+        assert packed.annotations is None, change
+        assert packed.columns is not None
+        assert list(packed) == records
+    without = _record(0)
+    del without["height"]
+    odd = ({"file_name": Path("0.png")}, {"height": "30"}, {"width": 40.5})
+    for record in (without, *(_record(0) | change for change in odd)):
+        packed = SerializedRecords([_record(1), record])
+        assert packed.columns is None
+        assert SerializedRecords.join([SerializedRecords([_record(1)]), packed]).columns is None
 
 
 def test_no_garbage_collection_restores_the_collector():

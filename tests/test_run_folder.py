@@ -18,12 +18,6 @@ from plaintrain.text_plots import ascii_line, braille, curve_lines, shown_metric
 from plaintrain.utils.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a run; tests leave it as it is."""
-    return make_run(tmp_path_factory.mktemp("finished") / "run")
-
-
 def test_metrics_are_series_and_what_is_cut_off_is_left_out(tmp_path):
     assert run_folder.read_metrics(tmp_path) == {}
     (tmp_path / "metrics.csv").write_text("iteration,a,b\n1,2.5,\n3,,4\n5,6\n7")
@@ -36,7 +30,7 @@ def test_metrics_are_series_and_what_is_cut_off_is_left_out(tmp_path):
     assert series["a"][0] == [1, 3] and series["a"][1][0] == 7 and math.isnan(series["a"][1][1])
 
 
-def test_a_whole_run_and_the_names_of_its_results(tmp_path):
+def test_a_whole_run_its_warnings_and_the_names_of_it_and_its_results(tmp_path):
     assert run_folder.split_result("bbox/AP") == ("", "bbox", "AP")
     assert run_folder.split_result("my/set/segm/AP-a/b") == ("my/set", "segm", "AP-a/b")
     assert run_folder.split_result("val/total_loss") is None and run_folder.split_result("lr") is None
@@ -52,9 +46,22 @@ def test_a_whole_run_and_the_names_of_its_results(tmp_path):
     (folder / "inference/report_val/results.json").write_text(json.dumps(results))
     scores = run_folder.read_results(folder)["report_val"]["bbox"]
     assert scores["AP"] == 5 and math.isnan(scores["APl"])
+    assert run_folder.run_names(["/a/x", "/b/y"]) == ["x", "y"]
+    assert run_folder.run_names(["/a/x", "/b/x"]) == [os.path.join("a", "x"), os.path.join("b", "x")]
+    assert run_folder.run_names(["/a/x", "/a/x"]) == ["x (1)", "x (2)"]
+    for other, words in ((tmp_path / "nowhere", "no folder"), (tmp_path, "no run's folder")):
+        with pytest.raises(UserError, match=words):
+            run_folder.check_run(other)
+    with pytest.raises(UserError, match=r"no .*config\.yaml"):
+        run_folder.read_config(tmp_path)
+    # Warnings that differ in numbers are counted together, over all ranks.
+    warning, other = run_log.read_warnings(folder)
+    assert warning["text"] == "3 boxes are odd\nand so on" and warning["level"] == "WARNING"
+    assert warning["count"] == 2 and warning["last"] == "11/27 05:46:58" and warning["files"] == ["log.txt"]
+    assert other["files"] == ["log.txt.rank1"]
 
 
-def test_the_state_of_a_run_is_that_of_its_lock_and_its_log(tmp_path, monkeypatch):
+def test_the_state_of_a_run_and_how_it_was_started_are_in_its_lock_and_its_log(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run")
     (folder / "last_checkpoint").write_text("model_0000009.pth")
 
@@ -68,10 +75,7 @@ def test_the_state_of_a_run_is_that_of_its_lock_and_its_log(tmp_path, monkeypatc
     for name in ("log.txt", "log.txt.rank1"):
         os.utime(folder / name, (0, 0))
     assert state(None) == "interrupted"
-
-
-def test_without_run_json_the_log_says_how_it_was_started(tmp_path):
-    folder = make_run(tmp_path / "run")
+    # Without run.json the log says how it was started.
     (start,) = run_folder.read_starts(folder)
     assert start["command"] == ["scripts/plain_train_net.py OUTPUT_DIR here"]
     assert start["world_size"] == 2 and start["environment"] == {"python": "3.12.1", "GPUs": "none"}
@@ -82,40 +86,22 @@ def test_without_run_json_the_log_says_how_it_was_started(tmp_path):
     assert run_folder.read_starts(folder) == [start]
 
 
-def test_warnings_that_differ_in_numbers_are_counted_together_over_all_ranks(finished):
-    warning, other = run_log.read_warnings(finished)
-    assert warning["text"] == "3 boxes are odd\nand so on" and warning["level"] == "WARNING"
-    assert warning["count"] == 2 and warning["last"] == "11/27 05:46:58" and warning["files"] == ["log.txt"]
-    assert other["files"] == ["log.txt.rank1"]
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    for folder, words in ((tmp_path / "nowhere", "no folder"), (tmp_path, "no run's folder")):
-        with pytest.raises(UserError, match=words):
-            run_folder.check_run(folder)
-    with pytest.raises(UserError, match=r"no .*config\.yaml"):
-        run_folder.read_config(tmp_path)
-
-
-def test_names_of_runs_are_as_long_as_they_must_be():
-    assert run_folder.run_names(["/a/x", "/b/y"]) == ["x", "y"]
-    assert run_folder.run_names(["/a/x", "/b/x"]) == [os.path.join("a", "x"), os.path.join("b", "x")]
-    assert run_folder.run_names(["/a/x", "/a/x"]) == ["x (1)", "x (2)"]
-
-
-def test_smoothing_starts_at_the_first_value_and_passes_over_gaps():
+def test_curves_are_smoothed_thinned_logarithmic_and_of_characters():
     assert smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2, 2, 2])
     assert smooth([0.0, 1.0], 0.5) == pytest.approx([0, 2 / 3])
     assert smooth([1.0, math.nan, 1.0], 0.5) == pytest.approx([1, 1, 1])
     assert smooth([1.0, 5.0], 0) == [1, 5]
-
-
-def test_a_thinned_curve_keeps_its_last_point_and_one_that_falls_far_is_logarithmic():
+    # A thinned curve keeps its last point, and one that falls far is logarithmic.
     x, y = thin(list(range(1000)), list(range(1000)), 100)
     assert len(x) == 100 and x[-1] == y[-1] == 999
     assert thin([1], [2]) == ([1], [2])
     assert wants_log([{"y": [100.0, 10.0, 1.0]}])
     assert not any(wants_log([{"y": y}]) for y in ([2.0, 1.0], [100.0, 0.0], []))
+    # It falls from the upper left to the lower right.
+    lines = braille([4.0, 3.0, 2.0, 1.0], 2, 1)
+    assert lines == [chr(0x2800 + 0x01 + 0x10) + chr(0x2800 + 0x04 + 0x80)]
+    assert braille([math.nan], 2, 1) == ["\u2800\u2800"]
+    assert ascii_line([0.0, 1.0], 3) == " =#" and ascii_line([], 2) == "  "
 
 
 def test_panels_group_the_metrics_of_one_run_and_the_runs_of_each_metric():
@@ -137,15 +123,8 @@ def test_panels_group_the_metrics_of_one_run_and_the_runs_of_each_metric():
     assert [p["title"] for p in chosen] == ["loss", "AP, bbox on d"]
 
 
-def test_a_curve_of_characters_falls_from_the_upper_left_to_the_lower_right():
-    lines = braille([4.0, 3.0, 2.0, 1.0], 2, 1)
-    assert lines == [chr(0x2800 + 0x01 + 0x10) + chr(0x2800 + 0x04 + 0x80)]
-    assert braille([math.nan], 2, 1) == ["\u2800\u2800"]
-    assert ascii_line([0.0, 1.0], 3) == " =#" and ascii_line([], 2) == "  "
-
-
-def test_the_text_of_a_run_has_its_state_its_metrics_and_fits_the_width(finished):
-    metrics = run_folder.read_metrics(finished)
+def test_the_text_of_a_run_has_its_state_its_metrics_and_fits_the_width(tmp_path):
+    metrics = run_folder.read_metrics(make_run(tmp_path / "run"))
     state = run_folder.RunState("running", 99, 200)
     assert state_line("run", metrics, state) == "run: running, iteration 100 of 200, 0:00:50 left"
     names = shown_metrics(metrics)
@@ -171,7 +150,7 @@ def run(tmp_path, monkeypatch):
     return cfg, str(tmp_path / "my.yaml")
 
 
-def test_starts_are_added_with_their_changes_from_the_base_files_or_the_defaults(run):
+def test_starts_are_added_with_their_changes_from_the_base_files_or_the_defaults(run, tmp_path):
     cfg, path = run
     write_run_facts(cfg, path)
     cfg.SOLVER.MAX_ITER = 9
@@ -190,9 +169,7 @@ def test_starts_are_added_with_their_changes_from_the_base_files_or_the_defaults
     for start in without:
         keys = [key for key, *_ in start["changes"]]
         assert keys == ["DATASETS.TRAIN", "OUTPUT_DIR", "SOLVER.BASE_LR", "SOLVER.MAX_ITER"]
-
-
-def test_a_damaged_file_is_as_none(run, tmp_path):
+    # A damaged file is as none.
     for text in ("", "{", "[]", '{"starts": 3}', '{"starts": [3]}'):
         (tmp_path / "run.json").write_text(text)
         assert recorded_starts(str(tmp_path)) == []

@@ -28,9 +28,8 @@ FACTORS, RATIO = "DATASETS.TRAIN_REPEAT_FACTOR", "DATALOADER.RANDOM_SUBSET_RATIO
 
 
 def _passes(sampler, num):
-    return [
-        [sampler.index_at(p) for p in range(n * sampler.size, (n + 1) * sampler.size)] for n in range(num)
-    ]
+    size = sampler.size
+    return [[sampler.index_at(n * size + i) for i in range(size)] for n in range(num)]
 
 
 def test_training_sampler_without_shuffle_keeps_the_order_of_the_dataset():
@@ -54,9 +53,7 @@ def test_grouped_batches_come_in_random_order_and_of_images_that_meet_at_random(
     sampler = TrainingSampler(64, 8, seed=9, groups=np.ones(64), window=4)
     batches = [frozenset(image for image, _ in sampler.batch(i)) for i in range(80)]
     assert len(set(batches)) == 80
-
-
-def test_grouped_batches_after_a_change_of_the_batch_size_are_of_like_images():
+    # After a change of the batch size they are of like images, too.
     groups = np.random.default_rng(0).random(23)
     before, after = (TrainingSampler(23, size, seed=1, groups=groups, window=2) for size in (4, 3))
     after.load_state_dict(before.state_dict(), 5)
@@ -88,7 +85,7 @@ def test_grouping_reduces_the_padding_at_coco_sizes():
         assert _padding(sampler, heights, widths) == pytest.approx(expected, abs=0.01)
 
 
-def test_repeat_factors_are_met_on_average_and_rounded_independently_of_the_neighbours():
+def test_repeat_factors_are_met_on_average_and_shuffled_as_one_list():
     factors = np.array([0.5] * 20 + [1] * 20 + [1.5] * 9 + [3, 4])
     mean = _mean_counts(RepeatFactorTrainingSampler(factors, seed=3), 2000)
     # Four standard deviations of a fair coin over 2000 passes, and the rounding of the sum.
@@ -97,9 +94,6 @@ def test_repeat_factors_are_met_on_average_and_rounded_independently_of_the_neig
     chosen = {frozenset(images) for images in _passes(RepeatFactorTrainingSampler([0.5] * 6, seed=4), 400)}
     assert all(len(images) == 3 for images in chosen)
     assert len(chosen) == 20
-
-
-def test_repeated_images_are_shuffled_as_one_list():
     passes = _passes(RepeatFactorTrainingSampler([2] * 30, seed=6), 5)
     assert len({tuple(images) for images in passes}) == 5
     # Not one permutation, twice over.
@@ -110,7 +104,7 @@ def _records(*classes):
     return [{"annotations": [{"category_id": c, "iscrowd": 0} for c in labels]} for labels in classes]
 
 
-def test_factors_are_those_of_the_rarest_class_of_an_image_or_1():
+def test_factors_are_those_of_the_rarest_class_or_balance_the_classes():
     # f = 3/4, 1/4, 1/2; class 3 has no image.
     records = _records([0, 0, 0], [0, 1], [0, 2], [2, 4])
     root = np.sqrt([1, 2, 1, 2])
@@ -122,9 +116,6 @@ def test_factors_are_those_of_the_rarest_class_of_an_image_or_1():
     assert class_balanced_factors(records).tolist() == [1, 1, 1, 1]
     assert repeat_factors_from_category_frequency(_records([], []), 0.5).tolist() == [1, 1]
     assert class_balanced_factors(_records([], [])).tolist() == [1, 1]
-
-
-def test_class_balanced_factors_draw_each_class_as_often():
     records = _records(*[[0]] * 90, *[[2, 2]] * 9, [5])
     factors = class_balanced_factors(records)
     assert [factors[:90].sum(), factors[90:99].sum(), factors[99]] == pytest.approx([100 / 3] * 3)
@@ -132,29 +123,13 @@ def test_class_balanced_factors_draw_each_class_as_often():
     assert both.tolist() == pytest.approx([3 * (1 / 2 / 3 + 1 / 2), 0.5, 0.5])
 
 
-def test_random_subset_has_its_size_and_depends_on_the_seed():
-    samplers = [RandomSubsetTrainingSampler(103, 0.4, seed=seed) for seed in (1, 2, 3)]
-    assert {sampler.size for sampler in samplers} == {41}
-    assert len({frozenset(_passes(sampler, 1)[0]) for sampler in samplers}) == 3
-    assert RandomSubsetTrainingSampler(9, 0.001).size == 1
-
-
-@pytest.mark.parametrize(
-    ("sampler", "arguments", "words"),
-    [
-        (TrainingSampler, (0, 2), "no image"),
-        (RepeatFactorTrainingSampler, ([0, 0],), "no image"),
-        (RandomSubsetTrainingSampler, (0, 0.5), "no image"),
-        (RepeatFactorTrainingSampler, ([1, -0.5, 2],), "finite number >= 0"),
-        (RepeatFactorTrainingSampler, ([1, float("inf")],), "finite number >= 0"),
-        (RandomSubsetTrainingSampler, (9, 0), r"not in \(0, 1\]"),
-        (RandomSubsetTrainingSampler, (9, 1.01), r"not in \(0, 1\]"),
-        (RandomSubsetTrainingSampler, (9, float("nan")), r"not in \(0, 1\]"),
-    ],
-)
-def test_sampler_arguments_out_of_range_are_rejected(sampler, arguments, words):
-    with pytest.raises(UserError, match=words):
-        sampler(*arguments)
+def test_sampler_arguments_out_of_range_are_rejected():
+    rejected("no image", by=lambda: TrainingSampler(0, 2))
+    rejected("no image", by=lambda: RandomSubsetTrainingSampler(0, 0.5))
+    for factors, words in (([0, 0], "no image"), ([1, -0.5, 2], "number >= 0"), ([1, np.inf], "number >= 0")):
+        rejected(words, by=lambda factors=factors: RepeatFactorTrainingSampler(factors))
+    for ratio in (0, 1.01, np.nan):
+        rejected("not in (0, 1]", by=lambda ratio=ratio: RandomSubsetTrainingSampler(9, ratio))
 
 
 def _dataset(name, num, label):
@@ -204,8 +179,13 @@ def test_sampler_draws_each_image_as_often_as_the_config_says(cfg, records, samp
 def test_sampler_draws_each_class_as_often_or_a_subset_of_the_images(cfg, records):
     counts = _mean_counts(build_train_sampler(_use(cfg, "ClassBalancedTrainingSampler"), records, 4))
     assert [counts[:24].sum(), counts[24:].sum()] == pytest.approx([15, 15], abs=0.5)
+    # A random subset has its size and depends on the seed.
     _use(cfg, "RandomSubsetTrainingSampler", RATIO, 0.5)
     assert build_train_sampler(cfg, records, 4).size == 15
+    samplers = [RandomSubsetTrainingSampler(103, 0.4, seed=seed) for seed in (1, 2, 3)]
+    assert {sampler.size for sampler in samplers} == {41}
+    assert len({frozenset(_passes(sampler, 1)[0]) for sampler in samplers}) == 3
+    assert RandomSubsetTrainingSampler(9, 0.001).size == 1
 
 
 def _spread(sampler, records):
@@ -215,12 +195,20 @@ def _spread(sampler, records):
     return np.mean([np.ptp(ratios[batch]) for batch in batches])
 
 
-def test_group_window_makes_batches_of_like_aspect_ratio(cfg, records):
+def test_group_window_makes_batches_of_like_aspect_ratio_and_needs_sizes(cfg, records):
     spread = []
     for grouping, window in ((True, 100), (True, 0), (False, 0)):
         cfg.DATALOADER.ASPECT_RATIO_GROUPING, cfg.DATALOADER.GROUP_WINDOW = grouping, window
         spread.append(_spread(build_train_sampler(cfg, records, 4), records))
     assert spread[0] < 0.8 * spread[1] < 0.8 * 0.8 * spread[2]
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = True
+    records = SerializedRecords([{"file_name": "a.png"}])
+    with pytest.raises(UserError, match="ASPECT_RATIO_GROUPING needs the height and width"):
+        build_train_sampler(cfg, records, 1)
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    assert build_train_sampler(cfg, records, 1).size == 1
+    _use(cfg, "WeightedTrainingSampler", FACTORS, [["large", 2]])
+    rejected("other records were passed in", by=lambda: build_train_sampler(cfg, _dataset("other", 5, 0), 4))
 
 
 @pytest.mark.parametrize(
@@ -267,13 +255,3 @@ def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
 def test_sampler_keys_that_cannot_be_used_are_rejected(cfg, records, sampler, key, value, message):
     with pytest.raises(UserError, match=message):
         build_train_sampler(_use(cfg, sampler, key, value), records, 4)
-
-
-def test_sampler_needs_the_records_of_the_datasets_and_their_sizes(cfg):
-    records = SerializedRecords([{"file_name": "a.png"}])
-    with pytest.raises(UserError, match="ASPECT_RATIO_GROUPING needs the height and width"):
-        build_train_sampler(cfg, records, 1)
-    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
-    assert build_train_sampler(cfg, records, 1).size == 1
-    _use(cfg, "WeightedTrainingSampler", FACTORS, [["large", 2]])
-    rejected("other records were passed in", by=lambda: build_train_sampler(cfg, _dataset("other", 5, 0), 4))

@@ -10,7 +10,6 @@ from hostile_helpers import rejected
 from torchvision.ops import box_iou
 
 from plaintrain.data.shapes import load_shapes, render
-from plaintrain.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +109,7 @@ def test_images_of_any_size_hold_shapes_with_tight_boxes(height, width):
             assert 0.1 - 1e-9 <= max(x1 - x0, y1 - y0) / min(height, width) <= 0.5 + 1e-9
 
 
-def test_area_and_keypoints_are_those_of_the_polygon(shapes):
+def test_area_and_keypoints_are_those_of_the_polygon_or_hidden(shapes, records):
     metadata = load_shapes("val", 1)[1]
     assert metadata["keypoint_names"] == ["top", "right", "bottom", "left"]
     assert [sorted(pair) for pair in metadata["keypoint_flip_map"]] == [["left", "right"]]
@@ -124,6 +123,17 @@ def test_area_and_keypoints_are_those_of_the_polygon(shapes):
         np.testing.assert_allclose(directions, [(0, -1), (1, 0), (0, 1), (-1, 0)], atol=1e-6)
         assert _inside(polygon, centre + 0.9999 * offset).all()
         assert not _inside(polygon, centre + 1.0001 * offset).any()
+    seen = Counter()
+    for record in records:
+        polygons = [_polygon(a) for a in record["annotations"]]
+        for index, annotation in enumerate(record["annotations"]):
+            points = np.array(annotation["keypoints"]).reshape(4, 3)
+            covered = np.zeros(4, dtype=bool)
+            for later in polygons[index + 1 :]:
+                covered |= _inside(later, points[:, :2])
+            assert points[:, 2].tolist() == np.where(covered, 1, 2).tolist()
+            seen.update(points[:, 2].tolist())
+    assert seen[1] > 20
 
 
 def test_image_shows_the_shape_of_its_record():
@@ -143,41 +153,16 @@ def test_image_shows_the_shape_of_its_record():
         assert np.linalg.norm(np.median(colours[ring], axis=0) - colour) > 25
 
 
-def test_keypoints_under_a_later_shape_are_hidden(records):
-    seen = Counter()
-    for record in records:
-        polygons = [_polygon(a) for a in record["annotations"]]
-        for index, annotation in enumerate(record["annotations"]):
-            points = np.array(annotation["keypoints"]).reshape(4, 3)
-            covered = np.zeros(4, dtype=bool)
-            for later in polygons[index + 1 :]:
-                covered |= _inside(later, points[:, :2])
-            assert points[:, 2].tolist() == np.where(covered, 1, 2).tolist()
-            seen.update(points[:, 2].tolist())
-    assert seen[1] > 20
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"split": "vla"}, "train, val, test.*'vla'"),
-        ({"height": 15}, "HEIGHT.*15"),
-        ({"width": 0}, "WIDTH.*0"),
-        ({"num": 0}, "NUM.*0"),
-        ({"seed": -1}, "SEED.*-1"),
-    ],
-)
-def test_load_shapes_rejects_arguments_out_of_range(wrong, words):
-    with pytest.raises(UserError, match=words):
-        load_shapes(**{"num": 1, **wrong})
-
-
-SIZE = "seed=0&height=32&width=32"
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["train/0", f"vla/0?{SIZE}", f"train/one?{SIZE}", f"train/-1?{SIZE}", "train/0?seed=0&height=0&width=32"],
-)
-def test_render_rejects_names_of_no_image(name):
-    rejected("does not name an image of the shapes set", by=lambda: render(f"shapes://{name}"))
+def test_arguments_out_of_range_and_names_of_no_image_are_rejected():
+    for wrong, words in (
+        ({"split": "vla"}, ["train, val, test", "'vla'"]),
+        ({"height": 15}, ["HEIGHT", "15"]),
+        ({"width": 0}, ["WIDTH", "0"]),
+        ({"num": 0}, ["NUM", "0"]),
+        ({"seed": -1}, ["SEED", "-1"]),
+    ):
+        rejected(*words, by=lambda wrong=wrong: load_shapes(**{"num": 1, **wrong}))
+    size = "seed=0&height=32&width=32"
+    names = "train/0", "train/0?seed=0&height=0&width=32"
+    for name in (*names, *(f"{image}?{size}" for image in ("vla/0", "train/one", "train/-1"))):
+        rejected("does not name an image of the shapes set", by=lambda name=name: render(f"shapes://{name}"))

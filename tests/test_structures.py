@@ -22,19 +22,18 @@ def test_convert_takes_detectron2s_numbers_and_returns_a_new_list():
 
 
 SQUARE = [2, 1, 6, 1, 6, 4, 2, 4]
-# Rows 1 to 3, columns 2 to 5, of an image of 8 x 10.
-MASK = np.zeros((8, 10), dtype=np.uint8)
-MASK[1:4, 2:6] = 1
 
 
 def test_segmentations_may_hold_tuples_and_polygons_are_their_union_cut_off_at_the_image():
+    # Rows 1 to 3, columns 2 to 5, of an image of 8 x 10.
+    mask = np.zeros((8, 10), dtype=np.uint8)
+    mask[1:4, 2:6] = 1
     for segmentation in ([tuple(SQUARE)], {"size": (8, 10), "counts": (17, 3, 5, 3, 5, 3, 5, 3, 36)}):
         before = repr(segmentation)
         rle = segmentation_to_rle(segmentation, 8, 10)
         assert rle["size"] == [8, 10] and type(rle["counts"]) is bytes
-        assert np.array_equal(coco_mask.decode(rle), MASK)
+        assert np.array_equal(coco_mask.decode(rle), mask)
         assert repr(segmentation) == before
-    mask = MASK.copy()
     mask[2:7, 4:9] = 1
     rle = segmentation_to_rle([SQUARE, [4, 2, 9, 2, 9, 7, 4, 7]], 8, 10)
     assert np.array_equal(coco_mask.decode(rle), mask)

@@ -88,17 +88,15 @@ def test_state_of_another_batch_size_continues_at_the_next_image_and_again_from_
     assert part.image_names(9) == [f"{i} ({i}.png)" for i in images[20:23]]
 
 
-def test_state_from_before_a_change_of_the_batch_size_does_not_have_it():
+def test_state_of_another_batch_size_number_of_ranks_or_of_images(monkeypatch):
     first = loader(2)
     take(first, 3)
     early = first.state_dict()
     loader(4).load_state_dict(early)
+    # The state does not have a change of the batch size after it.
     back = loader(2)
     back.load_state_dict(early)
     assert take(back, 2) == take(loader(start_iter=3), 2)
-
-
-def test_state_is_shared_by_another_number_of_ranks(monkeypatch):
     first = loader(4)
     take(first, 3)
     shares = []
@@ -111,15 +109,11 @@ def test_state_is_shared_by_another_number_of_ranks(monkeypatch):
     together = [list(itertools.chain(*batch)) for batch in zip(*shares, strict=True)]
     monkeypatch.undo()
     assert together == take(loader(4, start_iter=3), 3)
-
-
-def test_state_of_another_number_of_images_is_rejected():
     state = loader().state_dict()
     state["sampler"]["size"] = 8
     rejected("DATASETS.TRAIN has 7 images, ", " it had 8", by=lambda: loader().load_state_dict(state))
 
-
-def test_sampler_without_a_state_is_entered_by_iteration():
+    # A sampler without a state is entered by the iteration.
     class Own:
         seed = 4
 
@@ -153,7 +147,7 @@ def test_skip_unreadable_replaces_images_reproducibly(workers, log):
     assert again.num_replaced == 8
 
 
-def test_skip_unreadable_logs_the_first_reason_and_makes_samples_again(log):
+def test_skip_unreadable_makes_samples_again_and_ends_at_bugs(log):
     # So many that a replacement often has to be replaced.
     UNREADABLE.update({0, 1, 2, 3, 4})
     stream = loader(skip_unreadable=True)
@@ -161,11 +155,9 @@ def test_skip_unreadable_logs_the_first_reason_and_makes_samples_again(log):
     logged = [line.split("image file ")[1][0] for line in log.text.splitlines() if "takes its place" in line]
     assert sorted(logged) == list("01234") and "nor can" not in log.text
     assert [stream.samples(iteration) for iteration in range(7)] == batches
-
-
-def test_unreadable_images_and_bugs_end_the_run():
     with pytest.raises(ZeroDivisionError):
         take(loader(mapper=broken, skip_unreadable=True), 1)
+    UNREADABLE.clear()
     UNREADABLE.add(3)
     with pytest.raises(UserError, match=r"cannot read the image file 3\.png$"):
         take(loader(), 7)
@@ -205,13 +197,6 @@ def loading():
     return [thread for thread in threading.enumerate() if thread.name.startswith(_NAME)]
 
 
-def test_every_batch_is_a_heartbeat(monkeypatch):
-    beats = []
-    monkeypatch.setattr(train_loaders, "beat", lambda extra: beats.append(extra > 0))
-    take(threaded(), 3)
-    assert beats == [True, False, False]
-
-
 @pytest.mark.parametrize(("batch_size", "threads", "most"), [(1, 4, 9), (6, 2, 24)])
 def test_threads_load_a_few_batches_ahead(batch_size, threads, most):
     made = []
@@ -223,7 +208,7 @@ def test_threads_load_a_few_batches_ahead(batch_size, threads, most):
     stream.close()
 
 
-def test_unreadable_image_is_raised_when_its_batch_is_due():
+def test_error_in_a_thread_is_raised_when_its_batch_is_due():
     whole = [s["image_id"] for batch in take(loader(), 3) for s in batch]
     UNREADABLE.add(whole[4])
     stream = iter(threaded())
@@ -231,34 +216,26 @@ def test_unreadable_image_is_raised_when_its_batch_is_due():
     with pytest.raises(UserError, match=rf"^cannot read the image file {whole[4]}\.png$"):
         next(stream)
     assert not loading()
-
-
-def test_bug_in_a_mapper_is_raised_with_its_traceback():
     with pytest.raises(ZeroDivisionError) as error:
         take(threaded(broken), 1)
     assert "in broken" in "".join(traceback.format_exception(error.value))
     assert not loading()
 
 
-def test_mapper_that_draws_from_global_generators_is_rejected():
+def test_threads_need_a_mapper_that_does_not_draw_from_global_generators(cfg):
     one = {"mapper": lambda record: random.random()}
     rejected("WORKER_TYPE is thread, but the mapper takes a record alone", by=lambda: threaded(**one))
     # Nothing is shared where this thread alone loads.
     assert len(take(threaded(**one, workers=0), 2)) == 2
-
-
-@pytest.mark.parametrize(
-    ("kind", "mapper", "expected"),
-    [
-        ("auto", DatasetMapper(augmentations=[]), Threads(2)),
+    standard = DatasetMapper(augmentations=[])
+    for worker_type, chosen, expected in (
+        ("auto", standard, Threads(2)),
         ("auto", mapper, 2),
         ("thread", mapper, Threads(2)),
-        ("process", DatasetMapper(augmentations=[]), 2),
-    ],
-)
-def test_worker_type_auto_takes_threads_for_mappers_that_allow_it(cfg, kind, mapper, expected):
-    cfg.DATALOADER.WORKER_TYPE, cfg.DATALOADER.NUM_WORKERS = kind, 2
-    assert loaders._workers(cfg, mapper) == expected
+        ("process", standard, 2),
+    ):
+        cfg.DATALOADER.WORKER_TYPE, cfg.DATALOADER.NUM_WORKERS = worker_type, 2
+        assert loaders._workers(cfg, chosen) == expected
 
 
 @pytest.mark.parametrize("how", ["raise", "drop", "close", "finish"])
@@ -345,7 +322,7 @@ def test_ctrl_c_ends_a_process_that_waits_for_a_sample(tmp_path):
     assert 1 <= process.output.count("sample\n") < 8
 
 
-def test_threads_use_one_core_each_and_leave_the_training_its_number():
+def test_threads_use_one_core_each_and_every_batch_is_a_heartbeat(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -354,6 +331,10 @@ def test_threads_use_one_core_each_and_leave_the_training_its_number():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+    beats = []
+    monkeypatch.setattr(train_loaders, "beat", lambda extra: beats.append(extra > 0))
+    take(threaded(), 3)
+    assert beats == [True, False, False]
 
 
 def test_tensors_are_pinned_by_the_threads_for_the_current_device(monkeypatch):

@@ -71,7 +71,7 @@ def test_shortest_edge_size_is_that_of_detectron2_and_of_at_least_a_pixel():
         assert _size(ResizeShortestEdge((short,), longest)(_tensors(*size), _rng())) == expected
 
 
-def test_resizes_draw_each_of_their_lengths():
+def test_resizes_give_their_size_or_draw_each_of_their_lengths():
     tensors = _tensors(16, 20)
     resize = ResizeShortestEdge((20, 24, 31), 100)
     seen = [min(_size(resize(tensors, _rng(seed)))) for seed in range(60)]
@@ -82,9 +82,6 @@ def test_resizes_draw_each_of_their_lengths():
     sizes = {_size(RandomShortestSize([24, 32])(tensors, _rng(seed))) for seed in range(20)}
     assert sizes == {(24, 30), (32, 40)}
     assert _size(RandomShortestSize(32, 35)(tensors, _rng())) == (28, 35)
-
-
-def test_resize_gives_its_size_to_any_image():
     for size in ((60, 90), (9, 7)):
         assert _size(Resize([30, 20])(_tensors(*size), _rng())) == (30, 20)
 
@@ -105,18 +102,15 @@ def test_scale_jitter_fits_into_the_target_times_a_factor_of_its_range():
     assert _size(ScaleJitter((20, 20), (0.1, 0.1))(_tensors(2, 100), _rng())) == (1, 2)
 
 
-@pytest.mark.parametrize("flip", [RandomHorizontalFlip, RandomVerticalFlip])
-def test_flip_happens_as_often_as_its_probability(flip):
+def test_flips_happen_as_often_as_their_probability_and_need_pairs_of_keypoints():
     tensors = _tensors(30, 40, (2, 5, 10, 22))
-    for p, low, high in ((0.0, 0, 0), (0.5, 80, 120), (0.9, 170, 190), (1.0, 200, 200)):
+    chances = ((0.0, 0, 0), (0.5, 80, 120), (0.9, 170, 190), (1.0, 200, 200))
+    for flip, (p, low, high) in itertools.product((RandomHorizontalFlip, RandomVerticalFlip), chances):
         images = [flip(p)(tensors, _rng(seed))["image"] for seed in range(200)]
         flipped = sum(not torch.equal(image, tensors["image"]) for image in images)
         assert low <= flipped <= high
-
-
-def test_horizontal_flip_without_pairs_rejects_keypoints():
     points = tv_tensors.KeyPoints(torch.zeros(1, 3, 2), canvas_size=(30, 40))
-    tensors = {**_tensors(30, 40, (2, 5, 10, 26)), "keypoints": points, "visibility": torch.ones(1, 3)}
+    tensors |= {"keypoints": points, "visibility": torch.ones(1, 3)}
     rejected("keypoint_flip_indices", by=lambda: RandomHorizontalFlip(1.0)(tensors, _rng()))
 
 
@@ -157,15 +151,12 @@ def test_random_crop_has_its_size_or_one_of_its_range_within_the_image():
     assert set(windows[:, 1]) == {37, 38, 39, 40, 41, 42}
 
 
-@pytest.mark.parametrize("crop", [RandomCrop("absolute", (38, 57)), FixedSizeCrop((38, 57))])
-def test_crop_lies_anywhere_in_the_image(crop):
+def test_crops_lie_anywhere_in_the_image_and_fixed_size_crop_pads_right_and_below():
     image = tv_tensors.Image(torch.arange(40 * 60).reshape(1, 40, 60).expand(3, -1, -1))
-    crops = [crop({"image": image}, _rng(seed))["image"] for seed in range(200)]
-    corners = {divmod(cropped[0, 0, 0].item(), 60) for cropped in crops}
-    assert corners == {(y, x) for y in range(3) for x in range(4)}
-
-
-def test_fixed_size_crop_pads_right_and_below():
+    for crop in (RandomCrop("absolute", (38, 57)), FixedSizeCrop((38, 57))):
+        crops = [crop({"image": image}, _rng(seed))["image"] for seed in range(200)]
+        corners = {divmod(cropped[0, 0, 0].item(), 60) for cropped in crops}
+        assert corners == {(y, x) for y in range(3) for x in range(4)}
     tensors = _tensors(20, 60, (0, 0, 60, 20))
     fixed = FixedSizeCrop((30, 57), fill=(7, 8, 9))(tensors, _rng())
     assert _size(fixed) == (30, 57)
@@ -203,7 +194,7 @@ def test_iou_crop_keeps_the_instances_whose_centre_is_inside():
     assert RandomIoUCrop()(empty, _rng()) is empty
 
 
-def test_build_augmentation_appends_crop_resize_and_flip_to_the_list(cfg):
+def test_build_augmentation_appends_crop_resize_and_flip_in_training(cfg):
     cfg.INPUT.AUGMENTATIONS = ["RandomPhotometricDistort", {"RandomZoomOut": {"p": 0.3}}]
     cfg.INPUT.CROP.ENABLED = True
     cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "range"
@@ -221,15 +212,12 @@ def test_build_augmentation_appends_crop_resize_and_flip_to_the_list(cfg):
     cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MIN_SIZE_TRAIN = "none", (0,)
     steps = build_augmentation(cfg, is_train=True, keypoint_flip_indices=(0, 2, 1))
     assert steps == [RandomHorizontalFlip(0.1, (0, 2, 1))]
-
-
-def test_build_augmentation_only_resizes_for_evaluation(cfg):
     cfg.INPUT.CROP.ENABLED = True
-    cfg.INPUT.AUGMENTATIONS = ["RandomIoUCrop"]
     assert build_augmentation(cfg, is_train=False) == []
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 33, 44
     assert build_augmentation(cfg, is_train=False) == [ResizeShortestEdge((33,), 44)]
     # A fixed size takes the place of both resizes.
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (20, 30), "horizontal"
     cfg.INPUT.FIXED_SIZE, cfg.INPUT.AUGMENTATIONS, cfg.INPUT.CROP.ENABLED = (30, 40), [], False
     assert build_augmentation(cfg, is_train=True) == [Resize((30, 40)), RandomHorizontalFlip()]
     assert build_augmentation(cfg, is_train=False) == [Resize((30, 40))]
@@ -254,15 +242,13 @@ def test_build_augmentation_reads_a_yaml_file_and_its_dump(tmp_path, cfg):
     assert build_augmentation(again, is_train=True) == augmentations
 
 
-@pytest.mark.parametrize(
-    "step", [RandomErasing, RandomIoUCrop, RandomPhotometricDistort, RandomZoomOut], ids=lambda s: s.__name__
-)
-def test_defaults_are_those_of_torchvision(step):
-    theirs = vars(getattr(v2, step.__name__)())
-    for field in dataclasses.fields(step):
-        value = theirs[{"sampler_options": "options"}.get(field.name, field.name)]
-        value = value[0] if field.name == "value" else value
-        assert field.default == (tuple(value) if isinstance(value, list) else value), field.name
+def test_defaults_are_those_of_torchvision():
+    for step in (RandomErasing, RandomIoUCrop, RandomPhotometricDistort, RandomZoomOut):
+        theirs = vars(getattr(v2, step.__name__)())
+        for field in dataclasses.fields(step):
+            value = theirs[{"sampler_options": "options"}.get(field.name, field.name)]
+            value = value[0] if field.name == "value" else value
+            assert field.default == (tuple(value) if isinstance(value, list) else value), (step, field.name)
 
 
 def _edge(lengths, max_size=100, style="choice"):
@@ -368,26 +354,16 @@ def _differences(image, other):
     return [(image.int() - other[list(order)].int()).abs().max().item() for order in orders]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "function"),
-    [
-        ("brightness", 0.9, F.adjust_brightness),
-        ("contrast", 1.4, F.adjust_contrast),
-        ("saturation", 0.6, F.adjust_saturation),
-        ("hue", 0.04, F.adjust_hue),
-    ],
-)
-def test_photometric_distort_is_that_of_torchvision_up_to_the_order_of_channels(
-    tensors, name, value, function
-):
-    distort = RandomPhotometricDistort(**{**NOTHING, name: (value, value)}, p=1.0)
-    distorted = distort(tensors, _rng(3))["image"]
-    expected = function(tensors["image"], value)
-    # Turning a colour to HSV and back may round by one.
-    assert min(_differences(distorted, expected)) <= 3
+def test_photometric_distort_is_that_of_torchvision_up_to_the_order_of_channels(tensors):
+    for name, value in (("brightness", 0.9), ("contrast", 1.4), ("saturation", 0.6), ("hue", 0.04)):
+        distort = RandomPhotometricDistort(**{**NOTHING, name: (value, value)}, p=1.0)
+        distorted = distort(tensors, _rng(3))["image"]
+        expected = getattr(F, f"adjust_{name}")(tensors["image"], value)
+        # Turning a colour to HSV and back may round by one.
+        assert min(_differences(distorted, expected)) <= 3, name
 
 
-def test_photometric_distort_permutes_channels_in_every_way_as_often_as_p(tensors):
+def test_photometric_distort_permutes_channels_and_the_order_of_contrast(tensors):
     distort = RandomPhotometricDistort(**NOTHING, p=0.5)
     first = []
     for seed in range(300):
@@ -398,9 +374,6 @@ def test_photometric_distort_permutes_channels_in_every_way_as_often_as_p(tensor
     # p / 6 each, and what is left alone.
     assert 150 < counts[0] < 200
     assert counts[1:].min() >= 12
-
-
-def test_photometric_distort_changes_contrast_first_or_last(tensors):
     never = RandomPhotometricDistort(p=0)
     assert torch.equal(never(tensors, _rng())["image"], tensors["image"])
     distort = RandomPhotometricDistort((1, 1), (0.5, 0.5), (0, 0), (0, 0), p=1.0)

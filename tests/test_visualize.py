@@ -32,16 +32,14 @@ def extent(pixels):
     return [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]
 
 
-def test_a_box_covers_its_pixels_in_the_colour_of_its_class():
+def test_draw_instances_covers_the_pixels_of_boxes_in_the_colours_of_their_classes():
     boxes = [[20, 30, 60.4, 70], [80.2, 40, 160, 120]]
     image = visualize.draw_instances(GREY, instances(boxes, [0, 1]), NAMES, captions=["", ""])
     assert extent(is_color(image, PALETTE[0])) == [20, 30, 60, 70]
     # Its last pixels are those at the image's edge.
     assert extent(is_color(image, PALETTE[1])) == [80, 40, 160, 120]
     assert (GREY == 128).all() and image.dtype == torch.uint8
-
-
-def test_colors_and_captions_can_be_given_for_each_instance():
+    # Colors and captions can be given for each instance.
     found = instances([[20, 30, 60, 70], [20, 30, 50, 60], [90, 30, 120, 60]])
     wanted = [(1, 2, 3), (4, 5, 6), (1, 2, 3)]
     plain = visualize.draw_instances(GREY, found, NAMES, captions=["", "", ""], colors=wanted)
@@ -49,6 +47,14 @@ def test_colors_and_captions_can_be_given_for_each_instance():
     named = visualize.draw_instances(GREY, found, NAMES, captions=["", "", "x"], colors=wanted)
     changed = extent((named != plain).any(dim=0))
     assert changed[0] >= 80 and changed[3] <= 31
+    # Labels do not lie upon each other.
+    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    found = instances([[60, 50, 100, 90]] * 3)
+    image = visualize.draw_instances(GREY, found, NAMES, captions=["one"] * 3, colors=colors)
+    assert min(int(is_color(image, color).sum()) for color in colors) > 100
+    image = visualize.draw_instances(GREY, instances([]), NAMES)
+    assert torch.equal(image, GREY) and image.data_ptr() != GREY.data_ptr()
+    assert class_colors(3) == list(PALETTE[:3]) and len(set(class_colors(100))) == 100
 
 
 @pytest.mark.parametrize("box", [[150, 110, 160, 120], [-50, -40, 300, 200], [np.nan, 5, np.inf, 7]])
@@ -61,14 +67,7 @@ def test_a_label_stays_inside_the_image_and_is_readable(box):
     assert (image > 170).all(dim=0).sum() > 30
 
 
-def test_labels_do_not_lie_upon_each_other():
-    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
-    found = instances([[60, 50, 100, 90]] * 3)
-    image = visualize.draw_instances(GREY, found, NAMES, captions=["one"] * 3, colors=colors)
-    assert min(int(is_color(image, color).sum()) for color in colors) > 100
-
-
-def test_masks_are_blended_small_ones_upon_large_ones_and_never_black():
+def test_masks_are_blended_small_ones_upon_large_ones_and_keypoints_joined():
     masks = torch.zeros(2, 120, 160, dtype=torch.uint8)
     masks[0, 10:50, :50], masks[1, 5:110, 5:150] = 1, 1
     found = instances([[0, 10, 50, 50], [3, 3, 152, 112]], [0, 1], masks=masks)
@@ -82,9 +81,7 @@ def test_masks_are_blended_small_ones_upon_large_ones_and_never_black():
     crowd = {**found, "crowds": torch.tensor([False, True])}
     hatched = visualize.draw_instances(GREY, crowd, NAMES, captions=["", ""])[:, 55:100, 60:140] != 128
     assert 0.4 < hatched.any(dim=0).float().mean() < 0.6
-
-
-def test_keypoints_are_drawn_where_their_third_number_is_above_0_and_joined():
+    # Keypoints are drawn where their third number is above 0.
     points = torch.tensor([[[20.0, 20, 2], [100, 20, 1], [60, 100, 0]]])
     found = instances([[0, 0, 1, 1]], keypoints=points)
     image = visualize.draw_instances(GREY, found, NAMES, skeleton=[(0, 1), (1, 2)], captions=[""])
@@ -94,23 +91,13 @@ def test_keypoints_are_drawn_where_their_third_number_is_above_0_and_joined():
     assert (image[:, 95:105, 55:65] == 128).all() and (image[:, 60, 70:90] == 128).all()
 
 
-def test_nothing_to_draw_gives_a_copy():
-    image = visualize.draw_instances(GREY, instances([]), NAMES)
-    assert torch.equal(image, GREY) and image.data_ptr() != GREY.data_ptr()
-    assert class_colors(3) == list(PALETTE[:3]) and len(set(class_colors(100))) == 100
-
-
-def test_a_record_becomes_instances():
-    (record, *_), metadata = load_shapes("val", 3, 64, 64)
+def test_a_record_becomes_instances_and_metadata_a_skeleton():
+    record = load_shapes("val", 3, 64, 64)[0][0]
     found = visualize.record_instances(record)
     count = len(record["annotations"])
     assert found["boxes"].tolist() == pytest.approx(np.array([a["bbox"] for a in record["annotations"]]))
     assert found["masks"].shape == (count, 64, 64) and found["keypoints"].shape == (count, 4, 3)
     assert not found["crowds"].any() and "scores" not in found
-    assert visualize.skeleton_of(metadata) == ((0, 1), (1, 2), (2, 3), (3, 0))
-
-
-def test_a_record_may_lack_masks_and_keypoints_in_part_or_as_a_whole():
     box = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1, "iscrowd": 1, "score": 0.5}
     record = {"file_name": "a.jpg", "height": 10, "width": 20, "annotations": [box]}
     found = visualize.record_instances(record)
@@ -125,17 +112,15 @@ def test_a_record_may_lack_masks_and_keypoints_in_part_or_as_a_whole():
     record["annotations"][1]["segmentation"] = [[0, 0, 5]]
     with pytest.raises(UserError, match="annotation of a.jpg: .*polygon"):
         visualize.record_instances(record)
-
-
-def test_the_skeleton_is_cocos_or_detectron2s():
     names = ["head", "neck", "foot"]
     rules = [("head", "neck", (1, 2, 3)), ("neck", "tail", (0, 0, 0))]
     assert visualize.skeleton_of({"keypoint_names": names, "keypoint_connection_rules": rules}) == ((0, 1),)
     assert visualize.skeleton_of({"keypoint_names": names, "skeleton": [[1, 3], [3, 4], [0, 1]]}) == ((0, 2),)
     assert visualize.skeleton_of({}) == ()
+    assert visualize.skeleton_of(load_shapes("val", 1)[1]) == ((0, 1), (1, 2), (2, 3), (3, 0))
 
 
-def test_an_image_is_scaled_with_its_instances():
+def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
     masks = torch.zeros(1, 120, 160, dtype=torch.bool)
     masks[0, 60:, :80] = True
     points = torch.tensor([[[80.0, 60, 2]]])
@@ -146,9 +131,6 @@ def test_an_image_is_scaled_with_its_instances():
     assert scaled["keypoints"].tolist() == [[[160, 120, 2]]]
     assert select(scaled, scaled["labels"] > 0)["masks"].shape == (0, 240, 320)
     assert scale_to(GREY, select(found, found["labels"] > 0), 320)[1]["masks"].shape == (0, 240, 320)
-
-
-def test_a_sheet_holds_images_of_any_size_captions_and_a_legend():
     sizes = {(200, 0, 0): (40, 80), (0, 200, 0): (90, 30), (0, 0, 200): (10, 10)}
     images = [torch.tensor(c, dtype=torch.uint8)[:, None, None].expand(3, *sizes[c]) for c in sizes]
     sheet = visualize.contact_sheet(images, columns=2, width=400)
@@ -164,13 +146,7 @@ def test_a_sheet_holds_images_of_any_size_captions_and_a_legend():
     assert all(is_color(more, color).sum() >= 100 for color in legend.values())
 
 
-def test_a_text_is_cut_to_its_room():
-    assert shortened("a rather long name", 12, 1000)[0] == "a rather long name"
-    text, length = shortened("a rather long name", 12, 60)
-    assert text.startswith("a r") and text.endswith("...") and length <= 60
-
-
-def test_pictures_are_written_by_their_ending(tmp_path):
+def test_pictures_are_written_by_their_ending_and_texts_cut_to_their_room(tmp_path):
     save_picture(str(tmp_path / "new" / "a.PNG"), GREY)
     assert np.array(Image.open(tmp_path / "new" / "a.PNG")).shape == (120, 160, 3)
     with pytest.raises(UserError, match="must end in one of .png"):
@@ -178,3 +154,6 @@ def test_pictures_are_written_by_their_ending(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder"):
         save_picture(str(tmp_path / "file" / "a.png"), GREY)
+    assert shortened("a rather long name", 12, 1000)[0] == "a rather long name"
+    text, length = shortened("a rather long name", 12, 60)
+    assert text.startswith("a r") and text.endswith("...") and length <= 60

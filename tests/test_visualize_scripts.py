@@ -28,8 +28,6 @@ MODEL: {MASK_ON: True}
 """
 COLORS = ((225, 25, 40), (255, 140, 0), (150, 70, 230), (0, 130, 255), (240, 70, 190))
 RED, ORANGE, PURPLE, BLUE, PINK = COLORS
-# Image 3 has no circle.
-NOWHERE = ["--config-file", "seen.yaml", "--class", "circle", "--image-id", 3, "--output", "none"]
 # Without a display.
 ENV = {"DISPLAY": None, "WAYLAND_DISPLAY": None}
 
@@ -52,7 +50,7 @@ def count(image, color):
     return int((far < 30).all(dim=0).sum())
 
 
-def test_annotations_are_drawn_as_files_and_on_a_sheet(call, tmp_path):
+def test_annotations_are_drawn_as_files_on_a_sheet_and_in_a_window(call, tmp_path):
     options = ("--config-file", "seen.yaml", "seen_val", "--num", 4, "--output", "one", "--grid", "all.png")
     output = call("visualize_data.py", *options)
     assert "wrote 4 pictures to one" in output and "wrote 4 pictures to all.png" in output
@@ -63,6 +61,9 @@ def test_annotations_are_drawn_as_files_and_on_a_sheet(call, tmp_path):
         for label in {a["category_id"] for a in record["annotations"]}:
             assert count(picture, PALETTE[label]) > 200
     assert Image.open(tmp_path / "all.png").size[0] == 4 * 480
+    window = {"env": {"DISPLAY": ":0"}, "faults": print_what_is_shown}
+    output = call("visualize_data.py", "shapes_val", "--num", 2, **window)
+    assert re.search(r"shown \(960, \d+\) shapes_val\n", output), output
 
 
 def test_images_are_chosen_by_id_and_class_and_shuffled_by_a_seed(call, tmp_path):
@@ -94,24 +95,6 @@ def test_the_loaders_samples_are_drawn_as_a_model_gets_them(call, tmp_path):
     # More pictures than images: the loader goes on.
     call("visualize_data.py", *common, "--num", 11, "--output", "one", "--image-id", 4)
     assert names_in(tmp_path / "one") == [f"{n:04d}_3.jpg" for n in range(1, 12)]
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["shapes_val"], "there is no display to show pictures on: use --output DIR or --grid FILE"),
-        (["--grid", "a.jpg"], "which dataset? Name one"),
-        (["shapes_val", "--grid", "a.gif"], "must end in one of .png"),
-        (["shapes_val", "--grid", "a.jpg", "--num", 0], "--num must be at least 1, not 0"),
-        (["shapes_val", "--grid", "a.jpg", "--class", "circel"], "the nearest is 'circle'"),
-        (["shapes_val", "--grid", "a.jpg", "--image-id", "x"], "x: no such image among 200, the first"),
-        (NOWHERE, "error: no image of seen_train has what was asked for"),
-        ([*NOWHERE, "--source", "dataloader"], "error: no image of seen_train has what was asked for"),
-    ],
-)
-def test_visualize_data_answers_mistakes_in_a_sentence(tmp_path, args, words):
-    (tmp_path / "seen.yaml").write_text(CONFIG)
-    assert_refused("visualize_data.py", args, words, tmp_path, env=ENV)
 
 
 def to_result(record, annotation, score=0.9, label=None, shift=0):
@@ -168,7 +151,7 @@ def test_errors_are_counted_and_drawn_in_their_colours(call, run, tmp_path):
         assert seen == colors, path
 
 
-def test_kinds_classes_and_thresholds_choose_what_counts(call, run, tmp_path):
+def test_kinds_classes_thresholds_and_files_choose_what_counts(call, run, tmp_path):
     results = functools.partial(call, "visualize_results.py", "run")
     results("--kind", "class", "--kind", "duplicate", "--output", "kinds")
     names = {name.split("_")[1] for name in names_in(tmp_path / "kinds")}
@@ -179,37 +162,41 @@ def test_kinds_classes_and_thresholds_choose_what_counts(call, run, tmp_path):
     assert table(output)["class"] == 1
     output = results("--threshold", 1, "--kind", "duplicate", "--grid", "b.jpg")
     assert "no image has such an error" in output and not (tmp_path / "b.jpg").exists()
-
-
-def test_any_file_of_predictions_will_do(call, run):
     path = "run/inference/seen_val/coco_instances_results.json"
     common = ("--config-file", "seen.yaml", "--predictions", path, "--grid", "a.jpg")
     assert table(call("visualize_results.py", *common))["missed"] == 2
     assert "seen_train, 9 images" in call("visualize_results.py", *common, "--dataset", "seen_train")
 
 
+# Image 3 has no circle.
+NOWHERE = "--config-file seen.yaml --class circle --image-id 3 --output none"
+
+
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("script", "args", "words"),
     [
-        (["run"], "there is no display"),
-        (["--grid", "a.jpg"], "give either RUN, a run's folder, or --predictions FILE"),
-        (["run", "--dataset", "seen_train", "--grid", "a.jpg"], "there is no file run/inference"),
-        (["run", "--iou", 0, "--grid", "a.jpg"], "--iou above 0"),
-        (["--predictions", "other.json", "--dataset", "shapes_val", "--grid", "a.jpg"], "is of image 999"),
-        (["--predictions", "none.json", "--dataset", "shapes_val", "--grid", "a.jpg"], "no file none.json"),
-        (["run", "--task", "segm", "--grid", "a.jpg"], "need masks in the predictions"),
+        ("data", "shapes_val", "there is no display to show pictures on: use --output DIR or --grid FILE"),
+        ("data", "--grid a.jpg", "which dataset? Name one"),
+        ("data", "shapes_val --grid a.gif", "must end in one of .png"),
+        ("data", "shapes_val --grid a.jpg --num 0", "--num must be at least 1, not 0"),
+        ("data", "shapes_val --grid a.jpg --class circel", "the nearest is 'circle'"),
+        ("data", "shapes_val --grid a.jpg --image-id x", "x: no such image among 200, the first"),
+        ("data", NOWHERE, "error: no image of seen_train has what was asked for"),
+        ("data", f"{NOWHERE} --source dataloader", "error: no image of seen_train has what was asked for"),
+        ("results", "run", "there is no display"),
+        ("results", "--grid a.jpg", "give either RUN, a run's folder, or --predictions FILE"),
+        ("results", "run --dataset seen_train --grid a.jpg", "there is no file run/inference"),
+        ("results", "run --iou 0 --grid a.jpg", "--iou above 0"),
+        ("results", "--predictions other.json --dataset shapes_val --grid a.jpg", "is of image 999"),
+        ("results", "--predictions none.json --dataset shapes_val --grid a.jpg", "no file none.json"),
+        ("results", "run --task segm --grid a.jpg", "need masks in the predictions"),
     ],
 )
-def test_visualize_results_answers_mistakes_in_a_sentence(run, tmp_path, args, words):
+def test_scripts_answer_mistakes_in_a_sentence(run, tmp_path, script, args, words):
+    (tmp_path / "seen.yaml").write_text(CONFIG)
     other = {"image_id": 999, "category_id": 1, "bbox": [0, 0, 2, 2], "score": 0.6}
     (tmp_path / "other.json").write_text(json.dumps([other]))
-    assert_refused("visualize_results.py", args, words, tmp_path, env=ENV)
-
-
-def test_a_window_shows_the_sheet(tmp_path):
-    window = {"env": {"DISPLAY": ":0"}, "faults": print_what_is_shown}
-    output = script_output("visualize_data.py", "shapes_val", "--num", 2, folder=tmp_path, **window)
-    assert re.search(r"shown \(960, \d+\) shapes_val\n", output), output
+    assert_refused(f"visualize_{script}.py", args.split(), words, tmp_path, env=ENV)
 
 
 def print_what_is_shown():
