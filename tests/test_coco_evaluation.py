@@ -197,7 +197,9 @@ EDGE_CASES = {
     ),
     "names for images": (
         [make_record(i, FULL) for i in ("b", "a", "c")],
-        dict.fromkeys("acb", make_outputs([SQUARE, [0, 0, 9, 9]], [MASK, rectangle(0, 0, 9, 9)], [POINTS] * 2)),
+        dict.fromkeys(
+            "acb", make_outputs([SQUARE, [0, 0, 9, 9]], [MASK, rectangle(0, 0, 9, 9)], [POINTS] * 2)
+        ),
     ),
     "an empty class, no area, no keypoints for some": (
         [
