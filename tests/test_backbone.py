@@ -190,11 +190,13 @@ def test_folded_norms_have_outputs_and_gradients_of_norms_on_their_own():
     torch.testing.assert_close(copied(x), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(folded(x), expected, atol=1e-2)
     # In evaluation nothing is folded, and what counts is the norm's mode alone.
-    assert copied.eval()(x).equal(plain.eval()(x))
-    copied.conv1.train()
-    assert copied(x).equal(plain(x))
-    copied.bn1.train()
-    torch.testing.assert_close(copied(x), plain(x), rtol=1e-4, atol=1e-4)
+    folded = copy.deepcopy(plain)
+    fold_frozen_norms(folded)
+    assert folded.eval()(x).equal(plain.eval()(x))
+    folded.conv1.train()
+    assert folded(x).equal(plain(x))
+    folded.bn1.train()
+    torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
 def test_norms_that_learn_or_follow_no_convolution_are_left():

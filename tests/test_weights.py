@@ -112,6 +112,8 @@ def test_entries_that_are_no_tensors_are_skipped(tmp_path):
     assert list(read_state_dict(str(tmp_path / "w.pkl"))) == ["a"]
 
 
+COUNTER = {"backbone.body.bn1.num_batches_tracked": torch.tensor(3)}
+OTHER = {"encoder.weight": torch.ones(3)}
 # file, content (bytes, or an object for torch.save; None: a folder), words of the error
 MISTAKES = {
     "folder": ("w.pth", None, r"MODEL.WEIGHTS is .*w\.pth.* no such file"),
@@ -121,16 +123,8 @@ MISTAKES = {
     "cut off pickle": ("w.pkl", b"\x80\x04]", r"cannot read .*w\.pkl"),
     "list": ("w.pth", [1, 2], r"w\.pth holds a list"),
     "no tensors": ("w.pth", {}, r"none of the 0 tensors in .*w\.pth"),
-    "another model": (
-        "w.pth",
-        {"encoder.weight": torch.ones(3)},
-        r"none of the 1 tensors.*w\.pth.*encoder\.weight",
-    ),
-    "counters": (
-        "w.pth",
-        {"backbone.body.bn1.num_batches_tracked": torch.tensor(3)},
-        "none of the 1 tensors",
-    ),
+    "another model": ("w.pth", OTHER, r"none of the 1 tensors.*w\.pth.*encoder\.weight"),
+    "counters": ("w.pth", COUNTER, r"none of the 1 tensors"),
 }
 
 
