@@ -66,11 +66,6 @@ FCOS = (
     "MODEL.ANCHOR_GENERATOR.SIZES", [[8]],
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]],
 )  # fmt: skip
-FCOS18 = (
-    *RETINANET18,
-    *FCOS,
-    "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]],
-)  # fmt: skip
 SSD = (
     "MODEL.META_ARCHITECTURE", "SSD",
     "INPUT.FIXED_SIZE", (64, 64),
@@ -108,6 +103,7 @@ LOSSES = {
     "ssd": {"loss_cls", "loss_box_reg"},
 }
 LOSSES["mask_keypoint_rcnn"] = LOSSES["faster_rcnn"] | {"loss_mask", "loss_keypoint"}
+
 
 def make_sample(height, width, boxes=(), labels=(), seed=0, original=None):
     """A sample of random pixels; `original` is the height and width before the mapper resized it.

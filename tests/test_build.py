@@ -7,7 +7,6 @@ import torch
 from model_helpers import (
     ARCHITECTURES,
     FCOS,
-    FCOS18,
     KEYPOINT,
     KEYPOINTS,
     LOSSES,
@@ -356,7 +355,7 @@ WHOLE = {
         "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]], *SMALL_HEAD,
     ),
     "retinanet_res5": (*RETINANET18, "MODEL.FPN.P6_IN_FEATURE", "res5", "MODEL.RETINANET.NORM", "GN"),
-    "fcos": FCOS18,
+    "fcos": (*RETINANET18, *FCOS, "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
     "ssdlite": SSDLITE,
 }  # fmt: skip
 

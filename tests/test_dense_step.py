@@ -71,12 +71,10 @@ def samples_of(name, numbers):
     samples = make_batch(numbers)
     if not name.startswith("ssd"):
         return samples
-    targets = [sample["target"] for sample in samples]
-    boxes = [(target["boxes"] * 0.6 + torch.tensor([0, 0, 4, 4])).long().tolist() for target in targets]
-    return [
-        make_sample(64, 64, b, t["labels"].tolist(), seed=i)
-        for i, (b, t) in enumerate(zip(boxes, targets, strict=True))
-    ]
+    for i, target in enumerate([sample["target"] for sample in samples]):
+        boxes = (target["boxes"] * 0.6 + torch.tensor([0, 0, 4, 4])).long().tolist()
+        samples[i] = make_sample(64, 64, boxes, target["labels"].tolist(), seed=i)
+    return samples
 
 
 def torchvision_twin(name, model):
@@ -313,11 +311,10 @@ def test_the_numbers_of_retinanets_losses_reach_them(alpha, gamma, beta, monkeyp
     losses, default = model(samples), plain(samples)
     # torchvision's own step, with its losses set to these numbers.
     plain.head.regression_head._loss_type = "smooth_l1"
-    for name, numbers in (
-        ("_box_loss", {"cnf": {"beta": beta}}),
-        ("sigmoid_focal_loss", {"alpha": alpha, "gamma": gamma}),
-    ):
-        monkeypatch.setattr(retinanet, name, functools.partial(getattr(retinanet, name), **numbers))
+    focal = functools.partial(sigmoid_focal_loss, alpha=alpha, gamma=gamma)
+    monkeypatch.setattr(retinanet, "sigmoid_focal_loss", focal)
+    box_loss = functools.partial(retinanet._box_loss, cnf={"beta": beta})
+    monkeypatch.setattr(retinanet, "_box_loss", box_loss)
     images, targets = [sample["image"] for sample in samples], torchvision_inputs(samples)[1]
     expected = detection.RetinaNet.forward(plain, images, targets)
     for name, theirs in LOSSES.items():
@@ -339,18 +336,16 @@ def test_a_fresh_model_has_the_prior_probability_everywhere(name, anchors):
         assert outputs["bbox_regression"].min() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("name", "keys", "backbone", "head"),
-    [
-        ("retinanet", ("MODEL.TINY.NORM", "BN", "MODEL.RETINANET.NORM", "GN"), nn.BatchNorm2d, nn.GroupNorm),
+def test_norms_of_backbone_and_head():
+    both = ("MODEL.TINY.NORM", "BN", "MODEL.RETINANET.NORM", "GN")
+    for name, keys, backbone, head in (
+        ("retinanet", both, nn.BatchNorm2d, nn.GroupNorm),
         # SSDLite's head has the norm of the backbone.
         ("ssdlite", ("MODEL.TINY.NORM", "GN"), nn.GroupNorm, nn.GroupNorm),
         ("ssdlite", ("MODEL.TINY.NORM", "BN"), nn.BatchNorm2d, nn.BatchNorm2d),
-    ],
-)
-def test_norms_of_backbone_and_head(name, keys, backbone, head):
-    model = build(*MODELS[name], *keys)
-    assert norm_types(model.backbone) == {backbone} and norm_types(model.head) == {head}
+    ):
+        model = build(*MODELS[name], *keys)
+        assert norm_types(model.backbone) == {backbone} and norm_types(model.head) == {head}
 
 
 def test_ssds_images_are_not_padded_and_need_not_be_square():

@@ -208,15 +208,13 @@ def test_inference_processes_every_batch_in_order_in_evaluation_mode_without_gra
     assert model.modes() == [True, False, True, True]
     assert inference_on_dataset(model.eval(), [[1]], None) == {}
     assert len(model.seen) == 3 and model.modes() == [False] * 4
-
-
-@pytest.mark.parametrize("where", ["model", "process", "evaluate"])
-def test_inference_restores_the_mode_of_every_module_after_an_error(where):
-    model = Numbers(fails_at=1 if where == "model" else None)
-    with pytest.raises(ZeroDivisionError):
-        inference_on_dataset(model, [[1]], Recorder(raise_in=where))
-    assert model.modes() == [True, False, True, True]
-    assert torch.is_grad_enabled()
+    # The modes are restored after an error, too.
+    for where in ("model", "process", "evaluate"):
+        model = Numbers(fails_at=1 if where == "model" else None)
+        with pytest.raises(ZeroDivisionError):
+            inference_on_dataset(model, [[1]], Recorder(raise_in=where))
+        assert model.modes() == [True, False, True, True]
+        assert torch.is_grad_enabled()
 
 
 def test_several_evaluators_work_as_one():
@@ -312,21 +310,18 @@ def test_the_model_is_at_most_three_batches_ahead():
     assert max(ahead) == 3 and len(recorder.calls) == 12
 
 
-# The error of the last batch comes after the last call of the model.
-@pytest.mark.parametrize("fails_at", [2, 6])
-def test_an_error_of_process_is_raised_by_the_loop(fails_at):
-    model, recorder = Numbers(), InBackground(fails_at)
-    with pytest.raises(ValueError, match="no such image"):
-        inference_on_dataset(model, BATCHES, recorder)
-    assert not recorder.threads[0][0].is_alive()
-    assert len(recorder.calls) < 6 or fails_at == 6
-    assert model.pastes_masks
-
-
-def test_a_stop_or_an_error_of_the_model_ends_the_thread(monkeypatch):
+def test_a_stop_or_an_error_of_either_ends_the_thread(monkeypatch):
     def stop():
         raise SystemExit(143)
 
+    # The error of the last batch comes after the last call of the model.
+    for fails_at in (2, 6):
+        model, recorder = Numbers(), InBackground(fails_at)
+        with pytest.raises(ValueError, match="no such image"):
+            inference_on_dataset(model, BATCHES, recorder)
+        assert not recorder.threads[0][0].is_alive()
+        assert len(recorder.calls) < 6 or fails_at == 6
+        assert model.pastes_masks
     model, recorder = Numbers(fails_at=3), InBackground()
     with pytest.raises(ZeroDivisionError):
         inference_on_dataset(model, BATCHES, recorder)

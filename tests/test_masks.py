@@ -48,7 +48,7 @@ def paste_as_detectron2(masks, boxes, height, width):
     return F.grid_sample(masks.double(), grid, align_corners=False)[:, 0]
 
 
-def test_masks_wholly_outside_of_the_image_are_empty_and_no_masks_are_none():
+def test_full_masks_inside_and_outside_of_the_image_and_no_masks():
     boxes = torch.tensor([[70.0, 5, 90, 30], [-40, 5, -10, 30], [10, 60, 30, 90], [10, -50, 30, -8]])
     for aligned in (True, False):
         masks = BoxMasks(torch.ones(4, 1, 28, 28), boxes, 48, 64, aligned)
@@ -56,6 +56,11 @@ def test_masks_wholly_outside_of_the_image_are_empty_and_no_masks_are_none():
         assert masks.encode() == encode_masks(masks.paste())
     masks = BoxMasks(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), 48, 64)
     assert masks.paste().shape == masks.shape == (0, 48, 64) and masks.encode() == []
+    # A full one covers its box and no more.
+    boxes, full = torch.tensor([[20.0, 20, 32, 32]]), torch.ones(1, 1, 28, 28)
+    (found,) = BoxMasks(full, boxes, 48, 64).paste()
+    assert found.sum() == 144 and found[20:32, 20:32].all()
+    assert BoxMasks(full, boxes, 48, 64, aligned=False).paste().sum() == 192
 
 
 @pytest.mark.parametrize(
@@ -94,13 +99,6 @@ def test_masks_are_encoded_as_pycocotools_does():
     assert encode_masks(masks[:0]) == []
 
 
-def test_a_full_mask_covers_its_box_and_no_more():
-    boxes, full = torch.tensor([[20.0, 20, 32, 32]]), torch.ones(1, 1, 28, 28)
-    (found,) = BoxMasks(full, boxes, 48, 64).paste()
-    assert found.sum() == 144 and found[20:32, 20:32].all()
-    assert BoxMasks(full, boxes, 48, 64, aligned=False).paste().sum() == 192
-
-
 def test_targets_pasted_back_are_the_masks_that_they_were_sampled_from():
     rng = np.random.default_rng(0)
     # Ellipses of a width of 12 pixels.
@@ -112,9 +110,7 @@ def test_targets_pasted_back_are_the_masks_that_they_were_sampled_from():
     found = BoxMasks(sample_masks(masks, boxes, torch.arange(50), 28)[:, None], boxes, 40, 40).paste()
     iou = (found & masks).sum(dim=(1, 2)) / (found | masks).sum(dim=(1, 2))
     assert iou.min() >= 0.99, iou
-
-
-def test_targets_are_torchvisions_where_masks_are_not_aligned():
+    # Targets that are not aligned are torchvision's.
     masks = torch.from_numpy(np.random.default_rng(0).random((3, 40, 50)) < 0.3).to(torch.uint8)
     boxes, index = torch.tensor([[3.2, 4, 20.7, 30], [0, 0, 50, 40]]), torch.tensor([2, 0])
     found = sample_masks(masks, boxes, index, 28, aligned=False)

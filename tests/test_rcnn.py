@@ -139,7 +139,7 @@ def test_proposals_in_training_are_torchvisions(score):
     assert exists.all() == (score == 0)
 
 
-def test_proposals_are_those_of_torchvisions_rpn():
+def test_proposals_are_those_of_torchvisions_rpn_and_losses_of_ours_in_faster_rcnn():
     detector = torchvision_rcnn().eval()
     randomize_predictions(detector)
     model = build(*RESNET18, *PROPOSALS, "MODEL.RPN.POST_NMS_TOPK_TEST", 60).eval()
@@ -158,9 +158,7 @@ def test_proposals_are_those_of_torchvisions_rpn():
         assert ours["scores"].diff().le(0).all() and ours["scores"].unique().numel() > 50
         assert ours["scores"].min() > 0 and ours["scores"].max() < 1
         assert ours["labels"].equal(torch.zeros(60, dtype=torch.int64))
-
-
-def test_losses_of_proposals_are_those_of_the_rpn_in_faster_rcnn():
+    # The losses are those of the RPN in Faster R-CNN.
     detector, model = build(*TINY, *SMALL_HEAD), build(*TINY, *PROPOSALS)
     state = {k: v for k, v in detector.state_dict().items() if k.startswith(("backbone.", "rpn."))}
     model.load_state_dict(state)

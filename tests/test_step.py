@@ -7,16 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from model_helpers import (
-    ARCHITECTURES,
-    SMALL_HEAD,
-    TINY,
-    build,
-    make_batch,
-    random_boxes,
-    randomize_predictions,
-    two_samples,
-)
+from model_helpers import ARCHITECTURES, build, make_batch, random_boxes, randomize_predictions, two_samples
 from shared.syncs import count_syncs, training_step
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher, SSDMatcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -27,12 +18,11 @@ from plaintrain.modeling import matching
 from plaintrain.modeling.anchors import SizeCache
 from plaintrain.modeling.matching import decode, match, pad_targets, sample
 
-TWO_LEVELS = ("MODEL.TINY.NUM_LEVELS", 2)
-
+FASTER_RCNN, TWO_LEVELS = ARCHITECTURES["faster_rcnn"], ("MODEL.TINY.NUM_LEVELS", 2)
 GIOU = ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou", "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou")
 MODELS = {
     "mask and keypoints": (*ARCHITECTURES["mask_keypoint_rcnn"], *TWO_LEVELS),
-    "giou": (*ARCHITECTURES["faster_rcnn"], *TWO_LEVELS, *GIOU),
+    "giou": (*FASTER_RCNN, *TWO_LEVELS, *GIOU),
     "proposals": (*ARCHITECTURES["proposals"], *TWO_LEVELS),
 }
 
@@ -188,7 +178,7 @@ def test_size_cache_makes_anchors_once_for_a_size_and_keeps_few_sizes():
 
 @pytest.mark.parametrize("low", [False, True])
 def test_heads_of_sampled_anchors_are_those_of_all_at_once(low):
-    model = build(*TINY, *SMALL_HEAD, *TWO_LEVELS)
+    model = build(*FASTER_RCNN, *TWO_LEVELS)
     randomize_predictions(model)
     images, _ = model.transform([s["image"] for s in make_batch((2, 3))])
     features = list(model.backbone(images.tensors).values())
@@ -239,7 +229,7 @@ OTHER_HEADS = {
 
 @pytest.mark.parametrize("name", OTHER_HEADS)
 def test_a_head_that_is_not_plain_is_called_for_all_anchors(name):
-    model = build(*TINY, *SMALL_HEAD)
+    model = build(*FASTER_RCNN)
     randomize_predictions(model)
     OTHER_HEADS[name](model.rpn)
     with mock.patch.object(model.rpn.head, "forward", wraps=model.rpn.head.forward) as called:
@@ -252,7 +242,7 @@ def test_a_head_that_is_not_plain_is_called_for_all_anchors(name):
 
 @pytest.mark.parametrize("dims", [[-1], [-1, -1]])
 def test_the_rpn_learns_under_autocast(dims):
-    model = build(*TINY, *SMALL_HEAD, "MODEL.RPN.CONV_DIMS", dims)
+    model = build(*FASTER_RCNN, "MODEL.RPN.CONV_DIMS", dims)
     with torch.autocast("cpu", torch.bfloat16):
         # The second time with weights that autocast has cast already.
         _, gradients = steps_of(model, times=2)

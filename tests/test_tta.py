@@ -2,11 +2,9 @@
 
 import contextlib
 
-import numpy as np
 import pytest
 import torch
 from model_helpers import ARCHITECTURES, TINY, K, build, make_cfg, make_overrides, randomize_predictions
-from PIL import Image
 from torch import nn
 from torchvision.ops import batched_nms
 
@@ -16,7 +14,6 @@ from plaintrain.data.tta import TTAMapper, build_tta_mapper
 from plaintrain.evaluation import COCOEvaluator, inference_on_dataset
 from plaintrain.modeling.tta import DetectorWithTTA, build_tta
 from plaintrain.preflight import check_before_training
-from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
 AUG = ("TEST.AUG.ENABLED", True)
@@ -45,59 +42,6 @@ def shapes():
     (wide,), metadata = load_shapes("val", num=1, height=60, width=90)
     (upright,), _ = load_shapes("test", num=1, height=80, width=50)
     return register("few_shapes", [wide, {**upright, "image_id": 2}], **metadata)
-
-
-# Height, width and the box of a green object with a red block, its nose, left of its middle.
-SCENES = [(40, 60, (6, 8, 26, 20)), (48, 32, (12, 20, 28, 40)), (40, 60, (30, 2, 58, 30))]
-
-
-def truth(box):
-    """The keypoints left, right and nose of the object in a box."""
-    x0, y0, x1, y1 = box
-    middle = (y0 + y1) / 2
-    return [[x0, middle], [x1, middle], [x0 + 4, y0 + 4]]
-
-
-@pytest.fixture
-def scenes(tmp_path):
-    """Records of written images of one object each."""
-    records = []
-    for i, (height, width, box) in enumerate(SCENES):
-        x0, y0, x1, y1 = box
-        pixels = np.zeros((height, width, 3), np.uint8)
-        pixels[y0:y1, x0:x1, 1] = 255
-        pixels[y0 + 2 : y0 + 6, x0 + 2 : x0 + 6] = [255, 0, 0]
-        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-        keypoints = [v for x, y in truth(box) for v in (x, y, 2)]
-        annotation = {"bbox": list(box), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
-        annotation |= {"keypoints": keypoints, "num_keypoints": 3}
-        record = {"file_name": str(tmp_path / f"{i}.png"), "image_id": i, "height": height, "width": width}
-        records.append({**record, "annotations": [annotation]})
-    names = ["left_side", "right_side", "nose"]
-    return register("scenes", records, thing_classes=["thing"], keypoint_names=names)
-
-
-class Seeing(nn.Module):
-    """Finds the object of a scene in the pixels that it is given; its left is the image's left."""
-
-    def __init__(self):
-        super().__init__()
-        self.eval()
-
-    def forward(self, samples):
-        return [self._find(sample) for sample in samples]
-
-    def _find(self, sample):
-        red, green = sample["image"][0].float(), sample["image"][1].float()
-        y, x = torch.where(red + green > 127)
-        box = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
-        nose_y, nose_x = (v.float().mean() + 0.5 for v in torch.where(red > 127))
-        middle = (box[1] + box[3]) / 2
-        points = torch.stack([box[0], middle, box[2], middle, nose_x, nose_y]).view(3, 2)
-        scale = torch.tensor([sample["width"], sample["height"]]) / torch.tensor(red.shape[::-1])
-        points = torch.cat([points * scale, torch.ones(3, 1)], dim=1)
-        boxes, scores = (box * scale.repeat(2))[None], torch.tensor([red.mean() / 255])
-        return {"boxes": boxes, "scores": scores, "labels": torch.tensor([0]), "keypoints": points[None]}
 
 
 class Listed(nn.Module):
@@ -294,24 +238,7 @@ def test_a_mirrored_view_gives_the_mirrored_detections_of_its_image():
     assert (masks & expected["masks"]).sum() / (masks | expected["masks"]).sum() < 0.7
 
 
-def test_flips_and_scales_are_undone(cfg, scenes):
-    mapper = TTAMapper((0, 64, 80, 16), 1000, keypoint_flip_indices=ORDER)
-    # At a threshold of 1, what is found in each view is kept.
-    found = run(DetectorWithTTA(Seeing(), 1.0, 100), [mapper(record) for record in scenes])
-    for result, (_, _, box) in zip(found, SCENES, strict=True):
-        assert len(result["boxes"]) == 8
-        for boxes, points in zip(result["boxes"], result["keypoints"], strict=True):
-            expected = torch.tensor(truth(box)).float()
-            torch.testing.assert_close(boxes, torch.tensor(box).float(), rtol=0, atol=1.0)
-            torch.testing.assert_close(points[:, :2], expected, rtol=0, atol=1.0)
-    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.IMS_PER_BATCH, cfg.MODEL.KEYPOINT_ON = (0, 64, 80), 2, True
-    loader = build_detection_test_loader(cfg, "scenes")
-    evaluator = COCOEvaluator("scenes", kpt_oks_sigmas=[0.05] * 3)
-    results = inference_on_dataset(build_tta(cfg, Seeing()), loader, evaluator)
-    assert results["bbox"]["AP"] == pytest.approx(100) and results["keypoints"]["AP"] == pytest.approx(100)
-
-
-def test_detections_compete_within_their_class_over_all_views():
+def test_detections_of_all_views_compete_within_their_class_and_image():
     first = detection([BOX, BOX], [0.5, 0.7], [0, 1])
     second = detection([NEAR, NEAR, [50, 0, 60, 10]], [0.6, 0.4, 0.3], [0, 2, 0])
     sample = sample_of(False, False, size=(100, 100))
@@ -322,9 +249,7 @@ def test_detections_compete_within_their_class_over_all_views():
     # At a higher threshold the box of 0.5 does not overlap enough.
     (found,) = DetectorWithTTA(Listed([first], [second]), 0.7, 100)([sample])
     torch.testing.assert_close(found["scores"], torch.tensor([0.7, 0.6, 0.5, 0.4, 0.3]))
-
-
-def test_the_best_are_kept_and_each_image_keeps_its_own():
+    # The best are kept, and each image keeps its own.
     boxes = [[20 * i, 0, 20 * i + 10, 10] for i in range(3)]
     first = [detection(boxes, [0.1, 0.9, 0.5]), detection(boxes[:1], [0.2])]
     second = [detection(boxes[:1], [0.8]), detection(boxes[1:], [0.3, 0.1])]
@@ -367,7 +292,7 @@ def mask_rcnn(*views):
     return model
 
 
-def test_the_mean_of_the_views_probabilities_decides():
+def test_masks_are_the_mean_of_the_views_probabilities_where_the_merged_boxes_lie():
     sure, unsure = torch.full((28, 28), 0.9), torch.full((28, 28), 0.3)
     # Left: 0.9 and 0.3, together above a half; right: 0.6 and 0.3, below it.
     sure[:, 14:] = 0.6
@@ -376,9 +301,7 @@ def test_the_mean_of_the_views_probabilities_decides():
     (mask,) = found["masks"]
     assert mask.shape == (20, 30) and mask.dtype == torch.bool
     assert mask[3:15, 5:10].all() and not mask[:, 12:].any() and not mask[:, :3].any()
-
-
-def test_masks_are_asked_for_where_the_merged_boxes_lie_in_each_view_and_mirrored_back():
+    # Masks are asked for where the merged boxes lie in each view, and mirrored back.
     left = torch.zeros(28, 28)
     left[:, :14] = 1
     one, other = detection([[1, 2, 15, 16]], [0.9], [2]), detection([[1, 2, 15, 16]], [0.8], [1])
