@@ -242,6 +242,9 @@ def test_converted_files_hold_the_same_weights_in_both_directions(tmp_path):
     assert scores.tolist() == [0, 3, 1, 4, 2, 5]
 
 
+RPN = {"rpn.head.conv.0.0.weight": torch.ones(1)}
+
+
 @pytest.mark.parametrize(
     ("content", "output", "to", "words"),
     [
@@ -249,10 +252,10 @@ def test_converted_files_hold_the_same_weights_in_both_directions(tmp_path):
         (b"no pickle", "o.pth", "torchvision", ["cannot read"]),
         ({}, "o.pth", "torchvision", ["holds no weights"]),
         ({"features.0.0.weight": torch.ones(1)}, "o.pkl", "detectron2", ["no counterpart", "features"]),
-        ({"rpn.head.conv.0.0.weight": torch.ones(1)}, "o.npz", "detectron2", ["o.npz", ".pkl"]),
-        ({"rpn.head.conv.0.0.weight": torch.ones(1)}, "o.pkl", "torchvision", ["o.pkl", ".pth"]),
+        (RPN, "o.npz", "detectron2", ["o.npz", ".pkl"]),
+        (RPN, "o.pkl", "torchvision", ["o.pkl", ".pth"]),
         ({"rpn.head.bbox_pred.bias": torch.ones(20)}, "o.pkl", "detectron2", ["5", "--num-ratios"]),
-        ({"rpn.head.conv.0.0.weight": torch.ones(1)}, "missing/o.pth", "torchvision", ["missing"]),
+        (RPN, "missing/o.pth", "torchvision", ["missing"]),
     ],
     ids=["absent", "damaged", "empty", "unknown names", "ending", "pkl", "anchors", "folder"],
 )
