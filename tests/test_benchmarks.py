@@ -40,7 +40,7 @@ def load(request):
     return load_benchmark
 
 
-# Fast is one that is quick.
+# Only the quickest is in the fast set.
 @pytest.mark.parametrize(
     "what", [pytest.param(name, marks=() if name == "records" else pytest.mark.long) for name in ROWS]
 )

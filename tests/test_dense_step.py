@@ -211,13 +211,13 @@ def test_focal_loss_and_its_gradient_are_torchvisions_and_finite(alpha, gamma):
     assert loss.isfinite().all() and loss[0, 0] > 2000 and extreme.grad.isfinite().all()
 
 
-def make_anchors(generator, height, width, strides=(8, 16)):
-    """The anchors that both images of a batch have."""
-    maps = [torch.zeros(2, 1, -(-height // stride), -(-width // stride)) for stride in strides]
-    images = ImageList(torch.zeros(2, 3, height, width), [(height, width - 14), (height - 12, width)])
-    first, second = generator(images, maps)
-    assert first.equal(second)
-    return first
+def make_anchors(generator, height, width, strides=(8, 16), batch=2):
+    """The anchors of each image of a batch, which are equal."""
+    maps = [torch.zeros(batch, 1, -(-height // stride), -(-width // stride)) for stride in strides]
+    sizes = [(height, width - 14), (height - 12, width)][:batch]
+    anchors = generator(ImageList(torch.zeros(batch, 3, height, width), sizes), maps)
+    assert len(anchors) == batch and anchors[0].equal(anchors[-1])
+    return anchors
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,9 @@ def make_anchors(generator, height, width, strides=(8, 16)):
 def test_generators_make_torchvisions_anchors_once_for_a_size(kind, plain, arguments):
     generator, plain = kind(*arguments), plain(*arguments)
     for size in ((32, 32), (64, 96)):
-        anchors = make_anchors(generator, *size)
-        assert anchors is make_anchors(generator, *size) and anchors.equal(make_anchors(plain, *size))
+        first, second = make_anchors(generator, *size)
+        assert first is second and first is make_anchors(generator, *size, batch=1)[0]
+        assert first.equal(make_anchors(plain, *size)[0])
     assert not generator.state_dict() and not list(generator.buffers())
 
 
@@ -248,7 +249,7 @@ def test_a_model_that_was_evaluated_in_inference_mode_can_be_trained(name):
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_detectron2s_anchors_follow_the_formula(offset):
     sizes, ratios, strides = ((32.0, 40.3), (64.0, 80.6)), ((0.5, 1.0, 2.0),) * 2, [8, 16]
-    found = make_anchors(DefaultAnchorGenerator(sizes, ratios, strides, offset), 32, 48)
+    found, _ = make_anchors(DefaultAnchorGenerator(sizes, ratios, strides, offset), 32, 48)
     expected = []
     for level, stride in enumerate(strides):
         locations = itertools.product(range(32 // stride), range(48 // stride))
@@ -260,12 +261,12 @@ def test_detectron2s_anchors_follow_the_formula(offset):
     torch.testing.assert_close(found, torch.tensor(expected))
     if not offset:
         # The order is torchvision's, and the difference only its rounding.
-        rounded = make_anchors(AnchorGenerator(sizes, ratios), 32, 48)
+        rounded, _ = make_anchors(AnchorGenerator(sizes, ratios), 32, 48)
         assert 0 < (found - rounded).abs().max() <= 0.5
     # 800 / 64 is 12.5: the last map has 13 rows, and torchvision's stride is 800 // 13.
     strides = [4, 8, 16, 32, 64]
     generator = DefaultAnchorGenerator(((32,),) * 5, ((1.0,),) * 5, strides)
-    found = make_anchors(generator, 800, 1088, strides)[-13 * 17 :]
+    found = make_anchors(generator, 800, 1088, strides)[0][-13 * 17 :]
     rows = ((found[:, 1] + found[:, 3]) / 2).view(13, 17)
     assert rows[:, 0].tolist() == [64 * row for row in range(13)]
 
