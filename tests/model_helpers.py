@@ -66,11 +66,6 @@ FCOS = (
     "MODEL.ANCHOR_GENERATOR.SIZES", [[8]],
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]],
 )  # fmt: skip
-FCOS18 = (
-    *RETINANET18,
-    *FCOS,
-    "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]],
-)  # fmt: skip
 SSD = (
     "MODEL.META_ARCHITECTURE", "SSD",
     "INPUT.FIXED_SIZE", (64, 64),
@@ -91,7 +86,7 @@ SSDLITE = (
     "MODEL.SSD.MAX_RATIO", 0.95,
 )  # fmt: skip
 
-# One small model of each kind, and the losses it has; of those, the ones that need an object.
+# One small model of each kind, and the losses it has.
 ARCHITECTURES = {
     "faster_rcnn": (*TINY, *SMALL_HEAD),
     "mask_keypoint_rcnn": (*TINY, *SMALL_HEAD, *MASK, *KEYPOINT),
@@ -108,9 +103,6 @@ LOSSES = {
     "ssd": {"loss_cls", "loss_box_reg"},
 }
 LOSSES["mask_keypoint_rcnn"] = LOSSES["faster_rcnn"] | {"loss_mask", "loss_keypoint"}
-OBJECT_LOSSES = {
-    "loss_box_reg", "loss_rpn_loc", "loss_mask", "loss_keypoint", "loss_fcos_loc", "loss_fcos_ctr",
-}  # fmt: skip
 
 
 def make_sample(height, width, boxes=(), labels=(), seed=0, original=None):
@@ -184,9 +176,9 @@ def build(*overrides, seed=0):
 def initialise_at_most(elements):
     """Leave bigger tensors as the memory is: they will be overwritten, or dropped (VGG's classifier)."""
 
-    def limit(initialise):
+    def limit(function):
         return lambda tensor, *args, **kwargs: (
-            tensor if tensor.numel() > elements else initialise(tensor, *args, **kwargs)
+            tensor if tensor.numel() > elements else function(tensor, *args, **kwargs)
         )
 
     names = ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "normal_", "uniform_")
@@ -208,10 +200,8 @@ def randomize_predictions(model, spread=0.5):
 def torchvision_inputs(samples, label_offset=0):
     """Images in 0..1 and targets, as torchvision's own models take them."""
     images = [sample["image"].float() / 255 for sample in samples]
-    targets = [
-        {**sample["target"], "labels": sample["target"]["labels"] + label_offset} for sample in samples
-    ]
-    return images, targets
+    targets = [sample["target"] for sample in samples]
+    return images, [{**target, "labels": target["labels"] + label_offset} for target in targets]
 
 
 def assert_same_detections(found, expected, label_offset, at_least):

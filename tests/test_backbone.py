@@ -104,7 +104,7 @@ def test_resnets_are_torchvisions(name, keys):
     assert body.layer1[0].conv2.groups == expected.layer1[0].conv2.groups
 
 
-def test_the_first_stages_of_vgg_are_frozen():
+def test_the_first_stages_of_vgg_and_of_ssdlites_mobilenet_are_frozen():
     counts = []
     for freeze_at in range(6):
         with torch.device("meta"):
@@ -115,9 +115,6 @@ def test_the_first_stages_of_vgg_are_frozen():
     assert counts == [0, 2, 4, 7, 10, 10]
     assert not any(p.requires_grad for p in backbone.extra[0][:7].parameters())
     assert all(p.requires_grad for p in backbone.extra[1].parameters())
-
-
-def test_the_first_stages_of_ssdlites_mobilenet_are_frozen():
     for freeze_at, trained in ((0, True), (1, False), (6, False)):
         with torch.device("meta"):
             backbone = build_backbone(make_cfg(*SSDLITE, "MODEL.BACKBONE.FREEZE_AT", freeze_at))
@@ -165,20 +162,13 @@ def test_group_norm_takes_widths_that_32_groups_do_not_divide(keys):
     assert all(f.shape[1] == 40 and f.isfinite().all() for f in features.values())
 
 
-@pytest.fixture
-def plain():
-    """A ResNet whose norms have factors and statistics of a trained network."""
+def test_folded_norms_have_outputs_and_gradients_of_norms_on_their_own():
     torch.manual_seed(0)
-    module = ResNet(Bottleneck, [1, 2, 1, 1], width_per_group=8, norm_layer=FrozenBatchNorm2d)
-    for norm in module.modules():
-        if isinstance(norm, FrozenBatchNorm2d):
-            for name, buffer in norm.named_buffers():
-                buffer.uniform_(0.5, 1.5)
-                buffer.sub_(1.0 * (name in ("bias", "running_mean")))
-    return module
-
-
-def test_folded_norms_have_outputs_and_gradients_of_norms_on_their_own(plain):
+    plain = ResNet(Bottleneck, [1, 2, 1, 1], width_per_group=8, norm_layer=FrozenBatchNorm2d)
+    # Factors and statistics of a trained network.
+    for name, buffer in plain.named_buffers():
+        buffer.uniform_(0.5, 1.5)
+        buffer.sub_(1.0 * name.endswith(("bias", "running_mean")))
     folded = ResNet(Bottleneck, [1, 2, 1, 1], width_per_group=8, norm_layer=FrozenBatchNorm2d)
     fold_frozen_norms(folded)
     convolutions = [m for m in folded.modules() if isinstance(m, nn.Conv2d)]
@@ -199,14 +189,10 @@ def test_folded_norms_have_outputs_and_gradients_of_norms_on_their_own(plain):
         norm.bias.zero_()
     torch.testing.assert_close(copied(x), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(folded(x), expected, atol=1e-2)
-
-
-def test_in_evaluation_nothing_is_folded(plain):
+    # In evaluation nothing is folded, and what counts is the norm's mode alone.
     folded = copy.deepcopy(plain)
     fold_frozen_norms(folded)
-    x = torch.randn(1, 3, 64, 64)
     assert folded.eval()(x).equal(plain.eval()(x))
-    # What counts is the norm's mode alone.
     folded.conv1.train()
     assert folded(x).equal(plain(x))
     folded.bn1.train()
@@ -218,9 +204,7 @@ def test_norms_that_learn_or_follow_no_convolution_are_left():
     module = nn.Sequential(*parts, nn.ReLU(), FrozenBatchNorm2d(4))
     fold_frozen_norms(module)
     assert list(module)[:4] == parts and type(module[5]) is FrozenBatchNorm2d
-
-
-def test_a_backbone_has_no_frozen_norm_of_its_own_left():
+    # A backbone has none of its own left.
     backbone = build_backbone(make_cfg(*RESNET18, "MODEL.RESNETS.NORM", "FrozenBN"))
     norms = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
     assert len(norms) == 20 and all(isinstance(norm, FoldedNorm) for norm in norms)

@@ -27,8 +27,6 @@ ROWS = {
     "checkpoint": {"torch.save, fsync", "plaintrain, ASYNC_CHECKPOINT", "resume_or_load"},
     "startup": {"as Detectron2's", "plaintrain"},
 }
-# The one that is quick.
-SMOKE = "records"
 
 
 @pytest.fixture
@@ -42,10 +40,10 @@ def load(request):
     return load_benchmark
 
 
-LONG = [pytest.param(what, marks=pytest.mark.long) for what in ROWS if what != SMOKE]
-
-
-@pytest.mark.parametrize("what", [SMOKE, *LONG])
+# Only the quickest is in the fast set.
+@pytest.mark.parametrize(
+    "what", [pytest.param(name, marks=() if name == "records" else pytest.mark.long) for name in ROWS]
+)
 def test_every_benchmark_measures_at_its_smallest_size(what, tmp_path):
     options = {
         "precision": ["--config-file", write_config(tmp_path)],
@@ -152,9 +150,7 @@ def test_variants_take_turns_and_the_first_does_not_count():
     values = measure.in_turns({name: lambda n=name: calls.append(n) or len(calls) for name in "ab"}, 2)
     assert calls == list("ababab") and values == {"a": [3, 5], "b": [4, 6]}
     assert measure.in_turns({"a": lambda: 1}, 2, warm_up=False) == {"a": [1, 1]}
-
-
-def test_ratios_are_medians_over_the_turns():
+    # Ratios are medians over the turns.
     rows = measure.make_rows({"base": [2.0, 8.0, 3.0], "other": [1.0, 1.0, 1.0]}, scale=10)
     spread = {"median": 30, "lowest": 20, "highest": 80}
     assert rows["base"] == {**spread, "times less": 1, "values": [20, 80, 30]}

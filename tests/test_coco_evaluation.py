@@ -107,13 +107,16 @@ def run_pycocotools(json_file, results, task, image_ids, sigmas):
 def difficult(tmp_path):
     """Name of the written dataset with 17 keypoints, and outputs for it."""
     register_difficult(tmp_path / "a.json")
-    outputs = random_outputs("difficult")
-    return "difficult", outputs
+    return "difficult", random_outputs("difficult")
 
 
-def evaluate_by(backend, evaluator, outputs):
-    evaluator.backend = backend
-    return evaluate(evaluator, outputs)
+def evaluate_by_all(evaluator, outputs):
+    """The results, which are the same by every backend."""
+    by_backend = []
+    for evaluator.backend in INSTALLED:
+        by_backend.append(evaluate(evaluator, outputs))
+    assert all(repr(results) == repr(by_backend[0]) for results in by_backend)
+    return by_backend[0]
 
 
 @pytest.mark.parametrize(("seed", "kp", "sigmas"), [(0, 17, ()), (1, 4, (0.05, 0.1, 0.02, 0.08))])
@@ -127,16 +130,14 @@ def test_metrics_by_every_backend_are_those_of_pycocotools_on_the_file(tmp_path,
     shuffled = [records[i] for i in np.random.default_rng(0).permutation(len(records)).tolist()]
     name = add_dataset(shuffled, metadata.thing_classes, thing_dataset_id_to_contiguous_id=ids)
     evaluator = COCOEvaluator(name, kpt_oks_sigmas=sigmas)
-    by_backend = [evaluate_by(backend, evaluator, outputs) for backend in INSTALLED]
-    results = coco_results(outputs, [2, 5, 9])
-    assert all(repr(metrics) == repr(by_backend[0]) for metrics in by_backend)
-    assert list(by_backend[0]) == list(METRICS)
-    for task, metrics in by_backend[0].items():
+    found, results = evaluate_by_all(evaluator, outputs), coco_results(outputs, [2, 5, 9])
+    assert list(found) == list(METRICS)
+    for task, metrics in found.items():
         expected = run_pycocotools(tmp_path / "a.json", results, task, outputs, sigmas)
         assert metrics == pytest.approx(expected, abs=1e-9, nan_ok=True)
         assert 5 < metrics["AP"] < 95
     # No object is of class 9.
-    assert math.isnan(by_backend[0]["segm"]["AP-c9"])
+    assert math.isnan(found["segm"]["AP-c9"])
 
 
 def test_the_results_file_holds_masks_and_keypoints(tmp_path, difficult):
@@ -196,10 +197,9 @@ EDGE_CASES = {
     ),
     "names for images": (
         [make_record(i, FULL) for i in ("b", "a", "c")],
-        {
-            i: make_outputs([SQUARE, [0, 0, 9, 9]], [MASK, rectangle(0, 0, 9, 9)], [POINTS] * 2)
-            for i in ("a", "c", "b")
-        },
+        dict.fromkeys(
+            "acb", make_outputs([SQUARE, [0, 0, 9, 9]], [MASK, rectangle(0, 0, 9, 9)], [POINTS] * 2)
+        ),
     ),
     "an empty class, no area, no keypoints for some": (
         [
@@ -223,13 +223,12 @@ EDGE_CASES = {
 def test_all_backends_agree_where_something_is_missing(case):
     records, outputs = EDGE_CASES[case]
     evaluator = COCOEvaluator(add_dataset(records), kpt_oks_sigmas=(0.1, 0.1))
-    by_backend = [evaluate_by(backend, evaluator, outputs) for backend in INSTALLED]
-    assert list(by_backend[0]) == ["bbox", "segm", "keypoints"]
-    assert all(repr(results) == repr(by_backend[0]) for results in by_backend)
+    found = evaluate_by_all(evaluator, outputs)
+    assert list(found) == ["bbox", "segm", "keypoints"]
     # Without objects an AP is NaN, with some that were missed it is 0.
     expected = {"no ground truth": math.nan, "only crowds": math.nan, "no detection": 0}
     if case in expected:
-        assert by_backend[0]["bbox"]["AP"] == pytest.approx(expected[case], nan_ok=True)
+        assert found["bbox"]["AP"] == pytest.approx(expected[case], nan_ok=True)
 
 
 def test_image_ids_may_be_names(tmp_path):
@@ -253,7 +252,7 @@ def test_the_area_is_that_of_the_annotation_its_mask_or_its_box():
         assert [s for s in "sml" if not math.isnan(metrics[f"AP{s}"])] == [size]
 
 
-def test_parts_that_the_dataset_does_not_have_are_skipped_with_a_warning(log):
+def test_tasks_are_those_asked_for_without_what_the_dataset_does_not_have(log):
     name = add_dataset([make_record(1, make_annotation(SQUARE))])
     output = make_outputs([SQUARE], [MASK], [POINTS])
     assert list(evaluate(COCOEvaluator(name), {1: output})) == ["bbox"]
@@ -261,6 +260,10 @@ def test_parts_that_the_dataset_does_not_have_are_skipped_with_a_warning(log):
     assert [warning.split()[0] for warning in warnings] == ["segm", "keypoints"]
     voc = evaluate(PascalVOCDetectionEvaluator(name), {1: {**output, "masks": torch.zeros(1, 3, 3)}})
     assert voc["bbox"]["AP50"] == 100.0
+    # Nor are tasks that nobody asks for.
+    name = add_dataset([make_record(1, FULL)])
+    for tasks in (["segm"], ["bbox", "box_proposals"]):
+        assert list(evaluate(COCOEvaluator(name, tasks[::-1]), {1: output})) == tasks
 
 
 def test_objects_without_a_mask_or_labelled_keypoints_are_ignored_not_missed():
@@ -287,13 +290,6 @@ def test_a_wrong_number_of_sigmas_is_rejected(sigmas, kp, words):
     with pytest.raises(UserError, match=message):
         output = make_outputs([SQUARE], keypoints=[[20.0, 20.0, 2] * kp])
         evaluate(COCOEvaluator(name, kpt_oks_sigmas=sigmas), {1: output})
-
-
-def test_only_the_requested_tasks_are_scored():
-    name = add_dataset([make_record(1, FULL)])
-    output = make_outputs([SQUARE], [MASK], [POINTS])
-    for tasks in (["segm"], ["bbox", "box_proposals"]):
-        assert list(evaluate(COCOEvaluator(name, tasks[::-1]), {1: output})) == tasks
 
 
 TASKS = "bbox, segm, keypoints, box_proposals"
@@ -353,15 +349,12 @@ def test_a_rank_without_images_or_masks_changes_nothing(difficult, monkeypatch, 
     assert repr(idle.evaluate()) == repr(alone)
 
 
-def test_each_proposal_covers_one_object_and_the_best_pair_comes_first():
+def test_coverage_and_average_recall_by_hand():
     # The second proposal is best for both objects; the first object is left with the first proposal.
     assert sorted(coverage(np.array([[0.5, 0.3], [0.6, 0.8], [0.1, 0.2]]))) == [0.5, 0.8]
     # More objects than proposals.
     assert sorted(coverage(np.array([[0.5, 0.3, 0.9]]))) == [0.0, 0.0, 0.9]
     assert coverage(np.zeros((0, 2))).tolist() == [0.0, 0.0]
-
-
-def test_average_recall_by_hand():
     boxes = np.array([[0.0, 0, 20, 20], [100, 100, 150, 150]])
     objects = np.array([[0.0, 0, 20, 20], [100, 100, 150, 136], [300, 300, 500, 500]])
     areas = np.array([400.0, 1800.0, 40000.0])

@@ -31,11 +31,10 @@ from shared.syncs import count_syncs, training_step
 from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection import retinanet, ssd
-from torchvision.models.detection._utils import SSDMatcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.ops import box_iou, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from plaintrain.modeling import matching
 from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerator
@@ -43,7 +42,7 @@ from plaintrain.modeling.backbone import build_backbone
 from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 from plaintrain.modeling.fcos import assign_centres
 from plaintrain.modeling.losses import focal_loss
-from plaintrain.modeling.matching import match, pad_targets
+from plaintrain.modeling.matching import pad_targets
 from plaintrain.modeling.ssd import count_hard
 
 LOSSES = {"loss_cls": "classification", "loss_box_reg": "bbox_regression"}
@@ -72,29 +71,22 @@ def samples_of(name, numbers):
     samples = make_batch(numbers)
     if not name.startswith("ssd"):
         return samples
-    targets = [sample["target"] for sample in samples]
-    boxes = [(target["boxes"] * 0.6 + torch.tensor([0, 0, 4, 4])).long().tolist() for target in targets]
-    return [
-        make_sample(64, 64, b, t["labels"].tolist(), seed=i)
-        for i, (b, t) in enumerate(zip(boxes, targets, strict=True))
-    ]
-
-
-def torchvision_ssd(name):
-    arguments = {"scales": [0.2, 0.5, 0.9], "steps": [4, 8]} if name == "ssdlite" else {}
-    boxes = DefaultBoxGenerator([[2], [2, 3]], **arguments)
-    backbone, numbers = build_backbone(make_cfg(*TINY_BN, *SSD)), boxes.num_anchors_per_location()
-    if name == "ssdlite":
-        head = SSDLiteHead([32, 32], numbers, K + 1, nn.BatchNorm2d)
-    else:
-        head = ssd.SSDHead([32, 32], numbers, K + 1)
-    return ssd.SSD(backbone, boxes, (64, 64), K + 1, head=head)
+    for i, target in enumerate([sample["target"] for sample in samples]):
+        boxes = (target["boxes"] * 0.6 + torch.tensor([0, 0, 4, 4])).long().tolist()
+        samples[i] = make_sample(64, 64, boxes, target["labels"].tolist(), seed=i)
+    return samples
 
 
 def torchvision_twin(name, model):
     """torchvision's model of the same modules and weights, that takes uint8 images."""
     if name.startswith("ssd"):
-        plain = torchvision_ssd(name)
+        arguments = {"scales": [0.2, 0.5, 0.9], "steps": [4, 8]} if name == "ssdlite" else {}
+        boxes = DefaultBoxGenerator([[2], [2, 3]], **arguments)
+        backbone, numbers = build_backbone(make_cfg(*TINY_BN, *SSD)), boxes.num_anchors_per_location()
+        head = SSDLiteHead([32, 32], numbers, K + 1, nn.BatchNorm2d)
+        if name == "ssd":
+            head = ssd.SSDHead([32, 32], numbers, K + 1)
+        plain = ssd.SSD(backbone, boxes, (64, 64), K + 1, head=head)
     else:
         kind = detection.FCOS if name.startswith("fcos") else detection.RetinaNet
         anchors = model.anchor_generator
@@ -165,30 +157,6 @@ def test_a_batch_that_is_matched_image_by_image_has_the_same_losses(name):
     assert batches == ([] if name == "fcos" else [1] * 4)
 
 
-def padded(objects):
-    """Boxes of images as `match` takes them, and whether they exist."""
-    boxes, labels = pad_targets([{"boxes": b, "labels": torch.ones(len(b)).long()} for b in objects])
-    # Padding would match as well.
-    boxes[labels < 0] = torch.tensor([10.0, 10, 40, 40])
-    return boxes, labels >= 0
-
-
-@pytest.mark.parametrize(("candidates", "pairs"), [(500, 1), (12, 2**24)])
-def test_match_is_torchvisions_ssd_matcher(candidates, pairs):
-    """Of 12 candidates, objects share their best one, and some overlap none."""
-    objects = [random_boxes(n, seed=i) for i, n in enumerate((9, 0, 30, 1))]
-    boxes, exists = padded(objects)
-    anchors, matcher = random_boxes(1, candidates, seed=9), SSDMatcher(0.6)
-    with mock.patch.object(matching, "_MAX_PAIRS", pairs):
-        index, matched, background = match(boxes, exists, anchors, matcher)
-    for i, b in enumerate(objects):
-        expected = matcher(box_iou(b, anchors[0])) if len(b) else torch.full((candidates,), -1)
-        assert matched[i].equal(expected >= 0) and background[i].equal(~matched[i])
-        assert index[i][matched[i]].equal(expected[matched[i]])
-    best = box_iou(objects[2], anchors[0]).argmax(dim=1)
-    assert (len(best.unique()) < len(best)) and matched.any(dim=1).tolist() == [True, False, True, True]
-
-
 def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
     loss = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.5], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]])
     matched = torch.zeros(3, 6, dtype=torch.bool)
@@ -200,16 +168,6 @@ def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
     assert loss.grad.tolist() == [[1, 1, 1, 0, 1, 0], [0] * 6, [2, 2, 1, 1, 1, 1]]
 
 
-def torchvision_assignment(objects, anchors, levels, radius):
-    """What torchvision's FCOS hands its head: for each image `[N]`, -1 without an object."""
-    model, assigned = build(*MODELS["fcos"]), []
-    model.center_sampling_radius = radius
-    targets = [{"boxes": b} for b in objects]
-    with mock.patch.object(model.head, "compute_loss", lambda *args: assigned.append(args[3])):
-        detection.FCOS.compute_loss(model, targets, {}, [anchors] * len(objects), levels)
-    return assigned[0]
-
-
 @pytest.mark.parametrize(("levels", "radius"), [((64, 16, 4), 1.5), ((64, 16, 4), 4.0), ((84,), 1.5)])
 def test_assign_centres_is_torchvisions(levels, radius):
     objects = [random_boxes(n, seed=i) for i, n in enumerate((9, 0, 40, 1))]
@@ -217,12 +175,19 @@ def test_assign_centres_is_torchvisions(levels, radius):
     objects[0] = torch.cat([torch.tensor([[10.0, 10, 50, 50], [10, 10, 50, 49.9]]), objects[0]])
     # So large that torchvision leaves it out.
     objects[3] = torch.tensor([[-9000.0, -9000, 9000, 9000]])
-    boxes, exists = padded(objects)
+    boxes, labels = pad_targets([{"boxes": b, "labels": torch.ones(len(b)).long()} for b in objects])
+    # Padding would match as well.
+    boxes[labels < 0] = torch.tensor([10.0, 10, 40, 40])
     maps = [torch.zeros(1, 1, side, side) for side in (8, 4, 2)]
     generator = AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
     (anchors,) = generator(ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)]), maps)
-    expected = torch.stack(torchvision_assignment(objects, anchors, levels, radius))
-    index, matched = assign_centres(boxes, exists, anchors, levels, radius)
+    # What torchvision's FCOS hands its head: for each image `[N]`, -1 without an object.
+    model, assigned = build(*MODELS["fcos"]), []
+    model.center_sampling_radius = radius
+    with mock.patch.object(model.head, "compute_loss", lambda *args: assigned.append(args[3])):
+        detection.FCOS.compute_loss(model, [{"boxes": b} for b in objects], {}, [anchors] * 4, levels)
+    expected = torch.stack(assigned[0])
+    index, matched = assign_centres(boxes, labels >= 0, anchors, levels, radius)
     assert matched.equal(expected >= 0) and index[matched].equal(expected[matched])
     assert matched.any(dim=1).tolist() == [True, False, True, False]
     assert len(index[2][matched[2]].unique()) > 5
@@ -246,9 +211,13 @@ def test_focal_loss_and_its_gradient_are_torchvisions_and_finite(alpha, gamma):
     assert loss.isfinite().all() and loss[0, 0] > 2000 and extreme.grad.isfinite().all()
 
 
-def make_anchors(generator, height, width, batch=2):
-    images = ImageList(torch.zeros(batch, 3, height, width), [(height, width)] * batch)
-    return generator(images, [torch.zeros(batch, 1, height // s, width // s) for s in (8, 16)])
+def make_anchors(generator, height, width, strides=(8, 16), batch=2):
+    """The anchors of each image of a batch, which are equal."""
+    maps = [torch.zeros(batch, 1, -(-height // stride), -(-width // stride)) for stride in strides]
+    sizes = [(height, width - 14), (height - 12, width)][:batch]
+    anchors = generator(ImageList(torch.zeros(batch, 3, height, width), sizes), maps)
+    assert len(anchors) == batch and anchors[0].equal(anchors[-1])
+    return anchors
 
 
 @pytest.mark.parametrize(
@@ -277,19 +246,10 @@ def test_a_model_that_was_evaluated_in_inference_mode_can_be_trained(name):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def anchors_of(generator, height, width, strides):
-    """The anchors that both images of a batch have."""
-    maps = [torch.zeros(2, 1, -(-height // stride), -(-width // stride)) for stride in strides]
-    images = ImageList(torch.zeros(2, 3, height, width), [(height, width - 14), (height - 12, width)])
-    first, second = generator(images, maps)
-    assert first.equal(second)
-    return first
-
-
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_detectron2s_anchors_follow_the_formula(offset):
     sizes, ratios, strides = ((32.0, 40.3), (64.0, 80.6)), ((0.5, 1.0, 2.0),) * 2, [8, 16]
-    found = anchors_of(DefaultAnchorGenerator(sizes, ratios, strides, offset), 32, 48, strides)
+    found, _ = make_anchors(DefaultAnchorGenerator(sizes, ratios, strides, offset), 32, 48)
     expected = []
     for level, stride in enumerate(strides):
         locations = itertools.product(range(32 // stride), range(48 // stride))
@@ -301,15 +261,12 @@ def test_detectron2s_anchors_follow_the_formula(offset):
     torch.testing.assert_close(found, torch.tensor(expected))
     if not offset:
         # The order is torchvision's, and the difference only its rounding.
-        rounded = anchors_of(AnchorGenerator(sizes, ratios), 32, 48, strides)
+        rounded, _ = make_anchors(AnchorGenerator(sizes, ratios), 32, 48)
         assert 0 < (found - rounded).abs().max() <= 0.5
-
-
-def test_detectron2s_anchors_have_the_exact_stride_where_the_map_is_not_a_fraction_of_the_image():
+    # 800 / 64 is 12.5: the last map has 13 rows, and torchvision's stride is 800 // 13.
     strides = [4, 8, 16, 32, 64]
     generator = DefaultAnchorGenerator(((32,),) * 5, ((1.0,),) * 5, strides)
-    # 800 / 64 is 12.5: the last map has 13 rows, and torchvision's stride is 800 // 13.
-    found = anchors_of(generator, 800, 1088, strides)[-13 * 17 :]
+    found = make_anchors(generator, 800, 1088, strides)[0][-13 * 17 :]
     rows = ((found[:, 1] + found[:, 3]) / 2).view(13, 17)
     assert rows[:, 0].tolist() == [64 * row for row in range(13)]
 
@@ -334,10 +291,8 @@ def test_with_detectron2s_anchors_boxes_are_cut_after_nms(monkeypatch):
         output.update({name: values[inside] for name, values in output.items()})
     assert_same_detections(found, expected, label_offset=0, at_least=10)
     assert any(len(a["scores"]) != len(b["scores"]) for a, b in zip(found, cut_before, strict=True))
-
-
-def test_with_detectron2s_anchors_boxes_outside_of_the_image_are_left_out():
-    model = build(*MODELS["retinanet, detectron2"], "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0).eval()
+    # Boxes outside of the image are left out.
+    model.score_thresh = 0.0
     outputs = {"cls_logits": [torch.zeros(1, 4, K)], "bbox_regression": [torch.zeros(1, 4, 4)]}
     boxes = torch.tensor([[-9.0, 2, -1, 8], [4, 64, 20, 80], [-5, -5, 5, 5], [50, 50, 90, 60]])
     (found,) = model.postprocess_detections(outputs, [[boxes]], [(64, 64)])
@@ -357,11 +312,10 @@ def test_the_numbers_of_retinanets_losses_reach_them(alpha, gamma, beta, monkeyp
     losses, default = model(samples), plain(samples)
     # torchvision's own step, with its losses set to these numbers.
     plain.head.regression_head._loss_type = "smooth_l1"
-    for name, numbers in (
-        ("_box_loss", {"cnf": {"beta": beta}}),
-        ("sigmoid_focal_loss", {"alpha": alpha, "gamma": gamma}),
-    ):
-        monkeypatch.setattr(retinanet, name, functools.partial(getattr(retinanet, name), **numbers))
+    focal = functools.partial(sigmoid_focal_loss, alpha=alpha, gamma=gamma)
+    monkeypatch.setattr(retinanet, "sigmoid_focal_loss", focal)
+    box_loss = functools.partial(retinanet._box_loss, cnf={"beta": beta})
+    monkeypatch.setattr(retinanet, "_box_loss", box_loss)
     images, targets = [sample["image"] for sample in samples], torchvision_inputs(samples)[1]
     expected = detection.RetinaNet.forward(plain, images, targets)
     for name, theirs in LOSSES.items():
@@ -383,18 +337,16 @@ def test_a_fresh_model_has_the_prior_probability_everywhere(name, anchors):
         assert outputs["bbox_regression"].min() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("name", "keys", "backbone", "head"),
-    [
-        ("retinanet", ("MODEL.TINY.NORM", "BN", "MODEL.RETINANET.NORM", "GN"), nn.BatchNorm2d, nn.GroupNorm),
+def test_norms_of_backbone_and_head():
+    both = ("MODEL.TINY.NORM", "BN", "MODEL.RETINANET.NORM", "GN")
+    for name, keys, backbone, head in (
+        ("retinanet", both, nn.BatchNorm2d, nn.GroupNorm),
         # SSDLite's head has the norm of the backbone.
         ("ssdlite", ("MODEL.TINY.NORM", "GN"), nn.GroupNorm, nn.GroupNorm),
         ("ssdlite", ("MODEL.TINY.NORM", "BN"), nn.BatchNorm2d, nn.BatchNorm2d),
-    ],
-)
-def test_norms_of_backbone_and_head(name, keys, backbone, head):
-    model = build(*MODELS[name], *keys)
-    assert norm_types(model.backbone) == {backbone} and norm_types(model.head) == {head}
+    ):
+        model = build(*MODELS[name], *keys)
+        assert norm_types(model.backbone) == {backbone} and norm_types(model.head) == {head}
 
 
 def test_ssds_images_are_not_padded_and_need_not_be_square():

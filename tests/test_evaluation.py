@@ -26,18 +26,9 @@ from plaintrain.masks import BoxMasks, encode_masks
 from plaintrain.utils.errors import UserError
 
 A, B, FAR = [0, 0, 20, 20], [10, 10, 50, 50], [60, 60, 90, 90]
-both_evaluators = pytest.mark.parametrize("evaluator_class", [COCOEvaluator, PascalVOCDetectionEvaluator])
 
 
-def test_only_images_processed_since_reset_are_scored():
-    name = add_dataset([make_record(i, make_annotation(A)) for i in (1, 2)])
-    evaluator = COCOEvaluator(name)
-    evaluator.process([{"image_id": 1}], [make_output(*[(FAR, 0.95, 0)] * 5)])
-    assert evaluate(evaluator, {1: make_output((A, 0.9, 0))})["bbox"]["AP"] == pytest.approx(100.0)
-    assert evaluate(evaluator, {2: make_output()})["bbox"]["AP"] == 0.0
-
-
-def test_missing_and_repeated_images_are_warned_about(log):
+def test_images_processed_since_reset_are_scored_and_missing_and_repeated_ones_warned_about(log):
     name = add_dataset([make_record(i, make_annotation(B)) for i in range(4)])
     perfect = make_output((B, 0.9, 0))
     evaluator = COCOEvaluator(name)
@@ -50,9 +41,12 @@ def test_missing_and_repeated_images_are_warned_about(log):
     evaluator.process([{"image_id": 2}], [perfect])
     evaluator.evaluate()
     assert f"of {name}, 1 images were given to the model once again" in log.text and "only" not in log.text
+    # Only what was processed since the reset counts.
+    assert evaluate(evaluator, {3: perfect})["bbox"]["AP"] == pytest.approx(100.0)
+    assert evaluate(evaluator, {2: make_output()})["bbox"]["AP"] == 0.0
 
 
-@both_evaluators
+@pytest.mark.parametrize("evaluator_class", [COCOEvaluator, PascalVOCDetectionEvaluator])
 def test_images_and_labels_of_another_dataset_are_rejected(evaluator_class):
     name = add_dataset([make_record("a", make_annotation(B))])
     evaluator = evaluator_class(name)
@@ -97,42 +91,26 @@ HITS = {"x": make_output((B, 0.95, 0), (B, 0.94, 0), (A, 0.5, 0))}
 ONLY_A = {"x": make_output((A, 0.5, 0))}
 
 
-def a_and(box, **entries):
-    return [make_record("x", make_annotation(A), make_annotation(box, **entries))]
+def a_and(*boxes, **entries):
+    others = [make_annotation(box, **entries) for box in boxes]
+    return [make_record("x", make_annotation(A), *others)]
 
 
+A_AND_B = {"x": make_output((A, 0.9, 0)), "y": make_output((B, 0.3, 0))}
+MISS = {"x": make_output((FAR, 0.8, 0), (A, 0.9, 0)), "y": make_output((B, 0.7, 0))}
+DUPLICATE = {"x": make_output((A, 0.9, 0), ([0, 0, 20, 19], 0.8, 0)), "y": make_output((B, 0.7, 0))}
 # records, outputs, AP50 of the one class
 VOC_CASES = {
-    "perfect": (X_AND_Y, {"x": make_output((A, 0.9, 0)), "y": make_output((B, 0.3, 0))}, 100),
-    "a miss between hits": (
-        X_AND_Y,
-        {"x": make_output((FAR, 0.8, 0), (A, 0.9, 0)), "y": make_output((B, 0.7, 0))},
-        100 * 5 / 6,
-    ),
-    "a duplicate is a miss": (
-        X_AND_Y,
-        {"x": make_output((A, 0.9, 0), ([0, 0, 20, 19], 0.8, 0)), "y": make_output((B, 0.7, 0))},
-        100 * 5 / 6,
-    ),
-    "only the object of the highest IoU is claimed": (
-        a_and([0, 0, 20, 18]),
-        {"x": make_output((A, 0.9, 0), (A, 0.8, 0))},
-        50,
-    ),
+    "perfect": (X_AND_Y, A_AND_B, 100),
+    "a miss between hits": (X_AND_Y, MISS, 100 * 5 / 6),
+    "a duplicate is a miss": (X_AND_Y, DUPLICATE, 100 * 5 / 6),
+    "the highest IoU is claimed": (a_and([0, 0, 20, 18]), {"x": make_output((A, 0.9, 0), (A, 0.8, 0))}, 50),
     "two detections of a difficult object": (a_and(B, difficult=1), HITS, 100),
     "two detections of a crowd": (a_and(B, iscrowd=1), HITS, 100),
     "two detections of a plain object": (a_and(B), HITS, 100 * 5 / 6),
     "a missed difficult object": (a_and(B, difficult=1), ONLY_A, 100),
-    "an IoU of the threshold is not enough": (
-        [make_record("x", make_annotation(A))],
-        {"x": make_output(([0, 0, 20, 10], 0.9, 0))},
-        0,
-    ),
-    "an IoU above the threshold": (
-        [make_record("x", make_annotation(A))],
-        {"x": make_output(([0, 0, 20, 10.01], 0.9, 0))},
-        100,
-    ),
+    "an IoU of the threshold is not enough": (a_and(), {"x": make_output(([0, 0, 20, 10], 0.9, 0))}, 0),
+    "an IoU above the threshold": (a_and(), {"x": make_output(([0, 0, 20, 10.01], 0.9, 0))}, 100),
     "nothing to detect": ([make_record("x")], ONLY_A, math.nan),
 }
 
@@ -160,21 +138,19 @@ def test_voc_scores_classes_and_images_apart_and_writes_the_scores(tmp_path):
     assert written == {**metrics, "AP50-cow": None, "AP50-emu": None}
 
 
-def test_voc_ap_is_the_mean_over_ious_from_050_to_095():
+def test_voc_ap_is_the_mean_over_ious_and_that_of_2007_has_its_own_formula():
     # IoU 0.72 exceeds 0.50, 0.55, 0.60, 0.65 and 0.70.
-    outputs = {"x": make_output(([0, 0, 20, 14.4], 0.9, 0))}
-    metrics = score_voc([make_record("x", make_annotation(A))], outputs)
+    metrics = score_voc(a_and(), {"x": make_output(([0, 0, 20, 14.4], 0.9, 0))})
     assert [metrics[key] for key in ("AP", "AP50", "AP75")] == pytest.approx([50.0, 100.0, 0.0])
-
-
-def test_voc_2007_has_its_own_metric():
-    records, outputs, _ = VOC_CASES["a miss between hits"]
-    in_2007 = pytest.approx(100 * (6 + 10 / 3) / 11)
-    assert score_voc(records, outputs, metadata={"year": 2007})["AP50"] == in_2007
-    assert score_voc(records, outputs, use_07_metric=True)["AP50"] == in_2007
-    assert score_voc(records, outputs, metadata={"year": 2012})["AP50"] == pytest.approx(100 * 5 / 6)
-    forced = score_voc(records, outputs, metadata={"year": 2007}, use_07_metric=False)
-    assert forced["AP50"] == pytest.approx(100 * 5 / 6)
+    in_2007, usual = 100 * (6 + 10 / 3) / 11, 100 * 5 / 6
+    for metadata, options, expected in (
+        ({"year": 2007}, {}, in_2007),
+        ({}, {"use_07_metric": True}, in_2007),
+        ({"year": 2012}, {}, usual),
+        ({"year": 2007}, {"use_07_metric": False}, usual),
+    ):
+        metrics = score_voc(X_AND_Y, MISS, metadata=metadata, **options)
+        assert metrics["AP50"] == pytest.approx(expected)
 
 
 class Recorder(DatasetEvaluator):
@@ -199,53 +175,51 @@ class Recorder(DatasetEvaluator):
         return self.result
 
 
-class Echo(nn.Module):
-    """A model with a submodule in evaluation mode; returns its inputs and records the mode it ran in."""
+class Numbers(nn.Module):
+    """Returns the number of each image; `seen` and `pastes` hold modes and `pastes_masks` of each call."""
 
-    def __init__(self, fail=False):
+    pastes_masks = True
+
+    def __init__(self, fails_at=None):
         super().__init__()
         self.frozen, self.trained = nn.BatchNorm2d(2), nn.Sequential(nn.BatchNorm2d(2))
-        self.fail, self.seen = fail, []
+        self.seen, self.pastes, self.fails_at = [], [], fails_at
         self.train()
         self.frozen.eval()
 
     def forward(self, samples):
         self.seen.append((any(m.training for m in self.modules()), torch.is_grad_enabled()))
-        if self.fail:
+        self.pastes.append(self.pastes_masks)
+        if len(self.pastes) == self.fails_at:
             raise ZeroDivisionError
-        return [f"found {sample}" for sample in samples]
+        return [{"found": torch.tensor(sample), "name": "x"} for sample in samples]
 
     def modes(self):
         return [self.training, self.frozen.training, self.trained.training, self.trained[0].training]
 
 
 def test_inference_processes_every_batch_in_order_in_evaluation_mode_without_gradients():
-    model, recorder = Echo(), Recorder(result={"bbox": {"AP": 1.0}})
-    assert inference_on_dataset(model, [["a", "b"], ["c"]], recorder) == {"bbox": {"AP": 1.0}}
-    assert recorder.calls == [
-        ("reset",),
-        ("process", ["a", "b"], ["found a", "found b"]),
-        ("process", ["c"], ["found c"]),
-        ("evaluate",),
-    ]
+    model, recorder = Numbers(), Recorder(result={"bbox": {"AP": 1.0}})
+    assert inference_on_dataset(model, [[1, 2], [3]], recorder) == {"bbox": {"AP": 1.0}}
+    one, two, three = ({"found": torch.tensor(number), "name": "x"} for number in (1, 2, 3))
+    processed = [("process", [1, 2], [one, two]), ("process", [3], [three])]
+    assert recorder.calls == [("reset",), *processed, ("evaluate",)]
     assert model.seen == [(False, False)] * 2
     assert model.modes() == [True, False, True, True]
-    assert inference_on_dataset(model.eval(), [["a"]], None) == {}
+    assert inference_on_dataset(model.eval(), [[1]], None) == {}
     assert len(model.seen) == 3 and model.modes() == [False] * 4
-
-
-@pytest.mark.parametrize("where", ["model", "process", "evaluate"])
-def test_inference_restores_the_mode_of_every_module_after_an_error(where):
-    model = Echo(fail=where == "model")
-    with pytest.raises(ZeroDivisionError):
-        inference_on_dataset(model, [["a"]], Recorder(raise_in=where))
-    assert model.modes() == [True, False, True, True]
-    assert torch.is_grad_enabled()
+    # The modes are restored after an error, too.
+    for where in ("model", "process", "evaluate"):
+        model = Numbers(fails_at=1 if where == "model" else None)
+        with pytest.raises(ZeroDivisionError):
+            inference_on_dataset(model, [[1]], Recorder(raise_in=where))
+        assert model.modes() == [True, False, True, True]
+        assert torch.is_grad_enabled()
 
 
 def test_several_evaluators_work_as_one():
     first, second = Recorder(result={"bbox": {"AP": 1.0}}), Recorder(result={"mine": {"x": 2.0}})
-    results = inference_on_dataset(Echo(), [["a"]], [first, second, Recorder()])
+    results = inference_on_dataset(Numbers(), [[1]], [first, second, Recorder()])
     assert results == {"bbox": {"AP": 1.0}, "mine": {"x": 2.0}}
     assert [call[0] for call in first.calls] == ["reset", "process", "evaluate"]
     assert first.calls == second.calls
@@ -275,22 +249,6 @@ def test_expected_results_fail_if_they_differ_are_missing_or_nan():
         verify_results([*good, *wrong.values()], results)
     assert all(words in str(error.value) for words in wrong)
     assert str(error.value).count("expected") == len(wrong)
-
-
-class Numbers(nn.Module):
-    """Returns the number of each image; `pastes` is `pastes_masks` at each call."""
-
-    pastes_masks = True
-
-    def __init__(self, fails_at=None):
-        super().__init__()
-        self.pastes, self.fails_at = [], fails_at
-
-    def forward(self, samples):
-        self.pastes.append(self.pastes_masks)
-        if len(self.pastes) == self.fails_at:
-            raise ZeroDivisionError
-        return [{"found": torch.tensor(sample), "name": "x"} for sample in samples]
 
 
 class InBackground(DatasetEvaluator):
@@ -352,21 +310,18 @@ def test_the_model_is_at_most_three_batches_ahead():
     assert max(ahead) == 3 and len(recorder.calls) == 12
 
 
-# The error of the last batch comes after the last call of the model.
-@pytest.mark.parametrize("fails_at", [2, 6])
-def test_an_error_of_process_is_raised_by_the_loop(fails_at):
-    model, recorder = Numbers(), InBackground(fails_at)
-    with pytest.raises(ValueError, match="no such image"):
-        inference_on_dataset(model, BATCHES, recorder)
-    assert not recorder.threads[0][0].is_alive()
-    assert len(recorder.calls) < 6 or fails_at == 6
-    assert model.pastes_masks
-
-
-def test_a_stop_or_an_error_of_the_model_ends_the_thread(monkeypatch):
+def test_a_stop_or_an_error_of_either_ends_the_thread(monkeypatch):
     def stop():
         raise SystemExit(143)
 
+    # The error of the last batch comes after the last call of the model.
+    for fails_at in (2, 6):
+        model, recorder = Numbers(), InBackground(fails_at)
+        with pytest.raises(ValueError, match="no such image"):
+            inference_on_dataset(model, BATCHES, recorder)
+        assert not recorder.threads[0][0].is_alive()
+        assert len(recorder.calls) < 6 or fails_at == 6
+        assert model.pastes_masks
     model, recorder = Numbers(fails_at=3), InBackground()
     with pytest.raises(ZeroDivisionError):
         inference_on_dataset(model, BATCHES, recorder)
@@ -389,21 +344,14 @@ def wide_images():
     return add_dataset([{**record, "image_id": i} for i in range(4)], "abc")
 
 
-class Kept(COCOEvaluator):
-    """Keeps the detections that it would score."""
-
-    def score(self, detections):
-        self.detections = detections
-        return {}
-
-
 def test_masks_of_mask_rcnn_are_those_that_its_users_get(wide_images):
     model = build(*ARCHITECTURES["mask_keypoint_rcnn"], "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
     randomize_predictions(model)
     loader = [[make_sample(64, 96, seed=i) for i in pair] for pair in ((2, 0), (3, 1))]
-    evaluator = Kept(wide_images, kpt_oks_sigmas=[0.1] * 4)
+    evaluator, scored = COCOEvaluator(wide_images, kpt_oks_sigmas=[0.1] * 4), []
+    evaluator.score = lambda detections: scored.append(detections)
     inference_on_dataset(model, loader, evaluator)
-    detections = evaluator.detections
+    (detections,) = scored
     with torch.no_grad():
         by_image = {
             s["image_id"]: o for batch in loader for s, o in zip(batch, model.eval()(batch), strict=True)
@@ -417,7 +365,7 @@ def test_masks_of_mask_rcnn_are_those_that_its_users_get(wide_images):
     evaluator.reset()
     evaluator.process([{"image_id": i} for i in range(4)], outputs)
     evaluator.evaluate()
-    assert evaluator.detections.masks == detections.masks
+    assert scored[1].masks == detections.masks
 
 
 def test_an_image_whose_masks_cannot_be_encoded_is_named(wide_images):

@@ -68,9 +68,8 @@ def test_the_graph_finds_what_the_model_finds(name):
         one = DetectionGraph(model)(images[1][1][None])
     # An image's place in a batch changes nothing.
     number = int(one.pop("num_detections"))
-    second, alone = (
-        {k: v[i, :number] for k, v in o.items() if k in one} for i, o in ((1, outputs), (0, one))
-    )
+    second = {key: outputs[key][1, :number] for key in one}
+    alone = {key: value[0, :number] for key, value in one.items()}
     assert_small(differences(second, alone, score_limit(cfg)))
     assert (one["labels"][0, number:] == -1).all() and not one["boxes"][0, number:].any()
 
@@ -194,9 +193,7 @@ def test_a_run_is_exported_checked_and_used_without_plaintrain(run_folder, tmp_p
 def test_a_file_that_is_off_is_kept_apart(run_folder, tmp_path):
     file = tmp_path / "off.pt2"
     args = [run_folder, "--output", file, "--images", run_folder, "--check", 1]
-    words = (
-        f"the file differs from the model in boxes by 0.01, more than --tolerance 0.001; it is kept as {file}"
-    )
+    words = f"differs from the model in boxes by 0.01, more than --tolerance 0.001; it is kept as {file}"
     assert_refused("export_model.py", args, words, tmp_path, codes=[1], faults=export_a_little_off)
     assert {path.name for path in tmp_path.glob("*.pt2*")} == {"off.pt2.failed"}
     assert (tmp_path / "off.pt2.failed").read_text() == "a program"

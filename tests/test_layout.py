@@ -70,14 +70,16 @@ def is_in(module, package):
     return module == package or module.startswith(package + ".")
 
 
-def test_import_directions():
+def test_imports_have_directions_and_no_cycle():
     for package, forbidden in FORBIDDEN.items():
         for name in (name for name in MODULES if is_in(name, package)):
             wrong = [m for m in imports(MODULES[name]) for f in forbidden if is_in(m, f)]
             assert not wrong, f"{name} imports {wrong}"
-
-
-def test_there_is_no_import_cycle():
+    users = [name for name, path in MODULES.items() if any(is_in(m, "yacs") for m in imports(path))]
+    assert users == ["plaintrain.config", "plaintrain.defaults"]
+    stems = {path.stem for path in SCRIPTS}
+    for path in [*PACKAGE, *SCRIPTS, *SHARED]:
+        assert not {m for m in imports(path) if m in stems or is_in(m, "scripts")}, path
     graph = {name: {m for m in imports(path) if m in MODULES} for name, path in MODULES.items()}
     done, trail = set(), []
 
@@ -91,17 +93,6 @@ def test_there_is_no_import_cycle():
 
     for name in graph:
         visit(name)
-
-
-def test_only_config_and_defaults_know_yacs():
-    users = [name for name, path in MODULES.items() if any(is_in(m, "yacs") for m in imports(path))]
-    assert users == ["plaintrain.config", "plaintrain.defaults"]
-
-
-def test_no_file_imports_a_script():
-    stems = {path.stem for path in SCRIPTS}
-    for path in [*PACKAGE, *SCRIPTS, *SHARED]:
-        assert not {m for m in imports(path) if m in stems or is_in(m, "scripts")}, path
 
 
 DETECTRON2 = """

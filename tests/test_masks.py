@@ -13,10 +13,6 @@ from plaintrain.evaluation.coco import COCOEvaluator
 from plaintrain.masks import BoxMasks, encode_masks, sample_masks
 
 
-def random_masks(number, side):
-    return torch.rand(number, 1, side, side, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize(
     "box",
     [
@@ -32,7 +28,8 @@ def random_masks(number, side):
     ],
 )
 def test_pasted_masks_are_detectron2s_or_torchvisions(box):
-    masks, boxes = random_masks(2, 7), torch.tensor([box, [30.0, 20, 50, 40]])
+    masks = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(1))
+    boxes = torch.tensor([box, [30.0, 20, 50, 40]])
     theirs = paste_masks_in_image(masks, boxes, (48, 64))[:, 0] > 0.5
     exact = paste_as_detectron2(masks, boxes, 48, 64)
     assert (exact - 0.5).abs().min() > 1e-6
@@ -51,17 +48,19 @@ def paste_as_detectron2(masks, boxes, height, width):
     return F.grid_sample(masks.double(), grid, align_corners=False)[:, 0]
 
 
-def test_a_mask_wholly_outside_of_the_image_is_empty():
+def test_full_masks_inside_and_outside_of_the_image_and_no_masks():
     boxes = torch.tensor([[70.0, 5, 90, 30], [-40, 5, -10, 30], [10, 60, 30, 90], [10, -50, 30, -8]])
     for aligned in (True, False):
         masks = BoxMasks(torch.ones(4, 1, 28, 28), boxes, 48, 64, aligned)
         assert masks.paste().shape == (4, 48, 64) and not masks.paste().any()
         assert masks.encode() == encode_masks(masks.paste())
-
-
-def test_no_masks_are_none():
     masks = BoxMasks(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), 48, 64)
     assert masks.paste().shape == masks.shape == (0, 48, 64) and masks.encode() == []
+    # A full one covers its box and no more.
+    boxes, full = torch.tensor([[20.0, 20, 32, 32]]), torch.ones(1, 1, 28, 28)
+    (found,) = BoxMasks(full, boxes, 48, 64).paste()
+    assert found.sum() == 144 and found[20:32, 20:32].all()
+    assert BoxMasks(full, boxes, 48, 64, aligned=False).paste().sum() == 192
 
 
 @pytest.mark.parametrize(
@@ -72,9 +71,8 @@ def test_masks_are_encoded_as_if_they_were_pasted(size, aligned):
     corners = np.sort(rng.uniform(-0.3, 1.3, (60, 2, 2)) * size[::-1], axis=1).reshape(60, 4)
     # Full height, full width, whole image: runs that go on in the next column, and from the first pixel.
     corners[:3] = [[3, -9, 40, 400], [-9, 2, 400, 9], [-400, -400, 800, 800]]
-    probabilities = torch.from_numpy(
-        rng.uniform(0, 1, (60, 1, 14, 14)) + rng.uniform(-0.5, 0.5, (60, 1, 1, 1))
-    )
+    probabilities = rng.uniform(0, 1, (60, 1, 14, 14)) + rng.uniform(-0.5, 0.5, (60, 1, 1, 1))
+    probabilities = torch.from_numpy(probabilities)
     probabilities[2] = 1
     # Certain masks in boxes of whole and half pixels, where probabilities of exactly 0.5 are frequent.
     probabilities[30:], corners[30:] = probabilities[30:].round().clamp(0, 1), (corners[30:] * 2).round() / 2
@@ -88,10 +86,8 @@ def test_masks_are_encoded_as_if_they_were_pasted(size, aligned):
 
 def test_masks_go_to_another_device_with_their_boxes():
     masks = BoxMasks(torch.ones(2, 1, 4, 4), torch.rand(2, 4), 5, 6, aligned=False).to("meta")
-    assert (
-        not masks.aligned and masks.probabilities.is_meta and masks.boxes.is_meta and masks.shape == (2, 5, 6)
-    )
-    assert masks.device.type == "meta" and not masks.is_cuda
+    assert masks.probabilities.is_meta and masks.boxes.is_meta and masks.device.type == "meta"
+    assert not masks.aligned and not masks.is_cuda and masks.shape == (2, 5, 6)
 
 
 def test_masks_are_encoded_as_pycocotools_does():
@@ -101,13 +97,6 @@ def test_masks_are_encoded_as_pycocotools_does():
     assert encode_masks(masks) == [rle["counts"] for rle in expected]
     assert encode_masks(masks.to(torch.uint8)) == encode_masks(masks)
     assert encode_masks(masks[:0]) == []
-
-
-def test_a_full_mask_covers_its_box_and_no_more():
-    boxes, full = torch.tensor([[20.0, 20, 32, 32]]), torch.ones(1, 1, 28, 28)
-    (found,) = BoxMasks(full, boxes, 48, 64).paste()
-    assert found.sum() == 144 and found[20:32, 20:32].all()
-    assert BoxMasks(full, boxes, 48, 64, aligned=False).paste().sum() == 192
 
 
 def test_targets_pasted_back_are_the_masks_that_they_were_sampled_from():
@@ -121,9 +110,7 @@ def test_targets_pasted_back_are_the_masks_that_they_were_sampled_from():
     found = BoxMasks(sample_masks(masks, boxes, torch.arange(50), 28)[:, None], boxes, 40, 40).paste()
     iou = (found & masks).sum(dim=(1, 2)) / (found | masks).sum(dim=(1, 2))
     assert iou.min() >= 0.99, iou
-
-
-def test_targets_are_torchvisions_where_masks_are_not_aligned():
+    # Targets that are not aligned are torchvision's.
     masks = torch.from_numpy(np.random.default_rng(0).random((3, 40, 50)) < 0.3).to(torch.uint8)
     boxes, index = torch.tensor([[3.2, 4, 20.7, 30], [0, 0, 50, 40]]), torch.tensor([2, 0])
     found = sample_masks(masks, boxes, index, 28, aligned=False)
@@ -132,10 +119,8 @@ def test_targets_are_torchvisions_where_masks_are_not_aligned():
 
 
 def test_a_perfect_head_has_the_masks_of_real_objects(data_root):
-    evaluator, mapper = (
-        COCOEvaluator("coco_2017_val", ("segm",)),
-        DatasetMapper(use_masks=True, augmentations=[]),
-    )
+    evaluator = COCOEvaluator("coco_2017_val", ("segm",))
+    mapper = DatasetMapper(use_masks=True, augmentations=[])
     for record in DatasetCatalog.get("coco_2017_val"):
         target = mapper(record)["target"]
         number = len(target["boxes"])

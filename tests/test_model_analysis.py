@@ -28,7 +28,7 @@ class _Small(nn.Module):
         return {"scores": self.last(images.mean(dim=(2, 3)))}
 
 
-def test_numbers_of_a_small_module_by_hand():
+def test_numbers_of_small_modules_by_hand():
     model, images = _Small(), torch.rand(2, 3, 5, 6)
     flops = model_analysis.count_flops(model, lambda: model(images))
     # 30 locations, 27 products for each of 4 channels; 4 products for each of 2 outputs; of 2 images.
@@ -43,11 +43,8 @@ def test_numbers_of_a_small_module_by_hand():
     assert rows[""]["parameters"] == 112 + 10 and rows[""]["activation_bytes"] == 1936
     assert (rows["last"]["trainable"], rows["last"]["frozen"]) == (2, 8)
     assert [row["name"] for row in model_analysis.module_rows(model, 0, flops, outputs)] == [""]
-
-
-def test_the_saved_tensors_are_counted_once_without_the_weights():
     model, images = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.ReLU()), torch.rand(16, 8)
-    # The input of the first, and the outputs of both ReLUs.
+    # Saved are the input of the first, and the outputs of both ReLUs.
     assert model_analysis.saved_bytes(model, lambda: model(images)) == 3 * 16 * 8 * 4
 
 

@@ -2,17 +2,7 @@
 
 import pytest
 import torch
-from model_helpers import (
-    KEYPOINT,
-    MASK,
-    PROPOSALS,
-    SMALL_HEAD,
-    SSD,
-    TINY,
-    build,
-    make_sample,
-    randomize_predictions,
-)
+from model_helpers import ARCHITECTURES, KEYPOINT, MASK, build, make_sample, randomize_predictions
 from shared.syncs import count_syncs
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints as plain_heatmaps_to_keypoints
@@ -40,7 +30,7 @@ def random_boxes(*shape, side=110.0):
 
 @pytest.mark.parametrize(("threshold", "number"), [(0.0, 1000), (0.4, 20), (1.1, 1000)])
 def test_proposals_are_torchvisions(threshold, number):
-    rpn = build(*TINY, *PROPOSALS).rpn.eval()
+    rpn = build(*ARCHITECTURES["proposals"]).rpn.eval()
     rpn.score_thresh, rpn._pre_nms_top_n["testing"], rpn._post_nms_top_n["testing"] = threshold, 80, number
     counts = [150, 60, 12]
     boxes, logits = random_boxes(3, sum(counts)), torch.randn(3, sum(counts))
@@ -64,7 +54,7 @@ def test_proposals_are_torchvisions(threshold, number):
     ],
 )
 def test_detections_in_regions_are_torchvisions(numbers, parts, threshold):
-    model = build(*TINY, *SMALL_HEAD, *parts).eval()
+    model = build(*ARCHITECTURES["faster_rcnn"], *parts).eval()
     randomize_predictions(model)
     heads = model.roi_heads
     heads.score_thresh, heads.detections_per_img = threshold, 30
@@ -88,25 +78,22 @@ def test_keypoints_are_torchvisions():
         assert all(a.shape == b.shape and a.equal(b) for a, b in zip(found, expected, strict=True))
 
 
-# Model, size of its images, and the most sync points that it may have beside NMS, at any batch size.
-MODELS = {
-    "mask and keypoints": ((*TINY, *SMALL_HEAD, *MASK, *KEYPOINT, "MODEL.TINY.NUM_LEVELS", 2), (64, 96), 8),
-    "proposals": ((*TINY, *PROPOSALS, "MODEL.TINY.NUM_LEVELS", 2), (64, 96), 2),
-    "ssd": ((*TINY, *SSD), (64, 64), 2),
-}
+# The most sync points that a model may have beside NMS, at any batch size.
+SYNCS = {"mask_keypoint_rcnn": 8, "proposals": 2, "ssd": 2}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SYNCS)
 def test_an_evaluation_has_few_sync_points_at_any_batch_size(name):
-    keys, size, most = MODELS[name]
-    model = build(*keys, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.SSD.SCORE_THRESH_TEST", 0.0).eval()
+    model = build(
+        *ARCHITECTURES[name], "MODEL.TINY.NUM_LEVELS", 2, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0
+    ).eval()
     model.pastes_masks = False
     randomize_predictions(model)
-    samples = [make_sample(*size, seed=i) for i in range(4)]
+    samples = [make_sample(64, 64 if name == "ssd" else 96, seed=i) for i in range(4)]
     # The first finds out the strides, once.
     assert all(len(found["scores"]) > 10 for found in model(samples[:1]))
     counts = [count_syncs(lambda n=n: model(samples[:n])) for n in (2, 4)]
-    assert [c["syncs"] for c in counts] == [most] * 2, counts
+    assert [c["syncs"] for c in counts] == [SYNCS[name]] * 2, counts
     assert counts[0]["uploads"] == counts[1]["uploads"] <= 5, counts
     # One NMS an image, two where there are proposals and regions.
     assert counts[1]["nms"] == 2 * counts[0]["nms"] > 0

@@ -29,7 +29,7 @@ from plaintrain.utils.errors import UserError
 def test_build_amp_follows_the_config(enabled, precision, casts_to, scales):
     cfg, layer = get_cfg(), nn.Linear(1, 1)
     cfg.merge_from_list(["SOLVER.AMP.ENABLED", enabled, "SOLVER.AMP.PRECISION", precision])
-    autocast, scaler = build_amp(cfg, layer)
+    autocast, scaler = amp = build_amp(cfg, layer)
     for value in (1.0, 2.0):
         # Weights that change between two forward passes are cast again.
         nn.init.constant_(layer.weight, value)
@@ -40,6 +40,7 @@ def test_build_amp_follows_the_config(enabled, precision, casts_to, scales):
         assert layer(torch.ones(1, 1)).dtype == torch.float32
     loss = torch.ones(())
     assert scaler.is_enabled() == scales and (scaler.scale(loss) is loss) == (not scales)
+    assert amp.scalars() == ({"amp_scale": 2.0**16} if scales else {})
 
 
 def test_build_autocast_rejects_what_cannot_be_used(monkeypatch):
@@ -60,18 +61,10 @@ def make_detector(name):
     return model, two_squares() if name == "ssd" else two_samples()
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [
-        ("faster_rcnn", "float16"),
-        ("mask_keypoint_rcnn", "bfloat16"),
-        ("retinanet", "float16"),
-        ("fcos", "bfloat16"),
-        ("ssd", "float16"),
-    ],
-)
-def test_losses_in_mixed_precision_are_near_those_of_float32(name, precision):
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "proposals"])
+def test_losses_in_mixed_precision_are_near_those_of_float32(name):
     model, samples = make_detector(name)
+    precision = "bfloat16" if name in ("mask_keypoint_rcnn", "fcos") else "float16"
     found = {}
     for enabled in (False, True):
         # The same proposals and anchors are drawn.
@@ -152,18 +145,12 @@ def test_boxes_in_bfloat16_are_within_a_pixel_of_float32(name):
     assert checked > 100
 
 
-@pytest.mark.parametrize(
-    ("name", "generator", "precision"),
-    [
-        ("proposals", "AnchorGenerator", "bfloat16"),
-        ("retinanet", "DefaultAnchorGenerator", "float16"),
-        ("fcos", "AnchorGenerator", "bfloat16"),
-        ("ssd", "AnchorGenerator", "bfloat16"),
-    ],
-)
-def test_anchors_are_the_same_in_every_precision(name, generator, precision):
-    keys, size = [*ARCHITECTURES[name], "MODEL.ANCHOR_GENERATOR.NAME", generator], (64, 768)
-    model = build(*keys, "INPUT.FIXED_SIZE", size if name == "ssd" else ())
+@pytest.mark.parametrize("name", ["proposals", "retinanet", "fcos", "ssd"])
+def test_anchors_are_the_same_in_every_precision(name):
+    size, precision, keys = (64, 768), "bfloat16", ("INPUT.FIXED_SIZE", (64, 768) if name == "ssd" else ())
+    if name == "retinanet":
+        precision, keys = "float16", ("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator")
+    model = build(*ARCHITECTURES[name], *keys)
     seen = []
     for module in model.modules():
         if isinstance(module, AnchorGenerator | DefaultBoxGenerator):
@@ -175,7 +162,7 @@ def test_anchors_are_the_same_in_every_precision(name, generator, precision):
     assert low.dtype == torch.float32 and low.equal(exact) and exact.max() > 700
 
 
-def test_outputs_become_float32_in_dicts_lists_and_tuples_at_any_depth():
+def test_keep_float32_converts_dicts_lists_and_tuples_at_any_depth_also_of_a_copy():
     head, low = nn.Identity(), torch.tensor([1.5], dtype=torch.bfloat16)
     keep_float32(heads=[head])
     nested = {"a": low, "b": [low, (low, {"c": low})], "d": ()}
@@ -188,10 +175,7 @@ def test_outputs_become_float32_in_dicts_lists_and_tuples_at_any_depth():
     for dtype in (torch.float32, torch.float64, torch.int64):
         value = torch.ones(2, dtype=dtype)
         assert head(value) is value and head({"a": [value]})["a"][0] is value
-
-
-def test_a_copied_model_keeps_float32():
-    """As the averaged weights do."""
+    # A copied model keeps float32, as the averaged weights do.
     generator, head = AnchorGenerator([[32]], [[1.0]]), nn.Linear(1, 1)
     keep_float32(heads=[head], anchors=[generator])
     generator, head = copy.deepcopy([generator, head])
@@ -267,9 +251,8 @@ def test_steps_skipped_at_the_start_change_nothing_later(settings, monkeypatch):
 
 
 def test_gradients_are_clipped_in_their_own_scale():
-    clip = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 2.0}
-    clip = {f"CLIP_GRADIENTS.{key}": value for key, value in clip.items()}
-    layer, _, scaler, step = training(MOMENTUM=0.0, **clip)
+    keys = ("ENABLED", True), ("CLIP_TYPE", "full_model"), ("CLIP_VALUE", 2.0)
+    layer, _, scaler, step = training(MOMENTUM=0.0, **{f"CLIP_GRADIENTS.{k}": value for k, value in keys})
     assert step(0.5) == pytest.approx(0.5)
     assert layer.weight.item() == pytest.approx(1 - 0.1 * 0.5)
     assert step(30.0) == pytest.approx(30.0)
@@ -307,12 +290,3 @@ def test_precision_may_change_on_resume(tmp_path, before, after):
     assert scaler.get_scale() == (2.0**16 if after == "float16" else 1.0)
     step(1.0)
     assert other.weight.item() == pytest.approx(0.9 - 0.1 * 1.9)
-
-
-def test_amp_scalars_are_the_loss_scale_of_an_enabled_scaler():
-    for enabled, expected in ((False, {}), (True, {"amp_scale": 2.0**16})):
-        cfg = get_cfg()
-        cfg.merge_from_list(["SOLVER.AMP.ENABLED", enabled])
-        amp = build_amp(cfg, torch.nn.Linear(1, 1))
-        amp.scaler.scale(torch.ones(()))
-        assert amp.scalars() == expected

@@ -46,8 +46,6 @@ LOSSES = {
     "loss_rpn_cls": "loss_objectness",
     "loss_rpn_loc": "loss_rpn_box_reg",
 }
-
-
 MODELS = {"faster": (), "mask": (*MASK, "MODEL.ROI_MASK_HEAD.ALIGNED", False), "keypoint": KEYPOINT}
 
 
@@ -141,7 +139,7 @@ def test_proposals_in_training_are_torchvisions(score):
     assert exists.all() == (score == 0)
 
 
-def test_proposals_are_those_of_torchvisions_rpn():
+def test_proposals_are_those_of_torchvisions_rpn_and_losses_of_ours_in_faster_rcnn():
     detector = torchvision_rcnn().eval()
     randomize_predictions(detector)
     model = build(*RESNET18, *PROPOSALS, "MODEL.RPN.POST_NMS_TOPK_TEST", 60).eval()
@@ -160,9 +158,7 @@ def test_proposals_are_those_of_torchvisions_rpn():
         assert ours["scores"].diff().le(0).all() and ours["scores"].unique().numel() > 50
         assert ours["scores"].min() > 0 and ours["scores"].max() < 1
         assert ours["labels"].equal(torch.zeros(60, dtype=torch.int64))
-
-
-def test_losses_of_proposals_are_those_of_the_rpn_in_faster_rcnn():
+    # The losses are those of the RPN in Faster R-CNN.
     detector, model = build(*TINY, *SMALL_HEAD), build(*TINY, *PROPOSALS)
     state = {k: v for k, v in detector.state_dict().items() if k.startswith(("backbone.", "rpn."))}
     model.load_state_dict(state)
@@ -252,33 +248,23 @@ def losses_with(*overrides):
     return {name: loss.item() for name, loss in model(two_samples()).items()}
 
 
-@pytest.fixture(scope="module")
-def usual():
-    return losses_with()
-
-
-@pytest.mark.parametrize(
-    ("key", "factors"),
-    [
-        (RPN + "LOSS_WEIGHT", {"loss_rpn_cls": 3, "loss_rpn_loc": 3}),
-        (RPN + "BBOX_REG_LOSS_WEIGHT", {"loss_rpn_loc": 3}),
-        (BOX + "BBOX_REG_LOSS_WEIGHT", {"loss_box_reg": 3}),
-        ("MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT", {"loss_keypoint": 3}),
-    ],
-)
-def test_weights_multiply_their_losses(key, factors, usual):
-    losses = losses_with(key, 3.0)
-    assert losses == pytest.approx({name: factors.get(name, 1) * usual[name] for name in usual})
-
-
-@pytest.mark.parametrize(("node", "changed"), [(RPN, "loss_rpn_loc"), (BOX, "loss_box_reg")])
-def test_a_recipe_changes_its_loss_alone(node, changed, usual):
-    for override in ((node + "SMOOTH_L1_BETA", 0.0), (node + "BBOX_REG_LOSS_TYPE", "giou")):
-        losses = losses_with(*override)
-        different = {name for name in usual if abs(losses[name] - usual[name]) > 1e-3 * usual[name]}
-        assert different == {changed}
-        # L1 lies above smooth L1, by at most half of beta for each number.
-        assert losses[changed] > usual[changed] or "TYPE" in override[0]
+def test_weights_and_recipes_change_their_losses_alone():
+    usual = losses_with()
+    for key, names in (
+        (RPN + "LOSS_WEIGHT", ["loss_rpn_cls", "loss_rpn_loc"]),
+        (RPN + "BBOX_REG_LOSS_WEIGHT", ["loss_rpn_loc"]),
+        (BOX + "BBOX_REG_LOSS_WEIGHT", ["loss_box_reg"]),
+        ("MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT", ["loss_keypoint"]),
+    ):
+        expected = {name: usual[name] * (3 if name in names else 1) for name in usual}
+        assert losses_with(key, 3.0) == pytest.approx(expected), key
+    for node, changed in ((RPN, "loss_rpn_loc"), (BOX, "loss_box_reg")):
+        for override in ((node + "SMOOTH_L1_BETA", 0.0), (node + "BBOX_REG_LOSS_TYPE", "giou")):
+            losses = losses_with(*override)
+            different = {name for name in usual if abs(losses[name] - usual[name]) > 1e-3 * usual[name]}
+            assert different == {changed}
+            # L1 lies above smooth L1, by at most half of beta for each number.
+            assert losses[changed] > usual[changed] or "TYPE" in override[0]
 
 
 def test_losses_of_an_rpn_are_divided_by_what_was_sampled_or_was_to_be(monkeypatch):

@@ -7,18 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
-from model_helpers import (
-    ARCHITECTURES,
-    SMALL_HEAD,
-    TINY,
-    build,
-    make_batch,
-    random_boxes,
-    randomize_predictions,
-    two_samples,
-)
+from model_helpers import ARCHITECTURES, build, make_batch, random_boxes, randomize_predictions, two_samples
 from shared.syncs import count_syncs, training_step
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher, SSDMatcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, box_iou
@@ -27,12 +18,11 @@ from plaintrain.modeling import matching
 from plaintrain.modeling.anchors import SizeCache
 from plaintrain.modeling.matching import decode, match, pad_targets, sample
 
-TWO_LEVELS = ("MODEL.TINY.NUM_LEVELS", 2)
-
+FASTER_RCNN, TWO_LEVELS = ARCHITECTURES["faster_rcnn"], ("MODEL.TINY.NUM_LEVELS", 2)
 GIOU = ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou", "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou")
 MODELS = {
     "mask and keypoints": (*ARCHITECTURES["mask_keypoint_rcnn"], *TWO_LEVELS),
-    "giou": (*ARCHITECTURES["faster_rcnn"], *TWO_LEVELS, *GIOU),
+    "giou": (*FASTER_RCNN, *TWO_LEVELS, *GIOU),
     "proposals": (*ARCHITECTURES["proposals"], *TWO_LEVELS),
 }
 
@@ -78,29 +68,33 @@ def test_count_syncs_counts_each_kind():
 
 
 @pytest.mark.parametrize(
-    ("matcher", "shared", "pairs"),
+    ("matcher", "candidates", "pairs"),
     [
-        (Matcher(0.7, 0.3, True), True, 2**24),
-        (Matcher(0.7, 0.3, True), False, 1),
-        (Matcher(0.5, 0.5), True, 1),
-        (Matcher(0.6, 0.2), False, 2**24),
+        (Matcher(0.7, 0.3, True), random_boxes(1, 500, seed=9), 2**24),
+        (Matcher(0.7, 0.3, True), random_boxes(4, 500, seed=9), 1),
+        (Matcher(0.5, 0.5), random_boxes(1, 500, seed=9), 1),
+        (Matcher(0.6, 0.2), random_boxes(4, 500, seed=9), 2**24),
+        (SSDMatcher(0.6), random_boxes(1, 500, seed=9), 1),
+        # Of 12 candidates, objects share their best one, and some overlap none.
+        (SSDMatcher(0.6), random_boxes(1, 12, seed=9), 2**24),
     ],
 )
-def test_match_is_torchvisions_matcher(matcher, shared, pairs):
-    objects = [random_boxes(n, seed=i) for i, n in enumerate([3, 0, 7, 1])]
+def test_match_is_torchvisions_matcher(matcher, candidates, pairs):
+    objects = [random_boxes(n, seed=i) for i, n in enumerate((9, 0, 30, 1))]
     boxes, labels = pad_targets([{"boxes": b, "labels": torch.ones(len(b)).long()} for b in objects])
-    candidates = random_boxes(1 if shared else 4, 500, seed=9)
+    # Padding would match as well.
+    boxes[labels < 0] = torch.tensor([10.0, 10, 40, 40])
     with mock.patch.object(matching, "_MAX_PAIRS", pairs):
         index, matched, background = match(boxes, labels >= 0, candidates, matcher)
-    assert index.shape == matched.shape == background.shape == (4, 500)
+    assert index.shape == matched.shape == background.shape == (4, candidates.shape[1])
     for i, b in enumerate(objects):
-        if not len(b):
-            assert background[i].all() and not matched[i].any()
-            continue
-        expected = matcher(box_iou(b, candidates[0 if shared else i]))
+        overlaps = box_iou(b, candidates[i % len(candidates)])
+        expected = matcher(overlaps) if len(b) else torch.full((candidates.shape[1],), -1)
         assert matched[i].equal(expected >= 0) and background[i].equal(expected == -1)
-        assert index[i][matched[i]].equal(expected[expected >= 0])
-    assert 0 < matched.sum() < background.sum()
+        assert index[i][matched[i]].equal(expected[matched[i]])
+    best = box_iou(objects[2], candidates[-1]).argmax(dim=1)
+    assert len(best.unique()) < len(best) or candidates.shape[1] == 500
+    assert matched.any(dim=1).tolist()[:3] == [True, False, True]
 
 
 def test_pad_targets_pads_to_the_largest_number_and_to_at_least_one():
@@ -130,7 +124,7 @@ def test_sample_draws_as_many_as_torchvisions_sampler(positives, negatives, expe
     assert [part[0].sum() for part in sampler(list(labels))] == list(expected)
 
 
-def test_sample_draws_numbers_that_depend_on_shapes_alone():
+def test_sample_draws_every_candidate_as_often_with_numbers_that_depend_on_shapes_alone():
     states = []
     for positives in (0, 7, 40):
         torch.manual_seed(3)
@@ -138,9 +132,6 @@ def test_sample_draws_numbers_that_depend_on_shapes_alone():
         sample(matched, ~matched, BalancedPositiveNegativeSampler(16, 0.5))
         states.append(torch.get_rng_state())
     assert all(state.equal(states[0]) for state in states)
-
-
-def test_sample_draws_every_candidate_as_often():
     labels = torch.arange(30).lt(10).long()[None].expand(5000, -1)
     torch.manual_seed(0)
     index, _ = sample(labels == 1, labels == 0, BalancedPositiveNegativeSampler(8, 0.25))
@@ -187,7 +178,7 @@ def test_size_cache_makes_anchors_once_for_a_size_and_keeps_few_sizes():
 
 @pytest.mark.parametrize("low", [False, True])
 def test_heads_of_sampled_anchors_are_those_of_all_at_once(low):
-    model = build(*TINY, *SMALL_HEAD, *TWO_LEVELS)
+    model = build(*FASTER_RCNN, *TWO_LEVELS)
     randomize_predictions(model)
     images, _ = model.transform([s["image"] for s in make_batch((2, 3))])
     features = list(model.backbone(images.tensors).values())
@@ -238,7 +229,7 @@ OTHER_HEADS = {
 
 @pytest.mark.parametrize("name", OTHER_HEADS)
 def test_a_head_that_is_not_plain_is_called_for_all_anchors(name):
-    model = build(*TINY, *SMALL_HEAD)
+    model = build(*FASTER_RCNN)
     randomize_predictions(model)
     OTHER_HEADS[name](model.rpn)
     with mock.patch.object(model.rpn.head, "forward", wraps=model.rpn.head.forward) as called:
@@ -251,7 +242,7 @@ def test_a_head_that_is_not_plain_is_called_for_all_anchors(name):
 
 @pytest.mark.parametrize("dims", [[-1], [-1, -1]])
 def test_the_rpn_learns_under_autocast(dims):
-    model = build(*TINY, *SMALL_HEAD, "MODEL.RPN.CONV_DIMS", dims)
+    model = build(*FASTER_RCNN, "MODEL.RPN.CONV_DIMS", dims)
     with torch.autocast("cpu", torch.bfloat16):
         # The second time with weights that autocast has cast already.
         _, gradients = steps_of(model, times=2)

@@ -132,20 +132,20 @@ def test_run_is_evaluated_from_its_last_checkpoint_and_stays_as_it_is(files, eva
     assert after == before
 
 
-@pytest.mark.parametrize(
-    ("weights", "choice", "same"),
-    [("--resume", "averaged", "b"), ("file", "averaged", "b"), ("file", "raw", "a")],
-)
-def test_averaged_weights_are_evaluated_unless_told_otherwise(
-    files, evaluated, tmp_path, weights, choice, same
-):
+def test_averaged_weights_are_evaluated_unless_told_otherwise(files, evaluated, tmp_path):
     state, averaged = (torch.load(files / f"{name}.pth")["model"] for name in "ab")
     ema = {"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in averaged.items()}}
     path = tmp_path / "model_0000004.pth"
     torch.save({"model": state, "ema": ema, "iteration": 4}, path)
-    options = [*COCO, "OUTPUT_DIR", tmp_path, "MODEL.EMA.ENABLED", True, "MODEL.EMA.EVALUATE", choice]
-    run(files, tmp_path, *(["--resume"] if weights == "--resume" else ["MODEL.WEIGHTS", path]), *options)
-    assert of_coco(tmp_path) == of_coco(evaluated[same])
+    options = [*COCO, "OUTPUT_DIR", tmp_path, "MODEL.EMA.ENABLED", True, "MODEL.EMA.EVALUATE"]
+    file = ["MODEL.WEIGHTS", path]
+    for weights, choice, same in (
+        (["--resume"], "averaged", "b"),
+        (file, "raw", "a"),
+        (file, "averaged", "b"),
+    ):
+        run(files, tmp_path, *weights, *options, choice)
+        assert of_coco(tmp_path) == of_coco(evaluated[same])
 
 
 def test_file_that_is_read_is_not_written(files, tmp_path):
@@ -178,18 +178,14 @@ def test_file_is_scored_without_images_weights_or_a_model_that_can_be_built(file
     run(tmp_path, tmp_path, "--predictions", "found.json", *expected)
 
 
-@pytest.mark.parametrize(
-    ("script", "options"),
-    [
-        ("plain_train_net.py", ["TEST.AMP", True, "SOLVER.AMP.PRECISION", "bfloat16"]),
-        ("epoch_train_net.py", ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(64,)"]),
-    ],
-    ids=["bfloat16", "flipped views"],
-)
+@pytest.mark.parametrize("script", ["plain_train_net.py", "epoch_train_net.py"])
 def test_precision_and_augmentation_of_the_config_are_used_by_every_script(
-    files, evaluated, tmp_path, script, options
+    files, evaluated, tmp_path, script
 ):
-    options = [*options, *COCO, "MODEL.WEIGHTS", files / "a.pth", "OUTPUT_DIR"]
+    options = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(64,)"]
+    if script == "plain_train_net.py":
+        options = ["TEST.AMP", True, "SOLVER.AMP.PRECISION", "bfloat16"]
+    options += [*COCO, "MODEL.WEIGHTS", files / "a.pth", "OUTPUT_DIR"]
     run(files, tmp_path, *options, tmp_path / "one")
     run(files, tmp_path, "--eval-only", *options, tmp_path / "two", script=script)
     assert of_coco(tmp_path / "one") == of_coco(tmp_path / "two")

@@ -2,11 +2,9 @@
 
 import contextlib
 
-import numpy as np
 import pytest
 import torch
 from model_helpers import ARCHITECTURES, TINY, K, build, make_cfg, make_overrides, randomize_predictions
-from PIL import Image
 from torch import nn
 from torchvision.ops import batched_nms
 
@@ -16,13 +14,12 @@ from plaintrain.data.tta import TTAMapper, build_tta_mapper
 from plaintrain.evaluation import COCOEvaluator, inference_on_dataset
 from plaintrain.modeling.tta import DetectorWithTTA, build_tta
 from plaintrain.preflight import check_before_training
-from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
 AUG = ("TEST.AUG.ENABLED", True)
 # Left and right change places, the nose stays.
 ORDER = (1, 0, 2)
-SSD, MASKS = ARCHITECTURES["ssd"], ARCHITECTURES["mask_keypoint_rcnn"]
+MASKS = ARCHITECTURES["mask_keypoint_rcnn"]
 # IoU 0.6 with the box of 10 x 10.
 BOX, NEAR = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 6.0]
 
@@ -45,59 +42,6 @@ def shapes():
     (wide,), metadata = load_shapes("val", num=1, height=60, width=90)
     (upright,), _ = load_shapes("test", num=1, height=80, width=50)
     return register("few_shapes", [wide, {**upright, "image_id": 2}], **metadata)
-
-
-# Height, width and the box of a green object with a red block, its nose, left of its middle.
-SCENES = [(40, 60, (6, 8, 26, 20)), (48, 32, (12, 20, 28, 40)), (40, 60, (30, 2, 58, 30))]
-
-
-def truth(box):
-    """The keypoints left, right and nose of the object in a box."""
-    x0, y0, x1, y1 = box
-    middle = (y0 + y1) / 2
-    return [[x0, middle], [x1, middle], [x0 + 4, y0 + 4]]
-
-
-@pytest.fixture
-def scenes(tmp_path):
-    """Records of written images of one object each."""
-    records = []
-    for i, (height, width, box) in enumerate(SCENES):
-        x0, y0, x1, y1 = box
-        pixels = np.zeros((height, width, 3), np.uint8)
-        pixels[y0:y1, x0:x1, 1] = 255
-        pixels[y0 + 2 : y0 + 6, x0 + 2 : x0 + 6] = [255, 0, 0]
-        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-        keypoints = [v for x, y in truth(box) for v in (x, y, 2)]
-        annotation = {"bbox": list(box), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
-        annotation |= {"keypoints": keypoints, "num_keypoints": 3}
-        record = {"file_name": str(tmp_path / f"{i}.png"), "image_id": i, "height": height, "width": width}
-        records.append({**record, "annotations": [annotation]})
-    names = ["left_side", "right_side", "nose"]
-    return register("scenes", records, thing_classes=["thing"], keypoint_names=names)
-
-
-class Seeing(nn.Module):
-    """Finds the object of a scene in the pixels that it is given; its left is the image's left."""
-
-    def __init__(self):
-        super().__init__()
-        self.eval()
-
-    def forward(self, samples):
-        return [self._find(sample) for sample in samples]
-
-    def _find(self, sample):
-        red, green = sample["image"][0].float(), sample["image"][1].float()
-        y, x = torch.where(red + green > 127)
-        box = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
-        nose_y, nose_x = (v.float().mean() + 0.5 for v in torch.where(red > 127))
-        middle = (box[1] + box[3]) / 2
-        points = torch.stack([box[0], middle, box[2], middle, nose_x, nose_y]).view(3, 2)
-        scale = torch.tensor([sample["width"], sample["height"]]) / torch.tensor(red.shape[::-1])
-        points = torch.cat([points * scale, torch.ones(3, 1)], dim=1)
-        boxes, scores = (box * scale.repeat(2))[None], torch.tensor([red.mean() / 255])
-        return {"boxes": boxes, "scores": scores, "labels": torch.tensor([0]), "keypoints": points[None]}
 
 
 class Listed(nn.Module):
@@ -171,9 +115,6 @@ def test_the_order_of_keypoints_comes_from_the_dataset(cfg, shapes):
     cfg.TEST.AUG.MIN_SIZES, cfg.MODEL.KEYPOINT_ON = (40,), True
     views = build_tta_mapper(cfg, "few_shapes")(shapes[0])["views"]
     assert [view["keypoint_flip_indices"] for view in views] == [None, (0, 3, 2, 1)]
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 5
-    with pytest.raises(UserError, match="NUM_KEYPOINTS is 5, but few_shapes has 4 keypoints"):
-        build_tta_mapper(cfg, "few_shapes")
     MetadataCatalog.get("few_shapes").set(keypoint_names=None)
     with pytest.raises(UserError, match="few_shapes names no keypoints"):
         build_tta_mapper(cfg, "few_shapes")
@@ -191,33 +132,32 @@ def test_the_test_loader_makes_views_unless_it_is_given_a_mapper(cfg, shapes):
         assert all(("image" in sample) == (num_views == 0) for sample in samples)
 
 
+MIN_SIZES = "TEST.AUG.MIN_SIZES"
 BAD_KEYS = [
-    ("TEST.AUG.MIN_SIZES", (), r"TEST\.AUG\.MIN_SIZES must be a list of whole numbers of .* 0, not \(\)"),
-    ("TEST.AUG.MIN_SIZES", (40, -1), r"TEST\.AUG\.MIN_SIZES must .* not \(40, -1\)"),
-    ("TEST.AUG.MIN_SIZES", (40, 50.5), r"TEST\.AUG\.MIN_SIZES must .* not \(40, 50.5\)"),
-    ("TEST.AUG.MIN_SIZES", (40, True), r"TEST\.AUG\.MIN_SIZES must .* not \(40, True\)"),
+    (MIN_SIZES, (), r"TEST\.AUG\.MIN_SIZES must be a list of whole numbers of .* 0, not \(\)"),
+    (MIN_SIZES, (40, -1), r"TEST\.AUG\.MIN_SIZES must .* not \(40, -1\)"),
+    (MIN_SIZES, (40, 50.5), r"TEST\.AUG\.MIN_SIZES must .* not \(40, 50.5\)"),
+    (MIN_SIZES, (40, True), r"TEST\.AUG\.MIN_SIZES must .* not \(40, True\)"),
     ("TEST.AUG.MAX_SIZE", 0, r"TEST\.AUG\.MAX_SIZE must be a whole number of at least 1, not 0"),
     ("INPUT.FIXED_SIZE", (40, 0), r"INPUT.FIXED_SIZE.*must be 2 whole numbers of at least 1, not \(40, 0\)"),
+    ("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5, "NUM_KEYPOINTS is 5, but few_shapes has 4 keypoints"),
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "text"), BAD_KEYS)
-def test_sizes_that_cannot_be_are_refused(cfg, shapes, key, value, text):
-    cfg.merge_from_list([key, value])
-    with pytest.raises(UserError, match=text):
-        build_tta_mapper(cfg, "few_shapes")
-
-
-def test_mistakes_are_met_before_training(cfg, shapes):
+def test_bad_keys_are_rejected_also_before_training(cfg, shapes):
     cfg.merge_from_list(make_overrides(*TINY))
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("few_shapes",)
-    cfg.TEST.AUG.MIN_SIZES = ()
-    with pytest.raises(UserError, match=r"TEST\.AUG\.MIN_SIZES must be .* not \(\)"):
+    cfg.MODEL.KEYPOINT_ON = True
+    for key, value, message in BAD_KEYS:
+        wrong = cfg.clone()
+        wrong.merge_from_list([key, value])
+        with pytest.raises(UserError, match=message):
+            build_tta_mapper(wrong, "few_shapes")
+    cfg.MODEL.KEYPOINT_ON, cfg.TEST.AUG.MIN_SIZES = False, ()
+    with pytest.raises(UserError, match=BAD_KEYS[0][2]):
         check_before_training(cfg, resume=False, eval_only=False)
-    cfg.TEST.AUG.ENABLED = False
-    check_before_training(cfg, resume=False, eval_only=False)
-    cfg.TEST.AUG.ENABLED, cfg.DATASETS.TEST = True, ()
-    check_before_training(cfg, resume=False, eval_only=False)
+    for cfg.TEST.AUG.ENABLED, cfg.DATASETS.TEST in ((False, ("few_shapes",)), (True, ())):
+        check_before_training(cfg, resume=False, eval_only=False)
 
 
 def plain_and_merged(*overrides, autocast=False):
@@ -261,15 +201,15 @@ def test_one_view_of_the_plain_size_gives_the_plain_detections(shapes, name, aut
     assert_same(found, expected)
 
 
-EXCEPTIONS = {
-    "retinanet": ("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator"),
-    "proposals": ("MODEL.TINY.NUM_LEVELS", 2, "MODEL.RPN.POST_NMS_TOPK_TEST", 150),
-}
-
-
-@pytest.mark.parametrize("name", EXCEPTIONS)
-def test_where_the_detectors_own_nms_is_another_one_view_gives_what_nms_by_class_leaves(shapes, name):
-    expected, found, wrapped = plain_and_merged(*ARCHITECTURES[name], *EXCEPTIONS[name])
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("retinanet", ("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator")),
+        ("proposals", ("MODEL.TINY.NUM_LEVELS", 2, "MODEL.RPN.POST_NMS_TOPK_TEST", 150)),
+    ],
+)
+def test_where_the_detectors_own_nms_is_another_one_view_gives_what_nms_by_class_leaves(shapes, name, keys):
+    expected, found, wrapped = plain_and_merged(*ARCHITECTURES[name], *keys)
     left = []
     for plain in expected:
         keep = batched_nms(plain["boxes"], plain["scores"], plain["labels"], wrapped.nms_thresh)
@@ -298,19 +238,7 @@ def test_a_mirrored_view_gives_the_mirrored_detections_of_its_image():
     assert (masks & expected["masks"]).sum() / (masks | expected["masks"]).sum() < 0.7
 
 
-def test_flips_and_scales_are_undone(scenes):
-    mapper = TTAMapper((0, 64, 80, 16), 1000, keypoint_flip_indices=ORDER)
-    # At a threshold of 1, what is found in each view is kept.
-    found = run(DetectorWithTTA(Seeing(), 1.0, 100), [mapper(record) for record in scenes])
-    for result, (_, _, box) in zip(found, SCENES, strict=True):
-        assert len(result["boxes"]) == 8
-        for boxes, points in zip(result["boxes"], result["keypoints"], strict=True):
-            expected = torch.tensor(truth(box)).float()
-            torch.testing.assert_close(boxes, torch.tensor(box).float(), rtol=0, atol=1.0)
-            torch.testing.assert_close(points[:, :2], expected, rtol=0, atol=1.0)
-
-
-def test_detections_compete_within_their_class_over_all_views():
+def test_detections_of_all_views_compete_within_their_class_and_image():
     first = detection([BOX, BOX], [0.5, 0.7], [0, 1])
     second = detection([NEAR, NEAR, [50, 0, 60, 10]], [0.6, 0.4, 0.3], [0, 2, 0])
     sample = sample_of(False, False, size=(100, 100))
@@ -321,9 +249,7 @@ def test_detections_compete_within_their_class_over_all_views():
     # At a higher threshold the box of 0.5 does not overlap enough.
     (found,) = DetectorWithTTA(Listed([first], [second]), 0.7, 100)([sample])
     torch.testing.assert_close(found["scores"], torch.tensor([0.7, 0.6, 0.5, 0.4, 0.3]))
-
-
-def test_the_best_are_kept_and_each_image_keeps_its_own():
+    # The best are kept, and each image keeps its own.
     boxes = [[20 * i, 0, 20 * i + 10, 10] for i in range(3)]
     first = [detection(boxes, [0.1, 0.9, 0.5]), detection(boxes[:1], [0.2])]
     second = [detection(boxes[:1], [0.8]), detection(boxes[1:], [0.3, 0.1])]
@@ -351,28 +277,22 @@ def test_keypoints_and_masks_of_any_detector_are_those_of_the_view_that_is_left(
     assert found["masks"].sum() == 14 and found["masks"][0, 2:4, 23:].all()
 
 
-@pytest.fixture
-def mask_rcnn(monkeypatch):
-    """Function: a Mask R-CNN of listed detections, and in each view one hand-set mask for all."""
+def mask_rcnn(*views):
+    """A Mask R-CNN of listed detections, and in each view one hand-set mask for all."""
+    listed, (_, masks) = Listed(*([found] for found, _ in views)), zip(*views, strict=True)
+    model = build(*MASKS).eval()
+    model.asked = []
 
-    def make(*views):
-        listed, (_, masks) = Listed(*([found] for found, _ in views)), zip(*views, strict=True)
-        model = build(*MASKS).eval()
-        model.asked = []
+    def predict_masks(samples, boxes, labels):
+        model.asked.append((boxes[0].tolist(), labels[0].tolist()))
+        return [masks[len(model.asked) - 1].expand(len(labels[0]), 1, 28, 28)]
 
-        def predict_masks(samples, boxes, labels):
-            model.asked.append((boxes[0].tolist(), labels[0].tolist()))
-            return [masks[len(model.asked) - 1].expand(len(labels[0]), 1, 28, 28)]
-
-        # A module would become a part of the model.
-        monkeypatch.setattr(model, "forward", listed.forward)
-        monkeypatch.setattr(model, "predict_masks", predict_masks)
-        return model
-
-    return make
+    # A module would become a part of the model.
+    model.forward, model.predict_masks = listed.forward, predict_masks
+    return model
 
 
-def test_the_mean_of_the_views_probabilities_decides(mask_rcnn):
+def test_masks_are_the_mean_of_the_views_probabilities_where_the_merged_boxes_lie():
     sure, unsure = torch.full((28, 28), 0.9), torch.full((28, 28), 0.3)
     # Left: 0.9 and 0.3, together above a half; right: 0.6 and 0.3, below it.
     sure[:, 14:] = 0.6
@@ -381,9 +301,7 @@ def test_the_mean_of_the_views_probabilities_decides(mask_rcnn):
     (mask,) = found["masks"]
     assert mask.shape == (20, 30) and mask.dtype == torch.bool
     assert mask[3:15, 5:10].all() and not mask[:, 12:].any() and not mask[:, :3].any()
-
-
-def test_masks_are_asked_for_where_the_merged_boxes_lie_in_each_view_and_mirrored_back(mask_rcnn):
+    # Masks are asked for where the merged boxes lie in each view, and mirrored back.
     left = torch.zeros(28, 28)
     left[:, :14] = 1
     one, other = detection([[1, 2, 15, 16]], [0.9], [2]), detection([[1, 2, 15, 16]], [0.8], [1])
@@ -427,14 +345,6 @@ def test_images_without_detections(name):
         assert {key: tuple(value.shape) for key, value in found.items()} == shapes
 
 
-def test_a_detector_that_finds_all_in_every_view_scores_100(cfg, scenes):
-    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.IMS_PER_BATCH, cfg.MODEL.KEYPOINT_ON = (0, 64, 80), 2, True
-    loader = build_detection_test_loader(cfg, "scenes")
-    evaluator = COCOEvaluator("scenes", kpt_oks_sigmas=[0.05] * 3)
-    results = inference_on_dataset(build_tta(cfg, Seeing()), loader, evaluator)
-    assert results["bbox"]["AP"] == pytest.approx(100) and results["keypoints"]["AP"] == pytest.approx(100)
-
-
 def test_a_whole_evaluation_has_every_task_and_leaves_the_model_as_it_was(shapes):
     overrides = (*MASKS, *AUG, "DATALOADER.NUM_WORKERS", 1, "TEST.IMS_PER_BATCH", 2)
     overrides += ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.AUG.MIN_SIZES", (40, 56))
@@ -447,18 +357,13 @@ def test_a_whole_evaluation_has_every_task_and_leaves_the_model_as_it_was(shapes
     assert all(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    ("name", "threshold"),
-    [
-        ("faster_rcnn", "MODEL.ROI_HEADS.NMS_THRESH_TEST"),
-        ("proposals", "MODEL.RPN.NMS_THRESH"),
-        ("retinanet", "MODEL.RETINANET.NMS_THRESH_TEST"),
-        ("fcos", "MODEL.FCOS.NMS_THRESH_TEST"),
-        ("ssd", "MODEL.SSD.NMS_THRESH_TEST"),
-    ],
-)
-def test_threshold_and_number_are_the_architectures(name, threshold):
-    number = "MODEL.RPN.POST_NMS_TOPK_TEST" if name == "proposals" else "TEST.DETECTIONS_PER_IMAGE"
+@pytest.mark.parametrize("name", ["faster_rcnn", "proposals", "retinanet", "fcos", "ssd"])
+def test_threshold_and_number_are_the_architectures(name):
+    threshold, number = f"MODEL.{name.upper()}.NMS_THRESH_TEST", "TEST.DETECTIONS_PER_IMAGE"
+    if name == "faster_rcnn":
+        threshold = "MODEL.ROI_HEADS.NMS_THRESH_TEST"
+    elif name == "proposals":
+        threshold, number = "MODEL.RPN.NMS_THRESH", "MODEL.RPN.POST_NMS_TOPK_TEST"
     cfg, model = make_cfg(*ARCHITECTURES[name], *AUG, threshold, 0.123, number, 17), Listed()
     # Without GPUs, DataParallel only wraps.
     wrapped = build_tta(cfg, nn.DataParallel(model))

@@ -167,9 +167,7 @@ def test_each_anchor_gets_the_rows_that_were_trained_for_it(generator):
             assert here["head.regression_head.bbox_reg.bias"][a * 4 + c].tolist() == [size, ratio, c]
     back = to_detectron2({n: v for n, v in here.items() if "logits" in n or "reg" in n}, len(ratios))
     assert_equal(back, {n: v for n, v in there.items() if "subnet" not in n})
-
-
-def test_anchors_keep_their_order_if_the_ratios_do_not_divide_them():
+    # Anchors that the ratios do not divide keep their order.
     there = {
         "proposal_generator.rpn_head.objectness_logits.bias": torch.arange(5.0),
         "proposal_generator.rpn_head.anchor_deltas.bias": torch.arange(20.0),
@@ -179,7 +177,7 @@ def test_anchors_keep_their_order_if_the_ratios_do_not_divide_them():
     assert here["rpn.head.cls_logits.bias"].tolist() == list(range(5))
 
 
-def test_buffers_are_dropped_and_unknown_names_kept():
+def test_buffers_are_dropped_unknown_names_kept_and_other_projects_not_recognized():
     there = {
         "pixel_mean": torch.zeros(3, 1, 1),
         "pixel_std": torch.zeros(3, 1, 1),
@@ -190,9 +188,6 @@ def test_buffers_are_dropped_and_unknown_names_kept():
     }
     here = from_detectron2(there)
     assert list(here) == ["sem_seg_head.predictor.weight", "backbone.fpn.inner_blocks.0.0.weight"]
-
-
-def test_a_resnet_alone_is_recognized_and_other_projects_are_not():
     for name in ("stem.conv1.weight", "backbone.stem.conv1.weight", "conv1_w"):
         assert is_detectron2({name: torch.zeros(1)})
         assert list(from_detectron2({name: torch.zeros(1)})) == ["backbone.body.conv1.weight"]
@@ -200,20 +195,13 @@ def test_a_resnet_alone_is_recognized_and_other_projects_are_not():
         assert not is_detectron2({name: torch.zeros(1)})
 
 
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        (
-            ["rpn.head.bbox_pred.bias", "backbone.body.0.0.weight", "backbone.body.0.1.weight"],
-            r"no counterpart of backbone\.body\.0\.0\.weight \(2 such names\)",
-        ),
-        # FCOS.
-        (["head.regression_head.bbox_ctrness.bias"], "no counterpart"),
-    ],
-)
-def test_models_that_detectron2_does_not_have_are_rejected(names, words):
-    with pytest.raises(UserError, match=words):
-        to_detectron2({name: torch.zeros(4) for name in names})
+def test_models_that_detectron2_does_not_have_are_rejected():
+    own = ["rpn.head.bbox_pred.bias", "backbone.body.0.0.weight", "backbone.body.0.1.weight"]
+    own_words = r"no counterpart of backbone\.body\.0\.0\.weight \(2 such names\)"
+    fcos = ["head.regression_head.bbox_ctrness.bias"]
+    for names, words in ((own, own_words), (fcos, "no counterpart")):
+        with pytest.raises(UserError, match=words):
+            to_detectron2({name: torch.zeros(4) for name in names})
 
 
 def convert(folder, source, output, to, *options):
@@ -246,6 +234,12 @@ def test_converted_files_hold_the_same_weights_in_both_directions(tmp_path):
             rows = {"box_predictor.bbox_pred": 4, "mask_predictor.mask_fcn_logits": 1}
             start = rows.get(".".join(key.split(".")[1:3]), 0)
             assert value[start:].equal(state[key][start:]) if value.dim() else value.equal(state[key]), key
+    tensors = {"rpn.head.bbox_pred.bias": torch.arange(24.0), "rpn.head.cls_logits.bias": torch.arange(6.0)}
+    torch.save(tensors, tmp_path / "source.pth")
+    assert convert(tmp_path, "source.pth", "out.pth", "detectron2", "--num-ratios", 2).code == 0
+    # 2 ratios with 3 sizes each become 3 sizes with 2 ratios each.
+    scores = torch.load(tmp_path / "out.pth")["model"]["proposal_generator.rpn_head.objectness_logits.bias"]
+    assert scores.tolist() == [0, 3, 1, 4, 2, 5]
 
 
 RPN = {"rpn.head.conv.0.0.weight": torch.ones(1)}
@@ -277,12 +271,3 @@ def test_files_that_cannot_be_converted_are_rejected_without_a_traceback(
     assert done.code == 1 and "Traceback" not in done.output
     assert len(done.output.splitlines()) == 1 and all(word in done.output for word in words)
     assert not (tmp_path / output).exists()
-
-
-def test_the_number_of_ratios_is_an_option(tmp_path):
-    tensors = {"rpn.head.bbox_pred.bias": torch.arange(24.0), "rpn.head.cls_logits.bias": torch.arange(6.0)}
-    torch.save(tensors, tmp_path / "source.pth")
-    assert convert(tmp_path, "source.pth", "out.pth", "detectron2", "--num-ratios", 2).code == 0
-    # 2 ratios with 3 sizes each become 3 sizes with 2 ratios each.
-    scores = torch.load(tmp_path / "out.pth")["model"]["proposal_generator.rpn_head.objectness_logits.bias"]
-    assert scores.tolist() == [0, 3, 1, 4, 2, 5]

@@ -41,12 +41,9 @@ def test_a_classifier_loads_into_both_parts_of_ssds_extractor(make):
 @pytest.mark.parametrize("prefix", ["", "backbone.", "features.", "backbone.features."])
 def test_a_backbone_loads_into_the_body_of_an_fpn(prefix):
     wanted = {"backbone.body.0.0.weight", "backbone.body.layer1.0.conv1.weight", "backbone.fpn.x"}
-    tensors = {f"{prefix}0.0.weight": 1, f"{prefix}layer1.0.conv1.weight": 2, f"{prefix}fc.bias": 3}
-    assert match_names(tensors, wanted) == {
-        "backbone.body.0.0.weight": 1,
-        "backbone.body.layer1.0.conv1.weight": 2,
-        "backbone.body.fc.bias": 3,
-    }
+    names = ["0.0.weight", "layer1.0.conv1.weight", "fc.bias"]
+    matched = match_names({f"{prefix}{name}": i for i, name in enumerate(names)}, wanted)
+    assert matched == {f"backbone.body.{name}": i for i, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module._orig_mod.model."])
@@ -55,9 +52,8 @@ def test_prefixes_of_wrappers_are_removed(prefix):
     translated, of_detectron2 = translate(tensors, 3)
     assert translated == {"backbone.body.conv1.weight": 1, "rpn.head.cls_logits.bias": 2}
     assert not of_detectron2
-    translated, of_detectron2 = translate(
-        {f"{prefix}backbone.bottom_up.stem.conv1.weight": torch.zeros(1)}, 3
-    )
+    tensors = {f"{prefix}backbone.bottom_up.stem.conv1.weight": torch.zeros(1)}
+    translated, of_detectron2 = translate(tensors, 3)
     assert list(translated) == ["backbone.body.conv1.weight"] and of_detectron2
 
 
@@ -143,9 +139,7 @@ def test_names_of_older_versions_become_todays():
     }
     matched = match_names({name: i for i, name in enumerate(old)}, set(old.values()))
     assert matched == {name: i for i, name in enumerate(old.values())}
-
-
-def test_the_towers_of_fcos_are_not_taken_for_those_of_an_old_retinanet():
+    # The towers of FCOS are not those of an old RetinaNet.
     retinanet = set(names_of(detection.retinanet_resnet50_fpn))
     matched = set(match_names(dict.fromkeys(names_of(detection.fcos_resnet50_fpn), 0), retinanet)) & retinanet
     assert not {name for name in matched if "_head.conv." in name}

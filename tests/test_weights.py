@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import urllib.error
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -63,16 +64,6 @@ def downloads(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     yield calls
     torch.hub.set_dir(before)
-
-
-class Bomb:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 def assert_holds(model, expected):
@@ -153,7 +144,11 @@ def test_files_without_weights_of_the_model_are_rejected(tmp_path, case):
 @pytest.mark.parametrize("protocol", [None, 0, 2, 4])
 @pytest.mark.parametrize("wrap", [lambda bomb: bomb, lambda bomb: {"model": {"conv1.weight": bomb}}])
 def test_a_pickle_that_would_run_code_is_rejected_and_does_not_run(tmp_path, protocol, wrap):
-    content = wrap(Bomb(tmp_path / "ran"))
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    content = wrap(Bomb())
     path = tmp_path / ("w.pth" if protocol is None else "w.pkl")
     if protocol is None:
         torch.save(content, path)
@@ -215,24 +210,18 @@ def test_torchvisions_first_detectors_want_no_eps(downloads, tmp_path, log, eps)
     assert ("MODEL.RESNETS.NORM_EPS 0" in warnings_of(log)) == (eps > 0)
 
 
-def test_every_detector_of_torchvision_has_an_address():
+def test_locate_weights_knows_every_detector_of_torchvision_and_rejects_other_names():
     for builder in torchvision.models.list_models(module=detection):
         path, url = locate_weights(f"torchvision://{builder}/COCO_V1")
         assert path is None and url == torchvision.models.get_model_weights(builder).COCO_V1.url
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("torchvision://resnet5/IMAGENET1K_V1", ["no model 'resnet5'", "nearest is resnet50"]),
-        ("torchvision://resnet18/IMAGENET1K_V9", ["IMAGENET1K_V1", "'IMAGENET1K_V9'"]),
-        ("torchvision://resnet18", ["IMAGENET1K_V1"]),
-    ],
-)
-def test_a_name_that_torchvision_does_not_know_is_rejected(name, words):
-    with pytest.raises(UserError) as error:
-        locate_weights(name)
-    assert all(word in str(error.value) for word in [name, *words])
+    for name, words in {
+        "torchvision://resnet5/IMAGENET1K_V1": ["no model 'resnet5'", "nearest is resnet50"],
+        "torchvision://resnet18/IMAGENET1K_V9": ["IMAGENET1K_V1", "'IMAGENET1K_V9'"],
+        "torchvision://resnet18": ["IMAGENET1K_V1"],
+    }.items():
+        with pytest.raises(UserError) as error:
+            locate_weights(name)
+        assert all(word in str(error.value) for word in [name, *words])
 
 
 def test_weights_are_downloaded_once_each_and_torchvisions_are_verified(downloads, tmp_path, monkeypatch):
@@ -260,12 +249,7 @@ def test_weights_are_downloaded_once_each_and_torchvisions_are_verified(download
     (tmp_path / "a" / "1").mkdir(parents=True)
     (tmp_path / "a" / "1" / "model_final.pkl").touch()
     assert fetch_weights(names[3]) == str(tmp_path / "a/1/model_final.pkl")
-
-
-def test_a_failed_download_is_an_error(downloads, monkeypatch):
-    def fail(*args, **kwargs):
-        raise urllib.error.URLError("no route to host")
-
+    fail = Mock(side_effect=urllib.error.URLError("no route to host"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(UserError, match=r"https://example\.invalid/w\.pth.*no route to host"):
         fetch_weights("https://example.invalid/w.pth")
