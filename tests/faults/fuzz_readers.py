@@ -116,6 +116,10 @@ def _spec(folder, name, **more):
     return {"FORMAT": name, **files[name], **more}
 
 
+def _run_dataset(folder):
+    return check_dataset(_spec(folder, folder.name))
+
+
 def _run_results(folder):
     declare_dataset(f"{NAME}_truth", _spec(folder, "coco"))
     path = f"{folder}/results.json"
@@ -130,16 +134,10 @@ def _run_image(folder):
 # {reader: (the files that are changed, function that reads them)}.
 READERS = {
     "config": (("config.yaml", "overrides"), _run_config),
-    "coco": (("a.json",), lambda folder: check_dataset(_spec(folder, "coco"))),
+    "coco": (("a.json",), _run_dataset),
     "results": (("results.json",), _run_results),
-    "voc": (
-        ("Annotations/a.xml", "ImageSets/Main/train.txt"),
-        lambda folder: check_dataset(_spec(folder, "voc")),
-    ),
-    "yolo": (
-        ("data.yaml", "labels/train/a.txt", "list.txt"),
-        lambda folder: check_dataset(_spec(folder, "yolo")),
-    ),
+    "voc": (("Annotations/a.xml", "ImageSets/Main/train.txt"), _run_dataset),
+    "yolo": (("data.yaml", "labels/train/a.txt", "list.txt"), _run_dataset),
     "image": (tuple(FILES["image"]), _run_image),
 }
 

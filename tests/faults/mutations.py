@@ -55,43 +55,29 @@ def mutate(path, data, rng):
         if rng.random() < 0.9:
             return data
     for _ in range(rng.choice((1, 1, 1, 2, 5, 20))):
-        data = rng.choice(_BYTES)(data, rng)
+        data = _change_bytes(data, rng)
     return data
 
 
-def _flip(data, rng):
-    if not data:
-        return b"\xff"
-    i = rng.randrange(len(data))
-    return data[:i] + bytes([data[i] ^ (1 << rng.randrange(8))]) + data[i + 1 :]
-
-
-def _cut(data, rng):
-    return data[: rng.randint(0, len(data))]
-
-
-def _remove(data, rng):
-    i = rng.randint(0, len(data))
-    return data[:i] + data[i + rng.randint(1, 30) :]
-
-
-def _splice(data, rng):
+def _change_bytes(data, rng):
+    """Change one place in the bytes."""
     i, j = rng.randint(0, len(data)), rng.randint(0, len(data))
-    return data[:i] + data[j : j + rng.randint(0, 60)] + data[i:]
-
-
-def _insert(data, rng):
-    i = rng.randint(0, len(data))
-    return data[:i] + rng.choice([*_TOKENS, rng.randbytes(8)]) + data[i:]
-
-
-def _replace_word(data, rng):
-    words = data.split(b" ")
-    words[rng.randrange(len(words))] = rng.choice(_TOKENS)
-    return b" ".join(words)
-
-
-_BYTES = (_flip, _cut, _remove, _splice, _insert, _insert, _replace_word, _replace_word)
+    token = rng.choice([*_TOKENS, rng.randbytes(8)])
+    change = rng.choice(("flip", "cut", "remove", "splice", "insert", "insert", "word", "word"))
+    if change == "flip":
+        byte = (data[i : i + 1] or b"\x00")[0]
+        return data[:i] + bytes([byte ^ (1 << rng.randrange(8))]) + data[i + 1 :]
+    if change == "word":
+        words = data.split(b" ")
+        words[rng.randrange(len(words))] = token
+        return b" ".join(words)
+    ends = {
+        "cut": b"",
+        "remove": data[i + rng.randint(1, 30) :],
+        "splice": data[j : j + rng.randint(0, 60)] + data[i:],
+        "insert": token + data[i:],
+    }
+    return data[:i] + ends[change]
 
 
 def _places(tree):

@@ -9,9 +9,8 @@ from pycocotools import mask as coco_mask
 
 _COCO = {
     "images": [
-        {"id": 11, "file_name": "a.png", "width": 40, "height": 30},
-        {"id": 2, "file_name": "b.png", "width": 40, "height": 30},
-        {"id": 5, "file_name": "c.png", "width": 40, "height": 30},
+        {"id": i, "file_name": f"{name}.png", "width": 40, "height": 30}
+        for i, name in ((11, "a"), (2, "b"), (5, "c"))
     ],
     "annotations": [
         {"id": 1, "image_id": 11, "category_id": 7, "bbox": [4, 5, 10.5, 8], "area": 84.0, "iscrowd": 0},
@@ -26,9 +25,11 @@ _COCO = {
 }
 _MASK = np.zeros((30, 40), dtype=np.uint8, order="F")
 _MASK[10:25, 20:35] = 1
-_RLE = coco_mask.encode(_MASK)
 _COCO["annotations"][0]["segmentation"] = [[4, 5, 14, 5, 14, 13, 4, 13]]
-_COCO["annotations"][1]["segmentation"] = {"size": [30, 40], "counts": _RLE["counts"].decode()}
+_COCO["annotations"][1]["segmentation"] = {
+    "size": [30, 40],
+    "counts": coco_mask.encode(_MASK)["counts"].decode(),
+}
 _COCO["annotations"][2]["segmentation"] = {"size": [30, 40], "counts": [0, 600, 600]}
 _COCO["annotations"][3] |= {"segmentation": [[3, 4, 23, 4, 9, 24]], "keypoints": [5, 6, 2, 20, 20, 1]}
 _RESULTS = [
@@ -86,14 +87,7 @@ def _files():
     config["base.yaml"] = b"SOLVER:\n  MAX_ITER: 10\n"
     images = {f"a.{kind}": _png(3, kind) for kind in ("jpeg", "png", "webp", "tiff", "bmp", "gif")}
     results = {**coco, "results.json": json.dumps(_RESULTS).encode()}
-    return {
-        "config": config,
-        "coco": coco,
-        "results": results,
-        "voc": voc,
-        "yolo": yolo,
-        "image": images,
-    }
+    return {"config": config, "coco": coco, "results": results, "voc": voc, "yolo": yolo, "image": images}
 
 
 # Reader -> {name of the file: bytes}.

@@ -35,32 +35,24 @@ def for_all(*strategies, examples=None):
     return declare
 
 
-def patched(owner, name, value):
-    """A defect that puts a value in the place of an attribute."""
-    return lambda patch: patch.setattr(owner, name, value)
+def build_tests(module, check, *defect):
+    """Return the tests of the checks of a module, and that one of them fails with a planted defect.
 
-
-def build_tests(module, defects):
-    """Return the tests of the checks of a module, and of the defects planted for each of them.
+    tests/mutation_list.py has the defects for the other checks.
 
     Args:
         module: its globals.
-        defects: {check: {what is wrong: function that patches it in}}; only the first is not long.
+        check: the check that is to fail.
+        defect: (owner, name, value) of the attribute that is replaced.
     """
-    assert list(defects) == [value for value in module.values() if hasattr(value, "strategies")]
-    planted = []
-    for check, of_check in defects.items():
-        for wrong, defect in of_check.items():
-            marks = [pytest.mark.long] if planted else []
-            planted.append(pytest.param(check, defect, id=f"{check.__name__}-{wrong}", marks=marks))
+    checks = [value for value in module.values() if hasattr(value, "strategies")]
 
-    @pytest.mark.parametrize("check", defects, ids=lambda check: check.__name__)
+    @pytest.mark.parametrize("check", checks, ids=lambda check: check.__name__)
     def test_property(check):
         settings(**check.limits)(given(*check.strategies)(check))()
 
-    @pytest.mark.parametrize(("check", "defect"), planted)
-    def test_planted_defect_is_caught(check, defect, monkeypatch):
-        defect(monkeypatch)
+    def test_planted_defect_is_caught(monkeypatch):
+        monkeypatch.setattr(*defect)
         # More cases than of the property, so that another version of hypothesis may draw others.
         with pytest.raises(AssertionError):
             settings(max_examples=1000, phases=[Phase.generate])(given(*check.strategies)(check))()

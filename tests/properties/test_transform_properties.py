@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
-from property_helpers import build_tests, for_all, patched
+from property_helpers import build_tests, for_all
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
-from plaintrain.data import augmentations, copy_paste, photometric, transforms
+from plaintrain.data import augmentations, copy_paste
 from plaintrain.data import tensors as moving
-from plaintrain.data.transforms import RandomVerticalFlip
 
 # What the third channel holds where there is image, and where there is canvas.
 IMAGE, CANVAS = 7, 99
@@ -212,7 +211,7 @@ def _augmented(before, names, rng, slack=0.0):
     return after
 
 
-@for_all(tensors(angles=True), st.lists(lossless(), min_size=1, max_size=4), SEEDS)
+@for_all(tensors(angles=True), st.lists(lossless(), min_size=1, max_size=4), SEEDS, examples=200)
 def check_pixels_take_their_targets_along(before, names, seed):
     """After flips, crops and padding each pixel is in the same masks, boxes and keypoints as before."""
     after = _augmented(before, names, np.random.default_rng(seed))
@@ -353,128 +352,10 @@ def check_what_is_pasted_covers_what_lies_below(below, other, blending, seed):
     assert all(map(same, given, (below, other)))
 
 
-def _boxes_only(change):
-    """A torchvision function with another result for boxes: `change(original, boxes, arguments)`."""
-
-    def wrap(original):
-        def function(value, *arguments, **options):
-            if isinstance(value, tv_tensors.BoundingBoxes):
-                new = change(original, value, arguments)
-                return tv_tensors.BoundingBoxes(
-                    new, format="XYXY", canvas_size=original(value, *arguments).canvas_size
-                )
-            return original(value, *arguments, **options)
-
-        return function
-
-    return wrap
-
-
-def function_from(name, change):
-    """A defect in what happens to boxes: `change(original, boxes, arguments)`, new boxes."""
-
-    def defect(patch):
-        patch.setattr(moving.F, name, _boxes_only(change)(getattr(moving.F, name)))
-
-    return defect
-
-
-def rounded(original, boxes, arguments):
-    return original(boxes).as_subclass(torch.Tensor).floor()
-
-
-def scaled_alike(original, boxes, arguments):
-    return boxes.as_subclass(torch.Tensor) * (arguments[0][0] / boxes.canvas_size[0])
-
-
-boxes_not_clipped = function_from(
-    "crop",
-    lambda original, boxes, window: (
-        boxes.as_subclass(torch.Tensor) - torch.tensor([window[1], window[0]] * 2)
-    ),
+test_property, test_planted_defect_is_caught = build_tests(
+    globals(),
+    check_what_is_pasted_covers_what_lies_below,
+    copy_paste,
+    "_covered",
+    lambda tensors, cover: dict(tensors),
 )
-
-
-def order_ignored(patch):
-    original = transforms.horizontal_flip
-    patch.setattr(
-        transforms, "horizontal_flip", lambda found, order=None: original(found, order and range(len(order)))
-    )
-
-
-def flip_in_place(patch):
-    original = moving._flip
-
-    def flip(found, axis):
-        found["boxes"][:, [axis, axis + 2]] = original(found, axis)["boxes"][:, [axis, axis + 2]]
-        return original(found, axis)
-
-    patch.setattr(moving, "_flip", flip)
-
-
-def masks_end_early(patch):
-    original = moving.masks_to_boxes
-    patch.setattr(moving, "masks_to_boxes", lambda masks: original(masks) - torch.tensor([0, 0, 1, 1]))
-
-
-def all_have_extent(patch):
-    original = moving.has_extent
-
-    def has_extent(found):
-        return original(found) if "masks" in found else torch.ones(len(found["labels"]), dtype=torch.bool)
-
-    patch.setattr(moving, "has_extent", has_extent)
-
-
-def draws_from_numpy(self, found, rng):
-    return moving.vertical_flip(found) if np.random.random() < self.p else found
-
-
-def every_second(patch):
-    calls = []
-
-    def call(self, found, rng):
-        calls.append(1)
-        return moving.vertical_flip(found) if len(calls) % 2 else found
-
-    patch.setattr(RandomVerticalFlip, "__call__", call)
-
-
-def darkened_in_place(self, found, rng):
-    found["image"] //= 2
-    return found
-
-
-DEFECTS = {
-    check_pixels_take_their_targets_along: {
-        "left and right are not exchanged": order_ignored,
-        "boxes are not clipped": boxes_not_clipped,
-        "keypoints outside stay": patched(moving, "hide_outside", lambda found: found),
-        "labels are not selected": patched(moving, "ROWS", ("boxes", "masks", "keypoints", "visibility")),
-        "the box of a mask ends a pixel early": masks_end_early,
-        "boxes are not drawn around what is left": patched(moving, "tighten", lambda found, which: found),
-        "instances that are gone stay": all_have_extent,
-    },
-    check_two_flips_are_none: {
-        "boxes become whole": function_from("horizontal_flip", rounded),
-        "the input is changed": flip_in_place,
-    },
-    check_targets_scale_with_the_image: {
-        "one factor is used for both sides": function_from("resize", scaled_alike),
-    },
-    check_the_generator_alone_decides: {
-        "the generator of NumPy is drawn from": patched(
-            transforms.RandomVerticalFlip, "__call__", draws_from_numpy
-        ),
-        "every second sample is flipped": every_second,
-        "the image is changed in place": patched(
-            photometric.RandomPhotometricDistort, "__call__", darkened_in_place
-        ),
-    },
-    check_what_is_pasted_covers_what_lies_below: {
-        "masks below stay": patched(copy_paste, "_covered", lambda found, cover: dict(found)),
-        "boxes below stay": patched(copy_paste, "tighten", lambda found, which: found),
-    },
-}
-
-test_property, test_planted_defect_is_caught = build_tests(globals(), DEFECTS)
