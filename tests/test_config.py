@@ -76,8 +76,10 @@ def error_message(function, *args):
 
 def test_base_paths_are_relative_to_the_file_absolute_or_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    write(tmp_path, "base.yaml", "SEED: 1\nLOG_PERIOD: 7\n")
-    absolute = write(tmp_path, "absolute/base.yaml", "VERSION: 1\n")
+    # A base that two bases share is no cycle.
+    write(tmp_path, "root.yaml", "HANG_TIMEOUT: 4.0\n")
+    write(tmp_path, "base.yaml", "_BASE_: root.yaml\nSEED: 1\nLOG_PERIOD: 7\n")
+    absolute = write(tmp_path, "absolute/base.yaml", "_BASE_: ../root.yaml\nVERSION: 1\n")
     write(tmp_path, "home/base.yaml", "OUTPUT_DIR: home\n")
     text = f"SEED: 2\n_BASE_: ['../../base.yaml', '{absolute}', '~/base.yaml']\n"
     write(tmp_path, "home/configs/child.yaml", text)
@@ -86,15 +88,7 @@ def test_base_paths_are_relative_to_the_file_absolute_or_in_the_home_folder(tmp_
     for path in ("~/configs/child.yaml", Path("../home/configs/child.yaml")):
         cfg = merge_file(path)
         assert (cfg.SEED, cfg.LOG_PERIOD, cfg.VERSION, cfg.OUTPUT_DIR) == (2, 7, 1, "home")
-        assert "_BASE_" not in cfg
-
-
-def test_base_shared_by_two_bases_is_no_cycle(tmp_path):
-    write(tmp_path, "root.yaml", "SEED: 5\n")
-    write(tmp_path, "a.yaml", "_BASE_: root.yaml\nLOG_PERIOD: 2\n")
-    write(tmp_path, "b.yaml", "_BASE_: root.yaml\nVERSION: 2\n")
-    cfg = merge_file(write(tmp_path, "child.yaml", "_BASE_: [a.yaml, b.yaml]\n"))
-    assert (cfg.SEED, cfg.LOG_PERIOD) == (5, 2)
+        assert "_BASE_" not in cfg and cfg.HANG_TIMEOUT == 4
 
 
 def test_base_errors_show_the_chain_of_files(tmp_path):
@@ -129,11 +123,6 @@ def test_override_takes_the_type_of_the_key(key, word, expected):
     assert value == expected and type(value) is type(expected)
 
 
-def test_empty_file_and_empty_section_change_nothing(merge_text):
-    assert merge_text("") == get_cfg()
-    assert merge_text("MODEL:\n# nothing\n") == get_cfg()
-
-
 def test_declarations_come_from_files_and_the_command_line(tmp_path):
     base = "DATASETS: {DECLARE: {a: &a {FORMAT: shapes, NUM: 4}, b: {<<: *a, NUM: 5}}}\n"
     write(tmp_path, "base.yaml", base)
@@ -160,14 +149,12 @@ SPLIT_TUPLE = '["a", "b"]'
         ("MODEL: {ROI_HEAD: {NUM_CLASSES: 3}}", ["MODEL.ROI_HEAD ", "did you mean MODEL.ROI_HEADS"]),
         ("MODEL: {MAX_ITER: 3}", ["MODEL.MAX_ITER ", "did you mean SOLVER.MAX_ITER"]),
         # Values.
-        ("OUTPUT_DIR: 3\n", ["OUTPUT_DIR", "str", "3"]),
         ("SOLVER:\n  MAX_ITER: 1\n  GAMMA: 0.5\n  MAX_ITER: 2\n", ["line 4", "MAX_ITER", "twice"]),
         ('DATASETS: {TRAIN: ("a", "b")}', [SPLIT_TUPLE]),
         ("SOLVER: {STEPS: (100, 200), MAX_ITER: 300}", [SPLIT_TUPLE]),
         # Bases.
         ("_BASE_: 3", ["_BASE_"]),
         # No YAML, or none of a config; test_hostile.py has more.
-        ("SEED: [", []),
         ("SEED: 1\n\tLOG_PERIOD: 2\n", ["line 2"]),
         ("- SEED\n", ["list"]),
         ("SEED: !!int abc", []),
@@ -175,6 +162,8 @@ SPLIT_TUPLE = '["a", "b"]'
     ],
 )
 def test_file_errors_name_the_file_and_the_key(merge_text, text, words):
+    # An empty file or section is none.
+    assert merge_text("") == merge_text("MODEL:\n# nothing\n") == get_cfg()
     message = error_message(merge_text, text)
     assert "config.yaml" in message and all(word in message for word in words), message
 
@@ -183,13 +172,9 @@ def test_file_errors_name_the_file_and_the_key(merge_text, text, words):
     ("overrides", "words"),
     [
         (["SEED", "1", "OUTPUT_DIR"], ["'OUTPUT_DIR'", "SEED 1 OUTPUT_DIR"]),
-        (["SOLVER.IMS_PER_BATC", "2"], ["SOLVER.IMS_PER_BATC ", "the command line", "SOLVER.IMS_PER_BATCH"]),
         (["QQQQ", "2"], ["QQQQ", "defaults.py"]),
         (["SOLVER.MAX_ITER", "abc"], ["SOLVER.MAX_ITER", "the command line", "int", "'abc'"]),
-        (["SOLVER.MAX_ITER", "True"], ["SOLVER.MAX_ITER", "int", "bool"]),
-        (["DATASETS.TRAIN", "abc"], ["DATASETS.TRAIN", "tuple", "'abc'"]),
         (["SOLVER", "3"], ["SOLVER", "section", "3"]),
-        (["SOLVER.WEIGHT_DECAY_BIAS", "True"], ["SOLVER.WEIGHT_DECAY_BIAS", "float"]),
         (["INPUT.AUGMENTATIONS", "[1, {2, 3}]"], ["INPUT.AUGMENTATIONS", "holds a set"]),
         (["INPUT.AUGMENTATIONS", "[{'a': [1+2j]}]"], ["INPUT.AUGMENTATIONS", "holds a complex"]),
         (["INPUT.AUGMENTATIONS", f"[{2**65}]"], ["INPUT.AUGMENTATIONS", "number of more than 64 bits"]),
@@ -215,16 +200,9 @@ def test_python_configs_are_not_executed(tmp_path):
     assert not target.exists()
 
 
-def test_get_cfg_and_clone_return_copies():
+def test_frozen_config_cannot_be_changed_and_its_clone_is_a_copy():
     cfg = get_cfg()
     clone = cfg.clone()
-    cfg.SOLVER.MAX_ITER = 1
-    cfg.MODEL.PIXEL_MEAN.append(0.0)
-    assert clone == get_cfg() != cfg and isinstance(clone, CfgNode)
-
-
-def test_frozen_config_cannot_be_changed():
-    cfg = get_cfg()
     cfg.freeze()
     with pytest.raises(AttributeError, match="immutable"):
         cfg.SOLVER.MAX_ITER = 3
@@ -234,7 +212,9 @@ def test_frozen_config_cannot_be_changed():
     assert cfg == get_cfg() and cfg.is_frozen()
     cfg.defrost()
     cfg.merge_from_list(["SOLVER.MAX_ITER", "3"])
+    cfg.MODEL.PIXEL_MEAN.append(0.0)
     assert cfg.SOLVER.MAX_ITER == 3
+    assert clone == get_cfg() != cfg and isinstance(clone, CfgNode)
 
 
 def test_detectron2_base_and_child_merge_and_are_supported(tmp_path):
