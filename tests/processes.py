@@ -102,14 +102,15 @@ class Process:
         """The last lines of it, for what a failed test shows."""
         return "\n".join(self.output.splitlines()[-60:])
 
-    def wait(self, timeout=120):
-        """Wait for the end, and return this; the test fails if it does not come."""
+    def wait(self, timeout=120, code=None):
+        """Wait for the end, and return this; the test fails without one, or with another exit code."""
         self.process.join(timeout)
         running = self.process.is_alive()
         self.code, self.seconds = self.process.exitcode, time.monotonic() - self._start
         if running:
             self.kill()
         assert not running, f"still running after {timeout} s; it printed:\n{self.tail}"
+        assert code in (None, self.code), f"exit code {self.code}; it printed:\n{self.tail}"
         return self
 
     def wait_for(self, condition, timeout=60):
@@ -215,6 +216,23 @@ def write_config(folder):
         part.write_text(CONFIG)
         part.rename(path)
     return path
+
+
+def change_losses(change):
+    """Let the model return `change(model, losses)` for the losses of its training."""
+    from plaintrain import modeling
+
+    build_model = modeling.build_model
+
+    def hook(module, inputs, losses):
+        return change(module, losses) if module.training else losses
+
+    def build(cfg):
+        model = build_model(cfg)
+        model.register_forward_hook(hook)
+        return model
+
+    modeling.build_model = build
 
 
 # ---- functions under launch -------------------------------------------------------------------------

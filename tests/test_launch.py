@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 from argparse import Namespace
 from functools import partial
 
@@ -174,28 +172,6 @@ def test_find_job_reads_the_address_and_lets_a_batch_script_start_the_processes(
     set_env({key: value for key, value in slurm_env(0, 0).items() if "STEP" not in key})
     job = find_job(2, 1, 0, "auto")
     assert job["world_size"] == 2 and "rank" not in job
-
-
-def test_two_spawned_processes_work_on_the_cpu(tmp_path):
-    """The one test that spawns, as a script does; the others fork, which is quicker."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import torch\n"
-        "from plaintrain.launch import launch\n"
-        "from plaintrain.utils import comm\n\n\n"
-        "def main(text):\n"
-        "    total = comm.reduce_dict({'x': torch.tensor(comm.get_rank() + 1.0)}, average=False)['x']\n"
-        "    print(f'[{text} {comm.get_rank()} of {comm.get_world_size()}: {total.item()}]\\n', end='')\n"
-        "    assert torch.distributed.get_backend() == 'gloo'\n\n\n"
-        "if __name__ == '__main__':\n"
-        "    launch(main, 2, args=('rank',))\n"
-        "    print('[done]')\n"
-    )
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "WORLD_SIZE"))}
-    env |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n")) == ["", "[done]", "[rank 0 of 2: 3.0]", "[rank 1 of 2: 3.0]"]
 
 
 RANK_0 = {"rank": 0, "world_size": 2, "local_rank": 0, "local_size": 2, "main": True, "sum": 1.0}

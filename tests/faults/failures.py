@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import torch
 from processes import Run
 from run_files import newest_checkpoint
 
-from plaintrain import modeling
 from plaintrain.data import mapper
 from plaintrain.ema import ModelEMA
 from plaintrain.evaluation.coco import COCOEvaluator
@@ -32,18 +32,13 @@ def _is_there(rank=1):
 
 def change_losses(change):
     """Let `change(losses)` act on the losses of the training from iteration AT on, on rank 1."""
-    build_model = modeling.build_model
 
-    def hook(module, inputs, losses):
-        if module.training and _is_there():
+    def change_on_rank_1(module, losses):
+        if _is_there():
             change(losses)
+        return losses
 
-    def build(cfg):
-        model = build_model(cfg)
-        model.register_forward_hook(hook)
-        return model
-
-    modeling.build_model = build
+    processes.change_losses(change_on_rank_1)
 
 
 def nan_loss():

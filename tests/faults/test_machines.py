@@ -40,16 +40,10 @@ def machines(three_machines):
         three_machines.plug_in(k)
 
 
-def one_machine(folder, number, options):
-    """Run as many processes on one machine; returns the folder."""
-    assert Run(folder, options, ranks=number).wait().code == 0
-    return folder
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Folder of a run of two processes on one machine, that nothing has disturbed."""
-    return one_machine(tmp_path_factory.mktemp("one") / "whole", 2, OPTIONS)
+    return Run(tmp_path_factory.mktemp("one") / "whole", OPTIONS, ranks=2).wait(code=0).folder
 
 
 def wait(runs, code):
@@ -67,7 +61,7 @@ def reach(folder, iteration, timeout=60):
 
 
 def test_three_machines_train_as_one_does_and_only_the_first_holds_the_run(machines, tmp_path):
-    alone = one_machine(tmp_path / "alone", 3, THREE)
+    alone = Run(tmp_path / "alone", THREE, ranks=3).wait(code=0).folder
     folders = [tmp_path / f"machine-{k}" for k in range(3)]
     wait(start(machines, folders, THREE), 0)
     assert differences(alone, folders[0]) == []
