@@ -1,12 +1,15 @@
 """Checkpoints and the files under them: plaintrain.checkpoint and plaintrain.utils.files."""
 
+import contextlib
 import os
 import pickle
 import shutil
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
 import torch
+from run_files import load
 from torch import nn
 
 from plaintrain.checkpoint import (
@@ -68,10 +71,6 @@ def names(folder):
     return sorted(os.listdir(folder))
 
 
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
 # ---- saving and loading ------------------------------------------------------------------------
 # That all values are loaded as they were saved is a property, see properties/test_checkpoint_properties.py.
 
@@ -81,7 +80,7 @@ def test_weights_are_saved_under_the_models_own_names_and_only_by_who_writes(tmp
     checkpointer.save("model_0000000", iteration=0)
     checkpointer.save_weights("model_best", nn.DataParallel(make_model(3.0)))
     for name in ("model_0000000", "model_best"):
-        assert read(tmp_path / f"{name}.pth")["model"].keys() == make_model().state_dict().keys()
+        assert load(tmp_path / f"{name}.pth")["model"].keys() == make_model().state_dict().keys()
     folder = tmp_path / "rank-1"
     checkpointer = DetectionCheckpointer(make_model(), str(folder), save_to_disk=False)
     checkpointer.save_weights("model_best", make_model())
@@ -117,31 +116,26 @@ def test_each_rank_takes_its_own_running_statistics(monkeypatch, world_size, mea
     assert states == {"model": {"bn.running_mean": mean}}
 
 
-class Bomb:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
+class Bomb(str):
+    """The path of a file; unpickling it creates the file."""
 
     def __reduce__(self):
-        return open, (self.path, "w")
+        return open, (str(self), "w")
 
 
-@pytest.mark.parametrize(("style", "key"), [("zip", "model"), ("legacy", "extra"), ("pickle", "extra")])
-def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, style, key):
+LEGACY = partial(torch.save, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(("save", "key"), [(torch.save, "model"), (LEGACY, "extra"), (pickle.dump, "extra")])
+def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, save, key):
     evil, marker = tmp_path / "model_0000001.pth", tmp_path / "ran"
-    content = {"model": make_model().state_dict(), "iteration": 1, key: Bomb(marker)}
-    if style == "pickle":
-        evil.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, evil, _use_new_zipfile_serialization=style == "zip")
+    with evil.open("wb") as f:
+        save({"model": make_model().state_dict(), "iteration": 1, key: Bomb(marker)}, f)
     with pytest.raises(UserError, match=r"model_0000001\.pth"):
         resume(tmp_path)
     assert not marker.exists()
     # The file is as evil as meant.
-    if style == "pickle":
-        pickle.loads(evil.read_bytes())  # noqa: S301 - its own bytes
-    else:
+    with contextlib.suppress(RuntimeError):
         torch.load(evil, weights_only=False)
     assert marker.exists()
 
@@ -149,8 +143,19 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, style,
 # ---- files are whole or not there --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of luck"), KeyboardInterrupt()])
-def test_a_failing_save_leaves_the_older_files_and_nothing_else(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "expected", "words"),
+    [
+        (RuntimeError("out of luck"), UserError, r"cannot write .*{}\.pth"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        # A full disk.
+        (None, UserError, r"cannot write .*{}\.pth"),
+    ],
+)
+def test_a_failing_save_leaves_the_older_files_and_nothing_else(
+    tmp_path, monkeypatch, error, expected, words
+):
+    resource = pytest.importorskip("resource")
     save_run(tmp_path, [1, 3])
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
 
@@ -159,27 +164,18 @@ def test_a_failing_save_leaves_the_older_files_and_nothing_else(tmp_path, monkey
         file.flush()
         raise error
 
-    monkeypatch.setattr(torch, "save", save_half)
-    checkpointer = DetectionCheckpointer(make_model(9.0), str(tmp_path))
-    for name in ("model_0000003", "model_0000005"):
-        with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
-            checkpointer.save(name, iteration=5)
-    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
-
-
-def test_a_full_disk_is_one_clear_error_and_costs_nothing(tmp_path):
-    resource = pytest.importorskip("resource")
-    save_run(tmp_path, [1])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if error:
+        monkeypatch.setattr(torch, "save", save_half)
     checkpointer = DetectionCheckpointer(nn.Linear(300, 300), str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot write .*model_0000003\.pth"):
-            checkpointer.save("model_0000003", iteration=3)
+        for name in ("model_0000003", "model_0000005"):
+            with pytest.raises(expected, match=words.format(name)):
+                checkpointer.save(name, iteration=5)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert names(tmp_path) == ["last_checkpoint", "model_0000001.pth"]
-    assert resume(tmp_path)[1] == {"iteration": 1}
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
 
 
 def test_atomic_write_replaces_a_file_only_when_its_block_succeeds(tmp_path, monkeypatch):
@@ -272,22 +268,17 @@ def test_resume_takes_the_tagged_checkpoint_or_the_newest_whole_one(
     assert all(name in warnings for name in warned)
 
 
-def test_get_checkpoint_file_and_has_checkpoint(tmp_path, extended_run):
+def test_checkpoints_are_listed_and_taken_with_their_iteration_by_resume_only(tmp_path, log, extended_run):
     for folder in (tmp_path, tmp_path / "missing"):
         checkpointer = DetectionCheckpointer(make_model(), str(folder))
         assert not checkpointer.has_checkpoint() and checkpointer.get_checkpoint_file() == ""
-    checkpointer = DetectionCheckpointer(make_model(), str(extended_run))
-    assert checkpointer.has_checkpoint()
-    assert checkpointer.get_checkpoint_file() == str(extended_run / "model_0000007.pth")
     files = ["model_0000001.pth", "model_0000003.pth", "model_final.pth", "model_0000005.pth"]
     files = [str(extended_run / name) for name in [*files, "model_0000007.pth"]]
-    assert checkpointer.get_all_checkpoint_files() == files
-
-
-def test_only_resume_takes_the_checkpoint_and_its_iteration(tmp_path, log, extended_run):
-    weights = str(extended_run / "model_0000001.pth")
+    weights = files[0]
     model = make_model(-1.0)
     checkpointer = DetectionCheckpointer(model, str(extended_run))
+    assert checkpointer.has_checkpoint() and checkpointer.get_checkpoint_file() == files[-1]
+    assert checkpointer.get_all_checkpoint_files() == files
     assert checkpointer.resume_or_load("", resume=False) == {} and value_of(model) == -1.0
     assert checkpointer.resume_or_load(weights, resume=True) == {"iteration": 7} and value_of(model) == 7.0
     # Fine-tuning from a run's own model: the optimizer, which the file lacks, begins anew too.
@@ -303,28 +294,19 @@ def test_only_resume_takes_the_checkpoint_and_its_iteration(tmp_path, log, exten
 
 
 # As after a change of the model, of SOLVER.OPTIMIZER, of FREEZE_AT.
-OTHER_RUNS = {
-    "another width": (lambda: make_model(width=5), lambda m: {}, r"3\.pth.*another model.*0\.weight"),
-    "a layer less": (lambda: make_model()[:1], lambda m: {}, r"3\.pth.*another model.*1\.weight"),
-    "another optimizer": (
-        make_model,
-        lambda m: {"optimizer": torch.optim.AdamW(m.parameters())},
-        "optimizer.*does not fit",
-    ),
-    "fewer parameters": (make_model, lambda m: sgd(m[0].parameters()), "optimizer.*does not fit"),
-    "a scheduler more": (
-        make_model,
-        lambda m: {**sgd(m.parameters()), "scheduler": m},
-        "holds no scheduler, which is needed",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_RUNS)
-def test_the_checkpoint_of_another_run_is_refused(tmp_path, name):
+@pytest.mark.parametrize(
+    ("make", "checkpointables_of", "words"),
+    [
+        (lambda: make_model(width=5), lambda m: {}, r"3\.pth.*another model.*0\.weight"),
+        (lambda: make_model()[:1], lambda m: {}, r"3\.pth.*another model.*1\.weight"),
+        (make_model, lambda m: {"optimizer": torch.optim.AdamW(m.parameters())}, "optimizer.*does not fit"),
+        (make_model, lambda m: sgd(m[0].parameters()), "optimizer.*does not fit"),
+        (make_model, lambda m: sgd(m.parameters()) | {"scheduler": m}, "holds no scheduler, which is needed"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused(tmp_path, make, checkpointables_of, words):
     model = make_model()
     DetectionCheckpointer(model, str(tmp_path), **sgd(model.parameters())).save("model_0000003", iteration=3)
-    make, checkpointables_of, words = OTHER_RUNS[name]
     other = make()
     with pytest.raises(UserError, match=words):
         DetectionCheckpointer(other, str(tmp_path), **checkpointables_of(other)).resume_or_load("")
@@ -425,7 +407,7 @@ def test_config_of_checkpoints(tmp_path):
     saver.save_final()
     assert names(tmp_path) == ["last_checkpoint", "model_0000005.pth", "model_final.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000005.pth"
-    saved = read(tmp_path / "model_0000005.pth")
+    saved = load(tmp_path / "model_0000005.pth")
     assert (saved["config"], saved["class_names"]) == (cfg.dump(), ["cat"])
 
 
@@ -434,7 +416,7 @@ def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path
     saver.save_iteration(4)
     saver.save_final()
     assert names(tmp_path) == ["last_checkpoint", "model_0000004.pth", "model_final.pth"]
-    assert len(saves) == 2 and set(read(tmp_path / "model_final.pth")) == {"model", "class_names"}
+    assert len(saves) == 2 and set(load(tmp_path / "model_final.pth")) == {"model", "class_names"}
 
     again = make_saver(tmp_path)
     assert again.resume_or_load("", resume=True) == {"iteration": 4, "class_names": ["a"]}
@@ -452,7 +434,7 @@ def test_the_best_weights_are_never_resumed_from_and_every_file_is_about_its_run
     saver = make_saver(tmp_path, value=1.0, about=about)
     saver.save_iteration(3)
     saver.save_weights("model_best", make_model(9.0), iteration=4, config="mine")
-    best = read(tmp_path / "model_best.pth")
+    best = load(tmp_path / "model_best.pth")
     assert set(best) == {"model", "iteration", *about}
     # What is given for one file goes before.
     assert (best["iteration"], best["class_names"], best["config"]) == (4, about["class_names"], "mine")

@@ -59,12 +59,6 @@ def merge_file(path):
     return merge_list(file=path)
 
 
-@pytest.fixture
-def merge_text(tmp_path):
-    """Function from YAML to the defaults with that YAML merged over them."""
-    return lambda text: merge_file(write(tmp_path, "config.yaml", text))
-
-
 def error_message(function, *args):
     """Return the text of the `ConfigError` that a call must raise."""
     with pytest.raises(ConfigError) as error:
@@ -161,10 +155,10 @@ SPLIT_TUPLE = '["a", "b"]'
         ("OUTPUT_DIR: !!python/tuple [a]\n", ["line 1", "write the plain list"]),
     ],
 )
-def test_file_errors_name_the_file_and_the_key(merge_text, text, words):
-    # An empty file or section is none.
-    assert merge_text("") == merge_text("MODEL:\n# nothing\n") == get_cfg()
-    message = error_message(merge_text, text)
+def test_file_errors_name_the_file_and_the_key(tmp_path, text, words):
+    for empty in ("", "MODEL:\n# nothing\n"):
+        assert merge_file(write(tmp_path, "config.yaml", empty)) == get_cfg()
+    message = error_message(merge_file, write(tmp_path, "config.yaml", text))
     assert "config.yaml" in message and all(word in message for word in words), message
 
 
@@ -243,9 +237,8 @@ def test_detectron2_base_and_child_merge_and_are_supported(tmp_path):
         ("FLOAT32_PRECISION", "tf32", "high"),
     ],
 )
-def test_unsupported_variant_is_rejected_naming_what_is_supported(merge_text, key, value, supported):
-    cfg = merge_text(BASE_RCNN_FPN)
-    cfg.merge_from_list([key, value])
+def test_unsupported_variant_is_rejected_naming_what_is_supported(tmp_path, key, value, supported):
+    cfg = merge_list(key, value, file=write(tmp_path, "config.yaml", BASE_RCNN_FPN))
     text = error_message(check_cfg, cfg)
     assert text.startswith(key) and repr(get_value(cfg, key)) in text
     assert supported in text.split(", but only ")[1]

@@ -217,7 +217,7 @@ def test_raise_if_nonfinite_names_the_first_iteration_its_losses_and_its_images(
     storage.raise_if_nonfinite()
 
 
-def test_window_of_a_storage_continues_its_medians_and_is_not_written_again(tmp_path):
+def test_window_of_a_storage_continues_its_medians_and_is_not_written_again():
     with EventStorage() as storage:
         for value in range(30):
             storage.put_scalars(loss=torch.tensor(float(value)))
@@ -232,12 +232,11 @@ def test_window_of_a_storage_continues_its_medians_and_is_not_written_again(tmp_
     resumed = EventStorage()
     resumed.load_state_dict(state)
     assert (resumed.iter, resumed.start_iter) == (29, 30)
-    with resumed as storage, closing_all([JSONWriter(str(tmp_path / "metrics.json"))]):
-        assert not storage.has_unwritten() and storage.latest() == {}
-        storage.iter = 30
-        storage.put_scalars(loss=torch.tensor(0.0))
+    assert not resumed.has_unwritten() and resumed.latest() == {}
+    resumed.iter = 30
+    resumed.put_scalars(loss=torch.tensor(0.0))
     # The median of 11 to 29 and 0.
-    assert read_json_lines(tmp_path / "metrics.json") == [{"iteration": 30, "loss": 19.5}]
+    assert resumed.latest_with_smoothing_hint(20) == {"loss": (19.5, 30)}
 
 
 # ---- JSON lines and CSV ----------------------------------------------------------------------

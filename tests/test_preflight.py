@@ -84,14 +84,11 @@ def test_keypoint_errors_name_the_key(cfg, key, value, words):
     settle_num_classes(cfg, eval_only=False)
 
 
-def test_test_set_that_cannot_be_scored_or_is_missing_is_rejected(cfg):
+def test_test_set_must_be_there_and_fit_the_evaluation_and_the_validation_losses(cfg):
     register_boxes("odd_test", 1, thing_classes=["one"])
-    message = error_message(cfg, "DATASETS.TEST", ("odd_test",))
+    message = error_message(cfg.clone(), "DATASETS.TEST", ("odd_test",))
     assert "image 3 of odd_test has category_id 1, but" in message
-    assert "--eval-only needs DATASETS.TEST" in error_message(cfg, *NO_TESTS, eval_only=True)
-
-
-def test_validation_losses_of_masks_need_segmentations(cfg):
+    assert "--eval-only needs DATASETS.TEST" in error_message(cfg.clone(), *NO_TESTS, eval_only=True)
     register_boxes("boxes", 0, thing_classes=class_names("few_shapes"), evaluator_type="coco")
     check(cfg, "DATASETS.TEST", ("boxes",), "MODEL.MASK_ON", True)
     for setting in (LOSS_PERIOD, VAL_FLOW):

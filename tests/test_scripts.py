@@ -73,14 +73,11 @@ def test_fine_tuning_with_fewer_classes_starts_at_iteration_0(finished, tmp_path
     assert list(lines(tmp_path / "out")) == [0, 1]
 
 
+PASTE_AND_CROP = "['SimpleCopyPaste', {'RandomIoUCrop': {'trials': 5}}]"
 # What turns the tiny detector into another, and the losses and scores that it then has.
 DETECTORS = {
     "mask and keypoint": (
-        [
-            *MASKS_AND_KEYPOINTS,
-            "INPUT.AUGMENTATIONS",
-            "['SimpleCopyPaste', {'RandomIoUCrop': {'trials': 5}}]",
-        ],
+        [*MASKS_AND_KEYPOINTS, "INPUT.AUGMENTATIONS", PASTE_AND_CROP],
         {"loss_mask", "loss_keypoint", "few_val/bbox/AP", "few_val/segm/AP", "few_val/keypoints/AP"},
     ),
     "proposals": (

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import processes
@@ -46,10 +47,7 @@ def nan_loss():
 
 
 def exception():
-    def fail(losses):
-        raise ValueError("something in the model of rank 1")
-
-    change_losses(fail)
+    change_losses(Mock(side_effect=ValueError("something in the model of rank 1")))
 
 
 def rank_killed():
@@ -95,10 +93,7 @@ def worker_killed():
 
 
 def worker_out_of_memory():
-    def fail():
-        raise MemoryError("a worker of rank 1")
-
-    _in_workers(fail)
+    _in_workers(Mock(side_effect=MemoryError("a worker of rank 1")))
 
 
 def evaluator_raises():

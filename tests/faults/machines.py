@@ -74,7 +74,7 @@ class Machines:
             _ip("-n", space, "link", "add", *ends)
             _ip("-n", switch, "link", "set", f"port{k}", "master", "bridge", "up")
             _ip("-n", space, "address", "add", f"{address}/24", "dev", "wire")
-            _ip("-n", space, "link", "set", "wire", "up")
+            self.set_network(k, "up")
             others = zip(self.addresses, self.names, strict=True)
             rows = ["127.0.0.1 localhost", f"127.0.1.1 {self.names[k]}"]
             rows += [f"{a} {name}" for a, name in others if a != address]
@@ -115,12 +115,9 @@ class Machines:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def unplug(self, k):
-        """Machine k loses its network; it can be plugged in again."""
-        _ip("-n", self.space(k), "link", "set", "wire", "down")
-
-    def plug_in(self, k):
-        _ip("-n", self.space(k), "link", "set", "wire", "up")
+    def set_network(self, k, state):
+        """Unplug the network of machine k, "down", or plug it in again, "up"."""
+        _ip("-n", self.space(k), "link", "set", "wire", state)
 
     def free_port(self):
         """Return a port that no run so far has been given."""

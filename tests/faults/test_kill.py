@@ -62,11 +62,7 @@ KILLS = [
     # What is written in the background may not be there yet.
     pytest.param(MIXES[NAMES[6]], [partial(kill_in_step, 10)], [3, 7], id="2 ranks, epochs"),
     pytest.param(
-        ("epoch", 1, [*EPOCHS, *STEP]),
-        [kill_before_final_model],
-        [23],
-        id="final model",
-        marks=long,
+        ("epoch", 1, [*EPOCHS, *STEP]), [kill_before_final_model], [23], id="final model", marks=long
     ),
     pytest.param(
         ("plain", 1, [*SPARSE, "SOLVER.MAX_ITER", 20]), IN_EVALUATIONS, [9], id="evaluations", marks=long

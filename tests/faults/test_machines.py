@@ -37,7 +37,7 @@ def machines(three_machines):
     yield three_machines
     for k in range(3):
         three_machines.kill(k)
-        three_machines.plug_in(k)
+        three_machines.set_network(k, "up")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ FAILURES = {
         lambda machines, _: machines.kill(1), ["there is no sign of life of rank 1", ""], 15
     ),
     "machine 0 is killed": (lambda machines, _: machines.kill(0), ["", GONE], 15),
-    "machine 1 loses its network": (lambda machines, _: machines.unplug(1), [SILENT, GONE], 40),
+    "machine 1 loses its network": (lambda machines, _: machines.set_network(1, "down"), [SILENT, GONE], 40),
 }  # fmt: skip
 
 
