@@ -58,11 +58,6 @@ def resume(folder, **kwargs):
     return model, DetectionCheckpointer(model, str(folder)).resume_or_load("", resume=True, **kwargs)
 
 
-def truncate(path):
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-
-
 def sgd(parameters):
     return {"optimizer": torch.optim.SGD(parameters, lr=0.1)}
 
@@ -143,18 +138,9 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, save, 
 # ---- files are whole or not there --------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("error", "expected", "words"),
-    [
-        (RuntimeError("out of luck"), UserError, r"cannot write .*{}\.pth"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
-        # A full disk.
-        (None, UserError, r"cannot write .*{}\.pth"),
-    ],
-)
-def test_a_failing_save_leaves_the_older_files_and_nothing_else(
-    tmp_path, monkeypatch, error, expected, words
-):
+# Without an error the disk is full.
+@pytest.mark.parametrize("error", [RuntimeError("out of luck"), KeyboardInterrupt(), None])
+def test_a_failing_save_leaves_the_older_files_and_nothing_else(tmp_path, monkeypatch, error):
     resource = pytest.importorskip("resource")
     save_run(tmp_path, [1, 3])
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
@@ -171,8 +157,10 @@ def test_a_failing_save_leaves_the_older_files_and_nothing_else(
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         for name in ("model_0000003", "model_0000005"):
-            with pytest.raises(expected, match=words.format(name)):
+            with pytest.raises((KeyboardInterrupt, UserError)) as raised:
                 checkpointer.save(name, iteration=5)
+            if not isinstance(error, KeyboardInterrupt):
+                raised.match(rf"cannot write .*{name}\.pth")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
@@ -224,7 +212,7 @@ def tag(content):
 
 
 def damage_two(folder):
-    truncate(folder / "model_0000007.pth")
+    os.truncate(folder / "model_0000007.pth", 1000)
     (folder / "model_0000005.pth").write_bytes(b"")
 
 
@@ -232,12 +220,12 @@ def damage_a_copy(folder):
     """A plain copy gives the files new times, in any order."""
     for i in (7, 5, 3, 1):
         os.utime(folder / f"model_{i:07d}.pth", (2_000_000_000 - i, 2_000_000_000 - i))
-    truncate(folder / "model_0000007.pth")
+    os.truncate(folder / "model_0000007.pth", 1000)
 
 
 def damage_final(folder):
     tag(b"model_final.pth")(folder)
-    truncate(folder / "model_final.pth")
+    os.truncate(folder / "model_final.pth", 1000)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +310,7 @@ def test_files_that_cannot_be_read_or_written_are_clear_errors(tmp_path):
         DetectionCheckpointer(make_model(), str(tmp_path / "a.pth")).save("model_0000000", iteration=0)
     save_run(tmp_path, [1, 3])
     for i in (1, 3):
-        truncate(tmp_path / f"model_{i:07d}.pth")
+        os.truncate(tmp_path / f"model_{i:07d}.pth", 1000)
     with pytest.raises(UserError, match=r"cannot read .*model_0000001\.pth"):
         resume(tmp_path)
 

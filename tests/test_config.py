@@ -101,14 +101,11 @@ def test_base_errors_show_the_chain_of_files(tmp_path):
 @pytest.mark.parametrize(
     ("key", "word", "expected"),
     [
-        ("DATASETS.TRAIN", "('a',)", ("a",)),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "((16,32),(64,))", [[16, 32], [64]]),
         ("MODEL.MASK_ON", "true", True),
         ("SOLVER.BASE_LR", "1e-3", 0.001),
         ("OUTPUT_DIR", "True", "True"),
         ("MODEL.WEIGHTS", "''", ""),
-        ("MODEL.WEIGHTS", "'x.pth'", "x.pth"),
-        ("SOLVER.WEIGHT_DECAY_BIAS", "0.5", 0.5),
         ("SOLVER.WEIGHT_DECAY_BIAS", "null", None),
     ],
 )

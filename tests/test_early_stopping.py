@@ -21,9 +21,6 @@ def state(best):
     return best.value, best.iteration, best.num_waited
 
 
-# ---- comparison ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "values", "expected"),
     [
@@ -90,9 +87,6 @@ def test_unknown_metric_is_rejected_with_the_nearest(metric, near, far):
     assert near in names and far not in names
 
 
-# ---- patience --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("patience", "expected"),
     [
@@ -112,9 +106,6 @@ def test_patience_counts_evaluations_in_a_row_without_a_new_best(log, patience, 
         triggered.append(best.triggered)
     assert triggered == expected
     assert ("early stopping: bbox/AP has not improved for" in log.text) == any(expected)
-
-
-# ---- resuming --------------------------------------------------------------------------------
 
 
 def test_resumed_run_continues_from_the_state_in_its_checkpoint(tmp_path, log):

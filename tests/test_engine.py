@@ -352,17 +352,15 @@ def test_setup_errors_name_missing_weights_bad_folders_and_keys_that_are_not_rea
         engine.require_default(cfg, "WORKFLOW", "no")
 
 
-def test_overfit_trains_and_tests_on_the_same_images(output):
-    cfg = setup(output, overfit=2)
+def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output):
+    leave_run(output)
+    cfg = setup(output, overfit=2, dry_run=True)
     assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("overfit_2",)
     records = DatasetCatalog.get("engine_tiny_train")
     assert list(DatasetCatalog.get("overfit_2")) == [records[0], records[1]]
-
-
-def test_dry_run_compares_the_resumed_model_and_keeps_nothing(output):
-    leave_run(output)
     cfg = setup(output, dry_run=True)
     assert cfg.SOLVER.MAX_ITER == 2 and str(output / "dry-run") == cfg.OUTPUT_DIR
+    # It compares the resumed model.
     results = {"engine_tiny_val": {"bbox": {"AP": 30.0, "AP-circle": float("nan")}}}
     for again in ({}, {"engine_tiny_val": {"bbox": {"AP": float("nan"), "AP-circle": float("nan")}}}):
         with pytest.raises(UserError, match="bbox/AP was 30"):

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,12 +51,9 @@ def transfers(monkeypatch):
 @pytest.fixture
 def clock(monkeypatch):
     """A clock for the writers: `clock.now` is what time.perf_counter() says."""
-
-    class Clock:
-        now = 1000.0
-
-    monkeypatch.setattr(events.time, "perf_counter", lambda: Clock.now)
-    return Clock
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(events.time, "perf_counter", lambda: clock.now)
+    return clock
 
 
 def read_json_lines(path):

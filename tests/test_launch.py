@@ -86,6 +86,15 @@ def test_one_process_runs_here_and_returns_the_value(set_env):
     assert launch(torch.distributed.is_initialized) is False
 
 
+def test_find_job_reads_the_address_and_lets_a_batch_script_start_the_processes(set_env):
+    assert find_job(1, 2, 1, "tcp://gpu-node.cluster:1")["address"] == ("gpu-node.cluster", 1)
+    assert find_job(1, 2, 1, "tcp://[fe80::1]:29500")["address"] == ("fe80::1", 29500)
+    # sbatch sets SLURM_NTASKS and SLURM_PROCID for its script too; only srun starts that many.
+    set_env({key: value for key, value in slurm_env(0, 0).items() if "STEP" not in key})
+    job = find_job(2, 1, 0, "auto")
+    assert job["world_size"] == 2 and "rank" not in job
+
+
 KILLED = "DataLoader worker (pid 7) is killed by signal: Killed."
 LOADING = f"a process that loads images has failed ({KILLED})"
 HINT = "if the machine's memory is full, lower DATALOADER.NUM_WORKERS"
@@ -163,15 +172,6 @@ def test_slurm_tasks_find_each_other_at_the_first_node(set_env, nodes, first):
     host, port = jobs[1].pop("address")
     assert host == first and 1024 < port < 65536
     assert jobs[1] == {"rank": 5, "world_size": 8, "local_rank": 1, "local_size": 4, "machine": 1}
-
-
-def test_find_job_reads_the_address_and_lets_a_batch_script_start_the_processes(set_env):
-    assert find_job(1, 2, 1, "tcp://gpu-node.cluster:1")["address"] == ("gpu-node.cluster", 1)
-    assert find_job(1, 2, 1, "tcp://[fe80::1]:29500")["address"] == ("fe80::1", 29500)
-    # sbatch sets SLURM_NTASKS and SLURM_PROCID for its script too; only srun starts that many.
-    set_env({key: value for key, value in slurm_env(0, 0).items() if "STEP" not in key})
-    job = find_job(2, 1, 0, "auto")
-    assert job["world_size"] == 2 and "rank" not in job
 
 
 RANK_0 = {"rank": 0, "world_size": 2, "local_rank": 0, "local_size": 2, "main": True, "sum": 1.0}

@@ -14,12 +14,9 @@ from plaintrain.utils.stop import Stopped, StopSignal, end_evaluation_if_request
 @pytest.fixture
 def clock(monkeypatch):
     """`clock.now` is what time.monotonic() says."""
-
-    class Clock:
-        now = 1000.0
-
-    monkeypatch.setattr(stop.time, "monotonic", lambda: Clock.now)
-    return Clock
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(stop.time, "monotonic", lambda: clock.now)
+    return clock
 
 
 def send(number):

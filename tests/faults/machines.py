@@ -79,7 +79,7 @@ class Machines:
             rows = ["127.0.0.1 localhost", f"127.0.1.1 {self.names[k]}"]
             rows += [f"{a} {name}" for a, name in others if a != address]
             self.home(k).mkdir()
-            self._hosts_file(k).write_text("\n".join(rows) + "\n")
+            (self._folder / f"hosts-{k}").write_text("\n".join(rows) + "\n")
 
     def _remove(self):
         for name in (f"{self._prefix}-switch", *map(self.space, range(len(self.names)))):
@@ -92,9 +92,6 @@ class Machines:
     def home(self, k):
         """Return the home folder of machine k."""
         return self._folder / self.names[k]
-
-    def _hosts_file(self, k):
-        return self._folder / f"hosts-{k}"
 
     def pids(self, k):
         """Return the processes at work on machine k."""
@@ -129,7 +126,7 @@ class Machines:
         libc = ctypes.CDLL(None, use_errno=True)
         with open(f"/run/netns/{self.space(k)}") as space:
             done = [libc.setns(space.fileno(), _NEWNET), libc.unshare(_NEWNS | _NEWUTS)]
-        hosts = str(self._hosts_file(k)).encode()
+        hosts = str(self._folder / f"hosts-{k}").encode()
         done += [
             libc.mount(b"none", b"/", None, ctypes.c_ulong(_PRIVATE), None),
             libc.mount(hosts, b"/etc/hosts", None, ctypes.c_ulong(_BIND), None),
