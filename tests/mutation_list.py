@@ -27,15 +27,6 @@ MUTATIONS = {
             "            data = self._host_copy(data)",
         ),
         ("average_norm_buffers(state)  # all ranks", "pass"),
-        (("        self._delete_temporary()\n        if not every"), "        if not every"),
-        ("if error is None or isinstance(error, Stopped):", "if error is None:"),
-        ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
-        ("self.prune(self._max_to_keep)", "self.prune(self._max_to_keep + 1)"),
-        ("if not every(self._period, iteration):", "if not every(self._period + 1, iteration):"),
-        (
-            "iteration), iteration=iteration)\n        self._delete",
-            "iteration + 1), iteration=iteration + 1)\n        self._delete",
-        ),
     ],
     "plaintrain/config.py": [
         ("if type(old) is type(value):", "if isinstance(value, type(old)):"),
@@ -48,8 +39,8 @@ MUTATIONS = {
             '{key: _to_plain(item) for key, item in value.items() if item != ""}',
         ),
         (
-            "for item in value]\n    return value\n",
-            "for item in value]\n    return value.strip() if isinstance(value, str) else value\n",
+            ("for item in value]\n    return value\n"),
+            ("for item in value]\n    return value.strip() if isinstance(value, str) else value\n"),
         ),
         (
             "zip(cfg_list[0::2], cfg_list[1::2], strict=True)",
@@ -186,7 +177,7 @@ MUTATIONS = {
         ("(slice(None), list(keypoint_flip_indices))", "slice(None)"),
         (
             "    cut = (moved",
-            '    cropped["boxes"] = tv_tensors.wrap(moved, like=cropped["boxes"])\n    cut = (moved',
+            ('    cropped["boxes"] = tv_tensors.wrap(moved, like=cropped["boxes"])\n    cut = (moved'),
         ),
         ("select(hide_outside(cropped), keep)", "select(cropped, keep)"),
         ('ROWS = ("boxes", "labels", "masks"', 'ROWS = ("boxes", "masks"'),
@@ -197,13 +188,15 @@ MUTATIONS = {
             "F.vertical_flip(value) if axis else F.horizontal_flip(value)",
             "(F.vertical_flip(value) if axis else F.horizontal_flip(value)).floor_()",
         ),
-        ("(torch.Tensor).clone()\n            points", "(torch.Tensor)\n            points"),
+        (("(torch.Tensor).clone()\n            points"), ("(torch.Tensor)\n            points")),
         (
             "return F.resize(value, size)",
-            "new = F.resize(value, size)\n"
-            "        if isinstance(value, tv_tensors.BoundingBoxes):\n"
-            "            new.copy_(value * (size[0] / value.canvas_size[0]))\n"
-            "        return new",
+            (
+                "new = F.resize(value, size)\n"
+                "        if isinstance(value, tv_tensors.BoundingBoxes):\n"
+                "            new.copy_(value * (size[0] / value.canvas_size[0]))\n"
+                "        return new"
+            ),
         ),
     ],
     "plaintrain/data/thread_loader.py": [
@@ -229,8 +222,10 @@ MUTATIONS = {
         ("vertical_flip(tensors) if rng.random()", "vertical_flip(tensors) if np.random.random()"),
         (
             "return vertical_flip(tensors) if rng.random() < self.p else tensors",
-            'odd = vars(vertical_flip)["odd"] = not vars(vertical_flip).get("odd")\n'
-            "        return vertical_flip(tensors) if odd else tensors",
+            (
+                'odd = vars(vertical_flip)["odd"] = not vars(vertical_flip).get("odd")\n'
+                "        return vertical_flip(tensors) if odd else tensors"
+            ),
         ),
     ],
     "plaintrain/data/voc.py": [
@@ -259,8 +254,8 @@ MUTATIONS = {
         ("decay = min(self._decay, (1 + steps)", "decay = max(self._decay, (1 + steps)"),
         ("self._average.load_state_dict(state_dict)", "pass"),
         (
-            "load_state_dict(state_dict)\n        else",
-            'load_state_dict(state_dict | {"n_averaged": torch.tensor(0)})\n        else',
+            ("load_state_dict(state_dict)\n        else"),
+            ('load_state_dict(state_dict | {"n_averaged": torch.tensor(0)})\n        else'),
         ),
     ],
     "plaintrain/engine.py": [
@@ -440,6 +435,17 @@ MUTATIONS = {
         ("(iteration - before) * seconds", "seconds"),
         ("100 * data / seconds", "100 * data / (seconds + data)"),
     ],
+    "plaintrain/run_checkpointer.py": [
+        (("        self._delete_temporary()\n        if not every"), "        if not every"),
+        ("if error is None or isinstance(error, Stopped):", "if error is None:"),
+        ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
+        ("self.prune(self._max_to_keep)", "self.prune(self._max_to_keep + 1)"),
+        ("if not every(self._period, iteration):", "if not every(self._period + 1, iteration):"),
+        (
+            ("iteration), iteration=iteration)\n        self._delete"),
+            ("iteration + 1), iteration=iteration + 1)\n        self._delete"),
+        ),
+    ],
     "plaintrain/run_folder.py": [
         ("max(0, state.max_iter - state.iteration - 1)", "state.max_iter"),
     ],
@@ -458,18 +464,20 @@ MUTATIONS = {
         (("    nn.GroupNorm,\n"), ""),
         ("clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0", "clip.CLIP_VALUE, 2.0"),
         ('self.last_epoch = state_dict["last_epoch"]', 'self.last_epoch = state_dict["last_epoch"] + 1'),
-        ("(self.base_momentum)\n        self._apply()", "(self.base_momentum)"),
+        (("(self.base_momentum)\n        self._apply()"), "(self.base_momentum)"),
     ],
     "plaintrain/structures.py": [
         ("return coco_mask.merge(parts)", "return parts[0]"),
         ("len(polygon) >= 6", "len(polygon) >= 4"),
         ("x + third, y + fourth]", "x + third - 1, y + fourth - 1]"),
         ("math.isfinite(v) for v in box", "v == v for v in box"),
-        ("if len(box) != 4", "box = box[:4]\n        if len(box) != 4"),
+        ("if len(box) != 4", ("box = box[:4]\n        if len(box) != 4")),
         (
             'return coco_mask.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)',
-            'turned = coco_mask.frPyObjects({"size": [width, height], "counts": counts}, width, height)\n'
-            "        return coco_mask.encode(np.asfortranarray(coco_mask.decode(turned).T))",
+            (
+                'turned = coco_mask.frPyObjects({"size": [width, height], "counts": counts}, width, height)\n'
+                "        return coco_mask.encode(np.asfortranarray(coco_mask.decode(turned).T))"
+            ),
         ),
     ],
     "plaintrain/trial.py": [
@@ -494,7 +502,7 @@ MUTATIONS = {
         ("for path in checkpoint_files(folder)]", "for path in checkpoint_files(folder)[::-1]]"),
         ('model_(\\d{7,})\\.pth")', 'model_(\\d{7})\\.pth")'),
         ("max(0, len(others) - max_to_keep + 1)", "max(0, len(others) - max_to_keep + 2)"),
-        ("    if last:\n", "    if not last:\n"),
+        (("    if last:\n"), ("    if not last:\n")),
         ("sorted(names, key=lambda name: _age(folder, name))", "sorted(names)"),
         (
             'raise DamagedCheckpointError(f"cannot read the checkpoint {path}: {first_line(e)}") from e',
@@ -571,7 +579,32 @@ MUTATIONS = {
             '        item.load_state_dict(state | {"state": {}} if "param_groups" in state else state)',
         ),
         ("torch.amp.GradScaler) and not state:", "torch.amp.GradScaler):"),
-        *(("return value\n    if", f"return {new}\n    if") for new in _OTHER_TENSORS),
+        (
+            ("return value\n    if"),
+            ("return value + 0 if isinstance(value, torch.Tensor) else value\n    if"),
+        ),
+        (
+            ("return value\n    if"),
+            ("return torch.atleast_1d(value) if isinstance(value, torch.Tensor) else value\n    if"),
+        ),
+        (
+            ("return value\n    if"),
+            ("return value.double().to(value.dtype) if isinstance(value, torch.Tensor) else value\n    if"),
+        ),
+        (
+            ("return value\n    if"),
+            (
+                "return (value.float() if value.dtype == torch.bfloat16 else value) if isinstance(value, torch.Tensor) else value\n"
+                "    if"
+            ),
+        ),
+        (
+            ("return value\n    if"),
+            (
+                "return (value if value.is_contiguous() else value.flatten().flip(0).view(value.shape)) if isinstance(value, torch.Tensor) else value\n"
+                "    if"
+            ),
+        ),
     ],
     "plaintrain/utils/storage.py": [
         ('("loss" in name or name == "grad_norm")', '"loss" in name'),
@@ -642,15 +675,12 @@ MUTATIONS = {
             "every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)",
             "every(cfg.TEST.EVAL_PERIOD, iteration)",
         ),
-        (
-            (
-                "            if early_stopping.triggered:\n"
-                "                checkpointer.save_final()\n"
-                "                return results\n"
-            ),
-            "",
-        ),
         ("save = validate or test or every", "save = every"),
+        ("start_iter if early_stopping.triggered else cfg.SOLVER.MAX_ITER", "cfg.SOLVER.MAX_ITER"),
+        (
+            ("        if not actions.stop:\n            checkpointer"),
+            ("        if True:\n            checkpointer"),
+        ),
     ],
     "scripts/predict.py": [
         ('select(found, found["scores"] >= args.threshold)', "found"),

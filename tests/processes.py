@@ -102,14 +102,15 @@ class Process:
         """The last lines of it, for what a failed test shows."""
         return "\n".join(self.output.splitlines()[-60:])
 
-    def wait(self, timeout=120):
-        """Wait for the end, and return this; the test fails if it does not come."""
+    def wait(self, timeout=120, code=None):
+        """Wait for the end, and return this; the test fails without one, or with another exit code."""
         self.process.join(timeout)
         running = self.process.is_alive()
         self.code, self.seconds = self.process.exitcode, time.monotonic() - self._start
         if running:
             self.kill()
         assert not running, f"still running after {timeout} s; it printed:\n{self.tail}"
+        assert code in (None, self.code), f"exit code {self.code}; it printed:\n{self.tail}"
         return self
 
     def wait_for(self, condition, timeout=60):
@@ -170,18 +171,15 @@ def _in_child(log, env, cwd, function, args):
 # ---- scripts ----------------------------------------------------------------------------------------
 
 
-def start_script(script, *args, log, faults=None, env=None, cwd=None):
-    """Start a script of scripts/, or of a path, with command-line arguments; returns a `Process`.
+def run_script(script, *args, folder, faults=None, env=None, cwd=None):
+    """Run a script of scripts/, or of a path, to its end; a `Process` with `code` and `output`.
 
-    `faults` is a function of a module, called before the script is: it may replace what the script imports.
+    The log is a file in `folder`. `faults` is a function of a module, called before the script is: it may
+    replace what the script imports.
     """
-    return Process(log, _run_script, str(SCRIPTS / script), [*map(str, args)], faults, env=env, cwd=cwd)
-
-
-def run_script(script, *args, folder, **kwargs):
-    """Run a script to its end; a `Process` with `code` and `output`. The log is a file in `folder`."""
     log = Path(folder) / f"{Path(script).stem}-{time.monotonic_ns()}.out"
-    return start_script(script, *args, log=log, **kwargs).wait()
+    path = str(SCRIPTS / script)
+    return Process(log, _run_script, path, [*map(str, args)], faults, env=env, cwd=cwd).wait()
 
 
 def _run_script(path, args, faults):
@@ -196,7 +194,7 @@ class Run(Process):
     """A training script on CONFIG."""
 
     def __init__(self, folder, options, *, script="plain", flags=(), faults=None, ranks=1):
-        """`folder` is OUTPUT_DIR, `script` "plain" or "epoch"; for `faults` see `start_script`."""
+        """`folder` is OUTPUT_DIR, `script` "plain" or "epoch"; for `faults` see `run_script`."""
         self.folder = folder = Path(folder)
         config = write_config(folder.parent)
         words = ["--config-file", config, "--num-gpus", ranks, *flags]
@@ -215,6 +213,23 @@ def write_config(folder):
         part.write_text(CONFIG)
         part.rename(path)
     return path
+
+
+def change_losses(change):
+    """Let the model return `change(model, losses)` for the losses of its training."""
+    from plaintrain import modeling
+
+    build_model = modeling.build_model
+
+    def hook(module, inputs, losses):
+        return change(module, losses) if module.training else losses
+
+    def build(cfg):
+        model = build_model(cfg)
+        model.register_forward_hook(hook)
+        return model
+
+    modeling.build_model = build
 
 
 # ---- functions under launch -------------------------------------------------------------------------

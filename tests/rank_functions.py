@@ -135,28 +135,20 @@ def wait_for_the_end(args):
             time.sleep(0.3)
 
 
-def _setup(args, *overrides):
-    cfg = get_cfg()
-    cfg.merge_from_other_cfg(TINY_CONFIG)
-    cfg.merge_from_list(["OUTPUT_DIR", os.path.join(args.folder, "output"), *overrides])
-    cfg.freeze()
-    default_setup(cfg, argparse.Namespace())
-    return cfg
-
-
 def setup_frozen(args):
     """`default_setup` of a frozen config in the folder of an earlier run; rank 1 reads slowly."""
     if not comm.is_main_process():
         get = DatasetCatalog.get
         DatasetCatalog.get = lambda name: (time.sleep(0.2), get(name))[1]
-    cfg = _setup(args, "MODEL.WEIGHTS", os.path.join(args.folder, "output", "model_final.pth"))
+    output = os.path.join(args.folder, "output")
+    cfg = get_cfg()
+    cfg.merge_from_other_cfg(TINY_CONFIG)
+    cfg.merge_from_list(["OUTPUT_DIR", output, "MODEL.WEIGHTS", os.path.join(output, "model_final.pth")])
+    cfg.freeze()
+    default_setup(cfg, argparse.Namespace())
     facts = {"seed": cfg.SEED, "classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES, "frozen": cfg.is_frozen()}
     save(args, {**facts, "weights": cfg.MODEL.WEIGHTS})
     Path(args.folder, f"draw-{comm.get_rank()}.txt").write_text(str(torch.rand(()).item()))
-
-
-def setup_odd_batch(args):
-    _setup(args, "SOLVER.IMS_PER_BATCH", "3")
 
 
 def evaluate_a_part(args):
@@ -227,23 +219,11 @@ def accumulate(args):
     save(args, facts)
 
 
-def a_loss_too_few_on_rank_1(args):
-    """As a mask head would do that returns nothing for a batch without objects."""
-    _step(args, *sorted(("loss_cls", "accuracy", "loss_mask")[: 3 - comm.get_rank()]))
-
-
-def no_loss_on_rank_1(args):
-    _step(args, "accuracy" if comm.get_rank() else "loss")
-
-
-def no_loss_at_all(args):
-    _step(args, "accuracy")
-
-
-def _step(args, *names):
+def step_with_losses(args, names):
+    """Take a step for which the model returns losses of these names on each rank."""
     layer = nn.Linear(2, 1)
     try:
-        loss_dict = {name: layer(torch.ones(1, 2)).sum() for name in names}
+        loss_dict = {name: layer(torch.ones(1, 2)).sum() for name in names[comm.get_rank()]}
         comm.check_loss_names(loss_dict)
         total = sum_losses(loss_dict)
     except UserError as e:

@@ -110,15 +110,15 @@ def differences(whole, killed):
             continue
         first, second = (load(p) for p in paths)
         parts = ("model", "ema", "optimizer", "scheduler", "early_stopping", "data_loader", "nonfinite")
-        found += [f"{name}: {part}" for part in parts if not _same(first.get(part), second.get(part))]
+        found += [f"{name}: {part}" for part in parts if not same(first.get(part), second.get(part))]
     return found
 
 
-def _same(a, b):
+def same(a, b):
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same, a, b))
     return a == b

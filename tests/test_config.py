@@ -59,12 +59,6 @@ def merge_file(path):
     return merge_list(file=path)
 
 
-@pytest.fixture
-def merge_text(tmp_path):
-    """Function from YAML to the defaults with that YAML merged over them."""
-    return lambda text: merge_file(write(tmp_path, "config.yaml", text))
-
-
 def error_message(function, *args):
     """Return the text of the `ConfigError` that a call must raise."""
     with pytest.raises(ConfigError) as error:
@@ -76,8 +70,10 @@ def error_message(function, *args):
 
 def test_base_paths_are_relative_to_the_file_absolute_or_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    write(tmp_path, "base.yaml", "SEED: 1\nLOG_PERIOD: 7\n")
-    absolute = write(tmp_path, "absolute/base.yaml", "VERSION: 1\n")
+    # A base that two bases share is no cycle.
+    write(tmp_path, "root.yaml", "HANG_TIMEOUT: 4.0\n")
+    write(tmp_path, "base.yaml", "_BASE_: root.yaml\nSEED: 1\nLOG_PERIOD: 7\n")
+    absolute = write(tmp_path, "absolute/base.yaml", "_BASE_: ../root.yaml\nVERSION: 1\n")
     write(tmp_path, "home/base.yaml", "OUTPUT_DIR: home\n")
     text = f"SEED: 2\n_BASE_: ['../../base.yaml', '{absolute}', '~/base.yaml']\n"
     write(tmp_path, "home/configs/child.yaml", text)
@@ -86,15 +82,7 @@ def test_base_paths_are_relative_to_the_file_absolute_or_in_the_home_folder(tmp_
     for path in ("~/configs/child.yaml", Path("../home/configs/child.yaml")):
         cfg = merge_file(path)
         assert (cfg.SEED, cfg.LOG_PERIOD, cfg.VERSION, cfg.OUTPUT_DIR) == (2, 7, 1, "home")
-        assert "_BASE_" not in cfg
-
-
-def test_base_shared_by_two_bases_is_no_cycle(tmp_path):
-    write(tmp_path, "root.yaml", "SEED: 5\n")
-    write(tmp_path, "a.yaml", "_BASE_: root.yaml\nLOG_PERIOD: 2\n")
-    write(tmp_path, "b.yaml", "_BASE_: root.yaml\nVERSION: 2\n")
-    cfg = merge_file(write(tmp_path, "child.yaml", "_BASE_: [a.yaml, b.yaml]\n"))
-    assert (cfg.SEED, cfg.LOG_PERIOD) == (5, 2)
+        assert "_BASE_" not in cfg and cfg.HANG_TIMEOUT == 4
 
 
 def test_base_errors_show_the_chain_of_files(tmp_path):
@@ -113,25 +101,17 @@ def test_base_errors_show_the_chain_of_files(tmp_path):
 @pytest.mark.parametrize(
     ("key", "word", "expected"),
     [
-        ("DATASETS.TRAIN", "('a',)", ("a",)),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "((16,32),(64,))", [[16, 32], [64]]),
         ("MODEL.MASK_ON", "true", True),
         ("SOLVER.BASE_LR", "1e-3", 0.001),
         ("OUTPUT_DIR", "True", "True"),
         ("MODEL.WEIGHTS", "''", ""),
-        ("MODEL.WEIGHTS", "'x.pth'", "x.pth"),
-        ("SOLVER.WEIGHT_DECAY_BIAS", "0.5", 0.5),
         ("SOLVER.WEIGHT_DECAY_BIAS", "null", None),
     ],
 )
 def test_override_takes_the_type_of_the_key(key, word, expected):
     value = get_value(merge_list(key, word), key)
     assert value == expected and type(value) is type(expected)
-
-
-def test_empty_file_and_empty_section_change_nothing(merge_text):
-    assert merge_text("") == get_cfg()
-    assert merge_text("MODEL:\n# nothing\n") == get_cfg()
 
 
 def test_declarations_come_from_files_and_the_command_line(tmp_path):
@@ -160,22 +140,22 @@ SPLIT_TUPLE = '["a", "b"]'
         ("MODEL: {ROI_HEAD: {NUM_CLASSES: 3}}", ["MODEL.ROI_HEAD ", "did you mean MODEL.ROI_HEADS"]),
         ("MODEL: {MAX_ITER: 3}", ["MODEL.MAX_ITER ", "did you mean SOLVER.MAX_ITER"]),
         # Values.
-        ("OUTPUT_DIR: 3\n", ["OUTPUT_DIR", "str", "3"]),
         ("SOLVER:\n  MAX_ITER: 1\n  GAMMA: 0.5\n  MAX_ITER: 2\n", ["line 4", "MAX_ITER", "twice"]),
         ('DATASETS: {TRAIN: ("a", "b")}', [SPLIT_TUPLE]),
         ("SOLVER: {STEPS: (100, 200), MAX_ITER: 300}", [SPLIT_TUPLE]),
         # Bases.
         ("_BASE_: 3", ["_BASE_"]),
         # No YAML, or none of a config; test_hostile.py has more.
-        ("SEED: [", []),
         ("SEED: 1\n\tLOG_PERIOD: 2\n", ["line 2"]),
         ("- SEED\n", ["list"]),
         ("SEED: !!int abc", []),
         ("OUTPUT_DIR: !!python/tuple [a]\n", ["line 1", "write the plain list"]),
     ],
 )
-def test_file_errors_name_the_file_and_the_key(merge_text, text, words):
-    message = error_message(merge_text, text)
+def test_file_errors_name_the_file_and_the_key(tmp_path, text, words):
+    for empty in ("", "MODEL:\n# nothing\n"):
+        assert merge_file(write(tmp_path, "config.yaml", empty)) == get_cfg()
+    message = error_message(merge_file, write(tmp_path, "config.yaml", text))
     assert "config.yaml" in message and all(word in message for word in words), message
 
 
@@ -183,13 +163,9 @@ def test_file_errors_name_the_file_and_the_key(merge_text, text, words):
     ("overrides", "words"),
     [
         (["SEED", "1", "OUTPUT_DIR"], ["'OUTPUT_DIR'", "SEED 1 OUTPUT_DIR"]),
-        (["SOLVER.IMS_PER_BATC", "2"], ["SOLVER.IMS_PER_BATC ", "the command line", "SOLVER.IMS_PER_BATCH"]),
         (["QQQQ", "2"], ["QQQQ", "defaults.py"]),
         (["SOLVER.MAX_ITER", "abc"], ["SOLVER.MAX_ITER", "the command line", "int", "'abc'"]),
-        (["SOLVER.MAX_ITER", "True"], ["SOLVER.MAX_ITER", "int", "bool"]),
-        (["DATASETS.TRAIN", "abc"], ["DATASETS.TRAIN", "tuple", "'abc'"]),
         (["SOLVER", "3"], ["SOLVER", "section", "3"]),
-        (["SOLVER.WEIGHT_DECAY_BIAS", "True"], ["SOLVER.WEIGHT_DECAY_BIAS", "float"]),
         (["INPUT.AUGMENTATIONS", "[1, {2, 3}]"], ["INPUT.AUGMENTATIONS", "holds a set"]),
         (["INPUT.AUGMENTATIONS", "[{'a': [1+2j]}]"], ["INPUT.AUGMENTATIONS", "holds a complex"]),
         (["INPUT.AUGMENTATIONS", f"[{2**65}]"], ["INPUT.AUGMENTATIONS", "number of more than 64 bits"]),
@@ -215,16 +191,9 @@ def test_python_configs_are_not_executed(tmp_path):
     assert not target.exists()
 
 
-def test_get_cfg_and_clone_return_copies():
+def test_frozen_config_cannot_be_changed_and_its_clone_is_a_copy():
     cfg = get_cfg()
     clone = cfg.clone()
-    cfg.SOLVER.MAX_ITER = 1
-    cfg.MODEL.PIXEL_MEAN.append(0.0)
-    assert clone == get_cfg() != cfg and isinstance(clone, CfgNode)
-
-
-def test_frozen_config_cannot_be_changed():
-    cfg = get_cfg()
     cfg.freeze()
     with pytest.raises(AttributeError, match="immutable"):
         cfg.SOLVER.MAX_ITER = 3
@@ -234,7 +203,9 @@ def test_frozen_config_cannot_be_changed():
     assert cfg == get_cfg() and cfg.is_frozen()
     cfg.defrost()
     cfg.merge_from_list(["SOLVER.MAX_ITER", "3"])
+    cfg.MODEL.PIXEL_MEAN.append(0.0)
     assert cfg.SOLVER.MAX_ITER == 3
+    assert clone == get_cfg() != cfg and isinstance(clone, CfgNode)
 
 
 def test_detectron2_base_and_child_merge_and_are_supported(tmp_path):
@@ -263,9 +234,8 @@ def test_detectron2_base_and_child_merge_and_are_supported(tmp_path):
         ("FLOAT32_PRECISION", "tf32", "high"),
     ],
 )
-def test_unsupported_variant_is_rejected_naming_what_is_supported(merge_text, key, value, supported):
-    cfg = merge_text(BASE_RCNN_FPN)
-    cfg.merge_from_list([key, value])
+def test_unsupported_variant_is_rejected_naming_what_is_supported(tmp_path, key, value, supported):
+    cfg = merge_list(key, value, file=write(tmp_path, "config.yaml", BASE_RCNN_FPN))
     text = error_message(check_cfg, cfg)
     assert text.startswith(key) and repr(get_value(cfg, key)) in text
     assert supported in text.split(", but only ")[1]

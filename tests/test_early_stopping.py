@@ -21,9 +21,6 @@ def state(best):
     return best.value, best.iteration, best.num_waited
 
 
-# ---- comparison ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "values", "expected"),
     [
@@ -49,32 +46,29 @@ def test_update_returns_whether_the_value_is_the_best(name, values, expected):
 
 
 @pytest.mark.parametrize(
-    ("metric", "value"),
+    ("metric", "other_results", "value"),
     [
-        ("auto", 30.0),
-        ("AP", 30.0),
-        ("bbox/AP50", 50.0),
-        ("segm/AP", 20.0),
-        ("more/bbox/AP", 10.0),
-        ("val/total_loss", 3.0),
-        ("val/accuracy", 0.5),
+        ("", RESULTS, None),
+        ("auto", LOSSES, 30.0),
+        ("AP", {}, 30.0),
+        ("bbox/AP", LOSSES, 30.0),
+        ("bbox/AP50", LOSSES, 50.0),
+        ("segm/AP", LOSSES, 20.0),
+        ("more/bbox/AP", LOSSES, 10.0),
+        ("val/total_loss", RESULTS, 3.0),
+        ("val/accuracy", RESULTS, 0.5),
     ],
 )
-def test_metric_is_the_first_that_ends_with_its_name(metric, value):
-    best = EarlyStopping(metric)
-    assert best.update(7, {**LOSSES, **RESULTS})
-    assert state(best) == (value, 7, 0)
-
-
-@pytest.mark.parametrize(
-    ("metric", "results"), [("", RESULTS), ("auto", LOSSES), ("bbox/AP", LOSSES), ("val/total_loss", RESULTS)]
-)
-def test_results_of_another_type_are_skipped(metric, results):
+def test_metric_is_the_first_that_ends_with_its_name_and_other_results_are_skipped(
+    metric, other_results, value
+):
     best = EarlyStopping(metric, patience=1)
-    assert not best.update(4, results) and not best.update(4, {})
+    # Before the first iteration.
+    assert not best.update(-1, other_results) and not best.update(-1, {})
     assert state(best) == (None, None, 0) and not best.triggered
     # The iteration may still be evaluated.
-    assert best.update(4, {**LOSSES, **RESULTS}) == (metric != "")
+    assert best.update(-1, {**LOSSES, **RESULTS}) == (value is not None)
+    assert state(best) == (value, None if value is None else -1, 0)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +87,6 @@ def test_unknown_metric_is_rejected_with_the_nearest(metric, near, far):
     assert near in names and far not in names
 
 
-# ---- patience --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("patience", "expected"),
     [
@@ -110,23 +101,11 @@ def test_patience_counts_evaluations_in_a_row_without_a_new_best(log, patience, 
     triggered = []
     for i, value in enumerate([NAN, 1.0, 1.0, 2.0, 0.0, NAN, 1.0]):
         best.update(i, {"bbox/AP": value})
+        # One that is repeated, or earlier, does not count.
+        assert not best.update(i, {"bbox/AP": 9.0}) and not best.update(i - 1, {"bbox/AP": 9.0})
         triggered.append(best.triggered)
     assert triggered == expected
     assert ("early stopping: bbox/AP has not improved for" in log.text) == any(expected)
-
-
-# ---- resuming --------------------------------------------------------------------------------
-
-
-def test_repeated_evaluation_counts_once():
-    best = EarlyStopping("bbox/AP", patience=2)
-    # Before the first iteration.
-    assert best.update(-1, {"bbox/AP": 1.0}) and best.iteration == -1
-    assert not best.update(19, {"bbox/AP": 0.5})
-    for iteration, value in ((19, 0.5), (19, 3.0), (9, 4.0)):
-        assert not best.update(iteration, {"bbox/AP": value})
-    assert state(best) == (1.0, -1, 1) and not best.triggered
-    assert best.update(29, {"bbox/AP": 1.5})
 
 
 def test_resumed_run_continues_from_the_state_in_its_checkpoint(tmp_path, log):
@@ -149,20 +128,16 @@ def test_resumed_run_continues_from_the_state_in_its_checkpoint(tmp_path, log):
 
 
 @pytest.mark.parametrize("metric", ["segm/AP", "auto", ""])
-def test_best_of_another_metric_is_forgotten_with_a_warning(metric, log):
-    saved = EarlyStopping("bbox/AP")
-    updates(saved, [50.0, 1.0])
-    best = EarlyStopping(metric)
-    best.load_state_dict(saved.state_dict())
-    assert state(best) == (None, None, 0)
-    assert log.records[-1].levelname == "WARNING"
-    assert f"TEST.BEST_METRIC was 'bbox/AP' and is {metric!r}" in log.text.split("WARNING")[-1]
-    assert best.update(0, RESULTS) == (metric != "")
-
-
-def test_metric_that_is_new_at_a_resume_begins_without_a_warning(log):
+def test_best_of_another_metric_is_forgotten_with_a_warning_and_a_new_metric_begins(metric, log):
     for before in ("", "bbox/AP"):
         best = EarlyStopping("bbox/AP")
         best.load_state_dict(EarlyStopping(before).state_dict())
         assert state(best) == (None, None, 0) and log.text == ""
     assert best.update(0, {"bbox/AP": 0.0})
+    updates(best, [50.0, 1.0], start=1)
+    other = EarlyStopping(metric)
+    other.load_state_dict(best.state_dict())
+    assert state(other) == (None, None, 0)
+    assert log.records[-1].levelname == "WARNING"
+    assert f"TEST.BEST_METRIC was 'bbox/AP' and is {metric!r}" in log.text.split("WARNING")[-1]
+    assert other.update(0, RESULTS) == (metric != "")

@@ -82,29 +82,22 @@ def test_two_ranks_average_what_their_gradients_are_sent_for(tmp_path):
     assert job.results() == [expected, expected]
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_decay_out_of_range_is_rejected(decay):
-    with pytest.raises(UserError, match=f"MODEL.EMA.DECAY is {decay}, but must be at least 0 and below 1"):
-        ModelEMA(make_model(), decay=decay)
-
-
 @pytest.mark.parametrize(("evaluate", "wrap"), [("averaged", nn.DataParallel), ("raw", lambda model: model)])
-def test_average_before_the_first_step_is_the_model_itself(evaluate, wrap):
-    model = wrap(make_model())
+def test_average_is_the_model_itself_before_the_first_step_or_where_disabled(log, evaluate, wrap):
+    model = wrap(make_model(1.0))
     ema = ModelEMA(model, evaluate=evaluate)
-    assert ema.num_steps == 0
-    assert ema.module is model and ema.eval_model is model
-
-
-def test_disabled_average_keeps_nothing(log):
-    model = make_model(1.0)
-    ema = build_ema(get_cfg(), model)
-    ema.update(model)
-    assert not ema.enabled and ema.num_steps == 0 and log.text == ""
-    assert ema.module is model and ema.eval_model is model
-    assert final_model(get_cfg(), ema) is None
-    assert ema.state_dict() == {}
-    ema.load_state_dict({})
+    disabled = build_ema(get_cfg(), model)
+    disabled.update(model)
+    for average in (ema, disabled):
+        assert average.num_steps == 0
+        assert average.module is model and average.eval_model is model
+    assert not disabled.enabled and log.text == ""
+    assert final_model(get_cfg(), disabled) is None
+    assert disabled.state_dict() == {}
+    disabled.load_state_dict({})
+    for decay in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UserError, match=f"DECAY is {decay}, but must be at least 0 and below 1"):
+            ModelEMA(model, decay=decay)
 
 
 @pytest.mark.parametrize(("evaluate", "final"), [("averaged", "raw"), ("raw", "averaged")])
@@ -142,26 +135,25 @@ def test_resumed_average_is_that_of_an_uninterrupted_run(tmp_path):
     assert values(ema.module.state_dict()) == values(whole.module.state_dict())
 
 
-def test_average_turned_on_at_a_resume_begins_there_with_a_warning(tmp_path, log):
-    save(tmp_path, [1.0, 2.0], enabled=False)
+@pytest.mark.parametrize(
+    ("enabled", "words"),
+    [
+        (True, "the checkpoint has no averaged weights: MODEL.EMA begins to average here"),
+        (False, "MODEL.EMA.ENABLED is False: the checkpoint's averaged weights are left out"),
+    ],
+)
+def test_average_turned_on_or_off_at_a_resume_begins_or_is_dropped_with_a_warning(
+    tmp_path, log, enabled, words
+):
+    save(tmp_path, [1.0, 2.0], enabled=not enabled)
     model = make_model()
-    ema = ModelEMA(model, decay=0.5, warmup=False)
+    ema = ModelEMA(model, decay=0.5, warmup=False, enabled=enabled)
     DetectionCheckpointer(model, str(tmp_path), ema=ema).resume_or_load("", resume=True)
-    (message,) = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
-    assert message == "the checkpoint has no averaged weights: MODEL.EMA begins to average here"
-    assert ema.module is model
+    assert [r.getMessage() for r in log.records if r.levelname == "WARNING"] == [words]
+    assert values(model.state_dict()) == 2.0 and ema.module is model
     step(model, ema, 4.0, 5.0)
-    assert values(ema.module.state_dict()) == 4.5
-
-
-def test_average_turned_off_at_a_resume_is_dropped_with_a_warning(tmp_path, log):
-    save(tmp_path, [1.0, 2.0])
-    model = make_model()
-    ema = ModelEMA(model, enabled=False)
-    DetectionCheckpointer(model, str(tmp_path), ema=ema).resume_or_load("", resume=True)
-    (message,) = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
-    assert message == "MODEL.EMA.ENABLED is False: the checkpoint's averaged weights are left out"
-    assert values(model.state_dict()) == 2.0 and ema.module is model and ema.state_dict() == {}
+    assert values(ema.module.state_dict()) == (4.5 if enabled else 5.0)
+    assert enabled or ema.state_dict() == {}
 
 
 @pytest.mark.parametrize(
@@ -183,10 +175,7 @@ def test_checkpoint_gives_the_raw_or_the_averaged_weights(tmp_path, averaged, re
     model = make_model()
     load_weights(model, path, averaged=averaged)
     assert values(model.state_dict()) == expected
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"ema": 5, "model": {}}])
-def test_file_without_weights_is_rejected_also_when_the_average_is_requested(tmp_path, content):
-    torch.save(content, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=r"odd\.pth"):
-        load_weights(make_model(), str(tmp_path / "odd.pth"), averaged=True)
+    for content in ([1, 2], {"ema": 5, "model": {}}):
+        torch.save(content, tmp_path / "odd.pth")
+        with pytest.raises(UserError, match=r"odd\.pth"):
+            load_weights(model, str(tmp_path / "odd.pth"), averaged=True)

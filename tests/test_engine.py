@@ -28,7 +28,6 @@ from plaintrain.utils import comm
 from plaintrain.utils.env import seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter
-from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import paint_changes, progress, progress_range, setup_logger
 from plaintrain.utils.rng import load_rng_states, rng_states
 
@@ -136,7 +135,7 @@ def register(name, *, classes=("circle", "square", "triangle"), file_name="shape
     MetadataCatalog.get(name).set(thing_classes=list(classes), **metadata)
 
 
-def test_parser_takes_flags_and_then_overrides():
+def test_parser_takes_flags_and_then_overrides(capsys):
     parser = engine.default_argument_parser()
     line = "--config-file a.yaml --resume --eval-only --debug --num-gpus 2 --num-machines 3 --machine-rank 1"
     line += " --overfit 4 --dry-run --quiet --dist-url tcp://h:1 SEED -1 MODEL.WEIGHTS"
@@ -144,26 +143,29 @@ def test_parser_takes_flags_and_then_overrides():
     job = {"num_gpus": 2, "num_machines": 3, "machine_rank": 1, "dist_url": "tcp://h:1"}
     options = {"config_file": "a.yaml", "overfit": 4, "opts": ["SEED", "-1", "MODEL.WEIGHTS", ""]}
     assert vars(parser.parse_args([*line.split(), ""])) == switches | job | options
-
-
-@pytest.mark.parametrize("flag", [["--resume"], ["--num-gpus", "2"], ["--config-file=a.yaml"]])
-def test_parser_rejects_a_flag_after_an_override(capsys, flag):
-    with pytest.raises(SystemExit) as stop:
-        engine.default_argument_parser().parse_args(["SOLVER.BASE_LR", "0.1", *flag])
-    assert stop.value.code == 2
-    text = capsys.readouterr().err
-    assert flag[0] in text and "SOLVER.BASE_LR" in text and "first" in text
+    for flag in (["--resume"], ["--num-gpus", "2"], ["--config-file=a.yaml"]):
+        with pytest.raises(SystemExit, match="^2$"):
+            parser.parse_args(["SOLVER.BASE_LR", "0.1", *flag])
+        text = capsys.readouterr().err
+        assert flag[0] in text and "SOLVER.BASE_LR" in text and "first" in text
 
 
 def test_setup_writes_the_resolved_config_and_the_log(output, capsys):
-    cfg = setup(output, "SEED", "7", "CUDNN_BENCHMARK", "True", "FLOAT32_PRECISION", "highest")
+    register("engine_unscored")
+    keys = ["SEED", "7", "CUDNN_BENCHMARK", "True", "FLOAT32_PRECISION", "highest"]
+    cfg = setup(output, *keys, "DATASETS.TEST", "('engine_unscored',)")
     assert torch.backends.cudnn.benchmark is True and torch.backends.cudnn.allow_tf32 is False
     assert torch.get_float32_matmul_precision() == "highest"
     assert sorted(os.listdir(output)) == NEW_FILES
     assert load_saved(output) == cfg and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
-    for text in ((output / "log.txt").read_text(), capsys.readouterr().out):
+    log = (output / "log.txt").read_text()
+    for text in (log, capsys.readouterr().out):
         assert f"torch: {torch.__version__}" in text
         assert "command line:" in text and "NUM_CLASSES is 3: circle, square, triangle" in text
+    # A dataset without an evaluator type is scored with COCO's metrics.
+    assert MetadataCatalog.get("engine_unscored").evaluator_type == "coco"
+    warnings = [line for line in log.splitlines() if "WARNING" in line]
+    assert any("engine_unscored" in line and "COCO" in line for line in warnings)
 
 
 def test_setup_takes_the_number_of_classes_from_the_dataset(output):
@@ -189,28 +191,17 @@ def test_setup_writes_the_schedule_in_iterations(output):
     assert torch.get_float32_matmul_precision() == "medium"
 
 
-def test_setup_scores_a_dataset_without_evaluator_type_with_coco_metrics(output):
-    register("engine_unscored")
-    setup(output, "DATASETS.TRAIN", "('engine_unscored',)", "DATASETS.TEST", "('engine_unscored',)")
-    assert MetadataCatalog.get("engine_unscored").evaluator_type == "coco"
-    warnings = [line for line in (output / "log.txt").read_text().splitlines() if "WARNING" in line]
-    assert any("engine_unscored" in line and "COCO" in line for line in warnings)
+def draw():
+    return random.random(), float(np.random.rand()), float(np.random.randn()), torch.rand(2).tolist()
 
 
-def test_seed_is_drawn_saved_and_reused_on_resume_only(output):
+def test_setup_draws_a_seed_unless_resumed_and_seeds_all_generators(output, tmp_path):
     cfg = setup(output, resume=True)
     assert cfg.SEED >= 0 and load_saved(output).SEED == cfg.SEED
     assert f"SEED was -1; it is {cfg.SEED}" in (output / "log.txt").read_text()
     assert setup(output, resume=True, freeze=True).SEED == cfg.SEED
     assert setup(output, "SEED", "0", resume=True).SEED == 0
     assert setup(output).SEED not in (0, cfg.SEED)
-
-
-def draw():
-    return random.random(), float(np.random.rand()), float(np.random.randn()), torch.rand(2).tolist()
-
-
-def test_setup_seeds_all_generators(tmp_path):
     draws = []
     for seed in ("5", "5", "6"):
         setup(tmp_path / f"run {len(draws)}", "SEED", seed)
@@ -221,7 +212,7 @@ def test_setup_seeds_all_generators(tmp_path):
     seed_all_rng(2**40)
 
 
-def test_generators_continue_from_a_checkpoint_that_is_resumed_only(tmp_path):
+def test_generators_continue_from_a_checkpoint_that_is_resumed_only(tmp_path, log):
     np.random.randn()
     random.gauss(0, 1)
     model = torch.nn.Linear(1, 1)
@@ -236,15 +227,13 @@ def test_generators_continue_from_a_checkpoint_that_is_resumed_only(tmp_path):
     path = str(tmp_path / "model_0000000.pth")
     DetectionCheckpointer(model).resume_or_load(path, resume=False)
     assert draw() not in expected
-
-
-@pytest.mark.parametrize("number", [0, 2])
-def test_states_of_another_number_of_processes_are_ignored_with_a_warning(number, log):
-    states = rng_states() * number
-    torch.manual_seed(5)
-    load_rng_states(states)
-    assert torch.initial_seed() == 5
-    assert f"the random state of {number} processes, and here there are 1" in log.text
+    # Neither do the states of another number of processes.
+    for number in (0, 2):
+        states = rng_states() * number
+        torch.manual_seed(5)
+        load_rng_states(states)
+        assert torch.initial_seed() == 5
+        assert f"the random state of {number} processes, and here there are 1" in log.text
 
 
 def test_setup_freezes_what_is_imported_once(tmp_path):
@@ -257,32 +246,27 @@ def test_setup_freezes_what_is_imported_once(tmp_path):
     assert frozen > 50_000 and len(kept) == 1000 and gc.get_freeze_count() <= frozen
 
 
-def test_earlier_run_is_moved_to_old_1_and_then_old_2(output):
-    leave_run(output)
-    (output / "notes.txt").write_text("mine")
-    setup(output, "SEED", "1")
-    assert contents(output / "old-1") == RUN_FILES
-    assert sorted(os.listdir(output)) == sorted([*NEW_FILES, "notes.txt", "old-1"])
-    assert str(output / "old-1") in (output / "log.txt").read_text()
-    setup(output, "SEED", "2")
-    assert contents(output / "old-1") == RUN_FILES
-    assert "SEED: 1\n" in (output / "old-2" / "config.yaml").read_text()
-    assert "SEED: 2\n" in (output / "config.yaml").read_text()
-    assert (output / "notes.txt").read_text() == "mine"
-
-
 @pytest.mark.parametrize("freeze", [False, True])
-def test_weights_follow_the_run_that_is_moved_and_others_stay(tmp_path, monkeypatch, freeze):
+def test_earlier_run_is_moved_with_its_weights_and_other_files_stay(tmp_path, monkeypatch, freeze):
     monkeypatch.chdir(tmp_path)
     output = Path("out") if freeze else tmp_path / "out"
     leave_run(output)
-    cfg = setup(output, "MODEL.WEIGHTS", str(output / "model_final.pth"), freeze=freeze)
+    others = ["config-1.yaml", "dataset.json", "model_of_mine.pth"]
+    for name in others:
+        (output / name).write_bytes(WEIGHTS.encode("latin-1"))
+    cfg = setup(output, "SEED", "1", "MODEL.WEIGHTS", str(output / "model_final.pth"), freeze=freeze)
     assert Path(cfg.MODEL.WEIGHTS).read_bytes().decode("latin-1") == WEIGHTS
     assert cfg.is_frozen() is freeze and load_saved(output).MODEL.WEIGHTS == cfg.MODEL.WEIGHTS
-    weights = output / "pretrained.pth"
-    weights.write_bytes(WEIGHTS.encode("latin-1"))
-    assert str(weights) == setup(output, "MODEL.WEIGHTS", str(weights)).MODEL.WEIGHTS
-    assert weights.exists()
+    moved = {**RUN_FILES, "config-1.yaml": WEIGHTS}
+    assert contents(output / "old-1") == moved
+    assert sorted(os.listdir(output)) == sorted([*NEW_FILES, *others[1:], "old-1"])
+    assert str(output / "old-1") in (output / "log.txt").read_text()
+    weights = output / "model_of_mine.pth"
+    cfg = setup(output, "SEED", "2", "MODEL.WEIGHTS", str(weights))
+    assert str(weights) == cfg.MODEL.WEIGHTS and weights.read_bytes() == WEIGHTS.encode("latin-1")
+    assert contents(output / "old-1") == moved
+    assert "SEED: 1\n" in (output / "old-2" / "config.yaml").read_text()
+    assert "SEED: 2\n" in (output / "config.yaml").read_text()
 
 
 def test_resume_moves_nothing_and_keeps_the_earlier_configs(output):
@@ -304,18 +288,14 @@ def test_resume_moves_nothing_and_keeps_the_earlier_configs(output):
     assert str(output / "config-2.yaml") in (output / "log.txt").read_text()
 
 
-def test_eval_only_changes_only_the_log_and_needs_no_schedule(output):
+def test_eval_only_changes_only_the_log_and_needs_no_schedule_and_no_training_set(output):
     leave_run(output)
     keys = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "SEED", "9", "SOLVER.BY_EPOCH", "True"]
     assert setup(output, *keys, eval_only=True).SOLVER.MAX_ITER == get_cfg().SOLVER.MAX_ITER
-    assert_only_log_grew(output)
-
-
-def test_eval_only_does_not_need_the_training_set(output):
     gone = [f"DATASETS.DECLARE.gone.{word}" for word in ("FORMAT coco", "JSON /no.json", "IMAGE_ROOT /no")]
-    for keys in (" ".join([*gone, "DATASETS.TRAIN ('gone',)"]), "DATASETS.TRAIN ()"):
-        cfg = setup(output, *keys.split(), eval_only=True, resume=True)
-        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
+    for words in (" ".join([*gone, "DATASETS.TRAIN ('gone',)"]), "DATASETS.TRAIN ()"):
+        assert setup(output, *keys, *words.split(), eval_only=True).MODEL.ROI_HEADS.NUM_CLASSES == 3
+    assert_only_log_grew(output)
 
 
 @pytest.mark.parametrize(
@@ -340,31 +320,24 @@ def test_eval_only_does_not_need_the_training_set(output):
         (["INPUT.AUGMENTATIONS", "['RandomIoUCorp']"], ["RandomIoUCorp", "RandomIoUCrop"]),
         (["MODEL.DEVICE", "cuda:77"], ["MODEL.DEVICE", "'cuda:77'"]),
         (["OUTPUT.WRITERS", "('json', 'jsn')"], ["OUTPUT.WRITERS holds 'jsn'", "console, json, csv, tens"]),
+        (["DATASETS.TEST", "('odd_type',)"], ["odd_type", "'cityscapes'", "coco", "pascal_voc"]),
+        (["DATASETS.TEST", "('odd_file',)"], ["/nowhere/gone.jpg"]),
+        (["DATASETS.TEST", "('odd_class',)"], ["engine_tiny_train", "odd_class", "circle", "dog"]),
+        (["DATASETS.TEST", "('odd_order',)"], ["engine_tiny_train", "odd_order"]),
     ],
 )
 def test_setup_errors_name_the_key_and_leave_the_earlier_run_in_place(output, overrides, words):
+    register("odd_type", evaluator_type="cityscapes")
+    register("odd_file", evaluator_type="coco", file_name="/nowhere/gone.jpg")
+    register("odd_class", evaluator_type="coco", classes=("cat", "dog"))
+    register("odd_order", evaluator_type="coco", classes=("square", "circle", "triangle"))
     leave_run(output)
     message = setup_error(output, *overrides)
     assert all(word in message for word in words), message
     assert_only_log_grew(output)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "words"),
-    [
-        ({"evaluator_type": "cityscapes"}, ["engine_odd", "'cityscapes'", "coco", "pascal_voc"]),
-        ({"file_name": "/nowhere/gone.jpg"}, ["/nowhere/gone.jpg"]),
-        ({"classes": ("cat", "dog")}, ["engine_tiny_train", "engine_odd", "circle", "dog"]),
-        ({"classes": ("square", "circle", "triangle")}, ["engine_tiny_train", "engine_odd"]),
-    ],
-)
-def test_setup_errors_name_the_test_set(output, dataset, words):
-    register("engine_odd", **{"evaluator_type": "coco", **dataset})
-    message = setup_error(output, "DATASETS.TEST", "('engine_odd',)")
-    assert all(word in message for word in words), message
-
-
-def test_setup_errors_name_missing_weights_and_bad_folders(output):
+def test_setup_errors_name_missing_weights_bad_folders_and_keys_that_are_not_read(output):
     message = setup_error(output, eval_only=True)
     assert "MODEL.WEIGHTS" in message and "--resume" in message
     output.write_text("in the way")
@@ -372,9 +345,6 @@ def test_setup_errors_name_missing_weights_and_bad_folders(output):
         message = setup_error(folder)
         assert "OUTPUT_DIR" in message and str(folder) in message
     assert output.read_text() == "in the way"
-
-
-def test_require_default_rejects_a_key_that_a_script_does_not_read():
     cfg = get_cfg()
     engine.require_default(cfg, "WORKFLOW", "it is")
     cfg.merge_from_list(["WORKFLOW", [["train", 2]]])
@@ -382,17 +352,15 @@ def test_require_default_rejects_a_key_that_a_script_does_not_read():
         engine.require_default(cfg, "WORKFLOW", "no")
 
 
-def test_overfit_trains_and_tests_on_the_same_images(output):
-    cfg = setup(output, overfit=2)
+def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output):
+    leave_run(output)
+    cfg = setup(output, overfit=2, dry_run=True)
     assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("overfit_2",)
     records = DatasetCatalog.get("engine_tiny_train")
     assert list(DatasetCatalog.get("overfit_2")) == [records[0], records[1]]
-
-
-def test_dry_run_compares_the_resumed_model_and_keeps_nothing(output):
-    leave_run(output)
     cfg = setup(output, dry_run=True)
     assert cfg.SOLVER.MAX_ITER == 2 and str(output / "dry-run") == cfg.OUTPUT_DIR
+    # It compares the resumed model.
     results = {"engine_tiny_val": {"bbox": {"AP": 30.0, "AP-circle": float("nan")}}}
     args = Namespace(dry_run=True)
     for again in ({}, {"engine_tiny_val": {"bbox": {"AP": float("nan"), "AP-circle": float("nan")}}}):
@@ -420,13 +388,6 @@ def test_two_ranks_agree_on_seed_classes_and_folder(tmp_path):
     # The global generators of the ranks differ.
     draws = [float((job.folder / f"draw-{rank}.txt").read_text()) for rank in (0, 1)]
     assert draws[0] != draws[1]
-
-
-def test_two_ranks_report_an_error_once(tmp_path):
-    job = Job(rank_functions.setup_odd_batch, tmp_path / "job", num_gpus_per_machine=2).wait()
-    assert job.code == 1 and "Traceback" not in job.output
-    errors = [line for line in job.output.splitlines() if "error: " in line]
-    assert len(errors) == 1 and "SOLVER.IMS_PER_BATCH is 3" in errors[0] and "2 processes" in errors[0]
 
 
 def test_ddp_shares_gradients_without_copies_and_sends_no_buffers(monkeypatch):
@@ -461,19 +422,6 @@ def test_build_writers_takes_those_of_the_config_on_rank_0_only(tmp_path, monkey
     assert os.listdir(tmp_path) == ["metrics.csv"]
     monkeypatch.setattr("plaintrain.utils.comm.get_rank", lambda: 1)
     assert engine.default_writers(str(tmp_path), 10) == [] == engine.build_writers(cfg)
-
-
-def test_atomic_write_of_bytes_is_whole_after_an_interrupt_or_on_a_full_disk(tmp_path):
-    path = tmp_path / "a.txt"
-    with atomic_write(path, "wb") as f:
-        f.write(b"\x00\xff")
-    errors = {KeyboardInterrupt: KeyboardInterrupt(), UserError: OSError(28, "No space left on device")}
-    for expected, error in errors.items():
-        with pytest.raises(expected) as raised, atomic_write(str(path)) as f:
-            f.write("half of")
-            raise error
-        assert path.read_bytes() == b"\x00\xff" and os.listdir(tmp_path) == ["a.txt"]
-    assert str(path) in str(raised.value) and "No space left" in str(raised.value)
 
 
 def test_log_goes_to_the_console_on_rank_0_and_to_a_file_of_each_rank(tmp_path, capsys):
@@ -526,20 +474,18 @@ def test_progress_bar_shows_on_the_terminal_of_rank_0_unless_quiet(tmp_path, mon
     assert "all is well" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("no_color", ["", "1"])
-def test_colors_are_for_a_terminal_only(tmp_path, monkeypatch, no_color):
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setenv("NO_COLOR", no_color)
+def test_colors_are_for_a_terminal_only(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    logger = setup_logger(str(tmp_path))
-    logger.warning("look %s", "here")
-    logger.info("+1.00 -2.00 - nan+1", extra={"colored": paint_changes("+1.00 -2.00 - nan+1")})
-    text = sys.stdout.getvalue()
-    if no_color:
-        assert "\033" not in text and "+1.00 -2.00" in text
-    else:
-        assert "look here\033[0m" in text
-        assert "\033[32m+1.00\033[0m \033[31m-2.00\033[0m - nan+1" in text
+    for no_color in ("", "1"):
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        monkeypatch.setenv("NO_COLOR", no_color)
+        logger = setup_logger(str(tmp_path))
+        logger.warning("look %s", "here")
+        logger.info("+1.00 -2.00 - nan+1", extra={"colored": paint_changes("+1.00 -2.00 - nan+1")})
+        text = sys.stdout.getvalue()
+        assert ("look here\033[0m" in text) is (no_color == "")
+        assert ("\033[32m+1.00\033[0m \033[31m-2.00\033[0m - nan+1" in text) is (no_color == "")
+        assert no_color == "" or ("\033" not in text and "+1.00 -2.00" in text)
     assert "\033" not in (tmp_path / "log.txt").read_text()
 
 

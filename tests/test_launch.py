@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 from argparse import Namespace
 from functools import partial
 
@@ -20,6 +18,7 @@ from plaintrain.utils.errors import UserError
 
 RANK_0_FAILS = partial(fail, ranks=(0,), error=RuntimeError("rank 0 broke"))
 RANK_1_FAILS = partial(fail, ranks=(1,), error=RuntimeError("rank 1 broke"), waits=True)
+KILLED_BY = "error: rank 1 was ended by SIGKILL: is the memory full?"
 # A waiting rank would wait for 100 s or, in a collective, for 30 minutes.
 SOON = 20
 
@@ -29,9 +28,9 @@ def run_job(main_func, folder, **kwargs):
     return Job(main_func, folder / "job", num_gpus_per_machine=2, **kwargs).wait(SOON)
 
 
-def run_jobs(main_func, folder, options, **kwargs):
+def run_jobs(main_func, folder, options):
     """One job of several processes that are started apart, at its end; `options` are those of each."""
-    jobs = [Job(main_func, folder / str(i), **own, **kwargs) for i, own in enumerate(options)]
+    jobs = [Job(main_func, folder / str(i), **own) for i, own in enumerate(options)]
     late = []
     # All of them, so that none is left behind.
     for job in jobs:
@@ -43,11 +42,10 @@ def run_jobs(main_func, folder, options, **kwargs):
     return jobs
 
 
-def run_machines(main_func, folder, late=0.0):
-    """A job of two machines with one process each, both on this one; the second may be late."""
-    url = f"tcp://127.0.0.1:{free_port()}"
-    options = [{"machine_rank": machine, "slow": machine * late} for machine in range(2)]
-    return run_jobs(main_func, folder, options, num_machines=2, dist_url=url)
+def two_machines(late=0.0):
+    """One process each, both on this machine; the second may be late."""
+    job = {"num_machines": 2, "dist_url": f"tcp://127.0.0.1:{free_port()}"}
+    return [{**job, "machine_rank": machine, "slow": machine * late} for machine in range(2)]
 
 
 def torchrun_env(rank, number, **more):
@@ -86,6 +84,15 @@ def test_one_process_runs_here_and_returns_the_value(set_env):
     # Nor is a single process of torchrun a job to join.
     set_env(torchrun_env(0, 1))
     assert launch(torch.distributed.is_initialized) is False
+
+
+def test_find_job_reads_the_address_and_lets_a_batch_script_start_the_processes(set_env):
+    assert find_job(1, 2, 1, "tcp://gpu-node.cluster:1")["address"] == ("gpu-node.cluster", 1)
+    assert find_job(1, 2, 1, "tcp://[fe80::1]:29500")["address"] == ("fe80::1", 29500)
+    # sbatch sets SLURM_NTASKS and SLURM_PROCID for its script too; only srun starts that many.
+    set_env({key: value for key, value in slurm_env(0, 0).items() if "STEP" not in key})
+    job = find_job(2, 1, 0, "auto")
+    assert job["world_size"] == 2 and "rank" not in job
 
 
 KILLED = "DataLoader worker (pid 7) is killed by signal: Killed."
@@ -146,11 +153,6 @@ def test_a_command_line_that_does_not_fit_is_one_sentence(capfd, monkeypatch, se
     assert stop.value.code == 1 and text.startswith("error: ") and text.count("\n") == 1 and words in text
 
 
-def test_find_job_reads_the_address(set_env):
-    assert find_job(1, 2, 1, "tcp://gpu-node.cluster:1")["address"] == ("gpu-node.cluster", 1)
-    assert find_job(1, 2, 1, "tcp://[fe80::1]:29500")["address"] == ("fe80::1", 29500)
-
-
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
@@ -172,35 +174,6 @@ def test_slurm_tasks_find_each_other_at_the_first_node(set_env, nodes, first):
     assert jobs[1] == {"rank": 5, "world_size": 8, "local_rank": 1, "local_size": 4, "machine": 1}
 
 
-def test_a_batch_script_of_slurm_may_start_the_processes_itself(set_env):
-    # sbatch sets SLURM_NTASKS and SLURM_PROCID for its script too; only srun starts that many.
-    set_env({key: value for key, value in slurm_env(0, 0).items() if "STEP" not in key})
-    job = find_job(2, 1, 0, "auto")
-    assert job["world_size"] == 2 and "rank" not in job
-
-
-def test_two_spawned_processes_work_on_the_cpu(tmp_path):
-    """The one test that spawns, as a script does; the others fork, which is quicker."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import torch\n"
-        "from plaintrain.launch import launch\n"
-        "from plaintrain.utils import comm\n\n\n"
-        "def main(text):\n"
-        "    total = comm.reduce_dict({'x': torch.tensor(comm.get_rank() + 1.0)}, average=False)['x']\n"
-        "    print(f'[{text} {comm.get_rank()} of {comm.get_world_size()}: {total.item()}]\\n', end='')\n"
-        "    assert torch.distributed.get_backend() == 'gloo'\n\n\n"
-        "if __name__ == '__main__':\n"
-        "    launch(main, 2, args=('rank',))\n"
-        "    print('[done]')\n"
-    )
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "WORLD_SIZE"))}
-    env |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n")) == ["", "[done]", "[rank 0 of 2: 3.0]", "[rank 1 of 2: 3.0]"]
-
-
 RANK_0 = {"rank": 0, "world_size": 2, "local_rank": 0, "local_size": 2, "main": True, "sum": 1.0}
 RANK_1 = {**RANK_0, "rank": 1, "local_rank": 1, "main": False}
 
@@ -211,33 +184,23 @@ def test_two_jobs_at_once_do_not_meet(tmp_path):
         assert job.results() == [RANK_0, RANK_1]
 
 
-def test_two_machines_form_one_job(tmp_path):
-    jobs = run_machines(rank_functions.report, tmp_path)
-    assert [job.code for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
-    assert [job.results() for job in jobs] == [
-        [{**RANK_0, "local_size": 1}],
-        [{**RANK_1, "local_rank": 0, "local_size": 1}],
-    ]
-
-
-def torchruns(port):
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def torchruns():
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [{"env": torchrun_env(rank, 2, **address)} for rank in range(2)]
 
 
-def slurms(port):
+def slurms():
     """Two tasks, each on a node of its own."""
-    url = f"tcp://127.0.0.1:{port}"
+    url = f"tcp://127.0.0.1:{free_port()}"
     return [{"env": slurm_env(rank, 0, per_node="1(x2)", node=rank), "dist_url": url} for rank in range(2)]
 
 
-@pytest.mark.parametrize(("start", "local"), [(torchruns, [(0, 2), (1, 2)]), (slurms, [(0, 1), (0, 1)])])
-def test_processes_of_a_scheduler_are_joined(tmp_path, start, local):
-    jobs = run_jobs(rank_functions.report, tmp_path, start(str(free_port())))
+@pytest.mark.parametrize("start", [two_machines, torchruns, slurms])
+def test_processes_that_are_started_apart_form_one_job(tmp_path, start):
+    jobs = run_jobs(rank_functions.report, tmp_path, start())
     assert [job.code for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
-    ranks = [job.results()[0] for job in jobs]
-    assert [(rank["rank"], rank["world_size"], rank["sum"]) for rank in ranks] == [(0, 2, 1.0), (1, 2, 1.0)]
-    assert [(rank["local_rank"], rank["local_size"]) for rank in ranks] == local
+    alone = {} if start is torchruns else {"local_rank": 0, "local_size": 1}
+    assert [job.results() for job in jobs] == [[{**RANK_0, **alone}], [{**RANK_1, **alone}]]
 
 
 @pytest.mark.parametrize(
@@ -247,41 +210,30 @@ def test_processes_of_a_scheduler_are_joined(tmp_path, start, local):
         (RANK_1_FAILS, "RuntimeError: rank 1 broke", 1),
         (partial(fail, ranks=(0, 1), error=UserError("both find this")), "error: both find this", 0),
         (partial(fail, ranks=(1,), error=UserError("only rank 1 does")), "error: only rank 1 does", 0),
+        pytest.param(rank_functions.rank_1_is_killed, KILLED_BY, None, marks=pytest.mark.long),
     ],
 )
 def test_failing_rank_ends_the_job_which_says_why_once(tmp_path, main, words, tracebacks):
     job = run_job(main, tmp_path)
     assert job.code == 1
-    assert job.output.count(words) == 1 and job.output.count("Traceback") == tracebacks, job.output
-
-
-@pytest.mark.long
-def test_killed_rank_ends_the_job_and_is_named(tmp_path):
-    job = run_job(rank_functions.rank_1_is_killed, tmp_path)
-    assert job.code == 1 and "error: rank 1 was ended by SIGKILL: is the memory full?" in job.output
+    assert job.output.count(words) == 1 and tracebacks in (None, job.output.count("Traceback")), job.output
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("main", "rank", "own", "others"),
+    ("main", "rank", "own", "others", "late"),
     [
-        (RANK_0_FAILS, 0, "RuntimeError: rank 0 broke", "rank 0 failed"),
-        (RANK_1_FAILS, 1, "RuntimeError: rank 1 broke", "rank 1 failed"),
-        (rank_functions.rank_1_is_killed, 1, "rank 1 was ended by SIGKILL", "rank 1 failed: it was ended by"),
+        (RANK_0_FAILS, 0, "RuntimeError: rank 0 broke", "rank 0 failed", 0),
+        # Rank 0 holds the store, and is gone before the other machine has begun to watch.
+        (RANK_0_FAILS, 0, "RuntimeError: rank 0 broke", "", 1),
+        (RANK_1_FAILS, 1, "RuntimeError: rank 1 broke", "rank 1 failed", 0),
+        (rank_functions.rank_1_is_killed, 1, KILLED_BY, "rank 1 failed: it was ended by", 0),
     ],
 )
-def test_failing_rank_ends_the_job_on_the_other_machine_too(tmp_path, main, rank, own, others):
-    jobs = run_machines(main, tmp_path)
+def test_failing_rank_ends_the_job_on_the_other_machine_too(tmp_path, main, rank, own, others, late):
+    jobs = run_jobs(main, tmp_path, two_machines(late))
     assert [job.code for job in jobs] == [1, 1]
     assert own in jobs[rank].output and others in jobs[1 - rank].output
-
-
-@pytest.mark.long
-def test_machine_that_is_late_feels_that_rank_0_has_failed(tmp_path):
-    # Rank 0 holds the store, and is gone before the other machine has begun to watch.
-    jobs = run_machines(RANK_0_FAILS, tmp_path, late=1.0)
-    assert [job.code for job in jobs] == [1, 1]
-    assert "RuntimeError: rank 0 broke" in jobs[0].output
 
 
 @pytest.mark.long

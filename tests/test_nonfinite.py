@@ -1,6 +1,7 @@
 """NaN and infinite losses: plaintrain.nonfinite."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -37,9 +38,13 @@ def scalars(value=ONE, norm=ONE):
     return {"total_loss": value + 1, "loss_a": value, "loss_b": ONE}, norm
 
 
-def test_allows_step_without_skipping_reads_nothing():
+def test_allows_step_reads_nothing_without_skipping_and_else_asks_the_other_ranks(monkeypatch):
     meta = torch.ones((), device="meta")
     assert guard().allows_step({"total_loss": meta}, meta)
+    monkeypatch.setattr(comm, "any_rank", lambda flag: True)
+    monkeypatch.setattr(comm, "all_gather", lambda names: [names, {"loss_of_rank_1"}])
+    with EventStorage():
+        assert not guard(max_in_row=2).allows_step(*scalars())
 
 
 @pytest.mark.parametrize(
@@ -63,13 +68,6 @@ def test_allows_step_names_and_counts_what_is_skipped(step, scaler, words, log):
         return
     assert f"{words} or infinite at iteration 5; images of that batch: 50 (a.jpg), 51 (b.jpg)" in log.text
     assert storage.latest() == {"skipped_steps": (1.0, 5)}
-
-
-def test_allows_step_skips_where_another_rank_has_nan(monkeypatch):
-    monkeypatch.setattr(comm, "any_rank", lambda flag: True)
-    monkeypatch.setattr(comm, "all_gather", lambda names: [names, {"loss_of_rank_1"}])
-    with EventStorage():
-        assert not guard(max_in_row=2).allows_step(*scalars())
 
 
 def test_allows_step_raises_after_too_many_in_a_row():
@@ -134,23 +132,19 @@ def scaler_at(scale):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_raise_if_found_raises_for_the_norm_only_without_a_scaler(value):
-    for scale in (None, 8.0):
+def test_raise_if_found_raises_for_the_norm_without_a_scaler_or_for_a_small_scale(value):
+    norm_found = pytest.raises(FloatingPointError, match="grad_norm became NaN or infinite at iteration 4")
+    for scale, expected in ((None, norm_found), (8.0, nullcontext())):
+        nonfinite = guard(scaler=scaler_at(scale))
         with EventStorage(4) as storage:
             storage.put_scalars(total_loss=1.0, grad_norm=value)
-            if scale is None:
-                with pytest.raises(
-                    FloatingPointError, match="grad_norm became NaN or infinite at iteration 4"
-                ):
-                    guard(scaler=scaler_at(scale)).raise_if_found(storage)
-            guard(scaler=scaler_at(scale)).raise_if_found(storage)
+            with expected:
+                nonfinite.raise_if_found(storage)
+            nonfinite.raise_if_found(storage)
             # A loss counts with a scaler too.
             storage.put_scalars(total_loss=value)
             with pytest.raises(FloatingPointError, match="total_loss"):
-                guard(scaler=scaler_at(scale)).raise_if_found(storage)
-
-
-def test_raise_if_found_raises_where_the_scale_no_longer_helps():
+                nonfinite.raise_if_found(storage)
     with EventStorage() as storage:
         guard(scaler=scaler_at(2.0**-14)).raise_if_found(storage)
         with pytest.raises(FloatingPointError, match="overflow in float16 even at a loss scale of 3.1e-05"):

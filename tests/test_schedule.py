@@ -37,9 +37,6 @@ def test_workflow_errors_name_the_entry(entry):
         with pytest.raises(UserError) as error:
             check([["train", 1], entry])
         assert str(error.value).startswith(f"WORKFLOW has the entry {entry!r}, not [")
-
-
-@pytest.mark.parametrize("workflow", [[], [["val", 1]]])
-def test_workflow_that_never_trains_is_rejected(workflow):
-    with pytest.raises(UserError, match="which never trains: add a train flow"):
-        check_workflow(workflow)
+    for workflow in ([], [["val", 1]]):
+        with pytest.raises(UserError, match="which never trains: add a train flow"):
+            check_workflow(workflow)

@@ -15,19 +15,12 @@ TRAIN = ROOT / "scripts" / "plain_train_net.py"
 RESULTS = "inference/few_val/coco_instances_results.json"
 
 
-def train(folder, *options, code=0, **kwargs):
-    """Run a training script to its end, which has this exit code."""
-    run = Run(folder, options, **kwargs).wait()
-    assert run.code == code, run.tail
-    return run
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run; `folder` is its OUTPUT_DIR."""
     options = ["SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 1]
     options += ["TEST.EVAL_PERIOD", 6, "TEST.BEST_METRIC", "", "LOG_PERIOD", 2]
-    return train(tmp_path_factory.mktemp("finished") / "out", *options, flags=["--debug"])
+    return Run(tmp_path_factory.mktemp("finished") / "out", options, flags=["--debug"]).wait(code=0)
 
 
 def test_run_leaves_its_files_and_metrics(finished):
@@ -47,7 +40,7 @@ def test_run_leaves_its_files_and_metrics(finished):
 def test_eval_only_finds_what_the_run_found_and_compares_it_with_what_is_expected(finished, tmp_path, script):
     options = ["MODEL.WEIGHTS", finished.folder / "model_final.pth", "TEST.IMS_PER_BATCH", 1]
     options += ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.5]]"]
-    run = train(tmp_path / "out", *options, flags=["--eval-only"], script=script, code=1)
+    run = Run(tmp_path / "out", options, flags=["--eval-only"], script=script).wait(code=1)
     assert "expected 99.0 +- 0.5" in run.output and "Traceback" not in run.output
     results = json.loads((tmp_path / "out" / RESULTS).read_text())
     assert results and results == json.loads((finished.folder / RESULTS).read_text())
@@ -80,14 +73,11 @@ def test_fine_tuning_with_fewer_classes_starts_at_iteration_0(finished, tmp_path
     assert list(lines(tmp_path / "out")) == [0, 1]
 
 
+PASTE_AND_CROP = "['SimpleCopyPaste', {'RandomIoUCrop': {'trials': 5}}]"
 # What turns the tiny detector into another, and the losses and scores that it then has.
 DETECTORS = {
     "mask and keypoint": (
-        [
-            *MASKS_AND_KEYPOINTS,
-            "INPUT.AUGMENTATIONS",
-            "['SimpleCopyPaste', {'RandomIoUCrop': {'trials': 5}}]",
-        ],
+        [*MASKS_AND_KEYPOINTS, "INPUT.AUGMENTATIONS", PASTE_AND_CROP],
         {"loss_mask", "loss_keypoint", "few_val/bbox/AP", "few_val/segm/AP", "few_val/keypoints/AP"},
     ),
     "proposals": (
@@ -116,7 +106,7 @@ DETECTORS = {
 @pytest.mark.parametrize("name", DETECTORS)
 def test_detectors_train_with_the_same_script(tmp_path, name):
     options, logged = DETECTORS[name]
-    train(tmp_path / "out", *options, "SOLVER.MAX_ITER", 2)
+    Run(tmp_path / "out", [*options, "SOLVER.MAX_ITER", 2]).wait(code=0)
     assert logged <= set(lines(tmp_path / "out")[1])
 
 
@@ -173,9 +163,6 @@ def test_mistakes_are_answered_with_one_sentence(tmp_path, script, args, words):
 
 def test_debug_shows_the_traceback_of_a_mistake(tmp_path):
     assert "Traceback" in run_script("plain_train_net.py", "--debug", folder=tmp_path, cwd=tmp_path).output
-
-
-# ---- other people's loops ------------------------------------------------------------------------
 
 
 @pytest.mark.long

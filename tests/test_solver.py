@@ -121,7 +121,7 @@ def test_lr_factor_is_detectron2s(name, warmup_iters, method, rescale):
 
 
 @pytest.mark.parametrize("schedule", [MULTI_STEP, FIXED_GAMMA])
-def test_lr_steps_fall_on_their_iteration_however_the_division_rounds(schedule):
+def test_lr_steps_fall_on_their_iteration_and_those_beyond_the_end_are_ignored(schedule, log):
     for parts in (2, 3, 7, 11):
         for max_iter in (*range(parts, 400, 7 * parts), 49, 107, 90_000, 270_000):
             steps = tuple(math.ceil(k * max_iter / parts) for k in range(1, parts))
@@ -129,9 +129,6 @@ def test_lr_steps_fall_on_their_iteration_however_the_division_rounds(schedule):
             factor = solver.lr_factor(make_cfg(MAX_ITER=max_iter, WARMUP_ITERS=0, **keys))
             for k, step in enumerate(steps, start=1):
                 assert (factor(step - 1), factor(step)) == (0.5 ** (k - 1), 0.5**k), (parts, max_iter, k)
-
-
-def test_lr_steps_beyond_the_end_are_reported_and_ignored(log):
     cfg = make_cfg(MAX_ITER=10, STEPS=(5, 20), WARMUP_ITERS=0)
     factor = solver.build_lr_scheduler(cfg, torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)).factor
     assert [factor(i) for i in (4, 5, 10, 30)] == [1.0, 0.1, 0.1, 0.1]
@@ -236,10 +233,7 @@ def test_param_groups_of_norms_biases_and_the_backbone():
     found = settings(solver.build_optimizer(make_cfg(**keys), model), model)
     assert found["head.fc.bias"] == pytest.approx((0.2, 0.01))
     assert found["backbone.bn.bias"] == pytest.approx((0.1, 0.002))
-
-
-def test_param_groups_have_a_shared_parameter_once_and_a_frozen_one_never():
-    model = SmallModel()
+    # A shared parameter is there once, a frozen one never.
     model.head["fc"] = nn.Linear(4, 4)
     model.head["fc"].weight = model.backbone["fc"].weight
     model.head["again"] = model.head["out"]
@@ -274,12 +268,12 @@ def test_optimizer_steps_equal_those_of_torch(keys, expected_type, options):
         torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-5, atol=1e-6)
 
 
-def _build_optimizer(cfg, trains=True):
-    solver.build_optimizer(cfg, SmallModel().requires_grad_(trains))
-
-
 def _build_momentum(cfg):
     solver.momentum_at(cfg.SOLVER.MOMENTUM_SCHEDULE, "linear")
+
+
+def _build_optimizer(cfg, trains=True):
+    solver.build_optimizer(cfg, SmallModel().requires_grad_(trains))
 
 
 @pytest.mark.parametrize(
@@ -319,6 +313,7 @@ def clipping_model():
 @pytest.mark.parametrize(
     ("kind", "norm_type", "first", "second", "before"),
     [
+        (None, 2.0, [3.0, -4.0], [0.0, 12.0], 13.0),
         ("value", 2.0, [3.0, -3.5], [0.0, 3.5], 13.0),
         # Each parameter on its own: norm 5 -> 3.5, norm 12 -> 3.5.
         ("norm", 2.0, [2.1, -2.8], [0.0, 3.5], 13.0),
@@ -328,7 +323,7 @@ def clipping_model():
     ],
 )
 def test_clipper_clips_gradients_and_returns_the_norm_before(kind, norm_type, first, second, before):
-    keys = {"CLIP_GRADIENTS__ENABLED": True, "CLIP_GRADIENTS__CLIP_TYPE": kind}
+    keys = {"CLIP_GRADIENTS__ENABLED": kind is not None, "CLIP_GRADIENTS__CLIP_TYPE": kind or "value"}
     keys["CLIP_GRADIENTS__NORM_TYPE"] = norm_type
     model = clipping_model()
     norm = solver.build_gradient_clipper(make_cfg(**keys, CLIP_GRADIENTS__CLIP_VALUE=3.5), model)()
@@ -339,16 +334,9 @@ def test_clipper_clips_gradients_and_returns_the_norm_before(kind, norm_type, fi
     assert norm.item() == pytest.approx(before)
     # Below the limit they are left alone.
     model = clipping_model()
-    solver.build_gradient_clipper(make_cfg(**keys, CLIP_GRADIENTS__CLIP_VALUE=100.0), model)()
+    clip_gradients = solver.build_gradient_clipper(make_cfg(**keys, CLIP_GRADIENTS__CLIP_VALUE=100.0), model)
+    clip_gradients()
     assert model[0].grad.tolist() == pytest.approx([3.0, -4.0])
     assert model[1].grad.tolist() == pytest.approx([0.0, 12.0])
-
-
-def test_clipper_that_is_off_returns_the_norm_only():
-    model = clipping_model()
-    clip_gradients = solver.build_gradient_clipper(make_cfg(CLIP_GRADIENTS__CLIP_VALUE=0.1), model)
-    assert clip_gradients().item() == pytest.approx(13.0)
-    assert model[0].grad.tolist() == [3.0, -4.0]
-    assert model[1].grad.tolist() == [0.0, 12.0]
     model[0].grad[0] = float("nan")
     assert math.isnan(clip_gradients().item())

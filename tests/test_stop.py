@@ -14,28 +14,22 @@ from plaintrain.utils.stop import Stopped, StopSignal, end_evaluation_if_request
 @pytest.fixture
 def clock(monkeypatch):
     """`clock.now` is what time.monotonic() says."""
-
-    class Clock:
-        now = 1000.0
-
-    monkeypatch.setattr(stop.time, "monotonic", lambda: Clock.now)
-    return Clock
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(stop.time, "monotonic", lambda: clock.now)
+    return clock
 
 
 def send(number):
     os.kill(os.getpid(), number)
 
 
-def test_the_time_counts_from_when_the_request_is_made_and_is_an_ordinary_end(clock, log):
+def test_the_time_or_a_signal_of_any_rank_ends_a_run(clock, log, monkeypatch):
     made, endless = [], StopSignal()
     with StopSignal(5.0) as stop_signal:
         for clock.now in (1000.0, 1004.9, 1005.0, 1100.0):
             made.append(stop_signal.requested_on_any_rank())
     assert made == [False, False, True, True] and not endless.requested_on_any_rank()
     assert log.text.count("SOLVER.MAX_TIME of 5 s is over") == 2 and "--resume" in log.text
-
-
-def test_the_run_stops_when_it_is_asked_to_on_any_rank(clock, monkeypatch):
     stop_signal, asked = StopSignal(5.0), []
     # The other rank has SIGHUP, which is 1.
     monkeypatch.setattr(
@@ -43,7 +37,7 @@ def test_the_run_stops_when_it_is_asked_to_on_any_rank(clock, monkeypatch):
     )
     with pytest.raises(Stopped) as stopped, stop_signal:
         assert stop_signal.requested_on_any_rank()
-        clock.now = 1006.0
+        clock.now += 6.0
         assert stop_signal.requested_on_any_rank()
     assert asked == [0, 1] and stopped.value.code == 129
 
@@ -81,7 +75,14 @@ def test_a_closed_terminal_is_ignored_under_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_ends_nothing_where_nobody_asks_or_another_error_does():
+def test_a_signal_ends_an_evaluation_and_nothing_where_nobody_asks_or_another_error_does(log):
+    end_evaluation_if_requested()
+    with pytest.raises(Stopped) as stopped, StopSignal():
+        end_evaluation_if_requested()
+        send(signal.SIGUSR1)
+        end_evaluation_if_requested()
+        pytest.fail("went on")
+    assert stopped.value.code == 138 and "--resume" in log.text
     with StopSignal():
         send(signal.SIGTERM)
     with pytest.raises(KeyError), StopSignal() as stop_signal:
@@ -102,13 +103,3 @@ def test_a_second_interrupt_ends_at_once_and_one_that_arrives_twice_is_one(clock
         assert codes == []
         send(signal.SIGINT)
     assert codes == [130]
-
-
-def test_an_evaluation_ends_where_a_signal_asks_for_it(log):
-    end_evaluation_if_requested()
-    with pytest.raises(Stopped) as stopped, StopSignal():
-        end_evaluation_if_requested()
-        send(signal.SIGUSR1)
-        end_evaluation_if_requested()
-        pytest.fail("went on")
-    assert stopped.value.code == 138 and "--resume" in log.text

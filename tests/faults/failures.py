@@ -9,13 +9,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
+import processes
 import torch
 from processes import Run
 from run_files import newest_checkpoint
 
-from plaintrain import modeling
 from plaintrain.data import mapper
 from plaintrain.ema import ModelEMA
 from plaintrain.evaluation.coco import COCOEvaluator
@@ -32,18 +33,13 @@ def _is_there(rank=1):
 
 def change_losses(change):
     """Let `change(losses)` act on the losses of the training from iteration AT on, on rank 1."""
-    build_model = modeling.build_model
 
-    def hook(module, inputs, losses):
-        if module.training and _is_there():
+    def change_on_rank_1(module, losses):
+        if _is_there():
             change(losses)
+        return losses
 
-    def build(cfg):
-        model = build_model(cfg)
-        model.register_forward_hook(hook)
-        return model
-
-    modeling.build_model = build
+    processes.change_losses(change_on_rank_1)
 
 
 def nan_loss():
@@ -51,10 +47,7 @@ def nan_loss():
 
 
 def exception():
-    def fail(losses):
-        raise ValueError("something in the model of rank 1")
-
-    change_losses(fail)
+    change_losses(Mock(side_effect=ValueError("something in the model of rank 1")))
 
 
 def rank_killed():
@@ -100,10 +93,7 @@ def worker_killed():
 
 
 def worker_out_of_memory():
-    def fail():
-        raise MemoryError("a worker of rank 1")
-
-    _in_workers(fail)
+    _in_workers(Mock(side_effect=MemoryError("a worker of rank 1")))
 
 
 def evaluator_raises():

@@ -74,12 +74,12 @@ class Machines:
             _ip("-n", space, "link", "add", *ends)
             _ip("-n", switch, "link", "set", f"port{k}", "master", "bridge", "up")
             _ip("-n", space, "address", "add", f"{address}/24", "dev", "wire")
-            _ip("-n", space, "link", "set", "wire", "up")
+            self.set_network(k, "up")
             others = zip(self.addresses, self.names, strict=True)
             rows = ["127.0.0.1 localhost", f"127.0.1.1 {self.names[k]}"]
             rows += [f"{a} {name}" for a, name in others if a != address]
             self.home(k).mkdir()
-            self._hosts_file(k).write_text("\n".join(rows) + "\n")
+            (self._folder / f"hosts-{k}").write_text("\n".join(rows) + "\n")
 
     def _remove(self):
         for name in (f"{self._prefix}-switch", *map(self.space, range(len(self.names)))):
@@ -92,9 +92,6 @@ class Machines:
     def home(self, k):
         """Return the home folder of machine k."""
         return self._folder / self.names[k]
-
-    def _hosts_file(self, k):
-        return self._folder / f"hosts-{k}"
 
     def pids(self, k):
         """Return the processes at work on machine k."""
@@ -115,12 +112,9 @@ class Machines:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def unplug(self, k):
-        """Machine k loses its network; it can be plugged in again."""
-        _ip("-n", self.space(k), "link", "set", "wire", "down")
-
-    def plug_in(self, k):
-        _ip("-n", self.space(k), "link", "set", "wire", "up")
+    def set_network(self, k, state):
+        """Unplug the network of machine k, "down", or plug it in again, "up"."""
+        _ip("-n", self.space(k), "link", "set", "wire", state)
 
     def free_port(self):
         """Return a port that no run so far has been given."""
@@ -132,7 +126,7 @@ class Machines:
         libc = ctypes.CDLL(None, use_errno=True)
         with open(f"/run/netns/{self.space(k)}") as space:
             done = [libc.setns(space.fileno(), _NEWNET), libc.unshare(_NEWNS | _NEWUTS)]
-        hosts = str(self._hosts_file(k)).encode()
+        hosts = str(self._folder / f"hosts-{k}").encode()
         done += [
             libc.mount(b"none", b"/", None, ctypes.c_ulong(_PRIVATE), None),
             libc.mount(hosts, b"/etc/hosts", None, ctypes.c_ulong(_BIND), None),

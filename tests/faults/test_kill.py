@@ -24,13 +24,6 @@ from plaintrain.utils import comm
 NAMES = list(MIXES)
 
 
-def finish(folder, options, **kwargs):
-    """Let a run come to its end."""
-    run = Run(folder, options, **kwargs).wait()
-    assert run.code == 0, run.tail
-    return run
-
-
 # ---- kills ----------------------------------------------------------------------------------------
 
 
@@ -69,11 +62,7 @@ KILLS = [
     # What is written in the background may not be there yet.
     pytest.param(MIXES[NAMES[6]], [partial(kill_in_step, 10)], [3, 7], id="2 ranks, epochs"),
     pytest.param(
-        ("epoch", 1, [*EPOCHS, *STEP]),
-        [kill_before_final_model],
-        [23],
-        id="final model",
-        marks=long,
+        ("epoch", 1, [*EPOCHS, *STEP]), [kill_before_final_model], [23], id="final model", marks=long
     ),
     pytest.param(
         ("plain", 1, [*SPARSE, "SOLVER.MAX_ITER", 20]), IN_EVALUATIONS, [9], id="evaluations", marks=long
@@ -85,14 +74,14 @@ KILLS = [
 @pytest.mark.parametrize(("mix", "kills", "newest"), KILLS)
 def test_killed_run_resumes_to_the_same_bits(mix, kills, newest, tmp_path):
     script, ranks, options = mix
-    finish(tmp_path / "whole", options, script=script, ranks=ranks)
+    Run(tmp_path / "whole", options, script=script, ranks=ranks).wait(code=0)
     for number, faults in enumerate(kills):
         flags = ["--resume"] if number else []
         run = Run(tmp_path / "run", options, script=script, ranks=ranks, faults=faults, flags=flags)
-        assert run.wait().code == -signal.SIGKILL, run.tail
+        run.wait(code=-signal.SIGKILL)
     saved, damaged = newest_checkpoint(tmp_path / "run")
     assert saved in newest and not damaged
-    finish(tmp_path / "run", options, script=script, ranks=ranks, flags=["--resume"])
+    Run(tmp_path / "run", options, script=script, ranks=ranks, flags=["--resume"]).wait(code=0)
     assert differences(tmp_path / "whole", tmp_path / "run") == []
     assert read_values(tmp_path / "whole") == read_values(tmp_path / "run")
 
@@ -124,24 +113,18 @@ def forget_the_average():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Folder of a run that nothing has disturbed."""
-    return finish(tmp_path_factory.mktemp("whole") / "run", STEP).folder
+    return Run(tmp_path_factory.mktemp("whole") / "run", STEP).wait(code=0).folder
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("defect", [forget_random_state, skip_a_batch, forget_the_average])
 def test_state_that_is_lost_is_noticed(defect, whole, tmp_path):
-    run = Run(tmp_path / "run", STEP, faults=partial(kill_in_step, 12))
-    assert run.wait().code == -signal.SIGKILL
-    finish(tmp_path / "run", STEP, faults=defect, flags=["--resume"])
+    Run(tmp_path / "run", STEP, faults=partial(kill_in_step, 12)).wait(code=-signal.SIGKILL)
+    Run(tmp_path / "run", STEP, faults=defect, flags=["--resume"]).wait(code=0)
     assert differences(whole, tmp_path / "run") != []
 
 
 # ---- signals --------------------------------------------------------------------------------------
-
-
-def kill_main_only(run, number):
-    """Send a signal to the process that was started, and none to its children."""
-    os.kill(run.process.pid, number)
 
 
 def without_a_reader():
@@ -168,7 +151,7 @@ def test_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, script, tm
     options += (
         [*EPOCHS, "SOLVER.MAX_EPOCHS", 3, *WORKER[:4]] if script == "epoch" else ["SOLVER.MAX_ITER", 16]
     )
-    finish(tmp_path / "whole", options, script=script, ranks=2)
+    Run(tmp_path / "whole", options, script=script, ranks=2).wait(code=0)
     # Ctrl-C is sent to the whole group, and ends the reader of a pipe too.
     faults = without_a_reader if number == signal.SIGINT else None
     run = Run(tmp_path / "run", options, script=script, ranks=2, faults=faults)
@@ -176,12 +159,13 @@ def test_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, script, tm
     if number == signal.SIGINT:
         run.kill(number)
     else:
-        kill_main_only(run, number)
+        # To the process that was started, and none to its children.
+        os.kill(run.pid, number)
     assert run.wait(60).code == 128 + number, run.tail + log_of(run)
     assert log_of(run).count(f"{number.name}: the run has stopped") == 1 and "Traceback" not in run.output
     # Not one step is lost; where an evaluation was ended, its line is written by the run that goes on.
     assert newest_checkpoint(tmp_path / "run")[0] >= max(lines(tmp_path / "run")) >= 3
-    finish(tmp_path / "run", options, script=script, ranks=2, flags=["--resume"])
+    Run(tmp_path / "run", options, script=script, ranks=2, flags=["--resume"]).wait(code=0)
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
@@ -216,7 +200,7 @@ def test_closed_terminal_ends_a_run_with_a_checkpoint(whole, tmp_path):
     terminal.close()
     assert run.wait(60).code == 128 + signal.SIGHUP, log_of(run)
     assert "SIGHUP: the run has stopped" in log_of(run) and newest_checkpoint(tmp_path / "run")[0] >= 3
-    finish(tmp_path / "run", STEP, flags=["--resume"])
+    Run(tmp_path / "run", STEP, flags=["--resume"]).wait(code=0)
     assert differences(whole, tmp_path / "run") == []
 
 
@@ -247,13 +231,13 @@ def slow_evaluation():
 @pytest.mark.long
 def test_signal_ends_an_evaluation_which_the_resumed_run_does_first(tmp_path):
     options = [*STEP, "SOLVER.CHECKPOINT_PERIOD", 5]
-    finish(tmp_path / "whole", options, ranks=2)
+    Run(tmp_path / "whole", options, ranks=2).wait(code=0)
     run = Run(tmp_path / "run", options, faults=slow_evaluation, ranks=2)
     run.wait_for("EVALUATING")
     run.kill(signal.SIGTERM)
     assert run.wait(60).code == 143 and run.output.count("EVALUATING") <= 4, run.tail
     assert newest_checkpoint(tmp_path / "run")[0] == 7
-    run = finish(tmp_path / "run", options, ranks=2, flags=["--resume"])
+    run = Run(tmp_path / "run", options, ranks=2, flags=["--resume"]).wait(code=0)
     assert run.output.index("results on few_val") < run.output.index("iter: 8")
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
@@ -263,7 +247,7 @@ def test_ranks_whose_launcher_is_killed_end_with_a_checkpoint(tmp_path):
     options = ["SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.MAX_ITER", 5000]
     run = Run(tmp_path / "run", options, ranks=2)
     run.wait_for("iter: 3")
-    kill_main_only(run, signal.SIGKILL)
+    os.kill(run.pid, signal.SIGKILL)
     run.process.join()
     end = time.monotonic() + 30
     while run.children() and time.monotonic() < end:

@@ -37,19 +37,13 @@ def machines(three_machines):
     yield three_machines
     for k in range(3):
         three_machines.kill(k)
-        three_machines.plug_in(k)
-
-
-def one_machine(folder, number, options):
-    """Run as many processes on one machine; returns the folder."""
-    assert Run(folder, options, ranks=number).wait().code == 0
-    return folder
+        three_machines.set_network(k, "up")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Folder of a run of two processes on one machine, that nothing has disturbed."""
-    return one_machine(tmp_path_factory.mktemp("one") / "whole", 2, OPTIONS)
+    return Run(tmp_path_factory.mktemp("one") / "whole", OPTIONS, ranks=2).wait(code=0).folder
 
 
 def wait(runs, code):
@@ -67,7 +61,7 @@ def reach(folder, iteration, timeout=60):
 
 
 def test_three_machines_train_as_one_does_and_only_the_first_holds_the_run(machines, tmp_path):
-    alone = one_machine(tmp_path / "alone", 3, THREE)
+    alone = Run(tmp_path / "alone", THREE, ranks=3).wait(code=0).folder
     folders = [tmp_path / f"machine-{k}" for k in range(3)]
     wait(start(machines, folders, THREE), 0)
     assert differences(alone, folders[0]) == []
@@ -132,7 +126,7 @@ FAILURES = {
         lambda machines, _: machines.kill(1), ["there is no sign of life of rank 1", ""], 15
     ),
     "machine 0 is killed": (lambda machines, _: machines.kill(0), ["", GONE], 15),
-    "machine 1 loses its network": (lambda machines, _: machines.unplug(1), [SILENT, GONE], 40),
+    "machine 1 loses its network": (lambda machines, _: machines.set_network(1, "down"), [SILENT, GONE], 40),
 }  # fmt: skip
 
 
