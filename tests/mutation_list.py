@@ -561,6 +561,7 @@ MUTATIONS = {
         ('os.path.join(os.path.abspath(folder), "")', "os.path.abspath(folder)"),
     ],
     "plaintrain/utils/state.py": [
+        *(("return value\n    if", f"return {value}\n    if") for value in _OTHER_TENSORS),
         (("            group.update(options)\n"), ("            pass\n")),
         ("saved[comm.get_rank()]", "saved[0]"),
         ('"storage"] = {"iteration": data["iteration"], ', '"storage"] = {"iteration": 0, '),
@@ -579,32 +580,6 @@ MUTATIONS = {
             '        item.load_state_dict(state | {"state": {}} if "param_groups" in state else state)',
         ),
         ("torch.amp.GradScaler) and not state:", "torch.amp.GradScaler):"),
-        (
-            ("return value\n    if"),
-            ("return value + 0 if isinstance(value, torch.Tensor) else value\n    if"),
-        ),
-        (
-            ("return value\n    if"),
-            ("return torch.atleast_1d(value) if isinstance(value, torch.Tensor) else value\n    if"),
-        ),
-        (
-            ("return value\n    if"),
-            ("return value.double().to(value.dtype) if isinstance(value, torch.Tensor) else value\n    if"),
-        ),
-        (
-            ("return value\n    if"),
-            (
-                "return (value.float() if value.dtype == torch.bfloat16 else value) if isinstance(value, torch.Tensor) else value\n"
-                "    if"
-            ),
-        ),
-        (
-            ("return value\n    if"),
-            (
-                "return (value if value.is_contiguous() else value.flatten().flip(0).view(value.shape)) if isinstance(value, torch.Tensor) else value\n"
-                "    if"
-            ),
-        ),
     ],
     "plaintrain/utils/storage.py": [
         ('("loss" in name or name == "grad_norm")', '"loss" in name'),
