@@ -436,6 +436,7 @@ MUTATIONS = {
         ("100 * data / seconds", "100 * data / (seconds + data)"),
     ],
     "plaintrain/run_checkpointer.py": [
+        ("elif self._has_saved or self.resumed_from", "elif self.resumed_from"),
         (("        self._delete_temporary()\n        if not every"), "        if not every"),
         ("if error is None or isinstance(error, Stopped):", "if error is None:"),
         ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),

@@ -356,6 +356,10 @@ def test_final_model_is_the_last_checkpoint(tmp_path, monkeypatch, saves, links,
     assert again.resume_or_load("")["iteration"] == iteration
     again.save_final()
     assert len(saves) == 1 and "model_final.pth" in names(tmp_path)
+    # One that is extended gets another.
+    again.save_iteration(8)
+    again.save_final()
+    assert load(tmp_path / "model_final.pth")["iteration"] == 8
 
 
 def test_pruning_leaves_other_files_and_the_checkpoint_just_saved(tmp_path):

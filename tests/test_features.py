@@ -141,6 +141,7 @@ def test_best_model_is_kept_also_when_an_evaluation_is_interrupted(run, tmp_path
     # A longer run still knows the best.
     run("out", *BEST, "SOLVER.MAX_ITER", 15, flags=["--resume"], faults=partial(set_results, 2.5, 2.5))
     assert load(tmp_path / "out/model_best.pth")["iteration"] == 5
+    assert load(tmp_path / "out/model_final.pth")["iteration"] == 14
 
 
 @pytest.mark.parametrize(("script", "kill_at"), [("plain", 1), ("epoch", 2)])
