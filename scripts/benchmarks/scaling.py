@@ -111,6 +111,7 @@ def iterate(model, optimizer, samples, stop, part):
     with part("forward"):
         loss_dict = model(samples)
     with part("loss names"):
+        comm.check_loss_names(loss_dict)
         losses = sum_losses(loss_dict)
     with part("backward"):
         losses.backward()
