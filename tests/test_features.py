@@ -123,6 +123,8 @@ def test_two_ranks_average_their_losses_and_statistics(run, tmp_path, script):
     saved = load(tmp_path / "out/model_0000000.pth")
     means = [name for name in saved["model"] if name.endswith("running_mean")]
     assert means and all(torch.equal(saved["model"][n], saved["ema"][f"module.{n}"]) for n in means)
+    final = weights(tmp_path / "out")
+    assert all(torch.equal(final[n], saved["ema"][f"module.{n}"]) for n in means)
 
 
 # ---- best, patience, time -------------------------------------------------------------------------

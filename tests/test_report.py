@@ -230,3 +230,22 @@ def test_without_matplotlib_one_line_says_what_to_install(cfg, tmp_path, made, m
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="needs matplotlib"):
         build_report([cfg.OUTPUT_DIR], str(tmp_path / "report.html"))
+
+
+def test_busiest_classes_are_those_of_most_confusions(monkeypatch):
+    monkeypatch.setattr(detections, "_MOST_ROWS", 1)
+    counts = [[9, 0, 0, 0], [0, 2, 1, 0], [0, 0, 3, 0], [0, 0, 0, 0]]
+    labels, counts, _ = detections._busiest({"labels": ["a", "b", "c", "background"], "counts": counts})
+    assert (labels, counts) == (["b", "background"], [[2, 0], [0, 0]])
+
+
+def test_calibration_draws_the_precision_over_the_score(monkeypatch):
+    draw = Mock()
+    monkeypatch.setattr(detections, "curve_line", lambda name, x, y, color: {"x": x, "y": y, "color": color})
+    monkeypatch.setattr(detections, "xy_figure", draw)
+    monkeypatch.setattr(detections, "histogram_figure", Mock())
+    bins = [{"score": 0.2, "precision": 0.1, "count": 3}, {"score": 0.7, "precision": 0.9, "count": 0}]
+    analysis = {"calibration": {"bins": bins, "expected_error": 0.1}}
+    detections.calibration("cells", [(Mock(color=0), analysis)])
+    (line,) = draw.call_args.args[0]
+    assert (line["x"], line["y"]) == ([0.2], [0.1])
