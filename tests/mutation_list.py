@@ -443,8 +443,8 @@ MUTATIONS = {
         ("self.prune(self._max_to_keep)", "self.prune(self._max_to_keep + 1)"),
         ("if not every(self._period, iteration):", "if not every(self._period + 1, iteration):"),
         (
-            ("iteration), iteration=iteration)\n        self._delete"),
-            ("iteration + 1), iteration=iteration + 1)\n        self._delete"),
+            ("iteration), iteration=iteration)\n        self._has"),
+            ("iteration + 1), iteration=iteration + 1)\n        self._has"),
         ),
     ],
     "plaintrain/run_folder.py": [
