@@ -20,7 +20,7 @@ def main(args):
     cfg = engine.load_cfg(args)
     engine.reject_loop_options(cfg)
     engine.default_setup(cfg, args)
-    model = modeling.build_model(cfg)
+    model = engine.create_ddp_model(modeling.build_model(cfg))
     optimizer = solver.build_optimizer(cfg, model)
     scheduler = solver.build_lr_scheduler(cfg, optimizer)
     clip_gradients = solver.build_gradient_clipper(cfg, model)

@@ -33,7 +33,7 @@ def split_batch(samples, steps):
 
 
 def sync_gradients(model, enabled):
-    """Return a context for a forward pass: whether its backward pass averages gradients over ranks."""
+    """Return a context for forward and backward: whether DDP averages the gradients over ranks."""
     is_ddp = isinstance(model, DistributedDataParallel)
     return model.no_sync() if is_ddp and not enabled else contextlib.nullcontext()
 

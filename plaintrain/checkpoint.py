@@ -52,7 +52,7 @@ class DetectionCheckpointer:
             save_to_disk: whether `save` writes; default: on rank 0 only.
             about: what every file holds beside the states, such as {"class_names": [...]}.
             asynchronous: write in a thread, and wait only for the copy to the host's memory. What fails is
-                raised by the next call of `save`, `check` or `wait`.
+                raised by the next call of `save` or `wait`.
             checkpointables: `name=object`: optimizer, scheduler, ...
         """
         self.model = comm.unwrap_model(model)
@@ -115,11 +115,6 @@ class DetectionCheckpointer:
             function(*args)
         else:
             self._background.submit(function, *args)
-
-    def check(self):
-        """Raise what failed in the background."""
-        if self._background is not None:
-            self._background.check()
 
     def wait(self):
         """Wait until every file is whole, and raise what failed."""

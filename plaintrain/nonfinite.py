@@ -46,8 +46,9 @@ class NonfiniteGuard:
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         self._buffers = [b for m in norms for b in m.buffers(recurse=False)] if self.skips_steps else []
         self._before = [b.clone() for b in self._buffers]
-        # Weights are loaded later.
-        comm.unwrap_model(model).register_load_state_dict_post_hook(self._remember_buffers)
+        if self._buffers:
+            # Weights are loaded later.
+            comm.unwrap_model(model).register_load_state_dict_post_hook(self._remember_buffers)
 
     def allows_step(self, losses, grad_norm):
         """Return whether the optimizer may step; False on all ranks if a value of one is not finite.
@@ -104,9 +105,10 @@ class NonfiniteGuard:
                 small that no step is taken any more.
         """
         storage.raise_if_nonfinite(self._images_of, norm_too=not self._scaler.is_enabled())
-        if self._scaler.is_enabled() and self._scaler.get_scale() < _LEAST_SCALE:
+        scale = self._scaler.get_scale()
+        if self._scaler.is_enabled() and scale < _LEAST_SCALE:
             raise FloatingPointError(
-                f"gradients overflow in float16 even at a loss scale of {self._scaler.get_scale():.2g}, so "
+                f"gradients overflow in float16 even at a loss scale of {scale:.2g}, so "
                 "nothing is learned; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or set "
                 "SOLVER.AMP.PRECISION bfloat16"
             )

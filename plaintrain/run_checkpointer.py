@@ -94,13 +94,12 @@ def build_checkpointer(cfg, model, **checkpointables):
     )
 
 
-def load_for_evaluation(cfg, model, class_names, *, resume):
+def load_for_evaluation(cfg, model, *, resume):
     """Load MODEL.WEIGHTS, or the last checkpoint of OUTPUT_DIR, averaged as MODEL.EMA says.
 
     Args:
-        cfg: the config.
+        cfg: the config; published classes are taken by the names of those of DATASETS.TEST.
         model: the module.
-        class_names: the dataset's, to take published classes by name.
         resume: take the last checkpoint.
 
     Raises:
@@ -110,4 +109,5 @@ def load_for_evaluation(cfg, model, class_names, *, resume):
     if resume and not checkpointer.has_checkpoint():
         raise UserError(f"--resume: there is no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS instead")
     averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
+    class_names = get_class_names(cfg.DATASETS.TEST)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, class_names=class_names, averaged=averaged)

@@ -146,8 +146,7 @@ def main(args):
     model = modeling.build_model(cfg)
     logger.info(f"model:\n{model}")
     if args.eval_only:
-        class_names = data.get_class_names(cfg.DATASETS.TEST)
-        run_checkpointer.load_for_evaluation(cfg, model, class_names, resume=args.resume)
+        run_checkpointer.load_for_evaluation(cfg, model, resume=args.resume)
         results = do_test(cfg, model)
     else:
         results = do_train(cfg, engine.create_ddp_model(model), resume=args.resume)

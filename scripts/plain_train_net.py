@@ -22,11 +22,7 @@ if __name__ == "__main__":
 
 from plaintrain.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 from plaintrain.config import get_cfg
-from plaintrain.data import (
-    build_detection_test_loader,
-    build_detection_train_loader,
-    get_class_names,
-)
+from plaintrain.data import build_detection_test_loader, build_detection_train_loader
 from plaintrain.early_stopping import EarlyStopping
 from plaintrain.ema import build_ema
 from plaintrain.engine import build_writers, create_ddp_model, default_setup, launch, require_default
@@ -227,7 +223,7 @@ def main(args):
     model = build_model(cfg)
     logger.info(f"model:\n{model}")
     if args.eval_only:
-        load_for_evaluation(cfg, model, get_class_names(cfg.DATASETS.TEST), resume=args.resume)
+        load_for_evaluation(cfg, model, resume=args.resume)
         results = do_test(cfg, model)
     else:
         results = do_train(cfg, create_ddp_model(model), resume=args.resume)

@@ -30,7 +30,6 @@ if __name__ == "__main__":
     )
     args = parser.parse_args()
 
-from plaintrain.data.catalog import class_names
 from plaintrain.engine import default_setup, launch, load_cfg
 from plaintrain.evaluation import build_evaluator, read_predictions, report_results, verify_results
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE
@@ -101,7 +100,7 @@ def main(args):
         results = score_predictions(cfg, args.predictions)
     else:
         model = build_model(cfg)
-        load_for_evaluation(cfg, model, class_names(cfg.DATASETS.TEST[0]), resume=args.resume)
+        load_for_evaluation(cfg, model, resume=args.resume)
         results = do_test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg.TEST.EXPECTED_RESULTS, next(iter(results.values())))

@@ -518,7 +518,7 @@ MUTATIONS = {
             'return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)',
             'return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF',
         ),
-        ("for buffer, value in zip(buffers if own else [], own, strict=True)", "for buffer, value in ()"),
+        ("        _copy(buffers, own)", "        pass"),
     ],
     "plaintrain/utils/event_files.py": [
         ("e.step < start_iter)", "e.step <= start_iter)"),
@@ -565,7 +565,7 @@ MUTATIONS = {
         *(("return value\n    if", f"return {value}\n    if") for value in _OTHER_TENSORS),
         (("            group.update(options)\n"), ("            pass\n")),
         ("saved[comm.get_rank()]", "saved[0]"),
-        ('"storage"] = {"iteration": data["iteration"], ', '"storage"] = {"iteration": 0, '),
+        ('"storage"] = {"iteration": data.get("iteration", -1), ', '"storage"] = {"iteration": 0, '),
         ("for key, item in value.items()}", "for key, item in value.items() if item is not None}"),
         ("{key: plain(item, name)", "{str(key): plain(item, name)"),
         (

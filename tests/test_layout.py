@@ -138,26 +138,15 @@ def test_files_and_functions_are_short_and_public_ones_say_what_they_do():
 
 @pytest.mark.parametrize("script", ["plain_train_net.py", "epoch_train_net.py"])
 def test_loop_keeps_its_limits(script):
-    limits = ["lint.pylint.max-statements=50", "lint.pylint.max-branches=12", "lint.mccabe.max-complexity=12"]
-    options = [part for limit in limits for part in ("--config", limit)]
-    command = [
-        "ruff",
-        "check",
-        "--isolated",
-        "--select",
-        "PLR0912,PLR0915,C901",
-        *options,
-        "scripts/" + script,
-    ]
-    if shutil.which("ruff"):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
     functions = {n.name: n for n in parsed(ROOT / "scripts" / script).body if isinstance(n, ast.FunctionDef)}
     step, loop = functions["train_step"], functions["do_train"]
     names = {n.id for n in ast.walk(loop) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    assert step.end_lineno - step.lineno < 30 and len(names) <= 28
-    source = (ROOT / "scripts" / script).read_text(encoding="utf-8")
+    branches = sum(isinstance(n, ast.If | ast.IfExp | ast.For | ast.While) for n in ast.walk(loop))
+    assert step.end_lineno - step.lineno < 30 and len(names) <= 28 and branches <= 12
+    source = ast.unparse(step) + ast.unparse(loop)
     for line in ("model(", ".backward()", "scaler.step(optimizer)", "scheduler.step()", "ema.update(model)"):
+        assert line in source
+    for line in ("save_iteration(", "evaluate(", "write_all(", "put_scalars("):
         assert line in source
 
 

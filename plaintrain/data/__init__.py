@@ -1,7 +1,7 @@
 """Datasets, augmentation and loaders."""
 
 from plaintrain.data.builtin import declare_datasets
-from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, get_class_names
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.coco import register_coco_instances
 from plaintrain.data.loader import (
     build_detection_test_loader,
@@ -19,7 +19,6 @@ __all__ = [
     "build_detection_train_loader",
     "build_detection_val_loader",
     "declare_datasets",
-    "get_class_names",
     "get_detection_dataset_dicts",
     "register_coco_instances",
 ]

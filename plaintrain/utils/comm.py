@@ -190,15 +190,20 @@ def averaged_norm_buffers(model):
 
     Ranks see different images and DDP runs with `broadcast_buffers=False`, so the statistics drift apart.
     """
+    if get_world_size() == 1:
+        yield
+        return
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     buffers = [b for m in layers for b in (m.running_mean, m.running_var)]
-    own = [b.clone() for b in buffers] if get_world_size() > 1 else []
-    with torch.no_grad():
-        for buffer, value in zip(buffers, average_tensors(buffers), strict=True):
-            buffer.copy_(value)
+    own = [b.clone() for b in buffers]
+    _copy(buffers, average_tensors(buffers))
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers if own else [], own, strict=True):
-                buffer.copy_(value)
+        _copy(buffers, own)
+
+
+@torch.no_grad()
+def _copy(targets, sources):
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

@@ -48,7 +48,7 @@ def convert_older_states(data):
         num_skipped, num_in_row = data.pop("skipped_steps")
         data["nonfinite"] = {"num_skipped": num_skipped, "num_in_row": num_in_row}
     if "log_window" in data:
-        data["storage"] = {"iteration": data["iteration"], **data.pop("log_window")}
+        data["storage"] = {"iteration": data.get("iteration", -1), **data.pop("log_window")}
     # What was to be evaluated: the schedule says it.
     data.pop("due", None)
 
@@ -72,14 +72,9 @@ def average_norm_buffers(state):
     """Replace the running statistics in a model's state dict by their average over ranks.
 
     All ranks call it. The model keeps its own statistics, which differ between ranks.
-
-    Returns:
-        This rank's own ones, {name: tensor on the CPU}.
     """
     names = [name for name in state if name.endswith(_NORM_BUFFERS)]
-    own = {name: state[name].cpu() for name in names}
     state.update(zip(names, comm.average_tensors(state[name] for name in names), strict=True))
-    return own
 
 
 def gather_norm_buffers(states):
@@ -90,7 +85,11 @@ def gather_norm_buffers(states):
     """
     if comm.get_world_size() == 1:
         return {}
-    own = {name: average_norm_buffers(states.get(name, {})) for name in ("model", "ema")}
+    own = {}
+    for part in ("model", "ema"):
+        state = states.get(part, {})
+        own[part] = {name: t.cpu() for name, t in state.items() if name.endswith(_NORM_BUFFERS)}
+        average_norm_buffers(state)
     return {"norm_buffers": comm.gather(own)} if own["model"] else {}
 
 

@@ -15,6 +15,7 @@ _STORAGES = []
 # Tensors are fetched at the latest when this many scalars wait, so memory stays bounded.
 _MAX_PENDING = 10_000
 _MAX_IMAGES = 100
+# Values of a scalar that are saved: the window of the writers.
 _WINDOW_SIZE = 20
 
 
@@ -98,15 +99,13 @@ class EventStorage:
         self.clear_images()
         self.clear_histograms()
         # The names of the scalars that no writer has read, and when one has read last.
-        self._unwritten, self._read_at = set(), -1
+        self._unwritten = set()
+        self._read_at = -1
 
     def state_dict(self):
         """Return the log window, so that the medians of a resumed run continue; a device sync.
 
-        Returns:
-            {"iteration": the current one, "scalars": {name: [[[value, iteration], ...], smoothing hint]},
-            "unwritten": [name, ...], "images": [images, histograms]}, the last two of what no writer has
-            read.
+        "unwritten" and "images" (images, histograms) are what no writer has read.
         """
         scalars = {
             name: [[list(pair) for pair in history.values()[-_WINDOW_SIZE:]], self._hints[name]]
