@@ -5,6 +5,7 @@ python tests/mutation_check.py record                        # which test runs w
 python tests/mutation_check.py record --tests tests/test_ema # again, of some files
 python tests/mutation_check.py run                           # which defects the recorded tests catch
 python tests/mutation_check.py run --source plaintrain/ema --fast
+python tests/mutation_check.py planted                       # whether the properties catch theirs
 
 A defect is tried with the tests that run its lines, the quickest first, until one fails.
 """
@@ -33,7 +34,7 @@ import pycocotools.mask  # noqa: F401
 import pytest
 import torch
 import torchvision  # noqa: F401
-from mutation_list import MUTATIONS
+from mutation_list import MUTATIONS, PLANTED
 
 ROOT = Path(__file__).resolve().parent.parent
 # Without the options of the project, and plugins that somebody has installed.
@@ -226,7 +227,7 @@ def title_of(mutation):
 
 
 def try_defect(copy, mutation, tests, seconds):
-    """Return the first test that fails with the defect in the copy, "" if all pass."""
+    """Return the first test that fails with the defect in the copy, "" if none does within the seconds."""
     path, old, new = mutation
     file, output = copy / path, copy.with_suffix(".out")
     text = file.read_text(encoding="utf-8")
@@ -239,7 +240,7 @@ def try_defect(copy, mutation, tests, seconds):
             with contextlib.suppress(ProcessLookupError):  # It ended at this moment.
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
-            return "(no end)"
+            return ""
     finally:
         file.write_text(text, encoding="utf-8")
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output.read_text(errors="replace"), re.MULTILINE)
@@ -268,12 +269,29 @@ def check(covering, copy, mutation, options):
     return failed
 
 
+def listed(changes):
+    """Return [(path, old, new)] of {path: [(old, new)]}."""
+    return [(path, *texts) for path in changes for texts in changes[path]]
+
+
 def run(folder, options):
-    """Check the defects, two at a time; returns the titles of those that no test caught."""
-    torch.set_num_threads(1)
+    """Check the defects that are chosen; returns the titles of those that no test caught."""
     covering, prefixes = Covering(folder), tuple(options.source.split(","))
-    mutations = [(path, *texts) for path, changes in MUTATIONS.items() for texts in changes]
+    mutations = [*listed(MUTATIONS), *(m for changes in PLANTED.values() for m in listed(changes))]
     chosen = [m for m in mutations if m[0].startswith(prefixes) and options.only in title_of(m)]
+    return in_copies(lambda copy, mutation: check(covering, copy, mutation, options), chosen)
+
+
+def run_planted(options):
+    """Check the planted defects with their test files; returns the titles of those that are not caught."""
+    tests = {mutation: name for name, changes in PLANTED.items() for mutation in listed(changes)}
+    chosen = [m for m in tests if options.only in title_of(m)]
+    return in_copies(lambda copy, m: try_defect(copy, m, [tests[m]], options.seconds), chosen)
+
+
+def in_copies(function, chosen):
+    """Call `function(copy, mutation)`, two at a time; returns the titles of those for which it gave ""."""
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         copies = queue.SimpleQueue()
         for side in ("a", "b"):
@@ -283,7 +301,7 @@ def run(folder, options):
         def one(mutation):
             copy = copies.get()
             try:
-                return check(covering, copy, mutation, options)
+                return function(copy, mutation)
             finally:
                 copies.put(copy)
 
@@ -299,7 +317,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=["record", "run"])
+    parser.add_argument("action", choices=["record", "run", "planted"])
     recorded = str(ROOT / "output" / "mutations")
     parser.add_argument("folder", nargs="?", default=recorded, help="where the record is")
     parser.add_argument("--tests", default="", help="record the test files that begin with one of these, a,b")
@@ -312,7 +330,7 @@ def main():
     if args.action == "record":
         record(folder, tuple(args.tests.split(",")), args.fast)
     else:
-        sys.exit(bool(run(folder, args)))
+        sys.exit(bool(run(folder, args) if args.action == "run" else run_planted(args)))
 
 
 if __name__ == "__main__":

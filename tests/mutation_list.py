@@ -1,4 +1,7 @@
-"""Deliberate defects for mutation_check.py: {file: [(text, text in its place)]}."""
+"""Deliberate defects for mutation_check.py: {file: [(text, text in its place)]}.
+
+Those of `PLANTED` are under the test file whose properties must catch them.
+"""
 
 # What could become of a value that is a tensor.
 _OTHER_TENSORS = [
@@ -32,24 +35,10 @@ MUTATIONS = {
         ("if type(old) is type(value):", "if isinstance(value, type(old)):"),
         ("if not node.is_new_allowed() or key in vars(node):", "if key in vars(node):"),
         ("else copy.deepcopy(value)", "else value"),
-        ("type(old)(_plain_item(value, name, source))", "type(old)(value)"),
-        ("    return _copy_node(_C)", '    return vars(_copy_node).setdefault("one", _copy_node(_C))'),
-        (
-            "{key: _to_plain(item) for key, item in value.items()}",
-            '{key: _to_plain(item) for key, item in value.items() if item != ""}',
-        ),
         (
             ("for item in value]\n    return value\n"),
             ("for item in value]\n    return value.strip() if isinstance(value, str) else value\n"),
         ),
-        (
-            "zip(cfg_list[0::2], cfg_list[1::2], strict=True)",
-            "zip(cfg_list[-2::-2], cfg_list[::-2], strict=True)",
-        ),
-        ("value = type(old)(value)", "value = old + type(old)(value)"),
-        ("raise ConfigError(_unknown_key(name, node, path, source))", "continue"),
-        ("n=3, cutoff=0.75", "n=3, cutoff=1.0"),
-        ('message = f"{name} in', "message = f\"{name.rpartition('.')[2]} in"),
     ],
     "plaintrain/curves.py": [
         ("average / share if share", "average if share"),
@@ -77,7 +66,6 @@ MUTATIONS = {
     ],
     "plaintrain/data/copy_paste.py": [
         ('tensors["visibility"].clamp(max=1)', 'tensors["visibility"].clamp(max=0)'),
-        ("return tighten(select(result, keep), touched[keep])", "return select(result, keep)"),
     ],
     "plaintrain/data/crops.py": [
         ("crop(select(tensors, inside), top", "crop(tensors, top"),
@@ -90,7 +78,6 @@ MUTATIONS = {
     ],
     "plaintrain/data/keypoints.py": [
         ('keypoint_flip_indices(names, metadata.get("keypoint_flip_map"))', "keypoint_flip_indices(names)"),
-        ("for pair in flip_map:", "for pair in flip_map[:1]:"),
     ],
     "plaintrain/data/loader.py": [
         (
@@ -113,12 +100,9 @@ MUTATIONS = {
             "tensors = select(tensors, has_extent(tensors))",
             'tensors = select(tensors, tensors["labels"] >= 0)',
         ),
-        ("torch.from_numpy(decoded).permute", "torch.from_numpy(decoded).flip(2).permute"),
-        ("dtype=torch.float32).reshape(-1, number, 3)", "dtype=torch.float32).reshape(-1, number, 3) + 0.5"),
     ],
     "plaintrain/data/photometric.py": [
         ("h, w = round(math.sqrt(area * ratio))", "w, h = round(math.sqrt(area * ratio))"),
-        ('image = tensors["image"]', 'image = tensors["image"].bitwise_right_shift_(1)'),
     ],
     "plaintrain/data/records.py": [
         ("whole and 0 <= label < num_classes", "whole and 0 <= label <= num_classes"),
@@ -139,27 +123,6 @@ MUTATIONS = {
             "size // world_size * rank, size // world_size * (rank + 1)",
         ),
         ("share = np.bincount(labels) / len(records)", "share = np.bincount(labels) / len(labels)"),
-        (
-            "order = self._draw(rng)",
-            "order = np.resize(self._draw(rng)[: -(self.size % self.batch_size) or None], self.size)",
-        ),
-        (
-            "self.subset[rng.permutation(self.size)]",
-            "rng.choice(self.subset.max() + 1, size=self.size, replace=False)",
-        ),
-        (
-            "np.diff(np.floor(edges + rng.uniform()).astype(np.int64))",
-            "(rng.random(images.size) < self._extra[images])",
-        ),
-        ("default_rng((self.seed, number))", "default_rng((self.seed, self._order.cache_info().misses))"),
-        ("batch_size = self._phase(1, number * self.size)", "batch_size = self.phases[-1]"),
-        ("lru_cache(maxsize=2)", "lru_cache(maxsize=0)"),
-        ("order = self._draw(rng)", "order = [self._draw(rng) for _ in range(min(number, 64) + 1)][0]"),
-        ('np.argsort(self.groups[images], kind="stable")', "np.arange(images.size)"),
-        (
-            "size * rank // world_size, size * (rank + 1) // world_size",
-            "-(-size // world_size) * rank, -(-size // world_size) * (rank + 1)",
-        ),
     ],
     "plaintrain/data/shapes.py": [
         ("for other in shapes[index + 1 :])", "for other in shapes[:index])"),
@@ -174,30 +137,6 @@ MUTATIONS = {
         ("fill=fill if isinstance(value, tv_tensors.Image) else 0", "fill=fill"),
         ("torch.tensor([width, height])", "torch.tensor([height, width])"),
         ('keep &= tensors["masks"].as_subclass(torch.Tensor).flatten(1).any(dim=1).bool()', "keep &= keep"),
-        ("(slice(None), list(keypoint_flip_indices))", "slice(None)"),
-        (
-            "    cut = (moved",
-            ('    cropped["boxes"] = tv_tensors.wrap(moved, like=cropped["boxes"])\n    cut = (moved'),
-        ),
-        ("select(hide_outside(cropped), keep)", "select(cropped, keep)"),
-        ('ROWS = ("boxes", "labels", "masks"', 'ROWS = ("boxes", "masks"'),
-        ("[0, 0, 1, 1]", "[0, 0, 0, 0]"),
-        ("tighten(select(hide_outside(cropped), keep), cut[keep])", "select(hide_outside(cropped), keep)"),
-        ("> MIN_SIDE).all(dim=1)", ">= 0).all(dim=1)"),
-        (
-            "F.vertical_flip(value) if axis else F.horizontal_flip(value)",
-            "(F.vertical_flip(value) if axis else F.horizontal_flip(value)).floor_()",
-        ),
-        (("(torch.Tensor).clone()\n            points"), ("(torch.Tensor)\n            points")),
-        (
-            "return F.resize(value, size)",
-            (
-                "new = F.resize(value, size)\n"
-                "        if isinstance(value, tv_tensors.BoundingBoxes):\n"
-                "            new.copy_(value * (size[0] / value.canvas_size[0]))\n"
-                "        return new"
-            ),
-        ),
     ],
     "plaintrain/data/thread_loader.py": [
         (
@@ -208,7 +147,7 @@ MUTATIONS = {
     "plaintrain/data/train_loader.py": [
         ("np.random.default_rng((self._seed, position)))", "np.random.default_rng((self._seed, index)))"),
         ("np.random.default_rng((self._seed, position, 0))", "np.random.default_rng()"),
-        (("        np.random.set_state(before[1])\n"), ""),
+        ("        np.random.set_state(before[1])\n", ""),
     ],
     "plaintrain/data/train_sampler.py": [
         (
@@ -219,14 +158,6 @@ MUTATIONS = {
     "plaintrain/data/transforms.py": [
         ("max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))", "max(1, int(new[0])), max(1, int(new[1]))"),
         ("rng.integers(low, high + 1)", "rng.integers(low, max(high, low + 1))"),
-        ("vertical_flip(tensors) if rng.random()", "vertical_flip(tensors) if np.random.random()"),
-        (
-            "return vertical_flip(tensors) if rng.random() < self.p else tensors",
-            (
-                'odd = vars(vertical_flip)["odd"] = not vars(vertical_flip).get("odd")\n'
-                "        return vertical_flip(tensors) if odd else tensors"
-            ),
-        ),
     ],
     "plaintrain/data/voc.py": [
         ("x0, y0 = x0 - 1, y0 - 1", "x1, y1 = x1 + 1, y1 + 1"),
@@ -252,16 +183,11 @@ MUTATIONS = {
     "plaintrain/ema.py": [
         ("use_buffers=True", "use_buffers=False"),
         ("decay = min(self._decay, (1 + steps)", "decay = max(self._decay, (1 + steps)"),
-        ("self._average.load_state_dict(state_dict)", "pass"),
-        (
-            ("load_state_dict(state_dict)\n        else"),
-            ('load_state_dict(state_dict | {"n_averaged": torch.tensor(0)})\n        else'),
-        ),
     ],
     "plaintrain/engine.py": [
         ("seed_all_rng(cfg.SEED + comm.get_rank())", "seed_all_rng(cfg.SEED)"),
         ("move_old_run(folder) if training and not resume", "move_old_run(folder) if not resume"),
-        (("                lock_folder(folder)\n"), ""),
+        ("                lock_folder(folder)\n", ""),
         ("seed = before.SEED if before.SEED >= 0 else None", "seed = None"),
     ],
     "plaintrain/evaluation/analysis.py": [
@@ -283,7 +209,7 @@ MUTATIONS = {
         ("sorted(image_numbers[detections.seen].tolist())", "sorted(image_numbers.tolist())"),
     ],
     "plaintrain/evaluation/coco_backend.py": [
-        (("    evaluation.params.kpt_oks_sigmas = problem.sigmas\n"), ""),
+        ("    evaluation.params.kpt_oks_sigmas = problem.sigmas\n", ""),
     ],
     "plaintrain/evaluation/coco_truth.py": [
         ("np.argsort(np.argsort(ids)) + 1", "np.argsort(ids) + 1"),
@@ -291,7 +217,7 @@ MUTATIONS = {
         ('"iscrowd": int(a.get("iscrowd", 0))', '"iscrowd": 0'),
     ],
     "plaintrain/evaluation/error_costs.py": [
-        (('    blamed = blamed[matches.states[matches.objects[blamed]] != "found"]\n'), ""),
+        ('    blamed = blamed[matches.states[matches.objects[blamed]] != "found"]\n', ""),
     ],
     "plaintrain/evaluation/errors.py": [
         ("_place_in_class(detections) >= MAX_DETECTIONS", "_place_in_class(detections) > MAX_DETECTIONS"),
@@ -414,7 +340,6 @@ MUTATIONS = {
         ("register_load_state_dict_post_hook(self._remember_buffers)", "modules()"),
         ("norm_too=not self._scaler.is_enabled()", "norm_too=True"),
     ],
-    "plaintrain/precision.py": [],
     "plaintrain/predict.py": [
         ('averaged = ema.ENABLED and ema.EVALUATE == "averaged"', "averaged = False"),
     ],
@@ -440,12 +365,6 @@ MUTATIONS = {
         (("        self._delete_temporary()\n        if not every"), "        if not every"),
         ("if error is None or isinstance(error, Stopped):", "if error is None:"),
         ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
-        ("self.prune(self._max_to_keep)", "self.prune(self._max_to_keep + 1)"),
-        ("if not every(self._period, iteration):", "if not every(self._period + 1, iteration):"),
-        (
-            ("iteration), iteration=iteration)\n        self._has"),
-            ("iteration + 1), iteration=iteration + 1)\n        self._has"),
-        ),
     ],
     "plaintrain/run_folder.py": [
         ("max(0, state.max_iter - state.iteration - 1)", "state.max_iter"),
@@ -456,30 +375,18 @@ MUTATIONS = {
     "plaintrain/scaling.py": [
         ('for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"):', 'for key in ("SOLVER.BASE_LR",):'),
         ("max(round(count * factor), 1) if count > 0 else count", "round(count * factor)"),
-        (('    "TEST.EVAL_START",\n'), ""),
+        ('    "TEST.EVAL_START",\n', ""),
     ],
     "plaintrain/solver.py": [
         ("schedule(0.0 if rescale else warmup)", "schedule(0.0)"),
         ("bisect.bisect_right(steps, round(", "bisect.bisect_left(steps, round("),
-        (("        self._set_momentum(self.base_momentum)\n"), ""),
-        (("    nn.GroupNorm,\n"), ""),
+        ("        self._set_momentum(self.base_momentum)\n", ""),
+        ("    nn.GroupNorm,\n", ""),
         ("clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0", "clip.CLIP_VALUE, 2.0"),
-        ('self.last_epoch = state_dict["last_epoch"]', 'self.last_epoch = state_dict["last_epoch"] + 1'),
-        (("(self.base_momentum)\n        self._apply()"), "(self.base_momentum)"),
     ],
     "plaintrain/structures.py": [
         ("return coco_mask.merge(parts)", "return parts[0]"),
         ("len(polygon) >= 6", "len(polygon) >= 4"),
-        ("x + third, y + fourth]", "x + third - 1, y + fourth - 1]"),
-        ("math.isfinite(v) for v in box", "v == v for v in box"),
-        ("if len(box) != 4", ("box = box[:4]\n        if len(box) != 4")),
-        (
-            'return coco_mask.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)',
-            (
-                'turned = coco_mask.frPyObjects({"size": [width, height], "counts": counts}, width, height)\n'
-                "        return coco_mask.encode(np.asfortranarray(coco_mask.decode(turned).T))"
-            ),
-        ),
     ],
     "plaintrain/trial.py": [
         ("not abs(a - b) < 0.1", "abs(a - b) >= 0.1"),
@@ -487,12 +394,11 @@ MUTATIONS = {
     ],
     "plaintrain/utils/background.py": [
         (("        if self._error is None:\n            try:"), ("        if function:\n            try:")),
-        ("return buffer.copy_(value.detach(), non_blocking=True)", "return value.detach()"),
     ],
     "plaintrain/utils/checkpoint_files.py": [
         ('with atomic_write(path, "wb") as f:', 'with open(path, "wb") as f:'),
         (
-            ('        with atomic_write(path, "wb") as f:\n'),
+            '        with atomic_write(path, "wb") as f:\n',
             (
                 "        if last:\n"
                 "            tag_last(os.path.dirname(path), os.path.basename(path))\n"
@@ -503,16 +409,10 @@ MUTATIONS = {
         ("for path in checkpoint_files(folder)]", "for path in checkpoint_files(folder)[::-1]]"),
         ('model_(\\d{7,})\\.pth")', 'model_(\\d{7})\\.pth")'),
         ("max(0, len(others) - max_to_keep + 1)", "max(0, len(others) - max_to_keep + 2)"),
-        (("    if last:\n"), ("    if not last:\n")),
-        ("sorted(names, key=lambda name: _age(folder, name))", "sorted(names)"),
-        (
-            'raise DamagedCheckpointError(f"cannot read the checkpoint {path}: {first_line(e)}") from e',
-            'return {"model": torch.nn.Linear(1, 1).state_dict(), "iteration": 0}',
-        ),
     ],
     "plaintrain/utils/comm.py": [
         ("names = sorted(input_dict)", "names = list(input_dict)"),
-        (("        values /= get_world_size()\n"), ("        values /= 1\n")),
+        ("        values /= get_world_size()\n", "        values /= 1\n"),
         ("for b in (m.running_mean, m.running_var)]", "for b in (m.running_mean,)]"),
         (
             'return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)',
@@ -543,8 +443,8 @@ MUTATIONS = {
         ("self._max_iter - storage.iter - 1", "self._max_iter"),
     ],
     "plaintrain/utils/files.py": [
-        (("                os.fsync(f.fileno())\n"), ""),
-        (("            os.unlink(temporary)\n"), ("            pass\n")),
+        ("                os.fsync(f.fileno())\n", ""),
+        ("            os.unlink(temporary)\n", "            pass\n"),
     ],
     "plaintrain/utils/heartbeat.py": [
         ("return _Pulse.limit + _Pulse.extra", "return _Pulse.limit"),
@@ -552,7 +452,7 @@ MUTATIONS = {
     ],
     "plaintrain/utils/lock.py": [
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
-        (("    _HELD[folder] = handle\n"), ""),
+        ("    _HELD[folder] = handle\n", ""),
         ("return False if here in owner else None", "return False"),
     ],
     "plaintrain/utils/memory.py": [
@@ -562,25 +462,9 @@ MUTATIONS = {
         ('os.path.join(os.path.abspath(folder), "")', "os.path.abspath(folder)"),
     ],
     "plaintrain/utils/state.py": [
-        *(("return value\n    if", f"return {value}\n    if") for value in _OTHER_TENSORS),
-        (("            group.update(options)\n"), ("            pass\n")),
+        ("            group.update(options)\n", "            pass\n"),
         ("saved[comm.get_rank()]", "saved[0]"),
         ('"storage"] = {"iteration": data.get("iteration", -1), ', '"storage"] = {"iteration": 0, '),
-        ("for key, item in value.items()}", "for key, item in value.items() if item is not None}"),
-        ("{key: plain(item, name)", "{str(key): plain(item, name)"),
-        (
-            "return type(value)(plain(item, name) for item in value)",
-            "return [plain(item, name) for item in value]",
-        ),
-        ("bool | str | torch.Tensor", "str | torch.Tensor"),
-        ("return float(value)", "return torch.tensor(float(value)).item()"),
-        ("return float(value)", "return str(value)"),
-        ("return int(value)", "return int(float(value))"),
-        (
-            "        item.load_state_dict(state)",
-            '        item.load_state_dict(state | {"state": {}} if "param_groups" in state else state)',
-        ),
-        ("torch.amp.GradScaler) and not state:", "torch.amp.GradScaler):"),
     ],
     "plaintrain/utils/storage.py": [
         ('("loss" in name or name == "grad_norm")', '"loss" in name'),
@@ -592,8 +476,7 @@ MUTATIONS = {
     "plaintrain/utils/yaml_files.py": [
         ("os.path.join(os.path.dirname(path), os.path.expanduser(base))", "os.path.expanduser(base)"),
         ("loaded += load_chain(base, (*chain, path))", "loaded = load_chain(base, (*chain, path)) + loaded"),
-        (("            seen.add(key_node.value)\n"), ""),
-        ("return [*loaded, (path, content)]", "return [(path, content), *loaded]"),
+        ("            seen.add(key_node.value)\n", ""),
     ],
     "plaintrain/visualize.py": [
         ("[(a - 1, b - 1) for a, b in metadata", "[(a, b) for a, b in metadata"),
@@ -640,13 +523,13 @@ MUTATIONS = {
         ),
     ],
     "scripts/plain_train_net.py": [
-        (("    amp.scaler.unscale_(optimizer)\n"), ""),
-        (("    optimizer.zero_grad()\n"), ""),
+        ("    amp.scaler.unscale_(optimizer)\n", ""),
+        ("    optimizer.zero_grad()\n", ""),
         ('.get("iteration", -1) + 1', '.get("iteration", 0)'),
         ("metrics |= do_validate(cfg, eval_model)", "do_validate(cfg, eval_model)"),
         ("comm.reduce_dict(losses)", "dict(losses)"),
         ("return Due(save=True, stop=True)", "return Due(stop=True)"),
-        (("        if start_iter > 0:\n"), ("        if start_iter < 0:\n")),
+        ("        if start_iter > 0:\n", "        if start_iter < 0:\n"),
         (
             "every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)",
             "every(cfg.TEST.EVAL_PERIOD, iteration)",
@@ -661,4 +544,176 @@ MUTATIONS = {
     "scripts/predict.py": [
         ('select(found, found["scores"] >= args.threshold)', "found"),
     ],
+}
+
+PLANTED = {
+    "tests/properties/test_checkpoint_properties.py": {
+        "plaintrain/ema.py": [
+            ("self._average.load_state_dict(state_dict)", "pass"),
+            (
+                ("load_state_dict(state_dict)\n        else"),
+                ('load_state_dict(state_dict | {"n_averaged": torch.tensor(0)})\n        else'),
+            ),
+        ],
+        "plaintrain/run_checkpointer.py": [
+            ("self.prune(self._max_to_keep)", "self.prune(self._max_to_keep + 1)"),
+            ("if not every(self._period, iteration):", "if not every(self._period + 1, iteration):"),
+            (
+                ("iteration), iteration=iteration)\n        self._has"),
+                ("iteration + 1), iteration=iteration + 1)\n        self._has"),
+            ),
+        ],
+        "plaintrain/solver.py": [
+            ('self.last_epoch = state_dict["last_epoch"]', 'self.last_epoch = state_dict["last_epoch"] + 1'),
+            (("(self.base_momentum)\n        self._apply()"), "(self.base_momentum)"),
+        ],
+        "plaintrain/utils/background.py": [
+            ("return buffer.copy_(value.detach(), non_blocking=True)", "return value.detach()"),
+        ],
+        "plaintrain/utils/checkpoint_files.py": [
+            ("    if last:\n", "    if not last:\n"),
+            ("sorted(names, key=lambda name: _age(folder, name))", "sorted(names)"),
+            (
+                'raise DamagedCheckpointError(f"cannot read the checkpoint {path}: {first_line(e)}") from e',
+                'return {"model": torch.nn.Linear(1, 1).state_dict(), "iteration": 0}',
+            ),
+        ],
+        "plaintrain/utils/state.py": [
+            *(("return value\n    if", f"return {new}\n    if") for new in _OTHER_TENSORS),
+            ("for key, item in value.items()}", "for key, item in value.items() if item is not None}"),
+            ("{key: plain(item, name)", "{str(key): plain(item, name)"),
+            (
+                "return type(value)(plain(item, name) for item in value)",
+                "return [plain(item, name) for item in value]",
+            ),
+            ("bool | str | torch.Tensor", "str | torch.Tensor"),
+            ("return float(value)", "return torch.tensor(float(value)).item()"),
+            ("return float(value)", "return str(value)"),
+            ("return int(value)", "return int(float(value))"),
+            (
+                "        item.load_state_dict(state)",
+                '        item.load_state_dict(state | {"state": {}} if "param_groups" in state else state)',
+            ),
+            ("torch.amp.GradScaler) and not state:", "torch.amp.GradScaler):"),
+        ],
+    },
+    "tests/properties/test_config_properties.py": {
+        "plaintrain/config.py": [
+            ("type(old)(_plain_item(value, name, source))", "type(old)(value)"),
+            ("    return _copy_node(_C)", '    return vars(_copy_node).setdefault("one", _copy_node(_C))'),
+            (
+                "{key: _to_plain(item) for key, item in value.items()}",
+                '{key: _to_plain(item) for key, item in value.items() if item != ""}',
+            ),
+            (
+                "zip(cfg_list[0::2], cfg_list[1::2], strict=True)",
+                "zip(cfg_list[-2::-2], cfg_list[::-2], strict=True)",
+            ),
+            ("value = type(old)(value)", "value = old + type(old)(value)"),
+            ("raise ConfigError(_unknown_key(name, node, path, source))", "continue"),
+            ("n=3, cutoff=0.75", "n=3, cutoff=1.0"),
+            ('message = f"{name} in', "message = f\"{name.rpartition('.')[2]} in"),
+        ],
+        "plaintrain/utils/yaml_files.py": [
+            ("return [*loaded, (path, content)]", "return [(path, content), *loaded]"),
+        ],
+    },
+    "tests/properties/test_sampler_properties.py": {
+        "plaintrain/data/samplers.py": [
+            (
+                "order = self._draw(rng)",
+                "order = np.resize(self._draw(rng)[: -(self.size % self.batch_size) or None], self.size)",
+            ),
+            (
+                "self.subset[rng.permutation(self.size)]",
+                "rng.choice(self.subset.max() + 1, size=self.size, replace=False)",
+            ),
+            (
+                "np.diff(np.floor(edges + rng.uniform()).astype(np.int64))",
+                "(rng.random(images.size) < self._extra[images])",
+            ),
+            ("default_rng((self.seed, number))", "default_rng((self.seed, self._order.cache_info().misses))"),
+            ("batch_size = self._phase(1, number * self.size)", "batch_size = self.phases[-1]"),
+            ("lru_cache(maxsize=2)", "lru_cache(maxsize=0)"),
+            ("order = self._draw(rng)", "order = [self._draw(rng) for _ in range(min(number, 64) + 1)][0]"),
+            ('np.argsort(self.groups[images], kind="stable")', "np.arange(images.size)"),
+            (
+                "size * rank // world_size, size * (rank + 1) // world_size",
+                "-(-size // world_size) * rank, -(-size // world_size) * (rank + 1)",
+            ),
+        ],
+    },
+    "tests/properties/test_target_properties.py": {
+        "plaintrain/data/keypoints.py": [
+            ("for pair in flip_map:", "for pair in flip_map[:1]:"),
+        ],
+        "plaintrain/data/mapper.py": [
+            ("torch.from_numpy(decoded).permute", "torch.from_numpy(decoded).flip(2).permute"),
+            (
+                "dtype=torch.float32).reshape(-1, number, 3)",
+                "dtype=torch.float32).reshape(-1, number, 3) + 0.5",
+            ),
+        ],
+        "plaintrain/structures.py": [
+            ("x + third, y + fourth]", "x + third - 1, y + fourth - 1]"),
+            ("math.isfinite(v) for v in box", "v == v for v in box"),
+            ("if len(box) != 4", ("box = box[:4]\n        if len(box) != 4")),
+            (
+                'return coco_mask.frPyObjects({"size": [height, width], "counts": list(counts)}, '
+                "height, width)",
+                (
+                    'turned = coco_mask.frPyObjects({"size": [width, height], "counts": counts}, '
+                    "width, height)\n"
+                    "        return coco_mask.encode(np.asfortranarray(coco_mask.decode(turned).T))"
+                ),
+            ),
+        ],
+    },
+    "tests/properties/test_transform_properties.py": {
+        "plaintrain/data/copy_paste.py": [
+            ("return tighten(select(result, keep), touched[keep])", "return select(result, keep)"),
+        ],
+        "plaintrain/data/photometric.py": [
+            ('image = tensors["image"]', 'image = tensors["image"].bitwise_right_shift_(1)'),
+        ],
+        "plaintrain/data/tensors.py": [
+            ("(slice(None), list(keypoint_flip_indices))", "slice(None)"),
+            (
+                "    cut = (moved",
+                ('    cropped["boxes"] = tv_tensors.wrap(moved, like=cropped["boxes"])\n    cut = (moved'),
+            ),
+            ("select(hide_outside(cropped), keep)", "select(cropped, keep)"),
+            ('ROWS = ("boxes", "labels", "masks"', 'ROWS = ("boxes", "masks"'),
+            ("[0, 0, 1, 1]", "[0, 0, 0, 0]"),
+            (
+                "tighten(select(hide_outside(cropped), keep), cut[keep])",
+                "select(hide_outside(cropped), keep)",
+            ),
+            ("> MIN_SIDE).all(dim=1)", ">= 0).all(dim=1)"),
+            (
+                "F.vertical_flip(value) if axis else F.horizontal_flip(value)",
+                "(F.vertical_flip(value) if axis else F.horizontal_flip(value)).floor_()",
+            ),
+            (("(torch.Tensor).clone()\n            points"), ("(torch.Tensor)\n            points")),
+            (
+                "return F.resize(value, size)",
+                (
+                    "new = F.resize(value, size)\n"
+                    "        if isinstance(value, tv_tensors.BoundingBoxes):\n"
+                    "            new.copy_(value * (size[0] / value.canvas_size[0]))\n"
+                    "        return new"
+                ),
+            ),
+        ],
+        "plaintrain/data/transforms.py": [
+            ("vertical_flip(tensors) if rng.random()", "vertical_flip(tensors) if np.random.random()"),
+            (
+                "return vertical_flip(tensors) if rng.random() < self.p else tensors",
+                (
+                    'odd = vars(vertical_flip)["odd"] = not vars(vertical_flip).get("odd")\n'
+                    "        return vertical_flip(tensors) if odd else tensors"
+                ),
+            ),
+        ],
+    },
 }

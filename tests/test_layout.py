@@ -10,7 +10,7 @@ import zipfile
 from functools import cache
 
 import pytest
-from mutation_list import MUTATIONS
+from mutation_list import MUTATIONS, PLANTED
 from processes import ROOT
 
 from plaintrain.config import check_cfg, get_cfg
@@ -151,10 +151,11 @@ def test_loop_keeps_its_limits(script):
 
 
 def test_each_defect_of_the_mutation_check_fits_the_code():
-    for path, changes in MUTATIONS.items():
-        text = (ROOT / path).read_text(encoding="utf-8")
-        for old, new in changes:
-            assert text.count(old) == 1 and old != new, (path, old)
+    for changes in (MUTATIONS, *PLANTED.values()):
+        for path in changes:
+            text = (ROOT / path).read_text(encoding="utf-8")
+            for old, new in changes[path]:
+                assert text.count(old) == 1 and old != new, (path, old)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT / "configs").as_posix())
