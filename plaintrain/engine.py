@@ -12,8 +12,8 @@ import torch
 from plaintrain.arguments import default_argument_parser
 from plaintrain.changes import check_changes
 from plaintrain.config import check_cfg, get_cfg, get_value, set_value
+from plaintrain.data.build import count_iters_per_epoch
 from plaintrain.data.builtin import declare_datasets
-from plaintrain.data.loader import count_iters_per_epoch
 from plaintrain.launch import create_ddp_model, launch
 from plaintrain.preflight import build_meta_model, check_before_training, settle_num_classes
 from plaintrain.run_facts import write_run_facts

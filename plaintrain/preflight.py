@@ -7,10 +7,10 @@ import torch
 
 from plaintrain.config import get_value, set_value
 from plaintrain.data.augmentations import build_augmentation
+from plaintrain.data.build import check_batch_size
 from plaintrain.data.builtin import EVALUATORS
 from plaintrain.data.catalog import MetadataCatalog, common_class_names
 from plaintrain.data.images import get_pixel_range
-from plaintrain.data.loader import check_batch_size
 from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
 from plaintrain.data.tta import build_tta_mapper

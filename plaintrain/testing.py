@@ -2,7 +2,7 @@
 
 import os
 
-from plaintrain.data.loader import build_detection_test_loader, build_detection_val_loader
+from plaintrain.data.build import build_detection_test_loader, build_detection_val_loader
 from plaintrain.evaluation import (
     build_evaluator,
     flatten_results,

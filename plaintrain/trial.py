@@ -7,8 +7,8 @@ import os
 import shutil
 
 from plaintrain.config import set_value
+from plaintrain.data.build import count_iters_per_epoch, training_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.data.loader import count_iters_per_epoch, training_records
 from plaintrain.evaluation.loop import flatten_results
 from plaintrain.launch import create_ddp_model
 from plaintrain.modeling.build import build_model

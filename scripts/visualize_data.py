@@ -41,10 +41,10 @@ import numpy as np
 
 from plaintrain.config import get_cfg, set_value, split_overrides
 from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
+from plaintrain.data.build import training_records
 from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import class_names, common_class_names, select_classes
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
-from plaintrain.data.loader import training_records
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.launch import launch
 from plaintrain.picture import check_picture_arguments, save_picture, show_picture

@@ -79,7 +79,7 @@ MUTATIONS = {
     "plaintrain/data/keypoints.py": [
         ('keypoint_flip_indices(names, metadata.get("keypoint_flip_map"))', "keypoint_flip_indices(names)"),
     ],
-    "plaintrain/data/loader.py": [
+    "plaintrain/data/build.py": [
         (
             "DatasetMapper(cfg, is_train=True, augmentations=augmentations)",
             "DatasetMapper(cfg, is_train=True)",

@@ -28,8 +28,8 @@ _LARGE = ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine"]
 FORBIDDEN = {
     "plaintrain.modeling": ["plaintrain.data", "plaintrain.utils.events", "plaintrain.utils.storage"],
     "plaintrain.data": ["plaintrain.modeling", "plaintrain.evaluation", "plaintrain.engine"],
-    "plaintrain.evaluation": ["plaintrain.data.loader", "plaintrain.data.mapper", "plaintrain.modeling"],
-    "plaintrain.report": ["plaintrain.engine", "plaintrain.modeling", "plaintrain.data.loader"],
+    "plaintrain.evaluation": ["plaintrain.data.build", "plaintrain.data.mapper", "plaintrain.modeling"],
+    "plaintrain.report": ["plaintrain.engine", "plaintrain.modeling", "plaintrain.data.build"],
     "plaintrain.utils": [*_LARGE, "plaintrain.checkpoint"],
     "plaintrain.checkpoint": _LARGE,
     "plaintrain.solver": _LARGE,

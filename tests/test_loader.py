@@ -1,4 +1,4 @@
-"""plaintrain.data.loader and records: the samples that reach the training, and their order."""
+"""plaintrain.data.build and records: the samples that reach the training, and their order."""
 
 import contextlib
 import itertools
@@ -22,8 +22,8 @@ from plaintrain.data import (
     images,
 )
 from plaintrain.data import mapper as mappers
+from plaintrain.data.build import count_iters_per_epoch
 from plaintrain.data.images import ImageCache
-from plaintrain.data.loader import count_iters_per_epoch
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.data.thread_loader import ThreadLoader
 from plaintrain.structures import BoxMode
@@ -139,7 +139,7 @@ def test_loaders_take_a_mapper_a_dataset_and_a_sampler(records, train, monkeypat
     assert list(loader) == [[6, 2], [3]]
     # The default mapper gets the training records.
     given = []
-    mapper = "plaintrain.data.loader.DatasetMapper"
+    mapper = "plaintrain.data.build.DatasetMapper"
     monkeypatch.setattr(mapper, lambda cfg, is_train, records: given.append(list(records)))
     build_detection_train_loader(train)
     assert given == [list(get_detection_dataset_dicts("cells"))]

@@ -19,7 +19,7 @@ from hostile_helpers import rejected
 from processes import Process
 
 from plaintrain.data import DatasetMapper
-from plaintrain.data import loader as loaders
+from plaintrain.data import build as loaders
 from plaintrain.data import train_loader as train_loaders
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.data.thread_loader import _NAME, ThreadLoader, Threads

@@ -1,13 +1,13 @@
 """Datasets, augmentation and loaders."""
 
-from plaintrain.data.builtin import declare_datasets
-from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.data.coco import register_coco_instances
-from plaintrain.data.loader import (
+from plaintrain.data.build import (
     build_detection_test_loader,
     build_detection_train_loader,
     build_detection_val_loader,
 )
+from plaintrain.data.builtin import declare_datasets
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.data.coco import register_coco_instances
 from plaintrain.data.mapper import DatasetMapper
 from plaintrain.data.records import get_detection_dataset_dicts
 
