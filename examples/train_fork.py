@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from plaintrain import data, engine, evaluation, modeling, solver
-from plaintrain.data.shapes import CLASSES, load_shapes
+from plaintrain.checkpoint.training_checkpointer import build_checkpointer
+from plaintrain.data.datasets.shapes import CLASSES, load_shapes
 from plaintrain.report.after_training import make_report_if_wanted
-from plaintrain.run_checkpointer import build_checkpointer
 from plaintrain.utils import comm
 from plaintrain.utils.events import EventStorage, closing_all, every, write_all
 

@@ -7,25 +7,25 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
+from plaintrain.analysis.run_folder import read_config
+from plaintrain.checkpoint.classes import COCO_NAMES
+from plaintrain.checkpoint.files import DamagedCheckpointError, read_checkpoint, read_last
+from plaintrain.checkpoint.pretrained import fetch_weights, load_weights
+from plaintrain.checkpoint.weight_checks import check_weights
 from plaintrain.config import CfgNode, get_cfg, get_value, set_value
-from plaintrain.data.augmentations import build_augmentation
-from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, class_names
+from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.data.images import get_pixel_range, read_image, to_rgb
 from plaintrain.data.keypoints import COCO_SKELETON
-from plaintrain.data.tensors import plain_image
+from plaintrain.data.transforms.build import build_augmentation
+from plaintrain.data.transforms.tensors import plain_image
 from plaintrain.data.tta import build_tta_mapper
-from plaintrain.evaluation.loop import inference_context
+from plaintrain.evaluation.evaluator import inference_context
 from plaintrain.modeling.build import build_model, num_classes_key
 from plaintrain.modeling.tta import build_tta
-from plaintrain.precision import build_autocast
-from plaintrain.run_folder import read_config
-from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_checkpoint, read_last
+from plaintrain.solver.amp import build_autocast
 from plaintrain.utils.errors import UserError
-from plaintrain.visualize import skeleton_of
-from plaintrain.weight_checks import check_weights
-from plaintrain.weight_classes import COCO_NAMES
-from plaintrain.weights import fetch_weights, load_weights
+from plaintrain.visualization.drawing import skeleton_of
 
 _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 # What a run may hold beside the checkpoints that it could be resumed from.

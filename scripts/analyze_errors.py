@@ -10,7 +10,7 @@ DATASETS.TEST; neither a model nor images are needed. Prints AP by class and siz
 error costs (class, localisation, both, duplicate, background, missed, as TIDE defines them), the score
 threshold with the highest F1, which objects are found by their size, shape and surroundings, what classes
 are mistaken for, whether scores mean what they say, and the worst images. All of it, with curves, goes into
-a JSON: see `plaintrain.evaluation.analysis.analyze` for its keys.
+a JSON: see `plaintrain.analysis.analyze.analyze` for its keys.
 """
 
 import argparse
@@ -39,14 +39,14 @@ if __name__ == "__main__":
 import os
 import sys
 
+from plaintrain.analysis.analyze import analyze
+from plaintrain.analysis.error_costs import ERRORS
+from plaintrain.analysis.run_folder import check_run, predictions_path, read_config, test_sets
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, declare_datasets
-from plaintrain.evaluation.analysis import analyze
-from plaintrain.evaluation.error_costs import ERRORS
-from plaintrain.evaluation.loop import format_table
+from plaintrain.engine.launch import launch
+from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.predictions import write_json
-from plaintrain.launch import launch
-from plaintrain.run_folder import check_run, predictions_path, read_config, test_sets
 from plaintrain.utils.errors import UserError
 
 # Up to so many classes the confusion is shown as a matrix.

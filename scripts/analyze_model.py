@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 
-from plaintrain.arguments import parse_run_arguments
+from plaintrain.utils.arguments import parse_run_arguments
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -36,15 +36,15 @@ if __name__ == "__main__":
     if args.depth < 0 or (args.batch is not None and args.batch < 1):
         parser.error("--depth must be at least 0, and --batch at least 1")
 
+from plaintrain.analysis.model import NOT_COUNTED, analyze, optimizer_copies, random_samples
 from plaintrain.config import check_cfg, get_cfg, get_value
-from plaintrain.data.builtin import declare_datasets
-from plaintrain.data.transforms import shortest_edge_size
-from plaintrain.evaluation.loop import format_table
-from plaintrain.launch import launch
-from plaintrain.model_analysis import NOT_COUNTED, analyze, optimizer_copies, random_samples
+from plaintrain.data.datasets.builtin import declare_datasets
+from plaintrain.data.transforms.geometric import shortest_edge_size
+from plaintrain.engine.launch import launch
+from plaintrain.engine.preflight import settle_num_classes
+from plaintrain.evaluation.evaluator import format_table
 from plaintrain.modeling import build_model
 from plaintrain.modeling.build import num_classes_key
-from plaintrain.preflight import settle_num_classes
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 

@@ -25,8 +25,13 @@ from dataclasses import asdict
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, declare_datasets
-from plaintrain.data.builtin import read_dataset
-from plaintrain.data.checks import (
+from plaintrain.data.datasets.builtin import read_dataset
+from plaintrain.data.datasets.shapes import is_drawn
+from plaintrain.data.datasets.write import make_folder, relative_names, write_coco
+from plaintrain.data.fixes import fix_records
+from plaintrain.data.image_files import image_header
+from plaintrain.data.images import get_pixel_range, read_image
+from plaintrain.data.validation import (
     KINDS,
     LEAST_SPREAD,
     MAX_EXAMPLES,
@@ -35,12 +40,7 @@ from plaintrain.data.checks import (
     check_records,
     class_counts,
 )
-from plaintrain.data.fixes import fix_records
-from plaintrain.data.folder import image_header
-from plaintrain.data.images import get_pixel_range, read_image
-from plaintrain.data.shapes import is_drawn
-from plaintrain.data.write import make_folder, relative_names, write_coco
-from plaintrain.launch import launch
+from plaintrain.engine.launch import launch
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import progress

@@ -24,11 +24,11 @@ from PIL import Image
 
 from plaintrain.config import get_cfg
 from plaintrain.data import declare_datasets
-from plaintrain.data.builtin import read_dataset
-from plaintrain.data.shapes import is_drawn, render
-from plaintrain.data.write import category_ids, make_folder, relative_names, write_coco
-from plaintrain.data.yolo import label_file
-from plaintrain.launch import launch
+from plaintrain.data.datasets.builtin import read_dataset
+from plaintrain.data.datasets.shapes import is_drawn, render
+from plaintrain.data.datasets.write import category_ids, make_folder, relative_names, write_coco
+from plaintrain.data.datasets.yolo import label_file
+from plaintrain.engine.launch import launch
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write

@@ -18,11 +18,11 @@ import pickle
 
 import torch
 
-from plaintrain.launch import launch
+from plaintrain.checkpoint.detectron2 import anchor_counts, to_detectron2
+from plaintrain.checkpoint.pretrained import fetch_weights, read_weights
+from plaintrain.engine.launch import launch
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
-from plaintrain.weight_detectron2 import anchor_counts, to_detectron2
-from plaintrain.weights import fetch_weights, read_weights
 
 
 def convert(source, to, num_ratios):

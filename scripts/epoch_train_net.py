@@ -11,21 +11,23 @@ The step is that of plain_train_net.py, and either script resumes the checkpoint
 import logging
 from time import perf_counter
 
-from plaintrain.arguments import default_argument_parser
+from plaintrain.utils.arguments import default_argument_parser
 
 if __name__ == "__main__":
     # Parsed here, so that --help does not wait for the imports of torch below.
     args = default_argument_parser(epilog=__doc__).parse_args()
 
-from plaintrain import data, engine, evaluation, modeling, precision, run_checkpointer, solver
-from plaintrain.accumulation import add_losses, split_batch, sum_losses, sync_gradients
-from plaintrain.early_stopping import EarlyStopping
-from plaintrain.ema import build_ema
-from plaintrain.nonfinite import build_nonfinite_guard
+from plaintrain import data, engine, evaluation, modeling, solver
+from plaintrain.checkpoint import training_checkpointer
+from plaintrain.engine.dry_run import finish_dry_run
+from plaintrain.engine.early_stopping import EarlyStopping
+from plaintrain.engine.nonfinite import build_nonfinite_guard
+from plaintrain.engine.testing import do_test, evaluate
 from plaintrain.report.after_training import make_report_if_wanted
-from plaintrain.schedule import Due, every, validates_after
-from plaintrain.testing import do_test, evaluate
-from plaintrain.trial import finish_dry_run
+from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
+from plaintrain.solver.amp import build_amp
+from plaintrain.solver.ema import build_ema
+from plaintrain.solver.schedule import Due, every, validates_after
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import EventStorage, closing_all, write_all
@@ -78,7 +80,7 @@ def do_train(cfg, model, resume=False):
     optimizer = solver.build_optimizer(cfg, model)
     scheduler = solver.build_lr_scheduler(cfg, optimizer)
     clip_gradients = solver.build_gradient_clipper(cfg, model)
-    amp = precision.build_amp(cfg, model)
+    amp = build_amp(cfg, model)
     ema = build_ema(cfg, model)
     data_loader = data.build_detection_train_loader(cfg)
     nonfinite = build_nonfinite_guard(cfg, model, data_loader, amp.scaler)
@@ -88,7 +90,7 @@ def do_train(cfg, model, resume=False):
 
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler, "ema": ema}
     states |= {"data_loader": data_loader, "nonfinite": nonfinite, "early_stopping": early_stopping}
-    checkpointer = run_checkpointer.build_checkpointer(cfg, model, storage=storage, **states)
+    checkpointer = training_checkpointer.build_checkpointer(cfg, model, storage=storage, **states)
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
     iters_per_epoch = data_loader.iters_per_epoch
     logger.info(f"starting training from iteration {start_iter}, {iters_per_epoch} an epoch")
@@ -146,7 +148,7 @@ def main(args):
     model = modeling.build_model(cfg)
     logger.info(f"model:\n{model}")
     if args.eval_only:
-        run_checkpointer.load_for_evaluation(cfg, model, resume=args.resume)
+        training_checkpointer.load_for_evaluation(cfg, model, resume=args.resume)
         results = do_test(cfg, model)
     else:
         results = do_train(cfg, engine.create_ddp_model(model), resume=args.resume)

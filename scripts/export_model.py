@@ -27,7 +27,7 @@ FILE.failed, and the exit code is 1.
 import argparse
 import os
 
-from plaintrain.arguments import parse_run_arguments
+from plaintrain.utils.arguments import parse_run_arguments
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -45,11 +45,20 @@ if __name__ == "__main__":
         parser.error("--check must be at least 0, and --tolerance above 0")
 
 from plaintrain.config import get_cfg, get_value
-from plaintrain.data.builtin import declare_datasets
-from plaintrain.evaluation.loop import format_table
-from plaintrain.export import FORMATS, describe, is_fixed, need, score_limit, trace, write_onnx, write_torch
-from plaintrain.export_check import check_exported, check_images, open_exported
-from plaintrain.launch import launch
+from plaintrain.data.datasets.builtin import declare_datasets
+from plaintrain.engine.launch import launch
+from plaintrain.evaluation.evaluator import format_table
+from plaintrain.export.check import check_exported, check_images, open_exported
+from plaintrain.export.export import (
+    FORMATS,
+    describe,
+    is_fixed,
+    need,
+    score_limit,
+    trace,
+    write_onnx,
+    write_torch,
+)
 from plaintrain.predict import Predictor
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import writing

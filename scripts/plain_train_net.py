@@ -14,18 +14,20 @@ import logging
 import os
 from time import perf_counter
 
-from plaintrain.arguments import default_argument_parser
+from plaintrain.utils.arguments import default_argument_parser
 
 if __name__ == "__main__":
     # Parsed here, so that --help does not wait for the imports of torch below.
     args = default_argument_parser(epilog=__doc__).parse_args()
 
-from plaintrain.accumulation import add_losses, split_batch, sum_losses, sync_gradients
+from plaintrain.checkpoint.training_checkpointer import build_checkpointer, load_for_evaluation
 from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_test_loader, build_detection_train_loader
-from plaintrain.early_stopping import EarlyStopping
-from plaintrain.ema import build_ema
 from plaintrain.engine import build_writers, create_ddp_model, default_setup, launch, require_default
+from plaintrain.engine.dry_run import finish_dry_run
+from plaintrain.engine.early_stopping import EarlyStopping
+from plaintrain.engine.nonfinite import build_nonfinite_guard
+from plaintrain.engine.testing import do_validate
 from plaintrain.evaluation import (
     build_evaluator,
     flatten_results,
@@ -34,14 +36,12 @@ from plaintrain.evaluation import (
     verify_results,
 )
 from plaintrain.modeling import build_model, build_tta
-from plaintrain.nonfinite import build_nonfinite_guard
-from plaintrain.precision import build_amp, build_test_autocast
 from plaintrain.report.after_training import make_report_if_wanted
-from plaintrain.run_checkpointer import build_checkpointer, load_for_evaluation
-from plaintrain.schedule import Due, every
 from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
-from plaintrain.testing import do_validate
-from plaintrain.trial import finish_dry_run
+from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
+from plaintrain.solver.amp import build_amp, build_test_autocast
+from plaintrain.solver.ema import build_ema
+from plaintrain.solver.schedule import Due, every
 from plaintrain.utils import comm
 from plaintrain.utils.events import EventStorage, closing_all, get_event_storage, write_all
 from plaintrain.utils.memory import peak_memory

@@ -17,11 +17,11 @@ import shutil
 import sys
 import time
 
-from plaintrain.curves import panels, smooth
-from plaintrain.plots import curve_grid, require_matplotlib, save_figure
-from plaintrain.run_folder import check_run, read_metrics, run_names, run_state
-from plaintrain.text_plots import curve_lines, shown_metrics, state_line
+from plaintrain.analysis.run_folder import check_run, read_metrics, run_names, run_state
 from plaintrain.utils.errors import UserError
+from plaintrain.visualization.curves import panels, smooth
+from plaintrain.visualization.plots import curve_grid, require_matplotlib, save_figure
+from plaintrain.visualization.text_plots import curve_lines, shown_metrics, state_line
 
 _SAVED_AS = (".png", ".svg", ".pdf")
 # Moves the cursor to the upper left and erases what is below.

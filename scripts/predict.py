@@ -39,19 +39,20 @@ import glob
 import os
 import sys
 
-from plaintrain.config import get_cfg, split_overrides
-from plaintrain.data.folder import list_images
+from plaintrain.config import get_cfg
+from plaintrain.config.config import split_overrides
+from plaintrain.data.datasets.write import relative_names, write_coco
+from plaintrain.data.image_files import list_images
 from plaintrain.data.images import read_image
-from plaintrain.data.write import relative_names, write_coco
-from plaintrain.launch import launch
+from plaintrain.engine.launch import launch
 from plaintrain.masks import encode_masks
-from plaintrain.picture import PICTURES, save_picture
 from plaintrain.predict import Predictor
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import writing
 from plaintrain.utils.logger import progress, setup_logger
-from plaintrain.visualize import draw_instances, scale_to, select
+from plaintrain.visualization.drawing import draw_instances, scale_to, select
+from plaintrain.visualization.images import PICTURES, save_picture
 
 # Pictures of smaller images are enlarged to this longer side, in pixels, so that they can be read.
 _LEAST = 320

@@ -23,8 +23,8 @@ if __name__ == "__main__":
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     args = parser.parse_args()
 
+from plaintrain.analysis.run_folder import check_run
 from plaintrain.report.build import build_report
-from plaintrain.run_folder import check_run
 from plaintrain.utils.errors import UserError
 
 

@@ -20,7 +20,7 @@ nothing else is changed but log.txt, which goes on.
 import logging
 import os
 
-from plaintrain.arguments import default_argument_parser
+from plaintrain.utils.arguments import default_argument_parser
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
@@ -30,12 +30,12 @@ if __name__ == "__main__":
     )
     args = parser.parse_args()
 
+from plaintrain.checkpoint.training_checkpointer import load_for_evaluation
 from plaintrain.engine import default_setup, launch, load_cfg
+from plaintrain.engine.testing import do_test
 from plaintrain.evaluation import build_evaluator, read_predictions, report_results, verify_results
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE
 from plaintrain.modeling import build_model
-from plaintrain.run_checkpointer import load_for_evaluation
-from plaintrain.testing import do_test
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.logger import progress

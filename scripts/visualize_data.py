@@ -16,7 +16,7 @@ smaller than --size are enlarged to it.
 
 import argparse
 
-from plaintrain.arguments import add_picture_arguments
+from plaintrain.utils.arguments import add_picture_arguments
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
@@ -39,18 +39,18 @@ import os
 
 import numpy as np
 
-from plaintrain.config import get_cfg, set_value, split_overrides
+from plaintrain.config import get_cfg, set_value
+from plaintrain.config.config import split_overrides
 from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
 from plaintrain.data.build import training_records
-from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import class_names, common_class_names, select_classes
+from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.data.samplers import TrainingSampler
-from plaintrain.launch import launch
-from plaintrain.picture import check_picture_arguments, save_picture, show_picture
+from plaintrain.engine.launch import launch
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.logger import progress
-from plaintrain.visualize import (
+from plaintrain.visualization.drawing import (
     class_colors,
     contact_sheet,
     draw_instances,
@@ -59,6 +59,7 @@ from plaintrain.visualize import (
     select,
     skeleton_of,
 )
+from plaintrain.visualization.images import check_picture_arguments, save_picture, show_picture
 
 # Classes that the legend of a sheet has room for.
 _LEGEND = 24

@@ -16,7 +16,7 @@ are the objects, on the right the detections, each in the colour of what became 
 
 import argparse
 
-from plaintrain.arguments import add_picture_arguments
+from plaintrain.utils.arguments import add_picture_arguments
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
@@ -45,18 +45,17 @@ from collections import Counter
 import numpy as np
 import torch
 
+from plaintrain.analysis.errors import errors_of
 from plaintrain.config import get_cfg
 from plaintrain.data import MetadataCatalog
-from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import class_names, select_classes
+from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
-from plaintrain.evaluation.errors import errors_of
+from plaintrain.engine.launch import launch
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE, detections_of_image, read_detections
-from plaintrain.launch import launch
-from plaintrain.picture import check_picture_arguments, save_picture, show_picture
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.logger import progress
-from plaintrain.visualize import (
+from plaintrain.visualization.drawing import (
     contact_sheet,
     default_captions,
     draw_instances,
@@ -65,6 +64,7 @@ from plaintrain.visualize import (
     select,
     skeleton_of,
 )
+from plaintrain.visualization.images import check_picture_arguments, save_picture, show_picture
 
 # What became of a detection or an object -> (its colour, what the legend says).
 LOOKS = {

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog
-from plaintrain.evaluation.instances import Detections
+from plaintrain.evaluation.detections import Detections
 from plaintrain.structures import BoxMode
 
 

@@ -16,14 +16,14 @@ _OTHER_TENSORS = [
 ]
 
 MUTATIONS = {
-    "plaintrain/accumulation.py": [
+    "plaintrain/solver/accumulation.py": [
         ("(end - start) / len(samples), end", "1 / steps, end"),
         ('for name, value in loss_dict.items() if "loss" in name]', "for name, value in loss_dict.items()]"),
     ],
-    "plaintrain/changes.py": [
+    "plaintrain/checkpoint/resume_check.py": [
         ("class_names, strict=True)", "class_names, strict=False)"),
     ],
-    "plaintrain/checkpoint.py": [
+    "plaintrain/checkpoint/checkpointer.py": [
         ('load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
         (
             ("            self._background.wait()\n            data = self._host_copy(data)"),
@@ -31,7 +31,7 @@ MUTATIONS = {
         ),
         ("average_norm_buffers(state)  # all ranks", "pass"),
     ],
-    "plaintrain/config.py": [
+    "plaintrain/config/config.py": [
         ("if type(old) is type(value):", "if isinstance(value, type(old)):"),
         ("if not node.is_new_allowed() or key in vars(node):", "if key in vars(node):"),
         ("else copy.deepcopy(value)", "else value"),
@@ -40,7 +40,7 @@ MUTATIONS = {
             ("for item in value]\n    return value.strip() if isinstance(value, str) else value\n"),
         ),
     ],
-    "plaintrain/curves.py": [
+    "plaintrain/visualization/curves.py": [
         ("average / share if share", "average if share"),
         ("range((len(x) - 1) % step, len(x), step)", "range(0, len(x), step)"),
     ],
@@ -52,7 +52,7 @@ MUTATIONS = {
         ("return list(wanted)", "return [name for name in found if name in wanted]"),
         ("if found != classes:", "if set(found) != set(classes):"),
     ],
-    "plaintrain/data/coco.py": [
+    "plaintrain/data/datasets/coco.py": [
         (
             'converted["keypoints"] = shift_keypoints(keypoints, 0.5)',
             'converted["keypoints"] = list(keypoints)',
@@ -64,13 +64,13 @@ MUTATIONS = {
         ("points[i - ends[0] : j - ends[0]]", "points[i:j]"),
         ("if areas[i] == areas[i]:", "if areas[i]:"),
     ],
-    "plaintrain/data/copy_paste.py": [
+    "plaintrain/data/transforms/copy_paste.py": [
         ('tensors["visibility"].clamp(max=1)', 'tensors["visibility"].clamp(max=0)'),
     ],
-    "plaintrain/data/crops.py": [
+    "plaintrain/data/transforms/crops.py": [
         ("crop(select(tensors, inside), top", "crop(tensors, top"),
     ],
-    "plaintrain/data/folder.py": [
+    "plaintrain/data/image_files.py": [
         (
             "return (width, height, orientation) if orientation >= 5 else (height, width, orientation)",
             "return height, width, orientation",
@@ -90,7 +90,7 @@ MUTATIONS = {
             "if not 1 <= parts <= cfg.SOLVER.IMS_PER_BATCH:",
         ),
     ],
-    "plaintrain/data/mapper.py": [
+    "plaintrain/data/dataset_mapper.py": [
         ("as_subclass(torch.Tensor) * (visibility > 0)", "as_subclass(torch.Tensor)"),
         (
             'annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]',
@@ -101,7 +101,7 @@ MUTATIONS = {
             'tensors = select(tensors, tensors["labels"] >= 0)',
         ),
     ],
-    "plaintrain/data/photometric.py": [
+    "plaintrain/data/transforms/photometric.py": [
         ("h, w = round(math.sqrt(area * ratio))", "w, h = round(math.sqrt(area * ratio))"),
     ],
     "plaintrain/data/records.py": [
@@ -124,13 +124,13 @@ MUTATIONS = {
         ),
         ("share = np.bincount(labels) / len(records)", "share = np.bincount(labels) / len(labels)"),
     ],
-    "plaintrain/data/shapes.py": [
+    "plaintrain/data/datasets/shapes.py": [
         ("for other in shapes[index + 1 :])", "for other in shapes[:index])"),
     ],
-    "plaintrain/data/statistics.py": [
+    "plaintrain/analysis/dataset.py": [
         ("np.bincount(y * cells + x,", "np.bincount(x * cells + y,"),
     ],
-    "plaintrain/data/tensors.py": [
+    "plaintrain/data/transforms/tensors.py": [
         ("value.canvas_size[1 - axis] - points", "value.canvas_size[1 - axis] - 1 - points"),
         ('for name in ("keypoints", "visibility"):', 'for name in ("keypoints",):'),
         ("InterpolationMode.NEAREST_EXACT", "InterpolationMode.NEAREST"),
@@ -144,7 +144,7 @@ MUTATIONS = {
             ("while waiting:\n                yield [sample.result() for sample in waiting.pop()]"),
         ),
     ],
-    "plaintrain/data/train_loader.py": [
+    "plaintrain/data/loader.py": [
         ("np.random.default_rng((self._seed, position)))", "np.random.default_rng((self._seed, index)))"),
         ("np.random.default_rng((self._seed, position, 0))", "np.random.default_rng()"),
         ("        np.random.set_state(before[1])\n", ""),
@@ -155,22 +155,22 @@ MUTATIONS = {
             "np.repeat([factors[name] for name in sorted(names)], records.lengths)",
         ),
     ],
-    "plaintrain/data/transforms.py": [
+    "plaintrain/data/transforms/geometric.py": [
         ("max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))", "max(1, int(new[0])), max(1, int(new[1]))"),
         ("rng.integers(low, high + 1)", "rng.integers(low, max(high, low + 1))"),
     ],
-    "plaintrain/data/voc.py": [
+    "plaintrain/data/datasets/voc.py": [
         ("x0, y0 = x0 - 1, y0 - 1", "x1, y1 = x1 + 1, y1 + 1"),
         ('if size > limit or b"<!DOCTYPE" in text:', "if size > limit:"),
     ],
-    "plaintrain/data/write.py": [
+    "plaintrain/data/datasets/write.py": [
         ('shift_keypoints(annotation["keypoints"], -0.5)', 'list(annotation["keypoints"])'),
     ],
-    "plaintrain/data/yolo.py": [
+    "plaintrain/data/datasets/yolo.py": [
         ("key=lambda item: int(item[0])", "key=lambda item: str(item[0])"),
         ("range(len(parts) - 2, -1, -1)", "range(len(parts) - 1)"),
     ],
-    "plaintrain/early_stopping.py": [
+    "plaintrain/engine/early_stopping.py": [
         ('"loss" in name.rpartition("/")[2].partition("-")[0]', '"loss" in name'),
         ("0 < self._patience <= self.num_waited", "0 < self._patience < self.num_waited"),
         (
@@ -180,23 +180,23 @@ MUTATIONS = {
         ('self.num_waited = state_dict["num_waited"]', "self.num_waited = 0"),
         ("iteration <= self._seen:", "iteration < self._seen:"),
     ],
-    "plaintrain/ema.py": [
+    "plaintrain/solver/ema.py": [
         ("use_buffers=True", "use_buffers=False"),
         ("decay = min(self._decay, (1 + steps)", "decay = max(self._decay, (1 + steps)"),
     ],
-    "plaintrain/engine.py": [
+    "plaintrain/engine/setup.py": [
         ("seed_all_rng(cfg.SEED + comm.get_rank())", "seed_all_rng(cfg.SEED)"),
         ("move_old_run(folder) if training and not resume", "move_old_run(folder) if not resume"),
         ("                lock_folder(folder)\n", ""),
         ("seed = before.SEED if before.SEED >= 0 else None", "seed = None"),
     ],
-    "plaintrain/evaluation/analysis.py": [
+    "plaintrain/analysis/analyze.py": [
         ('len(errors.objects["crowd"]) - crowds', 'len(errors.objects["crowd"])'),
     ],
     "plaintrain/evaluation/background.py": [
         ("waiting.popleft().result()", "waiting.popleft()"),
     ],
-    "plaintrain/evaluation/breakdown.py": [
+    "plaintrain/analysis/breakdown.py": [
         ('(objects["labels"][real], found_as[real])', '(found_as[real], objects["labels"][real])'),
         ("(ends + 1 + count)", "(ends + count)"),
         ("(first != second) & (iou >= OVERLAP_IOU)", "iou >= OVERLAP_IOU"),
@@ -211,25 +211,25 @@ MUTATIONS = {
     "plaintrain/evaluation/coco_backend.py": [
         ("    evaluation.params.kpt_oks_sigmas = problem.sigmas\n", ""),
     ],
-    "plaintrain/evaluation/coco_truth.py": [
+    "plaintrain/evaluation/coco_gt.py": [
         ("np.argsort(np.argsort(ids)) + 1", "np.argsort(ids) + 1"),
         ('"id": len(annotations) + 1', '"id": len(annotations)'),
         ('"iscrowd": int(a.get("iscrowd", 0))', '"iscrowd": 0'),
     ],
-    "plaintrain/evaluation/error_costs.py": [
+    "plaintrain/analysis/error_costs.py": [
         ('    blamed = blamed[matches.states[matches.objects[blamed]] != "found"]\n', ""),
     ],
-    "plaintrain/evaluation/errors.py": [
+    "plaintrain/analysis/errors.py": [
         ("_place_in_class(detections) >= MAX_DETECTIONS", "_place_in_class(detections) > MAX_DETECTIONS"),
         ("(own[1] >= background_threshold) & (own[1] < iou_threshold)", "own[1] >= background_threshold"),
         ("by_rank[np.argsort(-rank[by_rank])]", "by_rank[np.argsort(rank[by_rank])]"),
     ],
-    "plaintrain/evaluation/instances.py": [
+    "plaintrain/evaluation/detections.py": [
         ('np.argsort(rows[:, 0], kind="stable")', "np.arange(len(rows))"),
         ("(labels >= len(self.classes))", "(labels > len(self.classes))"),
         ("comm.gather(part) if self._distributed else [part]", "[part]"),
     ],
-    "plaintrain/evaluation/loop.py": [
+    "plaintrain/evaluation/evaluator.py": [
         ("not abs(actual - expected) <= tolerance", "abs(actual - expected) > tolerance"),
         ("module.training = training", "module.training = True"),
     ],
@@ -253,20 +253,20 @@ MUTATIONS = {
         ("above = best > iou / 100", "above = best >= iou / 100"),
         ('bool(a.get("difficult", 0) or a.get("iscrowd", 0))', 'bool(a.get("difficult", 0))'),
     ],
-    "plaintrain/export_check.py": [
+    "plaintrain/export/check.py": [
         ('far.masked_fill(found["labels"][:, None] != expected["labels"], float("inf"))', "far"),
     ],
-    "plaintrain/job.py": [
+    "plaintrain/engine/distributed_env.py": [
         ("[int(count)] * int(times or 1)", "[int(count)]"),
     ],
-    "plaintrain/launch.py": [
+    "plaintrain/engine/launch.py": [
         ('job.get("first_rank", 0) + local_rank', "local_rank"),
         ("code = 128 + received[0] if received else 1", "code = 1"),
     ],
     "plaintrain/masks.py": [
         ("(side, side), aligned=aligned)", "(side, side), aligned=False)"),
     ],
-    "plaintrain/modeling/backbone.py": [
+    "plaintrain/modeling/backbones.py": [
         ("for stage in stages[:freeze_at]:", "for stage in stages[: max(0, freeze_at - 1)]:"),
         ("stage[0].conv2.stride = (2, 2), (1, 1)", "stage[0].conv2.stride = (1, 1), (2, 2)"),
     ],
@@ -274,7 +274,7 @@ MUTATIONS = {
         ("return recipe.weight * smooth_l1_loss", "return smooth_l1_loss"),
         ("priors, coder.weights).view_as", "priors, (1.0, 1.0, 1.0, 1.0)).view_as"),
     ],
-    "plaintrain/modeling/common.py": [
+    "plaintrain/modeling/detector.py": [
         (
             'scale = sample["width"] / width, sample["height"] / height',
             'scale = sample["height"] / height, sample["width"] / width',
@@ -293,7 +293,7 @@ MUTATIONS = {
     "plaintrain/modeling/frozen_norm.py": [
         ("norm.bias - norm.running_mean * scale", "norm.bias + norm.running_mean * scale"),
     ],
-    "plaintrain/modeling/graph.py": [
+    "plaintrain/export/graph.py": [
         ("images.flip(1) if transform.bgr else images", "images"),
         ('found["labels"].clamp(min=0) + 1', 'found["labels"].clamp(min=0)'),
     ],
@@ -305,7 +305,7 @@ MUTATIONS = {
         (".clamp(max=coder.bbox_xform_clip)", ""),
         ("(keys + 2 * matched)", "keys"),
     ],
-    "plaintrain/modeling/pooling.py": [
+    "plaintrain/modeling/poolers.py": [
         ("torch.log2(relative + 1e-8)", "torch.log2(relative + 1e-8) - 1"),
         ("[1 / stride for stride in strides]", "[1 / strides[0] for stride in strides]"),
     ],
@@ -333,7 +333,7 @@ MUTATIONS = {
         ('detection["keypoints"][:, list(order)]', 'detection["keypoints"]'),
         ('m.flip(-1) if sample["flipped"] else m for m', "m for m"),
     ],
-    "plaintrain/nonfinite.py": [
+    "plaintrain/engine/nonfinite.py": [
         (("        _copy(self._buffers, self._before)\n        self"), "        self"),
         ("if comm.any_rank(bad):", "if bad:"),
         (("        self.num_in_row = 0\n        self._remember"), "        self._remember"),
@@ -343,7 +343,7 @@ MUTATIONS = {
     "plaintrain/predict.py": [
         ('averaged = ema.ENABLED and ema.EVALUATE == "averaged"', "averaged = False"),
     ],
-    "plaintrain/preflight.py": [
+    "plaintrain/engine/preflight.py": [
         ("not (test.BEST_METRIC and (test.EVAL_PERIOD or of_losses))", "not test.BEST_METRIC"),
     ],
     "plaintrain/report/detections.py": [
@@ -360,24 +360,24 @@ MUTATIONS = {
         ("(iteration - before) * seconds", "seconds"),
         ("100 * data / seconds", "100 * data / (seconds + data)"),
     ],
-    "plaintrain/run_checkpointer.py": [
+    "plaintrain/checkpoint/training_checkpointer.py": [
         ("elif self._has_saved or self.resumed_from", "elif self.resumed_from"),
         (("        self._delete_temporary()\n        if not every"), "        if not every"),
         ("if error is None or isinstance(error, Stopped):", "if error is None:"),
         ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
     ],
-    "plaintrain/run_folder.py": [
+    "plaintrain/analysis/run_folder.py": [
         ("max(0, state.max_iter - state.iteration - 1)", "state.max_iter"),
     ],
-    "plaintrain/run_log.py": [
+    "plaintrain/analysis/run_log.py": [
         ('re.sub(r"\\d+(\\.\\d+)?", "#", record.text)', "record.text"),
     ],
-    "plaintrain/scaling.py": [
+    "plaintrain/engine/scaling.py": [
         ('for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"):', 'for key in ("SOLVER.BASE_LR",):'),
         ("max(round(count * factor), 1) if count > 0 else count", "round(count * factor)"),
         ('    "TEST.EVAL_START",\n', ""),
     ],
-    "plaintrain/solver.py": [
+    "plaintrain/solver/optimizer.py": [
         ("schedule(0.0 if rescale else warmup)", "schedule(0.0)"),
         ("bisect.bisect_right(steps, round(", "bisect.bisect_left(steps, round("),
         ("        self._set_momentum(self.base_momentum)\n", ""),
@@ -388,14 +388,14 @@ MUTATIONS = {
         ("return coco_mask.merge(parts)", "return parts[0]"),
         ("len(polygon) >= 6", "len(polygon) >= 4"),
     ],
-    "plaintrain/trial.py": [
+    "plaintrain/engine/dry_run.py": [
         ("not abs(a - b) < 0.1", "abs(a - b) >= 0.1"),
         ('for key in ("DATASETS.TRAIN", "DATASETS.TEST"):', 'for key in ("DATASETS.TRAIN",):'),
     ],
-    "plaintrain/utils/background.py": [
+    "plaintrain/checkpoint/async_writer.py": [
         (("        if self._error is None:\n            try:"), ("        if function:\n            try:")),
     ],
-    "plaintrain/utils/checkpoint_files.py": [
+    "plaintrain/checkpoint/files.py": [
         ('with atomic_write(path, "wb") as f:', 'with open(path, "wb") as f:'),
         (
             '        with atomic_write(path, "wb") as f:\n',
@@ -461,7 +461,7 @@ MUTATIONS = {
     "plaintrain/utils/reading.py": [
         ('os.path.join(os.path.abspath(folder), "")', "os.path.abspath(folder)"),
     ],
-    "plaintrain/utils/state.py": [
+    "plaintrain/checkpoint/state.py": [
         ("            group.update(options)\n", "            pass\n"),
         ("saved[comm.get_rank()]", "saved[0]"),
         ('"storage"] = {"iteration": data.get("iteration", -1), ', '"storage"] = {"iteration": 0, '),
@@ -470,41 +470,41 @@ MUTATIONS = {
         ('("loss" in name or name == "grad_norm")', '"loss" in name'),
         ("iteration = min(self._nonfinite)", "iteration = max(self._nonfinite)"),
     ],
-    "plaintrain/utils/watch.py": [
+    "plaintrain/engine/watchdog.py": [
         ("for rank in range(1, self._world_size):", "for rank in range(1, self._world_size - 1):"),
     ],
-    "plaintrain/utils/yaml_files.py": [
+    "plaintrain/config/yaml.py": [
         ("os.path.join(os.path.dirname(path), os.path.expanduser(base))", "os.path.expanduser(base)"),
         ("loaded += load_chain(base, (*chain, path))", "loaded = load_chain(base, (*chain, path)) + loaded"),
         ("            seen.add(key_node.value)\n", ""),
     ],
-    "plaintrain/visualize.py": [
+    "plaintrain/visualization/drawing.py": [
         ("[(a - 1, b - 1) for a, b in metadata", "[(a, b) for a, b in metadata"),
         (
             "torch.tensor([size[1] / width, size[0] / height])",
             "torch.tensor([size[0] / height, size[1] / width])",
         ),
     ],
-    "plaintrain/weight_checks.py": [
+    "plaintrain/checkpoint/weight_checks.py": [
         (
             '"MODEL.ROI_MASK_HEAD.ALIGNED": (_MASK, True, False)',
             '"MODEL.ROI_MASK_HEAD.ALIGNED": (_MASK, True, True)',
         ),
     ],
-    "plaintrain/weight_classes.py": [
+    "plaintrain/checkpoint/classes.py": [
         (
             "torch.tensor([file_names.index(name) for name in class_names])",
             "torch.tensor(sorted(file_names.index(name) for name in class_names))",
         ),
     ],
-    "plaintrain/weight_detectron2.py": [
+    "plaintrain/checkpoint/detectron2.py": [
         ("rows.transpose(0, 1).flatten(0, 2)", "rows.flatten(0, 2)"),
         ("1 if to_torchvision else -1, 0", "-1 if to_torchvision else 1, 0"),
     ],
-    "plaintrain/weight_names.py": [
+    "plaintrain/checkpoint/torchvision.py": [
         ("(module|model|_orig_mod)", "(module|model)"),
     ],
-    "plaintrain/weights.py": [
+    "plaintrain/checkpoint/pretrained.py": [
         (
             'raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")',
             "return super().find_class(module, name)",
@@ -548,14 +548,14 @@ MUTATIONS = {
 
 PLANTED = {
     "tests/properties/test_checkpoint_properties.py": {
-        "plaintrain/ema.py": [
+        "plaintrain/solver/ema.py": [
             ("self._average.load_state_dict(state_dict)", "pass"),
             (
                 ("load_state_dict(state_dict)\n        else"),
                 ('load_state_dict(state_dict | {"n_averaged": torch.tensor(0)})\n        else'),
             ),
         ],
-        "plaintrain/run_checkpointer.py": [
+        "plaintrain/checkpoint/training_checkpointer.py": [
             ("self.prune(self._max_to_keep)", "self.prune(self._max_to_keep + 1)"),
             ("if not every(self._period, iteration):", "if not every(self._period + 1, iteration):"),
             (
@@ -563,14 +563,14 @@ PLANTED = {
                 ("iteration + 1), iteration=iteration + 1)\n        self._has"),
             ),
         ],
-        "plaintrain/solver.py": [
+        "plaintrain/solver/optimizer.py": [
             ('self.last_epoch = state_dict["last_epoch"]', 'self.last_epoch = state_dict["last_epoch"] + 1'),
             (("(self.base_momentum)\n        self._apply()"), "(self.base_momentum)"),
         ],
-        "plaintrain/utils/background.py": [
+        "plaintrain/checkpoint/async_writer.py": [
             ("return buffer.copy_(value.detach(), non_blocking=True)", "return value.detach()"),
         ],
-        "plaintrain/utils/checkpoint_files.py": [
+        "plaintrain/checkpoint/files.py": [
             ("    if last:\n", "    if not last:\n"),
             ("sorted(names, key=lambda name: _age(folder, name))", "sorted(names)"),
             (
@@ -578,7 +578,7 @@ PLANTED = {
                 'return {"model": torch.nn.Linear(1, 1).state_dict(), "iteration": 0}',
             ),
         ],
-        "plaintrain/utils/state.py": [
+        "plaintrain/checkpoint/state.py": [
             *(("return value\n    if", f"return {new}\n    if") for new in _OTHER_TENSORS),
             ("for key, item in value.items()}", "for key, item in value.items() if item is not None}"),
             ("{key: plain(item, name)", "{str(key): plain(item, name)"),
@@ -598,7 +598,7 @@ PLANTED = {
         ],
     },
     "tests/properties/test_config_properties.py": {
-        "plaintrain/config.py": [
+        "plaintrain/config/config.py": [
             ("type(old)(_plain_item(value, name, source))", "type(old)(value)"),
             ("    return _copy_node(_C)", '    return vars(_copy_node).setdefault("one", _copy_node(_C))'),
             (
@@ -614,7 +614,7 @@ PLANTED = {
             ("n=3, cutoff=0.75", "n=3, cutoff=1.0"),
             ('message = f"{name} in', "message = f\"{name.rpartition('.')[2]} in"),
         ],
-        "plaintrain/utils/yaml_files.py": [
+        "plaintrain/config/yaml.py": [
             ("return [*loaded, (path, content)]", "return [(path, content), *loaded]"),
         ],
     },
@@ -647,7 +647,7 @@ PLANTED = {
         "plaintrain/data/keypoints.py": [
             ("for pair in flip_map:", "for pair in flip_map[:1]:"),
         ],
-        "plaintrain/data/mapper.py": [
+        "plaintrain/data/dataset_mapper.py": [
             ("torch.from_numpy(decoded).permute", "torch.from_numpy(decoded).flip(2).permute"),
             (
                 "dtype=torch.float32).reshape(-1, number, 3)",
@@ -670,13 +670,13 @@ PLANTED = {
         ],
     },
     "tests/properties/test_transform_properties.py": {
-        "plaintrain/data/copy_paste.py": [
+        "plaintrain/data/transforms/copy_paste.py": [
             ("return tighten(select(result, keep), touched[keep])", "return select(result, keep)"),
         ],
-        "plaintrain/data/photometric.py": [
+        "plaintrain/data/transforms/photometric.py": [
             ('image = tensors["image"]', 'image = tensors["image"].bitwise_right_shift_(1)'),
         ],
-        "plaintrain/data/tensors.py": [
+        "plaintrain/data/transforms/tensors.py": [
             ("(slice(None), list(keypoint_flip_indices))", "slice(None)"),
             (
                 "    cut = (moved",
@@ -705,7 +705,7 @@ PLANTED = {
                 ),
             ),
         ],
-        "plaintrain/data/transforms.py": [
+        "plaintrain/data/transforms/geometric.py": [
             ("vertical_flip(tensors) if rng.random()", "vertical_flip(tensors) if np.random.random()"),
             (
                 "return vertical_flip(tensors) if rng.random() < self.p else tensors",

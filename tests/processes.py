@@ -253,7 +253,7 @@ class Job(Process):
 def _call_launch(slow, main_func, args, kwargs):
     import torch.distributed as dist
 
-    from plaintrain.launch import launch
+    from plaintrain.engine.launch import launch
 
     meet = dist.init_process_group
     dist.init_process_group = lambda *a, **kw: (meet(*a, **kw), time.sleep(slow))

@@ -15,15 +15,15 @@ from processes import save
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from plaintrain.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 from plaintrain.config import get_cfg
 from plaintrain.data import cache
 from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog
-from plaintrain.data.coco import load_coco_json
-from plaintrain.ema import ModelEMA
+from plaintrain.data.datasets.coco import load_coco_json
 from plaintrain.engine import create_ddp_model, default_setup
 from plaintrain.evaluation import validation_losses
+from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
+from plaintrain.solver.ema import ModelEMA
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 

@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 
 from plaintrain.config import get_cfg
-from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.data.datasets.builtin import declare_datasets
+from plaintrain.data.datasets.write import category_ids
 from plaintrain.data.images import read_image
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.data.write import category_ids
-from plaintrain.evaluation.coco_truth import box_xywh
+from plaintrain.evaluation.coco_gt import box_xywh
 from plaintrain.report.build import build_report
 
 # What must never be taken for HTML.

@@ -90,7 +90,7 @@ def lines(folder):
 
 def newest_checkpoint(folder):
     """(iteration, number of files that had to be passed over) of what `--resume` would take; -1 if none."""
-    from plaintrain.utils.checkpoint_files import DamagedCheckpointError, read_checkpoint, resume_candidates
+    from plaintrain.checkpoint.files import DamagedCheckpointError, read_checkpoint, resume_candidates
 
     for passed, path in enumerate(resume_candidates(str(folder))):
         try:

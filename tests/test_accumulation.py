@@ -1,4 +1,4 @@
-"""Gradient accumulation over micro-batches: plaintrain.accumulation, on one rank and on two."""
+"""Gradient accumulation over micro-batches: plaintrain.solver.accumulation, on one rank and on two."""
 
 import copy
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ import torch
 from processes import Job
 from rank_functions import backward_in_parts, gradients, make_batch, make_retinanet
 
-from plaintrain.accumulation import add_losses, split_batch, sum_losses, sync_gradients
+from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 
 
 @pytest.mark.parametrize(("number", "steps"), [(1, 2), (7, 1), (7, 3), (8, 3), (8, 8), (8, 20)])

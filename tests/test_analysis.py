@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from detection_helpers import add_dataset, make_annotation, make_record, random_dataset
 
+from plaintrain.analysis import breakdown
+from plaintrain.analysis.analyze import analyze
+from plaintrain.analysis.error_costs import ERRORS, ap_cost, fixed_ap
+from plaintrain.analysis.errors import KINDS, STATES, errors_above, errors_of, match_image
 from plaintrain.data import DatasetCatalog, MetadataCatalog
-from plaintrain.data.builtin import declare_dataset
-from plaintrain.evaluation import COCOEvaluator, breakdown
-from plaintrain.evaluation.analysis import analyze
-from plaintrain.evaluation.error_costs import ERRORS, ap_cost, fixed_ap
-from plaintrain.evaluation.errors import KINDS, STATES, errors_above, errors_of, match_image
-from plaintrain.evaluation.instances import Detections
+from plaintrain.data.datasets.builtin import declare_dataset
+from plaintrain.evaluation import COCOEvaluator
+from plaintrain.evaluation.detections import Detections
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE, read_detections, write_predictions
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from script_helpers import assert_refused, script_output
 
+from plaintrain.analysis.analyze import analyze
 from plaintrain.data import DatasetCatalog
-from plaintrain.data.builtin import declare_dataset
-from plaintrain.evaluation.analysis import analyze
-from plaintrain.evaluation.instances import Detections
+from plaintrain.data.datasets.builtin import declare_dataset
+from plaintrain.evaluation.detections import Detections
 from plaintrain.evaluation.predictions import write_predictions
 from plaintrain.structures import BoxMode
 

@@ -12,8 +12,8 @@ from processes import ROOT, run_script, write_config
 from script_helpers import assert_refused
 from shared import measure
 
-from plaintrain.data.augmentations import ResizeShortestEdge
-from plaintrain.data.mapper import DatasetMapper
+from plaintrain.data.dataset_mapper import DatasetMapper
+from plaintrain.data.transforms.build import ResizeShortestEdge
 
 SCRIPT, FOLDER = ROOT / "scripts" / "benchmark.py", ROOT / "scripts" / "benchmarks"
 # What stands in the tables beside other rows.

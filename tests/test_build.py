@@ -32,7 +32,7 @@ from model_helpers import (
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 
-from plaintrain.modeling.graph import DetectionGraph
+from plaintrain.export.graph import DetectionGraph
 from plaintrain.utils.errors import UserError
 
 

@@ -16,8 +16,8 @@ from processes import Job
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, cache, register_coco_instances
 from plaintrain.data.cache import cache_folder, cached_records
-from plaintrain.data.coco import load_coco_json
 from plaintrain.data.columns import RecordColumns, to_columns
+from plaintrain.data.datasets.coco import load_coco_json
 from plaintrain.data.serialized import SerializedRecords
 
 

@@ -7,11 +7,11 @@ from hostile_helpers import rejected
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog, declare_datasets
-from plaintrain.data.builtin import declare_dataset, read_dataset
 from plaintrain.data.catalog import class_names
-from plaintrain.data.coco import register_coco_instances
-from plaintrain.data.shapes import load_shapes
-from plaintrain.data.voc import VOC_CLASSES
+from plaintrain.data.datasets.builtin import declare_dataset, read_dataset
+from plaintrain.data.datasets.coco import register_coco_instances
+from plaintrain.data.datasets.shapes import load_shapes
+from plaintrain.data.datasets.voc import VOC_CLASSES
 from plaintrain.utils.errors import UserError
 
 

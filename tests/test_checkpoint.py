@@ -13,15 +13,15 @@ from run_files import load
 from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
+from plaintrain.checkpoint.state import take_norm_buffers
+from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer, build_checkpointer
 from plaintrain.config import get_cfg
-from plaintrain.early_stopping import EarlyStopping
-from plaintrain.ema import build_ema
-from plaintrain.nonfinite import NonfiniteGuard
-from plaintrain.run_checkpointer import TrainingCheckpointer, build_checkpointer
+from plaintrain.engine.early_stopping import EarlyStopping
+from plaintrain.engine.nonfinite import NonfiniteGuard
+from plaintrain.solver.ema import build_ema
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
-from plaintrain.utils.state import take_norm_buffers
 from plaintrain.utils.storage import EventStorage
 
 

@@ -1,4 +1,4 @@
-"""plaintrain.data.coco: the reader of COCO JSON."""
+"""plaintrain.data.datasets.coco: the reader of COCO JSON."""
 
 import gc
 import json
@@ -8,7 +8,7 @@ from hostile_helpers import rejected
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, register_coco_instances
 from plaintrain.data.catalog import class_names
-from plaintrain.data.coco import load_coco_json, load_coco_results
+from plaintrain.data.datasets.coco import load_coco_json, load_coco_results
 from plaintrain.structures import BoxMode
 
 NAN = float("nan")

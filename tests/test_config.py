@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from plaintrain.config import CfgNode, ConfigError, check_cfg, get_cfg, get_value
+from plaintrain.config import CfgNode, check_cfg, get_cfg, get_value
+from plaintrain.config.config import ConfigError
 from plaintrain.utils.errors import UserError
 
 GOLDEN_KEYS = Path(__file__).parent / "golden" / "config_keys.txt"

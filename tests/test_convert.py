@@ -1,4 +1,4 @@
-"""scripts/convert_dataset.py and plaintrain.data.write: any format to COCO JSON and to YOLO."""
+"""scripts/convert_dataset.py and plaintrain.data.datasets.write: any format to COCO JSON and to YOLO."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ import pytest
 from processes import run_script
 from pycocotools import mask as coco_mask
 
-from plaintrain.data.builtin import declare_dataset, read_dataset
-from plaintrain.data.coco import load_coco_json
+from plaintrain.data.datasets.builtin import declare_dataset, read_dataset
+from plaintrain.data.datasets.coco import load_coco_json
+from plaintrain.data.datasets.write import write_coco
+from plaintrain.data.datasets.yolo import label_file, load_yolo
 from plaintrain.data.images import read_image
-from plaintrain.data.write import write_coco
-from plaintrain.data.yolo import label_file, load_yolo
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 

@@ -1,4 +1,4 @@
-"""plaintrain.data.copy_paste: instances of another image, pasted over this one.
+"""plaintrain.data.transforms.copy_paste: instances of another image, pasted over this one.
 
 tests/properties/test_transform_properties.py checks that masks and boxes end at what covers them.
 """
@@ -12,9 +12,9 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from plaintrain.data.copy_paste import SimpleCopyPaste
-from plaintrain.data.mapper import DatasetMapper
-from plaintrain.data.transforms import RandomHorizontalFlip, Resize, ScaleJitter
+from plaintrain.data.dataset_mapper import DatasetMapper
+from plaintrain.data.transforms.copy_paste import SimpleCopyPaste
+from plaintrain.data.transforms.geometric import RandomHorizontalFlip, Resize, ScaleJitter
 from plaintrain.utils.errors import UserError
 
 ALL = SimpleCopyPaste(p=1.0, blending=False)

@@ -38,7 +38,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from plaintrain.modeling import matching
 from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerator
-from plaintrain.modeling.backbone import build_backbone
+from plaintrain.modeling.backbones import build_backbone
 from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 from plaintrain.modeling.fcos import assign_centres
 from plaintrain.modeling.losses import focal_loss

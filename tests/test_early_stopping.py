@@ -1,10 +1,10 @@
-"""Early stopping and the best value: plaintrain.early_stopping."""
+"""Early stopping and the best value: plaintrain.engine.early_stopping."""
 
 import pytest
 import torch
 
 from plaintrain.checkpoint import DetectionCheckpointer
-from plaintrain.early_stopping import EarlyStopping
+from plaintrain.engine.early_stopping import EarlyStopping
 from plaintrain.utils.errors import UserError
 
 NAN = float("nan")

@@ -1,4 +1,4 @@
-"""Averaged weights: plaintrain.ema, and the checkpoints that hold them."""
+"""Averaged weights: plaintrain.solver.ema, and the checkpoints that hold them."""
 
 import copy
 
@@ -9,10 +9,10 @@ from processes import Job
 from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.checkpoint.pretrained import load_weights
 from plaintrain.config import get_cfg
-from plaintrain.ema import ModelEMA, build_ema, final_model
+from plaintrain.solver.ema import ModelEMA, build_ema, final_model
 from plaintrain.utils.errors import UserError
-from plaintrain.weights import load_weights
 
 
 def fill(model, value):

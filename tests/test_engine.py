@@ -19,17 +19,17 @@ from tqdm import tqdm
 
 from plaintrain import engine
 from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.checkpoint.rng import load_rng_states, rng_states
 from plaintrain.config import get_cfg, get_value
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.engine.dry_run import finish_dry_run
 from plaintrain.modeling import build_model
 from plaintrain.structures import BoxMode
-from plaintrain.trial import finish_dry_run
 from plaintrain.utils import comm
 from plaintrain.utils.env import seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter
 from plaintrain.utils.logger import paint_changes, progress, progress_range, setup_logger
-from plaintrain.utils.rng import load_rng_states, rng_states
 
 
 def make_weights():
@@ -405,7 +405,7 @@ def test_ddp_shares_gradients_without_copies_and_sends_no_buffers(monkeypatch):
 
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     for wrapper in (wrap, wrap_since_2_14):
-        monkeypatch.setattr("plaintrain.launch.DistributedDataParallel", wrapper)
+        monkeypatch.setattr(sys.modules["plaintrain.engine.launch"], "DistributedDataParallel", wrapper)
         assert engine.create_ddp_model(model) == (None, True, False)
 
 

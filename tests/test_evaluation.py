@@ -18,10 +18,10 @@ from plaintrain.evaluation import (
     PascalVOCDetectionEvaluator,
     flatten_results,
     inference_on_dataset,
-    loop,
     print_csv_format,
     verify_results,
 )
+from plaintrain.evaluation import evaluator as loop
 from plaintrain.masks import BoxMasks, encode_masks
 from plaintrain.utils.errors import UserError
 

@@ -8,9 +8,10 @@ from model_helpers import ARCHITECTURES, make_cfg, two_samples
 from processes import ROOT, run_script, write_config
 from run_files import lines, load, value_differences
 
-from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, shapes
+from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from plaintrain.data.datasets import shapes
+from plaintrain.data.datasets.shapes import load_shapes
 from plaintrain.data.records import get_detection_dataset_dicts
-from plaintrain.data.shapes import load_shapes
 from plaintrain.modeling import build, build_model
 
 FORK = ROOT / "examples" / "train_fork.py"

@@ -14,12 +14,13 @@ from processes import ROOT
 from script_helpers import assert_refused, script_output
 from torchvision.utils import save_image
 
-from plaintrain import export, export_check
 from plaintrain.data.images import read_image
-from plaintrain.export import describe, is_fixed, score_limit, trace, write_onnx, write_torch
-from plaintrain.export_check import check_exported, differences, open_exported
+from plaintrain.export import check as export_check
+from plaintrain.export import export
+from plaintrain.export.check import check_exported, differences, open_exported
+from plaintrain.export.export import describe, is_fixed, score_limit, trace, write_onnx, write_torch
+from plaintrain.export.graph import DetectionGraph
 from plaintrain.masks import BoxMasks
-from plaintrain.modeling.graph import DetectionGraph
 from plaintrain.utils.errors import UserError
 
 PREDICT = ROOT / "examples" / "predict_exported.py"

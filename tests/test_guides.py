@@ -135,7 +135,7 @@ def test_a_guide_names_what_exists_and_quotes_lines_that_stand_there(guide):
 @pytest.mark.parametrize(
     "span",
     [
-        "plaintrain/ema.py: ModelEMA.renamed",
+        "plaintrain/solver/ema.py: ModelEMA.renamed",
         "plaintrain/gone.py: ModelEMA",
         "SOLVER.NO_SUCH_KEY",
         "SOLVER.MAX_ITER many",

@@ -11,14 +11,14 @@ from hostile_helpers import merge, rejected
 from PIL import Image
 
 from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.checkpoint.pretrained import read_state_dict
 from plaintrain.config import get_cfg
-from plaintrain.data.coco import load_coco_json, load_coco_results
-from plaintrain.data.folder import image_header
+from plaintrain.config.yaml import parse_yaml
+from plaintrain.data.datasets.coco import load_coco_json, load_coco_results
+from plaintrain.data.datasets.voc import load_voc
+from plaintrain.data.datasets.yolo import load_yolo
+from plaintrain.data.image_files import image_header
 from plaintrain.data.images import read_image
-from plaintrain.data.voc import load_voc
-from plaintrain.data.yolo import load_yolo
-from plaintrain.utils.yaml_files import parse_yaml
-from plaintrain.weights import read_state_dict
 
 
 class Evil(str):

@@ -1,4 +1,4 @@
-"""Starting and joining jobs, and what happens when a rank fails: plaintrain.launch and plaintrain.job."""
+"""Starting and joining jobs, and ranks that fail: plaintrain.engine.launch, distributed_env."""
 
 import os
 import signal
@@ -12,8 +12,8 @@ import torch
 from processes import Job
 from rank_functions import fail, free_port
 
-from plaintrain.job import find_job
-from plaintrain.launch import launch
+from plaintrain.engine.distributed_env import find_job
+from plaintrain.engine.launch import launch
 from plaintrain.utils.errors import UserError
 
 RANK_0_FAILS = partial(fail, ranks=(0,), error=RuntimeError("rank 0 broke"))

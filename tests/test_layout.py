@@ -14,8 +14,8 @@ from mutation_list import MUTATIONS, PLANTED
 from processes import ROOT
 
 from plaintrain.config import check_cfg, get_cfg
-from plaintrain.data.builtin import declare_datasets
-from plaintrain.solver import lr_factor
+from plaintrain.data.datasets.builtin import declare_datasets
+from plaintrain.solver.optimizer import lr_factor
 
 PACKAGE = sorted((ROOT / "plaintrain").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py")) + sorted((ROOT / "scripts").glob("benchmarks/*.py"))
@@ -28,14 +28,18 @@ _LARGE = ["plaintrain.data", "plaintrain.modeling", "plaintrain.engine"]
 FORBIDDEN = {
     "plaintrain.modeling": ["plaintrain.data", "plaintrain.utils.events", "plaintrain.utils.storage"],
     "plaintrain.data": ["plaintrain.modeling", "plaintrain.evaluation", "plaintrain.engine"],
-    "plaintrain.evaluation": ["plaintrain.data.build", "plaintrain.data.mapper", "plaintrain.modeling"],
+    "plaintrain.evaluation": [
+        "plaintrain.data.build",
+        "plaintrain.data.dataset_mapper",
+        "plaintrain.modeling",
+    ],
     "plaintrain.report": ["plaintrain.engine", "plaintrain.modeling", "plaintrain.data.build"],
     "plaintrain.utils": [*_LARGE, "plaintrain.checkpoint"],
-    "plaintrain.checkpoint": _LARGE,
+    "plaintrain.checkpoint": ["plaintrain.data.build", "plaintrain.modeling", "plaintrain.engine"],
     "plaintrain.solver": _LARGE,
-    "plaintrain.launch": _LARGE,
+    "plaintrain.engine.launch": ["plaintrain.data", "plaintrain.modeling"],
     "plaintrain.config": ["torch", "plaintrain.data", "plaintrain.utils.comm"],
-    "plaintrain.arguments": ["torch", "plaintrain.config", "plaintrain.data"],
+    "plaintrain.utils.arguments": ["torch", "plaintrain.config", "plaintrain.data"],
 }
 
 
@@ -76,7 +80,7 @@ def test_imports_have_directions_and_no_cycle():
             wrong = [m for m in imports(MODULES[name]) for f in forbidden if is_in(m, f)]
             assert not wrong, f"{name} imports {wrong}"
     users = [name for name, path in MODULES.items() if any(is_in(m, "yacs") for m in imports(path))]
-    assert users == ["plaintrain.config", "plaintrain.defaults"]
+    assert users == ["plaintrain.config.config", "plaintrain.config.defaults"]
     stems = {path.stem for path in SCRIPTS}
     for path in [*PACKAGE, *SCRIPTS, *SHARED]:
         assert not {m for m in imports(path) if m in stems or is_in(m, "scripts")}, path

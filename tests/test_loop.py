@@ -13,9 +13,9 @@ from run_files import load
 from shared.syncs import SyncCounter, _CopyCounter
 
 from plaintrain.config import get_cfg
-from plaintrain.data.builtin import declare_datasets
-from plaintrain.ema import ModelEMA
+from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.modeling import build_model
+from plaintrain.solver.ema import ModelEMA
 from plaintrain.utils.events import get_event_storage
 
 

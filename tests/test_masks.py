@@ -8,7 +8,7 @@ from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 
 from plaintrain.data.catalog import DatasetCatalog
-from plaintrain.data.mapper import DatasetMapper
+from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.evaluation.coco import COCOEvaluator
 from plaintrain.masks import BoxMasks, encode_masks, sample_masks
 

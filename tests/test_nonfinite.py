@@ -1,4 +1,4 @@
-"""NaN and infinite losses: plaintrain.nonfinite."""
+"""NaN and infinite losses: plaintrain.engine.nonfinite."""
 
 import math
 from contextlib import nullcontext
@@ -9,7 +9,7 @@ from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
-from plaintrain.nonfinite import NonfiniteGuard, build_nonfinite_guard
+from plaintrain.engine.nonfinite import NonfiniteGuard, build_nonfinite_guard
 from plaintrain.utils import comm
 from plaintrain.utils.storage import EventStorage
 

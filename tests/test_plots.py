@@ -13,7 +13,8 @@ from PIL import Image
 from report_helpers import make_run
 from script_helpers import assert_refused, script_output
 
-from plaintrain import charts, plots, run_folder
+from plaintrain.analysis import run_folder
+from plaintrain.visualization import charts, plots
 
 ODD = "a <b> & $x_1$ \\frac{"
 

@@ -13,17 +13,17 @@ from processes import run_script
 from script_helpers import assert_refused, script_output
 
 from plaintrain.checkpoint import DetectionCheckpointer
-from plaintrain.config import split_overrides
+from plaintrain.checkpoint.classes import COCO_NAMES
+from plaintrain.config.config import split_overrides
 from plaintrain.data import build_detection_test_loader
-from plaintrain.data.coco import load_coco_json
+from plaintrain.data.datasets.coco import load_coco_json
+from plaintrain.data.datasets.shapes import load_shapes
 from plaintrain.data.images import read_image
-from plaintrain.data.shapes import load_shapes
-from plaintrain.ema import ModelEMA
 from plaintrain.modeling import build_model, build_tta
 from plaintrain.predict import Predictor, to_tensor
+from plaintrain.solver.ema import ModelEMA
 from plaintrain.utils.errors import UserError
-from plaintrain.visualize import scale_to
-from plaintrain.weight_classes import COCO_NAMES
+from plaintrain.visualization.drawing import scale_to
 
 NAMES = ["ring", "block", "wedge"]
 SIDE = 64

@@ -10,7 +10,7 @@ from detection_helpers import random_outputs
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
-from plaintrain.data.builtin import declare_dataset
+from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.evaluation import (
     COCOEvaluator,
     PascalVOCDetectionEvaluator,
@@ -19,7 +19,7 @@ from plaintrain.evaluation import (
     read_predictions,
     write_results,
 )
-from plaintrain.evaluation.instances import Detections
+from plaintrain.evaluation.detections import Detections
 from plaintrain.evaluation.predictions import detections_of_image, read_detections
 from plaintrain.masks import encode_masks
 from plaintrain.utils.errors import UserError

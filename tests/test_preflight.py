@@ -1,12 +1,12 @@
-"""Checks before a run starts: plaintrain.preflight."""
+"""Checks before a run starts: plaintrain.engine.preflight."""
 
 import pytest
 import torch
 
 from plaintrain.config import get_cfg
-from plaintrain.data.builtin import declare_dataset
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, class_names
-from plaintrain.preflight import check_before_training, settle_num_classes
+from plaintrain.data.datasets.builtin import declare_dataset
+from plaintrain.engine.preflight import check_before_training, settle_num_classes
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
@@ -128,7 +128,7 @@ def test_frozen_backbone_without_weights_is_warned_about(cfg, log, overrides, wa
 )
 def test_bfloat16_is_rejected_on_a_gpu_without_it(cfg, overrides, eval_only, rejects, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    monkeypatch.setattr("plaintrain.preflight.get_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("plaintrain.engine.preflight.get_device", lambda name: torch.device("cuda"))
     overrides = ["SOLVER.AMP.PRECISION", "bfloat16", *overrides]
     if rejects:
         message = error_message(cfg, *overrides, eval_only=eval_only, resume=True)

@@ -34,7 +34,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from plaintrain.export import describe
+from plaintrain.export.export import describe
 from plaintrain.masks import sample_masks
 from plaintrain.modeling import matching, roi_heads, rpn
 from plaintrain.modeling.box_loss import BoxLoss, box_losses

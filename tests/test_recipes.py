@@ -8,7 +8,7 @@ import yaml
 from torchvision.models import detection
 
 from plaintrain.config import get_cfg
-from plaintrain.utils.yaml_files import flatten
+from plaintrain.config.yaml import flatten
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

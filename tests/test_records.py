@@ -12,9 +12,9 @@ import torch.multiprocessing  # noqa: F401 - it teaches ForkingPickler tensors
 from torch.utils.data import DataLoader
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from plaintrain.data.checks import check_records
 from plaintrain.data.records import check_image_files
 from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
+from plaintrain.data.validation import check_records
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 

@@ -9,13 +9,13 @@ import sys
 import pytest
 from report_helpers import make_run
 
-from plaintrain import run_folder, run_log
+from plaintrain.analysis import run_folder, run_log
+from plaintrain.analysis.run_folder import recorded_starts
 from plaintrain.config import get_cfg
-from plaintrain.curves import panels, smooth, thin, wants_log
-from plaintrain.run_facts import write_run_facts
-from plaintrain.run_folder import recorded_starts
-from plaintrain.text_plots import ascii_line, braille, curve_lines, shown_metrics, state_line
+from plaintrain.engine.run_facts import write_run_facts
 from plaintrain.utils.errors import UserError
+from plaintrain.visualization.curves import panels, smooth, thin, wants_log
+from plaintrain.visualization.text_plots import ascii_line, braille, curve_lines, shown_metrics, state_line
 
 
 def test_metrics_are_series_and_what_is_cut_off_is_left_out(tmp_path):

@@ -1,11 +1,11 @@
-"""Counts brought to a run's processes, batch and epochs: plaintrain.scaling."""
+"""Counts brought to a run's processes, batch and epochs: plaintrain.engine.scaling."""
 
 import re
 
 import pytest
 
 from plaintrain.config import get_cfg, get_value
-from plaintrain.scaling import settle_schedule
+from plaintrain.engine.scaling import settle_schedule
 from plaintrain.utils.errors import UserError
 
 # As in the description of Detectron2's DefaultTrainer.auto_scale_workers, and what it leaves out.

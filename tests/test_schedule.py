@@ -1,8 +1,8 @@
-"""The order of training and validation epochs: plaintrain.schedule."""
+"""The order of training and validation epochs: plaintrain.solver.schedule."""
 
 import pytest
 
-from plaintrain.schedule import check_workflow, workflow_epochs
+from plaintrain.solver.schedule import check_workflow, workflow_epochs
 from plaintrain.utils.errors import UserError
 
 TRAIN_VAL = [["train", 2], ["val", 1]]

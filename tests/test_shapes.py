@@ -1,4 +1,4 @@
-"""plaintrain.data.shapes: the synthetic dataset, whose difficulty is part of every measured result."""
+"""plaintrain.data.datasets.shapes: a synthetic dataset whose difficulty results depend on."""
 
 import itertools
 from collections import Counter
@@ -9,7 +9,7 @@ import torch
 from hostile_helpers import rejected
 from torchvision.ops import box_iou
 
-from plaintrain.data.shapes import load_shapes, render
+from plaintrain.data.datasets.shapes import load_shapes, render
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from plaintrain.config import get_cfg
-from plaintrain.data.augmentations import AUGMENTATIONS, build_augmentation
-from plaintrain.data.crops import FixedSizeCrop, RandomCrop, RandomIoUCrop
-from plaintrain.data.photometric import RandomErasing, RandomPhotometricDistort
-from plaintrain.data.transforms import (
+from plaintrain.data.transforms.build import AUGMENTATIONS, build_augmentation
+from plaintrain.data.transforms.crops import FixedSizeCrop, RandomCrop, RandomIoUCrop
+from plaintrain.data.transforms.geometric import (
     RandomHorizontalFlip,
     RandomShortestSize,
     RandomVerticalFlip,
@@ -29,6 +28,7 @@ from plaintrain.data.transforms import (
     ScaleJitter,
     shortest_edge_size,
 )
+from plaintrain.data.transforms.photometric import RandomErasing, RandomPhotometricDistort
 from plaintrain.utils.errors import UserError
 
 

@@ -9,11 +9,11 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader, tta
-from plaintrain.data.shapes import load_shapes
+from plaintrain.data.datasets.shapes import load_shapes
 from plaintrain.data.tta import TTAMapper, build_tta_mapper
+from plaintrain.engine.preflight import check_before_training
 from plaintrain.evaluation import COCOEvaluator, inference_on_dataset
 from plaintrain.modeling.tta import DetectorWithTTA, build_tta
-from plaintrain.preflight import check_before_training
 from plaintrain.utils.errors import UserError
 
 AUG = ("TEST.AUG.ENABLED", True)

@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from plaintrain.data import DatasetCatalog, build_detection_test_loader, build_detection_val_loader
-from plaintrain.data.builtin import declare_dataset
+from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.data.samplers import batches_of_one_shape
 from plaintrain.evaluation import validation_losses
 from plaintrain.structures import BoxMode

@@ -11,10 +11,10 @@ from PIL import Image, ImageShow
 from script_helpers import assert_refused, script_output
 from torchvision.transforms.v2.functional import resize_image
 
+from plaintrain.data.datasets.shapes import CLASSES, load_shapes
 from plaintrain.data.images import read_image
-from plaintrain.data.shapes import CLASSES, load_shapes
 from plaintrain.structures import BoxMode
-from plaintrain.visualize import PALETTE
+from plaintrain.visualization.drawing import PALETTE
 
 CONFIG = """
 DATASETS:

@@ -1,4 +1,4 @@
-"""plaintrain.data.voc: the reader of Pascal VOC's folders."""
+"""plaintrain.data.datasets.voc: the reader of Pascal VOC's folders."""
 
 import os
 import re
@@ -7,9 +7,9 @@ import pytest
 from hostile_helpers import rejected
 
 from plaintrain.data import DatasetCatalog, get_detection_dataset_dicts
-from plaintrain.data.builtin import declare_dataset
 from plaintrain.data.catalog import class_names
-from plaintrain.data.voc import load_voc
+from plaintrain.data.datasets.builtin import declare_dataset
+from plaintrain.data.datasets.voc import load_voc
 from plaintrain.structures import BoxMode
 
 

@@ -1,4 +1,4 @@
-"""Weights against the classes of the dataset and the conventions of the config: plaintrain.weight_checks."""
+"""Weights against classes and conventions of the config: plaintrain.checkpoint.weight_checks."""
 
 import pickle
 from argparse import Namespace
@@ -9,14 +9,14 @@ import torch
 import torchvision
 from model_helpers import make_cfg
 
+from plaintrain.checkpoint.detectron2 import to_detectron2
+from plaintrain.checkpoint.weight_checks import check_weights
 from plaintrain.config import set_value
-from plaintrain.data.builtin import declare_dataset
+from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.engine import default_setup
 from plaintrain.modeling import build_model
 from plaintrain.predict import Predictor
 from plaintrain.utils.errors import UserError
-from plaintrain.weight_checks import check_weights
-from plaintrain.weight_detectron2 import to_detectron2
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = ["circle", "square", "triangle"]

@@ -1,11 +1,11 @@
-"""plaintrain.data.yolo and folder: YOLO's text files, and folders of images."""
+"""plaintrain.data.datasets.yolo and folder: YOLO's text files, and folders of images."""
 
 import pytest
 from hostile_helpers import rejected
 from PIL import Image
 
-from plaintrain.data.folder import image_header, load_images
-from plaintrain.data.yolo import label_file, load_yolo
+from plaintrain.data.datasets.yolo import label_file, load_yolo
+from plaintrain.data.image_files import image_header, load_images
 from plaintrain.structures import BoxMode
 
 

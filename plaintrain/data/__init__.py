@@ -5,10 +5,10 @@ from plaintrain.data.build import (
     build_detection_train_loader,
     build_detection_val_loader,
 )
-from plaintrain.data.builtin import declare_datasets
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.data.coco import register_coco_instances
-from plaintrain.data.mapper import DatasetMapper
+from plaintrain.data.dataset_mapper import DatasetMapper
+from plaintrain.data.datasets.builtin import declare_datasets
+from plaintrain.data.datasets.coco import register_coco_instances
 from plaintrain.data.records import get_detection_dataset_dicts
 
 __all__ = [

@@ -5,17 +5,17 @@ import functools
 
 import numpy as np
 
-from plaintrain.data.augmentations import build_augmentation
 from plaintrain.data.catalog import DatasetCatalog
+from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.images import ImageCache
-from plaintrain.data.mapper import DatasetMapper
+from plaintrain.data.loader import Loader, MappedRecords, TrainLoader
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
 from plaintrain.data.samplers import InferenceSampler, batches_of_one_shape
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.data.thread_loader import Threads
-from plaintrain.data.train_loader import Loader, MappedRecords, TrainLoader
 from plaintrain.data.train_sampler import build_train_sampler
-from plaintrain.data.transforms import shortest_edge_size
+from plaintrain.data.transforms.build import build_augmentation
+from plaintrain.data.transforms.geometric import shortest_edge_size
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError

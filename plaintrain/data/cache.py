@@ -12,8 +12,9 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from plaintrain.data import coco_mistakes, columns
+from plaintrain.data import columns
 from plaintrain.data.columns import RecordColumns, to_columns
+from plaintrain.data.datasets import coco_mistakes
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.utils.reading import check_file, check_stored, reason
 

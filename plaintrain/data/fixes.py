@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from plaintrain.data.checks import KINDS, annotation_problems
+from plaintrain.data.validation import KINDS, annotation_problems
 from plaintrain.structures import BoxMode, segmentation_mistake, segmentation_to_rle
 
 # Annotations with such a finding are dropped; others lose only the broken part.

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
-from plaintrain.data import shapes
-from plaintrain.data.folder import BROKEN_IMAGE, image_header, open_image
+from plaintrain.data.datasets import shapes
+from plaintrain.data.image_files import BROKEN_IMAGE, image_header, open_image
 from plaintrain.structures import are_numbers
 from plaintrain.utils.errors import DataError, UserError
 from plaintrain.utils.reading import reason

@@ -8,10 +8,10 @@ from collections import Counter
 import numpy as np
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, common_class_names
-from plaintrain.data.checks import KINDS, box_kinds
-from plaintrain.data.coco_mistakes import keypoint_mistake
+from plaintrain.data.datasets.coco_mistakes import keypoint_mistake
+from plaintrain.data.datasets.shapes import is_drawn
 from plaintrain.data.serialized import RECORD_KEYS, SerializedRecords
-from plaintrain.data.shapes import is_drawn
+from plaintrain.data.validation import KINDS, box_kinds
 from plaintrain.structures import BoxMode, segmentation_mistake
 from plaintrain.utils.errors import UserError
 

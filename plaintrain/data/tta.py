@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from torchvision import tv_tensors
 
-from plaintrain.data.arguments import check_list, check_number
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.data.keypoints import dataset_flip_indices
-from plaintrain.data.tensors import horizontal_flip, image_size, plain_image, resize
-from plaintrain.data.transforms import shortest_edge_size
+from plaintrain.data.transforms.arguments import check_list, check_number
+from plaintrain.data.transforms.geometric import shortest_edge_size
+from plaintrain.data.transforms.tensors import horizontal_flip, image_size, plain_image, resize
 from plaintrain.utils.errors import UserError
 
 # Argument -> the key that it comes from.

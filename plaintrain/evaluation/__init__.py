@@ -2,7 +2,7 @@
 
 from plaintrain.evaluation.build import build_evaluator
 from plaintrain.evaluation.coco import COCOEvaluator
-from plaintrain.evaluation.loop import (
+from plaintrain.evaluation.evaluator import (
     DatasetEvaluator,
     DatasetEvaluators,
     flatten_results,

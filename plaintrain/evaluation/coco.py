@@ -9,7 +9,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import MetadataCatalog
-from plaintrain.data.write import category_ids
+from plaintrain.data.datasets.write import category_ids
 from plaintrain.evaluation.coco_backend import (
     COCO_SIGMAS,
     Problem,
@@ -17,9 +17,9 @@ from plaintrain.evaluation.coco_backend import (
     oks_sigmas,
     precision_recall,
 )
-from plaintrain.evaluation.coco_truth import annotated, area, box_xywh, coco_truth, num_keypoints, ranks
-from plaintrain.evaluation.instances import InstanceEvaluator
-from plaintrain.evaluation.loop import format_table
+from plaintrain.evaluation.coco_gt import annotated, area, box_xywh, coco_truth, num_keypoints, ranks
+from plaintrain.evaluation.detections import InstanceEvaluator
+from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.predictions import flat_keypoints, rles, write_predictions
 from plaintrain.evaluation.proposals import average_recall
 from plaintrain.utils.errors import UserError

@@ -12,11 +12,11 @@ import torch
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.data.coco import read_results, visible_keypoints
-from plaintrain.data.coco_mistakes import annotation_mistake
+from plaintrain.data.datasets.coco import read_results, visible_keypoints
+from plaintrain.data.datasets.coco_mistakes import annotation_mistake
+from plaintrain.data.datasets.write import category_ids
 from plaintrain.data.serialized import no_garbage_collection
-from plaintrain.data.write import category_ids
-from plaintrain.evaluation.instances import Detections, ground_truth
+from plaintrain.evaluation.detections import Detections, ground_truth
 from plaintrain.structures import are_numbers, segmentation_to_rle
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError

@@ -4,9 +4,9 @@ import logging
 import math
 import os
 
-from plaintrain.evaluation.loop import format_table, print_csv_format
+from plaintrain.analysis.run_folder import RESULTS_FILE, read_results_file
+from plaintrain.evaluation.evaluator import format_table, print_csv_format
 from plaintrain.evaluation.predictions import write_results
-from plaintrain.run_folder import RESULTS_FILE, read_results_file
 from plaintrain.utils import comm
 from plaintrain.utils.logger import paint_changes
 

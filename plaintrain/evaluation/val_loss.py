@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from plaintrain.evaluation.loop import inference_context
+from plaintrain.evaluation.evaluator import inference_context
 from plaintrain.utils import comm
 from plaintrain.utils.env import forked_rng
 from plaintrain.utils.logger import progress

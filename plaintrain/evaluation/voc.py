@@ -9,8 +9,8 @@ import os
 import numpy as np
 
 from plaintrain.data.catalog import MetadataCatalog
-from plaintrain.evaluation.instances import InstanceEvaluator
-from plaintrain.evaluation.loop import format_table
+from plaintrain.evaluation.detections import InstanceEvaluator
+from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.overlaps import box_overlaps
 from plaintrain.evaluation.predictions import write_predictions, write_results
 from plaintrain.structures import BoxMode

@@ -3,7 +3,7 @@
 import torch
 
 from plaintrain.config import check_cfg, get_value
-from plaintrain.modeling.compiling import compile_parts
+from plaintrain.modeling.compile import compile_parts
 from plaintrain.modeling.fcos import build_fcos
 from plaintrain.modeling.rcnn import build_proposal_network, build_rcnn
 from plaintrain.modeling.retinanet import build_retinanet

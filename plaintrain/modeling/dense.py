@@ -1,6 +1,6 @@
 """The training step, in fixed shapes, of the detectors that score every anchor."""
 
-from plaintrain.modeling.common import OnSamples, check_boxes, get_targets
+from plaintrain.modeling.detector import OnSamples, check_boxes, get_targets
 from plaintrain.modeling.matching import pad_targets
 
 

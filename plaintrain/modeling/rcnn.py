@@ -13,9 +13,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.models.detection.rpn import RPNHead
 
-from plaintrain.modeling.backbone import build_backbone, get_norm
+from plaintrain.modeling.backbones import build_backbone, get_norm
 from plaintrain.modeling.box_loss import get_box_loss
-from plaintrain.modeling.common import (
+from plaintrain.modeling.detector import (
     OnSamples,
     build_anchor_generator,
     build_preprocess,
@@ -26,7 +26,7 @@ from plaintrain.modeling.common import (
 )
 from plaintrain.modeling.float32 import keep_float32
 from plaintrain.modeling.matching import decode
-from plaintrain.modeling.pooling import RoIAlign
+from plaintrain.modeling.poolers import RoIAlign
 from plaintrain.modeling.roi_heads import BatchedRoIHeads
 from plaintrain.modeling.rpn import BatchedRPN
 from plaintrain.utils.errors import UserError

@@ -13,10 +13,10 @@ from torchvision.models.detection.ssd import SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
 from plaintrain.modeling.anchors import CachedBoxGenerator
-from plaintrain.modeling.backbone import build_backbone, get_tiny_norm
+from plaintrain.modeling.backbones import build_backbone, get_tiny_norm
 from plaintrain.modeling.box_loss import BoxLoss, box_losses
-from plaintrain.modeling.common import build_preprocess
 from plaintrain.modeling.dense import DenseOnSamples
+from plaintrain.modeling.detector import build_preprocess
 from plaintrain.modeling.float32 import keep_float32
 from plaintrain.modeling.matching import match, take
 from plaintrain.modeling.postprocess import detect_from_anchors

@@ -22,8 +22,8 @@ def make_report_if_wanted(cfg):
         return
     try:
         # Most starts never come here, or much later.
+        from plaintrain.analysis.run_folder import run_state
         from plaintrain.report.build import build_report
-        from plaintrain.run_folder import run_state
 
         if run_state(cfg.OUTPUT_DIR).name != "finished":
             return

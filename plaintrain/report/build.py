@@ -5,14 +5,14 @@ import logging
 from functools import partial
 
 import plaintrain
-from plaintrain.plots import require_matplotlib
+from plaintrain.analysis.run_folder import run_names
 from plaintrain.report import datasets, detections, gallery, runs
 from plaintrain.report.detections import by_dataset
 from plaintrain.report.gather import gather
 from plaintrain.report.render import load_template
-from plaintrain.run_folder import run_names
 from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.files import atomic_write
+from plaintrain.visualization.plots import require_matplotlib
 
 logger = logging.getLogger(__name__)
 

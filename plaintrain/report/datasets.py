@@ -1,10 +1,10 @@
 """The section on the data: how many objects there are, of what size and shape, and where."""
 
-from plaintrain.charts import bar_figure, heat_figure
+from plaintrain.analysis.dataset import dataset_statistics
 from plaintrain.data.catalog import DatasetCatalog, class_names
-from plaintrain.data.statistics import dataset_statistics
 from plaintrain.report.render import Figure
 from plaintrain.utils.errors import UserError
+from plaintrain.visualization.charts import bar_figure, heat_figure
 
 # (statistic, title, of what its bars are percentages, remark).
 _HISTOGRAMS = (

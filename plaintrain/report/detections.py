@@ -3,9 +3,9 @@
 Each makes the data of one test set of (dataset, [(run, analysis)]), see `by_dataset`.
 """
 
-from plaintrain.charts import bar_figure, histogram_figure, matrix_figure, xy_figure
-from plaintrain.curves import curve_line
 from plaintrain.report.render import Cell, Figure, is_best
+from plaintrain.visualization.charts import bar_figure, histogram_figure, matrix_figure, xy_figure
+from plaintrain.visualization.curves import curve_line
 
 # So many classes can be told apart by colour, and as rows of a matrix.
 _MOST_LINES, _MOST_ROWS = 8, 20

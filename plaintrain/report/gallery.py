@@ -4,15 +4,21 @@ import base64
 import io
 import os
 
+from plaintrain.analysis.errors import match_image
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.data.datasets.shapes import is_drawn
 from plaintrain.data.images import read_image
-from plaintrain.data.shapes import is_drawn
-from plaintrain.evaluation.errors import match_image
 from plaintrain.evaluation.predictions import detections_of_image
-from plaintrain.picture import to_pillow
 from plaintrain.report.detections import ERROR_TYPES, by_dataset
 from plaintrain.utils.errors import UserError
-from plaintrain.visualize import default_captions, draw_instances, record_instances, scale_to, skeleton_of
+from plaintrain.visualization.drawing import (
+    default_captions,
+    draw_instances,
+    record_instances,
+    scale_to,
+    skeleton_of,
+)
+from plaintrain.visualization.images import to_pillow
 
 # Images of each kind; the longer side of each, pixels.
 _NUMBERS, _SIDE, _QUALITY = {"worst": 8, "best": 4}, 480, 80

@@ -3,9 +3,9 @@
 import logging
 from dataclasses import dataclass, field
 
-from plaintrain import run_folder, run_log
-from plaintrain.data.builtin import declare_dataset
-from plaintrain.evaluation.analysis import analyze
+from plaintrain.analysis import run_folder, run_log
+from plaintrain.analysis.analyze import analyze
+from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.evaluation.predictions import read_detections
 from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.logger import silenced

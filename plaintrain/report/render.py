@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from plaintrain.plots import PALETTE, svg_text
+from plaintrain.visualization.plots import PALETTE, svg_text
 
 
 class Cell(NamedTuple):

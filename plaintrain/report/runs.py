@@ -6,13 +6,13 @@ import os
 import shlex
 import statistics
 
-from plaintrain.charts import cut
+from plaintrain.analysis.run_folder import seconds_left, split_result
 from plaintrain.config import get_cfg
-from plaintrain.curves import panels
-from plaintrain.plots import curve_figure
+from plaintrain.config.yaml import flatten
 from plaintrain.report.render import Figure, format_duration, format_score, format_value, score_cell
-from plaintrain.run_folder import seconds_left, split_result
-from plaintrain.utils.yaml_files import flatten
+from plaintrain.visualization.charts import cut
+from plaintrain.visualization.curves import panels
+from plaintrain.visualization.plots import curve_figure
 
 # Of the place, not of the run.
 _OF_THE_PLACE = ("OUTPUT_DIR",)

@@ -10,7 +10,7 @@ class UserError(ValueError):
     """A mistake in the input: a config key, a file, an annotation, an option.
 
     Its message is one sentence that says what was found, where, and what was expected.
-    `plaintrain.launch.launch` prints it without a traceback; every other exception is a bug.
+    `plaintrain.engine.launch.launch` prints it without a traceback; every other exception is a bug.
     """
 
     def __init__(self, message=""):

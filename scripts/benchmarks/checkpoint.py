@@ -17,12 +17,12 @@ import torch
 from shared.measure import in_turns, make_rows, parse_args, positive, report, run, target, timed
 
 from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.checkpoint.files import read_checkpoint
 from plaintrain.config import get_cfg
+from plaintrain.data.loader import TrainLoader
 from plaintrain.data.samplers import TrainingSampler
-from plaintrain.data.train_loader import TrainLoader
 from plaintrain.modeling import build_model
 from plaintrain.solver import build_lr_scheduler, build_optimizer
-from plaintrain.utils.checkpoint_files import read_checkpoint
 
 ALONE, PLAIN = "steps alone", "torch.save, fsync"
 OURS, ASYNC = "plaintrain", "plaintrain, ASYNC_CHECKPOINT"

@@ -17,10 +17,10 @@ from shared.measure import (
 
 from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_train_loader, declare_datasets
+from plaintrain.engine.preflight import settle_num_classes
 from plaintrain.modeling import build_model
-from plaintrain.precision import build_autocast
-from plaintrain.preflight import settle_num_classes
 from plaintrain.solver import build_optimizer
+from plaintrain.solver.amp import build_autocast
 
 
 def make_steps(config_file, batches):

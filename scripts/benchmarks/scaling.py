@@ -28,14 +28,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from plaintrain.accumulation import sum_losses
 from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_train_loader, declare_datasets
 from plaintrain.engine import create_ddp_model
-from plaintrain.launch import launch
+from plaintrain.engine.launch import launch
+from plaintrain.engine.preflight import build_meta_model, settle_num_classes
 from plaintrain.modeling import build_model
-from plaintrain.preflight import build_meta_model, settle_num_classes
 from plaintrain.solver import build_optimizer
+from plaintrain.solver.accumulation import sum_losses
 from plaintrain.utils import comm
 from plaintrain.utils.stop import StopSignal
 

@@ -38,12 +38,12 @@ from shared.measure import (
 )
 from shared.syncs import count_syncs, training_step
 
-from plaintrain.accumulation import sum_losses
 from plaintrain.config import get_cfg
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.modeling import build_model
-from plaintrain.precision import build_amp
 from plaintrain.solver import build_optimizer
+from plaintrain.solver.accumulation import sum_losses
+from plaintrain.solver.amp import build_amp
 
 _CLASSES, _DIVISOR = 80, 32
 REFERENCES = "torchvision's loop, fp32"

@@ -17,9 +17,9 @@ import torch
 from processes import Run
 from run_files import newest_checkpoint
 
-from plaintrain.data import mapper
-from plaintrain.ema import ModelEMA
+from plaintrain.data import dataset_mapper
 from plaintrain.evaluation.coco import COCOEvaluator
+from plaintrain.solver.ema import ModelEMA
 from plaintrain.utils import comm
 from plaintrain.utils.storage import get_event_storage
 
@@ -78,14 +78,14 @@ def rank_0_killed():
 
 
 def _in_workers(act):
-    read = mapper.read_image
+    read = dataset_mapper.read_image
 
     def failing(*args):
         if comm.get_rank() == 1 and np.random.default_rng().random() < 0.2:
             act()
         return read(*args)
 
-    mapper.read_image = failing
+    dataset_mapper.read_image = failing
 
 
 def worker_killed():

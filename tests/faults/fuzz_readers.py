@@ -27,11 +27,11 @@ from seed_files import FILES
 
 from plaintrain.config import check_cfg, get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
-from plaintrain.data.builtin import declare_dataset, declare_datasets, read_dataset
-from plaintrain.data.checks import check_problems, check_records
+from plaintrain.data.datasets.builtin import declare_dataset, declare_datasets, read_dataset
 from plaintrain.data.images import read_image
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
-from plaintrain.evaluation.instances import ground_truth
+from plaintrain.data.validation import check_problems, check_records
+from plaintrain.evaluation.detections import ground_truth
 from plaintrain.evaluation.predictions import read_predictions
 from plaintrain.utils.errors import UserError
 

@@ -5,7 +5,7 @@ import pytest
 from processes import Run
 from run_files import differences, load, newest_checkpoint
 
-from plaintrain.utils.checkpoint_files import read_checkpoint, resume_candidates
+from plaintrain.checkpoint.files import read_checkpoint, resume_candidates
 
 # The others differ little from one of these.
 NAMES = [n for n in failures.FAILURES if n not in ("the disk is full", "a loader worker out of memory")]

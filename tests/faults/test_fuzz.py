@@ -40,8 +40,8 @@ def test_inputs_are_the_same_each_time_and_unchanged_files_are_accepted(monkeypa
 @pytest.mark.parametrize(
     ("name", "function", "error"),
     [
-        ("config", "plaintrain.config._wrong_type", KeyError),
-        ("coco", "plaintrain.data.coco.image_mistake", MemoryError),
+        ("config", "plaintrain.config.config._wrong_type", KeyError),
+        ("coco", "plaintrain.data.datasets.coco.image_mistake", MemoryError),
         ("image", "plaintrain.data.images.ImageOps.exif_transpose", KeyError),
     ],
 )
@@ -68,7 +68,7 @@ def test_unclear_errors_are_reported(monkeypatch, tmp_path, message, words):
     def broken(*_):
         raise PlainError
 
-    monkeypatch.setattr("plaintrain.data.voc._record", broken)
+    monkeypatch.setattr("plaintrain.data.datasets.voc._record", broken)
     report = fuzz("voc", 20)
     assert report.unclear and words in report.unclear[0] and not report.foreign
     assert "1501 characters" in why_unclear("x" * 1501, tmp_path)
@@ -80,6 +80,6 @@ def test_readers_that_hang_are_reported(monkeypatch):
             pass
 
     monkeypatch.setattr("fuzz_readers.MAX_SECONDS", 0.1)
-    monkeypatch.setattr("plaintrain.data.yolo._class_names", endless)
+    monkeypatch.setattr("plaintrain.data.datasets.yolo._class_names", endless)
     report = fuzz("yolo", 2)
     assert len(report.foreign) == 2 and "TimeoutError" in report.foreign[0]

@@ -14,11 +14,12 @@ from kill_runs import MIXES, SPARSE, WORKER, Trial
 from processes import EPOCHS, STEP, Run
 from run_files import differences, lines, newest_checkpoint, read_values
 
-from plaintrain import checkpoint, evaluation
-from plaintrain.data.train_loader import TrainLoader
-from plaintrain.ema import ModelEMA
+from plaintrain import evaluation
+from plaintrain.checkpoint import checkpointer
+from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer
+from plaintrain.data.loader import TrainLoader
 from plaintrain.evaluation.coco import COCOEvaluator
-from plaintrain.run_checkpointer import TrainingCheckpointer
+from plaintrain.solver.ema import ModelEMA
 from plaintrain.utils import comm
 
 NAMES = list(MIXES)
@@ -96,7 +97,7 @@ def test_run_that_is_killed_at_random_moments_resumes_to_the_same_bits(number, t
 
 
 def forget_random_state():
-    checkpoint.load_rng_states = lambda states: None
+    checkpointer.load_rng_states = lambda states: None
 
 
 def skip_a_batch():

@@ -13,9 +13,9 @@ from machines import Machines, NotAllowedError, start, start_torchrun
 from processes import Run
 from run_files import differences, lines, newest_checkpoint
 
-from plaintrain.utils import watch
+from plaintrain.engine import watchdog
+from plaintrain.engine.network import agree_on_prefix
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.network import agree_on_prefix
 
 # Long enough to be ended in between.
 OPTIONS = ["SOLVER.MAX_ITER", 60, "TEST.EVAL_PERIOD", 20, "SOLVER.CHECKPOINT_PERIOD", 10]
@@ -104,7 +104,7 @@ def test_weights_that_differ_on_a_machine_are_refused(machines, whole, tmp_path)
 
 def impatient():
     """Wait for the store of machine 0 for a shorter time than usual."""
-    watch._STORE_SECONDS = 3.0
+    watchdog._STORE_SECONDS = 3.0
 
 
 def kill_a_rank(machines, runs):

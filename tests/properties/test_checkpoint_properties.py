@@ -12,10 +12,10 @@ from property_helpers import build_tests, for_all
 from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer
 from plaintrain.config import get_cfg
-from plaintrain.ema import ModelEMA
-from plaintrain.run_checkpointer import TrainingCheckpointer
 from plaintrain.solver import build_lr_scheduler, build_optimizer
+from plaintrain.solver.ema import ModelEMA
 
 DTYPES = [torch.int64, torch.bfloat16, torch.float32, torch.bool, torch.float16, torch.float64, torch.uint8]
 

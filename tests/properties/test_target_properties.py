@@ -11,8 +11,8 @@ from property_helpers import build_tests, for_all
 from pycocotools import mask as coco_mask
 from test_transform_properties import filled, plain, tensors
 
-from plaintrain.data import keypoints, mapper
-from plaintrain.data.transforms import RandomHorizontalFlip
+from plaintrain.data import dataset_mapper, keypoints
+from plaintrain.data.transforms.geometric import RandomHorizontalFlip
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
@@ -137,7 +137,7 @@ def check_a_sample_holds_what_the_record_says(found, data):
 
 
 def _mapper(number, steps):
-    return mapper.DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=number)
+    return dataset_mapper.DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=number)
 
 
 def _record(folder, found, crowds, mode):

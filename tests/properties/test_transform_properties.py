@@ -14,8 +14,9 @@ from property_helpers import build_tests, for_all
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
-from plaintrain.data import augmentations, copy_paste
-from plaintrain.data import tensors as moving
+from plaintrain.data.transforms import build as augmentations
+from plaintrain.data.transforms import copy_paste
+from plaintrain.data.transforms import tensors as moving
 
 # What the third channel holds where there is image, and where there is canvas.
 IMAGE, CANVAS = 7, 99

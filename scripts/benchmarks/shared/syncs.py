@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import boxes as box_ops
 
-from plaintrain.modeling import pooling
+from plaintrain.modeling import poolers
 
 # Operators whose result's shape, or whose caller, needs a number from the device.
 _SYNCS = {
@@ -78,7 +78,7 @@ def count_syncs(step):
         return keep
 
     paths = {"_batched_nms_vanilla": batched_nms, "_batched_nms_coordinate_trick": batched_nms}
-    gpu = mock.patch.object(pooling, "_sums_rows", return_value=False)
+    gpu = mock.patch.object(poolers, "_sums_rows", return_value=False)
     with mock.patch.multiple(box_ops, **paths), gpu, counter, _CopyCounter(counter.counts):
         step()
     counts = +counter.counts

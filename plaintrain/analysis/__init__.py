@@ -1,0 +1,1 @@
+"""Analysis of datasets, models, detections and run folders."""

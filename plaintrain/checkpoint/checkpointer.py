@@ -1,0 +1,228 @@
+"""Saving and loading the state of a run. Files are whole or absent, and loading runs no code."""
+
+import logging
+import os
+
+from plaintrain.checkpoint.async_writer import Background, HostCopy
+from plaintrain.checkpoint.files import (
+    checkpoint_files,
+    link_checkpoint,
+    prune_checkpoints,
+    read_checkpoint,
+    read_last,
+    resume_candidates,
+    tag_last,
+    write_checkpoint,
+)
+from plaintrain.checkpoint.periodic import PeriodicCheckpointer, checkpoint_name
+from plaintrain.checkpoint.pretrained import averaged_state, fetch_weights, load_weights
+from plaintrain.checkpoint.rng import load_rng_states, rng_states
+from plaintrain.checkpoint.shared_files import check_same, from_rank_0
+from plaintrain.checkpoint.state import (
+    average_norm_buffers,
+    convert_older_states,
+    gather_norm_buffers,
+    load_state,
+    plain,
+    take_norm_buffers,
+)
+from plaintrain.utils import comm
+from plaintrain.utils.errors import UserError
+
+__all__ = ["DetectionCheckpointer", "PeriodicCheckpointer"]
+
+logger = logging.getLogger(__name__)
+
+
+class DetectionCheckpointer:
+    """Saves and loads a model and whatever else has `state_dict` and `load_state_dict`.
+
+    Attributes:
+        iteration: that of the newest checkpoint that was saved or resumed from; None before.
+        resumed_from: name of the file that was resumed from, "" if none was.
+    """
+
+    def __init__(
+        self, model, save_dir="", *, save_to_disk=None, about=None, asynchronous=False, **checkpointables
+    ):
+        """
+        Args:
+            model: the module, possibly wrapped for several GPUs.
+            save_dir: folder of the checkpoints.
+            save_to_disk: whether `save` writes; default: on rank 0 only.
+            about: what every file holds beside the states, such as {"class_names": [...]}.
+            asynchronous: write in a thread, and wait only for the copy to the host's memory. What fails is
+                raised by the next call of `save` or `wait`.
+            checkpointables: `name=object`: optimizer, scheduler, ...
+        """
+        self.model = comm.unwrap_model(model)
+        self.save_dir = save_dir
+        self.save_to_disk = comm.is_main_process() if save_to_disk is None else save_to_disk
+        self.about, self.checkpointables = about or {}, checkpointables
+        self.iteration, self.resumed_from = None, ""
+        self._background = Background() if asynchronous else None
+        self._host_copy = HostCopy()
+
+    def save(self, name, **kwargs):
+        """Write `name`.pth with the model, the checkpointables and `kwargs`, and make it the last.
+
+        All ranks call it: with checkpointables, each one's random state is saved too.
+
+        Args:
+            name: file name without `.pth`.
+            kwargs: further tensors, numbers, strings, or dicts and lists of these.
+
+        Raises:
+            UserError: the folder cannot be written or the disk is full; older files are kept.
+        """
+        states = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        states["model"] = self.model.state_dict()
+        if self.checkpointables:
+            # Of a training: what is each rank's own.
+            states["rng_states"] = rng_states()  # all ranks
+            states |= gather_norm_buffers(states)  # all ranks
+        self._write(name, states, kwargs, last=True)
+        self.iteration = kwargs.get("iteration", self.iteration)
+
+    def save_weights(self, name, model, **kwargs):
+        """Write `name`.pth with a model's weights and `kwargs` only; it is not one to resume from.
+
+        All ranks call it.
+
+        Args:
+            name, kwargs: see `save`.
+            model: the module, for example one with averaged weights.
+        """
+        state = comm.unwrap_model(model).state_dict()
+        average_norm_buffers(state)  # all ranks
+        self._write(name, {"model": state}, kwargs, last=False)
+
+    def _write(self, name, data, kwargs, *, last):
+        if not self.save_to_disk:
+            return
+        data |= {key: plain(value, key) for key, value in {**self.about, **kwargs}.items()}
+        if self._background is not None:
+            # The memory of the copy is in use until the file before is whole.
+            self._background.wait()
+            data = self._host_copy(data)
+        self.in_order(write_checkpoint, os.path.join(self.save_dir, name + ".pth"), data, last)
+
+    def in_order(self, function, *args):
+        """Call `function(*args)` after all files so far are written, on the rank that writes them."""
+        if not self.save_to_disk:
+            return
+        if self._background is None:
+            function(*args)
+        else:
+            self._background.submit(function, *args)
+
+    def wait(self):
+        """Wait until every file is whole, and raise what failed."""
+        if self._background is not None:
+            self._background.wait()
+
+    def tag_last_checkpoint(self, last_filename_basename):
+        """Make a file of `save_dir` the one that a resumed run starts from."""
+        tag_last(self.save_dir, last_filename_basename)
+
+    def link(self, source, target):
+        """Give a saved checkpoint a second name, as a hard link where the file system has them."""
+        self.in_order(link_checkpoint, self.save_dir, source + ".pth", target + ".pth")
+
+    def prune(self, max_to_keep):
+        """Delete the oldest numbered checkpoints, so that `max_to_keep` are left with the newest one."""
+        self.in_order(prune_checkpoints, self.save_dir, checkpoint_name(self.iteration) + ".pth", max_to_keep)
+
+    def has_checkpoint(self):
+        """Whether `save_dir` of rank 0 holds a checkpoint to resume from; all ranks call it."""
+        return comm.broadcast(bool(resume_candidates(self.save_dir)))
+
+    def get_checkpoint_file(self):
+        """Path of the last checkpoint, or "" if there is none."""
+        return next(iter(resume_candidates(self.save_dir)), "")
+
+    def get_all_checkpoint_files(self):
+        """Paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
+        return checkpoint_files(self.save_dir)
+
+    def load(self, path):
+        """Load one checkpoint of this project.
+
+        Args:
+            path: the file.
+
+        Returns:
+            Everything else that was saved, for example `iteration`.
+
+        Raises:
+            UserError: a file that cannot be read, or that belongs to another model.
+        """
+        return self._load(path, read_checkpoint(path))
+
+    def _load(self, path, data):
+        convert_older_states(data)
+        for name in self.checkpointables:
+            if name not in data:
+                raise UserError(f"{path} holds no {name}, which is needed to resume from it")
+        if self.checkpointables:
+            take_norm_buffers(data)
+        try:
+            self.model.load_state_dict(data.pop("model"))
+        except RuntimeError as e:
+            reason = " ".join(line.strip() for line in str(e).splitlines()[1:2])
+            raise UserError(f"{path} holds another model: {reason}") from e
+        for name, item in self.checkpointables.items():
+            load_state(item, data.pop(name), f"the {name} in {path}")
+        return data
+
+    def resume_or_load(self, path, *, resume=True, class_names=None, averaged=False):
+        """Resume from the last checkpoint, or start from weights; all ranks call it.
+
+        The checkpoint is that of rank 0's `save_dir`, also for ranks on machines that do not share it.
+
+        Args:
+            path: weights to start from, as MODEL.WEIGHTS names them; "" for none.
+            resume: take the last checkpoint of `save_dir` if there is one; a damaged one is
+                passed over for the one before.
+            class_names: the dataset's, to take published classes by name; default those of `about`.
+            averaged: give the model the averaged weights (MODEL.EMA) where a file has both.
+
+        Returns:
+            What `load` returns if a checkpoint was resumed; otherwise {}, so that training
+            starts at iteration 0 whatever the weights were.
+
+        Raises:
+            UserError: every checkpoint is damaged, or the weights cannot be used, or differ on a machine.
+        """
+        if resume:
+            last, data = self._read_last()
+            if last:
+                self._load(last, data)
+                self._take_up(last, data, averaged)
+                return data
+            logger.warning(f"there is no checkpoint in {self.save_dir}: starting from the beginning")
+        if path:
+            class_names = class_names or self.about.get("class_names")
+            check_same(fetch_weights(path), f"MODEL.WEIGHTS {path}")
+            load_weights(self.model, path, class_names, averaged=averaged)
+        else:
+            logger.info("MODEL.WEIGHTS is empty: starting from random weights")
+        return {}
+
+    def _read_last(self):
+        """(path, data) of the last checkpoint in rank 0's folder, on every rank; ("", None) if none."""
+        last, data = read_last(self.save_dir) if comm.is_main_process() else ("", None)
+        # Other machines may have another folder of that name, without it or of another run.
+        last, source = from_rank_0(last)
+        if last and data is None:
+            data = read_checkpoint(last, source)
+        return last, data
+
+    def _take_up(self, path, data, averaged):
+        logger.info(f"resumed from {path}")
+        self.iteration, self.resumed_from = data.get("iteration"), os.path.basename(path)
+        if self.checkpointables and "rng_states" in data:
+            load_rng_states(data.pop("rng_states"))
+        if averaged and data.get("ema"):
+            self.model.load_state_dict(averaged_state(data["ema"]))
+            logger.info("its averaged weights are taken")

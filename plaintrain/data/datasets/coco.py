@@ -1,0 +1,293 @@
+"""COCO JSON (instances, keypoints, results) -> records.
+
+Format: https://cocodataset.org/#format-data and https://cocodataset.org/#format-results
+"""
+
+import json
+import os
+
+from pycocotools import mask as coco_mask
+
+from plaintrain.data.cache import cached_records
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
+from plaintrain.data.datasets.coco_mistakes import (
+    annotation_mistake,
+    image_mistake,
+    keypoint_mistake,
+    note_repeated_ids,
+    without_contradictions,
+)
+from plaintrain.data.image_files import is_too_large
+from plaintrain.data.serialized import no_garbage_collection
+from plaintrain.structures import BoxMode, are_numbers, make_record, segmentation_mistake, segmentation_to_rle
+from plaintrain.utils.errors import DataError, UserError, refuse
+from plaintrain.utils.reading import is_below, read_text, reason
+
+_XYWH = BoxMode.XYWH_ABS
+
+
+def _read_json(json_file, what="annotation file"):
+    try:
+        text = read_text(json_file)
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read the {what} {json_file}: {reason(e)}") from e
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"the {what} {json_file} is not JSON: {e}") from e
+
+
+def _read_content(json_file, keys=("images", "annotations", "categories")):
+    content = _read_json(json_file)
+    if not isinstance(content, dict):
+        raise UserError(f"{json_file} must hold an object with images, annotations and categories")
+    for key in keys:
+        _check_list(content.get(key), f"{json_file} has no list of objects {key!r}, which COCO JSON needs")
+    return content
+
+
+def _check_list(items, message):
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise UserError(message)
+
+
+def load_coco_json(json_file, image_root, classes=None, problems=None):
+    """Read a COCO annotation file.
+
+    Coordinates are taken as continuous, so 0.5 is added to x and y of the keypoints with v > 0,
+    which COCO gives as numbers of pixels. An empty `segmentation` is as none.
+
+    Args:
+        json_file: path of the JSON.
+        image_root: folder of the images; `file_name` in the JSON is relative to it.
+        classes: category names to keep, in the order of their labels; all, by id, if empty.
+        problems: None, or a list that takes broken images and annotations instead of an error.
+
+    Returns:
+        (records, metadata): metadata holds `thing_classes`, `thing_dataset_id_to_contiguous_id`,
+        and, for keypoints, `keypoint_names` and `skeleton` (COCO's pairs of numbers from 1).
+
+    Raises:
+        UserError: names the file, and the image or annotation, and what is wrong with it.
+    """
+    with no_garbage_collection():
+        content = _read_content(json_file)
+        if problems is not None:
+            note_repeated_ids(content["annotations"], json_file, problems)
+        return _to_records(content, json_file, image_root, classes, problems)
+
+
+def load_coco_results(json_file, image_root, results_file, classes=None, score_thresh=0.0, problems=None):
+    """Read detections in COCO's results format as if they were annotations, each with its `score`.
+
+    A detection without a box gets the one around its segmentation, or its keypoints, which count as
+    visible.
+
+    Args:
+        json_file: path of a JSON with the `images` and `categories`; its annotations are not used.
+        image_root, classes: see `load_coco_json`.
+        results_file: path of a JSON list of `{image_id, category_id, score, bbox, ...}`.
+        score_thresh: detections with a lower score are left out.
+        problems: None, or a list that takes broken images and detections instead of an error.
+
+    Returns:
+        (records, metadata), as `load_coco_json`.
+
+    Raises:
+        UserError: names the file, and the image or detection, and what is wrong with it.
+    """
+    with no_garbage_collection():
+        content = _read_content(json_file, ("images", "categories"))
+        content["annotations"] = [
+            visible_keypoints(detection)
+            for detection in read_results(results_file, problems)
+            if detection["score"] >= score_thresh
+        ]
+        return _to_records(content, results_file, image_root, classes, problems)
+
+
+def read_results(results_file, problems=None):
+    """The detections of a JSON in COCO's results format.
+
+    Args:
+        results_file: path of a JSON list of `{image_id, category_id, score, bbox, ...}`.
+        problems: None, or a list that takes broken detections instead of an error.
+
+    Returns:
+        list of dicts as the file has them, with `id`, the place in the file from 0, and a `bbox`: that
+        around the segmentation, or the keypoints, where there was none. Only the `score` is checked
+        in all of them: it is a finite number.
+
+    Raises:
+        UserError: names the file, and the detection, and what is wrong with it.
+    """
+    results = _read_json(results_file, "results file")
+    _check_list(results, f"{results_file} must hold a list of detections, as COCO's results format")
+    detections = []
+    for index, result in enumerate(results):
+        detection = {**result, "id": index}
+        wrong = _complete(detection)
+        if wrong:
+            refuse(problems, DataError(wrong[0], f"detection {index} in {results_file} {wrong[1]}"))
+        else:
+            detections.append(detection)
+    return detections
+
+
+def visible_keypoints(detection):
+    """The detection with all keypoints visible, where results have a score of each or nothing."""
+    keypoints = detection.get("keypoints")
+    if not isinstance(keypoints, list):
+        return detection
+    return {**detection, "keypoints": [2 if i % 3 == 2 else v for i, v in enumerate(keypoints)]}
+
+
+def _complete(detection):
+    """Give a detection the box that it lacks; what is wrong with it, or None."""
+    score = detection.get("score")
+    if type(score) not in (int, float) or not are_numbers([score]):
+        return "broken", f"has the score {score!r}, not a finite number"
+    if "bbox" in detection:
+        return None
+    segmentation, keypoints = detection.get("segmentation"), visible_keypoints(detection).get("keypoints")
+    wrong = None
+    if isinstance(segmentation, dict):
+        size = segmentation.get("size")
+        right = isinstance(size, list) and len(size) == 2 and {*map(type, size)} == {int}
+        if not right or min(size) < 1 or is_too_large(*size):
+            return "bad_rle", f"has an RLE of the size {size}, not [height, width]"
+        wrong = segmentation_mistake(segmentation, *size)
+        if not wrong:
+            detection["bbox"] = coco_mask.toBbox(segmentation_to_rle(segmentation, *size)).tolist()
+    elif keypoints:
+        wrong = keypoint_mistake(keypoints, None)
+        if not wrong:
+            xs, ys = keypoints[::3], keypoints[1::3]
+            detection["bbox"] = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    return wrong
+
+
+def _to_records(content, json_file, image_root, classes, problems=None):
+    categories = _categories(content["categories"], json_file)
+    id_of = {category["name"]: category["id"] for category in categories}
+    chosen = select_classes(list(id_of), classes, json_file)
+    labels = {id_of[name]: label for label, name in enumerate(chosen)}
+    # What an annotation of each category must have; None: any number of keypoints.
+    num_keypoints = {c["id"]: len(c.get("keypoints") or ()) or None for c in categories}
+    records = _image_records(content["images"], json_file, image_root, problems)
+    for annotation in content["annotations"]:
+        wrong = annotation_mistake(annotation, records, num_keypoints)
+        if wrong:
+            kind, what = wrong
+            error = DataError(kind, f"annotation {annotation.get('id', '?')} in {json_file} {what}")
+            refuse(problems, error)
+        elif annotation["category_id"] in labels:
+            records[annotation["image_id"]]["annotations"].append(_convert(annotation, labels))
+    metadata = {"thing_classes": chosen, "thing_dataset_id_to_contiguous_id": labels}
+    metadata |= _keypoint_metadata([c for c in categories if c["id"] in labels and c.get("keypoints")])
+    return [records[image_id] for image_id in sorted(records)], metadata
+
+
+def _categories(categories, json_file):
+    """The categories by id, checked."""
+    for category in categories:
+        if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
+            raise UserError(f"a category in {json_file} needs a numeric id and a name: {category}")
+        names = category.get("keypoints") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"the keypoints of category {category['name']} in {json_file} must be names: {names}"
+            )
+    for key in ("id", "name"):
+        seen = set()
+        for value in (category[key] for category in categories):
+            if value in seen:
+                raise UserError(f"{json_file} has two categories with the {key} {value}")
+            seen.add(value)
+    if not categories:
+        raise UserError(f"{json_file} has no categories, so there is nothing to detect")
+    return sorted(categories, key=lambda category: category["id"])
+
+
+def _keypoint_metadata(categories):
+    """What categories with keypoints say of them; nothing if they contradict each other."""
+    if not categories or any(c["keypoints"] != categories[0]["keypoints"] for c in categories):
+        return {}
+    metadata = {"keypoint_names": list(categories[0]["keypoints"])}
+    if categories[0].get("skeleton"):
+        metadata["skeleton"] = categories[0]["skeleton"]
+    return metadata
+
+
+def _image_records(images, json_file, image_root, problems):
+    if problems is not None:
+        images = without_contradictions(images, json_file, problems)
+    records = {}
+    for image in images:
+        wrong = image_mistake(image, records, json_file)
+        if not wrong and not is_below(image_root, image["file_name"]):
+            wrong = (
+                f"image {image['id']} in {json_file} has the file_name {image['file_name']!r}, which leaves "
+                f"the images' folder {image_root}: let IMAGE_ROOT be a folder that holds all images"
+            )
+        if wrong:
+            refuse(problems, DataError("broken_image", wrong))
+            continue
+        file_name = os.path.join(image_root, image["file_name"])
+        records[image["id"]] = make_record(file_name, image["id"], image["height"], image["width"])
+    if len({type(image_id) for image_id in records}) > 1:
+        raise UserError(f"the image ids in {json_file} must be all numbers or all strings")
+    return records
+
+
+def _convert(annotation, labels):
+    # Runs a million times, hence without a loop over the keys.
+    converted = {
+        "bbox": annotation["bbox"],
+        "bbox_mode": _XYWH,
+        "category_id": labels[annotation["category_id"]],
+        "iscrowd": int(annotation.get("iscrowd") or 0),
+    }
+    if (area := annotation.get("area")) is not None:
+        converted["area"] = area
+    if segmentation := annotation.get("segmentation"):
+        converted["segmentation"] = segmentation
+    if keypoints := annotation.get("keypoints"):
+        converted["keypoints"] = shift_keypoints(keypoints, 0.5)
+    if (score := annotation.get("score")) is not None:
+        converted["score"] = score
+    if difficult := annotation.get("difficult"):
+        converted["difficult"] = difficult
+    return converted
+
+
+def shift_keypoints(keypoints, by):
+    """`[x, y, v, ...]` with `by` added to x and y where v > 0: 0.5 makes COCO's pixel numbers continuous."""
+    shifted = list(keypoints)
+    for i in range(0, len(shifted), 3):
+        if shifted[i + 2] > 0:
+            shifted[i] += by
+            shifted[i + 1] += by
+    return shifted
+
+
+def register_coco_instances(name, metadata, json_file, image_root):
+    """Register a COCO dataset, scored with COCO metrics.
+
+    Args:
+        name: the dataset's name.
+        metadata: dict of extra metadata, may be empty; `thing_classes` in it chooses and orders
+            the classes.
+        json_file, image_root: see `load_coco_json`.
+    """
+
+    def load():
+        classes = metadata.get("thing_classes")
+        records, found = cached_records(load_coco_json, json_file, image_root, classes)
+        MetadataCatalog.get(name).set(**found)
+        return records
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(
+        json_file=json_file, image_root=image_root, **{"evaluator_type": "coco", **metadata}
+    )

@@ -1,0 +1,121 @@
+"""The augmentations that a config names."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+
+from plaintrain.data.transforms.copy_paste import SimpleCopyPaste
+from plaintrain.data.transforms.crops import FixedSizeCrop, RandomCrop, RandomIoUCrop
+from plaintrain.data.transforms.geometric import (
+    RandomHorizontalFlip,
+    RandomShortestSize,
+    RandomVerticalFlip,
+    RandomZoomOut,
+    Resize,
+    ResizeShortestEdge,
+    ScaleJitter,
+)
+from plaintrain.data.transforms.photometric import RandomErasing, RandomPhotometricDistort
+from plaintrain.utils.errors import UserError, nearest
+
+# What INPUT.AUGMENTATIONS may name.
+AUGMENTATIONS = {
+    "FixedSizeCrop": FixedSizeCrop,
+    "RandomCrop": RandomCrop,
+    "RandomErasing": RandomErasing,
+    "RandomHorizontalFlip": RandomHorizontalFlip,
+    "RandomIoUCrop": RandomIoUCrop,
+    "RandomPhotometricDistort": RandomPhotometricDistort,
+    "RandomShortestSize": RandomShortestSize,
+    "RandomVerticalFlip": RandomVerticalFlip,
+    "RandomZoomOut": RandomZoomOut,
+    "Resize": Resize,
+    "ResizeShortestEdge": ResizeShortestEdge,
+    "ScaleJitter": ScaleJitter,
+    "SimpleCopyPaste": SimpleCopyPaste,
+}
+_FROM_DATASET = "keypoint_flip_indices"
+
+
+def build_augmentation(cfg, is_train, keypoint_flip_indices=None):
+    """The augmentations that INPUT.* names: in training those of the list, crop, resize, flip.
+
+    Args:
+        cfg: the config.
+        is_train: False leaves only the resize.
+        keypoint_flip_indices: what a horizontal flip does to the order of keypoints.
+
+    Raises:
+        UserError: an unknown augmentation or argument, or a value it cannot take.
+    """
+    options = cfg.INPUT
+    if not is_train:
+        return _resize("TEST", options, (options.MIN_SIZE_TEST,), "choice")
+    augmentations = [_from_entry(entry, keypoint_flip_indices) for entry in options.AUGMENTATIONS]
+    if options.CROP.ENABLED:
+        augmentations.append(_checked("INPUT.CROP", RandomCrop, options.CROP.TYPE, options.CROP.SIZE))
+    augmentations += _resize("TRAIN", options, options.MIN_SIZE_TRAIN, options.MIN_SIZE_TRAIN_SAMPLING)
+    flips = {
+        "horizontal": [RandomHorizontalFlip(keypoint_flip_indices=keypoint_flip_indices)],
+        "vertical": [RandomVerticalFlip()],
+        "none": [],
+    }
+    if options.RANDOM_FLIP not in flips:
+        raise UserError(f"INPUT.RANDOM_FLIP must be one of {', '.join(flips)}, not {options.RANDOM_FLIP!r}")
+    return augmentations + flips[options.RANDOM_FLIP]
+
+
+def _checked(key, augmentation, *arguments):
+    try:
+        return augmentation(*arguments)
+    except UserError as e:
+        raise UserError(f"{key}: {e}") from e
+
+
+def _resize(phase, options, short_edges, sampling):
+    if tuple(options.FIXED_SIZE) != (0, 0):
+        return [_checked("INPUT.FIXED_SIZE", Resize, options.FIXED_SIZE)]
+    if tuple(short_edges) == (0,):
+        return []
+    keys = f"INPUT.MIN_SIZE_{phase} and INPUT.MAX_SIZE_{phase}"
+    longest = options[f"MAX_SIZE_{phase}"]
+    return [_checked(keys, ResizeShortestEdge, tuple(short_edges), longest, sampling)]
+
+
+def _from_entry(entry, keypoint_flip_indices):
+    """An augmentation from its name, or from {name: {argument: value}}."""
+    content = entry if isinstance(entry, Mapping) else {entry: {}} if isinstance(entry, str) else {}
+    name, arguments = next(iter(content.items())) if len(content) == 1 else (None, None)
+    arguments = {} if arguments is None else arguments
+    if name is None or not isinstance(arguments, Mapping):
+        raise UserError(
+            f"INPUT.AUGMENTATIONS has the entry {entry!r}, but an entry is a name or a mapping of one "
+            "name to its arguments, {name: {argument: value}}"
+        )
+    if name not in AUGMENTATIONS:
+        near = nearest(name, AUGMENTATIONS, least=0.6)
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(AUGMENTATIONS)}"
+        raise UserError(f"INPUT.AUGMENTATIONS has an unknown augmentation {name!r}; {hint}")
+    order = {_FROM_DATASET: keypoint_flip_indices} if name == "RandomHorizontalFlip" else {}
+    try:
+        _check_names(AUGMENTATIONS[name], arguments)
+        return AUGMENTATIONS[name](**arguments, **order)
+    except UserError as e:
+        shown = [k if v is MISSING else f"{k}={v!r}" for k, v in _arguments(AUGMENTATIONS[name]).items()]
+        raise UserError(f"INPUT.AUGMENTATIONS: {name}: {e}; its arguments are {', '.join(shown)}") from e
+
+
+def _arguments(augmentation):
+    """Argument -> default of those that a config may give."""
+    return {field.name: field.default for field in fields(augmentation) if field.name != _FROM_DATASET}
+
+
+def _check_names(augmentation, given):
+    known = _arguments(augmentation)
+    for key in given:
+        if key not in known:
+            near = nearest(key, known, least=0.6)
+            hint = f", did you mean {near}?" if near else ""
+            raise UserError(f"it has no argument {key!r}{hint}")
+    for key, default in known.items():
+        if default is MISSING and key not in given:
+            raise UserError(f"it needs the argument {key}")

@@ -1,0 +1,139 @@
+"""Augmentation that cuts windows out of an image; what is cut away of an instance is gone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchvision.ops import box_iou
+
+from plaintrain.data.transforms.arguments import check_colour, check_list, check_number, check_range
+from plaintrain.data.transforms.tensors import crop, image_size, pad, select
+from plaintrain.utils.errors import UserError
+
+
+def _crop_at_random(tensors, window, rng):
+    """Cut a window, (height, width), anywhere."""
+    size, window = np.array(image_size(tensors)), np.array(window)
+    top, left = rng.integers(0, size - window + 1)
+    return crop(tensors, int(top), int(left), int(window[0]), int(window[1]))
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """Cut out a window at a random place (Detectron2).
+
+    Attributes:
+        crop_type: relative, relative_range, absolute or absolute_range, as INPUT.CROP.TYPE says.
+        crop_size: two numbers, (height, width) or the range, as INPUT.CROP.SIZE says.
+    """
+
+    crop_type: str
+    crop_size: tuple
+
+    def __post_init__(self):
+        kinds = ("relative", "relative_range", "absolute", "absolute_range")
+        if self.crop_type not in kinds:
+            raise UserError(f"crop_type must be one of {', '.join(kinds)}, not {self.crop_type!r}")
+        low, high = (0.0001, 1) if self.crop_type.startswith("relative") else (1, np.inf)
+        check_list(self, "crop_size", low, high, count=2)
+        if self.crop_type == "absolute_range":
+            check_range(self, "crop_size", low)
+
+    def window(self, height, width, rng):
+        """(height, width) of the window to cut from an image of this size."""
+        image, size = np.array([height, width]), np.array(self.crop_size, dtype=float)
+        if self.crop_type == "absolute":
+            return np.minimum(size, image).astype(int)
+        if self.crop_type == "absolute_range":
+            low, high = np.minimum(image, size[0]), np.minimum(image, size[1])
+            return rng.integers(low.astype(int), high.astype(int) + 1)
+        if self.crop_type == "relative_range":
+            size = size + rng.random(2) * (1 - size)
+        return np.maximum(1, (image * size + 0.5).astype(int))
+
+    def __call__(self, tensors, rng):
+        return _crop_at_random(tensors, self.window(*image_size(tensors), rng), rng)
+
+
+@dataclass(frozen=True)
+class FixedSizeCrop:
+    """Bring to exactly `size`: cut a random window out of what is larger, pad right and bottom.
+
+    Attributes:
+        size: (height, width) in pixels.
+        fill: colour of what is added, one number or (R, G, B), 0 to 255.
+    """
+
+    size: tuple = (1024, 1024)
+    fill: float | tuple = 0
+
+    def __post_init__(self):
+        check_list(self, "size", 1, count=2, whole=True)
+        check_colour(self, "fill")
+
+    def __call__(self, tensors, rng):
+        window = np.minimum(image_size(tensors), self.size)
+        cropped = _crop_at_random(tensors, window, rng)
+        bottom, right = (int(v) for v in np.array(self.size) - window)
+        return pad(cropped, (0, 0, right, bottom), self.fill) if bottom or right else cropped
+
+
+@dataclass(frozen=True)
+class RandomIoUCrop:
+    """Cut a window that overlaps an instance enough (SSD, arXiv 1512.02325).
+
+    Instances whose centre is outside the window are removed. Without instances nothing is cut.
+
+    Attributes:
+        min_scale, max_scale: range of the window's sides as shares of the image's.
+        min_aspect_ratio, max_aspect_ratio: range of its width / height.
+        sampler_options: least IoU of the window and an instance, one of which is drawn each time;
+            one of at least 1 leaves the image as it is.
+        trials: windows to try before another option is drawn.
+    """
+
+    min_scale: float = 0.3
+    max_scale: float = 1.0
+    min_aspect_ratio: float = 0.5
+    max_aspect_ratio: float = 2.0
+    sampler_options: tuple = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+    trials: int = 40
+
+    def __post_init__(self):
+        check_number(self, "min_scale", 0.01, 1)
+        check_number(self, "max_scale", self.min_scale, 1)
+        check_number(self, "min_aspect_ratio", 0.01)
+        check_number(self, "max_aspect_ratio", self.min_aspect_ratio)
+        check_list(self, "sampler_options", 0)
+        if max(self.sampler_options) < 1:
+            raise UserError("sampler_options must hold a 1, which leaves the image as it is")
+        check_number(self, "trials", 1, whole=True)
+
+    def __call__(self, tensors, rng):
+        boxes = tensors.get("boxes", torch.zeros(0, 4)).as_subclass(torch.Tensor)
+        while len(boxes):
+            least = self.sampler_options[int(rng.integers(len(self.sampler_options)))]
+            if least >= 1:
+                break
+            for _ in range(self.trials):
+                window = self._window(*image_size(tensors), rng)
+                inside = _has_centre(window, boxes)
+                if inside.any() and box_iou(boxes[inside], torch.tensor([window])).max() >= least:
+                    left, top, right, bottom = map(int, window)
+                    return crop(select(tensors, inside), top, left, bottom - top, right - left)
+        return tensors
+
+    def _window(self, height, width, rng):
+        """x0, y0, x1, y1 of a window, or one without area if its aspect ratio is not allowed."""
+        h, w = (int(v) for v in [height, width] * rng.uniform(self.min_scale, self.max_scale, 2))
+        top, left = (int(v) for v in rng.integers(0, [height - h + 1, width - w + 1]))
+        if not self.min_aspect_ratio * h <= w <= self.max_aspect_ratio * h:
+            h = w = 0
+        return [float(v) for v in (left, top, left + w, top + h)]
+
+
+def _has_centre(window, boxes):
+    """bool `[N]`: boxes whose centre is inside a window."""
+    x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).unbind(1)
+    left, top, right, bottom = window
+    return (left < x) & (x < right) & (top < y) & (y < bottom)

@@ -1,0 +1,94 @@
+"""Augmentation that changes colours and leaves every target where it is."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+
+from plaintrain.data.transforms.arguments import check_colour, check_number, check_range
+from plaintrain.data.transforms.tensors import image_size
+
+
+@dataclass(frozen=True)
+class RandomPhotometricDistort:
+    """Colour jitter of SSD (arXiv 1512.02325): each step with probability `p`.
+
+    Brightness, contrast (before or after the next two), saturation, hue, and a permutation of the
+    channels; the defaults are torchvision's.
+
+    Attributes:
+        brightness, contrast, saturation: ranges of the factor.
+        hue: range of the shift, in turns of the colour circle, within -0.5 to 0.5.
+        p: probability of each step.
+    """
+
+    brightness: tuple = (0.875, 1.125)
+    contrast: tuple = (0.5, 1.5)
+    saturation: tuple = (0.5, 1.5)
+    hue: tuple = (-0.05, 0.05)
+    p: float = 0.5
+
+    def __post_init__(self):
+        for name in ("brightness", "contrast", "saturation"):
+            check_range(self, name, 0)
+        check_range(self, "hue", -0.5, 0.5)
+        check_number(self, "p", 0, 1)
+
+    def __call__(self, tensors, rng):
+        contrast_first = rng.random() < 0.5
+        steps = [
+            (F.adjust_brightness, self.brightness),
+            (F.adjust_saturation, self.saturation),
+            (F.adjust_hue, self.hue),
+        ]
+        steps.insert(1 if contrast_first else 3, (F.adjust_contrast, self.contrast))
+        image = tensors["image"]
+        for step, (low, high) in steps:
+            if rng.random() < self.p:
+                image = step(image, float(rng.uniform(low, high)))
+        if rng.random() < self.p:
+            image = F.permute_channels(image, rng.permutation(3).tolist())
+        return {**tensors, "image": image}
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """Fill a rectangle of the image (arXiv 1708.04896); boxes, masks and keypoints stay.
+
+    Attributes:
+        p: probability.
+        scale: range of the rectangle's share of the image.
+        ratio: range of its height / width.
+        value: its colour, one number or (R, G, B), or "random" for noise; 0 to 255.
+    """
+
+    p: float = 0.5
+    scale: tuple = (0.02, 0.33)
+    ratio: tuple = (0.3, 3.3)
+    value: float | tuple | str = 0
+
+    def __post_init__(self):
+        check_number(self, "p", 0, 1)
+        check_range(self, "scale", 0, 1)
+        check_range(self, "ratio", 0.01)
+        if self.value != "random":
+            check_colour(self, "value")
+
+    def __call__(self, tensors, rng):
+        if rng.random() >= self.p:
+            return tensors
+        height, width = image_size(tensors)
+        for _ in range(10):
+            area = height * width * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(*np.log(self.ratio)))
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if h < height and w < width:
+                top, left = (int(v) for v in rng.integers(0, [height - h + 1, width - w + 1]))
+                if self.value == "random":
+                    value = torch.from_numpy(rng.integers(0, 256, (3, h, w), dtype=np.uint8))
+                else:
+                    value = torch.tensor(self.value, dtype=torch.uint8).reshape(-1, 1, 1)
+                return {**tensors, "image": F.erase(tensors["image"], top, left, h, w, value)}
+        return tensors

@@ -1,0 +1,80 @@
+"""What a run was started with, kept beside it as run.json."""
+
+import contextlib
+import datetime
+import json
+import os
+import subprocess
+import sys
+
+import plaintrain
+from plaintrain.analysis.run_folder import FACTS_FILE, recorded_starts
+from plaintrain.checkpoint.resume_check import config_changes
+from plaintrain.config import get_cfg
+from plaintrain.config.yaml import load_chain
+from plaintrain.utils import comm
+from plaintrain.utils.env import collect_env_info
+from plaintrain.utils.errors import UserError
+from plaintrain.utils.files import atomic_write
+
+# For git in a large folder on a slow disk; a run can do without what it says.
+_GIT_SECONDS = 5
+
+
+def write_run_facts(cfg, config_file):
+    """Add this start to OUTPUT_DIR/run.json; those of the run that is resumed stay in it.
+
+    The file holds `{"starts": [start, ...]}`, oldest first, each of them a dict:
+
+    - `started`: time, ISO 8601 with the time zone; `command`: list of words; `world_size`: processes.
+    - `plaintrain`: its version; `environment`: {name: value}, as `collect_env_info`.
+    - `config_file`: path or ""; `changes`: [[key, value before, value], ...] of the settled config, against
+      the `_BASE_` files of the config file, or against the defaults where there are none.
+    - `git`: `{"commit", "branch", "changed_files"}` of the folder of the script, or None outside git.
+
+    Args:
+        cfg: the settled config.
+        config_file: the file that it was made from, or "".
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = os.path.join(cfg.OUTPUT_DIR, FACTS_FILE)
+    start = {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": ["python", *sys.argv],
+        "world_size": comm.get_world_size(),
+        "plaintrain": plaintrain.__version__,
+        "environment": dict(line.split(": ", 1) for line in collect_env_info().splitlines()),
+        "git": _git_state(os.path.dirname(os.path.abspath(sys.argv[0]))),
+        "config_file": config_file,
+        "changes": config_changes(_base(config_file).dump(), cfg.dump()),
+    }
+    with atomic_write(path) as f:
+        json.dump({"starts": [*recorded_starts(cfg.OUTPUT_DIR), start]}, f, indent=1)
+
+
+def _base(config_file):
+    """The config that the files make on which a file builds."""
+    base = get_cfg()
+    # Keys that a fork has added are known to its config only: then the defaults are the base.
+    with contextlib.suppress(UserError):
+        merged = base.clone()
+        for _, content in load_chain(config_file)[:-1] if config_file else ():
+            merged.merge_from_other_cfg(content)
+        base = merged
+    return base
+
+
+def _git_state(folder):
+    def git(*words):
+        command = ["git", "-C", folder, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
+        return done.stdout
+
+    try:
+        commit, branch = git("rev-parse", "HEAD", "--abbrev-ref", "HEAD").split()
+        changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return {"commit": commit, "branch": branch, "changed_files": [line[3:] for line in changed]}

@@ -1,0 +1,94 @@
+"""The command line of the training scripts; it needs no torch, so that a question is answered at once."""
+
+import argparse
+
+
+class _Overrides(argparse.Action):
+    """KEY VALUE pairs; argparse would swallow a flag among them without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if value.startswith("--"):
+                parser.error(f"{value} stands after the overrides {values[0]} ...; put flags first")
+        setattr(namespace, self.dest, values)
+
+
+def default_argument_parser(epilog=None):
+    """The parser of the training scripts; its result goes to `default_setup` and `launch`."""
+    parser = argparse.ArgumentParser(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from, or evaluate, the last checkpoint in OUTPUT_DIR"
+    )
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate MODEL.WEIGHTS (or, with --resume, the last checkpoint)",
+    )
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
+    parser.add_argument("--num-machines", type=int, default=1, help="machines of the job")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument(
+        "--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; needed on several machines"
+    )
+    parser.add_argument(
+        "--overfit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train and evaluate on the same first N training images; a model that can learn does so",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="two iterations, an evaluation of a few images, a save and a load; says ready and keeps "
+        "nothing, or says what is wrong and leaves OUTPUT_DIR/dry-run",
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="only warnings and errors on the console; log.txt has the rest"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        action=_Overrides,
+        metavar="KEY VALUE",
+        help="config overrides, after all flags, for example SOLVER.BASE_LR 0.01 OUTPUT_DIR out",
+    )
+    return parser
+
+
+def add_picture_arguments(parser):
+    """What the scripts that draw have in common; see `plaintrain.visualization.images`."""
+    parser.add_argument("--num", type=int, default=16, help="pictures to make at most (default 16)")
+    parser.add_argument("--output", metavar="DIR", help="write one file for each picture into this folder")
+    parser.add_argument("--grid", metavar="FILE", help="write all pictures on one sheet: .jpg, .png or .webp")
+    parser.add_argument("--show", action="store_true", help="show the sheet in a window (the default)")
+    parser.add_argument("--columns", type=int, default=4, help="pictures side by side on the sheet")
+    parser.add_argument(
+        "--size", type=int, default=480, help="smaller images are enlarged to this longer side, in pixels"
+    )
+    parser.add_argument(
+        "--class", action="append", dest="classes", metavar="NAME", help="this class only; may be given again"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+
+
+def parse_run_arguments(parser):
+    """Parse `[RUN_FOLDER] [KEY VALUE ...]` among a parser's flags, in any order.
+
+    Returns:
+        The namespace with `run`, a folder or "", and `opts`, a list.
+    """
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config, without RUN_FOLDER")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="RUN_FOLDER | KEY VALUE",
+        help="the folder of a run (OUTPUT_DIR), then config overrides, as MODEL.WEIGHTS model_best.pth",
+    )
+    args = parser.parse_intermixed_args()
+    args.run = args.words[0] if len(args.words) % 2 else ""
+    args.opts = args.words[len(args.words) % 2 :]
+    return args

@@ -1,0 +1,1 @@
+"""Drawings of images with boxes, and plots."""

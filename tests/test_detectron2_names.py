@@ -1,0 +1,273 @@
+"""Detectron2's names and orders: plaintrain.checkpoint.detectron2 and scripts/convert_weights.py."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from model_helpers import KEYPOINT, MASK, PROPOSALS, RCNN_V2, RESNET18, RETINANET18, SMALL_HEAD, K, build
+from processes import run_script
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from plaintrain.checkpoint.detectron2 import anchor_counts, from_detectron2, is_detectron2, to_detectron2
+from plaintrain.checkpoint.pretrained import load_weights
+from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
+from plaintrain.utils.errors import UserError
+
+RCNN = (
+    *RESNET18, *SMALL_HEAD, *MASK, *KEYPOINT,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV", 4, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [8] * 8,
+)  # fmt: skip
+RETINANET_V2 = (*RETINANET18, "MODEL.RETINANET.NORM", "GN", "MODEL.FPN.P6_IN_FEATURE", "res5")
+# Detectron2's name -> torchvision's, of a model with masks and keypoints.
+RCNN_NAMES = {
+    "backbone.bottom_up.stem.conv1.weight": "backbone.body.conv1.weight",
+    "backbone.bottom_up.stem.conv1.norm.running_var": "backbone.body.bn1.running_var",
+    "backbone.bottom_up.res3.0.shortcut.weight": "backbone.body.layer2.0.downsample.0.weight",
+    "backbone.bottom_up.res3.0.shortcut.norm.bias": "backbone.body.layer2.0.downsample.1.bias",
+    "backbone.bottom_up.res5.1.conv2.norm.running_mean": "backbone.body.layer4.1.bn2.running_mean",
+    "backbone.fpn_lateral2.weight": "backbone.fpn.inner_blocks.0.0.weight",
+    "backbone.fpn_output4.weight": "backbone.fpn.layer_blocks.2.0.weight",
+    "proposal_generator.rpn_head.conv.weight": "rpn.head.conv.0.0.weight",
+    "proposal_generator.rpn_head.objectness_logits.bias": "rpn.head.cls_logits.bias",
+    "proposal_generator.rpn_head.anchor_deltas.weight": "rpn.head.bbox_pred.weight",
+    "roi_heads.box_head.fc1.weight": "roi_heads.box_head.fc6.weight",
+    "roi_heads.box_head.fc2.bias": "roi_heads.box_head.fc7.bias",
+    "roi_heads.mask_head.mask_fcn1.weight": "roi_heads.mask_head.0.0.weight",
+    "roi_heads.mask_head.mask_fcn4.bias": "roi_heads.mask_head.3.0.bias",
+    "roi_heads.mask_head.deconv.weight": "roi_heads.mask_predictor.conv5_mask.weight",
+    "roi_heads.mask_head.predictor.weight": "roi_heads.mask_predictor.mask_fcn_logits.weight",
+    "roi_heads.keypoint_head.conv_fcn1.weight": "roi_heads.keypoint_head.0.weight",
+    "roi_heads.keypoint_head.conv_fcn8.bias": "roi_heads.keypoint_head.14.bias",
+    "roi_heads.keypoint_head.score_lowres.weight": "roi_heads.keypoint_predictor.kps_score_lowres.weight",
+}
+RETINANET_NAMES = {
+    "backbone.fpn_lateral3.weight": "backbone.fpn.inner_blocks.0.0.weight",
+    "backbone.fpn_output5.bias": "backbone.fpn.layer_blocks.2.0.bias",
+    "backbone.top_block.p6.weight": "backbone.fpn.extra_blocks.p6.weight",
+    "backbone.top_block.p7.bias": "backbone.fpn.extra_blocks.p7.bias",
+    "head.cls_subnet.0.weight": "head.classification_head.conv.0.0.weight",
+    "head.cls_subnet.6.bias": "head.classification_head.conv.3.0.bias",
+    "head.bbox_subnet.4.weight": "head.regression_head.conv.2.0.weight",
+    "head.cls_score.weight": "head.classification_head.cls_logits.weight",
+    "head.bbox_pred.bias": "head.regression_head.bbox_reg.bias",
+}
+RCNN_V2_NAMES = {
+    "proposal_generator.rpn_head.conv.conv1.weight": "rpn.head.conv.1.0.weight",
+    "roi_heads.box_head.conv2.weight": "roi_heads.box_head.1.0.weight",
+    "roi_heads.box_head.conv2.norm.weight": "roi_heads.box_head.1.1.weight",
+    "roi_heads.box_head.fc1.weight": "roi_heads.box_head.3.weight",
+    "roi_heads.mask_head.mask_fcn2.norm.bias": "roi_heads.mask_head.1.1.bias",
+    "backbone.fpn_lateral3.norm.weight": "backbone.fpn.inner_blocks.1.1.weight",
+}
+RETINANET_V2_NAMES = {
+    "head.cls_subnet.9.weight": "head.classification_head.conv.3.0.weight",
+    "head.cls_subnet.10.bias": "head.classification_head.conv.3.1.bias",
+    "head.bbox_subnet.1.weight": "head.regression_head.conv.0.1.weight",
+}
+
+
+def clones(state):
+    return {name: value.clone() for name, value in state.items()}
+
+
+def assert_equal(actual, expected):
+    assert list(actual) == list(expected)
+    for name, value in actual.items():
+        assert value.equal(expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (RCNN, RCNN_NAMES),
+        (RETINANET18, RETINANET_NAMES),
+        ((*RESNET18, *PROPOSALS), {}),
+        (RCNN_V2, RCNN_V2_NAMES),
+        (RETINANET_V2, RETINANET_V2_NAMES),
+    ],
+    ids=["rcnn", "retinanet", "rpn", "rcnn v2", "retinanet v2"],
+)
+def test_names_are_those_of_detectron2_and_round_trips_exact(keys, names):
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.rand(value.shape, generator=generator) if value.is_floating_point() else value
+        for name, value in build(*keys).state_dict().items()
+    }
+    before = clones(state)
+    there = to_detectron2(state)
+    position = {name: i for i, name in enumerate(state)}
+    for name, here in names.items():
+        assert list(there)[position[here]] == name
+    assert is_detectron2(there) and not is_detectron2(state)
+    copies = clones(there)
+    back = from_detectron2(there)
+    # Box and mask of the background, which torchvision never uses, are lost.
+    expected = clones(state)
+    for layer, rows in (("box_predictor.bbox_pred", 4), ("mask_predictor.mask_fcn_logits", 1)):
+        for name in expected:
+            if layer in name:
+                expected[name][:rows] = 0
+    assert_equal(back, expected)
+    assert_equal(to_detectron2(back), there)
+    # The arguments are not changed.
+    assert_equal(state, before)
+    assert_equal(there, copies)
+
+
+def test_the_background_is_last_in_detectron2_and_first_in_torchvision():
+    there = {
+        "roi_heads.box_head.fc1.bias": torch.zeros(2),
+        # Classes 0, 1, 2 and the background.
+        "roi_heads.box_predictor.cls_score.bias": torch.tensor([10.0, 11, 12, 99]),
+        "roi_heads.box_predictor.bbox_pred.bias": torch.arange(12.0) + 1,
+        "roi_heads.mask_head.predictor.weight": torch.tensor([20.0, 21, 22]).view(3, 1, 1, 1),
+    }
+    *_, scores, deltas, masks = from_detectron2(there).values()
+    assert scores.tolist() == [99, 10, 11, 12]
+    assert deltas.tolist() == [0] * 4 + list(range(1, 13))
+    assert masks.flatten().tolist() == [0, 20, 21, 22]
+    # Boxes and masks for all classes at once keep their rows.
+    there = {
+        "roi_heads.box_predictor.cls_score.bias": torch.zeros(4),
+        "roi_heads.box_predictor.bbox_pred.bias": torch.zeros(4),
+        "roi_heads.mask_head.predictor.bias": torch.zeros(1),
+    }
+    assert [len(value) for value in from_detectron2(there).values()] == [4, 4, 1]
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [
+        AnchorGenerator(((32, 64, 128),), ((0.5, 1.0, 2.0),)),
+        DefaultAnchorGenerator(((32, 64, 128),), ((0.5, 2.0),), [8]),
+    ],
+)
+def test_each_anchor_gets_the_rows_that_were_trained_for_it(generator):
+    (sizes,), (ratios,) = generator.sizes, generator.aspect_ratios
+    # Detectron2 counts its anchors size by size.
+    places = torch.cartesian_prod(torch.arange(len(sizes)), torch.arange(len(ratios)), torch.arange(4))
+    there = {
+        "head.cls_subnet.0.weight": torch.zeros(1),
+        "head.cls_score.bias": places[places[:, 2] < K].float(),
+        "head.bbox_pred.bias": places.float(),
+    }
+    there["head.cls_score.weight"] = there["head.cls_score.bias"].view(-1, 1, 1, 3)
+    here = from_detectron2(there, num_ratios=len(ratios))
+    generator.set_cell_anchors(torch.float32, "cpu")
+    for a, (x1, y1, x2, y2) in enumerate(generator.cell_anchors[0].tolist()):
+        width, height = x2 - x1, y2 - y1
+        size = min(range(len(sizes)), key=lambda i: abs((width * height) ** 0.5 - sizes[i]))
+        ratio = min(range(len(ratios)), key=lambda j: abs(height / width - ratios[j]))
+        for k in range(K):
+            row = [size, ratio, k]
+            assert here["head.classification_head.cls_logits.bias"][a * K + k].tolist() == row
+            assert here["head.classification_head.cls_logits.weight"][a * K + k].flatten().tolist() == row
+        for c in range(4):
+            assert here["head.regression_head.bbox_reg.bias"][a * 4 + c].tolist() == [size, ratio, c]
+    back = to_detectron2({n: v for n, v in here.items() if "logits" in n or "reg" in n}, len(ratios))
+    assert_equal(back, {n: v for n, v in there.items() if "subnet" not in n})
+    # Anchors that the ratios do not divide keep their order.
+    there = {
+        "proposal_generator.rpn_head.objectness_logits.bias": torch.arange(5.0),
+        "proposal_generator.rpn_head.anchor_deltas.bias": torch.arange(20.0),
+    }
+    here = from_detectron2(there, num_ratios=3)
+    assert anchor_counts(here) == {"rpn.head.cls_logits": 5, "rpn.head.bbox_pred": 5}
+    assert here["rpn.head.cls_logits.bias"].tolist() == list(range(5))
+
+
+def test_buffers_are_dropped_unknown_names_kept_and_other_projects_not_recognized():
+    there = {
+        "pixel_mean": torch.zeros(3, 1, 1),
+        "pixel_std": torch.zeros(3, 1, 1),
+        "proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(3, 4),
+        "anchor_generator.cell_anchors.4": torch.zeros(3, 4),
+        "sem_seg_head.predictor.weight": torch.zeros(1),
+        "backbone.fpn_lateral5.weight": torch.zeros(1),
+    }
+    here = from_detectron2(there)
+    assert list(here) == ["sem_seg_head.predictor.weight", "backbone.fpn.inner_blocks.0.0.weight"]
+    for name in ("stem.conv1.weight", "backbone.stem.conv1.weight", "conv1_w"):
+        assert is_detectron2({name: torch.zeros(1)})
+        assert list(from_detectron2({name: torch.zeros(1)})) == ["backbone.body.conv1.weight"]
+    for name in ("conv1.weight", "features.0.weight", "roi_heads.mask_head.mask_fcn1.weight"):
+        assert not is_detectron2({name: torch.zeros(1)})
+
+
+def test_models_that_detectron2_does_not_have_are_rejected():
+    own = ["rpn.head.bbox_pred.bias", "backbone.body.0.0.weight", "backbone.body.0.1.weight"]
+    own_words = r"no counterpart of backbone\.body\.0\.0\.weight \(2 such names\)"
+    fcos = ["head.regression_head.bbox_ctrness.bias"]
+    for names, words in ((own, own_words), (fcos, "no counterpart")):
+        with pytest.raises(UserError, match=words):
+            to_detectron2({name: torch.zeros(4) for name in names})
+
+
+def convert(folder, source, output, to, *options):
+    paths = folder / source, folder / output
+    return run_script("convert_weights.py", *paths, "--to", to, *options, folder=folder)
+
+
+def test_converted_files_hold_the_same_weights_in_both_directions(tmp_path):
+    model = build(*RESNET18, *SMALL_HEAD, *MASK)
+    state = clones(model.state_dict())
+    torch.save({"model": state, "iteration": 7}, tmp_path / "run.pth")
+    done = convert(tmp_path, "run.pth", "there.pkl", "detectron2")
+    assert done.code == 0, done.output
+    assert "there.pkl" in done.output and f"{len(state)} tensors" in done.output
+    assert convert(tmp_path, "there.pkl", "here.pth", "torchvision").code == 0
+    content = pickle.loads((tmp_path / "there.pkl").read_bytes())  # noqa: S301 - written by this test
+    # Detectron2 matches by exact name only with an author and without heuristics.
+    assert content["__author__"] and not content["matching_heuristics"]
+    arrays = content["model"]
+    assert all(isinstance(value, np.ndarray) for value in arrays.values())
+    scores = state["roi_heads.box_predictor.cls_score.bias"].numpy()
+    np.testing.assert_array_equal(arrays["roi_heads.box_predictor.cls_score.bias"], np.roll(scores, -1))
+    assert arrays["roi_heads.box_predictor.bbox_pred.bias"].shape == (12,)
+    assert arrays["roi_heads.mask_head.predictor.bias"].shape == (3,)
+    assert list(torch.load(tmp_path / "here.pth")["model"]) == list(state)
+    for name in ("here.pth", "there.pkl"):
+        load_weights(model, str(tmp_path / name))
+        for key, value in model.state_dict().items():
+            # The background's rows are not kept.
+            rows = {"box_predictor.bbox_pred": 4, "mask_predictor.mask_fcn_logits": 1}
+            start = rows.get(".".join(key.split(".")[1:3]), 0)
+            assert value[start:].equal(state[key][start:]) if value.dim() else value.equal(state[key]), key
+    tensors = {"rpn.head.bbox_pred.bias": torch.arange(24.0), "rpn.head.cls_logits.bias": torch.arange(6.0)}
+    torch.save(tensors, tmp_path / "source.pth")
+    assert convert(tmp_path, "source.pth", "out.pth", "detectron2", "--num-ratios", 2).code == 0
+    # 2 ratios with 3 sizes each become 3 sizes with 2 ratios each.
+    scores = torch.load(tmp_path / "out.pth")["model"]["proposal_generator.rpn_head.objectness_logits.bias"]
+    assert scores.tolist() == [0, 3, 1, 4, 2, 5]
+
+
+RPN = {"rpn.head.conv.0.0.weight": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("content", "output", "to", "words"),
+    [
+        (None, "o.pth", "torchvision", ["source.pth", "no such file"]),
+        (b"no pickle", "o.pth", "torchvision", ["cannot read"]),
+        ({}, "o.pth", "torchvision", ["holds no weights"]),
+        ({"features.0.0.weight": torch.ones(1)}, "o.pkl", "detectron2", ["no counterpart", "features"]),
+        (RPN, "o.npz", "detectron2", ["o.npz", ".pkl"]),
+        (RPN, "o.pkl", "torchvision", ["o.pkl", ".pth"]),
+        ({"rpn.head.bbox_pred.bias": torch.ones(20)}, "o.pkl", "detectron2", ["5", "--num-ratios"]),
+        (RPN, "missing/o.pth", "torchvision", ["missing"]),
+    ],
+    ids=["absent", "damaged", "empty", "unknown names", "ending", "pkl", "anchors", "folder"],
+)
+def test_files_that_cannot_be_converted_are_rejected_without_a_traceback(
+    tmp_path, content, output, to, words
+):
+    source = tmp_path / "source.pth"
+    if isinstance(content, bytes):
+        source.write_bytes(content)
+    elif content is not None:
+        torch.save(content, source)
+    done = convert(tmp_path, "source.pth", output, to)
+    assert done.code == 1 and "Traceback" not in done.output
+    assert len(done.output.splitlines()) == 1 and all(word in done.output for word in words)
+    assert not (tmp_path / output).exists()

@@ -1,0 +1,111 @@
+"""RoIAlign on the levels of a feature pyramid: modeling.pooling."""
+
+import pytest
+import torch
+from model_helpers import KEYPOINT, MASK, RESNET18, SMALL_HEAD, TINY, build, random_boxes, two_samples
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+from plaintrain.modeling.poolers import RoIAlign, pool_levels
+
+STRIDES = [4, 8, 16, 32]
+
+
+def make_maps(number, side=512, channels=3, batch=2):
+    """Feature maps of strides 4, 8, ..., a little wider than high."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(batch, channels, side >> i, (side >> i) + 3) for i in range(2, 2 + number)]
+    return [torch.rand(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+
+def gradients_of(pooled, features):
+    weighted = pooled * torch.arange(float(pooled[0, 0].numel())).view(pooled.shape[2:])
+    return torch.autograd.grad(weighted.sum(), features)
+
+
+@pytest.mark.parametrize(("ratio", "levels"), [(0, 4), (2, 1), (2, 4)])
+def test_roi_align_is_torchvisions(ratio, levels):
+    features, names = make_maps(levels, batch=3), list("0123"[:levels])
+    maps = dict(zip(names, features, strict=True))
+    boxes = [random_boxes(n, seed=n) * 8 for n in (30, 1)]
+    # A side of 112 * 2 ** n is the border between two levels.
+    boxes.append(torch.tensor([[0, 0, side, side] for side in (111.99, 112, 223.9999, 224, 448, 448.01)]))
+    pools = RoIAlign(names, 7, ratio, STRIDES[:levels]), MultiScaleRoIAlign(names, 7, ratio)
+    found, expected = (pool(maps, boxes, [(512, 512)] * 3) for pool in pools)
+    assert pools[0].scales == pools[1].scales
+    assert pools[0].levels(boxes).equal(pools[1].map_levels(boxes).float())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 if ratio else 0)
+    for ours, theirs in zip(gradients_of(found, features), gradients_of(expected, features), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert theirs.any() or levels > 1
+    assert pools[0](maps, [boxes[0][:0]] * 3, [(512, 512)] * 3).shape == (0, 3, 7, 7)
+    # Boxes that are not numbers do not stop the pooling.
+    boxes, nan = torch.tensor([[float("nan")] * 4, [0.0, 0.0, 40.0, 40.0]]), torch.tensor([float("nan"), 1.0])
+    found = pool_levels(make_maps(2), [boxes], nan, [1 / 4, 1 / 8], output_size=(3, 3), sampling_ratio=ratio)
+    assert found[1].any() and not found[0].any()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "size", "aligned"),
+    [(1, (2, 3), True), (2, (7, 7), False), (2, (2, 3), True), (3, (7, 7), True)],
+)
+def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, aligned):
+    (features,), scale = make_maps(1, side=64), 0.25
+    # Whole and half locations, tiny boxes, some of them wrong way round, and what lies outside.
+    inside = torch.rand(40, 4, generator=torch.Generator().manual_seed(1)) * 70
+    edges = torch.tensor([
+        [-4.0, -4.0, 68.0, 68.0], [-8, -8, 4, 4], [-40, 0, -9, 30], [0, 0, 64, 64], [60, 60, 64, 64],
+        [62, 30, 90, 31], [8, 8, 8, 8], [10, 10, 10.5, 40], [0, 66, 64, 70], [1e6, 0, 2e6, 9], [2, 2, 58, 62],
+    ])  # fmt: skip
+    boxes = torch.cat([edges, inside])
+    arguments = {"output_size": size, "sampling_ratio": ratio, "aligned": aligned}
+    found = pool_levels([features], [boxes[:20], boxes[20:]], torch.zeros(len(boxes)), [scale], **arguments)
+    rois = torch.cat([(torch.arange(len(boxes)) >= 20)[:, None], boxes], dim=1)
+    expected = roi_align(features, rois, spatial_scale=scale, **arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (ours,), (theirs,) = gradients_of(found, [features]), gradients_of(expected, [features])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not expected[2].any() and expected[0].any()
+
+
+def test_low_precision_is_pooled_in_float32():
+    (features,) = make_maps(1, side=64)
+    boxes = [random_boxes(60)] * 2
+    arguments = {"output_size": (7, 7), "sampling_ratio": 2}
+    low = features.detach().bfloat16().requires_grad_()
+    found = pool_levels([low], boxes, torch.zeros(120), [0.25], **arguments)
+    expected = pool_levels([low.float()], boxes, torch.zeros(120), [0.25], **arguments)
+    assert found.dtype == torch.bfloat16 and found.equal(expected.bfloat16())
+    # Each location adds up many small numbers.
+    (exact,) = torch.autograd.grad(expected.sum(), low, retain_graph=True)
+    assert torch.autograd.grad(found.float().sum(), low)[0].equal(exact)
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_aligned_boxes_of_many_images_are_pooled_from_the_level_of_their_size(ratio):
+    maps = dict(zip("0123", make_maps(4), strict=True))
+    # FPN paper: 224 belongs to the map of stride 16.
+    levels = {1: 0, 111: 0, 448: 3, 2000: 3, 112: 1, 223: 1, 224: 2, 447: 2}
+    boxes = [torch.tensor([[0.0, 0, side, side]]) for side in levels]
+    pool = RoIAlign(list(maps), 5, ratio, STRIDES, aligned=True)
+    pooled = pool(maps, [torch.cat(boxes[:3]), torch.cat(boxes[3:])], [(512, 512)] * 2)
+    assert pooled.shape == (8, 3, 5, 5)
+    for i, (row, box, level) in enumerate(zip(pooled, boxes, levels.values(), strict=True)):
+        feature = maps[str(level)][int(i >= 3)][None]
+        expected = roi_align(feature, [box], 5, 1 / STRIDES[level], ratio, aligned=True)
+        torch.testing.assert_close(row, expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("backbone", "strides"), [(TINY, [8]), (RESNET18, [4, 8, 16, 32])])
+def test_poolers_of_a_config(backbone, strides):
+    model = build(
+        *backbone, *SMALL_HEAD, *MASK, *KEYPOINT,
+        "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2",
+        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 0,
+        "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE", "ROIAlignV2",
+    )  # fmt: skip
+    heads = model.roi_heads
+    assert heads.box_roi_pool.aligned and heads.box_roi_pool.sampling_ratio == 0
+    assert heads.keypoint_roi_pool.aligned and not heads.mask_roi_pool.aligned
+    for pool in (heads.box_roi_pool, heads.mask_roi_pool, heads.keypoint_roi_pool):
+        assert pool.scales == [1 / stride for stride in strides]
+    assert all(loss.isfinite() for loss in model(two_samples()).values())

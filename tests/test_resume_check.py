@@ -1,0 +1,91 @@
+"""A config that differs from that of the run that is resumed: plaintrain.checkpoint.resume_check."""
+
+import copy
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.checkpoint.resume_check import check_changes, config_changes
+from plaintrain.utils.errors import UserError
+
+CONFIG = {
+    "MODEL": {"META_ARCHITECTURE": "RetinaNet", "FPN": {"OUT_CHANNELS": 64}, "WEIGHTS": "a.pth"},
+    "SOLVER": {"BASE_LR": 0.1, "IMS_PER_BATCH": 2, "MAX_EPOCHS": 0, "STEPS": [1, 2]},
+    "OUTPUT_DIR": "here",
+}
+
+
+def config(**changes):
+    """Return the YAML of CONFIG with `SECTION__KEY=value`."""
+    tree = copy.deepcopy(CONFIG)
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (tree[section] if section else tree)[key] = value
+    return yaml.safe_dump(tree)
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Function (saved config, config, classes, model) that saves a run and checks its continuation."""
+
+    def call(saved, now, classes=("a", "b"), model=None):
+        about = {"config": saved, "class_names": ["a", "b"]}
+        DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path), about=about).save("model_final", iteration=3)
+        check_changes(str(tmp_path), now, list(classes), model or nn.Linear(2, 2, device="meta"))
+
+    return call
+
+
+def test_config_changes_are_found_at_any_depth():
+    now = config(SOLVER__BASE_LR=0.2, SOLVER__STEPS=[1], SOLVER__NEW=True)
+    assert config_changes(config(MODEL__OLD="x"), now) == [
+        ("MODEL.OLD", "x", "-"),
+        ("SOLVER.BASE_LR", 0.1, 0.2),
+        ("SOLVER.NEW", "-", True),
+        ("SOLVER.STEPS", [1, 2], [1]),
+    ]
+
+
+def test_check_changes_logs_a_table_of_the_changes_and_their_effect(check, log):
+    check(config(), config())
+    assert "differs" not in log.text
+    # A smaller batch is a change like others, in a run that is counted in iterations.
+    check(config(), config(SOLVER__IMS_PER_BATCH=4, OUTPUT_DIR="there", MODEL__WEIGHTS="b" * 99))
+    table = [line.split(None, 3) for line in log.text.partition("differs")[2].splitlines()[1:]]
+    assert table == [
+        ["key", "before", "now", "effect"],
+        ["MODEL.WEIGHTS", "a.pth", "b" * 37 + "...", "none: the checkpoint's weights are taken"],
+        ["OUTPUT_DIR", "here", "there", "here"],
+        ["SOLVER.IMS_PER_BATCH", "2", "4", "from here on"],
+    ]
+
+
+def test_changed_model_is_rejected_if_its_weights_no_longer_fit(check, log):
+    now = config(MODEL__FPN={"OUT_CHANNELS": 32})
+    check(config(), now)
+    with pytest.raises(UserError, match="FPN.OUT_CHANNELS was 64 in the run that is resumed and is 32 now"):
+        check(config(), now, model=nn.Linear(2, 3, device="meta"))
+    assert "refused" in log.text
+
+
+def test_changes_of_architecture_classes_and_epochs_are_rejected(check):
+    with pytest.raises(UserError, match="MODEL.META_ARCHITECTURE was RetinaNet"):
+        check(config(), config(MODEL__META_ARCHITECTURE="FCOS"))
+    for classes in (("b", "a"), ("a",)):
+        with pytest.raises(UserError, match="was trained for the classes .*, but the dataset has"):
+            check(config(), config(), classes)
+    with pytest.raises(UserError, match="SOLVER.IMS_PER_BATCH was 2"):
+        check(config(SOLVER__MAX_EPOCHS=3), config(SOLVER__MAX_EPOCHS=3, SOLVER__IMS_PER_BATCH=4))
+
+
+def test_folder_without_a_run_is_not_compared(tmp_path, log):
+    model = nn.Linear(2, 2)
+    check_changes(str(tmp_path), config(), ["a"], model)
+    (tmp_path / "model_final.pth").write_bytes(b"damaged")
+    check_changes(str(tmp_path), config(), ["a"], model)
+    torch.save({"model": {}, "iteration": 1}, tmp_path / "model_final.pth")
+    check_changes(str(tmp_path), config(), ["a"], model)
+    assert log.text == ""
