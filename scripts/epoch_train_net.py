@@ -22,8 +22,8 @@ from plaintrain.checkpoint import training_checkpointer
 from plaintrain.engine.dry_run import finish_dry_run
 from plaintrain.engine.early_stopping import EarlyStopping
 from plaintrain.engine.nonfinite import build_nonfinite_guard
+from plaintrain.engine.run_report import write_report
 from plaintrain.engine.testing import do_test, evaluate
-from plaintrain.report.after_training import make_report_if_wanted
 from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 from plaintrain.solver.amp import build_amp
 from plaintrain.solver.ema import build_ema
@@ -153,7 +153,7 @@ def main(args):
     else:
         results = do_train(cfg, engine.create_ddp_model(model), resume=args.resume)
         finish_dry_run(args, cfg, results, do_train)
-        make_report_if_wanted(cfg)
+        write_report(cfg)
     if comm.is_main_process() and results:
         evaluation.verify_results(cfg.TEST.EXPECTED_RESULTS, next(iter(results.values())))
     return results

@@ -27,6 +27,7 @@ from plaintrain.engine import build_writers, create_ddp_model, default_setup, la
 from plaintrain.engine.dry_run import finish_dry_run
 from plaintrain.engine.early_stopping import EarlyStopping
 from plaintrain.engine.nonfinite import build_nonfinite_guard
+from plaintrain.engine.run_report import write_report
 from plaintrain.engine.testing import do_validate
 from plaintrain.evaluation import (
     build_evaluator,
@@ -36,7 +37,6 @@ from plaintrain.evaluation import (
     verify_results,
 )
 from plaintrain.modeling import build_model, build_tta
-from plaintrain.report.after_training import make_report_if_wanted
 from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 from plaintrain.solver.amp import build_amp, build_test_autocast
@@ -228,7 +228,7 @@ def main(args):
     else:
         results = do_train(cfg, create_ddp_model(model), resume=args.resume)
         finish_dry_run(args, cfg, results, do_train)
-        make_report_if_wanted(cfg)
+        write_report(cfg)
     if comm.is_main_process() and results:
         verify_results(cfg.TEST.EXPECTED_RESULTS, next(iter(results.values())))
     return results

@@ -1,6 +1,5 @@
 """The HTML report: what it says, what it does without, and that nothing in it is taken for HTML."""
 
-import logging
 import os
 import re
 import sys
@@ -12,9 +11,8 @@ import torch
 from report_helpers import EVIL, full_report, make_run
 from script_helpers import assert_refused, script_output
 
-from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
-from plaintrain.report import after_training, datasets, detections, render, runs
+from plaintrain.report import datasets, detections, render, runs
 from plaintrain.report.build import SECTIONS, build_report
 from plaintrain.report.render import Cell, format_score, format_value, load_template
 from plaintrain.utils.errors import UserError
@@ -189,47 +187,10 @@ def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(t
     assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[2])
 
 
-@pytest.fixture
-def cfg(tmp_path):
-    """The config of a finished run."""
-    cfg = get_cfg()
-    cfg.OUTPUT_DIR = str(make_run(tmp_path / "run"))
-    return cfg
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """The folders that `build_report` was called for."""
-    folders = []
-    monkeypatch.setattr("plaintrain.report.build.build_report", lambda runs, output: folders.append(*runs))
-    return folders
-
-
-@pytest.mark.parametrize("why_not", ["", "off", "other rank", "stopped"])
-def test_a_training_has_its_report_when_it_has_finished(cfg, tmp_path, made, monkeypatch, log, why_not):
-    cfg.OUTPUT.REPORT = why_not != "off"
-    monkeypatch.setattr("plaintrain.utils.comm.is_main_process", lambda: why_not != "other rank")
-    if why_not == "stopped":
-        (tmp_path / "run" / "last_checkpoint").write_text("model_0000099.pth")
-    after_training.make_report_if_wanted(cfg)
-    assert made == ([] if why_not else [cfg.OUTPUT_DIR]) and ("report.html" in log.text) == (not why_not)
-
-
-def test_a_training_does_not_fail_with_its_report(cfg, monkeypatch, log):
-    broken = Mock(side_effect=UserError("the disk is full"))
-    monkeypatch.setattr("plaintrain.report.build.build_report", broken)
-    after_training.make_report_if_wanted(cfg)
-    (record,) = [r for r in log.records if r.levelno == logging.WARNING]
-    assert "no report.html was made: UserError: the disk is full" in record.message
-
-
-def test_without_matplotlib_one_line_says_what_to_install(cfg, tmp_path, made, monkeypatch, log):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    after_training.make_report_if_wanted(cfg)
-    assert made == [] and 'pip install "plaintrain[plot]"' in log.text
+def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="needs matplotlib"):
-        build_report([cfg.OUTPUT_DIR], str(tmp_path / "report.html"))
+        build_report([str(make_run(tmp_path / "run"))], str(tmp_path / "report.html"))
 
 
 def test_busiest_classes_are_those_of_most_confusions(monkeypatch):

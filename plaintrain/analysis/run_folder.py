@@ -20,12 +20,12 @@ from plaintrain.config.yaml import parse_yaml
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.lock import alive
 from plaintrain.utils.reading import read_text
+from plaintrain.utils.run_files import read_results_file, recorded_starts
 
 # The tasks in the names of results: [DATASET/]TASK/METRIC.
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
 # Of a run on another machine, whose lock may not be seen here: how old its last line may be.
 _SILENT_SECONDS = 600
-FACTS_FILE, RESULTS_FILE = "run.json", "results.json"
 _OF_A_RUN = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "inference")
 
 RunState = namedtuple("RunState", "name iteration max_iter")
@@ -89,13 +89,6 @@ def _csv_rows(path):
                 yield {"iteration": int(row.pop("iteration")), **{n: float(v) for n, v in row.items() if v}}
 
 
-def _read_json(path):
-    """What a JSON file holds; None if there is none or it cannot be read, as while it is written."""
-    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as f:
-        return json.load(f)
-    return None
-
-
 def read_config(folder):
     """The config.yaml of a run as a cfg.
 
@@ -116,13 +109,6 @@ def read_config_tree(folder):
     with contextlib.suppress(OSError, ValueError):
         return parse_yaml(read_text(path), path)
     return {}
-
-
-def recorded_starts(folder):
-    """The `starts` of run.json (see `run_facts`), oldest first; [] where nothing is known of them."""
-    facts = _read_json(os.path.join(folder, FACTS_FILE))
-    starts = facts.get("starts") if isinstance(facts, dict) else None
-    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
 def read_starts(folder):
@@ -192,14 +178,6 @@ def read_results(folder, metrics=None):
             plain = {m: math.nan if v is None else v for m, v in scores.items()}
             results.setdefault(dataset, {})[task] = plain
     return results
-
-
-def read_results_file(folder):
-    """{dataset: {task: {metric: number or None}}} of a folder's results.json; {} without a whole one."""
-    content = _read_json(os.path.join(folder, RESULTS_FILE))
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
-        return {d: {t: dict(m) for t, m in tasks.items()} for d, tasks in content.items()}
-    return {}
 
 
 def run_state(folder, metrics=None):

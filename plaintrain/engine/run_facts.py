@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import plaintrain
-from plaintrain.analysis.run_folder import FACTS_FILE, recorded_starts
 from plaintrain.checkpoint.resume_check import config_changes
 from plaintrain.config import get_cfg
 from plaintrain.config.yaml import load_chain
@@ -16,6 +15,7 @@ from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
+from plaintrain.utils.run_files import FACTS_FILE, recorded_starts
 
 # For git in a large folder on a slow disk; a run can do without what it says.
 _GIT_SECONDS = 5

@@ -4,11 +4,11 @@ import logging
 import math
 import os
 
-from plaintrain.analysis.run_folder import RESULTS_FILE, read_results_file
 from plaintrain.evaluation.evaluator import format_table, print_csv_format
 from plaintrain.evaluation.predictions import write_results
 from plaintrain.utils import comm
 from plaintrain.utils.logger import paint_changes
+from plaintrain.utils.run_files import RESULTS_FILE, read_results_file
 
 logger = logging.getLogger(__name__)
 
