@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from plaintrain import data, engine, evaluation, modeling, solver
 from plaintrain.checkpoint.training_checkpointer import build_checkpointer
 from plaintrain.data.datasets.shapes import CLASSES, load_shapes
-from plaintrain.report.after_training import make_report_if_wanted
+from plaintrain.engine.run_report import write_report
 from plaintrain.utils import comm
 from plaintrain.utils.events import EventStorage, closing_all, every, write_all
 
@@ -112,7 +112,7 @@ def main(args):
     model = modeling.build_model(cfg)
     add_presence_loss(model)
     do_train(cfg, engine.create_ddp_model(model), args.resume)
-    make_report_if_wanted(cfg)
+    write_report(cfg)
 
 
 if __name__ == "__main__":
