@@ -5,7 +5,7 @@ import argparse
 from plaintrain import data, engine, modeling, solver
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.evaluation import build_evaluator, flatten_results, inference_on_dataset
-from plaintrain.utils.events import EventStorage, closing_all, every, write_all
+from plaintrain.utils.events import EventStorage, closing_all, write_all
 
 
 def do_test(cfg, model):
@@ -41,11 +41,11 @@ def main(args):
             storage.put_scalars(total_loss=total_loss, lr=scheduler.get_last_lr()[0], **loss_dict)
             scheduler.step()
             is_last = iteration == cfg.SOLVER.MAX_ITER - 1
-            if is_last or every(cfg.TEST.EVAL_PERIOD, iteration):
+            if is_last or solver.every(cfg.TEST.EVAL_PERIOD, iteration):
                 storage.put_scalars(**do_test(cfg, model), smoothing_hint=False)
-            if is_last or every(cfg.LOG_PERIOD, iteration):
+            if is_last or solver.every(cfg.LOG_PERIOD, iteration):
                 write_all(writers)
-            if is_last or every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration):
+            if is_last or solver.every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration):
                 storage.raise_if_nonfinite(data_loader.image_names)
                 checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
 

@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from plaintrain import data, engine, evaluation, modeling, solver
-from plaintrain.checkpoint.training_checkpointer import build_checkpointer
+from plaintrain.checkpoint import build_checkpointer
 from plaintrain.data.datasets.shapes import CLASSES, load_shapes
 from plaintrain.engine.run_report import write_report
 from plaintrain.utils import comm
-from plaintrain.utils.events import EventStorage, closing_all, every, write_all
+from plaintrain.utils.events import EventStorage, closing_all, write_all
 
 
 def load_crowded(split):
@@ -93,11 +93,11 @@ def do_train(cfg, model, resume):
             storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
             scheduler.step()
             is_last = iteration == cfg.SOLVER.MAX_ITER - 1
-            if is_last or every(cfg.TEST.EVAL_PERIOD, iteration):
+            if is_last or solver.every(cfg.TEST.EVAL_PERIOD, iteration):
                 storage.put_scalars(**do_test(cfg, model), smoothing_hint=False)
-            if is_last or every(cfg.LOG_PERIOD, iteration):
+            if is_last or solver.every(cfg.LOG_PERIOD, iteration):
                 write_all(writers)
-            if is_last or every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration):
+            if is_last or solver.every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration):
                 storage.raise_if_nonfinite(data_loader.image_names)  # device sync
                 checkpointer.save_iteration(iteration)
         checkpointer.save_final()

@@ -17,8 +17,7 @@ if __name__ == "__main__":
     # Parsed here, so that --help does not wait for the imports of torch below.
     args = default_argument_parser(epilog=__doc__).parse_args()
 
-from plaintrain import data, engine, evaluation, modeling, solver
-from plaintrain.checkpoint import training_checkpointer
+from plaintrain import checkpoint, data, engine, evaluation, modeling, solver
 from plaintrain.engine.dry_run import finish_dry_run
 from plaintrain.engine.early_stopping import EarlyStopping
 from plaintrain.engine.nonfinite import build_nonfinite_guard
@@ -90,7 +89,7 @@ def do_train(cfg, model, resume=False):
 
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler, "ema": ema}
     states |= {"data_loader": data_loader, "nonfinite": nonfinite, "early_stopping": early_stopping}
-    checkpointer = training_checkpointer.build_checkpointer(cfg, model, storage=storage, **states)
+    checkpointer = checkpoint.build_checkpointer(cfg, model, storage=storage, **states)
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
     iters_per_epoch = data_loader.iters_per_epoch
     logger.info(f"starting training from iteration {start_iter}, {iters_per_epoch} an epoch")
@@ -148,7 +147,7 @@ def main(args):
     model = modeling.build_model(cfg)
     logger.info(f"model:\n{model}")
     if args.eval_only:
-        training_checkpointer.load_for_evaluation(cfg, model, resume=args.resume)
+        checkpoint.load_for_evaluation(cfg, model, resume=args.resume)
         results = do_test(cfg, model)
     else:
         results = do_train(cfg, engine.create_ddp_model(model), resume=args.resume)

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     # Parsed here, so that --help does not wait for the imports of torch below.
     args = default_argument_parser(epilog=__doc__).parse_args()
 
-from plaintrain.checkpoint.training_checkpointer import build_checkpointer, load_for_evaluation
+from plaintrain.checkpoint import build_checkpointer, load_for_evaluation
 from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_test_loader, build_detection_train_loader
 from plaintrain.engine import build_writers, create_ddp_model, default_setup, launch, require_default
@@ -37,11 +37,10 @@ from plaintrain.evaluation import (
     verify_results,
 )
 from plaintrain.modeling import build_model, build_tta
-from plaintrain.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
+from plaintrain.solver import Due, build_gradient_clipper, build_lr_scheduler, build_optimizer, every
 from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 from plaintrain.solver.amp import build_amp, build_test_autocast
 from plaintrain.solver.ema import build_ema
-from plaintrain.solver.schedule import Due, every
 from plaintrain.utils import comm
 from plaintrain.utils.events import EventStorage, closing_all, get_event_storage, write_all
 from plaintrain.utils.memory import peak_memory

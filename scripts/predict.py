@@ -45,9 +45,8 @@ from plaintrain.data.datasets.write import relative_names, write_coco
 from plaintrain.data.image_files import list_images
 from plaintrain.data.images import read_image
 from plaintrain.engine.launch import launch
-from plaintrain.masks import encode_masks
 from plaintrain.predict import Predictor
-from plaintrain.structures import BoxMode
+from plaintrain.structures import BoxMode, encode_masks
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import writing
 from plaintrain.utils.logger import progress, setup_logger

@@ -30,7 +30,7 @@ if __name__ == "__main__":
     )
     args = parser.parse_args()
 
-from plaintrain.checkpoint.training_checkpointer import load_for_evaluation
+from plaintrain.checkpoint import load_for_evaluation
 from plaintrain.engine import default_setup, launch, load_cfg
 from plaintrain.engine.testing import do_test
 from plaintrain.evaluation import build_evaluator, read_predictions, report_results, verify_results

@@ -263,9 +263,6 @@ MUTATIONS = {
         ('job.get("first_rank", 0) + local_rank', "local_rank"),
         ("code = 128 + received[0] if received else 1", "code = 1"),
     ],
-    "plaintrain/masks.py": [
-        ("(side, side), aligned=aligned)", "(side, side), aligned=False)"),
-    ],
     "plaintrain/modeling/backbones.py": [
         ("for stage in stages[:freeze_at]:", "for stage in stages[: max(0, freeze_at - 1)]:"),
         ("stage[0].conv2.stride = (2, 2), (1, 1)", "stage[0].conv2.stride = (1, 1), (2, 2)"),
@@ -372,21 +369,24 @@ MUTATIONS = {
     "plaintrain/analysis/run_log.py": [
         ('re.sub(r"\\d+(\\.\\d+)?", "#", record.text)', "record.text"),
     ],
-    "plaintrain/engine/scaling.py": [
+    "plaintrain/solver/schedule.py": [
         ('for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"):', 'for key in ("SOLVER.BASE_LR",):'),
         ("max(round(count * factor), 1) if count > 0 else count", "round(count * factor)"),
         ('    "TEST.EVAL_START",\n', ""),
     ],
-    "plaintrain/solver/optimizer.py": [
+    "plaintrain/solver/lr_scheduler.py": [
         ("schedule(0.0 if rescale else warmup)", "schedule(0.0)"),
         ("bisect.bisect_right(steps, round(", "bisect.bisect_left(steps, round("),
         ("        self._set_momentum(self.base_momentum)\n", ""),
-        ("    nn.GroupNorm,\n", ""),
+    ],
+    "plaintrain/solver/optimizer.py": [("    nn.GroupNorm,\n", "")],
+    "plaintrain/solver/grad_clip.py": [
         ("clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0", "clip.CLIP_VALUE, 2.0"),
     ],
     "plaintrain/structures.py": [
         ("return coco_mask.merge(parts)", "return parts[0]"),
         ("len(polygon) >= 6", "len(polygon) >= 4"),
+        ("(side, side), aligned=aligned)", "(side, side), aligned=False)"),
     ],
     "plaintrain/engine/dry_run.py": [
         ("not abs(a - b) < 0.1", "abs(a - b) >= 0.1"),
@@ -445,6 +445,7 @@ MUTATIONS = {
     "plaintrain/utils/files.py": [
         ("                os.fsync(f.fileno())\n", ""),
         ("            os.unlink(temporary)\n", "            pass\n"),
+        ('os.path.join(os.path.abspath(folder), "")', "os.path.abspath(folder)"),
     ],
     "plaintrain/utils/heartbeat.py": [
         ("return _Pulse.limit + _Pulse.extra", "return _Pulse.limit"),
@@ -457,9 +458,6 @@ MUTATIONS = {
     ],
     "plaintrain/utils/memory.py": [
         ('(2**20 if sys.platform == "darwin" else 2**10)', "2**20"),
-    ],
-    "plaintrain/utils/reading.py": [
-        ('os.path.join(os.path.abspath(folder), "")', "os.path.abspath(folder)"),
     ],
     "plaintrain/checkpoint/state.py": [
         ("            group.update(options)\n", "            pass\n"),
@@ -563,7 +561,7 @@ PLANTED = {
                 ("iteration + 1), iteration=iteration + 1)\n        self._has"),
             ),
         ],
-        "plaintrain/solver/optimizer.py": [
+        "plaintrain/solver/lr_scheduler.py": [
             ('self.last_epoch = state_dict["last_epoch"]', 'self.last_epoch = state_dict["last_epoch"] + 1'),
             (("(self.base_momentum)\n        self._apply()"), "(self.base_momentum)"),
         ],

@@ -37,9 +37,8 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import sigmoid_focal_loss
 
 from plaintrain.modeling import matching
-from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerator
+from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerator, DefaultAnchorGenerator
 from plaintrain.modeling.backbones import build_backbone
-from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 from plaintrain.modeling.fcos import assign_centres
 from plaintrain.modeling.losses import focal_loss
 from plaintrain.modeling.matching import pad_targets

@@ -4,10 +4,9 @@ import pytest
 import torch
 from model_helpers import RESNET18, SMALL_HEAD, TINY, build, make_cfg, make_sample
 
-from plaintrain.modeling.anchors import CachedAnchorGenerator
+from plaintrain.modeling.anchors import CachedAnchorGenerator, DefaultAnchorGenerator
 from plaintrain.modeling.backbones import build_backbone
 from plaintrain.modeling.detector import Preprocess, build_anchor_generator, prior_bias, to_original_size
-from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
 
 
 def plain_image(values, height, width):

@@ -11,7 +11,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from plaintrain.checkpoint.detectron2 import anchor_counts, from_detectron2, is_detectron2, to_detectron2
 from plaintrain.checkpoint.pretrained import load_weights
-from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
+from plaintrain.modeling.anchors import DefaultAnchorGenerator
 from plaintrain.utils.errors import UserError
 
 RCNN = (

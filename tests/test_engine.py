@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from plaintrain import engine
 from plaintrain.checkpoint import DetectionCheckpointer
-from plaintrain.checkpoint.rng import load_rng_states, rng_states
+from plaintrain.checkpoint.state import load_rng_states, rng_states
 from plaintrain.config import get_cfg, get_value
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.engine.dry_run import finish_dry_run
@@ -29,7 +29,7 @@ from plaintrain.utils import comm
 from plaintrain.utils.env import seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter
-from plaintrain.utils.logger import paint_changes, progress, progress_range, setup_logger
+from plaintrain.utils.logger import progress, progress_range, setup_logger
 
 
 def make_weights():
@@ -481,11 +481,8 @@ def test_colors_are_for_a_terminal_only(tmp_path, monkeypatch):
         monkeypatch.setenv("NO_COLOR", no_color)
         logger = setup_logger(str(tmp_path))
         logger.warning("look %s", "here")
-        logger.info("+1.00 -2.00 - nan+1", extra={"colored": paint_changes("+1.00 -2.00 - nan+1")})
         text = sys.stdout.getvalue()
         assert ("look here\033[0m" in text) is (no_color == "")
-        assert ("\033[32m+1.00\033[0m \033[31m-2.00\033[0m - nan+1" in text) is (no_color == "")
-        assert no_color == "" or ("\033" not in text and "+1.00 -2.00" in text)
     assert "\033" not in (tmp_path / "log.txt").read_text()
 
 

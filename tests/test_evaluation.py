@@ -22,7 +22,7 @@ from plaintrain.evaluation import (
     verify_results,
 )
 from plaintrain.evaluation import evaluator as loop
-from plaintrain.masks import BoxMasks, encode_masks
+from plaintrain.structures import BoxMasks, encode_masks
 from plaintrain.utils.errors import UserError
 
 A, B, FAR = [0, 0, 20, 20], [10, 10, 50, 50], [60, 60, 90, 90]

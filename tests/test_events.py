@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import itertools
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import torch
 from run_files import read_csv, read_events, read_values, tensorboard_values
 from tensorboardX.proto.event_pb2 import SessionLog
 
+from plaintrain.solver import every
 from plaintrain.utils import events
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import (
@@ -26,7 +26,6 @@ from plaintrain.utils.events import (
     JSONWriter,
     TensorboardXWriter,
     closing_all,
-    every,
     get_event_storage,
 )
 from plaintrain.utils.storage import HistoryBuffer
@@ -64,12 +63,6 @@ def read_json_lines(path):
 
 
 # ---- storage ---------------------------------------------------------------------------------
-
-
-def test_every_is_true_after_start_and_each_period_of_finished_iterations():
-    for period, start in itertools.product((0, 1, 2, 3, 7, 20), (0, 1, 2, 3, 5, 11)):
-        expected = [n - 1 for n in range(1, 23) if period and n >= start and (n - start) % period == 0]
-        assert [i for i in range(-1, 22) if every(period, i, start=start)] == expected
 
 
 def test_storage_keeps_numbers_and_tensors_with_their_iteration():

@@ -20,7 +20,7 @@ from plaintrain.export import export
 from plaintrain.export.check import check_exported, differences, open_exported
 from plaintrain.export.export import describe, is_fixed, score_limit, trace, write_onnx, write_torch
 from plaintrain.export.graph import DetectionGraph
-from plaintrain.masks import BoxMasks
+from plaintrain.structures import BoxMasks
 from plaintrain.utils.errors import UserError
 
 PREDICT = ROOT / "examples" / "predict_exported.py"

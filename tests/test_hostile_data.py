@@ -10,8 +10,9 @@ from PIL import Image
 
 from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.data.datasets.coco import load_coco_json
+from plaintrain.data.datasets.folder import load_images
 from plaintrain.data.datasets.yolo import load_yolo
-from plaintrain.data.image_files import image_header, load_images
+from plaintrain.data.image_files import image_header
 from plaintrain.data.images import read_image
 from plaintrain.data.records import get_detection_dataset_dicts
 from plaintrain.evaluation.predictions import read_predictions

@@ -21,7 +21,7 @@ from plaintrain.evaluation import (
 )
 from plaintrain.evaluation.detections import Detections
 from plaintrain.evaluation.predictions import detections_of_image, read_detections
-from plaintrain.masks import encode_masks
+from plaintrain.structures import encode_masks
 from plaintrain.utils.errors import UserError
 
 FILE = "coco_instances_results.json"

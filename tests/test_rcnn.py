@@ -35,10 +35,10 @@ from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from plaintrain.export.export import describe
-from plaintrain.masks import sample_masks
 from plaintrain.modeling import matching, roi_heads, rpn
 from plaintrain.modeling.box_loss import BoxLoss, box_losses
 from plaintrain.modeling.tta import DetectorWithTTA
+from plaintrain.structures import sample_masks
 
 LOSSES = {
     "loss_cls": "loss_classifier",

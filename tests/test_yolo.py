@@ -4,8 +4,9 @@ import pytest
 from hostile_helpers import rejected
 from PIL import Image
 
+from plaintrain.data.datasets.folder import load_images
 from plaintrain.data.datasets.yolo import label_file, load_yolo
-from plaintrain.data.image_files import image_header, load_images
+from plaintrain.data.image_files import image_header
 from plaintrain.structures import BoxMode
 
 

@@ -53,9 +53,9 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
           "0.50": [101], "0.75": [101]}]}}: the precision at a recall, by IoU
         - `errors`: {bbox and segm: {`AP`, `costs`, `false_positives`, `false_negatives` (see `ap_cost`),
           and above the score threshold `detections`: {kind: count}, `objects`: {state: count}, `classes`:
-          [{`name`, and counts of both}]}}; of `KINDS` and `STATES` in `evaluation.errors`
+          [{`name`, and counts of both}]}}; of `KINDS` and `STATES` in `analysis.errors`
         - `thresholds`, `calibration`, `confusion`, `breakdown`, `gallery`: of boxes, see `best_thresholds`,
-          `calibration`, `confusion`, `object_breakdown` and `best_and_worst` in `evaluation.breakdown`
+          `calibration`, `confusion`, `object_breakdown` and `best_and_worst` in `analysis.breakdown`
 
     Raises:
         UserError: what `read_predictions` and `COCOEvaluator` refuse.

@@ -105,7 +105,7 @@ def errors_of(dataset_name, found, iou_threshold=0.5, score_threshold=0.0, task=
 
     Args:
         dataset_name: a registered dataset.
-        found: `Detections` (`evaluation.instances`), such as those of `read_detections`.
+        found: `Detections` (`evaluation.detections`), such as those of `read_detections`.
         iou_threshold: IoU that a correct detection has at least.
         score_threshold: detections below it are left out.
         task: whose IoU counts, "bbox" or "segm".

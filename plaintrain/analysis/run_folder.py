@@ -18,8 +18,8 @@ from plaintrain.analysis.run_log import opened, read_log
 from plaintrain.config import get_cfg
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.files import read_text
 from plaintrain.utils.lock import alive
-from plaintrain.utils.reading import read_text
 from plaintrain.utils.run_files import read_results_file, recorded_starts
 
 # The tasks in the names of results: [DATASET/]TASK/METRIC.
@@ -112,7 +112,7 @@ def read_config_tree(folder):
 
 
 def read_starts(folder):
-    """How the run was started, and resumed: the `starts` of run.json (`run_facts`); without it from log.txt.
+    """How the run was started and resumed: the `starts` of run.json (`engine.run_facts`), else from log.txt.
 
     From the log there are only `command` (one string in a list), `started` (as the log has it),
     `environment` and `world_size`.

@@ -6,7 +6,7 @@ import re
 from collections import namedtuple
 
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.reading import reason
+from plaintrain.utils.files import reason
 
 _LINE = re.compile(r"\[(\d\d/\d\d \d\d:\d\d:\d\d) ([\w.]+)\] ([A-Z]+): (.*)")
 _LOG_FILE = re.compile(r"log\.txt(\.rank\d+)?")

@@ -2,5 +2,6 @@
 
 from plaintrain.checkpoint.checkpointer import DetectionCheckpointer
 from plaintrain.checkpoint.periodic import PeriodicCheckpointer
+from plaintrain.checkpoint.training_checkpointer import build_checkpointer, load_for_evaluation
 
-__all__ = ["DetectionCheckpointer", "PeriodicCheckpointer"]
+__all__ = ["DetectionCheckpointer", "PeriodicCheckpointer", "build_checkpointer", "load_for_evaluation"]

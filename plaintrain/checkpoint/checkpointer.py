@@ -5,7 +5,9 @@ import os
 
 from plaintrain.checkpoint.async_writer import Background, HostCopy
 from plaintrain.checkpoint.files import (
+    check_same,
     checkpoint_files,
+    from_rank_0,
     link_checkpoint,
     prune_checkpoints,
     read_checkpoint,
@@ -16,14 +18,14 @@ from plaintrain.checkpoint.files import (
 )
 from plaintrain.checkpoint.periodic import PeriodicCheckpointer, checkpoint_name
 from plaintrain.checkpoint.pretrained import averaged_state, fetch_weights, load_weights
-from plaintrain.checkpoint.rng import load_rng_states, rng_states
-from plaintrain.checkpoint.shared_files import check_same, from_rank_0
 from plaintrain.checkpoint.state import (
     average_norm_buffers,
     convert_older_states,
     gather_norm_buffers,
+    load_rng_states,
     load_state,
     plain,
+    rng_states,
     take_norm_buffers,
 )
 from plaintrain.utils import comm

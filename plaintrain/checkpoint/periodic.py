@@ -1,6 +1,6 @@
 """When a run saves, and under which names."""
 
-from plaintrain.utils.storage import every
+from plaintrain.solver.schedule import every
 
 
 def checkpoint_name(iteration):

@@ -19,7 +19,7 @@ from plaintrain.checkpoint.classes import select_classes
 from plaintrain.checkpoint.torchvision import match_names, strip_wrappers, translate
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError, first_line, nearest
-from plaintrain.utils.reading import check_file, check_stored
+from plaintrain.utils.files import check_file, check_stored
 
 logger = logging.getLogger(__name__)
 

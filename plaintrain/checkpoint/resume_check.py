@@ -3,6 +3,7 @@
 import logging
 
 from plaintrain.checkpoint.files import DamagedCheckpointError, read_last
+from plaintrain.config.diff import config_changes
 from plaintrain.config.yaml import flatten, parse_yaml
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
@@ -17,13 +18,6 @@ _NO_EFFECT = {"MODEL.WEIGHTS": "none: the checkpoint's weights are taken"}
 _REFUSED = ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "SOLVER.OPTIMIZER")
 # The counts of a run in epochs would mean other iterations than those that are done.
 _COUNTED = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_IMS_PER_BATCH")
-
-
-def config_changes(before, now):
-    """[(key, value before, value now)] of two configs, given as YAML texts; a missing value is "-"."""
-    before, now = flatten(parse_yaml(before, "the saved config")), flatten(parse_yaml(now, "the config"))
-    keys = sorted(before.keys() | now.keys())
-    return [(k, before.get(k, "-"), now.get(k, "-")) for k in keys if before.get(k, "-") != now.get(k, "-")]
 
 
 def check_changes(folder, config, class_names, model):

@@ -7,9 +7,9 @@ from plaintrain.checkpoint.files import delete_checkpoint
 from plaintrain.checkpoint.periodic import checkpoint_name
 from plaintrain.data.catalog import get_class_names
 from plaintrain.solver.ema import final_model
+from plaintrain.solver.schedule import every
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.stop import Stopped
-from plaintrain.utils.storage import every
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import os
 import yaml
 
 from plaintrain.utils.errors import ConfigError
-from plaintrain.utils.reading import MAX_BYTES, read_text, reason
+from plaintrain.utils.files import MAX_BYTES, read_text, reason
 
 BASE_KEY = "_BASE_"
 # Values of a YAML text with its aliases written out, sections in sections, files that a file builds on.

@@ -16,7 +16,7 @@ from plaintrain.data import columns
 from plaintrain.data.columns import RecordColumns, to_columns
 from plaintrain.data.datasets import coco_mistakes
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.utils.reading import check_file, check_stored, reason
+from plaintrain.utils.files import check_file, check_stored, reason
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from plaintrain.structures import BoxMode, make_record
-from plaintrain.utils.reading import is_below
+from plaintrain.utils.files import is_below
 
 _XYWH = BoxMode.XYWH_ABS
 # What is kept as JSON; polygons only where they are none.

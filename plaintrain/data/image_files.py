@@ -1,15 +1,14 @@
-"""A folder of images -> records without annotations, for prediction."""
+"""Image files: finding them, opening them, their size."""
 
 import errno
 import os
 import struct
-from pathlib import Path
 
 from PIL import ExifTags, Image
 
 from plaintrain.structures import make_record
 from plaintrain.utils.errors import DataError, UserError, refuse
-from plaintrain.utils.reading import check_file, reason
+from plaintrain.utils.files import check_file, reason
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
@@ -86,25 +85,3 @@ def image_record(file_name, image_id, problems=None):
     except DataError as e:
         return refuse(problems, e)
     return make_record(file_name, image_id, height, width)
-
-
-def load_images(root, classes=None, problems=None):
-    """Describe every image in a folder and below it.
-
-    Args:
-        root: the folder.
-        classes: the names of a model's classes, or None.
-        problems: None, or a list that takes unreadable images instead of an error.
-
-    Returns:
-        (records, metadata): image ids are the paths from `root` on.
-
-    Raises:
-        UserError: no folder, no image, or one that cannot be read.
-    """
-    records = []
-    for path in list_images(root):
-        record = image_record(path, Path(path).relative_to(root).as_posix(), problems)
-        if record:
-            records.append(record)
-    return records, {"thing_classes": list(classes)} if classes else {}

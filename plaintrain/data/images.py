@@ -12,7 +12,7 @@ from plaintrain.data.datasets import shapes
 from plaintrain.data.image_files import BROKEN_IMAGE, image_header, open_image
 from plaintrain.structures import are_numbers
 from plaintrain.utils.errors import DataError, UserError
-from plaintrain.utils.reading import reason
+from plaintrain.utils.files import reason
 
 logger = logging.getLogger(__name__)
 

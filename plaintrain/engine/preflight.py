@@ -20,7 +20,7 @@ from plaintrain.evaluation.coco_backend import oks_sigmas
 from plaintrain.evaluation.detections import ground_truth
 from plaintrain.modeling.build import build_model, get_device, num_classes_key
 from plaintrain.solver.amp import build_autocast
-from plaintrain.solver.optimizer import lr_factor, momentum_at
+from plaintrain.solver.lr_scheduler import lr_factor, momentum_at
 from plaintrain.solver.schedule import check_workflow
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import WRITERS

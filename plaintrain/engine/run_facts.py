@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import plaintrain
-from plaintrain.checkpoint.resume_check import config_changes
 from plaintrain.config import get_cfg
+from plaintrain.config.diff import config_changes
 from plaintrain.config.yaml import load_chain
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info

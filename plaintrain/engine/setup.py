@@ -19,7 +19,7 @@ from plaintrain.engine.dry_run import overfit_on, shorten_to_dry_run
 from plaintrain.engine.launch import create_ddp_model, launch
 from plaintrain.engine.preflight import build_meta_model, check_before_training, settle_num_classes
 from plaintrain.engine.run_facts import write_run_facts
-from plaintrain.engine.scaling import settle_schedule
+from plaintrain.solver.schedule import settle_schedule
 from plaintrain.utils import comm
 from plaintrain.utils.arguments import default_argument_parser
 from plaintrain.utils.env import collect_env_info, seed_all_rng
@@ -78,7 +78,7 @@ def default_setup(cfg, args):
     """Prepare a run, and check all that can be checked before it starts.
 
     Registers DATASETS.DECLARE, draws SEED if it is -1, takes the number of classes from the
-    dataset, brings the schedule to this run (`plaintrain.engine.scaling`) and checks the rest; only then
+    dataset, brings the schedule to this run (`plaintrain.solver.schedule`) and checks the rest; only then
     makes OUTPUT_DIR (moving an earlier run's files to `old-N` unless resuming or evaluating), starts the
     log, reports the environment, writes `config.yaml` and `run.json` and seeds all generators.
 

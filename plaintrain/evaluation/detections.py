@@ -10,7 +10,7 @@ import torch
 from plaintrain.data.catalog import DatasetCatalog, class_names
 from plaintrain.data.records import check_annotation
 from plaintrain.evaluation.evaluator import DatasetEvaluator
-from plaintrain.masks import BoxMasks, encode_masks
+from plaintrain.structures import BoxMasks, encode_masks
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 

@@ -7,7 +7,6 @@ import os
 from plaintrain.evaluation.evaluator import format_table, print_csv_format
 from plaintrain.evaluation.predictions import write_results
 from plaintrain.utils import comm
-from plaintrain.utils.logger import paint_changes
 from plaintrain.utils.run_files import RESULTS_FILE, read_results_file
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ def report_results(dataset_name, results, folder):
     table = results_table(results, before)
     since = ", and the change since the last evaluation" if before else ""
     text = f"results on {dataset_name}{since}:\n{table}"
-    logger.info(text, extra={"colored": paint_changes(text)})
+    logger.info(text)
     print_csv_format(results)
     write_results(os.path.join(folder, RESULTS_FILE), {dataset_name: results})
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
-from plaintrain.masks import BoxMasks
-from plaintrain.modeling.anchors import CachedAnchorGenerator
-from plaintrain.modeling.detectron2 import DefaultAnchorGenerator
+from plaintrain.modeling.anchors import CachedAnchorGenerator, DefaultAnchorGenerator
+from plaintrain.modeling.matching import pad_targets
+from plaintrain.structures import BoxMasks
 from plaintrain.utils.errors import UserError
 
 
@@ -137,7 +137,7 @@ class OnSamples:
     Attributes:
         label_offset: 1 where torchvision's label 0 is the background.
         pastes_masks: False leaves masks as `BoxMasks`, for whoever pastes or encodes them elsewhere.
-        masks_aligned: how masks lie in their boxes; see `plaintrain.masks`.
+        masks_aligned: how masks lie in their boxes; see `plaintrain.structures`.
     """
 
     label_offset = 0
@@ -160,6 +160,27 @@ class OnSamples:
         return to_original_size(detections, samples, self.label_offset, *masks)
 
 
+class DenseOnSamples(OnSamples):
+    """Lets a one-stage detector of torchvision take samples, and trains it without its sync points.
+
+    A subclass computes the losses in `_losses`: from the head's outputs, the anchors `[N, 4]`, how many
+    locations each level has, and boxes and labels as of `pad_targets`.
+    """
+
+    def forward(self, samples):
+        """See `OnSamples.forward`."""
+        if not self.training:
+            return super().forward(samples)
+        check_boxes(samples)
+        images, _ = self.transform([sample["image"] for sample in samples])
+        boxes, labels = pad_targets(get_targets(samples, images.tensors.device))
+        features = list(self.backbone(images.tensors).values())
+        outputs = self.head(features)
+        anchors = self.anchor_generator(images, features)[0]
+        levels = [feature.shape[-2] * feature.shape[-1] for feature in features]
+        return self._losses(outputs, anchors, levels, boxes, labels)
+
+
 def to_original_size(detections, samples, label_offset=0, paste=True, aligned=True):
     """Bring detections from each sample's image to its original `height` and `width`.
 
@@ -170,7 +191,7 @@ def to_original_size(detections, samples, label_offset=0, paste=True, aligned=Tr
         samples: the samples they were made from.
         label_offset: what to take off the labels, so that they count from 0.
         paste: make masks of the image's pixels; otherwise they are `BoxMasks`.
-        aligned: how masks lie in their boxes; see `plaintrain.masks`.
+        aligned: how masks lie in their boxes; see `plaintrain.structures`.
 
     Returns:
         The list, in the original images' pixels: labels 0 to K-1, masks bool `[N, height, width]`,

@@ -8,8 +8,7 @@ from torchvision.models.detection import FCOS as _FCOS
 from torchvision.models.detection.fcos import FCOSHead
 
 from plaintrain.modeling.backbones import build_backbone
-from plaintrain.modeling.dense import DenseOnSamples
-from plaintrain.modeling.detector import build_anchor_generator, build_preprocess, prior_bias
+from plaintrain.modeling.detector import DenseOnSamples, build_anchor_generator, build_preprocess, prior_bias
 from plaintrain.modeling.float32 import keep_float32
 from plaintrain.modeling.losses import focal_loss, giou_loss
 from plaintrain.modeling.matching import in_parts, take

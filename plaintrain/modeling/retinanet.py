@@ -10,8 +10,13 @@ from torchvision.ops import clip_boxes_to_image
 
 from plaintrain.modeling.backbones import build_backbone, get_norm
 from plaintrain.modeling.box_loss import BoxLoss, box_losses
-from plaintrain.modeling.dense import DenseOnSamples
-from plaintrain.modeling.detector import build_anchor_generator, build_preprocess, get_thresholds, prior_bias
+from plaintrain.modeling.detector import (
+    DenseOnSamples,
+    build_anchor_generator,
+    build_preprocess,
+    get_thresholds,
+    prior_bias,
+)
 from plaintrain.modeling.float32 import keep_float32
 from plaintrain.modeling.losses import focal_loss
 from plaintrain.modeling.matching import match, take

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss
 
-from plaintrain.masks import sample_masks
 from plaintrain.modeling.box_loss import BoxLoss, box_losses
 from plaintrain.modeling.matching import match, pad_targets, sample, take
 from plaintrain.modeling.postprocess import detect_in_rois
+from plaintrain.structures import sample_masks
 
 # The label of padding, which cross entropy leaves out.
 _IGNORED = -100
@@ -18,7 +18,7 @@ class BatchedRoIHeads(RoIHeads):
 
     Attributes:
         box_loss: the `BoxLoss`.
-        masks_aligned: how masks lie in their boxes; see `plaintrain.masks`.
+        masks_aligned: how masks lie in their boxes; see `plaintrain.structures`.
     """
 
     box_loss, masks_aligned = BoxLoss(), True

@@ -15,8 +15,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from plaintrain.modeling.anchors import CachedBoxGenerator
 from plaintrain.modeling.backbones import build_backbone, get_tiny_norm
 from plaintrain.modeling.box_loss import BoxLoss, box_losses
-from plaintrain.modeling.dense import DenseOnSamples
-from plaintrain.modeling.detector import build_preprocess
+from plaintrain.modeling.detector import DenseOnSamples, build_preprocess
 from plaintrain.modeling.float32 import keep_float32
 from plaintrain.modeling.matching import match, take
 from plaintrain.modeling.postprocess import detect_from_anchors

@@ -7,8 +7,8 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 from plaintrain.config import get_value
-from plaintrain.masks import BoxMasks
 from plaintrain.modeling.rcnn import GeneralizedRCNN
+from plaintrain.structures import BoxMasks
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 

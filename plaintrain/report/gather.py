@@ -24,7 +24,7 @@ class RunFacts:
         test_sets: names.
         unreadable: {dataset: why its declaration cannot be used here}.
         problems: {test set: why there is no analysis of it}.
-        analyses: {test set: what `evaluation.analysis.analyze` gives}, of those that could be analysed.
+        analyses: {test set: what `analysis.analyze.analyze` gives}, of those that could be analysed.
         detections: {test set: the `Detections` of its predictions}, of the same.
     """
 

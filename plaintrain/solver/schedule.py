@@ -1,13 +1,38 @@
-"""When something is due: what follows an iteration, and the order of training and validation epochs."""
+"""Periods and schedules: what is due after an iteration, order of epochs, scaling to batch and processes."""
 
+import logging
 from typing import NamedTuple
 
+from plaintrain.config import get_value, set_value
+from plaintrain.solver.lr_scheduler import momentum_at
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.storage import every
 
-__all__ = ["Due", "check_workflow", "every", "validates_after", "workflow_epochs"]
+logger = logging.getLogger(__name__)
 
 _MODES = ("train", "val")
+_MOMENTUM = "SOLVER.MOMENTUM_SCHEDULE"
+# Counts that SOLVER.BY_EPOCH counts in epochs.
+_PERIODS = (
+    "SOLVER.STEPS",
+    _MOMENTUM,
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+    "TEST.EVAL_START",
+    "TEST.VAL_LOSS_PERIOD",
+)
+_ITERATIONS = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS")
+
+
+def every(period, iteration, start=0):
+    """True after `period`, `2 * period`, ... finished iterations; never when period is 0.
+
+    Args:
+        period: number of iterations, >= 0.
+        iteration: the one being finished, counted from 0.
+        start: above 0, True after `start`, `start + period`, ... instead.
+    """
+    finished = iteration + 1 - start
+    return period > 0 and finished >= (0 if start else 1) and finished % period == 0
 
 
 class Due(NamedTuple):
@@ -72,3 +97,87 @@ def check_workflow(workflow):
             )
     if not any(mode == "train" for mode, _ in workflow):
         raise UserError(f"WORKFLOW is {workflow}, which never trains: add a train flow")
+
+
+def settle_schedule(cfg, num_workers, iters_per_epoch):
+    """Apply REFERENCE_WORLD_SIZE, REFERENCE_IMS_PER_BATCH, MAX_EPOCHS and BY_EPOCH, in place.
+
+    Afterwards all counts are iterations, and applying it again changes nothing. What has changed is
+    logged, before and after.
+
+    Args:
+        cfg: the config, frozen or not.
+        num_workers: processes of this job.
+        iters_per_epoch: function from the config to the iterations of a pass over the training images;
+            called only with SOLVER.MAX_EPOCHS.
+
+    Raises:
+        UserError: both references, epochs without their number, a batch that cannot be scaled, steps that are
+            no numbers, or points that are no schedule of momentum.
+    """
+    before, solver = cfg.clone(), cfg.SOLVER
+    for step in solver.STEPS:
+        if isinstance(step, bool) or not isinstance(step, int | float):
+            raise UserError(f"SOLVER.STEPS holds {step!r}, but must hold iterations")
+    if solver.BY_EPOCH and not solver.MAX_EPOCHS:
+        raise UserError("SOLVER.BY_EPOCH counts in epochs, but SOLVER.MAX_EPOCHS is 0: set their number")
+    _scale(cfg, num_workers)
+    if solver.MAX_EPOCHS > 0:
+        per_epoch = iters_per_epoch(cfg)
+        set_value(cfg, "SOLVER.MAX_ITER", solver.MAX_EPOCHS * per_epoch)
+        logger.info(f"an epoch has {per_epoch} iterations of {solver.IMS_PER_BATCH} images")
+        if solver.BY_EPOCH:
+            _multiply(cfg, _PERIODS, per_epoch)
+            set_value(cfg, "SOLVER.BY_EPOCH", False)
+    keys = ("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.BASE_LR_END", *_ITERATIONS, *_PERIODS)
+    changes = [(key, get_value(before, key), get_value(cfg, key)) for key in keys]
+    rows = [f"  {key}: {old} -> {new}" for key, old, new in changes if old != new]
+    if rows:
+        logger.info("the schedule for this run:\n" + "\n".join(rows))
+
+
+def _scale(cfg, num_workers):
+    solver = cfg.SOLVER
+    world, batch = solver.REFERENCE_WORLD_SIZE, solver.REFERENCE_IMS_PER_BATCH
+    # Negative numbers are refused where all values are looked at.
+    if world > 0 and world != num_workers:
+        if batch:
+            raise UserError(
+                "SOLVER.REFERENCE_WORLD_SIZE and SOLVER.REFERENCE_IMS_PER_BATCH would both scale the "
+                "schedule: set one of them to 0"
+            )
+        if solver.IMS_PER_BATCH % world:
+            raise UserError(
+                f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, which SOLVER.REFERENCE_WORLD_SIZE {world} "
+                "does not divide"
+            )
+        set_value(cfg, "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH // world * num_workers)
+        set_value(cfg, "SOLVER.REFERENCE_WORLD_SIZE", num_workers)
+        _scale_by(cfg, num_workers / world)
+    elif batch > 0 and 0 < solver.IMS_PER_BATCH != batch:
+        set_value(cfg, "SOLVER.REFERENCE_IMS_PER_BATCH", solver.IMS_PER_BATCH)
+        _scale_by(cfg, solver.IMS_PER_BATCH / batch)
+
+
+def _scale_by(cfg, factor):
+    """The linear rule (https://arxiv.org/abs/1706.02677): a larger batch, fewer and larger steps."""
+    for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"):
+        set_value(cfg, key, get_value(cfg, key) * factor)
+    # Epochs stay epochs.
+    _multiply(cfg, _ITERATIONS if cfg.SOLVER.BY_EPOCH else (*_ITERATIONS, *_PERIODS), 1 / factor)
+
+
+def _multiply(cfg, keys, factor):
+    def scaled(count):
+        # What is on stays on; a period of 0 means never, and a negative one is refused later.
+        return max(round(count * factor), 1) if count > 0 else count
+
+    for key in keys:
+        value = get_value(cfg, key)
+        if key == _MOMENTUM:
+            if value:
+                momentum_at(value, cfg.SOLVER.MOMENTUM_INTERPOLATION)
+            value = [[scaled(point[0]), *point[1:]] for point in value]
+        else:
+            value = [scaled(v) for v in value] if isinstance(value, tuple | list) else scaled(value)
+        set_value(cfg, key, value)

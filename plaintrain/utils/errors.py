@@ -55,7 +55,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A mistake in one image or annotation of a dataset; `kind` is a key of `data.checks.KINDS`."""
+    """A mistake in one image or annotation of a dataset; `kind` is a key of `data.validation.KINDS`."""
 
     def __init__(self, kind, message):
         super().__init__(message)

@@ -16,7 +16,7 @@ import time
 
 from plaintrain.utils.event_files import cut_event_files, encode_event, list_event_files
 from plaintrain.utils.files import atomic_write
-from plaintrain.utils.storage import EventStorage, every, get_event_storage
+from plaintrain.utils.storage import EventStorage, get_event_storage
 from plaintrain.utils.writer import EventWriter, FileWriter
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "EventWriter",
     "JSONWriter",
     "TensorboardXWriter",
-    "every",
     "get_event_storage",
 ]
 

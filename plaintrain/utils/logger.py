@@ -1,11 +1,9 @@
 """The console and file log of a run."""
 
 import contextlib
-import copy
 import datetime
 import logging
 import os
-import re
 import sys
 
 from tqdm import tqdm
@@ -19,7 +17,6 @@ _RESET = "\033[0m"
 _COLORS = {logging.ERROR: "\033[31m", logging.WARNING: "\033[33m"}
 # Without tqdm's own remaining time, which counts evaluations.
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
-_SIGNS = {"+": "\033[32m", "-": "\033[31m"}
 
 
 class _Console:
@@ -63,12 +60,9 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _ColorFormatter(logging.Formatter):
-    """Warnings yellow, errors red; a record's own `colored` text in the place of its message."""
+    """Warnings yellow, errors red."""
 
     def format(self, record):
-        if hasattr(record, "colored"):
-            record = copy.copy(record)
-            record.msg, record.args = record.colored, ()
         color = next((c for level, c in _COLORS.items() if record.levelno >= level), None)
         text = super().format(record)
         return f"{color}{text}{_RESET}" if color else text
@@ -77,11 +71,6 @@ class _ColorFormatter(logging.Formatter):
 def _has_color(stream):
     # https://no-color.org
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def paint_changes(text):
-    """The text with what begins with a plus sign in green and with a minus sign in red."""
-    return re.sub(r"(?<!\S)[+-]\d\S*", lambda m: f"{_SIGNS[m[0][0]]}{m[0]}{_RESET}", text)
 
 
 class _FileHandler(logging.FileHandler):

@@ -19,18 +19,6 @@ _MAX_IMAGES = 100
 _WINDOW_SIZE = 20
 
 
-def every(period, iteration, start=0):
-    """True after `period`, `2 * period`, ... finished iterations; never when period is 0.
-
-    Args:
-        period: number of iterations, >= 0.
-        iteration: the one being finished, counted from 0.
-        start: above 0, True after `start`, `start + period`, ... instead.
-    """
-    finished = iteration + 1 - start
-    return period > 0 and finished >= (0 if start else 1) and finished % period == 0
-
-
 def get_event_storage():
     """The innermost `EventStorage` whose `with` block is running."""
     if not _STORAGES:

@@ -4,10 +4,9 @@ import os
 
 import numpy as np
 
-from plaintrain.data import image_files as folder
 from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.data.datasets import coco, concat, shapes, voc, yolo
+from plaintrain.data.datasets import coco, concat, folder, shapes, voc, yolo
 from plaintrain.utils.errors import UserError, nearest
 
 

@@ -21,7 +21,7 @@ from plaintrain.data.image_files import is_too_large
 from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.structures import BoxMode, are_numbers, make_record, segmentation_mistake, segmentation_to_rle
 from plaintrain.utils.errors import DataError, UserError, refuse
-from plaintrain.utils.reading import is_below, read_text, reason
+from plaintrain.utils.files import is_below, read_text, reason
 
 _XYWH = BoxMode.XYWH_ABS
 

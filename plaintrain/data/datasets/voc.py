@@ -15,7 +15,7 @@ from plaintrain.data.catalog import select_classes
 from plaintrain.data.image_files import image_header, is_too_large
 from plaintrain.structures import BoxMode, make_record
 from plaintrain.utils.errors import DataError, UserError, refuse
-from plaintrain.utils.reading import MAX_BYTES, check_file, read_text, reason
+from plaintrain.utils.files import MAX_BYTES, check_file, read_text, reason
 
 # fmt: off
 VOC_CLASSES = [

@@ -16,7 +16,7 @@ from plaintrain.data.catalog import select_classes
 from plaintrain.data.image_files import image_record, list_images
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import DataError, UserError, refuse
-from plaintrain.utils.reading import MAX_BYTES, is_below, read_text, reason
+from plaintrain.utils.files import MAX_BYTES, is_below, read_text, reason
 
 logger = logging.getLogger(__name__)
 
