@@ -26,13 +26,9 @@ class BoxMode(IntEnum):
 
     @staticmethod
     def convert(box, from_mode, to_mode):
-        """A box, 4 numbers, in another mode, as a list of floats.
-
-        Raises:
-            UserError: not four finite numbers, or an unknown mode.
-        """
-        if len(box) != 4 or not all(isinstance(v, numbers.Real) and math.isfinite(v) for v in box):
-            raise UserError(f"a box must be four finite numbers, not {list(box)}")
+        """Return a box, 4 numbers, in another mode, as a list of floats."""
+        if not is_box(box):
+            raise UserError(f"a box must be four finite numbers, not {box!r}")
         for mode in (from_mode, to_mode):
             if mode not in tuple(BoxMode):
                 raise UserError(f"bbox_mode must be one of {', '.join(map(str, BoxMode))}, not {mode!r}")
@@ -43,6 +39,15 @@ class BoxMode(IntEnum):
         if modes == (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
             return [x, y, third - x, fourth - y]
         return [x, y, third, fourth]
+
+
+def is_box(box):
+    """Return whether a value holds four finite numbers."""
+    try:
+        a, b, c, d = box
+        return math.isfinite(a + b + c + d)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def make_record(file_name, image_id, height, width, annotations=()):
@@ -61,8 +66,7 @@ def are_numbers(values):
         return False
 
 
-def is_polygon(polygon):
-    """Whether it is a list x, y, x, y, ... of three points or more."""
+def _is_polygon(polygon):
     points = isinstance(polygon, list | tuple) and len(polygon) >= 6 and len(polygon) % 2 == 0
     return points and are_numbers(polygon)
 
@@ -76,7 +80,7 @@ def segmentation_mistake(segmentation, height, width):
     if not segmentation:
         return "bad_polygon", "has no segmentation"
     if isinstance(segmentation, list | tuple):
-        wrong = [str(polygon)[:60] for polygon in segmentation if not is_polygon(polygon)]
+        wrong = [str(polygon)[:60] for polygon in segmentation if not _is_polygon(polygon)]
         what = "has a polygon that is no list x, y, x, y, ... of 3 finite points or more: "
         if wrong:
             return "bad_polygon", what + wrong[0]
@@ -135,9 +139,6 @@ def segmentation_to_rle(segmentation, height, width):
 
     Returns:
         `{"size": [height, width], "counts": bytes}`, as pycocotools takes it.
-
-    Raises:
-        UserError: what `segmentation_mistake` finds.
     """
     wrong = segmentation_mistake(segmentation, height, width)
     if wrong:
@@ -175,12 +176,10 @@ class BoxMasks:
 
     @property
     def device(self):
-        """Where they are."""
         return self.boxes.device
 
     @property
     def is_cuda(self):
-        """Whether that is a GPU of CUDA."""
         return self.boxes.is_cuda
 
     def to(self, device, non_blocking=False):

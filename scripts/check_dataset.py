@@ -106,7 +106,7 @@ def write_fixed(folder, records, looks, metadata, problems):
     if any(is_drawn(record["file_name"]) for record in records):
         print("  no cleaned copy: its images are drawn, not read from files")
         return
-    records, changes = fix_records(records, looks, len(metadata.get("keypoint_names") or ()) or None)
+    records, changes = fix_records(records, looks, metadata)
     for error in problems:
         kind = getattr(error, "kind", "broken")
         what = "renumbered" if kind == "duplicate_id" else "dropped"
@@ -144,7 +144,6 @@ def main(args):
     for name in args.names:
         problems = []
         records, metadata = read_dataset(name, problems)
-        metadata.setdefault("thing_classes", [])
         looks = look_at_all(records, args)
         for record, look in zip(records, looks, strict=True):
             if "pixels" in look:

@@ -1,7 +1,7 @@
 """Several datasets as one."""
 
 from plaintrain.data.catalog import select_classes
-from plaintrain.data.records import check_annotation
+from plaintrain.data.validation import check_annotation
 from plaintrain.utils.class_lists import class_difference
 from plaintrain.utils.errors import UserError
 
