@@ -22,20 +22,13 @@ class _DatasetCatalog:
         Args:
             name: what DATASETS.TRAIN and DATASETS.TEST call it.
             func: function of no arguments; its list, or `SerializedRecords`, is asked for once and kept.
-
-        Raises:
-            UserError: the name is taken.
         """
         if name in self._functions:
             raise UserError(f"the dataset {name} is registered already")
         self._functions[name] = func
 
     def get(self, name):
-        """The records of a dataset, a `SerializedRecords`.
-
-        Raises:
-            UserError: an unknown name, or whatever makes the dataset unreadable.
-        """
+        """The records of a dataset, a `SerializedRecords`."""
         if name not in self._functions:
             near = nearest(name, self._functions, number=3, least=0.5)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(self.list())}"
@@ -99,11 +92,7 @@ MetadataCatalog = _MetadataCatalog()
 
 
 def class_names(name):
-    """The class names of a dataset, loading it if they come from its files.
-
-    Raises:
-        UserError: the dataset is unknown, or says nothing about its classes.
-    """
+    """The class names of a dataset, loading it if they come from its files."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
         DatasetCatalog.get(name)
@@ -121,11 +110,7 @@ def get_class_names(dataset_names):
 
 
 def common_class_names(names):
-    """The class names that all of these datasets have.
-
-    Raises:
-        UserError: two of them differ, or one is unknown or names no classes.
-    """
+    """The class names that all of these datasets have."""
     classes = class_names(names[0])
     for name in names[1:]:
         found = class_names(name)
@@ -145,9 +130,6 @@ def select_classes(found, wanted, where, may_miss=False):
         wanted: names to keep, in the order of their labels; empty or None for all of `found`.
         where: what to call the dataset in an error.
         may_miss: warn of a wanted name that the dataset does not have, which may be a typo, and keep it.
-
-    Raises:
-        UserError: a wanted name that the dataset does not have, or one given twice.
     """
     if not wanted:
         return list(found)

@@ -17,11 +17,7 @@ BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image
 
 
 def list_images(folder):
-    """Paths of the image files in a folder and the folders below it, sorted.
-
-    Raises:
-        UserError: no such folder, no image in it, or a link by which the list would not end.
-    """
+    """Paths of the image files in a folder and the folders below it, sorted."""
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}, where images were expected")
     found, seen = [], set()
@@ -37,11 +33,7 @@ def list_images(folder):
 
 
 def open_image(file_name):
-    """`PIL.Image.open`, for what is a file and has no program in it.
-
-    Raises:
-        One of `BROKEN_IMAGE`.
-    """
+    """`PIL.Image.open`, for what is a file and has no program in it."""
     check_file(file_name)
     image = Image.open(file_name)
     if image.format == "EPS":
@@ -57,11 +49,7 @@ def is_too_large(height, width):
 
 
 def image_header(file_name):
-    """(height, width, EXIF orientation) of an image file, the size as that orientation turns it.
-
-    Raises:
-        DataError: the file is missing or not an image.
-    """
+    """(height, width, EXIF orientation) of an image file, the size as that orientation turns it."""
     try:
         with open_image(file_name) as image:
             width, height = image.size

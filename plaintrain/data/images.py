@@ -26,11 +26,7 @@ _DEFAULT_RANGES = {"uint16": (0, 65535), "float32": (0, 1)}
 
 
 def get_pixel_range(cfg):
-    """INPUT.PIXEL_RANGE as a tuple: (low, high), or () for the range of each image's type.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """INPUT.PIXEL_RANGE as a tuple: (low, high), or () for the range of each image's type."""
     values = tuple(cfg.INPUT.PIXEL_RANGE)
     if values and not (len(values) == 2 and are_numbers(values) and values[0] < values[1]):
         raise UserError(f"INPUT.PIXEL_RANGE must be [] or two numbers [low, high], got {list(values)}")
@@ -49,9 +45,6 @@ def read_image(file_name, pixel_range=()):
 
     Returns:
         uint8 tensor `[3, H, W]`, RGB.
-
-    Raises:
-        UserError: the file is missing, cut off or not an image, or its pixels do not fit the range.
     """
     if shapes.is_drawn(file_name):
         return torch.from_numpy(shapes.render(file_name)).permute(2, 0, 1)
@@ -80,9 +73,6 @@ def to_rgb(image, pixel_range=(), name="the image"):
 
     Returns:
         uint8 tensor `[3, H, W]`, RGB.
-
-    Raises:
-        DataError: pixels outside the range, NaN or infinite, or of a type without a default range.
     """
     # Known only until the pixels are read.
     raw_mode, file_format = _raw_mode(image), image.format

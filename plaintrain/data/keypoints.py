@@ -24,9 +24,6 @@ def keypoint_flip_indices(names, flip_map=None):
 
     Returns:
         tuple, a permutation of 0 to Kp-1: for each keypoint the one that takes its place.
-
-    Raises:
-        UserError: a pair names an unknown keypoint, or one keypoint is in two pairs.
     """
     names = list(names)
     if flip_map is None:
@@ -53,9 +50,6 @@ def dataset_flip_indices(datasets, number=0):
     Args:
         datasets: their names.
         number: MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS; 0 for any.
-
-    Raises:
-        UserError: one names no keypoints, or not so many, or two name others or pair them otherwise.
     """
     found = []
     for dataset in datasets:

@@ -23,10 +23,6 @@ def load_concat(names, read, classes=None, merge=False):
         (records, metadata): metadata holds `thing_classes`, `thing_dataset_id_to_contiguous_id` (the
         parts' own ids where they agree, otherwise 1, 2, ...) and what the parts say about keypoints,
         where they agree.
-
-    Raises:
-        UserError: a dataset given twice or without class names, differing classes, or a class id out
-            of its range.
     """
     if not names or len(set(names)) != len(names):
         raise UserError(f"DATASETS of a concat dataset must name one or more, each once, not {names}")

@@ -15,9 +15,6 @@ def load_images(root, classes=None, problems=None):
 
     Returns:
         (records, metadata): image ids are the paths from `root` on.
-
-    Raises:
-        UserError: no folder, no image, or one that cannot be read.
     """
     records = []
     for path in list_images(root):

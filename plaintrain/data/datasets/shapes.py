@@ -41,9 +41,6 @@ def load_shapes(split="train", num=2000, height=128, width=128, seed=0):
 
     Returns:
         (records, metadata): annotations carry boxes, polygons and the 4 keypoints of `KEYPOINTS`.
-
-    Raises:
-        UserError: an unknown split, or a size or number that is too small.
     """
     if split not in _SPLITS:
         raise UserError(f"shapes has the splits {', '.join(_SPLITS)}, not {split!r}")
@@ -78,9 +75,6 @@ def render(file_name):
 
     Returns:
         uint8 array `[H, W, 3]`, RGB.
-
-    Raises:
-        UserError: the name is not one of `load_shapes`.
     """
     try:
         url = urlsplit(file_name)

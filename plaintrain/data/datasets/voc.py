@@ -43,9 +43,6 @@ def load_voc(root, split, classes=None, problems=None):
 
     Returns:
         (records, metadata): metadata holds `thing_classes`.
-
-    Raises:
-        UserError: names the file and what is wrong with it.
     """
     names = _read_split(root, split)
     folder = os.path.join(root, "Annotations")

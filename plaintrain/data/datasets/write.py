@@ -13,11 +13,7 @@ from plaintrain.utils.files import atomic_write
 
 
 def make_folder(path):
-    """Make a folder to write a dataset into.
-
-    Raises:
-        UserError: it has content, or cannot be made.
-    """
+    """Make a folder to write a dataset into."""
     try:
         os.makedirs(path, exist_ok=True)
         if os.listdir(path):
@@ -53,9 +49,6 @@ def write_coco(json_file, records, metadata, file_names):
         records: list of records.
         metadata: dict with `thing_classes` and what else is known.
         file_names: for each record, what to write as `file_name`.
-
-    Raises:
-        UserError: a malformed box or segmentation, or a file that cannot be written.
     """
     ids = category_ids(metadata)
     images, annotations = [], []

@@ -44,9 +44,6 @@ def load_yolo(data_file, split, classes=None, dataset_root="", problems=None):
 
     Returns:
         (records, metadata): metadata holds `thing_classes`.
-
-    Raises:
-        UserError: names the file and line, and what is wrong with it.
     """
     data = _read_data(data_file)
     names = _class_names(data, data_file)
