@@ -4,7 +4,7 @@ import logging
 from types import SimpleNamespace
 
 from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
-from plaintrain.utils.class_lists import class_difference, class_remedy
+from plaintrain.utils.class_lists import REMEDY, class_difference
 from plaintrain.utils.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -17,12 +17,7 @@ class _DatasetCatalog:
         self._functions, self._loaded = {}, {}
 
     def register(self, name, func):
-        """Make a dataset known.
-
-        Args:
-            name: what DATASETS.TRAIN and DATASETS.TEST call it.
-            func: function of no arguments; its list, or `SerializedRecords`, is asked for once and kept.
-        """
+        """Make a dataset known; the records that `func` returns are asked for once and kept."""
         if name in self._functions:
             raise UserError(f"the dataset {name} is registered already")
         self._functions[name] = func
@@ -115,9 +110,9 @@ def common_class_names(names):
     for name in names[1:]:
         found = class_names(name)
         if found != classes:
+            difference = f"{classes} and {found} ({class_difference(classes, found)})"
             raise UserError(
-                f"the datasets {names[0]} and {name} have different classes: {classes} and {found} "
-                f"({class_difference(classes, found)}); {class_remedy(classes, found, name)}"
+                f"the datasets {names[0]} and {name} have different classes: {difference}; {REMEDY}"
             )
     return classes
 

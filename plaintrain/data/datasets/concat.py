@@ -27,11 +27,10 @@ def load_concat(names, read, classes=None, merge=False):
     if not names or len(set(names)) != len(names):
         raise UserError(f"DATASETS of a concat dataset must name one or more, each once, not {names}")
     parts = [read(name) for name in names]
-    found = []
     for name, (_, metadata) in zip(names, parts, strict=True):
         if not metadata.get("thing_classes"):
             raise UserError(f"the dataset {name} names no classes, so it cannot be joined with others")
-        found.append(list(metadata["thing_classes"]))
+    found = [list(metadata["thing_classes"]) for _, metadata in parts]
     joined = _join_classes(names, found, classes, merge)
     label_of = {name: label for label, name in enumerate(joined)}
     ids = [{record["image_id"] for record in records} for records, _ in parts]
@@ -62,19 +61,17 @@ def _join_classes(names, found, classes, merge):
 
 
 def _relabel(record, labels):
+    annotations = []
     for annotation in record["annotations"]:
-        label = annotation.get("category_id")
-        if type(label) is not int or not 0 <= label < len(labels):
-            check_annotation(annotation, record["file_name"], len(labels))
-    new = [(annotation, labels[annotation["category_id"]]) for annotation in record["annotations"]]
-    return [{**annotation, "category_id": label} for annotation, label in new if label is not None]
+        check_annotation(annotation, record["file_name"], len(labels))
+        label = labels[annotation["category_id"]]
+        if label is not None:
+            annotations.append({**annotation, "category_id": label})
+    return annotations
 
 
 def _metadata(joined, parts):
-    metadata = {
-        "thing_classes": joined,
-        "thing_dataset_id_to_contiguous_id": _dataset_ids(joined, parts),
-    }
+    metadata = {"thing_classes": joined, "thing_dataset_id_to_contiguous_id": _dataset_ids(joined, parts)}
     known = [part for part in parts if part.get("keypoint_names")]
     if known and all(part["keypoint_names"] == known[0]["keypoint_names"] for part in known):
         keys = ("keypoint_names", "keypoint_flip_map", "skeleton")
