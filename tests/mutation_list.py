@@ -159,7 +159,7 @@ MUTATIONS = {
     ],
     "plaintrain/data/datasets/voc.py": [
         ("x0, y0 = x0 - 1, y0 - 1", "x1, y1 = x1 + 1, y1 + 1"),
-        ('if size > limit or b"<!DOCTYPE" in text:', "if size > limit:"),
+        ('if b"<!DOCTYPE" in text:', "if not text:"),
     ],
     "plaintrain/data/datasets/write.py": [
         ('shift_keypoints(annotation["keypoints"], -0.5)', 'list(annotation["keypoints"])'),
