@@ -165,7 +165,7 @@ MUTATIONS = {
         ('shift_keypoints(annotation["keypoints"], -0.5)', 'list(annotation["keypoints"])'),
     ],
     "plaintrain/data/datasets/yolo.py": [
-        ("key=lambda item: int(item[0])", "key=lambda item: str(item[0])"),
+        ("names = [by_id[class_id] for class_id in ids]", "names = list(by_id.values())"),
         ("range(len(parts) - 2, -1, -1)", "range(len(parts) - 1)"),
     ],
     "plaintrain/engine/early_stopping.py": [

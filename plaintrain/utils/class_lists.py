@@ -5,8 +5,8 @@ from plaintrain.utils.errors import UserError
 # Class names that an error lists.
 _LISTED = 12
 REMEDY = (
-    "CLASSES in DATASETS.DECLARE chooses and orders the classes of a dataset; FORMAT concat accepts some that "
-    "are missing"
+    "CLASSES in DATASETS.DECLARE chooses and orders the classes of a dataset; FORMAT concat accepts classes "
+    "that are missing"
 )
 
 
