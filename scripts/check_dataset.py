@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import sys
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -66,8 +65,8 @@ def look_at_all(records, args):
         return list(progress(looks, desc="images", total=len(records)))
 
 
-def check_images(records, looks):
-    """Findings of the images of one dataset."""
+def check_images(dataset, records, looks, earlier):
+    """Findings of the images of one dataset; `earlier` holds {pixels: image} of those before it."""
     tally, first, files = Tally(), {}, set()
     for record, look in zip(records, looks, strict=True):
         name = record["file_name"]
@@ -87,17 +86,11 @@ def check_images(records, looks):
             tally.add("listed_twice", name)
         elif other != name:
             tally.add("duplicate", f"{name} is as {other}")
+        elif look["pixels"] in earlier:
+            tally.add("leak", f"{name} is as {earlier[look['pixels']]}")
         files.add(os.path.realpath(name))
-    return tally.findings()
-
-
-def check_leaks(name, others, pixels):
-    """Finding of the images of a dataset that are in a dataset before it too."""
-    tally = Tally()
-    for digest, file_name in pixels[name].items():
-        for other in others:
-            if digest in pixels[other]:
-                tally.add("leak", f"{file_name} is as {pixels[other][digest]} of {other}")
+    for pixels, name in first.items():
+        earlier.setdefault(pixels, f"{name} of {dataset}")
     return tally.findings()
 
 
@@ -140,16 +133,13 @@ def report(name, records, metadata, findings):
 
 def main(args):
     """Check, say it, and mend if asked to; the exit code."""
-    found, pixels = {}, defaultdict(dict)
+    found, earlier = {}, {}
     for name in args.names:
         problems = []
         records, metadata = read_dataset(name, problems)
         looks = look_at_all(records, args)
-        for record, look in zip(records, looks, strict=True):
-            if "pixels" in look:
-                pixels[name].setdefault(look["pixels"], record["file_name"])
-        findings = check_problems(problems) + check_records(records, metadata) + check_images(records, looks)
-        found[name] = findings + check_leaks(name, list(found), pixels)
+        found[name] = check_problems(problems) + check_records(records, metadata)
+        found[name] += check_images(name, records, looks, earlier)
         report(name, records, metadata, found[name])
         if args.fix:
             folder = args.fix if len(args.names) == 1 else os.path.join(args.fix, name)
