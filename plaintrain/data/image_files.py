@@ -63,11 +63,7 @@ def image_header(file_name):
 
 
 def image_record(file_name, image_id, problems=None):
-    """A record without annotations, its size from the file; None if a problem was noted instead.
-
-    Args:
-        problems: see `refuse`.
-    """
+    """A record without annotations, its size from the file; None if `refuse` noted a problem instead."""
     try:
         height, width, _ = image_header(file_name)
     except DataError as e:

@@ -6,7 +6,7 @@ from threading import Lock
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps
 
 from plaintrain.data.datasets import shapes
 from plaintrain.data.image_files import BROKEN_IMAGE, image_header, open_image
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # The type of the pixels that a file holds, by Pillow's raw mode, where the image's own mode is a wider one.
 _STORED = {
     "I;16": np.uint16, "I;16B": np.uint16, "I;16L": np.uint16, "I;16N": np.uint16,
-    "I;16S": np.int16, "I;16BS": np.int16, "I;32N": np.uint32, "L;8S": np.int8,
+    "I;16S": np.int16, "I;16BS": np.int16, "I;32N": np.uint32,
 }  # fmt: skip
 # The range of values that becomes 0 to 255 where INPUT.PIXEL_RANGE is []; other types have none.
 _DEFAULT_RANGES = {"uint16": (0, 65535), "float32": (0, 1)}
@@ -40,7 +40,6 @@ def read_image(file_name, pixel_range=()):
     several frames the first is read.
 
     Args:
-        file_name: the file.
         pixel_range: see `to_rgb`.
 
     Returns:
@@ -78,7 +77,7 @@ def to_rgb(image, pixel_range=(), name="the image"):
     raw_mode, file_format = _raw_mode(image), image.format
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF" or raw_mode == "L;8S":
+    if image.mode[0] in "IF":
         array = np.asarray(image)
         # Pillow scales a PPM to 16 bits, by the largest value that the file declares.
         stored = np.uint16 if file_format == "PPM" and image.mode == "I" else _STORED.get(raw_mode)
@@ -99,9 +98,6 @@ def to_rgb(image, pixel_range=(), name="the image"):
 
 def _raw_mode(image):
     """Pillow's name of what an image's file holds, as "I;16B", or ""; before the pixels are read."""
-    if image.mode == "L" and getattr(image, "tag_v2", {}).get(TiffImagePlugin.SAMPLEFORMAT) == (2,):
-        # Pillow has no name for 8 bits with a sign, and reads them without.
-        return "L;8S"
     args = image.tile[0][3] if getattr(image, "tile", None) else ""
     return args if isinstance(args, str) else str(args[0]) if args else ""
 
@@ -127,13 +123,12 @@ def _to_8_bits(array, pixel_range, default, name):
 
 
 class ImageCache:
-    """Reads images as `read_image` does, and keeps the first that fit; for the threads of a process.
+    """Reads images as `read_image` does, and keeps the first that fit into `limit` bytes, for threads.
 
     None gives way to another: in passes over all images, what came last comes last again.
     """
 
     def __init__(self, limit):
-        """limit: bytes of decoded images to keep."""
         self._limit, self._used, self._images, self._lock = limit, 0, {}, Lock()
         self._is_full = False
 
