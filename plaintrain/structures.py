@@ -130,19 +130,15 @@ def _sum_of_runs(counts):
 
 
 def segmentation_to_rle(segmentation, height, width):
-    """A record's segmentation as COCO's compressed run-length encoding.
+    """Return a record's segmentation as COCO's compressed RLE, `{"size": [height, width], "counts": bytes}`.
 
     Args:
         segmentation: polygons (list of `[x, y, x, y, ...]` in pixels, whose union is meant), or an
             RLE dict `{size: [height, width], counts}` with the counts as a list, str or bytes.
-        height, width: size of the image in pixels.
-
-    Returns:
-        `{"size": [height, width], "counts": bytes}`, as pycocotools takes it.
     """
-    wrong = segmentation_mistake(segmentation, height, width)
-    if wrong:
-        raise UserError(f"it {wrong[1]}")
+    mistake = segmentation_mistake(segmentation, height, width)
+    if mistake:
+        raise UserError(f"it {mistake[1]}")
     if isinstance(segmentation, list | tuple):
         parts = coco_mask.frPyObjects([list(map(float, p)) for p in segmentation], height, width)
         return coco_mask.merge(parts)
@@ -154,24 +150,19 @@ def segmentation_to_rle(segmentation, height, width):
 
 @dataclass(frozen=True)
 class BoxMasks:
-    """The masks of an image that are not pasted into it yet: N small ones instead of N of its size.
+    """The masks of an image that are not pasted into it yet: N small ones instead of N of its size."""
 
-    Attributes:
-        probabilities: `[N, 1, M, M]`, of each box's inside.
-        boxes: `[N, 4]`, XYXY, in the image's pixels.
-        height, width: size of the image.
-        aligned: how the masks lie in their boxes; see the module.
-    """
-
+    # Of each box's inside, [N, 1, M, M].
     probabilities: torch.Tensor
+    # XYXY in the image's pixels, [N, 4].
     boxes: torch.Tensor
     height: int
     width: int
+    # Whether masks lie in their boxes as Detectron2's do; otherwise as torchvision's.
     aligned: bool = True
 
     @property
     def shape(self):
-        """That of the pasted masks, (N, height, width)."""
         return len(self.boxes), self.height, self.width
 
     @property
@@ -188,10 +179,7 @@ class BoxMasks:
         return BoxMasks(*parts, self.height, self.width, self.aligned)
 
     def paste(self):
-        """The masks of the image, bool `[N, height, width]`: the pixels of a probability of at least 0.5.
-
-        They are made box by box, so that no image of probabilities is made for each.
-        """
+        """Return the pixels of a probability of at least 0.5, bool `[N, height, width]`, made box by box."""
         pasted = torch.zeros(self.shape, dtype=torch.bool, device=self.boxes.device)
         for target, (inside, top, left) in zip(pasted, self._windows(), strict=True):
             height, width = inside.shape
@@ -257,28 +245,15 @@ def sample_masks(masks, boxes, index, side, aligned=True):
 def _runs(inside, top, left, height, width):
     """The lengths of the runs, first of zeros, of an image's mask that lies in a window, column by column."""
     rows, columns = inside.shape
-    # The window's columns one after the other, each followed by a pixel that is not in the mask.
-    flat = np.zeros(columns * (rows + 1) + 1, dtype=bool)
-    flat[1:].reshape(columns, rows + 1)[:, :-1] = inside.cpu().numpy().T
-    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 1)
-    changes = (left + column) * height + top + row
-    if rows == height:
-        # A run goes on in the next column.
-        same = 2 * np.flatnonzero(changes[1:-1:2] == changes[2::2])
-        changes = np.delete(changes, np.concatenate([same + 1, same + 2]))
+    whole = np.zeros((columns, height), dtype=bool)
+    whole[:, top : top + rows] = inside.cpu().numpy().T
+    changes = left * height + np.flatnonzero(np.diff(whole.ravel(), prepend=False, append=False))
     runs = np.diff(changes, prepend=0, append=height * width)
     return runs if runs[-1] else runs[:-1]
 
 
 def encode_masks(masks):
-    """The counts of the compressed RLE of each mask.
-
-    Args:
-        masks: bool or uint8 tensor `[N, H, W]`, on any device.
-
-    Returns:
-        list of N bytes.
-    """
+    """Return the counts (bytes) of the compressed RLE of each mask of a bool or uint8 tensor `[N, H, W]`."""
     # pycocotools wants [H, W, N] in Fortran's order, which is [N, W, H] in C's.
     columns = masks.to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
     return [rle["counts"] for rle in coco_mask.encode(columns.transpose(2, 1, 0))]
