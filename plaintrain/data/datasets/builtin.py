@@ -9,7 +9,7 @@ import numpy as np
 from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets import coco, concat, folder, shapes, voc, yolo
-from plaintrain.utils.errors import UserError, nearest
+from plaintrain.utils.errors import UserError
 
 
 def dataset_root():
@@ -22,22 +22,17 @@ def _path(path):
 
 
 def _load_concat(datasets, classes=None, merge_classes=False, problems=None):
-    _check_parts(datasets, ())
+    _check_circle(datasets, ())
     return concat.load_concat(datasets, lambda name: read_dataset(name, problems), classes, merge_classes)
 
 
-def _check_parts(names, chain):
-    """Refuse a concatenation that contains itself, or a dataset that is not there."""
+def _check_circle(names, chain):
+    """Refuse a concatenation that contains itself."""
     for name in names:
-        trail = [*chain, name]
         if name in chain:
-            raise UserError(f"concat datasets go round in a circle: {' -> '.join(map(str, trail))}")
-        if name not in DatasetCatalog:
-            raise UserError(
-                f"DATASETS of a concat dataset names {name!r}, which is no dataset; the nearest is "
-                + nearest(name, DatasetCatalog.list())
-            )
-        _check_parts((MetadataCatalog.get(name).get("declaration") or {}).get("DATASETS", ()), trail)
+            raise UserError(f"concat datasets go round in a circle: {' -> '.join([*chain, name])}")
+        spec = MetadataCatalog.get(name).get("declaration") or {}
+        _check_circle(spec.get("DATASETS", ()), [*chain, name])
 
 
 # FORMAT -> its reader, whose parameters are the keys of a declaration, in small letters or as here.
@@ -112,14 +107,9 @@ def _are_pairs(values):
 
 
 def declare_dataset(name, spec):
-    """Register a dataset from its declaration; the same one may be declared again.
+    """Register a dataset from its declaration, as docs/DATA.md has it; the same one may be declared again.
 
-    Args:
-        name: the dataset's name.
-        spec: dict with FORMAT (coco, coco_results, voc, yolo, shapes, images or concat), that
-            format's keys, and optionally EVALUATOR (coco or pascal_voc) and FRACTION (the share of
-            the images to use, a random one drawn by FRACTION_SEED, in their order). Relative paths
-            start from `dataset_root()`.
+    Relative paths start from `dataset_root()`.
     """
     _check(name, spec)
     spec = dict(spec)

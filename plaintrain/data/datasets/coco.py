@@ -75,13 +75,9 @@ def load_coco_results(json_file, image_root, results_file, classes=None, score_t
 
     Args:
         json_file: path of a JSON with the `images` and `categories`; its annotations are not used.
-        image_root, classes: see `load_coco_json`.
         results_file: path of a JSON list of `{image_id, category_id, score, bbox, ...}`.
         score_thresh: detections with a lower score are left out.
-        problems: see `load_coco_json`.
-
-    Returns:
-        (records, metadata), as `load_coco_json`.
+        image_root, classes, problems: see `load_coco_json`, as for what is returned.
     """
     with no_garbage_collection():
         content = _read_content(json_file, ("images", "categories"))
@@ -94,16 +90,11 @@ def load_coco_results(json_file, image_root, results_file, classes=None, score_t
 
 
 def read_results(results_file, problems=None):
-    """The detections of a JSON in COCO's results format.
-
-    Args:
-        results_file: path of a JSON list of `{image_id, category_id, score, bbox, ...}`.
-        problems: None, or a list that takes broken detections instead of an error.
+    """Read the detections of a JSON in COCO's results format; `problems` as in `load_coco_json`.
 
     Returns:
         list of dicts as the file has them, with `id`, the place in the file from 0, and a `bbox`: that
-        around the segmentation, or the keypoints, where there was none. Only the `score` is checked
-        in all of them: it is a finite number.
+        around the segmentation, or the keypoints, where there was none. Only the `score` is checked.
     """
     results = _read_json(results_file, "results file")
     if not _are_objects(results):
@@ -173,6 +164,8 @@ def _to_records(content, json_file, image_root, classes, problems=None):
 
 def _categories(categories, json_file):
     """The categories by id, checked."""
+    if not categories:
+        raise UserError(f"{json_file} has no categories, so there is nothing to detect")
     for category in categories:
         if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
             raise UserError(f"a category in {json_file} needs a numeric id and a name: {category}")
@@ -182,13 +175,9 @@ def _categories(categories, json_file):
                 f"the keypoints of category {category['name']} in {json_file} must be names: {names}"
             )
     for key in ("id", "name"):
-        seen = set()
-        for value in (category[key] for category in categories):
-            if value in seen:
-                raise UserError(f"{json_file} has two categories with the {key} {value}")
-            seen.add(value)
-    if not categories:
-        raise UserError(f"{json_file} has no categories, so there is nothing to detect")
+        ((value, count),) = Counter(category[key] for category in categories).most_common(1)
+        if count > 1:
+            raise UserError(f"{json_file} has two categories with the {key} {value}")
     return sorted(categories, key=lambda category: category["id"])
 
 

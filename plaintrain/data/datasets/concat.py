@@ -15,14 +15,11 @@ def load_concat(names, read, classes=None, merge=False):
     Args:
         names: the datasets.
         read: function name -> (records, metadata dict).
-        classes: the classes of the whole, in the order of their labels; objects of others are left
-            out. It may name classes that no part has.
+        classes: see `load_coco_json`; it may name classes that no part has.
         merge: take every class of any part, in order of first appearance.
 
     Returns:
-        (records, metadata): metadata holds `thing_classes`, `thing_dataset_id_to_contiguous_id` (the
-        parts' own ids where they agree, otherwise 1, 2, ...) and what the parts say about keypoints,
-        where they agree.
+        (records, metadata): of ids of categories and of keypoints, metadata holds what the parts agree on.
     """
     if not names or len(set(names)) != len(names):
         raise UserError(f"DATASETS of a concat dataset must name one or more, each once, not {names}")
