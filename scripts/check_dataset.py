@@ -34,10 +34,10 @@ from plaintrain.data.validation import (
     KINDS,
     LEAST_SPREAD,
     MAX_EXAMPLES,
-    Tally,
     check_problems,
     check_records,
     class_counts,
+    count_mistakes,
 )
 from plaintrain.engine.launch import launch
 from plaintrain.utils.errors import UserError
@@ -65,33 +65,32 @@ def look_at_all(records, args):
         return list(progress(looks, desc="images", total=len(records)))
 
 
-def check_images(dataset, records, looks, earlier):
-    """Findings of the images of one dataset; `earlier` holds {pixels: image} of those before it."""
-    tally, first, files = Tally(), {}, set()
+def image_mistakes(dataset, records, looks, earlier):
+    """Yield (kind, example) for images of a dataset; `earlier` holds {pixels: image} of those before."""
+    first, files = {}, set()
     for record, look in zip(records, looks, strict=True):
         name = record["file_name"]
         if "error" in look:
-            tally.add(look["kind"], look["error"])
+            yield look["kind"], look["error"]
             continue
         height, width = look["size"]
         if (height, width) != (record["height"], record["width"]):
             said = f"{record['width']}x{record['height']}"
-            tally.add("wrong_size", f"{name}: is {width}x{height}, its record says {said}")
+            yield "wrong_size", f"{name}: is {width}x{height}, its record says {said}"
         if look["turned"]:
-            tally.add("turned", name)
+            yield "turned", name
         if look["spread"] < LEAST_SPREAD:
-            tally.add("near_constant", f"{name}: {look['spread'] + 1} values")
+            yield "near_constant", f"{name}: {look['spread'] + 1} values"
         other = first.setdefault(look["pixels"], name)
         if os.path.realpath(name) in files:
-            tally.add("listed_twice", name)
+            yield "listed_twice", name
         elif other != name:
-            tally.add("duplicate", f"{name} is as {other}")
+            yield "duplicate", f"{name} is as {other}"
         elif look["pixels"] in earlier:
-            tally.add("leak", f"{name} is as {earlier[look['pixels']]}")
+            yield "leak", f"{name} is as {earlier[look['pixels']]}"
         files.add(os.path.realpath(name))
     for pixels, name in first.items():
         earlier.setdefault(pixels, f"{name} of {dataset}")
-    return tally.findings()
 
 
 def write_fixed(folder, records, looks, metadata, problems):
@@ -139,7 +138,7 @@ def main(args):
         records, metadata = read_dataset(name, problems)
         looks = look_at_all(records, args)
         found[name] = check_problems(problems) + check_records(records, metadata)
-        found[name] += check_images(name, records, looks, earlier)
+        found[name] += count_mistakes(image_mistakes(name, records, looks, earlier))
         report(name, records, metadata, found[name])
         if args.fix:
             folder = args.fix if len(args.names) == 1 else os.path.join(args.fix, name)

@@ -1,7 +1,7 @@
 """Find what is wrong with a dataset, in its records and in COCO's entries, without opening an image."""
 
 import numbers
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from plaintrain.data.image_files import is_too_large
@@ -32,7 +32,7 @@ KINDS = {
     "bad_box": ("boxes that are not four finite numbers in their place", True),
     "wrong_keypoints": ("annotations with a wrong number of keypoints, or malformed ones", True),
     "bad_polygon": (
-        "annotations with polygons of fewer than three points, or malformed ones (stop training with masks)",
+        "polygons of fewer than three points, or malformed ones (stop training with masks)",
         True,
     ),
     "bad_rle": ("run-length encodings that do not fit their image (stop training with masks)", True),
@@ -47,7 +47,7 @@ KINDS = {
     "imbalance": (f"classes whose numbers of boxes differ by a factor of {IMBALANCE} or more", False),
     "turned": ("images that their EXIF orientation turns", False),
     "near_constant": (
-        f"images that use fewer than {LEAST_SPREAD} of 256 values, as when INPUT.PIXEL_RANGE is wrong",
+        f"images of fewer than {LEAST_SPREAD} of 256 values: is INPUT.PIXEL_RANGE right?",
         False,
     ),
     "listed_twice": ("images that are listed more than once", False),
@@ -71,33 +71,20 @@ class Finding:
         return "\n".join([head, *(f"    {line}" for line in [*self.examples, *more])])
 
 
-class Tally:
-    """Counts by kind, with the first examples of each."""
-
-    def __init__(self):
-        self._counts, self._examples = Counter(), {}
-
-    def add(self, kind, *words):
-        """Count one; `words` are joined to its example, if there is room for it."""
-        self._counts[kind] += 1
-        if words and self._counts[kind] <= MAX_EXAMPLES:
-            self._examples.setdefault(kind, []).append(" ".join(map(str, words)))
-
-    def findings(self):
-        """list of `Finding`, in the order of `KINDS`."""
-        return [
-            Finding(kind, self._counts[kind], tuple(self._examples.get(kind, ())), fatal)
-            for kind, (_, fatal) in KINDS.items()
-            if self._counts[kind]
-        ]
+def count_mistakes(mistakes):
+    """Return a list of `Finding`, in the order of `KINDS`, for pairs (kind, example or "")."""
+    counts, examples = Counter(), defaultdict(list)
+    for kind, example in mistakes:
+        counts[kind] += 1
+        if example and counts[kind] <= MAX_EXAMPLES:
+            examples[kind].append(example)
+    kinds = [kind for kind in KINDS if counts[kind]]
+    return [Finding(kind, counts[kind], tuple(examples[kind]), KINDS[kind][1]) for kind in kinds]
 
 
 def check_problems(problems):
     """Findings of what a reader collected: a list of `UserError`, some with a `kind`."""
-    tally = Tally()
-    for error in problems:
-        tally.add(getattr(error, "kind", "broken"), error)
-    return tally.findings()
+    return count_mistakes((getattr(error, "kind", "broken"), str(error)) for error in problems)
 
 
 def class_counts(records, metadata):
@@ -116,34 +103,34 @@ def check_records(records, metadata):
     Returns:
         list of `Finding`; the fatal ones are those that training stops at.
     """
-    tally, seen = Tally(), set()
+    counts = class_counts(records, metadata)
+    return count_mistakes([*_record_mistakes(records, metadata), *_balance_mistakes(len(records), counts)])
+
+
+def _record_mistakes(records, metadata):
+    seen = set()
     for record in records:
         name = record["file_name"]
         if record["image_id"] in seen:
-            tally.add("same_image_id", name, "has the id", record["image_id"])
+            yield "same_image_id", f"{name} has the id {record['image_id']}"
         seen.add(record["image_id"])
         if not record["annotations"]:
-            tally.add("no_annotations", name)
+            yield "no_annotations", name
         for annotation in record["annotations"]:
             for kind, what in annotation_mistakes(annotation, record, metadata):
-                tally.add(kind, f"{name}: an annotation {what}")
-    counts = class_counts(records, metadata)
-    if not seen:
-        tally.add("no_images")
-    elif not any(counts.values()):
-        tally.add("no_boxes")
-    _check_balance(tally, counts)
-    return tally.findings()
+                yield kind, f"{name}: an annotation {what}"
 
 
-def _check_balance(tally, counts):
+def _balance_mistakes(num_images, counts):
     present = list(filter(None, counts.values()))
+    if not present:
+        yield "no_boxes" if num_images else "no_images", ""
     unbalanced = present and max(present) >= IMBALANCE * min(present)
     for name, count in sorted(counts.items(), key=lambda item: -item[1]):
         if not count:
-            tally.add("unused_class", name)
+            yield "unused_class", name
         elif unbalanced:
-            tally.add("imbalance", f"{name}: {count} boxes")
+            yield "imbalance", f"{name}: {count} boxes"
 
 
 def check_annotation(annotation, where, num_classes):
