@@ -229,10 +229,10 @@ def _without_contradictions(images, json_file, problems):
             name = os.path.normpath(str(image.get("file_name")))
             file = f"{name} ({image.get('width')}x{image.get('height')})"
             files_of.setdefault(repr(image["id"]), set()).add(file)
-    contradicted = [image_id for image_id, files in files_of.items() if len(files) > 1]
-    for image_id in contradicted:
-        files = " and ".join(sorted(files_of[image_id]))
-        problems.append(DataError("ambiguous", f"the id {image_id} in {json_file} is that of {files}"))
+    contradicted = {image_id: files for image_id, files in files_of.items() if len(files) > 1}
+    for image_id, files in contradicted.items():
+        what = f"the id {image_id} in {json_file} is that of {' and '.join(sorted(files))}"
+        problems.append(DataError("ambiguous", what))
     return [image for image in images if repr(image.get("id")) not in contradicted]
 
 
