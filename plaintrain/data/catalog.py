@@ -31,9 +31,9 @@ class _DatasetCatalog:
         if name not in self._loaded:
             try:
                 with no_garbage_collection():
-                    found = self._functions[name]()
-                    is_serialized = isinstance(found, SerializedRecords)
-                    self._loaded[name] = found if is_serialized else SerializedRecords(found)
+                    records = self._functions[name]()
+                    is_serialized = isinstance(records, SerializedRecords)
+                    self._loaded[name] = records if is_serialized else SerializedRecords(records)
             except RecursionError as e:
                 raise UserError(f"the dataset {name} holds what is nested too deeply to be read") from e
         return self._loaded[name]

@@ -1,5 +1,6 @@
 """Image files: finding them, opening them, their size."""
 
+import contextlib
 import errno
 import os
 import struct
@@ -13,7 +14,7 @@ from plaintrain.utils.files import check_file, reason
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 # What Pillow raises for a file that is broken, in its pixels or its EXIF data.
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
 
 
 def list_images(folder):
@@ -32,15 +33,22 @@ def list_images(folder):
     return sorted(found)
 
 
+@contextlib.contextmanager
 def open_image(file_name):
-    """`PIL.Image.open`, for what is a file and has no program in it."""
-    check_file(file_name)
-    image = Image.open(file_name)
-    if image.format == "EPS":
-        image.close()
-        # Pillow would have Ghostscript run what the file says.
-        raise OSError(errno.EINVAL, "it is PostScript, a program, whatever its name ends in")
-    return image
+    """`PIL.Image.open`, with a `DataError` for what cannot be read, before or within the block."""
+    try:
+        check_file(file_name)
+        with Image.open(file_name) as image:
+            if image.format == "EPS":
+                # Pillow would have Ghostscript run what the file says.
+                raise OSError(errno.EINVAL, "it is PostScript, a program, whatever its name ends in")
+            yield image
+    except UserError:
+        raise
+    except FileNotFoundError as e:
+        raise DataError("unreadable", f"the image file {file_name} does not exist") from e
+    except _BROKEN as e:
+        raise DataError("unreadable", f"cannot read the image file {file_name}: {reason(e)}") from e
 
 
 def is_too_large(height, width):
@@ -50,15 +58,10 @@ def is_too_large(height, width):
 
 def image_header(file_name):
     """(height, width, EXIF orientation) of an image file, the size as that orientation turns it."""
-    try:
-        with open_image(file_name) as image:
-            width, height = image.size
-            # The PNG class' own method would decode the whole image first.
-            orientation = int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
-    except FileNotFoundError as e:
-        raise DataError("unreadable", f"the image file {file_name} does not exist") from e
-    except BROKEN_IMAGE as e:
-        raise DataError("unreadable", f"cannot read the image file {file_name}: {reason(e)}") from e
+    with open_image(file_name) as image:
+        width, height = image.size
+        # The PNG class' own method would decode the whole image first.
+        orientation = int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
 
 

@@ -9,10 +9,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from plaintrain.data.datasets import shapes
-from plaintrain.data.image_files import BROKEN_IMAGE, image_header, open_image
+from plaintrain.data.image_files import image_header, open_image
 from plaintrain.structures import are_numbers
 from plaintrain.utils.errors import DataError, UserError
-from plaintrain.utils.files import reason
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +46,8 @@ def read_image(file_name, pixel_range=()):
     """
     if shapes.is_drawn(file_name):
         return torch.from_numpy(shapes.render(file_name)).permute(2, 0, 1)
-    try:
-        with open_image(file_name) as image:
-            return to_rgb(image, pixel_range, f"the image file {file_name}")
-    except FileNotFoundError as e:
-        raise UserError(f"the image file {file_name} does not exist") from e
-    except UserError:
-        raise
-    except BROKEN_IMAGE as e:
-        raise UserError(f"cannot read the image file {file_name}: {reason(e)}") from e
+    with open_image(file_name) as image:
+        return to_rgb(image, pixel_range, f"the image file {file_name}")
 
 
 def to_rgb(image, pixel_range=(), name="the image"):
