@@ -26,13 +26,9 @@ class BoxMode(IntEnum):
 
     @staticmethod
     def convert(box, from_mode, to_mode):
-        """A box, 4 numbers, in another mode, as a list of floats.
-
-        Raises:
-            UserError: not four finite numbers, or an unknown mode.
-        """
-        if len(box) != 4 or not all(isinstance(v, numbers.Real) and math.isfinite(v) for v in box):
-            raise UserError(f"a box must be four finite numbers, not {list(box)}")
+        """Return a box, 4 numbers, in another mode, as a list of floats."""
+        if not is_box(box):
+            raise UserError(f"a box must be four finite numbers, not {box!r}")
         for mode in (from_mode, to_mode):
             if mode not in tuple(BoxMode):
                 raise UserError(f"bbox_mode must be one of {', '.join(map(str, BoxMode))}, not {mode!r}")
@@ -43,6 +39,15 @@ class BoxMode(IntEnum):
         if modes == (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
             return [x, y, third - x, fourth - y]
         return [x, y, third, fourth]
+
+
+def is_box(box):
+    """Return whether a value holds four finite numbers."""
+    try:
+        a, b, c, d = box
+        return math.isfinite(a + b + c + d)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def make_record(file_name, image_id, height, width, annotations=()):
@@ -61,8 +66,7 @@ def are_numbers(values):
         return False
 
 
-def is_polygon(polygon):
-    """Whether it is a list x, y, x, y, ... of three points or more."""
+def _is_polygon(polygon):
     points = isinstance(polygon, list | tuple) and len(polygon) >= 6 and len(polygon) % 2 == 0
     return points and are_numbers(polygon)
 
@@ -76,7 +80,7 @@ def segmentation_mistake(segmentation, height, width):
     if not segmentation:
         return "bad_polygon", "has no segmentation"
     if isinstance(segmentation, list | tuple):
-        wrong = [str(polygon)[:60] for polygon in segmentation if not is_polygon(polygon)]
+        wrong = [str(polygon)[:60] for polygon in segmentation if not _is_polygon(polygon)]
         what = "has a polygon that is no list x, y, x, y, ... of 3 finite points or more: "
         if wrong:
             return "bad_polygon", what + wrong[0]
@@ -126,22 +130,15 @@ def _sum_of_runs(counts):
 
 
 def segmentation_to_rle(segmentation, height, width):
-    """A record's segmentation as COCO's compressed run-length encoding.
+    """Return a record's segmentation as COCO's compressed RLE, `{"size": [height, width], "counts": bytes}`.
 
     Args:
         segmentation: polygons (list of `[x, y, x, y, ...]` in pixels, whose union is meant), or an
             RLE dict `{size: [height, width], counts}` with the counts as a list, str or bytes.
-        height, width: size of the image in pixels.
-
-    Returns:
-        `{"size": [height, width], "counts": bytes}`, as pycocotools takes it.
-
-    Raises:
-        UserError: what `segmentation_mistake` finds.
     """
-    wrong = segmentation_mistake(segmentation, height, width)
-    if wrong:
-        raise UserError(f"it {wrong[1]}")
+    mistake = segmentation_mistake(segmentation, height, width)
+    if mistake:
+        raise UserError(f"it {mistake[1]}")
     if isinstance(segmentation, list | tuple):
         parts = coco_mask.frPyObjects([list(map(float, p)) for p in segmentation], height, width)
         return coco_mask.merge(parts)
@@ -153,34 +150,27 @@ def segmentation_to_rle(segmentation, height, width):
 
 @dataclass(frozen=True)
 class BoxMasks:
-    """The masks of an image that are not pasted into it yet: N small ones instead of N of its size.
+    """The masks of an image that are not pasted into it yet: N small ones instead of N of its size."""
 
-    Attributes:
-        probabilities: `[N, 1, M, M]`, of each box's inside.
-        boxes: `[N, 4]`, XYXY, in the image's pixels.
-        height, width: size of the image.
-        aligned: how the masks lie in their boxes; see the module.
-    """
-
+    # Of each box's inside, [N, 1, M, M].
     probabilities: torch.Tensor
+    # XYXY in the image's pixels, [N, 4].
     boxes: torch.Tensor
     height: int
     width: int
+    # Whether masks lie in their boxes as Detectron2's do; otherwise as torchvision's.
     aligned: bool = True
 
     @property
     def shape(self):
-        """That of the pasted masks, (N, height, width)."""
         return len(self.boxes), self.height, self.width
 
     @property
     def device(self):
-        """Where they are."""
         return self.boxes.device
 
     @property
     def is_cuda(self):
-        """Whether that is a GPU of CUDA."""
         return self.boxes.is_cuda
 
     def to(self, device, non_blocking=False):
@@ -189,10 +179,7 @@ class BoxMasks:
         return BoxMasks(*parts, self.height, self.width, self.aligned)
 
     def paste(self):
-        """The masks of the image, bool `[N, height, width]`: the pixels of a probability of at least 0.5.
-
-        They are made box by box, so that no image of probabilities is made for each.
-        """
+        """Return the pixels of a probability of at least 0.5, bool `[N, height, width]`, made box by box."""
         pasted = torch.zeros(self.shape, dtype=torch.bool, device=self.boxes.device)
         for target, (inside, top, left) in zip(pasted, self._windows(), strict=True):
             height, width = inside.shape
@@ -258,28 +245,15 @@ def sample_masks(masks, boxes, index, side, aligned=True):
 def _runs(inside, top, left, height, width):
     """The lengths of the runs, first of zeros, of an image's mask that lies in a window, column by column."""
     rows, columns = inside.shape
-    # The window's columns one after the other, each followed by a pixel that is not in the mask.
-    flat = np.zeros(columns * (rows + 1) + 1, dtype=bool)
-    flat[1:].reshape(columns, rows + 1)[:, :-1] = inside.cpu().numpy().T
-    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 1)
-    changes = (left + column) * height + top + row
-    if rows == height:
-        # A run goes on in the next column.
-        same = 2 * np.flatnonzero(changes[1:-1:2] == changes[2::2])
-        changes = np.delete(changes, np.concatenate([same + 1, same + 2]))
+    whole = np.zeros((columns, height), dtype=bool)
+    whole[:, top : top + rows] = inside.cpu().numpy().T
+    changes = left * height + np.flatnonzero(np.diff(whole.ravel(), prepend=False, append=False))
     runs = np.diff(changes, prepend=0, append=height * width)
     return runs if runs[-1] else runs[:-1]
 
 
 def encode_masks(masks):
-    """The counts of the compressed RLE of each mask.
-
-    Args:
-        masks: bool or uint8 tensor `[N, H, W]`, on any device.
-
-    Returns:
-        list of N bytes.
-    """
+    """Return the counts (bytes) of the compressed RLE of each mask of a bool or uint8 tensor `[N, H, W]`."""
     # pycocotools wants [H, W, N] in Fortran's order, which is [N, W, H] in C's.
     columns = masks.to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
     return [rle["counts"] for rle in coco_mask.encode(columns.transpose(2, 1, 0))]

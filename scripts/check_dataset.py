@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import sys
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -35,10 +34,10 @@ from plaintrain.data.validation import (
     KINDS,
     LEAST_SPREAD,
     MAX_EXAMPLES,
-    Tally,
     check_problems,
     check_records,
     class_counts,
+    count_mistakes,
 )
 from plaintrain.engine.launch import launch
 from plaintrain.utils.errors import UserError
@@ -66,39 +65,32 @@ def look_at_all(records, args):
         return list(progress(looks, desc="images", total=len(records)))
 
 
-def check_images(records, looks):
-    """Findings of the images of one dataset."""
-    tally, first, files = Tally(), {}, set()
+def image_mistakes(dataset, records, looks, earlier):
+    """Yield (kind, example) for images of a dataset; `earlier` holds {pixels: image} of those before."""
+    first, files = {}, set()
     for record, look in zip(records, looks, strict=True):
         name = record["file_name"]
         if "error" in look:
-            tally.add(look["kind"], look["error"])
+            yield look["kind"], look["error"]
             continue
         height, width = look["size"]
         if (height, width) != (record["height"], record["width"]):
             said = f"{record['width']}x{record['height']}"
-            tally.add("wrong_size", f"{name}: is {width}x{height}, its record says {said}")
+            yield "wrong_size", f"{name}: is {width}x{height}, its record says {said}"
         if look["turned"]:
-            tally.add("turned", name)
+            yield "turned", name
         if look["spread"] < LEAST_SPREAD:
-            tally.add("near_constant", f"{name}: {look['spread'] + 1} values")
+            yield "near_constant", f"{name}: {look['spread'] + 1} values"
         other = first.setdefault(look["pixels"], name)
         if os.path.realpath(name) in files:
-            tally.add("listed_twice", name)
+            yield "listed_twice", name
         elif other != name:
-            tally.add("duplicate", f"{name} is as {other}")
+            yield "duplicate", f"{name} is as {other}"
+        elif look["pixels"] in earlier:
+            yield "leak", f"{name} is as {earlier[look['pixels']]}"
         files.add(os.path.realpath(name))
-    return tally.findings()
-
-
-def check_leaks(name, others, pixels):
-    """Finding of the images of a dataset that are in a dataset before it too."""
-    tally = Tally()
-    for digest, file_name in pixels[name].items():
-        for other in others:
-            if digest in pixels[other]:
-                tally.add("leak", f"{file_name} is as {pixels[other][digest]} of {other}")
-    return tally.findings()
+    for pixels, name in first.items():
+        earlier.setdefault(pixels, f"{name} of {dataset}")
 
 
 def write_fixed(folder, records, looks, metadata, problems):
@@ -106,7 +98,7 @@ def write_fixed(folder, records, looks, metadata, problems):
     if any(is_drawn(record["file_name"]) for record in records):
         print("  no cleaned copy: its images are drawn, not read from files")
         return
-    records, changes = fix_records(records, looks, len(metadata.get("keypoint_names") or ()) or None)
+    records, changes = fix_records(records, looks, metadata)
     for error in problems:
         kind = getattr(error, "kind", "broken")
         what = "renumbered" if kind == "duplicate_id" else "dropped"
@@ -140,17 +132,13 @@ def report(name, records, metadata, findings):
 
 def main(args):
     """Check, say it, and mend if asked to; the exit code."""
-    found, pixels = {}, defaultdict(dict)
+    found, earlier = {}, {}
     for name in args.names:
         problems = []
         records, metadata = read_dataset(name, problems)
-        metadata.setdefault("thing_classes", [])
         looks = look_at_all(records, args)
-        for record, look in zip(records, looks, strict=True):
-            if "pixels" in look:
-                pixels[name].setdefault(look["pixels"], record["file_name"])
-        findings = check_problems(problems) + check_records(records, metadata) + check_images(records, looks)
-        found[name] = findings + check_leaks(name, list(found), pixels)
+        found[name] = check_problems(problems) + check_records(records, metadata)
+        found[name] += count_mistakes(image_mistakes(name, records, looks, earlier))
         report(name, records, metadata, found[name])
         if args.fix:
             folder = args.fix if len(args.names) == 1 else os.path.join(args.fix, name)

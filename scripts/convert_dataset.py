@@ -23,8 +23,8 @@ import yaml
 from PIL import Image
 
 from plaintrain.config import get_cfg
-from plaintrain.data import declare_datasets
-from plaintrain.data.datasets.builtin import read_dataset
+from plaintrain.data import DatasetCatalog, MetadataCatalog, declare_datasets
+from plaintrain.data.catalog import common_class_names
 from plaintrain.data.datasets.shapes import is_drawn, render
 from plaintrain.data.datasets.write import category_ids, make_folder, relative_names, write_coco
 from plaintrain.data.datasets.yolo import label_file
@@ -43,7 +43,6 @@ LOST = {
     "clipped": "objects that reach beyond their image, clipped to it",
     "rle": "masks given as run-length encoding, written as boxes",
     "parts": "masks of several polygons, written as one outline joined by lines without width",
-    "box": "boxes over 0.001 pixels off their polygon's, which alone is written",
     "keypoints": "objects with keypoints, which are left out",
     "difficult": "objects marked difficult, which is left out",
     "score": "objects with a score, which is left out",
@@ -53,16 +52,9 @@ LOST = {
 
 def image_names(records):
     """For each record a path below one folder, no two the same: the files' own, from where they part."""
-    folders = {
-        os.path.dirname(os.path.abspath(r["file_name"])) for r in records if not is_drawn(r["file_name"])
-    }
-    common = os.path.commonpath(folders) if folders else ""
-    names = []
-    for record in records:
-        if is_drawn(record["file_name"]):
-            names.append(f"{record['image_id']}.png")
-        else:
-            names.append(Path(os.path.relpath(record["file_name"], common)).as_posix())
+    files = [record["file_name"] for record in records if not is_drawn(record["file_name"])]
+    name_of = dict(zip(files, relative_names(files)[1], strict=True))
+    names = [name_of.get(record["file_name"], f"{record['image_id']}.png") for record in records]
     if len(set(names)) != len(names):
         raise UserError("two records have the same image file: each may be there once only")
     return names
@@ -143,36 +135,32 @@ def label_line(annotation, record, boxes, lost):
     for key in ("keypoints", "difficult", "score"):
         lost[key] += bool(annotation.get(key))
     segmentation = None if boxes else annotation.get("segmentation")
-    if isinstance(segmentation, dict):
-        lost["rle"] += 1
-    elif segmentation:
-        return _polygon_line(annotation, segmentation, box, record, lost)
-    lost["clipped"] += inside != box
-    x0, y0, x1, y1 = inside
-    shares = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
-    return _line(annotation, shares)
+    lost["rle"] += isinstance(segmentation, dict)
+    if isinstance(segmentation, list | tuple) and segmentation:
+        lost["parts"] += len(segmentation) > 1
+        shares = [
+            c / size
+            for point in _outline(segmentation)
+            for c, size in zip(point, (width, height), strict=True)
+        ]
+        inside = [min(max(share, 0), 1) for share in shares]
+        lost["clipped"] += inside != shares
+        shares = inside
+    else:
+        lost["clipped"] += inside != box
+        x0, y0, x1, y1 = inside
+        shares = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
+    # Ten digits: a thousandth of a pixel is 1e-8 of the largest images.
+    return " ".join([str(annotation["category_id"]), *(f"{share:.10g}" for share in shares)])
 
 
-def _polygon_line(annotation, polygons, box, record, lost):
-    lost["parts"] += len(polygons) > 1
+def _outline(polygons):
+    """The points (x, y) of one polygon around all parts."""
     parts = [list(zip(p[::2], p[1::2], strict=True)) for p in polygons]
     # Each further part: from the first point to its first point, around it, and the same way back.
     start = parts[0][0]
     outline = parts[0] + [point for part in parts[1:] for point in (start, *part, part[0])]
-    outline += [start] * (len(parts) > 1)
-    xs, ys = zip(*outline, strict=True)
-    edges = (min(xs), min(ys), max(xs), max(ys))
-    lost["box"] += any(abs(a - b) > 1e-3 for a, b in zip(edges, box, strict=True))
-    lost["clipped"] += (
-        edges[0] < 0 or edges[1] < 0 or edges[2] > record["width"] or edges[3] > record["height"]
-    )
-    shares = [c / size for x, y in outline for c, size in ((x, record["width"]), (y, record["height"]))]
-    return _line(annotation, [min(max(share, 0), 1) for share in shares])
-
-
-def _line(annotation, shares):
-    # Ten digits: a thousandth of a pixel is 1e-8 of the largest images.
-    return " ".join([str(annotation["category_id"]), *(f"{share:.10g}" for share in shares)])
+    return outline + [start] * (len(parts) > 1)
 
 
 def _size(records):
@@ -189,18 +177,14 @@ def main(args):
     declare_datasets(cfg)
     names = {"train": args.name, "val": args.val, "test": args.test}
     names = {split: name for split, name in names.items() if name}
-    read = {split: read_dataset(name) for split, name in names.items()}
-    for split, (_, metadata) in read.items():
-        if not metadata.get("thing_classes"):
-            raise UserError(f"the dataset {names[split]} names no classes: give its declaration CLASSES")
-        if list(metadata["thing_classes"]) != list(read["train"][1]["thing_classes"]):
-            raise UserError(f"the datasets {args.name} and {names[split]} have different classes")
+    common_class_names(list(names.values()))
+    splits = {split: list(DatasetCatalog.get(name)) for split, name in names.items()}
+    metadata = vars(MetadataCatalog.get(args.name))
     make_folder(args.output)
-    records, metadata = read["train"]
     if args.to == "coco":
-        to_coco(records, metadata, args.output, args.copy_images)
+        to_coco(splits["train"], metadata, args.output, args.copy_images)
     else:
-        to_yolo({split: part for split, (part, _) in read.items()}, metadata, args.output, args)
+        to_yolo(splits, metadata, args.output, args)
 
 
 def parse_args(argv=None):

@@ -45,8 +45,8 @@ MUTATIONS = {
         ("range((len(x) - 1) % step, len(x), step)", "range(0, len(x), step)"),
     ],
     "plaintrain/data/cache.py": [
-        ("json.dumps([list(classes or ()), Image.MAX_IMAGE_PIXELS])", "json.dumps([Image.MAX_IMAGE_PIXELS])"),
-        ("key=lambda f: f.stat().st_mtime, reverse=True)", "key=lambda f: f.stat().st_mtime)"),
+        ("[str(image_root), list(classes or ()), Image", "[str(image_root), Image"),
+        ("key=lambda file: file[0].st_mtime, reverse=True)", "key=lambda file: file[0].st_mtime)"),
     ],
     "plaintrain/data/catalog.py": [
         ("return list(wanted)", "return [name for name in found if name in wanted]"),
@@ -59,10 +59,6 @@ MUTATIONS = {
         ),
         ('return sorted(categories, key=lambda category: category["id"])', "return categories"),
         ('detection["score"] >= score_thresh', 'detection["score"] > score_thresh'),
-    ],
-    "plaintrain/data/columns.py": [
-        ("points[i - ends[0] : j - ends[0]]", "points[i:j]"),
-        ("if areas[i] == areas[i]:", "if areas[i]:"),
     ],
     "plaintrain/data/transforms/copy_paste.py": [
         ('tensors["visibility"].clamp(max=1)', 'tensors["visibility"].clamp(max=0)'),
@@ -105,11 +101,13 @@ MUTATIONS = {
         ("h, w = round(math.sqrt(area * ratio))", "w, h = round(math.sqrt(area * ratio))"),
     ],
     "plaintrain/data/records.py": [
-        ("whole and 0 <= label < num_classes", "whole and 0 <= label <= num_classes"),
         ('dropped = kinds["empty_box"] | kinds["outside_box"]', 'dropped = kinds["empty_box"]'),
         ("table.keypoints * objects", "table.keypoints"),
         ('enumerate(record["annotations"], start)', 'enumerate(record["annotations"])'),
         ("if name not in folders[folder]:", "if not folders[folder]:"),
+    ],
+    "plaintrain/data/validation.py": [
+        ("is_whole(label) and 0 <= label < num_classes", "is_whole(label) and 0 <= label <= num_classes"),
     ],
     "plaintrain/data/samplers.py": [
         ("head = min((position - number * self.size) % batch_size, self.size)", "head = 0"),
@@ -161,13 +159,13 @@ MUTATIONS = {
     ],
     "plaintrain/data/datasets/voc.py": [
         ("x0, y0 = x0 - 1, y0 - 1", "x1, y1 = x1 + 1, y1 + 1"),
-        ('if size > limit or b"<!DOCTYPE" in text:', "if size > limit:"),
+        ('if b"<!DOCTYPE" in text:', "if not text:"),
     ],
     "plaintrain/data/datasets/write.py": [
         ('shift_keypoints(annotation["keypoints"], -0.5)', 'list(annotation["keypoints"])'),
     ],
     "plaintrain/data/datasets/yolo.py": [
-        ("key=lambda item: int(item[0])", "key=lambda item: str(item[0])"),
+        ("names = [by_id[class_id] for class_id in ids]", "names = list(by_id.values())"),
         ("range(len(parts) - 2, -1, -1)", "range(len(parts) - 1)"),
     ],
     "plaintrain/engine/early_stopping.py": [
@@ -654,8 +652,8 @@ PLANTED = {
         ],
         "plaintrain/structures.py": [
             ("x + third, y + fourth]", "x + third - 1, y + fourth - 1]"),
-            ("math.isfinite(v) for v in box", "v == v for v in box"),
-            ("if len(box) != 4", ("box = box[:4]\n        if len(box) != 4")),
+            ("return math.isfinite(a + b + c + d)", "return a + b + c + d == a + b + c + d"),
+            ("a, b, c, d = box", "a, b, c, d = box[:4]"),
             (
                 'return coco_mask.frPyObjects({"size": [height, width], "counts": list(counts)}, '
                 "height, width)",

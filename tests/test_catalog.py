@@ -267,7 +267,7 @@ def test_datasets_that_cannot_be_joined_are_rejected(part, write_image, tmp_path
     write_image(tmp_path / "images/a.png", 9, 9)
     declare_dataset("pictures", {"FORMAT": "images", "ROOT": str(tmp_path / "images")})
     for names, words in (
-        (["onne"], "'onne', which is no dataset; the nearest is one"),
+        (["onne"], "'onne' is not registered; did you mean one"),
         (["a"], "circle: a -> b -> a"),
         (["one", "one"], "each once"),
         ([], "one or more"),

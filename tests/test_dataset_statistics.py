@@ -10,7 +10,6 @@ from hostile_helpers import rejected
 from plaintrain.analysis.dataset import dataset_statistics
 from plaintrain.data import DatasetCatalog
 from plaintrain.data.catalog import class_names
-from plaintrain.data.columns import RecordColumns, to_columns
 from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.structures import BoxMode
@@ -81,7 +80,7 @@ def test_columns_and_lists_have_the_same_statistics(tiny_coco):
     root = str(tiny_coco.images)
     declare_dataset("pets", {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": root})
     records, classes = DatasetCatalog.get("pets"), class_names("pets")
-    in_columns = SerializedRecords(RecordColumns(to_columns(list(records), root), root))
+    in_columns = SerializedRecords.from_arrays(SerializedRecords(list(records)).to_arrays())
     expected = dataset_statistics(list(records), classes)
     assert expected["with_masks"] == 2 and expected["with_keypoints"] == 1 and expected["crowds"] == 1
     for given in (records, in_columns, SerializedRecords.join([in_columns]), in_columns.take(np.arange(3))):

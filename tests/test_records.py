@@ -169,7 +169,7 @@ def _holding(**change):
             (_holding(category_id=v), f"odd.png has category_id {v!r}, .* 2 classes .*0 to 1")
             for v in (2, -1, "a", 1.0, True)
         ),
-        (_holding(bbox=None), "of odd.png has no box, but None"),
+        (_holding(bbox=None), "of odd.png has the box None"),
         (_holding(bbox=[1, 2, float("nan"), 4]), r"odd.png.*\[1, 2, nan, 4\]"),
         (_holding(bbox=[1, 2, 3]), r"odd.png.*\[1, 2, 3\]"),
         (_holding(bbox_mode=7), "odd.png.*7"),
@@ -224,9 +224,7 @@ def test_serialized_records_read_like_the_list_they_hold():
     assert taken[-1] == _record(5)
     assert taken.lengths == [3, 3]
     assert taken.columns["height"].tolist() == [37, 30, 34, 33, 34, 35]
-    assert {block._bytes.data_ptr() for block in taken._blocks} == {
-        part._blocks[0]._bytes.data_ptr() for part in parts
-    }
+    assert {data.data_ptr() for data, _ in taken._blocks} == {part._blocks[0][0].data_ptr() for part in parts}
     assert list(joined.take(np.array([], dtype=np.int64))) == []
 
 

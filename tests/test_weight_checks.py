@@ -213,13 +213,11 @@ def test_classes_in_another_order_are_rejected_before_every_run(start, flags):
 def test_training_may_start_from_other_classes_but_neither_evaluation_nor_resume(start):
     start(["disc", "square", "triangle"])
     start(None, number=5)
-    with pytest.raises(UserError, match=r"missing \['Circle'\].*'Circle' is spelled 'circle'"):
+    with pytest.raises(UserError, match=r"missing \['Circle'\], additional \['circle'\]"):
         start(["Circle", "square", "triangle"], resume=True)
-    with pytest.raises(UserError, match=r"concat, DATASETS: \[NAME\], CLASSES: \['circle', .*'star'\]"):
+    with pytest.raises(UserError, match=r"missing \['star'\].*FORMAT concat accepts"):
         start([*NAMES, "star"], number=4, eval_only=True)
-    with pytest.raises(UserError, match=r"declare the dataset .* CLASSES: \['square', 'circle'\]"):
+    with pytest.raises(UserError, match=r"additional \['triangle'\].*CLASSES in DATASETS.DECLARE"):
         start(["square", "circle"], number=2, eval_only=True, resume=True)
-    with pytest.raises(UserError, match=r"rename the classes of the dataset"):
-        start(["a", "b"], number=2, resume=True)
     with pytest.raises(UserError, match="missing 4 of the model's parameters.* number of classes than the 3"):
         start(None, number=5, eval_only=True)

@@ -60,7 +60,7 @@ def dataset_statistics(records, class_names, cells=16):
         "empty_images": int((per_image == 0).sum()),
         "objects": len(labels),
         "crowds": int(table.crowd.sum()),
-        "with_masks": int((records.have_masks() & real).sum()),
+        "with_masks": int((table.masks & real).sum()),
         "with_keypoints": int((table.keypoints[real] > 0).sum()),
         "classes": _classes(class_names, labels, image, table.labels[table.crowd]),
         "objects_per_image": _counted(per_image),

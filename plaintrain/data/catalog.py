@@ -4,7 +4,7 @@ import logging
 from types import SimpleNamespace
 
 from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
-from plaintrain.utils.class_lists import class_difference, class_remedy
+from plaintrain.utils.class_lists import REMEDY, class_difference
 from plaintrain.utils.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -17,25 +17,13 @@ class _DatasetCatalog:
         self._functions, self._loaded = {}, {}
 
     def register(self, name, func):
-        """Make a dataset known.
-
-        Args:
-            name: what DATASETS.TRAIN and DATASETS.TEST call it.
-            func: function of no arguments; its list, or `SerializedRecords`, is asked for once and kept.
-
-        Raises:
-            UserError: the name is taken.
-        """
+        """Make a dataset known; the records that `func` returns are asked for once and kept."""
         if name in self._functions:
             raise UserError(f"the dataset {name} is registered already")
         self._functions[name] = func
 
     def get(self, name):
-        """The records of a dataset, a `SerializedRecords`.
-
-        Raises:
-            UserError: an unknown name, or whatever makes the dataset unreadable.
-        """
+        """The records of a dataset, a `SerializedRecords`."""
         if name not in self._functions:
             near = nearest(name, self._functions, number=3, least=0.5)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(self.list())}"
@@ -43,9 +31,9 @@ class _DatasetCatalog:
         if name not in self._loaded:
             try:
                 with no_garbage_collection():
-                    found = self._functions[name]()
-                    is_serialized = isinstance(found, SerializedRecords)
-                    self._loaded[name] = found if is_serialized else SerializedRecords(found)
+                    records = self._functions[name]()
+                    is_serialized = isinstance(records, SerializedRecords)
+                    self._loaded[name] = records if is_serialized else SerializedRecords(records)
             except RecursionError as e:
                 raise UserError(f"the dataset {name} holds what is nested too deeply to be read") from e
         return self._loaded[name]
@@ -99,11 +87,7 @@ MetadataCatalog = _MetadataCatalog()
 
 
 def class_names(name):
-    """The class names of a dataset, loading it if they come from its files.
-
-    Raises:
-        UserError: the dataset is unknown, or says nothing about its classes.
-    """
+    """The class names of a dataset, loading it if they come from its files."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
         DatasetCatalog.get(name)
@@ -121,18 +105,14 @@ def get_class_names(dataset_names):
 
 
 def common_class_names(names):
-    """The class names that all of these datasets have.
-
-    Raises:
-        UserError: two of them differ, or one is unknown or names no classes.
-    """
+    """The class names that all of these datasets have."""
     classes = class_names(names[0])
     for name in names[1:]:
         found = class_names(name)
         if found != classes:
+            difference = f"{classes} and {found} ({class_difference(classes, found)})"
             raise UserError(
-                f"the datasets {names[0]} and {name} have different classes: {classes} and {found} "
-                f"({class_difference(classes, found)}); {class_remedy(classes, found, name)}"
+                f"the datasets {names[0]} and {name} have different classes: {difference}; {REMEDY}"
             )
     return classes
 
@@ -145,9 +125,6 @@ def select_classes(found, wanted, where, may_miss=False):
         wanted: names to keep, in the order of their labels; empty or None for all of `found`.
         where: what to call the dataset in an error.
         may_miss: warn of a wanted name that the dataset does not have, which may be a typo, and keep it.
-
-    Raises:
-        UserError: a wanted name that the dataset does not have, or one given twice.
     """
     if not wanted:
         return list(found)

@@ -7,14 +7,14 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from plaintrain.data.validation import KINDS, annotation_problems
+from plaintrain.data.validation import KINDS, annotation_mistakes
 from plaintrain.structures import BoxMode, segmentation_mistake, segmentation_to_rle
 
 # Annotations with such a finding are dropped; others lose only the broken part.
-_DROPPED = {"bad_box", "empty_box", "outside_box"}
+_DROPPED = {"broken", "unknown_class", "bad_box", "empty_box", "outside_box"}
 
 
-def fix_records(records, images, num_keypoints=None):
+def fix_records(records, images, metadata):
     """Fix what is wrong with images and annotations.
 
     Images that cannot be read or do not fit INPUT.PIXEL_RANGE are excluded. Annotations of an image that was
@@ -26,14 +26,14 @@ def fix_records(records, images, num_keypoints=None):
         records: list of records.
         images: for each record `{"error": message, "kind": kind}`, or `{"size": (height, width), "pixels":
             a hash}`, the EXIF orientation applied.
-        num_keypoints: how many keypoints an annotation must have if it has any, or None.
+        metadata: see `check_records`.
 
     Returns:
         (records, {what was changed: a line each time, which says where, or ""}).
     """
     kept, of_pixels, changes = [], {}, defaultdict(list)
     for record, image in zip(records, images, strict=True):
-        record = _fix_image(record, image, num_keypoints, changes)
+        record = _fix_image(record, image, metadata, changes)
         if record is None:
             continue
         same = of_pixels.setdefault(image["pixels"], [])
@@ -46,7 +46,7 @@ def fix_records(records, images, num_keypoints=None):
     return kept, changes
 
 
-def _fix_image(record, image, num_keypoints, changes):
+def _fix_image(record, image, metadata, changes):
     """The record with its image's size and annotations that fit it, or None."""
     name = record["file_name"]
     if "error" in image:
@@ -62,7 +62,7 @@ def _fix_image(record, image, num_keypoints, changes):
         if new != old:
             changes["image sizes corrected by a pixel"].append(sizes)
         record = {**record, "height": new[0], "width": new[1]}
-    fixed = (_fix_annotation(a, record, num_keypoints, changes) for a in record["annotations"])
+    fixed = (_fix_annotation(a, record, metadata, changes) for a in record["annotations"])
     annotations = [annotation for annotation in fixed if annotation]
     if resized:
         changes["images resized after annotation, their annotations scaled"].append(sizes)
@@ -82,9 +82,9 @@ def _is_scaled(record, old, new):
     return abs(new[0] * old[1] / (old[0] * new[1]) - 1) < tolerance
 
 
-def _fix_annotation(annotation, record, num_keypoints, changes):
+def _fix_annotation(annotation, record, metadata, changes):
     """The annotation without what is broken in it, or None."""
-    problems = {kind for kind, _ in annotation_problems(annotation, record, num_keypoints)}
+    problems = {kind for kind, _ in annotation_mistakes(annotation, record, metadata)}
     for kind in problems & _DROPPED:
         changes[f"annotations dropped: {KINDS[kind][0].split(',')[0]}"].append("")
         return None

@@ -1,5 +1,6 @@
 """Image files: finding them, opening them, their size."""
 
+import contextlib
 import errno
 import os
 import struct
@@ -13,15 +14,11 @@ from plaintrain.utils.files import check_file, reason
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 # What Pillow raises for a file that is broken, in its pixels or its EXIF data.
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
 
 
 def list_images(folder):
-    """Paths of the image files in a folder and the folders below it, sorted.
-
-    Raises:
-        UserError: no such folder, no image in it, or a link by which the list would not end.
-    """
+    """Paths of the image files in a folder and the folders below it, sorted."""
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}, where images were expected")
     found, seen = [], set()
@@ -36,19 +33,22 @@ def list_images(folder):
     return sorted(found)
 
 
+@contextlib.contextmanager
 def open_image(file_name):
-    """`PIL.Image.open`, for what is a file and has no program in it.
-
-    Raises:
-        One of `BROKEN_IMAGE`.
-    """
-    check_file(file_name)
-    image = Image.open(file_name)
-    if image.format == "EPS":
-        image.close()
-        # Pillow would have Ghostscript run what the file says.
-        raise OSError(errno.EINVAL, "it is PostScript, a program, whatever its name ends in")
-    return image
+    """`PIL.Image.open`, with a `DataError` for what cannot be read, before or within the block."""
+    try:
+        check_file(file_name)
+        with Image.open(file_name) as image:
+            if image.format == "EPS":
+                # Pillow would have Ghostscript run what the file says.
+                raise OSError(errno.EINVAL, "it is PostScript, a program, whatever its name ends in")
+            yield image
+    except UserError:
+        raise
+    except FileNotFoundError as e:
+        raise DataError("unreadable", f"the image file {file_name} does not exist") from e
+    except _BROKEN as e:
+        raise DataError("unreadable", f"cannot read the image file {file_name}: {reason(e)}") from e
 
 
 def is_too_large(height, width):
@@ -57,29 +57,16 @@ def is_too_large(height, width):
 
 
 def image_header(file_name):
-    """(height, width, EXIF orientation) of an image file, the size as that orientation turns it.
-
-    Raises:
-        DataError: the file is missing or not an image.
-    """
-    try:
-        with open_image(file_name) as image:
-            width, height = image.size
-            # The PNG class' own method would decode the whole image first.
-            orientation = int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
-    except FileNotFoundError as e:
-        raise DataError("unreadable", f"the image file {file_name} does not exist") from e
-    except BROKEN_IMAGE as e:
-        raise DataError("unreadable", f"cannot read the image file {file_name}: {reason(e)}") from e
+    """(height, width, EXIF orientation) of an image file, the size as that orientation turns it."""
+    with open_image(file_name) as image:
+        width, height = image.size
+        # The PNG class' own method would decode the whole image first.
+        orientation = int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
 
 
 def image_record(file_name, image_id, problems=None):
-    """A record without annotations, its size from the file; None if a problem was noted instead.
-
-    Args:
-        problems: see `refuse`.
-    """
+    """A record without annotations, its size from the file; None if `refuse` noted a problem instead."""
     try:
         height, width, _ = image_header(file_name)
     except DataError as e:

@@ -9,10 +9,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from plaintrain.data.datasets import shapes
-from plaintrain.data.image_files import BROKEN_IMAGE, image_header, open_image
+from plaintrain.data.image_files import image_header, open_image
 from plaintrain.structures import are_numbers
 from plaintrain.utils.errors import DataError, UserError
-from plaintrain.utils.files import reason
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +25,7 @@ _DEFAULT_RANGES = {"uint16": (0, 65535), "float32": (0, 1)}
 
 
 def get_pixel_range(cfg):
-    """INPUT.PIXEL_RANGE as a tuple: (low, high), or () for the range of each image's type.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """INPUT.PIXEL_RANGE as a tuple: (low, high), or () for the range of each image's type."""
     values = tuple(cfg.INPUT.PIXEL_RANGE)
     if values and not (len(values) == 2 and are_numbers(values) and values[0] < values[1]):
         raise UserError(f"INPUT.PIXEL_RANGE must be [] or two numbers [low, high], got {list(values)}")
@@ -44,26 +39,15 @@ def read_image(file_name, pixel_range=()):
     several frames the first is read.
 
     Args:
-        file_name: the file.
         pixel_range: see `to_rgb`.
 
     Returns:
         uint8 tensor `[3, H, W]`, RGB.
-
-    Raises:
-        UserError: the file is missing, cut off or not an image, or its pixels do not fit the range.
     """
     if shapes.is_drawn(file_name):
         return torch.from_numpy(shapes.render(file_name)).permute(2, 0, 1)
-    try:
-        with open_image(file_name) as image:
-            return to_rgb(image, pixel_range, f"the image file {file_name}")
-    except FileNotFoundError as e:
-        raise UserError(f"the image file {file_name} does not exist") from e
-    except UserError:
-        raise
-    except BROKEN_IMAGE as e:
-        raise UserError(f"cannot read the image file {file_name}: {reason(e)}") from e
+    with open_image(file_name) as image:
+        return to_rgb(image, pixel_range, f"the image file {file_name}")
 
 
 def to_rgb(image, pixel_range=(), name="the image"):
@@ -80,9 +64,6 @@ def to_rgb(image, pixel_range=(), name="the image"):
 
     Returns:
         uint8 tensor `[3, H, W]`, RGB.
-
-    Raises:
-        DataError: pixels outside the range, NaN or infinite, or of a type without a default range.
     """
     # Known only until the pixels are read.
     raw_mode, file_format = _raw_mode(image), image.format
@@ -137,13 +118,12 @@ def _to_8_bits(array, pixel_range, default, name):
 
 
 class ImageCache:
-    """Reads images as `read_image` does, and keeps the first that fit; for the threads of a process.
+    """Reads images as `read_image` does, and keeps the first that fit into `limit` bytes, for threads.
 
     None gives way to another: in passes over all images, what came last comes last again.
     """
 
     def __init__(self, limit):
-        """limit: bytes of decoded images to keep."""
         self._limit, self._used, self._images, self._lock = limit, 0, {}, Lock()
         self._is_full = False
 

@@ -15,18 +15,10 @@ COCO_SKELETON = (
 
 
 def keypoint_flip_indices(names, flip_map=None):
-    """The order of the keypoints after a horizontal flip.
+    """Return the order of the keypoints after a horizontal flip, a tuple of 0 to Kp-1.
 
-    Args:
-        names: the keypoints' names.
-        flip_map: pairs of names (left, right) that change places; None pairs the names that differ
-            only by left and right.
-
-    Returns:
-        tuple, a permutation of 0 to Kp-1: for each keypoint the one that takes its place.
-
-    Raises:
-        UserError: a pair names an unknown keypoint, or one keypoint is in two pairs.
+    `flip_map` holds pairs of names (left, right) that change places; None pairs the names that differ only by
+    left and right.
     """
     names = list(names)
     if flip_map is None:
@@ -46,16 +38,9 @@ def keypoint_flip_indices(names, flip_map=None):
 
 
 def dataset_flip_indices(datasets, number=0):
-    """The order after a horizontal flip of the keypoints that all of these datasets have.
+    """Return `keypoint_flip_indices` of the keypoints that all of these datasets, given by name, have.
 
-    Loads a dataset if its keypoints come from its files.
-
-    Args:
-        datasets: their names.
-        number: MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS; 0 for any.
-
-    Raises:
-        UserError: one names no keypoints, or not so many, or two name others or pair them otherwise.
+    Loads a dataset if its keypoints come from its files. A `number` of keypoints of 0 is any.
     """
     found = []
     for dataset in datasets:

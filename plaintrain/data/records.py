@@ -1,28 +1,19 @@
 """The records of a training set: joined, checked, cleaned and counted."""
 
 import logging
-import numbers
 import os
 from collections import Counter
 
 import numpy as np
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, common_class_names
-from plaintrain.data.datasets.coco_mistakes import keypoint_mistake
 from plaintrain.data.datasets.shapes import is_drawn
-from plaintrain.data.serialized import RECORD_KEYS, SerializedRecords
-from plaintrain.data.validation import KINDS, box_kinds
-from plaintrain.structures import BoxMode, segmentation_mistake
+from plaintrain.data.serialized import SerializedRecords
+from plaintrain.data.validation import KINDS, box_kinds, check_annotation, image_mistake, keypoint_mistake
+from plaintrain.structures import segmentation_mistake
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-_TYPES = (
-    ("file_name", str, "a string"),
-    ("height", numbers.Integral, "a whole number"),
-    ("width", numbers.Integral, "a whole number"),
-    ("annotations", list | tuple, "a list"),
-)
 
 
 def get_detection_dataset_dicts(names, filter_empty=True, min_keypoints=0, need_masks=False):
@@ -40,9 +31,6 @@ def get_detection_dataset_dicts(names, filter_empty=True, min_keypoints=0, need_
 
     Returns:
         `SerializedRecords`, a sequence of fresh dicts; its `lengths` are those of the datasets.
-
-    Raises:
-        UserError: an unknown or empty dataset, differing classes, a class id out of range.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -73,36 +61,15 @@ def get_detection_dataset_dicts(names, filter_empty=True, min_keypoints=0, need_
 
 def _raise_first_mistake(name, records, num_classes):
     for record in records:
-        for key in RECORD_KEYS:
-            if key not in record:
-                raise UserError(f"a record of the dataset {name} has no {key}: {str(record)[:200]}")
-        for key, kind, word in _TYPES:
-            if not isinstance(record[key], kind):
-                raise UserError(f"a record of the dataset {name} has the {key} {record[key]!r}, not {word}")
+        mistake = image_mistake(record)
+        if not mistake and not isinstance(record.get("annotations"), list | tuple):
+            mistake = "has no annotations list"
+        if mistake:
+            raise UserError(f"a record of the dataset {name} {mistake}: {str(record)[:200]}")
         for annotation in record["annotations"]:
             check_annotation(annotation, record["file_name"], num_classes)
         if SerializedRecords([record]).annotations is None:
             raise UserError(f"the annotations of {record['file_name']} cannot be read: {str(record)[:300]}")
-
-
-def check_annotation(annotation, file_name, num_classes):
-    """Refuse an annotation without box, or whose `category_id` is not one of 0 to `num_classes` - 1."""
-    for key in ("bbox", "bbox_mode", "category_id"):
-        if key not in annotation:
-            raise UserError(f"an annotation of {file_name} has no {key}")
-    label = annotation["category_id"]
-    whole = isinstance(label, numbers.Integral) and not isinstance(label, bool)
-    if not (whole and 0 <= label < num_classes):
-        raise UserError(
-            f"an annotation of {file_name} has category_id {label!r}, but the "
-            f"dataset's {num_classes} classes have the ids 0 to {num_classes - 1}"
-        )
-    try:
-        BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    except UserError as e:
-        raise UserError(f"an annotation of {file_name}: {e}") from e
-    except TypeError as e:
-        raise UserError(f"an annotation of {file_name} has no box, but {annotation['bbox']!r}") from e
 
 
 def _check_targets(records, masks, num_keypoints):
@@ -111,16 +78,15 @@ def _check_targets(records, masks, num_keypoints):
         for annotation in record["annotations"]:
             if annotation.get("iscrowd"):
                 continue
-            size, keypoints = (record["height"], record["width"]), annotation.get("keypoints")
-            wrong = masks and segmentation_mistake(annotation.get("segmentation"), *size)
-            if wrong:
-                raise UserError(
-                    "MODEL.MASK_ON needs a segmentation of every object, but an annotation of "
-                    f"{record['file_name']} {wrong[1]}"
-                )
-            wrong = num_keypoints and keypoints and keypoint_mistake(keypoints, num_keypoints)
-            if wrong:
-                raise UserError(f"an annotation of {record['file_name']} {wrong[1]}")
+            where = f"an annotation of {record['file_name']}"
+            segmentation, keypoints = annotation.get("segmentation"), annotation.get("keypoints")
+            mistake = masks and segmentation_mistake(segmentation, record["height"], record["width"])
+            if mistake:
+                needs = "MODEL.MASK_ON needs a segmentation of every object"
+                raise UserError(f"{needs}, but {where} {mistake[1]}")
+            mistake = num_keypoints and keypoints and keypoint_mistake(keypoints, num_keypoints)
+            if mistake:
+                raise UserError(f"{where} {mistake[1]}")
 
 
 def _usable(records, counts):
@@ -187,9 +153,6 @@ def check_image_files(records, what):
     """Refuse records whose image files are missing, by listing each folder once.
 
     `SerializedRecords` that were found complete are not checked again in this process.
-
-    Raises:
-        UserError: names the first missing file and how many there are.
     """
     if getattr(records, "files_exist", False):
         return

@@ -3,14 +3,16 @@
 import contextlib
 import copy
 import gc
+import io
+import json
 import numbers
 import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from plaintrain.data.columns import AnnotationTable, RecordColumns, num_labelled
 from plaintrain.structures import BoxMode
 
 RECORD_KEYS = ("file_name", "image_id", "height", "width", "annotations")
@@ -28,17 +30,22 @@ def no_garbage_collection():
             gc.enable()
 
 
-class _Pickled:
-    """Records of any kind as bytes."""
+@dataclass(frozen=True)
+class AnnotationTable:
+    """All annotations of a list of records, in their order."""
 
-    def __init__(self, records):
-        blobs = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
-        self._ends = torch.from_numpy(np.cumsum([0, *map(len, blobs)], dtype=np.int64))
-        self._bytes = torch.frombuffer(bytearray(b"".join(blobs) or b"\0"), dtype=torch.uint8)
-
-    def __getitem__(self, index):
-        start, end = self._ends[index : index + 2].tolist()
-        return pickle.loads(self._bytes[start:end].numpy())  # noqa: S301 - bytes made above
+    # Index of the record that an annotation belongs to, [A].
+    record: np.ndarray
+    # XYXY corners in pixels, float64 [A, 4].
+    boxes: np.ndarray
+    # category_id, int64 [A].
+    labels: np.ndarray
+    # Whether it is a crowd, bool [A].
+    crowd: np.ndarray
+    # Number of labelled keypoints, int64 [A].
+    keypoints: np.ndarray
+    # Whether it has a segmentation, bool [A].
+    masks: np.ndarray
 
 
 class SerializedRecords(Sequence):
@@ -58,27 +65,44 @@ class SerializedRecords(Sequence):
     files_exist = False
 
     def __init__(self, records):
-        """records: iterable of dicts, or `RecordColumns`, which are kept as they are."""
-        in_columns = isinstance(records, RecordColumns)
-        if not in_columns:
-            records = list(records)
-        self._blocks = [records if in_columns else _Pickled(records)]
-        # Block, and place in the block.
-        self._places = torch.stack(
-            [torch.zeros(len(records), dtype=torch.int64), torch.arange(len(records))], 1
-        )
-        self.columns = records.columns if in_columns else _or_none(_columns, records)
-        self.annotations = records.table() if in_columns else _or_none(_annotation_table, records)
-        self.lengths = [len(records)]
+        records = list(records)
+        blobs = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
+        ends = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
+        self._set_block(np.frombuffer(bytearray().join(blobs), dtype=np.uint8), ends, pickle.loads)
+        self.columns, self.annotations = _or_none(_columns, records), _or_none(_annotation_table, records)
+
+    def _set_block(self, data, ends, loads):
+        # Tensors, because other processes share their memory.
+        self._blocks = [(torch.from_numpy(data), loads)]
+        # Block, start and end of each record.
+        spans = np.stack([np.zeros_like(ends[1:]), ends[:-1], ends[1:]], axis=1)
+        self._spans, self.lengths = torch.from_numpy(spans), [len(spans)]
+
+    def to_arrays(self):
+        """Return the arrays to keep in a file, of records of plain data that were never joined."""
+        names = json.dumps(self.columns["file_name"].tolist()).encode()
+        ends = np.append(0, self._spans[:, 2].numpy())
+        arrays = {"data": self._blocks[0][0].numpy(), "ends": ends, "names": np.frombuffer(names, np.uint8)}
+        return {**arrays, **vars(self.annotations), **{key: self.columns[key] for key in ("height", "width")}}
+
+    @classmethod
+    def from_arrays(cls, arrays):
+        """Return the records of `to_arrays`; nothing in the arrays is run."""
+        records, arrays = cls.__new__(cls), dict(arrays)
+        records._set_block(arrays.pop("data"), arrays.pop("ends"), _load_plain)
+        names = np.array(json.loads(arrays.pop("names").tobytes()), dtype=object)
+        records.columns = {"file_name": names} | {key: arrays.pop(key) for key in ("height", "width")}
+        records.annotations = AnnotationTable(**arrays)
+        return records
 
     @staticmethod
     def join(parts):
         """The records of several `SerializedRecords`, in their order; the bytes are shared."""
-        joined, places, blocks = copy.copy(parts[0]), [], []
+        joined, spans, blocks = copy.copy(parts[0]), [], []
         for part in parts:
-            places.append(part._places + torch.tensor([len(blocks), 0]))
+            spans.append(part._spans + torch.tensor([len(blocks), 0, 0]))
             blocks += part._blocks
-        joined._places, joined._blocks = torch.cat(places), blocks
+        joined._spans, joined._blocks = torch.cat(spans), blocks
         if all(part.columns for part in parts):
             joined.columns = {k: np.concatenate([p.columns[k] for p in parts]) for k in parts[0].columns}
         joined.lengths = [len(part) for part in parts]
@@ -87,31 +111,39 @@ class SerializedRecords(Sequence):
     def take(self, indices):
         """The records at some indices, an int array; the bytes are shared."""
         taken = copy.copy(self)
-        taken._places = self._places[torch.from_numpy(indices)]
+        taken._spans = self._spans[torch.from_numpy(indices)]
         taken.columns = self.columns and {key: column[indices] for key, column in self.columns.items()}
         taken.lengths = [len(indices)]
         return taken
 
-    def have_masks(self):
-        """Whether each annotation has a segmentation, bool [A], in the order of the records."""
-        if len(self._blocks) == 1 and isinstance(self._blocks[0], RecordColumns) and self.annotations:
-            return self._blocks[0].have_masks()
-        return np.array([bool(a.get("segmentation")) for r in self for a in r["annotations"]], dtype=bool)
-
     def __getstate__(self):
         # What copies and other processes get.
-        return {"_places": self._places, "_blocks": self._blocks}
+        return {"_spans": self._spans, "_blocks": self._blocks}
 
     def __len__(self):
-        return len(self._places)
+        return len(self._spans)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        block, place = self._places[index].tolist()
-        return self._blocks[block][place]
+        block, start, end = self._spans[index].tolist()
+        data, loads = self._blocks[block]
+        return loads(data[start:end].numpy())
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickle plain data and `BoxMode`, and nothing that could run code."""
+
+    def find_class(self, module, name):
+        if (module, name) == (BoxMode.__module__, BoxMode.__name__):
+            return BoxMode
+        raise pickle.UnpicklingError(f"a record must be plain data, got {module}.{name}")
+
+
+def _load_plain(data):
+    return _PlainUnpickler(io.BytesIO(data)).load()
 
 
 def _or_none(make, records):
@@ -149,8 +181,13 @@ def _annotation_table(records):
         boxes=_corners([a["bbox"] for a in annotations], [a["bbox_mode"] for a in annotations]),
         labels=np.array(labels, dtype=np.int64),
         crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool),
-        keypoints=np.array([num_labelled(a.get("keypoints")) for a in annotations], dtype=np.int64),
+        keypoints=np.array([_num_labelled(a.get("keypoints")) for a in annotations], dtype=np.int64),
+        masks=np.array([bool(a.get("segmentation")) for a in annotations], dtype=bool),
     )
+
+
+def _num_labelled(keypoints):
+    return sum(v > 0 for v in keypoints[2::3]) if keypoints else 0
 
 
 def _corners(boxes, modes):

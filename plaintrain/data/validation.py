@@ -1,12 +1,12 @@
-"""What may be wrong with a dataset, found in its records without opening an image."""
+"""Find what is wrong with a dataset, in its records and in COCO's entries, without opening an image."""
 
-import math
 import numbers
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from plaintrain.data.datasets.coco_mistakes import keypoint_mistake
-from plaintrain.structures import BoxMode, segmentation_mistake
+from plaintrain.data.image_files import is_too_large
+from plaintrain.structures import BoxMode, are_numbers, is_box, segmentation_mistake
+from plaintrain.utils.errors import DataError
 
 MAX_EXAMPLES = 10
 # A box is tiny if a side is shorter than this, in pixels.
@@ -32,7 +32,7 @@ KINDS = {
     "bad_box": ("boxes that are not four finite numbers in their place", True),
     "wrong_keypoints": ("annotations with a wrong number of keypoints, or malformed ones", True),
     "bad_polygon": (
-        "annotations with polygons of fewer than three points, or malformed ones (stop training with masks)",
+        "polygons of fewer than three points, or malformed ones (stop training with masks)",
         True,
     ),
     "bad_rle": ("run-length encodings that do not fit their image (stop training with masks)", True),
@@ -47,7 +47,7 @@ KINDS = {
     "imbalance": (f"classes whose numbers of boxes differ by a factor of {IMBALANCE} or more", False),
     "turned": ("images that their EXIF orientation turns", False),
     "near_constant": (
-        f"images that use fewer than {LEAST_SPREAD} of 256 values, as when INPUT.PIXEL_RANGE is wrong",
+        f"images of fewer than {LEAST_SPREAD} of 256 values: is INPUT.PIXEL_RANGE right?",
         False,
     ),
     "listed_twice": ("images that are listed more than once", False),
@@ -71,118 +71,119 @@ class Finding:
         return "\n".join([head, *(f"    {line}" for line in [*self.examples, *more])])
 
 
-class Tally:
-    """Counts by kind, with the first examples of each."""
-
-    def __init__(self):
-        self._counts, self._examples = Counter(), {}
-
-    def add(self, kind, *words):
-        """Count one; `words` are joined to its example, if there is room for it."""
-        self._counts[kind] += 1
-        if words and self._counts[kind] <= MAX_EXAMPLES:
-            self._examples.setdefault(kind, []).append(" ".join(map(str, words)))
-
-    def findings(self):
-        """list of `Finding`, in the order of `KINDS`."""
-        return [
-            Finding(kind, self._counts[kind], tuple(self._examples.get(kind, ())), fatal)
-            for kind, (_, fatal) in KINDS.items()
-            if self._counts[kind]
-        ]
+def count_mistakes(mistakes):
+    """Return a list of `Finding`, in the order of `KINDS`, for pairs (kind, example or "")."""
+    counts, examples = Counter(), defaultdict(list)
+    for kind, example in mistakes:
+        counts[kind] += 1
+        if example and counts[kind] <= MAX_EXAMPLES:
+            examples[kind].append(example)
+    kinds = [kind for kind in KINDS if counts[kind]]
+    return [Finding(kind, counts[kind], tuple(examples[kind]), KINDS[kind][1]) for kind in kinds]
 
 
 def check_problems(problems):
     """Findings of what a reader collected: a list of `UserError`, some with a `kind`."""
-    tally = Tally()
-    for error in problems:
-        tally.add(getattr(error, "kind", "broken"), error)
-    return tally.findings()
+    return count_mistakes((getattr(error, "kind", "broken"), str(error)) for error in problems)
 
 
 def class_counts(records, metadata):
     """{class name: number of boxes}, unknown ids left out."""
-    counts = Counter(a["category_id"] for record in records for a in record["annotations"])
-    return {name: counts[label] for label, name in enumerate(metadata["thing_classes"])}
+    counts = Counter(a.get("category_id") for record in records for a in record["annotations"])
+    return {name: counts[label] for label, name in enumerate(metadata.get("thing_classes") or ())}
 
 
 def check_records(records, metadata):
     """What is to be said about records: the checks that open no image.
 
     Args:
-        records: iterable of records.
+        records: list of records.
         metadata: dict or `Metadata` with `thing_classes` and, for keypoints, `keypoint_names`.
 
     Returns:
         list of `Finding`; the fatal ones are those that training stops at.
     """
-    tally, used, seen = Tally(), Counter(), set()
-    classes = list(metadata.get("thing_classes") or ())
-    num_keypoints = len(metadata.get("keypoint_names") or ()) or None
+    counts = class_counts(records, metadata)
+    return count_mistakes([*_record_mistakes(records, metadata), *_balance_mistakes(len(records), counts)])
+
+
+def _record_mistakes(records, metadata):
+    seen = set()
     for record in records:
         name = record["file_name"]
         if record["image_id"] in seen:
-            tally.add("same_image_id", name, "has the id", record["image_id"])
+            yield "same_image_id", f"{name} has the id {record['image_id']}"
         seen.add(record["image_id"])
         if not record["annotations"]:
-            tally.add("no_annotations", name)
+            yield "no_annotations", name
         for annotation in record["annotations"]:
-            label = annotation["category_id"]
-            if isinstance(label, numbers.Integral) and 0 <= label < len(classes):
-                used[label] += 1
-            else:
-                tally.add("unknown_class", f"{name}: {label!r}, of {len(classes)} classes")
-            for kind, what in annotation_problems(annotation, record, num_keypoints):
-                tally.add(kind, f"{name}: {what}")
-    if not seen:
-        tally.add("no_images")
-    elif not used:
-        tally.add("no_boxes")
-    _check_balance(tally, [(used[label], class_name) for label, class_name in enumerate(classes)])
-    return tally.findings()
+            for kind, what in annotation_mistakes(annotation, record, metadata):
+                yield kind, f"{name}: an annotation {what}"
 
 
-def _check_balance(tally, counts):
-    present = [count for count, _ in counts if count]
+def _balance_mistakes(num_images, counts):
+    present = list(filter(None, counts.values()))
+    if not present:
+        yield "no_boxes" if num_images else "no_images", ""
     unbalanced = present and max(present) >= IMBALANCE * min(present)
-    for count, name in sorted(counts, key=lambda pair: -pair[0]):
+    for name, count in sorted(counts.items(), key=lambda item: -item[1]):
         if not count:
-            tally.add("unused_class", name)
+            yield "unused_class", name
         elif unbalanced:
-            tally.add("imbalance", f"{name}: {count} boxes")
+            yield "imbalance", f"{name}: {count} boxes"
 
 
-def annotation_problems(annotation, record, num_keypoints=None):
-    """[(kind, what was found)] of one annotation, its class aside.
-
-    Args:
-        annotation, record: the annotation and its image's record.
-        num_keypoints: how many keypoints it must have if it has any, or None.
-    """
-    found = []
-    problem = _box_problem(annotation, record["height"], record["width"])
-    if problem:
-        found.append((problem, f"box {annotation['bbox']}"))
-    segmentation = annotation.get("segmentation")
-    wrong = segmentation and segmentation_mistake(segmentation, record["height"], record["width"])
-    if wrong:
-        found.append((wrong[0], f"an annotation {wrong[1]}"))
-    if annotation.get("keypoints"):
-        found += _keypoint_problems(annotation["keypoints"], num_keypoints, record)
-    return found
+def check_annotation(annotation, where, num_classes):
+    """Raise a `DataError` for an annotation of `where` that `annotation_mistake` rejects."""
+    mistake = annotation_mistake(annotation, num_classes)
+    if mistake:
+        raise DataError(mistake[0], f"an annotation of {where} {mistake[1]}")
 
 
-def _box_problem(annotation, height, width):
-    try:
-        x0, y0, x1, y1 = map(float, annotation["bbox"])
-    except (TypeError, ValueError):
-        return "bad_box"
-    if not math.isfinite(x0 + y0 + x1 + y1):
-        return "bad_box"
-    if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
-        x1, y1 = x0 + x1, y0 + y1
-    kinds = box_kinds(x0, y0, x1, y1, width, height)
-    return next((kind for kind, is_so in kinds.items() if is_so), None)
+def annotation_mistake(annotation, num_classes):
+    """Return why an annotation cannot be used at all: (kind, end of a sentence), or None."""
+    for key in ("bbox", "bbox_mode", "category_id"):
+        if key not in annotation:
+            return "broken", f"has no {key}"
+    label, mode = annotation["category_id"], annotation["bbox_mode"]
+    if not (is_whole(label) and 0 <= label < num_classes):
+        ids = f"the dataset's {num_classes} classes have the ids 0 to {num_classes - 1}"
+        return "unknown_class", f"has category_id {label!r}, but {ids}"
+    if not is_box(annotation["bbox"]):
+        return "bad_box", f"has the box {annotation['bbox']!r}, not four finite numbers"
+    if mode not in tuple(BoxMode):
+        return "bad_box", f"has the bbox_mode {mode!r}, not one of {', '.join(map(str, BoxMode))}"
+    return None
+
+
+def annotation_mistakes(annotation, record, metadata):
+    """Yield (kind, end of a sentence) for all that is wrong with an annotation of a record."""
+    mistake = annotation_mistake(annotation, len(metadata.get("thing_classes") or ()))
+    if mistake:
+        yield mistake
+        return
+    height, width = record["height"], record["width"]
+    box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    kinds = [kind for kind, is_so in box_kinds(*box, width, height).items() if is_so]
+    if kinds:
+        yield kinds[0], f"has the box {annotation['bbox']}"
+    segmentation, keypoints = annotation.get("segmentation"), annotation.get("keypoints")
+    mistake = segmentation and segmentation_mistake(segmentation, height, width)
+    if mistake:
+        yield mistake
+    mistake = keypoints and keypoint_mistake(keypoints, len(metadata.get("keypoint_names") or ()))
+    if mistake:
+        yield mistake
+    elif keypoints:
+        # Half a pixel over the edge is rounding, as for boxes.
+        points = zip(keypoints[::3], keypoints[1::3], keypoints[2::3], strict=True)
+        outside = [
+            (x, y)
+            for x, y, v in points
+            if v > 0 and not (-0.5 <= x <= width + 0.5 and -0.5 <= y <= height + 0.5)
+        ]
+        if outside:
+            yield "outside_keypoint", f"has the keypoint {outside[0]} in an image of {width}x{height}"
 
 
 def box_kinds(x0, y0, x1, y1, width, height):
@@ -196,13 +197,64 @@ def box_kinds(x0, y0, x1, y1, width, height):
     }
 
 
-def _keypoint_problems(keypoints, number, record):
-    wrong = keypoint_mistake(keypoints, number)
-    if wrong:
-        return [(wrong[0], f"an annotation {wrong[1]}")]
-    width, height = record["width"], record["height"]
-    # Half a pixel over the edge is rounding, as for boxes.
-    for x, y, v in zip(keypoints[::3], keypoints[1::3], keypoints[2::3], strict=True):
-        if v > 0 and not (-0.5 <= x <= width + 0.5 and -0.5 <= y <= height + 0.5):
-            return [("outside_keypoint", f"keypoint {x:g}, {y:g} of {width}x{height}")]
-    return []
+def keypoint_mistake(keypoints, number):
+    """Return what is wrong with `[x, y, v, ...]`, as `annotation_mistake`; a `number` of 0 is any."""
+    if not isinstance(keypoints, list | tuple) or not are_numbers(keypoints):
+        return "wrong_keypoints", f"has keypoints that are not finite numbers: {str(keypoints)[:80]}"
+    if len(keypoints) % 3 or (number and len(keypoints) != 3 * number):
+        wanted = f"3 x {number}, the number of names" if number else "three for each"
+        return "wrong_keypoints", f"has {len(keypoints)} numbers as keypoints, not {wanted}"
+    if not {0, 1, 2}.issuperset(keypoints[2::3]):
+        return "wrong_keypoints", f"has a keypoint whose visibility is not 0, 1 or 2: {keypoints[2::3]}"
+    return None
+
+
+def is_whole(value):
+    """Return whether a value is an integer, of Python or NumPy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def image_mistake(image, id_key="image_id"):
+    """Return what is wrong with a record, or an entry of COCO's `images`: the end of a sentence, or None."""
+    for key in (id_key, "file_name", "height", "width"):
+        if key not in image:
+            return f"has no {key}"
+    if not (is_whole(image[id_key]) or isinstance(image[id_key], str)):
+        return f"has an {id_key} that is neither a number nor a string"
+    for key in ("height", "width"):
+        if not is_whole(image[key]) or image[key] < 1:
+            return f"has the {key} {image[key]!r}, not a number of pixels"
+    if is_too_large(image["height"], image["width"]):
+        return f"is {image['width']} x {image['height']}, more pixels than an image may have"
+    if not isinstance(image["file_name"], str):
+        return f"has the file_name {image['file_name']!r}, not a string"
+    return None
+
+
+def coco_annotation_mistake(annotation, image_ids, num_keypoints):
+    """Return what is wrong with an entry of COCO's `annotations`: as `annotation_mistake`.
+
+    Args:
+        annotation: the entry, a dict.
+        image_ids: the ids of the images.
+        num_keypoints: {category id: number of keypoints its annotations have, or 0 for any}.
+    """
+    # Runs a million times: no text is made and no key looked up twice before something is wrong.
+    image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+    keypoints, area = annotation.get("keypoints"), annotation.get("area")
+    if type(image_id) not in (int, str) or image_id not in image_ids:
+        mistake = "unknown_image", f"belongs to image {image_id}, which is not there"
+    elif type(category_id) is not int or category_id not in num_keypoints:
+        categories = f"the file's categories are {list(num_keypoints)}"
+        mistake = "unknown_class", f"has category_id {category_id}, but {categories}"
+    elif not is_box(annotation.get("bbox")):
+        what = f"has bbox {str(annotation.get('bbox'))[:80]}, which is not four finite numbers x, y, w, h"
+        mistake = "bad_box", what
+    elif annotation.get("iscrowd") not in (None, 0, 1):
+        mistake = "broken", f"has iscrowd {annotation['iscrowd']!r}, not 0 or 1"
+    elif area is not None and (type(area) not in (int, float) or not -1e300 < area < 1e300):
+        mistake = "broken", f"has the area {area!r}, not a number"
+    else:
+        return keypoint_mistake(keypoints, num_keypoints[category_id]) if keypoints else None
+    missing = [key for key in ("image_id", "category_id", "bbox") if key not in annotation]
+    return ("broken", f"has no {missing[0]}") if missing else mistake

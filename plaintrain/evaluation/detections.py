@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from plaintrain.data.catalog import DatasetCatalog, class_names
-from plaintrain.data.records import check_annotation
+from plaintrain.data.validation import check_annotation
 from plaintrain.evaluation.evaluator import DatasetEvaluator
 from plaintrain.structures import BoxMasks, encode_masks
 from plaintrain.utils import comm

@@ -13,9 +13,9 @@ from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets.coco import read_results, visible_keypoints
-from plaintrain.data.datasets.coco_mistakes import annotation_mistake
 from plaintrain.data.datasets.write import category_ids
 from plaintrain.data.serialized import no_garbage_collection
+from plaintrain.data.validation import coco_annotation_mistake
 from plaintrain.evaluation.detections import Detections, ground_truth
 from plaintrain.structures import are_numbers, segmentation_to_rle
 from plaintrain.utils import comm
@@ -163,12 +163,12 @@ def _read_checked(path, dataset_name):
     records, _, index = ground_truth(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
     labels = {dataset_id: label for label, dataset_id in enumerate(category_ids(metadata))}
-    num_keypoints = dict.fromkeys(labels, len(metadata.get("keypoint_names") or ()) or None)
+    num_keypoints = dict.fromkeys(labels, len(metadata.get("keypoint_names") or ()))
     with no_garbage_collection():
         detections = read_results(path)
         found = {}
         for detection in detections:
-            wrong = annotation_mistake(visible_keypoints(detection), index, num_keypoints)
+            wrong = coco_annotation_mistake(visible_keypoints(detection), index, num_keypoints)
             wrong = _said_of(dataset_name, detection, wrong) if wrong else _more_mistakes(detection)
             if wrong:
                 raise UserError(f"detection {detection['id']} in {path} {wrong}")
@@ -178,7 +178,7 @@ def _read_checked(path, dataset_name):
 
 
 def _said_of(dataset_name, detection, mistake):
-    """What `annotation_mistake` found, of a dataset instead of a file."""
+    """What `coco_annotation_mistake` found, of a dataset instead of a file."""
     kind, what = mistake
     if kind == "unknown_image":
         records = DatasetCatalog.get(dataset_name)

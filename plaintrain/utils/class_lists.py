@@ -4,40 +4,22 @@ from plaintrain.utils.errors import UserError
 
 # Class names that an error lists.
 _LISTED = 12
+REMEDY = (
+    "CLASSES in DATASETS.DECLARE chooses and orders the classes of a dataset; FORMAT concat accepts classes "
+    "that are missing"
+)
 
 
 def class_difference(expected: list[str], actual: list[str]) -> str:
     """Return how a list of class names differs from the expected one; "" if they are equal."""
     if expected == actual:
         return ""
-    missing = [name for name in expected if name not in actual]
-    extra = [name for name in actual if name not in expected]
-    if not missing and not extra:
-        return "the same in another order"
-    reasons = [f"missing {_listed(missing)}"] if missing else []
-    reasons += [f"additional {_listed(extra)}"] if extra else []
-    others = {_plain(name): name for name in extra}
-    respelled = [name for name in missing if _plain(name) in others]
-    reasons += [f"{name!r} is spelled {others[_plain(name)]!r}" for name in respelled[:_LISTED]]
-    return ", ".join(reasons)
-
-
-def class_remedy(expected: list[str], actual: list[str], dataset: str = "") -> str:
-    """Return how to give a dataset the expected classes."""
-    known = dataset or "the dataset"
-    classes = expected if len(expected) <= _LISTED else "[the first list]"
-    if set(expected) <= set(actual):
-        return f"declare {known} in DATASETS.DECLARE with CLASSES: {classes}"
-    if set(expected) & set(actual):
-        declaration = f"{{FORMAT: concat, DATASETS: [{dataset or 'NAME'}], CLASSES: {classes}}}"
-        return f"DATASETS.DECLARE with {declaration} accepts classes that are missing"
-    return f"rename the classes of {known}, or use another dataset"
-
-
-def is_reordered(expected: list[str], actual: list[str]) -> bool:
-    """Return whether two lists hold the same names, apart from case and spaces, in another order."""
-    first, second = [_plain(name) for name in expected], [_plain(name) for name in actual]
-    return first != second and sorted(first) == sorted(second)
+    differences = {
+        "missing": [name for name in expected if name not in actual],
+        "additional": [name for name in actual if name not in expected],
+    }
+    reasons = [f"{word} {_listed(names)}" for word, names in differences.items() if names]
+    return ", ".join(reasons) or "the same in another order"
 
 
 def check_trained_classes(
@@ -59,11 +41,9 @@ def check_trained_classes(
     if not difference:
         return ""
     classes = f"{source} was trained for the classes {_listed(trained_for)}"
-    if strict or is_reordered(trained_for, class_names):
-        raise UserError(
-            f"{classes}, but the dataset has {_listed(class_names)} ({difference}); "
-            + class_remedy(trained_for, class_names)
-        )
+    first, second = (list(map(_plain, names)) for names in (trained_for, class_names))
+    if strict or (first != second and sorted(first) == sorted(second)):
+        raise UserError(f"{classes}, but the dataset has {_listed(class_names)} ({difference}); {REMEDY}")
     return f"{classes}, here they are {_listed(class_names)}"
 
 
@@ -73,4 +53,5 @@ def _listed(names):
 
 
 def _plain(name):
+    """A name apart from case and spaces."""
     return " ".join(str(name).split()).casefold()

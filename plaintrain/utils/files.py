@@ -110,11 +110,16 @@ def move_old_run(folder):
     return target
 
 
-def check_file(path):
-    """Refuse, with an `OSError`, a pipe or a device, which `open` would wait for or read without end."""
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+def check_file(path, limit=None):
+    """Refuse, with an `OSError`, a file of more bytes than `limit`, and what is no file.
+
+    `open` would wait for a pipe, and read a device without end.
+    """
+    status = os.stat(path)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
+    if limit and status.st_size > limit:
+        raise OSError(errno.EFBIG, f"it has more than the {limit:,} bytes that are read")
 
 
 def check_stored(path):
@@ -136,9 +141,7 @@ def read_text(path, limit=None):
     Raises:
         OSError, ValueError: `reason` says why it cannot be read.
     """
-    check_file(path)
-    if limit and os.path.getsize(path) > limit:
-        raise OSError(errno.EFBIG, f"it has more than the {limit:,} bytes that are read")
+    check_file(path, limit)
     return Path(path).read_text(encoding="utf-8-sig")
 
 

@@ -18,21 +18,8 @@ def test_readers_give_records_or_a_clear_error_whatever_a_file_holds(name, input
     assert report.counts["refused"] >= 0.3 * inputs and (inputs < 300 or report.counts["ok"] >= 5)
 
 
-def test_inputs_are_the_same_each_time_and_unchanged_files_are_accepted(monkeypatch):
-    import fuzz_readers
-
-    made, mutate = [], fuzz_readers.mutate
-
-    def note(path, data, rng):
-        made[-1].append(mutate(path, data, rng))
-        return made[-1][-1]
-
-    monkeypatch.setattr(fuzz_readers, "mutate", note)
-    for seed in (1, 1, 2):
-        made.append([])
-        fuzz("yolo", 20, seed)
-    assert made[0] == made[1] != made[2] and len(set(made[0])) > 0.8 * len(made[0])
-    monkeypatch.setattr(fuzz_readers, "mutate", lambda path, data, rng: data)
+def test_unchanged_files_are_accepted(monkeypatch):
+    monkeypatch.setattr("fuzz_readers.mutate", lambda path, data, rng: data)
     for name in READERS:
         assert fuzz(name, 2).counts == {"ok": 2}, name
 

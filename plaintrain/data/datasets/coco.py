@@ -5,20 +5,15 @@ Format: https://cocodataset.org/#format-data and https://cocodataset.org/#format
 
 import json
 import os
+from collections import Counter
 
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
-from plaintrain.data.datasets.coco_mistakes import (
-    annotation_mistake,
-    image_mistake,
-    keypoint_mistake,
-    note_repeated_ids,
-    without_contradictions,
-)
 from plaintrain.data.image_files import is_too_large
 from plaintrain.data.serialized import no_garbage_collection
+from plaintrain.data.validation import coco_annotation_mistake, image_mistake, keypoint_mistake
 from plaintrain.structures import BoxMode, are_numbers, make_record, segmentation_mistake, segmentation_to_rle
 from plaintrain.utils.errors import DataError, UserError, refuse
 from plaintrain.utils.files import is_below, read_text, reason
@@ -39,16 +34,14 @@ def _read_json(json_file, what="annotation file"):
 
 def _read_content(json_file, keys=("images", "annotations", "categories")):
     content = _read_json(json_file)
-    if not isinstance(content, dict):
-        raise UserError(f"{json_file} must hold an object with images, annotations and categories")
     for key in keys:
-        _check_list(content.get(key), f"{json_file} has no list of objects {key!r}, which COCO JSON needs")
+        if not isinstance(content, dict) or not _are_objects(content.get(key)):
+            raise UserError(f"{json_file} has no list of objects {key!r}, which COCO JSON needs")
     return content
 
 
-def _check_list(items, message):
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise UserError(message)
+def _are_objects(items):
+    return isinstance(items, list) and all(isinstance(item, dict) for item in items)
 
 
 def load_coco_json(json_file, image_root, classes=None, problems=None):
@@ -66,14 +59,11 @@ def load_coco_json(json_file, image_root, classes=None, problems=None):
     Returns:
         (records, metadata): metadata holds `thing_classes`, `thing_dataset_id_to_contiguous_id`,
         and, for keypoints, `keypoint_names` and `skeleton` (COCO's pairs of numbers from 1).
-
-    Raises:
-        UserError: names the file, and the image or annotation, and what is wrong with it.
     """
     with no_garbage_collection():
         content = _read_content(json_file)
         if problems is not None:
-            note_repeated_ids(content["annotations"], json_file, problems)
+            _note_repeated_ids(content["annotations"], json_file, problems)
         return _to_records(content, json_file, image_root, classes, problems)
 
 
@@ -85,16 +75,9 @@ def load_coco_results(json_file, image_root, results_file, classes=None, score_t
 
     Args:
         json_file: path of a JSON with the `images` and `categories`; its annotations are not used.
-        image_root, classes: see `load_coco_json`.
         results_file: path of a JSON list of `{image_id, category_id, score, bbox, ...}`.
         score_thresh: detections with a lower score are left out.
-        problems: None, or a list that takes broken images and detections instead of an error.
-
-    Returns:
-        (records, metadata), as `load_coco_json`.
-
-    Raises:
-        UserError: names the file, and the image or detection, and what is wrong with it.
+        image_root, classes, problems: see `load_coco_json`, as for what is returned.
     """
     with no_garbage_collection():
         content = _read_content(json_file, ("images", "categories"))
@@ -107,28 +90,21 @@ def load_coco_results(json_file, image_root, results_file, classes=None, score_t
 
 
 def read_results(results_file, problems=None):
-    """The detections of a JSON in COCO's results format.
-
-    Args:
-        results_file: path of a JSON list of `{image_id, category_id, score, bbox, ...}`.
-        problems: None, or a list that takes broken detections instead of an error.
+    """Read the detections of a JSON in COCO's results format; `problems` as in `load_coco_json`.
 
     Returns:
         list of dicts as the file has them, with `id`, the place in the file from 0, and a `bbox`: that
-        around the segmentation, or the keypoints, where there was none. Only the `score` is checked
-        in all of them: it is a finite number.
-
-    Raises:
-        UserError: names the file, and the detection, and what is wrong with it.
+        around the segmentation, or the keypoints, where there was none. Only the `score` is checked.
     """
     results = _read_json(results_file, "results file")
-    _check_list(results, f"{results_file} must hold a list of detections, as COCO's results format")
+    if not _are_objects(results):
+        raise UserError(f"{results_file} must hold a list of detections, as COCO's results format")
     detections = []
     for index, result in enumerate(results):
         detection = {**result, "id": index}
-        wrong = _complete(detection)
-        if wrong:
-            refuse(problems, DataError(wrong[0], f"detection {index} in {results_file} {wrong[1]}"))
+        mistake = _complete(detection)
+        if mistake:
+            refuse(problems, DataError(mistake[0], f"detection {index} in {results_file} {mistake[1]}"))
         else:
             detections.append(detection)
     return detections
@@ -150,21 +126,21 @@ def _complete(detection):
     if "bbox" in detection:
         return None
     segmentation, keypoints = detection.get("segmentation"), visible_keypoints(detection).get("keypoints")
-    wrong = None
+    mistake = None
     if isinstance(segmentation, dict):
         size = segmentation.get("size")
         right = isinstance(size, list) and len(size) == 2 and {*map(type, size)} == {int}
         if not right or min(size) < 1 or is_too_large(*size):
             return "bad_rle", f"has an RLE of the size {size}, not [height, width]"
-        wrong = segmentation_mistake(segmentation, *size)
-        if not wrong:
+        mistake = segmentation_mistake(segmentation, *size)
+        if not mistake:
             detection["bbox"] = coco_mask.toBbox(segmentation_to_rle(segmentation, *size)).tolist()
     elif keypoints:
-        wrong = keypoint_mistake(keypoints, None)
-        if not wrong:
+        mistake = keypoint_mistake(keypoints, 0)
+        if not mistake:
             xs, ys = keypoints[::3], keypoints[1::3]
             detection["bbox"] = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
-    return wrong
+    return mistake
 
 
 def _to_records(content, json_file, image_root, classes, problems=None):
@@ -172,15 +148,13 @@ def _to_records(content, json_file, image_root, classes, problems=None):
     id_of = {category["name"]: category["id"] for category in categories}
     chosen = select_classes(list(id_of), classes, json_file)
     labels = {id_of[name]: label for label, name in enumerate(chosen)}
-    # What an annotation of each category must have; None: any number of keypoints.
-    num_keypoints = {c["id"]: len(c.get("keypoints") or ()) or None for c in categories}
+    num_keypoints = {c["id"]: len(c.get("keypoints") or ()) for c in categories}
     records = _image_records(content["images"], json_file, image_root, problems)
     for annotation in content["annotations"]:
-        wrong = annotation_mistake(annotation, records, num_keypoints)
-        if wrong:
-            kind, what = wrong
-            error = DataError(kind, f"annotation {annotation.get('id', '?')} in {json_file} {what}")
-            refuse(problems, error)
+        mistake = coco_annotation_mistake(annotation, records, num_keypoints)
+        if mistake:
+            where = f"annotation {annotation.get('id', '?')} in {json_file}"
+            refuse(problems, DataError(mistake[0], f"{where} {mistake[1]}"))
         elif annotation["category_id"] in labels:
             records[annotation["image_id"]]["annotations"].append(_convert(annotation, labels))
     metadata = {"thing_classes": chosen, "thing_dataset_id_to_contiguous_id": labels}
@@ -190,6 +164,8 @@ def _to_records(content, json_file, image_root, classes, problems=None):
 
 def _categories(categories, json_file):
     """The categories by id, checked."""
+    if not categories:
+        raise UserError(f"{json_file} has no categories, so there is nothing to detect")
     for category in categories:
         if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
             raise UserError(f"a category in {json_file} needs a numeric id and a name: {category}")
@@ -199,13 +175,9 @@ def _categories(categories, json_file):
                 f"the keypoints of category {category['name']} in {json_file} must be names: {names}"
             )
     for key in ("id", "name"):
-        seen = set()
-        for value in (category[key] for category in categories):
-            if value in seen:
-                raise UserError(f"{json_file} has two categories with the {key} {value}")
-            seen.add(value)
-    if not categories:
-        raise UserError(f"{json_file} has no categories, so there is nothing to detect")
+        ((value, count),) = Counter(category[key] for category in categories).most_common(1)
+        if count > 1:
+            raise UserError(f"{json_file} has two categories with the {key} {value}")
     return sorted(categories, key=lambda category: category["id"])
 
 
@@ -221,23 +193,47 @@ def _keypoint_metadata(categories):
 
 def _image_records(images, json_file, image_root, problems):
     if problems is not None:
-        images = without_contradictions(images, json_file, problems)
+        images = _without_contradictions(images, json_file, problems)
     records = {}
     for image in images:
-        wrong = image_mistake(image, records, json_file)
-        if not wrong and not is_below(image_root, image["file_name"]):
-            wrong = (
-                f"image {image['id']} in {json_file} has the file_name {image['file_name']!r}, which leaves "
-                f"the images' folder {image_root}: let IMAGE_ROOT be a folder that holds all images"
+        mistake = image_mistake(image, "id")
+        if not mistake and image["id"] in records:
+            mistake = f"is one of two images with the id {image['id']}"
+        if not mistake and not is_below(image_root, image["file_name"]):
+            mistake = (
+                f"has the file_name {image['file_name']!r}, which leaves the images' folder {image_root}: "
+                "let IMAGE_ROOT be a folder that holds all images"
             )
-        if wrong:
-            refuse(problems, DataError("broken_image", wrong))
+        if mistake:
+            where = f"image {image.get('id', image)} in {json_file}"
+            refuse(problems, DataError("broken_image", f"{where} {mistake}"))
             continue
         file_name = os.path.join(image_root, image["file_name"])
         records[image["id"]] = make_record(file_name, image["id"], image["height"], image["width"])
     if len({type(image_id) for image_id in records}) > 1:
         raise UserError(f"the image ids in {json_file} must be all numbers or all strings")
     return records
+
+
+def _note_repeated_ids(annotations, json_file, problems):
+    for number, count in Counter(str(a["id"]) for a in annotations if "id" in a).items():
+        error = DataError("duplicate_id", f"two annotations in {json_file} have the id {number}")
+        problems += [error] * (count - 1)
+
+
+def _without_contradictions(images, json_file, problems):
+    """The entries but those that share an id but no file or size: nobody knows whose objects it has."""
+    files_of = {}
+    for image in images:
+        if "id" in image:
+            name = os.path.normpath(str(image.get("file_name")))
+            file = f"{name} ({image.get('width')}x{image.get('height')})"
+            files_of.setdefault(repr(image["id"]), set()).add(file)
+    contradicted = {image_id: files for image_id, files in files_of.items() if len(files) > 1}
+    for image_id, files in contradicted.items():
+        what = f"the id {image_id} in {json_file} is that of {' and '.join(sorted(files))}"
+        problems.append(DataError("ambiguous", what))
+    return [image for image in images if repr(image.get("id")) not in contradicted]
 
 
 def _convert(annotation, labels):
@@ -272,13 +268,9 @@ def shift_keypoints(keypoints, by):
 
 
 def register_coco_instances(name, metadata, json_file, image_root):
-    """Register a COCO dataset, scored with COCO metrics.
+    """Register a COCO dataset, scored with COCO metrics, as Detectron2 does.
 
-    Args:
-        name: the dataset's name.
-        metadata: dict of extra metadata, may be empty; `thing_classes` in it chooses and orders
-            the classes.
-        json_file, image_root: see `load_coco_json`.
+    `metadata` is a dict of more metadata; `thing_classes` in it chooses and orders the classes.
     """
 
     def load():

@@ -1,7 +1,7 @@
 """Several datasets as one."""
 
 from plaintrain.data.catalog import select_classes
-from plaintrain.data.records import check_annotation
+from plaintrain.data.validation import check_annotation
 from plaintrain.utils.class_lists import class_difference
 from plaintrain.utils.errors import UserError
 
@@ -15,27 +15,19 @@ def load_concat(names, read, classes=None, merge=False):
     Args:
         names: the datasets.
         read: function name -> (records, metadata dict).
-        classes: the classes of the whole, in the order of their labels; objects of others are left
-            out. It may name classes that no part has.
+        classes: see `load_coco_json`; it may name classes that no part has.
         merge: take every class of any part, in order of first appearance.
 
     Returns:
-        (records, metadata): metadata holds `thing_classes`, `thing_dataset_id_to_contiguous_id` (the
-        parts' own ids where they agree, otherwise 1, 2, ...) and what the parts say about keypoints,
-        where they agree.
-
-    Raises:
-        UserError: a dataset given twice or without class names, differing classes, or a class id out
-            of its range.
+        (records, metadata): of ids of categories and of keypoints, metadata holds what the parts agree on.
     """
     if not names or len(set(names)) != len(names):
         raise UserError(f"DATASETS of a concat dataset must name one or more, each once, not {names}")
     parts = [read(name) for name in names]
-    found = []
     for name, (_, metadata) in zip(names, parts, strict=True):
         if not metadata.get("thing_classes"):
             raise UserError(f"the dataset {name} names no classes, so it cannot be joined with others")
-        found.append(list(metadata["thing_classes"]))
+    found = [list(metadata["thing_classes"]) for _, metadata in parts]
     joined = _join_classes(names, found, classes, merge)
     label_of = {name: label for label, name in enumerate(joined)}
     ids = [{record["image_id"] for record in records} for records, _ in parts]
@@ -66,19 +58,17 @@ def _join_classes(names, found, classes, merge):
 
 
 def _relabel(record, labels):
+    annotations = []
     for annotation in record["annotations"]:
-        label = annotation.get("category_id")
-        if type(label) is not int or not 0 <= label < len(labels):
-            check_annotation(annotation, record["file_name"], len(labels))
-    new = [(annotation, labels[annotation["category_id"]]) for annotation in record["annotations"]]
-    return [{**annotation, "category_id": label} for annotation, label in new if label is not None]
+        check_annotation(annotation, record["file_name"], len(labels))
+        label = labels[annotation["category_id"]]
+        if label is not None:
+            annotations.append({**annotation, "category_id": label})
+    return annotations
 
 
 def _metadata(joined, parts):
-    metadata = {
-        "thing_classes": joined,
-        "thing_dataset_id_to_contiguous_id": _dataset_ids(joined, parts),
-    }
+    metadata = {"thing_classes": joined, "thing_dataset_id_to_contiguous_id": _dataset_ids(joined, parts)}
     known = [part for part in parts if part.get("keypoint_names")]
     if known and all(part["keypoint_names"] == known[0]["keypoint_names"] for part in known):
         keys = ("keypoint_names", "keypoint_flip_map", "skeleton")

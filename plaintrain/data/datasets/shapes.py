@@ -37,13 +37,9 @@ def load_shapes(split="train", num=2000, height=128, width=128, seed=0):
         split: train, val or test; splits share no image.
         num: number of images.
         height, width: size of the images in pixels, at least 16.
-        seed: another seed gives another set.
 
     Returns:
         (records, metadata): annotations carry boxes, polygons and the 4 keypoints of `KEYPOINTS`.
-
-    Raises:
-        UserError: an unknown split, or a size or number that is too small.
     """
     if split not in _SPLITS:
         raise UserError(f"shapes has the splits {', '.join(_SPLITS)}, not {split!r}")
@@ -74,14 +70,7 @@ def is_drawn(file_name):
 
 
 def render(file_name):
-    """Draw the image that a record of `load_shapes` names.
-
-    Returns:
-        uint8 array `[H, W, 3]`, RGB.
-
-    Raises:
-        UserError: the name is not one of `load_shapes`.
-    """
+    """Draw the image that a record of `load_shapes` names, uint8 `[H, W, 3]`, RGB."""
     try:
         url = urlsplit(file_name)
         query = {key: int(value[0]) for key, value in parse_qs(url.query).items()}

@@ -5,6 +5,7 @@ the name of an annotation, its `<filename>` says which is meant.
 Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf
 """
 
+import contextlib
 import math
 import os
 import re
@@ -37,41 +38,31 @@ def load_voc(root, split, classes=None, problems=None):
     Args:
         root: folder that holds `Annotations`, `ImageSets/Main` and `JPEGImages`.
         split: name of a list in `ImageSets/Main`, without `.txt`.
-        classes: class names in the order of their labels; objects of other classes are left out.
-            Empty: every name in `Annotations`, of all splits, sorted.
-        problems: None, or a list that takes broken files and objects instead of an error.
+        classes: see `load_coco_json`; empty for every name in `Annotations`, of all splits, sorted.
+        problems: see `load_coco_json`.
 
     Returns:
         (records, metadata): metadata holds `thing_classes`.
-
-    Raises:
-        UserError: names the file and what is wrong with it.
     """
     names = _read_split(root, split)
-    folder = os.path.join(root, "Annotations")
-    if not os.path.isdir(folder):
-        raise UserError(f"there is no folder {folder}, which a VOC dataset needs")
-    chosen = _choose_classes(folder, classes, problems)
+    folder, image_folder = (os.path.join(root, name) for name in ("Annotations", "JPEGImages"))
+    images = _image_files(image_folder)
+    # A class that no object has may be a typo.
+    chosen = select_classes(_all_classes(folder, problems), classes, folder, may_miss=True)
     labels = {name: label for label, name in enumerate(chosen)}
-    images = _image_files(os.path.join(root, "JPEGImages"))
     records = []
     for line in names:
         # Per-class lists hold a second column (1, 0, -1); a name may hold spaces.
         name = line if line in images else line.split()[0]
         try:
             if name not in images:
-                where = os.path.join(root, "JPEGImages")
-                raise DataError("unreadable", f"the image {name} of split {split} is missing in {where}")
+                missing = f"the image {name} of split {split} is missing in {image_folder}"
+                raise DataError("unreadable", missing)
             xml_file = os.path.join(folder, name + ".xml")
             records.append(_record(xml_file, images[name], labels, problems))
         except UserError as e:
             refuse(problems, e)
     return records, {"thing_classes": chosen}
-
-
-def _choose_classes(folder, classes, problems):
-    """The given classes, or all; a given one that no object has may be a typo, so it is named."""
-    return select_classes(_all_classes(folder, problems), classes, folder, may_miss=True)
 
 
 def _read_split(root, split):
@@ -88,11 +79,15 @@ def _read_split(root, split):
     return names
 
 
-def _image_files(folder):
+def _list_folder(folder):
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}, which a VOC dataset needs")
+    return sorted(os.listdir(folder))
+
+
+def _image_files(folder):
     files = {}
-    for name in sorted(os.listdir(folder)):
+    for name in _list_folder(folder):
         stem, ext = os.path.splitext(name)
         if ext in _EXTENSIONS:
             files.setdefault(stem, []).append(os.path.join(folder, name))
@@ -117,15 +112,13 @@ def _choose_file(files, root, xml_file):
 
 def _parse(xml_file):
     try:
-        check_file(xml_file)
-        size, limit = os.path.getsize(xml_file), 32 * MAX_BYTES
-        text = Path(xml_file).read_bytes() if size <= limit else b""
+        check_file(xml_file, limit=32 * MAX_BYTES)
+        text = Path(xml_file).read_bytes()
     except OSError as e:
         raise UserError(f"cannot read the annotation file {xml_file}: {reason(e)}") from e
-    if size > limit or b"<!DOCTYPE" in text:
+    if b"<!DOCTYPE" in text:
         # Its entities could stand for more text than there is memory.
-        what = f"{size:,} bytes, more than {limit:,}" if size > limit else "a DOCTYPE"
-        raise UserError(f"the annotation file {xml_file} has {what}, which no VOC annotation has")
+        raise UserError(f"the annotation file {xml_file} has a DOCTYPE, which no VOC annotation has")
     try:
         return ElementTree.fromstring(text)
     except (ElementTree.ParseError, LookupError, ValueError) as e:
@@ -134,7 +127,7 @@ def _parse(xml_file):
 
 def _all_classes(folder, problems):
     names = set()
-    for file in os.listdir(folder):
+    for file in _list_folder(folder):
         if file.endswith(".xml"):
             try:
                 root = _parse(os.path.join(folder, file))
@@ -157,13 +150,10 @@ def _text(element, tag, where):
 
 def _number(element, tag, where):
     text = _text(element, tag, where)
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{where}: <{tag}> is {text!r}, not a number")
-    return number
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise UserError(f"{where}: <{tag}> is {text!r}, not a number")
 
 
 def _record(xml_file, image_files, labels, problems):

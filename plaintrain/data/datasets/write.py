@@ -13,11 +13,7 @@ from plaintrain.utils.files import atomic_write
 
 
 def make_folder(path):
-    """Make a folder to write a dataset into.
-
-    Raises:
-        UserError: it has content, or cannot be made.
-    """
+    """Make a folder to write a dataset into."""
     try:
         os.makedirs(path, exist_ok=True)
         if os.listdir(path):
@@ -44,18 +40,8 @@ def category_ids(metadata):
 def write_coco(json_file, records, metadata, file_names):
     """Write records as a COCO JSON, from which `load_coco_json` reads them again.
 
-    Image ids, sizes, boxes, category ids, polygons, RLE, crowds, keypoints and scores stay as they
-    are; `difficult` is kept beside COCO's own keys; where there is no area, it is the mask's or the
-    box'. Annotation ids count from 1.
-
-    Args:
-        json_file: the file to write.
-        records: list of records.
-        metadata: dict with `thing_classes` and what else is known.
-        file_names: for each record, what to write as `file_name`.
-
-    Raises:
-        UserError: a malformed box or segmentation, or a file that cannot be written.
+    Ids of images and categories stay as they are, `difficult` is kept beside COCO's own keys, and where
+    there is no area, it is the mask's or the box'. `file_names` holds what to write for each record.
     """
     ids = category_ids(metadata)
     images, annotations = [], []

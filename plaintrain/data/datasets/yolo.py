@@ -7,7 +7,6 @@ Format: https://docs.ultralytics.com/datasets/detect/ and https://docs.ultralyti
 """
 
 import logging
-import math
 import os
 from pathlib import Path
 
@@ -38,23 +37,23 @@ def load_yolo(data_file, split, classes=None, dataset_root="", problems=None):
         data_file: path of the `data.yaml`.
         split: train, val or test: a key of that file. Its value is a folder, a text file that lists
             images, or a list of these.
-        classes: class names to keep, in the order of their labels; all if empty.
+        classes, problems: see `load_coco_json`.
         dataset_root: where a relative `path` of the file may start, if not at the file's folder.
-        problems: None, or a list that takes broken images and lines instead of an error.
 
     Returns:
         (records, metadata): metadata holds `thing_classes`.
-
-    Raises:
-        UserError: names the file and line, and what is wrong with it.
     """
-    data = _read_data(data_file)
+    data = parse_yaml(_read_text(data_file, MAX_BYTES), data_file)
+    if "kpt_shape" in data:
+        # Its lines would pass for polygons.
+        raise UserError(
+            f"{data_file} has a kpt_shape: labels with keypoints are not read; COCO JSON has them"
+        )
     names = _class_names(data, data_file)
     chosen = select_classes(names, classes, data_file)
     labels = [chosen.index(name) if name in chosen else None for name in names]
     root = _root(data, data_file, dataset_root)
-    files = _image_files(data, data_file, split, root)
-    files = _without_shared_labels(files, problems)
+    files = _without_shared_labels(_image_files(data, data_file, split, root), problems)
     records = []
     for file, image_id in zip(files, _image_ids(files, root), strict=True):
         record = image_record(file, image_id, problems)
@@ -74,26 +73,16 @@ def _read_text(path, limit=None):
         raise DataError("broken", f"cannot read {path}: {reason(e)}") from e
 
 
-def _read_data(data_file):
-    data = parse_yaml(_read_text(data_file, MAX_BYTES), data_file)
-    if "kpt_shape" in data:
-        # Its lines would pass for polygons.
-        raise UserError(
-            f"{data_file} has a kpt_shape: labels with keypoints are not read; COCO JSON holds them"
-        )
-    return data
-
-
 def _class_names(data, data_file):
     names, number = data.get("names"), data.get("nc")
     if names is None and type(number) is int and 0 < number <= _MAX_CLASSES:
         return [f"class_{i}" for i in range(number)]
     if isinstance(names, dict):
-        if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
-            raise UserError(
-                f"the ids in names of {data_file} must be 0 to {len(names) - 1}, not {list(names)}"
-            )
-        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+        by_id = {str(class_id): name for class_id, name in names.items()}
+        ids = [str(class_id) for class_id in range(len(names))]
+        if by_id.keys() != set(ids):
+            raise UserError(f"the ids in names of {data_file} must be 0 to {len(ids) - 1}, not {list(names)}")
+        names = [by_id[class_id] for class_id in ids]
     if not isinstance(names, list) or not names:
         raise UserError(f"{data_file} needs names, a list of the classes, not {names!r}")
     if number is not None and number != len(names):
@@ -124,29 +113,28 @@ def _image_files(data, data_file, split, root):
         hint = f"; it has {', '.join(there)}" if there else ""
         raise UserError(f"{data_file} has no split {split!r}{hint}")
     files = []
-    for entry in value if isinstance(value, list) else [value]:
-        path = os.path.normpath(os.path.join(root, str(entry)))
-        if str(entry).startswith("../") and not (is_below(root, path) and os.path.exists(path)):
+    for entry in map(str, value if isinstance(value, list) else [value]):
+        in_root = is_below(root, entry) and os.path.exists(os.path.join(root, entry))
+        if entry.startswith("../") and not in_root:
             # Roboflow writes ../train/images for a folder beside the file.
-            path = os.path.normpath(os.path.join(root, str(entry)[3:]))
-        _check_below(root, path, data_file)
+            entry = entry[3:]
+        path = _join_below(root, root, entry, data_file)
         if path.endswith(".txt"):
             lines = (line.strip() for line in _read_text(path).splitlines())
-            listed = [os.path.normpath(os.path.join(os.path.dirname(path), line)) for line in lines if line]
-            for file in listed:
-                _check_below(root, file, path)
-            files += listed
+            files += [_join_below(root, os.path.dirname(path), line, path) for line in lines if line]
         else:
             files += list_images(path)
     return files
 
 
-def _check_below(root, path, source):
+def _join_below(root, folder, name, source):
+    path = os.path.normpath(os.path.join(folder, name))
     if not is_below(root, path):
         raise UserError(
             f"{source} names {path}, which is outside the dataset's folder {root}; let the path in the "
             "data.yaml be a folder that holds all images"
         )
+    return path
 
 
 def _without_shared_labels(files, problems):
@@ -182,24 +170,18 @@ def label_file(image_file):
 
 
 def _read_labels(record, labels, problems):
-    path = label_file(record["file_name"])
-    if not os.path.lexists(path):
-        return []
-    annotations = []
+    path, annotations = label_file(record["file_name"]), []
     try:
-        lines = _read_text(path).splitlines()
+        lines = _read_text(path).splitlines() if os.path.lexists(path) else []
     except DataError as e:
         refuse(problems, e)
         return []
     for number, line in enumerate(lines, 1):
         try:
-            annotation = _annotation(line.split(), record, labels, f"{path}, line {number}")
+            annotations.append(_annotation(line.split(), record, labels, f"{path}, line {number}"))
         except DataError as e:
             refuse(problems, e)
-            continue
-        if annotation:
-            annotations.append(annotation)
-    return annotations
+    return list(filter(None, annotations))
 
 
 def _annotation(words, record, labels, where):
@@ -219,10 +201,10 @@ def _annotation(words, record, labels, where):
             "bad_polygon" if len(values) < 6 else "broken",
             f"{where} has {len(values)} numbers after the class, not 4 (cx cy w h) or 3 or more pairs x y",
         )
-    if not all(-_TOLERANCE <= value <= 1 + _TOLERANCE for value in values):
-        wrong = next(v for v in values if not -_TOLERANCE <= v <= 1 + _TOLERANCE)
-        what = "not finite" if not math.isfinite(wrong) else "not a share of the image's size, 0 to 1"
-        raise DataError("bad_box", f"{where} has the coordinate {wrong:g}, which is {what}")
+    for value in values:
+        if not -_TOLERANCE <= value <= 1 + _TOLERANCE:
+            what = "which is not a share of the image's size, 0 to 1"
+            raise DataError("bad_box", f"{where} has the coordinate {value:g}, {what}")
     label = labels[int(number)]
     return None if label is None else _in_pixels(values, label, record["width"], record["height"])
 
