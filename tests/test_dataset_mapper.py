@@ -136,7 +136,7 @@ def _tiff(bits, sample_format, pixels):
 
 
 def test_read_image_does_not_wrap_signed_or_32_bit_pixels_around(tmp_path):
-    types = ((16, 2, "<i2", -30), (32, 1, "<u4", 3 * 10**9))
+    types = ((16, 2, "<i2", -30), (8, 2, "i1", -30), (32, 1, "<u4", 3 * 10**9))
     for bits, sample_format, dtype, low in types:
         values = (STEPS + low).astype(dtype)
         (tmp_path / "a.tif").write_bytes(_tiff(bits, sample_format, values.tobytes()))
