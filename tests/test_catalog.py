@@ -165,6 +165,7 @@ SHAPES = {"FORMAT": "shapes", "SPLIT": "val"}
         ({**SHAPES, "FRACTION": 0.0}, [".FRACTION must be"]),
         ({**SHAPES, "FRACTION": 1.5}, [".FRACTION must be"]),
         ({**SHAPES, "FRACTION_SEED": -1}, [".FRACTION_SEED must be"]),
+        ({**SHAPES, "YEAR": 2007}, ["has an unknown key YEAR; known: "]),
     ],
 )
 def test_bad_declarations_are_rejected(spec, words):
