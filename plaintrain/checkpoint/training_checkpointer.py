@@ -3,8 +3,7 @@
 import logging
 
 from plaintrain.checkpoint.checkpointer import DetectionCheckpointer
-from plaintrain.checkpoint.files import delete_checkpoint
-from plaintrain.checkpoint.periodic import checkpoint_name
+from plaintrain.checkpoint.files import checkpoint_name, delete_checkpoint
 from plaintrain.data.catalog import get_class_names
 from plaintrain.solver.ema import final_model
 from plaintrain.solver.schedule import every

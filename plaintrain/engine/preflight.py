@@ -22,6 +22,7 @@ from plaintrain.modeling.build import build_model, get_device, num_classes_key
 from plaintrain.solver.amp import build_autocast
 from plaintrain.solver.lr_scheduler import lr_factor, momentum_at
 from plaintrain.solver.schedule import check_workflow
+from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ def check_before_training(cfg, resume, eval_only, needs_model=True):
 
 
 def _check_model(cfg, resume, eval_only):
-    if cfg.MODEL.WEIGHTS and not resume:
+    # The files of rank 0 are those of all machines.
+    if cfg.MODEL.WEIGHTS and not resume and comm.is_main_process():
         locate_weights(cfg.MODEL.WEIGHTS)
     if eval_only and not cfg.DATASETS.TEST:
         raise UserError("--eval-only needs DATASETS.TEST: name at least one dataset")
