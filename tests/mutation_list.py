@@ -459,7 +459,7 @@ MUTATIONS = {
         ('(2**20 if sys.platform == "darwin" else 2**10)', "2**20"),
     ],
     "plaintrain/checkpoint/state.py": [
-        ("            group.update(options)\n", "            pass\n"),
+        ("        group.update(own)\n", "        pass\n"),
         ("saved[comm.get_rank()]", "saved[0]"),
         ('"storage"] = {"iteration": data.get("iteration", -1), ', '"storage"] = {"iteration": 0, '),
     ],
@@ -593,8 +593,8 @@ PLANTED = {
             ("return float(value)", "return str(value)"),
             ("return int(value)", "return int(float(value))"),
             (
-                "        item.load_state_dict(state)",
-                '        item.load_state_dict(state | {"state": {}} if "param_groups" in state else state)',
+                "    optimizer.load_state_dict(state)",
+                '    optimizer.load_state_dict(state | {"state": {}})',
             ),
             ("torch.amp.GradScaler) and not state:", "torch.amp.GradScaler):"),
         ],

@@ -68,7 +68,7 @@ def test_changed_model_is_rejected_if_its_weights_no_longer_fit(check, log):
     check(config(), now)
     with pytest.raises(UserError, match="FPN.OUT_CHANNELS was 64 in the run that is resumed and is 32 now"):
         check(config(), now, model=nn.Linear(2, 3, device="meta"))
-    assert "refused" in log.text
+    assert "rejected" in log.text
 
 
 def test_changes_of_architecture_classes_and_epochs_are_rejected(check):
