@@ -25,18 +25,14 @@ MUTATIONS = {
     ],
     "plaintrain/checkpoint/checkpointer.py": [
         ('load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
-        (
-            ("            self._background.wait()\n            data = self._host_copy(data)"),
-            "            data = self._host_copy(data)",
-        ),
         ("average_norm_buffers(state)  # all ranks", "pass"),
     ],
     "plaintrain/config/config.py": [
         ("if type(old) is not type(value):", "if not isinstance(value, type(old)):"),
         ("if not node.is_new_allowed() or key in vars(node):", "if key in vars(node):"),
         (
-            ("for item in value]\n    return value\n"),
-            ("for item in value]\n    return value.strip() if isinstance(value, str) else value\n"),
+            'return value\n    raise ConfigError(f"{name} in {source} holds',
+            'return str(value)\n    raise ConfigError(f"{name} in {source} holds',
         ),
     ],
     "plaintrain/visualization/curves.py": [
@@ -392,6 +388,7 @@ MUTATIONS = {
         ('for key in ("DATASETS.TRAIN", "DATASETS.TEST"):', 'for key in ("DATASETS.TRAIN",):'),
     ],
     "plaintrain/checkpoint/async_writer.py": [
+        (("        self.wait()\n        return self._host_copy"), "        return self._host_copy"),
         (("        if self._error is None:\n            try:"), ("        if function:\n            try:")),
     ],
     "plaintrain/checkpoint/files.py": [
@@ -603,8 +600,8 @@ PLANTED = {
         "plaintrain/config/config.py": [
             ("type(old)(_to_lists(value, name, source))", "type(old)(value)"),
             (
-                "{key: _to_plain(item) for key, item in value.items()}",
-                '{key: _to_plain(item) for key, item in value.items() if item != ""}',
+                "{key: _to_lists(item, name, source) for key, item in value.items()}",
+                '{key: _to_lists(item, name, source) for key, item in value.items() if item != ""}',
             ),
             (
                 "zip(cfg_list[0::2], cfg_list[1::2], strict=True)",

@@ -187,9 +187,6 @@ def test_python_configs_are_not_executed(tmp_path):
     assert path in error_message(merge_file, write(tmp_path, "child.yaml", "_BASE_: config.py\n"))
     with open(path) as f:
         assert path in error_message(CfgNode.load_cfg, f)
-    assert path in error_message(CfgNode._load_cfg_py_source, path)
-    text = f"SEED: 1\nOUTPUT_DIR: !!python/object/apply:os.mkdir ['{target}']\n"
-    assert "line 2" in error_message(CfgNode.load_cfg, text)
     assert not target.exists()
 
 

@@ -7,20 +7,35 @@ import torch
 
 
 class Background:
-    """A thread that calls functions one after the other; the process waits for it at its end.
+    """Calls functions one after the other, in a thread that the process waits for at its end, or at once.
 
-    After a failure nothing more is done, and the next call of any method raises it.
+    After a failure in the thread nothing more is done, and the next call of any method raises it.
     """
 
-    def __init__(self):
+    def __init__(self, asynchronous=True):
+        """
+        Args:
+            asynchronous: False calls each function at once, in the same thread.
+        """
+        self._asynchronous = asynchronous
         self._executor, self._last, self._error = None, None, None
+        self._host_copy = HostCopy()
 
     def submit(self, function, *args):
         """Call `function(*args)` when what was submitted before is done."""
+        if not self._asynchronous:
+            function(*args)
+            return
         self.check()
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1)
         self._last = self._executor.submit(self._run, function, args)
+
+    def copy(self, data):
+        """Return data that `submit` may be given while the original is changed."""
+        # The memory of the copy before is in use until all is done.
+        self.wait()
+        return self._host_copy(data) if self._asynchronous else data
 
     def _run(self, function, args):
         if self._error is None:

@@ -3,7 +3,7 @@
 import logging
 import os
 
-from plaintrain.checkpoint.async_writer import Background, HostCopy
+from plaintrain.checkpoint.async_writer import Background
 from plaintrain.checkpoint.files import (
     checkpoint_files,
     checkpoint_name,
@@ -61,8 +61,7 @@ class DetectionCheckpointer:
         self.about = about or {}
         self.checkpointables = checkpointables
         self.iteration, self.resumed_from = None, ""
-        self._background = Background() if asynchronous else None
-        self._host_copy = HostCopy()
+        self._background = Background(asynchronous)
 
     def save(self, name, **kwargs):
         """Write `name`.pth with the model, the checkpointables and `kwargs`, and make it the last.
@@ -98,25 +97,17 @@ class DetectionCheckpointer:
         if not self.save_to_disk:
             return
         data |= {key: plain(value, key) for key, value in {**self.about, **kwargs}.items()}
-        if self._background is not None:
-            # The memory of the copy is in use until the file before is whole.
-            self._background.wait()
-            data = self._host_copy(data)
-        self.in_order(write_checkpoint, os.path.join(self.save_dir, name + ".pth"), data, last)
+        path = os.path.join(self.save_dir, name + ".pth")
+        self.in_order(write_checkpoint, path, self._background.copy(data), last)
 
     def in_order(self, function, *args):
         """Call `function(*args)` after all files so far are written, on the rank that writes them."""
-        if not self.save_to_disk:
-            return
-        if self._background is None:
-            function(*args)
-        else:
+        if self.save_to_disk:
             self._background.submit(function, *args)
 
     def wait(self):
         """Wait until every file is whole, and raise what failed."""
-        if self._background is not None:
-            self._background.wait()
+        self._background.wait()
 
     def tag_last_checkpoint(self, last_filename_basename):
         """Make a file of `save_dir` the one that a resumed run starts from."""
@@ -166,6 +157,17 @@ class DetectionCheckpointer:
             load_state(item, data.pop(name), f"the {name} in {path}")
         return data
 
+    def _resume(self, path, data, averaged):
+        self._load(path, data)
+        logger.info(f"resumed from {path}")
+        self.iteration, self.resumed_from = data.get("iteration"), os.path.basename(path)
+        if self.checkpointables and "rng_states" in data:
+            load_rng_states(data.pop("rng_states"))
+        if averaged and data.get("ema"):
+            self.model.load_state_dict(averaged_state(data["ema"]))
+            logger.info("its averaged weights are taken")
+        return data
+
     def resume_or_load(self, path, *, resume=True, class_names=None, averaged=False):
         """Resume from the last checkpoint, or start from weights; all ranks call it.
 
@@ -191,10 +193,7 @@ class DetectionCheckpointer:
             # Other machines may have another folder of that name, without it or of another run.
             last, content = from_rank_0(last)
             if last:
-                data = data or read_checkpoint(last, content)
-                self._load(last, data)
-                self._take_up(last, data, averaged)
-                return data
+                return self._resume(last, data or read_checkpoint(last, content), averaged)
             logger.warning(f"there is no checkpoint in {self.save_dir}: starting from the beginning")
         if not path:
             logger.info("MODEL.WEIGHTS is empty: starting from random weights")
@@ -203,15 +202,6 @@ class DetectionCheckpointer:
         class_names = class_names or self.about.get("class_names")
         load_weights(self.model, path, class_names, averaged=averaged, file=content or file)
         return {}
-
-    def _take_up(self, path, data, averaged):
-        logger.info(f"resumed from {path}")
-        self.iteration, self.resumed_from = data.get("iteration"), os.path.basename(path)
-        if self.checkpointables and "rng_states" in data:
-            load_rng_states(data.pop("rng_states"))
-        if averaged and data.get("ema"):
-            self.model.load_state_dict(averaged_state(data["ema"]))
-            logger.info("its averaged weights are taken")
 
 
 class PeriodicCheckpointer:

@@ -10,14 +10,8 @@ from plaintrain.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 # Keys that are not of the run itself: a moved folder, another machine.
-_OF_THE_MACHINE = (
-    "OUTPUT_DIR",
-    "VERSION",
-    "MODEL.DEVICE",
-    "DATALOADER.NUM_WORKERS",
-    "DATALOADER.WORKER_TYPE",
-    "DATALOADER.CACHE_BYTES",
-)
+_WORKERS = ("DATALOADER.NUM_WORKERS", "DATALOADER.WORKER_TYPE", "DATALOADER.CACHE_BYTES")
+_OF_THE_MACHINE = ("OUTPUT_DIR", "VERSION", "MODEL.DEVICE", *_WORKERS)
 # Whatever else fits, its state means something else.
 _FIXED = ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "SOLVER.OPTIMIZER")
 # The counts of a run in epochs would mean other iterations than those that are done.
@@ -49,22 +43,18 @@ def check_changes(folder, config, class_names, model):
     changes = config_changes(saved["config"], config)
     is_same_model = _shapes(model.state_dict()) == _shapes(saved["model"])
     in_epochs = flatten(parse_yaml(config, "the config")).get("SOLVER.MAX_EPOCHS", 0) > 0
-    rows = [("key", "before", "now", "effect")]
-    rejected = []
+    lines, rejected = [], []
     for key, before, now in changes:
         effect = _effect(key, is_same_model, in_epochs)
-        rows.append((key, _short(before), _short(now), effect))
+        lines.append(f"  {key}: {_short(before)} -> {_short(now)} ({effect})")
         if effect == "rejected":
-            rejected.append(rows[-1])
-    if changes:
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        logger.warning(f"the config differs from that of {path}:\n" + "\n".join(lines))
+            rejected.append(f"{key} was {_short(before)} in the run that is resumed and is {_short(now)} now")
+    if lines:
+        logger.warning("\n".join([f"the config differs from that of {path}:", *lines]))
     if rejected:
-        key, before, now, _ = rejected[0]
         raise UserError(
-            f"{key} was {before} in the run that is resumed and is {now} now: it cannot change "
-            "within a run; set it back, or start a new run from the weights (MODEL.WEIGHTS, without --resume)"
+            f"{rejected[0]}: it cannot change within a run; set it back, or start a new run from the weights "
+            "(MODEL.WEIGHTS, without --resume)"
         )
 
 

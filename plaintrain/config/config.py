@@ -67,19 +67,15 @@ class CfgNode(_YacsNode):
 
     def dump(self):
         """Return the whole config as YAML that merges back to an equal config."""
-        return yaml.safe_dump(_to_plain(self), sort_keys=True, default_flow_style=None)
+        return yaml.safe_dump(_to_lists(self, "a key", "the config"), default_flow_style=None)
 
     @classmethod
-    def _load_cfg_from_file(cls, file_obj):
-        raise ConfigError(f"{file_obj.name}: use merge_from_file; only YAML configs are read")
-
-    @classmethod
-    def _load_cfg_py_source(cls, filename):
-        raise ConfigError(f"{filename}: Python configs are not executed; write YAML")
-
-    @classmethod
-    def _load_cfg_from_yaml_str(cls, str_obj):
-        return cls(parse_yaml(str_obj, "the given string"))
+    def load_cfg(cls, cfg_file_obj_or_str):
+        """Return the config that a YAML text holds."""
+        if isinstance(cfg_file_obj_or_str, str):
+            return cls(parse_yaml(cfg_file_obj_or_str, "the given string"))
+        name = cfg_file_obj_or_str.name
+        raise ConfigError(f"{name}: use merge_from_file; Python configs are not executed; write YAML")
 
 
 def get_value(cfg, key):
@@ -193,11 +189,3 @@ def _to_lists(value, name, source):
     if isinstance(value, _SCALARS):
         return value
     raise ConfigError(f"{name} in {source} holds a {type(value).__name__}, which a config cannot hold")
-
-
-def _to_plain(value):
-    if isinstance(value, Mapping):
-        return {key: _to_plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_to_plain(item) for item in value]
-    return value
