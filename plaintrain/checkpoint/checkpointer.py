@@ -66,11 +66,8 @@ class DetectionCheckpointer:
     def save(self, name, **kwargs):
         """Write `name`.pth with the model, the checkpointables and `kwargs`, and make it the last.
 
-        All ranks call it: with checkpointables, each one's random state is saved too.
-
-        Args:
-            name: file name without `.pth`.
-            kwargs: further tensors, numbers, strings, or dicts and lists of these.
+        All ranks call it: with checkpointables, each one's random state is saved too. `kwargs` are tensors,
+        numbers, strings, or dicts and lists of these.
 
         Raises:
             UserError: the folder cannot be written or the disk is full; older files are kept.
@@ -134,11 +131,7 @@ class DetectionCheckpointer:
         return checkpoint_files(self.save_dir)
 
     def load(self, path):
-        """Load one checkpoint of this project; return what else was saved, for example `iteration`.
-
-        Raises:
-            UserError: a file that cannot be read, or that belongs to another model.
-        """
+        """Load one checkpoint of this project; return what else was saved, for example `iteration`."""
         return self._load(path, read_checkpoint(path))
 
     def _load(self, path, data):
@@ -211,8 +204,7 @@ class PeriodicCheckpointer:
         """
         Args:
             checkpointer: a `DetectionCheckpointer`.
-            period: iterations between two saves; 0 saves only at the end.
-            max_iter: total number of iterations, or None if there is no end.
+            period: iterations between two saves; 0 saves only at the end, after `max_iter` iterations.
             max_to_keep: numbered checkpoints to keep; 0 or None keeps all.
         """
         self.checkpointer = checkpointer

@@ -52,11 +52,10 @@ def read_checkpoint(path, source=None, **kwargs):
 
 
 def write_checkpoint(path, data, last):
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint, whole or not at all, and its folder.
 
     Args:
-        path: the file; its folder is made.
-        data: what `torch.save` takes.
+        path, data: the file, and what `torch.save` takes.
         last: make it the one that a resumed run starts from, once it is whole.
 
     Raises:
@@ -124,9 +123,8 @@ def read_last(folder, *others, **kwargs):
     """Return (path, data) of the checkpoint to resume from, ("", None) without one.
 
     Args:
-        folder: OUTPUT_DIR.
+        folder, kwargs: OUTPUT_DIR, and those of `torch.load`.
         others: paths to try after all of the folder's.
-        kwargs: of `torch.load`.
 
     Raises:
         DamagedCheckpointError: none of those that are there can be read.
