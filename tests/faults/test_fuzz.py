@@ -40,7 +40,7 @@ def test_inputs_are_the_same_each_time_and_unchanged_files_are_accepted(monkeypa
 @pytest.mark.parametrize(
     ("name", "function", "error"),
     [
-        ("config", "plaintrain.config.config._wrong_type", KeyError),
+        ("config", "plaintrain.config.config._describe_wrong_type", KeyError),
         ("coco", "plaintrain.data.datasets.coco.image_mistake", MemoryError),
         ("image", "plaintrain.data.images.ImageOps.exif_transpose", KeyError),
     ],
