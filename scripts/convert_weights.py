@@ -27,7 +27,7 @@ from plaintrain.utils.files import atomic_write
 
 
 def convert(source, to, num_ratios):
-    """{name: tensor} of SOURCE under the names of `to`.
+    """Return {name: tensor} of SOURCE under the names of `to`.
 
     Raises:
         UserError: it cannot be read, or has no counterpart there.

@@ -1,4 +1,4 @@
-"""A weights file's names -> those of a detector, which are torchvision's."""
+"""Translate the names in a file of weights to those of a detector, which are torchvision's."""
 
 import re
 
@@ -9,7 +9,7 @@ _VGG_CUT, _MOBILENET_CUT = 23, 13
 
 
 def _in_vgg_ssd(name):
-    """A name in torchvision's VGG16 -> in the two parts that SSD cuts it into before its fourth pooling."""
+    """Translate a name of torchvision's VGG16, which SSD cuts in two before its fourth pooling."""
     match = re.match(r"features\.(\d+)\.", name)
     if match and int(match[1]) >= _VGG_CUT:
         return f"backbone.extra.0.{int(match[1]) - _VGG_CUT}.{name[match.end() :]}"
@@ -17,9 +17,9 @@ def _in_vgg_ssd(name):
 
 
 def _in_mobilenet_ssd(name):
-    """A name in torchvision's MobileNetV3-Large -> in the two parts that SSDlite cuts it into.
+    """Translate a name of torchvision's MobileNetV3-Large, which SSDlite cuts in two.
 
-    The first ends with the expansion of the block that makes stride 32; the second goes on inside it.
+    The first part ends with the expansion of the block that makes stride 32; the second starts inside it.
     """
     match = re.match(r"features\.(\d+)\.(block\.(\d+)\.)?", name)
     if not match or int(match[1]) < _MOBILENET_CUT:

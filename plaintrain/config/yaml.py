@@ -94,7 +94,7 @@ def _describe(error, source):
 
 
 def flatten(tree, separator=".", prefix=""):
-    """{"A": {"B": value}} as {"A.B": value}, at any depth, tuples as lists."""
+    """Return {"A": {"B": value}} as {"A.B": value}, at any depth, tuples as lists."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -105,14 +105,14 @@ def flatten(tree, separator=".", prefix=""):
 
 
 def config_changes(before, now):
-    """[(key, value before, value now)] of two configs, given as YAML texts; a missing value is "-"."""
+    """Return [(key, value before, value now)] of two configs in YAML; a missing value is "-"."""
     before, now = flatten(parse_yaml(before, "the saved config")), flatten(parse_yaml(now, "the config"))
     keys = sorted(before.keys() | now.keys())
     return [(k, before.get(k, "-"), now.get(k, "-")) for k in keys if before.get(k, "-") != now.get(k, "-")]
 
 
 def load_chain(path, chain=()):
-    """[(file, content)] in merge order: the bases of `path` first, `path` last.
+    """Return [(file, content)] in merge order: the bases of `path` first, `path` last.
 
     Args:
         path: the file. `_BASE_` in it is one path or a list of paths, each absolute, starting

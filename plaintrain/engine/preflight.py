@@ -43,14 +43,7 @@ def settle_num_classes(cfg, eval_only):
     if not names:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: give --config-file, or name a dataset")
     classes = common_class_names(names)
-    given = get_value(cfg, key)
-    if given not in (0, len(classes)):
-        raise UserError(
-            f"{key} is {given}, but the dataset {names[0]} has {len(classes)} classes: "
-            f"{', '.join(classes)}; set it to 0 to take the dataset's number"
-        )
-    set_value(cfg, key, len(classes))
-    logger.info(f"{key} is {len(classes)}: {', '.join(classes)}")
+    _settle_number(cfg, key, names[0], classes, "classes")
     if cfg.MODEL.KEYPOINT_ON:
         _settle_num_keypoints(cfg, names)
     return classes
@@ -58,24 +51,29 @@ def settle_num_classes(cfg, eval_only):
 
 def _settle_num_keypoints(cfg, names):
     """Take the number of keypoints from the datasets that name theirs."""
-    named = {name: MetadataCatalog.get(name).get("keypoint_names") for name in names}
-    given = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-    for name, keypoints in named.items():
-        if keypoints and given not in (0, len(keypoints)):
-            raise UserError(
-                f"{_NUM_KEYPOINTS} is {given}, but the dataset {name} has {len(keypoints)} keypoints: "
-                f"{', '.join(keypoints)}; set it to 0 to take the dataset's number"
-            )
-        given = len(keypoints) if keypoints else given
-    if not given:
+    for name in names:
+        keypoints = MetadataCatalog.get(name).get("keypoint_names")
+        if keypoints:
+            _settle_number(cfg, _NUM_KEYPOINTS, name, keypoints, "keypoints")
+    number = get_value(cfg, _NUM_KEYPOINTS)
+    if not number:
         raise UserError(
             f"MODEL.KEYPOINT_ON is True, but the dataset {names[0]} names no keypoints: set {_NUM_KEYPOINTS}"
             " and MetadataCatalog's keypoint_names, or turn KEYPOINT_ON off"
         )
-    set_value(cfg, _NUM_KEYPOINTS, given)
-    logger.info(f"{_NUM_KEYPOINTS} is {given}")
     if cfg.DATASETS.TEST:
-        oks_sigmas(cfg.TEST.KEYPOINT_OKS_SIGMAS, given)
+        oks_sigmas(cfg.TEST.KEYPOINT_OKS_SIGMAS, number)
+
+
+def _settle_number(cfg, key, dataset, names, noun):
+    number = get_value(cfg, key)
+    if number not in (0, len(names)):
+        raise UserError(
+            f"{key} is {number}, but the dataset {dataset} has {len(names)} {noun}: {', '.join(names)}; "
+            "set it to 0 to take the dataset's number"
+        )
+    set_value(cfg, key, len(names))
+    logger.info(f"{key} is {len(names)}: {', '.join(names)}")
 
 
 def check_before_training(cfg, resume, eval_only, needs_model=True):
