@@ -232,7 +232,7 @@ def check_cfg(cfg):
         switch, _, values = condition.partition("=")
         if switch and str(get_value(cfg, switch)) not in values.split("|"):
             continue
-        where = f" with {condition.replace('=', ' ').replace('|', ' or ')}" if condition else ""
+        where = f" with {switch} {get_value(cfg, switch)}" if switch else ""
         for key, rule in rules.items():
             value = get_value(cfg, key)
             if not rule.accepts(value):
