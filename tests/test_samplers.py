@@ -236,8 +236,8 @@ def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
     ("sampler", "key", "value", "message"),
     [
         ("RepeatFactorSampler", "SEED", 1, "must be .*RepeatFactorTrainingSampler.*, got"),
-        ("RepeatFactorTrainingSampler", THRESHOLD, 0.0, r"REPEAT_THRESHOLD is 0\.0, but"),
-        ("RepeatFactorTrainingSampler", THRESHOLD, 1.5, r"REPEAT_THRESHOLD is 1\.5, but"),
+        ("RepeatFactorTrainingSampler", THRESHOLD, 0.0, r"REPEAT_THRESHOLD must be .*, got 0\.0"),
+        ("RepeatFactorTrainingSampler", THRESHOLD, 1.5, r"REPEAT_THRESHOLD must be .*, got 1\.5"),
         ("TrainingSampler", THRESHOLD, 0.1, "only RepeatFactorTrainingSampler reads it"),
         ("TrainingSampler", "DATALOADER.GROUP_WINDOW", -1, "GROUP_WINDOW must be .*, got -1"),
         ("RandomSubsetTrainingSampler", RATIO, 0.0, r"RATIO must be .*, got 0\.0"),

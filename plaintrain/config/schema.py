@@ -148,6 +148,9 @@ RULES = {
     "INPUT.CROP.ENABLED=True": {
         "INPUT.CROP.TYPE": _one_of("relative", "relative_range", "absolute", "absolute_range"),
     },
+    "DATALOADER.SAMPLER_TRAIN=RepeatFactorTrainingSampler": {
+        "DATALOADER.REPEAT_THRESHOLD": _FRACTION,
+    },
     "SOLVER.LR_SCHEDULER_NAME=WarmupCosineLR": {
         "SOLVER.BASE_LR": _ABOVE_0,
     },
