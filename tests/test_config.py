@@ -239,6 +239,7 @@ def test_detectron2_base_and_child_merge_and_are_supported(tmp_path):
         ("MODEL.EMA.DECAY", "-0.5", "at least 0 and below 1"),
         ("MODEL.EMA.DECAY", "1.0", "at least 0 and below 1"),
         ("MODEL.PIXEL_STD", "[1, 2, 0]", "3 numbers above 0"),
+        ("MODEL.PIXEL_STD", "[1, 'a', 3]", "3 numbers above 0"),
         ("MODEL.RESNETS.NORM", "'LN'", "'GN' with MODEL.BACKBONE.NAME"),
         ("OUTPUT.WRITERS", "('wandb',)", "'tensorboard'"),
         ("DATALOADER.RANDOM_SUBSET_RATIO", "0.0", "above 0 and at most 1"),
