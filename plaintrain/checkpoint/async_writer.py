@@ -7,16 +7,13 @@ import torch
 
 
 class Background:
-    """Calls functions one after the other, in a thread that the process waits for at its end, or at once.
+    """Calls functions one after the other, in a thread that the process waits for at its end.
 
-    After a failure in the thread nothing more is done, and the next call of any method raises it.
+    After a failure nothing more is done, and the next call of any method raises it. If not `asynchronous`,
+    each function is called at once, in the thread of the caller.
     """
 
     def __init__(self, asynchronous=True):
-        """
-        Args:
-            asynchronous: False calls each function at once, in the same thread.
-        """
         self._asynchronous = asynchronous
         self._executor, self._last, self._error = None, None, None
         self._host_copy = HostCopy()

@@ -40,15 +40,12 @@ def _count_classes(weights):
 
 
 def select_classes(weights, class_names, of_detectron2):
-    """Reduce the rows of COCO's classes to the dataset's, if COCO has all of them.
+    """Return weights with the rows of COCO's classes reduced to the dataset's, if COCO has all of them.
 
     Args:
-        weights: {name: tensor} under torchvision's names.
+        weights: {name: tensor} under torchvision's names; others than for COCO's classes are returned as is.
         class_names: the dataset's, in the order of their labels.
         of_detectron2: they have Detectron2's order of classes, without gaps.
-
-    Returns:
-        {name: tensor}; `weights` itself if they are not for COCO's classes.
     """
     file_names = _COCO
     if of_detectron2:

@@ -47,12 +47,8 @@ def _torchvision_url(name):
 def locate_weights(name):
     """Return the local path or the address of MODEL.WEIGHTS; download nothing.
 
-    Args:
-        name: a path, http(s)://..., torchvision://model/WEIGHTS, or detectron2://path, which is
-            searched for in the folder `$PLAINTRAIN_WEIGHTS` first.
-
-    Raises:
-        UserError: a file that does not exist, or a name that torchvision does not know.
+    It is a path, http(s)://..., torchvision://model/WEIGHTS, or detectron2://path, which is searched for in
+    the folder `$PLAINTRAIN_WEIGHTS` first.
     """
     scheme = urlsplit(name).scheme
     if scheme in ("http", "https"):
@@ -70,11 +66,7 @@ def locate_weights(name):
 
 
 def fetch_weights(name):
-    """Return the local path of MODEL.WEIGHTS, downloaded to torch.hub's cache if it is not there.
-
-    Raises:
-        UserError: see `locate_weights`; or the download fails.
-    """
+    """Return the local path of MODEL.WEIGHTS, downloaded to torch.hub's cache if it is not there."""
     url = locate_weights(name)
     if not url.startswith(("http://", "https://")):
         return url
@@ -140,9 +132,6 @@ def read_state_dict(path):
 
     `.pkl` files are pickles of NumPy arrays, as Detectron2's; anything else is what `torch.save`
     wrote: a state dict, or a dict that holds one under model or state_dict.
-
-    Raises:
-        UserError: the file is damaged, holds no state dict, or asks to run code.
     """
     return _tensors(_read_content(path, path), path)
 
@@ -180,11 +169,7 @@ class Weights(NamedTuple):
 
 
 def read_for_model(model, name, file, averaged=False):
-    """Read MODEL.WEIGHTS under the names of a model, which may be on the device "meta".
-
-    Args:
-        model, name, file, averaged: see `load_weights`.
-    """
+    """Read MODEL.WEIGHTS under the names of a model, which may be on "meta"; see `load_weights`."""
     generators = [module for module in model.modules() if isinstance(module, AnchorGenerator)]
     num_ratios = len(generators[0].aspect_ratios[0]) if generators else 3
     content = _read_content(file, file if isinstance(file, str) else name)
@@ -202,11 +187,10 @@ def load_weights(model, name, class_names=None, *, averaged=False, file=None):
 
     Args:
         model: the module; its own parameter names are torchvision's.
-        name: see `locate_weights`.
+        name, file: MODEL.WEIGHTS, and the path or file object that it stands for, where that is known.
         class_names: the dataset's, in the order of their labels. Heads for COCO's classes that
             torchvision or Detectron2 published are reduced to these if they have all of them.
         averaged: take the averaged weights (MODEL.EMA) of a checkpoint that has both.
-        file: the file that `name` stands for, as a path or a file object, where it is known.
 
     Returns:
         The names of the model's parameters that were not in the file, or in another shape.

@@ -22,10 +22,8 @@ def check_changes(folder, config, class_names, model):
     """Compare a run with the checkpoint that it is resumed from; log what differs, and what that does.
 
     Args:
-        folder: OUTPUT_DIR.
-        config: the config now, as text.
-        class_names: those of DATASETS.TRAIN.
-        model: the model now; may be on the device "meta".
+        folder, class_names: OUTPUT_DIR, and the classes of DATASETS.TRAIN.
+        config, model: those of now: YAML, and a module that may be on the device "meta".
 
     Raises:
         UserError: names a key, or the classes, that cannot change within a run.

@@ -53,8 +53,7 @@ def check_weights(cfg, model, name, class_names, *, strict):
     """Reject weights that contradict the config or the classes of the dataset.
 
     Args:
-        cfg: the config.
-        model: the model; may be on the device "meta".
+        cfg, model: the config and its model, which may be on the device "meta".
         name: MODEL.WEIGHTS, or a checkpoint.
         class_names: the dataset's, in the order of their labels.
         strict: the weights are evaluated as they are: they must be complete, and for exactly these classes.

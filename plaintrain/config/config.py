@@ -29,13 +29,8 @@ class CfgNode(_YacsNode):
     def merge_from_file(self, cfg_filename):
         """Merge a YAML file over this config, its `_BASE_` files first.
 
-        Args:
-            cfg_filename: path of the file. `_BASE_` in it is one path or a list of paths, each
-                absolute, starting with `~`, or relative to the file; later ones win.
-
-        Raises:
-            ConfigError: a missing or unreadable file, a cycle of bases, an unknown key, a value
-                of another type than the key's.
+        `_BASE_` is one path or a list of paths, each absolute, starting with `~`, or relative to the file;
+        later ones win.
         """
         for path, content in load_chain(os.fspath(cfg_filename)):
             _merge(self, "", content, path)
@@ -44,9 +39,6 @@ class CfgNode(_YacsNode):
         """Merge `[key, value, key, value, ...]`, as the command line gives it.
 
         Values may be strings that hold Python literals: `"(600, 800)"`, `"True"`, `"1e-3"`.
-
-        Raises:
-            ConfigError: a key without a value, an unknown key, a value of another type.
         """
         if len(cfg_list) % 2:
             raise ConfigError(

@@ -228,11 +228,7 @@ _MAY_BE_INFINITE = "SOLVER.CLIP_GRADIENTS.NORM_TYPE"
 
 
 def check_cfg(cfg):
-    """Check the values of all keys; those of a feature only where it is on.
-
-    Raises:
-        ConfigError: names the key, its value and what it must be.
-    """
+    """Check the values of all keys; those of a feature only where it is on."""
     for condition, rules in RULES.items():
         switch, _, values = condition.partition("=")
         if switch and str(get_value(cfg, switch)) not in values.split("|"):

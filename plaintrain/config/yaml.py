@@ -58,15 +58,7 @@ def _error(problem, mark):
 
 
 def parse_yaml(text, source):
-    """Return the mapping that a YAML text holds; {} for an empty one.
-
-    Args:
-        text: the YAML.
-        source: what to call it in an error.
-
-    Raises:
-        ConfigError: not YAML, a tag that would run code, a duplicate key, or not a mapping.
-    """
+    """Return the mapping that a YAML text holds, {} for an empty one; `source` is its name in an error."""
     try:
         content = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
@@ -114,13 +106,7 @@ def config_changes(before, now):
 def load_chain(path, chain=()):
     """Return [(file, content)] in merge order: the bases of `path` first, `path` last.
 
-    Args:
-        path: the file. `_BASE_` in it is one path or a list of paths, each absolute, starting
-            with `~`, or relative to the file.
-        chain: the files that led here.
-
-    Raises:
-        ConfigError: a missing or unreadable file, or a cycle, with the chain of files.
+    `chain` are the files that led here, which an error shows.
     """
     path = os.path.abspath(os.path.expanduser(path))
     shown = " -> ".join([*chain, path])
