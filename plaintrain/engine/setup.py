@@ -111,8 +111,7 @@ def default_setup(cfg, args):
         settle_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
     needs_model = not getattr(args, "predictions", "")
     model = check_before_training(cfg, resume, eval_only, needs_model)
-    # The files of rank 0 decide for every machine.
-    if needs_model and comm.is_main_process():
+    if needs_model:
         _check_start(cfg, model, resume, eval_only, class_names)
     # Nothing is moved while another rank still looks at it.
     comm.synchronize()
@@ -135,6 +134,9 @@ def default_setup(cfg, args):
 
 def _check_start(cfg, model, resume, eval_only, class_names):
     """Check what the model starts from: the last checkpoint, or MODEL.WEIGHTS."""
+    # The files of rank 0 decide for every machine.
+    if not comm.is_main_process():
+        return
     weights = cfg.MODEL.WEIGHTS
     if resume and eval_only:
         weights = read_last(cfg.OUTPUT_DIR, mmap=True)[0]
