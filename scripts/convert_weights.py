@@ -19,19 +19,20 @@ import pickle
 import torch
 
 from plaintrain.checkpoint.detectron2 import anchor_counts, to_detectron2
-from plaintrain.checkpoint.pretrained import fetch_weights, read_weights
+from plaintrain.checkpoint.pretrained import fetch_weights, read_state_dict
+from plaintrain.checkpoint.torchvision import translate
 from plaintrain.engine.launch import launch
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 
 
 def convert(source, to, num_ratios):
-    """{name: tensor} of SOURCE under the names of `to`.
+    """Return {name: tensor} of SOURCE under the names of `to`.
 
     Raises:
         UserError: it cannot be read, or has no counterpart there.
     """
-    tensors = read_weights(fetch_weights(source), num_ratios)
+    tensors, _ = translate(read_state_dict(fetch_weights(source)), num_ratios)
     if not tensors:
         raise UserError(f"{source} holds no weights")
     for layer, number in anchor_counts(tensors).items():

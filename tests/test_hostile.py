@@ -2,7 +2,6 @@
 
 import io
 import os
-import pickle
 import zipfile
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from hostile_helpers import merge, rejected
 from PIL import Image
 
-from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.checkpoint.pretrained import read_state_dict
 from plaintrain.config import get_cfg
 from plaintrain.config.yaml import parse_yaml
@@ -19,40 +17,6 @@ from plaintrain.data.datasets.voc import load_voc
 from plaintrain.data.datasets.yolo import load_yolo
 from plaintrain.data.image_files import image_header
 from plaintrain.data.images import read_image
-
-
-class Evil(str):
-    """The path of a folder; pickled, it makes the folder when it is loaded."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(self),)
-
-
-def test_checkpoints_that_run_code_or_lead_elsewhere_are_rejected(tmp_path):
-    evil, model = Evil(tmp_path / "touched"), {"a": torch.zeros(1)}
-    for name, content, save in (
-        ("w.pth", evil, torch.save),
-        ("w.pth", {"model": evil}, pickle.dump),
-        ("w.pkl", {"model": model, "class_names": evil}, pickle.dump),
-        ("w.pt", {"model": model, "class_names": evil}, torch.save),
-    ):
-        path = tmp_path / name
-        with path.open("wb") as f:
-            save(content, f)
-        rejected(path, by=lambda path=path: read_state_dict(str(path)))
-        assert not (tmp_path / "touched").exists()
-    model = torch.nn.Linear(1, 1)
-    content = {"model": model.state_dict(), "iteration": 3, "extra": Evil(tmp_path / "touched")}
-    torch.save(content, tmp_path / "model_0000003.pth")
-    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
-    checkpointer = DetectionCheckpointer(model, str(tmp_path))
-    rejected("model_0000003.pth", "could run code", by=lambda: checkpointer.resume_or_load("", resume=True))
-    assert not (tmp_path / "touched").exists()
-    folder = tmp_path / "run"
-    folder.mkdir()
-    torch.save({"model": {}}, tmp_path / "model_0000001.pth")
-    (folder / "last_checkpoint").write_text("../model_0000001.pth")
-    assert DetectionCheckpointer(torch.nn.Linear(1, 1), str(folder)).get_checkpoint_file() == ""
 
 
 @pytest.mark.parametrize(
@@ -105,8 +69,8 @@ def _anchors(first, aliases, levels):
         ("a: &a [*a]", "levels"),
         (_anchors("x", 1, 3000), "levels"),
         ("a: " + "[" * 300_000, "deep"),
-        ("a: " + "1:" * 200_000 + "1", "64 bits"),
-        ("SEED: 1\nSEED: 2", "twice"),
+        ("a: " + "1:" * 200_000 + "1", "digits"),
+        ("SEED: 1\nSEED: 2", "duplicate key SEED"),
         ("a: 2001-99-99", "YAML"),
         ("? [a]\n: b", "unhashable"),
         ("a: b\0c", "YAML"),

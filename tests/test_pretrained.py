@@ -20,8 +20,8 @@ from plaintrain.checkpoint.pretrained import (
     load_weights,
     locate_weights,
     read_state_dict,
-    read_weights,
 )
+from plaintrain.checkpoint.torchvision import translate
 from plaintrain.utils.errors import UserError
 
 RESNET = (*RESNET18, *SMALL_HEAD)
@@ -218,10 +218,10 @@ def test_torchvisions_first_detectors_want_no_eps(downloads, tmp_path, log, eps)
 
 def test_locate_weights_knows_every_detector_of_torchvision_and_rejects_other_names():
     for builder in torchvision.models.list_models(module=detection):
-        path, url = locate_weights(f"torchvision://{builder}/COCO_V1")
-        assert path is None and url == torchvision.models.get_model_weights(builder).COCO_V1.url
+        url = locate_weights(f"torchvision://{builder}/COCO_V1")
+        assert url == torchvision.models.get_model_weights(builder).COCO_V1.url
     for name, words in {
-        "torchvision://resnet5/IMAGENET1K_V1": ["no model 'resnet5'", "nearest is resnet50"],
+        "torchvision://resnet5/IMAGENET1K_V1": ["no model 'resnet5'", "did you mean resnet50"],
         "torchvision://resnet18/IMAGENET1K_V9": ["IMAGENET1K_V1", "'IMAGENET1K_V9'"],
         "torchvision://resnet18": ["IMAGENET1K_V1"],
     }.items():
@@ -286,7 +286,7 @@ def test_a_backbone_of_caffe2_has_blobs(tmp_path):
     content = {"blobs": {**blobs, "pred_w": np.ones(5, np.float32), "lr": np.float32(0.1)}, "cfg": "text"}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content, protocol=2))
     expected = [f"backbone.body.{name}" for name in names.values()]
-    assert list(read_weights(str(tmp_path / "R-50.pkl"))) == [*expected, "pred_w"]
+    assert list(translate(read_state_dict(str(tmp_path / "R-50.pkl")), 3)[0]) == [*expected, "pred_w"]
 
 
 COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

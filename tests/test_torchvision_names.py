@@ -5,12 +5,12 @@ import functools
 import pytest
 import torch
 from torch import nn
-from torchvision.models import detection, mobilenet_v3_large, mobilenet_v3_small
+from torchvision.models import detection, mobilenet_v3_large
 from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet
 from torchvision.models.vgg import make_layers
 
-from plaintrain.checkpoint.torchvision import match_names, translate
+from plaintrain.checkpoint.torchvision import match_names, strip_wrappers, translate
 
 
 def make_vgg():
@@ -49,56 +49,7 @@ def test_a_backbone_loads_into_the_body_of_an_fpn(prefix):
 @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module._orig_mod.model."])
 def test_prefixes_of_wrappers_are_removed(prefix):
     tensors = {f"{prefix}backbone.body.conv1.weight": 1, f"{prefix}rpn.head.cls_logits.bias": 2}
-    translated, of_detectron2 = translate(tensors, 3)
-    assert translated == {"backbone.body.conv1.weight": 1, "rpn.head.cls_logits.bias": 2}
-    assert not of_detectron2
-    tensors = {f"{prefix}backbone.bottom_up.stem.conv1.weight": torch.zeros(1)}
-    translated, of_detectron2 = translate(tensors, 3)
-    assert list(translated) == ["backbone.body.conv1.weight"] and of_detectron2
-
-
-# timm's modules, as timm.create_model("mobilenetv3_large_100") lists them -> torchvision's.
-TIMM = {
-    "conv_stem": "0.0",
-    "bn1": "0.1",
-    # Blocks without an expansion,
-    "blocks.0.0.conv_dw": "1.block.0.0",
-    "blocks.0.0.conv_pw": "1.block.1.0",
-    "blocks.0.0.bn2": "1.block.1.1",
-    # with one,
-    "blocks.1.0.conv_pw": "2.block.0.0",
-    "blocks.1.0.bn1": "2.block.0.1",
-    "blocks.1.0.conv_dw": "2.block.1.0",
-    "blocks.1.0.conv_pwl": "2.block.2.0",
-    # and with squeeze-and-excitation.
-    "blocks.2.0.conv_pw": "3.block.0.0",
-    "blocks.2.0.bn2": "3.block.1.1",
-    "blocks.2.0.se.conv_reduce": "3.block.2.fc1",
-    "blocks.2.0.conv_pwl": "3.block.3.0",
-    "blocks.2.0.bn3": "3.block.3.1",
-    # The last convolution.
-    "blocks.6.0.conv": "4.0",
-    "blocks.6.0.bn1": "4.1",
-}
-# Of mobilenetv3_small_100.
-TIMM_SMALL = {
-    "conv_stem": "0.0",
-    "blocks.0.0.conv_dw": "1.block.0.0",
-    "blocks.0.0.se.conv_expand": "1.block.1.fc2",
-    "blocks.0.0.se.conv_reduce": "1.block.1.fc1",
-    "blocks.0.0.conv_pw": "1.block.2.0",
-    "blocks.0.0.bn2": "1.block.2.1",
-}
-
-
-@pytest.mark.parametrize("modules", [TIMM, TIMM_SMALL], ids=["large", "small"])
-def test_names_of_timms_mobilenet_become_those_of_torchvision(modules):
-    tensors = {f"{module}.weight": i for i, module in enumerate(modules)}
-    translated, _ = translate({**tensors, "conv_head.weight": -1, "classifier.bias": -2}, 3)
-    expected = {f"features.{module}.weight": i for i, module in enumerate(modules.values())}
-    assert translated == {**expected, "conv_head.weight": -1, "classifier.bias": -2}
-    if modules is TIMM_SMALL:
-        assert expected.keys() <= mobilenet_v3_small(width_mult=0.25).state_dict().keys()
+    assert strip_wrappers(tensors) == {"backbone.body.conv1.weight": 1, "rpn.head.cls_logits.bias": 2}
 
 
 def names_of(builder):

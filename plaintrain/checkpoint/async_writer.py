@@ -1,27 +1,38 @@
-"""Work beside the training loop: one thread, and copies that it can take its time with."""
+"""Writing checkpoints in a thread, from copies in the host's memory."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 
 class Background:
-    """Does one thing after the other in a thread, which the process waits for at its end.
+    """Calls functions one after the other, in a thread that the process waits for at its end.
 
-    After a failure nothing more is done, and the next call of any method raises it.
+    After a failure nothing more is done, and the next call of any method raises it. If not `asynchronous`,
+    each function is called at once, in the thread of the caller.
     """
 
-    def __init__(self):
-        self._executor, self._jobs, self._error = None, [], None
+    def __init__(self, asynchronous=True):
+        self._asynchronous = asynchronous
+        self._executor, self._last, self._error = None, None, None
+        self._host_copy = HostCopy()
 
     def submit(self, function, *args):
-        """Call `function(*args)` when what was given before is done."""
+        """Call `function(*args)` when what was submitted before is done."""
+        if not self._asynchronous:
+            function(*args)
+            return
         self.check()
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1)
-        self._jobs = [job for job in self._jobs if not job.done()]
-        self._jobs.append(self._executor.submit(self._run, function, args))
+        self._last = self._executor.submit(self._run, function, args)
+
+    def copy(self, data):
+        """Return data that `submit` may be given while the original is changed."""
+        # The memory of the copy before is in use until all is done.
+        self.wait()
+        return self._host_copy(data) if self._asynchronous else data
 
     def _run(self, function, args):
         if self._error is None:
@@ -38,8 +49,8 @@ class Background:
 
     def wait(self):
         """Wait until all is done, and raise what has failed."""
-        wait(self._jobs)
-        self._jobs = []
+        if self._last is not None:
+            self._last.result()
         self.check()
 
 
@@ -50,10 +61,10 @@ class HostCopy:
         self._buffers = {}
 
     def __call__(self, data):
-        """A copy of dicts, lists, tuples and their tensors; it holds until the next call."""
+        """Copy dicts, lists, tuples and their tensors; the copy holds until the next call."""
         copied = self._copy(data, ())
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # sync point
+            torch.cuda.synchronize()  # device sync
         return copied
 
     def _copy(self, value, path):

@@ -3,10 +3,10 @@
 import logging
 import os
 
-from plaintrain.checkpoint.async_writer import Background, HostCopy
+from plaintrain.checkpoint.async_writer import Background
 from plaintrain.checkpoint.files import (
-    check_same,
     checkpoint_files,
+    checkpoint_name,
     from_rank_0,
     link_checkpoint,
     prune_checkpoints,
@@ -16,7 +16,6 @@ from plaintrain.checkpoint.files import (
     tag_last,
     write_checkpoint,
 )
-from plaintrain.checkpoint.periodic import PeriodicCheckpointer, checkpoint_name
 from plaintrain.checkpoint.pretrained import averaged_state, fetch_weights, load_weights
 from plaintrain.checkpoint.state import (
     average_norm_buffers,
@@ -28,10 +27,9 @@ from plaintrain.checkpoint.state import (
     rng_states,
     take_norm_buffers,
 )
+from plaintrain.solver.schedule import every
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
-
-__all__ = ["DetectionCheckpointer", "PeriodicCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,19 +58,16 @@ class DetectionCheckpointer:
         self.model = comm.unwrap_model(model)
         self.save_dir = save_dir
         self.save_to_disk = comm.is_main_process() if save_to_disk is None else save_to_disk
-        self.about, self.checkpointables = about or {}, checkpointables
+        self.about = about or {}
+        self.checkpointables = checkpointables
         self.iteration, self.resumed_from = None, ""
-        self._background = Background() if asynchronous else None
-        self._host_copy = HostCopy()
+        self._background = Background(asynchronous)
 
     def save(self, name, **kwargs):
         """Write `name`.pth with the model, the checkpointables and `kwargs`, and make it the last.
 
-        All ranks call it: with checkpointables, each one's random state is saved too.
-
-        Args:
-            name: file name without `.pth`.
-            kwargs: further tensors, numbers, strings, or dicts and lists of these.
+        All ranks call it: with checkpointables, each one's random state is saved too. `kwargs` are tensors,
+        numbers, strings, or dicts and lists of these.
 
         Raises:
             UserError: the folder cannot be written or the disk is full; older files are kept.
@@ -90,10 +85,6 @@ class DetectionCheckpointer:
         """Write `name`.pth with a model's weights and `kwargs` only; it is not one to resume from.
 
         All ranks call it.
-
-        Args:
-            name, kwargs: see `save`.
-            model: the module, for example one with averaged weights.
         """
         state = comm.unwrap_model(model).state_dict()
         average_norm_buffers(state)  # all ranks
@@ -103,25 +94,17 @@ class DetectionCheckpointer:
         if not self.save_to_disk:
             return
         data |= {key: plain(value, key) for key, value in {**self.about, **kwargs}.items()}
-        if self._background is not None:
-            # The memory of the copy is in use until the file before is whole.
-            self._background.wait()
-            data = self._host_copy(data)
-        self.in_order(write_checkpoint, os.path.join(self.save_dir, name + ".pth"), data, last)
+        path = os.path.join(self.save_dir, name + ".pth")
+        self.in_order(write_checkpoint, path, self._background.copy(data), last)
 
     def in_order(self, function, *args):
         """Call `function(*args)` after all files so far are written, on the rank that writes them."""
-        if not self.save_to_disk:
-            return
-        if self._background is None:
-            function(*args)
-        else:
+        if self.save_to_disk:
             self._background.submit(function, *args)
 
     def wait(self):
         """Wait until every file is whole, and raise what failed."""
-        if self._background is not None:
-            self._background.wait()
+        self._background.wait()
 
     def tag_last_checkpoint(self, last_filename_basename):
         """Make a file of `save_dir` the one that a resumed run starts from."""
@@ -136,29 +119,19 @@ class DetectionCheckpointer:
         self.in_order(prune_checkpoints, self.save_dir, checkpoint_name(self.iteration) + ".pth", max_to_keep)
 
     def has_checkpoint(self):
-        """Whether `save_dir` of rank 0 holds a checkpoint to resume from; all ranks call it."""
+        """Return whether `save_dir` of rank 0 holds a checkpoint to resume from; all ranks call it."""
         return comm.broadcast(bool(resume_candidates(self.save_dir)))
 
     def get_checkpoint_file(self):
-        """Path of the last checkpoint, or "" if there is none."""
+        """Return the path of the last checkpoint, or "" if there is none."""
         return next(iter(resume_candidates(self.save_dir)), "")
 
     def get_all_checkpoint_files(self):
-        """Paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
+        """Return the paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
         return checkpoint_files(self.save_dir)
 
     def load(self, path):
-        """Load one checkpoint of this project.
-
-        Args:
-            path: the file.
-
-        Returns:
-            Everything else that was saved, for example `iteration`.
-
-        Raises:
-            UserError: a file that cannot be read, or that belongs to another model.
-        """
+        """Load one checkpoint of this project; return what else was saved, for example `iteration`."""
         return self._load(path, read_checkpoint(path))
 
     def _load(self, path, data):
@@ -177,10 +150,21 @@ class DetectionCheckpointer:
             load_state(item, data.pop(name), f"the {name} in {path}")
         return data
 
+    def _resume(self, path, data, averaged):
+        self._load(path, data)
+        logger.info(f"resumed from {path}")
+        self.iteration, self.resumed_from = data.get("iteration"), os.path.basename(path)
+        if self.checkpointables and "rng_states" in data:
+            load_rng_states(data.pop("rng_states"))
+        if averaged and data.get("ema"):
+            self.model.load_state_dict(averaged_state(data["ema"]))
+            logger.info("its averaged weights are taken")
+        return data
+
     def resume_or_load(self, path, *, resume=True, class_names=None, averaged=False):
         """Resume from the last checkpoint, or start from weights; all ranks call it.
 
-        The checkpoint is that of rank 0's `save_dir`, also for ranks on machines that do not share it.
+        The files are those of rank 0, also for ranks on machines that do not share them.
 
         Args:
             path: weights to start from, as MODEL.WEIGHTS names them; "" for none.
@@ -194,37 +178,52 @@ class DetectionCheckpointer:
             starts at iteration 0 whatever the weights were.
 
         Raises:
-            UserError: every checkpoint is damaged, or the weights cannot be used, or differ on a machine.
+            UserError: every checkpoint is damaged, or the weights cannot be used.
         """
+        is_main = comm.is_main_process()
         if resume:
-            last, data = self._read_last()
+            last, data = read_last(self.save_dir) if is_main else ("", None)
+            # Other machines may have another folder of that name, without it or of another run.
+            last, content = from_rank_0(last)
             if last:
-                self._load(last, data)
-                self._take_up(last, data, averaged)
-                return data
+                return self._resume(last, data or read_checkpoint(last, content), averaged)
             logger.warning(f"there is no checkpoint in {self.save_dir}: starting from the beginning")
-        if path:
-            class_names = class_names or self.about.get("class_names")
-            check_same(fetch_weights(path), f"MODEL.WEIGHTS {path}")
-            load_weights(self.model, path, class_names, averaged=averaged)
-        else:
+        if not path:
             logger.info("MODEL.WEIGHTS is empty: starting from random weights")
+            return {}
+        file, content = from_rank_0(fetch_weights(path) if is_main else "")
+        class_names = class_names or self.about.get("class_names")
+        load_weights(self.model, path, class_names, averaged=averaged, file=content or file)
         return {}
 
-    def _read_last(self):
-        """(path, data) of the last checkpoint in rank 0's folder, on every rank; ("", None) if none."""
-        last, data = read_last(self.save_dir) if comm.is_main_process() else ("", None)
-        # Other machines may have another folder of that name, without it or of another run.
-        last, source = from_rank_0(last)
-        if last and data is None:
-            data = read_checkpoint(last, source)
-        return last, data
 
-    def _take_up(self, path, data, averaged):
-        logger.info(f"resumed from {path}")
-        self.iteration, self.resumed_from = data.get("iteration"), os.path.basename(path)
-        if self.checkpointables and "rng_states" in data:
-            load_rng_states(data.pop("rng_states"))
-        if averaged and data.get("ema"):
-            self.model.load_state_dict(averaged_state(data["ema"]))
-            logger.info("its averaged weights are taken")
+class PeriodicCheckpointer:
+    """Saves every `period` iterations, and `model_final` after the last one, as Detectron2's does."""
+
+    def __init__(self, checkpointer, period, max_iter=None, max_to_keep=None):
+        """
+        Args:
+            checkpointer: a `DetectionCheckpointer`.
+            period: iterations between two saves; 0 saves only at the end, after `max_iter` iterations.
+            max_to_keep: numbered checkpoints to keep; 0 or None keeps all.
+        """
+        self.checkpointer = checkpointer
+        self.period = period
+        self.max_iter = max_iter
+        self.max_to_keep = max_to_keep
+
+    def step(self, iteration, **kwargs):
+        """Save if it is time, after an iteration (from 0); `kwargs` are those of `save`."""
+        is_last = self.max_iter is not None and iteration >= self.max_iter - 1
+        if every(self.period, iteration):
+            self.checkpointer.save(checkpoint_name(iteration), iteration=iteration, **kwargs)
+            if self.max_to_keep:
+                self.checkpointer.prune(self.max_to_keep)
+        if is_last and self.checkpointer.iteration == iteration:
+            self.checkpointer.link(checkpoint_name(iteration), "model_final")
+        elif is_last:
+            self.save("model_final", iteration=iteration, **kwargs)
+
+    def save(self, name, **kwargs):
+        """Save now, under a name without `.pth`."""
+        self.checkpointer.save(name, **kwargs)

@@ -21,40 +21,41 @@ _CLASS_LAYERS = {
 }
 
 
-def _count_classes(found):
-    """How many classes the file's scores are for, or 0 if it has none."""
-    for scores, boxes in (
-        ("roi_heads.box_predictor.cls_score", None),
-        ("head.classification_head.cls_logits", "head.regression_head.bbox_reg"),
-        ("head.classification_head.module_list.0", "head.regression_head.module_list.0"),
-        ("head.classification_head.module_list.0.1", "head.regression_head.module_list.0.1"),
-    ):
-        if f"{scores}.bias" in found and (boxes is None or f"{boxes}.bias" in found):
-            anchors = len(found[f"{boxes}.bias"]) // 4 if boxes else 1
-            return len(found[f"{scores}.bias"]) // max(anchors, 1)
+# Layers with the scores of classes, and those with boxes that tell the number of anchors.
+_SCORES = {
+    "roi_heads.box_predictor.cls_score": None,
+    "head.classification_head.cls_logits": "head.regression_head.bbox_reg",
+    "head.classification_head.module_list.0": "head.regression_head.module_list.0",
+    "head.classification_head.module_list.0.1": "head.regression_head.module_list.0.1",
+}
+
+
+def _count_classes(weights):
+    """Return how many classes the weights' scores are for, or 0 without scores."""
+    for scores, boxes in _SCORES.items():
+        if f"{scores}.bias" in weights and (boxes is None or f"{boxes}.bias" in weights):
+            anchors = len(weights[f"{boxes}.bias"]) // 4 if boxes else 1
+            return len(weights[f"{scores}.bias"]) // max(anchors, 1)
     return 0
 
 
-def select_classes(found, class_names, of_detectron2):
-    """Reduce the rows of COCO's classes to the dataset's, if COCO has all of them.
+def select_classes(weights, class_names, of_detectron2):
+    """Return weights with the rows of COCO's classes reduced to the dataset's, if COCO has all of them.
 
     Args:
-        found: {name: tensor} of the file, under torchvision's names.
+        weights: {name: tensor} under torchvision's names; others than for COCO's classes are returned as is.
         class_names: the dataset's, in the order of their labels.
-        of_detectron2: the file has Detectron2's order of classes, without gaps.
-
-    Returns:
-        {name: tensor}; `found` itself if the file is not for COCO's classes.
+        of_detectron2: they have Detectron2's order of classes, without gaps.
     """
     file_names = _COCO
     if of_detectron2:
-        dense = "head.classification_head.cls_logits.bias" in found
-        file_names = COCO_NAMES if dense else ["", *COCO_NAMES]
-    if len(file_names) != _count_classes(found) or not set(class_names) <= set(COCO_NAMES):
-        return found
+        is_dense = "head.classification_head.cls_logits.bias" in weights
+        file_names = COCO_NAMES if is_dense else ["", *COCO_NAMES]
+    if len(file_names) != _count_classes(weights) or not set(class_names) <= set(COCO_NAMES):
+        return weights
     rows = torch.tensor([file_names.index(name) for name in class_names])
-    selected = dict(found)
-    for name, value in found.items():
+    selected = dict(weights)
+    for name, value in weights.items():
         layer = name.rpartition(".")[0]
         for pattern, per_class in _CLASS_LAYERS.items():
             if re.fullmatch(pattern, layer) and len(value) % (len(file_names) * per_class) == 0:

@@ -1,10 +1,9 @@
 """Detectron2's parameter names and row orders, from and to torchvision's.
 
 Covered are R-CNN (boxes, masks, keypoints), its RPN and RetinaNet, all on a ResNet with an FPN, and
-ResNets alone, also as Caffe2 named them.
+ResNets alone, also as Caffe2 named them (ImageNetPretrained/ in the model zoo).
 """
 
-import dataclasses
 import re
 
 import torch
@@ -18,12 +17,18 @@ _DETECTRON2 = re.compile(
     r"|proposal_generator\.rpn_head\.|head\.(cls|bbox)_subnet\.|roi_heads\.box_head\.fc[12]\."
 )
 _CAFFE2 = re.compile(r"(res_)?conv1_(w|bn_\w+)$|res\d_\d+_branch")
-_CAFFE2_ENDINGS = {
-    "_(bn|gn)_s": ".norm.weight",
-    "_(bn|gn)_b": ".norm.bias",
-    "_bn_rm": ".norm.running_mean",
-    "_bn_riv": ".norm.running_var",
-    "_w": ".weight",
+# From the names of Caffe2's blobs to Detectron2's.
+_FROM_CAFFE2 = {
+    r"^(res_)?conv1_": "stem.conv1_",
+    r"^res(\d)_(\d+)_branch1_": r"res\1.\2.shortcut_",
+    r"^res(\d)_(\d+)_branch2a_": r"res\1.\2.conv1_",
+    r"^res(\d)_(\d+)_branch2b_": r"res\1.\2.conv2_",
+    r"^res(\d)_(\d+)_branch2c_": r"res\1.\2.conv3_",
+    r"_(bn|gn)_s$": ".norm.weight",
+    r"_(bn|gn)_b$": ".norm.bias",
+    r"_bn_rm$": ".norm.running_mean",
+    r"_bn_riv$": ".norm.running_var",
+    r"_w$": ".weight",
 }
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score"
 # Rows per class of the layers in which Detectron2 has none for the background.
@@ -33,58 +38,18 @@ _MOST_BLOCKS, _HIGHEST = 36, 5
 
 
 def _from_caffe2(name):
-    """A blob's name in Caffe2's ResNets -> Detectron2's."""
-    name = re.sub(r"^(res_)?conv1_", "stem.conv1_", name)
-    name = re.sub(r"^res(\d)_(\d+)_branch1_", r"res\1.\2.shortcut_", name)
-    for letter, number in (("a", 1), ("b", 2), ("c", 3)):
-        name = re.sub(rf"^res(\d)_(\d+)_branch2{letter}_", rf"res\1.\2.conv{number}_", name)
-    for ending, full in _CAFFE2_ENDINGS.items():
-        name = re.sub(ending + "$", full, name)
+    for pattern, new in _FROM_CAFFE2.items():
+        name = re.sub(pattern, new, name)
     return name
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """What decides how both projects number their modules."""
-
-    lowest: int  # The FPN's finest level.
-    convs: int  # Of the box head,
-    linears: int  # and its fully connected layers.
-    rpn_convs: int
-    norms: bool  # RetinaNet's towers have norms.
-
-
-def _find(names, pattern):
-    """What the pattern's group finds at the start of the names, each once."""
-    return {match[1] for match in map(re.compile(pattern).match, names) if match}
-
-
 def _count(names, pattern):
-    return len(_find(names, pattern))
-
-
-def _detectron2_layout(names):
-    return _Layout(
-        lowest=min(map(int, _find(names, r"backbone\.fpn_\w+(\d)\.")), default=_HIGHEST + 1),
-        convs=_count(names, r"roi_heads\.box_head\.conv(\d+)\."),
-        linears=_count(names, r"roi_heads\.box_head\.fc(\d+)\."),
-        rpn_convs=_count(names, r"proposal_generator\.rpn_head\.conv\.conv(\d+)\.") or 1,
-        norms="head.cls_subnet.1.weight" in names,
-    )
-
-
-def _torchvision_layout(names):
-    return _Layout(
-        lowest=_HIGHEST + 1 - _count(names, r"backbone\.fpn\.inner_blocks\.(\d)\.0\.weight"),
-        convs=_count(names, r"roi_heads\.box_head\.(\d+)\.0\."),
-        linears=_count(names, r"roi_heads\.box_head\.((?:fc)?\d+)\.(?:weight|bias)"),
-        rpn_convs=_count(names, r"rpn\.head\.conv\.(\d+)\.0\.") or 1,
-        norms="head.classification_head.conv.0.1.weight" in names,
-    )
+    """Return how many different groups the pattern finds at the start of the names of either project."""
+    return len({match[1] for match in map(re.compile(pattern).match, names) if match})
 
 
 def _conv(there, here):
-    """A convolution and its norm: Detectron2's names -> torchvision's."""
+    """Return a convolution and its norm: Detectron2's names -> torchvision's."""
     return {there: f"{here}.0", f"{there}.norm": f"{here}.1"}
 
 
@@ -99,34 +64,44 @@ def _resnet_modules():
     return {f"backbone.bottom_up.{there}": f"backbone.body.{here}" for there, here in pairs.items()}
 
 
-def _box_head_modules(layout):
+def _box_head_modules(names):
+    convs = _count(names, r"roi_heads\.box_head\.(conv\d+|\d+\.0)\.weight")
+    linears = _count(names, r"roi_heads\.box_head\.(fc\d+|\d+)\.weight")
     pairs = {}
-    for i in range(layout.convs):
+    for i in range(convs):
         pairs |= _conv(f"conv{i + 1}", str(i))
-    for i in range(layout.linears):
+    for i in range(linears):
         # After the convolutions comes a Flatten, and a ReLU after each layer.
-        plain = (layout.convs, layout.linears) == (0, 2)
-        pairs[f"fc{i + 1}"] = f"fc{i + 6}" if plain else str(layout.convs + 1 + 2 * i)
+        is_two_mlp = (convs, linears) == (0, 2)
+        pairs[f"fc{i + 1}"] = f"fc{i + 6}" if is_two_mlp else str(convs + 1 + 2 * i)
     return {f"roi_heads.box_head.{there}": f"roi_heads.box_head.{here}" for there, here in pairs.items()}
 
 
-def _modules(layout):
-    """Every module with parameters: Detectron2's name -> torchvision's."""
-    pairs = _resnet_modules() | _box_head_modules(layout)
-    for i in range(_HIGHEST + 1 - layout.lowest):
-        pairs |= _conv(f"backbone.fpn_lateral{i + layout.lowest}", f"backbone.fpn.inner_blocks.{i}")
-        pairs |= _conv(f"backbone.fpn_output{i + layout.lowest}", f"backbone.fpn.layer_blocks.{i}")
-    for i in range(layout.rpn_convs):
-        there = "conv" if layout.rpn_convs == 1 else f"conv.conv{i}"
+def _dense_head_modules(names):
+    step = 3 if _count(names, r"head\.(cls_subnet\.1|classification_head\.conv\.0\.1)\.weight") else 2
+    pairs = {}
+    for there, here in (("cls_subnet", "classification_head"), ("bbox_subnet", "regression_head")):
+        for i in range(16):
+            pairs[f"head.{there}.{step * i}"] = f"head.{here}.conv.{i}.0"
+            if step == 3:
+                pairs[f"head.{there}.{step * i + 1}"] = f"head.{here}.conv.{i}.1"
+    return pairs
+
+
+def _modules(names):
+    """Return the modules of a model with these names: Detectron2's name -> torchvision's."""
+    pairs = _resnet_modules() | _box_head_modules(names) | _dense_head_modules(names)
+    lowest = 3 if any(name.startswith("head.") for name in names) else 2
+    for level in range(lowest, _HIGHEST + 1):
+        pairs |= _conv(f"backbone.fpn_lateral{level}", f"backbone.fpn.inner_blocks.{level - lowest}")
+        pairs |= _conv(f"backbone.fpn_output{level}", f"backbone.fpn.layer_blocks.{level - lowest}")
+    rpn_convs = _count(names, r"(?:proposal_generator\.rpn_head|rpn\.head)\.conv\.(?:conv)?(\d+)\.") or 1
+    for i in range(rpn_convs):
+        there = "conv" if rpn_convs == 1 else f"conv.conv{i}"
         pairs[f"proposal_generator.rpn_head.{there}"] = f"rpn.head.conv.{i}.0"
     for i in range(16):
         pairs |= _conv(f"roi_heads.mask_head.mask_fcn{i + 1}", f"roi_heads.mask_head.{i}")
         pairs[f"roi_heads.keypoint_head.conv_fcn{i + 1}"] = f"roi_heads.keypoint_head.{2 * i}"
-        for there, here in (("cls", "classification"), ("bbox", "regression")):
-            at = (3 if layout.norms else 2) * i
-            pairs[f"head.{there}_subnet.{at}"] = f"head.{here}_head.conv.{i}.0"
-            if layout.norms:
-                pairs[f"head.{there}_subnet.{at + 1}"] = f"head.{here}_head.conv.{i}.1"
     return pairs | {
         "backbone.top_block.p6": "backbone.fpn.extra_blocks.p6",
         "backbone.top_block.p7": "backbone.fpn.extra_blocks.p7",
@@ -143,7 +118,7 @@ def _modules(layout):
 
 
 def anchor_counts(tensors):
-    """{layer: anchors per location} of the layers that predict for anchors, under torchvision's names."""
+    """Return {layer: anchors per location} of the layers that predict for anchors, torchvision's names."""
     counts = {}
     for scores, boxes in (
         ("rpn.head.cls_logits", "rpn.head.bbox_pred"),
@@ -183,12 +158,12 @@ def _move_background(tensors, to_torchvision):
 
 
 def is_detectron2(tensors):
-    """Whether the names are those of a Detectron2 model with a ResNet, or of Caffe2's ResNets."""
+    """Return whether the names are those of a Detectron2 model with a ResNet, or of Caffe2's ResNets."""
     return any(_DETECTRON2.match(name) or _CAFFE2.match(name) for name in tensors)
 
 
 def from_detectron2(tensors, num_ratios=3):
-    """Weights under Detectron2's names -> under torchvision's, rows in torchvision's order.
+    """Return weights under torchvision's names and in its order of rows, from Detectron2's.
 
     Args:
         tensors: {name: tensor}.
@@ -202,32 +177,35 @@ def from_detectron2(tensors, num_ratios=3):
     tensors = {_from_caffe2(name) if _CAFFE2.match(name) else name: v for name, v in tensors.items()}
     resnet = re.compile(r"^(backbone\.)?(stem\.|res\d\.)")
     tensors = {resnet.sub(r"backbone.bottom_up.\2", name): value for name, value in tensors.items()}
-    modules = _modules(_detectron2_layout(tensors))
-    found = {}
+    modules = _modules(tensors)
+    translated = {}
     for name, value in tensors.items():
         module, _, leaf = name.rpartition(".")
         if not _IGNORED.match(name):
-            found[f"{modules[module]}.{leaf}" if module in modules else name] = value
-    _move_background(found, to_torchvision=True)
-    _swap_anchors(found, num_ratios, to_torchvision=True)
-    return found
+            translated[f"{modules[module]}.{leaf}" if module in modules else name] = value
+    _move_background(translated, to_torchvision=True)
+    _swap_anchors(translated, num_ratios, to_torchvision=True)
+    return translated
 
 
 def to_detectron2(tensors, num_ratios=3):
-    """The inverse of `from_detectron2`.
+    """Invert `from_detectron2`.
 
     Raises:
         UserError: a name that no ResNet-FPN model of Detectron2 has a counterpart of.
     """
-    modules = {here: there for there, here in _modules(_torchvision_layout(tensors)).items()}
-    strangers = [name for name in tensors if name.rpartition(".")[0] not in modules]
-    if strangers:
+    modules = {here: there for there, here in _modules(tensors).items()}
+    unknown = [name for name in tensors if name.rpartition(".")[0] not in modules]
+    if unknown:
         raise UserError(
-            f"Detectron2's R-CNN and RetinaNet with ResNet-FPN have no counterpart of {strangers[0]} "
-            f"({len(strangers)} such names)"
+            f"Detectron2's R-CNN and RetinaNet with ResNet-FPN have no counterpart of {unknown[0]} "
+            f"({len(unknown)} such names)"
         )
     tensors = dict(tensors)
     _swap_anchors(tensors, num_ratios, to_torchvision=False)
     _move_background(tensors, to_torchvision=False)
-    split = {name: name.rpartition(".") for name in tensors}
-    return {f"{modules[split[name][0]]}.{split[name][2]}": value for name, value in tensors.items()}
+    translated = {}
+    for name, value in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        translated[f"{modules[module]}.{leaf}"] = value
+    return translated

@@ -1,11 +1,11 @@
-"""Checkpoint files: reading and writing, names, and files of rank 0's machine for the others."""
+"""Checkpoint files: reading, writing, names, and rank 0's files on other machines."""
 
+import contextlib
 import io
 import logging
 import os
 import re
 import shutil
-import zlib
 
 import torch
 
@@ -23,12 +23,17 @@ class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be read at all; an earlier one may be whole."""
 
 
+def checkpoint_name(iteration):
+    """Return the name, without `.pth`, of the checkpoint after an iteration."""
+    return f"model_{iteration:07d}"
+
+
 def read_checkpoint(path, source=None, **kwargs):
-    """The dict that a checkpoint holds, on the CPU; loading it runs no code.
+    """Return the dict that a checkpoint holds, on the CPU; loading it runs no code.
 
     Args:
         path: the file.
-        source: an file object with its content, in place of it.
+        source: a file object with its content, in place of it.
         kwargs: of `torch.load`, such as mmap=True to leave the tensors on the disk.
 
     Raises:
@@ -47,11 +52,10 @@ def read_checkpoint(path, source=None, **kwargs):
 
 
 def write_checkpoint(path, data, last):
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint, whole or not at all, and its folder.
 
     Args:
-        path: the file; its folder is made.
-        data: what `torch.save` takes.
+        path, data: the file, and what `torch.save` takes.
         last: make it the one that a resumed run starts from, once it is whole.
 
     Raises:
@@ -80,23 +84,24 @@ def link_checkpoint(folder, source, target):
     """Give `source` the second name `target`, as a hard link where there are any, and make it the last."""
     source, path = os.path.join(folder, source), os.path.join(folder, target)
     temporary = f"{path}.tmp-{os.getpid()}"
-    with writing(path):
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        try:
-            os.link(source, temporary)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with open(source, "rb") as f, atomic_write(path, "wb") as copy:
+            shutil.copyfileobj(f, copy)
+    else:
+        with writing(path):
             os.replace(temporary, path)
-            # Renaming onto another name of the same file does nothing, and leaves both.
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-        except OSError:
-            with open(source, "rb") as f, atomic_write(path, "wb") as out:
-                shutil.copyfileobj(f, out)
+        # Renaming onto another name of the same file does nothing, and leaves both.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
     tag_last(folder, target)
 
 
 def checkpoint_files(folder):
-    """Paths of all numbered checkpoints and `model_final.pth` of a folder, by the iteration they hold."""
+    """Return the paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
     if not os.path.isdir(folder):
         return []
     names = [n for n in os.listdir(folder) if _NUMBERED.fullmatch(n) or n == "model_final.pth"]
@@ -115,9 +120,11 @@ def _age(folder, name):
 
 
 def read_last(folder, *others, **kwargs):
-    """(path, data) of the checkpoint to resume from, ("", None) without one; `kwargs` of `torch.load`.
+    """Return (path, data) of the checkpoint to resume from, ("", None) without one.
 
-    `others` are paths to try after all of the folder's.
+    Args:
+        folder, kwargs: OUTPUT_DIR, and those of `torch.load`.
+        others: paths to try after all of the folder's.
 
     Raises:
         DamagedCheckpointError: none of those that are there can be read.
@@ -134,7 +141,7 @@ def read_last(folder, *others, **kwargs):
 
 
 def resume_candidates(folder):
-    """Paths of what to resume from: the file that was tagged, then the others, newest first."""
+    """Return the paths of what to resume from: the file that was tagged, then the others, newest first."""
     files = checkpoint_files(folder)[::-1]
     try:
         with open(os.path.join(folder, _LAST), encoding="utf-8") as f:
@@ -144,12 +151,12 @@ def resume_candidates(folder):
     if os.path.isfile(tagged):
         return [tagged, *(path for path in files if path != tagged)]
     if files:
-        logger.warning(f"{os.path.join(folder, _LAST)} names {tagged!r}, which is not there")
+        logger.warning(f"{os.path.join(folder, _LAST)} names {tagged!r}, which does not exist")
     return files
 
 
 def prune_checkpoints(folder, saved, max_to_keep):
-    """Remove the oldest numbered checkpoints of a folder, so that `max_to_keep` with `saved` are left."""
+    """Delete the oldest numbered checkpoints of a folder, so that `max_to_keep` with `saved` are left."""
     names = [os.path.basename(path) for path in checkpoint_files(folder)]
     others = [name for name in names if _NUMBERED.fullmatch(name) and name != saved]
     for name in others[: max(0, len(others) - max_to_keep + 1)]:
@@ -167,16 +174,13 @@ def delete_checkpoint(folder, name):
 
 
 def from_rank_0(path):
-    """A file of rank 0 on every rank: the path where all see that very file, elsewhere its bytes.
+    """Return (rank 0's path, the content where a rank does not see that very file, else None).
 
-    All ranks call it, and the path of rank 0 counts.
-
-    Returns:
-        (rank 0's path, what `torch.load` takes).
+    All ranks call it.
     """
-    path, facts = comm.broadcast((path, _facts(path)))
-    if not comm.any_rank(_facts(path) != facts):
-        return path, path
+    path, stamp = comm.broadcast((path, _stamp(path)))
+    if not comm.any_rank(_stamp(path) != stamp):
+        return path, None
     content = None
     if comm.is_main_process():
         with open(path, "rb") as f:
@@ -184,38 +188,10 @@ def from_rank_0(path):
     return path, io.BytesIO(comm.broadcast(content))
 
 
-def _facts(path):
+def _stamp(path):
     """What two files hardly share that are not the same: size and time, to the nanosecond."""
     try:
-        facts = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return facts.st_size, facts.st_mtime_ns
-
-
-def check_same(path, what):
-    """Refuse a file that every machine has, but not the same.
-
-    Args:
-        path: the file; all ranks call it.
-        what: what the file is to the person, such as MODEL.WEIGHTS and its value.
-
-    Raises:
-        UserError: names the first rank that has another file than rank 0.
-    """
-    if comm.get_local_size() == comm.get_world_size():
-        return
-    sums = comm.all_gather(_checksum(path))
-    other = [rank for rank, checksum in enumerate(sums) if checksum != sums[0]]
-    if other:
-        raise UserError(
-            f"{what} is another file on the machine of rank {other[0]} than on that of rank 0: copy it there"
-        )
-
-
-def _checksum(path):
-    checksum = 0
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 24):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
+    return status.st_size, status.st_mtime_ns

@@ -1,10 +1,9 @@
-"""What differs between a run and its continuation: shown as a table, and refused where it cannot be."""
+"""Compare the config of a run that is resumed with that of its checkpoint."""
 
 import logging
 
 from plaintrain.checkpoint.files import DamagedCheckpointError, read_last
-from plaintrain.config.diff import config_changes
-from plaintrain.config.yaml import flatten, parse_yaml
+from plaintrain.config.yaml import config_changes, flatten, parse_yaml
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
 
@@ -12,10 +11,9 @@ logger = logging.getLogger(__name__)
 
 # Keys that are not of the run itself: a moved folder, another machine.
 _WORKERS = ("DATALOADER.NUM_WORKERS", "DATALOADER.WORKER_TYPE", "DATALOADER.CACHE_BYTES")
-_OF_THE_PLACE = ("OUTPUT_DIR", "VERSION", "MODEL.DEVICE", *_WORKERS)
-_NO_EFFECT = {"MODEL.WEIGHTS": "none: the checkpoint's weights are taken"}
+_OF_THE_MACHINE = ("OUTPUT_DIR", "VERSION", "MODEL.DEVICE", *_WORKERS)
 # Whatever else fits, its state means something else.
-_REFUSED = ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "SOLVER.OPTIMIZER")
+_FIXED = ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "SOLVER.OPTIMIZER")
 # The counts of a run in epochs would mean other iterations than those that are done.
 _COUNTED = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_IMS_PER_BATCH")
 
@@ -24,10 +22,8 @@ def check_changes(folder, config, class_names, model):
     """Compare a run with the checkpoint that it is resumed from; log what differs, and what that does.
 
     Args:
-        folder: OUTPUT_DIR.
-        config: the config now, as text.
-        class_names: those of DATASETS.TRAIN.
-        model: the model now; may be on the device "meta".
+        folder, class_names: OUTPUT_DIR, and the classes of DATASETS.TRAIN.
+        config, model: those of now: YAML, and a module that may be on the device "meta".
 
     Raises:
         UserError: names a key, or the classes, that cannot change within a run.
@@ -43,17 +39,20 @@ def check_changes(folder, config, class_names, model):
     if not isinstance(saved.get("config"), str):
         return
     changes = config_changes(saved["config"], config)
-    fits = _shapes(model.state_dict()) == _shapes(saved["model"])
-    now = flatten(parse_yaml(config, "the config"))
-    refused = [change for change in changes if _is_refused(change[0], now, fits)]
-    if changes:
-        rows = [(key, _short(was), _short(is_), _effect(key, refused)) for key, was, is_ in changes]
-        logger.warning(f"the config differs from that of {path}:\n{_table(rows)}")
-    if refused:
-        key, was, is_ = refused[0]
+    is_same_model = _shapes(model.state_dict()) == _shapes(saved["model"])
+    in_epochs = flatten(parse_yaml(config, "the config")).get("SOLVER.MAX_EPOCHS", 0) > 0
+    lines, rejected = [], []
+    for key, before, now in changes:
+        effect = _effect(key, is_same_model, in_epochs)
+        lines.append(f"  {key}: {_short(before)} -> {_short(now)} ({effect})")
+        if effect == "rejected":
+            rejected.append(f"{key} was {_short(before)} in the run that is resumed and is {_short(now)} now")
+    if lines:
+        logger.warning("\n".join([f"the config differs from that of {path}:", *lines]))
+    if rejected:
         raise UserError(
-            f"{key} was {_short(was)} in the run that is resumed and is {_short(is_)} now: it cannot change "
-            "within a run; set it back, or start a new run from the weights (MODEL.WEIGHTS, without --resume)"
+            f"{rejected[0]}: it cannot change within a run; set it back, or start a new run from the weights "
+            "(MODEL.WEIGHTS, without --resume)"
         )
 
 
@@ -61,29 +60,17 @@ def _shapes(state):
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _is_refused(key, config, model_fits):
-    if key in _OF_THE_PLACE or key in _NO_EFFECT:
-        return False
-    in_epochs = config.get("SOLVER.MAX_EPOCHS", 0) > 0
-    other_model = key.startswith("MODEL.") and not model_fits
-    return key in _REFUSED or other_model or (key in _COUNTED and in_epochs)
-
-
-def _effect(key, refused):
-    if key in [refused_key for refused_key, _, _ in refused]:
-        return "refused"
-    if key in _OF_THE_PLACE:
+def _effect(key, is_same_model, in_epochs):
+    if key in _OF_THE_MACHINE:
         return "here"
-    return _NO_EFFECT.get(key, "from here on")
+    if key == "MODEL.WEIGHTS":
+        return "none: the checkpoint's weights are taken"
+    is_other_model = key.startswith("MODEL.") and not is_same_model
+    if key in _FIXED or is_other_model or (key in _COUNTED and in_epochs):
+        return "rejected"
+    return "from here on"
 
 
 def _short(value):
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _table(rows):
-    header = ("key", "before", "now", "effect")
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
-    lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join(line.rstrip() for line in lines)

@@ -10,6 +10,8 @@ import torch
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _GROUPED_BY = (
     "its parameters are chosen and grouped by MODEL.BACKBONE.FREEZE_AT, SOLVER.BACKBONE_MULTIPLIER, "
     "BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and WEIGHT_DECAY_NORM"
@@ -17,30 +19,37 @@ _GROUPED_BY = (
 _NORM_BUFFERS = (".running_mean", ".running_var")
 
 
-def load_state(item, state, what):
-    """`item.load_state_dict(state)`, refusing the state of another kind of optimizer.
+def load_state(item, state, name):
+    """Call `item.load_state_dict(state)`; `name` is what to call the state in an error.
 
-    A decay and Nesterov's momentum that the optimizer was built with stay; a schedule sets the rest.
+    Raises:
+        UserError: a state that does not fit.
     """
-    kinds = [
-        {"betas", "momentum"} & set(group)
-        for groups in (state, item.state_dict())
-        for group in groups.get("param_groups", [])[:1]
-    ]
     if isinstance(item, torch.amp.GradScaler) and not state:
-        # The run had no float16 so far; the scaler begins here, and would refuse to be told so.
+        # The run had no float16 so far; the scaler begins here, and would reject an empty state.
         return
+    is_optimizer = isinstance(item, torch.optim.Optimizer)
     try:
-        if len(kinds) == 2 and kinds[0] != kinds[1]:
-            raise ValueError("it is of another kind, see SOLVER.OPTIMIZER")
-        groups = getattr(item, "param_groups", [])
-        built = [{key: g[key] for key in ("weight_decay", "nesterov") if key in g} for g in groups]
-        item.load_state_dict(state)
-        for group, options in zip(getattr(item, "param_groups", []), built, strict=True):
-            group.update(options)
-    except (ValueError, KeyError, TypeError) as e:
-        hint = f"; {_GROUPED_BY}" if isinstance(item, torch.optim.Optimizer) else ""
-        raise UserError(f"{what} does not fit this run: {e}{hint}") from e
+        if is_optimizer:
+            _load_optimizer(item, state)
+        else:
+            item.load_state_dict(state)
+    except (ValueError, LookupError, TypeError) as e:
+        hint = f"; {_GROUPED_BY}" if is_optimizer else ""
+        raise UserError(f"{name} does not fit this run: {e}{hint}") from e
+
+
+def _load_optimizer(optimizer, state):
+    """Load a state; decay and Nesterov's momentum stay those of the config, a schedule sets the rest."""
+    groups, kept = optimizer.param_groups, ("weight_decay", "nesterov")
+    options = [{key: group[key] for key in kept if key in group} for group in groups]
+    # torch itself accepts the state of either.
+    for key in ("betas", "momentum"):
+        if (key in state["param_groups"][0]) != (key in groups[0]):
+            raise ValueError("it is of another type, see SOLVER.OPTIMIZER")
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
 
 
 def convert_older_states(data):
@@ -57,7 +66,7 @@ def convert_older_states(data):
 
 
 def plain(value, name):
-    """`value` as types that `torch.load(weights_only=True)` reads: NumPy's numbers become Python's."""
+    """Return a value as types that `torch.load(weights_only=True)` reads: NumPy's numbers as Python's."""
     if isinstance(value, bool | str | torch.Tensor | type(None)):
         return value
     if isinstance(value, numbers.Integral):
@@ -89,30 +98,29 @@ def gather_norm_buffers(states):
     if comm.get_world_size() == 1:
         return {}
     own = {}
-    for part in ("model", "ema"):
-        state = states.get(part, {})
-        own[part] = {name: t.cpu() for name, t in state.items() if name.endswith(_NORM_BUFFERS)}
+    for key in ("model", "ema"):
+        state = states.get(key, {})
+        own[key] = {name: t.cpu() for name, t in state.items() if name.endswith(_NORM_BUFFERS)}
         average_norm_buffers(state)
     return {"norm_buffers": comm.gather(own)} if own["model"] else {}
 
 
 def take_norm_buffers(states):
-    """Put this rank's running statistics into the states of the model and its average.
+    """Put what `gather_norm_buffers` saved of this rank into the states of the model and its EMA.
 
-    Args:
-        states: what was saved with `gather_norm_buffers`; of another number of ranks, the averages stay.
+    With another number of ranks the averages stay.
     """
     saved = states.pop("norm_buffers", [])
     if len(saved) == comm.get_world_size():
-        for part, own in saved[comm.get_rank()].items():
-            states.get(part, {}).update(own)
+        for key, own in saved[comm.get_rank()].items():
+            states.get(key, {}).update(own)
 
 
-logger = logging.getLogger(__name__)
+def rng_states():
+    """Return [the state of Python's, NumPy's and PyTorch's generators of each rank] on rank 0, else [].
 
-
-def _state():
-    """This process' generators as plain data: Python's, NumPy's, PyTorch's on the CPU and its device."""
+    All ranks call it.
+    """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -124,21 +132,11 @@ def _state():
         state["cuda"] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def rng_states():
-    """What `_state` gives on each rank, a list on rank 0 and [] elsewhere; all ranks call it."""
-    return comm.gather(_state())
+    return comm.gather(state)
 
 
 def load_rng_states(states):
-    """Set this rank's generators to what was saved.
-
-    Args:
-        states: what `rng_states` returned on rank 0. Of another number of ranks, nothing is set and the
-            log says so: what is drawn is then not what it would have been.
-    """
+    """Set this rank's generators to what `rng_states` returned; with another number of ranks, only warn."""
     if len(states) != comm.get_world_size():
         logger.warning(
             f"the checkpoint has the random state of {len(states)} processes, and here there are "

@@ -1,4 +1,4 @@
-"""A weights file's names -> those of a detector, which are torchvision's."""
+"""Translate the names in a file of weights to those of a detector, which are torchvision's."""
 
 import re
 
@@ -8,41 +8,8 @@ from plaintrain.checkpoint.detectron2 import from_detectron2, is_detectron2
 _VGG_CUT, _MOBILENET_CUT = 23, 13
 
 
-def _is_timm_mobilenet(tensors):
-    """Whether the names are those of timm's MobileNetV3."""
-    return "conv_stem.weight" in tensors and "blocks.0.0.conv_dw.weight" in tensors
-
-
-def _from_timm_mobilenet(tensors):
-    """{name: tensor} of timm's MobileNetV3 -> of torchvision's; its classifier keeps its names."""
-    where = {"conv_stem": "features.0.0", "bn1": "features.0.1"}
-    blocks = sorted({tuple(map(int, name.split(".")[1:3])) for name in tensors if name.startswith("blocks.")})
-    for number, (stage, block) in enumerate(blocks, start=1):
-        there, here = f"blocks.{stage}.{block}", f"features.{number}"
-        if f"{there}.conv.weight" in tensors:
-            where |= {f"{there}.conv": f"{here}.0", f"{there}.bn1": f"{here}.1"}
-            continue
-        wide = f"{there}.conv_pwl.weight" in tensors
-        order = ["conv_pw", "conv_dw", "se", "conv_pwl"] if wide else ["conv_dw", "se", "conv_pw"]
-        if f"{there}.se.conv_reduce.weight" not in tensors:
-            order.remove("se")
-        for i, part in enumerate(order):
-            if part == "se":
-                where[f"{there}.se.conv_reduce"] = f"{here}.block.{i}.fc1"
-                where[f"{there}.se.conv_expand"] = f"{here}.block.{i}.fc2"
-                continue
-            norm = [name for name in order if name != "se"].index(part) + 1
-            where[f"{there}.{part}"] = f"{here}.block.{i}.0"
-            where[f"{there}.bn{norm}"] = f"{here}.block.{i}.1"
-    found = {}
-    for name, value in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        found[f"{where[module]}.{leaf}" if module in where else name] = value
-    return found
-
-
 def _in_vgg_ssd(name):
-    """A name in torchvision's VGG16 -> in the two parts that SSD cuts it into before its fourth pooling."""
+    """Translate a name of torchvision's VGG16, which SSD cuts in two before its fourth pooling."""
     match = re.match(r"features\.(\d+)\.", name)
     if match and int(match[1]) >= _VGG_CUT:
         return f"backbone.extra.0.{int(match[1]) - _VGG_CUT}.{name[match.end() :]}"
@@ -50,9 +17,9 @@ def _in_vgg_ssd(name):
 
 
 def _in_mobilenet_ssd(name):
-    """A name in torchvision's MobileNetV3-Large -> in the two parts that SSDlite cuts it into.
+    """Translate a name of torchvision's MobileNetV3-Large, which SSDlite cuts in two.
 
-    The first ends with the expansion of the block that makes stride 32; the second goes on inside it.
+    The first part ends with the expansion of the block that makes stride 32; the second starts inside it.
     """
     match = re.match(r"features\.(\d+)\.(block\.(\d+)\.)?", name)
     if not match or int(match[1]) < _MOBILENET_CUT:
@@ -73,7 +40,7 @@ _PLACES = (
     _in_mobilenet_ssd,
 )
 
-# Before torchvision 0.13 convolutions were not wrapped with their norm.
+# Before torchvision 0.13, from which most published files are, convolutions were not wrapped with their norm.
 _OLD_NAMES = (
     (r"^(rpn\.head\.conv)\.(weight|bias)$", r"\1.0.0.\2"),
     (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
@@ -84,7 +51,7 @@ _OLD_NAMES = (
 
 
 def match_names(tensors, wanted):
-    """The tensors under the model's names as far as a rule brings them there.
+    """Return the tensors under the model's names as far as a rule brings them there.
 
     Args:
         tensors: {name: tensor} of a detector of torchvision, or of a backbone alone.
@@ -99,8 +66,8 @@ def match_names(tensors, wanted):
         renamed = name
         for pattern, new in old_names:
             renamed = re.sub(pattern, new, renamed)
-        use_old = name not in wanted and renamed in wanted
-        matched[renamed if use_old else name] = value
+        is_old = name not in wanted and renamed in wanted
+        matched[renamed if is_old else name] = value
     return matched
 
 
@@ -110,16 +77,11 @@ def strip_wrappers(tensors):
 
 
 def translate(tensors, num_ratios):
-    """A file's tensors under torchvision's names, whichever project wrote it.
+    """Return a file's tensors under torchvision's names, and whether Detectron2 wrote them.
 
     Args:
         tensors: {name: tensor}.
         num_ratios: see `from_detectron2`.
-
-    Returns:
-        ({name: tensor}, whether Detectron2 wrote them).
     """
-    tensors = strip_wrappers(tensors)
-    if is_detectron2(tensors):
-        return from_detectron2(tensors, num_ratios), True
-    return (_from_timm_mobilenet(tensors) if _is_timm_mobilenet(tensors) else tensors), False
+    of_detectron2 = is_detectron2(tensors)
+    return (from_detectron2(tensors, num_ratios) if of_detectron2 else tensors), of_detectron2

@@ -3,8 +3,7 @@
 import logging
 
 from plaintrain.checkpoint.checkpointer import DetectionCheckpointer
-from plaintrain.checkpoint.files import delete_checkpoint
-from plaintrain.checkpoint.periodic import checkpoint_name
+from plaintrain.checkpoint.files import checkpoint_name, delete_checkpoint
 from plaintrain.data.catalog import get_class_names
 from plaintrain.solver.ema import final_model
 from plaintrain.solver.schedule import every
@@ -67,21 +66,14 @@ class TrainingCheckpointer(DetectionCheckpointer):
         try:
             self.wait()
         except UserError as e:
-            # What ended the block before is what is to be told.
+            # The error that ended the block before is the one to report.
             if error is None or isinstance(error, Stopped):
                 raise
             logger.error(str(e))
 
 
 def build_checkpointer(cfg, model, **checkpointables):
-    """Build the `TrainingCheckpointer` of SOLVER.* and OUTPUT_DIR.
-
-    Args:
-        cfg: SOLVER.CHECKPOINT_PERIOD, CHECKPOINT_MAX_TO_KEEP and ASYNC_CHECKPOINT, MODEL.EMA, and
-            DATASETS.TRAIN, whose class names each file holds.
-        model: see `DetectionCheckpointer`.
-        checkpointables: `name=object`; "ema" may be a `ModelEMA`.
-    """
+    """Build the `TrainingCheckpointer` of SOLVER.*, MODEL.EMA and OUTPUT_DIR; "ema" may be a `ModelEMA`."""
     return TrainingCheckpointer(
         model,
         cfg.OUTPUT_DIR,
@@ -95,12 +87,9 @@ def build_checkpointer(cfg, model, **checkpointables):
 
 
 def load_for_evaluation(cfg, model, *, resume):
-    """Load MODEL.WEIGHTS, or the last checkpoint of OUTPUT_DIR, averaged as MODEL.EMA says.
+    """Load MODEL.WEIGHTS, or with `resume` the last checkpoint of OUTPUT_DIR, averaged as MODEL.EMA says.
 
-    Args:
-        cfg: the config; published classes are taken by the names of those of DATASETS.TEST.
-        model: the module.
-        resume: take the last checkpoint.
+    Published classes are taken by the names of those of DATASETS.TEST.
 
     Raises:
         UserError: there is no checkpoint, or the weights cannot be used.

@@ -8,24 +8,23 @@ import math
 import re
 
 from plaintrain.checkpoint.classes import select_classes
-from plaintrain.checkpoint.detectron2 import is_detectron2
-from plaintrain.checkpoint.pretrained import read_for_model
+from plaintrain.checkpoint.pretrained import fetch_weights, read_for_model
 from plaintrain.config import get_value
-from plaintrain.config.yaml import parse_yaml
+from plaintrain.config.yaml import flatten, parse_yaml
 from plaintrain.structures import are_numbers
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
 
 _FORMAT, _MEAN, _STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
 _STRIDE, _P6 = "MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.FPN.P6_IN_FEATURE"
-_RGB = {_FORMAT: "RGB", _MEAN: [123.675, 116.28, 103.53], _STD: [58.395, 57.12, 57.375], _STRIDE: False}
-_MSRA = {_FORMAT: "BGR", _MEAN: [103.53, 116.28, 123.675], _STD: [1.0, 1.0, 1.0], _STRIDE: True}
-_SSD300 = {_FORMAT: "RGB", _MEAN: [122.99925, 116.9991, 103.9992], _STD: [1.0, 1.0, 1.0]}
-_SSDLITE = {_FORMAT: "RGB", _MEAN: [127.5, 127.5, 127.5], _STD: [127.5, 127.5, 127.5]}
 _RPN, _DENSE = "rpn.head.", "head.regression_head.bbox_reg."
 _BOX, _MASK, _KEYPOINT = "roi_heads.box_predictor.", "roi_heads.mask_head.", "roi_heads.keypoint_head."
-# What detectors compute differently: key -> (tensors that it concerns, Detectron2's value, torchvision's).
-_DETECTORS = {
+# What the projects compute differently: key -> (tensors that it concerns, Detectron2's value, torchvision's).
+_KEYS = {
+    _FORMAT: ("", "BGR", "RGB"),
+    _MEAN: ("", [103.53, 116.28, 123.675], [123.675, 116.28, 103.53]),
+    _STD: ("", [1.0, 1.0, 1.0], [58.395, 57.12, 57.375]),
+    _STRIDE: ("backbone.body.layer2.0.conv3.", True, False),
     "MODEL.ANCHOR_GENERATOR.NAME": ((_RPN, _DENSE), "DefaultAnchorGenerator", "AnchorGenerator"),
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": (_BOX, "ROIAlignV2", "ROIAlign"),
     "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": (_BOX, 0, 2),
@@ -35,13 +34,13 @@ _DETECTORS = {
     "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": (_KEYPOINT, "ROIAlignV2", "ROIAlign"),
     "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO": (_KEYPOINT, 0, 2),
 }
-# The tensors that a key concerns; pixels concern all.
-_CONCERNED = {
-    **dict.fromkeys((_FORMAT, _MEAN, _STD), ""),
-    _STRIDE: "backbone.body.layer2.0.conv3.",
-    **{key: prefixes for key, (prefixes, _, _) in _DETECTORS.items()},
-    _P6: "backbone.fpn.extra_blocks.p6.",
+_CONCERNED = {key: prefixes for key, (prefixes, _, _) in _KEYS.items()} | {
+    _P6: "backbone.fpn.extra_blocks.p6."
 }
+_DETECTRON2 = {key: value for key, (_, value, _) in _KEYS.items()}
+_TORCHVISION = {key: value for key, (_, _, value) in _KEYS.items()}
+_SSD300 = {_FORMAT: "RGB", _MEAN: [122.99925, 116.9991, 103.9992], _STD: [1.0, 1.0, 1.0]}
+_SSDLITE = {_FORMAT: "RGB", _MEAN: [127.5, 127.5, 127.5], _STD: [127.5, 127.5, 127.5]}
 # Authors of backbones under Detectron2's names that were trained on RGB.
 _RGB_AUTHORS = ("torchvision", "MOCO")
 _HINTS = {
@@ -54,8 +53,7 @@ def check_weights(cfg, model, name, class_names, *, strict):
     """Reject weights that contradict the config or the classes of the dataset.
 
     Args:
-        cfg: the config.
-        model: the model; may be on the device "meta".
+        cfg, model: the config and its model, which may be on the device "meta".
         name: MODEL.WEIGHTS, or a checkpoint.
         class_names: the dataset's, in the order of their labels.
         strict: the weights are evaluated as they are: they must be complete, and for exactly these classes.
@@ -63,18 +61,26 @@ def check_weights(cfg, model, name, class_names, *, strict):
     Raises:
         UserError: names the classes, the keys with the values that they must have, or a missing parameter.
     """
-    wanted = model.state_dict()
-    content, tensors, found, of_detectron2 = read_for_model(model, name)
-    check_trained_classes(name, content.get("class_names"), class_names, strict=strict)
-    used = {key: value for key, value in found.items() if key in wanted}
-    wrong = _contradictions(cfg, *_conventions(content, tensors, used), used)
+    state, weights = model.state_dict(), read_for_model(model, name, fetch_weights(name))
+    check_trained_classes(name, weights.content.get("class_names"), class_names, strict=strict)
+    used = {key: value for key, value in weights.matched.items() if key in state}
+    source, expected = _conventions(weights, used)
+    wrong = [
+        f"{key} {_format(value)} (got {_format(get_value(cfg, key))})"
+        for key, value in expected.items()
+        if any(name.startswith(_CONCERNED[key]) for name in used) and not _agree(value, get_value(cfg, key))
+    ]
     if wrong:
-        raise UserError(f"{name} {wrong}")
+        raise UserError(
+            f"{name} has weights of {source}, whose conventions the config contradicts; set "
+            f"{', '.join(wrong)}; {_HINTS.get(source, '')}or convert the file to keep the config "
+            "(scripts/convert_weights.py)"
+        )
     if not strict:
         return
-    found = select_classes(found, class_names, of_detectron2)
+    selected = select_classes(weights.matched, class_names, weights.of_detectron2)
     parameters = [key for key, _ in model.named_parameters()]
-    missing = [key for key in parameters if key not in found or found[key].shape != wanted[key].shape]
+    missing = [key for key in parameters if key not in selected or selected[key].shape != state[key].shape]
     if missing:
         raise UserError(
             f"{name} is missing {len(missing)} of the model's parameters, or has them in another shape, the "
@@ -83,22 +89,7 @@ def check_weights(cfg, model, name, class_names, *, strict):
         )
 
 
-def _contradictions(cfg, source, expected, used):
-    """Return which keys contradict the expected conventions, "" if none does."""
-    wrong = [
-        f"{key} {_short(value)} (got {_short(get_value(cfg, key))})"
-        for key, value in expected.items()
-        if any(name.startswith(_CONCERNED[key]) for name in used) and not _agree(value, get_value(cfg, key))
-    ]
-    if not wrong:
-        return ""
-    return (
-        f"has weights of {source}, whose conventions the config contradicts; set {', '.join(wrong)}; "
-        f"{_HINTS.get(source, '')}or convert the file to keep the config (scripts/convert_weights.py)"
-    )
-
-
-def _short(value):
+def _format(value):
     return str(value).replace(" ", "")
 
 
@@ -111,69 +102,55 @@ def _agree(expected, value):
     return len(expected) == len(value) and all(math.isclose(a, b, rel_tol=0.02) for a, b in pairs)
 
 
-def _conventions(content, tensors, found):
+def _conventions(weights, used):
     """Return (who made the weights, {key: value}), without the keys about which nothing is known."""
-    author = content.get("__author__")
+    content, tensors, author = weights.content, weights.tensors, weights.content.get("__author__")
     if isinstance(content.get("config"), str):
-        return "a run", _of_config(parse_yaml(content["config"], "the config in the weights"))
+        saved = flatten(parse_yaml(content["config"], "the config in the weights"))
+        return "a run", {key: saved[key] for key in _CONCERNED if key in saved}
     if author == "plaintrain":
         return author, {}
-    if is_detectron2(tensors):
-        return (author, _RGB) if author in _RGB_AUTHORS else ("Detectron2", _of_detectron2(tensors, found))
+    if weights.of_detectron2 and author in _RGB_AUTHORS:
+        return author, _TORCHVISION
+    if weights.of_detectron2:
+        return "Detectron2", _of_detectron2(tensors, used)
     # Checkpoints of this project have the same names as torchvision's weights.
     is_checkpoint = {"class_names", "iteration"} & content.keys()
-    return "torchvision", {} if is_checkpoint else _of_torchvision(tensors, found)
+    return "torchvision", {} if is_checkpoint else _of_torchvision(tensors, used)
 
 
-def _of_config(saved):
-    """{key: value} of a saved config."""
-    values = {}
-    for key in _CONCERNED:
-        value = saved
-        for section in key.split("."):
-            value = value.get(section) if isinstance(value, dict) else None
-        if value is not None:
-            values[key] = value
-    return values
-
-
-def _of_detectron2(tensors, found):
-    values = _MSRA | {key: value for key, (_, value, _) in _DETECTORS.items()} | _of_p6(found)
-    conv2 = found.get("backbone.body.layer1.0.conv2.weight")
+def _of_detectron2(tensors, used):
+    values = _DETECTRON2 | _of_p6(used)
+    conv2 = used.get("backbone.body.layer1.0.conv2.weight")
+    # Caffe2's frozen norms have no statistics, as group norms.
+    stem = "backbone.bottom_up.stem.conv1"
+    has_frozen_norm = f"{stem}.norm.running_mean" in tensors or f"{stem}.weight" not in tensors
     if conv2 is not None and conv2.shape[:1] != conv2.shape[1:2]:
         # Caffe2's ResNeXt.
         values |= {_STD: [57.375, 57.12, 58.395], _STRIDE: False}
-    elif _has_group_norm(tensors):
+    elif any("_gn_" in name for name in tensors) or not has_frozen_norm:
         # Caffe2's, or trained from random weights with another scale.
         values |= {_STRIDE: False}
         del values[_STD]
-    pixels = {key: tensors[key].flatten().tolist() for key in ("pixel_mean", "pixel_std") if key in tensors}
-    mean, std = pixels.get("pixel_mean"), pixels.get("pixel_std")
-    if mean and std:
+    if "pixel_mean" in tensors and "pixel_std" in tensors:
+        mean, std = tensors["pixel_mean"].flatten().tolist(), tensors["pixel_std"].flatten().tolist()
         values |= {_MEAN: mean, _STD: std, _FORMAT: "BGR" if mean[0] <= mean[-1] else "RGB"}
     return values
 
 
-def _has_group_norm(tensors):
-    stem = "backbone.bottom_up.stem.conv1"
-    is_frozen = f"{stem}.norm.running_mean" in tensors or f"{stem}.weight" not in tensors
-    # Caffe2's frozen norms have no statistics either.
-    return any("_gn_" in name for name in tensors) or not is_frozen
-
-
-def _of_torchvision(tensors, found):
+def _of_torchvision(tensors, used):
     if any(name.startswith("head.classification_head.module_list.") for name in tensors):
         ssd = {"backbone.features.0.weight": _SSD300, "backbone.features.0.0.0.weight": _SSDLITE}
         return next((values for name, values in ssd.items() if name in tensors), {})
     has_body = {"backbone.body.conv1.weight", "backbone.body.0.0.weight"} & tensors.keys()
-    if has_body and any(name.startswith((_RPN, "head.")) for name in tensors):
-        return _RGB | {key: value for key, (_, _, value) in _DETECTORS.items()} | _of_p6(found)
-    if not any(re.match(r"(fc|conv_stem|classifier(\.\d)?)\.weight$", name) for name in tensors):
+    is_detector = has_body and any(name.startswith((_RPN, "head.")) for name in tensors)
+    if not is_detector and not any(re.match(r"(fc|classifier(\.\d)?)\.weight$", name) for name in tensors):
         return {}
     # SSD starts from backbones under its own scale of pixels.
-    return {_FORMAT: "RGB"} if any(name.startswith("backbone.features.") for name in found) else _RGB
+    is_ssd = any(name.startswith("backbone.features.") for name in used)
+    return {_FORMAT: "RGB"} if is_ssd else _TORCHVISION | _of_p6(used)
 
 
-def _of_p6(found):
-    p6 = found.get("backbone.fpn.extra_blocks.p6.weight")
+def _of_p6(used):
+    p6 = used.get("backbone.fpn.extra_blocks.p6.weight")
     return {} if p6 is None else {_P6: "p5" if p6.shape[:1] == p6.shape[1:2] else "res5"}

@@ -39,7 +39,7 @@ from plaintrain.utils.errors import UserError
 MAX_MESSAGE, MAX_SECONDS = 1500, 10
 NAME = "fuzzed"
 # A file by its name alone or by its path, or a key of the config.
-_NAMED = re.compile(r"\b[\w-]+\.(xml|yaml|json|txt|png)\b|(^| )/\S|\b[A-Z][A-Z_]+(\.[A-Z_]+)+ is")
+_NAMED = re.compile(r"\b[\w-]+\.(xml|yaml|json|txt|png)\b|(^| )/\S|\b[A-Z][A-Z_]+(\.[A-Z0-9_]+)* (is|must)")
 
 
 @dataclass

@@ -27,7 +27,7 @@ def test_unchanged_files_are_accepted(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "function", "error"),
     [
-        ("config", "plaintrain.config.config._wrong_type", KeyError),
+        ("config", "plaintrain.config.config._describe_wrong_type", KeyError),
         ("coco", "plaintrain.data.datasets.coco.image_mistake", MemoryError),
         ("image", "plaintrain.data.images.ImageOps.exif_transpose", KeyError),
     ],

@@ -19,7 +19,8 @@ from plaintrain.utils.errors import UserError
 
 # Long enough to be ended in between.
 OPTIONS = ["SOLVER.MAX_ITER", 60, "TEST.EVAL_PERIOD", 20, "SOLVER.CHECKPOINT_PERIOD", 10]
-THREE = ["SOLVER.IMS_PER_BATCH", 6, "SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 0]
+SHORT = ["SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 0]
+THREE = ["SOLVER.IMS_PER_BATCH", 6, *SHORT]
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +94,16 @@ def test_two_machines_stop_together_and_resume_and_evaluate_as_one_would(machine
 
 
 @pytest.mark.long
-def test_weights_that_differ_on_a_machine_are_refused(machines, whole, tmp_path):
-    for k, name in enumerate(("model_0000009.pth", "model_final.pth")):
+@pytest.mark.parametrize("is_other", [True, False])
+def test_weights_of_machine_0_are_those_of_all(machines, whole, tmp_path, is_other):
+    (machines.home(1) / "weights.pth").unlink(missing_ok=True)
+    for k, name in enumerate(("model_0000009.pth", "model_final.pth")[: 1 + is_other]):
         shutil.copy(whole / name, machines.home(k) / "weights.pth")
-    runs = start(machines, [tmp_path / "run"] * 2, [*OPTIONS, "MODEL.WEIGHTS", "~/weights.pth"])
-    wait(runs, 1)
-    words = "MODEL.WEIGHTS ~/weights.pth is another file on the machine of rank 1 than on that of rank 0"
-    assert [run.output.count(words) for run in runs] == [1, 1]
+    weights = ["MODEL.WEIGHTS", machines.home(0) / "weights.pth"]
+    alone = Run(tmp_path / "alone", [*OPTIONS, *SHORT, *weights], ranks=2).wait(code=0).folder
+    runs = start(machines, [tmp_path / "run"] * 2, [*OPTIONS, *SHORT, weights[0], "~/weights.pth"])
+    wait(runs, 0)
+    assert differences(alone, tmp_path / "run") == []
 
 
 def impatient():
