@@ -40,7 +40,7 @@ import os
 import sys
 
 from plaintrain.analysis.analyze import analyze
-from plaintrain.analysis.error_costs import ERRORS
+from plaintrain.analysis.errors import ERRORS, OUTCOMES
 from plaintrain.analysis.run_folder import check_run, predictions_path, read_config, test_sets
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, declare_datasets
@@ -51,14 +51,6 @@ from plaintrain.utils.errors import UserError
 
 # Up to so many classes the confusion is shown as a matrix.
 _MATRIX = 12
-_MEANINGS = {
-    "class": "in the right place, of a wrong class",
-    "localisation": "of the right class, with too little overlap",
-    "both": "of a wrong class, with too little overlap",
-    "duplicate": "on an object that one with a higher score has found",
-    "background": "where nothing is",
-    "missed": "objects that no detection comes close to",
-}
 _BREAKDOWN = {
     "size": "size, the root of the area in pixels",
     "aspect": "width / height",
@@ -103,7 +95,7 @@ def show_errors(found):
     settings = found["settings"]
     for task, errors in found["errors"].items():
         counts = {**errors["detections"], "missed": errors["objects"]["missed"]}
-        rows = [[kind, cell(errors["costs"][kind]), counts[kind], _MEANINGS[kind]] for kind in ERRORS]
+        rows = [[kind, cell(errors["costs"][kind]), counts[kind], OUTCOMES[kind][1]] for kind in ERRORS]
         rows += [
             ["all false positives", cell(errors["false_positives"]), "", "all wrong detections"],
             ["all false negatives", cell(errors["false_negatives"]), "", "all objects that are not found"],
@@ -111,7 +103,7 @@ def show_errors(found):
         score = f"a score of at least {settings['score_threshold']:.3f} ({settings['score_threshold_is']})"
         ap = "" if errors["AP"] is None else f" of {errors['AP']:.2f}"
         title = f"{task}, what each kind of error costs of the AP at IoU {settings['iou_threshold']:g}{ap}"
-        show(f"{title}; counts are of {score}", ["kind", "AP", "count", "detections ..."], rows)
+        show(f"{title}; counts are of {score}", ["type", "AP", "count", "what it is"], rows)
         columns = ["correct", *ERRORS[:-1], "erroneous", "missed"]
         rows = [[row["name"], *(row[column] for column in columns)] for row in errors["classes"]]
         some = [row for row in rows if any(row[1:])]

@@ -12,7 +12,6 @@ classes (and keypoints) there are. One inference and one training step are run o
 
 import argparse
 import json
-import os
 
 from plaintrain.utils.arguments import parse_run_arguments
 
@@ -36,7 +35,8 @@ if __name__ == "__main__":
     if args.depth < 0 or (args.batch is not None and args.batch < 1):
         parser.error("--depth must be at least 0, and --batch at least 1")
 
-from plaintrain.analysis.model import NOT_COUNTED, analyze, optimizer_copies, random_samples
+from plaintrain.analysis.model import NOT_COUNTED, analyze_model, random_samples
+from plaintrain.analysis.run_folder import read_config
 from plaintrain.config import check_cfg, get_cfg, get_value
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.data.transforms.geometric import shortest_edge_size
@@ -49,7 +49,7 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 
 
-def read_config(run="", config_file="", overrides=()):
+def read_model_config(run="", config_file="", overrides=()):
     """The config, frozen, with its number of classes, for one process on the CPU that compiles nothing.
 
     The datasets are read only where the config leaves the number of classes, or of keypoints, to them.
@@ -64,12 +64,9 @@ def read_config(run="", config_file="", overrides=()):
     """
     if bool(run) == bool(config_file):
         raise UserError(f"give a run's folder or --config-file FILE, not {'both' if run else 'neither'}")
-    if run:
-        config_file = os.path.join(run, "config.yaml")
-        if not os.path.isfile(config_file):
-            raise UserError(f"{run} is no run's folder: there is no {config_file}")
-    cfg = get_cfg()
-    cfg.merge_from_file(config_file)
+    cfg = read_config(run) if run else get_cfg()
+    if config_file:
+        cfg.merge_from_file(config_file)
     cfg.merge_from_list(list(overrides))
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.COMPILE", False])
     cfg.freeze()
@@ -128,7 +125,7 @@ def report(found):
 
 def main(args):
     """Analyse one model."""
-    cfg = read_config(args.run, args.config_file, args.opts)
+    cfg = read_model_config(args.run, args.config_file, args.opts)
     solver, classes = cfg.SOLVER, get_value(cfg, num_classes_key(cfg))
     size = args.size or default_size(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "SSD" and size != tuple(cfg.INPUT.FIXED_SIZE):
@@ -138,10 +135,11 @@ def main(args):
     batch = args.batch if args.batch is not None else max(1, solver.IMS_PER_BATCH // solver.ACCUMULATE_STEPS)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
     samples = random_samples(size, batch, classes, keypoints)
-    copies = optimizer_copies(solver.OPTIMIZER, solver.MOMENTUM or solver.MOMENTUM_SCHEDULE)
+    has_momentum = solver.MOMENTUM or solver.MOMENTUM_SCHEDULE
+    copies = 2 if solver.OPTIMIZER == "AdamW" else int(bool(has_momentum))
     model = build_model(cfg)
     found = {"architecture": cfg.MODEL.META_ARCHITECTURE, "size": size, "batch": batch}
-    found |= analyze(model, samples, depth=args.depth, copies=copies, averaged=cfg.MODEL.EMA.ENABLED)
+    found |= analyze_model(model, samples, depth=args.depth, copies=copies, averaged=cfg.MODEL.EMA.ENABLED)
     report(found)
     if args.json:
         with atomic_write(args.json) as f:

@@ -51,7 +51,7 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import writing
 from plaintrain.utils.logger import progress, setup_logger
 from plaintrain.visualization.drawing import draw_instances, scale_to, select
-from plaintrain.visualization.images import PICTURES, save_picture
+from plaintrain.visualization.pictures import PICTURES, save_picture
 
 # Pictures of smaller images are enlarged to this longer side, in pixels, so that they can be read.
 _LEAST = 320
@@ -120,7 +120,7 @@ def to_record(path, image, found, image_id):
 def picture_names(paths):
     """Of each image the name of its picture: its own, from the folder on that holds all of them."""
     names = relative_names(paths)[1]
-    return [name if name.lower().endswith(PICTURES) else name + ".jpg" for name in names]
+    return [name if os.path.splitext(name)[1].lower() in PICTURES else name + ".jpg" for name in names]
 
 
 def setup(args):
