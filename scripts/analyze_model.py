@@ -35,7 +35,7 @@ if __name__ == "__main__":
     if args.depth < 0 or (args.batch is not None and args.batch < 1):
         parser.error("--depth must be at least 0, and --batch at least 1")
 
-from plaintrain.analysis.model import NOT_COUNTED, analyze_model, random_samples
+from plaintrain.analysis.model import NOT_COUNTED, analyze_model, make_random_samples
 from plaintrain.analysis.run_folder import read_config
 from plaintrain.config import check_cfg, get_cfg, get_value
 from plaintrain.data.datasets.builtin import declare_datasets
@@ -134,7 +134,7 @@ def main(args):
         )
     batch = args.batch if args.batch is not None else max(1, solver.IMS_PER_BATCH // solver.ACCUMULATE_STEPS)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
-    samples = random_samples(size, batch, classes, keypoints)
+    samples = make_random_samples(size, batch, classes, keypoints)
     has_momentum = solver.MOMENTUM or solver.MOMENTUM_SCHEDULE
     copies = 2 if solver.OPTIMIZER == "AdamW" else int(bool(has_momentum))
     model = build_model(cfg)

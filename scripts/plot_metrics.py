@@ -20,7 +20,7 @@ import time
 from plaintrain.analysis.run_folder import check_run, read_metrics, run_names, run_state
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.curves import format_curves, format_state, group_panels
-from plaintrain.visualization.plots import curve_grid, require_matplotlib, save_figure
+from plaintrain.visualization.plots import curve_figure, require_matplotlib, save_figure
 
 _SAVED_AS = (".png", ".svg", ".pdf")
 # Moves the cursor to the upper left and erases what is below.
@@ -38,7 +38,7 @@ def draw(args):
         wanted = f"no metric matches {' '.join(args.metrics)}; there are: {some}" if known else ""
         raise UserError(wanted or f"{', '.join(args.runs)} has no metrics.json with values: nothing to draw")
     path = args.output or os.path.join(args.runs[0], "curves.png")
-    save_figure(curve_grid(panels, args.smooth), path)
+    save_figure(curve_figure(panels, args.smooth), path)
     print(f"{len(panels)} pictures of {', '.join(runs)} are in {path}")
 
 

@@ -60,7 +60,7 @@ def test_memory_of_weights_gradients_and_the_optimizer():
 def test_every_kind_of_model_is_analysed(name):
     model = build(*ARCHITECTURES[name])
     found = model_analysis.analyze_model(
-        model, model_analysis.random_samples((64, 64), 2, K, KEYPOINTS), depth=1
+        model, model_analysis.make_random_samples((64, 64), 2, K, KEYPOINTS), depth=1
     )
     whole, *parts = found["modules"]
     assert whole["parameters"] == sum(part["parameters"] for part in parts)

@@ -24,8 +24,8 @@ def figures():
     lines = [{"label": ODD, "x": [0.0, 0.5, 1.0], "y": [1.0, 0.9, float("nan")], "color": 0}]
     panel = {"title": ODD, "type": "loss", "lines": lines, "log": True, "legend": True}
     return {
-        "curve": plots.curve_figure(panel, 0.5),
-        "grid": plots.curve_grid([panel] * 2),
+        "curve": plots.curve_figure([panel], 0.5, titles=False),
+        "grid": plots.curve_figure([panel] * 2),
         "xy": plots.xy_figure(lines * 2, "x", ODD, diagonal=True, marker="o"),
         "bar": plots.bar_figure([ODD, "b"], {ODD: [1.0, None], "y": [2.0, 300.0]}, "AP"),
         "histogram": plots.histogram_figure([1, 10, 100], {"n": [3, 4]}, "x", ODD, colors=[0]),

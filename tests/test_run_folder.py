@@ -20,7 +20,6 @@ from plaintrain.visualization.curves import (
     group_panels,
     smooth,
     sparkline,
-    thin,
     wants_log,
 )
 
@@ -90,10 +89,7 @@ def test_curves_are_smoothed_thinned_logarithmic_and_of_characters():
     assert smooth([0.0, 1.0], 0.5) == pytest.approx([0, 2 / 3])
     assert smooth([1.0, math.nan, 1.0], 0.5) == pytest.approx([1, 1, 1])
     assert smooth([1.0, 5.0], 0) == [1, 5]
-    # A thinned curve keeps its last point, and one that falls far is logarithmic.
-    x, y = thin(list(range(1000)), list(range(1000)), 100)
-    assert len(x) == 100 and x[-1] == y[-1] == 999
-    assert thin([1], [2]) == ([1], [2])
+    # One that falls far is logarithmic.
     assert wants_log([{"y": [100.0, 10.0, 1.0]}])
     assert not any(wants_log([{"y": y}]) for y in ([2.0, 1.0], [100.0, 0.0], []))
     assert sparkline([4.0, 2.0, math.nan, 1.0], 4, "abcd") == "db a"

@@ -25,8 +25,8 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
     """Analyse the predictions for a dataset.
 
     Args:
-        dataset_name: a registered dataset, of any format.
-        predictions_path: a JSON in COCO's results format, see `read_predictions`.
+        dataset_name: a registered dataset.
+        predictions_path: a JSON in COCO's results format.
         iou_threshold: IoU of a correct detection, in all but COCO's metrics and curves.
         score_threshold: of the detections that are counted; None for the one with the highest F1 over all
             classes (0 if nothing is correct).
@@ -138,16 +138,12 @@ def _count_errors(above):
 
 
 def compute_delta_ap(errors):
-    """TIDE's delta AP: how much higher the AP would be without the errors of one type.
+    """Return TIDE's delta AP: how much higher the AP would be without the errors of one type.
 
     Fixed, a detection of a wrong class or place is a correct one of the object it is wrong about, if that
     was not found and no other detection that is fixed with it has a higher score; all other errors are
     dropped. Missed objects are removed; of a class that has none left, AP is 0, or, if nothing is detected
-    either, 100 (TIDE leaves it out). The costs do not add up to what is missing: each is gained by fixing
-    one type alone.
-
-    Args:
-        errors: `Errors` of all detections, or of those with a score that is high enough.
+    either, 100 (TIDE leaves it out).
 
     Returns:
         dict of `AP` (percent; NaN without objects), `costs` (`{type: percentage points}`, of `ERRORS`),
@@ -158,13 +154,8 @@ def compute_delta_ap(errors):
     is_correct = types == "correct"
     without_false = _mean_ap(errors, is_correct, is_correct, labels)
     without_missed = _mean_ap(errors, types != "ignored", is_correct, labels, states=("found",))
-    costs = {error: compute_fixed_ap(errors, (error,)) - ap for error in ERRORS}
-    return {
-        "AP": ap,
-        "costs": costs,
-        "false_positives": without_false - ap,
-        "false_negatives": without_missed - ap,
-    }
+    gains = {"false_positives": without_false - ap, "false_negatives": without_missed - ap}
+    return {"AP": ap, "costs": {e: compute_fixed_ap(errors, (e,)) - ap for e in ERRORS}, **gains}
 
 
 def compute_fixed_ap(errors, fixed=()):

@@ -34,15 +34,10 @@ def count_by(errors, key, length):
 
 
 def best_thresholds(errors):
-    """Return the score threshold with the highest F1, overall and for each class.
+    """Return the score threshold with the highest F1, `overall` (all classes at one) and for all `classes`.
 
-    Args:
-        errors: `Errors` of all detections.
-
-    Returns:
-        dict of `overall` (all classes at one threshold) and `classes` (a list by label, with `name`): each
-        has `threshold`, `f1`, `precision` and `recall` (0 to 1; detections with at least the threshold
-        count), None where there are no objects or nothing correct.
+    Each has `threshold`, `f1`, `precision` and `recall` (0 to 1; detections with at least the threshold
+    count), None where there are no objects or nothing correct; a class has a `name`.
     """
     order = errors.score_order
     types, labels, scores = (errors.detections[key][order] for key in ("type", "labels", "scores"))
@@ -71,22 +66,16 @@ def calibration(errors, bins=10):
     """Compare the scores with the fraction of detections that are correct.
 
     Returns:
-        dict of `bins`, each with `low`, `high`, `count`, `score` and `precision` (means, 0 to 1, None where
-        nothing is), and `expected_error`, the mean over detections of the difference of the two in their
-        bin; None without detections
+        dict of `bins`, each with `low`, `high`, `count`, `score` and `precision` (means, 0 to 1), and
+        `expected_error`, the mean over detections of the difference of the two in their bin
     """
     counted = errors.detections["type"] != "ignored"
     scores, is_correct = errors.detections["scores"][counted], errors.detections["type"][counted] == "correct"
     index = np.clip((scores * bins).astype(int), 0, bins - 1)
     counts, correct, total = (np.bincount(index, weights, bins) for weights in (None, is_correct, scores))
     histogram = [
-        {
-            "low": i / bins,
-            "high": (i + 1) / bins,
-            "count": int(count),
-            "score": _divide(total[i], count),
-            "precision": _divide(correct[i], count),
-        }
+        {"low": i / bins, "high": (i + 1) / bins, "count": int(count)}
+        | {"score": _divide(total[i], count), "precision": _divide(correct[i], count)}
         for i, count in enumerate(counts)
     ]
     return {"bins": histogram, "expected_error": _divide(np.abs(total - correct).sum(), counts.sum())}
@@ -102,14 +91,10 @@ def confusion(errors, most=20):
     Each object and each detection that is not ignored counts once: first the correct ones, then, in the
     order of scores, detections and objects of other classes with enough IoU are paired.
 
-    Args:
-        errors: `Errors` of the detections that count.
-        most: number of pairs of classes to list.
-
     Returns:
         dict of `labels` (class names, then "background"), `counts` (rows: ground truth, columns: detected
-        as; an object that is not found is detected as background), `shares` (`counts` by the row's sum) and
-        `pairs`, those of two classes that are mistaken most often: `truth`, `found`, `count` and `share`
+        as), `shares` (`counts` by the row's sum) and `pairs`, the `most` pairs of two classes that are
+        mistaken most often: `truth`, `found`, `count` and `share`
     """
     objects, detections, background = errors.objects, errors.detections, len(errors.classes)
     is_wrong = ~np.isin(detections["type"], ["correct", "ignored"])
@@ -128,16 +113,11 @@ def confusion(errors, most=20):
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     mistaken = counts[:-1, :-1] * ~np.eye(background, dtype=bool)
     order = np.argsort(-mistaken, axis=None, kind="stable")[: min(most, np.count_nonzero(mistaken))]
+    labels = [*errors.classes, "background"]
     pairs = [
-        {
-            "truth": errors.classes[i],
-            "found": errors.classes[j],
-            "count": int(mistaken[i, j]),
-            "share": float(shares[i, j]),
-        }
+        {"truth": labels[i], "found": labels[j], "count": counts[i, j].item(), "share": shares[i, j].item()}
         for i, j in zip(*np.unravel_index(order, mistaken.shape), strict=True)
     ]
-    labels = [*errors.classes, "background"]
     return {"labels": labels, "counts": counts.tolist(), "shares": shares.tolist(), "pairs": pairs}
 
 
@@ -148,11 +128,10 @@ def object_breakdown(errors, above):
         errors, above: `Errors` of all detections, and of those with a high enough score.
 
     Returns:
-        dict of `size` (root of the area in pixels), `aspect` (width by height), `overlaps` (other objects of
-        the image with an IoU of at least 0.1) and `objects_per_image`: a list of bins, each with `name`,
-        `low`, `high` (exclusive; None for no limit), `objects`, `recall` (by all detections), `recall_above`
-        (by those above the threshold), `mean_iou` (of the objects found), and the number of objects that are
-        `found`, `erroneous` and `missed` above the threshold; None where there are no objects
+        dict of `size` (root of the area in pixels), `aspect` (width by height), `overlaps` (number of other
+        objects with an IoU of at least 0.1) and `objects_per_image`: a list of bins, each with `name`, `low`,
+        `high` (exclusive, or None), `objects`, `recall`, `recall_above` (the threshold), `mean_iou` (of the
+        objects found), and the number that are `found`, `erroneous` and `missed` above the threshold
     """
     real = np.flatnonzero(~errors.objects["crowd"])
     objects = {key: errors.objects[key][real] for key in ("image", "boxes", "crowd")}
@@ -180,32 +159,20 @@ def _count_bins(errors, above, indices, values, lows):
         found = members[errors.objects["state"][members] == "found"]
         states = {state: int((above.objects["state"][members] == state).sum()) for state in REAL_STATES}
         ious = errors.detections["iou"][errors.objects["detection"][found]]
-        bins.append(
-            {
-                "name": name,
-                "low": lows[i],
-                "high": high,
-                "objects": len(members),
-                "recall": _divide(len(found), len(members)),
-                "recall_above": _divide(states["found"], len(members)),
-                "mean_iou": _divide(ious.sum(), len(found)),
-                **states,
-            }
-        )
+        counts = {"name": name, "low": lows[i], "high": high, "objects": len(members), **states}
+        recall, above_recall = (_divide(n, len(members)) for n in (len(found), states["found"]))
+        mean_iou = _divide(ious.sum(), len(found))
+        bins.append({**counts, "recall": recall, "recall_above": above_recall, "mean_iou": mean_iou})
     return bins
 
 
 def best_and_worst(above, number=12):
     """List the images with the highest and the lowest F1, of equal ones those with more in them.
 
-    Args:
-        above: `Errors` of the detections that count.
-        number: images of each list.
-
     Returns:
-        dict of `best` (with objects) and `worst` (not perfect), no image in both, of `image_id`,
-        `file_name`, `index` of the record, `f1` (0 to 1; 1 where nothing is and nothing is detected), and the
-        numbers of detections by type (`wrong`: all errors) and of objects by state
+        dict of `best` (with objects) and `worst` (not perfect), up to `number` images, none in both, of
+        `image_id`, `file_name`, `index` of the record, `f1` (0 to 1; 1 where nothing is and nothing is
+        detected), and the numbers of detections by type (`wrong`: all errors) and of objects by state
     """
     types, states = count_by(above, "image", len(above.image_ids))
     wrong = sum(counts for name, counts in types.items() if name not in ("correct", "ignored"))

@@ -44,7 +44,7 @@ class Errors:
     """The objects and the detections of a dataset, and how they match.
 
     Attributes:
-        records, classes, image_ids: the dataset's records, class names, and the records' image ids.
+        records, classes, image_ids: of the dataset.
         objects: dict of arrays `image` (index of the record, ascending), `boxes` `[G, 4]` (XYXY, pixels),
             `labels`, `crowd` (bool), and of the match `state` and `detection`, see `match`.
         detections: dict of arrays `image` (ascending), `boxes` `[N, 4]`, `scores`, `labels`, and of the match
@@ -89,22 +89,19 @@ class Errors:
 
 
 def find_errors(dataset_name, detections, iou_threshold=0.5, score_threshold=0.0, task="bbox"):
-    """Match the detections for a dataset.
+    """Return the `Errors` of the `Detections` for a dataset.
 
     Args:
         dataset_name: a registered dataset.
-        detections: `Detections` (`evaluation.detections`), such as those of `read_detections`.
+        detections: such as those of `read_detections`.
         iou_threshold: IoU of a correct detection, `BACKGROUND_IOU` to 1.
         score_threshold: detections below it are dropped after matching.
         task: "bbox" or "segm", whether the IoU is that of boxes or of masks.
-
-    Returns:
-        `Errors`
     """
     records, classes, index = ground_truth(dataset_name)
-    image, label = (detections.rows[:, i].astype(np.int64) for i in (0, 6))
+    image, labels = detections.rows[:, [0, 6]].astype(np.int64).T
     boxes, scores = detections.rows[:, 1:5], detections.rows[:, 5]
-    predicted = {"image": image, "boxes": boxes, "scores": scores, "labels": label}
+    predicted = {"image": image, "boxes": boxes, "scores": scores, "labels": labels}
     table = records.annotations or SerializedRecords(list(records)).annotations
     objects = {"image": table.record, "boxes": table.boxes, "labels": table.labels, "crowd": table.crowd}
     if task == "bbox":
@@ -128,23 +125,19 @@ def match(objects, detections, overlaps, iou_threshold=0.5):
     those that are left.
 
     Args:
-        objects, detections: the tables of `Errors`, without a match.
+        objects, detections: the tables of `Errors`.
         overlaps: pairs, as `box_overlaps` returns them.
         iou_threshold: IoU of a correct detection.
 
     Returns:
-        (objects, detections), the tables with more columns:
+        (objects, detections), the tables with more columns. Of detections:
 
-        - `type` of a detection, of `DETECTION_TYPES`. "correct": it has found an object of its class.
-          "localisation": an object of its class overlaps too little. "class": an object of another class is
-          there. "duplicate": a detection with a higher score has found the object. "background": hardly
-          anything is there. "both": an object of another class overlaps too little. "ignored": on a crowd of
-          its class, or not one of the 100 best of its class in the image. The first that fits.
+        - `type`, of `DETECTION_TYPES`; "ignored" is one on a crowd of its class, or not among the 100 best
         - `object`: index of the object that it has found, is wrong about, or is nearest to; -1 for none
-        - `iou`: with that object, 0 to 1; with a crowd, the fraction of the detection inside it
-        - `state` of an object, of `STATES`: "found" by a correct detection, "erroneous" by detections of a
-          wrong class or place only, "missed" by both, "crowd"
-        - `detection`: index of the detection that has found it, or the best wrong one; -1 for none
+        - `iou` with that object; with a crowd, the fraction of the detection inside it
+
+        Of objects `state`, "erroneous" if there are only detections of a wrong class or place, and
+        `detection`: index of the one that has found it, or the best wrong one; -1 for none.
     """
     if not BACKGROUND_IOU <= iou_threshold <= 1:
         raise UserError(

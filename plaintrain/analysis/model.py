@@ -20,15 +20,8 @@ NOT_COUNTED = (
 )
 
 
-def random_samples(size, batch, num_classes, num_keypoints=0):
-    """Return training samples of random pixels with random objects.
-
-    Args:
-        size: (height, width), pixels, at least 32 each.
-        batch: number of images.
-        num_classes: labels are 0 to one less.
-        num_keypoints: of an object.
-    """
+def make_random_samples(size, batch, num_classes, num_keypoints=0):
+    """Return training samples of random pixels, of a size (height, width), with random objects."""
     height, width = size
     if min(size) < 32 or batch < 1:
         raise UserError(
@@ -54,26 +47,23 @@ def random_samples(size, batch, num_classes, num_keypoints=0):
 
 
 def _bytes(tensors):
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def count_outputs(model, run):
     """Return {module without children: [elements, bytes] of its outputs} of all its calls during `run()`."""
-    outputs, hooks = {}, []
+    outputs = {}
 
     def hook(module, inputs, output, name):
         tensors = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
         elements, size = outputs.get(name, (0, 0))
         outputs[name] = [elements + sum(tensor.numel() for tensor in tensors), size + _bytes(tensors)]
 
-    for name, module in model.named_modules():
-        if not list(module.children()):
-            hooks.append(module.register_forward_hook(partial(hook, name=name)))
-    try:
-        run()
-    finally:
-        for handle in hooks:
-            handle.remove()
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(partial(hook, name=name)) for name, module in leaves]
+    run()
+    for handle in hooks:
+        handle.remove()
     return outputs
 
 
@@ -114,15 +104,9 @@ def _module_flops(name, module, flops):
 
 
 def module_rows(model, depth, flops, outputs):
-    """Return the cost of each module down to a depth, with those in it, in order, the whole model first.
+    """Return the cost of each module with those in it, the whole model first, down to a depth (0: only that).
 
-    Args:
-        model: the detector.
-        depth: 0 for the whole model only.
-        flops, outputs: what `count_flops` and `count_outputs` return.
-
-    Returns:
-        list of {name, kind, parameters, trainable, frozen, flops, activations, activation_bytes}.
+    `flops` and `outputs` are what `count_flops` and `count_outputs` return.
     """
     rows = []
     for name, module in model.named_modules():
@@ -130,7 +114,7 @@ def module_rows(model, depth, flops, outputs):
             continue
         total = sum(p.numel() for p in module.parameters())
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        below = [v for n, v in outputs.items() if not name or n == name or n.startswith(name + ".")]
+        below = [v for n, v in outputs.items() if not name or f"{n}.".startswith(f"{name}.")]
         rows.append(
             {
                 "name": name,
@@ -152,7 +136,7 @@ def training_memory(model, saved, copies, averaged):
     Args:
         model: the detector.
         saved: what `count_saved_bytes` returns, of the batch of one device.
-        copies: numbers that the optimizer keeps for each that it trains: AdamW 2, SGD with momentum 1.
+        copies: numbers that the optimizer keeps for each that it trains.
         averaged: whether a second, averaged model is kept.
     """
     weights = _bytes([*model.parameters(), *model.buffers()])
@@ -168,7 +152,7 @@ def training_memory(model, saved, copies, averaged):
 
 
 def analyze_model(model, samples, *, depth=2, copies=1, averaged=False):
-    """Count all of this for a model and a batch.
+    """Run one inference and one training step of a model, and count what they cost.
 
     Args:
         model: the detector; a training step changes the statistics of its batch norms.
@@ -177,7 +161,7 @@ def analyze_model(model, samples, *, depth=2, copies=1, averaged=False):
 
     Returns:
         {"modules": rows, "flops": {inference, training_forward, training_step}, "memory": bytes}, the FLOPs
-        and activations of "modules" those of an inference.
+        and activations of "modules" those of the inference.
     """
     model.eval()
     outputs = {}

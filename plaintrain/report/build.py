@@ -50,7 +50,7 @@ def build_report(folders, output):
     """
     require_matplotlib()
     names = run_names(folders)
-    facts = [runs.read_run(f, n, i) for i, (f, n) in enumerate(zip(folders, names, strict=True))]
+    facts = [runs.Run(f, n, i) for i, (f, n) in enumerate(zip(folders, names, strict=True))]
     sections = [
         (id_, title, _render(id_, title, collect, facts))
         for id_, title, collect in SECTIONS

@@ -3,7 +3,6 @@
 import logging
 import math
 import statistics
-from dataclasses import dataclass, field
 
 from plaintrain.analysis import run_folder
 from plaintrain.analysis.analyze import analyze
@@ -33,36 +32,64 @@ _HISTOGRAMS = (
 )
 
 
-@dataclass
 class Run:
-    """One run.
+    """A run's folder, as `run_folder` reads it, and the analysis of its predictions.
 
     Attributes:
-        name, folder: what to call it, and where it is.
-        color: its index in every plot.
-        metrics, state, config, starts, warnings, results: what `run_folder` reads.
-        test_sets, train_sets: names of datasets.
+        name, color: what to call it, and its index in every plot.
         unreadable: {dataset: why its declaration cannot be used here}.
         problems: {test set: why there is no analysis of it}.
-        analyses: {test set: what `analyze` returns}, of those that could be analysed.
-        detections: {test set: the `Detections` of its predictions}, of the same.
+        analyses, detections: {test set: what `analyze` returns}, and of the same their `Detections`.
     """
 
-    name: str
-    folder: str
-    color: int
-    metrics: dict
-    state: run_folder.RunState
-    config: dict
-    starts: list
-    warnings: list
-    results: dict
-    test_sets: list
-    train_sets: list
-    unreadable: dict = field(default_factory=dict)
-    problems: dict = field(default_factory=dict)
-    analyses: dict = field(default_factory=dict)
-    detections: dict = field(default_factory=dict)
+    def __init__(self, folder, name, color=0):
+        run_folder.check_run(folder)
+        self.folder, self.name, self.color = folder, name, color
+        self.metrics = run_folder.read_metrics(folder)
+        self.state = run_folder.run_state(folder, self.metrics)
+        self.config = run_folder.read_config_tree(folder)
+        self.starts = recorded_starts(folder)
+        self.warnings = run_folder.read_warnings(folder)
+        self.results = run_folder.read_results(folder, self.metrics)
+        self.test_sets = run_folder.test_sets(folder)
+        self.train_sets = list(self.config.get("DATASETS", {}).get("TRAIN") or ())
+        self.unreadable, self.problems, self.analyses, self.detections = {}, {}, {}, {}
+        declared = self.config.get("DATASETS", {}).get("DECLARE") or {}
+        for dataset in [name for name in (*self.test_sets, *self.train_sets) if name in declared]:
+            # A name that means something else here already has no analysis.
+            try:
+                declare_dataset(dataset, declared[dataset])
+            except UserError as e:
+                self.unreadable[dataset] = self.problems[dataset] = str(e)
+        for dataset in self.test_sets:
+            if dataset not in self.problems:
+                self._analyze(dataset)
+
+    def _analyze(self, dataset):
+        """Analyse a test set's predictions, or note why that cannot be done."""
+        path = run_folder.predictions_path(self.folder, dataset)
+        if path is None:
+            self.problems[dataset] = (
+                f"{self.folder} holds no predictions for {dataset}; the next evaluation writes them, also "
+                f"that of scripts/test_net.py --config-file {self.folder}/config.yaml --resume"
+            )
+            return
+        sigmas = self.config.get("TEST", {}).get("KEYPOINT_OKS_SIGMAS") or ()
+        try:
+            # Scoring says what it scores with, which nobody has asked for here.
+            with silenced(logging.INFO):
+                self.detections[dataset] = read_detections(path, dataset)
+                options = {"kpt_oks_sigmas": sigmas, "detections": self.detections[dataset]}
+                self.analyses[dataset] = analyze(dataset, path, **options)
+        except UserError as e:
+            self.problems[dataset] = str(e)
+        except Exception as e:
+            logger.warning(
+                f"the predictions of {self.folder} for {dataset} could not be analysed", exc_info=True
+            )
+            self.problems[dataset] = (
+                f"its predictions could not be analysed: {type(e).__name__}: {first_line(e)}"
+            )
 
     @property
     def training_seconds(self):
@@ -78,60 +105,6 @@ class Run:
     def scored_tasks(self):
         """List of (dataset, task, {metric: score}) of the last evaluation."""
         return [(d, task, scores) for d, tasks in self.results.items() for task, scores in tasks.items()]
-
-
-def read_run(folder, name, color=0):
-    """Read the `Run` of a folder, and analyse its predictions."""
-    run_folder.check_run(folder)
-    metrics, config = run_folder.read_metrics(folder), run_folder.read_config_tree(folder)
-    run = Run(
-        name=name,
-        folder=folder,
-        color=color,
-        metrics=metrics,
-        state=run_folder.run_state(folder, metrics),
-        config=config,
-        starts=recorded_starts(folder),
-        warnings=run_folder.read_warnings(folder),
-        results=run_folder.read_results(folder, metrics),
-        test_sets=run_folder.test_sets(folder),
-        train_sets=list(config.get("DATASETS", {}).get("TRAIN") or ()),
-    )
-    declared = config.get("DATASETS", {}).get("DECLARE") or {}
-    for dataset in dict.fromkeys([*run.test_sets, *run.train_sets]):
-        if dataset in declared:
-            # A name that means something else here already has no analysis.
-            try:
-                declare_dataset(dataset, declared[dataset])
-            except UserError as e:
-                run.unreadable[dataset] = run.problems[dataset] = str(e)
-    for dataset in run.test_sets:
-        if dataset not in run.problems:
-            _analyze(run, dataset)
-    return run
-
-
-def _analyze(run, dataset):
-    """Analyse a test set's predictions, or note why that cannot be done."""
-    path = run_folder.predictions_path(run.folder, dataset)
-    if path is None:
-        run.problems[dataset] = (
-            f"{run.folder} holds no predictions for {dataset}; the next evaluation writes them, also that of "
-            f"scripts/test_net.py --config-file {run.folder}/config.yaml --resume"
-        )
-        return
-    sigmas = run.config.get("TEST", {}).get("KEYPOINT_OKS_SIGMAS") or ()
-    try:
-        # Scoring says what it scores with, which nobody has asked for here.
-        with silenced(logging.INFO):
-            detections = read_detections(path, dataset)
-            run.analyses[dataset] = analyze(dataset, path, kpt_oks_sigmas=sigmas, detections=detections)
-            run.detections[dataset] = detections
-    except UserError as e:
-        run.problems[dataset] = str(e)
-    except Exception as e:
-        logger.warning(f"the predictions of {run.folder} for {dataset} could not be analysed", exc_info=True)
-        run.problems[dataset] = f"its predictions could not be analysed: {type(e).__name__}: {first_line(e)}"
 
 
 class Best(float):
@@ -174,10 +147,8 @@ def _describe_best(metrics):
     if len(known) < 2:
         return None
     value, iteration = max(known)
-    if iteration == iterations[-1]:
-        return f"The last of {len(values)} evaluations was the best ({name})."
     words = f"The best of {len(values)} evaluations was after iteration {iteration + 1:,}: {name} "
-    return f"{words}{value:.1f}, now {values[-1]:.1f}."
+    return f"{words}{value:.1f}; the last had {values[-1]:.1f}."
 
 
 def what_was_run(runs):
@@ -194,7 +165,10 @@ def what_was_run(runs):
 def curves(runs):
     """Draw the metrics over the iterations."""
     panels = group_panels({run.name: run.metrics for run in runs})
-    return [(curve_figure(p, _SMOOTHING), p["title"], "logarithmic" if p["log"] else "") for p in panels]
+    return [
+        (curve_figure([p], _SMOOTHING, titles=False), p["title"], "logarithmic" if p["log"] else "")
+        for p in panels
+    ]
 
 
 def scores(runs):

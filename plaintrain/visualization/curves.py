@@ -1,4 +1,4 @@
-"""Curves of a run's metrics: which belong into one plot, smoothed, thinned, and as text for a terminal."""
+"""Curves of a run's metrics: which belong into one plot, smoothed, and as text for a terminal."""
 
 import datetime
 import fnmatch
@@ -31,13 +31,6 @@ def smooth(values, weight):
             total = weight * total + (1 - weight)
         smoothed.append(average / total if total else value)
     return smoothed
-
-
-def thin(x, y, most=600):
-    """Return at most so many points of a curve, evenly chosen, the last always among them."""
-    step = max(1, math.ceil(len(x) / most))
-    chosen = slice((len(x) - 1) % step, None, step)
-    return x[chosen], y[chosen]
 
 
 def wants_log(lines):

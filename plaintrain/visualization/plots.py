@@ -16,7 +16,7 @@ import numpy as np
 from plaintrain.utils.errors import require
 from plaintrain.utils.files import writing
 from plaintrain.visualization.colors import PALETTE, to_hex
-from plaintrain.visualization.curves import smooth, thin
+from plaintrain.visualization.curves import smooth
 
 # Text and axes; in a page it becomes the page's own colour.
 INK = "#1f2933"
@@ -39,6 +39,8 @@ _STYLE = {
     "legend.fontsize": 9,
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
+    # Of long curves few points are kept.
+    "path.simplify_threshold": 1.0,
     "svg.fonttype": "none",
     # Names of classes and files are not TeX.
     "text.parse_math": False,
@@ -55,7 +57,7 @@ def require_matplotlib():
 
 @contextlib.contextmanager
 def _drawing(size=SIZE, rows=1, columns=1):
-    """Yield (figure, its axes, `[rows, columns]` if they are several) to be drawn on within the block."""
+    """Yield a figure and its axes, to be drawn on within the block."""
     with require_matplotlib().rc_context(_STYLE):
         from matplotlib.figure import Figure
 
@@ -91,23 +93,18 @@ def to_svg(figure):
     return text.replace(INK, "currentColor").strip()
 
 
-def curve_grid(panels, smoothing=0.0):
-    """Draw the plots of `curves.group_panels` in one figure, three a row."""
+def curve_figure(panels, smoothing=0.0, titles=True):
+    """Draw plots of `curves.group_panels`, three a row."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with _drawing((SIZE[0] * columns, (SIZE[1] + 0.3) * rows), rows, columns) as (figure, _):
+    size = (SIZE[0] * columns, (SIZE[1] + 0.3 * titles) * rows)
+    with _drawing(size, rows, columns) as (figure, _):
         for ax, panel in zip(figure.axes, panels, strict=False):
             legend_rows = _draw_curves(ax, panel, smoothing)
-            ax.set_title(panel["title"], pad=6 + 13 * legend_rows)
+            if titles:
+                ax.set_title(panel["title"], pad=6 + 13 * legend_rows)
         for ax in figure.axes[len(panels) :]:
             ax.set_axis_off()
-    return figure
-
-
-def curve_figure(panel, smoothing=0.0):
-    """Draw one of the plots of `curves.group_panels`, without its title."""
-    with _drawing() as (figure, ax):
-        _draw_curves(ax, panel, smoothing)
     return figure
 
 
@@ -115,10 +112,10 @@ def _draw_curves(ax, panel, smoothing):
     from matplotlib.ticker import MaxNLocator
 
     for line in panel["lines"]:
-        color, (x, y) = to_hex(line["color"]), thin(line["x"], line["y"])
+        x, y, color = line["x"], line["y"], to_hex(line["color"])
         if smoothing and panel["type"] not in ("result", "schedule"):
             ax.plot(x, y, color=color, alpha=0.25, linewidth=1)
-            x, y = thin(line["x"], smooth(line["y"], smoothing))
+            y = smooth(y, smoothing)
         dashes = ("-", "--", ":")[line["color"] // len(PALETTE) % 3]
         marker = "o" if panel["type"] == "result" or len(x) == 1 else None
         ax.plot(x, y, dashes, color=color, marker=marker, label=line["label"])
@@ -166,8 +163,8 @@ def xy_figure(lines, x_label, y_label, *, diagonal=False, marker=None):
         if diagonal:
             ax.plot((0, 1), (0, 1), "--", color=INK, alpha=0.4, linewidth=1)
         for line in lines:
-            x, y = thin(line["x"], line["y"], 250)
-            ax.plot(x, y, color=to_hex(line["color"]), marker=marker, label=line["label"])
+            color = to_hex(line["color"])
+            ax.plot(line["x"], line["y"], color=color, marker=marker, label=line["label"])
         ax.set(xlabel=x_label, ylabel=y_label, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         if len(lines) > 1:
             _draw_legend(ax)
