@@ -197,7 +197,7 @@ def test_busiest_classes_are_those_of_most_confusions(monkeypatch):
     monkeypatch.setattr(detections, "_MOST_ROWS", 1)
     counts = [[9, 0, 0, 0], [0, 2, 1, 0], [0, 0, 3, 0], [0, 0, 0, 0]]
     labels, counts, _ = detections._busiest({"labels": ["a", "b", "c", "background"], "counts": counts})
-    assert (labels, counts) == (["b", "background"], [[2, 0], [0, 0]])
+    assert (labels, counts.tolist()) == (["b", "background"], [[2, 0], [0, 0]])
 
 
 def test_calibration_draws_the_precision_over_the_score(monkeypatch):

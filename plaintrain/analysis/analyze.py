@@ -1,4 +1,20 @@
-"""What predictions say about a detector: COCO's metrics, TIDE's delta AP, thresholds, confusion and more."""
+"""What predictions say about a detector, as one dict that can be kept as JSON.
+
+Numbers are percent where it says AP, otherwise 0 to 1; None is not known.
+
+- `dataset`, `predictions`, `class_names`; `images`, `objects`, `crowds`, `detections`: counts
+- `settings`: `iou_threshold`, `score_threshold`, `score_threshold_is` ("given" or "best F1")
+- `metrics`: {task: {metric: percent}}, COCO's, tasks are bbox, segm, keypoints
+- `per_class`: {task: [{`name`, `objects`, `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl`}]}; `objects`
+  are those that are no crowds, for keypoints too
+- `curves`: {task: {`recall`: [101], `mean`: {"0.50": [101], "0.75": [101]}, `classes`: [{`name`,
+  "0.50": [101], "0.75": [101]}]}}: the precision at a recall, by IoU
+- `errors`: {bbox and segm: {`AP`, `costs`, `false_positives`, `false_negatives` (see
+  `compute_delta_ap`), and above the score threshold `detections`: {type: count}, `objects`: {state:
+  count}, `classes`: [{`name`, and counts of both}]}}; see `errors.match`
+- `thresholds`, `calibration`, `confusion`, `breakdown`, `gallery`: of boxes, see `best_thresholds`,
+  `calibration`, `confusion`, `object_breakdown` and `best_and_worst` in `analysis.breakdown`
+"""
 
 import numpy as np
 
@@ -35,21 +51,7 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
         detections: what `read_detections` gave for the file, to save reading it again.
 
     Returns:
-        dict of numbers, strings, lists and dicts, None for what is not known; percent where it says AP,
-        otherwise 0 to 1:
-
-        - `dataset`, `predictions`, `class_names`; `images`, `objects`, `crowds`, `detections`: counts
-        - `settings`: `iou_threshold`, `score_threshold`, `score_threshold_is` ("given" or "best F1")
-        - `metrics`: {task: {metric: percent}}, COCO's, tasks are bbox, segm, keypoints
-        - `per_class`: {task: [{`name`, `objects`, `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl`}]}; `objects`
-          are those that are no crowds, for keypoints too
-        - `curves`: {task: {`recall`: [101], `mean`: {"0.50": [101], "0.75": [101]}, `classes`: [{`name`,
-          "0.50": [101], "0.75": [101]}]}}: the precision at a recall, by IoU
-        - `errors`: {bbox and segm: {`AP`, `costs`, `false_positives`, `false_negatives` (see
-          `compute_delta_ap`), and above the score threshold `detections`: {type: count}, `objects`: {state:
-          count}, `classes`: [{`name`, and counts of both}]}}; see `errors.match`
-        - `thresholds`, `calibration`, `confusion`, `breakdown`, `gallery`: of boxes, see `best_thresholds`,
-          `calibration`, `confusion`, `object_breakdown` and `best_and_worst` in `analysis.breakdown`
+        dict for a JSON file, see the module.
     """
     evaluator = COCOEvaluator(dataset_name, distributed=False, kpt_oks_sigmas=kpt_oks_sigmas)
     if detections is None:

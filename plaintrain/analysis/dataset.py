@@ -32,7 +32,7 @@ def dataset_statistics(records, class_names, cells=16):
         - `mean_objects`: of an image; None without images
         - `objects_per_image`, `box_size` (pixels), `relative_box_size` (by the root of the image's area),
           `aspect` (width by height): histograms
-        - `areas`: fractions of small, medium and large objects by COCO's limits; None without objects
+        - `areas`: fractions of small, medium and large objects by COCO's limits
         - `width`, `height`: (smallest, largest) of the images; None without images
         - `centres`: `cells` rows from top to bottom of the number of boxes with their centre there
 
@@ -51,12 +51,7 @@ def dataset_statistics(records, class_names, cells=16):
     # Each pair of a class and an image once.
     pairs = np.unique(image * max(num_classes, 1) + labels) % max(num_classes, 1)
     objects, images = (np.bincount(of, minlength=num_classes).tolist() for of in (labels, pairs))
-    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
-    area, image_area = sides.prod(axis=1), np.maximum(width[image] * height[image], 1)
-    is_small, is_large = area < _MEDIUM, area >= _LARGE
     ranges = [(int(side.min()), int(side.max())) if len(side) else None for side in (width, height)]
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2 / np.maximum(np.stack([width[image], height[image]], 1), 1)
-    x, y = np.clip(centre * cells, 0, cells - 1).astype(int).T
     return {
         "images": len(records),
         "empty_images": int((per_image == 0).sum()),
@@ -65,16 +60,24 @@ def dataset_statistics(records, class_names, cells=16):
         "classes": {n: {"objects": objects[k], "images": images[k]} for k, n in enumerate(class_names)},
         "mean_objects": float(per_image.mean()) if len(per_image) else None,
         "objects_per_image": _histogram(per_image, PER_IMAGE),
+        "width": ranges[0],
+        "height": ranges[1],
+        **_box_statistics(boxes, np.stack([width[image], height[image]], axis=1), cells),
+    }
+
+
+def _box_statistics(boxes, image_sizes, cells):
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
+    area, image_area = sides.prod(axis=1), np.maximum(image_sizes.prod(axis=1), 1)
+    by_size = np.bincount(np.digitize(area, (_MEDIUM, _LARGE)), minlength=3) / max(len(area), 1)
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2 / np.maximum(image_sizes, 1)
+    x, y = np.clip(centres * cells, 0, cells - 1).astype(int).T
+    return {
         "box_size": _histogram(np.sqrt(area), SIZES),
         "relative_box_size": _histogram(np.sqrt(area / image_area), RELATIVE),
         # A box without height is as wide as can be.
         "aspect": _histogram(sides[:, 0] / np.maximum(sides[:, 1], 1e-9), ASPECTS),
-        "areas": [
-            float(chosen.mean()) if len(area) else None
-            for chosen in (is_small, ~(is_small | is_large), is_large)
-        ],
-        "width": ranges[0],
-        "height": ranges[1],
+        "areas": by_size.tolist(),
         "centres": np.bincount(y * cells + x, minlength=cells**2).reshape(cells, cells).tolist(),
     }
 

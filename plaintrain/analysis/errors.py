@@ -46,9 +46,13 @@ class Errors:
     Attributes:
         records, classes, image_ids: of the dataset.
         objects: dict of arrays `image` (index of the record, ascending), `boxes` `[G, 4]` (XYXY, pixels),
-            `labels`, `crowd` (bool), and of the match `state` and `detection`, see `match`.
-        detections: dict of arrays `image` (ascending), `boxes` `[N, 4]`, `scores`, `labels`, and of the match
-            `type`, `object` and `iou`.
+            `labels`, `crowd` (bool); of the match `state`, of `STATES` ("erroneous": only detections of a
+            wrong class or place are about it), and `detection`, the index of the one that has found it, or of
+            the best wrong one, or -1.
+        detections: dict of arrays `image` (ascending), `boxes` `[N, 4]`, `scores`, `labels`; of the match
+            `type`, of `DETECTION_TYPES` ("ignored": on a crowd of its class, or not one of the 100 best),
+            `object`, the index of the one that it has found, is wrong about, or is nearest to, or -1, and
+            `iou` with that (with a crowd, the fraction of the detection inside it).
         predictions: the `Detections` that the table is of.
         iou_threshold: IoU of a correct detection.
         score_threshold: detections below it are not in the table.
@@ -119,25 +123,10 @@ def find_errors(dataset_name, detections, iou_threshold=0.5, score_threshold=0.0
 
 
 def match(objects, detections, overlaps, iou_threshold=0.5):
-    """Match objects and detections as COCO does, and name what is wrong with the other detections.
+    """Match the tables of objects and detections as COCO does, and return them with the columns of the match.
 
     Detections choose in the order of their scores, each the object of its class that it overlaps most among
-    those that are left.
-
-    Args:
-        objects, detections: the tables of `Errors`.
-        overlaps: pairs, as `box_overlaps` returns them.
-        iou_threshold: IoU of a correct detection.
-
-    Returns:
-        (objects, detections), the tables with more columns. Of detections:
-
-        - `type`, of `DETECTION_TYPES`; "ignored" is one on a crowd of its class, or not among the 100 best
-        - `object`: index of the object that it has found, is wrong about, or is nearest to; -1 for none
-        - `iou` with that object; with a crowd, the fraction of the detection inside it
-
-        Of objects `state`, "erroneous" if there are only detections of a wrong class or place, and
-        `detection`: index of the one that has found it, or the best wrong one; -1 for none.
+    those that are left. `overlaps` are the pairs of `box_overlaps` or `mask_overlaps`.
     """
     if not BACKGROUND_IOU <= iou_threshold <= 1:
         raise UserError(

@@ -4,6 +4,8 @@ import base64
 import itertools
 import os
 
+import numpy as np
+
 from plaintrain.analysis.errors import ERRORS, OUTCOMES, find_errors
 from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.data.datasets.shapes import is_drawn
@@ -88,17 +90,13 @@ def errors(dataset, analysed):
     for task in _tasks(analysed, "errors"):
         known = [(run, a["errors"][task]) for run, a in analysed if task in a["errors"]]
         series = {run.name: [e["costs"][name] for name in ERRORS] for run, e in known}
+        colors = [run.color for run, _ in known]
         classes = known[0][1]["classes"] if len(known) == 1 else ()
         counts = [{**e["detections"], "missed": e["objects"]["missed"]} for _, e in known]
         tasks.append(
             {
                 "task": task,
-                "figure": bar_figure(
-                    ERRORS,
-                    series,
-                    "AP50 that fixing it would gain",
-                    colors=[run.color for run, _ in known],
-                ),
+                "figure": bar_figure(ERRORS, series, "AP50 that fixing it would gain", colors=colors),
                 "columns": [run.name for run, _ in known] if len(known) > 1 else ["count"],
                 "types": [[n, OUTCOMES[n][1], *(c[n] for c in counts)] for n in ("correct", *ERRORS)],
                 "classes": [[c[key] for key in _CLASS_COLUMNS] for c in classes],
@@ -123,17 +121,15 @@ def confusion(dataset, analysed):
 
 def _busiest(confusion):
     """Return (labels, counts, remark) of the classes with the most confusions, and the background."""
-    labels, counts = confusion["labels"], confusion["counts"]
+    labels, counts = confusion["labels"], np.array(confusion["counts"])
     last = len(labels) - 1
     if last <= _MOST_ROWS:
         return labels, counts, ""
-
-    def wrong(i):
-        return sum(counts[i][:last]) + sum(row[i] for row in counts[:last]) - 2 * counts[i][i]
-
-    chosen = sorted(sorted(range(last), key=lambda i: (-wrong(i), -sum(counts[i])))[:_MOST_ROWS]) + [last]
+    classes = counts[:last, :last]
+    wrong = classes.sum(axis=0) + classes.sum(axis=1) - 2 * classes.diagonal()
+    chosen = [*sorted(np.lexsort((-counts[:last].sum(axis=1), -wrong))[:_MOST_ROWS]), last]
     remark = f"the {_MOST_ROWS} of {last} classes that are mistaken most often"
-    return [labels[i] for i in chosen], [[counts[i][j] for j in chosen] for i in chosen], remark
+    return [labels[i] for i in chosen], counts[np.ix_(chosen, chosen)], remark
 
 
 @_by_dataset
@@ -143,9 +139,8 @@ def calibration(dataset, analysed):
     for run, analysis in analysed:
         bins, error = (analysis["calibration"][key] for key in ("bins", "expected_error"))
         known = [b for b in bins if b["count"]]
-        lines.append(
-            make_line(run.name, [b["score"] for b in known], [b["precision"] for b in known], run.color)
-        )
+        x, y = ([b[key] for b in known] for key in ("score", "precision"))
+        lines.append(make_line(run.name, x, y, run.color))
         counts[run.name] = [b["count"] for b in bins]
         remark = "no detections" if error is None else f"off by {100 * error:.1f} points on average"
         remarks.append(f"{remark} ({run.name})" if len(analysed) > 1 else remark)
@@ -202,9 +197,8 @@ def gallery(dataset, analysed):
     """Return the images with the lowest and the highest F1."""
     ((run, analysis),) = analysed
     settings = analysis["settings"]
-    errors = find_errors(
-        dataset, run.detections[dataset], settings["iou_threshold"], settings["score_threshold"]
-    )
+    thresholds = settings["iou_threshold"], settings["score_threshold"]
+    errors = find_errors(dataset, run.detections[dataset], *thresholds)
     return [
         (name, [_draw_entry(entry, dataset, errors, run) for entry in analysis["gallery"][name][:most]])
         for name, most in _GALLERY.items()

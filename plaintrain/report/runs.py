@@ -240,7 +240,7 @@ def datasets(runs):
 
 def _counts(s):
     """Return the counts of a dataset, percentages of its objects by size, and the image sizes."""
-    percentages = [None if area is None else round(100 * area, 1) for area in s["areas"]]
+    percentages = [round(100 * area, 1) for area in s["areas"]]
     ranges = [f"{a}" if a == b else f"{a} to {b}" for a, b in filter(None, (s["width"], s["height"]))]
     counts = [s[key] for key in ("images", "empty_images", "objects", "crowds", "mean_objects")]
     return [*counts, *percentages, " x ".join(ranges)]

@@ -10,7 +10,6 @@ from plaintrain.analysis.run_folder import seconds_left, split_result
 _SHOWN = ("AP", "AP50", "AP75")
 _SCHEDULES = ("lr", "momentum", "max_mem")
 _TITLES = {"lr": "learning rate", "grad_norm": "gradient norm", "max_mem": "peak memory (MiB)"}
-# So many classes can be told apart by colour.
 _MOST_CLASSES = 8
 # Characters by height, and for a terminal without them by darkness.
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", " .:-=+*#"
@@ -56,18 +55,21 @@ def group_panels(runs, patterns=()):
         `label`, `x` and `y` (lists) and `color`, an index that is the same for a run in every plot; `log`,
         whether the y axis is to be logarithmic; `legend`, whether the lines need their labels.
     """
-    names = select_metrics(dict.fromkeys(name for series in runs.values() for name in series), patterns)
-    panels = []
-    for title, type_, members in _groups(names, everything=bool(patterns)):
+    groups, panels = {}, []
+    for name in select_metrics(dict.fromkeys(name for series in runs.values() for name in series), patterns):
+        groups.setdefault(_get_group(name, everything=bool(patterns)), []).append(name)
+    groups.pop(None, None)
+    for (_, title, type_), names in sorted(groups.items(), key=lambda group: group[0][0]):
         if len(runs) == 1:
             (series,) = runs.values()
-            lines = [make_line(_short(name, type_), *series[name], i) for i, name in enumerate(members)]
-            # One evaluation makes no curve.
-            if patterns or type_ != "result" or any(len(line["x"]) > 1 for line in lines):
+            lines = [make_line(_shorten(name), *series[name], i) for i, name in enumerate(names)]
+            # One evaluation makes no curve, and so many classes cannot be told apart by colour.
+            is_curve = type_ != "result" or any(len(line["x"]) > 1 for line in lines)
+            if patterns or is_curve and not (title.startswith("AP by class") and len(names) > _MOST_CLASSES):
                 panels.append(_panel(title, type_, lines, legend=len(lines) > 1))
             continue
-        # The by-class scores of several runs are for tables.
-        for name in members:
+        for name in names:
+            # The by-class scores of several runs are for tables.
             if patterns or type_ != "result" or split_result(name)[2] in ("AP", "AP50"):
                 lines = [make_line(run, *s[name], i) for i, (run, s) in enumerate(runs.items()) if name in s]
                 panels.append(_panel(name, type_, lines, legend=True))
@@ -79,38 +81,30 @@ def select_metrics(names, patterns):
     return [n for n in names if not patterns or any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
-def _groups(names, everything):
-    """Return [(title, type, names)] of metrics that belong together, in the order of the page."""
-    losses, validation, times, results, classes, others = [], [], [], {}, {}, []
-    for name in names:
-        result = split_result(name)
-        if result:
-            dataset, task, metric = result
-            where = f"{task} on {dataset}" if dataset else task
-            if everything or metric in _SHOWN:
-                results.setdefault(f"AP, {where}", []).append(name)
-            elif metric.startswith("AP-"):
-                classes.setdefault(f"AP by class, {where}", []).append(name)
-        elif name.startswith("val/"):
-            validation.append(name)
-        elif "loss" in name and "/" not in name:
-            losses.append(name)
-        elif name in ("time", "data_time"):
-            times.append(name)
-        elif name != "epoch":
-            others.append((_TITLES.get(name, name), "schedule" if name in _SCHEDULES else "other", [name]))
-    groups = [("loss", "loss", losses), ("validation loss", "loss", validation)]
-    groups += [(title, "result", members) for title, members in results.items()]
-    groups += [(title, "result", m) for title, m in classes.items() if len(m) <= _MOST_CLASSES]
-    groups += [*others, ("seconds per iteration", "time", times)]
-    return [group for group in groups if group[2]]
+def _get_group(name, everything):
+    """Return (position on the page, title, type) of the plot that a metric belongs into, or None."""
+    if split_result(name):
+        dataset, task, metric = split_result(name)
+        where = f"{task} on {dataset}" if dataset else task
+        if everything or metric in _SHOWN:
+            return 2, f"AP, {where}", "result"
+        return (3, f"AP by class, {where}", "result") if metric.startswith("AP-") else None
+    if name.startswith("val/"):
+        return 1, "validation loss", "loss"
+    if "loss" in name and "/" not in name:
+        return 0, "loss", "loss"
+    if name in ("time", "data_time"):
+        return 5, "seconds per iteration", "time"
+    return (
+        (4, _TITLES.get(name, name), "schedule" if name in _SCHEDULES else "other")
+        if name != "epoch"
+        else None
+    )
 
 
-def _short(name, type_):
+def _shorten(name):
     """Return a metric's name within a plot whose title says the rest."""
-    if type_ == "result":
-        return split_result(name)[2].removeprefix("AP-")
-    return name.removeprefix("val/")
+    return split_result(name)[2].removeprefix("AP-") if split_result(name) else name.removeprefix("val/")
 
 
 def make_line(label, x, y, color):
@@ -123,12 +117,7 @@ def _panel(title, type_, lines, legend):
 
 
 def format_state(name, metrics, state):
-    """Return where a run stands, with the time that is left.
-
-    Args:
-        name: what to call the run.
-        metrics, state: what `run_folder.read_metrics` and `run_state` return.
-    """
+    """Return where a run stands, by its metrics and `RunState`, with the time that is left."""
     done = f"iteration {state.iteration + 1} of {state.max_iter}" if state.max_iter else "no iterations"
     left = seconds_left(metrics, state) if state.name == "running" else None
     eta = f", {datetime.timedelta(seconds=int(left))} left" if left is not None else ""
@@ -139,8 +128,7 @@ def format_curves(metrics, patterns=(), smoothing=0.0, width=80, plain=False):
     """Return a line of text for each metric: its name, last value, curve and limits.
 
     Args:
-        metrics: what `run_folder.read_metrics` returns.
-        patterns: globs of the metrics to show; empty for the usual ones.
+        metrics, patterns: as `group_panels` has them, of one run.
         smoothing: see `smooth`.
         width: characters of a line.
         plain: use ASCII characters only.

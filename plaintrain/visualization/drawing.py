@@ -29,10 +29,7 @@ _GAP = 8
 
 
 def record_instances(record):
-    """Return the annotations of a record as `instances`, crowds too.
-
-    There are masks, and keypoints, if any of the annotations has one, and scores if all have one.
-    """
+    """Return the annotations of a record as `instances`; masks or keypoints if any has one."""
     annotations, size = record["annotations"], (record["height"], record["width"])
     try:
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
@@ -63,9 +60,7 @@ def _decode_mask(segmentation, size):
 def skeleton_of(metadata):
     """Return the pairs of keypoints, indices from 0, that a line joins; () where the dataset names none.
 
-    Args:
-        metadata: dict or `Metadata` with `keypoint_connection_rules`, (name, name, colour) as
-            Detectron2's, or `skeleton`, COCO's pairs of numbers from 1.
+    They come from Detectron2's `keypoint_connection_rules`, (name, name, colour), or COCO's `skeleton`.
     """
     names = list(metadata.get("keypoint_names") or ())
     rules = metadata.get("keypoint_connection_rules")
@@ -210,7 +205,7 @@ def _overlap(a, b):
 
 
 def draw_sheet(images, captions, columns, width, legend=None):
-    """Lay out images of any sizes on one sheet, each as large as its column and with its caption below.
+    """Lay out images on one sheet, uint8 `[3, H, width]`, each as wide as its column, with its caption below.
 
     Args:
         images: uint8 `[3, h, w]` each.
@@ -218,9 +213,6 @@ def draw_sheet(images, captions, columns, width, legend=None):
         columns: images side by side.
         width: of the sheet, pixels.
         legend: {text: colour} to explain at the top, or None.
-
-    Returns:
-        uint8 `[3, H, width]`.
     """
     cell, size = (width - _GAP) // columns - _GAP, max(11, width // 110)
     line = round(1.7 * size)

@@ -109,7 +109,7 @@ def curve_figure(panels, smoothing=0.0, titles=True):
 
 
 def _draw_curves(ax, panel, smoothing):
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     for line in panel["lines"]:
         x, y, color = line["x"], line["y"], to_hex(line["color"])
@@ -120,25 +120,19 @@ def _draw_curves(ax, panel, smoothing):
         marker = "o" if panel["type"] == "result" or len(x) == 1 else None
         ax.plot(x, y, dashes, color=color, marker=marker, label=line["label"])
     if panel["log"]:
-        _set_log_scale(ax)
+        ax.set_yscale("log")
+        low, high = ax.yaxis.get_view_interval()
+        steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
+        ax.yaxis.set_major_locator(LogLocator(subs=steps, numticks=7))
+        # Plain numbers: powers are TeX, which pages do not have.
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     # From the start, whatever came first: the plots of a run have the same x axis.
     last = max((line["x"][-1] for line in panel["lines"]), default=0)
     ax.set_xlim(-0.03 * last, max(1.0, 1.03 * last))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_xlabel("iteration")
     return _draw_legend(ax) if panel["legend"] else 0
-
-
-def _set_log_scale(ax):
-    """Make the y axis logarithmic, with plain numbers at its ticks: powers would be TeX."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    ax.set_yscale("log")
-    low, high = ax.yaxis.get_view_interval()
-    steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
-    ax.yaxis.set_major_locator(LogLocator(subs=steps, numticks=7))
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_legend(ax):
