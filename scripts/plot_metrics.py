@@ -20,7 +20,6 @@ import time
 from plaintrain.analysis.run_folder import check_run, read_metrics, run_names, run_state
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.curves import format_curves, format_state, group_panels
-from plaintrain.visualization.plots import curve_figure, require_matplotlib, save_figure
 
 _SAVED_AS = (".png", ".svg", ".pdf")
 # Moves the cursor to the upper left and erases what is below.
@@ -28,7 +27,10 @@ _CLEAR = "\x1b[H\x1b[J"
 
 
 def draw(args):
-    """Write the picture."""
+    """Write the plots to a file."""
+    # --watch needs neither matplotlib nor NumPy.
+    from plaintrain.visualization.plots import curve_figure, require_matplotlib, save_figure
+
     require_matplotlib()
     runs = dict(zip(run_names(args.runs), map(read_metrics, args.runs), strict=True))
     panels = group_panels(runs, args.metrics)

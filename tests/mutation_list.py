@@ -127,7 +127,7 @@ MUTATIONS = {
         ("for other in shapes[index + 1 :])", "for other in shapes[:index])"),
     ],
     "plaintrain/analysis/dataset.py": [
-        ("np.bincount(y * cells + x,", "np.bincount(x * cells + y,"),
+        ("np.digitize(area, (_MEDIUM, _LARGE))", "np.digitize(area, (_LARGE, 2 * _LARGE))"),
     ],
     "plaintrain/data/transforms/tensors.py": [
         ("value.canvas_size[1 - axis] - points", "value.canvas_size[1 - axis] - 1 - points"),

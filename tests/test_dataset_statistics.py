@@ -32,7 +32,7 @@ def shown(histogram):
 
 
 def test_dataset_statistics_as_counted_by_hand():
-    found = dataset_statistics(RECORDS, ["a", "b", "c"], cells=2)
+    found = dataset_statistics(RECORDS, ["a", "b", "c"])
     numbers = {key: found[key] for key in ("images", "empty_images", "objects", "crowds", "mean_objects")}
     assert numbers == {"images": 4, "empty_images": 2, "objects": 3, "crowds": 2, "mean_objects": 0.75}
     assert found["classes"] == {
@@ -44,11 +44,8 @@ def test_dataset_statistics_as_counted_by_hand():
     # Areas 400, 800 and 10000.
     assert shown(found["box_size"]) == {"16-32": 2, "96-128": 1}
     assert found["areas"] == pytest.approx([2 / 3, 0, 1 / 3])
-    # Of 10000, 10000 and 32000.
-    assert shown(found["relative_box_size"]) == {"0.2-0.3": 2, "0.5-0.6": 1}
     assert shown(found["aspect"]) == {"0.25-0.33": 1, "0.75-1.33": 1, "2-3": 1}
-    assert (found["width"], found["height"]) == ((100, 200), (100, 160))
-    assert found["centres"] == [[0, 1], [0, 2]]
+    assert found["ranges"] == {"width": (100, 200), "height": (100, 160)}
     names = found["objects_per_image"]["names"]
     assert names[:7] == ["0", "1", "2", "3", "4", "5", "6-7"] and names[-2:] == ["50-99", ">= 100"]
 
@@ -57,7 +54,7 @@ def test_dataset_statistics_as_counted_by_hand():
 def test_statistics_of_nothing_are_none(records):
     found = dataset_statistics(records, ["a"])
     assert found["empty_images"] == len(records) - found["objects"]
-    assert found["width"] == ((100, 100) if records else None)
+    assert found["ranges"].get("width") == ((100, 100) if records else None)
     assert sum(found["areas"]) == found["areas"][0] == found["objects"]
 
 

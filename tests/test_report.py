@@ -85,7 +85,7 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
         "thresholds": ["all, one threshold"],
         "groups": ["Crowdedness"],
         "gallery": ["F1", "detections"],
-        "data": ["report_train", "train", "report_val", "test", "64 x 64", "Where the objects are"],
+        "data": ["report_train", "train", "report_val", "test", "64 x 64", "width by height"],
         "timing": ["0.5", " 2 ", "32", "0:01:40"],
         "warnings": ["3 boxes are odd", "2"],
     }.items():
@@ -110,7 +110,11 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
 
 def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path, undrawn):
     folder = make_run(tmp_path / "run")
-    for name in ("metrics.json", "last_checkpoint", "inference/report_val/coco_instances_results.json"):
+    inference = "inference/report_val"
+    for name in (
+        *("metrics.json", "last_checkpoint"),
+        *(f"{inference}/results.json", f"{inference}/coco_instances_results.json"),
+    ):
         (folder / name).unlink()
     for name in ("log.txt", "log.txt.rank1"):
         os.utime(folder / name, (0, 0))

@@ -48,11 +48,8 @@ def test_a_whole_run_its_warnings_and_the_names_of_it_and_its_results(tmp_path):
     assert run_folder.test_sets(folder) == ["report_val"]
     assert run_folder.predictions_path(folder, "report_val").endswith("coco_instances_results.json")
     assert run_folder.predictions_path(folder, "other") is None
-    assert run_folder.read_results(folder, metrics)["report_val"]["bbox"]["AP50"] == 20.9
-    results = {"report_val": {"bbox": {"AP": 5, "APl": None}}}
-    (folder / "inference/report_val/results.json").write_text(json.dumps(results))
-    scores = run_folder.read_results(folder, metrics)["report_val"]["bbox"]
-    assert scores["AP"] == 5 and math.isnan(scores["APl"])
+    scores = run_folder.read_results(folder)["report_val"]["bbox"]
+    assert scores["AP50"] == 20.9 and scores["APl"] is None
     assert run_folder.run_names(["/a/x", "/b/y"]) == ["x", "y"]
     assert run_folder.run_names(["/a/x", "/b/x"]) == [os.path.join("a", "x"), os.path.join("b", "x")]
     assert run_folder.run_names(["/a/x", "/a/x"]) == ["x (1)", "x (2)"]

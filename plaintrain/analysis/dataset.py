@@ -1,4 +1,4 @@
-"""Statistics of a dataset: the number of objects, their size and shape, and where they are."""
+"""Statistics of a dataset: the number of objects, their size and shape."""
 
 import numpy as np
 
@@ -8,13 +8,12 @@ from plaintrain.utils.errors import UserError
 # Lower edges of bins; the last has no end.
 PER_IMAGE = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100)
 SIZES = (0, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768)
-RELATIVE = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ASPECTS = (0, 1 / 4, 1 / 3, 1 / 2, 3 / 4, 4 / 3, 2, 3, 4)
 # COCO's areas of what is medium and what is large.
 _MEDIUM, _LARGE = 32**2, 96**2
 
 
-def dataset_statistics(records, class_names, cells=16):
+def dataset_statistics(records, class_names):
     """Compute statistics of a dataset.
 
     Boxes that are counted are of objects, not of crowds. Sizes are the root of the box' area.
@@ -22,7 +21,6 @@ def dataset_statistics(records, class_names, cells=16):
     Args:
         records: what `DatasetCatalog.get` returns, or a list of records.
         class_names: the dataset's class names.
-        cells: rows and columns of the map of centres.
 
     Returns:
         dict; a histogram is a dict of `names` of the bins and `counts`:
@@ -30,11 +28,9 @@ def dataset_statistics(records, class_names, cells=16):
         - `images`, `empty_images` (without an object), `objects`, `crowds`: counts
         - `classes`: {name: {`objects`, `images` (that hold one)}}
         - `mean_objects`: of an image; None without images
-        - `objects_per_image`, `box_size` (pixels), `relative_box_size` (by the root of the image's area),
-          `aspect` (width by height): histograms
+        - `objects_per_image`, `box_size` (pixels), `aspect` (width by height): histograms
         - `areas`: fractions of small, medium and large objects by COCO's limits
-        - `width`, `height`: (smallest, largest) of the images; None without images
-        - `centres`: `cells` rows from top to bottom of the number of boxes with their centre there
+        - `ranges`: {"width", "height": (smallest, largest) of the images}; {} without images
 
     Raises:
         UserError: a record or an annotation that cannot be read.
@@ -46,12 +42,14 @@ def dataset_statistics(records, class_names, cells=16):
         raise UserError("the dataset holds a record that cannot be read; scripts/check_dataset.py says which")
     real = ~table.crowd
     image, labels, boxes = table.record[real], table.labels[real], table.boxes[real]
-    width, height = columns["width"], columns["height"]
     per_image = np.bincount(image, minlength=len(records))
     # Each pair of a class and an image once.
     pairs = np.unique(image * max(num_classes, 1) + labels) % max(num_classes, 1)
     objects, images = (np.bincount(of, minlength=num_classes).tolist() for of in (labels, pairs))
-    ranges = [(int(side.min()), int(side.max())) if len(side) else None for side in (width, height)]
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
+    area = sides.prod(axis=1)
+    by_size = np.bincount(np.digitize(area, (_MEDIUM, _LARGE)), minlength=3) / max(len(area), 1)
+    ranges = {k: (int(columns[k].min()), int(columns[k].max())) for k in ("width", "height") if len(records)}
     return {
         "images": len(records),
         "empty_images": int((per_image == 0).sum()),
@@ -60,25 +58,11 @@ def dataset_statistics(records, class_names, cells=16):
         "classes": {n: {"objects": objects[k], "images": images[k]} for k, n in enumerate(class_names)},
         "mean_objects": float(per_image.mean()) if len(per_image) else None,
         "objects_per_image": _histogram(per_image, PER_IMAGE),
-        "width": ranges[0],
-        "height": ranges[1],
-        **_box_statistics(boxes, np.stack([width[image], height[image]], axis=1), cells),
-    }
-
-
-def _box_statistics(boxes, image_sizes, cells):
-    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
-    area, image_area = sides.prod(axis=1), np.maximum(image_sizes.prod(axis=1), 1)
-    by_size = np.bincount(np.digitize(area, (_MEDIUM, _LARGE)), minlength=3) / max(len(area), 1)
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2 / np.maximum(image_sizes, 1)
-    x, y = np.clip(centres * cells, 0, cells - 1).astype(int).T
-    return {
         "box_size": _histogram(np.sqrt(area), SIZES),
-        "relative_box_size": _histogram(np.sqrt(area / image_area), RELATIVE),
         # A box without height is as wide as can be.
         "aspect": _histogram(sides[:, 0] / np.maximum(sides[:, 1], 1e-9), ASPECTS),
         "areas": by_size.tolist(),
-        "centres": np.bincount(y * cells + x, minlength=cells**2).reshape(cells, cells).tolist(),
+        "ranges": ranges,
     }
 
 

@@ -132,23 +132,11 @@ def predictions_path(folder, dataset_name):
     return path if os.path.isfile(path) else None
 
 
-def read_results(folder, metrics):
-    """Return the scores of the last evaluation: {dataset: {task: {metric: number or NaN}}}.
-
-    From inference/DATASET/results.json, or for a dataset without it from the last scores in `metrics`, which
-    `read_metrics` returns.
-    """
-    names, results = test_sets(folder), {}
-    for name, (_, values) in metrics.items():
-        if split_result(name):
-            dataset, task, metric = split_result(name)
-            dataset = dataset or (names[0] if names else "")
-            results.setdefault(dataset, {}).setdefault(task, {})[metric] = values[-1]
-    for dataset in names:
-        saved = read_results_file(os.path.join(folder, "inference", dataset))
-        for task, scores in saved.get(dataset, {}).items():
-            plain = {m: math.nan if v is None else v for m, v in scores.items()}
-            results.setdefault(dataset, {})[task] = plain
+def read_results(folder):
+    """Return the scores of the last evaluations: {dataset: {task: {metric: number or None}}}."""
+    results = {}
+    for dataset in test_sets(folder):
+        results |= read_results_file(os.path.join(folder, "inference", dataset))
     return results
 
 

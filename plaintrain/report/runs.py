@@ -16,7 +16,7 @@ from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.logger import silenced
 from plaintrain.utils.run_files import recorded_starts
 from plaintrain.visualization.curves import group_panels
-from plaintrain.visualization.plots import bar_figure, curve_figure, matrix_figure
+from plaintrain.visualization.plots import bar_figure, curve_figure
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ _HISTOGRAMS = (
     ("objects_per_image", "Objects in an image", "images", ""),
     ("box_size", "Size", "objects", "root of the box' area, pixels"),
     ("aspect", "Shape", "objects", "width by height"),
-    ("relative_box_size", "Size in the image", "objects", "by the root of the image's area"),
 )
 
 
@@ -50,7 +49,7 @@ class Run:
         self.config = run_folder.read_config_tree(folder)
         self.starts = recorded_starts(folder)
         self.warnings = run_folder.read_warnings(folder)
-        self.results = run_folder.read_results(folder, self.metrics)
+        self.results = run_folder.read_results(folder)
         self.test_sets = run_folder.test_sets(folder)
         self.train_sets = list(self.config.get("DATASETS", {}).get("TRAIN") or ())
         self.unreadable, self.problems, self.analyses, self.detections = {}, {}, {}, {}
@@ -234,14 +233,14 @@ def datasets(runs):
             [c, *(s["classes"].get(c, {}).get(key) for s in statistics_of.values() for key in counts)]
             for c in classes
         ],
-        "figures": [*_draw_histograms(statistics_of), *_draw_centres(statistics_of)],
+        "figures": list(_draw_histograms(statistics_of)),
     }
 
 
 def _counts(s):
     """Return the counts of a dataset, percentages of its objects by size, and the image sizes."""
     percentages = [round(100 * area, 1) for area in s["areas"]]
-    ranges = [f"{a}" if a == b else f"{a} to {b}" for a, b in filter(None, (s["width"], s["height"]))]
+    ranges = [f"{a}" if a == b else f"{a} to {b}" for a, b in s["ranges"].values()]
     counts = [s[key] for key in ("images", "empty_images", "objects", "crowds", "mean_objects")]
     return [*counts, *percentages, " x ".join(ranges)]
 
@@ -263,10 +262,3 @@ def _draw_histograms(statistics_of):
         series = {n: [100 * c[i] / max(1, sum(c)) for i in used] for n, c in counts.items()}
         if used:
             yield bar_figure([names[i] for i in used], series, f"% of the {counted}"), title, remark
-
-
-def _draw_centres(statistics_of):
-    for name, s in statistics_of.items():
-        if s["objects"]:
-            figure = matrix_figure(s["centres"], x_label="width", y_label="height")
-            yield figure, f"Where the objects are, {name}", "centres of the boxes in the image"

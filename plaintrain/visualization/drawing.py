@@ -8,6 +8,7 @@ A colour is a tuple of red, green and blue, 0 to 255.
 
 import contextlib
 import functools
+import math
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import pil_to_tensor, resize_image, to_pil_image
-from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks, make_grid
 
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
@@ -205,7 +206,7 @@ def _overlap(a, b):
 
 
 def draw_sheet(images, captions, columns, width, legend=None):
-    """Lay out images on one sheet, uint8 `[3, H, width]`, each as wide as its column, with its caption below.
+    """Lay out images on one sheet, uint8 `[3, H, W]`, each as large as its column, with its caption below.
 
     Args:
         images: uint8 `[3, h, w]` each.
@@ -215,39 +216,27 @@ def draw_sheet(images, captions, columns, width, legend=None):
         legend: {text: colour} to explain at the top, or None.
     """
     cell, size = (width - _GAP) // columns - _GAP, max(11, width // 110)
-    line = round(1.7 * size)
     images = [resize_image(image, _fitted_size(image, cell)) for image in images]
-    rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
-    heights = [max(images[i].shape[1] for i in row) for row in rows]
-    entries, legend_height = _place_legend(legend or {}, width, size, line)
-    sheet = Image.new(
-        "RGB", (width, legend_height + sum(heights) + len(rows) * (line + _GAP) + _GAP), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for x, y, text, font, color in entries:
+    tall, line, cells = max(image.shape[1] for image in images), round(1.7 * size), []
+    for image, caption in zip(images, captions, strict=True):
+        canvas = Image.new("RGB", (cell, tall + line), "white")
+        canvas.paste(to_pil_image(image), ((cell - image.shape[2]) // 2, tall - image.shape[1]))
+        text, font, _ = shorten(caption, size, cell)
+        ImageDraw.Draw(canvas).text((cell / 2, tall + line / 2), text, fill="black", font=font, anchor="mm")
+        cells.append(pil_to_tensor(canvas))
+    sheet = make_grid(torch.stack(cells), nrow=columns, padding=_GAP, pad_value=255)
+    return torch.cat([_draw_legend(legend, sheet.shape[2], size), sheet], dim=1) if legend else sheet
+
+
+def _draw_legend(legend, width, size):
+    """Draw {text: colour} as a strip of paper with letters of `size` pixels."""
+    line, entry = round(1.7 * size), 3 * size + round(max(shorten(t, size, width)[2] for t in legend))
+    columns = max(1, (width - _GAP) // entry)
+    canvas = Image.new("RGB", (width, _GAP + line * math.ceil(len(legend) / columns)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (text, color) in enumerate(legend.items()):
+        x, y = _GAP + i % columns * entry, _GAP + i // columns * line
+        text, font, _ = shorten(text, size, width - 4 * size)
         draw.rectangle((x, y, x + size, y + size), fill=color)
         draw.text((x + 1.5 * size, y + size / 2), text, fill="black", font=font, anchor="lm")
-    bottom = legend_height + _GAP
-    for row, tall in zip(rows, heights, strict=True):
-        bottom += tall
-        for column, i in enumerate(row):
-            high, wide = images[i].shape[1:]
-            left = _GAP + column * (cell + _GAP)
-            sheet.paste(to_pil_image(images[i]), (left + (cell - wide) // 2, bottom - high))
-            text, font, _ = shorten(captions[i], size, cell)
-            draw.text((left + cell / 2, bottom + line / 2), text, fill="black", font=font, anchor="mm")
-        bottom += line + _GAP
-    return pil_to_tensor(sheet)
-
-
-def _place_legend(legend, width, size, line):
-    """Return ([(x, y, text, font, colour)], height) of a legend in as many lines as it needs."""
-    x, y, entries = _GAP, _GAP, []
-    for text, color in legend.items():
-        text, font, length = shorten(text, size, width - 4 * size)
-        wide = round(length) + 3 * size
-        if x + wide > width and x > _GAP:
-            x, y = _GAP, y + line
-        entries.append((x, y, text, font, color))
-        x += wide
-    return entries, y + line if entries else 0
+    return pil_to_tensor(canvas)

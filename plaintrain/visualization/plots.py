@@ -219,32 +219,28 @@ def histogram_figure(edges, series, x_label, y_label, *, colors):
     return figure
 
 
-def matrix_figure(counts, names=(), x_label="", y_label=""):
-    """Draw counts as a map of shades.
+def matrix_figure(counts, names, x_label, y_label):
+    """Draw counts as a map of shades, each row as fractions of its sum; with numbers where there is room.
 
     Args:
         counts: rows, from the top.
-        names: of the rows and of the columns: each row is then shaded by shares of its sum, with numbers
-            where there is room. Without names the shades are by the largest count.
+        names: of the rows and of the columns.
         x_label, y_label: text of the axes.
     """
     counts = np.asarray(counts, dtype=float)
-    opacity = counts / max(counts.max(), 1)
-    if names:
-        opacity = (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)) ** 0.6
     # One colour of growing opacity: it works on white and on black.
+    opacity = (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)) ** 0.6
     shades = np.dstack([np.full((*counts.shape, 3), np.array(PALETTE[0]) / 255), opacity])
     few = len(names) <= 14
     side = max(SIZE[1], 0.36 * len(names) + 1.3) if few else 0.21 * len(names) + 1.6
     with _drawing((max(SIZE[0], side + 1.2), side)) as (figure, ax):
         ax.imshow(shades, interpolation="nearest", aspect="auto")
         ax.grid(visible=False)
-        ax.spines[["top", "right"]].set_visible(True)
         turned = {"rotation": 45, "ha": "right"} if few else {"rotation": 90}
         ax.set_xticks(range(len(names)), map(cut, names), **turned)
         ax.set_yticks(range(len(names)), map(cut, names))
         ax.tick_params(labelsize=9 if few else 8, length=2)
-        for (i, j), count in np.ndenumerate(counts) if names and few else ():
+        for (i, j), count in np.ndenumerate(counts) if few else ():
             ax.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=9, alpha=1 if count else 0.35)
         ax.set(xlabel=x_label, ylabel=y_label)
     return figure
