@@ -45,13 +45,9 @@ def check_run(folder):
 
 
 def run_names(folders):
-    """Return a short name for each run folder, the ends of the paths as far as they tell them apart."""
-    paths = [os.path.abspath(folder).split(os.sep) for folder in folders]
-    for length in range(1, max(map(len, paths), default=1) + 1):
-        names = [os.sep.join(path[-length:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{path[-1]} ({i})" for i, path in enumerate(paths, start=1)]
+    """Return a name for each run folder: its own if it tells them apart, otherwise the path."""
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))
 
 
 def _read_lines(path):

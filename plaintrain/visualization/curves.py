@@ -34,11 +34,8 @@ def smooth(values, weight):
 
 def wants_log(lines):
     """Return whether a logarithmic scale shows more of lines: all are above 0, and over 30 times apart."""
-    values = sorted(v for line in lines for v in line["y"] if math.isfinite(v))
-    if not values or values[0] <= 0:
-        return False
-    # A single wild value is no reason.
-    return values[round(0.98 * (len(values) - 1))] > 30 * values[round(0.02 * (len(values) - 1))]
+    values = [v for line in lines for v in line["y"] if math.isfinite(v)]
+    return min(values, default=0) > 0 and max(values) > 30 * min(values)
 
 
 def group_panels(runs, patterns=()):

@@ -1,7 +1,6 @@
 """Images with their objects and their detections, each in the colour of its outcome."""
 
 import numpy as np
-import torch
 
 from plaintrain.analysis.errors import OUTCOMES
 from plaintrain.evaluation.predictions import detections_of_image
@@ -26,7 +25,7 @@ def concerns(objects, detections, labels):
 
 
 def draw_matches(errors, index, image, *, side, skeleton=(), labels=()):
-    """Draw the objects of an image, and its detections.
+    """Draw the objects of an image, and on another image its detections.
 
     Args:
         errors: `Errors` of the detections that count.
@@ -35,9 +34,6 @@ def draw_matches(errors, index, image, *, side, skeleton=(), labels=()):
         side: pixels of the longer side of what is drawn.
         skeleton: see `skeleton_of`.
         labels: of the classes that are drawn, all if it is empty.
-
-    Returns:
-        (image with the objects, image with the detections)
     """
     record, (objects, detections) = errors.records[index], errors.of_image(index)
     predicted = detections_of_image(errors.predictions, index, errors.score_threshold, record)
@@ -48,19 +44,19 @@ def draw_matches(errors, index, image, *, side, skeleton=(), labels=()):
         states.get(state) or detections["type"][i].item()
         for state, i in zip(objects["state"].tolist(), objects["detection"].tolist(), strict=True)
     ]
-    kept = np.isin(objects["labels"], labels), concerns(objects, detections, labels)
-    texts = default_captions(truth, errors.classes), _captions(predicted, objects, detections, errors.classes)
-    drawn = []
-    for instances, types, keep, captions in zip(
-        (truth, predicted), (outcomes, detections["type"].tolist()), kept, texts, strict=True
+    names, drawn = errors.classes, []
+    texts = default_captions(truth, names), _captions(predicted, objects, detections, names)
+    for instances, types, captions, is_chosen in (
+        (truth, outcomes, texts[0], np.isin(objects["labels"], labels)),
+        (predicted, detections["type"].tolist(), texts[1], concerns(objects, detections, labels)),
     ):
-        chosen = np.flatnonzero(keep).tolist() if labels else list(range(len(types)))
-        scaled, instances = scale_to(image, select(instances, torch.tensor(chosen, dtype=torch.int64)), side)
+        chosen = np.flatnonzero(is_chosen if labels else np.ones_like(is_chosen)).tolist()
+        scaled, instances = scale_to(image, select(instances, chosen), side)
         types, captions = [types[i] for i in chosen], [captions[i] for i in chosen]
         if len(chosen) > _LABELLED:
             captions = [c if t != "correct" else "" for c, t in zip(captions, types, strict=True)]
         colors = [OUTCOMES[t][0] for t in types]
-        drawn.append(draw_instances(scaled, instances, errors.classes, skeleton, captions, colors))
+        drawn.append(draw_instances(scaled, instances, names, skeleton, captions, colors))
     return drawn
 
 

@@ -145,14 +145,7 @@ def _draw_legend(ax):
 
 
 def xy_figure(lines, x_label, y_label, *, diagonal=False, marker=None):
-    """Draw lines on a unit square, such as precision over recall.
-
-    Args:
-        lines: see `curves.group_panels`; a NaN interrupts a line.
-        x_label, y_label: text of the axes.
-        diagonal: draw the line of equal x and y, faint.
-        marker: matplotlib's, of the points.
-    """
+    """Draw lines, as `curves.group_panels` has them, on a unit square, with a faint diagonal or without."""
     with _drawing() as (figure, ax):
         if diagonal:
             ax.plot((0, 1), (0, 1), "--", color=INK, alpha=0.4, linewidth=1)
@@ -165,22 +158,21 @@ def xy_figure(lines, x_label, y_label, *, diagonal=False, marker=None):
     return figure
 
 
-def bar_figure(names, series, x_label, *, colors=None, most=30):
-    """Draw horizontal bars, of one series or of several next to each other, with their values written out.
+def bar_figure(names, series, x_label, *, colors=None):
+    """Draw horizontal bars with their values written out.
 
     Args:
         names: one for each group of bars, from the top.
         series: {label: values}; NaN or None is no bar.
         x_label: text of the axis.
         colors: one for each of the series; default 0, 1, ...
-        most: groups that are drawn; the others are skipped.
     """
-    names, height = [str(name) for name in names][:most], 0.8 / len(series)
+    height = 0.8 / len(series)
     with _drawing((SIZE[0], 0.9 + len(names) * max(0.3, 0.2 * len(series)))) as (figure, ax):
         for i, (color, (label, values)) in enumerate(
             zip(colors or itertools.count(), series.items(), strict=False)
         ):
-            values = np.array(values[:most], dtype=float)
+            values = np.array(values, dtype=float)
             positions = np.arange(len(names)) + height * (i - (len(series) - 1) / 2)
             bars = ax.barh(positions, np.nan_to_num(values), height * 0.92, color=to_hex(color), label=label)
             numbers = [f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}" for v in values]
@@ -201,14 +193,7 @@ def cut(text, most=24):
 
 
 def histogram_figure(edges, series, x_label, y_label, *, colors):
-    """Draw counts in bins as outlines with a light fill, one or several.
-
-    Args:
-        edges: N + 1 borders of the bins.
-        series: {label: N counts}.
-        x_label, y_label: text of the axes.
-        colors: one for each of the series.
-    """
+    """Draw counts, {label: N counts}, in bins, of N + 1 edges, as outlines with a light fill."""
     with _drawing() as (figure, ax):
         for color, (label, counts) in zip(map(to_hex, colors), series.items(), strict=True):
             ax.stairs(counts, edges, fill=True, color=color, alpha=0.25)
@@ -220,13 +205,7 @@ def histogram_figure(edges, series, x_label, y_label, *, colors):
 
 
 def matrix_figure(counts, names, x_label, y_label):
-    """Draw counts as a map of shades, each row as fractions of its sum; with numbers where there is room.
-
-    Args:
-        counts: rows, from the top.
-        names: of the rows and of the columns.
-        x_label, y_label: text of the axes.
-    """
+    """Draw a square matrix of counts, each row shaded by fractions of its sum, few of them as numbers."""
     counts = np.asarray(counts, dtype=float)
     # One colour of growing opacity: it works on white and on black.
     opacity = (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)) ** 0.6
