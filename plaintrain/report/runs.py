@@ -16,7 +16,7 @@ from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.logger import silenced
 from plaintrain.utils.run_files import recorded_starts
 from plaintrain.visualization.curves import group_panels
-from plaintrain.visualization.plots import bar_figure, curve_figure
+from plaintrain.visualization.plots import bar_figure, curve_figure, cut
 
 logger = logging.getLogger(__name__)
 
@@ -247,11 +247,15 @@ def _counts(s):
 
 def warnings(runs):
     """Return, for each run, the rows of what was logged as a warning or worse."""
-    keys = ("level", "text", "count", "first", "last")
-    return [
-        (run, [[*(w[key] for key in keys), ", ".join(w["files"])] for w in run.warnings[:_MOST_WARNINGS]])
-        for run in runs
-    ]
+    logged = []
+    for run in runs:
+        shown = run.warnings[:_MOST_WARNINGS]
+        keys = ("count", "first", "last")
+        rows = [
+            [w["level"], cut(w["text"], 500), *(w[k] for k in keys), ", ".join(w["files"])] for w in shown
+        ]
+        logged.append((run, rows))
+    return logged
 
 
 def _draw_histograms(statistics_of):
