@@ -183,9 +183,9 @@ def _first_dataset(cfg):
 def _infer_classes(cfg, path):
     """Take the class names from the checkpoint, the datasets, or COCO, and their number into the config."""
     key = num_classes_key(cfg)
-    given = get_value(cfg, key)
+    configured = get_value(cfg, key)
     if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
-        set_value(cfg, key, given or 1)
+        set_value(cfg, key, configured or 1)
         return ["object"]
     try:
         names = list(read_checkpoint(path, mmap=True).get("class_names") or ())
@@ -196,11 +196,11 @@ def _infer_classes(cfg, path):
         names = class_names(_first_dataset(cfg))
     # What is published without names is of COCO, whose keypoints are those of persons.
     coco_names = COCO_NAMES[:1] if cfg.MODEL.KEYPOINT_ON else COCO_NAMES
-    if not names and given in (0, len(coco_names)):
+    if not names and configured in (0, len(coco_names)):
         names = coco_names
-    names = [str(name) for name in names] or [f"class {label}" for label in range(given)]
-    if given not in (0, len(names)):
-        raise UserError(f"{key} is {given}, but {path} was trained for {len(names)}: {', '.join(names)}")
+    names = [str(name) for name in names] or [f"class {label}" for label in range(configured)]
+    if configured not in (0, len(names)):
+        raise UserError(f"{key} is {configured}, but {path} was trained for {len(names)}: {', '.join(names)}")
     set_value(cfg, key, len(names))
     return names
 
@@ -209,8 +209,10 @@ def _infer_keypoints(cfg):
     """Take the number of keypoints into the config, and return the skeleton."""
     name = _first_dataset(cfg)
     metadata = MetadataCatalog.get(name) if name else {}
-    given, names = get_value(cfg, _NUM_KEYPOINTS), metadata.get("keypoint_names") or ()
-    set_value(cfg, _NUM_KEYPOINTS, given or len(names) or 17)
-    if names and given in (0, len(names)):
+    configured, names = get_value(cfg, _NUM_KEYPOINTS), metadata.get("keypoint_names") or ()
+    set_value(cfg, _NUM_KEYPOINTS, configured or len(names) or 17)
+    if names and configured in (0, len(names)):
         return skeleton_of(metadata)
-    return skeleton_of({"keypoint_names": range(17), "skeleton": COCO_SKELETON}) if given in (0, 17) else ()
+    return (
+        skeleton_of({"keypoint_names": range(17), "skeleton": COCO_SKELETON}) if configured in (0, 17) else ()
+    )

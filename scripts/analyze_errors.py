@@ -6,11 +6,11 @@ python scripts/analyze_errors.py output/quickstart --dataset shapes_val --iou 0.
 python scripts/analyze_errors.py --config-file configs/quickstart.yaml --predictions FILE.json
 
 Takes the predictions of a run's last evaluation, or a JSON in COCO's results format for the dataset in
-DATASETS.TEST; neither a model nor images are needed. Prints AP by class and size, how much AP each kind of
+DATASETS.TEST; neither a model nor images are needed. Prints AP by class and size, how much AP each type of
 error costs (class, localisation, both, duplicate, background, missed, as TIDE defines them), the score
 threshold with the highest F1, which objects are found by their size, shape and surroundings, what classes
 are mistaken for, whether scores mean what they say, and the worst images. All of it, with curves, goes into
-a JSON: see `plaintrain.analysis.analyze.analyze` for its keys.
+a JSON: see `plaintrain.analysis.analyze` for its keys.
 """
 
 import argparse

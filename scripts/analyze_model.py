@@ -11,7 +11,6 @@ classes (and keypoints) there are. One inference and one training step are run o
 """
 
 import argparse
-import json
 
 from plaintrain.utils.arguments import parse_run_arguments
 
@@ -43,10 +42,10 @@ from plaintrain.data.transforms.geometric import shortest_edge_size
 from plaintrain.engine.launch import launch
 from plaintrain.engine.preflight import settle_num_classes
 from plaintrain.evaluation.evaluator import format_table
+from plaintrain.evaluation.predictions import write_json
 from plaintrain.modeling import build_model
 from plaintrain.modeling.build import num_classes_key
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write
 
 
 def read_model_config(run="", config_file="", overrides=()):
@@ -91,7 +90,7 @@ def default_size(cfg):
     return shortest_edge_size(3000, 4000, max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
 
 
-def report(found):
+def report(cost):
     """Print the tables."""
     header = ["module", "kind", "parameters", "trainable", "GFLOPs", "activations", "MB"]
     rows = [
@@ -104,18 +103,18 @@ def report(found):
             f"{row['activations']:,}",
             row["activation_bytes"] / 2**20,
         ]
-        for row in found["modules"]
+        for row in cost["modules"]
     ]
     widest = max(len(row[0]) for row in rows)
     print(format_table([[row[0].ljust(widest), *row[1:]] for row in rows], header))
-    height, width = found["size"]
+    height, width = cost["size"]
     print(
-        f"\nGFLOPs, and activations (what modules give), are of an inference with {found['batch']} images of "
+        f"\nGFLOPs, and activations (what modules give), are of an inference with {cost['batch']} images of "
         f"{height}x{width}. {NOT_COUNTED}"
     )
-    steps = [[name.replace("_", " "), value / 1e9] for name, value in found["flops"].items()]
+    steps = [[name.replace("_", " "), value / 1e9] for name, value in cost["flops"].items()]
     print("\n" + format_table(steps, ["run", "GFLOPs"]))
-    parts = [[name, value / 2**20] for name, value in found["memory"].items()]
+    parts = [[name, value / 2**20] for name, value in cost["memory"].items()]
     print("\n" + format_table(parts, ["memory of a training step", "MB"]))
     print(
         "activations: what the forward pass keeps for the backward pass, in float32. On top comes what "
@@ -138,12 +137,11 @@ def main(args):
     has_momentum = solver.MOMENTUM or solver.MOMENTUM_SCHEDULE
     copies = 2 if solver.OPTIMIZER == "AdamW" else int(bool(has_momentum))
     model = build_model(cfg)
-    found = {"architecture": cfg.MODEL.META_ARCHITECTURE, "size": size, "batch": batch}
-    found |= analyze_model(model, samples, depth=args.depth, copies=copies, averaged=cfg.MODEL.EMA.ENABLED)
-    report(found)
+    cost = {"architecture": cfg.MODEL.META_ARCHITECTURE, "size": size, "batch": batch}
+    cost |= analyze_model(model, samples, depth=args.depth, copies=copies, averaged=cfg.MODEL.EMA.ENABLED)
+    report(cost)
     if args.json:
-        with atomic_write(args.json) as f:
-            json.dump(found | {"not_counted": NOT_COUNTED}, f, indent=1)
+        write_json(args.json, cost | {"not_counted": NOT_COUNTED}, indent=1)
         print(f"written to {args.json}")
 
 

@@ -532,7 +532,7 @@ MUTATIONS = {
         ),
     ],
     "scripts/predict.py": [
-        ('select(found, found["scores"] >= args.threshold)', "found"),
+        ('select(detections, detections["scores"] >= args.threshold)', "detections"),
     ],
 }
 

@@ -18,10 +18,10 @@ _LABELLED = 12
 
 def concerns(objects, detections, labels):
     """Return whether each detection has one of some labels, or is taken for an object that has it."""
-    about, types = detections["labels"].copy(), detections["type"]
+    labels_about, types = detections["labels"].copy(), detections["type"]
     confused = np.isin(types, ("class", "both"))
-    about[confused] = objects["labels"][detections["object"][confused]]
-    return np.isin(about, labels) | np.isin(detections["labels"], labels)
+    labels_about[confused] = objects["labels"][detections["object"][confused]]
+    return np.isin(labels_about, labels) | np.isin(detections["labels"], labels)
 
 
 def draw_matches(errors, index, image, *, side, skeleton=(), labels=()):
