@@ -133,11 +133,8 @@ def module_rows(model, depth, flops, outputs):
 def training_memory(model, saved, copies, averaged):
     """Return the bytes of a training step on one device, by what they are for.
 
-    Args:
-        model: the detector.
-        saved: what `count_saved_bytes` returns, of the batch of one device.
-        copies: numbers that the optimizer keeps for each that it trains.
-        averaged: whether a second, averaged model is kept.
+    `saved` is what `count_saved_bytes` returns, `copies` the number of values that the optimizer keeps for
+    each that it trains; `averaged` says whether a second, averaged model is kept.
     """
     weights = _bytes([*model.parameters(), *model.buffers()])
     trainable = _bytes(p for p in model.parameters() if p.requires_grad)
@@ -152,16 +149,11 @@ def training_memory(model, saved, copies, averaged):
 
 
 def analyze_model(model, samples, *, depth=2, copies=1, averaged=False):
-    """Run one inference and one training step of a model, and count what they cost.
-
-    Args:
-        model: the detector; a training step changes the statistics of its batch norms.
-        samples: list of samples with targets.
-        depth, copies, averaged: see `module_rows` and `training_memory`.
+    """Run one inference and one training step of a model on samples with targets, and count what they cost.
 
     Returns:
-        {"modules": rows, "flops": {inference, training_forward, training_step}, "memory": bytes}, the FLOPs
-        and activations of "modules" those of the inference.
+        {"modules": `module_rows` of the inference, "flops": {inference, training_forward, training_step},
+        "memory": `training_memory`}
     """
     model.eval()
     outputs = {}

@@ -159,10 +159,10 @@ def run_state(folder, metrics):
     return RunState(name, iteration, max_iter)
 
 
-def seconds_left(metrics, state, window=20):
+def seconds_left(metrics, state):
     """Return the seconds to the end of the training at the pace of the last lines; None if unknown."""
     _, times = metrics.get("time", ((), ()))
-    times = [t for t in times[-window:] if math.isfinite(t)]
+    times = [t for t in times[-20:] if math.isfinite(t)]
     if not times or state.max_iter <= 0:
         return None
     return statistics.median(times) * max(0, state.max_iter - state.iteration - 1)

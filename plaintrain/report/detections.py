@@ -159,15 +159,13 @@ def thresholds(dataset, analysed):
         {c.get("name"): c for c in (a["thresholds"]["overall"], *a["thresholds"]["classes"])}
         for _, a in analysed
     ]
-    keys = ("threshold", "f1") if len(analysed) > 1 else ("threshold", "f1", "precision", "recall")
-    rows = []
+    keys, rows = ("threshold", "f1", "precision", "recall"), []
     for name in dict.fromkeys(name for known in by_run for name in known):
-        columns = [[known.get(name, {}).get(key) for known in by_run] for key in keys]
-        columns[1] = mark_best(columns[1])
-        rows.append([name, *itertools.chain(*zip(*columns, strict=True))])
-    if len(analysed) > 1:
-        return {"columns": [f"{key}, {run.name}" for run, _ in analysed for key in keys], "rows": rows}
-    return {"columns": [*keys], "rows": rows}
+        values = [[known.get(name, {}).get(key) for known in by_run] for key in keys]
+        values[1] = mark_best(values[1])
+        rows.append([name, *itertools.chain(*zip(*values, strict=True))])
+    columns = [f"{key}, {run.name}" if len(analysed) > 1 else key for run, _ in analysed for key in keys]
+    return {"columns": columns, "rows": rows}
 
 
 @_by_dataset

@@ -150,10 +150,9 @@ def default_captions(instances, class_names):
 
 def _to_pixels(boxes, height, width):
     """Return the first and the last pixel of each box, within the image."""
-    boxes, limit = boxes.float().nan_to_num(), torch.tensor([width - 1.0, height - 1.0])
-    low, high = torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])
-    low = torch.minimum(low.round().clamp(min=0), limit)
-    high = torch.minimum((high.round() - 1).clamp(min=0), limit)
+    boxes, limit = boxes.float().nan_to_num().round(), torch.tensor([width - 1.0, height - 1.0])
+    low = torch.minimum(boxes[:, :2].clamp(min=0), limit)
+    high = torch.minimum(boxes[:, 2:] - 1, limit)
     return torch.cat([low, torch.maximum(low, high)], dim=1).long()
 
 
