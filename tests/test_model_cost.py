@@ -70,15 +70,22 @@ def test_every_kind_of_model_is_analysed(name):
     assert found["memory"]["activations"] > 0
 
 
-def test_script_writes_a_table_and_json(tmp_path):
+@pytest.mark.parametrize(
+    ("opts", "copies"),
+    [
+        (["SOLVER.OPTIMIZER", "AdamW"], 2),
+        (["SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.9], 1),
+        (["SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0], 0),
+    ],
+)
+def test_script_writes_a_table_and_json(tmp_path, opts, copies):
     config, file = "configs/quickstart.yaml", tmp_path / "found.json"
     options = ["--size", "64x96", "--batch", 1, "--depth", 1, "--json", file]
-    options += ["MODEL.ROI_HEADS.NUM_CLASSES", 3]
+    options += ["MODEL.ROI_HEADS.NUM_CLASSES", 3, *opts]
     output = script_output("analyze_model.py", "--config-file", ROOT / config, *options, folder=tmp_path)
     found = json.loads(file.read_text())
     assert found["modules"][0]["parameters"] == GOLDEN[config] and found["size"] == [64, 96]
-    # AdamW keeps two numbers for each that it trains.
-    assert found["memory"]["optimizer"] == 2 * found["memory"]["gradients"] > 0
+    assert found["memory"]["optimizer"] == copies * found["memory"]["gradients"]
     for words in (f"{GOLDEN[config]:,}", "counted are norms", "roi_heads", str(file)):
         assert words in output
     assert "box_head" not in output
