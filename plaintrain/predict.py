@@ -1,5 +1,6 @@
-"""One image in, its detections out: a trained detector without a dataset, a loader or an evaluator."""
+"""A trained detector without a dataset, a loader or an evaluator: an image in, its detections out."""
 
+import contextlib
 import os
 
 import numpy as np
@@ -28,19 +29,17 @@ from plaintrain.utils.errors import UserError
 from plaintrain.visualization.drawing import skeleton_of
 
 _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
-# What a run may hold beside the checkpoints that it could be resumed from.
-_BEST = "model_best.pth"
 
 
 class Predictor:
-    """A callable from an image to what a trained detector finds in it.
+    """A callable from an image to the detections of a trained model.
 
     A run's folder may have been copied from another machine: `config.yaml` and one checkpoint suffice, the
     dataset need not be there. INPUT.* for evaluation, TEST.AUG, TEST.AMP and MODEL.EMA.EVALUATE are those
     of the config; the model is not compiled.
 
     Attributes:
-        cfg: the config, with its number of classes settled.
+        cfg: the config, with its number of classes.
         pixel_range: INPUT.PIXEL_RANGE, for `read_image`.
         weights: the name of what was loaded.
         class_names: by label.
@@ -55,29 +54,41 @@ class Predictor:
             weights: as MODEL.WEIGHTS, or a file in the run's folder such as model_best.pth; "" takes the
                 run's last checkpoint (model_final.pth when it has ended), or MODEL.WEIGHTS of a config.
             opts: [KEY, VALUE, ...] to merge over the config, for example ["MODEL.DEVICE", "cpu"].
-
-        Raises:
-            UserError: there is no such run, nothing to load, or weights of another model.
         """
-        self.cfg, self.weights = _find(run, weights, opts)
-        self.pixel_range = get_pixel_range(self.cfg)
-        path = fetch_weights(self.weights)
-        self.class_names = _settle_classes(self.cfg, path)
-        self.skeleton = _settle_keypoints(self.cfg)
-        model = build_model(self.cfg)
-        ema = self.cfg.MODEL.EMA
-        averaged = ema.ENABLED and ema.EVALUATE == "averaged"
-        check_weights(self.cfg, model, self.weights, self.class_names, strict=True)
+        weights = weights or dict(zip(opts[::2], opts[1::2], strict=False)).get("MODEL.WEIGHTS", "")
+        cfg, weights = _read_run(run, weights)
+        cfg.merge_from_list(list(opts))
+        self.cfg, self.weights = cfg, weights or cfg.MODEL.WEIGHTS
+        if not self.weights:
+            raise UserError(
+                "there is nothing to predict with: MODEL.WEIGHTS is empty; name a file of weights"
+            )
+        set_value(cfg, "MODEL.WEIGHTS", self.weights)
+        set_value(cfg, "MODEL.COMPILE", False)
+        cfg.freeze()
+        self.pixel_range = get_pixel_range(cfg)
+        self.class_names = _infer_classes(cfg, fetch_weights(self.weights))
+        self.skeleton = _infer_keypoints(cfg) if cfg.MODEL.KEYPOINT_ON else ()
+        model = build_model(cfg)
+        averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
+        check_weights(cfg, model, self.weights, self.class_names, strict=True)
         load_weights(model, self.weights, self.class_names, averaged=averaged)
-        self.model = build_tta(self.cfg, model).eval()
+        self.model = build_tta(cfg, model).eval()
         device = next(model.parameters()).device.type
-        self._autocast = build_autocast(self.cfg.TEST.AMP, self.cfg.SOLVER.AMP.PRECISION, device)
-        self._steps, self._views = build_augmentation(self.cfg, is_train=False), None
-        if self.cfg.TEST.AUG.ENABLED:
-            self._views = _tta_mapper(self.cfg)
+        self._autocast = build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, device)
+        self._augmentation = build_augmentation(cfg, is_train=False)
+        self._tta_mapper = None
+        if cfg.TEST.AUG.ENABLED:
+            dataset_name = _first_dataset(cfg)
+            if dataset_name is None and cfg.MODEL.KEYPOINT_ON and cfg.TEST.AUG.FLIP:
+                raise UserError(
+                    "TEST.AUG.FLIP mirrors images, but which keypoints then change places only the datasets "
+                    "of DATASETS know, and none can be read here: set TEST.AUG.FLIP False"
+                )
+            self._tta_mapper = build_tta_mapper(cfg, dataset_name)
 
     def __call__(self, image):
-        """What is found in an image.
+        """Return the detections in an image.
 
         Args:
             image: a path or a Pillow image (the EXIF orientation and INPUT.PIXEL_RANGE are applied), a uint8
@@ -87,76 +98,53 @@ class Predictor:
             dict of tensors on the CPU, scores descending: `boxes` (`[N, 4]`, XYXY, in the image's pixels),
             `scores` (`[N]`, 0 to 1), `labels` (`[N]`, of `class_names`), with a mask head `masks` (bool
             `[N, H, W]`), with a keypoint head `keypoints` (`[N, Kp, 3]`, x, y, score).
-
-        Raises:
-            UserError: what is no image.
         """
         return self.batch([image])[0]
 
     def batch(self, images):
-        """As for one image, of several at once; those of other sizes are padded to the largest."""
+        """Return the detections in several images at once; those of other sizes are padded to the largest."""
         samples = [self._sample(to_tensor(image, self.pixel_range), i) for i, image in enumerate(images)]
         with inference_context(self.model), torch.no_grad(), self._autocast:
-            found = self.model(samples) if samples else []
-        return [{name: value.cpu() for name, value in output.items()} for output in found]
+            outputs = self.model(samples) if samples else []
+        return [{name: value.cpu() for name, value in output.items()} for output in outputs]
 
     def _sample(self, image, index):
         height, width = image.shape[-2:]
         sample = {"image_id": index, "file_name": "", "height": height, "width": width}
-        if self._views is not None:
-            return {**sample, "views": self._views.views(image)}
+        if self._tta_mapper is not None:
+            return {**sample, "views": self._tta_mapper.views(image)}
         tensors = {"image": tv_tensors.Image(image)}
-        for step in self._steps:
-            tensors = step(tensors, np.random.default_rng(0))
+        for transform in self._augmentation:
+            tensors = transform(tensors, np.random.default_rng(0))
         return {**sample, "image": plain_image(tensors)}
 
 
 def to_tensor(image, pixel_range=()):
-    """An image, as `Predictor` takes it, as a uint8 tensor `[3, H, W]`, RGB; `pixel_range`: see `read_image`.
-
-    Raises:
-        UserError: a file that cannot be read, or what is no image.
-    """
+    """Return an image, as `Predictor` takes it, as a uint8 tensor `[3, H, W]`, RGB; see also `read_image`."""
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image), pixel_range)
     if isinstance(image, Image.Image):
         return to_rgb(image, pixel_range)
-    found = f"a {type(image).__name__}"
-    if isinstance(image, np.ndarray | torch.Tensor):
-        found = f"{found} {image.dtype} of the shape {list(image.shape)}"
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
-            # A copy: a view of an array may have negative strides, which tensors do not.
-            image = torch.from_numpy(np.array(image))
-            image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
-        right = isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3
-        if right and image.shape[0] in (1, 3) and min(image.shape) > 0:
-            return image.cpu().expand(3, -1, -1)
-    raise UserError(
-        "an image must be a path, a Pillow image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W], not "
-        + found
-    )
+    if isinstance(image, np.ndarray):
+        # A copy: a view of an array may have negative strides, which tensors do not.
+        image = torch.from_numpy(image.copy())
+        image = image.permute(2, 0, 1) if image.ndim == 3 else image[None]
+    shape = list(getattr(image, "shape", ()))
+    if len(shape) != 3 or shape[0] not in (1, 3) or image.dtype != torch.uint8:
+        raise UserError(
+            "an image must be a path, a Pillow image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W], "
+            f"got {type(image).__name__} {getattr(image, 'dtype', '')} {shape}"
+        )
+    return image.cpu().expand(3, -1, -1)
 
 
-def _find(run, weights, opts):
-    """(config, weights) of what `Predictor` is given."""
-    weights = weights or dict(zip(opts[::2], opts[1::2], strict=False)).get("MODEL.WEIGHTS", "")
+def _read_run(run, weights):
+    """Return (config, name of the weights or "") of a run's folder, a checkpoint or a config."""
     if isinstance(run, CfgNode):
         cfg = run.clone()
-    else:
-        cfg, weights = _from_folder(os.path.expanduser(os.fspath(run)), weights)
-    cfg.defrost()
-    cfg.merge_from_list(list(opts))
-    weights = weights or cfg.MODEL.WEIGHTS
-    if not weights:
-        raise UserError("there is nothing to predict with: MODEL.WEIGHTS is empty; name a file of weights")
-    set_value(cfg, "MODEL.WEIGHTS", weights)
-    set_value(cfg, "MODEL.COMPILE", False)
-    cfg.freeze()
-    return cfg, weights
-
-
-def _from_folder(run, weights):
-    """(config, weights) of a run's folder or of a checkpoint."""
+        cfg.defrost()
+        return cfg, weights
+    run = os.path.expanduser(os.fspath(run))
     if os.path.isfile(run):
         text = read_checkpoint(run, mmap=True).get("config")
         if not isinstance(text, str):
@@ -166,85 +154,65 @@ def _from_folder(run, weights):
         cfg = get_cfg()
         cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
         return cfg, weights or run
-    path = os.path.join(run, "config.yaml")
-    if not os.path.isfile(path):
-        what = "has no config.yaml" if os.path.isdir(run) else "does not exist"
-        raise UserError(f"{run!r} {what}: expected the OUTPUT_DIR of a training, or a checkpoint")
     cfg = read_config(run)
     if weights and os.path.isfile(os.path.join(run, weights)):
         return cfg, os.path.join(run, weights)
-    return cfg, weights or _last_weights(run)
+    if not weights:
+        best = os.path.join(run, "model_best.pth")
+        weights, _ = read_last(run, *[best] * os.path.isfile(best), mmap=True)
+        if not weights:
+            raise UserError(
+                f"{run} holds no checkpoint: its training has not saved one yet, or it was left behind"
+            )
+    return cfg, weights
 
 
-def _last_weights(run):
-    """The newest checkpoint of a run that can be read."""
-    best = os.path.join(run, _BEST)
-    path, _ = read_last(run, *[best] * os.path.isfile(best), mmap=True)
-    if not path:
-        raise UserError(
-            f"{run} holds no checkpoint: its training has not saved one yet, or it was left behind"
-        )
-    return path
-
-
-def _datasets(cfg):
-    """Names of the config's datasets that can be read here, loaded."""
+def _first_dataset(cfg):
+    """Return the name of the first of the config's datasets that can be read here, or None."""
     try:
         declare_datasets(cfg)
     except UserError:
-        return
+        return None
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        try:
+        with contextlib.suppress(UserError):
             DatasetCatalog.get(name)
-        except UserError:
-            continue
-        yield name
+            return name
+    return None
 
 
-def _settle_classes(cfg, path):
-    """The class names, from the checkpoint, the datasets, or COCO; settles their number in the config."""
+def _infer_classes(cfg, path):
+    """Take the class names from the checkpoint, the datasets, or COCO, and their number into the config."""
     key = num_classes_key(cfg)
-    number = get_value(cfg, key)
+    configured = get_value(cfg, key)
     if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
-        set_value(cfg, key, number or 1)
+        set_value(cfg, key, configured or 1)
         return ["object"]
     try:
         names = list(read_checkpoint(path, mmap=True).get("class_names") or ())
     except DamagedCheckpointError:
         # Published weights have another form.
         names = []
-    names = names or next((class_names(name) for name in _datasets(cfg)), [])
+    if not names and _first_dataset(cfg):
+        names = class_names(_first_dataset(cfg))
     # What is published without names is of COCO, whose keypoints are those of persons.
-    of_coco = COCO_NAMES[:1] if cfg.MODEL.KEYPOINT_ON else COCO_NAMES
-    if not names and number in (0, len(of_coco)):
-        names = list(of_coco)
-    names = [str(name) for name in names] or [f"class {label}" for label in range(number)]
-    if number not in (0, len(names)):
-        raise UserError(f"{key} is {number}, but {path} was trained for {len(names)}: {', '.join(names)}")
+    coco_names = COCO_NAMES[:1] if cfg.MODEL.KEYPOINT_ON else COCO_NAMES
+    if not names and configured in (0, len(coco_names)):
+        names = coco_names
+    names = [str(name) for name in names] or [f"class {label}" for label in range(configured)]
+    if configured not in (0, len(names)):
+        raise UserError(f"{key} is {configured}, but {path} was trained for {len(names)}: {', '.join(names)}")
     set_value(cfg, key, len(names))
     return names
 
 
-def _settle_keypoints(cfg):
-    """The skeleton; settles the number of keypoints in the config."""
-    if not cfg.MODEL.KEYPOINT_ON:
-        return ()
-    metadata = next(map(MetadataCatalog.get, _datasets(cfg)), {})
-    number = get_value(cfg, _NUM_KEYPOINTS)
-    names = list(metadata.get("keypoint_names") or ())
-    if number == 0:
-        set_value(cfg, _NUM_KEYPOINTS, len(names) or 17)
-    if names and number in (0, len(names)):
+def _infer_keypoints(cfg):
+    """Take the number of keypoints into the config, and return the skeleton."""
+    name = _first_dataset(cfg)
+    metadata = MetadataCatalog.get(name) if name else {}
+    configured, names = get_value(cfg, _NUM_KEYPOINTS), metadata.get("keypoint_names") or ()
+    set_value(cfg, _NUM_KEYPOINTS, configured or len(names) or 17)
+    if names and configured in (0, len(names)):
         return skeleton_of(metadata)
-    is_coco = get_value(cfg, _NUM_KEYPOINTS) == 17
-    return tuple((a - 1, b - 1) for a, b in COCO_SKELETON) if is_coco else ()
-
-
-def _tta_mapper(cfg):
-    dataset = next(_datasets(cfg), None)
-    if dataset is None and cfg.MODEL.KEYPOINT_ON and cfg.TEST.AUG.FLIP:
-        raise UserError(
-            "TEST.AUG.FLIP mirrors images, but which keypoints then change places only the datasets of "
-            "DATASETS know, and none can be read here: set TEST.AUG.FLIP False"
-        )
-    return build_tta_mapper(cfg, dataset)
+    return (
+        skeleton_of({"keypoint_names": range(17), "skeleton": COCO_SKELETON}) if configured in (0, 17) else ()
+    )

@@ -6,11 +6,11 @@ python scripts/analyze_errors.py output/quickstart --dataset shapes_val --iou 0.
 python scripts/analyze_errors.py --config-file configs/quickstart.yaml --predictions FILE.json
 
 Takes the predictions of a run's last evaluation, or a JSON in COCO's results format for the dataset in
-DATASETS.TEST; neither a model nor images are needed. Prints AP by class and size, how much AP each kind of
+DATASETS.TEST; neither a model nor images are needed. Prints AP by class and size, how much AP each type of
 error costs (class, localisation, both, duplicate, background, missed, as TIDE defines them), the score
 threshold with the highest F1, which objects are found by their size, shape and surroundings, what classes
 are mistaken for, whether scores mean what they say, and the worst images. All of it, with curves, goes into
-a JSON: see `plaintrain.analysis.analyze.analyze` for its keys.
+a JSON: see `plaintrain.analysis.analyze` for its keys.
 """
 
 import argparse
@@ -40,7 +40,7 @@ import os
 import sys
 
 from plaintrain.analysis.analyze import analyze
-from plaintrain.analysis.error_costs import ERRORS
+from plaintrain.analysis.errors import ERRORS, OUTCOMES
 from plaintrain.analysis.run_folder import check_run, predictions_path, read_config, test_sets
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, declare_datasets
@@ -51,15 +51,7 @@ from plaintrain.utils.errors import UserError
 
 # Up to so many classes the confusion is shown as a matrix.
 _MATRIX = 12
-_MEANINGS = {
-    "class": "in the right place, of a wrong class",
-    "localisation": "of the right class, with too little overlap",
-    "both": "of a wrong class, with too little overlap",
-    "duplicate": "on an object that one with a higher score has found",
-    "background": "where nothing is",
-    "missed": "objects that no detection comes close to",
-}
-_BREAKDOWN = {
+_TITLES = {
     "size": "size, the root of the area in pixels",
     "aspect": "width / height",
     "overlaps": "number of other objects that overlap (IoU >= 0.1)",
@@ -67,124 +59,68 @@ _BREAKDOWN = {
 }
 
 
-def cell(value, scale=1.0):
-    """What a table shows: "-" for what is not known, numbers with two decimals."""
-    return "-" if value is None else value * scale if isinstance(value, float) else value
+def show(title, rows, columns=(), needed=""):
+    """Print dicts as a table, of all columns or some; skip those that have nothing in a column."""
+    shown = [row for row in rows if not needed or row[needed]]
+    skipped = f" ({len(rows) - len(shown)} without {needed} are skipped)" if len(shown) < len(rows) else ""
+    if shown:
+        columns = columns or list(shown[0])
+        cells = [["-" if row[column] is None else row[column] for column in columns] for row in shown]
+        print(f"\n{title}{skipped}\n{format_table(cells, columns)}")
 
 
-def show(title, header, rows):
-    """Print a table under its title, if there is anything in it."""
-    if rows:
-        print(f"\n{title}\n{format_table(rows, header)}")
-
-
-def left_out(rows, some, what):
-    """Words for a title."""
-    return f" (not shown: {len(rows) - len(some)} without {what})" if len(some) < len(rows) else ""
-
-
-def show_scores(found):
-    """COCO's metrics, and AP and thresholds of each class."""
+def show_analysis(found):
+    """Print the tables of an analysis."""
+    settings, confusion, thresholds = found["settings"], found["confusion"], found["thresholds"]
     for task, metrics in found["metrics"].items():
-        show(f"{task}, COCO's metrics", list(metrics), [[cell(value) for value in metrics.values()]])
-    for task, rows in found["per_class"].items():
-        header = ["class", *list(rows[0])[1:]]
-        some = [[cell(value) for value in row.values()] for row in rows if row["objects"]]
-        show(f"{task}, by class{left_out(rows, some, 'objects')}", header, some)
-    overall, classes = found["thresholds"]["overall"], found["thresholds"]["classes"]
-    rows = [["all", *overall.values()], *(list(row.values()) for row in classes)]
-    rows = [[name, *(f"{v:.3f}" for v in values)] for name, *values in rows if values[0] is not None]
-    title = f"score threshold with the highest F1{left_out(classes, rows[1:], 'a correct detection')}"
-    show(title, ["class", "threshold", "F1", "precision", "recall"], rows)
-
-
-def show_errors(found):
-    """What each kind of error costs, and how often it is made."""
-    settings = found["settings"]
+        show(f"{task}, COCO's metrics", [metrics])
+        show(f"{task}, by class", found["per_class"][task], needed="objects")
+    rows = [{"name": "all", **thresholds["overall"]}, *thresholds["classes"]]
+    show("score threshold with the highest F1", rows, needed="threshold")
     for task, errors in found["errors"].items():
         counts = {**errors["detections"], "missed": errors["objects"]["missed"]}
-        rows = [[kind, cell(errors["costs"][kind]), counts[kind], _MEANINGS[kind]] for kind in ERRORS]
-        rows += [
-            ["all false positives", cell(errors["false_positives"]), "", "all wrong detections"],
-            ["all false negatives", cell(errors["false_negatives"]), "", "all objects that are not found"],
-        ]
-        score = f"a score of at least {settings['score_threshold']:.3f} ({settings['score_threshold_is']})"
+        rows = [[error, errors["costs"][error], counts[error], OUTCOMES[error][1]] for error in ERRORS]
+        rows.append(["all false positives", errors["false_positives"], "", "all wrong detections"])
+        rows.append(["all false negatives", errors["false_negatives"], "", "all objects that are not found"])
+        columns = ["type", "AP", "count", "what it is"]
         ap = "" if errors["AP"] is None else f" of {errors['AP']:.2f}"
-        title = f"{task}, what each kind of error costs of the AP at IoU {settings['iou_threshold']:g}{ap}"
-        show(f"{title}; counts are of {score}", ["kind", "AP", "count", "detections ..."], rows)
-        columns = ["correct", *ERRORS[:-1], "erroneous", "missed"]
-        rows = [[row["name"], *(row[column] for column in columns)] for row in errors["classes"]]
-        some = [row for row in rows if any(row[1:])]
-        title = f"{task}, detections and objects by class{left_out(rows, some, 'any')}"
-        show(title, ["class", *columns], some)
-
-
-def show_objects(found):
-    """Which objects are found: by all detections, and by those above the score threshold."""
-    score = found["settings"]["score_threshold"]
-    header = ["", "objects", "found %", f"above {score:.2f} %", "IoU", "erroneous", "missed"]
-    for key, title in _BREAKDOWN.items():
-        rows = [
-            [part["name"], part["objects"], cell(part["recall"], 100.0), cell(part["recall_above"], 100.0)]
-            + [cell(part["mean_iou"]), part["erroneous"], part["missed"]]
-            for part in found["breakdown"][key]
-            if part["objects"]
-        ]
-        show(f"objects by {title}", header, rows)
-
-
-def show_confusion(found):
-    """What objects of each class are found as."""
-    confusion = found["confusion"]
+        title = f"{task}, what each type of error costs of the AP at IoU {settings['iou_threshold']:g}{ap}"
+        score = f"{settings['score_threshold']:.3f} ({settings['score_threshold_is']})"
+        title = f"{title}; counts are of a score of at least {score}"
+        show(title, [dict(zip(columns, row, strict=True)) for row in rows])
+        columns = ["name", "correct", *ERRORS[:-1], "erroneous", "missed"]
+        show(f"{task}, detections and objects by class", errors["classes"], columns)
+    columns = ["name", "objects", "recall", "recall_above", "mean_iou", "erroneous", "missed"]
+    for key, title in _TITLES.items():
+        show(f"objects by {title}", found["breakdown"][key], columns, needed="objects")
     names = confusion["labels"]
     if len(names) - 1 <= _MATRIX:
-        rows = [[name, *counts] for name, counts in zip(names, confusion["counts"], strict=True)]
-        show("objects (rows) by what they are found as (columns)", ["", *names], rows)
+        rows = [
+            {"": n, **dict(zip(names, counts, strict=True))}
+            for n, counts in zip(names, confusion["counts"], strict=True)
+        ]
+        show("objects (rows) by what they are detected as (columns)", rows)
     else:
-        header = ["class", "found as", "count", "% of the class"]
-        rows = [[p["truth"], p["found"], p["count"], cell(p["share"], 100.0)] for p in confusion["pairs"]]
-        show("classes that are mistaken most often", header, rows)
-
-
-def show_rest(found):
-    """Calibration, and the worst images."""
+        show("classes that are mistaken most often", confusion["pairs"])
     calibration = found["calibration"]
-    rows = [
-        [f"{part['low']:.1f}-{part['high']:.1f}", part["count"], cell(part["score"], 100.0)]
-        + [cell(part["precision"], 100.0)]
-        for part in calibration["bins"]
-    ]
     if calibration["expected_error"] is not None:
-        title = (
-            f"scores and how many are correct; expected calibration error {calibration['expected_error']:.3f}"
-        )
-        show(title, ["score", "detections", "mean score %", "correct %"], rows)
-    columns = ["f1", "correct", *ERRORS[:-1], "erroneous", "missed"]
-    rows = [
-        [os.path.basename(image["file_name"]), *(cell(image[column]) for column in columns)]
-        for image in found["gallery"]["worst"]
-    ]
-    show("worst images", ["file", *columns], rows)
+        title = f"scores and precision; expected calibration error {calibration['expected_error']:.3f}"
+        show(title, calibration["bins"])
+    rows = [{**e, "file": os.path.basename(e["file_name"])} for e in found["gallery"]["worst"]]
+    columns = ["file", "f1", "correct", *ERRORS[:-1], "erroneous", "missed"]
+    show("worst images", rows, columns)
 
 
 def main(args):
     """Analyse, print, write."""
-    sigmas = args.cfg.TEST.KEYPOINT_OKS_SIGMAS
-    found = analyze(
-        args.dataset,
-        args.predictions,
-        args.iou,
-        args.score_threshold,
-        gallery=args.gallery,
-        kpt_oks_sigmas=sigmas,
-    )
+    options = {"gallery": args.gallery, "kpt_oks_sigmas": args.cfg.TEST.KEYPOINT_OKS_SIGMAS}
+    found = analyze(args.dataset, args.predictions, args.iou, args.score_threshold, **options)
     crowds = f" and {found['crowds']} crowds" if found["crowds"] else ""
     print(
         f"{args.dataset}: {found['images']} images, {found['objects']} objects{crowds}, "
         f"{found['detections']} detections of {args.predictions}"
     )
-    for part in (show_scores, show_errors, show_objects, show_confusion, show_rest):
-        part(found)
+    show_analysis(found)
     write_json(args.output, found)
     print(f"\nall of it is in {args.output}")
 
@@ -206,11 +142,20 @@ def choose(args):
         names = [name for name in names if predictions_path(args.run, name)]
         if not names:
             command = f"scripts/test_net.py --config-file {os.path.join(args.run, 'config.yaml')} --resume"
-            raise UserError(
-                f"{args.run} holds no predictions, inference/DATASET/coco_instances_results.json: {command} "
-                "makes them"
-            )
-    args.dataset = args.dataset or choose_dataset(names)
+            raise UserError(f"{args.run} holds no predictions: {command} makes them")
+    choose_predictions(args, names)
+    folder = os.path.dirname(args.predictions)
+    if args.run:
+        folder = os.path.join(args.run, "inference", args.dataset)
+    args.output = args.output or os.path.join(folder, "analysis.json")
+
+
+def choose_predictions(args, names):
+    """Set the dataset, one of some names unless it is given, and its predictions."""
+    if not args.dataset and len(names) != 1:
+        known = ", ".join(names) or "none"
+        raise UserError(f"there are {len(names)} test sets, {known}: choose one with --dataset NAME")
+    args.dataset = args.dataset or names[0]
     if args.dataset not in DatasetCatalog:
         # Says which is near.
         DatasetCatalog.get(args.dataset)
@@ -221,21 +166,6 @@ def choose(args):
             raise UserError(f"there are no predictions for {args.dataset}{known}: give --predictions FILE")
     if not os.path.isfile(args.predictions):
         raise UserError(f"--predictions {args.predictions}: there is no such file")
-    folder = (
-        os.path.join(args.run, "inference", args.dataset) if args.run else os.path.dirname(args.predictions)
-    )
-    args.output = args.output or os.path.join(folder, "analysis.json")
-
-
-def choose_dataset(names):
-    """The only one of some names."""
-    if not names:
-        raise UserError("DATASETS.TEST is empty: give --dataset NAME")
-    if len(names) > 1:
-        raise UserError(
-            f"there are {len(names)} test sets, {', '.join(names)}: choose one with --dataset NAME"
-        )
-    return names[0]
 
 
 if __name__ == "__main__":

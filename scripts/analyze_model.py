@@ -11,8 +11,6 @@ classes (and keypoints) there are. One inference and one training step are run o
 """
 
 import argparse
-import json
-import os
 
 from plaintrain.utils.arguments import parse_run_arguments
 
@@ -36,20 +34,21 @@ if __name__ == "__main__":
     if args.depth < 0 or (args.batch is not None and args.batch < 1):
         parser.error("--depth must be at least 0, and --batch at least 1")
 
-from plaintrain.analysis.model import NOT_COUNTED, analyze, optimizer_copies, random_samples
+from plaintrain.analysis.model import NOT_COUNTED, analyze_model, make_random_samples
+from plaintrain.analysis.run_folder import read_config
 from plaintrain.config import check_cfg, get_cfg, get_value
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.data.transforms.geometric import shortest_edge_size
 from plaintrain.engine.launch import launch
 from plaintrain.engine.preflight import settle_num_classes
 from plaintrain.evaluation.evaluator import format_table
+from plaintrain.evaluation.predictions import write_json
 from plaintrain.modeling import build_model
 from plaintrain.modeling.build import num_classes_key
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write
 
 
-def read_config(run="", config_file="", overrides=()):
+def read_model_config(run="", config_file="", overrides=()):
     """The config, frozen, with its number of classes, for one process on the CPU that compiles nothing.
 
     The datasets are read only where the config leaves the number of classes, or of keypoints, to them.
@@ -64,12 +63,9 @@ def read_config(run="", config_file="", overrides=()):
     """
     if bool(run) == bool(config_file):
         raise UserError(f"give a run's folder or --config-file FILE, not {'both' if run else 'neither'}")
-    if run:
-        config_file = os.path.join(run, "config.yaml")
-        if not os.path.isfile(config_file):
-            raise UserError(f"{run} is no run's folder: there is no {config_file}")
-    cfg = get_cfg()
-    cfg.merge_from_file(config_file)
+    cfg = read_config(run) if run else get_cfg()
+    if config_file:
+        cfg.merge_from_file(config_file)
     cfg.merge_from_list(list(overrides))
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.COMPILE", False])
     cfg.freeze()
@@ -94,7 +90,7 @@ def default_size(cfg):
     return shortest_edge_size(3000, 4000, max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
 
 
-def report(found):
+def report(cost):
     """Print the tables."""
     header = ["module", "kind", "parameters", "trainable", "GFLOPs", "activations", "MB"]
     rows = [
@@ -107,18 +103,18 @@ def report(found):
             f"{row['activations']:,}",
             row["activation_bytes"] / 2**20,
         ]
-        for row in found["modules"]
+        for row in cost["modules"]
     ]
     widest = max(len(row[0]) for row in rows)
     print(format_table([[row[0].ljust(widest), *row[1:]] for row in rows], header))
-    height, width = found["size"]
+    height, width = cost["size"]
     print(
-        f"\nGFLOPs, and activations (what modules give), are of an inference with {found['batch']} images of "
+        f"\nGFLOPs, and activations (what modules give), are of an inference with {cost['batch']} images of "
         f"{height}x{width}. {NOT_COUNTED}"
     )
-    steps = [[name.replace("_", " "), value / 1e9] for name, value in found["flops"].items()]
+    steps = [[name.replace("_", " "), value / 1e9] for name, value in cost["flops"].items()]
     print("\n" + format_table(steps, ["run", "GFLOPs"]))
-    parts = [[name, value / 2**20] for name, value in found["memory"].items()]
+    parts = [[name, value / 2**20] for name, value in cost["memory"].items()]
     print("\n" + format_table(parts, ["memory of a training step", "MB"]))
     print(
         "activations: what the forward pass keeps for the backward pass, in float32. On top comes what "
@@ -128,7 +124,7 @@ def report(found):
 
 def main(args):
     """Analyse one model."""
-    cfg = read_config(args.run, args.config_file, args.opts)
+    cfg = read_model_config(args.run, args.config_file, args.opts)
     solver, classes = cfg.SOLVER, get_value(cfg, num_classes_key(cfg))
     size = args.size or default_size(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "SSD" and size != tuple(cfg.INPUT.FIXED_SIZE):
@@ -137,15 +133,15 @@ def main(args):
         )
     batch = args.batch if args.batch is not None else max(1, solver.IMS_PER_BATCH // solver.ACCUMULATE_STEPS)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
-    samples = random_samples(size, batch, classes, keypoints)
-    copies = optimizer_copies(solver.OPTIMIZER, solver.MOMENTUM or solver.MOMENTUM_SCHEDULE)
+    samples = make_random_samples(size, batch, classes, keypoints)
+    has_momentum = solver.MOMENTUM or solver.MOMENTUM_SCHEDULE
+    copies = 2 if solver.OPTIMIZER == "AdamW" else int(bool(has_momentum))
     model = build_model(cfg)
-    found = {"architecture": cfg.MODEL.META_ARCHITECTURE, "size": size, "batch": batch}
-    found |= analyze(model, samples, depth=args.depth, copies=copies, averaged=cfg.MODEL.EMA.ENABLED)
-    report(found)
+    cost = {"architecture": cfg.MODEL.META_ARCHITECTURE, "size": size, "batch": batch}
+    cost |= analyze_model(model, samples, depth=args.depth, copies=copies, averaged=cfg.MODEL.EMA.ENABLED)
+    report(cost)
     if args.json:
-        with atomic_write(args.json) as f:
-            json.dump(found | {"not_counted": NOT_COUNTED}, f, indent=1)
+        write_json(args.json, cost | {"not_counted": NOT_COUNTED}, indent=1)
         print(f"written to {args.json}")
 
 

@@ -19,9 +19,7 @@ import time
 
 from plaintrain.analysis.run_folder import check_run, read_metrics, run_names, run_state
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.curves import panels, smooth
-from plaintrain.visualization.plots import curve_grid, require_matplotlib, save_figure
-from plaintrain.visualization.text_plots import curve_lines, shown_metrics, state_line
+from plaintrain.visualization.curves import format_curves, format_state, group_panels
 
 _SAVED_AS = (".png", ".svg", ".pdf")
 # Moves the cursor to the upper left and erases what is below.
@@ -29,18 +27,21 @@ _CLEAR = "\x1b[H\x1b[J"
 
 
 def draw(args):
-    """Write the picture."""
+    """Write the plots to a file."""
+    # --watch needs neither matplotlib nor NumPy.
+    from plaintrain.visualization.plots import curve_figure, require_matplotlib, save_figure
+
     require_matplotlib()
     runs = dict(zip(run_names(args.runs), map(read_metrics, args.runs), strict=True))
-    found = panels(runs, args.metrics)
-    if not found:
+    panels = group_panels(runs, args.metrics)
+    if not panels:
         known = sorted({name for series in runs.values() for name in series})
         some = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
         wanted = f"no metric matches {' '.join(args.metrics)}; there are: {some}" if known else ""
         raise UserError(wanted or f"{', '.join(args.runs)} has no metrics.json with values: nothing to draw")
     path = args.output or os.path.join(args.runs[0], "curves.png")
-    save_figure(curve_grid(found, args.smooth), path)
-    print(f"{len(found)} pictures of {', '.join(runs)} are in {path}")
+    save_figure(curve_figure(panels, args.smooth), path)
+    print(f"{len(panels)} pictures of {', '.join(runs)} are in {path}")
 
 
 def text(args, width, plain):
@@ -50,8 +51,8 @@ def text(args, width, plain):
         metrics = read_metrics(folder)
         state = run_state(folder, metrics)
         goes_on = goes_on or state.name == "running"
-        curves = {m: smooth(metrics[m][1], args.smooth) for m in shown_metrics(metrics, args.metrics)}
-        lines += [state_line(name, metrics, state)[:width], *curve_lines(curves, width, plain), ""]
+        curves = format_curves(metrics, args.metrics, args.smooth, width, plain)
+        lines += [format_state(name, metrics, state)[:width], *curves, ""]
     return "\n".join(lines), goes_on
 
 

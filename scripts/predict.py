@@ -51,31 +51,26 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import writing
 from plaintrain.utils.logger import progress, setup_logger
 from plaintrain.visualization.drawing import draw_instances, scale_to, select
-from plaintrain.visualization.images import PICTURES, save_picture
+from plaintrain.visualization.pictures import PICTURES, save_picture
 
 # Pictures of smaller images are enlarged to this longer side, in pixels, so that they can be read.
 _LEAST = 320
 
 
 def find_images(inputs):
-    """The image files that paths, folders and patterns name, each once, in their order.
-
-    Raises:
-        UserError: one of them names nothing.
-    """
-    found = []
-    for name in inputs:
-        name = os.path.expanduser(name)
+    """Return the image files that paths, folders and patterns name, each once, in their order."""
+    paths = []
+    for name in map(os.path.expanduser, inputs):
         if os.path.isdir(name):
-            found += list_images(name)
+            paths += list_images(name)
         elif os.path.isfile(name):
-            found.append(name)
+            paths.append(name)
         else:
             matches = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
             if not matches:
                 raise UserError(f"{name}: there is no such image, folder or pattern that an image fits")
-            found += matches
-    return list(dict.fromkeys(os.path.abspath(path) for path in found))
+            paths += matches
+    return list(dict.fromkeys(map(os.path.abspath, paths)))
 
 
 def read_batches(paths, size, pixel_range, problems):
@@ -95,21 +90,21 @@ def read_batches(paths, size, pixel_range, problems):
         yield batch
 
 
-def to_record(path, image, found, image_id):
-    """What was found in an image as a record, its annotations with scores."""
+def to_record(path, image, detections, image_id):
+    """Return the detections in an image as a record, its annotations with scores."""
     height, width = image.shape[-2:]
     annotations = [
         {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "iscrowd": 0, "score": score}
         for box, label, score in zip(
-            *(found[key].tolist() for key in ("boxes", "labels", "scores")), strict=True
+            *(detections[key].tolist() for key in ("boxes", "labels", "scores")), strict=True
         )
     ]
-    if "masks" in found:
-        for annotation, counts in zip(annotations, encode_masks(found["masks"]), strict=True):
+    if "masks" in detections:
+        for annotation, counts in zip(annotations, encode_masks(detections["masks"]), strict=True):
             annotation["segmentation"] = {"size": [height, width], "counts": counts}
-    if "keypoints" in found:
+    if "keypoints" in detections:
         # COCO's annotations say whether a keypoint is seen; only its results have scores there.
-        points = found["keypoints"].clone()
+        points = detections["keypoints"].clone()
         points[..., 2] = 2
         for annotation, row in zip(annotations, points.flatten(1).tolist(), strict=True):
             annotation["keypoints"] = row
@@ -120,7 +115,7 @@ def to_record(path, image, found, image_id):
 def picture_names(paths):
     """Of each image the name of its picture: its own, from the folder on that holds all of them."""
     names = relative_names(paths)[1]
-    return [name if name.lower().endswith(PICTURES) else name + ".jpg" for name in names]
+    return [name if os.path.splitext(name)[1].lower() in PICTURES else name + ".jpg" for name in names]
 
 
 def setup(args):
@@ -150,12 +145,13 @@ def setup(args):
 def main(args, predictor, paths):
     """Predict and write; the exit code."""
     names = dict(zip(paths, picture_names(paths), strict=True))
-    records, problems, number = [], [], 0
+    records, problems, num_drawn = [], [], 0
     for batch in read_batches(paths, args.batch_size, predictor.pixel_range, problems):
-        for (path, image), found in zip(batch, predictor.batch([image for _, image in batch]), strict=True):
-            records.append(to_record(path, image, found, len(records) + 1))
-            shown = select(found, found["scores"] >= args.threshold)
-            number += len(shown["boxes"])
+        outputs = predictor.batch([image for _, image in batch])
+        for (path, image), detections in zip(batch, outputs, strict=True):
+            records.append(to_record(path, image, detections, len(records) + 1))
+            shown = select(detections, detections["scores"] >= args.threshold)
+            num_drawn += len(shown["boxes"])
             if not args.no_pictures:
                 if max(image.shape) < _LEAST:
                     image, shown = scale_to(image, shown, _LEAST)
@@ -165,7 +161,7 @@ def main(args, predictor, paths):
     target = os.path.join(args.output, "predictions.json")
     folder, relative = relative_names(record["file_name"] for record in records)
     write_coco(target, records, metadata, relative)
-    print(f"{number} objects with a score of at least {args.threshold:g} in {len(records)} images")
+    print(f"{num_drawn} objects with a score of at least {args.threshold:g} in {len(records)} images")
     print(f"wrote {target} (FORMAT coco, IMAGE_ROOT {folder})")
     if not args.no_pictures:
         print(f"wrote {len(records)} pictures to {args.output}")

@@ -7,9 +7,7 @@ python scripts/report.py output/a output/b --output compared.html
 It is `python -m plaintrain.report`, which a training starts at its end (OUTPUT.REPORT).
 """
 
-import sys
-
 from plaintrain.report.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

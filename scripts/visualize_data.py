@@ -35,7 +35,6 @@ if __name__ == "__main__":
     args = parser.parse_intermixed_args()
 
 import itertools
-import os
 
 import numpy as np
 
@@ -49,41 +48,30 @@ from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.engine.launch import launch
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.logger import progress
-from plaintrain.visualization.drawing import (
-    class_colors,
-    contact_sheet,
-    draw_instances,
-    record_instances,
-    scale_to,
-    select,
-    skeleton_of,
-)
-from plaintrain.visualization.images import check_picture_arguments, save_picture, show_picture
-
-# Classes that the legend of a sheet has room for.
-_LEGEND = 24
+from plaintrain.visualization.colors import class_colors
+from plaintrain.visualization.drawing import draw_instances, record_instances, scale_to, select, skeleton_of
+from plaintrain.visualization.pictures import check_picture_arguments, write_pictures
 
 
-def chosen(records, image_ids):
-    """The indices of the images with these ids, as the command line names them; of all without."""
+def select_images(records, image_ids):
+    """Return the indices of the images with these ids, as the command line names them; of all without."""
     if not image_ids:
         return list(range(len(records)))
-    found = [i for i in range(len(records)) if str(records[i]["image_id"]) in image_ids]
-    if not found:
+    indices = [i for i in range(len(records)) if str(records[i]["image_id"]) in image_ids]
+    if not indices:
         raise UserError(
             f"--image-id {', '.join(image_ids)}: no such image among {len(records)}, the first of which is "
             f"{records[0]['image_id']}"
         )
-    return found
+    return indices
 
 
 def annotated_images(cfg, args):
-    """(file name, image, instances) of the datasets' images with their annotations."""
+    """Iterate over (file name, image, instances) of the datasets' images with their annotations."""
     rng = np.random.default_rng(cfg.SEED)
     records = [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     records = list(itertools.chain(*records)) if len(records) > 1 else records[0]
-    indices = chosen(records, args.image_id)
+    indices = select_images(records, args.image_id)
     for i in rng.permutation(indices) if args.shuffle else indices:
         record = records[int(i)]
         if args.labels and not args.labels & {a["category_id"] for a in record["annotations"]}:
@@ -94,16 +82,16 @@ def annotated_images(cfg, args):
 
 
 def training_samples(cfg, args):
-    """(file name, image, instances) of samples as the training's loader makes them."""
-    parts = {}
+    """Iterate over (file name, image, instances) of samples as the training's loader makes them."""
+    options = {}
     if args.image_id:
         # Other images may still be pasted into them.
         records = training_records(cfg)
-        kept = [records[i] for i in chosen(records, args.image_id)]
-        parts = {"dataset": kept, "mapper": DatasetMapper(cfg, is_train=True, records=records)}
-        parts["sampler"] = TrainingSampler(len(kept), 1, seed=cfg.SEED)
-    loader = build_detection_train_loader(cfg, **parts)
-    # A class may be in no sample: one pass over the images, then.
+        kept = [records[i] for i in select_images(records, args.image_id)]
+        options = {"dataset": kept, "mapper": DatasetMapper(cfg, is_train=True, records=records)}
+        options["sampler"] = TrainingSampler(len(kept), 1, seed=cfg.SEED)
+    loader = build_detection_train_loader(cfg, **options)
+    # A class may be in no sample: one epoch, then.
     samples = itertools.chain.from_iterable(loader)
     for sample in itertools.islice(samples, loader.iters_per_epoch if args.labels else None):
         if args.labels and not args.labels & set(sample["target"]["labels"].tolist()):
@@ -111,20 +99,8 @@ def training_samples(cfg, args):
         yield sample["file_name"], sample["image"], sample["target"]
 
 
-def only(labels, instances):
-    """The instances of some classes, a set of labels; of all if it is empty."""
-    if not labels:
-        return instances
-    return select(instances, np.isin(instances["labels"].numpy(), list(labels)).nonzero()[0])
-
-
-def stem_of(file_name):
-    """A file's name without folder and ending, also that of a drawn image."""
-    return os.path.splitext(os.path.basename(file_name.split("?")[0]))[0]
-
-
 def setup(args):
-    """The config, after all checks of the command line that open no image."""
+    """Return the config, after all checks of the command line that open no image."""
     cfg = get_cfg()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
@@ -150,38 +126,26 @@ def setup(args):
     return cfg
 
 
+def draw(cfg, args, legend):
+    """Iterate over (file name, caption, drawn image), and add the classes that are drawn to the legend."""
+    names = class_names(cfg.DATASETS.TRAIN[0])
+    skeleton, colors = skeleton_of(MetadataCatalog.get(cfg.DATASETS.TRAIN[0])), class_colors(len(names))
+    source = annotated_images if args.source == "annotation" else training_samples
+    for file_name, image, instances in itertools.islice(source(cfg, args), args.num):
+        height, width = image.shape[-2:]
+        if args.labels:
+            instances = select(instances, np.isin(instances["labels"], list(args.labels)).nonzero()[0])
+        if max(height, width) < args.size:
+            image, instances = scale_to(image, instances, args.size)
+        legend |= {names[label]: colors[label] for label in instances["labels"].tolist()}
+        yield file_name, f"  {width}x{height}", draw_instances(image, instances, names, skeleton)
+
+
 def main(args, cfg):
     """Draw, and write or show; prints what was made."""
-    names = class_names(cfg.DATASETS.TRAIN[0])
-    skeleton = skeleton_of(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]))
-    source = annotated_images if args.source == "annotation" else training_samples
-    pictures, captions, seen = [], [], set()
-    items = itertools.islice(source(cfg, args), args.num)
-    for i, (file_name, image, instances) in enumerate(progress(items, desc="pictures", total=args.num)):
-        size, instances = tuple(image.shape[-2:]), only(args.labels, instances)
-        if max(size) < args.size:
-            image, instances = scale_to(image, instances, args.size)
-        picture = draw_instances(image, instances, names, skeleton)
-        if args.output:
-            save_picture(os.path.join(args.output, f"{i + 1:04d}_{stem_of(file_name)}.jpg"), picture)
-        seen |= set(instances["labels"].tolist())
-        captions.append(f"{stem_of(file_name)}  {size[1]}x{size[0]}")
-        pictures.append(picture if args.grid or args.show else None)
-    if not pictures:
+    legend = {}
+    if not write_pictures(draw(cfg, args, legend), args, ", ".join(cfg.DATASETS.TRAIN), legend):
         raise UserError(f"no image of {', '.join(cfg.DATASETS.TRAIN)} has what was asked for")
-    if args.output:
-        print(f"wrote {len(pictures)} pictures to {args.output}")
-    if pictures[0] is None:
-        return
-    colors = class_colors(len(names))
-    legend = {names[label]: colors[label] for label in sorted(seen)} if len(seen) <= _LEGEND else None
-    columns = min(args.columns, len(pictures))
-    sheet = contact_sheet(pictures, captions, columns, columns * max(args.size, 320), legend)
-    if args.grid:
-        save_picture(args.grid, sheet)
-        print(f"wrote {len(pictures)} pictures to {args.grid}")
-    if args.show:
-        show_picture(sheet, ", ".join(cfg.DATASETS.TRAIN))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,7 @@ MUTATIONS = {
         ),
     ],
     "plaintrain/visualization/curves.py": [
-        ("average / share if share", "average if share"),
-        ("range((len(x) - 1) % step, len(x), step)", "range(0, len(x), step)"),
+        ("average / total if total", "average if total"),
     ],
     "plaintrain/data/cache.py": [
         ("[str(image_root), list(classes or ()), Image", "[str(image_root), Image"),
@@ -121,7 +120,7 @@ MUTATIONS = {
         ("for other in shapes[index + 1 :])", "for other in shapes[:index])"),
     ],
     "plaintrain/analysis/dataset.py": [
-        ("np.bincount(y * cells + x,", "np.bincount(x * cells + y,"),
+        ("np.digitize(area, (_MEDIUM, _LARGE))", "np.digitize(area, (_LARGE, 2 * _LARGE))"),
     ],
     "plaintrain/data/transforms/tensors.py": [
         ("value.canvas_size[1 - axis] - points", "value.canvas_size[1 - axis] - 1 - points"),
@@ -184,13 +183,14 @@ MUTATIONS = {
         ("seed = before.SEED if before.SEED >= 0 else None", "seed = None"),
     ],
     "plaintrain/analysis/analyze.py": [
-        ('len(errors.objects["crowd"]) - crowds', 'len(errors.objects["crowd"])'),
+        ('len(boxes.objects["crowd"]) - crowds', 'len(boxes.objects["crowd"])'),
+        ('    wrong = wrong[objects["state"][detections["object"][wrong]] != "found"]\n', ""),
     ],
     "plaintrain/evaluation/background.py": [
         ("waiting.popleft().result()", "waiting.popleft()"),
     ],
     "plaintrain/analysis/breakdown.py": [
-        ('(objects["labels"][real], found_as[real])', '(found_as[real], objects["labels"][real])'),
+        ('(objects["labels"][real], detected_as[real])', '(detected_as[real], objects["labels"][real])'),
         ("(ends + 1 + count)", "(ends + count)"),
         ("(first != second) & (iou >= OVERLAP_IOU)", "iou >= OVERLAP_IOU"),
     ],
@@ -209,13 +209,10 @@ MUTATIONS = {
         ('"id": len(annotations) + 1', '"id": len(annotations)'),
         ('"iscrowd": int(a.get("iscrowd", 0))', '"iscrowd": 0'),
     ],
-    "plaintrain/analysis/error_costs.py": [
-        ('    blamed = blamed[matches.states[matches.objects[blamed]] != "found"]\n', ""),
-    ],
     "plaintrain/analysis/errors.py": [
-        ("_place_in_class(detections) >= MAX_DETECTIONS", "_place_in_class(detections) > MAX_DETECTIONS"),
-        ("(own[1] >= background_threshold) & (own[1] < iou_threshold)", "own[1] >= background_threshold"),
-        ("by_rank[np.argsort(-rank[by_rank])]", "by_rank[np.argsort(rank[by_rank])]"),
+        ("_rank_in_class(detections) >= MAX_DETECTIONS", "_rank_in_class(detections) > MAX_DETECTIONS"),
+        ("(own[1] >= BACKGROUND_IOU) & (own[1] < iou_threshold)", "own[1] >= BACKGROUND_IOU"),
+        ('kind="stable")[::-1]', 'kind="stable")'),
     ],
     "plaintrain/evaluation/detections.py": [
         ('np.argsort(rows[:, 0], kind="stable")', "np.arange(len(rows))"),
@@ -331,19 +328,16 @@ MUTATIONS = {
         ("norm_too=not self._scaler.is_enabled()", "norm_too=True"),
     ],
     "plaintrain/predict.py": [
-        ('averaged = ema.ENABLED and ema.EVALUATE == "averaged"', "averaged = False"),
+        ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
     ],
     "plaintrain/engine/preflight.py": [
         ("not (test.BEST_METRIC and (test.EVAL_PERIOD or of_losses))", "not test.BEST_METRIC"),
     ],
     "plaintrain/report/detections.py": [
-        (" - 2 * counts[i][i]", ""),
-        (
-            '[b["score"] for b in known], [b["precision"] for b in known]',
-            '[b["precision"] for b in known], [b["score"] for b in known]',
-        ),
+        (" - 2 * classes.diagonal()", ""),
+        ('for key in ("score", "precision"))', 'for key in ("precision", "score"))'),
     ],
-    "plaintrain/report/render.py": [
+    "plaintrain/report/build.py": [
         ("autoescape=True", "autoescape=False"),
     ],
     "plaintrain/report/runs.py": [
@@ -358,9 +352,7 @@ MUTATIONS = {
     ],
     "plaintrain/analysis/run_folder.py": [
         ("max(0, state.max_iter - state.iteration - 1)", "state.max_iter"),
-    ],
-    "plaintrain/analysis/run_log.py": [
-        ('re.sub(r"\\d+(\\.\\d+)?", "#", record.text)', "record.text"),
+        ('re.sub(r"\\d+(\\.\\d+)?", "#", text)', "text"),
     ],
     "plaintrain/solver/schedule.py": [
         ('for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"):', 'for key in ("SOLVER.BASE_LR",):'),
@@ -539,7 +531,7 @@ MUTATIONS = {
         ),
     ],
     "scripts/predict.py": [
-        ('select(found, found["scores"] >= args.threshold)', "found"),
+        ('select(detections, detections["scores"] >= args.threshold)', "detections"),
     ],
 }
 

@@ -7,13 +7,13 @@ import pytest
 from detection_helpers import add_dataset, make_annotation, make_record, random_dataset
 
 from plaintrain.analysis import breakdown
-from plaintrain.analysis.analyze import analyze
-from plaintrain.analysis.error_costs import ERRORS, ap_cost, fixed_ap
-from plaintrain.analysis.errors import KINDS, STATES, errors_above, errors_of, match_image
+from plaintrain.analysis.analyze import analyze, compute_delta_ap, compute_fixed_ap
+from plaintrain.analysis.errors import DETECTION_TYPES, ERRORS, REAL_STATES, STATES, find_errors, match
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.evaluation import COCOEvaluator
 from plaintrain.evaluation.detections import Detections
+from plaintrain.evaluation.overlaps import box_overlaps
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE, read_detections, write_predictions
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
@@ -54,9 +54,9 @@ CASES = {
 def test_the_cost_of_an_error_of_each_type(error):
     label, found, ap, costs, false_positives, false_negatives = CASES[error]
     objects = [(0, A, 0, 0)] + ([] if label is None else [(0, B, label, 0)])
-    errors = errors_of(register(objects), detections_of([(0, *row) for row in found]))
-    assert set(errors.matches.kinds) == {"correct", *({error} - {"missed"})}
-    cost = ap_cost(errors)
+    errors = find_errors(register(objects), detections_of([(0, *row) for row in found]))
+    assert set(errors.detections["type"]) == {"correct", *({error} - {"missed"})}
+    cost = compute_delta_ap(errors)
     assert cost["AP"] == pytest.approx(ap)
     assert cost["costs"] == pytest.approx(dict.fromkeys(ERRORS, 0) | costs)
     assert cost["false_positives"] == pytest.approx(false_positives)
@@ -66,32 +66,36 @@ def test_the_cost_of_an_error_of_each_type(error):
 def test_only_the_best_of_several_wrong_detections_of_an_object_is_fixed():
     name = register([(0, A, 0, 0), (0, B, 1, 0)])
     rows = [(0, A, 0.95, 0), (0, B, 0.9, 0), (0, B, 0.8, 0), (0, NEAR_B, 0.7, 1)]
-    errors = errors_of(name, detections_of(rows))
-    assert errors.matches.kinds.tolist() == ["correct", "class", "class", "localisation"]
+    errors = find_errors(name, detections_of(rows))
+    assert errors.detections["type"].tolist() == ["correct", "class", "class", "localisation"]
     # Class 0 has 1 of 1, class 1 first a false one of 0.7 and then also a correct one of 0.9.
-    assert fixed_ap(errors) == pytest.approx(50)
-    assert fixed_ap(errors, ["class"]) == fixed_ap(errors, ["localisation"]) == pytest.approx(100)
+    assert compute_fixed_ap(errors) == pytest.approx(50)
+    assert (
+        compute_fixed_ap(errors, ["class"])
+        == compute_fixed_ap(errors, ["localisation"])
+        == pytest.approx(100)
+    )
     # An object that is found already leaves nothing to fix.
-    errors = errors_of(name, detections_of([*rows, (0, B, 0.6, 1)]))
-    assert errors.matches.kinds[-1] == "correct"
-    assert fixed_ap(errors, ["class"]) == pytest.approx(75)
-    assert fixed_ap(errors, ["localisation"]) == pytest.approx(100)
+    errors = find_errors(name, detections_of([*rows, (0, B, 0.6, 1)]))
+    assert errors.detections["type"][-1] == "correct"
+    assert compute_fixed_ap(errors, ["class"]) == pytest.approx(75)
+    assert compute_fixed_ap(errors, ["localisation"]) == pytest.approx(100)
 
 
 @pytest.mark.parametrize(("seed", "iou", "metric"), [(0, 0.5, "AP50"), (1, 0.75, "AP75"), (2, 0.5, "AP50")])
 def test_the_ap_is_cocos_and_100_without_errors(seed, iou, metric):
     name, _, detections = random_dataset(seed)
-    errors = errors_of(name, detections, iou)
+    errors = find_errors(name, detections, iou)
     coco = COCOEvaluator(name).score(detections)["bbox"][metric]
-    cost = ap_cost(errors)
+    cost = compute_delta_ap(errors)
     assert 5 < coco < 95 and cost["AP"] == pytest.approx(coco, abs=1e-8)
-    assert fixed_ap(errors, ERRORS) == 100 and min(cost["costs"].values()) >= 0
+    assert compute_fixed_ap(errors, ERRORS) == 100 and min(cost["costs"].values()) >= 0
 
 
 def test_the_threshold_of_the_best_f1():
     name = register([(0, A, 0, 0), (0, B, 0, 0), (0, FAR, 2, 0)], classes=4)
     rows = [(A, 0.9, 0), (A, 0.7, 0), (B, 0.7, 0), (FAR, 0.6, 0), (A, 0.8, 1), (NEAR_B, 0.8, 2)]
-    found = breakdown.best_thresholds(errors_of(name, detections_of([(0, *row) for row in rows])))
+    found = breakdown.best_thresholds(find_errors(name, detections_of([(0, *row) for row in rows])))
     # Of class 0: 1 of 1 and half of all, 2 of 3 and all (the equal scores only together), 2 of 4 and all.
     first = {"name": "c0", "threshold": 0.7, "f1": 0.8, "precision": 2 / 3, "recall": 1}
     assert found["classes"][0] == pytest.approx(first)
@@ -104,7 +108,7 @@ def test_the_threshold_of_the_best_f1():
 def test_calibration_compares_scores_with_what_is_correct():
     objects = [(0, A, 0, 0), (0, B, 0, 0), (0, [40, 40, 100, 100], 0, 1)]
     rows = [(A, 0.95, 0), (FAR, 0.91, 1), (B, 0.15, 0), ([50, 50, 60, 60], 0.5, 0), (FAR, 1.0, 1)]
-    found = breakdown.calibration(errors_of(register(objects), detections_of([(0, *row) for row in rows])))
+    found = breakdown.calibration(find_errors(register(objects), detections_of([(0, *row) for row in rows])))
     bins = found["bins"]
     assert [part["count"] for part in bins] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 3]
     assert bins[0] == {"low": 0.0, "high": 0.1, "count": 0, "score": None, "precision": None}
@@ -117,7 +121,7 @@ def test_confusion_counts_each_object_and_each_detection_once():
     crowd = (0, [40, 40, 100, 100], 0, 1)
     objects = [(0, A, 0, 0), crowd, (1, A, 0, 0), (1, B, 1, 0), (1, FAR, 1, 0)]
     rows = [(0, A, 0.9, 0), (0, FAR, 0.8, 0), (1, A, 0.9, 1), (1, A, 0.6, 0), (1, B, 0.8, 0), (1, B, 0.9, 0)]
-    found = breakdown.confusion(errors_of(register(objects, images=2), detections_of(rows, images=2)))
+    found = breakdown.confusion(find_errors(register(objects, images=2), detections_of(rows, images=2)))
     assert found["labels"] == ["c0", "c1", "background"]
     assert found["counts"] == [[2, 0, 0], [1, 0, 1], [1, 1, 0]]
     assert found["shares"] == [[1, 0, 0], [0.5, 0, 0.5], [0.5, 0.5, 0]]
@@ -129,8 +133,8 @@ def test_objects_by_what_they_are_like():
     objects = [(0, A, 0, 0), (0, [0, 0, 10, 8], 1, 0), (0, [50, 0, 90, 10], 0, 0), (1, [0, 0, 10, 50], 0, 0)]
     name = register([*objects, (1, [0, 0, 100, 100], 0, 1)], images=2)
     rows = [(0, A, 0.9, 0), (0, [50, 0, 90, 8], 0.4, 0), (1, [0, 0, 10, 50], 0.8, 1)]
-    errors = errors_of(name, detections_of(rows, images=2))
-    found = breakdown.object_breakdown(errors, errors_above(errors, 0.5))
+    errors = find_errors(name, detections_of(rows, images=2))
+    found = breakdown.object_breakdown(errors, errors.above(0.5))
     bins = {key: {p["name"]: p["objects"] for p in parts if p["objects"]} for key, parts in found.items()}
     assert bins == {
         "size": {"< 16": 2, "16-32": 2},
@@ -148,14 +152,12 @@ def test_the_best_and_the_worst_images():
     objects = [(0, A, 0, 0), (1, A, 0, 0), (1, B, 0, 0), (2, A, 0, 0), (3, A, 0, 0), (3, B, 0, 0)]
     name = register(objects, images=6)
     rows = [(0, A, 0.9, 0), (1, A, 0.9, 0), (1, B, 0.9, 0), (2, FAR, 0.9, 0), (3, A, 0.9, 0), (5, A, 0.9, 1)]
-    errors = errors_of(name, detections_of(rows, images=6))
-    scores = breakdown.image_scores(errors)
-    assert scores["f1"] == pytest.approx([1, 1, 0, 2 / 3, 1, 0])
+    errors = find_errors(name, detections_of(rows, images=6))
     found = breakdown.best_and_worst(errors)
     assert [entry["image_id"] for entry in found["best"]] == [1, 0]
     assert [entry["image_id"] for entry in found["worst"]] == [2, 5, 3]
-    counts = dict.fromkeys([*KINDS, *STATES], 0) | {"background": 1, "missed": 1, "wrong": 1}
-    del counts["crowd"]
+    assert found["worst"][2]["f1"] == pytest.approx(2 / 3)
+    counts = dict.fromkeys([*DETECTION_TYPES, *REAL_STATES], 0) | {"background": 1, "missed": 1, "wrong": 1}
     assert found["worst"][0] == {"image_id": 2, "file_name": "2.jpg", "index": 2, "f1": 0.0, **counts}
     assert [len(entries) for entries in breakdown.best_and_worst(errors, 1).values()] == [1, 1]
 
@@ -272,102 +274,113 @@ EXPECTED = [
 ]
 
 
+def match_image(objects, detections, iou_threshold=0.5):
+    """Match the boxes of one image: the tables of objects and detections."""
+    tables = []
+    for table in (objects, detections):
+        boxes = np.array(table["boxes"], dtype=float)
+        tables.append({"crowd": np.zeros(len(boxes), dtype=bool), "image": np.zeros(len(boxes), dtype=int)})
+        tables[-1] |= {key: np.array(value) for key, value in table.items()} | {"boxes": boxes}
+    return match(*tables, box_overlaps(*tables), iou_threshold)
+
+
 def arrays_of(rows):
     boxes, labels, scores = (np.array([row[i] for row in rows]) for i in (3, 4, 5))
     return {"boxes": boxes.astype(float), "labels": labels, "scores": scores}
 
 
 def test_every_type_of_detection_and_of_object_in_any_order():
-    matches = match_image(OBJECTS, arrays_of(EXPECTED))
-    assert set(matches.kinds) == set(KINDS) and set(matches.states) == set(STATES)
+    objects, detections = match_image(OBJECTS, arrays_of(EXPECTED))
+    assert set(detections["type"]) == set(DETECTION_TYPES) and set(objects["state"]) == set(STATES)
     states = ["found", "erroneous", "erroneous", "missed", "crowd", "missed", "missed"]
-    assert matches.states.tolist() == states
+    assert objects["state"].tolist() == states
     # Of the two that are badly placed, the one with the higher score.
-    assert matches.detections.tolist() == [0, 2, 4, -1, -1, -1, -1]
+    assert objects["detection"].tolist() == [0, 2, 4, -1, -1, -1, -1]
     order = np.array([3, 0, 6, 5, 1, 4, 2])
-    objects = {key: np.array(value)[order] for key, value in OBJECTS.items()}
+    shuffled = {key: np.array(value)[order] for key, value in OBJECTS.items()}
     rows = [EXPECTED[i] for i in np.random.default_rng(0).permutation(len(EXPECTED))]
     for actual, expected, places in (
-        (matches, EXPECTED, np.arange(7)),
-        (match_image(objects, arrays_of(rows)), rows, order),
+        (detections, EXPECTED, np.arange(7)),
+        (match_image(shuffled, arrays_of(rows))[1], rows, order),
     ):
-        assert actual.kinds.tolist() == [row[0] for row in expected]
-        matched = np.where(actual.objects < 0, -1, places[actual.objects])
+        assert actual["type"].tolist() == [row[0] for row in expected]
+        matched = np.where(actual["object"] < 0, -1, places[actual["object"]])
         assert matched.tolist() == [row[1] for row in expected]
-        assert actual.ious == pytest.approx([row[2] for row in expected])
+        assert actual["iou"] == pytest.approx([row[2] for row in expected])
 
 
 def test_an_iou_equal_to_a_threshold_reaches_it():
     objects = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
 
-    def kind(height, label=0, **thresholds):
+    def type_of(height, label=0, iou_threshold=0.5):
         found = {"boxes": [[0, 0, 10, height]], "labels": [label], "scores": [1.0]}
-        return match_image(objects, found, **thresholds).kinds[0]
+        return match_image(objects, found, iou_threshold)[1]["type"][0]
 
     heights = (5, 4.99, 1, 0.99)
-    assert [kind(h) for h in heights] == ["correct", "localisation", "localisation", "background"]
-    assert [kind(h, label=1) for h in heights] == ["class", "both", "both", "background"]
-    assert kind(5, iou_threshold=0.6) == "localisation"
-    assert kind(2, background_threshold=0.3) == "background"
-    assert kind(10, iou_threshold=1.0) == "correct"
-    for thresholds in ((0.05, 0.1), (1.5, 0.1), (0.5, 0)):
-        with pytest.raises(UserError, match="the IoU that a correct detection has must be"):
-            kind(10, iou_threshold=thresholds[0], background_threshold=thresholds[1])
+    assert [type_of(h) for h in heights] == ["correct", "localisation", "localisation", "background"]
+    assert [type_of(h, label=1) for h in heights] == ["class", "both", "both", "background"]
+    assert type_of(5, iou_threshold=0.6) == "localisation"
+    assert type_of(10, iou_threshold=1.0) == "correct"
+    for iou_threshold in (0.05, 1.5):
+        with pytest.raises(UserError, match="the IoU of a correct detection must be"):
+            type_of(10, iou_threshold=iou_threshold)
 
 
 def test_a_detection_matches_the_best_object_that_is_left():
-    objects = {"boxes": [[0, 0, 10, 10], [0, 0, 10, 8]], "labels": [0, 0]}
+    truth = {"boxes": [[0, 0, 10, 10], [0, 0, 10, 8]], "labels": [0, 0]}
     found = {"boxes": [[0, 0, 10, 10]] * 3, "labels": [0] * 3, "scores": [0.5, 0.9, 0.4]}
-    matches = match_image(objects, found)
-    assert matches.kinds.tolist() == ["correct", "correct", "duplicate"]
-    assert matches.objects.tolist() == [1, 0, 0]
-    assert matches.ious == pytest.approx([0.8, 1, 1])
-    assert matches.detections.tolist() == [1, 0]
+    objects, detections = match_image(truth, found)
+    assert detections["type"].tolist() == ["correct", "correct", "duplicate"]
+    assert detections["object"].tolist() == [1, 0, 0]
+    assert detections["iou"] == pytest.approx([0.8, 1, 1])
+    assert objects["detection"].tolist() == [1, 0]
     # Of two that it overlaps alike, COCO has the later one.
     halves = {"boxes": [[0, 0, 10, 5], [0, 5, 10, 10]], "labels": [0, 0]}
-    assert match_image(halves, found).objects.tolist() == [0, 1, 1]
+    assert match_image(halves, found)[1]["object"].tolist() == [0, 1, 1]
     # The first of two types counts: a wrong place, and a duplicate, on an object of another class.
     boxes = [[0, 0, 10, 3], [0, 0, 10, 8], [20, 0, 30, 10], [20, 0, 30, 9]]
-    objects = {"boxes": boxes, "labels": [0, 1, 0, 1]}
+    truth = {"boxes": boxes, "labels": [0, 1, 0, 1]}
     found = {"boxes": [[0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 10]], "labels": [0, 0, 0]}
-    matches = match_image(objects, {**found, "scores": [0.9, 0.8, 0.7]})
-    assert matches.kinds.tolist() == ["localisation", "correct", "class"]
-    assert matches.objects.tolist() == [0, 2, 3] and matches.states.tolist()[0] == "erroneous"
+    objects, detections = match_image(truth, {**found, "scores": [0.9, 0.8, 0.7]})
+    assert detections["type"].tolist() == ["localisation", "correct", "class"]
+    assert detections["object"].tolist() == [0, 2, 3] and objects["state"][0] == "erroneous"
     # Only the hundred best of a class count.
-    objects = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
+    truth = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
     boxes = [[50, 50, 60, 60]] * 100 + [[0, 0, 10, 10]] * 2
     found = {"boxes": boxes, "labels": [0] * 102, "scores": [0.9] * 100 + [0.1, 0.2]}
-    matches = match_image(objects, found)
-    assert matches.kinds.tolist() == ["background"] * 100 + ["ignored"] * 2
-    assert matches.states.tolist() == ["missed"]
+    objects, detections = match_image(truth, found)
+    assert detections["type"].tolist() == ["background"] * 100 + ["ignored"] * 2
+    assert objects["state"].tolist() == ["missed"]
     found["labels"][3] = 1
-    assert match_image(objects, found).kinds.tolist()[-2:] == ["ignored", "correct"]
+    assert match_image(truth, found)[1]["type"].tolist()[-2:] == ["ignored", "correct"]
 
 
 def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
-    name, records, detections = random_dataset(1)
-    errors = errors_of(name, detections)
-    m = errors.matches
-    correct = m.kinds == "correct"
-    assert set(m.kinds) == set(KINDS) and set(m.states) == set(STATES)
+    name, records, predictions = random_dataset(1)
+    errors = find_errors(name, predictions)
+    types, states = errors.detections["type"], errors.objects["state"]
+    correct = types == "correct"
+    assert set(types) == set(DETECTION_TYPES) and set(states) == set(STATES)
     # Each correct detection has found one object, and each found object has one.
-    assert np.array_equal(m.detections[m.objects[correct]], np.flatnonzero(correct))
-    assert correct.sum() == (m.states == "found").sum() == len(set(m.objects[correct].tolist()))
+    targets = errors.detections["object"][correct]
+    assert np.array_equal(errors.objects["detection"][targets], np.flatnonzero(correct))
+    assert correct.sum() == (states == "found").sum() == len(set(targets.tolist()))
     for i, record in enumerate(records):
-        objects, found, alone = errors.of_image(i)
-        assert len(objects["labels"]) == len(record["annotations"]) and len(found["labels"]) == 12
-        of_detections, of_objects = (table["image"] == i for table in (errors.detections, errors.objects))
-        assert np.array_equal(alone.kinds, m.kinds[of_detections])
-        assert np.array_equal(alone.ious, m.ious[of_detections])
-        assert np.array_equal(alone.states, m.states[of_objects])
+        objects, detections = errors.of_image(i)
+        assert len(objects["labels"]) == len(record["annotations"]) and len(detections["labels"]) == 12
+        alone = match_image(
+            *({k: t[k] for k in t if k not in ("type", "state")} for t in (objects, detections))
+        )
+        for table, expected in zip((objects, detections), alone, strict=True):
+            assert all(np.array_equal(table[key], expected[key]) for key in table)
     # Of a file, and above a score.
-    every = errors_of(name, detections, iou_threshold=0.6)
-    write_predictions(tmp_path, name, detections)
+    every = find_errors(name, predictions, iou_threshold=0.6)
+    write_predictions(tmp_path, name, predictions)
     read = read_detections(tmp_path / PREDICTIONS_FILE, name)
-    some = errors_of(name, read, iou_threshold=0.6, score_threshold=0.5)
+    some = find_errors(name, read, iou_threshold=0.6, score_threshold=0.5)
     kept = every.detections["scores"] >= 0.5
     assert 0 < kept.sum() < len(kept)
-    assert np.array_equal(some.matches.kinds, every.matches.kinds[kept])
+    assert np.array_equal(some.detections["type"], every.detections["type"][kept])
     assert some.classes == ["c0", "c1", "c2", "c3"] and some.iou_threshold == 0.6
     with pytest.raises(UserError, match="errors of masks need masks"):
-        errors_of(name, read, task="segm")
+        find_errors(name, read, task="segm")

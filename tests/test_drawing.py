@@ -1,4 +1,4 @@
-"""plaintrain.visualization.drawing and images: what is drawn, where, in which colour."""
+"""plaintrain.visualization.drawing and pictures: what is drawn, where, in which colour."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,9 @@ from plaintrain.data.datasets.shapes import load_shapes
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization import drawing
-from plaintrain.visualization.drawing import PALETTE, class_colors, scale_to, select
-from plaintrain.visualization.images import save_picture, shortened
+from plaintrain.visualization.colors import PALETTE, class_colors
+from plaintrain.visualization.drawing import draw_sheet, scale_to, select, shorten
+from plaintrain.visualization.pictures import save_picture
 
 NAMES = ["circle", "square"]
 GREY = torch.full((3, 120, 160), 128, dtype=torch.uint8)
@@ -77,10 +78,6 @@ def test_masks_are_blended_small_ones_upon_large_ones_and_keypoints_joined():
     assert image[:, 80, 100].numpy() == blended[1]
     assert torch.equal(image[:, 115, 100], GREY[:, 0, 0])
 
-    # A crowd's mask is hatched.
-    crowd = {**found, "crowds": torch.tensor([False, True])}
-    hatched = drawing.draw_instances(GREY, crowd, NAMES, captions=["", ""])[:, 55:100, 60:140] != 128
-    assert 0.4 < hatched.any(dim=0).float().mean() < 0.6
     # Keypoints are drawn where their third number is above 0.
     points = torch.tensor([[[20.0, 20, 2], [100, 20, 1], [60, 100, 0]]])
     found = instances([[0, 0, 1, 1]], keypoints=points)
@@ -133,7 +130,7 @@ def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
     assert scale_to(GREY, select(found, found["labels"] > 0), 320)[1]["masks"].shape == (0, 240, 320)
     sizes = {(200, 0, 0): (40, 80), (0, 200, 0): (90, 30), (0, 0, 200): (10, 10)}
     images = [torch.tensor(c, dtype=torch.uint8)[:, None, None].expand(3, *sizes[c]) for c in sizes]
-    sheet = drawing.contact_sheet(images, columns=2, width=400)
+    sheet = draw_sheet(images, ["a", "b", "c"], columns=2, width=400)
     assert sheet.shape[2] == 400 and sheet.dtype == torch.uint8
     places = [extent(is_color(sheet, color)) for color in sizes]
     for (x0, y0, x1, y1), (height, width) in zip(places, sizes.values(), strict=True):
@@ -141,7 +138,7 @@ def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
         assert (x1 - x0) / (y1 - y0) == pytest.approx(width / height, rel=0.02)
     assert places[0][2] <= 200 <= places[1][0] and places[2][1] > places[0][3] == places[1][3]
     legend = {f"class {i}": color for i, color in enumerate(class_colors(12))}
-    more = drawing.contact_sheet(images, ["a", "b", "c"], columns=2, width=400, legend=legend)
+    more = draw_sheet(images, ["a", "b", "c"], columns=2, width=400, legend=legend)
     assert more.shape[1] > sheet.shape[1]
     assert all(is_color(more, color).sum() >= 100 for color in legend.values())
 
@@ -154,6 +151,6 @@ def test_pictures_are_written_by_their_ending_and_texts_cut_to_their_room(tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder"):
         save_picture(str(tmp_path / "file" / "a.png"), GREY)
-    assert shortened("a rather long name", 12, 1000)[0] == "a rather long name"
-    text, length = shortened("a rather long name", 12, 60)
+    assert shorten("a rather long name", 12, 1000)[0] == "a rather long name"
+    text, _, length = shorten("a rather long name", 12, 60)
     assert text.startswith("a r") and text.endswith("...") and length <= 60

@@ -34,7 +34,7 @@ def test_numbers_of_small_modules_by_hand():
     # 30 locations, 27 products for each of 4 channels; 4 products for each of 2 outputs; of 2 images.
     conv, linear = 2 * 2 * 30 * 27 * 4, 2 * 2 * 4 * 2
     assert flops[""] == conv + linear and flops["last"] == linear
-    outputs = model_analysis.watch_outputs(model, lambda: model(images))
+    outputs = model_analysis.count_outputs(model, lambda: model(images))
     assert outputs == {"stages.0": [240, 960], "stages.1": [240, 960], "last": [4, 16]}
     rows = {row["name"]: row for row in model_analysis.module_rows(model, 2, flops, outputs)}
     assert list(rows) == ["", "stages", "stages.0", "stages.1", "last"]
@@ -45,23 +45,23 @@ def test_numbers_of_small_modules_by_hand():
     assert [row["name"] for row in model_analysis.module_rows(model, 0, flops, outputs)] == [""]
     model, images = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.ReLU()), torch.rand(16, 8)
     # Saved are the input of the first, and the outputs of both ReLUs.
-    assert model_analysis.saved_bytes(model, lambda: model(images)) == 3 * 16 * 8 * 4
+    assert model_analysis.count_saved_bytes(model, lambda: model(images)) == 3 * 16 * 8 * 4
 
 
-@pytest.mark.parametrize("name, momentum, copies", [("SGD", 0.9, 1), ("SGD", 0.0, 0), ("AdamW", 0.9, 2)])
-def test_memory_of_weights_gradients_and_the_optimizer(name, momentum, copies):
-    assert model_analysis.optimizer_copies(name, momentum) == copies
-    found = model_analysis.training_memory(_Small(), 1000, copies, averaged=True)
+def test_memory_of_weights_gradients_and_the_optimizer():
+    found = model_analysis.training_memory(_Small(), 1000, 2, averaged=True)
     weights, trainable = 4 * 122, 4 * 114
     expected = {"weights": weights, "averaged": weights, "activations": 1000}
-    expected |= {"gradients": trainable, "optimizer": copies * trainable}
+    expected |= {"gradients": trainable, "optimizer": 2 * trainable}
     assert found == expected | {"total": sum(expected.values())}
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn", "mask_keypoint_rcnn", "ssd"])
 def test_every_kind_of_model_is_analysed(name):
     model = build(*ARCHITECTURES[name])
-    found = model_analysis.analyze(model, model_analysis.random_samples((64, 64), 2, K, KEYPOINTS), depth=1)
+    found = model_analysis.analyze_model(
+        model, model_analysis.make_random_samples((64, 64), 2, K, KEYPOINTS), depth=1
+    )
     whole, *parts = found["modules"]
     assert whole["parameters"] == sum(part["parameters"] for part in parts)
     assert 0 < whole["flops"] == found["flops"]["inference"]
@@ -70,13 +70,22 @@ def test_every_kind_of_model_is_analysed(name):
     assert found["memory"]["activations"] > 0
 
 
-def test_script_writes_a_table_and_json(tmp_path):
+@pytest.mark.parametrize(
+    ("opts", "copies"),
+    [
+        (["SOLVER.OPTIMIZER", "AdamW"], 2),
+        (["SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.9], 1),
+        (["SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0], 0),
+    ],
+)
+def test_script_writes_a_table_and_json(tmp_path, opts, copies):
     config, file = "configs/quickstart.yaml", tmp_path / "found.json"
     options = ["--size", "64x96", "--batch", 1, "--depth", 1, "--json", file]
-    options += ["MODEL.ROI_HEADS.NUM_CLASSES", 3]
+    options += ["MODEL.ROI_HEADS.NUM_CLASSES", 3, *opts]
     output = script_output("analyze_model.py", "--config-file", ROOT / config, *options, folder=tmp_path)
     found = json.loads(file.read_text())
     assert found["modules"][0]["parameters"] == GOLDEN[config] and found["size"] == [64, 96]
+    assert found["memory"]["optimizer"] == copies * found["memory"]["gradients"]
     for words in (f"{GOLDEN[config]:,}", "counted are norms", "roi_heads", str(file)):
         assert words in output
     assert "box_head" not in output
@@ -90,7 +99,7 @@ def test_script_writes_a_table_and_json(tmp_path):
         (["--config-file", QUICKSTART, "--size", "16x64"], "sides of 32 pixels or more"),
         (["--config-file", SSDLITE, "--size", "64x64"], "SSD takes INPUT.FIXED_SIZE"),
         ([], "give a run's folder or --config-file FILE, not neither"),
-        (["."], "is no run's folder: there is no"),
+        (["."], "has no config.yaml"),
     ],
 )
 def test_script_answers_mistakes_in_a_sentence(tmp_path, args, words):

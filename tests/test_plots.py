@@ -14,29 +14,29 @@ from report_helpers import make_run
 from script_helpers import assert_refused, script_output
 
 from plaintrain.analysis import run_folder
-from plaintrain.visualization import charts, plots
+from plaintrain.visualization import plots
 
 ODD = "a <b> & $x_1$ \\frac{"
 
 
 @functools.cache
 def figures():
-    lines = [{"label": ODD, "x": [0.0, 0.5, 1.0], "y": [1.0, 0.9, float("nan")], "color": 0, "points": True}]
-    panel = {"title": ODD, "kind": "loss", "lines": lines, "log": True, "legend": True}
+    lines = [{"label": ODD, "x": [0.0, 0.5, 1.0], "y": [1.0, 0.9, float("nan")], "color": 0}]
+    panel = {"title": ODD, "type": "loss", "lines": lines, "log": True, "legend": True}
     return {
-        "curve": plots.curve_figure(panel, 0.5),
-        "grid": plots.curve_grid([panel] * 2),
-        "xy": charts.xy_figure(lines * 2, "x", ODD, limits=(0, 1), diagonal=True),
-        "bar": charts.bar_figure([ODD, "b"], {ODD: [1.0, None], "y": [2.0, 300.0]}, "AP"),
-        "histogram": charts.histogram_figure([1, 10, 100], {"n": [3, 4]}, "x", ODD),
-        "matrix": charts.matrix_figure([[1, 2], [0, 0]], [ODD, "b"], ["c", "d"], "x", "y"),
-        "large": charts.matrix_figure(np.eye(20), range(20), list(map(str, range(20))), "x", "y"),
+        "curve": plots.curve_figure([panel], 0.5, titles=False),
+        "grid": plots.curve_figure([panel] * 2),
+        "xy": plots.xy_figure(lines * 2, "x", ODD, diagonal=True, marker="o"),
+        "bar": plots.bar_figure([ODD, "b"], {ODD: [1.0, None], "y": [2.0, 300.0]}, "AP"),
+        "histogram": plots.histogram_figure([1, 10, 100], {"n": [3, 4]}, "x", ODD, colors=[0]),
+        "matrix": plots.matrix_figure([[1, 2], [0, 0]], [ODD, "b"], "x", "y"),
+        "large": plots.matrix_figure(np.eye(20), list(map(str, range(20))), "x", "y"),
     }
 
 
 @pytest.mark.parametrize("name", ["curve", "grid", "xy", "bar", "histogram", "matrix", "large"])
 def test_a_figure_in_a_page_has_the_colour_of_its_text_and_ids_of_its_own(name):
-    texts = [plots.svg_text(figures()[name], salt) for salt in ("one", "two")]
+    texts = [plots.to_svg(figures()[name]) for _ in range(2)]
     roots = [ET.fromstring(text) for text in texts]
     ids = [{e.get("id") for e in root.iter() if e.get("id")} for root in roots]
     assert not ids[0] & ids[1]

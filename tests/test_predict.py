@@ -118,8 +118,9 @@ def test_to_tensor_reads_images_as_a_dataset_and_refuses_what_is_none(tmp_path):
     assert torch.equal(to_tensor(np.asarray(grey)), read_image(str(tmp_path / "grey.png")))
     for image, words in (
         ("nowhere.jpg", "nowhere.jpg does not exist"),
-        (np.zeros((4, 4, 3)), r"not a ndarray float64 of the shape \[4, 4, 3\]"),
-        (torch.zeros(3, 4, 4), "not a Tensor torch.float32"),
+        (np.zeros((4, 4, 3)), r"got Tensor torch.float64 \[3, 4, 4\]"),
+        (torch.zeros(2, 4, 4, dtype=torch.uint8), r"got Tensor torch.uint8 \[2, 4, 4\]"),
+        (4, "got int"),
     ):
         with pytest.raises(UserError, match=words):
             to_tensor(image)

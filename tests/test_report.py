@@ -12,9 +12,8 @@ from report_helpers import EVIL, full_report, make_run
 from script_helpers import assert_refused, script_output
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog
-from plaintrain.report import datasets, detections, render, runs
-from plaintrain.report.build import SECTIONS, build_report
-from plaintrain.report.render import Cell, format_score, format_value, load_template
+from plaintrain.report import build, detections, runs
+from plaintrain.report.build import SECTIONS, build_report, format_value, load_template
 from plaintrain.utils.errors import UserError
 
 _EMPTY = {"meta", "link", "img", "path", "use", "rect", "image", "br"}
@@ -62,8 +61,8 @@ def report_of(tmp_path, *folders):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Sections without the drawing, which takes seconds."""
-    monkeypatch.setattr(render, "svg_text", lambda figure, name: "<svg></svg>")
-    for module in (detections, datasets, runs):
+    monkeypatch.setattr(build, "to_svg", lambda figure: "<svg></svg>")
+    for module in (detections, runs):
         for name in [name for name in vars(module) if name.endswith("_figure")]:
             monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
 
@@ -80,13 +79,13 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
         "run": ["torch", "9.9", "abc", "my.yaml", "SOLVER.BASE_LR", "1 times, first"],
         "curves": ["learning rate", "AP by class", "loss"],
         "scores": ["AP75", "–"],
-        "errors": ["localisation", "AP50 that mending it would gain"],
-        "confusion": ["found as", "background"],
+        "errors": ["localisation", "AP50 that fixing it would gain"],
+        "confusion": ["detected as", "background"],
         "calibration": ["dashed: ideal"],
         "thresholds": ["all, one threshold"],
         "groups": ["Crowdedness"],
-        "gallery": ["F1", "what is found"],
-        "data": ["report_train", "train", "report_val", "test", "64 x 64", "Where the objects are"],
+        "gallery": ["F1", "detections"],
+        "data": ["report_train", "train", "report_val", "test", "64 x 64", "width by height"],
         "timing": ["0.5", " 2 ", "32", "0:01:40"],
         "warnings": ["3 boxes are odd", "2"],
     }.items():
@@ -111,7 +110,11 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
 
 def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path, undrawn):
     folder = make_run(tmp_path / "run")
-    for name in ("metrics.json", "last_checkpoint", "inference/report_val/coco_instances_results.json"):
+    inference = "inference/report_val"
+    for name in (
+        *("metrics.json", "last_checkpoint"),
+        *(f"{inference}/results.json", f"{inference}/coco_instances_results.json"),
+    ):
         (folder / name).unlink()
     for name in ("log.txt", "log.txt.rank1"):
         os.utime(folder / name, (0, 0))
@@ -164,16 +167,17 @@ def test_several_runs_are_compared(tmp_path, undrawn):
 
 
 def test_cells_of_a_table_are_escaped_and_sortable_and_numbers_short():
-    table = load_template().table
-    shown = table(["n<", "x", "y"], [["a<", 1.5, Cell("10 s", 10)], [None, None, Cell("–", None)]], "<c>")
+    template = load_template()
+    shown = template.table(["n<", "x", "y"], [["a<", 1.5, runs.Best(10)], [None, None, float("nan")]], "<c>")
     assert '<th scope="col" class="number" aria-sort="none"><button type="button">x</button></th>' in shown
-    assert "<td>a&lt;</td>" in shown and "<td>–</td>" in shown
-    assert '<td class="number" data-value="10">10 s</td>' in shown and '<td class="number">–</td>' in shown
+    assert "<td>a&lt;</td>" in shown and "<td>–</td>" in shown and '<td class="number">–</td>' in shown
+    assert '<td class="number best" data-value="10.0">10</td>' in shown
     assert "<caption>&lt;c&gt;</caption>" in shown and 'aria-label="&lt;c&gt;"' in shown
-    assert "<button" not in table(["a"], [["b"]], sortable=False)
+    assert "<button" not in template.table(["a"], [["b"]], sortable=False)
     values = {1234567.0: "1,234,567", 0.00012346: "0.0001235", 12.0: "12", None: "–", float("inf"): "–"}
     assert [format_value(value) for value in values] == [*values.values()]
-    assert [format_score(v) for v in (12.345, None, float("nan"))] == ["12.3", "–", "–"]
+    assert [template.score(v) for v in (12.345, None, float("nan"))] == ["12.3", "–", "–"]
+    assert [type(v) is runs.Best for v in runs.mark_best([1.0, 2.0, None])] == [False, True, False]
 
 
 def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(tmp_path):
@@ -197,16 +201,16 @@ def test_busiest_classes_are_those_of_most_confusions(monkeypatch):
     monkeypatch.setattr(detections, "_MOST_ROWS", 1)
     counts = [[9, 0, 0, 0], [0, 2, 1, 0], [0, 0, 3, 0], [0, 0, 0, 0]]
     labels, counts, _ = detections._busiest({"labels": ["a", "b", "c", "background"], "counts": counts})
-    assert (labels, counts) == (["b", "background"], [[2, 0], [0, 0]])
+    assert (labels, counts.tolist()) == (["b", "background"], [[2, 0], [0, 0]])
 
 
 def test_calibration_draws_the_precision_over_the_score(monkeypatch):
     draw = Mock()
-    monkeypatch.setattr(detections, "curve_line", lambda name, x, y, color: {"x": x, "y": y, "color": color})
     monkeypatch.setattr(detections, "xy_figure", draw)
     monkeypatch.setattr(detections, "histogram_figure", Mock())
     bins = [{"score": 0.2, "precision": 0.1, "count": 3}, {"score": 0.7, "precision": 0.9, "count": 0}]
     analysis = {"calibration": {"bins": bins, "expected_error": 0.1}}
-    detections.calibration("cells", [(Mock(color=0), analysis)])
+    run = Mock(color=0, test_sets=["cells"], analyses={"cells": analysis}, problems={})
+    detections.calibration([run])
     (line,) = draw.call_args.args[0]
     assert (line["x"], line["y"]) == ([0.2], [0.1])

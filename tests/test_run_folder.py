@@ -1,4 +1,4 @@
-"""What a run has left in its folder, and its curves: run_folder, run_facts, run_log, curves, text_plots."""
+"""What a run has left in its folder, and its curves: run_folder, run_facts, curves."""
 
 import json
 import math
@@ -9,13 +9,19 @@ import sys
 import pytest
 from report_helpers import make_run
 
-from plaintrain.analysis import run_folder, run_log
-from plaintrain.analysis.run_folder import recorded_starts
+from plaintrain.analysis import run_folder
 from plaintrain.config import get_cfg
 from plaintrain.engine.run_facts import write_run_facts
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.curves import panels, smooth, thin, wants_log
-from plaintrain.visualization.text_plots import ascii_line, braille, curve_lines, shown_metrics, state_line
+from plaintrain.utils.run_files import recorded_starts
+from plaintrain.visualization.curves import (
+    format_curves,
+    format_state,
+    group_panels,
+    smooth,
+    sparkline,
+    wants_log,
+)
 
 
 def test_metrics_are_series_and_what_is_cut_off_is_left_out(tmp_path):
@@ -36,38 +42,35 @@ def test_a_whole_run_its_warnings_and_the_names_of_it_and_its_results(tmp_path):
     assert run_folder.split_result("val/total_loss") is None and run_folder.split_result("lr") is None
     folder = make_run(tmp_path / "run")
     assert len(run_folder.read_metrics(folder)["lr"][0]) == 100
-    assert run_folder.run_state(folder) == ("finished", 199, 200)
+    metrics = run_folder.read_metrics(folder)
+    assert run_folder.run_state(folder, metrics) == ("finished", 199, 200)
     assert run_folder.read_config(folder).DATASETS.TEST == ("report_val",)
     assert run_folder.test_sets(folder) == ["report_val"]
     assert run_folder.predictions_path(folder, "report_val").endswith("coco_instances_results.json")
     assert run_folder.predictions_path(folder, "other") is None
-    assert run_folder.read_results(folder)["report_val"]["bbox"]["AP50"] == 20.9
-    results = {"report_val": {"bbox": {"AP": 5, "APl": None}}}
-    (folder / "inference/report_val/results.json").write_text(json.dumps(results))
     scores = run_folder.read_results(folder)["report_val"]["bbox"]
-    assert scores["AP"] == 5 and math.isnan(scores["APl"])
+    assert scores["AP50"] == 20.9 and scores["APl"] is None
     assert run_folder.run_names(["/a/x", "/b/y"]) == ["x", "y"]
-    assert run_folder.run_names(["/a/x", "/b/x"]) == [os.path.join("a", "x"), os.path.join("b", "x")]
-    assert run_folder.run_names(["/a/x", "/a/x"]) == ["x (1)", "x (2)"]
+    assert run_folder.run_names(["/a/x", "b/x"]) == ["/a/x", "b/x"]
     for other, words in ((tmp_path / "nowhere", "no folder"), (tmp_path, "no run's folder")):
         with pytest.raises(UserError, match=words):
             run_folder.check_run(other)
-    with pytest.raises(UserError, match=r"no .*config\.yaml"):
+    with pytest.raises(UserError, match=r"has no config\.yaml"):
         run_folder.read_config(tmp_path)
     # Warnings that differ in numbers are counted together, over all ranks.
-    warning, other = run_log.read_warnings(folder)
+    warning, other = run_folder.read_warnings(folder)
     assert warning["text"] == "3 boxes are odd\nand so on" and warning["level"] == "WARNING"
     assert warning["count"] == 2 and warning["last"] == "11/27 05:46:58" and warning["files"] == ["log.txt"]
     assert other["files"] == ["log.txt.rank1"]
 
 
-def test_the_state_of_a_run_and_how_it_was_started_are_in_its_lock_and_its_log(tmp_path, monkeypatch):
+def test_the_state_of_a_run_is_in_its_lock_and_its_log(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run")
     (folder / "last_checkpoint").write_text("model_0000009.pth")
 
     def state(alive):
         monkeypatch.setattr(run_folder, "alive", lambda folder: alive)
-        return run_folder.run_state(folder).name
+        return run_folder.run_state(folder, {}).name
 
     assert [state(True), state(False)] == ["running", "interrupted"]
     # Of another machine only the age of the log tells.
@@ -75,15 +78,6 @@ def test_the_state_of_a_run_and_how_it_was_started_are_in_its_lock_and_its_log(t
     for name in ("log.txt", "log.txt.rank1"):
         os.utime(folder / name, (0, 0))
     assert state(None) == "interrupted"
-    # Without run.json the log says how it was started.
-    (start,) = run_folder.read_starts(folder)
-    assert start["command"] == ["scripts/plain_train_net.py OUTPUT_DIR here"]
-    assert start["world_size"] == 2 and start["environment"] == {"python": "3.12.1", "GPUs": "none"}
-    facts = {"starts": [{"command": ["a", "b"]}]}
-    (folder / "run.json").write_text(json.dumps(facts))
-    assert run_folder.read_starts(folder) == facts["starts"]
-    (folder / "run.json").write_text('{"starts": [')
-    assert run_folder.read_starts(folder) == [start]
 
 
 def test_curves_are_smoothed_thinned_logarithmic_and_of_characters():
@@ -91,17 +85,11 @@ def test_curves_are_smoothed_thinned_logarithmic_and_of_characters():
     assert smooth([0.0, 1.0], 0.5) == pytest.approx([0, 2 / 3])
     assert smooth([1.0, math.nan, 1.0], 0.5) == pytest.approx([1, 1, 1])
     assert smooth([1.0, 5.0], 0) == [1, 5]
-    # A thinned curve keeps its last point, and one that falls far is logarithmic.
-    x, y = thin(list(range(1000)), list(range(1000)), 100)
-    assert len(x) == 100 and x[-1] == y[-1] == 999
-    assert thin([1], [2]) == ([1], [2])
+    # One that falls far is logarithmic.
     assert wants_log([{"y": [100.0, 10.0, 1.0]}])
     assert not any(wants_log([{"y": y}]) for y in ([2.0, 1.0], [100.0, 0.0], []))
-    # It falls from the upper left to the lower right.
-    lines = braille([4.0, 3.0, 2.0, 1.0], 2, 1)
-    assert lines == [chr(0x2800 + 0x01 + 0x10) + chr(0x2800 + 0x04 + 0x80)]
-    assert braille([math.nan], 2, 1) == ["\u2800\u2800"]
-    assert ascii_line([0.0, 1.0], 3) == " =#" and ascii_line([], 2) == "  "
+    assert sparkline([4.0, 2.0, math.nan, 1.0], 4, "abcd") == "db a"
+    assert sparkline([3.0, 3.0, 1.0, 0.0], 2, "abc") == "ca" and sparkline([], 2, "ab") == "  "
 
 
 def test_panels_group_the_metrics_of_one_run_and_the_runs_of_each_metric():
@@ -109,7 +97,7 @@ def test_panels_group_the_metrics_of_one_run_and_the_runs_of_each_metric():
     names = ["total_loss", "loss_cls", "val/total_loss", "d/bbox/AP", "d/bbox/AP50", "d/bbox/APs"]
     names += ["d/bbox/AP-dog", "lr", "time", "data_time", "epoch"]
     metrics = dict.fromkeys(names, series)
-    assert {p["title"]: [line["label"] for line in p["lines"]] for p in panels({"a": metrics})} == {
+    assert {p["title"]: [line["label"] for line in p["lines"]] for p in group_panels({"a": metrics})} == {
         "loss": ["total_loss", "loss_cls"],
         "validation loss": ["total_loss"],
         "AP, bbox on d": ["AP", "AP50"],
@@ -117,24 +105,24 @@ def test_panels_group_the_metrics_of_one_run_and_the_runs_of_each_metric():
         "learning rate": ["lr"],
         "seconds per iteration": ["time", "data_time"],
     }
-    (lr,) = (p for p in panels({"a": metrics, "b": {"lr": series}}) if p["title"] == "lr")
+    (lr,) = (p for p in group_panels({"a": metrics, "b": {"lr": series}}) if p["title"] == "lr")
     assert [(line["label"], line["color"]) for line in lr["lines"]] == [("a", 0), ("b", 1)]
-    chosen = panels({"a": metrics}, ["*/APs", "loss_*"])
+    chosen = group_panels({"a": metrics}, ["*/APs", "loss_*"])
     assert [p["title"] for p in chosen] == ["loss", "AP, bbox on d"]
 
 
 def test_the_text_of_a_run_has_its_state_its_metrics_and_fits_the_width(tmp_path):
     metrics = run_folder.read_metrics(make_run(tmp_path / "run"))
     state = run_folder.RunState("running", 99, 200)
-    assert state_line("run", metrics, state) == "run: running, iteration 100 of 200, 0:00:50 left"
-    names = shown_metrics(metrics)
-    assert names == ["total_loss", "report_val/bbox/AP", "lr", "time", "data_time"]
-    assert shown_metrics(metrics, ["loss_*"]) == ["loss_cls", "loss_box_reg"]
-    for plain, height in ((True, 1), (False, 3)):
-        lines = curve_lines({n: metrics[n][1] for n in names}, 70, plain)
-        assert len(lines) == height * len(names) and max(map(len, lines)) <= 70
-        assert lines[0].startswith("total_loss") and "1.05" in lines[0]
+    assert format_state("run", metrics, state) == "run: running, iteration 100 of 200, 0:00:50 left"
+    for plain in (True, False):
+        lines = format_curves(metrics, width=80, plain=plain)
+        assert [line.split()[0] for line in lines] == [
+            *("total_loss", "report_val/bbox/AP", "lr", "time", "data_time")
+        ]
+        assert max(map(len, lines)) <= 80 and "1.05 " in lines[0] and lines[0].endswith("1.05 to 6")
         assert "".join(lines).isascii() == plain
+    assert [line.split()[0] for line in format_curves(metrics, ["loss_*"])] == ["loss_cls", "loss_box_reg"]
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from PIL import Image, ImageShow
 from script_helpers import assert_refused, script_output
 from torchvision.transforms.v2.functional import resize_image
 
+from plaintrain.analysis.errors import OUTCOMES
 from plaintrain.data.datasets.shapes import CLASSES, load_shapes
 from plaintrain.data.images import read_image
 from plaintrain.structures import BoxMode
-from plaintrain.visualization.drawing import PALETTE
+from plaintrain.visualization.colors import PALETTE
 
 CONFIG = """
 DATASETS:
@@ -26,7 +27,7 @@ DATASETS:
 INPUT: {MIN_SIZE_TRAIN: [48], AUGMENTATIONS: []}
 MODEL: {MASK_ON: True}
 """
-COLORS = ((225, 25, 40), (255, 140, 0), (150, 70, 230), (0, 130, 255), (240, 70, 190))
+COLORS = tuple(OUTCOMES[n][0] for n in ("missed", "localisation", "class", "duplicate", "background"))
 RED, ORANGE, PURPLE, BLUE, PINK = COLORS
 # Without a display.
 ENV = {"DISPLAY": None, "WAYLAND_DISPLAY": None}

@@ -3,11 +3,9 @@
 python scripts/report.py output/quickstart
 python scripts/report.py output/a output/b --output compared.html
 
-The file needs no network and no other file: it can be sent by mail. It shows what was run, curves, scores,
-precision and recall, errors and what they cost, confusion, calibration, the best and the worst images, the
-data, times, and what was logged as a warning, also of a run that goes on. What depends on images or on
-predictions that are not there is left out, and it says why. A training makes RUN/report.html at its end
-(OUTPUT.REPORT), as `python -m plaintrain.report RUN` does.
+The file needs no network and no other file: it can be sent by mail. It also shows a run that goes on. What
+depends on images or on predictions that are missing is skipped, and it says why. A training makes
+RUN/report.html at its end (OUTPUT.REPORT), as `python -m plaintrain.report RUN` does.
 """
 
 import argparse
@@ -16,7 +14,7 @@ import sys
 
 
 def main():
-    """Make the file; the exit code, 2 if a folder is no run's."""
+    """Make the file; the exit code is 2 if a folder is no run's."""
     parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs (OUTPUT_DIR)")
     parser.add_argument("--output", metavar="FILE", help="default: report.html in the first RUN")
@@ -28,20 +26,19 @@ def main():
     from plaintrain.utils.errors import UserError
 
     output = args.output or os.path.join(args.runs[0], "report.html")
-    code = 2
     try:
         for folder in args.runs:
             check_run(folder)
-        code = 1
+    except UserError as e:
+        parser.error(str(e))
+    try:
         build_report(args.runs, output)
     except UserError as e:
         if args.debug:
             raise
-        print(f"error: {e}", file=sys.stderr)
-        return code
+        sys.exit(f"error: {e}")
     print(f"the report of {', '.join(args.runs)} is in {output} ({os.path.getsize(output) / 1e6:.1f} MB)")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,36 +1,41 @@
 """The report as a whole: its sections, each of which may fail without harm to the others."""
 
 import datetime
+import functools
 import logging
-from functools import partial
+import math
+import shlex
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
 
 import plaintrain
+from plaintrain.analysis.errors import OUTCOMES
 from plaintrain.analysis.run_folder import run_names
-from plaintrain.report import datasets, detections, gallery, runs
-from plaintrain.report.detections import by_dataset
-from plaintrain.report.gather import gather
-from plaintrain.report.render import load_template
+from plaintrain.report import detections, runs
 from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.files import atomic_write
-from plaintrain.visualization.plots import require_matplotlib
+from plaintrain.visualization.colors import to_hex
+from plaintrain.visualization.plots import require_matplotlib, to_svg
 
 logger = logging.getLogger(__name__)
 
 # The id, which is a macro of the template too, the title, and the function that makes the macro's data from a
-# list of `RunFacts`; "gallery" is of one run.
+# list of `Run`; "gallery" is of one run.
 SECTIONS = (
     ("summary", "Summary", runs.summary),
     ("run", "What was run", runs.what_was_run),
     ("curves", "Curves", runs.curves),
     ("scores", "AP", runs.scores),
-    ("precision-recall", "Precision and recall", partial(by_dataset, detections.precision_recall)),
-    ("errors", "Errors", partial(by_dataset, detections.errors)),
+    ("precision-recall", "Precision and recall", detections.precision_recall),
+    ("errors", "Errors", detections.errors),
     ("confusion", "Confusion", detections.confusion),
-    ("calibration", "Calibration", partial(by_dataset, detections.calibration)),
-    ("thresholds", "Thresholds", partial(by_dataset, detections.thresholds)),
-    ("groups", "Size and crowdedness", partial(by_dataset, detections.groups)),
-    ("gallery", "Best and worst images", gallery.gallery),
-    ("data", "Data", datasets.datasets),
+    ("calibration", "Calibration", detections.calibration),
+    ("thresholds", "Thresholds", detections.thresholds),
+    ("groups", "Size and crowdedness", detections.groups),
+    ("gallery", "Best and worst images", detections.gallery),
+    ("data", "Data", runs.datasets),
     ("timing", "Time and memory", runs.timing),
     ("warnings", "Warnings", runs.warnings),
 )
@@ -42,13 +47,10 @@ def build_report(folders, output):
     Args:
         folders: their folders; the first one's colour is the first everywhere.
         output: the file.
-
-    Raises:
-        UserError: matplotlib is missing, a folder is no run's, or the file cannot be written.
     """
     require_matplotlib()
     names = run_names(folders)
-    facts = [gather(f, n, i) for i, (f, n) in enumerate(zip(folders, names, strict=True))]
+    facts = [runs.Run(f, n, i) for i, (f, n) in enumerate(zip(folders, names, strict=True))]
     sections = [
         (id_, title, _render(id_, title, collect, facts))
         for id_, title, collect in SECTIONS
@@ -58,9 +60,8 @@ def build_report(folders, output):
     title = names[0] if len(names) == 1 else f"{len(names)} runs compared"
     subtitle = f"{', '.join(names)}: report" if len(names) > 1 else "Report"
     subtitle += f" of {now}, by plaintrain {plaintrain.__version__}"
-    text = load_template().page(title, subtitle, sections)
     with atomic_write(output) as f:
-        f.write(text)
+        f.write(load_template().page(title, subtitle, sections))
 
 
 def _render(id_, title, collect, facts):
@@ -73,3 +74,42 @@ def _render(id_, title, collect, facts):
         # Whatever is wrong with one part, the rest is worth reading.
         logger.warning(f"the section {title!r} of the report could not be made", exc_info=True)
         return template.note(f"This could not be made: {type(e).__name__}: {first_line(e)}")
+
+
+@functools.cache
+def load_template():
+    """Return the template's macros: one for each section, and `page`.
+
+    A key that is missing in the data of a section raises.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=format_value,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "color": to_hex,
+        "command": shlex.join,
+        "duration": lambda seconds: str(datetime.timedelta(seconds=round(seconds))),
+        "numeric": lambda rows: [all(map(_is_number, column)) for column in zip(*rows, strict=True)],
+        "svg": lambda figure: Markup(to_svg(figure)),
+    }
+    environment.globals["outcomes"] = OUTCOMES
+    environment.tests["best"] = lambda value: isinstance(value, runs.Best)
+    return environment.get_template("report.html.jinja").module
+
+
+def _is_number(value):
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def format_value(value):
+    """Format floats in at most 4 digits, whole ones from 1000 on; None, NaN and infinity as a dash."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return value

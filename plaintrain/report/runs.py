@@ -1,237 +1,268 @@
-"""The sections on the runs: how they stand, what was run, curves, AP, time and memory, warnings."""
+"""What a report knows about its runs, and the sections on them: config, curves, AP, data, time and memory."""
 
-import datetime
+import logging
 import math
-import os
-import shlex
 import statistics
 
+from plaintrain.analysis import run_folder
+from plaintrain.analysis.analyze import analyze
+from plaintrain.analysis.dataset import dataset_statistics
 from plaintrain.analysis.run_folder import seconds_left, split_result
-from plaintrain.config import get_cfg
 from plaintrain.config.yaml import flatten
-from plaintrain.report.render import Figure, format_duration, format_score, format_value, score_cell
-from plaintrain.visualization.charts import cut
-from plaintrain.visualization.curves import panels
-from plaintrain.visualization.plots import curve_figure
+from plaintrain.data.catalog import DatasetCatalog, class_names
+from plaintrain.data.datasets.builtin import declare_dataset
+from plaintrain.evaluation.predictions import read_detections
+from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.logger import silenced
+from plaintrain.utils.run_files import recorded_starts
+from plaintrain.visualization.curves import group_panels
+from plaintrain.visualization.plots import bar_figure, curve_figure, cut
 
-# Of the place, not of the run.
-_OF_THE_PLACE = ("OUTPUT_DIR",)
+logger = logging.getLogger(__name__)
+
 # Weight of the smoothed line of a curve.
 _SMOOTHING = 0.6
 _MOST_WARNINGS = 100
+# (statistic, title, of what its bars are percentages, remark).
+_HISTOGRAMS = (
+    ("objects_per_image", "Objects in an image", "images", ""),
+    ("box_size", "Size", "objects", "root of the box' area, pixels"),
+    ("aspect", "Shape", "objects", "width by height"),
+)
 
 
-def training_seconds(run):
-    """Return the seconds of all iterations, of the mean time in each line of metrics.json; None without."""
-    iterations, times = run.metrics.get("time", ((), ()))
-    total, before = 0.0, -1
-    for iteration, seconds in zip(iterations, times, strict=True):
-        total += (iteration - before) * seconds if math.isfinite(seconds) else 0.0
-        before = iteration
-    return total if iterations else None
+class Run:
+    """A run's folder, as `run_folder` reads it, and the analysis of its predictions.
+
+    Attributes:
+        name, color: what to call it, and its index in every plot.
+        unreadable: {dataset: why its declaration cannot be used here}.
+        problems: {test set: why there is no analysis of it}.
+        analyses, detections: {test set: what `analyze` returns}, and of the same their `Detections`.
+    """
+
+    def __init__(self, folder, name, color=0):
+        run_folder.check_run(folder)
+        self.folder, self.name, self.color = folder, name, color
+        self.metrics = run_folder.read_metrics(folder)
+        self.state = run_folder.run_state(folder, self.metrics)
+        self.config = run_folder.read_config_tree(folder)
+        self.starts = recorded_starts(folder)
+        self.warnings = run_folder.read_warnings(folder)
+        self.results = run_folder.read_results(folder)
+        self.test_sets = run_folder.test_sets(folder)
+        self.train_sets = list(self.config.get("DATASETS", {}).get("TRAIN") or ())
+        self.unreadable, self.problems, self.analyses, self.detections = {}, {}, {}, {}
+        declared = self.config.get("DATASETS", {}).get("DECLARE") or {}
+        for dataset in [name for name in (*self.test_sets, *self.train_sets) if name in declared]:
+            # A name that means something else here already has no analysis.
+            try:
+                declare_dataset(dataset, declared[dataset])
+            except UserError as e:
+                self.unreadable[dataset] = self.problems[dataset] = str(e)
+        for dataset in self.test_sets:
+            if dataset not in self.problems:
+                self._analyze(dataset)
+
+    def _analyze(self, dataset):
+        """Analyse a test set's predictions, or note why that cannot be done."""
+        path = run_folder.predictions_path(self.folder, dataset)
+        if path is None:
+            self.problems[dataset] = (
+                f"{self.folder} holds no predictions for {dataset}; the next evaluation writes them, also "
+                f"that of scripts/test_net.py --config-file {self.folder}/config.yaml --resume"
+            )
+            return
+        sigmas = self.config.get("TEST", {}).get("KEYPOINT_OKS_SIGMAS") or ()
+        try:
+            # Scoring says what it scores with, which nobody has asked for here.
+            with silenced(logging.INFO):
+                self.detections[dataset] = read_detections(path, dataset)
+                options = {"kpt_oks_sigmas": sigmas, "detections": self.detections[dataset]}
+                self.analyses[dataset] = analyze(dataset, path, **options)
+        except UserError as e:
+            self.problems[dataset] = str(e)
+        except Exception as e:
+            logger.warning(
+                f"the predictions of {self.folder} for {dataset} could not be analysed", exc_info=True
+            )
+            self.problems[dataset] = (
+                f"its predictions could not be analysed: {type(e).__name__}: {first_line(e)}"
+            )
+
+    @property
+    def training_seconds(self):
+        """Seconds of all iterations, of the mean time in each line of metrics.json; None without."""
+        iterations, times = self.metrics.get("time", ((), ()))
+        total, before = 0.0, -1
+        for iteration, seconds in zip(iterations, times, strict=True):
+            total += (iteration - before) * seconds if math.isfinite(seconds) else 0.0
+            before = iteration
+        return total if iterations else None
+
+    @property
+    def scored_tasks(self):
+        """List of (dataset, task, {metric: score}) of the last evaluation."""
+        return [(d, task, scores) for d, tasks in self.results.items() for task, scores in tasks.items()]
 
 
-def _scored_tasks(runs):
-    return list(
-        dict.fromkeys((d, task) for run in runs for d, tasks in run.results.items() for task in tasks)
-    )
+class Best(float):
+    """The highest of several scores."""
 
 
-def _scores(runs, dataset, task):
-    """Return the scores of each run's last evaluation, {metric: score} each."""
-    return [run.results.get(dataset, {}).get(task, {}) for run in runs]
-
-
-def _score_cells(scores, metric):
-    values = [s.get(metric) for s in scores]
-    return [score_cell(value, values) for value in values]
+def mark_best(values):
+    """Return scores, of which the highest is a `Best` if at least two are known."""
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    return [Best(v) if len(known) > 1 and v == max(known) else v for v in values]
 
 
 def summary(runs):
     """Return the few numbers that matter most and the state of each run."""
-    tasks = _scored_tasks(runs)
     if len(runs) > 1:
+        tasks = dict.fromkeys((dataset, task) for run in runs for dataset, task, _ in run.scored_tasks)
         metrics = [(name, task, dataset) for dataset, task in tasks for name in ("AP", "AP50")]
-        columns = [f"{name} ({task}, {dataset})" for name, task, dataset in metrics]
-        scores = [_score_cells(_scores(runs, dataset, task), name) for name, task, dataset in metrics]
+        scores = [mark_best([r.results.get(d, {}).get(t, {}).get(n) for r in runs]) for n, t, d in metrics]
         rows = [
-            [run, run.state.name, run.state.iteration + 1, training_seconds(run), *cells]
-            for run, *cells in zip(runs, *scores, strict=True)
+            [run, run.state.name, run.state.iteration + 1, run.training_seconds, *of_run]
+            for run, *of_run in zip(runs, *scores, strict=True)
         ]
-        return {"columns": columns, "rows": rows}
+        return {"columns": [f"{name} ({task}, {dataset})" for name, task, dataset in metrics], "rows": rows}
     (run,) = runs
-    cards = []
-    for dataset, task in tasks:
-        scores = run.results[dataset][task]
-        names = [name for name in ("AP", "AP50", "AP75") if name in scores]
-        cards += [(name, format_score(scores[name]), f"{task}, {dataset}") for name in names]
-    seconds = training_seconds(run)
-    if seconds is not None:
-        cards.append(("training", format_duration(seconds), f"{run.state.iteration + 1:,} iterations"))
-    left = seconds_left(run.metrics, run.state) if run.state.name == "running" else None
-    return {"run": run, "seconds_left": left, "cards": cards[:8], "facts": _facts(run), "best": _best(run)}
-
-
-def _facts(run):
-    """Return names and values that describe the model and the data."""
     model = run.config.get("MODEL", {})
     words = [model.get("META_ARCHITECTURE"), model.get("BACKBONE", {}).get("NAME"), model.get("WEIGHTS")]
-    facts = [("model", ", ".join(filter(None, words))), ("trained on", ", ".join(run.train_sets))]
-    for name in run.test_sets:
-        a = run.analyses.get(name)
-        counts = ""
-        if a:
-            counts = f": {a['images']:,} images, {a['objects']:,} objects, {a['detections']:,} detections"
-        facts.append(("tested on", name + counts))
-    return facts
+    return {
+        "run": run,
+        "model": ", ".join(filter(None, words)),
+        "seconds_left": seconds_left(run.metrics, run.state) if run.state.name == "running" else None,
+        "best": _describe_best(run.metrics),
+    }
 
 
-def _best(run):
+def _describe_best(metrics):
     """Return a sentence on the evaluation with the best AP; None with fewer than two."""
-    metric = next((n for n in run.metrics if split_result(n) and split_result(n)[2] == "AP"), None)
-    iterations, values = run.metrics.get(metric, ((), ()))
+    name = next((n for n in metrics if split_result(n) and split_result(n)[2] == "AP"), None)
+    iterations, values = metrics.get(name, ((), ()))
     known = [(v, i) for i, v in zip(iterations, values, strict=True) if math.isfinite(v)]
     if len(known) < 2:
         return None
-    value, at = max(known)
-    if at == iterations[-1]:
-        return f"The last of {len(values)} evaluations was the best ({metric})."
-    words = f"The best of {len(values)} evaluations was after iteration {at + 1:,}: {metric} "
-    return f"{words}{value:.1f}, now {values[-1]:.1f}."
+    value, iteration = max(known)
+    words = f"The best of {len(values)} evaluations was after iteration {iteration + 1:,}: {name} "
+    return f"{words}{value:.1f}; the last had {values[-1]:.1f}."
 
 
 def what_was_run(runs):
-    """Return commands, configs, versions, machines and the state of git."""
-    starts = [(run, _start(run)) for run in runs]
-    if len(runs) == 1:
-        return {"starts": starts, **_config_of_one(runs[0])}
+    """Return the runs, and the config of one or the differences between those of several."""
     configs = [flatten(run.config) for run in runs]
-    rows = []
-    for key in sorted(set().union(*configs) - set(_OF_THE_PLACE)):
-        values = [config.get(key, "–") for config in configs]
-        if any(value != values[0] for value in values):
-            rows.append([key, *map(_setting, values)])
-    return {"starts": starts, "names": [run.name for run in runs], "differences": rows}
-
-
-def _start(run):
-    """Describe the last start and the state of the folder; None where no start is known."""
-    if not run.starts:
-        return None
-    start = run.starts[-1]
-    command = list(map(str, start.get("command") or ["–"]))
-    git = start.get("git") or {}
-    changed = git.get("changed_files")
-    if isinstance(changed, list):
-        changed = f"{len(changed)}: {', '.join(map(str, changed[:10]))}" if changed else "none"
-    resumed = len(run.starts) - 1
-    facts = {
-        "folder": os.path.abspath(run.folder),
-        "config file": start.get("config_file"),
-        "started": start.get("started"),
-        "last line of metrics.json": _last_written(run),
-        "resumed": f"{resumed} times, first started {run.starts[0].get('started')}" if resumed else "",
-        "processes": start.get("world_size"),
-        "plaintrain": start.get("plaintrain"),
-        "git commit": f"{git['commit']} ({git.get('branch')})" if git.get("commit") else "",
-        "files changed since": changed,
-    }
-    command = shlex.join(command) if len(command) > 1 else command[0]
-    return {"command": command, "facts": facts, "environment": start.get("environment") or {}}
-
-
-def _last_written(run):
-    path = os.path.join(run.folder, "metrics.json")
-    if not os.path.isfile(path):
-        return ""
-    written = datetime.datetime.fromtimestamp(os.path.getmtime(path)).astimezone()
-    return written.isoformat(timespec="seconds")
-
-
-def _config_of_one(run):
-    """Return the config and its differences from the one it is based on or, if unknown, the defaults."""
-    config = flatten(run.config)
-    changes = run.starts[-1].get("changes") if run.starts else None
-    against = "the config it is based on"
-    if not isinstance(changes, list):
-        defaults = flatten(get_cfg())
-        changes = [(k, defaults.get(k, "–"), v) for k, v in config.items() if defaults.get(k, "–") != v]
-        against = "the defaults"
-    return {
-        "against": against,
-        "changes": [[key, _setting(before), _setting(now)] for key, before, now in changes],
-        "config": [[key, _setting(value)] for key, value in sorted(config.items())],
-    }
-
-
-def _setting(value):
-    return "null" if value is None else str(format_value(value)) if value != "" else "''"
+    keys = sorted(set().union(*configs))
+    if len(runs) == 1:
+        changes = runs[0].starts[-1].get("changes") if runs[0].starts else []
+        return {"runs": runs, "changes": changes, "config": [[key, configs[0][key]] for key in keys]}
+    rows = [[key, *(config.get(key, "–") for config in configs)] for key in keys if key != "OUTPUT_DIR"]
+    return {"runs": runs, "differences": [row for row in rows if any(v != row[1] for v in row[2:])]}
 
 
 def curves(runs):
     """Draw the metrics over the iterations."""
-    figures = []
-    for i, panel in enumerate(panels({run.name: run.metrics for run in runs})):
-        remark = "logarithmic" if panel["log"] else ""
-        figures.append(Figure(f"curve{i}", curve_figure(panel, _SMOOTHING), panel["title"], remark))
-    return figures
+    panels = group_panels({run.name: run.metrics for run in runs})
+    return [
+        (curve_figure([p], _SMOOTHING, titles=False), p["title"], "logarithmic" if p["log"] else "")
+        for p in panels
+    ]
 
 
 def scores(runs):
-    """Return the scores of the last evaluation, and those by class."""
-    columns, tables = [run.name for run in runs] if len(runs) > 1 else ["AP"], []
-    for dataset, task in _scored_tasks(runs):
-        known = _scores(runs, dataset, task)
-        names = list(dict.fromkeys(name for s in known for name in s))
-        main = [[n, *_score_cells(known, n), n] for n in names if "-" not in n]
-        classes = [[n.removeprefix("AP-"), *_score_cells(known, n)] for n in names if n.startswith("AP-")]
-        table = {"columns": columns, "rows": classes, "skipped": 0} if classes else None
+    """Return tables of the scores of the last evaluation, and those by class."""
+    tables = []
+    for dataset, task in dict.fromkeys((d, task) for run in runs for d, task, _ in run.scored_tasks):
+        known = [run.results.get(dataset, {}).get(task, {}) for run in runs]
+        names = list(dict.fromkeys(name for of_run in known for name in of_run))
+        rows = {name: mark_best([of_run.get(name) for of_run in known]) for name in names}
+        main = [[name, *values, name] for name, values in rows.items() if "-" not in name]
+        classes = [[n.removeprefix("AP-"), *values] for n, values in rows.items() if n.startswith("AP-")]
+        columns, num_empty = [run.name for run in runs] if len(runs) > 1 else ["AP"], 0
         if classes and len(runs) == 1 and dataset in runs[0].analyses:
-            table = _class_table(runs[0].analyses[dataset]["per_class"].get(task, []))
-        tables.append({"dataset": dataset, "task": task, "main": main, "classes": table})
+            per_class = runs[0].analyses[dataset]["per_class"].get(task, [])
+            columns = ["objects", "AP", "AP50", "AP75", "APs", "APm", "APl"]
+            classes = [[c["name"], *(c[key] for key in columns)] for c in per_class if c["objects"]]
+            num_empty = len(per_class) - len(classes)
+        table = {"dataset": dataset, "task": task, "main": main}
+        tables.append({**table, "columns": columns, "classes": classes, "skipped": num_empty})
     return {"columns": [run.name for run in runs] if len(runs) > 1 else ["score"], "tables": tables}
-
-
-def _class_table(classes):
-    """Return AP by class with the number of objects, from the analysis of a single run."""
-    metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    shown = [c for c in classes if c["objects"]]
-    rows = [[c["name"], c["objects"], *(score_cell(c[m]) for m in metrics)] for c in shown]
-    return {"columns": ["objects", *metrics], "rows": rows, "skipped": len(classes) - len(shown)}
 
 
 def timing(runs):
     """Return times of an iteration, of the training, and the memory: a row for each run."""
     rows = []
     for run in runs:
-        seconds, data = _median(run, "time"), _median(run, "data_time")
+        seconds, data = (_median(run.metrics.get(name, ((), ()))[1]) for name in ("time", "data_time"))
         images = run.config.get("SOLVER", {}).get("IMS_PER_BATCH")
-        rows.append(
-            [
-                run,
-                seconds,
-                data,
-                round(100 * data / seconds, 2) if seconds and data is not None else None,
-                images / seconds if seconds and images else None,
-                training_seconds(run),
-                max(run.metrics.get("max_mem", ((), (None,)))[1], default=None),
-            ]
-        )
+        waiting = round(100 * data / seconds, 2) if seconds and data is not None else None
+        speed = images / seconds if seconds and images else None
+        memory = max(run.metrics.get("max_mem", ((), ()))[1], default=None)
+        rows.append([run, seconds, data, waiting, speed, run.training_seconds, memory])
     return rows if any(run.metrics.get("time") for run in runs) else []
 
 
-def _median(run, name):
-    values = [v for v in run.metrics.get(name, ((), ()))[1] if math.isfinite(v)]
-    return statistics.median(values) if values else None
+def _median(values):
+    finite = [v for v in values if math.isfinite(v)]
+    return statistics.median(finite) if finite else None
+
+
+def datasets(runs):
+    """Return statistics of the datasets that the runs are trained and tested on."""
+    roles, statistics_of, unreadable = {}, {}, {}
+    for run in runs:
+        for role, names in (("train", run.train_sets), ("test", run.test_sets)):
+            for name in names:
+                roles.setdefault(name, {})[role] = None
+        unreadable |= run.unreadable
+    for name in roles:
+        try:
+            statistics_of[name] = dataset_statistics(DatasetCatalog.get(name), class_names(name))
+        except UserError as e:
+            unreadable.setdefault(name, e)
+    classes = dict.fromkeys(c for s in statistics_of.values() for c in s["classes"])
+    counts = ("objects", "images")
+    return {
+        "datasets": [[name, " and ".join(roles[name]), *_counts(s)] for name, s in statistics_of.items()],
+        "unreadable": unreadable,
+        "columns": [
+            f"{counted}, {name}" for name in statistics_of for counted in ("objects", "images with it")
+        ],
+        "classes": [
+            [c, *(s["classes"].get(c, {}).get(key) for s in statistics_of.values() for key in counts)]
+            for c in classes
+        ],
+        "figures": list(_draw_histograms(statistics_of)),
+    }
+
+
+def _counts(s):
+    """Return the counts of a dataset, percentages of its objects by size, and the image sizes."""
+    percentages = [round(100 * area, 1) for area in s["areas"]]
+    ranges = [f"{a}" if a == b else f"{a} to {b}" for a, b in s["ranges"].values()]
+    counts = [s[key] for key in ("images", "empty_images", "objects", "crowds", "mean_objects")]
+    return [*counts, *percentages, " x ".join(ranges)]
 
 
 def warnings(runs):
-    """Return (run, rows of what was logged as a warning or worse, number of those skipped) of each run."""
+    """Return, for each run, the rows of what was logged as a warning or worse."""
     logged = []
     for run in runs:
+        shown = run.warnings[:_MOST_WARNINGS]
+        keys = ("count", "first", "last")
         rows = [
-            [w["level"], cut(w["text"], 500), w["count"], w["first"], w["last"], ", ".join(w["files"])]
-            for w in run.warnings[:_MOST_WARNINGS]
+            [w["level"], cut(w["text"], 500), *(w[k] for k in keys), ", ".join(w["files"])] for w in shown
         ]
-        logged.append((run, rows, len(run.warnings) - len(rows)))
+        logged.append((run, rows))
     return logged
+
+
+def _draw_histograms(statistics_of):
+    for key, title, counted, remark in _HISTOGRAMS if statistics_of else ():
+        counts = {name: s[key]["counts"] for name, s in statistics_of.items()}
+        names = next(iter(statistics_of.values()))[key]["names"]
+        used = [i for i, of_bin in enumerate(zip(*counts.values(), strict=True)) if any(of_bin)]
+        series = {n: [100 * c[i] / max(1, sum(c)) for i in used] for n, c in counts.items()}
+        if used:
+            yield bar_figure([names[i] for i in used], series, f"% of the {counted}"), title, remark
