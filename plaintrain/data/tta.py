@@ -6,7 +6,7 @@ from torchvision import tv_tensors
 
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.data.keypoints import dataset_flip_indices
-from plaintrain.data.transforms.arguments import check_list, check_number
+from plaintrain.data.transforms.arguments import CheckedArguments, argument
 from plaintrain.data.transforms.geometric import shortest_edge_size
 from plaintrain.data.transforms.tensors import horizontal_flip, image_size, plain_image, resize
 from plaintrain.utils.errors import UserError
@@ -20,7 +20,7 @@ _KEYS = {
 
 
 @dataclass(frozen=True)
-class TTAMapper:
+class TTAMapper(CheckedArguments):
     """A callable from (record, generator) to the sample that `DetectorWithTTA` takes.
 
     A sample holds `image_id`, `file_name`, the original `height` and `width`, and `views`, one for
@@ -38,19 +38,13 @@ class TTAMapper:
         pixel_range: see `read_image`.
     """
 
-    min_sizes: tuple
-    max_size: int
+    min_sizes: tuple = argument(0, count=0, whole=True)
+    max_size: int = argument(1, whole=True)
     flip: bool = True
-    fixed_size: tuple | None = None
+    fixed_size: tuple | None = argument(1, count=2, whole=True, default=None, other=None)
     keypoint_flip_indices: tuple | None = None
     pixel_range: tuple = ()
     thread_safe = True
-
-    def __post_init__(self):
-        check_list(self, "min_sizes", 0, whole=True)
-        check_number(self, "max_size", 1, whole=True)
-        if self.fixed_size is not None:
-            check_list(self, "fixed_size", 1, count=2, whole=True)
 
     def __call__(self, record, rng=None):
         """Make the sample; nothing is drawn from `rng`.

@@ -1,7 +1,7 @@
 """The augmentations that a config names."""
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 
 from plaintrain.data.transforms.copy_paste import SimpleCopyPaste
 from plaintrain.data.transforms.crops import FixedSizeCrop, RandomCrop, RandomIoUCrop
@@ -19,19 +19,22 @@ from plaintrain.utils.errors import UserError, nearest
 
 # What INPUT.AUGMENTATIONS may name.
 AUGMENTATIONS = {
-    "FixedSizeCrop": FixedSizeCrop,
-    "RandomCrop": RandomCrop,
-    "RandomErasing": RandomErasing,
-    "RandomHorizontalFlip": RandomHorizontalFlip,
-    "RandomIoUCrop": RandomIoUCrop,
-    "RandomPhotometricDistort": RandomPhotometricDistort,
-    "RandomShortestSize": RandomShortestSize,
-    "RandomVerticalFlip": RandomVerticalFlip,
-    "RandomZoomOut": RandomZoomOut,
-    "Resize": Resize,
-    "ResizeShortestEdge": ResizeShortestEdge,
-    "ScaleJitter": ScaleJitter,
-    "SimpleCopyPaste": SimpleCopyPaste,
+    augmentation.__name__: augmentation
+    for augmentation in (
+        FixedSizeCrop,
+        RandomCrop,
+        RandomErasing,
+        RandomHorizontalFlip,
+        RandomIoUCrop,
+        RandomPhotometricDistort,
+        RandomShortestSize,
+        RandomVerticalFlip,
+        RandomZoomOut,
+        Resize,
+        ResizeShortestEdge,
+        ScaleJitter,
+        SimpleCopyPaste,
+    )
 }
 _FROM_DATASET = "keypoint_flip_indices"
 
@@ -97,25 +100,10 @@ def _from_entry(entry, keypoint_flip_indices):
         raise UserError(f"INPUT.AUGMENTATIONS has an unknown augmentation {name!r}; {hint}")
     order = {_FROM_DATASET: keypoint_flip_indices} if name == "RandomHorizontalFlip" else {}
     try:
-        _check_names(AUGMENTATIONS[name], arguments)
         return AUGMENTATIONS[name](**arguments, **order)
     except UserError as e:
-        shown = [k if v is MISSING else f"{k}={v!r}" for k, v in _arguments(AUGMENTATIONS[name]).items()]
-        raise UserError(f"INPUT.AUGMENTATIONS: {name}: {e}; its arguments are {', '.join(shown)}") from e
-
-
-def _arguments(augmentation):
-    """Argument -> default of those that a config may give."""
-    return {field.name: field.default for field in fields(augmentation) if field.name != _FROM_DATASET}
-
-
-def _check_names(augmentation, given):
-    known = _arguments(augmentation)
-    for key in given:
-        if key not in known:
-            near = nearest(key, known, least=0.6)
-            hint = f", did you mean {near}?" if near else ""
-            raise UserError(f"it has no argument {key!r}{hint}")
-    for key, default in known.items():
-        if default is MISSING and key not in given:
-            raise UserError(f"it needs the argument {key}")
+        raise UserError(f"INPUT.AUGMENTATIONS: {name}: {e}") from e
+    except TypeError as e:
+        parameters = inspect.signature(AUGMENTATIONS[name]).parameters
+        known = ", ".join(parameter for parameter in parameters if parameter != _FROM_DATASET)
+        raise UserError(f"INPUT.AUGMENTATIONS: {e}; the arguments are {known}") from e
