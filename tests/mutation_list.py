@@ -123,6 +123,10 @@ MUTATIONS = {
             "size // world_size * rank, size // world_size * (rank + 1)",
         ),
         ("share = np.bincount(labels) / len(records)", "share = np.bincount(labels) / len(labels)"),
+        (
+            "np.repeat([factors[name] for name in names], records.lengths)",
+            "np.repeat([factors[name] for name in sorted(names)], records.lengths)",
+        ),
     ],
     "plaintrain/data/datasets/shapes.py": [
         ("for other in shapes[index + 1 :])", "for other in shapes[:index])"),
@@ -138,22 +142,14 @@ MUTATIONS = {
         ("torch.tensor([width, height])", "torch.tensor([height, width])"),
         ('keep &= tensors["masks"].as_subclass(torch.Tensor).flatten(1).any(dim=1).bool()', "keep &= keep"),
     ],
-    "plaintrain/data/thread_loader.py": [
-        (
-            ("while waiting:\n                yield [sample.result() for sample in waiting.popleft()]"),
-            ("while waiting:\n                yield [sample.result() for sample in waiting.pop()]"),
-        ),
-    ],
     "plaintrain/data/loader.py": [
+        (
+            ("while waiting:\n            yield [sample.result() for sample in waiting.popleft()]"),
+            ("while waiting:\n            yield [sample.result() for sample in waiting.pop()]"),
+        ),
         ("np.random.default_rng((self._seed, position)))", "np.random.default_rng((self._seed, index)))"),
         ("np.random.default_rng((self._seed, position, 0))", "np.random.default_rng()"),
         ("        np.random.set_state(before[1])\n", ""),
-    ],
-    "plaintrain/data/train_sampler.py": [
-        (
-            "np.repeat([factors[name] for name in names], records.lengths)",
-            "np.repeat([factors[name] for name in sorted(names)], records.lengths)",
-        ),
     ],
     "plaintrain/data/transforms/geometric.py": [
         ("max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))", "max(1, int(new[0])), max(1, int(new[1]))"),
