@@ -14,6 +14,9 @@ from plaintrain.data.transforms.tensors import has_extent, hide_outside, plain_i
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
+# What a sample has of its record.
+SAMPLE_KEYS = ("image_id", "file_name", "height", "width")
+
 
 class DatasetMapper:
     """A callable from (record, generator) to the sample that a model takes.
@@ -77,7 +80,7 @@ class DatasetMapper:
         """
         rng = np.random.default_rng() if rng is None else rng
         tensors = self._augmented(record, self.augmentations, rng)
-        sample = {key: record[key] for key in ("image_id", "file_name", "height", "width")}
+        sample = {key: record[key] for key in SAMPLE_KEYS}
         sample["image"] = plain_image(tensors)
         if self.is_train:
             sample["target"] = _target(tensors)

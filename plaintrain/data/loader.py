@@ -133,7 +133,7 @@ def load_in_processes(dataset, batches, num_workers):
 
 
 def load_in_threads(dataset, batches, num_threads):
-    """Yield lists of samples that threads make, in order; the threads end with the iterator, however it ends."""
+    """Yield lists of samples that threads make, in order; the threads end with the iterator."""
     # A thread's first computation asks how many cores to use: this one's comes before the workers set it.
     torch.get_num_threads()
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
