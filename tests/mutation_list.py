@@ -205,7 +205,7 @@ MUTATIONS = {
         ("sorted(image_numbers[detections.seen].tolist())", "sorted(image_numbers.tolist())"),
     ],
     "plaintrain/evaluation/coco_backend.py": [
-        ("    evaluation.params.kpt_oks_sigmas = problem.sigmas\n", ""),
+        ("        evaluation.params.kpt_oks_sigmas = np.array(problem.sigmas)\n", ""),
     ],
     "plaintrain/evaluation/coco_gt.py": [
         ("np.argsort(np.argsort(ids)) + 1", "np.argsort(ids) + 1"),

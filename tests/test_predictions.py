@@ -145,18 +145,18 @@ _MISTAKES = {
     "not JSON": ("<html>", r"the results file .*found\.json is not JSON"),
     "not a list": ({"annotations": []}, r"found\.json must hold a list of detections"),
     "numbers": ([1, 2], r"found\.json must hold a list of detections"),
-    "image": ([_GOOD, _GOOD | {"image_id": 3}], r"detection 1 in .*image 3, .* in pets \(3 images, .* 2\)"),
-    "name of an image": ([_GOOD | {"image_id": "2"}], r"detection 0 in .*is of image '2'"),
+    "image": ([_GOOD, _GOOD | {"image_id": 3}], r"detection 1 in .*, for pets, belongs to image 3"),
+    "name of an image": ([_GOOD | {"image_id": "2"}], r"detection 0 in .* belongs to image 2"),
     "no image": ([{"score": 1, "category_id": 5, "bbox": [1] * 4}], r"detection 0 in .* has no image_id"),
-    "class": ([_GOOD | {"category_id": 0}], r"category_id 0, but pets has 3 categories: 3 cat, "),
+    "class": ([_GOOD | {"category_id": 0}], r"for pets, has category_id 0, but .* \[3, 5, 7\]"),
     "no box": ([{"image_id": 2, "category_id": 5, "score": 1}], r"detection 0 in .* has no bbox"),
     "box": ([_GOOD | {"bbox": [1, 2, math.nan, 4]}], r"detection 0 in .* has bbox \[1, 2, nan, 4\]"),
     "negative": ([_GOOD | {"bbox": [9, 2, -3, 4]}], r"has bbox \[9, 2, -3, 4\], whose width or height"),
     "score": ([_GOOD | {"score": math.nan}], r"detection 0 in .*found\.json has the score nan"),
     "no score": ([{**_GOOD, "score": None}], r"detection 0 in .* has the score None"),
-    "some masks": ([_GOOD | {"segmentation": _RLE}, _GOOD], r"detection 1 in .* has no segmentation, but"),
+    "some masks": ([_GOOD | {"segmentation": _RLE}, _GOOD], r"only 1 of 2 detections have a segmentation"),
     "turned mask": ([_GOOD | {"segmentation": _TURNED}], r"detection 0 in .* an RLE of the size \[30, 40\]"),
-    "some keypoints": ([_GOOD, _GOOD | {"keypoints": [1] * 6}], r"detection 0 in .* has no keypoints"),
+    "some keypoints": ([_GOOD, _GOOD | {"keypoints": [1] * 6}], r"only 1 of 2 detections have keypoints"),
     "keypoints": ([_GOOD | {"keypoints": [1] * 9}], r"detection 0 in .* 9 numbers as keypoints, not 3 x 2"),
     "odd keypoints": ([_GOOD | {"keypoints": [1, 1, None] * 2}], r"keypoints that are not finite numbers"),
 }
@@ -167,10 +167,7 @@ def test_mistakes_in_a_file_are_named(declare_pets, case):
     content, words = _MISTAKES[case]
     path = write(declare_pets(), content)
     with pytest.raises(UserError, match=words):
-        pairs = read_predictions(path, "pets")
-        # A broken mask alone is found while images are read.
-        assert case == "turned mask"
-        list(pairs)
+        read_predictions(path, "pets")
 
 
 def test_missing_files_and_other_numbers_of_keypoints_are_named(declare_pets):
@@ -179,8 +176,7 @@ def test_missing_files_and_other_numbers_of_keypoints_are_named(declare_pets):
         read_predictions(folder / "nowhere.json", "pets")
     MetadataCatalog.get("pets").set(keypoint_names=None)
     path = write(folder, [_GOOD | {"keypoints": [1] * 6}, _GOOD | {"keypoints": [1] * 9}])
-    message = r"detection 1 in .* has 9 numbers as keypoints, but detection 0 has 6"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"found\.json have different numbers of keypoints"):
         read_predictions(path, "pets")
 
 

@@ -212,7 +212,7 @@ MISTAKES = [
     # These are found when the folder is there.
     ("[]", ["--resume", *COCO], r"--resume: there is no checkpoint in \./output"),
     ("<html>", [*FILE, *COCO], r"the results file found\.json is not JSON"),
-    (ONE, [*FILE, *COCO], r"detection 0 in found\.json is of image 77"),
+    (ONE, [*FILE, *COCO], r"detection 0 in found\.json, for \w+, belongs to image 77"),
 ]
 
 

@@ -1,6 +1,7 @@
-"""Who computes COCO's precision and recall: hotcoco, faster-coco-eval, or else pycocotools."""
+"""COCO's precision and recall by pycocotools, or by hotcoco, which has the same results and interface."""
 
 import contextlib
+import importlib
 import importlib.util
 import io
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from pycocotools.cocoeval import Params
 
 from plaintrain.utils.errors import UserError
 
-# The first that is installed is used; they agree with each other, and pycocotools is the slowest.
-BACKENDS = ("hotcoco", "faster_coco_eval", "pycocotools")
+# The first that is installed is used; pycocotools always is, and is the slowest.
+BACKENDS = ("hotcoco", "pycocotools")
 COCO_SIGMAS = Params("keypoints").kpt_oks_sigmas.tolist()
 
 
@@ -56,8 +57,8 @@ class Problem:
 
 def choose_backend(use_fast_impl=True):
     """The first of `BACKENDS` that is installed; pycocotools if a fast one is not wanted."""
-    found = (name for name in BACKENDS if importlib.util.find_spec(name))
-    return next(found) if use_fast_impl else "pycocotools"
+    installed = (name for name in BACKENDS if importlib.util.find_spec(name))
+    return next(installed) if use_fast_impl else "pycocotools"
 
 
 def precision_recall(backend, problem):
@@ -71,73 +72,41 @@ def precision_recall(backend, problem):
         precision `[IoU, recall, class, area, max detections]`,
         recall `[IoU, class, area, max detections]`
     """
+    fast = backend == "hotcoco"
+    coco_class = importlib.import_module("hotcoco" if fast else "pycocotools.coco").COCO
+    eval_class = importlib.import_module("hotcoco" if fast else "pycocotools.cocoeval").COCOeval
     # They print, and the libraries do not let it be switched off.
     with contextlib.redirect_stdout(io.StringIO()):
-        if backend == "hotcoco":
-            evaluation = _prepare_hotcoco(problem)
-        elif backend == "faster_coco_eval":
-            evaluation = _prepare_faster_coco_eval(problem)
+        truth = _index(coco_class, problem.truth)
+        if fast and problem.task == "bbox":
+            # An array instead of half a million dicts; for boxes it says all there is to say.
+            detections = truth.load_res(problem.rows)
         else:
-            evaluation = _prepare_pycocotools(problem)
+            detections = _index(coco_class, {**problem.truth, "annotations": _annotations(problem)})
+        evaluation = eval_class(truth, detections, problem.task)
+        evaluation.params.imgIds = problem.image_ids
+        evaluation.params.kpt_oks_sigmas = np.array(problem.sigmas)
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"], evaluation.eval["recall"]
 
 
-def _prepare_hotcoco(problem):
-    from hotcoco import COCO, COCOeval
-
-    truth = COCO(problem.truth)
-    # An array instead of half a million dicts; for boxes it says all there is to say.
-    found = truth.load_res(problem.rows) if problem.task == "bbox" else COCO(_found(problem))
-    evaluation = COCOeval(truth, found, problem.task)
-    evaluation.params.img_ids = problem.image_ids
-    evaluation.params.kpt_oks_sigmas = problem.sigmas
-    return evaluation
+def _index(coco_class, dataset):
+    coco = coco_class()
+    coco.dataset = dataset
+    coco.createIndex()
+    return coco
 
 
-def _prepare_faster_coco_eval(problem):
-    from faster_coco_eval import COCO, COCOeval_faster
-
-    truth, found = COCO(problem.truth), COCO(_found(problem))
-    evaluation = COCOeval_faster(truth, found, problem.task, kpt_oks_sigmas=problem.sigmas)
-    evaluation.params.imgIds = problem.image_ids
-    # For keypoints it would leave out classes that nobody annotated.
-    evaluation.params.catIds = sorted(truth.cats)
-    return evaluation
-
-
-def _prepare_pycocotools(problem):
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    truth, found = COCO(), COCO()
-    truth.dataset, found.dataset = problem.truth, _found(problem)
-    truth.createIndex()
-    found.createIndex()
-    evaluation = COCOeval(truth, found, problem.task)
-    evaluation.params.imgIds = problem.image_ids
-    evaluation.params.kpt_oks_sigmas = np.array(problem.sigmas)
-    return evaluation
-
-
-def _found(problem):
-    """The detections as a dataset."""
-    rows = zip(problem.rows.tolist(), problem.areas.tolist(), strict=True)
-    annotations = [
-        {
-            "id": i,
-            "image_id": int(row[0]),
-            "category_id": int(row[6]),
-            "bbox": row[1:5],
-            "score": row[5],
-            "area": area,
-            "iscrowd": 0,
-        }
-        for i, (row, area) in enumerate(rows, start=1)
-    ]
+def _annotations(problem):
+    """The detections as COCO's annotations."""
+    annotations = []
+    for i, (row, area) in enumerate(zip(problem.rows.tolist(), problem.areas.tolist(), strict=True)):
+        image_id, *box, score, category_id = row
+        ids = {"id": i + 1, "image_id": int(image_id), "category_id": int(category_id)}
+        annotations.append({**ids, "bbox": box, "score": score, "area": area, "iscrowd": 0})
     if problem.shapes is not None:
         key = "segmentation" if problem.task == "segm" else "keypoints"
         for annotation, shape in zip(annotations, problem.shapes, strict=True):
             annotation[key] = shape
-    return {**problem.truth, "annotations": annotations}
+    return annotations

@@ -134,9 +134,8 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
             "rows": np.concatenate([np.zeros((0, 7)), *self._rows]),
             "seen": np.array(self._seen, dtype=np.int64),
             "held": self._held,
-            "counts": b"".join(self._masks),
-            "lengths": np.array([len(counts) for counts in self._masks], dtype=np.int64),
-            "keypoints": np.concatenate(self._keypoints) if self._keypoints else None,
+            "masks": self._masks,
+            "keypoints": self._keypoints,
         }
         parts = comm.gather(part) if self._distributed else [part]
         if self._distributed and not comm.is_main_process():
@@ -163,24 +162,18 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
 
 
 def _joined(parts):
-    rows, seen, lengths = (np.concatenate([part[k] for part in parts]) for k in ("rows", "seen", "lengths"))
-    held, counts = set().union(*(part["held"] for part in parts)), b"".join(part["counts"] for part in parts)
-    keypoints = [part["keypoints"] for part in parts if part["keypoints"] is not None]
+    rows, seen = (np.concatenate([part[key] for part in parts]) for key in ("rows", "seen"))
+    masks, keypoints = ([v for part in parts for v in part[key]] for key in ("masks", "keypoints"))
+    held = set().union(*(part["held"] for part in parts))
     keypoints = np.concatenate(keypoints) if keypoints else np.zeros((0, 0, 3))
-    for name, values in (("masks", lengths), ("keypoints", keypoints)):
+    for name, values in (("masks", masks), ("keypoints", keypoints)):
         if name in held and len(values) != len(rows):
             raise UserError(f"only {len(values)} of {len(rows)} detections have {name}, not all")
     # By image: results depend neither on how images were split over ranks, nor on the order they came in.
     order = np.argsort(rows[:, 0], kind="stable")
-    masks = None
-    if "masks" in held:
-        ends = np.cumsum(lengths)
-        masks = [
-            counts[i:j] for i, j in zip((ends - lengths)[order].tolist(), ends[order].tolist(), strict=True)
-        ]
     return Detections(
         rows=rows[order],
         seen=np.unique(seen),
-        masks=masks,
+        masks=[masks[i] for i in order] if "masks" in held else None,
         keypoints=keypoints[order] if "keypoints" in held else None,
     )

@@ -25,8 +25,6 @@ from plaintrain.utils.files import atomic_write, make_parent
 PREDICTIONS_FILE = "coco_instances_results.json"
 # COCO's keypoints are numbers of pixels, whose centres are at half.
 _HALF = (0.5, 0.5, 0.0)
-# Categories that an error lists.
-_LISTED = 10
 
 
 def write_predictions(folder, dataset_name, detections):
@@ -113,22 +111,31 @@ def read_detections(path, dataset_name, parts=("masks", "keypoints")):
 
     Returns:
         `Detections` in the order of the file in each image; masks keep the outline that the file has.
-
-    Raises:
-        UserError: as there, and for a broken segmentation.
     """
-    records, found, labels, given = _read_checked(path, dataset_name)
+    records, _, index = ground_truth(dataset_name)
+    metadata = MetadataCatalog.get(dataset_name)
+    labels = {dataset_id: label for label, dataset_id in enumerate(category_ids(metadata))}
+    num_keypoints = dict.fromkeys(labels, len(metadata.get("keypoint_names") or ()) or None)
     rows, masks, points = [], [], []
     with no_garbage_collection():
-        for i, record in enumerate(records):
-            size = record["height"], record["width"]
-            for d in found.get(record["image_id"], ()):
-                x, y, width, height = d["bbox"]
-                rows.append([i, x, y, x + width, y + height, d["score"], labels[d["category_id"]]])
-                if "masks" in parts and "segmentation" in given:
-                    masks.append(_rle(path, d, *size)["counts"])
-                if "keypoints" in parts and "keypoints" in given:
-                    points.append(d["keypoints"])
+        results = read_results(path)
+        for result in results:
+            mistake = annotation_mistake(visible_keypoints(result), index, num_keypoints)
+            if mistake or (mistake := _mistake(result)):
+                raise UserError(f"detection {result['id']} in {path}, for {dataset_name}, {mistake[1]}")
+        for result in sorted(results, key=lambda result: index[result["image_id"]]):
+            image, label = index[result["image_id"]], labels[result["category_id"]]
+            x, y, width, height = result["bbox"]
+            rows.append([image, x, y, x + width, y + height, result["score"], label])
+            if "masks" in parts and result.get("segmentation"):
+                masks.append(_rle(path, result, records[image])["counts"])
+            if "keypoints" in parts and result.get("keypoints"):
+                points.append(result["keypoints"])
+    if len({len(keypoints) for keypoints in points}) > 1:
+        raise UserError(f"the detections in {path} have different numbers of keypoints")
+    for name, values in (("a segmentation", masks), ("keypoints", points)):
+        if values and len(values) < len(rows):
+            raise UserError(f"in {path} only {len(values)} of {len(rows)} detections have {name}, not all")
     rows, points = np.array(rows, dtype=np.float64), np.array(points, dtype=np.float64)
     keypoints = points.reshape(len(points), -1, 3) + _HALF if len(points) else None
     return Detections(rows.reshape(-1, 7), np.arange(len(records)), masks or None, keypoints)
@@ -158,78 +165,21 @@ def detections_of_image(detections, index, score_threshold, record):
     return found
 
 
-def _read_checked(path, dataset_name):
-    """Of a file: (records, {image_id: [detection]}, {category_id: label}, parts that detections have)."""
-    records, _, index = ground_truth(dataset_name)
-    metadata = MetadataCatalog.get(dataset_name)
-    labels = {dataset_id: label for label, dataset_id in enumerate(category_ids(metadata))}
-    num_keypoints = dict.fromkeys(labels, len(metadata.get("keypoint_names") or ()) or None)
-    with no_garbage_collection():
-        detections = read_results(path)
-        found = {}
-        for detection in detections:
-            wrong = annotation_mistake(visible_keypoints(detection), index, num_keypoints)
-            wrong = _said_of(dataset_name, detection, wrong) if wrong else _more_mistakes(detection)
-            if wrong:
-                raise UserError(f"detection {detection['id']} in {path} {wrong}")
-            found.setdefault(detection["image_id"], []).append(detection)
-    parts = [part for part in ("segmentation", "keypoints") if _is_given(detections, part, path)]
-    return records, found, labels, parts
-
-
-def _said_of(dataset_name, detection, mistake):
-    """What `annotation_mistake` found, of a dataset instead of a file."""
-    kind, what = mistake
-    if kind == "unknown_image":
-        records = DatasetCatalog.get(dataset_name)
-        known = f"{len(records)} images, the first {records[0]['image_id']!r}" if len(records) else "none"
-        return f"is of image {detection['image_id']!r}, which is not in {dataset_name} ({known})"
-    if kind == "unknown_class":
-        metadata = MetadataCatalog.get(dataset_name)
-        known = [f"{i} {n}" for i, n in zip(category_ids(metadata), metadata.thing_classes, strict=True)]
-        more = ", ..." if len(known) > _LISTED else ""
-        return (
-            f"has category_id {detection['category_id']!r}, but {dataset_name} has {len(known)} categories: "
-            f"{', '.join(known[:_LISTED])}{more}"
-        )
-    return what
-
-
-def _more_mistakes(detection):
-    if min(detection["bbox"][2:]) < 0:
-        return f"has bbox {detection['bbox']}, whose width or height is negative"
-    if not are_numbers(detection.get("keypoints") or []):
-        return f"has keypoints that are not finite numbers: {str(detection['keypoints'])[:80]}"
+def _mistake(result):
+    """What is wrong with a detection beside what may be wrong with an annotation, in the same form."""
+    if min(result["bbox"][2:]) < 0:
+        return "bad_box", f"has bbox {result['bbox']}, whose width or height is negative"
+    if not are_numbers(result.get("keypoints") or []):
+        keypoints = str(result["keypoints"])[:80]
+        return "wrong_keypoints", f"has keypoints that are not finite numbers: {keypoints}"
     return None
 
 
-def _is_given(detections, part, path):
-    """Whether detections have a part; refuses a file where some have it, or another number of it."""
-    given = [bool(detection.get(part)) for detection in detections]
-    if not any(given):
-        return False
-    first = given.index(True)
-    if not all(given):
-        raise UserError(
-            f"detection {given.index(False)} in {path} has no {part}, but detection {first} has: all must "
-            "have it, or none"
-        )
-    if part == "keypoints":
-        lengths = [len(detection[part]) for detection in detections]
-        for place, length in enumerate(lengths):
-            if length != lengths[0]:
-                raise UserError(
-                    f"detection {place} in {path} has {length} numbers as keypoints, but detection 0 has "
-                    f"{lengths[0]}"
-                )
-    return True
-
-
-def _rle(path, detection, height, width):
+def _rle(path, result, record):
     try:
-        return segmentation_to_rle(detection["segmentation"], height, width)
+        return segmentation_to_rle(result["segmentation"], record["height"], record["width"])
     except UserError as e:
-        raise UserError(f"detection {detection['id']} in {path}: {e}") from e
+        raise UserError(f"detection {result['id']} in {path}: {e}") from e
 
 
 def write_results(path, results):
