@@ -234,7 +234,7 @@ MUTATIONS = {
     ],
     "plaintrain/evaluation/predictions.py": [
         ("float(value) if math.isfinite(value) else None", "float(value)"),
-        ("range(comm.get_rank(), len(records), comm.get_world_size())", "range(len(records))"),
+        ('key=lambda result: index[result["image_id"]]', 'key=lambda result: -index[result["image_id"]]'),
     ],
     "plaintrain/evaluation/proposals.py": [
         ("ious[:limit, (areas", "ious[:, (areas"),

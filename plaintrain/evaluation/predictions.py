@@ -18,7 +18,6 @@ from plaintrain.data.datasets.write import category_ids
 from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.evaluation.detections import Detections, ground_truth
 from plaintrain.structures import are_numbers, segmentation_to_rle
-from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write, make_parent
 
@@ -77,8 +76,8 @@ def flat_keypoints(detections):
     return keypoints.reshape(len(keypoints), 3 * keypoints.shape[1]).tolist()
 
 
-def read_predictions(path, dataset_name):
-    """Predictions for a dataset from a JSON in COCO's results format, as a model would give them.
+def read_detections(path, dataset_name, parts=("masks", "keypoints")):
+    """Read predictions for a dataset from a JSON in COCO's results format.
 
     A detection without a box has the one around its segmentation or its keypoints.
 
@@ -86,31 +85,13 @@ def read_predictions(path, dataset_name):
         path: a JSON list of `{image_id, category_id, score, bbox, segmentation, keypoints}`, of which
             all detections have a segmentation (polygons or RLE) or none, and keypoints likewise.
         dataset_name: a registered dataset, whose image and category ids these are.
-
-    Returns:
-        An iterator over this rank's share of the images, each image of the dataset once over all
-        ranks: (`[sample]`, `[output]`), which an evaluator's `process` takes. The sample is its
-        record; the output holds `boxes` (float64 `[N, 4]`, XYXY), `scores` (float64 `[N]`), `labels`
-        (int64 `[N]`, 0 to K-1), and where the file has them `masks` (bool `[N, height, width]`) and
-        `keypoints` (float64 `[N, Kp, 3]`, x, y, score), in the original image's pixels.
-
-    Raises:
-        UserError: names the file, and the detection, and what is wrong with it.
-    """
-    records, detections = DatasetCatalog.get(dataset_name), read_detections(path, dataset_name)
-    images = range(comm.get_rank(), len(records), comm.get_world_size())
-    return (([records[i]], [detections_of_image(detections, i, -math.inf, records[i])]) for i in images)
-
-
-def read_detections(path, dataset_name, parts=("masks", "keypoints")):
-    """What `read_predictions` gives, of all images at once, on each rank.
-
-    Args:
-        path, dataset_name: as there.
         parts: which of "masks" and "keypoints" to read where the file has them.
 
     Returns:
         `Detections` in the order of the file in each image; masks keep the outline that the file has.
+
+    Raises:
+        UserError: names the file, and the detection, and what is wrong with it.
     """
     records, _, index = ground_truth(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
