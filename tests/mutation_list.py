@@ -161,6 +161,7 @@ MUTATIONS = {
     ],
     "plaintrain/data/datasets/write.py": [
         ('shift_keypoints(annotation["keypoints"], -0.5)', 'list(annotation["keypoints"])'),
+        ('"iscrowd": int(annotation.get("iscrowd", 0))', '"iscrowd": 0'),
     ],
     "plaintrain/data/datasets/yolo.py": [
         ("key=lambda item: int(item[0])", "key=lambda item: str(item[0])"),
@@ -205,12 +206,11 @@ MUTATIONS = {
         ("sorted(image_numbers[detections.seen].tolist())", "sorted(image_numbers.tolist())"),
     ],
     "plaintrain/evaluation/coco_backend.py": [
-        ("        evaluation.params.kpt_oks_sigmas = np.array(problem.sigmas)\n", ""),
+        ("        evaluation.params.kpt_oks_sigmas = np.array(sigmas)\n", ""),
     ],
     "plaintrain/evaluation/coco_gt.py": [
         ("np.argsort(np.argsort(ids)) + 1", "np.argsort(ids) + 1"),
         ('"id": len(annotations) + 1', '"id": len(annotations)'),
-        ('"iscrowd": int(a.get("iscrowd", 0))', '"iscrowd": 0'),
     ],
     "plaintrain/analysis/error_costs.py": [
         ('    blamed = blamed[matches.states[matches.objects[blamed]] != "found"]\n', ""),

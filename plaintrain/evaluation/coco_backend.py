@@ -4,9 +4,9 @@ import contextlib
 import importlib
 import importlib.util
 import io
-from dataclasses import dataclass
 
 import numpy as np
+from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import Params
 
 from plaintrain.utils.errors import UserError
@@ -32,41 +32,25 @@ def oks_sigmas(given, num):
     return sigmas
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What is to be scored: ids are numbers from 1, in the order that ties are broken by.
-
-    Attributes:
-        task: "bbox", "segm" or "keypoints".
-        truth: a dataset as COCO JSON has it: images, categories, and annotations with an area.
-        rows: detections `[N, 7]`: image id, x, y, width, height, score, category id.
-        areas: `[N]`, which decide what is small, medium and large.
-        shapes: for segm N RLEs, for keypoints N flat lists `[x, y, score, ...]`, else None.
-        image_ids: the images that count.
-        sigmas: OKS' standard deviation of each keypoint.
-    """
-
-    task: str
-    truth: dict
-    rows: np.ndarray
-    areas: np.ndarray
-    shapes: list | None
-    image_ids: list
-    sigmas: list
-
-
 def choose_backend(use_fast_impl=True):
     """The first of `BACKENDS` that is installed; pycocotools if a fast one is not wanted."""
     installed = (name for name in BACKENDS if importlib.util.find_spec(name))
     return next(installed) if use_fast_impl else "pycocotools"
 
 
-def precision_recall(backend, problem):
+def precision_recall(backend, task, truth, detections, image_ids, sigmas):
     """What COCO's metrics are means of; -1 where there is no ground truth.
+
+    Ids are numbers from 1, in the order that ties are broken by.
 
     Args:
         backend: one of `BACKENDS`, installed.
-        problem: a `Problem`.
+        task: "bbox", "segm" or "keypoints".
+        truth: a dataset as COCO JSON has it: images, categories, and annotations with an area.
+        detections: in COCO's results format; for hotcoco's boxes an array `[N, 7]` of image id, x, y,
+            width, height, score, category id.
+        image_ids: the images that count.
+        sigmas: OKS' standard deviation of each keypoint.
 
     Returns:
         precision `[IoU, recall, class, area, max detections]`,
@@ -77,15 +61,16 @@ def precision_recall(backend, problem):
     eval_class = importlib.import_module("hotcoco" if fast else "pycocotools.cocoeval").COCOeval
     # They print, and the libraries do not let it be switched off.
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _index(coco_class, problem.truth)
-        if fast and problem.task == "bbox":
-            # An array instead of half a million dicts; for boxes it says all there is to say.
-            detections = truth.load_res(problem.rows)
+        indexed = _index(coco_class, truth)
+        if isinstance(detections, np.ndarray):
+            found = indexed.load_res(detections)
         else:
-            detections = _index(coco_class, {**problem.truth, "annotations": _annotations(problem)})
-        evaluation = eval_class(truth, detections, problem.task)
-        evaluation.params.imgIds = problem.image_ids
-        evaluation.params.kpt_oks_sigmas = np.array(problem.sigmas)
+            # Not loadRes: to it the area of keypoints is not that of their box.
+            found = [{"id": i, "iscrowd": 0, **d, "area": _area(d)} for i, d in enumerate(detections, 1)]
+            found = _index(coco_class, {**truth, "annotations": found})
+        evaluation = eval_class(indexed, found, task)
+        evaluation.params.imgIds = image_ids
+        evaluation.params.kpt_oks_sigmas = np.array(sigmas)
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"], evaluation.eval["recall"]
@@ -98,15 +83,7 @@ def _index(coco_class, dataset):
     return coco
 
 
-def _annotations(problem):
-    """The detections as COCO's annotations."""
-    annotations = []
-    for i, (row, area) in enumerate(zip(problem.rows.tolist(), problem.areas.tolist(), strict=True)):
-        image_id, *box, score, category_id = row
-        ids = {"id": i + 1, "image_id": int(image_id), "category_id": int(category_id)}
-        annotations.append({**ids, "bbox": box, "score": score, "area": area, "iscrowd": 0})
-    if problem.shapes is not None:
-        key = "segmentation" if problem.task == "segm" else "keypoints"
-        for annotation, shape in zip(annotations, problem.shapes, strict=True):
-            annotation[key] = shape
-    return annotations
+def _area(detection):
+    if "segmentation" in detection:
+        return float(coco_mask.area(detection["segmentation"]))
+    return detection["bbox"][2] * detection["bbox"][3]

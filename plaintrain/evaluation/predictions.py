@@ -27,53 +27,51 @@ _HALF = (0.5, 0.5, 0.0)
 
 
 def write_predictions(folder, dataset_name, detections):
-    """Write what was found in a dataset in COCO's results format, with the dataset's own ids.
+    """Write `coco_instances_results.json` into a folder: COCO's results format, with the dataset's own ids.
 
     Args:
-        folder: where `coco_instances_results.json` is to be; it is made.
+        folder: it is made.
         dataset_name: a registered dataset.
         detections: `Detections`, of which all parts that are there are written.
-
-    Raises:
-        UserError: the file cannot be written.
     """
-    records, ids = DatasetCatalog.get(dataset_name), category_ids(MetadataCatalog.get(dataset_name))
-    image_ids = [record["image_id"] for record in records]
+    records, category = DatasetCatalog.get(dataset_name), category_ids(MetadataCatalog.get(dataset_name))
+    results = coco_results(detections, records, [record["image_id"] for record in records], category)
+    # Ids that came from an array are no int for JSON.
+    write_json(os.path.join(folder, PREDICTIONS_FILE), results, default=int)
+
+
+def coco_results(detections, records, image_ids, category_ids, parts=("masks", "keypoints")):
+    """`Detections` in COCO's results format, a list of dicts.
+
+    Args:
+        detections, records: the detections, and the records of the dataset that they are of.
+        image_ids, category_ids: the id of each record, and of each label.
+        parts: which of "masks" and "keypoints" to include where they are there.
+    """
     results = [
         {
             "image_id": image_ids[int(index)],
-            "category_id": ids[int(label)],
+            "category_id": category_ids[int(label)],
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": score,
         }
         for index, x0, y0, x1, y1, score, label in detections.rows.tolist()
     ]
-    if detections.masks is not None:
+    if "masks" in parts and detections.masks is not None:
         for result, rle in zip(results, rles(detections, records), strict=True):
             result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
-    if detections.keypoints is not None:
-        for result, keypoints in zip(results, flat_keypoints(detections), strict=True):
-            result["keypoints"] = keypoints
-    # Ids that came from an array are no int for JSON.
-    write_json(os.path.join(folder, PREDICTIONS_FILE), results, default=int)
+    if "keypoints" in parts and detections.keypoints is not None:
+        # A list [x, y, score, ...] each.
+        for result, keypoints in zip(results, (detections.keypoints - _HALF).tolist(), strict=True):
+            result["keypoints"] = sum(keypoints, [])
+    return results
 
 
 def rles(detections, records):
     """The masks of `Detections` in COCO's compressed encoding; [] without masks."""
     sizes = [[record["height"], record["width"]] for record in records]
-    indices = detections.rows[:, 0].astype(int).tolist() if detections.masks else []
-    return [
-        {"size": sizes[i], "counts": counts}
-        for i, counts in zip(indices, detections.masks or [], strict=True)
-    ]
-
-
-def flat_keypoints(detections):
-    """The keypoints of `Detections` as COCO counts them, a list [x, y, score, ...] each; [] without."""
-    if detections.keypoints is None:
-        return []
-    keypoints = detections.keypoints - _HALF
-    return keypoints.reshape(len(keypoints), 3 * keypoints.shape[1]).tolist()
+    images = detections.rows[:, 0].astype(int).tolist()
+    return [{"size": sizes[i], "counts": c} for i, c in zip(images, detections.masks or [], strict=False)]
 
 
 def read_detections(path, dataset_name, parts=("masks", "keypoints")):
