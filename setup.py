@@ -43,6 +43,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "hotcoco>=1.3",
+            "faster-coco-eval>=1.8",
             "selenium>=4.20",
             *PLOT,
             *EXPORT,

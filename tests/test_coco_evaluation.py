@@ -25,6 +25,7 @@ _BOX = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs"
 _KEYPOINT = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 METRICS = {"bbox": _BOX, "segm": _BOX, "keypoints": _KEYPOINT}
 INSTALLED = [name for name in coco_backend.BACKENDS if importlib.util.find_spec(name)]
+FAST = [name for name in INSTALLED if name != "pycocotools"]
 HEIGHT, WIDTH = 150, 200
 
 
@@ -155,8 +156,9 @@ def test_the_fastest_installed_backend_is_used_and_logged(difficult, monkeypatch
     evaluate(COCOEvaluator(name, ["bbox"]), outputs)
     assert f"bbox is scored by {INSTALLED[0]}" in log.messages
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "hotcoco" else find(n))
-    assert COCOEvaluator(name).backend == "pycocotools"
+    for missing, backend in (("hotcoco", "faster_coco_eval"), (FAST, "pycocotools")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda n, m=missing: None if n in m else find(n))
+        assert COCOEvaluator(name).backend == backend
 
 
 def rectangle(x0, y0, x1, y1):

@@ -13,7 +13,7 @@ SCRIPT = CODE + "sys.argv = sys.argv[1:]\n{before}\nrunpy.run_path(sys.argv[0], 
 # What a run needs for a write, an evaluation or an image, or never.
 LATER = {
     *("cv2", "IPython", "matplotlib", "numpy.ma", "onnx", "pandas", "scipy", "tqdm.notebook", "xmlrpc"),
-    *("hotcoco", "jinja2", "pycocotools.coco"),
+    *("faster_coco_eval", "hotcoco", "jinja2", "pycocotools.coco"),
     *("google.protobuf", "tensorboard", "tensorboardX", "torch.utils.tensorboard"),
     "torch._inductor.compile_fx",
 }

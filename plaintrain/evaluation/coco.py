@@ -52,8 +52,8 @@ class COCOEvaluator(InstanceEvaluator):
             output_dir: folder for `coco_instances_results.json` (COCO's results format, with the
                 dataset's own image and category ids), or None.
             kpt_oks_sigmas: standard deviation of each keypoint in OKS; may be empty for 17.
-            use_fast_impl: compute by hotcoco where it is installed; the results are those of
-                pycocotools.
+            use_fast_impl: compute by hotcoco or faster-coco-eval where one is installed; the
+                results are those of pycocotools.
 
         Raises:
             UserError: an unknown task, a task that the dataset has no annotations for, or another
@@ -166,7 +166,8 @@ class COCOEvaluator(InstanceEvaluator):
 
 def mean_ap(values):
     """Mean in percent of parts of `coco_backend.precision_recall`; NaN where there is no ground truth."""
-    # -1 is pycocotools' word for "no ground truth of this kind"; ten decimals are the same for hotcoco.
+    # -1 is pycocotools' word for "no ground truth of this kind". faster-coco-eval leaves out the
+    # 2.2e-16 that pycocotools adds to a denominator; ten decimals are the same for both.
     values = values[values > -1]
     return round(100 * float(np.mean(values)), 10) if values.size else float("nan")
 

@@ -1,9 +1,9 @@
-"""COCO's precision and recall by pycocotools, or by hotcoco, which has the same results and interface."""
+"""COCO's precision and recall by pycocotools, or by a library with the same interface and results."""
 
 import contextlib
-import importlib
 import importlib.util
 import io
+import pkgutil
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -11,8 +11,12 @@ from pycocotools.cocoeval import Params
 
 from plaintrain.utils.errors import UserError
 
-# The first that is installed is used; pycocotools always is, and is the slowest.
-BACKENDS = ("hotcoco", "pycocotools")
+# The classes of each; the first that is installed is used. pycocotools always is, and is the slowest.
+BACKENDS = {
+    "hotcoco": ("hotcoco:COCO", "hotcoco:COCOeval"),
+    "faster_coco_eval": ("faster_coco_eval:COCO", "faster_coco_eval:COCOeval_faster"),
+    "pycocotools": ("pycocotools.coco:COCO", "pycocotools.cocoeval:COCOeval"),
+}
 COCO_SIGMAS = Params("keypoints").kpt_oks_sigmas.tolist()
 
 
@@ -56,9 +60,7 @@ def precision_recall(backend, task, truth, detections, image_ids, sigmas):
         precision `[IoU, recall, class, area, max detections]`,
         recall `[IoU, class, area, max detections]`
     """
-    fast = backend == "hotcoco"
-    coco_class = importlib.import_module("hotcoco" if fast else "pycocotools.coco").COCO
-    eval_class = importlib.import_module("hotcoco" if fast else "pycocotools.cocoeval").COCOeval
+    coco_class, eval_class = map(pkgutil.resolve_name, BACKENDS[backend])
     # They print, and the libraries do not let it be switched off.
     with contextlib.redirect_stdout(io.StringIO()):
         indexed = _index(coco_class, truth)
@@ -70,6 +72,8 @@ def precision_recall(backend, task, truth, detections, image_ids, sigmas):
             found = _index(coco_class, {**truth, "annotations": found})
         evaluation = eval_class(indexed, found, task)
         evaluation.params.imgIds = image_ids
+        # For keypoints faster-coco-eval would leave out classes that nobody annotated.
+        evaluation.params.catIds = sorted(category["id"] for category in truth["categories"])
         evaluation.params.kpt_oks_sigmas = np.array(sigmas)
         evaluation.evaluate()
         evaluation.accumulate()

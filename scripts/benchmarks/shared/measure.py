@@ -21,7 +21,7 @@ import numpy as np
 
 from plaintrain.utils.errors import UserError
 
-_PACKAGES = "torch torchvision numpy pillow pycocotools hotcoco detectron2 mmengine mmdet"
+_PACKAGES = "torch torchvision numpy pillow pycocotools faster-coco-eval hotcoco detectron2 mmengine mmdet"
 
 
 def positive(text):
