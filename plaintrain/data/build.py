@@ -52,9 +52,6 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
 
     Returns:
         An endless `TrainLoader`.
-
-    Raises:
-        UserError: an unusable dataset, or a batch that the ranks cannot share evenly.
     """
     batch_size = check_batch_size(cfg)
     skip = cfg.DATALOADER.SKIP_UNREADABLE
@@ -107,11 +104,7 @@ def training_records(cfg):
 
 
 def count_iters_per_epoch(cfg):
-    """The `iters_per_epoch` of the loader that `build_detection_train_loader(cfg)` builds.
-
-    Raises:
-        UserError: see there; images are not looked for.
-    """
+    """The `iters_per_epoch` of the loader that `build_detection_train_loader(cfg)` builds."""
     records = _serialized(training_records(cfg))
     sampler = build_train_sampler(cfg, records, check_batch_size(cfg))
     return -(-sampler.size // sampler.batch_size)

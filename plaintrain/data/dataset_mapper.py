@@ -49,10 +49,6 @@ class DatasetMapper:
             use_masks: put masks into targets.
             num_keypoints: keypoints of an instance; 0 leaves them out of targets.
             records: sequence of records from which SimpleCopyPaste takes the images to paste from.
-
-        Raises:
-            UserError: an augmentation that cannot be built, keypoints that the datasets of
-                DATASETS.TRAIN do not share, or SimpleCopyPaste without masks or `records`.
         """
         order = None
         if cfg is not None:
@@ -73,11 +69,7 @@ class DatasetMapper:
                 raise UserError("SimpleCopyPaste needs the records to paste from: DatasetMapper(records=...)")
 
     def __call__(self, record, rng=None):
-        """Make the sample; `rng` is the `numpy.random.Generator` that augmentation draws from.
-
-        Raises:
-            UserError: an unreadable image, or an annotation without what the target needs.
-        """
+        """Make the sample; `rng` is the `numpy.random.Generator` that augmentation draws from."""
         rng = np.random.default_rng() if rng is None else rng
         tensors = self._augmented(record, self.augmentations, rng)
         sample = {key: record[key] for key in SAMPLE_KEYS}

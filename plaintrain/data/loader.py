@@ -279,11 +279,7 @@ class TrainLoader(Loader):
         return {"iteration": self._iteration, "num_replaced": self.num_replaced, "sampler": sampler}
 
     def load_state_dict(self, state_dict):
-        """Go on where another run stopped; nothing before is loaded.
-
-        Raises:
-            UserError: a run on another number of images.
-        """
+        """Go on where another run stopped; nothing before is loaded."""
         self._iteration, self.num_replaced = state_dict["iteration"], state_dict["num_replaced"]
         if state_dict["sampler"] and hasattr(self._sampler, "load_state_dict"):
             self._sampler.load_state_dict(state_dict["sampler"], self._iteration)

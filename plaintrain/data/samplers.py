@@ -36,9 +36,6 @@ class TrainingSampler:
                 like numbers as far as they allow (images of like shape pad less).
             window: batches are made like this from so many batches of images at a time, and shuffled
                 among them; 0: from a whole pass.
-
-        Raises:
-            UserError: `size` is 0.
         """
         if size < 1:
             raise UserError("there is no image to train on")
@@ -101,9 +98,6 @@ class TrainingSampler:
         Args:
             state_dict: the state of the run's sampler.
             iteration: the next one.
-
-        Raises:
-            UserError: a pass of that run had another number of images.
         """
         if state_dict["size"] != self.size:
             raise UserError(

@@ -56,12 +56,7 @@ def _view(tensors, flipped, keypoint_flip_indices):
 
 
 def build_tta_mapper(cfg, dataset_name):
-    """`TTAMapper` from TEST.AUG and INPUT.FIXED_SIZE, for images of a dataset.
-
-    Raises:
-        UserError: no sizes, or sizes that an image cannot have; keypoints, with TEST.AUG.FLIP, that
-            the dataset does not name or that are not as many as the model's.
-    """
+    """`TTAMapper` from TEST.AUG and INPUT.FIXED_SIZE, for images of a dataset."""
     aug, fixed_size, order = cfg.TEST.AUG, tuple(cfg.INPUT.FIXED_SIZE), None
     min_sizes = Numbers(0, whole=True, count=0).check("TEST.AUG.MIN_SIZES", aug.MIN_SIZES)
     max_size = Numbers(1, whole=True).check("TEST.AUG.MAX_SIZE", aug.MAX_SIZE)

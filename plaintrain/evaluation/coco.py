@@ -54,10 +54,6 @@ class COCOEvaluator(InstanceEvaluator):
             kpt_oks_sigmas: standard deviation of each keypoint in OKS; may be empty for 17.
             use_fast_impl: compute by hotcoco or faster-coco-eval where one is installed; the
                 results are those of pycocotools.
-
-        Raises:
-            UserError: an unknown task, a task that the dataset has no annotations for, or another
-                number of sigmas than of keypoints.
         """
         if tasks is not None and (not tasks or set(tasks) - set(TASKS)):
             raise UserError(f"COCOEvaluator's tasks are some of {', '.join(TASKS)}, not {tasks}")

@@ -21,11 +21,7 @@ COCO_SIGMAS = Params("keypoints").kpt_oks_sigmas.tolist()
 
 
 def oks_sigmas(given, num):
-    """TEST.KEYPOINT_OKS_SIGMAS for `num` keypoints (0: nobody knows how many), or COCO's if it is empty.
-
-    Raises:
-        UserError: another number of them, or one that is not positive.
-    """
+    """TEST.KEYPOINT_OKS_SIGMAS for `num` keypoints (0: nobody knows how many), or COCO's if it is empty."""
     sigmas = given or COCO_SIGMAS
     if num and (len(sigmas) != num or min(sigmas) <= 0):
         found = f"not {given}" if given else f"COCO's are for {len(COCO_SIGMAS)}"

@@ -47,9 +47,6 @@ def coco_truth(task, records, image_numbers, category_numbers):
 
     Returns:
         dict of images, categories and annotations.
-
-    Raises:
-        UserError: names the image with a segmentation that cannot be read.
     """
     images, annotations = [], []
     blank = {"keypoints": [0] * 3 * num_keypoints(records), "num_keypoints": 0} if task == "keypoints" else {}

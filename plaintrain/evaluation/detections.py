@@ -35,12 +35,7 @@ class Detections:
 
 
 def ground_truth(dataset_name):
-    """What a dataset is scored by: (records, class names, {image_id: index of its record}).
-
-    Raises:
-        UserError: the dataset is unknown or names no classes, an image_id stands in it twice, or an
-            annotation has no box or none of its classes.
-    """
+    """What a dataset is scored by: (records, class names, {image_id: index of its record})."""
     records, classes, index = DatasetCatalog.get(dataset_name), class_names(dataset_name), {}
     for i, record in enumerate(records):
         index[record["image_id"]] = i
@@ -62,9 +57,6 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
             dataset_name: a registered dataset; its records are the ground truth.
             distributed: gather over all ranks; otherwise each rank scores what it saw.
             parts: which of "masks" and "keypoints" to collect where outputs hold them.
-
-        Raises:
-            UserError: see `ground_truth`.
         """
         self.dataset_name, self._distributed, self._parts = dataset_name, distributed, parts
         self.records, self.classes, self._index = ground_truth(dataset_name)
@@ -76,12 +68,7 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         self._held, self._masks, self._keypoints = set(), [], []
 
     def process(self, inputs, outputs):
-        """Take in a `list[sample]` and, for each, what the model found in the original image's pixels.
-
-        Raises:
-            UserError: an image or a label that the dataset does not have, or masks that are not of the
-                image's size.
-        """
+        """Take in a `list[sample]` and, for each, what the model found in the original image's pixels."""
         for sample, output in zip(inputs, outputs, strict=True):
             try:
                 self._process(sample["image_id"], output)
@@ -124,11 +111,7 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         return masks.encode() if isinstance(masks, BoxMasks) else encode_masks(masks)
 
     def evaluate(self):
-        """Gather what all ranks processed, and score it on rank 0; None on the others.
-
-        Raises:
-            UserError: some of the detections came with masks or keypoints, and some without.
-        """
+        """Gather what all ranks processed, and score it on rank 0; None on the others."""
         # Arrays and bytes: as many small objects would take far longer to send.
         part = {
             "rows": np.concatenate([np.zeros((0, 7)), *self._rows]),

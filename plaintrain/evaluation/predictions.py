@@ -167,9 +167,6 @@ def write_results(path, results):
     Args:
         path: the file; its folder is made.
         results: {name: number}, or dicts of such dicts: {dataset: {task: {metric: number}}}.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     write_json(path, plain(results), indent=1)
 
@@ -186,11 +183,7 @@ def plain(value):
 
 
 def write_json(path, content, **options):
-    """Write JSON as a whole, and make its folder; `options` are those of `json.dumps`.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write JSON as a whole, and make its folder; `options` are those of `json.dumps`."""
     make_parent(path)
     with atomic_write(path) as f:
         # In one string: `json.dump` makes small pieces, which takes several times as long.

@@ -47,9 +47,6 @@ def build_augmentation(cfg, is_train, keypoint_flip_indices=None):
         cfg: the config.
         is_train: False leaves only the resize.
         keypoint_flip_indices: what a horizontal flip does to the order of keypoints.
-
-    Raises:
-        UserError: an unknown augmentation or argument, or a value it cannot take.
     """
     check_cfg(cfg)
     options = cfg.INPUT
