@@ -69,9 +69,11 @@ def coco_results(detections, records, image_ids, category_ids, parts=("masks", "
 
 def rles(detections, records):
     """The masks of `Detections` in COCO's compressed encoding; [] without masks."""
+    if not detections.masks:
+        return []
     sizes = [[record["height"], record["width"]] for record in records]
     images = detections.rows[:, 0].astype(int).tolist()
-    return [{"size": sizes[i], "counts": c} for i, c in zip(images, detections.masks or [], strict=False)]
+    return [{"size": sizes[i], "counts": c} for i, c in zip(images, detections.masks, strict=True)]
 
 
 def read_detections(path, dataset_name, parts=("masks", "keypoints")):
@@ -95,6 +97,7 @@ def read_detections(path, dataset_name, parts=("masks", "keypoints")):
     metadata = MetadataCatalog.get(dataset_name)
     labels = {dataset_id: label for label, dataset_id in enumerate(category_ids(metadata))}
     num_keypoints = dict.fromkeys(labels, len(metadata.get("keypoint_names") or ()) or None)
+    sizes = [(record["height"], record["width"]) for record in records]
     rows, masks, points = [], [], []
     with no_garbage_collection():
         results = read_results(path)
@@ -107,7 +110,7 @@ def read_detections(path, dataset_name, parts=("masks", "keypoints")):
             x, y, width, height = result["bbox"]
             rows.append([image, x, y, x + width, y + height, result["score"], label])
             if "masks" in parts and result.get("segmentation"):
-                masks.append(_rle(path, result, records[image])["counts"])
+                masks.append(_rle(path, result, *sizes[image])["counts"])
             if "keypoints" in parts and result.get("keypoints"):
                 points.append(result["keypoints"])
     if len({len(keypoints) for keypoints in points}) > 1:
@@ -154,9 +157,9 @@ def _mistake(result):
     return None
 
 
-def _rle(path, result, record):
+def _rle(path, result, height, width):
     try:
-        return segmentation_to_rle(result["segmentation"], record["height"], record["width"])
+        return segmentation_to_rle(result["segmentation"], height, width)
     except UserError as e:
         raise UserError(f"detection {result['id']} in {path}: {e}") from e
 
