@@ -279,6 +279,7 @@ def _crop(crop_type, size):
         ),
         ({"RandomZoomOut": {"p": 1.5}}, ["RandomZoomOut: p must be", "from 0 to 1, not 1.5"]),
         ({"RandomZoomOut": {"p": float("nan")}}, ["p must be"]),
+        ({"RandomZoomOut": {"p": ""}}, ["p must be a number from 0 to 1, not ''"]),
         ({"RandomZoomOut": {"side_range": [0.5, 2]}}, ["side_range must be 2 numbers of at least 1"]),
         ({"RandomZoomOut": {"side_range": [3, 2]}}, ["side_range must have its smaller end first"]),
         ({"RandomZoomOut": {"fill": 256}}, ["fill must be", "256"]),

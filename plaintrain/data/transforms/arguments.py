@@ -14,7 +14,7 @@ class Numbers:
     Attributes:
         or_one: instead of a list, accept a number too.
         ascending: the smaller number of the list comes first.
-        other: a value beside numbers that is accepted.
+        others: values beside numbers that are accepted.
     """
 
     low: float
@@ -23,11 +23,11 @@ class Numbers:
     count: int | None = None
     or_one: bool = False
     ascending: bool = False
-    other: str | None = ""
+    others: tuple = ()
 
     def check(self, name, value):
         """Return the value, a list as a tuple."""
-        if value == self.other:
+        if value in self.others:
             return value
         in_list = self.count is not None and not (self.or_one and isinstance(value, Real))
         values, count = (value, self.count) if in_list else ([value], 1)

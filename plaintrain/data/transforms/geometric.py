@@ -68,7 +68,7 @@ class RandomShortestSize(CheckedArguments):
     """
 
     min_size: int | tuple = argument(1, count=0, whole=True, or_one=True)
-    max_size: int | None = argument(1, whole=True, default=None, other=None)
+    max_size: int | None = argument(1, whole=True, default=None, others=(None,))
 
     def __call__(self, tensors, rng):
         size, lengths = image_size(tensors), np.atleast_1d(self.min_size)

@@ -61,7 +61,7 @@ class RandomErasing(CheckedArguments):
     p: float = argument(0, 1, default=0.5)
     scale: tuple = argument(0, 1, count=2, ascending=True, default=(0.02, 0.33))
     ratio: tuple = argument(0.01, count=2, ascending=True, default=(0.3, 3.3))
-    value: float | tuple | str = argument(0, 255, count=3, or_one=True, default=0, other="random")
+    value: float | tuple | str = argument(0, 255, count=3, or_one=True, default=0, others=("random",))
 
     def __call__(self, tensors, rng):
         if rng.random() >= self.p:
