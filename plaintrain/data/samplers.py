@@ -280,11 +280,10 @@ def _factors_of_datasets(cfg, records):
         raise UserError(f"WeightedTrainingSampler needs {key}, [[name, factor], ...]")
     factors = dict.fromkeys(names, 1.0)
     for entry in cfg.DATASETS.TRAIN_REPEAT_FACTOR:
-        if not isinstance(entry, list | tuple) or len(entry) != 2 or entry[0] not in factors:
-            raise UserError(f"{key} has {entry!r}, not [name, factor] with a name in DATASETS.TRAIN: {names}")
-        if type(entry[1]) not in (int, float) or not 0 <= entry[1] < math.inf:
-            raise UserError(f"{key} gives {entry[0]} the factor {entry[1]!r}, not a number >= 0")
-        factors[entry[0]] = entry[1]
+        name, factor = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
+        if name not in names or type(factor) not in (int, float) or not 0 <= factor < math.inf:
+            raise UserError(f"{key} has {entry!r}, not [name, number >= 0] with one of the names {names}")
+        factors[name] = factor
     if len(records.lengths) != len(names):
         raise UserError(f"{key} is about the datasets of DATASETS.TRAIN, but other records were passed in")
     return np.repeat([factors[name] for name in names], records.lengths)
