@@ -147,7 +147,7 @@ def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None,
 
 
 def _groups_of_one_shape(cfg, records, images, tta):
-    """Images in lists of those that a model pads to one shape, those with the most pixels first."""
+    """Return lists of the images that a model pads to one shape, those with the most pixels first."""
     if tuple(cfg.INPUT.FIXED_SIZE) != (0, 0) or records.columns is None:
         # All are the same, or nobody knows.
         return [images]

@@ -190,7 +190,7 @@ def aspect_ratio_groups(heights, widths):
 
 
 def repeat_factors_from_category_frequency(records, repeat_thresh, sqrt=True):
-    """The repeat factor of each image, `[N]`, by its rarest class (https://arxiv.org/abs/1908.03195, 4.2).
+    """Return the repeat factor of each image, `[N]`, by its rarest class (arXiv 1908.03195, 4.2).
 
     A class c in the share f(c) of the images has r(c) = max(1, sqrt(repeat_thresh / f(c))), and an
     image the largest r(c) of its classes; 1 if it has none. LVIS takes the square root.
@@ -204,7 +204,7 @@ def repeat_factors_from_category_frequency(records, repeat_thresh, sqrt=True):
 
 
 def class_balanced_factors(records):
-    """The repeat factor of each image, `[N]`, for which every class is drawn as often.
+    """Return the repeat factor of each image, `[N]`, for which every class is drawn as often.
 
     As if a class were drawn, each as likely, and then one of its images: an image has the sum of
     M / (K n(c)) over its classes, where n(c) images hold class c, M hold any, and K classes occur.
@@ -274,7 +274,7 @@ def _grouping(cfg, records):
 
 
 def _factors_of_datasets(cfg, records):
-    """The factor of each record by DATASETS.TRAIN_REPEAT_FACTOR, `[N]`."""
+    """Return the factor of each record by DATASETS.TRAIN_REPEAT_FACTOR, `[N]`."""
     key, names = "DATASETS.TRAIN_REPEAT_FACTOR", list(cfg.DATASETS.TRAIN)
     if not cfg.DATASETS.TRAIN_REPEAT_FACTOR:
         raise UserError(f"WeightedTrainingSampler needs {key}, [[name, factor], ...]")

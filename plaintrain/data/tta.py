@@ -39,7 +39,7 @@ class TTAMapper(DatasetMapper):
         return {**{key: record[key] for key in SAMPLE_KEYS}, "views": self.views(image)}
 
     def views(self, image):
-        """The views of an image, uint8 `[3, H, W]`."""
+        """Return the views of an image, uint8 `[3, H, W]`."""
         tensors, views = {"image": tv_tensors.Image(image)}, []
         # There is only one size to draw.
         rng = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def _view(tensors, flipped, keypoint_flip_indices):
 
 
 def build_tta_mapper(cfg, dataset_name):
-    """`TTAMapper` from TEST.AUG and INPUT.FIXED_SIZE, for images of a dataset."""
+    """Build the `TTAMapper` of TEST.AUG and INPUT.FIXED_SIZE, for images of a dataset."""
     aug, fixed_size, order = cfg.TEST.AUG, tuple(cfg.INPUT.FIXED_SIZE), None
     min_sizes = Numbers(0, whole=True, count=0).check("TEST.AUG.MIN_SIZES", aug.MIN_SIZES)
     max_size = Numbers(1, whole=True).check("TEST.AUG.MAX_SIZE", aug.MAX_SIZE)

@@ -21,7 +21,7 @@ COCO_SIGMAS = Params("keypoints").kpt_oks_sigmas.tolist()
 
 
 def oks_sigmas(given, num):
-    """TEST.KEYPOINT_OKS_SIGMAS for `num` keypoints (0: nobody knows how many), or COCO's if it is empty."""
+    """Return TEST.KEYPOINT_OKS_SIGMAS, checked, or COCO's if it is empty; `num` keypoints, 0 if unknown."""
     sigmas = given or COCO_SIGMAS
     if num and (len(sigmas) != num or min(sigmas) <= 0):
         found = f"not {given}" if given else f"COCO's are for {len(COCO_SIGMAS)}"
@@ -33,13 +33,13 @@ def oks_sigmas(given, num):
 
 
 def choose_backend(use_fast_impl=True):
-    """The first of `BACKENDS` that is installed; pycocotools if a fast one is not wanted."""
+    """Return the first of `BACKENDS` that is installed; pycocotools if a fast one is not wanted."""
     installed = (name for name in BACKENDS if importlib.util.find_spec(name))
     return next(installed) if use_fast_impl else "pycocotools"
 
 
 def precision_recall(backend, task, truth, detections, image_ids, sigmas):
-    """What COCO's metrics are means of; -1 where there is no ground truth.
+    """Compute what COCO's metrics are means of; -1 where there is no ground truth.
 
     Ids are numbers from 1, in the order that ties are broken by.
 
@@ -59,14 +59,14 @@ def precision_recall(backend, task, truth, detections, image_ids, sigmas):
     coco_class, eval_class = map(pkgutil.resolve_name, BACKENDS[backend])
     # They print, and the libraries do not let it be switched off.
     with contextlib.redirect_stdout(io.StringIO()):
-        indexed = _index(coco_class, truth)
+        coco_gt = _index(coco_class, truth)
         if isinstance(detections, np.ndarray):
-            found = indexed.load_res(detections)
+            coco_dt = coco_gt.load_res(detections)
         else:
             # Not loadRes: to it the area of keypoints is not that of their box.
-            found = [{"id": i, "iscrowd": 0, **d, "area": _area(d)} for i, d in enumerate(detections, 1)]
-            found = _index(coco_class, {**truth, "annotations": found})
-        evaluation = eval_class(indexed, found, task)
+            annotations = [_annotation(number, detection) for number, detection in enumerate(detections, 1)]
+            coco_dt = _index(coco_class, {**truth, "annotations": annotations})
+        evaluation = eval_class(coco_gt, coco_dt, task)
         evaluation.params.imgIds = image_ids
         # For keypoints faster-coco-eval would leave out classes that nobody annotated.
         evaluation.params.catIds = sorted(category["id"] for category in truth["categories"])
@@ -83,7 +83,8 @@ def _index(coco_class, dataset):
     return coco
 
 
-def _area(detection):
+def _annotation(number, detection):
+    area = detection["bbox"][2] * detection["bbox"][3]
     if "segmentation" in detection:
-        return float(coco_mask.area(detection["segmentation"]))
-    return detection["bbox"][2] * detection["bbox"][3]
+        area = float(coco_mask.area(detection["segmentation"]))
+    return {**detection, "id": number, "area": area, "iscrowd": 0}

@@ -37,7 +37,7 @@ def ranks(ids):
 
 
 def coco_truth(task, records, image_numbers, category_numbers):
-    """Records as COCO JSON has them.
+    """Return records as COCO JSON has them.
 
     Args:
         task: "bbox", "segm" or "keypoints"; the others' parts are left out.

@@ -41,7 +41,7 @@ def write_predictions(folder, dataset_name, detections):
 
 
 def coco_results(detections, records, image_ids, category_ids, parts=("masks", "keypoints")):
-    """`Detections` in COCO's results format, a list of dicts.
+    """Return `Detections` in COCO's results format, a list of dicts.
 
     Args:
         detections, records: the detections, and the records of the dataset that they are of.
@@ -68,7 +68,7 @@ def coco_results(detections, records, image_ids, category_ids, parts=("masks", "
 
 
 def rles(detections, records):
-    """The masks of `Detections` in COCO's compressed encoding; [] without masks."""
+    """Return the masks of `Detections` in COCO's compressed encoding; [] without masks."""
     if not detections.masks:
         return []
     sizes = [[record["height"], record["width"]] for record in records]
@@ -124,7 +124,7 @@ def read_detections(path, dataset_name, parts=("masks", "keypoints")):
 
 
 def detections_of_image(detections, index, score_threshold, record):
-    """Of a dataset's `Detections` those of one image, of scores from a threshold on, as a model gives them.
+    """Return the detections of one image, of scores from a threshold on, as a model returns them.
 
     Args:
         detections, index: `Detections`, and which image.
@@ -148,7 +148,7 @@ def detections_of_image(detections, index, score_threshold, record):
 
 
 def _mistake(result):
-    """What is wrong with a detection beside what may be wrong with an annotation, in the same form."""
+    """Return what is wrong with a detection that may be right in an annotation: (type, end of a sentence)."""
     if min(result["bbox"][2:]) < 0:
         return "bad_box", f"has bbox {result['bbox']}, whose width or height is negative"
     if not are_numbers(result.get("keypoints") or []):
@@ -175,7 +175,7 @@ def write_results(path, results):
 
 
 def plain(value):
-    """Dicts and lists as JSON can hold them: each number an int or a float, None for NaN and infinity."""
+    """Return dicts and lists as JSON holds them: each number an int or a float, None for NaN and infinity."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

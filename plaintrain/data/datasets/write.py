@@ -89,7 +89,7 @@ def _categories(metadata, ids, records):
 
 
 def area(annotation, record):
-    """Pixels of an object: its `area`, or else that of its segmentation, or else of its box."""
+    """Return the pixels of an object: its `area`, or else that of its segmentation, or else of its box."""
     if annotation.get("area") is not None:
         return float(annotation["area"])
     if annotation.get("segmentation"):
@@ -100,7 +100,7 @@ def area(annotation, record):
 
 
 def to_coco(annotation, record, ids):
-    """An annotation of a record as COCO has it, without ids of its own and its image; `ids` are by label."""
+    """Return an annotation of a record as COCO has it, without its ids; `ids` are those of the labels."""
     written = {
         "category_id": ids[annotation["category_id"]],
         "bbox": BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS),

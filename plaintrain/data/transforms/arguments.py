@@ -47,7 +47,7 @@ class Numbers:
 
 
 def argument(low, high=math.inf, *, default=MISSING, **options):
-    """A dataclass field for `Numbers`, with its `options`."""
+    """Return a dataclass field for `Numbers`, with its `options`."""
     return field(default=default, metadata={"numbers": Numbers(low, high, **options)})
 
 
