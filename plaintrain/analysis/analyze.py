@@ -32,7 +32,7 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
 
     Args:
         dataset_name: a registered dataset, of any format.
-        predictions_path: a JSON in COCO's results format, see `read_detections`.
+        predictions_path: a JSON in COCO's results format, see `read_predictions`.
         iou_threshold: IoU that a correct detection has at least, in all but COCO's metrics and curves.
         score_threshold: what a detection must have to count in what needs one; None for the one with the
             highest F1 over all classes (0 if nothing is correct).
@@ -58,7 +58,7 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
           `calibration`, `confusion`, `object_breakdown` and `best_and_worst` in `analysis.breakdown`
 
     Raises:
-        UserError: what `read_detections` and `COCOEvaluator` refuse.
+        UserError: what `read_predictions` and `COCOEvaluator` refuse.
     """
     evaluator = COCOEvaluator(dataset_name, distributed=False, kpt_oks_sigmas=kpt_oks_sigmas)
     if detections is None:

@@ -5,7 +5,7 @@ import numpy as np
 from plaintrain.analysis.dataset import ASPECTS, bin_names
 from plaintrain.analysis.error_costs import score_order
 from plaintrain.analysis.errors import KINDS, STATES, choose
-from plaintrain.data.datasets.write import area
+from plaintrain.evaluation.coco_gt import area
 from plaintrain.evaluation.overlaps import box_overlaps
 
 # What objects are sorted by: the lowest values of the bins. COCO's sizes, 32 and 96, are among those of the

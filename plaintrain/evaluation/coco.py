@@ -8,14 +8,13 @@ import logging
 import numpy as np
 
 from plaintrain.data.catalog import MetadataCatalog
-from plaintrain.data.datasets.write import area, category_ids
+from plaintrain.data.datasets.write import category_ids
 from plaintrain.evaluation.coco_backend import COCO_SIGMAS, choose_backend, oks_sigmas, precision_recall
-from plaintrain.evaluation.coco_gt import annotated, coco_truth, num_keypoints, ranks
+from plaintrain.evaluation.coco_gt import annotated, boxes_and_areas, coco_truth, num_keypoints, ranks
 from plaintrain.evaluation.detections import InstanceEvaluator
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.predictions import coco_results, write_predictions
 from plaintrain.evaluation.proposals import average_recall
-from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -154,10 +153,7 @@ class COCOEvaluator(InstanceEvaluator):
         for index, start, end in zip(detections.seen, *starts, strict=True):
             record, found = self.records[index], rows[start:end]
             found = found[np.argsort(-found[:, 5], kind="stable"), 1:5]
-            things = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
-            boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in things]
-            objects = np.array(boxes, dtype=float).reshape(-1, 4)
-            yield found, objects, np.array([area(a, record) for a in things])
+            yield found, *boxes_and_areas(record)
 
 
 def mean_ap(values):
