@@ -112,7 +112,7 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
 
     def evaluate(self):
         """Gather what all ranks processed, and score it on rank 0; None on the others."""
-        # Arrays and bytes: as many small objects would take far longer to send.
+        # Arrays and bytes: as many dicts would take far longer to send.
         part = {
             "rows": np.concatenate([np.zeros((0, 7)), *self._rows]),
             "seen": np.array(self._seen, dtype=np.int64),
