@@ -33,12 +33,11 @@ if __name__ == "__main__":
 from plaintrain.checkpoint import load_for_evaluation
 from plaintrain.engine import default_setup, launch, load_cfg
 from plaintrain.engine.testing import do_test
-from plaintrain.evaluation import build_evaluator, read_predictions, report_results, verify_results
+from plaintrain.evaluation import build_evaluator, read_detections, report_results, verify_results
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE
 from plaintrain.modeling import build_model
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.logger import progress
 
 logger = logging.getLogger("plaintrain")
 
@@ -50,9 +49,8 @@ def score_predictions(cfg, path):
     # The file that is read is not written anew.
     is_there = os.path.realpath(path) == os.path.realpath(os.path.join(folder, PREDICTIONS_FILE))
     evaluator = build_evaluator(cfg, dataset_name, None if is_there else folder)
-    for inputs, outputs in progress(read_predictions(path, dataset_name), desc="predictions"):
-        evaluator.process(inputs, outputs)
-    results = evaluator.evaluate() or {}
+    detections = read_detections(path, dataset_name)
+    results = evaluator.score(detections) if comm.is_main_process() else {}
     report_results(dataset_name, results, folder)
     return {dataset_name: results}
 

@@ -115,6 +115,10 @@ MUTATIONS = {
             "size // world_size * rank, size // world_size * (rank + 1)",
         ),
         ("share = np.bincount(labels) / len(records)", "share = np.bincount(labels) / len(labels)"),
+        (
+            "np.repeat([factors[name] for name in names], records.lengths)",
+            "np.repeat([factors[name] for name in sorted(names)], records.lengths)",
+        ),
     ],
     "plaintrain/data/datasets/shapes.py": [
         ("for other in shapes[index + 1 :])", "for other in shapes[:index])"),
@@ -130,22 +134,14 @@ MUTATIONS = {
         ("torch.tensor([width, height])", "torch.tensor([height, width])"),
         ('keep &= tensors["masks"].as_subclass(torch.Tensor).flatten(1).any(dim=1).bool()', "keep &= keep"),
     ],
-    "plaintrain/data/thread_loader.py": [
-        (
-            ("while waiting:\n                yield [sample.result() for sample in waiting.popleft()]"),
-            ("while waiting:\n                yield [sample.result() for sample in waiting.pop()]"),
-        ),
-    ],
     "plaintrain/data/loader.py": [
+        (
+            ("while waiting:\n            yield [sample.result() for sample in waiting.popleft()]"),
+            ("while waiting:\n            yield [sample.result() for sample in waiting.pop()]"),
+        ),
         ("np.random.default_rng((self._seed, position)))", "np.random.default_rng((self._seed, index)))"),
         ("np.random.default_rng((self._seed, position, 0))", "np.random.default_rng()"),
         ("        np.random.set_state(before[1])\n", ""),
-    ],
-    "plaintrain/data/train_sampler.py": [
-        (
-            "np.repeat([factors[name] for name in names], records.lengths)",
-            "np.repeat([factors[name] for name in sorted(names)], records.lengths)",
-        ),
     ],
     "plaintrain/data/transforms/geometric.py": [
         ("max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))", "max(1, int(new[0])), max(1, int(new[1]))"),
@@ -157,6 +153,7 @@ MUTATIONS = {
     ],
     "plaintrain/data/datasets/write.py": [
         ('shift_keypoints(annotation["keypoints"], -0.5)', 'list(annotation["keypoints"])'),
+        ('"iscrowd": int(annotation.get("iscrowd", 0))', '"iscrowd": 0'),
     ],
     "plaintrain/data/datasets/yolo.py": [
         ("names = [by_id[class_id] for class_id in ids]", "names = list(by_id.values())"),
@@ -202,12 +199,11 @@ MUTATIONS = {
         ("sorted(image_numbers[detections.seen].tolist())", "sorted(image_numbers.tolist())"),
     ],
     "plaintrain/evaluation/coco_backend.py": [
-        ("    evaluation.params.kpt_oks_sigmas = problem.sigmas\n", ""),
+        ("        evaluation.params.kpt_oks_sigmas = np.array(sigmas)\n", ""),
     ],
     "plaintrain/evaluation/coco_gt.py": [
         ("np.argsort(np.argsort(ids)) + 1", "np.argsort(ids) + 1"),
         ('"id": len(annotations) + 1', '"id": len(annotations)'),
-        ('"iscrowd": int(a.get("iscrowd", 0))', '"iscrowd": 0'),
     ],
     "plaintrain/analysis/errors.py": [
         ("_rank_in_class(detections) >= MAX_DETECTIONS", "_rank_in_class(detections) > MAX_DETECTIONS"),
@@ -228,7 +224,7 @@ MUTATIONS = {
     ],
     "plaintrain/evaluation/predictions.py": [
         ("float(value) if math.isfinite(value) else None", "float(value)"),
-        ("range(comm.get_rank(), len(records), comm.get_world_size())", "range(len(records))"),
+        ('key=lambda result: index[result["image_id"]]', 'key=lambda result: -index[result["image_id"]]'),
     ],
     "plaintrain/evaluation/proposals.py": [
         ("ious[:limit, (areas", "ious[:, (areas"),

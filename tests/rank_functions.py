@@ -166,7 +166,7 @@ def evaluate_a_part(args):
         evaluator.process([{"image_id": image_id}], [outputs[image_id]])
     results = evaluator.evaluate()
     kinds = sorted({type(value).__name__ for value in sent[0].values()})
-    save(args, {"results": results, "mask_bytes": len(sent[0]["counts"]), "kinds": kinds})
+    save(args, {"results": results, "mask_bytes": sum(map(len, sent[0]["masks"])), "kinds": kinds})
 
 
 def make_batch(number, size=64):

@@ -14,8 +14,8 @@ from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.data.datasets.write import category_ids
 from plaintrain.data.images import read_image
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.evaluation.coco_gt import box_xywh
 from plaintrain.report.build import build_report
+from plaintrain.structures import BoxMode
 
 # What must never be taken for HTML.
 EVIL = "<script>alert(1)</script>\"'&"
@@ -79,7 +79,8 @@ def detections(dataset_name, seed=0):
     ids = category_ids(MetadataCatalog.get(dataset_name))
     for record in records:
         for a in record["annotations"]:
-            box = (np.array(box_xywh(a)) + rng.normal(0, 2.0, 4)).clip(1).tolist()
+            box = BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS)
+            box = (np.array(box) + rng.normal(0, 2.0, 4)).clip(1).tolist()
             label = a["category_id"] if rng.random() < 0.8 else rng.integers(len(ids))
             detection = {"image_id": record["image_id"], "category_id": ids[int(label)], "bbox": box}
             found.append({**detection, "score": float(rng.uniform(0.3, 1))})

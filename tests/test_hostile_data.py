@@ -15,7 +15,7 @@ from plaintrain.data.datasets.yolo import load_yolo
 from plaintrain.data.image_files import image_header
 from plaintrain.data.images import read_image
 from plaintrain.data.records import get_detection_dataset_dicts
-from plaintrain.evaluation.predictions import read_predictions
+from plaintrain.evaluation.predictions import read_detections
 
 
 def _spec(files):
@@ -29,7 +29,7 @@ def test_json_and_masks_of_predictions_that_fill_the_memory_are_rejected(tiny_co
     for text in ("[" * 1_000_000, '{"images":' * 100_000, numbers, '"\\ud800"', "\0"):
         path.write_text(text)
         rejected(path, by=lambda: load_coco_json(str(path), ""))
-        rejected(path, by=lambda: list(read_predictions(str(path), "pets")))
+        rejected(path, by=lambda: read_detections(str(path), "pets"))
     for change in (
         {"bbox": [1, 1, 5, 5], "segmentation": [[0, 0, 2e9, 0, 2e9, 2e9]]},
         # Boxes are made of these.
@@ -37,7 +37,7 @@ def test_json_and_masks_of_predictions_that_fill_the_memory_are_rejected(tiny_co
         {"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}},
     ):
         path.write_text(json.dumps([{"image_id": 11, "category_id": 7, "score": 0.5, **change}]))
-        rejected(path, "detection 0", by=lambda: list(read_predictions(str(path), "pets")))
+        rejected(path, "detection 0", by=lambda: read_detections(str(path), "pets"))
 
 
 def test_deep_nesting_and_shapes_sets_of_absurd_size_are_rejected(tiny_coco):

@@ -15,12 +15,11 @@ from plaintrain.evaluation import (
     COCOEvaluator,
     PascalVOCDetectionEvaluator,
     build_evaluator,
-    predictions,
-    read_predictions,
+    read_detections,
     write_results,
 )
 from plaintrain.evaluation.detections import Detections
-from plaintrain.evaluation.predictions import detections_of_image, read_detections
+from plaintrain.evaluation.predictions import detections_of_image
 from plaintrain.structures import encode_masks
 from plaintrain.utils.errors import UserError
 
@@ -62,6 +61,14 @@ def score(evaluator, pairs):
     return evaluator.evaluate()
 
 
+def read_as_outputs(path, name):
+    """What a model would have returned for each image."""
+    detections = read_detections(path, name)
+    return [
+        detections_of_image(detections, i, 0, record) for i, record in enumerate(DatasetCatalog.get(name))
+    ]
+
+
 def write(folder, detections):
     path = folder / "found.json"
     path.write_text(detections if isinstance(detections, str) else json.dumps(detections))
@@ -81,10 +88,8 @@ def test_a_file_read_again_gives_the_same_scores(shapes, tmp_path, evaluator_cla
         return evaluator_class(shapes, output_dir=str(tmp_path / folder), **options)
 
     first = score(make_evaluator("first"), detections_in(shapes, parts))
-    again = score(make_evaluator("again"), read_predictions(tmp_path / "first" / FILE, shapes))
+    again = make_evaluator("again").score(read_detections(tmp_path / "first" / FILE, shapes))
     assert repr(again) == repr(first)
-    at_once = read_detections(tmp_path / "first" / FILE, shapes)
-    assert repr(make_evaluator("at_once").score(at_once)) == repr(first)
     assert all(5 < metrics["AP"] < 95 for metrics in first.values())
     assert len(first) == 1 + len(parts) or evaluator_class is PascalVOCDetectionEvaluator
     written = (tmp_path / "first" / FILE).read_bytes()
@@ -102,11 +107,7 @@ def test_every_image_is_read_once_as_a_model_returns_it(declare_pets):
             {"image_id": 2, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 0.5, "segmentation": [BIG]},
         ],
     )
-    pairs = list(read_predictions(path, "pets"))
-    samples = [sample for (sample,), _ in pairs]
-    sizes = [(s["image_id"], s["height"], s["width"]) for s in samples]
-    assert sizes == [(2, 40, 30), (5, 24, 20), (11, 30, 40)]
-    upright, empty, wide = [output for _, (output,) in pairs]
+    upright, empty, wide = read_as_outputs(path, "pets")
     assert upright["boxes"].tolist() == [[1, 2, 4, 6.5], [0, 0, 1, 1]]
     assert (upright["scores"].tolist(), upright["labels"].tolist()) == ([1, 0.5], [1, 0])
     assert upright["masks"].shape == (2, 40, 30) and upright["masks"].dtype == torch.bool
@@ -121,21 +122,10 @@ def test_every_image_is_read_once_as_a_model_returns_it(declare_pets):
 def test_keypoints_are_moved_to_the_centers_of_pixels_and_keep_their_scores(declare_pets):
     detection = {"image_id": 2, "category_id": 5, "score": 0.5, "keypoints": [9, 4, 0.75, 5, 6, 0]}
     path = write(declare_pets(CLASSES=["person"]), [detection])
-    outputs = [output for _, (output,) in read_predictions(path, "pets")]
+    outputs = read_as_outputs(path, "pets")
     assert outputs[0]["keypoints"].tolist() == [[[9.5, 4.5, 0.75], [5.5, 6.5, 0]]]
     assert outputs[0]["boxes"].tolist() == [[5, 4, 9, 6]]
     assert len(outputs[1]["keypoints"]) == 0 and "masks" not in outputs[0]
-
-
-def test_each_rank_reads_its_images(shapes, tmp_path, monkeypatch):
-    path = write(tmp_path, [])
-    monkeypatch.setattr(predictions.comm, "get_world_size", lambda: 4)
-    by_rank = []
-    for rank in range(4):
-        monkeypatch.setattr(predictions.comm, "get_rank", lambda rank=rank: rank)
-        by_rank.append([sample["image_id"] for (sample,), _ in read_predictions(path, shapes)])
-    assert [len(image_ids) for image_ids in by_rank] == [2, 2, 1, 1]
-    assert sorted(sum(by_rank, [])) == [record["image_id"] for record in DatasetCatalog.get(shapes)]
 
 
 _GOOD = {"image_id": 2, "category_id": 5, "bbox": [1, 2, 3, 4], "score": 0.9}
@@ -145,18 +135,18 @@ _MISTAKES = {
     "not JSON": ("<html>", r"the results file .*found\.json is not JSON"),
     "not a list": ({"annotations": []}, r"found\.json must hold a list of detections"),
     "numbers": ([1, 2], r"found\.json must hold a list of detections"),
-    "image": ([_GOOD, _GOOD | {"image_id": 3}], r"detection 1 in .*image 3, .* in pets \(3 images, .* 2\)"),
-    "name of an image": ([_GOOD | {"image_id": "2"}], r"detection 0 in .*is of image '2'"),
+    "image": ([_GOOD, _GOOD | {"image_id": 3}], r"detection 1 in .*, for pets, belongs to image 3"),
+    "name of an image": ([_GOOD | {"image_id": "2"}], r"detection 0 in .* belongs to image 2"),
     "no image": ([{"score": 1, "category_id": 5, "bbox": [1] * 4}], r"detection 0 in .* has no image_id"),
-    "class": ([_GOOD | {"category_id": 0}], r"category_id 0, but pets has 3 categories: 3 cat, "),
+    "class": ([_GOOD | {"category_id": 0}], r"for pets, has category_id 0, but .* \[3, 5, 7\]"),
     "no box": ([{"image_id": 2, "category_id": 5, "score": 1}], r"detection 0 in .* has no bbox"),
     "box": ([_GOOD | {"bbox": [1, 2, math.nan, 4]}], r"detection 0 in .* has bbox \[1, 2, nan, 4\]"),
     "negative": ([_GOOD | {"bbox": [9, 2, -3, 4]}], r"has bbox \[9, 2, -3, 4\], whose width or height"),
     "score": ([_GOOD | {"score": math.nan}], r"detection 0 in .*found\.json has the score nan"),
     "no score": ([{**_GOOD, "score": None}], r"detection 0 in .* has the score None"),
-    "some masks": ([_GOOD | {"segmentation": _RLE}, _GOOD], r"detection 1 in .* has no segmentation, but"),
+    "some masks": ([_GOOD | {"segmentation": _RLE}, _GOOD], r"only 1 of 2 detections have a segmentation"),
     "turned mask": ([_GOOD | {"segmentation": _TURNED}], r"detection 0 in .* an RLE of the size \[30, 40\]"),
-    "some keypoints": ([_GOOD, _GOOD | {"keypoints": [1] * 6}], r"detection 0 in .* has no keypoints"),
+    "some keypoints": ([_GOOD, _GOOD | {"keypoints": [1] * 6}], r"only 1 of 2 detections have keypoints"),
     "keypoints": ([_GOOD | {"keypoints": [1] * 9}], r"detection 0 in .* 9 numbers as keypoints, not 3 x 2"),
     "odd keypoints": ([_GOOD | {"keypoints": [1, 1, None] * 2}], r"keypoints that are not finite numbers"),
 }
@@ -167,21 +157,17 @@ def test_mistakes_in_a_file_are_named(declare_pets, case):
     content, words = _MISTAKES[case]
     path = write(declare_pets(), content)
     with pytest.raises(UserError, match=words):
-        pairs = read_predictions(path, "pets")
-        # A broken mask alone is found while images are read.
-        assert case == "turned mask"
-        list(pairs)
+        read_detections(path, "pets")
 
 
 def test_missing_files_and_other_numbers_of_keypoints_are_named(declare_pets):
     folder = declare_pets()
     with pytest.raises(UserError, match=r"cannot read the results file .*nowhere\.json: No such file"):
-        read_predictions(folder / "nowhere.json", "pets")
+        read_detections(folder / "nowhere.json", "pets")
     MetadataCatalog.get("pets").set(keypoint_names=None)
     path = write(folder, [_GOOD | {"keypoints": [1] * 6}, _GOOD | {"keypoints": [1] * 9}])
-    message = r"detection 1 in .* has 9 numbers as keypoints, but detection 0 has 6"
-    with pytest.raises(UserError, match=message):
-        read_predictions(path, "pets")
+    with pytest.raises(UserError, match=r"found\.json have different numbers of keypoints"):
+        read_detections(path, "pets")
 
 
 def test_results_are_written_with_null_for_nan(tmp_path):

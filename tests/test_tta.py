@@ -8,9 +8,15 @@ from model_helpers import ARCHITECTURES, TINY, K, build, make_cfg, make_override
 from torch import nn
 from torchvision.ops import batched_nms
 
-from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader, tta
+from plaintrain.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    dataset_mapper,
+)
 from plaintrain.data.datasets.shapes import load_shapes
-from plaintrain.data.tta import TTAMapper, build_tta_mapper
+from plaintrain.data.tta import build_tta_mapper
 from plaintrain.engine.preflight import check_before_training
 from plaintrain.evaluation import COCOEvaluator, inference_on_dataset
 from plaintrain.modeling.tta import DetectorWithTTA, build_tta
@@ -101,14 +107,16 @@ def test_views_are_what_the_plain_mapper_makes_and_its_mirror_images(cfg, shapes
 
 
 def test_an_image_is_read_once_and_no_view_is_mirrored_without_flip(cfg, shapes, monkeypatch):
-    reads, read_image = [], tta.read_image
-    monkeypatch.setattr(tta, "read_image", lambda name, *args: reads.append(name) or read_image(name, *args))
-    views = TTAMapper([30, 40, 50], 100, flip=False)(shapes[0])["views"]
+    reads, read = [], dataset_mapper.read_image
+    monkeypatch.setattr(dataset_mapper, "read_image", lambda name, *a: reads.append(name) or read(name, *a))
+    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE, cfg.TEST.AUG.FLIP = (30, 40, 50), 100, False
+    mapper = build_tta_mapper(cfg, "few_shapes")
+    views = mapper(shapes[0])["views"]
     assert reads == [shapes[0]["file_name"]]
     assert [view["image"].shape[1:] for view in views] == [(30, 45), (40, 60), (50, 75)]
     assert not any(view["flipped"] for view in views)
     with pytest.raises(UserError, match="90x60, but its annotation says 91x60"):
-        TTAMapper((40,), 100)({**shapes[0], "width": 91})
+        mapper({**shapes[0], "width": 91})
 
 
 def test_the_order_of_keypoints_comes_from_the_dataset(cfg, shapes):

@@ -3,17 +3,13 @@
 import copy
 import functools
 
-import numpy as np
-
 from plaintrain.data.catalog import DatasetCatalog
 from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.images import ImageCache
-from plaintrain.data.loader import Loader, MappedRecords, TrainLoader
+from plaintrain.data.loader import Loader, MappedRecords, Threads, TrainLoader
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
-from plaintrain.data.samplers import InferenceSampler, batches_of_one_shape
+from plaintrain.data.samplers import InferenceSampler, build_train_sampler
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.data.thread_loader import Threads
-from plaintrain.data.train_sampler import build_train_sampler
 from plaintrain.data.transforms.build import build_augmentation
 from plaintrain.data.transforms.geometric import shortest_edge_size
 from plaintrain.data.tta import build_tta_mapper
@@ -27,7 +23,7 @@ _PADDED_TO = 32
 def check_batch_size(cfg):
     """SOLVER.IMS_PER_BATCH, or a `UserError` if processes or ACCUMULATE_STEPS cannot share it."""
     world_size = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
+    if cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which cannot be split evenly over "
             f"{world_size} processes"
@@ -56,9 +52,6 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
 
     Returns:
         An endless `TrainLoader`.
-
-    Raises:
-        UserError: an unusable dataset, or a batch that the ranks cannot share evenly.
     """
     batch_size = check_batch_size(cfg)
     skip = cfg.DATALOADER.SKIP_UNREADABLE
@@ -77,11 +70,10 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
 
 
 def _workers(cfg, mapper):
-    """DATALOADER.NUM_WORKERS, as `Threads` where WORKER_TYPE and the mapper say so."""
-    number, kind = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.WORKER_TYPE
-    if kind == "auto":
-        kind = "thread" if getattr(mapper, "thread_safe", False) else "process"
-    return Threads(number) if kind == "thread" else number
+    """DATALOADER.NUM_WORKERS, as `Threads` where WORKER_TYPE or the mapper says so."""
+    num_workers, worker_type = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.WORKER_TYPE
+    in_threads = worker_type == "thread" or (worker_type == "auto" and getattr(mapper, "thread_safe", False))
+    return Threads(num_workers) if in_threads else num_workers
 
 
 def _with_cache(limit, mapper, workers):
@@ -89,8 +81,6 @@ def _with_cache(limit, mapper, workers):
     if limit == 0:
         return mapper
     what = f"DATALOADER.CACHE_BYTES is {limit}, but"
-    if limit < 0:
-        raise UserError(f"{what} must be at least 0")
     if workers and not isinstance(workers, Threads):
         raise UserError(
             f"{what} processes do not share decoded images: set DATALOADER.WORKER_TYPE to thread, or "
@@ -114,11 +104,7 @@ def training_records(cfg):
 
 
 def count_iters_per_epoch(cfg):
-    """The `iters_per_epoch` of the loader that `build_detection_train_loader(cfg)` builds.
-
-    Raises:
-        UserError: see there; images are not looked for.
-    """
+    """The `iters_per_epoch` of the loader that `build_detection_train_loader(cfg)` builds."""
     records = _serialized(training_records(cfg))
     sampler = build_train_sampler(cfg, records, check_batch_size(cfg))
     return -(-sampler.size // sampler.batch_size)
@@ -147,39 +133,39 @@ def build_detection_test_loader(cfg, dataset_name, *, mapper=None, dataset=None,
     records = DatasetCatalog.get(dataset_name) if dataset is None else _serialized(dataset)
     if dataset is None:
         check_image_files(records, dataset_name)
-    size, tta = cfg.TEST.IMS_PER_BATCH, mapper is None and cfg.TEST.AUG.ENABLED
-    if size < 1:
-        raise UserError(f"TEST.IMS_PER_BATCH is {size}, but must be at least 1")
+    batch_size, tta = cfg.TEST.IMS_PER_BATCH, mapper is None and cfg.TEST.AUG.ENABLED
     if mapper is None:
         mapper = build_tta_mapper(cfg, dataset_name) if tta else DatasetMapper(cfg, is_train=False)
-    given = sampler is not None
-    images = list(
-        sampler if given else InferenceSampler(len(records), comm.get_rank(), comm.get_world_size())
-    )
-    shapes = _test_shapes(cfg, records, images, tta) if size > 1 and not given else [()] * len(images)
-    batches = batches_of_one_shape(images, shapes, size)
+    if sampler is None:
+        images = list(InferenceSampler(len(records), comm.get_rank(), comm.get_world_size()))
+        groups = _groups_of_one_shape(cfg, records, images, tta) if batch_size > 1 else [images]
+    else:
+        groups = [list(sampler)]
+    batches = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
     keys = [[(index, index) for index in batch] for batch in batches]
     return Loader(MappedRecords(records, mapper, seed=0), keys, _workers(cfg, mapper))
 
 
-def _test_shapes(cfg, records, images, tta):
-    """The shapes of some images as a model pads them, of each a tuple of (height, width)."""
+def _groups_of_one_shape(cfg, records, images, tta):
+    """Return lists of the images that a model pads to one shape, those with the most pixels first."""
     if tuple(cfg.INPUT.FIXED_SIZE) != (0, 0) or records.columns is None:
         # All are the same, or nobody knows.
-        return [()] * len(images)
+        return [images]
     aug = cfg.TEST.AUG
-    sides = aug.MIN_SIZES if tta else (cfg.INPUT.MIN_SIZE_TEST,)
-    longest = aug.MAX_SIZE if tta else cfg.INPUT.MAX_SIZE_TEST
+    short_edges = aug.MIN_SIZES if tta else (cfg.INPUT.MIN_SIZE_TEST,)
+    max_size = aug.MAX_SIZE if tta else cfg.INPUT.MAX_SIZE_TEST
 
     @functools.cache
     def padded(*size):
-        resized = [shortest_edge_size(*size, side, longest) if side else size for side in sides]
+        resized = [shortest_edge_size(*size, edge, max_size) if edge else size for edge in short_edges]
         return tuple(tuple(-(-side // _PADDED_TO) * _PADDED_TO for side in shape) for shape in resized)
 
-    # What is no size of an image is told of when it is read.
-    chosen = np.array(images, dtype=np.int64)
-    columns = (records.columns[key][chosen].clip(1).tolist() for key in ("height", "width"))
-    return list(map(padded, *columns))
+    groups = {}
+    for image in images:
+        # What is no size of an image is told of when it is read.
+        height, width = (max(1, int(records.columns[key][image])) for key in ("height", "width"))
+        groups.setdefault(padded(height, width), []).append(image)
+    return [groups[shapes] for shapes in sorted(groups, key=lambda shapes: -sum(h * w for h, w in shapes))]
 
 
 def build_detection_val_loader(cfg, dataset_name):

@@ -14,6 +14,9 @@ from plaintrain.data.transforms.tensors import has_extent, hide_outside, plain_i
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
+# What a sample has of its record.
+SAMPLE_KEYS = ("image_id", "file_name", "height", "width")
+
 
 class DatasetMapper:
     """A callable from (record, generator) to the sample that a model takes.
@@ -46,10 +49,6 @@ class DatasetMapper:
             use_masks: put masks into targets.
             num_keypoints: keypoints of an instance; 0 leaves them out of targets.
             records: sequence of records from which SimpleCopyPaste takes the images to paste from.
-
-        Raises:
-            UserError: an augmentation that cannot be built, keypoints that the datasets of
-                DATASETS.TRAIN do not share, or SimpleCopyPaste without masks or `records`.
         """
         order = None
         if cfg is not None:
@@ -70,14 +69,10 @@ class DatasetMapper:
                 raise UserError("SimpleCopyPaste needs the records to paste from: DatasetMapper(records=...)")
 
     def __call__(self, record, rng=None):
-        """Make the sample; `rng` is the `numpy.random.Generator` that augmentation draws from.
-
-        Raises:
-            UserError: an unreadable image, or an annotation without what the target needs.
-        """
+        """Make the sample; `rng` is the `numpy.random.Generator` that augmentation draws from."""
         rng = np.random.default_rng() if rng is None else rng
         tensors = self._augmented(record, self.augmentations, rng)
-        sample = {key: record[key] for key in ("image_id", "file_name", "height", "width")}
+        sample = {key: record[key] for key in SAMPLE_KEYS}
         sample["image"] = plain_image(tensors)
         if self.is_train:
             sample["target"] = _target(tensors)

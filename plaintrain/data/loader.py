@@ -9,13 +9,14 @@ import os
 import random
 import signal
 import threading
-from collections import namedtuple
+from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from plaintrain.data.thread_loader import ThreadLoader, Threads
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
@@ -27,6 +28,13 @@ logger = logging.getLogger(__name__)
 # A sample in the place of another, and why that one cannot be used.
 _Replacement = namedtuple("_Replacement", "sample reason")
 _MAX_TRIES = 10
+# Batches that threads make ahead, at least.
+_AHEAD = 3
+_THREAD_NAME = "load-samples"
+
+
+class Threads(int):
+    """A number of workers that are threads of this process, where an int means processes."""
 
 
 class MappedRecords(Dataset):
@@ -39,9 +47,6 @@ class MappedRecords(Dataset):
     def __init__(self, records, mapper, seed, skip=False):
         self._records, self._mapper, self._seed, self._skip = records, mapper, seed, skip
         self.takes_rng = _takes_generator(mapper)
-
-    def __len__(self):
-        return len(self._records)
 
     def __getitem__(self, key):
         index, position = key
@@ -113,28 +118,49 @@ def _obey_parent():
     os._exit(0)
 
 
-def _make_loader(dataset, batches, num_workers):
-    in_threads, pin_memory = isinstance(num_workers, Threads), torch.cuda.is_available()
-    number = num_workers.number if in_threads else num_workers
-    if number < 0:
-        raise UserError(f"DATALOADER.NUM_WORKERS is {number}, but must be at least 0")
-    if in_threads and number:
-        if not dataset.takes_rng:
-            raise UserError(
-                "DATALOADER.WORKER_TYPE is thread, but the mapper takes a record alone, so it draws from the "
-                "global generators, which threads share: let it take (record, generator), or use processes"
-            )
-        return ThreadLoader(dataset, batches, number, pin_memory)
+def load_in_processes(dataset, batches, num_workers):
+    """Iterate over lists of samples that worker processes make; without workers this thread makes them."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=number,
+        num_workers=num_workers,
         collate_fn=list,
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_outlive_signals,
         # Its own generator: drawing the workers' base seed must not move the training's.
         generator=torch.Generator(),
     )
+
+
+def load_in_threads(dataset, batches, num_threads):
+    """Yield lists of samples that threads make, in order; the threads end with the iterator."""
+    # A thread's first computation asks how many cores to use: this one's comes before the workers set it.
+    torch.get_num_threads()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def begin():
+        # As in a worker process: the cores are shared by the threads, not taken by each.
+        torch.set_num_threads(1)
+        if device is not None:
+            torch.cuda.set_device(device)
+
+    def make(key):
+        return dataset[key] if device is None else pin_memory(dataset[key])
+
+    pool = ThreadPoolExecutor(num_threads, _THREAD_NAME, initializer=begin)
+    waiting = deque()
+    try:
+        for keys in batches:
+            waiting.append([pool.submit(make, key) for key in keys])
+            # Small batches: more of them, or threads would wait.
+            if len(waiting) > _AHEAD and len(waiting) * max(len(keys), 1) > 2 * num_threads:
+                yield [sample.result() for sample in waiting.popleft()]
+        while waiting:
+            yield [sample.result() for sample in waiting.popleft()]
+    finally:
+        # Garbage may be collected in one of these threads, which cannot wait for itself.
+        in_pool = threading.current_thread().name.startswith(_THREAD_NAME)
+        pool.shutdown(wait=not in_pool, cancel_futures=True)
 
 
 class Loader:
@@ -143,14 +169,22 @@ class Loader:
     training = False
 
     def __init__(self, dataset, batches, num_workers):
-        self._loader = _make_loader(dataset, batches, num_workers)
+        """num_workers: worker processes, or `Threads`; 0 loads as batches are asked for."""
+        self._dataset, self.batches, self._num_workers = dataset, batches, num_workers
+        self._in_threads = isinstance(num_workers, Threads) and num_workers > 0
+        if self._in_threads and not dataset.takes_rng:
+            raise UserError(
+                "DATALOADER.WORKER_TYPE is thread, but the mapper takes a record alone, so it draws from the "
+                "global generators, which threads share: let it take (record, generator), or use processes"
+            )
 
     def __len__(self):
-        return len(self._loader)
+        return len(self.batches)
 
     def __iter__(self):
+        load = load_in_threads if self._in_threads else load_in_processes
         extra = LONG
-        for samples in self._loader:
+        for samples in load(self._dataset, self.batches, self._num_workers):
             for sample in samples:
                 if isinstance(sample, UserError):
                     raise sample
@@ -178,22 +212,20 @@ class TrainLoader(Loader):
             sampler: a `TrainingSampler`, whose batches are split over the ranks; its `seed` also
                 seeds every sample's generator.
             start_iter: iteration to begin with; nothing before it is loaded.
-            num_workers: worker processes, or `Threads`; 0 loads as batches are asked for.
+            num_workers: see `Loader`.
             skip_unreadable: put another image, drawn from the seed and the position, where one cannot
                 be read, and log it, instead of raising a `UserError`.
         """
         self._records, self._sampler, self._iteration = records, sampler, start_iter
         self.num_replaced, self._replaced = 0, set()
-        self._mapped = MappedRecords(records, mapper, sampler.seed, skip_unreadable)
-        super().__init__(self._mapped, _Batches(self), num_workers)
+        super().__init__(MappedRecords(records, mapper, sampler.seed, skip_unreadable), (), num_workers)
 
-    def batches_from_here(self):
-        """[(image, position)] of this rank per iteration, without end."""
-        rank, world_size = comm.get_rank(), comm.get_world_size()
-        for iteration in itertools.count(self._iteration):
-            yield self._sampler.batch(iteration, rank, world_size)
+    def _batch(self, iteration):
+        """[(image, position)] of this rank in an iteration."""
+        return self._sampler.batch(iteration, comm.get_rank(), comm.get_world_size())
 
     def __iter__(self):
+        self.batches = map(self._batch, itertools.count(self._iteration))
         for samples in super().__iter__():
             self._iteration += 1
             yield [self._unwrap(sample) for sample in samples]
@@ -238,8 +270,7 @@ class TrainLoader(Loader):
 
     def samples(self, iteration):
         """This rank's samples of an iteration, made once more."""
-        keys = self._sampler.batch(iteration, comm.get_rank(), comm.get_world_size())
-        samples = [self._mapped[key] for key in keys]
+        samples = [self._dataset[key] for key in self._batch(iteration)]
         return [s.sample if isinstance(s, _Replacement) else s for s in samples]
 
     def state_dict(self):
@@ -248,24 +279,10 @@ class TrainLoader(Loader):
         return {"iteration": self._iteration, "num_replaced": self.num_replaced, "sampler": sampler}
 
     def load_state_dict(self, state_dict):
-        """Go on where another run stopped; nothing before is loaded.
-
-        Raises:
-            UserError: a run on another number of images.
-        """
+        """Go on where another run stopped; nothing before is loaded."""
         self._iteration, self.num_replaced = state_dict["iteration"], state_dict["num_replaced"]
         if state_dict["sampler"] and hasattr(self._sampler, "load_state_dict"):
             self._sampler.load_state_dict(state_dict["sampler"], self._iteration)
 
     def __len__(self):
         raise TypeError("the training loader is endless; SOLVER.MAX_ITER ends the run")
-
-
-class _Batches:
-    """What PyTorch's loader asks for batches, when it begins."""
-
-    def __init__(self, loader):
-        self._loader = loader
-
-    def __iter__(self):
-        return self._loader.batches_from_here()

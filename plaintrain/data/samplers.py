@@ -2,9 +2,12 @@
 
 import functools
 import logging
+import math
 
 import numpy as np
 
+from plaintrain.config import check_cfg, get_cfg, get_value
+from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,9 +36,6 @@ class TrainingSampler:
                 like numbers as far as they allow (images of like shape pad less).
             window: batches are made like this from so many batches of images at a time, and shuffled
                 among them; 0: from a whole pass.
-
-        Raises:
-            UserError: no image.
         """
         if size < 1:
             raise UserError("there is no image to train on")
@@ -49,7 +49,7 @@ class TrainingSampler:
         return rng.permutation(self.size)
 
     def _pass_order(self, number):
-        """The images of a pass, `[size]`, in the order in which they come."""
+        """The images of a pass, `[size]`, as they come."""
         if not self.shuffle:
             return np.arange(self.size)
         rng = np.random.default_rng((self.seed, number))
@@ -98,9 +98,6 @@ class TrainingSampler:
         Args:
             state_dict: the state of the run's sampler.
             iteration: the next one.
-
-        Raises:
-            UserError: a pass of that run had another number of images.
         """
         if state_dict["size"] != self.size:
             raise UserError(
@@ -128,18 +125,13 @@ class RepeatFactorTrainingSampler(TrainingSampler):
     of the sum.
     """
 
-    def __init__(self, factors, batch_size=1, *, seed=0, groups=None, window=0):
+    def __init__(self, factors, batch_size=1, **options):
         """
         Args:
-            factors: a number >= 0 for each image.
-            batch_size, seed, groups, window: see `TrainingSampler`.
-
-        Raises:
-            UserError: a factor that is negative or not finite, or a sum below one half.
+            factors: a number >= 0 for each image, whose sum is at least one half.
+            batch_size, options: see `TrainingSampler`.
         """
         factors = np.asarray(factors, dtype=np.float64)
-        if not (np.isfinite(factors) & (factors >= 0)).all():
-            raise UserError("the repeat factor of an image must be a finite number >= 0")
         self._whole, self._extra = np.floor(factors).astype(np.int64), factors % 1
         size = round(factors.sum())
         # The fractions are moved a little, within 0 to 1, so that their sum is a whole number.
@@ -149,7 +141,7 @@ class RepeatFactorTrainingSampler(TrainingSampler):
         else:
             self._extra[some] = 1 - (1 - self._extra[some]) * (some.sum() - num_up) / (some.sum() - up)
         self._num_up = num_up
-        super().__init__(size, batch_size, seed=seed, groups=groups, window=window)
+        super().__init__(size, batch_size, **options)
 
     def _draw(self, rng):
         images = rng.permutation(self._whole.size)
@@ -163,22 +155,17 @@ class RepeatFactorTrainingSampler(TrainingSampler):
 class RandomSubsetTrainingSampler(TrainingSampler):
     """Passes over a random subset of the images, which the seed alone decides."""
 
-    def __init__(self, size, ratio, batch_size=1, *, seed=0, groups=None, window=0):
+    def __init__(self, size, ratio, batch_size=1, *, seed=0, **options):
         """
         Args:
             size: number of images.
             ratio: the share of them to use, in (0, 1]; at least one image is used.
-            batch_size, seed, groups, window: see `TrainingSampler`.
-
-        Raises:
-            UserError: no image, or a ratio out of its range.
+            batch_size, seed, options: see `TrainingSampler`.
         """
-        if not 0 < ratio <= 1:
-            raise UserError(f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}, not in (0, 1]")
         # Three numbers, where the generator of a pass has two.
         rng = np.random.default_rng((seed, 0, 1))
         self.subset = np.sort(rng.choice(size, size=min(size, max(1, round(size * ratio))), replace=False))
-        super().__init__(self.subset.size, batch_size, seed=seed, groups=groups, window=window)
+        super().__init__(self.subset.size, batch_size, seed=seed, **options)
 
     def _draw(self, rng):
         return self.subset[rng.permutation(self.size)]
@@ -197,42 +184,16 @@ class InferenceSampler:
         return len(self._range)
 
 
-def batches_of_one_shape(images, shapes, size):
-    """Cut images into batches in which all have the same shape, those with the most pixels first.
-
-    Args:
-        images: their numbers, in the order that those of one shape keep.
-        shapes: of each its (height, width), in a tuple, of several where it is seen at several sizes.
-        size: images in a batch, at most.
-
-    Returns:
-        A list of lists of numbers, in all each of `images` once.
-    """
-    groups = {}
-    for image, shape in zip(images, shapes, strict=True):
-        groups.setdefault(shape, []).append(image)
-    ordered = sorted(groups, key=lambda shape: -sum(height * width for height, width in shape))
-    return [groups[shape][i : i + size] for shape in ordered for i in range(0, len(groups[shape]), size)]
-
-
 def aspect_ratio_groups(heights, widths):
     """0 for images that are higher than wide, 1 for the others, `[N]`."""
     return (np.asarray(widths) >= np.asarray(heights)).astype(np.int64)
 
 
 def repeat_factors_from_category_frequency(records, repeat_thresh, sqrt=True):
-    """The repeat factor of each image, by its rarest class (https://arxiv.org/abs/1908.03195, 4.2).
+    """Return the repeat factor of each image, `[N]`, by its rarest class (arXiv 1908.03195, 4.2).
 
     A class c in the share f(c) of the images has r(c) = max(1, sqrt(repeat_thresh / f(c))), and an
-    image the largest r(c) of its classes; 1 if it has none.
-
-    Args:
-        records: sequence of records, N.
-        repeat_thresh: share of the images, below which a class is repeated.
-        sqrt: take the square root, as LVIS.
-
-    Returns:
-        float64 array `[N]`.
+    image the largest r(c) of its classes; 1 if it has none. LVIS takes the square root.
     """
     images, labels = _classes_of_images(records)
     share = np.bincount(labels) / len(records)
@@ -243,17 +204,11 @@ def repeat_factors_from_category_frequency(records, repeat_thresh, sqrt=True):
 
 
 def class_balanced_factors(records):
-    """The repeat factor of each image for which every class is drawn as often.
+    """Return the repeat factor of each image, `[N]`, for which every class is drawn as often.
 
     As if a class were drawn, each as likely, and then one of its images: an image has the sum of
     M / (K n(c)) over its classes, where n(c) images hold class c, M hold any, and K classes occur.
     Images without annotations have 1, so that the sum of all is N.
-
-    Args:
-        records: sequence of records, N.
-
-    Returns:
-        float64 array `[N]`.
     """
     images, labels = _classes_of_images(records)
     images_of, used = np.bincount(labels), np.unique(images)
@@ -268,3 +223,67 @@ def _classes_of_images(records):
     pairs = [(i, c) for i, r in enumerate(records) for c in {a["category_id"] for a in r["annotations"]}]
     images, labels = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     return images, labels
+
+
+# Keys that one sampler alone reads.
+_READ_BY = {
+    "DATALOADER.REPEAT_THRESHOLD": "RepeatFactorTrainingSampler",
+    "DATASETS.TRAIN_REPEAT_FACTOR": "WeightedTrainingSampler",
+    "DATALOADER.RANDOM_SUBSET_RATIO": "RandomSubsetTrainingSampler",
+}
+
+
+def build_train_sampler(cfg, records, batch_size):
+    """Build the sampler of DATALOADER.SAMPLER_TRAIN, with the keys that it reads.
+
+    Args:
+        cfg: the config.
+        records: `SerializedRecords`, of the datasets in DATASETS.TRAIN.
+        batch_size: images per iteration, over all ranks.
+    """
+    check_cfg(cfg)
+    name, loading, defaults = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER, get_cfg()
+    for key, reader in _READ_BY.items():
+        if name != reader and get_value(cfg, key) != get_value(defaults, key):
+            raise UserError(
+                f"{key} is set, but only {reader} reads it, and DATALOADER.SAMPLER_TRAIN is {name}"
+            )
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    options = {"batch_size": batch_size, "seed": seed, **_grouping(cfg, records)}
+    if name == "TrainingSampler":
+        return TrainingSampler(len(records), **options)
+    if name == "RandomSubsetTrainingSampler":
+        return RandomSubsetTrainingSampler(len(records), loading.RANDOM_SUBSET_RATIO, **options)
+    if name == "WeightedTrainingSampler":
+        factors = _factors_of_datasets(cfg, records)
+    elif name == "ClassBalancedTrainingSampler":
+        factors = class_balanced_factors(records)
+    else:
+        threshold, sqrt = loading.REPEAT_THRESHOLD, loading.REPEAT_SQRT
+        factors = repeat_factors_from_category_frequency(records, threshold, sqrt)
+    return RepeatFactorTrainingSampler(factors, **options)
+
+
+def _grouping(cfg, records):
+    if not cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        return {}
+    if records.columns is None:
+        raise UserError("DATALOADER.ASPECT_RATIO_GROUPING needs the height and width of every record")
+    height, width, window = records.columns["height"], records.columns["width"], cfg.DATALOADER.GROUP_WINDOW
+    return {"groups": width / height if window else aspect_ratio_groups(height, width), "window": window}
+
+
+def _factors_of_datasets(cfg, records):
+    """Return the factor of each record by DATASETS.TRAIN_REPEAT_FACTOR, `[N]`."""
+    key, names = "DATASETS.TRAIN_REPEAT_FACTOR", list(cfg.DATASETS.TRAIN)
+    if not cfg.DATASETS.TRAIN_REPEAT_FACTOR:
+        raise UserError(f"WeightedTrainingSampler needs {key}, [[name, factor], ...]")
+    factors = dict.fromkeys(names, 1.0)
+    for entry in cfg.DATASETS.TRAIN_REPEAT_FACTOR:
+        name, factor = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
+        if name not in names or type(factor) not in (int, float) or not 0 <= factor < math.inf:
+            raise UserError(f"{key} has {entry!r}, not [name, number >= 0] with one of the names {names}")
+        factors[name] = factor
+    if len(records.lengths) != len(names):
+        raise UserError(f"{key} is about the datasets of DATASETS.TRAIN, but other records were passed in")
+    return np.repeat([factors[name] for name in names], records.lengths)

@@ -10,7 +10,7 @@ from plaintrain.evaluation.evaluator import (
     print_csv_format,
     verify_results,
 )
-from plaintrain.evaluation.predictions import read_predictions, write_results
+from plaintrain.evaluation.predictions import read_detections, write_results
 from plaintrain.evaluation.results import report_results
 from plaintrain.evaluation.val_loss import validation_losses
 from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
@@ -24,7 +24,7 @@ __all__ = [
     "flatten_results",
     "inference_on_dataset",
     "print_csv_format",
-    "read_predictions",
+    "read_detections",
     "report_results",
     "validation_losses",
     "verify_results",

@@ -26,7 +26,8 @@ def in_background(process, model):
     """
     # A thread's first computation asks how many cores to use: this one's comes before the other's.
     torch.get_num_threads()
-    pool, waiting = ThreadPoolExecutor(1, "evaluate", _begin), deque()
+    # One core is enough for it, the others are the model's.
+    pool, waiting = ThreadPoolExecutor(1, "evaluate", torch.set_num_threads, (1,)), deque()
 
     def submit(inputs, outputs):
         if len(waiting) >= _WAITING:
@@ -40,11 +41,6 @@ def in_background(process, model):
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _begin():
-    # The cores are the model's.
-    torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
@@ -71,8 +67,8 @@ def _to_host(outputs):
     return copies, [torch.cuda.current_stream(device).record_event() for device in devices]
 
 
+@torch.no_grad()
 def _call(process, inputs, outputs, events):
     for event in events:
         event.synchronize()
-    with torch.no_grad():
-        process(inputs, outputs)
+    process(inputs, outputs)

@@ -13,9 +13,6 @@ def build_evaluator(cfg, dataset_name, output_folder=None):
         dataset_name: a registered dataset; its `evaluator_type` pascal_voc gives VOC's metric,
             anything else COCO's, and a ProposalNetwork is always scored by the recall of its boxes.
         output_folder: where the evaluator leaves its files, or None.
-
-    Raises:
-        UserError: the dataset cannot be scored.
     """
     proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc" and not proposals:

@@ -6,21 +6,14 @@ https://cocodataset.org/#detection-eval and https://cocodataset.org/#keypoints-e
 import logging
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.data.datasets.write import category_ids
-from plaintrain.evaluation.coco_backend import (
-    COCO_SIGMAS,
-    Problem,
-    choose_backend,
-    oks_sigmas,
-    precision_recall,
-)
-from plaintrain.evaluation.coco_gt import annotated, area, box_xywh, coco_truth, num_keypoints, ranks
+from plaintrain.evaluation.coco_backend import COCO_SIGMAS, choose_backend, oks_sigmas, precision_recall
+from plaintrain.evaluation.coco_gt import annotated, boxes_and_areas, coco_truth, num_keypoints, ranks
 from plaintrain.evaluation.detections import InstanceEvaluator
 from plaintrain.evaluation.evaluator import format_table
-from plaintrain.evaluation.predictions import flat_keypoints, rles, write_predictions
+from plaintrain.evaluation.predictions import coco_results, write_predictions
 from plaintrain.evaluation.proposals import average_recall
 from plaintrain.utils.errors import UserError
 
@@ -60,10 +53,6 @@ class COCOEvaluator(InstanceEvaluator):
             kpt_oks_sigmas: standard deviation of each keypoint in OKS; may be empty for 17.
             use_fast_impl: compute by hotcoco or faster-coco-eval where one is installed; the
                 results are those of pycocotools.
-
-        Raises:
-            UserError: an unknown task, a task that the dataset has no annotations for, or another
-                number of sigmas than of keypoints.
         """
         if tasks is not None and (not tasks or set(tasks) - set(TASKS)):
             raise UserError(f"COCOEvaluator's tasks are some of {', '.join(TASKS)}, not {tasks}")
@@ -117,34 +106,30 @@ class COCOEvaluator(InstanceEvaluator):
                 )
         return tasks
 
-    def _problem(self, task, detections):
-        image_numbers = ranks([record["image_id"] for record in self.records])
-        category_numbers = ranks(self._category_ids)
-        rows, shapes, sigmas = detections.rows, None, COCO_SIGMAS
-        index, label = rows[:, 0].astype(int), rows[:, 6].astype(int)
-        sides = rows[:, 3:5] - rows[:, 1:3]
-        areas = sides.prod(axis=1)
-        if task == "segm":
-            shapes = rles(detections, self.records)
-            # One by one: numpy 2 lets pycocotools count only to 255.
-            areas = np.array([float(coco_mask.area(rle)) for rle in shapes])
-        elif task == "keypoints":
-            sigmas = oks_sigmas(self._sigmas, num_keypoints(self.records))
-            shapes = flat_keypoints(detections)
-            if shapes and len(shapes[0]) != 3 * len(sigmas):
-                raise UserError(
-                    f"the model finds {len(shapes[0]) // 3} keypoints, {self.dataset_name} has {len(sigmas)}"
-                )
-        truth = coco_truth(task, self.records, image_numbers.tolist(), category_numbers.tolist())
-        ids = image_numbers[index][:, None], category_numbers[label][:, None]
-        table = np.concatenate([ids[0], rows[:, 1:3], sides, rows[:, 5:6], ids[1]], axis=1)
-        image_ids = sorted(image_numbers[detections.seen].tolist())
-        return Problem(task, truth, table, areas, shapes, image_ids, sigmas)
-
     def precision_recall(self, task, detections):
         """What the metrics are means of, see `coco_backend.precision_recall`; classes by label."""
-        precision, recall = precision_recall(self.backend, self._problem(task, detections))
-        order = ranks(self._category_ids) - 1
+        image_numbers = ranks([record["image_id"] for record in self.records])
+        category_numbers = ranks(self._category_ids)
+        numbers = image_numbers.tolist(), category_numbers.tolist()
+        truth, sigmas = coco_truth(task, self.records, *numbers), COCO_SIGMAS
+        if task == "keypoints":
+            sigmas = oks_sigmas(self._sigmas, num_keypoints(self.records))
+            points = detections.keypoints
+            if len(points) and points.shape[1] != len(sigmas):
+                raise UserError(
+                    f"the model finds {points.shape[1]} keypoints, {self.dataset_name} has {len(sigmas)}"
+                )
+        if task == "bbox" and self.backend == "hotcoco":
+            # An array instead of half a million dicts.
+            rows = detections.rows
+            image_ids, labels = image_numbers[rows[:, 0].astype(int)], rows[:, 6].astype(int)
+            boxes = np.concatenate([rows[:, 1:3], rows[:, 3:5] - rows[:, 1:3]], axis=1)
+            results = np.column_stack([image_ids, boxes, rows[:, 5], category_numbers[labels]])
+        else:
+            results = coco_results(detections, self.records, *numbers, parts=[TASKS[task]])
+        seen = sorted(image_numbers[detections.seen].tolist())
+        precision, recall = precision_recall(self.backend, task, truth, results, seen, sigmas)
+        order = category_numbers - 1
         return precision[:, :, order], recall[:, order]
 
     def _score_task(self, task, detections):
@@ -168,10 +153,7 @@ class COCOEvaluator(InstanceEvaluator):
         for index, start, end in zip(detections.seen, *starts, strict=True):
             record, found = self.records[index], rows[start:end]
             found = found[np.argsort(-found[:, 5], kind="stable"), 1:5]
-            things = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
-            objects = np.array([box_xywh(a) for a in things], dtype=float).reshape(-1, 4)
-            objects[:, 2:] += objects[:, :2]
-            yield found, objects, np.array([area(a, record) for a in things])
+            yield found, *boxes_and_areas(record)
 
 
 def mean_ap(values):

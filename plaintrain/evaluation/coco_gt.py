@@ -3,9 +3,8 @@
 import numbers
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
-from plaintrain.data.datasets.coco import shift_keypoints
+from plaintrain.data.datasets.write import area, to_coco
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
@@ -37,30 +36,15 @@ def ranks(ids):
     return np.argsort(np.argsort(ids)) + 1
 
 
-def box_xywh(annotation):
-    """An annotation's box as [x, y, width, height]."""
-    return BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)
-
-
-def _rle(annotation, record):
-    try:
-        return segmentation_to_rle(annotation["segmentation"], record["height"], record["width"])
-    except UserError as e:
-        raise UserError(f"an annotation of image {record['image_id']} cannot be scored: {e}") from e
-
-
-def area(annotation, record):
-    """Pixels of an object: its `area`, or else that of its segmentation, or else of its box."""
-    if annotation.get("area") is not None:
-        return float(annotation["area"])
-    if annotation.get("segmentation"):
-        return float(coco_mask.area(_rle(annotation, record)))
-    x, y, width, height = box_xywh(annotation)
-    return width * height
+def boxes_and_areas(record):
+    """Return the boxes, `[N, 4]` XYXY, and areas, `[N]` in pixels, of a record's objects but crowds."""
+    annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    return np.array(boxes, dtype=float).reshape(-1, 4), np.array([area(a, record) for a in annotations])
 
 
 def coco_truth(task, records, image_numbers, category_numbers):
-    """Records as COCO JSON has them.
+    """Return records as COCO JSON has them.
 
     Args:
         task: "bbox", "segm" or "keypoints"; the others' parts are left out.
@@ -70,40 +54,27 @@ def coco_truth(task, records, image_numbers, category_numbers):
 
     Returns:
         dict of images, categories and annotations.
-
-    Raises:
-        UserError: names the image with a segmentation that cannot be read.
     """
     images, annotations = [], []
-    blank = [0] * 3 * (num_keypoints(records) if task == "keypoints" else 0)
+    blank = {"keypoints": [0] * 3 * num_keypoints(records), "num_keypoints": 0} if task == "keypoints" else {}
     for number, record in zip(image_numbers, records, strict=True):
         images.append({"id": number, "height": record["height"], "width": record["width"]})
         for a in record["annotations"]:
-            annotation = {
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": category_numbers[a["category_id"]],
-                "bbox": box_xywh(a),
-                "area": area(a, record),
-                "iscrowd": int(a.get("iscrowd", 0)),
-            }
-            if task == "segm":
-                annotation |= _mask(a, annotation["bbox"], record)
-            elif task == "keypoints":
-                # COCO's numbers are those of pixels, whose centres are at half.
-                keypoints = shift_keypoints(a.get("keypoints") or blank, -0.5)
-                visible = sum(v > 0 for v in keypoints[2::3])
-                annotation |= {"keypoints": keypoints, "num_keypoints": visible}
-            annotations.append(annotation)
+            try:
+                annotation = {**blank, **to_coco(a, record, category_numbers)}
+                outline = _outline(annotation, record) if task == "segm" else {"segmentation": None}
+            except UserError as e:
+                raise UserError(f"an annotation of image {record['image_id']} cannot be scored: {e}") from e
+            annotations.append({**annotation, **outline, "id": len(annotations) + 1, "image_id": number})
     categories = [{"id": number, "name": str(number)} for number in category_numbers]
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
-def _mask(annotation, box, record):
+def _outline(annotation, record):
+    size = record["height"], record["width"]
     if annotation.get("segmentation"):
-        return {"segmentation": _rle(annotation, record)}
+        return {"segmentation": segmentation_to_rle(annotation["segmentation"], *size)}
     # Nobody knows its outline: what is found in its box is neither right nor wrong.
-    x, y, width, height = box
+    x, y, width, height = annotation["bbox"]
     corners = [x, y, x + width, y, x + width, y + height, x, y + height]
-    rle = segmentation_to_rle([corners], record["height"], record["width"])
-    return {"segmentation": rle, "iscrowd": 1}
+    return {"segmentation": segmentation_to_rle([corners], *size), "iscrowd": 1}

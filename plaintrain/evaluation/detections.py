@@ -35,12 +35,7 @@ class Detections:
 
 
 def ground_truth(dataset_name):
-    """What a dataset is scored by: (records, class names, {image_id: index of its record}).
-
-    Raises:
-        UserError: the dataset is unknown or names no classes, an image_id stands in it twice, or an
-            annotation has no box or none of its classes.
-    """
+    """What a dataset is scored by: (records, class names, {image_id: index of its record})."""
     records, classes, index = DatasetCatalog.get(dataset_name), class_names(dataset_name), {}
     for i, record in enumerate(records):
         index[record["image_id"]] = i
@@ -62,9 +57,6 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
             dataset_name: a registered dataset; its records are the ground truth.
             distributed: gather over all ranks; otherwise each rank scores what it saw.
             parts: which of "masks" and "keypoints" to collect where outputs hold them.
-
-        Raises:
-            UserError: see `ground_truth`.
         """
         self.dataset_name, self._distributed, self._parts = dataset_name, distributed, parts
         self.records, self.classes, self._index = ground_truth(dataset_name)
@@ -76,12 +68,7 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         self._held, self._masks, self._keypoints = set(), [], []
 
     def process(self, inputs, outputs):
-        """Take in a `list[sample]` and, for each, what the model found in the original image's pixels.
-
-        Raises:
-            UserError: an image or a label that the dataset does not have, or masks that are not of the
-                image's size.
-        """
+        """Take in a `list[sample]` and, for each, what the model found in the original image's pixels."""
         for sample, output in zip(inputs, outputs, strict=True):
             try:
                 self._process(sample["image_id"], output)
@@ -124,19 +111,14 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         return masks.encode() if isinstance(masks, BoxMasks) else encode_masks(masks)
 
     def evaluate(self):
-        """Gather what all ranks processed, and score it on rank 0; None on the others.
-
-        Raises:
-            UserError: some of the detections came with masks or keypoints, and some without.
-        """
-        # Arrays and bytes: as many small objects would take far longer to send.
+        """Gather what all ranks processed, and score it on rank 0; None on the others."""
+        # Arrays and bytes: as many dicts would take far longer to send.
         part = {
             "rows": np.concatenate([np.zeros((0, 7)), *self._rows]),
             "seen": np.array(self._seen, dtype=np.int64),
             "held": self._held,
-            "counts": b"".join(self._masks),
-            "lengths": np.array([len(counts) for counts in self._masks], dtype=np.int64),
-            "keypoints": np.concatenate(self._keypoints) if self._keypoints else None,
+            "masks": self._masks,
+            "keypoints": self._keypoints,
         }
         parts = comm.gather(part) if self._distributed else [part]
         if self._distributed and not comm.is_main_process():
@@ -163,24 +145,18 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
 
 
 def _joined(parts):
-    rows, seen, lengths = (np.concatenate([part[k] for part in parts]) for k in ("rows", "seen", "lengths"))
-    held, counts = set().union(*(part["held"] for part in parts)), b"".join(part["counts"] for part in parts)
-    keypoints = [part["keypoints"] for part in parts if part["keypoints"] is not None]
+    rows, seen = (np.concatenate([part[key] for part in parts]) for key in ("rows", "seen"))
+    masks, keypoints = ([v for part in parts for v in part[key]] for key in ("masks", "keypoints"))
+    held = set().union(*(part["held"] for part in parts))
     keypoints = np.concatenate(keypoints) if keypoints else np.zeros((0, 0, 3))
-    for name, values in (("masks", lengths), ("keypoints", keypoints)):
+    for name, values in (("masks", masks), ("keypoints", keypoints)):
         if name in held and len(values) != len(rows):
             raise UserError(f"only {len(values)} of {len(rows)} detections have {name}, not all")
     # By image: results depend neither on how images were split over ranks, nor on the order they came in.
     order = np.argsort(rows[:, 0], kind="stable")
-    masks = None
-    if "masks" in held:
-        ends = np.cumsum(lengths)
-        masks = [
-            counts[i:j] for i, j in zip((ends - lengths)[order].tolist(), ends[order].tolist(), strict=True)
-        ]
     return Detections(
         rows=rows[order],
         seen=np.unique(seen),
-        masks=masks,
+        masks=[masks[i] for i in order] if "masks" in held else None,
         keypoints=keypoints[order] if "keypoints" in held else None,
     )

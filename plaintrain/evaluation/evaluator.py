@@ -69,15 +69,11 @@ class DatasetEvaluators(DatasetEvaluator):
 
 
 def _runs_in_background(evaluator):
-    # One with its own `process`, of its class or itself, may count on the model's device and masks of pixels.
-    owner = next(kind for kind in (evaluator, *type(evaluator).__mro__) if "process" in _own(kind))
+    # A class with its own `process` may count on the model's device and masks of pixels.
+    owner = next((c for c in type(evaluator).__mro__ if "process" in vars(c)), object)
     if owner is DatasetEvaluators:
         return all(map(_runs_in_background, evaluator._evaluators))
-    return _own(owner).get("in_background", False)
-
-
-def _own(thing):
-    return getattr(thing, "__dict__", {})
+    return vars(owner).get("in_background", False)
 
 
 @contextlib.contextmanager

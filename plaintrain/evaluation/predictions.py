@@ -18,69 +18,66 @@ from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.data.validation import coco_annotation_mistake
 from plaintrain.evaluation.detections import Detections, ground_truth
 from plaintrain.structures import are_numbers, segmentation_to_rle
-from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write, make_parent
 
 PREDICTIONS_FILE = "coco_instances_results.json"
 # COCO's keypoints are numbers of pixels, whose centres are at half.
 _HALF = (0.5, 0.5, 0.0)
-# Categories that an error lists.
-_LISTED = 10
 
 
 def write_predictions(folder, dataset_name, detections):
-    """Write what was found in a dataset in COCO's results format, with the dataset's own ids.
+    """Write `coco_instances_results.json` into a folder: COCO's results format, with the dataset's own ids.
 
     Args:
-        folder: where `coco_instances_results.json` is to be; it is made.
+        folder: it is made.
         dataset_name: a registered dataset.
         detections: `Detections`, of which all parts that are there are written.
-
-    Raises:
-        UserError: the file cannot be written.
     """
-    records, ids = DatasetCatalog.get(dataset_name), category_ids(MetadataCatalog.get(dataset_name))
-    image_ids = [record["image_id"] for record in records]
+    records, category = DatasetCatalog.get(dataset_name), category_ids(MetadataCatalog.get(dataset_name))
+    results = coco_results(detections, records, [record["image_id"] for record in records], category)
+    # Ids that came from an array are no int for JSON.
+    write_json(os.path.join(folder, PREDICTIONS_FILE), results, default=int)
+
+
+def coco_results(detections, records, image_ids, category_ids, parts=("masks", "keypoints")):
+    """Return `Detections` in COCO's results format, a list of dicts.
+
+    Args:
+        detections, records: the detections, and the records of the dataset that they are of.
+        image_ids, category_ids: the id of each record, and of each label.
+        parts: which of "masks" and "keypoints" to include where they are there.
+    """
     results = [
         {
             "image_id": image_ids[int(index)],
-            "category_id": ids[int(label)],
+            "category_id": category_ids[int(label)],
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": score,
         }
         for index, x0, y0, x1, y1, score, label in detections.rows.tolist()
     ]
-    if detections.masks is not None:
+    if "masks" in parts and detections.masks is not None:
         for result, rle in zip(results, rles(detections, records), strict=True):
             result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
-    if detections.keypoints is not None:
-        for result, keypoints in zip(results, flat_keypoints(detections), strict=True):
-            result["keypoints"] = keypoints
-    # Ids that came from an array are no int for JSON.
-    write_json(os.path.join(folder, PREDICTIONS_FILE), results, default=int)
+    if "keypoints" in parts and detections.keypoints is not None:
+        # A list [x, y, score, ...] each.
+        for result, keypoints in zip(results, (detections.keypoints - _HALF).tolist(), strict=True):
+            result["keypoints"] = sum(keypoints, [])
+    return results
 
 
 def rles(detections, records):
-    """The masks of `Detections` in COCO's compressed encoding; [] without masks."""
-    sizes = [[record["height"], record["width"]] for record in records]
-    indices = detections.rows[:, 0].astype(int).tolist() if detections.masks else []
-    return [
-        {"size": sizes[i], "counts": counts}
-        for i, counts in zip(indices, detections.masks or [], strict=True)
-    ]
-
-
-def flat_keypoints(detections):
-    """The keypoints of `Detections` as COCO counts them, a list [x, y, score, ...] each; [] without."""
-    if detections.keypoints is None:
+    """Return the masks of `Detections` in COCO's compressed encoding; [] without masks."""
+    if not detections.masks:
         return []
-    keypoints = detections.keypoints - _HALF
-    return keypoints.reshape(len(keypoints), 3 * keypoints.shape[1]).tolist()
+    sizes = [[record["height"], record["width"]] for record in records]
+    images = detections.rows[:, 0].astype(int).tolist()
+    return [{"size": sizes[i], "counts": c} for i, c in zip(images, detections.masks, strict=True)]
 
 
-def read_predictions(path, dataset_name):
-    """Predictions for a dataset from a JSON in COCO's results format, as a model would give them.
+def read_detections(path, dataset_name, parts=("masks", "keypoints")):
+    """Read predictions for a dataset from a JSON in COCO's results format.
 
     A detection without a box has the one around its segmentation or its keypoints.
 
@@ -88,54 +85,46 @@ def read_predictions(path, dataset_name):
         path: a JSON list of `{image_id, category_id, score, bbox, segmentation, keypoints}`, of which
             all detections have a segmentation (polygons or RLE) or none, and keypoints likewise.
         dataset_name: a registered dataset, whose image and category ids these are.
-
-    Returns:
-        An iterator over this rank's share of the images, each image of the dataset once over all
-        ranks: (`[sample]`, `[output]`), which an evaluator's `process` takes. The sample is its
-        record; the output holds `boxes` (float64 `[N, 4]`, XYXY), `scores` (float64 `[N]`), `labels`
-        (int64 `[N]`, 0 to K-1), and where the file has them `masks` (bool `[N, height, width]`) and
-        `keypoints` (float64 `[N, Kp, 3]`, x, y, score), in the original image's pixels.
-
-    Raises:
-        UserError: names the file, and the detection, and what is wrong with it.
-    """
-    records, detections = DatasetCatalog.get(dataset_name), read_detections(path, dataset_name)
-    images = range(comm.get_rank(), len(records), comm.get_world_size())
-    return (([records[i]], [detections_of_image(detections, i, -math.inf, records[i])]) for i in images)
-
-
-def read_detections(path, dataset_name, parts=("masks", "keypoints")):
-    """What `read_predictions` gives, of all images at once, on each rank.
-
-    Args:
-        path, dataset_name: as there.
         parts: which of "masks" and "keypoints" to read where the file has them.
 
     Returns:
         `Detections` in the order of the file in each image; masks keep the outline that the file has.
 
     Raises:
-        UserError: as there, and for a broken segmentation.
+        UserError: names the file, and the detection, and what is wrong with it.
     """
-    records, found, labels, given = _read_checked(path, dataset_name)
+    records, _, index = ground_truth(dataset_name)
+    metadata = MetadataCatalog.get(dataset_name)
+    labels = {dataset_id: label for label, dataset_id in enumerate(category_ids(metadata))}
+    num_keypoints = dict.fromkeys(labels, len(metadata.get("keypoint_names") or ()))
+    sizes = [(record["height"], record["width"]) for record in records]
     rows, masks, points = [], [], []
     with no_garbage_collection():
-        for i, record in enumerate(records):
-            size = record["height"], record["width"]
-            for d in found.get(record["image_id"], ()):
-                x, y, width, height = d["bbox"]
-                rows.append([i, x, y, x + width, y + height, d["score"], labels[d["category_id"]]])
-                if "masks" in parts and "segmentation" in given:
-                    masks.append(_rle(path, d, *size)["counts"])
-                if "keypoints" in parts and "keypoints" in given:
-                    points.append(d["keypoints"])
+        results = read_results(path)
+        for result in results:
+            mistake = coco_annotation_mistake(visible_keypoints(result), index, num_keypoints)
+            if mistake or (mistake := _mistake(result)):
+                raise UserError(f"detection {result['id']} in {path}, for {dataset_name}, {mistake[1]}")
+        for result in sorted(results, key=lambda result: index[result["image_id"]]):
+            image, label = index[result["image_id"]], labels[result["category_id"]]
+            x, y, width, height = result["bbox"]
+            rows.append([image, x, y, x + width, y + height, result["score"], label])
+            if "masks" in parts and result.get("segmentation"):
+                masks.append(_rle(path, result, *sizes[image])["counts"])
+            if "keypoints" in parts and result.get("keypoints"):
+                points.append(result["keypoints"])
+    if len({len(keypoints) for keypoints in points}) > 1:
+        raise UserError(f"the detections in {path} have different numbers of keypoints")
+    for name, values in (("a segmentation", masks), ("keypoints", points)):
+        if values and len(values) < len(rows):
+            raise UserError(f"in {path} only {len(values)} of {len(rows)} detections have {name}, not all")
     rows, points = np.array(rows, dtype=np.float64), np.array(points, dtype=np.float64)
     keypoints = points.reshape(len(points), -1, 3) + _HALF if len(points) else None
     return Detections(rows.reshape(-1, 7), np.arange(len(records)), masks or None, keypoints)
 
 
 def detections_of_image(detections, index, score_threshold, record):
-    """Of a dataset's `Detections` those of one image, of scores from a threshold on, as a model gives them.
+    """Return the detections of one image, of scores from a threshold on, as a model returns them.
 
     Args:
         detections, index: `Detections`, and which image.
@@ -158,78 +147,21 @@ def detections_of_image(detections, index, score_threshold, record):
     return found
 
 
-def _read_checked(path, dataset_name):
-    """Of a file: (records, {image_id: [detection]}, {category_id: label}, parts that detections have)."""
-    records, _, index = ground_truth(dataset_name)
-    metadata = MetadataCatalog.get(dataset_name)
-    labels = {dataset_id: label for label, dataset_id in enumerate(category_ids(metadata))}
-    num_keypoints = dict.fromkeys(labels, len(metadata.get("keypoint_names") or ()))
-    with no_garbage_collection():
-        detections = read_results(path)
-        found = {}
-        for detection in detections:
-            wrong = coco_annotation_mistake(visible_keypoints(detection), index, num_keypoints)
-            wrong = _said_of(dataset_name, detection, wrong) if wrong else _more_mistakes(detection)
-            if wrong:
-                raise UserError(f"detection {detection['id']} in {path} {wrong}")
-            found.setdefault(detection["image_id"], []).append(detection)
-    parts = [part for part in ("segmentation", "keypoints") if _is_given(detections, part, path)]
-    return records, found, labels, parts
-
-
-def _said_of(dataset_name, detection, mistake):
-    """What `coco_annotation_mistake` found, of a dataset instead of a file."""
-    kind, what = mistake
-    if kind == "unknown_image":
-        records = DatasetCatalog.get(dataset_name)
-        known = f"{len(records)} images, the first {records[0]['image_id']!r}" if len(records) else "none"
-        return f"is of image {detection['image_id']!r}, which is not in {dataset_name} ({known})"
-    if kind == "unknown_class":
-        metadata = MetadataCatalog.get(dataset_name)
-        known = [f"{i} {n}" for i, n in zip(category_ids(metadata), metadata.thing_classes, strict=True)]
-        more = ", ..." if len(known) > _LISTED else ""
-        return (
-            f"has category_id {detection['category_id']!r}, but {dataset_name} has {len(known)} categories: "
-            f"{', '.join(known[:_LISTED])}{more}"
-        )
-    return what
-
-
-def _more_mistakes(detection):
-    if min(detection["bbox"][2:]) < 0:
-        return f"has bbox {detection['bbox']}, whose width or height is negative"
-    if not are_numbers(detection.get("keypoints") or []):
-        return f"has keypoints that are not finite numbers: {str(detection['keypoints'])[:80]}"
+def _mistake(result):
+    """Return what is wrong with a detection that may be right in an annotation: (type, end of a sentence)."""
+    if min(result["bbox"][2:]) < 0:
+        return "bad_box", f"has bbox {result['bbox']}, whose width or height is negative"
+    if not are_numbers(result.get("keypoints") or []):
+        keypoints = str(result["keypoints"])[:80]
+        return "wrong_keypoints", f"has keypoints that are not finite numbers: {keypoints}"
     return None
 
 
-def _is_given(detections, part, path):
-    """Whether detections have a part; refuses a file where some have it, or another number of it."""
-    given = [bool(detection.get(part)) for detection in detections]
-    if not any(given):
-        return False
-    first = given.index(True)
-    if not all(given):
-        raise UserError(
-            f"detection {given.index(False)} in {path} has no {part}, but detection {first} has: all must "
-            "have it, or none"
-        )
-    if part == "keypoints":
-        lengths = [len(detection[part]) for detection in detections]
-        for place, length in enumerate(lengths):
-            if length != lengths[0]:
-                raise UserError(
-                    f"detection {place} in {path} has {length} numbers as keypoints, but detection 0 has "
-                    f"{lengths[0]}"
-                )
-    return True
-
-
-def _rle(path, detection, height, width):
+def _rle(path, result, height, width):
     try:
-        return segmentation_to_rle(detection["segmentation"], height, width)
+        return segmentation_to_rle(result["segmentation"], height, width)
     except UserError as e:
-        raise UserError(f"detection {detection['id']} in {path}: {e}") from e
+        raise UserError(f"detection {result['id']} in {path}: {e}") from e
 
 
 def write_results(path, results):
@@ -238,15 +170,12 @@ def write_results(path, results):
     Args:
         path: the file; its folder is made.
         results: {name: number}, or dicts of such dicts: {dataset: {task: {metric: number}}}.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     write_json(path, plain(results), indent=1)
 
 
 def plain(value):
-    """Dicts and lists as JSON can hold them: each number an int or a float, None for NaN and infinity."""
+    """Return dicts and lists as JSON holds them: each number an int or a float, None for NaN and infinity."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -257,11 +186,7 @@ def plain(value):
 
 
 def write_json(path, content, **options):
-    """Write JSON as a whole, and make its folder; `options` are those of `json.dumps`.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write JSON as a whole, and make its folder; `options` are those of `json.dumps`."""
     make_parent(path)
     with atomic_write(path) as f:
         # In one string: `json.dump` makes small pieces, which takes several times as long.

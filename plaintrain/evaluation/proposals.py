@@ -13,11 +13,6 @@ _IOUS = np.linspace(0.5, 0.95, 10)
 _AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 
 
-def box_ious(boxes, others):
-    """IoU of arrays `[N, 4]` with `[M, 4]` of XYXY boxes, `[N, M]` in 0..1; 0 of two without area."""
-    return box_iou(torch.from_numpy(boxes), torch.from_numpy(others)).nan_to_num().numpy()
-
-
 def coverage(ious):
     """IoU with which each object is covered: the best pair first, and each box and object only once.
 
@@ -47,7 +42,9 @@ def average_recall(images):
     """
     covered = {(limit, suffix): [np.zeros(0)] for limit in _LIMITS for suffix in _AREAS}
     for boxes, objects, areas in images:
-        ious = box_ious(boxes[: max(_LIMITS)], objects)
+        boxes = torch.from_numpy(boxes[: max(_LIMITS)])
+        # Of two without an area it is NaN.
+        ious = box_iou(boxes, torch.from_numpy(objects)).nan_to_num().numpy()
         for (limit, suffix), values in covered.items():
             low, high = _AREAS[suffix]
             values.append(coverage(ious[:limit, (areas >= low) & (areas <= high)]))

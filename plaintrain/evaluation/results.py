@@ -21,9 +21,6 @@ def report_results(dataset_name, results, folder):
         dataset_name: what was evaluated.
         results: {task: {metric: number}}.
         folder: where results.json is, `{dataset_name: results}`, with null for what is no finite number.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     if not comm.is_main_process():
         return

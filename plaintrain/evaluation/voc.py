@@ -4,7 +4,6 @@ http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf, 3.4.1
 """
 
 import logging
-import os
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.evaluation.detections import InstanceEvaluator
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.overlaps import box_overlaps
-from plaintrain.evaluation.predictions import write_predictions, write_results
+from plaintrain.evaluation.predictions import write_predictions
 from plaintrain.structures import BoxMode
 
 logger = logging.getLogger(__name__)
@@ -102,8 +101,8 @@ class PascalVOCDetectionEvaluator(InstanceEvaluator):
         Args:
             dataset_name: a registered dataset; `difficult` in its annotations is respected.
             distributed: gather the detections of all ranks.
-            output_dir: folder for `voc_results.json` and for `coco_instances_results.json` (the
-                predictions, masks and keypoints too, in COCO's results format), or None.
+            output_dir: folder for `coco_instances_results.json` (the predictions, masks and
+                keypoints too, in COCO's results format), or None.
             use_07_metric: None decides by the year.
         """
         # Masks and keypoints are not scored, only written.
@@ -143,6 +142,4 @@ class PascalVOCDetectionEvaluator(InstanceEvaluator):
         header = ["class", "AP", "AP50", "AP75"]
         logger.info(f"box AP, {which}\n" + format_table([*per_class, ["all", *metrics.values()]], header))
         metrics |= {f"AP50-{name}": float(aps[0]) for name, aps in table.items()}
-        if self._output_dir:
-            write_results(os.path.join(self._output_dir, "voc_results.json"), metrics)
         return {"bbox": metrics}

@@ -32,7 +32,7 @@ from plaintrain.data.images import read_image
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
 from plaintrain.data.validation import check_problems, check_records
 from plaintrain.evaluation.detections import ground_truth
-from plaintrain.evaluation.predictions import read_predictions
+from plaintrain.evaluation.predictions import read_detections
 from plaintrain.utils.errors import UserError
 
 # An error is one line that can be read, and an input is refused soon.
@@ -124,7 +124,7 @@ def _run_results(folder):
     declare_dataset(f"{NAME}_truth", _spec(folder, "coco"))
     path = f"{folder}/results.json"
     errors, more = check_dataset(_spec(folder, "coco", FORMAT="coco_results", RESULTS=path))
-    return errors + _errors((lambda: list(read_predictions(path, f"{NAME}_truth")),)), more
+    return errors + _errors((lambda: read_detections(path, f"{NAME}_truth"),)), more
 
 
 def _run_image(folder):

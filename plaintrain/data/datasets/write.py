@@ -50,7 +50,7 @@ def write_coco(json_file, records, metadata, file_names):
         images.append({"id": record["image_id"], "file_name": file_name, **size})
         for annotation in record["annotations"]:
             try:
-                written = _annotation(annotation, record, ids)
+                written = to_coco(annotation, record, ids)
             except UserError as e:
                 raise UserError(f"an annotation of {record['file_name']}: {e}") from e
             annotations.append({"id": len(annotations) + 1, "image_id": record["image_id"], **written})
@@ -74,26 +74,33 @@ def _categories(metadata, ids, records):
     return categories
 
 
-def _annotation(annotation, record, ids):
-    box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)
+def area(annotation, record):
+    """Return the pixels of an object: its `area`, or else that of its segmentation, or else of its box."""
+    if annotation.get("area") is not None:
+        return float(annotation["area"])
+    if annotation.get("segmentation"):
+        rle = segmentation_to_rle(annotation["segmentation"], record["height"], record["width"])
+        return float(coco_mask.area(rle))
+    _, _, width, height = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)
+    return width * height
+
+
+def to_coco(annotation, record, ids):
+    """Return an annotation of a record as COCO has it, without its ids; `ids` are those of the labels."""
     written = {
         "category_id": ids[annotation["category_id"]],
-        "bbox": box,
+        "bbox": BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS),
         "iscrowd": int(annotation.get("iscrowd", 0)),
-        "area": annotation.get("area"),
+        "area": area(annotation, record),
     }
     written |= {key: annotation[key] for key in ("difficult", "score") if key in annotation}
     segmentation = annotation.get("segmentation")
     if segmentation:
-        if written["area"] is None:
-            rle = segmentation_to_rle(segmentation, record["height"], record["width"])
-            written["area"] = float(coco_mask.area(rle))
         if isinstance(segmentation, dict) and isinstance(segmentation["counts"], bytes):
             segmentation = {**segmentation, "counts": segmentation["counts"].decode("ascii")}
         written["segmentation"] = segmentation
-    if written["area"] is None:
-        written["area"] = box[2] * box[3]
     if annotation.get("keypoints"):
+        # COCO's numbers are those of pixels, whose centres are at half.
         written["keypoints"] = shift_keypoints(annotation["keypoints"], -0.5)
         written["num_keypoints"] = sum(v > 0 for v in written["keypoints"][2::3])
     return written

@@ -1,8 +1,9 @@
 """The augmentations that a config names."""
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 
+from plaintrain.config import check_cfg
 from plaintrain.data.transforms.copy_paste import SimpleCopyPaste
 from plaintrain.data.transforms.crops import FixedSizeCrop, RandomCrop, RandomIoUCrop
 from plaintrain.data.transforms.geometric import (
@@ -19,19 +20,22 @@ from plaintrain.utils.errors import UserError, nearest
 
 # What INPUT.AUGMENTATIONS may name.
 AUGMENTATIONS = {
-    "FixedSizeCrop": FixedSizeCrop,
-    "RandomCrop": RandomCrop,
-    "RandomErasing": RandomErasing,
-    "RandomHorizontalFlip": RandomHorizontalFlip,
-    "RandomIoUCrop": RandomIoUCrop,
-    "RandomPhotometricDistort": RandomPhotometricDistort,
-    "RandomShortestSize": RandomShortestSize,
-    "RandomVerticalFlip": RandomVerticalFlip,
-    "RandomZoomOut": RandomZoomOut,
-    "Resize": Resize,
-    "ResizeShortestEdge": ResizeShortestEdge,
-    "ScaleJitter": ScaleJitter,
-    "SimpleCopyPaste": SimpleCopyPaste,
+    augmentation.__name__: augmentation
+    for augmentation in (
+        FixedSizeCrop,
+        RandomCrop,
+        RandomErasing,
+        RandomHorizontalFlip,
+        RandomIoUCrop,
+        RandomPhotometricDistort,
+        RandomShortestSize,
+        RandomVerticalFlip,
+        RandomZoomOut,
+        Resize,
+        ResizeShortestEdge,
+        ScaleJitter,
+        SimpleCopyPaste,
+    )
 }
 _FROM_DATASET = "keypoint_flip_indices"
 
@@ -43,10 +47,8 @@ def build_augmentation(cfg, is_train, keypoint_flip_indices=None):
         cfg: the config.
         is_train: False leaves only the resize.
         keypoint_flip_indices: what a horizontal flip does to the order of keypoints.
-
-    Raises:
-        UserError: an unknown augmentation or argument, or a value it cannot take.
     """
+    check_cfg(cfg)
     options = cfg.INPUT
     if not is_train:
         return _resize("TEST", options, (options.MIN_SIZE_TEST,), "choice")
@@ -54,19 +56,16 @@ def build_augmentation(cfg, is_train, keypoint_flip_indices=None):
     if options.CROP.ENABLED:
         augmentations.append(_checked("INPUT.CROP", RandomCrop, options.CROP.TYPE, options.CROP.SIZE))
     augmentations += _resize("TRAIN", options, options.MIN_SIZE_TRAIN, options.MIN_SIZE_TRAIN_SAMPLING)
-    flips = {
-        "horizontal": [RandomHorizontalFlip(keypoint_flip_indices=keypoint_flip_indices)],
-        "vertical": [RandomVerticalFlip()],
-        "none": [],
-    }
-    if options.RANDOM_FLIP not in flips:
-        raise UserError(f"INPUT.RANDOM_FLIP must be one of {', '.join(flips)}, not {options.RANDOM_FLIP!r}")
-    return augmentations + flips[options.RANDOM_FLIP]
+    if options.RANDOM_FLIP == "horizontal":
+        augmentations.append(RandomHorizontalFlip(keypoint_flip_indices=keypoint_flip_indices))
+    elif options.RANDOM_FLIP == "vertical":
+        augmentations.append(RandomVerticalFlip())
+    return augmentations
 
 
-def _checked(key, augmentation, *arguments):
+def _checked(key, augmentation, *arguments, **options):
     try:
-        return augmentation(*arguments)
+        return augmentation(*arguments, **options)
     except UserError as e:
         raise UserError(f"{key}: {e}") from e
 
@@ -83,10 +82,11 @@ def _resize(phase, options, short_edges, sampling):
 
 def _from_entry(entry, keypoint_flip_indices):
     """An augmentation from its name, or from {name: {argument: value}}."""
-    content = entry if isinstance(entry, Mapping) else {entry: {}} if isinstance(entry, str) else {}
-    name, arguments = next(iter(content.items())) if len(content) == 1 else (None, None)
-    arguments = {} if arguments is None else arguments
-    if name is None or not isinstance(arguments, Mapping):
+    name, arguments = entry, None
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        ((name, arguments),) = entry.items()
+    arguments = arguments or {}
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise UserError(
             f"INPUT.AUGMENTATIONS has the entry {entry!r}, but an entry is a name or a mapping of one "
             "name to its arguments, {name: {argument: value}}"
@@ -97,25 +97,8 @@ def _from_entry(entry, keypoint_flip_indices):
         raise UserError(f"INPUT.AUGMENTATIONS has an unknown augmentation {name!r}; {hint}")
     order = {_FROM_DATASET: keypoint_flip_indices} if name == "RandomHorizontalFlip" else {}
     try:
-        _check_names(AUGMENTATIONS[name], arguments)
-        return AUGMENTATIONS[name](**arguments, **order)
-    except UserError as e:
-        shown = [k if v is MISSING else f"{k}={v!r}" for k, v in _arguments(AUGMENTATIONS[name]).items()]
-        raise UserError(f"INPUT.AUGMENTATIONS: {name}: {e}; its arguments are {', '.join(shown)}") from e
-
-
-def _arguments(augmentation):
-    """Argument -> default of those that a config may give."""
-    return {field.name: field.default for field in fields(augmentation) if field.name != _FROM_DATASET}
-
-
-def _check_names(augmentation, given):
-    known = _arguments(augmentation)
-    for key in given:
-        if key not in known:
-            near = nearest(key, known, least=0.6)
-            hint = f", did you mean {near}?" if near else ""
-            raise UserError(f"it has no argument {key!r}{hint}")
-    for key, default in known.items():
-        if default is MISSING and key not in given:
-            raise UserError(f"it needs the argument {key}")
+        return _checked(f"INPUT.AUGMENTATIONS: {name}", AUGMENTATIONS[name], **arguments, **order)
+    except TypeError as e:
+        parameters = inspect.signature(AUGMENTATIONS[name]).parameters
+        known = ", ".join(parameter for parameter in parameters if parameter != _FROM_DATASET)
+        raise UserError(f"INPUT.AUGMENTATIONS: {e}; the arguments are {known}") from e

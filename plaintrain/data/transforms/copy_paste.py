@@ -7,13 +7,12 @@ import torchvision.transforms.v2.functional as F
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
-from plaintrain.data.transforms.arguments import check_number
+from plaintrain.data.transforms.arguments import CheckedArguments, argument
 from plaintrain.data.transforms.tensors import ROWS, has_extent, image_size, resize, select, tighten
-from plaintrain.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class SimpleCopyPaste:
+class SimpleCopyPaste(CheckedArguments):
     """Paste a random subset of another image's instances (arXiv 2012.07177).
 
     The other image is scaled to this one's size first. What is pasted covers what lies below: masks
@@ -25,13 +24,8 @@ class SimpleCopyPaste:
         blending: soften the edges of what is pasted (Gaussian, 5x5 pixels, sigma 2).
     """
 
-    p: float = 0.5
+    p: float = argument(0, 1, default=0.5)
     blending: bool = True
-
-    def __post_init__(self):
-        check_number(self, "p", 0, 1)
-        if not isinstance(self.blending, bool):
-            raise UserError(f"blending must be true or false, not {self.blending!r}")
 
     def __call__(self, tensors, rng, partner):
         """Paste from `partner`, the tensors of another image; both need masks."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from plaintrain.data.transforms.arguments import check_colour, check_list, check_number, check_range
+from plaintrain.data.transforms.arguments import CheckedArguments, Numbers, argument
 from plaintrain.data.transforms.tensors import crop, image_size, pad, select
 from plaintrain.utils.errors import UserError
 
@@ -19,7 +19,7 @@ def _crop_at_random(tensors, window, rng):
 
 
 @dataclass(frozen=True)
-class RandomCrop:
+class RandomCrop(CheckedArguments):
     """Cut out a window at a random place (Detectron2).
 
     Attributes:
@@ -31,13 +31,11 @@ class RandomCrop:
     crop_size: tuple
 
     def __post_init__(self):
-        kinds = ("relative", "relative_range", "absolute", "absolute_range")
-        if self.crop_type not in kinds:
-            raise UserError(f"crop_type must be one of {', '.join(kinds)}, not {self.crop_type!r}")
+        types = ("relative", "relative_range", "absolute", "absolute_range")
+        if self.crop_type not in types:
+            raise UserError(f"crop_type must be one of {', '.join(types)}, not {self.crop_type!r}")
         low, high = (0.0001, 1) if self.crop_type.startswith("relative") else (1, np.inf)
-        check_list(self, "crop_size", low, high, count=2)
-        if self.crop_type == "absolute_range":
-            check_range(self, "crop_size", low)
+        self._check("crop_size", Numbers(low, high, count=2, ascending=self.crop_type == "absolute_range"))
 
     def window(self, height, width, rng):
         """(height, width) of the window to cut from an image of this size."""
@@ -56,7 +54,7 @@ class RandomCrop:
 
 
 @dataclass(frozen=True)
-class FixedSizeCrop:
+class FixedSizeCrop(CheckedArguments):
     """Bring to exactly `size`: cut a random window out of what is larger, pad right and bottom.
 
     Attributes:
@@ -64,12 +62,8 @@ class FixedSizeCrop:
         fill: colour of what is added, one number or (R, G, B), 0 to 255.
     """
 
-    size: tuple = (1024, 1024)
-    fill: float | tuple = 0
-
-    def __post_init__(self):
-        check_list(self, "size", 1, count=2, whole=True)
-        check_colour(self, "fill")
+    size: tuple = argument(1, count=2, whole=True, default=(1024, 1024))
+    fill: float | tuple = argument(0, 255, count=3, or_one=True, default=0)
 
     def __call__(self, tensors, rng):
         window = np.minimum(image_size(tensors), self.size)
@@ -79,7 +73,7 @@ class FixedSizeCrop:
 
 
 @dataclass(frozen=True)
-class RandomIoUCrop:
+class RandomIoUCrop(CheckedArguments):
     """Cut a window that overlaps an instance enough (SSD, arXiv 1512.02325).
 
     Instances whose centre is outside the window are removed. Without instances nothing is cut.
@@ -92,22 +86,19 @@ class RandomIoUCrop:
         trials: windows to try before another option is drawn.
     """
 
-    min_scale: float = 0.3
+    min_scale: float = argument(0.01, 1, default=0.3)
     max_scale: float = 1.0
-    min_aspect_ratio: float = 0.5
+    min_aspect_ratio: float = argument(0.01, default=0.5)
     max_aspect_ratio: float = 2.0
-    sampler_options: tuple = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-    trials: int = 40
+    sampler_options: tuple = argument(0, count=0, default=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0))
+    trials: int = argument(1, whole=True, default=40)
 
     def __post_init__(self):
-        check_number(self, "min_scale", 0.01, 1)
-        check_number(self, "max_scale", self.min_scale, 1)
-        check_number(self, "min_aspect_ratio", 0.01)
-        check_number(self, "max_aspect_ratio", self.min_aspect_ratio)
-        check_list(self, "sampler_options", 0)
+        super().__post_init__()
+        self._check("max_scale", Numbers(self.min_scale, 1))
+        self._check("max_aspect_ratio", Numbers(self.min_aspect_ratio))
         if max(self.sampler_options) < 1:
             raise UserError("sampler_options must hold a 1, which leaves the image as it is")
-        check_number(self, "trials", 1, whole=True)
 
     def __call__(self, tensors, rng):
         boxes = tensors.get("boxes", torch.zeros(0, 4)).as_subclass(torch.Tensor)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plaintrain.data.transforms.arguments import check_colour, check_list, check_number, check_range
+from plaintrain.data.transforms.arguments import CheckedArguments, Numbers, argument
 from plaintrain.data.transforms.tensors import horizontal_flip, image_size, pad, resize, vertical_flip
 from plaintrain.utils.errors import UserError
 
@@ -29,7 +29,7 @@ def shortest_edge_size(height, width, short_edge, max_size):
 
 
 @dataclass(frozen=True)
-class ResizeShortestEdge:
+class ResizeShortestEdge(CheckedArguments):
     """Scale the shorter side to a drawn length; the longer one stays within `max_size` (Detectron2).
 
     Attributes:
@@ -38,17 +38,16 @@ class ResizeShortestEdge:
         sample_style: choice or range.
     """
 
-    short_edge_length: tuple
-    max_size: int
+    short_edge_length: tuple = argument(1, count=0, whole=True)
+    max_size: int = argument(1, whole=True)
     sample_style: str = "choice"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.sample_style not in ("choice", "range"):
             raise UserError(f"sample_style must be choice or range, not {self.sample_style!r}")
-        check_number(self, "max_size", 1, whole=True)
-        check_list(self, "short_edge_length", 1, whole=True)
         if self.sample_style == "range":
-            check_range(self, "short_edge_length", 1)
+            self._check("short_edge_length", Numbers(1, count=2, ascending=True))
 
     def __call__(self, tensors, rng):
         if self.sample_style == "range":
@@ -60,7 +59,7 @@ class ResizeShortestEdge:
 
 
 @dataclass(frozen=True)
-class RandomShortestSize:
+class RandomShortestSize(CheckedArguments):
     """Scale to one of several shorter sides, the longer one at most `max_size` (torchvision).
 
     Attributes:
@@ -68,19 +67,12 @@ class RandomShortestSize:
         max_size: largest length of the longer side, or None.
     """
 
-    min_size: int | tuple
-    max_size: int | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.min_size, list | tuple):
-            object.__setattr__(self, "min_size", (self.min_size,))
-        check_list(self, "min_size", 1, whole=True)
-        if self.max_size is not None:
-            check_number(self, "max_size", 1, whole=True)
+    min_size: int | tuple = argument(1, count=0, whole=True, or_one=True)
+    max_size: int | None = argument(1, whole=True, default=None, others=(None,))
 
     def __call__(self, tensors, rng):
-        size = image_size(tensors)
-        scale = self.min_size[int(rng.integers(len(self.min_size)))] / min(size)
+        size, lengths = image_size(tensors), np.atleast_1d(self.min_size)
+        scale = lengths[int(rng.integers(len(lengths)))] / min(size)
         if self.max_size is not None:
             scale = min(scale, self.max_size / max(size))
         return resize(tensors, _scaled(size, scale))
@@ -91,20 +83,17 @@ def _scaled(size, scale):
 
 
 @dataclass(frozen=True)
-class Resize:
+class Resize(CheckedArguments):
     """Scale to exactly `size`, (height, width) in pixels."""
 
-    size: tuple
-
-    def __post_init__(self):
-        check_list(self, "size", 1, count=2, whole=True)
+    size: tuple = argument(1, count=2, whole=True)
 
     def __call__(self, tensors, rng):
         return resize(tensors, self.size)
 
 
 @dataclass(frozen=True)
-class ScaleJitter:
+class ScaleJitter(CheckedArguments):
     """Large scale jitter (arXiv 2012.07177): fit into `target_size`, times a drawn factor.
 
     Attributes:
@@ -112,12 +101,8 @@ class ScaleJitter:
         scale_range: range of the factor; the aspect ratio is kept.
     """
 
-    target_size: tuple = (1024, 1024)
-    scale_range: tuple = (0.1, 2.0)
-
-    def __post_init__(self):
-        check_list(self, "target_size", 1, count=2, whole=True)
-        check_range(self, "scale_range", 0.01)
+    target_size: tuple = argument(1, count=2, whole=True, default=(1024, 1024))
+    scale_range: tuple = argument(0.01, count=2, ascending=True, default=(0.1, 2.0))
 
     def __call__(self, tensors, rng):
         height, width = image_size(tensors)
@@ -126,38 +111,32 @@ class ScaleJitter:
 
 
 @dataclass(frozen=True)
-class RandomHorizontalFlip:
+class RandomHorizontalFlip(CheckedArguments):
     """Mirror left and right with probability `p`.
 
     `keypoint_flip_indices` says which keypoint takes the place of which; the config's flips get it
     from the dataset.
     """
 
-    p: float = 0.5
+    p: float = argument(0, 1, default=0.5)
     keypoint_flip_indices: tuple | None = None
-
-    def __post_init__(self):
-        check_number(self, "p", 0, 1)
 
     def __call__(self, tensors, rng):
         return horizontal_flip(tensors, self.keypoint_flip_indices) if rng.random() < self.p else tensors
 
 
 @dataclass(frozen=True)
-class RandomVerticalFlip:
+class RandomVerticalFlip(CheckedArguments):
     """Mirror top and bottom with probability `p`."""
 
-    p: float = 0.5
-
-    def __post_init__(self):
-        check_number(self, "p", 0, 1)
+    p: float = argument(0, 1, default=0.5)
 
     def __call__(self, tensors, rng):
         return vertical_flip(tensors) if rng.random() < self.p else tensors
 
 
 @dataclass(frozen=True)
-class RandomZoomOut:
+class RandomZoomOut(CheckedArguments):
     """Put the image somewhere on a larger canvas (SSD, arXiv 1512.02325).
 
     Attributes:
@@ -166,14 +145,9 @@ class RandomZoomOut:
         p: probability.
     """
 
-    fill: float | tuple = 0
-    side_range: tuple = (1.0, 4.0)
-    p: float = 0.5
-
-    def __post_init__(self):
-        check_colour(self, "fill")
-        check_range(self, "side_range", 1)
-        check_number(self, "p", 0, 1)
+    fill: float | tuple = argument(0, 255, count=3, or_one=True, default=0)
+    side_range: tuple = argument(1, count=2, ascending=True, default=(1.0, 4.0))
+    p: float = argument(0, 1, default=0.5)
 
     def __call__(self, tensors, rng):
         if rng.random() >= self.p:

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
 
-from plaintrain.data.transforms.arguments import check_colour, check_number, check_range
+from plaintrain.data.transforms.arguments import CheckedArguments, argument
 from plaintrain.data.transforms.tensors import image_size
 
 
 @dataclass(frozen=True)
-class RandomPhotometricDistort:
+class RandomPhotometricDistort(CheckedArguments):
     """Colour jitter of SSD (arXiv 1512.02325): each step with probability `p`.
 
     Brightness, contrast (before or after the next two), saturation, hue, and a permutation of the
@@ -24,17 +24,11 @@ class RandomPhotometricDistort:
         p: probability of each step.
     """
 
-    brightness: tuple = (0.875, 1.125)
-    contrast: tuple = (0.5, 1.5)
-    saturation: tuple = (0.5, 1.5)
-    hue: tuple = (-0.05, 0.05)
-    p: float = 0.5
-
-    def __post_init__(self):
-        for name in ("brightness", "contrast", "saturation"):
-            check_range(self, name, 0)
-        check_range(self, "hue", -0.5, 0.5)
-        check_number(self, "p", 0, 1)
+    brightness: tuple = argument(0, count=2, ascending=True, default=(0.875, 1.125))
+    contrast: tuple = argument(0, count=2, ascending=True, default=(0.5, 1.5))
+    saturation: tuple = argument(0, count=2, ascending=True, default=(0.5, 1.5))
+    hue: tuple = argument(-0.5, 0.5, count=2, ascending=True, default=(-0.05, 0.05))
+    p: float = argument(0, 1, default=0.5)
 
     def __call__(self, tensors, rng):
         contrast_first = rng.random() < 0.5
@@ -54,7 +48,7 @@ class RandomPhotometricDistort:
 
 
 @dataclass(frozen=True)
-class RandomErasing:
+class RandomErasing(CheckedArguments):
     """Fill a rectangle of the image (arXiv 1708.04896); boxes, masks and keypoints stay.
 
     Attributes:
@@ -64,17 +58,10 @@ class RandomErasing:
         value: its colour, one number or (R, G, B), or "random" for noise; 0 to 255.
     """
 
-    p: float = 0.5
-    scale: tuple = (0.02, 0.33)
-    ratio: tuple = (0.3, 3.3)
-    value: float | tuple | str = 0
-
-    def __post_init__(self):
-        check_number(self, "p", 0, 1)
-        check_range(self, "scale", 0, 1)
-        check_range(self, "ratio", 0.01)
-        if self.value != "random":
-            check_colour(self, "value")
+    p: float = argument(0, 1, default=0.5)
+    scale: tuple = argument(0, 1, count=2, ascending=True, default=(0.02, 0.33))
+    ratio: tuple = argument(0.01, count=2, ascending=True, default=(0.3, 3.3))
+    value: float | tuple | str = argument(0, 255, count=3, or_one=True, default=0, others=("random",))
 
     def __call__(self, tensors, rng):
         if rng.random() >= self.p:
