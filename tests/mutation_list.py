@@ -260,7 +260,7 @@ MUTATIONS = {
         ("[int(count)] * int(times or 1)", "[int(count)]"),
     ],
     "plaintrain/engine/launch.py": [
-        ('job.get("first_rank", 0) + local_rank', "local_rank"),
+        ('job["first_rank"] + local_rank', "local_rank"),
         ("code = 128 + received[0] if received else 1", "code = 1"),
     ],
     "plaintrain/modeling/backbones.py": [
@@ -448,7 +448,7 @@ MUTATIONS = {
         ('os.path.join(os.path.abspath(folder), "")', "os.path.abspath(folder)"),
     ],
     "plaintrain/utils/heartbeat.py": [
-        ("return _Pulse.limit + _Pulse.extra", "return _Pulse.limit"),
+        ("> _Pulse.limit + _Pulse.extra", "> _Pulse.limit"),
         ("seconds or math.inf", "seconds"),
     ],
     "plaintrain/utils/lock.py": [
@@ -469,7 +469,8 @@ MUTATIONS = {
         ("iteration = min(self._nonfinite)", "iteration = max(self._nonfinite)"),
     ],
     "plaintrain/engine/watchdog.py": [
-        ("for rank in range(1, self._world_size):", "for rank in range(1, self._world_size - 1):"),
+        ("            time.sleep(_FELT_SECONDS)\n", ""),
+        ("                heartbeat.forgive(gap)\n", "                pass\n"),
     ],
     "plaintrain/config/yaml.py": [
         ("os.path.join(os.path.dirname(path), os.path.expanduser(base))", "os.path.expanduser(base)"),

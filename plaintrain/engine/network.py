@@ -1,6 +1,5 @@
 """How the processes of a job find each other, and by which network interface their machines do."""
 
-import contextlib
 import fcntl
 import os
 import socket
@@ -16,7 +15,7 @@ _SIOCGIFADDR = 0x8915
 
 
 def agree_on_prefix(store, rank, world_size, timeout):
-    """A prefix for the keys of this job alone, the same on all of its ranks.
+    """Return a prefix for the keys of this job alone, the same on all of its ranks.
 
     The store of torchrun's agents outlives the ranks that they start again, with the addresses and failures
     of those before, and the agents do not count the starts alike.
@@ -36,15 +35,16 @@ def agree_on_prefix(store, rank, world_size, timeout):
         prefix = store.get(f"plaintrain/answer/{question}").decode()
         store.set(f"{prefix}here/{rank}", "")
         return prefix
-    prefix, end, missing = f"plaintrain/{uuid.uuid4().hex}/", time.monotonic() + timeout, range(1, world_size)
-    while missing := [other for other in missing if not store.check([f"{prefix}here/{other}"])]:
-        if time.monotonic() > end:
-            raise UserError(f"rank {missing[0]} of {world_size} has not come within {timeout:g} s")
-        for other in missing:
+    prefix = f"plaintrain/{uuid.uuid4().hex}/"
+    end = time.monotonic() + timeout
+    for other in range(1, world_size):
+        while not store.check([f"{prefix}here/{other}"]):
+            if time.monotonic() > end:
+                raise UserError(f"rank {other} of {world_size} has not come within {timeout:g} s")
             if store.check([f"plaintrain/asks/{other}"]):
                 question = store.get(f"plaintrain/asks/{other}").decode()
                 store.set(f"plaintrain/answer/{question}", prefix)
-        time.sleep(0.05)
+            time.sleep(0.05)
     return prefix
 
 
@@ -64,39 +64,30 @@ def choose_interface(store, machine, host):
     if machine == 0:
         # Its own name says nothing here either: the route to another machine does.
         host = store.get(_KEY).decode()
-    address = address_towards(host)
+    address = _address_towards(host)
     if machine != 0:
         store.set(_KEY, address or host)
-    name = interface_of(address)
-    if name:
-        os.environ["GLOO_SOCKET_IFNAME"] = name
+    for _, name in socket.if_nameindex() if address else ():
+        if _ipv4_of(name) == address:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
-def address_towards(host):
-    """The address of this machine that `host` is reached from, "" where none is."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as s:
-            # Of UDP, this looks up the route and sends nothing.
-            s.connect(address)
+def _address_towards(host):
+    """Return the IPv4 address of this machine that `host` is reached from, "" if there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            # For UDP, this looks up the route and sends nothing.
+            s.connect((host, 9))
             return s.getsockname()[0]
-    except OSError:
-        return ""
+        except OSError:
+            return ""
 
 
-def interface_of(address):
-    """The name of the interface that has an IPv4 address, "" where none is found."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        wanted = socket.inet_aton(address)
-        for _, name in socket.if_nameindex():
-            if _ipv4_of(s, name) == wanted:
-                return name
-    return ""
-
-
-def _ipv4_of(s, name):
-    try:
-        return fcntl.ioctl(s.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24]
-    except OSError:
-        # It has none.
-        return b""
+def _ipv4_of(interface):
+    """Return the IPv4 address of an interface, "" if it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            request = struct.pack("256s", interface.encode())
+            return socket.inet_ntoa(fcntl.ioctl(s.fileno(), _SIOCGIFADDR, request)[20:24])
+        except OSError:
+            return ""
