@@ -420,8 +420,12 @@ MUTATIONS = {
         ),
         ("        _copy(buffers, own)", "        pass"),
     ],
-    "plaintrain/utils/event_files.py": [
-        ("e.step < start_iter)", "e.step <= start_iter)"),
+    "plaintrain/utils/tensorboard.py": [
+        ("event.step < start_iter:", "event.step <= start_iter:"),
+        (
+            "self._write_event(at, summary=Summary(value=values))",
+            "self._write_event(at + 1, summary=Summary(value=values))",
+        ),
     ],
     "plaintrain/utils/events.py": [
         (
@@ -429,16 +433,12 @@ MUTATIONS = {
             "sorted(self._rows().items()) if at <= start_iter}",
         ),
         (
-            'lines = (_finite({"iteration": at, **row}) for at, row in rows.items())',
-            'lines = ({"iteration": at, **row} for at, row in rows.items())',
+            'json.dumps(_finite({"iteration": at, **row}), allow_nan=False)',
+            'json.dumps({"iteration": at, **row})',
         ),
         (
-            "and all(self._columns.count(name) for row in rows.values() for name in row)",
+            "and all(name in self._columns for row in rows.values() for name in row)",
             "and bool(self._columns)",
-        ),
-        (
-            "self._event(at, summary=Summary(value=values))",
-            "self._event(at + 1, summary=Summary(value=values))",
         ),
         ("self._max_iter - storage.iter - 1", "self._max_iter"),
     ],
@@ -466,7 +466,7 @@ MUTATIONS = {
     ],
     "plaintrain/utils/storage.py": [
         ('("loss" in name or name == "grad_norm")', '"loss" in name'),
-        ("iteration = min(self._nonfinite)", "iteration = max(self._nonfinite)"),
+        ("iteration = min(bad)[0]", "iteration = max(bad)[0]"),
     ],
     "plaintrain/engine/watchdog.py": [
         ("            time.sleep(_FELT_SECONDS)\n", ""),
