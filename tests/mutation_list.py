@@ -453,8 +453,8 @@ MUTATIONS = {
     ],
     "plaintrain/utils/lock.py": [
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
-        ("    _HELD[folder] = handle\n", ""),
-        ("return False if here in owner else None", "return False"),
+        ("    _HELD[folder] = fd\n", ""),
+        ('return False if f" on {socket.gethostname()}, " in owner else None', "return False"),
     ],
     "plaintrain/utils/memory.py": [
         ('(2**20 if sys.platform == "darwin" else 2**10)', "2**20"),
