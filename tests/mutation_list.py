@@ -331,7 +331,7 @@ MUTATIONS = {
         ('m.flip(-1) if sample["flipped"] else m for m', "m for m"),
     ],
     "plaintrain/engine/nonfinite.py": [
-        (("        _copy(self._buffers, self._before)\n        self"), "        self"),
+        ("        comm.copy_tensors(self._before, self._buffers)\n", ""),
         ("if comm.any_rank(bad):", "if bad:"),
         (("        self.num_in_row = 0\n        self._remember"), "        self._remember"),
         ("register_load_state_dict_post_hook(self._remember_buffers)", "modules()"),
@@ -413,12 +413,12 @@ MUTATIONS = {
     "plaintrain/utils/comm.py": [
         ("names = sorted(input_dict)", "names = list(input_dict)"),
         ("        values /= get_world_size()\n", "        values /= 1\n"),
-        ("for b in (m.running_mean, m.running_var)]", "for b in (m.running_mean,)]"),
+        ("for b in (norm.running_mean, norm.running_var)]", "for b in (norm.running_mean,)]"),
         (
             'return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)',
             'return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF',
         ),
-        ("        _copy(buffers, own)", "        pass"),
+        ("        copy_tensors(own, buffers)", "        pass"),
     ],
     "plaintrain/utils/tensorboard.py": [
         ("event.step < start_iter:", "event.step <= start_iter:"),

@@ -136,15 +136,15 @@ def check_loss_names(loss_dict):
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     if extremes.sum() == 0:
         return
-    found = [set(part) for part in all_gather(names)]
-    common = set.intersection(*found)
-    extra = {rank: ", ".join(sorted(part - common)) for rank, part in enumerate(found) if part - common}
-    lacking = [rank for rank, part in enumerate(found) if part == common]
+    names_of_ranks = [set(names) for names in all_gather(names)]
+    common = set.intersection(*names_of_ranks)
+    extra = [
+        f"{', '.join(sorted(names - common)) or 'none of these'} on rank {rank}"
+        for rank, names in enumerate(names_of_ranks)
+    ]
     raise UserError(
-        "the model returned different losses on different ranks: "
-        + "; ".join(f"{names} on rank {rank}" for rank, names in extra.items())
-        + (f"; none of these on rank {', '.join(map(str, lacking))}" if lacking else "")
-        + "; return every loss in every step, as zero where it does not apply"
+        f"the model returned different losses on different ranks: {'; '.join(extra)}; return every loss in "
+        "every step, as zero where it does not apply"
     )
 
 
@@ -180,8 +180,20 @@ def average_tensors(tensors):
     flat = torch.cat([t.flatten().double() for t in tensors])
     dist.all_reduce(flat)
     flat /= get_world_size()
-    parts = flat.split([t.numel() for t in tensors])
-    return [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+    averages = flat.split([t.numel() for t in tensors])
+    return [average.view_as(t).to(t.dtype) for average, t in zip(averages, tensors, strict=True)]
+
+
+def running_norms(model):
+    """Return the batch norm layers of a model that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+@torch.no_grad()
+def copy_tensors(sources, targets):
+    """Copy the values of tensors, a list, into others of the same shapes."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 @contextlib.contextmanager
@@ -193,17 +205,10 @@ def averaged_norm_buffers(model):
     if get_world_size() == 1:
         yield
         return
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    buffers = [b for m in layers for b in (m.running_mean, m.running_var)]
+    buffers = [b for norm in running_norms(model) for b in (norm.running_mean, norm.running_var)]
     own = [b.clone() for b in buffers]
-    _copy(buffers, average_tensors(buffers))
+    copy_tensors(average_tensors(buffers), buffers)
     try:
         yield
     finally:
-        _copy(buffers, own)
-
-
-@torch.no_grad()
-def _copy(targets, sources):
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+        copy_tensors(own, buffers)

@@ -42,7 +42,8 @@ def forked_rng(seed, device):
 
 
 def collect_env_info():
-    """Versions, devices and the settings that matter, one `name: value` a line."""
+    """Return versions, devices and the settings that matter, one `name: value` a line."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -50,19 +51,11 @@ def collect_env_info():
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
         "CUDA (torch was built with)": torch.version.cuda or "none",
-        "cuDNN": torch.backends.cudnn.version() if torch.cuda.is_available() else "not in use",
-        "GPUs": _gpus(),
+        "cuDNN": torch.backends.cudnn.version() if gpus else "not in use",
+        "GPUs": ", ".join(gpus) or "none",
         "MPS": torch.backends.mps.is_available(),
         "CPU cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
-        "compiler": "none needed",
         "PLAINTRAIN_DATASETS": os.environ.get("PLAINTRAIN_DATASETS", "not set, so datasets/"),
     }
     return "\n".join(f"{name}: {value}" for name, value in rows.items())
-
-
-def _gpus():
-    if not torch.cuda.is_available():
-        return "none"
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(names)
