@@ -186,7 +186,7 @@ MUTATIONS = {
     ],
     "plaintrain/engine/setup.py": [
         ("seed_all_rng(cfg.SEED + comm.get_rank())", "seed_all_rng(cfg.SEED)"),
-        ("move_old_run(folder) if training and not resume", "move_old_run(folder) if not resume"),
+        ("None if resume else move_old_run(folder)", "move_old_run(folder)"),
         ("                lock_folder(folder)\n", ""),
         ("seed = before.SEED if before.SEED >= 0 else None", "seed = None"),
     ],
