@@ -173,10 +173,7 @@ MUTATIONS = {
     "plaintrain/engine/early_stopping.py": [
         ('"loss" in name.rpartition("/")[2].partition("-")[0]', '"loss" in name'),
         ("0 < self._patience <= self.num_waited", "0 < self._patience < self.num_waited"),
-        (
-            "value < self.value if lower else value > self.value",
-            "value > self.value if lower else value < self.value",
-        ),
+        ("sign = -1 if", "sign = 1 if"),
         ('self.num_waited = state_dict["num_waited"]', "self.num_waited = 0"),
         ("iteration <= self._seen:", "iteration < self._seen:"),
     ],
@@ -389,8 +386,8 @@ MUTATIONS = {
         ("(side, side), aligned=aligned)", "(side, side), aligned=False)"),
     ],
     "plaintrain/engine/dry_run.py": [
-        ("not abs(a - b) < 0.1", "abs(a - b) >= 0.1"),
-        ('for key in ("DATASETS.TRAIN", "DATASETS.TEST"):', 'for key in ("DATASETS.TRAIN",):'),
+        ("equal_nan=True", "equal_nan=False"),
+        ('    set_value(cfg, "DATASETS.TEST", (name,))\n', ""),
     ],
     "plaintrain/checkpoint/async_writer.py": [
         (("        if self._error is None:\n            try:"), ("        if function:\n            try:")),
