@@ -1,5 +1,6 @@
 """How the processes of a job find each other, and by which network interface their machines do."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -18,15 +19,8 @@ def agree_on_prefix(store, rank, world_size, timeout):
     """Return a prefix for the keys of this job alone, the same on all of its ranks.
 
     The store of torchrun's agents outlives the ranks that they start again, with the addresses and failures
-    of those before, and the agents do not count the starts alike.
-
-    Args:
-        store: where the ranks meet.
-        rank, world_size: this process' and their number.
-        timeout: seconds that rank 0 waits for the others.
-
-    Raises:
-        UserError: on rank 0, if one does not come.
+    of those before, and the agents do not count the starts alike. Rank 0 waits for the others for `timeout`
+    seconds.
     """
     if rank != 0:
         # What rank 0 answers to a question of this very process is not from an earlier start.
@@ -52,12 +46,7 @@ def choose_interface(store, machine, host):
     """Let gloo use the interface from which this machine reaches the others, unless GLOO_SOCKET_IFNAME says.
 
     Gloo would tell the others the address that this machine's own name has here, which is often one of the
-    loopback, such as Debian's 127.0.1.1.
-
-    Args:
-        store: the job's store.
-        machine: this machine's number.
-        host: name or address of machine 0, where the store is.
+    loopback, such as Debian's 127.0.1.1. `host` is the name or address of machine 0.
     """
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return
@@ -74,20 +63,16 @@ def choose_interface(store, machine, host):
 
 def _address_towards(host):
     """Return the IPv4 address of this machine that `host` is reached from, "" if there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        try:
-            # For UDP, this looks up the route and sends nothing.
-            s.connect((host, 9))
-            return s.getsockname()[0]
-        except OSError:
-            return ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
+        # For UDP, this looks up the route and sends nothing.
+        s.connect((host, 9))
+        return s.getsockname()[0]
+    return ""
 
 
 def _ipv4_of(interface):
     """Return the IPv4 address of an interface, "" if it has none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        try:
-            request = struct.pack("256s", interface.encode())
-            return socket.inet_ntoa(fcntl.ioctl(s.fileno(), _SIOCGIFADDR, request)[20:24])
-        except OSError:
-            return ""
+    request = struct.pack("256s", interface.encode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
+        return socket.inet_ntoa(fcntl.ioctl(s.fileno(), _SIOCGIFADDR, request)[20:24])
+    return ""

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -143,10 +144,8 @@ def _is_felt(error):
 
 def _position():
     """Return the innermost line of the main thread outside of Python's and PyTorch's own files."""
-    frame = innermost = sys._current_frames()[threading.main_thread().ident]
-    own = os.path.dirname(os.__file__), os.path.dirname(torch.__file__)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
-        frame = frame.f_back
-    if frame.f_back is None:
-        frame = innermost
-    return f"{frame.f_code.co_filename}, line {frame.f_lineno}, in {frame.f_code.co_name}"
+    stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
+    libraries = os.path.dirname(os.__file__), os.path.dirname(torch.__file__)
+    own = [frame for frame in stack if not frame.filename.startswith(libraries)]
+    frame = (own or stack)[-1]
+    return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
