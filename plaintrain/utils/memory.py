@@ -1,4 +1,4 @@
-"""Peak memory of a process, and the message of a run that is out of memory: the batch and the keys to change."""
+"""Peak memory of a process, and the message when it runs out: the batch and the keys to change."""
 
 import re
 import sys

@@ -106,18 +106,15 @@ class EventStorage:
 
     def put_scalar(self, name, value, smoothing_hint=True, cur_iter=None):
         """Store one scalar; see `put_scalars`."""
-        self._put({name: value}, smoothing_hint, cur_iter)
+        self.put_scalars(smoothing_hint=smoothing_hint, cur_iter=cur_iter, **{name: value})
 
-    def put_scalars(self, *, smoothing_hint=True, cur_iter=None, **kwargs):
+    def put_scalars(self, *, smoothing_hint=True, cur_iter=None, **scalars):
         """Store scalars, given as `name=value`.
 
         Args:
             smoothing_hint: writers show the median of a window (True) or the latest value.
             cur_iter: the iteration they belong to, default `iter`.
         """
-        self._put(kwargs, smoothing_hint, cur_iter)
-
-    def _put(self, scalars, smoothing_hint, cur_iter):
         iteration = self.iter if cur_iter is None else cur_iter
         if self._scope:
             scalars = {self._scope + name: value for name, value in scalars.items()}
