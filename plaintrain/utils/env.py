@@ -20,25 +20,11 @@ def seed_all_rng(seed):
 
 @contextlib.contextmanager
 def forked_rng(seed, device):
-    """PyTorch's generators seeded within the block, and as before after it.
-
-    Args:
-        seed: non-negative integer.
-        device: the `torch.device` whose generator is meant, beside the CPU's.
-    """
-    is_gpu = device.type in ("cuda", "mps")
-    module = getattr(torch, device.type)
-    before = torch.get_rng_state(), module.get_rng_state() if is_gpu else None
-    # Both seed without touching other devices' generators, as torch.manual_seed would.
-    torch.default_generator.manual_seed(seed)
-    if is_gpu:
-        module.manual_seed(seed)
-    try:
+    """Seed PyTorch's generators, of the CPU and of a device, within the block; they are as before after it."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        torch.manual_seed(seed)
         yield
-    finally:
-        torch.set_rng_state(before[0])
-        if is_gpu:
-            module.set_rng_state(before[1])
 
 
 def collect_env_info():

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 import torch
 
 _STORAGES = []
-# Tensors are fetched at the latest when this many scalars wait, so memory stays bounded.
+# Tensors are fetched at the latest when this many entries wait, so memory stays bounded.
 _MAX_PENDING = 10_000
 _MAX_IMAGES = 100
 # Values of a scalar that are saved: the window of the writers.
@@ -75,7 +75,6 @@ class EventStorage:
         self._latest = {}
         # [(iteration, names, number or tensor of as many values)] that wait to be fetched.
         self._pending = []
-        self._num_pending = 0
         # [(iteration, name)] of NaN and infinite losses and gradient norms.
         self._nonfinite = []
         # The names of the scalars that no writer has read.
@@ -131,15 +130,14 @@ class EventStorage:
             # stack copies, so that a tensor changed in place later is kept as it is now; detaching
             # its one result is cheaper than entering no_grad.
             self._pending.append((iteration, names, torch.stack(tensors).detach()))
-        self._num_pending += len(scalars)
         self._unwritten.update(scalars)
-        if self._num_pending > _MAX_PENDING:
+        if len(self._pending) > _MAX_PENDING:
             self._fetch()
 
     def _fetch(self):
         if not self._pending:
             return
-        pending, self._pending, self._num_pending = self._pending, [], 0
+        pending, self._pending = self._pending, []
         tensors = defaultdict(list)
         for _, _, value in pending:
             if isinstance(value, torch.Tensor):
