@@ -15,8 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from plaintrain.engine.distributed_env import find_job
-from plaintrain.engine.network import agree_on_prefix, choose_interface
+from plaintrain.engine.distributed_env import agree_on_prefix, choose_interface, find_job
 from plaintrain.engine.watchdog import FailureWatch, connect, report_failure
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError, first_line

@@ -14,7 +14,7 @@ from processes import Run
 from run_files import differences, lines, newest_checkpoint
 
 from plaintrain.engine import watchdog
-from plaintrain.engine.network import agree_on_prefix
+from plaintrain.engine.distributed_env import agree_on_prefix
 from plaintrain.utils.errors import UserError
 
 # Long enough to be ended in between.
