@@ -185,7 +185,7 @@ MUTATIONS = {
         ("seed_all_rng(cfg.SEED + comm.get_rank())", "seed_all_rng(cfg.SEED)"),
         ("None if resume else move_old_run(folder)", "move_old_run(folder)"),
         ("                lock_folder(folder)\n", ""),
-        ("seed = before.SEED if before.SEED >= 0 else None", "seed = None"),
+        ('seed = load_chain(saved)[-1][1].get("SEED", -1)', "seed = -1"),
     ],
     "plaintrain/analysis/analyze.py": [
         ('len(errors.objects["crowd"]) - crowds', 'len(errors.objects["crowd"])'),

@@ -12,6 +12,7 @@ from plaintrain.checkpoint.files import read_last, resume_candidates
 from plaintrain.checkpoint.resume_check import check_changes
 from plaintrain.checkpoint.weight_checks import check_weights
 from plaintrain.config import check_cfg, get_cfg, get_value, set_value
+from plaintrain.config.yaml import load_chain
 from plaintrain.data.build import count_iters_per_epoch
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.engine.dry_run import overfit_on, shorten_to_dry_run
@@ -217,14 +218,10 @@ def _settle_seed(cfg, resume):
     if cfg.SEED >= 0:
         return
     saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    seed = None
+    seed = -1
     if resume and comm.is_main_process() and os.path.isfile(saved):
-        # Not the defaults: a fork's keys are known to its own config only.
-        before = cfg.clone()
-        before.defrost()
-        before.merge_from_file(saved)
-        seed = before.SEED if before.SEED >= 0 else None
+        seed = load_chain(saved)[-1][1].get("SEED", -1)
     seed = comm.broadcast(seed)
-    source = "of the run that is resumed" if seed is not None else "drawn now"
-    set_value(cfg, "SEED", comm.shared_random_seed() if seed is None else seed)
+    source = "of the run that is resumed" if seed >= 0 else "drawn now"
+    set_value(cfg, "SEED", seed if seed >= 0 else comm.shared_random_seed())
     logger.info(f"SEED was -1; it is {cfg.SEED}, {source}")

@@ -20,7 +20,7 @@ def seed_all_rng(seed):
 
 @contextlib.contextmanager
 def forked_rng(seed, device):
-    """Seed PyTorch's generators, of the CPU and of a device, within the block; they are as before after it."""
+    """Seed PyTorch's generators of the CPU and a device within the block; they are restored after it."""
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type):
         torch.manual_seed(seed)
