@@ -13,7 +13,6 @@ from machines import Machines, NotAllowedError, start, start_torchrun
 from processes import Run
 from run_files import differences, lines, newest_checkpoint
 
-from plaintrain.engine import watchdog
 from plaintrain.engine.distributed_env import agree_on_prefix
 from plaintrain.utils.errors import UserError
 
@@ -102,11 +101,6 @@ def test_weights_that_differ_on_a_machine_are_refused(machines, whole, tmp_path)
     assert [run.output.count(words) for run in runs] == [1, 1]
 
 
-def impatient():
-    """Wait for the store of machine 0 for a shorter time than usual."""
-    watchdog._STORE_SECONDS = 3.0
-
-
 def kill_a_rank(machines, runs):
     children = runs[1].children()
     ranks = [pid for pid, parent in children.items() if parent == runs[1].process.pid]
@@ -123,9 +117,7 @@ FAILURES = {
         ["rank 1 failed: it was ended by SIGKILL", "error: rank 1 was ended by SIGKILL"],
         15,
     ),
-    "machine 1 is killed": (
-        lambda machines, _: machines.kill(1), [LOST, ""], 15
-    ),
+    "machine 1 is killed": (lambda machines, _: machines.kill(1), [LOST, ""], 15),
     "machine 0 is killed": (lambda machines, _: machines.kill(0), ["", GONE], 15),
     "machine 1 loses its network": (lambda machines, _: machines.set_network(1, "down"), [HANGS, HANGS], 40),
 }  # fmt: skip
@@ -136,7 +128,7 @@ FAILURES = {
 def test_failure_ends_all_machines_which_say_why_once(machines, tmp_path, name):
     act, words, seconds = FAILURES[name]
     options = [*OPTIONS, "SOLVER.MAX_ITER", 5000, "TEST.EVAL_PERIOD", 0, "HANG_TIMEOUT", 5]
-    runs = start(machines, [tmp_path / "run", tmp_path / "other"], options, faults=impatient)
+    runs = start(machines, [tmp_path / "run", tmp_path / "other"], options)
     reach(tmp_path / "run", 12)
     act(machines, runs)
     machines.wait_for_the_end(seconds)
