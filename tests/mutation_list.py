@@ -162,10 +162,7 @@ MUTATIONS = {
     "plaintrain/engine/early_stopping.py": [
         ('"loss" in name.rpartition("/")[2].partition("-")[0]', '"loss" in name'),
         ("0 < self._patience <= self.num_waited", "0 < self._patience < self.num_waited"),
-        (
-            "value < self.value if lower else value > self.value",
-            "value > self.value if lower else value < self.value",
-        ),
+        ("sign = -1 if", "sign = 1 if"),
         ('self.num_waited = state_dict["num_waited"]', "self.num_waited = 0"),
         ("iteration <= self._seen:", "iteration < self._seen:"),
     ],
@@ -175,9 +172,9 @@ MUTATIONS = {
     ],
     "plaintrain/engine/setup.py": [
         ("seed_all_rng(cfg.SEED + comm.get_rank())", "seed_all_rng(cfg.SEED)"),
-        ("move_old_run(folder) if training and not resume", "move_old_run(folder) if not resume"),
+        ("None if resume else move_old_run(folder)", "move_old_run(folder)"),
         ("                lock_folder(folder)\n", ""),
-        ("seed = before.SEED if before.SEED >= 0 else None", "seed = None"),
+        ('seed = load_chain(saved)[-1][1].get("SEED", -1)', "seed = -1"),
     ],
     "plaintrain/analysis/analyze.py": [
         ('len(boxes.objects["crowd"]) - crowds', 'len(boxes.objects["crowd"])'),
@@ -246,7 +243,7 @@ MUTATIONS = {
         ("[int(count)] * int(times or 1)", "[int(count)]"),
     ],
     "plaintrain/engine/launch.py": [
-        ('job.get("first_rank", 0) + local_rank', "local_rank"),
+        ('job["first_rank"] + local_rank', "local_rank"),
         ("code = 128 + received[0] if received else 1", "code = 1"),
     ],
     "plaintrain/modeling/backbones.py": [
@@ -317,7 +314,7 @@ MUTATIONS = {
         ('m.flip(-1) if sample["flipped"] else m for m', "m for m"),
     ],
     "plaintrain/engine/nonfinite.py": [
-        (("        _copy(self._buffers, self._before)\n        self"), "        self"),
+        ("        comm.copy_tensors(self._before, self._buffers)\n", ""),
         ("if comm.any_rank(bad):", "if bad:"),
         (("        self.num_in_row = 0\n        self._remember"), "        self._remember"),
         ("register_load_state_dict_post_hook(self._remember_buffers)", "modules()"),
@@ -370,8 +367,8 @@ MUTATIONS = {
         ("(side, side), aligned=aligned)", "(side, side), aligned=False)"),
     ],
     "plaintrain/engine/dry_run.py": [
-        ("not abs(a - b) < 0.1", "abs(a - b) >= 0.1"),
-        ('for key in ("DATASETS.TRAIN", "DATASETS.TEST"):', 'for key in ("DATASETS.TRAIN",):'),
+        ("equal_nan=True", "equal_nan=False"),
+        ('    set_value(cfg, "DATASETS.TEST", (name,))\n', ""),
     ],
     "plaintrain/checkpoint/async_writer.py": [
         (("        self.wait()\n        return self._host_copy"), "        return self._host_copy"),
@@ -395,15 +392,19 @@ MUTATIONS = {
     "plaintrain/utils/comm.py": [
         ("names = sorted(input_dict)", "names = list(input_dict)"),
         ("        values /= get_world_size()\n", "        values /= 1\n"),
-        ("for b in (m.running_mean, m.running_var)]", "for b in (m.running_mean,)]"),
+        ("for b in (norm.running_mean, norm.running_var)]", "for b in (norm.running_mean,)]"),
         (
             'return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)',
             'return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF',
         ),
-        ("        _copy(buffers, own)", "        pass"),
+        ("        copy_tensors(own, buffers)", "        pass"),
     ],
-    "plaintrain/utils/event_files.py": [
-        ("e.step < start_iter)", "e.step <= start_iter)"),
+    "plaintrain/utils/tensorboard.py": [
+        ("event.step < start_iter:", "event.step <= start_iter:"),
+        (
+            "self._write_event(at, summary=Summary(value=values))",
+            "self._write_event(at + 1, summary=Summary(value=values))",
+        ),
     ],
     "plaintrain/utils/events.py": [
         (
@@ -411,16 +412,12 @@ MUTATIONS = {
             "sorted(self._rows().items()) if at <= start_iter}",
         ),
         (
-            'lines = (_finite({"iteration": at, **row}) for at, row in rows.items())',
-            'lines = ({"iteration": at, **row} for at, row in rows.items())',
+            'json.dumps(_finite({"iteration": at, **row}), allow_nan=False)',
+            'json.dumps({"iteration": at, **row})',
         ),
         (
-            "and all(self._columns.count(name) for row in rows.values() for name in row)",
+            "and all(name in self._columns for row in rows.values() for name in row)",
             "and bool(self._columns)",
-        ),
-        (
-            "self._event(at, summary=Summary(value=values))",
-            "self._event(at + 1, summary=Summary(value=values))",
         ),
         ("self._max_iter - storage.iter - 1", "self._max_iter"),
     ],
@@ -430,13 +427,13 @@ MUTATIONS = {
         ('os.path.join(os.path.abspath(folder), "")', "os.path.abspath(folder)"),
     ],
     "plaintrain/utils/heartbeat.py": [
-        ("return _Pulse.limit + _Pulse.extra", "return _Pulse.limit"),
+        ("> _Pulse.limit + _Pulse.extra", "> _Pulse.limit"),
         ("seconds or math.inf", "seconds"),
     ],
     "plaintrain/utils/lock.py": [
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
-        ("    _HELD[folder] = handle\n", ""),
-        ("return False if here in owner else None", "return False"),
+        ("    _HELD[folder] = fd\n", ""),
+        ('return False if f" on {socket.gethostname()}, " in owner else None', "return False"),
     ],
     "plaintrain/utils/memory.py": [
         ('(2**20 if sys.platform == "darwin" else 2**10)', "2**20"),
@@ -448,10 +445,11 @@ MUTATIONS = {
     ],
     "plaintrain/utils/storage.py": [
         ('("loss" in name or name == "grad_norm")', '"loss" in name'),
-        ("iteration = min(self._nonfinite)", "iteration = max(self._nonfinite)"),
+        ("iteration = min(bad)[0]", "iteration = max(bad)[0]"),
     ],
     "plaintrain/engine/watchdog.py": [
-        ("for rank in range(1, self._world_size):", "for rank in range(1, self._world_size - 1):"),
+        ("            time.sleep(_FELT_SECONDS)\n", ""),
+        ("                heartbeat.forgive(gap)\n", "                pass\n"),
     ],
     "plaintrain/config/schema.py": [
         ("not isinstance(value, bool) and is_in_range(value)", "is_in_range(value)"),

@@ -110,6 +110,7 @@ def test_ranks_with_different_losses_end_with_one_message_before_backward(tmp_pa
     main = partial(rank_functions.step_with_losses, names=names)
     job = Job(main, tmp_path / "job", num_gpus_per_machine=2).wait()
     assert job.code == 1 and job.seconds < 20
-    assert job.results() == [words, words]
+    # One rank may end the other before that has raised it too.
+    assert set(job.results()) == {words}
     assert job.output.count(words) == 1 and "Traceback" not in job.output
     assert not list(job.folder.glob("backward-*"))

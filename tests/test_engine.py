@@ -1,6 +1,5 @@
 """The start of a run: command line, output folder, checks, seeds, random generators, log."""
 
-import functools
 import gc
 import io
 import logging
@@ -29,7 +28,7 @@ from plaintrain.utils import comm
 from plaintrain.utils.env import seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter
-from plaintrain.utils.logger import progress, progress_range, setup_logger
+from plaintrain.utils.logger import progress, setup_logger
 
 
 def make_weights():
@@ -269,23 +268,15 @@ def test_earlier_run_is_moved_with_its_weights_and_other_files_stay(tmp_path, mo
     assert "SEED: 2\n" in (output / "config.yaml").read_text()
 
 
-def test_resume_moves_nothing_and_keeps_the_earlier_configs(output):
+def test_resume_moves_nothing_and_writes_the_config_anew(output):
     leave_run(output)
     setup(output, "SEED", "1", resume=True)
     rewritten = ("config.yaml", "log.txt", "run.json")
     kept = {name: text for name, text in RUN_FILES.items() if name not in rewritten}
     assert kept.items() <= contents(output).items() and not (output / "old-1").exists()
     assert (output / "log.txt").read_text().startswith(RUN_FILES["log.txt"])
-    assert (output / "config-1.yaml").read_text() == RUN_FILES["config.yaml"]
-    # The same config again is written once.
-    first = (output / "config.yaml").read_text()
-    setup(output, "SEED", "1", resume=True)
-    assert not (output / "config-2.yaml").exists()
     setup(output, "SEED", "1", "SOLVER.BASE_LR", "0.5", resume=True)
-    assert (output / "config-1.yaml").read_text() == RUN_FILES["config.yaml"]
-    assert (output / "config-2.yaml").read_text() == first
     assert "BASE_LR: 0.5" in (output / "config.yaml").read_text()
-    assert str(output / "config-2.yaml") in (output / "log.txt").read_text()
 
 
 def test_eval_only_changes_only_the_log_and_needs_no_schedule_and_no_training_set(output):
@@ -360,7 +351,7 @@ def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output):
     cfg = setup(output, overfit=2, dry_run=True)
     assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("overfit_2",)
     records = DatasetCatalog.get("engine_tiny_train")
-    assert list(DatasetCatalog.get("overfit_2")) == [records[0], records[1]]
+    assert list(DatasetCatalog.get("overfit_2")) == [{**records[i], "image_id": i} for i in range(2)]
     cfg = setup(output, dry_run=True)
     assert cfg.SOLVER.MAX_ITER == 2 and str(output / "dry-run") == cfg.OUTPUT_DIR
     # It compares the resumed model.
@@ -470,39 +461,7 @@ def test_progress_bar_shows_on_the_terminal_of_rank_0_unless_quiet(tmp_path, mon
     logger.info("all is well")
     logger.warning("look here")
     assert list(progress(range(3), desc="training", total=3)) == [0, 1, 2]
-    assert list(progress_range(0, 3)) == [0, 1, 2]
     assert ("training" in sys.stderr.getvalue()) is (name == "terminal")
     console = capsys.readouterr().out
     assert "look here" in console and ("all is well" in console) is (name != "quiet")
     assert "all is well" in (tmp_path / "log.txt").read_text()
-
-
-def test_colors_are_for_a_terminal_only(tmp_path, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    for no_color in ("", "1"):
-        monkeypatch.setattr(sys, "stdout", Terminal())
-        monkeypatch.setenv("NO_COLOR", no_color)
-        logger = setup_logger(str(tmp_path))
-        logger.warning("look %s", "here")
-        text = sys.stdout.getvalue()
-        assert ("look here\033[0m" in text) is (no_color == "")
-    assert "\033" not in (tmp_path / "log.txt").read_text()
-
-
-def test_progress_bar_shows_synchronized_losses_and_never_synchronizes(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("COLUMNS", "150")
-    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (150, 40))
-    monkeypatch.setattr("tqdm.std.tqdm.__init__", functools.partialmethod(tqdm.__init__, mininterval=0))
-    with EventStorage(2) as storage:
-        for iteration in progress_range(2, 6, first=1):
-            storage.iter = iteration
-            storage.put_scalars(total_loss=1.5, loss_cls=0.25, time=60.0)
-            storage.put_scalars(**{"val/loss_cls": 9.0}, smoothing_hint=False)
-            if iteration == 4:
-                storage.latest_with_smoothing_hint(20)
-            # If the bar synchronized them, none would be pending.
-            assert storage._num_pending == {2: 4, 3: 8, 4: 0, 5: 4}[iteration]
-    text = sys.stderr.getvalue()
-    assert "loss 1.5, cls 0.25, eta 0:01:00" in text and "9" not in text.split("eta")[1][:8]
-    assert "1/5" in text and "5/5" in text

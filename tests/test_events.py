@@ -86,7 +86,7 @@ def test_storage_keeps_numbers_and_tensors_with_their_iteration():
         "one_element": (1.0, 9),
         "AP": (2.0, 8),
     }
-    assert storage.count_samples("loss") == 4 and storage.iter == storage.iteration == 9
+    assert storage.iter == storage.iteration == 9
     with pytest.raises(KeyError):
         storage.history("nothing")
 
@@ -109,7 +109,7 @@ def test_smoothing_hint_decides_between_median_and_latest():
         buffer.update(value, i)
     assert buffer.values() == [(1.0, 1), (5.0, 2), (3.0, 3), (7.0, 4)]
     assert (buffer.latest(), buffer.median(3), buffer.median(100), buffer.avg(2)) == (7.0, 5.0, 4.0, 5.0)
-    assert buffer.global_avg() == pytest.approx(26 / 5) and len(buffer) == 5
+    assert buffer.global_avg() == pytest.approx(26 / 5)
 
 
 def test_name_scope_and_current_storage_end_with_their_block():
@@ -149,7 +149,7 @@ def test_tensors_are_read_in_one_transfer_when_needed_or_too_many(transfers):
         storage.put_scalars(a=value, b=value, number=i)
         storage.step()
     assert transfers == ["tolist"] * 2
-    assert len(storage.history("a")) == len(storage.history("b")) == 6000
+    assert len(storage.history("a").values()) == len(storage.history("b").values()) == 6000
     assert storage.history("number").global_avg() == pytest.approx(5999 / 2)
 
 
@@ -309,9 +309,7 @@ def test_a_file_of_a_resumed_run_is_cut_and_joined_with_what_is_evaluated_again(
 
 
 @pytest.mark.parametrize(("writer_class", "read"), [(JSONWriter, read_json_lines), (CSVWriter, read_csv)])
-def test_a_file_that_was_deleted_is_created_again_and_a_full_disk_is_an_error(
-    tmp_path, log, writer_class, read
-):
+def test_a_file_that_was_deleted_is_created_again_and_a_full_disk_is_an_error(tmp_path, writer_class, read):
     path = tmp_path / "run" / "metrics"
     writer = writer_class(str(path))
     with EventStorage() as storage:
@@ -322,7 +320,6 @@ def test_a_file_that_was_deleted_is_created_again_and_a_full_disk_is_an_error(
         storage.iter = 1
         storage.put_scalar("loss", 3.0)
         writer.write()
-        assert "metrics was deleted; creating a new file" in log.text
         assert [int(row["iteration"]) for row in read(path)] == [1]
         for other in (writer_class("/proc/nowhere/metrics"), TensorboardXWriter("/proc/nowhere")):
             with pytest.raises(UserError, match="cannot write /proc/nowhere"):
@@ -487,8 +484,6 @@ def loop(folder, saved, lives=math.inf):
                 storage.put_scalar("lr", i / 7, smoothing_hint=False)
                 if i in (0, 7, 14):
                     storage.put_scalars(seldom=float(i), smoothing_hint=False)
-                    storage.put_image("an image", torch.full((3, 2, 2), i, dtype=torch.uint8))
-                    storage.put_histogram("numbers", torch.arange(i + 2.0), bins=3)
                 moment()
                 if every(4, i) or every(5, i):
                     saved["storage"] = copy.deepcopy(storage.state_dict())

@@ -1,4 +1,4 @@
-"""Signs of life: plaintrain.utils.heartbeat and plaintrain.engine.watchdog."""
+"""Failed and hanging ranks: plaintrain.utils.heartbeat and plaintrain.engine.watchdog."""
 
 import sys
 import threading
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from rank_functions import free_port
 
 from plaintrain.engine import watchdog
-from plaintrain.engine.watchdog import FailureWatch, is_felt
+from plaintrain.engine.watchdog import FailureWatch
 from plaintrain.utils import heartbeat
 
 
@@ -22,30 +22,22 @@ def clock(monkeypatch):
     heartbeat.rest()
 
 
-def test_silence_counts_from_the_last_beat_and_only_where_one_is_expected(clock):
+def test_heartbeat_is_overdue_after_the_limit_and_only_where_one_is_expected(clock):
     heartbeat.rest()
     heartbeat.set_limit(5)
     clock.now = 200.0
-    assert heartbeat.silence() == 0 and heartbeat.allowed() == 5
-    heartbeat.beat()
-    clock.now = 204.0
-    assert heartbeat.silence() == 4
-    heartbeat.beat(heartbeat.LONG)
-    assert heartbeat.allowed() == 5 + heartbeat.LONG
-    clock.now += 50
-    heartbeat.forgive(49)
-    assert heartbeat.silence() == 1
-    heartbeat.beat()
-    assert heartbeat.allowed() == 5
+    assert not heartbeat.is_overdue() and heartbeat.get_limit() == 5
+    for extra in (0.0, heartbeat.LONG):
+        heartbeat.beat(extra)
+        clock.now += 4 + extra
+        assert not heartbeat.is_overdue()
+        clock.now += 2
+        assert heartbeat.is_overdue() and heartbeat.get_limit() == 5 + extra
+    heartbeat.forgive(2)
+    assert not heartbeat.is_overdue()
     heartbeat.set_limit(0)
     clock.now = 1e9
-    assert heartbeat.silence() < heartbeat.allowed()
-
-
-def test_errors_that_another_ranks_end_causes_are_felt():
-    assert is_felt(RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:1] Connection closed by peer"))
-    assert is_felt(RuntimeError("NCCL communicator was aborted"))
-    assert not is_felt(RuntimeError("shape mismatch")) and not is_felt(ValueError("connection reset"))
+    assert not heartbeat.is_overdue()
 
 
 @pytest.fixture
@@ -53,16 +45,17 @@ def watch_ranks(monkeypatch):
     """Function (ranks of two machines) -> their watches, in one process, and the codes that ended them."""
     ended, made = [], []
     monkeypatch.setattr(watchdog, "end_at_once", lambda code: ended.append(code) or sys.exit())
-    monkeypatch.setattr(watchdog, "_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog, "_CLOCK_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog, "_FELT_SECONDS", 1.0)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     port = free_port()
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
 
     def start(*ranks):
-        made.extend(FailureWatch(("127.0.0.1", port), (rank, 2), (rank, 0)) for rank in ranks)
+        made.extend(FailureWatch(("127.0.0.1", port), rank, machine=rank, local_rank=0) for rank in ranks)
         return made, ended
 
-    start.port = port
     yield start
     for each in made:
         each.stop()
@@ -79,41 +72,50 @@ def wait_for(condition):
     return any(condition() or threading.Event().wait(0.05) for _ in range(200))
 
 
-def test_the_first_failure_is_the_one_that_is_shown(watch_ranks, capfd):
+@pytest.mark.parametrize(
+    ("error", "is_felt"),
+    [
+        (ValueError("connection reset"), False),
+        (RuntimeError("shape mismatch"), False),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), True),
+        (RuntimeError("NCCL communicator was aborted"), True),
+    ],
+)
+def test_first_failure_is_printed_and_what_another_caused_waits_for_it(watch_ranks, capfd, error, is_felt):
     (first, second), ended = watch_ranks(0, 1)
-    assert first.report("this was first")
-    assert not second.report("this was felt", felt=True)
-    assert wait_for(lambda: ended)
-    err = capfd.readouterr().err
-    assert "rank 0 failed: this was first" in err and "felt" not in err
+    other = threading.Timer(0.3, lambda: first.fail(KeyError(), "first"))
+    other.start()
+    with pytest.raises(SystemExit):
+        second.fail(error, "second")
+    other.join()
+    assert wait_for(lambda: len(ended) >= 2)
+    shown = (
+        {"rank 0: first", "rank 0 failed: first"} if is_felt else {"rank 1: second", "rank 1 failed: second"}
+    )
+    assert set(capfd.readouterr().err.splitlines()) == shown
 
 
-def test_a_failure_that_was_felt_waits_for_its_cause(watch_ranks, capfd):
-    (first, second), _ = watch_ranks(0, 1)
-    threading.Timer(0.3, lambda: first.report("the cause")).start()
-    assert not second.report("connection closed", felt=True)
-    assert "rank 0 failed: the cause" in capfd.readouterr().err
+def test_lost_connection_without_a_report_is_the_failure(watch_ranks, capfd):
+    (watch,), _ = watch_ranks(0)
+    with pytest.raises(SystemExit):
+        watch.fail(RuntimeError("connection closed"), "connection closed")
+    text = "rank 0: the connection to a rank that has reported no failure is lost\nconnection closed\n"
+    assert capfd.readouterr().err == text
 
 
-def test_silence_ends_the_job_and_says_where_it_stands(watch_ranks, capfd):
+def test_rank_that_hangs_ends_the_job_and_each_says_where_it_stands(watch_ranks, capfd):
     _, ended = watch_ranks(0, 1)
     heartbeat.set_limit(0.2)
     heartbeat.beat()
-    assert wait_for(lambda: ended)
+    assert wait_for(lambda: len(ended) >= 2)
     err = capfd.readouterr().err
-    assert "no step was finished within 0.2 s (HANG_TIMEOUT); the ranks stand at rank 0, 1: " in err
-    assert "test_watchdog.py, line" in err
+    assert "no step was finished within 0.2 s (HANG_TIMEOUT)" in err
+    assert "rank 0 is in" in err and "rank 1 is in" in err and "test_watchdog.py, line" in err
 
 
-def test_a_rank_that_is_frozen_ends_the_job(watch_ranks, capfd):
-    _, ended = watch_ranks(0)
-    dist.TCPStore("127.0.0.1", watch_ranks.port, is_master=False).set("plaintrain/alive/1", "1 0.2")
-    assert wait_for(lambda: ended)
-    assert "error: rank 1 gives no sign of life" in capfd.readouterr().err
-
-
-def test_a_watch_that_was_stopped_ends_nothing(watch_ranks):
-    (first,), ended = watch_ranks(0)
+def test_watch_that_was_stopped_ends_nothing(watch_ranks):
+    (first, second), ended = watch_ranks(0, 1)
     first.stop()
-    first._fail("it was too late for that")
-    assert not ended and not first._failure()
+    with pytest.raises(SystemExit):
+        second.fail(ValueError(), "it was too late for that")
+    assert ended == [1]

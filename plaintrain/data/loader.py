@@ -20,7 +20,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
-from plaintrain.utils.logger import outlive_console, progress_range
+from plaintrain.utils.logger import outlive_console, progress
 from plaintrain.utils.memory import note_batch
 
 logger = logging.getLogger(__name__)
@@ -244,7 +244,8 @@ class TrainLoader(Loader):
         """Yield (iteration, samples), with a progress bar on a terminal; nothing before is loaded."""
         self._iteration = start_iter
         stream = iter(self)
-        for iteration in progress_range(start_iter, end_iter):
+        iterations = range(start_iter, end_iter)
+        for iteration in progress(iterations, desc="training", initial=start_iter, total=end_iter):
             yield iteration, next(stream)
 
     def epochs(self, start_iter, end_iter):

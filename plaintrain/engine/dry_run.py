@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 
+import numpy as np
+
 from plaintrain.config import set_value
 from plaintrain.data.build import count_iters_per_epoch, training_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
@@ -31,20 +33,16 @@ _DRY_RUN = {
 
 
 def _register(name, records, like):
-    """A dataset of these records with the metadata of another."""
+    """Register records as a dataset with the metadata of another."""
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
-    known = {k: v for k, v in vars(MetadataCatalog.get(like)).items() if k not in ("name", "declaration")}
+    metadata = {k: v for k, v in vars(MetadataCatalog.get(like)).items() if k not in ("name", "declaration")}
     DatasetCatalog.register(name, lambda: records)
-    MetadataCatalog.get(name).set(**known)
+    MetadataCatalog.get(name).set(**metadata)
 
 
-def overfit_on(cfg, number):
-    """Make the first `number` images that can be trained on both the training and the test set.
-
-    Args:
-        cfg: the config, frozen or not; DATASETS.TRAIN and DATASETS.TEST are set in place.
-        number: images, at least 1.
+def overfit_on(cfg, num_images):
+    """Make the first images that can be trained on both the training and the test set, in place.
 
     Raises:
         UserError: no such number of images.
@@ -52,16 +50,15 @@ def overfit_on(cfg, number):
     if not cfg.DATASETS.TRAIN:
         raise UserError("--overfit takes its images from DATASETS.TRAIN, which is empty")
     usable = training_records(cfg)
-    if not 1 <= number <= len(usable):
-        raise UserError(f"--overfit is {number}, but must be from 1 to the {len(usable)} training images")
-    name, records = f"overfit_{number}", [usable[i] for i in range(number)]
-    if len({record["image_id"] for record in records}) < number:
-        # Of several datasets, which count their images each for itself.
-        records = [{**record, "image_id": i} for i, record in enumerate(records)]
+    if not 1 <= num_images <= len(usable):
+        raise UserError(f"--overfit is {num_images}, but must be from 1 to the {len(usable)} training images")
+    # Several datasets may use the same ids.
+    records = [{**usable[i], "image_id": i} for i in range(num_images)]
+    name = f"overfit_{num_images}"
     _register(name, records, cfg.DATASETS.TRAIN[0])
-    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
-        set_value(cfg, key, (name,))
-    logger.info(f"--overfit: trained and evaluated on the same {number} images")
+    set_value(cfg, "DATASETS.TRAIN", (name,))
+    set_value(cfg, "DATASETS.TEST", (name,))
+    logger.info(f"--overfit: trained and evaluated on the same {num_images} images")
 
 
 def shorten_to_dry_run(cfg):
@@ -99,12 +96,12 @@ def finish_dry_run(args, cfg, results, do_train):
     """
     if not args.dry_run:
         return
-    resumed_results = do_train(cfg, create_ddp_model(build_model(cfg)), resume=True)
     before = flatten_results(results)
-    after = flatten_results(resumed_results)
+    after = flatten_results(do_train(cfg, create_ddp_model(build_model(cfg)), resume=True))
     for name in before | after:
-        a, b = before.get(name, math.nan), after.get(name, math.nan)
-        if not (math.isnan(a) and math.isnan(b)) and not abs(a - b) < 0.1:
+        a = before.get(name, math.nan)
+        b = after.get(name, math.nan)
+        if not np.isclose(a, b, rtol=0, atol=0.1, equal_nan=True):
             raise UserError(f"the checkpoint read back is another model: {name} was {a:.4g} and is {b:.4g}")
     comm.synchronize()
     if comm.get_local_rank() == 0:

@@ -1,6 +1,7 @@
 """Early stopping, and the best value of a metric so far."""
 
 import logging
+import math
 
 from plaintrain.utils.errors import UserError, nearest
 
@@ -66,17 +67,16 @@ class EarlyStopping:
         self._seen = iteration
         value = float(results[name])
         # The name may begin with a dataset's and end with a class's, as in lossless/bbox/AP-floss.
-        lower = "loss" in name.rpartition("/")[2].partition("-")[0]
-        is_first = self.value is None
-        if value == value and (is_first or (value < self.value if lower else value > self.value)):
+        sign = -1 if "loss" in name.rpartition("/")[2].partition("-")[0] else 1
+        best = -math.inf if self.value is None else sign * self.value
+        if sign * value > best:
             self.value = value
             self.iteration = iteration
             self.num_waited = 0
             logger.info(f"{name} is {value:.4g}, the best so far")
             return True
         self.num_waited += 1
-        best = "none so far" if is_first else f"{self.value:.4g} after iteration {self.iteration}"
-        logger.info(f"{name} is {value:.4g}; best: {best}")
+        logger.info(f"{name} is {value:.4g}; best: {self.value} after iteration {self.iteration}")
         if self.triggered:
             logger.warning(f"early stopping: {name} has not improved for {self._patience} evaluations")
         return False

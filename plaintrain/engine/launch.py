@@ -1,5 +1,6 @@
 """Start a function on every process of a job, or join the job that torchrun or Slurm started."""
 
+import contextlib
 import datetime
 import inspect
 import os
@@ -14,9 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from plaintrain.engine.distributed_env import find_job
-from plaintrain.engine.network import agree_on_prefix, choose_interface
-from plaintrain.engine.watchdog import FailureWatch, connect, is_felt, report_failure
+from plaintrain.engine.distributed_env import agree_on_prefix, choose_interface, find_job
+from plaintrain.engine.watchdog import FailureWatch, connect, report_failure
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError, first_line
 from plaintrain.utils.logger import outlive_console
@@ -29,7 +29,7 @@ DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
 # What a shell reports for a program that Ctrl-C ended.
 _INTERRUPTED = 130
-# What a rank tells the process that has spawned it, which says that to the person: 128 plus no signal.
+# The exit code of an interrupted rank; the process that spawned it prints the message once for all ranks.
 _RANK_INTERRUPTED = 128
 # How long the other ranks have to end by themselves when one has failed.
 _GRACE_SECONDS = 8.0
@@ -56,37 +56,32 @@ def launch(main_func, num_gpus_per_machine=1, num_machines=1, machine_rank=0, di
     debug = any(getattr(arg, "debug", False) for arg in args)
     try:
         job = find_job(num_gpus_per_machine, num_machines, machine_rank, dist_url)
-    except UserError as e:
-        _fail(e, debug)
-    if job["world_size"] == 1:
-        return _run(main_func, args, debug)
+        if job["world_size"] == 1:
+            return main_func(*args)
+    except KeyboardInterrupt:
+        _exit_interrupted()
+    except Exception as e:
+        print(_describe(e, debug), file=sys.stderr, flush=True)
+        sys.exit(1)
     if "rank" in job:
-        return _process(0, main_func, args, job, debug)
+        return _run_rank(0, main_func, args, job, debug)
     return _spawn(main_func, args, job, debug)
 
 
-def _fail(error, debug):
-    """Print what is to be said about an exception, and exit."""
-    if isinstance(error, KeyboardInterrupt):
-        _interrupted()
-    print(_describe(error, debug), file=sys.stderr, flush=True)
-    sys.exit(1)
-
-
-def _interrupted():
-    print(
-        "interrupted; a training goes on from its last checkpoint with --resume", file=sys.stderr, flush=True
-    )
+def _exit_interrupted():
+    message = "interrupted; a training goes on from its last checkpoint with --resume"
+    print(message, file=sys.stderr, flush=True)
     sys.exit(_INTERRUPTED)
 
 
 def _describe(error, debug):
+    """Return what is printed about an exception: a sentence about a mistake, the traceback of a bug."""
     if "DataLoader worker" in str(error) and isinstance(error, RuntimeError | MemoryError):
         # PyTorch raises it wherever the training process stands when a worker has gone.
-        text = (
-            f"a process that loads images has failed ({first_line(error)}); if the machine's memory is full, "
+        error = UserError(
+            f"a process that loads images has failed ({first_line(error)}); if the machine's memory is "
+            "full, lower DATALOADER.NUM_WORKERS"
         )
-        error = UserError(text + "lower DATALOADER.NUM_WORKERS")
     elif is_out_of_memory(error):
         error = out_of_memory(error)
     if isinstance(error, UserError | FloatingPointError) and not debug:
@@ -94,42 +89,37 @@ def _describe(error, debug):
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-def _run(main_func, args, debug):
-    try:
-        return main_func(*args)
-    except (Exception, KeyboardInterrupt) as e:
-        _fail(e, debug)
-
-
 def _spawn(main_func, args, job, debug):
-    # Before there are ranks: what comes now is theirs too.
-    ranks, received = [], []
+    """Run one process for each rank of this machine."""
+    ranks = []
+    received = []
 
-    def hand_on(number, frame):
+    def pass_on(number, frame):
         """Send a signal to all ranks; a second Ctrl-C ends them."""
-        first = signal.SIGINT not in received
+        is_second = number == signal.SIGINT and signal.SIGINT in received
         received.append(number)
         for process in ranks:
             if process.is_alive():
-                os.kill(process.pid, number if number != signal.SIGINT or first else signal.SIGKILL)
+                os.kill(process.pid, signal.SIGKILL if is_second else number)
 
-    before = {number: signal.signal(number, hand_on) for number in stop_signals()}
+    # Before there are ranks: what comes now is theirs too.
+    handlers = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
-        work, number = (main_func, args, job, debug), job["local_size"]
-        ranks += mp.start_processes(_process, work, number, join=False, start_method="spawn").processes
+        arguments = (main_func, args, job, debug)
+        context = mp.start_processes(
+            _run_rank, arguments, job["local_size"], join=False, start_method="spawn"
+        )
+        ranks += context.processes
         failed = _first_to_fail(ranks)
         code = failed.exitcode if failed else 0
         if code < 0 and not received:
-            name, rank = signal.Signals(-code).name, job["first_rank"] + ranks.index(failed)
-            text = f"was ended by {name}" + (": is the memory full?" if code == -signal.SIGKILL else "")
-            _tell_other_machines(job, rank, f"it {text}")
-            print(f"error: rank {rank} {text}", file=sys.stderr, flush=True)
-        _end_ranks(ranks)
+            _report_killed(job, job["first_rank"] + ranks.index(failed), -code)
+        _end_ranks(ranks, job["first_rank"])
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     if code == _RANK_INTERRUPTED or (code < 0 and signal.SIGINT in received):
-        _interrupted()
+        _exit_interrupted()
     if code < 0:
         code = 128 + received[0] if received else 1
     if code:
@@ -137,7 +127,7 @@ def _spawn(main_func, args, job, debug):
 
 
 def _first_to_fail(ranks):
-    """The first process that ends with an error, or None if none does."""
+    """Return the first process that ends with an error, or None if none does."""
     running = {process.sentinel: process for process in ranks}
     while running:
         for sentinel in wait(list(running)):
@@ -148,108 +138,100 @@ def _first_to_fail(ranks):
     return None
 
 
-def _end_ranks(ranks):
-    """Wait for processes to end by themselves, and then no longer."""
+def _end_ranks(ranks, first_rank):
+    """Wait for processes to end by themselves, and end those that do not."""
     end = time.monotonic() + _GRACE_SECONDS
-    for process in ranks:
+    for rank, process in enumerate(ranks, start=first_rank):
         process.join(max(0.0, end - time.monotonic()))
         if process.is_alive():
+            print(f"rank {rank} does not answer: it is killed", file=sys.stderr, flush=True)
             process.kill()
             process.join()
 
 
-def _tell_other_machines(job, rank, text):
+def _report_killed(job, rank, number):
     """Report a rank that could not do so itself."""
-    if job["local_size"] == job["world_size"] or rank == 0:
-        # Rank 0 took the store with it; that they see themselves.
-        return
-    try:
-        report_failure(connect(*job["address"]), {"machine": job["machine"], "text": text, "rank": rank})
-    except (RuntimeError, OSError):
-        # The store has gone too.
-        return
+    text = f"was ended by {signal.Signals(number).name}"
+    if number == signal.SIGKILL:
+        text += ": is the memory full?"
+    if rank != 0:
+        # Rank 0 takes the store with it, which the others notice.
+        with contextlib.suppress(RuntimeError, OSError):
+            failure = {"machine": job["machine"], "rank": rank, "text": f"it {text}", "hangs": False}
+            report_failure(connect(*job["address"]), failure)
+    print(f"error: rank {rank} {text}", file=sys.stderr, flush=True)
 
 
-def _process(local_rank, main_func, args, job, debug):
-    """One rank: join the group, run, and tell the others when it fails."""
-    spawned = "rank" not in job
-    if spawned:
-        _begin_rank()
-    rank = job.setdefault("rank", job.get("first_rank", 0) + local_rank)
-    local_rank = job.setdefault("local_rank", local_rank)
-    os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(local_rank), str(job["local_size"])
+def _run_rank(local_rank, main_func, args, job, debug):
+    """Join the process group as one rank, run, and tell the other ranks when it fails."""
+    is_spawned = "rank" not in job
+    if is_spawned:
+        outlive_console()
+        # Where processes are forked, they have the handlers of the one that passes signals on.
+        for number in stop_signals():
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        job |= {"rank": job["first_rank"] + local_rank, "local_rank": local_rank}
+    os.environ["LOCAL_RANK"] = str(job["local_rank"])
+    os.environ["LOCAL_WORLD_SIZE"] = str(job["local_size"])
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job["local_size"]))
-    watches = []
+    watch = None
     try:
-        _join_group(job, watches)
+        store, watch = _meet(job)
+        _join_group(job, store)
         main_func(*args)
         comm.synchronize()
-    except KeyboardInterrupt as e:
-        if rank == 0 and not spawned:
-            _fail(e, debug)
-        # The process that spawned this one says it, once for all ranks.
-        end_at_once(_RANK_INTERRUPTED if spawned else _INTERRUPTED)
+    except KeyboardInterrupt:
+        if job["rank"] == 0 and not is_spawned:
+            _exit_interrupted()
+        end_at_once(_RANK_INTERRUPTED if is_spawned else _INTERRUPTED)
     except Exception as e:
         text = _describe(e, debug)
-        first = all(watch.report(text, felt=is_felt(e)) for watch in watches)
-        if first:
-            print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
-        for watch in watches:
-            watch.linger()
-        if not first:
-            # This one only felt that another rank has failed.
-            end_at_once(1)
+        if watch is not None:
+            watch.fail(e, text)
+        print(f"rank {job['rank']}: {text}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
-        for watch in watches:
+        if watch is not None:
             watch.stop()
     dist.destroy_process_group()
 
 
-def _begin_rank():
-    outlive_console()
-    # Where processes are forked, they have the handlers of the one that hands signals on.
-    for number in stop_signals():
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def _meet(job):
+    """Wait for the other ranks; returns the store of the job, and the watch over its ranks."""
+    rank, world_size, address = job["rank"], job["world_size"], job["address"]
+    prefix = ""
+    if address is None:
+        # The store of torchrun's agent.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = next(dist.rendezvous("env://", timeout=DEFAULT_TIMEOUT))[0]
+        prefix = agree_on_prefix(store, rank, world_size, _RENDEZVOUS_TIMEOUT.total_seconds())
+        store = dist.PrefixStore(prefix, store)
+    else:
+        try:
+            store = dist.TCPStore(*address, world_size, rank == 0, timeout=_RENDEZVOUS_TIMEOUT)
+        except (RuntimeError, OSError) as e:
+            raise UserError(
+                f"rank {rank} cannot meet the {world_size} processes at tcp://{address[0]}:{address[1]}: "
+                f"{first_line(e)}"
+            ) from e
+    holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # Before the ranks part: rank 0 takes the store with it when it ends.
+    watch = FailureWatch(address, rank, job["machine"], job["local_rank"], prefix, holds_store)
+    if job["local_size"] < world_size:
+        choose_interface(store, job["machine"], address[0])
+    return store, watch
 
 
-def _join_group(job, watches):
-    """Join the process group; the watch over the other ranks is added to `watches` as early as it can be."""
+def _join_group(job, store):
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(job["local_rank"])
         backend = "cpu:gloo,cuda:nccl"
-    rank, world_size, by_torchrun = job["rank"], job["world_size"], job["address"] is None
-    several_machines, env = job["local_size"] < world_size, os.environ
-    address = (env["MASTER_ADDR"], int(env["MASTER_PORT"])) if by_torchrun else job["address"]
-    store, prefix = _open_store(address, rank, world_size, by_torchrun), ""
-    if by_torchrun:
-        prefix = agree_on_prefix(store, rank, world_size, _RENDEZVOUS_TIMEOUT.total_seconds())
-        store = dist.PrefixStore(prefix, store)
-    # The store of torchrun's agent outlives rank 0.
-    lingers = several_machines and rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    place = job["machine"], job["local_rank"]
-    # Before the ranks part: rank 0 takes the store with it when it ends.
-    watches.append(FailureWatch(address, (rank, world_size), place, prefix=prefix, lingers=lingers))
-    if several_machines:
-        choose_interface(store, job["machine"], address[0])
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
-
-
-def _open_store(address, rank, world_size, by_torchrun):
-    """The store in which the ranks of the job meet."""
-    if by_torchrun:
-        return next(dist.rendezvous("env://", timeout=DEFAULT_TIMEOUT))[0]
-    host, port = address
-    try:
-        return dist.TCPStore(host, port, world_size, rank == 0, timeout=_RENDEZVOUS_TIMEOUT)
-    except (RuntimeError, OSError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(
-            f"rank {rank} cannot meet the {world_size} processes at tcp://{host}:{port}: {reason}"
-        ) from e
+    dist.init_process_group(
+        backend, store=store, rank=job["rank"], world_size=job["world_size"], timeout=DEFAULT_TIMEOUT
+    )
 
 
 def create_ddp_model(model):

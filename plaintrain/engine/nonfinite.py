@@ -4,7 +4,6 @@ import logging
 import os
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from plaintrain.checkpoint.state import plain
 from plaintrain.utils import comm
@@ -22,7 +21,6 @@ class NonfiniteGuard:
     """Looks for NaN and infinity, on all ranks together.
 
     Attributes:
-        skips_steps: whether `allows_step` looks at anything.
         num_skipped: steps that were skipped.
         num_in_row: steps that were skipped since the last good one.
     """
@@ -36,19 +34,16 @@ class NonfiniteGuard:
             max_in_row: how many steps in a row may be skipped; 0 skips none.
             dump_folder: where the samples of a bad iteration are saved; "" for nowhere.
         """
-        self.skips_steps = max_in_row > 0
         self.num_skipped = 0
         self.num_in_row = 0
         self._max_in_row = max_in_row
         self._data_loader = data_loader
         self._scaler = scaler
         self._dump_folder = dump_folder
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self._buffers = [b for m in norms for b in m.buffers(recurse=False)] if self.skips_steps else []
-        self._before = [b.clone() for b in self._buffers]
-        if self._buffers:
-            # Weights are loaded later.
-            comm.unwrap_model(model).register_load_state_dict_post_hook(self._remember_buffers)
+        self._buffers = [buffer for norm in comm.running_norms(model) for buffer in norm.buffers()]
+        self._before = [buffer.clone() for buffer in self._buffers]
+        # Weights are loaded later.
+        comm.unwrap_model(model).register_load_state_dict_post_hook(self._remember_buffers)
 
     def allows_step(self, losses, grad_norm):
         """Return whether the optimizer may step; False on all ranks if a value of one is not finite.
@@ -63,7 +58,7 @@ class NonfiniteGuard:
         Raises:
             FloatingPointError: too many steps in a row were skipped.
         """
-        if not self.skips_steps:
+        if not self._max_in_row:
             return True
         scalars = losses if self._scaler.is_enabled() else {**losses, "grad_norm": grad_norm}
         finite = torch.stack([value.detach().float() for value in scalars.values()]).isfinite()
@@ -76,10 +71,10 @@ class NonfiniteGuard:
         return True
 
     def _remember_buffers(self, *_):
-        _copy(self._before, self._buffers)
+        comm.copy_tensors(self._buffers, self._before)
 
     def _skip(self, bad):
-        _copy(self._buffers, self._before)
+        comm.copy_tensors(self._before, self._buffers)
         self.num_skipped += 1
         self.num_in_row += 1
         storage = get_event_storage()
@@ -138,12 +133,6 @@ class NonfiniteGuard:
             logger.error(f"cannot save the samples: {first_line(e)}")
         else:
             logger.warning(f"saved the samples in {path}")
-
-
-def _copy(targets, sources):
-    if targets:
-        with torch.no_grad():
-            torch._foreach_copy_(targets, sources)
 
 
 def build_nonfinite_guard(cfg, model, data_loader, scaler):

@@ -16,9 +16,6 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.run_files import FACTS_FILE, recorded_starts
 
-# For git in a large folder on a slow disk; a run can do without what it says.
-_GIT_SECONDS = 5
-
 
 def write_run_facts(cfg, config_file):
     """Add this start to OUTPUT_DIR/run.json; those of the run that is resumed stay in it.
@@ -34,11 +31,7 @@ def write_run_facts(cfg, config_file):
     Args:
         cfg: the settled config.
         config_file: the file that it was made from, or "".
-
-    Raises:
-        UserError: the file cannot be written.
     """
-    path = os.path.join(cfg.OUTPUT_DIR, FACTS_FILE)
     start = {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": ["python", *sys.argv],
@@ -47,14 +40,14 @@ def write_run_facts(cfg, config_file):
         "environment": dict(line.split(": ", 1) for line in collect_env_info().splitlines()),
         "git": _git_state(os.path.dirname(os.path.abspath(sys.argv[0]))),
         "config_file": config_file,
-        "changes": config_changes(_base(config_file).dump(), cfg.dump()),
+        "changes": config_changes(_load_base(config_file).dump(), cfg.dump()),
     }
-    with atomic_write(path) as f:
+    with atomic_write(os.path.join(cfg.OUTPUT_DIR, FACTS_FILE)) as f:
         json.dump({"starts": [*recorded_starts(cfg.OUTPUT_DIR), start]}, f, indent=1)
 
 
-def _base(config_file):
-    """The config that the files make on which a file builds."""
+def _load_base(config_file):
+    """Return the config of the files that a file builds on."""
     base = get_cfg()
     # Keys that a fork has added are known to its config only: then the defaults are the base.
     with contextlib.suppress(UserError):
@@ -68,8 +61,8 @@ def _base(config_file):
 def _git_state(folder):
     def git(*words):
         command = ["git", "-C", folder, *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
-        return done.stdout
+        # A run can do without what git says of a large folder on a slow disk.
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
 
     try:
         commit, branch = git("rev-parse", "HEAD", "--abbrev-ref", "HEAD").split()

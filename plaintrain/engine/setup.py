@@ -4,7 +4,6 @@ import gc
 import logging
 import logging.handlers
 import os
-import shutil
 import sys
 
 import torch
@@ -13,15 +12,14 @@ from plaintrain.checkpoint.files import read_last, resume_candidates
 from plaintrain.checkpoint.resume_check import check_changes
 from plaintrain.checkpoint.weight_checks import check_weights
 from plaintrain.config import check_cfg, get_cfg, get_value, set_value
+from plaintrain.config.yaml import load_chain
 from plaintrain.data.build import count_iters_per_epoch
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.engine.dry_run import overfit_on, shorten_to_dry_run
-from plaintrain.engine.launch import create_ddp_model, launch
 from plaintrain.engine.preflight import check_before_training, settle_num_classes
 from plaintrain.engine.run_facts import write_run_facts
 from plaintrain.solver.schedule import settle_schedule
 from plaintrain.utils import comm
-from plaintrain.utils.arguments import default_argument_parser
 from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import WRITERS
@@ -29,18 +27,6 @@ from plaintrain.utils.files import atomic_write, move_old_run, remove_unfinished
 from plaintrain.utils.heartbeat import set_limit
 from plaintrain.utils.lock import lock_folder
 from plaintrain.utils.logger import setup_logger
-
-__all__ = [
-    "build_writers",
-    "create_ddp_model",
-    "default_argument_parser",
-    "default_setup",
-    "default_writers",
-    "launch",
-    "load_cfg",
-    "reject_loop_options",
-    "require_default",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +77,16 @@ def default_setup(cfg, args):
     Raises:
         UserError: anything that would make the run fail later.
     """
-    resume, eval_only = getattr(args, "resume", False), getattr(args, "eval_only", False)
+    resume = getattr(args, "resume", False)
+    eval_only = getattr(args, "eval_only", False)
     dry_run = getattr(args, "dry_run", False)
+    quiet = getattr(args, "quiet", False)
     if dry_run and (resume or eval_only):
         raise UserError("--dry-run tries the start of a training: leave out --resume and --eval-only")
-    log = setup_logger(None, comm.get_rank(), quiet=getattr(args, "quiet", False))
-    # What is said before the output folder may be touched goes into its log file afterwards.
-    said = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL)
-    log.addHandler(said)
+    log = setup_logger(None, comm.get_rank(), quiet=quiet)
+    # Buffer log records until the output folder exists.
+    buffer = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL)
+    log.addHandler(buffer)
     check_cfg(cfg)
     set_value(cfg, "OUTPUT_DIR", os.path.expanduser(cfg.OUTPUT_DIR))
     declare_datasets(cfg)
@@ -117,17 +105,19 @@ def default_setup(cfg, args):
     comm.synchronize()
     if dry_run:
         shorten_to_dry_run(cfg)
-    _prepare_output(cfg, training=not eval_only, resume=resume)
-    log = setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), quiet=getattr(args, "quiet", False))
-    for record in said.buffer:
+    _prepare_output(cfg, not eval_only, resume, quiet)
+    for record in buffer.buffer:
         log.handlers[-1].handle(record)
     logger.info(f"rank {comm.get_rank()} of {comm.get_world_size()}\n{collect_env_info()}")
     logger.info("command line: " + " ".join(sys.argv))
-    if comm.is_main_process():
-        _write_config(cfg, keep=eval_only)
-    if comm.is_main_process() and not eval_only:
-        write_run_facts(cfg, getattr(args, "config_file", ""))
     logger.info(f"config:\n{cfg.dump()}")
+    if comm.is_main_process():
+        path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+        if not (eval_only and os.path.exists(path)):
+            with atomic_write(path) as f:
+                f.write(cfg.dump())
+        if not eval_only:
+            write_run_facts(cfg, getattr(args, "config_file", ""))
     _prepare_process(cfg)
     comm.synchronize()
 
@@ -196,25 +186,21 @@ def build_writers(cfg):
     return default_writers(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, cfg.OUTPUT.WRITERS)
 
 
-def _prepare_output(cfg, training, resume):
+def _prepare_output(cfg, training, resume, quiet):
+    """Make OUTPUT_DIR, claim it for a training, move an earlier run in it, and start its log."""
     folder = cfg.OUTPUT_DIR
     moved = None
-    if comm.is_main_process():
-        try:
+    with writing(f"OUTPUT_DIR {folder!r}"):
+        if comm.is_main_process():
             os.makedirs(folder, exist_ok=True)
             if training:
                 lock_folder(folder)
                 remove_unfinished(folder)
-            moved = move_old_run(folder) if training and not resume else None
-            with atomic_write(os.path.join(folder, ".write-test")) as f:
-                f.write("")
-            os.unlink(os.path.join(folder, ".write-test"))
-        except (OSError, UserError) as e:
-            raise UserError(f"OUTPUT_DIR {folder!r} cannot be written: {e}") from e
-    moved = comm.broadcast(moved)
-    # Of other machines, where the folder may be another; for the log of each rank.
-    with writing(folder):
+                moved = None if resume else move_old_run(folder)
+        moved = comm.broadcast(moved)
+        # Of other machines, where the folder may be another; for the log of each rank.
         os.makedirs(folder, exist_ok=True)
+        setup_logger(folder, comm.get_rank(), quiet=quiet)
     if not moved:
         return
     logger.warning(f"{folder} held an earlier run; its files are now in {moved}")
@@ -231,32 +217,10 @@ def _settle_seed(cfg, resume):
     if cfg.SEED >= 0:
         return
     saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    seed = None
+    seed = -1
     if resume and comm.is_main_process() and os.path.isfile(saved):
-        # Not the defaults: a fork's keys are known to its own config only.
-        before = cfg.clone()
-        before.defrost()
-        before.merge_from_file(saved)
-        seed = before.SEED if before.SEED >= 0 else None
+        seed = load_chain(saved)[-1][1].get("SEED", -1)
     seed = comm.broadcast(seed)
-    source = "of the run that is resumed" if seed is not None else "drawn now"
-    set_value(cfg, "SEED", comm.shared_random_seed() if seed is None else seed)
+    source = "of the run that is resumed" if seed >= 0 else "drawn now"
+    set_value(cfg, "SEED", seed if seed >= 0 else comm.shared_random_seed())
     logger.info(f"SEED was -1; it is {cfg.SEED}, {source}")
-
-
-def _write_config(cfg, keep):
-    """Write config.yaml; a different one that is there becomes config-N.yaml, or stays if `keep`."""
-    path, text = os.path.join(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump()
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            if f.read() == text or keep:
-                return
-        number = 1
-        while os.path.exists(os.path.join(cfg.OUTPUT_DIR, f"config-{number}.yaml")):
-            number += 1
-        kept = os.path.join(cfg.OUTPUT_DIR, f"config-{number}.yaml")
-        # A second name first: there is a whole config.yaml at every moment.
-        shutil.copy2(path, kept)
-        logger.warning(f"the config differs from that of the run; the earlier one is now {kept}")
-    with atomic_write(path) as f:
-        f.write(text)

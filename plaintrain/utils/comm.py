@@ -15,32 +15,28 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from plaintrain.utils.errors import UserError
 
 
-def _initialized():
-    return dist.is_available() and dist.is_initialized()
-
-
 def get_world_size():
-    """Number of processes of the job."""
-    return dist.get_world_size() if _initialized() else 1
+    """Return the number of processes of the job."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def get_rank():
-    """This process' number in the job, from 0."""
-    return dist.get_rank() if _initialized() else 0
+    """Return this process' number in the job, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_local_rank():
-    """This process' number on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if _initialized() else 0
+    """Return this process' number on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
 
 
 def get_local_size():
-    """Number of processes of the job on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _initialized() else 1
+    """Return the number of processes of the job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
 
 
 def is_main_process():
-    """True on rank 0, the one that writes files."""
+    """Return whether this is rank 0, the one that writes files."""
     return get_rank() == 0
 
 
@@ -52,29 +48,24 @@ def synchronize():
 
 @contextlib.contextmanager
 def first_on_machine():
-    """The ranks of a machine but its first wait with the block until that one has done it.
-
-    They find what it has cached, and the memory that the work needs is needed once. Every rank must come.
-    """
-    first = get_local_rank() == 0
-    if not first:
+    """Let the first rank of a machine run the block before the others, which find what it has cached."""
+    if get_local_rank() != 0:
         synchronize()
     yield
-    if first:
+    if get_local_rank() == 0:
         synchronize()
 
 
 def all_gather(data):
-    """A list of every rank's `data` (any picklable object), on every rank."""
-    if get_world_size() == 1:
-        return [data]
-    output = [None] * get_world_size()
-    dist.all_gather_object(output, data)
+    """Return a list of every rank's `data` (any picklable object), on every rank."""
+    output = [data] * get_world_size()
+    if len(output) > 1:
+        dist.all_gather_object(output, data)
     return output
 
 
 def gather(data, dst=0):
-    """A list of every rank's `data` (any picklable object) on rank `dst`, else an empty list."""
+    """Return a list of every rank's `data` (any picklable object) on rank `dst`, else an empty list."""
     if get_world_size() == 1:
         return [data]
     output = [None] * get_world_size() if get_rank() == dst else None
@@ -83,37 +74,36 @@ def gather(data, dst=0):
 
 
 def broadcast(data, src=0):
-    """Rank `src`'s `data` (any picklable object), on every rank."""
-    if get_world_size() == 1:
-        return data
-    box = [data]
-    dist.broadcast_object_list(box, src=src)
-    return box[0]
+    """Return rank `src`'s `data` (any picklable object), on every rank."""
+    objects = [data]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(objects, src=src)
+    return objects[0]
 
 
 def shared_random_seed():
-    """A random non-negative 31-bit integer, the same on every rank."""
+    """Return a random non-negative 31-bit integer, the same on every rank."""
     return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)
 
 
 def unwrap_model(model):
-    """The module inside DistributedDataParallel or DataParallel, or the model itself."""
+    """Return the module inside DistributedDataParallel or DataParallel, or the model itself."""
     if isinstance(model, DistributedDataParallel | DataParallel):
         return model.module
     return model
 
 
 def highest(number):
-    """The highest integer of all ranks, on every rank. The hosts agree; no device is waited for."""
+    """Return the highest integer of all ranks: an all-reduce on the hosts, no device sync."""
     if get_world_size() == 1:
         return int(number)
-    numbers = torch.tensor(int(number))
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return int(numbers)
+    tensor = torch.tensor(int(number))
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def any_rank(flag):
-    """True on every rank if `flag` is true on one. The hosts agree; no device is waited for."""
+    """Return whether `flag` is true on any rank: an all-reduce on the hosts, no device sync."""
     return bool(highest(bool(flag)))
 
 
@@ -121,9 +111,6 @@ def check_loss_names(loss_dict):
     """Raise if ranks have different losses, before a backward pass in which they would wait forever.
 
     The hosts compare a checksum in one small all-reduce; no device sync.
-
-    Args:
-        loss_dict: what the model returned.
 
     Raises:
         UserError: on every rank, if two of them have different keys.
@@ -136,15 +123,15 @@ def check_loss_names(loss_dict):
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     if extremes.sum() == 0:
         return
-    found = [set(part) for part in all_gather(names)]
-    common = set.intersection(*found)
-    extra = {rank: ", ".join(sorted(part - common)) for rank, part in enumerate(found) if part - common}
-    lacking = [rank for rank, part in enumerate(found) if part == common]
+    names_of_ranks = [set(names) for names in all_gather(names)]
+    common = set.intersection(*names_of_ranks)
+    extra = [
+        f"{', '.join(sorted(names - common)) or 'none of these'} on rank {rank}"
+        for rank, names in enumerate(names_of_ranks)
+    ]
     raise UserError(
-        "the model returned different losses on different ranks: "
-        + "; ".join(f"{names} on rank {rank}" for rank, names in extra.items())
-        + (f"; none of these on rank {', '.join(map(str, lacking))}" if lacking else "")
-        + "; return every loss in every step, as zero where it does not apply"
+        f"the model returned different losses on different ranks: {'; '.join(extra)}; return every loss in "
+        "every step, as zero where it does not apply"
     )
 
 
@@ -180,8 +167,20 @@ def average_tensors(tensors):
     flat = torch.cat([t.flatten().double() for t in tensors])
     dist.all_reduce(flat)
     flat /= get_world_size()
-    parts = flat.split([t.numel() for t in tensors])
-    return [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+    averages = flat.split([t.numel() for t in tensors])
+    return [average.view_as(t).to(t.dtype) for average, t in zip(averages, tensors, strict=True)]
+
+
+def running_norms(model):
+    """Return the batch norm layers of a model that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+@torch.no_grad()
+def copy_tensors(sources, targets):
+    """Copy the values of tensors, a list, into others of the same shapes."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 @contextlib.contextmanager
@@ -193,17 +192,10 @@ def averaged_norm_buffers(model):
     if get_world_size() == 1:
         yield
         return
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    buffers = [b for m in layers for b in (m.running_mean, m.running_var)]
+    buffers = [b for norm in running_norms(model) for b in (norm.running_mean, norm.running_var)]
     own = [b.clone() for b in buffers]
-    _copy(buffers, average_tensors(buffers))
+    copy_tensors(average_tensors(buffers), buffers)
     try:
         yield
     finally:
-        _copy(buffers, own)
-
-
-@torch.no_grad()
-def _copy(targets, sources):
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+        copy_tensors(own, buffers)

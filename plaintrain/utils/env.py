@@ -20,29 +20,16 @@ def seed_all_rng(seed):
 
 @contextlib.contextmanager
 def forked_rng(seed, device):
-    """PyTorch's generators seeded within the block, and as before after it.
-
-    Args:
-        seed: non-negative integer.
-        device: the `torch.device` whose generator is meant, beside the CPU's.
-    """
-    is_gpu = device.type in ("cuda", "mps")
-    module = getattr(torch, device.type)
-    before = torch.get_rng_state(), module.get_rng_state() if is_gpu else None
-    # Both seed without touching other devices' generators, as torch.manual_seed would.
-    torch.default_generator.manual_seed(seed)
-    if is_gpu:
-        module.manual_seed(seed)
-    try:
+    """Seed PyTorch's generators of the CPU and a device within the block; they are restored after it."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        torch.manual_seed(seed)
         yield
-    finally:
-        torch.set_rng_state(before[0])
-        if is_gpu:
-            module.set_rng_state(before[1])
 
 
 def collect_env_info():
-    """Versions, devices and the settings that matter, one `name: value` a line."""
+    """Return versions, devices and the settings that matter, one `name: value` a line."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -50,19 +37,11 @@ def collect_env_info():
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
         "CUDA (torch was built with)": torch.version.cuda or "none",
-        "cuDNN": torch.backends.cudnn.version() if torch.cuda.is_available() else "not in use",
-        "GPUs": _gpus(),
+        "cuDNN": torch.backends.cudnn.version() if gpus else "not in use",
+        "GPUs": ", ".join(gpus) or "none",
         "MPS": torch.backends.mps.is_available(),
         "CPU cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
-        "compiler": "none needed",
         "PLAINTRAIN_DATASETS": os.environ.get("PLAINTRAIN_DATASETS", "not set, so datasets/"),
     }
     return "\n".join(f"{name}: {value}" for name, value in rows.items())
-
-
-def _gpus():
-    if not torch.cuda.is_available():
-        return "none"
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(names)

@@ -11,12 +11,11 @@ import json
 import logging
 import math
 import os
-import socket
 import time
 
-from plaintrain.utils.event_files import cut_event_files, encode_event, list_event_files
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.storage import EventStorage, get_event_storage
+from plaintrain.utils.tensorboard import TensorboardXWriter
 from plaintrain.utils.writer import EventWriter, FileWriter
 
 __all__ = [
@@ -91,14 +90,14 @@ class CommonMetricPrinter(EventWriter):
 
 
 class _RowWriter(FileWriter):
-    """Appends one row of scalars an iteration to a file.
+    """Appends one row of scalars an iteration to a text file.
 
     What comes for a row that is already written, such as a repeated evaluation, joins that row.
     """
 
     @abc.abstractmethod
-    def _read(self):
-        """Yield the complete rows of the file, {"iteration": int, name: value}."""
+    def _read(self, f):
+        """Yield the complete rows of an open file, {"iteration": int, name: value}."""
 
     @abc.abstractmethod
     def _put(self, f, rows):
@@ -107,10 +106,13 @@ class _RowWriter(FileWriter):
     def _fits(self, rows):
         """Return whether rows can be appended to the file as it is."""
         last = max(self._written.values(), default=-1)
-        return self._file is not None and min(rows) > last
+        return self._file is not None and os.path.exists(self._path) and min(rows) > last
 
     def _rows(self):
-        return {row.pop("iteration"): row for row in self._read()}
+        if not os.path.exists(self._path):
+            return {}
+        with open(self._path, encoding="utf-8", errors="replace", newline="") as f:
+            return {row.pop("iteration"): row for row in self._read(f)}
 
     def _rewrite(self, rows):
         """Replace the file, and open it to append."""
@@ -131,10 +133,7 @@ class _RowWriter(FileWriter):
     def _append(self, rows):
         if not rows:
             return
-        deleted = self._file is not None and not os.path.exists(self._path)
-        if deleted:
-            logging.getLogger(__name__).warning(f"{self._path} was deleted; creating a new file")
-        if not deleted and self._fits(rows):
+        if self._fits(rows):
             self._put(self._file, rows)
             return
         kept = self._rows()
@@ -147,15 +146,17 @@ class JSONWriter(_RowWriter):
     A resumed run cuts the file at its start iteration; each iteration has one line.
     """
 
-    def __init__(self, json_file, window_size=20):
-        super().__init__(json_file, window_size)
-
-    def _read(self):
-        return _json_lines(self._path)
+    def _read(self, f):
+        for line in f:
+            # What is no object, such as a last line that was cut off, is left out.
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+                    yield row
 
     def _put(self, f, rows):
-        lines = (_finite({"iteration": at, **row}) for at, row in rows.items())
-        f.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        for at, row in rows.items():
+            f.write(json.dumps(_finite({"iteration": at, **row}), allow_nan=False) + "\n")
 
 
 class CSVWriter(_RowWriter):
@@ -170,19 +171,16 @@ class CSVWriter(_RowWriter):
         super().__init__(csv_file, window_size)
         self._columns = ["iteration"]
 
-    def _read(self):
-        if not os.path.exists(self._path):
-            return
-        with open(self._path, encoding="utf-8", errors="replace", newline="") as f:
-            # The last number of a line without its end may have lost digits.
-            for row in csv.DictReader(line for line in f if line.endswith("\n")):
-                with contextlib.suppress(KeyError, TypeError, ValueError):
-                    # A row that is damaged, or too long, has None in it.
-                    if None not in row and None not in row.values():
-                        yield {**row, "iteration": int(row["iteration"])}
+    def _read(self, f):
+        # The last number of a line without its end may have lost digits.
+        for row in csv.DictReader(line for line in f if line.endswith("\n")):
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                # A row that is damaged, or too long, has None in it.
+                if None not in row and None not in row.values():
+                    yield {**row, "iteration": int(row["iteration"])}
 
     def _fits(self, rows):
-        return super()._fits(rows) and all(self._columns.count(name) for row in rows.values() for name in row)
+        return super()._fits(rows) and all(name in self._columns for row in rows.values() for name in row)
 
     def _rewrite(self, rows):
         names = (name for row in rows.values() for name in row)
@@ -194,74 +192,11 @@ class CSVWriter(_RowWriter):
         if f is not self._file:
             table.writeheader()
         for at, row in rows.items():
-            finite = _finite({"iteration": at, **row})
-            table.writerow({name: "" if value is None else value for name, value in finite.items()})
+            table.writerow(_finite({"iteration": at, **row}))
 
 
 def _finite(row):
     return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
-
-
-def _json_lines(path):
-    """The objects of a JSON-lines file; what is none, such as a last line that was cut off, is left out."""
-    if not os.path.exists(path):
-        return
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            with contextlib.suppress(ValueError, RecursionError):
-                content = json.loads(line)
-                if isinstance(content, dict) and isinstance(content.get("iteration"), int):
-                    yield content
-
-
-class TensorboardXWriter(FileWriter):
-    """Writes scalars, images and histograms as TensorBoard event files, one a process.
-
-    tensorboardX is imported by the first write: most ranks, and evaluations, have none.
-    """
-
-    def __init__(self, log_dir, window_size=20):
-        super().__init__(log_dir, window_size)
-
-    def _cut(self, start_iter):
-        return cut_event_files(self._path, start_iter)
-
-    def _open(self, start_iter):
-        from tensorboardX.proto.event_pb2 import SessionLog
-
-        os.makedirs(self._path, exist_ok=True)
-        # The number: a run may be resumed within a second.
-        name = f"{int(time.time())}.{socket.gethostname()}.{len(list_event_files(self._path))}"
-        self._file = open(os.path.join(self._path, f"events.out.tfevents.{name}"), "wb")  # noqa: SIM115
-        self._event(0, file_version="brain.Event:2")
-        if start_iter:
-            # A TensorBoard that is open forgets what has been cut.
-            self._event(start_iter, session_log=SessionLog(status=SessionLog.START))
-
-    def _event(self, step, **contents):
-        from tensorboardX.proto.event_pb2 import Event
-
-        self._file.write(encode_event(Event(step=step, wall_time=time.time(), **contents)))
-
-    def _append(self, rows):
-        """Write the rows; takes the images and histograms out of the storage."""
-        from tensorboardX import summary
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        storage = get_event_storage()
-        if self._file is None:
-            self._open(storage.start_iter)
-        for at, row in rows.items():
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-            self._event(at, summary=Summary(value=values))
-        images = [(summary.image(name, image.numpy()), at) for name, image, at in storage.images]
-        images += [(summary.histogram(name, x.numpy(), bins), at) for name, x, bins, at in storage.histograms]
-        for contents, at in images:
-            # tensorboardX makes the tag from the name.
-            if at > self._written.get(contents.value[0].tag, -1):
-                self._event(at, summary=contents)
-        storage.clear_images()
-        storage.clear_histograms()
 
 
 # Name in OUTPUT.WRITERS -> function (output_dir, max_iter) that makes the writer.

@@ -1,4 +1,4 @@
-"""Signs of life of the main thread, for the watch that ends a job in which a rank hangs."""
+"""Heartbeats of the main thread, for the watch that ends a job in which a rank hangs."""
 
 import math
 import time
@@ -8,24 +8,24 @@ LONG = 1800.0
 
 
 class _Pulse:
-    """When the main thread last went on, and for how long it may be silent after; None is not expected."""
+    """The time of the last beat, and the seconds until the next one; None: no beat is expected."""
 
     limit, last, extra = math.inf, None, 0.0
 
 
 def set_limit(seconds):
-    """How long the main thread may be silent between two beats; 0 for ever."""
+    """Set the longest time between two beats; 0 for no limit."""
     _Pulse.limit = seconds or math.inf
 
 
 def beat(extra=0.0):
-    """The main thread goes on; the next beat may take `extra` seconds longer than usual."""
+    """Note that the main thread makes progress; the next beat may take `extra` seconds longer than usual."""
     _Pulse.last, _Pulse.extra = time.monotonic(), extra
 
 
 def rest():
-    """No beat is expected until the next one."""
-    _Pulse.last, _Pulse.extra = None, 0.0
+    """Expect no beat until the next one."""
+    _Pulse.last = None
 
 
 def forgive(seconds):
@@ -34,11 +34,11 @@ def forgive(seconds):
         _Pulse.last += seconds
 
 
-def allowed():
-    """Seconds that may pass without a beat."""
+def is_overdue():
+    """Return whether the next beat has not come in time."""
+    return _Pulse.last is not None and time.monotonic() - _Pulse.last > _Pulse.limit + _Pulse.extra
+
+
+def get_limit():
+    """Return the longest time between two beats, in seconds."""
     return _Pulse.limit + _Pulse.extra
-
-
-def silence():
-    """Seconds since the last beat; 0 where none is expected."""
-    return 0.0 if _Pulse.last is None else time.monotonic() - _Pulse.last

@@ -1,7 +1,6 @@
 """The console and file log of a run."""
 
 import contextlib
-import datetime
 import logging
 import os
 import sys
@@ -9,14 +8,9 @@ import sys
 from tqdm import tqdm
 
 from plaintrain.utils import comm
-from plaintrain.utils.storage import get_event_storage, is_logging
 
 _FORMAT = "[%(asctime)s %(name)s] %(levelname)s: %(message)s"
 _DATE = "%m/%d %H:%M:%S"
-_RESET = "\033[0m"
-_COLORS = {logging.ERROR: "\033[31m", logging.WARNING: "\033[33m"}
-# Without tqdm's own remaining time, which counts evaluations.
-_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
 class _Console:
@@ -59,32 +53,6 @@ class _ConsoleHandler(logging.Handler):
             sys.stdout.flush()
 
 
-class _ColorFormatter(logging.Formatter):
-    """Warnings yellow, errors red."""
-
-    def format(self, record):
-        color = next((c for level, c in _COLORS.items() if record.levelno >= level), None)
-        text = super().format(record)
-        return f"{color}{text}{_RESET}" if color else text
-
-
-def _has_color(stream):
-    # https://no-color.org
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-class _FileHandler(logging.FileHandler):
-    """Writes lines to a file; a disk that is full costs the lines, and is told once."""
-
-    _told = False
-
-    def handleError(self, record):  # noqa: N802 - logging's name
-        """Tell on the console that the file is not complete."""
-        if not self._told:
-            self._told = True
-            print(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
-
-
 def setup_logger(output=None, distributed_rank=0, name="plaintrain", quiet=False):
     """Send a logger's lines to the console (rank 0 only) and to a file per rank.
 
@@ -109,11 +77,9 @@ def setup_logger(output=None, distributed_rank=0, name="plaintrain", quiet=False
         handlers.append(_ConsoleHandler(logging.WARNING if quiet else logging.INFO))
     if output:
         suffix = f".rank{distributed_rank}" if distributed_rank else ""
-        path = os.path.join(output, "log.txt" + suffix)
-        handlers.append(_FileHandler(path, encoding="utf-8"))
+        handlers.append(logging.FileHandler(os.path.join(output, "log.txt" + suffix), encoding="utf-8"))
     for handler in handlers:
-        colors = isinstance(handler, _ConsoleHandler) and _has_color(sys.stdout)
-        handler.setFormatter((_ColorFormatter if colors else logging.Formatter)(_FORMAT, _DATE))
+        handler.setFormatter(logging.Formatter(_FORMAT, _DATE))
         logger.addHandler(handler)
     return logger
 
@@ -129,50 +95,12 @@ def silenced(level):
         logging.disable(before)
 
 
-def progress_range(start, end, first=0, desc="training"):
-    """`range(start, end)` with a bar that counts from `first` to `end`; see `progress`.
-
-    Beside the bar stand the losses that the current `EventStorage` holds on the host already, and the time
-    that the iterations up to `end` will take, without evaluations: nothing waits for the device.
-    """
-    counts = {"initial": start - first, "total": end - first}
-    with progress(range(start, end), desc=desc, bar_format=_BAR, **counts) as bar:
-        for iteration in bar:
-            yield iteration
-            if is_logging() and not bar.disable:
-                known = get_event_storage().known()
-                bar.set_postfix_str(_beside_bar(known, end - iteration - 1), refresh=False)
-
-
-def _beside_bar(scalars, left):
-    losses = {name: value for name, (value, _) in scalars.items() if "loss" in name and "/" not in name}
-    losses = {"loss": losses.pop("total_loss"), **losses} if "total_loss" in losses else losses
-    fields = [f"{name.removeprefix('loss_')} {value:.3g}" for name, value in losses.items()]
-    if "time" in scalars:
-        fields.append(f"eta {datetime.timedelta(seconds=int(scalars['time'][0] * left))}")
-    return ", ".join(fields)
-
-
-def progress(iterable=None, *, desc, initial=0, total=None, bar_format=None):
-    """A tqdm bar on a terminal, on rank 0, unless that is quiet; elsewhere it only passes the items through.
-
-    Args:
-        iterable: what to go through.
-        desc: the bar's label.
-        initial, total: where it starts counting and ends.
-        bar_format: see tqdm.
-    """
+def progress(iterable, *, desc, initial=0, total=None):
+    """Return `iterable` with a tqdm bar on a terminal, on rank 0, unless the log is quiet."""
     handlers = logging.getLogger("plaintrain").handlers
-    quiet = any(isinstance(h, _ConsoleHandler) and h.level > logging.INFO for h in handlers)
+    is_quiet = any(isinstance(h, _ConsoleHandler) and h.level > logging.INFO for h in handlers)
     # None: tqdm shows nothing when its stream is not a terminal.
-    disable = None if comm.is_main_process() and not quiet else True
+    disable = None if comm.is_main_process() and not is_quiet else True
     return tqdm(
-        iterable,
-        desc=desc,
-        initial=initial,
-        total=total,
-        disable=disable,
-        leave=False,
-        dynamic_ncols=True,
-        bar_format=bar_format,
+        iterable, desc=desc, initial=initial, total=total, disable=disable, leave=False, dynamic_ncols=True
     )

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 # SIGHUP is sent when the terminal or the ssh session is closed; SIGUSR1 is what Slurm's --signal is usually
 # set to, some time before it ends a job.
 _SIGNALS = signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-# One Ctrl-C may arrive twice: from the terminal, and handed on by the process that started this one.
+# One Ctrl-C may arrive twice: from the terminal, and passed on by the process that started this one.
 _SAME_SECONDS = 0.5
-# The request whose block is running: a process has one set of signal handlers.
+# The `StopSignal` whose block is running: a process has one set of signal handlers.
 _ACTIVE = []
 
 
@@ -51,17 +51,17 @@ class StopSignal:
     def __init__(self, max_time=0):
         """max_time: seconds from now after which the run is to end, 0 for no limit."""
         self._max_time = max_time
-        self._deadline = time.monotonic() + max_time
+        self._deadline = time.monotonic() + (max_time or math.inf)
+        # The number of the signal that came to this rank, and of that which all ranks know of.
         self.signal = 0
-        self._first_interrupt = math.inf
         self._agreed = 0
+        self._first_interrupt = math.inf
         self._handlers = {}
 
     def requested_on_any_rank(self):
         """Return whether a rank has a signal or no time left: an all-reduce on the host, no device sync."""
-        is_out_of_time = bool(self._max_time) and time.monotonic() >= self._deadline
         # One number for both: a signal of any rank counts for more than the time.
-        reason = comm.highest(2 * self.signal + is_out_of_time)
+        reason = comm.highest(2 * self.signal + (time.monotonic() >= self._deadline))
         self._agreed = reason // 2
         if reason == 1:
             logger.warning(
@@ -77,17 +77,16 @@ class StopSignal:
             raise Stopped(128 + self._agreed)
 
     def _handle(self, number, frame):
-        is_first, self.signal = not self.signal, number
+        is_first = not self.signal
+        self.signal = number
         if number == signal.SIGINT:
-            now = time.monotonic()
-            if now - self._first_interrupt > _SAME_SECONDS:
+            if time.monotonic() - self._first_interrupt > _SAME_SECONDS:
                 end_at_once(128 + number)
-            self._first_interrupt = min(now, self._first_interrupt)
+            self._first_interrupt = min(time.monotonic(), self._first_interrupt)
         if is_first and comm.get_local_rank() == 0:
             name = signal.Signals(number).name
             text = f"\n{name}: the run stops after this step; Ctrl-C again stops it at once\n"
-            # The terminal may be gone, and an exception would rise from the middle of the step. Not the log:
-            # this may stand in the middle of a line of it.
+            # The terminal may be gone, and the log in the middle of a line.
             with contextlib.suppress(Exception):
                 os.write(sys.stderr.fileno(), text.encode())
 
@@ -98,25 +97,23 @@ class StopSignal:
         _ACTIVE.append(self)
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, error_type, error, traceback):
         _ACTIVE.remove(self)
         rest()
-        if self._agreed and (error is None or isinstance(error, Stopped)):
+        is_stopped = self._agreed and (error is None or isinstance(error, Stopped))
+        if is_stopped:
             name = signal.Signals(self._agreed).name
             logger.warning(f"{name}: the run has stopped, with a checkpoint; continue with --resume")
             # Nobody leaves while another still saves: a launcher ends the rest of a job with its first.
             comm.synchronize()
-            self._restore()
-            raise Stopped(128 + self._agreed)
-        self._restore()
-
-    def _restore(self):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if is_stopped:
+            raise Stopped(128 + self._agreed)
 
 
 def is_requested():
-    """Whether a signal has asked this process to end its training."""
+    """Return whether a signal has asked this process to end its training."""
     return any(request.signal for request in _ACTIVE)
 
 

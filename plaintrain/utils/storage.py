@@ -4,15 +4,15 @@ Names follow Detectron2's `utils.events`.
 """
 
 import contextlib
+import itertools
 import math
 import statistics
 from collections import defaultdict, deque
-from itertools import islice
 
 import torch
 
 _STORAGES = []
-# Tensors are fetched at the latest when this many scalars wait, so memory stays bounded.
+# Tensors are fetched at the latest when this many entries wait, so memory stays bounded.
 _MAX_PENDING = 10_000
 _MAX_IMAGES = 100
 # Values of a scalar that are saved: the window of the writers.
@@ -20,15 +20,10 @@ _WINDOW_SIZE = 20
 
 
 def get_event_storage():
-    """The innermost `EventStorage` whose `with` block is running."""
+    """Return the innermost `EventStorage` whose `with` block is running."""
     if not _STORAGES:
         raise RuntimeError("get_event_storage() was called outside of `with EventStorage(...):`")
     return _STORAGES[-1]
-
-
-def is_logging():
-    """Whether the `with` block of an `EventStorage` is running."""
-    return bool(_STORAGES)
 
 
 class HistoryBuffer:
@@ -36,22 +31,19 @@ class HistoryBuffer:
 
     def __init__(self, max_length=10_000):
         self._data = deque(maxlen=max_length)
-        self._count, self._sum = 0, 0.0
+        self._count = 0
+        self._sum = 0.0
 
     def update(self, value, iteration):
         self._data.append((value, iteration))
         self._count += 1
         self._sum += value
 
-    def _last(self, window_size):
-        return [value for value, _ in islice(reversed(self._data), window_size)]
-
     def latest(self):
         return self._data[-1][0]
 
     def median(self, window_size):
-        values = sorted(self._last(window_size))
-        return (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+        return statistics.median(self._last(window_size))
 
     def avg(self, window_size):
         return statistics.fmean(self._last(window_size))
@@ -60,11 +52,11 @@ class HistoryBuffer:
         return self._sum / self._count
 
     def values(self):
-        """[(value, iteration)], oldest first."""
+        """Return [(value, iteration)], oldest first."""
         return list(self._data)
 
-    def __len__(self):
-        return self._count
+    def _last(self, window_size):
+        return [value for value, _ in itertools.islice(reversed(self._data), window_size)]
 
 
 class EventStorage:
@@ -79,37 +71,31 @@ class EventStorage:
         self.start_iter = start_iter
         self.iter = start_iter
         self._history = defaultdict(HistoryBuffer)
-        self._hints, self._latest = {}, {}
-        self._pending, self._num_pending = [], 0
-        self._smoothed, self._known = {}, {}
-        self._nonfinite = {}
+        self._hints = {}
+        self._latest = {}
+        # [(iteration, names, number or tensor of as many values)] that wait to be fetched.
+        self._pending = []
+        # [(iteration, name)] of NaN and infinite losses and gradient norms.
+        self._nonfinite = []
+        # The names of the scalars that no writer has read.
+        self._unwritten = set()
         self._scope = ""
         self.clear_images()
         self.clear_histograms()
-        # The names of the scalars that no writer has read, and when one has read last.
-        self._unwritten = set()
-        self._read_at = -1
 
     def state_dict(self):
-        """Return the log window, so that the medians of a resumed run continue; a device sync.
-
-        "unwritten" and "images" (images, histograms) are what no writer has read.
-        """
+        """Return the log window, so that the medians of a resumed run continue; a device sync."""
         scalars = {
             name: [[list(pair) for pair in history.values()[-_WINDOW_SIZE:]], self._hints[name]]
             for name, history in self.histories().items()
         }
-        images = [[i for i in kept if i[-1] > self._read_at] for kept in (self.images, self.histograms)]
-        unwritten = sorted(self._unwritten)
-        return {"iteration": self.iter, "scalars": scalars, "unwritten": unwritten, "images": images}
+        return {"iteration": self.iter, "scalars": scalars, "unwritten": sorted(self._unwritten)}
 
     def load_state_dict(self, state_dict):
         """Continue from a saved log window: `iter` is the iteration that was finished last."""
         self.iter = state_dict["iteration"]
         self.start_iter = self.iter + 1
         self._unwritten = set(state_dict["unwritten"])
-        for kept, unread in zip((self.images, self.histograms), state_dict["images"], strict=True):
-            kept.extend(unread)
         for name, (values, hint) in state_dict["scalars"].items():
             self._hints[name] = hint
             for value, iteration in values:
@@ -119,18 +105,15 @@ class EventStorage:
 
     def put_scalar(self, name, value, smoothing_hint=True, cur_iter=None):
         """Store one scalar; see `put_scalars`."""
-        self._put({name: value}, smoothing_hint, cur_iter)
+        self.put_scalars(smoothing_hint=smoothing_hint, cur_iter=cur_iter, **{name: value})
 
-    def put_scalars(self, *, smoothing_hint=True, cur_iter=None, **kwargs):
+    def put_scalars(self, *, smoothing_hint=True, cur_iter=None, **scalars):
         """Store scalars, given as `name=value`.
 
         Args:
             smoothing_hint: writers show the median of a window (True) or the latest value.
             cur_iter: the iteration they belong to, default `iter`.
         """
-        self._put(kwargs, smoothing_hint, cur_iter)
-
-    def _put(self, scalars, smoothing_hint, cur_iter):
         iteration = self.iter if cur_iter is None else cur_iter
         if self._scope:
             scalars = {self._scope + name: value for name, value in scalars.items()}
@@ -147,22 +130,20 @@ class EventStorage:
             # stack copies, so that a tensor changed in place later is kept as it is now; detaching
             # its one result is cheaper than entering no_grad.
             self._pending.append((iteration, names, torch.stack(tensors).detach()))
-        self._num_pending += len(scalars)
         self._unwritten.update(scalars)
-        if self._num_pending > _MAX_PENDING:
+        if len(self._pending) > _MAX_PENDING:
             self._fetch()
 
     def _fetch(self):
         if not self._pending:
             return
-        pending, self._pending, self._num_pending = self._pending, [], 0
-        self._smoothed = {}
+        pending, self._pending = self._pending, []
         tensors = defaultdict(list)
         for _, _, value in pending:
             if isinstance(value, torch.Tensor):
                 tensors[value.device].append(value)
-        # Sync point: one transfer per device.
-        fetched = {device: iter(torch.cat(t).tolist()) for device, t in tensors.items()}
+        # One transfer for each device.
+        fetched = {device: iter(torch.cat(t).tolist()) for device, t in tensors.items()}  # device sync
         for iteration, names, value in pending:
             is_tensor = isinstance(value, torch.Tensor)
             for name in names:
@@ -170,18 +151,18 @@ class EventStorage:
                 self._history[name].update(number, iteration)
                 self._latest[name] = (number, iteration)
                 # Names with a slash are results: of a dataset or a class with "loss" in its name, or val/.
-                of_step = "/" not in name and ("loss" in name or name == "grad_norm")
-                if of_step and not math.isfinite(number):
-                    self._nonfinite.setdefault(iteration, []).append(name)
+                is_of_step = "/" not in name and ("loss" in name or name == "grad_norm")
+                if is_of_step and not math.isfinite(number):
+                    self._nonfinite.append((iteration, name))
 
     def has_unwritten(self):
-        """Whether a scalar was stored since a writer last looked."""
+        """Return whether a scalar was stored since a writer last looked."""
         return bool(self._unwritten)
 
     def raise_if_nonfinite(self, images_of=None, *, norm_too=True):
-        """Stop when a loss or `grad_norm` stored since the last call is NaN or infinite.
+        """Stop when a loss or `grad_norm` stored since the last call is NaN or infinite; a device sync.
 
-        Reads the waiting window. Reduced losses are the same on every rank, so all ranks stop.
+        Reduced losses are the same on every rank, so all ranks stop.
 
         Args:
             images_of: function from an iteration to the names of the images it trained on.
@@ -191,14 +172,12 @@ class EventStorage:
             FloatingPointError: names the first bad iteration, its terms and its images.
         """
         self._fetch()
-        if not norm_too:
-            losses = {i: [n for n in names if n != "grad_norm"] for i, names in self._nonfinite.items()}
-            self._nonfinite = {i: names for i, names in losses.items() if names}
-        if not self._nonfinite:
+        bad = [(at, name) for at, name in self._nonfinite if norm_too or name != "grad_norm"]
+        self._nonfinite = []
+        if not bad:
             return
-        iteration = min(self._nonfinite)
-        names = ", ".join(sorted(set(self._nonfinite[iteration])))
-        self._nonfinite = {}
+        iteration = min(bad)[0]
+        names = ", ".join(sorted({name for at, name in bad if at == iteration}))
         images = f"; images of that batch: {', '.join(images_of(iteration))}" if images_of else ""
         raise FloatingPointError(
             f"{names} became NaN or infinite at iteration {iteration}; lower SOLVER.BASE_LR, "
@@ -222,7 +201,7 @@ class EventStorage:
         self.histograms = deque(maxlen=_MAX_IMAGES)
 
     def history(self, name):
-        """The `HistoryBuffer` of a scalar; `KeyError` if it was never stored."""
+        """Return the `HistoryBuffer` of a scalar; `KeyError` if it was never stored."""
         return self.histories()[name]
 
     def histories(self):
@@ -230,36 +209,20 @@ class EventStorage:
         return dict(self._history)
 
     def latest(self):
-        """name -> (latest value, its iteration)."""
+        """Return name -> (latest value, its iteration)."""
         self._fetch()
         return self._latest
 
-    def latest_with_smoothing_hint(self, window_size=20):
-        """name -> (median of the window or latest value, iteration of the latest); for writers."""
+    def latest_with_smoothing_hint(self, window_size=_WINDOW_SIZE):
+        """Return name -> (median of the window or latest value, iteration of the latest); for writers."""
         self._unwritten.clear()
-        self._read_at = self.iter
-        return self._smooth(window_size)
-
-    def _smooth(self, window_size):
-        latest = self.latest()
-        if window_size not in self._smoothed:
-            self._smoothed[window_size] = {
-                name: (self._history[name].median(window_size) if self._hints[name] else value, at)
-                for name, (value, at) in latest.items()
-            }
-            self._known[window_size] = self._smoothed[window_size]
-        return self._smoothed[window_size]
-
-    def known(self, window_size=20):
-        """What a writer has read last, as `latest_with_smoothing_hint`, and nothing is waited for."""
-        return self._known.get(window_size, {})
+        return {
+            name: (self._history[name].median(window_size) if self._hints[name] else value, at)
+            for name, (value, at) in self.latest().items()
+        }
 
     def smoothing_hints(self):
         return self._hints
-
-    def count_samples(self, name):
-        """How often a scalar was stored."""
-        return len(self.history(name))
 
     def step(self):
         """Go to the next iteration."""

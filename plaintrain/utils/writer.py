@@ -27,10 +27,12 @@ class FileWriter(EventWriter, abc.ABC):
     repeats the evaluation and the log row of the iteration of its checkpoint.
     """
 
-    def __init__(self, path, window_size):
-        self._path, self._window_size = path, window_size
+    def __init__(self, path, window_size=20):
+        self._path = path
+        self._window_size = window_size
+        self._file = None
         # {name: the last iteration in the file}; None until the file has been cut.
-        self._file, self._written = None, None
+        self._written = None
 
     @abc.abstractmethod
     def _cut(self, start_iter):
@@ -46,7 +48,8 @@ class FileWriter(EventWriter, abc.ABC):
 
     def write(self):
         """Append what is new since the last call, and flush."""
-        storage, rows = get_event_storage(), defaultdict(dict)
+        storage = get_event_storage()
+        rows = defaultdict(dict)
         if self._written is None:
             self.begin(storage.start_iter)
         for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
@@ -63,3 +66,4 @@ class FileWriter(EventWriter, abc.ABC):
         if self._file is not None:
             with writing(self._path):
                 self._file.close()
+            self._file = None

@@ -126,7 +126,7 @@ HANG = ["HANG_TIMEOUT", 2]
 ASYNC = ["SOLVER.ASYNC_CHECKPOINT", True]
 LOADER = "a process that loads images has failed"
 NAN = ["NaN or infinite at iteration 6", "images of that batch"]
-HANGS = ["no step was finished within 2 s", "tests/faults/failures.py, line"]
+HANGS = ["no step was finished within 2 s", "rank 1 is in", "tests/faults/failures.py, line"]
 # {failure: (faults, options, words in the output)}.
 FAILURES = {
     "NaN loss on one rank": (nan_loss, [], NAN),
@@ -139,7 +139,7 @@ FAILURES = {
     "the disk is full": (disk_full, [], ["No space left on device"]),
     "the disk is full, saved in the background": (disk_full, ASYNC, ["No space left on device"]),
     "one rank hangs (2 s allowed)": (main_thread_hangs, HANG, HANGS),
-    "one rank is frozen (2 s allowed)": (process_frozen, HANG, ["rank 1: no sign of life"]),
+    "one rank is frozen (2 s allowed)": (process_frozen, HANG, ["rank 1 does not answer"]),
 }
 
 

@@ -155,12 +155,6 @@ def _remove_those_of_ended_processes():
 # ---- runs on them -----------------------------------------------------------------------------------
 
 
-def _in_machine(machines, k, faults):
-    machines.enter(k)
-    if faults is not None:
-        faults()
-
-
 def _torchrun(machines, k, arguments):
     machines.enter(k)
     from torch.distributed.run import main
@@ -169,13 +163,13 @@ def _torchrun(machines, k, arguments):
     sys.exit(0)
 
 
-def start(machines, folders, options, *, flags=(), faults=None, num_gpus=1):
+def start(machines, folders, options, *, flags=(), num_gpus=1):
     """Start the script on every machine, each with its OUTPUT_DIR; returns a `Run` for each."""
     url = f"tcp://{machines.names[0]}:{machines.free_port()}"
     launch = [*flags, "--num-machines", len(folders), "--dist-url", url, "--machine-rank"]
     runs = []
     for k, folder in enumerate(folders):
-        in_machine = functools.partial(_in_machine, machines, k, faults)
+        in_machine = functools.partial(machines.enter, k)
         runs.append(Run(folder, options, flags=[*launch, k], faults=in_machine, ranks=num_gpus))
     return runs
 

@@ -15,11 +15,8 @@ from processes import EPOCHS, STEP, Run
 from run_files import differences, lines, newest_checkpoint, read_values
 
 from plaintrain import evaluation
-from plaintrain.checkpoint import checkpointer
 from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer
-from plaintrain.data.loader import TrainLoader
 from plaintrain.evaluation.coco import COCOEvaluator
-from plaintrain.solver.ema import ModelEMA
 from plaintrain.utils import comm
 
 NAMES = list(MIXES)
@@ -96,33 +93,10 @@ def test_run_that_is_killed_at_random_moments_resumes_to_the_same_bits(number, t
     assert trial.counts["lost"] == trial.counts["unreadable"] == 0
 
 
-def forget_random_state():
-    checkpointer.load_rng_states = lambda states: None
-
-
-def skip_a_batch():
-    iterations = TrainLoader.iterations
-    TrainLoader.iterations = lambda self, start, stop: (
-        (i - 1, samples) for i, samples in iterations(self, start + 1, stop + 1)
-    )
-
-
-def forget_the_average():
-    ModelEMA.load_state_dict = lambda self, state: None
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Folder of a run that nothing has disturbed."""
     return Run(tmp_path_factory.mktemp("whole") / "run", STEP).wait(code=0).folder
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("defect", [forget_random_state, skip_a_batch, forget_the_average])
-def test_state_that_is_lost_is_noticed(defect, whole, tmp_path):
-    Run(tmp_path / "run", STEP, faults=partial(kill_in_step, 12)).wait(code=-signal.SIGKILL)
-    Run(tmp_path / "run", STEP, faults=defect, flags=["--resume"]).wait(code=0)
-    assert differences(whole, tmp_path / "run") != []
 
 
 # ---- signals --------------------------------------------------------------------------------------
