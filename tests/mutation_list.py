@@ -292,7 +292,6 @@ MUTATIONS = {
     ],
     "plaintrain/export/graph.py": [
         ("images.flip(1) if transform.bgr else images", "images"),
-        ('found["labels"].clamp(min=0) + 1', 'found["labels"].clamp(min=0)'),
     ],
     "plaintrain/modeling/losses.py": [
         (".mul_(gamma).add_(p).mul_(factor)", ".mul_(gamma).mul_(factor)"),
@@ -308,17 +307,17 @@ MUTATIONS = {
     ],
     "plaintrain/modeling/postprocess.py": [
         ("torch.full_like(index[-1], i)", "torch.full_like(index[-1], 0)"),
-        ("batched_nms(b, s, k, limits[0])", "batched_nms(b, s, torch.zeros_like(k), limits[0])"),
+        ("batched_nms(b, s, k, nms_thresh)", "batched_nms(b, s, torch.zeros_like(k), nms_thresh)"),
     ],
     "plaintrain/modeling/rcnn.py": [
         ('losses["loss_keypoint"] * self.keypoint_loss_weight', 'losses["loss_keypoint"]'),
-        ("[label + self.label_offset for label in labels]", "labels"),
     ],
     "plaintrain/modeling/retinanet.py": [
         ("loss.masked_fill(~(matched | background), 0).sum(dim=1)", "loss.sum(dim=1)"),
     ],
     "plaintrain/modeling/roi_heads.py": [
         ("deltas, boxes, objects, labels > 0)", "deltas, boxes, objects, labels >= 0)"),
+        ("[part + 1 for part in labels]", "labels"),
         (".masked_fill(~matched, 0).masked_fill(~exists, _IGNORED)", ".masked_fill(~matched, 0)"),
     ],
     "plaintrain/modeling/rpn.py": [

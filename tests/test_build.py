@@ -30,9 +30,9 @@ from model_helpers import (
     two_squares,
 )
 from torch import nn
-from torchvision.models.detection import FasterRCNN
 
 from plaintrain.export.graph import DetectionGraph
+from plaintrain.modeling.rcnn import GeneralizedRCNN
 from plaintrain.utils.errors import UserError
 
 
@@ -236,7 +236,7 @@ WITH_CLASSES = [name for name in ARCHITECTURES if name != "proposals"]
 
 def prefer(model, label):
     """Make a detector call everything `label`."""
-    if isinstance(model, FasterRCNN):
+    if isinstance(model, GeneralizedRCNN):
         biases, classes, label = [model.roi_heads.box_predictor.cls_score.bias], K + 1, label + 1
     elif hasattr(model.head.classification_head, "module_list"):
         biases = [layer.bias for layer in model.head.classification_head.module_list]
@@ -295,7 +295,7 @@ def assert_empty(found, name, size):
 
 @pytest.mark.parametrize("name", WITH_CLASSES, indirect=True)
 def test_an_image_without_detections_is_evaluated(detector, name):
-    (detector.roi_heads if isinstance(detector, FasterRCNN) else detector).score_thresh = 1.0
+    (detector.roi_heads if isinstance(detector, GeneralizedRCNN) else detector).score_thresh = 1.0
     with torch.no_grad():
         (found,) = detector([make_sample(64, 64, original=(30, 50))])
     assert_empty(found, name, (30, 50))

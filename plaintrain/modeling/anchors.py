@@ -16,6 +16,8 @@ class SizeCache:
 
     def __call__(self, make, images, features):
         """`make(images, features)`, of an ImageList and a list of features `[B, C, H, W]`."""
+        if torch.compiler.is_exporting():
+            return make(images, features)
         sizes = [tuple(feature.shape[-2:]) for feature in features]
         key = (tuple(images.tensors.shape[-2:]), *sizes, features[0].dtype, features[0].device)
         if key not in self._made:

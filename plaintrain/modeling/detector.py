@@ -6,9 +6,11 @@ import math
 import torch
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import clip_boxes_to_image
 
 from plaintrain.modeling.anchors import CachedAnchorGenerator, DefaultAnchorGenerator
 from plaintrain.modeling.matching import pad_targets
+from plaintrain.modeling.postprocess import clip_boxes, select_best
 from plaintrain.structures import BoxMasks
 from plaintrain.utils.errors import UserError
 
@@ -50,10 +52,6 @@ class Preprocess(nn.Module):
             image = image.flip(0) if self.bgr else image
             batch[i, :, :h, :w] = (image - self.mean) / self.std
         return ImageList(batch, sizes), targets
-
-    def postprocess(self, result, image_shapes, original_image_sizes):
-        """Detections as they are; `to_original_size` knows the size before the mapper's resize."""
-        return result
 
 
 def build_preprocess(cfg, size_divisible=32):
@@ -129,19 +127,20 @@ def check_boxes(samples):
         raise AssertionError(f"Boxes need a positive height and width, not {boxes[wrong][0].tolist()}")
 
 
-class OnSamples:
-    """Lets a torchvision detector take samples: the first base of a class, torchvision's the second.
+class DenseOnSamples:
+    """Lets a one-stage detector of torchvision take samples: the first base of a class, torchvision's the
+    second. Training and evaluation have few device syncs.
 
-    It evaluates; a subclass trains.
+    A subclass computes `_losses` and `_candidates` from the head's outputs, the anchors `[N, 4]`, and how
+    many of them each level has; losses also from boxes and labels as of `pad_targets`.
 
     Attributes:
-        label_offset: 1 where torchvision's label 0 is the background.
-        pastes_masks: False leaves masks as `BoxMasks`, for whoever pastes or encodes them elsewhere.
-        masks_aligned: how masks lie in their boxes; see `plaintrain.structures`.
+        label_offset: 1 where the head's label 0 is the background.
+        clips_before_nms: False clips boxes to the image after NMS, and drops those outside of it, as in
+            Detectron2.
     """
 
-    label_offset = 0
-    pastes_masks = masks_aligned = True
+    label_offset, clips_before_nms = 0, True
 
     def forward(self, samples):
         """
@@ -151,51 +150,52 @@ class OnSamples:
         Returns:
             In training: a dict of losses, 0-d tensors.
             In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
-            original image's pixels, scores descending in 0..1, labels 0 to K-1; with their heads
-            masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
+            original image's pixels, scores descending in 0..1, labels 0 to K-1.
         """
-        images = [sample["image"] for sample in samples]
-        detections = super().forward(images)
-        masks = self.pastes_masks, self.masks_aligned
-        return to_original_size(detections, samples, self.label_offset, *masks)
-
-
-class DenseOnSamples(OnSamples):
-    """Lets a one-stage detector of torchvision take samples, and trains it without its sync points.
-
-    A subclass computes the losses in `_losses`: from the head's outputs, the anchors `[N, 4]`, how many
-    locations each level has, and boxes and labels as of `pad_targets`.
-    """
-
-    def forward(self, samples):
-        """See `OnSamples.forward`."""
-        if not self.training:
-            return super().forward(samples)
-        check_boxes(samples)
+        if self.training:
+            check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
+        if not self.training:
+            return to_original_size(self._detect(images), samples)
         boxes, labels = pad_targets(get_targets(samples, images.tensors.device))
+        return self._losses(*self._predict(images), boxes, labels)
+
+    def _predict(self, images):
         features = list(self.backbone(images.tensors).values())
-        outputs = self.head(features)
-        anchors = self.anchor_generator(images, features)[0]
-        levels = [feature.shape[-2] * feature.shape[-1] for feature in features]
-        return self._losses(outputs, anchors, levels, boxes, labels)
+        outputs, anchors = self.head(features), self.anchor_generator(images, features)[0]
+        numbers = self.anchor_generator.num_anchors_per_location()
+        counts = [f.shape[-2] * f.shape[-1] * n for f, n in zip(features, numbers, strict=True)]
+        return outputs, anchors, counts
+
+    def find_candidates(self, images):
+        """Return boxes `[B, N, 4]`, scores `[B, N]` (-1 where not wanted) and labels from 0."""
+        boxes, scores, labels = self._candidates(*self._predict(images))
+        return clip_boxes(boxes, images.image_sizes) if self.clips_before_nms else boxes, scores, labels
+
+    def _detect(self, images):
+        candidates = self.find_candidates(images)
+        detections = select_best(*candidates, self.nms_thresh, self.detections_per_img)
+        if self.clips_before_nms:
+            return detections
+        for i, size in enumerate(images.image_sizes):
+            boxes = detections[i]["boxes"] = clip_boxes_to_image(detections[i]["boxes"], size)
+            keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+            detections[i] = {name: value[keep] for name, value in detections[i].items()}
+        return detections
 
 
-def to_original_size(detections, samples, label_offset=0, paste=True, aligned=True):
+def to_original_size(detections, samples, paste=True, aligned=True):
     """Bring detections from each sample's image to its original `height` and `width`.
 
     Args:
         detections: list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, and where the model has such
-            heads, masks `[N, 1, M, M]`, keypoints `[N, Kp, 3]` and keypoints_scores `[N, Kp]`, as
-            torchvision's heads return them.
+            heads, masks `[N, 1, M, M]` and keypoints `[N, Kp, 3]` as x, y, score.
         samples: the samples they were made from.
-        label_offset: what to take off the labels, so that they count from 0.
         paste: make masks of the image's pixels; otherwise they are `BoxMasks`.
         aligned: how masks lie in their boxes; see `plaintrain.structures`.
 
     Returns:
-        The list, in the original images' pixels: labels 0 to K-1, masks bool `[N, height, width]`,
-        keypoints `[N, Kp, 3]` as x, y, score.
+        The list, in the original images' pixels; masks bool `[N, height, width]`.
     """
     results = []
     for detection, sample in zip(detections, samples, strict=True):
@@ -203,14 +203,13 @@ def to_original_size(detections, samples, label_offset=0, paste=True, aligned=Tr
         # By numbers of the host: a tensor of them is a sync point of a GPU.
         scale = sample["width"] / width, sample["height"] / height
         boxes = _scaled(detection["boxes"].view(-1, 2, 2), *scale).flatten(1)
-        labels = detection["labels"] - label_offset
-        result = {"boxes": boxes, "scores": detection["scores"], "labels": labels}
+        result = {**detection, "boxes": boxes}
         if "masks" in detection:
             masks = BoxMasks(detection["masks"], boxes, sample["height"], sample["width"], aligned)
             result["masks"] = masks.paste() if paste else masks
         if "keypoints" in detection:
-            points = _scaled(detection["keypoints"][..., :2], *scale)
-            result["keypoints"] = torch.cat([points, detection["keypoints_scores"][..., None]], dim=-1)
+            points, scores = detection["keypoints"].split([2, 1], dim=-1)
+            result["keypoints"] = torch.cat([_scaled(points, *scale), scores], dim=-1)
         results.append(result)
     return results
 

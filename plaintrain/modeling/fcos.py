@@ -12,6 +12,7 @@ from plaintrain.modeling.detector import DenseOnSamples, build_anchor_generator,
 from plaintrain.modeling.float32 import keep_float32
 from plaintrain.modeling.losses import focal_loss, giou_loss
 from plaintrain.modeling.matching import in_parts, take
+from plaintrain.modeling.postprocess import best_of_classes
 from plaintrain.utils.errors import UserError
 
 # torchvision's heads have GroupNorm with this many groups.
@@ -19,7 +20,12 @@ _GROUPS = 32
 
 
 class FCOS(DenseOnSamples, _FCOS):
-    """torchvision's FCOS, parameter for parameter, trained in fixed shapes."""
+    """torchvision's FCOS, parameter for parameter, in fixed shapes."""
+
+    def _candidates(self, outputs, anchors, counts):
+        scores = torch.sqrt(outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid())
+        rows, scores, labels = best_of_classes(self, scores, counts)
+        return self.box_coder.decode(take(outputs["bbox_regression"], rows), anchors[rows]), scores, labels
 
     def _losses(self, outputs, anchors, levels, boxes, labels):
         index, matched = assign_centres(boxes, labels >= 0, anchors, levels, self.center_sampling_radius)

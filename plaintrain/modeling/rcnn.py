@@ -6,17 +6,15 @@ import contextlib
 
 import torch
 from torch import nn
-from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN as _GeneralizedRCNN
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.models.detection.rpn import RPNHead
 
 from plaintrain.modeling.backbones import build_backbone, get_norm
 from plaintrain.modeling.box_loss import get_box_loss
 from plaintrain.modeling.detector import (
-    OnSamples,
     build_anchor_generator,
     build_preprocess,
     check_boxes,
@@ -25,7 +23,6 @@ from plaintrain.modeling.detector import (
     to_original_size,
 )
 from plaintrain.modeling.float32 import keep_float32
-from plaintrain.modeling.matching import decode
 from plaintrain.modeling.poolers import RoIAlign
 from plaintrain.modeling.roi_heads import BatchedRoIHeads
 from plaintrain.modeling.rpn import BatchedRPN
@@ -42,26 +39,39 @@ _LOSSES = {
 }
 
 
-class GeneralizedRCNN(OnSamples, FasterRCNN):
-    """torchvision's Faster, Mask or Keypoint R-CNN, parameter for parameter, trained in fixed shapes."""
+class GeneralizedRCNN(_GeneralizedRCNN):
+    """torchvision's Faster, Mask or Keypoint R-CNN, parameter for parameter, in fixed shapes.
 
-    loss_names, label_offset = _LOSSES, 1
-    keypoint_loss_weight = 1.0
+    Attributes:
+        loss_names: torchvision's name of each loss -> the one it has here.
+        keypoint_loss_weight: factor of `loss_keypoint`.
+        pastes_masks: False leaves masks as `BoxMasks`, for whoever pastes or encodes them elsewhere.
+        masks_aligned: how masks lie in their boxes; see `plaintrain.structures`.
+    """
 
-    def __init__(self, *parts):
-        # FasterRCNN's own would build torchvision's parts.
-        super(FasterRCNN, self).__init__(*parts)
+    loss_names, keypoint_loss_weight, pastes_masks, masks_aligned = _LOSSES, 1.0, True, True
 
     def forward(self, samples):
-        """See `OnSamples.forward`; `loss_keypoint` is weighted."""
-        if not self.training:
-            return super().forward(samples)
-        check_boxes(samples)
+        """
+        Args:
+            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
+
+        Returns:
+            In training: a dict of losses, 0-d tensors.
+            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
+            original image's pixels, scores descending in 0..1, labels 0 to K-1; with their heads
+            masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
+        """
+        if self.training:
+            check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
-        targets = get_targets(samples, images.tensors.device, self.label_offset)
+        targets = get_targets(samples, images.tensors.device, label_offset=1) if self.training else None
         features = self.backbone(images.tensors)
         proposals, losses = self.rpn(images, features, targets)
-        losses |= self.roi_heads(features, proposals, images.image_sizes, targets)[1]
+        detections, head_losses = self.roi_heads(features, proposals, images.image_sizes, targets)
+        if not self.training:
+            return to_original_size(detections, samples, self.pastes_masks, self.masks_aligned)
+        losses |= head_losses
         if "loss_keypoint" in losses:
             losses["loss_keypoint"] = losses["loss_keypoint"] * self.keypoint_loss_weight
         return {name: losses[theirs] for theirs, name in self.loss_names.items() if theirs in losses}
@@ -87,10 +97,7 @@ class GeneralizedRCNN(OnSamples, FasterRCNN):
             For each sample float32 `[N, 1, M, M]`: probabilities of its label's mask inside each box.
         """
         images, _ = self.transform([sample["image"] for sample in samples])
-        features, heads = self.backbone(images.tensors), self.roi_heads
-        pooled = heads.mask_roi_pool(features, boxes, images.image_sizes)
-        logits = heads.mask_predictor(heads.mask_head(pooled))
-        return list(maskrcnn_inference(logits, [label + self.label_offset for label in labels]))
+        return list(self.roi_heads.predict_masks(self.backbone(images.tensors), boxes, labels))
 
 
 class ProposalNetwork(nn.Module):
@@ -113,21 +120,17 @@ class ProposalNetwork(nn.Module):
         if self.training:
             check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
+        targets = get_targets(samples, images.tensors.device) if self.training else None
         features = self.backbone(images.tensors)
+        proposals, losses = self.rpn(images, features, targets, propose=not self.training)
         if self.training:
-            losses = self.rpn.losses(images, features, get_targets(samples, images.tensors.device))
             return {_LOSSES[name]: value for name, value in losses.items()}
-        return to_original_size(self._propose(images, list(features.values())), samples)
-
-    def _propose(self, images, features):
-        # RegionProposalNetwork.forward keeps the scores to itself.
-        objectness, deltas, counts = self.rpn.predict(features)
-        boxes = decode(deltas, self.rpn.anchor_generator(images, features)[0], self.rpn.box_coder)
-        boxes, scores = self.rpn.filter_proposals(boxes, objectness, images.image_sizes, counts)
-        return [
-            {"boxes": b, "scores": s, "labels": torch.zeros_like(s, dtype=torch.int64)}
-            for b, s in zip(boxes, scores, strict=True)
+        boxes, scores = proposals
+        detections = [
+            {"boxes": b[:n], "scores": s[:n], "labels": torch.zeros_like(s[:n], dtype=torch.int64)}
+            for b, s, n in zip(boxes, scores, (scores >= 0).sum(dim=1).tolist(), strict=True)  # device sync
         ]
+        return to_original_size(detections, samples)
 
 
 def _build_rpn_head(cfg, backbone, anchors):

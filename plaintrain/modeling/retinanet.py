@@ -6,7 +6,6 @@ import torch
 from torchvision.models.detection import RetinaNet as _RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import clip_boxes_to_image
 
 from plaintrain.modeling.backbones import build_backbone, get_norm
 from plaintrain.modeling.box_loss import BoxLoss, box_losses
@@ -19,15 +18,14 @@ from plaintrain.modeling.detector import (
 )
 from plaintrain.modeling.float32 import keep_float32
 from plaintrain.modeling.losses import focal_loss
-from plaintrain.modeling.matching import match, take
-from plaintrain.modeling.postprocess import best_of_each, retinanet_candidates
+from plaintrain.modeling.matching import decode, match, take
+from plaintrain.modeling.postprocess import best_of_classes
 from plaintrain.utils.errors import UserError
 
 
 class RetinaNet(DenseOnSamples, _RetinaNet):
-    """torchvision's RetinaNet, parameter for parameter, trained in fixed shapes."""
+    """torchvision's RetinaNet, parameter for parameter, in fixed shapes."""
 
-    clips_before_nms = True
     focal_alpha, focal_gamma, box_loss = 0.25, 2.0, BoxLoss(beta=0.0)
 
     def _losses(self, outputs, anchors, levels, boxes, labels):
@@ -44,21 +42,10 @@ class RetinaNet(DenseOnSamples, _RetinaNet):
             "loss_box_reg": (loss_box.sum(dim=1) / numbers).mean(),
         }
 
-    def postprocess_detections(self, head_outputs, anchors, image_shapes):
-        """torchvision's, or as in Detectron2: boxes are cut at the image's edge after NMS, and those
-        that lie outside of it left out then.
-        """
-        if self.clips_before_nms:
-            return super().postprocess_detections(head_outputs, anchors, image_shapes)
-        outputs = {name: torch.cat(levels, dim=1) for name, levels in head_outputs.items()}
-        found = retinanet_candidates(self, outputs, torch.cat(anchors[0]), list(map(len, anchors[0])))
-        wanted, limits = list(found[1] >= 0), (self.nms_thresh, self.detections_per_img)
-        detections = best_of_each(wanted, *(part.flatten(0, 1) for part in found), limits)
-        for i, shape in enumerate(image_shapes):
-            boxes = detections[i]["boxes"] = clip_boxes_to_image(detections[i]["boxes"], shape)
-            keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-            detections[i] = {name: value[keep] for name, value in detections[i].items()}
-        return detections
+    def _candidates(self, outputs, anchors, counts):
+        rows, scores, labels = best_of_classes(self, outputs["cls_logits"].sigmoid(), counts)
+        deltas = take(outputs["bbox_regression"], rows)
+        return decode(deltas, anchors[rows], self.box_coder), scores, labels
 
 
 def build_retinanet(cfg):
