@@ -40,7 +40,7 @@ import os
 import sys
 
 from plaintrain.config import get_cfg
-from plaintrain.config.config import split_overrides
+from plaintrain.config.defaults import split_overrides
 from plaintrain.data.datasets.write import relative_names, write_coco
 from plaintrain.data.image_files import list_images
 from plaintrain.data.images import read_image

@@ -40,7 +40,7 @@ import os
 import numpy as np
 
 from plaintrain.config import get_cfg, set_value
-from plaintrain.config.config import split_overrides
+from plaintrain.config.defaults import split_overrides
 from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
 from plaintrain.data.build import training_records
 from plaintrain.data.catalog import class_names, common_class_names, select_classes

@@ -32,9 +32,8 @@ MUTATIONS = {
         ("average_norm_buffers(state)  # all ranks", "pass"),
     ],
     "plaintrain/config/config.py": [
-        ("if type(old) is type(value):", "if isinstance(value, type(old)):"),
+        ("if type(old) is not type(value):", "if not isinstance(value, type(old)):"),
         ("if not node.is_new_allowed() or key in vars(node):", "if key in vars(node):"),
-        ("else copy.deepcopy(value)", "else value"),
         (
             ("for item in value]\n    return value\n"),
             ("for item in value]\n    return value.strip() if isinstance(value, str) else value\n"),
@@ -470,10 +469,15 @@ MUTATIONS = {
     "plaintrain/engine/watchdog.py": [
         ("for rank in range(1, self._world_size):", "for rank in range(1, self._world_size - 1):"),
     ],
+    "plaintrain/config/schema.py": [
+        ("not isinstance(value, bool) and is_in_range(value)", "is_in_range(value)"),
+        ('_number("above 0", lambda value: value > 0)', '_number("above 0", lambda value: value >= 0)'),
+        ("str(get_value(cfg, switch)) not in values", "str(get_value(cfg, switch)) in values"),
+    ],
     "plaintrain/config/yaml.py": [
         ("os.path.join(os.path.dirname(path), os.path.expanduser(base))", "os.path.expanduser(base)"),
         ("loaded += load_chain(base, (*chain, path))", "loaded = load_chain(base, (*chain, path)) + loaded"),
-        ("            seen.add(key_node.value)\n", ""),
+        ("                seen.add(key.value)\n", ""),
     ],
     "plaintrain/visualization/drawing.py": [
         ("[(a - 1, b - 1) for a, b in metadata", "[(a, b) for a, b in metadata"),
@@ -596,8 +600,7 @@ PLANTED = {
     },
     "tests/properties/test_config_properties.py": {
         "plaintrain/config/config.py": [
-            ("type(old)(_plain_item(value, name, source))", "type(old)(value)"),
-            ("    return _copy_node(_C)", '    return vars(_copy_node).setdefault("one", _copy_node(_C))'),
+            ("type(old)(_to_lists(value, name, source))", "type(old)(value)"),
             (
                 "{key: _to_plain(item) for key, item in value.items()}",
                 '{key: _to_plain(item) for key, item in value.items() if item != ""}',
@@ -607,10 +610,11 @@ PLANTED = {
                 "zip(cfg_list[-2::-2], cfg_list[::-2], strict=True)",
             ),
             ("value = type(old)(value)", "value = old + type(old)(value)"),
-            ("raise ConfigError(_unknown_key(name, node, path, source))", "continue"),
-            ("n=3, cutoff=0.75", "n=3, cutoff=1.0"),
+            ("raise ConfigError(_describe_unknown_key(name, root, source))", "continue"),
+            ("number=3, least=0.75", "number=3, least=1.0"),
             ('message = f"{name} in', "message = f\"{name.rpartition('.')[2]} in"),
         ],
+        "plaintrain/config/defaults.py": [("return _C.clone()", "return _C")],
         "plaintrain/config/yaml.py": [
             ("return [*loaded, (path, content)]", "return [(path, content), *loaded]"),
         ],

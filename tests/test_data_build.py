@@ -189,7 +189,7 @@ MOST = "must be from 1 to the images of a process in a batch,"
         # As many as an image of a rank a step.
         ([BATCH, 6, STEPS, 6], 1, None),
         ([BATCH, 6, STEPS, 3], 2, None),
-        ([CACHE, -1], 1, f"{CACHE} is -1, but must be at least 0"),
+        ([CACHE, -1], 1, f"{CACHE} must be at least 0, got -1"),
         ([CACHE, 100, WORKERS, 1], 1, f"{CACHE} is 100, but processes .* to thread, or"),
         ([WORKERS, -1], 1, f"{WORKERS}.*-1"),
     ],

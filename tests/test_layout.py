@@ -110,7 +110,7 @@ def test_every_module_is_in_a_package_and_training_imports_no_tool():
 def test_imports_have_directions_and_no_cycle():
     assert not {n: m for package, f in FORBIDDEN.items() for n, m in importers(package, f.split()).items()}
     users = [name for name, path in MODULES.items() if any(is_in(m, "yacs") for m in imports(path))]
-    assert users == ["plaintrain.config.config", "plaintrain.config.defaults"]
+    assert users == ["plaintrain.config.config"]
     stems = {path.stem for path in SCRIPTS}
     for path in [*PACKAGE, *SCRIPTS, *SHARED]:
         assert not {m for m in imports(path) if m in stems or is_in(m, "scripts")}, path

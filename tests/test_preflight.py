@@ -137,34 +137,16 @@ def test_bfloat16_is_rejected_on_a_gpu_without_it(cfg, overrides, eval_only, rej
         check(cfg, *overrides, eval_only=eval_only, resume=True)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "bounds"),
-    [
-        ("SOLVER.ACCUMULATE_STEPS", 0, "at least 1"),
-        ("SOLVER.IMS_PER_BATCH", 0, "at least 1"),
-        ("SOLVER.MAX_TIME", -1.0, "at least 0"),
-        ("TEST.IMS_PER_BATCH", 0, "at least 1"),
-        ("DATALOADER.NUM_WORKERS", -1, "at least 0"),
-        ("LOG_PERIOD", 0, "at least 1"),
-        ("MODEL.EMA.DECAY", -0.5, "at least 0 and below 1"),
-        ("MODEL.EMA.DECAY", 1.0, "at least 0 and below 1"),
-        ("SOLVER.BASE_LR", float("inf"), "a finite number"),
-    ],
-)
-def test_values_out_of_range_are_rejected(cfg, key, value, bounds):
-    assert error_message(cfg, key, value) == f"{key} is {value}, but must be {bounds}"
-
-
 LOSS_PERIOD = ("TEST.VAL_LOSS_PERIOD", 5)
 VAL_FLOW = ("WORKFLOW", [["train", 1], ["val", 1]])
 NO_TESTS = ("DATASETS.TEST", ())
 NO_GPUS = "SyncBN needs GPUs"
+TINY = ("MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.ANCHOR_GENERATOR.SIZES", [[16]])
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "SOLVER.LR_SCHEDULER_NAME is 'Cosine', but must be one of"),
         (["SOLVER.MOMENTUM_SCHEDULE", [[0, 1.5]]], "SOLVER.MOMENTUM_SCHEDULE has the momentum 1.5"),
         (["WORKFLOW", [["val", 1]]], "WORKFLOW is [['val', 1]], which never trains"),
         (
@@ -202,7 +184,7 @@ def test_settings_that_contradict_each_other_are_rejected_before_training_only(c
         ["SOLVER.MOMENTUM_SCHEDULE", [[0, 0.9], [10, 0.8]], "SOLVER.ACCUMULATE_STEPS", 16],
         # The model has no such norm.
         ["MODEL.TINY.NORM", "SyncBN"],
-        ["MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.RESNETS.NORM", "SyncBN"],
+        [*TINY, "MODEL.RESNETS.NORM", "SyncBN"],
         ["MODEL.ROI_BOX_HEAD.NORM", "SyncBN"],
         ["MODEL.ROI_MASK_HEAD.NORM", "SyncBN"],
     ],

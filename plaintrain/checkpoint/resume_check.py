@@ -3,8 +3,7 @@
 import logging
 
 from plaintrain.checkpoint.files import DamagedCheckpointError, read_last
-from plaintrain.config.diff import config_changes
-from plaintrain.config.yaml import flatten, parse_yaml
+from plaintrain.config.yaml import config_changes, flatten, parse_yaml
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
 

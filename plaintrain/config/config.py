@@ -5,20 +5,19 @@ their default: an int may stand for a float and a list for a tuple, nothing else
 """
 
 import ast
-import copy
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 
 import yaml
 from yacs.config import CfgNode as _YacsNode
 
-from plaintrain.config.defaults import _C, NULLABLE, SUPPORTED
-from plaintrain.config.yaml import load_chain, parse_yaml
-from plaintrain.utils.errors import ConfigError
+from plaintrain.config.yaml import SPLIT_TUPLE, load_chain, parse_yaml
+from plaintrain.utils.errors import ConfigError, nearest
 
 _COMMAND_LINE = "the command line"
 _SCALARS = (bool, int, float, str, type(None))
+# Keys that may be null, with a value of the type they otherwise have.
+NULLABLE = {"SOLVER.WEIGHT_DECAY_BIAS": 0.0}
 
 
 class CfgNode(_YacsNode):
@@ -39,7 +38,7 @@ class CfgNode(_YacsNode):
                 of another type than the key's.
         """
         for path, content in load_chain(os.fspath(cfg_filename)):
-            _merge(content, self, (), path)
+            _merge(self, "", content, path)
 
     def merge_from_list(self, cfg_list):
         """Merge `[key, value, key, value, ...]`, as the command line gives it.
@@ -55,17 +54,19 @@ class CfgNode(_YacsNode):
                 + " ".join(map(str, cfg_list))
             )
         for key, value in zip(cfg_list[0::2], cfg_list[1::2], strict=True):
-            content = _unquote(value)
-            for part in reversed(str(key).split(".")):
-                content = {part: content}
-            _merge(content, self, (), _COMMAND_LINE)
+            literal = _parse_literal(value)
+            # A text in quotes: `"''"` is the empty one.
+            content = literal if isinstance(literal, str) else value
+            for section in reversed(str(key).split(".")):
+                content = {section: content}
+            _merge(self, "", content, _COMMAND_LINE)
 
     def merge_from_other_cfg(self, cfg_other):
         """Merge another config (or plain dict) over this one, with the same checks."""
-        _merge(cfg_other, self, (), "the merged config")
+        _merge(self, "", cfg_other, "the merged config")
 
     def dump(self):
-        """The whole config as YAML that merges back to an equal config."""
+        """Return the whole config as YAML that merges back to an equal config."""
         return yaml.safe_dump(_to_plain(self), sort_keys=True, default_flow_style=None)
 
     @classmethod
@@ -81,35 +82,10 @@ class CfgNode(_YacsNode):
         return cls(parse_yaml(str_obj, "the given string"))
 
 
-def get_cfg():
-    """A fresh config holding every key's default."""
-    return _copy_node(_C)
-
-
-def split_overrides(words):
-    """(names, overrides) of a command line of names and then KEY VALUE pairs.
-
-    The pairs begin at the first word that is a key, or would be one in a section that there is.
-    """
-    for i, word in enumerate(words):
-        section, dot, _ = word.partition(".")
-        if section in _C and isinstance(_C[section], _YacsNode) == bool(dot):
-            return words[:i], words[i:]
-    return words, []
-
-
-def _copy_node(node):
-    """A yacs node as a `CfgNode`, in depth."""
-    copied = CfgNode(new_allowed=node.is_new_allowed())
-    for key, value in node.items():
-        copied[key] = _copy_node(value) if isinstance(value, _YacsNode) else copy.deepcopy(value)
-    return copied
-
-
 def get_value(cfg, key):
-    """The value at a dotted key, for example `get_value(cfg, "SOLVER.BASE_LR")`."""
-    for part in key.split("."):
-        cfg = cfg[part]
+    """Return the value at a dotted key, for example `get_value(cfg, "SOLVER.BASE_LR")`."""
+    for section in key.split("."):
+        cfg = cfg[section]
     return cfg
 
 
@@ -122,141 +98,101 @@ def set_value(cfg, key, value):
         cfg.freeze()
 
 
-def check_cfg(cfg):
-    """Refuse values of Detectron2's keys that name a variant plaintrain does not have.
-
-    Keys that belong to a feature are looked at only when the feature is on.
-
-    Raises:
-        ConfigError: names the key, its value and what is supported.
-    """
-    for feature, keys in SUPPORTED.items():
-        switch, _, wanted = feature.partition("=")
-        if switch and str(get_value(cfg, switch)) not in wanted.split("|"):
-            continue
-        for key, allowed in keys.items():
-            value = get_value(cfg, key)
-            if value not in allowed:
-                options = " or ".join(repr(option) for option in allowed)
-                where = f" with {feature.replace('=', ' ').replace('|', ' or ')}" if feature else ""
-                raise ConfigError(f"{key} is {value!r}, but only {options} is supported{where}")
+def all_keys(node, prefix=""):
+    """Yield the dotted key of every section and value."""
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from all_keys(value, f"{prefix}{key}.")
 
 
-def _merge(new, node, path, source):
-    for key, value in new.items():
+def _merge(root, section, content, source):
+    """Merge a mapping into the section of a config, "" for all of it."""
+    node = get_value(root, section) if section else root
+    for key, value in content.items():
         # YAML reads an unquoted 2012_0 as a number; keys are names.
         key = str(key)
-        name = ".".join([*path, key])
+        name = f"{section}.{key}" if section else key
         if key not in node:
             # yacs keeps its own state beside the keys.
             if not node.is_new_allowed() or key in vars(node):
-                raise ConfigError(_unknown_key(name, node, path, source))
-            setattr(node, key, _to_node(value, name, source))
-        elif not isinstance(node[key], _YacsNode):
-            setattr(node, key, _coerce(node[key], value, name, source))
-        elif isinstance(value, Mapping):
-            _merge(value, node[key], (*path, key), source)
-        elif value is not None:
+                raise ConfigError(_describe_unknown_key(name, root, source))
+            value = _parse_literal(value) if source == _COMMAND_LINE else value
+            is_section = isinstance(value, Mapping)
+            setattr(node, key, CfgNode(new_allowed=True) if is_section else _to_lists(value, name, source))
+        elif not isinstance(node[key], CfgNode):
+            setattr(node, key, _convert(node[key], value, name, source))
+        if isinstance(value, Mapping) and isinstance(node[key], CfgNode):
+            _merge(root, name, value, source)
+        elif isinstance(node[key], CfgNode) and value is not None:
             raise ConfigError(
                 f"{name} in {source} is a section with keys of its own, not the value {value!r}"
             )
 
 
-def _unknown_key(name, node, path, source):
-    known = _all_keys(_C, ())
-    known += [".".join([*path, str(key)]) for key in node]
-    leaf = name.rsplit(".", 1)[-1]
-    near = [key for key in known if key.rsplit(".", 1)[-1] == leaf]
-    near += difflib.get_close_matches(name, known, n=3, cutoff=0.75)
-    near = list(dict.fromkeys(near))[:3]
-    hint = f"did you mean {' or '.join(near)}?" if near else "plaintrain/config/defaults.py lists every key"
+def _describe_unknown_key(name, root, source):
+    leaf = name.rpartition(".")[2]
+    known = list(all_keys(root))
+    elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
+    near = " or ".join(elsewhere[:3]) or nearest(name, known, number=3, least=0.75)
+    hint = f"did you mean {near}?" if near else "plaintrain/config/defaults.py lists every key"
     if set(name) & set("()[]{}\"'"):
-        hint = 'YAML split a tuple at its comma: inside {...} write a list, ["a", "b"]'
+        hint = SPLIT_TUPLE
     return f"unknown key {name} in {source}: {hint}"
 
 
-def _all_keys(node, path):
-    keys = []
-    for key, value in node.items():
-        keys.append(".".join([*path, key]))
-        if isinstance(value, _YacsNode):
-            keys += _all_keys(value, (*path, key))
-    return keys
-
-
-def _to_node(value, name, source):
-    """A value under a section that takes new keys: mappings become nodes of the same kind."""
-    if isinstance(value, Mapping):
-        node = CfgNode(new_allowed=True)
-        for key, item in value.items():
-            node[str(key)] = _to_node(item, f"{name}.{key}", source)
-        return node
-    if source == _COMMAND_LINE:
-        value = _literal(value)
-    return _plain_item(value, name, source)
-
-
-def _unquote(value):
-    """Drop the quotes of a command-line value such as `"''"`; anything else stays as it is."""
-    literal = _literal(value)
-    return literal if isinstance(literal, str) else value
-
-
-def _literal(value):
+def _parse_literal(value):
+    """Return the Python literal that a text holds, or the text itself; other values as they are."""
     if not isinstance(value, str):
         return value
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     try:
         literal = ast.literal_eval(value)
-        # What is too long to be printed, or nested too deeply, is none either.
+        # Raises for numbers that are too long to be printed.
         repr(literal)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return value
     return literal
 
 
-def _coerce(old, value, name, source):
-    """`value` with the type of `old`, or a `ConfigError`."""
+def _convert(old, value, name, source):
+    """Return a value with the type of the key's old one."""
     given = value
     if not isinstance(old, str):
-        value = _literal(value)
+        value = _parse_literal(value)
     if name in NULLABLE:
         if value is None or str(value).lower() in ("null", "none", "~"):
             return None
         old = NULLABLE[name]
-    if type(old) is type(value):
-        pass
-    elif isinstance(old, float) and type(value) is int and value.bit_length() <= 64:
+    if isinstance(old, float) and type(value) is int and value.bit_length() <= 64:
         value = float(value)
     elif isinstance(old, tuple | list) and isinstance(value, tuple | list):
         value = type(old)(value)
-    else:
-        raise ConfigError(_wrong_type(old, value, given, name, source))
-    return type(old)(_plain_item(value, name, source))
+    if type(old) is not type(value):
+        raise ConfigError(_describe_wrong_type(old, value, given, name, source))
+    return type(old)(_to_lists(value, name, source))
 
 
-def _plain_item(value, name, source):
-    """A value whose sequences are lists at any depth, so that a dumped config loads back equal."""
+def _describe_wrong_type(old, value, given, name, source):
+    expected, actual = type(old).__name__, type(value).__name__
+    message = f"{name} in {source} must be a {expected}, as {old!r}, got the {actual} {given!r}"
+    if not isinstance(old, tuple | list):
+        return message
+    if isinstance(given, str) and given.lstrip().startswith("(") and ")" not in given:
+        return f"{message}; {SPLIT_TUPLE}"
+    return f"{message}; write [{value!r}] or, on a line of its own, ({value!r},)"
+
+
+def _to_lists(value, name, source):
+    """Return a value whose sequences are lists at any depth, so that a dumped config loads back equal."""
     if isinstance(value, Mapping):
-        return {key: _plain_item(item, name, source) for key, item in value.items()}
+        return {key: _to_lists(item, name, source) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain_item(item, name, source) for item in value]
-    if isinstance(value, int) and value.bit_length() > 64:
-        raise ConfigError(f"{name} in {source} holds a whole number of more than 64 bits")
+        return [_to_lists(item, name, source) for item in value]
     if isinstance(value, _SCALARS):
         return value
     raise ConfigError(f"{name} in {source} holds a {type(value).__name__}, which a config cannot hold")
-
-
-def _wrong_type(old, value, given, name, source):
-    expected, found = type(old).__name__, type(value).__name__
-    message = f"{name} in {source} must be a {expected}, as {old!r}, but is the {found} {given!r}"
-    if isinstance(old, tuple | list):
-        if isinstance(given, str) and given.lstrip().startswith("(") and ")" not in given:
-            return message + ': YAML split a tuple at its comma; inside {...} write ["a", "b"]'
-        return message + f": write [{value!r}] or, on a line of its own, ({value!r},)"
-    return message
 
 
 def _to_plain(value):

@@ -3,7 +3,7 @@
 Names are Detectron2's wherever it has the concept.
 """
 
-from yacs.config import CfgNode as CN
+from plaintrain.config.config import CfgNode as CN
 
 _C = CN()
 # Version of the key names; 2 is Detectron2's current one.
@@ -486,112 +486,19 @@ _C.TEST.AUG.FLIP = True
 _C.TEST.PRECISE_BN = CN()
 _C.TEST.PRECISE_BN.ENABLED = False
 
-# Keys that may be null, with a value of the type they otherwise have.
-NULLABLE = {"SOLVER.WEIGHT_DECAY_BIAS": 0.0}
 
-# Values that can be had, for keys that exist so that Detectron2's files merge. The outer key says
-# when they are looked at: "" always, "KEY=VALUE|VALUE" when that key has one of these values.
-_RESNET = "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone|build_retinanet_resnet_fpn_backbone"
-_FPN = _RESNET + "|build_mobilenet_v3_large_fpn_backbone"
-SUPPORTED = {
-    "": {
-        "VERSION": (2,),
-        "MODEL.LOAD_PROPOSALS": (False,),
-        "INPUT.FORMAT": ("RGB", "BGR"),
-        "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
-        "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
-        "DATALOADER.SAMPLER_TRAIN": (
-            "TrainingSampler",
-            "RepeatFactorTrainingSampler",
-            "ClassBalancedTrainingSampler",
-            "WeightedTrainingSampler",
-            "RandomSubsetTrainingSampler",
-        ),
-        "DATALOADER.WORKER_TYPE": ("process", "thread", "auto"),
-        "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
-        "SOLVER.ON_NONFINITE": ("stop", "skip"),
-        "SOLVER.WARMUP_METHOD": ("linear", "constant"),
-        "SOLVER.AMP.PRECISION": ("float16", "bfloat16"),
-        "SOLVER.MOMENTUM_INTERPOLATION": ("linear", "cosine", "step"),
-        "FLOAT32_PRECISION": ("", "highest", "high", "medium"),
-        "MODEL.EMA.EVALUATE": ("averaged", "raw"),
-        "MODEL.EMA.FINAL": ("averaged", "raw"),
-        "TEST.PRECISE_BN.ENABLED": (False,),
-        "MODEL.ANCHOR_GENERATOR.NAME": ("AnchorGenerator", "DefaultAnchorGenerator"),
-    },
-    "MODEL.ANCHOR_GENERATOR.NAME=AnchorGenerator": {
-        "MODEL.ANCHOR_GENERATOR.OFFSET": (0.0,),
-    },
-    _FPN: {
-        "MODEL.FPN.FUSE_TYPE": ("sum",),
-    },
-    _RESNET: {
-        "MODEL.RESNETS.RES5_DILATION": (1,),
-        "MODEL.RESNETS.STEM_OUT_CHANNELS": (64,),
-        "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, False, False, False],),
-    },
-    "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone": {
-        "MODEL.RESNETS.OUT_FEATURES": ([], ["res2", "res3", "res4", "res5"]),
-        "MODEL.FPN.IN_FEATURES": ([], ["res2", "res3", "res4", "res5"]),
-        "MODEL.RPN.IN_FEATURES": ([], ["p2", "p3", "p4", "p5", "p6"]),
-        "MODEL.ROI_HEADS.IN_FEATURES": ([], ["p2", "p3", "p4", "p5"]),
-    },
-    "MODEL.BACKBONE.NAME=build_retinanet_resnet_fpn_backbone": {
-        "MODEL.META_ARCHITECTURE": ("RetinaNet", "FCOS"),
-        "MODEL.FPN.P6_IN_FEATURE": ("p5", "res5"),
-        "MODEL.RESNETS.OUT_FEATURES": ([], ["res3", "res4", "res5"]),
-        "MODEL.FPN.IN_FEATURES": ([], ["res3", "res4", "res5"]),
-        "MODEL.RETINANET.IN_FEATURES": (["p3", "p4", "p5", "p6", "p7"],),
-    },
-    "INPUT.CROP.ENABLED=True": {
-        "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
-    },
-    "SOLVER.CLIP_GRADIENTS.ENABLED=True": {
-        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
-    },
-    "MODEL.META_ARCHITECTURE=RetinaNet|FCOS|SSD|ProposalNetwork": {
-        "MODEL.MASK_ON": (False,),
-        "MODEL.KEYPOINT_ON": (False,),
-    },
-    "MODEL.META_ARCHITECTURE=GeneralizedRCNN|ProposalNetwork": {
-        "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
-        "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
-        "MODEL.RPN.BOUNDARY_THRESH": (-1,),
-        "MODEL.RPN.IOU_LABELS": ([0, -1, 1],),
-        "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
-        "MODEL.RPN.BBOX_REG_WEIGHTS": ((1.0, 1.0, 1.0, 1.0),),
-        "MODEL.RPN.LOSS_NORMALIZER": ("sampled", "batch_size"),
-    },
-    "MODEL.META_ARCHITECTURE=GeneralizedRCNN": {
-        "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
-        "MODEL.ROI_HEADS.IOU_LABELS": ([0, 1],),
-        "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": (True,),
-        "MODEL.ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead",),
-        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlign", "ROIAlignV2"),
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
-        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": (False,),
-        "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": (False,),
-    },
-    "MODEL.MASK_ON=True": {
-        "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
-        "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("ROIAlign", "ROIAlignV2"),
-        "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": (False,),
-    },
-    "MODEL.KEYPOINT_ON=True": {
-        "MODEL.ROI_KEYPOINT_HEAD.NAME": ("KRCNNConvDeconvUpsampleHead",),
-        "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": ("ROIAlign", "ROIAlignV2"),
-        "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": (True,),
-    },
-    "MODEL.META_ARCHITECTURE=SSD": {
-        "MODEL.SSD.HEAD_NAME": ("SSDHead", "SSDLiteHead"),
-    },
-    "MODEL.META_ARCHITECTURE=RetinaNet": {
-        "MODEL.RETINANET.NUM_CONVS": (4,),
-        "MODEL.RETINANET.IOU_LABELS": ([0, -1, 1],),
-        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
-        "MODEL.RETINANET.NORM": ("", "GN"),
-    },
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE=giou": {
-        "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": (0.0,),
-    },
-}
+def get_cfg():
+    """Return a fresh config holding every key's default."""
+    return _C.clone()
+
+
+def split_overrides(words):
+    """Return (names, overrides) of a command line of names and then KEY VALUE pairs.
+
+    The pairs begin at the first word that is a key, or would be one in a section that there is.
+    """
+    for i, word in enumerate(words):
+        section, dot, _ = word.partition(".")
+        if section in _C and isinstance(_C[section], CN) == bool(dot):
+            return words[:i], words[i:]
+    return words, []

@@ -8,100 +8,89 @@ from plaintrain.utils.errors import ConfigError
 from plaintrain.utils.files import MAX_BYTES, read_text, reason
 
 BASE_KEY = "_BASE_"
+SPLIT_TUPLE = 'inside {...} YAML splits a tuple at its comma: write a list, ["a", "b"]'
 # Values of a YAML text with its aliases written out, sections in sections, files that a file builds on.
 _MAX_VALUES, _MAX_DEPTH, _MAX_FILES = 100_000, 50, 100
+# Longer numbers take long to read, and may not even be printed.
+_MAX_DIGITS = 100
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that stands twice in one mapping, and alias bombs."""
+    """YAML's safe loader, which also rejects duplicate keys and alias bombs."""
 
     def fetch_flow_collection_start(self, token_class):
-        """PyYAML's method, with the check before it: each level is looked at for each further bracket."""
+        """Check the depth first: the time that brackets take is quadratic in it."""
         if self.flow_level >= _MAX_DEPTH:
-            problem = f"it is nested more than {_MAX_DEPTH} levels deep"
-            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
+            raise _error(f"it is nested more than {_MAX_DEPTH} levels deep", self.get_mark())
         super().fetch_flow_collection_start(token_class)
 
     def get_single_node(self):
-        """PyYAML's method, with the check after it: a few aliases of aliases are billions of values."""
-        node = super().get_single_node()
-        if node is not None:
-            _measure(node, {})
-        return node
-
-    def construct_number(self, node):
-        """PyYAML's methods, for numbers of 64 bits: more digits take long, and may not even be printed."""
-        known = {"int": self.construct_yaml_int, "float": self.construct_yaml_float}
-        number = known[node.tag.rsplit(":", 1)[-1]](node) if len(node.value) < 80 else 2**64
-        if isinstance(number, int) and number.bit_length() > 64:
-            what = "a number has more than 64 bits"
-            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
-        return number
+        """Count the values before they are constructed: a few aliases of aliases are billions."""
+        root = super().get_single_node()
+        num_values, nodes = 0, [(root, 0)]
+        while nodes:
+            node, depth = nodes.pop()
+            num_values += 1
+            if num_values > _MAX_VALUES or depth > _MAX_DEPTH:
+                limits = f"{_MAX_VALUES:,} values or {_MAX_DEPTH} levels"
+                raise _error(f"it holds over {limits}, aliases written out", root.start_mark)
+            if isinstance(node, yaml.MappingNode):
+                nodes += [(child, depth + 1) for pair in node.value for child in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                nodes += [(child, depth + 1) for child in node.value]
+            elif node and node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
+                raise _error(f"a number has more than {_MAX_DIGITS} digits", node.start_mark)
+        return root
 
     def construct_mapping(self, node, deep=False):
-        """PyYAML's method, with the check before it."""
+        """Check that no key is given twice first."""
         seen = set()
-        # With a tag it may be no mapping, which PyYAML says.
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
-                continue
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value} stands twice in one section", key_node.start_mark
-                )
-            seen.add(key_node.value)
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                if key.value in seen:
+                    raise _error(f"duplicate key {key.value}", key.start_mark)
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
-
-
-def _measure(node, known):
-    """(values, depth) of a node, what it refers to counted each time; `known` are those of others."""
-    if id(node) not in known:
-        # Met again before it is measured, it is in itself.
-        known[id(node)] = _MAX_VALUES, _MAX_DEPTH
-        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-        flat = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
-        measured = [_measure(part, known) for part in flat]
-        values, depth = 1 + sum(v for v, _ in measured), 1 + max((d for _, d in measured), default=0)
-        if values > _MAX_VALUES or depth > _MAX_DEPTH:
-            what = f"holds over {_MAX_VALUES:,} values or {_MAX_DEPTH} levels, aliases written out"
-            raise yaml.constructor.ConstructorError(None, None, f"it {what}", node.start_mark)
-        known[id(node)] = values, depth
-    return known[id(node)]
+def _error(problem, mark):
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def parse_yaml(text, source):
-    """The mapping that a YAML text holds; {} for an empty one.
+    """Return the mapping that a YAML text holds; {} for an empty one.
 
     Args:
         text: the YAML.
         source: what to call it in an error.
 
     Raises:
-        ConfigError: not YAML, a tag that would run code, a key given twice, or not a mapping.
+        ConfigError: not YAML, a tag that would run code, a duplicate key, or not a mapping.
     """
     try:
         content = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.constructor.ConstructorError as e:
-        problem = str(e.problem)
-        if "python/" in problem:
-            problem = "a !!python tag would run code and is refused; write the plain list or value"
-        raise ConfigError(f"{source}, line {e.problem_mark.line + 1}: {problem}") from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
+        # The others are raised for scalars that look like a date or a number, or have a tag, and are not.
         raise ConfigError(_describe(e, source)) from e
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
-        # Raised for scalars that look like a date or a number, or have a tag, and are none of the kind,
-        # and for deep nesting.
-        what = "it is nested too deeply" if isinstance(e, RecursionError) else e
-        raise ConfigError(f"{source} is not valid YAML: {what}") from e
+    except RecursionError as e:
+        raise ConfigError(f"{source} is not valid YAML: it is nested too deeply") from e
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{source} must hold KEY: value lines, not a {type(content).__name__}")
     return content
+
+
+def _describe(error, source):
+    mark = getattr(error, "problem_mark", None)
+    where = f", line {mark.line + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if "python/" in problem:
+        problem = "a !!python tag would run code; write the plain list or value"
+    line = mark.buffer.splitlines()[mark.line : mark.line + 1] if mark and mark.buffer else []
+    if line and "{" in line[0] and "(" in line[0]:
+        problem = f"{problem}; {SPLIT_TUPLE}"
+    return f"{source}{where} is not valid YAML: {problem}"
 
 
 def flatten(tree, separator=".", prefix=""):
@@ -115,15 +104,11 @@ def flatten(tree, separator=".", prefix=""):
     return flat
 
 
-def _describe(error, source):
-    mark = getattr(error, "problem_mark", None)
-    where = f", line {mark.line + 1}" if mark else ""
-    what = getattr(error, "problem", None) or str(error).splitlines()[0]
-    line = mark.buffer.splitlines()[mark.line : mark.line + 1] if mark and mark.buffer else []
-    hint = ""
-    if line and "{" in line[0] and "(" in line[0]:
-        hint = '; inside {...} YAML splits a tuple at its comma: write a list, ["a", "b"]'
-    return f"{source}{where} is not valid YAML: {what}{hint}"
+def config_changes(before, now):
+    """[(key, value before, value now)] of two configs, given as YAML texts; a missing value is "-"."""
+    before, now = flatten(parse_yaml(before, "the saved config")), flatten(parse_yaml(now, "the config"))
+    keys = sorted(before.keys() | now.keys())
+    return [(k, before.get(k, "-"), now.get(k, "-")) for k in keys if before.get(k, "-") != now.get(k, "-")]
 
 
 def load_chain(path, chain=()):

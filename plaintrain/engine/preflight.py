@@ -1,13 +1,13 @@
-"""What can be settled and checked before a run starts: numbers the dataset knows, and mistakes."""
+"""Checks before a run starts, and the numbers that the datasets decide."""
 
 import logging
-import math
 
 import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.checkpoint.pretrained import locate_weights
-from plaintrain.config import get_value, set_value
-from plaintrain.config.yaml import flatten
+from plaintrain.config import check_cfg, get_value, set_value
 from plaintrain.data.build import check_batch_size
 from plaintrain.data.catalog import MetadataCatalog, common_class_names
 from plaintrain.data.dataset_mapper import DatasetMapper
@@ -23,37 +23,10 @@ from plaintrain.solver.amp import build_autocast
 from plaintrain.solver.lr_scheduler import lr_factor, momentum_at
 from plaintrain.solver.schedule import check_workflow
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.events import WRITERS
 
 logger = logging.getLogger(__name__)
 
 _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
-
-# The maximum norm.
-_MAY_BE_INFINITE = "SOLVER.CLIP_GRADIENTS.NORM_TYPE"
-_LEAST = {
-    "DATALOADER.CACHE_BYTES": 0,
-    "DATALOADER.NUM_WORKERS": 0,
-    "HANG_TIMEOUT": 0,
-    "LOG_PERIOD": 1,
-    "SOLVER.ACCUMULATE_STEPS": 1,
-    "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
-    "SOLVER.CHECKPOINT_PERIOD": 0,
-    "SOLVER.IMS_PER_BATCH": 1,
-    "SOLVER.MAX_EPOCHS": 0,
-    "SOLVER.MAX_ITER": 1,
-    "SOLVER.MAX_SKIPPED_STEPS": 1,
-    "SOLVER.MAX_TIME": 0,
-    "SOLVER.PATIENCE": 0,
-    "SOLVER.REFERENCE_IMS_PER_BATCH": 0,
-    "SOLVER.REFERENCE_WORLD_SIZE": 0,
-    "SOLVER.WARMUP_ITERS": 0,
-    "TEST.DETECTIONS_PER_IMAGE": 1,
-    "TEST.EVAL_PERIOD": 0,
-    "TEST.EVAL_START": 0,
-    "TEST.IMS_PER_BATCH": 1,
-    "TEST.VAL_LOSS_PERIOD": 0,
-}
 
 
 def settle_num_classes(cfg, eval_only):
@@ -104,30 +77,14 @@ def _settle_num_keypoints(cfg, names):
         oks_sigmas(cfg.TEST.KEYPOINT_OKS_SIGMAS, given)
 
 
-def _check_values(cfg):
-    get_pixel_range(cfg)
-    for key, least in _LEAST.items():
-        if get_value(cfg, key) < least:
-            raise UserError(f"{key} is {get_value(cfg, key)}, but must be at least {least}")
-    for key, value in flatten(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value) and key != _MAY_BE_INFINITE:
-            raise UserError(f"{key} is {value}, but must be a finite number")
-    if not 0 <= cfg.MODEL.EMA.DECAY < 1:
-        raise UserError(f"MODEL.EMA.DECAY is {cfg.MODEL.EMA.DECAY}, but must be at least 0 and below 1")
-    for name in cfg.OUTPUT.WRITERS:
-        if name not in WRITERS:
-            raise UserError(f"OUTPUT.WRITERS holds {name!r}; known: {', '.join(WRITERS)}")
-    for row in cfg.TEST.EXPECTED_RESULTS:
-        if not isinstance(row, list) or len(row) != 4:
-            raise UserError(f"TEST.EXPECTED_RESULTS holds {row!r}, not [task, metric, value, tolerance]")
-
-
 def check_before_training(cfg, resume, eval_only, needs_model=True):
-    """Refuse what would make a run fail later: values, batch, test sets, weights, augmentation, model.
+    """Reject what would make a run fail later: values, batch, test sets, weights, augmentation, model.
 
-    Without `needs_model`, for predictions that are there already: values and annotations only.
+    Returns:
+        The model on the device "meta"; without `needs_model`, to score a file of predictions, None.
     """
-    _check_values(cfg)
+    check_cfg(cfg)
+    get_pixel_range(cfg)
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise UserError("DATASETS.TRAIN is empty: name at least one dataset")
@@ -135,31 +92,30 @@ def check_before_training(cfg, resume, eval_only, needs_model=True):
         _check_schedule(cfg)
     for name in cfg.DATASETS.TEST:
         _check_test_dataset(name, needs_images=needs_model)
-    if not needs_model:
-        return
+    return _check_model(cfg, resume, eval_only) if needs_model else None
+
+
+def _check_model(cfg, resume, eval_only):
     if cfg.MODEL.WEIGHTS and not resume:
         locate_weights(cfg.MODEL.WEIGHTS)
     if eval_only and not cfg.DATASETS.TEST:
         raise UserError("--eval-only needs DATASETS.TEST: name at least one dataset")
     if eval_only and not resume and not cfg.MODEL.WEIGHTS:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
-    if not eval_only:
-        _check_norms(cfg, resume)
-        steps = build_augmentation(cfg, is_train=True)
-        DatasetMapper(cfg, augmentations=steps, num_keypoints=0, records=[None])
-    _check_test_augmentation(cfg)
+    for name in cfg.DATASETS.TEST if cfg.TEST.AUG.ENABLED else ():
+        build_tta_mapper(cfg, name)
     amp, is_used = cfg.SOLVER.AMP, cfg.TEST.AMP or (cfg.SOLVER.AMP.ENABLED and not eval_only)
     build_autocast(is_used, amp.PRECISION, get_device(cfg.MODEL.DEVICE).type)
-
-
-def _check_test_augmentation(cfg):
-    if cfg.TEST.AUG.ENABLED:
-        for name in cfg.DATASETS.TEST:
-            build_tta_mapper(cfg, name)
+    model = build_meta_model(cfg)
+    if not eval_only:
+        _check_norms(cfg, model, resume)
+        steps = build_augmentation(cfg, is_train=True)
+        DatasetMapper(cfg, augmentations=steps, num_keypoints=0, records=[None])
+    return model
 
 
 def _check_schedule(cfg):
-    """Refuse settings of the solver, and of the tests in between, that do not go together."""
+    """Reject settings of the solver, and of the tests in between, that do not go together."""
     solver, test = cfg.SOLVER, cfg.TEST
     lr_factor(cfg)
     if solver.MOMENTUM_SCHEDULE:
@@ -189,7 +145,7 @@ def _check_schedule(cfg):
 
 
 def build_meta_model(cfg):
-    """The model without memory: a mistake in MODEL is met before an earlier run is moved."""
+    """Build the model without memory, to check MODEL before an earlier run is moved."""
     cfg = cfg.clone()
     set_value(cfg, "MODEL.DEVICE", "meta")
     with torch.device("meta"):
@@ -197,7 +153,7 @@ def build_meta_model(cfg):
 
 
 def _check_test_dataset(name, needs_images):
-    """Refuse a test set whose images are missing or that no evaluator can score."""
+    """Reject a test set whose images are missing or that no evaluator can score."""
     records, _, _ = ground_truth(name)
     if needs_images:
         check_image_files(records, name)
@@ -212,29 +168,15 @@ def _check_test_dataset(name, needs_images):
         )
 
 
-def _norms(cfg):
-    """(norms of the backbone, norms of the FPN and the heads) that the model is built with."""
-    model, backbone = cfg.MODEL, cfg.MODEL.BACKBONE.NAME
-    tiny, ssd = backbone == "build_tiny_backbone", backbone.startswith("build_ssd")
-    heads = [] if tiny or ssd else [model.FPN.NORM]
-    if model.META_ARCHITECTURE == "GeneralizedRCNN":
-        heads += [model.ROI_BOX_HEAD.NORM] * (model.ROI_BOX_HEAD.NUM_CONV > 0)
-        heads += [model.ROI_MASK_HEAD.NORM] * model.MASK_ON
-    if ssd:
-        return [], heads
-    return [model.TINY.NORM if tiny else model.RESNETS.NORM], heads
-
-
-def _check_norms(cfg, resume):
+def _check_norms(cfg, model, resume):
+    norms = {type(module) for module in model.modules()}
     device = get_device(cfg.MODEL.DEVICE)
-    backbone, heads = _norms(cfg)
-    if "SyncBN" in backbone + heads and device.type != "cuda":
+    if nn.SyncBatchNorm in norms and device.type != "cuda":
         raise UserError(f"SyncBN needs GPUs, but MODEL.DEVICE is {device}; use BN or GN")
-    frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or "FrozenBN" in backbone
-    if frozen and not cfg.MODEL.WEIGHTS and not resume:
-        norm = f", its norm {backbone[0]}" if backbone else ""
+    is_frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or any(issubclass(n, FrozenBatchNorm2d) for n in norms)
+    if is_frozen and not cfg.MODEL.WEIGHTS and not resume:
         logger.warning(
             "MODEL.WEIGHTS is empty, but parts of the backbone are frozen (MODEL.BACKBONE.FREEZE_AT "
-            f"{cfg.MODEL.BACKBONE.FREEZE_AT}{norm}): from random weights this does not learn; use "
+            f"{cfg.MODEL.BACKBONE.FREEZE_AT}, or FrozenBN): from random weights this does not learn; use "
             "FREEZE_AT 0 with BN or GN"
         )

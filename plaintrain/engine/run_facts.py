@@ -9,8 +9,7 @@ import sys
 
 import plaintrain
 from plaintrain.config import get_cfg
-from plaintrain.config.diff import config_changes
-from plaintrain.config.yaml import load_chain
+from plaintrain.config.yaml import config_changes, load_chain
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info
 from plaintrain.utils.errors import UserError

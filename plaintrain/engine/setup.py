@@ -17,7 +17,7 @@ from plaintrain.data.build import count_iters_per_epoch
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.engine.dry_run import overfit_on, shorten_to_dry_run
 from plaintrain.engine.launch import create_ddp_model, launch
-from plaintrain.engine.preflight import build_meta_model, check_before_training, settle_num_classes
+from plaintrain.engine.preflight import check_before_training, settle_num_classes
 from plaintrain.engine.run_facts import write_run_facts
 from plaintrain.solver.schedule import settle_schedule
 from plaintrain.utils import comm
@@ -110,9 +110,10 @@ def default_setup(cfg, args):
     if not eval_only:
         settle_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
     needs_model = not getattr(args, "predictions", "")
-    check_before_training(cfg, resume, eval_only, needs_model)
-    if needs_model:
-        _check_start(cfg, resume, eval_only, class_names)
+    model = check_before_training(cfg, resume, eval_only, needs_model)
+    # The files of rank 0 decide for every machine.
+    if needs_model and comm.is_main_process():
+        _check_start(cfg, model, resume, eval_only, class_names)
     # Nothing is moved while another rank still looks at it.
     comm.synchronize()
     if dry_run:
@@ -132,12 +133,8 @@ def default_setup(cfg, args):
     comm.synchronize()
 
 
-def _check_start(cfg, resume, eval_only, class_names):
-    """Check the model, and what it starts from: the last checkpoint, or MODEL.WEIGHTS."""
-    model = build_meta_model(cfg)
-    # The files of rank 0 decide for every machine.
-    if not comm.is_main_process():
-        return
+def _check_start(cfg, model, resume, eval_only, class_names):
+    """Check what the model starts from: the last checkpoint, or MODEL.WEIGHTS."""
     weights = cfg.MODEL.WEIGHTS
     if resume and eval_only:
         weights = read_last(cfg.OUTPUT_DIR, mmap=True)[0]

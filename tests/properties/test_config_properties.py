@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from property_helpers import build_tests, for_all
 
 from plaintrain.config import CfgNode, get_cfg, get_value
-from plaintrain.config.defaults import NULLABLE
+from plaintrain.config.config import NULLABLE
 from plaintrain.utils.errors import UserError
 
 
