@@ -181,7 +181,7 @@ MUTATIONS = {
     ],
     "plaintrain/solver/ema.py": [
         ("use_buffers=True", "use_buffers=False"),
-        ("decay = min(self._decay, (1 + steps)", "decay = max(self._decay, (1 + steps)"),
+        ("decay = min(decay, (1 + self", "decay = max(decay, (1 + self"),
     ],
     "plaintrain/engine/setup.py": [
         ("seed_all_rng(cfg.SEED + comm.get_rank())", "seed_all_rng(cfg.SEED)"),
@@ -266,10 +266,6 @@ MUTATIONS = {
         ("for stage in stages[:freeze_at]:", "for stage in stages[: max(0, freeze_at - 1)]:"),
         ("stage[0].conv2.stride = (2, 2), (1, 1)", "stage[0].conv2.stride = (1, 1), (2, 2)"),
     ],
-    "plaintrain/modeling/box_loss.py": [
-        ("return recipe.weight * smooth_l1_loss", "return smooth_l1_loss"),
-        ("priors, coder.weights).view_as", "priors, (1.0, 1.0, 1.0, 1.0)).view_as"),
-    ],
     "plaintrain/modeling/detector.py": [
         (
             'scale = sample["width"] / width, sample["height"] / height',
@@ -294,6 +290,8 @@ MUTATIONS = {
     ],
     "plaintrain/modeling/losses.py": [
         (".mul_(gamma).add_(p).mul_(factor)", ".mul_(gamma).mul_(factor)"),
+        ("return recipe.weight * smooth_l1_loss", "return smooth_l1_loss"),
+        ("priors, coder.weights).view_as", "priors, (1.0, 1.0, 1.0, 1.0)).view_as"),
     ],
     "plaintrain/modeling/matching.py": [
         ("((iou == iou.amax(dim=2, keepdim=True)) & exists)", "(iou == iou.amax(dim=2, keepdim=True))"),
@@ -552,8 +550,8 @@ PLANTED = {
         "plaintrain/solver/ema.py": [
             ("self._average.load_state_dict(state_dict)", "pass"),
             (
-                ("load_state_dict(state_dict)\n        else"),
-                ('load_state_dict(state_dict | {"n_averaged": torch.tensor(0)})\n        else'),
+                ("load_state_dict(state_dict)\n        elif"),
+                ('load_state_dict(state_dict | {"n_averaged": torch.tensor(0)})\n        elif'),
             ),
         ],
         "plaintrain/checkpoint/training_checkpointer.py": [

@@ -50,7 +50,7 @@ def test_the_anchor_generator_is_that_of_the_config():
 
 def test_prior_bias_is_the_logit_of_the_probability():
     probabilities = [0.01, 0.5, 0.9]
-    biases = torch.tensor([prior_bias(probability, "KEY") for probability in probabilities])
+    biases = torch.tensor([prior_bias(probability) for probability in probabilities])
     assert biases.sigmoid().tolist() == pytest.approx(probabilities)
 
 

@@ -36,7 +36,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from plaintrain.export.export import describe
 from plaintrain.modeling import matching, roi_heads, rpn
-from plaintrain.modeling.box_loss import BoxLoss, box_losses
+from plaintrain.modeling.losses import BoxLoss, box_losses
 from plaintrain.modeling.tta import DetectorWithTTA
 from plaintrain.structures import sample_masks
 

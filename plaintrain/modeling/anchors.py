@@ -4,6 +4,8 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 
+# Types that autocast computes in.
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 # What is made for this many padded sizes is kept; the anchors of a COCO image take 4 MB.
 _MAX_SIZES = 8
 
@@ -41,9 +43,14 @@ class _Cached:
         self._cache = SizeCache()
 
     def forward(self, image_list, feature_maps):
-        """torchvision's, but all images share one tensor."""
+        """torchvision's, but all images share one tensor; in float32 also under autocast."""
         one = ImageList(image_list.tensors, image_list.image_sizes[:1])
-        return self._cache(super().forward, one, feature_maps) * len(image_list.image_sizes)
+        # torchvision reads shape, type and device only; an expanded scalar has them and no memory.
+        maps = [
+            torch.empty((), device=f.device).expand(f.shape) if f.dtype in LOW_PRECISION else f
+            for f in feature_maps
+        ]
+        return self._cache(super().forward, one, maps) * len(image_list.image_sizes)
 
 
 class CachedAnchorGenerator(_Cached, AnchorGenerator):

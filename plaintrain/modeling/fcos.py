@@ -8,8 +8,13 @@ from torchvision.models.detection import FCOS as _FCOS
 from torchvision.models.detection.fcos import FCOSHead
 
 from plaintrain.modeling.backbones import build_backbone
-from plaintrain.modeling.detector import DenseOnSamples, build_anchor_generator, build_preprocess, prior_bias
-from plaintrain.modeling.float32 import keep_float32
+from plaintrain.modeling.detector import (
+    DenseOnSamples,
+    build_anchor_generator,
+    build_preprocess,
+    keep_float32,
+    prior_bias,
+)
 from plaintrain.modeling.losses import focal_loss, giou_loss
 from plaintrain.modeling.matching import in_parts, take
 from plaintrain.modeling.postprocess import best_of_classes
@@ -105,8 +110,7 @@ def build_fcos(cfg):
             "cannot be split into"
         )
     head = FCOSHead(backbone.out_channels, 1, fcos.NUM_CLASSES, fcos.NUM_CONVS)
-    bias = prior_bias(fcos.PRIOR_PROB, "MODEL.FCOS.PRIOR_PROB")
-    torch.nn.init.constant_(head.classification_head.cls_logits.bias, bias)
+    torch.nn.init.constant_(head.classification_head.cls_logits.bias, prior_bias(fcos.PRIOR_PROB))
     # The box outputs pass a ReLU: from 0, random weights can push all of them below it for ever.
     torch.nn.init.constant_(head.regression_head.bbox_reg.bias, 0.5)
     model = FCOS(
@@ -121,5 +125,5 @@ def build_fcos(cfg):
         topk_candidates=fcos.TOPK_CANDIDATES_TEST,
     )
     model.transform = build_preprocess(cfg)
-    keep_float32(heads=[head], anchors=[anchors])
+    keep_float32(head)
     return model

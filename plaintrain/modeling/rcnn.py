@@ -13,16 +13,15 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 
 from plaintrain.modeling.backbones import build_backbone, get_norm
-from plaintrain.modeling.box_loss import get_box_loss
 from plaintrain.modeling.detector import (
     build_anchor_generator,
     build_preprocess,
     check_boxes,
     get_targets,
-    get_thresholds,
+    keep_float32,
     to_original_size,
 )
-from plaintrain.modeling.float32 import keep_float32
+from plaintrain.modeling.losses import get_box_loss
 from plaintrain.modeling.poolers import RoIAlign
 from plaintrain.modeling.roi_heads import BatchedRoIHeads
 from plaintrain.modeling.rpn import BatchedRPN
@@ -133,19 +132,15 @@ class ProposalNetwork(nn.Module):
         return to_original_size(detections, samples)
 
 
-def _build_rpn_head(cfg, backbone, anchors):
-    dims = cfg.MODEL.RPN.CONV_DIMS
-    if any(width not in (-1, backbone.out_channels) for width in dims) or not dims:
-        raise UserError(f"MODEL.RPN.CONV_DIMS must hold -1 per convolution, not {dims}")
-    return RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], len(dims))
-
-
 def _build_rpn(cfg, backbone):
     rpn = cfg.MODEL.RPN
     anchors = build_anchor_generator(cfg, backbone)
-    background, foreground = get_thresholds(rpn.IOU_THRESHOLDS, 2, "MODEL.RPN.IOU_THRESHOLDS")
-    head = _build_rpn_head(cfg, backbone, anchors)
-    keep_float32(heads=[head], anchors=[anchors])
+    background, foreground = rpn.IOU_THRESHOLDS
+    dims, width = rpn.CONV_DIMS, backbone.out_channels
+    if not dims or not set(dims) <= {-1, width}:
+        raise UserError(f"MODEL.RPN.CONV_DIMS must hold -1 or {width} per convolution, got {dims}")
+    head = RPNHead(width, anchors.num_anchors_per_location()[0], len(dims))
+    keep_float32(head)
     network = BatchedRPN(
         anchors,
         head,
@@ -158,7 +153,7 @@ def _build_rpn(cfg, backbone):
         nms_thresh=rpn.NMS_THRESH,
         score_thresh=rpn.SCORE_THRESH,
     )
-    network.box_loss = get_box_loss(rpn, "MODEL.RPN")
+    network.box_loss = get_box_loss(rpn)
     network.loss_weight, network.normalizer = rpn.LOSS_WEIGHT, rpn.LOSS_NORMALIZER
     return network
 
@@ -174,7 +169,7 @@ def build_rcnn(cfg):
     backbone = build_backbone(cfg)
     rpn = _build_rpn(cfg, backbone)
     heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-    (threshold,) = get_thresholds(heads.IOU_THRESHOLDS, 1, "MODEL.ROI_HEADS.IOU_THRESHOLDS")
+    (threshold,) = heads.IOU_THRESHOLDS
     roi_heads = BatchedRoIHeads(
         box_roi_pool=_build_pooler(box, backbone),
         box_head=_build_box_head(box, backbone.out_channels),
@@ -188,9 +183,9 @@ def build_rcnn(cfg):
         nms_thresh=heads.NMS_THRESH_TEST,
         detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
-    roi_heads.box_loss = get_box_loss(box, "MODEL.ROI_BOX_HEAD")
+    roi_heads.box_loss = get_box_loss(box)
     _initialize_box_head(roi_heads)
-    keep_float32(heads=[roi_heads.box_predictor])
+    keep_float32(roi_heads.box_predictor)
     model = GeneralizedRCNN(backbone, rpn, roi_heads, build_preprocess(cfg))
     if cfg.MODEL.MASK_ON:
         _add_mask_head(cfg, roi_heads, backbone)
@@ -213,13 +208,8 @@ def _build_box_head(box, channels):
     resolution = box.POOLER_RESOLUTION
     if (box.NUM_CONV, box.NUM_FC) == (0, 2):
         return TwoMLPHead(channels * resolution**2, box.FC_DIM)
-    if box.NUM_FC < 1 or box.NUM_CONV < 0:
-        raise UserError(
-            f"MODEL.ROI_BOX_HEAD needs NUM_FC >= 1 and NUM_CONV >= 0, not {box.NUM_FC} and {box.NUM_CONV}"
-        )
-    norm = get_norm(box.NORM, "MODEL.ROI_BOX_HEAD.NORM")
-    size = (channels, resolution, resolution)
-    return FastRCNNConvFCHead(size, [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, norm)
+    convolutions, layers = [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC
+    return FastRCNNConvFCHead((channels, resolution, resolution), convolutions, layers, get_norm(box.NORM))
 
 
 def _initialize_box_head(roi_heads):
@@ -236,27 +226,22 @@ def _initialize_box_head(roi_heads):
 
 def _add_mask_head(cfg, roi_heads, backbone):
     mask = cfg.MODEL.ROI_MASK_HEAD
-    if mask.NUM_CONV < 1:
-        raise UserError(f"MODEL.ROI_MASK_HEAD.NUM_CONV is {mask.NUM_CONV}, but must be at least 1")
-    norm = get_norm(mask.NORM, "MODEL.ROI_MASK_HEAD.NORM")
     widths = [mask.CONV_DIM] * mask.NUM_CONV
     roi_heads.mask_roi_pool = _build_pooler(mask, backbone)
-    roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, widths, 1, norm)
+    roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, widths, 1, get_norm(mask.NORM))
     classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1
     roi_heads.mask_predictor = MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes)
-    keep_float32(heads=[roi_heads.mask_predictor])
+    keep_float32(roi_heads.mask_predictor)
 
 
 def _add_keypoint_head(cfg, roi_heads, backbone):
     keypoint = cfg.MODEL.ROI_KEYPOINT_HEAD
     if keypoint.NUM_KEYPOINTS < 1:
         raise UserError(
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoint.NUM_KEYPOINTS}: call "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS must be at least 1, got {keypoint.NUM_KEYPOINTS}: call "
             "default_setup(cfg, args), which asks the training dataset, or set the number"
         )
-    if not keypoint.CONV_DIMS:
-        raise UserError("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS is empty: give at least one width")
     roi_heads.keypoint_roi_pool = _build_pooler(keypoint, backbone)
     roi_heads.keypoint_head = KeypointRCNNHeads(backbone.out_channels, keypoint.CONV_DIMS)
     roi_heads.keypoint_predictor = KeypointRCNNPredictor(keypoint.CONV_DIMS[-1], keypoint.NUM_KEYPOINTS)
-    keep_float32(heads=[roi_heads.keypoint_predictor])
+    keep_float32(roi_heads.keypoint_predictor)

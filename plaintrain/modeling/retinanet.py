@@ -1,26 +1,21 @@
 """RetinaNet (https://arxiv.org/abs/1708.02002) on torchvision's implementation."""
 
-import math
-
 import torch
 from torchvision.models.detection import RetinaNet as _RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from plaintrain.modeling.backbones import build_backbone, get_norm
-from plaintrain.modeling.box_loss import BoxLoss, box_losses
 from plaintrain.modeling.detector import (
     DenseOnSamples,
     build_anchor_generator,
     build_preprocess,
-    get_thresholds,
+    keep_float32,
     prior_bias,
 )
-from plaintrain.modeling.float32 import keep_float32
-from plaintrain.modeling.losses import focal_loss
+from plaintrain.modeling.losses import BoxLoss, box_losses, focal_loss
 from plaintrain.modeling.matching import decode, match, take
 from plaintrain.modeling.postprocess import best_of_classes
-from plaintrain.utils.errors import UserError
 
 
 class RetinaNet(DenseOnSamples, _RetinaNet):
@@ -57,11 +52,10 @@ def build_retinanet(cfg):
         backbone.out_channels,
         anchors.num_anchors_per_location()[0],
         retinanet.NUM_CLASSES,
-        norm_layer=get_norm(retinanet.NORM, "MODEL.RETINANET.NORM", ("", "GN")),
+        norm_layer=get_norm(retinanet.NORM),
     )
-    bias = prior_bias(retinanet.PRIOR_PROB, "MODEL.RETINANET.PRIOR_PROB")
-    torch.nn.init.constant_(head.classification_head.cls_logits.bias, bias)
-    background, foreground = get_thresholds(retinanet.IOU_THRESHOLDS, 2, "MODEL.RETINANET.IOU_THRESHOLDS")
+    torch.nn.init.constant_(head.classification_head.cls_logits.bias, prior_bias(retinanet.PRIOR_PROB))
+    background, foreground = retinanet.IOU_THRESHOLDS
     model = RetinaNet(
         backbone,
         retinanet.NUM_CLASSES,
@@ -74,21 +68,10 @@ def build_retinanet(cfg):
         fg_iou_thresh=foreground,
         topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
     )
-    _set_losses(model, retinanet)
+    model.focal_alpha, model.focal_gamma = retinanet.FOCAL_LOSS_ALPHA, retinanet.FOCAL_LOSS_GAMMA
+    model.box_loss = BoxLoss(retinanet.BBOX_REG_LOSS_TYPE, retinanet.SMOOTH_L1_LOSS_BETA)
     model.box_coder = head.regression_head.box_coder = BoxCoder(retinanet.BBOX_REG_WEIGHTS)
     model.clips_before_nms = cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator"
     model.transform = build_preprocess(cfg)
-    keep_float32(heads=[head], anchors=[anchors])
+    keep_float32(head)
     return model
-
-
-def _set_losses(model, retinanet):
-    model.focal_alpha, model.focal_gamma = retinanet.FOCAL_LOSS_ALPHA, retinanet.FOCAL_LOSS_GAMMA
-    model.box_loss = BoxLoss(retinanet.BBOX_REG_LOSS_TYPE, retinanet.SMOOTH_L1_LOSS_BETA)
-    if not (0 <= model.focal_alpha <= 1 or model.focal_alpha == -1):
-        raise UserError(
-            f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {model.focal_alpha}, but must be 0 to 1, or -1 for none"
-        )
-    for key in ("FOCAL_LOSS_GAMMA", "SMOOTH_L1_LOSS_BETA"):
-        if not 0 <= retinanet[key] < math.inf:
-            raise UserError(f"MODEL.RETINANET.{key} is {retinanet[key]}, but must be 0 or more")

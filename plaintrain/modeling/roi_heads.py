@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_inference
 
-from plaintrain.modeling.box_loss import BoxLoss, box_losses
+from plaintrain.modeling.losses import BoxLoss, box_losses
 from plaintrain.modeling.matching import decode, match, pad_targets, sample, take
 from plaintrain.modeling.postprocess import (
     above,

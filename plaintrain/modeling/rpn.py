@@ -8,8 +8,8 @@ from torchvision.ops import batched_nms
 from torchvision.ops.misc import Conv2dNormActivation
 
 from plaintrain.modeling.anchors import SizeCache
-from plaintrain.modeling.box_loss import BoxLoss, box_losses
-from plaintrain.modeling.float32 import raise_outputs
+from plaintrain.modeling.detector import raise_outputs
+from plaintrain.modeling.losses import BoxLoss, box_losses
 from plaintrain.modeling.matching import decode, match, pad_targets, sample, take
 from plaintrain.modeling.postprocess import are_large, best_of_levels, clip_boxes
 

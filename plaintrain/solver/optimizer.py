@@ -60,12 +60,12 @@ def _as_parameters(optimizer):
 
 
 def build_optimizer(cfg, model):
-    """SGD or AdamW over the trainable parameters of `model`, as SOLVER.* says.
+    """Build SGD or AdamW over the trainable parameters of `model`, as SOLVER.* says.
 
     Raises:
-        UserError: an unknown optimizer, or a model with nothing to train.
+        UserError: settings that do not fit the optimizer, or a model with nothing to train.
     """
-    solver = cfg.SOLVER
+    solver, momentum = cfg.SOLVER, cfg.SOLVER.MOMENTUM
     groups = get_param_groups(
         model,
         base_lr=solver.BASE_LR,
@@ -76,23 +76,16 @@ def build_optimizer(cfg, model):
     )
     if not groups:
         raise UserError("the model has no parameter to train; lower MODEL.BACKBONE.FREEZE_AT")
-    optimizer = _optimizer(solver, groups)
-    optimizer.register_load_state_dict_post_hook(_as_parameters)
-    return optimizer
-
-
-def _optimizer(solver, groups):
-    lr, momentum = solver.BASE_LR, solver.MOMENTUM
     try:
-        if solver.OPTIMIZER == "SGD":
-            optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=solver.NESTEROV, fused=True)
-            # Otherwise a first step that the gradient scaler leaves out makes them of uninitialised memory.
-            if momentum or solver.MOMENTUM_SCHEDULE:
-                for parameter in (p for group in groups for p in group["params"]):
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            return optimizer
         if solver.OPTIMIZER == "AdamW":
-            return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=True)
+            optimizer = torch.optim.AdamW(groups, betas=(momentum, 0.999), fused=True)
+        else:
+            optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=solver.NESTEROV, fused=True)
     except ValueError as e:
         raise UserError(f"SOLVER.* does not fit {solver.OPTIMIZER}: {e}") from e
-    raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, but must be SGD or AdamW")
+    # Otherwise a first step that the gradient scaler leaves out makes them of uninitialised memory.
+    if solver.OPTIMIZER == "SGD" and (momentum or solver.MOMENTUM_SCHEDULE):
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    optimizer.register_load_state_dict_post_hook(_as_parameters)
+    return optimizer
