@@ -54,7 +54,6 @@ from plaintrain.export.export import (
     describe,
     is_fixed,
     need,
-    score_limit,
     trace,
     write_onnx,
     write_torch,
@@ -143,7 +142,7 @@ def main(args):
     unchecked = f"{stem}.unchecked{ending}"
     about = write(predictor, form, unchecked)
     if images:
-        worst = report(check_exported(open_exported(unchecked), model, images, score_limit(cfg)))
+        worst = report(check_exported(open_exported(unchecked), model, images))
         off = {name: value for name, value in worst.items() if not value <= args.tolerance}
         if off:
             os.replace(unchecked, path + ".failed")

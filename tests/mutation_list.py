@@ -306,15 +306,13 @@ MUTATIONS = {
         ("torch.full_like(index[-1], i)", "torch.full_like(index[-1], 0)"),
         ("batched_nms(b, s, k, nms_thresh)", "batched_nms(b, s, torch.zeros_like(k), nms_thresh)"),
     ],
-    "plaintrain/modeling/rcnn.py": [
-        ('losses["loss_keypoint"] * self.keypoint_loss_weight', 'losses["loss_keypoint"]'),
-    ],
     "plaintrain/modeling/retinanet.py": [
         ("loss.masked_fill(~(matched | background), 0).sum(dim=1)", "loss.sum(dim=1)"),
     ],
     "plaintrain/modeling/roi_heads.py": [
         ("deltas, boxes, objects, labels > 0)", "deltas, boxes, objects, labels >= 0)"),
         ("[part + 1 for part in labels]", "labels"),
+        ("loss * self.keypoint_loss_weight", "loss"),
         (".masked_fill(~matched, 0).masked_fill(~exists, _IGNORED)", ".masked_fill(~matched, 0)"),
     ],
     "plaintrain/modeling/rpn.py": [
@@ -324,7 +322,7 @@ MUTATIONS = {
     ],
     "plaintrain/modeling/tta.py": [
         ('detection["keypoints"][:, list(order)]', 'detection["keypoints"]'),
-        ('m.flip(-1) if sample["flipped"] else m for m', "m for m"),
+        ('m.flip(-1) if s["flipped"] else m for m', "m for m"),
     ],
     "plaintrain/engine/nonfinite.py": [
         (("        _copy(self._buffers, self._before)\n        self"), "        self"),

@@ -18,8 +18,9 @@ from plaintrain.data.images import read_image
 from plaintrain.export import check as export_check
 from plaintrain.export import export
 from plaintrain.export.check import check_exported, differences, open_exported
-from plaintrain.export.export import describe, is_fixed, score_limit, trace, write_onnx, write_torch
+from plaintrain.export.export import describe, is_fixed, trace, write_onnx, write_torch
 from plaintrain.export.graph import DetectionGraph
+from plaintrain.modeling.tta import detection_settings
 from plaintrain.structures import BoxMasks
 from plaintrain.utils.errors import UserError
 
@@ -53,7 +54,7 @@ def assert_small(apart):
 
 
 def assert_same(cfg, model, run, images):
-    for row in check_exported(run, model, images, score_limit(cfg)):
+    for row in check_exported(run, model, images):
         assert row["detections"] > 0
         assert ("masks" in row) == ("keypoint_maps" in row) == cfg.MODEL.MASK_ON
         assert_small(row)
@@ -71,7 +72,7 @@ def test_the_graph_finds_what_the_model_finds(name):
     number = int(one.pop("num_detections"))
     second = {key: outputs[key][1, :number] for key in one}
     alone = {key: value[0, :number] for key, value in one.items()}
-    assert_small(differences(second, alone, score_limit(cfg)))
+    assert_small(differences(second, alone, detection_settings(model).score_thresh))
     assert (one["labels"][0, number:] == -1).all() and not one["boxes"][0, number:].any()
 
 

@@ -4,12 +4,14 @@ import contextlib
 import os
 
 import torch
+import torch.nn.functional as F
 
 from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.image_files import image_record, list_images
 from plaintrain.data.records import get_detection_dataset_dicts
 from plaintrain.evaluation.background import unpasted_masks
 from plaintrain.export.export import need
+from plaintrain.modeling.tta import detection_settings
 from plaintrain.utils.errors import UserError
 
 # A box that is further off, in pixels, is another one.
@@ -37,15 +39,8 @@ def open_exported(path):
 
 
 def check_images(cfg, number, folder=""):
-    """The first images of a folder, or else of DATASETS.TEST, resized as in evaluation.
-
-    Args:
-        cfg: the config.
-        number: of them, at most.
-        folder: of image files.
-
-    Returns:
-        list of (name, uint8 `[3, H, W]`).
+    """Return [(name, uint8 `[3, H, W]`), ...]: the first images of a folder, or else of DATASETS.TEST, as
+    evaluation resizes them.
 
     Raises:
         UserError: there are none.
@@ -53,8 +48,8 @@ def check_images(cfg, number, folder=""):
     if folder:
         records = [image_record(path, path) for path in list_images(folder)[:number]]
     elif cfg.DATASETS.TEST:
-        found = get_detection_dataset_dicts(cfg.DATASETS.TEST[0], filter_empty=False)
-        records = [found[i] for i in range(min(number, len(found)))]
+        dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST[0], filter_empty=False)
+        records = [dataset[i] for i in range(min(number, len(dataset)))]
     else:
         raise UserError("DATASETS.TEST is empty: give --images FOLDER, or --check 0 to check nothing")
     mapper = DatasetMapper(cfg, is_train=False)
@@ -62,47 +57,21 @@ def check_images(cfg, number, folder=""):
 
 
 def expected_of(model, image):
-    """What a model finds in an image, in the image's own pixels, as the first of a batch in a file's form.
-
-    Args:
-        model: the detector, on the CPU, in evaluation mode.
-        image: uint8 `[3, H, W]`.
-    """
-    heads, maps = getattr(model, "roi_heads", None), []
-    hook = contextlib.nullcontext()
-    if getattr(heads, "keypoint_predictor", None) is not None:
-        hook = heads.keypoint_predictor.register_forward_hook(
-            lambda module, args, output: maps.append(output)
-        )
+    """Return a model's detections in an image uint8 `[3, H, W]`, in its pixels, as a file has them."""
+    maps, hook = [], contextlib.nullcontext()
+    if getattr(getattr(model, "roi_heads", None), "keypoint_predictor", None) is not None:
+        hook = model.roi_heads.keypoint_predictor.register_forward_hook(lambda *args: maps.append(args[-1]))
     with hook, unpasted_masks(model), torch.no_grad():
-        found = model([{"image": image, "height": image.shape[1], "width": image.shape[2]}])[0]
-    expected = {key: found[key] for key in ("boxes", "scores", "labels")}
-    if "masks" in found:
-        expected["masks"] = found["masks"].probabilities[:, 0]
-    if maps:
-        expected["keypoint_maps"] = maps[0]
-    return expected
-
-
-def match(found, expected):
-    """Which of the detections `found` is each of `expected`: the nearest of the same label, within a pixel.
-
-    Returns:
-        list of pairs of indices, and the indices of either that have no partner.
-    """
-    far = (found["boxes"][:, None] - expected["boxes"]).abs().amax(dim=2)
-    far = far.masked_fill(found["labels"][:, None] != expected["labels"], float("inf"))
-    pairs, free = [], set(range(len(far)))
-    for j, column in enumerate(far.T):
-        i = min(free, key=column.tolist().__getitem__, default=None)
-        if i is not None and column[i] <= _SAME:
-            pairs.append((i, j))
-            free.remove(i)
-    return pairs, sorted(free), sorted(set(range(far.shape[1])) - {j for _, j in pairs})
+        (expected,) = model([{"image": image, "height": image.shape[1], "width": image.shape[2]}])
+    if "masks" in expected:
+        expected["masks"] = expected["masks"].probabilities[:, 0]
+    return expected | ({"keypoint_maps": maps[0]} if maps else {})
 
 
 def differences(found, expected, limit):
-    """The largest differences between two lots of detections of an image.
+    """Return the largest differences between two lists of detections of an image.
+
+    The partner of a detection is the nearest of its label, within a pixel.
 
     Args:
         found, expected: {boxes `[N, 4]`, scores `[N]`, labels `[N]`, ...}.
@@ -112,31 +81,34 @@ def differences(found, expected, limit):
     Returns:
         {"detections": number of `expected`, "boxes": pixels, "scores": 0..1, "masks": ..., ...}
     """
-    pairs, only_found, only_expected = match(found, expected)
-    rows = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    far = (found["boxes"][:, None] - expected["boxes"]).abs().amax(dim=2)
+    # Of boxes that are the same, the one with the same score.
+    far = far + (found["scores"][:, None] - expected["scores"]).abs()
+    far = far.masked_fill(found["labels"][:, None] != expected["labels"], float("inf"))
+    # With a row and a column of nobody.
+    distance, partner = F.pad(far, (0, 1, 0, 1), value=float("inf")).min(dim=0)
+    has_partner = distance[:-1] <= _SAME
+    partner = partner[:-1][has_partner]
+    is_alone = torch.ones(len(far), dtype=torch.bool).scatter(0, partner, False)
     result = {"detections": len(expected["scores"])}
     for key in _VALUES:
         if key in expected:
-            off = (found[key][rows[:, 0]] - expected[key][rows[:, 1]]).abs()
+            off = (found[key][partner] - expected[key][has_partner]).abs()
             result[key] = off.max().item() if off.numel() else 0.0
-    alone = torch.cat([found["scores"][only_found], expected["scores"][only_expected]]) - limit
+    alone = torch.cat([found["scores"][is_alone], expected["scores"][~has_partner]]) - limit
     result["scores"] = max([result["scores"], *alone.tolist()])
     return result
 
 
-def check_exported(run, model, images, limit):
-    """`differences` between a file and its model, of each image.
+def check_exported(run, model, images):
+    """Return the `differences` between a file and its model of each image, with its name as "image".
 
     Args:
         run: what `open_exported` returns.
         model: the detector, on the CPU, in evaluation mode.
         images: list of (name, uint8 `[3, H, W]`).
-        limit: the model's score threshold.
-
-    Returns:
-        list of dicts, with the image's name as "image".
     """
-    rows = []
+    rows, limit = [], detection_settings(model).score_thresh
     for name, image in images:
         expected, outputs = expected_of(model, image), run(image[None])
         number = int(outputs["num_detections"][0])

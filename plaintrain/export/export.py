@@ -13,7 +13,6 @@ import warnings
 import torch
 
 from plaintrain.export.graph import DetectionGraph
-from plaintrain.modeling.tta import detection_threshold
 from plaintrain.utils.errors import UserError, first_line, require
 from plaintrain.utils.logger import silenced
 
@@ -58,11 +57,6 @@ def describe(cfg, class_names, weights):
 def is_fixed(cfg):
     """Whether the model takes images of INPUT.FIXED_SIZE only."""
     return cfg.MODEL.META_ARCHITECTURE == "SSD"
-
-
-def score_limit(cfg):
-    """The score below which the model of a config finds nothing."""
-    return detection_threshold(cfg, "SCORE_THRESH")
 
 
 def need(module):

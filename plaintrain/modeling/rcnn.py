@@ -27,28 +27,16 @@ from plaintrain.modeling.roi_heads import BatchedRoIHeads
 from plaintrain.modeling.rpn import BatchedRPN
 from plaintrain.utils.errors import UserError
 
-# torchvision's names of the losses -> Detectron2's.
-_LOSSES = {
-    "loss_classifier": "loss_cls",
-    "loss_box_reg": "loss_box_reg",
-    "loss_mask": "loss_mask",
-    "loss_keypoint": "loss_keypoint",
-    "loss_objectness": "loss_rpn_cls",
-    "loss_rpn_box_reg": "loss_rpn_loc",
-}
-
 
 class GeneralizedRCNN(_GeneralizedRCNN):
     """torchvision's Faster, Mask or Keypoint R-CNN, parameter for parameter, in fixed shapes.
 
     Attributes:
-        loss_names: torchvision's name of each loss -> the one it has here.
-        keypoint_loss_weight: factor of `loss_keypoint`.
         pastes_masks: False leaves masks as `BoxMasks`, for whoever pastes or encodes them elsewhere.
         masks_aligned: how masks lie in their boxes; see `plaintrain.structures`.
     """
 
-    loss_names, keypoint_loss_weight, pastes_masks, masks_aligned = _LOSSES, 1.0, True, True
+    pastes_masks = masks_aligned = True
 
     def forward(self, samples):
         """
@@ -66,14 +54,11 @@ class GeneralizedRCNN(_GeneralizedRCNN):
         images, _ = self.transform([sample["image"] for sample in samples])
         targets = get_targets(samples, images.tensors.device, label_offset=1) if self.training else None
         features = self.backbone(images.tensors)
-        proposals, losses = self.rpn(images, features, targets)
-        detections, head_losses = self.roi_heads(features, proposals, images.image_sizes, targets)
-        if not self.training:
-            return to_original_size(detections, samples, self.pastes_masks, self.masks_aligned)
-        losses |= head_losses
-        if "loss_keypoint" in losses:
-            losses["loss_keypoint"] = losses["loss_keypoint"] * self.keypoint_loss_weight
-        return {name: losses[theirs] for theirs, name in self.loss_names.items() if theirs in losses}
+        proposals, rpn_losses = self.rpn(images, features, targets)
+        detections, losses = self.roi_heads(features, proposals, images.image_sizes, targets)
+        if self.training:
+            return losses | rpn_losses
+        return to_original_size(detections, samples, self.pastes_masks, self.masks_aligned)
 
     @contextlib.contextmanager
     def without_masks(self):
@@ -123,7 +108,7 @@ class ProposalNetwork(nn.Module):
         features = self.backbone(images.tensors)
         proposals, losses = self.rpn(images, features, targets, propose=not self.training)
         if self.training:
-            return {_LOSSES[name]: value for name, value in losses.items()}
+            return losses
         boxes, scores = proposals
         detections = [
             {"boxes": b[:n], "scores": s[:n], "labels": torch.zeros_like(s[:n], dtype=torch.int64)}
@@ -192,7 +177,6 @@ def build_rcnn(cfg):
         model.masks_aligned = roi_heads.masks_aligned = cfg.MODEL.ROI_MASK_HEAD.ALIGNED
     if cfg.MODEL.KEYPOINT_ON:
         _add_keypoint_head(cfg, roi_heads, backbone)
-        model.keypoint_loss_weight = cfg.MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT
     return model
 
 
@@ -241,6 +225,7 @@ def _add_keypoint_head(cfg, roi_heads, backbone):
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS must be at least 1, got {keypoint.NUM_KEYPOINTS}: call "
             "default_setup(cfg, args), which asks the training dataset, or set the number"
         )
+    roi_heads.keypoint_loss_weight = keypoint.LOSS_WEIGHT
     roi_heads.keypoint_roi_pool = _build_pooler(keypoint, backbone)
     roi_heads.keypoint_head = KeypointRCNNHeads(backbone.out_channels, keypoint.CONV_DIMS)
     roi_heads.keypoint_predictor = KeypointRCNNPredictor(keypoint.CONV_DIMS[-1], keypoint.NUM_KEYPOINTS)

@@ -26,10 +26,11 @@ class BatchedRoIHeads(RoIHeads):
 
     Attributes:
         box_loss: the `BoxLoss`.
+        keypoint_loss_weight: factor of `loss_keypoint`.
         masks_aligned: how masks lie in their boxes; see `plaintrain.structures`.
     """
 
-    box_loss, masks_aligned = BoxLoss(), True
+    box_loss, keypoint_loss_weight, masks_aligned = BoxLoss(), 1.0, True
 
     def forward(self, features, proposals, image_shapes, targets=None):
         """torchvision's, but proposals are those of `BatchedRPN`, and labels count from 0 in evaluation."""
@@ -48,7 +49,8 @@ class BatchedRoIHeads(RoIHeads):
             # torchvision's loss takes views of it.
             logits = self.predict_heatmaps(features, boxes).contiguous()
             keypoints = [target["keypoints"] for target in targets]
-            losses["loss_keypoint"] = keypointrcnn_loss(logits, boxes, keypoints, index)
+            loss = keypointrcnn_loss(logits, boxes, keypoints, index)
+            losses["loss_keypoint"] = loss * self.keypoint_loss_weight
         return [], losses
 
     def _predict_boxes(self, features, boxes):
@@ -114,7 +116,7 @@ class BatchedRoIHeads(RoIHeads):
         deltas = take(deltas.view(labels.numel(), -1, 4), labels.clamp(min=0).view(-1, 1))
         deltas = deltas.view_as(objects)
         loss_box = box_losses(self.box_loss, self.box_coder, deltas, boxes, objects, labels > 0)
-        return {"loss_classifier": loss / number, "loss_box_reg": loss_box.sum() / number}
+        return {"loss_cls": loss / number, "loss_box_reg": loss_box.sum() / number}
 
     def _mask_loss(self, logits, boxes, index, targets):
         matched = list(zip(targets, boxes, index, strict=True))

@@ -97,7 +97,7 @@ class BatchedRPN(RegionProposalNetwork):
         truth = positive.to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, truth, exists.to(logits.dtype), reduction="sum")
         weight = self.loss_weight / number
-        return {"loss_objectness": loss * weight, "loss_rpn_box_reg": loss_box * weight}
+        return {"loss_rpn_cls": loss * weight, "loss_rpn_loc": loss_box * weight}
 
     def predict(self, features):
         """Objectness `[B, N]` and deltas `[B, N, 4]` of all anchors, and how many of them each level has."""
