@@ -147,4 +147,8 @@ class BatchedRPN(RegionProposalNetwork):
             row.index_fill_(0, batched_nms(b, s, levels[0], self.nms_thresh), True)  # device sync
         number = min(self.post_nms_top_n(), scores.shape[1])
         scores, best = scores.masked_fill(~alive, -1).topk(number, dim=1)
+        if not self.training:
+            # Small images have few proposals: the heads need not compute the padding.
+            number = int((scores >= 0).sum(dim=1).max())  # device sync
+            scores, best = scores[:, :number], best[:, :number]
         return take(boxes, best), scores

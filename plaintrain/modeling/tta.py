@@ -69,7 +69,7 @@ class DetectorWithTTA(nn.Module):
         return {key: value[keep[: self.detections_per_image]] for key, value in merged.items()}
 
     def _add_masks(self, results, views):
-        """Add the mean of what the mask head gives for each view, of the boxes as they lie in the original."""
+        """Add the mean of the masks that the mask head predicts for the merged boxes in each view."""
         probabilities = []
         for view in views:
             boxes = [_to_view(result["boxes"], sample) for result, sample in zip(results, view, strict=True)]
