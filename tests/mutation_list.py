@@ -373,8 +373,8 @@ MUTATIONS = {
         ("bisect.bisect_right(steps, round(", "bisect.bisect_left(steps, round("),
         ("        self._set_momentum(self.base_momentum)\n", ""),
     ],
-    "plaintrain/solver/optimizer.py": [("    nn.GroupNorm,\n", "")],
-    "plaintrain/solver/grad_clip.py": [
+    "plaintrain/solver/optimizer.py": [
+        ("    nn.GroupNorm,\n", ""),
         ("clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0", "clip.CLIP_VALUE, 2.0"),
     ],
     "plaintrain/structures.py": [

@@ -48,6 +48,7 @@ def _freeze(stages, freeze_at):
 
 
 def _resnet(cfg):
+    """Return a ResNet or ResNeXt and {layer: its channels}."""
     resnets = cfg.MODEL.RESNETS
     body = get_model(
         f"resnet{resnets.DEPTH}",
@@ -61,36 +62,38 @@ def _resnet(cfg):
     stem = nn.ModuleDict({"conv1": body.conv1, "bn1": body.bn1})
     _freeze([stem, body.layer1, body.layer2, body.layer3, body.layer4], cfg.MODEL.BACKBONE.FREEZE_AT)
     body.bn1 = stem["bn1"]
-    return body, body.fc.in_features // 8
+    width = body.fc.in_features // 8
+    return body, {f"layer{stage}": width * 2 ** (stage - 1) for stage in (1, 2, 3, 4)}
 
 
-def _resnet_fpn(cfg, body, width, stages, extra_blocks, extra_names):
+def _with_fpn(cfg, body, channels, extra_blocks, extra_names, strides):
+    """Put an FPN on layers of a body, {layer: its channels}."""
     backbone = BackboneWithFPN(
         body,
-        return_layers={f"layer{stage}": str(i) for i, stage in enumerate(stages)},
-        in_channels_list=[width * 2 ** (stage - 1) for stage in stages],
+        return_layers={layer: str(i) for i, layer in enumerate(channels)},
+        in_channels_list=list(channels.values()),
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         extra_blocks=extra_blocks,
         norm_layer=get_norm(cfg.MODEL.FPN.NORM),
     )
-    backbone.level_names = [str(i) for i in range(len(stages))] + extra_names
-    backbone.strides = [2 ** (stages[0] + 1 + i) for i in range(len(backbone.level_names))]
+    backbone.level_names = [str(i) for i in range(len(channels))] + extra_names
+    backbone.strides = strides
     return backbone
 
 
 def build_resnet_fpn_backbone(cfg):
     """ResNet or ResNeXt with an FPN on res2 to res5; levels of stride 4, 8, 16, 32 and 64."""
-    body, width = _resnet(cfg)
-    return _resnet_fpn(cfg, body, width, [1, 2, 3, 4], LastLevelMaxPool(), ["pool"])
+    return _with_fpn(cfg, *_resnet(cfg), LastLevelMaxPool(), ["pool"], [4, 8, 16, 32, 64])
 
 
 def build_retinanet_resnet_fpn_backbone(cfg):
     """ResNet or ResNeXt with an FPN on res3 to res5, P6 from P5 or res5, P7 from P6; strides 8 to 128."""
-    body, width = _resnet(cfg)
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    top = LastLevelP6P7(channels if cfg.MODEL.FPN.P6_IN_FEATURE == "p5" else width * 8, channels)
-    top.use_P5 = cfg.MODEL.FPN.P6_IN_FEATURE == "p5"
-    return _resnet_fpn(cfg, body, width, [2, 3, 4], top, ["p6", "p7"])
+    body, channels = _resnet(cfg)
+    del channels["layer1"]
+    out_channels, use_p5 = cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FPN.P6_IN_FEATURE == "p5"
+    top = LastLevelP6P7(out_channels if use_p5 else channels["layer4"], out_channels)
+    top.use_P5 = use_p5
+    return _with_fpn(cfg, body, channels, top, ["p6", "p7"], [8, 16, 32, 64, 128])
 
 
 def _split(features, starts):
@@ -111,16 +114,8 @@ def build_mobilenet_v3_large_fpn_backbone(cfg):
     """MobileNetV3-Large with an FPN on its last two stages; levels of stride 32, 32 and 64."""
     norm = functools.partial(get_norm(cfg.MODEL.RESNETS.NORM), eps=cfg.MODEL.RESNETS.NORM_EPS)
     features, starts = _mobilenet(norm, False, cfg.MODEL.BACKBONE.FREEZE_AT)
-    backbone = BackboneWithFPN(
-        features,
-        return_layers={str(starts[-2]): "0", str(starts[-1]): "1"},
-        in_channels_list=[features[i].out_channels for i in starts[-2:]],
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        extra_blocks=LastLevelMaxPool(),
-        norm_layer=get_norm(cfg.MODEL.FPN.NORM),
-    )
-    backbone.level_names, backbone.strides = ["0", "1", "pool"], [32, 32, 64]
-    return backbone
+    channels = {str(i): features[i].out_channels for i in starts[-2:]}
+    return _with_fpn(cfg, features, channels, LastLevelMaxPool(), ["pool"], [32, 32, 64])
 
 
 def build_ssd_vgg16_backbone(cfg):
@@ -156,19 +151,13 @@ def _small_group_norm(channels):
 
 
 class TinyBackbone(nn.Module):
-    """Two 3x3 convolutions per width, the first of stride 2; one more for each output level.
+    """Two 3x3 convolutions for each of `channels`, the first of stride 2; one more for each output level,
+    of which the last `num_levels` stages have one.
 
     Made to be trained from random weights on a CPU; Kaiming initialisation.
     """
 
     def __init__(self, channels, out_channels, num_levels, norm):
-        """
-        Args:
-            channels: width of each stage; the last one's stride is 2 ** len(channels).
-            out_channels: width of the outputs.
-            num_levels: how many stages, from the last one back, have an output.
-            norm: callable from channels to a module.
-        """
         super().__init__()
         widths = [3, *channels]
         self.stages = nn.ModuleList(

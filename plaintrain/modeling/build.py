@@ -31,11 +31,7 @@ def num_classes_key(cfg):
 
 
 def get_device(name):
-    """The `torch.device` that MODEL.DEVICE names; auto takes CUDA, then MPS, then the CPU.
-
-    Raises:
-        UserError: a device that this machine or this build of torch does not have.
-    """
+    """Return the `torch.device` that MODEL.DEVICE names; auto takes CUDA, then MPS, then the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if torch.backends.mps.is_available():
@@ -53,7 +49,10 @@ def build_model(cfg):
     """Build the detector of MODEL.META_ARCHITECTURE with random weights, on MODEL.DEVICE.
 
     Returns:
-        A module that takes a `list[sample]`; see the classes' `forward`.
+        A module that takes samples: `image` uint8 `[3, H, W]`, in training with `target`. In training it
+        returns a dict of losses, 0-d tensors. In evaluation it returns a list of {boxes `[N, 4]`, scores
+        `[N]`, labels `[N]`}, boxes XYXY in the original image's pixels, scores descending in 0..1, labels
+        0 to K-1; with their heads masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
 
     Raises:
         UserError: an unknown or unsupported setting, or a number of classes that is still 0.

@@ -118,15 +118,7 @@ class DenseOnSamples:
     label_offset, clips_before_nms = 0, True
 
     def forward(self, samples):
-        """
-        Args:
-            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
-
-        Returns:
-            In training: a dict of losses, 0-d tensors.
-            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
-            original image's pixels, scores descending in 0..1, labels 0 to K-1.
-        """
+        """Return losses or detections; see `plaintrain.modeling.build_model`."""
         if self.training:
             check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])

@@ -39,16 +39,7 @@ class GeneralizedRCNN(_GeneralizedRCNN):
     pastes_masks = masks_aligned = True
 
     def forward(self, samples):
-        """
-        Args:
-            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
-
-        Returns:
-            In training: a dict of losses, 0-d tensors.
-            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
-            original image's pixels, scores descending in 0..1, labels 0 to K-1; with their heads
-            masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
-        """
+        """Return losses or detections; see `plaintrain.modeling.build_model`."""
         if self.training:
             check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
@@ -70,37 +61,29 @@ class GeneralizedRCNN(_GeneralizedRCNN):
             self.roi_heads.mask_roi_pool = pool
 
     def predict_masks(self, samples, boxes, labels):
-        """The masks of given objects, by a model that has a mask head.
+        """Return the masks of given objects: probabilities inside each box, float32 `[N, 1, M, M]` a sample.
 
         Args:
             samples: list of samples; `image` uint8 `[3, H, W]`.
             boxes: for each sample `[N, 4]`, XYXY, in the pixels of its `image`.
             labels: for each sample `[N]`, 0 to K-1.
-
-        Returns:
-            For each sample float32 `[N, 1, M, M]`: probabilities of its label's mask inside each box.
         """
         images, _ = self.transform([sample["image"] for sample in samples])
         return list(self.roi_heads.predict_masks(self.backbone(images.tensors), boxes, labels))
 
 
 class ProposalNetwork(nn.Module):
-    """Backbone and RPN, with the parameter names they have in torchvision's Faster R-CNN."""
+    """Backbone and RPN, with the parameter names they have in torchvision's Faster R-CNN.
+
+    In evaluation its detections are the proposals, scores objectness, labels all 0.
+    """
 
     def __init__(self, backbone, rpn, transform):
         super().__init__()
         self.transform, self.backbone, self.rpn = transform, backbone, rpn
 
     def forward(self, samples):
-        """
-        Args:
-            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
-
-        Returns:
-            In training: `loss_rpn_cls` and `loss_rpn_loc`, 0-d tensors.
-            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}: proposals in the
-            original image's pixels, objectness descending in 0..1, labels all 0.
-        """
+        """Return losses or detections; see `plaintrain.modeling.build_model`."""
         if self.training:
             check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])

@@ -43,16 +43,11 @@ class Due(NamedTuple):
 
 
 def workflow_epochs(workflow, max_epochs, start_epoch=0):
-    """The epochs of a run in order, as MMDetection's runner takes them from `workflow`.
+    """Yield the epochs of a run in order, as MMDetection's runner takes them from `workflow`.
 
-    The flows are repeated until `max_epochs` training epochs are done; only those count. The last
-    round leaves out training epochs beyond that, its validation epochs take place.
-
-    Args:
-        workflow: [[mode, number], ...], mode "train" or "val".
-        max_epochs: training epochs of the whole run.
-        start_epoch: training epochs that are done already. It begins right after the last of them,
-            with the validation epochs that follow it.
+    The flows, [["train" or "val", number], ...], are repeated until `max_epochs` training epochs are done.
+    The last round leaves out training epochs beyond that, its validation epochs take place. After
+    `start_epoch` training epochs, a resumed run begins with the validation epochs that follow.
 
     Yields:
         (mode, epoch): "train" with the number of the training epoch, from 0; "val" with that of the
