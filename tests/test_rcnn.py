@@ -1,4 +1,4 @@
-"""Faster, Mask and Keypoint R-CNN and their proposals, against torchvision's: modeling.rcnn, .box_loss."""
+"""Faster, Mask and Keypoint R-CNN and their proposals, against torchvision's: modeling.rcnn, .losses."""
 
 import pytest
 import torch

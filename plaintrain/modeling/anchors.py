@@ -86,13 +86,5 @@ class DefaultAnchorGenerator(CachedAnchorGenerator):
 
     def grid_anchors(self, grid_sizes, strides):
         """The anchors of each level, `[H * W * A, 4]`; the strides that torchvision finds do not matter."""
-        levels = []
-        for cell, stride, sides in zip(self.cell_anchors, self.strides, grid_sizes, strict=True):
-            y, x = (
-                (torch.arange(side, dtype=cell.dtype, device=cell.device) + self.offset) * stride
-                for side in sides
-            )
-            y, x = torch.meshgrid(y, x, indexing="ij")
-            centres = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
-            levels.append((centres + cell).view(-1, 4))
-        return levels
+        levels = super().grid_anchors(grid_sizes, [(stride, stride) for stride in self.strides])
+        return [level + self.offset * stride for level, stride in zip(levels, self.strides, strict=True)]

@@ -16,31 +16,19 @@ from plaintrain.utils.errors import UserError
 
 
 class Preprocess(nn.Module):
-    """Stands in for torchvision's `GeneralizedRCNNTransform`: normalises and pads, never resizes."""
+    """Stands in for torchvision's `GeneralizedRCNNTransform`: normalises and pads, never resizes.
+
+    With `bgr` the mean and std, for pixels of 0 to 255, and the network's input are in BGR order.
+    """
 
     def __init__(self, pixel_mean, pixel_std, bgr, size_divisible=32, channels_last=False):
-        """
-        Args:
-            pixel_mean, pixel_std: 3 numbers each, for pixels of 0 to 255.
-            bgr: the numbers, and the network's input, are in BGR order.
-            size_divisible: pad the batch's sides to multiples of this.
-            channels_last: the memory format of the batch.
-        """
         super().__init__()
         self.bgr, self.size_divisible, self.channels_last = bgr, size_divisible, channels_last
         self.register_buffer("mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
     def forward(self, images, targets=None):
-        """Normalise, and pad at the right and the bottom with zeros.
-
-        Args:
-            images: list of uint8 `[3, H, W]`, RGB, on any device.
-            targets: passed through.
-
-        Returns:
-            (ImageList, targets).
-        """
+        """Return the images, uint8 `[3, H, W]` in RGB, as an ImageList, padded with zeros; and `targets`."""
         sizes = [tuple(image.shape[-2:]) for image in images]
         multiple = self.size_divisible
         height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))

@@ -9,9 +9,8 @@ from torchvision.ops.poolers import _convert_to_roi_format
 
 
 def _sums_rows(features, sampling_ratio):
-    """Whether to pool by `_sum_rows`: on a CPU torchvision's operator runs one channel after the other,
-    forward 5 and backward 10 times slower; a GPU's is fast, and one sum needs a fixed number of samples.
-    """
+    # On a CPU torchvision's operator runs one channel after the other, forward 5 and backward 10 times
+    # slower. One sum needs a fixed number of samples.
     on_cpu = features[0].device.type == "cpu" and not torch.compiler.is_exporting()
     return on_cpu and sampling_ratio > 0
 
@@ -25,7 +24,7 @@ def _to_rois(boxes):
 
 
 def pool_levels(features, rois, levels, scales, **arguments):
-    """Pool each box from its level, `[K, C, *output_size]`, with one sync point for all of them.
+    """Pool each box from its level, `[K, C, *output_size]`, with one device sync for all of them.
 
     Args:
         features, scales: of each level `[B, C, H, W]`, and its locations per pixel.
@@ -101,13 +100,9 @@ def _sum_rows(features, rois, levels, scales, arguments):
 
 
 class RoIAlign(MultiScaleRoIAlign):
-    """RoIAlign of each box on the level of its size, with one sync point for all levels.
+    """RoIAlign of each box on the level of its size, with one device sync for all levels.
 
-    Nothing is inferred from a batch: the scales of the levels are those of the backbone's strides.
-
-    Attributes:
-        scales: locations per pixel, one number a level.
-        aligned: samples lie at pixel centres.
+    Nothing is inferred from a batch: `scales`, locations per pixel, are those of the backbone's strides.
     """
 
     def __init__(self, featmap_names, output_size, sampling_ratio, strides, *, aligned=False):

@@ -15,12 +15,7 @@ class LRScheduler:
     """
 
     def __init__(self, optimizer, factor, momentum=None):
-        """
-        Args:
-            optimizer: its groups' `lr` are the bases.
-            factor: function from the iteration (from 0) to the multiplier.
-            momentum: function from the iteration to the momentum, or None for what the groups have.
-        """
+        """`factor` and `momentum` are functions of the iteration, from 0; None leaves the momentum alone."""
         self.optimizer, self.factor, self.momentum = optimizer, factor, momentum
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         group = optimizer.param_groups[0]
