@@ -48,12 +48,14 @@ from plaintrain.config import get_cfg, get_value
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.engine.launch import launch
 from plaintrain.evaluation.evaluator import format_table
-from plaintrain.export.check import check_exported, check_images, open_exported
 from plaintrain.export.export import (
     FORMATS,
+    check_exported,
+    check_images,
     describe,
     is_fixed,
     need,
+    open_exported,
     trace,
     write_onnx,
     write_torch,

@@ -252,7 +252,7 @@ MUTATIONS = {
         ("above = best > iou / 100", "above = best >= iou / 100"),
         ('bool(a.get("difficult", 0) or a.get("iscrowd", 0))', 'bool(a.get("difficult", 0))'),
     ],
-    "plaintrain/export/check.py": [
+    "plaintrain/export/export.py": [
         ('far.masked_fill(found["labels"][:, None] != expected["labels"], float("inf"))', "far"),
     ],
     "plaintrain/engine/distributed_env.py": [

@@ -15,10 +15,17 @@ from script_helpers import assert_refused, script_output
 from torchvision.utils import save_image
 
 from plaintrain.data.images import read_image
-from plaintrain.export import check as export_check
 from plaintrain.export import export
-from plaintrain.export.check import check_exported, differences, open_exported
-from plaintrain.export.export import describe, is_fixed, trace, write_onnx, write_torch
+from plaintrain.export.export import (
+    check_exported,
+    describe,
+    differences,
+    is_fixed,
+    open_exported,
+    trace,
+    write_onnx,
+    write_torch,
+)
 from plaintrain.export.graph import DetectionGraph
 from plaintrain.modeling.tta import detection_settings
 from plaintrain.structures import BoxMasks
@@ -211,7 +218,7 @@ def export_a_little_off():
 
     export.trace = lambda *args: "a program"
     export.write_torch = lambda program, path, about: Path(path).write_text(program)
-    export_check.open_exported = lambda path: run
+    export.open_exported = lambda path: run
 
 
 @pytest.mark.parametrize(

@@ -283,12 +283,12 @@ def mask_rcnn(*views):
     model = build(*MASKS).eval()
     model.asked = []
 
-    def predict_masks(samples, boxes, labels):
+    def predict_masks(features, boxes, labels):
         model.asked.append((boxes[0].tolist(), labels[0].tolist()))
         return [masks[len(model.asked) - 1].expand(len(labels[0]), 1, 28, 28)]
 
     # A module would become a part of the model.
-    model.forward, model.predict_masks = listed.forward, predict_masks
+    model.forward, model.roi_heads.predict_masks = listed.forward, predict_masks
     return model
 
 

@@ -146,11 +146,8 @@ def to_original_size(detections, samples, paste=True, aligned=True):
         detections: list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, and where the model has such
             heads, masks `[N, 1, M, M]` and keypoints `[N, Kp, 3]` as x, y, score.
         samples: the samples they were made from.
-        paste: make masks of the image's pixels; otherwise they are `BoxMasks`.
+        paste: make masks bool `[N, height, width]`; otherwise they are `BoxMasks`.
         aligned: how masks lie in their boxes; see `plaintrain.structures`.
-
-    Returns:
-        The list, in the original images' pixels; masks bool `[N, height, width]`.
     """
     results = []
     for detection, sample in zip(detections, samples, strict=True):
@@ -183,10 +180,7 @@ def keep_float32(*heads):
     """Give modules float32 results whatever autocast computes them in; nothing changes without it.
 
     torchvision decodes boxes in the precision of the head. In bfloat16, with 8 bits, a coordinate of 700 is
-    off by up to 2 pixels.
-
-    Args:
-        heads: modules whose outputs (tensors, or dicts, lists and tuples of them) become float32.
+    off by up to 2 pixels. Outputs are tensors, or dicts, lists and tuples of them.
     """
     for module in heads:
         module.register_forward_hook(raise_outputs)

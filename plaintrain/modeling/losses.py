@@ -73,15 +73,11 @@ def smooth_l1_loss(deltas, targets, counts, beta):
 
 
 class BoxLoss(NamedTuple):
-    """A loss of boxes: torchvision's recipe by default, Detectron2's from the config.
+    """A loss of boxes: torchvision's recipe by default, Detectron2's from the config."""
 
-    Attributes:
-        kind: "smooth_l1" of the deltas, or "giou" of the boxes.
-        beta: where smooth L1 turns from a parabola to a line, 0 or more; 0 is L1.
-        weight: factor.
-    """
-
+    # "smooth_l1" of the deltas, or "giou" of the boxes.
     kind: str = "smooth_l1"
+    # Where smooth L1 turns from a parabola to a line; 0 is L1.
     beta: float = 1 / 9
     weight: float = 1.0
 
@@ -92,7 +88,7 @@ def get_box_loss(node):
 
 
 def box_losses(recipe, coder, deltas, priors, objects, counts):
-    """The weighted losses of boxes, `[B, S]`, 0 where they do not count.
+    """Return the weighted losses of boxes, `[B, S]`, 0 where bool `counts` is False.
 
     Args:
         recipe: the `BoxLoss`.
@@ -100,7 +96,6 @@ def box_losses(recipe, coder, deltas, priors, objects, counts):
         deltas: what the network gives for each prior, float32 `[B, S, 4]`.
         priors: anchors or proposals, `[B, S, 4]`, or `[S, 4]`, the same for all images.
         objects: the boxes to be learned, `[B, S, 4]`.
-        counts: bool `[B, S]`.
     """
     if recipe.kind == "giou":
         return recipe.weight * giou_loss(decode(deltas, priors, coder), objects, counts)

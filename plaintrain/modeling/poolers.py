@@ -56,9 +56,8 @@ def _samples(starts, sides, bins, ratio, extent):
     """What RoIAlign reads along one axis: of each bin the locations next to its samples, and their weights.
 
     Args:
-        starts, sides: of the boxes, in locations, `[K]`.
+        starts, sides, extent: of the boxes, in locations, and how many locations there are, `[K]`.
         bins, ratio: bins a box, and samples a bin.
-        extent: number of locations there are, `[K]`.
 
     Returns:
         int64 in 0..extent - 1 and float32 in 0..1, both `[K, bins, 2 * ratio]`.
@@ -108,9 +107,7 @@ class RoIAlign(MultiScaleRoIAlign):
     def __init__(self, featmap_names, output_size, sampling_ratio, strides, *, aligned=False):
         """
         Args:
-            featmap_names: the feature maps to pool from, finest first.
-            output_size: bins per side.
-            sampling_ratio: samples per bin and side; 0 takes as many as the bin has pixels.
+            featmap_names, output_size, sampling_ratio: see torchvision's.
             strides: pixels per location, a power of 2 for each feature map.
             aligned: sample and choose levels as Detectron2's ROIAlignV2; otherwise as torchvision.
         """

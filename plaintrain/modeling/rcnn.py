@@ -60,17 +60,6 @@ class GeneralizedRCNN(_GeneralizedRCNN):
         finally:
             self.roi_heads.mask_roi_pool = pool
 
-    def predict_masks(self, samples, boxes, labels):
-        """Return the masks of given objects: probabilities inside each box, float32 `[N, 1, M, M]` a sample.
-
-        Args:
-            samples: list of samples; `image` uint8 `[3, H, W]`.
-            boxes: for each sample `[N, 4]`, XYXY, in the pixels of its `image`.
-            labels: for each sample `[N]`, 0 to K-1.
-        """
-        images, _ = self.transform([sample["image"] for sample in samples])
-        return list(self.roi_heads.predict_masks(self.backbone(images.tensors), boxes, labels))
-
 
 class ProposalNetwork(nn.Module):
     """Backbone and RPN, with the parameter names they have in torchvision's Faster R-CNN.

@@ -39,8 +39,7 @@ class DetectorWithTTA(nn.Module):
     def __init__(self, model, nms_thresh, detections_per_image):
         """
         Args:
-            model: takes a `list[sample]`, and returns in evaluation for each {boxes, scores, labels,
-                and where it finds them masks, keypoints} in the original image's pixels.
+            model: what `build_model` returns.
             nms_thresh: IoU in 0..1 with a better detection of its class above which one is left out.
             detections_per_image: how many to keep, the best.
         """
@@ -70,16 +69,18 @@ class DetectorWithTTA(nn.Module):
 
     def _add_masks(self, results, views):
         """Add the mean of the masks that the mask head predicts for the merged boxes in each view."""
-        probabilities = []
+        probabilities, model = [], self.model
         for view in views:
             boxes = [_to_view(result["boxes"], sample) for result, sample in zip(results, view, strict=True)]
-            masks = self.model.predict_masks(view, boxes, [result["labels"] for result in results])
+            images, _ = model.transform([sample["image"] for sample in view])
+            features, labels = model.backbone(images.tensors), [result["labels"] for result in results]
+            masks = model.roi_heads.predict_masks(features, boxes, labels)
             probabilities.append(
                 [m.flip(-1) if s["flipped"] else m for m, s in zip(masks, view, strict=True)]
             )
         for result, sample, masks in zip(results, views[0], zip(*probabilities, strict=True), strict=True):
             mean, size = torch.stack(masks).mean(dim=0), (sample["height"], sample["width"])
-            boxed = BoxMasks(mean, result["boxes"], *size, self.model.masks_aligned)
+            boxed = BoxMasks(mean, result["boxes"], *size, model.masks_aligned)
             result["masks"] = boxed.paste() if self.pastes_masks else boxed
 
 
@@ -126,18 +127,13 @@ def _to_view(boxes, sample):
 
 
 def build_tta(cfg, model):
-    """Return the model itself, or with TEST.AUG.ENABLED `DetectorWithTTA` around it.
+    """Return the model itself, or with TEST.AUG.ENABLED `DetectorWithTTA` around it, unwrapped.
 
     NMS and the number of detections are those that the model has without.
-
-    Args:
-        cfg: the config.
-        model: what `build_model(cfg)` returned, possibly wrapped for several GPUs.
     """
     if not cfg.TEST.AUG.ENABLED:
         return model
-    detector = comm.unwrap_model(model)
-    number = cfg.TEST.DETECTIONS_PER_IMAGE
+    detector, number = comm.unwrap_model(model), cfg.TEST.DETECTIONS_PER_IMAGE
     if isinstance(detector, ProposalNetwork):
         number = cfg.MODEL.RPN.POST_NMS_TOPK_TEST
     return DetectorWithTTA(detector, detection_settings(detector).nms_thresh, number)

@@ -21,10 +21,8 @@ def get_param_groups(model, *, base_lr, weight_decay, weight_decay_norm, weight_
     layer, takes `weight_decay_bias` if that is given, as in Detectron2.
 
     Args:
-        model: the module.
         base_lr: learning rate before factors.
-        weight_decay, weight_decay_norm, weight_decay_bias: numbers; the last may be None, which
-            leaves biases to the other two.
+        weight_decay_bias: may be None, which leaves biases to the other two.
         lr_factors: {"bias": factor, "backbone": factor}; they multiply.
 
     Returns:
@@ -92,18 +90,14 @@ def build_optimizer(cfg, model):
 
 
 def build_gradient_clipper(cfg, model):
-    """A function that clips the gradients in place, as SOLVER.CLIP_GRADIENTS says.
-
-    Returns:
-        Function `() -> norm`: that of all gradients before clipping, a 0-d tensor.
-    """
+    """Build the function that clips the gradients in place, as SOLVER.CLIP_GRADIENTS says."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
     parameters = [p for p in model.parameters() if p.requires_grad]
     kind = clip.CLIP_TYPE if clip.ENABLED else None
     limit, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0
 
     def clip_gradients():
-        """Clip now; see `build_gradient_clipper`."""
+        """Clip, and return the norm of all gradients before it, a 0-d tensor."""
         if kind == "full_model":
             return torch.nn.utils.clip_grad_norm_(parameters, limit, norm_type)
         grads = [p.grad for p in parameters if p.grad is not None]
