@@ -33,13 +33,7 @@ _VALUES = ("boxes", "scores", "masks", "keypoint_maps")
 
 
 def describe(cfg, class_names, weights):
-    """What a file says about itself, a dict that JSON holds.
-
-    Args:
-        cfg: the config, settled.
-        class_names: of the labels, in order, or None where nobody knows.
-        weights: name of the file of weights.
-    """
+    """Return what a file says about itself, a dict that JSON holds; unknown `class_names` are None."""
     fixed = list(cfg.INPUT.FIXED_SIZE) if is_fixed(cfg) else None
     return {
         "architecture": cfg.MODEL.META_ARCHITECTURE,
@@ -65,33 +59,30 @@ def describe(cfg, class_names, weights):
 
 
 def is_fixed(cfg):
-    """Whether the model takes images of INPUT.FIXED_SIZE only."""
+    """Return whether the model takes images of INPUT.FIXED_SIZE only."""
     return cfg.MODEL.META_ARCHITECTURE == "SSD"
 
 
 def need(module):
-    """A module that ONNX needs, or a `UserError` that says how to install it."""
+    """Return a module that ONNX needs, or raise a `UserError` that says how to install it."""
     return require(module, "ONNX", "export")
 
 
 @contextlib.contextmanager
 def _quietly():
-    """Exporters warn of what nobody who exports can change."""
+    """Silence exporters, which warn of what nobody who exports can change."""
     with silenced(logging.WARNING), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def trace(model, size, fixed=False):
-    """The model's inference as an `ExportedProgram`, for any number of images, of any size unless `fixed`.
+    """Trace the model's inference for any number of images, of any size unless `fixed`: an `ExportedProgram`.
 
     Args:
         model: a detector on the CPU, in evaluation mode.
         size: (height, width) of an image to trace with, at least 2 x 32 pixels.
         fixed: height and width stay these.
-
-    Raises:
-        UserError: torch.export cannot follow the model.
     """
     dynamic, images = torch.export.Dim.DYNAMIC, torch.zeros(2, 3, *size, dtype=torch.uint8)
     sides = {} if fixed else {2: dynamic, 3: dynamic}
@@ -110,11 +101,7 @@ def write_torch(program, path, about):
 
 
 def write_onnx(program, path, about):
-    """Write an `ExportedProgram` as ONNX, with `about` as JSON in its metadata.
-
-    Raises:
-        UserError: onnx or onnxscript are missing, or the program has an operator that ONNX has not.
-    """
+    """Write an `ExportedProgram` as ONNX, with `about` as JSON in its metadata."""
     onnx = need("onnx")
     need("onnxscript")
     names = list(program.module()(torch.zeros(2, *program.example_inputs[0][0].shape[1:], dtype=torch.uint8)))
@@ -142,11 +129,7 @@ def _name_sides(values, names):
 
 
 def open_exported(path):
-    """A function from uint8 `[B, 3, H, W]` to the dict of tensors that a file gives, .onnx or .pt2.
-
-    Raises:
-        UserError: onnxruntime is missing.
-    """
+    """Return a function from uint8 `[B, 3, H, W]` to the dict of tensors that a file gives, .onnx or .pt2."""
     if path.endswith(".pt2"):
         return torch.export.load(path).module()
     session = need("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
