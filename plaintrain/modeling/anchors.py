@@ -68,11 +68,8 @@ class DefaultAnchorGenerator(CachedAnchorGenerator):
     """
 
     def __init__(self, sizes, aspect_ratios, strides, offset=0.0):
-        """
-        Args:
-            sizes, aspect_ratios: a tuple of numbers per level, see `AnchorGenerator`.
-            strides: pixels between two locations, one number a level.
-            offset: of the first centre, in strides, in 0..1.
+        """`strides` are pixels between two locations, one number a level; `offset` is of the first centre, in
+        strides, in 0..1.
         """
         super().__init__(sizes, aspect_ratios)
         self.strides, self.offset = list(strides), offset

@@ -64,9 +64,6 @@ def build_model(cfg):
         returns a dict of losses, 0-d tensors. In evaluation it returns a list of {boxes `[N, 4]`, scores
         `[N]`, labels `[N]`}, boxes XYXY in the original image's pixels, scores descending in 0..1, labels
         0 to K-1; with their heads masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
-
-    Raises:
-        UserError: an unknown or unsupported setting, or a number of classes that is still 0.
     """
     check_cfg(cfg)
     key = num_classes_key(cfg)

@@ -167,7 +167,6 @@ def to_original_size(detections, samples, paste=True, aligned=True):
 
 
 def _scaled(points, x, y):
-    """Points `[..., 2]` with both coordinates multiplied."""
     return torch.stack([points[..., 0] * x, points[..., 1] * y], dim=-1)
 
 

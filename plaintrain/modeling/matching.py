@@ -82,9 +82,6 @@ def sample(matched, background, sampler):
 
     How many random numbers are drawn depends on shapes alone.
 
-    Args:
-        matched, background: bool `[B, N]`.
-
     Returns:
         The indices `[B, S]`, matches first; and bool `[B, S]`, False where there were too few.
     """

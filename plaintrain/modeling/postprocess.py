@@ -13,13 +13,7 @@ from plaintrain.modeling.matching import take
 
 
 def select_best(boxes, scores, labels, nms_thresh, limit):
-    """Return {boxes, scores, labels} of each image: the `limit` best candidates after NMS within a label.
-
-    Args:
-        boxes, scores, labels: the candidates of all images.
-        nms_thresh: IoU in 0..1 with a better box above which one is dropped.
-        limit: how many to keep of an image.
-    """
+    """Return {boxes, scores, labels} of each image: the `limit` best candidates after NMS within a label."""
     wanted = scores >= 0
     counts = wanted.sum(dim=1).tolist()  # device sync
     index = wanted.flatten().nonzero()[:, 0]  # device sync
@@ -68,12 +62,7 @@ def above(scores, threshold):
 def heatmaps_to_keypoints(maps, boxes):
     """Return torchvision's keypoints: the highest point of each map once it has the size of its box.
 
-    Args:
-        maps: `[N, Kp, M, M]`.
-        boxes: `[N, 4]`.
-
-    Returns:
-        keypoints `[N, Kp, 3]` as x, y, score.
+    Of maps `[N, Kp, M, M]` and boxes `[N, 4]`, x, y and score, `[N, Kp, 3]`.
     """
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     number, places, scores = maps.shape[1], [], []

@@ -22,13 +22,7 @@ _MIN_SIZE = 1e-2
 
 
 class BatchedRoIHeads(RoIHeads):
-    """torchvision's heads, parameter for parameter.
-
-    Attributes:
-        box_loss: the `BoxLoss`.
-        keypoint_loss_weight: factor of `loss_keypoint`.
-        masks_aligned: how masks lie in their boxes; see `plaintrain.structures`.
-    """
+    """torchvision's heads, parameter for parameter; for `masks_aligned` see `plaintrain.structures`."""
 
     box_loss, keypoint_loss_weight, masks_aligned = BoxLoss(), 1.0, True
 

@@ -47,11 +47,7 @@ def _neighbours(images, features):
 class BatchedRPN(RegionProposalNetwork):
     """torchvision's RPN, parameter for parameter, in fixed shapes.
 
-    Attributes:
-        box_loss: the `BoxLoss`.
-        loss_weight: factor of both losses.
-        normalizer: what they are divided by: the anchors "sampled" in a batch, or the "batch_size", as many
-            as are meant to be sampled.
+    Losses are divided by the anchors "sampled" in a batch, or by "batch_size", as many as are meant to be.
     """
 
     box_loss, loss_weight, normalizer = BoxLoss(), 1.0, "sampled"

@@ -26,12 +26,8 @@ def build_autocast(enabled, precision, device_type):
     """Return a context manager under which a forward pass runs in mixed precision; it may be entered again.
 
     Args:
-        enabled: False makes it do nothing.
         precision: "float16" or "bfloat16".
         device_type: "cpu", "cuda" or "mps".
-
-    Raises:
-        UserError: a precision that the device cannot compute in.
     """
     if not enabled:
         # torch.autocast takes its time also where it does nothing.

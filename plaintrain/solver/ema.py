@@ -25,7 +25,6 @@ class ModelEMA:
         """
         Args:
             model: the module, possibly wrapped for several GPUs.
-            enabled: see the class.
             decay: weight of the average so far, in [0, 1).
             warmup: begin with min(decay, (1 + n) / (10 + n)) at step n.
             evaluate: which weights `eval_model` has, "averaged" or "raw".

@@ -82,9 +82,6 @@ def settle_schedule(cfg, num_workers, iters_per_epoch):
         num_workers: processes of this job.
         iters_per_epoch: function from the config to the iterations of a pass over the training images;
             called only with SOLVER.MAX_EPOCHS.
-
-    Raises:
-        UserError: both references, epochs without their number, or a batch that cannot be scaled.
     """
     before, solver = cfg.clone(), cfg.SOLVER
     if solver.BY_EPOCH and not solver.MAX_EPOCHS:
