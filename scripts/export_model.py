@@ -48,13 +48,14 @@ from plaintrain.config import get_cfg, get_value
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.engine.launch import launch
 from plaintrain.evaluation.evaluator import format_table
-from plaintrain.export.check import check_exported, check_images, open_exported
 from plaintrain.export.export import (
     FORMATS,
+    check_exported,
+    check_images,
     describe,
     is_fixed,
     need,
-    score_limit,
+    open_exported,
     trace,
     write_onnx,
     write_torch,
@@ -143,7 +144,7 @@ def main(args):
     unchecked = f"{stem}.unchecked{ending}"
     about = write(predictor, form, unchecked)
     if images:
-        worst = report(check_exported(open_exported(unchecked), model, images, score_limit(cfg)))
+        worst = report(check_exported(open_exported(unchecked), model, images))
         off = {name: value for name, value in worst.items() if not value <= args.tolerance}
         if off:
             os.replace(unchecked, path + ".failed")

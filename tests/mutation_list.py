@@ -168,7 +168,7 @@ MUTATIONS = {
     ],
     "plaintrain/solver/ema.py": [
         ("use_buffers=True", "use_buffers=False"),
-        ("decay = min(self._decay, (1 + steps)", "decay = max(self._decay, (1 + steps)"),
+        ("decay = min(decay, (1 + self", "decay = max(decay, (1 + self"),
     ],
     "plaintrain/engine/setup.py": [
         ("seed_all_rng(cfg.SEED + comm.get_rank())", "seed_all_rng(cfg.SEED)"),
@@ -236,7 +236,7 @@ MUTATIONS = {
         ("above = best > iou / 100", "above = best >= iou / 100"),
         ('bool(a.get("difficult", 0) or a.get("iscrowd", 0))', 'bool(a.get("difficult", 0))'),
     ],
-    "plaintrain/export/check.py": [
+    "plaintrain/export/export.py": [
         ('far.masked_fill(found["labels"][:, None] != expected["labels"], float("inf"))', "far"),
     ],
     "plaintrain/engine/distributed_env.py": [
@@ -249,10 +249,6 @@ MUTATIONS = {
     "plaintrain/modeling/backbones.py": [
         ("for stage in stages[:freeze_at]:", "for stage in stages[: max(0, freeze_at - 1)]:"),
         ("stage[0].conv2.stride = (2, 2), (1, 1)", "stage[0].conv2.stride = (1, 1), (2, 2)"),
-    ],
-    "plaintrain/modeling/box_loss.py": [
-        ("return recipe.weight * smooth_l1_loss", "return smooth_l1_loss"),
-        ("priors, coder.weights).view_as", "priors, (1.0, 1.0, 1.0, 1.0)).view_as"),
     ],
     "plaintrain/modeling/detector.py": [
         (
@@ -275,10 +271,11 @@ MUTATIONS = {
     ],
     "plaintrain/export/graph.py": [
         ("images.flip(1) if transform.bgr else images", "images"),
-        ('found["labels"].clamp(min=0) + 1', 'found["labels"].clamp(min=0)'),
     ],
     "plaintrain/modeling/losses.py": [
         (".mul_(gamma).add_(p).mul_(factor)", ".mul_(gamma).mul_(factor)"),
+        ("return recipe.weight * smooth_l1_loss", "return smooth_l1_loss"),
+        ("priors, coder.weights).view_as", "priors, (1.0, 1.0, 1.0, 1.0)).view_as"),
     ],
     "plaintrain/modeling/matching.py": [
         ("((iou == iou.amax(dim=2, keepdim=True)) & exists)", "(iou == iou.amax(dim=2, keepdim=True))"),
@@ -291,17 +288,15 @@ MUTATIONS = {
     ],
     "plaintrain/modeling/postprocess.py": [
         ("torch.full_like(index[-1], i)", "torch.full_like(index[-1], 0)"),
-        ("batched_nms(b, s, k, limits[0])", "batched_nms(b, s, torch.zeros_like(k), limits[0])"),
-    ],
-    "plaintrain/modeling/rcnn.py": [
-        ('losses["loss_keypoint"] * self.keypoint_loss_weight', 'losses["loss_keypoint"]'),
-        ("[label + self.label_offset for label in labels]", "labels"),
+        ("batched_nms(b, s, k, nms_thresh)", "batched_nms(b, s, torch.zeros_like(k), nms_thresh)"),
     ],
     "plaintrain/modeling/retinanet.py": [
         ("loss.masked_fill(~(matched | background), 0).sum(dim=1)", "loss.sum(dim=1)"),
     ],
     "plaintrain/modeling/roi_heads.py": [
         ("deltas, boxes, objects, labels > 0)", "deltas, boxes, objects, labels >= 0)"),
+        ("[part + 1 for part in labels]", "labels"),
+        ("loss * self.keypoint_loss_weight", "loss"),
         (".masked_fill(~matched, 0).masked_fill(~exists, _IGNORED)", ".masked_fill(~matched, 0)"),
     ],
     "plaintrain/modeling/rpn.py": [
@@ -311,7 +306,7 @@ MUTATIONS = {
     ],
     "plaintrain/modeling/tta.py": [
         ('detection["keypoints"][:, list(order)]', 'detection["keypoints"]'),
-        ('m.flip(-1) if sample["flipped"] else m for m', "m for m"),
+        ('m.flip(-1) if s["flipped"] else m for m', "m for m"),
     ],
     "plaintrain/engine/nonfinite.py": [
         ("        comm.copy_tensors(self._before, self._buffers)\n", ""),
@@ -357,8 +352,8 @@ MUTATIONS = {
         ("bisect.bisect_right(steps, round(", "bisect.bisect_left(steps, round("),
         ("        self._set_momentum(self.base_momentum)\n", ""),
     ],
-    "plaintrain/solver/optimizer.py": [("    nn.GroupNorm,\n", "")],
-    "plaintrain/solver/grad_clip.py": [
+    "plaintrain/solver/optimizer.py": [
+        ("    nn.GroupNorm,\n", ""),
         ("clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0", "clip.CLIP_VALUE, 2.0"),
     ],
     "plaintrain/structures.py": [
@@ -534,8 +529,8 @@ PLANTED = {
         "plaintrain/solver/ema.py": [
             ("self._average.load_state_dict(state_dict)", "pass"),
             (
-                ("load_state_dict(state_dict)\n        else"),
-                ('load_state_dict(state_dict | {"n_averaged": torch.tensor(0)})\n        else'),
+                ("load_state_dict(state_dict)\n        elif"),
+                ('load_state_dict(state_dict | {"n_averaged": torch.tensor(0)})\n        elif'),
             ),
         ],
         "plaintrain/checkpoint/training_checkpointer.py": [

@@ -12,7 +12,8 @@ from torchvision.models.detection.image_list import ImageList
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
-from plaintrain.modeling.float32 import keep_float32
+from plaintrain.modeling.anchors import CachedAnchorGenerator
+from plaintrain.modeling.detector import keep_float32
 from plaintrain.solver import build_gradient_clipper, build_optimizer
 from plaintrain.solver.amp import build_amp, build_autocast
 from plaintrain.utils.errors import UserError
@@ -44,8 +45,6 @@ def test_build_amp_follows_the_config(enabled, precision, casts_to, scales):
 
 
 def test_build_autocast_rejects_what_cannot_be_used(monkeypatch):
-    with pytest.raises(UserError, match="AMP.PRECISION is 'float32', but must be one of float16, bfloat16"):
-        build_autocast(False, "float32", "cpu")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     with pytest.raises(UserError, match="SOLVER.AMP.PRECISION is bfloat16, which this GPU .* use float16"):
         build_autocast(True, "bfloat16", "cuda")
@@ -164,7 +163,7 @@ def test_anchors_are_the_same_in_every_precision(name):
 
 def test_keep_float32_converts_dicts_lists_and_tuples_at_any_depth_also_of_a_copy():
     head, low = nn.Identity(), torch.tensor([1.5], dtype=torch.bfloat16)
-    keep_float32(heads=[head])
+    keep_float32(head)
     nested = {"a": low, "b": [low, (low, {"c": low})], "d": ()}
     output = head(nested)
     assert type(output["b"]) is list and type(output["b"][1]) is tuple and output["d"] == ()
@@ -176,9 +175,9 @@ def test_keep_float32_converts_dicts_lists_and_tuples_at_any_depth_also_of_a_cop
         value = torch.ones(2, dtype=dtype)
         assert head(value) is value and head({"a": [value]})["a"][0] is value
     # A copied model keeps float32, as the averaged weights do.
-    generator, head = AnchorGenerator([[32]], [[1.0]]), nn.Linear(1, 1)
-    keep_float32(heads=[head], anchors=[generator])
-    generator, head = copy.deepcopy([generator, head])
+    head = nn.Linear(1, 1)
+    keep_float32(head)
+    generator, head = CachedAnchorGenerator([[32]], [[1.0]]), copy.deepcopy(head)
     features = torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16)
     assert generator(ImageList(torch.zeros(1, 3, 32, 32), [(32, 32)]), [features])[0].dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):

@@ -36,7 +36,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import sigmoid_focal_loss
 
-from plaintrain.modeling import matching
+from plaintrain.modeling import detector, matching
 from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerator, DefaultAnchorGenerator
 from plaintrain.modeling.backbones import build_backbone
 from plaintrain.modeling.fcos import assign_centres
@@ -97,6 +97,7 @@ def torchvision_twin(name, model):
             head.regression_head._loss_type = "giou"
     plain.load_state_dict(model.state_dict())
     plain.transform = model.transform
+    plain.transform.postprocess = lambda detections, *sizes: detections
     return plain
 
 
@@ -280,9 +281,9 @@ def test_with_detectron2s_anchors_boxes_are_cut_after_nms(monkeypatch):
     samples = two_samples()
     with torch.no_grad():
         found, cut_before = model(samples), before(samples)
-        # torchvision's own, with the cut moved behind it, and what it leaves nothing of left out.
+        # With the cut moved behind it, and what it leaves nothing of left out.
         cut = torchvision.ops.clip_boxes_to_image
-        monkeypatch.setattr(retinanet.box_ops, "clip_boxes_to_image", lambda boxes, size: boxes)
+        monkeypatch.setattr(detector, "clip_boxes", lambda boxes, sizes: boxes)
         expected = before(samples)
     for sample, output in zip(samples, expected, strict=True):
         output["boxes"] = cut(output["boxes"], (sample["height"], sample["width"]))
@@ -292,9 +293,10 @@ def test_with_detectron2s_anchors_boxes_are_cut_after_nms(monkeypatch):
     assert any(len(a["scores"]) != len(b["scores"]) for a, b in zip(found, cut_before, strict=True))
     # Boxes outside of the image are left out.
     model.score_thresh = 0.0
-    outputs = {"cls_logits": [torch.zeros(1, 4, K)], "bbox_regression": [torch.zeros(1, 4, 4)]}
+    outputs = {"cls_logits": torch.zeros(1, 4, K), "bbox_regression": torch.zeros(1, 4, 4)}
     boxes = torch.tensor([[-9.0, 2, -1, 8], [4, 64, 20, 80], [-5, -5, 5, 5], [50, 50, 90, 60]])
-    (found,) = model.postprocess_detections(outputs, [[boxes]], [(64, 64)])
+    with mock.patch.object(model, "_predict", lambda images: (outputs, boxes, [4])):
+        (found,) = model._detect(ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)]))
     inside = {(0.0, 0.0, 5.0, 5.0), (50.0, 50.0, 64.0, 60.0)}
     assert {tuple(box) for box in found["boxes"].tolist()} == inside
     assert len(found["boxes"]) == len(found["scores"]) == len(found["labels"]) == 2 * K

@@ -50,7 +50,7 @@ def test_the_anchor_generator_is_that_of_the_config():
 
 def test_prior_bias_is_the_logit_of_the_probability():
     probabilities = [0.01, 0.5, 0.9]
-    biases = torch.tensor([prior_bias(probability, "KEY") for probability in probabilities])
+    biases = torch.tensor([prior_bias(probability) for probability in probabilities])
     assert biases.sigmoid().tolist() == pytest.approx(probabilities)
 
 
@@ -58,12 +58,11 @@ def test_detections_are_brought_to_the_original_size():
     detection = {
         "boxes": torch.tensor([[1.0, 2, 20, 30]]),
         "scores": torch.tensor([0.5]),
-        "labels": torch.tensor([3]),
+        "labels": torch.tensor([2]),
         "masks": torch.ones(1, 1, 28, 28),
-        "keypoints": torch.tensor([[[5.5, 6.5, 1], [7, 8, 1]]]),
-        "keypoints_scores": torch.tensor([[2.5, -1]]),
+        "keypoints": torch.tensor([[[5.5, 6.5, 2.5], [7, 8, -1]]]),
     }
-    (result,) = to_original_size([detection], [make_sample(32, 64, original=(96, 128))], label_offset=1)
+    (result,) = to_original_size([detection], [make_sample(32, 64, original=(96, 128))])
     assert result["boxes"].tolist() == [[2, 6, 40, 90]]
     assert (result["scores"].tolist(), result["labels"].tolist()) == ([0.5], [2])
     assert result["keypoints"].tolist() == [[[11, 19.5, 2.5], [14, 24, -1]]]
@@ -71,5 +70,5 @@ def test_detections_are_brought_to_the_original_size():
     assert result["masks"].shape == (1, 96, 128)
     edges = torch.stack([x.min(), y.min(), x.max(), y.max()])
     assert (edges - torch.tensor([2, 6, 40, 90])).abs().max() <= 1
-    (unpasted,) = to_original_size([detection], [make_sample(32, 64, original=(96, 128))], 1, paste=False)
+    (unpasted,) = to_original_size([detection], [make_sample(32, 64, original=(96, 128))], paste=False)
     assert unpasted["masks"].shape == (1, 96, 128) and unpasted["masks"].paste().equal(result["masks"])

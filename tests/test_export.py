@@ -15,11 +15,19 @@ from script_helpers import assert_refused, script_output
 from torchvision.utils import save_image
 
 from plaintrain.data.images import read_image
-from plaintrain.export import check as export_check
 from plaintrain.export import export
-from plaintrain.export.check import check_exported, differences, open_exported
-from plaintrain.export.export import describe, is_fixed, score_limit, trace, write_onnx, write_torch
+from plaintrain.export.export import (
+    check_exported,
+    describe,
+    differences,
+    is_fixed,
+    open_exported,
+    trace,
+    write_onnx,
+    write_torch,
+)
 from plaintrain.export.graph import DetectionGraph
+from plaintrain.modeling.tta import detection_settings
 from plaintrain.structures import BoxMasks
 from plaintrain.utils.errors import UserError
 
@@ -53,7 +61,7 @@ def assert_small(apart):
 
 
 def assert_same(cfg, model, run, images):
-    for row in check_exported(run, model, images, score_limit(cfg)):
+    for row in check_exported(run, model, images):
         assert row["detections"] > 0
         assert ("masks" in row) == ("keypoint_maps" in row) == cfg.MODEL.MASK_ON
         assert_small(row)
@@ -71,7 +79,7 @@ def test_the_graph_finds_what_the_model_finds(name):
     number = int(one.pop("num_detections"))
     second = {key: outputs[key][1, :number] for key in one}
     alone = {key: value[0, :number] for key, value in one.items()}
-    assert_small(differences(second, alone, score_limit(cfg)))
+    assert_small(differences(second, alone, detection_settings(model).score_thresh))
     assert (one["labels"][0, number:] == -1).all() and not one["boxes"][0, number:].any()
 
 
@@ -210,7 +218,7 @@ def export_a_little_off():
 
     export.trace = lambda *args: "a program"
     export.write_torch = lambda program, path, about: Path(path).write_text(program)
-    export_check.open_exported = lambda path: run
+    export.open_exported = lambda path: run
 
 
 @pytest.mark.parametrize(

@@ -32,15 +32,18 @@ def test_roi_align_is_torchvisions(ratio, levels):
     pools = RoIAlign(names, 7, ratio, STRIDES[:levels]), MultiScaleRoIAlign(names, 7, ratio)
     found, expected = (pool(maps, boxes, [(512, 512)] * 3) for pool in pools)
     assert pools[0].scales == pools[1].scales
-    assert pools[0].levels(boxes).equal(pools[1].map_levels(boxes).float())
+    assert pools[0].levels(torch.cat(boxes)).equal(pools[1].map_levels(boxes).float())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 if ratio else 0)
     for ours, theirs in zip(gradients_of(found, features), gradients_of(expected, features), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert theirs.any() or levels > 1
     assert pools[0](maps, [boxes[0][:0]] * 3, [(512, 512)] * 3).shape == (0, 3, 7, 7)
     # Boxes that are not numbers do not stop the pooling.
-    boxes, nan = torch.tensor([[float("nan")] * 4, [0.0, 0.0, 40.0, 40.0]]), torch.tensor([float("nan"), 1.0])
-    found = pool_levels(make_maps(2), [boxes], nan, [1 / 4, 1 / 8], output_size=(3, 3), sampling_ratio=ratio)
+    rois, nan = (
+        torch.tensor([[0.0] + [float("nan")] * 4, [0, 0, 0, 40, 40]]),
+        torch.tensor([float("nan"), 1.0]),
+    )
+    found = pool_levels(make_maps(2), rois, nan, [1 / 4, 1 / 8], output_size=(3, 3), sampling_ratio=ratio)
     assert found[1].any() and not found[0].any()
 
 
@@ -58,8 +61,8 @@ def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, alig
     ])  # fmt: skip
     boxes = torch.cat([edges, inside])
     arguments = {"output_size": size, "sampling_ratio": ratio, "aligned": aligned}
-    found = pool_levels([features], [boxes[:20], boxes[20:]], torch.zeros(len(boxes)), [scale], **arguments)
     rois = torch.cat([(torch.arange(len(boxes)) >= 20)[:, None], boxes], dim=1)
+    found = pool_levels([features], rois, torch.zeros(len(boxes)), [scale], **arguments)
     expected = roi_align(features, rois, spatial_scale=scale, **arguments)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     (ours,), (theirs,) = gradients_of(found, [features]), gradients_of(expected, [features])
@@ -69,11 +72,11 @@ def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, alig
 
 def test_low_precision_is_pooled_in_float32():
     (features,) = make_maps(1, side=64)
-    boxes = [random_boxes(60)] * 2
+    rois = torch.cat([(torch.arange(120) >= 60)[:, None], random_boxes(60).repeat(2, 1)], dim=1)
     arguments = {"output_size": (7, 7), "sampling_ratio": 2}
     low = features.detach().bfloat16().requires_grad_()
-    found = pool_levels([low], boxes, torch.zeros(120), [0.25], **arguments)
-    expected = pool_levels([low.float()], boxes, torch.zeros(120), [0.25], **arguments)
+    found = pool_levels([low], rois, torch.zeros(120), [0.25], **arguments)
+    expected = pool_levels([low.float()], rois, torch.zeros(120), [0.25], **arguments)
     assert found.dtype == torch.bfloat16 and found.equal(expected.bfloat16())
     # Each location adds up many small numbers.
     (exact,) = torch.autograd.grad(expected.sum(), low, retain_graph=True)

@@ -1,14 +1,18 @@
 """Detections in evaluation, held against torchvision's: modeling.postprocess, and its sync points."""
 
+from unittest import mock
+
 import pytest
 import torch
 from model_helpers import ARCHITECTURES, KEYPOINT, MASK, build, make_sample, randomize_predictions
 from shared.syncs import count_syncs
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints as plain_heatmaps_to_keypoints
-from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from plaintrain.modeling.postprocess import detect_in_rois, heatmaps_to_keypoints
+from plaintrain.modeling.matching import decode
+from plaintrain.modeling.postprocess import heatmaps_to_keypoints
 
 SIZES = [(64, 96), (50, 120), (96, 96)]
 
@@ -33,12 +37,20 @@ def test_proposals_are_torchvisions(threshold, number):
     rpn = build(*ARCHITECTURES["proposals"]).rpn.eval()
     rpn.score_thresh, rpn._pre_nms_top_n["testing"], rpn._post_nms_top_n["testing"] = threshold, 80, number
     counts = [150, 60, 12]
-    boxes, logits = random_boxes(3, sum(counts)), torch.randn(3, sum(counts))
-    found = rpn.filter_proposals(boxes, logits.flatten()[:, None], SIZES, counts)
-    expected = RegionProposalNetwork.filter_proposals(rpn, boxes, logits.flatten()[:, None], SIZES, counts)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert [len(part) for part in found] == [3, 3]
-    lengths = [len(b) for b in found[0]]
+    anchors, logits = random_boxes(sum(counts)), torch.randn(3, sum(counts))
+    deltas = torch.randn(3, sum(counts), 4)
+    images = ImageList(torch.zeros(3, 3, 96, 120), SIZES)
+    with (
+        mock.patch.object(rpn, "predict", lambda features: (logits, deltas, counts)),
+        mock.patch.object(rpn.anchor_generator, "forward", lambda *_: [anchors] * 3),
+    ):
+        (boxes, scores), losses = rpn(images, {})
+    decoded = decode(deltas, anchors, rpn.box_coder)
+    expected = rpn.filter_proposals(decoded, logits.flatten()[:, None], SIZES, counts)
+    lengths = (scores >= 0).sum(dim=1).tolist()
+    found = [[part[:n] for part, n in zip(values, lengths, strict=True)] for values in (boxes, scores)]
+    torch.testing.assert_close(found, list(expected), rtol=0, atol=0)
+    assert losses == {}
     assert max(lengths) == (0 if threshold > 1 else min(number, max(lengths))) and max(lengths) <= number
     assert lengths == [0] * 3 or min(lengths) >= min(number, 20)
 
@@ -60,8 +72,14 @@ def test_detections_in_regions_are_torchvisions(numbers, parts, threshold):
     heads.score_thresh, heads.detections_per_img = threshold, 30
     features = {"0": torch.randn(3, 32, 16, 16)}
     proposals = [random_boxes(number) for number in numbers]
-    found = detect_in_rois(heads, features, proposals, SIZES)
+    padded = pad_sequence(proposals, batch_first=True)
+    scores = pad_sequence([torch.rand(number) for number in numbers], batch_first=True, padding_value=-1)
+    found, _ = heads(features, (padded, scores), SIZES)
     expected, _ = RoIHeads.forward(heads, features, proposals, SIZES)
+    for detection in expected:
+        detection["labels"] = detection["labels"] - 1
+        if "keypoints" in detection:
+            detection["keypoints"][..., 2] = detection.pop("keypoints_scores")
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     lengths = [len(detection["scores"]) for detection in found]
     assert (max(lengths) > 15) == (threshold == 0 and max(numbers) > 15) or threshold == 0.4
@@ -74,12 +92,13 @@ def test_keypoints_are_torchvisions():
     boxes[0], boxes[1] = torch.tensor([5.0, 5, 5, 5]), torch.tensor([10.0, 20, 50, 90])
     for n in (40, 1, 0):
         found = heatmaps_to_keypoints(maps[:n], boxes[:n])
-        expected = plain_heatmaps_to_keypoints(maps[:n], boxes[:n])
-        assert all(a.shape == b.shape and a.equal(b) for a, b in zip(found, expected, strict=True))
+        expected, scores = plain_heatmaps_to_keypoints(maps[:n], boxes[:n])
+        assert found.shape == expected.shape and found[..., :2].equal(expected[..., :2])
+        assert found[..., 2].equal(scores)
 
 
 # The most sync points that a model may have beside NMS, at any batch size.
-SYNCS = {"mask_keypoint_rcnn": 8, "proposals": 2, "ssd": 2}
+SYNCS = {"mask_keypoint_rcnn": 7, "proposals": 2, "ssd": 2, "retinanet": 2, "fcos": 2}
 
 
 @pytest.mark.parametrize("name", SYNCS)

@@ -147,8 +147,6 @@ TINY = ("MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.ANCHOR_GENERATOR.SI
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["SOLVER.MOMENTUM_SCHEDULE", [[0, 1.5]]], "SOLVER.MOMENTUM_SCHEDULE has the momentum 1.5"),
-        (["WORKFLOW", [["val", 1]]], "WORKFLOW is [['val', 1]], which never trains"),
         (
             [*LOSS_PERIOD, *NO_TESTS],
             "TEST.VAL_LOSS_PERIOD or a val flow in WORKFLOW is set, but DATASETS.TEST is empty",

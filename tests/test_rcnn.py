@@ -1,4 +1,4 @@
-"""Faster, Mask and Keypoint R-CNN and their proposals, against torchvision's: modeling.rcnn, .box_loss."""
+"""Faster, Mask and Keypoint R-CNN and their proposals, against torchvision's: modeling.rcnn, .losses."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from plaintrain.export.export import describe
 from plaintrain.modeling import matching, roi_heads, rpn
-from plaintrain.modeling.box_loss import BoxLoss, box_losses
+from plaintrain.modeling.losses import BoxLoss, box_losses
 from plaintrain.modeling.tta import DetectorWithTTA
 from plaintrain.structures import sample_masks
 
@@ -130,8 +130,9 @@ def test_proposals_in_training_are_torchvisions(score):
     with torch.no_grad():
         features = model.backbone.eval()(images.tensors)
         targets = torchvision_inputs(samples, 1)[1]
-        (boxes, exists), _ = model.rpn(images, features, targets)
+        (boxes, scores), _ = model.rpn(images, features, targets)
         expected, _ = plain.rpn(images, features, targets)
+    exists = scores >= 0
     assert boxes.shape == (3, 60, 4) and exists.shape == (3, 60)
     for b, e, theirs in zip(boxes, exists, expected, strict=True):
         assert len(theirs) > 5 and e.sum() == len(theirs)

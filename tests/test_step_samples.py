@@ -56,8 +56,8 @@ def test_losses_and_gradients_are_torchvisions_for_the_same_samples(numbers, see
     found = model(samples)
     assert all(exists.sum() > 0 and index.shape[1] == 24 for _, index, exists in draws)
     given = Drawn(draws)
-    ((boxes, exists),) = proposals
-    same = [b[e] for b, e in zip(boxes, exists, strict=True)], None
+    ((boxes, scores),) = proposals
+    same = [b[s >= 0] for b, s in zip(boxes, scores, strict=True)], None
     with (
         mock.patch.object(plain.rpn, "filter_proposals", lambda *_: same),
         mock.patch.object(plain.rpn, "fg_bg_sampler", given),

@@ -4,6 +4,7 @@ Not here are limits that depend on the data, the backbone or the number of proce
 forks may add (MODEL.META_ARCHITECTURE, MODEL.BACKBONE.NAME, INPUT.AUGMENTATIONS).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -51,6 +52,31 @@ _POOLER = _one_of("ROIAlign", "ROIAlignV2")
 _WRITER = _one_of("console", "json", "csv", "tensorboard")
 _EXPECTED = Rule("[task, metric, value, tolerance]", lambda row: isinstance(row, list) and len(row) == 4)
 
+
+def _is_momentum_schedule(points):
+    pairs = all(isinstance(point, list) and len(point) == 2 for point in points)
+    if not pairs or not all(_ANY_NUMBER.accepts(start) and _BELOW_1.accepts(m) for start, m in points):
+        return False
+    return all(before[0] < after[0] for before, after in itertools.pairwise(points))
+
+
+def _is_workflow(flows):
+    def is_flow(flow):
+        is_pair = isinstance(flow, list | tuple) and len(flow) == 2
+        return is_pair and flow[0] in ("train", "val") and type(flow[1]) is int and flow[1] >= 1
+
+    return all(map(is_flow, flows)) and any(mode == "train" for mode, _ in flows)
+
+
+def _thresholds(number):
+    def accepts(values):
+        return len(values) == number and all(a <= b for a, b in itertools.pairwise([0, *values, 1]))
+
+    return Rule("one number from 0 to 1" if number == 1 else f"{number} rising numbers from 0 to 1", accepts)
+
+
+_MOMENTA = "[[iteration, momentum], ...], iterations rising, momenta in [0, 1)"
+_FLOWS = '[["train" or "val", n], ...], n at least 1, with a train flow'
 _RESNET = "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone|build_retinanet_resnet_fpn_backbone"
 _FPN = _RESNET + "|build_mobilenet_v3_large_fpn_backbone"
 # Keys of which one value is allowed exist so that Detectron2's files merge. The outer key says when the rules
@@ -63,6 +89,7 @@ RULES = {
         "HANG_TIMEOUT": _AT_LEAST_0,
         "LOG_PERIOD": _AT_LEAST_1,
         "FLOAT32_PRECISION": _one_of("", "highest", "high", "medium"),
+        "WORKFLOW": Rule(_FLOWS, _is_workflow),
         "MODEL.PIXEL_MEAN": _list_of(_ANY_NUMBER, "3 numbers", 3),
         "MODEL.PIXEL_STD": _list_of(_ABOVE_0, "3 numbers above 0", 3),
         "MODEL.LOAD_PROPOSALS": _one_of(False),
@@ -94,6 +121,7 @@ RULES = {
         "SOLVER.ACCUMULATE_STEPS": _AT_LEAST_1,
         "SOLVER.PATIENCE": _AT_LEAST_0,
         "SOLVER.BASE_LR": _AT_LEAST_0,
+        "SOLVER.MOMENTUM_SCHEDULE": Rule(_MOMENTA, _is_momentum_schedule),
         "SOLVER.MOMENTUM_INTERPOLATION": _one_of("linear", "cosine", "step"),
         "SOLVER.LR_SCHEDULER_NAME": _one_of(
             "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"
@@ -119,6 +147,9 @@ RULES = {
     "MODEL.ANCHOR_GENERATOR.NAME=AnchorGenerator": {
         "MODEL.ANCHOR_GENERATOR.OFFSET": _one_of(0.0),
     },
+    "MODEL.BACKBONE.NAME=build_ssd_vgg16_backbone|build_ssdlite_mobilenet_v3_large_backbone": {
+        "MODEL.META_ARCHITECTURE": _one_of("SSD"),
+    },
     _FPN: {
         "MODEL.FPN.NORM": _NORM,
         "MODEL.FPN.FUSE_TYPE": _one_of("sum"),
@@ -129,6 +160,18 @@ RULES = {
         "MODEL.RESNETS.RES5_DILATION": _one_of(1),
         "MODEL.RESNETS.STEM_OUT_CHANNELS": _one_of(64),
         "MODEL.RESNETS.DEFORM_ON_PER_STAGE": _one_of([False, False, False, False]),
+    },
+    "MODEL.RESNETS.DEPTH=18|34": {
+        "MODEL.RESNETS.NUM_GROUPS": _one_of(1),
+        "MODEL.RESNETS.WIDTH_PER_GROUP": _one_of(64),
+        "MODEL.RESNETS.STRIDE_IN_1X1": _one_of(False),
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": _one_of(0, 64),
+    },
+    "MODEL.RESNETS.DEPTH=50|101|152": {
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": _one_of(0, 256),
+    },
+    "MODEL.BACKBONE.NAME=build_mobilenet_v3_large_fpn_backbone": {
+        "MODEL.RESNETS.NORM": _one_of("FrozenBN", "BN", "SyncBN"),
     },
     "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone": {
         "MODEL.RESNETS.OUT_FEATURES": _one_of([], ["res2", "res3", "res4", "res5"]),
@@ -167,6 +210,7 @@ RULES = {
         "MODEL.PROPOSAL_GENERATOR.NAME": _one_of("RPN"),
         "MODEL.RPN.HEAD_NAME": _one_of("StandardRPNHead"),
         "MODEL.RPN.BOUNDARY_THRESH": _one_of(-1),
+        "MODEL.RPN.IOU_THRESHOLDS": _thresholds(2),
         "MODEL.RPN.IOU_LABELS": _one_of([0, -1, 1]),
         "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
         "MODEL.RPN.BBOX_REG_WEIGHTS": _one_of((1.0, 1.0, 1.0, 1.0)),
@@ -175,6 +219,7 @@ RULES = {
     },
     "MODEL.META_ARCHITECTURE=GeneralizedRCNN": {
         "MODEL.ROI_HEADS.NAME": _one_of("StandardROIHeads"),
+        "MODEL.ROI_HEADS.IOU_THRESHOLDS": _thresholds(1),
         "MODEL.ROI_HEADS.IOU_LABELS": _one_of([0, 1]),
         "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": _one_of(True),
         "MODEL.ROI_BOX_HEAD.NAME": _one_of("FastRCNNConvFCHead"),
@@ -202,6 +247,8 @@ RULES = {
     },
     "MODEL.META_ARCHITECTURE=SSD": {
         "MODEL.SSD.HEAD_NAME": _one_of("SSDHead", "SSDLiteHead"),
+        "MODEL.BACKBONE.NAME": Rule("one without an FPN", lambda name: "fpn" not in name),
+        "INPUT.FIXED_SIZE": _list_of(_AT_LEAST_1, "a height and a width", 2),
         "MODEL.SSD.POSITIVE_FRACTION": _INSIDE,
     },
     "MODEL.META_ARCHITECTURE=FCOS": {
@@ -209,6 +256,7 @@ RULES = {
     },
     "MODEL.META_ARCHITECTURE=RetinaNet": {
         "MODEL.RETINANET.NUM_CONVS": _one_of(4),
+        "MODEL.RETINANET.IOU_THRESHOLDS": _thresholds(2),
         "MODEL.RETINANET.IOU_LABELS": _one_of([0, -1, 1]),
         "MODEL.RETINANET.PRIOR_PROB": _INSIDE,
         "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSS,

@@ -20,8 +20,6 @@ from plaintrain.evaluation.coco_backend import oks_sigmas
 from plaintrain.evaluation.detections import ground_truth
 from plaintrain.modeling.build import build_model, get_device, num_classes_key
 from plaintrain.solver.amp import build_autocast
-from plaintrain.solver.lr_scheduler import lr_factor, momentum_at
-from plaintrain.solver.schedule import check_workflow
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
@@ -117,10 +115,6 @@ def _check_model(cfg, resume, eval_only):
 def _check_schedule(cfg):
     """Reject settings of the solver, and of the tests in between, that do not go together."""
     solver, test = cfg.SOLVER, cfg.TEST
-    lr_factor(cfg)
-    if solver.MOMENTUM_SCHEDULE:
-        momentum_at(solver.MOMENTUM_SCHEDULE, solver.MOMENTUM_INTERPOLATION)
-    check_workflow(cfg.WORKFLOW)
     validates = test.VAL_LOSS_PERIOD > 0 or any(mode == "val" for mode, _ in cfg.WORKFLOW)
     for key, is_on in (
         ("TEST.VAL_LOSS_PERIOD or a val flow in WORKFLOW", validates),

@@ -4,6 +4,8 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 
+# Types that autocast computes in.
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 # What is made for this many padded sizes is kept; the anchors of a COCO image take 4 MB.
 _MAX_SIZES = 8
 
@@ -16,6 +18,8 @@ class SizeCache:
 
     def __call__(self, make, images, features):
         """`make(images, features)`, of an ImageList and a list of features `[B, C, H, W]`."""
+        if torch.compiler.is_exporting():
+            return make(images, features)
         sizes = [tuple(feature.shape[-2:]) for feature in features]
         key = (tuple(images.tensors.shape[-2:]), *sizes, features[0].dtype, features[0].device)
         if key not in self._made:
@@ -39,9 +43,14 @@ class _Cached:
         self._cache = SizeCache()
 
     def forward(self, image_list, feature_maps):
-        """torchvision's, but all images share one tensor."""
+        """torchvision's, but all images share one tensor; in float32 also under autocast."""
         one = ImageList(image_list.tensors, image_list.image_sizes[:1])
-        return self._cache(super().forward, one, feature_maps) * len(image_list.image_sizes)
+        # torchvision reads shape, type and device only; an expanded scalar has them and no memory.
+        maps = [
+            torch.empty((), device=f.device).expand(f.shape) if f.dtype in LOW_PRECISION else f
+            for f in feature_maps
+        ]
+        return self._cache(super().forward, one, maps) * len(image_list.image_sizes)
 
 
 class CachedAnchorGenerator(_Cached, AnchorGenerator):
@@ -59,11 +68,8 @@ class DefaultAnchorGenerator(CachedAnchorGenerator):
     """
 
     def __init__(self, sizes, aspect_ratios, strides, offset=0.0):
-        """
-        Args:
-            sizes, aspect_ratios: a tuple of numbers per level, see `AnchorGenerator`.
-            strides: pixels between two locations, one number a level.
-            offset: of the first centre, in strides, in 0..1.
+        """`strides` are pixels between two locations, one number a level; `offset` is of the first centre, in
+        strides, in 0..1.
         """
         super().__init__(sizes, aspect_ratios)
         self.strides, self.offset = list(strides), offset
@@ -77,13 +83,5 @@ class DefaultAnchorGenerator(CachedAnchorGenerator):
 
     def grid_anchors(self, grid_sizes, strides):
         """The anchors of each level, `[H * W * A, 4]`; the strides that torchvision finds do not matter."""
-        levels = []
-        for cell, stride, sides in zip(self.cell_anchors, self.strides, grid_sizes, strict=True):
-            y, x = (
-                (torch.arange(side, dtype=cell.dtype, device=cell.device) + self.offset) * stride
-                for side in sides
-            )
-            y, x = torch.meshgrid(y, x, indexing="ij")
-            centres = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
-            levels.append((centres + cell).view(-1, 4))
-        return levels
+        levels = super().grid_anchors(grid_sizes, [(stride, stride) for stride in self.strides])
+        return [level + self.offset * stride for level, stride in zip(levels, self.strides, strict=True)]

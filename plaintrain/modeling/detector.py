@@ -1,44 +1,34 @@
 """What every detector shares: anchors from the config, samples in, detections out."""
 
-import itertools
 import math
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import clip_boxes_to_image
 
-from plaintrain.modeling.anchors import CachedAnchorGenerator, DefaultAnchorGenerator
+from plaintrain.modeling.anchors import LOW_PRECISION, CachedAnchorGenerator, DefaultAnchorGenerator
 from plaintrain.modeling.matching import pad_targets
+from plaintrain.modeling.postprocess import clip_boxes, select_best
 from plaintrain.structures import BoxMasks
 from plaintrain.utils.errors import UserError
 
 
 class Preprocess(nn.Module):
-    """Stands in for torchvision's `GeneralizedRCNNTransform`: normalises and pads, never resizes."""
+    """Stands in for torchvision's `GeneralizedRCNNTransform`: normalises and pads, never resizes.
+
+    With `bgr` the mean and std, for pixels of 0 to 255, and the network's input are in BGR order.
+    """
 
     def __init__(self, pixel_mean, pixel_std, bgr, size_divisible=32, channels_last=False):
-        """
-        Args:
-            pixel_mean, pixel_std: 3 numbers each, for pixels of 0 to 255.
-            bgr: the numbers, and the network's input, are in BGR order.
-            size_divisible: pad the batch's sides to multiples of this.
-            channels_last: the memory format of the batch.
-        """
         super().__init__()
         self.bgr, self.size_divisible, self.channels_last = bgr, size_divisible, channels_last
         self.register_buffer("mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
     def forward(self, images, targets=None):
-        """Normalise, and pad at the right and the bottom with zeros.
-
-        Args:
-            images: list of uint8 `[3, H, W]`, RGB, on any device.
-            targets: passed through.
-
-        Returns:
-            (ImageList, targets).
-        """
+        """Return the images, uint8 `[3, H, W]` in RGB, as an ImageList, padded with zeros; and `targets`."""
         sizes = [tuple(image.shape[-2:]) for image in images]
         multiple = self.size_divisible
         height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
@@ -51,36 +41,25 @@ class Preprocess(nn.Module):
             batch[i, :, :h, :w] = (image - self.mean) / self.std
         return ImageList(batch, sizes), targets
 
-    def postprocess(self, result, image_shapes, original_image_sizes):
-        """Detections as they are; `to_original_size` knows the size before the mapper's resize."""
-        return result
-
 
 def build_preprocess(cfg, size_divisible=32):
     """`Preprocess` from MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT."""
-    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError("MODEL.PIXEL_MEAN and MODEL.PIXEL_STD need 3 numbers each, the latter above 0")
-    return Preprocess(mean, std, cfg.INPUT.FORMAT == "BGR", size_divisible, cfg.MODEL.CHANNELS_LAST)
+    mean, std, bgr = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT == "BGR"
+    return Preprocess(mean, std, bgr, size_divisible, cfg.MODEL.CHANNELS_LAST)
 
 
 def build_anchor_generator(cfg, backbone):
-    """The generator ANCHOR_GENERATOR.NAME names, one entry of SIZES and ASPECT_RATIOS per level.
-
-    Raises:
-        UserError: neither one list for all levels nor one a level, or levels of differing counts.
-    """
+    """Build the generator of ANCHOR_GENERATOR.NAME, one entry of SIZES and ASPECT_RATIOS per level."""
     per_level, num_levels = {}, len(backbone.level_names)
     for key in ("SIZES", "ASPECT_RATIOS"):
         lists = cfg.MODEL.ANCHOR_GENERATOR[key]
-        if len(lists) not in (1, num_levels) or not all(isinstance(row, list) for row in lists):
+        fits = len(lists) in (1, num_levels) and all(isinstance(row, list) and row for row in lists)
+        if not fits or len({len(row) for row in lists}) != 1:
             raise UserError(
-                f"MODEL.ANCHOR_GENERATOR.{key} must be one list, or {num_levels} for the backbone's "
-                f"{num_levels} levels, such as [[...], [...]], not {lists}"
+                f"MODEL.ANCHOR_GENERATOR.{key} must be one list, or {num_levels} of one length for the "
+                f"backbone's {num_levels} levels, such as [[...], [...]], got {lists}"
             )
         rows = lists if len(lists) == num_levels else lists * num_levels
-        if len({len(row) for row in rows}) != 1 or not rows[0]:
-            raise UserError(f"every list in MODEL.ANCHOR_GENERATOR.{key} must have the same length")
         per_level[key] = tuple(tuple(row) for row in rows)
     if cfg.MODEL.ANCHOR_GENERATOR.NAME == "DefaultAnchorGenerator":
         offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
@@ -88,27 +67,9 @@ def build_anchor_generator(cfg, backbone):
     return CachedAnchorGenerator(*per_level.values())
 
 
-def prior_bias(probability, key):
-    """The bias at which a sigmoid gives `probability` (focal loss paper, 4.1).
-
-    Raises:
-        UserError: names the key, if it does not lie between 0 and 1.
-    """
-    if not 0 < probability < 1:
-        raise UserError(f"{key} is {probability}, but must lie between 0 and 1")
+def prior_bias(probability):
+    """Return the bias at which a sigmoid gives `probability` (focal loss paper, 4.1)."""
     return -math.log((1 - probability) / probability)
-
-
-def get_thresholds(values, number, key):
-    """The `number` IoU thresholds that a config key holds.
-
-    Raises:
-        UserError: names the key, if it holds another number of them, or they do not rise from 0 to 1.
-    """
-    if len(values) != number or not all(a <= b for a, b in itertools.pairwise([0, *values, 1])):
-        numbers = "one number" if number == 1 else f"{number} rising numbers"
-        raise UserError(f"{key} is {values}, but must be {numbers} from 0 to 1")
-    return values
 
 
 def get_targets(samples, device, label_offset=0):
@@ -129,73 +90,64 @@ def check_boxes(samples):
         raise AssertionError(f"Boxes need a positive height and width, not {boxes[wrong][0].tolist()}")
 
 
-class OnSamples:
-    """Lets a torchvision detector take samples: the first base of a class, torchvision's the second.
+class DenseOnSamples:
+    """Lets a one-stage detector of torchvision take samples: the first base of a class, torchvision's the
+    second. Training and evaluation have few device syncs.
 
-    It evaluates; a subclass trains.
+    A subclass computes `_losses` and `_candidates` from the head's outputs, the anchors `[N, 4]`, and how
+    many of them each level has; losses also from boxes and labels as of `pad_targets`.
 
     Attributes:
-        label_offset: 1 where torchvision's label 0 is the background.
-        pastes_masks: False leaves masks as `BoxMasks`, for whoever pastes or encodes them elsewhere.
-        masks_aligned: how masks lie in their boxes; see `plaintrain.structures`.
+        label_offset: 1 where the head's label 0 is the background.
+        clips_before_nms: False clips boxes to the image after NMS, and drops those outside of it, as in
+            Detectron2.
     """
 
-    label_offset = 0
-    pastes_masks = masks_aligned = True
+    label_offset, clips_before_nms = 0, True
 
     def forward(self, samples):
-        """
-        Args:
-            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
-
-        Returns:
-            In training: a dict of losses, 0-d tensors.
-            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, boxes XYXY in the
-            original image's pixels, scores descending in 0..1, labels 0 to K-1; with their heads
-            masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
-        """
-        images = [sample["image"] for sample in samples]
-        detections = super().forward(images)
-        masks = self.pastes_masks, self.masks_aligned
-        return to_original_size(detections, samples, self.label_offset, *masks)
-
-
-class DenseOnSamples(OnSamples):
-    """Lets a one-stage detector of torchvision take samples, and trains it without its sync points.
-
-    A subclass computes the losses in `_losses`: from the head's outputs, the anchors `[N, 4]`, how many
-    locations each level has, and boxes and labels as of `pad_targets`.
-    """
-
-    def forward(self, samples):
-        """See `OnSamples.forward`."""
-        if not self.training:
-            return super().forward(samples)
-        check_boxes(samples)
+        """Return losses or detections; see `plaintrain.modeling.build_model`."""
+        if self.training:
+            check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
+        if not self.training:
+            return to_original_size(self._detect(images), samples)
         boxes, labels = pad_targets(get_targets(samples, images.tensors.device))
+        return self._losses(*self._predict(images), boxes, labels)
+
+    def _predict(self, images):
         features = list(self.backbone(images.tensors).values())
-        outputs = self.head(features)
-        anchors = self.anchor_generator(images, features)[0]
-        levels = [feature.shape[-2] * feature.shape[-1] for feature in features]
-        return self._losses(outputs, anchors, levels, boxes, labels)
+        outputs, anchors = self.head(features), self.anchor_generator(images, features)[0]
+        numbers = self.anchor_generator.num_anchors_per_location()
+        counts = [f.shape[-2] * f.shape[-1] * n for f, n in zip(features, numbers, strict=True)]
+        return outputs, anchors, counts
+
+    def find_candidates(self, images):
+        """Return boxes `[B, N, 4]`, scores `[B, N]` (-1 where not wanted) and labels from 0."""
+        boxes, scores, labels = self._candidates(*self._predict(images))
+        return clip_boxes(boxes, images.image_sizes) if self.clips_before_nms else boxes, scores, labels
+
+    def _detect(self, images):
+        candidates = self.find_candidates(images)
+        detections = select_best(*candidates, self.nms_thresh, self.detections_per_img)
+        if self.clips_before_nms:
+            return detections
+        for i, size in enumerate(images.image_sizes):
+            boxes = detections[i]["boxes"] = clip_boxes_to_image(detections[i]["boxes"], size)
+            keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+            detections[i] = {name: value[keep] for name, value in detections[i].items()}
+        return detections
 
 
-def to_original_size(detections, samples, label_offset=0, paste=True, aligned=True):
+def to_original_size(detections, samples, paste=True, aligned=True):
     """Bring detections from each sample's image to its original `height` and `width`.
 
     Args:
         detections: list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, and where the model has such
-            heads, masks `[N, 1, M, M]`, keypoints `[N, Kp, 3]` and keypoints_scores `[N, Kp]`, as
-            torchvision's heads return them.
+            heads, masks `[N, 1, M, M]` and keypoints `[N, Kp, 3]` as x, y, score.
         samples: the samples they were made from.
-        label_offset: what to take off the labels, so that they count from 0.
-        paste: make masks of the image's pixels; otherwise they are `BoxMasks`.
+        paste: make masks bool `[N, height, width]`; otherwise they are `BoxMasks`.
         aligned: how masks lie in their boxes; see `plaintrain.structures`.
-
-    Returns:
-        The list, in the original images' pixels: labels 0 to K-1, masks bool `[N, height, width]`,
-        keypoints `[N, Kp, 3]` as x, y, score.
     """
     results = []
     for detection, sample in zip(detections, samples, strict=True):
@@ -203,18 +155,31 @@ def to_original_size(detections, samples, label_offset=0, paste=True, aligned=Tr
         # By numbers of the host: a tensor of them is a sync point of a GPU.
         scale = sample["width"] / width, sample["height"] / height
         boxes = _scaled(detection["boxes"].view(-1, 2, 2), *scale).flatten(1)
-        labels = detection["labels"] - label_offset
-        result = {"boxes": boxes, "scores": detection["scores"], "labels": labels}
+        result = {**detection, "boxes": boxes}
         if "masks" in detection:
             masks = BoxMasks(detection["masks"], boxes, sample["height"], sample["width"], aligned)
             result["masks"] = masks.paste() if paste else masks
         if "keypoints" in detection:
-            points = _scaled(detection["keypoints"][..., :2], *scale)
-            result["keypoints"] = torch.cat([points, detection["keypoints_scores"][..., None]], dim=-1)
+            points, scores = detection["keypoints"].split([2, 1], dim=-1)
+            result["keypoints"] = torch.cat([_scaled(points, *scale), scores], dim=-1)
         results.append(result)
     return results
 
 
 def _scaled(points, x, y):
-    """Points `[..., 2]` with both coordinates multiplied."""
     return torch.stack([points[..., 0] * x, points[..., 1] * y], dim=-1)
+
+
+def raise_outputs(module, inputs, outputs):
+    """A forward hook: the outputs (see `keep_float32`) in float32, if they are not."""
+    return tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype in LOW_PRECISION else x, outputs)
+
+
+def keep_float32(*heads):
+    """Give modules float32 results whatever autocast computes them in; nothing changes without it.
+
+    torchvision decodes boxes in the precision of the head. In bfloat16, with 8 bits, a coordinate of 700 is
+    off by up to 2 pixels. Outputs are tensors, or dicts, lists and tuples of them.
+    """
+    for module in heads:
+        module.register_forward_hook(raise_outputs)

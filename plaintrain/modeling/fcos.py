@@ -8,18 +8,26 @@ from torchvision.models.detection import FCOS as _FCOS
 from torchvision.models.detection.fcos import FCOSHead
 
 from plaintrain.modeling.backbones import build_backbone
-from plaintrain.modeling.detector import DenseOnSamples, build_anchor_generator, build_preprocess, prior_bias
-from plaintrain.modeling.float32 import keep_float32
+from plaintrain.modeling.detector import (
+    DenseOnSamples,
+    build_anchor_generator,
+    build_preprocess,
+    keep_float32,
+    prior_bias,
+)
 from plaintrain.modeling.losses import focal_loss, giou_loss
 from plaintrain.modeling.matching import in_parts, take
+from plaintrain.modeling.postprocess import best_of_classes
 from plaintrain.utils.errors import UserError
-
-# torchvision's heads have GroupNorm with this many groups.
-_GROUPS = 32
 
 
 class FCOS(DenseOnSamples, _FCOS):
-    """torchvision's FCOS, parameter for parameter, trained in fixed shapes."""
+    """torchvision's FCOS, parameter for parameter, in fixed shapes."""
+
+    def _candidates(self, outputs, anchors, counts):
+        scores = torch.sqrt(outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid())
+        rows, scores, labels = best_of_classes(self, scores, counts)
+        return self.box_coder.decode(take(outputs["bbox_regression"], rows), anchors[rows]), scores, labels
 
     def _losses(self, outputs, anchors, levels, boxes, labels):
         index, matched = assign_centres(boxes, labels >= 0, anchors, levels, self.center_sampling_radius)
@@ -93,14 +101,8 @@ def build_fcos(cfg):
             "FCOS needs one anchor a location, of the level's stride: MODEL.ANCHOR_GENERATOR.SIZES "
             f"{[[stride] for stride in backbone.strides]} and ASPECT_RATIOS [[1.0]]"
         )
-    if backbone.out_channels % _GROUPS:
-        raise UserError(
-            f"FCOS normalises in {_GROUPS} groups, which the backbone's {backbone.out_channels} channels "
-            "cannot be split into"
-        )
     head = FCOSHead(backbone.out_channels, 1, fcos.NUM_CLASSES, fcos.NUM_CONVS)
-    bias = prior_bias(fcos.PRIOR_PROB, "MODEL.FCOS.PRIOR_PROB")
-    torch.nn.init.constant_(head.classification_head.cls_logits.bias, bias)
+    torch.nn.init.constant_(head.classification_head.cls_logits.bias, prior_bias(fcos.PRIOR_PROB))
     # The box outputs pass a ReLU: from 0, random weights can push all of them below it for ever.
     torch.nn.init.constant_(head.regression_head.bbox_reg.bias, 0.5)
     model = FCOS(
@@ -115,5 +117,5 @@ def build_fcos(cfg):
         topk_candidates=fcos.TOPK_CANDIDATES_TEST,
     )
     model.transform = build_preprocess(cfg)
-    keep_float32(heads=[head], anchors=[anchors])
+    keep_float32(head)
     return model

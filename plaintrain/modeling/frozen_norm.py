@@ -19,21 +19,7 @@ class FoldedNorm(FrozenBatchNorm2d):
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution with the frozen batch norm that follows it; its parameters are the convolution's."""
-
-    def __init__(self, conv, norm):
-        """
-        Args:
-            conv: the `Conv2d` without a bias whose weight is taken over.
-            norm: the `FoldedNorm` after it.
-        """
-        super().__init__(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, bias=False, padding_mode=conv.padding_mode, device="meta",
-        )  # fmt: skip
-        self.weight = conv.weight
-        # In a tuple it is not a child, and the names in state dicts stay.
-        self._norm = (norm,)
+    """A convolution without a bias, with the `FoldedNorm` that follows it as `_norm[0]`."""
 
     def forward(self, x):
         (norm,) = self._norm
@@ -49,13 +35,12 @@ def fold_frozen_norms(module):
     """Fold each frozen batch norm that follows a convolution without a bias, in place.
 
     Following means in the order in which a parent registers its children, which is that of the data in
-    torchvision's backbones. The names and shapes of a state dict stay. Statistics are read at each step, so
-    that they may be loaded later; whoever replaces one of the two modules later must replace both.
+    torchvision's backbones. Names and shapes of a state dict stay. Statistics are read at each step, so that
+    they may be loaded later; whoever replaces one of the two modules later must replace both.
     """
-    for parent in list(module.modules()):
-        for (name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
+    for parent in module.modules():
+        for conv, norm in itertools.pairwise(parent.children()):
             if type(conv) is nn.Conv2d and conv.bias is None and type(norm) is FrozenBatchNorm2d:
-                folded = FoldedNorm(len(norm.weight), norm.eps)
-                folded.load_state_dict(norm.state_dict())
-                setattr(parent, norm_name, folded)
-                setattr(parent, name, FoldedConv2d(conv, folded))
+                conv.__class__, norm.__class__ = FoldedConv2d, FoldedNorm
+                # In a tuple it is not a child.
+                conv._norm = (norm,)

@@ -3,9 +3,14 @@
 B is the number of images, N that of anchors, K that of classes.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torchvision.models.detection._utils import encode_boxes
+
+from plaintrain.modeling.matching import decode
 
 
 class _FocalSum(torch.autograd.Function):
@@ -65,3 +70,35 @@ def smooth_l1_loss(deltas, targets, counts, beta):
     # Where they do not count, targets may be infinite or not a number.
     targets = targets.masked_fill(missing, 0)
     return F.smooth_l1_loss(deltas, targets, beta=beta, reduction="none").masked_fill(missing, 0).sum(dim=-1)
+
+
+class BoxLoss(NamedTuple):
+    """A loss of boxes: torchvision's recipe by default, Detectron2's from the config."""
+
+    # "smooth_l1" of the deltas, or "giou" of the boxes.
+    kind: str = "smooth_l1"
+    # Where smooth L1 turns from a parabola to a line; 0 is L1.
+    beta: float = 1 / 9
+    weight: float = 1.0
+
+
+def get_box_loss(node):
+    """Return the `BoxLoss` of a node's BBOX_REG_LOSS_TYPE, SMOOTH_L1_BETA and BBOX_REG_LOSS_WEIGHT."""
+    return BoxLoss(node.BBOX_REG_LOSS_TYPE, node.SMOOTH_L1_BETA, node.BBOX_REG_LOSS_WEIGHT)
+
+
+def box_losses(recipe, coder, deltas, priors, objects, counts):
+    """Return the weighted losses of boxes, `[B, S]`, 0 where bool `counts` is False.
+
+    Args:
+        recipe: the `BoxLoss`.
+        coder: torchvision's `BoxCoder`, whose weights scale the deltas.
+        deltas: what the network gives for each prior, float32 `[B, S, 4]`.
+        priors: anchors or proposals, `[B, S, 4]`, or `[S, 4]`, the same for all images.
+        objects: the boxes to be learned, `[B, S, 4]`.
+    """
+    if recipe.kind == "giou":
+        return recipe.weight * giou_loss(decode(deltas, priors, coder), objects, counts)
+    priors = priors.expand_as(objects).flatten(0, 1)
+    wanted = encode_boxes(objects.flatten(0, 1), priors, coder.weights).view_as(objects)
+    return recipe.weight * smooth_l1_loss(deltas, wanted, counts, recipe.beta)

@@ -31,12 +31,8 @@ def _pairwise_iou(boxes, others):
 
 
 def in_parts(assign, boxes, exists, candidates):
-    """Call `assign` for as many images at once as bounds the memory, and join what it returns.
-
-    Args:
-        assign: takes the following three of some images, and returns tensors `[B, ...]`.
-        boxes, exists: the objects `[B, M, 4]`, and bool `[B, M, 1]`, False for padding.
-        candidates: `[B, N, 4]`, or `[1, N, 4]`, the same for all images.
+    """Call `assign` with the other arguments, see `match`, of so many images at once that memory is bounded;
+    join what it returns.
     """
     size = max(1, _MAX_PAIRS // (boxes.shape[1] * candidates.shape[1]))
     given = (boxes, exists, candidates.expand(len(boxes), -1, -1))
@@ -85,9 +81,6 @@ def sample(matched, background, sampler):
     """Draw candidates at random, as many as torchvision's sampler, of which the settings are read.
 
     How many random numbers are drawn depends on shapes alone.
-
-    Args:
-        matched, background: bool `[B, N]`.
 
     Returns:
         The indices `[B, S]`, matches first; and bool `[B, S]`, False where there were too few.

@@ -9,33 +9,44 @@ from torchvision.ops.poolers import _convert_to_roi_format
 
 
 def _sums_rows(features, sampling_ratio):
-    """Whether to pool by `_sum_rows`: on a CPU torchvision's operator runs one channel after the other,
-    forward 5 and backward 10 times slower; a GPU's is fast, and one sum needs a fixed number of samples.
-    """
-    return features[0].device.type == "cpu" and sampling_ratio > 0
+    # On a CPU torchvision's operator runs one channel after the other, forward 5 and backward 10 times
+    # slower. One sum needs a fixed number of samples.
+    on_cpu = features[0].device.type == "cpu" and not torch.compiler.is_exporting()
+    return on_cpu and sampling_ratio > 0
 
 
-def pool_levels(features, boxes, levels, scales, **arguments):
-    """Pool each box from its level, `[K, C, *output_size]`, with one sync point for all of them.
+def _to_rois(boxes):
+    """Return the rows (image, x0, y0, x1, y1) of a list of `[n, 4]`, one an image, or of `[B, P, 4]`."""
+    if not isinstance(boxes, torch.Tensor):
+        return _convert_to_roi_format(boxes)
+    image = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)
+    return torch.cat([image[:, None, None].expand(-1, boxes.shape[1], 1), boxes], dim=2).flatten(0, 1)
+
+
+def pool_levels(features, rois, levels, scales, **arguments):
+    """Pool each box from its level, `[K, C, *output_size]`, with one device sync for all of them.
 
     Args:
         features, scales: of each level `[B, C, H, W]`, and its locations per pixel.
-        boxes: list of `[n, 4]`, one an image, K in all; `levels` holds the index of each one's level.
+        rois: `[K, 5]`; `levels` holds the index of each one's level.
         arguments: `output_size` (two numbers), `sampling_ratio` and `aligned` of `roi_align`.
     """
-    rois = _convert_to_roi_format(boxes)
     # A box that is not a number has no level.
     levels = levels.long().clamp(0, len(features) - 1)
     if _sums_rows(features, arguments["sampling_ratio"]):
         return _sum_rows(features, rois, levels, scales, arguments)
     if len(features) == 1:
         return roi_align(features[0], rois, spatial_scale=scales[0], **arguments)
-    every = torch.arange(len(features), device=levels.device)
-    counts = (levels[:, None] == every).sum(dim=0).tolist()  # sync point
-    rows = levels.argsort(stable=True).split(counts)
+    if torch.compiler.is_exporting():
+        rows = [(levels == i).nonzero()[:, 0] for i in range(len(features))]
+    else:
+        every = torch.arange(len(features), device=levels.device)
+        counts = (levels[:, None] == every).sum(dim=0).tolist()  # device sync
+        rows = levels.argsort(stable=True).split(counts)
     parts = zip(features, rows, scales, strict=True)
     pooled = [roi_align(f, rois[r], spatial_scale=scale, **arguments) for f, r, scale in parts]
-    result = features[0].new_zeros(len(rois), *pooled[0].shape[1:])
+    # Not `len`, which fixes the size that torch.export sees.
+    result = features[0].new_zeros(rois.shape[0], *pooled[0].shape[1:])
     for r, p in zip(rows, pooled, strict=True):
         result[r] = p.to(result.dtype)
     return result
@@ -45,9 +56,8 @@ def _samples(starts, sides, bins, ratio, extent):
     """What RoIAlign reads along one axis: of each bin the locations next to its samples, and their weights.
 
     Args:
-        starts, sides: of the boxes, in locations, `[K]`.
+        starts, sides, extent: of the boxes, in locations, and how many locations there are, `[K]`.
         bins, ratio: bins a box, and samples a bin.
-        extent: number of locations there are, `[K]`.
 
     Returns:
         int64 in 0..extent - 1 and float32 in 0..1, both `[K, bins, 2 * ratio]`.
@@ -89,42 +99,33 @@ def _sum_rows(features, rois, levels, scales, arguments):
 
 
 class RoIAlign(MultiScaleRoIAlign):
-    """RoIAlign of each box on the level of its size, with one sync point for all levels.
+    """RoIAlign of each box on the level of its size, with one device sync for all levels.
 
-    Nothing is inferred from a batch: the scales of the levels are those of the backbone's strides.
-
-    Attributes:
-        scales: locations per pixel, one number a level.
-        aligned: samples lie at pixel centres.
+    Nothing is inferred from a batch: `scales`, locations per pixel, are those of the backbone's strides.
     """
 
     def __init__(self, featmap_names, output_size, sampling_ratio, strides, *, aligned=False):
         """
         Args:
-            featmap_names: the feature maps to pool from, finest first.
-            output_size: bins per side.
-            sampling_ratio: samples per bin and side; 0 takes as many as the bin has pixels.
+            featmap_names, output_size, sampling_ratio: see torchvision's.
             strides: pixels per location, a power of 2 for each feature map.
             aligned: sample and choose levels as Detectron2's ROIAlignV2; otherwise as torchvision.
         """
         super().__init__(featmap_names, output_size, sampling_ratio)
         self.scales, self.aligned = [1 / stride for stride in strides], aligned
 
-    def forward(self, x, boxes, image_shapes):
-        """Pool `[n, 4]` boxes per image to `[sum of n, C, *output_size]`; `image_shapes` is torchvision's."""
-        features = [x[name] for name in self.featmap_names]
-        return pool_levels(features, boxes, self.levels(boxes), self.scales, **self.arguments)
-
-    @property
-    def arguments(self):
-        """The arguments of `roi_align` that all levels share."""
-        sampling = {"output_size": self.output_size, "sampling_ratio": self.sampling_ratio}
-        return {**sampling, "aligned": self.aligned}
+    def forward(self, x, boxes, image_shapes=None):
+        """Pool a list of boxes `[n, 4]`, one an image, or `[B, P, 4]`, to `[K, C, *output_size]`."""
+        rois, features = _to_rois(boxes), [x[name] for name in self.featmap_names]
+        return pool_levels(
+            features, rois, self.levels(rois[:, 1:]), self.scales,
+            output_size=self.output_size, sampling_ratio=self.sampling_ratio, aligned=self.aligned,
+        )  # fmt: skip
 
     def levels(self, boxes):
-        """The index of each box's feature map, a float tensor, of a list of `[n, 4]`."""
+        """Return the index of each box's feature map, a float tensor, of boxes `[K, 4]`."""
         first, last = (-math.log2(scale) for scale in (self.scales[0], self.scales[-1]))
-        relative = torch.cat([box_area(b) for b in boxes]).sqrt() / self.canonical_scale
+        relative = box_area(boxes).sqrt() / self.canonical_scale
         if self.aligned:
             levels = self.canonical_level + torch.log2(relative + 1e-8)
             last = first + len(self.scales) - 1

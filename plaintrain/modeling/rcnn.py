@@ -6,65 +6,50 @@ import contextlib
 
 import torch
 from torch import nn
-from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN as _GeneralizedRCNN
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.models.detection.rpn import RPNHead
 
 from plaintrain.modeling.backbones import build_backbone, get_norm
-from plaintrain.modeling.box_loss import get_box_loss
 from plaintrain.modeling.detector import (
-    OnSamples,
     build_anchor_generator,
     build_preprocess,
     check_boxes,
     get_targets,
-    get_thresholds,
+    keep_float32,
     to_original_size,
 )
-from plaintrain.modeling.float32 import keep_float32
-from plaintrain.modeling.matching import decode
+from plaintrain.modeling.losses import get_box_loss
 from plaintrain.modeling.poolers import RoIAlign
 from plaintrain.modeling.roi_heads import BatchedRoIHeads
 from plaintrain.modeling.rpn import BatchedRPN
 from plaintrain.utils.errors import UserError
 
-# torchvision's names of the losses -> Detectron2's.
-_LOSSES = {
-    "loss_classifier": "loss_cls",
-    "loss_box_reg": "loss_box_reg",
-    "loss_mask": "loss_mask",
-    "loss_keypoint": "loss_keypoint",
-    "loss_objectness": "loss_rpn_cls",
-    "loss_rpn_box_reg": "loss_rpn_loc",
-}
 
+class GeneralizedRCNN(_GeneralizedRCNN):
+    """torchvision's Faster, Mask or Keypoint R-CNN, parameter for parameter, in fixed shapes.
 
-class GeneralizedRCNN(OnSamples, FasterRCNN):
-    """torchvision's Faster, Mask or Keypoint R-CNN, parameter for parameter, trained in fixed shapes."""
+    Attributes:
+        pastes_masks: False leaves masks as `BoxMasks`, for whoever pastes or encodes them elsewhere.
+        masks_aligned: how masks lie in their boxes; see `plaintrain.structures`.
+    """
 
-    loss_names, label_offset = _LOSSES, 1
-    keypoint_loss_weight = 1.0
-
-    def __init__(self, *parts):
-        # FasterRCNN's own would build torchvision's parts.
-        super(FasterRCNN, self).__init__(*parts)
+    pastes_masks = masks_aligned = True
 
     def forward(self, samples):
-        """See `OnSamples.forward`; `loss_keypoint` is weighted."""
-        if not self.training:
-            return super().forward(samples)
-        check_boxes(samples)
+        """Return losses or detections; see `plaintrain.modeling.build_model`."""
+        if self.training:
+            check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
-        targets = get_targets(samples, images.tensors.device, self.label_offset)
+        targets = get_targets(samples, images.tensors.device, label_offset=1) if self.training else None
         features = self.backbone(images.tensors)
-        proposals, losses = self.rpn(images, features, targets)
-        losses |= self.roi_heads(features, proposals, images.image_sizes, targets)[1]
-        if "loss_keypoint" in losses:
-            losses["loss_keypoint"] = losses["loss_keypoint"] * self.keypoint_loss_weight
-        return {name: losses[theirs] for theirs, name in self.loss_names.items() if theirs in losses}
+        proposals, rpn_losses = self.rpn(images, features, targets)
+        detections, losses = self.roi_heads(features, proposals, images.image_sizes, targets)
+        if self.training:
+            return losses | rpn_losses
+        return to_original_size(detections, samples, self.pastes_masks, self.masks_aligned)
 
     @contextlib.contextmanager
     def without_masks(self):
@@ -75,74 +60,44 @@ class GeneralizedRCNN(OnSamples, FasterRCNN):
         finally:
             self.roi_heads.mask_roi_pool = pool
 
-    def predict_masks(self, samples, boxes, labels):
-        """The masks of given objects, by a model that has a mask head.
-
-        Args:
-            samples: list of samples; `image` uint8 `[3, H, W]`.
-            boxes: for each sample `[N, 4]`, XYXY, in the pixels of its `image`.
-            labels: for each sample `[N]`, 0 to K-1.
-
-        Returns:
-            For each sample float32 `[N, 1, M, M]`: probabilities of its label's mask inside each box.
-        """
-        images, _ = self.transform([sample["image"] for sample in samples])
-        features, heads = self.backbone(images.tensors), self.roi_heads
-        pooled = heads.mask_roi_pool(features, boxes, images.image_sizes)
-        logits = heads.mask_predictor(heads.mask_head(pooled))
-        return list(maskrcnn_inference(logits, [label + self.label_offset for label in labels]))
-
 
 class ProposalNetwork(nn.Module):
-    """Backbone and RPN, with the parameter names they have in torchvision's Faster R-CNN."""
+    """Backbone and RPN, with the parameter names they have in torchvision's Faster R-CNN.
+
+    In evaluation its detections are the proposals, scores objectness, labels all 0.
+    """
 
     def __init__(self, backbone, rpn, transform):
         super().__init__()
         self.transform, self.backbone, self.rpn = transform, backbone, rpn
 
     def forward(self, samples):
-        """
-        Args:
-            samples: list of samples; `image` uint8 `[3, H, W]`, in training with `target`.
-
-        Returns:
-            In training: `loss_rpn_cls` and `loss_rpn_loc`, 0-d tensors.
-            In evaluation: a list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}: proposals in the
-            original image's pixels, objectness descending in 0..1, labels all 0.
-        """
+        """Return losses or detections; see `plaintrain.modeling.build_model`."""
         if self.training:
             check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
+        targets = get_targets(samples, images.tensors.device) if self.training else None
         features = self.backbone(images.tensors)
+        proposals, losses = self.rpn(images, features, targets, propose=not self.training)
         if self.training:
-            losses = self.rpn.losses(images, features, get_targets(samples, images.tensors.device))
-            return {_LOSSES[name]: value for name, value in losses.items()}
-        return to_original_size(self._propose(images, list(features.values())), samples)
-
-    def _propose(self, images, features):
-        # RegionProposalNetwork.forward keeps the scores to itself.
-        objectness, deltas, counts = self.rpn.predict(features)
-        boxes = decode(deltas, self.rpn.anchor_generator(images, features)[0], self.rpn.box_coder)
-        boxes, scores = self.rpn.filter_proposals(boxes, objectness, images.image_sizes, counts)
-        return [
-            {"boxes": b, "scores": s, "labels": torch.zeros_like(s, dtype=torch.int64)}
-            for b, s in zip(boxes, scores, strict=True)
+            return losses
+        boxes, scores = proposals
+        detections = [
+            {"boxes": b[:n], "scores": s[:n], "labels": torch.zeros_like(s[:n], dtype=torch.int64)}
+            for b, s, n in zip(boxes, scores, (scores >= 0).sum(dim=1).tolist(), strict=True)  # device sync
         ]
-
-
-def _build_rpn_head(cfg, backbone, anchors):
-    dims = cfg.MODEL.RPN.CONV_DIMS
-    if any(width not in (-1, backbone.out_channels) for width in dims) or not dims:
-        raise UserError(f"MODEL.RPN.CONV_DIMS must hold -1 per convolution, not {dims}")
-    return RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], len(dims))
+        return to_original_size(detections, samples)
 
 
 def _build_rpn(cfg, backbone):
     rpn = cfg.MODEL.RPN
     anchors = build_anchor_generator(cfg, backbone)
-    background, foreground = get_thresholds(rpn.IOU_THRESHOLDS, 2, "MODEL.RPN.IOU_THRESHOLDS")
-    head = _build_rpn_head(cfg, backbone, anchors)
-    keep_float32(heads=[head], anchors=[anchors])
+    background, foreground = rpn.IOU_THRESHOLDS
+    dims, width = rpn.CONV_DIMS, backbone.out_channels
+    if not dims or not set(dims) <= {-1, width}:
+        raise UserError(f"MODEL.RPN.CONV_DIMS must hold -1 or {width} per convolution, got {dims}")
+    head = RPNHead(width, anchors.num_anchors_per_location()[0], len(dims))
+    keep_float32(head)
     network = BatchedRPN(
         anchors,
         head,
@@ -155,7 +110,7 @@ def _build_rpn(cfg, backbone):
         nms_thresh=rpn.NMS_THRESH,
         score_thresh=rpn.SCORE_THRESH,
     )
-    network.box_loss = get_box_loss(rpn, "MODEL.RPN")
+    network.box_loss = get_box_loss(rpn)
     network.loss_weight, network.normalizer = rpn.LOSS_WEIGHT, rpn.LOSS_NORMALIZER
     return network
 
@@ -171,7 +126,7 @@ def build_rcnn(cfg):
     backbone = build_backbone(cfg)
     rpn = _build_rpn(cfg, backbone)
     heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-    (threshold,) = get_thresholds(heads.IOU_THRESHOLDS, 1, "MODEL.ROI_HEADS.IOU_THRESHOLDS")
+    (threshold,) = heads.IOU_THRESHOLDS
     roi_heads = BatchedRoIHeads(
         box_roi_pool=_build_pooler(box, backbone),
         box_head=_build_box_head(box, backbone.out_channels),
@@ -185,16 +140,15 @@ def build_rcnn(cfg):
         nms_thresh=heads.NMS_THRESH_TEST,
         detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
-    roi_heads.box_loss = get_box_loss(box, "MODEL.ROI_BOX_HEAD")
+    roi_heads.box_loss = get_box_loss(box)
     _initialize_box_head(roi_heads)
-    keep_float32(heads=[roi_heads.box_predictor])
+    keep_float32(roi_heads.box_predictor)
     model = GeneralizedRCNN(backbone, rpn, roi_heads, build_preprocess(cfg))
     if cfg.MODEL.MASK_ON:
         _add_mask_head(cfg, roi_heads, backbone)
         model.masks_aligned = roi_heads.masks_aligned = cfg.MODEL.ROI_MASK_HEAD.ALIGNED
     if cfg.MODEL.KEYPOINT_ON:
         _add_keypoint_head(cfg, roi_heads, backbone)
-        model.keypoint_loss_weight = cfg.MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT
     return model
 
 
@@ -210,13 +164,8 @@ def _build_box_head(box, channels):
     resolution = box.POOLER_RESOLUTION
     if (box.NUM_CONV, box.NUM_FC) == (0, 2):
         return TwoMLPHead(channels * resolution**2, box.FC_DIM)
-    if box.NUM_FC < 1 or box.NUM_CONV < 0:
-        raise UserError(
-            f"MODEL.ROI_BOX_HEAD needs NUM_FC >= 1 and NUM_CONV >= 0, not {box.NUM_FC} and {box.NUM_CONV}"
-        )
-    norm = get_norm(box.NORM, "MODEL.ROI_BOX_HEAD.NORM")
-    size = (channels, resolution, resolution)
-    return FastRCNNConvFCHead(size, [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, norm)
+    convolutions, layers = [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC
+    return FastRCNNConvFCHead((channels, resolution, resolution), convolutions, layers, get_norm(box.NORM))
 
 
 def _initialize_box_head(roi_heads):
@@ -233,27 +182,23 @@ def _initialize_box_head(roi_heads):
 
 def _add_mask_head(cfg, roi_heads, backbone):
     mask = cfg.MODEL.ROI_MASK_HEAD
-    if mask.NUM_CONV < 1:
-        raise UserError(f"MODEL.ROI_MASK_HEAD.NUM_CONV is {mask.NUM_CONV}, but must be at least 1")
-    norm = get_norm(mask.NORM, "MODEL.ROI_MASK_HEAD.NORM")
     widths = [mask.CONV_DIM] * mask.NUM_CONV
     roi_heads.mask_roi_pool = _build_pooler(mask, backbone)
-    roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, widths, 1, norm)
+    roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, widths, 1, get_norm(mask.NORM))
     classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1
     roi_heads.mask_predictor = MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes)
-    keep_float32(heads=[roi_heads.mask_predictor])
+    keep_float32(roi_heads.mask_predictor)
 
 
 def _add_keypoint_head(cfg, roi_heads, backbone):
     keypoint = cfg.MODEL.ROI_KEYPOINT_HEAD
     if keypoint.NUM_KEYPOINTS < 1:
         raise UserError(
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoint.NUM_KEYPOINTS}: call "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS must be at least 1, got {keypoint.NUM_KEYPOINTS}: call "
             "default_setup(cfg, args), which asks the training dataset, or set the number"
         )
-    if not keypoint.CONV_DIMS:
-        raise UserError("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS is empty: give at least one width")
+    roi_heads.keypoint_loss_weight = keypoint.LOSS_WEIGHT
     roi_heads.keypoint_roi_pool = _build_pooler(keypoint, backbone)
     roi_heads.keypoint_head = KeypointRCNNHeads(backbone.out_channels, keypoint.CONV_DIMS)
     roi_heads.keypoint_predictor = KeypointRCNNPredictor(keypoint.CONV_DIMS[-1], keypoint.NUM_KEYPOINTS)
-    keep_float32(heads=[roi_heads.keypoint_predictor])
+    keep_float32(roi_heads.keypoint_predictor)

@@ -1,33 +1,26 @@
 """RetinaNet (https://arxiv.org/abs/1708.02002) on torchvision's implementation."""
 
-import math
-
 import torch
 from torchvision.models.detection import RetinaNet as _RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import clip_boxes_to_image
 
 from plaintrain.modeling.backbones import build_backbone, get_norm
-from plaintrain.modeling.box_loss import BoxLoss, box_losses
 from plaintrain.modeling.detector import (
     DenseOnSamples,
     build_anchor_generator,
     build_preprocess,
-    get_thresholds,
+    keep_float32,
     prior_bias,
 )
-from plaintrain.modeling.float32 import keep_float32
-from plaintrain.modeling.losses import focal_loss
-from plaintrain.modeling.matching import match, take
-from plaintrain.modeling.postprocess import best_of_each, retinanet_candidates
-from plaintrain.utils.errors import UserError
+from plaintrain.modeling.losses import BoxLoss, box_losses, focal_loss
+from plaintrain.modeling.matching import decode, match, take
+from plaintrain.modeling.postprocess import best_of_classes
 
 
 class RetinaNet(DenseOnSamples, _RetinaNet):
-    """torchvision's RetinaNet, parameter for parameter, trained in fixed shapes."""
+    """torchvision's RetinaNet, parameter for parameter, in fixed shapes."""
 
-    clips_before_nms = True
     focal_alpha, focal_gamma, box_loss = 0.25, 2.0, BoxLoss(beta=0.0)
 
     def _losses(self, outputs, anchors, levels, boxes, labels):
@@ -44,21 +37,10 @@ class RetinaNet(DenseOnSamples, _RetinaNet):
             "loss_box_reg": (loss_box.sum(dim=1) / numbers).mean(),
         }
 
-    def postprocess_detections(self, head_outputs, anchors, image_shapes):
-        """torchvision's, or as in Detectron2: boxes are cut at the image's edge after NMS, and those
-        that lie outside of it left out then.
-        """
-        if self.clips_before_nms:
-            return super().postprocess_detections(head_outputs, anchors, image_shapes)
-        outputs = {name: torch.cat(levels, dim=1) for name, levels in head_outputs.items()}
-        found = retinanet_candidates(self, outputs, torch.cat(anchors[0]), list(map(len, anchors[0])))
-        wanted, limits = list(found[1] >= 0), (self.nms_thresh, self.detections_per_img)
-        detections = best_of_each(wanted, *(part.flatten(0, 1) for part in found), limits)
-        for i, shape in enumerate(image_shapes):
-            boxes = detections[i]["boxes"] = clip_boxes_to_image(detections[i]["boxes"], shape)
-            keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-            detections[i] = {name: value[keep] for name, value in detections[i].items()}
-        return detections
+    def _candidates(self, outputs, anchors, counts):
+        rows, scores, labels = best_of_classes(self, outputs["cls_logits"].sigmoid(), counts)
+        deltas = take(outputs["bbox_regression"], rows)
+        return decode(deltas, anchors[rows], self.box_coder), scores, labels
 
 
 def build_retinanet(cfg):
@@ -70,11 +52,10 @@ def build_retinanet(cfg):
         backbone.out_channels,
         anchors.num_anchors_per_location()[0],
         retinanet.NUM_CLASSES,
-        norm_layer=get_norm(retinanet.NORM, "MODEL.RETINANET.NORM", ("", "GN")),
+        norm_layer=get_norm(retinanet.NORM),
     )
-    bias = prior_bias(retinanet.PRIOR_PROB, "MODEL.RETINANET.PRIOR_PROB")
-    torch.nn.init.constant_(head.classification_head.cls_logits.bias, bias)
-    background, foreground = get_thresholds(retinanet.IOU_THRESHOLDS, 2, "MODEL.RETINANET.IOU_THRESHOLDS")
+    torch.nn.init.constant_(head.classification_head.cls_logits.bias, prior_bias(retinanet.PRIOR_PROB))
+    background, foreground = retinanet.IOU_THRESHOLDS
     model = RetinaNet(
         backbone,
         retinanet.NUM_CLASSES,
@@ -87,21 +68,10 @@ def build_retinanet(cfg):
         fg_iou_thresh=foreground,
         topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
     )
-    _set_losses(model, retinanet)
+    model.focal_alpha, model.focal_gamma = retinanet.FOCAL_LOSS_ALPHA, retinanet.FOCAL_LOSS_GAMMA
+    model.box_loss = BoxLoss(retinanet.BBOX_REG_LOSS_TYPE, retinanet.SMOOTH_L1_LOSS_BETA)
     model.box_coder = head.regression_head.box_coder = BoxCoder(retinanet.BBOX_REG_WEIGHTS)
     model.clips_before_nms = cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator"
     model.transform = build_preprocess(cfg)
-    keep_float32(heads=[head], anchors=[anchors])
+    keep_float32(head)
     return model
-
-
-def _set_losses(model, retinanet):
-    model.focal_alpha, model.focal_gamma = retinanet.FOCAL_LOSS_ALPHA, retinanet.FOCAL_LOSS_GAMMA
-    model.box_loss = BoxLoss(retinanet.BBOX_REG_LOSS_TYPE, retinanet.SMOOTH_L1_LOSS_BETA)
-    if not (0 <= model.focal_alpha <= 1 or model.focal_alpha == -1):
-        raise UserError(
-            f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {model.focal_alpha}, but must be 0 to 1, or -1 for none"
-        )
-    for key in ("FOCAL_LOSS_GAMMA", "SMOOTH_L1_LOSS_BETA"):
-        if not 0 <= retinanet[key] < math.inf:
-            raise UserError(f"MODEL.RETINANET.{key} is {retinanet[key]}, but must be 0 or more")

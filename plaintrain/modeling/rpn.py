@@ -8,10 +8,10 @@ from torchvision.ops import batched_nms
 from torchvision.ops.misc import Conv2dNormActivation
 
 from plaintrain.modeling.anchors import SizeCache
-from plaintrain.modeling.box_loss import BoxLoss, box_losses
-from plaintrain.modeling.float32 import raise_outputs
+from plaintrain.modeling.detector import raise_outputs
+from plaintrain.modeling.losses import BoxLoss, box_losses
 from plaintrain.modeling.matching import decode, match, pad_targets, sample, take
-from plaintrain.modeling.postprocess import best_of_levels, best_proposals, clip_each, score_proposals
+from plaintrain.modeling.postprocess import are_large, best_of_levels, clip_boxes
 
 # The modules of torchvision's head of one convolution.
 _PLAIN_HEAD = [RPNHead, nn.Sequential, Conv2dNormActivation, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Conv2d]
@@ -45,13 +45,9 @@ def _neighbours(images, features):
 
 
 class BatchedRPN(RegionProposalNetwork):
-    """torchvision's RPN, parameter for parameter; its training without its sync points.
+    """torchvision's RPN, parameter for parameter, in fixed shapes.
 
-    Attributes:
-        box_loss: the `BoxLoss`.
-        loss_weight: factor of both losses.
-        normalizer: what they are divided by: the anchors "sampled" in a batch, or the "batch_size", as many
-            as are meant to be sampled.
+    Losses are divided by the anchors "sampled" in a batch, or by "batch_size", as many as are meant to be.
     """
 
     box_loss, loss_weight, normalizer = BoxLoss(), 1.0, "sampled"
@@ -60,29 +56,25 @@ class BatchedRPN(RegionProposalNetwork):
         super().__init__(*args, **kwargs)
         self._neighbours = SizeCache()
 
-    def forward(self, images, features, targets=None):
-        """torchvision's, but in training the proposals are boxes `[B, P, 4]` and bool `[B, P]`, False for
-        those that are padding.
+    def forward(self, images, features, targets=None, propose=True):
         """
-        if not self.training:
-            return super().forward(images, features, targets)
-        features = list(features.values())
-        anchors, predicted = self.anchor_generator(images, features)[0], self._predict_if_needed(features)
-        losses = self._losses(images, features, anchors, targets, predicted)
+        Returns:
+            Proposals, the best first: boxes `[B, P, 4]` and scores `[B, P]`, -1 for padding; None unless
+            `propose`. And the losses, {} in evaluation.
+        """
+        features, losses, predicted = list(features.values()), {}, None
+        anchors = self.anchor_generator(images, features)[0]
+        if self.training:
+            # The losses see few locations: to convolve the others would cost a seventh of a step, most of it
+            # in the backward pass, which would bring zeros through them.
+            predicted = None if _is_plain(self.head) else self.predict(features)
+            losses = self._losses(images, features, anchors, targets, predicted)
+        if not propose:
+            return None, losses
         # Proposals are not learned. After the losses: autocast keeps a weight as it first casts it.
         with torch.no_grad():
             predicted = predicted or self.predict(features)
-            return self._propose(*predicted, anchors, images.image_sizes), losses
-
-    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
-        """torchvision's, for all images at once; only for evaluation."""
-        return best_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level)
-
-    def losses(self, images, features, targets):
-        """{"loss_objectness": 0-d tensor, "loss_rpn_box_reg": 0-d tensor}."""
-        features = list(features.values())
-        anchors = self.anchor_generator(images, features)[0]
-        return self._losses(images, features, anchors, targets, self._predict_if_needed(features))
+            return self._propose(*self.find_candidates(*predicted, anchors, images.image_sizes)), losses
 
     def _losses(self, images, features, anchors, targets, predicted):
         boxes, labels = pad_targets(targets)
@@ -101,12 +93,7 @@ class BatchedRPN(RegionProposalNetwork):
         truth = positive.to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, truth, exists.to(logits.dtype), reduction="sum")
         weight = self.loss_weight / number
-        return {"loss_objectness": loss * weight, "loss_rpn_box_reg": loss_box * weight}
-
-    def _predict_if_needed(self, features):
-        # The losses see few locations: to convolve the others would cost a seventh of a step, most of it
-        # in the backward pass, which would bring zeros through them.
-        return None if _is_plain(self.head) else self.predict(features)
+        return {"loss_rpn_cls": loss * weight, "loss_rpn_loc": loss_box * weight}
 
     def predict(self, features):
         """Objectness `[B, N]` and deltas `[B, N, 4]` of all anchors, and how many of them each level has."""
@@ -134,16 +121,30 @@ class BatchedRPN(RegionProposalNetwork):
         deltas = deltas.unflatten(2, (number, 4)).take_along_dim(anchor[..., None], dim=2)
         return logits.take_along_dim(anchor, dim=2)[..., 0], deltas[:, :, 0]
 
-    def _propose(self, objectness, deltas, counts, anchors, sizes):
+    def find_candidates(self, objectness, deltas, counts, anchors, image_sizes):
+        """Return the boxes, scores (-1 for what is too small or too unlikely) and levels of the best anchors.
+
+        Args:
+            objectness, deltas, counts: what `predict` returns.
+            anchors: `[N, 4]`.
+            image_sizes: (height, width) of each image, or of all.
+        """
         index, levels = best_of_levels(objectness, counts, self.pre_nms_top_n())
-        boxes = decode(take(deltas, index), anchors[index], self.box_coder)
-        boxes = torch.stack(clip_each(boxes, sizes))
-        # What is too small or too unlikely comes last: it suppresses nothing.
-        scores, wanted = score_proposals(self, take(objectness, index), boxes)
-        boxes, scores = boxes.masked_fill(~wanted[..., None], 0), scores.masked_fill(~wanted, -1)
+        boxes = clip_boxes(decode(take(deltas, index), anchors[index], self.box_coder), image_sizes)
+        scores = take(objectness, index).sigmoid()
+        wanted = are_large(boxes, self.min_size) & (scores >= self.score_thresh)
+        return boxes, scores.masked_fill(~wanted, -1), levels
+
+    def _propose(self, boxes, scores, levels):
+        # What is not wanted comes last: it suppresses nothing.
+        boxes = boxes.masked_fill(scores[..., None] < 0, 0)
         alive = torch.zeros_like(scores, dtype=torch.bool)
         for row, b, s in zip(alive, boxes, scores, strict=True):
-            row.index_fill_(0, batched_nms(b, s, levels[0], self.nms_thresh), True)  # sync point
+            row.index_fill_(0, batched_nms(b, s, levels[0], self.nms_thresh), True)  # device sync
         number = min(self.post_nms_top_n(), scores.shape[1])
         scores, best = scores.masked_fill(~alive, -1).topk(number, dim=1)
-        return take(boxes, best), scores >= 0
+        if not self.training:
+            # Small images have few proposals: the heads need not compute the padding.
+            number = int((scores >= 0).sum(dim=1).max())  # device sync
+            scores, best = scores[:, :number], best[:, :number]
+        return take(boxes, best), scores

@@ -14,11 +14,10 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 
 from plaintrain.modeling.anchors import CachedBoxGenerator
 from plaintrain.modeling.backbones import build_backbone, get_tiny_norm
-from plaintrain.modeling.box_loss import BoxLoss, box_losses
-from plaintrain.modeling.detector import DenseOnSamples, build_preprocess
-from plaintrain.modeling.float32 import keep_float32
-from plaintrain.modeling.matching import match, take
-from plaintrain.modeling.postprocess import detect_from_anchors
+from plaintrain.modeling.detector import DenseOnSamples, build_preprocess, keep_float32
+from plaintrain.modeling.losses import BoxLoss, box_losses
+from plaintrain.modeling.matching import decode, match, take
+from plaintrain.modeling.postprocess import above
 from plaintrain.utils.errors import UserError
 
 # The paper's smooth L1.
@@ -26,14 +25,18 @@ _BOX_LOSS = BoxLoss(beta=1.0)
 
 
 class SSD(DenseOnSamples, _SSD):
-    """torchvision's SSD, parameter for parameter, on images of one fixed size, trained in fixed shapes."""
+    """torchvision's SSD, parameter for parameter, on images of one fixed size, in fixed shapes."""
 
     label_offset = 1
 
-    def postprocess_detections(self, head_outputs, image_anchors, image_shapes):
-        """torchvision's, for all classes and images at once."""
-        outputs = (head_outputs[key] for key in ("cls_logits", "bbox_regression"))
-        return detect_from_anchors(self, *outputs, image_anchors, image_shapes)
+    def _candidates(self, outputs, anchors, counts):
+        """The best boxes of each class."""
+        boxes = decode(outputs["bbox_regression"], anchors, self.box_coder)
+        scores = outputs["cls_logits"].softmax(-1)[..., 1:].transpose(1, 2)
+        scores, index = scores.topk(min(self.topk_candidates, scores.shape[2]), dim=2)
+        labels = torch.arange(scores.shape[1], device=scores.device)[:, None].expand_as(scores)
+        scores = above(scores, self.score_thresh)
+        return take(boxes, index.flatten(1)), scores.flatten(1), labels.flatten(1)
 
     def _losses(self, outputs, anchors, levels, boxes, labels):
         index, matched, _ = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
@@ -75,17 +78,8 @@ def _build_boxes(ssd, num_levels):
 
 
 def build_ssd(cfg):
-    """SSD from MODEL.BACKBONE, SSD and INPUT.FIXED_SIZE.
-
-    Raises:
-        UserError: no fixed size, or lists that do not fit the backbone's levels.
-    """
-    size, ssd = tuple(cfg.INPUT.FIXED_SIZE), cfg.MODEL.SSD
-    if len(size) != 2 or min(size) < 1:
-        raise UserError(f"SSD needs INPUT.FIXED_SIZE, such as (300, 300), not {size}")
-    if not 0 < ssd.POSITIVE_FRACTION < 1:
-        raise UserError(f"MODEL.SSD.POSITIVE_FRACTION is {ssd.POSITIVE_FRACTION}, but must lie in (0, 1)")
-    backbone = build_backbone(cfg)
+    """Build SSD from MODEL.BACKBONE, SSD and INPUT.FIXED_SIZE."""
+    size, ssd, backbone = tuple(cfg.INPUT.FIXED_SIZE), cfg.MODEL.SSD, build_backbone(cfg)
     channels = retrieve_out_channels(backbone, size)
     boxes = _build_boxes(ssd, len(channels))
     numbers, classes = boxes.num_anchors_per_location(), ssd.NUM_CLASSES + 1
@@ -107,7 +101,7 @@ def build_ssd(cfg):
         positive_fraction=ssd.POSITIVE_FRACTION,
     )
     model.transform = build_preprocess(cfg, size_divisible=1)
-    keep_float32(heads=[head], anchors=[boxes])
+    keep_float32(head)
     return model
 
 

@@ -6,26 +6,15 @@ import torch
 from torch import nn
 from torchvision.ops import batched_nms
 
-from plaintrain.config import get_value
-from plaintrain.modeling.rcnn import GeneralizedRCNN
+from plaintrain.modeling.rcnn import GeneralizedRCNN, ProposalNetwork
 from plaintrain.structures import BoxMasks
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
-# MODEL.META_ARCHITECTURE -> what the keys of its detections in evaluation begin and end with.
-_DETECTION_KEYS = {
-    "GeneralizedRCNN": ("MODEL.ROI_HEADS", "_TEST"),
-    "ProposalNetwork": ("MODEL.RPN", ""),
-    "RetinaNet": ("MODEL.RETINANET", "_TEST"),
-    "FCOS": ("MODEL.FCOS", "_TEST"),
-    "SSD": ("MODEL.SSD", "_TEST"),
-}
 
-
-def detection_threshold(cfg, name):
-    """The threshold of a config's detections in evaluation: SCORE_THRESH, or NMS_THRESH, an IoU."""
-    section, ending = _DETECTION_KEYS[cfg.MODEL.META_ARCHITECTURE]
-    return get_value(cfg, f"{section}.{name}{ending}")
+def detection_settings(model):
+    """Return the part of a detector that has the `score_thresh` and `nms_thresh` of its detections."""
+    return getattr(model, "roi_heads", None) or getattr(model, "rpn", model)
 
 
 class DetectorWithTTA(nn.Module):
@@ -50,8 +39,7 @@ class DetectorWithTTA(nn.Module):
     def __init__(self, model, nms_thresh, detections_per_image):
         """
         Args:
-            model: takes a `list[sample]`, and returns in evaluation for each {boxes, scores, labels,
-                and where it finds them masks, keypoints} in the original image's pixels.
+            model: what `build_model` returns.
             nms_thresh: IoU in 0..1 with a better detection of its class above which one is left out.
             detections_per_image: how many to keep, the best.
         """
@@ -61,32 +49,17 @@ class DetectorWithTTA(nn.Module):
         self.training = self.model.training
 
     def forward(self, samples):
-        """
-        Args:
-            samples: list of samples with `views`, equally many each; see `TTAMapper`.
-
-        Returns:
-            A list of what the detector returns for each image, scores descending.
-
-        Raises:
-            UserError: a sample without views, or a mirrored view of keypoints of unknown order.
-            RuntimeError: the detector is in training mode.
-        """
+        """Return what the detector returns for each sample; all have `views`, equally many each."""
         if self.model.training:
             raise RuntimeError("DetectorWithTTA only evaluates: call its eval() first")
         views, model = _split_views(samples), self.model
         averages_masks = isinstance(model, GeneralizedRCNN) and model.roi_heads.has_mask()
         with model.without_masks() if averages_masks else contextlib.nullcontext():
-            found = [self._detect(view) for view in views]
+            found = [list(map(_unmirror, model(view), view)) for view in views]
         results = [self._merge(detections) for detections in zip(*found, strict=True)]
         if averages_masks:
             self._add_masks(results, views)
         return results
-
-    def _detect(self, view):
-        return [
-            _unmirror(detection, sample) for detection, sample in zip(self.model(view), view, strict=True)
-        ]
 
     def _merge(self, detections):
         """The best of the detections that the views of one image have."""
@@ -95,18 +68,20 @@ class DetectorWithTTA(nn.Module):
         return {key: value[keep[: self.detections_per_image]] for key, value in merged.items()}
 
     def _add_masks(self, results, views):
-        probabilities = [self._predict_masks(results, view) for view in views]
+        """Add the mean of the masks that the mask head predicts for the merged boxes in each view."""
+        probabilities, model = [], self.model
+        for view in views:
+            boxes = [_to_view(result["boxes"], sample) for result, sample in zip(results, view, strict=True)]
+            images, _ = model.transform([sample["image"] for sample in view])
+            features, labels = model.backbone(images.tensors), [result["labels"] for result in results]
+            masks = model.roi_heads.predict_masks(features, boxes, labels)
+            probabilities.append(
+                [m.flip(-1) if s["flipped"] else m for m, s in zip(masks, view, strict=True)]
+            )
         for result, sample, masks in zip(results, views[0], zip(*probabilities, strict=True), strict=True):
-            mean = torch.stack(masks).mean(dim=0)
-            size = sample["height"], sample["width"]
-            boxed = BoxMasks(mean, result["boxes"], *size, self.model.masks_aligned)
+            mean, size = torch.stack(masks).mean(dim=0), (sample["height"], sample["width"])
+            boxed = BoxMasks(mean, result["boxes"], *size, model.masks_aligned)
             result["masks"] = boxed.paste() if self.pastes_masks else boxed
-
-    def _predict_masks(self, results, view):
-        """For each image `[N, 1, M, M]`, of its results' boxes as they lie in the original."""
-        boxes = [_to_view(result["boxes"], sample) for result, sample in zip(results, view, strict=True)]
-        masks = self.model.predict_masks(view, boxes, [result["labels"] for result in results])
-        return [m.flip(-1) if sample["flipped"] else m for m, sample in zip(masks, view, strict=True)]
 
 
 def _split_views(samples):
@@ -152,25 +127,13 @@ def _to_view(boxes, sample):
 
 
 def build_tta(cfg, model):
-    """The model itself, or with TEST.AUG.ENABLED `DetectorWithTTA` around it.
+    """Return the model itself, or with TEST.AUG.ENABLED `DetectorWithTTA` around it, unwrapped.
 
-    NMS and the number of detections are those that MODEL.META_ARCHITECTURE has without.
-
-    Args:
-        cfg: the config.
-        model: what `build_model(cfg)` returned, possibly wrapped for several GPUs.
-
-    Raises:
-        UserError: an architecture whose NMS threshold is not known here.
+    NMS and the number of detections are those that the model has without.
     """
     if not cfg.TEST.AUG.ENABLED:
         return model
-    name = cfg.MODEL.META_ARCHITECTURE
-    if name not in _DETECTION_KEYS:
-        raise UserError(
-            f"TEST.AUG.ENABLED is True, which MODEL.META_ARCHITECTURE {name!r} does not have; those that "
-            f"do are {', '.join(_DETECTION_KEYS)}"
-        )
-    proposals = name == "ProposalNetwork"
-    number = cfg.MODEL.RPN.POST_NMS_TOPK_TEST if proposals else cfg.TEST.DETECTIONS_PER_IMAGE
-    return DetectorWithTTA(model, detection_threshold(cfg, "NMS_THRESH"), number)
+    detector, number = comm.unwrap_model(model), cfg.TEST.DETECTIONS_PER_IMAGE
+    if isinstance(detector, ProposalNetwork):
+        number = cfg.MODEL.RPN.POST_NMS_TOPK_TEST
+    return DetectorWithTTA(detector, detection_settings(detector).nms_thresh, number)

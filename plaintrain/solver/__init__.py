@@ -1,8 +1,7 @@
 """Optimizers, learning rate schedules, gradient clipping, and what is due when."""
 
-from plaintrain.solver.grad_clip import build_gradient_clipper
 from plaintrain.solver.lr_scheduler import build_lr_scheduler
-from plaintrain.solver.optimizer import build_optimizer
+from plaintrain.solver.optimizer import build_gradient_clipper, build_optimizer
 from plaintrain.solver.schedule import Due, every
 
 __all__ = ["Due", "build_gradient_clipper", "build_lr_scheduler", "build_optimizer", "every"]

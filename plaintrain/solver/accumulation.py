@@ -16,13 +16,9 @@ def split_batch(samples, steps):
     images the gradient is that of the whole batch. Losses that a model normalizes over the batch (RPN and
     R-CNN over sampled boxes, FCOS and SSD over objects) are normalized in each micro-batch instead.
 
-    Args:
-        samples: list of samples.
-        steps: number of micro-batches, of nearly equal size; at most one per image is made.
-
     Returns:
-        List of (micro_batch, weight, is_last): a list of samples, its fraction of the images, and whether
-        it is the last one.
+        List of at most `steps` tuples (micro_batch, weight, is_last): a list of samples, its fraction of the
+        images, and whether it is the last one.
     """
     steps = min(steps, len(samples))
     ends = [len(samples) * step // steps for step in range(steps + 1)]
@@ -39,11 +35,7 @@ def sync_gradients(model, enabled):
 
 
 def sum_losses(loss_dict):
-    """Return the sum of the values whose key contains "loss": 0-d tensors, or what can be added to them.
-
-    Raises:
-        UserError: no key contains "loss".
-    """
+    """Return the sum of the values whose key contains "loss": 0-d tensors, or what can be added to them."""
     losses = [value for name, value in loss_dict.items() if "loss" in name]
     if not losses:
         raise UserError(

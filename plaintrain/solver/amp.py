@@ -10,8 +10,6 @@ import torch
 
 from plaintrain.utils.errors import UserError
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 class Amp(NamedTuple):
     """Mixed precision in training; both parts do nothing where it is off."""
@@ -25,26 +23,20 @@ class Amp(NamedTuple):
 
 
 def build_autocast(enabled, precision, device_type):
-    """A context manager under which a forward pass runs in mixed precision; it may be entered again.
+    """Return a context manager under which a forward pass runs in mixed precision; it may be entered again.
 
     Args:
-        enabled: False makes it do nothing.
         precision: "float16" or "bfloat16".
         device_type: "cpu", "cuda" or "mps".
-
-    Raises:
-        UserError: another precision, or one that the device cannot compute in.
     """
-    if precision not in _DTYPES:
-        raise UserError(f"SOLVER.AMP.PRECISION is {precision!r}, but must be one of {', '.join(_DTYPES)}")
-    if enabled and device_type == "cuda" and precision == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise UserError("SOLVER.AMP.PRECISION is bfloat16, which this GPU does not have; use float16")
     if not enabled:
         # torch.autocast takes its time also where it does nothing.
         return contextlib.nullcontext()
+    if device_type == "cuda" and precision == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise UserError("SOLVER.AMP.PRECISION is bfloat16, which this GPU does not have; use float16")
     # The cache keeps cast weights for as long as autocast lasts: over a whole evaluation that is a gain,
     # in training autocast ends with each forward pass.
-    return torch.autocast(device_type, _DTYPES[precision])
+    return torch.autocast(device_type, getattr(torch, precision))
 
 
 def build_test_autocast(cfg, model):
@@ -52,16 +44,9 @@ def build_test_autocast(cfg, model):
     return build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, next(model.parameters()).device.type)
 
 
-def build_grad_scaler(enabled, precision, device_type):
-    """The scaler that keeps float16 gradients from vanishing; disabled otherwise, all its steps plain.
-
-    Args:
-        enabled, precision, device_type: see `build_autocast`.
-    """
-    return torch.amp.GradScaler(device_type, enabled=enabled and precision == "float16")
-
-
 def build_amp(cfg, model):
     """Build the `Amp` of SOLVER.AMP on the model's device."""
-    amp = cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION, next(model.parameters()).device.type
-    return Amp(build_autocast(*amp), build_grad_scaler(*amp))
+    amp, device_type = cfg.SOLVER.AMP, next(model.parameters()).device.type
+    # It keeps float16 gradients from vanishing; disabled, all its steps are plain.
+    scaler = torch.amp.GradScaler(device_type, enabled=amp.ENABLED and amp.PRECISION == "float16")
+    return Amp(build_autocast(amp.ENABLED, amp.PRECISION, device_type), scaler)

@@ -10,7 +10,6 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +25,12 @@ class ModelEMA:
         """
         Args:
             model: the module, possibly wrapped for several GPUs.
-            enabled: see the class.
             decay: weight of the average so far, in [0, 1).
             warmup: begin with min(decay, (1 + n) / (10 + n)) at step n.
             evaluate: which weights `eval_model` has, "averaged" or "raw".
-
-        Raises:
-            UserError: a decay outside of 0..1.
         """
-        if not 0 <= decay < 1:
-            raise UserError(f"MODEL.EMA.DECAY is {decay}, but must be at least 0 and below 1")
         self.enabled, self._model, self._decay, self._warmup = enabled, model, decay, warmup
         self._evaluate = evaluate
-        self._average = None
         if enabled:
             self._average = AveragedModel(comm.unwrap_model(model), multi_avg_fn=self._lerp, use_buffers=True)
             self._average.requires_grad_(False)
@@ -46,23 +38,23 @@ class ModelEMA:
     @property
     def module(self):
         """The averaged model; before the first step, and if disabled, the model that is trained."""
-        return self._average.module if self._average is not None and self.num_steps else self._model
+        return self._average.module if self.num_steps else self._model
 
     @property
     def eval_model(self):
-        """Return the model to evaluate, averaged or raw."""
+        """The model to evaluate, averaged or raw."""
         return self.module if self._evaluate == "averaged" else self._model
 
     @property
     def num_steps(self):
-        """How many steps the average is made of."""
-        # A tensor on the CPU: no sync point.
-        return int(self._average.n_averaged) if self._average is not None else 0
+        """How many steps the average is made of; no device sync, it is counted on the CPU."""
+        return int(self._average.n_averaged) if self.enabled else 0
 
     @torch.no_grad()
-    def _lerp(self, averages, values, _):
-        steps = self.num_steps
-        decay = min(self._decay, (1 + steps) / (10 + steps)) if self._warmup else self._decay
+    def _lerp(self, averages, values, num_averaged):
+        decay = self._decay
+        if self._warmup:
+            decay = min(decay, (1 + self.num_steps) / (10 + self.num_steps))
         if averages[0].is_floating_point():
             torch._foreach_lerp_(averages, values, 1 - decay)
         else:
@@ -70,29 +62,24 @@ class ModelEMA:
 
     def update(self, model):
         """Average the model's weights in; call it after each step, also one that a scaler skipped."""
-        if self._average is not None:
+        if self.enabled:
             self._average.update_parameters(comm.unwrap_model(model))
 
     def state_dict(self):
         """{"n_averaged": ..., "module.NAME": tensor}; {} when disabled."""
-        return {} if self._average is None else self._average.state_dict()
+        return self._average.state_dict() if self.enabled else {}
 
     def load_state_dict(self, state_dict):
-        if self._average is None:
-            if state_dict:
-                logger.warning("MODEL.EMA.ENABLED is False: the checkpoint's averaged weights are left out")
-        elif state_dict:
+        if self.enabled and state_dict:
             self._average.load_state_dict(state_dict)
-        else:
+        elif self.enabled:
             logger.warning("the checkpoint has no averaged weights: MODEL.EMA begins to average here")
+        elif state_dict:
+            logger.warning("MODEL.EMA.ENABLED is False: the checkpoint's averaged weights are left out")
 
 
 def build_ema(cfg, model):
-    """The `ModelEMA` of MODEL.EMA; logs which weights are evaluated, and which become the final ones.
-
-    Raises:
-        UserError: see `ModelEMA`.
-    """
+    """Build the `ModelEMA` of MODEL.EMA; log which weights are evaluated, and which become the final ones."""
     ema = cfg.MODEL.EMA
     if ema.ENABLED:
         logger.info(

@@ -4,8 +4,6 @@ import bisect
 import logging
 import math
 
-from plaintrain.utils.errors import UserError
-
 logger = logging.getLogger(__name__)
 
 
@@ -17,12 +15,7 @@ class LRScheduler:
     """
 
     def __init__(self, optimizer, factor, momentum=None):
-        """
-        Args:
-            optimizer: its groups' `lr` are the bases.
-            factor: function from the iteration (from 0) to the multiplier.
-            momentum: function from the iteration to the momentum, or None for what the groups have.
-        """
+        """`factor` and `momentum` are functions of the iteration, from 0; None leaves the momentum alone."""
         self.optimizer, self.factor, self.momentum = optimizer, factor, momentum
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         group = optimizer.param_groups[0]
@@ -68,24 +61,11 @@ class LRScheduler:
 
 
 def lr_factor(cfg):
-    """The function from the iteration to the multiplier of the learning rate.
+    """Return the function from the iteration to the multiplier of the learning rate.
 
     Values are those of Detectron2's schedulers for the same keys; valid beyond the last iteration.
-
-    Raises:
-        UserError: an unknown scheduler or impossible settings.
     """
     solver = cfg.SOLVER
-    if solver.MAX_ITER < 1 or not solver.WARMUP_ITERS >= 0:
-        raise UserError(
-            f"SOLVER.MAX_ITER must be >= 1 and SOLVER.WARMUP_ITERS >= 0, not {solver.MAX_ITER} and "
-            f"{solver.WARMUP_ITERS}"
-        )
-    if solver.LR_SCHEDULER_NAME not in _SCHEDULES:
-        raise UserError(
-            f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME!r}, but must be one of "
-            + ", ".join(_SCHEDULES)
-        )
     schedule = _SCHEDULES[solver.LR_SCHEDULER_NAME](solver)
     warmup = min(solver.WARMUP_ITERS, solver.MAX_ITER) / solver.MAX_ITER
     max_iter, method, rescale = solver.MAX_ITER, solver.WARMUP_METHOD, solver.RESCALE_INTERVAL
@@ -110,8 +90,6 @@ def _multi_step(solver):
 
 
 def _cosine(solver):
-    if solver.BASE_LR == 0:
-        raise UserError("SOLVER.BASE_LR is 0, so WarmupCosineLR has nothing to scale")
     end = solver.BASE_LR_END / solver.BASE_LR
     return lambda where: end + (1 - end) * 0.5 * (1 + math.cos(math.pi * where))
 
@@ -129,23 +107,12 @@ _SCHEDULES = {
 
 
 def momentum_at(points, interpolation):
-    """The function from the iteration to the momentum that SOLVER.MOMENTUM_SCHEDULE describes.
+    """Return the function from the iteration to the momentum that SOLVER.MOMENTUM_SCHEDULE describes.
 
     Args:
         points: [[iteration, momentum], ...], iterations rising, momentum in 0..1; not empty.
         interpolation: "linear", "cosine" or "step".
-
-    Raises:
-        UserError: names the point that is wrong.
     """
-    for i, point in enumerate(points):
-        well = isinstance(point, list | tuple) and len(point) == 2
-        if not well or any(isinstance(v, bool) or not isinstance(v, int | float) for v in point):
-            raise UserError(f"SOLVER.MOMENTUM_SCHEDULE has {point!r}, not [iteration, momentum]")
-        if not 0 <= point[1] < 1:
-            raise UserError(f"SOLVER.MOMENTUM_SCHEDULE has the momentum {point[1]}, which is not in [0, 1)")
-        if i and point[0] <= points[i - 1][0]:
-            raise UserError(f"SOLVER.MOMENTUM_SCHEDULE must have rising iterations, not {points}")
     starts = [start for start, _ in points]
     shapes = {"linear": lambda x: x, "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2, "step": lambda x: 0}
     shape = shapes[interpolation]

@@ -1,4 +1,4 @@
-"""Parameter groups and optimizers."""
+"""Parameter groups, optimizers and gradient clipping."""
 
 import torch
 from torch import nn
@@ -21,10 +21,8 @@ def get_param_groups(model, *, base_lr, weight_decay, weight_decay_norm, weight_
     layer, takes `weight_decay_bias` if that is given, as in Detectron2.
 
     Args:
-        model: the module.
         base_lr: learning rate before factors.
-        weight_decay, weight_decay_norm, weight_decay_bias: numbers; the last may be None, which
-            leaves biases to the other two.
+        weight_decay_bias: may be None, which leaves biases to the other two.
         lr_factors: {"bias": factor, "backbone": factor}; they multiply.
 
     Returns:
@@ -60,12 +58,12 @@ def _as_parameters(optimizer):
 
 
 def build_optimizer(cfg, model):
-    """SGD or AdamW over the trainable parameters of `model`, as SOLVER.* says.
+    """Build SGD or AdamW over the trainable parameters of `model`, as SOLVER.* says.
 
     Raises:
-        UserError: an unknown optimizer, or a model with nothing to train.
+        UserError: settings that do not fit the optimizer, or a model with nothing to train.
     """
-    solver = cfg.SOLVER
+    solver, momentum = cfg.SOLVER, cfg.SOLVER.MOMENTUM
     groups = get_param_groups(
         model,
         base_lr=solver.BASE_LR,
@@ -76,23 +74,39 @@ def build_optimizer(cfg, model):
     )
     if not groups:
         raise UserError("the model has no parameter to train; lower MODEL.BACKBONE.FREEZE_AT")
-    optimizer = _optimizer(solver, groups)
+    try:
+        if solver.OPTIMIZER == "AdamW":
+            optimizer = torch.optim.AdamW(groups, betas=(momentum, 0.999), fused=True)
+        else:
+            optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=solver.NESTEROV, fused=True)
+    except ValueError as e:
+        raise UserError(f"SOLVER.* does not fit {solver.OPTIMIZER}: {e}") from e
+    # Otherwise a first step that the gradient scaler leaves out makes them of uninitialised memory.
+    if solver.OPTIMIZER == "SGD" and (momentum or solver.MOMENTUM_SCHEDULE):
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     optimizer.register_load_state_dict_post_hook(_as_parameters)
     return optimizer
 
 
-def _optimizer(solver, groups):
-    lr, momentum = solver.BASE_LR, solver.MOMENTUM
-    try:
-        if solver.OPTIMIZER == "SGD":
-            optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=solver.NESTEROV, fused=True)
-            # Otherwise a first step that the gradient scaler leaves out makes them of uninitialised memory.
-            if momentum or solver.MOMENTUM_SCHEDULE:
-                for parameter in (p for group in groups for p in group["params"]):
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            return optimizer
-        if solver.OPTIMIZER == "AdamW":
-            return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=True)
-    except ValueError as e:
-        raise UserError(f"SOLVER.* does not fit {solver.OPTIMIZER}: {e}") from e
-    raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, but must be SGD or AdamW")
+def build_gradient_clipper(cfg, model):
+    """Build the function that clips the gradients in place, as SOLVER.CLIP_GRADIENTS says."""
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kind = clip.CLIP_TYPE if clip.ENABLED else None
+    limit, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0
+
+    def clip_gradients():
+        """Clip, and return the norm of all gradients before it, a 0-d tensor."""
+        if kind == "full_model":
+            return torch.nn.utils.clip_grad_norm_(parameters, limit, norm_type)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, norm_type)
+        if kind == "value":
+            torch.nn.utils.clip_grad_value_(parameters, limit)
+        elif kind == "norm":
+            for parameter in parameters:
+                torch.nn.utils.clip_grad_norm_(parameter, limit, norm_type)
+        return norm
+
+    return clip_gradients

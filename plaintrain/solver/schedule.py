@@ -4,17 +4,14 @@ import logging
 from typing import NamedTuple
 
 from plaintrain.config import get_value, set_value
-from plaintrain.solver.lr_scheduler import momentum_at
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_MODES = ("train", "val")
-_MOMENTUM = "SOLVER.MOMENTUM_SCHEDULE"
 # Counts that SOLVER.BY_EPOCH counts in epochs.
 _PERIODS = (
     "SOLVER.STEPS",
-    _MOMENTUM,
+    "SOLVER.MOMENTUM_SCHEDULE",
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.EVAL_PERIOD",
     "TEST.EVAL_START",
@@ -46,25 +43,16 @@ class Due(NamedTuple):
 
 
 def workflow_epochs(workflow, max_epochs, start_epoch=0):
-    """The epochs of a run in order, as MMDetection's runner takes them from `workflow`.
+    """Yield the epochs of a run in order, as MMDetection's runner takes them from `workflow`.
 
-    The flows are repeated until `max_epochs` training epochs are done; only those count. The last
-    round leaves out training epochs beyond that, its validation epochs take place.
-
-    Args:
-        workflow: [[mode, number], ...], mode "train" or "val".
-        max_epochs: training epochs of the whole run.
-        start_epoch: training epochs that are done already. It begins right after the last of them,
-            with the validation epochs that follow it.
+    The flows, [["train" or "val", number], ...], are repeated until `max_epochs` training epochs are done.
+    The last round leaves out training epochs beyond that, its validation epochs take place. After
+    `start_epoch` training epochs, a resumed run begins with the validation epochs that follow.
 
     Yields:
         (mode, epoch): "train" with the number of the training epoch, from 0; "val" with that of the
         last one that is done, -1 before the first.
-
-    Raises:
-        UserError: a workflow that is not such a list, or that has no training epoch.
     """
-    check_workflow(workflow)
     done = 0
     while done < max_epochs:
         for mode, number in workflow:
@@ -83,22 +71,6 @@ def validates_after(cfg, epoch):
     return any(mode == "val" and last_epoch == epoch for mode, last_epoch in epochs)
 
 
-def check_workflow(workflow):
-    """Refuse a WORKFLOW that is not [[mode, number], ...] with at least one training epoch.
-
-    Raises:
-        UserError: names the entry.
-    """
-    for entry in workflow:
-        well = isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] in _MODES
-        if not well or type(entry[1]) is not int or entry[1] < 1:
-            raise UserError(
-                f'WORKFLOW has the entry {entry!r}, not ["train", n] or ["val", n] with a whole number n >= 1'
-            )
-    if not any(mode == "train" for mode, _ in workflow):
-        raise UserError(f"WORKFLOW is {workflow}, which never trains: add a train flow")
-
-
 def settle_schedule(cfg, num_workers, iters_per_epoch):
     """Apply REFERENCE_WORLD_SIZE, REFERENCE_IMS_PER_BATCH, MAX_EPOCHS and BY_EPOCH, in place.
 
@@ -110,15 +82,8 @@ def settle_schedule(cfg, num_workers, iters_per_epoch):
         num_workers: processes of this job.
         iters_per_epoch: function from the config to the iterations of a pass over the training images;
             called only with SOLVER.MAX_EPOCHS.
-
-    Raises:
-        UserError: both references, epochs without their number, a batch that cannot be scaled, steps that are
-            no numbers, or points that are no schedule of momentum.
     """
     before, solver = cfg.clone(), cfg.SOLVER
-    for step in solver.STEPS:
-        if isinstance(step, bool) or not isinstance(step, int | float):
-            raise UserError(f"SOLVER.STEPS holds {step!r}, but must hold iterations")
     if solver.BY_EPOCH and not solver.MAX_EPOCHS:
         raise UserError("SOLVER.BY_EPOCH counts in epochs, but SOLVER.MAX_EPOCHS is 0: set their number")
     _scale(cfg, num_workers)
@@ -139,8 +104,7 @@ def settle_schedule(cfg, num_workers, iters_per_epoch):
 def _scale(cfg, num_workers):
     solver = cfg.SOLVER
     world, batch = solver.REFERENCE_WORLD_SIZE, solver.REFERENCE_IMS_PER_BATCH
-    # Negative numbers are refused where all values are looked at.
-    if world > 0 and world != num_workers:
+    if world not in (0, num_workers):
         if batch:
             raise UserError(
                 "SOLVER.REFERENCE_WORLD_SIZE and SOLVER.REFERENCE_IMS_PER_BATCH would both scale the "
@@ -154,7 +118,7 @@ def _scale(cfg, num_workers):
         set_value(cfg, "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH // world * num_workers)
         set_value(cfg, "SOLVER.REFERENCE_WORLD_SIZE", num_workers)
         _scale_by(cfg, num_workers / world)
-    elif batch > 0 and 0 < solver.IMS_PER_BATCH != batch:
+    elif batch not in (0, solver.IMS_PER_BATCH):
         set_value(cfg, "SOLVER.REFERENCE_IMS_PER_BATCH", solver.IMS_PER_BATCH)
         _scale_by(cfg, solver.IMS_PER_BATCH / batch)
 
@@ -169,15 +133,13 @@ def _scale_by(cfg, factor):
 
 def _multiply(cfg, keys, factor):
     def scaled(count):
-        # What is on stays on; a period of 0 means never, and a negative one is refused later.
+        # What is on stays on; a period of 0 means never.
         return max(round(count * factor), 1) if count > 0 else count
 
     for key in keys:
         value = get_value(cfg, key)
-        if key == _MOMENTUM:
-            if value:
-                momentum_at(value, cfg.SOLVER.MOMENTUM_INTERPOLATION)
-            value = [[scaled(point[0]), *point[1:]] for point in value]
+        if key == "SOLVER.MOMENTUM_SCHEDULE":
+            value = [[scaled(start), momentum] for start, momentum in value]
         else:
             value = [scaled(v) for v in value] if isinstance(value, tuple | list) else scaled(value)
         set_value(cfg, key, value)
