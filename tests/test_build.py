@@ -193,6 +193,7 @@ BAD_SETTINGS = [
     ((*RCNN, *KEYPOINT), "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 0, "NUM_KEYPOINTS must .*: call default_"),
     ((*TINY, *FCOS), "MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16]], r"one anchor a location.*SIZES \[\[8\]\]"),
     ((*TINY, *FCOS), "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 1.0]], r"ASPECT_RATIOS \[\[1.0\]\]"),
+    ((*TINY, *FCOS), "MODEL.TINY.OUT_CHANNELS", 40, "32 groups.* 40 channels"),
     ((*TINY, *SSD), "MODEL.SSD.ASPECT_RATIOS", [], "SSD.ASPECT_RATIOS has 0 entries.*2 levels need 2"),
     ((*TINY, *SSD), "MODEL.SSD.SCALES", [0.1, 0.2], "SSD.SCALES has 2 entries.*2 levels need 3"),
     ((*TINY, *SSD), "MODEL.SSD.STEPS", [8, 16, 32], "SSD.STEPS has 3 entries.*2 levels need 2"),

@@ -70,7 +70,8 @@ def _is_workflow(flows):
 
 def _thresholds(number):
     def accepts(values):
-        return len(values) == number and all(a <= b for a, b in itertools.pairwise([0, *values, 1]))
+        is_right = len(values) == number and all(map(_ANY_NUMBER.accepts, values))
+        return is_right and all(a <= b for a, b in itertools.pairwise([0, *values, 1]))
 
     return Rule("one number from 0 to 1" if number == 1 else f"{number} rising numbers from 0 to 1", accepts)
 

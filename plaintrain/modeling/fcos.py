@@ -20,6 +20,9 @@ from plaintrain.modeling.matching import in_parts, take
 from plaintrain.modeling.postprocess import best_of_classes
 from plaintrain.utils.errors import UserError
 
+# torchvision's heads have GroupNorm with this many groups.
+_GROUPS = 32
+
 
 class FCOS(DenseOnSamples, _FCOS):
     """torchvision's FCOS, parameter for parameter, in fixed shapes."""
@@ -100,6 +103,11 @@ def build_fcos(cfg):
         raise UserError(
             "FCOS needs one anchor a location, of the level's stride: MODEL.ANCHOR_GENERATOR.SIZES "
             f"{[[stride] for stride in backbone.strides]} and ASPECT_RATIOS [[1.0]]"
+        )
+    if backbone.out_channels % _GROUPS:
+        raise UserError(
+            f"FCOS normalises in {_GROUPS} groups, which the backbone's {backbone.out_channels} channels "
+            "cannot be split into"
         )
     head = FCOSHead(backbone.out_channels, 1, fcos.NUM_CLASSES, fcos.NUM_CONVS)
     torch.nn.init.constant_(head.classification_head.cls_logits.bias, prior_bias(fcos.PRIOR_PROB))
