@@ -535,6 +535,7 @@ PLANTED = {
         ],
         "plaintrain/checkpoint/training_checkpointer.py": [
             ("self.prune(self._max_to_keep)", "self.prune(self._max_to_keep + 1)"),
+            ('self.link(checkpoint_name(self.iteration), "model_final")', "pass"),
             ("if not every(self._period, iteration):", "if not every(self._period + 1, iteration):"),
             (
                 ("iteration), iteration=iteration)\n        self._has"),
@@ -611,6 +612,7 @@ PLANTED = {
                 "(rng.random(images.size) < self._extra[images])",
             ),
             ("default_rng((self.seed, number))", "default_rng((self.seed, self._order.cache_info().misses))"),
+            ("default_rng((self.seed, number))", "default_rng((number, self.seed))"),
             ("batch_size = self._phase(1, number * self.size)", "batch_size = self.phases[-1]"),
             ("lru_cache(maxsize=2)", "lru_cache(maxsize=0)"),
             ("order = self._draw(rng)", "order = [self._draw(rng) for _ in range(min(number, 64) + 1)][0]"),
@@ -624,6 +626,7 @@ PLANTED = {
     "tests/properties/test_target_properties.py": {
         "plaintrain/data/keypoints.py": [
             ("for pair in flip_map:", "for pair in flip_map[:1]:"),
+            ('{"left": "right", "Left": "Right", "LEFT": "RIGHT"}', '{"left": "right"}'),
         ],
         "plaintrain/data/dataset_mapper.py": [
             ("torch.from_numpy(decoded).permute", "torch.from_numpy(decoded).flip(2).permute"),
@@ -650,6 +653,7 @@ PLANTED = {
     "tests/properties/test_transform_properties.py": {
         "plaintrain/data/transforms/copy_paste.py": [
             ("return tighten(select(result, keep), touched[keep])", "return select(result, keep)"),
+            ("result = _covered(tensors, cover)", "result = dict(tensors)"),
         ],
         "plaintrain/data/transforms/photometric.py": [
             ('image = tensors["image"]', 'image = tensors["image"].bitwise_right_shift_(1)'),

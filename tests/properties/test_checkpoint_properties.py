@@ -7,8 +7,8 @@ import tempfile
 
 import numpy as np
 import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from property_helpers import build_tests, for_all
 from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer
@@ -149,8 +149,8 @@ def written(folder, name):
     return os.path.join(folder, f"{name}.pth")
 
 
-@for_all(VALUES | tensors(), st.lists(tensors(), max_size=4), VALUES)
-def check_values_are_loaded_as_they_were_saved(value, layouts, about):
+@given(VALUES | tensors(), st.lists(tensors(), max_size=4), VALUES)
+def test_values_are_loaded_as_they_were_saved(value, layouts, about):
     """Any nested value, given to `save` or the checkpointer, and a model's tensors; all stay unchanged."""
     before = copy.deepcopy((value, layouts, about))
     target = Holder([torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in layouts])
@@ -171,8 +171,8 @@ NUMPY = st.one_of(
 )
 
 
-@for_all(st.dictionaries(NAMES, NUMPY, max_size=3))
-def check_numbers_of_numpy_become_those_of_python(numbers):
+@given(st.dictionaries(NAMES, NUMPY, max_size=3))
+def test_numbers_of_numpy_become_those_of_python(numbers):
     with tempfile.TemporaryDirectory() as folder:
         checkpointer = DetectionCheckpointer(nn.Identity(), folder)
         checkpointer.save("any", numbers=numbers)
@@ -180,8 +180,8 @@ def check_numbers_of_numpy_become_those_of_python(numbers):
     assert same(data["numbers"], {name: number.item() for name, number in numbers.items()})
 
 
-@for_all(st.lists(tensors(), max_size=3))
-def check_later_changes_do_not_reach_what_is_saved(values):
+@given(st.lists(tensors(), max_size=3))
+def test_later_changes_do_not_reach_what_is_saved(values):
     """Written in the background, a file holds what was there when `save` was called."""
     expected = []
     with tempfile.TemporaryDirectory() as folder:
@@ -196,8 +196,9 @@ def check_later_changes_do_not_reach_what_is_saved(values):
             assert same(checkpointer.load(written(folder, name))["values"], old)
 
 
-@for_all(SETTINGS, st.integers(0, 6), st.integers(1, 4), examples=40)
-def check_a_training_goes_on_as_if_it_had_not_stopped(settings, done, more):
+@settings(max_examples=40)
+@given(SETTINGS, st.integers(0, 6), st.integers(1, 4))
+def test_a_training_goes_on_as_if_it_had_not_stopped(settings, done, more):
     """Optimizer, schedule, scaler and averaged weights: all states, and all that follows from them."""
     first, second = Training(settings, seed=0), Training(settings, seed=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -217,8 +218,8 @@ AT_TEN_MILLION = st.integers(10**7 - 3, 10**7 + 3)
 ORDERS = st.lists(st.integers(0, 10**4) | AT_TEN_MILLION, min_size=1, max_size=4, unique=True)
 
 
-@for_all(ORDERS, st.floats(0, 0.999))
-def check_the_last_one_that_is_whole_is_resumed(iterations, share):
+@given(ORDERS, st.floats(0, 0.999))
+def test_the_last_one_that_is_whole_is_resumed(iterations, share):
     """The last that was written, in whatever order; cut off anywhere, the newest of the others."""
 
     def resumed():
@@ -248,8 +249,8 @@ def runs(draw):
     return start, length, period, draw(st.integers(0, 3)), extra
 
 
-@for_all(runs())
-def check_exactly_the_newest_are_kept(run):
+@given(runs())
+def test_exactly_the_newest_are_kept(run):
     """Those of the period, as many as are to be kept, and the newest one, which becomes the final one."""
     start, length, period, keep, extra = run
     of_period = []
@@ -272,8 +273,3 @@ def check_exactly_the_newest_are_kept(run):
                 newest = i
         checkpointer.save_final()
         check({"model_final.pth", *(f"model_{n:07d}.pth" for n in of_period)}, newest)
-
-
-test_property, test_planted_defect_is_caught = build_tests(
-    globals(), check_exactly_the_newest_are_kept, TrainingCheckpointer, "save_final", lambda self: None
-)

@@ -6,9 +6,8 @@ import os
 import tempfile
 
 import yaml
-from hypothesis import assume
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from property_helpers import build_tests, for_all
 
 from plaintrain.config import CfgNode, get_cfg, get_value
 from plaintrain.config.config import NULLABLE
@@ -141,8 +140,8 @@ def rejected(*words):
         raise AssertionError(f"not rejected: {words}")
 
 
-@for_all(settings_of(), st.booleans())
-def check_a_value_sticks(setting, as_text):
+@given(settings_of(), st.booleans())
+def test_a_value_sticks(setting, as_text):
     key, value = setting
     # An infinity has no literal.
     assume(not as_text or "inf" not in repr(value))
@@ -153,8 +152,9 @@ def check_a_value_sticks(setting, as_text):
     assert others.dump() == DEFAULT_DUMP
 
 
-@for_all(st.lists(settings_of(), min_size=10, max_size=24), examples=15)
-def check_a_dumped_config_merges_back_equal(settings):
+@settings(max_examples=15)
+@given(st.lists(settings_of(), min_size=10, max_size=24))
+def test_a_dumped_config_merges_back_equal(settings):
     cfg = merge(get_cfg(), settings)
     again = read(cfg.dump())
     assert same(again, cfg)
@@ -189,8 +189,8 @@ def _write(folder, numbers, file):
     return path, [*itertools.chain(*(order for _, order in written)), *settings]
 
 
-@for_all(FILES, st.lists(settings_of(FEW_KEYS), min_size=1, max_size=4))
-def check_later_files_win_over_bases_and_the_last_override_over_all(file, overrides):
+@given(FILES, st.lists(settings_of(FEW_KEYS), min_size=1, max_size=4))
+def test_later_files_win_over_bases_and_the_last_override_over_all(file, overrides):
     with tempfile.TemporaryDirectory() as folder:
         path, order = _write(folder, itertools.count(), file)
         cfg = get_cfg()
@@ -214,8 +214,8 @@ def typing_mistakes(draw):
     return key, wrong
 
 
-@for_all(typing_mistakes(), INTS)
-def check_an_unknown_key_is_named_with_the_one_that_was_meant(mistake, value):
+@given(typing_mistakes(), INTS)
+def test_an_unknown_key_is_named_with_the_one_that_was_meant(mistake, value):
     key, wrong = mistake
     with rejected(wrong, key if len(key.rsplit(".", 1)[-1]) > 4 else ""):
         get_cfg().merge_from_list([wrong, value])
@@ -223,8 +223,8 @@ def check_an_unknown_key_is_named_with_the_one_that_was_meant(mistake, value):
         read(yaml.safe_dump(nested([(wrong, value)])))
 
 
-@for_all(mistakes())
-def check_a_wrong_type_is_rejected_by_name(mistake):
+@given(mistakes())
+def test_a_wrong_type_is_rejected_by_name(mistake):
     key, value = mistake
     cfg = get_cfg()
     with rejected(key):
@@ -232,12 +232,3 @@ def check_a_wrong_type_is_rejected_by_name(mistake):
     assert same(cfg, get_cfg())
     with rejected(key, "config.yaml"):
         read(yaml.safe_dump(_plain(nested([mistake]))))
-
-
-test_property, test_planted_defect_is_caught = build_tests(
-    globals(),
-    check_an_unknown_key_is_named_with_the_one_that_was_meant,
-    CfgNode,
-    "is_new_allowed",
-    lambda self: True,
-)

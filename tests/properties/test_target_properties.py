@@ -5,9 +5,9 @@ import tempfile
 
 import numpy as np
 import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from property_helpers import build_tests, for_all
 from pycocotools import mask as coco_mask
 from test_transform_properties import filled, plain, tensors
 
@@ -20,8 +20,8 @@ NUMBERS = st.floats(-(2**20), 2**20, width=32)
 MODES = st.sampled_from(list(BoxMode))
 
 
-@for_all(st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS), MODES, MODES)
-def check_box_modes_invert(box, mode, other):
+@given(st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS), MODES, MODES)
+def test_box_modes_invert(box, mode, other):
     """There and back; a width is the difference of two sides."""
     converted = BoxMode.convert(box, mode, other)
     assert all(type(value) is float for value in converted)
@@ -40,8 +40,8 @@ FINITE = st.floats(-9, 9)
 ROWS = st.lists(FINITE, min_size=3, max_size=5) | st.lists(FINITE | NO_NUMBERS, min_size=4, max_size=4)
 
 
-@for_all(ROWS, MODES)
-def check_a_box_that_is_none_is_rejected(box, mode):
+@given(ROWS, MODES)
+def test_a_box_that_is_none_is_rejected(box, mode):
     right = len(box) == 4 and all(isinstance(v, float) and np.isfinite(v) for v in box)
     try:
         BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
@@ -68,8 +68,9 @@ def _mirrored(name):
     return name
 
 
-@for_all(KEYPOINTS, examples=300)
-def check_left_and_right_change_places(names):
+@settings(max_examples=300)
+@given(KEYPOINTS)
+def test_left_and_right_change_places(names):
     """An involution, that pairs each name with its mirrored one where there is one."""
     order = keypoints.keypoint_flip_indices(names)
     assert sorted(order) == list(range(len(names)))
@@ -95,8 +96,8 @@ def _runs(mask):
     return np.diff([1, *ends, len(flat)]).tolist()
 
 
-@for_all(masks())
-def check_a_segmentation_keeps_its_pixels(mask):
+@given(masks())
+def test_a_segmentation_keeps_its_pixels(mask):
     """As counts, and compressed, as text and as bytes."""
     size = list(mask.shape)
     compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
@@ -105,8 +106,8 @@ def check_a_segmentation_keeps_its_pixels(mask):
         assert np.array_equal(coco_mask.decode(rle), mask)
 
 
-@for_all(tensors(masks=True, keypoints=True), st.data())
-def check_a_sample_holds_what_the_record_says(found, data):
+@given(tensors(masks=True, keypoints=True), st.data())
+def test_a_sample_holds_what_the_record_says(found, data):
     """In either box mode, with crowds left out; mirrored twice it is the same sample."""
     crowds = [data.draw(st.booleans()) for _ in found["labels"]]
     number = found["keypoints"].shape[1]
@@ -160,8 +161,3 @@ def _record(folder, found, crowds, mode):
         )
     size = {"height": int(height), "width": int(width)}
     return {"file_name": path, "image_id": 1, **size, "annotations": annotations}
-
-
-test_property, test_planted_defect_is_caught = build_tests(
-    globals(), check_left_and_right_change_places, keypoints, "_OTHER", {"left": "right", "right": "left"}
-)

@@ -8,9 +8,8 @@ import copy
 
 import numpy as np
 import torch
-from hypothesis import assume
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from property_helpers import build_tests, for_all
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
@@ -212,8 +211,9 @@ def _augmented(before, names, rng, slack=0.0):
     return after
 
 
-@for_all(tensors(angles=True), st.lists(lossless(), min_size=1, max_size=4), SEEDS, examples=200)
-def check_pixels_take_their_targets_along(before, names, seed):
+@settings(max_examples=200)
+@given(tensors(angles=True), st.lists(lossless(), min_size=1, max_size=4), SEEDS)
+def test_pixels_take_their_targets_along(before, names, seed):
     """After flips, crops and padding each pixel is in the same masks, boxes and keypoints as before."""
     after = _augmented(before, names, np.random.default_rng(seed))
     flips = [name for name, _ in names].count("RandomHorizontalFlip")
@@ -262,8 +262,8 @@ def _check_keypoints(before, after, is_image, order):
         assert tuple(points[i, k].long().tolist()[::-1]) not in present
 
 
-@for_all(tensors(), st.booleans())
-def check_two_flips_are_none(before, horizontal):
+@given(tensors(), st.booleans())
+def test_two_flips_are_none(before, horizontal):
     given = copy.deepcopy(before)
     after = before
     for _ in range(2):
@@ -274,8 +274,8 @@ def check_two_flips_are_none(before, horizontal):
     assert same(before, given)
 
 
-@for_all(tensors(), st.integers(1, 40), st.integers(1, 40))
-def check_targets_scale_with_the_image(before, height, width):
+@given(tensors(), st.integers(1, 40), st.integers(1, 40))
+def test_targets_scale_with_the_image(before, height, width):
     """A box is scaled exactly, and lies within half a pixel of its mask."""
     # PyTorch has no uint8 kernel for a single pixel.
     assume(height * width > 1)
@@ -311,8 +311,8 @@ def global_generators_rest():
     assert torch.equal(before[1], after[1])
 
 
-@for_all(tensors(), st.lists(chosen(), min_size=1, max_size=4), SEEDS)
-def check_the_generator_alone_decides(before, names, seed):
+@given(tensors(), st.lists(chosen(), min_size=1, max_size=4), SEEDS)
+def test_the_generator_alone_decides(before, names, seed):
     """The same generator makes the same sample, of the sizes it claims; what was given stays as it was."""
     given = copy.deepcopy(before)
     results = []
@@ -328,8 +328,8 @@ def check_the_generator_alone_decides(before, names, seed):
     assert same(before, given)
 
 
-@for_all(tensors(masks=True), tensors(masks=True), st.booleans(), SEEDS)
-def check_what_is_pasted_covers_what_lies_below(below, other, blending, seed):
+@given(tensors(masks=True), tensors(masks=True), st.booleans(), SEEDS)
+def test_what_is_pasted_covers_what_lies_below(below, other, blending, seed):
     """Masks share no pixel with what was pasted over them, and boxes lie around masks."""
     if ("keypoints" in below) != ("keypoints" in other) or flip_order(below) != flip_order(other):
         return
@@ -351,12 +351,3 @@ def check_what_is_pasted_covers_what_lies_below(below, other, blending, seed):
         assert torch.equal(plain(after["image"])[2] == CANVAS, cover)
         assert torch.equal(plain(after["image"])[:, ~cover], plain(below["image"])[:, ~cover])
     assert all(map(same, given, (below, other)))
-
-
-test_property, test_planted_defect_is_caught = build_tests(
-    globals(),
-    check_what_is_pasted_covers_what_lies_below,
-    copy_paste,
-    "_covered",
-    lambda tensors, cover: dict(tensors),
-)
