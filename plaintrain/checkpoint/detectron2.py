@@ -177,11 +177,7 @@ def from_detectron2(tensors, num_ratios=3):
 
 
 def to_detectron2(tensors, num_ratios=3):
-    """Invert `from_detectron2`.
-
-    Raises:
-        UserError: a name that no ResNet-FPN model of Detectron2 has a counterpart of.
-    """
+    """Invert `from_detectron2`."""
     modules = {here: there for there, here in _modules(tensors).items()}
     unknown = [name for name in tensors if name.rpartition(".")[0] not in modules]
     if unknown:
