@@ -68,9 +68,6 @@ class DetectionCheckpointer:
 
         All ranks call it: with checkpointables, each one's random state is saved too. `kwargs` are tensors,
         numbers, strings, or dicts and lists of these.
-
-        Raises:
-            UserError: the folder cannot be written or the disk is full; older files are kept.
         """
         states = {key: item.state_dict() for key, item in self.checkpointables.items()}
         states["model"] = self.model.state_dict()
@@ -176,9 +173,6 @@ class DetectionCheckpointer:
         Returns:
             What `load` returns if a checkpoint was resumed; otherwise {}, so that training
             starts at iteration 0 whatever the weights were.
-
-        Raises:
-            UserError: every checkpoint is damaged, or the weights cannot be used.
         """
         is_main = comm.is_main_process()
         if resume:

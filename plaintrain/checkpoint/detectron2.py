@@ -4,6 +4,7 @@ Covered are R-CNN (boxes, masks, keypoints), its RPN and RetinaNet, all on a Res
 ResNets alone, also as Caffe2 named them (ImageNetPretrained/ in the model zoo).
 """
 
+import itertools
 import re
 
 import torch
@@ -33,8 +34,27 @@ _FROM_CAFFE2 = {
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score"
 # Rows per class of the layers in which Detectron2 has none for the background.
 _NO_BACKGROUND = {"roi_heads.box_predictor.bbox_pred": 4, "roi_heads.mask_predictor.mask_fcn_logits": 1}
-# Blocks in ResNet-152's third stage, and the FPN's coarsest level.
-_MOST_BLOCKS, _HIGHEST = 36, 5
+# Modules that have one name in each project: Detectron2's -> torchvision's.
+_NAMED = {
+    "backbone.bottom_up.stem.conv1": "backbone.body.conv1",
+    "backbone.bottom_up.stem.conv1.norm": "backbone.body.bn1",
+    "backbone.top_block.p6": "backbone.fpn.extra_blocks.p6",
+    "backbone.top_block.p7": "backbone.fpn.extra_blocks.p7",
+    "proposal_generator.rpn_head.objectness_logits": "rpn.head.cls_logits",
+    "proposal_generator.rpn_head.anchor_deltas": "rpn.head.bbox_pred",
+    _CLASS_SCORES: _CLASS_SCORES,
+    "roi_heads.box_predictor.bbox_pred": "roi_heads.box_predictor.bbox_pred",
+    "roi_heads.mask_head.deconv": "roi_heads.mask_predictor.conv5_mask",
+    "roi_heads.mask_head.predictor": "roi_heads.mask_predictor.mask_fcn_logits",
+    "roi_heads.keypoint_head.score_lowres": "roi_heads.keypoint_predictor.kps_score_lowres",
+    "head.cls_score": "head.classification_head.cls_logits",
+    "head.bbox_pred": "head.regression_head.bbox_reg",
+}
+# Those of a block of a ResNet.
+_IN_BLOCK = {"shortcut": "downsample.0", "shortcut.norm": "downsample.1"}
+_IN_BLOCK |= {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"conv{i}.norm": f"bn{i}" for i in (1, 2, 3)}
+# Blocks in ResNet-152's third stage, the most of any; no head has as many layers.
+_MOST = 36
 
 
 def _from_caffe2(name):
@@ -48,73 +68,41 @@ def _count(names, pattern):
     return len({match[1] for match in map(re.compile(pattern).match, names) if match})
 
 
-def _conv(there, here):
-    """Return a convolution and its norm: Detectron2's names -> torchvision's."""
-    return {there: f"{here}.0", f"{there}.norm": f"{here}.1"}
-
-
-def _resnet_modules():
-    pairs = {"stem.conv1": "conv1", "stem.conv1.norm": "bn1"}
-    for stage in range(1, 5):
-        for block in range(_MOST_BLOCKS):
-            there, here = f"res{stage + 1}.{block}", f"layer{stage}.{block}"
-            pairs |= _conv(f"{there}.shortcut", f"{here}.downsample")
-            for i in (1, 2, 3):
-                pairs |= {f"{there}.conv{i}": f"{here}.conv{i}", f"{there}.conv{i}.norm": f"{here}.bn{i}"}
-    return {f"backbone.bottom_up.{there}": f"backbone.body.{here}" for there, here in pairs.items()}
-
-
-def _box_head_modules(names):
-    convs = _count(names, r"roi_heads\.box_head\.(conv\d+|\d+\.0)\.weight")
-    linears = _count(names, r"roi_heads\.box_head\.(fc\d+|\d+)\.weight")
-    pairs = {}
-    for i in range(convs):
-        pairs |= _conv(f"conv{i + 1}", str(i))
-    for i in range(linears):
-        # After the convolutions comes a Flatten, and a ReLU after each layer.
-        is_two_mlp = (convs, linears) == (0, 2)
-        pairs[f"fc{i + 1}"] = f"fc{i + 6}" if is_two_mlp else str(convs + 1 + 2 * i)
-    return {f"roi_heads.box_head.{there}": f"roi_heads.box_head.{here}" for there, here in pairs.items()}
-
-
-def _dense_head_modules(names):
-    step = 3 if _count(names, r"head\.(cls_subnet\.1|classification_head\.conv\.0\.1)\.weight") else 2
-    pairs = {}
-    for there, here in (("cls_subnet", "classification_head"), ("bbox_subnet", "regression_head")):
-        for i in range(16):
-            pairs[f"head.{there}.{step * i}"] = f"head.{here}.conv.{i}.0"
-            if step == 3:
-                pairs[f"head.{there}.{step * i + 1}"] = f"head.{here}.conv.{i}.1"
-    return pairs
-
-
 def _modules(names):
     """Return the modules of a model with these names: Detectron2's name -> torchvision's."""
-    pairs = _resnet_modules() | _box_head_modules(names) | _dense_head_modules(names)
+    pairs = dict(_NAMED)
+    for stage, block, (there, here) in itertools.product(range(1, 5), range(_MOST), _IN_BLOCK.items()):
+        there = f"backbone.bottom_up.res{stage + 1}.{block}.{there}"
+        pairs[there] = f"backbone.body.layer{stage}.{block}.{here}"
     lowest = 3 if any(name.startswith("head.") for name in names) else 2
-    for level in range(lowest, _HIGHEST + 1):
-        pairs |= _conv(f"backbone.fpn_lateral{level}", f"backbone.fpn.inner_blocks.{level - lowest}")
-        pairs |= _conv(f"backbone.fpn_output{level}", f"backbone.fpn.layer_blocks.{level - lowest}")
-    rpn_convs = _count(names, r"(?:proposal_generator\.rpn_head|rpn\.head)\.conv\.(?:conv)?(\d+)\.") or 1
-    for i in range(rpn_convs):
-        there = "conv" if rpn_convs == 1 else f"conv.conv{i}"
-        pairs[f"proposal_generator.rpn_head.{there}"] = f"rpn.head.conv.{i}.0"
-    for i in range(16):
-        pairs |= _conv(f"roi_heads.mask_head.mask_fcn{i + 1}", f"roi_heads.mask_head.{i}")
-        pairs[f"roi_heads.keypoint_head.conv_fcn{i + 1}"] = f"roi_heads.keypoint_head.{2 * i}"
-    return pairs | {
-        "backbone.top_block.p6": "backbone.fpn.extra_blocks.p6",
-        "backbone.top_block.p7": "backbone.fpn.extra_blocks.p7",
-        "proposal_generator.rpn_head.objectness_logits": "rpn.head.cls_logits",
-        "proposal_generator.rpn_head.anchor_deltas": "rpn.head.bbox_pred",
-        _CLASS_SCORES: _CLASS_SCORES,
-        "roi_heads.box_predictor.bbox_pred": "roi_heads.box_predictor.bbox_pred",
-        "roi_heads.mask_head.deconv": "roi_heads.mask_predictor.conv5_mask",
-        "roi_heads.mask_head.predictor": "roi_heads.mask_predictor.mask_fcn_logits",
-        "roi_heads.keypoint_head.score_lowres": "roi_heads.keypoint_predictor.kps_score_lowres",
-        "head.cls_score": "head.classification_head.cls_logits",
-        "head.bbox_pred": "head.regression_head.bbox_reg",
-    }
+    box_convs = _count(names, r"roi_heads\.box_head\.(conv\d+|\d+\.0)\.weight")
+    box_linears = _count(names, r"roi_heads\.box_head\.(fc\d+|\d+)\.weight")
+    # Behind convolutions, or as one or three, linear layers have a place in a sequence with Flatten and ReLU.
+    is_two_mlp = (box_convs, box_linears) == (0, 2)
+    linear = ("roi_heads.box_head.fc{}", 6, 1) if is_two_mlp else ("roi_heads.box_head.{}", box_convs + 1, 2)
+    rpn_convs = _count(names, r"(?:proposal_generator\.rpn_head|rpn\.head)\.conv\.(?:conv)?(\d+)\.")
+    rpn_conv = "conv.conv{}" if rpn_convs > 1 else "conv"
+    step = 3 if _count(names, r"head\.(cls_subnet\.1|classification_head\.conv\.0\.1)\.weight") else 2
+    # Each name with the first of its numbers and the step to the next.
+    for there, first_there, step_there, here, first_here, step_here in (
+        ("backbone.fpn_lateral{}", lowest, 1, "backbone.fpn.inner_blocks.{}.0", 0, 1),
+        ("backbone.fpn_output{}", lowest, 1, "backbone.fpn.layer_blocks.{}.0", 0, 1),
+        (f"proposal_generator.rpn_head.{rpn_conv}", 0, 1, "rpn.head.conv.{}.0", 0, 1),
+        ("roi_heads.box_head.conv{}", 1, 1, "roi_heads.box_head.{}.0", 0, 1),
+        ("roi_heads.box_head.fc{}", 1, 1, *linear),
+        ("roi_heads.mask_head.mask_fcn{}", 1, 1, "roi_heads.mask_head.{}.0", 0, 1),
+        ("roi_heads.keypoint_head.conv_fcn{}", 1, 1, "roi_heads.keypoint_head.{}", 0, 2),
+        ("head.cls_subnet.{}", 0, step, "head.classification_head.conv.{}.0", 0, 1),
+        ("head.cls_subnet.{}", 1, step, "head.classification_head.conv.{}.1", 0, 1),
+        ("head.bbox_subnet.{}", 0, step, "head.regression_head.conv.{}.0", 0, 1),
+        ("head.bbox_subnet.{}", 1, step, "head.regression_head.conv.{}.1", 0, 1),
+    ):
+        for i in range(_MOST):
+            theirs, ours = there.format(first_there + step_there * i), here.format(first_here + step_here * i)
+            pairs.setdefault(theirs, ours)
+            if here.endswith(".{}.0"):
+                pairs.setdefault(f"{theirs}.norm", ours.removesuffix("0") + "1")
+    return pairs
 
 
 def anchor_counts(tensors):
@@ -189,11 +177,7 @@ def from_detectron2(tensors, num_ratios=3):
 
 
 def to_detectron2(tensors, num_ratios=3):
-    """Invert `from_detectron2`.
-
-    Raises:
-        UserError: a name that no ResNet-FPN model of Detectron2 has a counterpart of.
-    """
+    """Invert `from_detectron2`."""
     modules = {here: there for there, here in _modules(tensors).items()}
     unknown = [name for name in tensors if name.rpartition(".")[0] not in modules]
     if unknown:

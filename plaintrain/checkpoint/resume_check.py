@@ -24,9 +24,6 @@ def check_changes(folder, config, class_names, model):
     Args:
         folder, class_names: OUTPUT_DIR, and the classes of DATASETS.TRAIN.
         config, model: those of now: YAML, and a module that may be on the device "meta".
-
-    Raises:
-        UserError: names a key, or the classes, that cannot change within a run.
     """
     try:
         path, saved = read_last(folder, mmap=True)

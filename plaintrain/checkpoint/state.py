@@ -20,11 +20,7 @@ _NORM_BUFFERS = (".running_mean", ".running_var")
 
 
 def load_state(item, state, name):
-    """Call `item.load_state_dict(state)`; `name` is what to call the state in an error.
-
-    Raises:
-        UserError: a state that does not fit.
-    """
+    """Call `item.load_state_dict(state)`; `name` is what to call the state in an error."""
     if isinstance(item, torch.amp.GradScaler) and not state:
         # The run had no float16 so far; the scaler begins here, and would reject an empty state.
         return

@@ -90,9 +90,6 @@ def load_for_evaluation(cfg, model, *, resume):
     """Load MODEL.WEIGHTS, or with `resume` the last checkpoint of OUTPUT_DIR, averaged as MODEL.EMA says.
 
     Published classes are taken by the names of those of DATASETS.TEST.
-
-    Raises:
-        UserError: there is no checkpoint, or the weights cannot be used.
     """
     checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
     if resume and not checkpointer.has_checkpoint():

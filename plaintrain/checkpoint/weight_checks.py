@@ -57,9 +57,6 @@ def check_weights(cfg, model, name, class_names, *, strict):
         name: MODEL.WEIGHTS, or a checkpoint.
         class_names: the dataset's, in the order of their labels.
         strict: the weights are evaluated as they are: they must be complete, and for exactly these classes.
-
-    Raises:
-        UserError: names the classes, the keys with the values that they must have, or a missing parameter.
     """
     state, weights = model.state_dict(), read_for_model(model, name, fetch_weights(name))
     check_trained_classes(name, weights.content.get("class_names"), class_names, strict=strict)

@@ -8,7 +8,7 @@ import struct
 from PIL import ExifTags, Image
 
 from plaintrain.structures import make_record
-from plaintrain.utils.errors import DataError, UserError, refuse
+from plaintrain.utils.errors import DataError, UserError, collecting
 from plaintrain.utils.files import check_file, reason
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -67,8 +67,6 @@ def image_header(file_name):
 
 def image_record(file_name, image_id, problems=None):
     """A record without annotations, its size from the file; None if `refuse` noted a problem instead."""
-    try:
+    with collecting(problems):
         height, width, _ = image_header(file_name)
-    except DataError as e:
-        return refuse(problems, e)
-    return make_record(file_name, image_id, height, width)
+        return make_record(file_name, image_id, height, width)

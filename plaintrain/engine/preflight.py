@@ -29,11 +29,7 @@ _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
 
 def settle_num_classes(cfg, eval_only):
-    """Take the number of classes from the datasets; return their names.
-
-    Raises:
-        UserError: the number in the config, or one of the datasets, contradicts them.
-    """
+    """Take the number of classes from the datasets; return their names."""
     key = num_classes_key(cfg)
     # Who only evaluates need not have the training images.
     train = () if eval_only and cfg.DATASETS.TEST else cfg.DATASETS.TRAIN

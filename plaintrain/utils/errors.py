@@ -1,5 +1,6 @@
 """Exceptions for mistakes that the person who runs a script can mend."""
 
+import contextlib
 import difflib
 import importlib
 
@@ -76,3 +77,12 @@ def refuse(problems, error):
     if problems is None:
         raise error
     problems.append(error)
+
+
+@contextlib.contextmanager
+def collecting(problems):
+    """`refuse` the `UserError` that ends the block."""
+    try:
+        yield
+    except UserError as e:
+        refuse(problems, e)

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from plaintrain.config.schema import Rule
 from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets import coco, concat, folder, shapes, voc, yolo
@@ -47,25 +48,41 @@ _READERS = {
 }
 _PARAMETERS = {"JSON": "json_file", "RESULTS": "results_file", "DATA": "data_file"}
 _PATHS = ("JSON", "IMAGE_ROOT", "RESULTS", "ROOT", "DATA")
-# What every format takes.
+# What every format takes, and what goes into the metadata and not to the reader.
 _COMMON = ("FORMAT", "EVALUATOR", "FRACTION", "FRACTION_SEED")
-# What goes into the metadata and not to the reader.
 _METADATA = {"coco": ("KEYPOINT_FLIP_MAP",), "coco_results": ("KEYPOINT_FLIP_MAP",), "voc": ("YEAR",)}
-_TYPES = {
-    **dict.fromkeys(("FORMAT", "EVALUATOR", "SPLIT", *_PATHS), str),
-    **dict.fromkeys(("NUM", "HEIGHT", "WIDTH", "SEED", "YEAR", "FRACTION_SEED"), int),
-    **dict.fromkeys(("CLASSES", "DATASETS", "KEYPOINT_FLIP_MAP"), list),
-    **dict.fromkeys(("SCORE_THRESH", "FRACTION"), float),
-    "MERGE_CLASSES": bool,
-}
 EVALUATORS = ("coco", "pascal_voc")
-_WORDS = {str: "a string", list: "a list", float: "a number", int: "a whole number", bool: "True or False"}
+
+
+def _are_names(values):
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _are_pairs(values):
+    return isinstance(values, list) and all(_are_names(value) and len(value) == 2 for value in values)
+
+
+_STRING = Rule("a string", lambda value: isinstance(value, str))
+_WHOLE = Rule("a whole number", lambda value: type(value) is int)
+_NAMES = Rule("a list of names; quote what YAML does not read as text", _are_names)
+# What the value of a key must be.
+_RULES = {
+    **dict.fromkeys(("FORMAT", "SPLIT", *_PATHS), _STRING),
+    **dict.fromkeys(("NUM", "HEIGHT", "WIDTH", "SEED", "YEAR"), _WHOLE),
+    **dict.fromkeys(("CLASSES", "DATASETS"), _NAMES),
+    "KEYPOINT_FLIP_MAP": Rule("a list of pairs [left, right] of names", _are_pairs),
+    "MERGE_CLASSES": Rule("True or False", lambda value: isinstance(value, bool)),
+    "SCORE_THRESH": Rule("a number", lambda value: type(value) in (int, float)),
+    "EVALUATOR": Rule(" or ".join(EVALUATORS), lambda value: value in EVALUATORS),
+    "FRACTION": Rule("above 0 and at most 1", lambda value: type(value) in (int, float) and 0 < value <= 1),
+    "FRACTION_SEED": Rule("a whole number, 0 or more", lambda value: type(value) is int and value >= 0),
+}
 
 
 def _reader_keys(reader):
     """{key: whether it must be given} of a reader's declarations."""
     parameters = inspect.signature(reader).parameters
-    keys = ((key, parameters.get(_PARAMETERS.get(key, key.lower()))) for key in _TYPES)
+    keys = ((key, parameters.get(_PARAMETERS.get(key, key.lower()))) for key in _RULES)
     return {key: parameter.default is parameter.empty for key, parameter in keys if parameter}
 
 
@@ -79,34 +96,11 @@ def _check(name, spec):
     for key, value in spec.items():
         if key not in known:
             raise UserError(f"{where} has an unknown key {key}; known: {', '.join(known)}")
-        # A whole number will do where a fraction may stand.
-        if type(value) is not _TYPES[key] and (_TYPES[key], type(value)) != (float, int):
-            raise UserError(f"{where}.{key} must be {_WORDS[_TYPES[key]]}, not {value!r}")
+        if not _RULES[key].accepts(value):
+            raise UserError(f"{where}.{key} must be {_RULES[key].words}, got {value!r}")
     for key, is_needed in keys.items():
         if is_needed and key not in spec:
             raise UserError(f"{where} with FORMAT {spec['FORMAT']} needs the key {key}")
-    _check_values(where, spec)
-
-
-def _check_values(where, spec):
-    for key, is_right, words in (
-        ("EVALUATOR", lambda value: value in EVALUATORS, " or ".join(EVALUATORS)),
-        ("FRACTION", lambda value: 0 < value <= 1, "above 0 and at most 1"),
-        ("FRACTION_SEED", lambda value: value >= 0, "0 or more"),
-        ("CLASSES", _are_names, "names; quote what YAML does not read as text"),
-        ("DATASETS", _are_names, "names; quote what YAML does not read as text"),
-        ("KEYPOINT_FLIP_MAP", _are_pairs, "pairs [left, right] of names"),
-    ):
-        if key in spec and not is_right(spec[key]):
-            raise UserError(f"{where}.{key} must be {words}, got {spec[key]!r}")
-
-
-def _are_names(values):
-    return all(isinstance(value, str) for value in values)
-
-
-def _are_pairs(values):
-    return all(isinstance(value, list) and len(value) == 2 and _are_names(value) for value in values)
 
 
 def declare_dataset(name, spec):

@@ -23,11 +23,9 @@ _XYWH = BoxMode.XYWH_ABS
 
 def _read_json(json_file, what="annotation file"):
     try:
-        text = read_text(json_file)
-    except (OSError, ValueError) as e:
+        return json.loads(read_text(json_file))
+    except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read the {what} {json_file}: {reason(e)}") from e
-    try:
-        return json.loads(text)
     except (ValueError, RecursionError) as e:
         raise UserError(f"the {what} {json_file} is not JSON: {e}") from e
 
@@ -63,7 +61,10 @@ def load_coco_json(json_file, image_root, classes=None, problems=None):
     with no_garbage_collection():
         content = _read_content(json_file)
         if problems is not None:
-            _note_repeated_ids(content["annotations"], json_file, problems)
+            ids = Counter(str(a["id"]) for a in content["annotations"] if "id" in a)
+            for annotation_id, count in ids.items():
+                text = f"two annotations in {json_file} have the id {annotation_id}"
+                problems += [DataError("duplicate_id", text)] * (count - 1)
         return _to_records(content, json_file, image_root, classes, problems)
 
 
@@ -129,8 +130,8 @@ def _complete(detection):
     mistake = None
     if isinstance(segmentation, dict):
         size = segmentation.get("size")
-        right = isinstance(size, list) and len(size) == 2 and {*map(type, size)} == {int}
-        if not right or min(size) < 1 or is_too_large(*size):
+        is_size = isinstance(size, list) and [*map(type, size)] == [int, int] and min(size) > 0
+        if not is_size or is_too_large(*size):
             return "bad_rle", f"has an RLE of the size {size}, not [height, width]"
         mistake = segmentation_mistake(segmentation, *size)
         if not mistake:
@@ -192,48 +193,35 @@ def _keypoint_metadata(categories):
 
 
 def _image_records(images, json_file, image_root, problems):
-    if problems is not None:
-        images = _without_contradictions(images, json_file, problems)
     records = {}
+    # Nobody knows whose objects an id has that stands for several images.
+    distinct = {
+        repr([image.get(key) for key in ("id", "file_name", "height", "width")]): image for image in images
+    }
+    entries = Counter(repr(image.get("id")) for image in distinct.values())
     for image in images:
-        mistake = image_mistake(image, "id")
-        if not mistake and image["id"] in records:
-            mistake = f"is one of two images with the id {image['id']}"
-        if not mistake and not is_below(image_root, image["file_name"]):
+        kind, mistake = "broken_image", image_mistake(image, "id")
+        if not mistake and entries[repr(image["id"])] > 1:
+            kind, mistake = (
+                "ambiguous",
+                f"({image['file_name']}) is one of two images with the id {image['id']}",
+            )
+        elif not mistake and image["id"] in records:
+            mistake = f"is listed twice, with the id {image['id']}"
+        elif not mistake and not is_below(image_root, image["file_name"]):
             mistake = (
                 f"has the file_name {image['file_name']!r}, which leaves the images' folder {image_root}: "
                 "let IMAGE_ROOT be a folder that holds all images"
             )
         if mistake:
             where = f"image {image.get('id', image)} in {json_file}"
-            refuse(problems, DataError("broken_image", f"{where} {mistake}"))
+            refuse(problems, DataError(kind, f"{where} {mistake}"))
             continue
         file_name = os.path.join(image_root, image["file_name"])
         records[image["id"]] = make_record(file_name, image["id"], image["height"], image["width"])
     if len({type(image_id) for image_id in records}) > 1:
         raise UserError(f"the image ids in {json_file} must be all numbers or all strings")
     return records
-
-
-def _note_repeated_ids(annotations, json_file, problems):
-    for number, count in Counter(str(a["id"]) for a in annotations if "id" in a).items():
-        error = DataError("duplicate_id", f"two annotations in {json_file} have the id {number}")
-        problems += [error] * (count - 1)
-
-
-def _without_contradictions(images, json_file, problems):
-    """The entries but those that share an id but no file or size: nobody knows whose objects it has."""
-    files_of = {}
-    for image in images:
-        if "id" in image:
-            name = os.path.normpath(str(image.get("file_name")))
-            file = f"{name} ({image.get('width')}x{image.get('height')})"
-            files_of.setdefault(repr(image["id"]), set()).add(file)
-    contradicted = {image_id: files for image_id, files in files_of.items() if len(files) > 1}
-    for image_id, files in contradicted.items():
-        what = f"the id {image_id} in {json_file} is that of {' and '.join(sorted(files))}"
-        problems.append(DataError("ambiguous", what))
-    return [image for image in images if repr(image.get("id")) not in contradicted]
 
 
 def _convert(annotation, labels):

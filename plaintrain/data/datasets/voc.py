@@ -15,7 +15,7 @@ from pathlib import Path
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.image_files import image_header, is_too_large
 from plaintrain.structures import BoxMode, make_record
-from plaintrain.utils.errors import DataError, UserError, refuse
+from plaintrain.utils.errors import DataError, UserError, collecting
 from plaintrain.utils.files import MAX_BYTES, check_file, read_text, reason
 
 # fmt: off
@@ -54,14 +54,12 @@ def load_voc(root, split, classes=None, problems=None):
     for line in names:
         # Per-class lists hold a second column (1, 0, -1); a name may hold spaces.
         name = line if line in images else line.split()[0]
-        try:
+        with collecting(problems):
             if name not in images:
                 missing = f"the image {name} of split {split} is missing in {image_folder}"
                 raise DataError("unreadable", missing)
             xml_file = os.path.join(folder, name + ".xml")
             records.append(_record(xml_file, images[name], labels, problems))
-        except UserError as e:
-            refuse(problems, e)
     return records, {"thing_classes": chosen}
 
 
@@ -102,11 +100,9 @@ def _choose_file(files, root, xml_file):
     named = re.split(r"[/\\]", root.findtext("filename", "").strip())[-1]
     chosen = [file for file in files if os.path.basename(file) == named]
     if not chosen:
-        raise DataError(
-            "ambiguous",
-            f"{' and '.join(files)} could both be the image of {xml_file}, whose <filename> is {named!r}: "
-            "remove one, or name the image there",
-        )
+        images = " and ".join(files)
+        text = f"{images} could both be the image of {xml_file}, whose <filename> is {named!r}"
+        raise DataError("ambiguous", text)
     return chosen[0]
 
 
@@ -129,13 +125,10 @@ def _all_classes(folder, problems):
     names = set()
     for file in _list_folder(folder):
         if file.endswith(".xml"):
-            try:
+            # With `problems` the records' own reading notes it.
+            with collecting(None if problems is None else []):
                 root = _parse(os.path.join(folder, file))
                 names |= {_text(obj, "name", file) for obj in root.iter("object")}
-            except UserError:
-                # With `problems` the records' own reading notes it.
-                if problems is None:
-                    raise
     if not names:
         raise UserError(f"no object is annotated in {folder}")
     return sorted(names)
@@ -168,12 +161,10 @@ def _record(xml_file, image_files, labels, problems):
         height, width, _ = image_header(image_file)
     annotations = []
     for obj in root.iter("object"):
-        try:
+        with collecting(problems):
             class_name = _text(obj, "name", xml_file)
             if class_name in labels:
                 annotations.append(_annotation(obj, labels[class_name], xml_file))
-        except UserError as e:
-            refuse(problems, e)
     image_id = os.path.splitext(os.path.basename(xml_file))[0]
     return make_record(image_file, image_id, height, width, annotations)
 

@@ -14,7 +14,7 @@ from plaintrain.config.yaml import parse_yaml
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.image_files import image_record, list_images
 from plaintrain.structures import BoxMode
-from plaintrain.utils.errors import DataError, UserError, refuse
+from plaintrain.utils.errors import DataError, UserError, collecting, refuse
 from plaintrain.utils.files import MAX_BYTES, is_below, read_text, reason
 
 logger = logging.getLogger(__name__)
@@ -44,11 +44,9 @@ def load_yolo(data_file, split, classes=None, dataset_root="", problems=None):
         (records, metadata): metadata holds `thing_classes`.
     """
     data = parse_yaml(_read_text(data_file, MAX_BYTES), data_file)
+    # Its lines would pass for polygons.
     if "kpt_shape" in data:
-        # Its lines would pass for polygons.
-        raise UserError(
-            f"{data_file} has a kpt_shape: labels with keypoints are not read; COCO JSON has them"
-        )
+        raise UserError(f"{data_file} has a kpt_shape: keypoints are read from COCO JSON only")
     names = _class_names(data, data_file)
     chosen = select_classes(names, classes, data_file)
     labels = [chosen.index(name) if name in chosen else None for name in names]
@@ -100,10 +98,7 @@ def _root(data, data_file, dataset_root):
     for start in (folder, dataset_root):
         if os.path.isdir(os.path.join(start, path)):
             return os.path.normpath(os.path.join(start, path))
-    raise UserError(
-        f"the path in {data_file} is {path}, and there is no such folder; leave it out where the images "
-        f"are beside the file"
-    )
+    raise UserError(f"the path in {data_file} is {path}, and there is no such folder")
 
 
 def _image_files(data, data_file, split, root):
@@ -142,11 +137,14 @@ def _without_shared_labels(files, problems):
     sharing = {}
     for file in dict.fromkeys(files):
         sharing.setdefault(label_file(file), []).append(file)
-    sharing = {path: group for path, group in sharing.items() if len(group) > 1 and os.path.lexists(path)}
+    kept = []
     for path, group in sharing.items():
-        what = f"{' and '.join(group)} share the labels {path}: remove or rename all but one"
-        refuse(problems, DataError("ambiguous", what))
-    return [file for file in files if label_file(file) not in sharing]
+        if len(group) > 1 and os.path.lexists(path):
+            what = f"{' and '.join(group)} share the labels {path}: remove or rename all but one"
+            refuse(problems, DataError("ambiguous", what))
+        else:
+            kept += group
+    return kept
 
 
 def _image_ids(files, root):
@@ -171,16 +169,11 @@ def label_file(image_file):
 
 def _read_labels(record, labels, problems):
     path, annotations = label_file(record["file_name"]), []
-    try:
-        lines = _read_text(path).splitlines() if os.path.lexists(path) else []
-    except DataError as e:
-        refuse(problems, e)
-        return []
-    for number, line in enumerate(lines, 1):
-        try:
-            annotations.append(_annotation(line.split(), record, labels, f"{path}, line {number}"))
-        except DataError as e:
-            refuse(problems, e)
+    if os.path.lexists(path):
+        with collecting(problems):
+            for number, line in enumerate(_read_text(path).splitlines(), 1):
+                with collecting(problems):
+                    annotations.append(_annotation(line.split(), record, labels, f"{path}, line {number}"))
     return list(filter(None, annotations))
 
 
