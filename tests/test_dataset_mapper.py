@@ -201,8 +201,12 @@ def test_mapper_rejects_an_image_of_another_size_than_its_record(picture):
     for is_train in (True, False):
         with pytest.raises(UserError, match=r"picture\.png is 40x30, but its annotation says 41x30$"):
             DatasetMapper(is_train=is_train, augmentations=[])(_record(picture, 30, 41))
+    with pytest.raises(UserError, match="is 40x30, but its annotation says 30x40") as error:
+        DatasetMapper(augmentations=[])(_record(picture, 40, 30))
+    assert "its EXIF orientation turns it" not in str(error.value)
+    # A size that only the EXIF orientation turns is explained.
     _turn(picture, 6)
-    with pytest.raises(UserError, match="is 30x40.* says 40x30"):
+    with pytest.raises(UserError, match="is 30x40.* says 40x30.* EXIF"):
         DatasetMapper(augmentations=[])(_record(picture, 30, 40))
     assert DatasetMapper(augmentations=[])(_record(picture, 40, 30))["image"].shape == (3, 40, 30)
 

@@ -204,6 +204,18 @@ def test_weights_of_other_classes_are_warned_about(tmp_path, log, classes, warns
         load_weights(model, str(tmp_path / "w.pth"), ["b", "a"])
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_torchvisions_first_detectors_want_no_eps(downloads, tmp_path, log, eps):
+    model = make_model(*RESNET, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.NORM_EPS", eps)
+    torch.save(model.state_dict(), tmp_path / "mine.pth")
+    load_weights(model, str(tmp_path / "mine.pth"))
+    assert not warnings_of(log)
+    path = fetch_weights("torchvision://fasterrcnn_resnet50_fpn/COCO_V1")
+    os.replace(tmp_path / "mine.pth", path)
+    load_weights(model, "torchvision://fasterrcnn_resnet50_fpn/COCO_V1")
+    assert ("MODEL.RESNETS.NORM_EPS 0" in warnings_of(log)) == (eps > 0)
+
+
 def test_locate_weights_knows_every_detector_of_torchvision_and_rejects_other_names():
     for builder in torchvision.models.list_models(module=detection):
         url = locate_weights(f"torchvision://{builder}/COCO_V1")

@@ -57,6 +57,9 @@ def write_checkpoint(path, data, last):
     Args:
         path, data: the file, and what `torch.save` takes.
         last: make it the one that a resumed run starts from, once it is whole.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
     """
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -80,13 +83,20 @@ def tag_last(folder, basename):
 def link_checkpoint(folder, source, target):
     """Give `source` the second name `target`, as a hard link where there are any, and make it the last."""
     source, path = os.path.join(folder, source), os.path.join(folder, target)
-    with writing(path), contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    temporary = f"{path}.tmp-{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
     try:
-        os.link(source, path)
+        os.link(source, temporary)
     except OSError:
         with open(source, "rb") as f, atomic_write(path, "wb") as copy:
             shutil.copyfileobj(f, copy)
+    else:
+        with writing(path):
+            os.replace(temporary, path)
+        # Renaming onto another name of the same file does nothing, and leaves both.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
     tag_last(folder, target)
 
 

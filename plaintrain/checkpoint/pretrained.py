@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torchvision
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.checkpoint.classes import select_classes
 from plaintrain.checkpoint.torchvision import match_names, strip_wrappers, translate
@@ -23,6 +24,8 @@ from plaintrain.utils.files import check_file, check_stored
 logger = logging.getLogger(__name__)
 
 _DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
+# torchvision runs the models of these files without the epsilon of their frozen norms.
+_WITHOUT_EPS = re.compile(r"((faster|mask|keypoint)rcnn|retinanet)_resnet50_fpn_coco-\w+\.pth")
 
 
 def _torchvision_url(name):
@@ -191,6 +194,10 @@ def load_weights(model, name, class_names=None, *, averaged=False, file=None):
 
     Returns:
         The names of the model's parameters that were not in the file, or in another shape.
+
+    Raises:
+        UserError: unreadable weights, not a single tensor that fits, or a file that was trained for the same
+            classes in another order.
     """
     state, file = model.state_dict(), file or fetch_weights(name)
     content, _, weights, of_detectron2 = read_for_model(model, name, file, averaged)
@@ -208,6 +215,11 @@ def load_weights(model, name, class_names=None, *, averaged=False, file=None):
         )
     model.load_state_dict(fitting, strict=False)
     _log_report(name, state, weights, fitting)
+    eps = max((m.eps for m in model.modules() if isinstance(m, FrozenBatchNorm2d)), default=0)
+    if eps and isinstance(file, str) and _WITHOUT_EPS.fullmatch(os.path.basename(file)):
+        logger.warning(
+            f"{name} was made for MODEL.RESNETS.NORM_EPS 0, as torchvision sets it, but it is {eps}"
+        )
     return [k for k in parameters if k not in fitting]
 
 

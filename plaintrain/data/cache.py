@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import time
 import zipfile
 
@@ -14,8 +15,7 @@ from PIL import Image
 from plaintrain import structures
 from plaintrain.data import serialized, validation
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write, check_file, reason
+from plaintrain.utils.files import check_file, reason
 
 logger = logging.getLogger(__name__)
 
@@ -108,22 +108,27 @@ def _write(path, records, metadata):
     metadata = dict(metadata)
     metadata["ids"] = list(metadata.pop("thing_dataset_id_to_contiguous_id"))
     text = np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8)
+    # Processes that start at once, on any machine, write the same, each its own; the last one's stays.
+    folder, temporary = os.path.dirname(path), f"{path}.{secrets.token_hex(8)}.tmp"
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with atomic_write(path, "wb") as f:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        # In a folder that users share all may read what `tempfile` would keep for one.
+        with open(temporary, "xb") as f:
             np.savez(f, metadata=text, **records.to_arrays())
-        _make_room(os.path.dirname(path))
-    except (OSError, UserError) as e:
-        logger.info(f"the cache cannot be used, each start reads the JSON: {e}")
+        os.replace(temporary, path)
+        _make_room(folder)
+    except OSError as e:
+        logger.info(f"the cache {folder} cannot be written ({reason(e)}): each start reads the JSON")
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def _make_room(folder):
     """Remove what nobody asked for in `_MAX_DAYS`, and the oldest files beyond `_MAX_BYTES`."""
     now, size = time.time(), 0
-    # With those that were never finished.
-    files = [(f.stat(), f.path) for f in os.scandir(folder) if _ENDING in f.name]
+    files = [(f.stat(), f.path) for f in os.scandir(folder) if f.name.endswith((_ENDING, ".tmp"))]
     for stat, path in sorted(files, key=lambda file: file[0].st_mtime, reverse=True):
         size += stat.st_size
-        days = _MAX_DAYS if path.endswith(_ENDING) else 1
+        days = 1 if path.endswith(".tmp") else _MAX_DAYS
         if size > _MAX_BYTES or now - stat.st_mtime > days * 86400:
             os.unlink(path)

@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from plaintrain.data.datasets import shapes
-from plaintrain.data.image_files import open_image
+from plaintrain.data.image_files import image_header, open_image
 from plaintrain.structures import are_numbers
 from plaintrain.utils.errors import DataError, UserError
 
@@ -157,7 +157,15 @@ def check_image_size(record, image):
     """Refuse an image whose size differs from its record's `height` and `width`."""
     height, width = image.shape[-2:]
     if (record["height"], record["width"]) != (height, width):
+        hint = ""
+        if (record["width"], record["height"]) == (height, width) and _is_turned(record["file_name"]):
+            hint = "; its EXIF orientation turns it, so the annotations were made on the unturned image"
         raise UserError(
             f"the image {record['file_name']} is {width}x{height}, but its annotation says "
-            f"{record['width']}x{record['height']}"
+            f"{record['width']}x{record['height']}{hint}"
         )
+
+
+def _is_turned(file_name):
+    """Whether an image file's EXIF orientation exchanges its sides."""
+    return not shapes.is_drawn(file_name) and image_header(file_name)[2] >= 5
