@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def test_a_run_is_exported_checked_and_used_without_plaintrain(run_folder, tmp_p
     pytest.importorskip("onnxruntime")
     options = ["--check", 2, "MODEL.SSD.SCORE_THRESH_TEST", 0.1]
     output = script_output("export_model.py", run_folder, *options, folder=tmp_path)
-    assert "largest" in output and "model.onnx: SSD, 0.4 MB, any batch\n" in output
+    assert "largest" in output and re.search(r"model\.onnx: SSD, 0\.\d MB, any batch\n", output)
     image = run_folder / "1.png"
     command = [PREDICT, run_folder / "model.onnx", image, "--threshold", "0", "--output", tmp_path]
     output = script_output(*command, folder=tmp_path, faults=functools.partial(hide, "plaintrain"))
