@@ -311,6 +311,7 @@ def global_generators_rest():
     assert torch.equal(before[1], after[1])
 
 
+@settings(max_examples=150)
 @given(tensors(), st.lists(chosen(), min_size=1, max_size=4), SEEDS)
 def test_the_generator_alone_decides(before, names, seed):
     """The same generator makes the same sample, of the sizes it claims; what was given stays as it was."""
