@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import socket
 import time
 from unittest.mock import Mock
@@ -87,3 +88,11 @@ def test_where_there_are_no_locks_the_run_continues_with_a_warning(tmp_path, mon
     lock_folder(str(tmp_path))
     assert "run.lock cannot be locked (No locks available)" in log.text
     assert f"process {os.getpid()} on" in (tmp_path / "run.lock").read_text()
+
+
+def test_a_folder_that_is_deleted_and_made_again_is_locked_again(folder, start):
+    lock_folder(str(folder))
+    shutil.rmtree(folder)
+    folder.mkdir()
+    lock_folder(str(folder))
+    assert "another run is at work" in start(folder).output

@@ -96,8 +96,9 @@ def _check_model(cfg, resume, eval_only):
         raise UserError("--eval-only needs DATASETS.TEST: name at least one dataset")
     if eval_only and not resume and not cfg.MODEL.WEIGHTS:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
-    for name in cfg.DATASETS.TEST if cfg.TEST.AUG.ENABLED else ():
-        build_tta_mapper(cfg, name)
+    if cfg.TEST.AUG.ENABLED:
+        for name in cfg.DATASETS.TEST:
+            build_tta_mapper(cfg, name)
     amp, is_used = cfg.SOLVER.AMP, cfg.TEST.AMP or (cfg.SOLVER.AMP.ENABLED and not eval_only)
     build_autocast(is_used, amp.PRECISION, get_device(cfg.MODEL.DEVICE).type)
     model = build_meta_model(cfg)

@@ -212,8 +212,6 @@ def _prepare_output(cfg, training, resume, quiet):
 
 
 def _settle_seed(cfg, resume):
-    if cfg.SEED >= 2**32:
-        raise UserError(f"SEED is {cfg.SEED}, but must be below 2**32")
     if cfg.SEED >= 0:
         return
     saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")

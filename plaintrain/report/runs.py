@@ -259,7 +259,9 @@ def warnings(runs):
 
 
 def _draw_histograms(statistics_of):
-    for key, title, counted, remark in _HISTOGRAMS if statistics_of else ():
+    if not statistics_of:
+        return
+    for key, title, counted, remark in _HISTOGRAMS:
         counts = {name: s[key]["counts"] for name, s in statistics_of.items()}
         names = next(iter(statistics_of.values()))[key]["names"]
         used = [i for i, of_bin in enumerate(zip(*counts.values(), strict=True)) if any(of_bin)]

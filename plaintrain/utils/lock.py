@@ -31,7 +31,9 @@ def lock_folder(folder):
     """
     folder = os.path.realpath(folder)
     path = os.path.join(folder, _NAME)
-    if folder in _HELD:
+    held = _HELD.get(folder)
+    # A folder that was deleted and made again has another file.
+    if held and os.path.exists(path) and os.path.samestat(os.fstat(held), os.stat(path)):
         return
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
