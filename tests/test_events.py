@@ -335,7 +335,9 @@ def test_a_file_that_was_deleted_is_created_again_and_a_full_disk_is_an_error(tm
 # ---- TensorBoard and the console -------------------------------------------------------------
 
 
-def test_tensorboard_holds_scalars_images_and_histograms_under_their_steps(tmp_path):
+def test_tensorboard_holds_scalars_images_and_histograms_under_their_steps(tmp_path, monkeypatch):
+    # A flush hands the data to the system and does not wait for the disk.
+    monkeypatch.setattr(os, "fsync", lambda fd: pytest.fail("the loop waited for the disk"))
     writer = TensorboardXWriter(str(tmp_path), window_size=1)
     with EventStorage(4) as storage, closing_all([writer]):
         storage.put_scalars(total_loss=torch.tensor(0.5), AP=NAN)

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import socket
 import struct
 import time
 
@@ -29,20 +30,26 @@ class TensorboardXWriter(FileWriter):
         return last_iters
 
     def _open(self, start_iter):
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
         os.makedirs(self._path, exist_ok=True)
-        # A run may be resumed within a second.
-        self._file = EventsWriter(os.path.join(self._path, "events"), f".{time.time_ns()}")
+        # In nanoseconds: a run may be resumed within a second.
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{time.time_ns()}"
+        # Not tensorboardX's EventsWriter, which calls fsync at each flush: that would hold up the loop.
+        self._file = open(os.path.join(self._path, name), "wb")  # noqa: SIM115 - see close()
+        self._write_event(0, file_version="brain.Event:2")
         if start_iter:
             # A TensorBoard that is open forgets what has been cut.
             self._write_event(start_iter, session_log=SessionLog(status=SessionLog.START))
 
     def _write_event(self, step, **contents):
         from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import masked_crc32c
 
-        self._file.write_event(Event(step=step, wall_time=time.time(), **contents))
+        data = Event(step=step, wall_time=time.time(), **contents).SerializeToString()
+        header = struct.pack("<Q", len(data))
+        for part in (header, data):
+            self._file.write(part + struct.pack("<I", masked_crc32c(part)))
 
     def _append(self, rows):
         """Write the rows; takes the images and histograms out of the storage."""
