@@ -26,6 +26,7 @@ def beat(extra=0.0):
 def rest():
     """Expect no beat until the next one."""
     _Pulse.last = None
+    _Pulse.extra = 0.0
 
 
 def forgive(seconds):
