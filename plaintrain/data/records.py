@@ -1,5 +1,6 @@
 """The records of a training set: joined, checked, cleaned and counted."""
 
+import functools
 import logging
 import os
 from collections import Counter
@@ -150,25 +151,18 @@ def _report(names, classes, counts, histogram):
 
 
 def check_image_files(records, what):
-    """Refuse records whose image files are missing, by listing each folder once.
+    """Refuse `SerializedRecords` whose image files are missing, by listing each folder once."""
 
-    `SerializedRecords` that were found complete are not checked again in this process.
-    """
-    if getattr(records, "files_exist", False):
-        return
-    columns = getattr(records, "columns", None)
-    paths = columns["file_name"] if columns else [record["file_name"] for record in records]
-    folders, missing = {}, []
+    @functools.cache
+    def list_folder(folder):
+        return set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+
+    paths = records.columns["file_name"] if records.columns else [record["file_name"] for record in records]
+    missing = []
     for path in paths:
-        if is_drawn(path):
-            continue
         folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
-        if name not in folders[folder]:
+        if not is_drawn(path) and name not in list_folder(folder):
             missing.append(path)
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"an image of {what} does not exist: {missing[0]}{more}")
-    if columns:
-        records.files_exist = True

@@ -15,7 +15,9 @@ import torch
 
 from plaintrain.structures import BoxMode
 
-RECORD_KEYS = ("file_name", "image_id", "height", "width", "annotations")
+_RECORD_KEYS = {"file_name", "image_id", "height", "width", "annotations"}
+# What comes up where records are not as their arrays need them.
+_UNREADABLE = (AttributeError, LookupError, TypeError, ValueError, OverflowError)
 
 
 @contextlib.contextmanager
@@ -44,8 +46,6 @@ class AnnotationTable:
     crowd: np.ndarray
     # Number of labelled keypoints, int64 [A].
     keypoints: np.ndarray
-    # Whether it has a segmentation, bool [A].
-    masks: np.ndarray
 
 
 class SerializedRecords(Sequence):
@@ -58,18 +58,19 @@ class SerializedRecords(Sequence):
         columns: `{"file_name": [N], "height": [N], "width": [N]}`, arrays; None if a record lacks one.
         annotations: `AnnotationTable`; None if an annotation cannot be read, or after `join` and `take`.
         lengths: how many records come from each of the parts that were joined.
-        files_exist: whether the image files were looked for, and all are there.
     """
 
     columns = annotations = lengths = None
-    files_exist = False
 
     def __init__(self, records):
         records = list(records)
         blobs = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
         ends = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
         self._set_block(np.frombuffer(bytearray().join(blobs), dtype=np.uint8), ends, pickle.loads)
-        self.columns, self.annotations = _or_none(_columns, records), _or_none(_annotation_table, records)
+        with contextlib.suppress(*_UNREADABLE):
+            self.columns = _columns(records)
+        with contextlib.suppress(*_UNREADABLE):
+            self.annotations = _annotation_table(records)
 
     def _set_block(self, data, ends, loads):
         # Tensors, because other processes share their memory.
@@ -126,8 +127,6 @@ class SerializedRecords(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
         block, start, end = self._spans[index].tolist()
         data, loads = self._blocks[block]
         return loads(data[start:end].numpy())
@@ -146,14 +145,6 @@ def _load_plain(data):
     return _PlainUnpickler(io.BytesIO(data)).load()
 
 
-def _or_none(make, records):
-    """What `make` makes of the records, or None where they are not as it needs them."""
-    try:
-        return make(records)
-    except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
-        return None
-
-
 def _columns(records):
     columns = {}
     for key, kind in (("file_name", str), ("height", numbers.Integral), ("width", numbers.Integral)):
@@ -169,8 +160,8 @@ def _check_kind(values, kind):
 
 
 def _annotation_table(records):
-    """The annotations as arrays, or an error that `_or_none` knows where one is not as it must be."""
-    if not all(record.keys() >= {*RECORD_KEYS} for record in records):
+    """The annotations as arrays; raises one of `_UNREADABLE` where one is not as it must be."""
+    if not all(record.keys() >= _RECORD_KEYS for record in records):
         raise LookupError("a key is missing")
     numbers_of = [len(record["annotations"]) for record in records]
     annotations = [annotation for record in records for annotation in record["annotations"]]
@@ -182,7 +173,6 @@ def _annotation_table(records):
         labels=np.array(labels, dtype=np.int64),
         crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool),
         keypoints=np.array([_num_labelled(a.get("keypoints")) for a in annotations], dtype=np.int64),
-        masks=np.array([bool(a.get("segmentation")) for a in annotations], dtype=bool),
     )
 
 
