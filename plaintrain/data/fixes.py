@@ -89,14 +89,14 @@ def _fix_annotation(annotation, record, metadata, changes):
         changes[f"annotations dropped: {KINDS[kind][0].split(',')[0]}"].append("")
         return None
     annotation = dict(annotation)
+    if "bad_rle" in problems:
+        del annotation["segmentation"]
+        changes["malformed run-length encodings dropped, their boxes kept"].append("")
     if "clipped_box" in problems:
         x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         inside = [max(x0, 0), max(y0, 0), min(x1, record["width"]), min(y1, record["height"])]
         annotation |= {"bbox": inside, "bbox_mode": BoxMode.XYXY_ABS}
         changes["boxes clipped to their image"].append("")
-    if "bad_rle" in problems:
-        del annotation["segmentation"]
-        changes["malformed run-length encodings dropped, their boxes kept"].append("")
     if "bad_polygon" in problems:
         size = record["height"], record["width"]
         polygons = [p for p in annotation.pop("segmentation") if not segmentation_mistake([p], *size)]
@@ -142,10 +142,9 @@ def _merge(record, other, changes):
             objects[key].update({**annotation, **objects[key]})
         else:
             other["annotations"].append(annotation)
-    text = "listings of a file that was listed before" if listed_twice else "copies of images dropped"
-    text += (
-        ", their objects merged" if listed_twice else " whose objects are the same, or part of the other's"
-    )
+    text = "copies of images dropped whose objects are the same, or part of the other's"
+    if listed_twice:
+        text = "listings of a file that was listed before, their objects merged"
     changes[text].append(" and ".join(dict.fromkeys([record["file_name"], other["file_name"]])))
     return True
 

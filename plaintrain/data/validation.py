@@ -11,8 +11,6 @@ from plaintrain.utils.errors import DataError
 MAX_EXAMPLES = 10
 # A box is tiny if a side is shorter than this, in pixels.
 TINY = 2
-# Classes are unbalanced if the commonest has so many times the boxes of the rarest that has any.
-IMBALANCE = 10
 # An image is nearly constant if its values, in each channel, are closer together: 14 bits read as 16.
 LEAST_SPREAD = 64
 
@@ -44,7 +42,6 @@ KINDS = {
     "duplicate_id": ("annotations with the id of another one", False),
     "no_annotations": ("images without annotations", False),
     "unused_class": ("classes without a box", False),
-    "imbalance": (f"classes whose numbers of boxes differ by a factor of {IMBALANCE} or more", False),
     "turned": ("images that their EXIF orientation turns", False),
     "near_constant": (
         f"images of fewer than {LEAST_SPREAD} of 256 values: is INPUT.PIXEL_RANGE right?",
@@ -66,9 +63,10 @@ class Finding:
     fatal: bool
 
     def __str__(self):
-        head = f"{'FATAL: ' if self.fatal else ''}{KINDS[self.kind][0]}: {self.count}"
-        more = [f"... and {self.count - len(self.examples)} more"] * (self.count > len(self.examples) > 0)
-        return "\n".join([head, *(f"    {line}" for line in [*self.examples, *more])])
+        lines = [f"{'FATAL: ' if self.fatal else ''}{KINDS[self.kind][0]}: {self.count}", *self.examples]
+        if self.count > len(self.examples) > 0:
+            lines.append(f"... and {self.count - len(self.examples)} more")
+        return "\n    ".join(lines)
 
 
 def count_mistakes(mistakes):
@@ -103,11 +101,16 @@ def check_records(records, metadata):
     Returns:
         list of `Finding`; the fatal ones are those that training stops at.
     """
-    counts = class_counts(records, metadata)
-    return count_mistakes([*_record_mistakes(records, metadata), *_balance_mistakes(len(records), counts)])
+    return count_mistakes(_record_mistakes(records, metadata))
 
 
 def _record_mistakes(records, metadata):
+    counts = class_counts(records, metadata)
+    if not any(counts.values()):
+        yield "no_boxes" if records else "no_images", ""
+    for name, count in counts.items():
+        if not count:
+            yield "unused_class", name
     seen = set()
     for record in records:
         name = record["file_name"]
@@ -119,18 +122,6 @@ def _record_mistakes(records, metadata):
         for annotation in record["annotations"]:
             for kind, what in annotation_mistakes(annotation, record, metadata):
                 yield kind, f"{name}: an annotation {what}"
-
-
-def _balance_mistakes(num_images, counts):
-    present = list(filter(None, counts.values()))
-    if not present:
-        yield "no_boxes" if num_images else "no_images", ""
-    unbalanced = present and max(present) >= IMBALANCE * min(present)
-    for name, count in sorted(counts.items(), key=lambda item: -item[1]):
-        if not count:
-            yield "unused_class", name
-        elif unbalanced:
-            yield "imbalance", f"{name}: {count} boxes"
 
 
 def check_annotation(annotation, where, num_classes):
