@@ -12,7 +12,7 @@ from plaintrain import structures
 from plaintrain.data import serialized, validation
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write, check_file, reason
+from plaintrain.utils.files import atomic_write, reason
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,6 @@ def _path(load, json_file, image_root, classes):
     if not cache_folder():
         return None
     try:
-        check_file(json_file)
         if os.path.getsize(json_file) < _LEAST_BYTES:
             return None
         with open(json_file, "rb") as f:

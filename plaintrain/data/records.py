@@ -96,13 +96,9 @@ def _usable(records, counts):
     width, height = (records.columns[key][table.record] for key in ("width", "height"))
     kinds = box_kinds(*table.boxes.T, width, height)
     dropped = kinds["empty_box"] | kinds["outside_box"]
-    masks = {
-        "empty_box": kinds["empty_box"],
-        "outside_box": kinds["outside_box"] & ~kinds["empty_box"],
-        "clipped_box": kinds["clipped_box"] & ~dropped,
-        "crowd": table.crowd & ~dropped,
-    }
-    counts.update({key: int(mask.sum()) for key, mask in masks.items()})
+    # Each box counts as the first kind that it is of.
+    counts.update(np.select(list(kinds.values()), list(kinds), "").tolist())
+    counts["crowd"] += int((table.crowd & ~dropped).sum())
     return ~dropped
 
 

@@ -29,10 +29,7 @@ KINDS = {
     "unknown_class": ("annotations with an unknown class id", True),
     "bad_box": ("boxes that are not four finite numbers in their place", True),
     "wrong_keypoints": ("annotations with a wrong number of keypoints, or malformed ones", True),
-    "bad_polygon": (
-        "polygons of fewer than three points, or malformed ones (stop training with masks)",
-        True,
-    ),
+    "bad_polygon": ("polygons of fewer than 3 points, or malformed ones (stop training with masks)", True),
     "bad_rle": ("run-length encodings that do not fit their image (stop training with masks)", True),
     "empty_box": ("boxes without area, which training drops", False),
     "outside_box": ("boxes outside their image, which training drops", False),
@@ -43,10 +40,7 @@ KINDS = {
     "no_annotations": ("images without annotations", False),
     "unused_class": ("classes without a box", False),
     "turned": ("images that their EXIF orientation turns", False),
-    "near_constant": (
-        f"images of fewer than {LEAST_SPREAD} of 256 values: is INPUT.PIXEL_RANGE right?",
-        False,
-    ),
+    "near_constant": (f"images of under {LEAST_SPREAD} of 256 values: is INPUT.PIXEL_RANGE right?", False),
     "listed_twice": ("images that are listed more than once", False),
     "duplicate": ("images with the pixels of another one of the dataset", False),
     "leak": ("images with the pixels of one of another dataset", False),
