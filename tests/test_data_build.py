@@ -255,18 +255,6 @@ def test_unreadable_image_is_one_sentence(records, train, workers, loader):
     assert "Traceback" not in str(error.value)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_bug_in_a_mapper_is_raised(records, train, workers):
-    train.DATALOADER.NUM_WORKERS = workers
-    caught = False
-    try:
-        _batches(build_detection_train_loader(train, mapper=lambda record: 1 / 0), 1)
-    except ZeroDivisionError as error:
-        # Not pytest.raises: a traceback that is kept keeps the workers, which torch then awaits for 5 s.
-        error.__traceback__, caught = None, True
-    assert caught
-
-
 def test_missing_unknown_and_empty_datasets_are_rejected(make_dataset, train):
     rejected("DATASETS.TRAIN is empty", by=lambda: get_detection_dataset_dicts([]))
     make_dataset(num=0)
