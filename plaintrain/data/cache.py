@@ -21,11 +21,9 @@ _LEAST_BYTES = 2**22
 
 
 def cache_folder():
-    """`$PLAINTRAIN_CACHE`, or `plaintrain` in the user's cache folder; None if the variable is empty."""
-    folder = os.environ.get("PLAINTRAIN_CACHE")
-    if folder is None:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "plaintrain")
-    return os.path.expanduser(folder) or None
+    """`$PLAINTRAIN_CACHE`, which may be "", or `plaintrain` in the user's cache folder."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "plaintrain")
+    return os.path.expanduser(os.environ.get("PLAINTRAIN_CACHE", default))
 
 
 def cached_records(load, json_file, image_root, classes=None):

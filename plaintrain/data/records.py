@@ -47,7 +47,7 @@ def get_detection_dataset_dicts(names, filter_empty=True, min_keypoints=0, need_
         kept = _usable(records, counts)
         histogram += np.bincount(table.labels[kept], minlength=len(classes))
         chosen = _chosen(records, kept & ~table.crowd, counts, filter_empty, min_keypoints)
-        parts.append(_without(records, kept).take(chosen))
+        parts.append(_select(records, kept, chosen))
         if need_masks or min_keypoints:
             num_keypoints = len(MetadataCatalog.get(name).get("keypoint_names") or ())
             _check_targets(parts[-1], need_masks, min_keypoints and num_keypoints)
@@ -113,8 +113,8 @@ def _chosen(records, objects, counts, filter_empty, min_keypoints):
     return np.flatnonzero(~(empty | poor))
 
 
-def _without(records, kept):
-    """The records with only the annotations that are kept; most records need not be touched."""
+def _select(records, kept, chosen):
+    """The records at the chosen indices, with only the annotations that are kept; most are not touched."""
     record_of = records.annotations.record
     # `np.unique` would import numpy.ma.
     changed = np.flatnonzero(np.bincount(record_of[~kept]))
@@ -124,7 +124,7 @@ def _without(records, kept):
         record["annotations"] = [a for i, a in enumerate(record["annotations"], start) if kept[i]]
         order[index] = len(records) + len(cleaned)
         cleaned.append(record)
-    return SerializedRecords.join([records, SerializedRecords(cleaned)]).take(order)
+    return SerializedRecords.join([records, SerializedRecords(cleaned)]).take(order[chosen])
 
 
 def _report(names, classes, counts, histogram):
@@ -137,13 +137,9 @@ def _report(names, classes, counts, histogram):
     for kind in ("empty_box", "outside_box", "clipped_box"):
         if counts[kind]:
             logger.warning(f"{names}: {KINDS[kind][0]}: {counts[kind]}")
-    texts = {
-        "empty": "images without annotations are left out",
-        "poor": "images with too few labelled keypoints are left out",
-    }
-    for key, text in texts.items():
+    for key, text in (("empty", "without annotations"), ("poor", "with too few labelled keypoints")):
         if counts[key]:
-            logger.info(f"{names}: {counts[key]} {text}")
+            logger.info(f"{names}: {counts[key]} images {text} are left out")
 
 
 def check_image_files(records, what):
