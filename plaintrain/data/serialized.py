@@ -34,18 +34,13 @@ def no_garbage_collection():
 
 @dataclass(frozen=True)
 class AnnotationTable:
-    """All annotations of a list of records, in their order."""
+    """All annotations of a list of records, in their order: arrays of the length A."""
 
-    # Index of the record that an annotation belongs to, [A].
-    record: np.ndarray
-    # XYXY corners in pixels, float64 [A, 4].
-    boxes: np.ndarray
-    # category_id, int64 [A].
-    labels: np.ndarray
-    # Whether it is a crowd, bool [A].
-    crowd: np.ndarray
-    # Number of labelled keypoints, int64 [A].
-    keypoints: np.ndarray
+    record: np.ndarray  # index of the record that an annotation belongs to
+    boxes: np.ndarray  # XYXY corners in pixels, float64 [A, 4]
+    labels: np.ndarray  # category_id, int64
+    crowd: np.ndarray  # whether it is a crowd, bool
+    keypoints: np.ndarray  # number of labelled keypoints, int64
 
 
 class SerializedRecords(Sequence):
