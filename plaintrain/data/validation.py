@@ -4,6 +4,8 @@ import numbers
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+import numpy as np
+
 from plaintrain.data.image_files import is_too_large
 from plaintrain.structures import BoxMode, are_numbers, is_box, segmentation_mistake
 from plaintrain.utils.errors import DataError
@@ -160,15 +162,10 @@ def annotation_mistakes(annotation, record, metadata):
     if mistake:
         yield mistake
     elif keypoints:
-        # Half a pixel over the edge is rounding, as for boxes.
-        points = zip(keypoints[::3], keypoints[1::3], keypoints[2::3], strict=True)
-        outside = [
-            (x, y)
-            for x, y, v in points
-            if v > 0 and not (-0.5 <= x <= width + 0.5 and -0.5 <= y <= height + 0.5)
-        ]
-        if outside:
-            yield "outside_keypoint", f"has the keypoint {outside[0]} in an image of {width}x{height}"
+        x, y, visibility = np.reshape(keypoints, (-1, 3)).T
+        outside = (visibility > 0) & box_kinds(x, y, x, y, width, height)["clipped_box"]
+        for i in np.flatnonzero(outside)[:1]:
+            yield "outside_keypoint", f"has the keypoint ({x[i]}, {y[i]}) in an image of {width}x{height}"
 
 
 def box_kinds(x0, y0, x1, y1, width, height):
