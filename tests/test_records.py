@@ -1,7 +1,6 @@
 """plaintrain.data.records and serialized: the records of a training set, checked, cleaned and shared."""
 
 import gc
-import os
 import pickle
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch.multiprocessing  # noqa: F401 - it teaches ForkingPickler tensors
 from torch.utils.data import DataLoader
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from plaintrain.data.records import check_image_files
 from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
 from plaintrain.data.validation import check_records
 from plaintrain.structures import BoxMode
@@ -116,21 +114,6 @@ def test_datasets_are_filtered_counted_and_joined_if_their_classes_agree(registe
     assert "few: 2 images, 3 boxes (1 crowds) of 2 classes" in log.text
     rows = [line.split() for line in log.text.splitlines()]
     assert ["a", "2"] in rows and ["b", "1"] in rows
-
-
-def test_folders_of_images_are_listed_once(register, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    register("files", [], [_object()])
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "1.png").touch()
-    with pytest.raises(UserError, match=r"does not exist: files/0\.png$"):
-        check_image_files(DatasetCatalog.get("files"), "files")
-    check_image_files(get_detection_dataset_dicts("files"), "files")
-    (tmp_path / "files" / "0.png").touch()
-    listed, listdir = [], os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: (listed.append(path), listdir(path))[1])
-    check_image_files(DatasetCatalog.get("files"), "files")
-    assert listed == ["files"]
 
 
 def test_training_warns_of_boxes_as_check_records_does(register, log):
