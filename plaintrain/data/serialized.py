@@ -52,10 +52,11 @@ class SerializedRecords(Sequence):
     Attributes:
         columns: `{"file_name": [N], "height": [N], "width": [N]}`, arrays; None if a record lacks one.
         annotations: `AnnotationTable`; None if an annotation cannot be read, or after `join` and `take`.
-        lengths: how many records come from each of the parts that were joined.
+        lengths: how many records come from each of the parts that were joined; empty if none were.
     """
 
-    columns = annotations = lengths = None
+    columns = annotations = None
+    lengths = ()
 
     def __init__(self, records):
         records = list(records)
@@ -72,7 +73,7 @@ class SerializedRecords(Sequence):
         self._blocks = [(torch.from_numpy(data), loads)]
         # Block, start and end of each record.
         spans = np.stack([np.zeros_like(ends[1:]), ends[:-1], ends[1:]], axis=1)
-        self._spans, self.lengths = torch.from_numpy(spans), [len(spans)]
+        self._spans = torch.from_numpy(spans)
 
     def to_arrays(self):
         """Return the arrays to keep in a file, of records of plain data that were never joined."""
@@ -93,23 +94,21 @@ class SerializedRecords(Sequence):
 
     @staticmethod
     def join(parts):
-        """The records of several `SerializedRecords`, in their order; the bytes are shared."""
+        """The records of several `SerializedRecords` with columns, in their order; the bytes are shared."""
         joined, spans, blocks = copy.copy(parts[0]), [], []
         for part in parts:
             spans.append(part._spans + torch.tensor([len(blocks), 0, 0]))
             blocks += part._blocks
         joined._spans, joined._blocks = torch.cat(spans), blocks
-        if all(part.columns for part in parts):
-            joined.columns = {k: np.concatenate([p.columns[k] for p in parts]) for k in parts[0].columns}
+        joined.columns = {k: np.concatenate([p.columns[k] for p in parts]) for k in parts[0].columns}
         joined.lengths = [len(part) for part in parts]
         return joined
 
     def take(self, indices):
-        """The records at some indices, an int array; the bytes are shared."""
+        """The records at some indices, an int array, of those with columns; the bytes are shared."""
         taken = copy.copy(self)
         taken._spans = self._spans[torch.from_numpy(indices)]
-        taken.columns = self.columns and {key: column[indices] for key, column in self.columns.items()}
-        taken.lengths = [len(indices)]
+        taken.columns = {key: column[indices] for key, column in self.columns.items()}
         return taken
 
     def __getstate__(self):
