@@ -160,7 +160,7 @@ def _holding(**change):
 def test_malformed_records_are_named(register, change, words):
     register("good", [_object()])
     register("odd", [_object()], [_object()])
-    DatasetCatalog._functions["odd"]()[1].update({"file_name": "odd.png", **change})
+    DatasetCatalog["odd"]()[1].update({"file_name": "odd.png", **change})
     with pytest.raises(UserError, match=words):
         get_detection_dataset_dicts(("good", "odd"))
 
@@ -169,7 +169,7 @@ def test_missing_keys_of_records_and_annotations_are_named(register):
     keys = "file_name", "image_id", "height", "width", "annotations", "bbox", "bbox_mode", "category_id"
     for i, key in enumerate(keys):
         register(f"odd {i}", [_object()], [_object()])
-        record = DatasetCatalog._functions[f"odd {i}"]()[1]
+        record = DatasetCatalog[f"odd {i}"]()[1]
         del (record if key in record else record["annotations"][0])[key]
         with pytest.raises(UserError, match=f"odd {i}.* no {key}"):
             get_detection_dataset_dicts(f"odd {i}")
