@@ -425,13 +425,3 @@ def test_image_cache_returns_what_read_image_returns(make_dataset, tmp_path, wri
     cfg.merge_from_list([CACHE, 100, WORKERS, 1, "DATALOADER.WORKER_TYPE", "thread"])
     with pytest.raises(UserError, match="CACHE_BYTES is 100, but the mapper has no image_cache"):
         build_detection_train_loader(cfg, dataset=records, mapper=lambda record, rng: record)
-
-
-def test_image_cache_has_the_pasted_images(make_dataset, cfg, read):
-    dataset = make_dataset(num=5)
-    for record in dataset:
-        record["annotations"][0]["segmentation"] = [[1, 2, 14, 2, 14, 16, 1, 16]]
-    cfg.MODEL.MASK_ON, cfg.INPUT.AUGMENTATIONS = True, [{"SimpleCopyPaste": {}}]
-    cfg.DATALOADER.CACHE_BYTES = 5 * BYTES
-    _stream(cfg, dataset)
-    assert sorted(read) == sorted(np.unique(read)) and len(read) == 5

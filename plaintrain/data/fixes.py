@@ -89,14 +89,14 @@ def _fix_annotation(annotation, record, metadata, changes):
         changes[f"annotations dropped: {KINDS[kind][0].split(',')[0]}"].append("")
         return None
     annotation = dict(annotation)
-    if "bad_rle" in problems:
-        del annotation["segmentation"]
-        changes["malformed run-length encodings dropped, their boxes kept"].append("")
     if "clipped_box" in problems:
         x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         inside = [max(x0, 0), max(y0, 0), min(x1, record["width"]), min(y1, record["height"])]
         annotation |= {"bbox": inside, "bbox_mode": BoxMode.XYXY_ABS}
         changes["boxes clipped to their image"].append("")
+    if "bad_rle" in problems:
+        del annotation["segmentation"]
+        changes["malformed run-length encodings dropped, their boxes kept"].append("")
     if "bad_polygon" in problems:
         size = record["height"], record["width"]
         polygons = [p for p in annotation.pop("segmentation") if not segmentation_mistake([p], *size)]
