@@ -217,7 +217,7 @@ MUTATIONS = {
         ("module.training = training", "module.training = True"),
     ],
     "plaintrain/evaluation/overlaps.py": [
-        ('np.where(objects["crowd"][thing], area, union)', "union"),
+        ('objects["crowd"][o0:o1].astype(np.uint8)', "np.zeros(o1 - o0, dtype=np.uint8)"),
     ],
     "plaintrain/evaluation/predictions.py": [
         ("float(value) if math.isfinite(value) else None", "float(value)"),
@@ -232,7 +232,7 @@ MUTATIONS = {
     ],
     "plaintrain/evaluation/voc.py": [
         ("precision[recall >= t]", "precision[recall > t]"),
-        ("int((~difficult).sum())", "len(difficult)"),
+        ("~difficult & np.isin", "np.isin"),
         ("above = best > iou / 100", "above = best >= iou / 100"),
         ('bool(a.get("difficult", 0) or a.get("iscrowd", 0))', 'bool(a.get("difficult", 0))'),
     ],

@@ -8,10 +8,10 @@ import logging
 import numpy as np
 
 from plaintrain.data.catalog import MetadataCatalog
-from plaintrain.data.datasets.write import category_ids
+from plaintrain.data.datasets.write import area, category_ids
 from plaintrain.evaluation.coco_backend import COCO_SIGMAS, choose_backend, oks_sigmas, precision_recall
-from plaintrain.evaluation.coco_gt import annotated, boxes_and_areas, coco_truth, num_keypoints, ranks
-from plaintrain.evaluation.detections import InstanceEvaluator
+from plaintrain.evaluation.coco_gt import annotated, coco_truth, num_keypoints, ranks
+from plaintrain.evaluation.detections import InstanceEvaluator, object_table
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.predictions import coco_results, write_predictions
 from plaintrain.evaluation.proposals import average_recall
@@ -148,12 +148,13 @@ class COCOEvaluator(InstanceEvaluator):
 
     def _proposals(self, detections):
         """What `average_recall` takes, of each image that was seen."""
-        rows = detections.rows
-        starts = np.searchsorted(rows[:, 0], [detections.seen, detections.seen + 1])
-        for index, start, end in zip(detections.seen, *starts, strict=True):
-            record, found = self.records[index], rows[start:end]
-            found = found[np.argsort(-found[:, 5], kind="stable"), 1:5]
-            yield found, *boxes_and_areas(record)
+        objects, rows = object_table(self.records), detections.rows
+        areas = np.array([area(a, record) for record in self.records for a in record["annotations"]])
+        for index in detections.seen:
+            found = rows[slice(*np.searchsorted(rows[:, 0], [index, index + 1]))]
+            wanted = (objects["image"] == index) & ~objects["crowd"]
+            boxes = found[np.argsort(-found[:, 5], kind="stable"), 1:5]
+            yield boxes, objects["boxes"][wanted], areas[wanted]
 
 
 def mean_ap(values):

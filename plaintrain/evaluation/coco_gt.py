@@ -4,8 +4,8 @@ import numbers
 
 import numpy as np
 
-from plaintrain.data.datasets.write import area, to_coco
-from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.data.datasets.write import to_coco
+from plaintrain.structures import segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
 _NEEDED = {"segm": "segmentation", "keypoints": "keypoints"}
@@ -34,13 +34,6 @@ def ranks(ids):
     if not all(isinstance(i, numbers.Integral) for i in ids):
         return np.arange(1, len(ids) + 1)
     return np.argsort(np.argsort(ids)) + 1
-
-
-def boxes_and_areas(record):
-    """Return the boxes, `[N, 4]` XYXY, and areas, `[N]` in pixels, of a record's objects but crowds."""
-    annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
-    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-    return np.array(boxes, dtype=float).reshape(-1, 4), np.array([area(a, record) for a in annotations])
 
 
 def coco_truth(task, records, image_numbers, category_numbers):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from plaintrain.data.catalog import DatasetCatalog, class_names
+from plaintrain.data.serialized import SerializedRecords
 from plaintrain.data.validation import check_annotation
 from plaintrain.evaluation.evaluator import DatasetEvaluator
 from plaintrain.structures import BoxMasks, encode_masks
@@ -44,6 +45,12 @@ def ground_truth(dataset_name):
     if len(index) < len(records):
         raise UserError(f"the dataset {dataset_name} holds an image_id twice")
     return records, classes, index
+
+
+def object_table(records):
+    """Return the objects as arrays: `image` (index of the record), `boxes` (XYXY), `labels`, `crowd`."""
+    table = records.annotations or SerializedRecords(list(records)).annotations
+    return {"image": table.record, "boxes": table.boxes, "labels": table.labels, "crowd": table.crowd}
 
 
 class InstanceEvaluator(DatasetEvaluator, abc.ABC):
