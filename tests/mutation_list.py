@@ -209,7 +209,7 @@ MUTATIONS = {
     ],
     "plaintrain/evaluation/detections.py": [
         ('np.argsort(rows[:, 0], kind="stable")', "np.arange(len(rows))"),
-        ("(labels >= len(self.classes))", "(labels > len(self.classes))"),
+        ("(rows[:, 5] >= len(self.classes))", "(rows[:, 5] > len(self.classes))"),
         ("comm.gather(part) if self._distributed else [part]", "[part]"),
     ],
     "plaintrain/evaluation/evaluator.py": [
