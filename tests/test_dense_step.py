@@ -227,13 +227,19 @@ def make_anchors(generator, height, width, strides=(8, 16), batch=2):
         (CachedBoxGenerator, DefaultBoxGenerator, ([[2], [2, 3]], 0.2, 0.9, None, [8, 16])),
     ],
 )
-def test_generators_make_torchvisions_anchors_once_for_a_size(kind, plain, arguments):
+def test_generators_make_torchvisions_anchors_once_for_each_of_the_last_sizes(kind, plain, arguments):
     generator, plain = kind(*arguments), plain(*arguments)
-    for size in ((32, 32), (64, 96)):
+    # The second image has the maps of the first.
+    for size in ((32, 32), (30, 30), *itertools.product((40, 64, 96), (32, 64, 96))):
         first, second = make_anchors(generator, *size)
         assert first is second and first is make_anchors(generator, *size, batch=1)[0]
         assert first.equal(make_anchors(plain, *size)[0])
     assert not generator.state_dict() and not list(generator.buffers())
+    assert len(generator._anchors) == 8
+    # A copy, such as that of averaged weights, takes no memory for them.
+    assert not copy.deepcopy(generator)._anchors and len(generator._anchors) == 8
+    images, maps = ImageList(torch.zeros(1, 3, 32, 32), [(32, 32)]), [torch.zeros(1, 1, 4, 4).double()] * 2
+    assert generator(images, maps)[0].dtype == torch.float64
 
 
 @ALL_THREE

@@ -76,7 +76,7 @@ def rles(detections, records):
     return [{"size": sizes[i], "counts": c} for i, c in zip(images, detections.masks, strict=True)]
 
 
-def read_detections(path, dataset_name, parts=("masks", "keypoints")):
+def read_detections(path, dataset_name):
     """Read predictions for a dataset from a JSON in COCO's results format.
 
     A detection without a box has the one around its segmentation or its keypoints.
@@ -85,7 +85,6 @@ def read_detections(path, dataset_name, parts=("masks", "keypoints")):
         path: a JSON list of `{image_id, category_id, score, bbox, segmentation, keypoints}`, of which
             all detections have a segmentation (polygons or RLE) or none, and keypoints likewise.
         dataset_name: a registered dataset, whose image and category ids these are.
-        parts: which of "masks" and "keypoints" to read where the file has them.
 
     Returns:
         `Detections` in the order of the file in each image; masks keep the outline that the file has.
@@ -109,9 +108,9 @@ def read_detections(path, dataset_name, parts=("masks", "keypoints")):
             image, label = index[result["image_id"]], labels[result["category_id"]]
             x, y, width, height = result["bbox"]
             rows.append([image, x, y, x + width, y + height, result["score"], label])
-            if "masks" in parts and result.get("segmentation"):
+            if result.get("segmentation"):
                 masks.append(_rle(path, result, *sizes[image])["counts"])
-            if "keypoints" in parts and result.get("keypoints"):
+            if result.get("keypoints"):
                 points.append(result["keypoints"])
     if len({len(keypoints) for keypoints in points}) > 1:
         raise UserError(f"the detections in {path} have different numbers of keypoints")
