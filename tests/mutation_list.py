@@ -274,7 +274,7 @@ MUTATIONS = {
     ],
     "plaintrain/modeling/losses.py": [
         (".mul_(gamma).add_(p).mul_(factor)", ".mul_(gamma).mul_(factor)"),
-        ("return recipe.weight * smooth_l1_loss", "return smooth_l1_loss"),
+        ("return recipe.weight * losses", "return losses"),
         ("priors, coder.weights).view_as", "priors, (1.0, 1.0, 1.0, 1.0)).view_as"),
     ],
     "plaintrain/modeling/matching.py": [

@@ -64,14 +64,6 @@ def giou_loss(boxes, targets, counts):
     return loss.masked_fill(~counts, 0)
 
 
-def smooth_l1_loss(deltas, targets, counts, beta):
-    """Smooth L1, L1 if `beta` is 0, summed over the last of `[B, N, 4]`; 0 where bool `[B, N]` is False."""
-    missing = ~counts[..., None]
-    # Where they do not count, targets may be infinite or not a number.
-    targets = targets.masked_fill(missing, 0)
-    return F.smooth_l1_loss(deltas, targets, beta=beta, reduction="none").masked_fill(missing, 0).sum(dim=-1)
-
-
 class BoxLoss(NamedTuple):
     """A loss of boxes: torchvision's recipe by default, Detectron2's from the config."""
 
@@ -101,4 +93,8 @@ def box_losses(recipe, coder, deltas, priors, objects, counts):
         return recipe.weight * giou_loss(decode(deltas, priors, coder), objects, counts)
     priors = priors.expand_as(objects).flatten(0, 1)
     wanted = encode_boxes(objects.flatten(0, 1), priors, coder.weights).view_as(objects)
-    return recipe.weight * smooth_l1_loss(deltas, wanted, counts, recipe.beta)
+    missing = ~counts[..., None]
+    # Where they do not count, targets may be infinite or not a number.
+    wanted = wanted.masked_fill(missing, 0)
+    losses = F.smooth_l1_loss(deltas, wanted, beta=recipe.beta, reduction="none").masked_fill(missing, 0)
+    return recipe.weight * losses.sum(dim=-1)

@@ -16,7 +16,6 @@ from plaintrain.modeling.backbones import build_backbone, get_norm
 from plaintrain.modeling.detector import (
     build_anchor_generator,
     build_preprocess,
-    check_boxes,
     get_targets,
     keep_float32,
     to_original_size,
@@ -40,8 +39,6 @@ class GeneralizedRCNN(_GeneralizedRCNN):
 
     def forward(self, samples):
         """Return losses or detections; see `plaintrain.modeling.build_model`."""
-        if self.training:
-            check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
         targets = get_targets(samples, images.tensors.device, label_offset=1) if self.training else None
         features = self.backbone(images.tensors)
@@ -73,8 +70,6 @@ class ProposalNetwork(nn.Module):
 
     def forward(self, samples):
         """Return losses or detections; see `plaintrain.modeling.build_model`."""
-        if self.training:
-            check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
         targets = get_targets(samples, images.tensors.device) if self.training else None
         features = self.backbone(images.tensors)
