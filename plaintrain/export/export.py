@@ -63,11 +63,6 @@ def is_fixed(cfg):
     return cfg.MODEL.META_ARCHITECTURE == "SSD"
 
 
-def need(module):
-    """Return a module that ONNX needs, or raise a `UserError` that says how to install it."""
-    return require(module, "ONNX", "export")
-
-
 @contextlib.contextmanager
 def _quietly():
     """Silence exporters, which warn of what nobody who exports can change."""
@@ -102,8 +97,8 @@ def write_torch(program, path, about):
 
 def write_onnx(program, path, about):
     """Write an `ExportedProgram` as ONNX, with `about` as JSON in its metadata."""
-    onnx = need("onnx")
-    need("onnxscript")
+    onnx = require("onnx", "ONNX", "export")
+    require("onnxscript", "ONNX", "export")
     names = list(program.module()(torch.zeros(2, *program.example_inputs[0][0].shape[1:], dtype=torch.uint8)))
     try:
         with _quietly():
@@ -132,7 +127,8 @@ def open_exported(path):
     """Return a function from uint8 `[B, 3, H, W]` to the dict of tensors that a file gives, .onnx or .pt2."""
     if path.endswith(".pt2"):
         return torch.export.load(path).module()
-    session = need("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    onnxruntime = require("onnxruntime", "ONNX", "export")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def run(images):

@@ -25,6 +25,8 @@ _NORMS = {
     "SyncBN": nn.SyncBatchNorm,
     "GN": lambda channels, eps=1e-5: nn.GroupNorm(math.gcd(32, channels), channels, eps),
 }
+# SSDlite's, whatever MODEL.RESNETS.NORM says.
+SSDLITE_NORM = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
 
 
 def get_norm(name):
@@ -127,13 +129,9 @@ def build_ssd_vgg16_backbone(cfg):
 
 
 def build_ssdlite_mobilenet_v3_large_backbone(cfg):
-    """MobileNetV3-Large with the reduced tail of its paper's table 6, and SSDlite's 4 further levels.
-
-    Batch norm with torchvision's eps 0.001 and momentum 0.03, whatever MODEL.RESNETS.NORM says.
-    """
-    norm = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
-    features, starts = _mobilenet(norm, True, cfg.MODEL.BACKBONE.FREEZE_AT)
-    return SSDLiteFeatureExtractorMobileNet(features, starts[-2], norm)
+    """MobileNetV3-Large with the reduced tail of its paper's table 6, and SSDlite's 4 further levels."""
+    features, starts = _mobilenet(SSDLITE_NORM, True, cfg.MODEL.BACKBONE.FREEZE_AT)
+    return SSDLiteFeatureExtractorMobileNet(features, starts[-2], SSDLITE_NORM)
 
 
 class _Convolution(nn.Sequential):
@@ -143,11 +141,6 @@ class _Convolution(nn.Sequential):
         convolution = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         super().__init__(convolution, norm(out_channels), nn.ReLU(inplace=True))
-
-
-def _small_group_norm(channels):
-    # 32 groups would leave one channel a group in the first layers.
-    return nn.GroupNorm(math.gcd(max(1, channels // 8), channels), channels)
 
 
 class TinyBackbone(nn.Module):
@@ -181,7 +174,10 @@ class TinyBackbone(nn.Module):
 
 def get_tiny_norm(cfg):
     """Return the norm that MODEL.TINY.NORM names; its GN has 8 channels a group."""
-    return _small_group_norm if cfg.MODEL.TINY.NORM == "GN" else get_norm(cfg.MODEL.TINY.NORM)
+    if cfg.MODEL.TINY.NORM != "GN":
+        return get_norm(cfg.MODEL.TINY.NORM)
+    # 32 groups would leave one channel a group in the first layers.
+    return lambda channels: nn.GroupNorm(math.gcd(max(1, channels // 8), channels), channels)
 
 
 def build_tiny_backbone(cfg):
