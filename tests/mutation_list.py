@@ -180,15 +180,13 @@ MUTATIONS = {
         ('len(boxes.objects["crowd"]) - crowds', 'len(boxes.objects["crowd"])'),
         ('    wrong = wrong[objects["state"][detections["object"][wrong]] != "found"]\n', ""),
     ],
-    "plaintrain/evaluation/background.py": [
-        ("waiting.popleft().result()", "waiting.popleft()"),
-    ],
     "plaintrain/analysis/breakdown.py": [
         ('(objects["labels"][real], detected_as[real])', '(detected_as[real], objects["labels"][real])'),
         ("(ends + 1 + count)", "(ends + count)"),
         ("(first != second) & (iou >= OVERLAP_IOU)", "iou >= OVERLAP_IOU"),
     ],
     "plaintrain/evaluation/coco.py": [
+        ("ious[:limit, (areas", "ious[:, (areas"),
         (
             'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes, start=1)',
             'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes)',
@@ -208,23 +206,19 @@ MUTATIONS = {
         ('kind="stable")[::-1]', 'kind="stable")'),
     ],
     "plaintrain/evaluation/detections.py": [
+        ('objects["crowd"][o0:o1].astype(np.uint8)', "np.zeros(o1 - o0, dtype=np.uint8)"),
         ('np.argsort(rows[:, 0], kind="stable")', "np.arange(len(rows))"),
         ("(rows[:, 5] >= len(self.classes))", "(rows[:, 5] > len(self.classes))"),
         ("comm.gather(part) if self._distributed else [part]", "[part]"),
     ],
     "plaintrain/evaluation/evaluator.py": [
+        ("waiting.popleft().result()", "waiting.popleft()"),
         ("not abs(actual - expected) <= tolerance", "abs(actual - expected) > tolerance"),
         ("module.training = training", "module.training = True"),
     ],
-    "plaintrain/evaluation/overlaps.py": [
-        ('objects["crowd"][o0:o1].astype(np.uint8)', "np.zeros(o1 - o0, dtype=np.uint8)"),
-    ],
     "plaintrain/evaluation/predictions.py": [
-        ("float(value) if math.isfinite(value) else None", "float(value)"),
+        (", parse_constant=lambda name: None)", ")"),
         ('key=lambda result: index[result["image_id"]]', 'key=lambda result: -index[result["image_id"]]'),
-    ],
-    "plaintrain/evaluation/proposals.py": [
-        ("ious[:limit, (areas", "ious[:, (areas"),
     ],
     "plaintrain/evaluation/val_loss.py": [
         ("value.float() * len(samples)", "value.float()"),
@@ -247,6 +241,7 @@ MUTATIONS = {
         ("code = 128 + received[0] if received else 1", "code = 1"),
     ],
     "plaintrain/modeling/backbones.py": [
+        ("norm.bias - norm.running_mean * scale", "norm.bias + norm.running_mean * scale"),
         ("for stage in stages[:freeze_at]:", "for stage in stages[: max(0, freeze_at - 1)]:"),
         ("stage[0].conv2.stride = (2, 2), (1, 1)", "stage[0].conv2.stride = (1, 1), (2, 2)"),
     ],
@@ -265,9 +260,6 @@ MUTATIONS = {
     "plaintrain/modeling/fcos.py": [
         ("< radius * sizes", "< 1.5 * sizes"),
         ("1e8 - (x1 - x0) * (y1 - y0)", "1e8 + (x1 - x0) * (y1 - y0)"),
-    ],
-    "plaintrain/modeling/frozen_norm.py": [
-        ("norm.bias - norm.running_mean * scale", "norm.bias + norm.running_mean * scale"),
     ],
     "plaintrain/export/graph.py": [
         ("images.flip(1) if transform.bgr else images", "images"),

@@ -12,8 +12,7 @@ from plaintrain.analysis.errors import DETECTION_TYPES, ERRORS, REAL_STATES, STA
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.evaluation import COCOEvaluator
-from plaintrain.evaluation.detections import Detections
-from plaintrain.evaluation.overlaps import compute_overlaps
+from plaintrain.evaluation.detections import Detections, compute_overlaps
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE, read_detections, write_predictions
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError

@@ -1,4 +1,4 @@
-"""Backbones, held against torchvision's, and their folded norms: modeling.backbones, .frozen_norm."""
+"""Backbones, held against torchvision's, and their folded norms: modeling.backbones."""
 
 import copy
 
@@ -10,8 +10,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
-from plaintrain.modeling.backbones import build_backbone
-from plaintrain.modeling.frozen_norm import FoldedConv2d, FoldedNorm, fold_frozen_norms
+from plaintrain.modeling.backbones import FoldedConv2d, FoldedNorm, build_backbone, fold_frozen_norms
 
 NORM_CLASSES = {"FrozenBN": FrozenBatchNorm2d, "BN": nn.BatchNorm2d, "GN": nn.GroupNorm}
 VGG = (*SSD, "MODEL.BACKBONE.NAME", "build_ssd_vgg16_backbone", "INPUT.FIXED_SIZE", (300, 300))

@@ -18,7 +18,7 @@ from rank_functions import evaluate_a_part
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, register_coco_instances
 from plaintrain.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, coco_backend
-from plaintrain.evaluation.proposals import average_recall, coverage
+from plaintrain.evaluation.coco import average_recall, coverage
 from plaintrain.utils.errors import UserError
 
 _BOX = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

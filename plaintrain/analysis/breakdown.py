@@ -5,7 +5,7 @@ import numpy as np
 from plaintrain.analysis.dataset import ASPECTS, bin_names
 from plaintrain.analysis.errors import DETECTION_TYPES, REAL_STATES, STATES, match_greedily
 from plaintrain.data.datasets.write import area
-from plaintrain.evaluation.overlaps import compute_overlaps
+from plaintrain.evaluation.detections import compute_overlaps
 
 # Lower edges of the bins of objects; the root of the area in pixels has COCO's sizes, 32 and 96, among them.
 _BINS = {

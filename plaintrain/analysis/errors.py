@@ -11,8 +11,7 @@ import numpy as np
 
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.evaluation.coco_gt import annotated, coco_truth, ranks
-from plaintrain.evaluation.detections import Detections, ground_truth, object_table
-from plaintrain.evaluation.overlaps import compute_overlaps
+from plaintrain.evaluation.detections import Detections, compute_overlaps, ground_truth, object_table
 from plaintrain.evaluation.predictions import rles
 from plaintrain.utils.errors import UserError
 

@@ -1,9 +1,10 @@
-"""Predictions as files: COCO's results format, written and read again, and the scores as JSON.
+"""Predictions as files: COCO's results format, written and read again; results as a table and as JSON.
 
 https://cocodataset.org/#format-results
 """
 
 import json
+import logging
 import math
 import os
 
@@ -17,9 +18,14 @@ from plaintrain.data.datasets.write import category_ids
 from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.data.validation import coco_annotation_mistake
 from plaintrain.evaluation.detections import Detections, ground_truth
+from plaintrain.evaluation.evaluator import format_table, print_csv_format
 from plaintrain.structures import are_numbers, segmentation_to_rle
+from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write, make_parent
+from plaintrain.utils.run_files import RESULTS_FILE, read_results_file
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS_FILE = "coco_instances_results.json"
 # COCO's keypoints are numbers of pixels, whose centres are at half.
@@ -173,15 +179,47 @@ def write_results(path, results):
     write_json(path, plain(results), indent=1)
 
 
+def report_results(dataset_name, results, folder):
+    """Log a dataset's results with the change since the last ones in `folder`, and write them there.
+
+    Does nothing on ranks other than 0. A class' own numbers (`AP-NAME`) are in the file, not in the table.
+
+    Args:
+        dataset_name: what was evaluated.
+        results: {task: {metric: number}}.
+        folder: where results.json is, `{dataset_name: results}`, with null for what is no finite number.
+    """
+    if not comm.is_main_process():
+        return
+    before = read_results_file(folder).get(dataset_name, {})
+    table = results_table(results, before)
+    since = ", and the change since the last evaluation" if before else ""
+    text = f"results on {dataset_name}{since}:\n{table}"
+    logger.info(text)
+    print_csv_format(results)
+    write_results(os.path.join(folder, RESULTS_FILE), {dataset_name: results})
+
+
+def results_table(results, before):
+    """Each task's numbers as an aligned text table; below them, the change from those of `before`."""
+    tables = []
+    for task, metrics in results.items():
+        names = [name for name in metrics if "-" not in name]
+        rows = [[task, *(float(metrics[name]) for name in names)]]
+        changes = [_change(before.get(task, {}).get(name), metrics[name]) for name in names]
+        rows += [["", *changes]] if any(changes) else []
+        tables.append(format_table(rows, ["", *names]))
+    return "\n".join(tables)
+
+
+def _change(before, now):
+    known = isinstance(before, int | float) and math.isfinite(before) and math.isfinite(now)
+    return f"{now - before:+.2f}" if known else ""
+
+
 def plain(value):
     """Return dicts and lists as JSON holds them: each number an int or a float, None for NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, str | int):
-        return value
-    return float(value) if math.isfinite(value) else None
+    return json.loads(json.dumps(value, default=float), parse_constant=lambda name: None)
 
 
 def write_json(path, content, **options):

@@ -8,9 +8,8 @@ import logging
 import numpy as np
 
 from plaintrain.data.catalog import MetadataCatalog
-from plaintrain.evaluation.detections import InstanceEvaluator, object_table
+from plaintrain.evaluation.detections import InstanceEvaluator, compute_overlaps, object_table
 from plaintrain.evaluation.evaluator import format_table
-from plaintrain.evaluation.overlaps import compute_overlaps
 from plaintrain.evaluation.predictions import write_predictions
 
 logger = logging.getLogger(__name__)

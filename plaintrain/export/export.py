@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.image_files import image_record, list_images
 from plaintrain.data.records import get_detection_dataset_dicts
-from plaintrain.evaluation.background import unpasted_masks
+from plaintrain.evaluation.evaluator import unpasted_masks
 from plaintrain.export.graph import DetectionGraph
 from plaintrain.modeling.tta import detection_settings
 from plaintrain.utils.errors import UserError, first_line, require
