@@ -143,20 +143,6 @@ def test_losses_gradients_and_detections_are_torchvisions(name, numbers):
     assert_same_detections(detections, expected, model.label_offset, at_least=10)
 
 
-@ALL_THREE
-def test_a_batch_that_is_matched_image_by_image_has_the_same_losses(name):
-    model, samples = build(*MODELS[name]), samples_of(name, (2, 0, 17, 1))
-    expected, batches, pairwise_iou = model(samples), [], matching._pairwise_iou
-
-    def compute_iou(boxes, others):
-        batches.append(len(boxes))
-        return pairwise_iou(boxes, others)
-
-    with mock.patch.multiple(matching, _MAX_PAIRS=1, _pairwise_iou=compute_iou):
-        torch.testing.assert_close(model(samples), expected, rtol=0, atol=0)
-    assert batches == ([] if name == "fcos" else [1] * 4)
-
-
 def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
     loss = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.5], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]])
     matched = torch.zeros(3, 6, dtype=torch.bool)
@@ -168,8 +154,12 @@ def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
     assert loss.grad.tolist() == [[1, 1, 1, 0, 1, 0], [0] * 6, [2, 2, 1, 1, 1, 1]]
 
 
-@pytest.mark.parametrize(("levels", "radius"), [((64, 16, 4), 1.5), ((64, 16, 4), 4.0), ((84,), 1.5)])
-def test_assign_centres_is_torchvisions(levels, radius):
+@pytest.mark.parametrize(
+    ("levels", "radius", "pairs"),
+    # With one pair, image by image.
+    [((64, 16, 4), 1.5, 1), ((64, 16, 4), 4.0, 2**24), ((84,), 1.5, 2**24)],
+)
+def test_assign_centres_is_torchvisions(levels, radius, pairs):
     objects = [random_boxes(n, seed=i) for i, n in enumerate((9, 0, 40, 1))]
     # Areas that differ by less than 8 are the same to torchvision, and the first has the location.
     objects[0] = torch.cat([torch.tensor([[10.0, 10, 50, 50], [10, 10, 50, 49.9]]), objects[0]])
@@ -187,7 +177,8 @@ def test_assign_centres_is_torchvisions(levels, radius):
     with mock.patch.object(model.head, "compute_loss", lambda *args: assigned.append(args[3])):
         detection.FCOS.compute_loss(model, [{"boxes": b} for b in objects], {}, [anchors] * 4, levels)
     expected = torch.stack(assigned[0])
-    index, matched = assign_centres(boxes, labels >= 0, anchors, levels, radius)
+    with mock.patch.object(matching, "_MAX_PAIRS", pairs):
+        index, matched = assign_centres(boxes, labels >= 0, anchors, levels, radius)
     assert matched.equal(expected >= 0) and index[matched].equal(expected[matched])
     assert matched.any(dim=1).tolist() == [True, False, True, False]
     assert len(index[2][matched[2]].unique()) > 5
