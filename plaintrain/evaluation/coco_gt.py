@@ -37,16 +37,10 @@ def ranks(ids):
 
 
 def coco_truth(task, records, image_numbers, category_numbers):
-    """Return records as COCO JSON has them.
+    """Return records as COCO JSON has them, a dict of images, categories and annotations.
 
-    Args:
-        task: "bbox", "segm" or "keypoints"; the others' parts are left out.
-        records: list of records.
-        image_numbers: id to give to each image.
-        category_numbers: id to give to each label.
-
-    Returns:
-        dict of images, categories and annotations.
+    What only tasks other than `task` need is left out; `image_numbers` and `category_numbers` are the ids to
+    give to each image and each label.
     """
     images, annotations = [], []
     blank = {"keypoints": [0] * 3 * num_keypoints(records), "num_keypoints": 0} if task == "keypoints" else {}

@@ -97,15 +97,11 @@ def inference_context(model):
 
 @contextlib.contextmanager
 def in_background(process, model):
-    """A function `(inputs, outputs)` that leaves it to another thread to call `process` with them.
+    """A function `(inputs, outputs)` that leaves it to another thread to call an evaluator's `process`.
 
     There outputs are on the host, and masks `BoxMasks` where the model has `pastes_masks`. Batches are
     processed one by one and in order, all by the end of the block, which also ends the thread, whatever
     ends the block. What `process` raises is raised by a later call, or at the end of the block.
-
-    Args:
-        process: the `process` of an evaluator.
-        model: the model whose outputs are processed, possibly wrapped for several GPUs.
     """
     # A thread's first computation asks how many cores to use: this one's comes before the other's.
     torch.get_num_threads()
@@ -145,8 +141,7 @@ def _to_host(outputs):
         {k: v.to("cpu", non_blocking=v.is_cuda) if hasattr(v, "is_cuda") else v for k, v in output.items()}
         for output in outputs
     ]
-    tensors = (v for output in outputs for v in output.values() if getattr(v, "is_cuda", False))
-    devices = {tensor.device for tensor in tensors}
+    devices = {v.device for output in outputs for v in output.values() if getattr(v, "is_cuda", False)}
     return copies, [torch.cuda.current_stream(device).record_event() for device in devices]
 
 

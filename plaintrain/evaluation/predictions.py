@@ -33,13 +33,7 @@ _HALF = (0.5, 0.5, 0.0)
 
 
 def write_predictions(folder, dataset_name, detections):
-    """Write `coco_instances_results.json` into a folder: COCO's results format, with the dataset's own ids.
-
-    Args:
-        folder: it is made.
-        dataset_name: a registered dataset.
-        detections: `Detections`, of which all parts that are there are written.
-    """
+    """Make a folder with `coco_instances_results.json`: `Detections` with the dataset's own ids."""
     records, category = DatasetCatalog.get(dataset_name), category_ids(MetadataCatalog.get(dataset_name))
     results = coco_results(detections, records, [record["image_id"] for record in records], category)
     # Ids that came from an array are no int for JSON.
@@ -49,10 +43,8 @@ def write_predictions(folder, dataset_name, detections):
 def coco_results(detections, records, image_ids, category_ids, parts=("masks", "keypoints")):
     """Return `Detections` in COCO's results format, a list of dicts.
 
-    Args:
-        detections, records: the detections, and the records of the dataset that they are of.
-        image_ids, category_ids: the id of each record, and of each label.
-        parts: which of "masks" and "keypoints" to include where they are there.
+    `image_ids` and `category_ids` are those of each record and of each label; `parts` are what to include
+    where it is there.
     """
     results = [
         {
@@ -129,11 +121,9 @@ def read_detections(path, dataset_name):
 
 
 def detections_of_image(detections, index, score_threshold, record):
-    """Return the detections of one image, of scores from a threshold on, as a model returns them.
+    """Return the detections of image `index`, of scores from a threshold on, as a model returns them.
 
-    Args:
-        detections, index: `Detections`, and which image.
-        score_threshold, record: the lowest score, and the image's record, for its size.
+    `record` is the image's, for its size.
     """
     rows = detections.rows
     places = np.arange(*np.searchsorted(rows[:, 0], [index, index + 1]))
@@ -170,24 +160,14 @@ def _rle(path, result, height, width):
 
 
 def write_results(path, results):
-    """Write scores as JSON, what is no finite number as null.
-
-    Args:
-        path: the file; its folder is made.
-        results: {name: number}, or dicts of such dicts: {dataset: {task: {metric: number}}}.
-    """
+    """Write {name: number}, or dicts of such dicts, as JSON; what is no finite number as null."""
     write_json(path, plain(results), indent=1)
 
 
 def report_results(dataset_name, results, folder):
-    """Log a dataset's results with the change since the last ones in `folder`, and write them there.
+    """Log {task: {metric: number}} with the change since results.json in a folder, and write them there.
 
     Does nothing on ranks other than 0. A class' own numbers (`AP-NAME`) are in the file, not in the table.
-
-    Args:
-        dataset_name: what was evaluated.
-        results: {task: {metric: number}}.
-        folder: where results.json is, `{dataset_name: results}`, with null for what is no finite number.
     """
     if not comm.is_main_process():
         return

@@ -30,7 +30,6 @@ def validation_losses(model, data_loaders, seed=0):
     state of the random generators is changed.
 
     Args:
-        model: returns, in training mode, a dict of 0-d tensors.
         data_loaders: loaders of this rank's batches, `list[sample]` with targets; taken together.
         seed: of what the model draws, such as proposals; the same in each call.
 

@@ -83,18 +83,12 @@ def voc_eval(best, claimed, difficult, total, use_07_metric=False):
 class PascalVOCDetectionEvaluator(InstanceEvaluator):
     """AP50, AP75 and AP (mean over IoU 0.5 to 0.95), in percent, averaged over classes.
 
-    Uses VOC's 2007 metric for a dataset whose metadata says `year` 2007, else the later one.
+    Uses VOC's 2007 metric for a dataset whose metadata says `year` 2007, else the later one; an annotation's
+    `difficult` is respected.
     """
 
     def __init__(self, dataset_name, distributed=True, output_dir=None, use_07_metric=None):
-        """
-        Args:
-            dataset_name: a registered dataset; `difficult` in its annotations is respected.
-            distributed: gather the detections of all ranks.
-            output_dir: folder for `coco_instances_results.json` (the predictions, masks and
-                keypoints too, in COCO's results format), or None.
-            use_07_metric: None decides by the year.
-        """
+        """Arguments are those of `COCOEvaluator`; `use_07_metric` None asks the dataset's year."""
         # Masks and keypoints are not scored, only written.
         super().__init__(dataset_name, distributed, ("masks", "keypoints") if output_dir else ())
         self._output_dir = output_dir

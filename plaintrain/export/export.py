@@ -72,12 +72,10 @@ def _quietly():
 
 
 def trace(model, size, fixed=False):
-    """Trace the model's inference for any number of images, of any size unless `fixed`: an `ExportedProgram`.
+    """Trace the inference of a detector on the CPU, in evaluation mode: an `ExportedProgram`.
 
-    Args:
-        model: a detector on the CPU, in evaluation mode.
-        size: (height, width) of an image to trace with, at least 2 x 32 pixels.
-        fixed: height and width stay these.
+    It takes any number of images, of any size unless `fixed`; `size` is that of the images to trace with,
+    (height, width), at least 2 x 32 pixels.
     """
     dynamic, images = torch.export.Dim.DYNAMIC, torch.zeros(2, 3, *size, dtype=torch.uint8)
     sides = {} if fixed else {2: dynamic, 3: dynamic}
@@ -201,12 +199,8 @@ def differences(found, expected, limit):
 
 
 def check_exported(run, model, images):
-    """Return the `differences` between a file and its model of each image, with its name as "image".
-
-    Args:
-        run: what `open_exported` returns.
-        model: the detector, on the CPU, in evaluation mode.
-        images: list of (name, uint8 `[3, H, W]`).
+    """Return the `differences` between a file, opened by `open_exported`, and its model, on the CPU, of each
+    image, (name, uint8 `[3, H, W]`), with its name as "image".
     """
     rows, limit = [], detection_settings(model).score_thresh
     for name, image in images:
