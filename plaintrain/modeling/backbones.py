@@ -14,7 +14,7 @@ from torchvision.models import get_model, mobilenet_v3_large, vgg16
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from plaintrain.utils.errors import UserError, nearest
@@ -134,13 +134,11 @@ def build_ssdlite_mobilenet_v3_large_backbone(cfg):
     return SSDLiteFeatureExtractorMobileNet(features, starts[-2], SSDLITE_NORM)
 
 
-class _Convolution(nn.Sequential):
+def _convolution(in_channels, out_channels, stride, norm):
     """3x3 convolution, norm, ReLU."""
-
-    def __init__(self, in_channels, out_channels, stride, norm):
-        convolution = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-        super().__init__(convolution, norm(out_channels), nn.ReLU(inplace=True))
+    layers = Conv2dNormActivation(in_channels, out_channels, stride=stride, norm_layer=norm)
+    nn.init.kaiming_normal_(layers[0].weight, mode="fan_out", nonlinearity="relu")
+    return layers
 
 
 class TinyBackbone(nn.Module):
@@ -154,11 +152,11 @@ class TinyBackbone(nn.Module):
         super().__init__()
         widths = [3, *channels]
         self.stages = nn.ModuleList(
-            nn.Sequential(_Convolution(before, after, 2, norm), _Convolution(after, after, 1, norm))
+            nn.Sequential(_convolution(before, after, 2, norm), _convolution(after, after, 1, norm))
             for before, after in zip(widths, channels, strict=False)
         )
         self.outputs = nn.ModuleList(
-            _Convolution(width, out_channels, 1, norm) for width in channels[-num_levels:]
+            _convolution(width, out_channels, 1, norm) for width in channels[-num_levels:]
         )
         self.out_channels, self.level_names = out_channels, [str(i) for i in range(num_levels)]
         self.strides = [2 ** (len(channels) - num_levels + 1 + i) for i in range(num_levels)]
