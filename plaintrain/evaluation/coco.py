@@ -3,6 +3,7 @@
 https://cocodataset.org/#detection-eval and https://cocodataset.org/#keypoints-eval
 """
 
+import importlib.util
 import logging
 
 import numpy as np
@@ -11,7 +12,7 @@ from torchvision.ops import box_iou
 
 from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.data.datasets.write import area, category_ids
-from plaintrain.evaluation.coco_backend import COCO_SIGMAS, choose_backend, oks_sigmas, precision_recall
+from plaintrain.evaluation.coco_backend import BACKENDS, COCO_SIGMAS, oks_sigmas, precision_recall
 from plaintrain.evaluation.coco_gt import annotated, coco_truth, num_keypoints, ranks
 from plaintrain.evaluation.detections import InstanceEvaluator, object_table
 from plaintrain.evaluation.evaluator import format_table
@@ -69,7 +70,9 @@ class COCOEvaluator(InstanceEvaluator):
             if not annotated(self.records, task):
                 raise UserError(f"the task {task} cannot be scored: {dataset_name} has no annotations for it")
         self._tasks, self._output_dir = tasks, output_dir
-        self.backend = choose_backend(use_fast_impl)
+        self.backend = "pycocotools"
+        if use_fast_impl:
+            self.backend = next(name for name in BACKENDS if importlib.util.find_spec(name))
         metadata = MetadataCatalog.get(dataset_name)
         self._category_ids = category_ids(metadata)
         self._sigmas = [float(sigma) for sigma in kpt_oks_sigmas]
@@ -142,9 +145,6 @@ class COCOEvaluator(InstanceEvaluator):
         logger.info(f"{task} is scored by {self.backend}")
         precision, recall = self.precision_recall(task, detections)
         metrics = summary(precision, recall, task)
-        names = list(metrics)
-        for part in (names[: len(names) // 2], names[len(names) // 2 :]):
-            logger.info(f"{task}\n" + format_table([[metrics[name] for name in part]], part))
         if task == "keypoints":
             return metrics
         per_class = {name: mean_ap(precision[:, :, k, 0, -1]) for k, name in enumerate(self.classes)}
