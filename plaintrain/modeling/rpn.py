@@ -30,9 +30,7 @@ def _is_plain(head):
     return all(h is raise_outputs for h in hooks) and not any(part._backward_hooks for part in parts)
 
 
-# Training may follow an evaluation in inference mode, whose tensors it could not use.
 @functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)
 def _neighbours(sizes, device):
     """Of each location of levels of some sizes the 9 that a 3x3 convolution reads, `[N, 9]`.
 
