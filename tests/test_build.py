@@ -57,6 +57,10 @@ def widths(head):
     return [layer.out_channels for layer in head.modules() if isinstance(layer, nn.Conv2d)]
 
 
+def pooler_type(pooler):
+    return "ROIAlignV2" if pooler.aligned else "ROIAlign"
+
+
 # Base keys; then each key, its value, and what of the model must have this value.
 KEYS = {
     "faster_rcnn": [
@@ -79,6 +83,10 @@ KEYS = {
         ("MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.43, lambda m: m.roi_heads.nms_thresh),
         ("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 6, lambda m: m.roi_heads.box_roi_pool.output_size[0]),
         ("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 3, lambda m: m.roi_heads.box_roi_pool.sampling_ratio),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2", lambda m: pooler_type(m.roi_heads.box_roi_pool)),
+        ("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlign", lambda m: pooler_type(m.roi_heads.mask_roi_pool)),
+        ("MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE", "ROIAlignV2",
+         lambda m: pooler_type(m.roi_heads.keypoint_roi_pool)),
         ("MODEL.ROI_BOX_HEAD.FC_DIM", 24, lambda m: len(m.roi_heads.box_head.fc6.weight)),
         ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 2.0, 3.0, 4), lambda m: m.roi_heads.box_coder.weights),
         ("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 7, lambda m: m.roi_heads.mask_roi_pool.output_size[1]),

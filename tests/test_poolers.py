@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_helpers import KEYPOINT, MASK, RESNET18, SMALL_HEAD, TINY, build, random_boxes, two_samples
+from model_helpers import random_boxes
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from plaintrain.modeling.poolers import RoIAlign
@@ -90,19 +90,3 @@ def test_aligned_boxes_of_many_images_are_pooled_from_the_level_of_their_size(ra
         feature = maps[str(level)][int(i >= 3)][None]
         expected = roi_align(feature, [box], 5, 1 / STRIDES[level], ratio, aligned=True)
         torch.testing.assert_close(row, expected[0], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("backbone", "strides"), [(TINY, [8]), (RESNET18, [4, 8, 16, 32])])
-def test_poolers_of_a_config(backbone, strides):
-    model = build(
-        *backbone, *SMALL_HEAD, *MASK, *KEYPOINT,
-        "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2",
-        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 0,
-        "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE", "ROIAlignV2",
-    )  # fmt: skip
-    heads = model.roi_heads
-    assert heads.box_roi_pool.aligned and heads.box_roi_pool.sampling_ratio == 0
-    assert heads.keypoint_roi_pool.aligned and not heads.mask_roi_pool.aligned
-    for pool in (heads.box_roi_pool, heads.mask_roi_pool, heads.keypoint_roi_pool):
-        assert pool.scales == [1 / stride for stride in strides]
-    assert all(loss.isfinite() for loss in model(two_samples()).values())
