@@ -74,11 +74,6 @@ class BoxLoss(NamedTuple):
     weight: float = 1.0
 
 
-def get_box_loss(node):
-    """Return the `BoxLoss` of a node's BBOX_REG_LOSS_TYPE, SMOOTH_L1_BETA and BBOX_REG_LOSS_WEIGHT."""
-    return BoxLoss(node.BBOX_REG_LOSS_TYPE, node.SMOOTH_L1_BETA, node.BBOX_REG_LOSS_WEIGHT)
-
-
 def box_losses(recipe, coder, deltas, priors, objects, counts):
     """Return the weighted losses of boxes, `[B, S]`, 0 where bool `counts` is False.
 

@@ -20,7 +20,7 @@ from plaintrain.modeling.detector import (
     keep_float32,
     to_original_size,
 )
-from plaintrain.modeling.losses import get_box_loss
+from plaintrain.modeling.losses import BoxLoss
 from plaintrain.modeling.poolers import RoIAlign
 from plaintrain.modeling.roi_heads import BatchedRoIHeads
 from plaintrain.modeling.rpn import BatchedRPN
@@ -105,7 +105,7 @@ def _build_rpn(cfg, backbone):
         nms_thresh=rpn.NMS_THRESH,
         score_thresh=rpn.SCORE_THRESH,
     )
-    network.box_loss = get_box_loss(rpn)
+    network.box_loss = BoxLoss(rpn.BBOX_REG_LOSS_TYPE, rpn.SMOOTH_L1_BETA, rpn.BBOX_REG_LOSS_WEIGHT)
     network.loss_weight, network.normalizer = rpn.LOSS_WEIGHT, rpn.LOSS_NORMALIZER
     return network
 
@@ -135,7 +135,7 @@ def build_rcnn(cfg):
         nms_thresh=heads.NMS_THRESH_TEST,
         detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
-    roi_heads.box_loss = get_box_loss(box)
+    roi_heads.box_loss = BoxLoss(box.BBOX_REG_LOSS_TYPE, box.SMOOTH_L1_BETA, box.BBOX_REG_LOSS_WEIGHT)
     _initialize_box_head(roi_heads)
     keep_float32(roi_heads.box_predictor)
     model = GeneralizedRCNN(backbone, rpn, roi_heads, build_preprocess(cfg))
