@@ -56,6 +56,7 @@ def match(boxes, exists, candidates, matcher):
     """
 
     def assign(boxes, exists, candidates):
+        """The same for some of the images."""
         iou = _pairwise_iou(boxes, candidates).masked_fill_(~exists, -1)
         quality, index = iou.max(dim=1)
         matched, background = quality >= matcher.high_threshold, quality < matcher.low_threshold
