@@ -107,7 +107,7 @@ def read_config(folder):
 def read_config_tree(folder):
     """Return the config.yaml of a run as dicts, whatever its keys; {} without one."""
     path = os.path.join(folder, "config.yaml")
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(UserError):
         return parse_yaml(read_text(path), path)
     return {}
 

@@ -16,16 +16,15 @@ from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.data.validation import coco_annotation_mistake, image_mistake, keypoint_mistake
 from plaintrain.structures import BoxMode, are_numbers, make_record, segmentation_mistake, segmentation_to_rle
 from plaintrain.utils.errors import DataError, UserError, refuse
-from plaintrain.utils.files import is_below, read_text, reason
+from plaintrain.utils.files import is_below, read_text
 
 _XYWH = BoxMode.XYWH_ABS
 
 
 def _read_json(json_file, what="annotation file"):
+    text = read_text(json_file, what)
     try:
-        return json.loads(read_text(json_file))
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the {what} {json_file}: {reason(e)}") from e
+        return json.loads(text)
     except (ValueError, RecursionError) as e:
         raise UserError(f"the {what} {json_file} is not JSON: {e}") from e
 
