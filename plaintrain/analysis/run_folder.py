@@ -23,7 +23,9 @@ from plaintrain.utils.run_files import read_results_file
 
 # The tasks in the names of results: [DATASET/]TASK/METRIC.
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
-_LOG_LINE = re.compile(r"\[(\d\d/\d\d \d\d:\d\d:\d\d) [\w.]+\] ([A-Z]+): (.*)")
+_LOG_HEAD = r"\[(\d\d/\d\d \d\d:\d\d:\d\d) [\w.]+\] ([A-Z]+): "
+# Time, level and text, also of several lines.
+_LOG_RECORD = re.compile(rf"^{_LOG_HEAD}(.*(?:\n(?!{_LOG_HEAD}).*)*)", re.MULTILINE)
 _LOG_FILE = re.compile(r"log\.txt(\.rank\d+)?")
 # A record of the log that is longer is cut.
 _LONGEST = 4000
@@ -190,9 +192,10 @@ def read_warnings(folder):
     """
     warnings = {}
     for path in _log_files(folder):
-        for when, level, text in _log_records(path):
+        for when, level, text, *_ in _LOG_RECORD.findall("".join(_read_lines(path))):
             if level in ("INFO", "DEBUG"):
                 continue
+            text = text[:_LONGEST].rstrip()
             key = level, re.sub(r"\d+(\.\d+)?", "#", text)
             new = {"level": level, "text": text, "count": 0, "first": when, "files": []}
             entry = warnings.setdefault(key, new)
@@ -201,18 +204,3 @@ def read_warnings(folder):
             if os.path.basename(path) not in entry["files"]:
                 entry["files"].append(os.path.basename(path))
     return list(warnings.values())
-
-
-def _log_records(path):
-    """Iterate over (time, level, text of all lines) of the records of a log."""
-    record = None
-    for line in _read_lines(path):
-        match = _LOG_LINE.match(line)
-        if match:
-            if record:
-                yield record
-            record = match.groups()
-        elif record and len(record[2]) < _LONGEST:
-            record = (*record[:2], f"{record[2]}\n{line.rstrip()}")
-    if record:
-        yield record
