@@ -114,11 +114,6 @@ def read_config_tree(folder):
     return {}
 
 
-def _config_section(folder, name):
-    section = read_config_tree(folder).get(name)
-    return section if isinstance(section, dict) else {}
-
-
 def split_result(name):
     """Return (dataset or "", task, metric) of a result's name in metrics.json; None for another name."""
     match = _RESULT.fullmatch(name)
@@ -127,7 +122,7 @@ def split_result(name):
 
 def test_sets(folder):
     """Return the run's test sets: those of its config, and others with predictions or results."""
-    names = list(_config_section(folder, "DATASETS").get("TEST") or ())
+    names = list(read_config_tree(folder).get("DATASETS", {}).get("TEST") or ())
     inference = os.path.join(folder, "inference")
     evaluated = sorted(os.listdir(inference)) if os.path.isdir(inference) else []
     return names + [n for n in evaluated if n not in names and os.path.isdir(os.path.join(inference, n))]
@@ -155,7 +150,7 @@ def run_state(folder, metrics):
     unknown).
     """
     iteration = max((iterations[-1] for iterations, _ in metrics.values()), default=-1)
-    max_iter = _config_section(folder, "SOLVER").get("MAX_ITER", 0)
+    max_iter = read_config_tree(folder).get("SOLVER", {}).get("MAX_ITER", 0)
     is_alive, last = alive(folder), "".join(_read_lines(os.path.join(folder, "last_checkpoint"))).strip()
     ages = [time.time() - os.path.getmtime(path) for path in _log_files(folder)]
     if is_alive:

@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
 from plaintrain.data.image_files import is_too_large
+from plaintrain.data.keypoints import get_keypoint_metadata
 from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.data.validation import coco_annotation_mistake, image_mistake, keypoint_mistake
 from plaintrain.structures import BoxMode, are_numbers, make_record, segmentation_mistake, segmentation_to_rle
@@ -158,7 +159,12 @@ def _to_records(content, json_file, image_root, classes, problems=None):
         elif annotation["category_id"] in labels:
             records[annotation["image_id"]]["annotations"].append(_convert(annotation, labels))
     metadata = {"thing_classes": chosen, "thing_dataset_id_to_contiguous_id": labels}
-    metadata |= _keypoint_metadata([c for c in categories if c["id"] in labels and c.get("keypoints")])
+    keypoints = [
+        {"keypoint_names": c.get("keypoints"), "skeleton": c.get("skeleton")}
+        for c in categories
+        if c["id"] in labels
+    ]
+    metadata |= get_keypoint_metadata(keypoints)
     return [records[image_id] for image_id in sorted(records)], metadata
 
 
@@ -179,16 +185,6 @@ def _categories(categories, json_file):
         if count > 1:
             raise UserError(f"{json_file} has two categories with the {key} {value}")
     return sorted(categories, key=lambda category: category["id"])
-
-
-def _keypoint_metadata(categories):
-    """What categories with keypoints say of them; nothing if they contradict each other."""
-    if not categories or any(c["keypoints"] != categories[0]["keypoints"] for c in categories):
-        return {}
-    metadata = {"keypoint_names": list(categories[0]["keypoints"])}
-    if categories[0].get("skeleton"):
-        metadata["skeleton"] = categories[0]["skeleton"]
-    return metadata
 
 
 def _image_records(images, json_file, image_root, problems):
