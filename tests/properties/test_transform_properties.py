@@ -327,6 +327,12 @@ def test_the_generator_alone_decides(before, names, seed):
     assert same(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
     assert same(before, given)
+    if "RandomIoUCrop" not in dict(names):
+        # An image without targets changes in the same way.
+        alone, rng = {"image": before["image"]}, np.random.default_rng(seed)
+        for name, arguments in names:
+            alone = augmentations.AUGMENTATIONS[name](**arguments)(alone, rng)
+        assert same(alone, {"image": results[0][0]["image"]})
 
 
 @given(tensors(masks=True), tensors(masks=True), st.booleans(), SEEDS)
