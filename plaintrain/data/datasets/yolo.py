@@ -152,12 +152,8 @@ def _image_ids(files, root):
 
 def label_file(image_file):
     """The label file of an image: the last folder `images` becomes `labels`, the ending `.txt`."""
-    parts = list(Path(image_file).with_suffix(".txt").parts)
-    for i in range(len(parts) - 2, -1, -1):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            break
-    return os.path.join(*parts)
+    path = str(Path(image_file).with_suffix(".txt"))
+    return f"{os.sep}labels{os.sep}".join(path.rsplit(f"{os.sep}images{os.sep}", 1))
 
 
 def _read_labels(record, labels, problems):
