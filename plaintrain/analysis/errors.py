@@ -182,8 +182,7 @@ def _first_pairs(num, pairs, chosen):
 
 def _rank_in_class(detections):
     """Return the rank of each detection among those of its class in its image, by score, from 0."""
-    pairs = np.stack([detections["image"], detections["labels"]])
-    groups = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
+    groups = detections["image"] * (detections["labels"].max(initial=0) + 1) + detections["labels"]
     order = np.lexsort((-detections["scores"], groups))
     ranks_in_class = np.empty_like(order)
     ranks_in_class[order] = np.arange(len(order)) - np.searchsorted(groups[order], groups[order])

@@ -43,11 +43,11 @@ class TTAMapper(DatasetMapper):
         rng = np.random.default_rng(0)
         for resize in self.resizes:
             resized = resize(tensors, rng) if resize else tensors
-            view = {"image": plain_image(resized), "flipped": False, "keypoint_flip_indices": None}
-            views.append(view)
+            views.append({"image": plain_image(resized), "flipped": False, "keypoint_flip_indices": None})
             if self.flip:
-                mirrored = {"image": plain_image(horizontal_flip(resized)), "flipped": True}
-                views.append({**mirrored, "keypoint_flip_indices": self.keypoint_flip_indices})
+                image = plain_image(horizontal_flip(resized))
+                order = self.keypoint_flip_indices
+                views.append({"image": image, "flipped": True, "keypoint_flip_indices": order})
         return views
 
 
