@@ -29,7 +29,6 @@ from plaintrain.data.transforms.geometric import (
     shortest_edge_size,
 )
 from plaintrain.data.transforms.photometric import RandomErasing, RandomPhotometricDistort
-from plaintrain.utils.errors import UserError
 
 
 def _tensors(height, width, *boxes):
@@ -305,31 +304,21 @@ def _crop(crop_type, size):
         (_crop("absolute_range", [30, 20]), ["crop_size must", "(30, 20)"]),
         (_crop("relativ_range", [20, 20]), ["relativ_range"]),
         ({"RandomIoUCrop": {"sampler_options": [0.3, 0.5]}}, ["sampler_options must hold a 1"]),
+        # Other keys of INPUT.
+        (("FIXED_SIZE", (300, 0)), []),
+        (("FIXED_SIZE", (300,)), []),
+        (("MIN_SIZE_TRAIN", (0, 20)), []),
+        (("MAX_SIZE_TRAIN", 0), []),
+        (("MIN_SIZE_TRAIN_SAMPLING", "rnage"), ["rnage"]),
+        (("RANDOM_FLIP", "diagonal"), []),
+        (("CROP", {"ENABLED": True, "SIZE": [0.5, 1.5]}), ["[0.5, 1.5]"]),
     ],
     ids=str,
 )
-def test_entry_of_augmentations_is_checked(cfg, entry, words):
-    cfg.INPUT.AUGMENTATIONS = ["RandomVerticalFlip", entry]
-    rejected("INPUT.AUGMENTATIONS", *words, by=lambda: build_augmentation(cfg, is_train=True))
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "word"),
-    [
-        ("FIXED_SIZE", (300, 0), "INPUT.FIXED_SIZE"),
-        ("FIXED_SIZE", (300,), "INPUT.FIXED_SIZE"),
-        ("MIN_SIZE_TRAIN", (0, 20), "INPUT.MIN_SIZE_TRAIN"),
-        ("MAX_SIZE_TRAIN", 0, "INPUT.MAX_SIZE_TRAIN"),
-        ("MIN_SIZE_TRAIN_SAMPLING", "rnage", "rnage"),
-        ("RANDOM_FLIP", "diagonal", "INPUT.RANDOM_FLIP"),
-        ("CROP.SIZE", [0.5, 1.5], r"INPUT\.CROP: .*\[0\.5, 1\.5\]"),
-    ],
-)
-def test_keys_of_input_are_checked(cfg, key, value, word):
-    cfg.INPUT.CROP.ENABLED = True
-    cfg.merge_from_list([f"INPUT.{key}", value])
-    with pytest.raises(UserError, match=word):
-        build_augmentation(cfg, is_train=True)
+def test_augmentations_and_keys_of_input_are_checked(cfg, entry, words):
+    key, value = entry if isinstance(entry, tuple) else ("AUGMENTATIONS", ["RandomVerticalFlip", entry])
+    cfg.merge_from_other_cfg({"INPUT": {key: value}})
+    rejected(f"INPUT.{key}", *words, by=lambda: build_augmentation(cfg, is_train=True))
 
 
 @pytest.fixture
