@@ -153,7 +153,7 @@ MUTATIONS = {
     ],
     "plaintrain/data/datasets/yolo.py": [
         ("names = [by_id[class_id] for class_id in ids]", "names = list(by_id.values())"),
-        ("range(len(parts) - 2, -1, -1)", "range(len(parts) - 1)"),
+        ("path.rsplit(", "path.split("),
     ],
     "plaintrain/engine/early_stopping.py": [
         ('"loss" in name.rpartition("/")[2].partition("-")[0]', '"loss" in name'),

@@ -81,16 +81,6 @@ def test_only_the_best_of_several_wrong_detections_of_an_object_is_fixed():
     assert compute_fixed_ap(errors, ["localisation"]) == pytest.approx(100)
 
 
-@pytest.mark.parametrize(("seed", "iou", "metric"), [(0, 0.5, "AP50"), (1, 0.75, "AP75"), (2, 0.5, "AP50")])
-def test_the_ap_is_cocos_and_100_without_errors(seed, iou, metric):
-    name, _, detections = random_dataset(seed)
-    errors = find_errors(name, detections, iou)
-    coco = COCOEvaluator(name).score(detections)["bbox"][metric]
-    cost = compute_delta_ap(errors)
-    assert 5 < coco < 95 and cost["AP"] == pytest.approx(coco, abs=1e-8)
-    assert compute_fixed_ap(errors, ERRORS) == 100 and min(cost["costs"].values()) >= 0
-
-
 def test_the_threshold_of_the_best_f1():
     name = register([(0, A, 0, 0), (0, B, 0, 0), (0, FAR, 2, 0)], classes=4)
     rows = [(A, 0.9, 0), (A, 0.7, 0), (B, 0.7, 0), (FAR, 0.6, 0), (A, 0.8, 1), (NEAR_B, 0.8, 2)]
@@ -372,6 +362,13 @@ def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
         )
         for table, expected in zip((objects, detections), alone, strict=True):
             assert all(np.array_equal(table[key], expected[key]) for key in table)
+    # The AP is COCO's, and 100 without errors.
+    coco = COCOEvaluator(name).score(predictions)["bbox"]
+    for iou, metric in ((0.5, "AP50"), (0.75, "AP75")):
+        errors = find_errors(name, predictions, iou)
+        cost = compute_delta_ap(errors)
+        assert 5 < coco[metric] < 95 and cost["AP"] == pytest.approx(coco[metric], abs=1e-8)
+        assert compute_fixed_ap(errors, ERRORS) == 100 and min(cost["costs"].values()) >= 0
     # Of a file, and above a score.
     every = find_errors(name, predictions, iou_threshold=0.6)
     write_predictions(tmp_path, name, predictions)

@@ -21,12 +21,14 @@ import numpy as np
 from plaintrain.analysis import breakdown
 from plaintrain.analysis.breakdown import count_by, count_objects
 from plaintrain.analysis.errors import ERRORS, REAL_STATES, find_errors
-from plaintrain.evaluation.coco import COCOEvaluator, mean_ap, summary
+from plaintrain.evaluation.coco import COCOEvaluator, summary
 from plaintrain.evaluation.predictions import plain, read_detections
 
 # Indices of IoU 0.5 and 0.75 among COCO's.
 _IOUS = {"0.50": 0, "0.75": 5}
 _RECALLS = np.linspace(0, 1, 101)
+# There are no small objects with keypoints.
+_CLASS_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def analyze(  # noqa: PLR0913 - all but the first two have defaults
@@ -97,20 +99,17 @@ def _coco_metrics(evaluator, tasks, detections, errors):
     for task in tasks:
         precision, recall = evaluator.precision_recall(task, detections)
         content["metrics"][task] = summary(precision, recall, task)
-        content["per_class"][task] = _per_class(precision, task, errors)
+        content["per_class"][task] = _per_class(precision, recall, task, errors)
         content["curves"][task] = _curves(precision, errors.classes)
     return content
 
 
-def _per_class(precision, task, errors):
+def _per_class(precision, recall, task, errors):
     """Return COCO's AP of each class, over all and at single IoUs, and by size."""
-    sizes = "ml" if task == "keypoints" else "sml"
     rows = []
     for k, (name, count) in enumerate(zip(errors.classes, count_objects(errors).tolist(), strict=True)):
-        of_class = precision[:, :, k, :, -1]
-        row = {"name": name, "objects": count, "AP": mean_ap(of_class[..., 0])}
-        row |= {"AP50": mean_ap(of_class[0, :, 0]), "AP75": mean_ap(of_class[5, :, 0]), "APs": float("nan")}
-        rows.append(row | {f"AP{size}": mean_ap(of_class[..., i]) for i, size in enumerate(sizes, start=1)})
+        metrics = summary(precision[:, :, [k]], recall[:, [k]], task)
+        rows.append({"name": name, "objects": count} | {key: metrics.get(key) for key in _CLASS_METRICS})
     return rows
 
 

@@ -178,12 +178,10 @@ def _first_pairs(num, pairs, chosen):
 
 def _rank_in_class(detections):
     """Return the rank of each detection among those of its class in its image, by score, from 0."""
-    image, label = detections["image"], detections["labels"]
-    order, positions = np.lexsort((-detections["scores"], label, image)), np.arange(len(image))
-    changes = (np.diff(image[order]) != 0) | (np.diff(label[order]) != 0)
-    is_first = np.append(True, changes)[: len(order)]
-    ranks_in_class = np.empty_like(positions)
-    ranks_in_class[order] = positions - np.maximum.accumulate(np.where(is_first, positions, 0))
+    groups = detections["image"] * (detections["labels"].max(initial=0) + 1) + detections["labels"]
+    order = np.lexsort((-detections["scores"], groups))
+    ranks_in_class = np.empty_like(order)
+    ranks_in_class[order] = np.arange(len(order)) - np.searchsorted(groups[order], groups[order])
     return ranks_in_class
 
 

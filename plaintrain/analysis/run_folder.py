@@ -23,7 +23,9 @@ from plaintrain.utils.run_files import read_results_file
 
 # The tasks in the names of results: [DATASET/]TASK/METRIC.
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
-_LOG_LINE = re.compile(r"\[(\d\d/\d\d \d\d:\d\d:\d\d) [\w.]+\] ([A-Z]+): (.*)")
+_LOG_HEAD = r"\[(\d\d/\d\d \d\d:\d\d:\d\d) [\w.]+\] ([A-Z]+): "
+# Time, level and text, also of several lines.
+_LOG_RECORD = re.compile(rf"^{_LOG_HEAD}(.*(?:\n(?!{_LOG_HEAD}).*)*)", re.MULTILINE)
 _LOG_FILE = re.compile(r"log\.txt(\.rank\d+)?")
 # A record of the log that is longer is cut.
 _LONGEST = 4000
@@ -107,14 +109,9 @@ def read_config(folder):
 def read_config_tree(folder):
     """Return the config.yaml of a run as dicts, whatever its keys; {} without one."""
     path = os.path.join(folder, "config.yaml")
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(UserError):
         return parse_yaml(read_text(path), path)
     return {}
-
-
-def _config_section(folder, name):
-    section = read_config_tree(folder).get(name)
-    return section if isinstance(section, dict) else {}
 
 
 def split_result(name):
@@ -125,7 +122,7 @@ def split_result(name):
 
 def test_sets(folder):
     """Return the run's test sets: those of its config, and others with predictions or results."""
-    names = list(_config_section(folder, "DATASETS").get("TEST") or ())
+    names = list(read_config_tree(folder).get("DATASETS", {}).get("TEST") or ())
     inference = os.path.join(folder, "inference")
     evaluated = sorted(os.listdir(inference)) if os.path.isdir(inference) else []
     return names + [n for n in evaluated if n not in names and os.path.isdir(os.path.join(inference, n))]
@@ -153,7 +150,7 @@ def run_state(folder, metrics):
     unknown).
     """
     iteration = max((iterations[-1] for iterations, _ in metrics.values()), default=-1)
-    max_iter = _config_section(folder, "SOLVER").get("MAX_ITER", 0)
+    max_iter = read_config_tree(folder).get("SOLVER", {}).get("MAX_ITER", 0)
     is_alive, last = alive(folder), "".join(_read_lines(os.path.join(folder, "last_checkpoint"))).strip()
     ages = [time.time() - os.path.getmtime(path) for path in _log_files(folder)]
     if is_alive:
@@ -190,9 +187,10 @@ def read_warnings(folder):
     """
     warnings = {}
     for path in _log_files(folder):
-        for when, level, text in _log_records(path):
+        for when, level, text, *_ in _LOG_RECORD.findall("".join(_read_lines(path))):
             if level in ("INFO", "DEBUG"):
                 continue
+            text = text[:_LONGEST].rstrip()
             key = level, re.sub(r"\d+(\.\d+)?", "#", text)
             new = {"level": level, "text": text, "count": 0, "first": when, "files": []}
             entry = warnings.setdefault(key, new)
@@ -201,18 +199,3 @@ def read_warnings(folder):
             if os.path.basename(path) not in entry["files"]:
                 entry["files"].append(os.path.basename(path))
     return list(warnings.values())
-
-
-def _log_records(path):
-    """Iterate over (time, level, text of all lines) of the records of a log."""
-    record = None
-    for line in _read_lines(path):
-        match = _LOG_LINE.match(line)
-        if match:
-            if record:
-                yield record
-            record = match.groups()
-        elif record and len(record[2]) < _LONGEST:
-            record = (*record[:2], f"{record[2]}\n{line.rstrip()}")
-    if record:
-        yield record

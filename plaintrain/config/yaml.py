@@ -5,7 +5,7 @@ import os
 import yaml
 
 from plaintrain.utils.errors import ConfigError
-from plaintrain.utils.files import MAX_BYTES, read_text, reason
+from plaintrain.utils.files import MAX_BYTES, read_text
 
 BASE_KEY = "_BASE_"
 SPLIT_TUPLE = 'inside {...} YAML splits a tuple at its comma: write a list, ["a", "b"]'
@@ -115,11 +115,7 @@ def load_chain(path, chain=()):
     if not os.path.isfile(path):
         what = "base config file not found" if chain else "config file not found"
         raise ConfigError(f"{what}: {shown}")
-    try:
-        text = read_text(path, MAX_BYTES)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"cannot read the config file {shown}: {reason(e)}") from e
-    content = parse_yaml(text, path)
+    content = parse_yaml(read_text(path, "config file", MAX_BYTES), path)
     bases = content.pop(BASE_KEY, [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

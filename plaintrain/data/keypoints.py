@@ -37,6 +37,15 @@ def keypoint_flip_indices(names, flip_map=None):
     return tuple(order)
 
 
+def get_keypoint_metadata(categories):
+    """Return the metadata on keypoints that the dicts with any agree on; {} if they name different ones."""
+    known = [category for category in categories if category.get("keypoint_names")]
+    if not known or any(category["keypoint_names"] != known[0]["keypoint_names"] for category in known):
+        return {}
+    keys = ("keypoint_names", "keypoint_flip_map", "skeleton")
+    return {key: known[0][key] for key in keys if known[0].get(key)}
+
+
 def dataset_flip_indices(datasets, number=0):
     """Return `keypoint_flip_indices` of the keypoints that all of these datasets, given by name, have.
 

@@ -4,7 +4,6 @@ import numpy as np
 from torchvision import tv_tensors
 
 from plaintrain.data.dataset_mapper import SAMPLE_KEYS, DatasetMapper
-from plaintrain.data.images import get_pixel_range
 from plaintrain.data.keypoints import dataset_flip_indices
 from plaintrain.data.transforms.arguments import Numbers
 from plaintrain.data.transforms.geometric import Resize, ResizeShortestEdge, shortest_edge_size
@@ -20,18 +19,17 @@ class TTAMapper(DatasetMapper):
     itself has no `image`: a model that does not know views fails, instead of seeing one of them.
     """
 
-    def __init__(self, resizes, flip=True, keypoint_flip_indices=None, pixel_range=()):
+    def __init__(self, cfg, resizes, flip=True, keypoint_flip_indices=None):
         """
         Args:
+            cfg: config whose INPUT.PIXEL_RANGE says how images are read.
             resizes: an augmentation for each size, or None for the image as it is.
             flip: mirror each size, left and right, too.
             keypoint_flip_indices: for each keypoint the one that takes its place in a mirror image;
                 needed where the model finds keypoints and `flip` is on.
-            pixel_range: see `read_image`.
         """
-        super().__init__(is_train=False, augmentations=[])
+        super().__init__(cfg, is_train=False, augmentations=[])
         self.resizes, self.flip, self.keypoint_flip_indices = resizes, flip, keypoint_flip_indices
-        self.pixel_range = pixel_range
 
     def __call__(self, record, rng=None):
         """Make the sample; nothing is drawn from `rng`."""
@@ -45,14 +43,12 @@ class TTAMapper(DatasetMapper):
         rng = np.random.default_rng(0)
         for resize in self.resizes:
             resized = resize(tensors, rng) if resize else tensors
-            views.append(_view(resized, False, None))
+            views.append({"image": plain_image(resized), "flipped": False, "keypoint_flip_indices": None})
             if self.flip:
-                views.append(_view(horizontal_flip(resized), True, self.keypoint_flip_indices))
+                image = plain_image(horizontal_flip(resized))
+                order = self.keypoint_flip_indices
+                views.append({"image": image, "flipped": True, "keypoint_flip_indices": order})
         return views
-
-
-def _view(tensors, flipped, keypoint_flip_indices):
-    return {"image": plain_image(tensors), "flipped": flipped, "keypoint_flip_indices": keypoint_flip_indices}
 
 
 def build_tta_mapper(cfg, dataset_name):
@@ -64,10 +60,8 @@ def build_tta_mapper(cfg, dataset_name):
         resizes = [ResizeShortestEdge((size,), max_size) if size else None for size in min_sizes]
     else:
         Numbers(1, whole=True, count=2).check("INPUT.FIXED_SIZE", fixed_size)
-        sizes = [
-            shortest_edge_size(*fixed_size, size, max_size) if size else fixed_size for size in min_sizes
-        ]
+        sizes = [shortest_edge_size(*fixed_size, s, max_size) if s else fixed_size for s in min_sizes]
         resizes = [Resize(size) for size in sizes]
     if cfg.MODEL.KEYPOINT_ON and aug.FLIP:
         order = dataset_flip_indices([dataset_name], cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
-    return TTAMapper(resizes, aug.FLIP, order, get_pixel_range(cfg))
+    return TTAMapper(cfg, resizes, aug.FLIP, order)

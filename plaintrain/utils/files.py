@@ -9,7 +9,7 @@ import stat
 import zipfile
 from pathlib import Path
 
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import DataError, UserError
 
 # Of what is parsed slowly, as YAML and XML are. A file that a person wrote is far smaller.
 MAX_BYTES = 2**19
@@ -131,18 +131,19 @@ def check_stored(path):
             raise OSError(errno.EFBIG, f"it unpacks to {unpacked:,} bytes, more than it has")
 
 
-def read_text(path, limit=None):
-    """The text of a UTF-8 file, without a byte order mark.
+def read_text(path, what="file", limit=None):
+    """Return the text of a UTF-8 file, without a byte order mark.
 
     Args:
         path: the file.
+        what: what to call it in a `DataError`.
         limit: how many bytes it may have, or None.
-
-    Raises:
-        OSError, ValueError: `reason` says why it cannot be read.
     """
-    check_file(path, limit)
-    return Path(path).read_text(encoding="utf-8-sig")
+    try:
+        check_file(path, limit)
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        raise DataError("broken", f"cannot read the {what} {path}: {reason(e)}") from e
 
 
 def is_below(folder, path):

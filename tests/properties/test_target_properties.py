@@ -5,6 +5,7 @@ import tempfile
 
 import numpy as np
 import torch
+from detection_helpers import make_annotation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,7 +14,7 @@ from test_transform_properties import filled, plain, tensors
 
 from plaintrain.data import dataset_mapper, keypoints
 from plaintrain.data.transforms.geometric import RandomHorizontalFlip
-from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.structures import BoxMode, make_record, segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
 NUMBERS = st.floats(-(2**20), 2**20, width=32)
@@ -149,15 +150,7 @@ def _record(folder, found, crowds, mode):
     for i, crowd in enumerate(crowds):
         x0, y0, x1, y1 = plain(found["boxes"])[i].tolist()
         points = torch.cat([plain(found["keypoints"])[i], found["visibility"][i, :, None]], dim=1)
-        annotations.append(
-            {
-                "bbox": BoxMode.convert([x0, y0, x1, y1], BoxMode.XYXY_ABS, mode),
-                "bbox_mode": mode,
-                "category_id": i,
-                "iscrowd": int(crowd),
-                "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
-                "keypoints": points.flatten().tolist(),
-            }
-        )
-    size = {"height": int(height), "width": int(width)}
-    return {"file_name": path, "image_id": 1, **size, "annotations": annotations}
+        box = BoxMode.convert([x0, y0, x1, y1], BoxMode.XYXY_ABS, mode)
+        entries = {"segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]], "keypoints": points.flatten().tolist()}
+        annotations.append(make_annotation(box, i, bbox_mode=mode, iscrowd=int(crowd), **entries))
+    return make_record(path, 1, height, width, annotations)

@@ -16,10 +16,6 @@ def dataset_root():
     return os.path.expanduser(os.environ.get("PLAINTRAIN_DATASETS", "datasets"))
 
 
-def _path(path):
-    return os.path.join(dataset_root(), os.path.expanduser(path))
-
-
 def _load_concat(datasets, classes=None, merge_classes=False, problems=None):
     _check_circle(datasets, ())
     return concat.load_concat(datasets, lambda name: read_dataset(name, problems), classes, merge_classes)
@@ -130,7 +126,9 @@ def _read(spec, problems=None):
     reader = _READERS[spec["FORMAT"]]
     values = {"problems": problems, "dataset_root": dataset_root()}
     for key, value in spec.items():
-        values[_PARAMETERS.get(key, key.lower())] = _path(value) if key in _PATHS else value
+        if key in _PATHS:
+            value = os.path.join(dataset_root(), os.path.expanduser(value))
+        values[_PARAMETERS.get(key, key.lower())] = value
     parameters = inspect.signature(reader).parameters
     try:
         records, metadata = reader(**{key: value for key, value in values.items() if key in parameters})

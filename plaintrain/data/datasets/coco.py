@@ -11,20 +11,20 @@ from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
 from plaintrain.data.image_files import is_too_large
+from plaintrain.data.keypoints import get_keypoint_metadata
 from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.data.validation import coco_annotation_mistake, image_mistake, keypoint_mistake
 from plaintrain.structures import BoxMode, are_numbers, make_record, segmentation_mistake, segmentation_to_rle
 from plaintrain.utils.errors import DataError, UserError, refuse
-from plaintrain.utils.files import is_below, read_text, reason
+from plaintrain.utils.files import is_below, read_text
 
 _XYWH = BoxMode.XYWH_ABS
 
 
 def _read_json(json_file, what="annotation file"):
+    text = read_text(json_file, what)
     try:
-        return json.loads(read_text(json_file))
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the {what} {json_file}: {reason(e)}") from e
+        return json.loads(text)
     except (ValueError, RecursionError) as e:
         raise UserError(f"the {what} {json_file} is not JSON: {e}") from e
 
@@ -158,7 +158,12 @@ def _to_records(content, json_file, image_root, classes, problems=None):
         elif annotation["category_id"] in labels:
             records[annotation["image_id"]]["annotations"].append(_convert(annotation, labels))
     metadata = {"thing_classes": chosen, "thing_dataset_id_to_contiguous_id": labels}
-    metadata |= _keypoint_metadata([c for c in categories if c["id"] in labels and c.get("keypoints")])
+    keypoints = [
+        {"keypoint_names": c.get("keypoints"), "skeleton": c.get("skeleton")}
+        for c in categories
+        if c["id"] in labels
+    ]
+    metadata |= get_keypoint_metadata(keypoints)
     return [records[image_id] for image_id in sorted(records)], metadata
 
 
@@ -179,16 +184,6 @@ def _categories(categories, json_file):
         if count > 1:
             raise UserError(f"{json_file} has two categories with the {key} {value}")
     return sorted(categories, key=lambda category: category["id"])
-
-
-def _keypoint_metadata(categories):
-    """What categories with keypoints say of them; nothing if they contradict each other."""
-    if not categories or any(c["keypoints"] != categories[0]["keypoints"] for c in categories):
-        return {}
-    metadata = {"keypoint_names": list(categories[0]["keypoints"])}
-    if categories[0].get("skeleton"):
-        metadata["skeleton"] = categories[0]["skeleton"]
-    return metadata
 
 
 def _image_records(images, json_file, image_root, problems):

@@ -1,6 +1,7 @@
 """Several datasets as one."""
 
 from plaintrain.data.catalog import select_classes
+from plaintrain.data.keypoints import get_keypoint_metadata
 from plaintrain.data.validation import check_annotation
 from plaintrain.utils.class_lists import class_difference
 from plaintrain.utils.errors import UserError
@@ -40,7 +41,9 @@ def load_concat(names, read, classes=None, merge=False):
             if collide:
                 record["image_id"] = f"{name}/{record['image_id']}"
             records.append(record)
-    return records, _metadata(joined, [metadata for _, metadata in parts])
+    metadata = [metadata for _, metadata in parts]
+    dataset_ids = {"thing_dataset_id_to_contiguous_id": _dataset_ids(joined, metadata)}
+    return records, {"thing_classes": joined, **dataset_ids, **get_keypoint_metadata(metadata)}
 
 
 def _join_classes(names, found, classes, merge):
@@ -65,15 +68,6 @@ def _relabel(record, labels):
         if label is not None:
             annotations.append({**annotation, "category_id": label})
     return annotations
-
-
-def _metadata(joined, parts):
-    metadata = {"thing_classes": joined, "thing_dataset_id_to_contiguous_id": _dataset_ids(joined, parts)}
-    known = [part for part in parts if part.get("keypoint_names")]
-    if known and all(part["keypoint_names"] == known[0]["keypoint_names"] for part in known):
-        keys = ("keypoint_names", "keypoint_flip_map", "skeleton")
-        metadata |= {key: known[0][key] for key in keys if known[0].get(key)}
-    return metadata
 
 
 def _dataset_ids(joined, parts):

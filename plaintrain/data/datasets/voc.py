@@ -67,7 +67,7 @@ def _read_split(root, split):
     path = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
     try:
         names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
-    except (OSError, ValueError) as e:
+    except UserError as e:
         folder = os.path.dirname(path)
         known = sorted(os.path.splitext(p)[0] for p in os.listdir(folder)) if os.path.isdir(folder) else []
         hint = f"; splits there: {', '.join(known)}" if known else ""

@@ -15,7 +15,7 @@ from plaintrain.data.catalog import select_classes
 from plaintrain.data.image_files import image_record, list_images
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import DataError, UserError, collecting, refuse
-from plaintrain.utils.files import MAX_BYTES, is_below, read_text, reason
+from plaintrain.utils.files import MAX_BYTES, is_below, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def load_yolo(data_file, split, classes=None, dataset_root="", problems=None):
     Returns:
         (records, metadata): metadata holds `thing_classes`.
     """
-    data = parse_yaml(_read_text(data_file, MAX_BYTES), data_file)
+    data = parse_yaml(read_text(data_file, limit=MAX_BYTES), data_file)
     # Its lines would pass for polygons.
     if "kpt_shape" in data:
         raise UserError(f"{data_file} has a kpt_shape: keypoints are read from COCO JSON only")
@@ -62,13 +62,6 @@ def load_yolo(data_file, split, classes=None, dataset_root="", problems=None):
         first = records[0]["file_name"]
         logger.warning(f"no image of {data_file} has labels; those of {first} would be {label_file(first)}")
     return records, {"thing_classes": chosen}
-
-
-def _read_text(path, limit=None):
-    try:
-        return read_text(path, limit)
-    except (OSError, ValueError) as e:
-        raise DataError("broken", f"cannot read {path}: {reason(e)}") from e
 
 
 def _class_names(data, data_file):
@@ -115,7 +108,7 @@ def _image_files(data, data_file, split, root):
             entry = entry[3:]
         path = _join_below(root, root, entry, data_file)
         if path.endswith(".txt"):
-            lines = (line.strip() for line in _read_text(path).splitlines())
+            lines = (line.strip() for line in read_text(path).splitlines())
             files += [_join_below(root, os.path.dirname(path), line, path) for line in lines if line]
         else:
             files += list_images(path)
@@ -159,19 +152,15 @@ def _image_ids(files, root):
 
 def label_file(image_file):
     """The label file of an image: the last folder `images` becomes `labels`, the ending `.txt`."""
-    parts = list(Path(image_file).with_suffix(".txt").parts)
-    for i in range(len(parts) - 2, -1, -1):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            break
-    return os.path.join(*parts)
+    path = str(Path(image_file).with_suffix(".txt"))
+    return f"{os.sep}labels{os.sep}".join(path.rsplit(f"{os.sep}images{os.sep}", 1))
 
 
 def _read_labels(record, labels, problems):
     path, annotations = label_file(record["file_name"]), []
     if os.path.lexists(path):
         with collecting(problems):
-            for number, line in enumerate(_read_text(path).splitlines(), 1):
+            for number, line in enumerate(read_text(path).splitlines(), 1):
                 with collecting(problems):
                     annotations.append(_annotation(line.split(), record, labels, f"{path}, line {number}"))
     return list(filter(None, annotations))

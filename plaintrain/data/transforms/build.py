@@ -4,38 +4,16 @@ import inspect
 from collections.abc import Mapping
 
 from plaintrain.config import check_cfg
-from plaintrain.data.transforms.copy_paste import SimpleCopyPaste
-from plaintrain.data.transforms.crops import FixedSizeCrop, RandomCrop, RandomIoUCrop
-from plaintrain.data.transforms.geometric import (
-    RandomHorizontalFlip,
-    RandomShortestSize,
-    RandomVerticalFlip,
-    RandomZoomOut,
-    Resize,
-    ResizeShortestEdge,
-    ScaleJitter,
-)
-from plaintrain.data.transforms.photometric import RandomErasing, RandomPhotometricDistort
+from plaintrain.data.transforms import copy_paste, crops, geometric, photometric
+from plaintrain.data.transforms.arguments import CheckedArguments
 from plaintrain.utils.errors import UserError, nearest
 
-# What INPUT.AUGMENTATIONS may name.
+# What INPUT.AUGMENTATIONS may name: the augmentations of these modules.
 AUGMENTATIONS = {
-    augmentation.__name__: augmentation
-    for augmentation in (
-        FixedSizeCrop,
-        RandomCrop,
-        RandomErasing,
-        RandomHorizontalFlip,
-        RandomIoUCrop,
-        RandomPhotometricDistort,
-        RandomShortestSize,
-        RandomVerticalFlip,
-        RandomZoomOut,
-        Resize,
-        ResizeShortestEdge,
-        ScaleJitter,
-        SimpleCopyPaste,
-    )
+    name: value
+    for module in (copy_paste, crops, geometric, photometric)
+    for name, value in vars(module).items()
+    if isinstance(value, type) and issubclass(value, CheckedArguments) and value is not CheckedArguments
 }
 _FROM_DATASET = "keypoint_flip_indices"
 
@@ -54,12 +32,12 @@ def build_augmentation(cfg, is_train, keypoint_flip_indices=None):
         return _resize("TEST", options, (options.MIN_SIZE_TEST,), "choice")
     augmentations = [_from_entry(entry, keypoint_flip_indices) for entry in options.AUGMENTATIONS]
     if options.CROP.ENABLED:
-        augmentations.append(_checked("INPUT.CROP", RandomCrop, options.CROP.TYPE, options.CROP.SIZE))
+        augmentations.append(_checked("INPUT.CROP", crops.RandomCrop, options.CROP.TYPE, options.CROP.SIZE))
     augmentations += _resize("TRAIN", options, options.MIN_SIZE_TRAIN, options.MIN_SIZE_TRAIN_SAMPLING)
     if options.RANDOM_FLIP == "horizontal":
-        augmentations.append(RandomHorizontalFlip(keypoint_flip_indices=keypoint_flip_indices))
+        augmentations.append(geometric.RandomHorizontalFlip(keypoint_flip_indices=keypoint_flip_indices))
     elif options.RANDOM_FLIP == "vertical":
-        augmentations.append(RandomVerticalFlip())
+        augmentations.append(geometric.RandomVerticalFlip())
     return augmentations
 
 
@@ -72,12 +50,12 @@ def _checked(key, augmentation, *arguments, **options):
 
 def _resize(phase, options, short_edges, sampling):
     if tuple(options.FIXED_SIZE) != (0, 0):
-        return [_checked("INPUT.FIXED_SIZE", Resize, options.FIXED_SIZE)]
+        return [_checked("INPUT.FIXED_SIZE", geometric.Resize, options.FIXED_SIZE)]
     if tuple(short_edges) == (0,):
         return []
     keys = f"INPUT.MIN_SIZE_{phase} and INPUT.MAX_SIZE_{phase}"
     longest = options[f"MAX_SIZE_{phase}"]
-    return [_checked(keys, ResizeShortestEdge, tuple(short_edges), longest, sampling)]
+    return [_checked(keys, geometric.ResizeShortestEdge, tuple(short_edges), longest, sampling)]
 
 
 def _from_entry(entry, keypoint_flip_indices):

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 import torchvision.transforms.v2.functional as F
-from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
+from torchvision.tv_tensors import wrap
 
 from plaintrain.data.transforms.arguments import CheckedArguments, argument
 from plaintrain.data.transforms.tensors import ROWS, has_extent, image_size, resize, select, tighten
@@ -38,13 +38,9 @@ class SimpleCopyPaste(CheckedArguments):
         result = _covered(tensors, cover)
         for name in set(ROWS) & set(tensors):
             joined = torch.cat([t[name].as_subclass(torch.Tensor) for t in (result, pasted)])
-            result[name] = joined if name in ("labels", "visibility") else _like(joined, tensors[name])
+            result[name] = joined if name in ("labels", "visibility") else wrap(joined, like=tensors[name])
         result["image"] = _paste(tensors["image"], pasted["image"], cover, self.blending)
         return result
-
-
-def _like(value, like):
-    return tv_tensors.wrap(value, like=like)
 
 
 def _covered(tensors, cover):
@@ -52,7 +48,7 @@ def _covered(tensors, cover):
     masks = tensors["masks"].as_subclass(torch.Tensor)
     rest = masks * ~cover
     touched = (rest != masks).flatten(1).any(dim=1)
-    result = {**tensors, "masks": _like(rest, tensors["masks"])}
+    result = {**tensors, "masks": wrap(rest, like=tensors["masks"])}
     if "keypoints" in tensors:
         limit = torch.tensor(cover.shape[::-1]) - 1
         x, y = tensors["keypoints"].as_subclass(torch.Tensor).long().clamp(min=0).minimum(limit).unbind(-1)
@@ -65,7 +61,7 @@ def _covered(tensors, cover):
 def _paste(image, other, cover, blending):
     # The blur reflects two pixels at the border, which takes three.
     if not blending or min(cover.shape) < 3:
-        return _like(torch.where(cover, other, image), image)
+        return wrap(torch.where(cover, other, image), like=image)
     # What is pasted changes two pixels around it; two more keep the border's reflection out.
     left, top, right, bottom = masks_to_boxes(cover[None])[0].int().tolist()
     region = (..., slice(max(0, top - 4), bottom + 5), slice(max(0, left - 4), right + 5))
@@ -73,4 +69,4 @@ def _paste(image, other, cover, blending):
     result = image.as_subclass(torch.Tensor).clone()
     blended = torch.lerp(result[region].float(), other.as_subclass(torch.Tensor)[region].float(), share)
     result[region] = blended.round().to(torch.uint8)
-    return _like(result, image)
+    return wrap(result, like=image)

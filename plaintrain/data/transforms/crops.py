@@ -102,15 +102,15 @@ class RandomIoUCrop(CheckedArguments):
 
     def __call__(self, tensors, rng):
         boxes = tensors.get("boxes", torch.zeros(0, 4)).as_subclass(torch.Tensor)
+        x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).unbind(1)
         while len(boxes):
             least = self.sampler_options[int(rng.integers(len(self.sampler_options)))]
             if least >= 1:
                 break
             for _ in range(self.trials):
-                window = self._window(*image_size(tensors), rng)
-                inside = _has_centre(window, boxes)
-                if inside.any() and box_iou(boxes[inside], torch.tensor([window])).max() >= least:
-                    left, top, right, bottom = map(int, window)
+                window = left, top, right, bottom = self._window(*image_size(tensors), rng)
+                inside = (left < x) & (x < right) & (top < y) & (y < bottom)
+                if inside.any() and box_iou(boxes[inside], boxes.new_tensor([window])).max() >= least:
                     return crop(select(tensors, inside), top, left, bottom - top, right - left)
         return tensors
 
@@ -120,11 +120,4 @@ class RandomIoUCrop(CheckedArguments):
         top, left = (int(v) for v in rng.integers(0, [height - h + 1, width - w + 1]))
         if not self.min_aspect_ratio * h <= w <= self.max_aspect_ratio * h:
             h = w = 0
-        return [float(v) for v in (left, top, left + w, top + h)]
-
-
-def _has_centre(window, boxes):
-    """bool `[N]`: boxes whose centre is inside a window."""
-    x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).unbind(1)
-    left, top, right, bottom = window
-    return (left < x) & (x < right) & (top < y) & (y < bottom)
+        return left, top, left + w, top + h

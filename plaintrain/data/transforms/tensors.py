@@ -34,8 +34,7 @@ def plain_image(tensors):
 
 def _move(tensors, function):
     """Apply a function to all that has a place in the image."""
-    placed = [name for name in ("image", "boxes", "masks", "keypoints") if name in tensors]
-    return {**tensors, **{name: function(tensors[name]) for name in placed}}
+    return {k: function(v) if isinstance(v, tv_tensors.TVTensor) else v for k, v in tensors.items()}
 
 
 def _index(value, index):
