@@ -100,7 +100,7 @@ def main(argv=None):
         if not os.path.isfile(os.path.join(root, _JSON)):
             root = os.path.join(folder, "datasets")
             make_coco(root)
-        os.environ["PLAINTRAIN_DATASETS"] = root
+        os.environ |= {"PLAINTRAIN_DATASETS": root, "PLAINTRAIN_CACHE": os.path.join(folder, "cache")}
         for what, functions in zip(_PARTS, make_variants(args, root, folder), strict=True):
             if what not in args.parts:
                 continue
