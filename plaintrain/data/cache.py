@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from plaintrain import structures
-from plaintrain.data import serialized, validation
+from plaintrain.data import keypoints, serialized, validation
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write, reason
@@ -66,7 +66,7 @@ def _path(load, json_file, image_root, classes):
             return None
         with open(json_file, "rb") as f:
             digest = hashlib.file_digest(f, "sha256")
-        codes = (module.__file__ for module in (structures, serialized, validation))
+        codes = (module.__file__ for module in (keypoints, structures, serialized, validation))
         for code in (load.__code__.co_filename, __file__, *codes):
             with open(code, "rb") as f:
                 digest.update(f.read())
