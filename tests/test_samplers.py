@@ -4,7 +4,6 @@ tests/properties/test_sampler_properties.py has what holds for every size, batch
 """
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,8 +73,7 @@ def _padding(sampler, heights, widths):
 
 
 def test_grouping_reduces_the_padding_at_coco_sizes():
-    folder = Path(__file__).resolve().parent.parent / "scripts" / "benchmarks"
-    widths, heights = read_sizes(folder / "coco_sizes.json", 8000)
+    widths, heights = read_sizes(8000)
     for grouping, expected in (
         ({}, 0.43),
         ({"groups": aspect_ratio_groups(heights, widths)}, 0.14),
