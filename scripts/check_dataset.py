@@ -13,7 +13,6 @@ Exit code, of the original: 0 training would work, 1 it would not (findings mark
 cannot be read at all), 2 a mistake in the command line.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -22,8 +21,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-from plaintrain.config import get_cfg
-from plaintrain.data import DatasetCatalog, declare_datasets
+from plaintrain.analysis.command import load_tool_cfg
+from plaintrain.data import DatasetCatalog
 from plaintrain.data.datasets.builtin import read_dataset
 from plaintrain.data.datasets.shapes import is_drawn
 from plaintrain.data.datasets.write import make_folder, relative_names, write_coco
@@ -40,6 +39,7 @@ from plaintrain.data.validation import (
     count_mistakes,
 )
 from plaintrain.engine.launch import launch
+from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import progress
@@ -160,20 +160,14 @@ def main(args):
 
 def parse_args(argv=None):
     """The command line, its names and folder checked: mistakes in them exit with code 2."""
-    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "YAML config with DATASETS.DECLARE")
     parser.add_argument("names", nargs="+", metavar="NAME", help="built-in or declared datasets")
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config with DATASETS.DECLARE")
     parser.add_argument("--fix", metavar="DIR", help="write a cleaned copy into this new or empty folder")
     parser.add_argument("--json", metavar="FILE", help="write the findings to this file too")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="images read at a time")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     args = parser.parse_args(argv)
     try:
-        cfg = get_cfg()
-        if args.config_file:
-            cfg.merge_from_file(args.config_file)
-        declare_datasets(cfg)
-        args.pixel_range = get_pixel_range(cfg)
+        args.pixel_range = get_pixel_range(load_tool_cfg(args))
         for name in args.names:
             if name not in DatasetCatalog:
                 DatasetCatalog.get(name)

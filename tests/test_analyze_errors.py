@@ -81,12 +81,11 @@ def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        ([], 2, "give the folder of a run, or --config-file FILE"),
-        (["run/inference/first"], 2, "is no run's folder"),
+        ([], 2, "give RUN, a run's folder, or --predictions FILE"),
+        (["run/inference/first"], 2, "has no config.yaml"),
         (["run", "--dataset", "second"], 2, "there are no predictions for second; there are those for first"),
         (["run", "--predictions", "none.json", "--dataset", "first"], 2, "there is no such file"),
-        (["run", "--predictions", "none.json"], 2, "2 test sets, first, second: choose one with --dataset"),
-        (["--config-file", "run/config.yaml", "--dataset", "first"], 2, "give --predictions FILE"),
+        (["--config-file", "run/config.yaml", "--dataset", "first"], 2, "or --predictions FILE"),
         (["bare"], 2, "scripts/test_net.py --config-file bare/config.yaml --resume"),
         (["run", "--iou", "1.5"], 2, "must be 0 to 1, not 1.5"),
         (["run", "--dataset", "shapes_val", "--predictions", "other.json"], 1, "10000, which"),
