@@ -15,7 +15,6 @@ cannot be read at all), 2 a mistake in the command line.
 
 import functools
 import hashlib
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,9 +38,9 @@ from plaintrain.data.validation import (
     count_mistakes,
 )
 from plaintrain.engine.launch import launch
+from plaintrain.evaluation.predictions import write_json
 from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import progress
 
 
@@ -56,13 +55,6 @@ def look_at(record, pixel_range):
     pixels = hashlib.blake2b(image.contiguous().numpy(), digest_size=16, key=repr(size).encode())
     spread = int((image.amax((1, 2)).int() - image.amin((1, 2)).int()).max())
     return {"size": size, "turned": turned, "pixels": pixels.hexdigest(), "spread": spread}
-
-
-def look_at_all(records, args):
-    """`look_at` of every record; decoding and hashing run beside each other in threads."""
-    with ThreadPoolExecutor(args.workers) as pool:
-        looks = pool.map(functools.partial(look_at, pixel_range=args.pixel_range), records)
-        return list(progress(looks, desc="images", total=len(records)))
 
 
 def image_mistakes(dataset, records, looks, earlier):
@@ -136,7 +128,10 @@ def main(args):
     for name in args.names:
         problems = []
         records, metadata = read_dataset(name, problems)
-        looks = look_at_all(records, args)
+        # Decoding and hashing run beside each other.
+        with ThreadPoolExecutor(args.workers) as pool:
+            looks = pool.map(functools.partial(look_at, pixel_range=args.pixel_range), records)
+            looks = list(progress(looks, desc="images", total=len(records)))
         found[name] = check_problems(problems) + check_records(records, metadata)
         found[name] += count_mistakes(image_mistakes(name, records, looks, earlier))
         report(name, records, metadata, found[name])
@@ -148,8 +143,7 @@ def main(args):
             name: [asdict(finding) | {"text": KINDS[finding.kind][0]} for finding in findings]
             for name, findings in found.items()
         }
-        with atomic_write(args.json) as f:
-            json.dump(plain, f, indent=1)
+        write_json(args.json, plain, indent=1)
     fatal = [name for name, findings in found.items() if any(finding.fatal for finding in findings)]
     verdict = (
         f"training would stop at the FATAL findings of {', '.join(fatal)}" if fatal else "training would work"
