@@ -329,7 +329,7 @@ MUTATIONS = {
         ("autoescape=True", "autoescape=False"),
     ],
     "plaintrain/report/runs.py": [
-        ("(iteration - before) * seconds", "seconds"),
+        ("np.diff(iterations, prepend=-1) * times", "times"),
         ("100 * data / seconds", "100 * data / (seconds + data)"),
     ],
     "plaintrain/checkpoint/training_checkpointer.py": [

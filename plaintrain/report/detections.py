@@ -16,7 +16,7 @@ from plaintrain.visualization.curves import make_line
 from plaintrain.visualization.drawing import skeleton_of
 from plaintrain.visualization.matches import draw_matches
 from plaintrain.visualization.pictures import to_bytes
-from plaintrain.visualization.plots import bar_figure, histogram_figure, matrix_figure, xy_figure
+from plaintrain.visualization.plots import bar_figure, matrix_figure, xy_figure
 
 # So many classes can be told apart by colour, and as rows of a matrix.
 _MOST_LINES, _MOST_ROWS = 8, 20
@@ -144,10 +144,9 @@ def calibration(dataset, analysed):
         counts[run.name] = [b["count"] for b in bins]
         remark = "no detections" if error is None else f"off by {100 * error:.1f} points on average"
         remarks.append(f"{remark} ({run.name})" if len(analysed) > 1 else remark)
-    edges = [i / len(bins) for i in range(len(bins) + 1)]
     curve = xy_figure(lines, "score", "fraction that is correct", diagonal=True, marker="o")
-    colors = [line["color"] for line in lines]
-    histogram = histogram_figure(edges, counts, "score", "detections", colors=colors)
+    names = [f"{b['low']:g} to {b['high']:g}" for b in bins]
+    histogram = bar_figure(names, counts, "detections", colors=[line["color"] for line in lines])
     remark = f"dashed: ideal; {', '.join(remarks)}"
     return [(curve, "Calibration", remark), (histogram, "Scores of all detections")]
 

@@ -4,6 +4,8 @@ import logging
 import math
 import statistics
 
+import numpy as np
+
 from plaintrain.analysis import run_folder
 from plaintrain.analysis.analyze import analyze
 from plaintrain.analysis.dataset import dataset_statistics
@@ -36,8 +38,7 @@ class Run:
 
     Attributes:
         name, color: what to call it, and its index in every plot.
-        unreadable: {dataset: why its declaration cannot be used here}.
-        problems: {test set: why there is no analysis of it}.
+        problems: {dataset: why its declaration cannot be used here, or why there is no analysis of it}.
         analyses, detections: {test set: what `analyze` returns}, and of the same their `Detections`.
     """
 
@@ -52,14 +53,14 @@ class Run:
         self.results = run_folder.read_results(folder)
         self.test_sets = run_folder.test_sets(folder)
         self.train_sets = list(self.config.get("DATASETS", {}).get("TRAIN") or ())
-        self.unreadable, self.problems, self.analyses, self.detections = {}, {}, {}, {}
+        self.problems, self.analyses, self.detections = {}, {}, {}
         declared = self.config.get("DATASETS", {}).get("DECLARE") or {}
         for dataset in [name for name in (*self.test_sets, *self.train_sets) if name in declared]:
             # A name that means something else here already has no analysis.
             try:
                 declare_dataset(dataset, declared[dataset])
             except UserError as e:
-                self.unreadable[dataset] = self.problems[dataset] = str(e)
+                self.problems[dataset] = str(e)
         for dataset in self.test_sets:
             if dataset not in self.problems:
                 self._analyze(dataset)
@@ -94,11 +95,7 @@ class Run:
     def training_seconds(self):
         """Seconds of all iterations, of the mean time in each line of metrics.json; None without."""
         iterations, times = self.metrics.get("time", ((), ()))
-        total, before = 0.0, -1
-        for iteration, seconds in zip(iterations, times, strict=True):
-            total += (iteration - before) * seconds if math.isfinite(seconds) else 0.0
-            before = iteration
-        return total if iterations else None
+        return np.nansum(np.diff(iterations, prepend=-1) * times).item() if iterations else None
 
     @property
     def scored_tasks(self):
@@ -215,12 +212,11 @@ def datasets(runs):
         for role, names in (("train", run.train_sets), ("test", run.test_sets)):
             for name in names:
                 roles.setdefault(name, {})[role] = None
-        unreadable |= run.unreadable
     for name in roles:
         try:
             statistics_of[name] = dataset_statistics(DatasetCatalog.get(name), class_names(name))
         except UserError as e:
-            unreadable.setdefault(name, e)
+            unreadable[name] = next((run.problems[name] for run in runs if name in run.problems), e)
     classes = dict.fromkeys(c for s in statistics_of.values() for c in s["classes"])
     counts = ("objects", "images")
     return {

@@ -191,18 +191,6 @@ def cut(text, most=24):
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def histogram_figure(edges, series, x_label, y_label, *, colors):
-    """Draw counts, {label: N counts}, in bins, of N + 1 edges, as outlines with a light fill."""
-    with _drawing() as (figure, ax):
-        for color, (label, counts) in zip(map(to_hex, colors), series.items(), strict=True):
-            ax.stairs(counts, edges, fill=True, color=color, alpha=0.25)
-            ax.stairs(counts, edges, color=color, label=label, linewidth=1.4)
-        ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
-        if len(series) > 1:
-            _draw_legend(ax)
-    return figure
-
-
 def matrix_figure(counts, names, x_label, y_label):
     """Draw a square matrix of counts, each row shaded by fractions of its sum, few of them as numbers."""
     counts = np.asarray(counts, dtype=float)
