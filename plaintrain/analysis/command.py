@@ -4,7 +4,6 @@ import os
 
 from plaintrain.analysis.run_folder import predictions_path, read_config, test_sets
 from plaintrain.config import get_cfg
-from plaintrain.data import DatasetCatalog
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.utils.errors import UserError
 
@@ -23,7 +22,7 @@ def choose_predictions(args, cfg):
     """Set `args.dataset`, if it is not given to the first test set, and `args.predictions`, to the last ones.
 
     Raises:
-        UserError: there is no such dataset, or there are no such predictions.
+        UserError: the command line and the run name no dataset, or there are no predictions for it.
     """
     if not (args.run or args.predictions):
         raise UserError("give RUN, a run's folder, or --predictions FILE")
@@ -36,12 +35,7 @@ def choose_predictions(args, cfg):
     if not (args.dataset or names):
         raise UserError("which dataset are the predictions of? Name it with --dataset")
     args.dataset = args.dataset or names[0]
-    if args.dataset not in DatasetCatalog:
-        # Says which is near.
-        DatasetCatalog.get(args.dataset)
     args.predictions = args.predictions or predictions_path(args.run, args.dataset)
     if not args.predictions:
         known = f"there are no predictions for {args.dataset}; there are those for {', '.join(names)}"
         raise UserError(f"{known}: give --predictions FILE")
-    if not os.path.isfile(args.predictions):
-        raise UserError(f"--predictions {args.predictions}: there is no such file")
