@@ -83,7 +83,7 @@ def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path):
     [
         ([], 2, "give RUN, a run's folder, or --predictions FILE"),
         (["run/inference/first"], 2, "has no config.yaml"),
-        (["run", "--dataset", "second"], 2, "there are no predictions for second; there are those for first"),
+        (["run", "--dataset", "second"], 2, "run holds no predictions for second; the next"),
         (["run", "--predictions", "none.json", "--dataset", "first"], 1, "the results file none.json"),
         (["run", "--predictions", "other.json", "--dataset", "frist"], 1, "first"),
         (["--config-file", "run/config.yaml", "--dataset", "first"], 2, "or --predictions FILE"),

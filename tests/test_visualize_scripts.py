@@ -189,7 +189,7 @@ NOWHERE = "--config-file seen.yaml --class circle --image-id 3 --output none"
         (
             "results",
             "run --dataset seen_train --grid a.jpg",
-            "no predictions for seen_train; there are",
+            "holds no predictions for seen_train",
         ),
         ("results", "run --iou 0 --grid a.jpg", "--iou above 0"),
         ("results", "--predictions other.json --dataset shapes_val --grid a.jpg", "belongs to image 999"),

@@ -1,8 +1,6 @@
 """The config, the dataset and the predictions that the command line of a tool names."""
 
-import os
-
-from plaintrain.analysis.run_folder import predictions_path, read_config, test_sets
+from plaintrain.analysis.run_folder import find_predictions, read_config, test_sets
 from plaintrain.config import get_cfg
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.utils.errors import UserError
@@ -27,15 +25,7 @@ def choose_predictions(args, cfg):
     if not (args.run or args.predictions):
         raise UserError("give RUN, a run's folder, or --predictions FILE")
     names = test_sets(args.run) if args.run else list(cfg.DATASETS.TEST)
-    if args.run and not args.predictions:
-        names = [name for name in names if predictions_path(args.run, name)]
-        if not names:
-            command = f"scripts/test_net.py --config-file {os.path.join(args.run, 'config.yaml')} --resume"
-            raise UserError(f"{args.run} holds no predictions: {command} makes them")
     if not (args.dataset or names):
         raise UserError("which dataset are the predictions of? Name it with --dataset")
     args.dataset = args.dataset or names[0]
-    args.predictions = args.predictions or predictions_path(args.run, args.dataset)
-    if not args.predictions:
-        known = f"there are no predictions for {args.dataset}; there are those for {', '.join(names)}"
-        raise UserError(f"{known}: give --predictions FILE")
+    args.predictions = args.predictions or find_predictions(args.run, args.dataset)

@@ -1,10 +1,12 @@
 """The sections on the detections: precision and recall, errors, confusion, scores, groups, images."""
 
 import base64
+import io
 import itertools
 import os
 
 import numpy as np
+from torchvision.transforms.v2.functional import to_pil_image
 
 from plaintrain.analysis.errors import ERRORS, OUTCOMES, find_errors
 from plaintrain.data.catalog import MetadataCatalog
@@ -15,7 +17,6 @@ from plaintrain.utils.errors import UserError
 from plaintrain.visualization.curves import make_line
 from plaintrain.visualization.drawing import skeleton_of
 from plaintrain.visualization.matches import draw_matches
-from plaintrain.visualization.pictures import to_bytes
 from plaintrain.visualization.plots import bar_figure, matrix_figure, xy_figure
 
 # So many classes can be told apart by colour, and as rows of a matrix.
@@ -211,7 +212,9 @@ def _draw_entry(entry, dataset, errors, run):
         side = min(_SIDE, 2 * max(image.shape[-2:]))
         skeleton = skeleton_of(MetadataCatalog.get(dataset))
         for drawn in draw_matches(errors, entry["index"], image, side=side, skeleton=skeleton):
-            images.append(base64.b64encode(to_bytes(drawn, quality=80)).decode())
+            jpeg = io.BytesIO()
+            to_pil_image(drawn).save(jpeg, format="JPEG", quality=80)
+            images.append(base64.b64encode(jpeg.getvalue()).decode())
     except UserError as e:
         problem = str(e)
     return {**entry, "name": name, "images": images, "problem": problem}

@@ -67,15 +67,9 @@ class Run:
 
     def _analyze(self, dataset):
         """Analyse a test set's predictions, or note why that cannot be done."""
-        path = run_folder.predictions_path(self.folder, dataset)
-        if path is None:
-            self.problems[dataset] = (
-                f"{self.folder} holds no predictions for {dataset}; the next evaluation writes them, also "
-                f"that of scripts/test_net.py --config-file {self.folder}/config.yaml --resume"
-            )
-            return
         sigmas = self.config.get("TEST", {}).get("KEYPOINT_OKS_SIGMAS") or ()
         try:
+            path = run_folder.find_predictions(self.folder, dataset)
             # Scoring says what it scores with, which nobody has asked for here.
             with silenced(logging.INFO):
                 self.detections[dataset] = read_detections(path, dataset)
