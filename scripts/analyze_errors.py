@@ -38,6 +38,7 @@ import os
 import sys
 
 from plaintrain.analysis.analyze import analyze
+from plaintrain.analysis.breakdown import GROUPS
 from plaintrain.analysis.command import choose_predictions, load_tool_cfg
 from plaintrain.analysis.errors import ERRORS, OUTCOMES
 from plaintrain.engine.launch import launch
@@ -47,12 +48,6 @@ from plaintrain.utils.errors import UserError
 
 # Up to so many classes the confusion is shown as a matrix.
 _MATRIX = 12
-_TITLES = {
-    "size": "size, the root of the area in pixels",
-    "aspect": "width / height",
-    "overlaps": "number of other objects that overlap (IoU >= 0.1)",
-    "objects_per_image": "objects in the image",
-}
 
 
 def show(title, rows, columns=(), needed=""):
@@ -87,8 +82,8 @@ def show_analysis(found):
         columns = ["name", "correct", *ERRORS[:-1], "erroneous", "missed"]
         show(f"{task}, detections and objects by class", errors["classes"], columns)
     columns = ["name", "objects", "recall", "recall_above", "mean_iou", "erroneous", "missed"]
-    for key, title in _TITLES.items():
-        show(f"objects by {title}", found["breakdown"][key], columns, needed="objects")
+    for key, (title, words) in GROUPS.items():
+        show(f"objects by {title.lower()}, {words}", found["breakdown"][key], columns, needed="objects")
     names = confusion["labels"]
     if len(names) - 1 <= _MATRIX:
         rows = [

@@ -52,12 +52,7 @@ def test_a_run_is_analysed(run, tmp_path):
     assert f"at IoU 0.5 of {cost['AP']:.2f}; counts are of a score of at least 0.900 (best F1)" in text
     for title in (
         *("bbox, COCO's metrics", "bbox, by class", "score threshold with the highest F1"),
-        *(
-            "objects by size",
-            "objects by width / height",
-            "objects in the image",
-            "what they are detected as",
-        ),
+        *("objects by size", "objects by shape", "objects in the image", "what they are detected as"),
         *("expected calibration error", "worst images", f"in {run}/inference/first/analysis.json"),
     ):
         assert title in text

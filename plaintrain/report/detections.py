@@ -8,6 +8,7 @@ import os
 import numpy as np
 from torchvision.transforms.v2.functional import to_pil_image
 
+from plaintrain.analysis.breakdown import GROUPS
 from plaintrain.analysis.errors import ERRORS, OUTCOMES, find_errors
 from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.data.datasets.shapes import is_drawn
@@ -21,12 +22,6 @@ from plaintrain.visualization.plots import bar_figure, matrix_figure, xy_figure
 
 # So many classes can be told apart by colour, and as rows of a matrix.
 _MOST_LINES, _MOST_ROWS = 8, 20
-_GROUPS = {
-    "size": ("Size", "root of the area in pixels"),
-    "aspect": ("Shape", "width : height"),
-    "overlaps": ("Crowdedness", "other objects that overlap it (IoU from 0.1)"),
-    "objects_per_image": ("Objects in the image", "number"),
-}
 _GROUP_COLUMNS = ("name", "objects", "found", "erroneous", "missed", "recall_above", "recall", "mean_iou")
 _CLASS_COLUMNS = ("name", "correct", *ERRORS[:-1], "erroneous", "missed")
 # Images of each list; the longer side of each, pixels.
@@ -172,7 +167,7 @@ def thresholds(dataset, analysed):
 def groups(dataset, analysed):
     """Return how many objects are detected, by their size, shape and neighbours."""
     figures, tables = [], []
-    for key, (title, words) in _GROUPS.items():
+    for key, (title, words) in GROUPS.items():
         bins = zip(*(a["breakdown"][key] for _, a in analysed), strict=True)
         bins = [of_runs for of_runs in bins if any(b["objects"] for b in of_runs)]
         if not bins:

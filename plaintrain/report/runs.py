@@ -9,7 +9,7 @@ import numpy as np
 from plaintrain.analysis import run_folder
 from plaintrain.analysis.analyze import analyze
 from plaintrain.analysis.dataset import dataset_statistics
-from plaintrain.analysis.run_folder import seconds_left, split_result
+from plaintrain.analysis.run_folder import seconds_left
 from plaintrain.config.yaml import flatten
 from plaintrain.data.catalog import DatasetCatalog, class_names
 from plaintrain.data.datasets.builtin import declare_dataset
@@ -125,20 +125,7 @@ def summary(runs):
         "run": run,
         "model": ", ".join(filter(None, words)),
         "seconds_left": seconds_left(run.metrics, run.state) if run.state.name == "running" else None,
-        "best": _describe_best(run.metrics),
     }
-
-
-def _describe_best(metrics):
-    """Return a sentence on the evaluation with the best AP; None with fewer than two."""
-    name = next((n for n in metrics if split_result(n) and split_result(n)[2] == "AP"), None)
-    iterations, values = metrics.get(name, ((), ()))
-    known = [(v, i) for i, v in zip(iterations, values, strict=True) if math.isfinite(v)]
-    if len(known) < 2:
-        return None
-    value, iteration = max(known)
-    words = f"The best of {len(values)} evaluations was after iteration {iteration + 1:,}: {name} "
-    return f"{words}{value:.1f}; the last had {values[-1]:.1f}."
 
 
 def what_was_run(runs):
