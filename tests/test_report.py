@@ -188,7 +188,7 @@ def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(t
     found = Outline((folder / "report.html").read_text())
     assert not found.wrong and "no config.yaml" in found.sections["run"]
     assert "names no test set" in found.sections["errors"]
-    assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[2])
+    assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[1])
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):

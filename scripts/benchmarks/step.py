@@ -161,13 +161,9 @@ def measure_same(args, batch):
         for name, least in zip(ROWS, (1.1, 1.9), strict=True)
         if name in rows
     ]
-    return {f"a step, batch {batch}, {describe(args)}: ms per image": rows}, wanted
-
-
-def describe(args):
-    """The size of the problem."""
     height, width = args.size
-    return f"{height}x{width}, {args.rois} RoIs an image, R{args.depth}-FPN, {args.device}"
+    problem = f"batch {batch}, {height}x{width}, {args.rois} RoIs an image, R{args.depth}-FPN, {args.device}"
+    return {f"a step, {problem}: ms per image": rows}, wanted
 
 
 def coco_batches(args, number, batch, grouped):
