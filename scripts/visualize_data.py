@@ -36,7 +36,6 @@ import itertools
 import numpy as np
 
 from plaintrain.analysis.command import load_tool_cfg
-from plaintrain.config import set_value
 from plaintrain.config.defaults import split_overrides
 from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
 from plaintrain.data.build import training_records
@@ -108,14 +107,8 @@ def setup(args):
     args.labels = {classes.index(name) for name in select_classes(classes, args.classes, names[0])}
     args.labels = args.labels if args.classes else set()
     seed = max(cfg.SEED, 0) if args.seed is None else args.seed
-    for key, value in {
-        "DATASETS.TRAIN": names,
-        "SEED": seed,
-        "SOLVER.IMS_PER_BATCH": 1,
-        "SOLVER.ACCUMULATE_STEPS": 1,
-        "DATALOADER.NUM_WORKERS": 0,
-    }.items():
-        set_value(cfg, key, value)
+    cfg.merge_from_list(["DATASETS.TRAIN", names, "SEED", seed, "DATALOADER.NUM_WORKERS", 0])
+    cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", 1, "SOLVER.ACCUMULATE_STEPS", 1])
     return cfg
 
 

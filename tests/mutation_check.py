@@ -18,7 +18,6 @@ import queue
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,16 +38,8 @@ _ALONE = ["-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:randomly", "-p",
 _LIST_TEST = "tests/test_layout.py::test_each_defect_of_the_mutation_check_fits_the_code"
 
 
-def fork(function, *args, output, cwd=ROOT):
-    """Call a function in a child, which has torch imported already but not plaintrain."""
-    process = multiprocessing.get_context("fork").Process(
-        target=_in_child, args=(function, args, output, cwd)
-    )
-    process.start()
-    return process
-
-
-def _in_child(function, args, output, cwd):
+def _run_pytest(options, output, cwd):
+    """Run the tests of a copy, in a child which has torch imported already but not plaintrain."""
     sys.stdin = open(os.devnull)  # noqa: SIM115 - for the life of the process
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
@@ -58,7 +49,7 @@ def _in_child(function, args, output, cwd):
     sys.path[:0] = [str(cwd)]
     os.environ |= {"PYTHONPATH": str(cwd), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     sys.dont_write_bytecode = True
-    code = function(*args)
+    code = pytest.main(options)
     sys.stdout.flush()
     os._exit(code)
 
@@ -80,16 +71,12 @@ def tests_of(path, every):
     return [name for _, _, name in sorted(ranked)]
 
 
-def copy_tree(target):
-    """Copy the files that git knows, and new ones it does not ignore."""
-    names = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    for name in names:
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
+def copy_sources(target):
+    """Copy what the tests read."""
+    for name in ("plaintrain", "scripts", "tests", "configs", "examples", "docs"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.toml"), *ROOT.glob("*.py"), *ROOT.glob("*.md"), ROOT / "LICENSE"]:
+        shutil.copy(path, target)
 
 
 def title_of(mutation):
@@ -109,7 +96,9 @@ def try_defect(copy, mutation, tests, options):
     marked = ["-m", "not long"] if options.fast else []
     command = ["-x", "-q", "--tb=no", "-rfE", *_ALONE, *marked, "--deselect", _LIST_TEST, *tests]
     try:
-        process = fork(pytest.main, command, output=output, cwd=copy)
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=_run_pytest, args=(command, output, copy))
+        process.start()
         process.join(options.seconds)
         if process.is_alive():
             with contextlib.suppress(ProcessLookupError):  # It ended at this moment.
@@ -118,6 +107,8 @@ def try_defect(copy, mutation, tests, options):
             return ""
     finally:
         file.write_text(text, encoding="utf-8")
+    if process.exitcode == pytest.ExitCode.USAGE_ERROR:
+        raise SystemExit(output.read_text(errors="replace"))
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output.read_text(errors="replace"), re.MULTILINE)
     caught_by = failed[1] if failed else f"(exit {process.exitcode})" if process.exitcode else ""
     took = time.perf_counter() - start
@@ -138,7 +129,7 @@ def try_all(tests, options):
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         copies = queue.SimpleQueue()
         for side in ("a", "b"):
-            copy_tree(Path(name) / side)
+            copy_sources(Path(name) / side)
             copies.put(Path(name) / side)
 
         def one(mutation):

@@ -13,10 +13,9 @@ class _Overrides(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def build_parser(epilog, config_help="", usage=None):
+def build_parser(epilog, config_help=""):
     """Build a parser that knows --debug, and --config-file if that has a help."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(epilog=epilog, usage=usage, formatter_class=raw)
+    parser = argparse.ArgumentParser(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(config_file="", opts=[])
     if config_help:
         parser.add_argument("--config-file", default="", metavar="FILE", help=config_help)
@@ -84,8 +83,7 @@ def add_picture_arguments(parser):
 
 def build_run_parser(epilog):
     """Build a parser of `[RUN_FOLDER] [KEY VALUE ...]` among flags; see `parse_run_arguments`."""
-    usage = "%(prog)s [RUN_FOLDER] [--config-file FILE] [flags] [KEY VALUE ...]"
-    parser = build_parser(epilog, "YAML config, without RUN_FOLDER", usage)
+    parser = build_parser(epilog, "YAML config, without RUN_FOLDER")
     parser.add_argument(
         "words",
         nargs="*",
