@@ -21,9 +21,9 @@ os.environ["PLAINTRAIN_CACHE"] = ""
 @pytest.fixture(autouse=True)
 def _forget_datasets():
     """Restore both catalogs after each test: names, loaded records and metadata."""
-    states = (DatasetCatalog._functions, DatasetCatalog._loaded, MetadataCatalog._metadata)
+    states = (DatasetCatalog, DatasetCatalog._loaded, MetadataCatalog)
     before = [dict(state) for state in states]
-    metadata = {name: dict(vars(m)) for name, m in MetadataCatalog._metadata.items()}
+    metadata = {name: dict(vars(m)) for name, m in MetadataCatalog.items()}
     yield
     for state, values in zip(states, before, strict=True):
         state.clear()

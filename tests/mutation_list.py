@@ -40,7 +40,6 @@ MUTATIONS = {
     ],
     "plaintrain/data/cache.py": [
         ("[str(image_root), list(classes or ()), Image", "[str(image_root), Image"),
-        ("key=lambda file: file[0].st_mtime, reverse=True)", "key=lambda file: file[0].st_mtime)"),
     ],
     "plaintrain/data/catalog.py": [
         ("return list(wanted)", "return [name for name in found if name in wanted]"),
@@ -83,7 +82,7 @@ MUTATIONS = {
         ('dropped = kinds["empty_box"] | kinds["outside_box"]', 'dropped = kinds["empty_box"]'),
         ("table.keypoints * objects", "table.keypoints"),
         ('enumerate(record["annotations"], start)', 'enumerate(record["annotations"])'),
-        ("if name not in folders[folder]:", "if not folders[folder]:"),
+        ("name not in list_folder(folder)", "not list_folder(folder)"),
     ],
     "plaintrain/data/validation.py": [
         ("is_whole(label) and 0 <= label < num_classes", "is_whole(label) and 0 <= label <= num_classes"),

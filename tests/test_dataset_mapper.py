@@ -212,44 +212,34 @@ def test_mapper_rejects_an_image_of_another_size_than_its_record(picture):
 
 
 def test_training_sample_has_the_keys_and_types_of_the_contract(picture):
-    mapper = DatasetMapper(augmentations=[Resize((60, 80)), RandomHorizontalFlip(1.0)])
-    record = _record(
-        picture, 30, 40, _object(BOX, 2), _object([0, 0, 20, 20], 1, iscrowd=1), _object([0, 0, 40, 30])
-    )
+    one = _object(BOX, 2, segmentation=[SQUARE], keypoints=[5, 6, 2, 13.5, 12, 1, 0, 0, 0])
+    other = _object([0, 0, 40, 30], segmentation=[[20, 10, 30, 10, 30, 20, 20, 20]])
+    record = _record(picture, 30, 40, one, _object([0, 0, 20, 20], 1, iscrowd=1), other)
     before = copy.deepcopy(record)
+    steps = [Resize((60, 80)), RandomHorizontalFlip(1.0, (0, 1, 2))]
+    mapper = DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=3)
     sample = mapper(record)
     assert record == before
     assert set(sample) == {"image", "target", "image_id", "file_name", "height", "width"}
-    assert set(sample["target"]) == {"boxes", "labels"}
-    image, boxes, labels = sample["image"], sample["target"]["boxes"], sample["target"]["labels"]
-    assert [type(t) for t in (image, boxes, labels)] == [torch.Tensor] * 3
-    assert (image.dtype, boxes.dtype, labels.dtype) == (torch.uint8, torch.float32, torch.int64)
-    assert image.is_contiguous() and image.shape == (3, 60, 80)
-    # The crowd is skipped.
-    assert boxes.tolist() == [[52, 10, 72, 26], [0, 0, 80, 60]]
-    assert labels.tolist() == [2, 0]
     assert (sample["image_id"], sample["height"], sample["width"]) == (17, 30, 40)
     assert sample["file_name"] == str(picture)
-    one = _object(BOX, 2, segmentation=[SQUARE], keypoints=[5, 6, 2, 13.5, 12, 1, 0, 0, 0])
-    other = _object([20, 10, 10, 10], segmentation=[[20, 10, 30, 10, 30, 20, 20, 20]])
-    record = _record(picture, 30, 40, one, _object([0, 0, 9, 9], 1, iscrowd=1), other)
-    target = DatasetMapper(augmentations=[], use_masks=True, num_keypoints=3)(record)["target"]
-    assert set(target) == {"boxes", "labels", "masks", "keypoints"}
-    assert all(type(value) is torch.Tensor for value in target.values())
-    assert (target["boxes"].dtype, target["labels"].dtype) == (torch.float32, torch.int64)
-    assert (target["masks"].dtype, target["masks"].shape) == (torch.uint8, (2, 30, 40))
-    assert target["masks"].is_contiguous()
-    assert (target["keypoints"].dtype, target["keypoints"].shape) == (torch.float32, (2, 3, 3))
+    image, target = sample["image"], sample["target"]
+    types = {"boxes": torch.float32, "labels": torch.int64, "masks": torch.uint8, "keypoints": torch.float32}
+    assert {name: value.dtype for name, value in target.items()} == types
+    assert {type(value) for value in (image, *target.values())} == {torch.Tensor}
+    assert image.dtype == torch.uint8 and image.shape == (3, 60, 80)
+    assert image.is_contiguous() and target["masks"].is_contiguous()
+    # The crowd is skipped.
+    assert target["boxes"].tolist() == [[52, 10, 72, 26], [0, 0, 80, 60]]
+    assert target["labels"].tolist() == [2, 0]
+    assert target["masks"].sum((1, 2)).tolist() == [320, 400]
     # An instance without any has them all unlabelled.
-    assert target["keypoints"].tolist() == [[[5, 6, 2], [13.5, 12, 1], [0, 0, 0]], [[0, 0, 0]] * 3]
+    assert target["keypoints"].tolist() == [[[70, 12, 2], [53, 24, 1], [0, 0, 0]], [[0, 0, 0]] * 3]
     # An empty target keeps its shapes and types.
-    steps = [Resize((20, 25)), RandomHorizontalFlip(1.0, (0, 1, 2, 3))]
     for annotations in ([], [_object([0, 0, 9, 9], iscrowd=1)]):
-        record = _record(picture, 30, 40, *annotations)
-        empty = DatasetMapper(augmentations=steps, use_masks=True, num_keypoints=4)(record)["target"]
+        empty = mapper(_record(picture, 30, 40, *annotations))["target"]
         shapes = {name: tuple(value.shape) for name, value in empty.items()}
-        assert shapes == {"boxes": (0, 4), "labels": (0,), "masks": (0, 20, 25), "keypoints": (0, 4, 3)}
-        types = {name: value.dtype for name, value in target.items()}
+        assert shapes == {"boxes": (0, 4), "labels": (0,), "masks": (0, 60, 80), "keypoints": (0, 3, 3)}
         assert {name: value.dtype for name, value in empty.items()} == types
 
 

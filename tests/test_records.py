@@ -1,7 +1,6 @@
 """plaintrain.data.records and serialized: the records of a training set, checked, cleaned and shared."""
 
 import gc
-import os
 import pickle
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch.multiprocessing  # noqa: F401 - it teaches ForkingPickler tensors
 from torch.utils.data import DataLoader
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from plaintrain.data.records import check_image_files
 from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
 from plaintrain.data.validation import check_records
 from plaintrain.structures import BoxMode
@@ -118,27 +116,6 @@ def test_datasets_are_filtered_counted_and_joined_if_their_classes_agree(registe
     assert ["a", "2"] in rows and ["b", "1"] in rows
 
 
-def test_folders_are_listed_once_for_each_loaded_dataset(register, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    register("files", [], [_object()])
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "1.png").touch()
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"does not exist: files/0\.png$"):
-            check_image_files(DatasetCatalog.get("files"), "files")
-    check_image_files(get_detection_dataset_dicts("files"), "files")
-    (tmp_path / "files" / "0.png").touch()
-    listed, listdir = [], os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: (listed.append(path), listdir(path))[1])
-    for _ in range(3):
-        check_image_files(DatasetCatalog.get("files"), "files")
-    assert listed == ["files"]
-    DatasetCatalog.remove("files")
-    register("files", [], [_object()], [])
-    with pytest.raises(UserError, match=r"does not exist: files/2\.png$"):
-        check_image_files(DatasetCatalog.get("files"), "files")
-
-
 def test_training_warns_of_boxes_as_check_records_does(register, log):
     boxes = [[5, 5, 0, 3], [5, 5, 3, -1], [50, 5, 3, 3], [-9, -9, 5, 5], [5, 45, 3, 3]]
     boxes += [[20, 5, 30, 5], [20, 5, 20.4, 5]]
@@ -164,15 +141,18 @@ def _holding(**change):
     ("change", "words"),
     [
         ({"height": None}, "the dataset odd has the height None"),
+        ({"height": "30"}, "the dataset odd has the height '30'"),
+        ({"width": 40.5}, "the dataset odd has the width 40.5"),
         ({"file_name": Path("a.png")}, "the dataset odd has the file_name PosixPath"),
         *(
             (_holding(category_id=v), f"odd.png has category_id {v!r}, .* 2 classes .*0 to 1")
-            for v in (2, -1, "a", 1.0, True)
+            for v in (2, -1, "a", 1.0, True, 2**70)
         ),
         (_holding(bbox=None), "of odd.png has the box None"),
         (_holding(bbox=[1, 2, float("nan"), 4]), r"odd.png.*\[1, 2, nan, 4\]"),
-        (_holding(bbox=[1, 2, 3]), r"odd.png.*\[1, 2, 3\]"),
+        *((_holding(bbox=[1, 2, 3, *more]), r"odd.png.*\[1, 2, 3") for more in ((), ("4",), (None,))),
         (_holding(bbox_mode=7), "odd.png.*7"),
+        (_holding(bbox_mode=None), "odd.png has the bbox_mode None"),
         (_holding(keypoints=["a", "b", "c"]), "annotations of odd.png cannot be read"),
     ],
     ids=str,
@@ -180,7 +160,7 @@ def _holding(**change):
 def test_malformed_records_are_named(register, change, words):
     register("good", [_object()])
     register("odd", [_object()], [_object()])
-    DatasetCatalog._functions["odd"]()[1].update({"file_name": "odd.png", **change})
+    DatasetCatalog["odd"]()[1].update({"file_name": "odd.png", **change})
     with pytest.raises(UserError, match=words):
         get_detection_dataset_dicts(("good", "odd"))
 
@@ -189,7 +169,7 @@ def test_missing_keys_of_records_and_annotations_are_named(register):
     keys = "file_name", "image_id", "height", "width", "annotations", "bbox", "bbox_mode", "category_id"
     for i, key in enumerate(keys):
         register(f"odd {i}", [_object()], [_object()])
-        record = DatasetCatalog._functions[f"odd {i}"]()[1]
+        record = DatasetCatalog[f"odd {i}"]()[1]
         del (record if key in record else record["annotations"][0])[key]
         with pytest.raises(UserError, match=f"odd {i}.* no {key}"):
             get_detection_dataset_dicts(f"odd {i}")
@@ -253,26 +233,11 @@ def test_the_table_holds_the_annotations_in_their_order():
     assert table.keypoints.tolist() == [0, 2, 0]
     for records in ([], [_record(0)]):
         assert SerializedRecords(records).annotations.boxes.shape == (0, 4)
-
-
-def test_unreadable_annotations_leave_no_table_and_odd_keys_no_columns():
-    for change in (
-        *({"category_id": label} for label in (True, 1.0, "1", 2**70)),
-        *({"bbox": box} for box in ([1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, None], [1, 2, 3, np.inf], 3)),
-        *({"bbox_mode": 2}, {"bbox_mode": None}, {"keypoints": ["a", "b", "c"]}),
-    ):
-        records = [_record(0, _object()), _record(1, _object(**change))]
-        packed = SerializedRecords(records)
-        assert packed.annotations is None, change
-        assert packed.columns is not None
-        assert list(packed) == records
-    without = _record(0)
-    del without["height"]
-    odd = ({"file_name": Path("0.png")}, {"height": "30"}, {"width": 40.5})
-    for record in (without, *(_record(0) | change for change in odd)):
-        packed = SerializedRecords([_record(1), record])
-        assert packed.columns is None
-        assert SerializedRecords.join([SerializedRecords([_record(1)]), packed]).columns is None
+    # What cannot be read leaves no table, and odd sizes no columns.
+    bad = SerializedRecords([_record(0, _object()), _record(1, _object(bbox=[1, 2, 3]))])
+    assert bad.annotations is None and bad.columns is not None
+    odd = SerializedRecords([_record(1), _record(0) | {"width": 40.5}])
+    assert odd.columns is None
 
 
 def test_no_garbage_collection_restores_the_collector():

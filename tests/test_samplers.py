@@ -8,13 +8,11 @@ import itertools
 import numpy as np
 import pytest
 from hostile_helpers import rejected
-from shared.measure import read_sizes
 
 from plaintrain.data.samplers import (
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
     TrainingSampler,
-    aspect_ratio_groups,
     build_train_sampler,
     class_balanced_factors,
     repeat_factors_from_category_frequency,
@@ -58,29 +56,6 @@ def test_grouped_batches_come_in_random_order_and_of_images_that_meet_at_random(
     after.load_state_dict(before.state_dict(), 5)
     spread = [np.ptp(groups[[image for image, _ in after.batch(i)]]) for i in range(20, 40)]
     assert np.mean(spread) < 0.6
-
-
-def _padding(sampler, heights, widths):
-    """Return the proportion of padding in two epochs, for images resized to 800 x 1333 at most."""
-    scale = np.minimum(800 / np.minimum(heights, widths), 1333 / np.maximum(heights, widths))
-    heights, widths = (heights * scale).round(), (widths * scale).round()
-    used = whole = 0
-    for iteration in range(2 * sampler.size // sampler.batch_size):
-        batch = [image for image, _ in sampler.batch(iteration)]
-        used += (heights[batch] * widths[batch]).sum()
-        whole += heights[batch].max() * widths[batch].max() * len(batch)
-    return 1 - used / whole
-
-
-def test_grouping_reduces_the_padding_at_coco_sizes():
-    widths, heights = read_sizes(8000)
-    for grouping, expected in (
-        ({}, 0.43),
-        ({"groups": aspect_ratio_groups(heights, widths)}, 0.14),
-        ({"groups": widths / heights, "window": 100}, 0.01),
-    ):
-        sampler = TrainingSampler(widths.size, 16, seed=1, **grouping)
-        assert _padding(sampler, heights, widths) == pytest.approx(expected, abs=0.01)
 
 
 def test_repeat_factors_are_met_on_average_and_shuffled_as_one_list():

@@ -1,13 +1,9 @@
 """What was read of large COCO files, kept in a folder for the next start."""
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import secrets
-import time
-import zipfile
 
 import numpy as np
 from PIL import Image
@@ -15,26 +11,19 @@ from PIL import Image
 from plaintrain import structures
 from plaintrain.data import serialized, validation
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.utils.files import check_file, reason
+from plaintrain.utils.errors import UserError
+from plaintrain.utils.files import atomic_write, reason
 
 logger = logging.getLogger(__name__)
 
 # A smaller file is parsed faster than it would be worth.
 _LEAST_BYTES = 2**22
-# The oldest files make room for new ones.
-_MAX_BYTES = 8 * 2**30
-_MAX_DAYS = 90
-_ENDING = ".coco.npz"
-# What may be wrong with a damaged file.
-_DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile)
 
 
 def cache_folder():
-    """`$PLAINTRAIN_CACHE`, or `plaintrain` in the user's cache folder; None if the variable is empty."""
-    folder = os.environ.get("PLAINTRAIN_CACHE")
-    if folder is None:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "plaintrain")
-    return os.path.expanduser(folder) or None
+    """`$PLAINTRAIN_CACHE`, which may be "", or `plaintrain` in the user's cache folder."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "plaintrain")
+    return os.path.expanduser(os.environ.get("PLAINTRAIN_CACHE", default))
 
 
 def cached_records(load, json_file, image_root, classes=None):
@@ -52,9 +41,14 @@ def cached_records(load, json_file, image_root, classes=None):
         (`SerializedRecords`, metadata). A cache that cannot be used is logged, and the file is read.
     """
     path = _path(load, json_file, image_root, classes)
-    if path and (cached := _read(path)):
-        logger.info(f"{json_file} is read from the cache, {path}")
-        return cached
+    if path and os.path.exists(path):
+        try:
+            cached = _read(path)
+            logger.info(f"{json_file} is read from the cache, {path}")
+            return cached
+        # zipfile and NumPy raise whatever comes up in a damaged file.
+        except Exception as e:
+            logger.warning(f"{path} in the cache cannot be read: {reason(e)}")
     records, metadata = load(json_file, image_root, classes)
     records = SerializedRecords(records)
     # Not what has been changed meanwhile.
@@ -68,7 +62,6 @@ def _path(load, json_file, image_root, classes):
     if not cache_folder():
         return None
     try:
-        check_file(json_file)
         if os.path.getsize(json_file) < _LEAST_BYTES:
             return None
         with open(json_file, "rb") as f:
@@ -81,25 +74,17 @@ def _path(load, json_file, image_root, classes):
         return None
     arguments = [str(image_root), list(classes or ()), Image.MAX_IMAGE_PIXELS]
     digest.update(json.dumps(arguments).encode())
-    return os.path.join(cache_folder(), digest.hexdigest() + _ENDING)
+    return os.path.join(cache_folder(), digest.hexdigest() + ".coco.npz")
 
 
 def _read(path):
-    """(records, metadata) of a file of the cache, or None."""
-    if not os.path.exists(path):
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        metadata = json.loads(arrays.pop("metadata").tobytes())
-        # JSON would have made texts of the ids.
-        labels = {id_: label for label, id_ in enumerate(metadata.pop("ids"))}
-        records = SerializedRecords.from_arrays(arrays)
-        with contextlib.suppress(OSError):
-            os.utime(path)
-    except _DAMAGED as e:
-        logger.warning(f"{path} in the cache cannot be read: {reason(e)}")
-        return None
+    """(records, metadata) of a file of the cache."""
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = dict(archive)
+    metadata = json.loads(arrays.pop("metadata").tobytes())
+    # JSON would have made texts of the ids.
+    labels = {id_: label for label, id_ in enumerate(metadata.pop("ids"))}
+    records = SerializedRecords.from_arrays(arrays)
     return records, metadata | {"thing_dataset_id_to_contiguous_id": labels}
 
 
@@ -108,27 +93,9 @@ def _write(path, records, metadata):
     metadata = dict(metadata)
     metadata["ids"] = list(metadata.pop("thing_dataset_id_to_contiguous_id"))
     text = np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8)
-    # Processes that start at once, on any machine, write the same, each its own; the last one's stays.
-    folder, temporary = os.path.dirname(path), f"{path}.{secrets.token_hex(8)}.tmp"
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        # In a folder that users share all may read what `tempfile` would keep for one.
-        with open(temporary, "xb") as f:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with atomic_write(path, "wb") as f:
             np.savez(f, metadata=text, **records.to_arrays())
-        os.replace(temporary, path)
-        _make_room(folder)
-    except OSError as e:
-        logger.info(f"the cache {folder} cannot be written ({reason(e)}): each start reads the JSON")
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-def _make_room(folder):
-    """Remove what nobody asked for in `_MAX_DAYS`, and the oldest files beyond `_MAX_BYTES`."""
-    now, size = time.time(), 0
-    files = [(f.stat(), f.path) for f in os.scandir(folder) if f.name.endswith((_ENDING, ".tmp"))]
-    for stat, path in sorted(files, key=lambda file: file[0].st_mtime, reverse=True):
-        size += stat.st_size
-        days = 1 if path.endswith(".tmp") else _MAX_DAYS
-        if size > _MAX_BYTES or now - stat.st_mtime > days * 86400:
-            os.unlink(path)
+    except (OSError, UserError) as e:
+        logger.info(f"the cache cannot be written ({reason(e)}): each start reads the JSON")

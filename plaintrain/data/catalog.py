@@ -10,28 +10,29 @@ from plaintrain.utils.errors import UserError, nearest
 logger = logging.getLogger(__name__)
 
 
-class _DatasetCatalog:
+class _DatasetCatalog(dict):
     """name -> function of no arguments that returns a `list[dict]` of records."""
 
     def __init__(self):
-        self._functions, self._loaded = {}, {}
+        super().__init__()
+        self._loaded = {}
 
     def register(self, name, func):
         """Make a dataset known; the records that `func` returns are asked for once and kept."""
-        if name in self._functions:
+        if name in self:
             raise UserError(f"the dataset {name} is registered already")
-        self._functions[name] = func
+        self[name] = func
 
     def get(self, name):
         """The records of a dataset, a `SerializedRecords`."""
-        if name not in self._functions:
-            near = nearest(name, self._functions, number=3, least=0.5)
+        if name not in self:
+            near = nearest(name, self, number=3, least=0.5)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(self.list())}"
             raise UserError(f"the dataset {name!r} is not registered; {hint}")
         if name not in self._loaded:
             try:
                 with no_garbage_collection():
-                    records = self._functions[name]()
+                    records = self[name]()
                     is_serialized = isinstance(records, SerializedRecords)
                     self._loaded[name] = records if is_serialized else SerializedRecords(records)
             except RecursionError as e:
@@ -40,15 +41,12 @@ class _DatasetCatalog:
 
     def remove(self, name):
         """Forget a dataset."""
-        self._functions.pop(name)
+        self.pop(name)
         self._loaded.pop(name, None)
 
     def list(self):
         """All names."""
-        return list(self._functions)
-
-    def __contains__(self, name):
-        return name in self._functions
+        return list(self)
 
 
 class Metadata(SimpleNamespace):
@@ -66,20 +64,17 @@ class Metadata(SimpleNamespace):
         raise AttributeError(f"the metadata of dataset {self.__dict__.get('name')} has no {key}")
 
 
-class _MetadataCatalog:
+class _MetadataCatalog(dict):
     """name -> `Metadata`, created empty when first asked for."""
 
-    def __init__(self):
-        self._metadata = {}
-
     def get(self, name):
-        return self._metadata.setdefault(name, Metadata(name=name))
+        return self.setdefault(name, Metadata(name=name))
 
     def remove(self, name):
-        self._metadata.pop(name)
+        self.pop(name)
 
     def list(self):
-        return list(self._metadata)
+        return list(self)
 
 
 DatasetCatalog = _DatasetCatalog()

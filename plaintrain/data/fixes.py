@@ -142,10 +142,9 @@ def _merge(record, other, changes):
             objects[key].update({**annotation, **objects[key]})
         else:
             other["annotations"].append(annotation)
-    text = "listings of a file that was listed before" if listed_twice else "copies of images dropped"
-    text += (
-        ", their objects merged" if listed_twice else " whose objects are the same, or part of the other's"
-    )
+    text = "copies of images dropped whose objects are the same, or part of the other's"
+    if listed_twice:
+        text = "listings of a file that was listed before, their objects merged"
     changes[text].append(" and ".join(dict.fromkeys([record["file_name"], other["file_name"]])))
     return True
 

@@ -129,43 +129,36 @@ class ImageCache:
 
     def __call__(self, file_name, pixel_range=()):
         key = file_name, tuple(pixel_range)
-        image = self._images.get(key)
-        if image is None:
+        if key not in self._images:
             image = read_image(file_name, pixel_range)
-            if not self._keep(key, image):
-                return image
+            with self._lock:
+                if key not in self._images:
+                    if self._used + image.nbytes > self._limit:
+                        self._report_full()
+                        return image
+                    self._used += image.nbytes
+                    self._images[key] = image
         # What is kept stays as it is, whatever an augmentation does to what it gets.
-        return image.clone()
+        return self._images[key].clone()
 
-    def _keep(self, key, image):
-        with self._lock:
-            if key in self._images:
-                return True
-            if self._used + image.nbytes <= self._limit:
-                self._used += image.nbytes
-                self._images[key] = image
-                return True
-            if not self._is_full:
-                self._is_full, held = True, len(self._images)
-                logger.info(
-                    f"DATALOADER.CACHE_BYTES {self._limit} holds {held} images: others are read each time"
-                )
-            return False
+    def _report_full(self):
+        if not self._is_full:
+            self._is_full, held = True, len(self._images)
+            logger.info(
+                f"DATALOADER.CACHE_BYTES {self._limit} holds {held} images: others are read each time"
+            )
 
 
 def check_image_size(record, image):
     """Refuse an image whose size differs from its record's `height` and `width`."""
     height, width = image.shape[-2:]
-    if (record["height"], record["width"]) != (height, width):
-        hint = ""
-        if (record["width"], record["height"]) == (height, width) and _is_turned(record["file_name"]):
-            hint = "; its EXIF orientation turns it, so the annotations were made on the unturned image"
-        raise UserError(
-            f"the image {record['file_name']} is {width}x{height}, but its annotation says "
-            f"{record['width']}x{record['height']}{hint}"
-        )
-
-
-def _is_turned(file_name):
-    """Whether an image file's EXIF orientation exchanges its sides."""
-    return not shapes.is_drawn(file_name) and image_header(file_name)[2] >= 5
+    if (record["height"], record["width"]) == (height, width):
+        return
+    file_name, hint = record["file_name"], ""
+    is_swapped = (record["width"], record["height"]) == (height, width) and not shapes.is_drawn(file_name)
+    if is_swapped and image_header(file_name)[2] >= 5:
+        hint = "; its EXIF orientation turns it, so the annotations were made on the unturned image"
+    raise UserError(
+        f"the image {file_name} is {width}x{height}, but its annotation says "
+        f"{record['width']}x{record['height']}{hint}"
+    )

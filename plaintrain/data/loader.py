@@ -118,20 +118,6 @@ def _obey_parent():
     os._exit(0)
 
 
-def load_in_processes(dataset, batches, num_workers):
-    """Iterate over lists of samples that worker processes make; without workers this thread makes them."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=list,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_outlive_signals,
-        # Its own generator: drawing the workers' base seed must not move the training's.
-        generator=torch.Generator(),
-    )
-
-
 def load_in_threads(dataset, batches, num_threads):
     """Yield lists of samples that threads make, in order; the threads end with the iterator."""
     # A thread's first computation asks how many cores to use: this one's comes before the workers set it.
@@ -181,10 +167,24 @@ class Loader:
     def __len__(self):
         return len(self.batches)
 
+    def _load(self):
+        if self._in_threads:
+            return load_in_threads(self._dataset, self.batches, self._num_workers)
+        return DataLoader(
+            self._dataset,
+            batch_sampler=self.batches,
+            num_workers=self._num_workers,
+            collate_fn=list,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_outlive_signals,
+            # Its own generator: drawing the workers' base seed must not move the training's.
+            generator=torch.Generator(),
+        )
+
     def __iter__(self):
-        load = load_in_threads if self._in_threads else load_in_processes
         extra = LONG
-        for samples in load(self._dataset, self.batches, self._num_workers):
+        # No name holds the stream: its threads end with the loop, whatever is raised.
+        for samples in self._load():
             for sample in samples:
                 if isinstance(sample, UserError):
                     raise sample

@@ -1,5 +1,6 @@
 """The records of a training set: joined, checked, cleaned and counted."""
 
+import functools
 import logging
 import os
 from collections import Counter
@@ -46,7 +47,7 @@ def get_detection_dataset_dicts(names, filter_empty=True, min_keypoints=0, need_
         kept = _usable(records, counts)
         histogram += np.bincount(table.labels[kept], minlength=len(classes))
         chosen = _chosen(records, kept & ~table.crowd, counts, filter_empty, min_keypoints)
-        parts.append(_without(records, kept).take(chosen))
+        parts.append(_select(records, kept, chosen))
         if need_masks or min_keypoints:
             num_keypoints = len(MetadataCatalog.get(name).get("keypoint_names") or ())
             _check_targets(parts[-1], need_masks, min_keypoints and num_keypoints)
@@ -95,13 +96,9 @@ def _usable(records, counts):
     width, height = (records.columns[key][table.record] for key in ("width", "height"))
     kinds = box_kinds(*table.boxes.T, width, height)
     dropped = kinds["empty_box"] | kinds["outside_box"]
-    masks = {
-        "empty_box": kinds["empty_box"],
-        "outside_box": kinds["outside_box"] & ~kinds["empty_box"],
-        "clipped_box": kinds["clipped_box"] & ~dropped,
-        "crowd": table.crowd & ~dropped,
-    }
-    counts.update({key: int(mask.sum()) for key, mask in masks.items()})
+    # Each box counts as the first kind that it is of.
+    counts.update(np.select(list(kinds.values()), list(kinds), "").tolist())
+    counts["crowd"] += int((table.crowd & ~dropped).sum())
     return ~dropped
 
 
@@ -116,8 +113,8 @@ def _chosen(records, objects, counts, filter_empty, min_keypoints):
     return np.flatnonzero(~(empty | poor))
 
 
-def _without(records, kept):
-    """The records with only the annotations that are kept; most records need not be touched."""
+def _select(records, kept, chosen):
+    """The records at the chosen indices, with only the annotations that are kept; most are not touched."""
     record_of = records.annotations.record
     # `np.unique` would import numpy.ma.
     changed = np.flatnonzero(np.bincount(record_of[~kept]))
@@ -127,7 +124,7 @@ def _without(records, kept):
         record["annotations"] = [a for i, a in enumerate(record["annotations"], start) if kept[i]]
         order[index] = len(records) + len(cleaned)
         cleaned.append(record)
-    return SerializedRecords.join([records, SerializedRecords(cleaned)]).take(order)
+    return SerializedRecords.join([records, SerializedRecords(cleaned)]).take(order[chosen])
 
 
 def _report(names, classes, counts, histogram):
@@ -140,35 +137,24 @@ def _report(names, classes, counts, histogram):
     for kind in ("empty_box", "outside_box", "clipped_box"):
         if counts[kind]:
             logger.warning(f"{names}: {KINDS[kind][0]}: {counts[kind]}")
-    texts = {
-        "empty": "images without annotations are left out",
-        "poor": "images with too few labelled keypoints are left out",
-    }
-    for key, text in texts.items():
+    for key, text in (("empty", "without annotations"), ("poor", "with too few labelled keypoints")):
         if counts[key]:
-            logger.info(f"{names}: {counts[key]} {text}")
+            logger.info(f"{names}: {counts[key]} images {text} are left out")
 
 
 def check_image_files(records, what):
-    """Refuse records whose image files are missing, by listing each folder once.
+    """Refuse `SerializedRecords` whose image files are missing, by listing each folder once."""
 
-    `SerializedRecords` that were found complete are not checked again in this process.
-    """
-    if getattr(records, "files_exist", False):
-        return
-    columns = getattr(records, "columns", None)
-    paths = columns["file_name"] if columns else [record["file_name"] for record in records]
-    folders, missing = {}, []
+    @functools.cache
+    def list_folder(folder):
+        return set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+
+    paths = records.columns["file_name"] if records.columns else [record["file_name"] for record in records]
+    missing = []
     for path in paths:
-        if is_drawn(path):
-            continue
         folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
-        if name not in folders[folder]:
+        if not is_drawn(path) and name not in list_folder(folder):
             missing.append(path)
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"an image of {what} does not exist: {missing[0]}{more}")
-    if columns:
-        records.files_exist = True

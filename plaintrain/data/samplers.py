@@ -184,11 +184,6 @@ class InferenceSampler:
         return len(self._range)
 
 
-def aspect_ratio_groups(heights, widths):
-    """0 for images that are higher than wide, 1 for the others, `[N]`."""
-    return (np.asarray(widths) >= np.asarray(heights)).astype(np.int64)
-
-
 def repeat_factors_from_category_frequency(records, repeat_thresh, sqrt=True):
     """Return the repeat factor of each image, `[N]`, by its rarest class (arXiv 1908.03195, 4.2).
 
@@ -270,7 +265,8 @@ def _grouping(cfg, records):
     if records.columns is None:
         raise UserError("DATALOADER.ASPECT_RATIO_GROUPING needs the height and width of every record")
     height, width, window = records.columns["height"], records.columns["width"], cfg.DATALOADER.GROUP_WINDOW
-    return {"groups": width / height if window else aspect_ratio_groups(height, width), "window": window}
+    # Without a window, there are two groups: images that are higher than wide, and the others.
+    return {"groups": width / height if window else width >= height, "window": window}
 
 
 def _factors_of_datasets(cfg, records):

@@ -15,7 +15,9 @@ import torch
 
 from plaintrain.structures import BoxMode
 
-RECORD_KEYS = ("file_name", "image_id", "height", "width", "annotations")
+_RECORD_KEYS = {"file_name", "image_id", "height", "width", "annotations"}
+# What comes up where records are not as their arrays need them.
+_UNREADABLE = (AttributeError, LookupError, TypeError, ValueError, OverflowError)
 
 
 @contextlib.contextmanager
@@ -32,20 +34,13 @@ def no_garbage_collection():
 
 @dataclass(frozen=True)
 class AnnotationTable:
-    """All annotations of a list of records, in their order."""
+    """All annotations of a list of records, in their order: arrays of the length A."""
 
-    # Index of the record that an annotation belongs to, [A].
-    record: np.ndarray
-    # XYXY corners in pixels, float64 [A, 4].
-    boxes: np.ndarray
-    # category_id, int64 [A].
-    labels: np.ndarray
-    # Whether it is a crowd, bool [A].
-    crowd: np.ndarray
-    # Number of labelled keypoints, int64 [A].
-    keypoints: np.ndarray
-    # Whether it has a segmentation, bool [A].
-    masks: np.ndarray
+    record: np.ndarray  # index of the record that an annotation belongs to
+    boxes: np.ndarray  # XYXY corners in pixels, float64 [A, 4]
+    labels: np.ndarray  # category_id, int64
+    crowd: np.ndarray  # whether it is a crowd, bool
+    keypoints: np.ndarray  # number of labelled keypoints, int64
 
 
 class SerializedRecords(Sequence):
@@ -57,26 +52,28 @@ class SerializedRecords(Sequence):
     Attributes:
         columns: `{"file_name": [N], "height": [N], "width": [N]}`, arrays; None if a record lacks one.
         annotations: `AnnotationTable`; None if an annotation cannot be read, or after `join` and `take`.
-        lengths: how many records come from each of the parts that were joined.
-        files_exist: whether the image files were looked for, and all are there.
+        lengths: how many records come from each of the parts that were joined; empty if none were.
     """
 
-    columns = annotations = lengths = None
-    files_exist = False
+    columns = annotations = None
+    lengths = ()
 
     def __init__(self, records):
         records = list(records)
         blobs = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
         ends = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
         self._set_block(np.frombuffer(bytearray().join(blobs), dtype=np.uint8), ends, pickle.loads)
-        self.columns, self.annotations = _or_none(_columns, records), _or_none(_annotation_table, records)
+        with contextlib.suppress(*_UNREADABLE):
+            self.columns = _columns(records)
+        with contextlib.suppress(*_UNREADABLE):
+            self.annotations = _annotation_table(records)
 
     def _set_block(self, data, ends, loads):
         # Tensors, because other processes share their memory.
         self._blocks = [(torch.from_numpy(data), loads)]
         # Block, start and end of each record.
         spans = np.stack([np.zeros_like(ends[1:]), ends[:-1], ends[1:]], axis=1)
-        self._spans, self.lengths = torch.from_numpy(spans), [len(spans)]
+        self._spans = torch.from_numpy(spans)
 
     def to_arrays(self):
         """Return the arrays to keep in a file, of records of plain data that were never joined."""
@@ -97,23 +94,21 @@ class SerializedRecords(Sequence):
 
     @staticmethod
     def join(parts):
-        """The records of several `SerializedRecords`, in their order; the bytes are shared."""
+        """The records of several `SerializedRecords` with columns, in their order; the bytes are shared."""
         joined, spans, blocks = copy.copy(parts[0]), [], []
         for part in parts:
             spans.append(part._spans + torch.tensor([len(blocks), 0, 0]))
             blocks += part._blocks
         joined._spans, joined._blocks = torch.cat(spans), blocks
-        if all(part.columns for part in parts):
-            joined.columns = {k: np.concatenate([p.columns[k] for p in parts]) for k in parts[0].columns}
+        joined.columns = {k: np.concatenate([p.columns[k] for p in parts]) for k in parts[0].columns}
         joined.lengths = [len(part) for part in parts]
         return joined
 
     def take(self, indices):
-        """The records at some indices, an int array; the bytes are shared."""
+        """The records at some indices, an int array, of those with columns; the bytes are shared."""
         taken = copy.copy(self)
         taken._spans = self._spans[torch.from_numpy(indices)]
-        taken.columns = self.columns and {key: column[indices] for key, column in self.columns.items()}
-        taken.lengths = [len(indices)]
+        taken.columns = {key: column[indices] for key, column in self.columns.items()}
         return taken
 
     def __getstate__(self):
@@ -126,8 +121,6 @@ class SerializedRecords(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
         block, start, end = self._spans[index].tolist()
         data, loads = self._blocks[block]
         return loads(data[start:end].numpy())
@@ -146,14 +139,6 @@ def _load_plain(data):
     return _PlainUnpickler(io.BytesIO(data)).load()
 
 
-def _or_none(make, records):
-    """What `make` makes of the records, or None where they are not as it needs them."""
-    try:
-        return make(records)
-    except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
-        return None
-
-
 def _columns(records):
     columns = {}
     for key, kind in (("file_name", str), ("height", numbers.Integral), ("width", numbers.Integral)):
@@ -169,8 +154,8 @@ def _check_kind(values, kind):
 
 
 def _annotation_table(records):
-    """The annotations as arrays, or an error that `_or_none` knows where one is not as it must be."""
-    if not all(record.keys() >= {*RECORD_KEYS} for record in records):
+    """The annotations as arrays; raises one of `_UNREADABLE` where one is not as it must be."""
+    if not all(record.keys() >= _RECORD_KEYS for record in records):
         raise LookupError("a key is missing")
     numbers_of = [len(record["annotations"]) for record in records]
     annotations = [annotation for record in records for annotation in record["annotations"]]
@@ -182,7 +167,6 @@ def _annotation_table(records):
         labels=np.array(labels, dtype=np.int64),
         crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool),
         keypoints=np.array([_num_labelled(a.get("keypoints")) for a in annotations], dtype=np.int64),
-        masks=np.array([bool(a.get("segmentation")) for a in annotations], dtype=bool),
     )
 
 

@@ -4,6 +4,8 @@ import numbers
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+import numpy as np
+
 from plaintrain.data.image_files import is_too_large
 from plaintrain.structures import BoxMode, are_numbers, is_box, segmentation_mistake
 from plaintrain.utils.errors import DataError
@@ -11,8 +13,6 @@ from plaintrain.utils.errors import DataError
 MAX_EXAMPLES = 10
 # A box is tiny if a side is shorter than this, in pixels.
 TINY = 2
-# Classes are unbalanced if the commonest has so many times the boxes of the rarest that has any.
-IMBALANCE = 10
 # An image is nearly constant if its values, in each channel, are closer together: 14 bits read as 16.
 LEAST_SPREAD = 64
 
@@ -31,10 +31,7 @@ KINDS = {
     "unknown_class": ("annotations with an unknown class id", True),
     "bad_box": ("boxes that are not four finite numbers in their place", True),
     "wrong_keypoints": ("annotations with a wrong number of keypoints, or malformed ones", True),
-    "bad_polygon": (
-        "polygons of fewer than three points, or malformed ones (stop training with masks)",
-        True,
-    ),
+    "bad_polygon": ("polygons of fewer than 3 points, or malformed ones (stop training with masks)", True),
     "bad_rle": ("run-length encodings that do not fit their image (stop training with masks)", True),
     "empty_box": ("boxes without area, which training drops", False),
     "outside_box": ("boxes outside their image, which training drops", False),
@@ -44,12 +41,8 @@ KINDS = {
     "duplicate_id": ("annotations with the id of another one", False),
     "no_annotations": ("images without annotations", False),
     "unused_class": ("classes without a box", False),
-    "imbalance": (f"classes whose numbers of boxes differ by a factor of {IMBALANCE} or more", False),
     "turned": ("images that their EXIF orientation turns", False),
-    "near_constant": (
-        f"images of fewer than {LEAST_SPREAD} of 256 values: is INPUT.PIXEL_RANGE right?",
-        False,
-    ),
+    "near_constant": (f"images of under {LEAST_SPREAD} of 256 values: is INPUT.PIXEL_RANGE right?", False),
     "listed_twice": ("images that are listed more than once", False),
     "duplicate": ("images with the pixels of another one of the dataset", False),
     "leak": ("images with the pixels of one of another dataset", False),
@@ -66,9 +59,10 @@ class Finding:
     fatal: bool
 
     def __str__(self):
-        head = f"{'FATAL: ' if self.fatal else ''}{KINDS[self.kind][0]}: {self.count}"
-        more = [f"... and {self.count - len(self.examples)} more"] * (self.count > len(self.examples) > 0)
-        return "\n".join([head, *(f"    {line}" for line in [*self.examples, *more])])
+        lines = [f"{'FATAL: ' if self.fatal else ''}{KINDS[self.kind][0]}: {self.count}", *self.examples]
+        if self.count > len(self.examples) > 0:
+            lines.append(f"... and {self.count - len(self.examples)} more")
+        return "\n    ".join(lines)
 
 
 def count_mistakes(mistakes):
@@ -103,11 +97,16 @@ def check_records(records, metadata):
     Returns:
         list of `Finding`; the fatal ones are those that training stops at.
     """
-    counts = class_counts(records, metadata)
-    return count_mistakes([*_record_mistakes(records, metadata), *_balance_mistakes(len(records), counts)])
+    return count_mistakes(_record_mistakes(records, metadata))
 
 
 def _record_mistakes(records, metadata):
+    counts = class_counts(records, metadata)
+    if not any(counts.values()):
+        yield "no_boxes" if records else "no_images", ""
+    for name, count in counts.items():
+        if not count:
+            yield "unused_class", name
     seen = set()
     for record in records:
         name = record["file_name"]
@@ -119,18 +118,6 @@ def _record_mistakes(records, metadata):
         for annotation in record["annotations"]:
             for kind, what in annotation_mistakes(annotation, record, metadata):
                 yield kind, f"{name}: an annotation {what}"
-
-
-def _balance_mistakes(num_images, counts):
-    present = list(filter(None, counts.values()))
-    if not present:
-        yield "no_boxes" if num_images else "no_images", ""
-    unbalanced = present and max(present) >= IMBALANCE * min(present)
-    for name, count in sorted(counts.items(), key=lambda item: -item[1]):
-        if not count:
-            yield "unused_class", name
-        elif unbalanced:
-            yield "imbalance", f"{name}: {count} boxes"
 
 
 def check_annotation(annotation, where, num_classes):
@@ -175,15 +162,10 @@ def annotation_mistakes(annotation, record, metadata):
     if mistake:
         yield mistake
     elif keypoints:
-        # Half a pixel over the edge is rounding, as for boxes.
-        points = zip(keypoints[::3], keypoints[1::3], keypoints[2::3], strict=True)
-        outside = [
-            (x, y)
-            for x, y, v in points
-            if v > 0 and not (-0.5 <= x <= width + 0.5 and -0.5 <= y <= height + 0.5)
-        ]
-        if outside:
-            yield "outside_keypoint", f"has the keypoint {outside[0]} in an image of {width}x{height}"
+        x, y, visibility = np.reshape(keypoints, (-1, 3)).T
+        outside = (visibility > 0) & box_kinds(x, y, x, y, width, height)["clipped_box"]
+        for i in np.flatnonzero(outside)[:1]:
+            yield "outside_keypoint", f"has the keypoint ({x[i]}, {y[i]}) in an image of {width}x{height}"
 
 
 def box_kinds(x0, y0, x1, y1, width, height):

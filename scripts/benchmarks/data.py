@@ -42,7 +42,7 @@ from torchvision.transforms.v2 import functional
 
 from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_train_loader
-from plaintrain.data.samplers import TrainingSampler, aspect_ratio_groups
+from plaintrain.data.samplers import TrainingSampler
 
 REFERENCES = "as torchvision's references, 2 processes"
 
@@ -155,7 +155,7 @@ def measure_padding(args):
     window = get_cfg().DATALOADER.GROUP_WINDOW
     groupings = {
         "random order": {},
-        "two groups (GROUP_WINDOW 0)": {"groups": aspect_ratio_groups(heights, widths)},
+        "two groups (GROUP_WINDOW 0)": {"groups": widths >= heights},
         "window of 20 batches": {"groups": widths / heights, "window": 20},
         f"window of {window} batches (default)": {"groups": widths / heights, "window": window},
     }

@@ -94,19 +94,6 @@ def test_a_pass_holds_each_image_as_often_as_it_should(case, numbers):
         assert all((counts == images_of[0]).all() for counts in images_of)
 
 
-@given(cases(), st.lists(st.integers(0, 30), min_size=1, max_size=8))
-def test_the_stream_can_be_entered_anywhere(case, iterations):
-    whole = case.make()
-    batches = [whole.batch(i) for i in range(max(iterations) + 1)]
-    places = [position for batch in batches for _, position in batch]
-    assert places == list(range(len(places)))
-    used = case.make()
-    for i in iterations:
-        assert case.make().batch(i) == batches[i]
-        assert used.batch(i) == batches[i]
-        assert [used.index_at(position) for _, position in batches[i]] == [image for image, _ in batches[i]]
-
-
 @given(cases(), st.integers(0, 10**4))
 def test_ranks_share_the_batch_whatever_their_number(case, iteration):
     whole = case.make()
