@@ -39,10 +39,9 @@ if __name__ == "__main__":
     if args.check < 0 or not args.tolerance > 0:
         parser.error("--check must be at least 0, and --tolerance above 0")
 
-from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.config import get_value
 from plaintrain.data.datasets.builtin import declare_datasets
-from plaintrain.engine.launch import launch
+from plaintrain.engine import launch, load_cfg
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.export.export import (
     FORMATS,
@@ -112,7 +111,7 @@ def load(args):
         UserError: nothing to load, or a setting that a file cannot hold.
     """
     opts = [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.CHANNELS_LAST", "False"]
-    predictor = Predictor(args.run or load_tool_cfg(args), opts=opts)
+    predictor = Predictor(args.run or load_cfg(args), opts=opts)
     for key in ("TEST.AMP", "TEST.AUG.ENABLED"):
         if get_value(predictor.cfg, key):
             raise UserError(f"{key} is True, but a file is one pass in float32: give {key} False")

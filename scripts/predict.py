@@ -37,12 +37,11 @@ import glob
 import os
 import sys
 
-from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.config.defaults import split_overrides
 from plaintrain.data.datasets.write import relative_names, write_coco
 from plaintrain.data.image_files import list_images
 from plaintrain.data.images import read_image
-from plaintrain.engine.launch import launch
+from plaintrain.engine import launch, load_cfg
 from plaintrain.predict import Predictor
 from plaintrain.structures import BoxMode, encode_masks
 from plaintrain.utils.errors import UserError
@@ -134,7 +133,7 @@ def setup(args):
     with writing(args.output):
         os.makedirs(args.output, exist_ok=True)
     setup_logger()
-    return Predictor(run or load_tool_cfg(args), opts=overrides), paths
+    return Predictor(run or load_cfg(args), opts=overrides), paths
 
 
 def main(args, predictor, paths):
