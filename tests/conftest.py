@@ -14,8 +14,6 @@ from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 
 torch.set_num_threads(1)
-# No test, nor a process that it starts, writes into the cache of who runs it, or reads from it.
-os.environ["PLAINTRAIN_CACHE"] = ""
 
 
 @pytest.fixture(autouse=True)

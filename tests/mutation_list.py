@@ -38,9 +38,6 @@ MUTATIONS = {
     "plaintrain/visualization/curves.py": [
         ("average / total if total", "average if total"),
     ],
-    "plaintrain/data/cache.py": [
-        ("[str(image_root), list(classes or ()), Image", "[str(image_root), Image"),
-    ],
     "plaintrain/data/catalog.py": [
         ("return list(wanted)", "return [name for name in found if name in wanted]"),
         ("if found != classes:", "if set(found) != set(classes):"),

@@ -158,7 +158,7 @@ def _in_child(log, env, cwd, function, args):
     for key in list(os.environ):
         if key.startswith(_SCHEDULER) or env.get(key, "") is None:
             del os.environ[key]
-    os.environ.update(OMP_NUM_THREADS="1", PLAINTRAIN_CACHE="")
+    os.environ.update(OMP_NUM_THREADS="1")
     os.environ.update({key: value for key, value in env.items() if value is not None})
     # Loader workers start as those of a script that is called from a shell, and ranks are forked.
     multiprocessing.set_start_method("fork", force=True)

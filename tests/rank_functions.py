@@ -16,10 +16,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from plaintrain.config import get_cfg
-from plaintrain.data import cache
-from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog
-from plaintrain.data.datasets.coco import load_coco_json
 from plaintrain.engine import create_ddp_model, default_setup
 from plaintrain.evaluation import validation_losses
 from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
@@ -258,17 +255,3 @@ def validate_on_rank_0_only(args):
     """As when there are fewer images than ranks."""
     loader = [make_batch(2)] if comm.is_main_process() else []
     save(args, validation_losses(make_retinanet(), [loader]))
-
-
-def read_through_cache(args):
-    """Which ranks parse `args.folder`/instances.json, and what each reads of it."""
-    parsed = []
-
-    def load(*arguments):
-        parsed.append(arguments)
-        return load_coco_json(*arguments)
-
-    cache._LEAST_BYTES = 0
-    with comm.first_on_machine():
-        records, _ = cached_records(load, str(Path(args.folder, "instances.json")), "images")
-    save(args, {"parsed": len(parsed), "boxes": [a["bbox"] for r in records for a in r["annotations"]]})

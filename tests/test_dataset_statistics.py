@@ -64,7 +64,7 @@ def test_columns_and_lists_have_the_same_statistics(tiny_coco):
     root = str(tiny_coco.images)
     declare_dataset("pets", {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": root})
     records, classes = DatasetCatalog.get("pets"), class_names("pets")
-    in_columns = SerializedRecords.from_arrays(SerializedRecords(list(records)).to_arrays())
+    in_columns = SerializedRecords(list(records))
     expected = dataset_statistics(list(records), classes)
     assert expected["crowds"] == 1
     for given in (records, in_columns, SerializedRecords.join([in_columns]), in_columns.take(np.arange(3))):

@@ -204,7 +204,7 @@ def test_serialized_records_read_like_the_list_they_hold():
     assert taken[-1] == _record(5)
     assert taken.lengths == [3, 3]
     assert taken.columns["height"].tolist() == [37, 30, 34, 33, 34, 35]
-    assert {data.data_ptr() for data, _ in taken._blocks} == {part._blocks[0][0].data_ptr() for part in parts}
+    assert {block.data_ptr() for block in taken._blocks} == {part._blocks[0].data_ptr() for part in parts}
     assert list(joined.take(np.array([], dtype=np.int64))) == []
 
 

@@ -3,8 +3,6 @@
 import contextlib
 import copy
 import gc
-import io
-import json
 import numbers
 import pickle
 from collections.abc import Sequence
@@ -62,35 +60,15 @@ class SerializedRecords(Sequence):
         records = list(records)
         blobs = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
         ends = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
-        self._set_block(np.frombuffer(bytearray().join(blobs), dtype=np.uint8), ends, pickle.loads)
+        # Tensors, because other processes share their memory.
+        self._blocks = [torch.from_numpy(np.frombuffer(bytearray().join(blobs), dtype=np.uint8))]
+        # Block, start and end of each record.
+        spans = np.stack([np.zeros_like(ends[1:]), ends[:-1], ends[1:]], axis=1)
+        self._spans = torch.from_numpy(spans)
         with contextlib.suppress(*_UNREADABLE):
             self.columns = _columns(records)
         with contextlib.suppress(*_UNREADABLE):
             self.annotations = _annotation_table(records)
-
-    def _set_block(self, data, ends, loads):
-        # Tensors, because other processes share their memory.
-        self._blocks = [(torch.from_numpy(data), loads)]
-        # Block, start and end of each record.
-        spans = np.stack([np.zeros_like(ends[1:]), ends[:-1], ends[1:]], axis=1)
-        self._spans = torch.from_numpy(spans)
-
-    def to_arrays(self):
-        """Return the arrays to keep in a file, of records of plain data that were never joined."""
-        names = json.dumps(self.columns["file_name"].tolist()).encode()
-        ends = np.append(0, self._spans[:, 2].numpy())
-        arrays = {"data": self._blocks[0][0].numpy(), "ends": ends, "names": np.frombuffer(names, np.uint8)}
-        return {**arrays, **vars(self.annotations), **{key: self.columns[key] for key in ("height", "width")}}
-
-    @classmethod
-    def from_arrays(cls, arrays):
-        """Return the records of `to_arrays`; nothing in the arrays is run."""
-        records, arrays = cls.__new__(cls), dict(arrays)
-        records._set_block(arrays.pop("data"), arrays.pop("ends"), _load_plain)
-        names = np.array(json.loads(arrays.pop("names").tobytes()), dtype=object)
-        records.columns = {"file_name": names} | {key: arrays.pop(key) for key in ("height", "width")}
-        records.annotations = AnnotationTable(**arrays)
-        return records
 
     @staticmethod
     def join(parts):
@@ -122,21 +100,7 @@ class SerializedRecords(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         block, start, end = self._spans[index].tolist()
-        data, loads = self._blocks[block]
-        return loads(data[start:end].numpy())
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickle plain data and `BoxMode`, and nothing that could run code."""
-
-    def find_class(self, module, name):
-        if (module, name) == (BoxMode.__module__, BoxMode.__name__):
-            return BoxMode
-        raise pickle.UnpicklingError(f"a record must be plain data, got {module}.{name}")
-
-
-def _load_plain(data):
-    return _PlainUnpickler(io.BytesIO(data)).load()
+        return pickle.loads(self._blocks[block][start:end].numpy())  # noqa: S301 - pickled by __init__
 
 
 def _columns(records):

@@ -93,8 +93,7 @@ def default_setup(cfg, args):
     _settle_seed(cfg, resume)
     if getattr(args, "overfit", 0):
         overfit_on(cfg, args.overfit)
-    with comm.first_on_machine():  # reads the datasets
-        class_names = settle_num_classes(cfg, eval_only)
+    class_names = settle_num_classes(cfg, eval_only)
     if not eval_only:
         settle_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
     needs_model = not getattr(args, "predictions", "")

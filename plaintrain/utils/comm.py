@@ -46,16 +46,6 @@ def synchronize():
         dist.barrier()
 
 
-@contextlib.contextmanager
-def first_on_machine():
-    """Let the first rank of a machine run the block before the others, which find what it has cached."""
-    if get_local_rank() != 0:
-        synchronize()
-    yield
-    if get_local_rank() == 0:
-        synchronize()
-
-
 def all_gather(data):
     """Return a list of every rank's `data` (any picklable object), on every rank."""
     output = [data] * get_world_size()

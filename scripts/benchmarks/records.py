@@ -89,9 +89,8 @@ def parse(path, root):
     return time.process_time() - start
 
 
-def first_batch(path, root, cache=""):
-    """CPU seconds from the annotation file to the first batch; `cache` keeps parsed files, "" does not."""
-    os.environ["PLAINTRAIN_CACHE"] = cache
+def first_batch(path, root):
+    """CPU seconds from the annotation file to the first batch."""
     start = time.process_time()
     next(iter(_make_loader(path, root, num_workers=0)))
     return time.process_time() - start
@@ -109,17 +108,10 @@ def worker_memory(path, root, images, start_method):
 def measure_time(args):
     """({title: rows}, no targets) of the CPU seconds to the first batch, beside those of `json.load`."""
     files = write_dataset(os.path.join(args.folder, str(args.images)), args.images)
-    cache = os.path.join(args.folder, "cache")
-    calls = {
-        "json.load": (parse, *files),
-        "to the first batch": (first_batch, *files),
-        "to the first batch, parsed before": (first_batch, *files, cache),
-    }
+    calls = {"json.load": (parse, *files), "to the first batch": (first_batch, *files)}
     if not args.quick:
         calls = {name: (fresh, *call) for name, call in calls.items()}
     functions = {name: functools.partial(*call) for name, call in calls.items()}
-    # The cache is filled.
-    functions["to the first batch, parsed before"]()
     rows = make_rows(in_turns(functions, args.repeats, warm_up=False))
     for row in rows.values():
         row["times json.load"] = 1 / row["times less"]

@@ -95,7 +95,7 @@ def main():
         if not os.path.isfile(os.path.join(root, _JSON)):
             root = os.path.join(folder, "datasets")
             make_coco(root)
-        os.environ |= {"PLAINTRAIN_DATASETS": root, "PLAINTRAIN_CACHE": os.path.join(folder, "cache")}
+        os.environ["PLAINTRAIN_DATASETS"] = root
         for what, functions in zip(_PARTS, make_variants(args, root, folder), strict=True):
             if what not in args.parts:
                 continue

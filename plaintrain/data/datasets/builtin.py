@@ -1,13 +1,11 @@
 """Datasets by declaration: the formats, the built-in names, and what a config declares."""
 
-import functools
 import inspect
 import os
 
 import numpy as np
 
 from plaintrain.config.schema import Rule
-from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets import coco, concat, folder, shapes, voc, yolo
 from plaintrain.utils.errors import UserError
@@ -130,8 +128,6 @@ def declare_dataset(name, spec):
 
 def _read(spec, problems=None):
     reader = _READERS[spec["FORMAT"]]
-    if reader is coco.load_coco_json and problems is None:
-        reader = functools.partial(cached_records, reader)
     values = {"problems": problems, "dataset_root": dataset_root()}
     for key, value in spec.items():
         values[_PARAMETERS.get(key, key.lower())] = _path(value) if key in _PATHS else value

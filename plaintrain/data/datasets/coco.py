@@ -9,7 +9,6 @@ from collections import Counter
 
 from pycocotools import mask as coco_mask
 
-from plaintrain.data.cache import cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
 from plaintrain.data.image_files import is_too_large
 from plaintrain.data.serialized import no_garbage_collection
@@ -263,7 +262,7 @@ def register_coco_instances(name, metadata, json_file, image_root):
 
     def load():
         classes = metadata.get("thing_classes")
-        records, found = cached_records(load_coco_json, json_file, image_root, classes)
+        records, found = load_coco_json(json_file, image_root, classes)
         MetadataCatalog.get(name).set(**found)
         return records
 
