@@ -49,14 +49,13 @@ from plaintrain.export.export import (
     check_images,
     describe,
     is_fixed,
-    need,
     open_exported,
     trace,
     write_onnx,
     write_torch,
 )
 from plaintrain.predict import Predictor
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, require
 from plaintrain.utils.files import writing
 from plaintrain.utils.logger import setup_logger
 
@@ -124,7 +123,7 @@ def main(args):
     form, path = output_path(args)
     if form == "onnx":
         for module in ("onnx", "onnxscript", *(["onnxruntime"] if args.check else [])):
-            need(module)
+            require(module, "ONNX", "export")
     predictor = load(args)
     cfg, model = predictor.cfg, predictor.model
     declare_datasets(cfg)

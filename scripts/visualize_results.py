@@ -98,7 +98,7 @@ def draw(errors, counts, args):
 
 def main(args):
     """Match, draw, and write or show; prints what went wrong how often."""
-    detections = read_detections(args.predictions, args.dataset, ("masks", "keypoints"))
+    detections = read_detections(args.predictions, args.dataset)
     errors = find_errors(args.dataset, detections, args.iou, args.threshold, args.task)
     counts = count_errors(errors, args.labels)
     print(f"{args.dataset}, {len(errors.records)} images, scores from {args.threshold:g}, IoU {args.iou:g}:")

@@ -155,15 +155,13 @@ MUTATIONS = {
         ('len(boxes.objects["crowd"]) - crowds', 'len(boxes.objects["crowd"])'),
         ('    wrong = wrong[objects["state"][detections["object"][wrong]] != "found"]\n', ""),
     ],
-    "plaintrain/evaluation/background.py": [
-        ("waiting.popleft().result()", "waiting.popleft()"),
-    ],
     "plaintrain/analysis/breakdown.py": [
         ('(objects["labels"][real], detected_as[real])', '(detected_as[real], objects["labels"][real])'),
         ("(ends + 1 + count)", "(ends + count)"),
         ("(first != second) & (iou >= OVERLAP_IOU)", "iou >= OVERLAP_IOU"),
     ],
     "plaintrain/evaluation/coco.py": [
+        ("ious[:limit, (areas", "ious[:, (areas"),
         (
             'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes, start=1)',
             'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes)',
@@ -183,23 +181,19 @@ MUTATIONS = {
         ('kind="stable")[::-1]', 'kind="stable")'),
     ],
     "plaintrain/evaluation/detections.py": [
+        ('objects["crowd"][o0:o1].astype(np.uint8)', "np.zeros(o1 - o0, dtype=np.uint8)"),
         ('np.argsort(rows[:, 0], kind="stable")', "np.arange(len(rows))"),
-        ("(labels >= len(self.classes))", "(labels > len(self.classes))"),
+        ("(rows[:, 5] >= len(self.classes))", "(rows[:, 5] > len(self.classes))"),
         ("comm.gather(part) if self._distributed else [part]", "[part]"),
     ],
     "plaintrain/evaluation/evaluator.py": [
+        ("waiting.popleft().result()", "waiting.popleft()"),
         ("not abs(actual - expected) <= tolerance", "abs(actual - expected) > tolerance"),
         ("module.training = training", "module.training = True"),
     ],
-    "plaintrain/evaluation/overlaps.py": [
-        ('np.where(objects["crowd"][thing], area, union)', "union"),
-    ],
     "plaintrain/evaluation/predictions.py": [
-        ("float(value) if math.isfinite(value) else None", "float(value)"),
+        (", parse_constant=lambda name: None)", ")"),
         ('key=lambda result: index[result["image_id"]]', 'key=lambda result: -index[result["image_id"]]'),
-    ],
-    "plaintrain/evaluation/proposals.py": [
-        ("ious[:limit, (areas", "ious[:, (areas"),
     ],
     "plaintrain/evaluation/val_loss.py": [
         ("value.float() * len(samples)", "value.float()"),
@@ -207,7 +201,7 @@ MUTATIONS = {
     ],
     "plaintrain/evaluation/voc.py": [
         ("precision[recall >= t]", "precision[recall > t]"),
-        ("int((~difficult).sum())", "len(difficult)"),
+        ("~difficult & np.isin", "np.isin"),
         ("above = best > iou / 100", "above = best >= iou / 100"),
         ('bool(a.get("difficult", 0) or a.get("iscrowd", 0))', 'bool(a.get("difficult", 0))'),
     ],
@@ -222,6 +216,7 @@ MUTATIONS = {
         ("code = 128 + received[0] if received else 1", "code = 1"),
     ],
     "plaintrain/modeling/backbones.py": [
+        ("norm.bias - norm.running_mean * scale", "norm.bias + norm.running_mean * scale"),
         ("for stage in stages[:freeze_at]:", "for stage in stages[: max(0, freeze_at - 1)]:"),
         ("stage[0].conv2.stride = (2, 2), (1, 1)", "stage[0].conv2.stride = (1, 1), (2, 2)"),
     ],
@@ -235,15 +230,12 @@ MUTATIONS = {
         ("< radius * sizes", "< 1.5 * sizes"),
         ("1e8 - (x1 - x0) * (y1 - y0)", "1e8 + (x1 - x0) * (y1 - y0)"),
     ],
-    "plaintrain/modeling/frozen_norm.py": [
-        ("norm.bias - norm.running_mean * scale", "norm.bias + norm.running_mean * scale"),
-    ],
     "plaintrain/export/graph.py": [
         ("images.flip(1) if transform.bgr else images", "images"),
     ],
     "plaintrain/modeling/losses.py": [
         (".mul_(gamma).add_(p).mul_(factor)", ".mul_(gamma).mul_(factor)"),
-        ("return recipe.weight * smooth_l1_loss", "return smooth_l1_loss"),
+        ("return recipe.weight * losses", "return losses"),
         ("priors, coder.weights).view_as", "priors, (1.0, 1.0, 1.0, 1.0)).view_as"),
     ],
     "plaintrain/modeling/matching.py": [

@@ -12,8 +12,7 @@ from plaintrain.analysis.errors import DETECTION_TYPES, ERRORS, REAL_STATES, STA
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.evaluation import COCOEvaluator
-from plaintrain.evaluation.detections import Detections
-from plaintrain.evaluation.overlaps import box_overlaps
+from plaintrain.evaluation.detections import Detections, compute_overlaps
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE, read_detections, write_predictions
 from plaintrain.structures import BoxMode, segmentation_to_rle
 from plaintrain.utils.errors import UserError
@@ -281,7 +280,7 @@ def match_image(objects, detections, iou_threshold=0.5):
         boxes = np.array(table["boxes"], dtype=float)
         tables.append({"crowd": np.zeros(len(boxes), dtype=bool), "image": np.zeros(len(boxes), dtype=int)})
         tables[-1] |= {key: np.array(value) for key, value in table.items()} | {"boxes": boxes}
-    return match(*tables, box_overlaps(*tables), iou_threshold)
+    return match(*tables, compute_overlaps(*tables), iou_threshold)
 
 
 def arrays_of(rows):

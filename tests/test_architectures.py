@@ -143,7 +143,7 @@ OTHER_SETTINGS = (
     "level_names", "strides", "roi_pool.scales", "roi_pool.aligned",
     "roi_heads.keypoint_loss_weight", "clips_before_nms", "focal_alpha", "focal_gamma",
     "_loss_type", "box_loss", "loss_weight", "normalizer", "conv1._norm", "conv2._norm", "conv3._norm",
-    "0._norm",
+    "0._norm", "._anchors",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Backbones, held against torchvision's, and their folded norms: modeling.backbones, .frozen_norm."""
+"""Backbones, held against torchvision's, and their folded norms: modeling.backbones."""
 
 import copy
 
@@ -10,8 +10,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
-from plaintrain.modeling.backbones import build_backbone
-from plaintrain.modeling.frozen_norm import FoldedConv2d, FoldedNorm, fold_frozen_norms
+from plaintrain.modeling.backbones import FoldedConv2d, FoldedNorm, build_backbone, fold_frozen_norms
 
 NORM_CLASSES = {"FrozenBN": FrozenBatchNorm2d, "BN": nn.BatchNorm2d, "GN": nn.GroupNorm}
 VGG = (*SSD, "MODEL.BACKBONE.NAME", "build_ssd_vgg16_backbone", "INPUT.FIXED_SIZE", (300, 300))
@@ -19,8 +18,9 @@ VGG = (*SSD, "MODEL.BACKBONE.NAME", "build_ssd_vgg16_backbone", "INPUT.FIXED_SIZ
 
 @pytest.mark.parametrize(("freeze_at", "norm"), [(0, "BN"), (1, "GN"), (2, "BN"), (3, "FrozenBN"), (5, "BN")])
 def test_the_first_stages_of_a_resnet_are_frozen(freeze_at, norm):
-    cfg = make_cfg(*RESNET18, "MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", freeze_at)
-    body = build_backbone(cfg).body
+    keys = ("MODEL.RESNETS.NORM", norm, "MODEL.RESNETS.NORM_EPS", 0.25, "MODEL.BACKBONE.FREEZE_AT", freeze_at)
+    body = build_backbone(make_cfg(*RESNET18, *keys)).body
+    assert {m.eps for m in body.modules() if hasattr(m, "eps")} == {0.25}
     stages = [nn.ModuleList([body.conv1, body.bn1]), body.layer1, body.layer2, body.layer3, body.layer4]
     for i, stage in enumerate(stages):
         frozen = i < freeze_at
@@ -30,21 +30,28 @@ def test_the_first_stages_of_a_resnet_are_frozen(freeze_at, norm):
         assert norm_types(stage) == {kind}
 
 
-@pytest.mark.parametrize("name", ["build_tiny_backbone", "build_mobilenet_v3_large_fpn_backbone"])
+# Convolutions in the first stages. VGG-16's fifth stage comes after SSD's first output.
+MOBILENET = [0, 3, 9, 24, 46, 61, 62]
+FROZEN = {
+    "tiny": ((*TINY, "MODEL.TINY.NORM", "BN"), [0, 2, 4, 6]),
+    "mobilenet": (("MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone"), MOBILENET),
+    "vgg": (VGG, [0, 2, 4, 7, 10, 13]),
+    "ssdlite": (SSDLITE, MOBILENET),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
 def test_the_first_stages_of_other_backbones_are_frozen(name):
-    keys = ("MODEL.BACKBONE.NAME", name, "MODEL.RESNETS.NORM", "BN", "MODEL.TINY.NORM", "BN")
-    counts = []
-    for freeze_at in range(4):
-        backbone = build_backbone(
-            make_cfg(*keys, "MODEL.TINY.CHANNELS", [8, 16, 24], "MODEL.BACKBONE.FREEZE_AT", freeze_at)
-        )
-        frozen = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
-        counts.append(len(frozen))
-        convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d)]
-        assert convolutions[0].weight.requires_grad == (freeze_at == 0)
-        assert convolutions[-1].weight.requires_grad
-        assert (FrozenBatchNorm2d in norm_types(backbone)) == (freeze_at > 0)
-    assert counts == sorted(set(counts))
+    keys, counts = FROZEN[name]
+    for freeze_at, count in enumerate(counts):
+        overrides = (*keys, "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", freeze_at)
+        with torch.device("meta"):
+            backbone = build_backbone(make_cfg(*overrides))
+        is_trained = [p.requires_grad for p in backbone.parameters() if p.ndim == 4]
+        assert is_trained == [False] * count + [True] * (len(is_trained) - count)
+        # Statistics of frozen stages do not move either.
+        assert all(m.weight.requires_grad for m in backbone.modules() if isinstance(m, nn.BatchNorm2d))
+        assert (FrozenBatchNorm2d in norm_types(backbone)) == (freeze_at > 0 and name != "vgg")
 
 
 @pytest.mark.parametrize("norm", ["", "BN"])
@@ -90,38 +97,11 @@ def test_stride_in_1x1_moves_the_stride_and_nothing_else():
 def test_groups_and_width_make_a_resnext():
     # On the meta device, where a big network costs nothing.
     with torch.device("meta"):
-        keys = (
-            "MODEL.RESNETS.NUM_GROUPS",
-            32,
-            "MODEL.RESNETS.WIDTH_PER_GROUP",
-            4,
-            "MODEL.RESNETS.NORM",
-            "BN",
-        )
-        body = build_backbone(make_cfg(*keys)).body
+        keys = ("MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 4)
+        body = build_backbone(make_cfg(*keys, "MODEL.RESNETS.NORM", "BN")).body
         expected = torchvision.models.resnext50_32x4d(weights=None)
     assert shapes(body) == {k: v for k, v in shapes(expected).items() if not k.startswith("fc.")}
     assert body.layer1[0].conv2.groups == expected.layer1[0].conv2.groups
-
-
-def test_the_first_stages_of_vgg_and_of_ssdlites_mobilenet_are_frozen():
-    counts = []
-    for freeze_at in range(6):
-        with torch.device("meta"):
-            backbone = build_backbone(make_cfg(*VGG, "MODEL.BACKBONE.FREEZE_AT", freeze_at))
-        trained = [p.requires_grad for name, p in backbone.features.named_parameters() if "weight" in name]
-        counts.append(trained.count(False))
-    # VGG-16 has 2, 2, 3 and 3 convolutions before SSD's first output; the fifth stage comes after it.
-    assert counts == [0, 2, 4, 7, 10, 10]
-    assert not any(p.requires_grad for p in backbone.extra[0][:7].parameters())
-    assert all(p.requires_grad for p in backbone.extra[1].parameters())
-    for freeze_at, trained in ((0, True), (1, False), (6, False)):
-        with torch.device("meta"):
-            backbone = build_backbone(make_cfg(*SSDLITE, "MODEL.BACKBONE.FREEZE_AT", freeze_at))
-        assert next(backbone.features.parameters()).requires_grad is trained
-        assert all(p.requires_grad for p in backbone.extra.parameters())
-    assert not any(p.requires_grad for p in backbone.features.parameters())
-    assert norm_types(backbone.features) == {FrozenBatchNorm2d}
 
 
 @pytest.mark.parametrize("channels", [32, 512])
@@ -135,22 +115,6 @@ def test_p6_is_made_from_p5_or_res5(source, channels):
         outputs = backbone(torch.ones(1, 3, 64, 64))
         res5 = backbone.body(torch.ones(1, 3, 64, 64))["2"]
     assert inputs["p6"].equal(outputs["2"] if source == "p5" else res5)
-
-
-@pytest.mark.parametrize(
-    ("name", "norm"),
-    [
-        ("build_resnet_fpn_backbone", "BN"),
-        ("build_resnet_fpn_backbone", "GN"),
-        ("build_mobilenet_v3_large_fpn_backbone", "FrozenBN"),
-    ],
-)
-def test_eps_reaches_every_norm_also_frozen_ones(name, norm):
-    keys = ("MODEL.BACKBONE.NAME", name, "MODEL.RESNETS.NORM", norm, "MODEL.RESNETS.NORM_EPS", 0.25)
-    with torch.device("meta"):
-        backbone = build_backbone(make_cfg(*keys, "MODEL.BACKBONE.FREEZE_AT", 2))
-    kinds = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm)
-    assert {m.eps for m in backbone.body.modules() if isinstance(m, kinds)} == {0.25}
 
 
 @pytest.mark.parametrize(

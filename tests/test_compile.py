@@ -10,8 +10,8 @@ from model_helpers import ARCHITECTURES, MASK, SMALL_HEAD, TINY, build, make_sam
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from plaintrain.modeling.backbones import fold_frozen_norms
 from plaintrain.modeling.build import compile_parts
-from plaintrain.modeling.frozen_norm import fold_frozen_norms
 
 LAST = ("MODEL.CHANNELS_LAST", True)
 

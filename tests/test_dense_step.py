@@ -62,7 +62,6 @@ MODELS = {
     "ssd": (*TINY_BN, *SSD),
     "ssdlite": (*TINY_BN, *SSD, *STEPS, "MODEL.SSD.HEAD_NAME", "SSDLiteHead"),
 }
-ALL_THREE = pytest.mark.parametrize("name", ["retinanet", "fcos", "ssd"])
 
 
 def samples_of(name, numbers):
@@ -143,20 +142,6 @@ def test_losses_gradients_and_detections_are_torchvisions(name, numbers):
     assert_same_detections(detections, expected, model.label_offset, at_least=10)
 
 
-@ALL_THREE
-def test_a_batch_that_is_matched_image_by_image_has_the_same_losses(name):
-    model, samples = build(*MODELS[name]), samples_of(name, (2, 0, 17, 1))
-    expected, batches, pairwise_iou = model(samples), [], matching._pairwise_iou
-
-    def compute_iou(boxes, others):
-        batches.append(len(boxes))
-        return pairwise_iou(boxes, others)
-
-    with mock.patch.multiple(matching, _MAX_PAIRS=1, _pairwise_iou=compute_iou):
-        torch.testing.assert_close(model(samples), expected, rtol=0, atol=0)
-    assert batches == ([] if name == "fcos" else [1] * 4)
-
-
 def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
     loss = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.5], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]])
     matched = torch.zeros(3, 6, dtype=torch.bool)
@@ -168,8 +153,12 @@ def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
     assert loss.grad.tolist() == [[1, 1, 1, 0, 1, 0], [0] * 6, [2, 2, 1, 1, 1, 1]]
 
 
-@pytest.mark.parametrize(("levels", "radius"), [((64, 16, 4), 1.5), ((64, 16, 4), 4.0), ((84,), 1.5)])
-def test_assign_centres_is_torchvisions(levels, radius):
+@pytest.mark.parametrize(
+    ("levels", "radius", "pairs"),
+    # With one pair, image by image.
+    [((64, 16, 4), 1.5, 1), ((64, 16, 4), 4.0, 2**24), ((84,), 1.5, 2**24)],
+)
+def test_assign_centres_is_torchvisions(levels, radius, pairs):
     objects = [random_boxes(n, seed=i) for i, n in enumerate((9, 0, 40, 1))]
     # Areas that differ by less than 8 are the same to torchvision, and the first has the location.
     objects[0] = torch.cat([torch.tensor([[10.0, 10, 50, 50], [10, 10, 50, 49.9]]), objects[0]])
@@ -187,7 +176,8 @@ def test_assign_centres_is_torchvisions(levels, radius):
     with mock.patch.object(model.head, "compute_loss", lambda *args: assigned.append(args[3])):
         detection.FCOS.compute_loss(model, [{"boxes": b} for b in objects], {}, [anchors] * 4, levels)
     expected = torch.stack(assigned[0])
-    index, matched = assign_centres(boxes, labels >= 0, anchors, levels, radius)
+    with mock.patch.object(matching, "_MAX_PAIRS", pairs):
+        index, matched = assign_centres(boxes, labels >= 0, anchors, levels, radius)
     assert matched.equal(expected >= 0) and index[matched].equal(expected[matched])
     assert matched.any(dim=1).tolist() == [True, False, True, False]
     assert len(index[2][matched[2]].unique()) > 5
@@ -227,23 +217,19 @@ def make_anchors(generator, height, width, strides=(8, 16), batch=2):
         (CachedBoxGenerator, DefaultBoxGenerator, ([[2], [2, 3]], 0.2, 0.9, None, [8, 16])),
     ],
 )
-def test_generators_make_torchvisions_anchors_once_for_a_size(kind, plain, arguments):
+def test_generators_make_torchvisions_anchors_once_for_each_of_the_last_sizes(kind, plain, arguments):
     generator, plain = kind(*arguments), plain(*arguments)
-    for size in ((32, 32), (64, 96)):
+    # The second image has the maps of the first.
+    for size in ((32, 32), (30, 30), *itertools.product((40, 64, 96), (32, 64, 96))):
         first, second = make_anchors(generator, *size)
         assert first is second and first is make_anchors(generator, *size, batch=1)[0]
         assert first.equal(make_anchors(plain, *size)[0])
     assert not generator.state_dict() and not list(generator.buffers())
-
-
-@ALL_THREE
-def test_a_model_that_was_evaluated_in_inference_mode_can_be_trained(name):
-    model = build(*MODELS[name])
-    samples = two_squares() if name == "ssd" else two_samples()
-    with torch.inference_mode():
-        model.eval()(samples)
-    sum(model.train()(samples).values()).backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert len(generator._anchors) == 8
+    # A copy, such as that of averaged weights, takes no memory for them.
+    assert not copy.deepcopy(generator)._anchors and len(generator._anchors) == 8
+    images, maps = ImageList(torch.zeros(1, 3, 32, 32), [(32, 32)]), [torch.zeros(1, 1, 4, 4).double()] * 2
+    assert generator(images, maps)[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])

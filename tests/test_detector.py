@@ -1,4 +1,4 @@
-"""What every detector shares: modeling.common."""
+"""What every detector shares: modeling.detector."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from model_helpers import RESNET18, SMALL_HEAD, TINY, build, make_cfg, make_samp
 
 from plaintrain.modeling.anchors import CachedAnchorGenerator, DefaultAnchorGenerator
 from plaintrain.modeling.backbones import build_backbone
-from plaintrain.modeling.detector import Preprocess, build_anchor_generator, prior_bias, to_original_size
+from plaintrain.modeling.detector import Preprocess, build_anchor_generator, to_original_size
 
 
 def plain_image(values, height, width):
@@ -34,24 +34,15 @@ def test_bgr_swaps_the_channels_before_they_are_normalised():
 
 
 def test_the_anchor_generator_is_that_of_the_config():
-    key = "MODEL.ANCHOR_GENERATOR"
-    settings = [
-        (f"{key}.NAME", "AnchorGenerator"),
-        (f"{key}.NAME", "DefaultAnchorGenerator", f"{key}.OFFSET", 0.5),
-    ]
-    configs = [make_cfg(*RESNET18, *setting) for setting in settings]
-    generators = [build_anchor_generator(cfg, build_backbone(cfg)) for cfg in configs]
-    assert [type(generator) for generator in generators] == [CachedAnchorGenerator, DefaultAnchorGenerator]
-    for generator in generators:
+    for kind in (CachedAnchorGenerator, DefaultAnchorGenerator):
+        name = kind.__name__.removeprefix("Cached")
+        key = "MODEL.ANCHOR_GENERATOR"
+        cfg = make_cfg(*RESNET18, f"{key}.NAME", name, f"{key}.OFFSET", 0.5)
+        generator = build_anchor_generator(cfg, build_backbone(cfg))
+        assert type(generator) is kind
         assert generator.sizes == ((32,), (64,), (128,), (256,), (512,))
         assert generator.aspect_ratios == ((0.5, 1.0, 2.0),) * 5
     assert (generator.strides, generator.offset) == ([4, 8, 16, 32, 64], 0.5)
-
-
-def test_prior_bias_is_the_logit_of_the_probability():
-    probabilities = [0.01, 0.5, 0.9]
-    biases = torch.tensor([prior_bias(probability) for probability in probabilities])
-    assert biases.sigmoid().tolist() == pytest.approx(probabilities)
 
 
 def test_detections_are_brought_to_the_original_size():

@@ -1,11 +1,11 @@
-"""RoIAlign on the levels of a feature pyramid: modeling.pooling."""
+"""RoIAlign on the levels of a feature pyramid: modeling.poolers."""
 
 import pytest
 import torch
-from model_helpers import KEYPOINT, MASK, RESNET18, SMALL_HEAD, TINY, build, random_boxes, two_samples
+from model_helpers import random_boxes
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from plaintrain.modeling.poolers import RoIAlign, pool_levels
+from plaintrain.modeling.poolers import RoIAlign
 
 STRIDES = [4, 8, 16, 32]
 
@@ -39,11 +39,8 @@ def test_roi_align_is_torchvisions(ratio, levels):
         assert theirs.any() or levels > 1
     assert pools[0](maps, [boxes[0][:0]] * 3, [(512, 512)] * 3).shape == (0, 3, 7, 7)
     # Boxes that are not numbers do not stop the pooling.
-    rois, nan = (
-        torch.tensor([[0.0] + [float("nan")] * 4, [0, 0, 0, 40, 40]]),
-        torch.tensor([float("nan"), 1.0]),
-    )
-    found = pool_levels(make_maps(2), rois, nan, [1 / 4, 1 / 8], output_size=(3, 3), sampling_ratio=ratio)
+    boxes = [torch.tensor([[float("nan")] * 4, [0, 0, 0, 40]])] * 3
+    found = pools[0](maps, boxes, [(512, 512)] * 3)
     assert found[1].any() and not found[0].any()
 
 
@@ -52,7 +49,7 @@ def test_roi_align_is_torchvisions(ratio, levels):
     [(1, (2, 3), True), (2, (7, 7), False), (2, (2, 3), True), (3, (7, 7), True)],
 )
 def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, aligned):
-    (features,), scale = make_maps(1, side=64), 0.25
+    (features,) = make_maps(1, side=64)
     # Whole and half locations, tiny boxes, some of them wrong way round, and what lies outside.
     inside = torch.rand(40, 4, generator=torch.Generator().manual_seed(1)) * 70
     edges = torch.tensor([
@@ -60,10 +57,9 @@ def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, alig
         [62, 30, 90, 31], [8, 8, 8, 8], [10, 10, 10.5, 40], [0, 66, 64, 70], [1e6, 0, 2e6, 9], [2, 2, 58, 62],
     ])  # fmt: skip
     boxes = torch.cat([edges, inside])
-    arguments = {"output_size": size, "sampling_ratio": ratio, "aligned": aligned}
-    rois = torch.cat([(torch.arange(len(boxes)) >= 20)[:, None], boxes], dim=1)
-    found = pool_levels([features], rois, torch.zeros(len(boxes)), [scale], **arguments)
-    expected = roi_align(features, rois, spatial_scale=scale, **arguments)
+    boxes = [boxes[:20], boxes[20:]]
+    found = RoIAlign(["0"], size, ratio, [4], aligned=aligned)({"0": features}, boxes)
+    expected = roi_align(features, boxes, size, 0.25, ratio, aligned)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     (ours,), (theirs,) = gradients_of(found, [features]), gradients_of(expected, [features])
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -72,11 +68,9 @@ def test_a_sum_of_locations_is_the_operators_also_at_the_edges(ratio, size, alig
 
 def test_low_precision_is_pooled_in_float32():
     (features,) = make_maps(1, side=64)
-    rois = torch.cat([(torch.arange(120) >= 60)[:, None], random_boxes(60).repeat(2, 1)], dim=1)
-    arguments = {"output_size": (7, 7), "sampling_ratio": 2}
+    pool, boxes = RoIAlign(["0"], 7, 2, [4]), [random_boxes(60)] * 2
     low = features.detach().bfloat16().requires_grad_()
-    found = pool_levels([low], rois, torch.zeros(120), [0.25], **arguments)
-    expected = pool_levels([low.float()], rois, torch.zeros(120), [0.25], **arguments)
+    found, expected = pool({"0": low}, boxes), pool({"0": low.float()}, boxes)
     assert found.dtype == torch.bfloat16 and found.equal(expected.bfloat16())
     # Each location adds up many small numbers.
     (exact,) = torch.autograd.grad(expected.sum(), low, retain_graph=True)
@@ -96,19 +90,3 @@ def test_aligned_boxes_of_many_images_are_pooled_from_the_level_of_their_size(ra
         feature = maps[str(level)][int(i >= 3)][None]
         expected = roi_align(feature, [box], 5, 1 / STRIDES[level], ratio, aligned=True)
         torch.testing.assert_close(row, expected[0], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("backbone", "strides"), [(TINY, [8]), (RESNET18, [4, 8, 16, 32])])
-def test_poolers_of_a_config(backbone, strides):
-    model = build(
-        *backbone, *SMALL_HEAD, *MASK, *KEYPOINT,
-        "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2",
-        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 0,
-        "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE", "ROIAlignV2",
-    )  # fmt: skip
-    heads = model.roi_heads
-    assert heads.box_roi_pool.aligned and heads.box_roi_pool.sampling_ratio == 0
-    assert heads.keypoint_roi_pool.aligned and not heads.mask_roi_pool.aligned
-    for pool in (heads.box_roi_pool, heads.mask_roi_pool, heads.keypoint_roi_pool):
-        assert pool.scales == [1 / stride for stride in strides]
-    assert all(loss.isfinite() for loss in model(two_samples()).values())

@@ -9,10 +9,8 @@ from shared.syncs import count_syncs
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.roi_heads import heatmaps_to_keypoints as plain_heatmaps_to_keypoints
 
 from plaintrain.modeling.matching import decode
-from plaintrain.modeling.postprocess import heatmaps_to_keypoints
 
 SIZES = [(64, 96), (50, 120), (96, 96)]
 
@@ -83,18 +81,6 @@ def test_detections_in_regions_are_torchvisions(numbers, parts, threshold):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     lengths = [len(detection["scores"]) for detection in found]
     assert (max(lengths) > 15) == (threshold == 0 and max(numbers) > 15) or threshold == 0.4
-
-
-def test_keypoints_are_torchvisions():
-    maps = torch.randn(40, 4, 14, 14)
-    boxes = random_boxes(40, side=300.0)
-    # As small as they come, and of whole pixels.
-    boxes[0], boxes[1] = torch.tensor([5.0, 5, 5, 5]), torch.tensor([10.0, 20, 50, 90])
-    for n in (40, 1, 0):
-        found = heatmaps_to_keypoints(maps[:n], boxes[:n])
-        expected, scores = plain_heatmaps_to_keypoints(maps[:n], boxes[:n])
-        assert found.shape == expected.shape and found[..., :2].equal(expected[..., :2])
-        assert found[..., 2].equal(scores)
 
 
 # The most sync points that a model may have beside NMS, at any batch size.

@@ -18,9 +18,7 @@ from plaintrain.evaluation import (
     read_detections,
     write_results,
 )
-from plaintrain.evaluation.detections import Detections
 from plaintrain.evaluation.predictions import detections_of_image
-from plaintrain.structures import encode_masks
 from plaintrain.utils.errors import UserError
 
 FILE = "coco_instances_results.json"
@@ -117,6 +115,8 @@ def test_every_image_is_read_once_as_a_model_returns_it(declare_pets):
     assert wide["masks"].nonzero().tolist() == [[0, y, 4] for y in range(5, 13)]
     assert [tuple(value.shape) for value in empty.values()] == [(0, 4), (0,), (0,), (0, 24, 20)]
     assert empty["boxes"].dtype == torch.float64 and empty["labels"].dtype == torch.int64
+    certain = detections_of_image(read_detections(path, "pets"), 0, 0.75, DatasetCatalog.get("pets")[0])
+    assert certain["boxes"].equal(upright["boxes"][:1]) and certain["masks"].equal(upright["masks"][:1])
 
 
 def test_keypoints_are_moved_to_the_centers_of_pixels_and_keep_their_scores(declare_pets):
@@ -190,17 +190,3 @@ def test_the_evaluator_is_chosen_by_the_dataset_and_the_model(shapes):
     assert isinstance(build_evaluator(cfg, shapes), PascalVOCDetectionEvaluator)
     cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
     assert list(score(build_evaluator(cfg, shapes), found)) == ["box_proposals"]
-
-
-def test_detections_of_an_image_are_as_a_model_returns_them():
-    masks = [encode_masks(torch.eye(4, dtype=torch.bool)[None])[0]] * 3
-    rows = np.array([[0, 1, 2, 3, 4, 0.9, 1], [1, 0, 0, 2, 2, 0.2, 0], [1, 1, 1, 3, 3, 0.8, 2]])
-    found = Detections(rows, np.arange(2), masks, np.arange(9.0).reshape(3, 1, 3))
-    of_image = detections_of_image(found, 1, 0.5, {"height": 4, "width": 4})
-    assert of_image["boxes"].tolist() == [[1, 1, 3, 3]] and of_image["labels"].tolist() == [2]
-    assert of_image["masks"].tolist() == [torch.eye(4, dtype=torch.bool).tolist()]
-    assert of_image["keypoints"].tolist() == [[[6, 7, 8]]]
-    nothing = detections_of_image(found, 0, 0.95, {"height": 4, "width": 4})
-    assert [tuple(nothing[key].shape) for key in ("boxes", "masks")] == [(0, 4), (0, 4, 4)]
-    plain = Detections(rows, np.arange(2))
-    assert set(detections_of_image(plain, 1, 0.0, {})) == {"boxes", "scores", "labels"}

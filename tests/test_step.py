@@ -1,8 +1,5 @@
-"""The training step of an R-CNN: its sync points, and modeling.matching, .anchors and .rpn."""
+"""The training step of an R-CNN: its sync points, and modeling.matching and .rpn."""
 
-import copy
-import itertools
-import pickle
 from unittest import mock
 
 import pytest
@@ -10,12 +7,9 @@ import torch
 from model_helpers import ARCHITECTURES, build, make_batch, random_boxes, randomize_predictions, two_samples
 from shared.syncs import count_syncs, training_step
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher, SSDMatcher
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, box_iou
 
 from plaintrain.modeling import matching
-from plaintrain.modeling.anchors import SizeCache
 from plaintrain.modeling.matching import decode, match, pad_targets, sample
 
 FASTER_RCNN, TWO_LEVELS = ARCHITECTURES["faster_rcnn"], ("MODEL.TINY.NUM_LEVELS", 2)
@@ -150,32 +144,6 @@ def test_decode_is_torchvisions():
     torch.testing.assert_close(decoded[1:], boxes[1:], rtol=1e-4, atol=1e-3)
 
 
-def test_size_cache_makes_anchors_once_for_a_size_and_keeps_few_sizes():
-    cache, generator = SizeCache(), AnchorGenerator(((32,),), ((0.5, 1.0),))
-    make = mock.Mock(side_effect=lambda images, features: generator(images, features)[:1])
-
-    def get_anchors(height, width, dtype=torch.float32, cache=cache, image=None):
-        images = ImageList(torch.zeros(2, 3, *(image or (height, width))), [(height, width)] * 2)
-        return cache(make, images, [torch.zeros(2, 1, height // 16, width // 16, dtype=dtype)])
-
-    sizes = list(itertools.product((32, 64, 96), (32, 64, 96, 128)))
-    for size in sizes:
-        anchors = get_anchors(*size)
-        assert get_anchors(*size) is anchors
-    assert make.call_count == len(sizes) == 12
-    # The oldest went.
-    get_anchors(32, 32)
-    assert make.call_count == 13
-    # Another type, and another image of the same maps, are others.
-    assert get_anchors(32, 32, torch.float64)[0].dtype == torch.float64
-    get_anchors(32, 32, image=(40, 40))
-    assert make.call_count == 15
-    # A copy, such as that of averaged weights, takes no memory for them.
-    get_anchors(32, 32, cache=copy.deepcopy(cache))
-    get_anchors(32, 32)
-    assert make.call_count == 16 and len(pickle.dumps(cache)) < 200
-
-
 @pytest.mark.parametrize("low", [False, True])
 def test_heads_of_sampled_anchors_are_those_of_all_at_once(low):
     model = build(*FASTER_RCNN, *TWO_LEVELS)
@@ -189,7 +157,7 @@ def test_heads_of_sampled_anchors_are_those_of_all_at_once(low):
     # The corners of the largest and of the smallest map.
     sampled[:, :2], sampled[:, 2] = torch.tensor([0, size - 1]), features[0].shape[3] * anchors - 1
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        predicted = model.rpn._predict_sampled(images, features, sampled)
+        predicted = model.rpn._predict_sampled(features, sampled)
         objectness, deltas = (
             torch.cat([level.permute(0, 2, 3, 1).reshape(2, -1, n) for level in part], dim=1)
             for part, n in zip(head(features), (1, 4), strict=True)

@@ -18,7 +18,6 @@ from plaintrain.data import (
 from plaintrain.data.datasets.shapes import load_shapes
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.engine.preflight import check_before_training
-from plaintrain.evaluation import COCOEvaluator, inference_on_dataset
 from plaintrain.modeling.tta import DetectorWithTTA, build_tta
 from plaintrain.utils.errors import UserError
 
@@ -351,18 +350,6 @@ def test_images_without_detections(name):
         parts = {"masks": (0, 20, 30), "keypoints": (0, 4, 3)} if name == "mask_keypoint_rcnn" else {}
         shapes = {"boxes": (0, 4), "scores": (0,), "labels": (0,), **parts}
         assert {key: tuple(value.shape) for key, value in found.items()} == shapes
-
-
-def test_a_whole_evaluation_has_every_task_and_leaves_the_model_as_it_was(shapes):
-    overrides = (*MASKS, *AUG, "DATALOADER.NUM_WORKERS", 1, "TEST.IMS_PER_BATCH", 2)
-    overrides += ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.AUG.MIN_SIZES", (40, 56))
-    model, cfg = build(*overrides), make_cfg(*overrides)
-    loader = build_detection_test_loader(cfg, "few_shapes")
-    evaluator = COCOEvaluator("few_shapes", kpt_oks_sigmas=[0.05] * 4)
-    results = inference_on_dataset(build_tta(cfg, model), loader, evaluator)
-    assert set(results) == {"bbox", "segm", "keypoints"}
-    assert all(0 <= results[task]["AP"] <= 100 for task in results)
-    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn", "proposals", "retinanet", "fcos", "ssd"])

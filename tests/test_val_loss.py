@@ -7,7 +7,6 @@ from model_helpers import (
     ARCHITECTURES,
     LOSSES,
     build,
-    make_sample,
     randomize_predictions,
     two_samples,
     two_squares,
@@ -174,16 +173,3 @@ def test_validation_images_are_those_of_the_evaluation_with_targets(cfg, size, m
     cfg.TEST.AUG.ENABLED = True
     views = [sample for batch in build_detection_val_loader(cfg, "drawn") for sample in batch]
     assert [view["image"].shape for view in views] == [image.shape for image in images]
-
-
-def test_losses_do_not_depend_on_which_images_share_a_batch():
-    """In batches of one shape nothing is padded."""
-    boxes = [[3, 4, 40, 50], [30, 10, 60, 60]]
-    samples = [make_sample(64, (64, 96)[i % 2], boxes[: i % 3], [0, 2][: i % 3], seed=i) for i in range(6)]
-    batches = [[1, 3, 5], [0, 2, 4]]
-    model = make_retinanet()
-    alone = validation_losses(model, [[[sample] for sample in samples]])
-    assert validation_losses(model, [[[samples[i] for i in b] for b in batches]]) == pytest.approx(alone)
-    # Padded to the largest they would not be the same.
-    mixed = validation_losses(model, [[samples[:3], samples[3:]]])
-    assert mixed["val/loss_cls"] != pytest.approx(alone["val/loss_cls"], rel=1e-5)

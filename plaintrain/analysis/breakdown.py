@@ -4,8 +4,8 @@ import numpy as np
 
 from plaintrain.analysis.dataset import ASPECTS, bin_names
 from plaintrain.analysis.errors import DETECTION_TYPES, REAL_STATES, STATES, match_greedily
-from plaintrain.evaluation.coco_gt import area
-from plaintrain.evaluation.overlaps import box_overlaps
+from plaintrain.data.datasets.write import area
+from plaintrain.evaluation.detections import compute_overlaps
 
 # Lower edges of the bins of objects; the root of the area in pixels has COCO's sizes, 32 and 96, among them.
 _BINS = {
@@ -105,7 +105,7 @@ def confusion(errors, most=20):
     """
     objects, detections, background = errors.objects, errors.detections, len(errors.classes)
     is_wrong = ~np.isin(detections["type"], ["correct", "ignored"])
-    detection, target, iou = box_overlaps(objects, detections)
+    detection, target, iou = compute_overlaps(objects, detections)
     able = is_wrong[detection] & (iou >= errors.iou_threshold)
     able = np.flatnonzero(able & np.isin(objects["state"], ["missed", "erroneous"])[target])
     able = able[np.lexsort((-iou[able], -detections["scores"][detection[able]]))]
@@ -145,7 +145,7 @@ def object_breakdown(errors, above):
     sides = objects["boxes"][:, 2:] - objects["boxes"][:, :2]
     areas = np.array([area(a, record) for record in errors.records for a in record["annotations"]])
     counts = np.bincount(objects["image"], minlength=1)
-    first, second, iou = box_overlaps(objects, objects)
+    first, second, iou = compute_overlaps(objects, objects)
     near = (first != second) & (iou >= OVERLAP_IOU)
     with np.errstate(divide="ignore", invalid="ignore"):
         aspects = sides[:, 0] / sides[:, 1]

@@ -11,8 +11,7 @@ import numpy as np
 
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.evaluation.coco_gt import annotated, coco_truth, ranks
-from plaintrain.evaluation.detections import Detections, ground_truth
-from plaintrain.evaluation.overlaps import box_overlaps, mask_overlaps
+from plaintrain.evaluation.detections import Detections, compute_overlaps, ground_truth, object_table
 from plaintrain.evaluation.predictions import rles
 from plaintrain.utils.errors import UserError
 
@@ -106,17 +105,14 @@ def find_errors(dataset_name, detections, iou_threshold=0.5, score_threshold=0.0
     image, labels = detections.rows[:, [0, 6]].astype(np.int64).T
     boxes, scores = detections.rows[:, 1:5], detections.rows[:, 5]
     predicted = {"image": image, "boxes": boxes, "scores": scores, "labels": labels}
-    table = records.annotations or SerializedRecords(list(records)).annotations
-    objects = {"image": table.record, "boxes": table.boxes, "labels": table.labels, "crowd": table.crowd}
-    if task == "bbox":
-        overlaps = box_overlaps(objects, predicted)
-    else:
+    objects, masks = object_table(records), None
+    if task == "segm":
         if detections.masks is None or not annotated(records, task):
             raise UserError(f"errors of masks need masks in the predictions and in {dataset_name}")
         truth = coco_truth(task, records, range(len(records)), range(len(classes)))["annotations"]
         objects["crowd"] = np.array([bool(a["iscrowd"]) for a in truth], dtype=bool)
-        masks = rles(detections, records), [a["segmentation"] for a in truth]
-        overlaps = mask_overlaps(objects, predicted, *masks)
+        masks = [a["segmentation"] for a in truth], rles(detections, records)
+    overlaps = compute_overlaps(objects, predicted, masks)
     objects, predicted = match(objects, predicted, overlaps, iou_threshold)
     errors = Errors(records, classes, list(index), objects, predicted, detections, iou_threshold)
     return errors.above(score_threshold)
@@ -126,7 +122,7 @@ def match(objects, detections, overlaps, iou_threshold=0.5):
     """Match the tables of objects and detections as COCO does, and return them with the columns of the match.
 
     Detections choose in the order of their scores, each the object of its class that it overlaps most among
-    those that are left. `overlaps` are the pairs of `box_overlaps` or `mask_overlaps`.
+    those that are left. `overlaps` are the pairs of `compute_overlaps`.
     """
     if not BACKGROUND_IOU <= iou_threshold <= 1:
         raise UserError(

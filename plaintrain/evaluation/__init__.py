@@ -10,8 +10,7 @@ from plaintrain.evaluation.evaluator import (
     print_csv_format,
     verify_results,
 )
-from plaintrain.evaluation.predictions import read_detections, write_results
-from plaintrain.evaluation.results import report_results
+from plaintrain.evaluation.predictions import read_detections, report_results, write_results
 from plaintrain.evaluation.val_loss import validation_losses
 from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
 

@@ -6,13 +6,10 @@ from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
 
 
 def build_evaluator(cfg, dataset_name, output_folder=None):
-    """The evaluator that the model and the dataset's metadata ask for.
+    """Build the evaluator that the model and the dataset's metadata ask for.
 
-    Args:
-        cfg: the config: MODEL.META_ARCHITECTURE, TEST.KEYPOINT_OKS_SIGMAS.
-        dataset_name: a registered dataset; its `evaluator_type` pascal_voc gives VOC's metric,
-            anything else COCO's, and a ProposalNetwork is always scored by the recall of its boxes.
-        output_folder: where the evaluator leaves its files, or None.
+    The `evaluator_type` pascal_voc gives VOC's metric, anything else COCO's, and a ProposalNetwork is always
+    scored by the recall of its boxes. Without an `output_folder` no files are written.
     """
     proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc" and not proposals:

@@ -3,24 +3,31 @@
 https://cocodataset.org/#detection-eval and https://cocodataset.org/#keypoints-eval
 """
 
+import importlib.util
 import logging
 
 import numpy as np
+import torch
+from torchvision.ops import box_iou
 
 from plaintrain.data.catalog import MetadataCatalog
-from plaintrain.data.datasets.write import category_ids
-from plaintrain.evaluation.coco_backend import COCO_SIGMAS, choose_backend, oks_sigmas, precision_recall
-from plaintrain.evaluation.coco_gt import annotated, boxes_and_areas, coco_truth, num_keypoints, ranks
-from plaintrain.evaluation.detections import InstanceEvaluator
+from plaintrain.data.datasets.write import area, category_ids
+from plaintrain.evaluation.coco_backend import BACKENDS, COCO_SIGMAS, oks_sigmas, precision_recall
+from plaintrain.evaluation.coco_gt import annotated, coco_truth, num_keypoints, ranks
+from plaintrain.evaluation.detections import InstanceEvaluator, object_table
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.predictions import coco_results, write_predictions
-from plaintrain.evaluation.proposals import average_recall
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 # Task -> the part of a model's output that it scores.
 TASKS = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints", "box_proposals": "boxes"}
+# Of proposals: how many of an image, and the IoUs that recall is averaged over.
+_LIMITS = (100, 1000)
+_IOUS = np.linspace(0.5, 0.95, 10)
+# Suffix of the metric -> areas in pixels, both ends included.
+_AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 
 
 class COCOEvaluator(InstanceEvaluator):
@@ -63,7 +70,9 @@ class COCOEvaluator(InstanceEvaluator):
             if not annotated(self.records, task):
                 raise UserError(f"the task {task} cannot be scored: {dataset_name} has no annotations for it")
         self._tasks, self._output_dir = tasks, output_dir
-        self.backend = choose_backend(use_fast_impl)
+        self.backend = "pycocotools"
+        if use_fast_impl:
+            self.backend = next(name for name in BACKENDS if importlib.util.find_spec(name))
         metadata = MetadataCatalog.get(dataset_name)
         self._category_ids = category_ids(metadata)
         self._sigmas = [float(sigma) for sigma in kpt_oks_sigmas]
@@ -136,9 +145,6 @@ class COCOEvaluator(InstanceEvaluator):
         logger.info(f"{task} is scored by {self.backend}")
         precision, recall = self.precision_recall(task, detections)
         metrics = summary(precision, recall, task)
-        names = list(metrics)
-        for part in (names[: len(names) // 2], names[len(names) // 2 :]):
-            logger.info(f"{task}\n" + format_table([[metrics[name] for name in part]], part))
         if task == "keypoints":
             return metrics
         per_class = {name: mean_ap(precision[:, :, k, 0, -1]) for k, name in enumerate(self.classes)}
@@ -148,12 +154,13 @@ class COCOEvaluator(InstanceEvaluator):
 
     def _proposals(self, detections):
         """What `average_recall` takes, of each image that was seen."""
-        rows = detections.rows
-        starts = np.searchsorted(rows[:, 0], [detections.seen, detections.seen + 1])
-        for index, start, end in zip(detections.seen, *starts, strict=True):
-            record, found = self.records[index], rows[start:end]
-            found = found[np.argsort(-found[:, 5], kind="stable"), 1:5]
-            yield found, *boxes_and_areas(record)
+        objects, rows = object_table(self.records), detections.rows
+        areas = np.array([area(a, record) for record in self.records for a in record["annotations"]])
+        for index in detections.seen:
+            found = rows[slice(*np.searchsorted(rows[:, 0], [index, index + 1]))]
+            wanted = (objects["image"] == index) & ~objects["crowd"]
+            boxes = found[np.argsort(-found[:, 5], kind="stable"), 1:5]
+            yield boxes, objects["boxes"][wanted], areas[wanted]
 
 
 def mean_ap(values):
@@ -184,3 +191,48 @@ def summary(precision, recall, task):
         means |= {f"AR{limit}": recall[..., 0, i] for i, limit in enumerate((1, 10, 100))}
     means |= {f"AR{size}": recall[..., i, -1] for i, size in enumerate(sizes, start=1)}
     return {name: mean_ap(values) for name, values in means.items()}
+
+
+def coverage(ious):
+    """IoU with which each object is covered: the best pair first, and each box and object only once.
+
+    Args:
+        ious: `[proposals, objects]`.
+
+    Returns:
+        `[objects]` in 0..1, in no order; 0 for objects that no proposal was left for.
+    """
+    ious, covered = ious.copy(), np.zeros(ious.shape[1])
+    for i in range(min(ious.shape)):
+        box, thing = np.unravel_index(ious.argmax(), ious.shape)
+        covered[i] = ious[box, thing]
+        ious[box], ious[:, thing] = -1, -1
+    return covered
+
+
+def average_recall(images):
+    """AR@100, ARs@100, ..., ARl@1000: recall averaged over IoU 0.5 to 0.95, in percent.
+
+    As Detectron2's `_evaluate_box_proposals`, but the objects of images without a proposal count as missed.
+
+    Args:
+        images: of each image, proposals `[P, 4]` XYXY with the best score first, objects
+            `[G, 4]`, and the areas `[G]` of the objects in pixels.
+
+    Returns:
+        {metric: number}; NaN where no object is of that size.
+    """
+    covered = {(limit, suffix): [np.zeros(0)] for limit in _LIMITS for suffix in _AREAS}
+    for boxes, objects, areas in images:
+        boxes = torch.from_numpy(boxes[: max(_LIMITS)])
+        # Of two without an area it is NaN.
+        ious = box_iou(boxes, torch.from_numpy(objects)).nan_to_num().numpy()
+        for (limit, suffix), values in covered.items():
+            low, high = _AREAS[suffix]
+            values.append(coverage(ious[:limit, (areas >= low) & (areas <= high)]))
+    metrics = {}
+    for (limit, suffix), values in covered.items():
+        values = np.concatenate(values)
+        recall = (values >= _IOUS[:, None]).mean() if len(values) else np.nan
+        metrics[f"AR{suffix}@{limit}"] = 100 * float(recall)
+    return metrics

@@ -1,7 +1,6 @@
 """COCO's precision and recall by pycocotools, or by a library with the same interface and results."""
 
 import contextlib
-import importlib.util
 import io
 import pkgutil
 
@@ -30,12 +29,6 @@ def oks_sigmas(given, num):
             f"dataset, {found}"
         )
     return sigmas
-
-
-def choose_backend(use_fast_impl=True):
-    """Return the first of `BACKENDS` that is installed; pycocotools if a fast one is not wanted."""
-    installed = (name for name in BACKENDS if importlib.util.find_spec(name))
-    return next(installed) if use_fast_impl else "pycocotools"
 
 
 def precision_recall(backend, task, truth, detections, image_ids, sigmas):

@@ -4,8 +4,8 @@ import numbers
 
 import numpy as np
 
-from plaintrain.data.datasets.write import area, to_coco
-from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.data.datasets.write import to_coco
+from plaintrain.structures import segmentation_to_rle
 from plaintrain.utils.errors import UserError
 
 _NEEDED = {"segm": "segmentation", "keypoints": "keypoints"}
@@ -36,24 +36,11 @@ def ranks(ids):
     return np.argsort(np.argsort(ids)) + 1
 
 
-def boxes_and_areas(record):
-    """Return the boxes, `[N, 4]` XYXY, and areas, `[N]` in pixels, of a record's objects but crowds."""
-    annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
-    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-    return np.array(boxes, dtype=float).reshape(-1, 4), np.array([area(a, record) for a in annotations])
-
-
 def coco_truth(task, records, image_numbers, category_numbers):
-    """Return records as COCO JSON has them.
+    """Return records as COCO JSON has them, a dict of images, categories and annotations.
 
-    Args:
-        task: "bbox", "segm" or "keypoints"; the others' parts are left out.
-        records: list of records.
-        image_numbers: id to give to each image.
-        category_numbers: id to give to each label.
-
-    Returns:
-        dict of images, categories and annotations.
+    What only tasks other than `task` need is left out; `image_numbers` and `category_numbers` are the ids to
+    give to each image and each label.
     """
     images, annotations = [], []
     blank = {"keypoints": [0] * 3 * num_keypoints(records), "num_keypoints": 0} if task == "keypoints" else {}

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import DatasetCatalog, class_names
+from plaintrain.data.serialized import SerializedRecords
 from plaintrain.data.validation import check_annotation
 from plaintrain.evaluation.evaluator import DatasetEvaluator
 from plaintrain.structures import BoxMasks, encode_masks
@@ -46,6 +48,40 @@ def ground_truth(dataset_name):
     return records, classes, index
 
 
+def object_table(records):
+    """Return the objects as arrays: `image` (index of the record), `boxes` (XYXY), `labels`, `crowd`."""
+    table = records.annotations or SerializedRecords(list(records)).annotations
+    return {"image": table.record, "boxes": table.boxes, "labels": table.labels, "crowd": table.crowd}
+
+
+def compute_overlaps(objects, detections, masks=None):
+    """Return all pairs of a detection and an object of the same image that overlap.
+
+    Args:
+        objects, detections: dicts of `image` (ascending), `boxes`, and of objects `crowd`, as in `Errors`.
+        masks: RLEs of the objects and of the detections, to compare in place of the boxes.
+
+    Returns:
+        (index of the detection, index of the object, IoU), `[P]` each, the detections ascending. Of a crowd
+        the IoU is as COCO has it, the share of the detection inside it.
+    """
+    object_shapes, shapes = masks or (_to_xywh(table["boxes"]) for table in (objects, detections))
+    parts = [(np.zeros(0, dtype=np.int64),) * 2 + (np.zeros(0),)]
+    for image in np.unique(detections["image"]):
+        spans = [np.searchsorted(table["image"], [image, image + 1]) for table in (detections, objects)]
+        (d0, d1), (o0, o1) = spans
+        if o1 > o0:
+            crowd = objects["crowd"][o0:o1].astype(np.uint8)
+            iou = coco_mask.iou(shapes[d0:d1], object_shapes[o0:o1], crowd)
+            detection, target = np.nonzero(iou)
+            parts.append((detection + d0, target + o0, iou[detection, target]))
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+def _to_xywh(boxes):
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+
+
 class InstanceEvaluator(DatasetEvaluator, abc.ABC):
     """Collects detections, gathers them on rank 0, and hands them to `score`."""
 
@@ -63,43 +99,39 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         self.reset()
 
     def reset(self):
-        self._rows, self._seen = [], []
-        # Parts that outputs held; an image without detections tells which, too.
-        self._held, self._masks, self._keypoints = set(), [], []
+        # "held" are the parts that outputs had; an image without detections tells which, too.
+        self._collected = {"seen": [], "rows": [], "held": set(), "masks": [], "keypoints": []}
 
     def process(self, inputs, outputs):
         """Take in a `list[sample]` and, for each, what the model found in the original image's pixels."""
         for sample, output in zip(inputs, outputs, strict=True):
             try:
-                self._process(sample["image_id"], output)
+                self._collect(sample["image_id"], output)
             except Exception as e:
                 e.add_note(f"while taking in what was found in image {sample['image_id']!r}")
                 raise
 
-    def _process(self, image_id, output):
-        index = self._index.get(image_id)
+    def _collect(self, image_id, output):
+        index, collected = self._index.get(image_id), self._collected
         if index is None:
             raise UserError(f"the dataset {self.dataset_name} has no image {image_id!r}")
-        self._seen.append(index)
         columns = [output["boxes"], output["scores"][:, None], output["labels"][:, None]]
         # Not every device has numbers of double precision.
         rows = torch.cat([column.cpu().double() for column in columns], dim=1).numpy()
-        self._check_labels(rows[:, 5])
-        self._rows.append(np.concatenate([np.full((len(rows), 1), index), rows], axis=1))
-        held = {part for part in self._parts if part in output}
-        self._held |= held
-        if "masks" in held and len(rows):
-            self._masks += self._encode(output["masks"], self.records[index])
-        if "keypoints" in held and len(rows):
-            self._keypoints.append(output["keypoints"].cpu().double().numpy())
-
-    def _check_labels(self, labels):
-        wrong = labels[(labels < 0) | (labels >= len(self.classes))]
+        wrong = rows[(rows[:, 5] < 0) | (rows[:, 5] >= len(self.classes)), 5]
         if len(wrong):
             raise UserError(
                 f"the model finds the label {int(wrong[0])}, but {self.dataset_name} has {len(self.classes)} "
                 f"classes, 0 to {len(self.classes) - 1}"
             )
+        collected["seen"].append(index)
+        collected["rows"].append(np.concatenate([np.full((len(rows), 1), index), rows], axis=1))
+        held = {part for part in self._parts if part in output}
+        collected["held"] |= held
+        if "masks" in held and len(rows):
+            collected["masks"] += self._encode(output["masks"], self.records[index])
+        if "keypoints" in held and len(rows):
+            collected["keypoints"].append(output["keypoints"].cpu().double().numpy())
 
     def _encode(self, masks, record):
         size = record["height"], record["width"]
@@ -114,37 +146,33 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         """Gather what all ranks processed, and score it on rank 0; None on the others."""
         # Arrays and bytes: as many dicts would take far longer to send.
         part = {
-            "rows": np.concatenate([np.zeros((0, 7)), *self._rows]),
-            "seen": np.array(self._seen, dtype=np.int64),
-            "held": self._held,
-            "masks": self._masks,
-            "keypoints": self._keypoints,
+            **self._collected,
+            "rows": np.concatenate([np.zeros((0, 7)), *self._collected["rows"]]),
+            "seen": np.array(self._collected["seen"], dtype=np.int64),
         }
         parts = comm.gather(part) if self._distributed else [part]
         if self._distributed and not comm.is_main_process():
             return None
-        self._warn_of_wrong_images(np.concatenate([part["seen"] for part in parts]))
-        return self.score(_joined(parts))
-
-    def _warn_of_wrong_images(self, seen):
-        number = len(np.unique(seen))
-        if number < len(self.records):
+        detections = _join(parts)
+        num_seen, num_given = len(detections.seen), sum(len(part["seen"]) for part in parts)
+        if num_seen < len(self.records):
             logger.warning(
-                f"only {number} of the {len(self.records)} images of {self.dataset_name} are scored; the "
+                f"only {num_seen} of the {len(self.records)} images of {self.dataset_name} are scored; the "
                 "model was not run on the others"
             )
-        if number < len(seen):
+        if num_seen < num_given:
             logger.warning(
-                f"of {self.dataset_name}, {len(seen) - number} images were given to the model once again; "
+                f"of {self.dataset_name}, {num_given - num_seen} images were given to the model once again; "
                 "what it found there counts each time"
             )
+        return self.score(detections)
 
     @abc.abstractmethod
     def score(self, detections):
         """{task: {metric: number}} from the `Detections` of all ranks."""
 
 
-def _joined(parts):
+def _join(parts):
     rows, seen = (np.concatenate([part[key] for part in parts]) for key in ("rows", "seen"))
     masks, keypoints = ([v for part in parts for v in part[key]] for key in ("masks", "keypoints"))
     held = set().union(*(part["held"] for part in parts))

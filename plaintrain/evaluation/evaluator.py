@@ -3,11 +3,12 @@
 import contextlib
 import logging
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from plaintrain.config.yaml import flatten
-from plaintrain.evaluation.background import in_background
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
@@ -16,6 +17,8 @@ from plaintrain.utils.stop import end_evaluation_if_requested, is_requested
 
 logger = logging.getLogger(__name__)
 
+# Batches that wait for the evaluator, or that it is at, beside the one that the model is at.
+_WAITING = 2
 # Lines in the log, at least this many seconds apart, where no progress bar can be shown.
 _LOG_SECONDS = 30
 
@@ -90,6 +93,63 @@ def inference_context(model):
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def in_background(process, model):
+    """A function `(inputs, outputs)` that leaves it to another thread to call an evaluator's `process`.
+
+    There outputs are on the host, and masks `BoxMasks` where the model has `pastes_masks`. Batches are
+    processed one by one and in order, all by the end of the block, which also ends the thread, whatever
+    ends the block. What `process` raises is raised by a later call, or at the end of the block.
+    """
+    # A thread's first computation asks how many cores to use: this one's comes before the other's.
+    torch.get_num_threads()
+    # One core is enough for it, the others are the model's.
+    pool, waiting = ThreadPoolExecutor(1, "evaluate", torch.set_num_threads, (1,)), deque()
+
+    def submit(inputs, outputs):
+        if len(waiting) >= _WAITING:
+            waiting.popleft().result()
+        waiting.append(pool.submit(_call, process, inputs, *_to_host(outputs)))
+
+    try:
+        with unpasted_masks(comm.unwrap_model(model)):
+            yield submit
+        for future in waiting:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def unpasted_masks(model):
+    """Within the block, masks are `BoxMasks` where the model has `pastes_masks`."""
+    if not getattr(model, "pastes_masks", False):
+        yield
+        return
+    model.pastes_masks = False
+    try:
+        yield
+    finally:
+        model.pastes_masks = True
+
+
+def _to_host(outputs):
+    """Outputs on the host, and the events after which they are there: nothing is waited for."""
+    copies = [
+        {k: v.to("cpu", non_blocking=v.is_cuda) if hasattr(v, "is_cuda") else v for k, v in output.items()}
+        for output in outputs
+    ]
+    devices = {v.device for output in outputs for v in output.values() if getattr(v, "is_cuda", False)}
+    return copies, [torch.cuda.current_stream(device).record_event() for device in devices]
+
+
+@torch.no_grad()
+def _call(process, inputs, outputs, events):
+    for event in events:
+        event.synchronize()
+    process(inputs, outputs)
 
 
 def inference_on_dataset(model, data_loader, evaluator):

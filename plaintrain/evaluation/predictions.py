@@ -1,9 +1,10 @@
-"""Predictions as files: COCO's results format, written and read again, and the scores as JSON.
+"""Predictions as files: COCO's results format, written and read again; results as a table and as JSON.
 
 https://cocodataset.org/#format-results
 """
 
 import json
+import logging
 import math
 import os
 
@@ -17,9 +18,14 @@ from plaintrain.data.datasets.write import category_ids
 from plaintrain.data.serialized import no_garbage_collection
 from plaintrain.data.validation import coco_annotation_mistake
 from plaintrain.evaluation.detections import Detections, ground_truth
+from plaintrain.evaluation.evaluator import format_table, print_csv_format
 from plaintrain.structures import are_numbers, segmentation_to_rle
+from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write, make_parent
+from plaintrain.utils.run_files import RESULTS_FILE, read_results_file
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS_FILE = "coco_instances_results.json"
 # COCO's keypoints are numbers of pixels, whose centres are at half.
@@ -27,13 +33,7 @@ _HALF = (0.5, 0.5, 0.0)
 
 
 def write_predictions(folder, dataset_name, detections):
-    """Write `coco_instances_results.json` into a folder: COCO's results format, with the dataset's own ids.
-
-    Args:
-        folder: it is made.
-        dataset_name: a registered dataset.
-        detections: `Detections`, of which all parts that are there are written.
-    """
+    """Make a folder with `coco_instances_results.json`: `Detections` with the dataset's own ids."""
     records, category = DatasetCatalog.get(dataset_name), category_ids(MetadataCatalog.get(dataset_name))
     results = coco_results(detections, records, [record["image_id"] for record in records], category)
     # Ids that came from an array are no int for JSON.
@@ -43,10 +43,8 @@ def write_predictions(folder, dataset_name, detections):
 def coco_results(detections, records, image_ids, category_ids, parts=("masks", "keypoints")):
     """Return `Detections` in COCO's results format, a list of dicts.
 
-    Args:
-        detections, records: the detections, and the records of the dataset that they are of.
-        image_ids, category_ids: the id of each record, and of each label.
-        parts: which of "masks" and "keypoints" to include where they are there.
+    `image_ids` and `category_ids` are those of each record and of each label; `parts` are what to include
+    where it is there.
     """
     results = [
         {
@@ -76,7 +74,7 @@ def rles(detections, records):
     return [{"size": sizes[i], "counts": c} for i, c in zip(images, detections.masks, strict=True)]
 
 
-def read_detections(path, dataset_name, parts=("masks", "keypoints")):
+def read_detections(path, dataset_name):
     """Read predictions for a dataset from a JSON in COCO's results format.
 
     A detection without a box has the one around its segmentation or its keypoints.
@@ -85,7 +83,6 @@ def read_detections(path, dataset_name, parts=("masks", "keypoints")):
         path: a JSON list of `{image_id, category_id, score, bbox, segmentation, keypoints}`, of which
             all detections have a segmentation (polygons or RLE) or none, and keypoints likewise.
         dataset_name: a registered dataset, whose image and category ids these are.
-        parts: which of "masks" and "keypoints" to read where the file has them.
 
     Returns:
         `Detections` in the order of the file in each image; masks keep the outline that the file has.
@@ -109,9 +106,9 @@ def read_detections(path, dataset_name, parts=("masks", "keypoints")):
             image, label = index[result["image_id"]], labels[result["category_id"]]
             x, y, width, height = result["bbox"]
             rows.append([image, x, y, x + width, y + height, result["score"], label])
-            if "masks" in parts and result.get("segmentation"):
+            if result.get("segmentation"):
                 masks.append(_rle(path, result, *sizes[image])["counts"])
-            if "keypoints" in parts and result.get("keypoints"):
+            if result.get("keypoints"):
                 points.append(result["keypoints"])
     if len({len(keypoints) for keypoints in points}) > 1:
         raise UserError(f"the detections in {path} have different numbers of keypoints")
@@ -124,11 +121,9 @@ def read_detections(path, dataset_name, parts=("masks", "keypoints")):
 
 
 def detections_of_image(detections, index, score_threshold, record):
-    """Return the detections of one image, of scores from a threshold on, as a model returns them.
+    """Return the detections of image `index`, of scores from a threshold on, as a model returns them.
 
-    Args:
-        detections, index: `Detections`, and which image.
-        score_threshold, record: the lowest score, and the image's record, for its size.
+    `record` is the image's, for its size.
     """
     rows = detections.rows
     places = np.arange(*np.searchsorted(rows[:, 0], [index, index + 1]))
@@ -165,24 +160,46 @@ def _rle(path, result, height, width):
 
 
 def write_results(path, results):
-    """Write scores as JSON, what is no finite number as null.
-
-    Args:
-        path: the file; its folder is made.
-        results: {name: number}, or dicts of such dicts: {dataset: {task: {metric: number}}}.
-    """
+    """Write {name: number}, or dicts of such dicts, as JSON; what is no finite number as null."""
     write_json(path, plain(results), indent=1)
+
+
+def report_results(dataset_name, results, folder):
+    """Log {task: {metric: number}} with the change since results.json in a folder, and write them there.
+
+    Does nothing on ranks other than 0. A class' own numbers (`AP-NAME`) are in the file, not in the table.
+    """
+    if not comm.is_main_process():
+        return
+    before = read_results_file(folder).get(dataset_name, {})
+    table = results_table(results, before)
+    since = ", and the change since the last evaluation" if before else ""
+    text = f"results on {dataset_name}{since}:\n{table}"
+    logger.info(text)
+    print_csv_format(results)
+    write_results(os.path.join(folder, RESULTS_FILE), {dataset_name: results})
+
+
+def results_table(results, before):
+    """Each task's numbers as an aligned text table; below them, the change from those of `before`."""
+    tables = []
+    for task, metrics in results.items():
+        names = [name for name in metrics if "-" not in name]
+        rows = [[task, *(float(metrics[name]) for name in names)]]
+        changes = [_change(before.get(task, {}).get(name), metrics[name]) for name in names]
+        rows += [["", *changes]] if any(changes) else []
+        tables.append(format_table(rows, ["", *names]))
+    return "\n".join(tables)
+
+
+def _change(before, now):
+    known = isinstance(before, int | float) and math.isfinite(before) and math.isfinite(now)
+    return f"{now - before:+.2f}" if known else ""
 
 
 def plain(value):
     """Return dicts and lists as JSON holds them: each number an int or a float, None for NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, str | int):
-        return value
-    return float(value) if math.isfinite(value) else None
+    return json.loads(json.dumps(value, default=float), parse_constant=lambda name: None)
 
 
 def write_json(path, content, **options):

@@ -1,6 +1,5 @@
 """The losses on data that is not trained on."""
 
-import contextlib
 import itertools
 import logging
 
@@ -24,15 +23,6 @@ _AS_IN_EVALUATION = (
 )
 
 
-@contextlib.contextmanager
-def loss_context(model):
-    """The model so that it returns losses and keeps its statistics; its modules' modes come back."""
-    with inference_context(model):
-        for module in model.modules():
-            module.training = not isinstance(module, _AS_IN_EVALUATION)
-        yield
-
-
 def validation_losses(model, data_loaders, seed=0):
     """The losses of a model on validation data, as means over images.
 
@@ -40,7 +30,6 @@ def validation_losses(model, data_loaders, seed=0):
     state of the random generators is changed.
 
     Args:
-        model: returns, in training mode, a dict of 0-d tensors.
         data_loaders: loaders of this rank's batches, `list[sample]` with targets; taken together.
         seed: of what the model draws, such as proposals; the same in each call.
 
@@ -50,7 +39,9 @@ def validation_losses(model, data_loaders, seed=0):
     """
     model, sums, num_images = comm.unwrap_model(model), {}, 0
     device = next(model.parameters()).device
-    with loss_context(model), torch.no_grad(), forked_rng(seed, device):
+    with inference_context(model), torch.no_grad(), forked_rng(seed, device):
+        for module in model.modules():
+            module.training = not isinstance(module, _AS_IN_EVALUATION)
         batches = itertools.chain.from_iterable(data_loaders)
         for samples in progress(batches, desc="validation", total=sum(map(len, data_loaders))):
             if is_requested():

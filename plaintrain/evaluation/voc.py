@@ -8,11 +8,9 @@ import logging
 import numpy as np
 
 from plaintrain.data.catalog import MetadataCatalog
-from plaintrain.evaluation.detections import InstanceEvaluator
+from plaintrain.evaluation.detections import InstanceEvaluator, compute_overlaps, object_table
 from plaintrain.evaluation.evaluator import format_table
-from plaintrain.evaluation.overlaps import box_overlaps
 from plaintrain.evaluation.predictions import write_predictions
-from plaintrain.structures import BoxMode
 
 logger = logging.getLogger(__name__)
 
@@ -39,50 +37,42 @@ def voc_ap(recall, precision, use_07_metric=False):
     return float(np.sum(np.diff(recall) * envelope[1:]))
 
 
-def best_overlaps(detections, truths):
-    """The truth of its image that each detection overlaps most.
-
-    Args:
-        detections: `[N, 5]`, rows [image, x0, y0, x1, y1].
-        truths: `[M, 5]`, likewise.
-
-    Returns:
-        IoU `[N]` in 0..1 (0 in an image without truths), number of the truth `[N]`.
+def match_to_objects(detections, objects):
+    """Return the IoU of each detection with the object of its image and class that it overlaps most, 0 if it
+    overlaps none, and the index of that object.
     """
-    found, objects = ({"image": rows[:, 0], "boxes": rows[:, 1:]} for rows in (detections, truths))
-    row, number, iou = box_overlaps({**objects, "crowd": np.zeros(len(truths), dtype=bool)}, found)
-    best, claimed = np.zeros(len(detections)), np.zeros(len(detections), dtype=np.int64)
-    # Of an image's truths the best is written last, of equal ones the first.
+    row, number, iou = compute_overlaps(objects, detections)
+    same = detections["labels"][row] == objects["labels"][number]
+    row, number, iou = row[same], number[same], iou[same]
+    best, claimed = np.zeros(len(detections["labels"])), np.zeros(len(detections["labels"]), dtype=np.int64)
+    # The best object is written last, of equal ones the first.
     order = np.lexsort((-number, iou))
     best[row[order]], claimed[row[order]] = iou[order], number[order]
     return best, claimed
 
 
-def voc_eval(detections, truths, difficult, use_07_metric=False):
-    """AP of one class at IoU 0.5, 0.55, ..., 0.95: each detection claims the truth it overlaps most, once.
+def voc_eval(best, claimed, difficult, total, use_07_metric=False):
+    """AP of one class at IoU 0.5, 0.55, ..., 0.95: each detection claims the object it overlaps most, once.
 
     Args:
-        detections: `[N, 6]`, rows [image, x0, y0, x1, y1, score].
-        truths: `[M, 5]`, rows [image, x0, y0, x1, y1].
-        difficult: `[M]` bool; a detection of a difficult truth counts neither for nor against.
+        best, claimed: what `match_to_objects` returns, of the detections of the class, scores descending.
+        difficult: bool for each object; a detection of a difficult one counts neither for nor against.
+        total: number of the class' objects that are not difficult.
         use_07_metric: see `voc_ap`.
 
     Returns:
-        `[10]` in 0..1, or NaN if the class has no truth that is not difficult.
+        `[10]` in 0..1, or NaN if there are no such objects.
     """
-    total = int((~difficult).sum())
     if not total:
         return np.full(len(_IOUS), np.nan)
-    detections = detections[np.argsort(-detections[:, 5], kind="stable")]
-    best, claimed = best_overlaps(detections[:, :5], truths)
     aps = []
     for iou in _IOUS:
         # An IoU of just the threshold is not enough.
         above = best > iou / 100
         counts = ~(above & difficult[claimed])
-        hits = np.zeros(len(detections), dtype=bool)
+        hits = np.zeros(len(best), dtype=bool)
         candidates = np.flatnonzero(above & counts)
-        # The first to claim a truth has it.
+        # The first to claim an object has it.
         hits[candidates[np.unique(claimed[candidates], return_index=True)[1]]] = True
         found, scored = np.cumsum(hits), np.cumsum(counts)
         precision = found / np.maximum(scored, np.finfo(float).eps)
@@ -93,47 +83,39 @@ def voc_eval(detections, truths, difficult, use_07_metric=False):
 class PascalVOCDetectionEvaluator(InstanceEvaluator):
     """AP50, AP75 and AP (mean over IoU 0.5 to 0.95), in percent, averaged over classes.
 
-    Uses VOC's 2007 metric for a dataset whose metadata says `year` 2007, else the later one.
+    Uses VOC's 2007 metric for a dataset whose metadata says `year` 2007, else the later one; an annotation's
+    `difficult` is respected.
     """
 
     def __init__(self, dataset_name, distributed=True, output_dir=None, use_07_metric=None):
-        """
-        Args:
-            dataset_name: a registered dataset; `difficult` in its annotations is respected.
-            distributed: gather the detections of all ranks.
-            output_dir: folder for `coco_instances_results.json` (the predictions, masks and
-                keypoints too, in COCO's results format), or None.
-            use_07_metric: None decides by the year.
-        """
+        """Arguments are those of `COCOEvaluator`; `use_07_metric` None asks the dataset's year."""
         # Masks and keypoints are not scored, only written.
         super().__init__(dataset_name, distributed, ("masks", "keypoints") if output_dir else ())
         self._output_dir = output_dir
         year = MetadataCatalog.get(dataset_name).get("year")
         self._use_07_metric = year == 2007 if use_07_metric is None else use_07_metric
 
-    def _truths(self, seen):
-        """Label, difficult (0 or 1), image and box of every annotation, `[M, 7]`."""
-        rows = [
-            [
-                a["category_id"],
-                bool(a.get("difficult", 0) or a.get("iscrowd", 0)),
-                index,
-                *BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS),
-            ]
-            for index in seen.tolist()
-            for a in self.records[index]["annotations"]
-        ]
-        return np.array(rows, dtype=float).reshape(-1, 7)
-
     def score(self, detections):
         """{"bbox": AP, AP50, AP75 and each class' AP50}, in percent."""
         if self._output_dir:
             write_predictions(self._output_dir, self.dataset_name, detections)
-        rows, truths = detections.rows, self._truths(detections.seen)
+        objects, rows = object_table(self.records), detections.rows
+        annotations = [a for record in self.records for a in record["annotations"]]
+        difficult = np.array(
+            [bool(a.get("difficult", 0) or a.get("iscrowd", 0)) for a in annotations], dtype=bool
+        )
+        # Here the IoU with a crowd is as that with any other object.
+        objects |= {"crowd": np.zeros_like(difficult)}
+        found = {"image": rows[:, 0], "boxes": rows[:, 1:5], "labels": rows[:, 6]}
+        best, claimed = match_to_objects(found, objects)
+        by_score = np.argsort(-rows[:, 5], kind="stable")
+        counted = objects["labels"][~difficult & np.isin(objects["image"], detections.seen)]
+        totals = np.bincount(counted, minlength=len(self.classes))
         table = {}
         for label, name in enumerate(self.classes):
-            found, truth = rows[rows[:, 6] == label, :6], truths[truths[:, 0] == label]
-            table[name] = 100 * voc_eval(found, truth[:, 2:], truth[:, 1] > 0, self._use_07_metric)
+            chosen = by_score[rows[by_score, 6] == label]
+            aps = voc_eval(best[chosen], claimed[chosen], difficult, totals[label], self._use_07_metric)
+            table[name] = 100 * aps
         known = np.array([aps for aps in table.values() if not np.isnan(aps).any()]).reshape(-1, 10)
         mean = known.mean(axis=0) if len(known) else np.full(10, np.nan)
         metrics = {"AP": float(mean.mean()), "AP50": float(mean[0]), "AP75": float(mean[5])}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.image_files import image_record, list_images
 from plaintrain.data.records import get_detection_dataset_dicts
-from plaintrain.evaluation.background import unpasted_masks
+from plaintrain.evaluation.evaluator import unpasted_masks
 from plaintrain.export.graph import DetectionGraph
 from plaintrain.modeling.tta import detection_settings
 from plaintrain.utils.errors import UserError, first_line, require
@@ -63,11 +63,6 @@ def is_fixed(cfg):
     return cfg.MODEL.META_ARCHITECTURE == "SSD"
 
 
-def need(module):
-    """Return a module that ONNX needs, or raise a `UserError` that says how to install it."""
-    return require(module, "ONNX", "export")
-
-
 @contextlib.contextmanager
 def _quietly():
     """Silence exporters, which warn of what nobody who exports can change."""
@@ -77,12 +72,10 @@ def _quietly():
 
 
 def trace(model, size, fixed=False):
-    """Trace the model's inference for any number of images, of any size unless `fixed`: an `ExportedProgram`.
+    """Trace the inference of a detector on the CPU, in evaluation mode: an `ExportedProgram`.
 
-    Args:
-        model: a detector on the CPU, in evaluation mode.
-        size: (height, width) of an image to trace with, at least 2 x 32 pixels.
-        fixed: height and width stay these.
+    It takes any number of images, of any size unless `fixed`; `size` is that of the images to trace with,
+    (height, width), at least 2 x 32 pixels.
     """
     dynamic, images = torch.export.Dim.DYNAMIC, torch.zeros(2, 3, *size, dtype=torch.uint8)
     sides = {} if fixed else {2: dynamic, 3: dynamic}
@@ -102,8 +95,8 @@ def write_torch(program, path, about):
 
 def write_onnx(program, path, about):
     """Write an `ExportedProgram` as ONNX, with `about` as JSON in its metadata."""
-    onnx = need("onnx")
-    need("onnxscript")
+    onnx = require("onnx", "ONNX", "export")
+    require("onnxscript", "ONNX", "export")
     names = list(program.module()(torch.zeros(2, *program.example_inputs[0][0].shape[1:], dtype=torch.uint8)))
     try:
         with _quietly():
@@ -132,7 +125,8 @@ def open_exported(path):
     """Return a function from uint8 `[B, 3, H, W]` to the dict of tensors that a file gives, .onnx or .pt2."""
     if path.endswith(".pt2"):
         return torch.export.load(path).module()
-    session = need("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    onnxruntime = require("onnxruntime", "ONNX", "export")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def run(images):
@@ -205,12 +199,8 @@ def differences(found, expected, limit):
 
 
 def check_exported(run, model, images):
-    """Return the `differences` between a file and its model of each image, with its name as "image".
-
-    Args:
-        run: what `open_exported` returns.
-        model: the detector, on the CPU, in evaluation mode.
-        images: list of (name, uint8 `[3, H, W]`).
+    """Return the `differences` between a file, opened by `open_exported`, and its model, on the CPU, of each
+    image, (name, uint8 `[3, H, W]`), with its name as "image".
     """
     rows, limit = [], detection_settings(model).score_thresh
     for name, image in images:

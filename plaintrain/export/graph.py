@@ -35,7 +35,8 @@ class DetectionGraph(nn.Module):
         model, size = self.model, images.shape[-2:]
         images = ImageList(self._normalised(images), [size])
         if not isinstance(model, ProposalNetwork | GeneralizedRCNN):
-            boxes, scores, labels = _best(model, *model.find_candidates(images))
+            found = best_of_batch(*model.find_candidates(images), model.nms_thresh, model.detections_per_img)
+            boxes, scores, labels = found
             if not model.clips_before_nms:
                 boxes = clip_boxes_to_image(boxes, size)
                 scores = scores.masked_fill(~(boxes[..., 2:] > boxes[..., :2]).all(dim=-1), -1)
@@ -59,7 +60,8 @@ class DetectionGraph(nn.Module):
 
     def _detect_in_rois(self, features, proposals, scores, size):
         heads = self.model.roi_heads
-        found = _padded(*_best(heads, *heads.find_candidates(features, proposals, scores, [size])))
+        candidates = heads.find_candidates(features, proposals, scores, [size])
+        found = _padded(*best_of_batch(*candidates, heads.nms_thresh, heads.detections_per_img))
         boxes, labels = found["boxes"], found["labels"].clamp(min=0)
         if heads.has_mask():
             (masks,) = heads.predict_masks(features, boxes, [labels.flatten()])
@@ -67,11 +69,6 @@ class DetectionGraph(nn.Module):
         if heads.has_keypoint():
             found["keypoint_maps"] = heads.predict_heatmaps(features, boxes).unflatten(0, labels.shape)
         return found
-
-
-def _best(settings, boxes, scores, labels):
-    """`best_of_batch` with the thresholds of a detector of torchvision."""
-    return best_of_batch(boxes, scores, labels, settings.nms_thresh, settings.detections_per_img)
 
 
 def best_of_batch(boxes, scores, groups, nms_thresh, limit):

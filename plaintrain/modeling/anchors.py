@@ -6,33 +6,8 @@ from torchvision.models.detection.image_list import ImageList
 
 # Types that autocast computes in.
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-# What is made for this many padded sizes is kept; the anchors of a COCO image take 4 MB.
+# The anchors of this many padded sizes are kept; the anchors of a COCO image take 4 MB.
 _MAX_SIZES = 8
-
-
-class SizeCache:
-    """Keeps what a function makes of nothing but the sizes of the images and of their features."""
-
-    def __init__(self):
-        self._made = {}
-
-    def __call__(self, make, images, features):
-        """`make(images, features)`, of an ImageList and a list of features `[B, C, H, W]`."""
-        if torch.compiler.is_exporting():
-            return make(images, features)
-        sizes = [tuple(feature.shape[-2:]) for feature in features]
-        key = (tuple(images.tensors.shape[-2:]), *sizes, features[0].dtype, features[0].device)
-        if key not in self._made:
-            while len(self._made) >= _MAX_SIZES:
-                del self._made[next(iter(self._made))]
-            # Training may follow an evaluation in inference mode, whose tensors it could not use.
-            with torch.inference_mode(False), torch.no_grad():
-                self._made[key] = make(images, features)
-        return self._made[key]
-
-    def __getstate__(self):
-        # Copies and files begin with nothing.
-        return {"_made": {}}
 
 
 class _Cached:
@@ -40,7 +15,7 @@ class _Cached:
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self._cache = SizeCache()
+        self._anchors = {}
 
     def forward(self, image_list, feature_maps):
         """torchvision's, but all images share one tensor; in float32 also under autocast."""
@@ -50,7 +25,22 @@ class _Cached:
             torch.empty((), device=f.device).expand(f.shape) if f.dtype in LOW_PRECISION else f
             for f in feature_maps
         ]
-        return self._cache(super().forward, one, maps) * len(image_list.image_sizes)
+        number = len(image_list.image_sizes)
+        if torch.compiler.is_exporting():
+            return super().forward(one, maps) * number
+        sizes = [feature.shape[-2:] for feature in maps]
+        key = (image_list.tensors.shape[-2:], *sizes, maps[0].dtype, maps[0].device)
+        if key not in self._anchors:
+            while len(self._anchors) >= _MAX_SIZES:
+                del self._anchors[next(iter(self._anchors))]
+            # Training may follow an evaluation in inference mode, whose tensors it could not use.
+            with torch.inference_mode(False), torch.no_grad():
+                self._anchors[key] = super().forward(one, maps)
+        return self._anchors[key] * number
+
+    def __getstate__(self):
+        # Copies and files begin with nothing.
+        return {**super().__getstate__(), "_anchors": {}}
 
 
 class CachedAnchorGenerator(_Cached, AnchorGenerator):

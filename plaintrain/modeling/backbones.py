@@ -6,6 +6,7 @@ Parameter names are torchvision's.
 """
 
 import functools
+import itertools
 import math
 
 from torch import nn
@@ -13,10 +14,9 @@ from torchvision.models import get_model, mobilenet_v3_large, vgg16
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from plaintrain.modeling.frozen_norm import fold_frozen_norms
 from plaintrain.utils.errors import UserError, nearest
 
 _NORMS = {
@@ -25,6 +25,8 @@ _NORMS = {
     "SyncBN": nn.SyncBatchNorm,
     "GN": lambda channels, eps=1e-5: nn.GroupNorm(math.gcd(32, channels), channels, eps),
 }
+# SSDlite's, whatever MODEL.RESNETS.NORM says.
+SSDLITE_NORM = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
 
 
 def get_norm(name):
@@ -127,27 +129,16 @@ def build_ssd_vgg16_backbone(cfg):
 
 
 def build_ssdlite_mobilenet_v3_large_backbone(cfg):
-    """MobileNetV3-Large with the reduced tail of its paper's table 6, and SSDlite's 4 further levels.
-
-    Batch norm with torchvision's eps 0.001 and momentum 0.03, whatever MODEL.RESNETS.NORM says.
-    """
-    norm = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
-    features, starts = _mobilenet(norm, True, cfg.MODEL.BACKBONE.FREEZE_AT)
-    return SSDLiteFeatureExtractorMobileNet(features, starts[-2], norm)
+    """MobileNetV3-Large with the reduced tail of its paper's table 6, and SSDlite's 4 further levels."""
+    features, starts = _mobilenet(SSDLITE_NORM, True, cfg.MODEL.BACKBONE.FREEZE_AT)
+    return SSDLiteFeatureExtractorMobileNet(features, starts[-2], SSDLITE_NORM)
 
 
-class _Convolution(nn.Sequential):
+def _convolution(in_channels, out_channels, stride, norm):
     """3x3 convolution, norm, ReLU."""
-
-    def __init__(self, in_channels, out_channels, stride, norm):
-        convolution = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-        super().__init__(convolution, norm(out_channels), nn.ReLU(inplace=True))
-
-
-def _small_group_norm(channels):
-    # 32 groups would leave one channel a group in the first layers.
-    return nn.GroupNorm(math.gcd(max(1, channels // 8), channels), channels)
+    layers = Conv2dNormActivation(in_channels, out_channels, stride=stride, norm_layer=norm)
+    nn.init.kaiming_normal_(layers[0].weight, mode="fan_out", nonlinearity="relu")
+    return layers
 
 
 class TinyBackbone(nn.Module):
@@ -161,11 +152,11 @@ class TinyBackbone(nn.Module):
         super().__init__()
         widths = [3, *channels]
         self.stages = nn.ModuleList(
-            nn.Sequential(_Convolution(before, after, 2, norm), _Convolution(after, after, 1, norm))
+            nn.Sequential(_convolution(before, after, 2, norm), _convolution(after, after, 1, norm))
             for before, after in zip(widths, channels, strict=False)
         )
         self.outputs = nn.ModuleList(
-            _Convolution(width, out_channels, 1, norm) for width in channels[-num_levels:]
+            _convolution(width, out_channels, 1, norm) for width in channels[-num_levels:]
         )
         self.out_channels, self.level_names = out_channels, [str(i) for i in range(num_levels)]
         self.strides = [2 ** (len(channels) - num_levels + 1 + i) for i in range(num_levels)]
@@ -181,7 +172,10 @@ class TinyBackbone(nn.Module):
 
 def get_tiny_norm(cfg):
     """Return the norm that MODEL.TINY.NORM names; its GN has 8 channels a group."""
-    return _small_group_norm if cfg.MODEL.TINY.NORM == "GN" else get_norm(cfg.MODEL.TINY.NORM)
+    if cfg.MODEL.TINY.NORM != "GN":
+        return get_norm(cfg.MODEL.TINY.NORM)
+    # 32 groups would leave one channel a group in the first layers.
+    return lambda channels: nn.GroupNorm(math.gcd(max(1, channels // 8), channels), channels)
 
 
 def build_tiny_backbone(cfg):
@@ -195,6 +189,46 @@ def build_tiny_backbone(cfg):
     backbone = TinyBackbone(tiny.CHANNELS, tiny.OUT_CHANNELS, tiny.NUM_LEVELS, get_tiny_norm(cfg))
     _freeze(backbone.stages, cfg.MODEL.BACKBONE.FREEZE_AT)
     return backbone
+
+
+class FoldedNorm(FrozenBatchNorm2d):
+    """A frozen batch norm whose work the convolution before it does while `training` is set.
+
+    torchvision's `FrozenBatchNorm2d` reads and writes all activations twice, and in the backward pass once; a
+    factor on the weights is the same arithmetic on far fewer numbers, but for rounding. In evaluation nothing
+    is folded, so that published weights find what they find in torchvision, to the last digits.
+    """
+
+    def forward(self, x):
+        return x if self.training else super().forward(x)
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution without a bias, with the `FoldedNorm` that follows it as `_norm[0]`."""
+
+    def forward(self, x):
+        (norm,) = self._norm
+        if not norm.training:
+            return super().forward(x)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return self._conv_forward(
+            x, self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        )
+
+
+def fold_frozen_norms(module):
+    """Fold each frozen batch norm that follows a convolution without a bias, in place.
+
+    Following means in the order in which a parent registers its children, which is that of the data in
+    torchvision's backbones. Names and shapes of a state dict stay. Statistics are read at each step, so that
+    they may be loaded later; whoever replaces one of the two modules later must replace both.
+    """
+    for parent in module.modules():
+        for conv, norm in itertools.pairwise(parent.children()):
+            if type(conv) is nn.Conv2d and conv.bias is None and type(norm) is FrozenBatchNorm2d:
+                conv.__class__, norm.__class__ = FoldedConv2d, FoldedNorm
+                # In a tuple it is not a child.
+                conv._norm = (norm,)
 
 
 BACKBONES = {

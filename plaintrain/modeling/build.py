@@ -87,11 +87,7 @@ def compile_parts(model, backend="inductor"):
 
     What selects (anchors, proposals, samples) stays as it is. Each is compiled when it is first called.
     Sizes of images and numbers of boxes are dynamic: others do not compile again. A copy of the model is not
-    compiled. What cannot be compiled runs as it is, with a warning.
-
-    Args:
-        model: the detector.
-        backend: name or function, as torch.compile takes it.
+    compiled. What cannot be compiled runs as it is, with a warning. `backend` is torch.compile's.
     """
     # Imported where it is used: that takes seconds.
     from torch._dynamo import config

@@ -73,21 +73,21 @@ def prior_bias(probability):
 
 
 def get_targets(samples, device, label_offset=0):
-    """The targets of samples on a device; `label_offset` makes room for a background class."""
+    """The targets of samples on a device; `label_offset` makes room for a background class.
+
+    Boxes without a size are an error, as in torchvision.
+    """
+    # While they are on the host: no sync point.
+    boxes = torch.cat([sample["target"]["boxes"] for sample in samples])
+    wrong = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+    if wrong.any():
+        raise AssertionError(f"Boxes need a positive height and width, not {boxes[wrong][0].tolist()}")
     targets = []
     for sample in samples:
         target = {k: v.to(device, non_blocking=True) for k, v in sample["target"].items()}
         target["labels"] = target["labels"] + label_offset
         targets.append(target)
     return targets
-
-
-def check_boxes(samples):
-    """Refuse boxes without a size, as torchvision does, while they are on the host: no sync point."""
-    boxes = torch.cat([sample["target"]["boxes"] for sample in samples])
-    wrong = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
-    if wrong.any():
-        raise AssertionError(f"Boxes need a positive height and width, not {boxes[wrong][0].tolist()}")
 
 
 class DenseOnSamples:
@@ -107,8 +107,6 @@ class DenseOnSamples:
 
     def forward(self, samples):
         """Return losses or detections; see `plaintrain.modeling.build_model`."""
-        if self.training:
-            check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
         if not self.training:
             return to_original_size(self._detect(images), samples)

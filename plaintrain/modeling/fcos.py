@@ -76,7 +76,8 @@ def assign_centres(boxes, exists, anchors, levels, radius):
 
     def assign(boxes, exists, anchors):
         """The same for some of the images."""
-        (x, y), (u, v) = _centres(anchors[:, None]), _centres(boxes[:, :, None])
+        both = (anchors[:, None], boxes[:, :, None])
+        (x, y), (u, v) = (((b[..., :2] + b[..., 2:]) / 2).unbind(-1) for b in both)
         x0, y0, x1, y1 = boxes[:, :, None].unbind(-1)
         inside = torch.maximum((x - u).abs_(), (y - v).abs_()) < radius * sizes
         edges = x - x0, y - y0, x1 - x, y1 - y
@@ -88,10 +89,6 @@ def assign_centres(boxes, exists, anchors, levels, radius):
         return index, value >= 1e-5
 
     return in_parts(assign, boxes, exists[:, :, None], anchors[None])
-
-
-def _centres(boxes):
-    return ((boxes[..., :2] + boxes[..., 2:]) / 2).unbind(-1)
 
 
 def build_fcos(cfg):

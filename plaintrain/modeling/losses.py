@@ -64,14 +64,6 @@ def giou_loss(boxes, targets, counts):
     return loss.masked_fill(~counts, 0)
 
 
-def smooth_l1_loss(deltas, targets, counts, beta):
-    """Smooth L1, L1 if `beta` is 0, summed over the last of `[B, N, 4]`; 0 where bool `[B, N]` is False."""
-    missing = ~counts[..., None]
-    # Where they do not count, targets may be infinite or not a number.
-    targets = targets.masked_fill(missing, 0)
-    return F.smooth_l1_loss(deltas, targets, beta=beta, reduction="none").masked_fill(missing, 0).sum(dim=-1)
-
-
 class BoxLoss(NamedTuple):
     """A loss of boxes: torchvision's recipe by default, Detectron2's from the config."""
 
@@ -80,11 +72,6 @@ class BoxLoss(NamedTuple):
     # Where smooth L1 turns from a parabola to a line; 0 is L1.
     beta: float = 1 / 9
     weight: float = 1.0
-
-
-def get_box_loss(node):
-    """Return the `BoxLoss` of a node's BBOX_REG_LOSS_TYPE, SMOOTH_L1_BETA and BBOX_REG_LOSS_WEIGHT."""
-    return BoxLoss(node.BBOX_REG_LOSS_TYPE, node.SMOOTH_L1_BETA, node.BBOX_REG_LOSS_WEIGHT)
 
 
 def box_losses(recipe, coder, deltas, priors, objects, counts):
@@ -101,4 +88,8 @@ def box_losses(recipe, coder, deltas, priors, objects, counts):
         return recipe.weight * giou_loss(decode(deltas, priors, coder), objects, counts)
     priors = priors.expand_as(objects).flatten(0, 1)
     wanted = encode_boxes(objects.flatten(0, 1), priors, coder.weights).view_as(objects)
-    return recipe.weight * smooth_l1_loss(deltas, wanted, counts, recipe.beta)
+    missing = ~counts[..., None]
+    # Where they do not count, targets may be infinite or not a number.
+    wanted = wanted.masked_fill(missing, 0)
+    losses = F.smooth_l1_loss(deltas, wanted, beta=recipe.beta, reduction="none").masked_fill(missing, 0)
+    return recipe.weight * losses.sum(dim=-1)

@@ -56,24 +56,22 @@ def match(boxes, exists, candidates, matcher):
     """
 
     def assign(boxes, exists, candidates):
-        return _match(_pairwise_iou(boxes, candidates).masked_fill_(~exists, -1), exists, matcher)
+        """The same for some of the images."""
+        iou = _pairwise_iou(boxes, candidates).masked_fill_(~exists, -1)
+        quality, index = iou.max(dim=1)
+        matched, background = quality >= matcher.high_threshold, quality < matcher.low_threshold
+        if matcher.allow_low_quality_matches:
+            matched |= ((iou == iou.amax(dim=2, keepdim=True)) & exists).any(dim=1)
+        if isinstance(matcher, SSDMatcher):
+            objects = torch.arange(iou.shape[1], device=iou.device)[:, None].where(exists, -1)
+            # Of objects with the same best candidate, the last has it.
+            given = torch.full_like(index, -1)
+            given.scatter_reduce_(1, iou.argmax(dim=2), objects.squeeze(2), "amax")
+            matched |= given >= 0
+            index = given.where(given >= 0, index)
+        return index, matched, background & ~matched
 
     return in_parts(assign, boxes, exists[:, :, None], candidates)
-
-
-def _match(iou, exists, matcher):
-    quality, index = iou.max(dim=1)
-    matched, background = quality >= matcher.high_threshold, quality < matcher.low_threshold
-    if matcher.allow_low_quality_matches:
-        matched |= ((iou == iou.amax(dim=2, keepdim=True)) & exists).any(dim=1)
-    if isinstance(matcher, SSDMatcher):
-        objects = torch.arange(iou.shape[1], device=iou.device)[:, None].where(exists, -1)
-        # Of objects with the same best candidate, the last has it.
-        given = torch.full_like(index, -1)
-        given.scatter_reduce_(1, iou.argmax(dim=2), objects.squeeze(2), "amax")
-        matched |= given >= 0
-        index = given.where(given >= 0, index)
-    return index, matched, background & ~matched
 
 
 @torch.no_grad()

@@ -23,35 +23,6 @@ def _to_rois(boxes):
     return torch.cat([image[:, None, None].expand(-1, boxes.shape[1], 1), boxes], dim=2).flatten(0, 1)
 
 
-def pool_levels(features, rois, levels, scales, **arguments):
-    """Pool each box from its level, `[K, C, *output_size]`, with one device sync for all of them.
-
-    Args:
-        features, scales: of each level `[B, C, H, W]`, and its locations per pixel.
-        rois: `[K, 5]`; `levels` holds the index of each one's level.
-        arguments: `output_size` (two numbers), `sampling_ratio` and `aligned` of `roi_align`.
-    """
-    # A box that is not a number has no level.
-    levels = levels.long().clamp(0, len(features) - 1)
-    if _sums_rows(features, arguments["sampling_ratio"]):
-        return _sum_rows(features, rois, levels, scales, arguments)
-    if len(features) == 1:
-        return roi_align(features[0], rois, spatial_scale=scales[0], **arguments)
-    if torch.compiler.is_exporting():
-        rows = [(levels == i).nonzero()[:, 0] for i in range(len(features))]
-    else:
-        every = torch.arange(len(features), device=levels.device)
-        counts = (levels[:, None] == every).sum(dim=0).tolist()  # device sync
-        rows = levels.argsort(stable=True).split(counts)
-    parts = zip(features, rows, scales, strict=True)
-    pooled = [roi_align(f, rois[r], spatial_scale=scale, **arguments) for f, r, scale in parts]
-    # Not `len`, which fixes the size that torch.export sees.
-    result = features[0].new_zeros(rois.shape[0], *pooled[0].shape[1:])
-    for r, p in zip(rows, pooled, strict=True):
-        result[r] = p.to(result.dtype)
-    return result
-
-
 def _samples(starts, sides, bins, ratio, extent):
     """What RoIAlign reads along one axis: of each bin the locations next to its samples, and their weights.
 
@@ -78,26 +49,6 @@ def _samples(starts, sides, bins, ratio, extent):
     return places.flatten(2), weights.flatten(2)
 
 
-def _sum_rows(features, rois, levels, scales, arguments):
-    """RoIAlign as a weighted sum of locations, each a row of C numbers; float32 also under autocast."""
-    bins, ratio, aligned = arguments["output_size"], arguments["sampling_ratio"], arguments.get("aligned")
-    rows = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in features]).float()
-    counts = [f[:, 0].numel() for f in features]
-    start = torch.tensor([sum(counts[:i]) for i in range(len(counts))])[levels]
-    height, width = torch.tensor([f.shape[2:] for f in features])[levels].unbind(1)
-    corners = rois[:, 1:] * torch.tensor(scales)[levels, None] - (0.5 if aligned else 0.0)
-    sides = corners[:, 2:] - corners[:, :2]
-    sides = sides if aligned else sides.clamp(min=1)
-    y, y_weights = _samples(corners[:, 1], sides[:, 1], bins[0], ratio, height)
-    x, x_weights = _samples(corners[:, 0], sides[:, 0], bins[1], ratio, width)
-    y = (start + rois[:, 0].long() * height * width)[:, None, None] + y * width[:, None, None]
-    shape = (len(rois) * bins[0] * bins[1], 4 * ratio**2)
-    index = (y[:, :, None, :, None] + x[:, None, :, None, :]).int().view(shape)
-    weights = (y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :]).view(shape)
-    pooled = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
-    return pooled.view(len(rois), *bins, rows.shape[1]).movedim(-1, 1).to(features[0].dtype)
-
-
 class RoIAlign(MultiScaleRoIAlign):
     """RoIAlign of each box on the level of its size, with one device sync for all levels.
 
@@ -117,10 +68,45 @@ class RoIAlign(MultiScaleRoIAlign):
     def forward(self, x, boxes, image_shapes=None):
         """Pool a list of boxes `[n, 4]`, one an image, or `[B, P, 4]`, to `[K, C, *output_size]`."""
         rois, features = _to_rois(boxes), [x[name] for name in self.featmap_names]
-        return pool_levels(
-            features, rois, self.levels(rois[:, 1:]), self.scales,
-            output_size=self.output_size, sampling_ratio=self.sampling_ratio, aligned=self.aligned,
-        )  # fmt: skip
+        # A box that is not a number has no level.
+        levels = self.levels(rois[:, 1:]).long().clamp(0, len(features) - 1)
+        if _sums_rows(features, self.sampling_ratio):
+            return self._sum_rows(features, rois, levels)
+        arguments = self.sampling_ratio, self.aligned
+        if len(features) == 1:
+            return roi_align(features[0], rois, self.output_size, self.scales[0], *arguments)
+        if torch.compiler.is_exporting():
+            rows = [(levels == i).nonzero()[:, 0] for i in range(len(features))]
+        else:
+            every = torch.arange(len(features), device=levels.device)
+            counts = (levels[:, None] == every).sum(dim=0).tolist()  # device sync
+            rows = levels.argsort(stable=True).split(counts)
+        parts = zip(features, rows, self.scales, strict=True)
+        pooled = [roi_align(f, rois[r], self.output_size, scale, *arguments) for f, r, scale in parts]
+        # Not `len`, which fixes the size that torch.export sees.
+        result = features[0].new_zeros(rois.shape[0], *pooled[0].shape[1:])
+        for r, p in zip(rows, pooled, strict=True):
+            result[r] = p.to(result.dtype)
+        return result
+
+    def _sum_rows(self, features, rois, levels):
+        """RoIAlign as a weighted sum of locations, each a row of C numbers; float32 also under autocast."""
+        bins, ratio = self.output_size, self.sampling_ratio
+        rows = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in features]).float()
+        counts = [f[:, 0].numel() for f in features]
+        start = torch.tensor([sum(counts[:i]) for i in range(len(counts))])[levels]
+        height, width = torch.tensor([f.shape[2:] for f in features])[levels].unbind(1)
+        corners = rois[:, 1:] * torch.tensor(self.scales)[levels, None] - (0.5 if self.aligned else 0.0)
+        sides = corners[:, 2:] - corners[:, :2]
+        sides = sides if self.aligned else sides.clamp(min=1)
+        y, y_weights = _samples(corners[:, 1], sides[:, 1], bins[0], ratio, height)
+        x, x_weights = _samples(corners[:, 0], sides[:, 0], bins[1], ratio, width)
+        y = (start + rois[:, 0].long() * height * width)[:, None, None] + y * width[:, None, None]
+        shape = (len(rois) * bins[0] * bins[1], 4 * ratio**2)
+        index = (y[:, :, None, :, None] + x[:, None, :, None, :]).int().view(shape)
+        weights = (y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :]).view(shape)
+        pooled = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
+        return pooled.view(len(rois), *bins, rows.shape[1]).movedim(-1, 1).to(features[0].dtype)
 
     def levels(self, boxes):
         """Return the index of each box's feature map, a float tensor, of boxes `[K, 4]`."""

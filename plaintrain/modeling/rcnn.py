@@ -16,12 +16,11 @@ from plaintrain.modeling.backbones import build_backbone, get_norm
 from plaintrain.modeling.detector import (
     build_anchor_generator,
     build_preprocess,
-    check_boxes,
     get_targets,
     keep_float32,
     to_original_size,
 )
-from plaintrain.modeling.losses import get_box_loss
+from plaintrain.modeling.losses import BoxLoss
 from plaintrain.modeling.poolers import RoIAlign
 from plaintrain.modeling.roi_heads import BatchedRoIHeads
 from plaintrain.modeling.rpn import BatchedRPN
@@ -40,8 +39,6 @@ class GeneralizedRCNN(_GeneralizedRCNN):
 
     def forward(self, samples):
         """Return losses or detections; see `plaintrain.modeling.build_model`."""
-        if self.training:
-            check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
         targets = get_targets(samples, images.tensors.device, label_offset=1) if self.training else None
         features = self.backbone(images.tensors)
@@ -73,8 +70,6 @@ class ProposalNetwork(nn.Module):
 
     def forward(self, samples):
         """Return losses or detections; see `plaintrain.modeling.build_model`."""
-        if self.training:
-            check_boxes(samples)
         images, _ = self.transform([sample["image"] for sample in samples])
         targets = get_targets(samples, images.tensors.device) if self.training else None
         features = self.backbone(images.tensors)
@@ -110,7 +105,7 @@ def _build_rpn(cfg, backbone):
         nms_thresh=rpn.NMS_THRESH,
         score_thresh=rpn.SCORE_THRESH,
     )
-    network.box_loss = get_box_loss(rpn)
+    network.box_loss = BoxLoss(rpn.BBOX_REG_LOSS_TYPE, rpn.SMOOTH_L1_BETA, rpn.BBOX_REG_LOSS_WEIGHT)
     network.loss_weight, network.normalizer = rpn.LOSS_WEIGHT, rpn.LOSS_NORMALIZER
     return network
 
@@ -140,7 +135,7 @@ def build_rcnn(cfg):
         nms_thresh=heads.NMS_THRESH_TEST,
         detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
-    roi_heads.box_loss = get_box_loss(box)
+    roi_heads.box_loss = BoxLoss(box.BBOX_REG_LOSS_TYPE, box.SMOOTH_L1_BETA, box.BBOX_REG_LOSS_WEIGHT)
     _initialize_box_head(roi_heads)
     keep_float32(roi_heads.box_predictor)
     model = GeneralizedRCNN(backbone, rpn, roi_heads, build_preprocess(cfg))

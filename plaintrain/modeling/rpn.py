@@ -1,5 +1,7 @@
 """The region proposal network (https://arxiv.org/abs/1506.01497), trained in fixed shapes."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,7 +9,6 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 from torchvision.ops import batched_nms
 from torchvision.ops.misc import Conv2dNormActivation
 
-from plaintrain.modeling.anchors import SizeCache
 from plaintrain.modeling.detector import raise_outputs
 from plaintrain.modeling.losses import BoxLoss, box_losses
 from plaintrain.modeling.matching import decode, match, pad_targets, sample, take
@@ -29,15 +30,15 @@ def _is_plain(head):
     return all(h is raise_outputs for h in hooks) and not any(part._backward_hooks for part in parts)
 
 
-def _neighbours(images, features):
-    """Of each location the 9 that a 3x3 convolution reads, `[N, 9]`.
+@functools.lru_cache(maxsize=8)
+def _neighbours(sizes, device):
+    """Of each location of levels of some sizes the 9 that a 3x3 convolution reads, `[N, 9]`.
 
     Locations are counted over all levels, row by row; N stands for all beyond the edges.
     """
-    sizes = [feature.shape[-2:] for feature in features]
     number, first, places = sum(h * w for h, w in sizes), 0, []
     for h, w in sizes:
-        level = torch.arange(first, first + h * w, device=features[0].device).view(h, w)
+        level = torch.arange(first, first + h * w, device=device).view(h, w)
         windows = F.pad(level, (1, 1, 1, 1), value=number).unfold(0, 3, 1).unfold(1, 3, 1)
         places.append(windows.reshape(-1, 9))
         first += h * w
@@ -52,10 +53,6 @@ class BatchedRPN(RegionProposalNetwork):
 
     box_loss, loss_weight, normalizer = BoxLoss(), 1.0, "sampled"
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._neighbours = SizeCache()
-
     def forward(self, images, features, targets=None, propose=True):
         """
         Returns:
@@ -68,7 +65,7 @@ class BatchedRPN(RegionProposalNetwork):
             # The losses see few locations: to convolve the others would cost a seventh of a step, most of it
             # in the backward pass, which would bring zeros through them.
             predicted = None if _is_plain(self.head) else self.predict(features)
-            losses = self._losses(images, features, anchors, targets, predicted)
+            losses = self._losses(features, anchors, targets, predicted)
         if not propose:
             return None, losses
         # Proposals are not learned. After the losses: autocast keeps a weight as it first casts it.
@@ -76,7 +73,7 @@ class BatchedRPN(RegionProposalNetwork):
             predicted = predicted or self.predict(features)
             return self._propose(*self.find_candidates(*predicted, anchors, images.image_sizes)), losses
 
-    def _losses(self, images, features, anchors, targets, predicted):
+    def _losses(self, features, anchors, targets, predicted):
         boxes, labels = pad_targets(targets)
         index, matched, background = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
         sampled, exists = sample(matched, background, self.fg_bg_sampler)
@@ -87,7 +84,7 @@ class BatchedRPN(RegionProposalNetwork):
         if predicted:
             logits, deltas = (take(part, sampled) for part in predicted[:2])
         else:
-            logits, deltas = self._predict_sampled(images, features, sampled)
+            logits, deltas = self._predict_sampled(features, sampled)
         objects, priors = take(boxes, take(index, sampled)), anchors[sampled]
         loss_box = box_losses(self.box_loss, self.box_coder, deltas, priors, objects, positive).sum()
         truth = positive.to(logits.dtype)
@@ -103,10 +100,10 @@ class BatchedRPN(RegionProposalNetwork):
         objectness = objectness.view(features[0].shape[0], -1)
         return objectness, deltas.view(*objectness.shape, 4), counts
 
-    def _predict_sampled(self, images, features, sampled):
+    def _predict_sampled(self, features, sampled):
         """Objectness `[B, S]` and deltas `[B, S, 4]` of sampled anchors `[B, S]`, by a head that is plain."""
         number = self.head.cls_logits.out_channels
-        neighbours = self._neighbours(_neighbours, images, features)
+        neighbours = _neighbours(tuple(feature.shape[-2:] for feature in features), features[0].device)
         rows = [f.permute(0, 2, 3, 1).flatten(1, 2) for f in features]
         rows = torch.cat([*rows, rows[0].new_zeros(len(sampled), 1, rows[0].shape[2])], dim=1)
         places = neighbours[sampled // number]

@@ -2,18 +2,15 @@
 torchvision's implementation.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torchvision.models.detection._utils import retrieve_out_channels
 from torchvision.models.detection.ssd import SSD as _SSD
 from torchvision.models.detection.ssd import SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
 from plaintrain.modeling.anchors import CachedBoxGenerator
-from plaintrain.modeling.backbones import build_backbone, get_tiny_norm
+from plaintrain.modeling.backbones import SSDLITE_NORM, build_backbone, get_tiny_norm
 from plaintrain.modeling.detector import DenseOnSamples, build_preprocess, keep_float32
 from plaintrain.modeling.losses import BoxLoss, box_losses
 from plaintrain.modeling.matching import decode, match, take
@@ -84,7 +81,9 @@ def build_ssd(cfg):
     boxes = _build_boxes(ssd, len(channels))
     numbers, classes = boxes.num_anchors_per_location(), ssd.NUM_CLASSES + 1
     if ssd.HEAD_NAME == "SSDLiteHead":
-        head = SSDLiteHead(channels, numbers, classes, _head_norm(cfg))
+        is_tiny = cfg.MODEL.BACKBONE.NAME == "build_tiny_backbone"
+        norm = get_tiny_norm(cfg) if is_tiny else SSDLITE_NORM
+        head = SSDLiteHead(channels, numbers, classes, norm)
     else:
         head = SSDHead(channels, numbers, classes)
     model = SSD(
@@ -103,10 +102,3 @@ def build_ssd(cfg):
     model.transform = build_preprocess(cfg, size_divisible=1)
     keep_float32(head)
     return model
-
-
-def _head_norm(cfg):
-    """The norm of SSDlite's separable convolutions: the tiny backbone's, or torchvision's."""
-    if cfg.MODEL.BACKBONE.NAME == "build_tiny_backbone":
-        return get_tiny_norm(cfg)
-    return functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)

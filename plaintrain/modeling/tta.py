@@ -37,12 +37,7 @@ class DetectorWithTTA(nn.Module):
     pastes_masks = True
 
     def __init__(self, model, nms_thresh, detections_per_image):
-        """
-        Args:
-            model: what `build_model` returns.
-            nms_thresh: IoU in 0..1 with a better detection of its class above which one is left out.
-            detections_per_image: how many to keep, the best.
-        """
+        """`nms_thresh` is the IoU with a better detection of its class above which one is left out."""
         super().__init__()
         self.model, self.nms_thresh = comm.unwrap_model(model), nms_thresh
         self.detections_per_image = detections_per_image
