@@ -48,6 +48,6 @@ setup(
             *PLOT,
             *EXPORT,
         ],
-        "dev": ["ruff>=0.14", "coverage>=7.10"],
+        "dev": ["ruff>=0.14"],
     },
 )

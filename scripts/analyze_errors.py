@@ -13,14 +13,13 @@ are mistaken for, whether scores mean what they say, and the worst images. All o
 a JSON: see `plaintrain.analysis.analyze` for its keys.
 """
 
-import argparse
+from plaintrain.utils.arguments import build_parser
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
-    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run (OUTPUT_DIR)")
-    parser.add_argument("--config-file", metavar="FILE", help="YAML config, instead of a run")
-    parser.add_argument("--dataset", metavar="NAME", help="which of several test sets")
+    parser = build_parser(__doc__, "YAML config, instead of a run")
+    parser.add_argument("run", nargs="?", default="", metavar="RUN", help="folder of a run (OUTPUT_DIR)")
+    parser.add_argument("--dataset", metavar="NAME", help="default: the first test set")
     parser.add_argument("--predictions", metavar="FILE", help="COCO results; default: the run's last ones")
     parser.add_argument("--iou", type=float, default=0.5, help="what a correct detection has; default: 0.5")
     parser.add_argument(
@@ -28,7 +27,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--gallery", type=int, default=12, metavar="N", help="best and worst images to list")
     parser.add_argument("--output", metavar="FILE", help="default: analysis.json beside the predictions")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     args = parser.parse_args()
     if args.gallery < 0:
         parser.error("--gallery is at least 0")
@@ -40,10 +38,9 @@ import os
 import sys
 
 from plaintrain.analysis.analyze import analyze
+from plaintrain.analysis.breakdown import GROUPS
+from plaintrain.analysis.command import choose_predictions, load_tool_cfg
 from plaintrain.analysis.errors import ERRORS, OUTCOMES
-from plaintrain.analysis.run_folder import check_run, predictions_path, read_config, test_sets
-from plaintrain.config import get_cfg
-from plaintrain.data import DatasetCatalog, declare_datasets
 from plaintrain.engine.launch import launch
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.predictions import write_json
@@ -51,12 +48,6 @@ from plaintrain.utils.errors import UserError
 
 # Up to so many classes the confusion is shown as a matrix.
 _MATRIX = 12
-_TITLES = {
-    "size": "size, the root of the area in pixels",
-    "aspect": "width / height",
-    "overlaps": "number of other objects that overlap (IoU >= 0.1)",
-    "objects_per_image": "objects in the image",
-}
 
 
 def show(title, rows, columns=(), needed=""):
@@ -91,8 +82,8 @@ def show_analysis(found):
         columns = ["name", "correct", *ERRORS[:-1], "erroneous", "missed"]
         show(f"{task}, detections and objects by class", errors["classes"], columns)
     columns = ["name", "objects", "recall", "recall_above", "mean_iou", "erroneous", "missed"]
-    for key, title in _TITLES.items():
-        show(f"objects by {title}", found["breakdown"][key], columns, needed="objects")
+    for key, (title, words) in GROUPS.items():
+        show(f"objects by {title.lower()}, {words}", found["breakdown"][key], columns, needed="objects")
     names = confusion["labels"]
     if len(names) - 1 <= _MATRIX:
         rows = [
@@ -127,45 +118,12 @@ def main(args):
 
 def choose(args):
     """Set the config, the dataset, the predictions and the output of a command line."""
-    if bool(args.run) == bool(args.config_file):
-        raise UserError("give the folder of a run, or --config-file FILE and --predictions FILE")
-    if args.run:
-        check_run(args.run)
-        args.cfg = read_config(args.run)
-    else:
-        args.cfg = get_cfg()
-        args.cfg.merge_from_file(args.config_file)
-    declare_datasets(args.cfg)
-    names = test_sets(args.run) if args.run else list(args.cfg.DATASETS.TEST)
-    if args.run and not args.predictions:
-        # Those that can be analysed.
-        names = [name for name in names if predictions_path(args.run, name)]
-        if not names:
-            command = f"scripts/test_net.py --config-file {os.path.join(args.run, 'config.yaml')} --resume"
-            raise UserError(f"{args.run} holds no predictions: {command} makes them")
-    choose_predictions(args, names)
+    args.cfg = load_tool_cfg(args)
+    choose_predictions(args, args.cfg)
     folder = os.path.dirname(args.predictions)
     if args.run:
         folder = os.path.join(args.run, "inference", args.dataset)
     args.output = args.output or os.path.join(folder, "analysis.json")
-
-
-def choose_predictions(args, names):
-    """Set the dataset, one of some names unless it is given, and its predictions."""
-    if not args.dataset and len(names) != 1:
-        known = ", ".join(names) or "none"
-        raise UserError(f"there are {len(names)} test sets, {known}: choose one with --dataset NAME")
-    args.dataset = args.dataset or names[0]
-    if args.dataset not in DatasetCatalog:
-        # Says which is near.
-        DatasetCatalog.get(args.dataset)
-    if not args.predictions:
-        args.predictions = args.run and predictions_path(args.run, args.dataset)
-        if not args.predictions:
-            known = f"; there are those for {', '.join(names)}" if args.run else ""
-            raise UserError(f"there are no predictions for {args.dataset}{known}: give --predictions FILE")
-    if not os.path.isfile(args.predictions):
-        raise UserError(f"--predictions {args.predictions}: there is no such file")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,10 @@ RUN_FOLDER is that of a run (OUTPUT_DIR). Weights are not needed, nor images if 
 classes (and keypoints) there are. One inference and one training step are run on random images, on the CPU.
 """
 
-import argparse
-
-from plaintrain.utils.arguments import parse_run_arguments
+from plaintrain.utils.arguments import build_run_parser, parse_run_arguments
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [RUN_FOLDER] [--config-file FILE] [flags] [KEY VALUE ...]",
-        epilog=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = build_run_parser(__doc__)
     parser.add_argument(
         "--size", default="", metavar="HxW", help="of an image; default: one of 3 to 4, as INPUT resizes it"
     )
@@ -34,10 +28,9 @@ if __name__ == "__main__":
     if args.depth < 0 or (args.batch is not None and args.batch < 1):
         parser.error("--depth must be at least 0, and --batch at least 1")
 
+from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.analysis.model import NOT_COUNTED, analyze_model, make_random_samples
-from plaintrain.analysis.run_folder import read_config
-from plaintrain.config import check_cfg, get_cfg, get_value
-from plaintrain.data.datasets.builtin import declare_datasets
+from plaintrain.config import check_cfg, get_value
 from plaintrain.data.transforms.geometric import shortest_edge_size
 from plaintrain.engine.launch import launch
 from plaintrain.engine.preflight import settle_num_classes
@@ -48,29 +41,15 @@ from plaintrain.modeling.build import num_classes_key
 from plaintrain.utils.errors import UserError
 
 
-def read_model_config(run="", config_file="", overrides=()):
+def read_model_config(args):
     """The config, frozen, with its number of classes, for one process on the CPU that compiles nothing.
 
     The datasets are read only where the config leaves the number of classes, or of keypoints, to them.
-
-    Args:
-        run: a run's folder (OUTPUT_DIR), or "".
-        config_file: a YAML config, or "".
-        overrides: KEY, value, KEY, value, ...
-
-    Raises:
-        UserError: neither or both are given, a folder without config.yaml, or a mistake in the config.
     """
-    if bool(run) == bool(config_file):
-        raise UserError(f"give a run's folder or --config-file FILE, not {'both' if run else 'neither'}")
-    cfg = read_config(run) if run else get_cfg()
-    if config_file:
-        cfg.merge_from_file(config_file)
-    cfg.merge_from_list(list(overrides))
+    cfg = load_tool_cfg(args)
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.COMPILE", False])
     cfg.freeze()
     check_cfg(cfg)
-    declare_datasets(cfg)
     keypoints = cfg.MODEL.KEYPOINT_ON and not cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     if keypoints or not get_value(cfg, num_classes_key(cfg)):
         settle_num_classes(cfg, eval_only=True)
@@ -124,7 +103,7 @@ def report(cost):
 
 def main(args):
     """Analyse one model."""
-    cfg = read_model_config(args.run, args.config_file, args.opts)
+    cfg = read_model_config(args)
     solver, classes = cfg.SOLVER, get_value(cfg, num_classes_key(cfg))
     size = args.size or default_size(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "SSD" and size != tuple(cfg.INPUT.FIXED_SIZE):

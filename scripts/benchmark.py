@@ -14,11 +14,11 @@ precision   the training step of any config in float32 and bfloat16
 eval        COCO's metrics
 checkpoint  how long a save holds the loop up, and what a resume costs
 startup     --help, and from the command to the end of the first iteration
+scaling     what 1, 2 and 4 processes cost, part by part of an iteration
 all         all of them, one after the other; together some 40 minutes of one core
 
 Each runs in a process of its own, scripts/benchmarks/WHAT.py, and prints medians, lowest and highest values
 and ratios; --output writes them as JSON with machine, versions, command and load; --quick is for trying out.
-scaling.py and loader_memory.py there measure without a baseline, and are run by themselves.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import tempfile
 from benchmarks.shared.measure import output_file
 
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "benchmarks")
-WHAT = ("loop", "data", "records", "step", "precision", "eval", "checkpoint", "startup")
+WHAT = ("loop", "data", "records", "step", "precision", "eval", "checkpoint", "startup", "scaling")
 
 
 def run(what, options):

@@ -13,17 +13,15 @@ Exit code, of the original: 0 training would work, 1 it would not (findings mark
 cannot be read at all), 2 a mistake in the command line.
 """
 
-import argparse
 import functools
 import hashlib
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-from plaintrain.config import get_cfg
-from plaintrain.data import DatasetCatalog, declare_datasets
+from plaintrain.analysis.command import load_tool_cfg
+from plaintrain.data import DatasetCatalog
 from plaintrain.data.datasets.builtin import read_dataset
 from plaintrain.data.datasets.shapes import is_drawn
 from plaintrain.data.datasets.write import make_folder, relative_names, write_coco
@@ -40,8 +38,9 @@ from plaintrain.data.validation import (
     count_mistakes,
 )
 from plaintrain.engine.launch import launch
+from plaintrain.evaluation.predictions import write_json
+from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import progress
 
 
@@ -56,13 +55,6 @@ def look_at(record, pixel_range):
     pixels = hashlib.blake2b(image.contiguous().numpy(), digest_size=16, key=repr(size).encode())
     spread = int((image.amax((1, 2)).int() - image.amin((1, 2)).int()).max())
     return {"size": size, "turned": turned, "pixels": pixels.hexdigest(), "spread": spread}
-
-
-def look_at_all(records, args):
-    """`look_at` of every record; decoding and hashing run beside each other in threads."""
-    with ThreadPoolExecutor(args.workers) as pool:
-        looks = pool.map(functools.partial(look_at, pixel_range=args.pixel_range), records)
-        return list(progress(looks, desc="images", total=len(records)))
 
 
 def image_mistakes(dataset, records, looks, earlier):
@@ -136,7 +128,10 @@ def main(args):
     for name in args.names:
         problems = []
         records, metadata = read_dataset(name, problems)
-        looks = look_at_all(records, args)
+        # Decoding and hashing run beside each other.
+        with ThreadPoolExecutor(args.workers) as pool:
+            looks = pool.map(functools.partial(look_at, pixel_range=args.pixel_range), records)
+            looks = list(progress(looks, desc="images", total=len(records)))
         found[name] = check_problems(problems) + check_records(records, metadata)
         found[name] += count_mistakes(image_mistakes(name, records, looks, earlier))
         report(name, records, metadata, found[name])
@@ -148,8 +143,7 @@ def main(args):
             name: [asdict(finding) | {"text": KINDS[finding.kind][0]} for finding in findings]
             for name, findings in found.items()
         }
-        with atomic_write(args.json) as f:
-            json.dump(plain, f, indent=1)
+        write_json(args.json, plain, indent=1)
     fatal = [name for name, findings in found.items() if any(finding.fatal for finding in findings)]
     verdict = (
         f"training would stop at the FATAL findings of {', '.join(fatal)}" if fatal else "training would work"
@@ -160,20 +154,14 @@ def main(args):
 
 def parse_args(argv=None):
     """The command line, its names and folder checked: mistakes in them exit with code 2."""
-    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "YAML config with DATASETS.DECLARE")
     parser.add_argument("names", nargs="+", metavar="NAME", help="built-in or declared datasets")
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config with DATASETS.DECLARE")
     parser.add_argument("--fix", metavar="DIR", help="write a cleaned copy into this new or empty folder")
     parser.add_argument("--json", metavar="FILE", help="write the findings to this file too")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="images read at a time")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     args = parser.parse_args(argv)
     try:
-        cfg = get_cfg()
-        if args.config_file:
-            cfg.merge_from_file(args.config_file)
-        declare_datasets(cfg)
-        args.pixel_range = get_pixel_range(cfg)
+        args.pixel_range = get_pixel_range(load_tool_cfg(args))
         for name in args.names:
             if name not in DatasetCatalog:
                 DatasetCatalog.get(name)

@@ -11,7 +11,6 @@ said. YOLO: writes DIR/data.yaml, labels/ and images/, which holds links. Images
 drawn and written.
 """
 
-import argparse
 import logging
 import os
 import shutil
@@ -22,14 +21,15 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from plaintrain.config import get_cfg
-from plaintrain.data import DatasetCatalog, MetadataCatalog, declare_datasets
+from plaintrain.analysis.command import load_tool_cfg
+from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.catalog import common_class_names
 from plaintrain.data.datasets.shapes import is_drawn, render
 from plaintrain.data.datasets.write import category_ids, make_folder, relative_names, write_coco
 from plaintrain.data.datasets.yolo import label_file
 from plaintrain.engine.launch import launch
 from plaintrain.structures import BoxMode
+from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import progress, setup_logger
@@ -170,11 +170,7 @@ def _size(records):
 def main(args):
     """Convert what the command line says."""
     setup_logger()
-    cfg = get_cfg()
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    declare_datasets(cfg)
+    load_tool_cfg(args)
     names = {"train": args.name, "val": args.val, "test": args.test}
     names = {split: name for split, name in names.items() if name}
     common_class_names(list(names.values()))
@@ -189,17 +185,15 @@ def main(args):
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "YAML config that declares NAME")
     parser.add_argument("name", metavar="NAME", help="dataset to convert")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     parser.add_argument("--to", required=True, choices=("coco", "yolo"))
     parser.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config that declares NAME")
     parser.add_argument("--copy-images", action="store_true", help="copy the images too")
     parser.add_argument("--boxes", action="store_true", help="YOLO: boxes only, no polygons")
     parser.add_argument("--val", metavar="NAME", help="YOLO: another dataset, as split val")
     parser.add_argument("--test", metavar="NAME", help="YOLO: another dataset, as split test")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     args = parser.parse_intermixed_args(argv)
     if args.to == "coco" and (args.val or args.test or args.boxes):
         parser.error("--val, --test and --boxes belong to --to yolo; convert to COCO one dataset at a time")

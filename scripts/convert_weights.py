@@ -13,7 +13,6 @@ torchvision's boxes and masks of the background, which it never uses, are lost o
 zero on the way back.
 """
 
-import argparse
 import pickle
 
 import torch
@@ -22,6 +21,7 @@ from plaintrain.checkpoint.detectron2 import anchor_counts, to_detectron2
 from plaintrain.checkpoint.pretrained import fetch_weights, read_state_dict
 from plaintrain.checkpoint.torchvision import translate
 from plaintrain.engine.launch import launch
+from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 
@@ -66,16 +66,13 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument("source", metavar="SOURCE", help="weights to read")
     parser.add_argument("output", metavar="OUTPUT", help="file to write: .pth, or .pkl for detectron2")
     parser.add_argument("--to", required=True, choices=["torchvision", "detectron2"])
     parser.add_argument(
         "--num-ratios", type=int, default=3, help="aspect ratios per anchor size (default: %(default)s)"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     args = parser.parse_args()
     if args.num_ratios < 1:
         parser.error("--num-ratios must be at least 1")

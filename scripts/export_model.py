@@ -24,17 +24,12 @@ further off than --tolerance (boxes in pixels, scores, masks and heatmaps in the
 FILE.failed, and the exit code is 1.
 """
 
-import argparse
 import os
 
-from plaintrain.utils.arguments import parse_run_arguments
+from plaintrain.utils.arguments import build_run_parser, parse_run_arguments
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [RUN_FOLDER] [--config-file FILE] [flags] [KEY VALUE ...]",
-        epilog=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = build_run_parser(__doc__)
     parser.add_argument("--format", choices=["onnx", "torch"], help="default: as --output ends, else onnx")
     parser.add_argument("--output", metavar="FILE", help="default: model.onnx or model.pt2 in RUN_FOLDER")
     parser.add_argument("--check", type=int, default=10, metavar="N", help="images, default 10; 0: none")
@@ -44,9 +39,9 @@ if __name__ == "__main__":
     if args.check < 0 or not args.tolerance > 0:
         parser.error("--check must be at least 0, and --tolerance above 0")
 
-from plaintrain.config import get_cfg, get_value
+from plaintrain.config import get_value
 from plaintrain.data.datasets.builtin import declare_datasets
-from plaintrain.engine.launch import launch
+from plaintrain.engine import launch, load_cfg
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.export.export import (
     FORMATS,
@@ -112,16 +107,10 @@ def load(args):
     """The `Predictor` of what the command line names, on the CPU.
 
     Raises:
-        UserError: neither a run nor a config, nothing to load, or a setting that a file cannot hold.
+        UserError: nothing to load, or a setting that a file cannot hold.
     """
-    if bool(args.run) == bool(args.config_file):
-        raise UserError(f"give a run's folder or --config-file FILE, not {'both' if args.run else 'neither'}")
-    run = args.run
-    if not run:
-        run = get_cfg()
-        run.merge_from_file(args.config_file)
     opts = [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.CHANNELS_LAST", "False"]
-    predictor = Predictor(run, opts=opts)
+    predictor = Predictor(args.run or load_cfg(args), opts=opts)
     for key in ("TEST.AMP", "TEST.AUG.ENABLED"):
         if get_value(predictor.cfg, key):
             raise UserError(f"{key} is True, but a file is one pass in float32: give {key} False")

@@ -11,13 +11,13 @@ terminal, with the last values and the time that is left, again and again until 
 Ctrl-C; nothing is written then, and matplotlib is not needed.
 """
 
-import argparse
 import os
 import shutil
 import sys
 import time
 
 from plaintrain.analysis.run_folder import check_run, read_metrics, run_names, run_state
+from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.curves import format_curves, format_state, group_panels
 
@@ -73,7 +73,7 @@ def watch(args):
 
 def parse_args(argv=None):
     """The command line; mistakes in it exit with code 2."""
-    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs (OUTPUT_DIR)")
     parser.add_argument("--output", metavar="FILE", help=".png, .svg or .pdf; default: RUN/curves.png")
     parser.add_argument(
@@ -82,7 +82,6 @@ def parse_args(argv=None):
     parser.add_argument("--smooth", type=float, default=0.0, help="0 (as logged) to 0.999; default: 0")
     parser.add_argument("--watch", action="store_true", help="draw in the terminal, again and again")
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between two looks of --watch")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     args = parser.parse_args(argv)
     try:
         for folder in args.runs:

@@ -17,34 +17,31 @@ is above --threshold. It is read again as a dataset with FORMAT coco.
 An image that cannot be read is named and left out; the exit code is then 1.
 """
 
-import argparse
+from plaintrain.utils.arguments import build_parser
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
-    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "YAML config, in place of a run")
     parser.add_argument(
         "words", nargs="*", metavar="RUN | IMAGE | KEY VALUE", help="the run, images, and config overrides"
     )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config, in place of a run")
     parser.add_argument("--output", default="predictions", metavar="DIR", help="default: predictions")
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="lowest score that is drawn (default 0.5)"
     )
     parser.add_argument("--no-pictures", action="store_true", help="write predictions.json only")
     parser.add_argument("--batch-size", type=int, default=1, help="images of one size at a time (default 1)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     args = parser.parse_intermixed_args()
 
 import glob
 import os
 import sys
 
-from plaintrain.config import get_cfg
 from plaintrain.config.defaults import split_overrides
 from plaintrain.data.datasets.write import relative_names, write_coco
 from plaintrain.data.image_files import list_images
 from plaintrain.data.images import read_image
-from plaintrain.engine.launch import launch
+from plaintrain.engine import launch, load_cfg
 from plaintrain.predict import Predictor
 from plaintrain.structures import BoxMode, encode_masks
 from plaintrain.utils.errors import UserError
@@ -135,11 +132,8 @@ def setup(args):
         raise UserError(f"--output {args.output} would overwrite {hidden[0]}: choose another folder")
     with writing(args.output):
         os.makedirs(args.output, exist_ok=True)
-    if args.config_file:
-        run = get_cfg()
-        run.merge_from_file(args.config_file)
     setup_logger()
-    return Predictor(run, opts=overrides), paths
+    return Predictor(run or load_cfg(args), opts=overrides), paths
 
 
 def main(args, predictor, paths):

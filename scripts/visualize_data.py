@@ -14,17 +14,14 @@ The samples are those of the training's own loader in batches of one, with what 
 smaller than --size are enlarged to it.
 """
 
-import argparse
-
-from plaintrain.utils.arguments import add_picture_arguments
+from plaintrain.utils.arguments import add_picture_arguments, build_parser
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
-    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "YAML config")
     parser.add_argument(
         "words", nargs="*", metavar="NAME | KEY VALUE", help="datasets, and config overrides after them"
     )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config")
     parser.add_argument("--source", choices=("annotation", "dataloader"), default="annotation")
     parser.add_argument("--shuffle", action="store_true", help="random images; the loader's always are")
     parser.add_argument("--seed", type=int, help="of --shuffle and of the loader, in place of SEED")
@@ -38,12 +35,11 @@ import itertools
 
 import numpy as np
 
-from plaintrain.config import get_cfg, set_value
+from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.config.defaults import split_overrides
 from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
 from plaintrain.data.build import training_records
 from plaintrain.data.catalog import class_names, common_class_names, select_classes
-from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.engine.launch import launch
@@ -101,12 +97,8 @@ def training_samples(cfg, args):
 
 def setup(args):
     """Return the config, after all checks of the command line that open no image."""
-    cfg = get_cfg()
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    names, overrides = split_overrides(args.words)
-    cfg.merge_from_list(overrides)
-    declare_datasets(cfg)
+    names, args.opts = split_overrides(args.words)
+    cfg = load_tool_cfg(args)
     names = names or list(cfg.DATASETS.TRAIN) or list(cfg.DATASETS.TEST)
     if not names:
         raise UserError("which dataset? Name one, or give a --config-file with DATASETS.TRAIN")
@@ -115,14 +107,8 @@ def setup(args):
     args.labels = {classes.index(name) for name in select_classes(classes, args.classes, names[0])}
     args.labels = args.labels if args.classes else set()
     seed = max(cfg.SEED, 0) if args.seed is None else args.seed
-    for key, value in {
-        "DATASETS.TRAIN": names,
-        "SEED": seed,
-        "SOLVER.IMS_PER_BATCH": 1,
-        "SOLVER.ACCUMULATE_STEPS": 1,
-        "DATALOADER.NUM_WORKERS": 0,
-    }.items():
-        set_value(cfg, key, value)
+    cfg.merge_from_list(["DATASETS.TRAIN", names, "SEED", seed, "DATALOADER.NUM_WORKERS", 0])
+    cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", 1, "SOLVER.ACCUMULATE_STEPS", 1])
     return cfg
 
 

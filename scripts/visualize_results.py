@@ -14,17 +14,14 @@ is poorly placed (localisation), of the wrong class, both, a duplicate, or on th
 are the objects, on the right the detections, each in the colour of what became of it.
 """
 
-import argparse
-
-from plaintrain.utils.arguments import add_picture_arguments
+from plaintrain.utils.arguments import add_picture_arguments, build_parser
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
-    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "YAML config that declares it")
     parser.add_argument("run", nargs="?", default="", metavar="RUN", help="a run's folder")
     parser.add_argument("--predictions", default="", metavar="FILE", help="JSON in COCO's results format")
     parser.add_argument("--dataset", default="", metavar="NAME", help="default: the first of DATASETS.TEST")
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config that declares it")
     parser.add_argument(
         "--kind",
         action="append",
@@ -40,20 +37,17 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
 import itertools
-import os
 
 import numpy as np
 import torch
 
+from plaintrain.analysis.command import choose_predictions, load_tool_cfg
 from plaintrain.analysis.errors import ERRORS, OUTCOMES, find_errors
-from plaintrain.analysis.run_folder import read_config
-from plaintrain.config import get_cfg
 from plaintrain.data import MetadataCatalog
 from plaintrain.data.catalog import class_names, select_classes
-from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.engine.launch import launch
-from plaintrain.evaluation.predictions import PREDICTIONS_FILE, read_detections
+from plaintrain.evaluation.predictions import read_detections
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.drawing import skeleton_of
 from plaintrain.visualization.matches import concerns, draw_matches
@@ -76,25 +70,14 @@ def count_errors(errors, labels):
 def setup(args):
     """Register the datasets, and find the predictions, after the checks of the command line."""
     check_picture_arguments(args)
-    if bool(args.run) == bool(args.predictions):
-        raise UserError("give either RUN, a run's folder, or --predictions FILE")
     if not (0 <= args.threshold <= 1 and 0 < args.iou <= 1):
         raise UserError("--threshold must be from 0 to 1, and --iou above 0 and at most 1")
-    cfg = read_config(args.run) if args.run and not args.config_file else get_cfg()
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    declare_datasets(cfg)
+    cfg = load_tool_cfg(args)
     args.pixel_range = get_pixel_range(cfg)
-    args.dataset = args.dataset or next(iter(cfg.DATASETS.TEST), "")
-    if not args.dataset:
-        raise UserError("which dataset are the predictions of? Name it with --dataset")
+    choose_predictions(args, cfg)
     names = class_names(args.dataset)
     chosen = select_classes(names, args.classes, args.dataset) if args.classes else []
     args.labels = [names.index(name) for name in chosen]
-    args.predictions = args.predictions or os.path.join(args.run, "inference", args.dataset, PREDICTIONS_FILE)
-    if not os.path.isfile(args.predictions):
-        hint = ": evaluate the model on the dataset first" if args.run else ""
-        raise UserError(f"there is no file {args.predictions} of predictions{hint}")
 
 
 def draw(errors, counts, args):

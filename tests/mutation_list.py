@@ -46,10 +46,7 @@ MUTATIONS = {
         ("if found != classes:", "if set(found) != set(classes):"),
     ],
     "plaintrain/data/datasets/coco.py": [
-        (
-            'converted["keypoints"] = shift_keypoints(keypoints, 0.5)',
-            'converted["keypoints"] = list(keypoints)',
-        ),
+        ('["keypoints"] = shift_keypoints(keypoints, 0.5)', '["keypoints"] = list(keypoints)'),
         ('return sorted(categories, key=lambda category: category["id"])', "return categories"),
         ('detection["score"] >= score_thresh', 'detection["score"] > score_thresh'),
     ],
@@ -69,26 +66,14 @@ MUTATIONS = {
         ('keypoint_flip_indices(names, metadata.get("keypoint_flip_map"))', "keypoint_flip_indices(names)"),
     ],
     "plaintrain/data/build.py": [
-        (
-            "DatasetMapper(cfg, is_train=True, augmentations=augmentations)",
-            "DatasetMapper(cfg, is_train=True)",
-        ),
+        ("(cfg, is_train=True, augmentations=augmentations)", "(cfg, is_train=True)"),
         ("-(-side // _PADDED_TO) * _PADDED_TO", "side // _PADDED_TO * _PADDED_TO"),
-        (
-            "if not 1 <= parts <= cfg.SOLVER.IMS_PER_BATCH // world_size:",
-            "if not 1 <= parts <= cfg.SOLVER.IMS_PER_BATCH:",
-        ),
+        ("1 <= parts <= cfg.SOLVER.IMS_PER_BATCH // world_size", "1 <= parts <= cfg.SOLVER.IMS_PER_BATCH"),
     ],
     "plaintrain/data/dataset_mapper.py": [
         ("as_subclass(torch.Tensor) * (visibility > 0)", "as_subclass(torch.Tensor)"),
-        (
-            'annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]',
-            'annotations = record["annotations"]',
-        ),
-        (
-            "tensors = select(tensors, has_extent(tensors))",
-            'tensors = select(tensors, tensors["labels"] >= 0)',
-        ),
+        ('= [a for a in record["annotations"] if not a.get("iscrowd", 0)]', '= record["annotations"]'),
+        ("= select(tensors, has_extent(tensors))", '= select(tensors, tensors["labels"] >= 0)'),
     ],
     "plaintrain/data/transforms/photometric.py": [
         ("h, w = round(math.sqrt(area * ratio))", "w, h = round(math.sqrt(area * ratio))"),
@@ -104,20 +89,14 @@ MUTATIONS = {
     ],
     "plaintrain/data/samplers.py": [
         ("head = min((position - number * self.size) % batch_size, self.size)", "head = 0"),
-        (
-            "(iteration, self.position(iteration), self.batch_size)",
-            "(iteration, iteration * self.batch_size, self.batch_size)",
-        ),
+        (", self.position(iteration), self.batch_size)", ", iteration * self.batch_size, self.batch_size)"),
         ("self.position(iteration) + rank * share", "self.position(iteration) + rank"),
         (
             "size * rank // world_size, size * (rank + 1) // world_size",
             "size // world_size * rank, size // world_size * (rank + 1)",
         ),
         ("share = np.bincount(labels) / len(records)", "share = np.bincount(labels) / len(labels)"),
-        (
-            "np.repeat([factors[name] for name in names], records.lengths)",
-            "np.repeat([factors[name] for name in sorted(names)], records.lengths)",
-        ),
+        (".repeat([factors[name] for name in names]", ".repeat([factors[name] for name in sorted(names)]"),
     ],
     "plaintrain/data/datasets/shapes.py": [
         ("for other in shapes[index + 1 :])", "for other in shapes[:index])"),
@@ -245,14 +224,8 @@ MUTATIONS = {
         ("stage[0].conv2.stride = (2, 2), (1, 1)", "stage[0].conv2.stride = (1, 1), (2, 2)"),
     ],
     "plaintrain/modeling/detector.py": [
-        (
-            'scale = sample["width"] / width, sample["height"] / height',
-            'scale = sample["height"] / height, sample["width"] / width',
-        ),
-        (
-            "return -math.log((1 - probability) / probability)",
-            "return math.log((1 - probability) / probability)",
-        ),
+        ('["width"] / width, sample["height"] / height', '["height"] / height, sample["width"] / width'),
+        ("-math.log((1 - probability) / probability)", "math.log((1 - probability) / probability)"),
         ("backbone.strides, offset)", "backbone.strides)"),
         ("(boxes[:, 2:] <= boxes[:, :2])", "(boxes[:, 2:] < boxes[:, :2])"),
     ],
@@ -320,7 +293,7 @@ MUTATIONS = {
         ("autoescape=True", "autoescape=False"),
     ],
     "plaintrain/report/runs.py": [
-        ("(iteration - before) * seconds", "seconds"),
+        ("np.diff(iterations, prepend=-1) * times", "times"),
         ("100 * data / seconds", "100 * data / (seconds + data)"),
     ],
     "plaintrain/checkpoint/training_checkpointer.py": [
@@ -387,24 +360,12 @@ MUTATIONS = {
     ],
     "plaintrain/utils/tensorboard.py": [
         ("event.step < start_iter:", "event.step <= start_iter:"),
-        (
-            "self._write_event(at, summary=Summary(value=values))",
-            "self._write_event(at + 1, summary=Summary(value=values))",
-        ),
+        ("self._write_event(at, summary=Summary(value", "self._write_event(at + 1, summary=Summary(value"),
     ],
     "plaintrain/utils/events.py": [
-        (
-            "sorted(self._rows().items()) if at < start_iter}",
-            "sorted(self._rows().items()) if at <= start_iter}",
-        ),
-        (
-            'json.dumps(_finite({"iteration": at, **row}), allow_nan=False)',
-            'json.dumps({"iteration": at, **row})',
-        ),
-        (
-            "and all(name in self._columns for row in rows.values() for name in row)",
-            "and bool(self._columns)",
-        ),
+        ("(self._rows().items()) if at < start_iter}", "(self._rows().items()) if at <= start_iter}"),
+        ('.dumps(_finite({"iteration": at, **row}), allow_nan=False)', '.dumps({"iteration": at, **row})'),
+        ("all(name in self._columns for row in rows.values() for name in row)", "bool(self._columns)"),
         ("self._max_iter - storage.iter - 1", "self._max_iter"),
     ],
     "plaintrain/utils/files.py": [
@@ -449,16 +410,10 @@ MUTATIONS = {
     ],
     "plaintrain/visualization/drawing.py": [
         ("[(a - 1, b - 1) for a, b in metadata", "[(a, b) for a, b in metadata"),
-        (
-            "torch.tensor([size[1] / width, size[0] / height])",
-            "torch.tensor([size[0] / height, size[1] / width])",
-        ),
+        (".tensor([size[1] / width, size[0] / height])", ".tensor([size[0] / height, size[1] / width])"),
     ],
     "plaintrain/checkpoint/weight_checks.py": [
-        (
-            '"MODEL.ROI_MASK_HEAD.ALIGNED": (_MASK, True, False)',
-            '"MODEL.ROI_MASK_HEAD.ALIGNED": (_MASK, True, True)',
-        ),
+        ('.ROI_MASK_HEAD.ALIGNED": (_MASK, True, False)', '.ROI_MASK_HEAD.ALIGNED": (_MASK, True, True)'),
     ],
     "plaintrain/checkpoint/classes.py": [
         (
@@ -499,16 +454,10 @@ MUTATIONS = {
         ("comm.reduce_dict(losses)", "dict(losses)"),
         ("return Due(save=True, stop=True)", "return Due(stop=True)"),
         ("        if start_iter > 0:\n", "        if start_iter < 0:\n"),
-        (
-            "every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)",
-            "every(cfg.TEST.EVAL_PERIOD, iteration)",
-        ),
+        ("(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START", "(cfg.TEST.EVAL_PERIOD, iteration"),
         ("save = validate or test or every", "save = every"),
         ("start_iter if early_stopping.triggered else cfg.SOLVER.MAX_ITER", "cfg.SOLVER.MAX_ITER"),
-        (
-            ("        if not actions.stop:\n            checkpointer"),
-            ("        if True:\n            checkpointer"),
-        ),
+        ("if not actions.stop:", "if True:"),
     ],
     "scripts/predict.py": [
         ('select(detections, detections["scores"] >= args.threshold)', "detections"),
@@ -519,19 +468,13 @@ PLANTED = {
     "tests/properties/test_checkpoint_properties.py": {
         "plaintrain/solver/ema.py": [
             ("self._average.load_state_dict(state_dict)", "pass"),
-            (
-                ("load_state_dict(state_dict)\n        elif"),
-                ('load_state_dict(state_dict | {"n_averaged": torch.tensor(0)})\n        elif'),
-            ),
+            ("load_state_dict(state_dict", 'load_state_dict(state_dict | {"n_averaged": torch.tensor(0)}'),
         ],
         "plaintrain/checkpoint/training_checkpointer.py": [
             ("self.prune(self._max_to_keep)", "self.prune(self._max_to_keep + 1)"),
             ('self.link(checkpoint_name(self.iteration), "model_final")', "pass"),
             ("if not every(self._period, iteration):", "if not every(self._period + 1, iteration):"),
-            (
-                ("iteration), iteration=iteration)\n        self._has"),
-                ("iteration + 1), iteration=iteration + 1)\n        self._has"),
-            ),
+            ("iteration), iteration=iteration)", "iteration + 1), iteration=iteration + 1)"),
         ],
         "plaintrain/solver/lr_scheduler.py": [
             ('self.last_epoch = state_dict["last_epoch"]', 'self.last_epoch = state_dict["last_epoch"] + 1'),
@@ -552,32 +495,20 @@ PLANTED = {
             *(("return value\n    if", f"return {new}\n    if") for new in _OTHER_TENSORS),
             ("for key, item in value.items()}", "for key, item in value.items() if item is not None}"),
             ("{key: plain(item, name)", "{str(key): plain(item, name)"),
-            (
-                "return type(value)(plain(item, name) for item in value)",
-                "return [plain(item, name) for item in value]",
-            ),
+            ("type(value)(plain(item, name) for item in value)", "[plain(item, name) for item in value]"),
             ("bool | str | torch.Tensor", "str | torch.Tensor"),
             ("return float(value)", "return torch.tensor(float(value)).item()"),
             ("return float(value)", "return str(value)"),
             ("return int(value)", "return int(float(value))"),
-            (
-                "    optimizer.load_state_dict(state)",
-                '    optimizer.load_state_dict(state | {"state": {}})',
-            ),
+            ("optimizer.load_state_dict(state)", 'optimizer.load_state_dict(state | {"state": {}})'),
             ("torch.amp.GradScaler) and not state:", "torch.amp.GradScaler):"),
         ],
     },
     "tests/properties/test_config_properties.py": {
         "plaintrain/config/config.py": [
             ("type(old)(_to_lists(value, name, source))", "type(old)(value)"),
-            (
-                "{key: _to_lists(item, name, source) for key, item in value.items()}",
-                '{key: _to_lists(item, name, source) for key, item in value.items() if item != ""}',
-            ),
-            (
-                "zip(cfg_list[0::2], cfg_list[1::2], strict=True)",
-                "zip(cfg_list[-2::-2], cfg_list[::-2], strict=True)",
-            ),
+            (") for key, item in value.items()}", ') for key, item in value.items() if item != ""}'),
+            ("zip(cfg_list[0::2], cfg_list[1::2], strict", "zip(cfg_list[-2::-2], cfg_list[::-2], strict"),
             ("value = type(old)(value)", "value = old + type(old)(value)"),
             ("raise ConfigError(_describe_unknown_key(name, root, source))", "continue"),
             ("number=3, least=0.75", "number=3, least=1.0"),
@@ -621,10 +552,7 @@ PLANTED = {
         ],
         "plaintrain/data/dataset_mapper.py": [
             ("torch.from_numpy(decoded).permute", "torch.from_numpy(decoded).flip(2).permute"),
-            (
-                "dtype=torch.float32).reshape(-1, number, 3)",
-                "dtype=torch.float32).reshape(-1, number, 3) + 0.5",
-            ),
+            ("=torch.float32).reshape(-1, number, 3)", "=torch.float32).reshape(-1, number, 3) + 0.5"),
         ],
         "plaintrain/structures.py": [
             ("x + third, y + fourth]", "x + third - 1, y + fourth - 1]"),

@@ -52,12 +52,7 @@ def test_a_run_is_analysed(run, tmp_path):
     assert f"at IoU 0.5 of {cost['AP']:.2f}; counts are of a score of at least 0.900 (best F1)" in text
     for title in (
         *("bbox, COCO's metrics", "bbox, by class", "score threshold with the highest F1"),
-        *(
-            "objects by size",
-            "objects by width / height",
-            "objects in the image",
-            "what they are detected as",
-        ),
+        *("objects by size", "objects by shape", "objects in the image", "what they are detected as"),
         *("expected calibration error", "worst images", f"in {run}/inference/first/analysis.json"),
     ):
         assert title in text
@@ -81,12 +76,12 @@ def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        ([], 2, "give the folder of a run, or --config-file FILE"),
-        (["run/inference/first"], 2, "is no run's folder"),
-        (["run", "--dataset", "second"], 2, "there are no predictions for second; there are those for first"),
-        (["run", "--predictions", "none.json", "--dataset", "first"], 2, "there is no such file"),
-        (["run", "--predictions", "none.json"], 2, "2 test sets, first, second: choose one with --dataset"),
-        (["--config-file", "run/config.yaml", "--dataset", "first"], 2, "give --predictions FILE"),
+        ([], 2, "give RUN, a run's folder, or --predictions FILE"),
+        (["run/inference/first"], 2, "has no config.yaml"),
+        (["run", "--dataset", "second"], 2, "run holds no predictions for second; the next"),
+        (["run", "--predictions", "none.json", "--dataset", "first"], 1, "the results file none.json"),
+        (["run", "--predictions", "other.json", "--dataset", "frist"], 1, "first"),
+        (["--config-file", "run/config.yaml", "--dataset", "first"], 2, "or --predictions FILE"),
         (["bare"], 2, "scripts/test_net.py --config-file bare/config.yaml --resume"),
         (["run", "--iou", "1.5"], 2, "must be 0 to 1, not 1.5"),
         (["run", "--dataset", "shapes_val", "--predictions", "other.json"], 1, "10000, which"),

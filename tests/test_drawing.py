@@ -128,6 +128,9 @@ def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
     assert scaled["keypoints"].tolist() == [[[160, 120, 2]]]
     assert select(scaled, scaled["labels"] > 0)["masks"].shape == (0, 240, 320)
     assert scale_to(GREY, select(found, found["labels"] > 0), 320)[1]["masks"].shape == (0, 240, 320)
+    # The shorter side is rounded.
+    thin, scaled = scale_to(GREY[:, :7], instances([[0, 0, 160, 7]]), 100)
+    assert thin.shape == (3, 4, 100) and scaled["boxes"].tolist() == [[0, 0, 100, 4]]
     sizes = {(200, 0, 0): (40, 80), (0, 200, 0): (90, 30), (0, 0, 200): (10, 10)}
     images = [torch.tensor(c, dtype=torch.uint8)[:, None, None].expand(3, *sizes[c]) for c in sizes]
     sheet = draw_sheet(images, ["a", "b", "c"], columns=2, width=400)

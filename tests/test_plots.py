@@ -28,13 +28,12 @@ def figures():
         "grid": plots.curve_figure([panel] * 2),
         "xy": plots.xy_figure(lines * 2, "x", ODD, diagonal=True, marker="o"),
         "bar": plots.bar_figure([ODD, "b"], {ODD: [1.0, None], "y": [2.0, 300.0]}, "AP"),
-        "histogram": plots.histogram_figure([1, 10, 100], {"n": [3, 4]}, "x", ODD, colors=[0]),
         "matrix": plots.matrix_figure([[1, 2], [0, 0]], [ODD, "b"], "x", "y"),
         "large": plots.matrix_figure(np.eye(20), list(map(str, range(20))), "x", "y"),
     }
 
 
-@pytest.mark.parametrize("name", ["curve", "grid", "xy", "bar", "histogram", "matrix", "large"])
+@pytest.mark.parametrize("name", ["curve", "grid", "xy", "bar", "matrix", "large"])
 def test_a_figure_in_a_page_has_the_colour_of_its_text_and_ids_of_its_own(name):
     texts = [plots.to_svg(figures()[name]) for _ in range(2)]
     roots = [ET.fromstring(text) for text in texts]

@@ -188,7 +188,7 @@ def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(t
     found = Outline((folder / "report.html").read_text())
     assert not found.wrong and "no config.yaml" in found.sections["run"]
     assert "names no test set" in found.sections["errors"]
-    assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[2])
+    assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[1])
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
@@ -207,8 +207,9 @@ def test_busiest_classes_are_those_of_most_confusions(monkeypatch):
 def test_calibration_draws_the_precision_over_the_score(monkeypatch):
     draw = Mock()
     monkeypatch.setattr(detections, "xy_figure", draw)
-    monkeypatch.setattr(detections, "histogram_figure", Mock())
-    bins = [{"score": 0.2, "precision": 0.1, "count": 3}, {"score": 0.7, "precision": 0.9, "count": 0}]
+    monkeypatch.setattr(detections, "bar_figure", Mock())
+    keys = ("low", "high", "score", "precision", "count")
+    bins = [dict(zip(keys, values, strict=True)) for values in ((0, 0.5, 0.2, 0.1, 3), (0.5, 1, 0.7, 0.9, 0))]
     analysis = {"calibration": {"bins": bins, "expected_error": 0.1}}
     run = Mock(color=0, test_sets=["cells"], analyses={"cells": analysis}, problems={})
     detections.calibration([run])

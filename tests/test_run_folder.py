@@ -46,8 +46,7 @@ def test_a_whole_run_its_warnings_and_the_names_of_it_and_its_results(tmp_path):
     assert run_folder.run_state(folder, metrics) == ("finished", 199, 200)
     assert run_folder.read_config(folder).DATASETS.TEST == ("report_val",)
     assert run_folder.test_sets(folder) == ["report_val"]
-    assert run_folder.predictions_path(folder, "report_val").endswith("coco_instances_results.json")
-    assert run_folder.predictions_path(folder, "other") is None
+    assert run_folder.find_predictions(folder, "report_val").endswith("coco_instances_results.json")
     scores = run_folder.read_results(folder)["report_val"]["bbox"]
     assert scores["AP50"] == 20.9 and scores["APl"] is None
     assert run_folder.run_names(["/a/x", "/b/y"]) == ["x", "y"]

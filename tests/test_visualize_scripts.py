@@ -185,11 +185,14 @@ NOWHERE = "--config-file seen.yaml --class circle --image-id 3 --output none"
         ("data", NOWHERE, "error: no image of seen_train has what was asked for"),
         ("data", f"{NOWHERE} --source dataloader", "error: no image of seen_train has what was asked for"),
         ("results", "run", "there is no display"),
-        ("results", "--grid a.jpg", "give either RUN, a run's folder, or --predictions FILE"),
-        ("results", "run --dataset seen_train --grid a.jpg", "there is no file run/inference"),
+        ("results", "--grid a.jpg", "give RUN, a run's folder, or --predictions FILE"),
+        (
+            "results",
+            "run --dataset seen_train --grid a.jpg",
+            "holds no predictions for seen_train",
+        ),
         ("results", "run --iou 0 --grid a.jpg", "--iou above 0"),
         ("results", "--predictions other.json --dataset shapes_val --grid a.jpg", "belongs to image 999"),
-        ("results", "--predictions none.json --dataset shapes_val --grid a.jpg", "no file none.json"),
         ("results", "run --task segm --grid a.jpg", "need masks in the predictions"),
     ],
 )

@@ -14,6 +14,13 @@ _BINS = {
     "overlaps": (0, 1, 2, 3, 5),
     "objects_per_image": (1, 2, 4, 8, 16, 32),
 }
+# What these are: (title, description).
+GROUPS = {
+    "size": ("Size", "root of the area in pixels"),
+    "aspect": ("Shape", "width : height"),
+    "overlaps": ("Crowdedness", "other objects that overlap it (IoU from 0.1)"),
+    "objects_per_image": ("Objects in the image", "number"),
+}
 # IoU from which on two objects are in each other's way.
 OVERLAP_IOU = 0.1
 

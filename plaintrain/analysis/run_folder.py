@@ -128,10 +128,15 @@ def test_sets(folder):
     return names + [n for n in evaluated if n not in names and os.path.isdir(os.path.join(inference, n))]
 
 
-def predictions_path(folder, dataset_name):
-    """Return the file of the last evaluation's predictions on a dataset, or None if there is none."""
+def find_predictions(folder, dataset_name):
+    """Return the file of the last evaluation's predictions on a dataset."""
     path = os.path.join(folder, "inference", dataset_name, "coco_instances_results.json")
-    return path if os.path.isfile(path) else None
+    if not os.path.isfile(path):
+        raise UserError(
+            f"{folder} holds no predictions for {dataset_name}; the next evaluation writes them, also that "
+            f"of scripts/test_net.py --config-file {os.path.join(folder, 'config.yaml')} --resume"
+        )
+    return path
 
 
 def read_results(folder):

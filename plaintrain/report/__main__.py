@@ -8,29 +8,23 @@ depends on images or on predictions that are missing is skipped, and it says why
 RUN/report.html at its end (OUTPUT.REPORT), as `python -m plaintrain.report RUN` does.
 """
 
-import argparse
 import os
 import sys
 
+from plaintrain.utils.arguments import build_parser
+
 
 def main():
-    """Make the file; the exit code is 2 if a folder is no run's."""
-    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Make the file."""
+    parser = build_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs (OUTPUT_DIR)")
     parser.add_argument("--output", metavar="FILE", help="default: report.html in the first RUN")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     args = parser.parse_args()
     # --help and a wrong flag are answered before the imports that take seconds.
-    from plaintrain.analysis.run_folder import check_run
     from plaintrain.report.build import build_report
     from plaintrain.utils.errors import UserError
 
     output = args.output or os.path.join(args.runs[0], "report.html")
-    try:
-        for folder in args.runs:
-            check_run(folder)
-    except UserError as e:
-        parser.error(str(e))
     try:
         build_report(args.runs, output)
     except UserError as e:

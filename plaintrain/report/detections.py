@@ -1,11 +1,14 @@
 """The sections on the detections: precision and recall, errors, confusion, scores, groups, images."""
 
 import base64
+import io
 import itertools
 import os
 
 import numpy as np
+from torchvision.transforms.v2.functional import to_pil_image
 
+from plaintrain.analysis.breakdown import GROUPS
 from plaintrain.analysis.errors import ERRORS, OUTCOMES, find_errors
 from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.data.datasets.shapes import is_drawn
@@ -15,17 +18,10 @@ from plaintrain.utils.errors import UserError
 from plaintrain.visualization.curves import make_line
 from plaintrain.visualization.drawing import skeleton_of
 from plaintrain.visualization.matches import draw_matches
-from plaintrain.visualization.pictures import to_bytes
-from plaintrain.visualization.plots import bar_figure, histogram_figure, matrix_figure, xy_figure
+from plaintrain.visualization.plots import bar_figure, matrix_figure, xy_figure
 
 # So many classes can be told apart by colour, and as rows of a matrix.
 _MOST_LINES, _MOST_ROWS = 8, 20
-_GROUPS = {
-    "size": ("Size", "root of the area in pixels"),
-    "aspect": ("Shape", "width : height"),
-    "overlaps": ("Crowdedness", "other objects that overlap it (IoU from 0.1)"),
-    "objects_per_image": ("Objects in the image", "number"),
-}
 _GROUP_COLUMNS = ("name", "objects", "found", "erroneous", "missed", "recall_above", "recall", "mean_iou")
 _CLASS_COLUMNS = ("name", "correct", *ERRORS[:-1], "erroneous", "missed")
 # Images of each list; the longer side of each, pixels.
@@ -144,10 +140,9 @@ def calibration(dataset, analysed):
         counts[run.name] = [b["count"] for b in bins]
         remark = "no detections" if error is None else f"off by {100 * error:.1f} points on average"
         remarks.append(f"{remark} ({run.name})" if len(analysed) > 1 else remark)
-    edges = [i / len(bins) for i in range(len(bins) + 1)]
     curve = xy_figure(lines, "score", "fraction that is correct", diagonal=True, marker="o")
-    colors = [line["color"] for line in lines]
-    histogram = histogram_figure(edges, counts, "score", "detections", colors=colors)
+    names = [f"{b['low']:g} to {b['high']:g}" for b in bins]
+    histogram = bar_figure(names, counts, "detections", colors=[line["color"] for line in lines])
     remark = f"dashed: ideal; {', '.join(remarks)}"
     return [(curve, "Calibration", remark), (histogram, "Scores of all detections")]
 
@@ -172,7 +167,7 @@ def thresholds(dataset, analysed):
 def groups(dataset, analysed):
     """Return how many objects are detected, by their size, shape and neighbours."""
     figures, tables = [], []
-    for key, (title, words) in _GROUPS.items():
+    for key, (title, words) in GROUPS.items():
         bins = zip(*(a["breakdown"][key] for _, a in analysed), strict=True)
         bins = [of_runs for of_runs in bins if any(b["objects"] for b in of_runs)]
         if not bins:
@@ -212,7 +207,9 @@ def _draw_entry(entry, dataset, errors, run):
         side = min(_SIDE, 2 * max(image.shape[-2:]))
         skeleton = skeleton_of(MetadataCatalog.get(dataset))
         for drawn in draw_matches(errors, entry["index"], image, side=side, skeleton=skeleton):
-            images.append(base64.b64encode(to_bytes(drawn, quality=80)).decode())
+            jpeg = io.BytesIO()
+            to_pil_image(drawn).save(jpeg, format="JPEG", quality=80)
+            images.append(base64.b64encode(jpeg.getvalue()).decode())
     except UserError as e:
         problem = str(e)
     return {**entry, "name": name, "images": images, "problem": problem}

@@ -4,10 +4,12 @@ import logging
 import math
 import statistics
 
+import numpy as np
+
 from plaintrain.analysis import run_folder
 from plaintrain.analysis.analyze import analyze
 from plaintrain.analysis.dataset import dataset_statistics
-from plaintrain.analysis.run_folder import seconds_left, split_result
+from plaintrain.analysis.run_folder import seconds_left
 from plaintrain.config.yaml import flatten
 from plaintrain.data.catalog import DatasetCatalog, class_names
 from plaintrain.data.datasets.builtin import declare_dataset
@@ -36,8 +38,7 @@ class Run:
 
     Attributes:
         name, color: what to call it, and its index in every plot.
-        unreadable: {dataset: why its declaration cannot be used here}.
-        problems: {test set: why there is no analysis of it}.
+        problems: {dataset: why its declaration cannot be used here, or why there is no analysis of it}.
         analyses, detections: {test set: what `analyze` returns}, and of the same their `Detections`.
     """
 
@@ -52,29 +53,23 @@ class Run:
         self.results = run_folder.read_results(folder)
         self.test_sets = run_folder.test_sets(folder)
         self.train_sets = list(self.config.get("DATASETS", {}).get("TRAIN") or ())
-        self.unreadable, self.problems, self.analyses, self.detections = {}, {}, {}, {}
+        self.problems, self.analyses, self.detections = {}, {}, {}
         declared = self.config.get("DATASETS", {}).get("DECLARE") or {}
         for dataset in [name for name in (*self.test_sets, *self.train_sets) if name in declared]:
             # A name that means something else here already has no analysis.
             try:
                 declare_dataset(dataset, declared[dataset])
             except UserError as e:
-                self.unreadable[dataset] = self.problems[dataset] = str(e)
+                self.problems[dataset] = str(e)
         for dataset in self.test_sets:
             if dataset not in self.problems:
                 self._analyze(dataset)
 
     def _analyze(self, dataset):
         """Analyse a test set's predictions, or note why that cannot be done."""
-        path = run_folder.predictions_path(self.folder, dataset)
-        if path is None:
-            self.problems[dataset] = (
-                f"{self.folder} holds no predictions for {dataset}; the next evaluation writes them, also "
-                f"that of scripts/test_net.py --config-file {self.folder}/config.yaml --resume"
-            )
-            return
         sigmas = self.config.get("TEST", {}).get("KEYPOINT_OKS_SIGMAS") or ()
         try:
+            path = run_folder.find_predictions(self.folder, dataset)
             # Scoring says what it scores with, which nobody has asked for here.
             with silenced(logging.INFO):
                 self.detections[dataset] = read_detections(path, dataset)
@@ -94,11 +89,7 @@ class Run:
     def training_seconds(self):
         """Seconds of all iterations, of the mean time in each line of metrics.json; None without."""
         iterations, times = self.metrics.get("time", ((), ()))
-        total, before = 0.0, -1
-        for iteration, seconds in zip(iterations, times, strict=True):
-            total += (iteration - before) * seconds if math.isfinite(seconds) else 0.0
-            before = iteration
-        return total if iterations else None
+        return np.nansum(np.diff(iterations, prepend=-1) * times).item() if iterations else None
 
     @property
     def scored_tasks(self):
@@ -134,20 +125,7 @@ def summary(runs):
         "run": run,
         "model": ", ".join(filter(None, words)),
         "seconds_left": seconds_left(run.metrics, run.state) if run.state.name == "running" else None,
-        "best": _describe_best(run.metrics),
     }
-
-
-def _describe_best(metrics):
-    """Return a sentence on the evaluation with the best AP; None with fewer than two."""
-    name = next((n for n in metrics if split_result(n) and split_result(n)[2] == "AP"), None)
-    iterations, values = metrics.get(name, ((), ()))
-    known = [(v, i) for i, v in zip(iterations, values, strict=True) if math.isfinite(v)]
-    if len(known) < 2:
-        return None
-    value, iteration = max(known)
-    words = f"The best of {len(values)} evaluations was after iteration {iteration + 1:,}: {name} "
-    return f"{words}{value:.1f}; the last had {values[-1]:.1f}."
 
 
 def what_was_run(runs):
@@ -215,12 +193,11 @@ def datasets(runs):
         for role, names in (("train", run.train_sets), ("test", run.test_sets)):
             for name in names:
                 roles.setdefault(name, {})[role] = None
-        unreadable |= run.unreadable
     for name in roles:
         try:
             statistics_of[name] = dataset_statistics(DatasetCatalog.get(name), class_names(name))
         except UserError as e:
-            unreadable.setdefault(name, e)
+            unreadable[name] = next((run.problems[name] for run in runs if name in run.problems), e)
     classes = dict.fromkeys(c for s in statistics_of.values() for c in s["classes"])
     counts = ("objects", "images")
     return {

@@ -1,4 +1,4 @@
-"""The command line of the training scripts; it needs no torch, so that a question is answered at once."""
+"""The command lines of the scripts; they need no torch, so that a question is answered at once."""
 
 import argparse
 
@@ -13,10 +13,19 @@ class _Overrides(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def build_parser(epilog, config_help=""):
+    """Build a parser that knows --debug, and --config-file if that has a help."""
+    parser = argparse.ArgumentParser(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(config_file="", opts=[])
+    if config_help:
+        parser.add_argument("--config-file", default="", metavar="FILE", help=config_help)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    return parser
+
+
 def default_argument_parser(epilog=None):
     """The parser of the training scripts; its result goes to `default_setup` and `launch`."""
-    parser = argparse.ArgumentParser(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config")
+    parser = build_parser(epilog, "YAML config")
     parser.add_argument(
         "--resume", action="store_true", help="go on from, or evaluate, the last checkpoint in OUTPUT_DIR"
     )
@@ -47,7 +56,6 @@ def default_argument_parser(epilog=None):
     parser.add_argument(
         "--quiet", action="store_true", help="only warnings and errors on the console; log.txt has the rest"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
@@ -71,24 +79,26 @@ def add_picture_arguments(parser):
     parser.add_argument(
         "--class", action="append", dest="classes", metavar="NAME", help="this class only; may be given again"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
 
 
-def parse_run_arguments(parser):
-    """Parse `[RUN_FOLDER] [KEY VALUE ...]` among a parser's flags, in any order.
-
-    Returns:
-        The namespace with `run`, a folder or "", and `opts`, a list.
-    """
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config, without RUN_FOLDER")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+def build_run_parser(epilog):
+    """Build a parser of `[RUN_FOLDER] [KEY VALUE ...]` among flags; see `parse_run_arguments`."""
+    parser = build_parser(epilog, "YAML config, without RUN_FOLDER")
     parser.add_argument(
         "words",
         nargs="*",
         metavar="RUN_FOLDER | KEY VALUE",
         help="the folder of a run (OUTPUT_DIR), then config overrides, as MODEL.WEIGHTS model_best.pth",
     )
+    return parser
+
+
+def parse_run_arguments(parser):
+    """Parse with a `build_run_parser`; returns the namespace with `run`, a folder or "", and `opts`."""
     args = parser.parse_intermixed_args()
     args.run = args.words[0] if len(args.words) % 2 else ""
     args.opts = args.words[len(args.words) % 2 :]
+    if bool(args.run) == bool(args.config_file):
+        given = "both" if args.run else "neither"
+        parser.error(f"give a run's folder or --config-file FILE, not {given}")
     return args

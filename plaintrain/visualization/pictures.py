@@ -1,6 +1,5 @@
 """Drawn images as files, on a contact sheet, and in a window."""
 
-import io
 import os
 import sys
 
@@ -18,13 +17,6 @@ PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _MOST_ENTRIES = 24
 
 
-def to_bytes(image, format_="JPEG", quality=92):
-    """Return the file content of an image, uint8 `[3, H, W]`; `quality` is that of a JPEG or WebP, to 100."""
-    buffer = io.BytesIO()
-    to_pil_image(image).save(buffer, format=format_, quality=quality)
-    return buffer.getvalue()
-
-
 def _get_format(path):
     format_ = PICTURES.get(os.path.splitext(path)[1].lower())
     if format_ is None:
@@ -33,11 +25,11 @@ def _get_format(path):
 
 
 def save_picture(path, image):
-    """Write an image, whole or not at all, to a file that ends in one of `PICTURES`; its folder is made."""
-    content = to_bytes(image, _get_format(path))
+    """Write an image, uint8 `[3, H, W]`, whole or not at all, to a file that ends in one of `PICTURES`."""
+    format_ = _get_format(path)
     make_parent(path)
     with atomic_write(path, "wb") as f:
-        f.write(content)
+        to_pil_image(image).save(f, format=format_, quality=92)
 
 
 def check_picture_arguments(args):

@@ -75,8 +75,8 @@ def save_figure(figure, path):
 
 def to_svg(figure):
     """Return a figure as an `<svg>` element that takes the text colour, fonts and width of its page."""
-    file, name = io.StringIO(), f"svg{next(_svg_numbers)}"
-    with require_matplotlib().rc_context({**_STYLE, "svg.hashsalt": name}):
+    file = io.StringIO()
+    with require_matplotlib().rc_context({**_STYLE, "svg.hashsalt": f"{next(_svg_numbers)}"}):
         # Once is enough: left to itself it is laid out, and drawn, twice.
         figure.get_layout_engine().execute(figure)
         figure.set_layout_engine("none")
@@ -86,10 +86,8 @@ def to_svg(figure):
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
     head, text = text.split(">", 1)
     text = re.sub(r' (width|height)="[^"]*"', "", head) + ">" + text
-    # Each figure of a page has ids of its own.
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
-    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
-    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
+    # What is referred to has an id with a hash that is this figure's own; names such as axes_1 are in each.
+    text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text)
     return text.replace(INK, "currentColor").strip()
 
 
@@ -167,16 +165,13 @@ def bar_figure(names, series, x_label, *, colors=None):
         x_label: text of the axis.
         colors: one for each of the series; default 0, 1, ...
     """
-    height = 0.8 / len(series)
+    height, colors = 0.8 / len(series), colors or range(len(series))
     with _drawing((SIZE[0], 0.9 + len(names) * max(0.3, 0.2 * len(series)))) as (figure, ax):
-        for i, (color, (label, values)) in enumerate(
-            zip(colors or itertools.count(), series.items(), strict=False)
-        ):
-            values = np.array(values, dtype=float)
+        for i, (label, values) in enumerate(series.items()):
             positions = np.arange(len(names)) + height * (i - (len(series) - 1) / 2)
-            bars = ax.barh(positions, np.nan_to_num(values), height * 0.92, color=to_hex(color), label=label)
-            numbers = [f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}" for v in values]
-            ax.bar_label(bars, [n if n != "nan" else "" for n in numbers], padding=3, fontsize=9)
+            values = np.array(values, dtype=float)
+            bars = ax.barh(positions, values, height * 0.92, color=to_hex(colors[i]), label=label)
+            ax.bar_label(bars, fmt=_format_bar, padding=3, fontsize=9)
         ax.set_yticks(range(len(names)), map(cut, names))
         ax.invert_yaxis()
         ax.margins(x=0.15)
@@ -187,21 +182,13 @@ def bar_figure(names, series, x_label, *, colors=None):
     return figure
 
 
+def _format_bar(value):
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def cut(text, most=24):
     """Return a text of at most so many characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def histogram_figure(edges, series, x_label, y_label, *, colors):
-    """Draw counts, {label: N counts}, in bins, of N + 1 edges, as outlines with a light fill."""
-    with _drawing() as (figure, ax):
-        for color, (label, counts) in zip(map(to_hex, colors), series.items(), strict=True):
-            ax.stairs(counts, edges, fill=True, color=color, alpha=0.25)
-            ax.stairs(counts, edges, color=color, label=label, linewidth=1.4)
-        ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
-        if len(series) > 1:
-            _draw_legend(ax)
-    return figure
 
 
 def matrix_figure(counts, names, x_label, y_label):

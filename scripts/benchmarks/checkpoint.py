@@ -118,13 +118,13 @@ def measure_resume(folder, args, model, parts):
     return {"a resume, wall ms": rows}
 
 
-def main(argv=None):
+def main():
     """Measure and report."""
     parser = argparse.ArgumentParser("checkpoint", description=__doc__)
     parser.add_argument("--folder", help="where to write; default a temporary folder")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=positive, default=10, help="after each save")
-    args = parse_args(parser, argv, repeats=7, quick={"steps": 1})
+    args = parse_args(parser, repeats=7, quick={"steps": 1})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         model, parts, step = make_state(args)

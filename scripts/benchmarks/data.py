@@ -1,4 +1,4 @@
-"""Images per second of the training loader, and what of a batch is padding.
+"""Images per second of the training loader, its memory, and what of a batch is padding.
 
 `images` is wall time per image of the training loader with two workers on two cores, processes and threads,
 and of a loader written after torchvision's detection references: Pillow decodes, resizes and flips, tensors
@@ -6,12 +6,17 @@ are floats, PyTorch's DataLoader has two processes. Wall time, for workers besid
 JPEG files of 640x480, shorter side 640 to 800, seven boxes; in turns, after a start that is not counted.
 `padding` is computed, not timed: the share of padding in batches of images of COCO's sizes, shortest side 800
 and longest 1333, as coco_sizes.json describes them.
+`memory` is the peak of two threads and of two processes, as much waiting as ever does, for the training is
+slower: the proportional set size of the process and its workers (Linux only), which counts once what they
+share, over what the process had before; each in a fresh process. It is measured if --parts names it.
 """
 
 import argparse
 import contextlib
 import functools
+import gc
 import itertools
+import multiprocessing
 import os
 import tempfile
 import time
@@ -19,34 +24,27 @@ import time
 import numpy as np
 import torch
 from PIL import Image
-from shared.measure import in_turns, make_rows, parse_args, positive, read_sizes, report, run, target
+from shared.images import write_images
+from shared.measure import (
+    fresh,
+    in_turns,
+    make_rows,
+    parse_args,
+    positive,
+    read_memory,
+    read_sizes,
+    run,
+    run_parts,
+    target,
+)
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
 from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_train_loader
 from plaintrain.data.samplers import TrainingSampler
-from plaintrain.structures import BoxMode
 
 REFERENCES = "as torchvision's references, 2 processes"
-
-
-def write_images(folder, number=64):
-    """JPEG files of 640x480, about as large as COCO's; returns their records."""
-    records, rng = [], np.random.default_rng(0)
-    for i in range(number):
-        coarse = Image.fromarray(rng.integers(0, 256, size=(30, 40, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), dtype=np.float32)
-        pixels = pixels + rng.normal(0, 9, size=(480, 640, 1))
-        path = os.path.join(folder, f"{i}.jpg")
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=92)
-        corners = np.sort(rng.uniform(0, 1, size=(7, 2, 2)), axis=1) * (640, 480)
-        boxes = [
-            {"bbox": row, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
-            for row in corners.reshape(7, 4).tolist()
-        ]
-        records.append({"file_name": path, "image_id": i, "height": 480, "width": 640, "annotations": boxes})
-    return records
 
 
 class PillowDataset(Dataset):
@@ -75,23 +73,30 @@ class PillowDataset(Dataset):
         }
 
 
-def _reference_loader(cfg, records):
+def make_reference(cfg, records):
+    """The loader of torchvision's references."""
     dataset = PillowDataset(records, cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN)
     return DataLoader(dataset, cfg.SOLVER.IMS_PER_BATCH, num_workers=2, collate_fn=list)
 
 
-def _own_loader(kind, cfg, records, cached=0):
-    cfg.DATALOADER.WORKER_TYPE, cfg.DATALOADER.CACHE_BYTES = kind, cached
+def make_loader(cfg, records):
+    """plaintrain's."""
     return build_detection_train_loader(cfg, dataset=records)
 
 
-def ms_per_image(make, records, batch, batches, skipped):
-    """Wall time per image of a loader, after its first batches."""
+def make_cfg(batch, options=()):
+    """Two workers, and images of several sizes."""
     cfg = get_cfg()
     cfg.merge_from_list(["SEED", 1, "SOLVER.IMS_PER_BATCH", batch, "DATALOADER.NUM_WORKERS", 2])
     cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", tuple(range(640, 801, 32)), "INPUT.MAX_SIZE_TRAIN", 1333])
-    stream = itertools.islice(make(cfg, records), skipped + batches)
-    for _ in range(skipped):
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+def ms_per_image(make, options, records, args):
+    """Wall time per image of a loader, after its first batches."""
+    stream = itertools.islice(make(make_cfg(args.batch, options), records), args.skipped + args.batches)
+    for _ in range(args.skipped):
         next(stream)
     start = time.perf_counter()
     number = sum(len(batch) for batch in stream)
@@ -113,19 +118,20 @@ def two_cores():
 
 def measure_images(args):
     """({title: rows}, targets) of the wall time per image of each loader."""
-    default = get_cfg().DATALOADER.WORKER_TYPE
-    makers, kinds = {REFERENCES: _reference_loader}, {"process": "2 processes", "thread": "2 threads"}
-    makers |= {name: functools.partial(_own_loader, kind) for kind, name in kinds.items()}
-    makers["2 threads, decoded images kept"] = functools.partial(_own_loader, "thread", cached=1 << 30)
+    kinds = {"process": "2 processes", "thread": "2 threads"}
+    makers = {REFERENCES: (make_reference, ())}
+    makers |= {name: (make_loader, ("DATALOADER.WORKER_TYPE", kind)) for kind, name in kinds.items()}
+    keeping = ("DATALOADER.WORKER_TYPE", "thread", "DATALOADER.CACHE_BYTES", 1 << 30)
+    makers["2 threads, decoded images kept"] = (make_loader, keeping)
     with tempfile.TemporaryDirectory() as files, two_cores():
         records = write_images(files, args.files)
         functions = {
-            name: functools.partial(ms_per_image, make, records, args.batch, args.batches, args.skipped)
-            for name, make in makers.items()
+            name: functools.partial(ms_per_image, *maker, records, args) for name, maker in makers.items()
         }
         rows = make_rows(in_turns(functions, args.repeats, warm_up=False))
     for row in rows.values():
         row["images/s"] = 1000 / row["median"]
+    default = get_cfg().DATALOADER.WORKER_TYPE
     chosen = kinds["thread" if default == "auto" else default]
     wanted = target(f"loader, the default ({chosen}): times the images/s", 3, rows[chosen]["times less"])
     return {"wall time of an image, ms": rows}, [wanted]
@@ -145,8 +151,7 @@ def padding(sampler, widths, heights):
 
 def measure_padding(args):
     """({title: rows}, targets) of the padding of batches in several orders."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "coco_sizes.json")
-    widths, heights = read_sizes(path, 8000)
+    widths, heights = read_sizes(8000)
     window = get_cfg().DATALOADER.GROUP_WINDOW
     groupings = {
         "random order": {},
@@ -162,25 +167,49 @@ def measure_padding(args):
     return {f"padding at batch {args.batch}": rows}, [wanted]
 
 
-MEASUREMENTS = {"images": measure_images, "padding": measure_padding}
+def measure_memory(args):
+    """({title: rows}, no targets) of the peak memory of threads and processes."""
+    rows = {}
+    for kind in ("thread", "process"):
+        peak, largest = fresh(find_peak, kind, args.batch, args.batches, args.files)
+        rows[kind] = {"MB": peak, "times the largest batch": peak / largest}
+    return {f"memory of two workers, batch {args.batch}": rows}, []
 
 
-def main(argv=None):
+def find_peak(kind, batch, batches, files):
+    """(MB over what the process had before, MB of the largest batch) of a loader."""
+    torch.set_num_threads(1)
+    # As default_setup does.
+    gc.freeze()
+    used, sizes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        records = write_images(folder, files)
+        before = read_memory(os.getpid(), "Pss:")
+        loader = make_loader(make_cfg(batch, ["DATALOADER.WORKER_TYPE", kind]), records)
+        for samples in itertools.islice(loader, batches):
+            # A step, until no worker has room for more.
+            time.sleep(1.5)
+            pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+            used.append(sum(read_memory(pid, "Pss:") for pid in pids))
+            sizes.append(sum(sample["image"].nbytes for sample in samples) / 2**20)
+    return max(used) - before, max(sizes)
+
+
+MEASUREMENTS = {"images": measure_images, "padding": measure_padding, "memory": measure_memory}
+
+
+def main():
     """Measure and report."""
     parser = argparse.ArgumentParser("data", description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
+    parser.add_argument("--parts", nargs="+", choices=list(MEASUREMENTS), default=["images", "padding"])
     parser.add_argument("--batch", type=positive, default=16, help="images")
     parser.add_argument("--batches", type=positive, default=20, help="per turn, of images")
     parser.add_argument("--skipped", type=positive, default=6, help="batches before those of a turn")
     parser.add_argument("--files", type=positive, default=64, help="different images")
     quick = {"batch": 4, "batches": 1, "skipped": 1, "files": 4}
-    args = parse_args(parser, argv, repeats=5, quick=quick)
+    args = parse_args(parser, repeats=5, quick=quick)
     torch.set_num_threads(1)
-    tables, targets = {}, []
-    for part in args.parts:
-        more, wanted = MEASUREMENTS[part](args)
-        tables, targets = tables | more, targets + wanted
-    report(args, tables, targets)
+    run_parts(args, MEASUREMENTS)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from shared.measure import in_turns, make_rows, parse_args, positive, report, ru
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.evaluation import COCOEvaluator
 from plaintrain.evaluation.coco_backend import BACKENDS
+from plaintrain.evaluation.coco_gt import coco_truth
 from plaintrain.structures import BoxMode
 
 _NAME = "benchmark_eval"
@@ -48,20 +49,6 @@ def make_dataset(images, boxes, classes, seed=0):
     return records, outputs
 
 
-def coco_truth(records, classes):
-    """Records as COCO's JSON has them."""
-    annotations = [
-        {**a, "image_id": record["image_id"], "area": a["bbox"][2] * a["bbox"][3]}
-        for record in records
-        for a in record["annotations"]
-    ]
-    return {
-        "images": [{"id": record["image_id"], "height": 640, "width": 640} for record in records],
-        "annotations": [{**a, "id": i} for i, a in enumerate(annotations, start=1)],
-        "categories": [{"id": i, "name": f"class {i}"} for i in range(classes)],
-    }
-
-
 def pycocotools_ap(truth, records, outputs):
     """AP in percent of detections by pycocotools, as it is used where nothing wraps it."""
     results = []
@@ -89,7 +76,7 @@ def make_variants(images, boxes, classes):
     records, outputs = make_dataset(images, boxes, classes)
     DatasetCatalog.register(_NAME, lambda: records)
     MetadataCatalog.get(_NAME).set(thing_classes=[f"class {i}" for i in range(classes)])
-    truth = coco_truth(records, classes)
+    truth = coco_truth("bbox", records, range(images), range(classes))
     variants = {"pycocotools alone": lambda: {"bbox": {"AP": pycocotools_ap(truth, records, outputs)}}}
     for backend in reversed(BACKENDS):
         if importlib.util.find_spec(backend):
@@ -107,11 +94,7 @@ def make_variants(images, boxes, classes):
 def measure(variants, repeats):
     """Rows of seconds, and of what each computes."""
     results = {}
-
-    def keep(name, function):
-        results[name] = function()
-
-    calls = {name: timed(lambda n=name, f=function: keep(n, f)) for name, function in variants.items()}
+    calls = {n: timed(lambda n=n, f=f: results.update({n: f()})) for n, f in variants.items()}
     rows = make_rows(in_turns(calls, repeats, warm_up=False))
     expected = results["COCOEvaluator, pycocotools"]
     for name, row in rows.items():
@@ -122,14 +105,13 @@ def measure(variants, repeats):
     return rows
 
 
-def main(argv=None):
+def main():
     """Measure and report."""
     parser = argparse.ArgumentParser("eval", description=__doc__)
     parser.add_argument("--images", type=positive, default=5000)
     parser.add_argument("--boxes", type=positive, default=100, help="detections per image")
     parser.add_argument("--classes", type=positive, default=80)
-    quick = {"images": 6, "boxes": 5, "classes": 3}
-    args = parse_args(parser, argv, repeats=3, quick=quick)
+    args = parse_args(parser, repeats=3, quick={"images": 6, "boxes": 5, "classes": 3})
     torch.set_num_threads(1)
     rows = measure(make_variants(args.images, args.boxes, args.classes), args.repeats)
     wanted = [

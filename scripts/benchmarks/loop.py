@@ -139,17 +139,10 @@ def measure(variants, iterations, repeats):
             return batches.seconds / iterations
 
         logger = logging.getLogger("plaintrain")
-        level, propagate, handler = logger.level, logger.propagate, logging.FileHandler(f"{root}/log.txt")
         logger.setLevel(logging.INFO)
         logger.propagate = False
-        logger.addHandler(handler)
-        try:
-            return in_turns({name: lambda run=run: seconds(run) for name, run in variants.items()}, repeats)
-        finally:
-            logger.setLevel(level)
-            logger.propagate = propagate
-            logger.removeHandler(handler)
-            handler.close()
+        logger.addHandler(logging.FileHandler(f"{root}/log.txt"))
+        return in_turns({name: lambda run=run: seconds(run) for name, run in variants.items()}, repeats)
 
 
 def over_bare(times):
@@ -162,11 +155,11 @@ def over_bare(times):
     }
 
 
-def main(argv=None):
+def main():
     """Measure and report."""
     parser = argparse.ArgumentParser("loop", description=__doc__)
     parser.add_argument("--iterations", type=positive, default=2000, help="per turn")
-    args = parse_args(parser, argv, repeats=9, quick={"iterations": 100})
+    args = parse_args(parser, repeats=9, quick={"iterations": 100})
     torch.set_num_threads(1)
     variants = {BARE: bare_loop, ITEM: item_loop, PLAIN: plaintrain_loop}
     for name in installed(*_OTHERS):

@@ -14,13 +14,11 @@ from shared.measure import (
     run,
     timed,
 )
+from shared.steps import make_training_steps
 
 from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_train_loader, declare_datasets
 from plaintrain.engine.preflight import settle_num_classes
-from plaintrain.modeling import build_model
-from plaintrain.solver import build_optimizer
-from plaintrain.solver.amp import build_autocast
 
 
 def make_steps(config_file, batches):
@@ -32,31 +30,19 @@ def make_steps(config_file, batches):
     settle_num_classes(cfg, eval_only=False)
     data = list(itertools.islice(build_detection_train_loader(cfg), batches))
     functions = {}
-    for precision, enabled in (("float32", False), ("bfloat16", True)):
-        if enabled and not cpu_has_bfloat16():
-            break
-        torch.manual_seed(cfg.SEED)
-        model = build_model(cfg)
-        optimizer, autocast = build_optimizer(cfg, model), build_autocast(enabled, "bfloat16", "cpu")
-
-        def steps(model=model, optimizer=optimizer, autocast=autocast):
-            for samples in data:
-                with autocast:
-                    losses = sum(model(samples).values())
-                optimizer.zero_grad()
-                losses.backward()
-                optimizer.step()
-
-        functions[precision] = steps
+    for precision in ("float32", *["bfloat16"] * cpu_has_bfloat16()):
+        cfg.merge_from_list(["SOLVER.AMP.ENABLED", precision == "bfloat16"])
+        cfg.merge_from_list(["SOLVER.AMP.PRECISION", "bfloat16"])
+        functions[precision], _ = make_training_steps(cfg, data)
     return functions
 
 
-def main(argv=None):
+def main():
     """Measure and report."""
     parser = argparse.ArgumentParser("precision", description=__doc__)
     parser.add_argument("--config-file", default="configs/quickstart.yaml")
     parser.add_argument("--batches", type=positive, default=8, help="different batches, each a step a turn")
-    args = parse_args(parser, argv, repeats=7, quick={"batches": 1})
+    args = parse_args(parser, repeats=7, quick={"batches": 1})
     torch.set_num_threads(1)
     functions = {name: timed(f) for name, f in make_steps(args.config_file, args.batches).items()}
     rows = make_rows(in_turns(functions, args.repeats), 1e3 / args.batches)

@@ -16,22 +16,15 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from unittest import mock
 
 import numpy as np
-from shared.measure import in_turns, make_rows, parse_args, positive, report, run
+from shared.measure import fresh, in_turns, make_rows, parse_args, positive, read_memory, run, run_parts
 
 from plaintrain.config import get_cfg
-from plaintrain.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-    build_detection_train_loader,
-    register_coco_instances,
-)
+from plaintrain.data import DatasetCatalog, build_detection_train_loader, register_coco_instances
+from plaintrain.evaluation.predictions import write_json
 
-_BATCH, _NAME = 16, "benchmark_records"
-_CLASSES = 80
+_BATCH, _CLASSES = 16, 80
 # As COCO's train2017: annotations per image, and points per polygon (a log-normal distribution).
 _PER_IMAGE, _POINTS, _SPREAD = 7.3, 20, 0.6
 
@@ -44,21 +37,17 @@ def write_dataset(folder, images):
     os.makedirs(root, exist_ok=True)
     rng = np.random.default_rng(0)
     sizes = np.maximum(3, rng.lognormal(np.log(_POINTS), _SPREAD, size=2000).astype(int))
-    polygons = [json.dumps([rng.uniform(1, 480, size=2 * n).round(2).tolist()]) for n in sizes]
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        f.write('{"images": [')
-        for i in range(images):
-            name = f"{i:012d}.jpg"
-            open(os.path.join(root, name), "w").close()
-            f.write(", " * (i > 0))
-            json.dump(_image(i, name), f)
-        f.write('], "annotations": [')
-        for i, number in enumerate(np.repeat(np.arange(images), rng.geometric(1 / _PER_IMAGE, size=images))):
-            f.write(", " * (i > 0) + _annotation(i, number, polygons, rng))
-        f.write('], "categories": ')
-        json.dump([{"id": i + 1, "name": f"class {i}"} for i in range(_CLASSES)], f)
-        f.write("}")
-    os.replace(path + ".part", path)
+    polygons = [[rng.uniform(1, 480, size=2 * n).round(2).tolist()] for n in sizes]
+    content = {"images": [], "annotations": []}
+    for i in range(images):
+        name = f"{i:012d}.jpg"
+        open(os.path.join(root, name), "w").close()
+        content["images"].append(_image(i, name))
+        for _ in range(rng.geometric(1 / _PER_IMAGE)):
+            polygon = polygons[rng.integers(len(polygons))]
+            content["annotations"].append(_annotation(len(content["annotations"]), i, polygon, rng))
+    content["categories"] = [{"id": i + 1, "name": f"class {i}"} for i in range(_CLASSES)]
+    write_json(path, content)
     return path, root
 
 
@@ -69,14 +58,12 @@ def _image(number, name):
     return {"license": 3, "file_name": name, "coco_url": url, **size, "flickr_url": url, "id": number}
 
 
-def _annotation(number, image, polygons, rng):
-    """An entry of `annotations`, as text: `json.dumps` of a million polygons takes minutes."""
-    x, y, w, h = rng.integers(1, 24000, size=4) / 100
-    return (
-        f'{{"segmentation": {polygons[rng.integers(len(polygons))]}, "area": {w * h / 2}, "iscrowd": 0, '
-        f'"image_id": {image}, "bbox": [{x}, {y}, {w}, {h}], "category_id": {rng.integers(_CLASSES) + 1}, '
-        f'"id": {number}}}'
-    )
+def _annotation(number, image, polygon, rng):
+    """An entry of `annotations`."""
+    x, y, w, h = (rng.integers(1, 24000, size=4) / 100).tolist()
+    outline = {"segmentation": polygon, "area": w * h / 2, "iscrowd": 0}
+    category = int(rng.integers(_CLASSES)) + 1
+    return {**outline, "image_id": image, "bbox": [x, y, w, h], "category_id": category, "id": number}
 
 
 def _touch(record):
@@ -87,8 +74,10 @@ def _touch(record):
 def _make_loader(path, root, num_workers):
     cfg = get_cfg()
     cfg.merge_from_list(["SEED", 1, "SOLVER.IMS_PER_BATCH", _BATCH, "DATALOADER.NUM_WORKERS", num_workers])
-    register_coco_instances(_NAME, {}, path, root)
-    cfg.DATASETS.TRAIN = (_NAME,)
+    # Each loader reads the file anew.
+    name = f"benchmark_records_{len(DatasetCatalog.list())}"
+    register_coco_instances(name, {}, path, root)
+    cfg.DATASETS.TRAIN = (name,)
     return build_detection_train_loader(cfg, mapper=_touch)
 
 
@@ -114,33 +103,11 @@ def worker_memory(path, root, images, start_method):
     batches = iter(_make_loader(path, root, num_workers=2))
     for _ in range(-(-images // _BATCH)):
         next(batches)
-    return max(_unique_set_size(child.pid) for child in multiprocessing.active_children())
-
-
-def _unique_set_size(pid):
-    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as f:
-        rows = [line.split() for line in f if line.startswith("Private_")]
-    return sum(int(row[1]) for row in rows) / 1024
-
-
-def here(function, *args):
-    """Call a function in this process, which goes on as it was."""
-    with mock.patch.dict(os.environ):
-        result = function(*args)
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        if _NAME in catalog.list():
-            catalog.remove(_NAME)
-    return result
-
-
-def fresh(function, *args):
-    """Call a function in a new process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+    return max(read_memory(child.pid, "Private_") for child in multiprocessing.active_children())
 
 
 def measure_time(args):
-    """{title: rows} of the CPU seconds to the first batch, beside those of `json.load`."""
+    """({title: rows}, no targets) of the CPU seconds to the first batch, beside those of `json.load`."""
     files = write_dataset(os.path.join(args.folder, str(args.images)), args.images)
     cache = os.path.join(args.folder, "cache")
     calls = {
@@ -148,17 +115,18 @@ def measure_time(args):
         "to the first batch": (first_batch, *files),
         "to the first batch, parsed before": (first_batch, *files, cache),
     }
-    start = here if args.quick else fresh
-    start(first_batch, *files, cache)
-    functions = {name: functools.partial(start, *call) for name, call in calls.items()}
+    first_batch(*files, cache)
+    if not args.quick:
+        calls = {name: (fresh, *call) for name, call in calls.items()}
+    functions = {name: functools.partial(*call) for name, call in calls.items()}
     rows = make_rows(in_turns(functions, args.repeats, warm_up=False))
     for row in rows.values():
         row["times json.load"] = 1 / row["times less"]
-    return {f"CPU, {args.images:,} images, s": rows}
+    return {f"CPU, {args.images:,} images, s": rows}, []
 
 
 def measure_memory(args):
-    """{title: rows} of the private memory of a worker, MB; both loaders load as many samples."""
+    """({title: rows}, no targets) of the private memory of a worker, MB; both load as many samples."""
     folder, images, repeats, result = args.folder, args.images, args.repeats, {}
     for start in ("fork", "spawn"):
         sizes = {}
@@ -169,26 +137,23 @@ def measure_memory(args):
             )
         result[start] = {f"{size:,} records": mb for size, mb in sizes.items()}
         result[start]["more"] = sizes[images] - sizes[100]
-    return {"private memory of a worker, MB": result}
+    return {"private memory of a worker, MB": result}, []
 
 
 MEASUREMENTS = {"time": measure_time, "memory": measure_memory}
 
 
-def main(argv=None):
+def main():
     """Measure and report."""
     parser = argparse.ArgumentParser("records", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
     parser.add_argument("--images", type=positive, default=117000, help="size of the set")
     default = os.path.join(tempfile.gettempdir(), "plaintrain-benchmark")
     parser.add_argument("--folder", default=default, help="where the files are kept")
-    args = parse_args(parser, argv, repeats=3, quick={"images": 100, "parts": ["time"]})
+    args = parse_args(parser, repeats=3, quick={"images": 100, "parts": ["time"]})
     if "memory" in args.parts and not sys.platform.startswith("linux"):
         parser.error("the memory of a worker is measured on Linux only; give --parts time")
-    tables = {}
-    for part in args.parts:
-        tables |= MEASUREMENTS[part](args)
-    report(args, tables, [])
+    run_parts(args, MEASUREMENTS)
 
 
 if __name__ == "__main__":

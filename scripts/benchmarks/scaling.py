@@ -11,16 +11,18 @@ times hold the waiting for each other; CPU times do not.
 
 import argparse
 import contextlib
+import itertools
 import json
-import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from shared.measure import parse_args, positive, report, run
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from plaintrain.config import get_cfg
@@ -34,8 +36,8 @@ from plaintrain.solver.accumulation import sum_losses
 from plaintrain.utils import comm
 from plaintrain.utils.stop import StopSignal
 
-ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("stop agreement", "forward", "loss names", "backward", "optimizer", "reduce_dict", "barrier")
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+_WARM_UP = 5
 
 
 def make_cfg(config_file):
@@ -49,53 +51,36 @@ def make_cfg(config_file):
     return cfg
 
 
-class Clock:
-    """CPU and wall time of the parts of an iteration."""
+class Parts:
+    """CPU and wall times of the parts of an iteration, and the bytes that each hands to collectives."""
 
     def __init__(self):
-        self.times = defaultdict(list)
+        self.name, self.times, self.sent = "", defaultdict(list), defaultdict(list)
 
     @contextlib.contextmanager
-    def part(self, name):
+    def measure(self, name):
+        self.name = name
         before = time.process_time(), time.perf_counter()
         yield
         after = time.process_time(), time.perf_counter()
         self.times[name].append([1000 * (b - a) for a, b in zip(before, after, strict=True)])
 
-    def medians(self):
-        """{part: [CPU ms, wall ms]}."""
-        return {
-            n: [statistics.median(column) for column in zip(*t, strict=True)] for n, t in self.times.items()
-        }
-
-
-class Sent:
-    """Calls and bytes that a process hands to collectives, by part."""
-
-    def __init__(self):
-        self.part, self.calls, self.bytes = "", defaultdict(int), defaultdict(int)
-
-    def add(self, tensor):
-        self.calls[self.part] += 1
-        self.bytes[self.part] += tensor.numel() * tensor.element_size()
-
-    @contextlib.contextmanager
-    def counting(self, model):
-        """Count within the block: DDP's buckets by a hook, the others where they are called."""
-        if comm.get_world_size() > 1:
-            model.register_comm_hook(None, self._bucket)
-        before = dist.all_reduce
-        dist.all_reduce = lambda tensor, *args, **kwargs: (self.add(tensor), before(tensor, *args, **kwargs))[
-            1
-        ]
-        try:
-            yield
-        finally:
-            dist.all_reduce = before
-
-    def _bucket(self, state, bucket):
-        self.add(bucket.buffer())
+    def count_bucket(self, state, bucket):
+        """Count what DDP sends, as a hook."""
+        self.sent[self.name].append(bucket.buffer().nbytes)
         return allreduce_hook(dist.group.WORLD, bucket)
+
+    def count_all_reduce(self, tensor, *args, all_reduce=dist.all_reduce, **kwargs):
+        self.sent[self.name].append(tensor.nbytes)
+        return all_reduce(tensor, *args, **kwargs)
+
+    def summary(self):
+        """{part: [CPU ms, wall ms, calls, bytes]}, of times the medians without the iteration that counts."""
+        summary = {}
+        for name, times in self.times.items():
+            medians = map(statistics.median, zip(*times[_WARM_UP:-1], strict=True))
+            summary[name] = [*medians, len(self.sent[name]), sum(self.sent[name])]
+        return summary
 
 
 def iterate(model, optimizer, samples, stop, part):
@@ -125,56 +110,36 @@ def work(args):
     torch.manual_seed(comm.get_rank())
     model = create_ddp_model(build_model(cfg).train())
     optimizer = build_optimizer(cfg, model)
-    batches = [samples for samples, _ in zip(build_detection_train_loader(cfg), range(4), strict=False)]
-    stop, sent = StopSignal(), Sent()
-    clock = Clock()
-    for i in range(args.iterations + 5):
-        if i == 5:
-            clock = Clock()
-        iterate(model, optimizer, batches[i % 4], stop, clock.part)
-
-    @contextlib.contextmanager
-    def named(name):
-        sent.part = name
-        yield
-
-    with sent.counting(model):
-        iterate(model, optimizer, batches[0], stop, named)
-    facts = {"times": clock.medians(), "calls": sent.calls, "bytes": sent.bytes}
-    Path(args.folder, f"{comm.get_rank()}.json").write_text(json.dumps(facts))
+    batches = list(itertools.islice(build_detection_train_loader(cfg), 4))
+    stop, parts = StopSignal(), Parts()
+    for i in range(_WARM_UP + args.iterations):
+        iterate(model, optimizer, batches[i % 4], stop, parts.measure)
+    if comm.get_world_size() > 1:
+        model.register_comm_hook(None, parts.count_bucket)
+    with mock.patch.object(dist, "all_reduce", parts.count_all_reduce):
+        iterate(model, optimizer, batches[0], stop, parts.measure)
+    Path(args.folder, f"{comm.get_rank()}.json").write_text(json.dumps(parts.summary()))
 
 
-def measure(args):
-    """Print a table for each number of processes."""
-    print(
-        f"torch {torch.__version__}, {os.cpu_count()} cores, {Path(args.config_file).name}, "
-        "2 images a process"
-    )
-    results = {}
+def main():
+    """Measure each number of processes, and report."""
+    parser = argparse.ArgumentParser("scaling", description=__doc__)
+    parser.add_argument("--config-file", default=str(CONFIG))
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--iterations", type=positive, default=30)
+    args = parse_args(parser, repeats=None, quick={"iterations": 2, "ranks": [1, 2]})
+    tables = {}
     for number in args.ranks:
         with tempfile.TemporaryDirectory() as args.folder:
             launch(work, number, args=(args,))
             ranks = [json.loads(path.read_text()) for path in sorted(Path(args.folder).iterdir())]
-        results[number] = ranks
-        print(f"\n{number} process{'es' * (number > 1)}    CPU ms   wall ms   calls       bytes")
-        for part in PARTS:
-            cpu, wall = (statistics.mean(r["times"][part][i] for r in ranks) for i in (0, 1))
-            sent = ranks[0]["calls"].get(part, 0), ranks[0]["bytes"].get(part, 0)
-            print(f"{part:15} {cpu:9.2f} {wall:9.2f} {sent[0]:7} {sent[1]:11}", flush=True)
-    if args.output:
-        Path(args.output).write_text(json.dumps(results, indent=1))
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", default=str(ROOT / "configs" / "quickstart.yaml"))
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--output", help="also write the numbers as JSON to this file")
-    measure(parser.parse_args())
+        rows = {}
+        for part, (_, _, calls, num_bytes) in ranks[0].items():
+            cpu, wall = (statistics.mean(rank[part][i] for rank in ranks) for i in (0, 1))
+            rows[part] = {"CPU ms": cpu, "wall ms": wall, "calls": calls, "bytes": num_bytes}
+        tables[f"{number} process{'es' * (number > 1)}, 2 images each"] = rows
+    report(args, tables, [])
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

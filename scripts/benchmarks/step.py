@@ -18,7 +18,6 @@ import functools
 import importlib
 import itertools
 import math
-import os
 
 import numpy as np
 import torch
@@ -36,14 +35,12 @@ from shared.measure import (
     target,
     timed,
 )
+from shared.steps import make_training_steps
 from shared.syncs import count_syncs, training_step
 
 from plaintrain.config import get_cfg
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.modeling import build_model
-from plaintrain.solver import build_optimizer
-from plaintrain.solver.accumulation import sum_losses
-from plaintrain.solver.amp import build_amp
 
 _CLASSES, _DIVISOR = 80, 32
 REFERENCES = "torchvision's loop, fp32"
@@ -91,24 +88,17 @@ def calm(model, ending):
 def plaintrain_steps(args, batches, options=()):
     """(function that takes plaintrain's training step on each batch, its model)."""
     cfg = make_cfg(args, options)
-    torch.manual_seed(0)
-    model = calm(build_model(cfg), "bn3.weight")
-    optimizer, (autocast, scaler) = build_optimizer(cfg, model), build_amp(cfg, model)
     if args.device != "cpu":
         batches = [[{**s, "image": s["image"].pin_memory()} for s in batch] for batch in batches]
 
+    train, model = make_training_steps(cfg, batches)
+
     def steps():
         use_float32(cfg.FLOAT32_PRECISION or "highest")
-        for samples in batches:
-            optimizer.zero_grad()
-            with autocast:
-                losses = sum_losses(model(samples))
-            scaler.scale(losses).backward()
-            scaler.step(optimizer)
-            scaler.update()
+        train()
         use_float32("highest")
 
-    return steps, model
+    return steps, calm(model, "bn3.weight")
 
 
 def use_float32(precision):
@@ -171,19 +161,14 @@ def measure_same(args, batch):
         for name, least in zip(ROWS, (1.1, 1.9), strict=True)
         if name in rows
     ]
-    return {f"a step, batch {batch}, {describe(args)}: ms per image": rows}, wanted
-
-
-def describe(args):
-    """The size of the problem."""
     height, width = args.size
-    return f"{height}x{width}, {args.rois} RoIs an image, R{args.depth}-FPN, {args.device}"
+    problem = f"batch {batch}, {height}x{width}, {args.rois} RoIs an image, R{args.depth}-FPN, {args.device}"
+    return {f"a step, {problem}: ms per image": rows}, wanted
 
 
 def coco_batches(args, number, batch, grouped):
     """([[sample of a size]] of batches that stand for a pass, the share of padding in the pass)."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "coco_sizes.json")
-    widths, heights = read_sizes(path, 8000)
+    widths, heights = read_sizes(8000)
     keys = {"groups": widths / heights, "window": get_cfg().DATALOADER.GROUP_WINDOW} if grouped else {}
     sampler = TrainingSampler(widths.size, batch, seed=0, **keys)
     short = min(args.size)
@@ -230,7 +215,7 @@ def count(args):
     return {"in a forward and a backward pass": rows}, wanted
 
 
-def main(argv=None):
+def main():
     """Measure and report."""
     parser = argparse.ArgumentParser("step", description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -242,7 +227,7 @@ def main(argv=None):
     parser.add_argument("--batches", type=positive, help="of COCO's sizes")
     parser.add_argument("--depth", type=int, choices=(18, 34, 50, 101, 152), default=50, help="of the ResNet")
     quick = {"size": (64, 96), "batch": [2], "batches": 1, "depth": 18}
-    args = parse_args(parser, argv, repeats=3, quick=quick)
+    args = parse_args(parser, repeats=3, quick=quick)
     args.classes, cpu = _CLASSES, args.device == "cpu"
     args.size = args.size or ((256, 320) if cpu else (800, 1333))
     args.batch = args.batch or ([8] if cpu else [2, 16])

@@ -1,6 +1,5 @@
 """Detectron2, where it is installed: its own model, storage and writers; and its start, run as a script."""
 
-import argparse
 import os
 import tempfile
 
@@ -13,6 +12,8 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm, events
+
+from baselines import parse_start_args
 
 # How the names of the last norms of a block's branch end.
 LAST_NORM = "conv3.norm.weight"
@@ -84,12 +85,7 @@ def make_steps(args, batches):
 
 def main():
     """From the command line to the end of the first iteration."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("json")
-    parser.add_argument("root")
-    for option in ("--size", "--batch", "--depth"):
-        parser.add_argument(option, type=int, required=True)
-    args = parser.parse_args()
+    args = parse_start_args()
     torch.set_num_threads(1)
     register_coco_instances("benchmark", {}, args.json, args.root)
     cfg = _make_cfg("cpu", args.depth)

@@ -1,6 +1,5 @@
 """MMDetection, where it is installed, and MMEngine, whose runner trains its models; its start as a script."""
 
-import argparse
 import os
 import tempfile
 
@@ -10,6 +9,8 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
+
+from baselines import parse_start_args
 
 # How the names of the last norms of a block's branch end.
 LAST_NORM = "bn3.weight"
@@ -80,12 +81,7 @@ def make_steps(args, batches):
 
 def main():
     """From the command line to the end of the first iteration, of R50-FPN."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("json")
-    parser.add_argument("root")
-    for option in ("--size", "--batch", "--depth"):
-        parser.add_argument(option, type=int, required=True)
-    args = parser.parse_args()
+    args = parse_start_args()
     torch.set_num_threads(1)
     cfg = _make_cfg()
     loader = cfg.train_dataloader

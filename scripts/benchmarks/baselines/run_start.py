@@ -4,7 +4,6 @@ Everything is imported, the COCO file is parsed and made into a list of records,
 then the model is built and logged, and one iteration of Faster R-CNN is taken.
 """
 
-import argparse
 import collections
 import pickle
 
@@ -21,6 +20,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+from baselines import parse_start_args
 
 
 def read_records(path, root):
@@ -56,12 +57,7 @@ def load(record, size):
 
 def main():
     """From the command line to the end of the first iteration."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("json")
-    parser.add_argument("root")
-    for option in ("--size", "--batch", "--depth"):
-        parser.add_argument(option, type=int, required=True)
-    args = parser.parse_args()
+    args = parse_start_args()
     torch.set_num_threads(1)
     torch.manual_seed(1)
     backbone = resnet_fpn_backbone(backbone_name=f"resnet{args.depth}", weights=None, trainable_layers=3)

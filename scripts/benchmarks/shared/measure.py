@@ -9,6 +9,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -16,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -45,29 +48,28 @@ def output_file(text):
     return text
 
 
-def parse_args(parser, argv, repeats, quick):
-    """Parse, with the options that every benchmark has.
+def parse_args(parser, repeats, quick):
+    """Parse the command line, with the options that every benchmark has.
 
     Args:
         parser: the benchmark's own, with its options and its name as `prog`.
-        argv: arguments without the program, or None for those of the process.
-        repeats: default of --repeats.
+        repeats: default of --repeats, or None without such a flag.
         quick: {option: value}, what --quick makes the defaults.
 
     Returns:
         Namespace; `load` is that of the machine now, `command` what was asked for.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    command = " ".join(["python scripts/benchmark.py", parser.prog, *argv])
+    command = " ".join(["python scripts/benchmark.py", parser.prog, *sys.argv[1:]])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.prog = f"benchmark.py {parser.prog}"
-    parser.add_argument("--repeats", type=positive, default=repeats, help="turns that count")
+    if repeats:
+        parser.add_argument("--repeats", type=positive, default=repeats, help="turns that count")
     parser.add_argument("--output", type=output_file, help="also write the numbers as JSON to this file")
     parser.add_argument("--quick", action="store_true", help="the smallest size: does it work at all?")
-    if parser.parse_args(argv).quick:
+    if parser.parse_args().quick:
         parser.set_defaults(repeats=1, **quick)
-    args = parser.parse_args(argv)
-    args.command, args.load = command, _load()
+    args = parser.parse_args()
+    args.command, args.load = command, os.getloadavg()[0]
     return args
 
 
@@ -79,8 +81,14 @@ def run(main):
         sys.exit(f"error: {e}")
 
 
-def _load():
-    return os.getloadavg()[0]
+def run_parts(args, measurements):
+    """Measure the parts of `args.parts`, and report; {name: function (args) -> ({title: rows}, targets)}."""
+    tables, targets = {}, []
+    for part in args.parts:
+        rows, wanted = measurements[part](args)
+        tables |= rows
+        targets += wanted
+    report(args, tables, targets)
 
 
 def installed(*names):
@@ -152,16 +160,24 @@ def run_fresh(command, until=None):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
 
 
-def read_sizes(path, number):
-    """Sizes of images, from a JSON file with `sizes`, a list of [width, height, share].
-
-    Returns:
-        (widths, heights), each `[number]`, in the order of the file.
-    """
-    with open(path, encoding="utf-8") as f:
-        widths, heights, shares = np.array(json.load(f)["sizes"]).T
+def read_sizes(number):
+    """(widths, heights), each `[number]`, of images as large as COCO's: a list of [width, height, share]."""
+    path = Path(__file__).parent.parent / "coco_sizes.json"
+    widths, heights, shares = np.array(json.loads(path.read_text())["sizes"]).T
     counts = np.diff(np.floor(np.cumsum([0, *shares]) * number + 0.5)).astype(int)
     return np.repeat(widths, counts), np.repeat(heights, counts)
+
+
+def fresh(function, *args):
+    """Call a function in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def read_memory(pid, field):
+    """MB of a process in the lines of its memory that begin with `field`: "Pss:" or "Private_" (Linux)."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(field)) / 1024
 
 
 def make_rows(values, scale=1.0):
@@ -256,7 +272,7 @@ def report(args, tables, targets):
         print_table(title, rows)
     if targets:
         print_table("wanted", {t["what"]: {k: v for k, v in t.items() if k != "what"} for t in targets})
-    load = [args.load, _load()]
+    load = [args.load, os.getloadavg()[0]]
     facts = {"command": args.command, "load": load, "machine": describe_machine()}
     machine = ", ".join(f"{name} {value}" for name, value in facts["machine"].items() if value)
     print(f"{machine}; load {load[0]:.1f} to {load[1]:.1f}")
