@@ -6,12 +6,13 @@ import pytest
 import rank_functions
 import torch
 from processes import Job
+from run_files import load
 from torch import nn
 
-from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.checkpoint import DetectionCheckpointer, build_checkpointer
 from plaintrain.checkpoint.pretrained import load_weights
 from plaintrain.config import get_cfg
-from plaintrain.solver.ema import ModelEMA, build_ema, final_model
+from plaintrain.solver.ema import ModelEMA, build_ema
 from plaintrain.utils.errors import UserError
 
 
@@ -92,24 +93,25 @@ def test_average_is_the_model_itself_before_the_first_step_or_where_disabled(log
         assert average.num_steps == 0
         assert average.module is model and average.eval_model is model
     assert not disabled.enabled and log.text == ""
-    assert final_model(get_cfg(), disabled) is None
     assert disabled.state_dict() == {}
     disabled.load_state_dict({})
 
 
 @pytest.mark.parametrize(("evaluate", "final"), [("averaged", "raw"), ("raw", "averaged")])
-def test_config_decides_which_weights_are_evaluated_and_final(log, evaluate, final):
+def test_config_decides_which_weights_are_evaluated_and_final(tmp_path, log, evaluate, final):
     cfg, model = get_cfg(), make_model()
     cfg.merge_from_list(["MODEL.EMA.ENABLED", True, "MODEL.EMA.DECAY", 0.5, "MODEL.EMA.WARMUP", False])
     cfg.merge_from_list(["MODEL.EMA.EVALUATE", evaluate, "MODEL.EMA.FINAL", final])
+    cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path)])
     ema = build_ema(cfg, model)
     assert f"the {evaluate} weights are evaluated, the {final} become model_final.pth" in log.text
-    final_module = final_model(cfg, ema)
+    checkpointer = build_checkpointer(cfg, model, ema=ema)
     step(model, ema, 1.0, 2.0)
+    checkpointer.save_iteration(1)
+    checkpointer.save_final()
+    assert values(load(tmp_path / "model_final.pth")["model"]) == (1.5 if final == "averaged" else 2.0)
     assert ema.module is not model and values(ema.module.state_dict()) == 1.5
     assert ema.eval_model is (ema.module if evaluate == "averaged" else model)
-    # It returns the weights of the moment when it is called.
-    assert final_module is None if final == "raw" else final_module() is ema.module
 
 
 def save(folder, numbers, **settings):

@@ -5,7 +5,6 @@ import logging
 from plaintrain.checkpoint.checkpointer import DetectionCheckpointer
 from plaintrain.checkpoint.files import checkpoint_name, delete_checkpoint
 from plaintrain.data.catalog import get_class_names
-from plaintrain.solver.ema import final_model
 from plaintrain.solver.schedule import every
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.stop import Stopped
@@ -74,12 +73,14 @@ class TrainingCheckpointer(DetectionCheckpointer):
 
 def build_checkpointer(cfg, model, **checkpointables):
     """Build the `TrainingCheckpointer` of SOLVER.*, MODEL.EMA and OUTPUT_DIR; "ema" may be a `ModelEMA`."""
+    ema = checkpointables.get("ema")
+    ends_averaged = ema is not None and ema.enabled and cfg.MODEL.EMA.FINAL == "averaged"
     return TrainingCheckpointer(
         model,
         cfg.OUTPUT_DIR,
         period=cfg.SOLVER.CHECKPOINT_PERIOD,
         max_to_keep=cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP,
-        final_model=final_model(cfg, checkpointables["ema"]) if "ema" in checkpointables else None,
+        final_model=(lambda: ema.module) if ends_averaged else None,
         about={"config": cfg.dump(), "class_names": get_class_names(cfg.DATASETS.TRAIN)},
         asynchronous=cfg.SOLVER.ASYNC_CHECKPOINT,
         **checkpointables,

@@ -42,33 +42,21 @@ class Due(NamedTuple):
     stop: bool = False
 
 
-def workflow_epochs(workflow, max_epochs, start_epoch=0):
-    """Yield the epochs of a run in order, as MMDetection's runner takes them from `workflow`.
-
-    The flows, [["train" or "val", number], ...], are repeated until `max_epochs` training epochs are done.
-    The last round leaves out training epochs beyond that, its validation epochs take place. After
-    `start_epoch` training epochs, a resumed run begins with the validation epochs that follow.
-
-    Yields:
-        (mode, epoch): "train" with the number of the training epoch, from 0; "val" with that of the
-        last one that is done, -1 before the first.
-    """
-    done = 0
-    while done < max_epochs:
-        for mode, number in workflow:
-            for _ in range(number):
-                if mode == "train":
-                    if done >= max_epochs:
-                        break
-                    done += 1
-                if done > start_epoch or (done == start_epoch and (mode == "val" or start_epoch == 0)):
-                    yield mode, done - 1
-
-
 def validates_after(cfg, epoch):
-    """Return whether WORKFLOW validates after a training epoch (from 0), or with -1 before the first."""
-    epochs = workflow_epochs(cfg.WORKFLOW, cfg.SOLVER.MAX_EPOCHS)
-    return any(mode == "val" and last_epoch == epoch for mode, last_epoch in epochs)
+    """Return whether WORKFLOW validates after a training epoch (from 0), or with -1 before the first.
+
+    As in MMDetection's runner, the flows, [["train" or "val", number], ...], are repeated until
+    SOLVER.MAX_EPOCHS training epochs are done. The last round leaves out training epochs beyond that, and
+    its validation epochs take place.
+    """
+    last_epoch = -1
+    while last_epoch < cfg.SOLVER.MAX_EPOCHS - 1:
+        for mode, number in cfg.WORKFLOW:
+            if mode == "train":
+                last_epoch = min(last_epoch + number, cfg.SOLVER.MAX_EPOCHS - 1)
+            elif last_epoch == epoch:
+                return True
+    return False
 
 
 def settle_schedule(cfg, num_workers, iters_per_epoch):
