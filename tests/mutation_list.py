@@ -24,6 +24,7 @@ MUTATIONS = {
         ("class_names, strict=True)", "class_names, strict=False)"),
     ],
     "plaintrain/checkpoint/checkpointer.py": [
+        ("        self.last_name = name\n", ""),
         ('load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
         ("average_norm_buffers(state)  # all ranks", "pass"),
     ],
@@ -333,7 +334,6 @@ MUTATIONS = {
         ("100 * data / seconds", "100 * data / (seconds + data)"),
     ],
     "plaintrain/checkpoint/training_checkpointer.py": [
-        ("elif self._has_saved or self.resumed_from", "elif self.resumed_from"),
         (("        self._delete_temporary()\n        if not every"), "        if not every"),
         ("if error is None or isinstance(error, Stopped):", "if error is None:"),
         ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
@@ -367,7 +367,7 @@ MUTATIONS = {
     ],
     "plaintrain/checkpoint/async_writer.py": [
         (("        self.wait()\n        return self._host_copy"), "        return self._host_copy"),
-        (("        if self._error is None:\n            try:"), ("        if function:\n            try:")),
+        ("        previous.result()\n", "        pass\n"),
     ],
     "plaintrain/checkpoint/files.py": [
         ('with atomic_write(path, "wb") as f:', 'with open(path, "wb") as f:'),
@@ -535,11 +535,11 @@ PLANTED = {
         ],
         "plaintrain/checkpoint/training_checkpointer.py": [
             ("self.prune(self._max_to_keep)", "self.prune(self._max_to_keep + 1)"),
-            ('self.link(checkpoint_name(self.iteration), "model_final")', "pass"),
+            ('self.link(self.last_name, "model_final")', "pass"),
             ("if not every(self._period, iteration):", "if not every(self._period + 1, iteration):"),
             (
-                ("iteration), iteration=iteration)\n        self._has"),
-                ("iteration + 1), iteration=iteration + 1)\n        self._has"),
+                ("iteration), iteration=iteration)\n        self._delete"),
+                ("iteration + 1), iteration=iteration + 1)\n        self._delete"),
             ),
         ],
         "plaintrain/solver/lr_scheduler.py": [

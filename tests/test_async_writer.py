@@ -15,7 +15,7 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.stop import Stopped
 
 
-@pytest.mark.parametrize("call", ["check", "wait", "submit"])
+@pytest.mark.parametrize("call", ["copy", "wait", "submit"])
 def test_a_failure_is_raised_by_the_next_call_and_ends_what_comes_after(call):
     background, done, go, failed = Background(), [], threading.Event(), threading.Event()
 
@@ -30,7 +30,7 @@ def test_a_failure_is_raised_by_the_next_call_and_ends_what_comes_after(call):
     failed.wait(10)
     time.sleep(0.1)
     with pytest.raises(UserError, match="no disk"):
-        getattr(background, call)(*([print] if call == "submit" else []))
+        getattr(background, call)(*([] if call == "wait" else [print]))
     assert done == []
     # It is told once.
     background.wait()

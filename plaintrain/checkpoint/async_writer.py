@@ -14,44 +14,37 @@ class Background:
     """
 
     def __init__(self, asynchronous=True):
-        self._asynchronous = asynchronous
-        self._executor, self._last, self._error = None, None, None
+        self._executor = ThreadPoolExecutor(1) if asynchronous else None
+        self._last = None
         self._host_copy = HostCopy()
 
     def submit(self, function, *args):
         """Call `function(*args)` when what was submitted before is done."""
-        if not self._asynchronous:
+        if self._executor is None:
             function(*args)
             return
-        self.check()
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1)
-        self._last = self._executor.submit(self._run, function, args)
+        if self._last is not None and self._last.done():
+            self.wait()
+        self._last = self._executor.submit(_call_after, self._last, function, args)
 
     def copy(self, data):
         """Return data that `submit` may be given while the original is changed."""
         # The memory of the copy before is in use until all is done.
         self.wait()
-        return self._host_copy(data) if self._asynchronous else data
-
-    def _run(self, function, args):
-        if self._error is None:
-            try:
-                function(*args)
-            except Exception as e:  # Raised again in the thread that asked for it, whatever it is.
-                self._error = e
-
-    def check(self):
-        """Raise what has failed."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        return self._host_copy(data) if self._executor else data
 
     def wait(self):
         """Wait until all is done, and raise what has failed."""
-        if self._last is not None:
-            self._last.result()
-        self.check()
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+
+def _call_after(previous, function, args):
+    if previous is not None:
+        # It raises again what failed before.
+        previous.result()
+    function(*args)
 
 
 class HostCopy:

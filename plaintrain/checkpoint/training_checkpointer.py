@@ -33,12 +33,10 @@ class TrainingCheckpointer(DetectionCheckpointer):
         self._max_to_keep = max_to_keep
         self._final_model = final_model
         self._temporary = None
-        self._has_saved = False
 
     def save_iteration(self, iteration):
         """Save everything as `model_ITERATION`; all ranks call it after that iteration (from 0)."""
         self.save(checkpoint_name(iteration), iteration=iteration)
-        self._has_saved = True
         self._delete_temporary()
         if not every(self._period, iteration):
             self._temporary = iteration
@@ -49,8 +47,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
         """Write `model_final` from the newest checkpoint, or with the weights of `final_model`."""
         if self._final_model is not None:
             self.save_weights("model_final", self._final_model())
-        elif self._has_saved or self.resumed_from != "model_final.pth":
-            self.link(checkpoint_name(self.iteration), "model_final")
+        else:
+            self.link(self.last_name, "model_final")
             self._delete_temporary()
 
     def _delete_temporary(self):
