@@ -479,10 +479,8 @@ MUTATIONS = {
         ("rows.transpose(0, 1).flatten(0, 2)", "rows.flatten(0, 2)"),
         ("1 if to_torchvision else -1, 0", "-1 if to_torchvision else 1, 0"),
     ],
-    "plaintrain/checkpoint/torchvision.py": [
-        ("(module|model|_orig_mod)", "(module|model)"),
-    ],
     "plaintrain/checkpoint/pretrained.py": [
+        ("(module|model|_orig_mod)", "(module|model)"),
         (
             'raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")',
             "return super().find_class(module, name)",

@@ -21,7 +21,6 @@ from plaintrain.checkpoint.pretrained import (
     locate_weights,
     read_state_dict,
 )
-from plaintrain.checkpoint.torchvision import translate
 from plaintrain.utils.errors import UserError
 
 RESNET = (*RESNET18, *SMALL_HEAD)
@@ -96,8 +95,9 @@ def warnings_of(log):
         (TINY_RCNN, lambda state: {"model": state, "iteration": 7}),
         (TINY_RCNN, lambda state: {"state_dict": state}),
         (RETINANET, lambda state: {f"module.{name}": value for name, value in state.items()}),
+        (RETINANET, lambda state: {f"_orig_mod.model.{name}": value for name, value in state.items()}),
     ],
-    ids=["bare", "model", "state_dict", "wrapped"],
+    ids=["bare", "model", "state_dict", "wrapped", "compiled"],
 )
 def test_a_complete_file_loads_whole(tmp_path, monkeypatch, log, keys, wrap):
     model = make_model(*keys)
@@ -286,7 +286,10 @@ def test_a_backbone_of_caffe2_has_blobs(tmp_path):
     content = {"blobs": {**blobs, "pred_w": np.ones(5, np.float32), "lr": np.float32(0.1)}, "cfg": "text"}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content, protocol=2))
     expected = [f"backbone.body.{name}" for name in names.values()]
-    assert list(translate(read_state_dict(str(tmp_path / "R-50.pkl")), 3)[0]) == [*expected, "pred_w"]
+    assert list(weight_detectron2.from_detectron2(read_state_dict(str(tmp_path / "R-50.pkl")))) == [
+        *expected,
+        "pred_w",
+    ]
 
 
 COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

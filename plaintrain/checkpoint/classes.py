@@ -21,21 +21,15 @@ _CLASS_LAYERS = {
 }
 
 
-# Layers with the scores of classes, and those with boxes that tell the number of anchors.
-_SCORES = {
-    "roi_heads.box_predictor.cls_score": None,
-    "head.classification_head.cls_logits": "head.regression_head.bbox_reg",
-    "head.classification_head.module_list.0": "head.regression_head.module_list.0",
-    "head.classification_head.module_list.0.1": "head.regression_head.module_list.0.1",
-}
-
-
 def _count_classes(weights):
     """Return how many classes the weights' scores are for, or 0 without scores."""
-    for scores, boxes in _SCORES.items():
-        if f"{scores}.bias" in weights and (boxes is None or f"{boxes}.bias" in weights):
-            anchors = len(weights[f"{boxes}.bias"]) // 4 if boxes else 1
-            return len(weights[f"{scores}.bias"]) // max(anchors, 1)
+    for name, scores in weights.items():
+        if name == "roi_heads.box_predictor.cls_score.bias":
+            return len(scores)
+        # Layers with boxes tell the number of anchors.
+        boxes = name.replace("classification", "regression").replace("cls_logits", "bbox_reg")
+        if re.fullmatch(r"head\.classification_head\.(cls_logits|module_list\.0(\.1)?)\.bias", name):
+            return len(scores) * 4 // len(weights[boxes]) if boxes in weights else 0
     return 0
 
 

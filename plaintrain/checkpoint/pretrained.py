@@ -16,7 +16,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.checkpoint.classes import select_classes
-from plaintrain.checkpoint.torchvision import match_names, strip_wrappers, translate
+from plaintrain.checkpoint.detectron2 import from_detectron2, is_detectron2
+from plaintrain.checkpoint.torchvision import match_names
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError, first_line, nearest
 from plaintrain.utils.files import check_file, check_stored
@@ -147,8 +148,9 @@ def _tensors(content, name):
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
             value = torch.from_numpy(value)
         if isinstance(key, str) and isinstance(value, torch.Tensor):
-            tensors[key] = value
-    return strip_wrappers(tensors)
+            # Without the prefixes of wrapped and compiled modules.
+            tensors[re.sub(r"^((module|model|_orig_mod)\.)+", "", key)] = value
+    return tensors
 
 
 def averaged_state(ema):
@@ -178,7 +180,8 @@ def read_for_model(model, name, file, averaged=False):
         content["model"] = averaged_state(ema)
         logger.info(f"the averaged weights of {name} are taken")
     tensors = _tensors(content, name)
-    translated, of_detectron2 = translate(tensors, num_ratios)
+    of_detectron2 = is_detectron2(tensors)
+    translated = from_detectron2(tensors, num_ratios) if of_detectron2 else tensors
     return Weights(content, tensors, match_names(translated, model.state_dict()), of_detectron2)
 
 
