@@ -366,7 +366,7 @@ MUTATIONS = {
         ('    set_value(cfg, "DATASETS.TEST", (name,))\n', ""),
     ],
     "plaintrain/checkpoint/async_writer.py": [
-        (("        self.wait()\n        return self._host_copy"), "        return self._host_copy"),
+        (("        self.wait()\n        return copy_to_host"), "        return copy_to_host"),
         ("        previous.result()\n", "        pass\n"),
     ],
     "plaintrain/checkpoint/files.py": [

@@ -16,7 +16,6 @@ class Background:
     def __init__(self, asynchronous=True):
         self._executor = ThreadPoolExecutor(1) if asynchronous else None
         self._last = None
-        self._host_copy = HostCopy()
 
     def submit(self, function, *args):
         """Call `function(*args)` when what was submitted before is done."""
@@ -29,9 +28,9 @@ class Background:
 
     def copy(self, data):
         """Return data that `submit` may be given while the original is changed."""
-        # The memory of the copy before is in use until all is done.
+        # There is memory for one copy at a time.
         self.wait()
-        return self._host_copy(data) if self._executor else data
+        return copy_to_host(data) if self._executor else data
 
     def wait(self):
         """Wait until all is done, and raise what has failed."""
@@ -47,31 +46,24 @@ def _call_after(previous, function, args):
     function(*args)
 
 
-class HostCopy:
-    """Copies nested data to memory of the host, the same memory at each call."""
+def copy_to_host(data):
+    """Copy dicts, lists, tuples and their tensors to the host's memory."""
+    copied = _copy(data)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # device sync
+    return copied
 
-    def __init__(self):
-        self._buffers = {}
 
-    def __call__(self, data):
-        """Copy dicts, lists, tuples and their tensors; the copy holds until the next call."""
-        copied = self._copy(data, ())
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # device sync
+def _copy(value):
+    if isinstance(value, torch.Tensor):
+        # torch keeps pinned memory that is freed for the next copy.
+        buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return buffer.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        # A shallow copy keeps the type, and the versions that a module notes in its state.
+        copied = copy.copy(value)
+        copied.update({key: _copy(item) for key, item in value.items()})
         return copied
-
-    def _copy(self, value, path):
-        if isinstance(value, torch.Tensor):
-            buffer = self._buffers.get(path)
-            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                self._buffers[path] = buffer
-            return buffer.copy_(value.detach(), non_blocking=True)
-        if isinstance(value, dict):
-            # A shallow copy keeps the type, and the versions that a module notes in its state.
-            copied = copy.copy(value)
-            copied.update({key: self._copy(item, (*path, key)) for key, item in value.items()})
-            return copied
-        if isinstance(value, list | tuple):
-            return type(value)(self._copy(item, (*path, i)) for i, item in enumerate(value))
-        return value
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copy, value))
+    return value
