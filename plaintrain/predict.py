@@ -209,10 +209,11 @@ def _infer_keypoints(cfg):
     """Take the number of keypoints into the config, and return the skeleton."""
     name = _first_dataset(cfg)
     metadata = MetadataCatalog.get(name) if name else {}
-    configured, names = get_value(cfg, _NUM_KEYPOINTS), metadata.get("keypoint_names") or ()
-    set_value(cfg, _NUM_KEYPOINTS, configured or len(names) or 17)
-    if names and configured in (0, len(names)):
-        return skeleton_of(metadata)
-    return (
-        skeleton_of({"keypoint_names": range(17), "skeleton": COCO_SKELETON}) if configured in (0, 17) else ()
-    )
+    names = metadata.get("keypoint_names")
+    if not names:
+        # COCO's, of persons.
+        names = range(17)
+        metadata = {"keypoint_names": names, "skeleton": COCO_SKELETON}
+    number = get_value(cfg, _NUM_KEYPOINTS) or len(names)
+    set_value(cfg, _NUM_KEYPOINTS, number)
+    return skeleton_of(metadata) if number == len(names) else ()
