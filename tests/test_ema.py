@@ -35,22 +35,11 @@ def values(state):
     return value
 
 
-NUMBERS = [3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0, 6.0, 5.0, 3.5]
-
-
 def step(model, ema, *numbers):
     """Take a step to each of some numbers."""
     for number in numbers:
         fill(model, number)
         ema.update(model)
-
-
-def averaged_over(numbers, **settings):
-    """Return (model, its `ModelEMA`) after one step for each number."""
-    model = make_model(100.0)
-    ema = ModelEMA(model, **settings)
-    step(model, ema, *numbers)
-    return model, ema
 
 
 def test_average_of_every_tensor_is_as_by_hand():
@@ -116,22 +105,10 @@ def test_config_decides_which_weights_are_evaluated_and_final(tmp_path, log, eva
 
 def save(folder, numbers, **settings):
     """Save a checkpoint of a run with one step for each number."""
-    model, ema = averaged_over(numbers, decay=0.5, warmup=False, **settings)
+    model = make_model(100.0)
+    ema = ModelEMA(model, decay=0.5, warmup=False, **settings)
+    step(model, ema, *numbers)
     DetectionCheckpointer(model, str(folder), ema=ema).save("model_0000001", iteration=1)
-    return model, ema
-
-
-def test_resumed_average_is_that_of_an_uninterrupted_run(tmp_path):
-    save(tmp_path, NUMBERS[:4])
-    model = make_model()
-    ema = ModelEMA(nn.DataParallel(model), decay=0.5, warmup=False)
-    DetectionCheckpointer(model, str(tmp_path), ema=ema).resume_or_load("", resume=True)
-    assert ema.num_steps == 4
-    whole = averaged_over(NUMBERS[:4], decay=0.5, warmup=False)[1]
-    assert values(ema.module.state_dict()) == values(whole.module.state_dict())
-    step(model, ema, *NUMBERS[4:])
-    whole = averaged_over(NUMBERS, decay=0.5, warmup=False)[1]
-    assert values(ema.module.state_dict()) == values(whole.module.state_dict())
 
 
 @pytest.mark.parametrize(

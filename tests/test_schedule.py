@@ -208,17 +208,3 @@ def test_schedule_errors_name_the_keys(more, message):
     cfg = make_cfg(**{f"SOLVER__{key}": value for key, value in more.items()})
     with pytest.raises(UserError, match=f"^{re.escape(f'SOLVER.{message}')}$"):
         settle(cfg, per_epoch=70)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"SOLVER__REFERENCE_WORLD_SIZE": 1},
-        {"SOLVER__REFERENCE_IMS_PER_BATCH": 16},
-    ],
-)
-def test_schedule_at_the_reference_is_left_as_it_is(more, log):
-    cfg = make_cfg(**more)
-    before = cfg.dump()
-    settle(cfg)
-    assert cfg.dump() == before and log.text == ""
