@@ -327,8 +327,8 @@ def test_heads_of_torchvisions_91_classes_are_reduced_by_name(tmp_path, log, arc
     torch.save(state, tmp_path / "coco.pth")
     model = make_model(*keys)
     # As a training does it.
-    checkpointer = DetectionCheckpointer(model, str(tmp_path / "run"))
-    checkpointer.resume_or_load(str(tmp_path / "coco.pth"), resume=False, class_names=NAMES)
+    checkpointer = DetectionCheckpointer(model, str(tmp_path / "run"), about={"class_names": NAMES})
+    checkpointer.resume_or_load(str(tmp_path / "coco.pth"), resume=False)
     rows = [0] * background + [COCO.index(name) for name in NAMES]
     assert_holds_rows(model, state, layers, anchors, rows)
     assert not warnings_of(log)

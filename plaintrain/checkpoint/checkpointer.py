@@ -160,16 +160,16 @@ class DetectionCheckpointer:
             logger.info("its averaged weights are taken")
         return data
 
-    def resume_or_load(self, path, *, resume=True, class_names=None, averaged=False):
+    def resume_or_load(self, path, *, resume=True, averaged=False):
         """Resume from the last checkpoint, or start from weights; all ranks call it.
 
-        The files are those of rank 0, also for ranks on machines that do not share them.
+        The files are those of rank 0, also for ranks on machines that do not share them. Published classes
+        are taken by the `class_names` of `about`.
 
         Args:
             path: weights to start from, as MODEL.WEIGHTS names them; "" for none.
             resume: take the last checkpoint of `save_dir` if there is one; a damaged one is
                 passed over for the one before.
-            class_names: the dataset's, to take published classes by name; default those of `about`.
             averaged: give the model the averaged weights (MODEL.EMA) where a file has both.
 
         Returns:
@@ -188,7 +188,7 @@ class DetectionCheckpointer:
             logger.info("MODEL.WEIGHTS is empty: starting from random weights")
             return {}
         file, content = from_rank_0(fetch_weights(path) if is_main else "")
-        class_names = class_names or self.about.get("class_names")
+        class_names = self.about.get("class_names")
         load_weights(self.model, path, class_names, averaged=averaged, file=content or file)
         return {}
 

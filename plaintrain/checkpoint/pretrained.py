@@ -1,6 +1,5 @@
 """Pretrained weights: from a name to a state dict to a model, running no code on the way."""
 
-import collections
 import hashlib
 import logging
 import os
@@ -93,24 +92,20 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Reads dicts, lists, numbers, strings and NumPy arrays; rejects everything else."""
 
     _ALLOWED = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
-        **{
-            (f"numpy.{core}.{module}", name): getattr(getattr(np._core, module), name)
-            for core in ("core", "_core")
-            for module, name in (
-                ("multiarray", "_reconstruct"),
-                ("multiarray", "scalar"),
-                ("numeric", "_frombuffer"),
-            )
-        },
+        ("collections", "OrderedDict"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy._core.numeric", "_frombuffer"),
+        ("_codecs", "encode"),
     }
 
     def find_class(self, module, name):
+        # The modules' names before NumPy 2.
+        module = module.replace("numpy.core.", "numpy._core.")
         if (module, name) in self._ALLOWED:
-            return self._ALLOWED[module, name]
+            return super().find_class(module, name)
         raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")
 
 

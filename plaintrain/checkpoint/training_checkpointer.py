@@ -90,9 +90,9 @@ def load_for_evaluation(cfg, model, *, resume):
 
     Published classes are taken by the names of those of DATASETS.TEST.
     """
-    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+    about = {"class_names": get_class_names(cfg.DATASETS.TEST)}
+    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, about=about)
     if resume and not checkpointer.has_checkpoint():
         raise UserError(f"--resume: there is no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS instead")
     averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
-    class_names = get_class_names(cfg.DATASETS.TEST)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, class_names=class_names, averaged=averaged)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, averaged=averaged)

@@ -90,6 +90,7 @@ def settle_schedule(cfg, num_workers, iters_per_epoch):
 
 
 def _scale(cfg, num_workers):
+    """The linear rule (https://arxiv.org/abs/1706.02677): a larger batch, fewer and larger steps."""
     solver = cfg.SOLVER
     world, batch = solver.REFERENCE_WORLD_SIZE, solver.REFERENCE_IMS_PER_BATCH
     if world not in (0, num_workers):
@@ -103,20 +104,18 @@ def _scale(cfg, num_workers):
                 f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, which SOLVER.REFERENCE_WORLD_SIZE {world} "
                 "does not divide"
             )
+        factor = num_workers / world
         set_value(cfg, "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH // world * num_workers)
         set_value(cfg, "SOLVER.REFERENCE_WORLD_SIZE", num_workers)
-        _scale_by(cfg, num_workers / world)
     elif batch not in (0, solver.IMS_PER_BATCH):
+        factor = solver.IMS_PER_BATCH / batch
         set_value(cfg, "SOLVER.REFERENCE_IMS_PER_BATCH", solver.IMS_PER_BATCH)
-        _scale_by(cfg, solver.IMS_PER_BATCH / batch)
-
-
-def _scale_by(cfg, factor):
-    """The linear rule (https://arxiv.org/abs/1706.02677): a larger batch, fewer and larger steps."""
+    else:
+        return
     for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"):
         set_value(cfg, key, get_value(cfg, key) * factor)
     # Epochs stay epochs.
-    _multiply(cfg, _ITERATIONS if cfg.SOLVER.BY_EPOCH else (*_ITERATIONS, *_PERIODS), 1 / factor)
+    _multiply(cfg, _ITERATIONS if solver.BY_EPOCH else (*_ITERATIONS, *_PERIODS), 1 / factor)
 
 
 def _multiply(cfg, keys, factor):
