@@ -190,9 +190,6 @@ def load_weights(model, name, class_names=None, *, averaged=False, file=None):
             torchvision or Detectron2 published are reduced to these if they have all of them.
         averaged: take the averaged weights (MODEL.EMA) of a checkpoint that has both.
 
-    Returns:
-        The names of the model's parameters that were not in the file, or in another shape.
-
     Raises:
         UserError: unreadable weights, not a single tensor that fits, or a file that was trained for the same
             classes in another order.
@@ -205,8 +202,7 @@ def load_weights(model, name, class_names=None, *, averaged=False, file=None):
     if class_names:
         weights = select_classes(weights, class_names, of_detectron2)
     fitting = {k: v for k, v in weights.items() if k in state and v.shape == state[k].shape}
-    parameters = dict(model.named_parameters())
-    if not any(k in parameters for k in fitting):
+    if not any(k in fitting for k, _ in model.named_parameters()):
         raise UserError(
             f"none of the {len(weights)} tensors in {name} fits the model; is it of another "
             f"architecture? It starts with {', '.join(list(weights)[:3])}"
@@ -218,7 +214,6 @@ def load_weights(model, name, class_names=None, *, averaged=False, file=None):
         logger.warning(
             f"{name} was made for MODEL.RESNETS.NORM_EPS 0, as torchvision sets it, but it is {eps}"
         )
-    return [k for k in parameters if k not in fitting]
 
 
 def _log_report(name, state, weights, fitting):
