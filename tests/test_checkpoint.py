@@ -212,13 +212,6 @@ def damage_two(folder):
     (folder / "model_0000005.pth").write_bytes(b"")
 
 
-def damage_a_copy(folder):
-    """A plain copy gives the files new times, in any order."""
-    for i in (7, 5, 3, 1):
-        os.utime(folder / f"model_{i:07d}.pth", (2_000_000_000 - i, 2_000_000_000 - i))
-    os.truncate(folder / "model_0000007.pth", 1000)
-
-
 def damage_final(folder):
     tag(b"model_final.pth")(folder)
     os.truncate(folder / "model_final.pth", 1000)
@@ -234,7 +227,6 @@ def damage_final(folder):
         (tag(b"\xff\xfe\x00"), 7, []),
         (lambda folder: (folder / "last_checkpoint").unlink(), 7, []),
         (damage_two, 3, ["model_0000007.pth", "model_0000005.pth"]),
-        (damage_a_copy, 5, ["model_0000007.pth"]),
         (damage_final, 7, ["model_final.pth"]),
     ],
 )
