@@ -11,14 +11,11 @@ logger = logging.getLogger(__name__)
 # torchvision's 91 classes: the background, then COCO's category ids, with "N/A" where there is none.
 _COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 COCO_NAMES = [name for name in _COCO[1:] if name != "N/A"]
-# Layers with rows for classes: rows per class; the last one has no background here.
-_CLASS_LAYERS = {
-    r"roi_heads\.box_predictor\.cls_score": 1,
-    r"roi_heads\.box_predictor\.bbox_pred": 4,
-    r"roi_heads\.mask_predictor\.mask_fcn_logits": 1,
-    r"head\.classification_head\.module_list\.\d+(\.1)?": 1,
-    r"head\.classification_head\.cls_logits": 1,
-}
+# Layers with rows for classes, one each, or four of boxes; cls_logits have no background here.
+_CLASS_LAYERS = re.compile(
+    r"(roi_heads\.(box_predictor\.(cls_score|bbox_pred)|mask_predictor\.mask_fcn_logits)"
+    r"|head\.classification_head\.(cls_logits|module_list\.\d+(\.1)?))\.(weight|bias)"
+)
 
 
 def _count_classes(weights):
@@ -50,11 +47,10 @@ def select_classes(weights, class_names, of_detectron2):
     rows = torch.tensor([file_names.index(name) for name in class_names])
     selected = dict(weights)
     for name, value in weights.items():
-        layer = name.rpartition(".")[0]
-        for pattern, per_class in _CLASS_LAYERS.items():
-            if re.fullmatch(pattern, layer) and len(value) % (len(file_names) * per_class) == 0:
-                index = rows if layer.endswith("cls_logits") else torch.cat([rows.new_zeros(1), rows])
-                value = value.unflatten(0, (-1, len(file_names), per_class))[:, index]
-                selected[name] = value.flatten(0, 2)
+        per_class = 4 if "bbox_pred" in name else 1
+        if _CLASS_LAYERS.fullmatch(name) and len(value) % (len(file_names) * per_class) == 0:
+            index = rows if "cls_logits" in name else torch.cat([rows.new_zeros(1), rows])
+            value = value.unflatten(0, (-1, len(file_names), per_class))[:, index]
+            selected[name] = value.flatten(0, 2)
     logger.info(f"of the {len(file_names)} classes of the weights the dataset's {len(class_names)} are kept")
     return selected
