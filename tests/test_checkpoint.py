@@ -14,11 +14,9 @@ from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
 from plaintrain.checkpoint.state import take_norm_buffers
-from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer, build_checkpointer
-from plaintrain.config import get_cfg
+from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer
 from plaintrain.engine.early_stopping import EarlyStopping
 from plaintrain.engine.nonfinite import NonfiniteGuard
-from plaintrain.solver.ema import build_ema
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
@@ -375,20 +373,6 @@ def test_periodic_checkpointer_saves_as_detectron2s(tmp_path, saves):
             saver.step(iteration, reason="period")
         assert set(files) <= {name.removesuffix(".pth") for name in names(tmp_path)}
         assert len(saves) == 4 and resume(tmp_path)[1] == {"iteration": max_iter - 1, "reason": "period"}
-
-
-def test_config_of_checkpoints(tmp_path):
-    cfg, model = get_cfg(), make_model()
-    cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
-    cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "MODEL.EMA.ENABLED", True])
-    saver = build_checkpointer(cfg, model, ema=build_ema(cfg, model))
-    for i in (1, 3, 5):
-        saver.save_iteration(i)
-    saver.save_final()
-    assert names(tmp_path) == ["last_checkpoint", "model_0000005.pth", "model_final.pth"]
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000005.pth"
-    saved = load(tmp_path / "model_0000005.pth")
-    assert (saved["config"], saved["class_names"]) == (cfg.dump(), None)
 
 
 def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path, saves):

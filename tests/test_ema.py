@@ -91,13 +91,18 @@ def test_config_decides_which_weights_are_evaluated_and_final(tmp_path, log, eva
     cfg, model = get_cfg(), make_model()
     cfg.merge_from_list(["MODEL.EMA.ENABLED", True, "MODEL.EMA.DECAY", 0.5, "MODEL.EMA.WARMUP", False])
     cfg.merge_from_list(["MODEL.EMA.EVALUATE", evaluate, "MODEL.EMA.FINAL", final])
-    cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path)])
+    cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "SOLVER.CHECKPOINT_PERIOD", 2])
+    cfg.merge_from_list(["SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
     ema = build_ema(cfg, model)
     assert f"the {evaluate} weights are evaluated, the {final} become model_final.pth" in log.text
     checkpointer = build_checkpointer(cfg, model, ema=ema)
     step(model, ema, 1.0, 2.0)
-    checkpointer.save_iteration(1)
+    for iteration in (1, 3, 5):
+        checkpointer.save_iteration(iteration)
     checkpointer.save_final()
+    assert {path.name for path in tmp_path.glob("*.pth")} == {"model_0000005.pth", "model_final.pth"}
+    saved = load(tmp_path / "model_0000005.pth")
+    assert (saved["config"], saved["class_names"]) == (cfg.dump(), None)
     assert values(load(tmp_path / "model_final.pth")["model"]) == (1.5 if final == "averaged" else 2.0)
     assert ema.module is not model and values(ema.module.state_dict()) == 1.5
     assert ema.eval_model is (ema.module if evaluate == "averaged" else model)

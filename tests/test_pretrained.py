@@ -1,6 +1,5 @@
 """Pretrained weights: plaintrain.checkpoint.pretrained."""
 
-import copy
 import functools
 import os
 import pickle
@@ -28,18 +27,13 @@ RESNET = (*RESNET18, *SMALL_HEAD)
 TINY_RCNN, RETINANET = ARCHITECTURES["faster_rcnn"], ARCHITECTURES["retinanet"]
 SSD = (*ARCHITECTURES["ssd"], "MODEL.TINY.NUM_LEVELS", 1, "MODEL.SSD.ASPECT_RATIOS", [[2, 3]])
 SSDLITE = (*SSD, "MODEL.SSD.HEAD_NAME", "SSDLiteHead")
-_MODELS = {}
 
 
 def make_model(*keys, num_classes=3):
     """A small R-CNN on ResNet-18, or what the keys say."""
-    overrides = [*(keys or RESNET)]
-    for name in ("ROI_HEADS", "RETINANET", "FCOS", "SSD"):
-        overrides += [f"MODEL.{name}.NUM_CLASSES", num_classes]
-    key = repr(overrides)
-    if key not in _MODELS:
-        _MODELS[key] = build(*overrides)
-    return copy.deepcopy(_MODELS[key])
+    names = ("ROI_HEADS", "RETINANET", "FCOS", "SSD")
+    numbers = [part for name in names for part in (f"MODEL.{name}.NUM_CLASSES", num_classes)]
+    return build(*(keys or RESNET), *numbers)
 
 
 def randomize(state):
