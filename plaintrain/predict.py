@@ -24,7 +24,7 @@ from plaintrain.data.tta import build_tta_mapper
 from plaintrain.evaluation.evaluator import inference_context
 from plaintrain.modeling.build import build_model, num_classes_key
 from plaintrain.modeling.tta import build_tta
-from plaintrain.solver.amp import build_autocast
+from plaintrain.solver.amp import build_test_autocast
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.drawing import skeleton_of
 
@@ -74,8 +74,7 @@ class Predictor:
         check_weights(cfg, model, self.weights, self.class_names, strict=True)
         load_weights(model, self.weights, self.class_names, averaged=averaged)
         self.model = build_tta(cfg, model).eval()
-        device = next(model.parameters()).device.type
-        self._autocast = build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, device)
+        self._autocast = build_test_autocast(cfg, model)
         self._augmentation = build_augmentation(cfg, is_train=False)
         self._tta_mapper = None
         if cfg.TEST.AUG.ENABLED:
