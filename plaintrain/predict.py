@@ -9,9 +9,9 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from plaintrain.analysis.run_folder import read_config
-from plaintrain.checkpoint.classes import COCO_NAMES
 from plaintrain.checkpoint.files import DamagedCheckpointError, read_checkpoint, read_last
 from plaintrain.checkpoint.pretrained import fetch_weights, load_weights
+from plaintrain.checkpoint.torchvision import COCO_NAMES
 from plaintrain.checkpoint.weight_checks import check_weights
 from plaintrain.config import CfgNode, get_cfg, get_value, set_value
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, class_names

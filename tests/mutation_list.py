@@ -469,7 +469,7 @@ MUTATIONS = {
             '"MODEL.ROI_MASK_HEAD.ALIGNED": (_MASK, True, True)',
         ),
     ],
-    "plaintrain/checkpoint/classes.py": [
+    "plaintrain/checkpoint/torchvision.py": [
         (
             "torch.tensor([file_names.index(name) for name in class_names])",
             "torch.tensor(sorted(file_names.index(name) for name in class_names))",

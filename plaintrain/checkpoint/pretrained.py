@@ -14,9 +14,8 @@ import torchvision
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d
 
-from plaintrain.checkpoint.classes import select_classes
 from plaintrain.checkpoint.detectron2 import from_detectron2, is_detectron2
-from plaintrain.checkpoint.torchvision import match_names
+from plaintrain.checkpoint.torchvision import match_names, select_classes
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError, first_line, nearest
 from plaintrain.utils.files import check_file, check_stored
