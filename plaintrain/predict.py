@@ -9,9 +9,9 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from plaintrain.analysis.run_folder import read_config
-from plaintrain.checkpoint.classes import COCO_NAMES
 from plaintrain.checkpoint.files import DamagedCheckpointError, read_checkpoint, read_last
 from plaintrain.checkpoint.pretrained import fetch_weights, load_weights
+from plaintrain.checkpoint.torchvision import COCO_NAMES
 from plaintrain.checkpoint.weight_checks import check_weights
 from plaintrain.config import CfgNode, get_cfg, get_value, set_value
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, class_names
@@ -24,7 +24,7 @@ from plaintrain.data.tta import build_tta_mapper
 from plaintrain.evaluation.evaluator import inference_context
 from plaintrain.modeling.build import build_model, num_classes_key
 from plaintrain.modeling.tta import build_tta
-from plaintrain.solver.amp import build_autocast
+from plaintrain.solver.amp import build_test_autocast
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.drawing import skeleton_of
 
@@ -74,8 +74,7 @@ class Predictor:
         check_weights(cfg, model, self.weights, self.class_names, strict=True)
         load_weights(model, self.weights, self.class_names, averaged=averaged)
         self.model = build_tta(cfg, model).eval()
-        device = next(model.parameters()).device.type
-        self._autocast = build_autocast(cfg.TEST.AMP, cfg.SOLVER.AMP.PRECISION, device)
+        self._autocast = build_test_autocast(cfg, model)
         self._augmentation = build_augmentation(cfg, is_train=False)
         self._tta_mapper = None
         if cfg.TEST.AUG.ENABLED:
@@ -209,10 +208,11 @@ def _infer_keypoints(cfg):
     """Take the number of keypoints into the config, and return the skeleton."""
     name = _first_dataset(cfg)
     metadata = MetadataCatalog.get(name) if name else {}
-    configured, names = get_value(cfg, _NUM_KEYPOINTS), metadata.get("keypoint_names") or ()
-    set_value(cfg, _NUM_KEYPOINTS, configured or len(names) or 17)
-    if names and configured in (0, len(names)):
-        return skeleton_of(metadata)
-    return (
-        skeleton_of({"keypoint_names": range(17), "skeleton": COCO_SKELETON}) if configured in (0, 17) else ()
-    )
+    names = metadata.get("keypoint_names")
+    if not names:
+        # COCO's, of persons.
+        names = range(17)
+        metadata = {"keypoint_names": names, "skeleton": COCO_SKELETON}
+    number = get_value(cfg, _NUM_KEYPOINTS) or len(names)
+    set_value(cfg, _NUM_KEYPOINTS, number)
+    return skeleton_of(metadata) if number == len(names) else ()

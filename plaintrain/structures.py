@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 from dataclasses import dataclass
 from enum import IntEnum, unique
 
@@ -99,8 +100,8 @@ def segmentation_mistake(segmentation, height, width):
     return None
 
 
-# Of a run in pycocotools' strings: 5 bits each, and 32 in all.
-_MAX_LETTERS = 7
+# Runs in pycocotools' strings: 32 bits each at most, 5 in a letter, whose sixth says that more follow.
+_RUNS = re.compile(rb"(?:[P-o]{0,6}+[0-O])++")
 
 
 def _sum_of_runs(counts):
@@ -112,15 +113,12 @@ def _sum_of_runs(counts):
         return None
     # As `rleFrString` in pycocotools' maskApi.c.
     data = counts.encode(errors="replace") if isinstance(counts, str) else counts
-    letters = np.frombuffer(data, dtype=np.uint8)
-    letters = letters.astype(np.int64) - 48
-    if not letters.size or letters.min() < 0 or letters.max() > 63 or letters[-1] & 32:
+    if not _RUNS.fullmatch(data):
         return None
+    letters = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(letters < 32)
     starts = np.append(0, ends[:-1] + 1)
     lengths = ends - starts + 1
-    if lengths.max() > _MAX_LETTERS:
-        return None
     places = 5 * (np.arange(letters.size) - np.repeat(starts, lengths))
     runs = np.add.reduceat((letters & 31) << places, starts)
     runs -= (letters[ends] >> 4) << (5 * lengths)

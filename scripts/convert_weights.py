@@ -17,9 +17,8 @@ import pickle
 
 import torch
 
-from plaintrain.checkpoint.detectron2 import anchor_counts, to_detectron2
+from plaintrain.checkpoint.detectron2 import anchor_counts, from_detectron2, is_detectron2, to_detectron2
 from plaintrain.checkpoint.pretrained import fetch_weights, read_state_dict
-from plaintrain.checkpoint.torchvision import translate
 from plaintrain.engine.launch import launch
 from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
@@ -32,9 +31,11 @@ def convert(source, to, num_ratios):
     Raises:
         UserError: it cannot be read, or has no counterpart there.
     """
-    tensors, _ = translate(read_state_dict(fetch_weights(source)), num_ratios)
+    tensors = read_state_dict(fetch_weights(source))
     if not tensors:
         raise UserError(f"{source} holds no weights")
+    if is_detectron2(tensors):
+        tensors = from_detectron2(tensors, num_ratios)
     for layer, number in anchor_counts(tensors).items():
         if number % num_ratios:
             raise UserError(

@@ -24,6 +24,7 @@ MUTATIONS = {
         ("class_names, strict=True)", "class_names, strict=False)"),
     ],
     "plaintrain/checkpoint/checkpointer.py": [
+        ("        self.last_name = name\n", ""),
         ('load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
         ("average_norm_buffers(state)  # all ranks", "pass"),
     ],
@@ -297,7 +298,6 @@ MUTATIONS = {
         ("100 * data / seconds", "100 * data / (seconds + data)"),
     ],
     "plaintrain/checkpoint/training_checkpointer.py": [
-        ("elif self._has_saved or self.resumed_from", "elif self.resumed_from"),
         (("        self._delete_temporary()\n        if not every"), "        if not every"),
         ("if error is None or isinstance(error, Stopped):", "if error is None:"),
         ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
@@ -330,8 +330,8 @@ MUTATIONS = {
         ('    set_value(cfg, "DATASETS.TEST", (name,))\n', ""),
     ],
     "plaintrain/checkpoint/async_writer.py": [
-        (("        self.wait()\n        return self._host_copy"), "        return self._host_copy"),
-        (("        if self._error is None:\n            try:"), ("        if function:\n            try:")),
+        (("        self.wait()\n        return copy_to_host"), "        return copy_to_host"),
+        ("        previous.result()\n", "        pass\n"),
     ],
     "plaintrain/checkpoint/files.py": [
         ('with atomic_write(path, "wb") as f:', 'with open(path, "wb") as f:'),
@@ -415,7 +415,7 @@ MUTATIONS = {
     "plaintrain/checkpoint/weight_checks.py": [
         ('.ROI_MASK_HEAD.ALIGNED": (_MASK, True, False)', '.ROI_MASK_HEAD.ALIGNED": (_MASK, True, True)'),
     ],
-    "plaintrain/checkpoint/classes.py": [
+    "plaintrain/checkpoint/torchvision.py": [
         (
             "torch.tensor([file_names.index(name) for name in class_names])",
             "torch.tensor(sorted(file_names.index(name) for name in class_names))",
@@ -425,10 +425,8 @@ MUTATIONS = {
         ("rows.transpose(0, 1).flatten(0, 2)", "rows.flatten(0, 2)"),
         ("1 if to_torchvision else -1, 0", "-1 if to_torchvision else 1, 0"),
     ],
-    "plaintrain/checkpoint/torchvision.py": [
-        ("(module|model|_orig_mod)", "(module|model)"),
-    ],
     "plaintrain/checkpoint/pretrained.py": [
+        ("(module|model|_orig_mod)", "(module|model)"),
         (
             'raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")',
             "return super().find_class(module, name)",
@@ -472,7 +470,7 @@ PLANTED = {
         ],
         "plaintrain/checkpoint/training_checkpointer.py": [
             ("self.prune(self._max_to_keep)", "self.prune(self._max_to_keep + 1)"),
-            ('self.link(checkpoint_name(self.iteration), "model_final")', "pass"),
+            ('self.link(self.last_name, "model_final")', "pass"),
             ("if not every(self._period, iteration):", "if not every(self._period + 1, iteration):"),
             ("iteration), iteration=iteration)", "iteration + 1), iteration=iteration + 1)"),
         ],

@@ -14,11 +14,9 @@ from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
 from plaintrain.checkpoint.state import take_norm_buffers
-from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer, build_checkpointer
-from plaintrain.config import get_cfg
+from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer
 from plaintrain.engine.early_stopping import EarlyStopping
 from plaintrain.engine.nonfinite import NonfiniteGuard
-from plaintrain.solver.ema import build_ema
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
@@ -187,7 +185,7 @@ def test_atomic_write_replaces_a_file_only_when_its_block_succeeds(tmp_path, mon
             assert path.read_bytes() == b"old\xff"
         assert reader.read() == b"old\xff"
     assert names(tmp_path) == ["file"] and path.read_text(encoding="utf-8") == "neu, größer"
-    with pytest.raises(UserError, match="missing"), atomic_write(str(tmp_path / "missing" / "file")) as f:
+    with pytest.raises(UserError, match="below"), atomic_write(str(path / "below" / "file")) as f:
         f.write("")
 
 
@@ -212,13 +210,6 @@ def damage_two(folder):
     (folder / "model_0000005.pth").write_bytes(b"")
 
 
-def damage_a_copy(folder):
-    """A plain copy gives the files new times, in any order."""
-    for i in (7, 5, 3, 1):
-        os.utime(folder / f"model_{i:07d}.pth", (2_000_000_000 - i, 2_000_000_000 - i))
-    os.truncate(folder / "model_0000007.pth", 1000)
-
-
 def damage_final(folder):
     tag(b"model_final.pth")(folder)
     os.truncate(folder / "model_final.pth", 1000)
@@ -234,7 +225,6 @@ def damage_final(folder):
         (tag(b"\xff\xfe\x00"), 7, []),
         (lambda folder: (folder / "last_checkpoint").unlink(), 7, []),
         (damage_two, 3, ["model_0000007.pth", "model_0000005.pth"]),
-        (damage_a_copy, 5, ["model_0000007.pth"]),
         (damage_final, 7, ["model_final.pth"]),
     ],
 )
@@ -385,20 +375,6 @@ def test_periodic_checkpointer_saves_as_detectron2s(tmp_path, saves):
         assert len(saves) == 4 and resume(tmp_path)[1] == {"iteration": max_iter - 1, "reason": "period"}
 
 
-def test_config_of_checkpoints(tmp_path):
-    cfg, model = get_cfg(), make_model()
-    cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
-    cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "MODEL.EMA.ENABLED", True])
-    saver = build_checkpointer(cfg, model, ema=build_ema(cfg, model))
-    for i in (1, 3, 5):
-        saver.save_iteration(i)
-    saver.save_final()
-    assert names(tmp_path) == ["last_checkpoint", "model_0000005.pth", "model_final.pth"]
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000005.pth"
-    saved = load(tmp_path / "model_0000005.pth")
-    assert (saved["config"], saved["class_names"]) == (cfg.dump(), None)
-
-
 def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path, saves):
     saver = make_saver(tmp_path, value=2.0, final=7.0, about={"class_names": ["a"]})
     saver.save_iteration(4)
@@ -434,9 +410,8 @@ def test_the_best_weights_are_never_resumed_from_and_every_file_is_about_its_run
     assert value_of(saver.model) == 9.0
 
 
-@pytest.mark.parametrize(("given", "warns"), [(None, True), (["cat", "dog"], False)])
-def test_the_class_names_of_the_run_are_those_that_weights_are_taken_for(tmp_path, log, given, warns):
+def test_the_class_names_of_the_run_are_those_that_weights_are_taken_for(tmp_path, log):
     make_saver(tmp_path, about={"class_names": ["cat", "dog"]}).save("model_0000001", iteration=1)
     checkpointer = DetectionCheckpointer(make_model(), about={"class_names": ["ant", "bee"]})
-    checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False, class_names=given)
-    assert ("was trained for the classes ['cat', 'dog'], here they are ['ant', 'bee']" in log.text) == warns
+    checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False)
+    assert "was trained for the classes ['cat', 'dog'], here they are ['ant', 'bee']" in log.text

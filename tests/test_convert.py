@@ -193,28 +193,6 @@ def test_coco_to_yolo_writes_labels_links_and_data_yaml(convert, pets, tiny_coco
     assert "misreads" not in said
 
 
-def test_coco_to_yolo_and_back_keeps_boxes_and_polygons(convert, declare, pets, tiny_coco):
-    for annotation in tiny_coco.content["annotations"]:
-        annotation["iscrowd"] = 0
-    tiny_coco.content["annotations"][1]["segmentation"] = [[20.123, 10, 35, 10.77, 35, 25, 20.123, 25]]
-    tiny_coco.content["annotations"][1]["bbox"] = [20.123, 10, 14.877, 15]
-    tiny_coco.save()
-    folder, _ = convert("pets", "yolo", "--copy-images")
-    declare("middle", FORMAT="yolo", DATA=str(folder / "data.yaml"), SPLIT="train")
-    records, metadata = _coco(convert("middle", "coco")[0])
-    assert metadata["thing_classes"] == ["cat", "person", "dog"]
-    by_name = {Path(record["file_name"]).name: record for record in records}
-    before, _ = read_dataset("pets")
-    for old in before:
-        new = by_name[Path(old["file_name"]).name]
-        assert (new["height"], new["width"]) == (old["height"], old["width"])
-        for a, b in zip(old["annotations"], new["annotations"], strict=True):
-            assert b["category_id"] == a["category_id"]
-            assert _corners(b) == pytest.approx(_corners(a), abs=1e-3)
-            if isinstance(a.get("segmentation"), list):
-                assert b["segmentation"] == [pytest.approx(a["segmentation"][0], abs=1e-3)]
-
-
 def test_what_yolo_cannot_say_is_counted(convert, pets, tiny_coco):
     extra = {"image_id": 11, "category_id": 7}
     rle = {"size": [30, 40], "counts": [100, 10, 1090]}

@@ -6,12 +6,13 @@ import pytest
 import rank_functions
 import torch
 from processes import Job
+from run_files import load
 from torch import nn
 
-from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.checkpoint import DetectionCheckpointer, build_checkpointer
 from plaintrain.checkpoint.pretrained import load_weights
 from plaintrain.config import get_cfg
-from plaintrain.solver.ema import ModelEMA, build_ema, final_model
+from plaintrain.solver.ema import ModelEMA, build_ema
 from plaintrain.utils.errors import UserError
 
 
@@ -34,22 +35,11 @@ def values(state):
     return value
 
 
-NUMBERS = [3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0, 6.0, 5.0, 3.5]
-
-
 def step(model, ema, *numbers):
     """Take a step to each of some numbers."""
     for number in numbers:
         fill(model, number)
         ema.update(model)
-
-
-def averaged_over(numbers, **settings):
-    """Return (model, its `ModelEMA`) after one step for each number."""
-    model = make_model(100.0)
-    ema = ModelEMA(model, **settings)
-    step(model, ema, *numbers)
-    return model, ema
 
 
 def test_average_of_every_tensor_is_as_by_hand():
@@ -92,44 +82,38 @@ def test_average_is_the_model_itself_before_the_first_step_or_where_disabled(log
         assert average.num_steps == 0
         assert average.module is model and average.eval_model is model
     assert not disabled.enabled and log.text == ""
-    assert final_model(get_cfg(), disabled) is None
     assert disabled.state_dict() == {}
     disabled.load_state_dict({})
 
 
 @pytest.mark.parametrize(("evaluate", "final"), [("averaged", "raw"), ("raw", "averaged")])
-def test_config_decides_which_weights_are_evaluated_and_final(log, evaluate, final):
+def test_config_decides_which_weights_are_evaluated_and_final(tmp_path, log, evaluate, final):
     cfg, model = get_cfg(), make_model()
     cfg.merge_from_list(["MODEL.EMA.ENABLED", True, "MODEL.EMA.DECAY", 0.5, "MODEL.EMA.WARMUP", False])
     cfg.merge_from_list(["MODEL.EMA.EVALUATE", evaluate, "MODEL.EMA.FINAL", final])
+    cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "SOLVER.CHECKPOINT_PERIOD", 2])
+    cfg.merge_from_list(["SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
     ema = build_ema(cfg, model)
     assert f"the {evaluate} weights are evaluated, the {final} become model_final.pth" in log.text
-    final_module = final_model(cfg, ema)
+    checkpointer = build_checkpointer(cfg, model, ema=ema)
     step(model, ema, 1.0, 2.0)
+    for iteration in (1, 3, 5):
+        checkpointer.save_iteration(iteration)
+    checkpointer.save_final()
+    assert {path.name for path in tmp_path.glob("*.pth")} == {"model_0000005.pth", "model_final.pth"}
+    saved = load(tmp_path / "model_0000005.pth")
+    assert (saved["config"], saved["class_names"]) == (cfg.dump(), None)
+    assert values(load(tmp_path / "model_final.pth")["model"]) == (1.5 if final == "averaged" else 2.0)
     assert ema.module is not model and values(ema.module.state_dict()) == 1.5
     assert ema.eval_model is (ema.module if evaluate == "averaged" else model)
-    # It returns the weights of the moment when it is called.
-    assert final_module is None if final == "raw" else final_module() is ema.module
 
 
 def save(folder, numbers, **settings):
     """Save a checkpoint of a run with one step for each number."""
-    model, ema = averaged_over(numbers, decay=0.5, warmup=False, **settings)
+    model = make_model(100.0)
+    ema = ModelEMA(model, decay=0.5, warmup=False, **settings)
+    step(model, ema, *numbers)
     DetectionCheckpointer(model, str(folder), ema=ema).save("model_0000001", iteration=1)
-    return model, ema
-
-
-def test_resumed_average_is_that_of_an_uninterrupted_run(tmp_path):
-    save(tmp_path, NUMBERS[:4])
-    model = make_model()
-    ema = ModelEMA(nn.DataParallel(model), decay=0.5, warmup=False)
-    DetectionCheckpointer(model, str(tmp_path), ema=ema).resume_or_load("", resume=True)
-    assert ema.num_steps == 4
-    whole = averaged_over(NUMBERS[:4], decay=0.5, warmup=False)[1]
-    assert values(ema.module.state_dict()) == values(whole.module.state_dict())
-    step(model, ema, *NUMBERS[4:])
-    whole = averaged_over(NUMBERS, decay=0.5, warmup=False)[1]
-    assert values(ema.module.state_dict()) == values(whole.module.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from processes import run_script
 from script_helpers import assert_refused, script_output
 
 from plaintrain.checkpoint import DetectionCheckpointer
-from plaintrain.checkpoint.classes import COCO_NAMES
+from plaintrain.checkpoint.torchvision import COCO_NAMES
 from plaintrain.config.defaults import split_overrides
 from plaintrain.data import build_detection_test_loader
 from plaintrain.data.datasets.coco import load_coco_json

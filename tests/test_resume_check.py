@@ -72,9 +72,8 @@ def test_changed_model_is_rejected_if_its_weights_no_longer_fit(check, log):
 def test_changes_of_architecture_classes_and_epochs_are_rejected(check):
     with pytest.raises(UserError, match="MODEL.META_ARCHITECTURE was RetinaNet"):
         check(config(), config(MODEL__META_ARCHITECTURE="FCOS"))
-    for classes in (("b", "a"), ("a",)):
-        with pytest.raises(UserError, match="was trained for the classes .*, but the dataset has"):
-            check(config(), config(), classes)
+    with pytest.raises(UserError, match="was trained for the classes .*, but the dataset has"):
+        check(config(), config(), ("a",))
     with pytest.raises(UserError, match="SOLVER.IMS_PER_BATCH was 2"):
         check(config(SOLVER__MAX_EPOCHS=3), config(SOLVER__MAX_EPOCHS=3, SOLVER__IMS_PER_BATCH=4))
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from plaintrain.config import check_cfg, get_cfg, get_value, set_value
-from plaintrain.solver.schedule import every, settle_schedule, workflow_epochs
+from plaintrain.solver.schedule import every, settle_schedule, validates_after
 from plaintrain.utils.errors import UserError
 
 
@@ -23,21 +23,18 @@ TRAIN_VAL = [["train", 2], ["val", 1]]
 @pytest.mark.parametrize(
     ("workflow", "epochs", "expected"),
     [
-        (TRAIN_VAL, 5, "T0 T1 V1 T2 T3 V3 T4 V4"),
-        (TRAIN_VAL, 4, "T0 T1 V1 T2 T3 V3"),
-        ([("val", 1), ("train", 2)], 3, "V-1 T0 T1 V1 T2"),
-        ([["train", 1]], 3, "T0 T1 T2"),
-        ([["train", 1], ["val", 1], ["train", 2]], 4, "T0 V0 T1 T2 T3 V3"),
-        ([["val", 2], ["train", 1], ["val", 1]], 2, "V-1 V-1 T0 V0 V0 V0 T1 V1"),
-        (TRAIN_VAL, 0, ""),
+        (TRAIN_VAL, 5, [1, 3, 4]),
+        (TRAIN_VAL, 4, [1, 3]),
+        ([("val", 1), ("train", 2)], 3, [-1, 1]),
+        ([["train", 1]], 3, []),
+        ([["train", 1], ["val", 1], ["train", 2]], 4, [0, 3]),
+        ([["val", 2], ["train", 1], ["val", 1]], 2, [-1, 0, 1]),
+        (TRAIN_VAL, 0, []),
     ],
 )
-def test_epochs_repeat_the_workflow_and_resume_after_a_training_epoch(workflow, epochs, expected):
-    whole = list(workflow_epochs(workflow, epochs))
-    assert " ".join(f"{mode[0].upper()}{epoch}" for mode, epoch in whole) == expected
-    for start in range(1, epochs + 1):
-        after = whole.index(("train", start - 1)) + 1
-        assert list(workflow_epochs(workflow, epochs, start_epoch=start)) == whole[after:]
+def test_workflow_validates_after_its_epochs(workflow, epochs, expected):
+    cfg = make_cfg(SOLVER__MAX_EPOCHS=epochs, WORKFLOW=workflow)
+    assert [epoch for epoch in range(-1, epochs + 1) if validates_after(cfg, epoch)] == expected
 
 
 @pytest.mark.parametrize(
@@ -211,17 +208,3 @@ def test_schedule_errors_name_the_keys(more, message):
     cfg = make_cfg(**{f"SOLVER__{key}": value for key, value in more.items()})
     with pytest.raises(UserError, match=f"^{re.escape(f'SOLVER.{message}')}$"):
         settle(cfg, per_epoch=70)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"SOLVER__REFERENCE_WORLD_SIZE": 1},
-        {"SOLVER__REFERENCE_IMS_PER_BATCH": 16},
-    ],
-)
-def test_schedule_at_the_reference_is_left_as_it_is(more, log):
-    cfg = make_cfg(**more)
-    before = cfg.dump()
-    settle(cfg)
-    assert cfg.dump() == before and log.text == ""

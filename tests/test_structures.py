@@ -194,7 +194,7 @@ def test_targets_pasted_back_are_the_masks_that_they_were_sampled_from():
     assert not found.equal(sample_masks(masks, boxes, index, 28))
 
 
-def test_a_perfect_head_has_the_masks_of_real_objects(data_root):
+def test_perfect_mask_head_has_the_masks_of_real_objects(data_root):
     evaluator = COCOEvaluator("coco_2017_val", ("segm",))
     mapper = DatasetMapper(use_masks=True, augmentations=[])
     for record in DatasetCatalog.get("coco_2017_val"):
@@ -202,7 +202,6 @@ def test_a_perfect_head_has_the_masks_of_real_objects(data_root):
         number = len(target["boxes"])
         masks = sample_masks(target["masks"], target["boxes"], torch.arange(number), 28)[:, None]
         masks = BoxMasks(masks, target["boxes"], record["height"], record["width"])
-        scores = torch.ones(number)
-        evaluator.process([record], [{**target, "scores": scores, "masks": masks}])
+        evaluator.process([record], [{**target, "scores": torch.ones(number), "masks": masks}])
     results = evaluator.evaluate()["segm"]
     assert results["AP"] >= 95 and results["APs"] >= 95, results

@@ -10,7 +10,8 @@ from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet
 from torchvision.models.vgg import make_layers
 
-from plaintrain.checkpoint.torchvision import match_names, strip_wrappers, translate
+from plaintrain.checkpoint.detectron2 import is_detectron2
+from plaintrain.checkpoint.torchvision import match_names
 
 
 def make_vgg():
@@ -31,7 +32,7 @@ def make_mobilenet():
 def test_a_classifier_loads_into_both_parts_of_ssds_extractor(make):
     tensors, extractor = make()
     state = {f"backbone.{name}": value for name, value in extractor.state_dict().items()}
-    matched = match_names(tensors, set(state))
+    matched = match_names(tensors, state)
     shared = [name for name in matched if name in state]
     assert len(shared) == sum(name.startswith("features.") for name in tensors)
     for name in shared:
@@ -44,12 +45,6 @@ def test_a_backbone_loads_into_the_body_of_an_fpn(prefix):
     names = ["0.0.weight", "layer1.0.conv1.weight", "fc.bias"]
     matched = match_names({f"{prefix}{name}": i for i, name in enumerate(names)}, wanted)
     assert matched == {f"backbone.body.{name}": i for i, name in enumerate(names)}
-
-
-@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module._orig_mod.model."])
-def test_prefixes_of_wrappers_are_removed(prefix):
-    tensors = {f"{prefix}backbone.body.conv1.weight": 1, f"{prefix}rpn.head.cls_logits.bias": 2}
-    assert strip_wrappers(tensors) == {"backbone.body.conv1.weight": 1, "rpn.head.cls_logits.bias": 2}
 
 
 def names_of(builder):
@@ -71,9 +66,8 @@ def names_of(builder):
 )
 def test_torchvisions_own_names_are_kept(builder):
     names = names_of(builder)
-    translated, of_detectron2 = translate(dict.fromkeys(names, 0), 3)
-    assert list(match_names(translated, set(names))) == names
-    assert not of_detectron2
+    assert list(match_names(dict.fromkeys(names, 0), names)) == names
+    assert not is_detectron2(names)
 
 
 def test_names_of_older_versions_become_todays():

@@ -14,71 +14,56 @@ class Background:
     """
 
     def __init__(self, asynchronous=True):
-        self._asynchronous = asynchronous
-        self._executor, self._last, self._error = None, None, None
-        self._host_copy = HostCopy()
+        self._executor = ThreadPoolExecutor(1) if asynchronous else None
+        self._last = None
 
     def submit(self, function, *args):
         """Call `function(*args)` when what was submitted before is done."""
-        if not self._asynchronous:
+        if self._executor is None:
             function(*args)
             return
-        self.check()
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1)
-        self._last = self._executor.submit(self._run, function, args)
+        if self._last is not None and self._last.done():
+            self.wait()
+        self._last = self._executor.submit(_call_after, self._last, function, args)
 
     def copy(self, data):
         """Return data that `submit` may be given while the original is changed."""
-        # The memory of the copy before is in use until all is done.
+        # There is memory for one copy at a time.
         self.wait()
-        return self._host_copy(data) if self._asynchronous else data
-
-    def _run(self, function, args):
-        if self._error is None:
-            try:
-                function(*args)
-            except Exception as e:  # Raised again in the thread that asked for it, whatever it is.
-                self._error = e
-
-    def check(self):
-        """Raise what has failed."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        return copy_to_host(data) if self._executor else data
 
     def wait(self):
         """Wait until all is done, and raise what has failed."""
-        if self._last is not None:
-            self._last.result()
-        self.check()
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
-class HostCopy:
-    """Copies nested data to memory of the host, the same memory at each call."""
+def _call_after(previous, function, args):
+    if previous is not None:
+        # It raises again what failed before.
+        previous.result()
+    function(*args)
 
-    def __init__(self):
-        self._buffers = {}
 
-    def __call__(self, data):
-        """Copy dicts, lists, tuples and their tensors; the copy holds until the next call."""
-        copied = self._copy(data, ())
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # device sync
+def copy_to_host(data):
+    """Copy dicts, lists, tuples and their tensors to the host's memory."""
+    copied = _copy(data)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # device sync
+    return copied
+
+
+def _copy(value):
+    if isinstance(value, torch.Tensor):
+        # torch keeps pinned memory that is freed for the next copy.
+        buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return buffer.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        # A shallow copy keeps the type, and the versions that a module notes in its state.
+        copied = copy.copy(value)
+        copied.update({key: _copy(item) for key, item in value.items()})
         return copied
-
-    def _copy(self, value, path):
-        if isinstance(value, torch.Tensor):
-            buffer = self._buffers.get(path)
-            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                self._buffers[path] = buffer
-            return buffer.copy_(value.detach(), non_blocking=True)
-        if isinstance(value, dict):
-            # A shallow copy keeps the type, and the versions that a module notes in its state.
-            copied = copy.copy(value)
-            copied.update({key: self._copy(item, (*path, key)) for key, item in value.items()})
-            return copied
-        if isinstance(value, list | tuple):
-            return type(value)(self._copy(item, (*path, i)) for i, item in enumerate(value))
-        return value
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copy, value))
+    return value

@@ -38,8 +38,7 @@ class DetectionCheckpointer:
     """Saves and loads a model and whatever else has `state_dict` and `load_state_dict`.
 
     Attributes:
-        iteration: that of the newest checkpoint that was saved or resumed from; None before.
-        resumed_from: name of the file that was resumed from, "" if none was.
+        last_name: name, without `.pth`, of the checkpoint that was last saved or resumed from; "" before.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class DetectionCheckpointer:
         self.save_to_disk = comm.is_main_process() if save_to_disk is None else save_to_disk
         self.about = about or {}
         self.checkpointables = checkpointables
-        self.iteration, self.resumed_from = None, ""
+        self.last_name = ""
         self._background = Background(asynchronous)
 
     def save(self, name, **kwargs):
@@ -76,7 +75,7 @@ class DetectionCheckpointer:
             states["rng_states"] = rng_states()  # all ranks
             states |= gather_norm_buffers(states)  # all ranks
         self._write(name, states, kwargs, last=True)
-        self.iteration = kwargs.get("iteration", self.iteration)
+        self.last_name = name
 
     def save_weights(self, name, model, **kwargs):
         """Write `name`.pth with a model's weights and `kwargs` only; it is not one to resume from.
@@ -113,7 +112,7 @@ class DetectionCheckpointer:
 
     def prune(self, max_to_keep):
         """Delete the oldest numbered checkpoints, so that `max_to_keep` are left with the newest one."""
-        self.in_order(prune_checkpoints, self.save_dir, checkpoint_name(self.iteration) + ".pth", max_to_keep)
+        self.in_order(prune_checkpoints, self.save_dir, self.last_name + ".pth", max_to_keep)
 
     def has_checkpoint(self):
         """Return whether `save_dir` of rank 0 holds a checkpoint to resume from; all ranks call it."""
@@ -127,11 +126,14 @@ class DetectionCheckpointer:
         """Return the paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
         return checkpoint_files(self.save_dir)
 
-    def load(self, path):
-        """Load one checkpoint of this project; return what else was saved, for example `iteration`."""
-        return self._load(path, read_checkpoint(path))
+    def load(self, path, data=None):
+        """Load one checkpoint of this project; return what else was saved, for example `iteration`.
 
-    def _load(self, path, data):
+        Args:
+            path: the file.
+            data: what `read_checkpoint` returned for it, if that was called before.
+        """
+        data = data or read_checkpoint(path)
         convert_older_states(data)
         for name in self.checkpointables:
             if name not in data:
@@ -148,9 +150,9 @@ class DetectionCheckpointer:
         return data
 
     def _resume(self, path, data, averaged):
-        self._load(path, data)
+        self.load(path, data)
         logger.info(f"resumed from {path}")
-        self.iteration, self.resumed_from = data.get("iteration"), os.path.basename(path)
+        self.last_name = os.path.basename(path).removesuffix(".pth")
         if self.checkpointables and "rng_states" in data:
             load_rng_states(data.pop("rng_states"))
         if averaged and data.get("ema"):
@@ -158,16 +160,16 @@ class DetectionCheckpointer:
             logger.info("its averaged weights are taken")
         return data
 
-    def resume_or_load(self, path, *, resume=True, class_names=None, averaged=False):
+    def resume_or_load(self, path, *, resume=True, averaged=False):
         """Resume from the last checkpoint, or start from weights; all ranks call it.
 
-        The files are those of rank 0, also for ranks on machines that do not share them.
+        The files are those of rank 0, also for ranks on machines that do not share them. Published classes
+        are taken by the `class_names` of `about`.
 
         Args:
             path: weights to start from, as MODEL.WEIGHTS names them; "" for none.
             resume: take the last checkpoint of `save_dir` if there is one; a damaged one is
                 passed over for the one before.
-            class_names: the dataset's, to take published classes by name; default those of `about`.
             averaged: give the model the averaged weights (MODEL.EMA) where a file has both.
 
         Returns:
@@ -186,7 +188,7 @@ class DetectionCheckpointer:
             logger.info("MODEL.WEIGHTS is empty: starting from random weights")
             return {}
         file, content = from_rank_0(fetch_weights(path) if is_main else "")
-        class_names = class_names or self.about.get("class_names")
+        class_names = self.about.get("class_names")
         load_weights(self.model, path, class_names, averaged=averaged, file=content or file)
         return {}
 
@@ -213,7 +215,7 @@ class PeriodicCheckpointer:
             self.checkpointer.save(checkpoint_name(iteration), iteration=iteration, **kwargs)
             if self.max_to_keep:
                 self.checkpointer.prune(self.max_to_keep)
-        if is_last and self.checkpointer.iteration == iteration:
+        if is_last and self.checkpointer.last_name == checkpoint_name(iteration):
             self.checkpointer.link(checkpoint_name(iteration), "model_final")
         elif is_last:
             self.save("model_final", iteration=iteration, **kwargs)

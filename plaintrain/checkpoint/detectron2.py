@@ -22,9 +22,7 @@ _CAFFE2 = re.compile(r"(res_)?conv1_(w|bn_\w+)$|res\d_\d+_branch")
 _FROM_CAFFE2 = {
     r"^(res_)?conv1_": "stem.conv1_",
     r"^res(\d)_(\d+)_branch1_": r"res\1.\2.shortcut_",
-    r"^res(\d)_(\d+)_branch2a_": r"res\1.\2.conv1_",
-    r"^res(\d)_(\d+)_branch2b_": r"res\1.\2.conv2_",
-    r"^res(\d)_(\d+)_branch2c_": r"res\1.\2.conv3_",
+    r"^res(\d)_(\d+)_branch2([abc])_": lambda m: f"res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}_",
     r"_(bn|gn)_s$": ".norm.weight",
     r"_(bn|gn)_b$": ".norm.bias",
     r"_bn_rm$": ".norm.running_mean",

@@ -1,11 +1,11 @@
 """Checkpoint files: reading, writing, names, and rank 0's files on other machines."""
 
-import contextlib
 import io
 import logging
 import os
 import re
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -82,29 +82,27 @@ def tag_last(folder, basename):
 
 def link_checkpoint(folder, source, target):
     """Give `source` the second name `target`, as a hard link where there are any, and make it the last."""
-    source, path = os.path.join(folder, source), os.path.join(folder, target)
-    temporary = f"{path}.tmp-{os.getpid()}"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
+    source = Path(folder, source)
+    path = Path(folder, target)
+    temporary = Path(f"{path}.tmp-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
+        temporary.hardlink_to(source)
     except OSError:
         with open(source, "rb") as f, atomic_write(path, "wb") as copy:
             shutil.copyfileobj(f, copy)
     else:
         with writing(path):
-            os.replace(temporary, path)
+            temporary.replace(path)
         # Renaming onto another name of the same file does nothing, and leaves both.
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
     tag_last(folder, target)
 
 
 def checkpoint_files(folder):
     """Return the paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
-    if not os.path.isdir(folder):
-        return []
-    names = [n for n in os.listdir(folder) if _NUMBERED.fullmatch(n) or n == "model_final.pth"]
+    names = [path.name for path in Path(folder).glob("model_*.pth")]
+    names = [name for name in names if _NUMBERED.fullmatch(name) or name == "model_final.pth"]
     return [os.path.join(folder, name) for name in sorted(names, key=lambda name: _age(folder, name))]
 
 
@@ -143,15 +141,15 @@ def read_last(folder, *others, **kwargs):
 def resume_candidates(folder):
     """Return the paths of what to resume from: the file that was tagged, then the others, newest first."""
     files = checkpoint_files(folder)[::-1]
+    tag = Path(folder, _LAST)
     try:
-        with open(os.path.join(folder, _LAST), encoding="utf-8") as f:
-            tagged = os.path.join(folder, os.path.basename(f.read().strip()))
+        tagged = os.path.join(folder, os.path.basename(tag.read_text(encoding="utf-8").strip()))
     except (OSError, UnicodeDecodeError):
         return files
     if os.path.isfile(tagged):
         return [tagged, *(path for path in files if path != tagged)]
     if files:
-        logger.warning(f"{os.path.join(folder, _LAST)} names {tagged!r}, which does not exist")
+        logger.warning(f"{tag} names {tagged!r}, which does not exist")
     return files
 
 
@@ -165,12 +163,9 @@ def prune_checkpoints(folder, saved, max_to_keep):
 
 def delete_checkpoint(folder, name):
     """Delete a checkpoint; one that is gone already is no error."""
-    try:
-        os.unlink(os.path.join(folder, name))
-    except FileNotFoundError:
-        return
-    except OSError as e:
-        raise UserError(f"cannot delete the old checkpoint {name} in {folder}: {e.strerror}") from e
+    path = Path(folder, name)
+    with writing(path):
+        path.unlink(missing_ok=True)
 
 
 def from_rank_0(path):

@@ -1,6 +1,5 @@
 """Pretrained weights: from a name to a state dict to a model, running no code on the way."""
 
-import collections
 import hashlib
 import logging
 import os
@@ -15,8 +14,8 @@ import torchvision
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d
 
-from plaintrain.checkpoint.classes import select_classes
-from plaintrain.checkpoint.torchvision import match_names, strip_wrappers, translate
+from plaintrain.checkpoint.detectron2 import from_detectron2, is_detectron2
+from plaintrain.checkpoint.torchvision import match_names, select_classes
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError, first_line, nearest
 from plaintrain.utils.files import check_file, check_stored
@@ -92,24 +91,20 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Reads dicts, lists, numbers, strings and NumPy arrays; rejects everything else."""
 
     _ALLOWED = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
-        **{
-            (f"numpy.{core}.{module}", name): getattr(getattr(np._core, module), name)
-            for core in ("core", "_core")
-            for module, name in (
-                ("multiarray", "_reconstruct"),
-                ("multiarray", "scalar"),
-                ("numeric", "_frombuffer"),
-            )
-        },
+        ("collections", "OrderedDict"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy._core.numeric", "_frombuffer"),
+        ("_codecs", "encode"),
     }
 
     def find_class(self, module, name):
+        # The modules' names before NumPy 2.
+        module = module.replace("numpy.core.", "numpy._core.")
         if (module, name) in self._ALLOWED:
-            return self._ALLOWED[module, name]
+            return super().find_class(module, name)
         raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")
 
 
@@ -147,8 +142,9 @@ def _tensors(content, name):
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
             value = torch.from_numpy(value)
         if isinstance(key, str) and isinstance(value, torch.Tensor):
-            tensors[key] = value
-    return strip_wrappers(tensors)
+            # Without the prefixes of wrapped and compiled modules.
+            tensors[re.sub(r"^((module|model|_orig_mod)\.)+", "", key)] = value
+    return tensors
 
 
 def averaged_state(ema):
@@ -178,7 +174,8 @@ def read_for_model(model, name, file, averaged=False):
         content["model"] = averaged_state(ema)
         logger.info(f"the averaged weights of {name} are taken")
     tensors = _tensors(content, name)
-    translated, of_detectron2 = translate(tensors, num_ratios)
+    of_detectron2 = is_detectron2(tensors)
+    translated = from_detectron2(tensors, num_ratios) if of_detectron2 else tensors
     return Weights(content, tensors, match_names(translated, model.state_dict()), of_detectron2)
 
 
@@ -192,9 +189,6 @@ def load_weights(model, name, class_names=None, *, averaged=False, file=None):
             torchvision or Detectron2 published are reduced to these if they have all of them.
         averaged: take the averaged weights (MODEL.EMA) of a checkpoint that has both.
 
-    Returns:
-        The names of the model's parameters that were not in the file, or in another shape.
-
     Raises:
         UserError: unreadable weights, not a single tensor that fits, or a file that was trained for the same
             classes in another order.
@@ -207,8 +201,7 @@ def load_weights(model, name, class_names=None, *, averaged=False, file=None):
     if class_names:
         weights = select_classes(weights, class_names, of_detectron2)
     fitting = {k: v for k, v in weights.items() if k in state and v.shape == state[k].shape}
-    parameters = dict(model.named_parameters())
-    if not any(k in parameters for k in fitting):
+    if not any(k in fitting for k, _ in model.named_parameters()):
         raise UserError(
             f"none of the {len(weights)} tensors in {name} fits the model; is it of another "
             f"architecture? It starts with {', '.join(list(weights)[:3])}"
@@ -220,7 +213,6 @@ def load_weights(model, name, class_names=None, *, averaged=False, file=None):
         logger.warning(
             f"{name} was made for MODEL.RESNETS.NORM_EPS 0, as torchvision sets it, but it is {eps}"
         )
-    return [k for k in parameters if k not in fitting]
 
 
 def _log_report(name, state, weights, fitting):

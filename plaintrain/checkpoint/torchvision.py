@@ -1,44 +1,12 @@
-"""Translate the names in a file of weights to those of a detector, which are torchvision's."""
+"""Translate published weights: names of any version of torchvision, and COCO's classes to a dataset's."""
 
+import logging
 import re
 
-from plaintrain.checkpoint.detectron2 import from_detectron2, is_detectron2
+import torch
+from torchvision.models import detection
 
-# Where torchvision's SSD and SSDlite cut VGG16 and MobileNetV3-Large.
-_VGG_CUT, _MOBILENET_CUT = 23, 13
-
-
-def _in_vgg_ssd(name):
-    """Translate a name of torchvision's VGG16, which SSD cuts in two before its fourth pooling."""
-    match = re.match(r"features\.(\d+)\.", name)
-    if match and int(match[1]) >= _VGG_CUT:
-        return f"backbone.extra.0.{int(match[1]) - _VGG_CUT}.{name[match.end() :]}"
-    return "backbone." + name
-
-
-def _in_mobilenet_ssd(name):
-    """Translate a name of torchvision's MobileNetV3-Large, which SSDlite cuts in two.
-
-    The first part ends with the expansion of the block that makes stride 32; the second starts inside it.
-    """
-    match = re.match(r"features\.(\d+)\.(block\.(\d+)\.)?", name)
-    if not match or int(match[1]) < _MOBILENET_CUT:
-        return name.replace("features.", "backbone.features.0.", 1)
-    rest = name[match.end() :]
-    if int(match[1]) > _MOBILENET_CUT:
-        return f"backbone.features.1.{int(match[1]) - _MOBILENET_CUT}.{match[2] or ''}{rest}"
-    if match[3] == "0":
-        return f"backbone.features.0.{_MOBILENET_CUT}.{rest}"
-    return f"backbone.features.1.0.{match[3]}.{rest}"
-
-
-# Where a file's names can have their place in a model; the one that fits most is taken.
-_PLACES = (
-    lambda name: name,
-    lambda name: "backbone.body." + name.removeprefix("backbone.").removeprefix("features."),
-    _in_vgg_ssd,
-    _in_mobilenet_ssd,
-)
+logger = logging.getLogger(__name__)
 
 # Before torchvision 0.13, from which most published files are, convolutions were not wrapped with their norm.
 _OLD_NAMES = (
@@ -50,19 +18,27 @@ _OLD_NAMES = (
 )
 
 
+def _candidates(names, wanted):
+    """Return the names that those of a file can have in a model, as three lists in the same order."""
+    body = ["backbone.body." + name.removeprefix("backbone.").removeprefix("features.") for name in names]
+    # torchvision's SSD and SSDlite cut VGG16 and MobileNetV3-Large in two, in the order of their layers.
+    layers = iter([name for name in wanted if name.startswith(("backbone.features.", "backbone.extra."))])
+    extractor = [next(layers, name) if name.startswith("features.") else "backbone." + name for name in names]
+    return names, body, extractor
+
+
 def match_names(tensors, wanted):
     """Return the tensors under the model's names as far as a rule brings them there.
 
     Args:
         tensors: {name: tensor} of a detector of torchvision, or of a backbone alone.
-        wanted: the model's names.
+        wanted: the model's names, in its order.
     """
-    best = max(_PLACES, key=lambda place: sum(place(name) in wanted for name in tensors))
-    tensors = {best(name): value for name, value in tensors.items()}
+    best = max(_candidates(list(tensors), wanted), key=lambda names: sum(name in wanted for name in names))
     # FCOS numbers its convolutions in steps of three.
     old_names = _OLD_NAMES[:-1] if "head.classification_head.conv.1.weight" in tensors else _OLD_NAMES
     matched = {}
-    for name, value in tensors.items():
+    for name, value in zip(best, tensors.values(), strict=True):
         renamed = name
         for pattern, new in old_names:
             renamed = re.sub(pattern, new, renamed)
@@ -71,17 +47,49 @@ def match_names(tensors, wanted):
     return matched
 
 
-def strip_wrappers(tensors):
-    """Return the tensors without the prefixes of wrapped and compiled modules in their names."""
-    return {re.sub(r"^((module|model|_orig_mod)\.)+", "", name): v for name, v in tensors.items()}
+# torchvision's 91 classes: the background, then COCO's category ids, with "N/A" where there is none.
+_COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO_NAMES = [name for name in _COCO[1:] if name != "N/A"]
+# Layers with rows for classes, one each, or four of boxes; cls_logits have no background here.
+_CLASS_LAYERS = re.compile(
+    r"(roi_heads\.(box_predictor\.(cls_score|bbox_pred)|mask_predictor\.mask_fcn_logits)"
+    r"|head\.classification_head\.(cls_logits|module_list\.\d+(\.1)?))\.(weight|bias)"
+)
 
 
-def translate(tensors, num_ratios):
-    """Return a file's tensors under torchvision's names, and whether Detectron2 wrote them.
+def _count_classes(weights):
+    """Return how many classes the weights' scores are for, or 0 without scores."""
+    for name, scores in weights.items():
+        if name == "roi_heads.box_predictor.cls_score.bias":
+            return len(scores)
+        # Layers with boxes tell the number of anchors.
+        boxes = name.replace("classification", "regression").replace("cls_logits", "bbox_reg")
+        if re.fullmatch(r"head\.classification_head\.(cls_logits|module_list\.0(\.1)?)\.bias", name):
+            return len(scores) * 4 // len(weights[boxes]) if boxes in weights else 0
+    return 0
+
+
+def select_classes(weights, class_names, of_detectron2):
+    """Return weights with the rows of COCO's classes reduced to the dataset's, if COCO has all of them.
 
     Args:
-        tensors: {name: tensor}.
-        num_ratios: see `from_detectron2`.
+        weights: {name: tensor} under torchvision's names; others than for COCO's classes are returned as is.
+        class_names: the dataset's, in the order of their labels.
+        of_detectron2: they have Detectron2's order of classes, without gaps.
     """
-    of_detectron2 = is_detectron2(tensors)
-    return (from_detectron2(tensors, num_ratios) if of_detectron2 else tensors), of_detectron2
+    file_names = _COCO
+    if of_detectron2:
+        is_dense = "head.classification_head.cls_logits.bias" in weights
+        file_names = COCO_NAMES if is_dense else ["", *COCO_NAMES]
+    if len(file_names) != _count_classes(weights) or not set(class_names) <= set(COCO_NAMES):
+        return weights
+    rows = torch.tensor([file_names.index(name) for name in class_names])
+    selected = dict(weights)
+    for name, value in weights.items():
+        per_class = 4 if "bbox_pred" in name else 1
+        if _CLASS_LAYERS.fullmatch(name) and len(value) % (len(file_names) * per_class) == 0:
+            index = rows if "cls_logits" in name else torch.cat([rows.new_zeros(1), rows])
+            value = value.unflatten(0, (-1, len(file_names), per_class))[:, index]
+            selected[name] = value.flatten(0, 2)
+    logger.info(f"of the {len(file_names)} classes of the weights the dataset's {len(class_names)} are kept")
+    return selected

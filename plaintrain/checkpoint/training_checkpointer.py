@@ -5,7 +5,6 @@ import logging
 from plaintrain.checkpoint.checkpointer import DetectionCheckpointer
 from plaintrain.checkpoint.files import checkpoint_name, delete_checkpoint
 from plaintrain.data.catalog import get_class_names
-from plaintrain.solver.ema import final_model
 from plaintrain.solver.schedule import every
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.stop import Stopped
@@ -34,12 +33,10 @@ class TrainingCheckpointer(DetectionCheckpointer):
         self._max_to_keep = max_to_keep
         self._final_model = final_model
         self._temporary = None
-        self._has_saved = False
 
     def save_iteration(self, iteration):
         """Save everything as `model_ITERATION`; all ranks call it after that iteration (from 0)."""
         self.save(checkpoint_name(iteration), iteration=iteration)
-        self._has_saved = True
         self._delete_temporary()
         if not every(self._period, iteration):
             self._temporary = iteration
@@ -50,8 +47,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
         """Write `model_final` from the newest checkpoint, or with the weights of `final_model`."""
         if self._final_model is not None:
             self.save_weights("model_final", self._final_model())
-        elif self._has_saved or self.resumed_from != "model_final.pth":
-            self.link(checkpoint_name(self.iteration), "model_final")
+        else:
+            self.link(self.last_name, "model_final")
             self._delete_temporary()
 
     def _delete_temporary(self):
@@ -74,12 +71,14 @@ class TrainingCheckpointer(DetectionCheckpointer):
 
 def build_checkpointer(cfg, model, **checkpointables):
     """Build the `TrainingCheckpointer` of SOLVER.*, MODEL.EMA and OUTPUT_DIR; "ema" may be a `ModelEMA`."""
+    ema = checkpointables.get("ema")
+    ends_averaged = ema is not None and ema.enabled and cfg.MODEL.EMA.FINAL == "averaged"
     return TrainingCheckpointer(
         model,
         cfg.OUTPUT_DIR,
         period=cfg.SOLVER.CHECKPOINT_PERIOD,
         max_to_keep=cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP,
-        final_model=final_model(cfg, checkpointables["ema"]) if "ema" in checkpointables else None,
+        final_model=(lambda: ema.module) if ends_averaged else None,
         about={"config": cfg.dump(), "class_names": get_class_names(cfg.DATASETS.TRAIN)},
         asynchronous=cfg.SOLVER.ASYNC_CHECKPOINT,
         **checkpointables,
@@ -91,9 +90,9 @@ def load_for_evaluation(cfg, model, *, resume):
 
     Published classes are taken by the names of those of DATASETS.TEST.
     """
-    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+    about = {"class_names": get_class_names(cfg.DATASETS.TEST)}
+    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, about=about)
     if resume and not checkpointer.has_checkpoint():
         raise UserError(f"--resume: there is no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS instead")
     averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
-    class_names = get_class_names(cfg.DATASETS.TEST)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, class_names=class_names, averaged=averaged)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, averaged=averaged)

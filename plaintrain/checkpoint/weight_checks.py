@@ -7,8 +7,8 @@ a model loads, and detects little or nothing. Who wrote the file is known by its
 import math
 import re
 
-from plaintrain.checkpoint.classes import select_classes
 from plaintrain.checkpoint.pretrained import fetch_weights, read_for_model
+from plaintrain.checkpoint.torchvision import select_classes
 from plaintrain.config import get_value
 from plaintrain.config.yaml import flatten, parse_yaml
 from plaintrain.structures import are_numbers

@@ -86,8 +86,3 @@ def build_ema(cfg, model):
             f"MODEL.EMA: the {ema.EVALUATE} weights are evaluated, the {ema.FINAL} become model_final.pth"
         )
     return ModelEMA(model, enabled=ema.ENABLED, decay=ema.DECAY, warmup=ema.WARMUP, evaluate=ema.EVALUATE)
-
-
-def final_model(cfg, ema):
-    """A function to the module whose weights become model_final.pth, or None if they are the raw ones."""
-    return (lambda: ema.module) if ema.enabled and cfg.MODEL.EMA.FINAL == "averaged" else None

@@ -14,35 +14,29 @@ _NORM_LAYERS = (
 )
 
 
-def get_param_groups(model, *, base_lr, weight_decay, weight_decay_norm, weight_decay_bias, lr_factors):
-    """Group the trainable parameters by learning rate and weight decay.
+def build_param_groups(cfg, model):
+    """Group the trainable parameters by learning rate and weight decay, as SOLVER.* says.
 
-    A parameter of a normalisation layer takes `weight_decay_norm`; one named `bias`, of whatever
-    layer, takes `weight_decay_bias` if that is given, as in Detectron2.
-
-    Args:
-        base_lr: learning rate before factors.
-        weight_decay_bias: may be None, which leaves biases to the other two.
-        lr_factors: {"bias": factor, "backbone": factor}; they multiply.
+    A parameter of a normalisation layer takes WEIGHT_DECAY_NORM; one named `bias`, of whatever
+    layer, takes WEIGHT_DECAY_BIAS if that is given, as in Detectron2.
 
     Returns:
         list of {params, lr, weight_decay}, as few as there are different settings.
     """
-    groups, seen = {}, set()
+    solver, groups, seen = cfg.SOLVER, {}, set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             # A parameter that two modules share is listed once, with the settings of the first.
             if not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
-            lr, decay = base_lr, weight_decay
-            if isinstance(module, _NORM_LAYERS):
-                decay = weight_decay_norm
+            lr = solver.BASE_LR
+            decay = solver.WEIGHT_DECAY_NORM if isinstance(module, _NORM_LAYERS) else solver.WEIGHT_DECAY
             if name == "bias":
-                lr *= lr_factors["bias"]
-                decay = decay if weight_decay_bias is None else weight_decay_bias
+                lr *= solver.BIAS_LR_FACTOR
+                decay = decay if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS
             if "backbone" in module_name.split("."):
-                lr *= lr_factors["backbone"]
+                lr *= solver.BACKBONE_MULTIPLIER
             group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
             group["params"].append(parameter)
     return list(groups.values())
@@ -64,14 +58,7 @@ def build_optimizer(cfg, model):
         UserError: settings that do not fit the optimizer, or a model with nothing to train.
     """
     solver, momentum = cfg.SOLVER, cfg.SOLVER.MOMENTUM
-    groups = get_param_groups(
-        model,
-        base_lr=solver.BASE_LR,
-        weight_decay=solver.WEIGHT_DECAY,
-        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factors={"bias": solver.BIAS_LR_FACTOR, "backbone": solver.BACKBONE_MULTIPLIER},
-    )
+    groups = build_param_groups(cfg, model)
     if not groups:
         raise UserError("the model has no parameter to train; lower MODEL.BACKBONE.FREEZE_AT")
     try:

@@ -42,33 +42,21 @@ class Due(NamedTuple):
     stop: bool = False
 
 
-def workflow_epochs(workflow, max_epochs, start_epoch=0):
-    """Yield the epochs of a run in order, as MMDetection's runner takes them from `workflow`.
-
-    The flows, [["train" or "val", number], ...], are repeated until `max_epochs` training epochs are done.
-    The last round leaves out training epochs beyond that, its validation epochs take place. After
-    `start_epoch` training epochs, a resumed run begins with the validation epochs that follow.
-
-    Yields:
-        (mode, epoch): "train" with the number of the training epoch, from 0; "val" with that of the
-        last one that is done, -1 before the first.
-    """
-    done = 0
-    while done < max_epochs:
-        for mode, number in workflow:
-            for _ in range(number):
-                if mode == "train":
-                    if done >= max_epochs:
-                        break
-                    done += 1
-                if done > start_epoch or (done == start_epoch and (mode == "val" or start_epoch == 0)):
-                    yield mode, done - 1
-
-
 def validates_after(cfg, epoch):
-    """Return whether WORKFLOW validates after a training epoch (from 0), or with -1 before the first."""
-    epochs = workflow_epochs(cfg.WORKFLOW, cfg.SOLVER.MAX_EPOCHS)
-    return any(mode == "val" and last_epoch == epoch for mode, last_epoch in epochs)
+    """Return whether WORKFLOW validates after a training epoch (from 0), or with -1 before the first.
+
+    As in MMDetection's runner, the flows, [["train" or "val", number], ...], are repeated until
+    SOLVER.MAX_EPOCHS training epochs are done. The last round leaves out training epochs beyond that, and
+    its validation epochs take place.
+    """
+    last_epoch = -1
+    while last_epoch < cfg.SOLVER.MAX_EPOCHS - 1:
+        for mode, number in cfg.WORKFLOW:
+            if mode == "train":
+                last_epoch = min(last_epoch + number, cfg.SOLVER.MAX_EPOCHS - 1)
+            elif last_epoch == epoch:
+                return True
+    return False
 
 
 def settle_schedule(cfg, num_workers, iters_per_epoch):
@@ -102,6 +90,7 @@ def settle_schedule(cfg, num_workers, iters_per_epoch):
 
 
 def _scale(cfg, num_workers):
+    """The linear rule (https://arxiv.org/abs/1706.02677): a larger batch, fewer and larger steps."""
     solver = cfg.SOLVER
     world, batch = solver.REFERENCE_WORLD_SIZE, solver.REFERENCE_IMS_PER_BATCH
     if world not in (0, num_workers):
@@ -115,20 +104,18 @@ def _scale(cfg, num_workers):
                 f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, which SOLVER.REFERENCE_WORLD_SIZE {world} "
                 "does not divide"
             )
+        factor = num_workers / world
         set_value(cfg, "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH // world * num_workers)
         set_value(cfg, "SOLVER.REFERENCE_WORLD_SIZE", num_workers)
-        _scale_by(cfg, num_workers / world)
     elif batch not in (0, solver.IMS_PER_BATCH):
+        factor = solver.IMS_PER_BATCH / batch
         set_value(cfg, "SOLVER.REFERENCE_IMS_PER_BATCH", solver.IMS_PER_BATCH)
-        _scale_by(cfg, solver.IMS_PER_BATCH / batch)
-
-
-def _scale_by(cfg, factor):
-    """The linear rule (https://arxiv.org/abs/1706.02677): a larger batch, fewer and larger steps."""
+    else:
+        return
     for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"):
         set_value(cfg, key, get_value(cfg, key) * factor)
     # Epochs stay epochs.
-    _multiply(cfg, _ITERATIONS if cfg.SOLVER.BY_EPOCH else (*_ITERATIONS, *_PERIODS), 1 / factor)
+    _multiply(cfg, _ITERATIONS if solver.BY_EPOCH else (*_ITERATIONS, *_PERIODS), 1 / factor)
 
 
 def _multiply(cfg, keys, factor):
