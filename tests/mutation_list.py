@@ -394,14 +394,12 @@ MUTATIONS = {
         ),
         ("        copy_tensors(own, buffers)", "        pass"),
     ],
-    "plaintrain/utils/tensorboard.py": [
+    "plaintrain/utils/writers.py": [
         ("event.step < start_iter:", "event.step <= start_iter:"),
         (
             "self._write_event(at, summary=Summary(value=values))",
             "self._write_event(at + 1, summary=Summary(value=values))",
         ),
-    ],
-    "plaintrain/utils/events.py": [
         (
             "sorted(self._rows().items()) if at < start_iter}",
             "sorted(self._rows().items()) if at <= start_iter}",
@@ -414,6 +412,8 @@ MUTATIONS = {
             "and all(name in self._columns for row in rows.values() for name in row)",
             "and bool(self._columns)",
         ),
+    ],
+    "plaintrain/utils/events.py": [
         ("self._max_iter - storage.iter - 1", "self._max_iter"),
     ],
     "plaintrain/utils/files.py": [

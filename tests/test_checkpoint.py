@@ -187,7 +187,7 @@ def test_atomic_write_replaces_a_file_only_when_its_block_succeeds(tmp_path, mon
             assert path.read_bytes() == b"old\xff"
         assert reader.read() == b"old\xff"
     assert names(tmp_path) == ["file"] and path.read_text(encoding="utf-8") == "neu, größer"
-    with pytest.raises(UserError, match="missing"), atomic_write(str(tmp_path / "missing" / "file")) as f:
+    with pytest.raises(UserError, match="below"), atomic_write(str(path / "below" / "file")) as f:
         f.write("")
 
 

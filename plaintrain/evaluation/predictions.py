@@ -19,7 +19,7 @@ from plaintrain.data.validation import coco_annotation_mistake
 from plaintrain.evaluation.detections import Detections, ground_truth
 from plaintrain.structures import are_numbers, segmentation_to_rle
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write, make_parent
+from plaintrain.utils.files import atomic_write
 
 PREDICTIONS_FILE = "coco_instances_results.json"
 # COCO's keypoints are numbers of pixels, whose centres are at half.
@@ -187,7 +187,6 @@ def plain(value):
 
 def write_json(path, content, **options):
     """Write JSON as a whole, and make its folder; `options` are those of `json.dumps`."""
-    make_parent(path)
     with atomic_write(path) as f:
         # In one string: `json.dump` makes small pieces, which takes several times as long.
         f.write(json.dumps(content, **options))

@@ -20,7 +20,7 @@ def atomic_write(path, mode="w"):
     """Open a temporary file beside `path` that replaces it, after fsync, when the block succeeds.
 
     Args:
-        path: the file to write.
+        path: the file to write; its folder is made.
         mode: "w" (UTF-8 text) or "wb".
 
     Raises:
@@ -29,6 +29,7 @@ def atomic_write(path, mode="w"):
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         with writing(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
                 yield f
                 f.flush()
@@ -51,18 +52,6 @@ def writing(path):
         yield
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-
-
-def make_parent(path):
-    """Make the folder that a file is to be in.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot make the folder of {path}: {e.strerror}") from e
 
 
 def _sync_folder(folder):

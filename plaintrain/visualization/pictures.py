@@ -8,7 +8,7 @@ from PIL import ImageShow
 from torchvision.transforms.v2.functional import to_pil_image
 
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write, make_parent
+from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import progress
 from plaintrain.visualization.drawing import draw_sheet
 
@@ -35,7 +35,6 @@ def _get_format(path):
 def save_picture(path, image):
     """Write an image, whole or not at all, to a file that ends in one of `PICTURES`; its folder is made."""
     content = to_bytes(image, _get_format(path))
-    make_parent(path)
     with atomic_write(path, "wb") as f:
         f.write(content)
 
