@@ -43,11 +43,7 @@ def atomic_write(path, mode="w"):
 
 @contextlib.contextmanager
 def writing(path):
-    """Say which file cannot be written when the system raises an error within the block.
-
-    Raises:
-        UserError: names the file and the system's reason.
-    """
+    """Turn an `OSError` within the block into a `UserError` that names the file and the system's reason."""
     try:
         yield
     except OSError as e:
@@ -121,11 +117,7 @@ def check_stored(path):
 
 
 def read_text(path, limit=None):
-    """The text of a UTF-8 file, without a byte order mark.
-
-    Args:
-        path: the file.
-        limit: how many bytes it may have, or None.
+    """Return the text of a UTF-8 file of at most `limit` bytes, without a byte order mark.
 
     Raises:
         OSError, ValueError: `reason` says why it cannot be read.
