@@ -466,8 +466,7 @@ def loop(folder, saved, lives=math.inf):
     """
     resumed = resumed_storage(saved)
     start = resumed.start_iter
-    writers = [JSONWriter(str(folder / "metrics.json")), CSVWriter(str(folder / "metrics.csv"))]
-    writers.append(TensorboardXWriter(str(folder)))
+    writers = [WRITERS[name](str(folder), 24) for name in ("json", "csv", "tensorboard")]
 
     def moment(sizes=None):
         nonlocal lives
