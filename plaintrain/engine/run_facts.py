@@ -1,6 +1,5 @@
 """What a run was started with, kept beside it as run.json."""
 
-import contextlib
 import datetime
 import json
 import os
@@ -13,8 +12,7 @@ from plaintrain.config.yaml import config_changes, load_chain
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write
-from plaintrain.utils.run_files import FACTS_FILE, recorded_starts
+from plaintrain.utils.files import FACTS_FILE, atomic_write, recorded_starts
 
 
 def write_run_facts(cfg, config_file):
@@ -49,12 +47,12 @@ def write_run_facts(cfg, config_file):
 def _load_base(config_file):
     """Return the config of the files that a file builds on."""
     base = get_cfg()
-    # Keys that a fork has added are known to its config only: then the defaults are the base.
-    with contextlib.suppress(UserError):
-        merged = base.clone()
+    try:
         for _, content in load_chain(config_file)[:-1] if config_file else ():
-            merged.merge_from_other_cfg(content)
-        base = merged
+            base.merge_from_other_cfg(content)
+    except UserError:
+        # Keys that a fork has added are known to its config only: then the defaults are the base.
+        return get_cfg()
     return base
 
 

@@ -7,7 +7,7 @@ import os
 from plaintrain.evaluation.evaluator import format_table, print_csv_format
 from plaintrain.evaluation.predictions import write_results
 from plaintrain.utils import comm
-from plaintrain.utils.run_files import RESULTS_FILE, read_results_file
+from plaintrain.utils.files import RESULTS_FILE, read_results_file
 
 logger = logging.getLogger(__name__)
 
