@@ -7,7 +7,6 @@ import math
 import os
 import random
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from run_files import read_csv, read_events, read_values, tensorboard_values
 from tensorboardX.proto.event_pb2 import SessionLog
 
 from plaintrain.solver import every
-from plaintrain.utils import events
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import (
     WRITERS,
@@ -45,14 +43,6 @@ def transfers(monkeypatch):
     for name in names.split():
         monkeypatch.setattr(torch.Tensor, name, spy(name, getattr(torch.Tensor, name)))
     return calls
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock for the writers: `clock.now` is what time.perf_counter() says."""
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(events.time, "perf_counter", lambda: clock.now)
-    return clock
 
 
 def read_json_lines(path):
