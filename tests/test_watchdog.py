@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
@@ -106,6 +107,16 @@ def test_rank_that_hangs_ends_the_job_and_each_says_where_it_stands(watch_ranks,
     err = capfd.readouterr().err
     assert "no step was finished within 0.2 s (HANG_TIMEOUT)" in err
     assert "rank 0 is in" in err and "rank 1 is in" in err and "test_watchdog.py, line" in err
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(watch_ranks, monkeypatch):
+    _, ended = watch_ranks(0)
+    heartbeat.set_limit(5)
+    heartbeat.beat()
+    monotonic = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 100)
+    threading.Event().wait(0.5)
+    assert ended == []
 
 
 def test_watch_that_was_stopped_ends_nothing(watch_ranks):
