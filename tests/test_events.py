@@ -354,6 +354,10 @@ def test_tensorboard_holds_scalars_images_and_histograms_under_their_steps(tmp_p
     # A TensorBoard that is open forgets what an earlier run wrote from there on.
     starts = [event.step for event in read_events(tmp_path) if event.session_log.status == SessionLog.START]
     assert starts == [4]
+    # A resumed run cuts what was written from its start iteration on.
+    monkeypatch.undo()
+    TensorboardXWriter(str(tmp_path)).begin(9)
+    assert {step for step, _, _ in tensorboard_values(tmp_path)} == {4}
 
 
 def test_printer_shows_losses_times_learning_rate_and_the_time_left(log, clock):
