@@ -32,7 +32,9 @@ def atomic_write(path, mode="w"):
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         with writing(path):
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            # Where a file is in the way, open() says so.
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(os.path.dirname(path) or ".")
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
                 yield f
                 f.flush()
