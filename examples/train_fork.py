@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from plaintrain import data, engine, evaluation, modeling, solver
 from plaintrain.checkpoint import build_checkpointer
 from plaintrain.data.datasets.shapes import CLASSES, load_shapes
-from plaintrain.engine.run_report import write_report
+from plaintrain.engine.run_facts import write_report
 from plaintrain.utils import comm
 from plaintrain.utils.events import EventStorage, closing_all, write_all
 

@@ -21,7 +21,7 @@ from plaintrain import checkpoint, data, engine, evaluation, modeling, solver
 from plaintrain.engine.dry_run import finish_dry_run
 from plaintrain.engine.early_stopping import EarlyStopping
 from plaintrain.engine.nonfinite import build_nonfinite_guard
-from plaintrain.engine.run_report import write_report
+from plaintrain.engine.run_facts import write_report
 from plaintrain.engine.testing import do_test, evaluate
 from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 from plaintrain.solver.amp import build_amp

@@ -27,7 +27,7 @@ from plaintrain.engine import build_writers, create_ddp_model, default_setup, la
 from plaintrain.engine.dry_run import finish_dry_run
 from plaintrain.engine.early_stopping import EarlyStopping
 from plaintrain.engine.nonfinite import build_nonfinite_guard
-from plaintrain.engine.run_report import write_report
+from plaintrain.engine.run_facts import write_report
 from plaintrain.engine.testing import do_validate
 from plaintrain.evaluation import (
     build_evaluator,

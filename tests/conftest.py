@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,6 +54,15 @@ def log(caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level(logging.INFO, logger="plaintrain")
     return caplog
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock: `clock.now` is what time.monotonic() and time.perf_counter() say."""
+    clock = SimpleNamespace(now=1000.0)
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(time, name, lambda: clock.now)
+    return clock
 
 
 @pytest.fixture

@@ -358,14 +358,14 @@ MUTATIONS = {
         ),
         ("        copy_tensors(own, buffers)", "        pass"),
     ],
-    "plaintrain/utils/tensorboard.py": [
+    "plaintrain/utils/writers.py": [
         ("event.step < start_iter:", "event.step <= start_iter:"),
         ("self._write_event(at, summary=Summary(value", "self._write_event(at + 1, summary=Summary(value"),
-    ],
-    "plaintrain/utils/events.py": [
         ("(self._rows().items()) if at < start_iter}", "(self._rows().items()) if at <= start_iter}"),
         ('.dumps(_finite({"iteration": at, **row}), allow_nan=False)', '.dumps({"iteration": at, **row})'),
         ("all(name in self._columns for row in rows.values() for name in row)", "bool(self._columns)"),
+    ],
+    "plaintrain/utils/events.py": [
         ("self._max_iter - storage.iter - 1", "self._max_iter"),
     ],
     "plaintrain/utils/files.py": [

@@ -238,11 +238,11 @@ def change_losses(change):
 class Job(Process):
     """`launch(main_func, args=(args,), **kwargs)`; each rank may `save` facts."""
 
-    def __init__(self, main_func, folder, *, env=None, debug=False, slow=0.0, **kwargs):
+    def __init__(self, main_func, folder, *, env=None, slow=0.0, **kwargs):
         """`slow` is the time in seconds that each process stands still after it has met the others."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        args = SimpleNamespace(folder=str(folder), debug=debug)
+        args = SimpleNamespace(folder=str(folder))
         super().__init__(self.folder / "output.txt", _call_launch, slow, main_func, args, kwargs, env=env)
 
     def results(self):

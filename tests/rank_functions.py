@@ -1,7 +1,6 @@
 """What the ranks of a `processes.Job` run."""
 
 import argparse
-import json
 import os
 import signal
 import socket
@@ -61,52 +60,54 @@ def report(args):
     save(args, {**facts, "sum": comm.reduce_dict(ranks, average=False)["rank"].item()})
 
 
-def collect(args):
-    """Save what every collective of `comm` returns on this rank."""
+def check_collectives(args):
+    """Check what every collective of `comm` returns on this rank of two."""
     rank = comm.get_rank()
     # Other orders on other ranks: the names decide what is added to what.
     losses = {"b": torch.tensor(1.0 + rank), "a": torch.tensor(10.0 * (rank + 1), dtype=torch.float64)}
-    given = losses if rank == 0 else dict(reversed(losses.items()))
-    given["c"] = torch.tensor(3.0 * rank, requires_grad=True)
-    mean, total = comm.reduce_dict(given), comm.reduce_dict(given, average=False)
+    losses = losses if rank == 0 else dict(reversed(losses.items()))
+    losses["c"] = torch.tensor(3.0 * rank, requires_grad=True)
+    mean, total = comm.reduce_dict(losses), comm.reduce_dict(losses, average=False)
+    order = ["a", "b", "c"] if rank else ["b", "a", "c"]
+    assert list(mean) == list(total) == order
+    assert (mean, total) == ({"a": 15.0, "b": 1.5, "c": 1.5}, {"a": 30.0, "b": 3.0, "c": 3.0})
+    assert not any(value.requires_grad for value in mean.values())
+    assert losses["b"] == 1 + rank and losses["c"].requires_grad
+    comm.check_loss_names(losses)
+
+    both = [{"rank": 0, "data": [None, ""]}, {"rank": 1, "data": [None, "x"]}]
+    assert comm.all_gather(both[rank]) == both
+    assert comm.gather(("rank", rank)) == ([] if rank else [("rank", 0), ("rank", 1)])
+    assert comm.gather(rank, dst=1) == ([0, 1] if rank else [])
+    assert comm.broadcast({"from": rank}) == {"from": 0} and comm.broadcast(rank, src=1) == 1
+    seed = comm.shared_random_seed()
+    assert comm.all_gather(seed) == [seed, seed] and seed >= 0
+    assert [comm.any_rank(flag) for flag in (False, rank == 0, rank == 1, True)] == [False, True, True, True]
+
+
+def check_averaged_norms(args):
+    """Check that `averaged_norm_buffers` averages the running statistics, and nothing else, in its block."""
+    rank = comm.get_rank()
     norms = nn.BatchNorm2d(2), nn.GroupNorm(1, 2), nn.BatchNorm1d(3, track_running_stats=False)
-    model = nn.Sequential(nn.Conv2d(1, 2, 1), *norms)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), *norms, nn.Sequential(nn.BatchNorm1d(1)))
     for tensor in model.state_dict().values():
         tensor.fill_(rank + 1)
-    model[1].running_var[1] = 5 * rank
+    norms[0].running_var[1] = 5 * rank
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    averages = {"1.running_mean": [1.5, 1.5], "1.running_var": [1.5, 2.5]}
+    averages |= {"4.0.running_mean": [1.5], "4.0.running_var": [1.5]}
+    averages = {name: torch.tensor(values) for name, values in averages.items()}
+    sent, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda *args: (sent.append(args[0].numel()), all_reduce(*args))
     with comm.averaged_norm_buffers(model):
-        state = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+        inside = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dist.all_reduce = all_reduce
+    torch.testing.assert_close(inside, own | averages)
+    # Those of all modules are sent together, and are a rank's own again afterwards.
+    assert sent == [6]
+    torch.testing.assert_close(dict(model.state_dict()), own)
     with comm.averaged_norm_buffers(nn.Linear(1, 1)):
         comm.synchronize()
-    one, other = nn.BatchNorm1d(1), nn.Sequential(nn.BatchNorm1d(1))
-    one.running_mean.fill_(rank)
-    other[0].running_mean.fill_(10 + 4 * rank)
-    averaged, all_reduce = [], dist.all_reduce
-    dist.all_reduce = lambda *args: (averaged.append(args[0].numel()), all_reduce(*args))
-    norms = nn.ModuleList([one, other])
-    with comm.averaged_norm_buffers(norms):
-        means = [norms[0].running_mean.item(), norms[1][0].running_mean.item()]
-    dist.all_reduce = all_reduce
-    names = ("loss_a", "accuracy", "loss_b")
-    comm.check_loss_names(dict.fromkeys(names if rank else reversed(names)))
-    facts = {
-        "mean": list(mean.items()),
-        "sum": list(total.items()),
-        "grad": any(value.requires_grad for value in mean.values()),
-        "untouched": [given["b"].item(), given["c"].requires_grad],
-        "all_gather": comm.all_gather({"rank": rank, "data": [None, "x" * rank]}),
-        "gather": comm.gather(("rank", rank)),
-        "gather to 1": comm.gather(rank, dst=1),
-        "broadcast": comm.broadcast({"from": rank}),
-        "broadcast from 1": comm.broadcast(rank, src=1),
-        "seed": comm.shared_random_seed(),
-        "flags": [comm.any_rank(flag) for flag in (False, rank == 0, rank == 1, True)],
-        "means": means,
-        "own means": [one.running_mean.item(), other[0].running_mean.item()],
-        "averaged": averaged,
-        "state": state,
-    }
-    Path(args.folder, f"rank-{rank}.json").write_text(json.dumps(facts, default=torch.Tensor.item))
 
 
 def fail(args, ranks, error, waits=False):

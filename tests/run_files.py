@@ -61,12 +61,11 @@ def value_differences(whole, other):
     expected, written = read_values(whole), read_values(other)
     found = []
     for file, values in expected.items():
-        found += [f"{file}: iteration {at}, {name} is missing" for at, name, _ in values - written[file]]
-        there = {at for at, _, _ in values}
-        unknown = [(at, name) for at, name, _ in written[file] - values if at in there]
-        found += [f"{file}: iteration {at}, {name} is unknown" for at, name in unknown]
-        twice = Counter((at, name) for at, name, _ in written[file].elements())
-        found += [f"{file}: iteration {at}, {name} {n} times" for (at, name), n in twice.items() if n > 1]
+        iterations = {at for at, _, _ in values}
+        found += [f"{file}: {value} is missing" for value in values - written[file]]
+        for value, number in (written[file] - values).items():
+            if value[0] in iterations or number > 1:
+                found.append(f"{file}: {value} is written {number} times too often")
     return sorted(found)
 
 

@@ -255,7 +255,7 @@ RPN = {"rpn.head.conv.0.0.weight": torch.ones(1)}
         (RPN, "o.npz", "detectron2", ["o.npz", ".pkl"]),
         (RPN, "o.pkl", "torchvision", ["o.pkl", ".pth"]),
         ({"rpn.head.bbox_pred.bias": torch.ones(20)}, "o.pkl", "detectron2", ["5", "--num-ratios"]),
-        (RPN, "missing/o.pth", "torchvision", ["missing"]),
+        (RPN, "source.pth/o.pth", "torchvision", ["source.pth/o.pth: Not a directory"]),
     ],
     ids=["absent", "damaged", "empty", "unknown names", "ending", "pkl", "anchors", "folder"],
 )

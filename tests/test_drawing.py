@@ -152,7 +152,7 @@ def test_pictures_are_written_by_their_ending_and_texts_cut_to_their_room(tmp_pa
     with pytest.raises(UserError, match="must end in one of .png"):
         save_picture(str(tmp_path / "a.txt"), GREY)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot make the folder"):
+    with pytest.raises(UserError, match="cannot write"):
         save_picture(str(tmp_path / "file" / "a.png"), GREY)
     assert shorten("a rather long name", 12, 1000)[0] == "a rather long name"
     text, _, length = shorten("a rather long name", 12, 60)

@@ -302,18 +302,14 @@ def test_eval_only_changes_only_the_log_and_needs_no_schedule_and_no_training_se
             ["MODEL.ROI_HEADS.NUM_CLASSES", "80"],
             ["MODEL.ROI_HEADS.NUM_CLASSES is 80", "engine_tiny_train", " 3 ", "circle, square, triangle"],
         ),
-        (["SOLVER.IMS_PER_BATCH", "-4"], ["SOLVER.IMS_PER_BATCH", "-4"]),
         (
             ["SOLVER.REFERENCE_IMS_PER_BATCH", "8", "SOLVER.IMS_PER_BATCH", "0"],
             ["SOLVER.IMS_PER_BATCH must be", "got 0"],
         ),
         (["SOLVER.BY_EPOCH", "True"], ["SOLVER.BY_EPOCH counts in epochs"]),
-        (["MODEL.LOAD_PROPOSALS", "True"], ["MODEL.LOAD_PROPOSALS"]),
-        (["SEED", str(2**32)], ["SEED must be", "2**32, got 4294967296"]),
         (["MODEL.BACKBONE.NAME", "build_resnet50"], ["MODEL.BACKBONE.NAME", "build_resnet50"]),
         (["INPUT.AUGMENTATIONS", "['RandomIoUCorp']"], ["RandomIoUCorp", "RandomIoUCrop"]),
         (["MODEL.DEVICE", "cuda:77"], ["MODEL.DEVICE", "'cuda:77'"]),
-        (["OUTPUT.WRITERS", "('json', 'jsn')"], ["OUTPUT.WRITERS must", "'json' or 'csv'", "'jsn'"]),
         (["DATASETS.TEST", "('odd_type',)"], ["odd_type", "'cityscapes'", "coco", "pascal_voc"]),
         (["DATASETS.TEST", "('odd_file',)"], ["/nowhere/gone.jpg"]),
         (["DATASETS.TEST", "('odd_class',)"], ["engine_tiny_train", "odd_class", "circle", "dog"]),
@@ -358,7 +354,7 @@ def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output):
     results = {"engine_tiny_val": {"bbox": {"AP": 30.0, "AP-circle": float("nan")}}}
     args = Namespace(dry_run=True)
     for again in ({}, {"engine_tiny_val": {"bbox": {"AP": float("nan"), "AP-circle": float("nan")}}}):
-        with pytest.raises(UserError, match="bbox/AP was 30"):
+        with pytest.raises(UserError, match="read back is another model: .*bbox/AP was 30"):
             finish_dry_run(args, cfg, results, lambda *args, again=again, **kwargs: again)
     finish_dry_run(args, cfg, results, lambda *args, **kwargs: results)
     assert contents(output) == RUN_FILES

@@ -7,7 +7,7 @@ import math
 import os
 import random
 import weakref
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from run_files import read_csv, read_events, read_values, tensorboard_values
 from tensorboardX.proto.event_pb2 import SessionLog
 
 from plaintrain.solver import every
-from plaintrain.utils import events
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import (
     WRITERS,
@@ -45,14 +44,6 @@ def transfers(monkeypatch):
     for name in names.split():
         monkeypatch.setattr(torch.Tensor, name, spy(name, getattr(torch.Tensor, name)))
     return calls
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock for the writers: `clock.now` is what time.perf_counter() says."""
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(events.time, "perf_counter", lambda: clock.now)
-    return clock
 
 
 def read_json_lines(path):
@@ -363,6 +354,10 @@ def test_tensorboard_holds_scalars_images_and_histograms_under_their_steps(tmp_p
     # A TensorBoard that is open forgets what an earlier run wrote from there on.
     starts = [event.step for event in read_events(tmp_path) if event.session_log.status == SessionLog.START]
     assert starts == [4]
+    # A resumed run cuts what was written from its start iteration on.
+    monkeypatch.undo()
+    TensorboardXWriter(str(tmp_path)).begin(9)
+    assert {step for step, _, _ in tensorboard_values(tmp_path)} == {4}
 
 
 def test_printer_shows_losses_times_learning_rate_and_the_time_left(log, clock):
@@ -409,40 +404,25 @@ def test_a_writer_by_name_leaves_no_file_before_it_wrote_and_is_closed_twice(tmp
     assert len(list(tmp_path.iterdir())) == (name != "console")
 
 
-class Notes(EventWriter):
-    """Notes when it writes and when it is closed, and may fail to close."""
-
-    def __init__(self, name, notes, fails=False):
-        self.name, self.notes, self.fails = name, notes, fails
-
-    def write(self):
-        self.notes.append(f"{self.name} writes {sorted(get_event_storage().latest())}")
-
-    def close(self):
-        self.notes.append(f"{self.name} closes")
-        if self.fails:
-            raise OSError(f"{self.name} cannot be closed")
-
-
 @pytest.mark.parametrize(
     ("ends", "is_written"),
     [(None, False), (None, True), (ZeroDivisionError, False), (KeyboardInterrupt, True)],
 )
 def test_writers_are_all_closed_and_a_good_end_leaves_nothing_unwritten(ends, is_written):
-    notes = []
-    writers = [Notes("a", notes), EventWriter(), Notes("b", notes, fails=True), Notes("c", notes)]
+    calls = Mock()
+    calls.b.close.side_effect = OSError("b cannot be closed")
+    writers = [calls.a, EventWriter(), calls.b, calls.c]
     with EventStorage() as storage, pytest.raises(OSError, match="b cannot be closed"), closing_all(writers):
         storage.put_scalar("AP", 12.5)
         # A look by others than writers.
         storage.raise_if_nonfinite()
         if is_written:
             storage.latest_with_smoothing_hint()
-        assert notes == []
         if ends:
             raise ends
-    written = not (ends or is_written)
-    writes = ["a writes ['AP']", "b writes ['AP']", "c writes ['AP']"] if written else []
-    assert notes[:-3] == writes and sorted(notes[-3:]) == ["a closes", "b closes", "c closes"]
+    writes = [] if ends or is_written else ["write"]
+    for writer in (calls.a, calls.b, calls.c):
+        assert [name for name, *_ in writer.mock_calls] == ["begin", *writes, "close"]
 
 
 # ---- runs that are killed --------------------------------------------------------------------
@@ -466,8 +446,7 @@ def loop(folder, saved, lives=math.inf):
     """
     resumed = resumed_storage(saved)
     start = resumed.start_iter
-    writers = [JSONWriter(str(folder / "metrics.json")), CSVWriter(str(folder / "metrics.csv"))]
-    writers.append(TensorboardXWriter(str(folder)))
+    writers = [WRITERS[name](str(folder), 24) for name in ("json", "csv", "tensorboard")]
 
     def moment(sizes=None):
         nonlocal lives

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from processes import EPOCHS, STEP, Run, change_losses, run_script
+from processes import EPOCHS, STEP, Run, change_losses
 from run_files import differences, lines, load, same, tensorboard_values
 
 from plaintrain import config, evaluation
@@ -248,29 +248,7 @@ def test_losses_before_the_first_step_count_for_the_best(run, tmp_path):
     assert load(tmp_path / "out/model_best.pth")["iteration"] == 1
 
 
-def test_counts_of_epochs_become_iterations(run, tmp_path):
-    options = ["SOLVER.MAX_EPOCHS", 4, "SOLVER.BY_EPOCH", True, "SOLVER.CHECKPOINT_PERIOD", 1]
-    run("out", *options, "SOLVER.STEPS", "(2, 3)", "SOLVER.WARMUP_ITERS", 0)
-    rates = [row["lr"] for row in lines(tmp_path / "out").values()]
-    assert rates == pytest.approx([0.002] * 6 + [0.0002] * 3 + [0.00002] * 3)
-    saved = sorted(path.name for path in (tmp_path / "out").glob("model_0*"))
-    assert saved == [f"model_{i:07d}.pth" for i in (2, 5, 8, 11)]
-    # The config that it leaves means the same.
-    settled = ["--config-file", tmp_path / "out/config.yaml", "OUTPUT_DIR", tmp_path / "again"]
-    assert run_script("plain_train_net.py", *settled, folder=tmp_path).code == 0
-    assert differences(tmp_path / "out", tmp_path / "again") == []
-
-
 # ---- the first hour -------------------------------------------------------------------------------
-
-
-def test_overfit_trains_and_evaluates_on_the_same_images(run, tmp_path):
-    # Two sets whose images have the same ids.
-    options = ["DATASETS.TRAIN", "('few_train', 'few_train')", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
-    run("out", *options, "SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 24, flags=["--overfit", "24"])
-    found = json.loads((tmp_path / "out/inference/overfit_24/coco_instances_results.json").read_text())
-    assert len({detection["image_id"] for detection in found}) == 24
-    assert "few_val" not in os.listdir(tmp_path / "out/inference")
 
 
 @pytest.mark.parametrize("script", OPTIONS)
@@ -286,11 +264,6 @@ def test_dry_run_says_ready_and_leaves_everything_as_it_was(run, finished, tmp_p
     options += ["DATASETS.TEST", "('few_train',)"] if script == "epoch" else []
     output = run("out", *options, script=script, flags=["--dry-run"]).output
     assert f"ready: {1 if script == 'epoch' else 2} iterations" in output and times() == before
-
-
-def test_dry_run_notices_a_checkpoint_of_another_model(run):
-    output = run("out", flags=["--dry-run"], faults=partial(set_results, 10.0, 12.0), code=1).output
-    assert "read back is another model: few_val/bbox/AP was 10 and is 12" in output
 
 
 # ---- another config on resume ---------------------------------------------------------------------

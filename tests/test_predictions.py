@@ -176,7 +176,7 @@ def test_results_are_written_with_null_for_nan(tmp_path):
     written = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert written == {"a": {"bbox": {"AP": 12.5, "APs": None, "n": 3}}, "b": {}}
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
-    with pytest.raises(UserError, match="cannot make the folder of .*under"):
+    with pytest.raises(UserError, match="cannot write .*under"):
         write_results(path / "under" / "results.json", {})
 
 

@@ -5,7 +5,7 @@ import math
 
 from plaintrain.evaluation import report_results
 from plaintrain.evaluation.predictions import results_table
-from plaintrain.utils.run_files import read_results_file
+from plaintrain.utils.files import read_results_file
 
 BEFORE = {"bbox": {"AP": 50.0, "AP50": math.nan, "AP-cat": 1.0}, "segm": {"AP": 3.0}}
 NOW = {"bbox": {"AP": 51.25, "AP50": 70.0, "AP-cat": 2.0}, "segm": {"AP": 2.5}}

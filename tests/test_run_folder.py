@@ -13,7 +13,7 @@ from plaintrain.analysis import run_folder
 from plaintrain.config import get_cfg
 from plaintrain.engine.run_facts import write_run_facts
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.run_files import recorded_starts
+from plaintrain.utils.files import recorded_starts
 from plaintrain.visualization.curves import (
     format_curves,
     format_state,

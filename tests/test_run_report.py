@@ -1,4 +1,4 @@
-"""plaintrain.engine.run_report: the report that a training starts at its end, in a process of its own."""
+"""plaintrain.engine.run_facts: the report that a training starts at its end, in a process of its own."""
 
 import importlib.util
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from report_helpers import make_run
 
 from plaintrain.config import get_cfg
-from plaintrain.engine.run_report import write_report
+from plaintrain.engine.run_facts import write_report
 from plaintrain.utils import comm
 from plaintrain.utils.lock import alive, lock_folder
 

@@ -7,16 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from plaintrain.utils import comm, stop
+from plaintrain.utils import comm
 from plaintrain.utils.stop import Stopped, StopSignal, end_evaluation_if_requested, is_requested
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """`clock.now` is what time.monotonic() says."""
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(stop.time, "monotonic", lambda: clock.now)
-    return clock
 
 
 def send(number):

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from types import SimpleNamespace
+import time
 
 import pytest
 import torch.distributed as dist
@@ -13,11 +13,9 @@ from plaintrain.engine.watchdog import FailureWatch
 from plaintrain.utils import heartbeat
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock.now)
-    yield clock
+@pytest.fixture(autouse=True)
+def no_heartbeat():
+    yield
     heartbeat.set_limit(0)
     heartbeat.rest()
 
@@ -25,7 +23,7 @@ def clock(monkeypatch):
 def test_heartbeat_is_overdue_after_the_limit_and_only_where_one_is_expected(clock):
     heartbeat.rest()
     heartbeat.set_limit(5)
-    clock.now = 200.0
+    clock.now += 100.0
     assert not heartbeat.is_overdue() and heartbeat.get_limit() == 5
     for extra in (0.0, heartbeat.LONG):
         heartbeat.beat(extra)
@@ -63,8 +61,6 @@ def watch_ranks(monkeypatch):
             # One that outlives this block would end the process that runs the tests.
             thread.join(timeout=60)
             assert not thread.is_alive()
-    heartbeat.set_limit(0)
-    heartbeat.rest()
     del store
 
 
@@ -111,6 +107,16 @@ def test_rank_that_hangs_ends_the_job_and_each_says_where_it_stands(watch_ranks,
     err = capfd.readouterr().err
     assert "no step was finished within 0.2 s (HANG_TIMEOUT)" in err
     assert "rank 0 is in" in err and "rank 1 is in" in err and "test_watchdog.py, line" in err
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(watch_ranks, monkeypatch):
+    _, ended = watch_ranks(0)
+    heartbeat.set_limit(5)
+    heartbeat.beat()
+    monotonic = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 100)
+    threading.Event().wait(0.5)
+    assert ended == []
 
 
 def test_watch_that_was_stopped_ends_nothing(watch_ranks):

@@ -17,9 +17,8 @@ from collections import namedtuple
 from plaintrain.config import get_cfg
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import read_text, reason
+from plaintrain.utils.files import read_results_file, read_text, reason
 from plaintrain.utils.lock import alive
-from plaintrain.utils.run_files import read_results_file
 
 # The tasks in the names of results: [DATASET/]TASK/METRIC.
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")

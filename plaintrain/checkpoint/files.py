@@ -62,7 +62,6 @@ def write_checkpoint(path, data, last):
         UserError: the folder cannot be written, or the disk is full.
     """
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with atomic_write(path, "wb") as f:
             torch.save(data, f)
     except (OSError, RuntimeError) as e:

@@ -28,9 +28,6 @@ def find_job(num_gpus, num_machines, machine_rank, dist_url):
         A dict of `world_size`, `local_size`, `machine`, `address` ((host, port), or None where torchrun
         knows it); of a process that was started as one of several, also `rank` and `local_rank`, else
         `first_rank`, that of the first process of this machine.
-
-    Raises:
-        UserError: numbers that do not fit together.
     """
     env = os.environ
     if int(env.get("WORLD_SIZE", 1)) > 1 and "RANK" in env:

@@ -42,11 +42,7 @@ def _register(name, records, like):
 
 
 def overfit_on(cfg, num_images):
-    """Make the first images that can be trained on both the training and the test set, in place.
-
-    Raises:
-        UserError: no such number of images.
-    """
+    """Make the first images that can be trained on both the training and the test set, in place."""
     if not cfg.DATASETS.TRAIN:
         raise UserError("--overfit takes its images from DATASETS.TRAIN, which is empty")
     usable = training_records(cfg)
@@ -90,9 +86,6 @@ def finish_dry_run(args, cfg, results, do_train):
         cfg: what `shorten_to_dry_run` made.
         results: {dataset: {task: {metric: number}}} of the run.
         do_train: function `(cfg, model, resume)` that returns such results.
-
-    Raises:
-        UserError: they differ.
     """
     if not args.dry_run:
         return

@@ -57,9 +57,6 @@ class EarlyStopping:
         Args:
             iteration: the iteration that was finished, counted from 0; -1 before the first.
             results: {name: number}, the same on every rank.
-
-        Raises:
-            UserError: there are results of its type, but none of the metric's name.
         """
         name = self._find_name(results)
         if name is None or iteration <= self._seen:

@@ -179,7 +179,12 @@ def _run_rank(local_rank, main_func, args, job, debug):
     watch = None
     try:
         store, watch = _meet(job)
-        _join_group(job, store)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(job["local_rank"])
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=job["rank"], world_size=job["world_size"], timeout=DEFAULT_TIMEOUT
+        )
         main_func(*args)
         comm.synchronize()
     except KeyboardInterrupt:
@@ -222,16 +227,6 @@ def _meet(job):
     if job["local_size"] < world_size:
         choose_interface(store, job["machine"], address[0])
     return store, watch
-
-
-def _join_group(job, store):
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(job["local_rank"])
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(
-        backend, store=store, rank=job["rank"], world_size=job["world_size"], timeout=DEFAULT_TIMEOUT
-    )
 
 
 def create_ddp_model(model):

@@ -101,7 +101,11 @@ def _check_model(cfg, resume, eval_only):
             build_tta_mapper(cfg, name)
     amp, is_used = cfg.SOLVER.AMP, cfg.TEST.AMP or (cfg.SOLVER.AMP.ENABLED and not eval_only)
     build_autocast(is_used, amp.PRECISION, get_device(cfg.MODEL.DEVICE).type)
-    model = build_meta_model(cfg)
+    # Without memory, to check MODEL before an earlier run is moved.
+    meta_cfg = cfg.clone()
+    set_value(meta_cfg, "MODEL.DEVICE", "meta")
+    with torch.device("meta"):
+        model = build_model(meta_cfg)
     if not eval_only:
         _check_norms(cfg, model, resume)
         steps = build_augmentation(cfg, is_train=True)
@@ -133,14 +137,6 @@ def _check_schedule(cfg):
         raise UserError(
             f"SOLVER.PATIENCE is {solver.PATIENCE}: it needs TEST.BEST_METRIC, and TEST.EVAL_PERIOD"
         )
-
-
-def build_meta_model(cfg):
-    """Build the model without memory, to check MODEL before an earlier run is moved."""
-    cfg = cfg.clone()
-    set_value(cfg, "MODEL.DEVICE", "meta")
-    with torch.device("meta"):
-        return build_model(cfg)
 
 
 def _check_test_dataset(name, needs_images):

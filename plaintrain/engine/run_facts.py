@@ -1,20 +1,24 @@
-"""What a run was started with, kept beside it as run.json."""
+"""What a run was started with, kept beside it as run.json, and the report at its end."""
 
-import contextlib
 import datetime
+import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import plaintrain
+from plaintrain.checkpoint.files import resume_candidates
 from plaintrain.config import get_cfg
 from plaintrain.config.yaml import config_changes, load_chain
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write
-from plaintrain.utils.run_files import FACTS_FILE, recorded_starts
+from plaintrain.utils.files import FACTS_FILE, atomic_write, recorded_starts
+from plaintrain.utils.lock import unlock_folder
+
+logger = logging.getLogger(__name__)
 
 
 def write_run_facts(cfg, config_file):
@@ -49,12 +53,12 @@ def write_run_facts(cfg, config_file):
 def _load_base(config_file):
     """Return the config of the files that a file builds on."""
     base = get_cfg()
-    # Keys that a fork has added are known to its config only: then the defaults are the base.
-    with contextlib.suppress(UserError):
-        merged = base.clone()
+    try:
         for _, content in load_chain(config_file)[:-1] if config_file else ():
-            merged.merge_from_other_cfg(content)
-        base = merged
+            base.merge_from_other_cfg(content)
+    except UserError:
+        # Keys that a fork has added are known to its config only: then the defaults are the base.
+        return get_cfg()
     return base
 
 
@@ -70,3 +74,28 @@ def _git_state(folder):
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
     return {"commit": commit, "branch": branch, "changed_files": [line[3:] for line in changed]}
+
+
+def write_report(cfg):
+    """Write OUTPUT_DIR/report.html, on the main process, after a training that has come to its end.
+
+    The report is made by a process of its own, as by `scripts/report.py OUTPUT_DIR`: a failure there is
+    logged and raises nothing. Nothing is done with OUTPUT.REPORT off, or if the run can be resumed.
+    """
+    if not cfg.OUTPUT.REPORT or not comm.is_main_process():
+        return
+    last_checkpoint = [os.path.basename(path) for path in resume_candidates(cfg.OUTPUT_DIR)[:1]]
+    if last_checkpoint != ["model_final.pth"]:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.info('no report.html was made: that needs matplotlib, pip install "plaintrain[plot]"')
+        return
+    # With the lock held, the report would say that the run goes on.
+    unlock_folder(cfg.OUTPUT_DIR)
+    command = [sys.executable, "-P", "-m", "plaintrain.report", cfg.OUTPUT_DIR]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        logger.warning(f"no report.html was made: {reason}; scripts/report.py tries again")
+    else:
+        logger.info(f"the report of this run is in {os.path.join(cfg.OUTPUT_DIR, 'report.html')}")

@@ -73,9 +73,6 @@ def default_setup(cfg, args):
             are settled in place.
         args: what `default_argument_parser` parsed; any of it may be missing. With `predictions`, a file
             to score, no model, weights or images are needed.
-
-    Raises:
-        UserError: anything that would make the run fail later.
     """
     resume = getattr(args, "resume", False)
     eval_only = getattr(args, "eval_only", False)
@@ -151,26 +148,14 @@ def _prepare_process(cfg):
 
 
 def require_default(cfg, key, reason):
-    """Refuse a key that a script does not read, if it is set.
-
-    Raises:
-        UserError: names the key, its value and the reason.
-    """
+    """Reject a key that a script does not read, if it is set."""
     value, default = get_value(cfg, key), get_value(get_cfg(), key)
     if value != default:
         raise UserError(f"{key} is {value}, but here it must be {default}: {reason}")
 
 
 def reject_loop_options(cfg, used=()):
-    """Raise if the config asks for what a loop leaves out that scripts/plain_train_net.py does.
-
-    Args:
-        cfg: the config.
-        used: those of `LOOP_OPTIONS` that the loop does itself.
-
-    Raises:
-        UserError: see `require_default`.
-    """
+    """Reject options that only scripts/plain_train_net.py reads; a loop reads those of `used` itself."""
     for key in LOOP_OPTIONS:
         if key not in used:
             require_default(cfg, key, "this loop does not read it, scripts/plain_train_net.py does")

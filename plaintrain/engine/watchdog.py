@@ -14,6 +14,8 @@ import torch.distributed as dist
 from plaintrain.utils import heartbeat
 from plaintrain.utils.stop import end_at_once
 
+# The key of the job's first failure.
+_FAILED = "plaintrain/failed"
 _POLL_SECONDS = 0.1
 _CLOCK_SECONDS = 1.0
 # Words of the errors of a rank that lost its connection to one that failed, whose own report is waited for.
@@ -24,16 +26,16 @@ _STORE_SECONDS = 10.0
 _STORE_GONE = {"machine": -1, "rank": 0, "text": "its process is gone, or its machine", "hangs": False}
 
 
-def connect(host, port):
+def connect(host, port, prefix=""):
     """Open another connection to the job's store: that of the process group is locked while it waits."""
     timeout = datetime.timedelta(seconds=30)
-    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return dist.PrefixStore(prefix, store)
 
 
-def report_failure(store, failure, prefix=""):
+def report_failure(store, failure):
     """Record a failure as the job's first; returns the first, which may be another."""
-    first = store.compare_set(f"{prefix}plaintrain/failed", "", json.dumps(failure))
-    return json.loads(first.decode())
+    return json.loads(store.compare_set(_FAILED, "", json.dumps(failure)))
 
 
 class FailureWatch:
@@ -50,9 +52,9 @@ class FailureWatch:
             prefix: of the keys in the store, where jobs before have used it.
             holds_store: the store ends with this process, and not with an agent of torchrun.
         """
-        self._store = connect(*address)
+        self._store = connect(*address, prefix)
         self._rank, self._machine, self._local_rank = rank, machine, local_rank
-        self._prefix, self._holds_store = prefix, holds_store
+        self._holds_store = holds_store
         self._stopped = threading.Event()
         # Held by the thread that ends this process.
         self._ending = threading.Lock()
@@ -86,7 +88,7 @@ class FailureWatch:
 
         def record():
             try:
-                first[0] = report_failure(self._store, mine, self._prefix)
+                first[0] = report_failure(self._store, mine)
             except RuntimeError:
                 # Rank 0 took the store with it: it failed first.
                 first[0] = _STORE_GONE
@@ -112,10 +114,9 @@ class FailureWatch:
 
     def _watch_store(self):
         """Look whether another rank has failed."""
-        key = f"{self._prefix}plaintrain/failed"
         while not self._stopped.wait(_POLL_SECONDS):
             try:
-                failure = json.loads(self._store.get(key)) if self._store.check([key]) else None
+                failure = json.loads(self._store.get(_FAILED)) if self._store.check([_FAILED]) else None
             except RuntimeError:
                 failure = _STORE_GONE
             if failure and not self._stopped.is_set():

@@ -22,8 +22,7 @@ from plaintrain.evaluation.evaluator import format_table, print_csv_format
 from plaintrain.structures import are_numbers, segmentation_to_rle
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write, make_parent
-from plaintrain.utils.run_files import RESULTS_FILE, read_results_file
+from plaintrain.utils.files import RESULTS_FILE, atomic_write, read_results_file
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +203,6 @@ def plain(value):
 
 def write_json(path, content, **options):
     """Write JSON as a whole, and make its folder; `options` are those of `json.dumps`."""
-    make_parent(path)
     with atomic_write(path) as f:
         # In one string: `json.dump` makes small pieces, which takes several times as long.
         f.write(json.dumps(content, **options))

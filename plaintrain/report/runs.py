@@ -15,8 +15,8 @@ from plaintrain.data.catalog import DatasetCatalog, class_names
 from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.evaluation.predictions import read_detections
 from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.files import recorded_starts
 from plaintrain.utils.logger import silenced
-from plaintrain.utils.run_files import recorded_starts
 from plaintrain.visualization.curves import group_panels
 from plaintrain.visualization.plots import bar_figure, curve_figure, cut
 

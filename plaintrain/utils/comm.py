@@ -108,12 +108,9 @@ def any_rank(flag):
 
 
 def check_loss_names(loss_dict):
-    """Raise if ranks have different losses, before a backward pass in which they would wait forever.
+    """Raise on all ranks if their losses differ, before a backward pass in which they would wait forever.
 
     The hosts compare a checksum in one small all-reduce; no device sync.
-
-    Raises:
-        UserError: on every rank, if two of them have different keys.
     """
     if get_world_size() == 1:
         return

@@ -31,13 +31,9 @@ def first_line(error):
 
 
 def nearest(name, known, number=1, least=0.0):
-    """The names that are most like a name, for a hint in an error: a text, "" if there are none.
+    """Return up to `number` known names most like a name, for a hint in an error: a text, "" for none.
 
-    Args:
-        name: what was given.
-        known: the names that there are.
-        number: names to give at most.
-        least: how alike they must be, 0 to 1.
+    `least`, 0 to 1, says how alike they must be.
     """
     near = difflib.get_close_matches(str(name), map(str, known), n=number, cutoff=least)
     return " or ".join(near)
@@ -68,12 +64,7 @@ class DataError(UserError):
 
 
 def refuse(problems, error):
-    """How a reader of datasets meets a mistake: it raises, or keeps the error and goes on.
-
-    Args:
-        problems: None to raise, or the list that the error is added to.
-        error: a `UserError`.
-    """
+    """Raise a `UserError`, or with a list `problems` add it to that and continue: for readers of datasets."""
     if problems is None:
         raise error
     problems.append(error)

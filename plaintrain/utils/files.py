@@ -1,7 +1,8 @@
-"""Reading files that somebody else wrote, and writing files whole."""
+"""Reading files that somebody else wrote, writing files whole, and the files of a run's folder."""
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from plaintrain.utils.errors import DataError, UserError
 
 # Of what is parsed slowly, as YAML and XML are. A file that a person wrote is far smaller.
 MAX_BYTES = 2**19
+# Files of a run's folder that a training writes and reads again.
+FACTS_FILE, RESULTS_FILE = "run.json", "results.json"
 
 
 @contextlib.contextmanager
@@ -20,7 +23,7 @@ def atomic_write(path, mode="w"):
     """Open a temporary file beside `path` that replaces it, after fsync, when the block succeeds.
 
     Args:
-        path: the file to write.
+        path: the file to write; its folder is made.
         mode: "w" (UTF-8 text) or "wb".
 
     Raises:
@@ -29,6 +32,9 @@ def atomic_write(path, mode="w"):
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         with writing(path):
+            # Where a file is in the way, open() says so.
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(os.path.dirname(path) or ".")
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
                 yield f
                 f.flush()
@@ -42,27 +48,11 @@ def atomic_write(path, mode="w"):
 
 @contextlib.contextmanager
 def writing(path):
-    """Say which file cannot be written when the system raises an error within the block.
-
-    Raises:
-        UserError: names the file and the system's reason.
-    """
+    """Turn an `OSError` within the block into a `UserError` that names the file and the system's reason."""
     try:
         yield
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-
-
-def make_parent(path):
-    """Make the folder that a file is to be in.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot make the folder of {path}: {e.strerror}") from e
 
 
 def _sync_folder(folder):
@@ -157,3 +147,25 @@ def is_below(folder, path):
 def reason(error):
     """Why a file cannot be read, of an `OSError` or another error."""
     return getattr(error, "strerror", None) or error
+
+
+def read_json(path):
+    """Return the content of a JSON file; None if it is missing or cannot be read, as while it is written."""
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as f:
+        return json.load(f)
+    return None
+
+
+def recorded_starts(folder):
+    """Return the `starts` of run.json (see `engine.run_facts`), oldest first; [] without any."""
+    facts = read_json(os.path.join(folder, FACTS_FILE))
+    starts = facts.get("starts") if isinstance(facts, dict) else None
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+
+def read_results_file(folder):
+    """Return {dataset: {task: {metric: number or None}}} of a results.json; {} without a whole one."""
+    content = read_json(os.path.join(folder, RESULTS_FILE))
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        return {d: {t: dict(m) for t, m in tasks.items()} for d, tasks in content.items()}
+    return {}

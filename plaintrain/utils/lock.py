@@ -21,13 +21,6 @@ def lock_folder(folder):
 
     The lock is one of the operating system (POSIX record locks, also over NFS), so it is gone with its
     process and none is ever stale; `run.lock` names its owner.
-
-    Args:
-        folder: the folder, which exists.
-
-    Raises:
-        UserError: another run is alive in it; names its process and host.
-        OSError: the file cannot be written.
     """
     folder = os.path.realpath(folder)
     path = os.path.join(folder, _NAME)

@@ -7,7 +7,7 @@ from PIL import ImageShow
 from torchvision.transforms.v2.functional import to_pil_image
 
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write, make_parent
+from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import progress
 from plaintrain.visualization.drawing import draw_sheet
 
@@ -27,7 +27,6 @@ def _get_format(path):
 def save_picture(path, image):
     """Write an image, uint8 `[3, H, W]`, whole or not at all, to a file that ends in one of `PICTURES`."""
     format_ = _get_format(path)
-    make_parent(path)
     with atomic_write(path, "wb") as f:
         to_pil_image(image).save(f, format=format_, quality=92)
 

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import re
 import shutil
 import signal
 import socket
@@ -20,7 +19,6 @@ from pathlib import Path
 from processes import ROOT, Run, write_config
 
 _NEWNS, _NEWUTS, _NEWNET, _PRIVATE, _BIND = 0x20000, 0x4000000, 0x40000000, 0x44000, 0x1000
-_NAME = re.compile(r"plaintrain-(\d+)-\w+")
 _IP = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
@@ -49,7 +47,6 @@ class Machines:
         self._port = 20000 + pid % 10000
 
     def __enter__(self):
-        _remove_those_of_ended_processes()
         try:
             self._make()
         except BaseException:
@@ -104,13 +101,11 @@ class Machines:
             assert time.monotonic() - begin < timeout, f"after {timeout} s these are left: {left}"
             time.sleep(0.1)
 
-    def kill(self, k, number=signal.SIGKILL, but=None):
-        """Send a signal to all processes of machine k, but to one."""
-        for pid in self.pids(k):
-            if pid == but:
-                continue
+    def kill(self, k, but=None):
+        """Kill all processes of machine k, but one."""
+        for pid in {*self.pids(k)} - {but}:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+                os.kill(pid, signal.SIGKILL)
 
     def set_network(self, k, state):
         """Unplug the network of machine k, "down", or plug it in again, "up"."""
@@ -143,13 +138,6 @@ def _remove(name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         _ip("netns", "delete", name)
-
-
-def _remove_those_of_ended_processes():
-    for line in _ip("netns", "list").splitlines():
-        match = _NAME.match(line)
-        if match and not Path("/proc", match[1]).exists():
-            _remove(match[0])
 
 
 # ---- runs on them -----------------------------------------------------------------------------------

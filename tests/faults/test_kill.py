@@ -179,19 +179,6 @@ def test_closed_terminal_ends_a_run_with_a_checkpoint(whole, tmp_path):
     assert differences(whole, tmp_path / "run") == []
 
 
-def nohup():
-    without_a_reader()
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
-def test_run_under_nohup_outlives_its_terminal_and_reader(whole, tmp_path):
-    run = Run(tmp_path / "run", STEP, faults=nohup)
-    run.wait_for(lambda: "iter: 4" in log_of(run))
-    run.kill(signal.SIGHUP)
-    assert run.wait().code == 0, log_of(run)
-    assert differences(whole, tmp_path / "run") == []
-
-
 def slow_evaluation():
     process = COCOEvaluator.process
 

@@ -10,19 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from plaintrain.config import CfgNode, get_cfg, get_value
-from plaintrain.config.config import NULLABLE
+from plaintrain.config.config import NULLABLE, all_keys
 from plaintrain.utils.errors import UserError
 
-
-def _keys(node, path=()):
-    for key, value in node.items():
-        yield ".".join((*path, key)), value
-        if isinstance(value, CfgNode):
-            yield from _keys(value, (*path, key))
-
-
-LEAVES = [key for key, value in _keys(get_cfg()) if not isinstance(value, CfgNode)]
-SECTIONS = [key for key, value in _keys(get_cfg()) if isinstance(value, CfgNode)]
+KEYS = list(all_keys(get_cfg()))
+LEAVES = [key for key in KEYS if not isinstance(get_value(get_cfg(), key), CfgNode)]
 DEFAULTS = {key: NULLABLE.get(key, get_value(get_cfg(), key)) for key in LEAVES}
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -210,7 +202,7 @@ def typing_mistakes(draw):
     place = draw(st.integers(start, len(key) - 1))
     new = draw(st.sampled_from([key[place] * 2, "", "Q"]))
     wrong = key[:place] + new + key[place + 1 :]
-    assume(wrong[start:] and wrong not in LEAVES and wrong not in SECTIONS)
+    assume(wrong[start:] and wrong not in KEYS)
     return key, wrong
 
 
