@@ -20,7 +20,10 @@ setup(
     # the folder of the script, where a clone called plaintrain is taken for a namespace package.
     package_dir={"": "."},
     packages=find_packages(include=["plaintrain", "plaintrain.*"]),
-    package_data={"plaintrain.report": ["report.css", "report.js", "report.html.jinja"]},
+    package_data={
+        "plaintrain": ["py.typed"],
+        "plaintrain.report": ["report.css", "report.js", "report.html.jinja"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.9",
@@ -48,6 +51,6 @@ setup(
             *PLOT,
             *EXPORT,
         ],
-        "dev": ["ruff>=0.14"],
+        "dev": ["ruff>=0.14", "mypy>=1.18"],
     },
 )

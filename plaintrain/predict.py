@@ -9,24 +9,24 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from plaintrain.analysis.run_folder import read_config
-from plaintrain.checkpoint.files import DamagedCheckpointError, read_checkpoint, read_last
-from plaintrain.checkpoint.pretrained import fetch_weights, load_weights
+from plaintrain.checkpoint.files import DamagedCheckpointError, read_checkpoint, read_last_checkpoint
+from plaintrain.checkpoint.pretrained import download_weights, load_weights
 from plaintrain.checkpoint.torchvision import COCO_NAMES
 from plaintrain.checkpoint.weight_checks import check_weights
 from plaintrain.config import CfgNode, get_cfg, get_value, set_value
-from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, class_names
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, load_class_names
 from plaintrain.data.datasets.builtin import declare_datasets
-from plaintrain.data.images import get_pixel_range, read_image, to_rgb
+from plaintrain.data.images import convert_to_rgb, get_pixel_range, read_image
 from plaintrain.data.keypoints import COCO_SKELETON
 from plaintrain.data.transforms.build import build_augmentation
-from plaintrain.data.transforms.tensors import plain_image
+from plaintrain.data.transforms.tensors import unwrap_image
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.evaluation.evaluator import inference_context
-from plaintrain.modeling.build import build_model, num_classes_key
+from plaintrain.modeling.build import build_model, get_num_classes_key
 from plaintrain.modeling.tta import build_tta
 from plaintrain.solver.amp import build_test_autocast
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.drawing import skeleton_of
+from plaintrain.visualization.drawing import get_skeleton
 
 _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
@@ -67,7 +67,7 @@ class Predictor:
         set_value(cfg, "MODEL.COMPILE", False)
         cfg.freeze()
         self.pixel_range = get_pixel_range(cfg)
-        self.class_names = _infer_classes(cfg, fetch_weights(self.weights))
+        self.class_names = _infer_classes(cfg, download_weights(self.weights))
         self.skeleton = _infer_keypoints(cfg) if cfg.MODEL.KEYPOINT_ON else ()
         model = build_model(cfg)
         averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"
@@ -115,7 +115,7 @@ class Predictor:
         tensors = {"image": tv_tensors.Image(image)}
         for transform in self._augmentation:
             tensors = transform(tensors, np.random.default_rng(0))
-        return {**sample, "image": plain_image(tensors)}
+        return {**sample, "image": unwrap_image(tensors)}
 
 
 def to_tensor(image, pixel_range=()):
@@ -123,7 +123,7 @@ def to_tensor(image, pixel_range=()):
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image), pixel_range)
     if isinstance(image, Image.Image):
-        return to_rgb(image, pixel_range)
+        return convert_to_rgb(image, pixel_range)
     if isinstance(image, np.ndarray):
         # A copy: a view of an array may have negative strides, which tensors do not.
         image = torch.from_numpy(image.copy())
@@ -158,7 +158,7 @@ def _read_run(run, weights):
         return cfg, os.path.join(run, weights)
     if not weights:
         best = os.path.join(run, "model_best.pth")
-        weights, _ = read_last(run, *[best] * os.path.isfile(best), mmap=True)
+        weights, _ = read_last_checkpoint(run, *[best] * os.path.isfile(best), mmap=True)
         if not weights:
             raise UserError(
                 f"{run} holds no checkpoint: its training has not saved one yet, or it was left behind"
@@ -181,7 +181,7 @@ def _first_dataset(cfg):
 
 def _infer_classes(cfg, path):
     """Take the class names from the checkpoint, the datasets, or COCO, and their number into the config."""
-    key = num_classes_key(cfg)
+    key = get_num_classes_key(cfg)
     configured = get_value(cfg, key)
     if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
         set_value(cfg, key, configured or 1)
@@ -192,7 +192,7 @@ def _infer_classes(cfg, path):
         # Published weights have another form.
         names = []
     if not names and _first_dataset(cfg):
-        names = class_names(_first_dataset(cfg))
+        names = load_class_names(_first_dataset(cfg))
     # What is published without names is of COCO, whose keypoints are those of persons.
     coco_names = COCO_NAMES[:1] if cfg.MODEL.KEYPOINT_ON else COCO_NAMES
     if not names and configured in (0, len(coco_names)):
@@ -215,4 +215,4 @@ def _infer_keypoints(cfg):
         metadata = {"keypoint_names": names, "skeleton": COCO_SKELETON}
     number = get_value(cfg, _NUM_KEYPOINTS) or len(names)
     set_value(cfg, _NUM_KEYPOINTS, number)
-    return skeleton_of(metadata) if number == len(names) else ()
+    return get_skeleton(metadata) if number == len(names) else ()

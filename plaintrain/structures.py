@@ -72,10 +72,10 @@ def _is_polygon(polygon):
     return points and are_numbers(polygon)
 
 
-def segmentation_mistake(segmentation, height, width):
+def find_segmentation_problem(segmentation, height, width):
     """What is wrong with a segmentation: (kind, end of a sentence), or None.
 
-    What has none can be read by `segmentation_to_rle` and decoded by pycocotools, which itself
+    What has none can be read by `encode_segmentation` and decoded by pycocotools, which itself
     reads on past the end of a string that was cut off.
     """
     if not segmentation:
@@ -127,14 +127,14 @@ def _sum_of_runs(counts):
     return None if runs.min() < 0 or runs.max() >= 2**32 else int(runs.sum())
 
 
-def segmentation_to_rle(segmentation, height, width):
+def encode_segmentation(segmentation, height, width):
     """Return a record's segmentation as COCO's compressed RLE, `{"size": [height, width], "counts": bytes}`.
 
     Args:
         segmentation: polygons (list of `[x, y, x, y, ...]` in pixels, whose union is meant), or an
             RLE dict `{size: [height, width], counts}` with the counts as a list, str or bytes.
     """
-    mistake = segmentation_mistake(segmentation, height, width)
+    mistake = find_segmentation_problem(segmentation, height, width)
     if mistake:
         raise UserError(f"it {mistake[1]}")
     if isinstance(segmentation, list | tuple):

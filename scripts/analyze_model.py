@@ -31,13 +31,13 @@ if __name__ == "__main__":
 from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.analysis.model import NOT_COUNTED, analyze_model, make_random_samples
 from plaintrain.config import check_cfg, get_value
-from plaintrain.data.transforms.geometric import shortest_edge_size
+from plaintrain.data.transforms.geometric import get_shortest_edge_size
 from plaintrain.engine.launch import launch
-from plaintrain.engine.preflight import settle_num_classes
+from plaintrain.engine.preflight import resolve_num_classes
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.predictions import write_json
 from plaintrain.modeling import build_model
-from plaintrain.modeling.build import num_classes_key
+from plaintrain.modeling.build import get_num_classes_key
 from plaintrain.utils.errors import UserError
 
 
@@ -51,8 +51,8 @@ def read_model_config(args):
     cfg.freeze()
     check_cfg(cfg)
     keypoints = cfg.MODEL.KEYPOINT_ON and not cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-    if keypoints or not get_value(cfg, num_classes_key(cfg)):
-        settle_num_classes(cfg, eval_only=True)
+    if keypoints or not get_value(cfg, get_num_classes_key(cfg)):
+        resolve_num_classes(cfg, eval_only=True)
     return cfg
 
 
@@ -66,7 +66,7 @@ def default_size(cfg):
         return tuple(cfg.INPUT.FIXED_SIZE)
     if not max(cfg.INPUT.MIN_SIZE_TRAIN):
         raise UserError("INPUT.MIN_SIZE_TRAIN keeps images as they are: give --size HEIGHTxWIDTH")
-    return shortest_edge_size(3000, 4000, max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
+    return get_shortest_edge_size(3000, 4000, max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
 
 
 def report(cost):
@@ -104,7 +104,7 @@ def report(cost):
 def main(args):
     """Analyse one model."""
     cfg = read_model_config(args)
-    solver, classes = cfg.SOLVER, get_value(cfg, num_classes_key(cfg))
+    solver, classes = cfg.SOLVER, get_value(cfg, get_num_classes_key(cfg))
     size = args.size or default_size(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "SSD" and size != tuple(cfg.INPUT.FIXED_SIZE):
         raise UserError(

@@ -24,9 +24,9 @@ from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.data import DatasetCatalog
 from plaintrain.data.datasets.builtin import read_dataset
 from plaintrain.data.datasets.shapes import is_drawn
-from plaintrain.data.datasets.write import make_folder, relative_names, write_coco
+from plaintrain.data.datasets.write import get_relative_names, make_folder, write_coco
 from plaintrain.data.fixes import fix_records
-from plaintrain.data.image_files import image_header
+from plaintrain.data.image_files import read_image_header
 from plaintrain.data.images import get_pixel_range, read_image
 from plaintrain.data.validation import (
     KINDS,
@@ -34,21 +34,21 @@ from plaintrain.data.validation import (
     MAX_EXAMPLES,
     check_problems,
     check_records,
-    class_counts,
-    count_mistakes,
+    count_classes,
+    count_problems,
 )
 from plaintrain.engine.launch import launch
 from plaintrain.evaluation.predictions import write_json
 from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.logger import progress
+from plaintrain.utils.logger import build_progress_bar
 
 
 def look_at(record, pixel_range):
     """What an image file is: {error, kind} or {size: (height, width), turned, pixels: a hash, spread}."""
     try:
         image = read_image(record["file_name"], pixel_range)
-        turned = not is_drawn(record["file_name"]) and image_header(record["file_name"])[2] > 1
+        turned = not is_drawn(record["file_name"]) and read_image_header(record["file_name"])[2] > 1
     except UserError as e:
         return {"error": str(e), "kind": getattr(e, "kind", "unreadable")}
     size = tuple(image.shape[-2:])
@@ -97,7 +97,7 @@ def write_fixed(folder, records, looks, metadata, problems):
         changes[f"{what} while reading: {KINDS[kind][0]}"].append("")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "annotations.json")
-    root, names = relative_names(record["file_name"] for record in records)
+    root, names = get_relative_names(record["file_name"] for record in records)
     write_coco(path, records, metadata, names)
     print(f"  cleaned copy: {path} (FORMAT coco, IMAGE_ROOT {root}), {len(records)} images")
     for text, lines in changes.items():
@@ -112,7 +112,7 @@ def report(name, records, metadata, findings):
     """Print what was found in one dataset."""
     boxes = sum(len(record["annotations"]) for record in records)
     print(f"{name}: {len(records)} images, {boxes} boxes")
-    counts = class_counts(records, metadata)
+    counts = count_classes(records, metadata)
     width = max(map(len, counts), default=0)
     for class_name, count in counts.items():
         print(f"    {class_name:<{width}}  {count:>8}")
@@ -131,9 +131,9 @@ def main(args):
         # Decoding and hashing run beside each other.
         with ThreadPoolExecutor(args.workers) as pool:
             looks = pool.map(functools.partial(look_at, pixel_range=args.pixel_range), records)
-            looks = list(progress(looks, desc="images", total=len(records)))
+            looks = list(build_progress_bar(looks, desc="images", total=len(records)))
         found[name] = check_problems(problems) + check_records(records, metadata)
-        found[name] += count_mistakes(image_mistakes(name, records, looks, earlier))
+        found[name] += count_problems(image_mistakes(name, records, looks, earlier))
         report(name, records, metadata, found[name])
         if args.fix:
             folder = args.fix if len(args.names) == 1 else os.path.join(args.fix, name)

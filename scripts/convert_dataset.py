@@ -23,16 +23,16 @@ from PIL import Image
 
 from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
-from plaintrain.data.catalog import common_class_names
+from plaintrain.data.catalog import get_common_class_names
 from plaintrain.data.datasets.shapes import is_drawn, render
-from plaintrain.data.datasets.write import category_ids, make_folder, relative_names, write_coco
-from plaintrain.data.datasets.yolo import label_file
+from plaintrain.data.datasets.write import get_category_ids, get_relative_names, make_folder, write_coco
+from plaintrain.data.datasets.yolo import get_label_file
 from plaintrain.engine.launch import launch
 from plaintrain.structures import BoxMode
 from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
-from plaintrain.utils.logger import progress, setup_logger
+from plaintrain.utils.logger import build_progress_bar, setup_logger
 
 logger = logging.getLogger("plaintrain")
 
@@ -53,7 +53,7 @@ LOST = {
 def image_names(records):
     """For each record a path below one folder, no two the same: the files' own, from where they part."""
     files = [record["file_name"] for record in records if not is_drawn(record["file_name"])]
-    name_of = dict(zip(files, relative_names(files)[1], strict=True))
+    name_of = dict(zip(files, get_relative_names(files)[1], strict=True))
     names = [name_of.get(record["file_name"], f"{record['image_id']}.png") for record in records]
     if len(set(names)) != len(names):
         raise UserError("two records have the same image file: each may be there once only")
@@ -78,14 +78,14 @@ def put_image(record, target, copy):
 def to_coco(records, metadata, output, copy):
     """Write `annotations.json`, and the images that are to be copied or drawn."""
     files, written = [], set()
-    for record, name in zip(progress(records, desc="images"), image_names(records), strict=True):
+    for record, name in zip(build_progress_bar(records, desc="images"), image_names(records), strict=True):
         file = record["file_name"]
         if copy or is_drawn(file):
             file = os.path.join(output, "images", name)
             put_image(record, file, copy)
             written = {output}
         files.append(file)
-    root, names = relative_names(files, *written)
+    root, names = get_relative_names(files, *written)
     path = os.path.join(output, "annotations.json")
     write_coco(path, records, metadata, names)
     logger.info(f"{path}: {_size(records)}; read it with FORMAT coco, IMAGE_ROOT {root}")
@@ -94,15 +94,15 @@ def to_coco(records, metadata, output, copy):
 def to_yolo(splits, metadata, output, args):
     """Write the images and labels of every split, and `data.yaml` last."""
     lost = Counter()
-    ids = category_ids(metadata)
+    ids = get_category_ids(metadata)
     if ids != list(range(1, len(ids) + 1)):
         logger.info(f"category ids {ids} become 0 to {len(ids) - 1}")
     data = {}
     for split, records in splits.items():
         data[split] = f"images/{split}"
-        for record, name in zip(progress(records, desc=split), image_names(records), strict=True):
+        for record, name in zip(build_progress_bar(records, desc=split), image_names(records), strict=True):
             target = os.path.join(output, "images", split, name)
-            path = label_file(target)
+            path = get_label_file(target)
             if os.path.exists(path):
                 raise UserError(f"{record['file_name']} and another image would share the labels {path}")
             put_image(record, target, args.copy_images)
@@ -173,7 +173,7 @@ def main(args):
     load_tool_cfg(args)
     names = {"train": args.name, "val": args.val, "test": args.test}
     names = {split: name for split, name in names.items() if name}
-    common_class_names(list(names.values()))
+    get_common_class_names(list(names.values()))
     splits = {split: list(DatasetCatalog.get(name)) for split, name in names.items()}
     metadata = vars(MetadataCatalog.get(args.name))
     make_folder(args.output)

@@ -17,8 +17,13 @@ import pickle
 
 import torch
 
-from plaintrain.checkpoint.detectron2 import anchor_counts, from_detectron2, is_detectron2, to_detectron2
-from plaintrain.checkpoint.pretrained import fetch_weights, read_state_dict
+from plaintrain.checkpoint.detectron2 import (
+    convert_from_detectron2,
+    convert_to_detectron2,
+    count_anchors,
+    is_detectron2,
+)
+from plaintrain.checkpoint.pretrained import download_weights, read_state_dict
 from plaintrain.engine.launch import launch
 from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
@@ -31,18 +36,18 @@ def convert(source, to, num_ratios):
     Raises:
         UserError: it cannot be read, or has no counterpart there.
     """
-    tensors = read_state_dict(fetch_weights(source))
+    tensors = read_state_dict(download_weights(source))
     if not tensors:
         raise UserError(f"{source} holds no weights")
     if is_detectron2(tensors):
-        tensors = from_detectron2(tensors, num_ratios)
-    for layer, number in anchor_counts(tensors).items():
+        tensors = convert_from_detectron2(tensors, num_ratios)
+    for layer, number in count_anchors(tensors).items():
         if number % num_ratios:
             raise UserError(
                 f"{layer} in {source} is for {number} anchors, which {num_ratios} aspect ratios do not "
                 "divide; give the number of ratios with --num-ratios"
             )
-    return to_detectron2(tensors, num_ratios) if to == "detectron2" else tensors
+    return convert_to_detectron2(tensors, num_ratios) if to == "detectron2" else tensors
 
 
 def write(tensors, path):

@@ -30,7 +30,7 @@ from plaintrain.solver.schedule import Due, every, validates_after
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import EventStorage, closing_all, write_all
-from plaintrain.utils.memory import peak_memory
+from plaintrain.utils.memory import get_peak_memory
 from plaintrain.utils.stop import StopSignal
 
 logger = logging.getLogger("plaintrain")
@@ -121,7 +121,7 @@ def do_train(cfg, model, resume=False):
                 storage.put_scalars(**reduced_losses, time=perf_counter() - start_time, data_time=data_time)
                 if actions.save or actions.log:
                     nonfinite.raise_if_found(storage)  # device sync
-                    storage.put_scalars(**amp.scalars(), **peak_memory(), smoothing_hint=False)
+                    storage.put_scalars(**amp.scalars(), **get_peak_memory(), smoothing_hint=False)
 
                 if actions.save:
                     checkpointer.save_iteration(iteration)  # all ranks

@@ -43,7 +43,7 @@ from plaintrain.solver.amp import build_amp, build_test_autocast
 from plaintrain.solver.ema import build_ema
 from plaintrain.utils import comm
 from plaintrain.utils.events import EventStorage, closing_all, get_event_storage, write_all
-from plaintrain.utils.memory import peak_memory
+from plaintrain.utils.memory import get_peak_memory
 from plaintrain.utils.stop import StopSignal
 
 logger = logging.getLogger("plaintrain")
@@ -185,7 +185,7 @@ def do_train(cfg, model, resume=False):
             if actions.save or actions.log:
                 # Raise on all ranks if a loss or norm since the last save or log is NaN on any rank.
                 nonfinite.raise_if_found(storage)  # device sync
-                storage.put_scalars(**amp.scalars(), **peak_memory(), smoothing_hint=False)
+                storage.put_scalars(**amp.scalars(), **get_peak_memory(), smoothing_hint=False)
 
             if actions.save:
                 checkpointer.save_iteration(iteration)  # all ranks

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 
-from plaintrain.analysis.run_folder import check_run, read_metrics, run_names, run_state
+from plaintrain.analysis.run_folder import check_run, get_run_names, get_run_state, read_metrics
 from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.curves import format_curves, format_state, group_panels
@@ -29,10 +29,10 @@ _CLEAR = "\x1b[H\x1b[J"
 def draw(args):
     """Write the plots to a file."""
     # --watch needs neither matplotlib nor NumPy.
-    from plaintrain.visualization.plots import curve_figure, require_matplotlib, save_figure
+    from plaintrain.visualization.plots import draw_curves, require_matplotlib, save_figure
 
     require_matplotlib()
-    runs = dict(zip(run_names(args.runs), map(read_metrics, args.runs), strict=True))
+    runs = dict(zip(get_run_names(args.runs), map(read_metrics, args.runs), strict=True))
     panels = group_panels(runs, args.metrics)
     if not panels:
         known = sorted({name for series in runs.values() for name in series})
@@ -40,16 +40,16 @@ def draw(args):
         wanted = f"no metric matches {' '.join(args.metrics)}; there are: {some}" if known else ""
         raise UserError(wanted or f"{', '.join(args.runs)} has no metrics.json with values: nothing to draw")
     path = args.output or os.path.join(args.runs[0], "curves.png")
-    save_figure(curve_figure(panels, args.smooth), path)
+    save_figure(draw_curves(panels, args.smooth), path)
     print(f"{len(panels)} pictures of {', '.join(runs)} are in {path}")
 
 
 def text(args, width, plain):
     """(what is to be shown now, whether a run goes on)."""
     lines, goes_on = [], False
-    for name, folder in zip(run_names(args.runs), args.runs, strict=True):
+    for name, folder in zip(get_run_names(args.runs), args.runs, strict=True):
         metrics = read_metrics(folder)
-        state = run_state(folder, metrics)
+        state = get_run_state(folder, metrics)
         goes_on = goes_on or state.name == "running"
         curves = format_curves(metrics, args.metrics, args.smooth, width, plain)
         lines += [format_state(name, metrics, state)[:width], *curves, ""]

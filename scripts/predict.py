@@ -38,7 +38,7 @@ import os
 import sys
 
 from plaintrain.config.defaults import split_overrides
-from plaintrain.data.datasets.write import relative_names, write_coco
+from plaintrain.data.datasets.write import get_relative_names, write_coco
 from plaintrain.data.image_files import list_images
 from plaintrain.data.images import read_image
 from plaintrain.engine import launch, load_cfg
@@ -46,9 +46,9 @@ from plaintrain.predict import Predictor
 from plaintrain.structures import BoxMode, encode_masks
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import writing
-from plaintrain.utils.logger import progress, setup_logger
-from plaintrain.visualization.drawing import draw_instances, scale_to, select
-from plaintrain.visualization.pictures import PICTURES, save_picture
+from plaintrain.utils.logger import build_progress_bar, setup_logger
+from plaintrain.visualization.drawing import draw_instances, filter_instances, scale_longer_side
+from plaintrain.visualization.pictures import IMAGE_FORMATS, save_image
 
 # Pictures of smaller images are enlarged to this longer side, in pixels, so that they can be read.
 _LEAST = 320
@@ -73,7 +73,7 @@ def find_images(inputs):
 def read_batches(paths, size, pixel_range, problems):
     """[(path, image)] of the images that can be read, at most `size` of one shape at a time."""
     batch = []
-    for path in progress(paths, desc="images"):
+    for path in build_progress_bar(paths, desc="images"):
         try:
             image = read_image(path, pixel_range)
         except UserError as e:
@@ -111,8 +111,8 @@ def to_record(path, image, detections, image_id):
 
 def picture_names(paths):
     """Of each image the name of its picture: its own, from the folder on that holds all of them."""
-    names = relative_names(paths)[1]
-    return [name if os.path.splitext(name)[1].lower() in PICTURES else name + ".jpg" for name in names]
+    names = get_relative_names(paths)[1]
+    return [name if os.path.splitext(name)[1].lower() in IMAGE_FORMATS else name + ".jpg" for name in names]
 
 
 def setup(args):
@@ -144,16 +144,16 @@ def main(args, predictor, paths):
         outputs = predictor.batch([image for _, image in batch])
         for (path, image), detections in zip(batch, outputs, strict=True):
             records.append(to_record(path, image, detections, len(records) + 1))
-            shown = select(detections, detections["scores"] >= args.threshold)
+            shown = filter_instances(detections, detections["scores"] >= args.threshold)
             num_drawn += len(shown["boxes"])
             if not args.no_pictures:
                 if max(image.shape) < _LEAST:
-                    image, shown = scale_to(image, shown, _LEAST)
+                    image, shown = scale_longer_side(image, shown, _LEAST)
                 picture = draw_instances(image, shown, predictor.class_names, predictor.skeleton)
-                save_picture(os.path.join(args.output, names[path]), picture)
+                save_image(os.path.join(args.output, names[path]), picture)
     metadata = {"thing_classes": predictor.class_names}
     target = os.path.join(args.output, "predictions.json")
-    folder, relative = relative_names(record["file_name"] for record in records)
+    folder, relative = get_relative_names(record["file_name"] for record in records)
     write_coco(target, records, metadata, relative)
     print(f"{num_drawn} objects with a score of at least {args.threshold:g} in {len(records)} images")
     print(f"wrote {target} (FORMAT coco, IMAGE_ROOT {folder})")

@@ -14,7 +14,7 @@ The samples are those of the training's own loader in batches of one, with what 
 smaller than --size are enlarged to it.
 """
 
-from plaintrain.utils.arguments import add_picture_arguments, build_parser
+from plaintrain.utils.arguments import add_image_arguments, build_parser
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--image-id", action="append", metavar="ID", help="this image only; may be given again"
     )
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
     args = parser.parse_intermixed_args()
 
 import itertools
@@ -38,15 +38,21 @@ import numpy as np
 from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.config.defaults import split_overrides
 from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
-from plaintrain.data.build import training_records
-from plaintrain.data.catalog import class_names, common_class_names, select_classes
+from plaintrain.data.build import get_training_records
+from plaintrain.data.catalog import get_common_class_names, load_class_names, select_classes
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.engine.launch import launch
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.colors import class_colors
-from plaintrain.visualization.drawing import draw_instances, record_instances, scale_to, select, skeleton_of
-from plaintrain.visualization.pictures import check_picture_arguments, write_pictures
+from plaintrain.visualization.colors import get_class_colors
+from plaintrain.visualization.drawing import (
+    draw_instances,
+    filter_instances,
+    get_record_instances,
+    get_skeleton,
+    scale_longer_side,
+)
+from plaintrain.visualization.pictures import check_image_arguments, write_images
 
 
 def select_images(records, image_ids):
@@ -74,7 +80,7 @@ def annotated_images(cfg, args):
             continue
         image = read_image(record["file_name"], get_pixel_range(cfg))
         check_image_size(record, image)
-        yield record["file_name"], image, record_instances(record)
+        yield record["file_name"], image, get_record_instances(record)
 
 
 def training_samples(cfg, args):
@@ -82,7 +88,7 @@ def training_samples(cfg, args):
     options = {}
     if args.image_id:
         # Other images may still be pasted into them.
-        records = training_records(cfg)
+        records = get_training_records(cfg)
         kept = [records[i] for i in select_images(records, args.image_id)]
         options = {"dataset": kept, "mapper": DatasetMapper(cfg, is_train=True, records=records)}
         options["sampler"] = TrainingSampler(len(kept), 1, seed=cfg.SEED)
@@ -102,8 +108,8 @@ def setup(args):
     names = names or list(cfg.DATASETS.TRAIN) or list(cfg.DATASETS.TEST)
     if not names:
         raise UserError("which dataset? Name one, or give a --config-file with DATASETS.TRAIN")
-    check_picture_arguments(args)
-    classes = common_class_names(names)
+    check_image_arguments(args)
+    classes = get_common_class_names(names)
     args.labels = {classes.index(name) for name in select_classes(classes, args.classes, names[0])}
     args.labels = args.labels if args.classes else set()
     seed = max(cfg.SEED, 0) if args.seed is None else args.seed
@@ -114,15 +120,17 @@ def setup(args):
 
 def draw(cfg, args, legend):
     """Iterate over (file name, caption, drawn image), and add the classes that are drawn to the legend."""
-    names = class_names(cfg.DATASETS.TRAIN[0])
-    skeleton, colors = skeleton_of(MetadataCatalog.get(cfg.DATASETS.TRAIN[0])), class_colors(len(names))
+    names = load_class_names(cfg.DATASETS.TRAIN[0])
+    skeleton, colors = get_skeleton(MetadataCatalog.get(cfg.DATASETS.TRAIN[0])), get_class_colors(len(names))
     source = annotated_images if args.source == "annotation" else training_samples
     for file_name, image, instances in itertools.islice(source(cfg, args), args.num):
         height, width = image.shape[-2:]
         if args.labels:
-            instances = select(instances, np.isin(instances["labels"], list(args.labels)).nonzero()[0])
+            instances = filter_instances(
+                instances, np.isin(instances["labels"], list(args.labels)).nonzero()[0]
+            )
         if max(height, width) < args.size:
-            image, instances = scale_to(image, instances, args.size)
+            image, instances = scale_longer_side(image, instances, args.size)
         legend |= {names[label]: colors[label] for label in instances["labels"].tolist()}
         yield file_name, f"  {width}x{height}", draw_instances(image, instances, names, skeleton)
 
@@ -130,7 +138,7 @@ def draw(cfg, args, legend):
 def main(args, cfg):
     """Draw, and write or show; prints what was made."""
     legend = {}
-    if not write_pictures(draw(cfg, args, legend), args, ", ".join(cfg.DATASETS.TRAIN), legend):
+    if not write_images(draw(cfg, args, legend), args, ", ".join(cfg.DATASETS.TRAIN), legend):
         raise UserError(f"no image of {', '.join(cfg.DATASETS.TRAIN)} has what was asked for")
 
 

@@ -14,7 +14,7 @@ is poorly placed (localisation), of the wrong class, both, a duplicate, or on th
 are the objects, on the right the detections, each in the colour of what became of it.
 """
 
-from plaintrain.utils.arguments import add_picture_arguments, build_parser
+from plaintrain.utils.arguments import add_image_arguments, build_parser
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports that take seconds.
@@ -33,7 +33,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--task", choices=("bbox", "segm"), default="bbox", help="whose IoU: of boxes, or of masks"
     )
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
     args = parser.parse_args()
 
 import itertools
@@ -44,20 +44,24 @@ import torch
 from plaintrain.analysis.command import choose_predictions, load_tool_cfg
 from plaintrain.analysis.errors import ERRORS, OUTCOMES, find_errors
 from plaintrain.data import MetadataCatalog
-from plaintrain.data.catalog import class_names, select_classes
+from plaintrain.data.catalog import load_class_names, select_classes
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.engine.launch import launch
 from plaintrain.evaluation.predictions import read_detections
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.drawing import skeleton_of
-from plaintrain.visualization.matches import concerns, draw_matches
-from plaintrain.visualization.pictures import check_picture_arguments, write_pictures
+from plaintrain.visualization.drawing import get_skeleton
+from plaintrain.visualization.matches import draw_matches, involves_labels
+from plaintrain.visualization.pictures import check_image_arguments, write_images
 
 
 def count_errors(errors, labels):
     """Return {type: its number in each image}, of some classes, a list of labels, if it is not empty."""
     objects, detections, counts = errors.objects, errors.detections, {}
-    chosen = concerns(objects, detections, labels) if labels else np.ones(len(detections["type"]), dtype=bool)
+    chosen = (
+        involves_labels(objects, detections, labels)
+        if labels
+        else np.ones(len(detections["type"]), dtype=bool)
+    )
     is_missed = objects["state"] == "missed"
     is_missed &= np.isin(objects["labels"], labels) if labels else True
     for error in ERRORS:
@@ -69,20 +73,20 @@ def count_errors(errors, labels):
 
 def setup(args):
     """Register the datasets, and find the predictions, after the checks of the command line."""
-    check_picture_arguments(args)
+    check_image_arguments(args)
     if not (0 <= args.threshold <= 1 and 0 < args.iou <= 1):
         raise UserError("--threshold must be from 0 to 1, and --iou above 0 and at most 1")
     cfg = load_tool_cfg(args)
     args.pixel_range = get_pixel_range(cfg)
     choose_predictions(args, cfg)
-    names = class_names(args.dataset)
+    names = load_class_names(args.dataset)
     chosen = select_classes(names, args.classes, args.dataset) if args.classes else []
     args.labels = [names.index(name) for name in chosen]
 
 
 def draw(errors, counts, args):
     """Iterate over (file name, caption, drawn image), the images first where most went wrong."""
-    skeleton = skeleton_of(MetadataCatalog.get(args.dataset))
+    skeleton = get_skeleton(MetadataCatalog.get(args.dataset))
     num_errors = sum(counts[error] for error in args.kind or ERRORS)
     for index in np.argsort(-num_errors, kind="stable")[: np.count_nonzero(num_errors)].tolist():
         record = errors.records[index]
@@ -106,7 +110,7 @@ def main(args):
     for error in ERRORS:
         print(f"  {f'{error}: {OUTCOMES[error][1]}':<48}{counts[error].sum():>8}")
     pictures = itertools.islice(draw(errors, counts, args), args.num)
-    if not write_pictures(pictures, args, args.dataset, legend, width=2):
+    if not write_images(pictures, args, args.dataset, legend, width=2):
         print("no image has such an error: there is nothing to draw")
 
 

@@ -55,7 +55,7 @@ MUTATIONS = {
         ('tensors["visibility"].clamp(max=1)', 'tensors["visibility"].clamp(max=0)'),
     ],
     "plaintrain/data/transforms/crops.py": [
-        ("crop(select(tensors, inside), top", "crop(tensors, top"),
+        ("crop(select_instances(tensors, inside), top", "crop(tensors, top"),
     ],
     "plaintrain/data/image_files.py": [
         (
@@ -64,7 +64,7 @@ MUTATIONS = {
         ),
     ],
     "plaintrain/data/keypoints.py": [
-        ('keypoint_flip_indices(names, metadata.get("keypoint_flip_map"))', "keypoint_flip_indices(names)"),
+        ('compute_hflip_indices(names, metadata.get("keypoint_flip_map"))', "compute_hflip_indices(names)"),
     ],
     "plaintrain/data/build.py": [
         ("(cfg, is_train=True, augmentations=augmentations)", "(cfg, is_train=True)"),
@@ -74,7 +74,7 @@ MUTATIONS = {
     "plaintrain/data/dataset_mapper.py": [
         ("as_subclass(torch.Tensor) * (visibility > 0)", "as_subclass(torch.Tensor)"),
         ('= [a for a in record["annotations"] if not a.get("iscrowd", 0)]', '= record["annotations"]'),
-        ("= select(tensors, has_extent(tensors))", '= select(tensors, tensors["labels"] >= 0)'),
+        ("(tensors, has_extent(tensors))", '(tensors, tensors["labels"] >= 0)'),
     ],
     "plaintrain/data/transforms/photometric.py": [
         ("h, w = round(math.sqrt(area * ratio))", "w, h = round(math.sqrt(area * ratio))"),
@@ -339,12 +339,12 @@ MUTATIONS = {
             '        with atomic_write(path, "wb") as f:\n',
             (
                 "        if last:\n"
-                "            tag_last(os.path.dirname(path), os.path.basename(path))\n"
+                "            write_last_checkpoint(os.path.dirname(path), os.path.basename(path))\n"
                 '        with atomic_write(path, "wb") as f:\n'
             ),
         ),
         ('map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
-        ("for path in checkpoint_files(folder)]", "for path in checkpoint_files(folder)[::-1]]"),
+        ("for path in list_checkpoints(folder)]", "for path in list_checkpoints(folder)[::-1]]"),
         ('model_(\\d{7,})\\.pth")', 'model_(\\d{7})\\.pth")'),
         ("max(0, len(others) - max_to_keep + 1)", "max(0, len(others) - max_to_keep + 2)"),
     ],
@@ -458,7 +458,7 @@ MUTATIONS = {
         ("if not actions.stop:", "if True:"),
     ],
     "scripts/predict.py": [
-        ('select(detections, detections["scores"] >= args.threshold)', "detections"),
+        ('filter_instances(detections, detections["scores"] >= args.threshold)', "detections"),
     ],
 }
 
@@ -485,15 +485,19 @@ PLANTED = {
             ("    if last:\n", "    if not last:\n"),
             ("sorted(names, key=lambda name: _age(folder, name))", "sorted(names)"),
             (
-                'raise DamagedCheckpointError(f"cannot read the checkpoint {path}: {first_line(e)}") from e',
+                'raise DamagedCheckpointError(f"cannot read the checkpoint {path}: '
+                '{get_first_line(e)}") from e',
                 'return {"model": torch.nn.Linear(1, 1).state_dict(), "iteration": 0}',
             ),
         ],
         "plaintrain/checkpoint/state.py": [
             *(("return value\n    if", f"return {new}\n    if") for new in _OTHER_TENSORS),
             ("for key, item in value.items()}", "for key, item in value.items() if item is not None}"),
-            ("{key: plain(item, name)", "{str(key): plain(item, name)"),
-            ("type(value)(plain(item, name) for item in value)", "[plain(item, name) for item in value]"),
+            ("{key: convert_to_builtin_types(item, name)", "{str(key): convert_to_builtin_types(item, name)"),
+            (
+                "type(value)(convert_to_builtin_types(item, name) for item in value)",
+                "[convert_to_builtin_types(item, name) for item in value]",
+            ),
             ("bool | str | torch.Tensor", "str | torch.Tensor"),
             ("return float(value)", "return torch.tensor(float(value)).item()"),
             ("return float(value)", "return str(value)"),
@@ -569,7 +573,10 @@ PLANTED = {
     },
     "tests/properties/test_transform_properties.py": {
         "plaintrain/data/transforms/copy_paste.py": [
-            ("return tighten(select(result, keep), touched[keep])", "return select(result, keep)"),
+            (
+                "return tighten_boxes(select_instances(result, keep), touched[keep])",
+                "return select_instances(result, keep)",
+            ),
             ("result = _covered(tensors, cover)", "result = dict(tensors)"),
         ],
         "plaintrain/data/transforms/photometric.py": [
@@ -581,12 +588,12 @@ PLANTED = {
                 "    cut = (moved",
                 ('    cropped["boxes"] = tv_tensors.wrap(moved, like=cropped["boxes"])\n    cut = (moved'),
             ),
-            ("select(hide_outside(cropped), keep)", "select(cropped, keep)"),
+            ("select_instances(clear_outside_keypoints(cropped), keep)", "select_instances(cropped, keep)"),
             ('ROWS = ("boxes", "labels", "masks"', 'ROWS = ("boxes", "masks"'),
             ("[0, 0, 1, 1]", "[0, 0, 0, 0]"),
             (
-                "tighten(select(hide_outside(cropped), keep), cut[keep])",
-                "select(hide_outside(cropped), keep)",
+                "tighten_boxes(select_instances(clear_outside_keypoints(cropped), keep), cut[keep])",
+                "select_instances(clear_outside_keypoints(cropped), keep)",
             ),
             ("> MIN_SIDE).all(dim=1)", ">= 0).all(dim=1)"),
             (

@@ -16,11 +16,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from plaintrain.config import get_cfg
 from plaintrain.data import cache
-from plaintrain.data.cache import cached_records
+from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog
 from plaintrain.data.datasets.coco import load_coco_json
 from plaintrain.engine import create_ddp_model, default_setup
-from plaintrain.evaluation import validation_losses
+from plaintrain.evaluation import compute_validation_losses
 from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
 from plaintrain.solver.ema import ModelEMA
 from plaintrain.utils import comm
@@ -252,13 +252,13 @@ def validate(args):
     batch = make_batch(7)
     own = batch[5:] if comm.get_rank() else batch[:5]
     loader = [own[:2], own[2:4], own[4:]] if len(own) > 2 else [own]
-    save(args, validation_losses(create_ddp_model(make_retinanet()), [loader]))
+    save(args, compute_validation_losses(create_ddp_model(make_retinanet()), [loader]))
 
 
 def validate_on_rank_0_only(args):
     """As when there are fewer images than ranks."""
     loader = [make_batch(2)] if comm.is_main_process() else []
-    save(args, validation_losses(make_retinanet(), [loader]))
+    save(args, compute_validation_losses(make_retinanet(), [loader]))
 
 
 def read_through_cache(args):
@@ -271,5 +271,5 @@ def read_through_cache(args):
 
     cache._LEAST_BYTES = 0
     with comm.first_on_machine():
-        records, _ = cached_records(load, str(Path(args.folder, "instances.json")), "images")
+        records, _ = load_cached_records(load, str(Path(args.folder, "instances.json")), "images")
     save(args, {"parsed": len(parsed), "boxes": [a["bbox"] for r in records for a in r["annotations"]]})

@@ -11,7 +11,7 @@ from PIL import Image
 from plaintrain.config import get_cfg
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets.builtin import declare_datasets
-from plaintrain.data.datasets.write import category_ids
+from plaintrain.data.datasets.write import get_category_ids
 from plaintrain.data.images import read_image
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.report.build import build_report
@@ -76,7 +76,7 @@ def detections(dataset_name, seed=0):
     """Detections of a dataset in COCO's results format: near an object each, some of a wrong class."""
     rng, found = np.random.default_rng(seed), []
     records = DatasetCatalog.get(dataset_name)
-    ids = category_ids(MetadataCatalog.get(dataset_name))
+    ids = get_category_ids(MetadataCatalog.get(dataset_name))
     for record in records:
         for a in record["annotations"]:
             box = BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS)

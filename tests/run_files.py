@@ -89,9 +89,9 @@ def lines(folder):
 
 def newest_checkpoint(folder):
     """(iteration, number of files that had to be passed over) of what `--resume` would take; -1 if none."""
-    from plaintrain.checkpoint.files import DamagedCheckpointError, read_checkpoint, resume_candidates
+    from plaintrain.checkpoint.files import DamagedCheckpointError, list_resume_candidates, read_checkpoint
 
-    for passed, path in enumerate(resume_candidates(str(folder))):
+    for passed, path in enumerate(list_resume_candidates(str(folder))):
         try:
             return read_checkpoint(path, mmap=True)["iteration"], passed
         except DamagedCheckpointError:

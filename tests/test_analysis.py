@@ -8,13 +8,20 @@ from detection_helpers import add_dataset, make_annotation, make_record, random_
 
 from plaintrain.analysis import breakdown
 from plaintrain.analysis.analyze import analyze, compute_delta_ap, compute_fixed_ap
-from plaintrain.analysis.errors import DETECTION_TYPES, ERRORS, REAL_STATES, STATES, find_errors, match
+from plaintrain.analysis.errors import (
+    DETECTION_TYPES,
+    ERRORS,
+    REAL_STATES,
+    STATES,
+    find_errors,
+    match_detections,
+)
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.evaluation import COCOEvaluator
 from plaintrain.evaluation.detections import Detections, compute_overlaps
 from plaintrain.evaluation.predictions import PREDICTIONS_FILE, read_detections, write_predictions
-from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.structures import BoxMode, encode_segmentation
 from plaintrain.utils.errors import UserError
 
 
@@ -84,7 +91,7 @@ def test_only_the_best_of_several_wrong_detections_of_an_object_is_fixed():
 def test_the_threshold_of_the_best_f1():
     name = register([(0, A, 0, 0), (0, B, 0, 0), (0, FAR, 2, 0)], classes=4)
     rows = [(A, 0.9, 0), (A, 0.7, 0), (B, 0.7, 0), (FAR, 0.6, 0), (A, 0.8, 1), (NEAR_B, 0.8, 2)]
-    found = breakdown.best_thresholds(find_errors(name, detections_of([(0, *row) for row in rows])))
+    found = breakdown.compute_best_thresholds(find_errors(name, detections_of([(0, *row) for row in rows])))
     # Of class 0: 1 of 1 and half of all, 2 of 3 and all (the equal scores only together), 2 of 4 and all.
     first = {"name": "c0", "threshold": 0.7, "f1": 0.8, "precision": 2 / 3, "recall": 1}
     assert found["classes"][0] == pytest.approx(first)
@@ -97,7 +104,9 @@ def test_the_threshold_of_the_best_f1():
 def test_calibration_compares_scores_with_what_is_correct():
     objects = [(0, A, 0, 0), (0, B, 0, 0), (0, [40, 40, 100, 100], 0, 1)]
     rows = [(A, 0.95, 0), (FAR, 0.91, 1), (B, 0.15, 0), ([50, 50, 60, 60], 0.5, 0), (FAR, 1.0, 1)]
-    found = breakdown.calibration(find_errors(register(objects), detections_of([(0, *row) for row in rows])))
+    found = breakdown.compute_calibration(
+        find_errors(register(objects), detections_of([(0, *row) for row in rows]))
+    )
     bins = found["bins"]
     assert [part["count"] for part in bins] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 3]
     assert bins[0] == {"low": 0.0, "high": 0.1, "count": 0, "score": None, "precision": None}
@@ -110,7 +119,9 @@ def test_confusion_counts_each_object_and_each_detection_once():
     crowd = (0, [40, 40, 100, 100], 0, 1)
     objects = [(0, A, 0, 0), crowd, (1, A, 0, 0), (1, B, 1, 0), (1, FAR, 1, 0)]
     rows = [(0, A, 0.9, 0), (0, FAR, 0.8, 0), (1, A, 0.9, 1), (1, A, 0.6, 0), (1, B, 0.8, 0), (1, B, 0.9, 0)]
-    found = breakdown.confusion(find_errors(register(objects, images=2), detections_of(rows, images=2)))
+    found = breakdown.compute_confusion_matrix(
+        find_errors(register(objects, images=2), detections_of(rows, images=2))
+    )
     assert found["labels"] == ["c0", "c1", "background"]
     assert found["counts"] == [[2, 0, 0], [1, 0, 1], [1, 1, 0]]
     assert found["shares"] == [[1, 0, 0], [0.5, 0, 0.5], [0.5, 0.5, 0]]
@@ -123,7 +134,7 @@ def test_objects_by_what_they_are_like():
     name = register([*objects, (1, [0, 0, 100, 100], 0, 1)], images=2)
     rows = [(0, A, 0.9, 0), (0, [50, 0, 90, 8], 0.4, 0), (1, [0, 0, 10, 50], 0.8, 1)]
     errors = find_errors(name, detections_of(rows, images=2))
-    found = breakdown.object_breakdown(errors, errors.above(0.5))
+    found = breakdown.compute_object_breakdown(errors, errors.above(0.5))
     bins = {key: {p["name"]: p["objects"] for p in parts if p["objects"]} for key, parts in found.items()}
     assert bins == {
         "size": {"< 16": 2, "16-32": 2},
@@ -142,13 +153,13 @@ def test_the_best_and_the_worst_images():
     name = register(objects, images=6)
     rows = [(0, A, 0.9, 0), (1, A, 0.9, 0), (1, B, 0.9, 0), (2, FAR, 0.9, 0), (3, A, 0.9, 0), (5, A, 0.9, 1)]
     errors = find_errors(name, detections_of(rows, images=6))
-    found = breakdown.best_and_worst(errors)
+    found = breakdown.select_best_and_worst(errors)
     assert [entry["image_id"] for entry in found["best"]] == [1, 0]
     assert [entry["image_id"] for entry in found["worst"]] == [2, 5, 3]
     assert found["worst"][2]["f1"] == pytest.approx(2 / 3)
     counts = dict.fromkeys([*DETECTION_TYPES, *REAL_STATES], 0) | {"background": 1, "missed": 1, "wrong": 1}
     assert found["worst"][0] == {"image_id": 2, "file_name": "2.jpg", "index": 2, "f1": 0.0, **counts}
-    assert [len(entries) for entries in breakdown.best_and_worst(errors, 1).values()] == [1, 1]
+    assert [len(entries) for entries in breakdown.select_best_and_worst(errors, 1).values()] == [1, 1]
 
 
 def analysis_of(folder, name, detections, **options):
@@ -222,7 +233,7 @@ def test_masks_and_keypoints_are_tasks_of_their_own(tmp_path):
         for a in record["annotations"]:
             box = BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
             rows.append([i, *box, 0.9, a["category_id"]])
-            masks.append(segmentation_to_rle(a["segmentation"], 60, 90)["counts"])
+            masks.append(encode_segmentation(a["segmentation"], 60, 90)["counts"])
             keypoints.append(np.reshape(a["keypoints"], (-1, 3)))
     # The box is right, the mask is that of another object, in another place.
     masks[0] = masks[1]
@@ -270,7 +281,7 @@ def match_image(objects, detections, iou_threshold=0.5):
         boxes = np.array(table["boxes"], dtype=float)
         tables.append({"crowd": np.zeros(len(boxes), dtype=bool), "image": np.zeros(len(boxes), dtype=int)})
         tables[-1] |= {key: np.array(value) for key, value in table.items()} | {"boxes": boxes}
-    return match(*tables, compute_overlaps(*tables), iou_threshold)
+    return match_detections(*tables, compute_overlaps(*tables), iou_threshold)
 
 
 def arrays_of(rows):

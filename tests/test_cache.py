@@ -12,7 +12,7 @@ import rank_functions
 from processes import Job
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, cache, register_coco_instances
-from plaintrain.data.cache import cache_folder, cached_records
+from plaintrain.data.cache import get_cache_folder, load_cached_records
 from plaintrain.data.datasets.coco import load_coco_json
 from plaintrain.data.serialized import SerializedRecords
 
@@ -34,7 +34,7 @@ def read(parsed):
         return load_coco_json(json_file, image_root, classes)
 
     def read(files, root=None, classes=None):
-        records, metadata = cached_records(load, str(files.json), str(root or files.images), classes)
+        records, metadata = load_cached_records(load, str(files.json), str(root or files.images), classes)
         assert isinstance(records, SerializedRecords)
         return list(records), metadata
 
@@ -42,7 +42,7 @@ def read(parsed):
 
 
 def _files():
-    return sorted(Path(cache_folder()).iterdir())
+    return sorted(Path(get_cache_folder()).iterdir())
 
 
 def test_arrays_give_back_every_record(tiny_coco):
@@ -132,7 +132,7 @@ def test_records_are_read_without_a_cache(tiny_coco, read, parsed, monkeypatch, 
     monkeypatch.setenv("PLAINTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "_LEAST_BYTES", 10**6)
     read(tiny_coco)
-    assert not os.path.exists(cache_folder())
+    assert not os.path.exists(get_cache_folder())
     monkeypatch.setattr(cache, "_LEAST_BYTES", 0)
 
     # Neither are files that change while they are read.
@@ -141,8 +141,8 @@ def test_records_are_read_without_a_cache(tiny_coco, read, parsed, monkeypatch, 
         tiny_coco.json.write_text(json.dumps(tiny_coco.content) + " ")
         return found
 
-    cached_records(load, str(tiny_coco.json), str(tiny_coco.images))
-    assert not os.path.exists(cache_folder())
+    load_cached_records(load, str(tiny_coco.json), str(tiny_coco.images))
+    assert not os.path.exists(get_cache_folder())
 
     def save(file, **arrays):
         file.write(b"a part")
@@ -156,9 +156,9 @@ def test_records_are_read_without_a_cache(tiny_coco, read, parsed, monkeypatch, 
     monkeypatch.delenv("PLAINTRAIN_CACHE")
     monkeypatch.setenv("HOME", "/home/her")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == "/home/her/.cache/plaintrain"
+    assert get_cache_folder() == "/home/her/.cache/plaintrain"
     monkeypatch.setenv("XDG_CACHE_HOME", "/fast")
-    assert cache_folder() == "/fast/plaintrain"
+    assert get_cache_folder() == "/fast/plaintrain"
 
 
 def test_one_rank_of_a_machine_parses(tiny_coco, tmp_path):

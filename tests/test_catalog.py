@@ -7,7 +7,7 @@ from hostile_helpers import rejected
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog, declare_datasets
-from plaintrain.data.catalog import class_names
+from plaintrain.data.catalog import load_class_names
 from plaintrain.data.datasets.builtin import declare_dataset, read_dataset
 from plaintrain.data.datasets.coco import register_coco_instances
 from plaintrain.data.datasets.shapes import load_shapes
@@ -59,13 +59,13 @@ def test_metadata_and_class_names_come_from_what_was_set_or_from_loading():
         return []
 
     DatasetCatalog.register("cells", load)
-    assert class_names("cells") == ["a", "b"]
+    assert load_class_names("cells") == ["a", "b"]
     DatasetCatalog.register("unread", lambda: pytest.fail("loaded for nothing"))
     MetadataCatalog.get("unread").set(thing_classes=["c"])
-    assert class_names("unread") == ["c"]
+    assert load_class_names("unread") == ["c"]
     DatasetCatalog.register("unnamed", list)
     with pytest.raises(UserError, match=r'MetadataCatalog.get\("unnamed"\).set\(thing_classes='):
-        class_names("unnamed")
+        load_class_names("unnamed")
 
 
 def _declare(name, spec=None, **keys):
@@ -101,7 +101,9 @@ def test_every_format_is_declared_in_a_yaml_file(tiny_coco, tiny_voc, tmp_path, 
     declare_datasets(cfg)
     lengths = {"pets": 3, "zoo": 2, "drawn": 4, "detected": 3, "ants": 1, "images": 1, "both": 2}
     assert {name: len(DatasetCatalog.get(name)) for name in lengths} == lengths
-    assert class_names("drawn") == ["circle", "square", "triangle"] and class_names("both") == ["ant"]
+    assert load_class_names("drawn") == ["circle", "square", "triangle"] and load_class_names("both") == [
+        "ant"
+    ]
     by_voc = [name for name in lengths if MetadataCatalog.get(name).evaluator_type == "pascal_voc"]
     assert by_voc == ["zoo", "detected"]
     assert {MetadataCatalog.get(name).evaluator_type for name in lengths} == {"pascal_voc", "coco"}
@@ -133,7 +135,7 @@ def test_declarations_are_used_and_may_be_repeated_but_not_changed(tiny_coco, ti
     _declare("zoo", FORMAT="voc", ROOT=str(tiny_voc.root), SPLIT="train", CLASSES=["zebra"])
     for name, labels, classes in (("pets", [1, 0, 1], ["dog", "cat"]), ("zoo", [0], ["zebra"])):
         assert [a["category_id"] for r in DatasetCatalog.get(name) for a in r["annotations"]] == labels
-        assert class_names(name) == classes
+        assert load_class_names(name) == classes
     assert MetadataCatalog.get("pets").keypoint_flip_map == [("head", "foot")]
     _declare("cells", FORMAT="shapes", SPLIT="val", NUM=3)
     _declare("cells", FORMAT="shapes", SPLIT="val", NUM=3)
@@ -201,7 +203,7 @@ def test_built_in_datasets_have_their_evaluators_and_classes(tiny_voc, tmp_path,
     tiny_voc.write("a", tiny_voc.object("tvmonitor", 1, 1, 9, 9), tiny_voc.object("aeroplane", 1, 1, 9, 9))
     declare_dataset("voc_again", MetadataCatalog.get("voc_2007_train").declaration)
     assert [a["category_id"] for a in DatasetCatalog.get("voc_again")[0]["annotations"]] == [19, 0]
-    assert class_names("voc_again") == VOC_CLASSES
+    assert load_class_names("voc_again") == VOC_CLASSES
 
 
 @pytest.fixture
@@ -236,7 +238,7 @@ def test_datasets_of_equal_classes_are_joined_in_order(part):
     records = _join("two", "one")
     assert [record["image_id"] for record in records] == [3, 4, 1, 2]
     assert _labels(records) == [[0, 1], [], [0, 1], []]
-    assert class_names("both") == ["cat", "dog"]
+    assert load_class_names("both") == ["cat", "dog"]
     metadata = MetadataCatalog.get("both")
     assert metadata.evaluator_type == "coco"
     assert metadata.thing_dataset_id_to_contiguous_id == {1: 0, 2: 1}
@@ -282,7 +284,7 @@ def test_merged_classes_are_in_order_of_first_appearance_and_may_be_chosen(part,
     part("one", ["dog", "cat"], (1, 2))
     part("two", ["cow", "dog"], (3, 4), first_id=7)
     records = _join("one", "two", MERGE_CLASSES=True)
-    assert class_names("both") == ["dog", "cat", "cow"]
+    assert load_class_names("both") == ["dog", "cat", "cow"]
     assert _labels(records) == [[0, 1], [], [2, 0], []]
     # dog is 1 there and 8 here.
     assert MetadataCatalog.get("both").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
@@ -291,7 +293,7 @@ def test_merged_classes_are_in_order_of_first_appearance_and_may_be_chosen(part,
     assert MetadataCatalog.get("agreeing").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
     # CLASSES choose and order them, and may be in no part.
     records = _join("one", "two", name="chosen", CLASSES=["dog", "catt", "cow"])
-    assert class_names("chosen") == ["dog", "catt", "cow"]
+    assert load_class_names("chosen") == ["dog", "catt", "cow"]
     assert _labels(records) == [[0], [], [2, 0], []]
     assert "'catt'; the nearest is 'cat'" in log.text
     rejected("twice", by=lambda: _join("one", name="again", CLASSES=["dog", "dog"]))
@@ -302,7 +304,7 @@ def test_merged_classes_are_in_order_of_first_appearance_and_may_be_chosen(part,
     declare_dataset("shapes", {"FORMAT": "shapes", "SPLIT": "val", "NUM": 3})
     records = _join("inner", "shapes", name="all", MERGE_CLASSES=True)
     assert len(records) == 3 + 2 + 3
-    assert class_names("all")[:4] == ["cat", "person", "dog", "ant"]
+    assert load_class_names("all")[:4] == ["cat", "person", "dog", "ant"]
     assert records[0]["image_id"] == "inner/pets/2"
 
 

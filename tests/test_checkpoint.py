@@ -13,7 +13,7 @@ from run_files import load
 from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
-from plaintrain.checkpoint.state import take_norm_buffers
+from plaintrain.checkpoint.state import restore_norm_buffers
 from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer
 from plaintrain.engine.early_stopping import EarlyStopping
 from plaintrain.engine.nonfinite import NonfiniteGuard
@@ -101,7 +101,7 @@ def test_each_rank_takes_its_own_running_statistics(monkeypatch, world_size, mea
     monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
     saved = [{"model": {"bn.running_mean": rank}} for rank in range(2)]
     states = {"model": {"bn.running_mean": 0}, "norm_buffers": saved}
-    take_norm_buffers(states)
+    restore_norm_buffers(states)
     assert states == {"model": {"bn.running_mean": mean}}
 
 

@@ -7,7 +7,7 @@ import pytest
 from hostile_helpers import rejected
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, register_coco_instances
-from plaintrain.data.catalog import class_names
+from plaintrain.data.catalog import load_class_names
 from plaintrain.data.datasets.coco import load_coco_json, load_coco_results
 from plaintrain.structures import BoxMode
 
@@ -206,7 +206,7 @@ def test_register_coco_instances_as_in_detectron2(tiny_coco):
     metadata = MetadataCatalog.get("pets")
     assert metadata.evaluator_type == "coco"
     assert (metadata.json_file, metadata.image_root, metadata.colour) == (*files, "red")
-    assert class_names("pets") == ["cat", "person", "dog"]
+    assert load_class_names("pets") == ["cat", "person", "dog"]
     assert len(DatasetCatalog.get("pets")) == 3
     rejected("pets", by=lambda: register_coco_instances("pets", {}, *files))
     own = {"thing_classes": ["person", "cat"], "evaluator_type": "pascal_voc"}

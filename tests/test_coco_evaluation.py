@@ -18,7 +18,7 @@ from rank_functions import evaluate_a_part
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, register_coco_instances
 from plaintrain.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, coco_backend
-from plaintrain.evaluation.coco import average_recall, coverage
+from plaintrain.evaluation.coco import compute_average_recall, compute_proposal_coverage
 from plaintrain.utils.errors import UserError
 
 _BOX = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -344,20 +344,20 @@ def test_a_rank_without_images_or_masks_changes_nothing(difficult, monkeypatch, 
 
 def test_coverage_and_average_recall_by_hand():
     # The second proposal is best for both objects; the first object is left with the first proposal.
-    assert sorted(coverage(np.array([[0.5, 0.3], [0.6, 0.8], [0.1, 0.2]]))) == [0.5, 0.8]
+    assert sorted(compute_proposal_coverage(np.array([[0.5, 0.3], [0.6, 0.8], [0.1, 0.2]]))) == [0.5, 0.8]
     # More objects than proposals.
-    assert sorted(coverage(np.array([[0.5, 0.3, 0.9]]))) == [0.0, 0.0, 0.9]
-    assert coverage(np.zeros((0, 2))).tolist() == [0.0, 0.0]
+    assert sorted(compute_proposal_coverage(np.array([[0.5, 0.3, 0.9]]))) == [0.0, 0.0, 0.9]
+    assert compute_proposal_coverage(np.zeros((0, 2))).tolist() == [0.0, 0.0]
     boxes = np.array([[0.0, 0, 20, 20], [100, 100, 150, 150]])
     objects = np.array([[0.0, 0, 20, 20], [100, 100, 150, 136], [300, 300, 500, 500]])
     areas = np.array([400.0, 1800.0, 40000.0])
-    metrics = average_recall([(boxes, objects, areas)])
+    metrics = compute_average_recall([(boxes, objects, areas)])
     assert list(metrics) == [f"AR{size}@{limit}" for limit in (100, 1000) for size in ("", "s", "m", "l")]
     # IoUs are 1, 0.72 (above 0.50 to 0.70) and 0.
     assert [metrics[f"AR{size}@100"] for size in ("s", "m", "l", "")] == pytest.approx([100, 50, 0, 50])
     # The hit is the 101st.
     far = np.tile([900.0, 900, 950, 950], (100, 1))
-    metrics = average_recall([(np.concatenate([far, boxes[:1]]), objects[:1], areas[:1])])
+    metrics = compute_average_recall([(np.concatenate([far, boxes[:1]]), objects[:1], areas[:1])])
     assert metrics["AR@100"] == 0.0 and metrics["AR@1000"] == 100.0
     assert math.isnan(metrics["ARl@100"])
 

@@ -11,9 +11,9 @@ from pycocotools import mask as coco_mask
 from plaintrain.data.datasets.builtin import declare_dataset, read_dataset
 from plaintrain.data.datasets.coco import load_coco_json
 from plaintrain.data.datasets.write import write_coco
-from plaintrain.data.datasets.yolo import label_file, load_yolo
+from plaintrain.data.datasets.yolo import get_label_file, load_yolo
 from plaintrain.data.images import read_image
-from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.structures import BoxMode, encode_segmentation
 from plaintrain.utils.errors import UserError
 
 
@@ -147,7 +147,7 @@ def test_shapes_are_drawn_and_labels_found_in_folders_of_any_name(convert, decla
     declare("places", FORMAT="images", ROOT=str(tmp_path / "places"), CLASSES=["cat"])
     folder, _ = convert("places", "yolo")
     records, _ = load_yolo(str(folder / "data.yaml"), "train")
-    assert [Path(label_file(record["file_name"])).is_file() for record in records] == [True, True]
+    assert [Path(get_label_file(record["file_name"])).is_file() for record in records] == [True, True]
     write_image(tmp_path / "places/b/images/2.bmp", 40, 20)
     said = convert("places", "yolo", output=tmp_path / "again", code=1)[1]
     assert "2.png and another image would share the labels" in said
@@ -221,7 +221,7 @@ def test_what_yolo_cannot_say_is_counted(convert, pets, tiny_coco):
     assert "segmentation" not in annotations[3]
     # The lines that join the parts of a mask may touch single pixels.
     (outline,) = annotations[5]["segmentation"]
-    masks = [coco_mask.decode(segmentation_to_rle(s, 30, 40)) for s in (parts, [outline])]
+    masks = [coco_mask.decode(encode_segmentation(s, 30, 40)) for s in (parts, [outline])]
     assert np.logical_and(*masks).sum() / np.logical_or(*masks).sum() > 0.95
 
 

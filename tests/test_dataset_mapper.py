@@ -26,8 +26,8 @@ from plaintrain.data import (
 )
 from plaintrain.data.dataset_mapper import read_image
 from plaintrain.data.datasets.shapes import load_shapes, render
-from plaintrain.data.image_files import image_header
-from plaintrain.data.keypoints import keypoint_flip_indices
+from plaintrain.data.image_files import read_image_header
+from plaintrain.data.keypoints import compute_hflip_indices
 from plaintrain.data.transforms.geometric import RandomHorizontalFlip, RandomZoomOut, Resize
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.structures import BoxMode
@@ -179,10 +179,10 @@ def test_read_image_and_image_header_apply_the_exif_orientation(picture):
         _turn(picture, orientation)
         expected = np.array(ImageOps.exif_transpose(Image.open(picture)))
         np.testing.assert_array_equal(read_image(str(picture)).permute(1, 2, 0).numpy(), expected)
-        assert image_header(str(picture))[:2] == expected.shape[:2]
+        assert read_image_header(str(picture))[:2] == expected.shape[:2]
     for exif in (mock.Mock(side_effect=struct.error("unpack")), lambda _: {ExifTags.Base.Orientation: "x"}):
         with mock.patch.object(Image.Image, "getexif", exif):
-            rejected("cannot read the image file ", "picture.png", by=lambda: image_header(str(picture)))
+            rejected("cannot read the image file ", "picture.png", by=lambda: read_image_header(str(picture)))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
@@ -370,10 +370,10 @@ def test_keypoints_that_are_unnamed_or_differ_are_rejected(cfg):
     rejected("the dataset points names no keypoints", by=lambda: DatasetMapper(cfg))
     # Their names tell the pairs of a flip.
     names = ["nose", "left_eye", "right_eye"]
-    assert keypoint_flip_indices(names, [["right_eye", "left_eye"]]) == (0, 2, 1)
-    assert keypoint_flip_indices(names, []) == (0, 1, 2)
+    assert compute_hflip_indices(names, [["right_eye", "left_eye"]]) == (0, 2, 1)
+    assert compute_hflip_indices(names, []) == (0, 1, 2)
     for pairs, words in (
         ([("left_eye", "right_ey")], "unknown keypoint 'right_ey'; the nearest is 'right_eye'"),
         ([("left_eye", "right_eye"), ("nose", "left_eye")], "'left_eye' in two pairs"),
     ):
-        rejected(words, by=lambda pairs=pairs: keypoint_flip_indices(names, pairs))
+        rejected(words, by=lambda pairs=pairs: compute_hflip_indices(names, pairs))

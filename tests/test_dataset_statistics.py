@@ -5,9 +5,9 @@ import pytest
 from detection_helpers import make_annotation, make_record
 from hostile_helpers import rejected
 
-from plaintrain.analysis.dataset import dataset_statistics
+from plaintrain.analysis.dataset import compute_dataset_statistics
 from plaintrain.data import DatasetCatalog
-from plaintrain.data.catalog import class_names
+from plaintrain.data.catalog import load_class_names
 from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.structures import BoxMode
@@ -31,7 +31,7 @@ def shown(histogram):
 
 
 def test_dataset_statistics_as_counted_by_hand():
-    found = dataset_statistics(RECORDS, ["a", "b", "c"])
+    found = compute_dataset_statistics(RECORDS, ["a", "b", "c"])
     numbers = {key: found[key] for key in ("images", "empty_images", "objects", "crowds", "mean_objects")}
     assert numbers == {"images": 4, "empty_images": 2, "objects": 3, "crowds": 2, "mean_objects": 0.75}
     assert found["classes"] == {
@@ -51,7 +51,7 @@ def test_dataset_statistics_as_counted_by_hand():
 
 @pytest.mark.parametrize("records", [[], [make_record(1)], [make_record(1, make_annotation([0, 0, 0, 0]))]])
 def test_statistics_of_nothing_are_none(records):
-    found = dataset_statistics(records, ["a"])
+    found = compute_dataset_statistics(records, ["a"])
     assert found["empty_images"] == len(records) - found["objects"]
     assert found["ranges"].get("width") == ((100, 100) if records else None)
     assert sum(found["areas"]) == found["areas"][0] == found["objects"]
@@ -63,13 +63,15 @@ def test_columns_and_lists_have_the_same_statistics(tiny_coco):
     tiny_coco.save()
     root = str(tiny_coco.images)
     declare_dataset("pets", {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": root})
-    records, classes = DatasetCatalog.get("pets"), class_names("pets")
+    records, classes = DatasetCatalog.get("pets"), load_class_names("pets")
     in_columns = SerializedRecords.from_arrays(SerializedRecords(list(records)).to_arrays())
-    expected = dataset_statistics(list(records), classes)
+    expected = compute_dataset_statistics(list(records), classes)
     assert expected["crowds"] == 1
     for given in (records, in_columns, SerializedRecords.join([in_columns]), in_columns.take(np.arange(3))):
-        assert dataset_statistics(given, classes) == expected
+        assert compute_dataset_statistics(given, classes) == expected
     # Broken annotations are referred to check_dataset.
     for wrong in ({"bbox": [0, 0, "x", 4]}, {"category_id": 3}):
         record = make_record(1, make_annotation([0, 0, 1, 1]) | wrong)
-        rejected("check_dataset", by=lambda record=record: dataset_statistics([record], ["a", "b", "c"]))
+        rejected(
+            "check_dataset", by=lambda record=record: compute_dataset_statistics([record], ["a", "b", "c"])
+        )

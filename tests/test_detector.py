@@ -6,7 +6,7 @@ from model_helpers import RESNET18, SMALL_HEAD, TINY, build, make_cfg, make_samp
 
 from plaintrain.modeling.anchors import CachedAnchorGenerator, DefaultAnchorGenerator
 from plaintrain.modeling.backbones import build_backbone
-from plaintrain.modeling.detector import Preprocess, build_anchor_generator, to_original_size
+from plaintrain.modeling.detector import Preprocess, build_anchor_generator, scale_to_original_size
 
 
 def plain_image(values, height, width):
@@ -53,7 +53,7 @@ def test_detections_are_brought_to_the_original_size():
         "masks": torch.ones(1, 1, 28, 28),
         "keypoints": torch.tensor([[[5.5, 6.5, 2.5], [7, 8, -1]]]),
     }
-    (result,) = to_original_size([detection], [make_sample(32, 64, original=(96, 128))])
+    (result,) = scale_to_original_size([detection], [make_sample(32, 64, original=(96, 128))])
     assert result["boxes"].tolist() == [[2, 6, 40, 90]]
     assert (result["scores"].tolist(), result["labels"].tolist()) == ([0.5], [2])
     assert result["keypoints"].tolist() == [[[11, 19.5, 2.5], [14, 24, -1]]]
@@ -61,5 +61,5 @@ def test_detections_are_brought_to_the_original_size():
     assert result["masks"].shape == (1, 96, 128)
     edges = torch.stack([x.min(), y.min(), x.max(), y.max()])
     assert (edges - torch.tensor([2, 6, 40, 90])).abs().max() <= 1
-    (unpasted,) = to_original_size([detection], [make_sample(32, 64, original=(96, 128))], paste=False)
+    (unpasted,) = scale_to_original_size([detection], [make_sample(32, 64, original=(96, 128))], paste=False)
     assert unpasted["masks"].shape == (1, 96, 128) and unpasted["masks"].paste().equal(result["masks"])

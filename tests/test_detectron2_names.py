@@ -9,7 +9,12 @@ from model_helpers import KEYPOINT, MASK, PROPOSALS, RCNN_V2, RESNET18, RETINANE
 from processes import run_script
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from plaintrain.checkpoint.detectron2 import anchor_counts, from_detectron2, is_detectron2, to_detectron2
+from plaintrain.checkpoint.detectron2 import (
+    convert_from_detectron2,
+    convert_to_detectron2,
+    count_anchors,
+    is_detectron2,
+)
 from plaintrain.checkpoint.pretrained import load_weights
 from plaintrain.modeling.anchors import DefaultAnchorGenerator
 from plaintrain.utils.errors import UserError
@@ -95,13 +100,13 @@ def test_names_are_those_of_detectron2_and_round_trips_exact(keys, names):
         for name, value in build(*keys).state_dict().items()
     }
     before = clones(state)
-    there = to_detectron2(state)
+    there = convert_to_detectron2(state)
     position = {name: i for i, name in enumerate(state)}
     for name, here in names.items():
         assert list(there)[position[here]] == name
     assert is_detectron2(there) and not is_detectron2(state)
     copies = clones(there)
-    back = from_detectron2(there)
+    back = convert_from_detectron2(there)
     # Box and mask of the background, which torchvision never uses, are lost.
     expected = clones(state)
     for layer, rows in (("box_predictor.bbox_pred", 4), ("mask_predictor.mask_fcn_logits", 1)):
@@ -109,7 +114,7 @@ def test_names_are_those_of_detectron2_and_round_trips_exact(keys, names):
             if layer in name:
                 expected[name][:rows] = 0
     assert_equal(back, expected)
-    assert_equal(to_detectron2(back), there)
+    assert_equal(convert_to_detectron2(back), there)
     # The arguments are not changed.
     assert_equal(state, before)
     assert_equal(there, copies)
@@ -123,7 +128,7 @@ def test_the_background_is_last_in_detectron2_and_first_in_torchvision():
         "roi_heads.box_predictor.bbox_pred.bias": torch.arange(12.0) + 1,
         "roi_heads.mask_head.predictor.weight": torch.tensor([20.0, 21, 22]).view(3, 1, 1, 1),
     }
-    *_, scores, deltas, masks = from_detectron2(there).values()
+    *_, scores, deltas, masks = convert_from_detectron2(there).values()
     assert scores.tolist() == [99, 10, 11, 12]
     assert deltas.tolist() == [0] * 4 + list(range(1, 13))
     assert masks.flatten().tolist() == [0, 20, 21, 22]
@@ -133,7 +138,7 @@ def test_the_background_is_last_in_detectron2_and_first_in_torchvision():
         "roi_heads.box_predictor.bbox_pred.bias": torch.zeros(4),
         "roi_heads.mask_head.predictor.bias": torch.zeros(1),
     }
-    assert [len(value) for value in from_detectron2(there).values()] == [4, 4, 1]
+    assert [len(value) for value in convert_from_detectron2(there).values()] == [4, 4, 1]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def test_each_anchor_gets_the_rows_that_were_trained_for_it(generator):
         "head.bbox_pred.bias": places.float(),
     }
     there["head.cls_score.weight"] = there["head.cls_score.bias"].view(-1, 1, 1, 3)
-    here = from_detectron2(there, num_ratios=len(ratios))
+    here = convert_from_detectron2(there, num_ratios=len(ratios))
     generator.set_cell_anchors(torch.float32, "cpu")
     for a, (x1, y1, x2, y2) in enumerate(generator.cell_anchors[0].tolist()):
         width, height = x2 - x1, y2 - y1
@@ -165,15 +170,15 @@ def test_each_anchor_gets_the_rows_that_were_trained_for_it(generator):
             assert here["head.classification_head.cls_logits.weight"][a * K + k].flatten().tolist() == row
         for c in range(4):
             assert here["head.regression_head.bbox_reg.bias"][a * 4 + c].tolist() == [size, ratio, c]
-    back = to_detectron2({n: v for n, v in here.items() if "logits" in n or "reg" in n}, len(ratios))
+    back = convert_to_detectron2({n: v for n, v in here.items() if "logits" in n or "reg" in n}, len(ratios))
     assert_equal(back, {n: v for n, v in there.items() if "subnet" not in n})
     # Anchors that the ratios do not divide keep their order.
     there = {
         "proposal_generator.rpn_head.objectness_logits.bias": torch.arange(5.0),
         "proposal_generator.rpn_head.anchor_deltas.bias": torch.arange(20.0),
     }
-    here = from_detectron2(there, num_ratios=3)
-    assert anchor_counts(here) == {"rpn.head.cls_logits": 5, "rpn.head.bbox_pred": 5}
+    here = convert_from_detectron2(there, num_ratios=3)
+    assert count_anchors(here) == {"rpn.head.cls_logits": 5, "rpn.head.bbox_pred": 5}
     assert here["rpn.head.cls_logits.bias"].tolist() == list(range(5))
 
 
@@ -186,11 +191,11 @@ def test_buffers_are_dropped_unknown_names_kept_and_other_projects_not_recognize
         "sem_seg_head.predictor.weight": torch.zeros(1),
         "backbone.fpn_lateral5.weight": torch.zeros(1),
     }
-    here = from_detectron2(there)
+    here = convert_from_detectron2(there)
     assert list(here) == ["sem_seg_head.predictor.weight", "backbone.fpn.inner_blocks.3.0.weight"]
     for name in ("stem.conv1.weight", "backbone.stem.conv1.weight", "conv1_w"):
         assert is_detectron2({name: torch.zeros(1)})
-        assert list(from_detectron2({name: torch.zeros(1)})) == ["backbone.body.conv1.weight"]
+        assert list(convert_from_detectron2({name: torch.zeros(1)})) == ["backbone.body.conv1.weight"]
     for name in ("conv1.weight", "features.0.weight", "roi_heads.mask_head.mask_fcn1.weight"):
         assert not is_detectron2({name: torch.zeros(1)})
 
@@ -201,7 +206,7 @@ def test_models_that_detectron2_does_not_have_are_rejected():
     fcos = ["head.regression_head.bbox_ctrness.bias"]
     for names, words in ((own, own_words), (fcos, "no counterpart")):
         with pytest.raises(UserError, match=words):
-            to_detectron2({name: torch.zeros(4) for name in names})
+            convert_to_detectron2({name: torch.zeros(4) for name in names})
 
 
 def convert(folder, source, output, to, *options):

@@ -9,9 +9,9 @@ from plaintrain.data.datasets.shapes import load_shapes
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization import drawing
-from plaintrain.visualization.colors import PALETTE, class_colors
-from plaintrain.visualization.drawing import draw_sheet, scale_to, select, shorten
-from plaintrain.visualization.pictures import save_picture
+from plaintrain.visualization.colors import PALETTE, get_class_colors
+from plaintrain.visualization.drawing import draw_sheet, filter_instances, scale_longer_side, shorten
+from plaintrain.visualization.pictures import save_image
 
 NAMES = ["circle", "square"]
 GREY = torch.full((3, 120, 160), 128, dtype=torch.uint8)
@@ -55,13 +55,13 @@ def test_draw_instances_covers_the_pixels_of_boxes_in_the_colours_of_their_class
     assert min(int(is_color(image, color).sum()) for color in colors) > 100
     image = drawing.draw_instances(GREY, instances([]), NAMES)
     assert torch.equal(image, GREY) and image.data_ptr() != GREY.data_ptr()
-    assert class_colors(3) == list(PALETTE[:3]) and len(set(class_colors(100))) == 100
+    assert get_class_colors(3) == list(PALETTE[:3]) and len(set(get_class_colors(100))) == 100
 
 
 @pytest.mark.parametrize("box", [[150, 110, 160, 120], [-50, -40, 300, 200], [np.nan, 5, np.inf, 7]])
 def test_a_label_stays_inside_the_image_and_is_readable(box):
     found = instances([box], scores=torch.tensor([0.996]), crowds=torch.tensor([True]))
-    assert drawing.default_captions(found, NAMES) == ["circle 1.00 (crowd)"]
+    assert drawing.format_captions(found, NAMES) == ["circle 1.00 (crowd)"]
     image = drawing.draw_instances(GREY, found, NAMES, colors=[(10, 20, 30)])
     assert image.shape == GREY.shape
     # White letters on the dark ground.
@@ -90,31 +90,31 @@ def test_masks_are_blended_small_ones_upon_large_ones_and_keypoints_joined():
 
 def test_a_record_becomes_instances_and_metadata_a_skeleton():
     record = load_shapes("val", 3, 64, 64)[0][0]
-    found = drawing.record_instances(record)
+    found = drawing.get_record_instances(record)
     count = len(record["annotations"])
     assert found["boxes"].tolist() == pytest.approx(np.array([a["bbox"] for a in record["annotations"]]))
     assert found["masks"].shape == (count, 64, 64) and found["keypoints"].shape == (count, 4, 3)
     assert not found["crowds"].any() and "scores" not in found
     box = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1, "iscrowd": 1, "score": 0.5}
     record = {"file_name": "a.jpg", "height": 10, "width": 20, "annotations": [box]}
-    found = drawing.record_instances(record)
+    found = drawing.get_record_instances(record)
     assert found["boxes"].tolist() == [[1, 2, 4, 6]] and found["crowds"].all() and found["scores"].all()
     assert set(found) == {"boxes", "labels", "crowds", "scores"}
     polygon, points = [[0, 0, 5, 0, 5, 5]], [1.5, 2.5, 2]
     record["annotations"].append({**box, "segmentation": polygon, "keypoints": points})
-    found = drawing.record_instances(record)
+    found = drawing.get_record_instances(record)
     assert found["masks"].any(dim=(1, 2)).tolist() == [False, True]
     assert found["keypoints"].tolist() == [[[0, 0, 0]], [[1.5, 2.5, 2]]]
-    assert drawing.record_instances({**record, "annotations": []})["boxes"].shape == (0, 4)
+    assert drawing.get_record_instances({**record, "annotations": []})["boxes"].shape == (0, 4)
     record["annotations"][1]["segmentation"] = [[0, 0, 5]]
     with pytest.raises(UserError, match="annotation of a.jpg: .*polygon"):
-        drawing.record_instances(record)
+        drawing.get_record_instances(record)
     names = ["head", "neck", "foot"]
     rules = [("head", "neck", (1, 2, 3)), ("neck", "tail", (0, 0, 0))]
-    assert drawing.skeleton_of({"keypoint_names": names, "keypoint_connection_rules": rules}) == ((0, 1),)
-    assert drawing.skeleton_of({"keypoint_names": names, "skeleton": [[1, 3], [3, 4], [0, 1]]}) == ((0, 2),)
-    assert drawing.skeleton_of({}) == ()
-    assert drawing.skeleton_of(load_shapes("val", 1)[1]) == ((0, 1), (1, 2), (2, 3), (3, 0))
+    assert drawing.get_skeleton({"keypoint_names": names, "keypoint_connection_rules": rules}) == ((0, 1),)
+    assert drawing.get_skeleton({"keypoint_names": names, "skeleton": [[1, 3], [3, 4], [0, 1]]}) == ((0, 2),)
+    assert drawing.get_skeleton({}) == ()
+    assert drawing.get_skeleton(load_shapes("val", 1)[1]) == ((0, 1), (1, 2), (2, 3), (3, 0))
 
 
 def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
@@ -122,14 +122,18 @@ def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
     masks[0, 60:, :80] = True
     points = torch.tensor([[[80.0, 60, 2]]])
     found = instances([[0, 60, 80, 120]], masks=masks, keypoints=points)
-    image, scaled = scale_to(GREY, found, 320)
+    image, scaled = scale_longer_side(GREY, found, 320)
     assert image.shape == (3, 240, 320) and scaled["masks"].shape == (1, 240, 320)
     assert scaled["boxes"].tolist() == [[0, 120, 160, 240]] == [extent(scaled["masks"][0])]
     assert scaled["keypoints"].tolist() == [[[160, 120, 2]]]
-    assert select(scaled, scaled["labels"] > 0)["masks"].shape == (0, 240, 320)
-    assert scale_to(GREY, select(found, found["labels"] > 0), 320)[1]["masks"].shape == (0, 240, 320)
+    assert filter_instances(scaled, scaled["labels"] > 0)["masks"].shape == (0, 240, 320)
+    assert scale_longer_side(GREY, filter_instances(found, found["labels"] > 0), 320)[1]["masks"].shape == (
+        0,
+        240,
+        320,
+    )
     # The shorter side is rounded.
-    thin, scaled = scale_to(GREY[:, :7], instances([[0, 0, 160, 7]]), 100)
+    thin, scaled = scale_longer_side(GREY[:, :7], instances([[0, 0, 160, 7]]), 100)
     assert thin.shape == (3, 4, 100) and scaled["boxes"].tolist() == [[0, 0, 100, 4]]
     sizes = {(200, 0, 0): (40, 80), (0, 200, 0): (90, 30), (0, 0, 200): (10, 10)}
     images = [torch.tensor(c, dtype=torch.uint8)[:, None, None].expand(3, *sizes[c]) for c in sizes]
@@ -140,20 +144,20 @@ def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
         assert max(x1 - x0, y1 - y0) == 188
         assert (x1 - x0) / (y1 - y0) == pytest.approx(width / height, rel=0.02)
     assert places[0][2] <= 200 <= places[1][0] and places[2][1] > places[0][3] == places[1][3]
-    legend = {f"class {i}": color for i, color in enumerate(class_colors(12))}
+    legend = {f"class {i}": color for i, color in enumerate(get_class_colors(12))}
     more = draw_sheet(images, ["a", "b", "c"], columns=2, width=400, legend=legend)
     assert more.shape[1] > sheet.shape[1]
     assert all(is_color(more, color).sum() >= 100 for color in legend.values())
 
 
 def test_pictures_are_written_by_their_ending_and_texts_cut_to_their_room(tmp_path):
-    save_picture(str(tmp_path / "new" / "a.PNG"), GREY)
+    save_image(str(tmp_path / "new" / "a.PNG"), GREY)
     assert np.array(Image.open(tmp_path / "new" / "a.PNG")).shape == (120, 160, 3)
     with pytest.raises(UserError, match="must end in one of .png"):
-        save_picture(str(tmp_path / "a.txt"), GREY)
+        save_image(str(tmp_path / "a.txt"), GREY)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        save_picture(str(tmp_path / "file" / "a.png"), GREY)
+        save_image(str(tmp_path / "file" / "a.png"), GREY)
     assert shorten("a rather long name", 12, 1000)[0] == "a rather long name"
     text, _, length = shorten("a rather long name", 12, 60)
     assert text.startswith("a r") and text.endswith("...") and length <= 60

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from plaintrain import engine
 from plaintrain.checkpoint import DetectionCheckpointer
-from plaintrain.checkpoint.state import load_rng_states, rng_states
+from plaintrain.checkpoint.state import gather_rng_states, load_rng_states
 from plaintrain.config import get_cfg, get_value
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.engine.dry_run import finish_dry_run
@@ -28,7 +28,7 @@ from plaintrain.utils import comm
 from plaintrain.utils.env import seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter
-from plaintrain.utils.logger import progress, setup_logger
+from plaintrain.utils.logger import build_progress_bar, setup_logger
 
 
 def make_weights():
@@ -62,7 +62,7 @@ NEW_FILES = ["config.yaml", "log.txt", "run.json", "run.lock"]
 @pytest.fixture(autouse=True)
 def leave_no_trace():
     """Restore the generators and the log, which belong to the whole process."""
-    before, precision = rng_states(), torch.get_float32_matmul_precision()
+    before, precision = gather_rng_states(), torch.get_float32_matmul_precision()
     with torch.backends.cudnn.flags(enabled=True):
         yield
     load_rng_states(before)
@@ -228,7 +228,7 @@ def test_generators_continue_from_a_checkpoint_that_is_resumed_only(tmp_path, lo
     assert draw() not in expected
     # Neither do the states of another number of processes.
     for number in (0, 2):
-        states = rng_states() * number
+        states = gather_rng_states() * number
         torch.manual_seed(5)
         load_rng_states(states)
         assert torch.initial_seed() == 5
@@ -456,7 +456,7 @@ def test_progress_bar_shows_on_the_terminal_of_rank_0_unless_quiet(tmp_path, mon
     logger = setup_logger(str(tmp_path), quiet=name == "quiet")
     logger.info("all is well")
     logger.warning("look here")
-    assert list(progress(range(3), desc="training", total=3)) == [0, 1, 2]
+    assert list(build_progress_bar(range(3), desc="training", total=3)) == [0, 1, 2]
     assert ("training" in sys.stderr.getvalue()) is (name == "terminal")
     console = capsys.readouterr().out
     assert "look here" in console and ("all is well" in console) is (name != "quiet")

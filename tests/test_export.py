@@ -19,8 +19,8 @@ from plaintrain.data.images import read_image
 from plaintrain.export import export
 from plaintrain.export.export import (
     check_exported,
+    compare_detections,
     describe,
-    differences,
     is_fixed,
     open_exported,
     trace,
@@ -28,7 +28,7 @@ from plaintrain.export.export import (
     write_torch,
 )
 from plaintrain.export.graph import DetectionGraph
-from plaintrain.modeling.tta import detection_settings
+from plaintrain.modeling.tta import get_detection_settings
 from plaintrain.structures import BoxMasks
 from plaintrain.utils.errors import UserError
 
@@ -80,7 +80,7 @@ def test_the_graph_finds_what_the_model_finds(name):
     number = int(one.pop("num_detections"))
     second = {key: outputs[key][1, :number] for key in one}
     alone = {key: value[0, :number] for key, value in one.items()}
-    assert_small(differences(second, alone, detection_settings(model).score_thresh))
+    assert_small(compare_detections(second, alone, get_detection_settings(model).score_thresh))
     assert (one["labels"][0, number:] == -1).all() and not one["boxes"][0, number:].any()
 
 
@@ -124,15 +124,15 @@ def test_differences_are_those_of_the_same_objects():
     # Ties come in any order.
     swapped = {key: value.flip(0) for key, value in expected.items()}
     swapped["boxes"] = swapped["boxes"] + 0.25
-    assert differences(swapped, expected, 0.5) == {"detections": 2, "boxes": 0.25, "scores": 0.0}
+    assert compare_detections(swapped, expected, 0.5) == {"detections": 2, "boxes": 0.25, "scores": 0.0}
     # One that only one of them has counts by its score, and so does one of another class.
     first = {key: value[:1] for key, value in expected.items()}
     for found, wanted in ((first, expected), (expected, first)):
-        assert differences(found, wanted, 0.5)["scores"] == pytest.approx(0.3)
+        assert compare_detections(found, wanted, 0.5)["scores"] == pytest.approx(0.3)
     other = expected | {"labels": torch.tensor([0, 2])}
-    assert differences(other, expected, 0.5)["scores"] == pytest.approx(0.3)
+    assert compare_detections(other, expected, 0.5)["scores"] == pytest.approx(0.3)
     none = {key: value[:0] for key, value in expected.items()}
-    assert differences(none, none, 0.5) == {"detections": 0, "boxes": 0.0, "scores": 0.0}
+    assert compare_detections(none, none, 0.5) == {"detections": 0, "boxes": 0.0, "scores": 0.0}
 
 
 @pytest.mark.long

@@ -66,7 +66,7 @@ def set_results(*values, kill_at=None):
 def set_losses(*values):
     """Let the validations give these losses, and the evaluations an AP of 5."""
     left = iter(values)
-    evaluation.validation_losses = lambda *args: {"val/total_loss": next(left)}
+    evaluation.compute_validation_losses = lambda *args: {"val/total_loss": next(left)}
     evaluation.inference_on_dataset = lambda *args: {"bbox": {"AP": 5.0}}
 
 

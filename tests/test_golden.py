@@ -11,7 +11,7 @@ import torch
 
 from plaintrain.config import get_cfg, get_value
 from plaintrain.modeling import build_model
-from plaintrain.modeling.build import num_classes_key
+from plaintrain.modeling.build import get_num_classes_key
 from plaintrain.solver import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def golden_cfg(overrides):
     cfg.merge_from_list(["MODEL.TINY.OUT_CHANNELS", 32, "MODEL.ANCHOR_GENERATOR.SIZES", [[32]]])
     cfg.merge_from_list(["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 50])
     cfg.merge_from_list(["SOLVER.BASE_LR", 0.002, *overrides])
-    cfg.merge_from_list([num_classes_key(cfg), 3])
+    cfg.merge_from_list([get_num_classes_key(cfg), 3])
     return cfg
 
 
@@ -95,7 +95,7 @@ def count_parameters(path):
         cfg.merge_from_list(["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", keypoints])
     # The widths of SSD's levels are found out by running the backbone.
     device = "cpu" if get_value(cfg, "MODEL.META_ARCHITECTURE") == "SSD" else "meta"
-    cfg.merge_from_list([num_classes_key(cfg), classes, "MODEL.DEVICE", device])
+    cfg.merge_from_list([get_num_classes_key(cfg), classes, "MODEL.DEVICE", device])
     with torch.device(device):
         return sum(p.numel() for p in build_model(cfg).parameters())
 

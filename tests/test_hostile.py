@@ -21,7 +21,7 @@ from plaintrain.data.datasets.coco import load_coco_json, load_coco_results
 from plaintrain.data.datasets.folder import load_images
 from plaintrain.data.datasets.voc import load_voc
 from plaintrain.data.datasets.yolo import load_yolo
-from plaintrain.data.image_files import image_header
+from plaintrain.data.image_files import read_image_header
 from plaintrain.data.images import read_image
 from plaintrain.data.records import get_detection_dataset_dicts
 from plaintrain.evaluation.predictions import read_detections
@@ -51,7 +51,7 @@ def test_postscript_named_as_a_photo_is_not_handed_to_ghostscript(tmp_path, monk
     path = tmp_path / "a.jpg"
     Image.new("RGB", (20, 20)).save(path, "EPS")
     rejected(path, "PostScript", by=lambda: read_image(str(path)))
-    rejected(path, "PostScript", by=lambda: image_header(str(path)))
+    rejected(path, "PostScript", by=lambda: read_image_header(str(path)))
 
 
 def test_a_compressed_checkpoint_is_rejected_before_it_is_unpacked(tmp_path):
@@ -153,7 +153,7 @@ def test_special_files_are_rejected_and_do_not_hang(tmp_path, tiny_coco, tiny_vo
         merge,
         read_state_dict,
         read_image,
-        image_header,
+        read_image_header,
         lambda p: load_coco_json(p, ""),
         lambda p: load_coco_results(str(tiny_coco.json), "", p),
         lambda p: load_yolo(p, "train"),
@@ -237,7 +237,7 @@ def test_bombs_and_broken_images_are_rejected_and_those_of_another_format_read(t
         rejected(path, by=lambda: read_image(str(path)))
     for image_format in ("PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO"):
         path.write_bytes(_saved(tmp_path, image_format))
-        assert image_header(str(path))[:2] == (30, 40)
+        assert read_image_header(str(path))[:2] == (30, 40)
         assert read_image(str(path)).shape == (3, 30, 40)
 
 

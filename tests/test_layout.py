@@ -17,7 +17,7 @@ from processes import ROOT
 
 from plaintrain.config import check_cfg, get_cfg
 from plaintrain.data.datasets.builtin import declare_datasets
-from plaintrain.solver.lr_scheduler import lr_factor
+from plaintrain.solver.lr_scheduler import build_lr_factor
 
 PACKAGE = sorted((ROOT / "plaintrain").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py")) + sorted((ROOT / "scripts").glob("benchmarks/*.py"))
@@ -161,10 +161,10 @@ def test_import_paths_of_detectron2_are_valid(line):
 def test_files_and_functions_are_short_and_public_ones_say_what_they_do():
     lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in [*PACKAGE, *SCRIPTS, *SHARED]}
     assert not {p.name: n for p, n in lines.items() if n > 300 and p.name != "defaults.py"}
-    assert sum(lines[path] for path in PACKAGE) <= 17_800
+    assert sum(lines[path] for path in PACKAGE) <= 17_250
     assert sum(lines[path] for path in SCRIPTS if path.parent.name == "scripts") <= 2_700
     assert sum(lines[path] for path in lines if "benchmarks" in path.parts) <= 2_400
-    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")) <= 23_400
+    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")) <= 22_000 + 500
     lengths = {}
     for path in lines:
         for node in ast.walk(parsed(path)):
@@ -206,7 +206,7 @@ def test_every_config_merges_and_opens_with_its_command_and_result(path):
     cfg.merge_from_file(path)
     check_cfg(cfg)
     declare_datasets(cfg)
-    lr_factor(cfg)
+    build_lr_factor(cfg)
     header = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8")).group()
     assert "Expected result:" in header
     if not path.name.startswith("Base-"):

@@ -11,13 +11,13 @@ import pytest
 from processes import Process
 
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.lock import alive, lock_folder
+from plaintrain.utils.lock import is_in_use, lock_folder
 
 
 def hold(folder):
     """Hold the lock of a folder until the end of the process, or say why not."""
     try:
-        print(f"alive before: {alive(folder)}")
+        print(f"alive before: {is_in_use(folder)}")
         lock_folder(folder)
         print("held", flush=True)
         time.sleep(100)
@@ -49,7 +49,7 @@ def start(tmp_path):
 
 def test_a_second_run_is_refused_while_the_first_is_alive_however_that_ends(tmp_path, folder, start):
     first = start(folder)
-    assert "held" in first.output and alive(folder)
+    assert "held" in first.output and is_in_use(folder)
     words = f"another run is at work .*: process {first.pid} on {socket.gethostname()}, since"
     with pytest.raises(UserError, match=words):
         lock_folder(str(folder))
@@ -62,7 +62,7 @@ def test_a_second_run_is_refused_while_the_first_is_alive_however_that_ends(tmp_
     first.kill()
     lock_folder(str(folder))
     # A look at the own run keeps its lock.
-    assert alive(folder) is False
+    assert is_in_use(folder) is False
     # Not read here: this process would let go of the lock with the handle.
     words = f"alive before: True\nanother run is at work in {folder}: process {os.getpid()} on"
     assert words in start(folder).output
@@ -72,7 +72,7 @@ def test_a_second_run_is_refused_while_the_first_is_alive_however_that_ends(tmp_
 def test_a_file_that_a_dead_run_has_left_is_no_lock(tmp_path, content):
     (tmp_path / "run.lock").write_text(content)
     # Of another machine it cannot be told.
-    assert alive(tmp_path) is None
+    assert is_in_use(tmp_path) is None
     lock_folder(str(tmp_path))
     lock_folder(str(tmp_path))
     assert f"process {os.getpid()} on" in (tmp_path / "run.lock").read_text()
@@ -80,7 +80,7 @@ def test_a_file_that_a_dead_run_has_left_is_no_lock(tmp_path, content):
 
 def test_a_dead_run_of_this_machine_is_not_alive(tmp_path):
     (tmp_path / "run.lock").write_text(f"process 1 on {socket.gethostname()}, since then")
-    assert alive(tmp_path) is False
+    assert is_in_use(tmp_path) is False
 
 
 def test_where_there_are_no_locks_the_run_continues_with_a_warning(tmp_path, monkeypatch, log):

@@ -7,7 +7,7 @@ import torch
 from processes import Run
 
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.memory import is_out_of_memory, note_batch, out_of_memory, peak_memory
+from plaintrain.utils.memory import describe_out_of_memory, get_peak_memory, is_out_of_memory, note_batch
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has a total capacity of 79.10 GiB of which "
@@ -65,7 +65,7 @@ def test_the_messages_of_all_devices_are_known():
     note_batch([{"image": torch.zeros(3, 4, 9)}, {"image": torch.zeros(3, 5, 8)}], True)
     for text in (CUDA, CPU, MPS, "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"):
         error = RuntimeError(text)
-        advice = out_of_memory(error)
+        advice = describe_out_of_memory(error)
         assert is_out_of_memory(error) and isinstance(advice, UserError) and advice.__cause__ is error
         assert "2 image(s) in this process, the largest 3 x 5 x 8: lower" in str(advice)
         assert ("4000000000000 bytes more" in str(advice)) == (text is CPU)
@@ -86,11 +86,11 @@ def test_the_messages_of_all_devices_are_known():
 )
 def test_samples_of_any_make_are_counted(samples, training, words):
     note_batch(samples, training)
-    assert words in str(out_of_memory(RuntimeError("")))
+    assert words in str(describe_out_of_memory(RuntimeError("")))
 
 
 def test_peak_memory_is_that_of_this_process_in_mib():
     with open("/proc/self/status") as f:
         (peak,) = (int(line.split()[1]) / 1024 for line in f if line.startswith("VmHWM"))
     # Of the process that has started this one too.
-    assert 0.5 < peak_memory()["max_mem"] / peak < 10
+    assert 0.5 < get_peak_memory()["max_mem"] / peak < 10

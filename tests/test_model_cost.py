@@ -36,20 +36,20 @@ def test_numbers_of_small_modules_by_hand():
     assert flops[""] == conv + linear and flops["last"] == linear
     outputs = model_analysis.count_outputs(model, lambda: model(images))
     assert outputs == {"stages.0": [240, 960], "stages.1": [240, 960], "last": [4, 16]}
-    rows = {row["name"]: row for row in model_analysis.module_rows(model, 2, flops, outputs)}
+    rows = {row["name"]: row for row in model_analysis.compute_module_costs(model, 2, flops, outputs)}
     assert list(rows) == ["", "stages", "stages.0", "stages.1", "last"]
     # A list of modules is never called; it has what its members have.
     assert rows["stages"]["flops"] == conv and rows["stages"]["activations"] == 480
     assert rows[""]["parameters"] == 112 + 10 and rows[""]["activation_bytes"] == 1936
     assert (rows["last"]["trainable"], rows["last"]["frozen"]) == (2, 8)
-    assert [row["name"] for row in model_analysis.module_rows(model, 0, flops, outputs)] == [""]
+    assert [row["name"] for row in model_analysis.compute_module_costs(model, 0, flops, outputs)] == [""]
     model, images = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.ReLU()), torch.rand(16, 8)
     # Saved are the input of the first, and the outputs of both ReLUs.
     assert model_analysis.count_saved_bytes(model, lambda: model(images)) == 3 * 16 * 8 * 4
 
 
 def test_memory_of_weights_gradients_and_the_optimizer():
-    found = model_analysis.training_memory(_Small(), 1000, 2, averaged=True)
+    found = model_analysis.estimate_training_memory(_Small(), 1000, 2, averaged=True)
     weights, trainable = 4 * 122, 4 * 114
     expected = {"weights": weights, "averaged": weights, "activations": 1000}
     expected |= {"gradients": trainable, "optimizer": 2 * trainable}

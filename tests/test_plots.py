@@ -24,18 +24,18 @@ def figures():
     lines = [{"label": ODD, "x": [0.0, 0.5, 1.0], "y": [1.0, 0.9, float("nan")], "color": 0}]
     panel = {"title": ODD, "type": "loss", "lines": lines, "log": True, "legend": True}
     return {
-        "curve": plots.curve_figure([panel], 0.5, titles=False),
-        "grid": plots.curve_figure([panel] * 2),
-        "xy": plots.xy_figure(lines * 2, "x", ODD, diagonal=True, marker="o"),
-        "bar": plots.bar_figure([ODD, "b"], {ODD: [1.0, None], "y": [2.0, 300.0]}, "AP"),
-        "matrix": plots.matrix_figure([[1, 2], [0, 0]], [ODD, "b"], "x", "y"),
-        "large": plots.matrix_figure(np.eye(20), list(map(str, range(20))), "x", "y"),
+        "curve": plots.draw_curves([panel], 0.5, titles=False),
+        "grid": plots.draw_curves([panel] * 2),
+        "xy": plots.draw_xy(lines * 2, "x", ODD, diagonal=True, marker="o"),
+        "bar": plots.draw_bars([ODD, "b"], {ODD: [1.0, None], "y": [2.0, 300.0]}, "AP"),
+        "matrix": plots.draw_matrix([[1, 2], [0, 0]], [ODD, "b"], "x", "y"),
+        "large": plots.draw_matrix(np.eye(20), list(map(str, range(20))), "x", "y"),
     }
 
 
 @pytest.mark.parametrize("name", ["curve", "grid", "xy", "bar", "matrix", "large"])
 def test_a_figure_in_a_page_has_the_colour_of_its_text_and_ids_of_its_own(name):
-    texts = [plots.to_svg(figures()[name]) for _ in range(2)]
+    texts = [plots.convert_to_svg(figures()[name]) for _ in range(2)]
     roots = [ET.fromstring(text) for text in texts]
     ids = [{e.get("id") for e in root.iter() if e.get("id")} for root in roots]
     assert not ids[0] & ids[1]
@@ -102,12 +102,12 @@ def hide_matplotlib():
 
 def run_for_two_looks():
     """Replace what the script asks for the state of a run."""
-    states, ask = iter(["running", "running", "finished"]), run_folder.run_state
-    run_folder.run_state = lambda *args: ask(*args)._replace(name=next(states))
+    states, ask = iter(["running", "running", "finished"]), run_folder.get_run_state
+    run_folder.get_run_state = lambda *args: ask(*args)._replace(name=next(states))
 
 
 def interrupt_between_looks():
     """Press Ctrl-C while a run goes on."""
-    ask = run_folder.run_state
-    run_folder.run_state = lambda *args: ask(*args)._replace(name="running")
+    ask = run_folder.get_run_state
+    run_folder.get_run_state = lambda *args: ask(*args)._replace(name="running")
     time.sleep = lambda seconds: signal.raise_signal(signal.SIGINT)

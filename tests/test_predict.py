@@ -23,7 +23,7 @@ from plaintrain.modeling import build_model, build_tta
 from plaintrain.predict import Predictor, to_tensor
 from plaintrain.solver.ema import ModelEMA
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.drawing import scale_to
+from plaintrain.visualization.drawing import scale_longer_side
 
 NAMES = ["ring", "block", "wedge"]
 SIDE = 64
@@ -252,7 +252,7 @@ def test_script_draws_what_reaches_the_threshold_and_leaves_out_what_it_cannot_r
     everything, nothing = (read_image(str(tmp_path / name / "one.png")) for name in "01")
     assert not torch.equal(everything, nothing)
     plain = images / "a" / "one.png"
-    enlarged, _ = scale_to(read_image(str(plain)), {"boxes": torch.zeros(0, 4)}, 320)
+    enlarged, _ = scale_longer_side(read_image(str(plain)), {"boxes": torch.zeros(0, 4)}, 320)
     assert torch.equal(nothing, enlarged)
     assert len(json.loads((tmp_path / "1" / "predictions.json").read_text())["annotations"]) == 8
     more = ["--output", tmp_path / "no", "--no-pictures"]

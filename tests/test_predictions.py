@@ -18,7 +18,7 @@ from plaintrain.evaluation import (
     read_detections,
     write_results,
 )
-from plaintrain.evaluation.predictions import detections_of_image
+from plaintrain.evaluation.predictions import get_image_detections
 from plaintrain.utils.errors import UserError
 
 FILE = "coco_instances_results.json"
@@ -63,7 +63,7 @@ def read_as_outputs(path, name):
     """What a model would have returned for each image."""
     detections = read_detections(path, name)
     return [
-        detections_of_image(detections, i, 0, record) for i, record in enumerate(DatasetCatalog.get(name))
+        get_image_detections(detections, i, 0, record) for i, record in enumerate(DatasetCatalog.get(name))
     ]
 
 
@@ -115,7 +115,7 @@ def test_every_image_is_read_once_as_a_model_returns_it(declare_pets):
     assert wide["masks"].nonzero().tolist() == [[0, y, 4] for y in range(5, 13)]
     assert [tuple(value.shape) for value in empty.values()] == [(0, 4), (0,), (0,), (0, 24, 20)]
     assert empty["boxes"].dtype == torch.float64 and empty["labels"].dtype == torch.int64
-    certain = detections_of_image(read_detections(path, "pets"), 0, 0.75, DatasetCatalog.get("pets")[0])
+    certain = get_image_detections(read_detections(path, "pets"), 0, 0.75, DatasetCatalog.get("pets")[0])
     assert certain["boxes"].equal(upright["boxes"][:1]) and certain["masks"].equal(upright["masks"][:1])
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from plaintrain.config import get_cfg
-from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, class_names
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, load_class_names
 from plaintrain.data.datasets.builtin import declare_dataset
-from plaintrain.engine.preflight import check_before_training, settle_num_classes
+from plaintrain.engine.preflight import check_before_training, resolve_num_classes
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
 
@@ -49,7 +49,7 @@ NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 def settle_keypoints(cfg, *overrides):
     cfg.merge_from_list(["MODEL.KEYPOINT_ON", True, *overrides])
     cfg.freeze()
-    settle_num_classes(cfg, eval_only=False)
+    resolve_num_classes(cfg, eval_only=False)
     return cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
 
 
@@ -81,7 +81,7 @@ def test_keypoint_errors_name_the_key(cfg, key, value, words):
     # Without a keypoint head they do not matter.
     cfg.defrost()
     cfg.MODEL.KEYPOINT_ON = False
-    settle_num_classes(cfg, eval_only=False)
+    resolve_num_classes(cfg, eval_only=False)
 
 
 def test_test_set_must_be_there_and_fit_the_evaluation_and_the_validation_losses(cfg):
@@ -89,7 +89,7 @@ def test_test_set_must_be_there_and_fit_the_evaluation_and_the_validation_losses
     message = error_message(cfg.clone(), "DATASETS.TEST", ("odd_test",))
     assert "image 3 of odd_test has category_id 1, but" in message
     assert "--eval-only needs DATASETS.TEST" in error_message(cfg.clone(), *NO_TESTS, eval_only=True)
-    register_boxes("boxes", 0, thing_classes=class_names("few_shapes"), evaluator_type="coco")
+    register_boxes("boxes", 0, thing_classes=load_class_names("few_shapes"), evaluator_type="coco")
     check(cfg, "DATASETS.TEST", ("boxes",), "MODEL.MASK_ON", True)
     for setting in (LOSS_PERIOD, VAL_FLOW):
         message = error_message(cfg.clone(), *setting)

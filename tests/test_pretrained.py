@@ -16,7 +16,7 @@ from torchvision.models import detection
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.checkpoint import detectron2 as weight_detectron2
 from plaintrain.checkpoint.pretrained import (
-    fetch_weights,
+    download_weights,
     load_weights,
     locate_weights,
     read_state_dict,
@@ -200,7 +200,7 @@ def test_torchvisions_first_detectors_want_no_eps(downloads, tmp_path, log, eps)
     torch.save(model.state_dict(), tmp_path / "mine.pth")
     load_weights(model, str(tmp_path / "mine.pth"))
     assert not warnings_of(log)
-    path = fetch_weights("torchvision://fasterrcnn_resnet50_fpn/COCO_V1")
+    path = download_weights("torchvision://fasterrcnn_resnet50_fpn/COCO_V1")
     os.replace(tmp_path / "mine.pth", path)
     load_weights(model, "torchvision://fasterrcnn_resnet50_fpn/COCO_V1")
     assert ("MODEL.RESNETS.NORM_EPS 0" in warnings_of(log)) == (eps > 0)
@@ -229,7 +229,7 @@ def test_weights_are_downloaded_once_each_and_torchvisions_are_verified(download
         "detectron2://a/1/model_final.pkl",
         "detectron2://a/2/model_final.pkl",
     ]
-    paths = [fetch_weights(name) for name in names + names]
+    paths = [download_weights(name) for name in names + names]
     assert paths[:5] == paths[5:] and len(set(paths)) == 5
     detectron2 = "https://dl.fbaipublicfiles.com/detectron2/a"
     assert [url for url, *_ in downloads] == [
@@ -244,17 +244,17 @@ def test_weights_are_downloaded_once_each_and_torchvisions_are_verified(download
     assert [path for _, path, _ in downloads] == paths[:5]
     (tmp_path / "a" / "1").mkdir(parents=True)
     (tmp_path / "a" / "1" / "model_final.pkl").touch()
-    assert fetch_weights(names[3]) == str(tmp_path / "a/1/model_final.pkl")
+    assert download_weights(names[3]) == str(tmp_path / "a/1/model_final.pkl")
     fail = Mock(side_effect=urllib.error.URLError("no route to host"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(UserError, match=r"https://example\.invalid/w\.pth.*no route to host"):
-        fetch_weights("https://example.invalid/w.pth")
+        download_weights("https://example.invalid/w.pth")
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_a_backbone_of_detectron2_loads_from_a_pickle_of_any_protocol(tmp_path, imagenet, protocol):
     body = {f"backbone.body.{k}": v for k, v in imagenet.items() if not k.startswith("fc.")}
-    there = weight_detectron2.to_detectron2(body)
+    there = weight_detectron2.convert_to_detectron2(body)
     arrays = {name.removeprefix("backbone.bottom_up."): value.numpy() for name, value in there.items()}
     content = {"model": {**arrays, "fc.bias": np.ones(10)}, "__author__": "me", "matching_heuristics": True}
     (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
@@ -276,7 +276,7 @@ def test_a_backbone_of_caffe2_has_blobs(tmp_path):
     content = {"blobs": {**blobs, "pred_w": np.ones(5, np.float32), "lr": np.float32(0.1)}, "cfg": "text"}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content, protocol=2))
     expected = [f"backbone.body.{name}" for name in names.values()]
-    assert list(weight_detectron2.from_detectron2(read_state_dict(str(tmp_path / "R-50.pkl")))) == [
+    assert list(weight_detectron2.convert_from_detectron2(read_state_dict(str(tmp_path / "R-50.pkl")))) == [
         *expected,
         "pred_w",
     ]
@@ -354,7 +354,7 @@ def test_a_head_is_skipped_if_its_classes_are_not_known_to_be_cocos(tmp_path, lo
 )
 def test_heads_of_detectron2s_80_classes_are_reduced_by_name(tmp_path, log, names, keys, layers, anchors):
     state = randomize(make_model(*keys, num_classes=80).state_dict())
-    there = weight_detectron2.to_detectron2(state)
+    there = weight_detectron2.convert_to_detectron2(state)
     torch.save({"model": there, "optimizer": {"state": {}}, "iteration": 7}, tmp_path / "d2.pth")
     model = make_model(*keys, num_classes=len(names))
     load_weights(model, str(tmp_path / "d2.pth"), names)

@@ -35,7 +35,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from plaintrain.export.export import describe
 from plaintrain.modeling import matching, roi_heads, rpn
-from plaintrain.modeling.losses import BoxLoss, box_losses
+from plaintrain.modeling.losses import BoxLoss, compute_box_losses
 from plaintrain.modeling.tta import DetectorWithTTA
 from plaintrain.structures import sample_masks
 
@@ -210,7 +210,7 @@ def test_box_losses_are_those_of_torch(recipe):
     coder, deltas = BoxCoder((10.0, 10.0, 5.0, 5.0)), DELTAS.clone().requires_grad_()
     # The last is padding.
     counts = torch.tensor([[True, True, True, False]])
-    losses = box_losses(recipe, coder, deltas[None], PRIORS[None], OBJECTS[None], counts)
+    losses = compute_box_losses(recipe, coder, deltas[None], PRIORS[None], OBJECTS[None], counts)
     if recipe.kind == "giou":
         expected = generalized_box_iou_loss(coder.decode_single(deltas[:3], PRIORS[:3]), OBJECTS[:3])
     else:
@@ -254,11 +254,11 @@ def test_losses_of_an_rpn_are_divided_by_what_was_sampled_or_was_to_be(monkeypat
     numbers, losses = [], {}
 
     def sample(*args):
-        index, exists = matching.sample(*args)
+        index, exists = matching.sample_matches(*args)
         numbers.append(exists.sum().item())
         return index, exists
 
-    monkeypatch.setattr(rpn, "sample", sample)
+    monkeypatch.setattr(rpn, "sample_matches", sample)
     for normalizer in ("sampled", "batch_size"):
         # More than there are anchors.
         keys = (RPN + "BATCH_SIZE_PER_IMAGE", 5000, RPN + "LOSS_NORMALIZER", normalizer)

@@ -11,7 +11,7 @@ import torch.multiprocessing  # noqa: F401 - it teaches ForkingPickler tensors
 from torch.utils.data import DataLoader
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
+from plaintrain.data.serialized import SerializedRecords, disable_gc
 from plaintrain.data.validation import check_records
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
@@ -241,9 +241,9 @@ def test_the_table_holds_the_annotations_in_their_order():
 
 
 def test_no_garbage_collection_restores_the_collector():
-    with pytest.raises(KeyError), no_garbage_collection():
+    with pytest.raises(KeyError), disable_gc():
         assert not gc.isenabled()
-        with no_garbage_collection():
+        with disable_gc():
             pass
         assert not gc.isenabled()
         raise KeyError

@@ -61,7 +61,7 @@ def report_of(tmp_path, *folders):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Sections without the drawing, which takes seconds."""
-    monkeypatch.setattr(build, "to_svg", lambda figure: "<svg></svg>")
+    monkeypatch.setattr(build, "convert_to_svg", lambda figure: "<svg></svg>")
     for module in (detections, runs):
         for name in [name for name in vars(module) if name.endswith("_figure")]:
             monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
@@ -142,7 +142,7 @@ def test_a_dataset_that_is_not_here_costs_only_its_sections(tmp_path, undrawn):
 
 def test_a_section_that_fails_says_so_and_the_others_are_made(tmp_path, monkeypatch, log):
     broken = Mock(side_effect=ZeroDivisionError("by <b>nothing</b>"))
-    sections = (("run", "A", broken), ("summary", "B", runs.summary))
+    sections = (("run", "A", broken), ("summary", "B", runs.build_summary))
     monkeypatch.setattr("plaintrain.report.build.SECTIONS", sections)
     found = report_of(tmp_path, make_run(tmp_path / "run"))
     assert "could not be made: ZeroDivisionError: by <b>nothing</b>" in found.sections["run"]
@@ -206,12 +206,12 @@ def test_busiest_classes_are_those_of_most_confusions(monkeypatch):
 
 def test_calibration_draws_the_precision_over_the_score(monkeypatch):
     draw = Mock()
-    monkeypatch.setattr(detections, "xy_figure", draw)
-    monkeypatch.setattr(detections, "bar_figure", Mock())
+    monkeypatch.setattr(detections, "draw_xy", draw)
+    monkeypatch.setattr(detections, "draw_bars", Mock())
     keys = ("low", "high", "score", "precision", "count")
     bins = [dict(zip(keys, values, strict=True)) for values in ((0, 0.5, 0.2, 0.1, 3), (0.5, 1, 0.7, 0.9, 0))]
     analysis = {"calibration": {"bins": bins, "expected_error": 0.1}}
     run = Mock(color=0, test_sets=["cells"], analyses={"cells": analysis}, problems={})
-    detections.calibration([run])
+    detections.build_calibration([run])
     (line,) = draw.call_args.args[0]
     assert (line["x"], line["y"]) == ([0.2], [0.1])

@@ -4,7 +4,7 @@ import json
 import math
 
 from plaintrain.evaluation import report_results
-from plaintrain.evaluation.predictions import results_table
+from plaintrain.evaluation.predictions import format_results
 from plaintrain.utils.files import read_results_file
 
 BEFORE = {"bbox": {"AP": 50.0, "AP50": math.nan, "AP-cat": 1.0}, "segm": {"AP": 3.0}}
@@ -26,7 +26,7 @@ def test_results_are_shown_with_the_change_since_the_last_of_their_dataset(tmp_p
 
 
 def test_changes_stand_below_their_numbers():
-    lines = results_table(NOW, BEFORE).splitlines()
+    lines = format_results(NOW, BEFORE).splitlines()
     assert [line.split() for line in lines] == [
         ["AP", "AP50"],
         ["----", "-----", "-----"],

@@ -8,7 +8,7 @@ import yaml
 from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer
-from plaintrain.checkpoint.resume_check import check_changes, config_changes
+from plaintrain.checkpoint.resume_check import check_changes, diff_configs
 from plaintrain.utils.errors import UserError
 
 CONFIG = {
@@ -41,7 +41,7 @@ def check(tmp_path):
 
 def test_config_changes_are_found_at_any_depth():
     now = config(SOLVER__BASE_LR=0.2, SOLVER__STEPS=[1], SOLVER__NEW=True)
-    assert config_changes(config(MODEL__OLD="x"), now) == [
+    assert diff_configs(config(MODEL__OLD="x"), now) == [
         ("MODEL.OLD", "x", "-"),
         ("SOLVER.BASE_LR", 0.1, 0.2),
         ("SOLVER.NEW", "-", True),

@@ -13,13 +13,13 @@ from plaintrain.analysis import run_folder
 from plaintrain.config import get_cfg
 from plaintrain.engine.run_facts import write_run_facts
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import recorded_starts
+from plaintrain.utils.files import read_starts
 from plaintrain.visualization.curves import (
     format_curves,
+    format_sparkline,
     format_state,
     group_panels,
     smooth,
-    sparkline,
     wants_log,
 )
 
@@ -43,14 +43,14 @@ def test_a_whole_run_its_warnings_and_the_names_of_it_and_its_results(tmp_path):
     folder = make_run(tmp_path / "run")
     assert len(run_folder.read_metrics(folder)["lr"][0]) == 100
     metrics = run_folder.read_metrics(folder)
-    assert run_folder.run_state(folder, metrics) == ("finished", 199, 200)
+    assert run_folder.get_run_state(folder, metrics) == ("finished", 199, 200)
     assert run_folder.read_config(folder).DATASETS.TEST == ("report_val",)
-    assert run_folder.test_sets(folder) == ["report_val"]
+    assert run_folder.list_test_sets(folder) == ["report_val"]
     assert run_folder.find_predictions(folder, "report_val").endswith("coco_instances_results.json")
-    scores = run_folder.read_results(folder)["report_val"]["bbox"]
+    scores = run_folder.read_run_results(folder)["report_val"]["bbox"]
     assert scores["AP50"] == 20.9 and scores["APl"] is None
-    assert run_folder.run_names(["/a/x", "/b/y"]) == ["x", "y"]
-    assert run_folder.run_names(["/a/x", "b/x"]) == ["/a/x", "b/x"]
+    assert run_folder.get_run_names(["/a/x", "/b/y"]) == ["x", "y"]
+    assert run_folder.get_run_names(["/a/x", "b/x"]) == ["/a/x", "b/x"]
     for other, words in ((tmp_path / "nowhere", "no folder"), (tmp_path, "no run's folder")):
         with pytest.raises(UserError, match=words):
             run_folder.check_run(other)
@@ -68,8 +68,8 @@ def test_the_state_of_a_run_is_in_its_lock_and_its_log(tmp_path, monkeypatch):
     (folder / "last_checkpoint").write_text("model_0000009.pth")
 
     def state(alive):
-        monkeypatch.setattr(run_folder, "alive", lambda folder: alive)
-        return run_folder.run_state(folder, {}).name
+        monkeypatch.setattr(run_folder, "is_in_use", lambda folder: alive)
+        return run_folder.get_run_state(folder, {}).name
 
     assert [state(True), state(False)] == ["running", "interrupted"]
     # Of another machine only the age of the log tells.
@@ -87,8 +87,8 @@ def test_curves_are_smoothed_thinned_logarithmic_and_of_characters():
     # One that falls far is logarithmic.
     assert wants_log([{"y": [100.0, 10.0, 1.0]}])
     assert not any(wants_log([{"y": y}]) for y in ([2.0, 1.0], [100.0, 0.0], []))
-    assert sparkline([4.0, 2.0, math.nan, 1.0], 4, "abcd") == "db a"
-    assert sparkline([3.0, 3.0, 1.0, 0.0], 2, "abc") == "ca" and sparkline([], 2, "ab") == "  "
+    assert format_sparkline([4.0, 2.0, math.nan, 1.0], 4, "abcd") == "db a"
+    assert format_sparkline([3.0, 3.0, 1.0, 0.0], 2, "abc") == "ca" and format_sparkline([], 2, "ab") == "  "
 
 
 def test_panels_group_the_metrics_of_one_run_and_the_runs_of_each_metric():
@@ -143,7 +143,7 @@ def test_starts_are_added_with_their_changes_from_the_base_files_or_the_defaults
     cfg.SOLVER.MAX_ITER = 9
     for name in (path, "", "gone.yaml"):
         write_run_facts(cfg, name)
-    first, second, *without = recorded_starts(cfg.OUTPUT_DIR)
+    first, second, *without = read_starts(cfg.OUTPUT_DIR)
     assert first["changes"] == [
         ["DATASETS.TRAIN", [], ["cells"]],
         ["OUTPUT_DIR", "./output", cfg.OUTPUT_DIR],
@@ -159,7 +159,7 @@ def test_starts_are_added_with_their_changes_from_the_base_files_or_the_defaults
     # A damaged file is as none.
     for text in ("", "{", "[]", '{"starts": 3}', '{"starts": [3]}'):
         (tmp_path / "run.json").write_text(text)
-        assert recorded_starts(str(tmp_path)) == []
+        assert read_starts(str(tmp_path)) == []
         write_run_facts(*run)
         assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
 
@@ -179,6 +179,6 @@ def test_the_state_of_the_code_is_that_of_the_folder_of_the_script(run, tmp_path
     # Of a machine without git nothing is known.
     monkeypatch.setenv("PATH", "")
     write_run_facts(*run)
-    state, unknown = (start["git"] for start in recorded_starts(run[0].OUTPUT_DIR))
+    state, unknown = (start["git"] for start in read_starts(run[0].OUTPUT_DIR))
     assert state["branch"] == "idea" and state["changed_files"] == ["train.py"] and len(state["commit"]) == 40
     assert unknown is None

@@ -11,7 +11,7 @@ from report_helpers import make_run
 from plaintrain.config import get_cfg
 from plaintrain.engine.run_facts import write_report
 from plaintrain.utils import comm
-from plaintrain.utils.lock import alive, lock_folder
+from plaintrain.utils.lock import is_in_use, lock_folder
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_report_shows_a_finished_run_that_nobody_holds(cfg, tmp_path, log):
     assert "Finished: " in (tmp_path / "run" / "report.html").read_text()
     assert "the report of this run is in" in log.text
     # Closing the file would have let go of a lock.
-    assert alive(cfg.OUTPUT_DIR) is False
+    assert is_in_use(cfg.OUTPUT_DIR) is False
 
 
 def test_report_that_fails_is_a_warning(cfg, tmp_path, log):

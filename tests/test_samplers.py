@@ -14,7 +14,7 @@ from plaintrain.data.samplers import (
     RepeatFactorTrainingSampler,
     TrainingSampler,
     build_train_sampler,
-    class_balanced_factors,
+    compute_class_balanced_factors,
     repeat_factors_from_category_frequency,
 )
 from plaintrain.data.serialized import SerializedRecords
@@ -86,13 +86,13 @@ def test_factors_are_those_of_the_rarest_class_or_balance_the_classes():
     assert linear.tolist() == pytest.approx([1, 2, 1, 2])
     records = _records([], [0], [], [1, 1])
     assert repeat_factors_from_category_frequency(records, 1.0).tolist() == [1, 2, 1, 2]
-    assert class_balanced_factors(records).tolist() == [1, 1, 1, 1]
+    assert compute_class_balanced_factors(records).tolist() == [1, 1, 1, 1]
     assert repeat_factors_from_category_frequency(_records([], []), 0.5).tolist() == [1, 1]
-    assert class_balanced_factors(_records([], [])).tolist() == [1, 1]
+    assert compute_class_balanced_factors(_records([], [])).tolist() == [1, 1]
     records = _records(*[[0]] * 90, *[[2, 2]] * 9, [5])
-    factors = class_balanced_factors(records)
+    factors = compute_class_balanced_factors(records)
     assert [factors[:90].sum(), factors[90:99].sum(), factors[99]] == pytest.approx([100 / 3] * 3)
-    both = class_balanced_factors(_records([0, 1], [0], [0]))
+    both = compute_class_balanced_factors(_records([0, 1], [0], [0]))
     assert both.tolist() == pytest.approx([3 * (1 / 2 / 3 + 1 / 2), 0.5, 0.5])
 
 

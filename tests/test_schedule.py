@@ -7,7 +7,7 @@ import re
 import pytest
 
 from plaintrain.config import check_cfg, get_cfg, get_value, set_value
-from plaintrain.solver.schedule import every, settle_schedule, validates_after
+from plaintrain.solver.schedule import every, resolve_schedule, validates_after
 from plaintrain.utils.errors import UserError
 
 
@@ -100,8 +100,8 @@ def make_cfg(**more):
 
 
 def settle(cfg, num_workers=1, per_epoch=None):
-    """Return the counts after `settle_schedule`, for a dataset of `per_epoch` iterations."""
-    settle_schedule(cfg, num_workers, lambda _: per_epoch or pytest.fail("asked for the length of an epoch"))
+    """Return the counts after `resolve_schedule`, for a dataset of `per_epoch` iterations."""
+    resolve_schedule(cfg, num_workers, lambda _: per_epoch or pytest.fail("asked for the length of an epoch"))
     return {key: get_value(cfg, key) for key in WRITTEN}
 
 
@@ -166,7 +166,7 @@ def test_counts_of_epochs_become_iterations(reference, num_workers, batch, lr, w
     assert not cfg.SOLVER.BY_EPOCH
     # An epoch is counted after the batch is scaled; other counts are not of epochs without BY_EPOCH.
     cfg, batches = make_cfg(SOLVER__MAX_EPOCHS=2, SOLVER__REFERENCE_WORLD_SIZE=8), []
-    settle_schedule(cfg, 2, lambda cfg: batches.append(cfg.SOLVER.IMS_PER_BATCH) or 10)
+    resolve_schedule(cfg, 2, lambda cfg: batches.append(cfg.SOLVER.IMS_PER_BATCH) or 10)
     assert batches == [4] and cfg.SOLVER.MAX_ITER == 20 and cfg.SOLVER.STEPS == (12_000, 16_000)
 
 

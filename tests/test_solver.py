@@ -10,7 +10,7 @@ from torch import nn
 from plaintrain import solver
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
-from plaintrain.solver.lr_scheduler import lr_factor, momentum_at
+from plaintrain.solver.lr_scheduler import build_lr_factor, build_momentum_factor
 from plaintrain.utils.errors import UserError
 
 POINTS = [[4, 0.8], [8, 0.6], [10, 0.9]]
@@ -112,7 +112,7 @@ _SCHEDULES = {
 def test_lr_factor_is_detectron2s(name, warmup_iters, method, rescale):
     keys, schedule = _SCHEDULES[name]
     warmup = {"WARMUP_ITERS": warmup_iters, "WARMUP_FACTOR": 0.01, "WARMUP_METHOD": method}
-    factor = lr_factor(make_cfg(BASE_LR=0.02, MAX_ITER=90, RESCALE_INTERVAL=rescale, **warmup, **keys))
+    factor = build_lr_factor(make_cfg(BASE_LR=0.02, MAX_ITER=90, RESCALE_INTERVAL=rescale, **warmup, **keys))
     length = min(warmup_iters / 90, 1.0)
     expected = [reference_factor(i / 90, schedule, length, method, rescale) for i in range(91)]
     assert [factor(i) for i in range(91)] == pytest.approx(expected, rel=1e-9)
@@ -126,7 +126,7 @@ def test_lr_steps_fall_on_their_iteration_and_those_beyond_the_end_are_ignored(s
         for max_iter in (*range(parts, 400, 7 * parts), 49, 107, 90_000, 270_000):
             steps = tuple(math.ceil(k * max_iter / parts) for k in range(1, parts))
             keys = schedule | {"STEPS": steps, "NUM_DECAYS": parts - 1, "GAMMA": 0.5}
-            factor = lr_factor(make_cfg(MAX_ITER=max_iter, WARMUP_ITERS=0, **keys))
+            factor = build_lr_factor(make_cfg(MAX_ITER=max_iter, WARMUP_ITERS=0, **keys))
             for k, step in enumerate(steps, start=1):
                 assert (factor(step - 1), factor(step)) == (0.5 ** (k - 1), 0.5**k), (parts, max_iter, k)
     cfg = make_cfg(MAX_ITER=10, STEPS=(5, 20), WARMUP_ITERS=0)
@@ -165,7 +165,7 @@ def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name, be
         for iteration in iterations:
             rates = [group["lr"] for group in optimizer.param_groups]
             assert rates == pytest.approx([base * factor(iteration) for base in bases])
-            assert set(momenta(optimizer)) == {momentum_at(points, "cosine")(iteration)}
+            assert set(momenta(optimizer)) == {build_momentum_factor(points, "cosine")(iteration)}
             # A momentum that stays is not logged.
             logged = {"momentum": momenta(optimizer)[0]} if "MOMENTUM_SCHEDULE" in momentum else {}
             assert scheduler.scalars() == {"lr": rates[0], **logged}
@@ -174,7 +174,7 @@ def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name, be
             optimizer.zero_grad()
             scheduler.step()
 
-    factor = lr_factor(make_cfg(**keys))
+    factor = build_lr_factor(make_cfg(**keys))
     model, optimizer, scheduler, checkpointer, bases = build(BASE_LR=0.01, **before)
     check_and_train(range(5), before)
     checkpointer.save("model_0000004", iteration=4)
@@ -201,10 +201,10 @@ def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name, be
     ],
 )
 def test_momentum_at_interpolates_between_the_points(interpolation, table):
-    momentum = momentum_at(POINTS, interpolation)
+    momentum = build_momentum_factor(POINTS, interpolation)
     assert {i: momentum(i) for i in table} == pytest.approx(table, abs=1e-7)
     assert [momentum(i) for i in (0, 3, 11, 1000)] == [0.8, 0.8, 0.9, 0.9]
-    assert [momentum_at([[5, 0.7]], interpolation)(i) for i in (0, 5, 6)] == [0.7] * 3
+    assert [build_momentum_factor([[5, 0.7]], interpolation)(i) for i in (0, 5, 6)] == [0.7] * 3
 
 
 def test_param_groups_of_norms_biases_and_the_backbone():

@@ -10,7 +10,7 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler,
 from torchvision.ops import batched_nms, box_iou
 
 from plaintrain.modeling import matching
-from plaintrain.modeling.matching import decode, match, pad_targets, sample
+from plaintrain.modeling.matching import decode, match_boxes, pad_targets, sample_matches
 
 FASTER_RCNN, TWO_LEVELS = ARCHITECTURES["faster_rcnn"], ("MODEL.TINY.NUM_LEVELS", 2)
 GIOU = ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou", "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou")
@@ -79,7 +79,7 @@ def test_match_is_torchvisions_matcher(matcher, candidates, pairs):
     # Padding would match as well.
     boxes[labels < 0] = torch.tensor([10.0, 10, 40, 40])
     with mock.patch.object(matching, "_MAX_PAIRS", pairs):
-        index, matched, background = match(boxes, labels >= 0, candidates, matcher)
+        index, matched, background = match_boxes(boxes, labels >= 0, candidates, matcher)
     assert index.shape == matched.shape == background.shape == (4, candidates.shape[1])
     for i, b in enumerate(objects):
         overlaps = box_iou(b, candidates[i % len(candidates)])
@@ -108,7 +108,7 @@ def test_sample_draws_as_many_as_torchvisions_sampler(positives, negatives, expe
     sampler = BalancedPositiveNegativeSampler(80, 0.25)
     labels = torch.full((1, 500), -1)
     labels[:, :positives], labels[:, 150 : 150 + negatives] = 1, 0
-    index, exists = sample(labels == 1, labels == 0, sampler)
+    index, exists = sample_matches(labels == 1, labels == 0, sampler)
     assert index.shape == exists.shape == (1, 80)
     drawn = labels[0][index[0][exists[0]]]
     assert ((drawn == 1).sum(), (drawn == 0).sum()) == expected
@@ -123,12 +123,12 @@ def test_sample_draws_every_candidate_as_often_with_numbers_that_depend_on_shape
     for positives in (0, 7, 40):
         torch.manual_seed(3)
         matched = torch.arange(40)[None] < positives
-        sample(matched, ~matched, BalancedPositiveNegativeSampler(16, 0.5))
+        sample_matches(matched, ~matched, BalancedPositiveNegativeSampler(16, 0.5))
         states.append(torch.get_rng_state())
     assert all(state.equal(states[0]) for state in states)
     labels = torch.arange(30).lt(10).long()[None].expand(5000, -1)
     torch.manual_seed(0)
-    index, _ = sample(labels == 1, labels == 0, BalancedPositiveNegativeSampler(8, 0.25))
+    index, _ = sample_matches(labels == 1, labels == 0, BalancedPositiveNegativeSampler(8, 0.25))
     counts = index.flatten().bincount(minlength=30)
     # 2 of 10 and 6 of 20 in 5000 draws: 1000 and 1500, with deviations of about 28 and 32.
     assert (counts[:10] - 1000).abs().max() < 130 and (counts[10:] - 1500).abs().max() < 140

@@ -34,12 +34,12 @@ def draws(monkeypatch):
     found = []
 
     def sample(matched, background, sampler):
-        drawn = matching.sample(matched, background, sampler)
+        drawn = matching.sample_matches(matched, background, sampler)
         found.append((matched | background, *drawn))
         return drawn
 
-    monkeypatch.setattr(rpn, "sample", sample)
-    monkeypatch.setattr(roi_heads, "sample", sample)
+    monkeypatch.setattr(rpn, "sample_matches", sample)
+    monkeypatch.setattr(roi_heads, "sample_matches", sample)
     return found
 
 

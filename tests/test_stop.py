@@ -25,7 +25,7 @@ def test_the_time_or_a_signal_of_any_rank_ends_a_run(clock, log, monkeypatch):
     stop_signal, asked = StopSignal(5.0), []
     # The other rank has SIGHUP, which is 1.
     monkeypatch.setattr(
-        comm, "highest", lambda number: asked.append(number) or max(number, 2 * signal.SIGHUP)
+        comm, "all_reduce_max", lambda number: asked.append(number) or max(number, 2 * signal.SIGHUP)
     )
     with pytest.raises(Stopped) as stopped, stop_signal:
         assert stop_signal.requested_on_any_rank()

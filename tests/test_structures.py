@@ -17,9 +17,9 @@ from plaintrain.structures import (
     BoxMasks,
     BoxMode,
     encode_masks,
+    encode_segmentation,
+    find_segmentation_problem,
     sample_masks,
-    segmentation_mistake,
-    segmentation_to_rle,
 )
 
 
@@ -40,14 +40,14 @@ def test_segmentations_may_hold_tuples_and_polygons_are_their_union_cut_off_at_t
     mask[1:4, 2:6] = 1
     for segmentation in ([tuple(SQUARE)], {"size": (8, 10), "counts": (17, 3, 5, 3, 5, 3, 5, 3, 36)}):
         before = repr(segmentation)
-        rle = segmentation_to_rle(segmentation, 8, 10)
+        rle = encode_segmentation(segmentation, 8, 10)
         assert rle["size"] == [8, 10] and type(rle["counts"]) is bytes
         assert np.array_equal(coco_mask.decode(rle), mask)
         assert repr(segmentation) == before
     mask[2:7, 4:9] = 1
-    rle = segmentation_to_rle([SQUARE, [4, 2, 9, 2, 9, 7, 4, 7]], 8, 10)
+    rle = encode_segmentation([SQUARE, [4, 2, 9, 2, 9, 7, 4, 7]], 8, 10)
     assert np.array_equal(coco_mask.decode(rle), mask)
-    rle = segmentation_to_rle([[-5, -5, 6, -5, 6, 4, -5, 4]], 8, 10)
+    rle = encode_segmentation([[-5, -5, 6, -5, 6, 4, -5, 4]], 8, 10)
     assert coco_mask.decode(rle).sum() == 6 * 4 and coco_mask.decode(rle)[:4, :6].all()
 
 
@@ -75,7 +75,7 @@ def _rle(counts, size=(8, 10)):
     ],
 )
 def test_malformed_segmentations_are_rejected(segmentation, words):
-    rejected(*words, by=lambda: segmentation_to_rle(segmentation, 8, 10))
+    rejected(*words, by=lambda: encode_segmentation(segmentation, 8, 10))
 
 
 def test_the_runs_of_compressed_masks_add_up_and_a_cut_is_seen():
@@ -84,9 +84,9 @@ def test_the_runs_of_compressed_masks_add_up_and_a_cut_is_seen():
         mask = np.asfortranarray(rng.random((height, width)) < rng.random(), dtype=np.uint8)
         mask[:, width // 2 :] = height % 2
         rle = coco_mask.encode(mask)
-        assert segmentation_mistake(rle, height, width) is None
+        assert find_segmentation_problem(rle, height, width) is None
         for wrong in (rle["counts"][:-1], rle["counts"] + b"1", rle["counts"] + b"\xff"):
-            assert segmentation_mistake({**rle, "counts": wrong}, height, width)[0] == "bad_rle"
+            assert find_segmentation_problem({**rle, "counts": wrong}, height, width)[0] == "bad_rle"
 
 
 @pytest.mark.parametrize(

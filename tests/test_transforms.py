@@ -26,7 +26,7 @@ from plaintrain.data.transforms.geometric import (
     Resize,
     ResizeShortestEdge,
     ScaleJitter,
-    shortest_edge_size,
+    get_shortest_edge_size,
 )
 from plaintrain.data.transforms.photometric import RandomErasing, RandomPhotometricDistort
 
@@ -65,7 +65,7 @@ def test_shortest_edge_size_is_that_of_detectron2_and_of_at_least_a_pixel():
     for _ in range(3000):
         h, w, drawn_short, drawn_longest = rng.integers(20, 1200, size=4).tolist()
         for short, longest in ((800, 1333), (640, 1333), (drawn_short, drawn_longest)):
-            assert shortest_edge_size(h, w, short, longest) == _detectron2_size(h, w, short, longest)
+            assert get_shortest_edge_size(h, w, short, longest) == _detectron2_size(h, w, short, longest)
     for size, short, longest, expected in (((300, 900), 800, 1333, (444, 1333)), ((1, 900), 20, 30, (1, 30))):
         assert _size(ResizeShortestEdge((short,), longest)(_tensors(*size), _rng())) == expected
 

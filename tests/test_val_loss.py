@@ -18,7 +18,7 @@ from torchvision.ops import StochasticDepth
 
 from plaintrain.data import DatasetCatalog, build_detection_test_loader, build_detection_val_loader
 from plaintrain.data.datasets.builtin import declare_dataset
-from plaintrain.evaluation import validation_losses
+from plaintrain.evaluation import compute_validation_losses
 from plaintrain.structures import BoxMode
 
 
@@ -43,7 +43,7 @@ class Model(nn.Module):
 
 
 def test_losses_are_means_over_images_whatever_their_batches(log):
-    losses = validation_losses(Model(), [[[1, 2, 3], [6]], [[8, 10]]])
+    losses = compute_validation_losses(Model(), [[[1, 2, 3], [6]], [[8, 10]]])
     assert losses == pytest.approx(
         {"val/total_loss": 55.0, "val/loss_a": 5.0, "val/b_loss": 50.0, "val/accuracy": -5.0}
     )
@@ -52,14 +52,14 @@ def test_losses_are_means_over_images_whatever_their_batches(log):
     assert "validation on 6 images:  total_loss: 55  loss_a: 5  b_loss: 50  accuracy: -5" in log.text
     log.clear()
     for loaders in ([], [[]], [[], []]):
-        assert validation_losses(Model(), loaders) == {}
+        assert compute_validation_losses(Model(), loaders) == {}
     assert log.text == ""
     # A loss that is missing in a batch counts as 0 there, and low precision is summed in float32.
     model = Model()
     model.forward = lambda samples: {f"loss_{len(samples)}": torch.tensor(3.0)}
-    assert validation_losses(model, [[[2, 4], [6]]])["val/loss_2"] == pytest.approx(2.0)
+    assert compute_validation_losses(model, [[[2, 4], [6]]])["val/loss_2"] == pytest.approx(2.0)
     model.forward = lambda samples: {"loss": torch.tensor(1.0, dtype=torch.bfloat16)}
-    assert validation_losses(model, [[[0]] * 1000])["val/loss"] == 1.0
+    assert compute_validation_losses(model, [[[0]] * 1000])["val/loss"] == 1.0
 
 
 def snapshot(model):
@@ -95,7 +95,7 @@ def test_losses_are_those_of_training_with_norms_as_in_evaluation_and_change_not
     model.train()
     norms[0].eval()
     before = snapshot(model)
-    losses = validation_losses(model, [batches])
+    losses = compute_validation_losses(model, [batches])
     assert_unchanged(model, before)
     for norm in norms:
         norm.eval()
@@ -114,14 +114,14 @@ def test_losses_are_those_of_training_with_norms_as_in_evaluation_and_change_not
 def test_a_model_in_evaluation_mode_or_one_that_raises_is_not_changed_either():
     model = Model().eval()
     before = snapshot(model)
-    assert validation_losses(model, [[[1]]])["val/loss_a"] == 1.0
+    assert compute_validation_losses(model, [[[1]]])["val/loss_a"] == 1.0
     assert_unchanged(model, before)
     model = Model(fails_at=2)
     model.drop.eval()
     model.layer.bias.requires_grad_(False)
     before = snapshot(model)
     with pytest.raises(ZeroDivisionError):
-        validation_losses(model, [[[1], [2], [3]]])
+        compute_validation_losses(model, [[[1], [2], [3]]])
     # Norms, dropout and stochastic depth are off, and the rest trains.
     assert model.seen == [[True, True, False, False, False]] * 2
     assert_unchanged(model, before)
@@ -132,11 +132,11 @@ def test_losses_of_sampled_proposals_depend_on_the_seed_alone():
     model, loader = build(*ARCHITECTURES["faster_rcnn"], *few), [two_samples()]
     torch.manual_seed(1)
     before = snapshot(model)
-    first = validation_losses(model, [loader], seed=5)
+    first = compute_validation_losses(model, [loader], seed=5)
     assert_unchanged(model, before)
     torch.manual_seed(2)
-    assert validation_losses(model, [loader], seed=5) == first
-    assert validation_losses(model, [loader], seed=6) != first
+    assert compute_validation_losses(model, [loader], seed=5) == first
+    assert compute_validation_losses(model, [loader], seed=6) != first
 
 
 @pytest.mark.parametrize("function", [rank_functions.validate, rank_functions.validate_on_rank_0_only])
@@ -145,7 +145,7 @@ def test_ranks_with_unequal_numbers_of_images_have_the_losses_of_one(tmp_path, f
     assert job.code == 0, job.output
     first, second = job.results()
     batch = make_batch(7 if function is rank_functions.validate else 2)
-    expected = validation_losses(make_retinanet(), [[batch[:4], *([batch[4:]] if batch[4:] else [])]])
+    expected = compute_validation_losses(make_retinanet(), [[batch[:4], *([batch[4:]] if batch[4:] else [])]])
     assert first == second == pytest.approx(expected, rel=1e-5)
 
 

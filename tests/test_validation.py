@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from plaintrain.data.datasets.coco import load_coco_json
 from plaintrain.data.validation import KINDS, Finding, check_records
-from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.structures import BoxMode, encode_segmentation
 
 
 def _record(*changes, image_id=1):
@@ -306,7 +306,7 @@ def test_fix_scales_the_annotations_of_resized_images_and_excludes_others(
         assert first["segmentation"][0] == pytest.approx(expected)
         assert first["keypoints"] == pytest.approx([10.5 * x, 8.5 * y, 2, 0, 0, 0])
         assert [a["area"] for a in record["annotations"]] == pytest.approx([320 * x * y, 800 * x * y])
-        rle = segmentation_to_rle(second["segmentation"], record["height"], record["width"])
+        rle = encode_segmentation(second["segmentation"], record["height"], record["width"])
         assert coco_mask.toBbox(rle) == pytest.approx([20 * x, 10 * y, 40 * x, 20 * y], abs=1)
 
 

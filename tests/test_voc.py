@@ -7,7 +7,7 @@ import pytest
 from hostile_helpers import rejected
 
 from plaintrain.data import DatasetCatalog, get_detection_dataset_dicts
-from plaintrain.data.catalog import class_names
+from plaintrain.data.catalog import load_class_names
 from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.data.datasets.voc import load_voc
 from plaintrain.structures import BoxMode
@@ -156,7 +156,7 @@ def test_bccd_is_read_and_its_two_empty_boxes_are_dropped(data_root, log):
     for split, images in (("train", 205), ("val", 87), ("test", 72), ("trainval", 292)):
         declare_dataset(f"bccd_{split}", {"FORMAT": "voc", "ROOT": "BCCD", "SPLIT": split})
         assert len(DatasetCatalog.get(f"bccd_{split}")) == images
-        assert class_names(f"bccd_{split}") == ["Platelets", "RBC", "WBC"]
+        assert load_class_names(f"bccd_{split}") == ["Platelets", "RBC", "WBC"]
     records = get_detection_dataset_dicts("bccd_trainval")
     boxes = [a["bbox"] for record in records for a in record["annotations"]]
     assert (len(records), len(boxes)) == (292, 3941)

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from model_helpers import make_cfg
 
-from plaintrain.checkpoint.detectron2 import to_detectron2
+from plaintrain.checkpoint.detectron2 import convert_to_detectron2
 from plaintrain.checkpoint.weight_checks import check_weights
 from plaintrain.config import set_value
 from plaintrain.data.datasets.builtin import declare_dataset
@@ -98,7 +98,7 @@ def contradicted(cfg, path, **kwargs):
 def test_detectors_of_either_project_need_its_conventions(tmp_path, overrides, keys, ending):
     ours, theirs = config(*overrides), config(*overrides, detectron2=True)
     state = model_of(ours).state_dict()
-    path = save(tmp_path / f"d2{ending}", to_detectron2(state), iteration=7)
+    path = save(tmp_path / f"d2{ending}", convert_to_detectron2(state), iteration=7)
     assert contradicted(ours, path) == contradicted(ours, path, strict=False) == PIXELS + keys
     check(theirs, path)
     # One key is enough.
@@ -112,7 +112,9 @@ def test_detectors_of_either_project_need_its_conventions(tmp_path, overrides, k
 def test_backbones_need_their_pixels_in_training_too(tmp_path):
     ours, theirs = config(), config(detectron2=True)
     resnet = torchvision.models.resnet50(num_classes=2).state_dict()
-    there = to_detectron2({f"backbone.body.{k}": v for k, v in resnet.items() if not k.startswith("fc.")})
+    there = convert_to_detectron2(
+        {f"backbone.body.{k}": v for k, v in resnet.items() if not k.startswith("fc.")}
+    )
     there = {name.removeprefix("backbone.bottom_up."): value for name, value in there.items()}
     msra = save(tmp_path / "R-50.pkl", there)
     stem = {"conv1_w": resnet["conv1.weight"], "res_conv1_bn_s": resnet["bn1.weight"]}
@@ -137,7 +139,7 @@ def test_backbones_need_their_pixels_in_training_too(tmp_path):
 def test_pixels_in_the_file_take_precedence_over_those_of_its_project(tmp_path):
     keys = ["MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8]
     cfg = config(*keys, detectron2=True)
-    state = to_detectron2(model_of(cfg).state_dict())
+    state = convert_to_detectron2(model_of(cfg).state_dict())
     path = save(tmp_path / "x50.pth", state, iteration=1)
     assert contradicted(cfg, path) == ["MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"]
     buffers = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375]}
@@ -160,7 +162,7 @@ def test_weights_of_a_run_need_the_conventions_of_its_config(tmp_path):
     # The conventions of older and converted files are unknown.
     for entries in ({"iteration": 3}, {"class_names": NAMES}, {"__author__": "plaintrain"}):
         check(theirs, save(tmp_path / "old.pth", state, **entries))
-    check(ours, save(tmp_path / "converted.pkl", to_detectron2(state), __author__="plaintrain"))
+    check(ours, save(tmp_path / "converted.pkl", convert_to_detectron2(state), __author__="plaintrain"))
 
 
 def test_ssds_need_other_pixels(tmp_path):

@@ -5,7 +5,7 @@ from hostile_helpers import rejected
 from PIL import Image
 
 from plaintrain.data.datasets.folder import load_images
-from plaintrain.data.datasets.yolo import label_file, load_yolo
+from plaintrain.data.datasets.yolo import get_label_file, load_yolo
 from plaintrain.structures import BoxMode
 
 
@@ -55,8 +55,8 @@ def test_boxes_and_polygons_are_in_pixels_and_their_files_beside_the_images(yolo
     (yolo / "labels/train/a.txt").unlink()
     _load(yolo)
     assert f"would be {yolo}/labels/train/a.txt" in log.text
-    assert label_file("/images/d/images/x/a.b.jpg") == "/images/d/labels/x/a.b.txt"
-    assert label_file("/d/x/a.jpg") == "/d/x/a.txt"
+    assert get_label_file("/images/d/images/x/a.b.jpg") == "/images/d/labels/x/a.b.txt"
+    assert get_label_file("/d/x/a.jpg") == "/d/x/a.txt"
 
 
 def test_images_that_would_share_labels_are_rejected_or_collected(yolo, write_image):

@@ -12,8 +12,8 @@ Numbers are percent where it says AP, otherwise 0 to 1; None is not known.
 - `errors`: {bbox and segm: {`AP`, `costs`, `false_positives`, `false_negatives` (see
   `compute_delta_ap`), and above the score threshold `detections`: {type: count}, `objects`: {state:
   count}, `classes`: [{`name`, and counts of both}]}}; see `errors.match`
-- `thresholds`, `calibration`, `confusion`, `breakdown`, `gallery`: of boxes, see `best_thresholds`,
-  `calibration`, `confusion`, `object_breakdown` and `best_and_worst` in `analysis.breakdown`
+- `thresholds`, `calibration`, `confusion`, `breakdown`, `gallery`: of boxes, see `compute_best_thresholds`,
+  `calibration`, `confusion`, `compute_object_breakdown` and `select_best_and_worst` in `analysis.breakdown`
 """
 
 import numpy as np
@@ -21,8 +21,8 @@ import numpy as np
 from plaintrain.analysis import breakdown
 from plaintrain.analysis.breakdown import count_by, count_objects
 from plaintrain.analysis.errors import ERRORS, REAL_STATES, find_errors
-from plaintrain.evaluation.coco import COCOEvaluator, summary
-from plaintrain.evaluation.predictions import plain, read_detections
+from plaintrain.evaluation.coco import COCOEvaluator, summarize
+from plaintrain.evaluation.predictions import convert_to_json_types, read_detections
 
 # Indices of IoU 0.5 and 0.75 among COCO's.
 _IOUS = {"0.50": 0, "0.75": 5}
@@ -63,7 +63,7 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
         t: find_errors(dataset_name, detections, iou_threshold, task=t) for t in tasks if t != "keypoints"
     }
     boxes = errors["bbox"]
-    thresholds = breakdown.best_thresholds(boxes)
+    thresholds = breakdown.compute_best_thresholds(boxes)
     threshold = score_threshold
     if threshold is None:
         threshold = thresholds["overall"]["threshold"] or 0.0
@@ -85,12 +85,12 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
         **_coco_metrics(evaluator, tasks, detections, boxes),
         "errors": {task: compute_delta_ap(errors[task]) | _count_errors(above[task]) for task in errors},
         "thresholds": thresholds,
-        "calibration": breakdown.calibration(boxes),
-        "confusion": breakdown.confusion(above["bbox"]),
-        "breakdown": breakdown.object_breakdown(boxes, above["bbox"]),
-        "gallery": breakdown.best_and_worst(above["bbox"], gallery),
+        "calibration": breakdown.compute_calibration(boxes),
+        "confusion": breakdown.compute_confusion_matrix(above["bbox"]),
+        "breakdown": breakdown.compute_object_breakdown(boxes, above["bbox"]),
+        "gallery": breakdown.select_best_and_worst(above["bbox"], gallery),
     }
-    return plain(content)
+    return convert_to_json_types(content)
 
 
 def _coco_metrics(evaluator, tasks, detections, errors):
@@ -98,7 +98,7 @@ def _coco_metrics(evaluator, tasks, detections, errors):
     content = {"metrics": {}, "per_class": {}, "curves": {}}
     for task in tasks:
         precision, recall = evaluator.precision_recall(task, detections)
-        content["metrics"][task] = summary(precision, recall, task)
+        content["metrics"][task] = summarize(precision, recall, task)
         content["per_class"][task] = _per_class(precision, recall, task, errors)
         content["curves"][task] = _curves(precision, errors.classes)
     return content
@@ -108,7 +108,7 @@ def _per_class(precision, recall, task, errors):
     """Return COCO's AP of each class, over all and at single IoUs, and by size."""
     rows = []
     for k, (name, count) in enumerate(zip(errors.classes, count_objects(errors).tolist(), strict=True)):
-        metrics = summary(precision[:, :, [k]], recall[:, [k]], task)
+        metrics = summarize(precision[:, :, [k]], recall[:, [k]], task)
         rows.append({"name": name, "objects": count} | {key: metrics.get(key) for key in _CLASS_METRICS})
     return rows
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from plaintrain.analysis.dataset import ASPECTS, bin_names
+from plaintrain.analysis.dataset import ASPECTS, format_bins
 from plaintrain.analysis.errors import DETECTION_TYPES, REAL_STATES, STATES, match_greedily
-from plaintrain.data.datasets.write import area
+from plaintrain.data.datasets.write import get_area
 from plaintrain.evaluation.detections import compute_overlaps
 
 # Lower edges of the bins of objects; the root of the area in pixels has COCO's sizes, 32 and 96, among them.
@@ -40,7 +40,7 @@ def count_by(errors, key, length):
     )
 
 
-def best_thresholds(errors):
+def compute_best_thresholds(errors):
     """Return the score threshold with the highest F1, `overall` (all classes at one) and for all `classes`.
 
     Each has `threshold`, `f1`, `precision` and `recall` (0 to 1; detections with at least the threshold
@@ -69,7 +69,7 @@ def _best_threshold(scores, is_correct, count):
     return {"threshold": scores[ends[i]], "f1": f1[i], "precision": precision, "recall": recall}
 
 
-def calibration(errors, bins=10):
+def compute_calibration(errors, bins=10):
     """Compare the scores with the fraction of detections that are correct.
 
     Returns:
@@ -92,7 +92,7 @@ def _divide(part, whole):
     return float(part / whole) if whole else None
 
 
-def confusion(errors, most=20):
+def compute_confusion_matrix(errors, most=20):
     """Count what objects of each class are detected as.
 
     Each object and each detection that is not ignored counts once: first the correct ones, then, in the
@@ -128,7 +128,7 @@ def confusion(errors, most=20):
     return {"labels": labels, "counts": counts.tolist(), "shares": shares.tolist(), "pairs": pairs}
 
 
-def object_breakdown(errors, above):
+def compute_object_breakdown(errors, above):
     """Count the objects that are found, by their size, aspect, and by what is around them.
 
     Args:
@@ -143,7 +143,7 @@ def object_breakdown(errors, above):
     real = np.flatnonzero(~errors.objects["crowd"])
     objects = {key: errors.objects[key][real] for key in ("image", "boxes", "crowd")}
     sides = objects["boxes"][:, 2:] - objects["boxes"][:, :2]
-    areas = np.array([area(a, record) for record in errors.records for a in record["annotations"]])
+    areas = np.array([get_area(a, record) for record in errors.records for a in record["annotations"]])
     counts = np.bincount(objects["image"], minlength=1)
     first, second, iou = compute_overlaps(objects, objects)
     near = (first != second) & (iou >= OVERLAP_IOU)
@@ -160,7 +160,7 @@ def object_breakdown(errors, above):
 
 def _count_bins(errors, above, indices, values, lows):
     bins, bin_of = [], np.digitize(values, lows[1:])
-    names = bin_names(lows, values.dtype.kind == "i")
+    names = format_bins(lows, values.dtype.kind == "i")
     for i, (name, high) in enumerate(zip(names, [*lows[1:], None], strict=True)):
         members = indices[bin_of == i]
         found = members[errors.objects["state"][members] == "found"]
@@ -173,7 +173,7 @@ def _count_bins(errors, above, indices, values, lows):
     return bins
 
 
-def best_and_worst(above, number=12):
+def select_best_and_worst(above, number=12):
     """List the images with the highest and the lowest F1, of equal ones those with more in them.
 
     Returns:

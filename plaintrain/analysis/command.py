@@ -1,6 +1,6 @@
 """The config, the dataset and the predictions that the command line of a tool names."""
 
-from plaintrain.analysis.run_folder import find_predictions, read_config, test_sets
+from plaintrain.analysis.run_folder import find_predictions, list_test_sets, read_config
 from plaintrain.config import get_cfg
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.utils.errors import UserError
@@ -24,7 +24,7 @@ def choose_predictions(args, cfg):
     """
     if not (args.run or args.predictions):
         raise UserError("give RUN, a run's folder, or --predictions FILE")
-    names = test_sets(args.run) if args.run else list(cfg.DATASETS.TEST)
+    names = list_test_sets(args.run) if args.run else list(cfg.DATASETS.TEST)
     if not (args.dataset or names):
         raise UserError("which dataset are the predictions of? Name it with --dataset")
     args.dataset = args.dataset or names[0]

@@ -13,7 +13,7 @@ ASPECTS = (0, 1 / 4, 1 / 3, 1 / 2, 3 / 4, 4 / 3, 2, 3, 4)
 _MEDIUM, _LARGE = 32**2, 96**2
 
 
-def dataset_statistics(records, class_names):
+def compute_dataset_statistics(records, class_names):
     """Compute statistics of a dataset.
 
     Boxes that are counted are of objects, not of crowds. Sizes are the root of the box' area.
@@ -66,7 +66,7 @@ def dataset_statistics(records, class_names):
     }
 
 
-def bin_names(edges, are_counts):
+def format_bins(edges, are_counts):
     """Return names of bins by their lower edges, from 0 unless whole numbers are counted."""
     names = [f"{round(edge, 2):g}" for edge in edges]
     if not are_counts:
@@ -77,4 +77,4 @@ def bin_names(edges, are_counts):
 
 def _histogram(values, edges):
     counts = np.bincount(np.digitize(values, edges[1:]), minlength=len(edges)).tolist()
-    return {"names": bin_names(edges, values.dtype.kind == "i"), "counts": counts}
+    return {"names": format_bins(edges, values.dtype.kind == "i"), "counts": counts}

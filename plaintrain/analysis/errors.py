@@ -10,9 +10,14 @@ from functools import cached_property
 import numpy as np
 
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.evaluation.coco_gt import annotated, coco_truth, ranks
-from plaintrain.evaluation.detections import Detections, compute_overlaps, ground_truth, object_table
-from plaintrain.evaluation.predictions import rles
+from plaintrain.evaluation.coco_gt import build_coco_gt, has_annotations, rank_ids
+from plaintrain.evaluation.detections import (
+    Detections,
+    build_object_table,
+    compute_overlaps,
+    load_ground_truth,
+)
+from plaintrain.evaluation.predictions import encode_detection_masks
 from plaintrain.utils.errors import UserError
 
 # Outcome of a detection, or "missed" of an object: (RGB colour in images, description).
@@ -69,7 +74,7 @@ class Errors:
     @cached_property
     def score_order(self):
         """Indices of the detections by descending score, ties as in COCO's evaluation."""
-        return np.lexsort((ranks(self.image_ids)[self.detections["image"]], -self.detections["scores"]))
+        return np.lexsort((rank_ids(self.image_ids)[self.detections["image"]], -self.detections["scores"]))
 
     def above(self, score_threshold):
         """The `Errors` without the detections below a score; the others keep their type."""
@@ -101,24 +106,24 @@ def find_errors(dataset_name, detections, iou_threshold=0.5, score_threshold=0.0
         score_threshold: detections below it are dropped after matching.
         task: "bbox" or "segm", whether the IoU is that of boxes or of masks.
     """
-    records, classes, index = ground_truth(dataset_name)
+    records, classes, index = load_ground_truth(dataset_name)
     image, labels = detections.rows[:, [0, 6]].astype(np.int64).T
     boxes, scores = detections.rows[:, 1:5], detections.rows[:, 5]
     predicted = {"image": image, "boxes": boxes, "scores": scores, "labels": labels}
-    objects, masks = object_table(records), None
+    objects, masks = build_object_table(records), None
     if task == "segm":
-        if detections.masks is None or not annotated(records, task):
+        if detections.masks is None or not has_annotations(records, task):
             raise UserError(f"errors of masks need masks in the predictions and in {dataset_name}")
-        truth = coco_truth(task, records, range(len(records)), range(len(classes)))["annotations"]
+        truth = build_coco_gt(task, records, range(len(records)), range(len(classes)))["annotations"]
         objects["crowd"] = np.array([bool(a["iscrowd"]) for a in truth], dtype=bool)
-        masks = [a["segmentation"] for a in truth], rles(detections, records)
+        masks = [a["segmentation"] for a in truth], encode_detection_masks(detections, records)
     overlaps = compute_overlaps(objects, predicted, masks)
-    objects, predicted = match(objects, predicted, overlaps, iou_threshold)
+    objects, predicted = match_detections(objects, predicted, overlaps, iou_threshold)
     errors = Errors(records, classes, list(index), objects, predicted, detections, iou_threshold)
     return errors.above(score_threshold)
 
 
-def match(objects, detections, overlaps, iou_threshold=0.5):
+def match_detections(objects, detections, overlaps, iou_threshold=0.5):
     """Match the tables of objects and detections as COCO does, and return them with the columns of the match.
 
     Detections choose in the order of their scores, each the object of its class that it overlaps most among

@@ -103,7 +103,7 @@ def _module_flops(name, module, flops):
     return sum(_module_flops(prefix + child, part, flops) for child, part in module.named_children())
 
 
-def module_rows(model, depth, flops, outputs):
+def compute_module_costs(model, depth, flops, outputs):
     """Return the cost of each module with those in it, the whole model first, down to a depth (0: only that).
 
     `flops` and `outputs` are what `count_flops` and `count_outputs` return.
@@ -130,7 +130,7 @@ def module_rows(model, depth, flops, outputs):
     return rows
 
 
-def training_memory(model, saved, copies, averaged):
+def estimate_training_memory(model, saved, copies, averaged):
     """Return the bytes of a training step on one device, by what they are for.
 
     `saved` is what `count_saved_bytes` returns, `copies` the number of values that the optimizer keeps for
@@ -165,7 +165,7 @@ def analyze_model(model, samples, *, depth=2, copies=1, averaged=False):
     backward = count_flops(model, lambda: losses[0].backward())[""]
     saved = count_saved_bytes(model, lambda: model(samples))
     return {
-        "modules": module_rows(model, depth, flops, outputs),
+        "modules": compute_module_costs(model, depth, flops, outputs),
         "flops": {"inference": flops[""], "training_forward": forward, "training_step": forward + backward},
-        "memory": training_memory(model, saved, copies, averaged),
+        "memory": estimate_training_memory(model, saved, copies, averaged),
     }

@@ -17,8 +17,8 @@ from collections import namedtuple
 from plaintrain.config import get_cfg
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import read_results_file, read_text, reason
-from plaintrain.utils.lock import alive
+from plaintrain.utils.files import describe_os_error, read_results_file, read_text
+from plaintrain.utils.lock import is_in_use
 
 # The tasks in the names of results: [DATASET/]TASK/METRIC.
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
@@ -45,7 +45,7 @@ def check_run(folder):
         )
 
 
-def run_names(folders):
+def get_run_names(folders):
     """Return a name for each run folder: its own if it tells them apart, otherwise the path."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     return names if len(set(names)) == len(names) else list(map(str, folders))
@@ -58,7 +58,7 @@ def _read_lines(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             yield from f
     except OSError as e:
-        raise UserError(f"{path} cannot be read: {reason(e)}") from e
+        raise UserError(f"{path} cannot be read: {describe_os_error(e)}") from e
 
 
 def read_metrics(folder):
@@ -119,7 +119,7 @@ def split_result(name):
     return (match["dataset"] or "", match["task"], match["metric"]) if match else None
 
 
-def test_sets(folder):
+def list_test_sets(folder):
     """Return the run's test sets: those of its config, and others with predictions or results."""
     names = list(read_config_tree(folder).get("DATASETS", {}).get("TEST") or ())
     inference = os.path.join(folder, "inference")
@@ -138,15 +138,15 @@ def find_predictions(folder, dataset_name):
     return path
 
 
-def read_results(folder):
+def read_run_results(folder):
     """Return the scores of the last evaluations: {dataset: {task: {metric: number or None}}}."""
     results = {}
-    for dataset in test_sets(folder):
+    for dataset in list_test_sets(folder):
         results |= read_results_file(os.path.join(folder, "inference", dataset))
     return results
 
 
-def run_state(folder, metrics):
+def get_run_state(folder, metrics):
     """Return the `RunState` of a folder and its metrics.
 
     `name` is "running", "finished", "interrupted", or "not trained" where no training has written anything;
@@ -155,7 +155,7 @@ def run_state(folder, metrics):
     """
     iteration = max((iterations[-1] for iterations, _ in metrics.values()), default=-1)
     max_iter = read_config_tree(folder).get("SOLVER", {}).get("MAX_ITER", 0)
-    is_alive, last = alive(folder), "".join(_read_lines(os.path.join(folder, "last_checkpoint"))).strip()
+    is_alive, last = is_in_use(folder), "".join(_read_lines(os.path.join(folder, "last_checkpoint"))).strip()
     ages = [time.time() - os.path.getmtime(path) for path in _log_files(folder)]
     if is_alive:
         name = "running"
@@ -169,7 +169,7 @@ def run_state(folder, metrics):
     return RunState(name, iteration, max_iter)
 
 
-def seconds_left(metrics, state):
+def estimate_seconds_left(metrics, state):
     """Return the seconds to the end of the training at the pace of the last lines; None if unknown."""
     _, times = metrics.get("time", ((), ()))
     times = [t for t in times[-20:] if math.isfinite(t)]

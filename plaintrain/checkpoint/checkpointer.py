@@ -5,27 +5,27 @@ import os
 
 from plaintrain.checkpoint.async_writer import Background
 from plaintrain.checkpoint.files import (
-    checkpoint_files,
-    checkpoint_name,
-    from_rank_0,
+    broadcast_file,
+    get_checkpoint_name,
     link_checkpoint,
+    list_checkpoints,
+    list_resume_candidates,
     prune_checkpoints,
     read_checkpoint,
-    read_last,
-    resume_candidates,
-    tag_last,
+    read_last_checkpoint,
     write_checkpoint,
+    write_last_checkpoint,
 )
-from plaintrain.checkpoint.pretrained import averaged_state, fetch_weights, load_weights
+from plaintrain.checkpoint.pretrained import download_weights, get_averaged_state, load_weights
 from plaintrain.checkpoint.state import (
     average_norm_buffers,
     convert_older_states,
+    convert_to_builtin_types,
     gather_norm_buffers,
+    gather_rng_states,
     load_rng_states,
     load_state,
-    plain,
-    rng_states,
-    take_norm_buffers,
+    restore_norm_buffers,
 )
 from plaintrain.solver.schedule import every
 from plaintrain.utils import comm
@@ -72,7 +72,7 @@ class DetectionCheckpointer:
         states["model"] = self.model.state_dict()
         if self.checkpointables:
             # Of a training: what is each rank's own.
-            states["rng_states"] = rng_states()  # all ranks
+            states["rng_states"] = gather_rng_states()  # all ranks
             states |= gather_norm_buffers(states)  # all ranks
         self._write(name, states, kwargs, last=True)
         self.last_name = name
@@ -89,7 +89,7 @@ class DetectionCheckpointer:
     def _write(self, name, data, kwargs, *, last):
         if not self.save_to_disk:
             return
-        data |= {key: plain(value, key) for key, value in {**self.about, **kwargs}.items()}
+        data |= {key: convert_to_builtin_types(value, key) for key, value in {**self.about, **kwargs}.items()}
         path = os.path.join(self.save_dir, name + ".pth")
         self.in_order(write_checkpoint, path, self._background.copy(data), last)
 
@@ -104,7 +104,7 @@ class DetectionCheckpointer:
 
     def tag_last_checkpoint(self, last_filename_basename):
         """Make a file of `save_dir` the one that a resumed run starts from."""
-        tag_last(self.save_dir, last_filename_basename)
+        write_last_checkpoint(self.save_dir, last_filename_basename)
 
     def link(self, source, target):
         """Give a saved checkpoint a second name, as a hard link where the file system has them."""
@@ -116,15 +116,15 @@ class DetectionCheckpointer:
 
     def has_checkpoint(self):
         """Return whether `save_dir` of rank 0 holds a checkpoint to resume from; all ranks call it."""
-        return comm.broadcast(bool(resume_candidates(self.save_dir)))
+        return comm.broadcast(bool(list_resume_candidates(self.save_dir)))
 
     def get_checkpoint_file(self):
         """Return the path of the last checkpoint, or "" if there is none."""
-        return next(iter(resume_candidates(self.save_dir)), "")
+        return next(iter(list_resume_candidates(self.save_dir)), "")
 
     def get_all_checkpoint_files(self):
         """Return the paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
-        return checkpoint_files(self.save_dir)
+        return list_checkpoints(self.save_dir)
 
     def load(self, path, data=None):
         """Load one checkpoint of this project; return what else was saved, for example `iteration`.
@@ -139,7 +139,7 @@ class DetectionCheckpointer:
             if name not in data:
                 raise UserError(f"{path} holds no {name}, which is needed to resume from it")
         if self.checkpointables:
-            take_norm_buffers(data)
+            restore_norm_buffers(data)
         try:
             self.model.load_state_dict(data.pop("model"))
         except RuntimeError as e:
@@ -156,7 +156,7 @@ class DetectionCheckpointer:
         if self.checkpointables and "rng_states" in data:
             load_rng_states(data.pop("rng_states"))
         if averaged and data.get("ema"):
-            self.model.load_state_dict(averaged_state(data["ema"]))
+            self.model.load_state_dict(get_averaged_state(data["ema"]))
             logger.info("its averaged weights are taken")
         return data
 
@@ -178,16 +178,16 @@ class DetectionCheckpointer:
         """
         is_main = comm.is_main_process()
         if resume:
-            last, data = read_last(self.save_dir) if is_main else ("", None)
+            last, data = read_last_checkpoint(self.save_dir) if is_main else ("", None)
             # Other machines may have another folder of that name, without it or of another run.
-            last, content = from_rank_0(last)
+            last, content = broadcast_file(last)
             if last:
                 return self._resume(last, data or read_checkpoint(last, content), averaged)
             logger.warning(f"there is no checkpoint in {self.save_dir}: starting from the beginning")
         if not path:
             logger.info("MODEL.WEIGHTS is empty: starting from random weights")
             return {}
-        file, content = from_rank_0(fetch_weights(path) if is_main else "")
+        file, content = broadcast_file(download_weights(path) if is_main else "")
         class_names = self.about.get("class_names")
         load_weights(self.model, path, class_names, averaged=averaged, file=content or file)
         return {}
@@ -212,11 +212,11 @@ class PeriodicCheckpointer:
         """Save if it is time, after an iteration (from 0); `kwargs` are those of `save`."""
         is_last = self.max_iter is not None and iteration >= self.max_iter - 1
         if every(self.period, iteration):
-            self.checkpointer.save(checkpoint_name(iteration), iteration=iteration, **kwargs)
+            self.checkpointer.save(get_checkpoint_name(iteration), iteration=iteration, **kwargs)
             if self.max_to_keep:
                 self.checkpointer.prune(self.max_to_keep)
-        if is_last and self.checkpointer.last_name == checkpoint_name(iteration):
-            self.checkpointer.link(checkpoint_name(iteration), "model_final")
+        if is_last and self.checkpointer.last_name == get_checkpoint_name(iteration):
+            self.checkpointer.link(get_checkpoint_name(iteration), "model_final")
         elif is_last:
             self.save("model_final", iteration=iteration, **kwargs)
 

@@ -103,7 +103,7 @@ def _modules(names):
     return pairs
 
 
-def anchor_counts(tensors):
+def count_anchors(tensors):
     """Return {layer: anchors per location} of the layers that predict for anchors, torchvision's names."""
     counts = {}
     for scores, boxes in (
@@ -117,7 +117,7 @@ def anchor_counts(tensors):
 
 def _swap_anchors(tensors, num_ratios, to_torchvision):
     """Detectron2 goes through the ratios of each size, torchvision through the sizes of each ratio."""
-    for layer, number in anchor_counts(tensors).items():
+    for layer, number in count_anchors(tensors).items():
         sizes = number // num_ratios
         if sizes * num_ratios != number:
             continue
@@ -148,7 +148,7 @@ def is_detectron2(tensors):
     return any(_DETECTRON2.match(name) or _CAFFE2.match(name) for name in tensors)
 
 
-def from_detectron2(tensors, num_ratios=3):
+def convert_from_detectron2(tensors, num_ratios=3):
     """Return weights under torchvision's names and in its order of rows, from Detectron2's.
 
     Args:
@@ -174,7 +174,7 @@ def from_detectron2(tensors, num_ratios=3):
     return translated
 
 
-def to_detectron2(tensors, num_ratios=3):
+def convert_to_detectron2(tensors, num_ratios=3):
     """Invert `from_detectron2`."""
     modules = {here: there for there, here in _modules(tensors).items()}
     unknown = [name for name in tensors if name.rpartition(".")[0] not in modules]

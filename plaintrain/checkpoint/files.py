@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.errors import UserError, get_first_line
 from plaintrain.utils.files import atomic_write, check_file, check_stored, writing
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be read at all; an earlier one may be whole."""
 
 
-def checkpoint_name(iteration):
+def get_checkpoint_name(iteration):
     """Return the name, without `.pth`, of the checkpoint after an iteration."""
     return f"model_{iteration:07d}"
 
@@ -47,7 +47,7 @@ def read_checkpoint(path, source=None, **kwargs):
         if "model" not in data:
             raise KeyError("it has no model")
     except Exception as e:  # A damaged file can raise anything while it is unpickled.
-        raise DamagedCheckpointError(f"cannot read the checkpoint {path}: {first_line(e)}") from e
+        raise DamagedCheckpointError(f"cannot read the checkpoint {path}: {get_first_line(e)}") from e
     return data
 
 
@@ -67,13 +67,13 @@ def write_checkpoint(path, data, last):
     except (OSError, RuntimeError) as e:
         # torch's zip writer turns a failed write into a RuntimeError, with the system's reason before it.
         cause = e.__context__ if isinstance(e.__context__, OSError) else e
-        raise UserError(f"cannot write {path}: is the disk full? ({first_line(cause)})") from e
+        raise UserError(f"cannot write {path}: is the disk full? ({get_first_line(cause)})") from e
     logger.info(f"saved {path}")
     if last:
-        tag_last(os.path.dirname(path), os.path.basename(path))
+        write_last_checkpoint(os.path.dirname(path), os.path.basename(path))
 
 
-def tag_last(folder, basename):
+def write_last_checkpoint(folder, basename):
     """Make a file of a folder the one that a resumed run starts from."""
     with atomic_write(os.path.join(folder, _LAST)) as f:
         f.write(basename)
@@ -95,10 +95,10 @@ def link_checkpoint(folder, source, target):
             temporary.replace(path)
         # Renaming onto another name of the same file does nothing, and leaves both.
         temporary.unlink(missing_ok=True)
-    tag_last(folder, target)
+    write_last_checkpoint(folder, target)
 
 
-def checkpoint_files(folder):
+def list_checkpoints(folder):
     """Return the paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
     names = [path.name for path in Path(folder).glob("model_*.pth")]
     names = [name for name in names if _NUMBERED.fullmatch(name) or name == "model_final.pth"]
@@ -116,7 +116,7 @@ def _age(folder, name):
         return -1, name
 
 
-def read_last(folder, *others, **kwargs):
+def read_last_checkpoint(folder, *others, **kwargs):
     """Return (path, data) of the checkpoint to resume from, ("", None) without one.
 
     Args:
@@ -126,7 +126,7 @@ def read_last(folder, *others, **kwargs):
     Raises:
         DamagedCheckpointError: none of those that are there can be read.
     """
-    candidates = [*resume_candidates(folder), *others]
+    candidates = [*list_resume_candidates(folder), *others]
     for i, candidate in enumerate(candidates):
         try:
             return candidate, read_checkpoint(candidate, **kwargs)
@@ -137,9 +137,9 @@ def read_last(folder, *others, **kwargs):
     return "", None
 
 
-def resume_candidates(folder):
+def list_resume_candidates(folder):
     """Return the paths of what to resume from: the file that was tagged, then the others, newest first."""
-    files = checkpoint_files(folder)[::-1]
+    files = list_checkpoints(folder)[::-1]
     tag = Path(folder, _LAST)
     try:
         tagged = os.path.join(folder, os.path.basename(tag.read_text(encoding="utf-8").strip()))
@@ -154,7 +154,7 @@ def resume_candidates(folder):
 
 def prune_checkpoints(folder, saved, max_to_keep):
     """Delete the oldest numbered checkpoints of a folder, so that `max_to_keep` with `saved` are left."""
-    names = [os.path.basename(path) for path in checkpoint_files(folder)]
+    names = [os.path.basename(path) for path in list_checkpoints(folder)]
     others = [name for name in names if _NUMBERED.fullmatch(name) and name != saved]
     for name in others[: max(0, len(others) - max_to_keep + 1)]:
         delete_checkpoint(folder, name)
@@ -167,7 +167,7 @@ def delete_checkpoint(folder, name):
         path.unlink(missing_ok=True)
 
 
-def from_rank_0(path):
+def broadcast_file(path):
     """Return (rank 0's path, the content where a rank does not see that very file, else None).
 
     All ranks call it.

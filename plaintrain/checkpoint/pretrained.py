@@ -14,10 +14,10 @@ import torchvision
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d
 
-from plaintrain.checkpoint.detectron2 import from_detectron2, is_detectron2
-from plaintrain.checkpoint.torchvision import match_names, select_classes
+from plaintrain.checkpoint.detectron2 import convert_from_detectron2, is_detectron2
+from plaintrain.checkpoint.torchvision import match_names, select_class_rows
 from plaintrain.utils.class_lists import check_trained_classes
-from plaintrain.utils.errors import UserError, first_line, nearest
+from plaintrain.utils.errors import UserError, get_first_line, suggest_similar
 from plaintrain.utils.files import check_file, check_stored
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def _torchvision_url(name):
     try:
         weights = torchvision.models.get_model_weights(model)
     except ValueError as e:
-        near = nearest(model, torchvision.models.list_models())
+        near = suggest_similar(model, torchvision.models.list_models())
         raise UserError(
             f"MODEL.WEIGHTS {name}: torchvision has no model {model!r}; did you mean {near}?"
         ) from e
@@ -64,7 +64,7 @@ def locate_weights(name):
     return path
 
 
-def fetch_weights(name):
+def download_weights(name):
     """Return the local path of MODEL.WEIGHTS, downloaded to torch.hub's cache if it is not there."""
     url = locate_weights(name)
     if not url.startswith(("http://", "https://")):
@@ -119,7 +119,7 @@ def _read_content(file, name):
                 return _ArrayUnpickler(f, encoding="latin1").load()
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # A damaged file can raise anything while it is unpickled.
-        raise UserError(f"cannot read the weights {name}: {first_line(e)}") from e
+        raise UserError(f"cannot read the weights {name}: {get_first_line(e)}") from e
 
 
 def read_state_dict(path):
@@ -147,7 +147,7 @@ def _tensors(content, name):
     return tensors
 
 
-def averaged_state(ema):
+def get_averaged_state(ema):
     """Return the state dict of the averaged model in the `ema` of a checkpoint."""
     prefix = "module."
     return {name.removeprefix(prefix): v for name, v in ema.items() if str(name).startswith(prefix)}
@@ -171,11 +171,11 @@ def read_for_model(model, name, file, averaged=False):
     content = _read_content(file, file if isinstance(file, str) else name)
     ema = content.get("ema") if averaged and isinstance(content, dict) else None
     if isinstance(ema, dict) and ema:
-        content["model"] = averaged_state(ema)
+        content["model"] = get_averaged_state(ema)
         logger.info(f"the averaged weights of {name} are taken")
     tensors = _tensors(content, name)
     of_detectron2 = is_detectron2(tensors)
-    translated = from_detectron2(tensors, num_ratios) if of_detectron2 else tensors
+    translated = convert_from_detectron2(tensors, num_ratios) if of_detectron2 else tensors
     return Weights(content, tensors, match_names(translated, model.state_dict()), of_detectron2)
 
 
@@ -193,13 +193,13 @@ def load_weights(model, name, class_names=None, *, averaged=False, file=None):
         UserError: unreadable weights, not a single tensor that fits, or a file that was trained for the same
             classes in another order.
     """
-    state, file = model.state_dict(), file or fetch_weights(name)
+    state, file = model.state_dict(), file or download_weights(name)
     content, _, weights, of_detectron2 = read_for_model(model, name, file, averaged)
     difference = check_trained_classes(name, content.get("class_names"), class_names, strict=False)
     if difference:
         logger.warning(f"{difference}: each class is initialized from the one of the same index")
     if class_names:
-        weights = select_classes(weights, class_names, of_detectron2)
+        weights = select_class_rows(weights, class_names, of_detectron2)
     fitting = {k: v for k, v in weights.items() if k in state and v.shape == state[k].shape}
     if not any(k in fitting for k, _ in model.named_parameters()):
         raise UserError(

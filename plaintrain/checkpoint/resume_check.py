@@ -2,8 +2,8 @@
 
 import logging
 
-from plaintrain.checkpoint.files import DamagedCheckpointError, read_last
-from plaintrain.config.yaml import config_changes, flatten, parse_yaml
+from plaintrain.checkpoint.files import DamagedCheckpointError, read_last_checkpoint
+from plaintrain.config.yaml import diff_configs, flatten, parse_yaml
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
 
@@ -26,7 +26,7 @@ def check_changes(folder, config, class_names, model):
         config, model: those of now: YAML, and a module that may be on the device "meta".
     """
     try:
-        path, saved = read_last(folder, mmap=True)
+        path, saved = read_last_checkpoint(folder, mmap=True)
     except DamagedCheckpointError:
         # Resuming says so.
         return
@@ -35,7 +35,7 @@ def check_changes(folder, config, class_names, model):
     check_trained_classes(path, saved.get("class_names"), class_names, strict=True)
     if not isinstance(saved.get("config"), str):
         return
-    changes = config_changes(saved["config"], config)
+    changes = diff_configs(saved["config"], config)
     is_same_model = _shapes(model.state_dict()) == _shapes(saved["model"])
     in_epochs = flatten(parse_yaml(config, "the config")).get("SOLVER.MAX_EPOCHS", 0) > 0
     lines, rejected = [], []

@@ -61,7 +61,7 @@ def convert_older_states(data):
     data.pop("due", None)
 
 
-def plain(value, name):
+def convert_to_builtin_types(value, name):
     """Return a value as types that `torch.load(weights_only=True)` reads: NumPy's numbers as Python's."""
     if isinstance(value, bool | str | torch.Tensor | type(None)):
         return value
@@ -70,9 +70,9 @@ def plain(value, name):
     if isinstance(value, numbers.Real):
         return float(value)
     if isinstance(value, dict):
-        return {key: plain(item, name) for key, item in value.items()}
+        return {key: convert_to_builtin_types(item, name) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(plain(item, name) for item in value)
+        return type(value)(convert_to_builtin_types(item, name) for item in value)
     raise UserError(f"a checkpoint cannot hold {name}, a {type(value).__name__}")
 
 
@@ -101,7 +101,7 @@ def gather_norm_buffers(states):
     return {"norm_buffers": comm.gather(own)} if own["model"] else {}
 
 
-def take_norm_buffers(states):
+def restore_norm_buffers(states):
     """Put what `gather_norm_buffers` saved of this rank into the states of the model and its EMA.
 
     With another number of ranks the averages stay.
@@ -112,7 +112,7 @@ def take_norm_buffers(states):
             states.get(key, {}).update(own)
 
 
-def rng_states():
+def gather_rng_states():
     """Return [the state of Python's, NumPy's and PyTorch's generators of each rank] on rank 0, else [].
 
     All ranks call it.

@@ -69,7 +69,7 @@ def _count_classes(weights):
     return 0
 
 
-def select_classes(weights, class_names, of_detectron2):
+def select_class_rows(weights, class_names, of_detectron2):
     """Return weights with the rows of COCO's classes reduced to the dataset's, if COCO has all of them.
 
     Args:

@@ -3,7 +3,7 @@
 import logging
 
 from plaintrain.checkpoint.checkpointer import DetectionCheckpointer
-from plaintrain.checkpoint.files import checkpoint_name, delete_checkpoint
+from plaintrain.checkpoint.files import delete_checkpoint, get_checkpoint_name
 from plaintrain.data.catalog import get_class_names
 from plaintrain.solver.schedule import every
 from plaintrain.utils.errors import UserError
@@ -36,7 +36,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
 
     def save_iteration(self, iteration):
         """Save everything as `model_ITERATION`; all ranks call it after that iteration (from 0)."""
-        self.save(checkpoint_name(iteration), iteration=iteration)
+        self.save(get_checkpoint_name(iteration), iteration=iteration)
         self._delete_temporary()
         if not every(self._period, iteration):
             self._temporary = iteration
@@ -53,7 +53,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
 
     def _delete_temporary(self):
         if self._temporary is not None:
-            self.in_order(delete_checkpoint, self.save_dir, checkpoint_name(self._temporary) + ".pth")
+            self.in_order(delete_checkpoint, self.save_dir, get_checkpoint_name(self._temporary) + ".pth")
             self._temporary = None
 
     def __enter__(self):

@@ -7,8 +7,8 @@ a model loads, and detects little or nothing. Who wrote the file is known by its
 import math
 import re
 
-from plaintrain.checkpoint.pretrained import fetch_weights, read_for_model
-from plaintrain.checkpoint.torchvision import select_classes
+from plaintrain.checkpoint.pretrained import download_weights, read_for_model
+from plaintrain.checkpoint.torchvision import select_class_rows
 from plaintrain.config import get_value
 from plaintrain.config.yaml import flatten, parse_yaml
 from plaintrain.structures import are_numbers
@@ -58,7 +58,7 @@ def check_weights(cfg, model, name, class_names, *, strict):
         class_names: the dataset's, in the order of their labels.
         strict: the weights are evaluated as they are: they must be complete, and for exactly these classes.
     """
-    state, weights = model.state_dict(), read_for_model(model, name, fetch_weights(name))
+    state, weights = model.state_dict(), read_for_model(model, name, download_weights(name))
     check_trained_classes(name, weights.content.get("class_names"), class_names, strict=strict)
     used = {key: value for key, value in weights.matched.items() if key in state}
     source, expected = _conventions(weights, used)
@@ -75,7 +75,7 @@ def check_weights(cfg, model, name, class_names, *, strict):
         )
     if not strict:
         return
-    selected = select_classes(weights.matched, class_names, weights.of_detectron2)
+    selected = select_class_rows(weights.matched, class_names, weights.of_detectron2)
     parameters = [key for key, _ in model.named_parameters()]
     missing = [key for key in parameters if key not in selected or selected[key].shape != state[key].shape]
     if missing:

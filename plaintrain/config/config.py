@@ -12,7 +12,7 @@ import yaml
 from yacs.config import CfgNode as _YacsNode
 
 from plaintrain.config.yaml import SPLIT_TUPLE, load_chain, parse_yaml
-from plaintrain.utils.errors import ConfigError, nearest
+from plaintrain.utils.errors import ConfigError, suggest_similar
 
 _COMMAND_LINE = "the command line"
 _SCALARS = (bool, int, float, str, type(None))
@@ -122,7 +122,7 @@ def _describe_unknown_key(name, root, source):
     leaf = name.rpartition(".")[2]
     known = list(all_keys(root))
     elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
-    near = " or ".join(elsewhere[:3]) or nearest(name, known, number=3, least=0.75)
+    near = " or ".join(elsewhere[:3]) or suggest_similar(name, known, number=3, least=0.75)
     hint = f"did you mean {near}?" if near else "plaintrain/config/defaults.py lists every key"
     if set(name) & set("()[]{}\"'"):
         hint = SPLIT_TUPLE

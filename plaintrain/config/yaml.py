@@ -96,7 +96,7 @@ def flatten(tree, separator=".", prefix=""):
     return flat
 
 
-def config_changes(before, now):
+def diff_configs(before, now):
     """Return [(key, value before, value now)] of two configs in YAML; a missing value is "-"."""
     before, now = flatten(parse_yaml(before, "the saved config")), flatten(parse_yaml(now, "the config"))
     keys = sorted(before.keys() | now.keys())

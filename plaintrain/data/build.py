@@ -11,7 +11,7 @@ from plaintrain.data.records import check_image_files, get_detection_dataset_dic
 from plaintrain.data.samplers import InferenceSampler, build_train_sampler
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.data.transforms.build import build_augmentation
-from plaintrain.data.transforms.geometric import shortest_edge_size
+from plaintrain.data.transforms.geometric import get_shortest_edge_size
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -56,7 +56,7 @@ def build_detection_train_loader(cfg, *, mapper=None, dataset=None, sampler=None
     batch_size = check_batch_size(cfg)
     skip = cfg.DATALOADER.SKIP_UNREADABLE
     if dataset is None:
-        dataset = training_records(cfg)
+        dataset = get_training_records(cfg)
         if not skip:
             check_image_files(dataset, ", ".join(cfg.DATASETS.TRAIN))
     records = _serialized(dataset)
@@ -93,7 +93,7 @@ def _with_cache(limit, mapper, workers):
     return mapper
 
 
-def training_records(cfg):
+def get_training_records(cfg):
     """The records of DATASETS.TRAIN that are trained on, a `SerializedRecords`."""
     return get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
@@ -105,7 +105,7 @@ def training_records(cfg):
 
 def count_iters_per_epoch(cfg):
     """The `iters_per_epoch` of the loader that `build_detection_train_loader(cfg)` builds."""
-    records = _serialized(training_records(cfg))
+    records = _serialized(get_training_records(cfg))
     sampler = build_train_sampler(cfg, records, check_batch_size(cfg))
     return -(-sampler.size // sampler.batch_size)
 
@@ -157,7 +157,7 @@ def _groups_of_one_shape(cfg, records, images, tta):
 
     @functools.cache
     def padded(*size):
-        resized = [shortest_edge_size(*size, edge, max_size) if edge else size for edge in short_edges]
+        resized = [get_shortest_edge_size(*size, edge, max_size) if edge else size for edge in short_edges]
         return tuple(tuple(-(-side // _PADDED_TO) * _PADDED_TO for side in shape) for shape in resized)
 
     groups = {}

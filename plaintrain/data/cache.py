@@ -12,7 +12,7 @@ from plaintrain import structures
 from plaintrain.data import keypoints, serialized, validation
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write, reason
+from plaintrain.utils.files import atomic_write, describe_os_error
 
 logger = logging.getLogger(__name__)
 
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 _LEAST_BYTES = 2**22
 
 
-def cache_folder():
+def get_cache_folder():
     """`$PLAINTRAIN_CACHE`, which may be "", or `plaintrain` in the user's cache folder."""
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "plaintrain")
     return os.path.expanduser(os.environ.get("PLAINTRAIN_CACHE", default))
 
 
-def cached_records(load, json_file, image_root, classes=None):
+def load_cached_records(load, json_file, image_root, classes=None):
     """Records of a COCO file, from the cache where what it holds now has been read before.
 
     The cache knows a file by all of its content (SHA-256, half a second for COCO's): a copy that keeps its
@@ -48,7 +48,7 @@ def cached_records(load, json_file, image_root, classes=None):
             return cached
         # zipfile and NumPy raise whatever comes up in a damaged file.
         except Exception as e:
-            logger.warning(f"{path} in the cache cannot be read: {reason(e)}")
+            logger.warning(f"{path} in the cache cannot be read: {describe_os_error(e)}")
     records, metadata = load(json_file, image_root, classes)
     records = SerializedRecords(records)
     # Not what has been changed meanwhile.
@@ -59,7 +59,7 @@ def cached_records(load, json_file, image_root, classes=None):
 
 def _path(load, json_file, image_root, classes):
     """Where the cache holds the records of a file, or None if it is not to hold them."""
-    if not cache_folder():
+    if not get_cache_folder():
         return None
     try:
         if os.path.getsize(json_file) < _LEAST_BYTES:
@@ -74,7 +74,7 @@ def _path(load, json_file, image_root, classes):
         return None
     arguments = [str(image_root), list(classes or ()), Image.MAX_IMAGE_PIXELS]
     digest.update(json.dumps(arguments).encode())
-    return os.path.join(cache_folder(), digest.hexdigest() + ".coco.npz")
+    return os.path.join(get_cache_folder(), digest.hexdigest() + ".coco.npz")
 
 
 def _read(path):
@@ -98,4 +98,4 @@ def _write(path, records, metadata):
         with atomic_write(path, "wb") as f:
             np.savez(f, metadata=text, **records.to_arrays())
     except (OSError, UserError) as e:
-        logger.info(f"the cache cannot be written ({reason(e)}): each start reads the JSON")
+        logger.info(f"the cache cannot be written ({describe_os_error(e)}): each start reads the JSON")

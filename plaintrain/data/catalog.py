@@ -3,9 +3,9 @@
 import logging
 from types import SimpleNamespace
 
-from plaintrain.data.serialized import SerializedRecords, no_garbage_collection
-from plaintrain.utils.class_lists import REMEDY, class_difference
-from plaintrain.utils.errors import UserError, nearest
+from plaintrain.data.serialized import SerializedRecords, disable_gc
+from plaintrain.utils.class_lists import REMEDY, describe_class_difference
+from plaintrain.utils.errors import UserError, suggest_similar
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,12 @@ class _DatasetCatalog(dict):
     def get(self, name):
         """The records of a dataset, a `SerializedRecords`."""
         if name not in self:
-            near = nearest(name, self, number=3, least=0.5)
+            near = suggest_similar(name, self, number=3, least=0.5)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(self.list())}"
             raise UserError(f"the dataset {name!r} is not registered; {hint}")
         if name not in self._loaded:
             try:
-                with no_garbage_collection():
+                with disable_gc():
                     records = self[name]()
                     is_serialized = isinstance(records, SerializedRecords)
                     self._loaded[name] = records if is_serialized else SerializedRecords(records)
@@ -81,7 +81,7 @@ DatasetCatalog = _DatasetCatalog()
 MetadataCatalog = _MetadataCatalog()
 
 
-def class_names(name):
+def load_class_names(name):
     """The class names of a dataset, loading it if they come from its files."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
@@ -99,13 +99,13 @@ def get_class_names(dataset_names):
     return MetadataCatalog.get(dataset_names[0]).get("thing_classes") if dataset_names else None
 
 
-def common_class_names(names):
+def get_common_class_names(names):
     """The class names that all of these datasets have."""
-    classes = class_names(names[0])
+    classes = load_class_names(names[0])
     for name in names[1:]:
-        found = class_names(name)
+        found = load_class_names(name)
         if found != classes:
-            difference = f"{classes} and {found} ({class_difference(classes, found)})"
+            difference = f"{classes} and {found} ({describe_class_difference(classes, found)})"
             raise UserError(
                 f"the datasets {names[0]} and {name} have different classes: {difference}; {REMEDY}"
             )
@@ -125,7 +125,7 @@ def select_classes(found, wanted, where, may_miss=False):
         return list(found)
     for name in wanted:
         if name not in found:
-            hint = f"; the nearest is {nearest(name, found)!r}" if found else ""
+            hint = f"; the nearest is {suggest_similar(name, found)!r}" if found else ""
             if may_miss:
                 logger.warning(f"{where} has no class {name!r}{hint}")
                 continue

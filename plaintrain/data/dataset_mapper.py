@@ -7,11 +7,16 @@ from pycocotools import mask as coco_mask
 from torchvision import tv_tensors
 
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
-from plaintrain.data.keypoints import dataset_flip_indices
+from plaintrain.data.keypoints import create_keypoint_hflip_indices
 from plaintrain.data.transforms.build import build_augmentation
 from plaintrain.data.transforms.copy_paste import SimpleCopyPaste
-from plaintrain.data.transforms.tensors import has_extent, hide_outside, plain_image, select
-from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.data.transforms.tensors import (
+    clear_outside_keypoints,
+    has_extent,
+    select_instances,
+    unwrap_image,
+)
+from plaintrain.structures import BoxMode, encode_segmentation
 from plaintrain.utils.errors import UserError
 
 # What a sample has of its record.
@@ -73,7 +78,7 @@ class DatasetMapper:
         rng = np.random.default_rng() if rng is None else rng
         tensors = self._augmented(record, self.augmentations, rng)
         sample = {key: record[key] for key in SAMPLE_KEYS}
-        sample["image"] = plain_image(tensors)
+        sample["image"] = unwrap_image(tensors)
         if self.is_train:
             sample["target"] = _target(tensors)
         return sample
@@ -108,7 +113,7 @@ class DatasetMapper:
                 tensors["visibility"] = points[..., 2].to(torch.int64)
         except UserError as e:
             raise UserError(f"an annotation of {record['file_name']}: {e}") from e
-        return hide_outside(tensors)
+        return clear_outside_keypoints(tensors)
 
 
 def _keypoints_of(cfg):
@@ -118,7 +123,7 @@ def _keypoints_of(cfg):
         if number == 0:
             raise UserError("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is 0, but DATASETS.TRAIN names no dataset")
         return number, None
-    order = dataset_flip_indices(cfg.DATASETS.TRAIN, number)
+    order = create_keypoint_hflip_indices(cfg.DATASETS.TRAIN, number)
     return len(order), order
 
 
@@ -132,7 +137,7 @@ def _boxes(annotations, size):
 def _masks(annotations, size):
     if not annotations:
         return tv_tensors.Mask(torch.zeros(0, *size, dtype=torch.uint8))
-    decoded = coco_mask.decode([segmentation_to_rle(a.get("segmentation"), *size) for a in annotations])
+    decoded = coco_mask.decode([encode_segmentation(a.get("segmentation"), *size) for a in annotations])
     return tv_tensors.Mask(torch.from_numpy(decoded).permute(2, 0, 1).contiguous())
 
 
@@ -145,8 +150,8 @@ def _keypoints(annotations, number):
 
 
 def _target(tensors):
-    tensors = hide_outside({**tensors, "boxes": F.clamp_bounding_boxes(tensors["boxes"])})
-    tensors = select(tensors, has_extent(tensors))
+    tensors = clear_outside_keypoints({**tensors, "boxes": F.clamp_bounding_boxes(tensors["boxes"])})
+    tensors = select_instances(tensors, has_extent(tensors))
     target = {"boxes": tensors["boxes"].as_subclass(torch.Tensor), "labels": tensors["labels"]}
     if "masks" in tensors:
         target["masks"] = tensors["masks"].as_subclass(torch.Tensor).contiguous()

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from plaintrain.data.validation import KINDS, annotation_mistakes
-from plaintrain.structures import BoxMode, segmentation_mistake, segmentation_to_rle
+from plaintrain.data.validation import KINDS, iterate_annotation_problems
+from plaintrain.structures import BoxMode, encode_segmentation, find_segmentation_problem
 
 # Annotations with such a finding are dropped; others lose only the broken part.
 _DROPPED = {"broken", "unknown_class", "bad_box", "empty_box", "outside_box"}
@@ -84,7 +84,7 @@ def _is_scaled(record, old, new):
 
 def _fix_annotation(annotation, record, metadata, changes):
     """The annotation without what is broken in it, or None."""
-    problems = {kind for kind, _ in annotation_mistakes(annotation, record, metadata)}
+    problems = {kind for kind, _ in iterate_annotation_problems(annotation, record, metadata)}
     for kind in problems & _DROPPED:
         changes[f"annotations dropped: {KINDS[kind][0].split(',')[0]}"].append("")
         return None
@@ -99,7 +99,7 @@ def _fix_annotation(annotation, record, metadata, changes):
         changes["malformed run-length encodings dropped, their boxes kept"].append("")
     if "bad_polygon" in problems:
         size = record["height"], record["width"]
-        polygons = [p for p in annotation.pop("segmentation") if not segmentation_mistake([p], *size)]
+        polygons = [p for p in annotation.pop("segmentation") if not find_segmentation_problem([p], *size)]
         annotation |= {"segmentation": polygons} if polygons else {}
         changes["annotations lost broken polygons, their boxes kept"].append("")
     if "wrong_keypoints" in problems:
@@ -118,7 +118,7 @@ def _scale_annotation(annotation, old, new):
         annotation["keypoints"] = _times(annotation["keypoints"], (x, y, 1))
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        mask = Image.fromarray(coco_mask.decode(segmentation_to_rle(segmentation, *old)))
+        mask = Image.fromarray(coco_mask.decode(encode_segmentation(segmentation, *old)))
         mask = np.asarray(mask.resize(new[::-1], Image.Resampling.NEAREST))
         annotation["segmentation"] = coco_mask.encode(np.asfortranarray(mask))
     elif segmentation:

@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 
 from plaintrain.structures import make_record
 from plaintrain.utils.errors import DataError, UserError, collecting
-from plaintrain.utils.files import check_file, reason
+from plaintrain.utils.files import check_file, describe_os_error
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
@@ -48,7 +48,9 @@ def open_image(file_name):
     except FileNotFoundError as e:
         raise DataError("unreadable", f"the image file {file_name} does not exist") from e
     except _BROKEN as e:
-        raise DataError("unreadable", f"cannot read the image file {file_name}: {reason(e)}") from e
+        raise DataError(
+            "unreadable", f"cannot read the image file {file_name}: {describe_os_error(e)}"
+        ) from e
 
 
 def is_too_large(height, width):
@@ -56,7 +58,7 @@ def is_too_large(height, width):
     return Image.MAX_IMAGE_PIXELS is not None and height * width > 2 * Image.MAX_IMAGE_PIXELS
 
 
-def image_header(file_name):
+def read_image_header(file_name):
     """(height, width, EXIF orientation) of an image file, the size as that orientation turns it."""
     with open_image(file_name) as image:
         width, height = image.size
@@ -65,8 +67,8 @@ def image_header(file_name):
     return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
 
 
-def image_record(file_name, image_id, problems=None):
+def build_image_record(file_name, image_id, problems=None):
     """A record without annotations, its size from the file; None if `refuse` noted a problem instead."""
     with collecting(problems):
-        height, width, _ = image_header(file_name)
+        height, width, _ = read_image_header(file_name)
         return make_record(file_name, image_id, height, width)

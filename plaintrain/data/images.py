@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from plaintrain.data.datasets import shapes
-from plaintrain.data.image_files import image_header, open_image
+from plaintrain.data.image_files import open_image, read_image_header
 from plaintrain.structures import are_numbers
 from plaintrain.utils.errors import DataError, UserError
 
@@ -47,10 +47,10 @@ def read_image(file_name, pixel_range=()):
     if shapes.is_drawn(file_name):
         return torch.from_numpy(shapes.render(file_name)).permute(2, 0, 1)
     with open_image(file_name) as image:
-        return to_rgb(image, pixel_range, f"the image file {file_name}")
+        return convert_to_rgb(image, pixel_range, f"the image file {file_name}")
 
 
-def to_rgb(image, pixel_range=(), name="the image"):
+def convert_to_rgb(image, pixel_range=(), name="the image"):
     """Convert a Pillow image of any mode, its EXIF orientation applied.
 
     The conversion is linear and depends on the type of the pixels and on `pixel_range` alone, never on the
@@ -156,7 +156,7 @@ def check_image_size(record, image):
         return
     file_name, hint = record["file_name"], ""
     is_swapped = (record["width"], record["height"]) == (height, width) and not shapes.is_drawn(file_name)
-    if is_swapped and image_header(file_name)[2] >= 5:
+    if is_swapped and read_image_header(file_name)[2] >= 5:
         hint = "; its EXIF orientation turns it, so the annotations were made on the unturned image"
     raise UserError(
         f"the image {file_name} is {width}x{height}, but its annotation says "

@@ -3,7 +3,7 @@
 import re
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.utils.errors import UserError, nearest
+from plaintrain.utils.errors import UserError, suggest_similar
 
 _OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 _OTHER |= {right: left for left, right in _OTHER.items()}
@@ -14,7 +14,7 @@ COCO_SKELETON = (
 )
 
 
-def keypoint_flip_indices(names, flip_map=None):
+def compute_hflip_indices(names, flip_map=None):
     """Return the order of the keypoints after a horizontal flip, a tuple of 0 to Kp-1.
 
     `flip_map` holds pairs of names (left, right) that change places; None pairs the names that differ only by
@@ -28,7 +28,7 @@ def keypoint_flip_indices(names, flip_map=None):
     for pair in flip_map:
         for name in pair:
             if name not in names:
-                hint = f"; the nearest is {nearest(name, names)!r}" if names else ""
+                hint = f"; the nearest is {suggest_similar(name, names)!r}" if names else ""
                 raise UserError(f"keypoint_flip_map has an unknown keypoint {name!r}{hint}")
             if order[names.index(name)] != names.index(name):
                 raise UserError(f"keypoint_flip_map has the keypoint {name!r} in two pairs")
@@ -46,7 +46,7 @@ def get_keypoint_metadata(categories):
     return {key: known[0][key] for key in keys if known[0].get(key)}
 
 
-def dataset_flip_indices(datasets, number=0):
+def create_keypoint_hflip_indices(datasets, number=0):
     """Return `keypoint_flip_indices` of the keypoints that all of these datasets, given by name, have.
 
     Loads a dataset if its keypoints come from its files. A `number` of keypoints of 0 is any.
@@ -62,7 +62,7 @@ def dataset_flip_indices(datasets, number=0):
                 f"MODEL.KEYPOINT_ON is set, but the dataset {dataset} names no keypoints: call "
                 f'MetadataCatalog.get("{dataset}").set(keypoint_names=[...])'
             )
-        found.append((names, keypoint_flip_indices(names, metadata.get("keypoint_flip_map"))))
+        found.append((names, compute_hflip_indices(names, metadata.get("keypoint_flip_map"))))
         if found[-1] != found[0]:
             raise UserError(
                 f"the datasets {datasets[0]} and {dataset} have different keypoints or "

@@ -20,7 +20,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
-from plaintrain.utils.logger import outlive_console, progress
+from plaintrain.utils.logger import build_progress_bar, ignore_console_errors
 from plaintrain.utils.memory import note_batch
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def _outlive_signals(worker_id):
 
     A worker that died of it would take the checkpoint with it that is about to be saved.
     """
-    outlive_console()
+    ignore_console_errors()
     for number in signal.SIGHUP, signal.SIGINT, signal.SIGUSR1:
         signal.signal(number, signal.SIG_IGN)
     # macOS cannot tell who sent a signal; there a worker dies of it.
@@ -245,7 +245,7 @@ class TrainLoader(Loader):
         self._iteration = start_iter
         stream = iter(self)
         iterations = range(start_iter, end_iter)
-        for iteration in progress(iterations, desc="training", initial=start_iter, total=end_iter):
+        for iteration in build_progress_bar(iterations, desc="training", initial=start_iter, total=end_iter):
             yield iteration, next(stream)
 
     def epochs(self, start_iter, end_iter):

@@ -7,11 +7,17 @@ from collections import Counter
 
 import numpy as np
 
-from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, common_class_names
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, get_common_class_names
 from plaintrain.data.datasets.shapes import is_drawn
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.data.validation import KINDS, box_kinds, check_annotation, image_mistake, keypoint_mistake
-from plaintrain.structures import segmentation_mistake
+from plaintrain.data.validation import (
+    KINDS,
+    check_annotation,
+    classify_boxes,
+    find_image_problem,
+    find_keypoint_problem,
+)
+from plaintrain.structures import find_segmentation_problem
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +42,7 @@ def get_detection_dataset_dicts(names, filter_empty=True, min_keypoints=0, need_
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise UserError("DATASETS.TRAIN is empty: name at least one dataset")
-    classes = common_class_names(names)
+    classes = get_common_class_names(names)
     counts, histogram, parts = Counter(), np.zeros(len(classes), dtype=np.int64), []
     for name in names:
         records = DatasetCatalog.get(name)
@@ -62,7 +68,7 @@ def get_detection_dataset_dicts(names, filter_empty=True, min_keypoints=0, need_
 
 def _raise_first_mistake(name, records, num_classes):
     for record in records:
-        mistake = image_mistake(record)
+        mistake = find_image_problem(record)
         if not mistake and not isinstance(record.get("annotations"), list | tuple):
             mistake = "has no annotations list"
         if mistake:
@@ -81,11 +87,11 @@ def _check_targets(records, masks, num_keypoints):
                 continue
             where = f"an annotation of {record['file_name']}"
             segmentation, keypoints = annotation.get("segmentation"), annotation.get("keypoints")
-            mistake = masks and segmentation_mistake(segmentation, record["height"], record["width"])
+            mistake = masks and find_segmentation_problem(segmentation, record["height"], record["width"])
             if mistake:
                 needs = "MODEL.MASK_ON needs a segmentation of every object"
                 raise UserError(f"{needs}, but {where} {mistake[1]}")
-            mistake = num_keypoints and keypoints and keypoint_mistake(keypoints, num_keypoints)
+            mistake = num_keypoints and keypoints and find_keypoint_problem(keypoints, num_keypoints)
             if mistake:
                 raise UserError(f"{where} {mistake[1]}")
 
@@ -94,7 +100,7 @@ def _usable(records, counts):
     """Which annotations have a box with an area inside the image, bool [A]."""
     table = records.annotations
     width, height = (records.columns[key][table.record] for key in ("width", "height"))
-    kinds = box_kinds(*table.boxes.T, width, height)
+    kinds = classify_boxes(*table.boxes.T, width, height)
     dropped = kinds["empty_box"] | kinds["outside_box"]
     # Each box counts as the first kind that it is of.
     counts.update(np.select(list(kinds.values()), list(kinds), "").tolist())

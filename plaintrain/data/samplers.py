@@ -198,7 +198,7 @@ def repeat_factors_from_category_frequency(records, repeat_thresh, sqrt=True):
     return factors
 
 
-def class_balanced_factors(records):
+def compute_class_balanced_factors(records):
     """Return the repeat factor of each image, `[N]`, for which every class is drawn as often.
 
     As if a class were drawn, each as likely, and then one of its images: an image has the sum of
@@ -252,7 +252,7 @@ def build_train_sampler(cfg, records, batch_size):
     if name == "WeightedTrainingSampler":
         factors = _factors_of_datasets(cfg, records)
     elif name == "ClassBalancedTrainingSampler":
-        factors = class_balanced_factors(records)
+        factors = compute_class_balanced_factors(records)
     else:
         threshold, sqrt = loading.REPEAT_THRESHOLD, loading.REPEAT_SQRT
         factors = repeat_factors_from_category_frequency(records, threshold, sqrt)

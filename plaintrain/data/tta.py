@@ -4,10 +4,10 @@ import numpy as np
 from torchvision import tv_tensors
 
 from plaintrain.data.dataset_mapper import SAMPLE_KEYS, DatasetMapper
-from plaintrain.data.keypoints import dataset_flip_indices
+from plaintrain.data.keypoints import create_keypoint_hflip_indices
 from plaintrain.data.transforms.arguments import Numbers
-from plaintrain.data.transforms.geometric import Resize, ResizeShortestEdge, shortest_edge_size
-from plaintrain.data.transforms.tensors import horizontal_flip, plain_image
+from plaintrain.data.transforms.geometric import Resize, ResizeShortestEdge, get_shortest_edge_size
+from plaintrain.data.transforms.tensors import horizontal_flip, unwrap_image
 
 
 class TTAMapper(DatasetMapper):
@@ -43,9 +43,9 @@ class TTAMapper(DatasetMapper):
         rng = np.random.default_rng(0)
         for resize in self.resizes:
             resized = resize(tensors, rng) if resize else tensors
-            views.append({"image": plain_image(resized), "flipped": False, "keypoint_flip_indices": None})
+            views.append({"image": unwrap_image(resized), "flipped": False, "keypoint_flip_indices": None})
             if self.flip:
-                image = plain_image(horizontal_flip(resized))
+                image = unwrap_image(horizontal_flip(resized))
                 order = self.keypoint_flip_indices
                 views.append({"image": image, "flipped": True, "keypoint_flip_indices": order})
         return views
@@ -60,8 +60,8 @@ def build_tta_mapper(cfg, dataset_name):
         resizes = [ResizeShortestEdge((size,), max_size) if size else None for size in min_sizes]
     else:
         Numbers(1, whole=True, count=2).check("INPUT.FIXED_SIZE", fixed_size)
-        sizes = [shortest_edge_size(*fixed_size, s, max_size) if s else fixed_size for s in min_sizes]
+        sizes = [get_shortest_edge_size(*fixed_size, s, max_size) if s else fixed_size for s in min_sizes]
         resizes = [Resize(size) for size in sizes]
     if cfg.MODEL.KEYPOINT_ON and aug.FLIP:
-        order = dataset_flip_indices([dataset_name], cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
+        order = create_keypoint_hflip_indices([dataset_name], cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
     return TTAMapper(cfg, resizes, aug.FLIP, order)

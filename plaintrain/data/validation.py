@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from plaintrain.data.image_files import is_too_large
-from plaintrain.structures import BoxMode, are_numbers, is_box, segmentation_mistake
+from plaintrain.structures import BoxMode, are_numbers, find_segmentation_problem, is_box
 from plaintrain.utils.errors import DataError
 
 MAX_EXAMPLES = 10
@@ -65,7 +65,7 @@ class Finding:
         return "\n    ".join(lines)
 
 
-def count_mistakes(mistakes):
+def count_problems(mistakes):
     """Return a list of `Finding`, in the order of `KINDS`, for pairs (kind, example or "")."""
     counts, examples = Counter(), defaultdict(list)
     for kind, example in mistakes:
@@ -78,10 +78,10 @@ def count_mistakes(mistakes):
 
 def check_problems(problems):
     """Findings of what a reader collected: a list of `UserError`, some with a `kind`."""
-    return count_mistakes((getattr(error, "kind", "broken"), str(error)) for error in problems)
+    return count_problems((getattr(error, "kind", "broken"), str(error)) for error in problems)
 
 
-def class_counts(records, metadata):
+def count_classes(records, metadata):
     """{class name: number of boxes}, unknown ids left out."""
     counts = Counter(a.get("category_id") for record in records for a in record["annotations"])
     return {name: counts[label] for label, name in enumerate(metadata.get("thing_classes") or ())}
@@ -97,11 +97,11 @@ def check_records(records, metadata):
     Returns:
         list of `Finding`; the fatal ones are those that training stops at.
     """
-    return count_mistakes(_record_mistakes(records, metadata))
+    return count_problems(_record_mistakes(records, metadata))
 
 
 def _record_mistakes(records, metadata):
-    counts = class_counts(records, metadata)
+    counts = count_classes(records, metadata)
     if not any(counts.values()):
         yield "no_boxes" if records else "no_images", ""
     for name, count in counts.items():
@@ -116,18 +116,18 @@ def _record_mistakes(records, metadata):
         if not record["annotations"]:
             yield "no_annotations", name
         for annotation in record["annotations"]:
-            for kind, what in annotation_mistakes(annotation, record, metadata):
+            for kind, what in iterate_annotation_problems(annotation, record, metadata):
                 yield kind, f"{name}: an annotation {what}"
 
 
 def check_annotation(annotation, where, num_classes):
-    """Raise a `DataError` for an annotation of `where` that `annotation_mistake` rejects."""
-    mistake = annotation_mistake(annotation, num_classes)
+    """Raise a `DataError` for an annotation of `where` that `find_annotation_problem` rejects."""
+    mistake = find_annotation_problem(annotation, num_classes)
     if mistake:
         raise DataError(mistake[0], f"an annotation of {where} {mistake[1]}")
 
 
-def annotation_mistake(annotation, num_classes):
+def find_annotation_problem(annotation, num_classes):
     """Return why an annotation cannot be used at all: (kind, end of a sentence), or None."""
     for key in ("bbox", "bbox_mode", "category_id"):
         if key not in annotation:
@@ -143,32 +143,32 @@ def annotation_mistake(annotation, num_classes):
     return None
 
 
-def annotation_mistakes(annotation, record, metadata):
+def iterate_annotation_problems(annotation, record, metadata):
     """Yield (kind, end of a sentence) for all that is wrong with an annotation of a record."""
-    mistake = annotation_mistake(annotation, len(metadata.get("thing_classes") or ()))
+    mistake = find_annotation_problem(annotation, len(metadata.get("thing_classes") or ()))
     if mistake:
         yield mistake
         return
     height, width = record["height"], record["width"]
     box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    kinds = [kind for kind, is_so in box_kinds(*box, width, height).items() if is_so]
+    kinds = [kind for kind, is_so in classify_boxes(*box, width, height).items() if is_so]
     if kinds:
         yield kinds[0], f"has the box {annotation['bbox']}"
     segmentation, keypoints = annotation.get("segmentation"), annotation.get("keypoints")
-    mistake = segmentation and segmentation_mistake(segmentation, height, width)
+    mistake = segmentation and find_segmentation_problem(segmentation, height, width)
     if mistake:
         yield mistake
-    mistake = keypoints and keypoint_mistake(keypoints, len(metadata.get("keypoint_names") or ()))
+    mistake = keypoints and find_keypoint_problem(keypoints, len(metadata.get("keypoint_names") or ()))
     if mistake:
         yield mistake
     elif keypoints:
         x, y, visibility = np.reshape(keypoints, (-1, 3)).T
-        outside = (visibility > 0) & box_kinds(x, y, x, y, width, height)["clipped_box"]
+        outside = (visibility > 0) & classify_boxes(x, y, x, y, width, height)["clipped_box"]
         for i in np.flatnonzero(outside)[:1]:
             yield "outside_keypoint", f"has the keypoint ({x[i]}, {y[i]}) in an image of {width}x{height}"
 
 
-def box_kinds(x0, y0, x1, y1, width, height):
+def classify_boxes(x0, y0, x1, y1, width, height):
     """{kind: whether a box is of it}, the first of them counts; numbers, or arrays of one length."""
     return {
         "empty_box": (x1 <= x0) | (y1 <= y0),
@@ -179,8 +179,8 @@ def box_kinds(x0, y0, x1, y1, width, height):
     }
 
 
-def keypoint_mistake(keypoints, number):
-    """Return what is wrong with `[x, y, v, ...]`, as `annotation_mistake`; a `number` of 0 is any."""
+def find_keypoint_problem(keypoints, number):
+    """Return what is wrong with `[x, y, v, ...]`, as `find_annotation_problem`; a `number` of 0 is any."""
     if not isinstance(keypoints, list | tuple) or not are_numbers(keypoints):
         return "wrong_keypoints", f"has keypoints that are not finite numbers: {str(keypoints)[:80]}"
     if len(keypoints) % 3 or (number and len(keypoints) != 3 * number):
@@ -196,7 +196,7 @@ def is_whole(value):
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def image_mistake(image, id_key="image_id"):
+def find_image_problem(image, id_key="image_id"):
     """Return what is wrong with a record, or an entry of COCO's `images`: the end of a sentence, or None."""
     for key in (id_key, "file_name", "height", "width"):
         if key not in image:
@@ -213,8 +213,8 @@ def image_mistake(image, id_key="image_id"):
     return None
 
 
-def coco_annotation_mistake(annotation, image_ids, num_keypoints):
-    """Return what is wrong with an entry of COCO's `annotations`: as `annotation_mistake`.
+def find_coco_annotation_problem(annotation, image_ids, num_keypoints):
+    """Return what is wrong with an entry of COCO's `annotations`: as `find_annotation_problem`.
 
     Args:
         annotation: the entry, a dict.
@@ -237,6 +237,6 @@ def coco_annotation_mistake(annotation, image_ids, num_keypoints):
     elif area is not None and (type(area) not in (int, float) or not -1e300 < area < 1e300):
         mistake = "broken", f"has the area {area!r}, not a number"
     else:
-        return keypoint_mistake(keypoints, num_keypoints[category_id]) if keypoints else None
+        return find_keypoint_problem(keypoints, num_keypoints[category_id]) if keypoints else None
     missing = [key for key in ("image_id", "category_id", "bbox") if key not in annotation]
     return ("broken", f"has no {missing[0]}") if missing else mistake

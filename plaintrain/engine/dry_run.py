@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 
 from plaintrain.config import set_value
-from plaintrain.data.build import count_iters_per_epoch, training_records
+from plaintrain.data.build import count_iters_per_epoch, get_training_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.engine.launch import create_ddp_model
 from plaintrain.evaluation.evaluator import flatten_results
@@ -45,7 +45,7 @@ def overfit_on(cfg, num_images):
     """Make the first images that can be trained on both the training and the test set, in place."""
     if not cfg.DATASETS.TRAIN:
         raise UserError("--overfit takes its images from DATASETS.TRAIN, which is empty")
-    usable = training_records(cfg)
+    usable = get_training_records(cfg)
     if not 1 <= num_images <= len(usable):
         raise UserError(f"--overfit is {num_images}, but must be from 1 to the {len(usable)} training images")
     # Several datasets may use the same ids.

@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from plaintrain.engine.distributed_env import agree_on_prefix, choose_interface, find_job
 from plaintrain.engine.watchdog import FailureWatch, connect, report_failure
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError, first_line
-from plaintrain.utils.logger import outlive_console
-from plaintrain.utils.memory import is_out_of_memory, out_of_memory
-from plaintrain.utils.stop import end_at_once, stop_signals
+from plaintrain.utils.errors import UserError, get_first_line
+from plaintrain.utils.logger import ignore_console_errors
+from plaintrain.utils.memory import describe_out_of_memory, is_out_of_memory
+from plaintrain.utils.stop import end_at_once, get_stop_signals
 
 # How long a collective may wait for the slowest rank, for example while rank 0 scores.
 DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
@@ -52,7 +52,7 @@ def launch(main_func, num_gpus_per_machine=1, num_machines=1, machine_rank=0, di
         dist_url: tcp://host:port of machine 0; "auto" picks a free port on a single machine.
         args: arguments of `main_func`.
     """
-    outlive_console()
+    ignore_console_errors()
     debug = any(getattr(arg, "debug", False) for arg in args)
     try:
         job = find_job(num_gpus_per_machine, num_machines, machine_rank, dist_url)
@@ -79,11 +79,11 @@ def _describe(error, debug):
     if "DataLoader worker" in str(error) and isinstance(error, RuntimeError | MemoryError):
         # PyTorch raises it wherever the training process stands when a worker has gone.
         error = UserError(
-            f"a process that loads images has failed ({first_line(error)}); if the machine's memory is "
+            f"a process that loads images has failed ({get_first_line(error)}); if the machine's memory is "
             "full, lower DATALOADER.NUM_WORKERS"
         )
     elif is_out_of_memory(error):
-        error = out_of_memory(error)
+        error = describe_out_of_memory(error)
     if isinstance(error, UserError | FloatingPointError) and not debug:
         return f"error: {error}"
     return "".join(traceback.format_exception(error)).rstrip()
@@ -103,7 +103,7 @@ def _spawn(main_func, args, job, debug):
                 os.kill(process.pid, signal.SIGKILL if is_second else number)
 
     # Before there are ranks: what comes now is theirs too.
-    handlers = {number: signal.signal(number, pass_on) for number in stop_signals()}
+    handlers = {number: signal.signal(number, pass_on) for number in get_stop_signals()}
     try:
         arguments = (main_func, args, job, debug)
         context = mp.start_processes(
@@ -166,9 +166,9 @@ def _run_rank(local_rank, main_func, args, job, debug):
     """Join the process group as one rank, run, and tell the other ranks when it fails."""
     is_spawned = "rank" not in job
     if is_spawned:
-        outlive_console()
+        ignore_console_errors()
         # Where processes are forked, they have the handlers of the one that passes signals on.
-        for number in stop_signals():
+        for number in get_stop_signals():
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         job |= {"rank": job["first_rank"] + local_rank, "local_rank": local_rank}
@@ -219,7 +219,7 @@ def _meet(job):
         except (RuntimeError, OSError) as e:
             raise UserError(
                 f"rank {rank} cannot meet the {world_size} processes at tcp://{address[0]}:{address[1]}: "
-                f"{first_line(e)}"
+                f"{get_first_line(e)}"
             ) from e
     holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     # Before the ranks part: rank 0 takes the store with it when it ends.

@@ -5,9 +5,9 @@ import os
 
 import torch
 
-from plaintrain.checkpoint.state import plain
+from plaintrain.checkpoint.state import convert_to_builtin_types
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.errors import UserError, get_first_line
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.storage import get_event_storage
 
@@ -40,7 +40,7 @@ class NonfiniteGuard:
         self._data_loader = data_loader
         self._scaler = scaler
         self._dump_folder = dump_folder
-        self._buffers = [buffer for norm in comm.running_norms(model) for buffer in norm.buffers()]
+        self._buffers = [buffer for norm in comm.get_batch_norms(model) for buffer in norm.buffers()]
         self._before = [buffer.clone() for buffer in self._buffers]
         # Weights are loaded later.
         comm.unwrap_model(model).register_load_state_dict_post_hook(self._remember_buffers)
@@ -125,12 +125,12 @@ class NonfiniteGuard:
         rank = f".rank{comm.get_rank()}" if comm.get_rank() else ""
         path = os.path.join(self._dump_folder, f"bad_batch_{iteration:07d}{rank}.pth")
         try:
-            samples = plain(self._data_loader.samples(iteration), "a sample")
+            samples = convert_to_builtin_types(self._data_loader.samples(iteration), "a sample")
             with atomic_write(path, "wb") as f:
                 torch.save({"iteration": iteration, "samples": samples}, f)
         except (UserError, RuntimeError) as e:
             # What is wrong with the losses is more important.
-            logger.error(f"cannot save the samples: {first_line(e)}")
+            logger.error(f"cannot save the samples: {get_first_line(e)}")
         else:
             logger.warning(f"saved the samples in {path}")
 

@@ -9,16 +9,16 @@ from torchvision.ops import FrozenBatchNorm2d
 from plaintrain.checkpoint.pretrained import locate_weights
 from plaintrain.config import check_cfg, get_value, set_value
 from plaintrain.data.build import check_batch_size
-from plaintrain.data.catalog import MetadataCatalog, common_class_names
+from plaintrain.data.catalog import MetadataCatalog, get_common_class_names
 from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.datasets.builtin import EVALUATORS
 from plaintrain.data.images import get_pixel_range
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
 from plaintrain.data.transforms.build import build_augmentation
 from plaintrain.data.tta import build_tta_mapper
-from plaintrain.evaluation.coco_backend import oks_sigmas
-from plaintrain.evaluation.detections import ground_truth
-from plaintrain.modeling.build import build_model, get_device, num_classes_key
+from plaintrain.evaluation.coco_backend import get_oks_sigmas
+from plaintrain.evaluation.detections import load_ground_truth
+from plaintrain.modeling.build import build_model, get_device, get_num_classes_key
 from plaintrain.solver.amp import build_autocast
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
 
-def settle_num_classes(cfg, eval_only):
+def resolve_num_classes(cfg, eval_only):
     """Take the number of classes from the datasets; return their names."""
-    key = num_classes_key(cfg)
+    key = get_num_classes_key(cfg)
     # Who only evaluates need not have the training images.
     train = () if eval_only and cfg.DATASETS.TEST else cfg.DATASETS.TRAIN
     names = [*train, *cfg.DATASETS.TEST]
     if not names:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: give --config-file, or name a dataset")
-    classes = common_class_names(names)
+    classes = get_common_class_names(names)
     _settle_number(cfg, key, names[0], classes, "classes")
     if cfg.MODEL.KEYPOINT_ON:
         _settle_num_keypoints(cfg, names)
@@ -56,7 +56,7 @@ def _settle_num_keypoints(cfg, names):
             " and MetadataCatalog's keypoint_names, or turn KEYPOINT_ON off"
         )
     if cfg.DATASETS.TEST:
-        oks_sigmas(cfg.TEST.KEYPOINT_OKS_SIGMAS, number)
+        get_oks_sigmas(cfg.TEST.KEYPOINT_OKS_SIGMAS, number)
 
 
 def _settle_number(cfg, key, dataset, names, noun):
@@ -141,7 +141,7 @@ def _check_schedule(cfg):
 
 def _check_test_dataset(name, needs_images):
     """Reject a test set whose images are missing or that no evaluator can score."""
-    records, _, _ = ground_truth(name)
+    records, _, _ = load_ground_truth(name)
     if needs_images:
         check_image_files(records, name)
     metadata = MetadataCatalog.get(name)

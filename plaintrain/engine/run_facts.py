@@ -9,13 +9,13 @@ import subprocess
 import sys
 
 import plaintrain
-from plaintrain.checkpoint.files import resume_candidates
+from plaintrain.checkpoint.files import list_resume_candidates
 from plaintrain.config import get_cfg
-from plaintrain.config.yaml import config_changes, load_chain
+from plaintrain.config.yaml import diff_configs, load_chain
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import FACTS_FILE, atomic_write, recorded_starts
+from plaintrain.utils.files import FACTS_FILE, atomic_write, read_starts
 from plaintrain.utils.lock import unlock_folder
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,10 @@ def write_run_facts(cfg, config_file):
         "environment": dict(line.split(": ", 1) for line in collect_env_info().splitlines()),
         "git": _git_state(os.path.dirname(os.path.abspath(sys.argv[0]))),
         "config_file": config_file,
-        "changes": config_changes(_load_base(config_file).dump(), cfg.dump()),
+        "changes": diff_configs(_load_base(config_file).dump(), cfg.dump()),
     }
     with atomic_write(os.path.join(cfg.OUTPUT_DIR, FACTS_FILE)) as f:
-        json.dump({"starts": [*recorded_starts(cfg.OUTPUT_DIR), start]}, f, indent=1)
+        json.dump({"starts": [*read_starts(cfg.OUTPUT_DIR), start]}, f, indent=1)
 
 
 def _load_base(config_file):
@@ -84,7 +84,7 @@ def write_report(cfg):
     """
     if not cfg.OUTPUT.REPORT or not comm.is_main_process():
         return
-    last_checkpoint = [os.path.basename(path) for path in resume_candidates(cfg.OUTPUT_DIR)[:1]]
+    last_checkpoint = [os.path.basename(path) for path in list_resume_candidates(cfg.OUTPUT_DIR)[:1]]
     if last_checkpoint != ["model_final.pth"]:
         return
     if importlib.util.find_spec("matplotlib") is None:

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from plaintrain.checkpoint.files import read_last, resume_candidates
+from plaintrain.checkpoint.files import list_resume_candidates, read_last_checkpoint
 from plaintrain.checkpoint.resume_check import check_changes
 from plaintrain.checkpoint.weight_checks import check_weights
 from plaintrain.config import check_cfg, get_cfg, get_value, set_value
@@ -16,9 +16,9 @@ from plaintrain.config.yaml import load_chain
 from plaintrain.data.build import count_iters_per_epoch
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.engine.dry_run import overfit_on, shorten_to_dry_run
-from plaintrain.engine.preflight import check_before_training, settle_num_classes
+from plaintrain.engine.preflight import check_before_training, resolve_num_classes
 from plaintrain.engine.run_facts import write_run_facts
-from plaintrain.solver.schedule import settle_schedule
+from plaintrain.solver.schedule import resolve_schedule
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info, seed_all_rng
 from plaintrain.utils.errors import UserError
@@ -91,9 +91,9 @@ def default_setup(cfg, args):
     if getattr(args, "overfit", 0):
         overfit_on(cfg, args.overfit)
     with comm.first_on_machine():  # reads the datasets
-        class_names = settle_num_classes(cfg, eval_only)
+        class_names = resolve_num_classes(cfg, eval_only)
     if not eval_only:
-        settle_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
+        resolve_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
     needs_model = not getattr(args, "predictions", "")
     model = check_before_training(cfg, resume, eval_only, needs_model)
     if needs_model:
@@ -126,8 +126,8 @@ def _check_start(cfg, model, resume, eval_only, class_names):
         return
     weights = cfg.MODEL.WEIGHTS
     if resume and eval_only:
-        weights = read_last(cfg.OUTPUT_DIR, mmap=True)[0]
-    elif resume and resume_candidates(cfg.OUTPUT_DIR):
+        weights = read_last_checkpoint(cfg.OUTPUT_DIR, mmap=True)[0]
+    elif resume and list_resume_candidates(cfg.OUTPUT_DIR):
         weights = ""
         check_changes(cfg.OUTPUT_DIR, cfg.dump(), class_names, model)
     if weights:

@@ -5,10 +5,10 @@ import os
 from plaintrain.data.build import build_detection_test_loader, build_detection_val_loader
 from plaintrain.evaluation import (
     build_evaluator,
+    compute_validation_losses,
     flatten_results,
     inference_on_dataset,
     report_results,
-    validation_losses,
 )
 from plaintrain.modeling.tta import build_tta
 from plaintrain.solver.amp import build_test_autocast
@@ -34,7 +34,7 @@ def do_validate(cfg, model):
     """Compute the losses on DATASETS.TEST; returns {"val/NAME": mean over images} on all ranks."""
     data_loaders = [build_detection_val_loader(cfg, name) for name in cfg.DATASETS.TEST]
     with build_test_autocast(cfg, model):
-        return validation_losses(model, data_loaders, cfg.SEED)
+        return compute_validation_losses(model, data_loaders, cfg.SEED)
 
 
 def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):

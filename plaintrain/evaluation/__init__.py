@@ -11,7 +11,7 @@ from plaintrain.evaluation.evaluator import (
     verify_results,
 )
 from plaintrain.evaluation.predictions import read_detections, report_results, write_results
-from plaintrain.evaluation.val_loss import validation_losses
+from plaintrain.evaluation.val_loss import compute_validation_losses
 from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "print_csv_format",
     "read_detections",
     "report_results",
-    "validation_losses",
+    "compute_validation_losses",
     "verify_results",
     "write_results",
 ]

@@ -11,12 +11,12 @@ import torch
 from torchvision.ops import box_iou
 
 from plaintrain.data.catalog import MetadataCatalog
-from plaintrain.data.datasets.write import area, category_ids
-from plaintrain.evaluation.coco_backend import BACKENDS, COCO_SIGMAS, oks_sigmas, precision_recall
-from plaintrain.evaluation.coco_gt import annotated, coco_truth, num_keypoints, ranks
-from plaintrain.evaluation.detections import InstanceEvaluator, object_table
+from plaintrain.data.datasets.write import get_area, get_category_ids
+from plaintrain.evaluation.coco_backend import BACKENDS, COCO_SIGMAS, compute_precision_recall, get_oks_sigmas
+from plaintrain.evaluation.coco_gt import build_coco_gt, get_num_keypoints, has_annotations, rank_ids
+from plaintrain.evaluation.detections import InstanceEvaluator, build_object_table
 from plaintrain.evaluation.evaluator import format_table
-from plaintrain.evaluation.predictions import coco_results, write_predictions
+from plaintrain.evaluation.predictions import convert_to_coco_results, write_predictions
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -67,18 +67,18 @@ class COCOEvaluator(InstanceEvaluator):
             dataset_name, distributed, [TASKS[task] for task in TASKS if task in (tasks or TASKS)]
         )
         for task in tasks or ():
-            if not annotated(self.records, task):
+            if not has_annotations(self.records, task):
                 raise UserError(f"the task {task} cannot be scored: {dataset_name} has no annotations for it")
         self._tasks, self._output_dir = tasks, output_dir
         self.backend = "pycocotools"
         if use_fast_impl:
             self.backend = next(name for name in BACKENDS if importlib.util.find_spec(name))
         metadata = MetadataCatalog.get(dataset_name)
-        self._category_ids = category_ids(metadata)
+        self._category_ids = get_category_ids(metadata)
         self._sigmas = [float(sigma) for sigma in kpt_oks_sigmas]
         if "keypoints" in (tasks or ()):
             names = metadata.get("keypoint_names") or ()
-            oks_sigmas(self._sigmas, len(names) or num_keypoints(self.records))
+            get_oks_sigmas(self._sigmas, len(names) or get_num_keypoints(self.records))
 
     def score(self, detections):
         """{task: {metric: number}}, in percent; NaN where there is no ground truth of a kind."""
@@ -88,7 +88,7 @@ class COCOEvaluator(InstanceEvaluator):
         results = {}
         for task in tasks:
             if task == "box_proposals":
-                results[task] = average_recall(self._proposals(detections))
+                results[task] = compute_average_recall(self._proposals(detections))
                 logger.info("box proposals\n" + format_table(results[task].items(), ["metric", "value"]))
             else:
                 results[task] = self._score_task(task, detections)
@@ -107,7 +107,7 @@ class COCOEvaluator(InstanceEvaluator):
         for task in ("segm", "keypoints"):
             if getattr(detections, TASKS[task]) is None:
                 continue
-            if annotated(self.records, task):
+            if has_annotations(self.records, task):
                 tasks.append(task)
             else:
                 logger.warning(
@@ -117,12 +117,12 @@ class COCOEvaluator(InstanceEvaluator):
 
     def precision_recall(self, task, detections):
         """What the metrics are means of, see `coco_backend.precision_recall`; classes by label."""
-        image_numbers = ranks([record["image_id"] for record in self.records])
-        category_numbers = ranks(self._category_ids)
+        image_numbers = rank_ids([record["image_id"] for record in self.records])
+        category_numbers = rank_ids(self._category_ids)
         numbers = image_numbers.tolist(), category_numbers.tolist()
-        truth, sigmas = coco_truth(task, self.records, *numbers), COCO_SIGMAS
+        truth, sigmas = build_coco_gt(task, self.records, *numbers), COCO_SIGMAS
         if task == "keypoints":
-            sigmas = oks_sigmas(self._sigmas, num_keypoints(self.records))
+            sigmas = get_oks_sigmas(self._sigmas, get_num_keypoints(self.records))
             points = detections.keypoints
             if len(points) and points.shape[1] != len(sigmas):
                 raise UserError(
@@ -135,27 +135,27 @@ class COCOEvaluator(InstanceEvaluator):
             boxes = np.concatenate([rows[:, 1:3], rows[:, 3:5] - rows[:, 1:3]], axis=1)
             results = np.column_stack([image_ids, boxes, rows[:, 5], category_numbers[labels]])
         else:
-            results = coco_results(detections, self.records, *numbers, parts=[TASKS[task]])
+            results = convert_to_coco_results(detections, self.records, *numbers, parts=[TASKS[task]])
         seen = sorted(image_numbers[detections.seen].tolist())
-        precision, recall = precision_recall(self.backend, task, truth, results, seen, sigmas)
+        precision, recall = compute_precision_recall(self.backend, task, truth, results, seen, sigmas)
         order = category_numbers - 1
         return precision[:, :, order], recall[:, order]
 
     def _score_task(self, task, detections):
         logger.info(f"{task} is scored by {self.backend}")
         precision, recall = self.precision_recall(task, detections)
-        metrics = summary(precision, recall, task)
+        metrics = summarize(precision, recall, task)
         if task == "keypoints":
             return metrics
-        per_class = {name: mean_ap(precision[:, :, k, 0, -1]) for k, name in enumerate(self.classes)}
+        per_class = {name: compute_mean_ap(precision[:, :, k, 0, -1]) for k, name in enumerate(self.classes)}
         if len(per_class) > 1:
             logger.info(f"{task} AP by class\n" + format_table(per_class.items(), ["class", "AP"]))
         return metrics | {f"AP-{name}": value for name, value in per_class.items()}
 
     def _proposals(self, detections):
-        """What `average_recall` takes, of each image that was seen."""
-        objects, rows = object_table(self.records), detections.rows
-        areas = np.array([area(a, record) for record in self.records for a in record["annotations"]])
+        """What `compute_average_recall` takes, of each image that was seen."""
+        objects, rows = build_object_table(self.records), detections.rows
+        areas = np.array([get_area(a, record) for record in self.records for a in record["annotations"]])
         for index in detections.seen:
             found = rows[slice(*np.searchsorted(rows[:, 0], [index, index + 1]))]
             wanted = (objects["image"] == index) & ~objects["crowd"]
@@ -163,7 +163,7 @@ class COCOEvaluator(InstanceEvaluator):
             yield boxes, objects["boxes"][wanted], areas[wanted]
 
 
-def mean_ap(values):
+def compute_mean_ap(values):
     """Mean in percent of parts of `coco_backend.precision_recall`; NaN where there is no ground truth."""
     # -1 is pycocotools' word for "no ground truth of this kind". faster-coco-eval leaves out the
     # 2.2e-16 that pycocotools adds to a denominator; ten decimals are the same for both.
@@ -171,7 +171,7 @@ def mean_ap(values):
     return round(100 * float(np.mean(values)), 10) if values.size else float("nan")
 
 
-def summary(precision, recall, task):
+def summarize(precision, recall, task):
     """The means that COCO reports: 12 for boxes and masks, 10 for keypoints.
 
     Args:
@@ -190,10 +190,10 @@ def summary(precision, recall, task):
     else:
         means |= {f"AR{limit}": recall[..., 0, i] for i, limit in enumerate((1, 10, 100))}
     means |= {f"AR{size}": recall[..., i, -1] for i, size in enumerate(sizes, start=1)}
-    return {name: mean_ap(values) for name, values in means.items()}
+    return {name: compute_mean_ap(values) for name, values in means.items()}
 
 
-def coverage(ious):
+def compute_proposal_coverage(ious):
     """IoU with which each object is covered: the best pair first, and each box and object only once.
 
     Args:
@@ -210,7 +210,7 @@ def coverage(ious):
     return covered
 
 
-def average_recall(images):
+def compute_average_recall(images):
     """AR@100, ARs@100, ..., ARl@1000: recall averaged over IoU 0.5 to 0.95, in percent.
 
     As Detectron2's `_evaluate_box_proposals`, but the objects of images without a proposal count as missed.
@@ -229,7 +229,7 @@ def average_recall(images):
         ious = box_iou(boxes, torch.from_numpy(objects)).nan_to_num().numpy()
         for (limit, suffix), values in covered.items():
             low, high = _AREAS[suffix]
-            values.append(coverage(ious[:limit, (areas >= low) & (areas <= high)]))
+            values.append(compute_proposal_coverage(ious[:limit, (areas >= low) & (areas <= high)]))
     metrics = {}
     for (limit, suffix), values in covered.items():
         values = np.concatenate(values)

@@ -19,7 +19,7 @@ BACKENDS = {
 COCO_SIGMAS = Params("keypoints").kpt_oks_sigmas.tolist()
 
 
-def oks_sigmas(given, num):
+def get_oks_sigmas(given, num):
     """Return TEST.KEYPOINT_OKS_SIGMAS, checked, or COCO's if it is empty; `num` keypoints, 0 if unknown."""
     sigmas = given or COCO_SIGMAS
     if num and (len(sigmas) != num or min(sigmas) <= 0):
@@ -31,7 +31,7 @@ def oks_sigmas(given, num):
     return sigmas
 
 
-def precision_recall(backend, task, truth, detections, image_ids, sigmas):
+def compute_precision_recall(backend, task, truth, detections, image_ids, sigmas):
     """Compute what COCO's metrics are means of; -1 where there is no ground truth.
 
     Ids are numbers from 1, in the order that ties are broken by.

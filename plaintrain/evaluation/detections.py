@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from plaintrain.data.catalog import DatasetCatalog, class_names
+from plaintrain.data.catalog import DatasetCatalog, load_class_names
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.data.validation import check_annotation
 from plaintrain.evaluation.evaluator import DatasetEvaluator
@@ -36,9 +36,9 @@ class Detections:
     keypoints: np.ndarray | None = None
 
 
-def ground_truth(dataset_name):
+def load_ground_truth(dataset_name):
     """What a dataset is scored by: (records, class names, {image_id: index of its record})."""
-    records, classes, index = DatasetCatalog.get(dataset_name), class_names(dataset_name), {}
+    records, classes, index = DatasetCatalog.get(dataset_name), load_class_names(dataset_name), {}
     for i, record in enumerate(records):
         index[record["image_id"]] = i
         for annotation in record["annotations"]:
@@ -48,7 +48,7 @@ def ground_truth(dataset_name):
     return records, classes, index
 
 
-def object_table(records):
+def build_object_table(records):
     """Return the objects as arrays: `image` (index of the record), `boxes` (XYXY), `labels`, `crowd`."""
     table = records.annotations or SerializedRecords(list(records)).annotations
     return {"image": table.record, "boxes": table.boxes, "labels": table.labels, "crowd": table.crowd}
@@ -95,7 +95,7 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
             parts: which of "masks" and "keypoints" to collect where outputs hold them.
         """
         self.dataset_name, self._distributed, self._parts = dataset_name, distributed, parts
-        self.records, self.classes, self._index = ground_truth(dataset_name)
+        self.records, self.classes, self._index = load_ground_truth(dataset_name)
         self.reset()
 
     def reset(self):

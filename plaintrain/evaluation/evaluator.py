@@ -12,7 +12,7 @@ from plaintrain.config.yaml import flatten
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
-from plaintrain.utils.logger import progress
+from plaintrain.utils.logger import build_progress_bar
 from plaintrain.utils.stop import end_evaluation_if_requested, is_requested
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def inference_on_dataset(model, data_loader, evaluator):
         background = in_background(evaluator.process, model)
     start = logged = time.perf_counter()
     with inference_context(model), torch.no_grad(), background as process:
-        for i, inputs in enumerate(progress(data_loader, desc="evaluation", total=total)):
+        for i, inputs in enumerate(build_progress_bar(data_loader, desc="evaluation", total=total)):
             if is_requested():
                 break
             process(inputs, model(inputs))

@@ -13,13 +13,13 @@ import torch
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
-from plaintrain.data.datasets.coco import read_results, visible_keypoints
-from plaintrain.data.datasets.write import category_ids
-from plaintrain.data.serialized import no_garbage_collection
-from plaintrain.data.validation import coco_annotation_mistake
-from plaintrain.evaluation.detections import Detections, ground_truth
+from plaintrain.data.datasets.coco import mark_keypoints_visible, read_coco_results
+from plaintrain.data.datasets.write import get_category_ids
+from plaintrain.data.serialized import disable_gc
+from plaintrain.data.validation import find_coco_annotation_problem
+from plaintrain.evaluation.detections import Detections, load_ground_truth
 from plaintrain.evaluation.evaluator import format_table, print_csv_format
-from plaintrain.structures import are_numbers, segmentation_to_rle
+from plaintrain.structures import are_numbers, encode_segmentation
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import RESULTS_FILE, atomic_write, read_results_file
@@ -33,13 +33,15 @@ _HALF = (0.5, 0.5, 0.0)
 
 def write_predictions(folder, dataset_name, detections):
     """Make a folder with `coco_instances_results.json`: `Detections` with the dataset's own ids."""
-    records, category = DatasetCatalog.get(dataset_name), category_ids(MetadataCatalog.get(dataset_name))
-    results = coco_results(detections, records, [record["image_id"] for record in records], category)
+    records, category = DatasetCatalog.get(dataset_name), get_category_ids(MetadataCatalog.get(dataset_name))
+    results = convert_to_coco_results(
+        detections, records, [record["image_id"] for record in records], category
+    )
     # Ids that came from an array are no int for JSON.
     write_json(os.path.join(folder, PREDICTIONS_FILE), results, default=int)
 
 
-def coco_results(detections, records, image_ids, category_ids, parts=("masks", "keypoints")):
+def convert_to_coco_results(detections, records, image_ids, category_ids, parts=("masks", "keypoints")):
     """Return `Detections` in COCO's results format, a list of dicts.
 
     `image_ids` and `category_ids` are those of each record and of each label; `parts` are what to include
@@ -55,7 +57,7 @@ def coco_results(detections, records, image_ids, category_ids, parts=("masks", "
         for index, x0, y0, x1, y1, score, label in detections.rows.tolist()
     ]
     if "masks" in parts and detections.masks is not None:
-        for result, rle in zip(results, rles(detections, records), strict=True):
+        for result, rle in zip(results, encode_detection_masks(detections, records), strict=True):
             result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
     if "keypoints" in parts and detections.keypoints is not None:
         # A list [x, y, score, ...] each.
@@ -64,7 +66,7 @@ def coco_results(detections, records, image_ids, category_ids, parts=("masks", "
     return results
 
 
-def rles(detections, records):
+def encode_detection_masks(detections, records):
     """Return the masks of `Detections` in COCO's compressed encoding; [] without masks."""
     if not detections.masks:
         return []
@@ -89,16 +91,16 @@ def read_detections(path, dataset_name):
     Raises:
         UserError: names the file, and the detection, and what is wrong with it.
     """
-    records, _, index = ground_truth(dataset_name)
+    records, _, index = load_ground_truth(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
-    labels = {dataset_id: label for label, dataset_id in enumerate(category_ids(metadata))}
+    labels = {dataset_id: label for label, dataset_id in enumerate(get_category_ids(metadata))}
     num_keypoints = dict.fromkeys(labels, len(metadata.get("keypoint_names") or ()))
     sizes = [(record["height"], record["width"]) for record in records]
     rows, masks, points = [], [], []
-    with no_garbage_collection():
-        results = read_results(path)
+    with disable_gc():
+        results = read_coco_results(path)
         for result in results:
-            mistake = coco_annotation_mistake(visible_keypoints(result), index, num_keypoints)
+            mistake = find_coco_annotation_problem(mark_keypoints_visible(result), index, num_keypoints)
             if mistake or (mistake := _mistake(result)):
                 raise UserError(f"detection {result['id']} in {path}, for {dataset_name}, {mistake[1]}")
         for result in sorted(results, key=lambda result: index[result["image_id"]]):
@@ -119,7 +121,7 @@ def read_detections(path, dataset_name):
     return Detections(rows.reshape(-1, 7), np.arange(len(records)), masks or None, keypoints)
 
 
-def detections_of_image(detections, index, score_threshold, record):
+def get_image_detections(detections, index, score_threshold, record):
     """Return the detections of image `index`, of scores from a threshold on, as a model returns them.
 
     `record` is the image's, for its size.
@@ -153,14 +155,14 @@ def _mistake(result):
 
 def _rle(path, result, height, width):
     try:
-        return segmentation_to_rle(result["segmentation"], height, width)
+        return encode_segmentation(result["segmentation"], height, width)
     except UserError as e:
         raise UserError(f"detection {result['id']} in {path}: {e}") from e
 
 
 def write_results(path, results):
     """Write {name: number}, or dicts of such dicts, as JSON; what is no finite number as null."""
-    write_json(path, plain(results), indent=1)
+    write_json(path, convert_to_json_types(results), indent=1)
 
 
 def report_results(dataset_name, results, folder):
@@ -171,7 +173,7 @@ def report_results(dataset_name, results, folder):
     if not comm.is_main_process():
         return
     before = read_results_file(folder).get(dataset_name, {})
-    table = results_table(results, before)
+    table = format_results(results, before)
     since = ", and the change since the last evaluation" if before else ""
     text = f"results on {dataset_name}{since}:\n{table}"
     logger.info(text)
@@ -179,7 +181,7 @@ def report_results(dataset_name, results, folder):
     write_results(os.path.join(folder, RESULTS_FILE), {dataset_name: results})
 
 
-def results_table(results, before):
+def format_results(results, before):
     """Each task's numbers as an aligned text table; below them, the change from those of `before`."""
     tables = []
     for task, metrics in results.items():
@@ -196,7 +198,7 @@ def _change(before, now):
     return f"{now - before:+.2f}" if known else ""
 
 
-def plain(value):
+def convert_to_json_types(value):
     """Return dicts and lists as JSON holds them: each number an int or a float, None for NaN and infinity."""
     return json.loads(json.dumps(value, default=float), parse_constant=lambda name: None)
 

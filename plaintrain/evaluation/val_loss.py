@@ -9,8 +9,8 @@ from torchvision.ops import StochasticDepth
 
 from plaintrain.evaluation.evaluator import inference_context
 from plaintrain.utils import comm
-from plaintrain.utils.env import forked_rng
-from plaintrain.utils.logger import progress
+from plaintrain.utils.env import fork_rng
+from plaintrain.utils.logger import build_progress_bar
 from plaintrain.utils.stop import end_evaluation_if_requested, is_requested
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _AS_IN_EVALUATION = (
 )
 
 
-def validation_losses(model, data_loaders, seed=0):
+def compute_validation_losses(model, data_loaders, seed=0):
     """The losses of a model on validation data, as means over images.
 
     Norms use their running statistics and dropout is off, as in evaluation; neither the model nor the
@@ -39,11 +39,11 @@ def validation_losses(model, data_loaders, seed=0):
     """
     model, sums, num_images = comm.unwrap_model(model), {}, 0
     device = next(model.parameters()).device
-    with inference_context(model), torch.no_grad(), forked_rng(seed, device):
+    with inference_context(model), torch.no_grad(), fork_rng(seed, device):
         for module in model.modules():
             module.training = not isinstance(module, _AS_IN_EVALUATION)
         batches = itertools.chain.from_iterable(data_loaders)
-        for samples in progress(batches, desc="validation", total=sum(map(len, data_loaders))):
+        for samples in build_progress_bar(batches, desc="validation", total=sum(map(len, data_loaders))):
             if is_requested():
                 break
             for name, value in model(samples).items():

@@ -8,7 +8,7 @@ import logging
 import numpy as np
 
 from plaintrain.data.catalog import MetadataCatalog
-from plaintrain.evaluation.detections import InstanceEvaluator, compute_overlaps, object_table
+from plaintrain.evaluation.detections import InstanceEvaluator, build_object_table, compute_overlaps
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.predictions import write_predictions
 
@@ -99,7 +99,7 @@ class PascalVOCDetectionEvaluator(InstanceEvaluator):
         """{"bbox": AP, AP50, AP75 and each class' AP50}, in percent."""
         if self._output_dir:
             write_predictions(self._output_dir, self.dataset_name, detections)
-        objects, rows = object_table(self.records), detections.rows
+        objects, rows = build_object_table(self.records), detections.rows
         annotations = [a for record in self.records for a in record["annotations"]]
         difficult = np.array(
             [bool(a.get("difficult", 0) or a.get("iscrowd", 0)) for a in annotations], dtype=bool

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from plaintrain.data.dataset_mapper import DatasetMapper
-from plaintrain.data.image_files import image_record, list_images
+from plaintrain.data.image_files import build_image_record, list_images
 from plaintrain.data.records import get_detection_dataset_dicts
 from plaintrain.evaluation.evaluator import unpasted_masks
 from plaintrain.export.graph import DetectionGraph
-from plaintrain.modeling.tta import detection_settings
-from plaintrain.utils.errors import UserError, first_line, require
+from plaintrain.modeling.tta import get_detection_settings
+from plaintrain.utils.errors import UserError, get_first_line, require
 from plaintrain.utils.logger import silenced
 
 # Where the files hold what `describe` says.
@@ -84,7 +84,7 @@ def trace(model, size, fixed=False):
             shapes = ({0: dynamic, **sides},)
             return torch.export.export(DetectionGraph(model), (images,), dynamic_shapes=shapes, strict=False)
     except Exception as e:  # The tracer has dozens of them.
-        raise UserError(f"torch.export cannot follow a {type(model).__name__}: {first_line(e)}") from e
+        raise UserError(f"torch.export cannot follow a {type(model).__name__}: {get_first_line(e)}") from e
 
 
 def write_torch(program, path, about):
@@ -104,7 +104,7 @@ def write_onnx(program, path, about):
                 program, dynamo=True, verbose=False, input_names=["images"], output_names=names
             )
     except Exception as e:  # As above.
-        raise UserError(f"the model cannot be written as ONNX: {first_line(e)}") from e
+        raise UserError(f"the model cannot be written as ONNX: {get_first_line(e)}") from e
     model = written.model_proto
     del model.graph.value_info[:]
     _name_sides(model.graph.input, _SIDES)
@@ -144,7 +144,7 @@ def check_images(cfg, number, folder=""):
         UserError: there are none.
     """
     if folder:
-        records = [image_record(path, path) for path in list_images(folder)[:number]]
+        records = [build_image_record(path, path) for path in list_images(folder)[:number]]
     elif cfg.DATASETS.TEST:
         dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST[0], filter_empty=False)
         records = [dataset[i] for i in range(min(number, len(dataset)))]
@@ -154,7 +154,7 @@ def check_images(cfg, number, folder=""):
     return [(os.path.basename(record["file_name"]), mapper(record)["image"]) for record in records]
 
 
-def expected_of(model, image):
+def compute_expected_detections(model, image):
     """Return a model's detections in an image uint8 `[3, H, W]`, in its pixels, as a file has them."""
     maps, hook = [], contextlib.nullcontext()
     if getattr(getattr(model, "roi_heads", None), "keypoint_predictor", None) is not None:
@@ -166,7 +166,7 @@ def expected_of(model, image):
     return expected | ({"keypoint_maps": maps[0]} if maps else {})
 
 
-def differences(found, expected, limit):
+def compare_detections(found, expected, limit):
     """Return the largest differences between two lists of detections of an image.
 
     The partner of a detection is the nearest of its label, within a pixel.
@@ -202,13 +202,13 @@ def check_exported(run, model, images):
     """Return the `differences` between a file, opened by `open_exported`, and its model, on the CPU, of each
     image, (name, uint8 `[3, H, W]`), with its name as "image".
     """
-    rows, limit = [], detection_settings(model).score_thresh
+    rows, limit = [], get_detection_settings(model).score_thresh
     for name, image in images:
-        expected, outputs = expected_of(model, image), run(image[None])
+        expected, outputs = compute_expected_detections(model, image), run(image[None])
         number = int(outputs["num_detections"][0])
         found = {key: value[0, :number] for key, value in outputs.items() if key != "num_detections"}
         # What comes after so many is cut off.
         is_full = number > 0 and number == outputs["scores"].shape[1]
         least = found["scores"].min().item() if is_full else limit
-        rows.append({"image": name, **differences(found, expected, max(limit, least))})
+        rows.append({"image": name, **compare_detections(found, expected, max(limit, least))})
     return rows

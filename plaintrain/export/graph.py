@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image, nms
 
-from plaintrain.modeling.matching import take
+from plaintrain.modeling.matching import gather_rows
 from plaintrain.modeling.rcnn import GeneralizedRCNN, ProposalNetwork
 
 
@@ -35,19 +35,21 @@ class DetectionGraph(nn.Module):
         model, size = self.model, images.shape[-2:]
         images = ImageList(self._normalised(images), [size])
         if not isinstance(model, ProposalNetwork | GeneralizedRCNN):
-            found = best_of_batch(*model.find_candidates(images), model.nms_thresh, model.detections_per_img)
+            found = select_batch_detections(
+                *model.find_candidates(images), model.nms_thresh, model.detections_per_img
+            )
             boxes, scores, labels = found
             if not model.clips_before_nms:
                 boxes = clip_boxes_to_image(boxes, size)
                 scores = scores.masked_fill(~(boxes[..., 2:] > boxes[..., :2]).all(dim=-1), -1)
                 scores, order = scores.topk(scores.shape[1], dim=1)
-                boxes, labels = take(boxes, order), take(labels, order)
+                boxes, labels = gather_rows(boxes, order), gather_rows(labels, order)
             return _padded(boxes, scores, labels)
         rpn, features = model.rpn, model.backbone(images.tensors)
         predicted = rpn.predict(list(features.values()))
         anchors = rpn.anchor_generator(images, list(features.values()))[0]
         candidates = rpn.find_candidates(*predicted, anchors, [size])
-        boxes, scores, levels = best_of_batch(*candidates, rpn.nms_thresh, rpn.post_nms_top_n())
+        boxes, scores, levels = select_batch_detections(*candidates, rpn.nms_thresh, rpn.post_nms_top_n())
         if isinstance(model, ProposalNetwork):
             return _padded(boxes, scores, torch.zeros_like(levels))
         return self._detect_in_rois(features, boxes, scores, size)
@@ -61,7 +63,7 @@ class DetectionGraph(nn.Module):
     def _detect_in_rois(self, features, proposals, scores, size):
         heads = self.model.roi_heads
         candidates = heads.find_candidates(features, proposals, scores, [size])
-        found = _padded(*best_of_batch(*candidates, heads.nms_thresh, heads.detections_per_img))
+        found = _padded(*select_batch_detections(*candidates, heads.nms_thresh, heads.detections_per_img))
         boxes, labels = found["boxes"], found["labels"].clamp(min=0)
         if heads.has_mask():
             (masks,) = heads.predict_masks(features, boxes, [labels.flatten()])
@@ -71,7 +73,7 @@ class DetectionGraph(nn.Module):
         return found
 
 
-def best_of_batch(boxes, scores, groups, nms_thresh, limit):
+def select_batch_detections(boxes, scores, groups, nms_thresh, limit):
     """Return the boxes, scores and groups that NMS within a group leaves of each image, the best first.
 
     Args:
@@ -94,7 +96,7 @@ def best_of_batch(boxes, scores, groups, nms_thresh, limit):
     alive = F.pad(torch.zeros_like(wanted).flatten(), (0, 2))
     alive = alive.index_fill(0, index[nms(found, rank, nms_thresh)], True)[:-2].view_as(scores)
     scores, index = scores.masked_fill(~alive, -1).topk(torch.sym_min(limit, number), dim=1)
-    return take(boxes, index), scores, take(groups, index)
+    return gather_rows(boxes, index), scores, gather_rows(groups, index)
 
 
 def _padded(boxes, scores, labels):

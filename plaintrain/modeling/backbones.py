@@ -17,7 +17,7 @@ from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNe
 from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from plaintrain.utils.errors import UserError, nearest
+from plaintrain.utils.errors import UserError, suggest_similar
 
 _NORMS = {
     "FrozenBN": FrozenBatchNorm2d,
@@ -247,7 +247,7 @@ def build_backbone(cfg):
     if name not in BACKBONES:
         raise UserError(
             f"MODEL.BACKBONE.NAME must be one of {', '.join(BACKBONES)}, got {name!r}; did you mean "
-            f"{nearest(name, BACKBONES)}?"
+            f"{suggest_similar(name, BACKBONES)}?"
         )
     backbone = BACKBONES[name](cfg)
     fold_frozen_norms(backbone)

@@ -31,7 +31,7 @@ _PARTS = (
 _MOST_GRAPHS = 8
 
 
-def num_classes_key(cfg):
+def get_num_classes_key(cfg):
     """The config key that holds the number of classes of MODEL.META_ARCHITECTURE."""
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCHITECTURES:
         raise UserError(
@@ -66,7 +66,7 @@ def build_model(cfg):
         0 to K-1; with their heads masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
     """
     check_cfg(cfg)
-    key = num_classes_key(cfg)
+    key = get_num_classes_key(cfg)
     if get_value(cfg, key) < 1:
         raise UserError(
             f"{key} is {get_value(cfg, key)}: call default_setup(cfg, args), which asks the "

@@ -67,7 +67,7 @@ def build_anchor_generator(cfg, backbone):
     return CachedAnchorGenerator(*per_level.values())
 
 
-def prior_bias(probability):
+def compute_prior_bias(probability):
     """Return the bias at which a sigmoid gives `probability` (focal loss paper, 4.1)."""
     return -math.log((1 - probability) / probability)
 
@@ -109,7 +109,7 @@ class DenseOnSamples:
         """Return losses or detections; see `plaintrain.modeling.build_model`."""
         images, _ = self.transform([sample["image"] for sample in samples])
         if not self.training:
-            return to_original_size(self._detect(images), samples)
+            return scale_to_original_size(self._detect(images), samples)
         boxes, labels = pad_targets(get_targets(samples, images.tensors.device))
         return self._losses(*self._predict(images), boxes, labels)
 
@@ -137,7 +137,7 @@ class DenseOnSamples:
         return detections
 
 
-def to_original_size(detections, samples, paste=True, aligned=True):
+def scale_to_original_size(detections, samples, paste=True, aligned=True):
     """Bring detections from each sample's image to its original `height` and `width`.
 
     Args:
@@ -168,7 +168,7 @@ def _scaled(points, x, y):
     return torch.stack([points[..., 0] * x, points[..., 1] * y], dim=-1)
 
 
-def raise_outputs(module, inputs, outputs):
+def cast_outputs_to_float32(module, inputs, outputs):
     """A forward hook: the outputs (see `keep_float32`) in float32, if they are not."""
     return tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype in LOW_PRECISION else x, outputs)
 
@@ -180,4 +180,4 @@ def keep_float32(*heads):
     off by up to 2 pixels. Outputs are tensors, or dicts, lists and tuples of them.
     """
     for module in heads:
-        module.register_forward_hook(raise_outputs)
+        module.register_forward_hook(cast_outputs_to_float32)

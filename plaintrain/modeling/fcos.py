@@ -12,12 +12,12 @@ from plaintrain.modeling.detector import (
     DenseOnSamples,
     build_anchor_generator,
     build_preprocess,
+    compute_prior_bias,
     keep_float32,
-    prior_bias,
 )
 from plaintrain.modeling.losses import focal_loss, giou_loss
-from plaintrain.modeling.matching import in_parts, take
-from plaintrain.modeling.postprocess import best_of_classes
+from plaintrain.modeling.matching import assign_in_chunks, gather_rows
+from plaintrain.modeling.postprocess import select_topk_per_class
 from plaintrain.utils.errors import UserError
 
 # torchvision's heads have GroupNorm with this many groups.
@@ -29,13 +29,17 @@ class FCOS(DenseOnSamples, _FCOS):
 
     def _candidates(self, outputs, anchors, counts):
         scores = torch.sqrt(outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid())
-        rows, scores, labels = best_of_classes(self, scores, counts)
-        return self.box_coder.decode(take(outputs["bbox_regression"], rows), anchors[rows]), scores, labels
+        rows, scores, labels = select_topk_per_class(self, scores, counts)
+        return (
+            self.box_coder.decode(gather_rows(outputs["bbox_regression"], rows), anchors[rows]),
+            scores,
+            labels,
+        )
 
     def _losses(self, outputs, anchors, levels, boxes, labels):
         index, matched = assign_centres(boxes, labels >= 0, anchors, levels, self.center_sampling_radius)
         number = matched.sum().clamp(min=1)
-        labels, objects = take(labels, index).masked_fill(~matched, -1), take(boxes, index)
+        labels, objects = gather_rows(labels, index).masked_fill(~matched, -1), gather_rows(boxes, index)
         loss = focal_loss(outputs["cls_logits"], labels).sum()
         predicted = self.box_coder.decode(outputs["bbox_regression"], anchors)
         centred = _centredness(self.box_coder.encode(anchors, objects)).masked_fill(~matched, 0)
@@ -88,7 +92,7 @@ def assign_centres(boxes, exists, anchors, levels, radius):
         value, index = (inside * (1e8 - (x1 - x0) * (y1 - y0))).max(dim=1)
         return index, value >= 1e-5
 
-    return in_parts(assign, boxes, exists[:, :, None], anchors[None])
+    return assign_in_chunks(assign, boxes, exists[:, :, None], anchors[None])
 
 
 def build_fcos(cfg):
@@ -107,7 +111,7 @@ def build_fcos(cfg):
             "cannot be split into"
         )
     head = FCOSHead(backbone.out_channels, 1, fcos.NUM_CLASSES, fcos.NUM_CONVS)
-    torch.nn.init.constant_(head.classification_head.cls_logits.bias, prior_bias(fcos.PRIOR_PROB))
+    torch.nn.init.constant_(head.classification_head.cls_logits.bias, compute_prior_bias(fcos.PRIOR_PROB))
     # The box outputs pass a ReLU: from 0, random weights can push all of them below it for ever.
     torch.nn.init.constant_(head.regression_head.bbox_reg.bias, 0.5)
     model = FCOS(

@@ -74,7 +74,7 @@ class BoxLoss(NamedTuple):
     weight: float = 1.0
 
 
-def box_losses(recipe, coder, deltas, priors, objects, counts):
+def compute_box_losses(recipe, coder, deltas, priors, objects, counts):
     """Return the weighted losses of boxes, `[B, S]`, 0 where bool `counts` is False.
 
     Args:

@@ -30,7 +30,7 @@ def _pairwise_iou(boxes, others):
     return overlap / ((x1 - x0) * (y1 - y0) + (u1 - u0) * (v1 - v0) - overlap)
 
 
-def in_parts(assign, boxes, exists, candidates):
+def assign_in_chunks(assign, boxes, exists, candidates):
     """Call `assign` with the other arguments, see `match`, of so many images at once that memory is bounded;
     join what it returns.
     """
@@ -41,7 +41,7 @@ def in_parts(assign, boxes, exists, candidates):
 
 
 @torch.no_grad()
-def match(boxes, exists, candidates, matcher):
+def match_boxes(boxes, exists, candidates, matcher):
     """Give each candidate the object that it overlaps most, as torchvision's `Matcher` does.
 
     Args:
@@ -71,11 +71,11 @@ def match(boxes, exists, candidates, matcher):
             index = given.where(given >= 0, index)
         return index, matched, background & ~matched
 
-    return in_parts(assign, boxes, exists[:, :, None], candidates)
+    return assign_in_chunks(assign, boxes, exists[:, :, None], candidates)
 
 
 @torch.no_grad()
-def sample(matched, background, sampler):
+def sample_matches(matched, background, sampler):
     """Draw candidates at random, as many as torchvision's sampler, of which the settings are read.
 
     How many random numbers are drawn depends on shapes alone.
@@ -93,7 +93,7 @@ def sample(matched, background, sampler):
     return index, keys >= 0
 
 
-def take(values, index):
+def gather_rows(values, index):
     """The rows `[B, S, ...]` of `[B, N, ...]` that indices `[B, S]` name."""
     # Not `take_along_dim`, which fixes the sizes that it sees while torch.export traces it.
     index = index.view(*index.shape, *[1] * (values.ndim - 2))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from plaintrain.modeling.matching import take
+from plaintrain.modeling.matching import gather_rows
 
 
 def select_best(boxes, scores, labels, nms_thresh, limit):
@@ -37,7 +37,7 @@ def are_large(boxes, size):
     return (boxes[..., 2:] - boxes[..., :2] >= size).all(dim=-1)
 
 
-def best_of_levels(scores, counts, limit):
+def select_topk_per_level(scores, counts, limit):
     """Return the indices of the best `limit` scores of each level, of `[B, N]`, and their levels' numbers."""
     index, levels, start = [], [], 0
     for i, (part, count) in enumerate(zip(scores.split(counts, dim=1), counts, strict=True)):
@@ -47,14 +47,18 @@ def best_of_levels(scores, counts, limit):
     return torch.cat(index, dim=1), torch.cat(levels, dim=1)
 
 
-def best_of_classes(model, scores, counts):
+def select_topk_per_class(model, scores, counts):
     """Return rows, scores and labels of each level's `topk_candidates` best, of scores `[B, N, K]`."""
     classes = scores.shape[2]
-    index, _ = best_of_levels(scores.flatten(1), [n * classes for n in counts], model.topk_candidates)
-    return index // classes, above(take(scores.flatten(1), index), model.score_thresh), index % classes
+    index, _ = select_topk_per_level(scores.flatten(1), [n * classes for n in counts], model.topk_candidates)
+    return (
+        index // classes,
+        mask_below_threshold(gather_rows(scores.flatten(1), index), model.score_thresh),
+        index % classes,
+    )
 
 
-def above(scores, threshold):
+def mask_below_threshold(scores, threshold):
     """Return the scores, -1 in place of those that are not above a threshold."""
     return scores.masked_fill(~(scores > threshold), -1)
 

@@ -18,7 +18,7 @@ from plaintrain.modeling.detector import (
     build_preprocess,
     get_targets,
     keep_float32,
-    to_original_size,
+    scale_to_original_size,
 )
 from plaintrain.modeling.losses import BoxLoss
 from plaintrain.modeling.poolers import RoIAlign
@@ -46,7 +46,7 @@ class GeneralizedRCNN(_GeneralizedRCNN):
         detections, losses = self.roi_heads(features, proposals, images.image_sizes, targets)
         if self.training:
             return losses | rpn_losses
-        return to_original_size(detections, samples, self.pastes_masks, self.masks_aligned)
+        return scale_to_original_size(detections, samples, self.pastes_masks, self.masks_aligned)
 
     @contextlib.contextmanager
     def without_masks(self):
@@ -81,7 +81,7 @@ class ProposalNetwork(nn.Module):
             {"boxes": b[:n], "scores": s[:n], "labels": torch.zeros_like(s[:n], dtype=torch.int64)}
             for b, s, n in zip(boxes, scores, (scores >= 0).sum(dim=1).tolist(), strict=True)  # device sync
         ]
-        return to_original_size(detections, samples)
+        return scale_to_original_size(detections, samples)
 
 
 def _build_rpn(cfg, backbone):

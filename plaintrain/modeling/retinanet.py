@@ -10,12 +10,12 @@ from plaintrain.modeling.detector import (
     DenseOnSamples,
     build_anchor_generator,
     build_preprocess,
+    compute_prior_bias,
     keep_float32,
-    prior_bias,
 )
-from plaintrain.modeling.losses import BoxLoss, box_losses, focal_loss
-from plaintrain.modeling.matching import decode, match, take
-from plaintrain.modeling.postprocess import best_of_classes
+from plaintrain.modeling.losses import BoxLoss, compute_box_losses, focal_loss
+from plaintrain.modeling.matching import decode, gather_rows, match_boxes
+from plaintrain.modeling.postprocess import select_topk_per_class
 
 
 class RetinaNet(DenseOnSamples, _RetinaNet):
@@ -24,13 +24,13 @@ class RetinaNet(DenseOnSamples, _RetinaNet):
     focal_alpha, focal_gamma, box_loss = 0.25, 2.0, BoxLoss(beta=0.0)
 
     def _losses(self, outputs, anchors, levels, boxes, labels):
-        index, matched, background = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
+        index, matched, background = match_boxes(boxes, labels >= 0, anchors[None], self.proposal_matcher)
         numbers = matched.sum(dim=1).clamp(min=1)
-        labels = take(labels, index).masked_fill(~matched, -1)
+        labels = gather_rows(labels, index).masked_fill(~matched, -1)
         loss = focal_loss(outputs["cls_logits"], labels, self.focal_alpha, self.focal_gamma)
         loss = loss.masked_fill(~(matched | background), 0).sum(dim=1)
-        deltas, objects = outputs["bbox_regression"], take(boxes, index)
-        loss_box = box_losses(self.box_loss, self.box_coder, deltas, anchors, objects, matched)
+        deltas, objects = outputs["bbox_regression"], gather_rows(boxes, index)
+        loss_box = compute_box_losses(self.box_loss, self.box_coder, deltas, anchors, objects, matched)
         # The mean over the images, each divided by its anchors with an object.
         return {
             "loss_cls": (loss / numbers).mean(),
@@ -38,8 +38,8 @@ class RetinaNet(DenseOnSamples, _RetinaNet):
         }
 
     def _candidates(self, outputs, anchors, counts):
-        rows, scores, labels = best_of_classes(self, outputs["cls_logits"].sigmoid(), counts)
-        deltas = take(outputs["bbox_regression"], rows)
+        rows, scores, labels = select_topk_per_class(self, outputs["cls_logits"].sigmoid(), counts)
+        deltas = gather_rows(outputs["bbox_regression"], rows)
         return decode(deltas, anchors[rows], self.box_coder), scores, labels
 
 
@@ -54,7 +54,9 @@ def build_retinanet(cfg):
         retinanet.NUM_CLASSES,
         norm_layer=get_norm(retinanet.NORM),
     )
-    torch.nn.init.constant_(head.classification_head.cls_logits.bias, prior_bias(retinanet.PRIOR_PROB))
+    torch.nn.init.constant_(
+        head.classification_head.cls_logits.bias, compute_prior_bias(retinanet.PRIOR_PROB)
+    )
     background, foreground = retinanet.IOU_THRESHOLDS
     model = RetinaNet(
         backbone,

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_inference
 
-from plaintrain.modeling.losses import BoxLoss, box_losses
-from plaintrain.modeling.matching import decode, match, pad_targets, sample, take
+from plaintrain.modeling.losses import BoxLoss, compute_box_losses
+from plaintrain.modeling.matching import decode, gather_rows, match_boxes, pad_targets, sample_matches
 from plaintrain.modeling.postprocess import (
-    above,
     are_large,
     clip_boxes,
     heatmaps_to_keypoints,
+    mask_below_threshold,
     select_best,
 )
 from plaintrain.structures import sample_masks
@@ -75,7 +75,7 @@ class BatchedRoIHeads(RoIHeads):
         boxes = decode(deltas, proposals.to(deltas.dtype)[:, :, None], self.box_coder)
         boxes = clip_boxes(boxes, image_sizes)
         wanted = are_large(boxes, _MIN_SIZE) & (scores >= 0)[..., None]
-        scores = above(logits.softmax(-1)[:, 1:].view(*number, classes), self.score_thresh)
+        scores = mask_below_threshold(logits.softmax(-1)[:, 1:].view(*number, classes), self.score_thresh)
         labels = torch.arange(classes, device=scores.device).expand_as(scores)
         return boxes.flatten(1, 2), scores.masked_fill(~wanted, -1).flatten(1), labels.flatten(1)
 
@@ -98,18 +98,18 @@ class BatchedRoIHeads(RoIHeads):
         boxes, labels = pad_targets(targets)
         boxes = boxes.to(proposals.dtype)
         proposals, exists = torch.cat([proposals, boxes], dim=1), torch.cat([scores, labels], dim=1) >= 0
-        index, matched, background = match(boxes, labels >= 0, proposals, self.proposal_matcher)
-        sampled, exists = sample(matched & exists, background & exists, self.fg_bg_sampler)
-        proposals, index, matched = (take(part, sampled) for part in (proposals, index, matched))
-        labels = take(labels, index).masked_fill(~matched, 0).masked_fill(~exists, _IGNORED)
-        return proposals, index, labels, take(boxes, index)
+        index, matched, background = match_boxes(boxes, labels >= 0, proposals, self.proposal_matcher)
+        sampled, exists = sample_matches(matched & exists, background & exists, self.fg_bg_sampler)
+        proposals, index, matched = (gather_rows(part, sampled) for part in (proposals, index, matched))
+        labels = gather_rows(labels, index).masked_fill(~matched, 0).masked_fill(~exists, _IGNORED)
+        return proposals, index, labels, gather_rows(boxes, index)
 
     def _box_losses(self, logits, deltas, labels, boxes, objects):
         number = (labels >= 0).sum().clamp(min=1)
         loss = F.cross_entropy(logits, labels.flatten(), ignore_index=_IGNORED, reduction="sum")
-        deltas = take(deltas.view(labels.numel(), -1, 4), labels.clamp(min=0).view(-1, 1))
+        deltas = gather_rows(deltas.view(labels.numel(), -1, 4), labels.clamp(min=0).view(-1, 1))
         deltas = deltas.view_as(objects)
-        loss_box = box_losses(self.box_loss, self.box_coder, deltas, boxes, objects, labels > 0)
+        loss_box = compute_box_losses(self.box_loss, self.box_coder, deltas, boxes, objects, labels > 0)
         return {"loss_cls": loss / number, "loss_box_reg": loss_box.sum() / number}
 
     def _mask_loss(self, logits, boxes, index, targets):

@@ -9,10 +9,10 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 from torchvision.ops import batched_nms
 from torchvision.ops.misc import Conv2dNormActivation
 
-from plaintrain.modeling.detector import raise_outputs
-from plaintrain.modeling.losses import BoxLoss, box_losses
-from plaintrain.modeling.matching import decode, match, pad_targets, sample, take
-from plaintrain.modeling.postprocess import are_large, best_of_levels, clip_boxes
+from plaintrain.modeling.detector import cast_outputs_to_float32
+from plaintrain.modeling.losses import BoxLoss, compute_box_losses
+from plaintrain.modeling.matching import decode, gather_rows, match_boxes, pad_targets, sample_matches
+from plaintrain.modeling.postprocess import are_large, clip_boxes, select_topk_per_level
 
 # The modules of torchvision's head of one convolution.
 _PLAIN_HEAD = [RPNHead, nn.Sequential, Conv2dNormActivation, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Conv2d]
@@ -27,7 +27,9 @@ def _is_plain(head):
     if (conv.kernel_size, conv.dilation, conv.padding_mode) != ((3, 3), (1, 1), "zeros"):
         return False
     hooks = [h for part in parts for h in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())]
-    return all(h is raise_outputs for h in hooks) and not any(part._backward_hooks for part in parts)
+    return all(h is cast_outputs_to_float32 for h in hooks) and not any(
+        part._backward_hooks for part in parts
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -75,18 +77,18 @@ class BatchedRPN(RegionProposalNetwork):
 
     def _losses(self, features, anchors, targets, predicted):
         boxes, labels = pad_targets(targets)
-        index, matched, background = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
-        sampled, exists = sample(matched, background, self.fg_bg_sampler)
-        positive = take(matched, sampled) & exists
+        index, matched, background = match_boxes(boxes, labels >= 0, anchors[None], self.proposal_matcher)
+        sampled, exists = sample_matches(matched, background, self.fg_bg_sampler)
+        positive = gather_rows(matched, sampled) & exists
         number = exists.sum().clamp(min=1)
         if self.normalizer == "batch_size":
             number = self.fg_bg_sampler.batch_size_per_image * len(exists)
         if predicted:
-            logits, deltas = (take(part, sampled) for part in predicted[:2])
+            logits, deltas = (gather_rows(part, sampled) for part in predicted[:2])
         else:
             logits, deltas = self._predict_sampled(features, sampled)
-        objects, priors = take(boxes, take(index, sampled)), anchors[sampled]
-        loss_box = box_losses(self.box_loss, self.box_coder, deltas, priors, objects, positive).sum()
+        objects, priors = gather_rows(boxes, gather_rows(index, sampled)), anchors[sampled]
+        loss_box = compute_box_losses(self.box_loss, self.box_coder, deltas, priors, objects, positive).sum()
         truth = positive.to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, truth, exists.to(logits.dtype), reduction="sum")
         weight = self.loss_weight / number
@@ -126,9 +128,9 @@ class BatchedRPN(RegionProposalNetwork):
             anchors: `[N, 4]`.
             image_sizes: (height, width) of each image, or of all.
         """
-        index, levels = best_of_levels(objectness, counts, self.pre_nms_top_n())
-        boxes = clip_boxes(decode(take(deltas, index), anchors[index], self.box_coder), image_sizes)
-        scores = take(objectness, index).sigmoid()
+        index, levels = select_topk_per_level(objectness, counts, self.pre_nms_top_n())
+        boxes = clip_boxes(decode(gather_rows(deltas, index), anchors[index], self.box_coder), image_sizes)
+        scores = gather_rows(objectness, index).sigmoid()
         wanted = are_large(boxes, self.min_size) & (scores >= self.score_thresh)
         return boxes, scores.masked_fill(~wanted, -1), levels
 
@@ -144,4 +146,4 @@ class BatchedRPN(RegionProposalNetwork):
             # Small images have few proposals: the heads need not compute the padding.
             number = int((scores >= 0).sum(dim=1).max())  # device sync
             scores, best = scores[:, :number], best[:, :number]
-        return take(boxes, best), scores
+        return gather_rows(boxes, best), scores

@@ -12,9 +12,9 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from plaintrain.modeling.anchors import CachedBoxGenerator
 from plaintrain.modeling.backbones import SSDLITE_NORM, build_backbone, get_tiny_norm
 from plaintrain.modeling.detector import DenseOnSamples, build_preprocess, keep_float32
-from plaintrain.modeling.losses import BoxLoss, box_losses
-from plaintrain.modeling.matching import decode, match, take
-from plaintrain.modeling.postprocess import above
+from plaintrain.modeling.losses import BoxLoss, compute_box_losses
+from plaintrain.modeling.matching import decode, gather_rows, match_boxes
+from plaintrain.modeling.postprocess import mask_below_threshold
 from plaintrain.utils.errors import UserError
 
 # The paper's smooth L1.
@@ -32,16 +32,16 @@ class SSD(DenseOnSamples, _SSD):
         scores = outputs["cls_logits"].softmax(-1)[..., 1:].transpose(1, 2)
         scores, index = scores.topk(min(self.topk_candidates, scores.shape[2]), dim=2)
         labels = torch.arange(scores.shape[1], device=scores.device)[:, None].expand_as(scores)
-        scores = above(scores, self.score_thresh)
-        return take(boxes, index.flatten(1)), scores.flatten(1), labels.flatten(1)
+        scores = mask_below_threshold(scores, self.score_thresh)
+        return gather_rows(boxes, index.flatten(1)), scores.flatten(1), labels.flatten(1)
 
     def _losses(self, outputs, anchors, levels, boxes, labels):
-        index, matched, _ = match(boxes, labels >= 0, anchors[None], self.proposal_matcher)
+        index, matched, _ = match_boxes(boxes, labels >= 0, anchors[None], self.proposal_matcher)
         number = matched.sum().clamp(min=1)
-        objects = take(boxes, index)
+        objects = gather_rows(boxes, index)
         deltas = outputs["bbox_regression"]
-        loss_box = box_losses(_BOX_LOSS, self.box_coder, deltas, anchors, objects, matched)
-        labels = (take(labels, index) + self.label_offset).masked_fill(~matched, 0)
+        loss_box = compute_box_losses(_BOX_LOSS, self.box_coder, deltas, anchors, objects, matched)
+        labels = (gather_rows(labels, index) + self.label_offset).masked_fill(~matched, 0)
         loss = F.cross_entropy(outputs["cls_logits"].flatten(0, 1), labels.flatten(), reduction="none")
         loss = count_hard(loss.view_as(labels), matched, self.neg_to_pos_ratio)
         return {"loss_cls": loss.sum() / number, "loss_box_reg": loss_box.sum() / number}

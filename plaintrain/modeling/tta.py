@@ -12,7 +12,7 @@ from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
 
-def detection_settings(model):
+def get_detection_settings(model):
     """Return the part of a detector that has the `score_thresh` and `nms_thresh` of its detections."""
     return getattr(model, "roi_heads", None) or getattr(model, "rpn", model)
 
@@ -131,4 +131,4 @@ def build_tta(cfg, model):
     detector, number = comm.unwrap_model(model), cfg.TEST.DETECTIONS_PER_IMAGE
     if isinstance(detector, ProposalNetwork):
         number = cfg.MODEL.RPN.POST_NMS_TOPK_TEST
-    return DetectorWithTTA(detector, detection_settings(detector).nms_thresh, number)
+    return DetectorWithTTA(detector, get_detection_settings(detector).nms_thresh, number)

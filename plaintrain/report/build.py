@@ -12,32 +12,32 @@ from markupsafe import Markup
 
 import plaintrain
 from plaintrain.analysis.errors import OUTCOMES
-from plaintrain.analysis.run_folder import run_names
+from plaintrain.analysis.run_folder import get_run_names
 from plaintrain.report import detections, runs
-from plaintrain.utils.errors import UserError, first_line
+from plaintrain.utils.errors import UserError, get_first_line
 from plaintrain.utils.files import atomic_write
-from plaintrain.visualization.colors import to_hex
-from plaintrain.visualization.plots import require_matplotlib, to_svg
+from plaintrain.visualization.colors import get_hex_color
+from plaintrain.visualization.plots import convert_to_svg, require_matplotlib
 
 logger = logging.getLogger(__name__)
 
 # The id, which is a macro of the template too, the title, and the function that makes the macro's data from a
 # list of `Run`; "gallery" is of one run.
 SECTIONS = (
-    ("summary", "Summary", runs.summary),
-    ("run", "What was run", runs.what_was_run),
-    ("curves", "Curves", runs.curves),
-    ("scores", "AP", runs.scores),
-    ("precision-recall", "Precision and recall", detections.precision_recall),
-    ("errors", "Errors", detections.errors),
-    ("confusion", "Confusion", detections.confusion),
-    ("calibration", "Calibration", detections.calibration),
-    ("thresholds", "Thresholds", detections.thresholds),
-    ("groups", "Size and crowdedness", detections.groups),
-    ("gallery", "Best and worst images", detections.gallery),
-    ("data", "Data", runs.datasets),
-    ("timing", "Time and memory", runs.timing),
-    ("warnings", "Warnings", runs.warnings),
+    ("summary", "Summary", runs.build_summary),
+    ("run", "What was run", runs.build_run_table),
+    ("curves", "Curves", runs.build_curves),
+    ("scores", "AP", runs.build_scores),
+    ("precision-recall", "Precision and recall", detections.build_precision_recall),
+    ("errors", "Errors", detections.build_errors),
+    ("confusion", "Confusion", detections.build_confusion),
+    ("calibration", "Calibration", detections.build_calibration),
+    ("thresholds", "Thresholds", detections.build_thresholds),
+    ("groups", "Size and crowdedness", detections.build_groups),
+    ("gallery", "Best and worst images", detections.build_gallery),
+    ("data", "Data", runs.build_datasets),
+    ("timing", "Time and memory", runs.build_timing),
+    ("warnings", "Warnings", runs.build_warnings),
 )
 
 
@@ -49,7 +49,7 @@ def build_report(folders, output):
         output: the file.
     """
     require_matplotlib()
-    names = run_names(folders)
+    names = get_run_names(folders)
     facts = [runs.Run(f, n, i) for i, (f, n) in enumerate(zip(folders, names, strict=True))]
     sections = [
         (id_, title, _render(id_, title, collect, facts))
@@ -73,7 +73,7 @@ def _render(id_, title, collect, facts):
     except Exception as e:
         # Whatever is wrong with one part, the rest is worth reading.
         logger.warning(f"the section {title!r} of the report could not be made", exc_info=True)
-        return template.note(f"This could not be made: {type(e).__name__}: {first_line(e)}")
+        return template.note(f"This could not be made: {type(e).__name__}: {get_first_line(e)}")
 
 
 @functools.cache
@@ -91,11 +91,11 @@ def load_template():
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "color": to_hex,
+        "color": get_hex_color,
         "command": shlex.join,
         "duration": lambda seconds: str(datetime.timedelta(seconds=round(seconds))),
         "numeric": lambda rows: [all(map(_is_number, column)) for column in zip(*rows, strict=True)],
-        "svg": lambda figure: Markup(to_svg(figure)),
+        "svg": lambda figure: Markup(convert_to_svg(figure)),
     }
     environment.globals["outcomes"] = OUTCOMES
     environment.tests["best"] = lambda value: isinstance(value, runs.Best)

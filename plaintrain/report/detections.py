@@ -16,9 +16,9 @@ from plaintrain.data.images import read_image
 from plaintrain.report.runs import mark_best
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.curves import make_line
-from plaintrain.visualization.drawing import skeleton_of
+from plaintrain.visualization.drawing import get_skeleton
 from plaintrain.visualization.matches import draw_matches
-from plaintrain.visualization.plots import bar_figure, matrix_figure, xy_figure
+from plaintrain.visualization.plots import draw_bars, draw_matrix, draw_xy
 
 # So many classes can be told apart by colour, and as rows of a matrix.
 _MOST_LINES, _MOST_ROWS = 8, 20
@@ -52,14 +52,14 @@ def _tasks(analysed, key):
 
 
 @_by_dataset
-def precision_recall(dataset, analysed):
+def build_precision_recall(dataset, analysed):
     """Draw precision over recall, by class or by run."""
     figures = []
     for task in _tasks(analysed, "curves"):
         for iou in ("0.50", "0.75"):
             lines, remark = _curve_lines(analysed, task, iou)
             if lines:
-                figures.append((xy_figure(lines, "recall", "precision"), f"{task}, IoU {iou}", remark))
+                figures.append((draw_xy(lines, "recall", "precision"), f"{task}, IoU {iou}", remark))
     return figures
 
 
@@ -80,7 +80,7 @@ def _curve_lines(analysed, task, iou):
 
 
 @_by_dataset
-def errors(dataset, analysed):
+def build_errors(dataset, analysed):
     """Return how much AP each type of error costs, and how often there is one, for each task."""
     tasks = []
     for task in _tasks(analysed, "errors"):
@@ -92,7 +92,7 @@ def errors(dataset, analysed):
         tasks.append(
             {
                 "task": task,
-                "figure": bar_figure(ERRORS, series, "AP50 that fixing it would gain", colors=colors),
+                "figure": draw_bars(ERRORS, series, "AP50 that fixing it would gain", colors=colors),
                 "columns": [run.name for run, _ in known] if len(known) > 1 else ["count"],
                 "types": [[n, OUTCOMES[n][1], *(c[n] for c in counts)] for n in ("correct", *ERRORS)],
                 "classes": [[c[key] for key in _CLASS_COLUMNS] for c in classes],
@@ -102,12 +102,12 @@ def errors(dataset, analysed):
 
 
 @_by_dataset
-def confusion(dataset, analysed):
+def build_confusion(dataset, analysed):
     """Return which classes are mistaken for which, by run."""
     matrices = []
     for run, analysis in analysed:
         labels, counts, remark = _busiest(analysis["confusion"])
-        figure = matrix_figure(counts, labels, "detected as", "ground truth")
+        figure = draw_matrix(counts, labels, "detected as", "ground truth")
         pairs = analysis["confusion"]["pairs"]
         rows = [[p["truth"], p["found"], p["count"], round(100 * p["share"], 1)] for p in pairs]
         is_wide = len(labels) > _MOST_LINES
@@ -129,7 +129,7 @@ def _busiest(confusion):
 
 
 @_by_dataset
-def calibration(dataset, analysed):
+def build_calibration(dataset, analysed):
     """Draw how often detections are correct, by their score."""
     lines, counts, remarks = [], {}, []
     for run, analysis in analysed:
@@ -140,15 +140,15 @@ def calibration(dataset, analysed):
         counts[run.name] = [b["count"] for b in bins]
         remark = "no detections" if error is None else f"off by {100 * error:.1f} points on average"
         remarks.append(f"{remark} ({run.name})" if len(analysed) > 1 else remark)
-    curve = xy_figure(lines, "score", "fraction that is correct", diagonal=True, marker="o")
+    curve = draw_xy(lines, "score", "fraction that is correct", diagonal=True, marker="o")
     names = [f"{b['low']:g} to {b['high']:g}" for b in bins]
-    histogram = bar_figure(names, counts, "detections", colors=[line["color"] for line in lines])
+    histogram = draw_bars(names, counts, "detections", colors=[line["color"] for line in lines])
     remark = f"dashed: ideal; {', '.join(remarks)}"
     return [(curve, "Calibration", remark), (histogram, "Scores of all detections")]
 
 
 @_by_dataset
-def thresholds(dataset, analysed):
+def build_thresholds(dataset, analysed):
     """Return the score threshold with the best F1, of all classes together (None) and of each class."""
     by_run = [
         {c.get("name"): c for c in (a["thresholds"]["overall"], *a["thresholds"]["classes"])}
@@ -164,7 +164,7 @@ def thresholds(dataset, analysed):
 
 
 @_by_dataset
-def groups(dataset, analysed):
+def build_groups(dataset, analysed):
     """Return how many objects are detected, by their size, shape and neighbours."""
     figures, tables = [], []
     for key, (title, words) in GROUPS.items():
@@ -180,13 +180,13 @@ def groups(dataset, analysed):
         else:
             series = {run.name: [b[i]["recall_above"] for b in bins] for i, (run, _) in enumerate(analysed)}
             colors = [run.color for run, _ in analysed]
-        figure = bar_figure(names, series, "fraction that is found", colors=colors)
+        figure = draw_bars(names, series, "fraction that is found", colors=colors)
         figures.append((figure, title, f"{words}; in brackets: objects"))
     return {"figures": figures, "tables": tables}
 
 
 @_by_dataset
-def gallery(dataset, analysed):
+def build_gallery(dataset, analysed):
     """Return the images with the lowest and the highest F1."""
     ((run, analysis),) = analysed
     settings = analysis["settings"]
@@ -205,7 +205,7 @@ def _draw_entry(entry, dataset, errors, run):
     try:
         image = read_image(file_name, run.config.get("INPUT", {}).get("PIXEL_RANGE") or ())
         side = min(_SIDE, 2 * max(image.shape[-2:]))
-        skeleton = skeleton_of(MetadataCatalog.get(dataset))
+        skeleton = get_skeleton(MetadataCatalog.get(dataset))
         for drawn in draw_matches(errors, entry["index"], image, side=side, skeleton=skeleton):
             jpeg = io.BytesIO()
             to_pil_image(drawn).save(jpeg, format="JPEG", quality=80)

@@ -8,17 +8,17 @@ import numpy as np
 
 from plaintrain.analysis import run_folder
 from plaintrain.analysis.analyze import analyze
-from plaintrain.analysis.dataset import dataset_statistics
-from plaintrain.analysis.run_folder import seconds_left
+from plaintrain.analysis.dataset import compute_dataset_statistics
+from plaintrain.analysis.run_folder import estimate_seconds_left
 from plaintrain.config.yaml import flatten
-from plaintrain.data.catalog import DatasetCatalog, class_names
+from plaintrain.data.catalog import DatasetCatalog, load_class_names
 from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.evaluation.predictions import read_detections
-from plaintrain.utils.errors import UserError, first_line
-from plaintrain.utils.files import recorded_starts
+from plaintrain.utils.errors import UserError, get_first_line
+from plaintrain.utils.files import read_starts
 from plaintrain.utils.logger import silenced
 from plaintrain.visualization.curves import group_panels
-from plaintrain.visualization.plots import bar_figure, curve_figure, cut
+from plaintrain.visualization.plots import draw_bars, draw_curves, truncate_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ class Run:
         run_folder.check_run(folder)
         self.folder, self.name, self.color = folder, name, color
         self.metrics = run_folder.read_metrics(folder)
-        self.state = run_folder.run_state(folder, self.metrics)
+        self.state = run_folder.get_run_state(folder, self.metrics)
         self.config = run_folder.read_config_tree(folder)
-        self.starts = recorded_starts(folder)
+        self.starts = read_starts(folder)
         self.warnings = run_folder.read_warnings(folder)
-        self.results = run_folder.read_results(folder)
-        self.test_sets = run_folder.test_sets(folder)
+        self.results = run_folder.read_run_results(folder)
+        self.test_sets = run_folder.list_test_sets(folder)
         self.train_sets = list(self.config.get("DATASETS", {}).get("TRAIN") or ())
         self.problems, self.analyses, self.detections = {}, {}, {}
         declared = self.config.get("DATASETS", {}).get("DECLARE") or {}
@@ -82,7 +82,7 @@ class Run:
                 f"the predictions of {self.folder} for {dataset} could not be analysed", exc_info=True
             )
             self.problems[dataset] = (
-                f"its predictions could not be analysed: {type(e).__name__}: {first_line(e)}"
+                f"its predictions could not be analysed: {type(e).__name__}: {get_first_line(e)}"
             )
 
     @property
@@ -107,7 +107,7 @@ def mark_best(values):
     return [Best(v) if len(known) > 1 and v == max(known) else v for v in values]
 
 
-def summary(runs):
+def build_summary(runs):
     """Return the few numbers that matter most and the state of each run."""
     if len(runs) > 1:
         tasks = dict.fromkeys((dataset, task) for run in runs for dataset, task, _ in run.scored_tasks)
@@ -124,11 +124,13 @@ def summary(runs):
     return {
         "run": run,
         "model": ", ".join(filter(None, words)),
-        "seconds_left": seconds_left(run.metrics, run.state) if run.state.name == "running" else None,
+        "seconds_left": estimate_seconds_left(run.metrics, run.state)
+        if run.state.name == "running"
+        else None,
     }
 
 
-def what_was_run(runs):
+def build_run_table(runs):
     """Return the runs, and the config of one or the differences between those of several."""
     configs = [flatten(run.config) for run in runs]
     keys = sorted(set().union(*configs))
@@ -139,16 +141,16 @@ def what_was_run(runs):
     return {"runs": runs, "differences": [row for row in rows if any(v != row[1] for v in row[2:])]}
 
 
-def curves(runs):
+def build_curves(runs):
     """Draw the metrics over the iterations."""
     panels = group_panels({run.name: run.metrics for run in runs})
     return [
-        (curve_figure([p], _SMOOTHING, titles=False), p["title"], "logarithmic" if p["log"] else "")
+        (draw_curves([p], _SMOOTHING, titles=False), p["title"], "logarithmic" if p["log"] else "")
         for p in panels
     ]
 
 
-def scores(runs):
+def build_scores(runs):
     """Return tables of the scores of the last evaluation, and those by class."""
     tables = []
     for dataset, task in dict.fromkeys((d, task) for run in runs for d, task, _ in run.scored_tasks):
@@ -168,7 +170,7 @@ def scores(runs):
     return {"columns": [run.name for run in runs] if len(runs) > 1 else ["score"], "tables": tables}
 
 
-def timing(runs):
+def build_timing(runs):
     """Return times of an iteration, of the training, and the memory: a row for each run."""
     rows = []
     for run in runs:
@@ -186,7 +188,7 @@ def _median(values):
     return statistics.median(finite) if finite else None
 
 
-def datasets(runs):
+def build_datasets(runs):
     """Return statistics of the datasets that the runs are trained and tested on."""
     roles, statistics_of, unreadable = {}, {}, {}
     for run in runs:
@@ -195,7 +197,7 @@ def datasets(runs):
                 roles.setdefault(name, {})[role] = None
     for name in roles:
         try:
-            statistics_of[name] = dataset_statistics(DatasetCatalog.get(name), class_names(name))
+            statistics_of[name] = compute_dataset_statistics(DatasetCatalog.get(name), load_class_names(name))
         except UserError as e:
             unreadable[name] = next((run.problems[name] for run in runs if name in run.problems), e)
     classes = dict.fromkeys(c for s in statistics_of.values() for c in s["classes"])
@@ -222,14 +224,15 @@ def _counts(s):
     return [*counts, *percentages, " x ".join(ranges)]
 
 
-def warnings(runs):
+def build_warnings(runs):
     """Return, for each run, the rows of what was logged as a warning or worse."""
     logged = []
     for run in runs:
         shown = run.warnings[:_MOST_WARNINGS]
         keys = ("count", "first", "last")
         rows = [
-            [w["level"], cut(w["text"], 500), *(w[k] for k in keys), ", ".join(w["files"])] for w in shown
+            [w["level"], truncate_text(w["text"], 500), *(w[k] for k in keys), ", ".join(w["files"])]
+            for w in shown
         ]
         logged.append((run, rows))
     return logged
@@ -244,4 +247,4 @@ def _draw_histograms(statistics_of):
         used = [i for i, of_bin in enumerate(zip(*counts.values(), strict=True)) if any(of_bin)]
         series = {n: [100 * c[i] / max(1, sum(c)) for i in used] for n, c in counts.items()}
         if used:
-            yield bar_figure([names[i] for i in used], series, f"% of the {counted}"), title, remark
+            yield draw_bars([names[i] for i in used], series, f"% of the {counted}"), title, remark

@@ -60,7 +60,7 @@ class LRScheduler:
         self._apply()
 
 
-def lr_factor(cfg):
+def build_lr_factor(cfg):
     """Return the function from the iteration to the multiplier of the learning rate.
 
     Values are those of Detectron2's schedulers for the same keys; valid beyond the last iteration.
@@ -106,7 +106,7 @@ _SCHEDULES = {
 }
 
 
-def momentum_at(points, interpolation):
+def build_momentum_factor(points, interpolation):
     """Return the function from the iteration to the momentum that SOLVER.MOMENTUM_SCHEDULE describes.
 
     Args:
@@ -134,5 +134,5 @@ def build_lr_scheduler(cfg, optimizer):
         logger.warning(
             f"SOLVER.STEPS {solver.STEPS} has entries beyond MAX_ITER {solver.MAX_ITER}; they do nothing"
         )
-    momentum = momentum_at(points, cfg.SOLVER.MOMENTUM_INTERPOLATION) if points else None
-    return LRScheduler(optimizer, lr_factor(cfg), momentum)
+    momentum = build_momentum_factor(points, cfg.SOLVER.MOMENTUM_INTERPOLATION) if points else None
+    return LRScheduler(optimizer, build_lr_factor(cfg), momentum)

@@ -59,7 +59,7 @@ def validates_after(cfg, epoch):
     return False
 
 
-def settle_schedule(cfg, num_workers, iters_per_epoch):
+def resolve_schedule(cfg, num_workers, iters_per_epoch):
     """Apply REFERENCE_WORLD_SIZE, REFERENCE_IMS_PER_BATCH, MAX_EPOCHS and BY_EPOCH, in place.
 
     Afterwards all counts are iterations, and applying it again changes nothing. What has changed is

@@ -66,7 +66,7 @@ def default_argument_parser(epilog=None):
     return parser
 
 
-def add_picture_arguments(parser):
+def add_image_arguments(parser):
     """What the scripts that draw have in common; see `plaintrain.visualization.pictures`."""
     parser.add_argument("--num", type=int, default=16, help="pictures to make at most (default 16)")
     parser.add_argument("--output", metavar="DIR", help="write one file for each picture into this folder")

@@ -10,7 +10,7 @@ REMEDY = (
 )
 
 
-def class_difference(expected: list[str], actual: list[str]) -> str:
+def describe_class_difference(expected: list[str], actual: list[str]) -> str:
     """Return how a list of class names differs from the expected one; "" if they are equal."""
     if expected == actual:
         return ""
@@ -37,7 +37,7 @@ def check_trained_classes(
     if not (isinstance(trained_for, list | tuple) and trained_for and class_names):
         return ""
     trained_for = [str(name) for name in trained_for]
-    difference = class_difference(trained_for, list(class_names))
+    difference = describe_class_difference(trained_for, list(class_names))
     if not difference:
         return ""
     classes = f"{source} was trained for the classes {_listed(trained_for)}"

@@ -93,7 +93,7 @@ def unwrap_model(model):
     return model
 
 
-def highest(number):
+def all_reduce_max(number):
     """Return the highest integer of all ranks: an all-reduce on the hosts, no device sync."""
     if get_world_size() == 1:
         return int(number)
@@ -104,7 +104,7 @@ def highest(number):
 
 def any_rank(flag):
     """Return whether `flag` is true on any rank: an all-reduce on the hosts, no device sync."""
-    return bool(highest(bool(flag)))
+    return bool(all_reduce_max(bool(flag)))
 
 
 def check_loss_names(loss_dict):
@@ -168,7 +168,7 @@ def average_tensors(tensors):
     return [average.view_as(t).to(t.dtype) for average, t in zip(averages, tensors, strict=True)]
 
 
-def running_norms(model):
+def get_batch_norms(model):
     """Return the batch norm layers of a model that keep running statistics."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
@@ -189,7 +189,7 @@ def averaged_norm_buffers(model):
     if get_world_size() == 1:
         yield
         return
-    buffers = [b for norm in running_norms(model) for b in (norm.running_mean, norm.running_var)]
+    buffers = [b for norm in get_batch_norms(model) for b in (norm.running_mean, norm.running_var)]
     own = [b.clone() for b in buffers]
     copy_tensors(average_tensors(buffers), buffers)
     try:

@@ -19,7 +19,7 @@ def seed_all_rng(seed):
 
 
 @contextlib.contextmanager
-def forked_rng(seed, device):
+def fork_rng(seed, device):
     """Seed PyTorch's generators of the CPU and a device within the block; they are restored after it."""
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type):

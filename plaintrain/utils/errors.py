@@ -22,7 +22,7 @@ class UserError(ValueError):
         super().__init__(text)
 
 
-def first_line(error):
+def get_first_line(error):
     """What an exception says, in one line that is never empty."""
     text = str(error).strip()
     if "Weights only load failed" in text:
@@ -30,7 +30,7 @@ def first_line(error):
     return (text or type(error).__name__).splitlines()[0]
 
 
-def nearest(name, known, number=1, least=0.0):
+def suggest_similar(name, known, number=1, least=0.0):
     """Return up to `number` known names most like a name, for a hint in an error: a text, "" for none.
 
     `least`, 0 to 1, says how alike they must be.
@@ -63,7 +63,7 @@ class DataError(UserError):
         return DataError, (self.kind, str(self))
 
 
-def refuse(problems, error):
+def reject(problems, error):
     """Raise a `UserError`, or with a list `problems` add it to that and continue: for readers of datasets."""
     if problems is None:
         raise error
@@ -76,4 +76,4 @@ def collecting(problems):
     try:
         yield
     except UserError as e:
-        refuse(problems, e)
+        reject(problems, e)

@@ -133,7 +133,7 @@ def read_text(path, what="file", limit=None):
         check_file(path, limit)
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
-        raise DataError("broken", f"cannot read the {what} {path}: {reason(e)}") from e
+        raise DataError("broken", f"cannot read the {what} {path}: {describe_os_error(e)}") from e
 
 
 def is_below(folder, path):
@@ -144,7 +144,7 @@ def is_below(folder, path):
     return os.path.abspath(os.path.join(folder, path)).startswith(folder)
 
 
-def reason(error):
+def describe_os_error(error):
     """Why a file cannot be read, of an `OSError` or another error."""
     return getattr(error, "strerror", None) or error
 
@@ -156,7 +156,7 @@ def read_json(path):
     return None
 
 
-def recorded_starts(folder):
+def read_starts(folder):
     """Return the `starts` of run.json (see `engine.run_facts`), oldest first; [] without any."""
     facts = read_json(os.path.join(folder, FACTS_FILE))
     starts = facts.get("starts") if isinstance(facts, dict) else None

@@ -53,7 +53,7 @@ def unlock_folder(folder):
         os.close(fd)
 
 
-def alive(folder):
+def is_in_use(folder):
     """Return whether another process' run is at work in a folder; None if this machine cannot tell."""
     folder = os.path.realpath(folder)
     if folder in _HELD:

@@ -32,7 +32,7 @@ class _Console:
             self._stream.flush()
 
 
-def outlive_console():
+def ignore_console_errors():
     """Let this process continue without its console: a pipe without a reader, a closed terminal, a full disk.
 
     Prints, progress bars and warnings then write nothing and raise nothing, at the exit of Python either.
@@ -65,7 +65,7 @@ def setup_logger(output=None, distributed_rank=0, name="plaintrain", quiet=False
     Returns:
         The logger.
     """
-    outlive_console()
+    ignore_console_errors()
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -95,7 +95,7 @@ def silenced(level):
         logging.disable(before)
 
 
-def progress(iterable, *, desc, initial=0, total=None):
+def build_progress_bar(iterable, *, desc, initial=0, total=None):
     """Return `iterable` with a tqdm bar on a terminal, on rank 0, unless the log is quiet."""
     handlers = logging.getLogger("plaintrain").handlers
     is_quiet = any(isinstance(h, _ConsoleHandler) and h.level > logging.INFO for h in handlers)

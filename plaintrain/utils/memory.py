@@ -35,7 +35,7 @@ def note_batch(samples, training):
     _Last.samples, _Last.training = samples, training
 
 
-def peak_memory():
+def get_peak_memory():
     """Return {"max_mem": MiB}: the most that this process has held so far, of a GPU's memory if it uses one.
 
     It is what torch has allocated on the current GPU, or the process' resident memory; {} where the system
@@ -58,7 +58,7 @@ def is_out_of_memory(error):
     )
 
 
-def out_of_memory(error):
+def describe_out_of_memory(error):
     """Return a `UserError` that says what did not fit and what to change; the exception is its cause."""
     amount = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
     more = f", which was asked for {amount.group(1)} more," if amount else ""

@@ -24,7 +24,7 @@ _SAME_SECONDS = 0.5
 _ACTIVE = []
 
 
-def stop_signals():
+def get_stop_signals():
     """Return the signals that end a run: not SIGHUP where it is ignored, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return _SIGNALS[1:] if ignored else _SIGNALS
@@ -44,8 +44,8 @@ class Stopped(SystemExit):
 class StopSignal:
     """Tells all ranks together that the run is to end after this step.
 
-    Within its block the signals of `stop_signals` only ask for it, and a second SIGINT ends the process at
-    once. At the end of the block a run that a signal has stopped raises `Stopped`.
+    Within its block the signals of `get_stop_signals` only ask for it, and a second SIGINT ends the process
+    at once. At the end of the block a run that a signal has stopped raises `Stopped`.
     """
 
     def __init__(self, max_time=0):
@@ -61,7 +61,7 @@ class StopSignal:
     def requested_on_any_rank(self):
         """Return whether a rank has a signal or no time left: an all-reduce on the host, no device sync."""
         # One number for both: a signal of any rank counts for more than the time.
-        reason = comm.highest(2 * self.signal + (time.monotonic() >= self._deadline))
+        reason = comm.all_reduce_max(2 * self.signal + (time.monotonic() >= self._deadline))
         self._agreed = reason // 2
         if reason == 1:
             logger.warning(
@@ -72,7 +72,7 @@ class StopSignal:
 
     def end_evaluation(self):
         """Raise `Stopped` on every rank if one has a signal; all ranks call it at the same point."""
-        self._agreed = comm.highest(self.signal)
+        self._agreed = comm.all_reduce_max(self.signal)
         if self._agreed:
             raise Stopped(128 + self._agreed)
 
@@ -93,7 +93,7 @@ class StopSignal:
     def __enter__(self):
         # Elsewhere Python allows no handlers.
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._handle) for number in stop_signals()}
+            self._handlers = {number: signal.signal(number, self._handle) for number in get_stop_signals()}
         _ACTIVE.append(self)
         return self
 

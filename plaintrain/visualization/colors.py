@@ -10,7 +10,7 @@ PALETTE = (
 )
 
 
-def class_colors(num_classes):
+def get_class_colors(num_classes):
     """Return so many colours: the `PALETTE` as far as it goes, then a spread of hues and of lightness."""
     # Steps of the golden ratio: neighbours differ most, however many there are.
     spread = [
@@ -20,6 +20,6 @@ def class_colors(num_classes):
     return [*PALETTE[:num_classes], *(tuple(round(255 * part) for part in color) for color in spread)]
 
 
-def to_hex(index):
+def get_hex_color(index):
     """Return a colour of the `PALETTE`, over and over, as #rrggbb."""
     return "#{:02x}{:02x}{:02x}".format(*PALETTE[index % len(PALETTE)])

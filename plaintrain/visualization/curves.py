@@ -4,7 +4,7 @@ import datetime
 import fnmatch
 import math
 
-from plaintrain.analysis.run_folder import seconds_left, split_result
+from plaintrain.analysis.run_folder import estimate_seconds_left, split_result
 
 # Of a task's metrics, those that are drawn together for one run.
 _SHOWN = ("AP", "AP50", "AP75")
@@ -116,7 +116,7 @@ def _panel(title, type_, lines, legend):
 def format_state(name, metrics, state):
     """Return where a run stands, by its metrics and `RunState`, with the time that is left."""
     done = f"iteration {state.iteration + 1} of {state.max_iter}" if state.max_iter else "no iterations"
-    left = seconds_left(metrics, state) if state.name == "running" else None
+    left = estimate_seconds_left(metrics, state) if state.name == "running" else None
     eta = f", {datetime.timedelta(seconds=int(left))} left" if left is not None else ""
     return f"{name}: {state.name}, {done}{eta}"
 
@@ -139,13 +139,13 @@ def format_curves(metrics, patterns=(), smoothing=0.0, width=80, plain=False):
         values = smooth(metrics[name][1], smoothing)
         finite = [v for v in values if math.isfinite(v)] or [math.nan]
         label = name if len(name) < _NAME_WIDTH else "~" + name[-(_NAME_WIDTH - 2) :]
-        curve = sparkline(values, max(8, width - _NAME_WIDTH - 37), _ASCII if plain else _BLOCKS)
+        curve = format_sparkline(values, max(8, width - _NAME_WIDTH - 37), _ASCII if plain else _BLOCKS)
         limits = f"{min(finite):.4g} to {max(finite):.4g}"
         lines.append(f"{label:<{_NAME_WIDTH}}{values[-1]:>10.4g}  {curve} {limits}")
     return lines
 
 
-def sparkline(values, width, levels):
+def format_sparkline(values, width, levels):
     """Return a curve as a line of the characters `levels`, from low to high, with gaps for NaN."""
     finite = [v for v in values if math.isfinite(v)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)

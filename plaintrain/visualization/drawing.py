@@ -18,9 +18,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import pil_to_tensor, resize_image, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks, make_grid
 
-from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.structures import BoxMode, encode_segmentation
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.colors import class_colors
+from plaintrain.visualization.colors import get_class_colors
 
 # With more letters than Pillow's own font, which has those of English only.
 _FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "arial.ttf")
@@ -29,7 +29,7 @@ _MASK_ALPHA = 0.4
 _GAP = 8
 
 
-def record_instances(record):
+def get_record_instances(record):
     """Return the annotations of a record as `instances`; masks or keypoints if any has one."""
     annotations, size = record["annotations"], (record["height"], record["width"])
     try:
@@ -55,10 +55,10 @@ def record_instances(record):
 def _decode_mask(segmentation, size):
     if not segmentation:
         return torch.zeros(size, dtype=torch.bool)
-    return torch.from_numpy(coco_mask.decode(segmentation_to_rle(segmentation, *size))).bool()
+    return torch.from_numpy(coco_mask.decode(encode_segmentation(segmentation, *size))).bool()
 
 
-def skeleton_of(metadata):
+def get_skeleton(metadata):
     """Return the pairs of keypoints, indices from 0, that a line joins; () where the dataset names none.
 
     They come from Detectron2's `keypoint_connection_rules`, (name, name, colour), or COCO's `skeleton`.
@@ -72,7 +72,7 @@ def skeleton_of(metadata):
     return tuple(pair for pair in pairs if min(pair) >= 0 and max(pair) < len(names))
 
 
-def select(instances, keep):
+def filter_instances(instances, keep):
     """Return the instances that `keep`, bool `[N]` or indices, says."""
     return {name: value[keep] for name, value in instances.items()}
 
@@ -82,7 +82,7 @@ def _fitted_size(image, longer_side):
     return [max(1, round(side * longer_side / max(height, width))) for side in (height, width)]
 
 
-def scale_to(image, instances, longer_side):
+def scale_longer_side(image, instances, longer_side):
     """Resize an image, uint8 `[3, H, W]`, with its instances, so that lines and text drawn then are sharp."""
     size, (height, width) = _fitted_size(image, longer_side), image.shape[-2:]
     scale = torch.tensor([size[1] / width, size[0] / height])
@@ -102,7 +102,7 @@ def draw_instances(image, instances, class_names, skeleton=(), captions=None, co
         image: uint8 `[3, H, W]`, RGB.
         instances: see the module; on any device.
         class_names: by label.
-        skeleton: see `skeleton_of`.
+        skeleton: see `get_skeleton`.
         captions: a text for each instance, "" for none; default the class and the score.
         colors: one for each instance; default one for each class.
 
@@ -114,13 +114,13 @@ def draw_instances(image, instances, class_names, skeleton=(), captions=None, co
     if not labels:
         return image.clone()
     if colors is None:
-        by_class = class_colors(max(len(class_names), max(labels) + 1))
+        by_class = get_class_colors(max(len(class_names), max(labels) + 1))
         colors = [by_class[label] for label in labels]
-    captions = default_captions(instances, class_names) if captions is None else captions
+    captions = format_captions(instances, class_names) if captions is None else captions
     # What is small lies upon what is large.
     boxes = _to_pixels(instances["boxes"], *image.shape[-2:])
     order = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).argsort(descending=True, stable=True)
-    boxes, instances = boxes[order], select(instances, order)
+    boxes, instances = boxes[order], filter_instances(instances, order)
     colors, captions = ([values[i] for i in order.tolist()] for values in (colors, captions))
     if "masks" in instances:
         masks = instances["masks"].bool()
@@ -138,7 +138,7 @@ def draw_instances(image, instances, class_names, skeleton=(), captions=None, co
     return _draw_labels(image, boxes.tolist(), captions, colors)
 
 
-def default_captions(instances, class_names):
+def format_captions(instances, class_names):
     """Return the class, the score where there is one, and whether it is a crowd, of each instance."""
     labels = instances["labels"].tolist()
     texts = [class_names[label] if label < len(class_names) else f"class {label}" for label in labels]

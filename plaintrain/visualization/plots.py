@@ -15,7 +15,7 @@ import numpy as np
 
 from plaintrain.utils.errors import require
 from plaintrain.utils.files import writing
-from plaintrain.visualization.colors import PALETTE, to_hex
+from plaintrain.visualization.colors import PALETTE, get_hex_color
 from plaintrain.visualization.curves import smooth
 
 # Text and axes; in a page it becomes the page's own colour.
@@ -73,7 +73,7 @@ def save_figure(figure, path):
         figure.savefig(path, facecolor="white", dpi=130)
 
 
-def to_svg(figure):
+def convert_to_svg(figure):
     """Return a figure as an `<svg>` element that takes the text colour, fonts and width of its page."""
     file = io.StringIO()
     with require_matplotlib().rc_context({**_STYLE, "svg.hashsalt": f"{next(_svg_numbers)}"}):
@@ -91,7 +91,7 @@ def to_svg(figure):
     return text.replace(INK, "currentColor").strip()
 
 
-def curve_figure(panels, smoothing=0.0, titles=True):
+def draw_curves(panels, smoothing=0.0, titles=True):
     """Draw plots of `curves.group_panels`, three a row."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -110,7 +110,7 @@ def _draw_curves(ax, panel, smoothing):
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     for line in panel["lines"]:
-        x, y, color = line["x"], line["y"], to_hex(line["color"])
+        x, y, color = line["x"], line["y"], get_hex_color(line["color"])
         if smoothing and panel["type"] not in ("result", "schedule"):
             ax.plot(x, y, color=color, alpha=0.25, linewidth=1)
             y = smooth(y, smoothing)
@@ -142,13 +142,13 @@ def _draw_legend(ax):
     return math.ceil(len(labels) / columns)
 
 
-def xy_figure(lines, x_label, y_label, *, diagonal=False, marker=None):
+def draw_xy(lines, x_label, y_label, *, diagonal=False, marker=None):
     """Draw lines, as `curves.group_panels` has them, on a unit square, with a faint diagonal or without."""
     with _drawing() as (figure, ax):
         if diagonal:
             ax.plot((0, 1), (0, 1), "--", color=INK, alpha=0.4, linewidth=1)
         for line in lines:
-            color = to_hex(line["color"])
+            color = get_hex_color(line["color"])
             ax.plot(line["x"], line["y"], color=color, marker=marker, label=line["label"])
         ax.set(xlabel=x_label, ylabel=y_label, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         if len(lines) > 1:
@@ -156,7 +156,7 @@ def xy_figure(lines, x_label, y_label, *, diagonal=False, marker=None):
     return figure
 
 
-def bar_figure(names, series, x_label, *, colors=None):
+def draw_bars(names, series, x_label, *, colors=None):
     """Draw horizontal bars with their values written out.
 
     Args:
@@ -170,9 +170,9 @@ def bar_figure(names, series, x_label, *, colors=None):
         for i, (label, values) in enumerate(series.items()):
             positions = np.arange(len(names)) + height * (i - (len(series) - 1) / 2)
             values = np.array(values, dtype=float)
-            bars = ax.barh(positions, values, height * 0.92, color=to_hex(colors[i]), label=label)
+            bars = ax.barh(positions, values, height * 0.92, color=get_hex_color(colors[i]), label=label)
             ax.bar_label(bars, fmt=_format_bar, padding=3, fontsize=9)
-        ax.set_yticks(range(len(names)), map(cut, names))
+        ax.set_yticks(range(len(names)), map(truncate_text, names))
         ax.invert_yaxis()
         ax.margins(x=0.15)
         ax.grid(axis="y", visible=False)
@@ -186,12 +186,12 @@ def _format_bar(value):
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def cut(text, most=24):
+def truncate_text(text, most=24):
     """Return a text of at most so many characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def matrix_figure(counts, names, x_label, y_label):
+def draw_matrix(counts, names, x_label, y_label):
     """Draw a square matrix of counts, each row shaded by fractions of its sum, few of them as numbers."""
     counts = np.asarray(counts, dtype=float)
     # One colour of growing opacity: it works on white and on black.
@@ -203,8 +203,8 @@ def matrix_figure(counts, names, x_label, y_label):
         ax.imshow(shades, interpolation="nearest", aspect="auto")
         ax.grid(visible=False)
         turned = {"rotation": 45, "ha": "right"} if few else {"rotation": 90}
-        ax.set_xticks(range(len(names)), map(cut, names), **turned)
-        ax.set_yticks(range(len(names)), map(cut, names))
+        ax.set_xticks(range(len(names)), map(truncate_text, names), **turned)
+        ax.set_yticks(range(len(names)), map(truncate_text, names))
         ax.tick_params(labelsize=9 if few else 8, length=2)
         for (i, j), count in np.ndenumerate(counts) if few else ():
             ax.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=9, alpha=1 if count else 0.35)

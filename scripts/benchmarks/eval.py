@@ -18,7 +18,7 @@ from shared.measure import in_turns, make_rows, parse_args, positive, report, ru
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.evaluation import COCOEvaluator
 from plaintrain.evaluation.coco_backend import BACKENDS
-from plaintrain.evaluation.coco_gt import coco_truth
+from plaintrain.evaluation.coco_gt import build_coco_gt
 from plaintrain.structures import BoxMode
 
 _NAME = "benchmark_eval"
@@ -76,7 +76,7 @@ def make_variants(images, boxes, classes):
     records, outputs = make_dataset(images, boxes, classes)
     DatasetCatalog.register(_NAME, lambda: records)
     MetadataCatalog.get(_NAME).set(thing_classes=[f"class {i}" for i in range(classes)])
-    truth = coco_truth("bbox", records, range(images), range(classes))
+    truth = build_coco_gt("bbox", records, range(images), range(classes))
     variants = {"pycocotools alone": lambda: {"bbox": {"AP": pycocotools_ap(truth, records, outputs)}}}
     for backend in reversed(BACKENDS):
         if importlib.util.find_spec(backend):

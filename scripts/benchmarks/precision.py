@@ -18,7 +18,7 @@ from shared.steps import make_training_steps
 
 from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_train_loader, declare_datasets
-from plaintrain.engine.preflight import settle_num_classes
+from plaintrain.engine.preflight import resolve_num_classes
 
 
 def make_steps(config_file, batches):
@@ -27,7 +27,7 @@ def make_steps(config_file, batches):
     cfg.merge_from_file(config_file)
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "SEED", max(cfg.SEED, 0)])
     declare_datasets(cfg)
-    settle_num_classes(cfg, eval_only=False)
+    resolve_num_classes(cfg, eval_only=False)
     data = list(itertools.islice(build_detection_train_loader(cfg), batches))
     functions = {}
     for precision in ("float32", *["bfloat16"] * cpu_has_bfloat16()):

@@ -29,7 +29,7 @@ from plaintrain.config import get_cfg
 from plaintrain.data import build_detection_train_loader, declare_datasets
 from plaintrain.engine import create_ddp_model
 from plaintrain.engine.launch import launch
-from plaintrain.engine.preflight import settle_num_classes
+from plaintrain.engine.preflight import resolve_num_classes
 from plaintrain.modeling import build_model
 from plaintrain.solver import build_optimizer
 from plaintrain.solver.accumulation import sum_losses
@@ -47,7 +47,7 @@ def make_cfg(config_file):
     more = ["SEED", 1, "SOLVER.IMS_PER_BATCH", 2 * comm.get_world_size(), "DATALOADER.NUM_WORKERS", 0]
     cfg.merge_from_list([*more, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     declare_datasets(cfg)
-    settle_num_classes(cfg, eval_only=False)
+    resolve_num_classes(cfg, eval_only=False)
     return cfg
 
 

@@ -31,7 +31,7 @@ from plaintrain.data.datasets.builtin import declare_dataset, declare_datasets, 
 from plaintrain.data.images import read_image
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
 from plaintrain.data.validation import check_problems, check_records
-from plaintrain.evaluation.detections import ground_truth
+from plaintrain.evaluation.detections import load_ground_truth
 from plaintrain.evaluation.predictions import read_detections
 from plaintrain.utils.errors import UserError
 
@@ -79,7 +79,7 @@ def check_dataset(spec):
     declare_dataset(NAME, spec)
     always = _errors(
         (get_detection_dataset_dicts, NAME),
-        (ground_truth, NAME),
+        (load_ground_truth, NAME),
         (lambda: check_image_files(DatasetCatalog.get(NAME), NAME),),
         (_read_all, NAME),
     )

@@ -5,7 +5,7 @@ import pytest
 from processes import Run
 from run_files import differences, load, newest_checkpoint
 
-from plaintrain.checkpoint.files import read_checkpoint, resume_candidates
+from plaintrain.checkpoint.files import list_resume_candidates, read_checkpoint
 
 # The others differ little from one of these.
 NAMES = [n for n in failures.FAILURES if n not in ("the disk is full", "a loader worker out of memory")]
@@ -21,7 +21,7 @@ def test_failure_of_one_rank_ends_every_process_and_is_said_once(name, tmp_path)
     for text in failures.FAILURES[name][2]:
         assert run.output.count(text) == run.tail.count(text) == 1, run.tail
     if saved >= 0:
-        assert read_checkpoint(resume_candidates(str(tmp_path / "run"))[0])["iteration"] == saved
+        assert read_checkpoint(list_resume_candidates(str(tmp_path / "run"))[0])["iteration"] == saved
 
 
 @pytest.mark.long

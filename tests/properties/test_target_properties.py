@@ -14,7 +14,7 @@ from test_transform_properties import filled, plain, tensors
 
 from plaintrain.data import dataset_mapper, keypoints
 from plaintrain.data.transforms.geometric import RandomHorizontalFlip
-from plaintrain.structures import BoxMode, make_record, segmentation_to_rle
+from plaintrain.structures import BoxMode, encode_segmentation, make_record
 from plaintrain.utils.errors import UserError
 
 NUMBERS = st.floats(-(2**20), 2**20, width=32)
@@ -73,13 +73,13 @@ def _mirrored(name):
 @given(KEYPOINTS)
 def test_left_and_right_change_places(names):
     """An involution, that pairs each name with its mirrored one where there is one."""
-    order = keypoints.keypoint_flip_indices(names)
+    order = keypoints.compute_hflip_indices(names)
     assert sorted(order) == list(range(len(names)))
     assert [order[i] for i in order] == list(range(len(names)))
     for name, i in zip(names, order, strict=True):
         assert names[i] == (_mirrored(name) if _mirrored(name) in names else name)
     pairs = [(names[i], names[k]) for i, k in enumerate(order) if i < k]
-    assert keypoints.keypoint_flip_indices(names, pairs) == order
+    assert keypoints.compute_hflip_indices(names, pairs) == order
 
 
 @st.composite
@@ -103,7 +103,7 @@ def test_a_segmentation_keeps_its_pixels(mask):
     size = list(mask.shape)
     compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
     for counts in (_runs(mask), compressed, compressed.decode()):
-        rle = segmentation_to_rle({"size": size, "counts": counts}, *size)
+        rle = encode_segmentation({"size": size, "counts": counts}, *size)
         assert np.array_equal(coco_mask.decode(rle), mask)
 
 

@@ -7,13 +7,13 @@ import os
 import numpy as np
 
 from plaintrain.config.schema import Rule
-from plaintrain.data.cache import cached_records
+from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets import coco, concat, folder, shapes, voc, yolo
 from plaintrain.utils.errors import UserError
 
 
-def dataset_root():
+def get_dataset_root():
     """The folder that relative dataset paths start from: `$PLAINTRAIN_DATASETS`, or `datasets`."""
     return os.path.expanduser(os.environ.get("PLAINTRAIN_DATASETS", "datasets"))
 
@@ -127,11 +127,11 @@ def declare_dataset(name, spec):
 def _read(spec, problems=None):
     reader = _READERS[spec["FORMAT"]]
     if reader is coco.load_coco_json and problems is None:
-        reader = functools.partial(cached_records, reader)
-    values = {"problems": problems, "dataset_root": dataset_root()}
+        reader = functools.partial(load_cached_records, reader)
+    values = {"problems": problems, "dataset_root": get_dataset_root()}
     for key, value in spec.items():
         if key in _PATHS:
-            value = os.path.join(dataset_root(), os.path.expanduser(value))
+            value = os.path.join(get_dataset_root(), os.path.expanduser(value))
         values[_PARAMETERS.get(key, key.lower())] = value
     parameters = inspect.signature(reader).parameters
     try:

@@ -9,14 +9,20 @@ from collections import Counter
 
 from pycocotools import mask as coco_mask
 
-from plaintrain.data.cache import cached_records
+from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
 from plaintrain.data.image_files import is_too_large
 from plaintrain.data.keypoints import get_keypoint_metadata
-from plaintrain.data.serialized import no_garbage_collection
-from plaintrain.data.validation import coco_annotation_mistake, image_mistake, keypoint_mistake
-from plaintrain.structures import BoxMode, are_numbers, make_record, segmentation_mistake, segmentation_to_rle
-from plaintrain.utils.errors import DataError, UserError, refuse
+from plaintrain.data.serialized import disable_gc
+from plaintrain.data.validation import find_coco_annotation_problem, find_image_problem, find_keypoint_problem
+from plaintrain.structures import (
+    BoxMode,
+    are_numbers,
+    encode_segmentation,
+    find_segmentation_problem,
+    make_record,
+)
+from plaintrain.utils.errors import DataError, UserError, reject
 from plaintrain.utils.files import is_below, read_text
 
 _XYWH = BoxMode.XYWH_ABS
@@ -58,7 +64,7 @@ def load_coco_json(json_file, image_root, classes=None, problems=None):
         (records, metadata): metadata holds `thing_classes`, `thing_dataset_id_to_contiguous_id`,
         and, for keypoints, `keypoint_names` and `skeleton` (COCO's pairs of numbers from 1).
     """
-    with no_garbage_collection():
+    with disable_gc():
         content = _read_content(json_file)
         if problems is not None:
             ids = Counter(str(a["id"]) for a in content["annotations"] if "id" in a)
@@ -80,17 +86,17 @@ def load_coco_results(json_file, image_root, results_file, classes=None, score_t
         score_thresh: detections with a lower score are left out.
         image_root, classes, problems: see `load_coco_json`, as for what is returned.
     """
-    with no_garbage_collection():
+    with disable_gc():
         content = _read_content(json_file, ("images", "categories"))
         content["annotations"] = [
-            visible_keypoints(detection)
-            for detection in read_results(results_file, problems)
+            mark_keypoints_visible(detection)
+            for detection in read_coco_results(results_file, problems)
             if detection["score"] >= score_thresh
         ]
         return _to_records(content, results_file, image_root, classes, problems)
 
 
-def read_results(results_file, problems=None):
+def read_coco_results(results_file, problems=None):
     """Read the detections of a JSON in COCO's results format; `problems` as in `load_coco_json`.
 
     Returns:
@@ -105,13 +111,13 @@ def read_results(results_file, problems=None):
         detection = {**result, "id": index}
         mistake = _complete(detection)
         if mistake:
-            refuse(problems, DataError(mistake[0], f"detection {index} in {results_file} {mistake[1]}"))
+            reject(problems, DataError(mistake[0], f"detection {index} in {results_file} {mistake[1]}"))
         else:
             detections.append(detection)
     return detections
 
 
-def visible_keypoints(detection):
+def mark_keypoints_visible(detection):
     """The detection with all keypoints visible, where results have a score of each or nothing."""
     keypoints = detection.get("keypoints")
     if not isinstance(keypoints, list):
@@ -126,18 +132,21 @@ def _complete(detection):
         return "broken", f"has the score {score!r}, not a finite number"
     if "bbox" in detection:
         return None
-    segmentation, keypoints = detection.get("segmentation"), visible_keypoints(detection).get("keypoints")
+    segmentation, keypoints = (
+        detection.get("segmentation"),
+        mark_keypoints_visible(detection).get("keypoints"),
+    )
     mistake = None
     if isinstance(segmentation, dict):
         size = segmentation.get("size")
         is_size = isinstance(size, list) and [*map(type, size)] == [int, int] and min(size) > 0
         if not is_size or is_too_large(*size):
             return "bad_rle", f"has an RLE of the size {size}, not [height, width]"
-        mistake = segmentation_mistake(segmentation, *size)
+        mistake = find_segmentation_problem(segmentation, *size)
         if not mistake:
-            detection["bbox"] = coco_mask.toBbox(segmentation_to_rle(segmentation, *size)).tolist()
+            detection["bbox"] = coco_mask.toBbox(encode_segmentation(segmentation, *size)).tolist()
     elif keypoints:
-        mistake = keypoint_mistake(keypoints, 0)
+        mistake = find_keypoint_problem(keypoints, 0)
         if not mistake:
             xs, ys = keypoints[::3], keypoints[1::3]
             detection["bbox"] = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
@@ -152,10 +161,10 @@ def _to_records(content, json_file, image_root, classes, problems=None):
     num_keypoints = {c["id"]: len(c.get("keypoints") or ()) for c in categories}
     records = _image_records(content["images"], json_file, image_root, problems)
     for annotation in content["annotations"]:
-        mistake = coco_annotation_mistake(annotation, records, num_keypoints)
+        mistake = find_coco_annotation_problem(annotation, records, num_keypoints)
         if mistake:
             where = f"annotation {annotation.get('id', '?')} in {json_file}"
-            refuse(problems, DataError(mistake[0], f"{where} {mistake[1]}"))
+            reject(problems, DataError(mistake[0], f"{where} {mistake[1]}"))
         elif annotation["category_id"] in labels:
             records[annotation["image_id"]]["annotations"].append(_convert(annotation, labels))
     metadata = {"thing_classes": chosen, "thing_dataset_id_to_contiguous_id": labels}
@@ -195,7 +204,7 @@ def _image_records(images, json_file, image_root, problems):
     }
     entries = Counter(repr(image.get("id")) for image in distinct.values())
     for image in images:
-        kind, mistake = "broken_image", image_mistake(image, "id")
+        kind, mistake = "broken_image", find_image_problem(image, "id")
         if not mistake and entries[repr(image["id"])] > 1:
             kind, mistake = (
                 "ambiguous",
@@ -210,7 +219,7 @@ def _image_records(images, json_file, image_root, problems):
             )
         if mistake:
             where = f"image {image.get('id', image)} in {json_file}"
-            refuse(problems, DataError(kind, f"{where} {mistake}"))
+            reject(problems, DataError(kind, f"{where} {mistake}"))
             continue
         file_name = os.path.join(image_root, image["file_name"])
         records[image["id"]] = make_record(file_name, image["id"], image["height"], image["width"])
@@ -258,7 +267,7 @@ def register_coco_instances(name, metadata, json_file, image_root):
 
     def load():
         classes = metadata.get("thing_classes")
-        records, found = cached_records(load_coco_json, json_file, image_root, classes)
+        records, found = load_cached_records(load_coco_json, json_file, image_root, classes)
         MetadataCatalog.get(name).set(**found)
         return records
 

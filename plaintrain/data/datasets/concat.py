@@ -3,7 +3,7 @@
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.keypoints import get_keypoint_metadata
 from plaintrain.data.validation import check_annotation
-from plaintrain.utils.class_lists import class_difference
+from plaintrain.utils.class_lists import describe_class_difference
 from plaintrain.utils.errors import UserError
 
 
@@ -52,7 +52,7 @@ def _join_classes(names, found, classes, merge):
         return select_classes(union, classes, ", ".join(names), may_miss=True)
     for name, part in zip(names[1:], found[1:], strict=True):
         if not merge and part != found[0]:
-            difference = class_difference(found[0], part)
+            difference = describe_class_difference(found[0], part)
             raise UserError(
                 f"the datasets {names[0]} and {name} have different classes: {difference}; "
                 "set MERGE_CLASSES: True, or choose them with CLASSES"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from plaintrain.data.image_files import image_record, list_images
+from plaintrain.data.image_files import build_image_record, list_images
 
 
 def load_images(root, classes=None, problems=None):
@@ -14,5 +14,5 @@ def load_images(root, classes=None, problems=None):
         problems: see `load_coco_json`.
     """
     paths = list_images(root)
-    records = [image_record(path, Path(path).relative_to(root).as_posix(), problems) for path in paths]
+    records = [build_image_record(path, Path(path).relative_to(root).as_posix(), problems) for path in paths]
     return list(filter(None, records)), {"thing_classes": list(classes)} if classes else {}

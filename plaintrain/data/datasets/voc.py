@@ -13,10 +13,10 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from plaintrain.data.catalog import select_classes
-from plaintrain.data.image_files import image_header, is_too_large
+from plaintrain.data.image_files import is_too_large, read_image_header
 from plaintrain.structures import BoxMode, make_record
 from plaintrain.utils.errors import DataError, UserError, collecting
-from plaintrain.utils.files import MAX_BYTES, check_file, read_text, reason
+from plaintrain.utils.files import MAX_BYTES, check_file, describe_os_error, read_text
 
 # fmt: off
 VOC_CLASSES = [
@@ -111,7 +111,7 @@ def _parse(xml_file):
         check_file(xml_file, limit=32 * MAX_BYTES)
         text = Path(xml_file).read_bytes()
     except OSError as e:
-        raise UserError(f"cannot read the annotation file {xml_file}: {reason(e)}") from e
+        raise UserError(f"cannot read the annotation file {xml_file}: {describe_os_error(e)}") from e
     if b"<!DOCTYPE" in text:
         # Its entities could stand for more text than there is memory.
         raise UserError(f"the annotation file {xml_file} has a DOCTYPE, which no VOC annotation has")
@@ -158,7 +158,7 @@ def _record(xml_file, image_files, labels, problems):
         if min(width, height) < 1 or is_too_large(height, width):
             raise UserError(f"{xml_file}: <size> is {width} x {height}, not that of an image")
     else:
-        height, width, _ = image_header(image_file)
+        height, width, _ = read_image_header(image_file)
     annotations = []
     for obj in root.iter("object"):
         with collecting(problems):

@@ -7,7 +7,7 @@ from pathlib import Path
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.datasets.coco import shift_keypoints
-from plaintrain.structures import BoxMode, segmentation_to_rle
+from plaintrain.structures import BoxMode, encode_segmentation
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 
@@ -22,7 +22,7 @@ def make_folder(path):
         raise UserError(f"cannot make the folder {path}: {e.strerror}") from e
 
 
-def relative_names(paths, *folders):
+def get_relative_names(paths, *folders):
     """(folder, names): a folder that holds these files and folders, and the files' paths from there on."""
     paths = [os.path.abspath(path) for path in paths]
     places = [*map(os.path.dirname, paths), *map(os.path.abspath, folders)]
@@ -30,7 +30,7 @@ def relative_names(paths, *folders):
     return folder, [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
 
 
-def category_ids(metadata):
+def get_category_ids(metadata):
     """The dataset's own category id of each label: as its files have it, otherwise 1, 2, ..."""
     mapping = metadata.get("thing_dataset_id_to_contiguous_id") or {}
     ids = {label: dataset_id for dataset_id, label in mapping.items()}
@@ -43,14 +43,14 @@ def write_coco(json_file, records, metadata, file_names):
     Ids of images and categories stay as they are, `difficult` is kept beside COCO's own keys, and where
     there is no area, it is the mask's or the box'. `file_names` holds what to write for each record.
     """
-    ids = category_ids(metadata)
+    ids = get_category_ids(metadata)
     images, annotations = [], []
     for record, file_name in zip(records, file_names, strict=True):
         size = {"height": record["height"], "width": record["width"]}
         images.append({"id": record["image_id"], "file_name": file_name, **size})
         for annotation in record["annotations"]:
             try:
-                written = to_coco(annotation, record, ids)
+                written = convert_to_coco(annotation, record, ids)
             except UserError as e:
                 raise UserError(f"an annotation of {record['file_name']}: {e}") from e
             annotations.append({"id": len(annotations) + 1, "image_id": record["image_id"], **written})
@@ -74,24 +74,24 @@ def _categories(metadata, ids, records):
     return categories
 
 
-def area(annotation, record):
+def get_area(annotation, record):
     """Return the pixels of an object: its `area`, or else that of its segmentation, or else of its box."""
     if annotation.get("area") is not None:
         return float(annotation["area"])
     if annotation.get("segmentation"):
-        rle = segmentation_to_rle(annotation["segmentation"], record["height"], record["width"])
+        rle = encode_segmentation(annotation["segmentation"], record["height"], record["width"])
         return float(coco_mask.area(rle))
     _, _, width, height = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)
     return width * height
 
 
-def to_coco(annotation, record, ids):
+def convert_to_coco(annotation, record, ids):
     """Return an annotation of a record as COCO has it, without its ids; `ids` are those of the labels."""
     written = {
         "category_id": ids[annotation["category_id"]],
         "bbox": BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS),
         "iscrowd": int(annotation.get("iscrowd", 0)),
-        "area": area(annotation, record),
+        "area": get_area(annotation, record),
     }
     written |= {key: annotation[key] for key in ("difficult", "score") if key in annotation}
     segmentation = annotation.get("segmentation")

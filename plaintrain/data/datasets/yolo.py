@@ -12,9 +12,9 @@ from pathlib import Path
 
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.data.catalog import select_classes
-from plaintrain.data.image_files import image_record, list_images
+from plaintrain.data.image_files import build_image_record, list_images
 from plaintrain.structures import BoxMode
-from plaintrain.utils.errors import DataError, UserError, collecting, refuse
+from plaintrain.utils.errors import DataError, UserError, collecting, reject
 from plaintrain.utils.files import MAX_BYTES, is_below, read_text
 
 logger = logging.getLogger(__name__)
@@ -54,13 +54,15 @@ def load_yolo(data_file, split, classes=None, dataset_root="", problems=None):
     files = _without_shared_labels(_image_files(data, data_file, split, root), problems)
     records = []
     for file, image_id in zip(files, _image_ids(files, root), strict=True):
-        record = image_record(file, image_id, problems)
+        record = build_image_record(file, image_id, problems)
         if record:
             record["annotations"] = _read_labels(record, labels, problems)
             records.append(record)
-    if records and not any(os.path.isfile(label_file(record["file_name"])) for record in records):
+    if records and not any(os.path.isfile(get_label_file(record["file_name"])) for record in records):
         first = records[0]["file_name"]
-        logger.warning(f"no image of {data_file} has labels; those of {first} would be {label_file(first)}")
+        logger.warning(
+            f"no image of {data_file} has labels; those of {first} would be {get_label_file(first)}"
+        )
     return records, {"thing_classes": chosen}
 
 
@@ -129,12 +131,12 @@ def _without_shared_labels(files, problems):
     """The files but those, such as an image and its mask, that would have one label file in common."""
     sharing = {}
     for file in dict.fromkeys(files):
-        sharing.setdefault(label_file(file), []).append(file)
+        sharing.setdefault(get_label_file(file), []).append(file)
     kept = []
     for path, group in sharing.items():
         if len(group) > 1 and os.path.lexists(path):
             what = f"{' and '.join(group)} share the labels {path}: remove or rename all but one"
-            refuse(problems, DataError("ambiguous", what))
+            reject(problems, DataError("ambiguous", what))
         else:
             kept += group
     return kept
@@ -150,14 +152,14 @@ def _image_ids(files, root):
     return [Path(os.path.relpath(file, root)).as_posix() for file in files]
 
 
-def label_file(image_file):
+def get_label_file(image_file):
     """The label file of an image: the last folder `images` becomes `labels`, the ending `.txt`."""
     path = str(Path(image_file).with_suffix(".txt"))
     return f"{os.sep}labels{os.sep}".join(path.rsplit(f"{os.sep}images{os.sep}", 1))
 
 
 def _read_labels(record, labels, problems):
-    path, annotations = label_file(record["file_name"]), []
+    path, annotations = get_label_file(record["file_name"]), []
     if os.path.lexists(path):
         with collecting(problems):
             for number, line in enumerate(read_text(path).splitlines(), 1):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from plaintrain.config import check_cfg
 from plaintrain.data.transforms import copy_paste, crops, geometric, photometric
 from plaintrain.data.transforms.arguments import CheckedArguments
-from plaintrain.utils.errors import UserError, nearest
+from plaintrain.utils.errors import UserError, suggest_similar
 
 # What INPUT.AUGMENTATIONS may name: the augmentations of these modules.
 AUGMENTATIONS = {
@@ -70,7 +70,7 @@ def _from_entry(entry, keypoint_flip_indices):
             "name to its arguments, {name: {argument: value}}"
         )
     if name not in AUGMENTATIONS:
-        near = nearest(name, AUGMENTATIONS, least=0.6)
+        near = suggest_similar(name, AUGMENTATIONS, least=0.6)
         hint = f"did you mean {near}?" if near else f"known: {', '.join(AUGMENTATIONS)}"
         raise UserError(f"INPUT.AUGMENTATIONS has an unknown augmentation {name!r}; {hint}")
     order = {_FROM_DATASET: keypoint_flip_indices} if name == "RandomHorizontalFlip" else {}

@@ -8,7 +8,14 @@ from torchvision.ops import masks_to_boxes
 from torchvision.tv_tensors import wrap
 
 from plaintrain.data.transforms.arguments import CheckedArguments, argument
-from plaintrain.data.transforms.tensors import ROWS, has_extent, image_size, resize, select, tighten
+from plaintrain.data.transforms.tensors import (
+    ROWS,
+    get_image_size,
+    has_extent,
+    resize,
+    select_instances,
+    tighten_boxes,
+)
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,8 @@ class SimpleCopyPaste(CheckedArguments):
     def __call__(self, tensors, rng, partner):
         """Paste from `partner`, the tensors of another image; both need masks."""
         chosen = torch.from_numpy(rng.random(len(partner["labels"])) < self.p)
-        pasted = resize(select(partner, chosen), image_size(tensors))
-        pasted = select(pasted, has_extent(pasted))
+        pasted = resize(select_instances(partner, chosen), get_image_size(tensors))
+        pasted = select_instances(pasted, has_extent(pasted))
         if len(pasted["labels"]) == 0:
             return tensors
         cover = pasted["masks"].as_subclass(torch.Tensor).any(dim=0).bool()
@@ -55,7 +62,7 @@ def _covered(tensors, cover):
         hidden = tensors["visibility"].clamp(max=1)
         result["visibility"] = torch.where(cover[y, x], hidden, tensors["visibility"])
     keep = rest.flatten(1).any(dim=1).bool()
-    return tighten(select(result, keep), touched[keep])
+    return tighten_boxes(select_instances(result, keep), touched[keep])
 
 
 def _paste(image, other, cover, blending):

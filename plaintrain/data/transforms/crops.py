@@ -7,13 +7,13 @@ import torch
 from torchvision.ops import box_iou
 
 from plaintrain.data.transforms.arguments import CheckedArguments, Numbers, argument
-from plaintrain.data.transforms.tensors import crop, image_size, pad, select
+from plaintrain.data.transforms.tensors import crop, get_image_size, pad, select_instances
 from plaintrain.utils.errors import UserError
 
 
 def _crop_at_random(tensors, window, rng):
     """Cut a window, (height, width), anywhere."""
-    size, window = np.array(image_size(tensors)), np.array(window)
+    size, window = np.array(get_image_size(tensors)), np.array(window)
     top, left = rng.integers(0, size - window + 1)
     return crop(tensors, int(top), int(left), int(window[0]), int(window[1]))
 
@@ -50,7 +50,7 @@ class RandomCrop(CheckedArguments):
         return np.maximum(1, (image * size + 0.5).astype(int))
 
     def __call__(self, tensors, rng):
-        return _crop_at_random(tensors, self.window(*image_size(tensors), rng), rng)
+        return _crop_at_random(tensors, self.window(*get_image_size(tensors), rng), rng)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class FixedSizeCrop(CheckedArguments):
     fill: float | tuple = argument(0, 255, count=3, or_one=True, default=0)
 
     def __call__(self, tensors, rng):
-        window = np.minimum(image_size(tensors), self.size)
+        window = np.minimum(get_image_size(tensors), self.size)
         cropped = _crop_at_random(tensors, window, rng)
         bottom, right = (int(v) for v in np.array(self.size) - window)
         return pad(cropped, (0, 0, right, bottom), self.fill) if bottom or right else cropped
@@ -108,10 +108,10 @@ class RandomIoUCrop(CheckedArguments):
             if least >= 1:
                 break
             for _ in range(self.trials):
-                window = left, top, right, bottom = self._window(*image_size(tensors), rng)
+                window = left, top, right, bottom = self._window(*get_image_size(tensors), rng)
                 inside = (left < x) & (x < right) & (top < y) & (y < bottom)
                 if inside.any() and box_iou(boxes[inside], boxes.new_tensor([window])).max() >= least:
-                    return crop(select(tensors, inside), top, left, bottom - top, right - left)
+                    return crop(select_instances(tensors, inside), top, left, bottom - top, right - left)
         return tensors
 
     def _window(self, height, width, rng):

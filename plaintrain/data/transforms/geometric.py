@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from plaintrain.data.transforms.arguments import CheckedArguments, Numbers, argument
-from plaintrain.data.transforms.tensors import horizontal_flip, image_size, pad, resize, vertical_flip
+from plaintrain.data.transforms.tensors import get_image_size, horizontal_flip, pad, resize, vertical_flip
 from plaintrain.utils.errors import UserError
 
 
-def shortest_edge_size(height, width, short_edge, max_size):
+def get_shortest_edge_size(height, width, short_edge, max_size):
     """The (height, width) that brings the shorter side to `short_edge`, the longer to <= `max_size`.
 
     Rounds as Detectron2's ResizeShortestEdge does; a side is at least 1.
@@ -55,7 +55,7 @@ class ResizeShortestEdge(CheckedArguments):
             short_edge = int(rng.integers(low, high + 1))
         else:
             short_edge = self.short_edge_length[int(rng.integers(len(self.short_edge_length)))]
-        return resize(tensors, shortest_edge_size(*image_size(tensors), short_edge, self.max_size))
+        return resize(tensors, get_shortest_edge_size(*get_image_size(tensors), short_edge, self.max_size))
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RandomShortestSize(CheckedArguments):
     max_size: int | None = argument(1, whole=True, default=None, others=(None,))
 
     def __call__(self, tensors, rng):
-        size, lengths = image_size(tensors), np.atleast_1d(self.min_size)
+        size, lengths = get_image_size(tensors), np.atleast_1d(self.min_size)
         scale = lengths[int(rng.integers(len(lengths)))] / min(size)
         if self.max_size is not None:
             scale = min(scale, self.max_size / max(size))
@@ -105,7 +105,7 @@ class ScaleJitter(CheckedArguments):
     scale_range: tuple = argument(0.01, count=2, ascending=True, default=(0.1, 2.0))
 
     def __call__(self, tensors, rng):
-        height, width = image_size(tensors)
+        height, width = get_image_size(tensors)
         fit = min(self.target_size[0] / height, self.target_size[1] / width)
         return resize(tensors, _scaled((height, width), fit * rng.uniform(*self.scale_range)))
 
@@ -152,7 +152,7 @@ class RandomZoomOut(CheckedArguments):
     def __call__(self, tensors, rng):
         if rng.random() >= self.p:
             return tensors
-        size = np.array(image_size(tensors))
+        size = np.array(get_image_size(tensors))
         free = (size * rng.uniform(*self.side_range)).astype(int) - size
         top, left = (int(v) for v in rng.integers(0, free + 1))
         padding = (left, top, int(free[1]) - left, int(free[0]) - top)

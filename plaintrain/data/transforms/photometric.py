@@ -8,7 +8,7 @@ import torch
 import torchvision.transforms.v2.functional as F
 
 from plaintrain.data.transforms.arguments import CheckedArguments, argument
-from plaintrain.data.transforms.tensors import image_size
+from plaintrain.data.transforms.tensors import get_image_size
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class RandomErasing(CheckedArguments):
     def __call__(self, tensors, rng):
         if rng.random() >= self.p:
             return tensors
-        height, width = image_size(tensors)
+        height, width = get_image_size(tensors)
         for _ in range(10):
             area = height * width * rng.uniform(*self.scale)
             ratio = math.exp(rng.uniform(*np.log(self.ratio)))

@@ -21,12 +21,12 @@ MIN_SIDE = 1e-5
 ROWS = ("boxes", "labels", "masks", "keypoints", "visibility")
 
 
-def image_size(tensors):
+def get_image_size(tensors):
     """(height, width) in pixels."""
     return tuple(tensors["image"].shape[-2:])
 
 
-def plain_image(tensors):
+def unwrap_image(tensors):
     """The image as a plain tensor, `[3, H, W]` in memory too."""
     # NumPy takes colours apart in half of PyTorch's time.
     return torch.from_numpy(np.ascontiguousarray(tensors["image"].as_subclass(torch.Tensor).numpy()))
@@ -42,7 +42,7 @@ def _index(value, index):
     return tv_tensors.wrap(picked, like=value) if isinstance(value, tv_tensors.TVTensor) else picked
 
 
-def select(tensors, keep):
+def select_instances(tensors, keep):
     """The instances that `keep`, bool `[N]`, says."""
     if keep.all():
         return tensors
@@ -52,7 +52,7 @@ def select(tensors, keep):
 def resize(tensors, size):
     """Scale to `size`, (height, width): the image bilinear, masks to the nearest pixel."""
     size = list(size)
-    if size == list(image_size(tensors)):
+    if size == list(get_image_size(tensors)):
         return tensors
 
     def resized(value):
@@ -121,7 +121,7 @@ def crop(tensors, top, left, height, width):
     moved = tensors["boxes"].as_subclass(torch.Tensor) - shift
     cut = (moved != cropped["boxes"].as_subclass(torch.Tensor)).any(dim=1)
     keep = has_extent(cropped)
-    return tighten(select(hide_outside(cropped), keep), cut[keep])
+    return tighten_boxes(select_instances(clear_outside_keypoints(cropped), keep), cut[keep])
 
 
 def has_extent(tensors):
@@ -133,17 +133,17 @@ def has_extent(tensors):
     return keep
 
 
-def hide_outside(tensors):
+def clear_outside_keypoints(tensors):
     """Make keypoints outside the image unlabelled."""
     if "keypoints" not in tensors:
         return tensors
     points = tensors["keypoints"].as_subclass(torch.Tensor)
-    height, width = image_size(tensors)
+    height, width = get_image_size(tensors)
     inside = ((points >= 0) & (points <= torch.tensor([width, height]))).all(dim=2)
     return {**tensors, "visibility": tensors["visibility"] * inside}
 
 
-def tighten(tensors, which):
+def tighten_boxes(tensors, which):
     """Give the instances that `which`, bool `[N]`, says the boxes around their (non-empty) masks."""
     if "masks" not in tensors or not which.any():
         return tensors
