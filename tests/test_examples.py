@@ -119,7 +119,7 @@ def test_example_of_a_model(monkeypatch):
     samples = two_samples()
     losses = model(samples)
     sum(losses.values()).backward()
-    assert set(losses) == {"loss_cls", "loss_box_reg"} and model.head.weight.grad.abs().sum() > 0
+    assert set(losses) == {"loss_cls", "loss_box"} and model.head.weight.grad.abs().sum() > 0
     found = model.eval()(samples)
     assert [f["boxes"].shape for f in found] == [(1, 4)] * 2 and 0 <= found[0]["labels"].item() < 3
 
@@ -138,9 +138,9 @@ def test_example_of_a_loss():
 def test_example_of_a_metric():
     records, _ = load_shapes("val", 2)
     DatasetCatalog.register("few", lambda: records)
-    evaluator = worked_example("A metric")["Found"]("few")
+    evaluator = worked_example("A metric")["ObjectRecall"]("few")
     evaluator.reset()
     boxes = [torch.tensor([a["bbox"] for a in r["annotations"]]) for r in records]
     evaluator.process(records, [{"boxes": boxes[0]}, {"boxes": boxes[1][:0]}])
     share = len(boxes[0]) / (len(boxes[0]) + len(boxes[1]))
-    assert evaluator.evaluate()["found"]["recall"] == pytest.approx(100 * share)
+    assert evaluator.evaluate()["objects"]["recall"] == pytest.approx(100 * share)
