@@ -67,9 +67,9 @@ MUTATIONS = {
         ('compute_hflip_indices(names, metadata.get("keypoint_flip_map"))', "compute_hflip_indices(names)"),
     ],
     "plaintrain/data/build.py": [
-        ("(cfg, is_train=True, augmentations=augmentations)", "(cfg, is_train=True)"),
-        ("-(-side // multiple) * multiple", "side // multiple * multiple"),
-        ("1 <= steps <= most", "1 <= steps <= batch_size"),
+        ("is_train=True, augmentations=build_augmentation(cfg, is_train=False)", "is_train=True"),
+        ("-(-side // _STRIDE) * _STRIDE", "side // _STRIDE * _STRIDE"),
+        ("1 <= steps <= per_rank", "1 <= steps <= batch_size"),
     ],
     "plaintrain/data/dataset_mapper.py": [
         ("as_subclass(torch.Tensor) * (visibility > 0)", "as_subclass(torch.Tensor)"),
@@ -99,7 +99,7 @@ MUTATIONS = {
             "size * rank // world_size, size * (rank + 1) // world_size",
             "size // world_size * rank, size // world_size * (rank + 1)",
         ),
-        ("share = np.bincount(labels) / len(records)", "share = np.bincount(labels) / len(labels)"),
+        ("frequency = np.bincount(labels) / len(records)", "share = np.bincount(labels) / len(labels)"),
         (".repeat([factors[name] for name in names]", ".repeat([factors[name] for name in sorted(names)]"),
     ],
     "plaintrain/data/datasets/shapes.py": [

@@ -296,7 +296,7 @@ def test_merged_classes_are_in_order_of_first_appearance_and_may_be_chosen(part,
     assert load_class_names("chosen") == ["dog", "catt", "cow"]
     assert _labels(records) == [[0], [], [2, 0], []]
     assert "'catt'; the nearest is 'cat'" in log.text
-    rejected("duplicates", by=lambda: _join("one", name="again", CLASSES=["dog", "dog"]))
+    rejected("twice", by=lambda: _join("one", name="again", CLASSES=["dog", "dog"]))
     # Other formats, concatenations and registered datasets can be joined.
     register_coco_instances("pets", {}, str(tiny_coco.json), str(tiny_coco.images))
     declare_dataset("zoo", {"FORMAT": "voc", "ROOT": str(tiny_voc.root), "SPLIT": "train"})

@@ -79,7 +79,7 @@ def test_state_of_another_batch_size_continues_at_the_next_image_and_again_from_
         seen += [s["image_id"] for batch in take(part, number) for s in batch]
         state = part.state_dict()
     assert seen == images[: len(seen)] and len(seen) == 35
-    words = "the batch size changes from 2 to 5 at iteration 3, image 6 of 7 of the epoch"
+    words = "the batch size changes from 2 to 5 at iteration 3 (image 6 of 7 of the epoch)"
     assert words in log.text
     # Names of batches before the change are those that were seen.
     assert part.get_image_names(0) == [f"{i} ({i}.png)" for i in images[:2]]
@@ -210,7 +210,7 @@ def test_error_in_a_thread_is_raised_when_its_batch_is_due():
 
 def test_threads_need_a_mapper_that_does_not_draw_from_global_generators(cfg):
     one = {"mapper": lambda record: random.random()}
-    rejected("WORKER_TYPE is thread, but the mapper takes only a record", by=lambda: threaded(**one))
+    rejected("WORKER_TYPE thread needs a mapper of (record, generator)", by=lambda: threaded(**one))
     # Nothing is shared where this thread alone loads.
     assert len(take(threaded(**one, workers=0), 2)) == 2
     standard = DatasetMapper(augmentations=[])

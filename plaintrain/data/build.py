@@ -20,7 +20,7 @@ from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
 # Detectors pad the height and width of a batch to multiples of this.
-_SIZE_DIVISIBILITY = 32
+_STRIDE = 32
 
 
 def check_batch_size(cfg: CfgNode) -> int:
@@ -30,9 +30,9 @@ def check_batch_size(cfg: CfgNode) -> int:
     world_size = comm.get_world_size()
     if batch_size % world_size:
         raise UserError(f"SOLVER.IMS_PER_BATCH must be divisible by {world_size} processes, got {batch_size}")
-    most = batch_size // world_size
-    if not 1 <= steps <= most:
-        raise UserError(f"SOLVER.ACCUMULATE_STEPS must be 1 to {most} (images per process), got {steps}")
+    per_rank = batch_size // world_size
+    if not 1 <= steps <= per_rank:
+        raise UserError(f"SOLVER.ACCUMULATE_STEPS must be 1 to {per_rank} (images per process), got {steps}")
     return batch_size
 
 
@@ -114,8 +114,9 @@ def build_detection_test_loader(
 ) -> Loader:
     """Build the loader of this rank's images of a dataset, in batches of TEST.IMS_PER_BATCH.
 
-    By default, `mapper` is `DatasetMapper(cfg, is_train=False)` (`TTAMapper` with TEST.AUG.ENABLED), and the
-    `InferenceSampler` is used with batches of one padded shape, so that detections do not depend on the batch.
+    The default mapper is `DatasetMapper(cfg, is_train=False)`, or `TTAMapper` with TEST.AUG.ENABLED; the
+    default sampler is `InferenceSampler`, and then all images of a batch have the same padded shape, so that
+    the detections in an image do not depend on the batch.
     """
     if dataset is None:
         records = DatasetCatalog.get(dataset_name)
@@ -148,8 +149,7 @@ def _group_by_padded_shape(cfg, records, indices, tta):
     @functools.cache
     def get_padded_shapes(*size):
         resized = [get_shortest_edge_size(*size, edge, max_size) if edge else size for edge in short_edges]
-        multiple = _SIZE_DIVISIBILITY
-        return tuple(tuple(-(-side // multiple) * multiple for side in shape) for shape in resized)
+        return tuple(tuple(-(-side // _STRIDE) * _STRIDE for side in shape) for shape in resized)
 
     groups = {}
     for index in indices:
@@ -161,6 +161,5 @@ def _group_by_padded_shape(cfg, records, indices, tta):
 
 def build_detection_val_loader(cfg: CfgNode, dataset_name: str) -> Loader:
     """Build the batches of `build_detection_test_loader` with targets, to compute losses."""
-    augmentations = build_augmentation(cfg, is_train=False)
-    mapper = DatasetMapper(cfg, is_train=True, augmentations=augmentations)
+    mapper = DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False))
     return build_detection_test_loader(cfg, dataset_name, mapper=mapper)

@@ -23,7 +23,7 @@ _MIN_BYTES = 2**22
 
 
 def get_cache_folder() -> str:
-    """Return `$PLAINTRAIN_CACHE`, where "" disables the cache, or a folder in the user's cache."""
+    """Return `$PLAINTRAIN_CACHE`, default `plaintrain` in the user's cache; "" disables the cache."""
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "plaintrain")
     return os.path.expanduser(os.environ.get("PLAINTRAIN_CACHE", default))
 
@@ -34,8 +34,8 @@ def load_cached_records(
     """Return the records and metadata of a COCO file, from the cache if it holds the current content.
 
     The key is the SHA-256 of the file (half a second for COCO) and of the reader's code; size and time miss
-    some edits. Cache files are arrays with checksums; loading them runs no code. If the cache is unusable, this
-    is logged and `load` (`load_coco_json`) is called with the other arguments.
+    some edits. Cache files are arrays with checksums; loading them runs no code. Without a usable cache,
+    `load` (`load_coco_json`) is called with the other arguments.
     """
     path = _get_path(load, json_file, image_root, classes)
     if path and os.path.exists(path):

@@ -26,7 +26,6 @@ class _DatasetCatalog(dict):
         self[name] = func
 
     def get(self, name: str) -> SerializedRecords:  # type: ignore[override]
-        """Return the records of a dataset."""
         if name not in self:
             near = suggest_similar(name, self, number=3, least=0.5)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(self.list())}"
@@ -51,7 +50,6 @@ class Metadata(SimpleNamespace):
     """Metadata of a dataset as attributes: `thing_classes`, `evaluator_type`, ..."""
 
     def set(self, **kwargs: Any) -> "Metadata":
-        """Set attributes and return the object."""
         self.__dict__.update(kwargs)
         return self
 
@@ -85,10 +83,8 @@ def load_class_names(name: str) -> list[str]:
     if metadata.get("thing_classes") is None:
         DatasetCatalog.get(name)
     if not metadata.get("thing_classes"):
-        raise UserError(
-            f"the dataset {name} names no classes; set CLASSES in its declaration, or call "
-            f'MetadataCatalog.get("{name}").set(thing_classes=[...])'
-        )
+        hint = f'MetadataCatalog.get("{name}").set(thing_classes=[...])'
+        raise UserError(f"the dataset {name} names no classes; set CLASSES where it is declared, or {hint}")
     return list(metadata.thing_classes)
 
 
@@ -125,5 +121,5 @@ def select_classes(
                 continue
             raise UserError(f"{source} has no class {name!r}{hint} (FORMAT concat allows missing classes)")
     if len(set(selected)) != len(selected):
-        raise UserError(f"CLASSES of {source} has duplicates: {list(selected)}")
+        raise UserError(f"CLASSES of {source} names a class twice: {list(selected)}")
     return list(selected)

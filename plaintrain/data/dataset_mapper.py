@@ -30,14 +30,12 @@ SAMPLE_KEYS = ("image_id", "file_name", "height", "width")
 class DatasetMapper:
     """A callable that maps (record, generator) to the sample that a model takes.
 
-    A sample has `image` (uint8 `[3, H, W]`, RGB, augmented), `image_id`, `file_name`, the original
-    `height` and `width`, and in training `target`, in pixels of the augmented image: `boxes` (float32
-    `[N, 4]`, XYXY), `labels` (int64 `[N]`, 0 to K-1), `masks` (uint8 `[N, H, W]`, 0 or 1) and `keypoints`
-    (float32 `[N, Kp, 3]`: x, y, visibility 0 unlabelled or outside, 1 hidden, 2 visible; x and y are 0 if
-    the visibility is). Crowds and instances without area are skipped in `target`.
+    A sample has `image` (uint8 `[3, H, W]`, RGB), `image_id`, `file_name`, the original `height` and `width`,
+    and in training `target`, in pixels of `image`: `boxes` (float32 `[N, 4]`, XYXY), `labels` (int64 `[N]`, 0
+    to K-1), `masks` (uint8 `[N, H, W]`, 0 or 1) and `keypoints` (float32 `[N, Kp, 3]`: x, y, visibility 0
+    unlabelled or outside, 1 hidden, 2 visible). Crowds and instances without area are skipped.
     """
 
-    # Several threads may call the mapper at a time: it and the augmentations have no mutable state.
     thread_safe = True
     image_cache: ImageCache | None = None
     # See `convert_to_rgb`.
@@ -56,7 +54,6 @@ class DatasetMapper:
         """
         Args:
             cfg: sets the defaults of the other arguments.
-            is_train: make targets, and augment as in training.
             augmentations: callables `(tensors, generator) -> tensors`, see `data.transforms.tensors`.
             num_keypoints: 0 for targets without keypoints.
             records: the records from which SimpleCopyPaste draws.

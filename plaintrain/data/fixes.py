@@ -22,13 +22,12 @@ def fix_records(
     """Fix images and annotations; return the records, and {change: its locations, "" where it has none}.
 
     Images that cannot be read or do not fit INPUT.PIXEL_RANGE are excluded. Annotations of an image that was
-    resized by one factor for both sides are scaled; an image of any other size than its record's is excluded.
-    The objects of a file that is listed several times are merged. A copy under another name is dropped if
-    the objects of one of the two are a subset of the other's.
+    resized by one factor for both sides are scaled; other images with a wrong size are excluded. The objects
+    of a file that is listed several times are merged. A copy with another name is dropped if the objects of
+    one of the two are a subset of the other's.
 
-    Args:
-        images: for each record `{"error": message, "kind": problem type}`, or `{"size": (height, width),
-            "pixels": hash}` after applying the EXIF orientation.
+    `images` has for each record `{"error": message, "kind": problem type}`, or `{"size": (height, width),
+    "pixels": hash}` after applying the EXIF orientation.
     """
     kept: list[dict[str, Any]] = []
     same_pixels: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -78,7 +77,7 @@ def _is_scaled(record, old, new):
         if isinstance(segmentation, dict) and segmentation.get("size") in (list(new), new):
             # The annotations were made on the resized image.
             return False
-    # Rounding moves each side by up to a pixel of the smaller image.
+    # Each side is rounded to a pixel.
     tolerance = sum(1 / min(sides) for sides in zip(old, new, strict=True))
     return abs(new[0] * old[1] / (old[0] * new[1]) - 1) < tolerance
 

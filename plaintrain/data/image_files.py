@@ -51,9 +51,8 @@ def open_image(file_name: str) -> Iterator[Image.Image]:
     except FileNotFoundError as e:
         raise DataError("unreadable", f"the image file {file_name} does not exist") from e
     except _PILLOW_ERRORS as e:
-        raise DataError(
-            "unreadable", f"cannot read the image file {file_name}: {describe_os_error(e)}"
-        ) from e
+        message = f"cannot read the image file {file_name}: {describe_os_error(e)}"
+        raise DataError("unreadable", message) from e
 
 
 def is_too_large(height: int, width: int) -> bool:

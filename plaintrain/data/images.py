@@ -37,10 +37,7 @@ def get_pixel_range(cfg: CfgNode) -> tuple[float, ...]:
 
 
 def read_image(file_name: str, pixel_range: Sequence[float] = ()) -> Tensor:
-    """Read an image file, or draw an image of the shapes dataset: uint8 `[3, H, W]`, RGB.
-
-    See `convert_to_rgb`; only the first frame of an animation is read.
-    """
+    """Read the first frame of an image file, or draw an image of the shapes dataset; see `convert_to_rgb`."""
     if shapes.is_drawn(file_name):
         return torch.from_numpy(shapes.render(file_name)).permute(2, 0, 1)
     with open_image(file_name) as image:
@@ -50,12 +47,8 @@ def read_image(file_name: str, pixel_range: Sequence[float] = ()) -> Tensor:
 def convert_to_rgb(image: Image.Image, pixel_range: Sequence[float] = (), name: str = "the image") -> Tensor:
     """Convert a Pillow image of any mode to a uint8 tensor `[3, H, W]`, RGB; apply the EXIF orientation.
 
-    The conversion is linear and does not depend on the pixel values of the image.
-
-    Args:
-        pixel_range: (low, high), the values that become 0 and 255; () takes the range of the pixel type:
-            0 to 255 for 8 bits, 0 to 65535 for unsigned 16 bits, 0 to 1 for floats.
-        name: the image in errors.
+    `pixel_range` is (low, high), the values that become 0 and 255; () takes the range of the pixel type: 0 to
+    255 for 8 bits, 0 to 65535 for unsigned 16 bits, 0 to 1 for floats. `name` is for errors.
     """
     # The raw mode and format are lost once the pixels are read.
     raw_mode = _get_raw_mode(image)
@@ -115,7 +108,7 @@ def _convert_to_uint8(array, pixel_range, default, name):
 class ImageCache:
     """Thread-safe `read_image` that keeps the first images that fit into `max_bytes`.
 
-    Nothing is evicted: with epochs over all images, LRU would evict each image before it is read again.
+    Nothing is evicted: LRU would evict each image before the next epoch reads it.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -142,10 +135,7 @@ class ImageCache:
     def _log_full(self):
         if not self._is_full:
             self._is_full = True
-            logger.info(
-                f"DATALOADER.CACHE_BYTES {self._max_bytes} holds {len(self._images)} images; others are read "
-                "each time"
-            )
+            logger.info(f"DATALOADER.CACHE_BYTES {self._max_bytes} holds {len(self._images)} images, not all")
 
 
 def check_image_size(record: dict[str, Any], image: Tensor) -> None:
@@ -158,7 +148,5 @@ def check_image_size(record: dict[str, Any], image: Tensor) -> None:
     is_swapped = (record["width"], record["height"]) == (height, width) and not shapes.is_drawn(file_name)
     if is_swapped and read_image_header(file_name)[2] >= 5:
         hint = "; its EXIF orientation rotates it, but the annotations were made without the rotation"
-    raise UserError(
-        f"the image {file_name} is {width}x{height}, but its annotation says "
-        f"{record['width']}x{record['height']}{hint}"
-    )
+    size = f"{record['width']}x{record['height']}"
+    raise UserError(f"the image {file_name} is {width}x{height}, but its annotation says {size}{hint}")

@@ -16,9 +16,7 @@ COCO_SKELETON = (
 )
 
 
-def compute_hflip_indices(
-    names: Iterable[str], flip_map: Iterable[Sequence[str]] | None = None
-) -> tuple[int, ...]:
+def compute_hflip_indices(names: Iterable[str], flip_map: Iterable | None = None) -> tuple[int, ...]:
     """Return the order of the keypoints after a horizontal flip, a permutation of 0 to Kp-1.
 
     `flip_map` holds pairs of names to swap; None pairs names that differ only by left and right.
@@ -51,10 +49,7 @@ def get_keypoint_metadata(categories: Iterable[Mapping[str, Any]]) -> dict[str, 
 
 
 def create_keypoint_hflip_indices(dataset_names: Sequence[str], num_keypoints: int = 0) -> tuple[int, ...]:
-    """Return the `keypoint_flip_indices` that these datasets have in common, loading them if needed.
-
-    `num_keypoints` is the expected number, 0 for any.
-    """
+    """Return `keypoint_flip_indices` of datasets with the same `num_keypoints` keypoints (0 for any)."""
     keypoints: list[tuple[list[str], tuple[int, ...]]] = []
     for dataset in dataset_names:
         metadata = MetadataCatalog.get(dataset)
@@ -62,9 +57,9 @@ def create_keypoint_hflip_indices(dataset_names: Sequence[str], num_keypoints: i
             DatasetCatalog.get(dataset)
         names = list(metadata.get("keypoint_names") or ())
         if not names:
+            hint = f'set MetadataCatalog.get("{dataset}").set(keypoint_names=[...])'
             raise UserError(
-                f"MODEL.KEYPOINT_ON is True, but the dataset {dataset} names no keypoints; call "
-                f'MetadataCatalog.get("{dataset}").set(keypoint_names=[...])'
+                f"MODEL.KEYPOINT_ON is True, but the dataset {dataset} names no keypoints: {hint}"
             )
         keypoints.append((names, compute_hflip_indices(names, metadata.get("keypoint_flip_map"))))
         if keypoints[-1] != keypoints[0]:
@@ -74,8 +69,7 @@ def create_keypoint_hflip_indices(dataset_names: Sequence[str], num_keypoints: i
             )
     names, order = keypoints[0]
     if num_keypoints not in (0, len(names)):
-        raise UserError(
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {num_keypoints}, but {', '.join(dataset_names)} has "
-            f"{len(names)} keypoints"
-        )
+        datasets = ", ".join(dataset_names)
+        key = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+        raise UserError(f"{key} is {num_keypoints}, but {datasets} has {len(names)} keypoints")
     return order

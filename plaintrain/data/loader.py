@@ -9,11 +9,11 @@ import os
 import random
 import signal
 import threading
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +33,15 @@ _MAX_TRIES = 10
 # Minimum number of batches that threads prefetch.
 _PREFETCH = 3
 _THREAD_NAME = "load-samples"
-
-
-class _Replacement(NamedTuple):
-    """A sample that replaces one that cannot be read, and the error of that one."""
-
-    sample: dict[str, Any]
-    reason: str
+# `reason` is the error of the sample that was replaced.
+_Replacement = namedtuple("_Replacement", "sample reason")
 
 
 class Threads(int):
-    """A number of workers that are threads of this process; an int means worker processes."""
+    """A number of threads as workers; a plain int is a number of processes."""
 
 
-@dataclass
+@dataclass(eq=False)
 class MappedRecords(Dataset):
     """Samples by (index, position in the stream).
 
@@ -111,10 +106,7 @@ def _seeded_globals(seed, position):
 
 
 def _ignore_signals(worker_id):
-    """Ignore signals to all processes of the job; the training process handles them.
-
-    A worker that died of one would prevent the checkpoint that is about to be saved.
-    """
+    """Ignore signals to the whole job: the training process handles them and still needs its workers."""
     ignore_console_errors()
     for signal_number in signal.SIGHUP, signal.SIGINT, signal.SIGUSR1:
         signal.signal(signal_number, signal.SIG_IGN)
@@ -138,7 +130,7 @@ def load_in_threads(dataset: Any, batches: Iterable[Sequence], num_threads: int)
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def init_thread():
-        # As in a worker process, so that the threads do not oversubscribe the cores.
+        # A worker process also uses one thread.
         torch.set_num_threads(1)
         if device is not None:
             torch.cuda.set_device(device)
@@ -163,10 +155,7 @@ def load_in_threads(dataset: Any, batches: Iterable[Sequence], num_threads: int)
 
 
 class Loader:
-    """Iterates over lists of samples and raises the errors of workers.
-
-    `num_workers` is the number of worker processes or `Threads`, 0 for none.
-    """
+    """Iterates over lists of samples and raises the errors of workers."""
 
     training = False
 
@@ -176,10 +165,7 @@ class Loader:
         self._num_workers = num_workers
         self._in_threads = isinstance(num_workers, Threads) and num_workers > 0
         if self._in_threads and not dataset.takes_rng:
-            raise UserError(
-                "DATALOADER.WORKER_TYPE is thread, but the mapper takes only a record, so it draws from the "
-                "global generators, which threads share; let it take (record, generator), or use processes"
-            )
+            raise UserError("DATALOADER.WORKER_TYPE thread needs a mapper of (record, generator), not record")
 
     def __len__(self):
         return len(self.batches)
@@ -201,7 +187,7 @@ class Loader:
     def __iter__(self):
         # The first step may compile the model.
         extra = LONG
-        # Without a name for the iterator, its threads end with the loop, also after an exception.
+        # The iterator has no name, so that its threads end with the loop, also after an exception.
         for samples in self._load():
             for sample in samples:
                 if isinstance(sample, UserError):
@@ -213,11 +199,7 @@ class Loader:
 
 
 class TrainLoader(Loader):
-    """The infinite training loader of one rank; yields the `list[sample]` of each iteration.
-
-    Attributes:
-        num_replaced: samples so far whose image could not be read, with `skip_unreadable`.
-    """
+    """The infinite training loader of one rank; yields the `list[sample]` of each iteration."""
 
     training = True
 
@@ -231,13 +213,7 @@ class TrainLoader(Loader):
         num_workers: int = 0,
         skip_unreadable: bool = False,
     ) -> None:
-        """
-        Args:
-            mapper: `(record, generator) -> sample`, or `(record) -> sample`.
-            sampler: its batches are split over the ranks, and its `seed` seeds the samples' generators.
-            skip_unreadable: replace images that cannot be read by others, drawn from the seed and the
-                position, and log it, instead of raising a `UserError`.
-        """
+        """See `build_detection_train_loader`; `skip_unreadable` replaces images that cannot be read."""
         self._records = records
         self._sampler = sampler
         self._iteration = start_iter
@@ -245,11 +221,11 @@ class TrainLoader(Loader):
         self._reasons: set[str] = set()
         super().__init__(MappedRecords(records, mapper, sampler.seed, skip_unreadable), (), num_workers)
 
-    def _get_keys(self, iteration):
+    def _get_batch(self, iteration):
         return self._sampler.get_batch(iteration, comm.get_rank(), comm.get_world_size())
 
     def __iter__(self):
-        self.batches = map(self._get_keys, itertools.count(self._iteration))
+        self.batches = map(self._get_batch, itertools.count(self._iteration))
         for samples in super().__iter__():
             self._iteration += 1
             yield [self._unwrap(sample) for sample in samples]
@@ -273,10 +249,7 @@ class TrainLoader(Loader):
             yield iteration, next(stream)
 
     def epochs(self, start_iter: int, end_iter: int) -> Iterator[tuple[int, Iterator]]:
-        """Yield (epoch, iterator over the rest of its `iterations`).
-
-        All epochs share one stream, so exhaust an iterator before you advance to the next epoch.
-        """
+        """Yield (epoch, iterator over the rest of its `iterations`, to exhaust before the next epoch)."""
         stream = self.iterations(start_iter, end_iter)
         length = self.iters_per_epoch
         for epoch in range(start_iter // length, -(-end_iter // length)):
@@ -295,11 +268,10 @@ class TrainLoader(Loader):
 
     def load_samples(self, iteration: int) -> list[dict[str, Any]]:
         """Return this rank's samples of an iteration, loaded again."""
-        samples = [self._dataset[key] for key in self._get_keys(iteration)]
+        samples = [self._dataset[key] for key in self._get_batch(iteration)]
         return [s.sample if isinstance(s, _Replacement) else s for s in samples]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the next iteration and the state of the sampler, if it has one."""
         sampler = self._sampler.state_dict() if hasattr(self._sampler, "state_dict") else {}
         return {"iteration": self._iteration, "num_replaced": self.num_replaced, "sampler": sampler}
 

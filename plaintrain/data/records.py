@@ -8,16 +8,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from plaintrain.data import validation
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, get_common_class_names
 from plaintrain.data.datasets.shapes import is_drawn
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.data.validation import (
-    PROBLEM_TYPES,
-    check_annotation,
-    classify_boxes,
-    find_image_problem,
-    find_keypoint_problem,
-)
 from plaintrain.structures import find_segmentation_problem
 from plaintrain.utils.errors import UserError
 
@@ -27,16 +21,14 @@ logger = logging.getLogger(__name__)
 def get_detection_dataset_dicts(
     names: str | Iterable[str], filter_empty: bool = True, min_keypoints: int = 0, need_masks: bool = False
 ) -> SerializedRecords:
-    """Return the joined, checked records of one or several datasets with equal classes, for training.
+    """Return the checked records of one or several datasets with equal classes, for training.
 
-    Boxes without area or outside their image are dropped, and counted in the log. The `lengths` of the
-    result are those of the datasets.
+    Boxes without area or outside their image are dropped and logged. Crowds do not count.
 
     Args:
-        filter_empty: skip images without annotations other than crowds.
-        min_keypoints: skip images with fewer labelled keypoints, not counting crowds; above 0, also reject
-            malformed keypoints.
-        need_masks: reject annotations, except crowds, without a valid segmentation.
+        filter_empty: skip images without annotations.
+        min_keypoints: skip images with fewer labelled keypoints; above 0, also check keypoints.
+        need_masks: reject annotations without a valid segmentation.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -48,8 +40,8 @@ def get_detection_dataset_dicts(
     for name in names:
         records = DatasetCatalog.get(name)
         table = records.annotations
-        known = table and ((table.labels >= 0) & (table.labels < len(classes))).all()
-        if records.columns is None or not known:
+        is_valid = table and ((table.labels >= 0) & (table.labels < len(classes))).all()
+        if records.columns is None or not is_valid:
             _raise_first_problem(name, records, len(classes))
         keep = _find_valid_boxes(records, counts)
         histogram += np.bincount(table.labels[keep], minlength=len(classes))
@@ -69,32 +61,29 @@ def get_detection_dataset_dicts(
 
 def _raise_first_problem(name, records, num_classes):
     for record in records:
-        problem = find_image_problem(record)
+        problem = validation.find_image_problem(record)
         if not problem and not isinstance(record.get("annotations"), list | tuple):
             problem = "has no annotations list"
         if problem:
             raise UserError(f"a record of the dataset {name} {problem}: {str(record)[:200]}")
         for annotation in record["annotations"]:
-            check_annotation(annotation, record["file_name"], num_classes)
+            validation.check_annotation(annotation, record["file_name"], num_classes)
         if SerializedRecords([record]).annotations is None:
             raise UserError(f"the annotations of {record['file_name']} cannot be read: {str(record)[:300]}")
 
 
 def _check_targets(records, need_masks, num_keypoints):
-    """Reject objects with an invalid mask or keypoints before training reaches them."""
     for record in records:
+        size = record["height"], record["width"]
         for annotation in record["annotations"]:
             if annotation.get("iscrowd"):
                 continue
             source = f"an annotation of {record['file_name']}"
-            if need_masks:
-                size = record["height"], record["width"]
-                problem = find_segmentation_problem(annotation.get("segmentation"), *size)
-                if problem:
-                    needs = "MODEL.MASK_ON needs a segmentation of every object"
-                    raise UserError(f"{needs}, but {source} {problem[1]}")
-            keypoints = annotation.get("keypoints")
-            problem = num_keypoints and keypoints and find_keypoint_problem(keypoints, num_keypoints)
+            problem = need_masks and find_segmentation_problem(annotation.get("segmentation"), *size)
+            if problem:
+                raise UserError(f"{source} {problem[1]}; MODEL.MASK_ON needs a segmentation of every object")
+            keypoints = annotation.get("keypoints") if num_keypoints else None
+            problem = keypoints and validation.find_keypoint_problem(keypoints, num_keypoints)
             if problem:
                 raise UserError(f"{source} {problem[1]}")
 
@@ -103,7 +92,7 @@ def _find_valid_boxes(records, counts):
     """Return which annotations have a box with an area inside the image, bool `[A]`."""
     table = records.annotations
     width, height = (records.columns[key][table.record] for key in ("width", "height"))
-    problems = classify_boxes(*table.boxes.T, width, height)
+    problems = validation.classify_boxes(*table.boxes.T, width, height)
     dropped = problems["empty_box"] | problems["outside_box"]
     # A box with several problems counts as the first.
     counts.update(np.select(list(problems.values()), list(problems), "").tolist())
@@ -146,7 +135,7 @@ def _log_counts(names, classes, counts, histogram):
     )
     for key in ("empty_box", "outside_box", "clipped_box"):
         if counts[key]:
-            logger.warning(f"{names}: {PROBLEM_TYPES[key][0]}: {counts[key]}")
+            logger.warning(f"{names}: {validation.PROBLEM_TYPES[key][0]}: {counts[key]}")
     for key, text in (("empty", "without annotations"), ("few_keypoints", "with too few labelled keypoints")):
         if counts[key]:
             logger.info(f"{names}: skipped {counts[key]} images {text}")

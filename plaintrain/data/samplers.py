@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,44 +17,30 @@ from plaintrain.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class TrainingSampler:
     """An infinite stream of image indices: a new permutation in each epoch.
 
     Position p of the stream is in epoch `p // size`. Batches are consecutive positions, so a batch may
-    contain images of two epochs, and no image is skipped or repeated. Access to any position is random.
-
-    Attributes:
-        phases: [(iteration, position, batch size)]; a phase begins where the batch size changes on resume.
+    contain images of two epochs, and no image is skipped or repeated.
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int = 1,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        groups: Sequence[float] | np.ndarray | None = None,
-        window: int = 0,
-    ) -> None:
-        """
-        Args:
-            size: number of images.
-            batch_size: images per iteration, over all ranks.
-            seed: the same on all ranks.
-            groups: a number per image, for example its aspect ratio: batches contain images with similar
-                numbers, where the epoch allows it.
-            window: batches are grouped and shuffled within this many batches, 0 for a whole epoch.
-        """
-        if size < 1:
+    size: int
+    batch_size: int = 1  # over all ranks
+    _: KW_ONLY
+    seed: int = 0  # equal on all ranks
+    shuffle: bool = True
+    # A number per image, for example its aspect ratio: batches contain images with similar numbers.
+    groups: Sequence[float] | np.ndarray | None = None
+    # Images are grouped, and batches shuffled, within this many batches; 0 for the whole epoch.
+    window: int = 0
+
+    def __post_init__(self):
+        if self.size < 1:
             raise UserError("there is no image to train on")
-        self.size = size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.phases = [(0, 0, batch_size)]
-        self.groups = None if groups is None else np.asarray(groups)
-        self.window = window
+        # (iteration, position, batch size); a phase begins where the batch size changes on resume.
+        self.phases = [(0, 0, self.batch_size)]
+        self.groups = None if self.groups is None else np.asarray(self.groups)
         self._get_order = functools.lru_cache(maxsize=2)(self._compute_order)
 
     def _draw(self, rng):
@@ -69,7 +56,7 @@ class TrainingSampler:
             return order
         # The order of an epoch is that of its first batch size, also if the batch size changes within it.
         _, position, batch_size = self._get_phase(1, epoch * self.size)
-        # Images in a batch with another epoch, at the start and the end, keep their random order.
+        # Images in a batch with another epoch keep their random order.
         head = min((position - epoch * self.size) % batch_size, self.size)
         end = head + (self.size - head) // batch_size * batch_size
         step = self.window * batch_size or self.size
@@ -84,12 +71,10 @@ class TrainingSampler:
         return next(phase for phase in reversed(self.phases) if phase[column] <= value)
 
     def get_position(self, iteration: int) -> int:
-        """Return the position of the first image of an iteration."""
         start, position, batch_size = self._get_phase(0, iteration)
         return position + (iteration - start) * batch_size
 
     def get_index(self, position: int) -> int:
-        """Return the index of the image at a position."""
         epoch, offset = divmod(position, self.size)
         return int(self._get_order(epoch)[offset])
 
@@ -110,12 +95,12 @@ class TrainingSampler:
                 "run cannot continue with other data; start a new one from its weights"
             )
         self.phases = [tuple(phase) for phase in state_dict["phases"] if phase[0] <= iteration]
-        before = self.phases[-1][2]
-        if before != self.batch_size:
+        old_batch_size = self.phases[-1][2]
+        if old_batch_size != self.batch_size:
             self.phases.append((iteration, self.get_position(iteration), self.batch_size))
             logger.warning(
-                f"the batch size changes from {before} to {self.batch_size} at iteration {iteration}, image "
-                f"{self.get_position(iteration) % self.size} of {self.size} of the epoch"
+                f"the batch size changes from {old_batch_size} to {self.batch_size} at iteration {iteration} "
+                f"(image {self.get_position(iteration) % self.size} of {self.size} of the epoch)"
             )
         self._get_order.cache_clear()
 
@@ -123,18 +108,12 @@ class TrainingSampler:
 class RepeatFactorTrainingSampler(TrainingSampler):
     """Samples each image as often per epoch as its repeat factor, on average over epochs.
 
-    As in LVIS (https://arxiv.org/abs/1908.03195), but an epoch always has round(sum of the factors) images.
-    An image with factor f appears floor(f) or ceil(f) times; systematic sampling over a random permutation
-    draws in each epoch which factors are rounded up, each with the probability of its fraction, up to the
-    rounding of the sum.
+    As in LVIS (https://arxiv.org/abs/1908.03195), but an epoch always has round(sum of the factors) >= 1
+    images. An image with factor f appears floor(f) or ceil(f) times; systematic sampling over a random
+    permutation draws which factors are rounded up, with the probability of their fractions.
     """
 
     def __init__(self, factors: Sequence[float] | np.ndarray, batch_size: int = 1, **options: Any) -> None:
-        """
-        Args:
-            factors: a number >= 0 per image, with a sum of at least 0.5.
-            options: see `TrainingSampler`.
-        """
         factors = np.asarray(factors, dtype=np.float64)
         self._repeats = np.floor(factors).astype(np.int64)
         self._fractions = factors % 1
@@ -145,9 +124,9 @@ class RepeatFactorTrainingSampler(TrainingSampler):
         if self._num_up <= total:
             self._fractions *= self._num_up / max(total, 1)
         else:
-            some = self._fractions > 0
-            rest = 1 - self._fractions[some]
-            self._fractions[some] = 1 - rest * (some.sum() - self._num_up) / (some.sum() - total)
+            nonzero = self._fractions > 0
+            rest = 1 - self._fractions[nonzero]
+            self._fractions[nonzero] = 1 - rest * (nonzero.sum() - self._num_up) / (nonzero.sum() - total)
         super().__init__(size, batch_size, **options)
 
     def _draw(self, rng):
@@ -160,16 +139,9 @@ class RepeatFactorTrainingSampler(TrainingSampler):
 
 
 class RandomSubsetTrainingSampler(TrainingSampler):
-    """Samples a random subset of the images, which depends only on the seed."""
+    """Samples a random subset of the images, `ratio` in (0, 1] of them, which depends only on the seed."""
 
-    def __init__(
-        self, size: int, ratio: float, batch_size: int = 1, *, seed: int = 0, **options: Any
-    ) -> None:
-        """
-        Args:
-            ratio: fraction of the images, in (0, 1]; at least one image is used.
-            options: see `TrainingSampler`.
-        """
+    def __init__(self, size: int, ratio: float, batch_size: int = 1, seed: int = 0, **options: Any) -> None:
         # The third number separates this generator from those of the epochs.
         rng = np.random.default_rng((seed, 0, 1))
         self.subset = np.sort(rng.choice(size, size=min(size, max(1, round(size * ratio))), replace=False))
@@ -198,7 +170,7 @@ def repeat_factors_from_category_frequency(
     """Return the repeat factor of each image, `[N]`, by its rarest class (arXiv 1908.03195, 4.2).
 
     A class c in a fraction f(c) of the images has r(c) = max(1, sqrt(repeat_thresh / f(c))), and an image the
-    largest r(c) of its classes, or 1 without any. LVIS uses the square root.
+    largest r(c) of its classes, or 1 without any.
     """
     images, labels = _list_image_classes(records)
     frequency = np.bincount(labels) / len(records)
@@ -211,9 +183,8 @@ def repeat_factors_from_category_frequency(
 def compute_class_balanced_factors(records: Sequence[dict[str, Any]]) -> np.ndarray:
     """Return the repeat factor of each image, `[N]`, so that all classes are sampled equally often.
 
-    This is the expectation of drawing a class uniformly, then one of its images: the factor of an image is
-    the sum of M / (K n(c)) over its classes, where n(c) images contain class c, M contain any, and K classes
-    occur. Images without annotations have 1, so the factors sum to N.
+    The factor of an image is the sum of M / (K n(c)) over its classes: n(c) images contain class c, M contain
+    any, and K classes occur. Images without annotations have 1, so the factors sum to N.
     """
     images, labels = _list_image_classes(records)
     num_images = np.bincount(labels)
@@ -240,17 +211,12 @@ _READ_BY = {
 
 
 def build_train_sampler(cfg: CfgNode, records: SerializedRecords, batch_size: int) -> TrainingSampler:
-    """Build DATALOADER.SAMPLER_TRAIN for the records of DATASETS.TRAIN.
-
-    `batch_size` is the images per iteration, over all ranks.
-    """
+    """Build DATALOADER.SAMPLER_TRAIN for the records of DATASETS.TRAIN; `batch_size` is over all ranks."""
     check_cfg(cfg)
     name = cfg.DATALOADER.SAMPLER_TRAIN
     for key, reader in _READ_BY.items():
         if name != reader and get_value(cfg, key) != get_value(get_cfg(), key):
-            raise UserError(
-                f"{key} is set, but only {reader} reads it, and DATALOADER.SAMPLER_TRAIN is {name}"
-            )
+            raise UserError(f"{key} is set, but only {reader} reads it; DATALOADER.SAMPLER_TRAIN is {name}")
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     options = {"batch_size": batch_size, "seed": seed, **_get_grouping(cfg, records)}
     if name == "TrainingSampler":

@@ -45,19 +45,16 @@ class AnnotationTable:
 
 
 class SerializedRecords(Sequence):
-    """An immutable list of records, pickled into blocks of bytes; indexing returns a fresh dict.
+    """An immutable list of records, pickled into blocks of bytes that worker processes share.
 
-    Worker processes share the blocks instead of copying objects (copy-on-access through reference counts).
-    They do not get the attributes.
-
-    Attributes:
-        columns: {"file_name", "height", "width"}, arrays `[N]`; None if a record is malformed.
-        annotations: None if an annotation is malformed, and after `join` and `take`.
-        lengths: the number of records of each list that was joined.
+    Indexing returns a fresh dict. Worker processes do not get the attributes.
     """
 
+    # Arrays [N] of "file_name", "height" and "width"; None if a record is malformed.
     columns: dict[str, np.ndarray] = None  # type: ignore[assignment]
+    # None if an annotation is malformed, and after `join` and `take`.
     annotations: AnnotationTable = None  # type: ignore[assignment]
+    # The number of records of each list that was joined.
     lengths: Sequence[int] = ()
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
@@ -104,9 +101,8 @@ class SerializedRecords(Sequence):
             spans.append(records._spans + torch.tensor([len(joined._blocks), 0, 0]))
             joined._blocks += records._blocks
         joined._spans = torch.cat(spans)
-        joined.columns = {
-            key: np.concatenate([records.columns[key] for records in datasets]) for key in datasets[0].columns
-        }
+        columns = [records.columns for records in datasets]
+        joined.columns = {key: np.concatenate([c[key] for c in columns]) for key in columns[0]}
         joined.lengths = [len(records) for records in datasets]
         return joined
 
@@ -172,17 +168,14 @@ def _build_annotation_table(records):
     annotations = [annotation for record in records for annotation in record["annotations"]]
     labels = [annotation["category_id"] for annotation in annotations]
     _check_types(labels, numbers.Integral)
+    keypoints = [annotation.get("keypoints") or () for annotation in annotations]
     return AnnotationTable(
         record=np.repeat(np.arange(len(records)), lengths),
         boxes=_convert_to_xyxy([a["bbox"] for a in annotations], [a["bbox_mode"] for a in annotations]),
         labels=np.array(labels, dtype=np.int64),
         crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool),
-        keypoints=np.array([_count_labelled(a.get("keypoints")) for a in annotations], dtype=np.int64),
+        keypoints=np.array([sum(v > 0 for v in points[2::3]) for points in keypoints], dtype=np.int64),
     )
-
-
-def _count_labelled(keypoints):
-    return sum(v > 0 for v in keypoints[2::3]) if keypoints else 0
 
 
 def _convert_to_xyxy(boxes, modes):

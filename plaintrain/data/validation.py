@@ -17,12 +17,10 @@ MetadataLike = Mapping[str, Any] | Metadata
 Problem = tuple[str, str]  # (key of `PROBLEM_TYPES`, end of a sentence)
 
 MAX_EXAMPLES = 10
-# In pixels.
-TINY = 2
-# Smallest range of values in any channel: 14 bits read as 16 have less.
-LEAST_SPREAD = 64
+TINY = 2  # pixels
+LEAST_SPREAD = 64  # values in any channel: 14 bits read as 16 have fewer
 
-# type -> (description, whether training stops).
+# type -> (description, whether it is fatal: training stops).
 PROBLEM_TYPES = {
     "no_images": ("datasets without an image", True),
     "no_boxes": ("datasets without a valid box, so that there is nothing to learn", True),
@@ -48,10 +46,7 @@ PROBLEM_TYPES = {
     "no_annotations": ("images without annotations", False),
     "unused_class": ("classes without a box", False),
     "turned": ("images that their EXIF orientation rotates", False),
-    "near_constant": (
-        f"images with fewer than {LEAST_SPREAD} values: is INPUT.PIXEL_RANGE right?",
-        False,
-    ),
+    "near_constant": (f"images with fewer than {LEAST_SPREAD} values: is INPUT.PIXEL_RANGE right?", False),
     "listed_twice": ("images that are listed more than once", False),
     "duplicate": ("images with the pixels of another one of the dataset", False),
     "leak": ("images with the pixels of one of another dataset", False),
@@ -83,11 +78,8 @@ def count_problems(problems: Iterable[Problem]) -> list[Finding]:
         counts[problem_type] += 1
         if example and counts[problem_type] <= MAX_EXAMPLES:
             examples[problem_type].append(example)
-    return [
-        Finding(key, counts[key], tuple(examples[key]), fatal)
-        for key, (_, fatal) in PROBLEM_TYPES.items()
-        if counts[key]
-    ]
+    types = [key for key in PROBLEM_TYPES if counts[key]]
+    return [Finding(key, counts[key], tuple(examples[key]), PROBLEM_TYPES[key][1]) for key in types]
 
 
 def check_problems(problems: Iterable[UserError]) -> list[Finding]:
@@ -126,11 +118,10 @@ def _iterate_record_problems(records, metadata):
                 yield problem_type, f"{name}: an annotation {text}"
 
 
-def check_annotation(annotation: dict[str, Any], file_name: str, num_classes: int) -> None:
-    """Raise a `DataError` for an annotation that `find_annotation_problem` rejects."""
+def check_annotation(annotation: dict[str, Any], source: str, num_classes: int) -> None:
     problem = find_annotation_problem(annotation, num_classes)
     if problem:
-        raise DataError(problem[0], f"an annotation of {file_name} {problem[1]}")
+        raise DataError(problem[0], f"an annotation of {source} {problem[1]}")
 
 
 def find_annotation_problem(annotation: dict[str, Any], num_classes: int) -> Problem | None:
@@ -139,13 +130,12 @@ def find_annotation_problem(annotation: dict[str, Any], num_classes: int) -> Pro
         if key not in annotation:
             return "broken", f"has no {key}"
     label = annotation["category_id"]
-    mode = annotation["bbox_mode"]
     if not (is_whole(label) and 0 <= label < num_classes):
         ids = f"the dataset's {num_classes} classes have the ids 0 to {num_classes - 1}"
         return "unknown_class", f"has category_id {label!r}, but {ids}"
     if not is_box(annotation["bbox"]):
         return "bad_box", f"has the box {annotation['bbox']!r}, not four finite numbers"
-    if mode not in tuple(BoxMode):
+    if (mode := annotation["bbox_mode"]) not in tuple(BoxMode):
         return "bad_box", f"has the bbox_mode {mode!r}, not one of {', '.join(map(str, BoxMode))}"
     return None
 
@@ -153,7 +143,6 @@ def find_annotation_problem(annotation: dict[str, Any], num_classes: int) -> Pro
 def iterate_annotation_problems(
     annotation: dict[str, Any], record: dict[str, Any], metadata: MetadataLike
 ) -> Iterator[Problem]:
-    """Yield all problems of an annotation."""
     problem = find_annotation_problem(annotation, len(metadata.get("thing_classes") or ()))
     if problem:
         yield problem
@@ -204,7 +193,6 @@ def find_keypoint_problem(keypoints: Any, num_keypoints: int) -> Problem | None:
 
 
 def is_whole(value: Any) -> bool:
-    """Return whether a value is an integer of Python or NumPy, not a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -235,13 +223,12 @@ def find_coco_annotation_problem(
     # This runs a million times: no message is formatted and no key read twice for a valid entry.
     image_id = annotation.get("image_id")
     category_id = annotation.get("category_id")
-    keypoints = annotation.get("keypoints")
     area = annotation.get("area")
     if type(image_id) not in (int, str) or image_id not in image_ids:
         problem = "unknown_image", f"belongs to image {image_id}, which is missing"
     elif type(category_id) is not int or category_id not in num_keypoints:
-        categories = f"the file's categories are {list(num_keypoints)}"
-        problem = "unknown_class", f"has category_id {category_id}, but {categories}"
+        text = f"has category_id {category_id}, but the file's categories are {list(num_keypoints)}"
+        problem = "unknown_class", text
     elif not is_box(annotation.get("bbox")):
         bbox = str(annotation.get("bbox"))[:80]
         problem = "bad_box", f"has bbox {bbox}, which is not four finite numbers x, y, w, h"
@@ -250,6 +237,7 @@ def find_coco_annotation_problem(
     elif area is not None and (type(area) not in (int, float) or not -1e300 < area < 1e300):
         problem = "broken", f"has the area {area!r}, not a number"
     else:
+        keypoints = annotation.get("keypoints")
         return find_keypoint_problem(keypoints, num_keypoints[category_id]) if keypoints else None
     missing = [key for key in ("image_id", "category_id", "bbox") if key not in annotation]
     return ("broken", f"has no {missing[0]}") if missing else problem
