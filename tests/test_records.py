@@ -128,7 +128,7 @@ def test_training_warns_of_boxes_as_check_records_does(register, log):
     assert warnings == [
         "one: boxes without area, which training drops: 2",
         "one: boxes outside their image, which training drops: 3",
-        "one: boxes that reach beyond their image by over half a pixel, which training clips: 1",
+        "one: boxes more than half a pixel outside their image, which training clips: 1",
     ]
     assert warnings == [f"one: {f}".split("\n")[0] for f in findings if "box" in f.type]
 

@@ -233,7 +233,7 @@ def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_
     assert "annotation 200" in found["unknown_class"]["examples"][0]
     assert (found["duplicate_id"]["count"], found["duplicate_id"]["fatal"]) == (1, False)
     wanted = [
-        "excluded: images that are missing or cannot be read to their end: 1",
+        "excluded: images that are missing or cannot be read: 1",
         "copies of images dropped, whose objects are equal or a subset: 1",
         "image sizes corrected by a pixel: 1",
         "annotations dropped: boxes without area: 1",
@@ -242,7 +242,7 @@ def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_
         "invalid polygons dropped, their boxes kept: 1",
         "malformed run-length encodings dropped, their boxes kept: 1",
         "dropped while reading: annotations with an unknown class id: 1",
-        "renumbered while reading: annotations with the id of another one: 1",
+        "renumbered while reading: annotations with a duplicate id: 1",
     ]
     assert [text for text in wanted if text not in said] == []
     records, metadata = load_coco_json(str(tmp_path / "fixed/annotations.json"), str(tiny_coco.images))
@@ -342,7 +342,7 @@ def test_fix_assigns_no_annotation_of_an_id_that_two_images_have(check, declare,
     _add_copy(tiny_coco, content, image_id=second)
     declare(content)
     said, _ = check("pets", "--fix", tmp_path / "fixed", code=1)
-    assert "FATAL: images whose annotations may be those of another one: 2" in said
+    assert "FATAL: images whose annotations may belong to another image: 2" in said
     assert "(more/upright.png) is one of two images" in said
     records = _fixed(tmp_path / "fixed", tiny_coco.images)
     assert {name: len(r["annotations"]) for name, r in records.items()} == {"copy.bmp": 1}

@@ -77,7 +77,7 @@ def _is_scaled(record, old, new):
         if isinstance(segmentation, dict) and segmentation.get("size") in (list(new), new):
             # The annotations were made on the resized image.
             return False
-    # Each side is rounded to a pixel.
+    # Rounding changes each side by up to a pixel.
     tolerance = sum(1 / min(sides) for sides in zip(old, new, strict=True))
     return abs(new[0] * old[1] / (old[0] * new[1]) - 1) < tolerance
 
@@ -133,7 +133,7 @@ def _multiply(values, factors):
 
 
 def _merge(record, other, changes):
-    """Merge a record into another with equal pixels, if they describe the same objects; return whether."""
+    """Merge a record into another with equal pixels and objects; return False if the objects differ."""
     is_listed_twice = os.path.realpath(record["file_name"]) == os.path.realpath(other["file_name"])
     objects, more = ({_get_identity(a): a for a in r["annotations"]} for r in (other, record))
     if not (is_listed_twice or objects.keys() <= more.keys() or more.keys() <= objects.keys()):

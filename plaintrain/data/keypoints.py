@@ -57,10 +57,8 @@ def create_keypoint_hflip_indices(dataset_names: Sequence[str], num_keypoints: i
             DatasetCatalog.get(dataset)
         names = list(metadata.get("keypoint_names") or ())
         if not names:
-            hint = f'set MetadataCatalog.get("{dataset}").set(keypoint_names=[...])'
-            raise UserError(
-                f"MODEL.KEYPOINT_ON is True, but the dataset {dataset} names no keypoints: {hint}"
-            )
+            reason = f"MODEL.KEYPOINT_ON is True, but the dataset {dataset} names no keypoints"
+            raise UserError(f'{reason}; call MetadataCatalog.get("{dataset}").set(keypoint_names=[...])')
         keypoints.append((names, compute_hflip_indices(names, metadata.get("keypoint_flip_map"))))
         if keypoints[-1] != keypoints[0]:
             raise UserError(
