@@ -76,7 +76,7 @@ def test_masks_and_keypoints_are_checked_before_training(register):
     assert len(get_detection_dataset_dicts("good", need_masks=True)) == 1
     register("bad", [_object(segmentation=TRIANGLE)], [_object(segmentation=TRIANGLE), _object()])
     assert len(get_detection_dataset_dicts("bad")) == 2
-    with pytest.raises(UserError, match=r"bad/1\.png has no segmentation; MODEL.MASK_ON needs a segmentation"):
+    with pytest.raises(UserError, match=r"bad/1\.png has no segmentation; MODEL.MASK_ON needs"):
         get_detection_dataset_dicts(("good", "bad"), need_masks=True)
     register("people", [_object(2, 2, 2)])
     MetadataCatalog.get("people").set(keypoint_names=["head", "foot"])

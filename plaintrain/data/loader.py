@@ -155,7 +155,7 @@ def load_in_threads(dataset: Any, batches: Iterable[Sequence], num_threads: int)
 
 
 class Loader:
-    """Iterates over lists of samples and raises the errors of workers."""
+    """An iterable of lists of samples; it raises the errors of workers."""
 
     training = False
 

@@ -54,9 +54,9 @@ class TrainingSampler:
         order = self._draw(rng)
         if self.groups is None:
             return order
-        # The order of an epoch is that of its first batch size, also if the batch size changes within it.
+        # An epoch keeps the order of its first batch size, even if the batch size changes within it.
         _, position, batch_size = self._get_phase(1, epoch * self.size)
-        # Images in a batch with another epoch keep their random order.
+        # Images whose batch spans two epochs keep their random order.
         head = min((position - epoch * self.size) % batch_size, self.size)
         end = head + (self.size - head) // batch_size * batch_size
         step = self.window * batch_size or self.size
@@ -106,7 +106,7 @@ class TrainingSampler:
 
 
 class RepeatFactorTrainingSampler(TrainingSampler):
-    """Samples each image as often per epoch as its repeat factor, on average over epochs.
+    """A sampler that draws each image as often per epoch as its repeat factor, on average.
 
     As in LVIS (https://arxiv.org/abs/1908.03195), but an epoch always has round(sum of the factors) >= 1
     images. An image with factor f appears floor(f) or ceil(f) times; systematic sampling over a random
@@ -139,7 +139,7 @@ class RepeatFactorTrainingSampler(TrainingSampler):
 
 
 class RandomSubsetTrainingSampler(TrainingSampler):
-    """Samples a random subset of the images, `ratio` in (0, 1] of them, which depends only on the seed."""
+    """A sampler of a random fraction `ratio` in (0, 1] of the images, which depends only on the seed."""
 
     def __init__(self, size: int, ratio: float, batch_size: int = 1, seed: int = 0, **options: Any) -> None:
         # The third number separates this generator from those of the epochs.

@@ -134,7 +134,7 @@ def serialize(records: Iterable[dict[str, Any]]) -> SerializedRecords:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles plain data and `BoxMode`; rejects all that could run code."""
+    """An unpickler of plain data and `BoxMode` that rejects all that could run code."""
 
     def find_class(self, module, name):
         if (module, name) == (BoxMode.__module__, BoxMode.__name__):
