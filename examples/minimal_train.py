@@ -46,7 +46,7 @@ def main(args):
             if is_last or solver.every(cfg.LOG_PERIOD, iteration):
                 write_all(writers)
             if is_last or solver.every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration):
-                storage.raise_if_nonfinite(data_loader.image_names)
+                storage.raise_if_nonfinite(data_loader.get_image_names)
                 checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
 
 

@@ -98,7 +98,7 @@ def do_train(cfg, model, resume):
             if is_last or solver.every(cfg.LOG_PERIOD, iteration):
                 write_all(writers)
             if is_last or solver.every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration):
-                storage.raise_if_nonfinite(data_loader.image_names)  # device sync
+                storage.raise_if_nonfinite(data_loader.get_image_names)  # device sync
                 checkpointer.save_iteration(iteration)
         checkpointer.save_final()
 

@@ -18,7 +18,6 @@ import hashlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.data import DatasetCatalog
@@ -29,9 +28,9 @@ from plaintrain.data.fixes import fix_records
 from plaintrain.data.image_files import read_image_header
 from plaintrain.data.images import get_pixel_range, read_image
 from plaintrain.data.validation import (
-    KINDS,
     LEAST_SPREAD,
     MAX_EXAMPLES,
+    PROBLEM_TYPES,
     check_problems,
     check_records,
     count_classes,
@@ -94,7 +93,7 @@ def write_fixed(folder, records, looks, metadata, problems):
     for error in problems:
         kind = getattr(error, "kind", "broken")
         what = "renumbered" if kind == "duplicate_id" else "dropped"
-        changes[f"{what} while reading: {KINDS[kind][0]}"].append("")
+        changes[f"{what} while reading: {PROBLEM_TYPES[kind][0]}"].append("")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "annotations.json")
     root, names = get_relative_names(record["file_name"] for record in records)
@@ -140,7 +139,11 @@ def main(args):
             write_fixed(folder, records, looks, metadata, problems)
     if args.json:
         plain = {
-            name: [asdict(finding) | {"text": KINDS[finding.kind][0]} for finding in findings]
+            name: [
+                {"kind": f.type, "count": f.count, "examples": f.examples, "fatal": f.fatal}
+                | {"text": PROBLEM_TYPES[f.type][0]}
+                for f in findings
+            ]
             for name, findings in found.items()
         }
         write_json(args.json, plain, indent=1)

@@ -43,8 +43,8 @@ MUTATIONS = {
         ("[str(image_root), list(classes or ()), Image", "[str(image_root), Image"),
     ],
     "plaintrain/data/catalog.py": [
-        ("return list(wanted)", "return [name for name in found if name in wanted]"),
-        ("if found != classes:", "if set(found) != set(classes):"),
+        ("return list(selected)", "return [name for name in available if name in selected]"),
+        ("if other != classes:", "if set(other) != set(classes):"),
     ],
     "plaintrain/data/datasets/coco.py": [
         ('["keypoints"] = shift_keypoints(keypoints, 0.5)', '["keypoints"] = list(keypoints)'),
@@ -67,9 +67,9 @@ MUTATIONS = {
         ('compute_hflip_indices(names, metadata.get("keypoint_flip_map"))', "compute_hflip_indices(names)"),
     ],
     "plaintrain/data/build.py": [
-        ("(cfg, is_train=True, augmentations=augmentations)", "(cfg, is_train=True)"),
-        ("-(-side // _PADDED_TO) * _PADDED_TO", "side // _PADDED_TO * _PADDED_TO"),
-        ("1 <= parts <= cfg.SOLVER.IMS_PER_BATCH // world_size", "1 <= parts <= cfg.SOLVER.IMS_PER_BATCH"),
+        ("is_train=True, augmentations=build_augmentation(cfg, is_train=False)", "is_train=True"),
+        ("-(-side // _STRIDE) * _STRIDE", "side // _STRIDE * _STRIDE"),
+        ("1 <= steps <= per_rank", "1 <= steps <= batch_size"),
     ],
     "plaintrain/data/dataset_mapper.py": [
         ("as_subclass(torch.Tensor) * (visibility > 0)", "as_subclass(torch.Tensor)"),
@@ -80,7 +80,7 @@ MUTATIONS = {
         ("h, w = round(math.sqrt(area * ratio))", "w, h = round(math.sqrt(area * ratio))"),
     ],
     "plaintrain/data/records.py": [
-        ('dropped = kinds["empty_box"] | kinds["outside_box"]', 'dropped = kinds["empty_box"]'),
+        ('problems["empty_box"] | problems["outside_box"]', 'problems["empty_box"]'),
         ("table.keypoints * objects", "table.keypoints"),
         ('enumerate(record["annotations"], start)', 'enumerate(record["annotations"])'),
         ("name not in list_folder(folder)", "not list_folder(folder)"),
@@ -89,14 +89,14 @@ MUTATIONS = {
         ("is_whole(label) and 0 <= label < num_classes", "is_whole(label) and 0 <= label <= num_classes"),
     ],
     "plaintrain/data/samplers.py": [
-        ("head = min((position - number * self.size) % batch_size, self.size)", "head = 0"),
-        (", self.position(iteration), self.batch_size)", ", iteration * self.batch_size, self.batch_size)"),
-        ("self.position(iteration) + rank * share", "self.position(iteration) + rank"),
+        ("head = min((position - epoch * self.size) % batch_size, self.size)", "head = 0"),
+        (", self.get_position(iteration), self", ", iteration * self.batch_size, self"),
+        ("+ rank * num_images", "+ rank"),
         (
             "size * rank // world_size, size * (rank + 1) // world_size",
             "size // world_size * rank, size // world_size * (rank + 1)",
         ),
-        ("share = np.bincount(labels) / len(records)", "share = np.bincount(labels) / len(labels)"),
+        ("np.bincount(labels) / len(records)", "np.bincount(labels) / len(labels)"),
         (".repeat([factors[name] for name in names]", ".repeat([factors[name] for name in sorted(names)]"),
     ],
     "plaintrain/data/datasets/shapes.py": [
@@ -118,8 +118,8 @@ MUTATIONS = {
             ("while waiting:\n            yield [sample.result() for sample in waiting.popleft()]"),
             ("while waiting:\n            yield [sample.result() for sample in waiting.pop()]"),
         ),
-        ("np.random.default_rng((self._seed, position)))", "np.random.default_rng((self._seed, index)))"),
-        ("np.random.default_rng((self._seed, position, 0))", "np.random.default_rng()"),
+        ("np.random.default_rng((self.seed, position)))", "np.random.default_rng((self.seed, index)))"),
+        ("np.random.default_rng((self.seed, position, 0))", "np.random.default_rng()"),
         ("        np.random.set_state(before[1])\n", ""),
     ],
     "plaintrain/data/transforms/geometric.py": [
@@ -533,13 +533,13 @@ PLANTED = {
             ),
             (
                 "np.diff(np.floor(edges + rng.uniform()).astype(np.int64))",
-                "(rng.random(images.size) < self._extra[images])",
+                "(rng.random(images.size) < self._fractions[images])",
             ),
-            ("default_rng((self.seed, number))", "default_rng((self.seed, self._order.cache_info().misses))"),
-            ("default_rng((self.seed, number))", "default_rng((number, self.seed))"),
-            ("batch_size = self._phase(1, number * self.size)", "batch_size = self.phases[-1]"),
+            ("rng((self.seed, epoch))", "rng((self.seed, self._get_order.cache_info().misses))"),
+            ("default_rng((self.seed, epoch))", "default_rng((epoch, self.seed))"),
+            ("batch_size = self._get_phase(1, epoch * self.size)", "batch_size = self.phases[-1]"),
             ("lru_cache(maxsize=2)", "lru_cache(maxsize=0)"),
-            ("order = self._draw(rng)", "order = [self._draw(rng) for _ in range(min(number, 64) + 1)][0]"),
+            ("order = self._draw(rng)", "order = [self._draw(rng) for _ in range(min(epoch, 64) + 1)][0]"),
             ('np.argsort(self.groups[images], kind="stable")', "np.arange(images.size)"),
             (
                 "size * rank // world_size, size * (rank + 1) // world_size",
@@ -554,7 +554,7 @@ PLANTED = {
         ],
         "plaintrain/data/dataset_mapper.py": [
             ("torch.from_numpy(decoded).permute", "torch.from_numpy(decoded).flip(2).permute"),
-            ("=torch.float32).reshape(-1, number, 3)", "=torch.float32).reshape(-1, number, 3) + 0.5"),
+            ("reshape(-1, num_keypoints, 3)", "reshape(-1, num_keypoints, 3) + 0.5"),
         ],
         "plaintrain/structures.py": [
             ("x + third, y + fourth]", "x + third - 1, y + fourth - 1]"),

@@ -269,7 +269,7 @@ def read_through_cache(args):
         parsed.append(arguments)
         return load_coco_json(*arguments)
 
-    cache._LEAST_BYTES = 0
+    cache._MIN_BYTES = 0
     with comm.first_on_machine():
         records, _ = load_cached_records(load, str(Path(args.folder, "instances.json")), "images")
     save(args, {"parsed": len(parsed), "boxes": [a["bbox"] for r in records for a in r["annotations"]]})

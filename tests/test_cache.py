@@ -20,7 +20,7 @@ from plaintrain.data.serialized import SerializedRecords
 @pytest.fixture
 def parsed(monkeypatch, tmp_path):
     """The files that were parsed, in order; the cache is empty and takes small files too."""
-    monkeypatch.setattr(cache, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(cache, "_MIN_BYTES", 0)
     monkeypatch.setenv("PLAINTRAIN_CACHE", str(tmp_path / "cache"))
     return []
 
@@ -72,7 +72,7 @@ def test_files_are_parsed_once_and_known_by_their_content(tiny_coco, read, parse
     # A copy elsewhere.
     tiny_coco.json = tiny_coco.json.rename(tmp_path / "moved.json")
     assert read(tiny_coco) == first and len(parsed) == 1
-    assert "is read from the cache" in log.text
+    assert "from the cache" in log.text
     # Other folders or classes are other records.
     assert read(tiny_coco, root="/data")[0][1]["file_name"] == "/data/empty.png" and len(parsed) == 2
     assert read(tiny_coco, classes=["dog"])[1]["thing_classes"] == ["dog"] and len(parsed) == 3
@@ -101,7 +101,7 @@ def test_damaged_files_are_never_trusted_and_replaced(tiny_coco, read, parsed, l
         path.write_bytes(content[:length])
         assert read(tiny_coco) == first
     assert len(parsed) > 10 and _files() == [path]
-    assert f"{path} in the cache cannot be read" in log.text
+    assert f"cannot read the cache file {path}" in log.text
 
 
 class _Payload:
@@ -130,10 +130,10 @@ def test_records_are_read_without_a_cache(tiny_coco, read, parsed, monkeypatch, 
     assert not log.records
     # Small files are not kept.
     monkeypatch.setenv("PLAINTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_LEAST_BYTES", 10**6)
+    monkeypatch.setattr(cache, "_MIN_BYTES", 10**6)
     read(tiny_coco)
     assert not os.path.exists(get_cache_folder())
-    monkeypatch.setattr(cache, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(cache, "_MIN_BYTES", 0)
 
     # Neither are files that change while they are read.
     def load(json_file, image_root, classes):
@@ -151,7 +151,7 @@ def test_records_are_read_without_a_cache(tiny_coco, read, parsed, monkeypatch, 
     monkeypatch.setattr(np, "savez", save)
     assert read(tiny_coco) == first
     assert _files() == []
-    assert "the cache cannot be written (cannot write " in log.text and "No space left on device" in log.text
+    assert "cannot write the cache (cannot write " in log.text and "No space left on device" in log.text
     assert len(parsed) == 4
     monkeypatch.delenv("PLAINTRAIN_CACHE")
     monkeypatch.setenv("HOME", "/home/her")
@@ -178,4 +178,4 @@ def test_registered_datasets_are_read_through_the_cache(tiny_coco, parsed, log):
         register_coco_instances(name, {"thing_classes": ["dog", "cat"]}, str(tiny_coco.json), "pictures")
         assert DatasetCatalog.get(name)[0]["file_name"] == "pictures/more/upright.png"
         assert MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id == {7: 0, 3: 1}
-    assert log.text.count("is read from the cache") == 1
+    assert log.text.count("from the cache") == 1

@@ -162,9 +162,9 @@ def test_mapper_draws_and_augments_partners_with_the_generator_of_the_sample(rec
 
 
 def test_copy_paste_without_masks_or_records_is_rejected_before_training(records, cfg):
-    with pytest.raises(UserError, match=r"SimpleCopyPaste needs masks: set MODEL\.MASK_ON"):
+    with pytest.raises(UserError, match=r"SimpleCopyPaste needs masks; set MODEL\.MASK_ON"):
         DatasetMapper(augmentations=[ALL], records=records)
-    with pytest.raises(UserError, match="SimpleCopyPaste needs the records"):
+    with pytest.raises(UserError, match="SimpleCopyPaste needs records"):
         DatasetMapper(augmentations=[ALL], use_masks=True)
     cfg.INPUT.AUGMENTATIONS = ["SimpleCopyPaste"]
     rejected("SimpleCopyPaste needs masks", by=lambda: DatasetMapper(cfg, records=records))

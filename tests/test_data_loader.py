@@ -21,7 +21,7 @@ from processes import Process
 from plaintrain.data import DatasetMapper
 from plaintrain.data import build as loaders
 from plaintrain.data import loader as train_loaders
-from plaintrain.data.loader import _THREAD_NAME, Threads, TrainLoader, _outlive_signals, load_in_threads
+from plaintrain.data.loader import _THREAD_NAME, Threads, TrainLoader, _ignore_signals, load_in_threads
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.utils.errors import UserError
 
@@ -79,11 +79,11 @@ def test_state_of_another_batch_size_continues_at_the_next_image_and_again_from_
         seen += [s["image_id"] for batch in take(part, number) for s in batch]
         state = part.state_dict()
     assert seen == images[: len(seen)] and len(seen) == 35
-    words = "from iteration 3 on a batch has 5 images and not 2; the pass goes on at its image 6 of 7"
+    words = "the batch size changes from 2 to 5 at iteration 3 (image 6 of 7 of the epoch)"
     assert words in log.text
     # Names of batches before the change are those that were seen.
-    assert part.image_names(0) == [f"{i} ({i}.png)" for i in images[:2]]
-    assert part.image_names(9) == [f"{i} ({i}.png)" for i in images[20:23]]
+    assert part.get_image_names(0) == [f"{i} ({i}.png)" for i in images[:2]]
+    assert part.get_image_names(9) == [f"{i} ({i}.png)" for i in images[20:23]]
 
 
 def test_state_of_another_batch_size_or_number_of_images_and_samplers_without_a_state():
@@ -97,13 +97,13 @@ def test_state_of_another_batch_size_or_number_of_images_and_samplers_without_a_
     assert take(back, 2) == take(loader(start_iter=3), 2)
     state = loader().state_dict()
     state["sampler"]["size"] = 8
-    rejected("DATASETS.TRAIN has 7 images, ", " it had 8", by=lambda: loader().load_state_dict(state))
+    rejected("DATASETS.TRAIN has 7 images, ", " had 8 before", by=lambda: loader().load_state_dict(state))
 
     # A sampler without a state is entered by the iteration.
     class Own:
         seed = 4
 
-        def batch(self, iteration, rank=0, world_size=1):
+        def get_batch(self, iteration, rank=0, world_size=1):
             return [(iteration % 7, iteration)]
 
     first = TrainLoader(RECORDS, mapper, Own())
@@ -123,7 +123,7 @@ def test_skip_unreadable_replaces_images_reproducibly(workers, log):
     assert len(replaced) == 28 and not {2, 5} & set(replaced)
     # Four passes over seven images.
     assert stream.num_replaced == 8
-    assert log.text.count("cannot read the image file 2.png; another image takes its place") == 2
+    assert log.text.count("cannot read the image file 2.png; another image replaces it") == 2
     # The others are those of a stream without unreadable images.
     UNREADABLE.clear()
     whole = [s["image_id"] for batch in take(loader(), 14) for s in batch]
@@ -138,9 +138,9 @@ def test_skip_unreadable_makes_samples_again_and_ends_at_bugs(log):
     UNREADABLE.update({0, 1, 2, 3, 4})
     stream = loader(skip_unreadable=True)
     batches = take(stream, 7)
-    logged = [line.split("image file ")[1][0] for line in log.text.splitlines() if "takes its place" in line]
-    assert sorted(logged) == list("01234") and "nor can" not in log.text
-    assert [stream.samples(iteration) for iteration in range(7)] == batches
+    logged = [line.split("image file ")[1][0] for line in log.text.splitlines() if "replaces it" in line]
+    assert sorted(logged) == list("01234") and "cannot be read either" not in log.text
+    assert [stream.load_samples(iteration) for iteration in range(7)] == batches
     with pytest.raises(ZeroDivisionError):
         take(loader(mapper=broken, skip_unreadable=True), 1)
     UNREADABLE.clear()
@@ -149,13 +149,13 @@ def test_skip_unreadable_makes_samples_again_and_ends_at_bugs(log):
         take(loader(), 7)
     UNREADABLE.update(range(7))
     stream = loader(skip_unreadable=True)
-    name = stream.image_names(0)[0].split("(")[1].rstrip(")")
-    with pytest.raises(UserError, match=rf"cannot read .* {name}; nor can 10 others in its place be read"):
+    name = stream.get_image_names(0)[0].split("(")[1].rstrip(")")
+    with pytest.raises(UserError, match=rf"cannot read .* {name}; 10 randomly drawn replacements cannot be"):
         take(stream, 1)
 
 
 def _sleep_as_a_worker(ready):
-    _outlive_signals(0)
+    _ignore_signals(0)
     ready.set()
     time.sleep(30)
 
@@ -210,7 +210,7 @@ def test_error_in_a_thread_is_raised_when_its_batch_is_due():
 
 def test_threads_need_a_mapper_that_does_not_draw_from_global_generators(cfg):
     one = {"mapper": lambda record: random.random()}
-    rejected("WORKER_TYPE is thread, but the mapper takes a record alone", by=lambda: threaded(**one))
+    rejected("WORKER_TYPE thread needs a mapper of (record, generator)", by=lambda: threaded(**one))
     # Nothing is shared where this thread alone loads.
     assert len(take(threaded(**one, workers=0), 2)) == 2
     standard = DatasetMapper(augmentations=[])
@@ -221,7 +221,7 @@ def test_threads_need_a_mapper_that_does_not_draw_from_global_generators(cfg):
         ("process", standard, 2),
     ):
         cfg.DATALOADER.WORKER_TYPE, cfg.DATALOADER.NUM_WORKERS = worker_type, 2
-        workers = loaders._workers(cfg, chosen)
+        workers = loaders._get_num_workers(cfg, chosen)
         assert (type(workers), workers) == (type(expected), expected)
 
 

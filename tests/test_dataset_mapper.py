@@ -203,7 +203,7 @@ def test_mapper_rejects_an_image_of_another_size_than_its_record(picture):
             DatasetMapper(is_train=is_train, augmentations=[])(_record(picture, 30, 41))
     with pytest.raises(UserError, match="is 40x30, but its annotation says 30x40") as error:
         DatasetMapper(augmentations=[])(_record(picture, 40, 30))
-    assert "its EXIF orientation turns it" not in str(error.value)
+    assert "EXIF" not in str(error.value)
     # A size that only the EXIF orientation turns is explained.
     _turn(picture, 6)
     with pytest.raises(UserError, match="is 30x40.* says 40x30.* EXIF"):
@@ -310,7 +310,7 @@ def test_augmentation_may_be_any_function_and_unlabels_keypoints_outside(picture
         ({"segmentation": [[1, 2, 3, 4]]}, "3 finite points or more"),
         ({"segmentation": {"size": [40, 30], "counts": [1200]}}, "[40, 30]"),
         ({"segmentation": {"size": [30, 40], "counts": "h"}}, "counts do not add up to 30 x 40"),
-        ({"segmentation": [SQUARE], "keypoints": [1, 2, 2]}, "3 numbers of keypoints, but 2 keypoints"),
+        ({"segmentation": [SQUARE], "keypoints": [1, 2, 2]}, "keypoints must have 3 x 2 numbers, got 3"),
     ],
 )
 def test_annotation_without_the_needed_keys_is_named(picture, more, words):

@@ -21,10 +21,10 @@ SCALER = torch.amp.GradScaler("cpu", enabled=True)
 class Loader:
     """Knows the images and the samples of an iteration."""
 
-    def image_names(self, iteration):
+    def get_image_names(self, iteration):
         return [f"{iteration}0 (a.jpg)", f"{iteration}1 (b.jpg)"]
 
-    def samples(self, iteration):
+    def load_samples(self, iteration):
         target = {"boxes": torch.ones(1, 4), "labels": torch.tensor([iteration])}
         return [{"image": torch.zeros(3, 2, 2, dtype=torch.uint8), "image_id": 7, "target": target}]
 

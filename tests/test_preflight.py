@@ -159,7 +159,7 @@ TINY = ("MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.ANCHOR_GENERATOR.SI
         ),
         (["SOLVER.PATIENCE", 3, "TEST.EVAL_PERIOD", 5], "SOLVER.PATIENCE is 3: it needs TEST.BEST_METRIC"),
         (["SOLVER.PATIENCE", 3, "TEST.BEST_METRIC", "auto"], "SOLVER.PATIENCE is 3: it needs"),
-        (["SOLVER.ACCUMULATE_STEPS", 17], "SOLVER.ACCUMULATE_STEPS is 17, but must be from 1 to"),
+        (["SOLVER.ACCUMULATE_STEPS", 17], "SOLVER.ACCUMULATE_STEPS must be 1 to"),
         (["MODEL.RESNETS.NORM", "SyncBN"], NO_GPUS),
         (["MODEL.FPN.NORM", "SyncBN"], NO_GPUS),
         (["MODEL.ROI_BOX_HEAD.NORM", "SyncBN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 4], NO_GPUS),

@@ -58,8 +58,8 @@ def test_images_with_too_few_labelled_keypoints_are_skipped(register, log):
     expected = {0: [0, 1, 2, 3, 4], 1: [0, 1, 2], 2: [0, 1], 3: []}
     for number in (0, 1, 2):
         assert _ids(get_detection_dataset_dicts("people", min_keypoints=number)) == expected[number]
-    assert "people: 3 images with too few labelled keypoints are left out" in log.text
-    assert "people: 1 images without annotations are left out" in log.text
+    assert "people: skipped 3 images with too few labelled keypoints" in log.text
+    assert "people: skipped 1 images without annotations" in log.text
     words = "left in people: of 6 images 1 have none, and 5 have too few labelled keypoints"
     with pytest.raises(UserError, match=words):
         get_detection_dataset_dicts("people", min_keypoints=3)
@@ -76,7 +76,7 @@ def test_masks_and_keypoints_are_checked_before_training(register):
     assert len(get_detection_dataset_dicts("good", need_masks=True)) == 1
     register("bad", [_object(segmentation=TRIANGLE)], [_object(segmentation=TRIANGLE), _object()])
     assert len(get_detection_dataset_dicts("bad")) == 2
-    with pytest.raises(UserError, match=r"MASK_ON needs a segmentation.* bad/1\.png has no segmentation"):
+    with pytest.raises(UserError, match=r"bad/1\.png has no segmentation; MODEL.MASK_ON needs"):
         get_detection_dataset_dicts(("good", "bad"), need_masks=True)
     register("people", [_object(2, 2, 2)])
     MetadataCatalog.get("people").set(keypoint_names=["head", "foot"])
@@ -128,9 +128,9 @@ def test_training_warns_of_boxes_as_check_records_does(register, log):
     assert warnings == [
         "one: boxes without area, which training drops: 2",
         "one: boxes outside their image, which training drops: 3",
-        "one: boxes that reach beyond their image by over half a pixel, which training clips: 1",
+        "one: boxes more than half a pixel outside their image, which training clips: 1",
     ]
-    assert warnings == [f"one: {f}".split("\n")[0] for f in findings if "box" in f.kind]
+    assert warnings == [f"one: {f}".split("\n")[0] for f in findings if "box" in f.type]
 
 
 def _holding(**change):

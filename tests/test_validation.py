@@ -12,7 +12,7 @@ from processes import run_script
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.datasets.coco import load_coco_json
-from plaintrain.data.validation import KINDS, Finding, check_records
+from plaintrain.data.validation import PROBLEM_TYPES, Finding, check_records
 from plaintrain.structures import BoxMode, encode_segmentation
 
 
@@ -22,7 +22,7 @@ def _record(*changes, image_id=1):
 
 
 def _check(*records, classes=("cat",), **metadata):
-    return {f.kind: f for f in check_records(records, {"thing_classes": list(classes), **metadata})}
+    return {f.type: f for f in check_records(records, {"thing_classes": list(classes), **metadata})}
 
 
 def test_good_records_have_no_findings():
@@ -67,7 +67,7 @@ def test_check_records_finds_mistakes_of_annotations(kind, annotation):
     found = _check(_record({}, good, annotation), classes=["a", "b"], keypoint_names=["head", "foot"])
     assert set(found) == {kind} and found[kind].count == 1
     assert "1.jpg" in found[kind].examples[0]
-    assert found[kind].fatal == KINDS[kind][1]
+    assert found[kind].fatal == PROBLEM_TYPES[kind][1]
 
 
 def test_check_records_finds_mistakes_of_datasets_and_keeps_ten_examples():
@@ -233,16 +233,16 @@ def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_
     assert "annotation 200" in found["unknown_class"]["examples"][0]
     assert (found["duplicate_id"]["count"], found["duplicate_id"]["fatal"]) == (1, False)
     wanted = [
-        "excluded: images that are missing or cannot be read to their end: 1",
-        "copies of images dropped whose objects are the same, or part of the other's: 1",
+        "excluded: images that are missing or cannot be read: 1",
+        "copies of images dropped, whose objects are equal or a subset: 1",
         "image sizes corrected by a pixel: 1",
         "annotations dropped: boxes without area: 1",
         "annotations dropped: boxes outside their image: 1",
         "boxes clipped to their image: 1",
-        "annotations lost broken polygons, their boxes kept: 1",
+        "invalid polygons dropped, their boxes kept: 1",
         "malformed run-length encodings dropped, their boxes kept: 1",
         "dropped while reading: annotations with an unknown class id: 1",
-        "renumbered while reading: annotations with the id of another one: 1",
+        "renumbered while reading: annotations with a duplicate id: 1",
     ]
     assert [text for text in wanted if text not in said] == []
     records, metadata = load_coco_json(str(tmp_path / "fixed/annotations.json"), str(tiny_coco.images))
@@ -294,7 +294,7 @@ def test_fix_scales_the_annotations_of_resized_images_and_excludes_others(
     records = _fixed(tmp_path / "fixed/pets", tmp_path / "images")
     assert set(records) == {"half.png", "odd.png", "twice.png", "whole.png"}
     assert "images resized after annotation, their annotations scaled: 3" in said
-    assert "excluded: images of another shape than their annotations, turned or cropped: 3" in said
+    assert "excluded: rotated or cropped images, whose annotations have another shape: 3" in said
     for name in ("cut", "turned", "new_rle"):
         assert f"{name}.png: " in said.split("cleaned copy")[1]
     for name, x, y in (("half", 0.5, 0.5), ("odd", 53 / 80, 40 / 60), ("twice", 2, 2), ("whole", 1, 1)):
@@ -329,8 +329,8 @@ def test_fix_merges_the_objects_of_a_file_that_is_listed_twice(check, declare, t
     assert boxes == [*(a["bbox"] for a in own), [10, 10, 5, 5]]
     assert [a["bbox"] for a in records["copy.bmp"]["annotations"]] == [[1, 1, 9, 9]]
     assert "images that are listed more than once: 1" in said
-    assert "listings of a file that was listed before, their objects merged: 1" in said
-    assert "the pixels of another one but other objects, both kept: choose by hand: 1" in said
+    assert "repeated entries of a file dropped, their objects merged: 1" in said
+    assert "images with equal pixels but different objects, both kept: choose one by hand: 1" in said
 
 
 def test_fix_assigns_no_annotation_of_an_id_that_two_images_have(check, declare, tiny_coco, tmp_path):
@@ -342,7 +342,7 @@ def test_fix_assigns_no_annotation_of_an_id_that_two_images_have(check, declare,
     _add_copy(tiny_coco, content, image_id=second)
     declare(content)
     said, _ = check("pets", "--fix", tmp_path / "fixed", code=1)
-    assert "FATAL: images whose annotations may be those of another one: 2" in said
+    assert "FATAL: images whose annotations may belong to another image: 2" in said
     assert "(more/upright.png) is one of two images" in said
     records = _fixed(tmp_path / "fixed", tiny_coco.images)
     assert {name: len(r["annotations"]) for name, r in records.items()} == {"copy.bmp": 1}

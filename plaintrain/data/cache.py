@@ -1,9 +1,11 @@
-"""What was read of large COCO files, kept in a folder for the next start."""
+"""Cache the parsed records of large COCO files on disk."""
 
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,59 +18,54 @@ from plaintrain.utils.files import atomic_write, describe_os_error
 
 logger = logging.getLogger(__name__)
 
-# A smaller file is parsed faster than it would be worth.
-_LEAST_BYTES = 2**22
+# Smaller files are parsed too quickly for a cache to pay off.
+_MIN_BYTES = 2**22
 
 
-def get_cache_folder():
-    """`$PLAINTRAIN_CACHE`, which may be "", or `plaintrain` in the user's cache folder."""
+def get_cache_folder() -> str:
+    """Return `$PLAINTRAIN_CACHE`, default `plaintrain` in the user's cache; "" disables the cache."""
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "plaintrain")
     return os.path.expanduser(os.environ.get("PLAINTRAIN_CACHE", default))
 
 
-def load_cached_records(load, json_file, image_root, classes=None):
-    """Records of a COCO file, from the cache where what it holds now has been read before.
+def load_cached_records(
+    load: Callable[..., tuple], json_file: str, image_root: str, classes: Sequence[str] | None = None
+) -> tuple[SerializedRecords, dict[str, Any]]:
+    """Return the records and metadata of a COCO file, from the cache if it holds the current content.
 
-    The cache knows a file by all of its content (SHA-256, half a second for COCO's): a copy that keeps its
-    time, or an edit within the clock's tick, would deceive size and time. The reader's own code is in the
-    key too. Its files are zip archives of plain arrays, with checksums, that run no code.
-
-    Args:
-        load: `load_coco_json`.
-        json_file, image_root, classes: its arguments.
-
-    Returns:
-        (`SerializedRecords`, metadata). A cache that cannot be used is logged, and the file is read.
+    The key is the SHA-256 of the file (half a second for COCO) and of the reader's code; size and time miss
+    some edits. Cache files are arrays with checksums; loading them runs no code. Without a usable cache,
+    `load` (`load_coco_json`) is called with the other arguments.
     """
-    path = _path(load, json_file, image_root, classes)
+    path = _get_path(load, json_file, image_root, classes)
     if path and os.path.exists(path):
         try:
             cached = _read(path)
-            logger.info(f"{json_file} is read from the cache, {path}")
+            logger.info(f"read {json_file} from the cache {path}")
             return cached
-        # zipfile and NumPy raise whatever comes up in a damaged file.
+        # zipfile and NumPy raise many types of errors on a damaged file.
         except Exception as e:
-            logger.warning(f"{path} in the cache cannot be read: {describe_os_error(e)}")
+            logger.warning(f"cannot read the cache file {path}: {describe_os_error(e)}")
     records, metadata = load(json_file, image_root, classes)
     records = SerializedRecords(records)
-    # Not what has been changed meanwhile.
-    if path and records.annotations and path == _path(load, json_file, image_root, classes):
+    # The file must not have changed while it was read.
+    if path and records.annotations and path == _get_path(load, json_file, image_root, classes):
         _write(path, records, metadata)
     return records, metadata
 
 
-def _path(load, json_file, image_root, classes):
-    """Where the cache holds the records of a file, or None if it is not to hold them."""
+def _get_path(load, json_file, image_root, classes):
+    """Return the path of the cache file, or None if the records are not to be cached."""
     if not get_cache_folder():
         return None
     try:
-        if os.path.getsize(json_file) < _LEAST_BYTES:
+        if os.path.getsize(json_file) < _MIN_BYTES:
             return None
         with open(json_file, "rb") as f:
             digest = hashlib.file_digest(f, "sha256")
-        codes = (module.__file__ for module in (keypoints, structures, serialized, validation))
-        for code in (load.__code__.co_filename, __file__, *codes):
-            with open(code, "rb") as f:
+        sources = (module.__file__ for module in (keypoints, structures, serialized, validation))
+        for source in (load.__code__.co_filename, __file__, *sources):
+            with open(source, "rb") as f:
                 digest.update(f.read())
     except OSError:
         return None
@@ -78,18 +75,16 @@ def _path(load, json_file, image_root, classes):
 
 
 def _read(path):
-    """(records, metadata) of a file of the cache."""
     with np.load(path, allow_pickle=False) as archive:
         arrays = dict(archive)
     metadata = json.loads(arrays.pop("metadata").tobytes())
-    # JSON would have made texts of the ids.
+    # The ids are a list because JSON turns integer keys into strings.
     labels = {id_: label for label, id_ in enumerate(metadata.pop("ids"))}
     records = SerializedRecords.from_arrays(arrays)
     return records, metadata | {"thing_dataset_id_to_contiguous_id": labels}
 
 
 def _write(path, records, metadata):
-    """Write a file of the cache, whole or not at all; what prevents it is logged."""
     metadata = dict(metadata)
     metadata["ids"] = list(metadata.pop("thing_dataset_id_to_contiguous_id"))
     text = np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8)
@@ -98,4 +93,4 @@ def _write(path, records, metadata):
         with atomic_write(path, "wb") as f:
             np.savez(f, metadata=text, **records.to_arrays())
     except (OSError, UserError) as e:
-        logger.info(f"the cache cannot be written ({describe_os_error(e)}): each start reads the JSON")
+        logger.info(f"cannot write the cache ({describe_os_error(e)}); the next start parses the JSON again")

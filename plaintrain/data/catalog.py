@@ -1,9 +1,11 @@
-"""Datasets by name: a function that returns records, and what is known about them."""
+"""Catalogs of datasets and their metadata, by name."""
 
 import logging
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
-from plaintrain.data.serialized import SerializedRecords, disable_gc
+from plaintrain.data.serialized import SerializedRecords, disable_gc, serialize
 from plaintrain.utils.class_lists import REMEDY, describe_class_difference
 from plaintrain.utils.errors import UserError, suggest_similar
 
@@ -11,20 +13,19 @@ logger = logging.getLogger(__name__)
 
 
 class _DatasetCatalog(dict):
-    """name -> function of no arguments that returns a `list[dict]` of records."""
+    """name -> function without arguments that returns a `list[dict]` of records."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._loaded = {}
+        self._loaded: dict[str, SerializedRecords] = {}
 
-    def register(self, name, func):
-        """Make a dataset known; the records that `func` returns are asked for once and kept."""
+    def register(self, name: str, func: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Register a dataset; `func` is called once, when the records are first needed."""
         if name in self:
-            raise UserError(f"the dataset {name} is registered already")
+            raise UserError(f"the dataset {name} is already registered")
         self[name] = func
 
-    def get(self, name):
-        """The records of a dataset, a `SerializedRecords`."""
+    def get(self, name: str) -> SerializedRecords:  # type: ignore[override]
         if name not in self:
             near = suggest_similar(name, self, number=3, least=0.5)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(self.list())}"
@@ -32,32 +33,27 @@ class _DatasetCatalog(dict):
         if name not in self._loaded:
             try:
                 with disable_gc():
-                    records = self[name]()
-                    is_serialized = isinstance(records, SerializedRecords)
-                    self._loaded[name] = records if is_serialized else SerializedRecords(records)
+                    self._loaded[name] = serialize(self[name]())
             except RecursionError as e:
-                raise UserError(f"the dataset {name} holds what is nested too deeply to be read") from e
+                raise UserError(f"the records of the dataset {name} are nested too deeply") from e
         return self._loaded[name]
 
-    def remove(self, name):
-        """Forget a dataset."""
+    def remove(self, name: str) -> None:
         self.pop(name)
         self._loaded.pop(name, None)
 
-    def list(self):
-        """All names."""
+    def list(self) -> list[str]:
         return list(self)
 
 
 class Metadata(SimpleNamespace):
-    """What is known about a dataset: `thing_classes`, `evaluator_type`, ... as attributes."""
+    """Metadata of a dataset as attributes: `thing_classes`, `evaluator_type`, ..."""
 
-    def set(self, **kwargs):
-        """Set attributes, given as `name=value`; returns the object."""
+    def set(self, **kwargs: Any) -> "Metadata":
         self.__dict__.update(kwargs)
         return self
 
-    def get(self, key, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         return self.__dict__.get(key, default)
 
     def __getattr__(self, key):
@@ -65,15 +61,15 @@ class Metadata(SimpleNamespace):
 
 
 class _MetadataCatalog(dict):
-    """name -> `Metadata`, created empty when first asked for."""
+    """name -> `Metadata`, created when it is first needed."""
 
-    def get(self, name):
+    def get(self, name: str) -> Metadata:  # type: ignore[override]
         return self.setdefault(name, Metadata(name=name))
 
-    def remove(self, name):
+    def remove(self, name: str) -> None:
         self.pop(name)
 
-    def list(self):
+    def list(self) -> list[str]:
         return list(self)
 
 
@@ -81,56 +77,49 @@ DatasetCatalog = _DatasetCatalog()
 MetadataCatalog = _MetadataCatalog()
 
 
-def load_class_names(name):
-    """The class names of a dataset, loading it if they come from its files."""
+def load_class_names(name: str) -> list[str]:
+    """Return the class names of a dataset, loading the dataset if its metadata does not have them yet."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
         DatasetCatalog.get(name)
     if not metadata.get("thing_classes"):
-        raise UserError(
-            f"the dataset {name} names no classes: give its declaration CLASSES, or call "
-            f'MetadataCatalog.get("{name}").set(thing_classes=[...])'
-        )
+        hint = f'MetadataCatalog.get("{name}").set(thing_classes=[...])'
+        raise UserError(f"the dataset {name} names no classes; set CLASSES where it is declared, or {hint}")
     return list(metadata.thing_classes)
 
 
-def get_class_names(dataset_names):
-    """Return the class names that the first dataset's metadata has, None without any."""
+def get_class_names(dataset_names: Sequence[str]) -> list[str] | None:
+    """Return the class names in the first dataset's metadata, without loading the dataset."""
     return MetadataCatalog.get(dataset_names[0]).get("thing_classes") if dataset_names else None
 
 
-def get_common_class_names(names):
-    """The class names that all of these datasets have."""
+def get_common_class_names(names: Sequence[str]) -> list[str]:
+    """Return the class names of several datasets, which must be equal."""
     classes = load_class_names(names[0])
     for name in names[1:]:
-        found = load_class_names(name)
-        if found != classes:
-            difference = f"{classes} and {found} ({describe_class_difference(classes, found)})"
-            raise UserError(
-                f"the datasets {names[0]} and {name} have different classes: {difference}; {REMEDY}"
-            )
+        other = load_class_names(name)
+        if other != classes:
+            difference = f"{classes} and {other} ({describe_class_difference(classes, other)}); {REMEDY}"
+            raise UserError(f"the datasets {names[0]} and {name} have different classes: {difference}")
     return classes
 
 
-def select_classes(found, wanted, where, may_miss=False):
-    """The classes to use, in order.
+def select_classes(
+    available: Sequence[str], selected: Sequence[str] | None, source: str, allow_missing: bool = False
+) -> list[str]:
+    """Return the selected class names, or all, in the order of their labels; `source` is for errors.
 
-    Args:
-        found: class names of the files.
-        wanted: names to keep, in the order of their labels; empty or None for all of `found`.
-        where: what to call the dataset in an error.
-        may_miss: warn of a wanted name that the dataset does not have, which may be a typo, and keep it.
+    `allow_missing` warns of a selected name that is not available and keeps it.
     """
-    if not wanted:
-        return list(found)
-    for name in wanted:
-        if name not in found:
-            hint = f"; the nearest is {suggest_similar(name, found)!r}" if found else ""
-            if may_miss:
-                logger.warning(f"{where} has no class {name!r}{hint}")
+    if not selected:
+        return list(available)
+    for name in selected:
+        if name not in available:
+            hint = f"; the nearest is {suggest_similar(name, available)!r}" if available else ""
+            if allow_missing:
+                logger.warning(f"{source} has no class {name!r}{hint}")
                 continue
-            hint += " (only CLASSES of FORMAT concat may name classes that are missing)"
-            raise UserError(f"{where} has no class {name!r}{hint}")
-    if len(set(wanted)) != len(wanted):
-        raise UserError(f"CLASSES of {where} names a class twice: {list(wanted)}")
-    return list(wanted)
+            raise UserError(f"{source} has no class {name!r}{hint} (FORMAT concat allows missing classes)")
+    if len(set(selected)) != len(selected):
+        raise UserError(f"CLASSES of {source} names a class twice: {list(selected)}")
+    return list(selected)

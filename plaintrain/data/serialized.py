@@ -1,4 +1,4 @@
-"""Records in blocks of bytes that processes share, and what training asks of all of them in arrays."""
+"""Records serialized in shared memory, with arrays of their sizes and annotations."""
 
 import contextlib
 import copy
@@ -7,8 +7,9 @@ import io
 import json
 import numbers
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,13 @@ import torch
 from plaintrain.structures import BoxMode
 
 _RECORD_KEYS = {"file_name", "image_id", "height", "width", "annotations"}
-# What comes up where records are not as their arrays need them.
-_UNREADABLE = (AttributeError, LookupError, TypeError, ValueError, OverflowError)
+# Errors that malformed records raise when they are converted to arrays.
+_MALFORMED = (AttributeError, LookupError, TypeError, ValueError, OverflowError)
 
 
 @contextlib.contextmanager
-def disable_gc():
-    """Switch Python's cycle collector off: millions of new objects without cycles take half the time."""
+def disable_gc() -> Iterator[None]:
+    """Disable the garbage collector within the block, which halves the time to create millions of objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -34,58 +35,56 @@ def disable_gc():
 
 @dataclass(frozen=True)
 class AnnotationTable:
-    """All annotations of a list of records, in their order: arrays of the length A."""
+    """All annotations of a list of records, in their order: arrays of length A."""
 
-    record: np.ndarray  # index of the record that an annotation belongs to
+    record: np.ndarray  # index of its record
     boxes: np.ndarray  # XYXY corners in pixels, float64 [A, 4]
     labels: np.ndarray  # category_id, int64
-    crowd: np.ndarray  # whether it is a crowd, bool
+    crowd: np.ndarray  # bool
     keypoints: np.ndarray  # number of labelled keypoints, int64
 
 
 class SerializedRecords(Sequence):
-    """A list of records that cannot be changed, in blocks of bytes; indexing gives a fresh dict.
+    """An immutable list of records, pickled into blocks of bytes that worker processes share.
 
-    Worker processes share the blocks instead of copying, object by object, what they touch. The
-    attributes stay in the process that made them.
-
-    Attributes:
-        columns: `{"file_name": [N], "height": [N], "width": [N]}`, arrays; None if a record lacks one.
-        annotations: `AnnotationTable`; None if an annotation cannot be read, or after `join` and `take`.
-        lengths: how many records come from each of the parts that were joined; empty if none were.
+    Indexing returns a fresh dict. Worker processes do not get the attributes.
     """
 
-    columns = annotations = None
-    lengths = ()
+    # Arrays [N] of "file_name", "height" and "width"; None if a record is malformed.
+    columns: dict[str, np.ndarray] = None  # type: ignore[assignment]
+    # None if an annotation is malformed, and after `join` and `take`.
+    annotations: AnnotationTable = None  # type: ignore[assignment]
+    # The number of records of each list that was joined.
+    lengths: Sequence[int] = ()
 
-    def __init__(self, records):
+    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
         records = list(records)
         blobs = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
         ends = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
         self._set_block(np.frombuffer(bytearray().join(blobs), dtype=np.uint8), ends, pickle.loads)
-        with contextlib.suppress(*_UNREADABLE):
-            self.columns = _columns(records)
-        with contextlib.suppress(*_UNREADABLE):
-            self.annotations = _annotation_table(records)
+        with contextlib.suppress(*_MALFORMED):
+            self.columns = _build_columns(records)
+        with contextlib.suppress(*_MALFORMED):
+            self.annotations = _build_annotation_table(records)
 
     def _set_block(self, data, ends, loads):
-        # Tensors, because other processes share their memory.
+        # Other processes share the memory of tensors.
         self._blocks = [(torch.from_numpy(data), loads)]
         # Block, start and end of each record.
-        spans = np.stack([np.zeros_like(ends[1:]), ends[:-1], ends[1:]], axis=1)
-        self._spans = torch.from_numpy(spans)
+        self._spans = torch.from_numpy(np.stack([np.zeros_like(ends[1:]), ends[:-1], ends[1:]], axis=1))
 
-    def to_arrays(self):
-        """Return the arrays to keep in a file, of records of plain data that were never joined."""
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays to save in a file; for records with annotations that were never joined."""
         names = json.dumps(self.columns["file_name"].tolist()).encode()
         ends = np.append(0, self._spans[:, 2].numpy())
         arrays = {"data": self._blocks[0][0].numpy(), "ends": ends, "names": np.frombuffer(names, np.uint8)}
         return {**arrays, **vars(self.annotations), **{key: self.columns[key] for key in ("height", "width")}}
 
     @classmethod
-    def from_arrays(cls, arrays):
-        """Return the records of `to_arrays`; nothing in the arrays is run."""
-        records, arrays = cls.__new__(cls), dict(arrays)
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "SerializedRecords":
+        """Return the records of `to_arrays`, without running code from the arrays."""
+        records = cls.__new__(cls)
+        arrays = dict(arrays)
         records._set_block(arrays.pop("data"), arrays.pop("ends"), _load_plain)
         names = np.array(json.loads(arrays.pop("names").tobytes()), dtype=object)
         records.columns = {"file_name": names} | {key: arrays.pop(key) for key in ("height", "width")}
@@ -93,26 +92,29 @@ class SerializedRecords(Sequence):
         return records
 
     @staticmethod
-    def join(parts):
-        """The records of several `SerializedRecords` with columns, in their order; the bytes are shared."""
-        joined, spans, blocks = copy.copy(parts[0]), [], []
-        for part in parts:
-            spans.append(part._spans + torch.tensor([len(blocks), 0, 0]))
-            blocks += part._blocks
-        joined._spans, joined._blocks = torch.cat(spans), blocks
-        joined.columns = {k: np.concatenate([p.columns[k] for p in parts]) for k in parts[0].columns}
-        joined.lengths = [len(part) for part in parts]
+    def join(datasets: Sequence["SerializedRecords"]) -> "SerializedRecords":
+        """Concatenate records that have columns, without copying their bytes."""
+        joined = copy.copy(datasets[0])
+        spans = []
+        joined._blocks = []
+        for records in datasets:
+            spans.append(records._spans + torch.tensor([len(joined._blocks), 0, 0]))
+            joined._blocks += records._blocks
+        joined._spans = torch.cat(spans)
+        columns = [records.columns for records in datasets]
+        joined.columns = {key: np.concatenate([c[key] for c in columns]) for key in columns[0]}
+        joined.lengths = [len(records) for records in datasets]
         return joined
 
-    def take(self, indices):
-        """The records at some indices, an int array, of those with columns; the bytes are shared."""
+    def take(self, indices: np.ndarray) -> "SerializedRecords":
+        """Return the records at some indices, without copying their bytes; they must have columns."""
         taken = copy.copy(self)
         taken._spans = self._spans[torch.from_numpy(indices)]
         taken.columns = {key: column[indices] for key, column in self.columns.items()}
         return taken
 
     def __getstate__(self):
-        # What copies and other processes get.
+        # Copies and other processes get only these.
         return {"_spans": self._spans, "_blocks": self._blocks}
 
     def __len__(self):
@@ -126,8 +128,13 @@ class SerializedRecords(Sequence):
         return loads(data[start:end].numpy())
 
 
+def serialize(records: Iterable[dict[str, Any]]) -> SerializedRecords:
+    """Return the records as `SerializedRecords`, without a copy if they already are."""
+    return records if isinstance(records, SerializedRecords) else SerializedRecords(records)
+
+
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickle plain data and `BoxMode`, and nothing that could run code."""
+    """An unpickler of plain data and `BoxMode` that rejects all that could run code."""
 
     def find_class(self, module, name):
         if (module, name) == (BoxMode.__module__, BoxMode.__name__):
@@ -139,47 +146,44 @@ def _load_plain(data):
     return _PlainUnpickler(io.BytesIO(data)).load()
 
 
-def _columns(records):
+def _build_columns(records):
     columns = {}
-    for key, kind in (("file_name", str), ("height", numbers.Integral), ("width", numbers.Integral)):
+    for key, value_type in (("file_name", str), ("height", numbers.Integral), ("width", numbers.Integral)):
         values = [record[key] for record in records]
-        _check_kind(values, kind)
-        columns[key] = np.array(values, dtype=object if kind is str else np.int64)
+        _check_types(values, value_type)
+        columns[key] = np.array(values, dtype=object if value_type is str else np.int64)
     return columns
 
 
-def _check_kind(values, kind):
-    if not all(issubclass(found, kind) and found is not bool for found in set(map(type, values))):
-        raise TypeError(f"not all are {kind}")
+def _check_types(values, expected):
+    if not all(issubclass(actual, expected) and actual is not bool for actual in set(map(type, values))):
+        raise TypeError(f"not all are {expected}")
 
 
-def _annotation_table(records):
-    """The annotations as arrays; raises one of `_UNREADABLE` where one is not as it must be."""
+def _build_annotation_table(records):
+    """Return the annotations as arrays; raise one of `_MALFORMED` if one is malformed."""
     if not all(record.keys() >= _RECORD_KEYS for record in records):
         raise LookupError("a key is missing")
-    numbers_of = [len(record["annotations"]) for record in records]
+    lengths = [len(record["annotations"]) for record in records]
     annotations = [annotation for record in records for annotation in record["annotations"]]
     labels = [annotation["category_id"] for annotation in annotations]
-    _check_kind(labels, numbers.Integral)
+    _check_types(labels, numbers.Integral)
+    keypoints = [annotation.get("keypoints") or () for annotation in annotations]
     return AnnotationTable(
-        record=np.repeat(np.arange(len(records)), numbers_of),
-        boxes=_corners([a["bbox"] for a in annotations], [a["bbox_mode"] for a in annotations]),
+        record=np.repeat(np.arange(len(records)), lengths),
+        boxes=_convert_to_xyxy([a["bbox"] for a in annotations], [a["bbox_mode"] for a in annotations]),
         labels=np.array(labels, dtype=np.int64),
         crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool),
-        keypoints=np.array([_num_labelled(a.get("keypoints")) for a in annotations], dtype=np.int64),
+        keypoints=np.array([sum(v > 0 for v in points[2::3]) for points in keypoints], dtype=np.int64),
     )
 
 
-def _num_labelled(keypoints):
-    return sum(v > 0 for v in keypoints[2::3]) if keypoints else 0
-
-
-def _corners(boxes, modes):
+def _convert_to_xyxy(boxes, modes):
     boxes = np.array(boxes) if boxes else np.zeros((0, 4))
     modes = np.array(modes)
     known = ((modes == BoxMode.XYXY_ABS) | (modes == BoxMode.XYWH_ABS)).all()
     if boxes.dtype.kind not in "biuf" or boxes.shape[1:] != (4,) or not np.isfinite(boxes).all() or not known:
-        raise ValueError("a box or its mode cannot be read")
+        raise ValueError("a box or its mode is malformed")
     boxes = boxes.astype(np.float64)
     boxes[:, 2:] += boxes[:, :2] * (modes == BoxMode.XYWH_ABS)[:, None]
     return boxes

@@ -119,13 +119,13 @@ class NonfiniteGuard:
         """Return the images that all ranks see in an iteration; saves this rank's samples if asked for."""
         if self._dump_folder:
             self._dump(iteration)
-        return self._data_loader.image_names(iteration)
+        return self._data_loader.get_image_names(iteration)
 
     def _dump(self, iteration):
         rank = f".rank{comm.get_rank()}" if comm.get_rank() else ""
         path = os.path.join(self._dump_folder, f"bad_batch_{iteration:07d}{rank}.pth")
         try:
-            samples = convert_to_builtin_types(self._data_loader.samples(iteration), "a sample")
+            samples = convert_to_builtin_types(self._data_loader.load_samples(iteration), "a sample")
             with atomic_write(path, "wb") as f:
                 torch.save({"iteration": iteration, "samples": samples}, f)
         except (UserError, RuntimeError) as e:

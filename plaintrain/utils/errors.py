@@ -52,7 +52,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A mistake in one image or annotation of a dataset; `kind` is a key of `data.validation.KINDS`."""
+    """A mistake in one image or annotation of a dataset; `kind` is a key of `data.validation.PROBLEM_TYPES`."""
 
     def __init__(self, kind, message):
         super().__init__(message)

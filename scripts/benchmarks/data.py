@@ -143,7 +143,7 @@ def padding(sampler, widths, heights):
     heights, widths = (heights * scale).round(), (widths * scale).round()
     used = whole = 0
     for iteration in range(2 * sampler.size // sampler.batch_size):
-        batch = [image for image, _ in sampler.batch(iteration)]
+        batch = [image for image, _ in sampler.get_batch(iteration)]
         used += (heights[batch] * widths[batch]).sum()
         whole += heights[batch].max() * widths[batch].max() * len(batch)
     return 1 - used / whole

@@ -174,7 +174,7 @@ def coco_batches(args, number, batch, grouped):
     short = min(args.size)
     scale = short / np.maximum(np.minimum(heights, widths), np.maximum(heights, widths) * 800 / 1333)
     sizes = (np.stack([heights, widths], axis=1) * scale[:, None]).round().astype(int)
-    images = [[i for i, _ in sampler.batch(n)] for n in range(widths.size // batch)]
+    images = [[i for i, _ in sampler.get_batch(n)] for n in range(widths.size // batch)]
     areas = [math.prod(-(-side // _DIVISOR) * _DIVISOR for side in sizes[b].max(0)) * batch for b in images]
     order = np.argsort(areas)
     chosen = [order[int((i + 0.5) / number * len(order))] for i in range(number)]

@@ -65,7 +65,7 @@ def pass_of(sampler, number):
     """The images of a pass, as batches give them."""
     start, stop = number * sampler.size, (number + 1) * sampler.size
     first, last = start // sampler.batch_size, -(-stop // sampler.batch_size)
-    images = [image for i in range(first, last) for image, _ in sampler.batch(i)]
+    images = [image for i in range(first, last) for image, _ in sampler.get_batch(i)]
     offset = start - first * sampler.batch_size
     return images[offset : offset + sampler.size]
 
@@ -97,11 +97,11 @@ def test_a_pass_holds_each_image_as_often_as_it_should(case, numbers):
 @given(cases(), st.integers(0, 10**4))
 def test_ranks_share_the_batch_whatever_their_number(case, iteration):
     whole = case.make()
-    batch = whole.batch(iteration)
+    batch = whole.get_batch(iteration)
     for world_size in range(1, whole.batch_size + 1):
         if whole.batch_size % world_size:
             continue
-        shares = [case.make().batch(iteration, rank, world_size) for rank in range(world_size)]
+        shares = [case.make().get_batch(iteration, rank, world_size) for rank in range(world_size)]
         assert {len(share) for share in shares} == {whole.batch_size // world_size}
         positions = Counter(position for share in shares for _, position in share)
         assert set(positions.values()) == {1}
@@ -113,15 +113,15 @@ def test_passes_stay_whole_when_the_batch_changes(case, changes):
     """Resumed with batches of another size, again and again: nothing is lost, repeated or moved."""
     sampler, iteration, keys = case.make(), 0, []
     for more, batch_size in [*changes, (0, None)]:
-        keys += [key for i in range(iteration, iteration + more) for key in sampler.batch(i)]
+        keys += [key for i in range(iteration, iteration + more) for key in sampler.get_batch(i)]
         iteration += more
         if batch_size is not None:
             resumed = case.make(batch_size)
             resumed.load_state_dict(sampler.state_dict(), iteration)
             sampler = resumed
-            assert len(sampler.batch(iteration)) == batch_size
+            assert len(sampler.get_batch(iteration)) == batch_size
     while len(keys) < 3 * sampler.size:
-        keys += sampler.batch(iteration)
+        keys += sampler.get_batch(iteration)
         iteration += 1
     assert [position for _, position in keys] == list(range(len(keys)))
     for start in range(0, len(keys) - sampler.size + 1, sampler.size):
@@ -156,7 +156,7 @@ def test_a_far_position_draws_no_more_than_a_near_one(case):
     windows = size // sampler.batch_size + 1
     with mock.patch.object(samplers.np.random, "default_rng", _Counted):
         _Counted.total = 0
-        images = [image for image, _ in sampler.batch(iteration)]
+        images = [image for image, _ in sampler.get_batch(iteration)]
     assert _Counted.total <= len(numbers) * (2 + windows)
     passes = [image for number in numbers for image in pass_of(case.make(), number)]
     offset = start - numbers[0] * size
@@ -182,8 +182,8 @@ def test_groups_only_move_images_within_their_window(case, number):
     window = case.grouping["window"] or max(last - first, 1)
     for start in range(first, last, window):
         iterations = range(start, min(start + window, last))
-        batches = [[image for image, _ in sampler.batch(i)] for i in iterations]
-        expected = Counter(image for i in iterations for image, _ in plain.batch(i))
+        batches = [[image for image, _ in sampler.get_batch(i)] for i in iterations]
+        expected = Counter(image for i in iterations for image, _ in plain.get_batch(i))
         assert Counter(itertools.chain(*batches)) == expected
         ends = sorted((groups[batch].min(), groups[batch].max()) for batch in batches)
         assert all(left[1] <= right[0] for left, right in itertools.pairwise(ends))

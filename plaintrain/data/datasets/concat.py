@@ -49,7 +49,7 @@ def load_concat(names, read, classes=None, merge=False):
 def _join_classes(names, found, classes, merge):
     union = list(dict.fromkeys(name for part in found for name in part))
     if classes:
-        return select_classes(union, classes, ", ".join(names), may_miss=True)
+        return select_classes(union, classes, ", ".join(names), allow_missing=True)
     for name, part in zip(names[1:], found[1:], strict=True):
         if not merge and part != found[0]:
             difference = describe_class_difference(found[0], part)

@@ -48,7 +48,7 @@ def load_voc(root, split, classes=None, problems=None):
     folder, image_folder = (os.path.join(root, name) for name in ("Annotations", "JPEGImages"))
     images = _image_files(image_folder)
     # A class that no object has may be a typo.
-    chosen = select_classes(_all_classes(folder, problems), classes, folder, may_miss=True)
+    chosen = select_classes(_all_classes(folder, problems), classes, folder, allow_missing=True)
     labels = {name: label for label, name in enumerate(chosen)}
     records = []
     for line in names:
