@@ -32,8 +32,8 @@ MUTATIONS = {
         ("if type(old) is not type(value):", "if not isinstance(value, type(old)):"),
         ("if not node.is_new_allowed() or key in vars(node):", "if key in vars(node):"),
         (
-            'return value\n    raise ConfigError(f"{name} in {source} holds',
-            'return str(value)\n    raise ConfigError(f"{name} in {source} holds',
+            'return value\n    raise ConfigError(f"{name} in {source} must be a plain',
+            'return str(value)\n    raise ConfigError(f"{name} in {source} must be a plain',
         ),
     ],
     "plaintrain/visualization/curves.py": [
@@ -514,7 +514,7 @@ PLANTED = {
             ("value = type(old)(value)", "value = old + type(old)(value)"),
             ("raise ConfigError(_describe_unknown_key(name, root, source))", "continue"),
             ("number=3, least=0.75", "number=3, least=1.0"),
-            ('message = f"{name} in', "message = f\"{name.rpartition('.')[2]} in"),
+            ('raw, f"{name} in', "raw, f\"{name.rpartition('.')[2]} in"),
         ],
         "plaintrain/config/defaults.py": [("return _C.clone()", "return _C")],
         "plaintrain/config/yaml.py": [
