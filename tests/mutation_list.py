@@ -143,7 +143,7 @@ MUTATIONS = {
         ("0 < self._patience <= self.num_waited", "0 < self._patience < self.num_waited"),
         ("sign = -1 if", "sign = 1 if"),
         ('self.num_waited = state_dict["num_waited"]', "self.num_waited = 0"),
-        ("iteration <= self._seen:", "iteration < self._seen:"),
+        ("iteration <= self._last_iter:", "iteration < self._last_iter:"),
     ],
     "plaintrain/solver/ema.py": [
         ("use_buffers=True", "use_buffers=False"),
@@ -284,7 +284,7 @@ MUTATIONS = {
         ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
     ],
     "plaintrain/engine/preflight.py": [
-        ("not (test.BEST_METRIC and (test.EVAL_PERIOD or of_losses))", "not test.BEST_METRIC"),
+        ("not (test.BEST_METRIC and (test.EVAL_PERIOD or is_loss))", "not test.BEST_METRIC"),
     ],
     "plaintrain/report/detections.py": [
         (" - 2 * classes.diagonal()", ""),
@@ -395,7 +395,7 @@ MUTATIONS = {
         ("iteration = min(bad)[0]", "iteration = max(bad)[0]"),
     ],
     "plaintrain/engine/watchdog.py": [
-        ("            time.sleep(_FELT_SECONDS)\n", ""),
+        ("            time.sleep(_CONNECTION_SECONDS)\n", ""),
         ("                heartbeat.forgive(gap)\n", "                pass\n"),
     ],
     "plaintrain/config/schema.py": [

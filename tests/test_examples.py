@@ -58,7 +58,11 @@ def test_fork_trains_and_resumes_exactly_with_its_dataset_its_loss_and_its_metri
 @pytest.mark.parametrize(
     ("flags", "options", "words"),
     [
-        ([], ["MODEL.EMA.ENABLED", "True"], "MODEL.EMA.ENABLED is True.*plain_train_net.py does"),
+        (
+            [],
+            ["MODEL.EMA.ENABLED", "True"],
+            "MODEL.EMA.ENABLED must be False.*plain_train_net.py supports it",
+        ),
         (["--eval-only"], [], "only trains"),
         (["--dry-run"], [], "only trains"),
     ],

@@ -69,7 +69,7 @@ def test_num_keypoints_comes_from_the_dataset_and_must_be_set_where_it_has_no_na
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        (NUM_KEYPOINTS, 17, r"NUM_KEYPOINTS is 17, but the dataset few_shapes has 4 .* bottom"),
+        (NUM_KEYPOINTS, 17, r"NUM_KEYPOINTS must be 4 for the dataset few_shapes .* bottom.*, got 17"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [], "KEYPOINT_OKS_SIGMAS must be 4 positive numbers"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [0.05] * 3, "KEYPOINT_OKS_SIGMAS must be 4 positive numbers"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [0.05, 0.0, 0.05, 0.05], r"must be 4 positive numbers.*0\.0"),
@@ -152,13 +152,13 @@ TINY = ("MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.ANCHOR_GENERATOR.SI
             "TEST.VAL_LOSS_PERIOD or a val flow in WORKFLOW is set, but DATASETS.TEST is empty",
         ),
         (["TEST.BEST_METRIC", "auto", *NO_TESTS], "TEST.BEST_METRIC is set, but DATASETS.TEST is empty"),
-        (["TEST.EVAL_START", 3], "TEST.EVAL_START is 3, but TEST.EVAL_PERIOD is 0: set it too"),
+        (["TEST.EVAL_START", 3], "TEST.EVAL_PERIOD must be above 0 with TEST.EVAL_START 3, got 0"),
         (
             ["TEST.BEST_METRIC", "val/total_loss"],
-            "TEST.BEST_METRIC is val/total_loss, but no validation losses are computed: set",
+            "TEST.BEST_METRIC is val/total_loss, but no validation losses are computed; set",
         ),
-        (["SOLVER.PATIENCE", 3, "TEST.EVAL_PERIOD", 5], "SOLVER.PATIENCE is 3: it needs TEST.BEST_METRIC"),
-        (["SOLVER.PATIENCE", 3, "TEST.BEST_METRIC", "auto"], "SOLVER.PATIENCE is 3: it needs"),
+        (["SOLVER.PATIENCE", 3, "TEST.EVAL_PERIOD", 5], "SOLVER.PATIENCE 3 needs TEST.BEST_METRIC"),
+        (["SOLVER.PATIENCE", 3, "TEST.BEST_METRIC", "auto"], "SOLVER.PATIENCE 3 needs"),
         (["SOLVER.ACCUMULATE_STEPS", 17], "SOLVER.ACCUMULATE_STEPS is 17, but must be from 1 to"),
         (["MODEL.RESNETS.NORM", "SyncBN"], NO_GPUS),
         (["MODEL.FPN.NORM", "SyncBN"], NO_GPUS),

@@ -45,7 +45,7 @@ def watch_ranks(monkeypatch):
     monkeypatch.setattr(watchdog, "end_at_once", lambda code: ended.append(code) or sys.exit())
     monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.05)
     monkeypatch.setattr(watchdog, "_CLOCK_SECONDS", 0.05)
-    monkeypatch.setattr(watchdog, "_FELT_SECONDS", 1.0)
+    monkeypatch.setattr(watchdog, "_CONNECTION_SECONDS", 1.0)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     port = free_port()
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
@@ -95,7 +95,7 @@ def test_lost_connection_without_a_report_is_the_failure(watch_ranks, capfd):
     (watch,), _ = watch_ranks(0)
     with pytest.raises(SystemExit):
         watch.fail(RuntimeError("connection closed"), "connection closed")
-    text = "rank 0: the connection to a rank that has reported no failure is lost\nconnection closed\n"
+    text = "rank 0: lost the connection to a rank that has reported no failure\nconnection closed\n"
     assert capfd.readouterr().err == text
 
 
