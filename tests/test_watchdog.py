@@ -51,7 +51,8 @@ def watch_ranks(monkeypatch):
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
 
     def start(*ranks):
-        made.extend(FailureWatch(("127.0.0.1", port), rank, machine=rank, local_rank=0) for rank in ranks)
+        jobs = [{"rank": rank, "machine": rank, "local_rank": 0} for rank in ranks]
+        made.extend(FailureWatch(job, ("127.0.0.1", port)) for job in jobs)
         return made, ended
 
     yield start

@@ -21,8 +21,7 @@ _C.CUDNN_BENCHMARK = False
 _C.HANG_TIMEOUT = 600.0
 # Iterations between log writes.
 _C.LOG_PERIOD = 20
-# float32 matmuls and convolutions on a GPU: "" (PyTorch's default), highest (float32), high (TF32) or
-# medium (bfloat16 for matmuls, TF32 for convolutions).
+# float32 matmuls and convolutions on a GPU: "" (PyTorch's default), highest, high (TF32), medium (bfloat16).
 _C.FLOAT32_PRECISION = ""
 # epoch_train_net.py: order of training and validation epochs, repeated until SOLVER.MAX_EPOCHS training
 # epochs: [["train", 2], ["val", 1]]. A val epoch computes the losses on DATASETS.TEST.
@@ -43,10 +42,9 @@ _C.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
 # Additional heads of GeneralizedRCNN: Mask R-CNN, Keypoint R-CNN.
 _C.MODEL.MASK_ON = False
 _C.MODEL.KEYPOINT_ON = False
-# Memory format channels_last: faster with bfloat16 or float16 on a GPU, may be slower on a CPU.
+# Memory format channels_last: faster with bfloat16 or float16 on a GPU.
 _C.MODEL.CHANNELS_LAST = False
-# torch.compile backbone, FPN and heads; falls back to eager mode with a warning if compilation fails.
-# Averaged weights (MODEL.EMA) are evaluated in eager mode.
+# torch.compile backbone, FPN and heads; eager mode if that fails, and for the evaluation of averaged weights.
 _C.MODEL.COMPILE = False
 # Not supported; must be False.
 _C.MODEL.LOAD_PROPOSALS = False
@@ -72,12 +70,10 @@ _C.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
 _C.MODEL.BACKBONE.FREEZE_AT = 2
 
 _C.MODEL.RESNETS = CN()
-# 18, 34, 50, 101 or 152.
 _C.MODEL.RESNETS.DEPTH = 50
 # FrozenBN, BN, SyncBN or GN. FrozenBN needs pretrained weights.
 _C.MODEL.RESNETS.NORM = "FrozenBN"
-# eps of all norms of the backbone; 0 for torchvision's first COCO weights (fasterrcnn, maskrcnn,
-# keypointrcnn and retinanet_resnet50_fpn).
+# eps of the backbone's norms; 0 for torchvision's COCO_V1 weights of R-CNNs and RetinaNet (not v2).
 _C.MODEL.RESNETS.NORM_EPS = 1e-5
 # ResNeXt, depth >= 50: 32x8d is NUM_GROUPS 32, WIDTH_PER_GROUP 8.
 _C.MODEL.RESNETS.NUM_GROUPS = 1
@@ -108,8 +104,7 @@ _C.MODEL.FPN.NORM = ""
 # Input stages of the FPN; [] is the backbone's default.
 _C.MODEL.FPN.IN_FEATURES = []
 _C.MODEL.FPN.FUSE_TYPE = "sum"
-# Input of P6 in build_retinanet_resnet_fpn_backbone: p5 (torchvision) or res5 (Detectron2, torchvision's
-# retinanet_resnet50_fpn_v2).
+# Input of P6 in build_retinanet_resnet_fpn_backbone: p5 (torchvision) or res5 (Detectron2, torchvision's v2).
 _C.MODEL.FPN.P6_IN_FEATURE = "p5"
 
 _C.MODEL.ANCHOR_GENERATOR = CN()
@@ -154,8 +149,7 @@ _C.MODEL.RPN.BBOX_REG_LOSS_WEIGHT = 1.0
 _C.MODEL.RPN.BBOX_REG_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 _C.MODEL.RPN.SMOOTH_L1_BETA = 1.0 / 9
 _C.MODEL.RPN.LOSS_WEIGHT = 1.0
-# Both losses are divided by the number of sampled anchors (sampled, torchvision) or by
-# BATCH_SIZE_PER_IMAGE * images (batch_size, Detectron2).
+# Divide losses by sampled anchors (sampled, torchvision) or BATCH_SIZE_PER_IMAGE (batch_size, Detectron2).
 _C.MODEL.RPN.LOSS_NORMALIZER = "sampled"
 
 _C.MODEL.ROI_HEADS = CN()
@@ -270,8 +264,7 @@ _C.MODEL.SSD.NUM_CLASSES = 0
 _C.MODEL.SSD.HEAD_NAME = "SSDHead"
 # Default boxes as in torchvision's DefaultBoxGenerator: one list per level; a ratio r adds r and 1/r.
 _C.MODEL.SSD.ASPECT_RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
-# Side of the boxes as a fraction of the image, one per level plus one; [] spaces them evenly from MIN_RATIO
-# to MAX_RATIO.
+# Sides as fractions of the image, one per level plus one; [] spaces them evenly from MIN_RATIO to MAX_RATIO.
 _C.MODEL.SSD.SCALES = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
 _C.MODEL.SSD.MIN_RATIO = 0.15
 _C.MODEL.SSD.MAX_RATIO = 0.9
@@ -310,9 +303,8 @@ _C.INPUT.CROP.TYPE = "relative_range"
 _C.INPUT.CROP.SIZE = [0.9, 0.9]
 # Channel order of the model's input: RGB (torchvision's weights) or BGR (Caffe's, MSRA's).
 _C.INPUT.FORMAT = "RGB"
-# (low, high): pixel values that are mapped to 0 and 255: [0, 4095] for 12 bits in 16-bit files,
-# [-1024, 3071] for CT. []: 0 to 255 for uint8, 0 to 65535 for uint16, 0 to 1 for floats. Values outside
-# are an error.
+# Pixel values (low, high) that are mapped to 0 and 255: [0, 4095] for 12 bits, [-1024, 3071] for CT; values
+# outside raise an error. []: 0 to 255 for uint8, 0 to 65535 for uint16, 0 to 1 for floats.
 _C.INPUT.PIXEL_RANGE = []
 
 # ---- datasets --------------------------------------------------------------------------------
@@ -332,13 +324,11 @@ _C.DATALOADER.NUM_WORKERS = 4
 _C.DATALOADER.WORKER_TYPE = "auto"
 # Size of each rank's cache of decoded training images, in bytes; with thread workers or NUM_WORKERS 0.
 _C.DATALOADER.CACHE_BYTES = 0
-# Replace an unreadable training image by another one, drawn from SEED and its position, and log it; False
-# raises. Evaluation never skips an image.
+# Replace unreadable training images by others, drawn from SEED, and log them; False: raise.
 _C.DATALOADER.SKIP_UNREADABLE = False
 # Batch images of similar aspect ratio, to pad less.
 _C.DATALOADER.ASPECT_RATIO_GROUPING = True
-# Batches per window of images that is sorted by aspect ratio, then shuffled; 0: two groups as in Detectron2,
-# portrait and landscape.
+# Batches per window of images that is sorted by aspect ratio; 0: portrait and landscape, as in Detectron2.
 _C.DATALOADER.GROUP_WINDOW = 100
 # TrainingSampler: each image once per epoch. RepeatFactorTrainingSampler: oversamples images of rare classes
 # (LVIS). ClassBalancedTrainingSampler: all classes equally often. WeightedTrainingSampler: by
@@ -365,8 +355,7 @@ _C.SOLVER.MAX_EPOCHS = 0
 # Count STEPS, MOMENTUM_SCHEDULE, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD, TEST.EVAL_START and
 # TEST.VAL_LOSS_PERIOD in epochs; needs MAX_EPOCHS. WARMUP_ITERS stays in iterations.
 _C.SOLVER.BY_EPOCH = False
-# Time limit in seconds: the run saves a checkpoint and stops after the current step or evaluation; continue
-# with --resume. 0: no limit.
+# Time limit in seconds, after which the run saves a checkpoint and stops; 0: no limit.
 _C.SOLVER.MAX_TIME = 0.0
 # Gradient accumulation: number of micro-batches per batch.
 _C.SOLVER.ACCUMULATE_STEPS = 1
@@ -375,8 +364,7 @@ _C.SOLVER.PATIENCE = 0
 _C.SOLVER.BASE_LR = 0.001
 # Momentum of SGD, beta1 of AdamW.
 _C.SOLVER.MOMENTUM = 0.9
-# Points [iteration, momentum], such as [[0, 0.95], [400, 0.85], [1000, 0.95]]; constant before the first and
-# after the last. []: MOMENTUM.
+# Points [iteration, momentum]: [[0, 0.95], [400, 0.85], [1000, 0.95]]; []: MOMENTUM.
 _C.SOLVER.MOMENTUM_SCHEDULE = []
 # linear, cosine or step (constant until the next point).
 _C.SOLVER.MOMENTUM_INTERPOLATION = "linear"
@@ -415,8 +403,7 @@ _C.SOLVER.CHECKPOINT_PERIOD = 5000
 _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
 # Write checkpoints in a background thread; needs host memory for a copy.
 _C.SOLVER.ASYNC_CHECKPOINT = False
-# If a loss or the gradient norm is NaN or infinite: stop at the next save or log; skip the step on all
-# ranks, with a device sync per step.
+# On a NaN or infinite loss or gradient norm: stop at the next save or log, or skip (a device sync per step).
 _C.SOLVER.ON_NONFINITE = "stop"
 # Maximum number of consecutive skipped steps.
 _C.SOLVER.MAX_SKIPPED_STEPS = 10
@@ -453,17 +440,14 @@ _C.TEST.EXPECTED_RESULTS = []
 _C.TEST.DETECTIONS_PER_IMAGE = 100
 # OKS sigmas, one per keypoint; [] is COCO's for 17 keypoints.
 _C.TEST.KEYPOINT_OKS_SIGMAS = []
-# Maximum batch size per rank in evaluation. Only images of the same resized and padded shape are batched, so
-# that results do not depend on the batch size.
+# Maximum batch size per rank in evaluation; only images of the same resized and padded shape are batched.
 _C.TEST.IMS_PER_BATCH = 1
 # Test-time augmentation in all evaluations: several sizes and flips, merged by NMS.
 _C.TEST.AUG = CN()
 _C.TEST.AUG.ENABLED = False
-# Shortest sides and maximum of the longest side, pixels. With INPUT.FIXED_SIZE, the sizes of its aspect
-# ratio with these shortest sides.
+# Shortest sides and maximum of the longest side, pixels; INPUT.FIXED_SIZE is scaled to these shortest sides.
 _C.TEST.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)
 _C.TEST.AUG.MAX_SIZE = 4000
-# Also flip horizontally.
 _C.TEST.AUG.FLIP = True
 # Not supported; must be False.
 _C.TEST.PRECISE_BN = CN()

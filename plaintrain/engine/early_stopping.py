@@ -9,16 +9,9 @@ from plaintrain.utils.errors import UserError, suggest_similar
 
 logger = logging.getLogger(__name__)
 
-_VAL = "val/"
-
 
 class EarlyStopping:
-    """Best value of a metric, and the number of evaluations without improvement.
-
-    Attributes:
-        value, iteration: the best value and its iteration; None before the first.
-        num_waited: evaluations since then.
-    """
+    """The best `value` of a metric, its `iteration`, and the `num_waited` evaluations since then."""
 
     def __init__(self, metric: str = "", patience: int = 0):
         """
@@ -39,7 +32,7 @@ class EarlyStopping:
         """Return the full name of the metric; None if the results contain no metric of its type."""
         if not self._metric:
             return None
-        names = [name for name in results if name.startswith(_VAL) == self._metric.startswith(_VAL)]
+        names = [name for name in results if name.startswith("val/") == self._metric.startswith("val/")]
         if self._metric == "auto" or not names:
             return names[0] if names else None
         for name in names:
@@ -56,9 +49,7 @@ class EarlyStopping:
         NaN is never the best. Results of another type (validation losses `val/...`, or evaluation metrics)
         are ignored, and so are evaluations that a resumed run repeats.
 
-        Args:
-            iteration: the last finished iteration; -1 before the first.
-            results: {metric: value}, the same on all ranks.
+        `results` must be the same on all ranks. `iteration` is -1 before the first one.
         """
         name = self._find_name(results)
         if name is None or iteration <= self._last_iter:
@@ -95,13 +86,11 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state; warn and start anew if it is the state of another metric."""
+        """Restore the state; ignore the state of another metric with a warning."""
         if state_dict["metric"] != self._metric:
             if state_dict["metric"]:
-                logger.warning(
-                    f"TEST.BEST_METRIC was {state_dict['metric']!r} and is {self._metric!r}; the best value "
-                    "is reset"
-                )
+                old = state_dict["metric"]
+                logger.warning(f"TEST.BEST_METRIC was {old!r} and is {self._metric!r}; reset the best value")
             return
         self.value = state_dict["value"]
         self.iteration = state_dict["iteration"]

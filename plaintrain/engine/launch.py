@@ -74,8 +74,7 @@ def launch(
 
 
 def _exit_interrupted() -> None:
-    message = "interrupted; continue from the last checkpoint with --resume"
-    print(message, file=sys.stderr, flush=True)
+    print("interrupted; continue from the last checkpoint with --resume", file=sys.stderr, flush=True)
     sys.exit(_INTERRUPTED)
 
 
@@ -110,10 +109,7 @@ def _spawn(main_func, args, job, debug):
     # Handlers are set first, so that no signal is lost while the ranks start.
     handlers = {signum: signal.signal(signum, forward) for signum in get_stop_signals()}
     try:
-        arguments = (main_func, args, job, debug)
-        context = mp.start_processes(
-            _run_rank, arguments, job["local_size"], join=False, start_method="spawn"
-        )
+        context = mp.start_processes(_run_rank, (main_func, args, job, debug), job["local_size"], join=False)
         ranks += context.processes
         failed = _wait_for_failure(ranks)
         code = failed.exitcode if failed else 0
@@ -230,7 +226,7 @@ def _rendezvous(job):
             ) from e
     holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     # The watch starts first, since the store dies with rank 0.
-    watch = FailureWatch(address, rank, job["machine"], job["local_rank"], prefix, holds_store)
+    watch = FailureWatch(job, address, prefix, holds_store)
     if job["local_size"] < world_size:
         choose_interface(store, job["machine"], address[0])
     return store, watch

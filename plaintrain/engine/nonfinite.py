@@ -25,9 +25,7 @@ _MIN_SCALE = 2.0**-14
 class NonfiniteGuard:
     """Check of losses and gradient norms for NaN and infinity, on all ranks together.
 
-    Attributes:
-        num_skipped: number of skipped steps.
-        num_in_row: number of consecutive skipped steps before the current one.
+    Counts all skipped steps (`num_skipped`) and the consecutive ones (`num_in_row`).
     """
 
     def __init__(
@@ -42,8 +40,6 @@ class NonfiniteGuard:
         """
         Args:
             model: its BatchNorm statistics are restored after a skipped step.
-            data_loader: returns the image names and samples of an iteration.
-            scaler: skips steps with NaN or infinite gradients if it is enabled.
             max_in_row: maximum number of consecutive skipped steps; 0 disables skipping.
             dump_folder: folder for the samples of bad iterations; "" disables saving.
         """
@@ -62,11 +58,8 @@ class NonfiniteGuard:
         """Return whether the optimizer may step; False on all ranks if any rank has NaN or infinity.
 
         Always True, without a device sync, unless SOLVER.ON_NONFINITE is "skip". Restores the running
-        statistics of the model before it returns False.
-
-        Args:
-            losses: 0-d tensors of this rank.
-            grad_norm: 0-d tensor; ignored with an enabled scaler, which skips such steps itself.
+        statistics of the model before it returns False. An enabled scaler skips steps with a bad `grad_norm`
+        itself.
 
         Raises:
             FloatingPointError: if too many consecutive steps were skipped.

@@ -46,8 +46,7 @@ def resolve_num_classes(cfg: CfgNode, eval_only: bool) -> list[str]:
 
 def _resolve_num_keypoints(cfg: CfgNode, datasets: Sequence[str]) -> None:
     for dataset in datasets:
-        keypoints = MetadataCatalog.get(dataset).get("keypoint_names")
-        if keypoints:
+        if keypoints := MetadataCatalog.get(dataset).get("keypoint_names"):
             _resolve_count(cfg, _NUM_KEYPOINTS, dataset, keypoints)
     num_keypoints = get_value(cfg, _NUM_KEYPOINTS)
     if not num_keypoints:
@@ -119,12 +118,9 @@ def _check_schedule(cfg: CfgNode) -> None:
     """Reject contradicting settings of validation, evaluation and early stopping."""
     test = cfg.TEST
     validates = test.VAL_LOSS_PERIOD > 0 or any(mode == "val" for mode, _ in cfg.WORKFLOW)
-    for key, is_set in (
-        ("TEST.VAL_LOSS_PERIOD or a val flow in WORKFLOW", validates),
-        ("TEST.BEST_METRIC", test.BEST_METRIC),
-    ):
-        if is_set and not cfg.DATASETS.TEST:
-            raise UserError(f"{key} is set, but DATASETS.TEST is empty; name at least one dataset")
+    if not cfg.DATASETS.TEST and (validates or test.BEST_METRIC):
+        key = "TEST.VAL_LOSS_PERIOD or a val flow in WORKFLOW" if validates else "TEST.BEST_METRIC"
+        raise UserError(f"{key} is set, but DATASETS.TEST is empty; name at least one dataset")
     if validates and cfg.MODEL.MASK_ON:
         get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False, need_masks=True)
     if test.EVAL_START and not test.EVAL_PERIOD:
@@ -150,10 +146,8 @@ def _check_test_dataset(name: str, needs_images: bool) -> None:
         logger.warning(f"the dataset {name} has no evaluator_type; it is scored with COCO metrics")
         metadata.set(evaluator_type="coco")
     elif metadata.evaluator_type not in EVALUATORS:
-        raise UserError(
-            f"evaluator_type of the dataset {name} must be one of {', '.join(EVALUATORS)}, "
-            f"got {metadata.evaluator_type!r}"
-        )
+        types = ", ".join(EVALUATORS)
+        raise UserError(f"evaluator_type of {name} must be one of {types}, got {metadata.evaluator_type!r}")
 
 
 def _check_norms(cfg: CfgNode, model: nn.Module, resume: bool) -> None:
@@ -164,7 +158,6 @@ def _check_norms(cfg: CfgNode, model: nn.Module, resume: bool) -> None:
     is_frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or any(issubclass(n, FrozenBatchNorm2d) for n in norms)
     if is_frozen and not cfg.MODEL.WEIGHTS and not resume:
         logger.warning(
-            "MODEL.WEIGHTS is empty; a frozen backbone (MODEL.BACKBONE.FREEZE_AT "
-            f"{cfg.MODEL.BACKBONE.FREEZE_AT}, or FrozenBN) does not learn from random weights; use "
-            "FREEZE_AT 0 with BN or GN"
+            "MODEL.WEIGHTS is empty, but a frozen backbone (MODEL.BACKBONE.FREEZE_AT above 0, or FrozenBN) "
+            "does not learn from random weights; use FREEZE_AT 0 with BN or GN"
         )

@@ -34,7 +34,7 @@ from plaintrain.utils.writers import EventWriter
 
 logger = logging.getLogger(__name__)
 
-# Keys that the training loop itself implements.
+# Keys that scripts/plain_train_net.py implements in its loop.
 LOOP_OPTIONS = [
     "DEBUG.DUMP_BAD_BATCH",
     "MODEL.EMA.ENABLED",
@@ -151,16 +151,16 @@ def _prepare_process(cfg: CfgNode) -> None:
         gc.freeze()
 
 
-def require_default(cfg: CfgNode, key: str, reason: str) -> None:
+def require_default(cfg: CfgNode, key: str, hint: str) -> None:
     """Raise if a key that a script does not support is set."""
     value = get_value(cfg, key)
     default = get_value(get_cfg(), key)
     if value != default:
-        raise UserError(f"{key} must be {default} in this script, got {value}; {reason}")
+        raise UserError(f"{key} must be {default} in this script, got {value}; {hint}")
 
 
 def reject_loop_options(cfg: CfgNode, used: Collection[str] = ()) -> None:
-    """Raise if an option of `LOOP_OPTIONS` is set that is not among those that the loop uses."""
+    """Raise if an option of `LOOP_OPTIONS` is set, other than those that the caller's loop has used."""
     for key in LOOP_OPTIONS:
         if key not in used:
             require_default(cfg, key, "scripts/plain_train_net.py supports it")

@@ -47,32 +47,25 @@ class FailureWatch:
     """
 
     def __init__(
-        self,
-        address: tuple[str, int],
-        rank: int,
-        machine: int,
-        local_rank: int,
-        prefix: str = "",
-        holds_store: bool = False,
+        self, job: dict[str, Any], address: tuple[str, int], prefix: str = "", holds_store: bool = False
     ):
         """
         Args:
+            job: see `find_job`.
             address: (host, port) of the job's `TCPStore`.
-            machine: index of this machine.
             prefix: prefix of the keys of this start of the job.
             holds_store: whether this process, and not an agent of torchrun, runs the store.
         """
         self._store = connect(*address, prefix)
-        self._rank = rank
-        self._machine = machine
-        self._local_rank = local_rank
+        self._rank = job["rank"]
+        self._machine = job["machine"]
+        self._local_rank = job["local_rank"]
         self._holds_store = holds_store
         self._stopped = threading.Event()
         # Held by the thread that ends this process.
         self._ending = threading.Lock()
-        self._threads = [
-            threading.Thread(target=target, daemon=True) for target in (self._watch_store, self._watch_clock)
-        ]
+        targets = (self._watch_store, self._watch_clock)
+        self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
         for thread in self._threads:
             thread.start()
 
@@ -87,7 +80,7 @@ class FailureWatch:
 
         The job's first failure is printed by its rank, and once on each other machine.
         """
-        if _is_connection_error(error):
+        if isinstance(error, RuntimeError) and _CONNECTION_ERROR.search(str(error)):
             # The report of the rank that failed first usually ends this process meanwhile.
             time.sleep(_CONNECTION_SECONDS)
             text = f"lost the connection to a rank that has reported no failure\n{text}"
@@ -149,11 +142,6 @@ class FailureWatch:
                 text = f"no step was finished within {heartbeat.get_limit():g} s (HANG_TIMEOUT)"
                 with self._ending:
                     self._report(f"{text}; each rank reports its position", hangs=True)
-
-
-def _is_connection_error(error: BaseException) -> bool:
-    """Return whether an exception was probably caused by the failure of another rank."""
-    return isinstance(error, RuntimeError) and _CONNECTION_ERROR.search(str(error)) is not None
 
 
 def _get_position():
