@@ -80,8 +80,7 @@ def do_test(cfg, model):
 def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
     """Compute the validation losses and test results that are due, log them and save the best weights.
 
-    Returns the test results. All ranks must call it. The mode of the model, training or evaluation, does not
-    change.
+    Returns the test results. All ranks must call it. The mode of the model does not change.
     """
     metrics = {}
     results = {}
@@ -160,7 +159,7 @@ def do_train(cfg, model, resume=False):
     with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
         results = {}
         if start_iter > 0:
-            # A checkpoint is saved before the evaluation and log of its iteration, so repeat these.
+            # A checkpoint is saved before the evaluation and log of its iteration, so these may be missing.
             actions = due(cfg, start_iter - 1)
             if actions.validate or actions.test:
                 results = evaluate(cfg, ema.eval_model, start_iter - 1, actions, early_stopping, checkpointer)
@@ -175,6 +174,7 @@ def do_train(cfg, model, resume=False):
             storage.iter = iteration
             actions = due(cfg, iteration, stopping=stop.requested_on_any_rank())  # all ranks
 
+            # Train on one batch.
             micro_batches = split_batch(samples, cfg.SOLVER.ACCUMULATE_STEPS)
             losses = train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite)  # all ranks
             # The average and the schedule also count skipped steps.
@@ -200,7 +200,7 @@ def do_train(cfg, model, resume=False):
                 break
             start = perf_counter()
 
-        # A run that was stopped early has no final checkpoint.
+        # An interrupted run has no final checkpoint.
         if not actions.stop:
             checkpointer.save_final()  # all ranks
     return results

@@ -58,11 +58,7 @@ def test_fork_trains_and_resumes_exactly_with_its_dataset_its_loss_and_its_metri
 @pytest.mark.parametrize(
     ("flags", "options", "words"),
     [
-        (
-            [],
-            ["MODEL.EMA.ENABLED", "True"],
-            "MODEL.EMA.ENABLED must be False.*plain_train_net.py supports it",
-        ),
+        ([], ["MODEL.EMA.ENABLED", "True"], "EMA.ENABLED must be False.*plain_train_net.py supports it"),
         (["--eval-only"], [], "only trains"),
         (["--dry-run"], [], "only trains"),
     ],

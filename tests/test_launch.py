@@ -131,11 +131,7 @@ def test_mistakes_are_one_sentence_and_bugs_a_traceback(capfd, set_env, error, d
         ((2, 1, 0, "host:29500"), {}, "got 'host:29500'"),
         ((2, 1, 0, "tcp://:29500"), {}, "got 'tcp://:29500'"),
         ((2, 1, 0, "tcp://h:70000"), {}, "got 'tcp://h:70000'"),
-        (
-            (2,),
-            torchrun_env(0, 4),
-            "--num-gpus must be 4 or omitted, got 2; torchrun has started 4 processes",
-        ),
+        ((2,), torchrun_env(0, 4), "must be 4 or omitted, got 2; torchrun has started 4 processes"),
         ((1,), torchrun_env(6, 8), "torchrun has started 8 processes on this machine, but this"),
     ],
 )

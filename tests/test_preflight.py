@@ -46,7 +46,7 @@ def error_message(cfg, *overrides, **kwargs):
 NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
 
-def settle_keypoints(cfg, *overrides):
+def resolve_keypoints(cfg, *overrides):
     cfg.merge_from_list(["MODEL.KEYPOINT_ON", True, *overrides])
     cfg.freeze()
     resolve_num_classes(cfg, eval_only=False)
@@ -54,16 +54,16 @@ def settle_keypoints(cfg, *overrides):
 
 
 def test_num_keypoints_comes_from_the_dataset_and_must_be_set_where_it_has_no_names(cfg):
-    assert settle_keypoints(cfg) == 4
+    assert resolve_keypoints(cfg) == 4
     cfg.defrost()
     # It agrees now.
-    assert settle_keypoints(cfg) == 4
+    assert resolve_keypoints(cfg) == 4
     MetadataCatalog.get("few_shapes").set(keypoint_names=None)
     cfg.defrost()
-    assert settle_keypoints(cfg) == 4
+    assert resolve_keypoints(cfg) == 4
     cfg.defrost()
     with pytest.raises(UserError, match="names no keypoints"):
-        settle_keypoints(cfg, NUM_KEYPOINTS, 0)
+        resolve_keypoints(cfg, NUM_KEYPOINTS, 0)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_num_keypoints_comes_from_the_dataset_and_must_be_set_where_it_has_no_na
 )
 def test_keypoint_errors_name_the_key(cfg, key, value, words):
     with pytest.raises(UserError, match=words):
-        settle_keypoints(cfg, key, value)
+        resolve_keypoints(cfg, key, value)
     # Without a keypoint head they do not matter.
     cfg.defrost()
     cfg.MODEL.KEYPOINT_ON = False

@@ -51,8 +51,8 @@ def watch_ranks(monkeypatch):
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
 
     def start(*ranks):
-        jobs = [{"rank": rank, "machine": rank, "local_rank": 0} for rank in ranks]
-        made.extend(FailureWatch(job, ("127.0.0.1", port)) for job in jobs)
+        address = ("127.0.0.1", port)
+        made.extend(FailureWatch({"rank": r, "machine": r, "local_rank": 0}, address) for r in ranks)
         return made, ended
 
     yield start

@@ -97,7 +97,7 @@ def _merge(root: CfgNode, section: str, content: Mapping[str, Any], source: str)
         key = str(key)
         name = f"{section}.{key}" if section else key
         if key not in node:
-            # yacs keeps its own attributes in the same dict.
+            # yacs keeps its own state in vars(node).
             if not node.is_new_allowed() or key in vars(node):
                 raise ConfigError(_describe_unknown_key(name, root, source))
             value = _parse_literal(value) if source == _COMMAND_LINE else value
@@ -155,7 +155,8 @@ def _convert(old: Any, value: Any, name: str, source: str) -> Any:
 
 
 def _describe_wrong_type(old: Any, value: Any, raw: Any, location: str) -> str:
-    message = f"{location} must be a {type(old).__name__}, as {old!r}, got the {type(value).__name__} {raw!r}"
+    expected = f"of type {type(old).__name__}, such as {old!r}"
+    message = f"{location} must be {expected}, got {raw!r} of type {type(value).__name__}"
     if not isinstance(old, tuple | list):
         return message
     if isinstance(raw, str) and raw.lstrip().startswith("(") and ")" not in raw:

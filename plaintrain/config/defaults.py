@@ -16,8 +16,8 @@ _C.OUTPUT.REPORT = True
 _C.SEED = -1
 # torch.backends.cudnn.benchmark: faster if input sizes repeat; a resumed run may differ in rounding.
 _C.CUDNN_BENCHMARK = False
-# Multi-process runs: seconds for a training step or an evaluation batch before all ranks exit with their
-# stack positions; 30 minutes more for the first step and for rank 0's scoring. 0 disables it.
+# Seconds for a training step or evaluation batch of a multi-process run, after which all ranks print their
+# position and exit; 30 minutes more for the first step and for rank 0's scoring. 0: no limit.
 _C.HANG_TIMEOUT = 600.0
 # Iterations between log writes.
 _C.LOG_PERIOD = 20
@@ -91,7 +91,7 @@ _C.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, False, False, False]
 _C.MODEL.TINY = CN()
 # build_tiny_backbone: a stage per entry, two 3x3 convolutions, the first with stride 2.
 _C.MODEL.TINY.CHANNELS = [32, 64, 128]
-# Number of output levels: the last stages.
+# Number of stages, the last ones, that are output levels.
 _C.MODEL.TINY.NUM_LEVELS = 1
 _C.MODEL.TINY.OUT_CHANNELS = 64
 # BN, SyncBN or GN.
@@ -149,7 +149,7 @@ _C.MODEL.RPN.BBOX_REG_LOSS_WEIGHT = 1.0
 _C.MODEL.RPN.BBOX_REG_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 _C.MODEL.RPN.SMOOTH_L1_BETA = 1.0 / 9
 _C.MODEL.RPN.LOSS_WEIGHT = 1.0
-# Divide losses by sampled anchors (sampled, torchvision) or BATCH_SIZE_PER_IMAGE (batch_size, Detectron2).
+# Divide losses by the sampled anchors (sampled) or by BATCH_SIZE_PER_IMAGE * images (batch_size, Detectron2).
 _C.MODEL.RPN.LOSS_NORMALIZER = "sampled"
 
 _C.MODEL.ROI_HEADS = CN()
@@ -202,7 +202,7 @@ _C.MODEL.ROI_MASK_HEAD.CONV_DIM = 256
 _C.MODEL.ROI_MASK_HEAD.NORM = ""
 _C.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = False
 # Mask targets and pasted masks are aligned with their boxes, as in Detectron2. False for torchvision's
-# weights: targets are shifted by half a pixel, masks are pasted with a border.
+# weights: targets are shifted by half a pixel, masks are pasted slightly too large.
 _C.MODEL.ROI_MASK_HEAD.ALIGNED = True
 
 _C.MODEL.ROI_KEYPOINT_HEAD = CN()
@@ -262,7 +262,7 @@ _C.MODEL.SSD = CN()
 _C.MODEL.SSD.NUM_CLASSES = 0
 # SSDHead (3x3 convolutions) or SSDLiteHead (depthwise separable convolutions).
 _C.MODEL.SSD.HEAD_NAME = "SSDHead"
-# Default boxes as in torchvision's DefaultBoxGenerator: one list per level; a ratio r adds r and 1/r.
+# Default boxes as in torchvision: one list per level; r stands for r and 1/r, and 1 is always included.
 _C.MODEL.SSD.ASPECT_RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
 # Sides as fractions of the image, one per level plus one; [] spaces them evenly from MIN_RATIO to MAX_RATIO.
 _C.MODEL.SSD.SCALES = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
@@ -403,7 +403,7 @@ _C.SOLVER.CHECKPOINT_PERIOD = 5000
 _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
 # Write checkpoints in a background thread; needs host memory for a copy.
 _C.SOLVER.ASYNC_CHECKPOINT = False
-# On a NaN or infinite loss or gradient norm: stop at the next save or log, or skip (a device sync per step).
+# On NaN or infinite loss or gradient norm: stop at the next save or log, or skip the step (device syncs).
 _C.SOLVER.ON_NONFINITE = "stop"
 # Maximum number of consecutive skipped steps.
 _C.SOLVER.MAX_SKIPPED_STEPS = 10

@@ -52,9 +52,9 @@ def evaluate(
     early_stopping: EarlyStopping,
     checkpointer: TrainingCheckpointer,
 ) -> dict[str, Any]:
-    """Compute what is due of losses and test results, log both, save the best weights; return test results.
+    """Compute the validation losses and test results that are due, log them and save the best weights.
 
-    All ranks must call it. The mode of the modules, training or evaluation, does not change.
+    Returns the test results. All ranks must call it. The mode of the model does not change.
     """
     metrics: dict[str, float] = {}
     results: dict[str, Any] = {}
