@@ -9,7 +9,6 @@ from argparse import Namespace
 from collections.abc import Collection, Sequence
 
 import torch
-from torch import nn
 
 from plaintrain.checkpoint.files import list_resume_candidates, read_last_checkpoint
 from plaintrain.checkpoint.resume_check import check_changes
@@ -121,9 +120,7 @@ def default_setup(cfg: CfgNode, args: Namespace) -> None:
     comm.synchronize()
 
 
-def _check_initial_weights(
-    cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool, class_names: Sequence[str]
-) -> None:
+def _check_initial_weights(cfg, model, resume, eval_only, class_names):
     """Check the last checkpoint, or MODEL.WEIGHTS, against config and model."""
     # Only rank 0 reads weights.
     if not comm.is_main_process():
