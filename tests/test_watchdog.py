@@ -69,7 +69,7 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize(
-    ("error", "is_caused"),
+    ("error", "waits"),
     [
         (ValueError("connection reset"), False),
         (RuntimeError("shape mismatch"), False),
@@ -77,7 +77,7 @@ def wait_for(condition):
         (RuntimeError("NCCL communicator was aborted"), True),
     ],
 )
-def test_first_failure_is_printed_and_what_another_caused_waits_for_it(watch_ranks, capfd, error, is_caused):
+def test_first_failure_is_printed_and_what_another_caused_waits_for_it(watch_ranks, capfd, error, waits):
     (first, second), ended = watch_ranks(0, 1)
     other = threading.Timer(0.3, lambda: first.fail(KeyError(), "first"))
     other.start()
@@ -86,9 +86,7 @@ def test_first_failure_is_printed_and_what_another_caused_waits_for_it(watch_ran
     other.join()
     assert wait_for(lambda: len(ended) >= 2)
     shown = (
-        {"rank 0: first", "rank 0 failed: first"}
-        if is_caused
-        else {"rank 1: second", "rank 1 failed: second"}
+        {"rank 0: first", "rank 0 failed: first"} if waits else {"rank 1: second", "rank 1 failed: second"}
     )
     assert set(capfd.readouterr().err.splitlines()) == shown
 
