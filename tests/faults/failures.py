@@ -124,7 +124,7 @@ def disk_full():
 WORKERS = ["DATALOADER.NUM_WORKERS", 2, "DATALOADER.WORKER_TYPE", "process"]
 HANG = ["HANG_TIMEOUT", 2]
 ASYNC = ["SOLVER.ASYNC_CHECKPOINT", True]
-LOADER = "a process that loads images has failed"
+LOADER = "a data loading worker has failed"
 NAN = ["NaN or infinite at iteration 6", "images of that batch"]
 HANGS = ["no step was finished within 2 s", "rank 1 is in", "tests/faults/failures.py, line"]
 # {failure: (faults, options, words in the output)}.
