@@ -1,4 +1,4 @@
-"""A fork of scripts/plain_train_net.py with a dataset, a loss and a metric of its own; see README.md here.
+"""Example of a fork of scripts/plain_train_net.py: another dataset, loss and metric; see README.md here.
 
 python examples/train_fork.py --config-file configs/quickstart.yaml OUTPUT_DIR output/fork \\
     DATASETS.TRAIN "('crowded_train',)" DATASETS.TEST "('crowded_val',)"
@@ -16,7 +16,7 @@ from plaintrain.utils.events import EventStorage, closing_all, write_all
 
 
 def load_crowded(split):
-    """1. The dataset: a function that returns a list of records, here images with three shapes or more."""
+    """Return the records of a dataset (step 1): images with at least three shapes."""
     return [record for record in load_shapes(split, 500)[0] if len(record["annotations"]) >= 3]
 
 
@@ -26,7 +26,7 @@ for name, split in (("crowded_train", "train"), ("crowded_val", "val")):
 
 
 def add_presence_loss(detector):
-    """2. The loss: from the backbone's coarsest map, the detector also learns which classes are present."""
+    """Add a loss (step 2): a linear layer predicts the classes in the image from the coarsest feature map."""
     detector.presence = torch.nn.Linear(detector.backbone.out_channels, len(CLASSES))
     detector.presence.to(next(detector.parameters()).device)
     maps = {}
@@ -44,7 +44,7 @@ def add_presence_loss(detector):
 
 
 class CountingError(evaluation.DatasetEvaluator):
-    """3. The metric: by how much the number of detections of a class is off in an image, on average."""
+    """Metric (step 3): mean absolute error of the number of detections per image and class."""
 
     def __init__(self, dataset_name):
         records = data.DatasetCatalog.get(dataset_name)
@@ -105,7 +105,7 @@ def do_train(cfg, model, resume):
 
 def main(args):
     if args.eval_only or args.dry_run:
-        raise SystemExit("error: this fork only trains, without --eval-only and --dry-run")
+        raise SystemExit("error: this fork only trains; --eval-only and --dry-run are not supported")
     cfg = engine.load_cfg(args)
     engine.reject_loop_options(cfg, used=["SOLVER.ASYNC_CHECKPOINT", "SOLVER.CHECKPOINT_MAX_TO_KEEP"])
     engine.default_setup(cfg, args)

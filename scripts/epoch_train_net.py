@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Train and evaluate a detector epoch by epoch, with validation epochs as WORKFLOW says.
+"""Train and evaluate a detector epoch by epoch, with the validation epochs of WORKFLOW.
 
 python scripts/epoch_train_net.py --config-file configs/BCCD/faster_rcnn_tiny_epochs.yaml
 python scripts/epoch_train_net.py --config-file configs/quickstart.yaml SOLVER.MAX_EPOCHS 3 \\
     SOLVER.BY_EPOCH True SOLVER.CHECKPOINT_PERIOD 1 WORKFLOW "[['train', 1], ['val', 1]]"
 
-The step is that of plain_train_net.py, and either script resumes the checkpoints of the other.
+plain_train_net.py has the same step, and both scripts can resume the checkpoints of the other.
 """
 
 import logging
@@ -14,7 +14,7 @@ from time import perf_counter
 from plaintrain.utils.arguments import default_argument_parser
 
 if __name__ == "__main__":
-    # Parsed here, so that --help does not wait for the imports of torch below.
+    # --help should not wait for the imports below.
     args = default_argument_parser(epilog=__doc__).parse_args()
 
 from plaintrain import checkpoint, data, engine, evaluation, modeling, solver
@@ -37,13 +37,14 @@ logger = logging.getLogger("plaintrain")
 
 
 def due(cfg, iteration, iters_per_epoch, stopping=False):
-    """Return what is due after an iteration (from 0); evaluations come at the end of an epoch."""
+    """Return the actions that are due after an iteration (from 0); evaluations follow whole epochs."""
     is_last_iter = iteration == cfg.SOLVER.MAX_ITER - 1
     if stopping and not is_last_iter:
         return Due(save=True, stop=True)
     epoch = iteration // iters_per_epoch
     is_end = is_last_iter or (iteration + 1) % iters_per_epoch == 0
     validate = is_end and validates_after(cfg, epoch)
+    # An evaluation that is due within an epoch follows its last iteration.
     iterations = range(epoch * iters_per_epoch, iteration + 1) if is_end else ()
     test = is_last_iter or any(every(cfg.TEST.EVAL_PERIOD, i, start=cfg.TEST.EVAL_START) for i in iterations)
     save = validate or test or every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration)
@@ -52,7 +53,7 @@ def due(cfg, iteration, iters_per_epoch, stopping=False):
 
 
 def train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite):
-    """Forward, backward and optimizer step; returns detached losses and the gradient norm, {} if skipped."""
+    """Run one step as in plain_train_net.py; return detached losses and gradient norm, {} if skipped."""
     optimizer.zero_grad()
     losses = {}
     for micro_batch, weight, is_last in micro_batches:
@@ -74,7 +75,8 @@ def train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite):
 
 
 def do_train(cfg, model, resume=False):
-    """Train for SOLVER.MAX_EPOCHS epochs; returns the results of the last evaluation."""
+    """Train for SOLVER.MAX_EPOCHS epochs; return the results of the last test."""
+    # Build everything that the loop needs.
     model.train()
     optimizer = solver.build_optimizer(cfg, model)
     scheduler = solver.build_lr_scheduler(cfg, optimizer)
@@ -87,15 +89,16 @@ def do_train(cfg, model, resume=False):
     storage = EventStorage()
     writers = engine.build_writers(cfg)
 
+    # A checkpoint contains the model, these states by name, and the random state of each rank.
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler, "ema": ema}
     states |= {"data_loader": data_loader, "nonfinite": nonfinite, "early_stopping": early_stopping}
     checkpointer = checkpoint.build_checkpointer(cfg, model, storage=storage, **states)
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
     iters_per_epoch = data_loader.iters_per_epoch
-    logger.info(f"starting training from iteration {start_iter}, {iters_per_epoch} an epoch")
+    logger.info(f"starting training from iteration {start_iter}, {iters_per_epoch} per epoch")
 
     with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
-        # WORKFLOW may begin with a validation. A resumed run first does what its checkpoint precedes.
+        # WORKFLOW may start with a validation, and a resumed run repeats what follows its checkpoint.
         results = {}
         actions = due(cfg, start_iter - 1, iters_per_epoch)
         if actions.validate or actions.test:
@@ -112,6 +115,7 @@ def do_train(cfg, model, resume=False):
                 storage.iter = iteration
                 actions = due(cfg, iteration, iters_per_epoch, stop.requested_on_any_rank())  # all ranks
 
+                # Train on one batch.
                 micro_batches = split_batch(samples, cfg.SOLVER.ACCUMULATE_STEPS)
                 losses = train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite)
                 ema.update(model)
@@ -120,9 +124,10 @@ def do_train(cfg, model, resume=False):
                 reduced_losses = comm.reduce_dict(losses)  # all ranks
                 storage.put_scalars(**reduced_losses, time=perf_counter() - start_time, data_time=data_time)
                 if actions.save or actions.log:
-                    nonfinite.raise_if_found(storage)  # device sync
+                    nonfinite.check_storage(storage)  # device sync
                     storage.put_scalars(**amp.scalars(), **get_peak_memory(), smoothing_hint=False)
 
+                # Save before the evaluation, which may fail; log after it, with its metrics.
                 if actions.save:
                     checkpointer.save_iteration(iteration)  # all ranks
                 if actions.validate or actions.test:
@@ -137,12 +142,12 @@ def do_train(cfg, model, resume=False):
 
 
 def main(args):
-    """Train or evaluate; runs on each rank."""
+    """Train or evaluate on one rank."""
     cfg = engine.load_cfg(args)
     if not args.eval_only:
-        engine.require_default(cfg, "TEST.VAL_LOSS_PERIOD", 'here ["val", n] in WORKFLOW computes them')
+        engine.require_default(cfg, "TEST.VAL_LOSS_PERIOD", 'set ["val", n] in WORKFLOW')
         if not cfg.SOLVER.MAX_EPOCHS:
-            raise UserError("SOLVER.MAX_EPOCHS is 0: set the number of training epochs")
+            raise UserError("SOLVER.MAX_EPOCHS must be the number of training epochs, got 0")
     engine.default_setup(cfg, args)
     model = modeling.build_model(cfg)
     logger.info(f"model:\n{model}")

@@ -6,8 +6,8 @@ python scripts/plain_train_net.py --config-file configs/quickstart.yaml --resume
 python scripts/plain_train_net.py --config-file configs/quickstart.yaml --eval-only \\
     MODEL.WEIGHTS output/quickstart/model_final.pth
 
-The file is made to be copied: change the data, the evaluator or the loss where they are called.
-examples/minimal_train.py is the same loop without options.
+Copy this script and change the dataset, the evaluator or the loss. examples/minimal_train.py is the same loop
+without options.
 """
 
 import logging
@@ -17,7 +17,7 @@ from time import perf_counter
 from plaintrain.utils.arguments import default_argument_parser
 
 if __name__ == "__main__":
-    # Parsed here, so that --help does not wait for the imports of torch below.
+    # --help should not wait for the imports below.
     args = default_argument_parser(epilog=__doc__).parse_args()
 
 from plaintrain.checkpoint import build_checkpointer, load_for_evaluation
@@ -50,21 +50,21 @@ logger = logging.getLogger("plaintrain")
 
 
 def due(cfg, iteration, stopping=False):
-    """Return what is due after an iteration (from 0); `stopping`: the run is asked to end."""
+    """Return the actions that are due after an iteration (from 0), or that end a run that is `stopping`."""
     is_last_iter = iteration == cfg.SOLVER.MAX_ITER - 1
     if stopping and not is_last_iter:
-        # What else is due is done by the resumed run, see `start_iter > 0` in do_train.
+        # A resumed run does the rest, see `start_iter > 0` in do_train.
         return Due(save=True, stop=True)
     validate = every(cfg.TEST.VAL_LOSS_PERIOD, iteration)
     test = is_last_iter or every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)
-    # A checkpoint precedes each evaluation, so that one that fails or is interrupted loses nothing.
+    # A checkpoint precedes each evaluation, which may fail or be interrupted.
     save = validate or test or every(cfg.SOLVER.CHECKPOINT_PERIOD, iteration)
     log = validate or test or every(cfg.LOG_PERIOD, iteration)
     return Due(save=save, validate=validate, test=test, log=log)
 
 
 def do_test(cfg, model):
-    """Evaluate on each dataset of DATASETS.TEST; returns {dataset: {task: {metric: number}}} on all ranks."""
+    """Evaluate on each dataset of DATASETS.TEST; return {dataset: {task: {metric: value}}} on all ranks."""
     results = {}
     for dataset_name in cfg.DATASETS.TEST:
         data_loader = build_detection_test_loader(cfg, dataset_name)
@@ -78,9 +78,9 @@ def do_test(cfg, model):
 
 
 def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
-    """Validate and test as `actions` says, log the metrics, save the best weights; returns test results.
+    """Compute the validation losses and test results that are due, log them and save the best weights.
 
-    All ranks call it. Modules return to the mode they had, training or evaluation.
+    Returns the test results. All ranks must call it. The mode of the model does not change.
     """
     metrics = {}
     results = {}
@@ -89,12 +89,12 @@ def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
     if actions.test:
         results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
-    # False, and without effect, unless the metrics contain TEST.BEST_METRIC.
+    # This is False unless the metrics contain TEST.BEST_METRIC.
     is_best = early_stopping.update(iteration, metrics)
     if is_best:
         checkpointer.save_weights("model_best", eval_model, iteration=iteration)
     if early_stopping.triggered and not actions.test:
-        # The run ends here because of a validation loss: it gets test results all the same.
+        # A validation loss has triggered early stopping, and the run needs final test results.
         results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
     get_event_storage().put_scalars(**metrics, smoothing_hint=False)
@@ -102,39 +102,40 @@ def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
 
 
 def train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite):
-    """Forward, backward and optimizer step on one batch.
+    """Run forward, backward and optimizer step on one batch.
 
     Returns the detached losses and the gradient norm; {} if the step is skipped.
     """
     optimizer.zero_grad()
     losses = {}
-    # One micro-batch, unless SOLVER.ACCUMULATE_STEPS is larger; `weight` is its fraction of the batch.
+    # There is one micro-batch unless SOLVER.ACCUMULATE_STEPS > 1; `weight` is its fraction of the batch.
     for micro_batch, weight, is_last in micro_batches:
-        # DistributedDataParallel averages gradients over ranks with the last micro-batch only.
+        # DistributedDataParallel averages gradients over ranks in the last backward() only.
         with sync_gradients(model, is_last):
             with amp.autocast:
                 loss_dict = model(micro_batch)
             if is_last:
-                comm.check_loss_names(loss_dict)  # all ranks: if one lacks a loss, others hang in backward()
+                comm.check_loss_names(loss_dict)  # all ranks: a missing loss would deadlock backward()
             total_loss = sum_losses(loss_dict)
             amp.scaler.scale(total_loss * weight).backward()
         losses = add_losses(losses, {"total_loss": total_loss, **loss_dict}, weight)
     amp.scaler.unscale_(optimizer)
     grad_norm = clip_gradients()
-    # True, except with SOLVER.ON_NONFINITE "skip" if any rank has NaN: then all ranks skip (device sync).
-    # With "stop" a bad step is taken, and raise_if_found() in do_train ends the run before it is saved.
+    # SOLVER.ON_NONFINITE "skip": all ranks skip the step if any rank has NaN (device sync).
+    # "stop": the step is always taken; check_storage() in do_train raises before it is saved.
     take_step = nonfinite.allows_step(losses, grad_norm)
     if take_step:
         amp.scaler.step(optimizer)
-    amp.scaler.update()  # also without a step: unscale_() has looked for infinite gradients
+    amp.scaler.update()  # also after a skipped step, because unscale_() has checked the gradients
     return {**losses, "grad_norm": grad_norm} if take_step else {}
 
 
 def do_train(cfg, model, resume=False):
-    """Train for SOLVER.MAX_ITER iterations; returns the results of the last test.
+    """Train for SOLVER.MAX_ITER iterations; return the results of the last test.
 
-    Lines marked "all ranks" communicate, so every rank must reach them; "device sync" waits for the GPU.
+    Lines marked "all ranks" communicate, so all ranks must reach them; "device sync" waits for the GPU.
     """
+    # Build everything that the loop needs.
     model.train()
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
@@ -147,24 +148,24 @@ def do_train(cfg, model, resume=False):
     storage = EventStorage()
     writers = build_writers(cfg)
 
-    # Saved and restored by name, with the model and the random state of each rank.
+    # A checkpoint contains the model, these states by name, and the random state of each rank.
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler, "ema": ema}
     states |= {"data_loader": data_loader, "nonfinite": nonfinite, "early_stopping": early_stopping}
     checkpointer = build_checkpointer(cfg, model, storage=storage, **states)
-    # Only a resumed checkpoint has an iteration; other weights start at 0.
+    # Fine-tuning starts at iteration 0; only --resume restores the iteration.
     start_iter = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume).get("iteration", -1) + 1
     logger.info(f"starting training from iteration {start_iter} of {cfg.SOLVER.MAX_ITER}")
 
     with StopSignal(cfg.SOLVER.MAX_TIME) as stop, storage, closing_all(writers), checkpointer:
         results = {}
         if start_iter > 0:
-            # The checkpoint is from before the evaluation and log of its iteration: do these, maybe again.
+            # A checkpoint is saved before the evaluation and log of its iteration, so these may be missing.
             actions = due(cfg, start_iter - 1)
             if actions.validate or actions.test:
                 results = evaluate(cfg, ema.eval_model, start_iter - 1, actions, early_stopping, checkpointer)
             if actions.log:
                 write_all(writers)
-        # A run that early stopping has ended trains no further: the range is empty.
+        # A run that early stopping has ended does not train when it is resumed.
         end_iter = start_iter if early_stopping.triggered else cfg.SOLVER.MAX_ITER
 
         start = perf_counter()
@@ -173,20 +174,22 @@ def do_train(cfg, model, resume=False):
             storage.iter = iteration
             actions = due(cfg, iteration, stopping=stop.requested_on_any_rank())  # all ranks
 
+            # Train on one batch.
             micro_batches = split_batch(samples, cfg.SOLVER.ACCUMULATE_STEPS)
             losses = train_step(model, micro_batches, optimizer, amp, clip_gradients, nonfinite)  # all ranks
-            # Also after a skipped step: averages and schedule count iterations.
+            # The average and the schedule also count skipped steps.
             ema.update(model)
             storage.put_scalars(**scheduler.scalars(), smoothing_hint=False)
             scheduler.step()
 
-            # All ranks. Losses stay on the device until someone reads them from the storage.
+            # Losses stay on the device until the storage is read; reduce_dict() averages them over all ranks.
             storage.put_scalars(**comm.reduce_dict(losses), time=perf_counter() - start, data_time=data_time)
             if actions.save or actions.log:
                 # Raise on all ranks if a loss or norm since the last save or log is NaN on any rank.
-                nonfinite.raise_if_found(storage)  # device sync
+                nonfinite.check_storage(storage)  # device sync
                 storage.put_scalars(**amp.scalars(), **get_peak_memory(), smoothing_hint=False)
 
+            # Save before the evaluation, which may fail; log after it, with its metrics.
             if actions.save:
                 checkpointer.save_iteration(iteration)  # all ranks
             if actions.validate or actions.test:
@@ -197,27 +200,27 @@ def do_train(cfg, model, resume=False):
                 break
             start = perf_counter()
 
-        # A run that was told to stop is unfinished.
+        # An interrupted run has no final checkpoint.
         if not actions.stop:
             checkpointer.save_final()  # all ranks
     return results
 
 
 def setup(args):
-    """Return the config of the command line, after the checks that can be made before training."""
+    """Load the config of the command line and set up the run."""
     cfg = get_cfg()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     if not args.eval_only:
-        require_default(cfg, "WORKFLOW", "epoch_train_net.py reads it; here there is TEST.VAL_LOSS_PERIOD")
+        require_default(cfg, "WORKFLOW", "set TEST.VAL_LOSS_PERIOD, or run epoch_train_net.py")
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
 
 
 def main(args):
-    """Train or evaluate; runs on each rank."""
+    """Train or evaluate on one rank."""
     cfg = setup(args)
     model = build_model(cfg)
     logger.info(f"model:\n{model}")

@@ -3,7 +3,7 @@
 
 python tests/mutation_check.py run                                  # with the tests of its module and package
 python tests/mutation_check.py run --source plaintrain/solver/ema --fast
-python tests/mutation_check.py run --only raise_if_found --every    # with every test file
+python tests/mutation_check.py run --only check_storage --every    # with every test file
 python tests/mutation_check.py planted                              # whether the properties catch theirs
 
 A defect is tried with the test file of its module, then with those that name it or its package, until a

@@ -32,8 +32,8 @@ MUTATIONS = {
         ("if type(old) is not type(value):", "if not isinstance(value, type(old)):"),
         ("if not node.is_new_allowed() or key in vars(node):", "if key in vars(node):"),
         (
-            'return value\n    raise ConfigError(f"{name} in {source} holds',
-            'return str(value)\n    raise ConfigError(f"{name} in {source} holds',
+            'return value\n    raise ConfigError(f"{name} in {source} must be a plain',
+            'return str(value)\n    raise ConfigError(f"{name} in {source} must be a plain',
         ),
     ],
     "plaintrain/visualization/curves.py": [
@@ -143,7 +143,7 @@ MUTATIONS = {
         ("0 < self._patience <= self.num_waited", "0 < self._patience < self.num_waited"),
         ("sign = -1 if", "sign = 1 if"),
         ('self.num_waited = state_dict["num_waited"]', "self.num_waited = 0"),
-        ("iteration <= self._seen:", "iteration < self._seen:"),
+        ("iteration <= self._last_iter:", "iteration < self._last_iter:"),
     ],
     "plaintrain/solver/ema.py": [
         ("use_buffers=True", "use_buffers=False"),
@@ -284,7 +284,7 @@ MUTATIONS = {
         ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
     ],
     "plaintrain/engine/preflight.py": [
-        ("not (test.BEST_METRIC and (test.EVAL_PERIOD or of_losses))", "not test.BEST_METRIC"),
+        ("not (test.BEST_METRIC and (test.EVAL_PERIOD or is_loss))", "not test.BEST_METRIC"),
     ],
     "plaintrain/report/detections.py": [
         (" - 2 * classes.diagonal()", ""),
@@ -395,7 +395,7 @@ MUTATIONS = {
         ("iteration = min(bad)[0]", "iteration = max(bad)[0]"),
     ],
     "plaintrain/engine/watchdog.py": [
-        ("            time.sleep(_FELT_SECONDS)\n", ""),
+        ("            time.sleep(_CONNECTION_SECONDS)\n", ""),
         ("                heartbeat.forgive(gap)\n", "                pass\n"),
     ],
     "plaintrain/config/schema.py": [
@@ -514,7 +514,7 @@ PLANTED = {
             ("value = type(old)(value)", "value = old + type(old)(value)"),
             ("raise ConfigError(_describe_unknown_key(name, root, source))", "continue"),
             ("number=3, least=0.75", "number=3, least=1.0"),
-            ('message = f"{name} in', "message = f\"{name.rpartition('.')[2]} in"),
+            ('raw, f"{name} in', "raw, f\"{name.rpartition('.')[2]} in"),
         ],
         "plaintrain/config/defaults.py": [("return _C.clone()", "return _C")],
         "plaintrain/config/yaml.py": [

@@ -83,7 +83,7 @@ def test_unknown_metric_is_rejected_with_the_nearest(metric, near, far):
     with pytest.raises(UserError) as error:
         EarlyStopping(metric).update(0, {**LOSSES, **RESULTS})
     message, _, names = str(error.value).partition("; did you mean ")
-    assert message == f"TEST.BEST_METRIC is {metric!r}, which the evaluation does not give"
+    assert message == f"TEST.BEST_METRIC must be a metric of the evaluation, got {metric!r}"
     assert near in names and far not in names
 
 

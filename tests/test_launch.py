@@ -18,7 +18,7 @@ from plaintrain.utils.errors import UserError
 
 RANK_0_FAILS = partial(fail, ranks=(0,), error=RuntimeError("rank 0 broke"))
 RANK_1_FAILS = partial(fail, ranks=(1,), error=RuntimeError("rank 1 broke"), waits=True)
-KILLED_BY = "error: rank 1 was ended by SIGKILL: is the memory full?"
+KILLED_BY = "error: rank 1 was killed by SIGKILL; the machine may be out of memory"
 # A waiting rank would wait for 100 s or, in a collective, for 30 minutes.
 SOON = 20
 
@@ -88,9 +88,9 @@ def test_find_job_reads_the_address_and_lets_a_batch_script_start_the_processes(
 
 
 KILLED = "DataLoader worker (pid 7) is killed by signal: Killed."
-LOADING = f"a process that loads images has failed ({KILLED})"
-HINT = "if the machine's memory is full, lower DATALOADER.NUM_WORKERS"
-INTERRUPTED = "interrupted; a training goes on"
+LOADING = f"a data loading worker has failed ({KILLED})"
+HINT = "if the machine is out of memory, lower DATALOADER.NUM_WORKERS"
+INTERRUPTED = "interrupted; continue"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ INTERRUPTED = "interrupted; a training goes on"
         (UserError("the key X is wrong"), True, 1, None),
         (RuntimeError("a bug"), False, 1, None),
         (RuntimeError(KILLED), False, 1, f"error: {LOADING}; {HINT}\n"),
-        (KeyboardInterrupt(), False, 130, f"{INTERRUPTED} from its last checkpoint with --resume\n"),
+        (KeyboardInterrupt(), False, 130, f"{INTERRUPTED} from the last checkpoint with --resume\n"),
     ],
 )
 def test_mistakes_are_one_sentence_and_bugs_a_traceback(capfd, set_env, error, debug, code, text):
@@ -122,16 +122,16 @@ def test_mistakes_are_one_sentence_and_bugs_a_traceback(capfd, set_env, error, d
     ("args", "env", "words"),
     [
         ((9,), {}, "--num-gpus is 9, but this machine has 4 GPU"),
-        ((0, 1, 0), {}, "--num-gpus 0 --num-machines 1 --machine-rank 0 do not fit"),
-        ((1, 0, 0), {}, "--num-gpus 1 --num-machines 0 --machine-rank 0 do not fit"),
-        ((1, 2, 2), {}, "--num-gpus 1 --num-machines 2 --machine-rank 2 do not fit"),
-        ((1, 2, -1), {}, "--num-gpus 1 --num-machines 2 --machine-rank -1 do not fit"),
-        ((1, 2, 0), {}, "several machines need --dist-url tcp://HOST:PORT"),
-        ((2, 1, 0, "tcp://host"), {}, "--dist-url must look like tcp://HOST:PORT, not 'tcp://host'"),
-        ((2, 1, 0, "host:29500"), {}, "not 'host:29500'"),
-        ((2, 1, 0, "tcp://:29500"), {}, "not 'tcp://:29500'"),
-        ((2, 1, 0, "tcp://h:70000"), {}, "not 'tcp://h:70000'"),
-        ((2,), torchrun_env(0, 4), "--num-gpus is 2, but torchrun has started 4 processes"),
+        ((0, 1, 0), {}, "--num-gpus must be at least 1, got 0"),
+        ((1, 0, 0), {}, "--num-machines must be at least 1, got 0"),
+        ((1, 2, 2), {}, "--machine-rank must be from 0 to 1, got 2"),
+        ((1, 2, -1), {}, "--machine-rank must be from 0 to 1, got -1"),
+        ((1, 2, 0), {}, "--dist-url must be tcp://HOST:PORT of machine 0 for several machines, got auto"),
+        ((2, 1, 0, "tcp://host"), {}, "--dist-url must be tcp://HOST:PORT, got 'tcp://host'"),
+        ((2, 1, 0, "host:29500"), {}, "got 'host:29500'"),
+        ((2, 1, 0, "tcp://:29500"), {}, "got 'tcp://:29500'"),
+        ((2, 1, 0, "tcp://h:70000"), {}, "got 'tcp://h:70000'"),
+        ((2,), torchrun_env(0, 4), "must be 4 or omitted, got 2; torchrun has started 4 processes"),
         ((1,), torchrun_env(6, 8), "torchrun has started 8 processes on this machine, but this"),
     ],
 )
@@ -219,7 +219,7 @@ def test_failing_rank_ends_the_job_which_says_why_once(tmp_path, main, words, tr
         # Rank 0 holds the store, and is gone before the other machine has begun to watch.
         (RANK_0_FAILS, 0, "RuntimeError: rank 0 broke", "", 1),
         (RANK_1_FAILS, 1, "RuntimeError: rank 1 broke", "rank 1 failed", 0),
-        (rank_functions.rank_1_is_killed, 1, KILLED_BY, "rank 1 failed: it was ended by", 0),
+        (rank_functions.rank_1_is_killed, 1, KILLED_BY, "rank 1 failed: it was killed by", 0),
     ],
 )
 def test_failing_rank_ends_the_job_on_the_other_machine_too(tmp_path, main, rank, own, others, late):

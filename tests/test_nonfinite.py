@@ -78,7 +78,7 @@ def test_allows_step_raises_after_too_many_in_a_row():
         assert nonfinite.state_dict() == {"num_skipped": 10, "num_in_row": 0}
         for _ in range(2):
             assert not nonfinite.allows_step(*scalars(NAN))
-        with pytest.raises(FloatingPointError, match="2 steps before it .*MAX_SKIPPED_STEPS is 2"):
+        with pytest.raises(FloatingPointError, match="more than SOLVER.MAX_SKIPPED_STEPS 2 consecutive"):
             nonfinite.allows_step(*scalars(NAN))
     assert nonfinite.state_dict() == {"num_skipped": 13, "num_in_row": 3}
 
@@ -114,14 +114,14 @@ def test_config_says_whether_steps_are_skipped_and_samples_saved(mode, skips, tm
         assert (nonfinite._max_in_row > 0) is skips
         storage.put_scalar("loss_a", math.nan)
         with pytest.raises(FloatingPointError, match=r"iteration 12.*120 \(a.jpg\), 121 \(b.jpg\)"):
-            nonfinite.raise_if_found(storage)
+            nonfinite.check_storage(storage)
         assert len(list(tmp_path.iterdir())) == number
     saved = torch.load(tmp_path / "bad_batch_0000012.pth", weights_only=True)
     assert saved["iteration"] == 12 and saved["samples"][0]["target"]["labels"].tolist() == [12]
     # A failing dump does not hide the error.
     storage.put_scalar("loss_a", math.nan)
     with pytest.raises(FloatingPointError, match="loss_a"):
-        guard(dump_folder="/proc/nowhere").raise_if_found(storage)
+        guard(dump_folder="/proc/nowhere").check_storage(storage)
     assert "cannot save the samples" in log.text
 
 
@@ -132,20 +132,20 @@ def scaler_at(scale):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_raise_if_found_raises_for_the_norm_without_a_scaler_or_for_a_small_scale(value):
+def test_check_storage_raises_for_the_norm_without_a_scaler_or_for_a_small_scale(value):
     norm_found = pytest.raises(FloatingPointError, match="grad_norm became NaN or infinite at iteration 4")
     for scale, expected in ((None, norm_found), (8.0, nullcontext())):
         nonfinite = guard(scaler=scaler_at(scale))
         with EventStorage(4) as storage:
             storage.put_scalars(total_loss=1.0, grad_norm=value)
             with expected:
-                nonfinite.raise_if_found(storage)
-            nonfinite.raise_if_found(storage)
+                nonfinite.check_storage(storage)
+            nonfinite.check_storage(storage)
             # A loss counts with a scaler too.
             storage.put_scalars(total_loss=value)
             with pytest.raises(FloatingPointError, match="total_loss"):
-                nonfinite.raise_if_found(storage)
+                nonfinite.check_storage(storage)
     with EventStorage() as storage:
-        guard(scaler=scaler_at(2.0**-14)).raise_if_found(storage)
+        guard(scaler=scaler_at(2.0**-14)).check_storage(storage)
         with pytest.raises(FloatingPointError, match="overflow in float16 even at a loss scale of 3.1e-05"):
-            guard(scaler=scaler_at(2.0**-15)).raise_if_found(storage)
+            guard(scaler=scaler_at(2.0**-15)).check_storage(storage)

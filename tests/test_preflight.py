@@ -46,7 +46,7 @@ def error_message(cfg, *overrides, **kwargs):
 NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
 
-def settle_keypoints(cfg, *overrides):
+def resolve_keypoints(cfg, *overrides):
     cfg.merge_from_list(["MODEL.KEYPOINT_ON", True, *overrides])
     cfg.freeze()
     resolve_num_classes(cfg, eval_only=False)
@@ -54,22 +54,22 @@ def settle_keypoints(cfg, *overrides):
 
 
 def test_num_keypoints_comes_from_the_dataset_and_must_be_set_where_it_has_no_names(cfg):
-    assert settle_keypoints(cfg) == 4
+    assert resolve_keypoints(cfg) == 4
     cfg.defrost()
     # It agrees now.
-    assert settle_keypoints(cfg) == 4
+    assert resolve_keypoints(cfg) == 4
     MetadataCatalog.get("few_shapes").set(keypoint_names=None)
     cfg.defrost()
-    assert settle_keypoints(cfg) == 4
+    assert resolve_keypoints(cfg) == 4
     cfg.defrost()
     with pytest.raises(UserError, match="names no keypoints"):
-        settle_keypoints(cfg, NUM_KEYPOINTS, 0)
+        resolve_keypoints(cfg, NUM_KEYPOINTS, 0)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        (NUM_KEYPOINTS, 17, r"NUM_KEYPOINTS is 17, but the dataset few_shapes has 4 .* bottom"),
+        (NUM_KEYPOINTS, 17, r"NUM_KEYPOINTS must be 4 for the dataset few_shapes .* bottom.*, got 17"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [], "KEYPOINT_OKS_SIGMAS must be 4 positive numbers"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [0.05] * 3, "KEYPOINT_OKS_SIGMAS must be 4 positive numbers"),
         ("TEST.KEYPOINT_OKS_SIGMAS", [0.05, 0.0, 0.05, 0.05], r"must be 4 positive numbers.*0\.0"),
@@ -77,7 +77,7 @@ def test_num_keypoints_comes_from_the_dataset_and_must_be_set_where_it_has_no_na
 )
 def test_keypoint_errors_name_the_key(cfg, key, value, words):
     with pytest.raises(UserError, match=words):
-        settle_keypoints(cfg, key, value)
+        resolve_keypoints(cfg, key, value)
     # Without a keypoint head they do not matter.
     cfg.defrost()
     cfg.MODEL.KEYPOINT_ON = False
@@ -152,13 +152,13 @@ TINY = ("MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.ANCHOR_GENERATOR.SI
             "TEST.VAL_LOSS_PERIOD or a val flow in WORKFLOW is set, but DATASETS.TEST is empty",
         ),
         (["TEST.BEST_METRIC", "auto", *NO_TESTS], "TEST.BEST_METRIC is set, but DATASETS.TEST is empty"),
-        (["TEST.EVAL_START", 3], "TEST.EVAL_START is 3, but TEST.EVAL_PERIOD is 0: set it too"),
+        (["TEST.EVAL_START", 3], "TEST.EVAL_PERIOD must be above 0 with TEST.EVAL_START 3, got 0"),
         (
             ["TEST.BEST_METRIC", "val/total_loss"],
-            "TEST.BEST_METRIC is val/total_loss, but no validation losses are computed: set",
+            "TEST.BEST_METRIC is val/total_loss, but no validation losses are computed; set",
         ),
-        (["SOLVER.PATIENCE", 3, "TEST.EVAL_PERIOD", 5], "SOLVER.PATIENCE is 3: it needs TEST.BEST_METRIC"),
-        (["SOLVER.PATIENCE", 3, "TEST.BEST_METRIC", "auto"], "SOLVER.PATIENCE is 3: it needs"),
+        (["SOLVER.PATIENCE", 3, "TEST.EVAL_PERIOD", 5], "SOLVER.PATIENCE 3 needs TEST.BEST_METRIC"),
+        (["SOLVER.PATIENCE", 3, "TEST.BEST_METRIC", "auto"], "SOLVER.PATIENCE 3 needs"),
         (["SOLVER.ACCUMULATE_STEPS", 17], "SOLVER.ACCUMULATE_STEPS must be 1 to"),
         (["MODEL.RESNETS.NORM", "SyncBN"], NO_GPUS),
         (["MODEL.FPN.NORM", "SyncBN"], NO_GPUS),

@@ -60,7 +60,7 @@ def test_report_shows_a_finished_run_that_nobody_holds(cfg, tmp_path, log):
 def test_report_that_fails_is_a_warning(cfg, tmp_path, log):
     (tmp_path / "run" / "report.html").mkdir()
     write_report(cfg)
-    assert "WARNING" in log.text and "no report.html was made: error: " in log.text
+    assert "WARNING" in log.text and "cannot write report.html: error: " in log.text
 
 
 def test_report_without_matplotlib_says_what_to_install(cfg, commands, monkeypatch, log):

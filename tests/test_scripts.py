@@ -130,19 +130,19 @@ def test_ranks_are_spawned_by_a_script_that_is_started_from_a_shell(tmp_path):
 TINY, COCO = ["--config-file", "config.yaml"], ["--config-file", "coco.yaml"]
 # (script, command line, what the error says)
 MISTAKES = [
-    ("plain", [], r"DATASETS\.TRAIN and DATASETS\.TEST are empty: give --config-file"),
+    ("plain", [], r"DATASETS\.TRAIN and DATASETS\.TEST are empty; set --config-file"),
     ("epoch", ["SOLVER.MAXITER", "3"], r"SOLVER\.MAXITER.*command line.*SOLVER\.MAX_ITER"),
     ("plain", [*TINY, "SEED", "1", "--resume"], r"--resume stands after the"),
     ("plain", COCO, r"annotation 2 in .*a\.json has category_id 9.*\[1, 2\]"),
     ("plain", [*TINY, "DATASETS.TRAIN", "('coco_2017_train',)"], r"annotation file .*instances_train2017"),
     ("plain", [*TINY, "--eval-only", "--resume"], r"--resume: there is no checkpoint in"),
     ("epoch", [*TINY, "--eval-only", "--resume"], r"--resume: there is no checkpoint in"),
-    ("plain", [*TINY, "WORKFLOW", "[['val', 1], ['train', 1]]"], r"WORKFLOW is .*TEST\.VAL_LOSS_PERIOD"),
-    ("epoch", [*TINY, "TEST.VAL_LOSS_PERIOD", "2"], r"TEST\.VAL_LOSS_PERIOD is 2.*WORKFLOW"),
-    ("epoch", TINY, r"SOLVER\.MAX_EPOCHS is 0"),
-    ("plain", [*TINY, "--overfit", "-1"], r"--overfit is -1, but must be from 1 to the 22 training"),
-    ("plain", [*TINY, "--overfit", "23"], r"--overfit is 23, but must be from 1 to the 22 training"),
-    ("plain", [*TINY, "--dry-run", "--resume"], "leave out --resume and --eval-only"),
+    ("plain", [*TINY, "WORKFLOW", "[['val', 1], ['train', 1]]"], r"WORKFLOW must be .*TEST\.VAL_LOSS_PERIOD"),
+    ("epoch", [*TINY, "TEST.VAL_LOSS_PERIOD", "2"], r"TEST\.VAL_LOSS_PERIOD must be 0 .*WORKFLOW"),
+    ("epoch", TINY, r"SOLVER\.MAX_EPOCHS must be .*, got 0"),
+    ("plain", [*TINY, "--overfit", "-1"], r"--overfit must be from 1 to 22 .*, got -1"),
+    ("plain", [*TINY, "--overfit", "23"], r"--overfit must be from 1 to 22 .*, got 23"),
+    ("plain", [*TINY, "--dry-run", "--resume"], "cannot be combined with --resume or --eval-only"),
     ("plain", [*TINY, "--dry-run", "TEST.BEST_METRIC", "bbox/APP"], r"'bbox/APP'.*few_val/bbox/AP"),
 ]
 

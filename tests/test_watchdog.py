@@ -45,13 +45,13 @@ def watch_ranks(monkeypatch):
     monkeypatch.setattr(watchdog, "end_at_once", lambda code: ended.append(code) or sys.exit())
     monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.05)
     monkeypatch.setattr(watchdog, "_CLOCK_SECONDS", 0.05)
-    monkeypatch.setattr(watchdog, "_FELT_SECONDS", 1.0)
+    monkeypatch.setattr(watchdog, "_CONNECTION_SECONDS", 1.0)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    port = free_port()
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    address = ("127.0.0.1", free_port())
+    store = dist.TCPStore(*address, is_master=True, wait_for_workers=False)
 
     def start(*ranks):
-        made.extend(FailureWatch(("127.0.0.1", port), rank, machine=rank, local_rank=0) for rank in ranks)
+        made.extend(FailureWatch({"rank": r, "machine": r, "local_rank": 0}, address) for r in ranks)
         return made, ended
 
     yield start
@@ -69,7 +69,7 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize(
-    ("error", "is_felt"),
+    ("error", "waits"),
     [
         (ValueError("connection reset"), False),
         (RuntimeError("shape mismatch"), False),
@@ -77,7 +77,7 @@ def wait_for(condition):
         (RuntimeError("NCCL communicator was aborted"), True),
     ],
 )
-def test_first_failure_is_printed_and_what_another_caused_waits_for_it(watch_ranks, capfd, error, is_felt):
+def test_first_failure_is_printed_and_what_another_caused_waits_for_it(watch_ranks, capfd, error, waits):
     (first, second), ended = watch_ranks(0, 1)
     other = threading.Timer(0.3, lambda: first.fail(KeyError(), "first"))
     other.start()
@@ -86,7 +86,7 @@ def test_first_failure_is_printed_and_what_another_caused_waits_for_it(watch_ran
     other.join()
     assert wait_for(lambda: len(ended) >= 2)
     shown = (
-        {"rank 0: first", "rank 0 failed: first"} if is_felt else {"rank 1: second", "rank 1 failed: second"}
+        {"rank 0: first", "rank 0 failed: first"} if waits else {"rank 1: second", "rank 1 failed: second"}
     )
     assert set(capfd.readouterr().err.splitlines()) == shown
 
@@ -95,7 +95,7 @@ def test_lost_connection_without_a_report_is_the_failure(watch_ranks, capfd):
     (watch,), _ = watch_ranks(0)
     with pytest.raises(SystemExit):
         watch.fail(RuntimeError("connection closed"), "connection closed")
-    text = "rank 0: the connection to a rank that has reported no failure is lost\nconnection closed\n"
+    text = "rank 0: lost the connection to a rank that has reported no failure\nconnection closed\n"
     assert capfd.readouterr().err == text
 
 

@@ -1,7 +1,7 @@
 """Allowed values and ranges of config keys: one table, checked by `check_cfg` before anything is built.
 
-Not here are limits that depend on the data, the backbone or the number of processes, and the names of what
-forks may add (MODEL.META_ARCHITECTURE, MODEL.BACKBONE.NAME, INPUT.AUGMENTATIONS).
+Limits that depend on the data, the backbone or the number of processes are checked elsewhere, and so are
+the names that forks may extend (MODEL.META_ARCHITECTURE, MODEL.BACKBONE.NAME, INPUT.AUGMENTATIONS).
 """
 
 import itertools
@@ -9,31 +9,31 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from plaintrain.config.config import get_value
+from plaintrain.config.config import CfgNode, get_value
 from plaintrain.config.yaml import flatten
 from plaintrain.utils.errors import ConfigError
 
 
 class Rule(NamedTuple):
-    """What a value must be, in words, and the function that says whether one is."""
+    """Condition on a value, in words for the error and as a predicate."""
 
     words: str
     accepts: Callable[[Any], bool]
 
 
-def _one_of(*allowed):
+def _one_of(*allowed: Any) -> Rule:
     return Rule(" or ".join(map(repr, allowed)), lambda value: value in allowed)
 
 
-def _number(words, is_in_range):
+def _number(words: str, is_in_range: Callable[[float], bool]) -> Rule:
     def accepts(value):
         return isinstance(value, int | float) and not isinstance(value, bool) and is_in_range(value)
 
     return Rule(words, accepts)
 
 
-def _list_of(rule, words, number=None):
-    return Rule(words, lambda values: number in (None, len(values)) and all(map(rule.accepts, values)))
+def _list_of(rule: Rule, words: str, length: int | None = None) -> Rule:
+    return Rule(words, lambda values: length in (None, len(values)) and all(map(rule.accepts, values)))
 
 
 _ANY_NUMBER = _number("a number", lambda value: True)
@@ -43,24 +43,22 @@ _ABOVE_0 = _number("above 0", lambda value: value > 0)
 _BELOW_1 = _number("at least 0 and below 1", lambda value: 0 <= value < 1)
 _FRACTION = _number("above 0 and at most 1", lambda value: 0 < value <= 1)
 _INSIDE = _number("above 0 and below 1", lambda value: 0 < value < 1)
-_WIDTHS = Rule(
-    "1 or more numbers of at least 1", lambda values: values and all(map(_AT_LEAST_1.accepts, values))
-)
+_WIDTHS = Rule("1 or more numbers >= 1", lambda values: values and all(map(_AT_LEAST_1.accepts, values)))
 _NORM = _one_of("", "BN", "SyncBN", "GN")
 _BOX_LOSS = _one_of("smooth_l1", "giou")
 _POOLER = _one_of("ROIAlign", "ROIAlignV2")
 _WRITER = _one_of("console", "json", "csv", "tensorboard")
-_EXPECTED = Rule("[task, metric, value, tolerance]", lambda row: isinstance(row, list) and len(row) == 4)
+_EXPECTED = Rule("[task, metric, value, tolerance]", lambda item: isinstance(item, list) and len(item) == 4)
 
 
-def _is_momentum_schedule(points):
-    pairs = all(isinstance(point, list) and len(point) == 2 for point in points)
-    if not pairs or not all(_ANY_NUMBER.accepts(start) and _BELOW_1.accepts(m) for start, m in points):
+def _is_momentum_schedule(points: list) -> bool:
+    are_pairs = all(isinstance(point, list) and len(point) == 2 for point in points)
+    if not are_pairs or not all(_ANY_NUMBER.accepts(start) and _BELOW_1.accepts(m) for start, m in points):
         return False
     return all(before[0] < after[0] for before, after in itertools.pairwise(points))
 
 
-def _is_workflow(flows):
+def _is_workflow(flows: list) -> bool:
     def is_flow(flow):
         is_pair = isinstance(flow, list | tuple) and len(flow) == 2
         return is_pair and flow[0] in ("train", "val") and type(flow[1]) is int and flow[1] >= 1
@@ -68,20 +66,21 @@ def _is_workflow(flows):
     return all(map(is_flow, flows)) and any(mode == "train" for mode, _ in flows)
 
 
-def _thresholds(number):
+def _thresholds(count: int) -> Rule:
     def accepts(values):
-        is_right = len(values) == number and all(map(_ANY_NUMBER.accepts, values))
-        return is_right and all(a <= b for a, b in itertools.pairwise([0, *values, 1]))
+        are_numbers = len(values) == count and all(map(_ANY_NUMBER.accepts, values))
+        return are_numbers and all(a <= b for a, b in itertools.pairwise([0, *values, 1]))
 
-    return Rule("one number from 0 to 1" if number == 1 else f"{number} rising numbers from 0 to 1", accepts)
+    words = "a list of one number in [0, 1]" if count == 1 else f"{count} increasing numbers in [0, 1]"
+    return Rule(words, accepts)
 
 
-_MOMENTA = "[[iteration, momentum], ...], iterations rising, momenta in [0, 1)"
-_FLOWS = '[["train" or "val", n], ...], n at least 1, with a train flow'
+_MOMENTA = "[[iteration, momentum], ...], iterations increasing, momenta in [0, 1)"
+_FLOWS = '[["train" or "val", epochs], ...], epochs at least 1, with a train flow'
 _RESNET = "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone|build_retinanet_resnet_fpn_backbone"
 _FPN = _RESNET + "|build_mobilenet_v3_large_fpn_backbone"
-# Keys of which one value is allowed exist so that Detectron2's files merge. The outer key says when the rules
-# hold: "" always, "KEY=VALUE|VALUE" when that key has one of these values.
+# Keys with a single allowed value exist so that Detectron2's files can be merged. The outer key is the
+# condition of its rules: "" always, "KEY=VALUE|VALUE" if that key has one of these values.
 RULES = {
     "": {
         "VERSION": _one_of(2),
@@ -248,7 +247,7 @@ RULES = {
     },
     "MODEL.META_ARCHITECTURE=SSD": {
         "MODEL.SSD.HEAD_NAME": _one_of("SSDHead", "SSDLiteHead"),
-        "MODEL.BACKBONE.NAME": Rule("one without an FPN", lambda name: "fpn" not in name),
+        "MODEL.BACKBONE.NAME": Rule("a backbone without FPN", lambda name: "fpn" not in name),
         "INPUT.FIXED_SIZE": _list_of(_AT_LEAST_1, "a height and a width", 2),
         "MODEL.SSD.POSITIVE_FRACTION": _INSIDE,
     },
@@ -272,21 +271,21 @@ RULES = {
         "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": _one_of(0.0),
     },
 }
-# The maximum norm.
+# inf selects the maximum norm.
 _MAY_BE_INFINITE = "SOLVER.CLIP_GRADIENTS.NORM_TYPE"
 
 
-def check_cfg(cfg):
-    """Check the values of all keys; those of a feature only where it is on."""
+def check_cfg(cfg: CfgNode) -> None:
+    """Check the values of all keys; the keys of a feature only if it is enabled."""
     for condition, rules in RULES.items():
         switch, _, values = condition.partition("=")
         if switch and str(get_value(cfg, switch)) not in values.split("|"):
             continue
-        where = f" with {switch} {get_value(cfg, switch)}" if switch else ""
+        context = f" with {switch} {get_value(cfg, switch)}" if switch else ""
         for key, rule in rules.items():
             value = get_value(cfg, key)
             if not rule.accepts(value):
-                raise ConfigError(f"{key} must be {rule.words}{where}, got {value!r}")
+                raise ConfigError(f"{key} must be {rule.words}{context}, got {value!r}")
     for key, value in flatten(cfg).items():
         if isinstance(value, float) and not math.isfinite(value) and key != _MAY_BE_INFINITE:
             raise ConfigError(f"{key} must be a finite number, got {value}")

@@ -1,4 +1,4 @@
-"""Start of a run: command line, checks before training, processes."""
+"""Setup and launch of a run."""
 
 from plaintrain.engine.launch import create_ddp_model, launch
 from plaintrain.engine.setup import (

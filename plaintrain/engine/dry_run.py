@@ -1,14 +1,17 @@
-"""The first hour of a project: training on a few images, and a run of two iterations."""
+"""Quick checks of a training: --overfit on a few images, --dry-run for two iterations."""
 
 import contextlib
 import logging
 import math
 import os
 import shutil
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from plaintrain.config import set_value
+from plaintrain.config import CfgNode, set_value
 from plaintrain.data.build import count_iters_per_epoch, get_training_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.engine.launch import create_ddp_model
@@ -32,59 +35,59 @@ _DRY_RUN = {
 }
 
 
-def _register(name, records, like):
-    """Register records as a dataset with the metadata of another."""
+def _register_like(other: str, name: str, records: Sequence[dict[str, Any]]) -> None:
+    """Register records as a dataset with the metadata of another one."""
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
-    metadata = {k: v for k, v in vars(MetadataCatalog.get(like)).items() if k not in ("name", "declaration")}
+    metadata = {k: v for k, v in vars(MetadataCatalog.get(other)).items() if k not in ("name", "declaration")}
     DatasetCatalog.register(name, lambda: records)
     MetadataCatalog.get(name).set(**metadata)
 
 
-def overfit_on(cfg, num_images):
-    """Make the first images that can be trained on both the training and the test set, in place."""
+def overfit_on(cfg: CfgNode, num_images: int) -> None:
+    """Use the first training images as training and test set, in place."""
     if not cfg.DATASETS.TRAIN:
-        raise UserError("--overfit takes its images from DATASETS.TRAIN, which is empty")
-    usable = get_training_records(cfg)
-    if not 1 <= num_images <= len(usable):
-        raise UserError(f"--overfit is {num_images}, but must be from 1 to the {len(usable)} training images")
-    # Several datasets may use the same ids.
-    records = [{**usable[i], "image_id": i} for i in range(num_images)]
+        raise UserError("--overfit needs DATASETS.TRAIN; name at least one dataset")
+    records = get_training_records(cfg)
+    if not 1 <= num_images <= len(records):
+        raise UserError(f"--overfit must be from 1 to {len(records)} (training images), got {num_images}")
+    # Ids may not be unique across datasets.
+    selected = [{**records[i], "image_id": i} for i in range(num_images)]
     name = f"overfit_{num_images}"
-    _register(name, records, cfg.DATASETS.TRAIN[0])
+    _register_like(cfg.DATASETS.TRAIN[0], name, selected)
     set_value(cfg, "DATASETS.TRAIN", (name,))
     set_value(cfg, "DATASETS.TEST", (name,))
-    logger.info(f"--overfit: trained and evaluated on the same {num_images} images")
+    logger.info(f"--overfit: training and evaluation on the same {num_images} images")
 
 
-def shorten_to_dry_run(cfg):
-    """Make a run one of two iterations and an evaluation of a few images, in OUTPUT_DIR/dry-run."""
+def shorten_to_dry_run(cfg: CfgNode) -> None:
+    """Shorten a run to two iterations and an evaluation of a few images, in OUTPUT_DIR/dry-run."""
     for key, value in _DRY_RUN.items():
         set_value(cfg, key, value)
     if cfg.TEST.VAL_LOSS_PERIOD:
         set_value(cfg, "TEST.VAL_LOSS_PERIOD", 1)
-    few = max(8, 2 * cfg.TEST.IMS_PER_BATCH * comm.get_world_size())
+    max_images = max(8, 2 * cfg.TEST.IMS_PER_BATCH * comm.get_world_size())
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
-        _register(name, [records[i] for i in range(min(few, len(records)))], name)
+        _register_like(name, name, [records[i] for i in range(min(max_images, len(records)))])
     if cfg.SOLVER.MAX_EPOCHS:
-        # A test set that is trained on too is shorter now.
+        # An epoch is shorter now if the training set is also a test set.
         set_value(cfg, "SOLVER.MAX_ITER", min(2, count_iters_per_epoch(cfg)))
         set_value(cfg, "SOLVER.MAX_EPOCHS", 1)
     set_value(cfg, "OUTPUT_DIR", os.path.join(cfg.OUTPUT_DIR, "dry-run"))
     if comm.get_local_rank() == 0:
-        # What one that failed has left.
+        # A failed dry run leaves its folder.
         shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
     comm.synchronize()
 
 
-def finish_dry_run(args, cfg, results, do_train):
-    """With --dry-run, resume from the checkpoint with a new model, compare the results, and say "ready".
+def finish_dry_run(args: Namespace, cfg: CfgNode, results: dict[str, Any], do_train: Callable) -> None:
+    """Check with --dry-run that a resumed run has the same results, then delete its folder.
 
     Args:
-        args: the command line; nothing is done without its `dry_run`.
-        cfg: what `shorten_to_dry_run` made.
-        results: {dataset: {task: {metric: number}}} of the run.
+        args: the command line; does nothing unless `args.dry_run`.
+        cfg: a config that `shorten_to_dry_run` changed.
+        results: {dataset: {task: {metric: value}}} of the run.
         do_train: function `(cfg, model, resume)` that returns such results.
     """
     if not args.dry_run:
@@ -92,17 +95,17 @@ def finish_dry_run(args, cfg, results, do_train):
     before = flatten_results(results)
     after = flatten_results(do_train(cfg, create_ddp_model(build_model(cfg)), resume=True))
     for name in before | after:
-        a = before.get(name, math.nan)
-        b = after.get(name, math.nan)
-        if not np.isclose(a, b, rtol=0, atol=0.1, equal_nan=True):
-            raise UserError(f"the checkpoint read back is another model: {name} was {a:.4g} and is {b:.4g}")
+        old = before.get(name, math.nan)
+        new = after.get(name, math.nan)
+        if not np.isclose(old, new, rtol=0, atol=0.1, equal_nan=True):
+            raise UserError(f"the resumed model has different results: {name} was {old:.4g} and is {new:.4g}")
     comm.synchronize()
     if comm.get_local_rank() == 0:
         shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
         with contextlib.suppress(OSError):
-            # Empty only if it was made for this.
+            # Deletes OUTPUT_DIR only if it is empty.
             os.rmdir(os.path.dirname(cfg.OUTPUT_DIR))
     logger.info(
-        f"ready: {cfg.SOLVER.MAX_ITER} iterations, {'an evaluation, ' if results else ''}a save and a load "
-        "went well; nothing was kept. The whole run is the same command without --dry-run"
+        f"ready: {cfg.SOLVER.MAX_ITER} iterations, {'evaluation, ' if results else ''}saving and resuming "
+        "succeeded; all files were deleted. Run the same command without --dry-run"
     )

@@ -1,43 +1,38 @@
-"""Early stopping, and the best value of a metric so far."""
+"""Early stopping and the best value of a metric."""
 
 import logging
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from plaintrain.utils.errors import UserError, suggest_similar
 
 logger = logging.getLogger(__name__)
 
-_VAL = "val/"
-
 
 class EarlyStopping:
-    """Keeps the best value of one metric, and ends a run that has not improved it for a while.
+    """The best `value` of a metric, its `iteration`, and the `num_waited` evaluations since then."""
 
-    Attributes:
-        value, iteration: the best value so far and the iteration it was measured after; None before.
-        num_waited: evaluations since then.
-    """
-
-    def __init__(self, metric="", patience=0):
+    def __init__(self, metric: str = "", patience: int = 0):
         """
         Args:
-            metric: "" for none, "auto" for the first of an evaluation, or its name or the end of it, such
-                as "bbox/AP". The lowest "loss" is the best, the highest of anything else.
-            patience: evaluations in a row without a new best that trigger the end; 0 for never.
+            metric: name of the metric or its end, such as "bbox/AP"; "" for none, "auto" for the first
+                metric of an evaluation. Lower is better for losses, higher for other metrics.
+            patience: consecutive evaluations without improvement that trigger early stopping; 0 disables it.
         """
         self._metric = metric
         self._patience = patience
-        self.value = None
-        self.iteration = None
+        self.value: float | None = None
+        self.iteration: int | None = None
         self.num_waited = 0
-        # The iteration of the last evaluation; -1 is one before the first iteration.
-        self._seen = -2
+        # Iteration of the last evaluation; -1 is an evaluation before training.
+        self._last_iter = -2
 
-    def _find_name(self, results):
-        """Return the name of the metric among results, or None if none of its type is there."""
+    def _find_name(self, results: Mapping[str, float]) -> str | None:
+        """Return the full name of the metric; None if the results contain no metric of its type."""
         if not self._metric:
             return None
-        names = [name for name in results if name.startswith(_VAL) == self._metric.startswith(_VAL)]
+        names = [name for name in results if name.startswith("val/") == self._metric.startswith("val/")]
         if self._metric == "auto" or not names:
             return names[0] if names else None
         for name in names:
@@ -45,25 +40,23 @@ class EarlyStopping:
                 return name
         near = suggest_similar(self._metric, names, number=3)
         raise UserError(
-            f"TEST.BEST_METRIC is {self._metric!r}, which the evaluation does not give; did you mean {near}?"
+            f"TEST.BEST_METRIC must be a metric of the evaluation, got {self._metric!r}; did you mean {near}?"
         )
 
-    def update(self, iteration, results):
-        """Take in the results of an evaluation; returns whether they are strictly the best so far.
+    def update(self, iteration: int, results: Mapping[str, float]) -> bool:
+        """Record the results of an evaluation; return whether they are strictly better than all before.
 
-        NaN is never the best. Results without any of the metric's type (validation losses `val/...`, or
-        an evaluation) are ignored, and so is an evaluation that a resumed run repeats.
+        NaN is never the best. Results of another type (validation losses `val/...`, or evaluation metrics)
+        are ignored, and so are evaluations that a resumed run repeats.
 
-        Args:
-            iteration: the iteration that was finished, counted from 0; -1 before the first.
-            results: {name: number}, the same on every rank.
+        `results` must be the same on all ranks. `iteration` is -1 before the first one.
         """
         name = self._find_name(results)
-        if name is None or iteration <= self._seen:
+        if name is None or iteration <= self._last_iter:
             return False
-        self._seen = iteration
+        self._last_iter = iteration
         value = float(results[name])
-        # The name may begin with a dataset's and end with a class's, as in lossless/bbox/AP-floss.
+        # Names of datasets and classes may contain "loss" too: lossless/bbox/AP-floss.
         sign = -1 if "loss" in name.rpartition("/")[2].partition("-")[0] else 1
         best = -math.inf if self.value is None else sign * self.value
         if sign * value > best:
@@ -73,38 +66,36 @@ class EarlyStopping:
             logger.info(f"{name} is {value:.4g}, the best so far")
             return True
         self.num_waited += 1
-        logger.info(f"{name} is {value:.4g}; best: {self.value} after iteration {self.iteration}")
+        logger.info(f"{name} is {value:.4g}; the best is {self.value}, of iteration {self.iteration}")
         if self.triggered:
             logger.warning(f"early stopping: {name} has not improved for {self._patience} evaluations")
         return False
 
     @property
-    def triggered(self):
+    def triggered(self) -> bool:
         """Return whether the metric has not improved for `patience` evaluations."""
         return 0 < self._patience <= self.num_waited
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {
             "metric": self._metric,
             "value": self.value,
             "iteration": self.iteration,
             "num_waited": self.num_waited,
-            "seen": self._seen,
+            "seen": self._last_iter,
         }
 
-    def load_state_dict(self, state_dict):
-        """Restore a saved state; that of another metric is dropped with a warning."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state; ignore the state of another metric with a warning."""
         if state_dict["metric"] != self._metric:
             if state_dict["metric"]:
-                logger.warning(
-                    f"TEST.BEST_METRIC was {state_dict['metric']!r} and is {self._metric!r}: the best value "
-                    "so far is dropped"
-                )
+                old = state_dict["metric"]
+                logger.warning(f"TEST.BEST_METRIC was {old!r} and is {self._metric!r}; reset the best value")
             return
         self.value = state_dict["value"]
         self.iteration = state_dict["iteration"]
         self.num_waited = state_dict["num_waited"]
-        self._seen = state_dict["seen"]
+        self._last_iter = state_dict["seen"]
         if self.triggered:
             logger.warning(
                 f"early stopping: {self._metric} had not improved for {self._patience} evaluations; a larger "

@@ -1,4 +1,4 @@
-"""Start a function on every process of a job, or join the job that torchrun or Slurm started."""
+"""Launch a function on all processes of a job, or join a job started by torchrun or Slurm."""
 
 import contextlib
 import datetime
@@ -8,11 +8,14 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plaintrain.engine.distributed_env import agree_on_prefix, choose_interface, find_job
@@ -23,34 +26,36 @@ from plaintrain.utils.logger import ignore_console_errors
 from plaintrain.utils.memory import describe_out_of_memory, is_out_of_memory
 from plaintrain.utils.stop import end_at_once, get_stop_signals
 
-# How long a collective may wait for the slowest rank, for example while rank 0 scores.
+# Timeout of collectives; other ranks wait in one while rank 0 scores.
 DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
-# How long ranks wait for each other at the start.
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
-# What a shell reports for a program that Ctrl-C ended.
+# A shell's exit code for Ctrl-C.
 _INTERRUPTED = 130
-# The exit code of an interrupted rank; the process that spawned it prints the message once for all ranks.
+# Exit code of an interrupted rank; the process that spawned it prints the message once for all ranks.
 _RANK_INTERRUPTED = 128
-# How long the other ranks have to end by themselves when one has failed.
+# Time for the other ranks to exit after one has failed.
 _GRACE_SECONDS = 8.0
 
 
-def launch(main_func, num_gpus_per_machine=1, num_machines=1, machine_rank=0, dist_url="auto", args=()):
-    """Run `main_func(*args)` on `num_machines * num_gpus_per_machine` processes.
+def launch(
+    main_func: Callable[..., Any],
+    num_gpus_per_machine: int = 1,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    args: Sequence[Any] = (),
+) -> Any:
+    """Run `main_func(*args)`, which must be picklable, on all processes of a job.
 
-    Where torchrun (RANK, WORLD_SIZE, ...) or srun (SLURM_PROCID, SLURM_NTASKS, ...) has started
-    this process as one of several, it joins them instead. Without GPUs the processes work on the
-    CPU, over gloo. A `UserError` is printed as one sentence, unless an element of `args` has a
-    true `debug`; then, and for every other exception, with its traceback. The process exits with
-    a code that is not 0 as soon as any rank of the job fails.
+    A process started by torchrun (RANK, WORLD_SIZE, ...) or srun (SLURM_PROCID, SLURM_NTASKS, ...) joins
+    its job. Otherwise `num_gpus_per_machine` processes are spawned; without GPUs they use the CPU and gloo.
+    A `UserError` is printed without a traceback, unless an element of `args` has a true `debug`. All
+    processes exit with a nonzero code if any rank fails.
 
     Args:
-        main_func: function that can be pickled.
-        num_gpus_per_machine: processes on this machine, one a GPU.
-        num_machines: machines of the job; the same command runs on each.
-        machine_rank: this machine's number, from 0.
-        dist_url: tcp://host:port of machine 0; "auto" picks a free port on a single machine.
-        args: arguments of `main_func`.
+        num_machines: machines of the job; run the same command on each.
+        machine_rank: this machine, from 0.
+        dist_url: tcp://host:port of machine 0; "auto" picks a free port, for a single machine.
     """
     ignore_console_errors()
     debug = any(getattr(arg, "debug", False) for arg in args)
@@ -68,19 +73,18 @@ def launch(main_func, num_gpus_per_machine=1, num_machines=1, machine_rank=0, di
     return _spawn(main_func, args, job, debug)
 
 
-def _exit_interrupted():
-    message = "interrupted; a training goes on from its last checkpoint with --resume"
-    print(message, file=sys.stderr, flush=True)
+def _exit_interrupted() -> None:
+    print("interrupted; continue from the last checkpoint with --resume", file=sys.stderr, flush=True)
     sys.exit(_INTERRUPTED)
 
 
-def _describe(error, debug):
-    """Return what is printed about an exception: a sentence about a mistake, the traceback of a bug."""
+def _describe(error: BaseException, debug: bool) -> str:
+    """Return the message of a user's mistake, or the traceback of a bug."""
     if "DataLoader worker" in str(error) and isinstance(error, RuntimeError | MemoryError):
-        # PyTorch raises it wherever the training process stands when a worker has gone.
+        # PyTorch raises it anywhere in the main process when a worker has died.
         error = UserError(
-            f"a process that loads images has failed ({get_first_line(error)}); if the machine's memory is "
-            "full, lower DATALOADER.NUM_WORKERS"
+            f"a data loading worker has failed ({get_first_line(error)}); if the machine is out of memory, "
+            "lower DATALOADER.NUM_WORKERS"
         )
     elif is_out_of_memory(error):
         error = describe_out_of_memory(error)
@@ -90,34 +94,31 @@ def _describe(error, debug):
 
 
 def _spawn(main_func, args, job, debug):
-    """Run one process for each rank of this machine."""
+    """Run one process per rank of this machine."""
     ranks = []
     received = []
 
-    def pass_on(number, frame):
-        """Send a signal to all ranks; a second Ctrl-C ends them."""
-        is_second = number == signal.SIGINT and signal.SIGINT in received
-        received.append(number)
+    def forward(signum, frame):
+        """Send a signal to all ranks; kill them after a second Ctrl-C."""
+        is_second = signum == signal.SIGINT and signal.SIGINT in received
+        received.append(signum)
         for process in ranks:
             if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL if is_second else number)
+                os.kill(process.pid, signal.SIGKILL if is_second else signum)
 
-    # Before there are ranks: what comes now is theirs too.
-    handlers = {number: signal.signal(number, pass_on) for number in get_stop_signals()}
+    # Handlers are set first, so that no signal is lost while the ranks start.
+    handlers = {signum: signal.signal(signum, forward) for signum in get_stop_signals()}
     try:
-        arguments = (main_func, args, job, debug)
-        context = mp.start_processes(
-            _run_rank, arguments, job["local_size"], join=False, start_method="spawn"
-        )
+        context = mp.start_processes(_run_rank, (main_func, args, job, debug), job["local_size"], join=False)
         ranks += context.processes
-        failed = _first_to_fail(ranks)
+        failed = _wait_for_failure(ranks)
         code = failed.exitcode if failed else 0
         if code < 0 and not received:
             _report_killed(job, job["first_rank"] + ranks.index(failed), -code)
-        _end_ranks(ranks, job["first_rank"])
+        _join_ranks(ranks, job["first_rank"])
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     if code == _RANK_INTERRUPTED or (code < 0 and signal.SIGINT in received):
         _exit_interrupted()
     if code < 0:
@@ -126,8 +127,8 @@ def _spawn(main_func, args, job, debug):
         sys.exit(code)
 
 
-def _first_to_fail(ranks):
-    """Return the first process that ends with an error, or None if none does."""
+def _wait_for_failure(ranks):
+    """Return the first process that fails, or None when all have succeeded."""
     running = {process.sentinel: process for process in ranks}
     while running:
         for sentinel in wait(list(running)):
@@ -138,24 +139,24 @@ def _first_to_fail(ranks):
     return None
 
 
-def _end_ranks(ranks, first_rank):
-    """Wait for processes to end by themselves, and end those that do not."""
-    end = time.monotonic() + _GRACE_SECONDS
+def _join_ranks(ranks, first_rank):
+    """Wait for all processes to exit; kill those that do not."""
+    deadline = time.monotonic() + _GRACE_SECONDS
     for rank, process in enumerate(ranks, start=first_rank):
-        process.join(max(0.0, end - time.monotonic()))
+        process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
-            print(f"rank {rank} does not answer: it is killed", file=sys.stderr, flush=True)
+            print(f"rank {rank} does not respond; killing it", file=sys.stderr, flush=True)
             process.kill()
             process.join()
 
 
-def _report_killed(job, rank, number):
-    """Report a rank that could not do so itself."""
-    text = f"was ended by {signal.Signals(number).name}"
-    if number == signal.SIGKILL:
-        text += ": is the memory full?"
+def _report_killed(job, rank, signum):
+    """Report the failure of a rank that was killed by a signal."""
+    text = f"was killed by {signal.Signals(signum).name}"
+    if signum == signal.SIGKILL:
+        text += "; the machine may be out of memory"
     if rank != 0:
-        # Rank 0 takes the store with it, which the others notice.
+        # Rank 0 holds the store: the other ranks notice its death themselves.
         with contextlib.suppress(RuntimeError, OSError):
             failure = {"machine": job["machine"], "rank": rank, "text": f"it {text}", "hangs": False}
             report_failure(connect(*job["address"]), failure)
@@ -163,13 +164,13 @@ def _report_killed(job, rank, number):
 
 
 def _run_rank(local_rank, main_func, args, job, debug):
-    """Join the process group as one rank, run, and tell the other ranks when it fails."""
+    """Join the process group as one rank, run the function, and report its failure to the other ranks."""
     is_spawned = "rank" not in job
     if is_spawned:
         ignore_console_errors()
-        # Where processes are forked, they have the handlers of the one that passes signals on.
-        for number in get_stop_signals():
-            signal.signal(number, signal.SIG_DFL)
+        # A forked process has inherited the handlers of its parent.
+        for signum in get_stop_signals():
+            signal.signal(signum, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         job |= {"rank": job["first_rank"] + local_rank, "local_rank": local_rank}
     os.environ["LOCAL_RANK"] = str(job["local_rank"])
@@ -178,7 +179,7 @@ def _run_rank(local_rank, main_func, args, job, debug):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job["local_size"]))
     watch = None
     try:
-        store, watch = _meet(job)
+        store, watch = _rendezvous(job)
         if torch.cuda.is_available():
             torch.cuda.set_device(job["local_rank"])
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -203,9 +204,11 @@ def _run_rank(local_rank, main_func, args, job, debug):
     dist.destroy_process_group()
 
 
-def _meet(job):
-    """Wait for the other ranks; returns the store of the job, and the watch over its ranks."""
-    rank, world_size, address = job["rank"], job["world_size"], job["address"]
+def _rendezvous(job):
+    """Wait for the other ranks; return the store of the job and the watch over its ranks."""
+    rank = job["rank"]
+    world_size = job["world_size"]
+    address = job["address"]
     prefix = ""
     if address is None:
         # The store of torchrun's agent.
@@ -218,27 +221,23 @@ def _meet(job):
             store = dist.TCPStore(*address, world_size, rank == 0, timeout=_RENDEZVOUS_TIMEOUT)
         except (RuntimeError, OSError) as e:
             raise UserError(
-                f"rank {rank} cannot meet the {world_size} processes at tcp://{address[0]}:{address[1]}: "
+                f"rank {rank} cannot join the {world_size} processes at tcp://{address[0]}:{address[1]}: "
                 f"{get_first_line(e)}"
             ) from e
     holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    # Before the ranks part: rank 0 takes the store with it when it ends.
-    watch = FailureWatch(address, rank, job["machine"], job["local_rank"], prefix, holds_store)
+    # The watch starts first, since the store dies with rank 0.
+    watch = FailureWatch(job, address, prefix, holds_store)
     if job["local_size"] < world_size:
         choose_interface(store, job["machine"], address[0])
     return store, watch
 
 
-def create_ddp_model(model):
-    """Return the model wrapped in DistributedDataParallel; itself when there is one process."""
+def create_ddp_model(model: nn.Module) -> nn.Module:
+    """Wrap the model in DistributedDataParallel if there are several processes."""
     if comm.get_world_size() == 1:
         return model
-    # torch 2.14 has renamed it, and warns of the old name.
-    known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(
-        model,
-        device_ids=[comm.get_local_rank()] if next(model.parameters()).is_cuda else None,
-        gradient_as_bucket_view=True,
-        **{sync_buffers: False},
-    )
+    # torch 2.14 renamed broadcast_buffers.
+    is_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
+    device_ids = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
+    return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True, **options)

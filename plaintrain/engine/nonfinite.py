@@ -2,37 +2,46 @@
 
 import logging
 import os
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from plaintrain.checkpoint.state import convert_to_builtin_types
+from plaintrain.config import CfgNode
+from plaintrain.data.loader import TrainLoader
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError, get_first_line
 from plaintrain.utils.files import atomic_write
-from plaintrain.utils.storage import get_event_storage
+from plaintrain.utils.storage import EventStorage, get_event_storage
 
 logger = logging.getLogger(__name__)
 
-# The scaler halves its scale at each step whose gradients overflow. Far below 1 it no longer helps.
-_LEAST_SCALE = 2.0**-14
+# GradScaler halves its scale after each overflow; far below 1 no step will succeed.
+_MIN_SCALE = 2.0**-14
 
 
 class NonfiniteGuard:
-    """Looks for NaN and infinity, on all ranks together.
+    """Check of losses and gradient norms for NaN and infinity, on all ranks together.
 
-    Attributes:
-        num_skipped: steps that were skipped.
-        num_in_row: steps that were skipped since the last good one.
+    Counts all skipped steps (`num_skipped`) and the consecutive ones (`num_in_row`).
     """
 
-    def __init__(self, model, data_loader, scaler, *, max_in_row=0, dump_folder=""):
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: TrainLoader,
+        scaler: GradScaler,
+        *,
+        max_in_row: int = 0,
+        dump_folder: str = "",
+    ):
         """
         Args:
-            model: its batch norm forgets what it saw in a skipped step.
-            data_loader: names the images of an iteration, and makes its samples once more.
-            scaler: the `GradScaler`; if it is enabled, it skips steps whose gradients are not finite.
-            max_in_row: how many steps in a row may be skipped; 0 skips none.
-            dump_folder: where the samples of a bad iteration are saved; "" for nowhere.
+            model: its BatchNorm statistics are restored after a skipped step.
+            max_in_row: maximum number of consecutive skipped steps; 0 disables skipping.
+            dump_folder: folder for the samples of bad iterations; "" disables saving.
         """
         self.num_skipped = 0
         self.num_in_row = 0
@@ -42,21 +51,18 @@ class NonfiniteGuard:
         self._dump_folder = dump_folder
         self._buffers = [buffer for norm in comm.get_batch_norms(model) for buffer in norm.buffers()]
         self._before = [buffer.clone() for buffer in self._buffers]
-        # Weights are loaded later.
+        # Weights may be loaded after this constructor.
         comm.unwrap_model(model).register_load_state_dict_post_hook(self._remember_buffers)
 
-    def allows_step(self, losses, grad_norm):
-        """Return whether the optimizer may step; False on all ranks if a value of one is not finite.
+    def allows_step(self, losses: dict[str, Tensor], grad_norm: Tensor) -> bool:
+        """Return whether the optimizer may step; False on all ranks if any rank has NaN or infinity.
 
-        Always True, without a device sync, unless steps are skipped (SOLVER.ON_NONFINITE). For a skipped
-        step, the model's running statistics are set back.
-
-        Args:
-            losses: {name: 0-d tensor} of this rank.
-            grad_norm: 0-d tensor; ignored with an enabled scaler, which skips such a step itself.
+        Always True, without a device sync, unless SOLVER.ON_NONFINITE is "skip". Restores the running
+        statistics of the model before it returns False. An enabled scaler skips steps with a bad `grad_norm`
+        itself.
 
         Raises:
-            FloatingPointError: too many steps in a row were skipped.
+            FloatingPointError: if too many consecutive steps were skipped.
         """
         if not self._max_in_row:
             return True
@@ -70,58 +76,56 @@ class NonfiniteGuard:
         self._remember_buffers()
         return True
 
-    def _remember_buffers(self, *_):
+    def _remember_buffers(self, *_: Any) -> None:
         comm.copy_tensors(self._buffers, self._before)
 
-    def _skip(self, bad):
+    def _skip(self, bad: set[str]) -> None:
         comm.copy_tensors(self._before, self._buffers)
         self.num_skipped += 1
         self.num_in_row += 1
         storage = get_event_storage()
         names = ", ".join(sorted(set().union(*comm.all_gather(bad))))
-        images = ", ".join(self._images_of(storage.iter))
+        images = ", ".join(self._get_images(storage.iter))
         message = f"{names} is NaN or infinite at iteration {storage.iter}; images of that batch: {images}"
         if self.num_in_row > self._max_in_row:
             raise FloatingPointError(
-                f"{message}; {self.num_in_row - 1} steps before it were skipped too, and "
-                f"SOLVER.MAX_SKIPPED_STEPS is {self._max_in_row}"
+                f"more than SOLVER.MAX_SKIPPED_STEPS {self._max_in_row} consecutive bad steps: {message}"
             )
         logger.warning(f"skipping the step: {message}")
         storage.put_scalar("skipped_steps", self.num_skipped, smoothing_hint=False)
 
-    def raise_if_found(self, storage):
+    def check_storage(self, storage: EventStorage) -> None:
         """Raise if a loss or `grad_norm` in the storage is NaN or infinite; a device sync.
 
         The losses in the storage are reduced over ranks, so all ranks raise. With an enabled scaler,
-        `grad_norm` may be infinite, since such a step is not taken.
+        `grad_norm` may be infinite, because the scaler skips such steps.
 
         Raises:
-            FloatingPointError: names the iteration, the losses and the images; or the loss scale is so
-                small that no step is taken any more.
+            FloatingPointError: naming the iteration, the losses and the images; or if the loss scale is too
+                small for any step to succeed.
         """
-        storage.raise_if_nonfinite(self._images_of, norm_too=not self._scaler.is_enabled())
+        storage.raise_if_nonfinite(self._get_images, norm_too=not self._scaler.is_enabled())
         scale = self._scaler.get_scale()
-        if self._scaler.is_enabled() and scale < _LEAST_SCALE:
+        if self._scaler.is_enabled() and scale < _MIN_SCALE:
             raise FloatingPointError(
-                f"gradients overflow in float16 even at a loss scale of {scale:.2g}, so "
-                "nothing is learned; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or set "
-                "SOLVER.AMP.PRECISION bfloat16"
+                f"gradients overflow in float16 even at a loss scale of {scale:.2g}; lower SOLVER.BASE_LR, "
+                "increase SOLVER.WARMUP_ITERS, or set SOLVER.AMP.PRECISION bfloat16"
             )
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, int]:
         return {"num_skipped": self.num_skipped, "num_in_row": self.num_in_row}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.num_skipped = state_dict["num_skipped"]
         self.num_in_row = state_dict["num_in_row"]
 
-    def _images_of(self, iteration):
-        """Return the images that all ranks see in an iteration; saves this rank's samples if asked for."""
+    def _get_images(self, iteration: int) -> list[str]:
+        """Return the image names of all ranks in an iteration; save this rank's samples if enabled."""
         if self._dump_folder:
-            self._dump(iteration)
+            self._save_samples(iteration)
         return self._data_loader.get_image_names(iteration)
 
-    def _dump(self, iteration):
+    def _save_samples(self, iteration: int) -> None:
         rank = f".rank{comm.get_rank()}" if comm.get_rank() else ""
         path = os.path.join(self._dump_folder, f"bad_batch_{iteration:07d}{rank}.pth")
         try:
@@ -129,13 +133,15 @@ class NonfiniteGuard:
             with atomic_write(path, "wb") as f:
                 torch.save({"iteration": iteration, "samples": samples}, f)
         except (UserError, RuntimeError) as e:
-            # What is wrong with the losses is more important.
+            # This must not hide the error about the losses.
             logger.error(f"cannot save the samples: {get_first_line(e)}")
         else:
-            logger.warning(f"saved the samples in {path}")
+            logger.warning(f"saved the samples to {path}")
 
 
-def build_nonfinite_guard(cfg, model, data_loader, scaler):
+def build_nonfinite_guard(
+    cfg: CfgNode, model: nn.Module, data_loader: TrainLoader, scaler: GradScaler
+) -> NonfiniteGuard:
     """Build the guard of SOLVER.ON_NONFINITE, SOLVER.MAX_SKIPPED_STEPS and DEBUG.DUMP_BAD_BATCH."""
     return NonfiniteGuard(
         model,

@@ -1,17 +1,19 @@
-"""The start of every script: output folder, log, seeds, and checks before training."""
+"""Setup of a run: config, output folder, log, seeds, and checks before training."""
 
 import gc
 import logging
 import logging.handlers
 import os
 import sys
+from argparse import Namespace
+from collections.abc import Collection, Sequence
 
 import torch
 
 from plaintrain.checkpoint.files import list_resume_candidates, read_last_checkpoint
 from plaintrain.checkpoint.resume_check import check_changes
 from plaintrain.checkpoint.weight_checks import check_weights
-from plaintrain.config import check_cfg, get_cfg, get_value, set_value
+from plaintrain.config import CfgNode, check_cfg, get_cfg, get_value, set_value
 from plaintrain.config.yaml import load_chain
 from plaintrain.data.build import count_iters_per_epoch
 from plaintrain.data.datasets.builtin import declare_datasets
@@ -27,10 +29,11 @@ from plaintrain.utils.files import atomic_write, move_old_run, remove_unfinished
 from plaintrain.utils.heartbeat import set_limit
 from plaintrain.utils.lock import lock_folder
 from plaintrain.utils.logger import setup_logger
+from plaintrain.utils.writers import EventWriter
 
 logger = logging.getLogger(__name__)
 
-# What a loop does or leaves out; whatever else the config says is done by the functions that it calls.
+# Keys that scripts/plain_train_net.py implements in its loop.
 LOOP_OPTIONS = [
     "DEBUG.DUMP_BAD_BATCH",
     "MODEL.EMA.ENABLED",
@@ -51,8 +54,8 @@ LOOP_OPTIONS = [
 ]
 
 
-def load_cfg(args):
-    """Return the config of a command line: --config-file, then the overrides."""
+def load_cfg(args: Namespace) -> CfgNode:
+    """Load the config of a command line: --config-file, then the overrides."""
     cfg = get_cfg()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
@@ -60,26 +63,24 @@ def load_cfg(args):
     return cfg
 
 
-def default_setup(cfg, args):
-    """Prepare a run, and check all that can be checked before it starts.
+def default_setup(cfg: CfgNode, args: Namespace) -> None:
+    """Set up a run and check everything that can be checked before it starts.
 
-    Registers DATASETS.DECLARE, draws SEED if it is -1, takes the number of classes from the
-    dataset, brings the schedule to this run (`plaintrain.solver.schedule`) and checks the rest; only then
-    makes OUTPUT_DIR (moving an earlier run's files to `old-N` unless resuming or evaluating), starts the
-    log, reports the environment, writes `config.yaml` and `run.json` and seeds all generators.
+    Sets SEED, the number of classes, the schedule (`plaintrain.solver.schedule`) and MODEL.WEIGHTS in place,
+    also in a frozen config. Only after all checks creates OUTPUT_DIR (moving the files of an earlier run to
+    `old-N` unless resuming or evaluating), starts the log, writes `config.yaml` and `run.json`, and seeds
+    all generators.
 
     Args:
-        cfg: the config, frozen or not; SEED, the number of classes, the schedule and MODEL.WEIGHTS
-            are settled in place.
-        args: what `default_argument_parser` parsed; any of it may be missing. With `predictions`, a file
-            to score, no model, weights or images are needed.
+        args: the parsed arguments of `default_argument_parser`; any may be missing. With `predictions`, a
+            file to score, no model, weights or images are needed.
     """
     resume = getattr(args, "resume", False)
     eval_only = getattr(args, "eval_only", False)
     dry_run = getattr(args, "dry_run", False)
     quiet = getattr(args, "quiet", False)
     if dry_run and (resume or eval_only):
-        raise UserError("--dry-run tries the start of a training: leave out --resume and --eval-only")
+        raise UserError("--dry-run cannot be combined with --resume or --eval-only")
     log = setup_logger(None, comm.get_rank(), quiet=quiet)
     # Buffer log records until the output folder exists.
     buffer = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL)
@@ -87,18 +88,18 @@ def default_setup(cfg, args):
     check_cfg(cfg)
     set_value(cfg, "OUTPUT_DIR", os.path.expanduser(cfg.OUTPUT_DIR))
     declare_datasets(cfg)
-    _settle_seed(cfg, resume)
+    _resolve_seed(cfg, resume)
     if getattr(args, "overfit", 0):
         overfit_on(cfg, args.overfit)
-    with comm.first_on_machine():  # reads the datasets
+    with comm.first_on_machine():  # the first rank fills the cache of the datasets
         class_names = resolve_num_classes(cfg, eval_only)
     if not eval_only:
         resolve_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
     needs_model = not getattr(args, "predictions", "")
     model = check_before_training(cfg, resume, eval_only, needs_model)
-    if needs_model:
-        _check_start(cfg, model, resume, eval_only, class_names)
-    # Nothing is moved while another rank still looks at it.
+    if model is not None:
+        _check_initial_weights(cfg, model, resume, eval_only, class_names)
+    # All ranks finish reading before files are moved.
     comm.synchronize()
     if dry_run:
         shorten_to_dry_run(cfg)
@@ -119,9 +120,9 @@ def default_setup(cfg, args):
     comm.synchronize()
 
 
-def _check_start(cfg, model, resume, eval_only, class_names):
-    """Check what the model starts from: the last checkpoint, or MODEL.WEIGHTS."""
-    # The files of rank 0 decide for every machine.
+def _check_initial_weights(cfg, model, resume, eval_only, class_names):
+    """Check the last checkpoint, or MODEL.WEIGHTS, against config and model."""
+    # Only rank 0 reads weights.
     if not comm.is_main_process():
         return
     weights = cfg.MODEL.WEIGHTS
@@ -134,8 +135,8 @@ def _check_start(cfg, model, resume, eval_only, class_names):
         check_weights(cfg, model, weights, class_names, strict=eval_only)
 
 
-def _prepare_process(cfg):
-    """What holds for the whole process: limits, seeds, and how the libraries compute."""
+def _prepare_process(cfg: CfgNode) -> None:
+    """Set the timeout, seeds and global options of the process."""
     set_limit(cfg.HANG_TIMEOUT)
     seed_all_rng(cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
@@ -143,36 +144,39 @@ def _prepare_process(cfg):
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
         torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
     if not gc.get_freeze_count():
-        # What is imported lives to the end: collections, which fall within steps, need not look through it.
+        # Excludes imported modules from garbage collection, which would slow down steps.
         gc.freeze()
 
 
-def require_default(cfg, key, reason):
-    """Reject a key that a script does not read, if it is set."""
-    value, default = get_value(cfg, key), get_value(get_cfg(), key)
+def require_default(cfg: CfgNode, key: str, hint: str) -> None:
+    """Raise if a key that a script does not support is set."""
+    value = get_value(cfg, key)
+    default = get_value(get_cfg(), key)
     if value != default:
-        raise UserError(f"{key} is {value}, but here it must be {default}: {reason}")
+        raise UserError(f"{key} must be {default} in this script, got {value}; {hint}")
 
 
-def reject_loop_options(cfg, used=()):
-    """Reject options that only scripts/plain_train_net.py reads; a loop reads those of `used` itself."""
+def reject_loop_options(cfg: CfgNode, used: Collection[str] = ()) -> None:
+    """Raise if an option of `LOOP_OPTIONS` is set, other than those that the caller's loop has used."""
     for key in LOOP_OPTIONS:
         if key not in used:
-            require_default(cfg, key, "this loop does not read it, scripts/plain_train_net.py does")
+            require_default(cfg, key, "scripts/plain_train_net.py supports it")
 
 
-def default_writers(output_dir, max_iter=None, names=("console", "json", "tensorboard")):
-    """The writers of these names, of `utils.events.WRITERS`, on the main process; [] on the others."""
+def default_writers(
+    output_dir: str, max_iter: int | None = None, names: Sequence[str] = ("console", "json", "tensorboard")
+) -> list[EventWriter]:
+    """Build writers, named as in `utils.events.WRITERS`, on the main process; return [] on other ranks."""
     return [WRITERS[name](output_dir, max_iter) for name in names if comm.is_main_process()]
 
 
-def build_writers(cfg):
-    """The writers that OUTPUT.WRITERS names, on the main process; [] on the others."""
+def build_writers(cfg: CfgNode) -> list[EventWriter]:
+    """Build the writers of OUTPUT.WRITERS on the main process; return [] on other ranks."""
     return default_writers(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, cfg.OUTPUT.WRITERS)
 
 
-def _prepare_output(cfg, training, resume, quiet):
-    """Make OUTPUT_DIR, claim it for a training, move an earlier run in it, and start its log."""
+def _prepare_output(cfg: CfgNode, training: bool, resume: bool, quiet: bool) -> None:
+    """Create OUTPUT_DIR and start its log; for a training, lock it and move an earlier run."""
     folder = cfg.OUTPUT_DIR
     moved = None
     with writing(f"OUTPUT_DIR {folder!r}"):
@@ -183,20 +187,20 @@ def _prepare_output(cfg, training, resume, quiet):
                 remove_unfinished(folder)
                 moved = None if resume else move_old_run(folder)
         moved = comm.broadcast(moved)
-        # Of other machines, where the folder may be another; for the log of each rank.
+        # Other machines may have another file system; each rank writes a log.
         os.makedirs(folder, exist_ok=True)
         setup_logger(folder, comm.get_rank(), quiet=quiet)
     if not moved:
         return
-    logger.warning(f"{folder} held an earlier run; its files are now in {moved}")
+    logger.warning(f"{folder} contained an earlier run; moved its files to {moved}")
     weights = os.path.abspath(os.path.expanduser(cfg.MODEL.WEIGHTS))
     in_folder = os.path.dirname(weights) == os.path.abspath(folder)
     if cfg.MODEL.WEIGHTS and in_folder and not os.path.exists(weights):
         set_value(cfg, "MODEL.WEIGHTS", os.path.join(moved, os.path.basename(weights)))
-        logger.warning(f"MODEL.WEIGHTS moved with them: {cfg.MODEL.WEIGHTS}")
+        logger.warning(f"MODEL.WEIGHTS was moved too, to {cfg.MODEL.WEIGHTS}")
 
 
-def _settle_seed(cfg, resume):
+def _resolve_seed(cfg: CfgNode, resume: bool) -> None:
     if cfg.SEED >= 0:
         return
     saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
@@ -204,6 +208,6 @@ def _settle_seed(cfg, resume):
     if resume and comm.is_main_process() and os.path.isfile(saved):
         seed = load_chain(saved)[-1][1].get("SEED", -1)
     seed = comm.broadcast(seed)
-    source = "of the run that is resumed" if seed >= 0 else "drawn now"
+    source = "the seed of the resumed run" if seed >= 0 else "drawn at random"
     set_value(cfg, "SEED", seed if seed >= 0 else comm.shared_random_seed())
-    logger.info(f"SEED was -1; it is {cfg.SEED}, {source}")
+    logger.info(f"SEED -1 is now {cfg.SEED}, {source}")

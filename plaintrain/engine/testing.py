@@ -1,8 +1,14 @@
 """Evaluation of a model on all datasets of DATASETS.TEST."""
 
 import os
+from typing import Any
 
+from torch import nn
+
+from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer
+from plaintrain.config import CfgNode
 from plaintrain.data.build import build_detection_test_loader, build_detection_val_loader
+from plaintrain.engine.early_stopping import EarlyStopping
 from plaintrain.evaluation import (
     build_evaluator,
     compute_validation_losses,
@@ -12,12 +18,13 @@ from plaintrain.evaluation import (
 )
 from plaintrain.modeling.tta import build_tta
 from plaintrain.solver.amp import build_test_autocast
+from plaintrain.solver.schedule import Due
 from plaintrain.utils import comm
 from plaintrain.utils.storage import get_event_storage
 
 
-def do_test(cfg, model):
-    """Evaluate on each dataset of DATASETS.TEST; returns {dataset: {task: {metric: number}}} on all ranks."""
+def do_test(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+    """Evaluate on each dataset of DATASETS.TEST; return {dataset: {task: {metric: value}}} on all ranks."""
     results = {}
     for dataset_name in cfg.DATASETS.TEST:
         data_loader = build_detection_test_loader(cfg, dataset_name)
@@ -30,31 +37,38 @@ def do_test(cfg, model):
     return results
 
 
-def do_validate(cfg, model):
-    """Compute the losses on DATASETS.TEST; returns {"val/NAME": mean over images} on all ranks."""
+def do_validate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    """Compute the losses on DATASETS.TEST; return {"val/NAME": mean over images} on all ranks."""
     data_loaders = [build_detection_val_loader(cfg, name) for name in cfg.DATASETS.TEST]
     with build_test_autocast(cfg, model):
         return compute_validation_losses(model, data_loaders, cfg.SEED)
 
 
-def evaluate(cfg, eval_model, iteration, actions, early_stopping, checkpointer):
-    """Validate and test as `actions` says, log the metrics, save the best weights; returns test results.
+def evaluate(
+    cfg: CfgNode,
+    eval_model: nn.Module,
+    iteration: int,
+    actions: Due,
+    early_stopping: EarlyStopping,
+    checkpointer: TrainingCheckpointer,
+) -> dict[str, Any]:
+    """Compute the validation losses and test results that are due, log them and save the best weights.
 
-    All ranks call it. Modules return to the mode they had, training or evaluation.
+    Returns the test results. All ranks must call it. The mode of the model does not change.
     """
-    metrics = {}
-    results = {}
+    metrics: dict[str, float] = {}
+    results: dict[str, Any] = {}
     if actions.validate:
         metrics |= do_validate(cfg, eval_model)
     if actions.test:
         results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
-    # False, and without effect, unless the metrics contain TEST.BEST_METRIC.
+    # False, without effect, unless the metrics contain TEST.BEST_METRIC.
     is_best = early_stopping.update(iteration, metrics)
     if is_best:
         checkpointer.save_weights("model_best", eval_model, iteration=iteration)
     if early_stopping.triggered and not actions.test:
-        # The run ends here because of a validation loss: it gets test results all the same.
+        # A validation loss has triggered early stopping, but the run still needs test results.
         results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
     get_event_storage().put_scalars(**metrics, smoothing_hint=False)

@@ -124,22 +124,22 @@ def disk_full():
 WORKERS = ["DATALOADER.NUM_WORKERS", 2, "DATALOADER.WORKER_TYPE", "process"]
 HANG = ["HANG_TIMEOUT", 2]
 ASYNC = ["SOLVER.ASYNC_CHECKPOINT", True]
-LOADER = "a process that loads images has failed"
+LOADER = "a data loading worker has failed"
 NAN = ["NaN or infinite at iteration 6", "images of that batch"]
 HANGS = ["no step was finished within 2 s", "rank 1 is in", "tests/faults/failures.py, line"]
 # {failure: (faults, options, words in the output)}.
 FAILURES = {
     "NaN loss on one rank": (nan_loss, [], NAN),
     "an exception on one rank": (exception, [], ["ValueError: something in the model of rank 1"]),
-    "a rank killed (SIGKILL)": (rank_killed, [], ["error: rank 1 was ended by SIGKILL"]),
-    "rank 0 killed (SIGKILL)": (rank_0_killed, [], ["error: rank 0 was ended by SIGKILL"]),
+    "a rank killed (SIGKILL)": (rank_killed, [], ["error: rank 1 was killed by SIGKILL"]),
+    "rank 0 killed (SIGKILL)": (rank_0_killed, [], ["error: rank 0 was killed by SIGKILL"]),
     "a loader worker killed (SIGKILL)": (worker_killed, WORKERS, [LOADER]),
     "a loader worker out of memory": (worker_out_of_memory, WORKERS, [f"{LOADER} (Caught MemoryError"]),
     "the evaluator raises": (evaluator_raises, [], ["RuntimeError: something in the scoring"]),
     "the disk is full": (disk_full, [], ["No space left on device"]),
     "the disk is full, saved in the background": (disk_full, ASYNC, ["No space left on device"]),
     "one rank hangs (2 s allowed)": (main_thread_hangs, HANG, HANGS),
-    "one rank is frozen (2 s allowed)": (process_frozen, HANG, ["rank 1 does not answer"]),
+    "one rank is frozen (2 s allowed)": (process_frozen, HANG, ["rank 1 does not respond"]),
 }
 
 

@@ -112,13 +112,13 @@ def kill_a_rank(machines, runs):
 
 
 HANGS = r"no step was finished within 5 s \(HANG_TIMEOUT\)"
-LOST = r"the connection to a rank that has reported no failure is lost"
-GONE = "rank 0 failed: its process is gone, or its machine"
+LOST = r"lost the connection to a rank that has reported no failure"
+GONE = "rank 0 failed: its process or machine has died"
 # {failure: (what happens, [words on machine 0, and on machine 1], the most seconds until all have ended)}.
 FAILURES = {
     "a rank is killed": (
         kill_a_rank,
-        ["rank 1 failed: it was ended by SIGKILL", "error: rank 1 was ended by SIGKILL"],
+        ["rank 1 failed: it was killed by SIGKILL", "error: rank 1 was killed by SIGKILL"],
         15,
     ),
     "machine 1 is killed": (lambda machines, _: machines.kill(1), [LOST, ""], 15),
@@ -172,5 +172,5 @@ def test_ranks_that_are_started_again_agree_on_a_new_prefix():
 
 
 def test_rank_that_does_not_come_is_named():
-    with pytest.raises(UserError, match="rank 1 of 3 has not come within 0.1 s"):
+    with pytest.raises(UserError, match="rank 1 of 3 has not joined within 0.1 s"):
         agree_on_prefix(dist.HashStore(), 0, 3, timeout=0.1)

@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from plaintrain.config import CfgNode, get_cfg, get_value
-from plaintrain.config.config import NULLABLE, all_keys
+from plaintrain.config.config import NULLABLE, iterate_keys
 from plaintrain.utils.errors import UserError
 
-KEYS = list(all_keys(get_cfg()))
+KEYS = list(iterate_keys(get_cfg()))
 LEAVES = [key for key in KEYS if not isinstance(get_value(get_cfg(), key), CfgNode)]
 DEFAULTS = {key: NULLABLE.get(key, get_value(get_cfg(), key)) for key in LEAVES}
 
