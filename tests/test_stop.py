@@ -42,8 +42,8 @@ def test_a_signal_only_asks_for_the_end_which_then_says_how_to_go_on(number, log
         send(number)
         assert is_requested() and stop_signal.requested_on_any_rank() and stop_signal.requested_on_any_rank()
     assert stopped.value.code == 128 + number and signal.getsignal(number) is before
-    assert f"{number.name}: the run has stopped, with a checkpoint; continue with --resume" in log.text
-    assert capfd.readouterr().err.count("the run stops after this step") == 1
+    assert f"{number.name}: stopped with a checkpoint; continue with --resume" in log.text
+    assert capfd.readouterr().err.count("stopping after this step") == 1
     assert not is_requested()
 
 

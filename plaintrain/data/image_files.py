@@ -8,7 +8,7 @@ import struct
 from PIL import ExifTags, Image
 
 from plaintrain.structures import make_record
-from plaintrain.utils.errors import DataError, UserError, collecting
+from plaintrain.utils.errors import DataError, UserError, collect_errors
 from plaintrain.utils.files import check_file, describe_os_error
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -69,6 +69,6 @@ def read_image_header(file_name):
 
 def build_image_record(file_name, image_id, problems=None):
     """A record without annotations, its size from the file; None if `refuse` noted a problem instead."""
-    with collecting(problems):
+    with collect_errors(problems):
         height, width, _ = read_image_header(file_name)
         return make_record(file_name, image_id, height, width)

@@ -54,7 +54,7 @@ class MappedRecords(Dataset):
             return self._sample(index, position)
         except UserError as e:
             # A wrong INPUT.PIXEL_RANGE is no broken file.
-            skips = self._skip and getattr(e, "kind", None) != "pixel_range"
+            skips = self._skip and getattr(e, "error_type", None) != "pixel_range"
             return self._another(position, e) if skips else e
 
     def _sample(self, index, position):

@@ -78,7 +78,7 @@ def count_problems(mistakes):
 
 def check_problems(problems):
     """Findings of what a reader collected: a list of `UserError`, some with a `kind`."""
-    return count_problems((getattr(error, "kind", "broken"), str(error)) for error in problems)
+    return count_problems((getattr(error, "error_type", "broken"), str(error)) for error in problems)
 
 
 def count_classes(records, metadata):

@@ -43,7 +43,7 @@ class EarlyStopping:
         for name in names:
             if f"/{name}".endswith(f"/{self._metric}"):
                 return name
-        near = suggest_similar(self._metric, names, number=3)
+        near = suggest_similar(self._metric, names, num=3)
         raise UserError(
             f"TEST.BEST_METRIC is {self._metric!r}, which the evaluation does not give; did you mean {near}?"
         )

@@ -99,7 +99,7 @@ class NonfiniteGuard:
             FloatingPointError: names the iteration, the losses and the images; or the loss scale is so
                 small that no step is taken any more.
         """
-        storage.raise_if_nonfinite(self._images_of, norm_too=not self._scaler.is_enabled())
+        storage.raise_if_nonfinite(self._images_of, check_norm=not self._scaler.is_enabled())
         scale = self._scaler.get_scale()
         if self._scaler.is_enabled() and scale < _LEAST_SCALE:
             raise FloatingPointError(
