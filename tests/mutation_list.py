@@ -170,7 +170,7 @@ MUTATIONS = {
             'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes, start=1)',
             'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes)',
         ),
-        ("sorted(image_numbers[detections.seen].tolist())", "sorted(image_numbers.tolist())"),
+        ("sorted(image_ids[detections.seen].tolist())", "sorted(image_ids.tolist())"),
     ],
     "plaintrain/evaluation/coco_backend.py": [
         ("        evaluation.params.kpt_oks_sigmas = np.array(sigmas)\n", ""),
@@ -186,12 +186,12 @@ MUTATIONS = {
     ],
     "plaintrain/evaluation/detections.py": [
         ('objects["crowd"][o0:o1].astype(np.uint8)', "np.zeros(o1 - o0, dtype=np.uint8)"),
-        ('np.argsort(rows[:, 0], kind="stable")', "np.arange(len(rows))"),
-        ("(rows[:, 5] >= len(self.classes))", "(rows[:, 5] > len(self.classes))"),
-        ("comm.gather(part) if self._distributed else [part]", "[part]"),
+        ('np.argsort(table[:, 0], kind="stable")', "np.arange(len(table))"),
+        ("(table[:, 5] >= len(self.classes))", "(table[:, 5] > len(self.classes))"),
+        ("comm.gather(collected) if self._distributed else [collected]", "[collected]"),
     ],
     "plaintrain/evaluation/evaluator.py": [
-        ("waiting.popleft().result()", "waiting.popleft()"),
+        ("pending.popleft().result()", "pending.popleft()"),
         ("not abs(actual - expected) <= tolerance", "abs(actual - expected) > tolerance"),
         ("module.training = training", "module.training = True"),
     ],
@@ -206,7 +206,7 @@ MUTATIONS = {
     "plaintrain/evaluation/voc.py": [
         ("precision[recall >= t]", "precision[recall > t]"),
         ("~difficult & np.isin", "np.isin"),
-        ("above = best > iou / 100", "above = best >= iou / 100"),
+        ("above = ious > iou / 100", "above = ious >= iou / 100"),
         ('bool(a.get("difficult", 0) or a.get("iscrowd", 0))', 'bool(a.get("difficult", 0))'),
     ],
     "plaintrain/export/export.py": [

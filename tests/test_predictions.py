@@ -144,9 +144,12 @@ _MISTAKES = {
     "negative": ([_GOOD | {"bbox": [9, 2, -3, 4]}], r"has bbox \[9, 2, -3, 4\], whose width or height"),
     "score": ([_GOOD | {"score": math.nan}], r"detection 0 in .*found\.json has the score nan"),
     "no score": ([{**_GOOD, "score": None}], r"detection 0 in .* has the score None"),
-    "some masks": ([_GOOD | {"segmentation": _RLE}, _GOOD], r"only 1 of 2 detections have a segmentation"),
+    "some masks": (
+        [_GOOD | {"segmentation": _RLE}, _GOOD],
+        r"all 2 detections .* have a segmentation, got 1",
+    ),
     "turned mask": ([_GOOD | {"segmentation": _TURNED}], r"detection 0 in .* an RLE of the size \[30, 40\]"),
-    "some keypoints": ([_GOOD, _GOOD | {"keypoints": [1] * 6}], r"only 1 of 2 detections have keypoints"),
+    "some keypoints": ([_GOOD, _GOOD | {"keypoints": [1] * 6}], r"all 2 .* have keypoints, got 1"),
     "keypoints": ([_GOOD | {"keypoints": [1] * 9}], r"detection 0 in .* 9 numbers as keypoints, not 3 x 2"),
     "odd keypoints": ([_GOOD | {"keypoints": [1, 1, None] * 2}], r"keypoints that are not finite numbers"),
 }
