@@ -207,7 +207,7 @@ MUTATIONS = {
         ("precision[recall >= t]", "precision[recall > t]"),
         ("~difficult & np.isin", "np.isin"),
         ("above = ious > iou / 100", "above = ious >= iou / 100"),
-        ('bool(a.get("difficult", 0) or a.get("iscrowd", 0))', 'bool(a.get("difficult", 0))'),
+        ('bool(a.get("difficult") or a.get("iscrowd"))', 'bool(a.get("difficult"))'),
     ],
     "plaintrain/export/export.py": [
         ('far.masked_fill(found["labels"][:, None] != expected["labels"], float("inf"))', "far"),
@@ -360,10 +360,7 @@ MUTATIONS = {
     ],
     "plaintrain/utils/writers.py": [
         ("event.step < start_iter:", "event.step <= start_iter:"),
-        (
-            "self._write_event(iteration, summary=Summary(value",
-            "self._write_event(iteration + 1, summary=Summary(value",
-        ),
+        ("_event(iteration, summary=Summary(value", "_event(iteration + 1, summary=Summary(value"),
         ("(self._read_scalars().items()) if i < start_iter}", "(self._read_scalars().items())}"),
         (
             '_replace_nonfinite({"iteration": iteration, **row}), allow_nan=False',

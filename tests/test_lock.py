@@ -68,19 +68,14 @@ def test_a_second_run_is_refused_while_the_first_is_alive_however_that_ends(tmp_
     assert words in start(folder).output
 
 
-@pytest.mark.parametrize("content", ["", "pid 1 on elsewhere, since long ago"])
-def test_a_file_that_a_dead_run_has_left_is_no_lock(tmp_path, content):
-    (tmp_path / "run.lock").write_text(content)
-    # Of another machine it cannot be told.
-    assert is_in_use(tmp_path) is None
+# Whether a run of another machine is alive is unknown.
+@pytest.mark.parametrize(("host", "in_use"), [("elsewhere", None), (socket.gethostname(), False)])
+def test_lock_file_of_a_dead_run_is_ignored(tmp_path, host, in_use):
+    (tmp_path / "run.lock").write_text(f"pid 1 on {host}, since long ago")
+    assert is_in_use(tmp_path) is in_use
     lock_folder(str(tmp_path))
     lock_folder(str(tmp_path))
     assert f"pid {os.getpid()} on" in (tmp_path / "run.lock").read_text()
-
-
-def test_a_dead_run_of_this_machine_is_not_alive(tmp_path):
-    (tmp_path / "run.lock").write_text(f"pid 1 on {socket.gethostname()}, since then")
-    assert is_in_use(tmp_path) is False
 
 
 def test_where_there_are_no_locks_the_run_continues_with_a_warning(tmp_path, monkeypatch, log):

@@ -11,14 +11,8 @@ from detection_helpers import random_outputs
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets.builtin import declare_dataset
-from plaintrain.evaluation import (
-    COCOEvaluator,
-    PascalVOCDetectionEvaluator,
-    build_evaluator,
-    read_detections,
-    write_results,
-)
-from plaintrain.evaluation.predictions import get_image_detections
+from plaintrain.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, build_evaluator, read_detections
+from plaintrain.evaluation.predictions import convert_to_json_types, get_image_detections, write_json
 from plaintrain.utils.errors import UserError
 
 FILE = "coco_instances_results.json"
@@ -175,12 +169,13 @@ def test_missing_files_and_other_numbers_of_keypoints_are_named(declare_pets):
 
 def test_results_are_written_with_null_for_nan(tmp_path):
     path = tmp_path / "new" / "results.json"
-    write_results(path, {"a": {"bbox": {"AP": np.float32(12.5), "APs": math.nan, "n": 3}}, "b": {}})
+    results = {"a": {"bbox": {"AP": np.float32(12.5), "APs": math.nan, "n": 3}}, "b": {}}
+    write_json(path, convert_to_json_types(results))
     written = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert written == {"a": {"bbox": {"AP": 12.5, "APs": None, "n": 3}}, "b": {}}
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
     with pytest.raises(UserError, match="cannot write .*under"):
-        write_results(path / "under" / "results.json", {})
+        write_json(path / "under" / "results.json", {})
 
 
 def test_the_evaluator_is_chosen_by_the_dataset_and_the_model(shapes):

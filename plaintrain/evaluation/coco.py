@@ -1,7 +1,4 @@
-"""COCO's AP of boxes, masks and keypoints, and recall of proposals.
-
-https://cocodataset.org/#detection-eval and https://cocodataset.org/#keypoints-eval
-"""
+"""COCO's AP and AR (https://cocodataset.org/#detection-eval), and the recall of proposals."""
 
 import importlib.util
 import logging
@@ -54,8 +51,6 @@ class COCOEvaluator(InstanceEvaluator):
         Args:
             tasks: some of bbox, segm, keypoints and box_proposals (class-agnostic recall). None for bbox,
                 and segm and keypoints if both the model and the dataset have them.
-            distributed: gather the detections of all ranks.
-            output_dir: folder for `coco_instances_results.json`, with the ids of the dataset.
             kpt_oks_sigmas: OKS standard deviation of each keypoint; COCO's if empty.
             use_fast_impl: use hotcoco or faster-coco-eval, if installed; the results are identical.
         """
@@ -98,9 +93,7 @@ class COCOEvaluator(InstanceEvaluator):
         if self._tasks:
             missing = [task for task in self._tasks if getattr(detections, TASKS[task], ()) is None]
             if missing and len(detections.table):
-                raise UserError(
-                    f"the task {missing[0]} needs {TASKS[missing[0]]} in the outputs of the model, got none"
-                )
+                raise UserError(f"the task {missing[0]} needs {TASKS[missing[0]]} in the model outputs")
             return [task for task in TASKS if task in self._tasks]
         tasks = ["bbox"]
         for task in ("segm", "keypoints"):
@@ -123,10 +116,8 @@ class COCOEvaluator(InstanceEvaluator):
             sigmas = get_oks_sigmas(self._sigmas, get_num_keypoints(self.records))
             points = detections.keypoints
             if points is not None and len(points) and points.shape[1] != len(sigmas):
-                raise UserError(
-                    f"the model must predict the {len(sigmas)} keypoints of {self.dataset_name}, "
-                    f"got {points.shape[1]}"
-                )
+                expected = f"{len(sigmas)} keypoints of {self.dataset_name}"
+                raise UserError(f"the model must predict the {expected}, got {points.shape[1]}")
         if task == "bbox" and self.backend == "hotcoco":
             # One array is faster than half a million dicts.
             table = detections.table
@@ -204,10 +195,7 @@ def compute_average_recall(images: Iterable[tuple[np.ndarray, ...]]) -> dict[str
     """Return AR@100, ARs@100, ..., ARl@1000 in percent, the recall averaged over IoU 0.5 to 0.95.
 
     As in Detectron2's `_evaluate_box_proposals`, but objects in images without proposals count as missed.
-
-    Args:
-        images: for each image, proposals `[P, 4]` XYXY by descending score, objects `[G, 4]`, and the areas
-            `[G]` of the objects in pixels.
+    Images are proposals `[P, 4]` XYXY by descending score, objects `[G, 4]`, and their areas `[G]` in pixels.
     """
     covered = {(limit, suffix): [np.zeros(0)] for limit in _PROPOSAL_LIMITS for suffix in _AREAS}
     for boxes, objects, areas in images:

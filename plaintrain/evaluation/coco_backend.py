@@ -25,10 +25,9 @@ def get_oks_sigmas(sigmas: Sequence[float], num_keypoints: int) -> Sequence[floa
     """Return `sigmas`, or COCO's if empty, after checking them if `num_keypoints` is not 0."""
     used = sigmas or COCO_SIGMAS
     if num_keypoints and (len(used) != num_keypoints or min(used) <= 0):
-        raise UserError(
-            f"TEST.KEYPOINT_OKS_SIGMAS must be {num_keypoints} positive numbers, one per keypoint of the "
-            f"dataset, got {sigmas or f'none (the default is for {len(COCO_SIGMAS)} keypoints)'}"
-        )
+        expected = f"{num_keypoints} positive numbers, one per keypoint of the dataset"
+        actual = sigmas or f"none (the default is for {len(COCO_SIGMAS)} keypoints)"
+        raise UserError(f"TEST.KEYPOINT_OKS_SIGMAS must be {expected}, got {actual}")
     return used
 
 
@@ -45,13 +44,10 @@ def compute_precision_recall(
     Image and category ids count from 1, in the order of pycocotools, which breaks ties.
 
     Args:
-        backend: an installed one of `BACKENDS`.
-        task: bbox, segm or keypoints.
         ground_truth: dataset in COCO's JSON format; annotations need an area.
         detections: in COCO's results format; for boxes with hotcoco `[N, 7]` of image id, x, y, width,
             height, score, category id.
-        image_ids: ids of the images to score.
-        sigmas: OKS standard deviation of each keypoint.
+        image_ids: images to score.
 
     Returns:
         precision `[IoU, recall, class, area, max detections]`, recall `[IoU, class, area, max detections]`.

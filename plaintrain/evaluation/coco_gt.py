@@ -38,15 +38,12 @@ def rank_ids(ids: Sequence[int | str]) -> np.ndarray:
 def build_coco_gt(
     task: str, records: Sequence[dict[str, Any]], image_ids: Sequence[int], category_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """Convert records to COCO's JSON format with what `task` needs.
-
-    `image_ids` are the new ids of the records, `category_ids` those of the labels.
-    """
+    """Convert records to COCO's JSON format, with new ids of the images and (by label) of the categories."""
     images = []
     annotations: list[dict[str, Any]] = []
-    blank = (
-        {"keypoints": [0] * 3 * get_num_keypoints(records), "num_keypoints": 0} if task == "keypoints" else {}
-    )
+    blank: dict[str, Any] = {}
+    if task == "keypoints":
+        blank = {"keypoints": [0] * 3 * get_num_keypoints(records), "num_keypoints": 0}
     for image_id, record in zip(image_ids, records, strict=True):
         images.append({"id": image_id, "height": record["height"], "width": record["width"]})
         for a in record["annotations"]:

@@ -65,14 +65,12 @@ def compute_overlaps(
 ) -> tuple[np.ndarray, ...]:
     """Return the IoU of all overlapping pairs of a detection and an object of the same image.
 
-    Args:
-        objects: arrays `image` (ascending), `boxes` and `crowd`.
-        detections: arrays `image` (ascending) and `boxes`.
-        masks: RLEs of the objects and of the detections, for the IoU of masks.
+    Both need arrays `image` (ascending) and `boxes`, objects also `crowd`. `masks` are RLEs of the objects
+    and of the detections, for mask IoU.
 
     Returns:
-        index of the detection (ascending), index of the object, and IoU, `[P]` each. The IoU with a crowd is
-        the fraction of the detection inside it, as in COCO.
+        indices of the detections (ascending), indices of the objects, and IoUs, `[P]` each. The IoU with a
+        crowd is the fraction of the detection inside it, as in COCO.
     """
     object_shapes, shapes = masks or (_to_xywh(table["boxes"]) for table in (objects, detections))
     pairs = [(np.zeros(0, dtype=np.int64),) * 2 + (np.zeros(0),)]
@@ -95,13 +93,10 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
     """Base class of evaluators that gather the detections of all ranks on rank 0 and `score` them."""
 
     in_background = True
+    _collected: dict[str, Any]
 
     def __init__(self, dataset_name: str, distributed: bool = True, fields: Sequence[str] = ()) -> None:
-        """
-        Args:
-            distributed: gather over all ranks; otherwise each rank scores its own detections.
-            fields: outputs to collect besides boxes, some of "masks" and "keypoints".
-        """
+        """Load the records; `fields` are the outputs to collect, of "masks" and "keypoints"."""
         self.dataset_name = dataset_name
         self._distributed = distributed
         self._fields = fields
@@ -110,13 +105,7 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
 
     def reset(self) -> None:
         # "fields" are those of any output, including images without detections.
-        self._collected: dict[str, Any] = {
-            "seen": [],
-            "table": [],
-            "fields": set(),
-            "masks": [],
-            "keypoints": [],
-        }
+        self._collected = {"seen": [], "table": [], "fields": set(), "masks": [], "keypoints": []}
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Collect the outputs for samples, in pixels of the original images."""
@@ -137,10 +126,8 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         table = torch.cat([column.cpu().double() for column in columns], dim=1).numpy()
         wrong = table[(table[:, 5] < 0) | (table[:, 5] >= len(self.classes)), 5]
         if len(wrong):
-            raise UserError(
-                f"labels of the model must be 0 to {len(self.classes) - 1}, the classes of "
-                f"{self.dataset_name}, got {int(wrong[0])}"
-            )
+            classes = f"0 to {len(self.classes) - 1}, the classes of {self.dataset_name}"
+            raise UserError(f"labels of the model must be {classes}, got {int(wrong[0])}")
         collected["seen"].append(index)
         collected["table"].append(np.concatenate([np.full((len(table), 1), index), table], axis=1))
         fields = {name for name in self._fields if name in output}
@@ -152,11 +139,9 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
 
     def _encode(self, masks: torch.Tensor | BoxMasks, record: dict[str, Any]) -> list[bytes]:
         size = record["height"], record["width"]
-        if tuple(masks.shape[1:]) != size:
-            raise UserError(
-                f"masks of image {record['image_id']} in {self.dataset_name} must have its size {size}, got "
-                f"{tuple(masks.shape[1:])}"
-            )
+        if (actual := tuple(masks.shape[1:])) != size:
+            image = f"image {record['image_id']} of {self.dataset_name}"
+            raise UserError(f"masks of {image} must have its size {size}, got {actual}")
         return masks.encode() if isinstance(masks, BoxMasks) else encode_masks(masks)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
@@ -174,14 +159,10 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         num_seen = len(detections.seen)
         num_repeated = sum(len(of_rank["seen"]) for of_rank in gathered) - num_seen
         if num_seen < len(self.records):
-            logger.warning(
-                f"only {num_seen} of {len(self.records)} images of {self.dataset_name} are scored; the loader "
-                "did not yield the others"
-            )
+            logger.warning(f"only {num_seen} of {len(self.records)} images of {self.dataset_name} are scored")
         if num_repeated:
             logger.warning(
-                f"{num_repeated} images of {self.dataset_name} were processed again; all of their detections "
-                "count"
+                f"{num_repeated} images of {self.dataset_name} were processed again and are counted"
             )
         return self.score(detections)
 

@@ -154,8 +154,7 @@ def inference_on_dataset(
 ) -> dict[str, dict[str, float]]:
     """Run a model in evaluation mode on all batches of a loader, and return the results of the evaluator.
 
-    Returns {} on ranks other than 0, and without an evaluator. Raises `plaintrain.utils.stop.Stopped` on all
-    ranks if a signal stops the training.
+    Returns {} on other ranks than 0. Raises `plaintrain.utils.stop.Stopped` if a signal stops the training.
     """
     if isinstance(evaluator, list | tuple):
         evaluator = DatasetEvaluators(evaluator)

@@ -1,7 +1,4 @@
-"""Predictions in COCO's results format, and results as table and JSON.
-
-https://cocodataset.org/#format-results
-"""
+"""Predictions in COCO's format (https://cocodataset.org/#format-results), and results as table and JSON."""
 
 import json
 import logging
@@ -155,11 +152,6 @@ def _encode(path: str | os.PathLike, result: dict[str, Any], height: int, width:
         raise UserError(f"detection {result['id']} in {path}: {e}") from e
 
 
-def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
-    """Write nested dicts of numbers as JSON, with null for NaN and infinity."""
-    write_json(path, convert_to_json_types(results), indent=1)
-
-
 def report_results(dataset_name: str, results: dict[str, dict[str, float]], folder: str) -> None:
     """Log {task: {metric: value}} with the change since results.json in `folder`, and update that file.
 
@@ -172,7 +164,8 @@ def report_results(dataset_name: str, results: dict[str, dict[str, float]], fold
     since = ", and the change since the last evaluation" if before else ""
     logger.info(f"results on {dataset_name}{since}:\n{table}")
     print_csv_format(results)
-    write_results(os.path.join(folder, RESULTS_FILE), {dataset_name: results})
+    content = convert_to_json_types({dataset_name: results})
+    write_json(os.path.join(folder, RESULTS_FILE), content, indent=1)
 
 
 def format_results(results: dict[str, dict[str, float]], before: dict[str, dict[str, float | None]]) -> str:

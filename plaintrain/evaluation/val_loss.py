@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,20 +17,14 @@ from plaintrain.utils.stop import end_evaluation_if_requested, is_requested
 logger = logging.getLogger(__name__)
 
 # In training mode, these modules would update their statistics or act at random.
-_AS_IN_EVALUATION = (
-    nn.modules.batchnorm._NormBase,
-    nn.modules.dropout._DropoutNd,
-    StochasticDepth,
-)
+_AS_IN_EVALUATION = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, StochasticDepth)
 
 
-def compute_validation_losses(
-    model: nn.Module, data_loaders: Sequence[Any], seed: int = 0
-) -> dict[str, float]:
+def compute_validation_losses(model: nn.Module, data_loaders: list[Any], seed: int = 0) -> dict[str, float]:
     """Return {"val/NAME": loss} and "val/total_loss", the means over the images of all loaders and ranks.
 
-    Norms use their running statistics and dropout is off, as in evaluation. The model and the state of the
-    random generators stay as they were. `seed` is that of the sampling in the model, such as of proposals.
+    Norms and dropout are in evaluation mode. `seed` makes the sampling in the model, such as of proposals,
+    deterministic; the global random generators are not changed.
     """
     model = comm.unwrap_model(model)
     sums: dict[str, Any] = {}

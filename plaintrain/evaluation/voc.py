@@ -1,7 +1,4 @@
-"""AP of Pascal VOC.
-
-http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf, 3.4.1
-"""
+"""AP of Pascal VOC (http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf, 3.4.1)."""
 
 import logging
 
@@ -40,11 +37,7 @@ def voc_ap(recall: np.ndarray, precision: np.ndarray, use_07_metric: bool = Fals
 def match_to_objects(
     detections: dict[str, np.ndarray], objects: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Match each detection to the object of its image and class with the highest IoU.
-
-    Returns:
-        the IoU (0 without overlap) and the index of the object, `[N]` each.
-    """
+    """Return the IoU (or 0) and the index of the best object of each detection's image and class, `[N]`."""
     detection, target, iou = compute_overlaps(objects, detections)
     # In ascending IoU, so that the best object is written last, of equal ones the first.
     order = np.lexsort((-target, iou))
@@ -65,11 +58,8 @@ def voc_eval(
 ) -> np.ndarray:
     """Compute the AP `[10]` of one class at IoU 0.5, 0.55, ..., 0.95 in 0..1; NaN without objects.
 
-    Args:
-        ious: result of `match_to_objects` for the detections of the class, by descending score.
-        matches: likewise.
-        difficult: bool for each object; detections that match a difficult one are ignored.
-        num_objects: number of objects of the class that are not difficult.
+    `ious` and `matches` of `match_to_objects` are by descending score. Detections that match a `difficult`
+    object are ignored; `num_objects` is the number of objects of the class that are not difficult.
     """
     if not num_objects:
         return np.full(len(_IOUS), np.nan)
@@ -113,9 +103,7 @@ class PascalVOCDetectionEvaluator(InstanceEvaluator):
         objects = build_object_table(self.records)
         table = detections.table
         annotations = [a for record in self.records for a in record["annotations"]]
-        difficult = np.array(
-            [bool(a.get("difficult", 0) or a.get("iscrowd", 0)) for a in annotations], dtype=bool
-        )
+        difficult = np.array([bool(a.get("difficult") or a.get("iscrowd")) for a in annotations], dtype=bool)
         # VOC's IoU with a crowd is the usual one.
         objects |= {"crowd": np.zeros_like(difficult)}
         predicted = {"image": table[:, 0], "boxes": table[:, 1:5], "labels": table[:, 6]}

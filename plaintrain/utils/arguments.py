@@ -26,39 +26,28 @@ def build_parser(epilog: str | None, config_help: str = "") -> argparse.Argument
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
     """Build the parser of the training scripts; `default_setup` and `launch` take its result."""
     parser = build_parser(epilog, "YAML config")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue from (or, with --eval-only, evaluate) the last checkpoint in OUTPUT_DIR",
-    )
-    parser.add_argument(
-        "--eval-only",
-        action="store_true",
-        help="evaluate MODEL.WEIGHTS (or, with --resume, the last checkpoint)",
-    )
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
-    parser.add_argument("--num-machines", type=int, default=1, help="machines of the job")
-    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
-    parser.add_argument(
-        "--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; required for several machines"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or with --resume the checkpoint")
+    add("--num-gpus", type=int, default=1, help="processes per machine")
+    add("--num-machines", type=int, default=1, help="machines of the job")
+    add("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
+    add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; required for several machines")
+    add(
         "--overfit",
         type=int,
         default=0,
         metavar="N",
-        help="train and evaluate on the first N training images, which a working setup learns",
+        help="train and evaluate on the first N training images",
     )
-    parser.add_argument(
+    add(
         "--dry-run",
         action="store_true",
-        help="train two iterations, evaluate a few images, save and load a checkpoint; if that fails, "
-        "OUTPUT_DIR/dry-run is kept",
+        help="train two iterations, evaluate a few images, save and load a checkpoint; OUTPUT_DIR/dry-run is "
+        "only kept if that fails",
     )
-    parser.add_argument(
-        "--quiet", action="store_true", help="show only warnings and errors; log.txt is complete"
-    )
-    parser.add_argument(
+    add("--quiet", action="store_true", help="show only warnings and errors; log.txt is complete")
+    add(
         "opts",
         nargs=argparse.REMAINDER,
         action=_OverridesAction,
@@ -70,15 +59,14 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that all scripts that draw images have."""
-    parser.add_argument("--num", type=int, default=16, help="maximum number of images (default 16)")
-    parser.add_argument("--output", metavar="DIR", help="write one file per image into this folder")
-    parser.add_argument("--grid", metavar="FILE", help="write all images as one grid: .jpg, .png or .webp")
-    parser.add_argument("--show", action="store_true", help="show the grid in a window (the default)")
-    parser.add_argument("--columns", type=int, default=4, help="columns of the grid")
-    parser.add_argument("--size", type=int, default=480, help="enlarge smaller images to this longer side")
-    parser.add_argument(
-        "--class", action="append", dest="classes", metavar="NAME", help="only this class; repeatable"
-    )
+    add = parser.add_argument
+    add("--num", type=int, default=16, help="maximum number of images (default 16)")
+    add("--output", metavar="DIR", help="write one file per image into this folder")
+    add("--grid", metavar="FILE", help="write all images as one grid: .jpg, .png or .webp")
+    add("--show", action="store_true", help="show the grid in a window (the default)")
+    add("--columns", type=int, default=4, help="columns of the grid")
+    add("--size", type=int, default=480, help="enlarge smaller images to this longer side, in pixels")
+    add("--class", action="append", dest="classes", metavar="NAME", help="only this class; repeatable")
 
 
 def build_run_parser(epilog: str | None) -> argparse.ArgumentParser:

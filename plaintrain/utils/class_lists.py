@@ -27,20 +27,14 @@ def describe_class_difference(expected: list[str], actual: list[str]) -> str:
 def check_trained_classes(
     source: str, trained_for: list[str] | None, class_names: list[str] | None, *, strict: bool
 ) -> str:
-    """Reject weights whose classes contradict those of the dataset; return the accepted difference, or "".
+    """Reject weights whose classes contradict the `class_names` of the dataset; return accepted differences.
 
-    Args:
-        source: name of the weights in messages.
-        trained_for: class names in the checkpoint.
-        class_names: class names of the dataset.
-        strict: reject any difference, as for evaluation and --resume. Otherwise, for fine-tuning, reject
-            only the same classes in another order.
+    `strict` (evaluation and --resume) rejects any difference, otherwise only a different order.
     """
     if not (isinstance(trained_for, list | tuple) and trained_for and class_names):
         return ""
     trained_for = [str(name) for name in trained_for]
-    difference = describe_class_difference(trained_for, list(class_names))
-    if not difference:
+    if not (difference := describe_class_difference(trained_for, list(class_names))):
         return ""
     classes = f"{source} was trained for the classes {_format_names(trained_for)}"
     first, second = (list(map(_normalize, names)) for names in (trained_for, class_names))

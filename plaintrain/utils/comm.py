@@ -106,10 +106,7 @@ def any_rank(flag: bool | Tensor) -> bool:
 
 
 def check_loss_names(loss_dict: dict[str, Tensor]) -> None:
-    """Raise on all ranks if the names of their losses differ, since backward() would then deadlock.
-
-    Compares a checksum in one all-reduce over gloo, no device sync.
-    """
+    """Raise on all ranks if their loss names differ (backward() would deadlock); an all-reduce over gloo."""
     if get_world_size() == 1:
         return
     names = sorted(loss_dict)
@@ -120,13 +117,11 @@ def check_loss_names(loss_dict: dict[str, Tensor]) -> None:
         return
     names_of_ranks = [set(names) for names in all_gather(names)]
     common = set.intersection(*names_of_ranks)
-    extra = [
-        f"{', '.join(sorted(names - common)) or 'none of these'} on rank {rank}"
-        for rank, names in enumerate(names_of_ranks)
-    ]
+    extra = (", ".join(sorted(names - common)) or "none of these" for names in names_of_ranks)
+    differences = "; ".join(f"{names} on rank {rank}" for rank, names in enumerate(extra))
     raise UserError(
-        f"the model returned different losses on different ranks: {'; '.join(extra)}; return every loss in "
-        "every step, as zero where it does not apply"
+        f"the model returned different losses on different ranks: {differences}; return every loss in every "
+        "step, as zero where it does not apply"
     )
 
 
@@ -174,10 +169,7 @@ def copy_tensors(sources: list[Tensor], targets: list[Tensor]) -> None:
 
 @contextlib.contextmanager
 def averaged_norm_buffers(model: nn.Module) -> Iterator[None]:
-    """Average the running statistics of batch norm over ranks within the block (a collective).
-
-    They differ because ranks see different images and DDP runs with `broadcast_buffers=False`.
-    """
+    """Average the statistics of batch norm over ranks within the block; DDP does not broadcast them here."""
     if get_world_size() == 1:
         yield
         return

@@ -12,8 +12,7 @@ _MAX_LENGTH = 1000
 class UserError(ValueError):
     """A mistake in the input: a config key, a file, an annotation, an option.
 
-    The message is one sentence: where, what was expected, the actual value.
-    `plaintrain.engine.launch.launch` prints it without a traceback; every other exception is a bug.
+    `plaintrain.engine.launch.launch` prints the message, one sentence, without a traceback.
     """
 
     def __init__(self, message: object = "") -> None:

@@ -58,8 +58,7 @@ class CommonMetricPrinter(EventWriter):
         if "time" in latest:
             return latest["time"][0]
         before = self._last_write
-        now = storage.iter, time.perf_counter()
-        self._last_write = now
+        self._last_write = now = storage.iter, time.perf_counter()
         if before is None or now[0] <= before[0]:
             return None
         return (now[1] - before[1]) / (now[0] - before[0])

@@ -93,10 +93,7 @@ def move_old_run(folder: str) -> str | None:
 
 
 def check_file(path: str | os.PathLike, max_bytes: int | None = None) -> None:
-    """Raise an `OSError` for a file of more than `max_bytes`, and for pipes and devices.
-
-    `open` would block on a pipe, and `read` would not return from a device.
-    """
+    """Raise an `OSError` for a file of more than `max_bytes`, and for pipes and devices, which may block."""
     status = os.stat(path)
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")

@@ -17,11 +17,7 @@ _HELD: dict[str, int] = {}
 
 
 def lock_folder(folder: str) -> None:
-    """Lock a folder until this process ends.
-
-    POSIX record locks (also over NFS) end with their process, so there are no stale locks; `run.lock` names
-    the owner.
-    """
+    """Lock a folder until this process ends, with a POSIX record lock (also over NFS) that is never stale."""
     folder = os.path.realpath(folder)
     path = os.path.join(folder, _NAME)
     held = _HELD.get(folder)

@@ -55,10 +55,9 @@ class _ConsoleHandler(logging.Handler):
 def setup_logger(
     output: str | None = None, distributed_rank: int = 0, name: str = "plaintrain", quiet: bool = False
 ) -> logging.Logger:
-    """Log to the console (rank 0 only) and to `log.txt` (`log.txt.rank1`, ...) in the folder `output`.
+    """Log to the console (rank 0) and `output`/log.txt (.rank1, ...); replaces the handlers of earlier calls.
 
-    A second call replaces the handlers of the first. `quiet` shows only warnings and errors on the console,
-    and no progress bars.
+    `quiet` shows only warnings and errors on the console, and no progress bars.
     """
     ignore_console_errors()
     logger = logging.getLogger(name)

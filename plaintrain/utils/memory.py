@@ -41,10 +41,7 @@ def note_batch(samples: Sequence[Any], training: bool) -> None:
 
 
 def get_peak_memory() -> dict[str, float]:
-    """Return {"max_mem": MiB}, the peak that torch allocated on the current GPU; {} if it is unknown.
-
-    Without a GPU, it is the peak resident memory of the process.
-    """
+    """Return {"max_mem": MiB}, the peak memory of torch on the GPU, or of the process; {} if unknown."""
     if torch.cuda.is_initialized():
         return {"max_mem": torch.cuda.max_memory_allocated() / 2**20}
     if resource is None:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 from plaintrain.utils import comm
@@ -17,8 +17,7 @@ from plaintrain.utils.heartbeat import rest
 
 logger = logging.getLogger(__name__)
 
-# SIGHUP is sent when the terminal or the ssh session is closed; SIGUSR1 is the usual --signal of Slurm, sent
-# some time before the end of the job.
+# SIGHUP is sent when the terminal is closed; SIGUSR1 is the usual --signal of Slurm before a job ends.
 _SIGNALS = signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 # One Ctrl-C may arrive twice: from the terminal, and from the parent process.
 _SAME_SECONDS = 0.5
@@ -65,10 +64,8 @@ class StopSignal:
         reason = comm.all_reduce_max(2 * self.signal + (time.monotonic() >= self._deadline))
         self._agreed_signal = reason // 2
         if reason == 1:
-            logger.warning(
-                f"SOLVER.MAX_TIME of {self._max_time:g} s is over: stopping after this step with a "
-                "checkpoint; continue with --resume"
-            )
+            hint = "stopping after this step with a checkpoint; continue with --resume"
+            logger.warning(f"SOLVER.MAX_TIME of {self._max_time:g} s is over: {hint}")
         return reason > 0
 
     def end_evaluation(self) -> None:
@@ -98,9 +95,7 @@ class StopSignal:
         _ACTIVE.append(self)
         return self
 
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, error_type: object, error: BaseException | None, traceback: object) -> None:
         _ACTIVE.remove(self)
         rest()
         is_stopped = self._agreed_signal and (error is None or isinstance(error, Stopped))

@@ -1,4 +1,4 @@
-"""Storage of scalars, images and histograms without device syncs, as in Detectron2's `utils.events`."""
+"""`EventStorage` of Detectron2's `utils.events`, without a device sync per scalar."""
 
 import contextlib
 import itertools
@@ -110,10 +110,7 @@ class EventStorage:
     def put_scalars(
         self, *, smoothing_hint: bool = True, cur_iter: int | None = None, **scalars: float | Tensor
     ) -> None:
-        """Store scalars of the iteration `cur_iter` (default `iter`).
-
-        Writers show the median of a window, or with `smoothing_hint=False` the latest value.
-        """
+        """Store scalars; writers show the median of a window, without `smoothing_hint` the latest value."""
         iteration = self.iter if cur_iter is None else cur_iter
         if self._scope:
             scalars = {self._scope + name: value for name, value in scalars.items()}
@@ -122,7 +119,7 @@ class EventStorage:
         for name, value in scalars.items():
             if self._hints.setdefault(name, smoothing_hint) is not smoothing_hint:
                 raise ValueError(f"smoothing_hint of {name} must be {not smoothing_hint} as before")
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 names.append(name)
                 tensors.append(value if value.dim() == 0 else value.reshape(()))
             else:
@@ -135,8 +132,6 @@ class EventStorage:
             self._fetch()
 
     def _fetch(self) -> None:
-        if not self._pending:
-            return
         pending = self._pending
         self._pending = []
         tensors = defaultdict(list)
@@ -164,11 +159,8 @@ class EventStorage:
     ) -> None:
         """Raise a `FloatingPointError` if a loss or `grad_norm` is NaN or infinite; a device sync.
 
-        Checks the values since the last call. Reduced losses are equal on all ranks, so all ranks raise.
-
-        Args:
-            images_of: function from an iteration to the names of its images, for the message.
-            check_norm: False if steps with a non-finite `grad_norm` are skipped anyway (float16).
+        Checks all values since the last call; `check_norm` is False if the scaler skips non-finite steps.
+        Reduced losses are equal on all ranks, so all ranks raise. `images_of` names the images of an iteration.
         """
         self._fetch()
         bad = [(i, name) for i, name in self._nonfinite if check_norm or name != "grad_norm"]

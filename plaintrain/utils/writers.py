@@ -35,10 +35,9 @@ class EventWriter:
 
 
 class FileWriter(EventWriter):
-    """Base class of writers to files, which write each (iteration, name) once.
+    """Base class of writers to files, which a resumed run truncates at its start iteration.
 
-    A resumed run truncates the file at its start iteration, and skips the values that the file already has
-    when it repeats the evaluation and the log row of the iteration of the checkpoint.
+    Each (iteration, name) is written once, also if a resumed run repeats the evaluation of its checkpoint.
     """
 
     def __init__(self, path: str, window_size: int = 20) -> None:
@@ -85,10 +84,7 @@ class FileWriter(EventWriter):
 
 
 class _RowWriter(FileWriter):
-    """Writer of one row per iteration to a text file.
-
-    Scalars of an iteration that already has a row, such as a repeated evaluation, are merged into it.
-    """
+    """Writer of one row per iteration to a text file, which merges later scalars into existing rows."""
 
     @abstractmethod
     def _read(self, f: IO[str]) -> Iterator[dict[str, Any]]:
@@ -150,11 +146,7 @@ class JSONWriter(_RowWriter):
 
 
 class CSVWriter(_RowWriter):
-    """Writer of one CSV row per iteration, for spreadsheets; non-finite values are empty.
-
-    A scalar that is not yet in the header, such as the AP of the first evaluation, is added as last column,
-    which rewrites the file.
-    """
+    """Writer of one CSV row per iteration; non-finite values are empty. New scalars become new columns."""
 
     def __init__(self, csv_file: str, window_size: int = 20) -> None:
         super().__init__(csv_file, window_size)
@@ -189,10 +181,7 @@ def _replace_nonfinite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class TensorboardXWriter(FileWriter):
-    """Writer of scalars, images and histograms to TensorBoard event files, one per process.
-
-    The first write imports tensorboardX, which processes without writers do not need.
-    """
+    """Writer of scalars, images and histograms to TensorBoard event files; imports tensorboardX if used."""
 
     def _truncate(self, start_iter):
         last_iters = {}
@@ -251,10 +240,7 @@ class TensorboardXWriter(FileWriter):
 
 
 def _read_events(path: str) -> Iterator[tuple[Any, bytes]]:
-    """Yield (event, record) up to the end of the file or its first incomplete record.
-
-    A record is the length of the event, its checksum, the event and its checksum.
-    """
+    """Yield (event, record) up to the first incomplete record: length, checksum, event, checksum."""
     from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
