@@ -34,12 +34,12 @@ def test_images_processed_since_reset_are_scored_and_missing_and_repeated_ones_w
     evaluate(evaluator, dict.fromkeys(range(4), perfect))
     assert "images of" not in log.text
     evaluate(evaluator, dict.fromkeys(range(3), perfect))
-    assert f"only 3 of 4 images of {name} are scored" in log.text
+    assert f"only 3 of 4 images of {name} were processed" in log.text
     log.clear()
     evaluate(evaluator, dict.fromkeys(range(4), perfect))
     evaluator.process([{"image_id": 2}], [perfect])
     evaluator.evaluate()
-    assert f"1 images of {name} were processed again and" in log.text and "only" not in log.text
+    assert f"1 images of {name} were processed more than once" in log.text and "only" not in log.text
     # Only what was processed since the reset counts.
     assert evaluate(evaluator, {3: perfect})["bbox"]["AP"] == pytest.approx(100.0)
     assert evaluate(evaluator, {2: make_output()})["bbox"]["AP"] == 0.0

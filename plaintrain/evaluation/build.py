@@ -8,11 +8,7 @@ from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> InstanceEvaluator:
-    """Build the evaluator for the model and the `evaluator_type` of the dataset.
-
-    It is VOC's for pascal_voc, COCO's for other types, and box recall for a ProposalNetwork. Without
-    `output_folder`, the predictions are not written to a file.
-    """
+    """Build VOC's evaluator for the `evaluator_type` pascal_voc, else COCO's (of recall for proposals)."""
     proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc" and not proposals:
         return PascalVOCDetectionEvaluator(dataset_name, output_dir=output_folder)

@@ -56,9 +56,7 @@ class COCOEvaluator(InstanceEvaluator):
         """
         if tasks is not None and (not tasks or set(tasks) - set(TASKS)):
             raise UserError(f"tasks of COCOEvaluator must be some of {', '.join(TASKS)}, got {tasks}")
-        super().__init__(
-            dataset_name, distributed, [TASKS[task] for task in TASKS if task in (tasks or TASKS)]
-        )
+        super().__init__(dataset_name, distributed, [TASKS[task] for task in tasks or TASKS])
         for task in tasks or ():
             if not has_annotations(self.records, task):
                 raise UserError(f"the task {task} cannot be scored: {dataset_name} has no annotations for it")

@@ -158,12 +158,11 @@ class InstanceEvaluator(DatasetEvaluator, abc.ABC):
         detections = _merge(gathered)
         num_seen = len(detections.seen)
         num_repeated = sum(len(of_rank["seen"]) for of_rank in gathered) - num_seen
+        images = f"images of {self.dataset_name}"
         if num_seen < len(self.records):
-            logger.warning(f"only {num_seen} of {len(self.records)} images of {self.dataset_name} are scored")
+            logger.warning(f"only {num_seen} of {len(self.records)} {images} were processed and are scored")
         if num_repeated:
-            logger.warning(
-                f"{num_repeated} images of {self.dataset_name} were processed again and are counted"
-            )
+            logger.warning(f"{num_repeated} {images} were processed more than once, and count as often")
         return self.score(detections)
 
     @abc.abstractmethod

@@ -44,7 +44,6 @@ class DatasetEvaluator:
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Return {task: {metric: value}} on rank 0, None on other ranks."""
-        return None
 
 
 class DatasetEvaluators(DatasetEvaluator):

@@ -140,8 +140,7 @@ def _find_problem(result: dict[str, Any]) -> tuple[str, str] | None:
     if min(result["bbox"][2:]) < 0:
         return "bad_box", f"has bbox {result['bbox']}, whose width or height is negative"
     if not are_numbers(result.get("keypoints") or []):
-        keypoints = str(result["keypoints"])[:80]
-        return "wrong_keypoints", f"has keypoints that are not finite numbers: {keypoints}"
+        return "wrong_keypoints", f"has keypoints that are not finite numbers: {result['keypoints']!s:.80}"
     return None
 
 

@@ -169,7 +169,7 @@ def copy_tensors(sources: list[Tensor], targets: list[Tensor]) -> None:
 
 @contextlib.contextmanager
 def averaged_norm_buffers(model: nn.Module) -> Iterator[None]:
-    """Average the statistics of batch norm over ranks within the block; DDP does not broadcast them here."""
+    """Average the statistics of batch norm over ranks within the block, since DDP does not broadcast them."""
     if get_world_size() == 1:
         yield
         return

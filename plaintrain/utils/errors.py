@@ -1,4 +1,4 @@
-"""Exceptions for mistakes in the input, which whoever runs a script can fix."""
+"""Exceptions for mistakes in the input."""
 
 import contextlib
 import difflib

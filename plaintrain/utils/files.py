@@ -23,10 +23,7 @@ RESULTS_FILE = "results.json"
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file that replaces `path`, after fsync, when the block succeeds.
-
-    Text is UTF-8; missing folders are created. If writing fails (`UserError`), `path` stays as it was.
-    """
+    """Open a temporary file (UTF-8 or binary) that atomically replaces `path` if the block succeeds."""
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         with writing(path):

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from plaintrain.utils import comm
 
 _FORMAT = "[%(asctime)s %(name)s] %(levelname)s: %(message)s"
-_DATE = "%m/%d %H:%M:%S"
 
 
 class _Console:
@@ -73,7 +72,7 @@ def setup_logger(
         suffix = f".rank{distributed_rank}" if distributed_rank else ""
         handlers.append(logging.FileHandler(os.path.join(output, "log.txt" + suffix), encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT, _DATE))
+        handler.setFormatter(logging.Formatter(_FORMAT, "%m/%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import resource
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +11,7 @@ import torch
 
 from plaintrain.utils.errors import UserError
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
-# In messages of CUDA, its libraries and MPS, and of the CPU.
+# Out-of-memory messages of CUDA and its libraries, MPS and the CPU.
 _OOM_MESSAGES = ("out of memory", "status_alloc_failed", "can't allocate memory")
 _TRAINING_ADVICE = (
     "lower SOLVER.IMS_PER_BATCH, keep it and raise SOLVER.ACCUMULATE_STEPS, set SOLVER.AMP.ENABLED True, or "
@@ -41,11 +37,9 @@ def note_batch(samples: Sequence[Any], training: bool) -> None:
 
 
 def get_peak_memory() -> dict[str, float]:
-    """Return {"max_mem": MiB}, the peak memory of torch on the GPU, or of the process; {} if unknown."""
+    """Return {"max_mem": MiB}, the peak memory that torch has allocated on the GPU, or of the process."""
     if torch.cuda.is_initialized():
         return {"max_mem": torch.cuda.max_memory_allocated() / 2**20}
-    if resource is None:
-        return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # The unit is KiB on Linux and bytes on macOS.
     return {"max_mem": peak / (2**20 if sys.platform == "darwin" else 2**10)}

@@ -160,7 +160,7 @@ class EventStorage:
         """Raise a `FloatingPointError` if a loss or `grad_norm` is NaN or infinite; a device sync.
 
         Checks all values since the last call; `check_norm` is False if the scaler skips non-finite steps.
-        Reduced losses are equal on all ranks, so all ranks raise. `images_of` names the images of an iteration.
+        Reduced losses are equal on all ranks, so all ranks raise. `images_of` lists images of an iteration.
         """
         self._fetch()
         bad = [(i, name) for i, name in self._nonfinite if check_norm or name != "grad_norm"]
