@@ -47,7 +47,7 @@ def start(tmp_path):
         process.kill()
 
 
-def test_a_second_run_is_refused_while_the_first_is_alive_however_that_ends(tmp_path, folder, start):
+def test_lock_rejects_a_second_run_until_the_first_has_ended_or_was_killed(tmp_path, folder, start):
     first = start(folder)
     assert "held" in first.output and is_in_use(folder)
     words = rf"is in use by another run \(pid {first.pid} on {socket.gethostname()}, since"
@@ -78,14 +78,14 @@ def test_lock_file_of_a_dead_run_is_ignored(tmp_path, host, in_use):
     assert f"pid {os.getpid()} on" in (tmp_path / "run.lock").read_text()
 
 
-def test_where_there_are_no_locks_the_run_continues_with_a_warning(tmp_path, monkeypatch, log):
+def test_lock_warns_on_a_file_system_without_locks(tmp_path, monkeypatch, log):
     monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(37, "No locks available")))
     lock_folder(str(tmp_path))
     assert "run.lock (No locks available)" in log.text
     assert f"pid {os.getpid()} on" in (tmp_path / "run.lock").read_text()
 
 
-def test_a_folder_that_is_deleted_and_made_again_is_locked_again(folder, start):
+def test_lock_is_taken_again_if_the_folder_was_deleted_and_created_again(folder, start):
     lock_folder(str(folder))
     shutil.rmtree(folder)
     folder.mkdir()

@@ -53,7 +53,7 @@ EVALUATION = (
 
 
 @pytest.mark.parametrize(("in_training", "words"), [(True, TRAINING), (False, EVALUATION)])
-def test_a_run_ends_with_the_batch_and_the_keys(tmp_path, in_training, words):
+def test_out_of_memory_error_names_the_batch_and_the_keys(tmp_path, in_training, words):
     options = ["SOLVER.MAX_ITER", 1, "TEST.IMS_PER_BATCH", 1, "INPUT.MIN_SIZE_TRAIN", "(48,)"]
     options += ["INPUT.CROP.ENABLED", False]
     run = Run(tmp_path / "out", options, faults=functools.partial(_fill_memory, in_training)).wait()
@@ -62,7 +62,7 @@ def test_a_run_ends_with_the_batch_and_the_keys(tmp_path, in_training, words):
     assert errors == [f"error: out of memory {words}"]
 
 
-def test_the_messages_of_all_devices_are_known():
+def test_is_out_of_memory_for_the_messages_of_all_devices():
     note_batch([{"image": torch.zeros(3, 4, 9)}, {"image": torch.zeros(3, 5, 8)}], True)
     for text in (CUDA, CPU, MPS, "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"):
         error = RuntimeError(text)
@@ -85,7 +85,7 @@ def test_the_messages_of_all_devices_are_known():
         ([{"views": []}] * 2, False, "with 2 image(s) in this process; lower TEST.IMS_PER_BATCH"),
     ],
 )
-def test_samples_of_any_make_are_counted(samples, training, words):
+def test_describe_out_of_memory_for_samples_of_any_type(samples, training, words):
     note_batch(samples, training)
     assert words in str(describe_out_of_memory(RuntimeError("")))
 

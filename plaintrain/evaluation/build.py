@@ -8,7 +8,7 @@ from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> InstanceEvaluator:
-    """Build VOC's evaluator for the `evaluator_type` pascal_voc, else COCO's (of recall for proposals)."""
+    """Build the evaluator of `evaluator_type` (pascal_voc, else COCO), or of recall for a ProposalNetwork."""
     proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc" and not proposals:
         return PascalVOCDetectionEvaluator(dataset_name, output_dir=output_folder)

@@ -44,7 +44,7 @@ def closing_all(writers: Sequence[EventWriter]) -> Iterator[Sequence[EventWriter
 
 
 class CommonMetricPrinter(EventWriter):
-    """Logs one line: eta, iteration, losses, time and data_time (s), lr, memory (MiB)."""
+    """Writer of one log line: eta, iteration, losses, time and data_time (s), lr, memory (MiB)."""
 
     def __init__(self, max_iter: int | None = None, window_size: int = 20) -> None:
         self.logger = logging.getLogger(__name__)

@@ -54,9 +54,9 @@ class _ConsoleHandler(logging.Handler):
 def setup_logger(
     output: str | None = None, distributed_rank: int = 0, name: str = "plaintrain", quiet: bool = False
 ) -> logging.Logger:
-    """Log to the console (rank 0) and `output`/log.txt (.rank1, ...); replaces the handlers of earlier calls.
+    """Log to the console (rank 0) and to log.txt (log.txt.rank1, ...) in the folder `output`.
 
-    `quiet` shows only warnings and errors on the console, and no progress bars.
+    Replaces the handlers of earlier calls. `quiet` hides progress bars, and all but warnings and errors.
     """
     ignore_console_errors()
     logger = logging.getLogger(name)

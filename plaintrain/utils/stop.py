@@ -43,7 +43,7 @@ class Stopped(SystemExit):
 
 
 class StopSignal:
-    """Request to stop all ranks after the current step, after a signal or `max_time` seconds (0: no limit).
+    """Request to stop all ranks, set by a signal or after `max_time` seconds (0: no limit).
 
     Within the block, signals only set the request, but a second SIGINT ends the process at once. The end of
     the block raises `Stopped` if a signal has stopped the run.
