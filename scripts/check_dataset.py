@@ -49,7 +49,7 @@ def look_at(record, pixel_range):
         image = read_image(record["file_name"], pixel_range)
         turned = not is_drawn(record["file_name"]) and read_image_header(record["file_name"])[2] > 1
     except UserError as e:
-        return {"error": str(e), "kind": getattr(e, "kind", "unreadable")}
+        return {"error": str(e), "kind": getattr(e, "error_type", "unreadable")}
     size = tuple(image.shape[-2:])
     pixels = hashlib.blake2b(image.contiguous().numpy(), digest_size=16, key=repr(size).encode())
     spread = int((image.amax((1, 2)).int() - image.amin((1, 2)).int()).max())
@@ -91,7 +91,7 @@ def write_fixed(folder, records, looks, metadata, problems):
         return
     records, changes = fix_records(records, looks, metadata)
     for error in problems:
-        kind = getattr(error, "kind", "broken")
+        kind = getattr(error, "error_type", "broken")
         what = "renumbered" if kind == "duplicate_id" else "dropped"
         changes[f"{what} while reading: {PROBLEM_TYPES[kind][0]}"].append("")
     os.makedirs(folder, exist_ok=True)

@@ -170,7 +170,7 @@ MUTATIONS = {
             'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes, start=1)',
             'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes)',
         ),
-        ("sorted(image_numbers[detections.seen].tolist())", "sorted(image_numbers.tolist())"),
+        ("sorted(image_ids[detections.seen].tolist())", "sorted(image_ids.tolist())"),
     ],
     "plaintrain/evaluation/coco_backend.py": [
         ("        evaluation.params.kpt_oks_sigmas = np.array(sigmas)\n", ""),
@@ -186,12 +186,12 @@ MUTATIONS = {
     ],
     "plaintrain/evaluation/detections.py": [
         ('objects["crowd"][o0:o1].astype(np.uint8)', "np.zeros(o1 - o0, dtype=np.uint8)"),
-        ('np.argsort(rows[:, 0], kind="stable")', "np.arange(len(rows))"),
-        ("(rows[:, 5] >= len(self.classes))", "(rows[:, 5] > len(self.classes))"),
-        ("comm.gather(part) if self._distributed else [part]", "[part]"),
+        ('np.argsort(table[:, 0], kind="stable")', "np.arange(len(table))"),
+        ("(table[:, 5] >= len(self.classes))", "(table[:, 5] > len(self.classes))"),
+        ("comm.gather(collected) if self._distributed else [collected]", "[collected]"),
     ],
     "plaintrain/evaluation/evaluator.py": [
-        ("waiting.popleft().result()", "waiting.popleft()"),
+        ("pending.popleft().result()", "pending.popleft()"),
         ("not abs(actual - expected) <= tolerance", "abs(actual - expected) > tolerance"),
         ("module.training = training", "module.training = True"),
     ],
@@ -206,8 +206,8 @@ MUTATIONS = {
     "plaintrain/evaluation/voc.py": [
         ("precision[recall >= t]", "precision[recall > t]"),
         ("~difficult & np.isin", "np.isin"),
-        ("above = best > iou / 100", "above = best >= iou / 100"),
-        ('bool(a.get("difficult", 0) or a.get("iscrowd", 0))', 'bool(a.get("difficult", 0))'),
+        ("above = ious > iou / 100", "above = ious >= iou / 100"),
+        ('bool(a.get("difficult") or a.get("iscrowd"))', 'bool(a.get("difficult"))'),
     ],
     "plaintrain/export/export.py": [
         ('far.masked_fill(found["labels"][:, None] != expected["labels"], float("inf"))', "far"),
@@ -278,7 +278,7 @@ MUTATIONS = {
         ("if comm.any_rank(bad):", "if bad:"),
         (("        self.num_in_row = 0\n        self._remember"), "        self._remember"),
         ("register_load_state_dict_post_hook(self._remember_buffers)", "modules()"),
-        ("norm_too=not self._scaler.is_enabled()", "norm_too=True"),
+        ("check_norm=not self._scaler.is_enabled()", "check_norm=True"),
     ],
     "plaintrain/predict.py": [
         ('averaged = cfg.MODEL.EMA.ENABLED and cfg.MODEL.EMA.EVALUATE == "averaged"', "averaged = False"),
@@ -351,7 +351,7 @@ MUTATIONS = {
     "plaintrain/utils/comm.py": [
         ("names = sorted(input_dict)", "names = list(input_dict)"),
         ("        values /= get_world_size()\n", "        values /= 1\n"),
-        ("for b in (norm.running_mean, norm.running_var)]", "for b in (norm.running_mean,)]"),
+        ('names = ("running_mean", "running_var")', 'names = ("running_mean",)'),
         (
             'return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)',
             'return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF',
@@ -360,10 +360,13 @@ MUTATIONS = {
     ],
     "plaintrain/utils/writers.py": [
         ("event.step < start_iter:", "event.step <= start_iter:"),
-        ("self._write_event(at, summary=Summary(value", "self._write_event(at + 1, summary=Summary(value"),
-        ("(self._rows().items()) if at < start_iter}", "(self._rows().items()) if at <= start_iter}"),
-        ('.dumps(_finite({"iteration": at, **row}), allow_nan=False)', '.dumps({"iteration": at, **row})'),
-        ("all(name in self._columns for row in rows.values() for name in row)", "bool(self._columns)"),
+        ("_event(iteration, summary=Summary(value", "_event(iteration + 1, summary=Summary(value"),
+        ("(self._read_scalars().items()) if i < start_iter}", "(self._read_scalars().items())}"),
+        (
+            '_replace_nonfinite({"iteration": iteration, **row}), allow_nan=False',
+            '{"iteration": iteration, **row}',
+        ),
+        ("set().union(*scalars.values()) <= set(self._columns)", "bool(self._columns)"),
     ],
     "plaintrain/utils/events.py": [
         ("self._max_iter - storage.iter - 1", "self._max_iter"),
@@ -374,7 +377,7 @@ MUTATIONS = {
         ('os.path.join(os.path.abspath(folder), "")', "os.path.abspath(folder)"),
     ],
     "plaintrain/utils/heartbeat.py": [
-        ("> _Pulse.limit + _Pulse.extra", "> _Pulse.limit"),
+        ("> get_limit()", "> _Heartbeat.limit"),
         ("seconds or math.inf", "seconds"),
     ],
     "plaintrain/utils/lock.py": [
@@ -513,8 +516,8 @@ PLANTED = {
             ("zip(cfg_list[0::2], cfg_list[1::2], strict", "zip(cfg_list[-2::-2], cfg_list[::-2], strict"),
             ("value = type(old)(value)", "value = old + type(old)(value)"),
             ("raise ConfigError(_describe_unknown_key(name, root, source))", "continue"),
-            ("number=3, least=0.75", "number=3, least=1.0"),
-            ('raw, f"{name} in', "raw, f\"{name.rpartition('.')[2]} in"),
+            ("num=3, cutoff=0.75", "num=3, cutoff=1.0"),
+            ('message = f"{name} in', "message = f\"{name.rpartition('.')[2]} in"),
         ],
         "plaintrain/config/defaults.py": [("return _C.clone()", "return _C")],
         "plaintrain/config/yaml.py": [

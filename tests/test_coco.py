@@ -144,7 +144,7 @@ def test_broken_entries_are_collected_if_asked_for(tiny_coco):
     annotations[3]["id"] = annotations[2]["id"]
     problems = []
     records, _ = _load(tiny_coco, problems=problems)
-    kinds = [problem.kind for problem in problems]
+    kinds = [problem.error_type for problem in problems]
     assert kinds == ["duplicate_id", "broken_image", "bad_box", "unknown_class", "unknown_image"]
     assert [(r["image_id"], len(r["annotations"])) for r in records] == [(2, 1), (11, 0)]
 
@@ -196,7 +196,7 @@ def test_broken_detections_are_rejected_or_collected(tiny_coco):
     broken = [{"score": "high"}, {"image_id": 12}, {"bbox": [1]}]
     problems = []
     records, _ = _load_results(tiny_coco, [*(BOX | change for change in broken), BOX], problems=problems)
-    assert [problem.kind for problem in problems] == ["broken", "unknown_image", "bad_box"]
+    assert [problem.error_type for problem in problems] == ["broken", "unknown_image", "bad_box"]
     assert [len(record["annotations"]) for record in records] == [0, 0, 1]
 
 

@@ -250,7 +250,7 @@ def test_tasks_are_those_asked_for_without_what_the_dataset_does_not_have(log):
     output = make_outputs([SQUARE], [MASK], [POINTS])
     assert list(evaluate(COCOEvaluator(name), {1: output})) == ["bbox"]
     warnings = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
-    assert [warning.split()[0] for warning in warnings] == ["segm", "keypoints"]
+    assert [warning.split()[1] for warning in warnings] == ["segm:", "keypoints:"]
     voc = evaluate(PascalVOCDetectionEvaluator(name), {1: {**output, "masks": torch.zeros(1, 3, 3)}})
     assert voc["bbox"]["AP50"] == 100.0
     # Nor are tasks that nobody asks for.
@@ -273,7 +273,7 @@ def test_objects_without_a_mask_or_labelled_keypoints_are_ignored_not_missed():
 
 @pytest.mark.parametrize(
     ("sigmas", "kp", "words"),
-    [((), 4, "COCO's are for 17"), ((0.1,) * 3, 4, "not \\[0.1, 0.1, 0.1\\]"), ((0.1, 0.0), 2, "positive")],
+    [((), 4, "default is for 17"), ((0.1,) * 3, 4, "got \\[0.1, 0.1, 0.1\\]"), ((0.1, 0.0), 2, "positive")],
 )
 def test_a_wrong_number_of_sigmas_is_rejected(sigmas, kp, words):
     name = add_dataset([make_record(1, make_annotation(SQUARE, keypoints=[20.0, 20.0, 2] * kp))])
@@ -295,11 +295,11 @@ MISTAKES = {
     "an unknown task": (("bbox", "panoptic"), FULL, [], TASKS),
     "no task": ((), FULL, [], TASKS),
     "no annotations": (["segm"], ONLY_BOX, [], "segm cannot be scored: .*detections_"),
-    "a small mask": (None, FULL, [SMALL_MASK], r"image 1 .*\(50, 100\).*\(100, 100\)"),
-    "some masks": (None, FULL, [make_outputs([SQUARE], [MASK]), NO_MASK], "1 of 2 detections have masks"),
+    "a small mask": (None, FULL, [SMALL_MASK], r"image 1 .*\(100, 100\).*\(50, 100\)"),
+    "some masks": (None, FULL, [make_outputs([SQUARE], [MASK]), NO_MASK], "2 .* must have masks, got 1"),
     "no masks": (["segm"], FULL, [NO_MASK], "segm needs masks"),
     "a broken polygon": (["segm"], BROKEN, [make_outputs([SQUARE], [MASK])], "image 1 .*polygon"),
-    "other keypoints": (None, FULL, [THREE_POINTS], "finds 3 keypoints, .* has 2"),
+    "other keypoints": (None, FULL, [THREE_POINTS], "predict the 2 keypoints of .*, got 3"),
 }
 
 

@@ -10,19 +10,19 @@ from plaintrain.utils import comm
 
 
 @pytest.mark.parametrize("check", [rank_functions.check_collectives, rank_functions.check_averaged_norms])
-def test_two_ranks_get_what_each_has(tmp_path, check):
+def test_collectives_of_two_ranks(tmp_path, check):
     job = Job(check, tmp_path / "job", num_gpus_per_machine=2).wait()
     assert job.code == 0, job.output
 
 
-def test_a_single_process_is_the_main_one_of_one_whatever_a_scheduler_says(monkeypatch):
+def test_ranks_of_a_single_process_ignore_the_scheduler(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert (comm.get_rank(), comm.get_world_size(), comm.is_main_process()) == (0, 1, True)
     assert (comm.get_local_rank(), comm.get_local_size()) == (0, 1)
 
 
-def test_collectives_of_a_single_process_return_what_they_get():
+def test_collectives_of_a_single_process_return_their_input():
     data, losses = object(), {"loss": torch.tensor(2.0)}
     assert comm.all_gather(data) == [data] and comm.gather(data) == [data]
     assert comm.broadcast(data) is data and comm.reduce_dict(losses) is losses

@@ -123,7 +123,7 @@ def test_read_image_rejects_pixels_outside_the_range(tmp_path, name, values, pix
         read_image(str(tmp_path / name), pixel_range)
     assert words in str(error.value) and name in str(error.value)
     # A worker hands it over.
-    assert pickle.loads(pickle.dumps(error.value)).kind == "pixel_range"  # noqa: S301
+    assert pickle.loads(pickle.dumps(error.value)).error_type == "pixel_range"  # noqa: S301
 
 
 def _tiff(bits, sample_format, pixels):

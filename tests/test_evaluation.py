@@ -34,12 +34,12 @@ def test_images_processed_since_reset_are_scored_and_missing_and_repeated_ones_w
     evaluate(evaluator, dict.fromkeys(range(4), perfect))
     assert "images of" not in log.text
     evaluate(evaluator, dict.fromkeys(range(3), perfect))
-    assert f"only 3 of the 4 images of {name} are scored" in log.text
+    assert f"only 3 of 4 images of {name} were processed" in log.text
     log.clear()
     evaluate(evaluator, dict.fromkeys(range(4), perfect))
     evaluator.process([{"image_id": 2}], [perfect])
     evaluator.evaluate()
-    assert f"of {name}, 1 images were given to the model once again" in log.text and "only" not in log.text
+    assert f"1 images of {name} were processed more than once" in log.text and "only" not in log.text
     # Only what was processed since the reset counts.
     assert evaluate(evaluator, {3: perfect})["bbox"]["AP"] == pytest.approx(100.0)
     assert evaluate(evaluator, {2: make_output()})["bbox"]["AP"] == 0.0
@@ -52,13 +52,13 @@ def test_images_and_labels_of_another_dataset_are_rejected(evaluator_class):
     with pytest.raises(UserError, match=f"{name} has no image 'b'"):
         evaluator.process([{"image_id": "b"}], [make_output()])
     for label in (2, -1):
-        with pytest.raises(UserError, match=f"finds the label {label}, but {name} has 2 classes, 0 to 1"):
+        with pytest.raises(UserError, match=f"must be 0 to 1, the classes of {name}, got {label}"):
             evaluator.process([{"image_id": "a"}], [make_output((B, 0.9, label))])
         wrong = add_dataset([make_record(7, make_annotation(B, label))])
         with pytest.raises(UserError, match=f"image 7 of {wrong} has category_id {label}, but .* 0 to 1"):
             evaluator_class(wrong)
     twice = add_dataset([make_record(1), make_record(1)])
-    with pytest.raises(UserError, match=f"{twice} holds an image_id twice"):
+    with pytest.raises(UserError, match=f"image_id must be unique in the dataset {twice}"):
         evaluator_class(twice)
 
 
@@ -356,7 +356,7 @@ def test_masks_of_mask_rcnn_are_those_that_its_users_get(wide_images):
     outputs = [by_image[i] for i in range(4)]
     assert all(output["masks"].dtype == torch.bool and len(output["masks"]) > 5 for output in outputs)
     assert detections.masks == [counts for output in outputs for counts in encode_masks(output["masks"])]
-    assert detections.rows[:, 1:5].tolist() == torch.cat([o["boxes"] for o in outputs]).double().tolist()
+    assert detections.table[:, 1:5].tolist() == torch.cat([o["boxes"] for o in outputs]).double().tolist()
     assert detections.keypoints.tolist() == torch.cat([o["keypoints"] for o in outputs]).double().tolist()
     # Masks of pixels, as another model returns them, are accepted as well.
     evaluator.reset()
@@ -370,4 +370,4 @@ def test_an_image_whose_masks_cannot_be_encoded_is_named(wide_images):
     broken = {**output, "masks": BoxMasks(None, torch.zeros(1, 4), 64, 96)}
     with pytest.raises(Exception) as error:  # noqa: PT011 - whatever it is, the image is named
         COCOEvaluator(wide_images, ["bbox", "segm"]).process([{"image_id": 3}], [broken])
-    assert error.value.__notes__ == ["while taking in what was found in image 3"]
+    assert error.value.__notes__ == ["while processing the detections of image 3"]

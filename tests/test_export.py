@@ -225,7 +225,7 @@ def export_a_little_off():
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--output", "a.onnx"], "give a run's folder or --config-file FILE, not neither"),
+        (["--output", "a.onnx"], "give a run's folder or --config-file FILE, got neither"),
         (["FOLDER", "--output", "a.pt2", "--format", "onnx"], "must end in .onnx"),
         (["FOLDER", "--output", "nowhere/a.onnx"], "there is no folder nowhere"),
         (["FOLDER", "TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED is True, but a file is one pass"),

@@ -47,52 +47,47 @@ def start(tmp_path):
         process.kill()
 
 
-def test_a_second_run_is_refused_while_the_first_is_alive_however_that_ends(tmp_path, folder, start):
+def test_lock_rejects_a_second_run_until_the_first_has_ended_or_was_killed(tmp_path, folder, start):
     first = start(folder)
     assert "held" in first.output and is_in_use(folder)
-    words = f"another run is at work .*: process {first.pid} on {socket.gethostname()}, since"
+    words = rf"is in use by another run \(pid {first.pid} on {socket.gethostname()}, since"
     with pytest.raises(UserError, match=words):
         lock_folder(str(folder))
     # By another name of the folder too.
     os.symlink(folder, tmp_path / "link")
     assert "another run" in start(tmp_path / "link").output
     (folder / "run.lock").write_text("")
-    with pytest.raises(UserError, match="not yet written its number"):
+    with pytest.raises(UserError, match="owner unknown"):
         lock_folder(str(folder))
     first.kill()
     lock_folder(str(folder))
     # A look at the own run keeps its lock.
     assert is_in_use(folder) is False
     # Not read here: this process would let go of the lock with the handle.
-    words = f"alive before: True\nanother run is at work in {folder}: process {os.getpid()} on"
+    words = f"alive before: True\n{folder} is in use by another run (pid {os.getpid()} on"
     assert words in start(folder).output
 
 
-@pytest.mark.parametrize("content", ["", "process 1 on elsewhere, since long ago"])
-def test_a_file_that_a_dead_run_has_left_is_no_lock(tmp_path, content):
-    (tmp_path / "run.lock").write_text(content)
-    # Of another machine it cannot be told.
-    assert is_in_use(tmp_path) is None
+# Whether a run of another machine is alive is unknown.
+@pytest.mark.parametrize(("host", "in_use"), [("elsewhere", None), (socket.gethostname(), False)])
+def test_lock_file_of_a_dead_run_is_ignored(tmp_path, host, in_use):
+    (tmp_path / "run.lock").write_text(f"pid 1 on {host}, since long ago")
+    assert is_in_use(tmp_path) is in_use
     lock_folder(str(tmp_path))
     lock_folder(str(tmp_path))
-    assert f"process {os.getpid()} on" in (tmp_path / "run.lock").read_text()
+    assert f"pid {os.getpid()} on" in (tmp_path / "run.lock").read_text()
 
 
-def test_a_dead_run_of_this_machine_is_not_alive(tmp_path):
-    (tmp_path / "run.lock").write_text(f"process 1 on {socket.gethostname()}, since then")
-    assert is_in_use(tmp_path) is False
-
-
-def test_where_there_are_no_locks_the_run_continues_with_a_warning(tmp_path, monkeypatch, log):
+def test_lock_warns_on_a_file_system_without_locks(tmp_path, monkeypatch, log):
     monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(37, "No locks available")))
     lock_folder(str(tmp_path))
-    assert "run.lock cannot be locked (No locks available)" in log.text
-    assert f"process {os.getpid()} on" in (tmp_path / "run.lock").read_text()
+    assert "run.lock (No locks available)" in log.text
+    assert f"pid {os.getpid()} on" in (tmp_path / "run.lock").read_text()
 
 
-def test_a_folder_that_is_deleted_and_made_again_is_locked_again(folder, start):
+def test_lock_is_taken_again_if_the_folder_was_deleted_and_created_again(folder, start):
     lock_folder(str(folder))
     shutil.rmtree(folder)
     folder.mkdir()
     lock_folder(str(folder))
-    assert "another run is at work" in start(folder).output
+    assert "in use by another run" in start(folder).output

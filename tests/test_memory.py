@@ -1,4 +1,4 @@
-"""plaintrain.utils.memory: a run whose memory is full ends with one sentence that says what to change."""
+"""plaintrain.utils.memory: an out-of-memory error names the batch and the config keys."""
 
 import functools
 
@@ -40,35 +40,36 @@ def _fill_memory(in_training):
 
 
 TRAINING = (
-    "in a training step with 4 image(s) in this process, the largest 3 x 48 x 48: lower "
-    "SOLVER.IMS_PER_BATCH, keep it and raise SOLVER.ACCUMULATE_STEPS, set SOLVER.AMP.ENABLED True, "
-    "or lower INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN (or INPUT.FIXED_SIZE, where it is set)"
+    "in a training step with 4 image(s) in this process, the largest 3 x 48 x 48 (tried to allocate 2.25 "
+    "GiB); lower SOLVER.IMS_PER_BATCH, keep it and raise SOLVER.ACCUMULATE_STEPS, set SOLVER.AMP.ENABLED "
+    "True, or lower INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN (or INPUT.FIXED_SIZE, where it is set)"
 )
 EVALUATION = (
-    "in an evaluation with 1 image(s) in this process, the largest 3 x 64 x 64: lower "
-    "TEST.IMS_PER_BATCH, set TEST.AMP True, or lower INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST (or "
-    "INPUT.FIXED_SIZE, TEST.AUG.MIN_SIZES and TEST.AUG.MAX_SIZE, where they are set)"
+    "in an evaluation with 1 image(s) in this process, the largest 3 x 64 x 64 (tried to allocate 2.25 "
+    "GiB); lower TEST.IMS_PER_BATCH, set TEST.AMP True, or lower INPUT.MIN_SIZE_TEST and "
+    "INPUT.MAX_SIZE_TEST (or INPUT.FIXED_SIZE, TEST.AUG.MIN_SIZES and TEST.AUG.MAX_SIZE, where they are "
+    "set)"
 )
 
 
 @pytest.mark.parametrize(("in_training", "words"), [(True, TRAINING), (False, EVALUATION)])
-def test_a_run_ends_with_the_batch_and_the_keys(tmp_path, in_training, words):
+def test_out_of_memory_error_names_the_batch_and_the_keys(tmp_path, in_training, words):
     options = ["SOLVER.MAX_ITER", 1, "TEST.IMS_PER_BATCH", 1, "INPUT.MIN_SIZE_TRAIN", "(48,)"]
     options += ["INPUT.CROP.ENABLED", False]
     run = Run(tmp_path / "out", options, faults=functools.partial(_fill_memory, in_training)).wait()
     assert run.code == 1
     errors = [line for line in run.output.splitlines() if line.startswith("error: ")]
-    assert errors == [f"error: the memory is full, which was asked for 2.25 GiB more, {words}"]
+    assert errors == [f"error: out of memory {words}"]
 
 
-def test_the_messages_of_all_devices_are_known():
+def test_is_out_of_memory_for_the_messages_of_all_devices():
     note_batch([{"image": torch.zeros(3, 4, 9)}, {"image": torch.zeros(3, 5, 8)}], True)
     for text in (CUDA, CPU, MPS, "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"):
         error = RuntimeError(text)
         advice = describe_out_of_memory(error)
         assert is_out_of_memory(error) and isinstance(advice, UserError) and advice.__cause__ is error
-        assert "2 image(s) in this process, the largest 3 x 5 x 8: lower" in str(advice)
-        assert ("4000000000000 bytes more" in str(advice)) == (text is CPU)
+        assert "2 image(s) in this process, the largest 3 x 5 x 8" in str(advice)
+        assert ("(tried to allocate 4000000000000 bytes)" in str(advice)) == (text is CPU)
     for error in (RuntimeError("shapes do not fit"), ValueError("out of memory"), UserError("x")):
         assert not is_out_of_memory(error)
     with pytest.raises(RuntimeError) as caught:
@@ -79,12 +80,12 @@ def test_the_messages_of_all_devices_are_known():
 @pytest.mark.parametrize(
     ("samples", "training", "words"),
     [
-        ([], False, "before the first batch: see what else has memory there, or choose a smaller model"),
-        ([(1, 2), {"image": None}], True, "with 2 image(s) in this process: lower SOLVER"),
-        ([{"views": []}] * 2, False, "with 2 image(s) in this process: lower TEST.IMS_PER_BATCH"),
+        ([], False, "before the first batch; end other processes, or choose a smaller model"),
+        ([(1, 2), {"image": None}], True, "with 2 image(s) in this process; lower SOLVER"),
+        ([{"views": []}] * 2, False, "with 2 image(s) in this process; lower TEST.IMS_PER_BATCH"),
     ],
 )
-def test_samples_of_any_make_are_counted(samples, training, words):
+def test_describe_out_of_memory_for_samples_of_any_type(samples, training, words):
     note_batch(samples, training)
     assert words in str(describe_out_of_memory(RuntimeError("")))
 

@@ -98,7 +98,7 @@ def test_script_writes_a_table_and_json(tmp_path, opts, copies):
         (["--config-file", QUICKSTART, "--batch", "0"], "--batch at least 1"),
         (["--config-file", QUICKSTART, "--size", "16x64"], "sides of 32 pixels or more"),
         (["--config-file", SSDLITE, "--size", "64x64"], "SSD takes INPUT.FIXED_SIZE"),
-        ([], "give a run's folder or --config-file FILE, not neither"),
+        ([], "give a run's folder or --config-file FILE, got neither"),
         (["."], "has no config.yaml"),
     ],
 )

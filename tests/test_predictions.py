@@ -11,14 +11,8 @@ from detection_helpers import random_outputs
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets.builtin import declare_dataset
-from plaintrain.evaluation import (
-    COCOEvaluator,
-    PascalVOCDetectionEvaluator,
-    build_evaluator,
-    read_detections,
-    write_results,
-)
-from plaintrain.evaluation.predictions import get_image_detections
+from plaintrain.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, build_evaluator, read_detections
+from plaintrain.evaluation.predictions import convert_to_json_types, get_image_detections, write_json
 from plaintrain.utils.errors import UserError
 
 FILE = "coco_instances_results.json"
@@ -144,9 +138,12 @@ _MISTAKES = {
     "negative": ([_GOOD | {"bbox": [9, 2, -3, 4]}], r"has bbox \[9, 2, -3, 4\], whose width or height"),
     "score": ([_GOOD | {"score": math.nan}], r"detection 0 in .*found\.json has the score nan"),
     "no score": ([{**_GOOD, "score": None}], r"detection 0 in .* has the score None"),
-    "some masks": ([_GOOD | {"segmentation": _RLE}, _GOOD], r"only 1 of 2 detections have a segmentation"),
+    "some masks": (
+        [_GOOD | {"segmentation": _RLE}, _GOOD],
+        r"all 2 detections .* have a segmentation, got 1",
+    ),
     "turned mask": ([_GOOD | {"segmentation": _TURNED}], r"detection 0 in .* an RLE of the size \[30, 40\]"),
-    "some keypoints": ([_GOOD, _GOOD | {"keypoints": [1] * 6}], r"only 1 of 2 detections have keypoints"),
+    "some keypoints": ([_GOOD, _GOOD | {"keypoints": [1] * 6}], r"all 2 .* have keypoints, got 1"),
     "keypoints": ([_GOOD | {"keypoints": [1] * 9}], r"detection 0 in .* 9 numbers as keypoints, not 3 x 2"),
     "odd keypoints": ([_GOOD | {"keypoints": [1, 1, None] * 2}], r"keypoints that are not finite numbers"),
 }
@@ -172,12 +169,13 @@ def test_missing_files_and_other_numbers_of_keypoints_are_named(declare_pets):
 
 def test_results_are_written_with_null_for_nan(tmp_path):
     path = tmp_path / "new" / "results.json"
-    write_results(path, {"a": {"bbox": {"AP": np.float32(12.5), "APs": math.nan, "n": 3}}, "b": {}})
+    results = {"a": {"bbox": {"AP": np.float32(12.5), "APs": math.nan, "n": 3}}, "b": {}}
+    write_json(path, convert_to_json_types(results))
     written = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert written == {"a": {"bbox": {"AP": 12.5, "APs": None, "n": 3}}, "b": {}}
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
     with pytest.raises(UserError, match="cannot write .*under"):
-        write_results(path / "under" / "results.json", {})
+        write_json(path / "under" / "results.json", {})
 
 
 def test_the_evaluator_is_chosen_by_the_dataset_and_the_model(shapes):

@@ -15,7 +15,7 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-def test_the_time_or_a_signal_of_any_rank_ends_a_run(clock, log, monkeypatch):
+def test_stop_signal_ends_a_run_after_max_time_or_a_signal_on_any_rank(clock, log, monkeypatch):
     made, endless = [], StopSignal()
     with StopSignal(5.0) as stop_signal:
         for clock.now in (1000.0, 1004.9, 1005.0, 1100.0):
@@ -35,19 +35,19 @@ def test_the_time_or_a_signal_of_any_rank_ends_a_run(clock, log, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_only_asks_for_the_end_which_then_says_how_to_go_on(number, log, capfd):
+def test_stop_signal_only_sets_a_request_and_logs_how_to_continue(number, log, capfd):
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped, StopSignal() as stop_signal:
         assert not stop_signal.requested_on_any_rank() and not is_requested()
         send(number)
         assert is_requested() and stop_signal.requested_on_any_rank() and stop_signal.requested_on_any_rank()
     assert stopped.value.code == 128 + number and signal.getsignal(number) is before
-    assert f"{number.name}: the run has stopped, with a checkpoint; continue with --resume" in log.text
-    assert capfd.readouterr().err.count("the run stops after this step") == 1
+    assert f"{number.name}: stopped with a checkpoint; continue with --resume" in log.text
+    assert capfd.readouterr().err.count("stopping after this step") == 1
     assert not is_requested()
 
 
-def test_a_signal_counts_where_nothing_can_be_printed(monkeypatch):
+def test_stop_signal_works_without_a_console(monkeypatch):
     def broken():
         raise BrokenPipeError
 
@@ -57,7 +57,7 @@ def test_a_signal_counts_where_nothing_can_be_printed(monkeypatch):
         assert stop_signal.requested_on_any_rank()
 
 
-def test_a_closed_terminal_is_ignored_under_nohup():
+def test_stop_signal_ignores_sighup_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignal() as stop_signal:
@@ -67,13 +67,13 @@ def test_a_closed_terminal_is_ignored_under_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_ends_an_evaluation_and_nothing_where_nobody_asks_or_another_error_does(log):
+def test_end_evaluation_if_requested_stops_only_after_a_signal(log):
     end_evaluation_if_requested()
     with pytest.raises(Stopped) as stopped, StopSignal():
         end_evaluation_if_requested()
         send(signal.SIGUSR1)
         end_evaluation_if_requested()
-        pytest.fail("went on")
+        pytest.fail("continued")
     assert stopped.value.code == 138 and "--resume" in log.text
     with StopSignal():
         send(signal.SIGTERM)
@@ -83,7 +83,7 @@ def test_a_signal_ends_an_evaluation_and_nothing_where_nobody_asks_or_another_er
         raise KeyError
 
 
-def test_a_second_interrupt_ends_at_once_and_one_that_arrives_twice_is_one(clock, monkeypatch):
+def test_second_sigint_ends_at_once_but_not_a_duplicate_of_the_first(clock, monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     with StopSignal():

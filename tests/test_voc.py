@@ -83,7 +83,7 @@ def test_filename_chooses_between_two_images_of_one_name(tiny_voc, name):
         rejected("JPEGImages/a.jpg and ", "JPEGImages/a.png", "a.xml", "'a'", by=lambda: _load(tiny_voc))
         problems = []
         assert [record["image_id"] for record in _load(tiny_voc, problems=problems)[0]] == ["b"]
-        assert problems[0].kind == "ambiguous"
+        assert problems[0].error_type == "ambiguous"
     else:
         assert os.path.basename(_load(tiny_voc)[0][0]["file_name"]) == re.split(r"[/\\]", name)[-1]
 

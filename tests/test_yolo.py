@@ -68,7 +68,7 @@ def test_images_that_would_share_labels_are_rejected_or_collected(yolo, write_im
     rejected(*words, by=lambda: _load(yolo))
     problems = []
     assert [r["annotations"] for r in _load(yolo, problems=problems)[0]] == [[], []]
-    assert [problem.kind for problem in problems] == ["ambiguous"]
+    assert [problem.error_type for problem in problems] == ["ambiguous"]
 
 
 def test_a_split_is_a_folder_a_list_of_folders_or_a_text_file(yolo):
@@ -127,7 +127,7 @@ def test_broken_lines_and_files_are_rejected_or_collected(yolo):
     (yolo / "images/train/b.png").write_text("no image")
     problems = []
     records, _ = _load(yolo, problems=problems)
-    assert [problem.kind for problem in problems] == ["broken", "unreadable"]
+    assert [problem.error_type for problem in problems] == ["broken", "unreadable"]
     assert [record["image_id"] for record in records] == ["a"]
     (yolo / "labels/train/a.txt").unlink()
     rejected("images/train/b.png", by=lambda: _load(yolo))

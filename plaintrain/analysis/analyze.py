@@ -58,7 +58,7 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
     evaluator = COCOEvaluator(dataset_name, distributed=False, kpt_oks_sigmas=kpt_oks_sigmas)
     if detections is None:
         detections = read_detections(predictions_path, dataset_name)
-    tasks = evaluator.tasks_of(detections)
+    tasks = evaluator.select_tasks(detections)
     errors = {
         t: find_errors(dataset_name, detections, iou_threshold, task=t) for t in tasks if t != "keypoints"
     }
@@ -97,7 +97,7 @@ def _coco_metrics(evaluator, tasks, detections, errors):
     """Return `metrics`, `per_class` and `curves`."""
     content = {"metrics": {}, "per_class": {}, "curves": {}}
     for task in tasks:
-        precision, recall = evaluator.precision_recall(task, detections)
+        precision, recall = evaluator.compute_curves(task, detections)
         content["metrics"][task] = summarize(precision, recall, task)
         content["per_class"][task] = _per_class(precision, recall, task, errors)
         content["curves"][task] = _curves(precision, errors.classes)

@@ -107,8 +107,8 @@ def find_errors(dataset_name, detections, iou_threshold=0.5, score_threshold=0.0
         task: "bbox" or "segm", whether the IoU is that of boxes or of masks.
     """
     records, classes, index = load_ground_truth(dataset_name)
-    image, labels = detections.rows[:, [0, 6]].astype(np.int64).T
-    boxes, scores = detections.rows[:, 1:5], detections.rows[:, 5]
+    image, labels = detections.table[:, [0, 6]].astype(np.int64).T
+    boxes, scores = detections.table[:, 1:5], detections.table[:, 5]
     predicted = {"image": image, "boxes": boxes, "scores": scores, "labels": labels}
     objects, masks = build_object_table(records), None
     if task == "segm":

@@ -115,7 +115,7 @@ def _describe_unknown_key(name: str, root: CfgNode, source: str) -> str:
     leaf = name.rpartition(".")[2]
     known = list(iterate_keys(root))
     elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
-    near = " or ".join(elsewhere[:3]) or suggest_similar(name, known, number=3, least=0.75)
+    near = " or ".join(elsewhere[:3]) or suggest_similar(name, known, num=3, cutoff=0.75)
     hint = f"did you mean {near}?" if near else "plaintrain/config/defaults.py lists every key"
     if set(name) & set("()[]{}\"'"):
         hint = SPLIT_TUPLE

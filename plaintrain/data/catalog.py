@@ -27,7 +27,7 @@ class _DatasetCatalog(dict):
 
     def get(self, name: str) -> SerializedRecords:  # type: ignore[override]
         if name not in self:
-            near = suggest_similar(name, self, number=3, least=0.5)
+            near = suggest_similar(name, self, num=3, cutoff=0.5)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(self.list())}"
             raise UserError(f"the dataset {name!r} is not registered; {hint}")
         if name not in self._loaded:

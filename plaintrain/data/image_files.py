@@ -10,7 +10,7 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from plaintrain.structures import make_record
-from plaintrain.utils.errors import DataError, UserError, collecting
+from plaintrain.utils.errors import DataError, UserError, collect_errors
 from plaintrain.utils.files import check_file, describe_os_error
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -73,7 +73,7 @@ def build_image_record(
     file_name: str, image_id: int | str, problems: list[UserError] | None = None
 ) -> dict[str, Any] | None:
     """Build a record without annotations; return None if the error was added to `problems`."""
-    with collecting(problems):
+    with collect_errors(problems):
         height, width, _ = read_image_header(file_name)
         return make_record(file_name, image_id, height, width)
     return None

@@ -62,7 +62,7 @@ class MappedRecords(Dataset):
             return self._map(index, position)
         except UserError as e:
             # A wrong INPUT.PIXEL_RANGE is a mistake in the config, not a broken file.
-            skip = self.skip_unreadable and getattr(e, "kind", None) != "pixel_range"
+            skip = self.skip_unreadable and getattr(e, "error_type", None) != "pixel_range"
             return self._replace(position, e) if skip else e
 
     def _map(self, index, position):

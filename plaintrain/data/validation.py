@@ -87,7 +87,7 @@ def count_problems(problems: Iterable[Problem]) -> list[Finding]:
 
 def check_problems(problems: Iterable[UserError]) -> list[Finding]:
     """Return the findings of the errors that a reader of a dataset collected."""
-    return count_problems((getattr(error, "kind", "broken"), str(error)) for error in problems)
+    return count_problems((getattr(error, "error_type", "broken"), str(error)) for error in problems)
 
 
 def count_classes(records: Iterable[dict[str, Any]], metadata: MetadataLike) -> dict[str, int]:

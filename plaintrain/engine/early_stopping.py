@@ -38,7 +38,7 @@ class EarlyStopping:
         for name in names:
             if f"/{name}".endswith(f"/{self._metric}"):
                 return name
-        near = suggest_similar(self._metric, names, number=3)
+        near = suggest_similar(self._metric, names, num=3)
         raise UserError(
             f"TEST.BEST_METRIC must be a metric of the evaluation, got {self._metric!r}; did you mean {near}?"
         )

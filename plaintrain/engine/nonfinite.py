@@ -104,7 +104,7 @@ class NonfiniteGuard:
             FloatingPointError: naming the iteration, the losses and the images; or if the loss scale is too
                 small for any step to succeed.
         """
-        storage.raise_if_nonfinite(self._get_images, norm_too=not self._scaler.is_enabled())
+        storage.raise_if_nonfinite(self._get_images, check_norm=not self._scaler.is_enabled())
         scale = self._scaler.get_scale()
         if self._scaler.is_enabled() and scale < _MIN_SCALE:
             raise FloatingPointError(

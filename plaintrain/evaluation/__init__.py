@@ -10,7 +10,7 @@ from plaintrain.evaluation.evaluator import (
     print_csv_format,
     verify_results,
 )
-from plaintrain.evaluation.predictions import read_detections, report_results, write_results
+from plaintrain.evaluation.predictions import read_detections, report_results
 from plaintrain.evaluation.val_loss import compute_validation_losses
 from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
 
@@ -27,5 +27,4 @@ __all__ = [
     "report_results",
     "compute_validation_losses",
     "verify_results",
-    "write_results",
 ]

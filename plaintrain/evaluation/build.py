@@ -1,16 +1,14 @@
-"""`build_evaluator`: how a dataset is scored."""
+"""Choice of the evaluator of a dataset."""
 
+from plaintrain.config import CfgNode
 from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.evaluation.coco import COCOEvaluator
+from plaintrain.evaluation.detections import InstanceEvaluator
 from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
 
 
-def build_evaluator(cfg, dataset_name, output_folder=None):
-    """Build the evaluator that the model and the dataset's metadata ask for.
-
-    The `evaluator_type` pascal_voc gives VOC's metric, anything else COCO's, and a ProposalNetwork is always
-    scored by the recall of its boxes. Without an `output_folder` no files are written.
-    """
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> InstanceEvaluator:
+    """Build the evaluator of `evaluator_type` (pascal_voc, else COCO), or of recall for a ProposalNetwork."""
     proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc" and not proposals:
         return PascalVOCDetectionEvaluator(dataset_name, output_dir=output_folder)

@@ -1,10 +1,9 @@
-"""AP of boxes, masks and keypoints as COCO defines it, and recall of proposals.
-
-https://cocodataset.org/#detection-eval and https://cocodataset.org/#keypoints-eval
-"""
+"""COCO's AP and AR (https://cocodataset.org/#detection-eval), and the recall of proposals."""
 
 import importlib.util
 import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,62 +13,55 @@ from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.data.datasets.write import get_area, get_category_ids
 from plaintrain.evaluation.coco_backend import BACKENDS, COCO_SIGMAS, compute_precision_recall, get_oks_sigmas
 from plaintrain.evaluation.coco_gt import build_coco_gt, get_num_keypoints, has_annotations, rank_ids
-from plaintrain.evaluation.detections import InstanceEvaluator, build_object_table
+from plaintrain.evaluation.detections import Detections, InstanceEvaluator, build_object_table
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.predictions import convert_to_coco_results, write_predictions
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Task -> the part of a model's output that it scores.
+# Task -> key of the model's outputs that it scores.
 TASKS = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints", "box_proposals": "boxes"}
-# Of proposals: how many of an image, and the IoUs that recall is averaged over.
-_LIMITS = (100, 1000)
+# Numbers of proposals per image, and IoU thresholds, of the average recall.
+_PROPOSAL_LIMITS = (100, 1000)
 _IOUS = np.linspace(0.5, 0.95, 10)
-# Suffix of the metric -> areas in pixels, both ends included.
+# Suffix of the metric -> range of areas in pixels, inclusive.
 _AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 
 
 class COCOEvaluator(InstanceEvaluator):
-    """COCO's numbers, in percent: AP and AR, and for boxes and masks each class' AP.
+    """Evaluator of COCO's AP and AR, and of the AP of each class for boxes and masks, in percent.
 
-    Ground truth are the dataset's records, so any format can be scored. An annotation's own `area`
-    decides its size, or else that of its segmentation or its box. Crowds, and for keypoints
-    objects without a labelled one, are ignored as pycocotools does. `backend` is who computes it,
-    one of `coco_backend.BACKENDS`; it may be set.
+    The records of the dataset are the ground truth. The size of an object is the `area` of its annotation, or
+    else that of its segmentation or box. As in pycocotools, crowds and, for keypoints, objects without
+    labelled keypoints are ignored. `backend`, one of `coco_backend.BACKENDS`, may be changed.
     """
 
     def __init__(  # noqa: PLR0913 - Detectron2's signature
         self,
-        dataset_name,
-        tasks=None,
-        distributed=True,
-        output_dir=None,
+        dataset_name: str,
+        tasks: Sequence[str] | None = None,
+        distributed: bool = True,
+        output_dir: str | None = None,
         *,
-        kpt_oks_sigmas=(),
-        use_fast_impl=True,
-    ):
+        kpt_oks_sigmas: Sequence[float] = (),
+        use_fast_impl: bool = True,
+    ) -> None:
         """
         Args:
-            dataset_name: a registered dataset.
-            tasks: which of bbox, segm, keypoints and box_proposals (class-agnostic recall); None
-                for bbox, and for what else the model's outputs and the dataset hold.
-            distributed: gather the detections of all ranks.
-            output_dir: folder for `coco_instances_results.json` (COCO's results format, with the
-                dataset's own image and category ids), or None.
-            kpt_oks_sigmas: standard deviation of each keypoint in OKS; may be empty for 17.
-            use_fast_impl: compute by hotcoco or faster-coco-eval where one is installed; the
-                results are those of pycocotools.
+            tasks: some of bbox, segm, keypoints and box_proposals (class-agnostic recall). None for bbox,
+                and segm and keypoints if both the model and the dataset have them.
+            kpt_oks_sigmas: OKS standard deviation of each keypoint; COCO's if empty.
+            use_fast_impl: use hotcoco or faster-coco-eval, if installed; the results are identical.
         """
         if tasks is not None and (not tasks or set(tasks) - set(TASKS)):
-            raise UserError(f"COCOEvaluator's tasks are some of {', '.join(TASKS)}, not {tasks}")
-        super().__init__(
-            dataset_name, distributed, [TASKS[task] for task in TASKS if task in (tasks or TASKS)]
-        )
+            raise UserError(f"tasks of COCOEvaluator must be some of {', '.join(TASKS)}, got {tasks}")
+        super().__init__(dataset_name, distributed, [TASKS[task] for task in tasks or TASKS])
         for task in tasks or ():
             if not has_annotations(self.records, task):
                 raise UserError(f"the task {task} cannot be scored: {dataset_name} has no annotations for it")
-        self._tasks, self._output_dir = tasks, output_dir
+        self._tasks = tasks
+        self._output_dir = output_dir
         self.backend = "pycocotools"
         if use_fast_impl:
             self.backend = next(name for name in BACKENDS if importlib.util.find_spec(name))
@@ -80,28 +72,26 @@ class COCOEvaluator(InstanceEvaluator):
             names = metadata.get("keypoint_names") or ()
             get_oks_sigmas(self._sigmas, len(names) or get_num_keypoints(self.records))
 
-    def score(self, detections):
-        """{task: {metric: number}}, in percent; NaN where there is no ground truth of a kind."""
-        tasks = self.tasks_of(detections)
+    def score(self, detections: Detections) -> dict[str, dict[str, float]]:
+        """Return {task: {metric: percent}}; NaN without ground truth."""
+        tasks = self.select_tasks(detections)
         if self._output_dir and tasks != ["box_proposals"]:
             write_predictions(self._output_dir, self.dataset_name, detections)
         results = {}
         for task in tasks:
             if task == "box_proposals":
-                results[task] = compute_average_recall(self._proposals(detections))
+                results[task] = compute_average_recall(self._iterate_proposals(detections))
                 logger.info("box proposals\n" + format_table(results[task].items(), ["metric", "value"]))
             else:
                 results[task] = self._score_task(task, detections)
         return results
 
-    def tasks_of(self, detections):
-        """The tasks that `Detections` are scored in; a `UserError` if they lack a part that one needs."""
+    def select_tasks(self, detections: Detections) -> list[str]:
+        """Return the tasks that the detections are scored in."""
         if self._tasks:
             missing = [task for task in self._tasks if getattr(detections, TASKS[task], ()) is None]
-            if missing and len(detections.rows):
-                raise UserError(
-                    f"the task {missing[0]} needs {TASKS[missing[0]]} in the model's outputs, which have none"
-                )
+            if missing and len(detections.table):
+                raise UserError(f"the task {missing[0]} needs {TASKS[missing[0]]} in the model outputs")
             return [task for task in TASKS if task in self._tasks]
         tasks = ["bbox"]
         for task in ("segm", "keypoints"):
@@ -110,40 +100,38 @@ class COCOEvaluator(InstanceEvaluator):
             if has_annotations(self.records, task):
                 tasks.append(task)
             else:
-                logger.warning(
-                    f"{task} is not scored: no annotation of {self.dataset_name} has {TASKS[task]}"
-                )
+                logger.warning(f"skipping {task}: no annotation of {self.dataset_name} has {TASKS[task]}")
         return tasks
 
-    def precision_recall(self, task, detections):
-        """What the metrics are means of, see `coco_backend.precision_recall`; classes by label."""
-        image_numbers = rank_ids([record["image_id"] for record in self.records])
-        category_numbers = rank_ids(self._category_ids)
-        numbers = image_numbers.tolist(), category_numbers.tolist()
-        truth, sigmas = build_coco_gt(task, self.records, *numbers), COCO_SIGMAS
+    def compute_curves(self, task: str, detections: Detections) -> tuple[np.ndarray, np.ndarray]:
+        """Return `coco_backend.compute_precision_recall`, with the classes in the order of the labels."""
+        image_ids = rank_ids([record["image_id"] for record in self.records])
+        category_ids = rank_ids(self._category_ids)
+        ids = image_ids.tolist(), category_ids.tolist()
+        ground_truth = build_coco_gt(task, self.records, *ids)
+        sigmas = COCO_SIGMAS
         if task == "keypoints":
             sigmas = get_oks_sigmas(self._sigmas, get_num_keypoints(self.records))
             points = detections.keypoints
-            if len(points) and points.shape[1] != len(sigmas):
-                raise UserError(
-                    f"the model finds {points.shape[1]} keypoints, {self.dataset_name} has {len(sigmas)}"
-                )
+            if points is not None and len(points) and points.shape[1] != len(sigmas):
+                expected = f"{len(sigmas)} keypoints of {self.dataset_name}"
+                raise UserError(f"the model must predict the {expected}, got {points.shape[1]}")
         if task == "bbox" and self.backend == "hotcoco":
-            # An array instead of half a million dicts.
-            rows = detections.rows
-            image_ids, labels = image_numbers[rows[:, 0].astype(int)], rows[:, 6].astype(int)
-            boxes = np.concatenate([rows[:, 1:3], rows[:, 3:5] - rows[:, 1:3]], axis=1)
-            results = np.column_stack([image_ids, boxes, rows[:, 5], category_numbers[labels]])
+            # One array is faster than half a million dicts.
+            table = detections.table
+            boxes = np.concatenate([table[:, 1:3], table[:, 3:5] - table[:, 1:3]], axis=1)
+            image, label = table[:, [0, 6]].astype(int).T
+            results: Any = np.column_stack([image_ids[image], boxes, table[:, 5], category_ids[label]])
         else:
-            results = convert_to_coco_results(detections, self.records, *numbers, parts=[TASKS[task]])
-        seen = sorted(image_numbers[detections.seen].tolist())
-        precision, recall = compute_precision_recall(self.backend, task, truth, results, seen, sigmas)
-        order = category_numbers - 1
+            results = convert_to_coco_results(detections, self.records, *ids, fields=[TASKS[task]])
+        seen = sorted(image_ids[detections.seen].tolist())
+        precision, recall = compute_precision_recall(self.backend, task, ground_truth, results, seen, sigmas)
+        order = category_ids - 1
         return precision[:, :, order], recall[:, order]
 
-    def _score_task(self, task, detections):
+    def _score_task(self, task: str, detections: Detections) -> dict[str, float]:
         logger.info(f"{task} is scored by {self.backend}")
-        precision, recall = self.precision_recall(task, detections)
+        precision, recall = self.compute_curves(task, detections)
         metrics = summarize(precision, recall, task)
         if task == "keypoints":
             return metrics
@@ -152,35 +140,31 @@ class COCOEvaluator(InstanceEvaluator):
             logger.info(f"{task} AP by class\n" + format_table(per_class.items(), ["class", "AP"]))
         return metrics | {f"AP-{name}": value for name, value in per_class.items()}
 
-    def _proposals(self, detections):
-        """What `compute_average_recall` takes, of each image that was seen."""
-        objects, rows = build_object_table(self.records), detections.rows
+    def _iterate_proposals(self, detections: Detections) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yield the arguments of `compute_average_recall` for each processed image."""
+        objects = build_object_table(self.records)
         areas = np.array([get_area(a, record) for record in self.records for a in record["annotations"]])
+        table = detections.table
         for index in detections.seen:
-            found = rows[slice(*np.searchsorted(rows[:, 0], [index, index + 1]))]
-            wanted = (objects["image"] == index) & ~objects["crowd"]
-            boxes = found[np.argsort(-found[:, 5], kind="stable"), 1:5]
-            yield boxes, objects["boxes"][wanted], areas[wanted]
+            proposals = table[slice(*np.searchsorted(table[:, 0], [index, index + 1]))]
+            boxes = proposals[np.argsort(-proposals[:, 5], kind="stable"), 1:5]
+            targets = (objects["image"] == index) & ~objects["crowd"]
+            yield boxes, objects["boxes"][targets], areas[targets]
 
 
-def compute_mean_ap(values):
-    """Mean in percent of parts of `coco_backend.precision_recall`; NaN where there is no ground truth."""
-    # -1 is pycocotools' word for "no ground truth of this kind". faster-coco-eval leaves out the
-    # 2.2e-16 that pycocotools adds to a denominator; ten decimals are the same for both.
+def compute_mean_ap(values: np.ndarray) -> float:
+    """Return the mean in percent of precision or recall values; NaN if all are -1 (no ground truth)."""
+    # Rounded, since faster-coco-eval omits the 2.2e-16 that pycocotools adds to a denominator.
     values = values[values > -1]
     return round(100 * float(np.mean(values)), 10) if values.size else float("nan")
 
 
-def summarize(precision, recall, task):
-    """The means that COCO reports: 12 for boxes and masks, 10 for keypoints.
+def summarize(precision: np.ndarray, recall: np.ndarray, task: str) -> dict[str, float]:
+    """Return COCO's metrics, {name: percent}: 12 for bbox and segm, 10 for keypoints.
 
     Args:
-        precision: `[IoU, recall, class, area, max detections]`, -1 where nothing is known.
+        precision: `[IoU, recall, class, area, max detections]`, -1 without ground truth.
         recall: `[IoU, class, area, max detections]`.
-        task: "bbox", "segm" or "keypoints", which has no small objects and one limit.
-
-    Returns:
-        {metric: percent}
     """
     sizes = "ml" if task == "keypoints" else "sml"
     means = {"AP": precision[..., 0, -1], "AP50": precision[0, ..., 0, -1], "AP75": precision[5, ..., 0, -1]}
@@ -193,46 +177,35 @@ def summarize(precision, recall, task):
     return {name: compute_mean_ap(values) for name, values in means.items()}
 
 
-def compute_proposal_coverage(ious):
-    """IoU with which each object is covered: the best pair first, and each box and object only once.
-
-    Args:
-        ious: `[proposals, objects]`.
-
-    Returns:
-        `[objects]` in 0..1, in no order; 0 for objects that no proposal was left for.
-    """
-    ious, covered = ious.copy(), np.zeros(ious.shape[1])
+def compute_proposal_coverage(ious: np.ndarray) -> np.ndarray:
+    """Match `[proposals, objects]` greedily by IoU; return the IoU of each object, in no order, or 0."""
+    ious = ious.copy()
+    covered = np.zeros(ious.shape[1])
     for i in range(min(ious.shape)):
-        box, thing = np.unravel_index(ious.argmax(), ious.shape)
-        covered[i] = ious[box, thing]
-        ious[box], ious[:, thing] = -1, -1
+        box, target = np.unravel_index(ious.argmax(), ious.shape)
+        covered[i] = ious[box, target]
+        ious[box] = -1
+        ious[:, target] = -1
     return covered
 
 
-def compute_average_recall(images):
-    """AR@100, ARs@100, ..., ARl@1000: recall averaged over IoU 0.5 to 0.95, in percent.
+def compute_average_recall(images: Iterable[tuple[np.ndarray, ...]]) -> dict[str, float]:
+    """Return AR@100, ARs@100, ..., ARl@1000 in percent, the recall averaged over IoU 0.5 to 0.95.
 
-    As Detectron2's `_evaluate_box_proposals`, but the objects of images without a proposal count as missed.
-
-    Args:
-        images: of each image, proposals `[P, 4]` XYXY with the best score first, objects
-            `[G, 4]`, and the areas `[G]` of the objects in pixels.
-
-    Returns:
-        {metric: number}; NaN where no object is of that size.
+    As in Detectron2's `_evaluate_box_proposals`, but objects in images without proposals count as missed.
+    Images are proposals `[P, 4]` XYXY by descending score, objects `[G, 4]`, and their areas `[G]` in pixels.
     """
-    covered = {(limit, suffix): [np.zeros(0)] for limit in _LIMITS for suffix in _AREAS}
+    covered = {(limit, suffix): [np.zeros(0)] for limit in _PROPOSAL_LIMITS for suffix in _AREAS}
     for boxes, objects, areas in images:
-        boxes = torch.from_numpy(boxes[: max(_LIMITS)])
-        # Of two without an area it is NaN.
-        ious = box_iou(boxes, torch.from_numpy(objects)).nan_to_num().numpy()
+        proposals = torch.from_numpy(boxes[: max(_PROPOSAL_LIMITS)])
+        # The IoU of two empty boxes is NaN.
+        ious = box_iou(proposals, torch.from_numpy(objects)).nan_to_num().numpy()
         for (limit, suffix), values in covered.items():
             low, high = _AREAS[suffix]
             values.append(compute_proposal_coverage(ious[:limit, (areas >= low) & (areas <= high)]))
     metrics = {}
     for (limit, suffix), values in covered.items():
-        values = np.concatenate(values)
-        recall = (values >= _IOUS[:, None]).mean() if len(values) else np.nan
+        coverage = np.concatenate(values)
+        recall = (coverage >= _IOUS[:, None]).mean() if len(coverage) else np.nan
         metrics[f"AR{suffix}@{limit}"] = 100 * float(recall)
     return metrics

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import pkgutil
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -10,7 +12,7 @@ from pycocotools.cocoeval import Params
 
 from plaintrain.utils.errors import UserError
 
-# The classes of each; the first that is installed is used. pycocotools always is, and is the slowest.
+# Library -> its classes, fastest first; pycocotools is always installed.
 BACKENDS = {
     "hotcoco": ("hotcoco:COCO", "hotcoco:COCOeval"),
     "faster_coco_eval": ("faster_coco_eval:COCO", "faster_coco_eval:COCOeval_faster"),
@@ -19,65 +21,66 @@ BACKENDS = {
 COCO_SIGMAS = Params("keypoints").kpt_oks_sigmas.tolist()
 
 
-def get_oks_sigmas(given, num):
-    """Return TEST.KEYPOINT_OKS_SIGMAS, checked, or COCO's if it is empty; `num` keypoints, 0 if unknown."""
-    sigmas = given or COCO_SIGMAS
-    if num and (len(sigmas) != num or min(sigmas) <= 0):
-        found = f"not {given}" if given else f"COCO's are for {len(COCO_SIGMAS)}"
-        raise UserError(
-            f"TEST.KEYPOINT_OKS_SIGMAS must be {num} positive numbers, one for each keypoint of the "
-            f"dataset, {found}"
-        )
-    return sigmas
+def get_oks_sigmas(sigmas: Sequence[float], num_keypoints: int) -> Sequence[float]:
+    """Return `sigmas`, or COCO's if empty, after checking them if `num_keypoints` is not 0."""
+    used = sigmas or COCO_SIGMAS
+    if num_keypoints and (len(used) != num_keypoints or min(used) <= 0):
+        expected = f"{num_keypoints} positive numbers, one per keypoint of the dataset"
+        actual = sigmas or f"none (the default is for {len(COCO_SIGMAS)} keypoints)"
+        raise UserError(f"TEST.KEYPOINT_OKS_SIGMAS must be {expected}, got {actual}")
+    return used
 
 
-def compute_precision_recall(backend, task, truth, detections, image_ids, sigmas):
-    """Compute what COCO's metrics are means of; -1 where there is no ground truth.
+def compute_precision_recall(
+    backend: str,
+    task: str,
+    ground_truth: dict[str, Any],
+    detections: list[dict[str, Any]] | np.ndarray,
+    image_ids: list[int],
+    sigmas: Sequence[float],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the arrays that COCO's metrics are means of; -1 without ground truth.
 
-    Ids are numbers from 1, in the order that ties are broken by.
+    Image and category ids count from 1, in the order of pycocotools, which breaks ties.
 
     Args:
-        backend: one of `BACKENDS`, installed.
-        task: "bbox", "segm" or "keypoints".
-        truth: a dataset as COCO JSON has it: images, categories, and annotations with an area.
-        detections: in COCO's results format; for hotcoco's boxes an array `[N, 7]` of image id, x, y,
-            width, height, score, category id.
-        image_ids: the images that count.
-        sigmas: OKS' standard deviation of each keypoint.
+        ground_truth: dataset in COCO's JSON format; annotations need an area.
+        detections: in COCO's results format; for boxes with hotcoco `[N, 7]` of image id, x, y, width,
+            height, score, category id.
+        image_ids: images to score.
 
     Returns:
-        precision `[IoU, recall, class, area, max detections]`,
-        recall `[IoU, class, area, max detections]`
+        precision `[IoU, recall, class, area, max detections]`, recall `[IoU, class, area, max detections]`.
     """
     coco_class, eval_class = map(pkgutil.resolve_name, BACKENDS[backend])
-    # They print, and the libraries do not let it be switched off.
+    # The libraries print, without an option to disable it.
     with contextlib.redirect_stdout(io.StringIO()):
-        coco_gt = _index(coco_class, truth)
+        coco_gt = _build_coco(coco_class, ground_truth)
         if isinstance(detections, np.ndarray):
             coco_dt = coco_gt.load_res(detections)
         else:
-            # Not loadRes: to it the area of keypoints is not that of their box.
-            annotations = [_annotation(number, detection) for number, detection in enumerate(detections, 1)]
-            coco_dt = _index(coco_class, {**truth, "annotations": annotations})
+            # Not loadRes, which computes other areas for keypoints.
+            annotations = [_convert_to_annotation(i, detection) for i, detection in enumerate(detections, 1)]
+            coco_dt = _build_coco(coco_class, {**ground_truth, "annotations": annotations})
         evaluation = eval_class(coco_gt, coco_dt, task)
         evaluation.params.imgIds = image_ids
-        # For keypoints faster-coco-eval would leave out classes that nobody annotated.
-        evaluation.params.catIds = sorted(category["id"] for category in truth["categories"])
+        # For keypoints, faster-coco-eval would skip classes without annotations.
+        evaluation.params.catIds = sorted(category["id"] for category in ground_truth["categories"])
         evaluation.params.kpt_oks_sigmas = np.array(sigmas)
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"], evaluation.eval["recall"]
 
 
-def _index(coco_class, dataset):
+def _build_coco(coco_class, dataset):
     coco = coco_class()
     coco.dataset = dataset
     coco.createIndex()
     return coco
 
 
-def _annotation(number, detection):
+def _convert_to_annotation(annotation_id, detection):
     area = detection["bbox"][2] * detection["bbox"][3]
     if "segmentation" in detection:
         area = float(coco_mask.area(detection["segmentation"]))
-    return {**detection, "id": number, "area": area, "iscrowd": 0}
+    return {**detection, "id": annotation_id, "area": area, "iscrowd": 0}

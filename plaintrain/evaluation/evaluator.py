@@ -1,12 +1,15 @@
-"""Run a model over a test loader and let an evaluator score what it finds."""
+"""The inference loop and the base class of evaluators."""
 
 import contextlib
 import logging
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
+from torch import nn
 
 from plaintrain.config.yaml import flatten
 from plaintrain.utils import comm
@@ -17,62 +20,58 @@ from plaintrain.utils.stop import end_evaluation_if_requested, is_requested
 
 logger = logging.getLogger(__name__)
 
-# Batches that wait for the evaluator, or that it is at, beside the one that the model is at.
-_WAITING = 2
-# Lines in the log, at least this many seconds apart, where no progress bar can be shown.
+# Maximum number of batches that the model is ahead of the evaluator.
+_MAX_PENDING = 2
+# Minimum time between log lines.
 _LOG_SECONDS = 30
 
 
 class DatasetEvaluator:
-    """Base of the evaluators: `reset`, then `process` each batch, then `evaluate`.
+    """Base class of evaluators: `reset`, `process` each batch, then `evaluate`.
 
     Attributes:
-        in_background: `process` may be called in another thread while the model goes on, with outputs on
-            the host and masks that are `BoxMasks`. A class that has its own `process` says so itself.
+        in_background: whether `process` may run in a thread, parallel to the model, on CPU outputs whose
+            masks may be `BoxMasks`. A subclass that overrides `process` must set it again.
     """
 
     in_background = False
 
-    def reset(self):
-        """Forget what was processed."""
+    def reset(self) -> None:
+        """Delete the collected outputs."""
 
-    def process(self, inputs, outputs):
-        """Take in a `list[sample]` and the model's output for it."""
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Collect the outputs of the model for a batch of samples."""
 
-    def evaluate(self):
-        """Score what all ranks processed.
-
-        Returns:
-            {task: {metric: number}} on rank 0; other ranks return None.
-        """
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        """Return {task: {metric: value}} on rank 0, None on other ranks."""
 
 
 class DatasetEvaluators(DatasetEvaluator):
-    """Several evaluators as one; their tasks must have different names."""
+    """Several evaluators with different tasks as one."""
 
-    def __init__(self, evaluators):
+    def __init__(self, evaluators: Iterable[DatasetEvaluator]) -> None:
         self._evaluators = list(evaluators)
 
-    def reset(self):
+    def reset(self) -> None:
         for evaluator in self._evaluators:
             evaluator.reset()
 
-    def process(self, inputs, outputs):
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         for evaluator in self._evaluators:
             evaluator.process(inputs, outputs)
 
-    def evaluate(self):
-        results = {}
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        results: dict[str, dict[str, float]] = {}
         for evaluator in self._evaluators:
             for task, metrics in (evaluator.evaluate() or {}).items():
                 if task in results:
-                    raise ValueError(f"two evaluators return results for the task {task}")
+                    raise ValueError(f"tasks of evaluators must be different, got {task} twice")
                 results[task] = metrics
         return results or None
 
 
-def _runs_in_background(evaluator):
-    # A class with its own `process` may count on the model's device and masks of pixels.
+def _runs_in_background(evaluator: Any) -> bool:
+    # The class that defines `process` decides, since it may need outputs on the device and pasted masks.
     owner = next((c for c in type(evaluator).__mro__ if "process" in vars(c)), object)
     if owner is DatasetEvaluators:
         return all(map(_runs_in_background, evaluator._evaluators))
@@ -80,11 +79,8 @@ def _runs_in_background(evaluator):
 
 
 @contextlib.contextmanager
-def inference_context(model):
-    """Put the model into evaluation mode; afterwards each module has the mode it had.
-
-    Running statistics are averaged over ranks within the block, so all ranks enter it.
-    """
+def inference_context(model: nn.Module) -> Iterator[None]:
+    """Set the model to evaluation mode within the block, and average its running statistics over ranks."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -96,35 +92,35 @@ def inference_context(model):
 
 
 @contextlib.contextmanager
-def in_background(process, model):
-    """A function `(inputs, outputs)` that leaves it to another thread to call an evaluator's `process`.
+def process_in_background(process: Callable, model: nn.Module) -> Iterator[Callable]:
+    """Yield a function that calls `process(inputs, outputs)` of an evaluator in a thread.
 
-    There outputs are on the host, and masks `BoxMasks` where the model has `pastes_masks`. Batches are
-    processed one by one and in order, all by the end of the block, which also ends the thread, whatever
-    ends the block. What `process` raises is raised by a later call, or at the end of the block.
+    It gets outputs on the CPU, with `BoxMasks` if the model has `pastes_masks`. All batches are processed in
+    order by the end of the block. A later call, or the end of the block, raises the exceptions of `process`.
     """
-    # A thread's first computation asks how many cores to use: this one's comes before the other's.
+    # Initialize the number of threads of the main thread before the other thread sets its own.
     torch.get_num_threads()
-    # One core is enough for it, the others are the model's.
-    pool, waiting = ThreadPoolExecutor(1, "evaluate", torch.set_num_threads, (1,)), deque()
+    # One core, to leave the others to the model.
+    pool = ThreadPoolExecutor(1, "evaluate", torch.set_num_threads, (1,))
+    pending: deque[Future] = deque()
 
-    def submit(inputs, outputs):
-        if len(waiting) >= _WAITING:
-            waiting.popleft().result()
-        waiting.append(pool.submit(_call, process, inputs, *_to_host(outputs)))
+    def submit(inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        if len(pending) >= _MAX_PENDING:
+            pending.popleft().result()
+        pending.append(pool.submit(_process_on_host, process, inputs, *_copy_to_host(outputs)))
 
     try:
         with unpasted_masks(comm.unwrap_model(model)):
             yield submit
-        for future in waiting:
+        for future in pending:
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
-def unpasted_masks(model):
-    """Within the block, masks are `BoxMasks` where the model has `pastes_masks`."""
+def unpasted_masks(model: Any) -> Iterator[None]:
+    """Let a model with `pastes_masks` return `BoxMasks` within the block."""
     if not getattr(model, "pastes_masks", False):
         yield
         return
@@ -135,8 +131,8 @@ def unpasted_masks(model):
         model.pastes_masks = True
 
 
-def _to_host(outputs):
-    """Outputs on the host, and the events after which they are there: nothing is waited for."""
+def _copy_to_host(outputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[torch.cuda.Event]]:
+    """Return asynchronous copies, and the CUDA events after which they are valid."""
     copies = [
         {k: v.to("cpu", non_blocking=v.is_cuda) if hasattr(v, "is_cuda") else v for k, v in output.items()}
         for output in outputs
@@ -146,37 +142,29 @@ def _to_host(outputs):
 
 
 @torch.no_grad()
-def _call(process, inputs, outputs, events):
+def _process_on_host(process, inputs, outputs, events):
     for event in events:
         event.synchronize()
     process(inputs, outputs)
 
 
-def inference_on_dataset(model, data_loader, evaluator):
-    """Run a model on every batch and evaluate.
+def inference_on_dataset(
+    model: nn.Module, data_loader: Any, evaluator: DatasetEvaluator | list[DatasetEvaluator] | None
+) -> dict[str, dict[str, float]]:
+    """Run a model in evaluation mode on all batches of a loader, and return the results of the evaluator.
 
-    Batches come to the evaluator in the loader's order, which with TEST.IMS_PER_BATCH above 1 is by size.
-
-    Args:
-        model: takes a `list[sample]`; put in evaluation mode for the time, also if it raises.
-        data_loader: iterable of `list[sample]` with a length.
-        evaluator: a `DatasetEvaluator`, several in a list, or None to only run the model.
-
-    Returns:
-        What `evaluate` returned, or {} where that is None (ranks other than 0).
-
-    Raises:
-        Stopped: on all ranks, in a training that a signal asks to stop (`plaintrain.utils.stop`).
+    Returns {} on other ranks than 0. Raises `plaintrain.utils.stop.Stopped` if a signal stops the training.
     """
     if isinstance(evaluator, list | tuple):
         evaluator = DatasetEvaluators(evaluator)
     evaluator = DatasetEvaluator() if evaluator is None else evaluator
     evaluator.reset()
-    total, background = len(data_loader), contextlib.nullcontext(evaluator.process)
+    total = len(data_loader)
+    context: contextlib.AbstractContextManager[Callable] = contextlib.nullcontext(evaluator.process)
     if _runs_in_background(evaluator):
-        background = in_background(evaluator.process, model)
+        context = process_in_background(evaluator.process, model)
     start = logged = time.perf_counter()
-    with inference_context(model), torch.no_grad(), background as process:
+    with inference_context(model), torch.no_grad(), context as process:
         for i, inputs in enumerate(build_progress_bar(data_loader, desc="evaluation", total=total)):
             if is_requested():
                 break
@@ -191,8 +179,8 @@ def inference_on_dataset(model, data_loader, evaluator):
     return evaluator.evaluate() or {}
 
 
-def print_csv_format(results):
-    """Log {task: {metric: number}} as lines that paste into a spreadsheet."""
+def print_csv_format(results: dict[str, dict[str, float]]) -> None:
+    """Log {task: {metric: value}} as comma-separated lines for spreadsheets."""
     for task, metrics in results.items():
         main = {name: value for name, value in metrics.items() if "-" not in name}
         logger.info(f"copypaste: Task: {task}")
@@ -200,36 +188,28 @@ def print_csv_format(results):
         logger.info("copypaste: " + ",".join(f"{value:.4f}" for value in main.values()))
 
 
-def flatten_results(results):
-    """{a: {b: number}} -> {"a/b": number}, at any depth."""
+def flatten_results(results: dict[str, Any]) -> dict[str, float]:
+    """Flatten {a: {b: value}} to {"a/b": value}, at any depth."""
     return flatten(results, "/")
 
 
-def verify_results(expected_results, results):
-    """Compare results with TEST.EXPECTED_RESULTS.
-
-    Args:
-        expected_results: [[task, metric, value, tolerance], ...].
-        results: {task: {metric: number}}.
-
-    Raises:
-        UserError: names every metric that is missing or further off than its tolerance.
-    """
+def verify_results(expected_results: Sequence[Sequence[Any]], results: dict[str, dict[str, float]]) -> None:
+    """Raise a `UserError` unless results match [[task, metric, value, tolerance], ...]."""
     wrong = []
     for task, metric, expected, tolerance in expected_results:
         actual = results.get(task, {}).get(metric)
-        # Written so that NaN counts as wrong.
+        # Negated, so that NaN does not match.
         if actual is None or not abs(actual - expected) <= tolerance:
             wrong.append(f"{task}/{metric} is {actual}, expected {expected} +- {tolerance}")
     if wrong:
         raise UserError("results differ from TEST.EXPECTED_RESULTS: " + "; ".join(wrong))
     if expected_results:
-        logger.info("results are as TEST.EXPECTED_RESULTS says")
+        logger.info("results match TEST.EXPECTED_RESULTS")
 
 
-def format_table(rows, header):
-    """Rows of strings and numbers (two decimals) as an aligned text table."""
-    rows = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(v.rjust(w) for v, w in zip(row, widths, strict=True)) for row in [header, *rows]]
+def format_table(cells: Iterable[Iterable[Any]], header: list[str]) -> str:
+    """Format rows of strings and numbers (two decimals) as an aligned text table."""
+    texts = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row] for row in cells]
+    widths = [max(len(row[i]) for row in [header, *texts]) for i in range(len(header))]
+    lines = ["  ".join(v.rjust(w) for v, w in zip(row, widths, strict=True)) for row in [header, *texts]]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

@@ -1,12 +1,11 @@
-"""Predictions as files: COCO's results format, written and read again; results as a table and as JSON.
-
-https://cocodataset.org/#format-results
-"""
+"""Predictions in COCO's format (https://cocodataset.org/#format-results), and results as table and JSON."""
 
 import json
 import logging
 import math
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,26 +26,28 @@ from plaintrain.utils.files import RESULTS_FILE, atomic_write, read_results_file
 logger = logging.getLogger(__name__)
 
 PREDICTIONS_FILE = "coco_instances_results.json"
-# COCO's keypoints are numbers of pixels, whose centres are at half.
-_HALF = (0.5, 0.5, 0.0)
+# COCO's keypoints are indices of pixels, whose centers are at 0.5.
+_HALF_PIXEL = (0.5, 0.5, 0.0)
 
 
-def write_predictions(folder, dataset_name, detections):
-    """Make a folder with `coco_instances_results.json`: `Detections` with the dataset's own ids."""
-    records, category = DatasetCatalog.get(dataset_name), get_category_ids(MetadataCatalog.get(dataset_name))
-    results = convert_to_coco_results(
-        detections, records, [record["image_id"] for record in records], category
-    )
-    # Ids that came from an array are no int for JSON.
+def write_predictions(folder: str, dataset_name: str, detections: Detections) -> None:
+    """Write `coco_instances_results.json` with the ids of the dataset."""
+    records = DatasetCatalog.get(dataset_name)
+    category_ids = get_category_ids(MetadataCatalog.get(dataset_name))
+    image_ids = [record["image_id"] for record in records]
+    results = convert_to_coco_results(detections, records, image_ids, category_ids)
+    # `default` is for ids that are NumPy integers.
     write_json(os.path.join(folder, PREDICTIONS_FILE), results, default=int)
 
 
-def convert_to_coco_results(detections, records, image_ids, category_ids, parts=("masks", "keypoints")):
-    """Return `Detections` in COCO's results format, a list of dicts.
-
-    `image_ids` and `category_ids` are those of each record and of each label; `parts` are what to include
-    where it is there.
-    """
+def convert_to_coco_results(
+    detections: Detections,
+    records: Sequence[dict[str, Any]],
+    image_ids: Sequence[int | str],
+    category_ids: Sequence[int] | dict[int, int],
+    fields: Sequence[str] = ("masks", "keypoints"),
+) -> list[dict[str, Any]]:
+    """Convert detections to COCO's results format, with the ids of the records and the labels."""
     results = [
         {
             "image_id": image_ids[int(index)],
@@ -54,157 +55,144 @@ def convert_to_coco_results(detections, records, image_ids, category_ids, parts=
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": score,
         }
-        for index, x0, y0, x1, y1, score, label in detections.rows.tolist()
+        for index, x0, y0, x1, y1, score, label in detections.table.tolist()
     ]
-    if "masks" in parts and detections.masks is not None:
+    if "masks" in fields and detections.masks is not None:
         for result, rle in zip(results, encode_detection_masks(detections, records), strict=True):
             result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
-    if "keypoints" in parts and detections.keypoints is not None:
-        # A list [x, y, score, ...] each.
-        for result, keypoints in zip(results, (detections.keypoints - _HALF).tolist(), strict=True):
+    if "keypoints" in fields and detections.keypoints is not None:
+        for result, keypoints in zip(results, (detections.keypoints - _HALF_PIXEL).tolist(), strict=True):
             result["keypoints"] = sum(keypoints, [])
     return results
 
 
-def encode_detection_masks(detections, records):
-    """Return the masks of `Detections` in COCO's compressed encoding; [] without masks."""
+def encode_detection_masks(detections: Detections, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the masks as COCO's compressed RLEs; [] without masks."""
     if not detections.masks:
         return []
     sizes = [[record["height"], record["width"]] for record in records]
-    images = detections.rows[:, 0].astype(int).tolist()
+    images = detections.table[:, 0].astype(int).tolist()
     return [{"size": sizes[i], "counts": c} for i, c in zip(images, detections.masks, strict=True)]
 
 
-def read_detections(path, dataset_name):
-    """Read predictions for a dataset from a JSON in COCO's results format.
+def read_detections(path: str | os.PathLike, dataset_name: str) -> Detections:
+    """Read predictions with the ids of a dataset from a JSON file in COCO's results format.
 
-    A detection without a box has the one around its segmentation or its keypoints.
-
-    Args:
-        path: a JSON list of `{image_id, category_id, score, bbox, segmentation, keypoints}`, of which
-            all detections have a segmentation (polygons or RLE) or none, and keypoints likewise.
-        dataset_name: a registered dataset, whose image and category ids these are.
-
-    Returns:
-        `Detections` in the order of the file in each image; masks keep the outline that the file has.
-
-    Raises:
-        UserError: names the file, and the detection, and what is wrong with it.
+    All detections must have a segmentation (polygons or RLE) or none, and keypoints likewise. A missing bbox
+    is that of the segmentation or keypoints. The detections of an image keep their order.
     """
     records, _, index = load_ground_truth(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
     labels = {dataset_id: label for label, dataset_id in enumerate(get_category_ids(metadata))}
     num_keypoints = dict.fromkeys(labels, len(metadata.get("keypoint_names") or ()))
     sizes = [(record["height"], record["width"]) for record in records]
-    rows, masks, points = [], [], []
+    rows_of_table = []
+    masks = []
+    points = []
     with disable_gc():
         results = read_coco_results(path)
         for result in results:
-            mistake = find_coco_annotation_problem(mark_keypoints_visible(result), index, num_keypoints)
-            if mistake or (mistake := _mistake(result)):
-                raise UserError(f"detection {result['id']} in {path}, for {dataset_name}, {mistake[1]}")
+            problem = find_coco_annotation_problem(mark_keypoints_visible(result), index, num_keypoints)
+            if problem or (problem := _find_problem(result)):
+                raise UserError(f"detection {result['id']} in {path}, for {dataset_name}, {problem[1]}")
         for result in sorted(results, key=lambda result: index[result["image_id"]]):
-            image, label = index[result["image_id"]], labels[result["category_id"]]
+            image = index[result["image_id"]]
             x, y, width, height = result["bbox"]
-            rows.append([image, x, y, x + width, y + height, result["score"], label])
+            label = labels[result["category_id"]]
+            rows_of_table.append([image, x, y, x + width, y + height, result["score"], label])
             if result.get("segmentation"):
-                masks.append(_rle(path, result, *sizes[image])["counts"])
+                masks.append(_encode(path, result, *sizes[image])["counts"])
             if result.get("keypoints"):
                 points.append(result["keypoints"])
     if len({len(keypoints) for keypoints in points}) > 1:
         raise UserError(f"the detections in {path} have different numbers of keypoints")
+    table = np.array(rows_of_table, dtype=np.float64).reshape(-1, 7)
     for name, values in (("a segmentation", masks), ("keypoints", points)):
-        if values and len(values) < len(rows):
-            raise UserError(f"in {path} only {len(values)} of {len(rows)} detections have {name}, not all")
-    rows, points = np.array(rows, dtype=np.float64), np.array(points, dtype=np.float64)
-    keypoints = points.reshape(len(points), -1, 3) + _HALF if len(points) else None
-    return Detections(rows.reshape(-1, 7), np.arange(len(records)), masks or None, keypoints)
+        if values and len(values) < len(table):
+            raise UserError(f"all {len(table)} detections in {path} must have {name}, got {len(values)}")
+    keypoints = np.array(points).reshape(len(points), -1, 3) + _HALF_PIXEL if points else None
+    return Detections(table, np.arange(len(records)), masks or None, keypoints)
 
 
-def get_image_detections(detections, index, score_threshold, record):
-    """Return the detections of image `index`, of scores from a threshold on, as a model returns them.
-
-    `record` is the image's, for its size.
-    """
-    rows = detections.rows
-    places = np.arange(*np.searchsorted(rows[:, 0], [index, index + 1]))
-    places = places[rows[places, 5] >= score_threshold]
-    found = {
-        "boxes": torch.from_numpy(rows[places, 1:5]),
-        "scores": torch.from_numpy(rows[places, 5]),
-        "labels": torch.from_numpy(rows[places, 6]).long(),
+def get_image_detections(
+    detections: Detections, index: int, score_threshold: float, record: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Return the detections of image `index`, with its `record`, in the format of a model's output."""
+    table = detections.table
+    selected = np.arange(*np.searchsorted(table[:, 0], [index, index + 1]))
+    selected = selected[table[selected, 5] >= score_threshold]
+    output = {
+        "boxes": torch.from_numpy(table[selected, 1:5]),
+        "scores": torch.from_numpy(table[selected, 5]),
+        "labels": torch.from_numpy(table[selected, 6]).long(),
     }
     if detections.masks is not None:
         size = [record["height"], record["width"]]
-        masks = [coco_mask.decode({"size": size, "counts": detections.masks[i]}) for i in places]
-        found["masks"] = torch.from_numpy(np.array(masks).reshape(-1, *size)).bool()
+        masks = [coco_mask.decode({"size": size, "counts": detections.masks[i]}) for i in selected]
+        output["masks"] = torch.from_numpy(np.array(masks).reshape(-1, *size)).bool()
     if detections.keypoints is not None:
-        found["keypoints"] = torch.from_numpy(detections.keypoints[places])
-    return found
+        output["keypoints"] = torch.from_numpy(detections.keypoints[selected])
+    return output
 
 
-def _mistake(result):
-    """Return what is wrong with a detection that may be right in an annotation: (type, end of a sentence)."""
+def _find_problem(result: dict[str, Any]) -> tuple[str, str] | None:
+    """Return (error type, message) of a value that is valid in annotations only."""
     if min(result["bbox"][2:]) < 0:
         return "bad_box", f"has bbox {result['bbox']}, whose width or height is negative"
     if not are_numbers(result.get("keypoints") or []):
-        keypoints = str(result["keypoints"])[:80]
-        return "wrong_keypoints", f"has keypoints that are not finite numbers: {keypoints}"
+        return "wrong_keypoints", f"has keypoints that are not finite numbers: {result['keypoints']!s:.80}"
     return None
 
 
-def _rle(path, result, height, width):
+def _encode(path: str | os.PathLike, result: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     try:
         return encode_segmentation(result["segmentation"], height, width)
     except UserError as e:
         raise UserError(f"detection {result['id']} in {path}: {e}") from e
 
 
-def write_results(path, results):
-    """Write {name: number}, or dicts of such dicts, as JSON; what is no finite number as null."""
-    write_json(path, convert_to_json_types(results), indent=1)
+def report_results(dataset_name: str, results: dict[str, dict[str, float]], folder: str) -> None:
+    """Log {task: {metric: value}} with the change since results.json in `folder`, and update that file.
 
-
-def report_results(dataset_name, results, folder):
-    """Log {task: {metric: number}} with the change since results.json in a folder, and write them there.
-
-    Does nothing on ranks other than 0. A class' own numbers (`AP-NAME`) are in the file, not in the table.
+    Does nothing on ranks other than 0. The metrics of classes (`AP-NAME`) are only written to the file.
     """
     if not comm.is_main_process():
         return
     before = read_results_file(folder).get(dataset_name, {})
     table = format_results(results, before)
     since = ", and the change since the last evaluation" if before else ""
-    text = f"results on {dataset_name}{since}:\n{table}"
-    logger.info(text)
+    logger.info(f"results on {dataset_name}{since}:\n{table}")
     print_csv_format(results)
-    write_results(os.path.join(folder, RESULTS_FILE), {dataset_name: results})
+    content = convert_to_json_types({dataset_name: results})
+    write_json(os.path.join(folder, RESULTS_FILE), content, indent=1)
 
 
-def format_results(results, before):
-    """Each task's numbers as an aligned text table; below them, the change from those of `before`."""
+def format_results(results: dict[str, dict[str, float]], before: dict[str, dict[str, float | None]]) -> str:
+    """Format the results of each task as a text table, with the changes from `before` as second row."""
     tables = []
     for task, metrics in results.items():
         names = [name for name in metrics if "-" not in name]
-        rows = [[task, *(float(metrics[name]) for name in names)]]
-        changes = [_change(before.get(task, {}).get(name), metrics[name]) for name in names]
-        rows += [["", *changes]] if any(changes) else []
-        tables.append(format_table(rows, ["", *names]))
+        cells: list[list[Any]] = [[task, *(float(metrics[name]) for name in names)]]
+        changes = [_format_change(before.get(task, {}).get(name), metrics[name]) for name in names]
+        if any(changes):
+            cells.append(["", *changes])
+        tables.append(format_table(cells, ["", *names]))
     return "\n".join(tables)
 
 
-def _change(before, now):
-    known = isinstance(before, int | float) and math.isfinite(before) and math.isfinite(now)
-    return f"{now - before:+.2f}" if known else ""
+def _format_change(before: float | None, now: float) -> str:
+    if isinstance(before, int | float) and math.isfinite(before) and math.isfinite(now):
+        return f"{now - before:+.2f}"
+    return ""
 
 
-def convert_to_json_types(value):
-    """Return dicts and lists as JSON holds them: each number an int or a float, None for NaN and infinity."""
+def convert_to_json_types(value: Any) -> Any:
+    """Convert the numbers in dicts and lists to int and float, and NaN and infinity to None."""
     return json.loads(json.dumps(value, default=float), parse_constant=lambda name: None)
 
 
-def write_json(path, content, **options):
-    """Write JSON as a whole, and make its folder; `options` are those of `json.dumps`."""
+def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
+    """Write a JSON file atomically, with options of `json.dumps`."""
     with atomic_write(path) as f:
-        # In one string: `json.dump` makes small pieces, which takes several times as long.
+        # `json.dump` is several times slower.
         f.write(json.dumps(content, **options))

@@ -1,7 +1,8 @@
-"""The losses on data that is not trained on."""
+"""Losses on validation data."""
 
 import itertools
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,29 +16,19 @@ from plaintrain.utils.stop import end_evaluation_if_requested, is_requested
 
 logger = logging.getLogger(__name__)
 
-# In training mode these would learn from the data, or act at random.
-_AS_IN_EVALUATION = (
-    nn.modules.batchnorm._NormBase,
-    nn.modules.dropout._DropoutNd,
-    StochasticDepth,
-)
+# In training mode, these modules would update their statistics or act at random.
+_AS_IN_EVALUATION = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, StochasticDepth)
 
 
-def compute_validation_losses(model, data_loaders, seed=0):
-    """The losses of a model on validation data, as means over images.
+def compute_validation_losses(model: nn.Module, data_loaders: list[Any], seed: int = 0) -> dict[str, float]:
+    """Return {"val/NAME": loss} and "val/total_loss", the means over the images of all loaders and ranks.
 
-    Norms use their running statistics and dropout is off, as in evaluation; neither the model nor the
-    state of the random generators is changed.
-
-    Args:
-        data_loaders: loaders of this rank's batches, `list[sample]` with targets; taken together.
-        seed: of what the model draws, such as proposals; the same in each call.
-
-    Returns:
-        {"val/NAME": number} for each key, and `val/total_loss`, the sum of those containing "loss"; over
-        the images of all ranks, on every rank. {} without images.
+    Norms and dropout are in evaluation mode. `seed` makes the sampling in the model, such as of proposals,
+    deterministic; the global random generators are not changed.
     """
-    model, sums, num_images = comm.unwrap_model(model), {}, 0
+    model = comm.unwrap_model(model)
+    sums: dict[str, Any] = {}
+    num_images = 0
     device = next(model.parameters()).device
     with inference_context(model), torch.no_grad(), fork_rng(seed, device):
         for module in model.modules():
@@ -50,10 +41,11 @@ def compute_validation_losses(model, data_loaders, seed=0):
                 sums[name] = sums.get(name, 0) + value.float() * len(samples)
             num_images += len(samples)
     end_evaluation_if_requested()
-    parts = comm.all_gather(({name: float(value) for name, value in sums.items()}, num_images))  # sync point
-    total = sum(number for _, number in parts)
-    names = dict.fromkeys(name for part, _ in parts for name in part)
-    means = {name: sum(part.get(name, 0) for part, _ in parts) / total for name in names}
+    sums = {name: float(value) for name, value in sums.items()}  # device sync
+    gathered = comm.all_gather((sums, num_images))  # all ranks
+    total = sum(num_images for _, num_images in gathered)
+    names = dict.fromkeys(name for sums, _ in gathered for name in sums)
+    means = {name: sum(sums.get(name, 0) for sums, _ in gathered) / total for name in names}
     if not means:
         return {}
     means = {"total_loss": sum(value for name, value in means.items() if "loss" in name), **means}

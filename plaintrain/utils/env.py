@@ -1,36 +1,37 @@
-"""Seeds and the report of what a run runs on."""
+"""Random seeds and the environment report."""
 
 import contextlib
 import os
 import platform
 import random
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torchvision
 
 
-def seed_all_rng(seed):
-    """Seed Python's, NumPy's and PyTorch's global generators (all devices)."""
+def seed_all_rng(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch (all devices)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 @contextlib.contextmanager
-def fork_rng(seed, device):
-    """Seed PyTorch's generators of the CPU and a device within the block; they are restored after it."""
+def fork_rng(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch's generators of the CPU and `device` within the block, and restore them after it."""
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type):
         torch.manual_seed(seed)
         yield
 
 
-def collect_env_info():
-    """Return versions, devices and the settings that matter, one `name: value` a line."""
+def collect_env_info() -> str:
+    """Return library versions, devices and settings, one `name: value` per line."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    rows = {
+    info = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -44,4 +45,4 @@ def collect_env_info():
         "torch threads": torch.get_num_threads(),
         "PLAINTRAIN_DATASETS": os.environ.get("PLAINTRAIN_DATASETS", "not set, so datasets/"),
     }
-    return "\n".join(f"{name}: {value}" for name, value in rows.items())
+    return "\n".join(f"{name}: {value}" for name, value in info.items())

@@ -1,13 +1,11 @@
-"""Writers that read the current `EventStorage`: console, JSON lines, CSV, TensorBoard.
-
-The storage's names can be imported from here too, as from Detectron2's `utils.events`.
-"""
+"""The console writer, and all names of Detectron2's `utils.events`."""
 
 import contextlib
 import datetime
 import logging
 import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 
 from plaintrain.utils.storage import EventStorage, get_event_storage
 from plaintrain.utils.writers import CSVWriter, EventWriter, JSONWriter, TensorboardXWriter
@@ -24,17 +22,17 @@ __all__ = [
 ]
 
 
-def write_all(writers):
+def write_all(writers: Sequence[EventWriter]) -> None:
     """Call `write` of each writer."""
     for writer in writers:
         writer.write()
 
 
 @contextlib.contextmanager
-def closing_all(writers):
-    """Begin writers and yield them; they are closed at the end of the block, whatever ends it.
+def closing_all(writers: Sequence[EventWriter]) -> Iterator[Sequence[EventWriter]]:
+    """Begin the writers, and close them at the end of the block.
 
-    A block that ends without an exception leaves nothing unwritten.
+    Unless the block raises, scalars that are still unwritten are written first.
     """
     with contextlib.ExitStack() as stack:
         for writer in writers:
@@ -46,25 +44,26 @@ def closing_all(writers):
 
 
 class CommonMetricPrinter(EventWriter):
-    """One console line: eta, iteration, losses, time and data_time (s), lr, memory (MiB)."""
+    """Writer of one log line: eta, iteration, losses, time and data_time (s), lr, memory (MiB)."""
 
-    def __init__(self, max_iter=None, window_size=20):
+    def __init__(self, max_iter: int | None = None, window_size: int = 20) -> None:
         self.logger = logging.getLogger(__name__)
-        self._max_iter, self._window_size = max_iter, window_size
-        self._last_write = None
+        self._max_iter = max_iter
+        self._window_size = window_size
+        # Iteration and time.
+        self._last_write: tuple[int, float] | None = None
 
-    def _seconds_per_iter(self, storage):
+    def _seconds_per_iter(self, storage: EventStorage) -> float | None:
         latest = storage.latest_with_smoothing_hint(self._window_size)
         if "time" in latest:
             return latest["time"][0]
-        before, now = self._last_write, (storage.iter, time.perf_counter())
-        self._last_write = now
+        before = self._last_write
+        self._last_write = now = storage.iter, time.perf_counter()
         if before is None or now[0] <= before[0]:
             return None
         return (now[1] - before[1]) / (now[0] - before[0])
 
-    def write(self):
-        """Log the line."""
+    def write(self) -> None:
         storage = get_event_storage()
         seconds = self._seconds_per_iter(storage)
         fields = [f"iter: {storage.iter}"]
@@ -72,7 +71,7 @@ class CommonMetricPrinter(EventWriter):
             left = max(0, self._max_iter - storage.iter - 1)
             fields.insert(0, f"eta: {datetime.timedelta(seconds=int(seconds * left))}")
         latest = storage.latest_with_smoothing_hint(self._window_size)
-        # Results, and validation losses, have lines of their own when they are new.
+        # Results and validation losses, whose names have a slash, are logged by the evaluation.
         losses = [k for k in latest if "loss" in k and "/" not in k]
         fields += [f"{k}: {latest[k][0]:.4g}" for k in losses]
         fields += [f"{k}: {latest[k][0]:.4f}" for k in ("time", "data_time") if k in latest]
@@ -83,8 +82,8 @@ class CommonMetricPrinter(EventWriter):
         self.logger.info("  ".join(fields))
 
 
-# Name in OUTPUT.WRITERS -> function (output_dir, max_iter) that makes the writer.
-WRITERS = {
+# Name in OUTPUT.WRITERS -> function (output_dir, max_iter) that builds the writer.
+WRITERS: dict[str, Callable[[str, int], EventWriter]] = {
     "console": lambda output_dir, max_iter: CommonMetricPrinter(max_iter),
     "json": lambda output_dir, max_iter: JSONWriter(os.path.join(output_dir, "metrics.json")),
     "csv": lambda output_dir, max_iter: CSVWriter(os.path.join(output_dir, "metrics.csv")),

@@ -1,38 +1,33 @@
-"""Reading files that somebody else wrote, writing files whole, and the files of a run's folder."""
+"""Atomic writes, checked reads, and the files of an output folder."""
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
 import shutil
 import stat
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from plaintrain.utils.errors import DataError, UserError
 
-# Of what is parsed slowly, as YAML and XML are. A file that a person wrote is far smaller.
+# Maximum size of YAML and XML files, which parse slowly; files written by hand are far smaller.
 MAX_BYTES = 2**19
-# Files of a run's folder that a training writes and reads again.
-FACTS_FILE, RESULTS_FILE = "run.json", "results.json"
+FACTS_FILE = "run.json"
+RESULTS_FILE = "results.json"
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode="w"):
-    """Open a temporary file beside `path` that replaces it, after fsync, when the block succeeds.
-
-    Args:
-        path: the file to write; its folder is made.
-        mode: "w" (UTF-8 text) or "wb".
-
-    Raises:
-        UserError: the folder cannot be written, or the disk is full; `path` is as it was before.
-    """
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file (UTF-8 or binary) that atomically replaces `path` if the block succeeds."""
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         with writing(path):
-            # Where a file is in the way, open() says so.
+            # If a file has the name of the folder, open() raises the better error.
             with contextlib.suppress(FileExistsError):
                 os.makedirs(os.path.dirname(path) or ".")
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
@@ -47,16 +42,16 @@ def atomic_write(path, mode="w"):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """Turn an `OSError` within the block into a `UserError` that names the file and the system's reason."""
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turn an `OSError` within the block into a `UserError` that names the file and the reason."""
     try:
         yield
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-def _sync_folder(folder):
-    """Bring a renamed file's new name to the disk too, where folders can be synchronised."""
+def _sync_folder(folder: str) -> None:
+    """Write the entries of a folder (after a rename) to the disk, where the file system supports it."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -65,15 +60,15 @@ def _sync_folder(folder):
             os.close(fd)
 
 
-def remove_unfinished(folder):
-    """Remove what runs that were killed while they wrote have left; nobody may be writing."""
+def remove_unfinished(folder: str) -> None:
+    """Remove the temporary files of killed runs; no other run may use the folder."""
     for name in os.listdir(folder):
         if _UNFINISHED.fullmatch(name):
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(folder, name))
 
 
-# What a run leaves in its output folder; anything else there belongs to somebody else.
+# The files of a run in its output folder; any other file belongs to the user.
 _RUN_FILES = re.compile(
     r"model_(\d{7,}|final|best)\.pth|last_checkpoint|config(-\d+)?\.yaml|metrics\.(json|csv)|inference"
     r"|run\.json|report\.html|log\.txt(\.rank\d+)?|events\.out\.tfevents\..*|bad_batch_\d+(\.rank\d+)?\.pth"
@@ -81,90 +76,75 @@ _RUN_FILES = re.compile(
 _UNFINISHED = re.compile(rf"({_RUN_FILES.pattern})\.tmp-\d+")
 
 
-def move_old_run(folder):
-    """Move the files of an earlier run in `folder` into `old-1`, or the next free `old-N`.
-
-    Returns:
-        The folder they went to, or None if there was no earlier run.
-    """
+def move_old_run(folder: str) -> str | None:
+    """Move the files of an earlier run to the next free `old-N`; return its path, or None without a run."""
     names = [name for name in os.listdir(folder) if _RUN_FILES.fullmatch(name)]
     if not names:
         return None
-    number = 1
-    while os.path.exists(os.path.join(folder, f"old-{number}")):
-        number += 1
-    target = os.path.join(folder, f"old-{number}")
+    paths = (os.path.join(folder, f"old-{i}") for i in itertools.count(1))
+    target = next(path for path in paths if not os.path.exists(path))
     os.mkdir(target)
     for name in names:
         shutil.move(os.path.join(folder, name), target)
     return target
 
 
-def check_file(path, limit=None):
-    """Refuse, with an `OSError`, a file of more bytes than `limit`, and what is no file.
-
-    `open` would wait for a pipe, and read a device without end.
-    """
+def check_file(path: str | os.PathLike, max_bytes: int | None = None) -> None:
+    """Raise an `OSError` for a file of more than `max_bytes`, and for pipes and devices, which may block."""
     status = os.stat(path)
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
-    if limit and status.st_size > limit:
-        raise OSError(errno.EFBIG, f"it has more than the {limit:,} bytes that are read")
+    if max_bytes and status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"it must have at most {max_bytes:,} bytes, got {status.st_size:,}")
 
 
-def check_stored(path):
-    """Refuse, with an `OSError`, a zip that unpacks to more than it is; torch itself compresses nothing."""
+def check_stored(path: str | os.PathLike) -> None:
+    """Raise an `OSError` for a compressed zip file (a zip bomb), since torch.save does not compress."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > os.path.getsize(path):
-            raise OSError(errno.EFBIG, f"it unpacks to {unpacked:,} bytes, more than it has")
+            raise OSError(errno.EFBIG, f"it unpacks to {unpacked:,} bytes, more than its size")
 
 
-def read_text(path, what="file", limit=None):
-    """Return the text of a UTF-8 file, without a byte order mark.
-
-    Args:
-        path: the file.
-        what: what to call it in a `DataError`.
-        limit: how many bytes it may have, or None.
-    """
+def read_text(path: str | os.PathLike, description: str = "file", max_bytes: int | None = None) -> str:
+    """Return the text of a UTF-8 file without byte order mark; `DataError` if that fails."""
     try:
-        check_file(path, limit)
+        check_file(path, max_bytes)
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
-        raise DataError("broken", f"cannot read the {what} {path}: {describe_os_error(e)}") from e
+        raise DataError("broken", f"cannot read the {description} {path}: {describe_os_error(e)}") from e
 
 
-def is_below(folder, path):
-    """Whether a path, absolute or from the folder on, stays in the folder; links are not followed."""
+def is_below(folder: str, path: str) -> bool:
+    """Return whether a path, absolute or relative to `folder`, is below it; does not resolve links."""
     if ".." not in path and not os.path.isabs(path):
         return True
     folder = os.path.join(os.path.abspath(folder), "")
     return os.path.abspath(os.path.join(folder, path)).startswith(folder)
 
 
-def describe_os_error(error):
-    """Why a file cannot be read, of an `OSError` or another error."""
-    return getattr(error, "strerror", None) or error
+def describe_os_error(error: Exception) -> str:
+    """Return the message of an exception, without the number and the file of an `OSError`."""
+    return str(getattr(error, "strerror", None) or error)
 
 
-def read_json(path):
-    """Return the content of a JSON file; None if it is missing or cannot be read, as while it is written."""
+def read_json(path: str | os.PathLike) -> Any:
+    """Return the content of a JSON file, or None if it is missing or incomplete."""
     with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as f:
         return json.load(f)
     return None
 
 
-def read_starts(folder):
-    """Return the `starts` of run.json (see `engine.run_facts`), oldest first; [] without any."""
+def read_starts(folder: str) -> list[dict[str, Any]]:
+    """Return the `starts` of run.json (see `engine.run_facts`), oldest first."""
     facts = read_json(os.path.join(folder, FACTS_FILE))
     starts = facts.get("starts") if isinstance(facts, dict) else None
     return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
-def read_results_file(folder):
-    """Return {dataset: {task: {metric: number or None}}} of a results.json; {} without a whole one."""
+def read_results_file(folder: str) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return {dataset: {task: {metric: value}}} of results.json; {} if it is missing or invalid."""
     content = read_json(os.path.join(folder, RESULTS_FILE))
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         return {d: {t: dict(m) for t, m in tasks.items()} for d, tasks in content.items()}

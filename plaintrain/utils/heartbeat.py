@@ -1,45 +1,48 @@
-"""Heartbeats of the main thread, for the watch that ends a job in which a rank hangs."""
+"""Heartbeats of the main thread, for the watchdog that ends a job in which a rank hangs."""
 
 import math
 import time
 
-# Before a step that may compile, and while one rank scores what all have found.
+# Seconds for a step that may compile, or while rank 0 scores the detections of all ranks.
 LONG = 1800.0
 
 
-class _Pulse:
-    """The time of the last beat, and the seconds until the next one; None: no beat is expected."""
+class _Heartbeat:
+    """The last beat and the allowed seconds until the next; `last` None expects no beat."""
 
-    limit, last, extra = math.inf, None, 0.0
-
-
-def set_limit(seconds):
-    """Set the longest time between two beats; 0 for no limit."""
-    _Pulse.limit = seconds or math.inf
+    limit: float = math.inf
+    last: float | None = None
+    extra: float = 0.0
 
 
-def beat(extra=0.0):
-    """Note that the main thread makes progress; the next beat may take `extra` seconds longer than usual."""
-    _Pulse.last, _Pulse.extra = time.monotonic(), extra
+def set_limit(seconds: float) -> None:
+    """Set the maximum time between two beats; 0 for no limit."""
+    _Heartbeat.limit = seconds or math.inf
 
 
-def rest():
-    """Expect no beat until the next one."""
-    _Pulse.last = None
-    _Pulse.extra = 0.0
+def beat(extra: float = 0.0) -> None:
+    """Record that the main thread makes progress; allow `extra` seconds more until the next beat."""
+    _Heartbeat.last = time.monotonic()
+    _Heartbeat.extra = extra
 
 
-def forgive(seconds):
-    """Do not count these seconds, in which the whole process stood still."""
-    if _Pulse.last is not None:
-        _Pulse.last += seconds
+def rest() -> None:
+    """Pause the heartbeat until the next beat."""
+    _Heartbeat.last = None
+    _Heartbeat.extra = 0.0
 
 
-def is_overdue():
-    """Return whether the next beat has not come in time."""
-    return _Pulse.last is not None and time.monotonic() - _Pulse.last > _Pulse.limit + _Pulse.extra
+def forgive(seconds: float) -> None:
+    """Do not count these seconds, in which the whole process was suspended."""
+    if _Heartbeat.last is not None:
+        _Heartbeat.last += seconds
 
 
-def get_limit():
-    """Return the longest time between two beats, in seconds."""
-    return _Pulse.limit + _Pulse.extra
+def is_overdue() -> bool:
+    """Return whether the next beat is overdue."""
+    return _Heartbeat.last is not None and time.monotonic() - _Heartbeat.last > get_limit()
+
+
+def get_limit() -> float:
+    """Return the maximum time until the next beat, in seconds."""
+    return _Heartbeat.limit + _Heartbeat.extra

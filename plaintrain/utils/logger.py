@@ -1,22 +1,23 @@
-"""The console and file log of a run."""
+"""Console and file logging."""
 
 import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from typing import IO
 
 from tqdm import tqdm
 
 from plaintrain.utils import comm
 
 _FORMAT = "[%(asctime)s %(name)s] %(levelname)s: %(message)s"
-_DATE = "%m/%d %H:%M:%S"
 
 
 class _Console:
-    """Standard output or error; what cannot be written is dropped."""
+    """Wrapper of stdout or stderr that ignores write errors."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def __getattr__(self, name):
@@ -32,20 +33,17 @@ class _Console:
             self._stream.flush()
 
 
-def ignore_console_errors():
-    """Let this process continue without its console: a pipe without a reader, a closed terminal, a full disk.
-
-    Prints, progress bars and warnings then write nothing and raise nothing, at the exit of Python either.
-    """
+def ignore_console_errors() -> None:
+    """Ignore write errors of stdout and stderr: a broken pipe, a closed terminal, a full disk."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        # Another stream is one of a notebook or a test; None was closed before the start.
+        # Keep the streams of notebooks and tests. A stream that was closed before the start is None.
         if stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, _Console(stream or open(os.devnull, "w", encoding="utf-8")))  # noqa: SIM115
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints through tqdm, so that a progress bar stays below the lines."""
+    """Handler that prints through tqdm, to keep progress bars below the log lines."""
 
     def emit(self, record):
         with contextlib.suppress(OSError):
@@ -53,17 +51,12 @@ class _ConsoleHandler(logging.Handler):
             sys.stdout.flush()
 
 
-def setup_logger(output=None, distributed_rank=0, name="plaintrain", quiet=False):
-    """Send a logger's lines to the console (rank 0 only) and to a file per rank.
+def setup_logger(
+    output: str | None = None, distributed_rank: int = 0, name: str = "plaintrain", quiet: bool = False
+) -> logging.Logger:
+    """Log to the console (rank 0) and to log.txt (log.txt.rank1, ...) in the folder `output`.
 
-    Args:
-        output: folder for `log.txt` (`log.txt.rank1`, ... on other ranks), appended to; or None.
-        distributed_rank: this process' rank.
-        name: root of the logger names. A second call replaces the handlers of the first.
-        quiet: show only warnings and errors on the console, and no progress bars.
-
-    Returns:
-        The logger.
+    Replaces the handlers of earlier calls. `quiet` hides progress bars, and all but warnings and errors.
     """
     ignore_console_errors()
     logger = logging.getLogger(name)
@@ -72,21 +65,21 @@ def setup_logger(output=None, distributed_rank=0, name="plaintrain", quiet=False
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    handlers = []
+    handlers: list[logging.Handler] = []
     if distributed_rank == 0:
         handlers.append(_ConsoleHandler(logging.WARNING if quiet else logging.INFO))
     if output:
         suffix = f".rank{distributed_rank}" if distributed_rank else ""
         handlers.append(logging.FileHandler(os.path.join(output, "log.txt" + suffix), encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT, _DATE))
+        handler.setFormatter(logging.Formatter(_FORMAT, "%m/%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger
 
 
 @contextlib.contextmanager
-def silenced(level):
-    """Hold back what anybody logs up to a level."""
+def silenced(level: int) -> Iterator[None]:
+    """Disable all logging up to `level` within the block."""
     before = logging.root.manager.disable
     logging.disable(level)
     try:
@@ -95,11 +88,11 @@ def silenced(level):
         logging.disable(before)
 
 
-def build_progress_bar(iterable, *, desc, initial=0, total=None):
-    """Return `iterable` with a tqdm bar on a terminal, on rank 0, unless the log is quiet."""
+def build_progress_bar(iterable: Iterable, *, desc: str, initial: int = 0, total: int | None = None) -> tqdm:
+    """Wrap an iterable in a tqdm bar, which is shown on a terminal, on rank 0, unless the log is quiet."""
     handlers = logging.getLogger("plaintrain").handlers
     is_quiet = any(isinstance(h, _ConsoleHandler) and h.level > logging.INFO for h in handlers)
-    # None: tqdm shows nothing when its stream is not a terminal.
+    # With None, tqdm shows the bar if its stream is a terminal.
     disable = None if comm.is_main_process() and not is_quiet else True
     return tqdm(
         iterable, desc=desc, initial=initial, total=total, disable=disable, leave=False, dynamic_ncols=True

@@ -1,19 +1,18 @@
-"""Peak memory of a process, and the message when it runs out: the batch and the keys to change."""
+"""Peak memory, and the error message for out-of-memory."""
 
+import math
 import re
+import resource
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from plaintrain.utils.errors import UserError
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-# CUDA, its driver and libraries, and MPS; the CPU.
-_WORDS = ("out of memory", "status_alloc_failed", "can't allocate memory")
+# Out-of-memory messages of CUDA and its libraries, MPS and the CPU.
+_OOM_MESSAGES = ("out of memory", "status_alloc_failed", "can't allocate memory")
 _TRAINING_ADVICE = (
     "lower SOLVER.IMS_PER_BATCH, keep it and raise SOLVER.ACCUMULATE_STEPS, set SOLVER.AMP.ENABLED True, or "
     "lower INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN (or INPUT.FIXED_SIZE, where it is set)"
@@ -24,59 +23,55 @@ _EVALUATION_ADVICE = (
 )
 
 
-class _Last:
-    """The samples that the main thread has got last, and whether to train on."""
+class _LastBatch:
+    """The batch that the main thread works on."""
 
-    samples, training = (), False
-
-
-def note_batch(samples, training):
-    """Note what the main thread works on from now on; the list is kept until the next one comes."""
-    _Last.samples, _Last.training = samples, training
+    samples: Sequence[Any] = ()
+    training = False
 
 
-def get_peak_memory():
-    """Return {"max_mem": MiB}: the most that this process has held so far, of a GPU's memory if it uses one.
+def note_batch(samples: Sequence[Any], training: bool) -> None:
+    """Store the batch that the main thread works on, for `describe_out_of_memory`."""
+    _LastBatch.samples = samples
+    _LastBatch.training = training
 
-    It is what torch has allocated on the current GPU, or the process' resident memory; {} where the system
-    does not tell.
-    """
+
+def get_peak_memory() -> dict[str, float]:
+    """Return {"max_mem": MiB}, the peak memory that torch has allocated on the GPU, or of the process."""
     if torch.cuda.is_initialized():
         return {"max_mem": torch.cuda.max_memory_allocated() / 2**20}
-    if resource is None:
-        return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
+    # The unit is KiB on Linux and bytes on macOS.
     return {"max_mem": peak / (2**20 if sys.platform == "darwin" else 2**10)}
 
 
-def is_out_of_memory(error):
-    """Return whether an exception says that the memory of a GPU, or the CPU's, is full."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception means that the memory of a GPU or the CPU is full."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in _WORDS)
+        isinstance(error, RuntimeError) and any(message in text for message in _OOM_MESSAGES)
     )
 
 
-def describe_out_of_memory(error):
-    """Return a `UserError` that says what did not fit and what to change; the exception is its cause."""
-    amount = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
-    more = f", which was asked for {amount.group(1)} more," if amount else ""
-    if not _Last.samples:
-        place = "before the first batch: see what else has memory there, or choose a smaller model"
-    elif _Last.training:
-        place = f"in a training step with {_describe_batch()}: {_TRAINING_ADVICE}"
+def describe_out_of_memory(error: BaseException) -> UserError:
+    """Return a `UserError`, caused by `error`, that names the batch and the config keys to change."""
+    match = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+    amount = f" (tried to allocate {match.group(1)})" if match else ""
+    if not _LastBatch.samples:
+        message = f"before the first batch{amount}; end other processes, or choose a smaller model"
+    elif _LastBatch.training:
+        message = f"in a training step with {_describe_batch()}{amount}; {_TRAINING_ADVICE}"
     else:
-        place = f"in an evaluation with {_describe_batch()}: {_EVALUATION_ADVICE}"
-    advice = UserError(f"the memory is full{more} {place}")
-    advice.__cause__ = error
-    return advice
+        message = f"in an evaluation with {_describe_batch()}{amount}; {_EVALUATION_ADVICE}"
+    user_error = UserError(f"out of memory {message}")
+    user_error.__cause__ = error
+    return user_error
 
 
-def _describe_batch():
-    text = f"{len(_Last.samples)} image(s) in this process"
-    images = [sample.get("image") for sample in _Last.samples if isinstance(sample, dict)]
+def _describe_batch() -> str:
+    text = f"{len(_LastBatch.samples)} image(s) in this process"
+    images = [sample.get("image") for sample in _LastBatch.samples if isinstance(sample, dict)]
     sizes = [image.shape for image in images if isinstance(image, torch.Tensor)]
     if sizes:
-        text += f", the largest {' x '.join(map(str, max(sizes, key=torch.Size.numel)))}"
+        text += f", the largest {' x '.join(map(str, max(sizes, key=math.prod)))}"
     return text

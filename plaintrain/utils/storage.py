@@ -1,98 +1,96 @@
-"""Scalars, images and histograms of a run, kept without waiting for the device.
-
-Names follow Detectron2's `utils.events`.
-"""
+"""`EventStorage` of Detectron2's `utils.events`, without a device sync per scalar."""
 
 import contextlib
 import itertools
 import math
 import statistics
 from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
-_STORAGES = []
-# Tensors are fetched at the latest when this many entries wait, so memory stays bounded.
+_STORAGES: list["EventStorage"] = []
+# Maximum number of entries that are not yet fetched from the device, which bounds the memory.
 _MAX_PENDING = 10_000
 _MAX_IMAGES = 100
-# Values of a scalar that are saved: the window of the writers.
+# Default window of the writers, and the number of values per scalar in a checkpoint.
 _WINDOW_SIZE = 20
 
 
-def get_event_storage():
-    """Return the innermost `EventStorage` whose `with` block is running."""
+def get_event_storage() -> "EventStorage":
+    """Return the innermost active `EventStorage`."""
     if not _STORAGES:
         raise RuntimeError("get_event_storage() was called outside of `with EventStorage(...):`")
     return _STORAGES[-1]
 
 
 class HistoryBuffer:
-    """The last values of one scalar, and the average of all of them."""
+    """The last values of one scalar, and the mean of all."""
 
-    def __init__(self, max_length=10_000):
-        self._data = deque(maxlen=max_length)
+    def __init__(self, max_length: int = 10_000) -> None:
+        self._data: deque[tuple[float, int]] = deque(maxlen=max_length)
         self._count = 0
         self._sum = 0.0
 
-    def update(self, value, iteration):
+    def update(self, value: float, iteration: int) -> None:
         self._data.append((value, iteration))
         self._count += 1
         self._sum += value
 
-    def latest(self):
+    def latest(self) -> float:
         return self._data[-1][0]
 
-    def median(self, window_size):
+    def median(self, window_size: int) -> float:
         return statistics.median(self._last(window_size))
 
-    def avg(self, window_size):
+    def avg(self, window_size: int) -> float:
         return statistics.fmean(self._last(window_size))
 
-    def global_avg(self):
+    def global_avg(self) -> float:
         return self._sum / self._count
 
-    def values(self):
-        """Return [(value, iteration)], oldest first."""
+    def values(self) -> list[tuple[float, int]]:
+        """Return (value, iteration) pairs, oldest first."""
         return list(self._data)
 
-    def _last(self, window_size):
+    def _last(self, window_size: int) -> list[float]:
         return [value for value, _ in itertools.islice(reversed(self._data), window_size)]
 
 
 class EventStorage:
-    """Collects scalars, images and histograms of the current iteration; a context manager.
+    """Storage of scalars (numbers or 0-d tensors), images and histograms; a context manager.
 
-    A scalar may be a number or a 0-d tensor. Tensors stay on their device, as detached copies,
-    and all that wait are fetched in one transfer when somebody reads.
+    Tensors stay on their device, as detached copies; reading a scalar fetches all of them in one transfer.
     """
 
-    def __init__(self, start_iter=0):
-        """start_iter: the iteration to count from; `iter` equals it until `step()`."""
+    def __init__(self, start_iter: int = 0) -> None:
         self.start_iter = start_iter
         self.iter = start_iter
-        self._history = defaultdict(HistoryBuffer)
-        self._hints = {}
-        self._latest = {}
-        # [(iteration, names, number or tensor of as many values)] that wait to be fetched.
-        self._pending = []
-        # [(iteration, name)] of NaN and infinite losses and gradient norms.
-        self._nonfinite = []
-        # The names of the scalars that no writer has read.
-        self._unwritten = set()
+        self._history: defaultdict[str, HistoryBuffer] = defaultdict(HistoryBuffer)
+        self._hints: dict[str, bool] = {}
+        self._latest: dict[str, tuple[float, int]] = {}
+        # (iteration, names, value or tensor with one value per name) not yet fetched.
+        self._pending: list[tuple[int, Sequence[str], float | Tensor]] = []
+        # (iteration, name) of NaN and infinite losses and gradient norms.
+        self._nonfinite: list[tuple[int, str]] = []
+        # Scalars that no writer has read.
+        self._unwritten: set[str] = set()
         self._scope = ""
         self.clear_images()
         self.clear_histograms()
 
-    def state_dict(self):
-        """Return the log window, so that the medians of a resumed run continue; a device sync."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the window of the medians; a device sync."""
         scalars = {
             name: [[list(pair) for pair in history.values()[-_WINDOW_SIZE:]], self._hints[name]]
             for name, history in self.histories().items()
         }
         return {"iteration": self.iter, "scalars": scalars, "unwritten": sorted(self._unwritten)}
 
-    def load_state_dict(self, state_dict):
-        """Continue from a saved log window: `iter` is the iteration that was finished last."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the window of the medians and the last finished iteration, `iter`."""
         self.iter = state_dict["iteration"]
         self.start_iter = self.iter + 1
         self._unwritten = set(state_dict["unwritten"])
@@ -103,147 +101,140 @@ class EventStorage:
             if name in self._unwritten:
                 self._latest[name] = tuple(values[-1])
 
-    def put_scalar(self, name, value, smoothing_hint=True, cur_iter=None):
+    def put_scalar(
+        self, name: str, value: float | Tensor, smoothing_hint: bool = True, cur_iter: int | None = None
+    ) -> None:
         """Store one scalar; see `put_scalars`."""
         self.put_scalars(smoothing_hint=smoothing_hint, cur_iter=cur_iter, **{name: value})
 
-    def put_scalars(self, *, smoothing_hint=True, cur_iter=None, **scalars):
-        """Store scalars, given as `name=value`.
-
-        Args:
-            smoothing_hint: writers show the median of a window (True) or the latest value.
-            cur_iter: the iteration they belong to, default `iter`.
-        """
+    def put_scalars(
+        self, *, smoothing_hint: bool = True, cur_iter: int | None = None, **scalars: float | Tensor
+    ) -> None:
+        """Store scalars; writers show the median of a window, without `smoothing_hint` the latest value."""
         iteration = self.iter if cur_iter is None else cur_iter
         if self._scope:
             scalars = {self._scope + name: value for name, value in scalars.items()}
-        names, tensors = [], []
+        names = []
+        tensors = []
         for name, value in scalars.items():
             if self._hints.setdefault(name, smoothing_hint) is not smoothing_hint:
-                raise ValueError(f"scalar {name} was stored with the other smoothing_hint before")
-            if isinstance(value, torch.Tensor):
+                raise ValueError(f"smoothing_hint of {name} must be {not smoothing_hint} as before")
+            if isinstance(value, Tensor):
                 names.append(name)
                 tensors.append(value if value.dim() == 0 else value.reshape(()))
             else:
                 self._pending.append((iteration, (name,), float(value)))
         if names:
-            # stack copies, so that a tensor changed in place later is kept as it is now; detaching
-            # its one result is cheaper than entering no_grad.
+            # stack copies, so later in-place changes have no effect; detaching once is cheaper than no_grad.
             self._pending.append((iteration, names, torch.stack(tensors).detach()))
         self._unwritten.update(scalars)
         if len(self._pending) > _MAX_PENDING:
             self._fetch()
 
-    def _fetch(self):
-        if not self._pending:
-            return
-        pending, self._pending = self._pending, []
+    def _fetch(self) -> None:
+        pending = self._pending
+        self._pending = []
         tensors = defaultdict(list)
-        for _, _, value in pending:
-            if isinstance(value, torch.Tensor):
-                tensors[value.device].append(value)
-        # One transfer for each device.
+        for _, _, values in pending:
+            if isinstance(values, Tensor):
+                tensors[values.device].append(values)
+        # One transfer per device.
         fetched = {device: iter(torch.cat(t).tolist()) for device, t in tensors.items()}  # device sync
-        for iteration, names, value in pending:
-            is_tensor = isinstance(value, torch.Tensor)
+        for iteration, names, values in pending:
             for name in names:
-                number = next(fetched[value.device]) if is_tensor else value
-                self._history[name].update(number, iteration)
-                self._latest[name] = (number, iteration)
-                # Names with a slash are results: of a dataset or a class with "loss" in its name, or val/.
-                is_of_step = "/" not in name and ("loss" in name or name == "grad_norm")
-                if is_of_step and not math.isfinite(number):
+                value = next(fetched[values.device]) if isinstance(values, Tensor) else values
+                self._history[name].update(value, iteration)
+                self._latest[name] = (value, iteration)
+                # Names with a slash are results, which may also contain "loss" (in the name of a class).
+                is_checked = "/" not in name and ("loss" in name or name == "grad_norm")
+                if is_checked and not math.isfinite(value):
                     self._nonfinite.append((iteration, name))
 
-    def has_unwritten(self):
-        """Return whether a scalar was stored since a writer last looked."""
+    def has_unwritten(self) -> bool:
+        """Return whether a scalar was stored since the last write."""
         return bool(self._unwritten)
 
-    def raise_if_nonfinite(self, images_of=None, *, norm_too=True):
-        """Stop when a loss or `grad_norm` stored since the last call is NaN or infinite; a device sync.
+    def raise_if_nonfinite(
+        self, images_of: Callable[[int], Iterable[str]] | None = None, *, check_norm: bool = True
+    ) -> None:
+        """Raise a `FloatingPointError` if a loss or `grad_norm` is NaN or infinite; a device sync.
 
-        Reduced losses are the same on every rank, so all ranks stop.
-
-        Args:
-            images_of: function from an iteration to the names of the images it trained on.
-            norm_too: False where a step whose `grad_norm` is not finite is not taken (float16).
-
-        Raises:
-            FloatingPointError: names the first bad iteration, its terms and its images.
+        Checks all values since the last call; `check_norm` is False if the scaler skips non-finite steps.
+        Reduced losses are equal on all ranks, so all ranks raise. `images_of` lists images of an iteration.
         """
         self._fetch()
-        bad = [(at, name) for at, name in self._nonfinite if norm_too or name != "grad_norm"]
+        bad = [(i, name) for i, name in self._nonfinite if check_norm or name != "grad_norm"]
         self._nonfinite = []
         if not bad:
             return
         iteration = min(bad)[0]
-        names = ", ".join(sorted({name for at, name in bad if at == iteration}))
+        names = ", ".join(sorted({name for i, name in bad if i == iteration}))
         images = f"; images of that batch: {', '.join(images_of(iteration))}" if images_of else ""
         raise FloatingPointError(
             f"{names} became NaN or infinite at iteration {iteration}; lower SOLVER.BASE_LR, "
             f"lengthen SOLVER.WARMUP_ITERS or clip gradients{images}"
         )
 
-    def put_image(self, img_name, img_tensor):
+    def put_image(self, img_name: str, img_tensor: Tensor) -> None:
         """Store an image for TensorBoard: `[3, H, W]`, uint8 in 0..255 or float in 0..1."""
         self.images.append((self._scope + img_name, img_tensor.detach().to("cpu", copy=True), self.iter))
 
-    def put_histogram(self, hist_name, hist_tensor, bins=1000):
-        """Store a histogram of a tensor's values for TensorBoard."""
+    def put_histogram(self, hist_name: str, hist_tensor: Tensor, bins: int = 1000) -> None:
+        """Store the histogram of a tensor for TensorBoard."""
         values = hist_tensor.detach().to("cpu", torch.float32, copy=True).flatten()
         self.histograms.append((self._scope + hist_name, values, bins, self.iter))
 
-    def clear_images(self):
-        # The newest only: on ranks without writers nobody takes them out.
-        self.images = deque(maxlen=_MAX_IMAGES)
+    def clear_images(self) -> None:
+        # Bounded, because ranks without writers never clear it.
+        self.images: deque[tuple[str, Tensor, int]] = deque(maxlen=_MAX_IMAGES)
 
-    def clear_histograms(self):
-        self.histograms = deque(maxlen=_MAX_IMAGES)
+    def clear_histograms(self) -> None:
+        self.histograms: deque[tuple[str, Tensor, int, int]] = deque(maxlen=_MAX_IMAGES)
 
-    def history(self, name):
-        """Return the `HistoryBuffer` of a scalar; `KeyError` if it was never stored."""
+    def history(self, name: str) -> HistoryBuffer:
         return self.histories()[name]
 
-    def histories(self):
+    def histories(self) -> dict[str, HistoryBuffer]:
         self._fetch()
         return dict(self._history)
 
-    def latest(self):
-        """Return name -> (latest value, its iteration)."""
+    def latest(self) -> dict[str, tuple[float, int]]:
+        """Return {name: (latest value, iteration)}."""
         self._fetch()
         return self._latest
 
-    def latest_with_smoothing_hint(self, window_size=_WINDOW_SIZE):
-        """Return name -> (median of the window or latest value, iteration of the latest); for writers."""
+    def latest_with_smoothing_hint(self, window_size: int = _WINDOW_SIZE) -> dict[str, tuple[float, int]]:
+        """Return {name: (median of the window or latest value, latest iteration)}, for writers."""
         self._unwritten.clear()
         return {
-            name: (self._history[name].median(window_size) if self._hints[name] else value, at)
-            for name, (value, at) in self.latest().items()
+            name: (self._history[name].median(window_size) if self._hints[name] else value, iteration)
+            for name, (value, iteration) in self.latest().items()
         }
 
-    def smoothing_hints(self):
+    def smoothing_hints(self) -> dict[str, bool]:
         return self._hints
 
-    def step(self):
+    def step(self) -> None:
         """Go to the next iteration."""
         self.iter += 1
 
     @property
-    def iteration(self):
+    def iteration(self) -> int:
         return self.iter
 
     @contextlib.contextmanager
-    def name_scope(self, name):
-        """Prefix the names stored within the block by `name/`."""
-        before, self._scope = self._scope, name.rstrip("/") + "/"
+    def name_scope(self, name: str) -> Iterator[None]:
+        """Prefix the names that are stored within the block with `name/`."""
+        before = self._scope
+        self._scope = name.rstrip("/") + "/"
         try:
             yield
         finally:
             self._scope = before
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         _STORAGES.append(self)
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: object) -> None:
         _STORAGES.pop()

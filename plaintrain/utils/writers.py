@@ -9,64 +9,74 @@ import os
 import socket
 import struct
 import time
+from abc import abstractmethod
 from collections import defaultdict
+from collections.abc import Iterator
+from typing import IO, Any
 
 from plaintrain.utils.files import atomic_write, writing
 from plaintrain.utils.storage import get_event_storage
 
+# {iteration: {name: value}}
+_Scalars = dict[int, dict[str, Any]]
+
 
 class EventWriter:
-    """Base of the writers."""
+    """Base class of writers, which write new scalars of the current `EventStorage`."""
 
-    def begin(self, start_iter):
-        """Remove what an interrupted run wrote from `start_iter` on; by default nothing."""
+    def begin(self, start_iter: int) -> None:
+        """Remove what an interrupted run wrote from `start_iter` on."""
 
-    def write(self):
-        """Read the current storage and put out what is new."""
+    def write(self) -> None:
+        """Write the new scalars."""
 
-    def close(self):
-        """Nothing to close by default."""
+    def close(self) -> None:
+        """Close the files."""
 
 
 class FileWriter(EventWriter):
-    """Base of the writers to files. Each (iteration, name) is written once.
+    """Base class of writers to files, which a resumed run truncates at its start iteration.
 
-    A resumed run cuts the files at its start iteration, and skips the values that they already hold: it
-    repeats the evaluation and the log row of the iteration of its checkpoint.
-
-    A writer has the methods `_cut(start_iter)`, which removes the iterations from `start_iter` on and returns
-    {name: last iteration} of the rest, and `_append(rows)`, which writes {iteration: {name: value}}, in the
-    order of the iterations.
+    Each (iteration, name) is written once, also if a resumed run repeats the evaluation of its checkpoint.
     """
 
-    def __init__(self, path, window_size=20):
+    def __init__(self, path: str, window_size: int = 20) -> None:
         self._path = path
         self._window_size = window_size
-        self._file = None
-        # {name: the last iteration in the file}; None until the file has been cut.
-        self._written = None
+        self._file: IO[Any] | None = None
+        self._has_begun = False
+        # {name: last iteration in the file}
+        self._written: dict[str, int] = {}
 
-    def begin(self, start_iter):
+    @abstractmethod
+    def _truncate(self, start_iter: int) -> dict[str, int]:
+        """Remove the iterations from `start_iter` on; return {name: last iteration} of the rest."""
+
+    @abstractmethod
+    def _append(self, scalars: _Scalars) -> None:
+        """Write scalars in the order of the iterations."""
+
+    def begin(self, start_iter: int) -> None:
         with writing(self._path):
-            self._written = self._cut(start_iter)
+            self._written = self._truncate(start_iter)
+        self._has_begun = True
 
-    def write(self):
-        """Append what is new since the last call, and flush."""
+    def write(self) -> None:
         storage = get_event_storage()
-        rows = defaultdict(dict)
-        if self._written is None:
+        scalars: _Scalars = defaultdict(dict)
+        if not self._has_begun:
             self.begin(storage.start_iter)
-        for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
-            if at > self._written.get(name, -1):
-                rows[at][name] = value
+        for name, (value, iteration) in storage.latest_with_smoothing_hint(self._window_size).items():
+            if iteration > self._written.get(name, -1):
+                scalars[iteration][name] = value
         with writing(self._path):
-            self._append(dict(sorted(rows.items())))
+            self._append(dict(sorted(scalars.items())))
             if self._file is not None:
-                # Not synchronized with the disk: what the system has survives a killed process.
+                # flush() without fsync: the data survives a killed process.
                 self._file.flush()
-        self._written |= {name: at for at, row in rows.items() for name in row}
+        self._written |= {name: iteration for iteration, row in scalars.items() for name in row}
 
-    def close(self):
+    def close(self) -> None:
         if self._file is not None:
             with writing(self._path):
                 self._file.close()
@@ -74,120 +84,111 @@ class FileWriter(EventWriter):
 
 
 class _RowWriter(FileWriter):
-    """Appends one row of scalars an iteration to a text file.
+    """Writer of one row per iteration to a text file, which merges later scalars into existing rows."""
 
-    What comes for a row that is already written, such as a repeated evaluation, joins that row. A format has
-    the methods `_read(f)`, which yields the complete rows of an open file, {"iteration": int, name: value},
-    and `_put(f, rows)`, which writes {iteration: {name: value}}.
-    """
+    @abstractmethod
+    def _read(self, f: IO[str]) -> Iterator[dict[str, Any]]:
+        """Yield the complete rows of a file, {"iteration": int, name: value}."""
 
-    def _fits(self, rows):
-        """Return whether rows can be appended to the file as it is."""
-        last = max(self._written.values(), default=-1)
-        return self._file is not None and os.path.exists(self._path) and min(rows) > last
+    @abstractmethod
+    def _write_rows(self, f: IO[str], scalars: _Scalars) -> None:
+        """Write a row per iteration."""
 
-    def _rows(self):
+    def _can_append(self, scalars: _Scalars) -> bool:
+        return os.path.exists(self._path) and min(scalars) > max(self._written.values(), default=-1)
+
+    def _read_scalars(self) -> _Scalars:
         if not os.path.exists(self._path):
             return {}
         with open(self._path, encoding="utf-8", errors="replace", newline="") as f:
             return {row.pop("iteration"): row for row in self._read(f)}
 
-    def _rewrite(self, rows):
-        """Replace the file, and open it to append."""
+    def _rewrite(self, scalars: _Scalars) -> None:
+        """Replace the file, and open it for appending."""
         if self._file is not None:
             self._file.close()
         with atomic_write(self._path) as f:
-            self._put(f, dict(sorted(rows.items())))
-        # newline="": the csv module ends its lines itself.
+            self._write_rows(f, dict(sorted(scalars.items())))
+        # The csv module needs newline="".
         self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - see close()
 
-    def _cut(self, start_iter):
-        rows = {at: row for at, row in sorted(self._rows().items()) if at < start_iter}
+    def _truncate(self, start_iter: int) -> dict[str, int]:
+        kept = {i: row for i, row in sorted(self._read_scalars().items()) if i < start_iter}
         if os.path.exists(self._path):
-            self._rewrite(rows)
-        return {name: at for at, row in rows.items() for name in row if row[name] != ""}
+            self._rewrite(kept)
+        return {name: i for i, row in kept.items() for name in row if row[name] != ""}
 
-    def _append(self, rows):
-        if not rows:
+    def _append(self, scalars: _Scalars) -> None:
+        if not scalars:
             return
-        if self._fits(rows):
-            self._put(self._file, rows)
+        if self._file is not None and self._can_append(scalars):
+            self._write_rows(self._file, scalars)
             return
-        kept = self._rows()
-        self._rewrite(kept | {at: {**kept.get(at, {}), **row} for at, row in rows.items()})
+        merged = self._read_scalars()
+        merged |= {i: {**merged.get(i, {}), **row} for i, row in scalars.items()}
+        self._rewrite(merged)
 
 
 class JSONWriter(_RowWriter):
-    """Appends one JSON object a line, `{"iteration": ..., name: value, ...}`; non-finite values are null.
-
-    A resumed run cuts the file at its start iteration; each iteration has one line.
-    """
+    """Writer of one JSON object per line, `{"iteration": 0, name: value, ...}`; null for NaN and infinity."""
 
     def _read(self, f):
         for line in f:
-            # What is no object, such as a last line that was cut off, is left out.
+            # Skip incomplete lines.
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(row.get("iteration"), int):
                     yield row
 
-    def _put(self, f, rows):
-        for at, row in rows.items():
-            f.write(json.dumps(_finite({"iteration": at, **row}), allow_nan=False) + "\n")
+    def _write_rows(self, f, scalars):
+        for iteration, row in scalars.items():
+            f.write(json.dumps(_replace_nonfinite({"iteration": iteration, **row}), allow_nan=False) + "\n")
 
 
 class CSVWriter(_RowWriter):
-    """Appends one row an iteration to a CSV file for spreadsheets; non-finite values are empty.
+    """Writer of one CSV row per iteration; non-finite values are empty. New scalars become new columns."""
 
-    The header names the scalars in the order in which they came. A scalar that comes later, such as the AP
-    of the first evaluation, gets a column at the end: the file is rewritten then. A resumed run cuts it
-    at its start iteration; each iteration has one row.
-    """
-
-    def __init__(self, csv_file, window_size=20):
+    def __init__(self, csv_file: str, window_size: int = 20) -> None:
         super().__init__(csv_file, window_size)
         self._columns = ["iteration"]
 
     def _read(self, f):
-        # The last number of a line without its end may have lost digits.
+        # Without a newline, the last value of a line may have lost digits.
         for row in csv.DictReader(line for line in f if line.endswith("\n")):
             with contextlib.suppress(KeyError, TypeError, ValueError):
-                # A row that is damaged, or too long, has None in it.
+                # DictReader stores None in rows that are too short or too long.
                 if None not in row and None not in row.values():
                     yield {**row, "iteration": int(row["iteration"])}
 
-    def _fits(self, rows):
-        return super()._fits(rows) and all(name in self._columns for row in rows.values() for name in row)
+    def _can_append(self, scalars):
+        return super()._can_append(scalars) and set().union(*scalars.values()) <= set(self._columns)
 
-    def _rewrite(self, rows):
-        names = (name for row in rows.values() for name in row)
+    def _rewrite(self, scalars):
+        names = (name for row in scalars.values() for name in row)
         self._columns = list(dict.fromkeys([*self._columns, *names]))
-        super()._rewrite(rows)
+        super()._rewrite(scalars)
 
-    def _put(self, f, rows):
+    def _write_rows(self, f, scalars):
         table = csv.DictWriter(f, self._columns, restval="", lineterminator="\n")
         if f is not self._file:
             table.writeheader()
-        for at, row in rows.items():
-            table.writerow(_finite({"iteration": at, **row}))
+        for iteration, row in scalars.items():
+            table.writerow(_replace_nonfinite({"iteration": iteration, **row}))
 
 
-def _finite(row):
-    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
+def _replace_nonfinite(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 class TensorboardXWriter(FileWriter):
-    """Writes scalars, images and histograms as TensorBoard event files, one for each process.
+    """Writer of scalars, images and histograms to TensorBoard event files; imports tensorboardX if used."""
 
-    tensorboardX is imported by the first write, since most processes have none.
-    """
-
-    def _cut(self, start_iter):
+    def _truncate(self, start_iter):
         last_iters = {}
         for path in sorted(glob.glob(os.path.join(glob.escape(self._path), "events.out.tfevents.*"))):
             kept = []
             for event, record in _read_events(path):
-                # The version of the format stands at step 0.
+                # The event with the file version has step 0.
                 if event.file_version or event.step < start_iter:
                     kept.append(record)
                     for value in event.summary.value:
@@ -201,13 +202,13 @@ class TensorboardXWriter(FileWriter):
         from tensorboardX.proto.event_pb2 import SessionLog
 
         os.makedirs(self._path, exist_ok=True)
-        # In nanoseconds: a run may be resumed within a second.
+        # In nanoseconds, since a run may be resumed within a second.
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{time.time_ns()}"
-        # Not tensorboardX's EventsWriter, which calls fsync at each flush: that would hold up the loop.
+        # Not tensorboardX's EventsWriter, whose flush() calls fsync and blocks the loop.
         self._file = open(os.path.join(self._path, name), "wb")  # noqa: SIM115 - see close()
         self._write_event(0, file_version="brain.Event:2")
         if start_iter:
-            # A TensorBoard that is open forgets what has been cut.
+            # Makes an open TensorBoard drop the truncated events.
             self._write_event(start_iter, session_log=SessionLog(status=SessionLog.START))
 
     def _write_event(self, step, **contents):
@@ -216,33 +217,30 @@ class TensorboardXWriter(FileWriter):
 
         data = Event(step=step, wall_time=time.time(), **contents).SerializeToString()
         header = struct.pack("<Q", len(data))
-        for part in (header, data):
-            self._file.write(part + struct.pack("<I", masked_crc32c(part)))
+        for chunk in (header, data):
+            self._file.write(chunk + struct.pack("<I", masked_crc32c(chunk)))
 
-    def _append(self, rows):
-        """Write the rows; takes the images and histograms out of the storage."""
+    def _append(self, scalars):
+        """Write scalars, and move the images and histograms of the storage to the file."""
         from tensorboardX import summary
         from tensorboardX.proto.summary_pb2 import Summary
 
         storage = get_event_storage()
         if self._file is None:
             self._open(storage.start_iter)
-        for at, row in rows.items():
+        for iteration, row in scalars.items():
             values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-            self._write_event(at, summary=Summary(value=values))
-        for name, image, at in storage.images:
-            self._write_event(at, summary=summary.image(name, image.numpy()))
-        for name, values, bins, at in storage.histograms:
-            self._write_event(at, summary=summary.histogram(name, values.numpy(), bins))
+            self._write_event(iteration, summary=Summary(value=values))
+        for name, image, iteration in storage.images:
+            self._write_event(iteration, summary=summary.image(name, image.numpy()))
+        for name, values, bins, iteration in storage.histograms:
+            self._write_event(iteration, summary=summary.histogram(name, values.numpy(), bins))
         storage.clear_images()
         storage.clear_histograms()
 
 
-def _read_events(path):
-    """Yield (event, record) up to the end of the file or its first incomplete record.
-
-    A record is the length of an event, its checksum, the event and its checksum.
-    """
+def _read_events(path: str) -> Iterator[tuple[Any, bytes]]:
+    """Yield (event, record) up to the first incomplete record: length, checksum, event, checksum."""
     from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
@@ -250,7 +248,7 @@ def _read_events(path):
     with open(path, "rb") as f:
         while len(header := f.read(12)) == 12:
             length, checksum = struct.unpack("<QI", header)
-            # The length is checked before that much is read.
+            # Check the length before reading as many bytes.
             if checksum != masked_crc32c(header[:8]) or len(data := f.read(length + 4)) < length + 4:
                 return
             try:

@@ -22,7 +22,7 @@ from plaintrain.structures import (
     find_segmentation_problem,
     make_record,
 )
-from plaintrain.utils.errors import DataError, UserError, reject
+from plaintrain.utils.errors import DataError, UserError, raise_or_append
 from plaintrain.utils.files import is_below, read_text
 
 _XYWH = BoxMode.XYWH_ABS
@@ -111,7 +111,9 @@ def read_coco_results(results_file, problems=None):
         detection = {**result, "id": index}
         mistake = _complete(detection)
         if mistake:
-            reject(problems, DataError(mistake[0], f"detection {index} in {results_file} {mistake[1]}"))
+            raise_or_append(
+                problems, DataError(mistake[0], f"detection {index} in {results_file} {mistake[1]}")
+            )
         else:
             detections.append(detection)
     return detections
@@ -164,7 +166,7 @@ def _to_records(content, json_file, image_root, classes, problems=None):
         mistake = find_coco_annotation_problem(annotation, records, num_keypoints)
         if mistake:
             where = f"annotation {annotation.get('id', '?')} in {json_file}"
-            reject(problems, DataError(mistake[0], f"{where} {mistake[1]}"))
+            raise_or_append(problems, DataError(mistake[0], f"{where} {mistake[1]}"))
         elif annotation["category_id"] in labels:
             records[annotation["image_id"]]["annotations"].append(_convert(annotation, labels))
     metadata = {"thing_classes": chosen, "thing_dataset_id_to_contiguous_id": labels}
@@ -219,7 +221,7 @@ def _image_records(images, json_file, image_root, problems):
             )
         if mistake:
             where = f"image {image.get('id', image)} in {json_file}"
-            reject(problems, DataError(kind, f"{where} {mistake}"))
+            raise_or_append(problems, DataError(kind, f"{where} {mistake}"))
             continue
         file_name = os.path.join(image_root, image["file_name"])
         records[image["id"]] = make_record(file_name, image["id"], image["height"], image["width"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.image_files import is_too_large, read_image_header
 from plaintrain.structures import BoxMode, make_record
-from plaintrain.utils.errors import DataError, UserError, collecting
+from plaintrain.utils.errors import DataError, UserError, collect_errors
 from plaintrain.utils.files import MAX_BYTES, check_file, describe_os_error, read_text
 
 # fmt: off
@@ -54,7 +54,7 @@ def load_voc(root, split, classes=None, problems=None):
     for line in names:
         # Per-class lists hold a second column (1, 0, -1); a name may hold spaces.
         name = line if line in images else line.split()[0]
-        with collecting(problems):
+        with collect_errors(problems):
             if name not in images:
                 missing = f"the image {name} of split {split} is missing in {image_folder}"
                 raise DataError("unreadable", missing)
@@ -108,7 +108,7 @@ def _choose_file(files, root, xml_file):
 
 def _parse(xml_file):
     try:
-        check_file(xml_file, limit=32 * MAX_BYTES)
+        check_file(xml_file, max_bytes=32 * MAX_BYTES)
         text = Path(xml_file).read_bytes()
     except OSError as e:
         raise UserError(f"cannot read the annotation file {xml_file}: {describe_os_error(e)}") from e
@@ -126,7 +126,7 @@ def _all_classes(folder, problems):
     for file in _list_folder(folder):
         if file.endswith(".xml"):
             # With `problems` the records' own reading notes it.
-            with collecting(None if problems is None else []):
+            with collect_errors(None if problems is None else []):
                 root = _parse(os.path.join(folder, file))
                 names |= {_text(obj, "name", file) for obj in root.iter("object")}
     if not names:
@@ -161,7 +161,7 @@ def _record(xml_file, image_files, labels, problems):
         height, width, _ = read_image_header(image_file)
     annotations = []
     for obj in root.iter("object"):
-        with collecting(problems):
+        with collect_errors(problems):
             class_name = _text(obj, "name", xml_file)
             if class_name in labels:
                 annotations.append(_annotation(obj, labels[class_name], xml_file))

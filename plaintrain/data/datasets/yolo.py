@@ -14,7 +14,7 @@ from plaintrain.config.yaml import parse_yaml
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.image_files import build_image_record, list_images
 from plaintrain.structures import BoxMode
-from plaintrain.utils.errors import DataError, UserError, collecting, reject
+from plaintrain.utils.errors import DataError, UserError, collect_errors, raise_or_append
 from plaintrain.utils.files import MAX_BYTES, is_below, read_text
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def load_yolo(data_file, split, classes=None, dataset_root="", problems=None):
     Returns:
         (records, metadata): metadata holds `thing_classes`.
     """
-    data = parse_yaml(read_text(data_file, limit=MAX_BYTES), data_file)
+    data = parse_yaml(read_text(data_file, max_bytes=MAX_BYTES), data_file)
     # Its lines would pass for polygons.
     if "kpt_shape" in data:
         raise UserError(f"{data_file} has a kpt_shape: keypoints are read from COCO JSON only")
@@ -136,7 +136,7 @@ def _without_shared_labels(files, problems):
     for path, group in sharing.items():
         if len(group) > 1 and os.path.lexists(path):
             what = f"{' and '.join(group)} share the labels {path}: remove or rename all but one"
-            reject(problems, DataError("ambiguous", what))
+            raise_or_append(problems, DataError("ambiguous", what))
         else:
             kept += group
     return kept
@@ -161,9 +161,9 @@ def get_label_file(image_file):
 def _read_labels(record, labels, problems):
     path, annotations = get_label_file(record["file_name"]), []
     if os.path.lexists(path):
-        with collecting(problems):
+        with collect_errors(problems):
             for number, line in enumerate(read_text(path).splitlines(), 1):
-                with collecting(problems):
+                with collect_errors(problems):
                     annotations.append(_annotation(line.split(), record, labels, f"{path}, line {number}"))
     return list(filter(None, annotations))
 

@@ -70,7 +70,7 @@ def _from_entry(entry, keypoint_flip_indices):
             "name to its arguments, {name: {argument: value}}"
         )
     if name not in AUGMENTATIONS:
-        near = suggest_similar(name, AUGMENTATIONS, least=0.6)
+        near = suggest_similar(name, AUGMENTATIONS, cutoff=0.6)
         hint = f"did you mean {near}?" if near else f"known: {', '.join(AUGMENTATIONS)}"
         raise UserError(f"INPUT.AUGMENTATIONS has an unknown augmentation {name!r}; {hint}")
     order = {_FROM_DATASET: keypoint_flip_indices} if name == "RandomHorizontalFlip" else {}
