@@ -413,7 +413,7 @@ MUTATIONS = {
         (".tensor([size[1] / width, size[0] / height])", ".tensor([size[0] / height, size[1] / width])"),
     ],
     "plaintrain/checkpoint/weight_checks.py": [
-        ('.ROI_MASK_HEAD.ALIGNED": (_MASK, True, False)', '.ROI_MASK_HEAD.ALIGNED": (_MASK, True, True)'),
+        ('ALIGNED": ("roi_heads.mask_head.", True, False)', 'ALIGNED": ("roi_heads.mask_head.", True, True)'),
     ],
     "plaintrain/checkpoint/torchvision.py": [
         (
@@ -422,13 +422,13 @@ MUTATIONS = {
         ),
     ],
     "plaintrain/checkpoint/detectron2.py": [
-        ("rows.transpose(0, 1).flatten(0, 2)", "rows.flatten(0, 2)"),
+        ("anchors.transpose(0, 1).flatten(0, 2)", "anchors.flatten(0, 2)"),
         ("1 if to_torchvision else -1, 0", "-1 if to_torchvision else 1, 0"),
     ],
     "plaintrain/checkpoint/pretrained.py": [
         ("(module|model|_orig_mod)", "(module|model)"),
         (
-            'raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")',
+            'raise UserError(f"it imports {module}.{name}, which could run code")',
             "return super().find_class(module, name)",
         ),
         ("hash_prefix=digest and digest.group(1)", "hash_prefix=None"),
@@ -483,7 +483,7 @@ PLANTED = {
         ],
         "plaintrain/checkpoint/files.py": [
             ("    if last:\n", "    if not last:\n"),
-            ("sorted(names, key=lambda name: _age(folder, name))", "sorted(names)"),
+            ("sorted(names, key=lambda name: _get_age(folder, name))", "sorted(names)"),
             (
                 'raise DamagedCheckpointError(f"cannot read the checkpoint {path}: '
                 '{get_first_line(e)}") from e',

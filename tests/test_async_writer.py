@@ -9,7 +9,7 @@ import torch
 from processes import Process
 from torch import nn
 
-from plaintrain.checkpoint.async_writer import Background, copy_to_host
+from plaintrain.checkpoint.async_writer import AsyncWriter, copy_to_host
 from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.stop import Stopped
@@ -17,7 +17,7 @@ from plaintrain.utils.stop import Stopped
 
 @pytest.mark.parametrize("call", ["copy", "wait", "submit"])
 def test_a_failure_is_raised_by_the_next_call_and_ends_what_comes_after(call):
-    background, done, go, failed = Background(), [], threading.Event(), threading.Event()
+    background, done, go, failed = AsyncWriter(), [], threading.Event(), threading.Event()
 
     def fail():
         go.wait(10)
@@ -41,7 +41,7 @@ def end_while_a_file_is_written(path):
         time.sleep(0.3)
         open(path, "w").close()
 
-    Background().submit(write)
+    AsyncWriter().submit(write)
     raise SystemExit(3)
 
 

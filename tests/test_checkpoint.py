@@ -313,11 +313,11 @@ def saves(monkeypatch):
     return calls
 
 
-def make_saver(folder, value=0.0, final=None, about=None, **kwargs):
+def make_saver(folder, value=0.0, final=None, metadata=None, **kwargs):
     """A `TrainingCheckpointer` that saves every 2 iterations; `final` is the value of the final weights."""
     model = make_model(value)
     final_model = None if final is None else lambda: nn.DataParallel(make_model(final))
-    options = {"period": 2, "final_model": final_model, "about": about, **kwargs}
+    options = {"period": 2, "final_model": final_model, "metadata": metadata, **kwargs}
     return TrainingCheckpointer(model, str(folder), **options, **sgd(model.parameters()))
 
 
@@ -376,7 +376,7 @@ def test_periodic_checkpointer_saves_as_detectron2s(tmp_path, saves):
 
 
 def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path, saves):
-    saver = make_saver(tmp_path, value=2.0, final=7.0, about={"class_names": ["a"]})
+    saver = make_saver(tmp_path, value=2.0, final=7.0, metadata={"class_names": ["a"]})
     saver.save_iteration(4)
     saver.save_final()
     assert names(tmp_path) == ["last_checkpoint", "model_0000004.pth", "model_final.pth"]
@@ -394,16 +394,16 @@ def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path
 
 
 def test_the_best_weights_are_never_resumed_from_and_every_file_is_about_its_run(tmp_path):
-    about = {"class_names": ["cat", "dog"], "config": "text"}
-    saver = make_saver(tmp_path, value=1.0, about=about)
+    metadata = {"class_names": ["cat", "dog"], "config": "text"}
+    saver = make_saver(tmp_path, value=1.0, metadata=metadata)
     saver.save_iteration(3)
     saver.save_weights("model_best", make_model(9.0), iteration=4, config="mine")
     best = load(tmp_path / "model_best.pth")
-    assert set(best) == {"model", "iteration", *about}
+    assert set(best) == {"model", "iteration", *metadata}
     # What is given for one file goes before.
-    assert (best["iteration"], best["class_names"], best["config"]) == (4, about["class_names"], "mine")
+    assert (best["iteration"], best["class_names"], best["config"]) == (4, metadata["class_names"], "mine")
     for name in ("last_checkpoint", "model_0000003.pth"):
-        assert saver.resume_or_load("", resume=True) == {"iteration": 3, **about}
+        assert saver.resume_or_load("", resume=True) == {"iteration": 3, **metadata}
         (tmp_path / name).unlink()
     assert not saver.has_checkpoint()
     assert saver.resume_or_load(str(tmp_path / "model_best.pth"), resume=False) == {}
@@ -411,7 +411,7 @@ def test_the_best_weights_are_never_resumed_from_and_every_file_is_about_its_run
 
 
 def test_the_class_names_of_the_run_are_those_that_weights_are_taken_for(tmp_path, log):
-    make_saver(tmp_path, about={"class_names": ["cat", "dog"]}).save("model_0000001", iteration=1)
-    checkpointer = DetectionCheckpointer(make_model(), about={"class_names": ["ant", "bee"]})
+    make_saver(tmp_path, metadata={"class_names": ["cat", "dog"]}).save("model_0000001", iteration=1)
+    checkpointer = DetectionCheckpointer(make_model(), metadata={"class_names": ["ant", "bee"]})
     checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False)
     assert "was trained for the classes ['cat', 'dog'], here they are ['ant', 'bee']" in log.text

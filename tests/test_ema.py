@@ -94,7 +94,7 @@ def test_config_decides_which_weights_are_evaluated_and_final(tmp_path, log, eva
     cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "SOLVER.CHECKPOINT_PERIOD", 2])
     cfg.merge_from_list(["SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
     ema = build_ema(cfg, model)
-    assert f"the {evaluate} weights are evaluated, the {final} become model_final.pth" in log.text
+    assert f"evaluates the {evaluate} weights, model_final.pth has the {final}" in log.text
     checkpointer = build_checkpointer(cfg, model, ema=ema)
     step(model, ema, 1.0, 2.0)
     for iteration in (1, 3, 5):
@@ -119,8 +119,8 @@ def save(folder, numbers, **settings):
 @pytest.mark.parametrize(
     ("enabled", "words"),
     [
-        (True, "the checkpoint has no averaged weights: MODEL.EMA begins to average here"),
-        (False, "MODEL.EMA.ENABLED is False: the checkpoint's averaged weights are left out"),
+        (True, "the checkpoint has no averaged weights; MODEL.EMA starts to average now"),
+        (False, "MODEL.EMA.ENABLED is False; skipped the averaged weights of the checkpoint"),
     ],
 )
 def test_average_turned_on_or_off_at_a_resume_begins_or_is_dropped_with_a_warning(

@@ -289,7 +289,7 @@ def test_changes_on_resume_take_effect_and_are_shown(run, tmp_path):
     changed = ["SOLVER.BASE_LR", 0.0005, "SOLVER.WEIGHT_DECAY", 0.5, "SOLVER.NESTEROV", True]
     changed += ["SOLVER.MOMENTUM", 0.8, "SOLVER.MAX_ITER", 4, "SOLVER.IMS_PER_BATCH", 4, "MY_WEIGHT", 2.0]
     output = run("out", *start, *changed, flags=["--resume"], faults=add_a_key).output
-    assert "  SOLVER.MAX_ITER: 2 -> 4 (from here on)" in output.splitlines()
+    assert "  SOLVER.MAX_ITER: 2 -> 4 (from now on)" in output.splitlines()
     assert "from iteration 2 on a batch has 4 images and not 8" in output
     (group, *_) = load(tmp_path / "out/model_0000003.pth")["optimizer"]["param_groups"]
     names = ("weight_decay", "nesterov", "lr", "momentum")

@@ -48,10 +48,10 @@ def config(*opts):
 def run(tmp_path_factory):
     """A run's folder with two checkpoints of random weights."""
     folder, cfg = tmp_path_factory.mktemp("run"), config()
-    about = {"class_names": NAMES, "config": cfg.dump()}
+    metadata = {"class_names": NAMES, "config": cfg.dump()}
     for seed, name in ((1, "model_0000001"), (2, "model_final")):
         torch.manual_seed(seed)
-        DetectionCheckpointer(build_model(cfg), str(folder), about=about).save(name, iteration=seed)
+        DetectionCheckpointer(build_model(cfg), str(folder), metadata=metadata).save(name, iteration=seed)
     (folder / "config.yaml").write_text(cfg.dump())
     return folder
 
@@ -163,8 +163,8 @@ def test_averaged_weights_are_taken_as_in_an_evaluation(tmp_path):
     bias = model.roi_heads.box_predictor.cls_score.bias
     with torch.no_grad():
         bias += 1
-    about = {"class_names": NAMES}
-    DetectionCheckpointer(model, str(tmp_path), about=about, ema=ema).save("model_0000000", iteration=0)
+    metadata = {"class_names": NAMES}
+    DetectionCheckpointer(model, str(tmp_path), metadata=metadata, ema=ema).save("model_0000000", iteration=0)
     (tmp_path / "config.yaml").write_text(cfg.dump())
     for evaluate, added in (("averaged", 0), ("raw", 1)):
         taken = Predictor(tmp_path, opts=["MODEL.EMA.EVALUATE", evaluate]).model

@@ -155,7 +155,7 @@ def test_values_are_loaded_as_they_were_saved(value, layouts, about):
     before = copy.deepcopy((value, layouts, about))
     target = Holder([torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in layouts])
     with tempfile.TemporaryDirectory() as folder:
-        DetectionCheckpointer(Holder(layouts), folder, about={"about": about}).save("any", value=value)
+        DetectionCheckpointer(Holder(layouts), folder, metadata={"about": about}).save("any", value=value)
         data = DetectionCheckpointer(target, folder).load(written(folder, "any"))
     assert set(data) == {"value", "about"}
     assert same((data["value"], list(target.buffers()), data["about"]), before)
