@@ -318,7 +318,7 @@ MUTATIONS = {
     ],
     "plaintrain/solver/optimizer.py": [
         ("    nn.GroupNorm,\n", ""),
-        ("clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0", "clip.CLIP_VALUE, 2.0"),
+        ("clip.NORM_TYPE if clip.ENABLED else 2.0", "2.0"),
     ],
     "plaintrain/structures.py": [
         ("return coco_mask.merge(parts)", "return parts[0]"),

@@ -102,7 +102,7 @@ ADVICE = "; return every loss in every step, as zero where it does not apply"
         ([("loss",), ("accuracy",)], f"{DIFFERENT}loss on rank 0; accuracy on rank 1{ADVICE}"),
         (
             [("accuracy",)] * 2,
-            "the model returned nothing to minimise: no key of ['accuracy'] contains 'loss'",
+            "the model must return a key that contains 'loss', got ['accuracy']",
         ),
     ],
 )

@@ -28,8 +28,9 @@ def split_batch(samples: list[dict[str, Any]], steps: int) -> list[tuple[list[di
 
 def sync_gradients(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
     """Return a context for forward and backward in which DDP averages gradients only if enabled."""
-    is_ddp = isinstance(model, DistributedDataParallel)
-    return model.no_sync() if is_ddp and not enabled else contextlib.nullcontext()
+    if isinstance(model, DistributedDataParallel) and not enabled:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def sum_losses(loss_dict: dict[str, Any]) -> Any:

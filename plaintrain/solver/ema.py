@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from plaintrain.config import CfgNode
@@ -56,7 +56,7 @@ class ModelEMA:
         return int(self._average.n_averaged) if self.enabled else 0
 
     @torch.no_grad()
-    def _lerp(self, averages: list[Tensor], values: list[Tensor], num_averaged: Tensor | int) -> None:
+    def _lerp(self, averages, values, num_averaged):
         decay = self._decay
         if self._warmup:
             decay = min(decay, (1 + self.num_steps) / (10 + self.num_steps))
