@@ -321,7 +321,7 @@ MUTATIONS = {
         ("clip.NORM_TYPE if clip.ENABLED else 2.0", "2.0"),
     ],
     "plaintrain/structures.py": [
-        ("return coco_mask.merge(parts)", "return parts[0]"),
+        ("return coco_mask.merge(polygons)", "return polygons[0]"),
         ("len(polygon) >= 6", "len(polygon) >= 4"),
         ("(side, side), aligned=aligned)", "(side, side), aligned=False)"),
     ],

@@ -139,7 +139,7 @@ def test_the_last_checkpoint_that_can_be_read_is_taken_or_one_alone(run, tmp_pat
     os.unlink(folder / "model_final.pth")
     assert Predictor(folder).weights == str(folder / "model_best.pth")
     (folder / "model_best.pth").unlink()
-    with pytest.raises(UserError, match="run holds no checkpoint: its training has not saved one"):
+    with pytest.raises(UserError, match="run holds no checkpoint; its training has not saved one"):
         Predictor(folder)
     # A checkpoint alone holds its config and names.
     shutil.copy(run / "model_final.pth", tmp_path / "mine.pth")
@@ -187,9 +187,9 @@ def test_published_weights_have_the_names_of_coco(tmp_path, classes, keypoints, 
 @pytest.mark.parametrize(
     ("place", "opts", "words"),
     [
-        ("run", ["MODEL.ROI_HEADS.NUM_CLASSES", 5], "CLASSES is 5, but .*final.pth was trained for 3: ring"),
+        ("run", ["MODEL.ROI_HEADS.NUM_CLASSES", 5], "CLASSES must be 3 for .*final.pth .ring, .*, got 5"),
         ("run", ["MODEL.ROI_BOX_HEAD.FC_DIM", 17], "is missing .* of the model's parameters.*architecture"),
-        ("run", ["TEST.AUG.ENABLED", True], "which keypoints then change places.*set TEST.AUG.FLIP False"),
+        ("run", ["TEST.AUG.ENABLED", True], "left and right keypoints.*; set TEST.AUG.FLIP False"),
         ("nowhere", [], "'.*nowhere' does not exist: expected the OUTPUT_DIR"),
         (".", [], "has no config.yaml: expected the OUTPUT_DIR"),
         (config(), [], "MODEL.WEIGHTS is empty"),

@@ -27,7 +27,7 @@ def test_convert_takes_detectron2s_numbers_and_returns_a_new_list():
     box = [1, 2, 3, 4]
     assert BoxMode.convert(box, 1, 0) == [1, 2, 4, 6]
     assert BoxMode.convert(box, 0, 0) is not box and box == [1, 2, 3, 4]
-    rejected("four finite numbers, not [1, 2, 3]", by=lambda: BoxMode.convert([1, 2, 3], 1, 0))
+    rejected("four finite numbers, got [1, 2, 3]", by=lambda: BoxMode.convert([1, 2, 3], 1, 0))
     rejected("'XYXY'", by=lambda: BoxMode.convert(box, "XYXY", 0))
 
 
