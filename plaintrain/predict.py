@@ -43,10 +43,8 @@ class Predictor:
     Attributes:
         cfg: the config, with its number of classes.
         pixel_range: INPUT.PIXEL_RANGE, for `read_image`.
-        weights: path or URL of the weights.
         class_names: in the order of the labels.
         skeleton: pairs of keypoints to connect by a line, for `draw_instances`.
-        model: the detector, in evaluation mode.
     """
 
     def __init__(self, run: str | os.PathLike | CfgNode, weights: str = "", opts: Sequence[Any] = ()):
@@ -82,8 +80,8 @@ class Predictor:
             dataset_name = _find_dataset(cfg)
             if dataset_name is None and cfg.MODEL.KEYPOINT_ON and cfg.TEST.AUG.FLIP:
                 raise UserError(
-                    "TEST.AUG.FLIP needs the left and right keypoints of a dataset, but none of DATASETS.* can be "
-                    "read here; set TEST.AUG.FLIP False"
+                    "TEST.AUG.FLIP needs the left and right keypoints of a dataset, but none of DATASETS.* "
+                    "can be read here; set TEST.AUG.FLIP False"
                 )
             self._tta_mapper = build_tta_mapper(cfg, dataset_name)
 

@@ -234,13 +234,9 @@ def _sample_mask(mask: Tensor, box: Tensor, window: tuple[int, int, int, int]) -
 
 
 def sample_masks(masks: Tensor, boxes: Tensor, index: Tensor, side: int, aligned: bool = True) -> Tensor:
-    """Return the targets `[N, M, M]` of a mask head: 0 or 1 if aligned, as in Detectron2, else in [0, 1].
+    """Return the targets of a mask head `[N, side, side]`: 0 or 1 if aligned, as in Detectron2, else in [0, 1].
 
-    Args:
-        masks: `[G, H, W]`, 0 or 1.
-        boxes: `[N, 4]`, XYXY, in pixels of the masks.
-        index: int64 `[N]`, the mask of each box.
-        side: M.
+    The masks are `[G, H, W]`, the boxes XYXY `[N, 4]` in their pixels, the index `[N]` is the mask of each box.
     """
     rois = torch.cat([index[:, None].to(boxes), boxes], dim=1)
     covered = roi_align(masks[:, None].to(rois), rois, (side, side), aligned=aligned)[:, 0]

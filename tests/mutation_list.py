@@ -25,8 +25,8 @@ MUTATIONS = {
     ],
     "plaintrain/checkpoint/checkpointer.py": [
         ("        self.last_name = name\n", ""),
-        ('load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
-        ("average_norm_buffers(state)  # all ranks", "pass"),
+        ('state.load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
+        ("state.average_norm_buffers(weights)  # all ranks", "pass"),
     ],
     "plaintrain/config/config.py": [
         ("if type(old) is not type(value):", "if not isinstance(value, type(old)):"),

@@ -7,19 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from plaintrain.checkpoint import files
+from plaintrain.checkpoint import files, state
 from plaintrain.checkpoint.async_writer import AsyncWriter
 from plaintrain.checkpoint.pretrained import download_weights, get_averaged_state, load_weights
-from plaintrain.checkpoint.state import (
-    average_norm_buffers,
-    convert_older_states,
-    convert_to_builtin_types,
-    gather_norm_buffers,
-    gather_rng_states,
-    load_rng_states,
-    load_state,
-    restore_norm_buffers,
-)
 from plaintrain.solver.schedule import every
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
@@ -69,22 +59,22 @@ class DetectionCheckpointer:
         states |= {key: item.state_dict() for key, item in self.checkpointables.items()}
         if self.checkpointables:
             # These states differ between ranks.
-            states["rng_states"] = gather_rng_states()  # all ranks
-            states |= gather_norm_buffers(states)  # all ranks
+            states["rng_states"] = state.gather_rng_states()  # all ranks
+            states |= state.gather_norm_buffers(states)  # all ranks
         self._write(name, states, kwargs, last=True)
         self.last_name = name
 
     def save_weights(self, name: str, model: nn.Module, **kwargs: Any) -> None:
         """Write `name`.pth with a model's weights and `kwargs`, not to resume from; all ranks call it."""
-        state = comm.unwrap_model(model).state_dict()
-        average_norm_buffers(state)  # all ranks
-        self._write(name, {"model": state}, kwargs, last=False)
+        weights = comm.unwrap_model(model).state_dict()
+        state.average_norm_buffers(weights)  # all ranks
+        self._write(name, {"model": weights}, kwargs, last=False)
 
     def _write(self, name: str, data: dict[str, Any], kwargs: dict[str, Any], *, last: bool) -> None:
         if not self.save_to_disk:
             return
         entries = {**self.metadata, **kwargs}
-        data |= {key: convert_to_builtin_types(value, key) for key, value in entries.items()}
+        data |= {key: state.convert_to_builtin_types(value, key) for key, value in entries.items()}
         path = os.path.join(self.save_dir, name + ".pth")
         self._submit(files.write_checkpoint, path, self._writer.copy(data), last)
 
@@ -122,24 +112,21 @@ class DetectionCheckpointer:
         return files.list_checkpoints(self.save_dir)
 
     def load(self, path: str, data: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Load a checkpoint of plaintrain; return its other entries, such as `iteration`.
-
-        `data` is its content, if `read_checkpoint` has already read it.
-        """
+        """Load a checkpoint, or the content that was read; return its other entries, such as `iteration`."""
         data = data or files.read_checkpoint(path)
-        convert_older_states(data)
+        state.convert_older_states(data)
         for name in self.checkpointables:
             if name not in data:
                 raise UserError(f"{path} holds no {name}, which is needed to resume from it")
         if self.checkpointables:
-            restore_norm_buffers(data)
+            state.restore_norm_buffers(data)
         try:
             self.model.load_state_dict(data.pop("model"))
         except RuntimeError as e:
             reason = " ".join(line.strip() for line in str(e).splitlines()[1:2])
             raise UserError(f"{path} holds another model: {reason}") from e
         for name, item in self.checkpointables.items():
-            load_state(item, data.pop(name), f"the {name} in {path}")
+            state.load_state(item, data.pop(name), f"the {name} in {path}")
         return data
 
     def _resume(self, path: str, data: dict[str, Any], averaged: bool) -> dict[str, Any]:
@@ -147,7 +134,7 @@ class DetectionCheckpointer:
         logger.info(f"resumed from {path}")
         self.last_name = os.path.basename(path).removesuffix(".pth")
         if self.checkpointables and "rng_states" in data:
-            load_rng_states(data.pop("rng_states"))
+            state.load_rng_states(data.pop("rng_states"))
         if averaged and data.get("ema"):
             self.model.load_state_dict(get_averaged_state(data["ema"]))
             logger.info("using its averaged weights (MODEL.EMA)")
@@ -156,16 +143,14 @@ class DetectionCheckpointer:
     def resume_or_load(self, path: str, *, resume: bool = True, averaged: bool = False) -> dict[str, Any]:
         """Resume from the last checkpoint, or load pretrained weights; all ranks call it.
 
-        Rank 0 reads the files and sends them to ranks that do not share its file system. Heads of published
-        weights are reduced to the `class_names` of `metadata`.
+        Rank 0 reads the files and sends them to ranks that do not share its file system. Returns the result
+        of `load` for a resumed checkpoint, otherwise {}: fine-tuning starts at iteration 0.
 
         Args:
-            path: pretrained weights, as MODEL.WEIGHTS; "" for none.
+            path: pretrained weights, as MODEL.WEIGHTS, or "". Their heads for COCO's classes are reduced to
+                the `class_names` of `metadata`.
             resume: prefer the last checkpoint of `save_dir`; if it is damaged, the one before it.
             averaged: load the averaged weights (MODEL.EMA) of a file that has both.
-
-        Returns:
-            The result of `load` for a resumed checkpoint, otherwise {}: fine-tuning starts at iteration 0.
         """
         is_main = comm.is_main_process()
         if resume:
@@ -185,7 +170,10 @@ class DetectionCheckpointer:
 
 
 class PeriodicCheckpointer:
-    """Saves every `period` iterations, and `model_final` after the last one, as in Detectron2."""
+    """Saves every `period` iterations (0: never), and `model_final` after `max_iter`, as in Detectron2.
+
+    With `max_to_keep` it deletes the oldest numbered checkpoints.
+    """
 
     def __init__(
         self,
@@ -194,11 +182,6 @@ class PeriodicCheckpointer:
         max_iter: int | None = None,
         max_to_keep: int | None = None,
     ):
-        """
-        Args:
-            period: iterations between two saves; 0 saves only at the end, after `max_iter` iterations.
-            max_to_keep: numbered checkpoints to keep; 0 or None keeps all.
-        """
         self.checkpointer = checkpointer
         self.period = period
         self.max_iter = max_iter

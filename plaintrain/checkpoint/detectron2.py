@@ -147,6 +147,14 @@ def _move_background(tensors: dict[str, Tensor], to_torchvision: bool) -> None:
             tensors[name] = value[per_class:].clone()
 
 
+def _rename(tensors: dict[str, Tensor], modules: dict[str, str]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        renamed[f"{modules[module]}.{leaf}" if module in modules else name] = value
+    return renamed
+
+
 def is_detectron2(tensors: Iterable[str]) -> bool:
     """Return whether the names are those of a Detectron2 model with a ResNet, or of Caffe2's ResNets."""
     return any(_DETECTRON2.match(name) or _CAFFE2.match(name) for name in tensors)
@@ -156,20 +164,13 @@ def convert_from_detectron2(tensors: dict[str, Tensor], num_ratios: int = 3) -> 
     """Convert Detectron2's weights to torchvision's names and orders of anchors and classes.
 
     Names without a counterpart are kept. Boxes and masks of the background become 0.
-
-    Args:
-        num_ratios: aspect ratios per anchor size; layers whose number of anchors is no multiple of it keep
-            their order.
+    Layers whose number of anchors is not a multiple of `num_ratios`, the aspect ratios per size, keep their order.
     """
     tensors = {_convert_caffe2_name(name) if _CAFFE2.match(name) else name: v for name, v in tensors.items()}
     resnet = re.compile(r"^(backbone\.)?(stem\.|res\d\.)")
     tensors = {resnet.sub(r"backbone.bottom_up.\2", name): value for name, value in tensors.items()}
     modules = _build_module_map(tensors)
-    converted = {}
-    for name, value in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if not _IGNORED.match(name):
-            converted[f"{modules[module]}.{leaf}" if module in modules else name] = value
+    converted = _rename({n: value for n, value in tensors.items() if not _IGNORED.match(n)}, modules)
     _move_background(converted, to_torchvision=True)
     _swap_anchors(converted, num_ratios, to_torchvision=True)
     return converted
@@ -187,8 +188,4 @@ def convert_to_detectron2(tensors: dict[str, Tensor], num_ratios: int = 3) -> di
     tensors = dict(tensors)
     _swap_anchors(tensors, num_ratios, to_torchvision=False)
     _move_background(tensors, to_torchvision=False)
-    converted = {}
-    for name, value in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        converted[f"{modules[module]}.{leaf}"] = value
-    return converted
+    return _rename(tensors, modules)

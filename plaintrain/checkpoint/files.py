@@ -30,14 +30,9 @@ def get_checkpoint_name(iteration: int) -> str:
 
 
 def read_checkpoint(path: str, source: BinaryIO | None = None, **kwargs: Any) -> dict[str, Any]:
-    """Return the content of a checkpoint, on the CPU; loading runs no code.
+    """Return the content of a checkpoint, or of a file object, on the CPU; loading runs no code.
 
-    Args:
-        source: a file object to read instead of `path`.
-        kwargs: of `torch.load`, such as mmap=True to leave the tensors on disk.
-
-    Raises:
-        DamagedCheckpointError: the file is missing, truncated, or not a checkpoint of plaintrain.
+    `kwargs` are those of `torch.load`, such as mmap=True to leave the tensors on disk.
     """
     try:
         if source is None:
@@ -110,12 +105,7 @@ def _get_age(folder: str, name: str) -> tuple[int, str]:
 def read_last_checkpoint(folder: str, *others: str, **kwargs: Any) -> tuple[str, dict[str, Any] | None]:
     """Return (path, content) of the checkpoint to resume from, ("", None) if there is none.
 
-    Args:
-        others: paths to try after those of the folder.
-        kwargs: of `torch.load`.
-
-    Raises:
-        DamagedCheckpointError: there are checkpoints, but none can be read.
+    It tries `others` after those of the folder, and raises if no existing file can be read.
     """
     candidates = [*list_resume_candidates(folder), *others]
     for i, candidate in enumerate(candidates):

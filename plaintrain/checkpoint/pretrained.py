@@ -187,14 +187,10 @@ def load_weights(
     """Load the tensors of MODEL.WEIGHTS whose names and shapes match the model's, and log the others.
 
     Args:
-        name: MODEL.WEIGHTS.
-        class_names: in the order of the labels. Heads that torchvision or Detectron2 published for COCO's
-            classes are reduced to these if they have all of them.
+        name: MODEL.WEIGHTS; `file` is its path or content, if known.
+        class_names: in the order of the labels. Published heads for COCO's classes are reduced to these if
+            they have all of them.
         averaged: load the averaged weights (MODEL.EMA) of a checkpoint that has both.
-        file: the downloaded file, if it is known.
-
-    Raises:
-        UserError: no tensor matches, or the file was trained for the same classes in another order.
     """
     state = model.state_dict()
     file = file or download_weights(name)
@@ -225,9 +221,8 @@ def _log_differences(
     missing = [k for k in state if k not in weights and not k.endswith("num_batches_tracked")]
     unused = [k for k in weights if k not in state and not k.endswith("num_batches_tracked")]
     lines = [f"loaded {len(fitting)} of the model's {len(state)} tensors from {name}"]
-    lines += [
-        f"  other shape {k}: {list(weights[k].shape)}, the model has {list(state[k].shape)}" for k in skipped
-    ]
+    for k in skipped:
+        lines.append(f"  other shape {k}: {list(weights[k].shape)}, the model has {list(state[k].shape)}")
     lines += [f"  missing     {k}" for k in _shorten(missing)]
     lines += [f"  unused      {k}" for k in _shorten(unused)]
     logger.log(logging.WARNING if skipped or missing else logging.INFO, "\n".join(lines))

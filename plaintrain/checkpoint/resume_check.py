@@ -24,9 +24,7 @@ _EPOCH_LENGTH = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.
 def check_changes(folder: str, config: str, class_names: list[str], model: nn.Module) -> None:
     """Compare a run with the checkpoint to resume from; log each change and its effect.
 
-    Args:
-        config: the new config in YAML.
-        model: the new model, which may be on the device "meta".
+    `config` is YAML; the model may be on the device "meta".
     """
     try:
         path, saved = read_last_checkpoint(folder, mmap=True)

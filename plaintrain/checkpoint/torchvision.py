@@ -30,10 +30,7 @@ def _list_candidates(names: list[str], wanted: Collection[str]) -> tuple[list[st
 
 
 def match_names(tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """Rename the tensors of a torchvision detector or backbone to the model's names where they match.
-
-    `wanted` are the model's names, in its order.
-    """
+    """Rename the tensors of a torchvision detector or backbone to the model's names, `wanted`."""
     candidates = _list_candidates(list(tensors), wanted)
     best = max(candidates, key=lambda names: sum(name in wanted for name in names))
     # FCOS keeps that numbering: a norm layer follows each of its convolutions.
@@ -75,10 +72,7 @@ def select_class_rows(
 ) -> dict[str, Tensor]:
     """Reduce heads for COCO's classes to the dataset's, if COCO has all of them; else change nothing.
 
-    Args:
-        weights: under torchvision's names.
-        class_names: in the order of the labels.
-        of_detectron2: the classes have Detectron2's order, without gaps.
+    The weights have torchvision's names; with `of_detectron2` the classes have its order, without gaps.
     """
     file_names = _COCO
     if of_detectron2:

@@ -18,10 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingCheckpointer(DetectionCheckpointer):
-    """Checkpointer of a run: numbered checkpoints, and `model_final` at the end.
-
-    As a context manager it waits until the last file is complete.
-    """
+    """Checkpointer of a run; as a context manager it waits until the last file is complete."""
 
     def __init__(
         self,
@@ -35,12 +32,9 @@ class TrainingCheckpointer(DetectionCheckpointer):
     ):
         """
         Args:
-            period: checkpoints that are not due by it, such as before an evaluation, are temporary: the
-                next one replaces them.
+            period: other checkpoints, such as before an evaluation, are deleted once the next is written.
             max_to_keep: numbered checkpoints to keep; 0 keeps all.
-            final_model: returns the module whose weights become `model_final`; None makes the last
-                checkpoint itself `model_final`.
-            kwargs: see `DetectionCheckpointer`.
+            final_model: returns the module whose weights become `model_final`; None takes the last checkpoint.
         """
         super().__init__(model, save_dir, **kwargs)
         self._period = period

@@ -56,11 +56,8 @@ _HINTS = {
 def check_weights(cfg: CfgNode, model: nn.Module, name: str, class_names: list[str], *, strict: bool) -> None:
     """Reject weights that contradict the config or the classes of the dataset.
 
-    Args:
-        model: the config's model, which may be on the device "meta".
-        name: MODEL.WEIGHTS, or a checkpoint.
-        class_names: in the order of the labels.
-        strict: for evaluation, the weights must be complete and for exactly these classes.
+    `name` is MODEL.WEIGHTS or a checkpoint; the model may be on the device "meta". If `strict`, for
+    evaluation, the weights must be complete and for exactly these classes.
     """
     state = model.state_dict()
     weights = read_for_model(model, name, download_weights(name))

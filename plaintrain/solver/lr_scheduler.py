@@ -74,7 +74,7 @@ def build_lr_factor(cfg: CfgNode) -> Schedule:
     """Build the function from iteration to learning rate multiplier, with the values of Detectron2."""
     solver = cfg.SOLVER
     max_iter = solver.MAX_ITER
-    schedule = _SCHEDULES[solver.LR_SCHEDULER_NAME](solver)
+    schedule = _build_schedule(solver)
     warmup = min(solver.WARMUP_ITERS, max_iter) / max_iter
     is_linear = solver.WARMUP_METHOD == "linear"
     rescale = solver.RESCALE_INTERVAL
@@ -92,36 +92,24 @@ def build_lr_factor(cfg: CfgNode) -> Schedule:
     return factor
 
 
-# Schedules map the fraction of training that is done, 0 to 1, to a multiplier.
-def _build_multi_step(solver: CfgNode) -> Callable[[float], float]:
-    steps = sorted(step for step in solver.STEPS if step <= solver.MAX_ITER)
-    # Rounding to the nearest iteration undoes the division by MAX_ITER.
-    return lambda where: solver.GAMMA ** bisect.bisect_right(steps, round(where * solver.MAX_ITER, 6))
-
-
-def _build_cosine(solver: CfgNode) -> Callable[[float], float]:
-    end = solver.BASE_LR_END / solver.BASE_LR
-    return lambda where: end + (1 - end) * 0.5 * (1 + math.cos(math.pi * where))
-
-
-def _build_fixed_gamma(solver: CfgNode) -> Callable[[float], float]:
+def _build_schedule(solver: CfgNode) -> Callable[[float], float]:
+    """Build the function from the fraction of training that is done to the multiplier, without warmup."""
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        steps = sorted(step for step in solver.STEPS if step <= solver.MAX_ITER)
+        # Rounding to the nearest iteration undoes the division by MAX_ITER.
+        return lambda where: solver.GAMMA ** bisect.bisect_right(steps, round(where * solver.MAX_ITER, 6))
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
+        end = solver.BASE_LR_END / solver.BASE_LR
+        return lambda where: end + (1 - end) * 0.5 * (1 + math.cos(math.pi * where))
+    # WarmupStepWithFixedGammaLR
     num_intervals = solver.NUM_DECAYS + 1
     return lambda where: solver.GAMMA ** min(int(where * num_intervals + 1e-9), solver.NUM_DECAYS)
 
 
-_SCHEDULES = {
-    "WarmupMultiStepLR": _build_multi_step,
-    "WarmupCosineLR": _build_cosine,
-    "WarmupStepWithFixedGammaLR": _build_fixed_gamma,
-}
-
-
 def build_momentum_factor(points: Sequence[Sequence[float]], interpolation: str) -> Schedule:
-    """Build the function from iteration to momentum of SOLVER.MOMENTUM_SCHEDULE.
+    """Build the function from iteration to momentum through points [[iteration, momentum], ...].
 
-    Args:
-        points: [[iteration, momentum], ...], not empty; iterations increase, momentum is in [0, 1].
-        interpolation: "linear", "cosine" or "step".
+    Iterations increase; `interpolation` is "linear", "cosine" or "step".
     """
     starts = [start for start, _ in points]
     shapes = {"linear": lambda x: x, "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2, "step": lambda x: 0}

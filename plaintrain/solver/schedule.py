@@ -61,12 +61,8 @@ def validates_after(cfg: CfgNode, epoch: int) -> bool:
 def resolve_schedule(cfg: CfgNode, num_workers: int, iters_per_epoch: Callable[[CfgNode], int]) -> None:
     """Apply REFERENCE_WORLD_SIZE, REFERENCE_IMS_PER_BATCH, MAX_EPOCHS and BY_EPOCH in place; log changes.
 
-    Afterwards all counts are in iterations, and a second call changes nothing.
-
-    Args:
-        cfg: frozen or not.
-        num_workers: the world size.
-        iters_per_epoch: returns the length of a training epoch; called only if SOLVER.MAX_EPOCHS is set.
+    Afterwards all counts are in iterations, and a second call changes nothing. `num_workers` is the world
+    size, `iters_per_epoch` returns the length of an epoch and is called only if SOLVER.MAX_EPOCHS is set.
     """
     before = cfg.clone()
     solver = cfg.SOLVER
