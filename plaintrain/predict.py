@@ -101,9 +101,8 @@ class Predictor:
 
     def batch(self, images: Sequence[Any]) -> list[dict[str, Tensor]]:
         """Return the detections in several images, which are padded to the largest."""
-        samples = [
-            self._build_sample(to_tensor(image, self.pixel_range), i) for i, image in enumerate(images)
-        ]
+        tensors = [to_tensor(image, self.pixel_range) for image in images]
+        samples = [self._build_sample(tensor, index) for index, tensor in enumerate(tensors)]
         with inference_context(self.model), torch.no_grad(), self._autocast:
             outputs = self.model(samples) if samples else []
         return [{name: value.cpu() for name, value in output.items()} for output in outputs]
@@ -156,8 +155,9 @@ def _read_run(run: str | os.PathLike | CfgNode, weights: str) -> tuple[CfgNode, 
     if weights and os.path.isfile(os.path.join(run, weights)):
         return cfg, os.path.join(run, weights)
     if not weights:
-        best = [path for path in [os.path.join(run, "model_best.pth")] if os.path.isfile(path)]
-        weights, _ = read_last_checkpoint(run, *best, mmap=True)
+        best = os.path.join(run, "model_best.pth")
+        others = [best] if os.path.isfile(best) else []
+        weights, _ = read_last_checkpoint(run, *others, mmap=True)
         if not weights:
             raise UserError(f"{run} holds no checkpoint; its training has not saved one yet, or it was moved")
     return cfg, weights
@@ -165,14 +165,12 @@ def _read_run(run: str | os.PathLike | CfgNode, weights: str) -> tuple[CfgNode, 
 
 def _find_dataset(cfg: CfgNode) -> str | None:
     """Return the name of the first dataset of the config that can be read here, or None."""
-    try:
+    with contextlib.suppress(UserError):
         declare_datasets(cfg)
-    except UserError:
-        return None
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        with contextlib.suppress(UserError):
-            DatasetCatalog.get(name)
-            return name
+        for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+            with contextlib.suppress(UserError):
+                DatasetCatalog.get(name)
+                return name
     return None
 
 

@@ -234,9 +234,9 @@ def _sample_mask(mask: Tensor, box: Tensor, window: tuple[int, int, int, int]) -
 
 
 def sample_masks(masks: Tensor, boxes: Tensor, index: Tensor, side: int, aligned: bool = True) -> Tensor:
-    """Return the targets of a mask head `[N, side, side]`: 0 or 1 if aligned, as in Detectron2, else in [0, 1].
+    """Return the targets of a mask head, `[N, side, side]`: 0 or 1 if aligned (Detectron2), else in [0, 1].
 
-    The masks are `[G, H, W]`, the boxes XYXY `[N, 4]` in their pixels, the index `[N]` is the mask of each box.
+    `masks` are `[G, H, W]`, `boxes` are XYXY `[N, 4]` in their pixels, `index` `[N]` is the mask of each box.
     """
     rois = torch.cat([index[:, None].to(boxes), boxes], dim=1)
     covered = roi_align(masks[:, None].to(rois), rois, (side, side), aligned=aligned)[:, 0]

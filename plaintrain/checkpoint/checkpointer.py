@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -38,8 +39,7 @@ class DetectionCheckpointer:
         Args:
             save_to_disk: None writes on rank 0 only.
             metadata: entries of every file, such as {"class_names": [...]}.
-            asynchronous: write in a thread, and wait only for the copy to the host. The next `save` or
-                `wait` raises its errors.
+            asynchronous: write in a thread, whose errors the next `save` or `wait` raises.
         """
         self.model = comm.unwrap_model(model)
         self.save_dir = save_dir
@@ -112,7 +112,7 @@ class DetectionCheckpointer:
         return files.list_checkpoints(self.save_dir)
 
     def load(self, path: str, data: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Load a checkpoint, or the content that was read; return its other entries, such as `iteration`."""
+        """Load a checkpoint, or its content `data`; return the other entries, such as `iteration`."""
         data = data or files.read_checkpoint(path)
         state.convert_older_states(data)
         for name in self.checkpointables:
@@ -143,12 +143,11 @@ class DetectionCheckpointer:
     def resume_or_load(self, path: str, *, resume: bool = True, averaged: bool = False) -> dict[str, Any]:
         """Resume from the last checkpoint, or load pretrained weights; all ranks call it.
 
-        Rank 0 reads the files and sends them to ranks that do not share its file system. Returns the result
+        Rank 0 reads the files and sends them to ranks that do not share its file system. Return the result
         of `load` for a resumed checkpoint, otherwise {}: fine-tuning starts at iteration 0.
 
         Args:
-            path: pretrained weights, as MODEL.WEIGHTS, or "". Their heads for COCO's classes are reduced to
-                the `class_names` of `metadata`.
+            path: pretrained weights, as MODEL.WEIGHTS, or "".
             resume: prefer the last checkpoint of `save_dir`; if it is damaged, the one before it.
             averaged: load the averaged weights (MODEL.EMA) of a file that has both.
         """
@@ -169,34 +168,27 @@ class DetectionCheckpointer:
         return {}
 
 
+@dataclass(eq=False)
 class PeriodicCheckpointer:
-    """Saves every `period` iterations (0: never), and `model_final` after `max_iter`, as in Detectron2.
+    """Checkpointer of every `period` iterations, unless 0, and `model_final` after `max_iter`."""
 
-    With `max_to_keep` it deletes the oldest numbered checkpoints.
-    """
-
-    def __init__(
-        self,
-        checkpointer: DetectionCheckpointer,
-        period: int,
-        max_iter: int | None = None,
-        max_to_keep: int | None = None,
-    ):
-        self.checkpointer = checkpointer
-        self.period = period
-        self.max_iter = max_iter
-        self.max_to_keep = max_to_keep
+    checkpointer: DetectionCheckpointer
+    period: int
+    max_iter: int | None = None
+    max_to_keep: int | None = None
 
     def step(self, iteration: int, **kwargs: Any) -> None:
         """Save with `kwargs` if a checkpoint is due after this iteration (from 0)."""
-        is_last = self.max_iter is not None and iteration >= self.max_iter - 1
+        name = files.get_checkpoint_name(iteration)
         if every(self.period, iteration):
-            self.checkpointer.save(files.get_checkpoint_name(iteration), iteration=iteration, **kwargs)
+            self.save(name, iteration=iteration, **kwargs)
             if self.max_to_keep:
                 self.checkpointer.prune(self.max_to_keep)
-        if is_last and self.checkpointer.last_name == files.get_checkpoint_name(iteration):
-            self.checkpointer.link(files.get_checkpoint_name(iteration), "model_final")
-        elif is_last:
+        if self.max_iter is None or iteration < self.max_iter - 1:
+            return
+        if self.checkpointer.last_name == name:
+            self.checkpointer.link(name, "model_final")
+        else:
             self.save("model_final", iteration=iteration, **kwargs)
 
     def save(self, name: str, **kwargs: Any) -> None:

@@ -163,8 +163,8 @@ def is_detectron2(tensors: Iterable[str]) -> bool:
 def convert_from_detectron2(tensors: dict[str, Tensor], num_ratios: int = 3) -> dict[str, Tensor]:
     """Convert Detectron2's weights to torchvision's names and orders of anchors and classes.
 
-    Names without a counterpart are kept. Boxes and masks of the background become 0.
-    Layers whose number of anchors is not a multiple of `num_ratios`, the aspect ratios per size, keep their order.
+    Names without a counterpart are kept. Boxes and masks of the background become 0. Anchors keep their
+    order if their number is not a multiple of `num_ratios`, the aspect ratios per size.
     """
     tensors = {_convert_caffe2_name(name) if _CAFFE2.match(name) else name: v for name, v in tensors.items()}
     resnet = re.compile(r"^(backbone\.)?(stem\.|res\d\.)")

@@ -123,11 +123,7 @@ def _read_content(file: str | BinaryIO, name: str) -> Any:
 
 
 def read_state_dict(path: str) -> dict[str, Tensor]:
-    """Return the tensors of a weights file.
-
-    A `.pkl` file is a pickle of NumPy arrays, as in Detectron2's model zoo. Any other file is written by
-    `torch.save`: a state dict, or a dict with one under model or state_dict.
-    """
+    """Return the tensors of a file of `torch.save`, or of NumPy arrays in a `.pkl` file, as in Detectron2."""
     return _extract_tensors(_read_content(path, path), path)
 
 
@@ -188,8 +184,7 @@ def load_weights(
 
     Args:
         name: MODEL.WEIGHTS; `file` is its path or content, if known.
-        class_names: in the order of the labels. Published heads for COCO's classes are reduced to these if
-            they have all of them.
+        class_names: in the order of the labels. Published heads for COCO are reduced to these classes.
         averaged: load the averaged weights (MODEL.EMA) of a checkpoint that has both.
     """
     state = model.state_dict()

@@ -79,10 +79,7 @@ def convert_to_builtin_types(value: Any, name: str) -> Any:
 
 
 def average_norm_buffers(state: dict[str, Tensor]) -> None:
-    """Average the running statistics in a state dict over ranks, in place; all ranks call it.
-
-    The model keeps its own statistics, which differ between ranks.
-    """
+    """Average the running statistics in a state dict, but not in the model, over ranks; all ranks call it."""
     names = [name for name in state if name.endswith(_NORM_BUFFERS)]
     state.update(zip(names, comm.average_tensors(state[name] for name in names), strict=True))
 

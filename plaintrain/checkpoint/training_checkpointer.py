@@ -34,7 +34,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
         Args:
             period: other checkpoints, such as before an evaluation, are deleted once the next is written.
             max_to_keep: numbered checkpoints to keep; 0 keeps all.
-            final_model: returns the module whose weights become `model_final`; None takes the last checkpoint.
+            final_model: returns the module to save as `model_final`; None takes the last checkpoint.
         """
         super().__init__(model, save_dir, **kwargs)
         self._period = period
@@ -94,10 +94,7 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -
 
 
 def load_for_evaluation(cfg: CfgNode, model: nn.Module, *, resume: bool) -> None:
-    """Load MODEL.WEIGHTS, or with `resume` the last checkpoint of OUTPUT_DIR, averaged as in MODEL.EMA.
-
-    Heads of published weights are reduced to the classes of DATASETS.TEST.
-    """
+    """Load MODEL.WEIGHTS, or with `resume` the last checkpoint of OUTPUT_DIR, averaged as in MODEL.EMA."""
     metadata = {"class_names": get_class_names(cfg.DATASETS.TEST)}
     checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, metadata=metadata)
     if resume and not checkpointer.has_checkpoint():

@@ -22,10 +22,9 @@ _ITERATIONS = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS")
 
 
 def every(period: int, iteration: int, start: int = 0) -> bool:
-    """Return whether `iteration`, counted from 0, completes a period.
+    """Return whether `iteration` (from 0) is the last of `period`, `2 * period`, ... iterations.
 
-    This is so after `period`, `2 * period`, ... iterations, or with `start` > 0 after `start`,
-    `start + period`, ...; never if `period` is 0.
+    With `start` > 0 it is the last of `start`, `start + period`, ... A period of 0 never ends.
     """
     finished = iteration + 1 - start
     return period > 0 and finished >= (0 if start else 1) and finished % period == 0
@@ -44,9 +43,8 @@ class Due(NamedTuple):
 def validates_after(cfg: CfgNode, epoch: int) -> bool:
     """Return whether WORKFLOW validates after a training epoch (from 0), or with -1 before the first.
 
-    As in MMDetection's runner, the flows [["train" or "val", number of epochs], ...] repeat until
-    SOLVER.MAX_EPOCHS training epochs are done. The last round skips the training epochs beyond that, but not
-    its validation epochs.
+    As in MMDetection, its flows [["train" or "val", number of epochs], ...] repeat until SOLVER.MAX_EPOCHS
+    training epochs are done. The last round skips training epochs beyond that, but no validation epochs.
     """
     last_epoch = -1
     while last_epoch < cfg.SOLVER.MAX_EPOCHS - 1:
