@@ -35,7 +35,7 @@ _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
 
 class Predictor:
-    """A callable from an image to the detections of a trained model.
+    """Callable that maps an image to the detections of a trained model.
 
     It needs neither the dataset nor a complete output folder: `config.yaml` and one checkpoint suffice.
     INPUT.* for evaluation, TEST.AUG, TEST.AMP and MODEL.EMA.EVALUATE apply; the model is not compiled.
@@ -81,7 +81,7 @@ class Predictor:
             if dataset_name is None and cfg.MODEL.KEYPOINT_ON and cfg.TEST.AUG.FLIP:
                 raise UserError(
                     "TEST.AUG.FLIP needs the left and right keypoints of a dataset, but none of DATASETS.* "
-                    "can be read here; set TEST.AUG.FLIP False"
+                    "can be loaded; set TEST.AUG.FLIP False"
                 )
             self._tta_mapper = build_tta_mapper(cfg, dataset_name)
 
@@ -164,7 +164,7 @@ def _read_run(run: str | os.PathLike | CfgNode, weights: str) -> tuple[CfgNode, 
 
 
 def _find_dataset(cfg: CfgNode) -> str | None:
-    """Return the name of the first dataset of the config that can be read here, or None."""
+    """Return the name of the first dataset of the config that can be loaded, or None."""
     with contextlib.suppress(UserError):
         declare_datasets(cfg)
         for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):

@@ -98,7 +98,7 @@ def find_segmentation_problem(segmentation: Any, height: int, width: int) -> tup
         return "bad_rle", f"has a segmentation that is neither polygons nor an RLE: {str(segmentation)[:60]}"
     size = segmentation["size"]
     if size not in ([height, width], (height, width)):
-        return "bad_rle", f"has an RLE of the size {size}, but its image is {[height, width]}"
+        return "bad_rle", f"has an RLE of size {size}, but the image has {[height, width]}"
     if _count_pixels(segmentation["counts"]) != height * width:
         return "bad_rle", f"has an RLE whose counts do not add up to {height} x {width}"
     return None
@@ -244,7 +244,7 @@ def sample_masks(masks: Tensor, boxes: Tensor, index: Tensor, side: int, aligned
 
 
 def _compute_runs(mask: Tensor, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """Return the run lengths, zeros first, of an image's mask that is given in a window, in column order."""
+    """Return the run lengths, zeros first, in column order, of an image's mask from its window."""
     num_rows, num_columns = mask.shape
     columns = np.zeros((num_columns, height), dtype=bool)
     columns[:, top : top + num_rows] = mask.cpu().numpy().T

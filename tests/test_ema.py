@@ -94,7 +94,7 @@ def test_config_decides_which_weights_are_evaluated_and_final(tmp_path, log, eva
     cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "SOLVER.CHECKPOINT_PERIOD", 2])
     cfg.merge_from_list(["SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
     ema = build_ema(cfg, model)
-    assert f"evaluates the {evaluate} weights, model_final.pth has the {final}" in log.text
+    assert f"evaluating {evaluate} weights, model_final.pth has {final} weights" in log.text
     checkpointer = build_checkpointer(cfg, model, ema=ema)
     step(model, ema, 1.0, 2.0)
     for iteration in (1, 3, 5):

@@ -232,7 +232,7 @@ def test_generators_continue_from_a_checkpoint_that_is_resumed_only(tmp_path, lo
         torch.manual_seed(5)
         load_rng_states(states)
         assert torch.initial_seed() == 5
-        assert f"the checkpoint has RNG states of {number} processes, got 1" in log.text
+        assert f"the checkpoint has RNG states of {number} processes, this run has 1" in log.text
 
 
 def test_setup_freezes_what_is_imported_once(tmp_path):

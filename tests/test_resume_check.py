@@ -56,7 +56,7 @@ def test_check_changes_logs_the_changes_and_their_effect(check, log):
     check(config(), config(SOLVER__IMS_PER_BATCH=4, OUTPUT_DIR="there", MODEL__WEIGHTS="b" * 99))
     assert log.text.partition("differs")[2].splitlines()[1:] == [
         f"  MODEL.WEIGHTS: a.pth -> {'b' * 37}... (none: the checkpoint's weights are used)",
-        "  OUTPUT_DIR: here -> there (this machine)",
+        "  OUTPUT_DIR: here -> there (environment)",
         "  SOLVER.IMS_PER_BATCH: 2 -> 4 (from now on)",
     ]
 

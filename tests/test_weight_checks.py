@@ -221,5 +221,5 @@ def test_training_may_start_from_other_classes_but_neither_evaluation_nor_resume
         start([*NAMES, "star"], number=4, eval_only=True)
     with pytest.raises(UserError, match=r"additional \['triangle'\].*CLASSES in DATASETS.DECLARE"):
         start(["square", "circle"], number=2, eval_only=True, resume=True)
-    with pytest.raises(UserError, match="missing 4 of the model's parameters.* number of classes than the 3"):
+    with pytest.raises(UserError, match="missing 4 of the model's parameters.* the 3 classes of the dataset"):
         start(None, number=5, eval_only=True)

@@ -29,7 +29,7 @@ class AsyncWriter:
 
     def copy(self, data: Any) -> Any:
         """Return a snapshot for `submit`, so that the caller may change `data`."""
-        # Memory is budgeted for one snapshot at a time.
+        # Host memory holds one snapshot at a time.
         self.wait()
         return copy_to_host(data) if self._executor else data
 

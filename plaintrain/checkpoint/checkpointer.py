@@ -39,7 +39,7 @@ class DetectionCheckpointer:
         Args:
             save_to_disk: None writes on rank 0 only.
             metadata: entries of every file, such as {"class_names": [...]}.
-            asynchronous: write in a thread, whose errors the next `save` or `wait` raises.
+            asynchronous: write in a thread; the next `save` or `wait` raises its errors.
         """
         self.model = comm.unwrap_model(model)
         self.save_dir = save_dir

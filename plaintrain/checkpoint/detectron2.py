@@ -64,7 +64,7 @@ def _convert_caffe2_name(name: str) -> str:
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """Return the number of different values of the pattern's first group at the start of the names."""
+    """Count the different values of the pattern's first group, matched at the start of the names."""
     return len({match[1] for match in map(re.compile(pattern).match, names) if match})
 
 
@@ -72,10 +72,10 @@ def _build_module_map(names: Collection[str]) -> dict[str, str]:
     """Return {Detectron2's module name: torchvision's} for a model with parameters of either's names."""
     pairs = dict(_FIXED_NAMES)
     for stage, block in itertools.product(range(1, 5), range(_MAX_BLOCKS)):
-        for there, here in _BLOCK_NAMES.items():
-            theirs = f"backbone.bottom_up.res{stage + 1}.{block}.{there}"
-            pairs[theirs] = f"backbone.body.layer{stage}.{block}.{here}"
-    lowest = 3 if any(name.startswith("head.") for name in names) else 2
+        for source, target in _BLOCK_NAMES.items():
+            source = f"backbone.bottom_up.res{stage + 1}.{block}.{source}"
+            pairs[source] = f"backbone.body.layer{stage}.{block}.{target}"
+    lowest_level = 3 if any(name.startswith("head.") for name in names) else 2
     box_convs = _count(names, r"roi_heads\.box_head\.(conv\d+|\d+\.0)\.weight")
     box_linears = _count(names, r"roi_heads\.box_head\.(fc\d+|\d+)\.weight")
     # torchvision's TwoMLPHead names its layers; any other head is a Sequential with Flatten and ReLU.
@@ -85,9 +85,9 @@ def _build_module_map(names: Collection[str]) -> dict[str, str]:
     rpn_conv = "conv.conv{}" if rpn_convs > 1 else "conv"
     step = 3 if _count(names, r"head\.(cls_subnet\.1|classification_head\.conv\.0\.1)\.weight") else 2
     # Each name is followed by its first index and the step to the next.
-    for there, first_there, step_there, here, first_here, step_here in (
-        ("backbone.fpn_lateral{}", lowest, 1, "backbone.fpn.inner_blocks.{}.0", 0, 1),
-        ("backbone.fpn_output{}", lowest, 1, "backbone.fpn.layer_blocks.{}.0", 0, 1),
+    for source, source_start, source_step, target, target_start, target_step in (
+        ("backbone.fpn_lateral{}", lowest_level, 1, "backbone.fpn.inner_blocks.{}.0", 0, 1),
+        ("backbone.fpn_output{}", lowest_level, 1, "backbone.fpn.layer_blocks.{}.0", 0, 1),
         (f"proposal_generator.rpn_head.{rpn_conv}", 0, 1, "rpn.head.conv.{}.0", 0, 1),
         ("roi_heads.box_head.conv{}", 1, 1, "roi_heads.box_head.{}.0", 0, 1),
         ("roi_heads.box_head.fc{}", 1, 1, *linear),
@@ -99,11 +99,11 @@ def _build_module_map(names: Collection[str]) -> dict[str, str]:
         ("head.bbox_subnet.{}", 1, step, "head.regression_head.conv.{}.1", 0, 1),
     ):
         for i in range(_MAX_BLOCKS):
-            detectron2_name = there.format(first_there + step_there * i)
-            torchvision_name = here.format(first_here + step_here * i)
-            pairs.setdefault(detectron2_name, torchvision_name)
-            if here.endswith(".{}.0"):
-                pairs.setdefault(f"{detectron2_name}.norm", torchvision_name.removesuffix("0") + "1")
+            source_name = source.format(source_start + source_step * i)
+            target_name = target.format(target_start + target_step * i)
+            pairs.setdefault(source_name, target_name)
+            if target.endswith(".{}.0"):
+                pairs.setdefault(f"{source_name}.norm", target_name.removesuffix("0") + "1")
     return pairs
 
 
@@ -178,7 +178,7 @@ def convert_from_detectron2(tensors: dict[str, Tensor], num_ratios: int = 3) -> 
 
 def convert_to_detectron2(tensors: dict[str, Tensor], num_ratios: int = 3) -> dict[str, Tensor]:
     """Invert `convert_from_detectron2`."""
-    modules = {here: there for there, here in _build_module_map(tensors).items()}
+    modules = {target: source for source, target in _build_module_map(tensors).items()}
     unknown = [name for name in tensors if name.rpartition(".")[0] not in modules]
     if unknown:
         raise UserError(

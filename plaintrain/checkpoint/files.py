@@ -67,7 +67,7 @@ def write_last_checkpoint(folder: str, basename: str) -> None:
 
 
 def link_checkpoint(folder: str, source: str, target: str) -> None:
-    """Hard-link or copy `source` to `target`, and make that the checkpoint to resume from."""
+    """Link (or copy) `source` to `target`, and make it the checkpoint to resume from."""
     path = Path(folder, target)
     temporary = Path(f"{path}.tmp-{os.getpid()}")
     temporary.unlink(missing_ok=True)

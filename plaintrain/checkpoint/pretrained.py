@@ -149,7 +149,7 @@ def get_averaged_state(ema: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class Weights(NamedTuple):
-    """A file of weights: its entries, its tensors under its own names and under the model's."""
+    """Content of a weights file, and its tensors under the file's names and the model's (`matched`)."""
 
     content: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -192,7 +192,7 @@ def load_weights(
     content, _, weights, of_detectron2 = read_for_model(model, name, file, averaged)
     difference = check_trained_classes(name, content.get("class_names"), class_names, strict=False)
     if difference:
-        logger.warning(f"{difference}: each class is initialized from the one of the same index")
+        logger.warning(f"{difference}; each class starts from the weights of the class with its index")
     if class_names:
         weights = select_class_rows(weights, class_names, of_detectron2)
     fitting = {k: v for k, v in weights.items() if k in state and v.shape == state[k].shape}

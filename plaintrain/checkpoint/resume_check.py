@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 # Keys that may change with the folder or the machine.
 _DATALOADER = ("DATALOADER.NUM_WORKERS", "DATALOADER.WORKER_TYPE", "DATALOADER.CACHE_BYTES")
 _ENVIRONMENT = ("OUTPUT_DIR", "VERSION", "MODEL.DEVICE", *_DATALOADER)
-# The saved states have another meaning under other values, even where the shapes fit.
+# Under other values, saved states would be misinterpreted even if their shapes match.
 _FIXED = ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "SOLVER.OPTIMIZER")
 # With SOLVER.MAX_EPOCHS, these change which epoch an iteration belongs to.
 _EPOCH_LENGTH = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_IMS_PER_BATCH")
@@ -61,7 +61,7 @@ def _get_shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _describe_effect(key: str, is_same_model: bool, in_epochs: bool) -> str:
     if key in _ENVIRONMENT:
-        return "this machine"
+        return "environment"
     if key == "MODEL.WEIGHTS":
         return "none: the checkpoint's weights are used"
     is_other_model = key.startswith("MODEL.") and not is_same_model

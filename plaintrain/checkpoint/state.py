@@ -59,7 +59,7 @@ def convert_older_states(data: dict[str, Any]) -> None:
         data["nonfinite"] = {"num_skipped": num_skipped, "num_in_row": num_in_row}
     if "log_window" in data:
         data["storage"] = {"iteration": data.get("iteration", -1), **data.pop("log_window")}
-    # The schedule now tells what is due.
+    # What is due now follows from the iteration.
     data.pop("due", None)
 
 
@@ -127,8 +127,8 @@ def load_rng_states(states: list[dict[str, Any]]) -> None:
     """Restore this rank's generators; with another number of ranks, only warn."""
     if len(states) != comm.get_world_size():
         logger.warning(
-            f"the checkpoint has RNG states of {len(states)} processes, got {comm.get_world_size()}; "
-            "random numbers in the model differ from those of an uninterrupted run"
+            f"the checkpoint has RNG states of {len(states)} processes, this run has "
+            f"{comm.get_world_size()}; random numbers in the model differ from those of an uninterrupted run"
         )
         return
     state = states[comm.get_rank()]

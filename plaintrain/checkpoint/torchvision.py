@@ -48,7 +48,7 @@ def match_names(tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str
 # torchvision's 91 classes: background, then COCO's category ids, with "N/A" for unused ids.
 _COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 COCO_NAMES = [name for name in _COCO[1:] if name != "N/A"]
-# Layers whose output channels are classes, or 4 per class; cls_logits have no background here.
+# Layers with channels per class, 4 for boxes; cls_logits of plaintrain have no background class.
 _CLASS_LAYERS = re.compile(
     r"(roi_heads\.(box_predictor\.(cls_score|bbox_pred)|mask_predictor\.mask_fcn_logits)"
     r"|head\.classification_head\.(cls_logits|module_list\.\d+(\.1)?))\.(weight|bias)"
@@ -56,11 +56,11 @@ _CLASS_LAYERS = re.compile(
 
 
 def _count_classes(weights: dict[str, Tensor]) -> int:
-    """Return the number of classes that the weights score, background included, or 0."""
+    """Return the number of classes that the weights have scores for, or 0."""
     for name, scores in weights.items():
         if name == "roi_heads.box_predictor.cls_score.bias":
             return len(scores)
-        # The box regression layer tells the number of anchors.
+        # The number of anchors follows from the box regression layer.
         boxes = name.replace("classification", "regression").replace("cls_logits", "bbox_reg")
         if re.fullmatch(r"head\.classification_head\.(cls_logits|module_list\.0(\.1)?)\.bias", name):
             return len(scores) * 4 // len(weights[boxes]) if boxes in weights else 0

@@ -82,9 +82,9 @@ def check_weights(cfg: CfgNode, model: nn.Module, name: str, class_names: list[s
     missing = [key for key in parameters if key not in selected or selected[key].shape != state[key].shape]
     if missing:
         raise UserError(
-            f"{name} is missing {len(missing)} of the model's parameters, or has them in another shape, the "
-            f"first {missing[0]}: it is of another architecture, or of another number of classes than the "
-            f"{len(class_names)} here; CLASSES of a dataset in DATASETS.DECLARE chooses its classes"
+            f"{name} is missing {len(missing)} of the model's parameters or has another shape of them, such as "
+            f"{missing[0]}; it must have the same architecture and the {len(class_names)} classes of the "
+            "dataset, which CLASSES in DATASETS.DECLARE chooses"
         )
 
 

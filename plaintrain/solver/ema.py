@@ -87,5 +87,5 @@ def build_ema(cfg: CfgNode, model: nn.Module) -> ModelEMA:
     """Build the `ModelEMA` of MODEL.EMA, and log which weights are evaluated and which are final."""
     ema = cfg.MODEL.EMA
     if ema.ENABLED:
-        logger.info(f"MODEL.EMA: evaluates the {ema.EVALUATE} weights, model_final.pth has the {ema.FINAL}")
+        logger.info(f"MODEL.EMA: evaluating {ema.EVALUATE} weights, model_final.pth has {ema.FINAL} weights")
     return ModelEMA(model, enabled=ema.ENABLED, decay=ema.DECAY, warmup=ema.WARMUP, evaluate=ema.EVALUATE)

@@ -101,7 +101,7 @@ def _build_schedule(solver: CfgNode) -> Callable[[float], float]:
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         end = solver.BASE_LR_END / solver.BASE_LR
         return lambda where: end + (1 - end) * 0.5 * (1 + math.cos(math.pi * where))
-    # WarmupStepWithFixedGammaLR
+    # `check_cfg` leaves only WarmupStepWithFixedGammaLR.
     num_intervals = solver.NUM_DECAYS + 1
     return lambda where: solver.GAMMA ** min(int(where * num_intervals + 1e-9), solver.NUM_DECAYS)
 

@@ -66,7 +66,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         else:
             optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=solver.NESTEROV, fused=True)
     except ValueError as e:
-        raise UserError(f"SOLVER.* does not fit {solver.OPTIMIZER}: {e}") from e
+        raise UserError(f"invalid SOLVER.* for {solver.OPTIMIZER}: {e}") from e
     # If the gradient scaler skips the first step, PyTorch would leave these buffers uninitialized.
     if solver.OPTIMIZER == "SGD" and (momentum or solver.MOMENTUM_SCHEDULE):
         for parameter in (p for group in groups for p in group["params"]):
@@ -76,7 +76,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_gradient_clipper(cfg: CfgNode, model: nn.Module) -> Callable[[], Tensor]:
-    """Build the function that clips the gradients in place, as SOLVER.CLIP_GRADIENTS says."""
+    """Build the function that clips the gradients in place by SOLVER.CLIP_GRADIENTS."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
     parameters = [p for p in model.parameters() if p.requires_grad]
     clip_type = clip.CLIP_TYPE if clip.ENABLED else None
