@@ -90,7 +90,7 @@ def warnings_of(log):
     ],
     ids=["bare", "model", "state_dict", "wrapped", "compiled"],
 )
-def test_a_complete_file_loads_whole(tmp_path, monkeypatch, log, keys, wrap):
+def test_complete_file_loads_all_tensors(tmp_path, monkeypatch, log, keys, wrap):
     model = make_model(*keys)
     state = randomize(model.state_dict())
     torch.save(wrap(state), tmp_path / "w.pth")
@@ -101,7 +101,7 @@ def test_a_complete_file_loads_whole(tmp_path, monkeypatch, log, keys, wrap):
     assert not warnings_of(log)
 
 
-def test_entries_that_are_no_tensors_are_skipped(tmp_path):
+def test_entries_other_than_tensors_are_skipped(tmp_path):
     torch.save({0: torch.ones(1), "a": torch.ones(1), "b": "text"}, tmp_path / "w.pth")
     assert list(read_state_dict(str(tmp_path / "w.pth"))) == ["a"]
     arrays = {"a": np.ones(3, np.float32), "b": np.array(["x"]), "c": np.array([{}, None], dtype=object)}
@@ -140,7 +140,7 @@ def test_files_without_weights_of_the_model_are_rejected(tmp_path, case):
 
 @pytest.mark.parametrize("protocol", [None, 0, 2, 4])
 @pytest.mark.parametrize("wrap", [lambda bomb: bomb, lambda bomb: {"model": {"conv1.weight": bomb}}])
-def test_a_pickle_that_would_run_code_is_rejected_and_does_not_run(tmp_path, protocol, wrap):
+def test_pickle_that_would_run_code_is_rejected_and_does_not_run(tmp_path, protocol, wrap):
     class Bomb:
         def __reduce__(self):
             return open, (str(tmp_path / "ran"), "w")
@@ -158,7 +158,7 @@ def test_a_pickle_that_would_run_code_is_rejected_and_does_not_run(tmp_path, pro
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
-def test_an_imagenet_resnet_loads_into_the_backbone(tmp_path, imagenet, norm, log):
+def test_imagenet_resnet_loads_into_the_backbone(tmp_path, imagenet, norm, log):
     torch.save(imagenet, tmp_path / "resnet18.pth")
     model = make_model(*RESNET, "MODEL.RESNETS.NORM", norm)
     head = model.roi_heads.box_predictor.cls_score.weight.clone()
@@ -169,7 +169,7 @@ def test_an_imagenet_resnet_loads_into_the_backbone(tmp_path, imagenet, norm, lo
     assert "missing     rpn.head.conv.0.0.weight" in log.text
 
 
-def test_a_head_for_another_number_of_classes_is_skipped_with_a_table(tmp_path, log):
+def test_head_for_another_number_of_classes_is_skipped_with_a_table(tmp_path, log):
     state = randomize(make_model(*TINY_RCNN).state_dict())
     torch.save(state, tmp_path / "three.pth")
     model = make_model(*TINY_RCNN, num_classes=2)
@@ -195,7 +195,7 @@ def test_weights_of_other_classes_are_warned_about(tmp_path, log, classes, warns
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
-def test_torchvisions_first_detectors_want_no_eps(downloads, tmp_path, log, eps):
+def test_first_detectors_of_torchvision_need_eps_0(downloads, tmp_path, log, eps):
     model = make_model(*RESNET, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.NORM_EPS", eps)
     torch.save(model.state_dict(), tmp_path / "mine.pth")
     load_weights(model, str(tmp_path / "mine.pth"))
@@ -220,7 +220,7 @@ def test_locate_weights_knows_every_detector_of_torchvision_and_rejects_other_na
         assert all(word in str(error.value) for word in [name, *words])
 
 
-def test_weights_are_downloaded_once_each_and_torchvisions_are_verified(downloads, tmp_path, monkeypatch):
+def test_weights_are_downloaded_once_and_torchvisions_are_verified(downloads, tmp_path, monkeypatch):
     monkeypatch.setenv("PLAINTRAIN_WEIGHTS", str(tmp_path))
     names = [
         "torchvision://resnet18/IMAGENET1K_V1",
@@ -252,7 +252,7 @@ def test_weights_are_downloaded_once_each_and_torchvisions_are_verified(download
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_a_backbone_of_detectron2_loads_from_a_pickle_of_any_protocol(tmp_path, imagenet, protocol):
+def test_backbone_of_detectron2_loads_from_a_pickle_of_any_protocol(tmp_path, imagenet, protocol):
     body = {f"backbone.body.{k}": v for k, v in imagenet.items() if not k.startswith("fc.")}
     there = weight_detectron2.convert_to_detectron2(body)
     arrays = {name.removeprefix("backbone.bottom_up."): value.numpy() for name, value in there.items()}
@@ -263,7 +263,7 @@ def test_a_backbone_of_detectron2_loads_from_a_pickle_of_any_protocol(tmp_path, 
     assert_body_holds(model, imagenet)
 
 
-def test_a_backbone_of_caffe2_has_blobs(tmp_path):
+def test_backbone_of_caffe2_loads_from_blobs(tmp_path):
     names = {
         "conv1_w": "conv1.weight",
         "res_conv1_bn_s": "bn1.weight",
@@ -332,7 +332,7 @@ def test_heads_of_torchvisions_91_classes_are_reduced_by_name(tmp_path, log, arc
     # Rows of 80 classes under torchvision's names could be any 80 classes.
     [(90, ["dog", "unicorn", "person"]), (90, ["dog", "N/A", "person"]), (90, None), (80, NAMES)],
 )
-def test_a_head_is_skipped_if_its_classes_are_not_known_to_be_cocos(tmp_path, log, num_there, class_names):
+def test_head_is_skipped_if_its_classes_may_not_be_cocos(tmp_path, log, num_there, class_names):
     keys, layers, *_ = COCO_HEADS["rcnn"]
     state = randomize(make_model(*keys, num_classes=num_there).state_dict())
     torch.save(state, tmp_path / "coco.pth")

@@ -39,7 +39,7 @@ def check(tmp_path):
     return call
 
 
-def test_config_changes_are_found_at_any_depth():
+def test_diff_configs_lists_changes_at_any_depth():
     now = config(SOLVER__BASE_LR=0.2, SOLVER__STEPS=[1], SOLVER__NEW=True)
     assert diff_configs(config(MODEL__OLD="x"), now) == [
         ("MODEL.OLD", "x", "-"),

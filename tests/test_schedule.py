@@ -57,7 +57,7 @@ def test_workflow_validates_after_its_epochs(workflow, epochs, expected):
         ),
     ],
 )
-def test_lists_that_are_no_workflow_or_momentum_schedule_are_rejected(key, values):
+def test_malformed_workflows_and_momentum_schedules_are_rejected(key, values):
     for value in values:
         cfg = get_cfg()
         set_value(cfg, key, value)
@@ -178,7 +178,7 @@ def test_counts_of_epochs_become_iterations(reference, num_workers, batch, lr, w
         {**BY_EPOCH, "SOLVER__REFERENCE_WORLD_SIZE": 8},
     ],
 )
-def test_settling_again_changes_nothing_also_from_the_dumped_config(more, log):
+def test_resolve_schedule_changes_nothing_again_or_from_the_dumped_config(more, log):
     cfg = make_cfg(**more)
     settle(cfg, num_workers=4, per_epoch=70)
     before = cfg.dump()

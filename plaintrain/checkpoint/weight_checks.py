@@ -82,7 +82,7 @@ def check_weights(cfg: CfgNode, model: nn.Module, name: str, class_names: list[s
     missing = [key for key in parameters if key not in selected or selected[key].shape != state[key].shape]
     if missing:
         raise UserError(
-            f"{name} is missing {len(missing)} of the model's parameters or has another shape of them, such as "
+            f"{name} is missing {len(missing)} of the model's parameters or has other shapes, such as for "
             f"{missing[0]}; it must have the same architecture and the {len(class_names)} classes of the "
             "dataset, which CLASSES in DATASETS.DECLARE chooses"
         )
