@@ -224,11 +224,9 @@ class BoxMasks:
 def _sample_mask(mask: Tensor, box: Tensor, window: tuple[int, int, int, int]) -> Tensor:
     """Interpolate a mask `[1, M, M]` linearly at the pixel centres of a window; outside its box it is 0."""
     left, top, right, bottom = window
-    x = torch.arange(left, right, device=box.device) + 0.5
-    y = torch.arange(top, bottom, device=box.device) + 0.5
     # In the coordinates of grid_sample the box is from -1 to 1.
-    x = (x - box[0]) / (box[2] - box[0]) * 2 - 1
-    y = (y - box[1]) / (box[3] - box[1]) * 2 - 1
+    x = (torch.arange(left, right, device=box.device) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
+    y = (torch.arange(top, bottom, device=box.device) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
     return F.grid_sample(mask[None].to(grid), grid[None], align_corners=False)[0, 0]
 

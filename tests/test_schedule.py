@@ -200,7 +200,7 @@ def test_resolve_schedule_changes_nothing_again_or_from_the_dumped_config(more, 
         ),
         (
             {"REFERENCE_WORLD_SIZE": 6},
-            "IMS_PER_BATCH must be divisible by SOLVER.REFERENCE_WORLD_SIZE 6, got 16",
+            "IMS_PER_BATCH must be a multiple of SOLVER.REFERENCE_WORLD_SIZE 6, got 16",
         ),
     ],
 )

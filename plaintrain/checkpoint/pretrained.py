@@ -68,15 +68,12 @@ def download_weights(name: str) -> str:
     url = locate_weights(name)
     if not url.startswith(("http://", "https://")):
         return url
-    split_url = urlsplit(url)
-    name = os.path.basename(split_url.path)
-    digest = None
-    if split_url.hostname == "download.pytorch.org":
-        # The names end with the first digits of the file's SHA-256.
-        digest = re.search(r"-([a-f0-9]{8,})\.", name)
-    else:
-        # Names on other hosts are not unique.
+    name = os.path.basename(urlsplit(url).path)
+    # Names at PyTorch end with the first digits of the SHA-256; names on other hosts are not unique.
+    digest = re.search(r"-([a-f0-9]{8,})\.", name)
+    if urlsplit(url).hostname != "download.pytorch.org":
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+        digest = None
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
     if not os.path.isfile(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -154,7 +151,7 @@ class Weights(NamedTuple):
     content: dict[str, Any]
     tensors: dict[str, Tensor]
     matched: dict[str, Tensor]
-    of_detectron2: bool
+    from_detectron2: bool
 
 
 def read_for_model(model: nn.Module, name: str, file: str | BinaryIO, averaged: bool = False) -> Weights:
@@ -167,9 +164,9 @@ def read_for_model(model: nn.Module, name: str, file: str | BinaryIO, averaged: 
         content["model"] = get_averaged_state(ema)
         logger.info(f"using the averaged weights of {name}")
     tensors = _extract_tensors(content, name)
-    of_detectron2 = is_detectron2(tensors)
-    converted = convert_from_detectron2(tensors, num_ratios) if of_detectron2 else tensors
-    return Weights(content, tensors, match_names(converted, model.state_dict()), of_detectron2)
+    from_detectron2 = is_detectron2(tensors)
+    converted = convert_from_detectron2(tensors, num_ratios) if from_detectron2 else tensors
+    return Weights(content, tensors, match_names(converted, model.state_dict()), from_detectron2)
 
 
 def load_weights(
@@ -189,12 +186,12 @@ def load_weights(
     """
     state = model.state_dict()
     file = file or download_weights(name)
-    content, _, weights, of_detectron2 = read_for_model(model, name, file, averaged)
+    content, _, weights, from_detectron2 = read_for_model(model, name, file, averaged)
     difference = check_trained_classes(name, content.get("class_names"), class_names, strict=False)
     if difference:
         logger.warning(f"{difference}; each class starts from the weights of the class with its index")
     if class_names:
-        weights = select_class_rows(weights, class_names, of_detectron2)
+        weights = select_class_rows(weights, class_names, from_detectron2)
     fitting = {k: v for k, v in weights.items() if k in state and v.shape == state[k].shape}
     if not any(k in fitting for k, _ in model.named_parameters()):
         raise UserError(
@@ -208,9 +205,7 @@ def load_weights(
         logger.warning(f"MODEL.RESNETS.NORM_EPS must be 0 for {name}, as in torchvision, got {eps}")
 
 
-def _log_differences(
-    name: str, state: dict[str, Tensor], weights: dict[str, Tensor], fitting: dict[str, Tensor]
-) -> None:
+def _log_differences(name, state, weights, fitting):
     """Log which tensors of the file and of the model have no counterpart, or one of another shape."""
     skipped = [k for k in weights if k in state and k not in fitting]
     missing = [k for k in state if k not in weights and not k.endswith("num_batches_tracked")]

@@ -87,7 +87,7 @@ def average_norm_buffers(state: dict[str, Tensor]) -> None:
 def gather_norm_buffers(states: dict[str, Any]) -> dict[str, Any]:
     """Average the running statistics in the "model" and "ema" of a checkpoint; all ranks call it.
 
-    Returns {"norm_buffers": those of each rank} on rank 0, or {}.
+    Return {"norm_buffers": those of each rank} on rank 0, or {}.
     """
     if comm.get_world_size() == 1:
         return {}

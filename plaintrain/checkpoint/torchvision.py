@@ -68,14 +68,14 @@ def _count_classes(weights: dict[str, Tensor]) -> int:
 
 
 def select_class_rows(
-    weights: dict[str, Tensor], class_names: list[str], of_detectron2: bool
+    weights: dict[str, Tensor], class_names: list[str], from_detectron2: bool
 ) -> dict[str, Tensor]:
     """Reduce heads for COCO's classes to the dataset's, if COCO has all of them; else change nothing.
 
-    The weights have torchvision's names; with `of_detectron2` the classes have its order, without gaps.
+    The weights have torchvision's names; with `from_detectron2` the classes have its order, without gaps.
     """
     file_names = _COCO
-    if of_detectron2:
+    if from_detectron2:
         is_dense = "head.classification_head.cls_logits.bias" in weights
         file_names = COCO_NAMES if is_dense else ["", *COCO_NAMES]
     if len(file_names) != _count_classes(weights) or not set(class_names) <= set(COCO_NAMES):

@@ -77,7 +77,7 @@ def check_weights(cfg: CfgNode, model: nn.Module, name: str, class_names: list[s
         )
     if not strict:
         return
-    selected = select_class_rows(weights.matched, class_names, weights.of_detectron2)
+    selected = select_class_rows(weights.matched, class_names, weights.from_detectron2)
     parameters = [key for key, _ in model.named_parameters()]
     missing = [key for key in parameters if key not in selected or selected[key].shape != state[key].shape]
     if missing:
@@ -111,9 +111,9 @@ def _infer_conventions(weights: Weights, used: dict[str, Tensor]) -> tuple[str, 
         return "a run", {key: saved[key] for key in _PREFIXES if key in saved}
     if author == "plaintrain":
         return author, {}
-    if weights.of_detectron2 and author in _RGB_AUTHORS:
+    if weights.from_detectron2 and author in _RGB_AUTHORS:
         return author, _TORCHVISION
-    if weights.of_detectron2:
+    if weights.from_detectron2:
         return "Detectron2", _infer_detectron2(weights.tensors, used)
     # Checkpoints of plaintrain have the same parameter names as torchvision's weights.
     is_checkpoint = {"class_names", "iteration"} & weights.content.keys()

@@ -93,10 +93,8 @@ def _scale(cfg: CfgNode, num_workers: int) -> None:
                 f"schedule, got {world_size} and {batch_size}; set one of them to 0"
             )
         if solver.IMS_PER_BATCH % world_size:
-            raise UserError(
-                f"SOLVER.IMS_PER_BATCH must be divisible by SOLVER.REFERENCE_WORLD_SIZE {world_size}, "
-                f"got {solver.IMS_PER_BATCH}"
-            )
+            expected = f"a multiple of SOLVER.REFERENCE_WORLD_SIZE {world_size}"
+            raise UserError(f"SOLVER.IMS_PER_BATCH must be {expected}, got {solver.IMS_PER_BATCH}")
         factor = num_workers / world_size
         set_value(cfg, "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH // world_size * num_workers)
         set_value(cfg, "SOLVER.REFERENCE_WORLD_SIZE", num_workers)
