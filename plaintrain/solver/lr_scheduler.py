@@ -93,17 +93,19 @@ def build_lr_factor(cfg: CfgNode) -> Schedule:
 
 
 def _build_schedule(solver: CfgNode) -> Callable[[float], float]:
-    """Build the function from the fraction of training that is done to the multiplier, without warmup."""
+    """Build the function from the finished fraction of training to the multiplier, without warmup."""
+    max_iter = solver.MAX_ITER
+    gamma = solver.GAMMA
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        steps = sorted(step for step in solver.STEPS if step <= solver.MAX_ITER)
+        steps = sorted(step for step in solver.STEPS if step <= max_iter)
         # Rounding to the nearest iteration undoes the division by MAX_ITER.
-        return lambda where: solver.GAMMA ** bisect.bisect_right(steps, round(where * solver.MAX_ITER, 6))
+        return lambda where: gamma ** bisect.bisect_right(steps, round(where * max_iter, 6))
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         end = solver.BASE_LR_END / solver.BASE_LR
         return lambda where: end + (1 - end) * 0.5 * (1 + math.cos(math.pi * where))
     # `check_cfg` leaves only WarmupStepWithFixedGammaLR.
     num_intervals = solver.NUM_DECAYS + 1
-    return lambda where: solver.GAMMA ** min(int(where * num_intervals + 1e-9), solver.NUM_DECAYS)
+    return lambda where: gamma ** min(int(where * num_intervals + 1e-9), num_intervals - 1)
 
 
 def build_momentum_factor(points: Sequence[Sequence[float]], interpolation: str) -> Schedule:

@@ -80,19 +80,20 @@ def build_gradient_clipper(cfg: CfgNode, model: nn.Module) -> Callable[[], Tenso
     clip = cfg.SOLVER.CLIP_GRADIENTS
     parameters = [p for p in model.parameters() if p.requires_grad]
     clip_type = clip.CLIP_TYPE if clip.ENABLED else None
+    limit = clip.CLIP_VALUE
     norm_type = clip.NORM_TYPE if clip.ENABLED else 2.0
 
     def clip_gradients() -> Tensor:
         """Clip the gradients, and return their total norm before as a 0-d tensor."""
         if clip_type == "full_model":
-            return nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type)
+            return nn.utils.clip_grad_norm_(parameters, limit, norm_type)
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(grads, norm_type)
         if clip_type == "value":
-            nn.utils.clip_grad_value_(parameters, clip.CLIP_VALUE)
+            nn.utils.clip_grad_value_(parameters, limit)
         elif clip_type == "norm":
             for parameter in parameters:
-                nn.utils.clip_grad_norm_(parameter, clip.CLIP_VALUE, norm_type)
+                nn.utils.clip_grad_norm_(parameter, limit, norm_type)
         return norm
 
     return clip_gradients
