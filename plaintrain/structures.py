@@ -87,7 +87,7 @@ def find_segmentation_problem(segmentation: Any, height: int, width: int) -> tup
     if isinstance(segmentation, list | tuple):
         wrong = [str(polygon)[:60] for polygon in segmentation if not _is_polygon(polygon)]
         if wrong:
-            expected = "a list [x, y, x, y, ...] of at least 3 finite points"
+            expected = "a list [x, y, x, y, ...] of 3 finite points or more"
             return "bad_polygon", f"has a polygon that must be {expected}, got {wrong[0]}"
         largest = max(max(map(abs, polygon)) for polygon in segmentation)
         if largest > 10 * (height + width):
@@ -98,7 +98,7 @@ def find_segmentation_problem(segmentation: Any, height: int, width: int) -> tup
         return "bad_rle", f"has a segmentation that is neither polygons nor an RLE: {str(segmentation)[:60]}"
     size = segmentation["size"]
     if size not in ([height, width], (height, width)):
-        return "bad_rle", f"has an RLE of size {size}, but the image has {[height, width]}"
+        return "bad_rle", f"has an RLE of the size {size}, but the image has {[height, width]}"
     if _count_pixels(segmentation["counts"]) != height * width:
         return "bad_rle", f"has an RLE whose counts do not add up to {height} x {width}"
     return None
