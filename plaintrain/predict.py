@@ -1,11 +1,14 @@
-"""A trained detector without a dataset, a loader or an evaluator: an image in, its detections out."""
+"""Inference with a trained detector, without a dataset or data loader."""
 
 import contextlib
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision import tv_tensors
 
 from plaintrain.analysis.run_folder import read_config
@@ -32,37 +35,33 @@ _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
 
 class Predictor:
-    """A callable from an image to the detections of a trained model.
+    """Callable that maps an image to the detections of a trained model.
 
-    A run's folder may have been copied from another machine: `config.yaml` and one checkpoint suffice, the
-    dataset need not be there. INPUT.* for evaluation, TEST.AUG, TEST.AMP and MODEL.EMA.EVALUATE are those
-    of the config; the model is not compiled.
+    It needs neither the dataset nor a complete output folder: `config.yaml` and one checkpoint suffice.
+    INPUT.* for evaluation, TEST.AUG, TEST.AMP and MODEL.EMA.EVALUATE apply; the model is not compiled.
 
     Attributes:
         cfg: the config, with its number of classes.
         pixel_range: INPUT.PIXEL_RANGE, for `read_image`.
-        weights: the name of what was loaded.
-        class_names: by label.
-        skeleton: pairs of keypoints that a line joins, for `draw_instances`.
-        model: the detector, in evaluation mode.
+        class_names: in the order of the labels.
+        skeleton: pairs of keypoints to connect by a line, for `draw_instances`.
     """
 
-    def __init__(self, run, weights="", opts=()):
+    def __init__(self, run: str | os.PathLike | CfgNode, weights: str = "", opts: Sequence[Any] = ()):
         """
         Args:
-            run: a run's folder, a checkpoint with its config in it, or a config.
-            weights: as MODEL.WEIGHTS, or a file in the run's folder such as model_best.pth; "" takes the
-                run's last checkpoint (model_final.pth when it has ended), or MODEL.WEIGHTS of a config.
-            opts: [KEY, VALUE, ...] to merge over the config, for example ["MODEL.DEVICE", "cpu"].
+            run: an output folder, a checkpoint with its config, or a config.
+            weights: as MODEL.WEIGHTS, or a file in the output folder such as model_best.pth; "" loads the
+                last checkpoint (model_final.pth of a finished run), or MODEL.WEIGHTS of a config.
+            opts: [KEY, VALUE, ...] to merge into the config, such as ["MODEL.DEVICE", "cpu"].
         """
         weights = weights or dict(zip(opts[::2], opts[1::2], strict=False)).get("MODEL.WEIGHTS", "")
         cfg, weights = _read_run(run, weights)
         cfg.merge_from_list(list(opts))
-        self.cfg, self.weights = cfg, weights or cfg.MODEL.WEIGHTS
+        self.cfg = cfg
+        self.weights = weights or cfg.MODEL.WEIGHTS
         if not self.weights:
-            raise UserError(
-                "there is nothing to predict with: MODEL.WEIGHTS is empty; name a file of weights"
-            )
+            raise UserError("MODEL.WEIGHTS is empty; set it to a file of weights")
         set_value(cfg, "MODEL.WEIGHTS", self.weights)
         set_value(cfg, "MODEL.COMPILE", False)
         cfg.freeze()
@@ -78,36 +77,37 @@ class Predictor:
         self._augmentation = build_augmentation(cfg, is_train=False)
         self._tta_mapper = None
         if cfg.TEST.AUG.ENABLED:
-            dataset_name = _first_dataset(cfg)
+            dataset_name = _find_dataset(cfg)
             if dataset_name is None and cfg.MODEL.KEYPOINT_ON and cfg.TEST.AUG.FLIP:
                 raise UserError(
-                    "TEST.AUG.FLIP mirrors images, but which keypoints then change places only the datasets "
-                    "of DATASETS know, and none can be read here: set TEST.AUG.FLIP False"
+                    "TEST.AUG.FLIP needs the left and right keypoints of a dataset, but none of DATASETS.* "
+                    "can be loaded; set TEST.AUG.FLIP False"
                 )
             self._tta_mapper = build_tta_mapper(cfg, dataset_name)
 
-    def __call__(self, image):
-        """Return the detections in an image.
+    def __call__(self, image: str | os.PathLike | Image.Image | np.ndarray | Tensor) -> dict[str, Tensor]:
+        """Return the detections in an image, on the CPU, by descending score.
 
         Args:
-            image: a path or a Pillow image (the EXIF orientation and INPUT.PIXEL_RANGE are applied), a uint8
-                array `[H, W, 3]` or `[H, W]`, or a uint8 tensor `[3, H, W]`; colours are RGB, 0 to 255.
+            image: a path or a Pillow image (with EXIF orientation and INPUT.PIXEL_RANGE), or a uint8 array
+                `[H, W, 3]` or `[H, W]` or tensor `[3, H, W]` in RGB.
 
         Returns:
-            dict of tensors on the CPU, scores descending: `boxes` (`[N, 4]`, XYXY, in the image's pixels),
-            `scores` (`[N]`, 0 to 1), `labels` (`[N]`, of `class_names`), with a mask head `masks` (bool
-            `[N, H, W]`), with a keypoint head `keypoints` (`[N, Kp, 3]`, x, y, score).
+            `boxes` (`[N, 4]`, XYXY, in pixels of the image), `scores` (`[N]`, in [0, 1]), `labels` (`[N]`,
+            index of `class_names`), with a mask head `masks` (bool `[N, H, W]`), with a keypoint head
+            `keypoints` (`[N, Kp, 3]`, x, y, score).
         """
         return self.batch([image])[0]
 
-    def batch(self, images):
-        """Return the detections in several images at once; those of other sizes are padded to the largest."""
-        samples = [self._sample(to_tensor(image, self.pixel_range), i) for i, image in enumerate(images)]
+    def batch(self, images: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """Return the detections in several images, which are padded to the largest."""
+        tensors = [to_tensor(image, self.pixel_range) for image in images]
+        samples = [self._build_sample(tensor, index) for index, tensor in enumerate(tensors)]
         with inference_context(self.model), torch.no_grad(), self._autocast:
             outputs = self.model(samples) if samples else []
         return [{name: value.cpu() for name, value in output.items()} for output in outputs]
 
-    def _sample(self, image, index):
+    def _build_sample(self, image: Tensor, index: int) -> dict[str, Any]:
         height, width = image.shape[-2:]
         sample = {"image_id": index, "file_name": "", "height": height, "width": width}
         if self._tta_mapper is not None:
@@ -118,14 +118,14 @@ class Predictor:
         return {**sample, "image": unwrap_image(tensors)}
 
 
-def to_tensor(image, pixel_range=()):
-    """Return an image, as `Predictor` takes it, as a uint8 tensor `[3, H, W]`, RGB; see also `read_image`."""
+def to_tensor(image: Any, pixel_range: Sequence[float] = ()) -> Tensor:
+    """Convert an image, as `Predictor` accepts it, to a uint8 RGB tensor `[3, H, W]`; see `read_image`."""
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image), pixel_range)
     if isinstance(image, Image.Image):
         return convert_to_rgb(image, pixel_range)
     if isinstance(image, np.ndarray):
-        # A copy: a view of an array may have negative strides, which tensors do not.
+        # Copy because tensors do not support the negative strides of flipped arrays.
         image = torch.from_numpy(image.copy())
         image = image.permute(2, 0, 1) if image.ndim == 3 else image[None]
     shape = list(getattr(image, "shape", ()))
@@ -137,8 +137,8 @@ def to_tensor(image, pixel_range=()):
     return image.cpu().expand(3, -1, -1)
 
 
-def _read_run(run, weights):
-    """Return (config, name of the weights or "") of a run's folder, a checkpoint or a config."""
+def _read_run(run: str | os.PathLike | CfgNode, weights: str) -> tuple[CfgNode, str]:
+    """Return the config and the weights ("" if there are none) of a folder, a checkpoint or a config."""
     if isinstance(run, CfgNode):
         cfg = run.clone()
         cfg.defrost()
@@ -147,9 +147,7 @@ def _read_run(run, weights):
     if os.path.isfile(run):
         text = read_checkpoint(run, mmap=True).get("config")
         if not isinstance(text, str):
-            raise UserError(
-                f"{run} holds no config: give the folder of its run, or a config and MODEL.WEIGHTS"
-            )
+            raise UserError(f"{run} holds no config; use its output folder, or a config and MODEL.WEIGHTS")
         cfg = get_cfg()
         cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
         return cfg, weights or run
@@ -158,29 +156,26 @@ def _read_run(run, weights):
         return cfg, os.path.join(run, weights)
     if not weights:
         best = os.path.join(run, "model_best.pth")
-        weights, _ = read_last_checkpoint(run, *[best] * os.path.isfile(best), mmap=True)
+        others = [best] if os.path.isfile(best) else []
+        weights, _ = read_last_checkpoint(run, *others, mmap=True)
         if not weights:
-            raise UserError(
-                f"{run} holds no checkpoint: its training has not saved one yet, or it was left behind"
-            )
+            raise UserError(f"{run} holds no checkpoint; its training has not saved one yet, or it was moved")
     return cfg, weights
 
 
-def _first_dataset(cfg):
-    """Return the name of the first of the config's datasets that can be read here, or None."""
-    try:
+def _find_dataset(cfg: CfgNode) -> str | None:
+    """Return the name of the first dataset of the config that can be loaded, or None."""
+    with contextlib.suppress(UserError):
         declare_datasets(cfg)
-    except UserError:
-        return None
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        with contextlib.suppress(UserError):
-            DatasetCatalog.get(name)
-            return name
+        for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+            with contextlib.suppress(UserError):
+                DatasetCatalog.get(name)
+                return name
     return None
 
 
-def _infer_classes(cfg, path):
-    """Take the class names from the checkpoint, the datasets, or COCO, and their number into the config."""
+def _infer_classes(cfg: CfgNode, path: str) -> list[str]:
+    """Return the class names of the checkpoint, the datasets or COCO; set their number in the config."""
     key = get_num_classes_key(cfg)
     configured = get_value(cfg, key)
     if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
@@ -189,30 +184,29 @@ def _infer_classes(cfg, path):
     try:
         names = list(read_checkpoint(path, mmap=True).get("class_names") or ())
     except DamagedCheckpointError:
-        # Published weights have another form.
+        # Published weights are no checkpoint of plaintrain.
         names = []
-    if not names and _first_dataset(cfg):
-        names = load_class_names(_first_dataset(cfg))
-    # What is published without names is of COCO, whose keypoints are those of persons.
+    dataset_name = None if names else _find_dataset(cfg)
+    if dataset_name:
+        names = load_class_names(dataset_name)
+    # Published weights without names were trained on COCO, which has keypoints of persons only.
     coco_names = COCO_NAMES[:1] if cfg.MODEL.KEYPOINT_ON else COCO_NAMES
     if not names and configured in (0, len(coco_names)):
         names = coco_names
     names = [str(name) for name in names] or [f"class {label}" for label in range(configured)]
     if configured not in (0, len(names)):
-        raise UserError(f"{key} is {configured}, but {path} was trained for {len(names)}: {', '.join(names)}")
+        raise UserError(f"{key} must be {len(names)} for {path} ({', '.join(names)}), got {configured}")
     set_value(cfg, key, len(names))
     return names
 
 
-def _infer_keypoints(cfg):
-    """Take the number of keypoints into the config, and return the skeleton."""
-    name = _first_dataset(cfg)
-    metadata = MetadataCatalog.get(name) if name else {}
-    names = metadata.get("keypoint_names")
-    if not names:
-        # COCO's, of persons.
-        names = range(17)
-        metadata = {"keypoint_names": names, "skeleton": COCO_SKELETON}
-    number = get_value(cfg, _NUM_KEYPOINTS) or len(names)
-    set_value(cfg, _NUM_KEYPOINTS, number)
-    return get_skeleton(metadata) if number == len(names) else ()
+def _infer_keypoints(cfg: CfgNode) -> tuple[tuple[int, int], ...]:
+    """Return the skeleton of the dataset or COCO; set the number of keypoints in the config."""
+    name = _find_dataset(cfg)
+    metadata: Any = MetadataCatalog.get(name) if name else {}
+    if not metadata.get("keypoint_names"):
+        metadata = {"keypoint_names": range(17), "skeleton": COCO_SKELETON}
+    num_names = len(metadata.get("keypoint_names"))
+    num_keypoints = get_value(cfg, _NUM_KEYPOINTS) or num_names
+    set_value(cfg, _NUM_KEYPOINTS, num_keypoints)
+    return get_skeleton(metadata) if num_keypoints == num_names else ()

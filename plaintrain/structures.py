@@ -1,15 +1,18 @@
-"""Box formats, segmentations as RLE, and masks in the frame of their boxes."""
+"""Box formats, segmentations as RLE, and masks relative to their boxes."""
 
 import math
 import numbers
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, unique
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
+from torch import Tensor
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 from torchvision.ops import roi_align
 
@@ -20,19 +23,19 @@ _THRESHOLD = 0.5
 
 @unique
 class BoxMode(IntEnum):
-    """Box formats of a record, in absolute pixels; values are Detectron2's."""
+    """Box formats of a record, in absolute pixels, with the values of Detectron2."""
 
     XYXY_ABS = 0
     XYWH_ABS = 1
 
     @staticmethod
-    def convert(box, from_mode, to_mode):
-        """Return a box, 4 numbers, in another mode, as a list of floats."""
+    def convert(box: Sequence[float], from_mode: "BoxMode", to_mode: "BoxMode") -> list[float]:
+        """Return a box of 4 numbers in another format."""
         if not is_box(box):
-            raise UserError(f"a box must be four finite numbers, not {box!r}")
+            raise UserError(f"a box must be four finite numbers, got {box!r}")
         for mode in (from_mode, to_mode):
             if mode not in tuple(BoxMode):
-                raise UserError(f"bbox_mode must be one of {', '.join(map(str, BoxMode))}, not {mode!r}")
+                raise UserError(f"bbox_mode must be one of {', '.join(map(str, BoxMode))}, got {mode!r}")
         x, y, third, fourth = (float(value) for value in box)
         modes = BoxMode(from_mode), BoxMode(to_mode)
         if modes == (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
@@ -42,7 +45,7 @@ class BoxMode(IntEnum):
         return [x, y, third, fourth]
 
 
-def is_box(box):
+def is_box(box: Any) -> bool:
     """Return whether a value holds four finite numbers."""
     try:
         a, b, c, d = box
@@ -51,67 +54,68 @@ def is_box(box):
         return False
 
 
-def make_record(file_name, image_id, height, width, annotations=()):
-    """A record of a dataset, with a list of annotations of its own."""
+def make_record(
+    file_name: str, image_id: int | str, height: int, width: int, annotations: Iterable[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """Return a record of a dataset, with a new list of the annotations."""
     size = {"height": height, "width": width}
     return {"file_name": file_name, "image_id": image_id, **size, "annotations": list(annotations)}
 
 
-def are_numbers(values):
-    """Whether a list or tuple holds nothing but finite numbers."""
+def are_numbers(values: Sequence[Any]) -> bool:
+    """Return whether a list or tuple holds only finite numbers."""
     try:
-        kinds = set(map(type, values))
-        known = kinds <= {int, float} or all(issubclass(kind, numbers.Real) for kind in kinds)
-        return known and math.isfinite(sum(values))
+        types = set(map(type, values))
+        are_real = types <= {int, float} or all(issubclass(type_, numbers.Real) for type_ in types)
+        return are_real and math.isfinite(sum(values))
     except OverflowError:
         return False
 
 
-def _is_polygon(polygon):
-    points = isinstance(polygon, list | tuple) and len(polygon) >= 6 and len(polygon) % 2 == 0
-    return points and are_numbers(polygon)
+def _is_polygon(polygon: Any) -> bool:
+    has_points = isinstance(polygon, list | tuple) and len(polygon) >= 6 and len(polygon) % 2 == 0
+    return has_points and are_numbers(polygon)
 
 
-def find_segmentation_problem(segmentation, height, width):
-    """What is wrong with a segmentation: (kind, end of a sentence), or None.
+def find_segmentation_problem(segmentation: Any, height: int, width: int) -> tuple[str, str] | None:
+    """Return (problem type, description) of a segmentation that `encode_segmentation` rejects, or None.
 
-    What has none can be read by `encode_segmentation` and decoded by pycocotools, which itself
-    reads on past the end of a string that was cut off.
+    pycocotools itself does not check its input and reads beyond the end of a truncated string.
     """
     if not segmentation:
         return "bad_polygon", "has no segmentation"
     if isinstance(segmentation, list | tuple):
         wrong = [str(polygon)[:60] for polygon in segmentation if not _is_polygon(polygon)]
-        what = "has a polygon that is no list x, y, x, y, ... of 3 finite points or more: "
         if wrong:
-            return "bad_polygon", what + wrong[0]
-        reach = max(max(map(abs, polygon)) for polygon in segmentation)
-        if reach > 10 * (height + width):
-            # pycocotools takes memory for the length of its outline.
-            return "bad_polygon", f"has a polygon that reaches to {reach:g}, far outside its image"
+            expected = "a list [x, y, x, y, ...] of 3 finite points or more"
+            return "bad_polygon", f"has a polygon that must be {expected}, got {wrong[0]}"
+        largest = max(max(map(abs, polygon)) for polygon in segmentation)
+        if largest > 10 * (height + width):
+            # pycocotools allocates memory in proportion to the length of the outline.
+            return "bad_polygon", f"has a polygon with the coordinate {largest:g}, far outside its image"
         return None
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "bad_rle", f"has a segmentation that is neither polygons nor an RLE: {str(segmentation)[:60]}"
     size = segmentation["size"]
     if size not in ([height, width], (height, width)):
-        return "bad_rle", f"has an RLE of the size {size}, but its image is {[height, width]}"
-    if _sum_of_runs(segmentation["counts"]) != height * width:
+        return "bad_rle", f"has an RLE of the size {size}, but the image has {[height, width]}"
+    if _count_pixels(segmentation["counts"]) != height * width:
         return "bad_rle", f"has an RLE whose counts do not add up to {height} x {width}"
     return None
 
 
-# Runs in pycocotools' strings: 32 bits each at most, 5 in a letter, whose sixth says that more follow.
+# Runs in pycocotools' strings: at most 32 bits, 5 per character; a sixth bit marks a continuation.
 _RUNS = re.compile(rb"(?:[P-o]{0,6}+[0-O])++")
 
 
-def _sum_of_runs(counts):
-    """Pixels that an RLE's counts cover, or None if they are malformed."""
+def _count_pixels(counts: Any) -> int | None:
+    """Return the number of pixels of an RLE's counts, or None if they are malformed."""
     if isinstance(counts, list | tuple):
-        right = all(isinstance(count, numbers.Integral) and count >= 0 for count in counts)
-        return sum(counts) if right else None
+        are_integers = all(isinstance(count, numbers.Integral) for count in counts)
+        return sum(counts) if are_integers and min(counts, default=0) >= 0 else None
     if not isinstance(counts, str | bytes):
         return None
-    # As `rleFrString` in pycocotools' maskApi.c.
+    # The format of `rleFrString` in pycocotools' maskApi.c.
     data = counts.encode(errors="replace") if isinstance(counts, str) else counts
     if not _RUNS.fullmatch(data):
         return None
@@ -119,27 +123,26 @@ def _sum_of_runs(counts):
     ends = np.flatnonzero(letters < 32)
     starts = np.append(0, ends[:-1] + 1)
     lengths = ends - starts + 1
-    places = 5 * (np.arange(letters.size) - np.repeat(starts, lengths))
-    runs = np.add.reduceat((letters & 31) << places, starts)
+    shifts = 5 * (np.arange(letters.size) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((letters & 31) << shifts, starts)
     runs -= (letters[ends] >> 4) << (5 * lengths)
-    # From the fourth on, a run is given by what it has more than the one but one before it.
-    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    # From the fourth on, a run is stored as the difference to the one two before it.
+    for start in (1, 2):
+        runs[start::2] = np.cumsum(runs[start::2])
     return None if runs.min() < 0 or runs.max() >= 2**32 else int(runs.sum())
 
 
-def encode_segmentation(segmentation, height, width):
-    """Return a record's segmentation as COCO's compressed RLE, `{"size": [height, width], "counts": bytes}`.
+def encode_segmentation(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Return a segmentation as COCO's compressed RLE, {"size": [height, width], "counts": bytes}.
 
-    Args:
-        segmentation: polygons (list of `[x, y, x, y, ...]` in pixels, whose union is meant), or an
-            RLE dict `{size: [height, width], counts}` with the counts as a list, str or bytes.
+    It may be a union of polygons `[x, y, x, y, ...]` in pixels, or an RLE with counts as list, str or bytes.
     """
-    mistake = find_segmentation_problem(segmentation, height, width)
-    if mistake:
-        raise UserError(f"it {mistake[1]}")
+    problem = find_segmentation_problem(segmentation, height, width)
+    if problem:
+        raise UserError(f"it {problem[1]}")
     if isinstance(segmentation, list | tuple):
-        parts = coco_mask.frPyObjects([list(map(float, p)) for p in segmentation], height, width)
-        return coco_mask.merge(parts)
+        polygons = coco_mask.frPyObjects([list(map(float, p)) for p in segmentation], height, width)
+        return coco_mask.merge(polygons)
     counts = segmentation["counts"]
     if isinstance(counts, list | tuple):
         return coco_mask.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
@@ -148,110 +151,108 @@ def encode_segmentation(segmentation, height, width):
 
 @dataclass(frozen=True)
 class BoxMasks:
-    """The masks of an image that are not pasted into it yet: N small ones instead of N of its size."""
+    """Masks of an image before pasting: N small ones, relative to their boxes.
 
-    # Of each box's inside, [N, 1, M, M].
-    probabilities: torch.Tensor
-    # XYXY in the image's pixels, [N, 4].
-    boxes: torch.Tensor
+    Attributes:
+        probabilities: `[N, 1, M, M]`, inside each box.
+        boxes: `[N, 4]`, XYXY, in pixels of the image.
+        aligned: masks are sampled as in Detectron2, otherwise as in torchvision.
+    """
+
+    probabilities: Tensor
+    boxes: Tensor
     height: int
     width: int
-    # Whether masks lie in their boxes as Detectron2's do; otherwise as torchvision's.
     aligned: bool = True
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int]:
         return len(self.boxes), self.height, self.width
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.boxes.device
 
     @property
-    def is_cuda(self):
+    def is_cuda(self) -> bool:
         return self.boxes.is_cuda
 
-    def to(self, device, non_blocking=False):
-        """The same on another device, as `torch.Tensor.to`."""
-        parts = (part.to(device, non_blocking=non_blocking) for part in (self.probabilities, self.boxes))
-        return BoxMasks(*parts, self.height, self.width, self.aligned)
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "BoxMasks":
+        """Copy to a device, as `torch.Tensor.to`."""
+        probabilities = self.probabilities.to(device, non_blocking=non_blocking)
+        boxes = self.boxes.to(device, non_blocking=non_blocking)
+        return BoxMasks(probabilities, boxes, self.height, self.width, self.aligned)
 
-    def paste(self):
-        """Return the pixels of a probability of at least 0.5, bool `[N, height, width]`, made box by box."""
+    def paste(self) -> Tensor:
+        """Return the masks, bool `[N, height, width]`, of the pixels with a probability of at least 0.5."""
         pasted = torch.zeros(self.shape, dtype=torch.bool, device=self.boxes.device)
         for target, (inside, top, left) in zip(pasted, self._windows(), strict=True):
             height, width = inside.shape
             target[top : top + height, left : left + width] = inside
         return pasted
 
-    def encode(self):
-        """The counts of each pasted mask's compressed RLE, a list of N bytes; nothing is pasted for it."""
-        size = self.height, self.width
-        found = [{"size": size, "counts": _runs(*window, *size)} for window in self._windows()]
-        return [rle["counts"] for rle in coco_mask.frPyObjects(found, *size)] if found else []
+    def encode(self) -> list[bytes]:
+        """Return the counts of each mask's compressed RLE, without pasting."""
+        size = (self.height, self.width)
+        masks = [{"size": size, "counts": _compute_runs(*window, *size)} for window in self._windows()]
+        return [rle["counts"] for rle in coco_mask.frPyObjects(masks, *size)] if masks else []
 
-    def _windows(self):
-        """Yield each mask's pixels in a window of the image, bool `[h, w]`, and the window's top and left."""
-        masks, boxes = self.probabilities, self.boxes
+    def _windows(self) -> Iterator[tuple[Tensor, int, int]]:
+        """Yield each mask as bool `[h, w]` in a window of the image, and the window's top and left."""
+        masks = self.probabilities
+        boxes = self.boxes
         if self.aligned:
-            # No pixel whose centre lies outside of the box has a probability above 0.5.
+            # Pixels with their centre outside the box have a probability below 0.5.
             corners = torch.cat([(boxes[:, :2] - 0.5).ceil(), (boxes[:, 2:] - 0.5).floor()], dim=1)
         else:
             masks, scale = expand_masks(masks, padding=1)
             corners = expand_boxes(boxes, scale)
-        corners = corners.long().tolist()  # sync point
-        for mask, box, (x0, y0, x1, y1) in zip(masks, boxes, corners, strict=True):
-            top, left = max(y0, 0), max(x0, 0)
-            bottom, right = max(min(y1 + 1, self.height), top), max(min(x1 + 1, self.width), left)
+        windows = corners.long().tolist()  # device sync
+        for mask, box, (x0, y0, x1, y1) in zip(masks, boxes, windows, strict=True):
+            top = max(y0, 0)
+            left = max(x0, 0)
+            bottom = max(min(y1 + 1, self.height), top)
+            right = max(min(x1 + 1, self.width), left)
             if self.aligned:
-                yield _sample(mask, box, (left, top, right, bottom)) >= _THRESHOLD, top, left
+                yield _sample_mask(mask, box, (left, top, right, bottom)) >= _THRESHOLD, top, left
                 continue
             size = (max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1))
             inside = F.interpolate(mask[None], size=size, mode="bilinear", align_corners=False)[0, 0]
             yield inside[top - y0 : bottom - y0, left - x0 : right - x0] > _THRESHOLD, top, left
 
 
-def _sample(mask, box, window):
-    """A mask `[1, M, M]` of a box at the centres of a window's pixels; between them linear, around it 0."""
+def _sample_mask(mask: Tensor, box: Tensor, window: tuple[int, int, int, int]) -> Tensor:
+    """Interpolate a mask `[1, M, M]` linearly at the pixel centres of a window; outside its box it is 0."""
     left, top, right, bottom = window
-    x = torch.arange(left, right, device=box.device) + 0.5
-    y = torch.arange(top, bottom, device=box.device) + 0.5
-    # The box reaches from -1 to 1.
-    x, y = (x - box[0]) / (box[2] - box[0]) * 2 - 1, (y - box[1]) / (box[3] - box[1]) * 2 - 1
+    # In the coordinates of grid_sample the box is from -1 to 1.
+    x = (torch.arange(left, right, device=box.device) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
+    y = (torch.arange(top, bottom, device=box.device) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
     return F.grid_sample(mask[None].to(grid), grid[None], align_corners=False)[0, 0]
 
 
-def sample_masks(masks, boxes, index, side, aligned=True):
-    """Return the training targets of a mask head; those of aligned masks are thresholded, as in Detectron2.
+def sample_masks(masks: Tensor, boxes: Tensor, index: Tensor, side: int, aligned: bool = True) -> Tensor:
+    """Return the targets of a mask head, `[N, side, side]`: 0 or 1 if aligned (Detectron2), else in [0, 1].
 
-    Args:
-        masks: `[G, H, W]`, 0 or 1.
-        boxes: `[N, 4]`, XYXY, in the masks' pixels.
-        index: int64 `[N]`, the mask of each box.
-        side: M, cells along a side of a box.
-        aligned: as in `BoxMasks`.
-
-    Returns:
-        `[N, M, M]`, 0 or 1, or in 0..1.
+    `masks` are `[G, H, W]`, `boxes` are XYXY `[N, 4]` in their pixels, `index` `[N]` is the mask of each box.
     """
     rois = torch.cat([index[:, None].to(boxes), boxes], dim=1)
     covered = roi_align(masks[:, None].to(rois), rois, (side, side), aligned=aligned)[:, 0]
     return (covered >= _THRESHOLD).to(covered) if aligned else covered
 
 
-def _runs(inside, top, left, height, width):
-    """The lengths of the runs, first of zeros, of an image's mask that lies in a window, column by column."""
-    rows, columns = inside.shape
-    whole = np.zeros((columns, height), dtype=bool)
-    whole[:, top : top + rows] = inside.cpu().numpy().T
-    changes = left * height + np.flatnonzero(np.diff(whole.ravel(), prepend=False, append=False))
+def _compute_runs(mask: Tensor, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """Return the run lengths, zeros first, in column order, of an image's mask from its window."""
+    num_rows, num_columns = mask.shape
+    columns = np.zeros((num_columns, height), dtype=bool)
+    columns[:, top : top + num_rows] = mask.cpu().numpy().T
+    changes = left * height + np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
     runs = np.diff(changes, prepend=0, append=height * width)
     return runs if runs[-1] else runs[:-1]
 
 
-def encode_masks(masks):
-    """Return the counts (bytes) of the compressed RLE of each mask of a bool or uint8 tensor `[N, H, W]`."""
-    # pycocotools wants [H, W, N] in Fortran's order, which is [N, W, H] in C's.
+def encode_masks(masks: Tensor) -> list[bytes]:
+    """Return the counts of each mask's compressed RLE, for bool or uint8 masks `[N, H, W]`."""
+    # pycocotools expects [H, W, N] in Fortran order, which is [N, W, H] in C order.
     columns = masks.to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
     return [rle["counts"] for rle in coco_mask.encode(columns.transpose(2, 1, 0))]

@@ -25,8 +25,8 @@ MUTATIONS = {
     ],
     "plaintrain/checkpoint/checkpointer.py": [
         ("        self.last_name = name\n", ""),
-        ('load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
-        ("average_norm_buffers(state)  # all ranks", "pass"),
+        ('state.load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
+        ("state.average_norm_buffers(weights)  # all ranks", "pass"),
     ],
     "plaintrain/config/config.py": [
         ("if type(old) is not type(value):", "if not isinstance(value, type(old)):"),
@@ -318,10 +318,10 @@ MUTATIONS = {
     ],
     "plaintrain/solver/optimizer.py": [
         ("    nn.GroupNorm,\n", ""),
-        ("clip.CLIP_VALUE, clip.NORM_TYPE if clip.ENABLED else 2.0", "clip.CLIP_VALUE, 2.0"),
+        ("clip.NORM_TYPE if clip.ENABLED else 2.0", "2.0"),
     ],
     "plaintrain/structures.py": [
-        ("return coco_mask.merge(parts)", "return parts[0]"),
+        ("return coco_mask.merge(polygons)", "return polygons[0]"),
         ("len(polygon) >= 6", "len(polygon) >= 4"),
         ("(side, side), aligned=aligned)", "(side, side), aligned=False)"),
     ],
@@ -416,7 +416,7 @@ MUTATIONS = {
         (".tensor([size[1] / width, size[0] / height])", ".tensor([size[0] / height, size[1] / width])"),
     ],
     "plaintrain/checkpoint/weight_checks.py": [
-        ('.ROI_MASK_HEAD.ALIGNED": (_MASK, True, False)', '.ROI_MASK_HEAD.ALIGNED": (_MASK, True, True)'),
+        ('ALIGNED": ("roi_heads.mask_head.", True, False)', 'ALIGNED": ("roi_heads.mask_head.", True, True)'),
     ],
     "plaintrain/checkpoint/torchvision.py": [
         (
@@ -425,13 +425,13 @@ MUTATIONS = {
         ),
     ],
     "plaintrain/checkpoint/detectron2.py": [
-        ("rows.transpose(0, 1).flatten(0, 2)", "rows.flatten(0, 2)"),
+        ("anchors.transpose(0, 1).flatten(0, 2)", "anchors.flatten(0, 2)"),
         ("1 if to_torchvision else -1, 0", "-1 if to_torchvision else 1, 0"),
     ],
     "plaintrain/checkpoint/pretrained.py": [
         ("(module|model|_orig_mod)", "(module|model)"),
         (
-            'raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")',
+            'raise UserError(f"it imports {module}.{name}, which could run code")',
             "return super().find_class(module, name)",
         ),
         ("hash_prefix=digest and digest.group(1)", "hash_prefix=None"),
@@ -486,7 +486,7 @@ PLANTED = {
         ],
         "plaintrain/checkpoint/files.py": [
             ("    if last:\n", "    if not last:\n"),
-            ("sorted(names, key=lambda name: _age(folder, name))", "sorted(names)"),
+            ("sorted(names, key=lambda name: _get_age(folder, name))", "sorted(names)"),
             (
                 'raise DamagedCheckpointError(f"cannot read the checkpoint {path}: '
                 '{get_first_line(e)}") from e',

@@ -72,7 +72,7 @@ def test_sum_losses_and_add_losses_add_by_name():
     assert add_losses(empty, first, 1) == {"loss": 2.0, "accuracy": 8.0} and empty == {}
 
 
-def test_two_ranks_send_gradients_once_for_all_micro_batches(tmp_path):
+def test_gradients_of_two_ranks_are_reduced_once_for_all_micro_batches(tmp_path):
     job = Job(rank_functions.accumulate, tmp_path / "job", num_gpus_per_machine=2).wait()
     assert job.code == 0, job.output
     first, second = job.results()
@@ -102,7 +102,7 @@ ADVICE = "; return every loss in every step, as zero where it does not apply"
         ([("loss",), ("accuracy",)], f"{DIFFERENT}loss on rank 0; accuracy on rank 1{ADVICE}"),
         (
             [("accuracy",)] * 2,
-            "the model returned nothing to minimise: no key of ['accuracy'] contains 'loss'",
+            "the model must return a key that contains 'loss', got ['accuracy']",
         ),
     ],
 )

@@ -44,7 +44,7 @@ def test_build_amp_follows_the_config(enabled, precision, casts_to, scales):
     assert amp.scalars() == ({"amp_scale": 2.0**16} if scales else {})
 
 
-def test_build_autocast_rejects_what_cannot_be_used(monkeypatch):
+def test_build_autocast_rejects_unsupported_precisions(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     with pytest.raises(UserError, match="SOLVER.AMP.PRECISION is bfloat16, which this GPU .* use float16"):
         build_autocast(True, "bfloat16", "cuda")

@@ -9,15 +9,15 @@ import torch
 from processes import Process
 from torch import nn
 
-from plaintrain.checkpoint.async_writer import Background, copy_to_host
+from plaintrain.checkpoint.async_writer import AsyncWriter, copy_to_host
 from plaintrain.checkpoint.training_checkpointer import TrainingCheckpointer
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.stop import Stopped
 
 
 @pytest.mark.parametrize("call", ["copy", "wait", "submit"])
-def test_a_failure_is_raised_by_the_next_call_and_ends_what_comes_after(call):
-    background, done, go, failed = Background(), [], threading.Event(), threading.Event()
+def test_failure_is_raised_by_the_next_call_and_skips_later_functions(call):
+    background, done, go, failed = AsyncWriter(), [], threading.Event(), threading.Event()
 
     def fail():
         go.wait(10)
@@ -41,16 +41,16 @@ def end_while_a_file_is_written(path):
         time.sleep(0.3)
         open(path, "w").close()
 
-    Background().submit(write)
+    AsyncWriter().submit(write)
     raise SystemExit(3)
 
 
-def test_the_process_ends_after_its_jobs_are_done(tmp_path):
+def test_process_ends_after_its_writes(tmp_path):
     process = Process(tmp_path / "log", end_while_a_file_is_written, str(tmp_path / "done")).wait()
     assert process.code == 3 and (tmp_path / "done").exists()
 
 
-def test_a_copy_keeps_the_versions_of_modules():
+def test_copy_to_host_keeps_the_versions_of_modules():
     layer = nn.BatchNorm1d(3)
     copied = copy_to_host(layer.state_dict())
     assert copied._metadata == layer.state_dict()._metadata
@@ -86,7 +86,7 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_the_loop_does_not_wait_for_the_disk_and_what_it_changes_is_not_saved(tmp_path, disk):
+def test_asynchronous_save_does_not_block_and_ignores_later_changes(tmp_path, disk):
     model, saver = make_saver(tmp_path, period=1)
     for i in range(2):
         nn.init.constant_(model.weight, float(i))
@@ -105,7 +105,7 @@ def test_the_loop_does_not_wait_for_the_disk_and_what_it_changes_is_not_saved(tm
         assert saved["model"]["weight"].unique().tolist() == [i]
 
 
-def test_the_next_save_raises_what_failed_and_nothing_older_is_removed(tmp_path, disk):
+def test_next_save_raises_the_error_and_keeps_older_files(tmp_path, disk):
     _, saver = make_saver(tmp_path, period=2, max_to_keep=1)
     disk.go.set()
     saver.save_iteration(1)
@@ -121,7 +121,7 @@ def test_the_next_save_raises_what_failed_and_nothing_older_is_removed(tmp_path,
     assert saver.get_checkpoint_file().endswith("model_0000001.pth")
 
 
-def test_the_end_of_the_block_waits_for_the_last_file(tmp_path, disk):
+def test_end_of_the_block_waits_for_the_last_file(tmp_path, disk):
     _, saver = make_saver(tmp_path, period=1)
     with saver:
         saver.save_iteration(0)
@@ -132,7 +132,7 @@ def test_the_end_of_the_block_waits_for_the_last_file(tmp_path, disk):
 
 
 @pytest.mark.parametrize(("ends", "told"), [(None, UserError), (Stopped, UserError), (KeyError, KeyError)])
-def test_the_end_of_the_block_raises_what_failed_unless_an_error_came_before(tmp_path, disk, log, ends, told):
+def test_end_of_the_block_raises_thread_errors_unless_another_came_first(tmp_path, disk, log, ends, told):
     _, saver = make_saver(tmp_path, period=1)
     disk.full = True
     disk.go.set()

@@ -64,7 +64,7 @@ def names(folder):
 # That all values are loaded as they were saved is a property, see properties/test_checkpoint_properties.py.
 
 
-def test_weights_are_saved_under_the_models_own_names_and_only_by_who_writes(tmp_path):
+def test_save_unwraps_the_model_and_writes_on_one_rank(tmp_path):
     checkpointer = DetectionCheckpointer(nn.DataParallel(make_model(2.0)), str(tmp_path))
     checkpointer.save("model_0000000", iteration=0)
     checkpointer.save_weights("model_best", nn.DataParallel(make_model(3.0)))
@@ -96,7 +96,7 @@ def test_checkpoints_of_version_0_1_are_resumed(tmp_path):
 
 
 @pytest.mark.parametrize(("world_size", "mean"), [(2, 1), (3, 0)])
-def test_each_rank_takes_its_own_running_statistics(monkeypatch, world_size, mean):
+def test_running_statistics_of_each_rank_are_restored(monkeypatch, world_size, mean):
     monkeypatch.setattr(comm, "get_rank", lambda: 1)
     monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
     saved = [{"model": {"bn.running_mean": rank}} for rank in range(2)]
@@ -116,7 +116,7 @@ LEGACY = partial(torch.save, _use_new_zipfile_serialization=False)
 
 
 @pytest.mark.parametrize(("save", "key"), [(torch.save, "model"), (LEGACY, "extra"), (pickle.dump, "extra")])
-def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, save, key):
+def test_file_that_would_run_code_is_rejected_and_does_not_run(tmp_path, save, key):
     evil, marker = tmp_path / "model_0000001.pth", tmp_path / "ran"
     with evil.open("wb") as f:
         save({"model": make_model().state_dict(), "iteration": 1, key: Bomb(marker)}, f)
@@ -134,7 +134,7 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, save, 
 
 # Without an error the disk is full.
 @pytest.mark.parametrize("error", [RuntimeError("out of luck"), KeyboardInterrupt(), None])
-def test_a_failing_save_leaves_the_older_files_and_nothing_else(tmp_path, monkeypatch, error):
+def test_failed_save_keeps_older_files_and_nothing_else(tmp_path, monkeypatch, error):
     resource = pytest.importorskip("resource")
     save_run(tmp_path, [1, 3])
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
@@ -228,7 +228,7 @@ def damage_final(folder):
         (damage_final, 7, ["model_final.pth"]),
     ],
 )
-def test_resume_takes_the_tagged_checkpoint_or_the_newest_whole_one(
+def test_resume_loads_the_tagged_or_the_newest_intact_checkpoint(
     tmp_path, log, extended_run, change, iteration, warned
 ):
     # Copied, so a run can be moved too.
@@ -242,7 +242,7 @@ def test_resume_takes_the_tagged_checkpoint_or_the_newest_whole_one(
     assert all(name in warnings for name in warned)
 
 
-def test_checkpoints_are_listed_and_taken_with_their_iteration_by_resume_only(tmp_path, log, extended_run):
+def test_checkpoints_are_listed_and_only_resume_loads_their_iteration(tmp_path, log, extended_run):
     for folder in (tmp_path, tmp_path / "missing"):
         checkpointer = DetectionCheckpointer(make_model(), str(folder))
         assert not checkpointer.has_checkpoint() and checkpointer.get_checkpoint_file() == ""
@@ -278,7 +278,7 @@ def test_checkpoints_are_listed_and_taken_with_their_iteration_by_resume_only(tm
         (make_model, lambda m: sgd(m.parameters()) | {"scheduler": m}, "holds no scheduler, which is needed"),
     ],
 )
-def test_the_checkpoint_of_another_run_is_refused(tmp_path, make, checkpointables_of, words):
+def test_checkpoint_of_another_run_is_rejected(tmp_path, make, checkpointables_of, words):
     model = make_model()
     DetectionCheckpointer(model, str(tmp_path), **sgd(model.parameters())).save("model_0000003", iteration=3)
     other = make()
@@ -286,7 +286,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path, make, checkpointable
         DetectionCheckpointer(other, str(tmp_path), **checkpointables_of(other)).resume_or_load("")
 
 
-def test_files_that_cannot_be_read_or_written_are_clear_errors(tmp_path):
+def test_unreadable_and_unwritable_files_are_clear_errors(tmp_path):
     torch.save({"weights": 1}, tmp_path / "a.pth")
     torch.save([1, 2], tmp_path / "b.pth")
     for name in ("a.pth", "b.pth", "missing.pth"):
@@ -313,11 +313,11 @@ def saves(monkeypatch):
     return calls
 
 
-def make_saver(folder, value=0.0, final=None, about=None, **kwargs):
+def make_saver(folder, value=0.0, final=None, metadata=None, **kwargs):
     """A `TrainingCheckpointer` that saves every 2 iterations; `final` is the value of the final weights."""
     model = make_model(value)
     final_model = None if final is None else lambda: nn.DataParallel(make_model(final))
-    options = {"period": 2, "final_model": final_model, "about": about, **kwargs}
+    options = {"period": 2, "final_model": final_model, "metadata": metadata, **kwargs}
     return TrainingCheckpointer(model, str(folder), **options, **sgd(model.parameters()))
 
 
@@ -364,7 +364,7 @@ def test_pruning_leaves_other_files_and_the_checkpoint_just_saved(tmp_path):
     assert resume(tmp_path)[1]["iteration"] == 1
 
 
-def test_periodic_checkpointer_saves_as_detectron2s(tmp_path, saves):
+def test_periodic_checkpointer_saves_as_in_detectron2(tmp_path, saves):
     checkpointer = DetectionCheckpointer(make_model(), str(tmp_path))
     for max_iter, files in ((7, ["model_0000003", "model_0000005", "model_final"]), (8, ["model_0000007"])):
         saver = PeriodicCheckpointer(checkpointer, 2, max_iter, max_to_keep=2)
@@ -375,8 +375,8 @@ def test_periodic_checkpointer_saves_as_detectron2s(tmp_path, saves):
         assert len(saves) == 4 and resume(tmp_path)[1] == {"iteration": max_iter - 1, "reason": "period"}
 
 
-def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path, saves):
-    saver = make_saver(tmp_path, value=2.0, final=7.0, about={"class_names": ["a"]})
+def test_final_weights_keep_a_numbered_checkpoint_to_resume_from(tmp_path, saves):
+    saver = make_saver(tmp_path, value=2.0, final=7.0, metadata={"class_names": ["a"]})
     saver.save_iteration(4)
     saver.save_final()
     assert names(tmp_path) == ["last_checkpoint", "model_0000004.pth", "model_final.pth"]
@@ -393,25 +393,25 @@ def test_other_final_weights_leave_a_numbered_checkpoint_to_resume_from(tmp_path
     assert value_of(again.model) == 7.0
 
 
-def test_the_best_weights_are_never_resumed_from_and_every_file_is_about_its_run(tmp_path):
-    about = {"class_names": ["cat", "dog"], "config": "text"}
-    saver = make_saver(tmp_path, value=1.0, about=about)
+def test_best_weights_are_not_resumed_from_and_every_file_has_the_metadata(tmp_path):
+    metadata = {"class_names": ["cat", "dog"], "config": "text"}
+    saver = make_saver(tmp_path, value=1.0, metadata=metadata)
     saver.save_iteration(3)
     saver.save_weights("model_best", make_model(9.0), iteration=4, config="mine")
     best = load(tmp_path / "model_best.pth")
-    assert set(best) == {"model", "iteration", *about}
+    assert set(best) == {"model", "iteration", *metadata}
     # What is given for one file goes before.
-    assert (best["iteration"], best["class_names"], best["config"]) == (4, about["class_names"], "mine")
+    assert (best["iteration"], best["class_names"], best["config"]) == (4, metadata["class_names"], "mine")
     for name in ("last_checkpoint", "model_0000003.pth"):
-        assert saver.resume_or_load("", resume=True) == {"iteration": 3, **about}
+        assert saver.resume_or_load("", resume=True) == {"iteration": 3, **metadata}
         (tmp_path / name).unlink()
     assert not saver.has_checkpoint()
     assert saver.resume_or_load(str(tmp_path / "model_best.pth"), resume=False) == {}
     assert value_of(saver.model) == 9.0
 
 
-def test_the_class_names_of_the_run_are_those_that_weights_are_taken_for(tmp_path, log):
-    make_saver(tmp_path, about={"class_names": ["cat", "dog"]}).save("model_0000001", iteration=1)
-    checkpointer = DetectionCheckpointer(make_model(), about={"class_names": ["ant", "bee"]})
+def test_class_names_of_the_run_are_compared_with_those_of_weights(tmp_path, log):
+    make_saver(tmp_path, metadata={"class_names": ["cat", "dog"]}).save("model_0000001", iteration=1)
+    checkpointer = DetectionCheckpointer(make_model(), metadata={"class_names": ["ant", "bee"]})
     checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False)
     assert "was trained for the classes ['cat', 'dog'], here they are ['ant', 'bee']" in log.text

@@ -70,7 +70,7 @@ def _coco(folder, images=None):
     return load_coco_json(str(folder / "annotations.json"), str(images or folder))
 
 
-def test_coco_to_coco_loses_nothing(convert, pets, tiny_coco):
+def test_coco_to_coco_keeps_everything(convert, pets, tiny_coco):
     folder, said = convert("pets", "coco")
     assert f"IMAGE_ROOT {tiny_coco.images}\n" in said
     records, metadata = _coco(folder, tiny_coco.images)
@@ -193,7 +193,7 @@ def test_coco_to_yolo_writes_labels_links_and_data_yaml(convert, pets, tiny_coco
     assert "misreads" not in said
 
 
-def test_what_yolo_cannot_say_is_counted(convert, pets, tiny_coco):
+def test_annotations_that_yolo_cannot_hold_are_counted(convert, pets, tiny_coco):
     extra = {"image_id": 11, "category_id": 7}
     rle = {"size": [30, 40], "counts": [100, 10, 1090]}
     parts = [[2, 2, 10, 2, 10, 10, 2, 10], [20, 12, 30, 12, 30, 20, 20, 20], [5, 20, 9, 20, 9, 28]]

@@ -120,7 +120,7 @@ def test_names_are_those_of_detectron2_and_round_trips_exact(keys, names):
     assert_equal(there, copies)
 
 
-def test_the_background_is_last_in_detectron2_and_first_in_torchvision():
+def test_background_is_last_in_detectron2_and_first_in_torchvision():
     there = {
         "roi_heads.box_head.fc1.bias": torch.zeros(2),
         # Classes 0, 1, 2 and the background.
@@ -148,7 +148,7 @@ def test_the_background_is_last_in_detectron2_and_first_in_torchvision():
         DefaultAnchorGenerator(((32, 64, 128),), ((0.5, 2.0),), [8]),
     ],
 )
-def test_each_anchor_gets_the_rows_that_were_trained_for_it(generator):
+def test_anchors_keep_their_trained_channels(generator):
     (sizes,), (ratios,) = generator.sizes, generator.aspect_ratios
     # Detectron2 counts its anchors size by size.
     places = torch.cartesian_prod(torch.arange(len(sizes)), torch.arange(len(ratios)), torch.arange(4))

@@ -42,7 +42,7 @@ def step(model, ema, *numbers):
         ema.update(model)
 
 
-def test_average_of_every_tensor_is_as_by_hand():
+def test_average_of_every_tensor_equals_a_manual_one():
     model = make_model()
     ema = ModelEMA(model, decay=0.3, warmup=True)
     averages = {}
@@ -65,7 +65,7 @@ def test_average_of_every_tensor_is_as_by_hand():
     assert not any(p.requires_grad for p in ema.module.parameters())
 
 
-def test_two_ranks_average_what_their_gradients_are_sent_for(tmp_path):
+def test_average_of_two_ranks_follows_their_synchronized_weights(tmp_path):
     job = Job(rank_functions.average_a_wrapped_model, tmp_path / "job", num_gpus_per_machine=2).wait()
     assert job.code == 0, job.output
     expected = {"names": ["module.weight", "n_averaged"], "own": ["Linear", 1.5], "wrapped": False}
@@ -94,7 +94,7 @@ def test_config_decides_which_weights_are_evaluated_and_final(tmp_path, log, eva
     cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "SOLVER.CHECKPOINT_PERIOD", 2])
     cfg.merge_from_list(["SOLVER.CHECKPOINT_MAX_TO_KEEP", 1])
     ema = build_ema(cfg, model)
-    assert f"the {evaluate} weights are evaluated, the {final} become model_final.pth" in log.text
+    assert f"evaluating {evaluate} weights, model_final.pth has {final} weights" in log.text
     checkpointer = build_checkpointer(cfg, model, ema=ema)
     step(model, ema, 1.0, 2.0)
     for iteration in (1, 3, 5):
@@ -119,8 +119,8 @@ def save(folder, numbers, **settings):
 @pytest.mark.parametrize(
     ("enabled", "words"),
     [
-        (True, "the checkpoint has no averaged weights: MODEL.EMA begins to average here"),
-        (False, "MODEL.EMA.ENABLED is False: the checkpoint's averaged weights are left out"),
+        (True, "the checkpoint has no averaged weights; MODEL.EMA starts to average now"),
+        (False, "MODEL.EMA.ENABLED is False; skipped the averaged weights of the checkpoint"),
     ],
 )
 def test_average_turned_on_or_off_at_a_resume_begins_or_is_dropped_with_a_warning(
@@ -147,7 +147,7 @@ def test_average_turned_on_or_off_at_a_resume_begins_or_is_dropped_with_a_warnin
         (True, False, False, 2.0),
     ],
 )
-def test_checkpoint_gives_the_raw_or_the_averaged_weights(tmp_path, averaged, resume, enabled, expected):
+def test_checkpoint_loads_the_raw_or_the_averaged_weights(tmp_path, averaged, resume, enabled, expected):
     save(tmp_path, [1.0, 2.0], enabled=enabled)
     path, model = str(tmp_path / "model_0000001.pth"), make_model()
     found = DetectionCheckpointer(model, str(tmp_path)).resume_or_load(path, resume=resume, averaged=averaged)

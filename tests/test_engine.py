@@ -184,7 +184,7 @@ def test_setup_writes_the_schedule_in_iterations(output):
     # 4 images in batches of 3.
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.TEST.EVAL_PERIOD) == (6, (4,), 2)
     log = (output / "log.txt").read_text().split("config:")[0]
-    assert "the schedule for this run:" in log and "SOLVER.STEPS: (2,) -> (4,)" in log
+    assert "the schedule of this run:" in log and "SOLVER.STEPS: (2,) -> (4,)" in log
     assert load_saved(output).SOLVER == cfg.SOLVER and not cfg.SOLVER.BY_EPOCH
     # Without FLOAT32_PRECISION it is left as it was.
     assert torch.get_float32_matmul_precision() == "medium"
@@ -232,7 +232,7 @@ def test_generators_continue_from_a_checkpoint_that_is_resumed_only(tmp_path, lo
         torch.manual_seed(5)
         load_rng_states(states)
         assert torch.initial_seed() == 5
-        assert f"the random state of {number} processes, and here there are 1" in log.text
+        assert f"the checkpoint has RNG states of {number} processes, this run has 1" in log.text
 
 
 def test_setup_freezes_what_is_imported_once(tmp_path):
@@ -306,7 +306,7 @@ def test_eval_only_changes_only_the_log_and_needs_no_schedule_and_no_training_se
             ["SOLVER.REFERENCE_IMS_PER_BATCH", "8", "SOLVER.IMS_PER_BATCH", "0"],
             ["SOLVER.IMS_PER_BATCH must be", "got 0"],
         ),
-        (["SOLVER.BY_EPOCH", "True"], ["SOLVER.BY_EPOCH counts in epochs"]),
+        (["SOLVER.BY_EPOCH", "True"], ["SOLVER.MAX_EPOCHS must be set if SOLVER.BY_EPOCH"]),
         (["MODEL.BACKBONE.NAME", "build_resnet50"], ["MODEL.BACKBONE.NAME", "build_resnet50"]),
         (["INPUT.AUGMENTATIONS", "['RandomIoUCorp']"], ["RandomIoUCorp", "RandomIoUCrop"]),
         (["MODEL.DEVICE", "cuda:77"], ["MODEL.DEVICE", "'cuda:77'"]),

@@ -289,7 +289,7 @@ def test_changes_on_resume_take_effect_and_are_shown(run, tmp_path):
     changed = ["SOLVER.BASE_LR", 0.0005, "SOLVER.WEIGHT_DECAY", 0.5, "SOLVER.NESTEROV", True]
     changed += ["SOLVER.MOMENTUM", 0.8, "SOLVER.MAX_ITER", 4, "SOLVER.IMS_PER_BATCH", 4, "MY_WEIGHT", 2.0]
     output = run("out", *start, *changed, flags=["--resume"], faults=add_a_key).output
-    assert "  SOLVER.MAX_ITER: 2 -> 4 (from here on)" in output.splitlines()
+    assert "  SOLVER.MAX_ITER: 2 -> 4 (from now on)" in output.splitlines()
     assert "the batch size changes from 8 to 4 at iteration 2" in output
     (group, *_) = load(tmp_path / "out/model_0000003.pth")["optimizer"]["param_groups"]
     names = ("weight_decay", "nesterov", "lr", "momentum")
@@ -301,14 +301,14 @@ def test_changes_on_resume_take_effect_and_are_shown(run, tmp_path):
 
 
 CANNOT_CHANGE = [
-    ("plain", ["MODEL.TINY.OUT_CHANNELS", 32], "MODEL.TINY.OUT_CHANNELS was 16 .* and is 32 now"),
+    ("plain", ["MODEL.TINY.OUT_CHANNELS", 32], "MODEL.TINY.OUT_CHANNELS must be 16 .*, got 32"),
     ("plain", ["SOLVER.BIAS_LR_FACTOR", 2.0], "grouped by .*BIAS_LR_FACTOR"),
     (
         "plain",
         ["DATALOADER.RANDOM_SUBSET_RATIO", 0.5, "DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"],
         "DATASETS.TRAIN has 11 images, .* it had 22",
     ),
-    ("epoch", ["SOLVER.IMS_PER_BATCH", 6], "SOLVER.IMS_PER_BATCH was 8 .* and is 6 now"),
+    ("epoch", ["SOLVER.IMS_PER_BATCH", 6], "SOLVER.IMS_PER_BATCH must be 8 .*, got 6"),
 ]
 
 

@@ -48,10 +48,10 @@ def config(*opts):
 def run(tmp_path_factory):
     """A run's folder with two checkpoints of random weights."""
     folder, cfg = tmp_path_factory.mktemp("run"), config()
-    about = {"class_names": NAMES, "config": cfg.dump()}
+    metadata = {"class_names": NAMES, "config": cfg.dump()}
     for seed, name in ((1, "model_0000001"), (2, "model_final")):
         torch.manual_seed(seed)
-        DetectionCheckpointer(build_model(cfg), str(folder), about=about).save(name, iteration=seed)
+        DetectionCheckpointer(build_model(cfg), str(folder), metadata=metadata).save(name, iteration=seed)
     (folder / "config.yaml").write_text(cfg.dump())
     return folder
 
@@ -61,7 +61,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("views", [False, True])
-def test_it_finds_what_the_evaluation_finds(run, views):
+def test_predictor_has_the_detections_of_an_evaluation(run, views):
     opts = [*HERE, "TEST.AUG.ENABLED", views]
     predictor = Predictor(run, opts=opts)
     cfg = config(*opts)
@@ -77,7 +77,7 @@ def test_it_finds_what_the_evaluation_finds(run, views):
     assert predictor.skeleton == ((0, 1), (1, 2), (2, 3), (3, 0))
 
 
-def test_images_may_come_in_any_form_and_range_of_pixels(run, tmp_path):
+def test_predictor_accepts_images_of_any_type_and_pixel_range(run, tmp_path):
     predictor, tensor = Predictor(run), read_image(IMAGE)
     array = tensor.permute(1, 2, 0).numpy()
     Image.fromarray(array).save(tmp_path / "a.png")
@@ -99,7 +99,7 @@ def test_images_may_come_in_any_form_and_range_of_pixels(run, tmp_path):
     assert not torch.equal(exact, mixed) and torch.allclose(exact, mixed.float(), atol=0.05)
 
 
-def test_to_tensor_reads_images_as_a_dataset_and_refuses_what_is_none(tmp_path):
+def test_to_tensor_reads_images_as_a_dataset_and_rejects_other_types(tmp_path):
     grey = Image.fromarray(np.arange(240, dtype=np.uint8).reshape(12, 20))
     deep = Image.fromarray((np.arange(240, dtype=np.uint16) * 200).reshape(12, 20))
     turned = Image.Exif()
@@ -126,7 +126,7 @@ def test_to_tensor_reads_images_as_a_dataset_and_refuses_what_is_none(tmp_path):
             to_tensor(image)
 
 
-def test_the_last_checkpoint_that_can_be_read_is_taken_or_one_alone(run, tmp_path):
+def test_predictor_loads_the_last_readable_checkpoint_or_a_single_file(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     assert Predictor(folder).weights == str(folder / "model_final.pth")
@@ -139,7 +139,7 @@ def test_the_last_checkpoint_that_can_be_read_is_taken_or_one_alone(run, tmp_pat
     os.unlink(folder / "model_final.pth")
     assert Predictor(folder).weights == str(folder / "model_best.pth")
     (folder / "model_best.pth").unlink()
-    with pytest.raises(UserError, match="run holds no checkpoint: its training has not saved one"):
+    with pytest.raises(UserError, match="run holds no checkpoint; its training has not saved one"):
         Predictor(folder)
     # A checkpoint alone holds its config and names.
     shutil.copy(run / "model_final.pth", tmp_path / "mine.pth")
@@ -154,7 +154,7 @@ def test_the_last_checkpoint_that_can_be_read_is_taken_or_one_alone(run, tmp_pat
     assert named.class_names == ["class 0", "class 1", "class 2"]
 
 
-def test_averaged_weights_are_taken_as_in_an_evaluation(tmp_path):
+def test_averaged_weights_are_used_as_in_an_evaluation(tmp_path):
     cfg = config("MODEL.EMA.ENABLED", True)
     torch.manual_seed(0)
     model = build_model(cfg)
@@ -163,8 +163,8 @@ def test_averaged_weights_are_taken_as_in_an_evaluation(tmp_path):
     bias = model.roi_heads.box_predictor.cls_score.bias
     with torch.no_grad():
         bias += 1
-    about = {"class_names": NAMES}
-    DetectionCheckpointer(model, str(tmp_path), about=about, ema=ema).save("model_0000000", iteration=0)
+    metadata = {"class_names": NAMES}
+    DetectionCheckpointer(model, str(tmp_path), metadata=metadata, ema=ema).save("model_0000000", iteration=0)
     (tmp_path / "config.yaml").write_text(cfg.dump())
     for evaluate, added in (("averaged", 0), ("raw", 1)):
         taken = Predictor(tmp_path, opts=["MODEL.EMA.EVALUATE", evaluate]).model
@@ -187,15 +187,15 @@ def test_published_weights_have_the_names_of_coco(tmp_path, classes, keypoints, 
 @pytest.mark.parametrize(
     ("place", "opts", "words"),
     [
-        ("run", ["MODEL.ROI_HEADS.NUM_CLASSES", 5], "CLASSES is 5, but .*final.pth was trained for 3: ring"),
+        ("run", ["MODEL.ROI_HEADS.NUM_CLASSES", 5], "CLASSES must be 3 for .*final.pth .ring, .*, got 5"),
         ("run", ["MODEL.ROI_BOX_HEAD.FC_DIM", 17], "is missing .* of the model's parameters.*architecture"),
-        ("run", ["TEST.AUG.ENABLED", True], "which keypoints then change places.*set TEST.AUG.FLIP False"),
+        ("run", ["TEST.AUG.ENABLED", True], "left and right keypoints.*; set TEST.AUG.FLIP False"),
         ("nowhere", [], "'.*nowhere' does not exist: expected the OUTPUT_DIR"),
         (".", [], "has no config.yaml: expected the OUTPUT_DIR"),
         (config(), [], "MODEL.WEIGHTS is empty"),
     ],
 )
-def test_what_does_not_fit_is_refused(run, tmp_path, monkeypatch, place, opts, words):
+def test_predictor_rejects_weights_and_options(run, tmp_path, monkeypatch, place, opts, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         Predictor(run if place == "run" else place, opts=opts)
@@ -217,7 +217,7 @@ def images(tmp_path, write_image):
     return folder
 
 
-def test_script_turns_images_folders_and_patterns_into_pictures_and_a_coco_json(run, images, tmp_path):
+def test_script_draws_images_of_folders_and_patterns_and_writes_a_coco_json(run, images, tmp_path):
     inputs = [images / "b", images / "a" / "one.png", str(images / "**" / "*.gif"), images / "b" / "two.JPG"]
     found = tmp_path / "found"
     options = ["--output", found, "--threshold", 0, "--batch-size", 2]
@@ -239,7 +239,7 @@ def test_script_turns_images_folders_and_patterns_into_pictures_and_a_coco_json(
         assert all(a["segmentation"]["size"] == [record["height"], SIDE] for a in record["annotations"])
 
 
-def test_script_draws_what_reaches_the_threshold_and_leaves_out_what_it_cannot_read(run, images, tmp_path):
+def test_script_draws_detections_above_the_threshold_and_skips_bad_images(run, images, tmp_path):
     (images / "a" / "bad.jpg").write_text("no image")
     weights = ["MODEL.WEIGHTS", run / "model_final.pth"]
     command = ["predict.py", "--config-file", run / "config.yaml", images / "a"]
@@ -273,7 +273,7 @@ def test_script_draws_what_reaches_the_threshold_and_leaves_out_what_it_cannot_r
         (["SEED", 3], "name a run's folder"),
     ],
 )
-def test_script_answers_mistakes_in_a_sentence(run, images, tmp_path, args, words):
+def test_script_reports_mistakes_in_one_sentence(run, images, tmp_path, args, words):
     (tmp_path / "empty").mkdir()
     args = [str(arg).replace("RUN", str(run)) for arg in args]
     assert_refused("predict.py", args, words, tmp_path, codes=[2])

@@ -32,14 +32,14 @@ def check(tmp_path):
     """Function (saved config, config, classes, model) that saves a run and checks its continuation."""
 
     def call(saved, now, classes=("a", "b"), model=None):
-        about = {"config": saved, "class_names": ["a", "b"]}
-        DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path), about=about).save("model_final", iteration=3)
+        metadata = {"config": saved, "class_names": ["a", "b"]}
+        DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path), metadata=metadata).save("model_final")
         check_changes(str(tmp_path), now, list(classes), model or nn.Linear(2, 2, device="meta"))
 
     return call
 
 
-def test_config_changes_are_found_at_any_depth():
+def test_diff_configs_lists_changes_at_any_depth():
     now = config(SOLVER__BASE_LR=0.2, SOLVER__STEPS=[1], SOLVER__NEW=True)
     assert diff_configs(config(MODEL__OLD="x"), now) == [
         ("MODEL.OLD", "x", "-"),
@@ -55,26 +55,26 @@ def test_check_changes_logs_the_changes_and_their_effect(check, log):
     # A smaller batch is a change like others, in a run that is counted in iterations.
     check(config(), config(SOLVER__IMS_PER_BATCH=4, OUTPUT_DIR="there", MODEL__WEIGHTS="b" * 99))
     assert log.text.partition("differs")[2].splitlines()[1:] == [
-        f"  MODEL.WEIGHTS: a.pth -> {'b' * 37}... (none: the checkpoint's weights are taken)",
-        "  OUTPUT_DIR: here -> there (here)",
-        "  SOLVER.IMS_PER_BATCH: 2 -> 4 (from here on)",
+        f"  MODEL.WEIGHTS: a.pth -> {'b' * 37}... (none: the checkpoint's weights are used)",
+        "  OUTPUT_DIR: here -> there (environment)",
+        "  SOLVER.IMS_PER_BATCH: 2 -> 4 (from now on)",
     ]
 
 
 def test_changed_model_is_rejected_if_its_weights_no_longer_fit(check, log):
     now = config(MODEL__FPN={"OUT_CHANNELS": 32})
     check(config(), now)
-    with pytest.raises(UserError, match="FPN.OUT_CHANNELS was 64 in the run that is resumed and is 32 now"):
+    with pytest.raises(UserError, match="FPN.OUT_CHANNELS must be 64 as in the resumed run, got 32"):
         check(config(), now, model=nn.Linear(2, 3, device="meta"))
     assert "rejected" in log.text
 
 
 def test_changes_of_architecture_classes_and_epochs_are_rejected(check):
-    with pytest.raises(UserError, match="MODEL.META_ARCHITECTURE was RetinaNet"):
+    with pytest.raises(UserError, match="MODEL.META_ARCHITECTURE must be RetinaNet"):
         check(config(), config(MODEL__META_ARCHITECTURE="FCOS"))
     with pytest.raises(UserError, match="was trained for the classes .*, but the dataset has"):
         check(config(), config(), ("a",))
-    with pytest.raises(UserError, match="SOLVER.IMS_PER_BATCH was 2"):
+    with pytest.raises(UserError, match="SOLVER.IMS_PER_BATCH must be 2"):
         check(config(SOLVER__MAX_EPOCHS=3), config(SOLVER__MAX_EPOCHS=3, SOLVER__IMS_PER_BATCH=4))
 
 

@@ -57,7 +57,7 @@ def test_workflow_validates_after_its_epochs(workflow, epochs, expected):
         ),
     ],
 )
-def test_lists_that_are_no_workflow_or_momentum_schedule_are_rejected(key, values):
+def test_malformed_workflows_and_momentum_schedules_are_rejected(key, values):
     for value in values:
         cfg = get_cfg()
         set_value(cfg, key, value)
@@ -178,7 +178,7 @@ def test_counts_of_epochs_become_iterations(reference, num_workers, batch, lr, w
         {**BY_EPOCH, "SOLVER__REFERENCE_WORLD_SIZE": 8},
     ],
 )
-def test_settling_again_changes_nothing_also_from_the_dumped_config(more, log):
+def test_resolve_schedule_changes_nothing_again_or_from_the_dumped_config(more, log):
     cfg = make_cfg(**more)
     settle(cfg, num_workers=4, per_epoch=70)
     before = cfg.dump()
@@ -186,21 +186,21 @@ def test_settling_again_changes_nothing_also_from_the_dumped_config(more, log):
     again.merge_from_other_cfg(type(cfg)._load_cfg_from_yaml_str(before))
     log.clear()
     settle(again, num_workers=4, per_epoch=70)
-    assert again.dump() == before and "the schedule for this run" not in log.text
+    assert again.dump() == before and "the schedule of this run" not in log.text
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"BY_EPOCH": True}, "BY_EPOCH counts in epochs, but SOLVER.MAX_EPOCHS is 0: set their number"),
+        ({"BY_EPOCH": True}, "MAX_EPOCHS must be set if SOLVER.BY_EPOCH is True, got 0"),
         (
             {"REFERENCE_WORLD_SIZE": 8, "REFERENCE_IMS_PER_BATCH": 8},
-            "REFERENCE_WORLD_SIZE and SOLVER.REFERENCE_IMS_PER_BATCH would both scale the schedule: "
-            "set one of them to 0",
+            "REFERENCE_WORLD_SIZE and SOLVER.REFERENCE_IMS_PER_BATCH must not both scale the schedule, "
+            "got 8 and 8; set one of them to 0",
         ),
         (
             {"REFERENCE_WORLD_SIZE": 6},
-            "IMS_PER_BATCH is 16, which SOLVER.REFERENCE_WORLD_SIZE 6 does not divide",
+            "IMS_PER_BATCH must be a multiple of SOLVER.REFERENCE_WORLD_SIZE 6, got 16",
         ),
     ],
 )

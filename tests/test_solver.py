@@ -109,7 +109,7 @@ _SCHEDULES = {
         ("fixed_gamma", 200, "linear", False),
     ],
 )
-def test_lr_factor_is_detectron2s(name, warmup_iters, method, rescale):
+def test_lr_factor_equals_detectron2s(name, warmup_iters, method, rescale):
     keys, schedule = _SCHEDULES[name]
     warmup = {"WARMUP_ITERS": warmup_iters, "WARMUP_FACTOR": 0.01, "WARMUP_METHOD": method}
     factor = build_lr_factor(make_cfg(BASE_LR=0.02, MAX_ITER=90, RESCALE_INTERVAL=rescale, **warmup, **keys))
@@ -149,7 +149,7 @@ def momenta(optimizer):
         ("AdamW", {"MOMENTUM": 0.8}, {"MOMENTUM": 0.1}),
     ],
 )
-def test_resumed_run_takes_changed_learning_rates_and_momenta(tmp_path, name, before, after):
+def test_resumed_run_applies_changed_learning_rates_and_momenta(tmp_path, name, before, after):
     keys = {"OPTIMIZER": name, "MAX_ITER": 10, "WARMUP_ITERS": 4, "STEPS": (8,), "BACKBONE_MULTIPLIER": 0.5}
 
     def build(**changed):

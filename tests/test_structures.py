@@ -23,11 +23,11 @@ from plaintrain.structures import (
 )
 
 
-def test_convert_takes_detectron2s_numbers_and_returns_a_new_list():
+def test_convert_accepts_detectron2s_values_and_returns_a_new_list():
     box = [1, 2, 3, 4]
     assert BoxMode.convert(box, 1, 0) == [1, 2, 4, 6]
     assert BoxMode.convert(box, 0, 0) is not box and box == [1, 2, 3, 4]
-    rejected("four finite numbers, not [1, 2, 3]", by=lambda: BoxMode.convert([1, 2, 3], 1, 0))
+    rejected("four finite numbers, got [1, 2, 3]", by=lambda: BoxMode.convert([1, 2, 3], 1, 0))
     rejected("'XYXY'", by=lambda: BoxMode.convert(box, "XYXY", 0))
 
 
@@ -78,7 +78,7 @@ def test_malformed_segmentations_are_rejected(segmentation, words):
     rejected(*words, by=lambda: encode_segmentation(segmentation, 8, 10))
 
 
-def test_the_runs_of_compressed_masks_add_up_and_a_cut_is_seen():
+def test_runs_of_compressed_masks_add_up_and_truncation_is_detected():
     rng = np.random.default_rng(0)
     for height, width in ((1, 1), (7, 5), (40, 60), (9, 90)):
         mask = np.asfortranarray(rng.random((height, width)) < rng.random(), dtype=np.uint8)
@@ -160,7 +160,7 @@ def test_masks_are_encoded_as_if_they_were_pasted(size, aligned):
     assert (decoded.transpose(2, 0, 1) == expected.numpy()).all() and expected[2].all()
 
 
-def test_masks_go_to_another_device_with_their_boxes():
+def test_masks_move_to_another_device_with_their_boxes():
     masks = BoxMasks(torch.ones(2, 1, 4, 4), torch.rand(2, 4), 5, 6, aligned=False).to("meta")
     assert masks.probabilities.is_meta and masks.boxes.is_meta and masks.device.type == "meta"
     assert not masks.aligned and not masks.is_cuda and masks.shape == (2, 5, 6)
@@ -175,7 +175,7 @@ def test_masks_are_encoded_as_pycocotools_does():
     assert encode_masks(masks[:0]) == []
 
 
-def test_targets_pasted_back_are_the_masks_that_they_were_sampled_from():
+def test_targets_pasted_back_equal_the_sampled_masks():
     rng = np.random.default_rng(0)
     # Ellipses of a width of 12 pixels.
     centres, radii = rng.uniform(14, 26, (50, 2)), np.stack([np.full(50, 6), rng.uniform(4, 6, 50)], axis=1)

@@ -29,7 +29,7 @@ def make_mobilenet():
 
 
 @pytest.mark.parametrize("make", [make_vgg, make_mobilenet])
-def test_a_classifier_loads_into_both_parts_of_ssds_extractor(make):
+def test_classifier_loads_into_both_halves_of_ssds_extractor(make):
     tensors, extractor = make()
     state = {f"backbone.{name}": value for name, value in extractor.state_dict().items()}
     matched = match_names(tensors, state)
@@ -40,7 +40,7 @@ def test_a_classifier_loads_into_both_parts_of_ssds_extractor(make):
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "features.", "backbone.features."])
-def test_a_backbone_loads_into_the_body_of_an_fpn(prefix):
+def test_backbone_loads_into_the_body_of_an_fpn(prefix):
     wanted = {"backbone.body.0.0.weight", "backbone.body.layer1.0.conv1.weight", "backbone.fpn.x"}
     names = ["0.0.weight", "layer1.0.conv1.weight", "fc.bias"]
     matched = match_names({f"{prefix}{name}": i for i, name in enumerate(names)}, wanted)
@@ -70,7 +70,7 @@ def test_torchvisions_own_names_are_kept(builder):
     assert not is_detectron2(names)
 
 
-def test_names_of_older_versions_become_todays():
+def test_names_of_older_versions_are_converted():
     old = {
         "rpn.head.conv.weight": "rpn.head.conv.0.0.weight",
         "backbone.fpn.inner_blocks.3.bias": "backbone.fpn.inner_blocks.3.0.bias",

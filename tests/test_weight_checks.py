@@ -109,7 +109,7 @@ def test_detectors_of_either_project_need_its_conventions(tmp_path, overrides, k
     assert contradicted(config(*overrides, detectron2=True), path) == PIXELS + keys
 
 
-def test_backbones_need_their_pixels_in_training_too(tmp_path):
+def test_backbones_need_their_pixel_normalization_in_training_too(tmp_path):
     ours, theirs = config(), config(detectron2=True)
     resnet = torchvision.models.resnet50(num_classes=2).state_dict()
     there = convert_to_detectron2(
@@ -136,7 +136,7 @@ def test_backbones_need_their_pixels_in_training_too(tmp_path):
     check(theirs, msra, strict=False)
 
 
-def test_pixels_in_the_file_take_precedence_over_those_of_its_project(tmp_path):
+def test_pixel_normalization_in_the_file_takes_precedence(tmp_path):
     keys = ["MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8]
     cfg = config(*keys, detectron2=True)
     state = convert_to_detectron2(model_of(cfg).state_dict())
@@ -165,7 +165,7 @@ def test_weights_of_a_run_need_the_conventions_of_its_config(tmp_path):
     check(ours, save(tmp_path / "converted.pkl", convert_to_detectron2(state), __author__="plaintrain"))
 
 
-def test_ssds_need_other_pixels(tmp_path):
+def test_ssds_need_their_own_pixel_normalization(tmp_path):
     for name in ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large"):
         cfg = make_cfg()
         cfg.merge_from_file(CONFIGS / "torchvision" / f"{name}.yaml")
@@ -221,5 +221,5 @@ def test_training_may_start_from_other_classes_but_neither_evaluation_nor_resume
         start([*NAMES, "star"], number=4, eval_only=True)
     with pytest.raises(UserError, match=r"additional \['triangle'\].*CLASSES in DATASETS.DECLARE"):
         start(["square", "circle"], number=2, eval_only=True, resume=True)
-    with pytest.raises(UserError, match="missing 4 of the model's parameters.* number of classes than the 3"):
+    with pytest.raises(UserError, match="missing 4 of the model's parameters.* the 3 classes of the dataset"):
         start(None, number=5, eval_only=True)

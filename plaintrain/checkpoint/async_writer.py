@@ -1,24 +1,25 @@
-"""Writing checkpoints in a thread, from copies in the host's memory."""
+"""Asynchronous checkpoint writing: copy the tensors to the host, write the file in a thread."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
 
-class Background:
-    """Calls functions one after the other, in a thread that the process waits for at its end.
+class AsyncWriter:
+    """A thread that calls functions in the order of submission; the process waits for it at exit.
 
-    After a failure nothing more is done, and the next call of any method raises it. If not `asynchronous`,
-    each function is called at once, in the thread of the caller.
+    After a failure it skips the remaining functions, and the next call of any method raises the error.
+    With `asynchronous=False`, `submit` calls the function itself.
     """
 
-    def __init__(self, asynchronous=True):
+    def __init__(self, asynchronous: bool = True):
         self._executor = ThreadPoolExecutor(1) if asynchronous else None
-        self._last = None
+        self._last: Future | None = None
 
-    def submit(self, function, *args):
-        """Call `function(*args)` when what was submitted before is done."""
+    def submit(self, function: Callable[..., Any], *args: Any) -> None:
         if self._executor is None:
             function(*args)
             return
@@ -26,41 +27,42 @@ class Background:
             self.wait()
         self._last = self._executor.submit(_call_after, self._last, function, args)
 
-    def copy(self, data):
-        """Return data that `submit` may be given while the original is changed."""
-        # There is memory for one copy at a time.
+    def copy(self, data: Any) -> Any:
+        """Return a snapshot for `submit`, so that the caller may change `data`."""
+        # Host memory holds one snapshot at a time.
         self.wait()
         return copy_to_host(data) if self._executor else data
 
-    def wait(self):
-        """Wait until all is done, and raise what has failed."""
-        last, self._last = self._last, None
+    def wait(self) -> None:
+        """Wait for all submitted functions, and raise the first error."""
+        last = self._last
+        self._last = None
         if last is not None:
             last.result()
 
 
-def _call_after(previous, function, args):
+def _call_after(previous: Future | None, function: Callable[..., Any], args: tuple) -> None:
     if previous is not None:
-        # It raises again what failed before.
+        # Raises the error of an earlier function again.
         previous.result()
     function(*args)
 
 
-def copy_to_host(data):
-    """Copy dicts, lists, tuples and their tensors to the host's memory."""
+def copy_to_host(data: Any) -> Any:
+    """Copy dicts, lists and tuples of tensors to host memory."""
     copied = _copy(data)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()  # device sync
     return copied
 
 
-def _copy(value):
+def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        # torch keeps pinned memory that is freed for the next copy.
+        # PyTorch caches freed pinned memory, so the next copy reuses it.
         buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         return buffer.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
-        # A shallow copy keeps the type, and the versions that a module notes in its state.
+        # A shallow copy keeps the type and the `_metadata` of a module's state dict.
         copied = copy.copy(value)
         copied.update({key: _copy(item) for key, item in value.items()})
         return copied

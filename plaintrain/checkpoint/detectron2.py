@@ -1,25 +1,27 @@
-"""Detectron2's parameter names and row orders, from and to torchvision's.
+"""Convert weights between Detectron2's and torchvision's parameter names and channel orders.
 
-Covered are R-CNN (boxes, masks, keypoints), its RPN and RetinaNet, all on a ResNet with an FPN, and
-ResNets alone, also as Caffe2 named them (ImageNetPretrained/ in the model zoo).
+Supports R-CNN (boxes, masks, keypoints), its RPN and RetinaNet on a ResNet with FPN, and ResNets alone, also
+under Caffe2's names (ImageNetPretrained/ in the model zoo).
 """
 
 import itertools
 import re
+from collections.abc import Callable, Collection, Iterable
 
 import torch
+from torch import Tensor
 
 from plaintrain.utils.errors import UserError
 
-# What Detectron2 saves and no model here has as a parameter.
+# Detectron2 saves these, but no model of plaintrain has them as parameters.
 _IGNORED = re.compile(r"pixel_(mean|std)$|(proposal_generator\.)?anchor_generator\.cell_anchors\.\d+$")
 _DETECTRON2 = re.compile(
     r"backbone\.(bottom_up|fpn_lateral\d|fpn_output\d|top_block)\.|(backbone\.)?(stem\.conv1|res[2-5]\.\d+)\."
     r"|proposal_generator\.rpn_head\.|head\.(cls|bbox)_subnet\.|roi_heads\.box_head\.fc[12]\."
 )
 _CAFFE2 = re.compile(r"(res_)?conv1_(w|bn_\w+)$|res\d_\d+_branch")
-# From the names of Caffe2's blobs to Detectron2's.
-_FROM_CAFFE2 = {
+# Caffe2's blob names -> Detectron2's.
+_CAFFE2_RULES: dict[str, str | Callable[[re.Match], str]] = {
     r"^(res_)?conv1_": "stem.conv1_",
     r"^res(\d)_(\d+)_branch1_": r"res\1.\2.shortcut_",
     r"^res(\d)_(\d+)_branch2([abc])_": lambda m: f"res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}_",
@@ -30,10 +32,10 @@ _FROM_CAFFE2 = {
     r"_w$": ".weight",
 }
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score"
-# Rows per class of the layers in which Detectron2 has none for the background.
+# Channels per class of the layers that have none for the background in Detectron2.
 _NO_BACKGROUND = {"roi_heads.box_predictor.bbox_pred": 4, "roi_heads.mask_predictor.mask_fcn_logits": 1}
-# Modules that have one name in each project: Detectron2's -> torchvision's.
-_NAMED = {
+# Modules with a fixed name: Detectron2's -> torchvision's.
+_FIXED_NAMES = {
     "backbone.bottom_up.stem.conv1": "backbone.body.conv1",
     "backbone.bottom_up.stem.conv1.norm": "backbone.body.bn1",
     "backbone.top_block.p6": "backbone.fpn.extra_blocks.p6",
@@ -48,43 +50,44 @@ _NAMED = {
     "head.cls_score": "head.classification_head.cls_logits",
     "head.bbox_pred": "head.regression_head.bbox_reg",
 }
-# Those of a block of a ResNet.
-_IN_BLOCK = {"shortcut": "downsample.0", "shortcut.norm": "downsample.1"}
-_IN_BLOCK |= {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"conv{i}.norm": f"bn{i}" for i in (1, 2, 3)}
-# Blocks in ResNet-152's third stage, the most of any; no head has as many layers.
-_MOST = 36
+# Modules of a ResNet block.
+_BLOCK_NAMES = {"shortcut": "downsample.0", "shortcut.norm": "downsample.1"}
+_BLOCK_NAMES |= {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"conv{i}.norm": f"bn{i}" for i in (1, 2, 3)}
+# The third stage of ResNet-152 has the most blocks; no head has as many layers.
+_MAX_BLOCKS = 36
 
 
-def _from_caffe2(name):
-    for pattern, new in _FROM_CAFFE2.items():
+def _convert_caffe2_name(name: str) -> str:
+    for pattern, new in _CAFFE2_RULES.items():
         name = re.sub(pattern, new, name)
     return name
 
 
-def _count(names, pattern):
-    """Return how many different groups the pattern finds at the start of the names of either project."""
+def _count(names: Iterable[str], pattern: str) -> int:
+    """Count the different values of the pattern's first group, matched at the start of the names."""
     return len({match[1] for match in map(re.compile(pattern).match, names) if match})
 
 
-def _modules(names):
-    """Return the modules of a model with these names: Detectron2's name -> torchvision's."""
-    pairs = dict(_NAMED)
-    for stage, block, (there, here) in itertools.product(range(1, 5), range(_MOST), _IN_BLOCK.items()):
-        there = f"backbone.bottom_up.res{stage + 1}.{block}.{there}"
-        pairs[there] = f"backbone.body.layer{stage}.{block}.{here}"
-    lowest = 3 if any(name.startswith("head.") for name in names) else 2
+def _build_module_map(names: Collection[str]) -> dict[str, str]:
+    """Return {Detectron2's module name: torchvision's} for a model with parameters of either's names."""
+    pairs = dict(_FIXED_NAMES)
+    for stage, block in itertools.product(range(1, 5), range(_MAX_BLOCKS)):
+        for source, target in _BLOCK_NAMES.items():
+            source = f"backbone.bottom_up.res{stage + 1}.{block}.{source}"
+            pairs[source] = f"backbone.body.layer{stage}.{block}.{target}"
+    lowest_level = 3 if any(name.startswith("head.") for name in names) else 2
     box_convs = _count(names, r"roi_heads\.box_head\.(conv\d+|\d+\.0)\.weight")
     box_linears = _count(names, r"roi_heads\.box_head\.(fc\d+|\d+)\.weight")
-    # Behind convolutions, or as one or three, linear layers have a place in a sequence with Flatten and ReLU.
+    # torchvision's TwoMLPHead names its layers; any other head is a Sequential with Flatten and ReLU.
     is_two_mlp = (box_convs, box_linears) == (0, 2)
     linear = ("roi_heads.box_head.fc{}", 6, 1) if is_two_mlp else ("roi_heads.box_head.{}", box_convs + 1, 2)
     rpn_convs = _count(names, r"(?:proposal_generator\.rpn_head|rpn\.head)\.conv\.(?:conv)?(\d+)\.")
     rpn_conv = "conv.conv{}" if rpn_convs > 1 else "conv"
     step = 3 if _count(names, r"head\.(cls_subnet\.1|classification_head\.conv\.0\.1)\.weight") else 2
-    # Each name with the first of its numbers and the step to the next.
-    for there, first_there, step_there, here, first_here, step_here in (
-        ("backbone.fpn_lateral{}", lowest, 1, "backbone.fpn.inner_blocks.{}.0", 0, 1),
-        ("backbone.fpn_output{}", lowest, 1, "backbone.fpn.layer_blocks.{}.0", 0, 1),
+    # Each name is followed by its first index and the step to the next.
+    for source, source_start, source_step, target, target_start, target_step in (
+        ("backbone.fpn_lateral{}", lowest_level, 1, "backbone.fpn.inner_blocks.{}.0", 0, 1),
+        ("backbone.fpn_output{}", lowest_level, 1, "backbone.fpn.layer_blocks.{}.0", 0, 1),
         (f"proposal_generator.rpn_head.{rpn_conv}", 0, 1, "rpn.head.conv.{}.0", 0, 1),
         ("roi_heads.box_head.conv{}", 1, 1, "roi_heads.box_head.{}.0", 0, 1),
         ("roi_heads.box_head.fc{}", 1, 1, *linear),
@@ -95,16 +98,17 @@ def _modules(names):
         ("head.bbox_subnet.{}", 0, step, "head.regression_head.conv.{}.0", 0, 1),
         ("head.bbox_subnet.{}", 1, step, "head.regression_head.conv.{}.1", 0, 1),
     ):
-        for i in range(_MOST):
-            theirs, ours = there.format(first_there + step_there * i), here.format(first_here + step_here * i)
-            pairs.setdefault(theirs, ours)
-            if here.endswith(".{}.0"):
-                pairs.setdefault(f"{theirs}.norm", ours.removesuffix("0") + "1")
+        for i in range(_MAX_BLOCKS):
+            source_name = source.format(source_start + source_step * i)
+            target_name = target.format(target_start + target_step * i)
+            pairs.setdefault(source_name, target_name)
+            if target.endswith(".{}.0"):
+                pairs.setdefault(f"{source_name}.norm", target_name.removesuffix("0") + "1")
     return pairs
 
 
-def count_anchors(tensors):
-    """Return {layer: anchors per location} of the layers that predict for anchors, torchvision's names."""
+def count_anchors(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Return {layer: anchors per location} of the anchor heads, under torchvision's names."""
     counts = {}
     for scores, boxes in (
         ("rpn.head.cls_logits", "rpn.head.bbox_pred"),
@@ -115,68 +119,66 @@ def count_anchors(tensors):
     return counts
 
 
-def _swap_anchors(tensors, num_ratios, to_torchvision):
-    """Detectron2 goes through the ratios of each size, torchvision through the sizes of each ratio."""
-    for layer, number in count_anchors(tensors).items():
-        sizes = number // num_ratios
-        if sizes * num_ratios != number:
+def _swap_anchors(tensors: dict[str, Tensor], num_ratios: int, to_torchvision: bool) -> None:
+    """Reorder anchors in place: Detectron2 has the sizes in the outer loop, torchvision the ratios."""
+    for layer, num_anchors in count_anchors(tensors).items():
+        num_sizes = num_anchors // num_ratios
+        if num_sizes * num_ratios != num_anchors:
             continue
-        outer = (sizes, num_ratios) if to_torchvision else (num_ratios, sizes)
+        outer = (num_sizes, num_ratios) if to_torchvision else (num_ratios, num_sizes)
         for name in {f"{layer}.weight", f"{layer}.bias"} & tensors.keys():
-            rows = tensors[name].unflatten(0, (*outer, -1))
-            tensors[name] = rows.transpose(0, 1).flatten(0, 2).contiguous()
+            anchors = tensors[name].unflatten(0, (*outer, -1))
+            tensors[name] = anchors.transpose(0, 1).flatten(0, 2).contiguous()
 
 
-def _move_background(tensors, to_torchvision):
-    """Detectron2's background is the last class and has no box and mask; torchvision's is the first."""
+def _move_background(tensors: dict[str, Tensor], to_torchvision: bool) -> None:
+    """Move the background class in place: last and without boxes and masks in Detectron2, else first."""
     if f"{_CLASS_SCORES}.bias" not in tensors:
         return
-    classes = len(tensors[f"{_CLASS_SCORES}.bias"]) - 1
+    num_classes = len(tensors[f"{_CLASS_SCORES}.bias"]) - 1
     for name, value in list(tensors.items()):
         layer = name.rpartition(".")[0]
         if layer == _CLASS_SCORES:
             tensors[name] = value.roll(1 if to_torchvision else -1, 0)
-        rows = _NO_BACKGROUND.get(layer)
-        if rows and to_torchvision and len(value) == classes * rows:
-            tensors[name] = torch.cat([torch.zeros_like(value[:rows]), value])
-        elif rows and not to_torchvision:
-            tensors[name] = value[rows:].clone()
+        per_class = _NO_BACKGROUND.get(layer)
+        if per_class and to_torchvision and len(value) == num_classes * per_class:
+            tensors[name] = torch.cat([torch.zeros_like(value[:per_class]), value])
+        elif per_class and not to_torchvision:
+            tensors[name] = value[per_class:].clone()
 
 
-def is_detectron2(tensors):
+def _rename(tensors: dict[str, Tensor], modules: dict[str, str]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        renamed[f"{modules[module]}.{leaf}" if module in modules else name] = value
+    return renamed
+
+
+def is_detectron2(tensors: Iterable[str]) -> bool:
     """Return whether the names are those of a Detectron2 model with a ResNet, or of Caffe2's ResNets."""
     return any(_DETECTRON2.match(name) or _CAFFE2.match(name) for name in tensors)
 
 
-def convert_from_detectron2(tensors, num_ratios=3):
-    """Return weights under torchvision's names and in its order of rows, from Detectron2's.
+def convert_from_detectron2(tensors: dict[str, Tensor], num_ratios: int = 3) -> dict[str, Tensor]:
+    """Convert Detectron2's weights to torchvision's names and orders of anchors and classes.
 
-    Args:
-        tensors: {name: tensor}.
-        num_ratios: aspect ratios per size of anchor; layers of a number of anchors that it does not
-            divide keep their order.
-
-    Returns:
-        {name: tensor}; names without a counterpart stay as they are. The background, of which
-        Detectron2 has no box and mask, gets zeros there.
+    Names without a counterpart are kept. Boxes and masks of the background become 0. Anchors keep their
+    order if their number is not a multiple of `num_ratios`, the aspect ratios per size.
     """
-    tensors = {_from_caffe2(name) if _CAFFE2.match(name) else name: v for name, v in tensors.items()}
+    tensors = {_convert_caffe2_name(name) if _CAFFE2.match(name) else name: v for name, v in tensors.items()}
     resnet = re.compile(r"^(backbone\.)?(stem\.|res\d\.)")
     tensors = {resnet.sub(r"backbone.bottom_up.\2", name): value for name, value in tensors.items()}
-    modules = _modules(tensors)
-    translated = {}
-    for name, value in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if not _IGNORED.match(name):
-            translated[f"{modules[module]}.{leaf}" if module in modules else name] = value
-    _move_background(translated, to_torchvision=True)
-    _swap_anchors(translated, num_ratios, to_torchvision=True)
-    return translated
+    modules = _build_module_map(tensors)
+    converted = _rename({n: value for n, value in tensors.items() if not _IGNORED.match(n)}, modules)
+    _move_background(converted, to_torchvision=True)
+    _swap_anchors(converted, num_ratios, to_torchvision=True)
+    return converted
 
 
-def convert_to_detectron2(tensors, num_ratios=3):
-    """Invert `from_detectron2`."""
-    modules = {here: there for there, here in _modules(tensors).items()}
+def convert_to_detectron2(tensors: dict[str, Tensor], num_ratios: int = 3) -> dict[str, Tensor]:
+    """Invert `convert_from_detectron2`."""
+    modules = {target: source for source, target in _build_module_map(tensors).items()}
     unknown = [name for name in tensors if name.rpartition(".")[0] not in modules]
     if unknown:
         raise UserError(
@@ -186,8 +188,4 @@ def convert_to_detectron2(tensors, num_ratios=3):
     tensors = dict(tensors)
     _swap_anchors(tensors, num_ratios, to_torchvision=False)
     _move_background(tensors, to_torchvision=False)
-    translated = {}
-    for name, value in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        translated[f"{modules[module]}.{leaf}"] = value
-    return translated
+    return _rename(tensors, modules)

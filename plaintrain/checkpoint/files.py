@@ -1,4 +1,4 @@
-"""Checkpoint files: reading, writing, names, and rank 0's files on other machines."""
+"""Checkpoint files: names, atomic writes, reading, and broadcasting to other machines."""
 
 import io
 import logging
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
@@ -20,24 +21,18 @@ _NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that cannot be read at all; an earlier one may be whole."""
+    """A checkpoint that cannot be read; an earlier one may be intact."""
 
 
-def get_checkpoint_name(iteration):
+def get_checkpoint_name(iteration: int) -> str:
     """Return the name, without `.pth`, of the checkpoint after an iteration."""
     return f"model_{iteration:07d}"
 
 
-def read_checkpoint(path, source=None, **kwargs):
-    """Return the dict that a checkpoint holds, on the CPU; loading it runs no code.
+def read_checkpoint(path: str, source: BinaryIO | None = None, **kwargs: Any) -> dict[str, Any]:
+    """Return the content of a checkpoint, or of a file object, on the CPU; loading runs no code.
 
-    Args:
-        path: the file.
-        source: a file object with its content, in place of it.
-        kwargs: of `torch.load`, such as mmap=True to leave the tensors on the disk.
-
-    Raises:
-        DamagedCheckpointError: a file that is missing, cut off, or no checkpoint of this project.
+    `kwargs` are those of `torch.load`, such as mmap=True to leave the tensors on disk.
     """
     try:
         if source is None:
@@ -46,26 +41,18 @@ def read_checkpoint(path, source=None, **kwargs):
         data = torch.load(source or path, map_location="cpu", weights_only=True, **kwargs)
         if "model" not in data:
             raise KeyError("it has no model")
-    except Exception as e:  # A damaged file can raise anything while it is unpickled.
+    except Exception as e:  # Unpickling a damaged file can raise anything.
         raise DamagedCheckpointError(f"cannot read the checkpoint {path}: {get_first_line(e)}") from e
     return data
 
 
-def write_checkpoint(path, data, last):
-    """Write a checkpoint, whole or not at all, and its folder.
-
-    Args:
-        path, data: the file, and what `torch.save` takes.
-        last: make it the one that a resumed run starts from, once it is whole.
-
-    Raises:
-        UserError: the folder cannot be written, or the disk is full.
-    """
+def write_checkpoint(path: str, data: dict[str, Any], last: bool) -> None:
+    """Write a checkpoint atomically and create its folder; `last` makes it the one to resume from."""
     try:
         with atomic_write(path, "wb") as f:
             torch.save(data, f)
     except (OSError, RuntimeError) as e:
-        # torch's zip writer turns a failed write into a RuntimeError, with the system's reason before it.
+        # PyTorch's zip writer raises a RuntimeError whose context is the OSError of a failed write.
         cause = e.__context__ if isinstance(e.__context__, OSError) else e
         raise UserError(f"cannot write {path}: is the disk full? ({get_first_line(cause)})") from e
     logger.info(f"saved {path}")
@@ -73,40 +60,39 @@ def write_checkpoint(path, data, last):
         write_last_checkpoint(os.path.dirname(path), os.path.basename(path))
 
 
-def write_last_checkpoint(folder, basename):
-    """Make a file of a folder the one that a resumed run starts from."""
+def write_last_checkpoint(folder: str, basename: str) -> None:
+    """Make a file of a folder the checkpoint to resume from."""
     with atomic_write(os.path.join(folder, _LAST)) as f:
         f.write(basename)
 
 
-def link_checkpoint(folder, source, target):
-    """Give `source` the second name `target`, as a hard link where there are any, and make it the last."""
-    source = Path(folder, source)
+def link_checkpoint(folder: str, source: str, target: str) -> None:
+    """Link (or copy) `source` to `target`, and make it the checkpoint to resume from."""
     path = Path(folder, target)
     temporary = Path(f"{path}.tmp-{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
-        temporary.hardlink_to(source)
+        temporary.hardlink_to(Path(folder, source))
     except OSError:
-        with open(source, "rb") as f, atomic_write(path, "wb") as copy:
+        with open(Path(folder, source), "rb") as f, atomic_write(path, "wb") as copy:
             shutil.copyfileobj(f, copy)
     else:
         with writing(path):
             temporary.replace(path)
-        # Renaming onto another name of the same file does nothing, and leaves both.
+        # Renaming a file onto another of its names does nothing and keeps both.
         temporary.unlink(missing_ok=True)
     write_last_checkpoint(folder, target)
 
 
-def list_checkpoints(folder):
-    """Return the paths of all numbered checkpoints and `model_final.pth`, by the iteration they hold."""
+def list_checkpoints(folder: str) -> list[str]:
+    """Return the paths of the numbered checkpoints and `model_final.pth`, by iteration."""
     names = [path.name for path in Path(folder).glob("model_*.pth")]
     names = [name for name in names if _NUMBERED.fullmatch(name) or name == "model_final.pth"]
-    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: _age(folder, name))]
+    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: _get_age(folder, name))]
 
 
-def _age(folder, name):
-    """(iteration, name); model_final.pth may be of a shorter run that was extended later."""
+def _get_age(folder: str, name: str) -> tuple[int, str]:
+    """Return (iteration, name); model_final.pth may come from a shorter run that was extended later."""
     match = _NUMBERED.fullmatch(name)
     if match:
         return int(match[1]), name
@@ -116,15 +102,10 @@ def _age(folder, name):
         return -1, name
 
 
-def read_last_checkpoint(folder, *others, **kwargs):
-    """Return (path, data) of the checkpoint to resume from, ("", None) without one.
+def read_last_checkpoint(folder: str, *others: str, **kwargs: Any) -> tuple[str, dict[str, Any] | None]:
+    """Return (path, content) of the checkpoint to resume from, ("", None) if there is none.
 
-    Args:
-        folder, kwargs: OUTPUT_DIR, and those of `torch.load`.
-        others: paths to try after all of the folder's.
-
-    Raises:
-        DamagedCheckpointError: none of those that are there can be read.
+    It tries `others` after those of the folder, and raises if no existing file can be read.
     """
     candidates = [*list_resume_candidates(folder), *others]
     for i, candidate in enumerate(candidates):
@@ -137,8 +118,8 @@ def read_last_checkpoint(folder, *others, **kwargs):
     return "", None
 
 
-def list_resume_candidates(folder):
-    """Return the paths of what to resume from: the file that was tagged, then the others, newest first."""
+def list_resume_candidates(folder: str) -> list[str]:
+    """Return the checkpoints to try when resuming: the tagged file, then the others, newest first."""
     files = list_checkpoints(folder)[::-1]
     tag = Path(folder, _LAST)
     try:
@@ -152,28 +133,25 @@ def list_resume_candidates(folder):
     return files
 
 
-def prune_checkpoints(folder, saved, max_to_keep):
-    """Delete the oldest numbered checkpoints of a folder, so that `max_to_keep` with `saved` are left."""
+def prune_checkpoints(folder: str, saved: str, max_to_keep: int) -> None:
+    """Delete the oldest numbered checkpoints until `max_to_keep` remain, `saved` included."""
     names = [os.path.basename(path) for path in list_checkpoints(folder)]
     others = [name for name in names if _NUMBERED.fullmatch(name) and name != saved]
     for name in others[: max(0, len(others) - max_to_keep + 1)]:
         delete_checkpoint(folder, name)
 
 
-def delete_checkpoint(folder, name):
-    """Delete a checkpoint; one that is gone already is no error."""
+def delete_checkpoint(folder: str, name: str) -> None:
+    """Delete a checkpoint if it exists."""
     path = Path(folder, name)
     with writing(path):
         path.unlink(missing_ok=True)
 
 
-def broadcast_file(path):
-    """Return (rank 0's path, the content where a rank does not see that very file, else None).
-
-    All ranks call it.
-    """
-    path, stamp = comm.broadcast((path, _stamp(path)))
-    if not comm.any_rank(_stamp(path) != stamp):
+def broadcast_file(path: str) -> tuple[str, io.BytesIO | None]:
+    """Return rank 0's path, and the content if any rank does not see the same file; all ranks call it."""
+    path, stamp = comm.broadcast((path, _get_stamp(path)))
+    if not comm.any_rank(_get_stamp(path) != stamp):
         return path, None
     content = None
     if comm.is_main_process():
@@ -182,8 +160,8 @@ def broadcast_file(path):
     return path, io.BytesIO(comm.broadcast(content))
 
 
-def _stamp(path):
-    """What two files hardly share that are not the same: size and time, to the nanosecond."""
+def _get_stamp(path: str) -> tuple[int, int] | None:
+    """Return the size and the modification time in ns, by which files are compared across machines."""
     try:
         status = os.stat(path)
     except OSError:

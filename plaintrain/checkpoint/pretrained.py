@@ -1,16 +1,17 @@
-"""Pretrained weights: from a name to a state dict to a model, running no code on the way."""
+"""Locate, download and read pretrained weights, and load them into a model. Loading runs no code."""
 
 import hashlib
 import logging
 import os
 import pickle
 import re
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 import torchvision
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -23,37 +24,35 @@ from plaintrain.utils.files import check_file, check_stored
 logger = logging.getLogger(__name__)
 
 _DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
-# torchvision runs the models of these files without the epsilon of their frozen norms.
+# torchvision sets the eps of FrozenBatchNorm2d to 0 for these files.
 _WITHOUT_EPS = re.compile(r"((faster|mask|keypoint)rcnn|retinanet)_resnet50_fpn_coco-\w+\.pth")
 
 
-def _torchvision_url(name):
-    """Return the address of `torchvision://model/WEIGHTS`."""
+def _get_torchvision_url(name: str) -> str:
+    """Return the URL of `torchvision://model/WEIGHTS`."""
     model, _, entry = name.removeprefix("torchvision://").partition("/")
     try:
         weights = torchvision.models.get_model_weights(model)
     except ValueError as e:
-        near = suggest_similar(model, torchvision.models.list_models())
-        raise UserError(
-            f"MODEL.WEIGHTS {name}: torchvision has no model {model!r}; did you mean {near}?"
-        ) from e
+        hint = f"did you mean {suggest_similar(model, torchvision.models.list_models())}?"
+        raise UserError(f"MODEL.WEIGHTS {name}: torchvision has no model {model!r}; {hint}") from e
     if entry not in weights.__members__:
         known = ", ".join(weights.__members__)
-        raise UserError(f"MODEL.WEIGHTS {name}: {model} has the weights {known}, got {entry!r}")
+        raise UserError(f"MODEL.WEIGHTS {name}: weights of {model} must be one of {known}, got {entry!r}")
     return weights[entry].url
 
 
-def locate_weights(name):
-    """Return the local path or the address of MODEL.WEIGHTS; download nothing.
+def locate_weights(name: str) -> str:
+    """Return the local path or the URL of MODEL.WEIGHTS, without downloading.
 
-    It is a path, http(s)://..., torchvision://model/WEIGHTS, or detectron2://path, which is searched for in
-    the folder `$PLAINTRAIN_WEIGHTS` first.
+    `name` is a path, http(s)://..., torchvision://model/WEIGHTS, or detectron2://path; for the last, the
+    folder `$PLAINTRAIN_WEIGHTS` is searched first.
     """
     scheme = urlsplit(name).scheme
     if scheme in ("http", "https"):
         return name
     if scheme == "torchvision":
-        return _torchvision_url(name)
+        return _get_torchvision_url(name)
     if scheme == "detectron2":
         path = name.removeprefix("detectron2://")
         local = os.path.join(os.environ.get("PLAINTRAIN_WEIGHTS", ""), path)
@@ -64,19 +63,17 @@ def locate_weights(name):
     return path
 
 
-def download_weights(name):
-    """Return the local path of MODEL.WEIGHTS, downloaded to torch.hub's cache if it is not there."""
+def download_weights(name: str) -> str:
+    """Return the local path of MODEL.WEIGHTS; download URLs to torch.hub's cache."""
     url = locate_weights(name)
     if not url.startswith(("http://", "https://")):
         return url
-    parts = urlsplit(url)
-    name, digest = os.path.basename(parts.path), None
-    if parts.hostname == "download.pytorch.org":
-        # The names end in the start of the file's SHA-256.
-        digest = re.search(r"-([a-f0-9]{8,})\.", name)
-    else:
-        # torchvision's names are unique; elsewhere only the whole address tells files apart.
+    name = os.path.basename(urlsplit(url).path)
+    # Names at PyTorch end with the first digits of the SHA-256; names on other hosts are not unique.
+    digest = re.search(r"-([a-f0-9]{8,})\.", name)
+    if urlsplit(url).hostname != "download.pytorch.org":
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+        digest = None
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
     if not os.path.isfile(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -88,7 +85,7 @@ def download_weights(name):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, numbers, strings and NumPy arrays; rejects everything else."""
+    """Unpickler of dicts, lists, numbers, strings and NumPy arrays that rejects all other types."""
 
     _ALLOWED = {
         ("collections", "OrderedDict"),
@@ -100,16 +97,16 @@ class _ArrayUnpickler(pickle.Unpickler):
         ("_codecs", "encode"),
     }
 
-    def find_class(self, module, name):
-        # The modules' names before NumPy 2.
+    def find_class(self, module: str, name: str) -> Any:
+        # NumPy 2 renamed these modules.
         module = module.replace("numpy.core.", "numpy._core.")
         if (module, name) in self._ALLOWED:
             return super().find_class(module, name)
-        raise UserError(f"it asks for {module}.{name}, which could run code, and is refused")
+        raise UserError(f"it imports {module}.{name}, which could run code")
 
 
-def _read_content(file, name):
-    """Return what a file holds, given as a path or a file object; `name` is that in an error."""
+def _read_content(file: str | BinaryIO, name: str) -> Any:
+    """Return the content of a path or file object; `name` is used in errors."""
     try:
         if isinstance(file, str):
             check_file(file)
@@ -118,88 +115,83 @@ def _read_content(file, name):
             with open(file, "rb") if isinstance(file, str) else file as f:
                 return _ArrayUnpickler(f, encoding="latin1").load()
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # A damaged file can raise anything while it is unpickled.
+    except Exception as e:  # Unpickling a damaged file can raise anything.
         raise UserError(f"cannot read the weights {name}: {get_first_line(e)}") from e
 
 
-def read_state_dict(path):
-    """Return the {name: tensor} of a weights file.
-
-    `.pkl` files are pickles of NumPy arrays, as Detectron2's; anything else is what `torch.save`
-    wrote: a state dict, or a dict that holds one under model or state_dict.
-    """
-    return _tensors(_read_content(path, path), path)
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """Return the tensors of a file of `torch.save`, or of NumPy arrays in a `.pkl` file, as in Detectron2."""
+    return _extract_tensors(_read_content(path, path), path)
 
 
-def _tensors(content, name):
+def _extract_tensors(content: Any, name: str) -> dict[str, Tensor]:
     for key in ("model", "state_dict", "blobs"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise UserError(f"{name} holds a {type(content).__name__}, not a dict of weights")
+        raise UserError(f"{name} must hold a dict of weights, got {type(content).__name__}")
     tensors = {}
     for key, value in content.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
             value = torch.from_numpy(value)
         if isinstance(key, str) and isinstance(value, torch.Tensor):
-            # Without the prefixes of wrapped and compiled modules.
+            # Remove the prefixes of DDP and torch.compile.
             tensors[re.sub(r"^((module|model|_orig_mod)\.)+", "", key)] = value
     return tensors
 
 
-def get_averaged_state(ema):
+def get_averaged_state(ema: dict[str, Any]) -> dict[str, Tensor]:
     """Return the state dict of the averaged model in the `ema` of a checkpoint."""
-    prefix = "module."
-    return {name.removeprefix(prefix): v for name, v in ema.items() if str(name).startswith(prefix)}
+    return {name[len("module.") :]: v for name, v in ema.items() if str(name).startswith("module.")}
 
 
 class Weights(NamedTuple):
-    """What a file of weights holds."""
+    """Content of a weights file, and its tensors under the file's names and the model's (`matched`)."""
 
     content: dict[str, Any]
-    # Under the file's names and under the model's.
-    tensors: dict[str, torch.Tensor]
-    matched: dict[str, torch.Tensor]
-    # Detectron2 wrote them: the order of classes is its.
-    of_detectron2: bool
+    tensors: dict[str, Tensor]
+    matched: dict[str, Tensor]
+    from_detectron2: bool
 
 
-def read_for_model(model, name, file, averaged=False):
-    """Read MODEL.WEIGHTS under the names of a model, which may be on "meta"; see `load_weights`."""
+def read_for_model(model: nn.Module, name: str, file: str | BinaryIO, averaged: bool = False) -> Weights:
+    """Read MODEL.WEIGHTS and rename the tensors as in a model, which may be on the device "meta"."""
     generators = [module for module in model.modules() if isinstance(module, AnchorGenerator)]
     num_ratios = len(generators[0].aspect_ratios[0]) if generators else 3
     content = _read_content(file, file if isinstance(file, str) else name)
     ema = content.get("ema") if averaged and isinstance(content, dict) else None
     if isinstance(ema, dict) and ema:
         content["model"] = get_averaged_state(ema)
-        logger.info(f"the averaged weights of {name} are taken")
-    tensors = _tensors(content, name)
-    of_detectron2 = is_detectron2(tensors)
-    translated = convert_from_detectron2(tensors, num_ratios) if of_detectron2 else tensors
-    return Weights(content, tensors, match_names(translated, model.state_dict()), of_detectron2)
+        logger.info(f"using the averaged weights of {name}")
+    tensors = _extract_tensors(content, name)
+    from_detectron2 = is_detectron2(tensors)
+    converted = convert_from_detectron2(tensors, num_ratios) if from_detectron2 else tensors
+    return Weights(content, tensors, match_names(converted, model.state_dict()), from_detectron2)
 
 
-def load_weights(model, name, class_names=None, *, averaged=False, file=None):
-    """Load MODEL.WEIGHTS into a model as far as names and shapes agree, and log what did not.
+def load_weights(
+    model: nn.Module,
+    name: str,
+    class_names: list[str] | None = None,
+    *,
+    averaged: bool = False,
+    file: str | BinaryIO | None = None,
+) -> None:
+    """Load the tensors of MODEL.WEIGHTS whose names and shapes match the model's, and log the others.
 
     Args:
-        model: the module; its own parameter names are torchvision's.
-        name, file: MODEL.WEIGHTS, and the path or file object that it stands for, where that is known.
-        class_names: the dataset's, in the order of their labels. Heads for COCO's classes that
-            torchvision or Detectron2 published are reduced to these if they have all of them.
-        averaged: take the averaged weights (MODEL.EMA) of a checkpoint that has both.
-
-    Raises:
-        UserError: unreadable weights, not a single tensor that fits, or a file that was trained for the same
-            classes in another order.
+        name: MODEL.WEIGHTS; `file` is its path or content, if known.
+        class_names: in the order of the labels. Published heads for COCO are reduced to these classes.
+        averaged: load the averaged weights (MODEL.EMA) of a checkpoint that has both.
     """
-    state, file = model.state_dict(), file or download_weights(name)
-    content, _, weights, of_detectron2 = read_for_model(model, name, file, averaged)
+    state = model.state_dict()
+    file = file or download_weights(name)
+    content, _, weights, from_detectron2 = read_for_model(model, name, file, averaged)
     difference = check_trained_classes(name, content.get("class_names"), class_names, strict=False)
     if difference:
-        logger.warning(f"{difference}: each class is initialized from the one of the same index")
+        logger.warning(f"{difference}; each class starts from the weights of the class with its index")
     if class_names:
-        weights = select_class_rows(weights, class_names, of_detectron2)
+        weights = select_class_rows(weights, class_names, from_detectron2)
     fitting = {k: v for k, v in weights.items() if k in state and v.shape == state[k].shape}
     if not any(k in fitting for k, _ in model.named_parameters()):
         raise UserError(
@@ -207,28 +199,24 @@ def load_weights(model, name, class_names=None, *, averaged=False, file=None):
             f"architecture? It starts with {', '.join(list(weights)[:3])}"
         )
     model.load_state_dict(fitting, strict=False)
-    _log_report(name, state, weights, fitting)
+    _log_differences(name, state, weights, fitting)
     eps = max((m.eps for m in model.modules() if isinstance(m, FrozenBatchNorm2d)), default=0)
     if eps and isinstance(file, str) and _WITHOUT_EPS.fullmatch(os.path.basename(file)):
-        logger.warning(
-            f"{name} was made for MODEL.RESNETS.NORM_EPS 0, as torchvision sets it, but it is {eps}"
-        )
+        logger.warning(f"MODEL.RESNETS.NORM_EPS must be 0 for {name}, as in torchvision, got {eps}")
 
 
-def _log_report(name, state, weights, fitting):
+def _log_differences(name, state, weights, fitting):
     """Log which tensors of the file and of the model have no counterpart, or one of another shape."""
     skipped = [k for k in weights if k in state and k not in fitting]
-    counters = ("num_batches_tracked",)
-    missing = [k for k in state if k not in weights and not k.endswith(counters)]
-    unused = [k for k in weights if k not in state and not k.endswith(counters)]
+    missing = [k for k in state if k not in weights and not k.endswith("num_batches_tracked")]
+    unused = [k for k in weights if k not in state and not k.endswith("num_batches_tracked")]
     lines = [f"loaded {len(fitting)} of the model's {len(state)} tensors from {name}"]
-    lines += [
-        f"  other shape   {k}: {list(weights[k].shape)} there, {list(state[k].shape)} here" for k in skipped
-    ]
-    lines += [f"  missing there {k}" for k in _shorten(missing)]
-    lines += [f"  not used      {k}" for k in _shorten(unused)]
+    for k in skipped:
+        lines.append(f"  other shape {k}: {list(weights[k].shape)}, the model has {list(state[k].shape)}")
+    lines += [f"  missing     {k}" for k in _shorten(missing)]
+    lines += [f"  unused      {k}" for k in _shorten(unused)]
     logger.log(logging.WARNING if skipped or missing else logging.INFO, "\n".join(lines))
 
 
-def _shorten(names, limit=20):
+def _shorten(names: list[str], limit: int = 20) -> list[str]:
     return names if len(names) <= limit else [*names[:limit], f"... and {len(names) - limit} more"]

@@ -1,6 +1,9 @@
-"""Compare the config of a run that is resumed with that of its checkpoint."""
+"""Compare the config of a resumed run with that of its checkpoint."""
 
 import logging
+from typing import Any
+
+from torch import Tensor, nn
 
 from plaintrain.checkpoint.files import DamagedCheckpointError, read_last_checkpoint
 from plaintrain.config.yaml import diff_configs, flatten, parse_yaml
@@ -9,65 +12,64 @@ from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Keys that are not of the run itself: a moved folder, another machine.
-_WORKERS = ("DATALOADER.NUM_WORKERS", "DATALOADER.WORKER_TYPE", "DATALOADER.CACHE_BYTES")
-_OF_THE_MACHINE = ("OUTPUT_DIR", "VERSION", "MODEL.DEVICE", *_WORKERS)
-# Whatever else fits, its state means something else.
+# Keys that may change with the folder or the machine.
+_DATALOADER = ("DATALOADER.NUM_WORKERS", "DATALOADER.WORKER_TYPE", "DATALOADER.CACHE_BYTES")
+_ENVIRONMENT = ("OUTPUT_DIR", "VERSION", "MODEL.DEVICE", *_DATALOADER)
+# Under other values, saved states would be misinterpreted even if their shapes match.
 _FIXED = ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "SOLVER.OPTIMIZER")
-# The counts of a run in epochs would mean other iterations than those that are done.
-_COUNTED = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_IMS_PER_BATCH")
+# With SOLVER.MAX_EPOCHS, these change which epoch an iteration belongs to.
+_EPOCH_LENGTH = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_IMS_PER_BATCH")
 
 
-def check_changes(folder, config, class_names, model):
-    """Compare a run with the checkpoint that it is resumed from; log what differs, and what that does.
+def check_changes(folder: str, config: str, class_names: list[str], model: nn.Module) -> None:
+    """Compare a run with the checkpoint to resume from; log each change and its effect.
 
-    Args:
-        folder, class_names: OUTPUT_DIR, and the classes of DATASETS.TRAIN.
-        config, model: those of now: YAML, and a module that may be on the device "meta".
+    `config` is YAML; the model may be on the device "meta".
     """
     try:
         path, saved = read_last_checkpoint(folder, mmap=True)
     except DamagedCheckpointError:
-        # Resuming says so.
+        # Resuming raises it.
         return
-    if not path:
+    if saved is None:
         return
     check_trained_classes(path, saved.get("class_names"), class_names, strict=True)
     if not isinstance(saved.get("config"), str):
         return
     changes = diff_configs(saved["config"], config)
-    is_same_model = _shapes(model.state_dict()) == _shapes(saved["model"])
+    is_same_model = _get_shapes(model.state_dict()) == _get_shapes(saved["model"])
     in_epochs = flatten(parse_yaml(config, "the config")).get("SOLVER.MAX_EPOCHS", 0) > 0
-    lines, rejected = [], []
+    lines = []
+    rejected = []
     for key, before, now in changes:
-        effect = _effect(key, is_same_model, in_epochs)
-        lines.append(f"  {key}: {_short(before)} -> {_short(now)} ({effect})")
+        effect = _describe_effect(key, is_same_model, in_epochs)
+        lines.append(f"  {key}: {_shorten(before)} -> {_shorten(now)} ({effect})")
         if effect == "rejected":
-            rejected.append(f"{key} was {_short(before)} in the run that is resumed and is {_short(now)} now")
+            rejected.append(f"{key} must be {_shorten(before)} as in the resumed run, got {_shorten(now)}")
     if lines:
         logger.warning("\n".join([f"the config differs from that of {path}:", *lines]))
     if rejected:
         raise UserError(
-            f"{rejected[0]}: it cannot change within a run; set it back, or start a new run from the weights "
+            f"{rejected[0]}; it cannot change within a run: set it back, or start a new run from the weights "
             "(MODEL.WEIGHTS, without --resume)"
         )
 
 
-def _shapes(state):
+def _get_shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _effect(key, is_same_model, in_epochs):
-    if key in _OF_THE_MACHINE:
-        return "here"
+def _describe_effect(key: str, is_same_model: bool, in_epochs: bool) -> str:
+    if key in _ENVIRONMENT:
+        return "environment"
     if key == "MODEL.WEIGHTS":
-        return "none: the checkpoint's weights are taken"
+        return "none: the checkpoint's weights are used"
     is_other_model = key.startswith("MODEL.") and not is_same_model
-    if key in _FIXED or is_other_model or (key in _COUNTED and in_epochs):
+    if key in _FIXED or is_other_model or (key in _EPOCH_LENGTH and in_epochs):
         return "rejected"
-    return "from here on"
+    return "from now on"
 
 
-def _short(value):
+def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."

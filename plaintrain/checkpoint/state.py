@@ -1,45 +1,47 @@
-"""States of optimizers, running statistics and random generators, as plain data and back."""
+"""States of optimizers, norm layers and random generators, as plain data and back."""
 
 import logging
 import numbers
 import random
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_GROUPED_BY = (
+_GROUPING_KEYS = (
     "its parameters are chosen and grouped by MODEL.BACKBONE.FREEZE_AT, SOLVER.BACKBONE_MULTIPLIER, "
     "BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and WEIGHT_DECAY_NORM"
 )
 _NORM_BUFFERS = (".running_mean", ".running_var")
 
 
-def load_state(item, state, name):
-    """Call `item.load_state_dict(state)`; `name` is what to call the state in an error."""
+def load_state(item: Any, state: dict[str, Any], name: str) -> None:
+    """Call `item.load_state_dict(state)`; errors call the state `name`."""
     if isinstance(item, torch.amp.GradScaler) and not state:
-        # The run had no float16 so far; the scaler begins here, and would reject an empty state.
+        # The run has not used float16 so far, and the scaler would reject an empty state.
         return
-    is_optimizer = isinstance(item, torch.optim.Optimizer)
     try:
-        if is_optimizer:
+        if isinstance(item, torch.optim.Optimizer):
             _load_optimizer(item, state)
         else:
             item.load_state_dict(state)
     except (ValueError, LookupError, TypeError) as e:
-        hint = f"; {_GROUPED_BY}" if is_optimizer else ""
+        hint = f"; {_GROUPING_KEYS}" if isinstance(item, torch.optim.Optimizer) else ""
         raise UserError(f"{name} does not fit this run: {e}{hint}") from e
 
 
-def _load_optimizer(optimizer, state):
-    """Load a state; decay and Nesterov's momentum stay those of the config, a schedule sets the rest."""
-    groups, kept = optimizer.param_groups, ("weight_decay", "nesterov")
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state, but keep weight decay and Nesterov from the config; the scheduler sets the rest."""
+    groups = optimizer.param_groups
+    kept = ("weight_decay", "nesterov")
     options = [{key: group[key] for key in kept if key in group} for group in groups]
-    # torch itself accepts the state of either.
+    # PyTorch would accept the state of another type.
     for key in ("betas", "momentum"):
         if (key in state["param_groups"][0]) != (key in groups[0]):
             raise ValueError("it is of another type, see SOLVER.OPTIMIZER")
@@ -48,8 +50,8 @@ def _load_optimizer(optimizer, state):
         group.update(own)
 
 
-def convert_older_states(data):
-    """Give the states of a checkpoint of plaintrain 0.x the names that they have now, in place."""
+def convert_older_states(data: dict[str, Any]) -> None:
+    """Rename the states of a checkpoint of plaintrain 0.x in place."""
     if "best" in data:
         data["early_stopping"] = data.pop("best")
     if "skipped_steps" in data:
@@ -57,12 +59,12 @@ def convert_older_states(data):
         data["nonfinite"] = {"num_skipped": num_skipped, "num_in_row": num_in_row}
     if "log_window" in data:
         data["storage"] = {"iteration": data.get("iteration", -1), **data.pop("log_window")}
-    # What was to be evaluated: the schedule says it.
+    # What is due now follows from the iteration.
     data.pop("due", None)
 
 
-def convert_to_builtin_types(value, name):
-    """Return a value as types that `torch.load(weights_only=True)` reads: NumPy's numbers as Python's."""
+def convert_to_builtin_types(value: Any, name: str) -> Any:
+    """Convert NumPy numbers to Python numbers, which `torch.load(weights_only=True)` reads."""
     if isinstance(value, bool | str | torch.Tensor | type(None)):
         return value
     if isinstance(value, numbers.Integral):
@@ -76,20 +78,16 @@ def convert_to_builtin_types(value, name):
     raise UserError(f"a checkpoint cannot hold {name}, a {type(value).__name__}")
 
 
-def average_norm_buffers(state):
-    """Replace the running statistics in a model's state dict by their average over ranks.
-
-    All ranks call it. The model keeps its own statistics, which differ between ranks.
-    """
+def average_norm_buffers(state: dict[str, Tensor]) -> None:
+    """Average the running statistics in a state dict, but not in the model, over ranks; all ranks call it."""
     names = [name for name in state if name.endswith(_NORM_BUFFERS)]
     state.update(zip(names, comm.average_tensors(state[name] for name in names), strict=True))
 
 
-def gather_norm_buffers(states):
-    """Average the running statistics in a checkpoint's "model" and "ema"; all ranks call it.
+def gather_norm_buffers(states: dict[str, Any]) -> dict[str, Any]:
+    """Average the running statistics in the "model" and "ema" of a checkpoint; all ranks call it.
 
-    Returns:
-        {"norm_buffers": [each rank's own ones]} on rank 0; {} where there are none, or only one rank.
+    Return {"norm_buffers": those of each rank} on rank 0, or {}.
     """
     if comm.get_world_size() == 1:
         return {}
@@ -101,27 +99,21 @@ def gather_norm_buffers(states):
     return {"norm_buffers": comm.gather(own)} if own["model"] else {}
 
 
-def restore_norm_buffers(states):
-    """Put what `gather_norm_buffers` saved of this rank into the states of the model and its EMA.
-
-    With another number of ranks the averages stay.
-    """
+def restore_norm_buffers(states: dict[str, Any]) -> None:
+    """Replace the averages by this rank's own statistics, unless the number of ranks has changed."""
     saved = states.pop("norm_buffers", [])
     if len(saved) == comm.get_world_size():
         for key, own in saved[comm.get_rank()].items():
             states.get(key, {}).update(own)
 
 
-def gather_rng_states():
-    """Return [the state of Python's, NumPy's and PyTorch's generators of each rank] on rank 0, else [].
-
-    All ranks call it.
-    """
+def gather_rng_states() -> list[dict[str, Any]]:
+    """Return the RNG states of all ranks on rank 0, else []; all ranks call it."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state = {
         "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached],
         "cpu": torch.get_rng_state(),
     }
     if torch.cuda.is_initialized():
@@ -131,12 +123,12 @@ def gather_rng_states():
     return comm.gather(state)
 
 
-def load_rng_states(states):
-    """Set this rank's generators to what `rng_states` returned; with another number of ranks, only warn."""
+def load_rng_states(states: list[dict[str, Any]]) -> None:
+    """Restore this rank's generators; with another number of ranks, only warn."""
     if len(states) != comm.get_world_size():
         logger.warning(
-            f"the checkpoint has the random state of {len(states)} processes, and here there are "
-            f"{comm.get_world_size()}: from here on, what is drawn in the model is drawn anew"
+            f"the checkpoint has RNG states of {len(states)} processes, this run has "
+            f"{comm.get_world_size()}; random numbers in the model differ from those of an uninterrupted run"
         )
         return
     state = states[comm.get_rank()]

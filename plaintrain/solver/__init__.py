@@ -1,4 +1,4 @@
-"""Optimizers, learning rate schedules, gradient clipping, and what is due when."""
+"""Optimizers, gradient clipping, learning rate schedules and periods."""
 
 from plaintrain.solver.lr_scheduler import build_lr_scheduler
 from plaintrain.solver.optimizer import build_gradient_clipper, build_optimizer

@@ -1,24 +1,22 @@
-"""Gradient accumulation: one optimizer step from a batch that is computed in micro-batches."""
+"""Gradient accumulation: one optimizer step for a batch that is processed in micro-batches."""
 
 import contextlib
 import itertools
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plaintrain.utils.errors import UserError
 
 
-def split_batch(samples, steps):
-    """Split a batch into micro-batches whose gradients are summed for one optimizer step.
+def split_batch(samples: list[dict[str, Any]], steps: int) -> list[tuple[list[dict[str, Any]], float, bool]]:
+    """Split a batch into at most `steps` micro-batches, as tuples (micro_batch, weight, is_last).
 
-    Each loss is weighted by its micro-batch's fraction of the images, so for losses that are means over
-    images the gradient is that of the whole batch. Losses that a model normalizes over the batch (RPN and
-    R-CNN over sampled boxes, FCOS and SSD over objects) are normalized in each micro-batch instead.
-
-    Returns:
-        List of at most `steps` tuples (micro_batch, weight, is_last): a list of samples, its fraction of the
-        images, and whether it is the last one.
+    `weight` is the micro-batch's fraction of the images: for losses that are means over images, the summed
+    gradients are those of the whole batch. Losses that a model normalizes over the batch (RPN and R-CNN over
+    sampled boxes, FCOS and SSD over objects) are normalized per micro-batch instead.
     """
     steps = min(steps, len(samples))
     ends = [len(samples) * step // steps for step in range(steps + 1)]
@@ -28,30 +26,29 @@ def split_batch(samples, steps):
     ]
 
 
-def sync_gradients(model, enabled):
-    """Return a context for forward and backward: whether DDP averages the gradients over ranks."""
-    is_ddp = isinstance(model, DistributedDataParallel)
-    return model.no_sync() if is_ddp and not enabled else contextlib.nullcontext()
+def sync_gradients(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
+    """Return a context for forward and backward in which DDP averages gradients only if enabled."""
+    if isinstance(model, DistributedDataParallel) and not enabled:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
-def sum_losses(loss_dict):
-    """Return the sum of the values whose key contains "loss": 0-d tensors, or what can be added to them."""
+def sum_losses(loss_dict: dict[str, Any]) -> Any:
+    """Return the sum of the values whose key contains "loss": 0-d tensors, or other summable values."""
     losses = [value for name, value in loss_dict.items() if "loss" in name]
     if not losses:
-        raise UserError(
-            f"the model returned nothing to minimise: no key of {sorted(loss_dict)} contains 'loss'"
-        )
-    if not all(isinstance(value, torch.Tensor) and value.dim() == 0 for value in losses):
+        raise UserError(f"the model must return a key that contains 'loss', got {sorted(loss_dict)}")
+    if not all(isinstance(value, Tensor) and value.dim() == 0 for value in losses):
         return sum(losses)
-    # Two operations, and in the backward pass only views, however many losses there are.
+    # This needs two kernels, and its backward only views, for any number of losses.
     return torch.stack(losses).sum()
 
 
-def add_losses(total, scalars, weight):
-    """Return `total` plus `weight` times the detached scalars, name by name, as a new dict."""
+def add_losses(total: dict[str, Tensor], scalars: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """Return `total` plus the detached scalars times `weight`, by name, in a new dict."""
     summed = dict(total)
     for name, value in scalars.items():
-        # An undivided batch costs no operation on the device.
+        # A batch without accumulation launches no kernel here.
         weighted = value.detach() if weight == 1 else value.detach() * weight
         summed[name] = summed[name] + weighted if name in summed else weighted
     return summed

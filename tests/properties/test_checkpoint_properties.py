@@ -150,12 +150,12 @@ def written(folder, name):
 
 
 @given(VALUES | tensors(), st.lists(tensors(), max_size=4), VALUES)
-def test_values_are_loaded_as_they_were_saved(value, layouts, about):
+def test_values_are_loaded_as_saved(value, layouts, about):
     """Any nested value, given to `save` or the checkpointer, and a model's tensors; all stay unchanged."""
     before = copy.deepcopy((value, layouts, about))
     target = Holder([torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in layouts])
     with tempfile.TemporaryDirectory() as folder:
-        DetectionCheckpointer(Holder(layouts), folder, about={"about": about}).save("any", value=value)
+        DetectionCheckpointer(Holder(layouts), folder, metadata={"about": about}).save("any", value=value)
         data = DetectionCheckpointer(target, folder).load(written(folder, "any"))
     assert set(data) == {"value", "about"}
     assert same((data["value"], list(target.buffers()), data["about"]), before)
@@ -172,7 +172,7 @@ NUMPY = st.one_of(
 
 
 @given(st.dictionaries(NAMES, NUMPY, max_size=3))
-def test_numbers_of_numpy_become_those_of_python(numbers):
+def test_numpy_numbers_become_python_numbers(numbers):
     with tempfile.TemporaryDirectory() as folder:
         checkpointer = DetectionCheckpointer(nn.Identity(), folder)
         checkpointer.save("any", numbers=numbers)
@@ -181,7 +181,7 @@ def test_numbers_of_numpy_become_those_of_python(numbers):
 
 
 @given(st.lists(tensors(), max_size=3))
-def test_later_changes_do_not_reach_what_is_saved(values):
+def test_later_changes_do_not_affect_a_checkpoint(values):
     """Written in the background, a file holds what was there when `save` was called."""
     expected = []
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +198,7 @@ def test_later_changes_do_not_reach_what_is_saved(values):
 
 @settings(max_examples=40)
 @given(SETTINGS, st.integers(0, 6), st.integers(1, 4))
-def test_a_training_goes_on_as_if_it_had_not_stopped(settings, done, more):
+def test_resumed_training_equals_an_uninterrupted_one(settings, done, more):
     """Optimizer, schedule, scaler and averaged weights: all states, and all that follows from them."""
     first, second = Training(settings, seed=0), Training(settings, seed=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -219,7 +219,7 @@ ORDERS = st.lists(st.integers(0, 10**4) | AT_TEN_MILLION, min_size=1, max_size=4
 
 
 @given(ORDERS, st.floats(0, 0.999))
-def test_the_last_one_that_is_whole_is_resumed(iterations, share):
+def test_last_intact_checkpoint_is_resumed(iterations, share):
     """The last that was written, in whatever order; cut off anywhere, the newest of the others."""
 
     def resumed():
@@ -250,7 +250,7 @@ def runs(draw):
 
 
 @given(runs())
-def test_exactly_the_newest_are_kept(run):
+def test_prune_keeps_exactly_the_newest(run):
     """Those of the period, as many as are to be kept, and the newest one, which becomes the final one."""
     start, length, period, keep, extra = run
     of_period = []
