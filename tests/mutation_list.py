@@ -275,7 +275,7 @@ MUTATIONS = {
     ],
     "plaintrain/engine/nonfinite.py": [
         ("        comm.copy_tensors(self._before, self._buffers)\n", ""),
-        ("if comm.any_rank(bad):", "if bad:"),
+        ("if comm.any_rank(bool(bad)):", "if bad:"),
         (("        self.num_in_row = 0\n        self._remember"), "        self._remember"),
         ("register_load_state_dict_post_hook(self._remember_buffers)", "modules()"),
         ("check_norm=not self._scaler.is_enabled()", "check_norm=True"),

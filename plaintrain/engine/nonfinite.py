@@ -69,7 +69,7 @@ class NonfiniteGuard:
         scalars = losses if self._scaler.is_enabled() else {**losses, "grad_norm": grad_norm}
         finite = torch.stack([value.detach().float() for value in scalars.values()]).isfinite()
         bad = {name for name, good in zip(scalars, finite.tolist(), strict=True) if not good}  # device sync
-        if comm.any_rank(bad):  # all ranks
+        if comm.any_rank(bool(bad)):  # all ranks
             self._skip(bad)
             return False
         self.num_in_row = 0

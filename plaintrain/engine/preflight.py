@@ -110,7 +110,7 @@ def _check_model(cfg: CfgNode, resume: bool, eval_only: bool) -> nn.Module:
     if not eval_only:
         _check_norms(cfg, model, resume)
         steps = build_augmentation(cfg, is_train=True)
-        DatasetMapper(cfg, augmentations=steps, num_keypoints=0, records=[None])
+        DatasetMapper(cfg, augmentations=steps, num_keypoints=0, records=[{}])
     return model
 
 

@@ -71,5 +71,5 @@ def evaluate(
         # A validation loss has triggered early stopping, but the run still needs test results.
         results = do_test(cfg, eval_model)
         metrics |= flatten_results(results)
-    get_event_storage().put_scalars(**metrics, smoothing_hint=False)
+    get_event_storage().put_scalars(smoothing_hint=False, **metrics)  # type: ignore[arg-type]
     return results

@@ -83,7 +83,7 @@ class CommonMetricPrinter(EventWriter):
 
 
 # Name in OUTPUT.WRITERS -> function (output_dir, max_iter) that builds the writer.
-WRITERS: dict[str, Callable[[str, int], EventWriter]] = {
+WRITERS: dict[str, Callable[[str, int | None], EventWriter]] = {
     "console": lambda output_dir, max_iter: CommonMetricPrinter(max_iter),
     "json": lambda output_dir, max_iter: JSONWriter(os.path.join(output_dir, "metrics.json")),
     "csv": lambda output_dir, max_iter: CSVWriter(os.path.join(output_dir, "metrics.csv")),

@@ -137,7 +137,7 @@ FAILURES = {
     "a loader worker out of memory": (worker_out_of_memory, WORKERS, [f"{LOADER} (Caught MemoryError"]),
     "the evaluator raises": (evaluator_raises, [], ["RuntimeError: something in the scoring"]),
     "the disk is full": (disk_full, [], ["No space left on device"]),
-    "the disk is full, saved in the background": (disk_full, ASYNC, ["No space left on device"]),
+    "the disk is full, asynchronous checkpoint": (disk_full, ASYNC, ["No space left on device"]),
     "one rank hangs (2 s allowed)": (main_thread_hangs, HANG, HANGS),
     "one rank is frozen (2 s allowed)": (process_frozen, HANG, ["rank 1 does not respond"]),
 }

@@ -32,12 +32,12 @@ MIXES = {
     "R-CNN": ("plain", 1, GROUPED),
     "R-CNN, bf16, EMA, accumulation, clipping, 1 worker": ("plain", 1, [*STEP, *GROUPED, *WORKER]),
     "Mask R-CNN, repeat factors, copy-paste, 3 workers": ("plain", 1, [*REPEAT, *PASTE]),
-    "R-CNN, saved in the background, 2 checkpoints kept": ("plain", 1, [*STEP, *ASYNC, *KEPT]),
+    "R-CNN, asynchronous checkpoints, 2 kept": ("plain", 1, [*STEP, *ASYNC, *KEPT]),
     "epochs, bf16, EMA, accumulation": ("epoch", 1, [*STEP, *EPOCHS]),
     "two ranks": ("plain", 2, [*STEP, *GROUPED]),
-    "two ranks, epochs, saved in the background": ("epoch", 2, [*EPOCHS, *ASYNC]),
-    "R-CNN, a log row every 20 steps": ("plain", 1, [*SPARSE, "TEST.VAL_LOSS_PERIOD", 4]),
-    "epochs, a log row every 20 steps": ("epoch", 1, [*SPARSE, *EPOCHS]),
+    "two ranks, epochs, asynchronous checkpoints": ("epoch", 2, [*EPOCHS, *ASYNC]),
+    "R-CNN, a log row every 20 iterations": ("plain", 1, [*SPARSE, "TEST.VAL_LOSS_PERIOD", 4]),
+    "epochs, a log row every 20 iterations": ("epoch", 1, [*SPARSE, *EPOCHS]),
 }
 
 
