@@ -48,7 +48,7 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import writing
 from plaintrain.utils.logger import build_progress_bar, setup_logger
 from plaintrain.visualization.drawing import draw_instances, filter_instances, scale_longer_side
-from plaintrain.visualization.pictures import IMAGE_FORMATS, save_image
+from plaintrain.visualization.images import IMAGE_FORMATS, save_image
 
 # Pictures of smaller images are enlarged to this longer side, in pixels, so that they can be read.
 _LEAST = 320

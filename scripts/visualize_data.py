@@ -52,7 +52,7 @@ from plaintrain.visualization.drawing import (
     get_skeleton,
     scale_longer_side,
 )
-from plaintrain.visualization.pictures import check_image_arguments, write_images
+from plaintrain.visualization.images import check_image_arguments, write_images
 
 
 def select_images(records, image_ids):

@@ -51,7 +51,7 @@ from plaintrain.evaluation.predictions import read_detections
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.drawing import get_skeleton
 from plaintrain.visualization.matches import draw_matches, involves_labels
-from plaintrain.visualization.pictures import check_image_arguments, write_images
+from plaintrain.visualization.images import check_image_arguments, write_images
 
 
 def count_errors(errors, labels):

@@ -1,4 +1,4 @@
-"""plaintrain.visualization.drawing and pictures: what is drawn, where, in which colour."""
+"""plaintrain.visualization.drawing and images: what is drawn, where, in which colour."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from plaintrain.utils.errors import UserError
 from plaintrain.visualization import drawing
 from plaintrain.visualization.colors import PALETTE, get_class_colors
 from plaintrain.visualization.drawing import draw_sheet, filter_instances, scale_longer_side, shorten
-from plaintrain.visualization.pictures import save_image
+from plaintrain.visualization.images import save_image
 
 NAMES = ["circle", "square"]
 GREY = torch.full((3, 120, 160), 128, dtype=torch.uint8)
@@ -150,7 +150,7 @@ def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
     assert all(is_color(more, color).sum() >= 100 for color in legend.values())
 
 
-def test_pictures_are_written_by_their_ending_and_texts_cut_to_their_room(tmp_path):
+def test_images_are_written_by_their_ending_and_texts_cut_to_their_room(tmp_path):
     save_image(str(tmp_path / "new" / "a.PNG"), GREY)
     assert np.array(Image.open(tmp_path / "new" / "a.PNG")).shape == (120, 160, 3)
     with pytest.raises(UserError, match="must end in one of .png"):

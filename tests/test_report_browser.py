@@ -77,7 +77,7 @@ def test_it_opens_without_an_error_and_a_request_and_with_every_picture(page):
 def test_a_table_sorts_by_a_click_and_by_a_key(page):
     from selenium.webdriver.common.keys import Keys
 
-    section = page.find_element("css selector", "#scores .beside > .scroll:last-child")
+    section = page.find_element("css selector", "#scores .side-by-side > .scroll:last-child")
     name, _, head, *_ = section.find_elements("css selector", "th")
 
     def column(index):

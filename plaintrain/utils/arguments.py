@@ -67,7 +67,7 @@ def default_argument_parser(epilog=None):
 
 
 def add_image_arguments(parser):
-    """What the scripts that draw have in common; see `plaintrain.visualization.pictures`."""
+    """What the scripts that draw have in common; see `plaintrain.visualization.images`."""
     parser.add_argument("--num", type=int, default=16, help="pictures to make at most (default 16)")
     parser.add_argument("--output", metavar="DIR", help="write one file for each picture into this folder")
     parser.add_argument("--grid", metavar="FILE", help="write all pictures on one sheet: .jpg, .png or .webp")
