@@ -63,7 +63,9 @@ def undrawn(monkeypatch):
     """Sections without the drawing, which takes seconds."""
     monkeypatch.setattr(build, "convert_to_svg", lambda figure: "<svg></svg>")
     for module in (detections, runs):
-        for name in [name for name in vars(module) if name in ("draw_bars", "draw_curves", "draw_matrix", "draw_xy")]:
+        for name in [
+            name for name in vars(module) if name in ("draw_bars", "draw_curves", "draw_matrix", "draw_xy")
+        ]:
             monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
 
 
@@ -200,7 +202,9 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
 def test_busiest_classes_are_those_of_most_confusions(monkeypatch):
     monkeypatch.setattr(detections, "_MAX_MATRIX_CLASSES", 1)
     counts = [[9, 0, 0, 0], [0, 2, 1, 0], [0, 0, 3, 0], [0, 0, 0, 0]]
-    labels, counts, _ = detections._select_confused({"labels": ["a", "b", "c", "background"], "counts": counts})
+    labels, counts, _ = detections._select_confused(
+        {"labels": ["a", "b", "c", "background"], "counts": counts}
+    )
     assert (labels, counts.tolist()) == (["b", "background"], [[2, 0], [0, 0]])
 
 

@@ -1,20 +1,21 @@
-"""The command lines of the scripts; they need no torch, so that a question is answered at once."""
+"""Command line arguments of the scripts; without torch, so that --help and mistakes are answered at once."""
 
 import argparse
+from typing import Any
 
 
-class _Overrides(argparse.Action):
-    """KEY VALUE pairs; argparse would swallow a flag among them without a word."""
+class _OverridesAction(argparse.Action):
+    """Config overrides; without it, argparse would silently take a flag among them as a value."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         for value in values:
             if value.startswith("--"):
-                parser.error(f"{value} stands after the overrides {values[0]} ...; put flags first")
+                parser.error(f"flags must come before the overrides, got {value} after {values[0]} ...")
         setattr(namespace, self.dest, values)
 
 
-def build_parser(epilog, config_help=""):
-    """Build a parser that knows --debug, and --config-file if that has a help."""
+def build_parser(epilog: str | None, config_help: str = "") -> argparse.ArgumentParser:
+    """Build a parser with --debug, and with --config-file if `config_help` is not empty."""
     parser = argparse.ArgumentParser(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(config_file="", opts=[])
     if config_help:
@@ -23,82 +24,89 @@ def build_parser(epilog, config_help=""):
     return parser
 
 
-def default_argument_parser(epilog=None):
-    """The parser of the training scripts; its result goes to `default_setup` and `launch`."""
+def add_renamed_argument(parser: argparse.ArgumentParser, flag: str, *old_flags: str, **options: Any) -> None:
+    """Add a flag that also accepts its old names, which --help does not show."""
+    dest = parser.add_argument(flag, **options).dest
+    hidden = {"dest": dest, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    for old_flag in old_flags:
+        parser.add_argument(old_flag, **options | hidden)
+
+
+def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
+    """Build the parser of the training scripts; `default_setup` and `launch` take its result."""
     parser = build_parser(epilog, "YAML config")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from, or evaluate, the last checkpoint in OUTPUT_DIR"
+        "--resume",
+        action="store_true",
+        help="continue from (or, with --eval-only, evaluate) the last checkpoint in OUTPUT_DIR",
     )
     parser.add_argument(
         "--eval-only",
         action="store_true",
         help="evaluate MODEL.WEIGHTS (or, with --resume, the last checkpoint)",
     )
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
     parser.add_argument("--num-machines", type=int, default=1, help="machines of the job")
-    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
     parser.add_argument(
-        "--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; needed on several machines"
+        "--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; required for several machines"
     )
     parser.add_argument(
         "--overfit",
         type=int,
         default=0,
         metavar="N",
-        help="train and evaluate on the same first N training images; a model that can learn does so",
+        help="train and evaluate on the first N training images, which a working setup learns",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="two iterations, an evaluation of a few images, a save and a load; says ready and keeps "
-        "nothing, or says what is wrong and leaves OUTPUT_DIR/dry-run",
+        help="train two iterations, evaluate a few images, save and load a checkpoint; if that fails, "
+        "OUTPUT_DIR/dry-run is kept",
     )
     parser.add_argument(
-        "--quiet", action="store_true", help="only warnings and errors on the console; log.txt has the rest"
+        "--quiet", action="store_true", help="show only warnings and errors; log.txt is complete"
     )
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
-        action=_Overrides,
+        action=_OverridesAction,
         metavar="KEY VALUE",
         help="config overrides, after all flags, for example SOLVER.BASE_LR 0.01 OUTPUT_DIR out",
     )
     return parser
 
 
-def add_image_arguments(parser):
-    """What the scripts that draw have in common; see `plaintrain.visualization.images`."""
-    parser.add_argument("--num", type=int, default=16, help="pictures to make at most (default 16)")
-    parser.add_argument("--output", metavar="DIR", help="write one file for each picture into this folder")
-    parser.add_argument("--grid", metavar="FILE", help="write all pictures on one sheet: .jpg, .png or .webp")
-    parser.add_argument("--show", action="store_true", help="show the sheet in a window (the default)")
-    parser.add_argument("--columns", type=int, default=4, help="pictures side by side on the sheet")
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that all scripts that draw images have."""
+    add_renamed_argument(parser, "--max-images", "--num", type=int, default=16, help="images (default: 16)")
+    parser.add_argument("--output", metavar="DIR", help="write one file per image into this folder")
+    parser.add_argument("--grid", metavar="FILE", help="write all images as one grid: .jpg, .png or .webp")
+    parser.add_argument("--show", action="store_true", help="show the grid in a window (the default)")
+    parser.add_argument("--columns", type=int, default=4, help="columns of the grid")
+    parser.add_argument("--size", type=int, default=480, help="enlarge smaller images to this longer side")
     parser.add_argument(
-        "--size", type=int, default=480, help="smaller images are enlarged to this longer side, in pixels"
-    )
-    parser.add_argument(
-        "--class", action="append", dest="classes", metavar="NAME", help="this class only; may be given again"
+        "--class", action="append", dest="classes", metavar="NAME", help="only this class; repeatable"
     )
 
 
-def build_run_parser(epilog):
-    """Build a parser of `[RUN_FOLDER] [KEY VALUE ...]` among flags; see `parse_run_arguments`."""
-    parser = build_parser(epilog, "YAML config, without RUN_FOLDER")
+def build_run_parser(epilog: str | None) -> argparse.ArgumentParser:
+    """Build a parser of `[RUN_FOLDER] [KEY VALUE ...]` among flags, for `parse_run_arguments`."""
+    parser = build_parser(epilog, "YAML config, instead of RUN_FOLDER")
     parser.add_argument(
         "words",
         nargs="*",
         metavar="RUN_FOLDER | KEY VALUE",
-        help="the folder of a run (OUTPUT_DIR), then config overrides, as MODEL.WEIGHTS model_best.pth",
+        help="OUTPUT_DIR of a run, then config overrides, for example MODEL.WEIGHTS model_best.pth",
     )
     return parser
 
 
-def parse_run_arguments(parser):
-    """Parse with a `build_run_parser`; returns the namespace with `run`, a folder or "", and `opts`."""
+def parse_run_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line with a `build_run_parser`; adds `run` (a folder or "") and `opts`."""
     args = parser.parse_intermixed_args()
     args.run = args.words[0] if len(args.words) % 2 else ""
     args.opts = args.words[len(args.words) % 2 :]
     if bool(args.run) == bool(args.config_file):
-        given = "both" if args.run else "neither"
-        parser.error(f"give a run's folder or --config-file FILE, not {given}")
+        parser.error(f"give a run's folder or --config-file FILE, got {'both' if args.run else 'neither'}")
     return args
