@@ -33,7 +33,7 @@ def convert(source, to, num_ratios):
     """Return {name: tensor} of SOURCE under the names of `to`."""
     tensors = read_state_dict(download_weights(source))
     if not tensors:
-        raise UserError(f"{source} has no weights")
+        raise UserError(f"{source} holds no weights")
     if is_detectron2(tensors):
         tensors = convert_from_detectron2(tensors, num_ratios)
     for layer, num_anchors in count_anchors(tensors).items():

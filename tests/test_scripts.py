@@ -1,8 +1,10 @@
-"""The training scripts, run as a user would run them."""
+"""The training scripts, run as a user would run them, and the old names of flags."""
 
+import argparse
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -132,7 +134,7 @@ TINY, COCO = ["--config-file", "config.yaml"], ["--config-file", "coco.yaml"]
 MISTAKES = [
     ("plain", [], r"DATASETS\.TRAIN and DATASETS\.TEST are empty: give --config-file"),
     ("epoch", ["SOLVER.MAXITER", "3"], r"SOLVER\.MAXITER.*command line.*SOLVER\.MAX_ITER"),
-    ("plain", [*TINY, "SEED", "1", "--resume"], r"--resume stands after the"),
+    ("plain", [*TINY, "SEED", "1", "--resume"], r"flags must come before the overrides, got --resume after"),
     ("plain", COCO, r"annotation 2 in .*a\.json has category_id 9.*\[1, 2\]"),
     ("plain", [*TINY, "DATASETS.TRAIN", "('coco_2017_train',)"], r"annotation file .*instances_train2017"),
     ("plain", [*TINY, "--eval-only", "--resume"], r"--resume: there is no checkpoint in"),
@@ -182,3 +184,39 @@ def test_loop_of_the_seed_trains_with_only_the_package_name_changed(tmp_path):
     assert done.code == 0, done.tail
     values = [row["total_loss"] for row in lines(tmp_path / "out").values() if "total_loss" in row]
     assert len(values) >= 3 and sorted(values[-5:])[2] < values[0] / 2, values
+
+
+class ParserError(Exception):
+    """Raised with a script's parser, in place of parsing."""
+
+
+def raise_parser(parser, *args):
+    raise ParserError(parser)
+
+
+@pytest.mark.parametrize(
+    ("script", "old", "new", "values"),
+    [
+        ("analyze_errors", "--iou", "--iou-threshold", ["0.7"]),
+        ("analyze_model", "--json", "--output", ["a.json"]),
+        ("check_dataset", "--json", "--output", ["a.json"]),
+        ("predict", "--threshold", "--score-threshold", ["0.7"]),
+        ("predict", "--no-pictures", "--no-images", []),
+        ("visualize_data", "--num", "--max-images", ["3"]),
+        ("visualize_results", "--num", "--max-images", ["3"]),
+        ("visualize_results", "--threshold", "--score-threshold", ["0.7"]),
+        ("visualize_results", "--iou", "--iou-threshold", ["0.7"]),
+        ("visualize_results", "--kind", "--error-type", ["both"]),
+    ],
+)
+def test_old_flags_work_and_are_not_shown(script, old, new, values, monkeypatch):
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, raise_parser)
+    with pytest.raises(ParserError) as raised:
+        runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+    monkeypatch.undo()
+    parser = raised.value.args[0]
+    default, by_old, by_new = (parser.parse_args(["x", *f]) for f in ([], [old, *values], [new, *values]))
+    assert by_old == by_new != default
+    flags = parser.format_help().replace("[", " ").replace("]", " ").replace(",", " ").split()
+    assert new in flags and old not in flags
