@@ -21,14 +21,16 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", metavar="NAME", help="default: the first test set")
     parser.add_argument("--predictions", metavar="FILE", help="COCO results (default: the run's last ones)")
     iou = {"type": float, "default": 0.5, "metavar": "IOU"}
-    add_renamed_argument(parser, "--iou-threshold", "--iou", help="of a true positive (default: 0.5)", **iou)
+    add_renamed_argument(parser, "--iou-threshold", "--iou", help="for a match (default: 0.5)", **iou)
     parser.add_argument(
         "--score-threshold",
         type=float,
         metavar="SCORE",
-        help="of the counts (default: that of the highest F1)",
+        help="for the counts (default: highest F1)",
     )
-    parser.add_argument("--gallery", type=int, default=12, metavar="N", help="best and worst images to list")
+    parser.add_argument(
+        "--gallery", type=int, default=12, metavar="N", help="number of best and worst images (default: 12)"
+    )
     parser.add_argument("--output", metavar="FILE", help="default: analysis.json next to the predictions")
     args = parser.parse_args()
     if args.gallery < 0:

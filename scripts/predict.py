@@ -26,7 +26,7 @@ if __name__ == "__main__":
         "words", nargs="*", metavar="RUN | IMAGE | KEY VALUE", help="run, images, config overrides"
     )
     parser.add_argument("--output", default="predictions", metavar="DIR", help="default: predictions")
-    threshold = {"type": float, "default": 0.5, "help": "of the drawn detections (default: 0.5)"}
+    threshold = {"type": float, "default": 0.5, "help": "minimum score to draw (default: 0.5)"}
     add_renamed_argument(parser, "--score-threshold", "--threshold", **threshold)
     only_json = {"action": "store_true", "help": "write predictions.json only"}
     add_renamed_argument(parser, "--no-images", "--no-pictures", **only_json)

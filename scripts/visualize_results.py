@@ -32,11 +32,9 @@ if __name__ == "__main__":
     )
     threshold = {"type": float, "default": 0.5}
     add_renamed_argument(
-        parser, "--score-threshold", "--threshold", help="of the detections (default: 0.5)", **threshold
+        parser, "--score-threshold", "--threshold", help="minimum score (default: 0.5)", **threshold
     )
-    add_renamed_argument(
-        parser, "--iou-threshold", "--iou", help="of a true positive (default: 0.5)", **threshold
-    )
+    add_renamed_argument(parser, "--iou-threshold", "--iou", help="for a match (default: 0.5)", **threshold)
     parser.add_argument("--task", choices=("bbox", "segm"), default="bbox", help="IoU of boxes or of masks")
     add_image_arguments(parser)
     args = parser.parse_args()

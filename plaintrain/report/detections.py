@@ -26,14 +26,8 @@ from plaintrain.visualization.plots import draw_bars, draw_matrix, draw_xy
 Analyses = list[tuple[Run, dict[str, Any]]]
 _MAX_LINES = 8
 _MAX_MATRIX_CLASSES = 20
-_TIDE_NAMES = (
-    "class (Cls)",
-    "localisation (Loc)",
-    "both",
-    "duplicate (Dupe)",
-    "background (Bkg)",
-    "missed (Miss)",
-)
+_ABBREVIATIONS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
+_TIDE_NAMES = [f"{error} ({short})" for error, short in zip(ERRORS, _ABBREVIATIONS, strict=True)]
 _GROUP_COLUMNS = ("name", "objects", "found", "erroneous", "missed", "recall_above", "recall", "mean_iou")
 _CLASS_COLUMNS = ("name", "correct", *ERRORS[:-1], "erroneous", "missed")
 # Number of images in the gallery, and their longer side, pixels.
@@ -42,7 +36,7 @@ _SIDE = 480
 
 
 def _by_dataset(build: Callable[[str, Analyses], Any]) -> Callable[[list[Run]], list[dict[str, Any]]]:
-    """Make a function of (dataset, analyses) a function of the runs that returns a dict per test set."""
+    """Turn a function of a test set and its analyses into one of the runs; it returns a dict per test set."""
 
     def build_all(runs):
         test_sets = []
@@ -194,13 +188,13 @@ def build_groups(dataset: str, analyses: Analyses) -> dict[str, list]:
         if len(analyses) == 1:
             shown = {"all detections": "recall", "above the threshold": "recall_above"}
             series = {label: [b[k] for (b,) in bins] for label, k in shown.items()}
-            colors = None
+            colors = []
             tables.append((title, [[b[column] for column in _GROUP_COLUMNS] for (b,) in bins]))
         else:
             series = {run.name: [b[i]["recall_above"] for b in bins] for i, (run, _) in enumerate(analyses)}
             colors = [run.color for run, _ in analyses]
         figure = draw_bars(names, series, "recall", colors=colors)
-        figures.append((figure, title, f"{description} (number of objects)"))
+        figures.append((figure, title, f"{description}; in parentheses: number of objects"))
     return {"figures": figures, "tables": tables}
 
 

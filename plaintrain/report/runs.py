@@ -75,7 +75,7 @@ class Run:
         sigmas = self.config.get("TEST", {}).get("KEYPOINT_OKS_SIGMAS") or ()
         try:
             path = run_folder.find_predictions(self.folder, dataset)
-            # COCO scoring logs its backend.
+            # Silence the log line on the COCO backend.
             with silenced(logging.INFO):
                 self.detections[dataset] = read_detections(path, dataset)
                 options = {"kpt_oks_sigmas": sigmas, "detections": self.detections[dataset]}
@@ -204,9 +204,7 @@ def build_datasets(runs: list[Run]) -> dict[str, Any]:
     classes = dict.fromkeys(c for s in statistics_of.values() for c in s["classes"])
     counts = ("objects", "images")
     return {
-        "datasets": [
-            [name, " and ".join(roles[name]), *_format_counts(s)] for name, s in statistics_of.items()
-        ],
+        "datasets": [[n, " and ".join(roles[n]), *_format_counts(s)] for n, s in statistics_of.items()],
         "unreadable": unreadable,
         "columns": [f"{key}, {name}" for name in statistics_of for key in counts],
         "classes": [
@@ -227,21 +225,12 @@ def _format_counts(s):
 
 def build_warnings(runs: list[Run]) -> list[tuple[Run, list]]:
     """Return a table of the logged warnings and errors per run."""
-    tables = []
-    for run in runs:
-        table = [
-            [
-                w["level"],
-                truncate_text(w["text"], 500),
-                w["count"],
-                w["first"],
-                w["last"],
-                ", ".join(w["files"]),
-            ]
-            for w in run.warnings[:_MAX_WARNINGS]
-        ]
-        tables.append((run, table))
-    return tables
+    return [(run, [_format_warning(w) for w in run.warnings[:_MAX_WARNINGS]]) for run in runs]
+
+
+def _format_warning(w):
+    files = ", ".join(w["files"])
+    return [w["level"], truncate_text(w["text"], 500), w["count"], w["first"], w["last"], files]
 
 
 def _draw_histograms(statistics_of):

@@ -79,7 +79,7 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that all scripts that draw images have."""
-    add_renamed_argument(parser, "--max-images", "--num", type=int, default=16, help="images (default: 16)")
+    add_renamed_argument(parser, "--max-images", "--num", type=int, default=16, help="limit (default: 16)")
     parser.add_argument("--output", metavar="DIR", help="write one file per image into this folder")
     parser.add_argument("--grid", metavar="FILE", help="write all images as one grid: .jpg, .png or .webp")
     parser.add_argument("--show", action="store_true", help="show the grid in a window (the default)")

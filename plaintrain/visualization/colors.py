@@ -1,8 +1,10 @@
 """Colors of classes and curves, RGB, 0 to 255."""
 
 import colorsys
+from collections.abc import Mapping
 
 Color = tuple[int, int, int]
+Legend = Mapping[str, Color]
 # Distinct also with red-green color blindness; the first eight are legible on white and on black.
 PALETTE: tuple[Color, ...] = (
     *((31, 119, 255), (255, 127, 14), (0, 178, 89), (230, 25, 75), (160, 80, 230), (0, 190, 200)),

@@ -10,6 +10,7 @@ from plaintrain.analysis.run_folder import RunState, estimate_seconds_left, spli
 
 # {metric: (iterations, values)}, see `run_folder.read_metrics`.
 Series = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+Lines = Sequence[Mapping[str, Any]]
 # Metrics of a task that share a plot.
 _SHOWN = ("AP", "AP50", "AP75")
 _SCHEDULES = ("lr", "momentum", "max_mem")
@@ -22,11 +23,7 @@ _NAME_WIDTH = 24
 
 
 def smooth(values: Iterable[float], weight: float) -> list[float]:
-    """Return the bias-corrected exponential moving average; NaN and infinite values are skipped.
-
-    Args:
-        weight: decay, 0 (no smoothing) to below 1.
-    """
+    """Return the bias-corrected EMA with decay `weight`; NaN and infinite values are skipped."""
     average = 0.0
     total = 0.0
     smoothed = []
@@ -38,7 +35,7 @@ def smooth(values: Iterable[float], weight: float) -> list[float]:
     return smoothed
 
 
-def wants_log(lines: Iterable[dict[str, Any]]) -> bool:
+def wants_log(lines: Lines) -> bool:
     """Return whether lines need a logarithmic axis: all values are positive and span a factor above 30."""
     values = [v for line in lines for v in line["y"] if math.isfinite(v)]
     return min(values, default=0) > 0 and max(values) > 30 * min(values)
@@ -58,7 +55,7 @@ def group_panels(runs: Mapping[str, Series], patterns: Sequence[str] = ()) -> li
     """
     groups: dict[Any, list[str]] = {}
     for name in select_metrics(dict.fromkeys(name for series in runs.values() for name in series), patterns):
-        groups.setdefault(_get_group(name, everything=bool(patterns)), []).append(name)
+        groups.setdefault(_get_group(name, show_all=bool(patterns)), []).append(name)
     groups.pop(None, None)
     panels = []
     for (_, title, type_), names in sorted(groups.items(), key=lambda group: group[0][0]):
@@ -82,12 +79,12 @@ def select_metrics(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [n for n in names if not patterns or any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
-def _get_group(name, everything):
+def _get_group(name, show_all):
     """Return (order, title, type) of the plot of a metric, or None if it is not shown."""
     if split_result(name):
         dataset, task, metric = split_result(name)
         suffix = f"{task} on {dataset}" if dataset else task
-        if everything or metric in _SHOWN:
+        if show_all or metric in _SHOWN:
             return 2, f"AP, {suffix}", "result"
         return (3, f"AP by class, {suffix}", "result") if metric.startswith("AP-") else None
     if name.startswith("val/"):
@@ -124,18 +121,9 @@ def format_state(name: str, metrics: Series, state: RunState) -> str:
 
 
 def format_curves(
-    metrics: Series,
-    patterns: Sequence[str] = (),
-    smoothing: float = 0.0,
-    width: int = 80,
-    plain: bool = False,
+    metrics: Series, patterns: Sequence[str] = (), smoothing: float = 0, width: int = 80, plain: bool = False
 ) -> list[str]:
-    """Return one line per metric: name, last value, sparkline, minimum and maximum.
-
-    Args:
-        width: characters of a line.
-        plain: use ASCII characters only.
-    """
+    """Return a line of `width` characters per metric: name, last value, sparkline, minimum and maximum."""
     names = select_metrics(metrics, patterns)
     if not patterns:
         results = [n for n in metrics if split_result(n) and split_result(n)[2] == "AP"]

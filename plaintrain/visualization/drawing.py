@@ -22,9 +22,11 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmenta
 
 from plaintrain.structures import BoxMode, encode_segmentation
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.colors import Color, get_class_colors
+from plaintrain.visualization.colors import Color, Legend, get_class_colors
 
 Instances = dict[str, Tensor]
+# Pairs of keypoint indices, from 0, that are connected.
+Edges = Sequence[tuple[int, ...]]
 # Pillow's default font has ASCII letters only.
 _FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "arial.ttf")
 _MASK_ALPHA = 0.4
@@ -62,11 +64,8 @@ def _decode_mask(segmentation, size):
     return torch.from_numpy(coco_mask.decode(encode_segmentation(segmentation, *size))).bool()
 
 
-def get_skeleton(metadata: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the pairs of keypoint indices, from 0, to connect.
-
-    They come from Detectron2's `keypoint_connection_rules`, (name, name, color), or COCO's `skeleton`.
-    """
+def get_skeleton(metadata: Any) -> Edges:
+    """Return the skeleton of Detectron2's `keypoint_connection_rules` or of COCO's `skeleton` (from 1)."""
     names = list(metadata.get("keypoint_names") or ())
     rules = metadata.get("keypoint_connection_rules")
     if rules:
@@ -104,15 +103,13 @@ def draw_instances(
     image: Tensor,
     instances: Instances,
     class_names: Sequence[str],
-    skeleton: Sequence[tuple[int, ...]] = (),
+    skeleton: Edges = (),
     captions: Sequence[str] | None = None,
     colors: Sequence[Color] | None = None,
 ) -> Tensor:
     """Draw boxes, masks, keypoints and labels on a copy of an image, uint8 `[3, H, W]`, RGB.
 
-    Args:
-        captions: one per instance, "" for none; default: class and score.
-        colors: one per instance; default: one per class.
+    By default, captions are class and score ("" omits one), and each class has a color.
     """
     instances = {name: value.detach().cpu() for name, value in instances.items()}
     labels = instances["labels"].tolist()
@@ -180,12 +177,12 @@ def _load_font(letters, size):
 def shorten(text: str, size: int, max_width: int) -> tuple[str, Any, float]:
     """Return (text cut to `max_width` pixels, font of `size` pixels, width of the text)."""
     font = _load_font(frozenset(text) - {" "}, size)
-    full_text = text
+    shown = text
     length = len(text)
-    while length > 0 and font.getlength(text) > max_width:
+    while length > 0 and font.getlength(shown) > max_width:
         length -= 1
-        text = full_text[:length] + "..."
-    return text, font, font.getlength(text)
+        shown = text[:length] + "..."
+    return shown, font, font.getlength(shown)
 
 
 def _draw_labels(image, boxes, captions, colors):
@@ -219,17 +216,9 @@ def _compute_overlap(a, b):
 
 
 def draw_sheet(
-    images: Sequence[Tensor],
-    captions: Sequence[str],
-    columns: int,
-    width: int,
-    legend: Mapping[str, Color] | None = None,
+    images: Sequence[Tensor], captions: Sequence[str], columns: int, width: int, legend: Legend | None = None
 ) -> Tensor:
-    """Draw images, uint8 `[3, h, w]`, in a grid with captions, below a legend {text: color}.
-
-    Args:
-        width: of the grid, pixels; images are scaled to the width of a column.
-    """
+    """Draw images, uint8 `[3, h, w]`, in a grid of `width` pixels, with captions and below a legend."""
     cell_width = (width - _GAP) // columns - _GAP
     size = max(11, width // 110)
     images = [resize_image(image, _fit_size(image, cell_width)) for image in images]

@@ -3,7 +3,7 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from PIL import ImageShow
 from torch import Tensor
@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import build_progress_bar
-from plaintrain.visualization.colors import Color
+from plaintrain.visualization.colors import Legend
 from plaintrain.visualization.drawing import draw_sheet
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -47,19 +47,13 @@ def check_image_arguments(args: Namespace) -> None:
 
 
 def write_images(
-    drawings: Iterable[tuple[str, str, Tensor]],
-    args: Namespace,
-    title: str,
-    legend: Mapping[str, Color],
-    width: int = 1,
+    drawings: Iterable[tuple[str, str, Tensor]], args: Namespace, title: str, legend: Legend, width: int = 1
 ) -> int:
     """Write images to --output, --grid and --show, and return how many there are.
 
     Args:
-        drawings: (file name, caption, uint8 `[3, H, W]`) of each image.
-        title: of the window.
-        legend: {text: color}; may grow during the iteration.
-        width: in columns of the sheet.
+        drawings: (file name, caption, uint8 `[3, H, W]`) of each image; may add to the legend.
+        width: columns of the sheet that an image takes.
     """
     count = 0
     images = []

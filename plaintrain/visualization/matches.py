@@ -8,6 +8,7 @@ from torch import Tensor
 from plaintrain.analysis.errors import OUTCOMES, Errors
 from plaintrain.evaluation.predictions import get_image_detections
 from plaintrain.visualization.drawing import (
+    Edges,
     draw_instances,
     filter_instances,
     format_captions,
@@ -31,19 +32,11 @@ def involves_labels(
 
 
 def draw_matches(
-    errors: Errors,
-    index: int,
-    image: Tensor,
-    *,
-    side: int,
-    skeleton: Sequence[tuple[int, ...]] = (),
-    labels: Sequence[int] = (),
+    errors: Errors, index: int, image: Tensor, *, side: int, skeleton: Edges = (), labels: Sequence[int] = ()
 ) -> list[Tensor]:
-    """Draw the ground truth and the detections on two copies of an image.
+    """Draw the ground truth and the detections of a record on two copies of its image, uint8 `[3, H, W]`.
 
     Args:
-        index: of the image's record.
-        image: uint8 `[3, H, W]`.
         side: longer side of the drawn images, pixels.
         labels: classes to draw; empty for all.
     """

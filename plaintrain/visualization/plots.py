@@ -20,7 +20,7 @@ import numpy as np
 from plaintrain.utils.errors import require
 from plaintrain.utils.files import writing
 from plaintrain.visualization.colors import PALETTE, get_hex_color
-from plaintrain.visualization.curves import smooth
+from plaintrain.visualization.curves import Lines, smooth
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -151,14 +151,7 @@ def _draw_legend(ax):
     return math.ceil(len(labels) / columns)
 
 
-def draw_xy(
-    lines: Sequence[Mapping[str, Any]],
-    x_label: str,
-    y_label: str,
-    *,
-    diagonal: bool = False,
-    marker: str | None = None,
-) -> Figure:
+def draw_xy(lines: Lines, x_label: str, y_label: str, *, diagonal: bool = False, marker: str = "") -> Figure:
     """Draw lines, see `curves.make_line`, on the unit square, optionally with its diagonal."""
     with _open_figure() as (figure, ax):
         if diagonal:
@@ -173,18 +166,9 @@ def draw_xy(
 
 
 def draw_bars(
-    names: Sequence[str],
-    series: Mapping[str, Sequence[float | None]],
-    x_label: str,
-    *,
-    colors: Sequence[int] | None = None,
+    names: Sequence[str], series: Mapping[str, Sequence], x_label: str, *, colors: Sequence[int] = ()
 ) -> Figure:
-    """Draw horizontal bars with their values.
-
-    Args:
-        names: one per group of bars, from the top.
-        series: {label: a value per group}; NaN and None are skipped.
-    """
+    """Draw horizontal bars with their values; each of `series` has a value, or None, per name."""
     height = 0.8 / len(series)
     colors = colors or range(len(series))
     with _open_figure((SIZE[0], 0.9 + len(names) * max(0.3, 0.2 * len(series)))) as (figure, ax):
