@@ -21,12 +21,12 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", metavar="NAME", help="default: the first test set")
     parser.add_argument("--predictions", metavar="FILE", help="COCO results (default: the run's last ones)")
     iou = {"type": float, "default": 0.5, "metavar": "IOU"}
-    add_renamed_argument(parser, "--iou-threshold", "--iou", help="for a match (default: 0.5)", **iou)
+    add_renamed_argument(parser, "--iou-threshold", "--iou", help="IoU of a match (default: 0.5)", **iou)
     parser.add_argument(
         "--score-threshold",
         type=float,
         metavar="SCORE",
-        help="for the counts (default: highest F1)",
+        help="minimum score to count (default: highest F1)",
     )
     parser.add_argument(
         "--gallery", type=int, default=12, metavar="N", help="number of best and worst images (default: 12)"

@@ -34,7 +34,9 @@ if __name__ == "__main__":
     add_renamed_argument(
         parser, "--score-threshold", "--threshold", help="minimum score (default: 0.5)", **threshold
     )
-    add_renamed_argument(parser, "--iou-threshold", "--iou", help="for a match (default: 0.5)", **threshold)
+    add_renamed_argument(
+        parser, "--iou-threshold", "--iou", help="IoU of a match (default: 0.5)", **threshold
+    )
     parser.add_argument("--task", choices=("bbox", "segm"), default="bbox", help="IoU of boxes or of masks")
     add_image_arguments(parser)
     args = parser.parse_args()

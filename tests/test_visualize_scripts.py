@@ -67,10 +67,10 @@ def test_annotations_are_drawn_as_files_on_a_sheet_and_in_a_window(call, tmp_pat
     assert "wrote 4 images to one" in output and "wrote 4 images to all.png" in output
     assert names_in(tmp_path / "one") == [f"000{i + 1}_{i}.jpg" for i in range(4)]
     for i, record in enumerate(load_shapes("val", 6, 64, 96)[0][:4]):
-        picture = read_image(str(tmp_path / "one" / f"000{i + 1}_{i}.jpg"))
-        assert picture.shape == (3, 320, 480)
+        drawn = read_image(str(tmp_path / "one" / f"000{i + 1}_{i}.jpg"))
+        assert drawn.shape == (3, 320, 480)
         for label in {a["category_id"] for a in record["annotations"]}:
-            assert count(picture, PALETTE[label]) > 200
+            assert count(drawn, PALETTE[label]) > 200
     assert Image.open(tmp_path / "all.png").size[0] == 4 * 480
     window = {"env": {"DISPLAY": ":0"}, "faults": print_what_is_shown}
     output = call("visualize_data.py", "shapes_val", "--max-images", 2, **window)
@@ -172,10 +172,10 @@ def test_errors_are_counted_and_drawn_in_their_colours(call, run, tmp_path):
         assert seen == colors, path
 
 
-def test_kinds_classes_thresholds_and_files_choose_what_counts(call, run, tmp_path):
+def test_error_types_classes_thresholds_and_files_choose_what_counts(call, run, tmp_path):
     results = functools.partial(call, "visualize_results.py", "run")
-    results("--error-type", "class", "--error-type", "duplicate", "--output", "kinds")
-    names = {name.split("_")[1] for name in names_in(tmp_path / "kinds")}
+    results("--error-type", "class", "--error-type", "duplicate", "--output", "types")
+    names = {name.split("_")[1] for name in names_in(tmp_path / "types")}
     assert names == {f"{name}.jpg" for name in run.names[1:]}
     output = results("--score-threshold", 0.85, "--iou-threshold", 0.1, "--grid", "a.jpg")
     assert [table(output)[kind] for kind in ("duplicate", "background", "localisation")] == [0, 0, 0]

@@ -49,25 +49,23 @@ def draw_matches(
         _OBJECT_OUTCOMES.get(state) or detections["type"][i].item()
         for state, i in zip(objects["state"].tolist(), objects["detection"].tolist(), strict=True)
     ]
-    drawn = []
-    for instances, types, captions, is_chosen in (
-        (gt, outcomes, format_captions(gt, errors.classes), np.isin(objects["labels"], labels)),
-        (
-            predictions,
-            detections["type"].tolist(),
-            _format_detections(predictions, objects, detections, errors.classes),
-            involves_labels(objects, detections, labels),
-        ),
-    ):
+    names = errors.classes
+
+    def draw(instances, types, captions, is_chosen):
         chosen = np.flatnonzero(is_chosen if labels else np.ones_like(is_chosen)).tolist()
         scaled, instances = scale_longer_side(image, filter_instances(instances, chosen), side)
         types = [types[i] for i in chosen]
         captions = [captions[i] for i in chosen]
         if len(chosen) > _MAX_CAPTIONS:
             captions = [c if t != "correct" else "" for c, t in zip(captions, types, strict=True)]
-        colors = [OUTCOMES[t][0] for t in types]
-        drawn.append(draw_instances(scaled, instances, errors.classes, skeleton, captions, colors))
-    return drawn
+        return draw_instances(scaled, instances, names, skeleton, captions, [OUTCOMES[t][0] for t in types])
+
+    captions = _format_detections(predictions, objects, detections, names)
+    involved = involves_labels(objects, detections, labels)
+    return [
+        draw(gt, outcomes, format_captions(gt, names), np.isin(objects["labels"], labels)),
+        draw(predictions, detections["type"].tolist(), captions, involved),
+    ]
 
 
 def _format_detections(predictions, objects, detections, names):
