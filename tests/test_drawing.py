@@ -127,11 +127,8 @@ def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
     assert scaled["boxes"].tolist() == [[0, 120, 160, 240]] == [extent(scaled["masks"][0])]
     assert scaled["keypoints"].tolist() == [[[160, 120, 2]]]
     assert filter_instances(scaled, scaled["labels"] > 0)["masks"].shape == (0, 240, 320)
-    assert scale_longer_side(GREY, filter_instances(found, found["labels"] > 0), 320)[1]["masks"].shape == (
-        0,
-        240,
-        320,
-    )
+    none = filter_instances(found, found["labels"] > 0)
+    assert scale_longer_side(GREY, none, 320)[1]["masks"].shape == (0, 240, 320)
     # The shorter side is rounded.
     thin, scaled = scale_longer_side(GREY[:, :7], instances([[0, 0, 160, 7]]), 100)
     assert thin.shape == (3, 4, 100) and scaled["boxes"].tolist() == [[0, 0, 100, 4]]

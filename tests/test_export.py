@@ -228,7 +228,7 @@ def export_a_little_off():
         (["--output", "a.onnx"], "give a run's folder or --config-file FILE, got neither"),
         (["FOLDER", "--output", "a.pt2", "--format", "onnx"], "must end in .onnx"),
         (["FOLDER", "--output", "nowhere/a.onnx"], "there is no folder nowhere"),
-        (["FOLDER", "TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED is True, but a file is one pass"),
+        (["FOLDER", "TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED must be False for an export"),
         (["FOLDER", "DATASETS.TEST", "()"], "DATASETS.TEST is empty: give --images FOLDER"),
     ],
 )

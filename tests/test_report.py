@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from html.parser import HTMLParser
 from unittest.mock import Mock
 
@@ -14,7 +13,6 @@ from script_helpers import assert_refused, script_output
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.report import build, detections, runs
 from plaintrain.report.build import SECTIONS, build_report, format_value, load_template
-from plaintrain.utils.errors import UserError
 
 _EMPTY = {"meta", "link", "img", "path", "use", "rect", "image", "br"}
 
@@ -63,9 +61,7 @@ def undrawn(monkeypatch):
     """Sections without the drawing, which takes seconds."""
     monkeypatch.setattr(build, "convert_to_svg", lambda figure: "<svg></svg>")
     for module in (detections, runs):
-        for name in [
-            name for name in vars(module) if name in ("draw_bars", "draw_curves", "draw_matrix", "draw_xy")
-        ]:
+        for name in {"draw_bars", "draw_curves", "draw_matrix", "draw_xy"} & set(vars(module)):
             monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
 
 
@@ -112,11 +108,8 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
 
 def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path, undrawn):
     folder = make_run(tmp_path / "run")
-    inference = "inference/report_val"
-    for name in (
-        *("metrics.json", "last_checkpoint"),
-        *(f"{inference}/results.json", f"{inference}/coco_instances_results.json"),
-    ):
+    results = [f"inference/report_val/{name}.json" for name in ("results", "coco_instances_results")]
+    for name in ("metrics.json", "last_checkpoint", *results):
         (folder / name).unlink()
     for name in ("log.txt", "log.txt.rank1"):
         os.utime(folder / name, (0, 0))
@@ -193,18 +186,11 @@ def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(t
     assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[1])
 
 
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match="needs matplotlib"):
-        build_report([str(make_run(tmp_path / "run"))], str(tmp_path / "report.html"))
-
-
 def test_busiest_classes_are_those_of_most_confusions(monkeypatch):
     monkeypatch.setattr(detections, "_MAX_MATRIX_CLASSES", 1)
     counts = [[9, 0, 0, 0], [0, 2, 1, 0], [0, 0, 3, 0], [0, 0, 0, 0]]
-    labels, counts, _ = detections._select_confused(
-        {"labels": ["a", "b", "c", "background"], "counts": counts}
-    )
+    confusion = {"labels": ["a", "b", "c", "background"], "counts": counts}
+    labels, counts, _ = detections._select_confused(confusion)
     assert (labels, counts.tolist()) == (["b", "background"], [[2, 0], [0, 0]])
 
 

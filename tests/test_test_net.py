@@ -179,9 +179,7 @@ def test_file_is_scored_without_images_weights_or_a_model_that_can_be_built(file
 
 
 @pytest.mark.parametrize("script", ["plain_train_net.py", "epoch_train_net.py"])
-def test_precision_and_augmentation_of_the_config_are_used_by_every_script(
-    files, evaluated, tmp_path, script
-):
+def test_amp_and_tta_are_used_by_every_script(files, evaluated, tmp_path, script):
     options = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(64,)"]
     if script == "plain_train_net.py":
         options = ["TEST.AMP", True, "SOLVER.AMP.PRECISION", "bfloat16"]

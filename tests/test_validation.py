@@ -263,9 +263,7 @@ def _fixed(folder, root):
     return {Path(r["file_name"]).name: r for r in records}
 
 
-def test_fix_scales_the_annotations_of_resized_images_and_excludes_others(
-    check, declare, tiny_voc, tmp_path, write_image
-):
+def test_fix_scales_annotations_of_resized_images(check, declare, tiny_voc, tmp_path, write_image):
     # Images that were resized after annotation, or turned or cropped; of VOC, too.
     write_image(tiny_voc.root / "JPEGImages/a.jpg", 20, 15)
     write_image(tiny_voc.root / "JPEGImages/b.jpg", 30, 40)
