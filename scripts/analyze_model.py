@@ -6,8 +6,8 @@ python scripts/analyze_model.py --config-file configs/quickstart.yaml --depth 3 
 python scripts/analyze_model.py --config-file configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml \\
     --size 800x1216 --output retinanet.json MODEL.RETINANET.NUM_CLASSES 80
 
-RUN_FOLDER is the OUTPUT_DIR of a run. Weights are not needed; the dataset is needed only if the config leaves
-the number of classes or keypoints to it. Runs an inference and a training step with random images on the CPU.
+RUN_FOLDER is the OUTPUT_DIR of a run. Weights are not needed; the dataset is needed only if the config does not set
+the number of classes or keypoints. Runs an inference and a training step with random images on the CPU.
 """
 
 from plaintrain.utils.arguments import add_renamed_argument, build_run_parser, parse_run_arguments
@@ -47,7 +47,7 @@ from plaintrain.utils.errors import UserError
 def read_model_config(args):
     """Return the frozen config, for the CPU and with the number of classes.
 
-    Datasets are read only if the config leaves the number of classes or keypoints to them.
+    Datasets are read only if the config does not set the number of classes or keypoints.
     """
     cfg = load_tool_cfg(args)
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.COMPILE", False])

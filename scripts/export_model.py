@@ -12,13 +12,13 @@ unless MODEL.WEIGHTS names another one; it may also be a checkpoint. --format on
 "plaintrain[export]"; --format torch writes a torch.export program (.pt2), which needs only torch and
 torchvision.
 
-Input: `images`, uint8 [batch, 3, height, width], RGB, already resized to one size; the metadata of the file
-say to which (min_size and max_size, or fixed_size). Normalization is part of the model. Output:
-num_detections [batch]; boxes [batch, D, 4] as x0, y0, x1, y1 in pixels of the input; scores and labels
-[batch, D], of which the first num_detections are valid; masks [batch, D, M, M], probabilities inside each
-box; keypoint_maps [batch, D, keypoints, M, M], the heatmaps of each box. Batch and image size are dynamic,
-but the size is fixed for SSD and SSDlite (INPUT.FIXED_SIZE). The sides of a .pt2's images must exceed the
-coarsest stride of the model (64, or 128 for RetinaNet and FCOS on ResNet).
+Input: `images`, uint8 [batch, 3, height, width], RGB, resized as the metadata of the file describe (min_size
+and max_size, or fixed_size). Normalization is part of the model. Output: num_detections [batch]; boxes
+[batch, D, 4] as x0, y0, x1, y1 in pixels of the input; scores and labels [batch, D], of which the first
+num_detections are valid; masks [batch, D, M, M], probabilities inside each box; keypoint_maps [batch, D,
+keypoints, M, M], the heatmaps of each box. Batch and image size are dynamic, but SSD and SSDlite have a fixed
+size (INPUT.FIXED_SIZE). The sides of a .pt2's images must exceed the coarsest stride of the model (64, or 128
+for RetinaNet and FCOS on ResNet).
 
 Compares the outputs on the first --check images of DATASETS.TEST, or of --images. If they differ by more than
 --tolerance (boxes in pixels; scores, masks and heatmaps in their own units), the file is kept as FILE.failed

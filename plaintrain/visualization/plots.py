@@ -131,7 +131,7 @@ def _draw_curves(ax, panel, smoothing):
         low, high = ax.yaxis.get_view_interval()
         steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
         ax.yaxis.set_major_locator(LogLocator(subs=steps, numticks=7))
-        # Powers would need TeX, which is off.
+        # Powers of ten would need mathtext, which is off.
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
     # All plots of a run have the same x axis, from 0.

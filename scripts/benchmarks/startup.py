@@ -87,7 +87,7 @@ def main():
     parser.add_argument("--size", type=positive, default=160, help="shorter side of the images, pixels")
     parser.add_argument("--batch", type=positive, default=2, help="batch size")
     parser.add_argument("--depth", type=int, choices=(18, 34, 50, 101, 152), default=50, help="ResNet depth")
-    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="end points")
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="what to time")
     args = parse_args(parser, repeats=5, quick={"size": 64, "batch": 1, "depth": 18})
     path = os.pathsep.join(filter(None, [_HERE, os.environ.get("PYTHONPATH")]))
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}

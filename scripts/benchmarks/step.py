@@ -217,9 +217,9 @@ def count_all_syncs(args):
             step()
             counts = count_syncs(step)
             table[f"{name}, batch {batch}"] = {key: counts[key] for key in ("syncs", "uploads", "nms")}
-        name = f"host waits of a step beside NMS, batch {batch}"
+        name = f"device syncs of a step without NMS, batch {batch}"
         targets.append(target(name, 8, counts["syncs"], at_most=True))
-    return {"in a forward and a backward pass": table}, targets
+    return {"syncs in forward and backward": table}, targets
 
 
 def main():
