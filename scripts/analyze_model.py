@@ -6,8 +6,9 @@ python scripts/analyze_model.py --config-file configs/quickstart.yaml --depth 3 
 python scripts/analyze_model.py --config-file configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml \\
     --size 800x1216 --output retinanet.json MODEL.RETINANET.NUM_CLASSES 80
 
-RUN_FOLDER is the OUTPUT_DIR of a run. Weights are not needed; the dataset is needed only if the config does not set
-the number of classes or keypoints. Runs an inference and a training step with random images on the CPU.
+RUN_FOLDER is the OUTPUT_DIR of a run. Weights are not needed; the dataset is needed only if the config does
+not set the number of classes or keypoints. Runs an inference and a training step with random images on the
+CPU.
 """
 
 from plaintrain.utils.arguments import add_renamed_argument, build_run_parser, parse_run_arguments
