@@ -1,38 +1,44 @@
 #!/usr/bin/env python
-"""Say what goes wrong in a detector's predictions, and what it costs.
+"""Analyze the errors of a detector's predictions and the AP that they cost.
 
 python scripts/analyze_errors.py output/quickstart
-python scripts/analyze_errors.py output/quickstart --dataset shapes_val --iou 0.75
+python scripts/analyze_errors.py output/quickstart --dataset shapes_val --iou-threshold 0.75
 python scripts/analyze_errors.py --config-file configs/quickstart.yaml --predictions FILE.json
 
-Takes the predictions of a run's last evaluation, or a JSON in COCO's results format for the dataset in
-DATASETS.TEST; neither a model nor images are needed. Prints AP by class and size, how much AP each type of
-error costs (class, localisation, both, duplicate, background, missed, as TIDE defines them), the score
-threshold with the highest F1, which objects are found by their size, shape and surroundings, what classes
-are mistaken for, whether scores mean what they say, and the worst images. All of it, with curves, goes into
-a JSON: see `plaintrain.analysis.analyze` for its keys.
+The predictions are those of a run's last evaluation, or a JSON in COCO's results format for the dataset in
+DATASETS.TEST; neither a model nor images are needed. Prints AP per class and size, TIDE's delta AP of each
+error type (class, localisation, both, duplicate, background, missed), the score threshold with the highest
+F1, recall by object size, shape and crowding, the confusion matrix, calibration, and the worst images. The
+JSON output adds the curves; `plaintrain.analysis.analyze` documents its keys.
 """
 
-from plaintrain.utils.arguments import build_parser
+from plaintrain.utils.arguments import add_renamed_argument, build_parser
 
 if __name__ == "__main__":
-    # --help and a wrong flag are answered before the imports that take seconds.
-    parser = build_parser(__doc__, "YAML config, instead of a run")
+    # Parse before the slow imports, so that --help and errors are instant.
+    parser = build_parser(__doc__, "YAML config, instead of RUN")
     parser.add_argument("run", nargs="?", default="", metavar="RUN", help="folder of a run (OUTPUT_DIR)")
     parser.add_argument("--dataset", metavar="NAME", help="default: the first test set")
-    parser.add_argument("--predictions", metavar="FILE", help="COCO results; default: the run's last ones")
-    parser.add_argument("--iou", type=float, default=0.5, help="what a correct detection has; default: 0.5")
+    parser.add_argument("--predictions", metavar="FILE", help="COCO results (default: the run's last ones)")
+    iou = {"type": float, "default": 0.5, "metavar": "IOU"}
+    add_renamed_argument(parser, "--iou-threshold", "--iou", help="IoU of a match (default: 0.5)", **iou)
     parser.add_argument(
-        "--score-threshold", type=float, metavar="SCORE", help="of what is counted; default: the best F1"
+        "--score-threshold",
+        type=float,
+        metavar="SCORE",
+        help="minimum score to count (default: highest F1)",
     )
-    parser.add_argument("--gallery", type=int, default=12, metavar="N", help="best and worst images to list")
-    parser.add_argument("--output", metavar="FILE", help="default: analysis.json beside the predictions")
+    parser.add_argument(
+        "--gallery", type=int, default=12, metavar="N", help="number of best and worst images (default: 12)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="default: analysis.json next to the predictions")
     args = parser.parse_args()
     if args.gallery < 0:
-        parser.error("--gallery is at least 0")
-    for flag, value in (("--iou", args.iou), ("--score-threshold", args.score_threshold)):
+        parser.error(f"--gallery must be at least 0, got {args.gallery}")
+    for flag in ("iou_threshold", "score_threshold"):
+        value = getattr(args, flag)
         if value is not None and not 0 <= value <= 1:
-            parser.error(f"{flag} must be 0 to 1, not {value:g}")
+            parser.error(f"--{flag.replace('_', '-')} must be 0 to 1, got {value:g}")
 
 import os
 import sys
@@ -46,78 +52,89 @@ from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.predictions import write_json
 from plaintrain.utils.errors import UserError
 
-# Up to so many classes the confusion is shown as a matrix.
-_MATRIX = 12
+# With more classes, print the most confused pairs instead of the confusion matrix.
+_MAX_MATRIX_CLASSES = 12
 
 
-def show(title, rows, columns=(), needed=""):
-    """Print dicts as a table, of all columns or some; skip those that have nothing in a column."""
-    shown = [row for row in rows if not needed or row[needed]]
-    skipped = f" ({len(rows) - len(shown)} without {needed} are skipped)" if len(shown) < len(rows) else ""
+def print_table(title, records, columns=(), required=""):
+    """Print dicts as a table with some or all columns; skip those with 0 or None in the required column."""
+    shown = [record for record in records if not required or record[required]]
+    num_skipped = len(records) - len(shown)
+    skipped = f" ({num_skipped} without {required} skipped)" if num_skipped else ""
     if shown:
         columns = columns or list(shown[0])
-        cells = [["-" if row[column] is None else row[column] for column in columns] for row in shown]
+        cells = [
+            ["-" if record[column] is None else record[column] for column in columns] for record in shown
+        ]
         print(f"\n{title}{skipped}\n{format_table(cells, columns)}")
 
 
-def show_analysis(found):
+def print_errors(task, errors, settings):
+    """Print TIDE's delta AP and the counts of each error type."""
+    counts = {**errors["detections"], "missed": errors["objects"]["missed"]}
+    cells = [[error, errors["costs"][error], counts[error], OUTCOMES[error][1]] for error in ERRORS]
+    cells.append(["all false positives", errors["false_positives"], "", "all wrong detections"])
+    cells.append(
+        ["all false negatives", errors["false_negatives"], "", "all objects without a correct detection"]
+    )
+    columns = ["type", "delta AP", "count", "description"]
+    ap = "" if errors["AP"] is None else f" of {errors['AP']:.2f}"
+    score = f"{settings['score_threshold']:.3f} ({settings['score_threshold_is']})"
+    title = f"{task}, delta AP at IoU {settings['iou_threshold']:g}{ap}; counts at score threshold {score}"
+    print_table(title, [dict(zip(columns, values, strict=True)) for values in cells])
+    columns = ["name", "correct", *ERRORS[:-1], "erroneous", "missed"]
+    print_table(f"{task}, detections and objects by class", errors["classes"], columns)
+
+
+def print_analysis(analysis):
     """Print the tables of an analysis."""
-    settings, confusion, thresholds = found["settings"], found["confusion"], found["thresholds"]
-    for task, metrics in found["metrics"].items():
-        show(f"{task}, COCO's metrics", [metrics])
-        show(f"{task}, by class", found["per_class"][task], needed="objects")
-    rows = [{"name": "all", **thresholds["overall"]}, *thresholds["classes"]]
-    show("score threshold with the highest F1", rows, needed="threshold")
-    for task, errors in found["errors"].items():
-        counts = {**errors["detections"], "missed": errors["objects"]["missed"]}
-        rows = [[error, errors["costs"][error], counts[error], OUTCOMES[error][1]] for error in ERRORS]
-        rows.append(["all false positives", errors["false_positives"], "", "all wrong detections"])
-        rows.append(["all false negatives", errors["false_negatives"], "", "all objects that are not found"])
-        columns = ["type", "AP", "count", "what it is"]
-        ap = "" if errors["AP"] is None else f" of {errors['AP']:.2f}"
-        title = f"{task}, what each type of error costs of the AP at IoU {settings['iou_threshold']:g}{ap}"
-        score = f"{settings['score_threshold']:.3f} ({settings['score_threshold_is']})"
-        title = f"{title}; counts are of a score of at least {score}"
-        show(title, [dict(zip(columns, row, strict=True)) for row in rows])
-        columns = ["name", "correct", *ERRORS[:-1], "erroneous", "missed"]
-        show(f"{task}, detections and objects by class", errors["classes"], columns)
+    confusion = analysis["confusion"]
+    thresholds = analysis["thresholds"]
+    for task, metrics in analysis["metrics"].items():
+        print_table(f"{task}, COCO metrics", [metrics])
+        print_table(f"{task}, by class", analysis["per_class"][task], required="objects")
+    classes = [{"name": "all", **thresholds["overall"]}, *thresholds["classes"]]
+    print_table("score threshold with the highest F1", classes, required="threshold")
+    for task, errors in analysis["errors"].items():
+        print_errors(task, errors, analysis["settings"])
     columns = ["name", "objects", "recall", "recall_above", "mean_iou", "erroneous", "missed"]
-    for key, (title, words) in GROUPS.items():
-        show(f"objects by {title.lower()}, {words}", found["breakdown"][key], columns, needed="objects")
+    for key, (title, description) in GROUPS.items():
+        bins = analysis["breakdown"][key]
+        print_table(f"objects by {title.lower()}, {description}", bins, columns, required="objects")
     names = confusion["labels"]
-    if len(names) - 1 <= _MATRIX:
-        rows = [
-            {"": n, **dict(zip(names, counts, strict=True))}
-            for n, counts in zip(names, confusion["counts"], strict=True)
+    if len(names) - 1 <= _MAX_MATRIX_CLASSES:
+        matrix = [
+            {"": name, **dict(zip(names, counts, strict=True))}
+            for name, counts in zip(names, confusion["counts"], strict=True)
         ]
-        show("objects (rows) by what they are detected as (columns)", rows)
+        print_table("confusion matrix (rows: ground truth, columns: predictions)", matrix)
     else:
-        show("classes that are mistaken most often", confusion["pairs"])
-    calibration = found["calibration"]
+        print_table("most confused pairs of classes", confusion["pairs"])
+    calibration = analysis["calibration"]
     if calibration["expected_error"] is not None:
-        title = f"scores and precision; expected calibration error {calibration['expected_error']:.3f}"
-        show(title, calibration["bins"])
-    rows = [{**e, "file": os.path.basename(e["file_name"])} for e in found["gallery"]["worst"]]
+        title = f"precision by score; expected calibration error {calibration['expected_error']:.3f}"
+        print_table(title, calibration["bins"])
+    worst = [{**e, "file": os.path.basename(e["file_name"])} for e in analysis["gallery"]["worst"]]
     columns = ["file", "f1", "correct", *ERRORS[:-1], "erroneous", "missed"]
-    show("worst images", rows, columns)
+    print_table("worst images", worst, columns)
 
 
 def main(args):
-    """Analyse, print, write."""
+    """Analyze, print and write."""
     options = {"gallery": args.gallery, "kpt_oks_sigmas": args.cfg.TEST.KEYPOINT_OKS_SIGMAS}
-    found = analyze(args.dataset, args.predictions, args.iou, args.score_threshold, **options)
-    crowds = f" and {found['crowds']} crowds" if found["crowds"] else ""
+    analysis = analyze(args.dataset, args.predictions, args.iou_threshold, args.score_threshold, **options)
+    crowds = f" and {analysis['crowds']} crowds" if analysis["crowds"] else ""
     print(
-        f"{args.dataset}: {found['images']} images, {found['objects']} objects{crowds}, "
-        f"{found['detections']} detections of {args.predictions}"
+        f"{args.dataset}: {analysis['images']} images, {analysis['objects']} objects{crowds}, "
+        f"{analysis['detections']} detections of {args.predictions}"
     )
-    show_analysis(found)
-    write_json(args.output, found)
-    print(f"\nall of it is in {args.output}")
+    print_analysis(analysis)
+    write_json(args.output, analysis)
+    print(f"\nwrote {args.output}")
 
 
-def choose(args):
-    """Set the config, the dataset, the predictions and the output of a command line."""
+def resolve_arguments(args):
+    """Set `cfg`, and the defaults of `dataset`, `predictions` and `output`."""
     args.cfg = load_tool_cfg(args)
     choose_predictions(args, args.cfg)
     folder = os.path.dirname(args.predictions)
@@ -128,7 +145,7 @@ def choose(args):
 
 if __name__ == "__main__":
     try:
-        choose(args)
+        resolve_arguments(args)
     except UserError as e:
         parser.error(str(e))
     sys.exit(launch(main, args=(args,)))

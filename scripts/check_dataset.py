@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Say what is wrong with datasets, in plain words, before training does.
+"""Check datasets for errors in annotations and images before training.
 
 python scripts/check_dataset.py shapes_val
 python scripts/check_dataset.py bccd_train bccd_val --config-file configs/BCCD/Base-BCCD.yaml
 python scripts/check_dataset.py my_train --config-file my.yaml --fix DIR
 
-Opens every image, its pixels converted as INPUT.PIXEL_RANGE of the config says. --fix writes a cleaned copy
-as DIR/annotations.json (DIR/NAME/annotations.json for several datasets), which refers to the original images;
-the original is never changed. What cannot be fixed without guessing is excluded and named.
+Decodes every image, with the config's INPUT.PIXEL_RANGE. --fix writes a cleaned copy as DIR/annotations.json
+(DIR/NAME/annotations.json for several datasets), which refers to the original images; the original is never
+changed. Annotations that cannot be fixed without guessing are dropped and listed.
 
-Exit code, of the original: 0 training would work, 1 it would not (findings marked FATAL, or a file that
-cannot be read at all), 2 a mistake in the command line.
+Exit code (of the original dataset): 0 if training would work, 1 if not (findings marked FATAL, or an
+unreadable annotation file), 2 for a wrong command line.
 """
 
 import functools
@@ -38,13 +38,13 @@ from plaintrain.data.validation import (
 )
 from plaintrain.engine.launch import launch
 from plaintrain.evaluation.predictions import write_json
-from plaintrain.utils.arguments import build_parser
+from plaintrain.utils.arguments import add_renamed_argument, build_parser
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.logger import build_progress_bar
 
 
-def look_at(record, pixel_range):
-    """What an image file is: {error, kind} or {size: (height, width), turned, pixels: a hash, spread}."""
+def inspect_image(record, pixel_range):
+    """Return {error, kind} or {size: (height, width), turned, pixels: a hash, spread} of an image file."""
     try:
         image = read_image(record["file_name"], pixel_range)
         turned = not is_drawn(record["file_name"]) and read_image_header(record["file_name"])[2] > 1
@@ -56,44 +56,45 @@ def look_at(record, pixel_range):
     return {"size": size, "turned": turned, "pixels": pixels.hexdigest(), "spread": spread}
 
 
-def image_mistakes(dataset, records, looks, earlier):
-    """Yield (kind, example) for images of a dataset; `earlier` holds {pixels: image} of those before."""
-    first, files = {}, set()
-    for record, look in zip(records, looks, strict=True):
+def iterate_problems(dataset, records, images, earlier):
+    """Yield (problem type, example) for inspected images; `earlier` is {pixels: image} of other datasets."""
+    first = {}
+    files = set()
+    for record, image in zip(records, images, strict=True):
         name = record["file_name"]
-        if "error" in look:
-            yield look["kind"], look["error"]
+        if "error" in image:
+            yield image["kind"], image["error"]
             continue
-        height, width = look["size"]
+        height, width = image["size"]
         if (height, width) != (record["height"], record["width"]):
-            said = f"{record['width']}x{record['height']}"
-            yield "wrong_size", f"{name}: is {width}x{height}, its record says {said}"
-        if look["turned"]:
+            expected = f"{record['width']}x{record['height']}"
+            yield "wrong_size", f"{name}: is {width}x{height}, its record says {expected}"
+        if image["turned"]:
             yield "turned", name
-        if look["spread"] < LEAST_SPREAD:
-            yield "near_constant", f"{name}: {look['spread'] + 1} values"
-        other = first.setdefault(look["pixels"], name)
+        if image["spread"] < LEAST_SPREAD:
+            yield "near_constant", f"{name}: {image['spread'] + 1} values"
+        other = first.setdefault(image["pixels"], name)
         if os.path.realpath(name) in files:
             yield "listed_twice", name
         elif other != name:
-            yield "duplicate", f"{name} is as {other}"
-        elif look["pixels"] in earlier:
-            yield "leak", f"{name} is as {earlier[look['pixels']]}"
+            yield "duplicate", f"{name} equals {other}"
+        elif image["pixels"] in earlier:
+            yield "leak", f"{name} equals {earlier[image['pixels']]}"
         files.add(os.path.realpath(name))
     for pixels, name in first.items():
         earlier.setdefault(pixels, f"{name} of {dataset}")
 
 
-def write_fixed(folder, records, looks, metadata, problems):
-    """Write the cleaned copy of a dataset and say what was changed."""
+def write_fixed(folder, records, images, metadata, problems):
+    """Write the cleaned copy of a dataset and print the changes."""
     if any(is_drawn(record["file_name"]) for record in records):
-        print("  no cleaned copy: its images are drawn, not read from files")
+        print("  no cleaned copy: the images are generated, not read from files")
         return
-    records, changes = fix_records(records, looks, metadata)
+    records, changes = fix_records(records, images, metadata)
     for error in problems:
-        kind = getattr(error, "error_type", "broken")
-        what = "renumbered" if kind == "duplicate_id" else "dropped"
-        changes[f"{what} while reading: {PROBLEM_TYPES[kind][0]}"].append("")
+        problem_type = getattr(error, "error_type", "broken")
+        action = "renumbered" if problem_type == "duplicate_id" else "dropped"
+        changes[f"{action} while reading: {PROBLEM_TYPES[problem_type][0]}"].append("")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "annotations.json")
     root, names = get_relative_names(record["file_name"] for record in records)
@@ -104,13 +105,13 @@ def write_fixed(folder, records, looks, metadata, problems):
         for line in list(filter(None, lines))[:MAX_EXAMPLES]:
             print(f"        {line}")
     if not changes:
-        print("    nothing had to be changed")
+        print("    no changes")
 
 
-def report(name, records, metadata, findings):
-    """Print what was found in one dataset."""
-    boxes = sum(len(record["annotations"]) for record in records)
-    print(f"{name}: {len(records)} images, {boxes} boxes")
+def print_findings(name, records, metadata, findings):
+    """Print the class counts and the findings of a dataset."""
+    num_boxes = sum(len(record["annotations"]) for record in records)
+    print(f"{name}: {len(records)} images, {num_boxes} boxes")
     counts = count_classes(records, metadata)
     width = max(map(len, counts), default=0)
     for class_name, count in counts.items():
@@ -118,50 +119,50 @@ def report(name, records, metadata, findings):
     for finding in findings:
         print("  " + str(finding).replace("\n", "\n  "))
     if not findings:
-        print("  nothing is wrong with it")
+        print("  no problems")
 
 
 def main(args):
-    """Check, say it, and mend if asked to; the exit code."""
-    found, earlier = {}, {}
+    """Check each dataset, write the cleaned copies, and return the exit code."""
+    findings = {}
+    earlier = {}
     for name in args.names:
         problems = []
         records, metadata = read_dataset(name, problems)
-        # Decoding and hashing run beside each other.
         with ThreadPoolExecutor(args.workers) as pool:
-            looks = pool.map(functools.partial(look_at, pixel_range=args.pixel_range), records)
-            looks = list(build_progress_bar(looks, desc="images", total=len(records)))
-        found[name] = check_problems(problems) + check_records(records, metadata)
-        found[name] += count_problems(image_mistakes(name, records, looks, earlier))
-        report(name, records, metadata, found[name])
+            images = pool.map(functools.partial(inspect_image, pixel_range=args.pixel_range), records)
+            images = list(build_progress_bar(images, desc="images", total=len(records)))
+        findings[name] = check_problems(problems) + check_records(records, metadata)
+        findings[name] += count_problems(iterate_problems(name, records, images, earlier))
+        print_findings(name, records, metadata, findings[name])
         if args.fix:
             folder = args.fix if len(args.names) == 1 else os.path.join(args.fix, name)
-            write_fixed(folder, records, looks, metadata, problems)
-    if args.json:
+            write_fixed(folder, records, images, metadata, problems)
+    if args.output:
         plain = {
             name: [
                 {"kind": f.type, "count": f.count, "examples": f.examples, "fatal": f.fatal}
                 | {"text": PROBLEM_TYPES[f.type][0]}
-                for f in findings
+                for f in dataset_findings
             ]
-            for name, findings in found.items()
+            for name, dataset_findings in findings.items()
         }
-        write_json(args.json, plain, indent=1)
-    fatal = [name for name, findings in found.items() if any(finding.fatal for finding in findings)]
-    verdict = (
-        f"training would stop at the FATAL findings of {', '.join(fatal)}" if fatal else "training would work"
-    )
-    print(f"{verdict}{' (on the original)' if args.fix else ''}")
+        write_json(args.output, plain, indent=1)
+    fatal = [name for name in findings if any(finding.fatal for finding in findings[name])]
+    verdict = f"training would stop at the FATAL findings of {', '.join(fatal)}"
+    print(f"{verdict if fatal else 'training would work'}{' (on the original)' if args.fix else ''}")
     return 1 if fatal else 0
 
 
 def parse_args(argv=None):
-    """The command line, its names and folder checked: mistakes in them exit with code 2."""
+    """Parse the command line, and check the names and the folder."""
     parser = build_parser(__doc__, "YAML config with DATASETS.DECLARE")
     parser.add_argument("names", nargs="+", metavar="NAME", help="built-in or declared datasets")
-    parser.add_argument("--fix", metavar="DIR", help="write a cleaned copy into this new or empty folder")
-    parser.add_argument("--json", metavar="FILE", help="write the findings to this file too")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="images read at a time")
+    parser.add_argument("--fix", metavar="DIR", help="write a cleaned copy to a new or empty folder")
+    add_renamed_argument(parser, "--output", "--json", metavar="FILE", help="also write the findings as JSON")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="threads (default: CPU cores)"
+    )
     args = parser.parse_args(argv)
     try:
         args.pixel_range = get_pixel_range(load_tool_cfg(args))
@@ -172,8 +173,10 @@ def parse_args(argv=None):
             make_folder(args.fix)
     except UserError as e:
         parser.error(str(e))
-    if args.workers < 1 or len(set(args.names)) != len(args.names):
-        parser.error("--workers is at least 1, and each NAME is given once")
+    if args.workers < 1:
+        parser.error(f"--workers must be at least 1, got {args.workers}")
+    if len(set(args.names)) != len(args.names):
+        parser.error("each NAME must be given once")
     return args
 
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Convert a dataset of any format to COCO JSON or to YOLO's text files.
+"""Convert a dataset of any format to COCO JSON or to YOLO text files.
 
 python scripts/convert_dataset.py shapes_val --to coco --output DIR
 python scripts/convert_dataset.py bccd_train --val bccd_val --to yolo --output DIR \\
     --config-file configs/BCCD/Base-BCCD.yaml
 
 NAME is a built-in dataset, or one that DATASETS.DECLARE of the config declares. COCO: writes
-DIR/annotations.json; images are referred to by their path from a folder that holds them all, which is
-said. YOLO: writes DIR/data.yaml, labels/ and images/, which holds links. Images of the shapes set are
-drawn and written.
+DIR/annotations.json; `file_name` is relative to the common folder of the images, which is printed. YOLO:
+writes DIR/data.yaml, labels/ and images/ with symbolic links. Generated images (the shapes datasets) are
+written.
 """
 
 import logging
@@ -36,32 +36,32 @@ from plaintrain.utils.logger import build_progress_bar, setup_logger
 
 logger = logging.getLogger("plaintrain")
 
-# What YOLO's labels cannot say, and what is written instead.
-LOST = {
-    "crowd": "crowd regions, left out as Ultralytics does",
-    "outside": "boxes without area inside their image, left out",
-    "clipped": "objects that reach beyond their image, clipped to it",
-    "rle": "masks given as run-length encoding, written as boxes",
-    "parts": "masks of several polygons, written as one outline joined by lines without width",
-    "keypoints": "objects with keypoints, which are left out",
-    "difficult": "objects marked difficult, which is left out",
-    "score": "objects with a score, which is left out",
+# Annotations that YOLO's format cannot hold: description and replacement.
+LOSSES = {
+    "crowd": "crowd regions, skipped as in Ultralytics",
+    "outside": "boxes without area inside their image, skipped",
+    "clipped": "objects beyond the image border, clipped to it",
+    "rle": "RLE masks, written as boxes",
+    "polygons": "masks of several polygons, written as one polygon joined by zero-width lines",
+    "keypoints": "objects with keypoints, written without them",
+    "difficult": "objects marked difficult, written without the mark",
+    "score": "objects with a score, written without it",
     "mixed": "label files with boxes and polygons, which Ultralytics misreads (--boxes writes boxes only)",
 }
 
 
-def image_names(records):
-    """For each record a path below one folder, no two the same: the files' own, from where they part."""
+def get_image_names(records):
+    """Return a unique relative path per record: the file's, from the common folder of all."""
     files = [record["file_name"] for record in records if not is_drawn(record["file_name"])]
     name_of = dict(zip(files, get_relative_names(files)[1], strict=True))
     names = [name_of.get(record["file_name"], f"{record['image_id']}.png") for record in records]
     if len(set(names)) != len(names):
-        raise UserError("two records have the same image file: each may be there once only")
+        raise UserError("two records have the same image file")
     return names
 
 
-def put_image(record, target, copy):
-    """Write, copy or link a record's image at `target`."""
+def place_image(record, target, copy):
+    """Write, copy or link the image of a record to `target`."""
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if is_drawn(record["file_name"]):
@@ -72,103 +72,109 @@ def put_image(record, target, copy):
             os.symlink(os.path.abspath(record["file_name"]), target)
     except OSError as e:
         hint = "" if copy else "; --copy-images copies instead of linking"
-        raise UserError(f"cannot put {record['file_name']} at {target}: {e.strerror or e}{hint}") from e
+        raise UserError(f"cannot write {target} from {record['file_name']}: {e.strerror or e}{hint}") from e
 
 
-def to_coco(records, metadata, output, copy):
-    """Write `annotations.json`, and the images that are to be copied or drawn."""
-    files, written = [], set()
-    for record, name in zip(build_progress_bar(records, desc="images"), image_names(records), strict=True):
+def write_coco_dataset(records, metadata, output, copy):
+    """Write `annotations.json`, and the images if they are copied or generated."""
+    files = []
+    written = set()
+    for record, name in zip(
+        build_progress_bar(records, desc="images"), get_image_names(records), strict=True
+    ):
         file = record["file_name"]
         if copy or is_drawn(file):
             file = os.path.join(output, "images", name)
-            put_image(record, file, copy)
+            place_image(record, file, copy)
             written = {output}
         files.append(file)
     root, names = get_relative_names(files, *written)
     path = os.path.join(output, "annotations.json")
     write_coco(path, records, metadata, names)
-    logger.info(f"{path}: {_size(records)}; read it with FORMAT coco, IMAGE_ROOT {root}")
+    logger.info(f"{path}: {_format_size(records)}; load it with FORMAT coco, IMAGE_ROOT {root}")
 
 
-def to_yolo(splits, metadata, output, args):
+def write_yolo_dataset(splits, metadata, output, args):
     """Write the images and labels of every split, and `data.yaml` last."""
-    lost = Counter()
+    losses = Counter()
     ids = get_category_ids(metadata)
     if ids != list(range(1, len(ids) + 1)):
         logger.info(f"category ids {ids} become 0 to {len(ids) - 1}")
     data = {}
     for split, records in splits.items():
         data[split] = f"images/{split}"
-        for record, name in zip(build_progress_bar(records, desc=split), image_names(records), strict=True):
+        for record, name in zip(
+            build_progress_bar(records, desc=split), get_image_names(records), strict=True
+        ):
             target = os.path.join(output, "images", split, name)
             path = get_label_file(target)
             if os.path.exists(path):
-                raise UserError(f"{record['file_name']} and another image would share the labels {path}")
-            put_image(record, target, args.copy_images)
-            lines = [line for a in record["annotations"] if (line := label_line(a, record, args.boxes, lost))]
-            lost["mixed"] += len({line.count(" ") == 4 for line in lines}) > 1
+                raise UserError(f"{record['file_name']} and another image have the same label file {path}")
+            place_image(record, target, args.copy_images)
+            lines = [
+                line for a in record["annotations"] if (line := format_label(a, record, args.boxes, losses))
+            ]
+            losses["mixed"] += len({line.count(" ") == 4 for line in lines}) > 1
             os.makedirs(os.path.dirname(path), exist_ok=True)
             Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        logger.info(f"{split}: {_size(records)}")
+        logger.info(f"{split}: {_format_size(records)}")
     data["names"] = dict(enumerate(metadata["thing_classes"]))
     with atomic_write(os.path.join(output, "data.yaml")) as f:
         yaml.safe_dump(data, f, sort_keys=False, allow_unicode=True)
-    for kind, text in LOST.items():
-        if lost[kind]:
-            logger.warning(f"{text}: {lost[kind]}")
+    for key, description in LOSSES.items():
+        if losses[key]:
+            logger.warning(f"{description}: {losses[key]}")
     if "val" not in splits:
-        logger.info("data.yaml has no val, which Ultralytics needs to train: --val NAME adds one")
+        logger.info("data.yaml has no val split, which Ultralytics needs to train; --val NAME adds one")
 
 
-def label_line(annotation, record, boxes, lost):
-    """`class cx cy w h`, or `class x y x y ...` for polygons, as shares of the image's size; or None."""
+def format_label(annotation, record, boxes, losses):
+    """Return `class cx cy w h` or `class x y x y ...`, relative to the image size; None if skipped."""
     if annotation.get("iscrowd"):
-        lost["crowd"] += 1
+        losses["crowd"] += 1
         return None
-    width, height = record["width"], record["height"]
+    width = record["width"]
+    height = record["height"]
     x0, y0, x1, y1 = box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    inside = [max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)]
-    if inside[0] >= inside[2] or inside[1] >= inside[3]:
-        lost["outside"] += 1
+    clipped = [max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)]
+    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        losses["outside"] += 1
         return None
     for key in ("keypoints", "difficult", "score"):
-        lost[key] += bool(annotation.get(key))
+        losses[key] += bool(annotation.get(key))
     segmentation = None if boxes else annotation.get("segmentation")
-    lost["rle"] += isinstance(segmentation, dict)
+    losses["rle"] += isinstance(segmentation, dict)
     if isinstance(segmentation, list | tuple) and segmentation:
-        lost["parts"] += len(segmentation) > 1
-        shares = [
+        losses["polygons"] += len(segmentation) > 1
+        unclipped = [
             c / size
-            for point in _outline(segmentation)
+            for point in _join_polygons(segmentation)
             for c, size in zip(point, (width, height), strict=True)
         ]
-        inside = [min(max(share, 0), 1) for share in shares]
-        lost["clipped"] += inside != shares
-        shares = inside
+        values = [min(max(value, 0), 1) for value in unclipped]
+        losses["clipped"] += values != unclipped
     else:
-        lost["clipped"] += inside != box
-        x0, y0, x1, y1 = inside
-        shares = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
-    # Ten digits: a thousandth of a pixel is 1e-8 of the largest images.
-    return " ".join([str(annotation["category_id"]), *(f"{share:.10g}" for share in shares)])
+        losses["clipped"] += clipped != box
+        x0, y0, x1, y1 = clipped
+        values = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
+    # Ten digits keep a thousandth of a pixel of the largest images.
+    return " ".join([str(annotation["category_id"]), *(f"{value:.10g}" for value in values)])
 
 
-def _outline(polygons):
-    """The points (x, y) of one polygon around all parts."""
-    parts = [list(zip(p[::2], p[1::2], strict=True)) for p in polygons]
-    # Each further part: from the first point to its first point, around it, and the same way back.
-    start = parts[0][0]
-    outline = parts[0] + [point for part in parts[1:] for point in (start, *part, part[0])]
-    return outline + [start] * (len(parts) > 1)
+def _join_polygons(polygons):
+    """Return the points (x, y) of one polygon around all polygons."""
+    first, *others = [list(zip(p[::2], p[1::2], strict=True)) for p in polygons]
+    # From the start to each other polygon, around it, and the same way back.
+    outline = first + [point for other in others for point in (first[0], *other, other[0])]
+    return [*outline, first[0]] if others else outline
 
 
-def _size(records):
+def _format_size(records):
     return f"{len(records)} images, {sum(len(r['annotations']) for r in records)} annotations"
 
 
 def main(args):
-    """Convert what the command line says."""
+    """Convert the dataset."""
     setup_logger()
     load_tool_cfg(args)
     names = {"train": args.name, "val": args.val, "test": args.test}
@@ -178,16 +184,16 @@ def main(args):
     metadata = vars(MetadataCatalog.get(args.name))
     make_folder(args.output)
     if args.to == "coco":
-        to_coco(splits["train"], metadata, args.output, args.copy_images)
+        write_coco_dataset(splits["train"], metadata, args.output, args.copy_images)
     else:
-        to_yolo(splits, metadata, args.output, args)
+        write_yolo_dataset(splits, metadata, args.output, args)
 
 
 def parse_args(argv=None):
-    """The command line."""
+    """Parse the command line."""
     parser = build_parser(__doc__, "YAML config that declares NAME")
     parser.add_argument("name", metavar="NAME", help="dataset to convert")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    parser.add_argument("words", nargs="*", metavar="KEY VALUE", help="config overrides")
     parser.add_argument("--to", required=True, choices=("coco", "yolo"))
     parser.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument("--copy-images", action="store_true", help="copy the images too")
@@ -195,8 +201,9 @@ def parse_args(argv=None):
     parser.add_argument("--val", metavar="NAME", help="YOLO: another dataset, as split val")
     parser.add_argument("--test", metavar="NAME", help="YOLO: another dataset, as split test")
     args = parser.parse_intermixed_args(argv)
+    args.opts = args.words
     if args.to == "coco" and (args.val or args.test or args.boxes):
-        parser.error("--val, --test and --boxes belong to --to yolo; convert to COCO one dataset at a time")
+        parser.error("--val, --test and --boxes need --to yolo; COCO takes one dataset at a time")
     return args
 
 

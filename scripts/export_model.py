@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write a trained detector as a file that needs no plaintrain, and check it on real images.
+"""Export a trained detector to ONNX or torch.export, and compare it with the model on real images.
 
 python scripts/export_model.py output/quickstart
 python scripts/export_model.py output/quickstart --format torch --output model.pt2
@@ -7,21 +7,22 @@ python scripts/export_model.py --config-file configs/quickstart.yaml --images ph
     MODEL.WEIGHTS output/quickstart/model_final.pth
 python examples/predict_exported.py output/quickstart/model.onnx photo.jpg
 
-RUN_FOLDER is that of a run (OUTPUT_DIR), whose last checkpoint is taken (model_final.pth when it has ended)
-unless MODEL.WEIGHTS names another, or it is a checkpoint itself. --format onnx needs pip install
-"plaintrain[export]"; --format torch writes a program of torch.export (.pt2), for torch and torchvision alone.
+RUN_FOLDER is the OUTPUT_DIR of a run, whose last checkpoint is exported (model_final.pth of a finished run)
+unless MODEL.WEIGHTS names another one; it may also be a checkpoint. --format onnx needs pip install
+"plaintrain[export]"; --format torch writes a torch.export program (.pt2), which needs only torch and
+torchvision.
 
-What goes in: `images`, uint8 [batch, 3, height, width] in RGB, all of one size and resized already; the file
-says to which (min_size and max_size, or fixed_size). Normalising is inside. What comes out: num_detections
-[batch]; boxes [batch, D, 4] as x0, y0, x1, y1 in pixels of the image given, scores and labels [batch, D], of
-which an image's first num_detections count; masks [batch, D, M, M], probabilities inside each box;
-keypoint_maps [batch, D, keypoints, M, M], the heatmaps of each box. The number of images may vary, and their
-size too, but for SSD and SSDlite, which take INPUT.FIXED_SIZE. A .pt2 takes images with sides longer than
-the model's coarsest stride (64, or 128 of RetinaNet and FCOS on ResNet).
+Input: `images`, uint8 [batch, 3, height, width], RGB, resized as the metadata of the file describe (min_size
+and max_size, or fixed_size). Normalization is part of the model. Output: num_detections [batch]; boxes
+[batch, D, 4] as x0, y0, x1, y1 in pixels of the input; scores and labels [batch, D], of which the first
+num_detections are valid; masks [batch, D, M, M], probabilities inside each box; keypoint_maps [batch, D,
+keypoints, M, M], the heatmaps of each box. Batch and image size are dynamic, but SSD and SSDlite have a fixed
+size (INPUT.FIXED_SIZE). The sides of a .pt2's images must exceed the coarsest stride of the model (64, or 128
+for RetinaNet and FCOS on ResNet).
 
-The first --check images of DATASETS.TEST, or of --images, go through the file and the model. A file that is
-further off than --tolerance (boxes in pixels, scores, masks and heatmaps in their own units) is kept as
-FILE.failed, and the exit code is 1.
+Compares the outputs on the first --check images of DATASETS.TEST, or of --images. If they differ by more than
+--tolerance (boxes in pixels; scores, masks and heatmaps in their own units), the file is kept as FILE.failed
+and the exit code is 1.
 """
 
 import os
@@ -30,14 +31,16 @@ from plaintrain.utils.arguments import build_run_parser, parse_run_arguments
 
 if __name__ == "__main__":
     parser = build_run_parser(__doc__)
-    parser.add_argument("--format", choices=["onnx", "torch"], help="default: as --output ends, else onnx")
+    parser.add_argument("--format", choices=["onnx", "torch"], help="default: that of --output, else onnx")
     parser.add_argument("--output", metavar="FILE", help="default: model.onnx or model.pt2 in RUN_FOLDER")
-    parser.add_argument("--check", type=int, default=10, metavar="N", help="images, default 10; 0: none")
-    parser.add_argument("--images", default="", metavar="FOLDER", help="check with these, not DATASETS.TEST")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference, default 1e-3")
+    parser.add_argument("--check", type=int, default=10, metavar="N", help="images to compare (default: 10)")
+    parser.add_argument("--images", default="", metavar="FOLDER", help="compare on these, not DATASETS.TEST")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference (default: 1e-3)")
     args = parse_run_arguments(parser)
-    if args.check < 0 or not args.tolerance > 0:
-        parser.error("--check must be at least 0, and --tolerance above 0")
+    if args.check < 0:
+        parser.error(f"--check must be at least 0, got {args.check}")
+    if not args.tolerance > 0:
+        parser.error(f"--tolerance must be above 0, got {args.tolerance}")
 
 from plaintrain.config import get_value
 from plaintrain.data.datasets.builtin import declare_datasets
@@ -59,91 +62,89 @@ from plaintrain.utils.errors import UserError, require
 from plaintrain.utils.files import writing
 from plaintrain.utils.logger import setup_logger
 
-# What an image to trace with needs: more than one location on each level.
+# The image for tracing needs more than one location on each feature level.
 _TRACED_SIZE = (384, 512)
 
 
-def output_path(args):
-    """(format, path) of the file to write.
-
-    Raises:
-        UserError: the format, the ending and RUN_FOLDER do not say which.
-    """
-    ending = os.path.splitext(args.output or "")[1]
-    fitting = [name for name, known in FORMATS.items() if known == ending]
-    form = args.format or (fitting[0] if fitting else "onnx")
+def choose_output(args):
+    """Return (format, path) of the file to write."""
+    extension = os.path.splitext(args.output or "")[1]
+    format_of = {known: name for name, known in FORMATS.items()}
+    form = args.format or format_of.get(extension, "onnx")
     if not (args.output or args.run):
-        raise UserError("give --output FILE, or the folder of a run")
+        raise UserError("give --output FILE or RUN_FOLDER")
     folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
     path = args.output or os.path.join(folder, "model" + FORMATS[form])
     if not path.endswith(FORMATS[form]):
-        raise UserError(f"--output is {path!r}, but a file of --format {form} must end in {FORMATS[form]}")
+        raise UserError(f"--output must end in {FORMATS[form]} for --format {form}, got {path!r}")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise UserError(f"--output {path}: there is no folder {os.path.dirname(path)}")
     return form, path
 
 
-def report(rows):
-    """Print a table of the differences, and return the largest, {value: difference}."""
-    values = [key for key in rows[0] if key not in ("image", "detections")]
-    cells = [[row["image"], row["detections"], *(f"{row[v]:.1e}" for v in values)] for row in rows]
-    worst = {value: max(row[value] for row in rows) for value in values}
-    cells.append(["largest", sum(row["detections"] for row in rows), *(f"{worst[v]:.1e}" for v in values)])
-    print(format_table(cells, ["image", "detections", *values]))
-    return worst
+def print_differences(differences):
+    """Print the differences of each image as a table, and return the largest, {output: difference}."""
+    names = [key for key in differences[0] if key not in ("image", "detections")]
+    cells = [[d["image"], d["detections"], *(f"{d[name]:.1e}" for name in names)] for d in differences]
+    largest = {name: max(d[name] for d in differences) for name in names}
+    num_detections = sum(d["detections"] for d in differences)
+    cells.append(["largest", num_detections, *(f"{largest[name]:.1e}" for name in names)])
+    print(format_table(cells, ["image", "detections", *names]))
+    return largest
 
 
-def write(predictor, form, path):
-    """Write the file; returns what it says about itself."""
+def write_exported(predictor, form, path):
+    """Write the file and return its metadata."""
     cfg = predictor.cfg
-    about, fixed = describe(cfg, predictor.class_names, predictor.weights), is_fixed(cfg)
+    metadata = describe(cfg, predictor.class_names, predictor.weights)
+    fixed = is_fixed(cfg)
     program = trace(predictor.model, tuple(cfg.INPUT.FIXED_SIZE) if fixed else _TRACED_SIZE, fixed)
     with writing(path):
-        (write_onnx if form == "onnx" else write_torch)(program, path, about)
-    return about
+        (write_onnx if form == "onnx" else write_torch)(program, path, metadata)
+    return metadata
 
 
-def load(args):
-    """The `Predictor` of what the command line names, on the CPU.
-
-    Raises:
-        UserError: nothing to load, or a setting that a file cannot hold.
-    """
+def load_predictor(args):
+    """Return the `Predictor` on the CPU; reject settings that cannot be exported."""
     opts = [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.CHANNELS_LAST", "False"]
     predictor = Predictor(args.run or load_cfg(args), opts=opts)
     for key in ("TEST.AMP", "TEST.AUG.ENABLED"):
         if get_value(predictor.cfg, key):
-            raise UserError(f"{key} is True, but a file is one pass in float32: give {key} False")
+            raise UserError(f"{key} must be False for an export, which is one float32 forward, got True")
     return predictor
 
 
 def main(args):
-    """Export one model."""
+    """Export and check one model."""
     setup_logger()
-    form, path = output_path(args)
+    form, path = choose_output(args)
     if form == "onnx":
-        for module in ("onnx", "onnxscript", *(["onnxruntime"] if args.check else [])):
+        modules = ["onnx", "onnxscript", "onnxruntime"] if args.check else ["onnx", "onnxscript"]
+        for module in modules:
             require(module, "ONNX", "export")
-    predictor = load(args)
-    cfg, model = predictor.cfg, predictor.model
-    declare_datasets(cfg)
-    images = check_images(cfg, args.check, args.images) if args.check else []
+    predictor = load_predictor(args)
+    declare_datasets(predictor.cfg)
+    images = check_images(predictor.cfg, args.check, args.images) if args.check else []
     stem, ending = os.path.splitext(path)
     unchecked = f"{stem}.unchecked{ending}"
-    about = write(predictor, form, unchecked)
+    metadata = write_exported(predictor, form, unchecked)
     if images:
-        worst = report(check_exported(open_exported(unchecked), model, images))
-        off = {name: value for name, value in worst.items() if not value <= args.tolerance}
-        if off:
+        differences = check_exported(open_exported(unchecked), predictor.model, images)
+        largest = print_differences(differences)
+        exceeded = [
+            f"{name} by {value:.2g}" for name, value in largest.items() if not value <= args.tolerance
+        ]
+        if exceeded:
             os.replace(unchecked, path + ".failed")
-            found = " and ".join(f"{name} by {value:.2g}" for name, value in off.items())
             raise UserError(
-                f"the file differs from the model in {found}, more than --tolerance {args.tolerance:g}; it "
-                f"is kept as {path}.failed"
+                f"the file differs from the model in {' and '.join(exceeded)}, more than --tolerance "
+                f"{args.tolerance:g}; it is kept as {path}.failed"
             )
     os.replace(unchecked, path)
     size = os.path.getsize(path) / 2**20
-    print(f"{path}: {about['architecture']}, {size:.1f} MB, any {', '.join(about['dynamic'])}")
+    print(
+        f"wrote {path}: {metadata['architecture']}, {size:.1f} MB, dynamic {', '.join(metadata['dynamic'])}"
+    )
 
 
 if __name__ == "__main__":

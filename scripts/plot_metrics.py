@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Draw the curves of one or several runs: losses, learning rate, AP, time.
+"""Plot the metrics of one or several runs: losses, learning rate, AP, times.
 
 python scripts/plot_metrics.py output/quickstart
 python scripts/plot_metrics.py output/a output/b --output compared.svg --smooth 0.8
 python scripts/plot_metrics.py output/quickstart --metrics 'loss_*' '*/AP'
 python scripts/plot_metrics.py output/quickstart --watch
 
-The curves come from metrics.json, also of a run that goes on. With --watch they are drawn as text in the
-terminal, with the last values and the time that is left, again and again until no run goes on any more or
-Ctrl-C; nothing is written then, and matplotlib is not needed.
+Reads metrics.json, also of a run that is still training. --watch draws text curves in the terminal, with the
+last values and the remaining time, until no run is training or Ctrl-C; it writes no file and needs no
+matplotlib.
 """
 
 import os
@@ -21,14 +21,14 @@ from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.curves import format_curves, format_state, group_panels
 
-_SAVED_AS = (".png", ".svg", ".pdf")
-# Moves the cursor to the upper left and erases what is below.
+_EXTENSIONS = (".png", ".svg", ".pdf")
+# Move the cursor to the top left and clear the screen.
 _CLEAR = "\x1b[H\x1b[J"
 
 
-def draw(args):
+def plot(args):
     """Write the plots to a file."""
-    # --watch needs neither matplotlib nor NumPy.
+    # --watch must work without matplotlib and NumPy.
     from plaintrain.visualization.plots import draw_curves, require_matplotlib, save_figure
 
     require_matplotlib()
@@ -36,71 +36,77 @@ def draw(args):
     panels = group_panels(runs, args.metrics)
     if not panels:
         known = sorted({name for series in runs.values() for name in series})
-        some = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-        wanted = f"no metric matches {' '.join(args.metrics)}; there are: {some}" if known else ""
-        raise UserError(wanted or f"{', '.join(args.runs)} has no metrics.json with values: nothing to draw")
+        if not known:
+            raise UserError(f"{', '.join(args.runs)} has no metrics.json with values")
+        listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+        raise UserError(f"no metric matches {' '.join(args.metrics)}; there are: {listed}")
     path = args.output or os.path.join(args.runs[0], "curves.png")
     save_figure(draw_curves(panels, args.smooth), path)
-    print(f"{len(panels)} pictures of {', '.join(runs)} are in {path}")
+    print(f"wrote {len(panels)} plots of {', '.join(runs)} to {path}")
 
 
-def text(args, width, plain):
-    """(what is to be shown now, whether a run goes on)."""
-    lines, goes_on = [], False
+def format_runs(args, width, plain):
+    """Return (text on all runs, whether one is running)."""
+    lines = []
+    is_running = False
     for name, folder in zip(get_run_names(args.runs), args.runs, strict=True):
         metrics = read_metrics(folder)
         state = get_run_state(folder, metrics)
-        goes_on = goes_on or state.name == "running"
+        is_running = is_running or state.name == "running"
         curves = format_curves(metrics, args.metrics, args.smooth, width, plain)
         lines += [format_state(name, metrics, state)[:width], *curves, ""]
-    return "\n".join(lines), goes_on
+    return "\n".join(lines), is_running
 
 
 def watch(args):
-    """Show the curves as text until no run goes on; elsewhere than on a terminal, whatever is new."""
-    terminal, shown = sys.stdout.isatty(), None
-    plain = not terminal or "utf" not in (sys.stdout.encoding or "").lower()
+    """Print the curves as text until no run is training; without a terminal, only when they change."""
+    is_terminal = sys.stdout.isatty()
+    plain = not is_terminal or "utf" not in (sys.stdout.encoding or "").lower()
+    shown = None
     while True:
-        now, goes_on = text(args, shutil.get_terminal_size().columns - 1 if terminal else 100, plain)
-        if now != shown:
-            print(f"{_CLEAR}{now}" if terminal else now, flush=True)
-        shown = now
-        if not goes_on:
-            print("no run goes on")
+        width = shutil.get_terminal_size().columns - 1 if is_terminal else 100
+        text, is_running = format_runs(args, width, plain)
+        if text != shown:
+            print(f"{_CLEAR}{text}" if is_terminal else text, flush=True)
+        shown = text
+        if not is_running:
+            print("no run is training")
             return
         time.sleep(args.interval)
 
 
 def parse_args(argv=None):
-    """The command line; mistakes in it exit with code 2."""
+    """Parse and check the command line."""
     parser = build_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs (OUTPUT_DIR)")
-    parser.add_argument("--output", metavar="FILE", help=".png, .svg or .pdf; default: RUN/curves.png")
+    parser.add_argument("--output", metavar="FILE", help=".png, .svg or .pdf (default: RUN/curves.png)")
     parser.add_argument(
-        "--metrics", nargs="+", default=[], metavar="GLOB", help="which; default: the usual ones"
+        "--metrics", nargs="+", default=[], metavar="GLOB", help="metrics to plot (default: the main ones)"
     )
-    parser.add_argument("--smooth", type=float, default=0.0, help="0 (as logged) to 0.999; default: 0")
-    parser.add_argument("--watch", action="store_true", help="draw in the terminal, again and again")
-    parser.add_argument("--interval", type=float, default=5.0, help="seconds between two looks of --watch")
+    parser.add_argument("--smooth", type=float, default=0.0, help="EMA decay, 0 to below 1 (default: 0)")
+    parser.add_argument("--watch", action="store_true", help="update text curves in the terminal")
+    parser.add_argument("--interval", type=float, default=5.0, help="seconds between updates of --watch")
     args = parser.parse_args(argv)
     try:
         for folder in args.runs:
             check_run(folder)
     except UserError as e:
         parser.error(str(e))
-    if not 0 <= args.smooth < 1 or not args.interval > 0:
-        parser.error("--smooth is from 0 to below 1, and --interval above 0")
-    if args.output and not args.output.lower().endswith(_SAVED_AS):
-        parser.error(f"--output {args.output}: the name must end in {', '.join(_SAVED_AS)}")
+    if not 0 <= args.smooth < 1:
+        parser.error(f"--smooth must be at least 0 and below 1, got {args.smooth}")
+    if not args.interval > 0:
+        parser.error(f"--interval must be above 0, got {args.interval}")
+    if args.output and not args.output.lower().endswith(_EXTENSIONS):
+        parser.error(f"--output must end in {', '.join(_EXTENSIONS)}, got {args.output}")
     if args.output and args.watch:
-        parser.error("--watch writes nothing: leave out --output")
+        parser.error("--watch writes no file; remove --output")
     return args
 
 
 def main(args):
-    """Draw or watch; the exit code."""
+    """Plot or watch, and return the exit code."""
     try:
-        watch(args) if args.watch else draw(args)
+        watch(args) if args.watch else plot(args)
     except UserError as e:
         if args.debug:
             raise

@@ -1,36 +1,36 @@
 #!/usr/bin/env python
-"""Find objects in images with a trained model: annotated pictures and a COCO JSON.
+"""Predict the objects in images with a trained model; write annotated images and a COCO JSON.
 
-python scripts/predict.py output/quickstart photo.jpg images/ "more/*.png" --output found
-python scripts/predict.py output/quickstart/model_best.pth images/ --output found --threshold 0.7
+python scripts/predict.py output/quickstart photo.jpg images/ "more/*.png" --output predictions
+python scripts/predict.py output/quickstart/model_best.pth images/ --score-threshold 0.7
 python scripts/predict.py --config-file configs/torchvision/fasterrcnn_resnet50_fpn.yaml images/
 python scripts/predict.py --config-file my.yaml images/ MODEL.WEIGHTS model_final.pth MODEL.DEVICE cpu
 
-The first name is a run's folder (its OUTPUT_DIR, which may come from another machine; the dataset need not
-be there), or a checkpoint; with --config-file there is none. Then come images, folders, which are searched
-to the bottom, and patterns. KEY VALUE pairs at the end change the config.
+RUN is a run's folder (its OUTPUT_DIR, which may come from another machine; the dataset is not needed) or a
+checkpoint; omit it with --config-file. IMAGEs are files, folders (searched recursively) and glob patterns.
+KEY VALUE pairs override the config.
 
-DIR gets a picture of each image, in folders as theirs, and predictions.json: COCO's images, categories and
-annotations, each with its `score`, with all that the model finds (MODEL.*.SCORE_THRESH_TEST), not only what
-is above --threshold. It is read again as a dataset with FORMAT coco.
+DIR gets an annotated copy of each image, in the same subfolders, and predictions.json: COCO's images,
+categories and annotations with `score`. It has all detections of the model (MODEL.*.SCORE_THRESH_TEST), not
+only those above --score-threshold, and can be loaded as a dataset with FORMAT coco.
 
-An image that cannot be read is named and left out; the exit code is then 1.
+Unreadable images are skipped with a message; the exit code is then 1.
 """
 
-from plaintrain.utils.arguments import build_parser
+from plaintrain.utils.arguments import add_renamed_argument, build_parser
 
 if __name__ == "__main__":
-    # --help and a wrong flag are answered before the imports that take seconds.
-    parser = build_parser(__doc__, "YAML config, in place of a run")
+    # Parse before the slow imports, so that --help and errors are instant.
+    parser = build_parser(__doc__, "YAML config, instead of RUN")
     parser.add_argument(
-        "words", nargs="*", metavar="RUN | IMAGE | KEY VALUE", help="the run, images, and config overrides"
+        "words", nargs="*", metavar="RUN | IMAGE | KEY VALUE", help="run, images, config overrides"
     )
     parser.add_argument("--output", default="predictions", metavar="DIR", help="default: predictions")
-    parser.add_argument(
-        "--threshold", type=float, default=0.5, help="lowest score that is drawn (default 0.5)"
-    )
-    parser.add_argument("--no-pictures", action="store_true", help="write predictions.json only")
-    parser.add_argument("--batch-size", type=int, default=1, help="images of one size at a time (default 1)")
+    threshold = {"type": float, "default": 0.5, "help": "minimum score to draw (default: 0.5)"}
+    add_renamed_argument(parser, "--score-threshold", "--threshold", **threshold)
+    only_json = {"action": "store_true", "help": "write predictions.json only"}
+    add_renamed_argument(parser, "--no-images", "--no-pictures", **only_json)
+    parser.add_argument("--batch-size", type=int, default=1, help="images of the same size (default: 1)")
     args = parser.parse_intermixed_args()
 
 import glob
@@ -48,14 +48,14 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import writing
 from plaintrain.utils.logger import build_progress_bar, setup_logger
 from plaintrain.visualization.drawing import draw_instances, filter_instances, scale_longer_side
-from plaintrain.visualization.pictures import IMAGE_FORMATS, save_image
+from plaintrain.visualization.images import IMAGE_FORMATS, save_image
 
-# Pictures of smaller images are enlarged to this longer side, in pixels, so that they can be read.
-_LEAST = 320
+# Smaller images are enlarged to this longer side in pixels, so that captions are legible.
+_MIN_SIDE = 320
 
 
 def find_images(inputs):
-    """Return the image files that paths, folders and patterns name, each once, in their order."""
+    """Return the image files of paths, folders and glob patterns, in order and without duplicates."""
     paths = []
     for name in map(os.path.expanduser, inputs):
         if os.path.isdir(name):
@@ -65,13 +65,13 @@ def find_images(inputs):
         else:
             matches = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
             if not matches:
-                raise UserError(f"{name}: there is no such image, folder or pattern that an image fits")
+                raise UserError(f"{name}: no image, folder or pattern matches")
             paths += matches
     return list(dict.fromkeys(map(os.path.abspath, paths)))
 
 
 def read_batches(paths, size, pixel_range, problems):
-    """[(path, image)] of the images that can be read, at most `size` of one shape at a time."""
+    """Yield lists of at most `size` (path, image) of the same shape; unreadable images go to `problems`."""
     batch = []
     for path in build_progress_bar(paths, desc="images"):
         try:
@@ -88,7 +88,7 @@ def read_batches(paths, size, pixel_range, problems):
 
 
 def to_record(path, image, detections, image_id):
-    """Return the detections in an image as a record, its annotations with scores."""
+    """Return the detections in an image as a record whose annotations have scores."""
     height, width = image.shape[-2:]
     annotations = [
         {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "iscrowd": 0, "score": score}
@@ -100,36 +100,38 @@ def to_record(path, image, detections, image_id):
         for annotation, counts in zip(annotations, encode_masks(detections["masks"]), strict=True):
             annotation["segmentation"] = {"size": [height, width], "counts": counts}
     if "keypoints" in detections:
-        # COCO's annotations say whether a keypoint is seen; only its results have scores there.
+        # The third value is the visibility in COCO's annotations, and the score only in its results.
         points = detections["keypoints"].clone()
         points[..., 2] = 2
-        for annotation, row in zip(annotations, points.flatten(1).tolist(), strict=True):
-            annotation["keypoints"] = row
+        for annotation, keypoints in zip(annotations, points.flatten(1).tolist(), strict=True):
+            annotation["keypoints"] = keypoints
     record = {"file_name": path, "image_id": image_id, "height": height, "width": width}
     return {**record, "annotations": annotations}
 
 
-def picture_names(paths):
-    """Of each image the name of its picture: its own, from the folder on that holds all of them."""
+def get_output_names(paths):
+    """Return the name of each drawn image: that of the image, relative to their common folder."""
     names = get_relative_names(paths)[1]
     return [name if os.path.splitext(name)[1].lower() in IMAGE_FORMATS else name + ".jpg" for name in names]
 
 
 def setup(args):
-    """(predictor, paths of the images), after the checks of the command line."""
+    """Check the command line and return (predictor, paths of the images)."""
     names, overrides = split_overrides(args.words)
     run, inputs = ("", names) if args.config_file else (names[0] if names else "", names[1:])
     if not args.config_file and not run:
-        raise UserError("name a run's folder or a checkpoint, or give --config-file FILE")
+        raise UserError("no model; give a run's folder, a checkpoint, or --config-file FILE")
     if not inputs:
-        raise UserError(f"name the images, folders or patterns to look at{f', after {run}' if run else ''}")
-    if not 0 <= args.threshold <= 1 or args.batch_size < 1:
-        raise UserError("--threshold must be from 0 to 1, and --batch-size at least 1")
+        raise UserError(f"no images; give images, folders or patterns{f' after {run}' if run else ''}")
+    if not 0 <= args.score_threshold <= 1:
+        raise UserError(f"--score-threshold must be 0 to 1, got {args.score_threshold:g}")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
     paths = find_images(inputs)
-    pictures = {os.path.realpath(os.path.join(args.output, name)) for name in picture_names(paths)}
-    hidden = [] if args.no_pictures else [path for path in paths if os.path.realpath(path) in pictures]
-    if hidden:
-        raise UserError(f"--output {args.output} would overwrite {hidden[0]}: choose another folder")
+    outputs = {os.path.realpath(os.path.join(args.output, name)) for name in get_output_names(paths)}
+    overwritten = [path for path in paths if os.path.realpath(path) in outputs]
+    if overwritten and not args.no_images:
+        raise UserError(f"--output {args.output} would overwrite {overwritten[0]}; choose another folder")
     with writing(args.output):
         os.makedirs(args.output, exist_ok=True)
     setup_logger()
@@ -137,30 +139,32 @@ def setup(args):
 
 
 def main(args, predictor, paths):
-    """Predict and write; the exit code."""
-    names = dict(zip(paths, picture_names(paths), strict=True))
-    records, problems, num_drawn = [], [], 0
+    """Predict, write and return the exit code."""
+    names = dict(zip(paths, get_output_names(paths), strict=True))
+    records = []
+    problems = []
+    num_drawn = 0
     for batch in read_batches(paths, args.batch_size, predictor.pixel_range, problems):
         outputs = predictor.batch([image for _, image in batch])
         for (path, image), detections in zip(batch, outputs, strict=True):
             records.append(to_record(path, image, detections, len(records) + 1))
-            shown = filter_instances(detections, detections["scores"] >= args.threshold)
+            shown = filter_instances(detections, detections["scores"] >= args.score_threshold)
             num_drawn += len(shown["boxes"])
-            if not args.no_pictures:
-                if max(image.shape) < _LEAST:
-                    image, shown = scale_longer_side(image, shown, _LEAST)
-                picture = draw_instances(image, shown, predictor.class_names, predictor.skeleton)
-                save_image(os.path.join(args.output, names[path]), picture)
+            if not args.no_images:
+                if max(image.shape) < _MIN_SIDE:
+                    image, shown = scale_longer_side(image, shown, _MIN_SIDE)
+                drawn = draw_instances(image, shown, predictor.class_names, predictor.skeleton)
+                save_image(os.path.join(args.output, names[path]), drawn)
     metadata = {"thing_classes": predictor.class_names}
     target = os.path.join(args.output, "predictions.json")
     folder, relative = get_relative_names(record["file_name"] for record in records)
     write_coco(target, records, metadata, relative)
-    print(f"{num_drawn} objects with a score of at least {args.threshold:g} in {len(records)} images")
+    print(f"{num_drawn} detections at score threshold {args.score_threshold:g} in {len(records)} images")
     print(f"wrote {target} (FORMAT coco, IMAGE_ROOT {folder})")
-    if not args.no_pictures:
-        print(f"wrote {len(records)} pictures to {args.output}")
+    if not args.no_images:
+        print(f"wrote {len(records)} images to {args.output}")
     for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
+        print(f"skipped: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Make one HTML file that shows a run, or compares several.
+"""Write an HTML report on a run, or a comparison of several runs.
 
 python scripts/report.py output/quickstart
 python scripts/report.py output/a output/b --output compared.html
 
-It is `python -m plaintrain.report`, which a training starts at its end (OUTPUT.REPORT).
+The same as `python -m plaintrain.report`. Training writes a report at its end (OUTPUT.REPORT).
 """
 
 from plaintrain.report.__main__ import main

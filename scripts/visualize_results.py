@@ -1,38 +1,43 @@
 #!/usr/bin/env python
-"""Draw predictions beside the truth, the images first where most went wrong.
+"""Draw the ground truth and the predictions of images, those with the most errors first.
 
 python scripts/visualize_results.py output/quickstart --grid errors.jpg
-python scripts/visualize_results.py output/quickstart --kind missed --kind class --output pictures
+python scripts/visualize_results.py output/quickstart --error-type missed --error-type class --output images
 python scripts/visualize_results.py --predictions FILE.json --dataset shapes_val --class circle --show
 python scripts/visualize_results.py --config-file my.yaml --predictions FILE.json --grid errors.jpg
 
-RUN is a training's OUTPUT_DIR: its config.yaml, and inference/DATASET/coco_instances_results.json of its
-last evaluation. --predictions takes any file in COCO's results format instead.
+RUN is a training's OUTPUT_DIR; the predictions are those of its last evaluation,
+inference/DATASET/coco_instances_results.json. --predictions takes any file in COCO's results format instead.
 
-What is wrong is told apart as by TIDE (https://arxiv.org/abs/2008.08115): an object is missed; a detection
-is poorly placed (localisation), of the wrong class, both, a duplicate, or on the background. On the left
-are the objects, on the right the detections, each in the colour of what became of it.
+The error types are those of TIDE (https://arxiv.org/abs/2008.08115). The ground truth is on the left, the
+detections are on the right, each in the color of its outcome.
 """
 
-from plaintrain.utils.arguments import add_image_arguments, build_parser
+from plaintrain.utils.arguments import add_image_arguments, add_renamed_argument, build_parser
 
 if __name__ == "__main__":
-    # --help and a wrong flag are answered before the imports that take seconds.
-    parser = build_parser(__doc__, "YAML config that declares it")
-    parser.add_argument("run", nargs="?", default="", metavar="RUN", help="a run's folder")
+    # Parse before the slow imports, so that --help and errors are instant.
+    parser = build_parser(__doc__, "YAML config that declares the dataset")
+    parser.add_argument("run", nargs="?", default="", metavar="RUN", help="folder of a run (OUTPUT_DIR)")
     parser.add_argument("--predictions", default="", metavar="FILE", help="JSON in COCO's results format")
     parser.add_argument("--dataset", default="", metavar="NAME", help="default: the first of DATASETS.TEST")
-    parser.add_argument(
+    types = ("missed", "class", "localisation", "both", "duplicate", "background")
+    add_renamed_argument(
+        parser,
+        "--error-type",
         "--kind",
         action="append",
-        choices=("missed", "class", "localisation", "both", "duplicate", "background"),
-        help="images with this kind of error only; may be given again",
+        choices=types,
+        help="only images with this error; repeatable",
     )
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score that counts (default 0.5)")
-    parser.add_argument("--iou", type=float, default=0.5, help="IoU of a correct detection (default 0.5)")
-    parser.add_argument(
-        "--task", choices=("bbox", "segm"), default="bbox", help="whose IoU: of boxes, or of masks"
+    threshold = {"type": float, "default": 0.5}
+    add_renamed_argument(
+        parser, "--score-threshold", "--threshold", help="minimum score (default: 0.5)", **threshold
     )
+    add_renamed_argument(
+        parser, "--iou-threshold", "--iou", help="IoU of a match (default: 0.5)", **threshold
+    )
+    parser.add_argument("--task", choices=("bbox", "segm"), default="bbox", help="IoU of boxes or of masks")
     add_image_arguments(parser)
     args = parser.parse_args()
 
@@ -50,13 +55,15 @@ from plaintrain.engine.launch import launch
 from plaintrain.evaluation.predictions import read_detections
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.drawing import get_skeleton
+from plaintrain.visualization.images import check_image_arguments, write_images
 from plaintrain.visualization.matches import draw_matches, involves_labels
-from plaintrain.visualization.pictures import check_image_arguments, write_images
 
 
 def count_errors(errors, labels):
-    """Return {type: its number in each image}, of some classes, a list of labels, if it is not empty."""
-    objects, detections, counts = errors.objects, errors.detections, {}
+    """Return {error type: count in each image}, of some classes, or without labels of all."""
+    objects = errors.objects
+    detections = errors.detections
+    counts = {}
     chosen = (
         involves_labels(objects, detections, labels)
         if labels
@@ -72,10 +79,12 @@ def count_errors(errors, labels):
 
 
 def setup(args):
-    """Register the datasets, and find the predictions, after the checks of the command line."""
+    """Check the command line, declare the datasets and locate the predictions."""
     check_image_arguments(args)
-    if not (0 <= args.threshold <= 1 and 0 < args.iou <= 1):
-        raise UserError("--threshold must be from 0 to 1, and --iou above 0 and at most 1")
+    if not 0 <= args.score_threshold <= 1:
+        raise UserError(f"--score-threshold must be 0 to 1, got {args.score_threshold:g}")
+    if not 0 < args.iou_threshold <= 1:
+        raise UserError(f"--iou-threshold must be above 0 and at most 1, got {args.iou_threshold:g}")
     cfg = load_tool_cfg(args)
     args.pixel_range = get_pixel_range(cfg)
     choose_predictions(args, cfg)
@@ -85,9 +94,9 @@ def setup(args):
 
 
 def draw(errors, counts, args):
-    """Iterate over (file name, caption, drawn image), the images first where most went wrong."""
+    """Yield (file name, caption, drawn image), the images with the most errors first."""
     skeleton = get_skeleton(MetadataCatalog.get(args.dataset))
-    num_errors = sum(counts[error] for error in args.kind or ERRORS)
+    num_errors = sum(counts[error] for error in args.error_type or ERRORS)
     for index in np.argsort(-num_errors, kind="stable")[: np.count_nonzero(num_errors)].tolist():
         record = errors.records[index]
         image = read_image(record["file_name"], args.pixel_range)
@@ -95,23 +104,24 @@ def draw(errors, counts, args):
         side = max(args.size, *image.shape)
         left, right = draw_matches(errors, index, image, side=side, skeleton=skeleton, labels=args.labels)
         gap = torch.full((3, left.shape[1], 4), 255, dtype=torch.uint8)
-        wrong = ", ".join(f"{counts[error][index]} {error}" for error in ERRORS if counts[error][index])
-        caption = f", objects left, detections right: {wrong}"
+        listed = ", ".join(f"{counts[error][index]} {error}" for error in ERRORS if counts[error][index])
+        caption = f", ground truth and detections: {listed}"
         yield record["file_name"], caption, torch.cat([left, gap, right], dim=2)
 
 
 def main(args):
-    """Match, draw, and write or show; prints what went wrong how often."""
+    """Match the predictions, print the error counts, and write or show the images."""
     detections = read_detections(args.predictions, args.dataset)
-    errors = find_errors(args.dataset, detections, args.iou, args.threshold, args.task)
+    errors = find_errors(args.dataset, detections, args.iou_threshold, args.score_threshold, args.task)
     counts = count_errors(errors, args.labels)
-    print(f"{args.dataset}, {len(errors.records)} images, scores from {args.threshold:g}, IoU {args.iou:g}:")
-    legend = {f"{name}: {words}": color for name, (color, words) in OUTCOMES.items()}
+    thresholds = f"score threshold {args.score_threshold:g}, IoU threshold {args.iou_threshold:g}"
+    print(f"{args.dataset}, {len(errors.records)} images, {thresholds}:")
+    legend = {f"{name}: {description}": color for name, (color, description) in OUTCOMES.items()}
     for error in ERRORS:
         print(f"  {f'{error}: {OUTCOMES[error][1]}':<48}{counts[error].sum():>8}")
-    pictures = itertools.islice(draw(errors, counts, args), args.num)
-    if not write_images(pictures, args, args.dataset, legend, width=2):
-        print("no image has such an error: there is nothing to draw")
+    drawings = itertools.islice(draw(errors, counts, args), args.max_images)
+    if not write_images(drawings, args, args.dataset, legend, width=2):
+        print("no image has such an error")
 
 
 if __name__ == "__main__":

@@ -437,7 +437,7 @@ MUTATIONS = {
         ("hash_prefix=digest and digest.group(1)", "hash_prefix=None"),
     ],
     "scripts/convert_dataset.py": [
-        ("[min(max(share, 0), 1) for share in shares]", "shares"),
+        ("[min(max(value, 0), 1) for value in unclipped]", "unclipped"),
     ],
     "scripts/epoch_train_net.py": [
         ("is_end and validates_after(cfg, epoch)", "validates_after(cfg, epoch)"),
@@ -461,7 +461,7 @@ MUTATIONS = {
         ("if not actions.stop:", "if True:"),
     ],
     "scripts/predict.py": [
-        ('filter_instances(detections, detections["scores"] >= args.threshold)', "detections"),
+        ('filter_instances(detections, detections["scores"] >= args.score_threshold)', "detections"),
     ],
 }
 

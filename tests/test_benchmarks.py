@@ -82,15 +82,15 @@ def test_script_runs_all_and_merges_what_they_wrote(tmp_path):
     done = run_script(tmp_path / "benchmark.py", "all", *options, folder=tmp_path)
     assert done.code == 1 and "failed: loop" in done.output, done.output
     assert set(json.loads((tmp_path / "all.json").read_text())) == names - {"loop"}
-    assert done.output.count("speed: 2.5, wanted >= 2: met") == len(names) - 1
+    assert done.output.count("speed: 2.5, target >= 2: met") == len(names) - 1
     assert run_script(tmp_path / "benchmark.py", "loop", folder=tmp_path).code == 3
 
 
 @pytest.mark.parametrize(
     ("what", "options", "words"),
     [
-        ("loop", ["--iterations", "0"], "argument --iterations: '0' is not a whole number above 0"),
-        ("step", ["--batch", "2", "x"], "argument --batch: 'x' is not a whole number above 0"),
+        ("loop", ["--iterations", "0"], "argument --iterations: '0' is not an integer above 0"),
+        ("step", ["--batch", "2", "x"], "argument --batch: 'x' is not an integer above 0"),
         ("data", ["--parts", "speed"], "argument --parts: invalid choice: 'speed'"),
         ("precision", ["--quick", "--config-file", "nope.yaml"], "error: config file not found: "),
         ("all", ["--output", "."], "benchmark.py: error: argument --output: cannot write .: Is a directory"),

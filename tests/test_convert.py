@@ -99,7 +99,7 @@ def test_coco_to_coco_keeps_everything(convert, pets, tiny_coco):
     assert not copy.is_symlink()
     (tiny_coco.images / "wide.png").unlink()
     said = convert("pets", "coco", "--copy-images", output=folder.with_name("again"), code=1)[1]
-    assert "error: cannot put" in said and "wide.png" in said and "No such file" in said
+    assert "error: cannot write" in said and "wide.png" in said and "No such file" in said
 
 
 def test_voc_to_coco_and_to_yolo_keep_boxes(convert, zoo):
@@ -150,7 +150,7 @@ def test_shapes_are_drawn_and_labels_found_in_folders_of_any_name(convert, decla
     assert [Path(get_label_file(record["file_name"])).is_file() for record in records] == [True, True]
     write_image(tmp_path / "places/b/images/2.bmp", 40, 20)
     said = convert("places", "yolo", output=tmp_path / "again", code=1)[1]
-    assert "2.png and another image would share the labels" in said
+    assert "2.png and another image have the same label file" in said
 
 
 def test_compressed_masks_scores_and_custom_areas_are_written(tmp_path):
@@ -180,8 +180,8 @@ def test_coco_to_yolo_writes_labels_links_and_data_yaml(convert, pets, tiny_coco
     assert (folder / "labels/train/more/upright.txt").read_text().count("\n") == 1
     assert (folder / "images/train/wide.png").readlink() == tiny_coco.images / "wide.png"
     for text in (
-        "crowd regions, left out as Ultralytics does: 1",
-        "objects with keypoints, which are left out: 1",
+        "crowd regions, skipped as in Ultralytics: 1",
+        "objects with keypoints, written without them: 1",
         "label files with boxes and polygons",
         "category ids [3, 5, 7] become 0 to 2",
         "--val NAME",
@@ -207,12 +207,12 @@ def test_annotations_that_yolo_cannot_hold_are_counted(convert, pets, tiny_coco)
     tiny_coco.save()
     folder, said = convert("pets", "yolo")
     for text in (
-        "boxes without area inside their image, left out: 1",
-        "objects that reach beyond their image, clipped to it: 2",
-        "masks given as run-length encoding, written as boxes: 1",
-        "objects marked difficult, which is left out: 1",
-        "objects with a score, which is left out: 1",
-        "masks of several polygons, written as one outline joined by lines without width: 1",
+        "boxes without area inside their image, skipped: 1",
+        "objects beyond the image border, clipped to it: 2",
+        "RLE masks, written as boxes: 1",
+        "objects marked difficult, written without the mark: 1",
+        "objects with a score, written without it: 1",
+        "masks of several polygons, written as one polygon joined by zero-width lines: 1",
     ):
         assert text in said
     annotations = load_yolo(str(folder / "data.yaml"), "train")[0][2]["annotations"]
@@ -240,4 +240,4 @@ def test_mistakes_write_nothing(convert, declare, pets, zoo, tiny_coco):
         assert not (folder / "data.yaml").exists()
     said = convert("pets", "coco", output=tiny_coco.json, code=1)[1]
     assert "cannot make the folder" in said
-    assert "--boxes belong to --to yolo" in convert("pets", "coco", "--boxes", code=2)[1]
+    assert "--boxes need --to yolo" in convert("pets", "coco", "--boxes", code=2)[1]

@@ -1,4 +1,4 @@
-"""plaintrain.visualization.drawing and pictures: what is drawn, where, in which colour."""
+"""plaintrain.visualization.drawing and images: what is drawn, where, in which colour."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from plaintrain.utils.errors import UserError
 from plaintrain.visualization import drawing
 from plaintrain.visualization.colors import PALETTE, get_class_colors
 from plaintrain.visualization.drawing import draw_sheet, filter_instances, scale_longer_side, shorten
-from plaintrain.visualization.pictures import save_image
+from plaintrain.visualization.images import save_image
 
 NAMES = ["circle", "square"]
 GREY = torch.full((3, 120, 160), 128, dtype=torch.uint8)
@@ -127,11 +127,8 @@ def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
     assert scaled["boxes"].tolist() == [[0, 120, 160, 240]] == [extent(scaled["masks"][0])]
     assert scaled["keypoints"].tolist() == [[[160, 120, 2]]]
     assert filter_instances(scaled, scaled["labels"] > 0)["masks"].shape == (0, 240, 320)
-    assert scale_longer_side(GREY, filter_instances(found, found["labels"] > 0), 320)[1]["masks"].shape == (
-        0,
-        240,
-        320,
-    )
+    none = filter_instances(found, found["labels"] > 0)
+    assert scale_longer_side(GREY, none, 320)[1]["masks"].shape == (0, 240, 320)
     # The shorter side is rounded.
     thin, scaled = scale_longer_side(GREY[:, :7], instances([[0, 0, 160, 7]]), 100)
     assert thin.shape == (3, 4, 100) and scaled["boxes"].tolist() == [[0, 0, 100, 4]]
@@ -150,7 +147,7 @@ def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
     assert all(is_color(more, color).sum() >= 100 for color in legend.values())
 
 
-def test_pictures_are_written_by_their_ending_and_texts_cut_to_their_room(tmp_path):
+def test_images_are_written_by_their_ending_and_texts_cut_to_their_room(tmp_path):
     save_image(str(tmp_path / "new" / "a.PNG"), GREY)
     assert np.array(Image.open(tmp_path / "new" / "a.PNG")).shape == (120, 160, 3)
     with pytest.raises(UserError, match="must end in one of .png"):

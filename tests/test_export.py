@@ -183,7 +183,7 @@ def test_a_run_is_exported_checked_and_used_without_plaintrain(run_folder, tmp_p
     pytest.importorskip("onnxruntime")
     options = ["--check", 2, "MODEL.SSD.SCORE_THRESH_TEST", 0.1]
     output = script_output("export_model.py", run_folder, *options, folder=tmp_path)
-    assert "largest" in output and re.search(r"model\.onnx: SSD, 0\.\d MB, any batch\n", output)
+    assert "largest" in output and re.search(r"model\.onnx: SSD, 0\.\d MB, dynamic batch\n", output)
     image = run_folder / "1.png"
     command = [PREDICT, run_folder / "model.onnx", image, "--threshold", "0", "--output", tmp_path]
     output = script_output(*command, folder=tmp_path, faults=functools.partial(hide, "plaintrain"))
@@ -228,7 +228,7 @@ def export_a_little_off():
         (["--output", "a.onnx"], "give a run's folder or --config-file FILE, got neither"),
         (["FOLDER", "--output", "a.pt2", "--format", "onnx"], "must end in .onnx"),
         (["FOLDER", "--output", "nowhere/a.onnx"], "there is no folder nowhere"),
-        (["FOLDER", "TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED is True, but a file is one pass"),
+        (["FOLDER", "TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED must be False for an export"),
         (["FOLDER", "DATASETS.TEST", "()"], "DATASETS.TEST is empty: give --images FOLDER"),
     ],
 )

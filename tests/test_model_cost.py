@@ -80,7 +80,7 @@ def test_every_kind_of_model_is_analysed(name):
 )
 def test_script_writes_a_table_and_json(tmp_path, opts, copies):
     config, file = "configs/quickstart.yaml", tmp_path / "found.json"
-    options = ["--size", "64x96", "--batch", 1, "--depth", 1, "--json", file]
+    options = ["--size", "64x96", "--batch", 1, "--depth", 1, "--output", file]
     options += ["MODEL.ROI_HEADS.NUM_CLASSES", 3, *opts]
     output = script_output("analyze_model.py", "--config-file", ROOT / config, *options, folder=tmp_path)
     found = json.loads(file.read_text())
@@ -94,10 +94,10 @@ def test_script_writes_a_table_and_json(tmp_path, opts, copies):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--config-file", QUICKSTART, "--size", "64"], "'64', but must be HEIGHTxWIDTH"),
+        (["--config-file", QUICKSTART, "--size", "64"], "--size must be HEIGHTxWIDTH"),
         (["--config-file", QUICKSTART, "--batch", "0"], "--batch at least 1"),
         (["--config-file", QUICKSTART, "--size", "16x64"], "sides of 32 pixels or more"),
-        (["--config-file", SSDLITE, "--size", "64x64"], "SSD takes INPUT.FIXED_SIZE"),
+        (["--config-file", SSDLITE, "--size", "64x64"], "must be INPUT.FIXED_SIZE (128, 128) for SSD"),
         ([], "give a run's folder or --config-file FILE, got neither"),
         (["."], "has no config.yaml"),
     ],

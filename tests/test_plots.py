@@ -1,4 +1,4 @@
-"""Pictures, and the script that draws a run's curves."""
+"""Plots, and the script that plots the metrics of a run."""
 
 import functools
 import re
@@ -70,9 +70,9 @@ def test_script_draws_one_run_or_several(tmp_path):
     [
         (["run", "--smooth", "1"], 2, "--smooth"),
         (["run", "--output", "a.jpg"], 2, "must end in .png"),
-        (["run", "--output", "a.png", "--watch"], 2, "writes nothing"),
+        (["run", "--output", "a.png", "--watch"], 2, "writes no file"),
         (["run", "--metrics", "los"], 1, "no metric matches los; there are: data_time, loss_box_reg"),
-        (["empty"], 1, "nothing to draw"),
+        (["empty"], 1, "no metrics.json with values"),
         (["run", "--output", "file/a.png"], 1, "cannot write file/a.png"),
     ],
 )

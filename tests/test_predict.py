@@ -220,13 +220,13 @@ def images(tmp_path, write_image):
 def test_script_draws_images_of_folders_and_patterns_and_writes_a_coco_json(run, images, tmp_path):
     inputs = [images / "b", images / "a" / "one.png", str(images / "**" / "*.gif"), images / "b" / "two.JPG"]
     found = tmp_path / "found"
-    options = ["--output", found, "--threshold", 0, "--batch-size", 2]
+    options = ["--output", found, "--score-threshold", 0, "--batch-size", 2]
     output = script_output("predict.py", run, *inputs, *options, folder=tmp_path)
-    pictures = {path.relative_to(found).as_posix() for path in found.rglob("*.*")}
-    assert pictures == {"a/one.png", "b/one.png", "b/two.JPG", "c.gif.jpg", "predictions.json"}
+    written = {path.relative_to(found).as_posix() for path in found.rglob("*.*")}
+    assert written == {"a/one.png", "b/one.png", "b/two.JPG", "c.gif.jpg", "predictions.json"}
     # Small ones are enlarged, so that they can be read.
     assert {Image.open(found / name).size for name in ("a/one.png", "c.gif.jpg")} == {(320, 320), (320, 240)}
-    assert "32 objects with a score of at least 0 in 4 images" in output
+    assert "32 detections at score threshold 0 in 4 images" in output
     content = json.loads((found / "predictions.json").read_text())
     assert [c["name"] for c in content["categories"]] == NAMES
     assert [i["file_name"] for i in content["images"]] == ["b/one.png", "b/two.JPG", "a/one.png", "c.gif"]
@@ -244,10 +244,10 @@ def test_script_draws_detections_above_the_threshold_and_skips_bad_images(run, i
     weights = ["MODEL.WEIGHTS", run / "model_final.pth"]
     command = ["predict.py", "--config-file", run / "config.yaml", images / "a"]
     for threshold in (0, 1):
-        output = ["--output", tmp_path / str(threshold), "--threshold", threshold]
+        output = ["--output", tmp_path / str(threshold), "--score-threshold", threshold]
         done = run_script(*command, *output, *weights, folder=tmp_path)
         assert done.code == 1 and "Traceback" not in done.output
-        assert "left out: cannot read the image file" in done.output and "bad.jpg" in done.output
+        assert "skipped: cannot read the image file" in done.output and "bad.jpg" in done.output
         assert sorted(os.listdir(tmp_path / str(threshold))) == ["one.png", "predictions.json"]
     everything, nothing = (read_image(str(tmp_path / name / "one.png")) for name in "01")
     assert not torch.equal(everything, nothing)
@@ -255,7 +255,7 @@ def test_script_draws_detections_above_the_threshold_and_skips_bad_images(run, i
     enlarged, _ = scale_longer_side(read_image(str(plain)), {"boxes": torch.zeros(0, 4)}, 320)
     assert torch.equal(nothing, enlarged)
     assert len(json.loads((tmp_path / "1" / "predictions.json").read_text())["annotations"]) == 8
-    more = ["--output", tmp_path / "no", "--no-pictures"]
+    more = ["--output", tmp_path / "no", "--no-images"]
     script_output(*command[:-1], plain, *more, *weights, folder=tmp_path)
     assert os.listdir(tmp_path / "no") == ["predictions.json"]
 
@@ -263,14 +263,14 @@ def test_script_draws_detections_above_the_threshold_and_skips_bad_images(run, i
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["RUN"], "name the images, folders or patterns to look at"),
-        (["RUN", "*.bmp"], "*.bmp: there is no such image, folder or pattern"),
+        (["RUN"], "no images; give images, folders or patterns"),
+        (["RUN", "*.bmp"], "*.bmp: no image, folder or pattern matches"),
         (["RUN", "empty"], "there is no image in"),
         (["RUN", "images", "MODEL.WEIGTHS", "b"], "unknown key MODEL.WEIGTHS"),
-        (["RUN", "images", "--threshold", 2], "--threshold must be from 0 to 1"),
+        (["RUN", "images", "--score-threshold", 2], "--score-threshold must be 0 to 1, got 2"),
         (["RUN", "images/a", "--output", "images/a"], "would overwrite"),
         (["--config-file", "RUN/config.yaml", "images", "MODEL.WEIGHTS", "x.pth"], "there is no such file"),
-        (["SEED", 3], "name a run's folder"),
+        (["SEED", 3], "no model; give a run's folder"),
     ],
 )
 def test_script_reports_mistakes_in_one_sentence(run, images, tmp_path, args, words):

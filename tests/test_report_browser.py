@@ -1,4 +1,4 @@
-"""The report in a real browser, where one is installed: errors, requests, pictures, tables, theme, phone."""
+"""The report in a real browser, where one is installed: errors, requests, images, tables, theme, phone."""
 
 import contextlib
 import shutil
@@ -53,7 +53,7 @@ def prefer(browser, scheme):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
-def test_it_opens_without_an_error_and_a_request_and_with_every_picture(page):
+def test_report_opens_without_errors_and_requests_and_with_every_image(page):
     assert "run" in page.title
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
     logged = [entry["message"] for entry in page.get_log("performance")]
@@ -77,7 +77,7 @@ def test_it_opens_without_an_error_and_a_request_and_with_every_picture(page):
 def test_a_table_sorts_by_a_click_and_by_a_key(page):
     from selenium.webdriver.common.keys import Keys
 
-    section = page.find_element("css selector", "#scores .beside > .scroll:last-child")
+    section = page.find_element("css selector", "#scores .side-by-side > .scroll:last-child")
     name, _, head, *_ = section.find_elements("css selector", "th")
 
     def column(index):
@@ -138,7 +138,7 @@ def test_nothing_is_wider_than_the_window(page, width):
     assert all(page.execute_script("return !!document.getElementById(arguments[0])", link) for link in links)
 
 
-def test_a_click_on_a_picture_shows_it_large(page):
+def test_image_is_enlarged_by_a_click(page):
     button = page.find_element("css selector", ".zoom")
     page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button)
     small = button.find_element("css selector", "img").size["width"]

@@ -1,8 +1,10 @@
-"""The training scripts, run as a user would run them."""
+"""The training scripts, run as a user would run them, and the old names of flags."""
 
+import argparse
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -132,7 +134,7 @@ TINY, COCO = ["--config-file", "config.yaml"], ["--config-file", "coco.yaml"]
 MISTAKES = [
     ("plain", [], r"DATASETS\.TRAIN and DATASETS\.TEST are empty; set --config-file"),
     ("epoch", ["SOLVER.MAXITER", "3"], r"SOLVER\.MAXITER.*command line.*SOLVER\.MAX_ITER"),
-    ("plain", [*TINY, "SEED", "1", "--resume"], r"must come before the overrides, got --resume after"),
+    ("plain", [*TINY, "SEED", "1", "--resume"], r"flags must come before the overrides, got --resume after"),
     ("plain", COCO, r"annotation 2 in .*a\.json has category_id 9.*\[1, 2\]"),
     ("plain", [*TINY, "DATASETS.TRAIN", "('coco_2017_train',)"], r"annotation file .*instances_train2017"),
     ("plain", [*TINY, "--eval-only", "--resume"], r"--resume: there is no checkpoint in"),
@@ -182,3 +184,34 @@ def test_loop_of_the_seed_trains_with_only_the_package_name_changed(tmp_path):
     assert done.code == 0, done.tail
     values = [row["total_loss"] for row in lines(tmp_path / "out").values() if "total_loss" in row]
     assert len(values) >= 3 and sorted(values[-5:])[2] < values[0] / 2, values
+
+
+OLD_FLAGS = """
+analyze_errors    --iou 0.7        --iou-threshold 0.7
+analyze_model     --json a.json    --output a.json
+check_dataset     --json a.json    --output a.json
+predict           --threshold 0.7  --score-threshold 0.7
+predict           --no-pictures    --no-images
+visualize_data    --num 3          --max-images 3
+visualize_results --num 3          --max-images 3
+visualize_results --threshold 0.7  --score-threshold 0.7
+visualize_results --iou 0.7        --iou-threshold 0.7
+visualize_results --kind both      --error-type both
+"""
+
+
+@pytest.mark.parametrize("line", OLD_FLAGS.strip().splitlines())
+def test_old_flags_work_and_are_not_shown(line, monkeypatch):
+    script, old, new = re.split(r"\s+(?=--)", line)
+    parsers = []
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(
+            argparse.ArgumentParser, name, lambda parser, *_: parsers.append(parser) or exit()
+        )
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+    monkeypatch.undo()
+    default, by_old, by_new = (parsers[0].parse_args(["x", *flag.split()]) for flag in ("", old, new))
+    assert by_old == by_new != default
+    shown = re.findall(r"--[\w-]+", parsers[0].format_help())
+    assert new.split()[0] in shown and old.split()[0] not in shown

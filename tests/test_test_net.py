@@ -179,9 +179,7 @@ def test_file_is_scored_without_images_weights_or_a_model_that_can_be_built(file
 
 
 @pytest.mark.parametrize("script", ["plain_train_net.py", "epoch_train_net.py"])
-def test_precision_and_augmentation_of_the_config_are_used_by_every_script(
-    files, evaluated, tmp_path, script
-):
+def test_amp_and_tta_are_used_by_every_script(files, evaluated, tmp_path, script):
     options = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(64,)"]
     if script == "plain_train_net.py":
         options = ["TEST.AMP", True, "SOLVER.AMP.PRECISION", "bfloat16"]
@@ -200,14 +198,14 @@ FILE, WEIGHTS = ["--predictions", "found.json"], ["MODEL.WEIGHTS", "a.pth"]
 ONE = '[{"image_id": 77, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]'
 # (content of found.json, command line, what the error says)
 MISTAKES = [
-    ("[]", [*COCO], r"nothing to evaluate: give MODEL\.WEIGHTS FILE, --resume .* or --predictions FILE"),
+    ("[]", [*COCO], r"nothing to evaluate; give MODEL\.WEIGHTS FILE, --resume .* or --predictions FILE"),
     ("[]", ["DATASETS.TEST", "()", *WEIGHTS], r"DATASETS\.TEST is empty"),
-    ("[]", [*FILE, *WEIGHTS, *COCO], r"--predictions and MODEL\.WEIGHTS are given"),
-    ("[]", ["--resume", *WEIGHTS], r"--resume and MODEL\.WEIGHTS are given"),
-    ("[]", ["--resume", *FILE, *COCO], r"--predictions and --resume are given"),
-    ("[]", [*FILE, *COCO, "TEST.AUG.ENABLED", "True"], r"--predictions runs no model: .* False"),
-    ("[]", ["--dry-run", *WEIGHTS], r"--overfit and --dry-run are for training"),
-    ("[]", FILE, r"names 2: test_net_coco, test_net_voc; choose one"),
+    ("[]", [*FILE, *WEIGHTS, *COCO], r"only one of --predictions and MODEL\.WEIGHTS"),
+    ("[]", ["--resume", *WEIGHTS], r"only one of --resume and MODEL\.WEIGHTS"),
+    ("[]", ["--resume", *FILE, *COCO], r"only one of --predictions and --resume"),
+    ("[]", [*FILE, *COCO, "TEST.AUG.ENABLED", "True"], r"must be False with --predictions"),
+    ("[]", ["--dry-run", *WEIGHTS], r"--overfit and --dry-run are only for training"),
+    ("[]", FILE, r"has 2: test_net_coco, test_net_voc; select one"),
     ("[]", ["--predictions", "no.json", *COCO], r"--predictions no\.json: there is no such file"),
     # These are found when the folder is there.
     ("[]", ["--resume", *COCO], r"--resume: there is no checkpoint in \./output"),

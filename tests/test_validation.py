@@ -104,7 +104,7 @@ def check(tmp_path):
 
     def check(*args, code=0):
         path = tmp_path / "findings.json"
-        options = ["--workers", 1, "--config-file", tmp_path / "c.yaml", "--json", path]
+        options = ["--workers", 1, "--config-file", tmp_path / "c.yaml", "--output", path]
         done = run_script("check_dataset.py", *options, *args, folder=tmp_path)
         assert done.code == code, done.output
         assert "Traceback" not in done.output
@@ -195,9 +195,9 @@ def test_clean_datasets_pass_and_mistakes_of_the_command_line_do_not(check, decl
     declare(None, "few", FORMAT="shapes", SPLIT="val", NUM=12, HEIGHT=64, WIDTH=64)
     said, found = check("pets", "few", "--fix", tmp_path / "fixed")
     assert found == {}
-    for words in ("pets: 2 images, 4 boxes", "nothing is wrong with it", "training would work"):
+    for words in ("pets: 2 images, 4 boxes", "no problems", "training would work"):
         assert words in said
-    assert "no cleaned copy: its images are drawn" in said
+    assert "no cleaned copy: the images are generated" in said
     for args, words in (
         (["petts"], ["'petts'", "pets"]),
         (["pets", "--config-file", "none.yaml"], ["none.yaml"]),
@@ -263,9 +263,7 @@ def _fixed(folder, root):
     return {Path(r["file_name"]).name: r for r in records}
 
 
-def test_fix_scales_the_annotations_of_resized_images_and_excludes_others(
-    check, declare, tiny_voc, tmp_path, write_image
-):
+def test_fix_scales_annotations_of_resized_images(check, declare, tiny_voc, tmp_path, write_image):
     # Images that were resized after annotation, or turned or cropped; of VOC, too.
     write_image(tiny_voc.root / "JPEGImages/a.jpg", 20, 15)
     write_image(tiny_voc.root / "JPEGImages/b.jpg", 30, 40)

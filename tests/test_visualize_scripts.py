@@ -52,18 +52,18 @@ def count(image, color):
 
 
 def test_annotations_are_drawn_as_files_on_a_sheet_and_in_a_window(call, tmp_path):
-    options = ("--config-file", "seen.yaml", "seen_val", "--num", 4, "--output", "one", "--grid", "all.png")
-    output = call("visualize_data.py", *options)
-    assert "wrote 4 pictures to one" in output and "wrote 4 pictures to all.png" in output
+    options = ("--config-file", "seen.yaml", "seen_val", "--max-images", 4, "--output", "one")
+    output = call("visualize_data.py", *options, "--grid", "all.png")
+    assert "wrote 4 images to one" in output and "wrote 4 images to all.png" in output
     assert names_in(tmp_path / "one") == [f"000{i + 1}_{i}.jpg" for i in range(4)]
     for i, record in enumerate(load_shapes("val", 6, 64, 96)[0][:4]):
-        picture = read_image(str(tmp_path / "one" / f"000{i + 1}_{i}.jpg"))
-        assert picture.shape == (3, 320, 480)
+        drawn = read_image(str(tmp_path / "one" / f"000{i + 1}_{i}.jpg"))
+        assert drawn.shape == (3, 320, 480)
         for label in {a["category_id"] for a in record["annotations"]}:
-            assert count(picture, PALETTE[label]) > 200
+            assert count(drawn, PALETTE[label]) > 200
     assert Image.open(tmp_path / "all.png").size[0] == 4 * 480
     window = {"env": {"DISPLAY": ":0"}, "faults": print_what_is_shown}
-    output = call("visualize_data.py", "shapes_val", "--num", 2, **window)
+    output = call("visualize_data.py", "shapes_val", "--max-images", 2, **window)
     assert re.search(r"shown \(960, \d+\) shapes_val\n", output), output
 
 
@@ -71,20 +71,21 @@ def test_images_are_chosen_by_id_and_class_and_shuffled_by_a_seed(call, tmp_path
     seen = ("seen_train", "--config-file", "seen.yaml")
     call("visualize_data.py", *seen, "--image-id", 7, "--image-id", 3, "--output", "few")
     assert names_in(tmp_path / "few") == ["0001_2.jpg", "0002_6.jpg"]
-    call("visualize_data.py", *seen, "--class", "circle", "--output", "circles", "--num", 3)
+    call("visualize_data.py", *seen, "--class", "circle", "--output", "circles", "--max-images", 3)
     records = load_shapes("train", 9, 64, 96)[0]
     wanted = [i for i, r in enumerate(records) if any(a["category_id"] == 0 for a in r["annotations"])][:3]
     assert names_in(tmp_path / "circles") == [f"{n:04d}_{i}.jpg" for n, i in enumerate(wanted, start=1)]
     assert wanted != [0, 1, 2]
     for seed in (1, 1, 2):
-        call("visualize_data.py", *seen, "--shuffle", "--num", 3, "--output", f"seed{seed}", "--seed", seed)
+        options = ("--max-images", 3, "--output", f"seed{seed}", "--seed", seed)
+        call("visualize_data.py", *seen, "--shuffle", *options)
     assert len(names_in(tmp_path / "seed1")) == 3
     assert names_in(tmp_path / "seed1") != names_in(tmp_path / "seed2")
 
 
 def test_the_loaders_samples_are_drawn_as_a_model_gets_them(call, tmp_path):
     common = ("--config-file", "seen.yaml", "--source", "dataloader", "--size", 1)
-    unchanged = (*common, "--num", 2, "INPUT.RANDOM_FLIP", "none")
+    unchanged = (*common, "--max-images", 2, "INPUT.RANDOM_FLIP", "none")
     call("visualize_data.py", *unchanged, "--output", "plain")
     names = names_in(tmp_path / "plain")
     assert {Image.open(tmp_path / "plain" / name).size for name in names} == {(72, 48)} and len(names) == 2
@@ -93,8 +94,8 @@ def test_the_loaders_samples_are_drawn_as_a_model_gets_them(call, tmp_path):
     assert names_in(tmp_path / "pasted") == names
     pairs = [[read_image(str(tmp_path / folder / name)) for folder in ("plain", "pasted")] for name in names]
     assert not all(torch.equal(*pair) for pair in pairs)
-    # More pictures than images: the loader goes on.
-    call("visualize_data.py", *common, "--num", 11, "--output", "one", "--image-id", 4)
+    # More samples than images: the loader goes on.
+    call("visualize_data.py", *common, "--max-images", 11, "--output", "one", "--image-id", 4)
     assert names_in(tmp_path / "one") == [f"{n:04d}_3.jpg" for n in range(1, 12)]
 
 
@@ -141,7 +142,7 @@ def test_errors_are_counted_and_drawn_in_their_colours(call, run, tmp_path):
     assert table(output) == counts
     files = {p.stem.split("_")[1]: p for p in (tmp_path / "drawn").iterdir()}
     assert sorted(files) == sorted(run.names)
-    assert "wrote 3 pictures to drawn" in output and "wrote 3 pictures to all.jpg" in output
+    assert "wrote 3 images to drawn" in output and "wrote 3 images to all.jpg" in output
     lost, second, third = (files[name] for name in run.names)
     assert Image.open(lost).size == (2 * 480 + 4, 320)
     records = load_shapes("val", 6, 64, 96)[0]
@@ -152,16 +153,16 @@ def test_errors_are_counted_and_drawn_in_their_colours(call, run, tmp_path):
         assert seen == colors, path
 
 
-def test_kinds_classes_thresholds_and_files_choose_what_counts(call, run, tmp_path):
+def test_error_types_classes_thresholds_and_files_choose_what_counts(call, run, tmp_path):
     results = functools.partial(call, "visualize_results.py", "run")
-    results("--kind", "class", "--kind", "duplicate", "--output", "kinds")
-    names = {name.split("_")[1] for name in names_in(tmp_path / "kinds")}
+    results("--error-type", "class", "--error-type", "duplicate", "--output", "types")
+    names = {name.split("_")[1] for name in names_in(tmp_path / "types")}
     assert names == {f"{name}.jpg" for name in run.names[1:]}
-    output = results("--threshold", 0.85, "--iou", 0.1, "--grid", "a.jpg")
+    output = results("--score-threshold", 0.85, "--iou-threshold", 0.1, "--grid", "a.jpg")
     assert [table(output)[kind] for kind in ("duplicate", "background", "localisation")] == [0, 0, 0]
-    output = results("--class", CLASSES[run.label], "--kind", "class", "--grid", "a.jpg")
+    output = results("--class", CLASSES[run.label], "--error-type", "class", "--grid", "a.jpg")
     assert table(output)["class"] == 1
-    output = results("--threshold", 1, "--kind", "duplicate", "--grid", "b.jpg")
+    output = results("--score-threshold", 1, "--error-type", "duplicate", "--grid", "b.jpg")
     assert "no image has such an error" in output and not (tmp_path / "b.jpg").exists()
     path = "run/inference/seen_val/coco_instances_results.json"
     common = ("--config-file", "seen.yaml", "--predictions", path, "--grid", "a.jpg")
@@ -176,22 +177,18 @@ NOWHERE = "--config-file seen.yaml --class circle --image-id 3 --output none"
 @pytest.mark.parametrize(
     ("script", "args", "words"),
     [
-        ("data", "shapes_val", "there is no display to show pictures on: use --output DIR or --grid FILE"),
-        ("data", "--grid a.jpg", "which dataset? Name one"),
+        ("data", "shapes_val", "there is no display to show images on; use --output DIR or --grid FILE"),
+        ("data", "--grid a.jpg", "no dataset; give NAME"),
         ("data", "shapes_val --grid a.gif", "must end in one of .png"),
-        ("data", "shapes_val --grid a.jpg --num 0", "--num must be at least 1, not 0"),
+        ("data", "shapes_val --grid a.jpg --max-images 0", "--max-images must be at least 1, got 0"),
         ("data", "shapes_val --grid a.jpg --class circel", "the nearest is 'circle'"),
-        ("data", "shapes_val --grid a.jpg --image-id x", "x: no such image among 200, the first"),
-        ("data", NOWHERE, "error: no image of seen_train has what was asked for"),
-        ("data", f"{NOWHERE} --source dataloader", "error: no image of seen_train has what was asked for"),
+        ("data", "shapes_val --grid a.jpg --image-id x", "x: no such image among 200; the first"),
+        ("data", NOWHERE, "error: no image of seen_train matches --class and --image-id"),
+        ("data", f"{NOWHERE} --source dataloader", "error: no image of seen_train matches --class"),
         ("results", "run", "there is no display"),
         ("results", "--grid a.jpg", "give RUN, a run's folder, or --predictions FILE"),
-        (
-            "results",
-            "run --dataset seen_train --grid a.jpg",
-            "holds no predictions for seen_train",
-        ),
-        ("results", "run --iou 0 --grid a.jpg", "--iou above 0"),
+        ("results", "run --dataset seen_train --grid a.jpg", "holds no predictions for seen_train"),
+        ("results", "run --iou-threshold 0 --grid a.jpg", "--iou-threshold must be above 0"),
         ("results", "--predictions other.json --dataset shapes_val --grid a.jpg", "belongs to image 999"),
         ("results", "run --task segm --grid a.jpg", "need masks in the predictions"),
     ],

@@ -1,1 +1,1 @@
-"""One HTML file that shows what a run, or several, did and how good its detections are."""
+"""Report on one or several runs as a single HTML file."""

@@ -1,11 +1,11 @@
-"""Make one HTML file that shows a run, or compares several.
+"""Write an HTML report on a run, or a comparison of several runs.
 
 python scripts/report.py output/quickstart
 python scripts/report.py output/a output/b --output compared.html
 
-The file needs no network and no other file: it can be sent by mail. It also shows a run that goes on. What
-depends on images or on predictions that are missing is skipped, and it says why. A training makes
-RUN/report.html at its end (OUTPUT.REPORT), as `python -m plaintrain.report RUN` does.
+The file is self-contained: it loads nothing from the network or from other files. Runs may still be training.
+A section whose images or predictions are missing says so. Training writes OUTPUT_DIR/report.html at its end
+(OUTPUT.REPORT), as does `python -m plaintrain.report OUTPUT_DIR`.
 """
 
 import os
@@ -14,13 +14,13 @@ import sys
 from plaintrain.utils.arguments import build_parser
 
 
-def main():
-    """Make the file."""
+def main() -> None:
+    """Run the command line."""
     parser = build_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs (OUTPUT_DIR)")
-    parser.add_argument("--output", metavar="FILE", help="default: report.html in the first RUN")
+    parser.add_argument("--output", metavar="FILE", help="HTML file (default: report.html in the first RUN)")
     args = parser.parse_args()
-    # --help and a wrong flag are answered before the imports that take seconds.
+    # Parse before the slow imports, so that --help and errors are instant.
     from plaintrain.report.build import build_report
     from plaintrain.utils.errors import UserError
 
@@ -31,7 +31,7 @@ def main():
         if args.debug:
             raise
         sys.exit(f"error: {e}")
-    print(f"the report of {', '.join(args.runs)} is in {output} ({os.path.getsize(output) / 1e6:.1f} MB)")
+    print(f"wrote the report on {', '.join(args.runs)} to {output} ({os.path.getsize(output) / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

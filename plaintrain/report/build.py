@@ -1,11 +1,13 @@
-"""The report as a whole: its sections, each of which may fail without harm to the others."""
+"""Build the report from its sections; a section that fails leaves a note."""
 
 import datetime
 import functools
 import logging
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -21,19 +23,18 @@ from plaintrain.visualization.plots import convert_to_svg, require_matplotlib
 
 logger = logging.getLogger(__name__)
 
-# The id, which is a macro of the template too, the title, and the function that makes the macro's data from a
-# list of `Run`; "gallery" is of one run.
+# (id, which is also a macro of the template; title; function from a list of `Run` to the macro's argument).
 SECTIONS = (
     ("summary", "Summary", runs.build_summary),
-    ("run", "What was run", runs.build_run_table),
+    ("run", "Configuration", runs.build_run_table),
     ("curves", "Curves", runs.build_curves),
     ("scores", "AP", runs.build_scores),
-    ("precision-recall", "Precision and recall", detections.build_precision_recall),
-    ("errors", "Errors", detections.build_errors),
-    ("confusion", "Confusion", detections.build_confusion),
+    ("precision-recall", "Precision-recall curves", detections.build_precision_recall),
+    ("errors", "Errors (TIDE)", detections.build_errors),
+    ("confusion", "Confusion matrix", detections.build_confusion),
     ("calibration", "Calibration", detections.build_calibration),
-    ("thresholds", "Thresholds", detections.build_thresholds),
-    ("groups", "Size and crowdedness", detections.build_groups),
+    ("thresholds", "Score thresholds", detections.build_thresholds),
+    ("groups", "Recall by object size and crowding", detections.build_groups),
     ("gallery", "Best and worst images", detections.build_gallery),
     ("data", "Data", runs.build_datasets),
     ("timing", "Time and memory", runs.build_timing),
@@ -41,20 +42,15 @@ SECTIONS = (
 )
 
 
-def build_report(folders, output):
-    """Write one HTML file on one or several runs.
-
-    Args:
-        folders: their folders; the first one's colour is the first everywhere.
-        output: the file.
-    """
+def build_report(folders: Sequence[str], output: str) -> None:
+    """Write an HTML file on the runs of one or several folders."""
     require_matplotlib()
     names = get_run_names(folders)
-    facts = [runs.Run(f, n, i) for i, (f, n) in enumerate(zip(folders, names, strict=True))]
+    loaded = [runs.Run(f, n, i) for i, (f, n) in enumerate(zip(folders, names, strict=True))]
     sections = [
-        (id_, title, _render(id_, title, collect, facts))
-        for id_, title, collect in SECTIONS
-        if len(facts) == 1 or id_ != "gallery"
+        (id_, title, _render(id_, title, build, loaded))
+        for id_, title, build in SECTIONS
+        if len(loaded) == 1 or id_ != "gallery"
     ]
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     title = names[0] if len(names) == 1 else f"{len(names)} runs compared"
@@ -64,24 +60,21 @@ def build_report(folders, output):
         f.write(load_template().page(title, subtitle, sections))
 
 
-def _render(id_, title, collect, facts):
+def _render(id_, title, build, loaded):
     template = load_template()
     try:
-        return getattr(template, id_.replace("-", "_"))(collect(facts))
+        return getattr(template, id_.replace("-", "_"))(build(loaded))
     except UserError as e:
-        return template.note(f"This cannot be shown: {e}")
+        return template.note(f"This section is not available: {e}")
     except Exception as e:
-        # Whatever is wrong with one part, the rest is worth reading.
-        logger.warning(f"the section {title!r} of the report could not be made", exc_info=True)
-        return template.note(f"This could not be made: {type(e).__name__}: {get_first_line(e)}")
+        # A bug in one section must not cost the others.
+        logger.warning(f"the section {title!r} of the report failed", exc_info=True)
+        return template.note(f"This section failed: {type(e).__name__}: {get_first_line(e)}")
 
 
 @functools.cache
-def load_template():
-    """Return the template's macros: one for each section, and `page`.
-
-    A key that is missing in the data of a section raises.
-    """
+def load_template() -> Any:
+    """Return the template module, whose attributes are its macros."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -94,7 +87,7 @@ def load_template():
         "color": get_hex_color,
         "command": shlex.join,
         "duration": lambda seconds: str(datetime.timedelta(seconds=round(seconds))),
-        "numeric": lambda rows: [all(map(_is_number, column)) for column in zip(*rows, strict=True)],
+        "numeric": lambda table: [all(map(_is_number, column)) for column in zip(*table, strict=True)],
         "svg": lambda figure: Markup(convert_to_svg(figure)),
     }
     environment.globals["outcomes"] = OUTCOMES
@@ -106,8 +99,8 @@ def _is_number(value):
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def format_value(value):
-    """Format floats in at most 4 digits, whole ones from 1000 on; None, NaN and infinity as a dash."""
+def format_value(value: Any) -> Any:
+    """Format a float with 4 digits, from 1000 on without decimals; None, NaN and infinity as a dash."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, float):

@@ -1,8 +1,8 @@
 "use strict";
 
-// Light, dark, or as the system says; kept where the browser lets a file keep something.
+// Theme: light, dark or system; stored if the browser allows localStorage for files.
 const root = document.documentElement, toggle = document.getElementById("theme");
-const themes = { "": "as the system", light: "light", dark: "dark" };
+const themes = { "": "system", light: "light", dark: "dark" };
 function show(theme) {
   if (theme) root.dataset.theme = theme;
   else delete root.dataset.theme;
@@ -10,17 +10,17 @@ function show(theme) {
   toggle.setAttribute("aria-label", "Theme: " + themes[theme] + "; press to change");
 }
 let theme = "";
-try { theme = localStorage.getItem("plaintrain-theme") || ""; } catch (e) { /* not allowed to files */ }
+try { theme = localStorage.getItem("plaintrain-theme") || ""; } catch (e) { /* localStorage is not allowed */ }
 show(theme in themes ? theme : "");
 toggle.addEventListener("click", () => {
   const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
   const order = isDark ? ["", "light", "dark"] : ["", "dark", "light"];
   const next = order[(order.indexOf(root.dataset.theme || "") + 1) % 3];
   show(next);
-  try { localStorage.setItem("plaintrain-theme", next); } catch (e) { /* as above */ }
+  try { localStorage.setItem("plaintrain-theme", next); } catch (e) { /* localStorage is not allowed */ }
 });
 
-// Tables: a click on a column sorts by it, numbers from the largest, another click the other way round.
+// Tables sort by a click on a column: numbers descending first, a second click reverses.
 const compare = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" }).compare;
 function sort(table, column, head) {
   const isNumber = head.classList.contains("number"), was = head.getAttribute("aria-sort");
@@ -34,7 +34,7 @@ function sort(table, column, head) {
   const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
   rows.sort(([a], [b]) => {
     if (!isNumber) return (down ? -1 : 1) * compare(a, b);
-    // What has no value stays at the end.
+    // Empty cells stay at the end.
     if (isNaN(a) || isNaN(b)) return isNaN(a) - isNaN(b);
     return (down ? -1 : 1) * (a - b);
   });
@@ -44,7 +44,7 @@ for (const table of document.querySelectorAll("table.sortable"))
   [...table.tHead.rows[0].cells].forEach((head, column) =>
     head.querySelector("button").addEventListener("click", () => sort(table, column, head)));
 
-// A click on a picture shows it and its neighbour large.
+// A click on an image enlarges it and its pair.
 const dialog = document.createElement("dialog");
 document.body.append(dialog);
 dialog.addEventListener("click", (event) => { if (event.target.tagName !== "IMG") dialog.close(); });
@@ -58,7 +58,7 @@ for (const button of document.querySelectorAll(".zoom"))
     dialog.showModal();
   });
 
-// The section that is in view.
+// Highlight the section in view in the navigation.
 const links = new Map([...document.querySelectorAll("nav a")].map((a) => [a.hash.slice(1), a]));
 const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) {

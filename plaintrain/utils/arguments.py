@@ -1,6 +1,7 @@
 """Command line arguments of the scripts; without torch, so that --help and mistakes are answered at once."""
 
 import argparse
+from typing import Any
 
 
 class _OverridesAction(argparse.Action):
@@ -21,6 +22,14 @@ def build_parser(epilog: str | None, config_help: str = "") -> argparse.Argument
         parser.add_argument("--config-file", default="", metavar="FILE", help=config_help)
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     return parser
+
+
+def add_renamed_argument(parser: argparse.ArgumentParser, flag: str, *old_flags: str, **options: Any) -> None:
+    """Add a flag that also accepts its old names, which --help does not show."""
+    dest = parser.add_argument(flag, **options).dest
+    hidden = {"dest": dest, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    for old_flag in old_flags:
+        parser.add_argument(old_flag, **options | hidden)
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -60,7 +69,7 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that all scripts that draw images have."""
     add = parser.add_argument
-    add("--num", type=int, default=16, help="maximum number of images (default 16)")
+    add_renamed_argument(parser, "--max-images", "--num", type=int, default=16, help="limit (default: 16)")
     add("--output", metavar="DIR", help="write one file per image into this folder")
     add("--grid", metavar="FILE", help="write all images as one grid: .jpg, .png or .webp")
     add("--show", action="store_true", help="show the grid in a window (the default)")

@@ -1,37 +1,43 @@
-"""Images with instances drawn on them: boxes, names, scores, masks and keypoints.
+"""Draw instances on images: boxes, class names, scores, masks and keypoints.
 
-`instances` is what a model returns for an image: a dict of `boxes` (`[N, 4]`, XYXY, in the image's pixels)
-and `labels` (`[N]`, 0 to K-1), and where there are any `scores` (`[N]`), `masks` (`[N, H, W]`), `keypoints`
-(`[N, Kp, 3]`, x, y, and a number that is above 0 where the point is to be drawn) and `crowds` (bool `[N]`).
-A colour is a tuple of red, green and blue, 0 to 255.
+`instances` is a dict of `boxes` (`[N, 4]`, XYXY, pixels) and `labels` (`[N]`, 0 to K-1), and optionally
+`scores` (`[N]`), `masks` (`[N, H, W]`), `keypoints` (`[N, Kp, 3]`, drawn where the last is above 0) and
+`crowds` (bool `[N]`).
 """
 
 import contextlib
 import functools
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
+from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import pil_to_tensor, resize_image, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks, make_grid
 
 from plaintrain.structures import BoxMode, encode_segmentation
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.colors import get_class_colors
+from plaintrain.visualization.colors import Color, Legend, get_class_colors
 
-# With more letters than Pillow's own font, which has those of English only.
+Instances = dict[str, Tensor]
+# Pairs of keypoint indices, from 0, that are connected.
+Edges = Sequence[tuple[int, ...]]
+# Pillow's default font has ASCII letters only.
 _FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "arial.ttf")
 _MASK_ALPHA = 0.4
-# Of a contact sheet, pixels.
+# Margin of the images on a sheet, pixels.
 _GAP = 8
 
 
-def get_record_instances(record):
-    """Return the annotations of a record as `instances`; masks or keypoints if any has one."""
-    annotations, size = record["annotations"], (record["height"], record["width"])
+def get_record_instances(record: Mapping[str, Any]) -> Instances:
+    """Return the annotations of a record as `instances`, with masks or keypoints if any has them."""
+    annotations = record["annotations"]
+    size = (record["height"], record["width"])
     try:
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
         instances = {
@@ -58,11 +64,8 @@ def _decode_mask(segmentation, size):
     return torch.from_numpy(coco_mask.decode(encode_segmentation(segmentation, *size))).bool()
 
 
-def get_skeleton(metadata):
-    """Return the pairs of keypoints, indices from 0, that a line joins; () where the dataset names none.
-
-    They come from Detectron2's `keypoint_connection_rules`, (name, name, colour), or COCO's `skeleton`.
-    """
+def get_skeleton(metadata: Any) -> Edges:
+    """Return the skeleton of Detectron2's `keypoint_connection_rules` or of COCO's `skeleton` (from 1)."""
     names = list(metadata.get("keypoint_names") or ())
     rules = metadata.get("keypoint_connection_rules")
     if rules:
@@ -72,42 +75,41 @@ def get_skeleton(metadata):
     return tuple(pair for pair in pairs if min(pair) >= 0 and max(pair) < len(names))
 
 
-def filter_instances(instances, keep):
-    """Return the instances that `keep`, bool `[N]` or indices, says."""
+def filter_instances(instances: Instances, keep: Any) -> Instances:
+    """Return the instances that `keep`, a bool mask `[N]` or indices, selects."""
     return {name: value[keep] for name, value in instances.items()}
 
 
-def _fitted_size(image, longer_side):
+def _fit_size(image, longer_side):
     height, width = image.shape[-2:]
     return [max(1, round(side * longer_side / max(height, width))) for side in (height, width)]
 
 
-def scale_longer_side(image, instances, longer_side):
-    """Resize an image, uint8 `[3, H, W]`, with its instances, so that lines and text drawn then are sharp."""
-    size, (height, width) = _fitted_size(image, longer_side), image.shape[-2:]
+def scale_longer_side(image: Tensor, instances: Instances, longer_side: int) -> tuple[Tensor, Instances]:
+    """Resize an image, uint8 `[3, H, W]`, and its instances to a longer side in pixels."""
+    size = _fit_size(image, longer_side)
+    height, width = image.shape[-2:]
     scale = torch.tensor([size[1] / width, size[0] / height])
     scaled = {**instances, "boxes": instances["boxes"].float() * scale.repeat(2)}
     if "keypoints" in instances:
         scaled["keypoints"] = instances["keypoints"].float() * torch.cat([scale, torch.ones(1)])
     if "masks" in instances:
-        masks, mode = instances["masks"].byte(), InterpolationMode.NEAREST_EXACT
-        scaled["masks"] = resize_image(masks, size, interpolation=mode).bool()
+        masks = resize_image(instances["masks"].byte(), size, interpolation=InterpolationMode.NEAREST_EXACT)
+        scaled["masks"] = masks.bool()
     return resize_image(image, size), scaled
 
 
-def draw_instances(image, instances, class_names, skeleton=(), captions=None, colors=None):
-    """Draw boxes, masks, keypoints and labels on a copy of an image.
+def draw_instances(
+    image: Tensor,
+    instances: Instances,
+    class_names: Sequence[str],
+    skeleton: Edges = (),
+    captions: Sequence[str] | None = None,
+    colors: Sequence[Color] | None = None,
+) -> Tensor:
+    """Draw boxes, masks, keypoints and labels on a copy of an image, uint8 `[3, H, W]`, RGB.
 
-    Args:
-        image: uint8 `[3, H, W]`, RGB.
-        instances: see the module; on any device.
-        class_names: by label.
-        skeleton: see `get_skeleton`.
-        captions: a text for each instance, "" for none; default the class and the score.
-        colors: one for each instance; default one for each class.
-
-    Returns:
-        uint8 `[3, H, W]`.
+    By default, captions are class and score ("" omits one), and each class has a color.
     """
     instances = {name: value.detach().cpu() for name, value in instances.items()}
     labels = instances["labels"].tolist()
@@ -117,29 +119,31 @@ def draw_instances(image, instances, class_names, skeleton=(), captions=None, co
         by_class = get_class_colors(max(len(class_names), max(labels) + 1))
         colors = [by_class[label] for label in labels]
     captions = format_captions(instances, class_names) if captions is None else captions
-    # What is small lies upon what is large.
-    boxes = _to_pixels(instances["boxes"], *image.shape[-2:])
+    # Small instances are drawn over large ones.
+    boxes = _convert_to_pixels(instances["boxes"], *image.shape[-2:])
     order = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).argsort(descending=True, stable=True)
-    boxes, instances = boxes[order], filter_instances(instances, order)
+    boxes = boxes[order]
+    instances = filter_instances(instances, order)
     colors, captions = ([values[i] for i in order.tolist()] for values in (colors, captions))
     if "masks" in instances:
         masks = instances["masks"].bool()
-        taken = torch.zeros_like(masks[0])
+        covered = torch.zeros_like(masks[0])
         for i in reversed(range(len(masks))):
             # torchvision paints black where masks overlap.
-            masks[i] &= ~taken
-            taken |= masks[i]
+            masks[i] &= ~covered
+            covered |= masks[i]
         image = draw_segmentation_masks(image, masks, alpha=_MASK_ALPHA, colors=colors)
-    line = max(1, round(max(image.shape[-2:]) / 320))
-    image = draw_bounding_boxes(image, boxes, colors=colors, width=line)
+    width = max(1, round(max(image.shape[-2:]) / 320))
+    image = draw_bounding_boxes(image, boxes, colors=colors, width=width)
     for i, points in enumerate(instances.get("keypoints", ())):
-        style = {"colors": colors[i], "radius": line + 2, "width": line, "visibility": points[None, :, 2] > 0}
+        is_visible = points[None, :, 2] > 0
+        style = {"colors": colors[i], "radius": width + 2, "width": width, "visibility": is_visible}
         image = draw_keypoints(image, points[None, :, :2].nan_to_num(), list(skeleton), **style)
     return _draw_labels(image, boxes.tolist(), captions, colors)
 
 
-def format_captions(instances, class_names):
-    """Return the class, the score where there is one, and whether it is a crowd, of each instance."""
+def format_captions(instances: Instances, class_names: Sequence[str]) -> list[str]:
+    """Return the class of each instance, with its score and "(crowd)" if they apply."""
     labels = instances["labels"].tolist()
     texts = [class_names[label] if label < len(class_names) else f"class {label}" for label in labels]
     if "scores" in instances:
@@ -148,9 +152,10 @@ def format_captions(instances, class_names):
     return [f"{text} (crowd)" if crowd else text for text, crowd in zip(texts, crowds, strict=True)]
 
 
-def _to_pixels(boxes, height, width):
-    """Return the first and the last pixel of each box, within the image."""
-    boxes, limit = boxes.float().nan_to_num().round(), torch.tensor([width - 1.0, height - 1.0])
+def _convert_to_pixels(boxes, height, width):
+    """Return the first and the last pixel of each box, inside the image."""
+    boxes = boxes.float().nan_to_num().round()
+    limit = torch.tensor([width - 1.0, height - 1.0])
     low = torch.minimum(boxes[:, :2].clamp(min=0), limit)
     high = torch.minimum(boxes[:, 2:] - 1, limit)
     return torch.cat([low, torch.maximum(low, high)], dim=1).long()
@@ -158,8 +163,9 @@ def _to_pixels(boxes, height, width):
 
 @functools.lru_cache(maxsize=256)
 def _load_font(letters, size):
-    """Return a font that has some letters if this machine has one, otherwise Pillow's own."""
-    for name in () if "".join(letters).isascii() else _FONTS:
+    """Return an installed font that has the letters, otherwise Pillow's default font."""
+    fonts = [] if "".join(letters).isascii() else _FONTS
+    for name in fonts:
         with contextlib.suppress(OSError):
             font = ImageFont.truetype(name, size)
             missing = bytes(font.getmask("\uffff"))
@@ -168,73 +174,77 @@ def _load_font(letters, size):
     return ImageFont.load_default(size)
 
 
-def shorten(text, size, room):
-    """Return (text, font of `size` pixels, width), cut so that the text is no wider than `room` pixels."""
-    font, full, kept = _load_font(frozenset(text) - {" "}, size), text, len(text)
-    while kept > 0 and font.getlength(text) > room:
-        kept -= 1
-        text = full[:kept] + "..."
-    return text, font, font.getlength(text)
+def shorten(text: str, size: int, max_width: int) -> tuple[str, Any, float]:
+    """Return (text cut to `max_width` pixels, font of `size` pixels, width of the text)."""
+    font = _load_font(frozenset(text) - {" "}, size)
+    shown = text
+    length = len(text)
+    while length > 0 and font.getlength(shown) > max_width:
+        length -= 1
+        shown = text[:length] + "..."
+    return shown, font, font.getlength(shown)
 
 
 def _draw_labels(image, boxes, captions, colors):
-    """Write each caption at its box, on a ground of its colour, where it hides least of the others."""
+    """Write each caption at a corner of its box, where it overlaps the other captions least."""
     height, width = image.shape[-2:]
     size = max(10, round((height * width) ** 0.5 / 42))
-    tall, taken, canvas = round(1.3 * size), [], to_pil_image(image)
+    text_height = round(1.3 * size)
+    used = []
+    canvas = to_pil_image(image)
     draw = ImageDraw.Draw(canvas)
     for (x0, y0, x1, y1), caption, color in zip(boxes, captions, colors, strict=True):
         if not caption:
             continue
         text, font, length = shorten(caption, size, width - 4)
-        wide = round(length) + max(4, size // 3)
-        lefts = [min(max(x, 0), max(width - wide, 0)) for x in (x0, x1 + 1 - wide)]
-        tops = [y for y in (y0 - tall, y0, y1 + 1, y1 + 1 - tall) if 0 <= y <= height - tall]
-        places = [(x, y, x + wide - 1, y + tall - 1) for y in tops or [0] for x in lefts]
-        place = min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
-        taken.append(place)
-        draw.rectangle(place, fill=color)
+        text_width = round(length) + max(4, size // 3)
+        lefts = [min(max(x, 0), max(width - text_width, 0)) for x in (x0, x1 + 1 - text_width)]
+        tops = [y0 - text_height, y0, y1 + 1, y1 + 1 - text_height]
+        tops = [y for y in tops if 0 <= y <= height - text_height]
+        candidates = [(x, y, x + text_width - 1, y + text_height - 1) for y in tops or [0] for x in lefts]
+        rectangle = min(candidates, key=lambda c: sum(_compute_overlap(c, other) for other in used))
+        used.append(rectangle)
+        draw.rectangle(rectangle, fill=color)
         is_light = np.dot(color, (0.299, 0.587, 0.114)) > 140
-        middle = (place[0] + wide / 2, place[1] + tall / 2)
-        draw.text(middle, text, fill="black" if is_light else "white", font=font, anchor="mm")
+        center = (rectangle[0] + text_width / 2, rectangle[1] + text_height / 2)
+        draw.text(center, text, fill="black" if is_light else "white", font=font, anchor="mm")
     return pil_to_tensor(canvas)
 
 
-def _overlap(a, b):
+def _compute_overlap(a, b):
     return max(0, min(a[2], b[2]) + 1 - max(a[0], b[0])) * max(0, min(a[3], b[3]) + 1 - max(a[1], b[1]))
 
 
-def draw_sheet(images, captions, columns, width, legend=None):
-    """Lay out images on one sheet, uint8 `[3, H, W]`, each as large as its column, with its caption below.
-
-    Args:
-        images: uint8 `[3, h, w]` each.
-        captions: a text for each.
-        columns: images side by side.
-        width: of the sheet, pixels.
-        legend: {text: colour} to explain at the top, or None.
-    """
-    cell, size = (width - _GAP) // columns - _GAP, max(11, width // 110)
-    images = [resize_image(image, _fitted_size(image, cell)) for image in images]
-    tall, line, cells = max(image.shape[1] for image in images), round(1.7 * size), []
+def draw_sheet(
+    images: Sequence[Tensor], captions: Sequence[str], columns: int, width: int, legend: Legend | None = None
+) -> Tensor:
+    """Draw images, uint8 `[3, h, w]`, in a grid of `width` pixels, with captions and below a legend."""
+    cell_width = (width - _GAP) // columns - _GAP
+    size = max(11, width // 110)
+    images = [resize_image(image, _fit_size(image, cell_width)) for image in images]
+    height = max(image.shape[1] for image in images)
+    line_height = round(1.7 * size)
+    cells = []
     for image, caption in zip(images, captions, strict=True):
-        canvas = Image.new("RGB", (cell, tall + line), "white")
-        canvas.paste(to_pil_image(image), ((cell - image.shape[2]) // 2, tall - image.shape[1]))
-        text, font, _ = shorten(caption, size, cell)
-        ImageDraw.Draw(canvas).text((cell / 2, tall + line / 2), text, fill="black", font=font, anchor="mm")
+        canvas = Image.new("RGB", (cell_width, height + line_height), "white")
+        canvas.paste(to_pil_image(image), ((cell_width - image.shape[2]) // 2, height - image.shape[1]))
+        text, font, _ = shorten(caption, size, cell_width)
+        center = (cell_width / 2, height + line_height / 2)
+        ImageDraw.Draw(canvas).text(center, text, fill="black", font=font, anchor="mm")
         cells.append(pil_to_tensor(canvas))
     sheet = make_grid(torch.stack(cells), nrow=columns, padding=_GAP, pad_value=255)
     return torch.cat([_draw_legend(legend, sheet.shape[2], size), sheet], dim=1) if legend else sheet
 
 
 def _draw_legend(legend, width, size):
-    """Draw {text: colour} as a strip of paper with letters of `size` pixels."""
-    line, entry = round(1.7 * size), 3 * size + round(max(shorten(t, size, width)[2] for t in legend))
-    columns = max(1, (width - _GAP) // entry)
-    canvas = Image.new("RGB", (width, _GAP + line * math.ceil(len(legend) / columns)), "white")
+    line_height = round(1.7 * size)
+    entry_width = 3 * size + round(max(shorten(text, size, width)[2] for text in legend))
+    columns = max(1, (width - _GAP) // entry_width)
+    canvas = Image.new("RGB", (width, _GAP + line_height * math.ceil(len(legend) / columns)), "white")
     draw = ImageDraw.Draw(canvas)
     for i, (text, color) in enumerate(legend.items()):
-        x, y = _GAP + i % columns * entry, _GAP + i // columns * line
+        x = _GAP + i % columns * entry_width
+        y = _GAP + i // columns * line_height
         text, font, _ = shorten(text, size, width - 4 * size)
         draw.rectangle((x, y, x + size, y + size), fill=color)
         draw.text((x + 1.5 * size, y + size / 2), text, fill="black", font=font, anchor="lm")

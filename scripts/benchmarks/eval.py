@@ -1,7 +1,7 @@
-"""COCO's metrics of boxes, in CPU time: pycocotools, and COCOEvaluator with each implementation installed.
+"""CPU time of COCO's box metrics: pycocotools, and COCOEvaluator with each installed backend.
 
 From boxes in memory to the metrics, without a results file. The first row is pycocotools called directly, on
-results as lists of dicts. With AP, and whether all of COCOEvaluator's numbers are those with pycocotools.
+results as lists of dicts. Also compares the metrics with those of pycocotools.
 """
 
 import argparse
@@ -22,14 +22,15 @@ from plaintrain.evaluation.coco_gt import build_coco_gt
 from plaintrain.structures import BoxMode
 
 _NAME = "benchmark_eval"
-# Times less than pycocotools; without another implementation nothing may be lost, but for noise.
+# Speedup over pycocotools; with the same backend only noise is tolerated.
 WANTED = {"hotcoco": 20, "faster_coco_eval": 6, "pycocotools": 0.95}
 
 
 def make_dataset(images, boxes, classes, seed=0):
-    """Records of up to 7 objects an image, and as many detections as asked for: moved, mislabelled."""
+    """Return records of up to 7 objects per image, and perturbed detections of them."""
     rng = np.random.default_rng(seed)
-    records, outputs = [], []
+    records = []
+    outputs = []
     for i in range(images):
         objects = np.concatenate([rng.uniform(0, 400, (7, 2)), np.exp(rng.uniform(2, 5.5, (7, 2)))], axis=1)
         labels = rng.integers(classes, size=7)
@@ -43,14 +44,14 @@ def make_dataset(images, boxes, classes, seed=0):
         moved = objects[chosen] * np.exp(rng.normal(0, 0.1, (boxes, 4)))
         moved[:, 2:] += moved[:, :2]
         wrong = rng.random(boxes) < 0.5
-        found = np.where(wrong, rng.integers(classes, size=boxes), labels[chosen])
-        columns = {"boxes": moved, "scores": rng.random(boxes), "labels": found}
+        predicted = np.where(wrong, rng.integers(classes, size=boxes), labels[chosen])
+        columns = {"boxes": moved, "scores": rng.random(boxes), "labels": predicted}
         outputs.append({name: torch.from_numpy(values) for name, values in columns.items()})
     return records, outputs
 
 
-def pycocotools_ap(truth, records, outputs):
-    """AP in percent of detections by pycocotools, as it is used where nothing wraps it."""
+def compute_ap(gt, records, outputs):
+    """Return the AP in percent by plain pycocotools."""
     results = []
     for record, output in zip(records, outputs, strict=True):
         boxes = output["boxes"].clone()
@@ -62,7 +63,7 @@ def pycocotools_ap(truth, records, outputs):
         ]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = truth
+        coco.dataset = gt
         coco.createIndex()
         evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
         evaluation.evaluate()
@@ -72,15 +73,15 @@ def pycocotools_ap(truth, records, outputs):
 
 
 def make_variants(images, boxes, classes):
-    """{name: function that computes the metrics}; those of COCOEvaluator return all of them."""
+    """Return {name: function that computes the metrics}."""
     records, outputs = make_dataset(images, boxes, classes)
     DatasetCatalog.register(_NAME, lambda: records)
     MetadataCatalog.get(_NAME).set(thing_classes=[f"class {i}" for i in range(classes)])
-    truth = build_coco_gt("bbox", records, range(images), range(classes))
-    variants = {"pycocotools alone": lambda: {"bbox": {"AP": pycocotools_ap(truth, records, outputs)}}}
+    gt = build_coco_gt("bbox", records, range(images), range(classes))
+    variants = {"pycocotools alone": lambda: {"bbox": {"AP": compute_ap(gt, records, outputs)}}}
     for backend in reversed(BACKENDS):
         if importlib.util.find_spec(backend):
-            # Its import is not measured.
+            # Do not measure the import.
             importlib.import_module(backend)
             evaluator = COCOEvaluator(_NAME)
             evaluator.backend = backend
@@ -92,17 +93,17 @@ def make_variants(images, boxes, classes):
 
 
 def measure(variants, repeats):
-    """Rows of seconds, and of what each computes."""
+    """Return a table of seconds, AP, and whether the results are those of pycocotools."""
     results = {}
     calls = {n: timed(lambda n=n, f=f: results.update({n: f()})) for n, f in variants.items()}
-    rows = make_rows(in_turns(calls, repeats, warm_up=False))
+    table = make_rows(in_turns(calls, repeats, warm_up=False))
     expected = results["COCOEvaluator, pycocotools"]
-    for name, row in rows.items():
+    for name, row in table.items():
         row["AP"] = f"{results[name]['bbox']['AP']:.8f}"
         if "Evaluator" in name:
-            # As text: NaN, where there are no objects of a size, is not equal to itself.
+            # Compare as text: NaN (no objects of a size) is not equal to itself.
             row["same results"] = repr(results[name]) == repr(expected)
-    return rows
+    return table
 
 
 def main():
@@ -113,14 +114,14 @@ def main():
     parser.add_argument("--classes", type=positive, default=80)
     args = parse_args(parser, repeats=3, quick={"images": 6, "boxes": 5, "classes": 3})
     torch.set_num_threads(1)
-    rows = measure(make_variants(args.images, args.boxes, args.classes), args.repeats)
+    table = measure(make_variants(args.images, args.boxes, args.classes), args.repeats)
     wanted = [
         target(f"{name}: times less than pycocotools alone", WANTED[name.split(", ")[1]], row["times less"])
-        for name, row in rows.items()
+        for name, row in table.items()
         if "Evaluator" in name
     ]
     title = f"CPU, {args.images:,} images of {args.boxes} boxes, {args.classes} classes, s"
-    report(args, {title: rows}, wanted)
+    report(args, {title: table}, wanted)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What a training loop costs in CPU time beside forward, backward and optimizer step.
+"""CPU time of a training loop over that of forward, backward and optimizer step.
 
 The loop of plain_train_net.py, and one in the style of Detectron2's (`.item()` on every loss, the same
 three writers every 20 iterations, one TensorBoard event per scalar), each over a trivial model and minus a
-bare loop over the same model. Detectron2's own parts and MMEngine's runner are measured where they are
-installed.
+bare loop over the same model. Detectron2's own loop and MMEngine's runner are measured if they are installed.
 """
 
 import argparse
@@ -26,10 +25,12 @@ from torch import nn
 from plaintrain.config import get_cfg
 
 _PERIOD = 20
-# Packages that are measured where they are installed, and how.
+# {optional package: module of the baseline}.
 _OTHERS = {"detectron2": "baselines.run_detectron2", "mmengine": "baselines.run_mmdet"}
 _TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "plain_train_net.py")
-BARE, ITEM, PLAIN = "bare step", ".item() on every loss, as Detectron2's", "plain_train_net.py"
+BARE = "bare step"
+ITEM = ".item() on every loss, as Detectron2's"
+PLAIN = "plain_train_net.py"
 
 
 class TrivialModel(nn.Module):
@@ -45,42 +46,44 @@ class TrivialModel(nn.Module):
 
 
 class Batches:
-    """The same batch `number` + 1 times; `seconds` of CPU pass from the first to the last.
+    """The same batch `num_iters` + 1 times; `seconds` is the CPU time from the first to the last.
 
-    So what a loop does before and after its iterations is not counted.
+    Excludes the time of a loop before and after its iterations.
     """
 
-    def __init__(self, number):
-        self.number, self.data, self.seconds = number, [torch.ones(8, 4)], 0.0
-        # For MMEngine, which looks for names of classes there.
+    def __init__(self, num_iters):
+        self.num_iters = num_iters
+        self.data = [torch.ones(8, 4)]
+        self.seconds = 0.0
+        # MMEngine looks for class names there.
         self.dataset = None
 
     def __iter__(self):
-        for _, samples in self.iterations(0, self.number + 1):
+        for _, samples in self.iterations(0, self.num_iters + 1):
             yield samples
 
     def iterations(self, start_iter, end_iter):
         for i in range(start_iter, end_iter):
-            if i in (0, self.number):
+            if i in (0, self.num_iters):
                 self.seconds = time.process_time() - self.seconds
             yield i, self.data
 
     def __len__(self):
-        return self.number + 1
+        return self.num_iters + 1
 
     def state_dict(self):
         return {}
 
 
 def make():
-    """(a new model, its optimizer)."""
+    """Return a new model and its optimizer."""
     torch.manual_seed(0)
     model = TrivialModel()
     return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
 
 
 def bare_loop(batches, folder):
-    """Forward, backward, step."""
+    """Run forward, backward and optimizer step."""
     model, optimizer = make()
     for data in batches:
         losses = sum(model(data).values())
@@ -90,10 +93,11 @@ def bare_loop(batches, folder):
 
 
 def item_loop(batches, folder):
-    """The bookkeeping of Detectron2's plain loop, written with plain torch."""
+    """Run a loop with the bookkeeping of Detectron2's plain_train_net.py."""
     model, optimizer = make()
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0)
-    logger, history = logging.getLogger("plaintrain"), {}
+    logger = logging.getLogger("plaintrain")
+    history = {}
     path = os.path.join(folder, "metrics.json")
     with SummaryWriter(folder) as board, open(path, "w", encoding="utf-8") as f:
         for iteration, data in enumerate(batches):
@@ -118,18 +122,18 @@ def item_loop(batches, folder):
 
 
 def plaintrain_loop(batches, folder):
-    """`do_train` of plain_train_net.py, with a data loader that costs nothing."""
+    """Run `do_train` of plain_train_net.py with a trivial data loader."""
     do_train = runpy.run_path(_TRAIN)["do_train"]
     do_train.__globals__["build_detection_train_loader"] = lambda cfg: batches
     cfg = get_cfg()
-    cfg.merge_from_list(["SOLVER.MAX_ITER", batches.number + 1, "SOLVER.CHECKPOINT_PERIOD", 0])
+    cfg.merge_from_list(["SOLVER.MAX_ITER", batches.num_iters + 1, "SOLVER.CHECKPOINT_PERIOD", 0])
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "LOG_PERIOD", _PERIOD, "OUTPUT_DIR", folder])
     torch.manual_seed(0)
     do_train(cfg, TrivialModel())
 
 
 def measure(variants, iterations, repeats):
-    """{variant: [seconds of CPU per iteration, one a turn]}."""
+    """Return {variant: [CPU seconds per iteration, one per round]}."""
     with tempfile.TemporaryDirectory() as root:
 
         def seconds(run):
@@ -145,9 +149,9 @@ def measure(variants, iterations, repeats):
         return in_turns({name: lambda run=run: seconds(run) for name, run in variants.items()}, repeats)
 
 
-def over_bare(times):
-    """{variant: median CPU of an iteration over that of the bare loop in the same turn, seconds}."""
-    # Noise may make a difference of nothing, or less.
+def compute_overhead(times):
+    """Return {variant: median CPU seconds of an iteration minus those of the bare loop in the same round}."""
+    # Noise can make the difference 0 or negative.
     return {
         name: max(1e-9, statistics.median(v - bare for v, bare in zip(values, times[BARE], strict=True)))
         for name, values in times.items()
@@ -158,7 +162,7 @@ def over_bare(times):
 def main():
     """Measure and report."""
     parser = argparse.ArgumentParser("loop", description=__doc__)
-    parser.add_argument("--iterations", type=positive, default=2000, help="per turn")
+    parser.add_argument("--iterations", type=positive, default=2000, help="per round")
     args = parse_args(parser, repeats=9, quick={"iterations": 100})
     torch.set_num_threads(1)
     variants = {BARE: bare_loop, ITEM: item_loop, PLAIN: plaintrain_loop}
@@ -166,12 +170,13 @@ def main():
         run = importlib.import_module(_OTHERS[name]).run_loop
         variants[name] = lambda batches, folder, run=run: run(make, batches, folder, _PERIOD)
     times = measure(variants, args.iterations, args.repeats)
-    rows, over = make_rows(times, 1e6), over_bare(times)
-    for name, seconds in over.items():
-        rows[name]["over the bare step"] = seconds * 1e6
-    ratio = over[ITEM] / over[PLAIN]
+    table = make_rows(times, 1e6)
+    overhead = compute_overhead(times)
+    for name, seconds in overhead.items():
+        table[name]["over the bare step"] = seconds * 1e6
+    ratio = overhead[ITEM] / overhead[PLAIN]
     wanted = [target(f"loop, over the bare step: {PLAIN}, times less than {ITEM}", 2, ratio)]
-    report(args, {"CPU of an iteration, us": rows}, wanted)
+    report(args, {"CPU of an iteration, us": table}, wanted)
 
 
 if __name__ == "__main__":

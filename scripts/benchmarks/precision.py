@@ -1,4 +1,4 @@
-"""CPU time of the training step of a config's model, in float32 and in bfloat16, on batches in memory."""
+"""CPU time of a config's training step in float32 and bfloat16, on batches in memory."""
 
 import argparse
 import itertools
@@ -22,7 +22,7 @@ from plaintrain.engine.preflight import resolve_num_classes
 
 
 def make_steps(config_file, batches):
-    """{precision: function that takes a training step on each of a few batches}."""
+    """Return {precision: function that trains a step on each batch}."""
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "SEED", max(cfg.SEED, 0)])
@@ -30,7 +30,8 @@ def make_steps(config_file, batches):
     resolve_num_classes(cfg, eval_only=False)
     data = list(itertools.islice(build_detection_train_loader(cfg), batches))
     functions = {}
-    for precision in ("float32", *["bfloat16"] * cpu_has_bfloat16()):
+    precisions = ["float32", "bfloat16"] if cpu_has_bfloat16() else ["float32"]
+    for precision in precisions:
         cfg.merge_from_list(["SOLVER.AMP.ENABLED", precision == "bfloat16"])
         cfg.merge_from_list(["SOLVER.AMP.PRECISION", "bfloat16"])
         functions[precision], _ = make_training_steps(cfg, data)
@@ -41,14 +42,16 @@ def main():
     """Measure and report."""
     parser = argparse.ArgumentParser("precision", description=__doc__)
     parser.add_argument("--config-file", default="configs/quickstart.yaml")
-    parser.add_argument("--batches", type=positive, default=8, help="different batches, each a step a turn")
+    parser.add_argument(
+        "--batches", type=positive, default=8, help="different batches, one step each per round"
+    )
     args = parse_args(parser, repeats=7, quick={"batches": 1})
     torch.set_num_threads(1)
     functions = {name: timed(f) for name, f in make_steps(args.config_file, args.batches).items()}
-    rows = make_rows(in_turns(functions, args.repeats), 1e3 / args.batches)
-    for row in rows.values():
+    table = make_rows(in_turns(functions, args.repeats), 1e3 / args.batches)
+    for row in table.values():
         row["of float32"] = 1 / row["times less"]
-    report(args, {f"a step of {args.config_file}, ms": rows}, [])
+    report(args, {f"a step of {args.config_file}, ms": table}, [])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What several processes cost, part by part of an iteration.
+"""Cost of several processes, per phase of an iteration.
 
 python scripts/benchmarks/scaling.py --ranks 1 2 4
 
-It runs iterations of a config's model, on images in memory, in 1, 2, ... gloo processes of this machine. Of
-each part it prints the CPU time of a process (all its threads) and its wall time, medians over iterations,
-means over processes, and what it sends: calls and bytes of one process. Where processes share cores, wall
-times hold the waiting for each other; CPU times do not.
+Runs iterations of a config's model, on images in memory, in 1, 2, ... gloo processes of this machine. Prints
+the CPU time of a process (all threads) and the wall time of each phase, medians over iterations, means over
+processes, and the calls and bytes of its collectives in one process. Where processes share cores, wall times
+include waiting for each other; CPU times do not.
 """
 
 import argparse
@@ -41,32 +41,34 @@ _WARM_UP = 5
 
 
 def make_cfg(config_file):
-    """A config for this measurement: one thread loads, and there are two images a process."""
+    """Return the config, with two images per process and without loader workers."""
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
-    more = ["SEED", 1, "SOLVER.IMS_PER_BATCH", 2 * comm.get_world_size(), "DATALOADER.NUM_WORKERS", 0]
-    cfg.merge_from_list([*more, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    opts = ["SEED", 1, "SOLVER.IMS_PER_BATCH", 2 * comm.get_world_size(), "DATALOADER.NUM_WORKERS", 0]
+    cfg.merge_from_list([*opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     declare_datasets(cfg)
     resolve_num_classes(cfg, eval_only=False)
     return cfg
 
 
-class Parts:
-    """CPU and wall times of the parts of an iteration, and the bytes that each hands to collectives."""
+class PhaseTimer:
+    """CPU and wall times of the phases of an iteration, and the bytes that they pass to collectives."""
 
     def __init__(self):
-        self.name, self.times, self.sent = "", defaultdict(list), defaultdict(list)
+        self.name = ""
+        self.times = defaultdict(list)
+        self.sent = defaultdict(list)
 
     @contextlib.contextmanager
     def measure(self, name):
         self.name = name
-        before = time.process_time(), time.perf_counter()
+        before = (time.process_time(), time.perf_counter())
         yield
-        after = time.process_time(), time.perf_counter()
+        after = (time.process_time(), time.perf_counter())
         self.times[name].append([1000 * (b - a) for a, b in zip(before, after, strict=True)])
 
     def count_bucket(self, state, bucket):
-        """Count what DDP sends, as a hook."""
+        """Count the bytes of a DDP bucket, as a communication hook."""
         self.sent[self.name].append(bucket.buffer().nbytes)
         return allreduce_hook(dist.group.WORLD, bucket)
 
@@ -74,8 +76,8 @@ class Parts:
         self.sent[self.name].append(tensor.nbytes)
         return all_reduce(tensor, *args, **kwargs)
 
-    def summary(self):
-        """{part: [CPU ms, wall ms, calls, bytes]}, of times the medians without the iteration that counts."""
+    def summarize(self):
+        """Return {phase: [CPU ms, wall ms, calls, bytes]}; times are medians, without the last iteration."""
         summary = {}
         for name, times in self.times.items():
             medians = map(statistics.median, zip(*times[_WARM_UP:-1], strict=True))
@@ -83,61 +85,62 @@ class Parts:
         return summary
 
 
-def iterate(model, optimizer, samples, stop, part):
-    """One iteration as in plain_train_net.py, each part within `part(name)`."""
-    with part("stop agreement"):
+def iterate(model, optimizer, samples, stop, phase):
+    """Run an iteration as in plain_train_net.py, each phase within `phase(name)`."""
+    with phase("stop agreement"):
         stop.requested_on_any_rank()
     optimizer.zero_grad()
-    with part("forward"):
+    with phase("forward"):
         loss_dict = model(samples)
-    with part("loss names"):
+    with phase("loss names"):
         comm.check_loss_names(loss_dict)
         losses = sum_losses(loss_dict)
-    with part("backward"):
+    with phase("backward"):
         losses.backward()
-    with part("optimizer"):
+    with phase("optimizer"):
         optimizer.step()
-    with part("reduce_dict"):
+    with phase("reduce_dict"):
         comm.reduce_dict({"total_loss": losses, **loss_dict})
-    with part("barrier"):
+    with phase("barrier"):
         comm.synchronize()
 
 
 def work(args):
-    """What each process does: its numbers go to a file of its own."""
+    """Measure in one process, and write the numbers to its own file."""
     torch.set_num_threads(1)
     cfg = make_cfg(args.config_file)
     torch.manual_seed(comm.get_rank())
     model = create_ddp_model(build_model(cfg).train())
     optimizer = build_optimizer(cfg, model)
     batches = list(itertools.islice(build_detection_train_loader(cfg), 4))
-    stop, parts = StopSignal(), Parts()
+    stop = StopSignal()
+    timer = PhaseTimer()
     for i in range(_WARM_UP + args.iterations):
-        iterate(model, optimizer, batches[i % 4], stop, parts.measure)
+        iterate(model, optimizer, batches[i % 4], stop, timer.measure)
     if comm.get_world_size() > 1:
-        model.register_comm_hook(None, parts.count_bucket)
-    with mock.patch.object(dist, "all_reduce", parts.count_all_reduce):
-        iterate(model, optimizer, batches[0], stop, parts.measure)
-    Path(args.folder, f"{comm.get_rank()}.json").write_text(json.dumps(parts.summary()))
+        model.register_comm_hook(None, timer.count_bucket)
+    with mock.patch.object(dist, "all_reduce", timer.count_all_reduce):
+        iterate(model, optimizer, batches[0], stop, timer.measure)
+    Path(args.folder, f"{comm.get_rank()}.json").write_text(json.dumps(timer.summarize()))
 
 
 def main():
-    """Measure each number of processes, and report."""
+    """Measure each number of processes and report."""
     parser = argparse.ArgumentParser("scaling", description=__doc__)
     parser.add_argument("--config-file", default=str(CONFIG))
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--iterations", type=positive, default=30)
     args = parse_args(parser, repeats=None, quick={"iterations": 2, "ranks": [1, 2]})
     tables = {}
-    for number in args.ranks:
+    for num_ranks in args.ranks:
         with tempfile.TemporaryDirectory() as args.folder:
-            launch(work, number, args=(args,))
+            launch(work, num_ranks, args=(args,))
             ranks = [json.loads(path.read_text()) for path in sorted(Path(args.folder).iterdir())]
-        rows = {}
-        for part, (_, _, calls, num_bytes) in ranks[0].items():
-            cpu, wall = (statistics.mean(rank[part][i] for rank in ranks) for i in (0, 1))
-            rows[part] = {"CPU ms": cpu, "wall ms": wall, "calls": calls, "bytes": num_bytes}
-        tables[f"{number} process{'es' * (number > 1)}, 2 images each"] = rows
+        table = {}
+        for name, (_, _, calls, num_bytes) in ranks[0].items():
+            cpu, wall = (statistics.mean(rank[name][i] for rank in ranks) for i in (0, 1))
+            table[name] = {"CPU ms": cpu, "wall ms": wall, "calls": calls, "bytes": num_bytes}
+        tables[f"{num_ranks} process{'es' if num_ranks > 1 else ''}, 2 images each"] = table
     report(args, tables, [])
 
 

@@ -1,10 +1,10 @@
-"""What plaintrain is measured against: a file for each, imported by the benchmarks that measure it."""
+"""Baselines of the benchmarks, one module each."""
 
 import argparse
 
 
 def parse_start_args():
-    """The command line of a start: a COCO file, the folder of its images, and the sizes of the problem."""
+    """Parse the command line of a start-up run: COCO file, image folder and sizes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("json")
     parser.add_argument("root")

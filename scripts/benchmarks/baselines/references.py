@@ -1,4 +1,4 @@
-"""torchvision's own Faster R-CNN, in a loop written after torchvision's detection references."""
+"""torchvision's Faster R-CNN in a loop modelled on its detection references."""
 
 import math
 
@@ -8,9 +8,9 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 
 def build_model(args, state):
-    """torchvision's model, as fasterrcnn_resnet50_fpn builds it for weights of ImageNet."""
+    """Build the model as fasterrcnn_resnet50_fpn does for ImageNet weights."""
     backbone = resnet_fpn_backbone(backbone_name=f"resnet{args.depth}", weights=None, trainable_layers=3)
-    # As many proposals as plaintrain's default; images have their size already, as there.
+    # As in plaintrain: its number of proposals, and no resizing.
     sizes = {"rpn_post_nms_top_n_train": 1000, "box_batch_size_per_image": args.rois}
     model = FasterRCNN(backbone, args.classes + 1, _skip_resize=True, **sizes)
     model.load_state_dict(state)
@@ -18,18 +18,19 @@ def build_model(args, state):
 
 
 def make_inputs(samples):
-    """(images, targets) as torchvision's references have them."""
+    """Return (images, targets) as in torchvision's references."""
     images = [sample["image"].float() / 255 for sample in samples]
     return images, [{**s["target"], "labels": s["target"]["labels"] + 1} for s in samples]
 
 
 def make_steps(args, batches, state):
-    """(function that takes a step of a loop like torchvision's on each batch, its model)."""
-    model, device = build_model(args, state), args.device
+    """Return (function that trains a step on each batch, model)."""
+    model = build_model(args, state)
+    device = args.device
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3)
-    # The same batch again is the same tensors.
+    # Repeated batches share their tensors.
     inputs = {id(samples): make_inputs(samples) for samples in batches}
     batches = [inputs[id(samples)] for samples in batches]
 

@@ -1,4 +1,4 @@
-"""Detectron2, where it is installed: its own model, storage and writers; and its start, run as a script."""
+"""Detectron2's model, storage and writers; as a script, its start-up."""
 
 import os
 import tempfile
@@ -15,16 +15,16 @@ from detectron2.utils import comm, events
 
 from baselines import parse_start_args
 
-# How the names of the last norms of a block's branch end.
+# Suffix of the last norm of each residual block.
 LAST_NORM = "conv3.norm.weight"
 
 
 def run_loop(make, batches, folder, period):
-    """The bookkeeping of Detectron2's plain loop, with its own storage and writers."""
+    """Run the loop of Detectron2's plain_train_net.py with its storage and writers."""
     model, optimizer = make()
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0)
     writers = [
-        events.CommonMetricPrinter(batches.number + 1),
+        events.CommonMetricPrinter(batches.num_iters + 1),
         events.JSONWriter(os.path.join(folder, "metrics.json")),
         events.TensorboardXWriter(folder),
     ]
@@ -50,22 +50,23 @@ def _make_cfg(device, depth):
     cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     cfg.merge_from_list(["MODEL.DEVICE", device, "MODEL.RESNETS.DEPTH", depth, "MODEL.WEIGHTS", ""])
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
-    # Without trained weights, pixels of this size keep the losses finite.
+    # Without trained weights, normalized pixels keep the losses finite.
     cfg.merge_from_list(["MODEL.PIXEL_STD", [57.375, 57.12, 58.395], "SOLVER.BASE_LR", 0.0])
     return cfg
 
 
 def make_steps(args, batches):
-    """(function that takes a step of Detectron2's plain loop on each batch, its model)."""
+    """Return (function that trains a step on each batch, model)."""
     cfg = _make_cfg(args.device, args.depth)
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = args.rois
     model = build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
 
     def convert(sample):
-        truth = Instances(sample["image"].shape[1:])
-        truth.gt_boxes, truth.gt_classes = Boxes(sample["target"]["boxes"]), sample["target"]["labels"]
-        return {"image": sample["image"].flip(0), "instances": truth}
+        instances = Instances(sample["image"].shape[1:])
+        instances.gt_boxes = Boxes(sample["target"]["boxes"])
+        instances.gt_classes = sample["target"]["labels"]
+        return {"image": sample["image"].flip(0), "instances": instances}
 
     batches = [[convert(sample) for sample in batch] for batch in batches]
 
@@ -84,7 +85,7 @@ def make_steps(args, batches):
 
 
 def main():
-    """From the command line to the end of the first iteration."""
+    """Train the first iteration."""
     args = parse_start_args()
     torch.set_num_threads(1)
     register_coco_instances("benchmark", {}, args.json, args.root)

@@ -1,4 +1,4 @@
-"""MMDetection, where it is installed, and MMEngine, whose runner trains its models; its start as a script."""
+"""MMDetection's training step and MMEngine's runner; as a script, their start-up."""
 
 import os
 import tempfile
@@ -12,12 +12,12 @@ from mmengine.structures import InstanceData
 
 from baselines import parse_start_args
 
-# How the names of the last norms of a block's branch end.
+# Suffix of the last norm of each residual block.
 LAST_NORM = "bn3.weight"
 
 
 class OnBatch(BaseModel):
-    """A model that takes a batch, as MMEngine calls one."""
+    """Model with the interface of MMEngine."""
 
     def __init__(self, inner):
         super().__init__()
@@ -28,14 +28,14 @@ class OnBatch(BaseModel):
 
 
 def run_loop(make, batches, folder, period):
-    """MMEngine's runner, which MMDetection trains with, and its default hooks without checkpoints."""
+    """Run MMEngine's runner with its default hooks, without checkpoints."""
     inner, optimizer = make()
     batches.data = {"data": batches.data}
     runner = Runner(
         OnBatch(inner),
         folder,
         train_dataloader=batches,
-        train_cfg={"by_epoch": False, "max_iters": batches.number + 1},
+        train_cfg={"by_epoch": False, "max_iters": batches.num_iters + 1},
         optim_wrapper=OptimWrapper(optimizer),
         default_hooks={"logger": {"type": "LoggerHook", "interval": period}, "checkpoint": None},
         experiment_name=folder.replace(os.sep, "-"),
@@ -53,7 +53,7 @@ def _make_cfg():
 
 
 def make_steps(args, batches):
-    """(function that takes MMDetection's training step on each batch, its model)."""
+    """Return (function that trains a step on each batch, model)."""
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
 
@@ -64,23 +64,26 @@ def make_steps(args, batches):
     optimizer = OptimWrapper(torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4))
 
     def convert(sample):
-        size, target = tuple(sample["image"].shape[1:]), sample["target"]
-        truth = DetDataSample(metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)})
-        truth.gt_instances = InstanceData(bboxes=target["boxes"], labels=target["labels"])
-        return sample["image"].flip(0), truth
+        size = tuple(sample["image"].shape[1:])
+        target = sample["target"]
+        data_sample = DetDataSample(
+            metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
+        )
+        data_sample.gt_instances = InstanceData(bboxes=target["boxes"], labels=target["labels"])
+        return sample["image"].flip(0), data_sample
 
     batches = [[convert(sample) for sample in batch] for batch in batches]
 
     def steps():
         for pairs in batches:
-            images, truths = zip(*pairs, strict=True)
-            model.train_step({"inputs": list(images), "data_samples": list(truths)}, optimizer)
+            images, data_samples = zip(*pairs, strict=True)
+            model.train_step({"inputs": list(images), "data_samples": list(data_samples)}, optimizer)
 
     return steps, model
 
 
 def main():
-    """From the command line to the end of the first iteration, of R50-FPN."""
+    """Train the first iteration of R50-FPN."""
     args = parse_start_args()
     torch.set_num_threads(1)
     cfg = _make_cfg()
@@ -90,9 +93,9 @@ def main():
     for transform in loader.dataset.pipeline:
         if transform["type"] == "Resize":
             transform["scale"] = (1333, args.size)
-    for part in ("val", "test"):
+    for split in ("val", "test"):
         for name in ("cfg", "dataloader", "evaluator"):
-            cfg[f"{part}_{name}"] = None
+            cfg[f"{split}_{name}"] = None
     cfg.default_hooks.logger.interval = 1
     cfg.work_dir = tempfile.mkdtemp()
     Runner.from_cfg(cfg).train()

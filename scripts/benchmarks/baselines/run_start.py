@@ -1,7 +1,7 @@
-"""A start as Detectron2's, written with torch, torchvision and pycocotools: run in a process of its own.
+"""Start-up as in Detectron2, written with torch, torchvision and pycocotools; run in its own process.
 
-Everything is imported, the COCO file is parsed and made into a list of records, each of which is serialised;
-then the model is built and logged, and one iteration of Faster R-CNN is taken.
+Imports everything, parses the COCO file into serialized records, builds and logs Faster R-CNN, and trains one
+iteration.
 """
 
 import collections
@@ -25,12 +25,13 @@ from baselines import parse_start_args
 
 
 def read_records(path, root):
-    """(serialised records, {category id: class}) of a COCO file."""
+    """Return (serialized records, the end of each, number of classes) of a COCO file."""
     coco = COCO(path)
     labels = {id_: i for i, id_ in enumerate(sorted(coco.getCatIds()))}
     records = []
     for id_ in sorted(coco.imgs):
-        image, annotations = coco.imgs[id_], []
+        image = coco.imgs[id_]
+        annotations = []
         for a in coco.imgToAnns[id_]:
             box = {key: a[key] for key in ("iscrowd", "bbox", "segmentation") if key in a}
             annotations.append({**box, "category_id": labels[a["category_id"]]})
@@ -38,25 +39,25 @@ def read_records(path, root):
         records.append({"file_name": f"{root}/{image['file_name']}", **size, "annotations": annotations})
     records = [r for r in records if any(not a.get("iscrowd", 0) for a in r["annotations"])]
     print(collections.Counter(a["category_id"] for r in records for a in r["annotations"]))
-    parts = [np.frombuffer(pickle.dumps(record, protocol=-1), dtype=np.uint8) for record in records]
-    return np.concatenate(parts), np.cumsum([len(part) for part in parts]), len(labels)
+    serialized = [np.frombuffer(pickle.dumps(record, protocol=-1), dtype=np.uint8) for record in records]
+    return np.concatenate(serialized), np.cumsum([len(data) for data in serialized]), len(labels)
 
 
 def load(record, size):
-    """(image, target) as torchvision's model takes them, the shortest side resized."""
+    """Return (image, target) for torchvision's model, with the shorter side resized."""
     image = Image.open(record["file_name"]).convert("RGB")
     scale = size / min(image.size)
     image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BILINEAR)
-    things = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
-    boxes = torch.tensor([a["bbox"] for a in things]) * scale
+    annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+    boxes = torch.tensor([a["bbox"] for a in annotations]) * scale
     boxes[:, 2:] = boxes[:, :2] + boxes[:, 2:].clamp(min=1)
-    labels = torch.tensor([a["category_id"] + 1 for a in things])
+    labels = torch.tensor([a["category_id"] + 1 for a in annotations])
     pixels = torch.as_tensor(np.array(image)).permute(2, 0, 1).float() / 255
     return pixels, {"boxes": boxes, "labels": labels}
 
 
 def main():
-    """From the command line to the end of the first iteration."""
+    """Train the first iteration."""
     args = parse_start_args()
     torch.set_num_threads(1)
     torch.manual_seed(1)

@@ -1,1 +1,1 @@
-"""What the benchmarks share; nobody runs these files."""
+"""Modules that the benchmarks share."""

@@ -1,4 +1,4 @@
-"""Image files, made up, for the benchmarks that read some."""
+"""Synthetic image files for benchmarks."""
 
 import os
 
@@ -8,10 +8,11 @@ from PIL import Image
 from plaintrain.structures import BoxMode
 
 
-def write_images(folder, number):
-    """Write JPEG files of 640x480, about as large as COCO's, with seven boxes each; returns their records."""
-    records, rng = [], np.random.default_rng(0)
-    for i in range(number):
+def write_images(folder, num_images):
+    """Write 640x480 JPEG files, about as large as COCO's, with seven boxes each, and return their records."""
+    records = []
+    rng = np.random.default_rng(0)
+    for i in range(num_images):
         coarse = Image.fromarray(rng.integers(0, 256, size=(30, 40, 3), dtype=np.uint8))
         pixels = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), dtype=np.float32)
         pixels = pixels + rng.normal(0, 9, size=(480, 640, 1))
@@ -19,8 +20,8 @@ def write_images(folder, number):
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=92)
         corners = np.sort(rng.uniform(0, 1, size=(7, 2, 2)), axis=1) * (640, 480)
         boxes = [
-            {"bbox": row, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
-            for row in corners.reshape(7, 4).tolist()
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
+            for box in corners.reshape(7, 4).tolist()
         ]
         records.append({"file_name": path, "image_id": i, "height": 480, "width": 640, "annotations": boxes})
     return records

@@ -1,6 +1,6 @@
-"""What the benchmarks share: options, turns, tables, and a report with what it takes to judge a number.
+"""Options, timing, tables and reports of the benchmarks.
 
-Nothing here imports torch, so that a start can be measured from a process that has none of it in memory.
+Does not import torch, so that start-up can be measured from a process without it.
 """
 
 import argparse
@@ -28,18 +28,18 @@ _PACKAGES = "torch torchvision numpy pillow pycocotools faster-coco-eval hotcoco
 
 
 def positive(text):
-    """A whole number above 0 from the command line."""
+    """Convert an option to an integer above 0."""
     try:
-        number = int(text)
+        value = int(text)
     except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return number
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
+    return value
 
 
 def output_file(text):
-    """A file from the command line that can be written; its folder is made, now and not after an hour."""
+    """Check that a file is writable, before the measurement; creates its folder."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(text)), exist_ok=True)
         open(text, "a", encoding="utf-8").close()
@@ -49,32 +49,33 @@ def output_file(text):
 
 
 def parse_args(parser, repeats, quick):
-    """Parse the command line, with the options that every benchmark has.
+    """Parse the command line, with the options that all benchmarks have.
 
     Args:
-        parser: the benchmark's own, with its options and its name as `prog`.
-        repeats: default of --repeats, or None without such a flag.
-        quick: {option: value}, what --quick makes the defaults.
+        parser: with the options of the benchmark, and its name as `prog`.
+        repeats: default of --repeats; None to omit the flag.
+        quick: {option: default with --quick}.
 
     Returns:
-        Namespace; `load` is that of the machine now, `command` what was asked for.
+        Namespace; also has `load`, of the machine, and `command`.
     """
     command = " ".join(["python scripts/benchmark.py", parser.prog, *sys.argv[1:]])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.prog = f"benchmark.py {parser.prog}"
     if repeats:
-        parser.add_argument("--repeats", type=positive, default=repeats, help="turns that count")
-    parser.add_argument("--output", type=output_file, help="also write the numbers as JSON to this file")
-    parser.add_argument("--quick", action="store_true", help="the smallest size: does it work at all?")
+        parser.add_argument("--repeats", type=positive, default=repeats, help="measured rounds")
+    parser.add_argument("--output", type=output_file, help="also write the results as JSON")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, as a smoke test")
     if parser.parse_args().quick:
         parser.set_defaults(repeats=1, **quick)
     args = parser.parse_args()
-    args.command, args.load = command, os.getloadavg()[0]
+    args.command = command
+    args.load = os.getloadavg()[0]
     return args
 
 
 def run(main):
-    """Call a benchmark's `main`; of a wrong device, file or folder one sentence is said."""
+    """Call the `main` of a benchmark; a wrong device, file or folder is an error without a traceback."""
     try:
         main()
     except (UserError, FileNotFoundError, NotADirectoryError, PermissionError) as e:
@@ -82,17 +83,18 @@ def run(main):
 
 
 def run_parts(args, measurements):
-    """Measure the parts of `args.parts`, and report; {name: function (args) -> ({title: rows}, targets)}."""
-    tables, targets = {}, []
-    for part in args.parts:
-        rows, wanted = measurements[part](args)
-        tables |= rows
-        targets += wanted
+    """Measure and report `args.parts`, with {name: function (args) -> (tables, targets)}."""
+    tables = {}
+    targets = []
+    for name in args.parts:
+        new_tables, new_targets = measurements[name](args)
+        tables |= new_tables
+        targets += new_targets
     report(args, tables, targets)
 
 
 def installed(*names):
-    """Those of some packages that can be imported; a line says which cannot, and are not measured."""
+    """Return the packages that are installed; prints the others as not measured."""
     missing = [name for name in names if not importlib.util.find_spec(name)]
     if missing:
         print(f"not installed, so not measured: {', '.join(missing)}")
@@ -100,7 +102,7 @@ def installed(*names):
 
 
 def timed(function, clock=time.process_time):
-    """A function that calls another one and returns the seconds it took; garbage is collected before."""
+    """Wrap a function to return its seconds, with garbage collection before."""
 
     def seconds():
         gc.collect()
@@ -112,40 +114,43 @@ def timed(function, clock=time.process_time):
 
 
 def in_turns(functions, repeats, warm_up=True):
-    """Measure variants one after the other, again and again, so that whatever else runs meets all alike.
+    """Measure variants in interleaved rounds, so that other load affects all alike.
 
     Args:
-        functions: {name: function without arguments that returns what was measured}.
-        repeats: turns that count.
-        warm_up: begin with a turn that does not count.
+        functions: {name: function that returns a measurement}.
+        repeats: measured rounds.
+        warm_up: begin with a round that is not measured.
 
     Returns:
-        {name: [what each turn returned]}.
+        {name: [measurement of each round]}.
     """
     values = {name: [] for name in functions}
-    # What is there already need not be looked at whenever garbage is collected.
+    # Existing objects must not slow down garbage collections.
     gc.collect()
     gc.freeze()
-    for turn in range(-int(warm_up), repeats):
+    for i in range(-int(warm_up), repeats):
         for name, function in functions.items():
             value = function()
-            if turn >= 0:
+            if i >= 0:
                 values[name].append(value)
     gc.unfreeze()
     return values
 
 
 def run_fresh(command, until=None):
-    """Run a command in a new process; returns its (CPU, wall) seconds.
+    """Run a command in a new process and return its (CPU, wall) seconds.
 
     Args:
         command: program and arguments.
-        until: end it as soon as it has printed a line with this text; None: when it ends itself.
+        until: kill it once it has printed a line with this text.
 
     Raises:
-        RuntimeError: it failed, or never printed the line; with the end of what it printed.
+        RuntimeError: it failed, or never printed the line; with the end of its output.
     """
-    before, start, seen, lines = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), False, []
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    seen = False
+    lines = []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, **pipes) as process:
         for line in process.stdout:
@@ -154,17 +159,18 @@ def run_fresh(command, until=None):
                 seen = True
                 process.kill()
                 break
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    wall = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if not (seen if until else process.returncode == 0):
         raise RuntimeError(f"{' '.join(command)[-300:]} failed:\n{''.join(lines)}")
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
 
 
-def read_sizes(number):
-    """(widths, heights), each `[number]`, of images as large as COCO's: a list of [width, height, share]."""
+def read_sizes(num_images):
+    """Return (widths, heights), each `[num_images]`, with the distribution of COCO's image sizes."""
     path = Path(__file__).parent.parent / "coco_sizes.json"
-    widths, heights, shares = np.array(json.loads(path.read_text())["sizes"]).T
-    counts = np.diff(np.floor(np.cumsum([0, *shares]) * number + 0.5)).astype(int)
+    widths, heights, fractions = np.array(json.loads(path.read_text())["sizes"]).T
+    counts = np.diff(np.floor(np.cumsum([0, *fractions]) * num_images + 0.5)).astype(int)
     return np.repeat(widths, counts), np.repeat(heights, counts)
 
 
@@ -175,32 +181,33 @@ def fresh(function, *args):
 
 
 def read_memory(pid, field):
-    """MB of a process in the lines of its memory that begin with `field`: "Pss:" or "Private_" (Linux)."""
+    """Return the MB of the smaps_rollup lines that begin with `field`: "Pss:" or "Private_" (Linux)."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
     return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(field)) / 1024
 
 
 def make_rows(values, scale=1.0):
-    """Median, spread and ratio of what `in_turns` returned.
+    """Return median, spread and ratio of the measurements of `in_turns`.
 
     Args:
-        values: {name: numbers, one a turn}; the first is the baseline.
-        scale: factor for what is shown.
+        values: {name: numbers, one per round}; the first is the baseline.
+        scale: factor of the shown numbers.
 
     Returns:
-        {name: {median, lowest, highest, times less, values}}; `times less` than the baseline, the median of
-        the quotients of each turn.
+        {name: {median, lowest, highest, times less, values}}; `times less` is the median over the rounds of
+        the baseline divided by the value.
     """
-    base, rows = next(iter(values.values())), {}
+    baseline = next(iter(values.values()))
+    table = {}
     for name, numbers in values.items():
-        quotients = [b / v for b, v in zip(base, numbers, strict=True)]
-        numbers = [number * scale for number in numbers]
+        quotients = [b / v for b, v in zip(baseline, numbers, strict=True)]
+        numbers = [value * scale for value in numbers]
         spread = {"median": statistics.median(numbers), "lowest": min(numbers), "highest": max(numbers)}
-        rows[name] = {**spread, "times less": statistics.median(quotients), "values": numbers}
-    return rows
+        table[name] = {**spread, "times less": statistics.median(quotients), "values": numbers}
+    return table
 
 
-def _cell(value):
+def _format_cell(value):
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: ""}[value]
     if not isinstance(value, int | float):
@@ -208,13 +215,13 @@ def _cell(value):
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
 
 
-def print_table(title, rows):
-    """Print {name: {column: value}} as a Markdown table; lists are left out."""
+def print_table(title, table):
+    """Print {name: {column: value}} as a Markdown table, without columns of lists."""
     columns = dict.fromkeys(
-        key for row in rows.values() for key, value in row.items() if not isinstance(value, list)
+        key for row in table.values() for key, value in row.items() if not isinstance(value, list)
     )
     lines = [[title, *columns]]
-    lines += [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
+    lines += [[name, *(_format_cell(row.get(column)) for column in columns)] for name, row in table.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
@@ -223,16 +230,16 @@ def print_table(title, rows):
     print()
 
 
-def target(what, wanted, measured, at_most=False):
-    """What is wanted of a number beside what was measured: at least `wanted`, or at most."""
+def target(name, wanted, measured, at_most=False):
+    """Compare a number with its target, a minimum or a maximum."""
     measured = float(measured)
     met = measured <= wanted if at_most else measured >= wanted
     wanted = f"{'<=' if at_most else '>='} {wanted}"
-    return {"what": what, "wanted": wanted, "measured": measured, "met": met}
+    return {"what": name, "wanted": wanted, "measured": measured, "met": met}
 
 
 def _cpu_facts(*keys):
-    """What /proc/cpuinfo says of the first processor; {} where there is no such file."""
+    """Return entries of /proc/cpuinfo for the first processor, {} if there is no such file."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
         pairs = (line.partition(":") for line in f.read().partition("\n\n")[0].splitlines())
         return {key.strip(): value.strip() for key, _, value in pairs if key.strip() in keys}
@@ -240,16 +247,16 @@ def _cpu_facts(*keys):
 
 
 def cpu_has_bfloat16():
-    """Whether the processor computes in bfloat16; a line says where it does not, and is far slower in it."""
+    """Return whether the processor has bfloat16 arithmetic; without it, emulation is far slower."""
     flags = " ".join(_cpu_facts("flags", "Features").values()).split()
     has = not flags or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
     if not has:
-        print("this processor has no bfloat16 arithmetic: what needs it is not measured")
+        print("this processor has no bfloat16 arithmetic, so bfloat16 is not measured")
     return has
 
 
 def describe_machine():
-    """{what: versions, processor, cores, GPU}, of the packages that are installed."""
+    """Return processor, cores, GPU and the versions of the installed packages."""
     cpu = _cpu_facts("model name").get("model name") or platform.processor()
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
@@ -264,14 +271,14 @@ def report(args, tables, targets):
     """Print tables and targets, and write them to `args.output` with machine, command and load.
 
     Args:
-        args: from `parse_args`.
+        args: of `parse_args`.
         tables: {title: {name: {column: value}}}.
         targets: list of `target`.
     """
-    for title, rows in tables.items():
-        print_table(title, rows)
+    for title, table in tables.items():
+        print_table(title, table)
     if targets:
-        print_table("wanted", {t["what"]: {k: v for k, v in t.items() if k != "what"} for t in targets})
+        print_table("target", {t["what"]: {k: v for k, v in t.items() if k != "what"} for t in targets})
     load = [args.load, os.getloadavg()[0]]
     facts = {"command": args.command, "load": load, "machine": describe_machine()}
     machine = ", ".join(f"{name} {value}" for name, value in facts["machine"].items() if value)

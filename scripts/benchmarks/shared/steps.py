@@ -1,4 +1,4 @@
-"""plaintrain's training step on batches in memory."""
+"""Training step of plaintrain on batches in memory."""
 
 import torch
 
@@ -9,10 +9,11 @@ from plaintrain.solver.amp import build_amp
 
 
 def make_training_steps(cfg, batches):
-    """(function that takes a step on each batch, its model), always with the same weights."""
+    """Return (function that trains a step on each batch, model), with the same weights in each call."""
     torch.manual_seed(0)
     model = build_model(cfg)
-    optimizer, (autocast, scaler) = build_optimizer(cfg, model), build_amp(cfg, model)
+    optimizer = build_optimizer(cfg, model)
+    autocast, scaler = build_amp(cfg, model)
 
     def steps():
         for samples in batches:

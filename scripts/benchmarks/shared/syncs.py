@@ -1,4 +1,4 @@
-"""Counts, on a CPU, what of a training step would make the host wait for a GPU."""
+"""Count on the CPU the device syncs that a training step would have on a GPU."""
 
 import collections
 from unittest import mock
@@ -10,12 +10,12 @@ from torchvision.ops import boxes as box_ops
 
 from plaintrain.modeling import poolers
 
-# Operators whose result's shape, or whose caller, needs a number from the device.
+# Operators whose output shape, or whose caller, needs a value from the device.
 _SYNCS = {
     "_local_scalar_dense", "is_nonzero", "item", "nonzero", "nonzero_numpy", "masked_select", "unique_dim",
     "_unique", "_unique2", "unique_consecutive", "bincount", "equal", "repeat_interleave", "histc",
 }  # fmt: skip
-# Methods that copy to the host, which on a CPU are no operators.
+# Methods that copy to the host; on the CPU they call no operator.
 _COPIES = {"tolist", "numpy", "cpu", "__array__"}
 
 
@@ -24,11 +24,11 @@ def _is_mask(index):
 
 
 class SyncCounter(TorchDispatchMode):
-    """Within it, `counts` holds how often each kind of sync point was met.
+    """Counter of sync points, active within the context.
 
     Attributes:
-        counts: Counter by operator, backward included; uploads are `lift_fresh`, the mark of a tensor made of
-            Python numbers, and `nms` is torchvision's.
+        counts: Counter by operator, backward included; `lift_fresh` counts uploads (tensors made of Python
+            numbers) and `nms` torchvision's NMS.
     """
 
     def __init__(self):
@@ -42,7 +42,7 @@ class SyncCounter(TorchDispatchMode):
         elif name == "index" and any(map(_is_mask, args[1])):
             self.counts["index by mask"] += 1
         elif name in ("index_put", "index_put_", "_index_put_impl_") and any(map(_is_mask, args[1])):
-            # One number for all is written where the mask says so, without a list of places.
+            # A scalar is written with the mask as it is, without indices.
             self.counts["index_put by mask"] += args[2].numel() != 1
         return func(*args, **(kwargs or {}))
 
@@ -60,14 +60,12 @@ class _CopyCounter(TorchFunctionMode):
 
 
 def count_syncs(step):
-    """Call `step` and count.
+    """Call `step` and return its counts: `syncs`, `uploads`, `nms` and `by kind`, a Counter.
 
-    NMS of several kinds and RoIAlign take the path that a GPU's takes; NMS is one, with all that it does.
-
-    Returns:
-        {"syncs": number, "uploads": number, "nms": number, "by kind": Counter}.
+    NMS and RoIAlign take the code path of a GPU; a call of NMS counts once, without the syncs inside it.
     """
-    counter, trick = SyncCounter(), box_ops._batched_nms_coordinate_trick
+    counter = SyncCounter()
+    trick = box_ops._batched_nms_coordinate_trick
 
     def batched_nms(*args):
         before = dict(counter.counts)
@@ -92,7 +90,7 @@ def count_syncs(step):
 
 
 def training_step(model, *inputs):
-    """A function of forward and backward."""
+    """Return a function that runs forward and backward."""
 
     def step():
         sum(model(*inputs).values()).backward()
