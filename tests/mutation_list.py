@@ -127,7 +127,7 @@ MUTATIONS = {
         ("rng.integers(low, high + 1)", "rng.integers(low, max(high, low + 1))"),
     ],
     "plaintrain/data/datasets/voc.py": [
-        ("x0, y0 = x0 - 1, y0 - 1", "x1, y1 = x1 + 1, y1 + 1"),
+        ("x0 -= 1\n        y0 -= 1", "x1 += 1\n        y1 += 1"),
         ('if b"<!DOCTYPE" in text:', "if not text:"),
     ],
     "plaintrain/data/datasets/write.py": [

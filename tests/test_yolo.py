@@ -113,8 +113,8 @@ def test_broken_lines_and_files_are_rejected_or_collected(yolo):
         ("0 0.5 0.5 0.1 0.1 0.9", ["5 numbers"]),
         ("2 0.5 0.5 0.1 0.1", ["class 2", "0 to 1"]),
         ("0.5 0.5 0.5 0.1 0.1", ["class 0.5"]),
-        ("0 120 40 10 10", ["120", "share"]),
-        ("0 0.5 0.5 nan 0.1", ["nan", "share"]),
+        ("0 120 40 10 10", ["120", "normalized"]),
+        ("0 0.5 0.5 nan 0.1", ["nan", "normalized"]),
     ):
         (yolo / "labels/train/a.txt").write_text(f"0 0.5 0.5 1 1\n{line}\n1 0.5 0.5 1 1\n")
         rejected("labels/train/a.txt, line 2", *words, by=lambda: _load(yolo))
