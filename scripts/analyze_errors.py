@@ -6,11 +6,10 @@ python scripts/analyze_errors.py output/quickstart --dataset shapes_val --iou 0.
 python scripts/analyze_errors.py --config-file configs/quickstart.yaml --predictions FILE.json
 
 Takes the predictions of a run's last evaluation, or a JSON in COCO's results format for the dataset in
-DATASETS.TEST; neither a model nor images are needed. Prints AP by class and size, how much AP each type of
-error costs (class, localisation, both, duplicate, background, missed, as TIDE defines them), the score
-threshold with the highest F1, which objects are found by their size, shape and surroundings, what classes
-are mistaken for, whether scores mean what they say, and the worst images. All of it, with curves, goes into
-a JSON: see `plaintrain.analysis.analyze` for its keys.
+DATASETS.TEST; neither a model nor images are needed. Prints AP by class and size, TIDE's delta AP of each
+error type (classification, localization, both, duplicate, background, missed), the score threshold with the
+highest F1, the recall by size, shape and surroundings of objects, the confusion matrix, the calibration and
+the worst images. All of it, with curves, goes into a JSON: see `plaintrain.analysis.analyze` for its keys.
 """
 
 from plaintrain.utils.arguments import build_parser
@@ -70,7 +69,7 @@ def show_analysis(found):
     show("score threshold with the highest F1", rows, needed="threshold")
     for task, errors in found["errors"].items():
         counts = {**errors["detections"], "missed": errors["objects"]["missed"]}
-        rows = [[error, errors["costs"][error], counts[error], OUTCOMES[error][1]] for error in ERRORS]
+        rows = [[error, errors["delta_ap"][error], counts[error], OUTCOMES[error][1]] for error in ERRORS]
         rows.append(["all false positives", errors["false_positives"], "", "all wrong detections"])
         rows.append(["all false negatives", errors["false_negatives"], "", "all objects that are not found"])
         columns = ["type", "AP", "count", "what it is"]

@@ -71,11 +71,11 @@ def default_size(cfg):
 
 def report(cost):
     """Print the tables."""
-    header = ["module", "kind", "parameters", "trainable", "GFLOPs", "activations", "MB"]
+    header = ["module", "type", "parameters", "trainable", "GFLOPs", "activations", "MB"]
     rows = [
         [
             ("  " * (row["name"].count(".") + 1) + row["name"].rsplit(".", 1)[-1]) if row["name"] else "all",
-            row["kind"],
+            row["type"],
             f"{row['parameters']:,}",
             f"{row['trainable']:,}",
             row["flops"] / 1e9,
@@ -114,10 +114,11 @@ def main(args):
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
     samples = make_random_samples(size, batch, classes, keypoints)
     has_momentum = solver.MOMENTUM or solver.MOMENTUM_SCHEDULE
-    copies = 2 if solver.OPTIMIZER == "AdamW" else int(bool(has_momentum))
+    num_states = 2 if solver.OPTIMIZER == "AdamW" else int(bool(has_momentum))
     model = build_model(cfg)
     cost = {"architecture": cfg.MODEL.META_ARCHITECTURE, "size": size, "batch": batch}
-    cost |= analyze_model(model, samples, depth=args.depth, copies=copies, averaged=cfg.MODEL.EMA.ENABLED)
+    options = {"depth": args.depth, "num_states": num_states, "averaged": cfg.MODEL.EMA.ENABLED}
+    cost |= analyze_model(model, samples, **options)
     report(cost)
     if args.json:
         write_json(args.json, cost | {"not_counted": NOT_COUNTED}, indent=1)

@@ -2,7 +2,7 @@
 """Draw predictions beside the truth, the images first where most went wrong.
 
 python scripts/visualize_results.py output/quickstart --grid errors.jpg
-python scripts/visualize_results.py output/quickstart --kind missed --kind class --output pictures
+python scripts/visualize_results.py output/quickstart --kind missed --kind classification --output pictures
 python scripts/visualize_results.py --predictions FILE.json --dataset shapes_val --class circle --show
 python scripts/visualize_results.py --config-file my.yaml --predictions FILE.json --grid errors.jpg
 
@@ -10,7 +10,7 @@ RUN is a training's OUTPUT_DIR: its config.yaml, and inference/DATASET/coco_inst
 last evaluation. --predictions takes any file in COCO's results format instead.
 
 What is wrong is told apart as by TIDE (https://arxiv.org/abs/2008.08115): an object is missed; a detection
-is poorly placed (localisation), of the wrong class, both, a duplicate, or on the background. On the left
+is poorly localized, of the wrong class, both, a duplicate, or on the background. On the left
 are the objects, on the right the detections, each in the colour of what became of it.
 """
 
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--kind",
         action="append",
-        choices=("missed", "class", "localisation", "both", "duplicate", "background"),
+        choices=("missed", "classification", "localization", "both", "duplicate", "background"),
         help="images with this kind of error only; may be given again",
     )
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score that counts (default 0.5)")

@@ -157,7 +157,7 @@ MUTATIONS = {
     ],
     "plaintrain/analysis/analyze.py": [
         ('len(boxes.objects["crowd"]) - crowds', 'len(boxes.objects["crowd"])'),
-        ('    wrong = wrong[objects["state"][detections["object"][wrong]] != "found"]\n', ""),
+        ('    wrong = wrong[objects["state"][detections["object"][wrong]] != "detected"]\n', ""),
     ],
     "plaintrain/analysis/breakdown.py": [
         ('(objects["labels"][real], detected_as[real])', '(detected_as[real], objects["labels"][real])'),

@@ -79,7 +79,7 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
         "run": ["torch", "9.9", "abc", "my.yaml", "SOLVER.BASE_LR", "1 times, first"],
         "curves": ["learning rate", "AP by class", "loss"],
         "scores": ["AP75", "–"],
-        "errors": ["localisation", "AP50 that fixing it would gain"],
+        "errors": ["localization", "AP50 that fixing it would gain"],
         "confusion": ["detected as", "background"],
         "calibration": ["dashed: ideal"],
         "thresholds": ["all, one threshold"],
@@ -188,7 +188,7 @@ def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(t
     found = Outline((folder / "report.html").read_text())
     assert not found.wrong and "no config.yaml" in found.sections["run"]
     assert "names no test set" in found.sections["errors"]
-    assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[1])
+    assert_refused("report.py", [folder, tmp_path], "is not a run folder", tmp_path, codes=[1])
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):

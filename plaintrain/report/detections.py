@@ -22,7 +22,7 @@ from plaintrain.visualization.plots import draw_bars, draw_matrix, draw_xy
 
 # So many classes can be told apart by colour, and as rows of a matrix.
 _MOST_LINES, _MOST_ROWS = 8, 20
-_GROUP_COLUMNS = ("name", "objects", "found", "erroneous", "missed", "recall_above", "recall", "mean_iou")
+_GROUP_COLUMNS = ("name", "objects", "detected", "erroneous", "missed", "recall_above", "recall", "mean_iou")
 _CLASS_COLUMNS = ("name", "correct", *ERRORS[:-1], "erroneous", "missed")
 # Images of each list; the longer side of each, pixels.
 _GALLERY, _SIDE = {"worst": 8, "best": 4}, 480
@@ -85,7 +85,7 @@ def build_errors(dataset, analysed):
     tasks = []
     for task in _tasks(analysed, "errors"):
         known = [(run, a["errors"][task]) for run, a in analysed if task in a["errors"]]
-        series = {run.name: [e["costs"][name] for name in ERRORS] for run, e in known}
+        series = {run.name: [e["delta_ap"][name] for name in ERRORS] for run, e in known}
         colors = [run.color for run, _ in known]
         classes = known[0][1]["classes"] if len(known) == 1 else ()
         counts = [{**e["detections"], "missed": e["objects"]["missed"]} for _, e in known]
@@ -109,7 +109,9 @@ def build_confusion(dataset, analysed):
         labels, counts, remark = _busiest(analysis["confusion"])
         figure = draw_matrix(counts, labels, "detected as", "ground truth")
         pairs = analysis["confusion"]["pairs"]
-        rows = [[p["truth"], p["found"], p["count"], round(100 * p["share"], 1)] for p in pairs]
+        rows = [
+            [p["ground_truth"], p["detected_as"], p["count"], round(100 * p["fraction"], 1)] for p in pairs
+        ]
         is_wide = len(labels) > _MOST_LINES
         matrices.append({"figure": (figure, f"{run.name} on {dataset}", remark, is_wide), "pairs": rows})
     return matrices

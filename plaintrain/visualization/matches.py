@@ -19,7 +19,7 @@ _LABELLED = 12
 def involves_labels(objects, detections, labels):
     """Return whether each detection has one of some labels, or is taken for an object that has it."""
     labels_about, types = detections["labels"].copy(), detections["type"]
-    confused = np.isin(types, ("class", "both"))
+    confused = np.isin(types, ("classification", "both"))
     labels_about[confused] = objects["labels"][detections["object"][confused]]
     return np.isin(labels_about, labels) | np.isin(detections["labels"], labels)
 
@@ -35,11 +35,11 @@ def draw_matches(errors, index, image, *, side, skeleton=(), labels=()):
         skeleton: see `get_skeleton`.
         labels: of the classes that are drawn, all if it is empty.
     """
-    record, (objects, detections) = errors.records[index], errors.of_image(index)
+    record, (objects, detections) = errors.records[index], errors.get_image(index)
     predicted = get_image_detections(errors.predictions, index, errors.score_threshold, record)
     # Of the objects nothing that detections do not have, either.
     truth = {k: v for k, v in get_record_instances(record).items() if k in predicted or k == "crowds"}
-    states = {"found": "correct", "missed": "missed", "crowd": "ignored"}
+    states = {"detected": "correct", "missed": "missed", "crowd": "ignored"}
     outcomes = [
         states.get(state) or detections["type"][i].item()
         for state, i in zip(objects["state"].tolist(), objects["detection"].tolist(), strict=True)
@@ -64,8 +64,8 @@ def _captions(predicted, objects, detections, names):
     """Return the class and score of each detection, and of a wrong one the right class or the IoU."""
     captions = format_captions(predicted, names)
     for i, (type_, target) in enumerate(zip(detections["type"], detections["object"], strict=True)):
-        if type_ in ("class", "both"):
+        if type_ in ("classification", "both"):
             captions[i] += f" is {names[objects['labels'][target]]}"
-        elif type_ in ("localisation", "duplicate"):
+        elif type_ in ("localization", "duplicate"):
             captions[i] += f" IoU {detections['iou'][i]:.2f}"
     return captions

@@ -76,7 +76,7 @@ def _read_split(root, split):
 
 def _list_folder(folder):
     if not os.path.isdir(folder):
-        raise UserError(f"the folder {folder} of the VOC dataset does not exist")
+        raise UserError(f"there is no folder {folder}, which a VOC dataset requires")
     return sorted(os.listdir(folder))
 
 
