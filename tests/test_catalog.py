@@ -272,7 +272,7 @@ def test_datasets_that_cannot_be_joined_are_rejected(part, write_image, tmp_path
     for names, words in (
         (["onne"], "'onne' is not registered; did you mean one"),
         (["a"], "cycle, got a -> b -> a"),
-        (["one", "one"], "each once"),
+        (["one", "one"], "distinct"),
         ([], "one or more"),
         (["pictures"], "pictures has no class names"),
     ):

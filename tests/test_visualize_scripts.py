@@ -27,9 +27,8 @@ DATASETS:
 INPUT: {MIN_SIZE_TRAIN: [48], AUGMENTATIONS: []}
 MODEL: {MASK_ON: True}
 """
-COLORS = tuple(
-    OUTCOMES[n][0] for n in ("missed", "localization", "classification", "duplicate", "background")
-)
+NAMES = ("missed", "localization", "classification", "duplicate", "background")
+COLORS = tuple(OUTCOMES[name][0] for name in NAMES)
 RED, ORANGE, PURPLE, BLUE, PINK = COLORS
 # Without a display.
 ENV = {"DISPLAY": None, "WAYLAND_DISPLAY": None}
@@ -195,7 +194,7 @@ NOWHERE = "--config-file seen.yaml --class circle --image-id 3 --output none"
         ),
         ("results", "run --iou 0 --grid a.jpg", "--iou above 0"),
         ("results", "--predictions other.json --dataset shapes_val --grid a.jpg", "belongs to image 999"),
-        ("results", "run --task segm --grid a.jpg", "need masks in the predictions"),
+        ("results", "run --task segm --grid a.jpg", "require masks in the predictions"),
     ],
 )
 def test_scripts_answer_mistakes_in_a_sentence(run, tmp_path, script, args, words):

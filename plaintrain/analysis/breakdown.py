@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from plaintrain.analysis.dataset import ASPECTS, format_bins
-from plaintrain.analysis.errors import DETECTION_TYPES, REAL_STATES, STATES, Errors, match_greedily
+from plaintrain.analysis.errors import DETECTION_TYPES, REAL_STATES, STATES, Errors, Table, match_greedily
 from plaintrain.data.datasets.write import get_area
 from plaintrain.evaluation.detections import compute_overlaps
 
@@ -32,7 +32,7 @@ def count_objects(errors: Errors, states: Sequence[str] = REAL_STATES) -> np.nda
     return np.bincount(labels, minlength=len(errors.classes))
 
 
-def count_by(errors: Errors, key: str, length: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def count_by(errors: Errors, key: str, length: int) -> tuple[Table, Table]:
     """Count detections of each type and objects of each state by `key`, "image" or "labels"."""
     detections = errors.detections
     objects = errors.objects
@@ -184,7 +184,7 @@ def _count_bins(errors, filtered, indices, values, lows):
 
 
 def select_best_and_worst(errors: Errors, max_images: int = 12) -> dict[str, list[dict[str, Any]]]:
-    """List the images with the highest and the lowest F1; of equal ones first those with more objects.
+    """List the images with the highest and the lowest F1; ties are sorted by the number of objects.
 
     Returns:
         `best` (with objects) and `worst` (with errors), disjoint lists of up to `max_images` images:

@@ -19,7 +19,7 @@ def load_tool_cfg(args: Namespace) -> CfgNode:
 
 
 def choose_predictions(args: Namespace, cfg: CfgNode) -> None:
-    """Set a missing `args.dataset` to the first test set, `args.predictions` to the run's last ones."""
+    """Set missing arguments: `dataset` to the first test set, `predictions` to the run's last ones."""
     if not (args.run or args.predictions):
         raise UserError("give RUN, a run folder, or --predictions FILE")
     names = list_test_sets(args.run) if args.run else list(cfg.DATASETS.TEST)

@@ -21,6 +21,7 @@ from plaintrain.evaluation.detections import (
 from plaintrain.evaluation.predictions import encode_detection_masks
 from plaintrain.utils.errors import UserError
 
+Table = dict[str, np.ndarray]
 # Type of a detection, or "missed" for an object: (RGB colour in images, description).
 OUTCOMES = {
     "correct": ((0, 160, 80), "correct class and location"),
@@ -62,8 +63,8 @@ class Errors:
     records: SerializedRecords
     classes: list[str]
     image_ids: list[int | str]
-    objects: dict[str, np.ndarray]
-    detections: dict[str, np.ndarray]
+    objects: Table
+    detections: Table
     predictions: Detections
     iou_threshold: float
     score_threshold: float = 0.0
@@ -80,7 +81,7 @@ class Errors:
         objects = _add_states(self.objects, detections)
         return replace(self, detections=detections, objects=objects, score_threshold=score_threshold)
 
-    def get_image(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def get_image(self, index: int) -> tuple[Table, Table]:
         """Return the objects and the detections of one image, with indices within the image."""
         tables = []
         starts = []
@@ -127,11 +128,8 @@ def find_errors(
 
 
 def match_detections(
-    objects: dict[str, np.ndarray],
-    detections: dict[str, np.ndarray],
-    overlaps: Sequence[np.ndarray],
-    iou_threshold: float = 0.5,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    objects: Table, detections: Table, overlaps: Sequence[np.ndarray], iou_threshold: float = 0.5
+) -> tuple[Table, Table]:
     """Match as in COCO's evaluation; add the columns of the match to both tables.
 
     In descending order of scores, each detection is matched with the free object of its class with the
@@ -193,7 +191,7 @@ def _get_first_pairs(num, pairs, selected):
     detection, target, iou = (column[selected][::-1] for column in pairs)
     objects = np.full(num, -1)
     ious = np.zeros(num)
-    # The pairs are reversed: the first one is written last.
+    # The pairs are reversed, so that the first of a detection is written last.
     objects[detection] = target
     ious[detection] = iou
     return objects, ious

@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from plaintrain.config import CfgNode, get_cfg
@@ -32,13 +32,14 @@ _SILENT_SECONDS = 600
 _RUN_FILES = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "inference")
 
 
-class RunState(NamedTuple):
-    """State of a run.
+# {name: (iterations, values)}
+Metrics = dict[str, tuple[list[int], list[float]]]
 
-    Attributes:
-        name: "running", "finished", "interrupted" or "not trained".
-        iteration: that of the last line of metrics.json, or -1.
-        max_iter: SOLVER.MAX_ITER, or 0 if unknown.
+
+class RunState(NamedTuple):
+    """State of a run: "running", "finished", "interrupted" or "not trained".
+
+    `iteration` is that of the last line of metrics.json, or -1; `max_iter` is 0 if it is unknown.
     """
 
     name: str
@@ -70,16 +71,13 @@ def _read_lines(path):
         raise UserError(f"cannot read {path}: {describe_os_error(e)}") from e
 
 
-def read_metrics(folder: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Return {name: (iterations, values)} from metrics.json or metrics.csv; non-finite values are NaN.
-
-    The last line of an iteration counts.
-    """
+def read_metrics(folder: str) -> Metrics:
+    """Read metrics.json or metrics.csv; non-finite values are NaN, the last line of an iteration counts."""
     path = os.path.join(folder, "metrics.json")
     is_json = os.path.isfile(path)
     lines = _read_json_lines(path) if is_json else _read_csv_lines(os.path.join(folder, "metrics.csv"))
     by_iteration = {line["iteration"]: line for line in lines if isinstance(line.get("iteration"), int)}
-    series: dict[str, tuple[list[int], list[float]]] = {}
+    series: Metrics = {}
     for iteration in sorted(by_iteration):
         for name, value in by_iteration[iteration].items():
             if name != "iteration" and (value is None or isinstance(value, int | float)):
@@ -156,7 +154,7 @@ def read_run_results(folder: str) -> dict[str, dict[str, dict[str, float | None]
     return results
 
 
-def get_run_state(folder: str, metrics: Mapping[str, tuple[list[int], list[float]]]) -> RunState:
+def get_run_state(folder: str, metrics: Metrics) -> RunState:
     """Return the `RunState` from the files of a run and its metrics."""
     iteration = max((iterations[-1] for iterations, _ in metrics.values()), default=-1)
     max_iter = read_config_tree(folder).get("SOLVER", {}).get("MAX_ITER", 0)
@@ -175,9 +173,7 @@ def get_run_state(folder: str, metrics: Mapping[str, tuple[list[int], list[float
     return RunState(name, iteration, max_iter)
 
 
-def estimate_seconds_left(
-    metrics: Mapping[str, tuple[list[int], list[float]]], state: RunState
-) -> float | None:
+def estimate_seconds_left(metrics: Metrics, state: RunState) -> float | None:
     """Estimate the remaining training time from the last iteration times; return None if unknown."""
     _, times = metrics.get("time", ((), ()))
     times = [t for t in times[-20:] if math.isfinite(t)]

@@ -12,7 +12,7 @@ from plaintrain.data.dataset_mapper import SAMPLE_KEYS, DatasetMapper
 from plaintrain.data.keypoints import create_keypoint_hflip_indices
 from plaintrain.data.transforms.arguments import Numbers
 from plaintrain.data.transforms.geometric import Resize, ResizeShortestEdge, get_shortest_edge_size
-from plaintrain.data.transforms.tensors import horizontal_flip, unwrap_image
+from plaintrain.data.transforms.tensors import Tensors, horizontal_flip, unwrap_image
 
 
 class TTAMapper(DatasetMapper):
@@ -27,7 +27,7 @@ class TTAMapper(DatasetMapper):
     def __init__(
         self,
         cfg: CfgNode,
-        resizes: Sequence[Callable[..., dict[str, Tensor]] | None],
+        resizes: Sequence[Callable[..., Tensors] | None],
         flip: bool = True,
         keypoint_flip_indices: Sequence[int] | None = None,
     ):
@@ -43,9 +43,9 @@ class TTAMapper(DatasetMapper):
 
     def create_views(self, image: Tensor) -> list[dict[str, Any]]:
         """Return the views of an image, uint8 `[3, H, W]`."""
-        tensors: dict[str, Tensor] = {"image": tv_tensors.Image(image)}
+        tensors: Tensors = {"image": tv_tensors.Image(image)}
         views = []
-        # `resizes` have one size each, so nothing is random.
+        # Each of `resizes` has one size: nothing is drawn.
         rng = np.random.default_rng(0)
         for resize in self.resizes:
             resized = resize(tensors, rng) if resize else tensors
@@ -64,7 +64,7 @@ def build_tta_mapper(cfg: CfgNode, dataset_name: str) -> TTAMapper:
     order = None
     min_sizes = Numbers(0, integer=True, length=0).check("TEST.AUG.MIN_SIZES", aug.MIN_SIZES)
     max_size = Numbers(1, integer=True).check("TEST.AUG.MAX_SIZE", aug.MAX_SIZE)
-    resizes: list[Callable[..., dict[str, Tensor]] | None]
+    resizes: list[Callable[..., Tensors] | None]
     if fixed_size == (0, 0):
         resizes = [ResizeShortestEdge((size,), max_size) if size else None for size in min_sizes]
     else:

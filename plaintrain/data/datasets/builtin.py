@@ -35,7 +35,7 @@ def _check_cycle(names: Sequence[str], chain: Sequence[str]) -> None:
 
 
 # The parameters of a reader are the keys of a declaration in lower case, or as in _PARAMETERS.
-_READERS: dict[str, Callable[..., tuple[list[dict[str, Any]], dict[str, Any]]]] = {
+_READERS: dict[str, Callable[..., coco.LoadedDataset]] = {
     "coco": coco.load_coco_json,
     "coco_results": coco.load_coco_results,
     "voc": voc.load_voc,
@@ -101,7 +101,7 @@ def _check_declaration(name: str, spec: Any) -> None:
 
 
 def declare_dataset(name: str, spec: dict[str, Any]) -> None:
-    """Register a dataset from its declaration (docs/DATA.md); an identical one may be declared again."""
+    """Register a dataset from its declaration (docs/DATA.md); repeating the same one is allowed."""
     _check_declaration(name, spec)
     spec = dict(spec)
     metadata = MetadataCatalog.get(name)
@@ -122,9 +122,7 @@ def declare_dataset(name: str, spec: dict[str, Any]) -> None:
         metadata.set(year=spec["YEAR"])
 
 
-def _read(
-    spec: dict[str, Any], problems: list[UserError] | None = None
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _read(spec, problems=None):
     reader = _READERS[spec["FORMAT"]]
     if reader is coco.load_coco_json and problems is None:
         reader = functools.partial(load_cached_records, reader)
@@ -143,14 +141,12 @@ def _read(
     if "FRACTION" in spec:
         # Prefixes of one permutation: a larger fraction contains every smaller one.
         order = np.random.default_rng(spec.get("FRACTION_SEED", 0)).permutation(len(records))
-        chosen = sorted(order[: max(1, round(spec["FRACTION"] * len(records)))])
-        records = [records[i] for i in chosen]
+        indices = sorted(order[: max(1, round(spec["FRACTION"] * len(records)))])
+        records = [records[i] for i in indices]
     return records, metadata
 
 
-def read_dataset(
-    name: str, problems: list[UserError] | None = None
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def read_dataset(name: str, problems: list[UserError] | None = None) -> coco.LoadedDataset:
     """Read a registered dataset and its metadata again, bypassing the catalog's copy.
 
     With a list `problems`, errors in a declared dataset's files are appended to it instead of raised.

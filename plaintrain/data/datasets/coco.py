@@ -28,6 +28,8 @@ from plaintrain.utils.errors import DataError, UserError, reject
 from plaintrain.utils.files import is_below, read_text
 
 _XYWH = BoxMode.XYWH_ABS
+# Records and metadata.
+LoadedDataset = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 def _read_json(json_file, description="annotation file"):
@@ -55,18 +57,14 @@ def load_coco_json(
     image_root: str,
     classes: Sequence[str] | None = None,
     problems: list[UserError] | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> LoadedDataset:
     """Read the records and the metadata of a COCO annotation file.
 
-    COCO's keypoints are pixel indices: 0.5 is added to x and y where v > 0 to make them continuous.
+    COCO's keypoints are pixel indices; 0.5 is added to make them continuous.
 
     Args:
-        classes: names of the categories to keep, in label order; None or empty keeps all, ordered by id.
+        classes: categories to keep, in label order; None or empty keeps all, ordered by id.
         problems: if given, errors in single images and annotations are appended instead of raised.
-
-    Returns:
-        records and metadata: `thing_classes`, `thing_dataset_id_to_contiguous_id` and, for keypoints,
-        `keypoint_names` and `skeleton` (pairs of keypoint numbers, starting at 1).
     """
     with disable_gc():
         content = _read_content(json_file)
@@ -85,7 +83,7 @@ def load_coco_results(
     classes: Sequence[str] | None = None,
     score_thresh: float = 0.0,
     problems: list[UserError] | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> LoadedDataset:
     """Read detections in COCO's results format as annotations with a `score`, such as pseudo-labels.
 
     `json_file` provides `images` and `categories`; its annotations are ignored. All keypoints count as
@@ -158,8 +156,8 @@ def _complete_detection(detection: dict[str, Any]) -> tuple[str, str] | None:
 def _to_records(content, json_file, image_root, classes, problems=None):
     categories = _sort_categories(content["categories"], json_file)
     id_of = {category["name"]: category["id"] for category in categories}
-    chosen = select_classes(list(id_of), classes, json_file)
-    labels = {id_of[name]: label for label, name in enumerate(chosen)}
+    selected = select_classes(list(id_of), classes, json_file)
+    labels = {id_of[name]: label for label, name in enumerate(selected)}
     num_keypoints = {c["id"]: len(c.get("keypoints") or ()) for c in categories}
     records = _create_records(content["images"], json_file, image_root, problems)
     for annotation in content["annotations"]:
@@ -169,7 +167,7 @@ def _to_records(content, json_file, image_root, classes, problems=None):
             reject(problems, DataError(problem[0], message))
         elif annotation["category_id"] in labels:
             records[annotation["image_id"]]["annotations"].append(_convert_annotation(annotation, labels))
-    metadata = {"thing_classes": chosen, "thing_dataset_id_to_contiguous_id": labels}
+    metadata = {"thing_classes": selected, "thing_dataset_id_to_contiguous_id": labels}
     keypoints = [
         {"keypoint_names": c.get("keypoints"), "skeleton": c.get("skeleton")}
         for c in categories
@@ -200,7 +198,7 @@ def _sort_categories(categories, json_file):
 
 def _create_records(images, json_file, image_root, problems):
     records = {}
-    # Annotations cannot be assigned to one of several images with the same id.
+    # Annotations cannot be assigned to images that share an id but differ otherwise.
     distinct = {
         repr([image.get(key) for key in ("id", "file_name", "height", "width")]): image for image in images
     }

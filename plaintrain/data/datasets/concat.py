@@ -1,9 +1,9 @@
 """Concatenation of several datasets."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from plaintrain.data.catalog import select_classes
+from plaintrain.data.datasets.coco import LoadedDataset
 from plaintrain.data.keypoints import get_keypoint_metadata
 from plaintrain.data.validation import check_annotation
 from plaintrain.utils.class_lists import describe_class_difference
@@ -12,21 +12,18 @@ from plaintrain.utils.errors import UserError
 
 def load_concat(
     names: Sequence[str],
-    read: Callable[[str], tuple[list[dict[str, Any]], dict[str, Any]]],
+    read: Callable[[str], LoadedDataset],
     classes: Sequence[str] | None = None,
     merge: bool = False,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Concatenate datasets in order; `read` returns the records and the metadata of one of them.
+) -> LoadedDataset:
+    """Concatenate the datasets that `read` returns for `names`.
 
     Image ids that are not unique, or not all of one type, become `<dataset>/<id>`. Category ids and
-    keypoint metadata are kept where the datasets agree.
-
-    Args:
-        classes: see `load_coco_json`; without it, and without `merge`, the class lists must be equal.
-        merge: use the union of the classes, in order of first appearance.
+    keypoint metadata are kept where the datasets agree. The class lists must be equal unless `classes`
+    selects from them or `merge` uses their union.
     """
     if not names or len(set(names)) != len(names):
-        raise UserError(f"DATASETS of a concat dataset must name one or more, each once, got {names}")
+        raise UserError(f"DATASETS of a concat dataset must be one or more distinct names, got {names}")
     datasets = [read(name) for name in names]
     all_metadata = [metadata for _, metadata in datasets]
     for name, metadata in zip(names, all_metadata, strict=True):

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from plaintrain.data.datasets.coco import LoadedDataset
 from plaintrain.data.image_files import build_image_record, list_images
 from plaintrain.utils.errors import UserError
 
 
 def load_images(
     root: str, classes: Sequence[str] | None = None, problems: list[UserError] | None = None
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> LoadedDataset:
     """List the images in a folder, recursively; image ids are the paths relative to it."""
     paths = list_images(root)
     records = [build_image_record(path, Path(path).relative_to(root).as_posix(), problems) for path in paths]

@@ -3,12 +3,12 @@
 There are no files: the `file_name` of an image holds the parameters from which it is rendered.
 """
 
-from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 from PIL import Image
 
+from plaintrain.data.datasets.coco import LoadedDataset
 from plaintrain.data.image_files import is_too_large
 from plaintrain.structures import BoxMode, make_record
 from plaintrain.utils.errors import UserError
@@ -29,7 +29,7 @@ _MAX_TURN = np.pi / 18
 
 def load_shapes(
     split: str = "train", num: int = 2000, height: int = 128, width: int = 128, seed: int = 0
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> LoadedDataset:
     """Create records of `num` images with boxes, polygons and keypoints, and the metadata.
 
     An image has 1 to 5 shapes, rotated by up to 10 degrees. The longer side of a shape's box is

@@ -11,30 +11,25 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from plaintrain.data.catalog import select_classes
+from plaintrain.data.datasets.coco import LoadedDataset
 from plaintrain.data.image_files import is_too_large, read_image_header
 from plaintrain.structures import BoxMode, make_record
 from plaintrain.utils.errors import DataError, UserError, collecting
 from plaintrain.utils.files import MAX_BYTES, check_file, describe_os_error, read_text
 
-# fmt: off
 VOC_CLASSES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
-]
-# fmt: on
+]  # fmt: skip
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
 
 
 def load_voc(
-    root: str,
-    split: str,
-    classes: Sequence[str] | None = None,
-    problems: list[UserError] | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    root: str, split: str, classes: Sequence[str] | None = None, problems: list[UserError] | None = None
+) -> LoadedDataset:
     """Read one split of a dataset in VOC's layout.
 
     Boxes are 1-based pixels including the last row and column, so the corners are `xmin - 1, ymin - 1,
@@ -81,7 +76,6 @@ def _list_folder(folder):
 
 
 def _list_image_files(folder):
-    """Return {stem: paths} of the images."""
     files = {}
     for name in _list_folder(folder):
         stem, ext = os.path.splitext(name)
@@ -91,7 +85,7 @@ def _list_image_files(folder):
 
 
 def _choose_file(files, root, xml_file):
-    """Return the image of an annotation: of several with its stem, the one in `<filename>`."""
+    """Return the image of an annotation; of several with the same stem, the one in `<filename>`."""
     if len(files) == 1:
         return files[0]
     # Some tools write a path, possibly a Windows one.

@@ -34,7 +34,7 @@ def get_relative_names(paths: Iterable[str], *folders: str) -> tuple[str, list[s
 
 
 def get_category_ids(metadata: Metadata | Mapping[str, Any]) -> list[int]:
-    """Return the category id of each label in the dataset's files, or 1, 2, ... without one."""
+    """Return the dataset's own category id of each label, or label + 1 if it has none."""
     mapping = metadata.get("thing_dataset_id_to_contiguous_id") or {}
     ids = {label: dataset_id for dataset_id, label in mapping.items()}
     return [ids.get(label, label + 1) for label in range(len(metadata.get("thing_classes", ())))]

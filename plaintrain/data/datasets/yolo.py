@@ -10,10 +10,10 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.data.catalog import select_classes
+from plaintrain.data.datasets.coco import LoadedDataset
 from plaintrain.data.image_files import build_image_record, list_images
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import DataError, UserError, collecting, reject
@@ -33,18 +33,13 @@ def load_yolo(
     classes: Sequence[str] | None = None,
     dataset_root: str = "",
     problems: list[UserError] | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Read one split of a dataset in Ultralytics' layout.
+) -> LoadedDataset:
+    """Read one split (train, val or test) of a dataset in Ultralytics' layout.
 
     The image id is the file's stem, an int if all stems are numbers, or the path if stems are not unique.
     Image sizes are read from the files, after EXIF rotation. An image without a label file has no objects.
-
-    Args:
-        data_file: path of the `data.yaml`.
-        split: train, val or test, a key of that file: a folder, a text file that lists images, or a list
-            of these.
-        classes, problems: see `load_coco_json`.
-        dataset_root: an alternative parent of a relative `path` in the file, next to the file's folder.
+    A relative `path` in `data_file` may start at the file's folder or at `dataset_root`. See
+    `load_coco_json` for `classes` and `problems`.
     """
     data = parse_yaml(read_text(data_file, limit=MAX_BYTES), data_file)
     # Lines with keypoints would be read as polygons.

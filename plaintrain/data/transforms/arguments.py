@@ -12,9 +12,7 @@ from plaintrain.utils.errors import UserError
 class Numbers:
     """Rule for a number from `low` to `high`, or for a list of `length` numbers (0: any length but 0).
 
-    Attributes:
-        or_scalar: accept a single number instead of a list.
-        others: further accepted values.
+    With `or_scalar` a number is accepted instead of a list; so are the values `others`.
     """
 
     low: float

@@ -12,6 +12,7 @@ from torchvision.tv_tensors import wrap
 from plaintrain.data.transforms.arguments import CheckedArguments, argument
 from plaintrain.data.transforms.tensors import (
     INSTANCE_KEYS,
+    Tensors,
     get_image_size,
     has_extent,
     resize,
@@ -22,25 +23,20 @@ from plaintrain.data.transforms.tensors import (
 
 @dataclass(frozen=True)
 class SimpleCopyPaste(CheckedArguments):
-    """Paste a random subset of another image's instances (arXiv 2012.07177).
+    """Paste each instance of another image with probability `p` (arXiv 2012.07177).
 
     The other image is first resized to this one's size. Masks lose the covered pixels and their boxes are
-    recomputed; covered keypoints become hidden; fully covered instances are removed.
-
-    Attributes:
-        p: probability of each instance of the other image.
-        blending: blur the edges of pasted instances (Gaussian, 5x5 pixels, sigma 2).
+    recomputed; covered keypoints become hidden; fully covered instances are removed. `blending` blurs the
+    edges of pasted instances (Gaussian, 5x5 pixels, sigma 2).
     """
 
     p: float = argument(0, 1, default=0.5)
     blending: bool = True
 
-    def __call__(
-        self, tensors: dict[str, Tensor], rng: np.random.Generator, partner: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator, partner: Tensors) -> Tensors:
         """Paste instances of the image `partner`; both images must have masks."""
-        chosen = torch.from_numpy(rng.random(len(partner["labels"])) < self.p)
-        pasted = resize(select_instances(partner, chosen), get_image_size(tensors))
+        selected = torch.from_numpy(rng.random(len(partner["labels"])) < self.p)
+        pasted = resize(select_instances(partner, selected), get_image_size(tensors))
         pasted = select_instances(pasted, has_extent(pasted))
         if len(pasted["labels"]) == 0:
             return tensors

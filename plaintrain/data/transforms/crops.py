@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from plaintrain.data.transforms.arguments import CheckedArguments, Numbers, argument
-from plaintrain.data.transforms.tensors import crop, get_image_size, pad, select_instances
+from plaintrain.data.transforms.tensors import Tensors, crop, get_image_size, pad, select_instances
 from plaintrain.utils.errors import UserError
 
 
@@ -44,7 +44,7 @@ class RandomCrop(CheckedArguments):
             size = size + rng.random(2) * (1 - size)
         return np.maximum(1, (image_size * size + 0.5).astype(int))
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         return _crop_at_random(tensors, self.draw_crop_size(*get_image_size(tensors), rng), rng)
 
 
@@ -55,7 +55,7 @@ class FixedSizeCrop(CheckedArguments):
     size: tuple[int, int] = argument(1, length=2, integer=True, default=(1024, 1024))
     fill: float | tuple = argument(0, 255, length=3, or_scalar=True, default=0)
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         crop_size = np.minimum(get_image_size(tensors), self.size)
         cropped = _crop_at_random(tensors, crop_size, rng)
         bottom, right = (int(v) for v in np.array(self.size) - crop_size)
@@ -64,15 +64,10 @@ class FixedSizeCrop(CheckedArguments):
 
 @dataclass(frozen=True)
 class RandomIoUCrop(CheckedArguments):
-    """Crop with a minimum IoU to an instance (SSD, arXiv 1512.02325).
+    """torchvision's RandomIoUCrop: crop with a minimum IoU to an instance (SSD, arXiv 1512.02325).
 
-    Instances whose centre is outside the crop are removed. An image without instances is unchanged.
-
-    Attributes:
-        min_scale, max_scale: range of the crop's height and width relative to the image.
-        min_aspect_ratio, max_aspect_ratio: range of width / height.
-        sampler_options: minimum IoUs, one is drawn for each image; values >= 1 leave it unchanged.
-        trials: number of crops to try before another option is drawn.
+    The minimum IoU is drawn from `sampler_options` (>= 1: no crop), and again after `trials` failed crops.
+    Instances with the centre outside are removed. An image without instances is unchanged.
     """
 
     min_scale: float = argument(0.01, 1, default=0.3)
@@ -89,7 +84,7 @@ class RandomIoUCrop(CheckedArguments):
         if max(self.sampler_options) < 1:
             raise UserError("sampler_options must hold a 1, which leaves the image unchanged")
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         boxes = tensors.get("boxes", torch.zeros(0, 4)).as_subclass(Tensor)
         x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).unbind(1)
         while len(boxes):

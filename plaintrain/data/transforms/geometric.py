@@ -9,10 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from plaintrain.data.transforms.arguments import CheckedArguments, Numbers, argument
-from plaintrain.data.transforms.tensors import get_image_size, horizontal_flip, pad, resize, vertical_flip
+from plaintrain.data.transforms.tensors import (
+    Tensors,
+    get_image_size,
+    horizontal_flip,
+    pad,
+    resize,
+    vertical_flip,
+)
 from plaintrain.utils.errors import UserError
 
 
@@ -41,7 +47,7 @@ class ResizeShortestEdge(CheckedArguments):
         if self.sample_style == "range":
             self._check("short_edge_length", Numbers(1, length=2, ascending=True))
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         if self.sample_style == "range":
             low, high = self.short_edge_length
             short_edge = int(rng.integers(low, high + 1))
@@ -57,7 +63,7 @@ class RandomShortestSize(CheckedArguments):
     min_size: int | tuple[int, ...] = argument(1, length=0, integer=True, or_scalar=True)
     max_size: int | None = argument(1, integer=True, default=None, others=(None,))
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         size = get_image_size(tensors)
         min_sizes = np.atleast_1d(self.min_size)
         scale = min_sizes[int(rng.integers(len(min_sizes)))] / min(size)
@@ -76,7 +82,7 @@ class Resize(CheckedArguments):
 
     size: tuple[int, int] = argument(1, length=2, integer=True)
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         return resize(tensors, self.size)
 
 
@@ -87,7 +93,7 @@ class ScaleJitter(CheckedArguments):
     target_size: tuple[int, int] = argument(1, length=2, integer=True, default=(1024, 1024))
     scale_range: tuple[float, float] = argument(0.01, length=2, ascending=True, default=(0.1, 2.0))
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         height, width = get_image_size(tensors)
         scale = min(self.target_size[0] / height, self.target_size[1] / width)
         return resize(tensors, _scale_size((height, width), scale * rng.uniform(*self.scale_range)))
@@ -100,7 +106,7 @@ class RandomHorizontalFlip(CheckedArguments):
     p: float = argument(0, 1, default=0.5)
     keypoint_flip_indices: Sequence[int] | None = None
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         return horizontal_flip(tensors, self.keypoint_flip_indices) if rng.random() < self.p else tensors
 
 
@@ -110,7 +116,7 @@ class RandomVerticalFlip(CheckedArguments):
 
     p: float = argument(0, 1, default=0.5)
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         return vertical_flip(tensors) if rng.random() < self.p else tensors
 
 
@@ -122,7 +128,7 @@ class RandomZoomOut(CheckedArguments):
     side_range: tuple[float, float] = argument(1, length=2, ascending=True, default=(1.0, 4.0))
     p: float = argument(0, 1, default=0.5)
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         if rng.random() >= self.p:
             return tensors
         size = np.array(get_image_size(tensors))

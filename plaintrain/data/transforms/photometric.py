@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from torch import Tensor
 
 from plaintrain.data.transforms.arguments import CheckedArguments, argument
-from plaintrain.data.transforms.tensors import get_image_size
+from plaintrain.data.transforms.tensors import Tensors, get_image_size
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class RandomPhotometricDistort(CheckedArguments):
     hue: tuple[float, float] = argument(-0.5, 0.5, length=2, ascending=True, default=(-0.05, 0.05))
     p: float = argument(0, 1, default=0.5)
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         contrast_first = rng.random() < 0.5
         steps = [
             (F.adjust_brightness, self.brightness),
@@ -51,7 +50,7 @@ class RandomErasing(CheckedArguments):
     ratio: tuple[float, float] = argument(0.01, length=2, ascending=True, default=(0.3, 3.3))
     value: float | tuple | str = argument(0, 255, length=3, or_scalar=True, default=0, others=("random",))
 
-    def __call__(self, tensors: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         if rng.random() >= self.p:
             return tensors
         height, width = get_image_size(tensors)

@@ -1,6 +1,6 @@
-"""Geometric operations on an image and its targets; none of them is in place.
+"""Out-of-place geometric operations on an image and its targets.
 
-`tensors` is a dict of `image` (`tv_tensors.Image`, uint8 `[3, H, W]`) and in training `boxes`
+`Tensors` are a dict of `image` (`tv_tensors.Image`, uint8 `[3, H, W]`) and in training `boxes`
 (`BoundingBoxes`, XYXY, float32 `[N, 4]`), `labels` (int64 `[N]`), optional `masks` (`Mask`, uint8
 `[N, H, W]`) and `keypoints` (`KeyPoints`, float32 `[N, Kp, 2]`) with `visibility` (int64 `[N, Kp]`: 0
 unlabelled, 1 hidden, 2 visible). Coordinates are continuous: pixel centres are at +0.5.
@@ -18,24 +18,25 @@ from torchvision.transforms import InterpolationMode
 
 from plaintrain.utils.errors import UserError
 
+Tensors = dict[str, Tensor]
 # Boxes with a smaller width or height, in pixels, are empty.
 MIN_SIDE = 1e-5
 INSTANCE_KEYS = ("boxes", "labels", "masks", "keypoints", "visibility")
 
 
-def get_image_size(tensors: dict[str, Tensor]) -> tuple[int, int]:
+def get_image_size(tensors: Tensors) -> tuple[int, int]:
     """Return (height, width) in pixels."""
     height, width = tensors["image"].shape[-2:]
     return height, width
 
 
-def unwrap_image(tensors: dict[str, Tensor]) -> Tensor:
+def unwrap_image(tensors: Tensors) -> Tensor:
     """Return the image as a plain, contiguous tensor."""
     # Twice as fast as `Tensor.contiguous`.
     return torch.from_numpy(np.ascontiguousarray(tensors["image"].as_subclass(Tensor).numpy()))
 
 
-def _map_tv_tensors(tensors: dict[str, Tensor], function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _map_tv_tensors(tensors: Tensors, function: Callable[[Tensor], Tensor]) -> Tensors:
     return {k: function(v) if isinstance(v, tv_tensors.TVTensor) else v for k, v in tensors.items()}
 
 
@@ -44,14 +45,14 @@ def _index(value, index):
     return tv_tensors.wrap(selected, like=value) if isinstance(value, tv_tensors.TVTensor) else selected
 
 
-def select_instances(tensors: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+def select_instances(tensors: Tensors, keep: Tensor) -> Tensors:
     """Keep the instances where `keep`, bool `[N]`, is true."""
     if keep.all():
         return tensors
     return {name: _index(value, keep) if name in INSTANCE_KEYS else value for name, value in tensors.items()}
 
 
-def resize(tensors: dict[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
+def resize(tensors: Tensors, size: Sequence[int]) -> Tensors:
     """Resize to `size`, (height, width): the image bilinearly, masks with nearest-exact."""
     size = list(size)
     if size == list(get_image_size(tensors)):
@@ -79,9 +80,7 @@ def _flip(tensors, axis):
     return _map_tv_tensors(tensors, flip_tensor)
 
 
-def horizontal_flip(
-    tensors: dict[str, Tensor], keypoint_flip_indices: Sequence[int] | None = None
-) -> dict[str, Tensor]:
+def horizontal_flip(tensors: Tensors, keypoint_flip_indices: Sequence[int] | None = None) -> Tensors:
     """Flip horizontally; keypoint i of the result is keypoint `keypoint_flip_indices[i]` of the input."""
     flipped = _flip(tensors, 0)
     if "keypoints" in tensors:
@@ -92,14 +91,12 @@ def horizontal_flip(
     return flipped
 
 
-def vertical_flip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def vertical_flip(tensors: Tensors) -> Tensors:
     """Flip vertically."""
     return _flip(tensors, 1)
 
 
-def pad(
-    tensors: dict[str, Tensor], padding: Sequence[int], fill: float | Sequence[float] = 0
-) -> dict[str, Tensor]:
+def pad(tensors: Tensors, padding: Sequence[int], fill: float | Sequence[float] = 0) -> Tensors:
     """Pad the image with the colour `fill` and masks with 0; `padding` is (left, top, right, bottom)."""
 
     def pad_tensor(value):
@@ -108,10 +105,10 @@ def pad(
     return _map_tv_tensors(tensors, pad_tensor)
 
 
-def crop(tensors: dict[str, Tensor], top: int, left: int, height: int, width: int) -> dict[str, Tensor]:
+def crop(tensors: Tensors, top: int, left: int, height: int, width: int) -> Tensors:
     """Crop; remove instances with an empty box or mask and make keypoints outside unlabelled.
 
-    A box that is cut is recomputed from the mask, as in Detectron2, or clipped if there are no masks.
+    Boxes across the border are recomputed from the masks, as in Detectron2, or clipped if there are none.
     """
     cropped = _map_tv_tensors(tensors, lambda value: F.crop(value, top, left, height, width))
     if "boxes" not in tensors:
@@ -123,7 +120,7 @@ def crop(tensors: dict[str, Tensor], top: int, left: int, height: int, width: in
     return tighten_boxes(select_instances(clear_outside_keypoints(cropped), keep), cut[keep])
 
 
-def has_extent(tensors: dict[str, Tensor]) -> Tensor:
+def has_extent(tensors: Tensors) -> Tensor:
     """Return whether each instance has a non-empty box and, if there are masks, mask; bool `[N]`."""
     boxes = tensors["boxes"].as_subclass(Tensor)
     keep = (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE).all(dim=1)
@@ -132,7 +129,7 @@ def has_extent(tensors: dict[str, Tensor]) -> Tensor:
     return keep
 
 
-def clear_outside_keypoints(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def clear_outside_keypoints(tensors: Tensors) -> Tensors:
     """Make keypoints outside the image unlabelled."""
     if "keypoints" not in tensors:
         return tensors
@@ -142,12 +139,12 @@ def clear_outside_keypoints(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**tensors, "visibility": tensors["visibility"] * inside}
 
 
-def tighten_boxes(tensors: dict[str, Tensor], selected: Tensor) -> dict[str, Tensor]:
+def tighten_boxes(tensors: Tensors, selected: Tensor) -> Tensors:
     """Recompute the boxes of the `selected` instances, bool `[N]`, from their non-empty masks."""
     if "masks" not in tensors or not selected.any():
         return tensors
     boxes = tensors["boxes"].as_subclass(Tensor).clone()
-    # masks_to_boxes returns the indices of the last pixels, which end at + 1.
+    # masks_to_boxes returns pixel indices: the last pixel ends at + 1.
     boxes[selected] = masks_to_boxes(tensors["masks"].as_subclass(Tensor)[selected])
     boxes[selected] += boxes.new_tensor([0, 0, 1, 1])
     return {**tensors, "boxes": tv_tensors.wrap(boxes, like=tensors["boxes"])}
