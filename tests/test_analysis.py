@@ -365,7 +365,7 @@ def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
     assert np.array_equal(errors.objects["detection"][targets], np.flatnonzero(correct))
     assert correct.sum() == (states == "detected").sum() == len(set(targets.tolist()))
     for i, record in enumerate(records):
-        objects, detections = errors.get_image(i)
+        objects, detections = errors.get_image_tables(i)
         assert len(objects["labels"]) == len(record["annotations"]) and len(detections["labels"]) == 12
         alone = match_image(
             *({k: t[k] for k in t if k not in ("type", "state")} for t in (objects, detections))

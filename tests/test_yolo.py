@@ -152,7 +152,7 @@ NAMES = "names: [ant, bee]"
         (f'train: "a\\0b"\n{NAMES}', ["no folder"]),
         ("train: images/train", ["names"]),
         ("train: images/train\nnames: []", ["names"]),
-        ("train: images/train\nnames: [ant, ant]", ["twice"]),
+        ("train: images/train\nnames: [ant, ant]", ["distinct"]),
         ("train: images/train\nnames: {1: ant, 2: bee}", ["0 to 1", "[1, 2]"]),
         ("train: images/train\nnames: [ant]\nnc: 2", ["nc: 2", "1 names"]),
         (f"train: images/train\n{NAMES}\nkpt_shape: [17, 3]", ["kpt_shape", "COCO JSON"]),

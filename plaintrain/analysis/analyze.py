@@ -1,6 +1,6 @@
 """Analyze the predictions of a detector; the result is one JSON-compatible dict.
 
-AP is in percent, other values are 0 to 1; unknown values are None.
+AP and `metrics` are in percent, other fractions 0 to 1; unknown values are None.
 
 - `dataset`, `predictions`, `class_names`; `images`, `objects`, `crowds`, `detections`: counts
 - `settings`: `iou_threshold`, `score_threshold`, `score_threshold_is` ("given" or "best F1")
@@ -177,10 +177,7 @@ def compute_fixed_ap(errors: Errors, fixed: Sequence[str] = ()) -> float:
 
 
 def _compute_mean_ap(errors, kept, is_correct, labels, states=REAL_STATES):
-    """Return the mean AP in percent of the `kept` detections, over the classes with objects.
-
-    Only objects in `states` count.
-    """
+    """Return the mean AP in percent, counting only `kept` detections and objects in `states`."""
     order = errors.score_order[kept[errors.score_order]]
     labels = labels[order]
     is_correct = is_correct[order]

@@ -81,7 +81,7 @@ class Errors:
         objects = _add_states(self.objects, detections)
         return replace(self, detections=detections, objects=objects, score_threshold=score_threshold)
 
-    def get_image(self, index: int) -> tuple[Table, Table]:
+    def get_image_tables(self, index: int) -> tuple[Table, Table]:
         """Return the objects and the detections of one image, with indices within the image."""
         tables = []
         starts = []

@@ -35,7 +35,7 @@ def draw_matches(errors, index, image, *, side, skeleton=(), labels=()):
         skeleton: see `get_skeleton`.
         labels: of the classes that are drawn, all if it is empty.
     """
-    record, (objects, detections) = errors.records[index], errors.get_image(index)
+    record, (objects, detections) = errors.records[index], errors.get_image_tables(index)
     predicted = get_image_detections(errors.predictions, index, errors.score_threshold, record)
     # Of the objects nothing that detections do not have, either.
     truth = {k: v for k, v in get_record_instances(record).items() if k in predicted or k == "crowds"}

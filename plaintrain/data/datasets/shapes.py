@@ -15,22 +15,21 @@ from plaintrain.utils.errors import UserError
 
 SCHEME = "shapes://"
 CLASSES = ["circle", "square", "triangle"]
-# The outline's intersections with the vertical and the horizontal line through the centre: they are
-# defined at any rotation and move continuously.
+# They are the outline's intersections with the vertical and the horizontal line through the centre.
 KEYPOINTS = ["top", "right", "bottom", "left"]
 _NUM_VERTICES = {"circle": 40, "square": 4, "triangle": 3}
 _SPLITS = {"train": 0, "val": 1, "test": 2}
 _MAX_IOU = 0.3
 _MIN_CONTRAST = 50
 _MAX_IMAGES = 10_000_000
-# Maximal rotation in radians.
+# In radians.
 _MAX_TURN = np.pi / 18
 
 
 def load_shapes(
     split: str = "train", num: int = 2000, height: int = 128, width: int = 128, seed: int = 0
 ) -> LoadedDataset:
-    """Create records of `num` images with boxes, polygons and keypoints, and the metadata.
+    """Create the records, with boxes, polygons and keypoints, and the metadata of `num` images.
 
     An image has 1 to 5 shapes, rotated by up to 10 degrees. The longer side of a shape's box is
     10 to 50% of the image's shorter side. Later shapes are in front; boxes overlap by an IoU of

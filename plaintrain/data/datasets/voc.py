@@ -148,7 +148,7 @@ def _create_record(xml_file, image_files, labels, problems):
     if size is not None and size.findtext("width") not in (None, "0"):
         width, height = (int(_read_number(size, tag, xml_file)) for tag in ("width", "height"))
         if min(width, height) < 1 or is_too_large(height, width):
-            raise UserError(f"{xml_file}: <size> is {width} x {height}, not that of an image")
+            raise UserError(f"{xml_file}: <size> must be that of an image, got {width} x {height}")
     else:
         height, width, _ = read_image_header(image_file)
     annotations = []

@@ -81,7 +81,7 @@ def _get_class_names(data, data_file):
         raise UserError(f"{data_file} has nc: {num_classes}, but {len(names)} names")
     names = [str(name) for name in names]
     if len(set(names)) != len(names):
-        raise UserError(f"names in {data_file} has a class twice: {names}")
+        raise UserError(f"names in {data_file} must be distinct, got {names}")
     return names
 
 
