@@ -71,12 +71,8 @@ def _find_best_threshold(scores, is_correct, count):
     f1 = 2 * num_correct / (ends + 1 + count)
     i = int(f1.argmax())
     precision = num_correct[i] / (ends[i] + 1)
-    return {
-        "threshold": scores[ends[i]],
-        "f1": f1[i],
-        "precision": precision,
-        "recall": num_correct[i] / count,
-    }
+    recall = num_correct[i] / count
+    return {"threshold": scores[ends[i]], "f1": f1[i], "precision": precision, "recall": recall}
 
 
 def compute_calibration(errors: Errors, bins: int = 10) -> dict[str, Any]:
@@ -109,8 +105,8 @@ def compute_confusion_matrix(errors: Errors, max_pairs: int = 20) -> dict[str, A
     matched with objects of other classes by descending score, at `errors.iou_threshold`.
 
     Returns:
-        `labels` (class names, then "background"), `counts`, `normalized` (rows sum to 1), and `pairs`, the
-        most frequent confusions of two classes: `ground_truth`, `detected_as`, `count` and `fraction`
+        `labels` (class names, then "background"), `counts`, `normalized` (by the sums of the rows), and
+        `pairs`, the most frequent confusions: `ground_truth`, `detected_as`, `count` and `fraction`
     """
     objects = errors.objects
     detections = errors.detections

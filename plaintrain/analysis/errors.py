@@ -83,15 +83,12 @@ class Errors:
 
     def get_image_tables(self, index: int) -> tuple[Table, Table]:
         """Return the objects and the detections of one image, with indices within the image."""
-        tables = []
-        starts = []
-        for table in (self.objects, self.detections):
-            first, last = np.searchsorted(table["image"], [index, index + 1])
-            tables.append({key: value[first:last] for key, value in table.items()})
-            starts.append(first)
-        objects, detections = tables
-        for table, key, start in ((objects, "detection", starts[1]), (detections, "object", starts[0])):
-            table[key] = np.where(table[key] < 0, -1, table[key] - start)
+        first_object, end = np.searchsorted(self.objects["image"], [index, index + 1])
+        objects = {key: value[first_object:end] for key, value in self.objects.items()}
+        first_detection, end = np.searchsorted(self.detections["image"], [index, index + 1])
+        detections = {key: value[first_detection:end] for key, value in self.detections.items()}
+        objects["detection"] = np.maximum(objects["detection"] - first_detection, -1)
+        detections["object"] = np.maximum(detections["object"] - first_object, -1)
         return objects, detections
 
 
