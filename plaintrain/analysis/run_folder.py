@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from plaintrain.config import CfgNode, get_cfg
@@ -30,7 +30,6 @@ _MAX_LOG_LENGTH = 4000
 # Locks may be invisible from other machines; a run with a more recent log line counts as running.
 _SILENT_SECONDS = 600
 _RUN_FILES = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "inference")
-
 
 # {name: (iterations, values)}
 Metrics = dict[str, tuple[list[int], list[float]]]
@@ -55,7 +54,7 @@ def check_run(folder: str) -> None:
         raise UserError(f"{folder} is not a run folder: it has none of {', '.join(_RUN_FILES)}")
 
 
-def get_run_names(folders: Iterable[str]) -> list[str]:
+def get_run_names(folders: Sequence[str]) -> list[str]:
     """Return the base names of run folders, or their paths if the base names are not unique."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     return names if len(set(names)) == len(names) else list(map(str, folders))

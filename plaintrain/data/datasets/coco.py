@@ -73,7 +73,7 @@ def load_coco_json(
             for annotation_id, count in ids.items():
                 message = f"two annotations in {json_file} have the id {annotation_id}"
                 problems += [DataError("duplicate_id", message)] * (count - 1)
-        return _to_records(content, json_file, image_root, classes, problems)
+        return _convert_content(content, json_file, image_root, classes, problems)
 
 
 def load_coco_results(
@@ -96,7 +96,7 @@ def load_coco_results(
             for detection in read_coco_results(results_file, problems)
             if detection["score"] >= score_thresh
         ]
-        return _to_records(content, results_file, image_root, classes, problems)
+        return _convert_content(content, results_file, image_root, classes, problems)
 
 
 def read_coco_results(results_file: str, problems: list[UserError] | None = None) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ def _complete_detection(detection: dict[str, Any]) -> tuple[str, str] | None:
     return problem
 
 
-def _to_records(content, json_file, image_root, classes, problems=None):
+def _convert_content(content, json_file, image_root, classes, problems=None):
     categories = _sort_categories(content["categories"], json_file)
     id_of = {category["name"]: category["id"] for category in categories}
     selected = select_classes(list(id_of), classes, json_file)

@@ -21,10 +21,7 @@ _FROM_DATASET = "keypoint_flip_indices"
 def build_augmentation(
     cfg: CfgNode, is_train: bool, keypoint_flip_indices: Sequence[int] | None = None
 ) -> list[CheckedArguments]:
-    """Build the augmentations of INPUT.*: INPUT.AUGMENTATIONS, crop, resize and flip; in test resize only.
-
-    See `tensors.horizontal_flip` for `keypoint_flip_indices`.
-    """
+    """Build the augmentations of INPUT.*: AUGMENTATIONS, CROP, resize and flip; only resize in evaluation."""
     check_cfg(cfg)
     options = cfg.INPUT
     if not is_train:

@@ -32,7 +32,7 @@ def get_image_size(tensors: Tensors) -> tuple[int, int]:
 
 def unwrap_image(tensors: Tensors) -> Tensor:
     """Return the image as a plain, contiguous tensor."""
-    # Twice as fast as `Tensor.contiguous`.
+    # NumPy is twice as fast as `Tensor.contiguous`.
     return torch.from_numpy(np.ascontiguousarray(tensors["image"].as_subclass(Tensor).numpy()))
 
 
