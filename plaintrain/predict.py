@@ -111,7 +111,7 @@ class Predictor:
         height, width = image.shape[-2:]
         sample = {"image_id": index, "file_name": "", "height": height, "width": width}
         if self._tta_mapper is not None:
-            return {**sample, "views": self._tta_mapper.views(image)}
+            return {**sample, "views": self._tta_mapper.create_views(image)}
         tensors = {"image": tv_tensors.Image(image)}
         for transform in self._augmentation:
             tensors = transform(tensors, np.random.default_rng(0))

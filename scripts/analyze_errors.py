@@ -7,7 +7,7 @@ python scripts/analyze_errors.py --config-file configs/quickstart.yaml --predict
 
 The predictions are those of a run's last evaluation, or a JSON in COCO's results format for the dataset in
 DATASETS.TEST; neither a model nor images are needed. Prints AP per class and size, TIDE's delta AP of each
-error type (class, localisation, both, duplicate, background, missed), the score threshold with the highest
+error type (classification, localization, both, duplicate, background, missed), the score threshold with the highest
 F1, recall by object size, shape and crowding, the confusion matrix, calibration, and the worst images. The
 JSON output adds the curves; `plaintrain.analysis.analyze` documents its keys.
 """
@@ -72,7 +72,7 @@ def print_table(title, records, columns=(), required=""):
 def print_errors(task, errors, settings):
     """Print TIDE's delta AP and the counts of each error type."""
     counts = {**errors["detections"], "missed": errors["objects"]["missed"]}
-    cells = [[error, errors["costs"][error], counts[error], OUTCOMES[error][1]] for error in ERRORS]
+    cells = [[error, errors["delta_ap"][error], counts[error], OUTCOMES[error][1]] for error in ERRORS]
     cells.append(["all false positives", errors["false_positives"], "", "all wrong detections"])
     cells.append(
         ["all false negatives", errors["false_negatives"], "", "all objects without a correct detection"]

@@ -75,7 +75,7 @@ def print_cost(cost):
     table = [
         [
             ("  " * (m["name"].count(".") + 1) + m["name"].rsplit(".", 1)[-1]) if m["name"] else "all",
-            m["kind"],
+            m["type"],
             f"{m['parameters']:,}",
             f"{m['trainable']:,}",
             m["flops"] / 1e9,
@@ -110,10 +110,10 @@ def main(args):
     num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
     samples = make_random_samples(size, batch, num_classes, num_keypoints)
     has_momentum = solver.MOMENTUM or solver.MOMENTUM_SCHEDULE
-    copies = 2 if solver.OPTIMIZER == "AdamW" else int(bool(has_momentum))
+    num_states = 2 if solver.OPTIMIZER == "AdamW" else int(bool(has_momentum))
     model = build_model(cfg)
     cost = {"architecture": cfg.MODEL.META_ARCHITECTURE, "size": size, "batch": batch}
-    cost |= analyze_model(model, samples, depth=args.depth, copies=copies, averaged=cfg.MODEL.EMA.ENABLED)
+    cost |= analyze_model(model, samples, depth=args.depth, num_states=num_states, averaged=cfg.MODEL.EMA.ENABLED)
     print_cost(cost)
     if args.output:
         write_json(args.output, cost | {"not_counted": NOT_COUNTED}, indent=1)

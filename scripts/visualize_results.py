@@ -2,7 +2,7 @@
 """Draw the ground truth and the predictions of images, those with the most errors first.
 
 python scripts/visualize_results.py output/quickstart --grid errors.jpg
-python scripts/visualize_results.py output/quickstart --error-type missed --error-type class --output images
+python scripts/visualize_results.py output/quickstart --error-type missed --error-type classification --output images
 python scripts/visualize_results.py --predictions FILE.json --dataset shapes_val --class circle --show
 python scripts/visualize_results.py --config-file my.yaml --predictions FILE.json --grid errors.jpg
 
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     parser.add_argument("run", nargs="?", default="", metavar="RUN", help="folder of a run (OUTPUT_DIR)")
     parser.add_argument("--predictions", default="", metavar="FILE", help="JSON in COCO's results format")
     parser.add_argument("--dataset", default="", metavar="NAME", help="default: the first of DATASETS.TEST")
-    types = ("missed", "class", "localisation", "both", "duplicate", "background")
+    types = ("missed", "classification", "localization", "both", "duplicate", "background")
     add_renamed_argument(
         parser,
         "--error-type",

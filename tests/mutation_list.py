@@ -77,7 +77,7 @@ MUTATIONS = {
         ("(tensors, has_extent(tensors))", '(tensors, tensors["labels"] >= 0)'),
     ],
     "plaintrain/data/transforms/photometric.py": [
-        ("h, w = round(math.sqrt(area * ratio))", "w, h = round(math.sqrt(area * ratio))"),
+        ("h = round(math.sqrt(area * ratio))", "h = round(math.sqrt(area / ratio))"),
     ],
     "plaintrain/data/records.py": [
         ('problems["empty_box"] | problems["outside_box"]', 'problems["empty_box"]'),
@@ -111,7 +111,7 @@ MUTATIONS = {
         ("InterpolationMode.NEAREST_EXACT", "InterpolationMode.NEAREST"),
         ("fill=fill if isinstance(value, tv_tensors.Image) else 0", "fill=fill"),
         ("torch.tensor([width, height])", "torch.tensor([height, width])"),
-        ('keep &= tensors["masks"].as_subclass(torch.Tensor).flatten(1).any(dim=1).bool()', "keep &= keep"),
+        ('keep &= tensors["masks"].as_subclass(Tensor).flatten(1).any(dim=1).bool()', "keep &= keep"),
     ],
     "plaintrain/data/loader.py": [
         (
@@ -123,11 +123,11 @@ MUTATIONS = {
         ("        np.random.set_state(before[1])\n", ""),
     ],
     "plaintrain/data/transforms/geometric.py": [
-        ("max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))", "max(1, int(new[0])), max(1, int(new[1]))"),
+        ("int(size[0] + 0.5)), max(1, int(size[1] + 0.5))", "int(size[0])), max(1, int(size[1]))"),
         ("rng.integers(low, high + 1)", "rng.integers(low, max(high, low + 1))"),
     ],
     "plaintrain/data/datasets/voc.py": [
-        ("x0, y0 = x0 - 1, y0 - 1", "x1, y1 = x1 + 1, y1 + 1"),
+        ("x0 -= 1\n        y0 -= 1", "x1 += 1\n        y1 += 1"),
         ('if b"<!DOCTYPE" in text:', "if not text:"),
     ],
     "plaintrain/data/datasets/write.py": [
@@ -157,7 +157,7 @@ MUTATIONS = {
     ],
     "plaintrain/analysis/analyze.py": [
         ('len(boxes.objects["crowd"]) - crowds', 'len(boxes.objects["crowd"])'),
-        ('    wrong = wrong[objects["state"][detections["object"][wrong]] != "found"]\n', ""),
+        ('    wrong = wrong[objects["state"][detections["object"][wrong]] != "detected"]\n', ""),
     ],
     "plaintrain/analysis/breakdown.py": [
         ('(objects["labels"][real], detected_as[real])', '(detected_as[real], objects["labels"][real])'),
@@ -580,7 +580,7 @@ PLANTED = {
                 "return tighten_boxes(select_instances(result, keep), touched[keep])",
                 "return select_instances(result, keep)",
             ),
-            ("result = _covered(tensors, cover)", "result = dict(tensors)"),
+            ("result = _cover_instances(tensors, cover)", "result = dict(tensors)"),
         ],
         "plaintrain/data/transforms/photometric.py": [
             ('image = tensors["image"]', 'image = tensors["image"].bitwise_right_shift_(1)'),
@@ -592,7 +592,7 @@ PLANTED = {
                 ('    cropped["boxes"] = tv_tensors.wrap(moved, like=cropped["boxes"])\n    cut = (moved'),
             ),
             ("select_instances(clear_outside_keypoints(cropped), keep)", "select_instances(cropped, keep)"),
-            ('ROWS = ("boxes", "labels", "masks"', 'ROWS = ("boxes", "masks"'),
+            ('INSTANCE_KEYS = ("boxes", "labels", "masks"', 'INSTANCE_KEYS = ("boxes", "masks"'),
             ("[0, 0, 1, 1]", "[0, 0, 0, 0]"),
             (
                 "tighten_boxes(select_instances(clear_outside_keypoints(cropped), keep), cut[keep])",
@@ -603,7 +603,7 @@ PLANTED = {
                 "F.vertical_flip(value) if axis else F.horizontal_flip(value)",
                 "(F.vertical_flip(value) if axis else F.horizontal_flip(value)).floor_()",
             ),
-            (("(torch.Tensor).clone()\n            points"), ("(torch.Tensor)\n            points")),
+            ("(Tensor).clone()\n            points", "(Tensor)\n            points"),
             (
                 "return F.resize(value, size)",
                 (

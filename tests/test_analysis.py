@@ -47,8 +47,8 @@ TWICE = 50 / 3.03
 # Type of error: label of the object B (None: no object B), detections (box, score, label), AP, the AP gained
 # by fixing each type, by dropping all wrong detections, and by removing all objects that are not found.
 CASES = {
-    "class": (1, [(B, 0.9, 0), (A, 0.5, 0)], 25, {"class": 75}, 25, 50),
-    "localisation": (0, [(NEAR_B, 0.9, 0), (A, 0.5, 0)], HALF / 2, {"localisation": 100 - HALF / 2}, *LATE),
+    "classification": (1, [(B, 0.9, 0), (A, 0.5, 0)], 25, {"classification": 75}, 25, 50),
+    "localization": (0, [(NEAR_B, 0.9, 0), (A, 0.5, 0)], HALF / 2, {"localization": 100 - HALF / 2}, *LATE),
     "both": (1, [(BADLY_B, 0.9, 0), (A, 0.5, 0)], 25, {"both": 25, "missed": 50}, 25, 50),
     "duplicate": (0, [(A, 0.9, 0), (A, 0.8, 0), (B, 0.5, 0)], 100 - TWICE, {"duplicate": TWICE}, TWICE, 0),
     "background": (None, [(FAR, 0.9, 0), (A, 0.5, 0)], 50, {"background": 50}, 50, 0),
@@ -64,7 +64,7 @@ def test_the_cost_of_an_error_of_each_type(error):
     assert set(errors.detections["type"]) == {"correct", *({error} - {"missed"})}
     cost = compute_delta_ap(errors)
     assert cost["AP"] == pytest.approx(ap)
-    assert cost["costs"] == pytest.approx(dict.fromkeys(ERRORS, 0) | costs)
+    assert cost["delta_ap"] == pytest.approx(dict.fromkeys(ERRORS, 0) | costs)
     assert cost["false_positives"] == pytest.approx(false_positives)
     assert cost["false_negatives"] == pytest.approx(false_negatives)
 
@@ -73,19 +73,17 @@ def test_only_the_best_of_several_wrong_detections_of_an_object_is_fixed():
     name = register([(0, A, 0, 0), (0, B, 1, 0)])
     rows = [(0, A, 0.95, 0), (0, B, 0.9, 0), (0, B, 0.8, 0), (0, NEAR_B, 0.7, 1)]
     errors = find_errors(name, detections_of(rows))
-    assert errors.detections["type"].tolist() == ["correct", "class", "class", "localisation"]
+    types = ["correct", "classification", "classification", "localization"]
+    assert errors.detections["type"].tolist() == types
     # Class 0 has 1 of 1, class 1 first a false one of 0.7 and then also a correct one of 0.9.
     assert compute_fixed_ap(errors) == pytest.approx(50)
-    assert (
-        compute_fixed_ap(errors, ["class"])
-        == compute_fixed_ap(errors, ["localisation"])
-        == pytest.approx(100)
-    )
+    assert compute_fixed_ap(errors, ["classification"]) == pytest.approx(100)
+    assert compute_fixed_ap(errors, ["localization"]) == pytest.approx(100)
     # An object that is found already leaves nothing to fix.
     errors = find_errors(name, detections_of([*rows, (0, B, 0.6, 1)]))
     assert errors.detections["type"][-1] == "correct"
-    assert compute_fixed_ap(errors, ["class"]) == pytest.approx(75)
-    assert compute_fixed_ap(errors, ["localisation"]) == pytest.approx(100)
+    assert compute_fixed_ap(errors, ["classification"]) == pytest.approx(75)
+    assert compute_fixed_ap(errors, ["localization"]) == pytest.approx(100)
 
 
 def test_the_threshold_of_the_best_f1():
@@ -124,8 +122,8 @@ def test_confusion_counts_each_object_and_each_detection_once():
     )
     assert found["labels"] == ["c0", "c1", "background"]
     assert found["counts"] == [[2, 0, 0], [1, 0, 1], [1, 1, 0]]
-    assert found["shares"] == [[1, 0, 0], [0.5, 0, 0.5], [0.5, 0.5, 0]]
-    assert found["pairs"] == [{"truth": "c1", "found": "c0", "count": 1, "share": 0.5}]
+    assert found["normalized"] == [[1, 0, 0], [0.5, 0, 0.5], [0.5, 0.5, 0]]
+    assert found["pairs"] == [{"ground_truth": "c1", "detected_as": "c0", "count": 1, "fraction": 0.5}]
 
 
 def test_objects_by_what_they_are_like():
@@ -134,7 +132,7 @@ def test_objects_by_what_they_are_like():
     name = register([*objects, (1, [0, 0, 100, 100], 0, 1)], images=2)
     rows = [(0, A, 0.9, 0), (0, [50, 0, 90, 8], 0.4, 0), (1, [0, 0, 10, 50], 0.8, 1)]
     errors = find_errors(name, detections_of(rows, images=2))
-    found = breakdown.compute_object_breakdown(errors, errors.above(0.5))
+    found = breakdown.compute_object_breakdown(errors, errors.filter_by_score(0.5))
     bins = {key: {p["name"]: p["objects"] for p in parts if p["objects"]} for key, parts in found.items()}
     assert bins == {
         "size": {"< 16": 2, "16-32": 2},
@@ -142,7 +140,8 @@ def test_objects_by_what_they_are_like():
         "overlaps": {"0": 2, "1": 2},
         "objects_per_image": {"1": 1, "2-3": 3},
     }
-    expected = {"name": "16-32", "low": 16, "high": 32, "objects": 2, "found": 0, "erroneous": 1, "missed": 1}
+    expected = {"name": "16-32", "low": 16, "high": 32, "objects": 2}
+    expected |= {"detected": 0, "erroneous": 1, "missed": 1}
     expected |= {"recall": 0.5, "recall_above": 0.0, "mean_iou": pytest.approx(0.8)}
     assert found["size"][1] == expected
     assert found["size"][-1]["recall"] is found["size"][-1]["mean_iou"] is None
@@ -193,7 +192,7 @@ def test_an_analysis_agrees_with_the_evaluator_and_with_itself(tmp_path):
     assert correct / counted == overall["precision"]
     assert sum(objects.values()) == found["objects"] + found["crowds"]
     for parts in found["breakdown"].values():
-        assert sum(part["found"] for part in parts) == correct
+        assert sum(part["detected"] for part in parts) == correct
         assert sum(part["missed"] for part in parts) == objects["missed"]
     for key in ("correct", "both", "missed"):
         total = {**errors["detections"], **objects}[key]
@@ -262,9 +261,9 @@ OBJECTS = {
 EXPECTED = [
     ("correct", 0, 0.9, [0, 0, 10, 9], 0, 0.9),
     ("duplicate", 0, 1.0, [0, 0, 10, 10], 0, 0.8),
-    ("class", 1, 0.8, [20, 0, 30, 8], 0, 0.7),
-    ("localisation", 2, 0.4, [40, 0, 50, 4], 0, 0.6),
-    ("localisation", 2, 0.3, [40, 0, 50, 3], 0, 0.95),
+    ("classification", 1, 0.8, [20, 0, 30, 8], 0, 0.7),
+    ("localization", 2, 0.4, [40, 0, 50, 4], 0, 0.6),
+    ("localization", 2, 0.3, [40, 0, 50, 3], 0, 0.95),
     ("both", 3, 0.2, [60, 0, 70, 2], 1, 0.5),
     ("background", -1, 0.0, [90, 90, 99, 99], 1, 0.4),
     ("background", 5, 0.05, [80, 0, 90, 0.5], 1, 0.3),
@@ -292,7 +291,7 @@ def arrays_of(rows):
 def test_every_type_of_detection_and_of_object_in_any_order():
     objects, detections = match_image(OBJECTS, arrays_of(EXPECTED))
     assert set(detections["type"]) == set(DETECTION_TYPES) and set(objects["state"]) == set(STATES)
-    states = ["found", "erroneous", "erroneous", "missed", "crowd", "missed", "missed"]
+    states = ["detected", "erroneous", "erroneous", "missed", "crowd", "missed", "missed"]
     assert objects["state"].tolist() == states
     # Of the two that are badly placed, the one with the higher score.
     assert objects["detection"].tolist() == [0, 2, 4, -1, -1, -1, -1]
@@ -317,9 +316,9 @@ def test_an_iou_equal_to_a_threshold_reaches_it():
         return match_image(objects, found, iou_threshold)[1]["type"][0]
 
     heights = (5, 4.99, 1, 0.99)
-    assert [type_of(h) for h in heights] == ["correct", "localisation", "localisation", "background"]
-    assert [type_of(h, label=1) for h in heights] == ["class", "both", "both", "background"]
-    assert type_of(5, iou_threshold=0.6) == "localisation"
+    assert [type_of(h) for h in heights] == ["correct", "localization", "localization", "background"]
+    assert [type_of(h, label=1) for h in heights] == ["classification", "both", "both", "background"]
+    assert type_of(5, iou_threshold=0.6) == "localization"
     assert type_of(10, iou_threshold=1.0) == "correct"
     for iou_threshold in (0.05, 1.5):
         with pytest.raises(UserError, match="the IoU of a correct detection must be"):
@@ -342,7 +341,7 @@ def test_a_detection_matches_the_best_object_that_is_left():
     truth = {"boxes": boxes, "labels": [0, 1, 0, 1]}
     found = {"boxes": [[0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 10]], "labels": [0, 0, 0]}
     objects, detections = match_image(truth, {**found, "scores": [0.9, 0.8, 0.7]})
-    assert detections["type"].tolist() == ["localisation", "correct", "class"]
+    assert detections["type"].tolist() == ["localization", "correct", "classification"]
     assert detections["object"].tolist() == [0, 2, 3] and objects["state"][0] == "erroneous"
     # Only the hundred best of a class count.
     truth = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
@@ -364,9 +363,9 @@ def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
     # Each correct detection has found one object, and each found object has one.
     targets = errors.detections["object"][correct]
     assert np.array_equal(errors.objects["detection"][targets], np.flatnonzero(correct))
-    assert correct.sum() == (states == "found").sum() == len(set(targets.tolist()))
+    assert correct.sum() == (states == "detected").sum() == len(set(targets.tolist()))
     for i, record in enumerate(records):
-        objects, detections = errors.of_image(i)
+        objects, detections = errors.get_image_tables(i)
         assert len(objects["labels"]) == len(record["annotations"]) and len(detections["labels"]) == 12
         alone = match_image(
             *({k: t[k] for k in t if k not in ("type", "state")} for t in (objects, detections))
@@ -379,7 +378,7 @@ def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
         errors = find_errors(name, predictions, iou)
         cost = compute_delta_ap(errors)
         assert 5 < coco[metric] < 95 and cost["AP"] == pytest.approx(coco[metric], abs=1e-8)
-        assert compute_fixed_ap(errors, ERRORS) == 100 and min(cost["costs"].values()) >= 0
+        assert compute_fixed_ap(errors, ERRORS) == 100 and min(cost["delta_ap"].values()) >= 0
     # Of a file, and above a score.
     every = find_errors(name, predictions, iou_threshold=0.6)
     write_predictions(tmp_path, name, predictions)
@@ -389,5 +388,5 @@ def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
     assert 0 < kept.sum() < len(kept)
     assert np.array_equal(some.detections["type"], every.detections["type"][kept])
     assert some.classes == ["c0", "c1", "c2", "c3"] and some.iou_threshold == 0.6
-    with pytest.raises(UserError, match="errors of masks need masks"):
+    with pytest.raises(UserError, match="errors of masks require masks"):
         find_errors(name, read, task="segm")

@@ -48,8 +48,8 @@ def test_a_run_is_analysed(run, tmp_path):
     assert written == analyze("first", written["predictions"])
     number, cost = written["objects"], written["errors"]["bbox"]
     assert f"first: 5 images, {number} objects, {number} detections of {run}" in text
-    assert cost["costs"]["class"] > 1 and cost["costs"]["missed"] == 0
-    assert re.search(rf"class +{cost['costs']['class']:.2f} +1 ", text)
+    assert cost["delta_ap"]["classification"] > 1 and cost["delta_ap"]["missed"] == 0
+    assert re.search(rf"classification +{cost['delta_ap']['classification']:.2f} +1 ", text)
     assert f"at IoU 0.5 of {cost['AP']:.2f}; counts at score threshold 0.900 (best F1)" in text
     for title in (
         *("bbox, COCO metrics", "bbox, by class", "score threshold with the highest F1"),
@@ -68,7 +68,7 @@ def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path):
     written = json.loads(output.read_text())
     settings = {"iou_threshold": 0.75, "score_threshold": 0.92, "score_threshold_is": "given"}
     assert written["settings"] == settings and written["dataset"] == "second"
-    assert written["errors"]["bbox"]["detections"]["class"] == len(written["gallery"]["best"]) == 1
+    assert written["errors"]["bbox"]["detections"]["classification"] == len(written["gallery"]["best"]) == 1
     assert "score threshold 0.920 (given)" in text
     script_output(SCRIPT, run, "--dataset", "second", "--predictions", found, folder=tmp_path)
     assert (run / "inference" / "second" / "analysis.json").is_file()
@@ -77,7 +77,7 @@ def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        ([], 2, "give RUN, a run's folder, or --predictions FILE"),
+        ([], 2, "give RUN, a run folder, or --predictions FILE"),
         (["run/inference/first"], 2, "has no config.yaml"),
         (["run", "--dataset", "second"], 2, "run holds no predictions for second; the next"),
         (["run", "--predictions", "none.json", "--dataset", "first"], 1, "the results file none.json"),

@@ -139,10 +139,10 @@ def test_declarations_are_used_and_may_be_repeated_but_not_changed(tiny_coco, ti
     assert MetadataCatalog.get("pets").keypoint_flip_map == [("head", "foot")]
     _declare("cells", FORMAT="shapes", SPLIT="val", NUM=3)
     _declare("cells", FORMAT="shapes", SPLIT="val", NUM=3)
-    rejected("cells exists already", by=lambda: _declare("cells", FORMAT="shapes", SPLIT="val", NUM=4))
+    rejected("cells already exists", by=lambda: _declare("cells", FORMAT="shapes", SPLIT="val", NUM=4))
     assert len(DatasetCatalog.get("cells")) == 3
     DatasetCatalog.register("mine", list)
-    rejected("mine exists already", by=lambda: _declare("mine", FORMAT="shapes", SPLIT="val"))
+    rejected("mine already exists", by=lambda: _declare("mine", FORMAT="shapes", SPLIT="val"))
 
 
 VOC = {"FORMAT": "voc", "ROOT": "x", "SPLIT": "y"}
@@ -158,7 +158,7 @@ SHAPES = {"FORMAT": "shapes", "SPLIT": "val"}
         ({"FORMAT": "voc", "ROTO": "x", "SPLIT": "y"}, ["ROTO", "ROOT"]),
         ({"FORMAT": "voc", "ROOT": "x"}, ["voc", "SPLIT"]),
         ({"FORMAT": "yolo", "DATA": "x"}, ["yolo", "SPLIT"]),
-        ({**SHAPES, "NUM": True}, ["NUM", "a whole number", "True"]),
+        ({**SHAPES, "NUM": True}, ["NUM", "an integer", "True"]),
         ({**VOC, "ROOT": 3}, ["ROOT", "a string", "3"]),
         ({**VOC, "CLASSES": ["yes", False]}, ["CLASSES", "False"]),
         ({**VOC, "EVALUATOR": "voc"}, ["EVALUATOR", "pascal_voc", "'voc'"]),
@@ -271,10 +271,10 @@ def test_datasets_that_cannot_be_joined_are_rejected(part, write_image, tmp_path
     declare_dataset("pictures", {"FORMAT": "images", "ROOT": str(tmp_path / "images")})
     for names, words in (
         (["onne"], "'onne' is not registered; did you mean one"),
-        (["a"], "circle: a -> b -> a"),
-        (["one", "one"], "each once"),
+        (["a"], "cycle, got a -> b -> a"),
+        (["one", "one"], "distinct"),
         ([], "one or more"),
-        (["pictures"], "pictures names no classes"),
+        (["pictures"], "pictures has no class names"),
     ):
         with pytest.raises(UserError, match=words):
             _join(*names, name=f"joined {names}")

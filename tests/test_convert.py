@@ -239,5 +239,5 @@ def test_mistakes_write_nothing(convert, declare, pets, zoo, tiny_coco):
         assert "error: " in said and words in said
         assert not (folder / "data.yaml").exists()
     said = convert("pets", "coco", output=tiny_coco.json, code=1)[1]
-    assert "cannot make the folder" in said
+    assert "cannot create the folder" in said
     assert "--boxes need --to yolo" in convert("pets", "coco", "--boxes", code=2)[1]

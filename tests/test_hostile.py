@@ -206,7 +206,7 @@ def test_deep_nesting_and_shapes_sets_of_absurd_size_are_rejected(tiny_coco):
     for key, value in (("HEIGHT", 10**6), ("NUM", 10**12), ("WIDTH", 10**30)):
         spec = {"FORMAT": "shapes", "SPLIT": "train", "NUM": 4, "WIDTH": 10**4, key: value}
         declare_dataset(f"big {key}", spec)
-        rejected("shapes needs", by=lambda key=key: get_detection_dataset_dicts(f"big {key}"))
+        rejected("shapes requires", by=lambda key=key: get_detection_dataset_dicts(f"big {key}"))
 
 
 def _png(width, height, data=b"", extra=()):

@@ -35,7 +35,7 @@ def test_numbers_of_small_modules_by_hand():
     conv, linear = 2 * 2 * 30 * 27 * 4, 2 * 2 * 4 * 2
     assert flops[""] == conv + linear and flops["last"] == linear
     outputs = model_analysis.count_outputs(model, lambda: model(images))
-    assert outputs == {"stages.0": [240, 960], "stages.1": [240, 960], "last": [4, 16]}
+    assert outputs == {"stages.0": (240, 960), "stages.1": (240, 960), "last": (4, 16)}
     rows = {row["name"]: row for row in model_analysis.compute_module_costs(model, 2, flops, outputs)}
     assert list(rows) == ["", "stages", "stages.0", "stages.1", "last"]
     # A list of modules is never called; it has what its members have.
@@ -86,7 +86,7 @@ def test_script_writes_a_table_and_json(tmp_path, opts, copies):
     found = json.loads(file.read_text())
     assert found["modules"][0]["parameters"] == GOLDEN[config] and found["size"] == [64, 96]
     assert found["memory"]["optimizer"] == copies * found["memory"]["gradients"]
-    for words in (f"{GOLDEN[config]:,}", "counted are norms", "roi_heads", str(file)):
+    for words in (f"{GOLDEN[config]:,}", "not norms", "roi_heads", str(file)):
         assert words in output
     assert "box_head" not in output
 
@@ -96,7 +96,7 @@ def test_script_writes_a_table_and_json(tmp_path, opts, copies):
     [
         (["--config-file", QUICKSTART, "--size", "64"], "--size must be HEIGHTxWIDTH"),
         (["--config-file", QUICKSTART, "--batch", "0"], "--batch at least 1"),
-        (["--config-file", QUICKSTART, "--size", "16x64"], "sides of 32 pixels or more"),
+        (["--config-file", QUICKSTART, "--size", "16x64"], "image size must be at least 32x32"),
         (["--config-file", SSDLITE, "--size", "64x64"], "must be INPUT.FIXED_SIZE (128, 128) for SSD"),
         ([], "give a run's folder or --config-file FILE, got neither"),
         (["."], "has no config.yaml"),

@@ -77,7 +77,7 @@ def test_the_report_of_a_run_has_all_sections_fetches_nothing_and_escapes_names(
         "run": ["torch", "9.9", "abc", "my.yaml", "SOLVER.BASE_LR", "1 times; first"],
         "curves": ["learning rate", "AP by class", "loss"],
         "scores": ["AP75", "–"],
-        "errors": ["localisation", "delta AP50"],
+        "errors": ["localization", "delta AP50"],
         "confusion": ["prediction", "background"],
         "calibration": ["dashed: ideal"],
         "thresholds": ["all classes"],
@@ -182,8 +182,8 @@ def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(t
     assert str(folder / "report.html") in script_output("report.py", folder, folder=tmp_path)
     found = Outline((folder / "report.html").read_text())
     assert not found.wrong and "no config.yaml" in found.sections["run"]
-    assert "no test set" in found.sections["errors"]
-    assert_refused("report.py", [folder, tmp_path], "is no run's folder", tmp_path, codes=[1])
+    assert "names no test set" in found.sections["errors"]
+    assert_refused("report.py", [folder, tmp_path], "is not a run folder", tmp_path, codes=[1])
 
 
 def test_busiest_classes_are_those_of_most_confusions(monkeypatch):

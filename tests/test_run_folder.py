@@ -51,7 +51,7 @@ def test_a_whole_run_its_warnings_and_the_names_of_it_and_its_results(tmp_path):
     assert scores["AP50"] == 20.9 and scores["APl"] is None
     assert run_folder.get_run_names(["/a/x", "/b/y"]) == ["x", "y"]
     assert run_folder.get_run_names(["/a/x", "b/x"]) == ["/a/x", "b/x"]
-    for other, words in ((tmp_path / "nowhere", "no folder"), (tmp_path, "no run's folder")):
+    for other, words in ((tmp_path / "nowhere", "no folder"), (tmp_path, "not a run folder")):
         with pytest.raises(UserError, match=words):
             run_folder.check_run(other)
     with pytest.raises(UserError, match=r"has no config\.yaml"):

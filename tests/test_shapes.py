@@ -117,4 +117,4 @@ def test_arguments_out_of_range_and_names_of_no_image_are_rejected():
     size = "seed=0&height=32&width=32"
     names = "train/0", "train/0?seed=0&height=0&width=32"
     for name in (*names, *(f"{image}?{size}" for image in ("vla/0", "train/one", "train/-1"))):
-        rejected("does not name an image of the shapes set", by=lambda name=name: render(f"shapes://{name}"))
+        rejected("is not an image of the shapes dataset", by=lambda name=name: render(f"shapes://{name}"))

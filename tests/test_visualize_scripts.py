@@ -27,7 +27,8 @@ DATASETS:
 INPUT: {MIN_SIZE_TRAIN: [48], AUGMENTATIONS: []}
 MODEL: {MASK_ON: True}
 """
-COLORS = tuple(OUTCOMES[n][0] for n in ("missed", "localisation", "class", "duplicate", "background"))
+NAMES = ("missed", "localization", "classification", "duplicate", "background")
+COLORS = tuple(OUTCOMES[name][0] for name in NAMES)
 RED, ORANGE, PURPLE, BLUE, PINK = COLORS
 # Without a display.
 ENV = {"DISPLAY": None, "WAYLAND_DISPLAY": None}
@@ -138,7 +139,7 @@ def table(out):
 
 def test_errors_are_counted_and_drawn_in_their_colours(call, run, tmp_path):
     output = call("visualize_results.py", "run", "--output", "drawn", "--grid", "all.jpg")
-    counts = {"missed": 2, "class": 1, "localisation": 1, "both": 0, "duplicate": 1, "background": 1}
+    counts = {"missed": 2, "classification": 1, "localization": 1, "both": 0, "duplicate": 1, "background": 1}
     assert table(output) == counts
     files = {p.stem.split("_")[1]: p for p in (tmp_path / "drawn").iterdir()}
     assert sorted(files) == sorted(run.names)
@@ -155,13 +156,13 @@ def test_errors_are_counted_and_drawn_in_their_colours(call, run, tmp_path):
 
 def test_error_types_classes_thresholds_and_files_choose_what_counts(call, run, tmp_path):
     results = functools.partial(call, "visualize_results.py", "run")
-    results("--error-type", "class", "--error-type", "duplicate", "--output", "types")
+    results("--error-type", "classification", "--error-type", "duplicate", "--output", "types")
     names = {name.split("_")[1] for name in names_in(tmp_path / "types")}
     assert names == {f"{name}.jpg" for name in run.names[1:]}
     output = results("--score-threshold", 0.85, "--iou-threshold", 0.1, "--grid", "a.jpg")
-    assert [table(output)[kind] for kind in ("duplicate", "background", "localisation")] == [0, 0, 0]
-    output = results("--class", CLASSES[run.label], "--error-type", "class", "--grid", "a.jpg")
-    assert table(output)["class"] == 1
+    assert [table(output)[kind] for kind in ("duplicate", "background", "localization")] == [0, 0, 0]
+    output = results("--class", CLASSES[run.label], "--error-type", "classification", "--grid", "a.jpg")
+    assert table(output)["classification"] == 1
     output = results("--score-threshold", 1, "--error-type", "duplicate", "--grid", "b.jpg")
     assert "no image has such an error" in output and not (tmp_path / "b.jpg").exists()
     path = "run/inference/seen_val/coco_instances_results.json"
@@ -186,11 +187,11 @@ NOWHERE = "--config-file seen.yaml --class circle --image-id 3 --output none"
         ("data", NOWHERE, "error: no image of seen_train matches --class and --image-id"),
         ("data", f"{NOWHERE} --source dataloader", "error: no image of seen_train matches --class"),
         ("results", "run", "there is no display"),
-        ("results", "--grid a.jpg", "give RUN, a run's folder, or --predictions FILE"),
+        ("results", "--grid a.jpg", "give RUN, a run folder, or --predictions FILE"),
         ("results", "run --dataset seen_train --grid a.jpg", "holds no predictions for seen_train"),
         ("results", "run --iou-threshold 0 --grid a.jpg", "--iou-threshold must be above 0"),
         ("results", "--predictions other.json --dataset shapes_val --grid a.jpg", "belongs to image 999"),
-        ("results", "run --task segm --grid a.jpg", "need masks in the predictions"),
+        ("results", "run --task segm --grid a.jpg", "require masks in the predictions"),
     ],
 )
 def test_scripts_answer_mistakes_in_a_sentence(run, tmp_path, script, args, words):

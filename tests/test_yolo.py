@@ -113,8 +113,8 @@ def test_broken_lines_and_files_are_rejected_or_collected(yolo):
         ("0 0.5 0.5 0.1 0.1 0.9", ["5 numbers"]),
         ("2 0.5 0.5 0.1 0.1", ["class 2", "0 to 1"]),
         ("0.5 0.5 0.5 0.1 0.1", ["class 0.5"]),
-        ("0 120 40 10 10", ["120", "share"]),
-        ("0 0.5 0.5 nan 0.1", ["nan", "share"]),
+        ("0 120 40 10 10", ["120", "normalized"]),
+        ("0 0.5 0.5 nan 0.1", ["nan", "normalized"]),
     ):
         (yolo / "labels/train/a.txt").write_text(f"0 0.5 0.5 1 1\n{line}\n1 0.5 0.5 1 1\n")
         rejected("labels/train/a.txt, line 2", *words, by=lambda: _load(yolo))
@@ -152,7 +152,7 @@ NAMES = "names: [ant, bee]"
         (f'train: "a\\0b"\n{NAMES}', ["no folder"]),
         ("train: images/train", ["names"]),
         ("train: images/train\nnames: []", ["names"]),
-        ("train: images/train\nnames: [ant, ant]", ["twice"]),
+        ("train: images/train\nnames: [ant, ant]", ["distinct"]),
         ("train: images/train\nnames: {1: ant, 2: bee}", ["0 to 1", "[1, 2]"]),
         ("train: images/train\nnames: [ant]\nnc: 2", ["nc: 2", "1 names"]),
         (f"train: images/train\n{NAMES}\nkpt_shape: [17, 3]", ["kpt_shape", "COCO JSON"]),

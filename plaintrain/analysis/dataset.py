@@ -1,51 +1,53 @@
-"""Statistics of a dataset: the number of objects, their size and shape."""
+"""Statistics of a dataset: number, size and shape of objects."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.utils.errors import UserError
 
-# Lower edges of bins; the last has no end.
+# Lower edges of bins; the last is open.
 PER_IMAGE = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100)
 SIZES = (0, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768)
 ASPECTS = (0, 1 / 4, 1 / 3, 1 / 2, 3 / 4, 4 / 3, 2, 3, 4)
-# COCO's areas of what is medium and what is large.
-_MEDIUM, _LARGE = 32**2, 96**2
+# COCO's minimum areas of medium and large objects.
+_MEDIUM = 32**2
+_LARGE = 96**2
 
 
-def compute_dataset_statistics(records, class_names):
-    """Compute statistics of a dataset.
-
-    Boxes that are counted are of objects, not of crowds. Sizes are the root of the box' area.
-
-    Args:
-        records: what `DatasetCatalog.get` returns, or a list of records.
-        class_names: the dataset's class names.
+def compute_dataset_statistics(
+    records: SerializedRecords | Sequence[dict[str, Any]], class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Compute statistics of the objects, without crowds.
 
     Returns:
-        dict; a histogram is a dict of `names` of the bins and `counts`:
+        a dict; a histogram is a dict of `names` of the bins and `counts`:
 
-        - `images`, `empty_images` (without an object), `objects`, `crowds`: counts
-        - `classes`: {name: {`objects`, `images` (that hold one)}}
-        - `mean_objects`: of an image; None without images
-        - `objects_per_image`, `box_size` (pixels), `aspect` (width by height): histograms
+        - `images`, `empty_images` (without objects), `objects`, `crowds`: counts
+        - `classes`: {name: {`objects`, `images`}}
+        - `mean_objects`: per image; None without images
+        - `objects_per_image`, `box_size` (square root of the area, pixels), `aspect` (width / height):
+          histograms
         - `areas`: fractions of small, medium and large objects by COCO's limits
-        - `ranges`: {"width", "height": (smallest, largest) of the images}; {} without images
-
-    Raises:
-        UserError: a record or an annotation that cannot be read.
+        - `ranges`: {"width", "height": (minimum, maximum) of the images}; {} without images
     """
-    if getattr(records, "annotations", None) is None or records.columns is None:
+    if not isinstance(records, SerializedRecords) or records.annotations is None or records.columns is None:
         records = SerializedRecords(list(records))
-    table, columns, num_classes = records.annotations, records.columns, len(class_names)
+    table = records.annotations
+    columns = records.columns
+    num_classes = len(class_names)
     if table is None or columns is None or not ((table.labels >= 0) & (table.labels < num_classes)).all():
-        raise UserError("the dataset holds a record that cannot be read; scripts/check_dataset.py says which")
+        raise UserError("the dataset holds an invalid record; scripts/check_dataset.py lists the problems")
     real = ~table.crowd
-    image, labels, boxes = table.record[real], table.labels[real], table.boxes[real]
+    image = table.record[real]
+    labels = table.labels[real]
+    boxes = table.boxes[real]
     per_image = np.bincount(image, minlength=len(records))
-    # Each pair of a class and an image once.
+    # Count each pair of a class and an image once.
     pairs = np.unique(image * max(num_classes, 1) + labels) % max(num_classes, 1)
-    objects, images = (np.bincount(of, minlength=num_classes).tolist() for of in (labels, pairs))
+    objects, images = (np.bincount(ids, minlength=num_classes).tolist() for ids in (labels, pairs))
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
     area = sides.prod(axis=1)
     by_size = np.bincount(np.digitize(area, (_MEDIUM, _LARGE)), minlength=3) / max(len(area), 1)
@@ -59,15 +61,14 @@ def compute_dataset_statistics(records, class_names):
         "mean_objects": float(per_image.mean()) if len(per_image) else None,
         "objects_per_image": _histogram(per_image, PER_IMAGE),
         "box_size": _histogram(np.sqrt(area), SIZES),
-        # A box without height is as wide as can be.
         "aspect": _histogram(sides[:, 0] / np.maximum(sides[:, 1], 1e-9), ASPECTS),
         "areas": by_size.tolist(),
         "ranges": ranges,
     }
 
 
-def format_bins(edges, are_counts):
-    """Return names of bins by their lower edges, from 0 unless whole numbers are counted."""
+def format_bins(edges: Sequence[float], are_counts: bool) -> list[str]:
+    """Return names of bins by their lower edges; `are_counts` for integer values."""
     names = [f"{round(edge, 2):g}" for edge in edges]
     if not are_counts:
         return [f"< {names[1]}", *map("-".join, zip(names[1:-1], names[2:], strict=True)), f">= {names[-1]}"]

@@ -1,75 +1,80 @@
-"""The cost of a detector by module: parameters, FLOPs, activations, and memory of a training step.
+"""Parameters, FLOPs, activations and training memory of a detector by module.
 
-One inference and one training step are run, on random images with a few objects each. FLOPs are those that
-torch.utils.flop_counter counts.
+They are measured in one inference and one training step; FLOPs are those of torch.utils.flop_counter.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from plaintrain.utils.errors import UserError
 
-# Of each random image.
-_OBJECTS = 5
+_OBJECTS_PER_IMAGE = 5
 NOT_COUNTED = (
-    "Counted are convolutions and matrix products, a multiplication and an addition as two FLOPs; not "
-    "counted are norms, activation functions, resizing, RoIAlign, NMS, the arithmetic of boxes, and losses."
+    "FLOPs include convolutions and matrix products (a multiply-add is 2 FLOPs), not norms, activation "
+    "functions, resizing, RoIAlign, NMS, box arithmetic and losses."
 )
 
 
-def make_random_samples(size, batch, num_classes, num_keypoints=0):
-    """Return training samples of random pixels, of a size (height, width), with random objects."""
+def make_random_samples(
+    size: tuple[int, int], batch_size: int, num_classes: int, num_keypoints: int = 0
+) -> list[dict[str, Any]]:
+    """Return training samples of random pixels, `size` is (height, width), with random objects."""
     height, width = size
-    if min(size) < 32 or batch < 1:
+    if min(size) < 32 or batch_size < 1:
         raise UserError(
-            f"an image needs sides of 32 pixels or more, and a batch one image: not {height}x{width} "
-            f"and {batch}"
+            f"the image size must be at least 32x32 and the batch size at least 1, got {height}x{width} and "
+            f"{batch_size}"
         )
-    generator, samples = torch.Generator().manual_seed(0), []
-    for index in range(batch):
-        start = torch.rand(_OBJECTS, 2, generator=generator) * 0.5
-        side = 0.1 + 0.4 * torch.rand(_OBJECTS, 2, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for index in range(batch_size):
+        start = torch.rand(_OBJECTS_PER_IMAGE, 2, generator=generator) * 0.5
+        side = 0.1 + 0.4 * torch.rand(_OBJECTS_PER_IMAGE, 2, generator=generator)
         boxes = torch.cat([start, start + side], dim=1) * torch.tensor([width, height, width, height])
-        masks = torch.zeros(_OBJECTS, height, width, dtype=torch.uint8)
+        masks = torch.zeros(_OBJECTS_PER_IMAGE, height, width, dtype=torch.uint8)
         for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
             mask[y0:y1, x0:x1] = 1
         centres = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
         points = torch.nn.functional.pad(centres.expand(-1, num_keypoints, -1), (0, 1), value=2.0)
         image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-        labels = torch.randint(0, num_classes, (_OBJECTS,), generator=generator)
+        labels = torch.randint(0, num_classes, (_OBJECTS_PER_IMAGE,), generator=generator)
         target = {"boxes": boxes, "labels": labels, "masks": masks, "keypoints": points}
         sample = {"image": image, "target": target, "height": height, "width": width}
         samples.append({**sample, "image_id": index, "file_name": f"random {index}"})
     return samples
 
 
-def _bytes(tensors):
+def _count_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def count_outputs(model, run):
-    """Return {module without children: [elements, bytes] of its outputs} of all its calls during `run()`."""
-    outputs = {}
+def count_outputs(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int, int]]:
+    """Return the elements and bytes that each leaf module returns during `run()`."""
+    outputs: dict[str, tuple[int, int]] = {}
 
     def hook(module, inputs, output, name):
-        tensors = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+        tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
         elements, size = outputs.get(name, (0, 0))
-        outputs[name] = [elements + sum(tensor.numel() for tensor in tensors), size + _bytes(tensors)]
+        outputs[name] = (elements + sum(t.numel() for t in tensors), size + _count_bytes(tensors))
 
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(partial(hook, name=name)) for name, module in leaves]
+    handles = [module.register_forward_hook(partial(hook, name=name)) for name, module in leaves]
     run()
-    for handle in hooks:
+    for handle in handles:
         handle.remove()
     return outputs
 
 
-def count_flops(model, run):
-    """Return {name of a module, "" for the whole: FLOPs} of what `run()` runs."""
-    counter, root = FlopCounterMode(display=False), type(model).__name__
+def count_flops(model: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
+    """Return the FLOPs of each module during `run()`, "" for the whole model."""
+    counter = FlopCounterMode(display=False)
+    root = type(model).__name__
     with counter:
         run()
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
@@ -77,83 +82,93 @@ def count_flops(model, run):
     return {"": total} | {n.removeprefix(root + "."): v for n, v in flops.items() if n != root}
 
 
-def count_saved_bytes(model, run):
-    """Return the bytes that the forward pass `run()` keeps for the backward pass, without the parameters."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+def count_saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Return the bytes that autograd saves in the forward pass `run()`, without parameters and buffers."""
+    model_storages = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in model_storages:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
-    # Until here nothing is freed: no two tensors have one address.
+    # The result keeps the saved tensors alive, so that their addresses are unique.
     del result
     return sum(saved.values())
 
 
-def _module_flops(name, module, flops):
-    """Return the FLOPs of a module; a list of modules, which is never called, has those of its members."""
+def _get_module_flops(name, module, flops):
+    """Return the FLOPs of a module, or the sum of its children if it is never called, as a ModuleList."""
     if name in flops:
         return flops[name]
     prefix = f"{name}." if name else ""
-    return sum(_module_flops(prefix + child, part, flops) for child, part in module.named_children())
+    return sum(_get_module_flops(prefix + child, m, flops) for child, m in module.named_children())
 
 
-def compute_module_costs(model, depth, flops, outputs):
-    """Return the cost of each module with those in it, the whole model first, down to a depth (0: only that).
+def compute_module_costs(
+    model: nn.Module, depth: int, flops: dict[str, int], outputs: dict[str, tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Return the costs of modules down to a depth, including their submodules; the whole model is first.
 
-    `flops` and `outputs` are what `count_flops` and `count_outputs` return.
+    `flops` and `outputs` are the results of `count_flops` and `count_outputs`.
     """
-    rows = []
+    costs = []
     for name, module in model.named_modules():
         if name and name.count(".") >= depth:
             continue
         total = sum(p.numel() for p in module.parameters())
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        below = [v for n, v in outputs.items() if not name or f"{n}.".startswith(f"{name}.")]
-        rows.append(
+        module_outputs = [v for n, v in outputs.items() if not name or f"{n}.".startswith(f"{name}.")]
+        costs.append(
             {
                 "name": name,
-                "kind": type(module).__name__,
+                "type": type(module).__name__,
                 "parameters": total,
                 "trainable": trainable,
                 "frozen": total - trainable,
-                "flops": _module_flops(name, module, flops),
-                "activations": sum(elements for elements, _ in below),
-                "activation_bytes": sum(size for _, size in below),
+                "flops": _get_module_flops(name, module, flops),
+                "activations": sum(elements for elements, _ in module_outputs),
+                "activation_bytes": sum(size for _, size in module_outputs),
             }
         )
-    return rows
+    return costs
 
 
-def estimate_training_memory(model, saved, copies, averaged):
-    """Return the bytes of a training step on one device, by what they are for.
+def estimate_training_memory(
+    model: nn.Module, saved_bytes: int, num_states: int, averaged: bool
+) -> dict[str, int]:
+    """Estimate the bytes of a training step on one device, by use.
 
-    `saved` is what `count_saved_bytes` returns, `copies` the number of values that the optimizer keeps for
-    each that it trains; `averaged` says whether a second, averaged model is kept.
+    `num_states` is the number of optimizer states per parameter, `averaged` whether there is an EMA model.
     """
-    weights = _bytes([*model.parameters(), *model.buffers()])
-    trainable = _bytes(p for p in model.parameters() if p.requires_grad)
-    parts = {
+    weights = _count_bytes([*model.parameters(), *model.buffers()])
+    trainable = _count_bytes(p for p in model.parameters() if p.requires_grad)
+    memory = {
         "weights": weights,
         "gradients": trainable,
-        "optimizer": copies * trainable,
+        "optimizer": num_states * trainable,
         "averaged": weights * averaged,
-        "activations": saved,
+        "activations": saved_bytes,
     }
-    return parts | {"total": sum(parts.values())}
+    return memory | {"total": sum(memory.values())}
 
 
-def analyze_model(model, samples, *, depth=2, copies=1, averaged=False):
-    """Run one inference and one training step of a model on samples with targets, and count what they cost.
+def analyze_model(
+    model: nn.Module,
+    samples: list[dict[str, Any]],
+    *,
+    depth: int = 2,
+    num_states: int = 1,
+    averaged: bool = False,
+) -> dict[str, Any]:
+    """Measure one inference and one training step of a model.
 
     Returns:
-        {"modules": `module_rows` of the inference, "flops": {inference, training_forward, training_step},
-        "memory": `training_memory`}
+        {"modules": `compute_module_costs` of the inference, "flops": {inference, training_forward,
+        training_step}, "memory": `estimate_training_memory`}
     """
     model.eval()
     outputs = {}
@@ -167,5 +182,5 @@ def analyze_model(model, samples, *, depth=2, copies=1, averaged=False):
     return {
         "modules": compute_module_costs(model, depth, flops, outputs),
         "flops": {"inference": flops[""], "training_forward": forward, "training_step": forward + backward},
-        "memory": estimate_training_memory(model, saved, copies, averaged),
+        "memory": estimate_training_memory(model, saved, num_states, averaged),
     }

@@ -1,7 +1,6 @@
-"""Read what a run has left in its folder (OUTPUT_DIR), also while it goes on, as plain data.
+"""Read the files of a run folder (OUTPUT_DIR), also of a running training; does not import torch.
 
-What an older or interrupted run has not written is empty, not an error, and lines that are cut off are
-skipped. Nothing here needs torch.
+Missing files give empty results and truncated lines are skipped.
 """
 
 import contextlib
@@ -12,41 +11,51 @@ import os
 import re
 import statistics
 import time
-from collections import namedtuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-from plaintrain.config import get_cfg
+from plaintrain.config import CfgNode, get_cfg
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import describe_os_error, read_results_file, read_text
 from plaintrain.utils.lock import is_in_use
 
-# The tasks in the names of results: [DATASET/]TASK/METRIC.
+# [DATASET/]TASK/METRIC
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
 _LOG_HEAD = r"\[(\d\d/\d\d \d\d:\d\d:\d\d) [\w.]+\] ([A-Z]+): "
-# Time, level and text, also of several lines.
+# The time, level and text of a record; the text may have several lines.
 _LOG_RECORD = re.compile(rf"^{_LOG_HEAD}(.*(?:\n(?!{_LOG_HEAD}).*)*)", re.MULTILINE)
 _LOG_FILE = re.compile(r"log\.txt(\.rank\d+)?")
-# A record of the log that is longer is cut.
-_LONGEST = 4000
-# Of a run on another machine, whose lock may not be seen here: how old its last line may be.
+_MAX_LOG_LENGTH = 4000
+# Locks may be invisible from other machines; a run with a more recent log line counts as running.
 _SILENT_SECONDS = 600
-_OF_A_RUN = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "inference")
+_RUN_FILES = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "inference")
 
-RunState = namedtuple("RunState", "name iteration max_iter")
+# {name: (iterations, values)}
+Metrics = dict[str, tuple[list[int], list[float]]]
 
 
-def check_run(folder):
-    """Reject what is no run folder."""
+class RunState(NamedTuple):
+    """State of a run: "running", "finished", "interrupted" or "not trained".
+
+    `iteration` is that of the last line of metrics.json, or -1; `max_iter` is 0 if it is unknown.
+    """
+
+    name: str
+    iteration: int
+    max_iter: int
+
+
+def check_run(folder: str) -> None:
+    """Raise a `UserError` if `folder` is not a run folder."""
     if not os.path.isdir(folder):
-        raise UserError(f"there is no folder {folder}: a run's folder (OUTPUT_DIR) was expected")
-    if not any(os.path.exists(os.path.join(folder, name)) for name in _OF_A_RUN):
-        raise UserError(
-            f"{folder} is no run's folder: it holds neither config.yaml, metrics.json, log.txt nor inference/"
-        )
+        raise UserError(f"there is no folder {folder}; expected a run folder (OUTPUT_DIR)")
+    if not any(os.path.exists(os.path.join(folder, name)) for name in _RUN_FILES):
+        raise UserError(f"{folder} is not a run folder: it has none of {', '.join(_RUN_FILES)}")
 
 
-def get_run_names(folders):
-    """Return a name for each run folder: its own if it tells them apart, otherwise the path."""
+def get_run_names(folders: Sequence[str]) -> list[str]:
+    """Return the base names of run folders, or their paths if the base names are not unique."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     return names if len(set(names)) == len(names) else list(map(str, folders))
 
@@ -58,18 +67,16 @@ def _read_lines(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             yield from f
     except OSError as e:
-        raise UserError(f"{path} cannot be read: {describe_os_error(e)}") from e
+        raise UserError(f"cannot read {path}: {describe_os_error(e)}") from e
 
 
-def read_metrics(folder):
-    """Return the series of metrics.json, or metrics.csv: {name: (iterations, values)}, lists by iteration.
-
-    A value that was not finite is NaN. Of an iteration that stands there twice the later line counts.
-    """
+def read_metrics(folder: str) -> Metrics:
+    """Read metrics.json or metrics.csv; non-finite values are NaN, the last line of an iteration counts."""
     path = os.path.join(folder, "metrics.json")
-    lines = _json_lines(path) if os.path.isfile(path) else _csv_lines(os.path.join(folder, "metrics.csv"))
+    is_json = os.path.isfile(path)
+    lines = _read_json_lines(path) if is_json else _read_csv_lines(os.path.join(folder, "metrics.csv"))
     by_iteration = {line["iteration"]: line for line in lines if isinstance(line.get("iteration"), int)}
-    series = {}
+    series: Metrics = {}
     for iteration in sorted(by_iteration):
         for name, value in by_iteration[iteration].items():
             if name != "iteration" and (value is None or isinstance(value, int | float)):
@@ -79,7 +86,7 @@ def read_metrics(folder):
     return series
 
 
-def _json_lines(path):
+def _read_json_lines(path: str) -> Iterator[dict[str, Any]]:
     for line in _read_lines(path):
         with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(line)
@@ -87,48 +94,48 @@ def _json_lines(path):
                 yield content
 
 
-def _csv_lines(path):
-    # What is missing and what was not finite are both empty.
+def _read_csv_lines(path: str) -> Iterator[dict[str, Any]]:
+    # Missing and non-finite values are both empty.
     for line in csv.DictReader(_read_lines(path)):
         with contextlib.suppress(TypeError, ValueError):
             yield {"iteration": int(line.pop("iteration")), **{n: float(v) for n, v in line.items() if v}}
 
 
-def read_config(folder):
-    """Return the config.yaml of a run as a cfg."""
+def read_config(folder: str) -> CfgNode:
+    """Read the config.yaml of a run."""
     path = os.path.join(folder, "config.yaml")
     if not os.path.isfile(path):
         problem = "has no config.yaml" if os.path.isdir(folder) else "does not exist"
-        raise UserError(f"{folder!r} {problem}: expected the OUTPUT_DIR of a training")
+        raise UserError(f"{folder!r} {problem}; expected a run folder (OUTPUT_DIR)")
     cfg = get_cfg()
     cfg.merge_from_file(path)
     return cfg
 
 
-def read_config_tree(folder):
-    """Return the config.yaml of a run as dicts, whatever its keys; {} without one."""
+def read_config_tree(folder: str) -> dict[str, Any]:
+    """Read the config.yaml of a run without checking its keys; return {} if there is none."""
     path = os.path.join(folder, "config.yaml")
     with contextlib.suppress(UserError):
         return parse_yaml(read_text(path), path)
     return {}
 
 
-def split_result(name):
-    """Return (dataset or "", task, metric) of a result's name in metrics.json; None for another name."""
+def split_result(name: str) -> tuple[str, str, str] | None:
+    """Split a name [DATASET/]TASK/METRIC in metrics.json; return None for other names."""
     match = _RESULT.fullmatch(name)
     return (match["dataset"] or "", match["task"], match["metric"]) if match else None
 
 
-def list_test_sets(folder):
-    """Return the run's test sets: those of its config, and others with predictions or results."""
+def list_test_sets(folder: str) -> list[str]:
+    """List DATASETS.TEST of a run and further datasets with predictions or results."""
     names = list(read_config_tree(folder).get("DATASETS", {}).get("TEST") or ())
     inference = os.path.join(folder, "inference")
     evaluated = sorted(os.listdir(inference)) if os.path.isdir(inference) else []
     return names + [n for n in evaluated if n not in names and os.path.isdir(os.path.join(inference, n))]
 
 
-def find_predictions(folder, dataset_name):
-    """Return the file of the last evaluation's predictions on a dataset."""
+def find_predictions(folder: str, dataset_name: str) -> str:
+    """Return the file with the predictions of the last evaluation on a dataset."""
     path = os.path.join(folder, "inference", dataset_name, "coco_instances_results.json")
     if not os.path.isfile(path):
         raise UserError(
@@ -138,39 +145,35 @@ def find_predictions(folder, dataset_name):
     return path
 
 
-def read_run_results(folder):
-    """Return the scores of the last evaluations: {dataset: {task: {metric: number or None}}}."""
-    results = {}
+def read_run_results(folder: str) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return {dataset: {task: {metric: value}}} of the last evaluations."""
+    results: dict[str, dict[str, dict[str, float | None]]] = {}
     for dataset in list_test_sets(folder):
         results |= read_results_file(os.path.join(folder, "inference", dataset))
     return results
 
 
-def get_run_state(folder, metrics):
-    """Return the `RunState` of a folder and its metrics.
-
-    `name` is "running", "finished", "interrupted", or "not trained" where no training has written anything;
-    `iteration` is that of the last line of metrics.json (-1 without), `max_iter` SOLVER.MAX_ITER (0 if
-    unknown).
-    """
+def get_run_state(folder: str, metrics: Metrics) -> RunState:
+    """Return the `RunState` from the files of a run and its metrics."""
     iteration = max((iterations[-1] for iterations, _ in metrics.values()), default=-1)
     max_iter = read_config_tree(folder).get("SOLVER", {}).get("MAX_ITER", 0)
-    is_alive, last = is_in_use(folder), "".join(_read_lines(os.path.join(folder, "last_checkpoint"))).strip()
-    ages = [time.time() - os.path.getmtime(path) for path in _log_files(folder)]
+    is_alive = is_in_use(folder)
+    last_checkpoint = "".join(_read_lines(os.path.join(folder, "last_checkpoint"))).strip()
+    ages = [time.time() - os.path.getmtime(path) for path in _list_log_files(folder)]
     if is_alive:
         name = "running"
-    elif last == "model_final.pth":
-        # A resumed run's checkpoints come after it, until its end.
+    elif last_checkpoint == "model_final.pth":
+        # A resumed run first replaces it by its own checkpoints.
         name = "finished"
     elif is_alive is None and min(ages, default=math.inf) < _SILENT_SECONDS:
         name = "running"
     else:
-        name = "interrupted" if metrics or last else "not trained"
+        name = "interrupted" if metrics or last_checkpoint else "not trained"
     return RunState(name, iteration, max_iter)
 
 
-def estimate_seconds_left(metrics, state):
-    """Return the seconds to the end of the training at the pace of the last lines; None if unknown."""
+def estimate_seconds_left(metrics: Metrics, state: RunState) -> float | None:
+    """Estimate the remaining training time from the last iteration times; return None if unknown."""
     _, times = metrics.get("time", ((), ()))
     times = [t for t in times[-20:] if math.isfinite(t)]
     if not times or state.max_iter <= 0:
@@ -178,28 +181,27 @@ def estimate_seconds_left(metrics, state):
     return statistics.median(times) * max(0, state.max_iter - state.iteration - 1)
 
 
-def _log_files(folder):
+def _list_log_files(folder):
     return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if _LOG_FILE.fullmatch(name)]
 
 
-def read_warnings(folder):
-    """Return what was logged as WARNING or worse, by first appearance; those that differ in numbers are one.
+def read_warnings(folder: str) -> list[dict[str, Any]]:
+    """List the log records at WARNING or above, merging those that differ only in numbers.
 
-    Returns:
-        list of dicts: `level`, `text` (of the first), `count` (over all ranks), `first` and `last` (times
-        as in the log), `files`.
+    They have `level`, `text` (of the first), `count` (over all ranks), `first` and `last` (times in the
+    log) and `files`.
     """
-    warnings = {}
-    for path in _log_files(folder):
-        for when, level, text, *_ in _LOG_RECORD.findall("".join(_read_lines(path))):
+    warnings: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in _list_log_files(folder):
+        for timestamp, level, text, *_ in _LOG_RECORD.findall("".join(_read_lines(path))):
             if level in ("INFO", "DEBUG"):
                 continue
-            text = text[:_LONGEST].rstrip()
+            text = text[:_MAX_LOG_LENGTH].rstrip()
             key = level, re.sub(r"\d+(\.\d+)?", "#", text)
-            new = {"level": level, "text": text, "count": 0, "first": when, "files": []}
+            new = {"level": level, "text": text, "count": 0, "first": timestamp, "files": []}
             entry = warnings.setdefault(key, new)
             entry["count"] += 1
-            entry["last"] = when
+            entry["last"] = timestamp
             if os.path.basename(path) not in entry["files"]:
                 entry["files"].append(os.path.basename(path))
     return list(warnings.values())

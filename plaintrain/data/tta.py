@@ -1,45 +1,51 @@
-"""Test-time augmentation: one image as several views, at several sizes and mirrored."""
+"""Test-time augmentation: resized and flipped views of an image."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torchvision import tv_tensors
 
+from plaintrain.config import CfgNode
 from plaintrain.data.dataset_mapper import SAMPLE_KEYS, DatasetMapper
 from plaintrain.data.keypoints import create_keypoint_hflip_indices
 from plaintrain.data.transforms.arguments import Numbers
 from plaintrain.data.transforms.geometric import Resize, ResizeShortestEdge, get_shortest_edge_size
-from plaintrain.data.transforms.tensors import horizontal_flip, unwrap_image
+from plaintrain.data.transforms.tensors import Tensors, horizontal_flip, unwrap_image
 
 
 class TTAMapper(DatasetMapper):
-    """A callable from (record, generator) to the sample that `DetectorWithTTA` takes.
+    """Mapper to the samples of `DetectorWithTTA`.
 
-    A sample holds `image_id`, `file_name`, the original `height` and `width`, and `views`, one for
-    each of `resizes`, with `flip` followed by its mirror image. A view is a dict of `image` (uint8
-    `[3, h, w]`, RGB), `flipped`, and `keypoint_flip_indices` (None if it is not flipped). The sample
-    itself has no `image`: a model that does not know views fails, instead of seeing one of them.
+    A sample has `image_id`, `file_name`, the original `height` and `width`, and `views`: one for each of
+    `resizes` (None keeps the size), with `flip` followed by its horizontal flip. A view has `image` (uint8
+    `[3, h, w]`, RGB), `flipped` and `keypoint_flip_indices` (None if not flipped). A sample has no `image`,
+    so that a model without support for views fails.
     """
 
-    def __init__(self, cfg, resizes, flip=True, keypoint_flip_indices=None):
-        """
-        Args:
-            cfg: config whose INPUT.PIXEL_RANGE says how images are read.
-            resizes: an augmentation for each size, or None for the image as it is.
-            flip: mirror each size, left and right, too.
-            keypoint_flip_indices: for each keypoint the one that takes its place in a mirror image;
-                needed where the model finds keypoints and `flip` is on.
-        """
+    def __init__(
+        self,
+        cfg: CfgNode,
+        resizes: Sequence[Callable[..., Tensors] | None],
+        flip: bool = True,
+        keypoint_flip_indices: Sequence[int] | None = None,
+    ):
         super().__init__(cfg, is_train=False, augmentations=[])
-        self.resizes, self.flip, self.keypoint_flip_indices = resizes, flip, keypoint_flip_indices
+        self.resizes = resizes
+        self.flip = flip
+        self.keypoint_flip_indices = keypoint_flip_indices
 
-    def __call__(self, record, rng=None):
-        """Make the sample; nothing is drawn from `rng`."""
+    def __call__(self, record: dict[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
+        """Create the sample of a record; `rng` is not used."""
         image = self._read(record)["image"]
-        return {**{key: record[key] for key in SAMPLE_KEYS}, "views": self.views(image)}
+        return {**{key: record[key] for key in SAMPLE_KEYS}, "views": self.create_views(image)}
 
-    def views(self, image):
+    def create_views(self, image: Tensor) -> list[dict[str, Any]]:
         """Return the views of an image, uint8 `[3, H, W]`."""
-        tensors, views = {"image": tv_tensors.Image(image)}, []
-        # There is only one size to draw.
+        tensors: Tensors = {"image": tv_tensors.Image(image)}
+        views = []
+        # Each of `resizes` has one size: nothing is drawn.
         rng = np.random.default_rng(0)
         for resize in self.resizes:
             resized = resize(tensors, rng) if resize else tensors
@@ -51,17 +57,22 @@ class TTAMapper(DatasetMapper):
         return views
 
 
-def build_tta_mapper(cfg, dataset_name):
-    """Build the `TTAMapper` of TEST.AUG and INPUT.FIXED_SIZE, for images of a dataset."""
-    aug, fixed_size, order = cfg.TEST.AUG, tuple(cfg.INPUT.FIXED_SIZE), None
-    min_sizes = Numbers(0, whole=True, count=0).check("TEST.AUG.MIN_SIZES", aug.MIN_SIZES)
-    max_size = Numbers(1, whole=True).check("TEST.AUG.MAX_SIZE", aug.MAX_SIZE)
+def build_tta_mapper(cfg: CfgNode, dataset_name: str) -> TTAMapper:
+    """Build the `TTAMapper` of TEST.AUG and INPUT.FIXED_SIZE."""
+    aug = cfg.TEST.AUG
+    fixed_size = tuple(cfg.INPUT.FIXED_SIZE)
+    order = None
+    min_sizes = Numbers(0, integer=True, length=0).check("TEST.AUG.MIN_SIZES", aug.MIN_SIZES)
+    max_size = Numbers(1, integer=True).check("TEST.AUG.MAX_SIZE", aug.MAX_SIZE)
+    resizes: list[Callable[..., Tensors] | None]
     if fixed_size == (0, 0):
         resizes = [ResizeShortestEdge((size,), max_size) if size else None for size in min_sizes]
     else:
-        Numbers(1, whole=True, count=2).check("INPUT.FIXED_SIZE", fixed_size)
-        sizes = [get_shortest_edge_size(*fixed_size, s, max_size) if s else fixed_size for s in min_sizes]
-        resizes = [Resize(size) for size in sizes]
+        height, width = Numbers(1, integer=True, length=2).check("INPUT.FIXED_SIZE", fixed_size)
+        resizes = [
+            Resize(get_shortest_edge_size(height, width, size, max_size) if size else (height, width))
+            for size in min_sizes
+        ]
     if cfg.MODEL.KEYPOINT_ON and aug.FLIP:
         order = create_keypoint_hflip_indices([dataset_name], cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
     return TTAMapper(cfg, resizes, aug.FLIP, order)

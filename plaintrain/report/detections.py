@@ -28,7 +28,7 @@ _MAX_LINES = 8
 _MAX_MATRIX_CLASSES = 20
 _ABBREVIATIONS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
 _TIDE_NAMES = [f"{error} ({short})" for error, short in zip(ERRORS, _ABBREVIATIONS, strict=True)]
-_GROUP_COLUMNS = ("name", "objects", "found", "erroneous", "missed", "recall_above", "recall", "mean_iou")
+_GROUP_COLUMNS = ("name", "objects", "detected", "erroneous", "missed", "recall_above", "recall", "mean_iou")
 _CLASS_COLUMNS = ("name", "correct", *ERRORS[:-1], "erroneous", "missed")
 # Number of images in the gallery, and their longer side, pixels.
 _GALLERY = {"worst": 8, "best": 4}
@@ -89,7 +89,7 @@ def build_errors(dataset: str, analyses: Analyses) -> list[dict[str, Any]]:
     tasks = []
     for task in _get_tasks(analyses, "errors"):
         known = [(run, a["errors"][task]) for run, a in analyses if task in a["errors"]]
-        series = {run.name: [e["costs"][name] for name in ERRORS] for run, e in known}
+        series = {run.name: [e["delta_ap"][name] for name in ERRORS] for run, e in known}
         colors = [run.color for run, _ in known]
         classes = known[0][1]["classes"] if len(known) == 1 else ()
         counts = [{**e["detections"], "missed": e["objects"]["missed"]} for _, e in known]
@@ -116,7 +116,7 @@ def build_confusion(dataset: str, analyses: Analyses) -> list[dict[str, Any]]:
         labels, counts, remark = _select_confused(analysis["confusion"])
         figure = draw_matrix(counts, labels, "prediction", "ground truth")
         pairs = analysis["confusion"]["pairs"]
-        cells = [[p["truth"], p["found"], p["count"], round(100 * p["share"], 1)] for p in pairs]
+        cells = [[p["ground_truth"], p["detected_as"], p["count"], round(100 * p["fraction"], 1)] for p in pairs]
         is_wide = len(labels) > _MAX_LINES
         matrices.append({"figure": (figure, f"{run.name} on {dataset}", remark, is_wide), "pairs": cells})
     return matrices

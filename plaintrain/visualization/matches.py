@@ -26,7 +26,7 @@ def involves_labels(
 ) -> np.ndarray:
     """Return whether each detection has one of the labels, or is matched with an object that has one."""
     target_labels = detections["labels"].copy()
-    confused = np.isin(detections["type"], ("class", "both"))
+    confused = np.isin(detections["type"], ("classification", "both"))
     target_labels[confused] = objects["labels"][detections["object"][confused]]
     return np.isin(target_labels, labels) | np.isin(detections["labels"], labels)
 
@@ -41,7 +41,7 @@ def draw_matches(
         labels: classes to draw; empty for all.
     """
     record = errors.records[index]
-    objects, detections = errors.of_image(index)
+    objects, detections = errors.get_image_tables(index)
     predictions = get_image_detections(errors.predictions, index, errors.score_threshold, record)
     # Show masks and keypoints of the ground truth only if the predictions have them too.
     gt = {k: v for k, v in get_record_instances(record).items() if k in predictions or k == "crowds"}
@@ -72,8 +72,8 @@ def _format_detections(predictions, objects, detections, names):
     """Return the class and score of each detection, with the true class or the IoU of a wrong one."""
     captions = format_captions(predictions, names)
     for i, (type_, target) in enumerate(zip(detections["type"], detections["object"], strict=True)):
-        if type_ in ("class", "both"):
+        if type_ in ("classification", "both"):
             captions[i] += f" is {names[objects['labels'][target]]}"
-        elif type_ in ("localisation", "duplicate"):
+        elif type_ in ("localization", "duplicate"):
             captions[i] += f" IoU {detections['iou'][i]:.2f}"
     return captions

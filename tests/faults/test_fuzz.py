@@ -29,7 +29,7 @@ def test_unchanged_files_are_accepted(monkeypatch):
 
 def test_errors_of_other_types_unclear_ones_and_readers_that_hang_are_reported(monkeypatch):
     class_names = Mock(side_effect=KeyError("seeded"))
-    monkeypatch.setattr("plaintrain.data.datasets.yolo._class_names", class_names)
+    monkeypatch.setattr("plaintrain.data.datasets.yolo._get_class_names", class_names)
     line = fuzz("yolo", 20).foreign[0]
     assert "seeded" in line and "KeyError" in line and "--reader yolo --first " in line
     number = int(line.split("--first ")[1].split(":")[0])

@@ -1,11 +1,14 @@
-"""Datasets by declaration: the formats, the built-in names, and what a config declares."""
+"""Dataset formats, built-in datasets and the datasets of DATASETS.DECLARE."""
 
 import functools
 import inspect
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from plaintrain.config import CfgNode
 from plaintrain.config.schema import Rule
 from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
@@ -13,27 +16,26 @@ from plaintrain.data.datasets import coco, concat, folder, shapes, voc, yolo
 from plaintrain.utils.errors import UserError
 
 
-def get_dataset_root():
-    """The folder that relative dataset paths start from: `$PLAINTRAIN_DATASETS`, or `datasets`."""
+def get_dataset_root() -> str:
+    """Return the folder of relative dataset paths: `$PLAINTRAIN_DATASETS`, or `datasets`."""
     return os.path.expanduser(os.environ.get("PLAINTRAIN_DATASETS", "datasets"))
 
 
 def _load_concat(datasets, classes=None, merge_classes=False, problems=None):
-    _check_circle(datasets, ())
+    _check_cycle(datasets, ())
     return concat.load_concat(datasets, lambda name: read_dataset(name, problems), classes, merge_classes)
 
 
-def _check_circle(names, chain):
-    """Refuse a concatenation that contains itself."""
+def _check_cycle(names: Sequence[str], chain: Sequence[str]) -> None:
     for name in names:
         if name in chain:
-            raise UserError(f"concat datasets go round in a circle: {' -> '.join([*chain, name])}")
+            raise UserError(f"concat datasets must not form a cycle, got {' -> '.join([*chain, name])}")
         spec = MetadataCatalog.get(name).get("declaration") or {}
-        _check_circle(spec.get("DATASETS", ()), [*chain, name])
+        _check_cycle(spec.get("DATASETS", ()), [*chain, name])
 
 
-# FORMAT -> its reader, whose parameters are the keys of a declaration, in small letters or as here.
-_READERS = {
+# The parameters of a reader are the keys of a declaration in lower case, or as in _PARAMETERS.
+_READERS: dict[str, Callable[..., coco.LoadedDataset]] = {
     "coco": coco.load_coco_json,
     "coco_results": coco.load_coco_results,
     "voc": voc.load_voc,
@@ -44,7 +46,7 @@ _READERS = {
 }
 _PARAMETERS = {"JSON": "json_file", "RESULTS": "results_file", "DATA": "data_file"}
 _PATHS = ("JSON", "IMAGE_ROOT", "RESULTS", "ROOT", "DATA")
-# What every format takes, and what goes into the metadata and not to the reader.
+# Every format accepts the common keys; the metadata keys are not passed to the reader.
 _COMMON = ("FORMAT", "EVALUATOR", "FRACTION", "FRACTION_SEED")
 _METADATA = {"coco": ("KEYPOINT_FLIP_MAP",), "coco_results": ("KEYPOINT_FLIP_MAP",), "voc": ("YEAR",)}
 EVALUATORS = ("coco", "pascal_voc")
@@ -59,62 +61,58 @@ def _are_pairs(values):
 
 
 _STRING = Rule("a string", lambda value: isinstance(value, str))
-_WHOLE = Rule("a whole number", lambda value: type(value) is int)
-_NAMES = Rule("a list of names; quote what YAML does not read as text", _are_names)
-# What the value of a key must be.
+_INTEGER = Rule("an integer", lambda value: type(value) is int)
+_NAMES = Rule("a list of names; quote names that YAML does not read as strings", _are_names)
 _RULES = {
     **dict.fromkeys(("FORMAT", "SPLIT", *_PATHS), _STRING),
-    **dict.fromkeys(("NUM", "HEIGHT", "WIDTH", "SEED", "YEAR"), _WHOLE),
+    **dict.fromkeys(("NUM", "HEIGHT", "WIDTH", "SEED", "YEAR"), _INTEGER),
     **dict.fromkeys(("CLASSES", "DATASETS"), _NAMES),
     "KEYPOINT_FLIP_MAP": Rule("a list of pairs [left, right] of names", _are_pairs),
     "MERGE_CLASSES": Rule("True or False", lambda value: isinstance(value, bool)),
     "SCORE_THRESH": Rule("a number", lambda value: type(value) in (int, float)),
     "EVALUATOR": Rule(" or ".join(EVALUATORS), lambda value: value in EVALUATORS),
-    "FRACTION": Rule("above 0 and at most 1", lambda value: type(value) in (int, float) and 0 < value <= 1),
-    "FRACTION_SEED": Rule("a whole number, 0 or more", lambda value: type(value) is int and value >= 0),
+    "FRACTION": Rule("in (0, 1]", lambda value: type(value) in (int, float) and 0 < value <= 1),
+    "FRACTION_SEED": Rule("an integer >= 0", lambda value: type(value) is int and value >= 0),
 }
 
 
-def _reader_keys(reader):
-    """{key: whether it must be given} of a reader's declarations."""
+def _get_reader_keys(reader: Callable[..., Any]) -> dict[str, bool]:
+    """Return the keys of a reader's declarations and whether each is required."""
     parameters = inspect.signature(reader).parameters
     keys = ((key, parameters.get(_PARAMETERS.get(key, key.lower()))) for key in _RULES)
     return {key: parameter.default is parameter.empty for key, parameter in keys if parameter}
 
 
-def _check(name, spec):
-    where = f"DATASETS.DECLARE.{name}"
+def _check_declaration(name: str, spec: Any) -> None:
+    key_prefix = f"DATASETS.DECLARE.{name}"
     if not isinstance(spec, dict) or str(spec.get("FORMAT")) not in _READERS:
-        found = spec.get("FORMAT") if isinstance(spec, dict) else spec
-        raise UserError(f"{where} needs a FORMAT, one of {', '.join(_READERS)}, not {found!r}")
-    keys = _reader_keys(_READERS[spec["FORMAT"]])
+        value = spec.get("FORMAT") if isinstance(spec, dict) else spec
+        raise UserError(f"{key_prefix}.FORMAT must be one of {', '.join(_READERS)}, got {value!r}")
+    keys = _get_reader_keys(_READERS[spec["FORMAT"]])
     known = [*keys, *_COMMON, *_METADATA.get(spec["FORMAT"], ())]
     for key, value in spec.items():
         if key not in known:
-            raise UserError(f"{where} has an unknown key {key}; known: {', '.join(known)}")
+            raise UserError(f"{key_prefix} has an unknown key {key}; known: {', '.join(known)}")
         if not _RULES[key].accepts(value):
-            raise UserError(f"{where}.{key} must be {_RULES[key].words}, got {value!r}")
-    for key, is_needed in keys.items():
-        if is_needed and key not in spec:
-            raise UserError(f"{where} with FORMAT {spec['FORMAT']} needs the key {key}")
+            raise UserError(f"{key_prefix}.{key} must be {_RULES[key].words}, got {value!r}")
+    for key, is_required in keys.items():
+        if is_required and key not in spec:
+            raise UserError(f"{key_prefix} with FORMAT {spec['FORMAT']} requires the key {key}")
 
 
-def declare_dataset(name, spec):
-    """Register a dataset from its declaration, as docs/DATA.md has it; the same one may be declared again.
-
-    Relative paths start from `dataset_root()`.
-    """
-    _check(name, spec)
+def declare_dataset(name: str, spec: dict[str, Any]) -> None:
+    """Register a dataset from its declaration (docs/DATA.md); repeating the same one is allowed."""
+    _check_declaration(name, spec)
     spec = dict(spec)
     metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog:
         if metadata.get("declaration") == spec:
             return
-        raise UserError(f"the dataset {name} exists already; declare yours under another name")
+        raise UserError(f"the dataset {name} already exists; declare yours under another name")
 
     def load():
-        records, found = _read(spec)
-        MetadataCatalog.get(name).set(**found)
+        records, loaded_metadata = _read(spec)
+        MetadataCatalog.get(name).set(**loaded_metadata)
         return records
 
     DatasetCatalog.register(name, load)
@@ -137,27 +135,21 @@ def _read(spec, problems=None):
     try:
         records, metadata = reader(**{key: value for key, value in values.items() if key in parameters})
     except RecursionError as e:
-        raise UserError(f"the files of {spec} hold what is nested too deeply to be read") from e
+        raise UserError(f"a file of {spec} is nested too deeply") from e
     if "KEYPOINT_FLIP_MAP" in spec:
         metadata["keypoint_flip_map"] = [tuple(pair) for pair in spec["KEYPOINT_FLIP_MAP"]]
     if "FRACTION" in spec:
-        # The first images of one permutation: a smaller share is part of a larger one.
+        # Prefixes of one permutation: a larger fraction contains every smaller one.
         order = np.random.default_rng(spec.get("FRACTION_SEED", 0)).permutation(len(records))
-        chosen = sorted(order[: max(1, round(spec["FRACTION"] * len(records)))])
-        records = [records[i] for i in chosen]
+        indices = sorted(order[: max(1, round(spec["FRACTION"] * len(records)))])
+        records = [records[i] for i in indices]
     return records, metadata
 
 
-def read_dataset(name, problems=None):
-    """Read a dataset anew, outside the catalog.
+def read_dataset(name: str, problems: list[UserError] | None = None) -> coco.LoadedDataset:
+    """Read a registered dataset and its metadata again, bypassing the catalog's copy.
 
-    Args:
-        name: a registered dataset.
-        problems: None, or a list that takes the mistakes in a declared dataset's files instead of
-            the first one raising.
-
-    Returns:
-        (records, metadata): a list, and a dict with what the catalog would know.
+    With a list `problems`, errors in a declared dataset's files are appended to it instead of raised.
     """
     spec = MetadataCatalog.get(name).get("declaration") if name in DatasetCatalog else None
     if spec is None:
@@ -167,7 +159,7 @@ def read_dataset(name, problems=None):
     return list(records), {**vars(MetadataCatalog.get(name)), **metadata}
 
 
-def declare_datasets(cfg):
+def declare_datasets(cfg: CfgNode) -> None:
     """Register every dataset of DATASETS.DECLARE."""
     for name, spec in cfg.DATASETS.DECLARE.items():
         declare_dataset(name, spec)
@@ -175,8 +167,8 @@ def declare_datasets(cfg):
 
 def _declare_builtin_datasets():
     for split, num in (("train", 1000), ("val", 200)):
-        for kind, name in (("instances", "coco"), ("person_keypoints", "keypoints_coco")):
-            files = {"JSON": f"coco/annotations/{kind}_{split}2017.json", "IMAGE_ROOT": f"coco/{split}2017"}
+        for prefix, name in (("instances", "coco"), ("person_keypoints", "keypoints_coco")):
+            files = {"JSON": f"coco/annotations/{prefix}_{split}2017.json", "IMAGE_ROOT": f"coco/{split}2017"}
             declare_dataset(f"{name}_2017_{split}", {"FORMAT": "coco", **files})
         declare_dataset(f"shapes_{split}", {"FORMAT": "shapes", "SPLIT": split, "NUM": num})
     for year, splits in ((2007, ("train", "val", "trainval", "test")), (2012, ("train", "val", "trainval"))):

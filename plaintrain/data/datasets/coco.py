@@ -1,4 +1,4 @@
-"""COCO JSON (instances, keypoints, results) -> records.
+"""Readers of COCO JSON: instances, keypoints and results.
 
 Format: https://cocodataset.org/#format-data and https://cocodataset.org/#format-results
 """
@@ -6,6 +6,8 @@ Format: https://cocodataset.org/#format-data and https://cocodataset.org/#format
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 from pycocotools import mask as coco_mask
 
@@ -26,21 +28,23 @@ from plaintrain.utils.errors import DataError, UserError, raise_or_append
 from plaintrain.utils.files import is_below, read_text
 
 _XYWH = BoxMode.XYWH_ABS
+# Records and metadata.
+LoadedDataset = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
-def _read_json(json_file, what="annotation file"):
-    text = read_text(json_file, what)
+def _read_json(json_file, description="annotation file"):
+    text = read_text(json_file, description)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"the {what} {json_file} is not JSON: {e}") from e
+        raise UserError(f"the {description} {json_file} is not JSON: {e}") from e
 
 
 def _read_content(json_file, keys=("images", "annotations", "categories")):
     content = _read_json(json_file)
     for key in keys:
         if not isinstance(content, dict) or not _are_objects(content.get(key)):
-            raise UserError(f"{json_file} has no list of objects {key!r}, which COCO JSON needs")
+            raise UserError(f"{json_file} must have a list of objects {key!r}, as COCO JSON has")
     return content
 
 
@@ -48,43 +52,42 @@ def _are_objects(items):
     return isinstance(items, list) and all(isinstance(item, dict) for item in items)
 
 
-def load_coco_json(json_file, image_root, classes=None, problems=None):
-    """Read a COCO annotation file.
+def load_coco_json(
+    json_file: str,
+    image_root: str,
+    classes: Sequence[str] | None = None,
+    problems: list[UserError] | None = None,
+) -> LoadedDataset:
+    """Read the records and the metadata of a COCO annotation file.
 
-    Coordinates are taken as continuous, so 0.5 is added to x and y of the keypoints with v > 0,
-    which COCO gives as numbers of pixels. An empty `segmentation` is as none.
+    COCO's keypoints are pixel indices; 0.5 is added to make them continuous.
 
     Args:
-        json_file: path of the JSON.
-        image_root: folder of the images; `file_name` in the JSON is relative to it.
-        classes: category names to keep, in the order of their labels; all, by id, if empty.
-        problems: None, or a list that takes broken images and annotations instead of an error.
-
-    Returns:
-        (records, metadata): metadata holds `thing_classes`, `thing_dataset_id_to_contiguous_id`,
-        and, for keypoints, `keypoint_names` and `skeleton` (COCO's pairs of numbers from 1).
+        classes: categories to keep, in label order; None or empty keeps all, ordered by id.
+        problems: if given, errors in single images and annotations are appended instead of raised.
     """
     with disable_gc():
         content = _read_content(json_file)
         if problems is not None:
             ids = Counter(str(a["id"]) for a in content["annotations"] if "id" in a)
             for annotation_id, count in ids.items():
-                text = f"two annotations in {json_file} have the id {annotation_id}"
-                problems += [DataError("duplicate_id", text)] * (count - 1)
-        return _to_records(content, json_file, image_root, classes, problems)
+                message = f"two annotations in {json_file} have the id {annotation_id}"
+                problems += [DataError("duplicate_id", message)] * (count - 1)
+        return _convert_content(content, json_file, image_root, classes, problems)
 
 
-def load_coco_results(json_file, image_root, results_file, classes=None, score_thresh=0.0, problems=None):
-    """Read detections in COCO's results format as if they were annotations, each with its `score`.
+def load_coco_results(
+    json_file: str,
+    image_root: str,
+    results_file: str,
+    classes: Sequence[str] | None = None,
+    score_thresh: float = 0.0,
+    problems: list[UserError] | None = None,
+) -> LoadedDataset:
+    """Read detections in COCO's results format as annotations with a `score`, such as pseudo-labels.
 
-    A detection without a box gets the one around its segmentation, or its keypoints, which count as
-    visible.
-
-    Args:
-        json_file: path of a JSON with the `images` and `categories`; its annotations are not used.
-        results_file: path of a JSON list of `{image_id, category_id, score, bbox, ...}`.
-        score_thresh: detections with a lower score are left out.
-        image_root, classes, problems: see `load_coco_json`, as for what is returned.
+    `json_file` provides `images` and `categories`; its annotations are ignored. All keypoints count as
+    visible. See `load_coco_json` for the other arguments and the return value.
     """
     with disable_gc():
         content = _read_content(json_file, ("images", "categories"))
@@ -93,83 +96,78 @@ def load_coco_results(json_file, image_root, results_file, classes=None, score_t
             for detection in read_coco_results(results_file, problems)
             if detection["score"] >= score_thresh
         ]
-        return _to_records(content, results_file, image_root, classes, problems)
+        return _convert_content(content, results_file, image_root, classes, problems)
 
 
-def read_coco_results(results_file, problems=None):
-    """Read the detections of a JSON in COCO's results format; `problems` as in `load_coco_json`.
+def read_coco_results(results_file: str, problems: list[UserError] | None = None) -> list[dict[str, Any]]:
+    """Read the detections of a JSON in COCO's results format; their `id` is the index in the file.
 
-    Returns:
-        list of dicts as the file has them, with `id`, the place in the file from 0, and a `bbox`: that
-        around the segmentation, or the keypoints, where there was none. Only the `score` is checked.
+    A missing `bbox` is computed from the segmentation or the keypoints. Only the `score` is checked.
     """
     results = _read_json(results_file, "results file")
     if not _are_objects(results):
-        raise UserError(f"{results_file} must hold a list of detections, as COCO's results format")
+        raise UserError(f"{results_file} must hold a list of detections, as in COCO's results format")
     detections = []
     for index, result in enumerate(results):
         detection = {**result, "id": index}
-        mistake = _complete(detection)
-        if mistake:
-            raise_or_append(
-                problems, DataError(mistake[0], f"detection {index} in {results_file} {mistake[1]}")
-            )
+        problem = _complete_detection(detection)
+        if problem:
+            raise_or_append(problems, DataError(problem[0], f"detection {index} in {results_file} {problem[1]}"))
         else:
             detections.append(detection)
     return detections
 
 
-def mark_keypoints_visible(detection):
-    """The detection with all keypoints visible, where results have a score of each or nothing."""
+def mark_keypoints_visible(detection: dict[str, Any]) -> dict[str, Any]:
+    """Return the detection with v = 2 for all keypoints; v in results files is a score or 0."""
     keypoints = detection.get("keypoints")
     if not isinstance(keypoints, list):
         return detection
     return {**detection, "keypoints": [2 if i % 3 == 2 else v for i, v in enumerate(keypoints)]}
 
 
-def _complete(detection):
-    """Give a detection the box that it lacks; what is wrong with it, or None."""
+def _complete_detection(detection: dict[str, Any]) -> tuple[str, str] | None:
+    """Add a missing `bbox`; return the type and the description of a problem, or None."""
     score = detection.get("score")
     if type(score) not in (int, float) or not are_numbers([score]):
         return "broken", f"has the score {score!r}, not a finite number"
     if "bbox" in detection:
         return None
-    segmentation, keypoints = (
-        detection.get("segmentation"),
-        mark_keypoints_visible(detection).get("keypoints"),
-    )
-    mistake = None
+    segmentation = detection.get("segmentation")
+    keypoints = mark_keypoints_visible(detection).get("keypoints")
+    problem = None
     if isinstance(segmentation, dict):
-        size = segmentation.get("size")
+        size: Any = segmentation.get("size")
         is_size = isinstance(size, list) and [*map(type, size)] == [int, int] and min(size) > 0
         if not is_size or is_too_large(*size):
             return "bad_rle", f"has an RLE of the size {size}, not [height, width]"
-        mistake = find_segmentation_problem(segmentation, *size)
-        if not mistake:
+        problem = find_segmentation_problem(segmentation, *size)
+        if not problem:
             detection["bbox"] = coco_mask.toBbox(encode_segmentation(segmentation, *size)).tolist()
     elif keypoints:
-        mistake = find_keypoint_problem(keypoints, 0)
-        if not mistake:
-            xs, ys = keypoints[::3], keypoints[1::3]
+        problem = find_keypoint_problem(keypoints, 0)
+        if not problem:
+            xs = keypoints[::3]
+            ys = keypoints[1::3]
             detection["bbox"] = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
-    return mistake
+    return problem
 
 
-def _to_records(content, json_file, image_root, classes, problems=None):
-    categories = _categories(content["categories"], json_file)
+def _convert_content(content, json_file, image_root, classes, problems=None):
+    categories = _sort_categories(content["categories"], json_file)
     id_of = {category["name"]: category["id"] for category in categories}
-    chosen = select_classes(list(id_of), classes, json_file)
-    labels = {id_of[name]: label for label, name in enumerate(chosen)}
+    selected = select_classes(list(id_of), classes, json_file)
+    labels = {id_of[name]: label for label, name in enumerate(selected)}
     num_keypoints = {c["id"]: len(c.get("keypoints") or ()) for c in categories}
-    records = _image_records(content["images"], json_file, image_root, problems)
+    records = _create_records(content["images"], json_file, image_root, problems)
     for annotation in content["annotations"]:
-        mistake = find_coco_annotation_problem(annotation, records, num_keypoints)
-        if mistake:
-            where = f"annotation {annotation.get('id', '?')} in {json_file}"
-            raise_or_append(problems, DataError(mistake[0], f"{where} {mistake[1]}"))
+        problem = find_coco_annotation_problem(annotation, records, num_keypoints)
+        if problem:
+            message = f"annotation {annotation.get('id', '?')} in {json_file} {problem[1]}"
+            raise_or_append(problems, DataError(problem[0], message))
         elif annotation["category_id"] in labels:
-            records[annotation["image_id"]]["annotations"].append(_convert(annotation, labels))
-    metadata = {"thing_classes": chosen, "thing_dataset_id_to_contiguous_id": labels}
+            records[annotation["image_id"]]["annotations"].append(_convert_annotation(annotation, labels))
+    metadata = {"thing_classes": selected, "thing_dataset_id_to_contiguous_id": labels}
     keypoints = [
         {"keypoint_names": c.get("keypoints"), "skeleton": c.get("skeleton")}
         for c in categories
@@ -179,17 +177,17 @@ def _to_records(content, json_file, image_root, classes, problems=None):
     return [records[image_id] for image_id in sorted(records)], metadata
 
 
-def _categories(categories, json_file):
-    """The categories by id, checked."""
+def _sort_categories(categories, json_file):
+    """Check the categories and sort them by id."""
     if not categories:
-        raise UserError(f"{json_file} has no categories, so there is nothing to detect")
+        raise UserError(f"{json_file} has no categories")
     for category in categories:
         if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
-            raise UserError(f"a category in {json_file} needs a numeric id and a name: {category}")
+            raise UserError(f"a category in {json_file} must have an integer id and a name, got {category}")
         names = category.get("keypoints") or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(
-                f"the keypoints of category {category['name']} in {json_file} must be names: {names}"
+                f"the keypoints of category {category['name']} in {json_file} must be names, got {names}"
             )
     for key in ("id", "name"):
         ((value, count),) = Counter(category[key] for category in categories).most_common(1)
@@ -198,30 +196,29 @@ def _categories(categories, json_file):
     return sorted(categories, key=lambda category: category["id"])
 
 
-def _image_records(images, json_file, image_root, problems):
+def _create_records(images, json_file, image_root, problems):
     records = {}
-    # Nobody knows whose objects an id has that stands for several images.
+    # Annotations cannot be assigned to images that share an id but differ otherwise.
     distinct = {
         repr([image.get(key) for key in ("id", "file_name", "height", "width")]): image for image in images
     }
     entries = Counter(repr(image.get("id")) for image in distinct.values())
     for image in images:
-        kind, mistake = "broken_image", find_image_problem(image, "id")
-        if not mistake and entries[repr(image["id"])] > 1:
-            kind, mistake = (
-                "ambiguous",
-                f"({image['file_name']}) is one of two images with the id {image['id']}",
+        problem_type = "broken_image"
+        problem = find_image_problem(image, "id")
+        if not problem and entries[repr(image["id"])] > 1:
+            problem_type = "ambiguous"
+            problem = f"({image['file_name']}) is one of two images with the id {image['id']}"
+        elif not problem and image["id"] in records:
+            problem = f"is listed twice, with the id {image['id']}"
+        elif not problem and not is_below(image_root, image["file_name"]):
+            problem = (
+                f"has the file_name {image['file_name']!r}, which is outside the image folder {image_root}; "
+                "set IMAGE_ROOT to a folder that holds all images"
             )
-        elif not mistake and image["id"] in records:
-            mistake = f"is listed twice, with the id {image['id']}"
-        elif not mistake and not is_below(image_root, image["file_name"]):
-            mistake = (
-                f"has the file_name {image['file_name']!r}, which leaves the images' folder {image_root}: "
-                "let IMAGE_ROOT be a folder that holds all images"
-            )
-        if mistake:
-            where = f"image {image.get('id', image)} in {json_file}"
-            raise_or_append(problems, DataError(kind, f"{where} {mistake}"))
+        if problem:
+            message = f"image {image.get('id', image)} in {json_file} {problem}"
+            raise_or_append(problems, DataError(problem_type, message))
             continue
         file_name = os.path.join(image_root, image["file_name"])
         records[image["id"]] = make_record(file_name, image["id"], image["height"], image["width"])
@@ -230,8 +227,8 @@ def _image_records(images, json_file, image_root, problems):
     return records
 
 
-def _convert(annotation, labels):
-    # Runs a million times, hence without a loop over the keys.
+def _convert_annotation(annotation, labels):
+    # COCO has a million annotations: a loop over the keys would be slower.
     converted = {
         "bbox": annotation["bbox"],
         "bbox_mode": _XYWH,
@@ -251,26 +248,23 @@ def _convert(annotation, labels):
     return converted
 
 
-def shift_keypoints(keypoints, by):
-    """`[x, y, v, ...]` with `by` added to x and y where v > 0: 0.5 makes COCO's pixel numbers continuous."""
+def shift_keypoints(keypoints: Sequence[float], offset: float) -> list[float]:
+    """Add `offset` to x and y of `[x, y, v, ...]` where v > 0; 0.5 makes COCO's pixel indices continuous."""
     shifted = list(keypoints)
     for i in range(0, len(shifted), 3):
         if shifted[i + 2] > 0:
-            shifted[i] += by
-            shifted[i + 1] += by
+            shifted[i] += offset
+            shifted[i + 1] += offset
     return shifted
 
 
-def register_coco_instances(name, metadata, json_file, image_root):
-    """Register a COCO dataset, scored with COCO metrics, as Detectron2 does.
-
-    `metadata` is a dict of more metadata; `thing_classes` in it chooses and orders the classes.
-    """
+def register_coco_instances(name: str, metadata: dict[str, Any], json_file: str, image_root: str) -> None:
+    """Register a COCO dataset, as in Detectron2; `thing_classes` in `metadata` selects and orders classes."""
 
     def load():
         classes = metadata.get("thing_classes")
-        records, found = load_cached_records(load_coco_json, json_file, image_root, classes)
-        MetadataCatalog.get(name).set(**found)
+        records, loaded_metadata = load_cached_records(load_coco_json, json_file, image_root, classes)
+        MetadataCatalog.get(name).set(**loaded_metadata)
         return records
 
     DatasetCatalog.register(name, load)

@@ -1,4 +1,4 @@
-"""Augmentation that changes colours and leaves every target where it is."""
+"""Photometric augmentations: the targets do not change."""
 
 import math
 from dataclasses import dataclass
@@ -8,29 +8,23 @@ import torch
 import torchvision.transforms.v2.functional as F
 
 from plaintrain.data.transforms.arguments import CheckedArguments, argument
-from plaintrain.data.transforms.tensors import get_image_size
+from plaintrain.data.transforms.tensors import Tensors, get_image_size
 
 
 @dataclass(frozen=True)
 class RandomPhotometricDistort(CheckedArguments):
-    """Colour jitter of SSD (arXiv 1512.02325): each step with probability `p`.
+    """torchvision's RandomPhotometricDistort (SSD, arXiv 1512.02325): each step with probability `p`.
 
-    Brightness, contrast (before or after the next two), saturation, hue, and a permutation of the
-    channels; the defaults are torchvision's.
-
-    Attributes:
-        brightness, contrast, saturation: ranges of the factor.
-        hue: range of the shift, in turns of the colour circle, within -0.5 to 0.5.
-        p: probability of each step.
+    The steps are brightness, contrast (here or after hue), saturation, hue and channel permutation.
     """
 
-    brightness: tuple = argument(0, count=2, ascending=True, default=(0.875, 1.125))
-    contrast: tuple = argument(0, count=2, ascending=True, default=(0.5, 1.5))
-    saturation: tuple = argument(0, count=2, ascending=True, default=(0.5, 1.5))
-    hue: tuple = argument(-0.5, 0.5, count=2, ascending=True, default=(-0.05, 0.05))
+    brightness: tuple[float, float] = argument(0, length=2, ascending=True, default=(0.875, 1.125))
+    contrast: tuple[float, float] = argument(0, length=2, ascending=True, default=(0.5, 1.5))
+    saturation: tuple[float, float] = argument(0, length=2, ascending=True, default=(0.5, 1.5))
+    hue: tuple[float, float] = argument(-0.5, 0.5, length=2, ascending=True, default=(-0.05, 0.05))
     p: float = argument(0, 1, default=0.5)
 
-    def __call__(self, tensors, rng):
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         contrast_first = rng.random() < 0.5
         steps = [
             (F.adjust_brightness, self.brightness),
@@ -49,28 +43,22 @@ class RandomPhotometricDistort(CheckedArguments):
 
 @dataclass(frozen=True)
 class RandomErasing(CheckedArguments):
-    """Fill a rectangle of the image (arXiv 1708.04896); boxes, masks and keypoints stay.
-
-    Attributes:
-        p: probability.
-        scale: range of the rectangle's share of the image.
-        ratio: range of its height / width.
-        value: its colour, one number or (R, G, B), or "random" for noise; 0 to 255.
-    """
+    """Random erasing (arXiv 1708.04896), as in torchvision; `value` is a colour or "random" for noise."""
 
     p: float = argument(0, 1, default=0.5)
-    scale: tuple = argument(0, 1, count=2, ascending=True, default=(0.02, 0.33))
-    ratio: tuple = argument(0.01, count=2, ascending=True, default=(0.3, 3.3))
-    value: float | tuple | str = argument(0, 255, count=3, or_one=True, default=0, others=("random",))
+    scale: tuple[float, float] = argument(0, 1, length=2, ascending=True, default=(0.02, 0.33))
+    ratio: tuple[float, float] = argument(0.01, length=2, ascending=True, default=(0.3, 3.3))
+    value: float | tuple | str = argument(0, 255, length=3, or_scalar=True, default=0, others=("random",))
 
-    def __call__(self, tensors, rng):
+    def __call__(self, tensors: Tensors, rng: np.random.Generator) -> Tensors:
         if rng.random() >= self.p:
             return tensors
         height, width = get_image_size(tensors)
         for _ in range(10):
             area = height * width * rng.uniform(*self.scale)
             ratio = math.exp(rng.uniform(*np.log(self.ratio)))
-            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            h = round(math.sqrt(area * ratio))
+            w = round(math.sqrt(area / ratio))
             if h < height and w < width:
                 top, left = (int(v) for v in rng.integers(0, [height - h + 1, width - w + 1]))
                 if self.value == "random":
