@@ -46,9 +46,9 @@ from plaintrain.evaluation.evaluator import format_table
 from plaintrain.export.export import (
     FORMATS,
     check_exported,
-    check_images,
     describe,
     is_fixed,
+    load_images,
     open_exported,
     trace,
     write_onnx,
@@ -127,7 +127,7 @@ def main(args):
     predictor = load(args)
     cfg, model = predictor.cfg, predictor.model
     declare_datasets(cfg)
-    images = check_images(cfg, args.check, args.images) if args.check else []
+    images = load_images(cfg, args.check, args.images) if args.check else []
     stem, ending = os.path.splitext(path)
     unchecked = f"{stem}.unchecked{ending}"
     about = write(predictor, form, unchecked)
