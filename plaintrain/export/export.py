@@ -166,12 +166,9 @@ def compute_expected_detections(model: Detector, image: Tensor) -> dict[str, Any
 def compare_detections(
     detections: dict[str, Any], expected: dict[str, Any], score_threshold: float
 ) -> dict[str, float]:
-    """Return the largest differences between two sets of detections of an image, matched by label and box.
+    """Return the largest differences of two sets of detections, and the number of `expected`.
 
-    A detection without a match differs by how far its score is above the threshold.
-
-    Returns:
-        {"detections": number of `expected`, "boxes": pixels, "scores": 0..1, "masks": ..., ...}
+    A detection without a match of its label differs by how far its score is above the threshold.
     """
     distances = (detections["boxes"][:, None] - expected["boxes"]).abs().amax(dim=2)
     # Scores decide between equal boxes.

@@ -69,9 +69,8 @@ class DetectionGraph(nn.Module):
     def _detect_in_rois(self, features, proposals, scores, size):
         heads = self.model.roi_heads
         candidates = heads.find_candidates(features, proposals, scores, [size])
-        detections = _pad_detections(
-            *select_batch_detections(*candidates, heads.nms_thresh, heads.detections_per_img)
-        )
+        selected = select_batch_detections(*candidates, heads.nms_thresh, heads.detections_per_img)
+        detections = _pad_detections(*selected)
         boxes = detections["boxes"]
         labels = detections["labels"].clamp(min=0)
         if heads.has_mask():
@@ -85,11 +84,9 @@ class DetectionGraph(nn.Module):
 def select_batch_detections(
     boxes: Tensor, scores: Tensor, groups: Tensor, nms_thresh: float, topk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the `min(N, topk)` best boxes, scores and groups of each image after NMS within groups.
+    """Return the `min(N, topk)` best boxes, scores (-1 for padding) and groups of each image after NMS.
 
-    Args:
-        boxes, scores: `[B, N, 4]` and `[B, N]`, 0..1, or -1 for rejected candidates and in results padding.
-        groups: classes or levels, int64 `[B, N]`, from 0.
+    NMS is within groups, labels or levels.
     """
     num_candidates = scores.shape[1]
     valid = scores >= 0

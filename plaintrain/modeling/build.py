@@ -86,8 +86,8 @@ def build_model(cfg: CfgNode) -> nn.Module:
 def compile_submodules(model: nn.Module, backend: str | Callable = "inductor") -> None:
     """Compile backbone, FPN and heads in place, each when it is first called.
 
-    Image sizes and numbers of boxes are dynamic. Anchors, proposals and sampling stay eager, and so do copies
-    of the model. Modules that fail to compile run eagerly, with a warning.
+    Image sizes and numbers of boxes are dynamic. The rest of the model stays eager, and so do copies of it.
+    Modules that fail to compile run eagerly, with a warning.
     """
     # These imports take seconds.
     from torch._dynamo import config

@@ -12,7 +12,7 @@ from torchvision.ops import clip_boxes_to_image
 from plaintrain.config import CfgNode
 from plaintrain.modeling.anchors import LOW_PRECISION, CachedAnchorGenerator, DefaultAnchorGenerator
 from plaintrain.modeling.backbones import Backbone
-from plaintrain.modeling.matching import pad_targets
+from plaintrain.modeling.matching import Targets, pad_targets
 from plaintrain.modeling.postprocess import clip_boxes, select_best
 from plaintrain.structures import BoxMasks
 from plaintrain.utils.errors import UserError
@@ -82,9 +82,7 @@ def build_anchor_generator(cfg: CfgNode, backbone: Backbone) -> CachedAnchorGene
     return CachedAnchorGenerator(sizes, aspect_ratios)
 
 
-def get_targets(
-    samples: list[dict[str, Any]], device: torch.device, label_offset: int = 0
-) -> list[dict[str, Tensor]]:
+def get_targets(samples: list[dict[str, Any]], device: torch.device, label_offset: int = 0) -> Targets:
     """Return the targets of samples on a device; `label_offset` makes room for a background class."""
     # Boxes are checked on the host, without a device sync.
     boxes = torch.cat([sample["target"]["boxes"] for sample in samples])
@@ -154,10 +152,7 @@ def scale_to_original_size(
 ) -> list[dict[str, Any]]:
     """Scale detections from each sample's image to its original `height` and `width`.
 
-    Args:
-        detections: boxes `[N, 4]`, and if present masks `[N, 1, M, M]` and keypoints `[N, Kp, 3]`.
-        paste: paste masks to bool `[N, height, width]`; otherwise they are `BoxMasks`.
-        aligned: see `BoxMasks`.
+    Masks `[N, 1, M, M]` become `BoxMasks`, or with `paste` bool `[N, height, width]`.
     """
     results = []
     for detection, sample in zip(detections, samples, strict=True):

@@ -63,14 +63,12 @@ def match_centers(
 ) -> list[Tensor]:
     """Match each location with the smallest ground-truth box near whose center it lies, as torchvision.
 
-    A level takes the boxes whose farthest edge is 4 to 8 strides away; the finest level also all nearer ones,
-    the coarsest all farther ones.
+    The farthest edge must be 4 to 8 strides away; less on the finest level, more on the coarsest. `radius` is
+    the largest distance to the center along x and y, in strides.
 
     Args:
         gt_boxes, valid: as in `match_boxes`.
-        anchors: `[N, 4]`, the square of its level's stride around each location.
-        num_anchors: per level, finest first.
-        radius: largest distance to a center along x and y, in strides.
+        anchors: `[N, 4]`, squares of a stride, with their number per level, finest first.
 
     Returns:
         matched_idxs and the bool mask foreground, `[B, N]`.

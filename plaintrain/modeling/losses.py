@@ -20,7 +20,7 @@ def compute_prior_bias(probability: float) -> float:
 class _NegativeLoss(torch.autograd.Function):
     """Focal loss of negatives, sigmoid(x) ** gamma * softplus(x), summed over the last dimension.
 
-    Saves one tensor for the backward pass, the derivative, where autograd would save four.
+    It saves one tensor for the backward pass where autograd would save four.
     """
 
     @staticmethod
@@ -39,12 +39,7 @@ class _NegativeLoss(torch.autograd.Function):
 
 
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Compute torchvision's `sigmoid_focal_loss`, summed over the classes of each anchor, `[B, N]`.
-
-    Args:
-        logits: float32 `[B, N, K]`.
-        labels: `[B, N]` in 0..K-1, or -1 for background.
-    """
+    """Compute torchvision's `sigmoid_focal_loss` of each anchor, `[B, N]`; background has the label -1."""
     pos_weight, neg_weight = (alpha, 1 - alpha) if alpha >= 0 else (1, 1)
     x = logits.gather(2, labels.clamp(min=0)[..., None])
     correction = pos_weight * _NegativeLoss.apply(-x, gamma) - neg_weight * _NegativeLoss.apply(x, gamma)
@@ -80,12 +75,9 @@ class BoxLoss(NamedTuple):
 def compute_box_losses(
     box_loss: BoxLoss, box_coder: BoxCoder, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, fg_mask: Tensor
 ) -> Tensor:
-    """Return the weighted box losses, `[B, S]`, 0 outside `fg_mask`.
+    """Return the weighted losses of predicted deltas `[B, S, 4]`, 0 outside `fg_mask`.
 
-    Args:
-        deltas: predicted, float32 `[B, S, 4]`.
-        anchors: anchors or proposals, `[B, S, 4]`, or `[S, 4]` for all images.
-        gt_boxes: the boxes matched to them, `[B, S, 4]`.
+    `anchors` (or proposals) are `[B, S, 4]`, or `[S, 4]` for all images.
     """
     if box_loss.loss_type == "giou":
         return box_loss.weight * giou_loss(decode(deltas, anchors, box_coder), gt_boxes, fg_mask)

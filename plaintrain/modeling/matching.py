@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher, SSDMatcher
 
+Targets = list[dict[str, Tensor]]
 # Pairs of a ground-truth box and a candidate compared at once: 64 MB per value of a pair.
 _MAX_PAIRS = 2**24
 
 
-def pad_targets(targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+def pad_targets(targets: Targets) -> tuple[Tensor, Tensor]:
     """Return padded boxes `[B, M, 4]` and labels `[B, M]`, M at least 1; the label of padding is -1."""
     boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True)
     labels = pad_sequence([target["labels"] for target in targets], batch_first=True, padding_value=-1)
@@ -36,10 +37,7 @@ def _pairwise_iou(boxes, candidates):
 def match_in_chunks(
     match: Callable[..., tuple[Tensor, ...]], gt_boxes: Tensor, valid: Tensor, candidates: Tensor
 ) -> list[Tensor]:
-    """Call `match` on chunks of images that bound its memory, and concatenate its results.
-
-    The other arguments are those of `match_boxes`, `valid` as `[B, M, 1]`.
-    """
+    """Call `match` on chunks of images that bound its memory; `valid` is `[B, M, 1]`."""
     chunk_size = max(1, _MAX_PAIRS // (gt_boxes.shape[1] * candidates.shape[1]))
     inputs = (gt_boxes, valid, candidates.expand(len(gt_boxes), -1, -1))
     matches = [match(*chunk) for chunk in zip(*(x.split(chunk_size) for x in inputs), strict=True)]
@@ -48,16 +46,14 @@ def match_in_chunks(
 
 @torch.no_grad()
 def match_boxes(gt_boxes: Tensor, valid: Tensor, candidates: Tensor, matcher: Matcher) -> list[Tensor]:
-    """Match each candidate with the ground-truth box that it overlaps most, as torchvision's matchers do.
+    """Match candidates with ground-truth boxes by IoU as torchvision's matchers.
 
     Args:
-        gt_boxes: `[B, M, 4]`.
-        valid: bool `[B, M]`, False for padding.
+        gt_boxes, valid: `[B, M, 4]`, and bool `[B, M]`, False for padding.
         candidates: `[B, N, 4]`, or `[1, N, 4]` for all images.
 
     Returns:
-        matched_idxs `[B, N]`, and the bool masks foreground and background, `[B, N]`. An image without
-        ground truth is all background.
+        matched_idxs `[B, N]`, and the bool masks foreground and background, `[B, N]`.
     """
 
     def match(gt_boxes, valid, candidates):
@@ -83,9 +79,7 @@ def match_boxes(gt_boxes: Tensor, valid: Tensor, candidates: Tensor, matcher: Ma
 def sample_matches(
     foreground: Tensor, background: Tensor, sampler: BalancedPositiveNegativeSampler
 ) -> tuple[Tensor, Tensor]:
-    """Sample candidates at random, with the settings of torchvision's sampler.
-
-    The number of random draws depends on shapes alone.
+    """Sample candidates as torchvision's sampler, with random draws that depend on shapes alone.
 
     Returns:
         Indices `[B, S]`, foreground first, and bool `[B, S]`, False for padding.

@@ -8,6 +8,10 @@ from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign, box_area, roi_align
 from torchvision.ops.poolers import _convert_to_roi_format
 
+Features = dict[str, Tensor]
+# [n, 4] per image, or [B, P, 4].
+Boxes = list[Tensor] | Tensor
+
 
 def _uses_embedding_bag(features, sampling_ratio):
     # torchvision's CPU operator loops over channels: 5 times slower forward, 10 times backward. An
@@ -17,7 +21,7 @@ def _uses_embedding_bag(features, sampling_ratio):
 
 
 def _convert_to_rois(boxes):
-    """Convert boxes, `[n, 4]` per image or `[B, P, 4]`, to rows (batch index, x0, y0, x1, y1)."""
+    """Convert boxes to rows (batch index, x0, y0, x1, y1)."""
     if not isinstance(boxes, Tensor):
         return _convert_to_roi_format(boxes)
     batch_idxs = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)
@@ -25,14 +29,9 @@ def _convert_to_rois(boxes):
 
 
 def _compute_samples(starts, sides, num_bins, ratio, extent):
-    """Return the locations next to each bin's samples along one axis, and their bilinear weights.
+    """Return the locations next to each bin's samples along one axis, and weights, `[K, bins, 2 * ratio]`.
 
-    Args:
-        starts, sides, extent: of the boxes and of their feature maps, in locations, `[K]`.
-        ratio: samples per bin.
-
-    Returns:
-        int64 in 0..extent - 1 and float32 in 0..1, both `[K, num_bins, 2 * ratio]`.
+    Boxes (starts, sides) and feature maps (extent) are in locations, `[K]`; `ratio` is samples per bin.
     """
     step = (sides / num_bins)[:, None, None]
     extent = extent[:, None, None]
@@ -52,10 +51,7 @@ def _compute_samples(starts, sides, num_bins, ratio, extent):
 
 
 class RoIAlign(MultiScaleRoIAlign):
-    """RoIAlign of each box on the level of its size, with one device sync for all levels.
-
-    Scales are those of the backbone's strides; none is inferred from a batch.
-    """
+    """RoIAlign of each box on the level of its size, with one device sync for all levels."""
 
     def __init__(
         self,
@@ -71,10 +67,8 @@ class RoIAlign(MultiScaleRoIAlign):
         self.scales = [1 / stride for stride in strides]
         self.aligned = aligned
 
-    def forward(
-        self, x: dict[str, Tensor], boxes: list[Tensor] | Tensor, image_shapes: object = None
-    ) -> Tensor:
-        """Pool boxes, `[n, 4]` per image or `[B, P, 4]`, to `[K, C, *output_size]`."""
+    def forward(self, x: Features, boxes: Boxes, image_shapes: object = None) -> Tensor:
+        """Pool boxes to `[K, C, *output_size]`."""
         rois = _convert_to_rois(boxes)
         features = [x[name] for name in self.featmap_names]
         # NaN boxes have no level.

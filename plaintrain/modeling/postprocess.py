@@ -11,6 +11,9 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from plaintrain.modeling.matching import gather_rows
 
+# (height, width) of each image, or one for all.
+Sizes = list[tuple[int, int]]
+
 
 def select_best(
     boxes: Tensor, scores: Tensor, labels: Tensor, nms_thresh: float, topk: int
@@ -27,8 +30,8 @@ def select_best(
     return detections
 
 
-def clip_boxes(boxes: Tensor, image_sizes: list[tuple[int, int]]) -> Tensor:
-    """Clip boxes `[B, ..., 4]` to the (height, width) of each image; a single size is for all."""
+def clip_boxes(boxes: Tensor, image_sizes: Sizes) -> Tensor:
+    """Clip boxes `[B, ..., 4]` to the images."""
     if len(image_sizes) == 1:
         return clip_boxes_to_image(boxes, image_sizes[0])
     return torch.stack([clip_boxes_to_image(b, size) for b, size in zip(boxes, image_sizes, strict=True)])
@@ -63,10 +66,7 @@ def select_topk_per_class(
 
 
 def heatmaps_to_keypoints(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Return torchvision's keypoints, the maximum of each heatmap resized to its box, with one device sync.
-
-    From maps `[N, Kp, M, M]` and boxes `[N, 4]` to (x, y, score), `[N, Kp, 3]`.
-    """
+    """Return keypoints (x, y, score) `[N, Kp, 3]` of maps `[N, Kp, M, M]`, with one device sync."""
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     num_keypoints = maps.shape[1]
     if not len(maps):

@@ -6,8 +6,16 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_inference
 
 from plaintrain.modeling.losses import BoxLoss, compute_box_losses
-from plaintrain.modeling.matching import decode, gather_rows, match_boxes, pad_targets, sample_matches
-from plaintrain.modeling.postprocess import are_large, clip_boxes, heatmaps_to_keypoints, select_best
+from plaintrain.modeling.matching import (
+    Targets,
+    decode,
+    gather_rows,
+    match_boxes,
+    pad_targets,
+    sample_matches,
+)
+from plaintrain.modeling.poolers import Boxes, Features
+from plaintrain.modeling.postprocess import Sizes, are_large, clip_boxes, heatmaps_to_keypoints, select_best
 from plaintrain.structures import sample_masks
 
 # Label of padding, cross_entropy's ignore_index.
@@ -26,10 +34,10 @@ class BatchedRoIHeads(RoIHeads):
 
     def forward(
         self,
-        features: dict[str, Tensor],
+        features: Features,
         proposals: tuple[Tensor, Tensor],
-        image_shapes: list[tuple[int, int]],
-        targets: list[dict[str, Tensor]] | None = None,
+        image_shapes: Sizes,
+        targets: Targets | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Return detections, with labels from 0, and losses, as torchvision."""
         if not self.training:
@@ -62,27 +70,18 @@ class BatchedRoIHeads(RoIHeads):
     def _predict_mask_logits(self, features, boxes):
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes)))
 
-    def predict_masks(
-        self, features: dict[str, Tensor], boxes: list[Tensor] | Tensor, labels: list[Tensor]
-    ) -> list[Tensor]:
+    def predict_masks(self, features: Features, boxes: Boxes, labels: list[Tensor]) -> list[Tensor]:
         """Return mask probabilities, float32 `[N, 1, M, M]` per image; labels are from 0."""
         return maskrcnn_inference(self._predict_mask_logits(features, boxes), [label + 1 for label in labels])
 
-    def predict_heatmaps(self, features: dict[str, Tensor], boxes: list[Tensor] | Tensor) -> Tensor:
+    def predict_heatmaps(self, features: Features, boxes: Boxes) -> Tensor:
         """Return the keypoint heatmaps of all boxes, `[N, Kp, M, M]`."""
         return self.keypoint_predictor(self.keypoint_head(self.keypoint_roi_pool(features, boxes)))
 
     def find_candidates(
-        self,
-        features: dict[str, Tensor],
-        proposals: Tensor,
-        scores: Tensor,
-        image_sizes: list[tuple[int, int]],
+        self, features: Features, proposals: Tensor, scores: Tensor, image_sizes: Sizes
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return boxes, scores (-1 for rejected) and labels of each class in each proposal, before NMS.
-
-        `proposals` and `scores` are those of `BatchedRPN`; `image_sizes` is as in `clip_boxes`.
-        """
+        """Return boxes, scores (-1 for rejected) and labels of each class in the proposals, before NMS."""
         logits, deltas = self._predict_boxes(features, proposals)
         num_classes = logits.shape[1] - 1
         deltas = deltas.view(*scores.shape, num_classes + 1, 4)[:, :, 1:]

@@ -12,8 +12,16 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from plaintrain.modeling.detector import cast_outputs_to_float32
 from plaintrain.modeling.losses import BoxLoss, compute_box_losses
-from plaintrain.modeling.matching import decode, gather_rows, match_boxes, pad_targets, sample_matches
-from plaintrain.modeling.postprocess import are_large, clip_boxes, select_topk_per_level
+from plaintrain.modeling.matching import (
+    Targets,
+    decode,
+    gather_rows,
+    match_boxes,
+    pad_targets,
+    sample_matches,
+)
+from plaintrain.modeling.poolers import Features
+from plaintrain.modeling.postprocess import Sizes, are_large, clip_boxes, select_topk_per_level
 
 # Modules of torchvision's head with one convolution.
 _PLAIN_HEAD = [RPNHead, nn.Sequential, Conv2dNormActivation, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Conv2d]
@@ -54,23 +62,15 @@ class BatchedRPN(RegionProposalNetwork):
     normalizer = "sampled"
 
     def forward(
-        self,
-        images: ImageList,
-        features: dict[str, Tensor],
-        targets: list[dict[str, Tensor]] | None = None,
-        propose: bool = True,
+        self, images: ImageList, features: Features, targets: Targets | None = None, propose: bool = True
     ) -> tuple[tuple[Tensor, Tensor] | None, dict[str, Tensor]]:
-        """Return proposals, if `propose`, and losses, in training.
-
-        Proposals are boxes `[B, P, 4]` and scores `[B, P]`, descending, -1 for padding.
-        """
+        """Return proposals, boxes `[B, P, 4]` and descending scores `[B, P]` (-1 for padding), and losses."""
         maps = list(features.values())
         anchors = self.anchor_generator(images, maps)[0]
         losses = {}
         predictions = None
         if self.training:
-            # The losses need few locations; convolving all of them would cost a seventh of a step, most of
-            # it in the backward pass.
+            # A plain head is applied to sampled locations only; all would cost a seventh of a step.
             predictions = None if _is_plain(self.head) else self.predict(maps)
             losses = self._compute_losses(maps, anchors, targets, predictions)
         if not propose:
@@ -96,10 +96,8 @@ class BatchedRPN(RegionProposalNetwork):
         gt_boxes = gather_rows(boxes, gather_rows(matched_idxs, sampled_idxs))
         anchors = anchors[sampled_idxs]
         loss_box = compute_box_losses(self.box_loss, self.box_coder, deltas, anchors, gt_boxes, foreground)
-        dtype = objectness.dtype
-        loss = F.binary_cross_entropy_with_logits(
-            objectness, foreground.to(dtype), valid.to(dtype), reduction="sum"
-        )
+        labels = foreground.to(objectness.dtype)
+        loss = F.binary_cross_entropy_with_logits(objectness, labels, valid.to(labels.dtype), reduction="sum")
         weight = self.loss_weight / normalizer
         return {"loss_rpn_cls": loss * weight, "loss_rpn_loc": loss_box.sum() * weight}
 
@@ -131,17 +129,9 @@ class BatchedRPN(RegionProposalNetwork):
         return objectness.take_along_dim(anchor_idxs, dim=2)[..., 0], deltas[:, :, 0]
 
     def find_candidates(
-        self,
-        objectness: Tensor,
-        deltas: Tensor,
-        num_anchors: list[int],
-        anchors: Tensor,
-        image_sizes: list[tuple[int, int]],
+        self, objectness: Tensor, deltas: Tensor, num_anchors: list[int], anchors: Tensor, image_sizes: Sizes
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return boxes, scores (-1 for rejected) and levels of the top-k anchors of each level, before NMS.
-
-        The first three arguments are the results of `predict`; `image_sizes` is as in `clip_boxes`.
-        """
+        """Return boxes, scores (-1 for rejected) and levels of each level's top-k anchors, before NMS."""
         idxs, levels = select_topk_per_level(objectness, num_anchors, self.pre_nms_top_n())
         boxes = clip_boxes(decode(gather_rows(deltas, idxs), anchors[idxs], self.box_coder), image_sizes)
         scores = gather_rows(objectness, idxs).sigmoid()

@@ -116,9 +116,8 @@ def _to_view(boxes, sample):
     """Map boxes from the original image to a view."""
     boxes = _flip_boxes(boxes, sample["width"]) if sample["flipped"] else boxes
     height, width = sample["image"].shape[-2:]
-    x = width / sample["width"]
-    y = height / sample["height"]
-    return boxes * boxes.new_tensor([x, y, x, y])
+    scale = [width / sample["width"], height / sample["height"]]
+    return boxes * boxes.new_tensor(scale * 2)
 
 
 def build_tta(cfg: CfgNode, model: nn.Module) -> nn.Module:
