@@ -105,7 +105,7 @@ def write_onnx(program: ExportedProgram, path: str, metadata: dict[str, Any]) ->
             exported = torch.onnx.export(
                 program, dynamo=True, verbose=False, input_names=["images"], output_names=names
             )
-    except Exception as e:  # As above.
+    except Exception as e:  # So does torch.onnx.export.
         raise UserError(f"the model cannot be written as ONNX: {get_first_line(e)}") from e
     model = exported.model_proto  # type: ignore[union-attr]
     del model.graph.value_info[:]
@@ -197,11 +197,11 @@ def check_exported(
     for name, image in images:
         expected = compute_expected_detections(model, image)
         outputs = run(image[None])
-        n = int(outputs.pop("num_detections")[0])
-        detections = {key: value[0, :n] for key, value in outputs.items()}
+        num_detections = int(outputs.pop("num_detections")[0])
+        detections = {key: value[0, :num_detections] for key, value in outputs.items()}
         threshold = get_detection_settings(model).score_thresh
         # A full list of detections ends at its lowest score.
-        if 0 < n == outputs["scores"].shape[1]:
+        if 0 < num_detections == outputs["scores"].shape[1]:
             threshold = max(threshold, detections["scores"].min().item())
         results.append({"image": name, **compare_detections(detections, expected, threshold)})
     return results

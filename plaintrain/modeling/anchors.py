@@ -8,8 +8,8 @@ from torch.types import Device
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 
-_Level = Sequence[float]
-_PerLevel = Sequence[_Level]
+_Floats = Sequence[float]
+_FloatsPerLevel = Sequence[_Floats]
 # The dtypes of autocast.
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 # Number of padded image sizes in the cache; the anchors of a COCO image take 4 MB.
@@ -17,7 +17,7 @@ _CACHE_SIZE = 8
 
 
 class _AnchorCache:
-    """Mixin before a generator of torchvision: computes the anchors of each padded image size once."""
+    """Mixin that caches the anchors of a torchvision generator by padded image size."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -63,7 +63,9 @@ class DefaultAnchorGenerator(CachedAnchorGenerator):
     The order within a location is torchvision's: for each aspect ratio every size.
     """
 
-    def __init__(self, sizes: _PerLevel, aspect_ratios: _PerLevel, strides: list[int], offset: float = 0.0):
+    def __init__(
+        self, sizes: _FloatsPerLevel, aspect_ratios: _FloatsPerLevel, strides: list[int], offset: float = 0.0
+    ):
         """Initialize; `offset` shifts the centers by 0..1 strides."""
         super().__init__(sizes, aspect_ratios)
         self.strides = strides
@@ -71,8 +73,8 @@ class DefaultAnchorGenerator(CachedAnchorGenerator):
 
     def generate_anchors(
         self,
-        scales: _Level,
-        aspect_ratios: _Level,
+        scales: _Floats,
+        aspect_ratios: _Floats,
         dtype: torch.dtype = torch.float32,
         device: Device = "cpu",
     ) -> Tensor:

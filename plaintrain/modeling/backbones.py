@@ -29,10 +29,10 @@ SSDLITE_NORM = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
 
 
 class Backbone(nn.Module):
-    """Base of backbones; those of SSD have none of these attributes."""
+    """Base class of backbones; SSD uses none of these attributes."""
 
     out_channels: int
-    # Keys of the output, finest level first.
+    # Keys of the output and input pixels per location, finest level first.
     level_names: list[str]
     strides: list[int]
 
@@ -149,7 +149,7 @@ def _build_conv(in_channels, out_channels, stride, norm):
 class TinyBackbone(Backbone):
     """Small CNN to train from scratch on a CPU.
 
-    Each stage is two 3x3 convolutions, the first of stride 2; each level is one more, of a last stage.
+    Each stage has two 3x3 convolutions, the first of stride 2; output levels add one to the last stages.
     """
 
     def __init__(self, channels: list[int], out_channels: int, num_levels: int, norm: Norm | None):

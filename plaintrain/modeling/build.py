@@ -28,7 +28,7 @@ _COMPILED_MODULES = (
     "backbone", "head", "rpn.head", "roi_heads.box_head", "roi_heads.box_predictor", "roi_heads.mask_head",
     "roi_heads.mask_predictor", "roi_heads.keypoint_head", "roi_heads.keypoint_predictor",
 )  # fmt: skip
-# Training, validation losses and evaluation, with autocast and without.
+# A module has graphs for training, validation losses and evaluation, with and without autocast.
 _GRAPHS_PER_MODULE = 8
 
 

@@ -100,13 +100,13 @@ def get_targets(samples: list[dict[str, Any]], device: torch.device, label_offse
 
 
 class DenseDetector(nn.Module):
-    """Base before a one-stage detector of torchvision, to take samples, with few device syncs."""
+    """Mixin that makes a one-stage detector of torchvision take samples, with few device syncs."""
 
     # 1 where the head's label 0 is the background.
     label_offset = 0
     # False clips boxes after NMS and drops those outside the image, as Detectron2.
     clips_before_nms = True
-    # Arguments: outputs of the head, anchors [N, 4], anchors per level; the losses also take `pad_targets`.
+    # Both take the head's outputs, the anchors [N, 4] and their number per level; losses also padded targets.
     _compute_losses: Callable[..., dict[str, Tensor]]
     _decode_candidates: Callable[..., tuple[Tensor, Tensor, Tensor]]
     transform: Preprocess

@@ -63,8 +63,8 @@ def match_centers(
 ) -> list[Tensor]:
     """Match each location with the smallest ground-truth box near whose center it lies, as torchvision.
 
-    The farthest edge must be 4 to 8 strides away; less on the finest level, more on the coarsest. `radius` is
-    the largest distance to the center along x and y, in strides.
+    The farthest edge of the box must be 4 to 8 strides away, less on the finest level, more on the coarsest.
+    `radius` is the largest distance to the center along x and y, in strides.
 
     Args:
         gt_boxes, valid: as in `match_boxes`.
@@ -102,17 +102,18 @@ def build_fcos(cfg: CfgNode) -> FCOS:
     fcos = cfg.MODEL.FCOS
     if set(anchors.num_anchors_per_location()) != {1}:
         raise UserError(
-            "FCOS needs one anchor per location, of the level's stride: set MODEL.ANCHOR_GENERATOR.SIZES "
-            f"{[[stride] for stride in backbone.strides]} and ASPECT_RATIOS [[1.0]]"
+            "MODEL.ANCHOR_GENERATOR must have one anchor per location for FCOS: SIZES "
+            f"{[[stride] for stride in backbone.strides]} and ASPECT_RATIOS [[1.0]], got "
+            f"{anchors.sizes} and {anchors.aspect_ratios}"
         )
     if backbone.out_channels % _NUM_GROUPS:
         raise UserError(
-            f"the backbone's channels must be a multiple of {_NUM_GROUPS}, the GroupNorm groups of FCOS, got "
+            f"the backbone's output channels must be a multiple of {_NUM_GROUPS} for FCOS's GroupNorm, got "
             f"{backbone.out_channels}"
         )
     head = FCOSHead(backbone.out_channels, 1, fcos.NUM_CLASSES, fcos.NUM_CONVS)
     torch.nn.init.constant_(head.classification_head.cls_logits.bias, compute_prior_bias(fcos.PRIOR_PROB))
-    # From a bias of 0, training can push all box outputs below 0, where their ReLU has no gradient.
+    # With a bias of 0, random weights can make all box outputs negative, where their ReLU has no gradient.
     torch.nn.init.constant_(head.regression_head.bbox_reg.bias, 0.5)
     model = FCOS(
         backbone,

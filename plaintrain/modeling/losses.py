@@ -39,7 +39,10 @@ class _NegativeLoss(torch.autograd.Function):
 
 
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Compute torchvision's `sigmoid_focal_loss` of each anchor, `[B, N]`; background has the label -1."""
+    """Compute torchvision's `sigmoid_focal_loss` of logits `[B, N, K]`, summed to `[B, N]`.
+
+    Labels are 0 to K-1, or -1 for background.
+    """
     pos_weight, neg_weight = (alpha, 1 - alpha) if alpha >= 0 else (1, 1)
     x = logits.gather(2, labels.clamp(min=0)[..., None])
     correction = pos_weight * _NegativeLoss.apply(-x, gamma) - neg_weight * _NegativeLoss.apply(x, gamma)

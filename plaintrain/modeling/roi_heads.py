@@ -49,7 +49,7 @@ class BatchedRoIHeads(RoIHeads):
         boxes, matched_idxs, labels, gt_boxes = self._sample_proposals(proposals, scores, targets)
         losses = self._compute_box_losses(*self._predict_boxes(features, boxes), labels, boxes, gt_boxes)
         if self.has_mask() or self.has_keypoint():
-            # Foreground comes first.
+            # Foreground samples come first.
             counts = (labels > 0).sum(dim=1).tolist()  # device sync
             boxes = [b[:n] for b, n in zip(boxes, counts, strict=True)]
             matched_idxs = [idxs[:n] for idxs, n in zip(matched_idxs, counts, strict=True)]

@@ -75,7 +75,7 @@ class BatchedRPN(RegionProposalNetwork):
             losses = self._compute_losses(maps, anchors, targets, predictions)
         if not propose:
             return None, losses
-        # After the losses, because autocast caches a weight as it first casts it: with its gradient.
+        # Losses come first: autocast caches weights as first cast, and no_grad would detach them.
         with torch.no_grad():
             predictions = predictions or self.predict(maps)
             return self._propose(*self.find_candidates(*predictions, anchors, images.image_sizes)), losses

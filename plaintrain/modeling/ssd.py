@@ -51,7 +51,7 @@ class SSD(DenseDetector, _SSD):
 def mine_hard_negatives(loss: Tensor, foreground: Tensor, ratio: float) -> Tensor:
     """Return the losses `[B, N]` of foreground anchors and of the hardest negatives, `ratio` per foreground.
 
-    As in torchvision, foreground anchors fill up for missing negatives, and so count twice.
+    Where negatives are too few, foreground anchors count twice, as in torchvision.
     """
     order = loss.detach().masked_fill(foreground, -float("inf")).argsort(dim=1, descending=True)
     num_negatives = ratio * foreground.sum(dim=1, keepdim=True)

@@ -26,8 +26,8 @@ class DetectorWithTTA(nn.Module):
     of a `GeneralizedRCNN` are the mean of its predictions for the merged boxes in all views. Keypoints, and
     masks of other detectors, are those of the detection's view.
 
-    Even for one view, it drops more boxes than the NMS by level of `ProposalNetwork`, and than that of
-    `RetinaNet` with `DefaultAnchorGenerator`, which precedes clipping.
+    Even for one view, NMS by class drops more boxes than the NMS by level of `ProposalNetwork`, and than that
+    of `RetinaNet` with `DefaultAnchorGenerator`, which precedes clipping.
     """
 
     # False returns the masks of a `GeneralizedRCNN` as `BoxMasks`.
