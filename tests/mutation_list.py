@@ -210,10 +210,7 @@ MUTATIONS = {
         ('bool(a.get("difficult", 0) or a.get("iscrowd", 0))', 'bool(a.get("difficult", 0))'),
     ],
     "plaintrain/export/export.py": [
-        (
-            'distances.masked_fill(detections["labels"][:, None] != expected["labels"], float("inf"))',
-            "distances",
-        ),
+        ('.masked_fill(detections["labels"][:, None] != expected["labels"], float("inf"))', ""),
     ],
     "plaintrain/engine/distributed_env.py": [
         ("[int(count)] * int(times or 1)", "[int(count)]"),

@@ -116,7 +116,7 @@ def write_onnx(program: ExportedProgram, path: str, metadata: dict[str, Any]) ->
 
 
 def _name_dims(values, names):
-    """Name dynamic dimensions, in place of the exporter's expressions."""
+    """Replace the exporter's expressions for dynamic dimensions by names."""
     for value in values:
         for i, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param and i in names:
