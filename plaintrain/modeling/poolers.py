@@ -41,7 +41,7 @@ def _compute_samples(starts, sides, num_bins, ratio, extent):
         + torch.arange(num_bins)[:, None] * step
         + (torch.arange(ratio) + 0.5) * step / ratio
     )
-    # Up to one location outside counts as the edge, the rest as 0.
+    # Samples up to one location outside are clamped to the edge, others count as 0.
     inside = (samples >= -1) & (samples <= extent)
     samples = torch.minimum(samples.clamp(min=0), extent - 1).masked_fill(~inside, 0)
     low = samples.floor()

@@ -66,7 +66,7 @@ def select_topk_per_class(
 
 
 def heatmaps_to_keypoints(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Return keypoints (x, y, score) `[N, Kp, 3]` of maps `[N, Kp, M, M]`, with one device sync."""
+    """Return keypoints (x, y, score), `[N, Kp, 3]`, of maps `[N, Kp, M, M]` as torchvision; one device sync."""
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     num_keypoints = maps.shape[1]
     if not len(maps):
@@ -78,8 +78,8 @@ def heatmaps_to_keypoints(maps: Tensor, boxes: Tensor) -> Tensor:
         flat = resized.view(num_keypoints, -1)
         idxs.append(flat.argmax(dim=1))
         scores.append(flat.gather(1, idxs[-1][:, None])[:, 0])
-    cell = torch.stack(idxs)
+    max_idxs = torch.stack(idxs)
     widths = sides[:, :1].ceil().long()
-    cells = torch.stack([cell % widths, cell.div(widths, rounding_mode="floor")], dim=-1)
+    cells = torch.stack([max_idxs % widths, max_idxs.div(widths, rounding_mode="floor")], dim=-1)
     points = (cells + 0.5) * (sides / sides.ceil())[:, None] + boxes[:, None, :2]
     return torch.cat([points, torch.stack(scores)[..., None]], dim=-1).float()

@@ -30,7 +30,7 @@ class RetinaNet(DenseDetector, _RetinaNet):
         deltas = outputs["bbox_regression"]
         gt_boxes = gather_rows(boxes, matched_idxs)
         loss_box = compute_box_losses(self.box_loss, self.box_coder, deltas, anchors, gt_boxes, foreground)
-        # torchvision normalizes the losses image by image.
+        # As in torchvision, the foreground of each image divides its own losses.
         return {
             "loss_cls": (loss / num_foreground).mean(),
             "loss_box_reg": (loss_box.sum(dim=1) / num_foreground).mean(),

@@ -1,6 +1,4 @@
-"""SSD (https://arxiv.org/abs/1512.02325) and SSDlite (https://arxiv.org/abs/1801.04381) on
-torchvision's implementation.
-"""
+"""SSD (https://arxiv.org/abs/1512.02325) and SSDlite (https://arxiv.org/abs/1801.04381), of torchvision."""
 
 import torch
 import torch.nn.functional as F
