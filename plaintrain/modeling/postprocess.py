@@ -66,7 +66,7 @@ def select_topk_per_class(
 
 
 def heatmaps_to_keypoints(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Return torchvision's keypoints (x, y, score), `[N, Kp, 3]`, of maps `[N, Kp, M, M]`; one device sync."""
+    """Return keypoints (x, y, score), `[N, Kp, 3]`, from maps `[N, Kp, M, M]`, by one device sync."""
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     num_keypoints = maps.shape[1]
     if not len(maps):
