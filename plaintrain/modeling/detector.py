@@ -12,7 +12,8 @@ from torchvision.ops import clip_boxes_to_image
 from plaintrain.config import CfgNode
 from plaintrain.modeling.anchors import LOW_PRECISION, CachedAnchorGenerator, DefaultAnchorGenerator
 from plaintrain.modeling.backbones import Backbone
-from plaintrain.modeling.matching import Targets, pad_targets
+from plaintrain.modeling.matching import pad_targets
+from plaintrain.modeling.poolers import Targets
 from plaintrain.modeling.postprocess import clip_boxes, select_best
 from plaintrain.structures import BoxMasks
 from plaintrain.utils.errors import UserError

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher, SSDMatcher
 
-Targets = list[dict[str, Tensor]]
 # Pairs of a ground-truth box and a candidate compared at once: 64 MB per value of a pair.
 _MAX_PAIRS = 2**24
 
 
-def pad_targets(targets: Targets) -> tuple[Tensor, Tensor]:
+def pad_targets(targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return padded boxes `[B, M, 4]` and labels `[B, M]`, M at least 1; the label of padding is -1."""
     boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True)
     labels = pad_sequence([target["labels"] for target in targets], batch_first=True, padding_value=-1)

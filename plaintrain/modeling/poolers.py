@@ -8,7 +8,9 @@ from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign, box_area, roi_align
 from torchvision.ops.poolers import _convert_to_roi_format
 
+# Argument types of torchvision's heads.
 Features = dict[str, Tensor]
+Targets = list[dict[str, Tensor]]
 # [n, 4] per image, or [B, P, 4].
 Boxes = list[Tensor] | Tensor
 

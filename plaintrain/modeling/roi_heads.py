@@ -6,15 +6,8 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_inference
 
 from plaintrain.modeling.losses import BoxLoss, compute_box_losses
-from plaintrain.modeling.matching import (
-    Targets,
-    decode,
-    gather_rows,
-    match_boxes,
-    pad_targets,
-    sample_matches,
-)
-from plaintrain.modeling.poolers import Boxes, Features
+from plaintrain.modeling.matching import decode, gather_rows, match_boxes, pad_targets, sample_matches
+from plaintrain.modeling.poolers import Boxes, Features, Targets
 from plaintrain.modeling.postprocess import Sizes, are_large, clip_boxes, heatmaps_to_keypoints, select_best
 from plaintrain.structures import sample_masks
 

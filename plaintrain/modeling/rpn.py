@@ -12,15 +12,8 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from plaintrain.modeling.detector import cast_outputs_to_float32
 from plaintrain.modeling.losses import BoxLoss, compute_box_losses
-from plaintrain.modeling.matching import (
-    Targets,
-    decode,
-    gather_rows,
-    match_boxes,
-    pad_targets,
-    sample_matches,
-)
-from plaintrain.modeling.poolers import Features
+from plaintrain.modeling.matching import decode, gather_rows, match_boxes, pad_targets, sample_matches
+from plaintrain.modeling.poolers import Features, Targets
 from plaintrain.modeling.postprocess import Sizes, are_large, clip_boxes, select_topk_per_level
 
 # Modules of torchvision's head with one convolution.

@@ -62,19 +62,16 @@ class DetectorWithTTA(nn.Module):
     def _add_masks(self, model, results, views):
         """Add the mean of the masks that the mask head predicts for the merged boxes in each view."""
         labels = [result["labels"] for result in results]
-        probabilities = []
+        all_masks = []
         for view in views:
             boxes = [_to_view(result["boxes"], sample) for result, sample in zip(results, view, strict=True)]
             images, _ = model.transform([sample["image"] for sample in view])
             masks = model.roi_heads.predict_masks(model.backbone(images.tensors), boxes, labels)
-            probabilities.append(
-                [m.flip(-1) if s["flipped"] else m for m, s in zip(masks, view, strict=True)]
-            )
-        for result, sample, masks in zip(results, views[0], zip(*probabilities, strict=True), strict=True):
+            all_masks.append([m.flip(-1) if s["flipped"] else m for m, s in zip(masks, view, strict=True)])
+        for result, sample, masks in zip(results, views[0], zip(*all_masks, strict=True), strict=True):
             mean = torch.stack(masks).mean(dim=0)
-            box_masks = BoxMasks(
-                mean, result["boxes"], sample["height"], sample["width"], model.masks_aligned
-            )
+            size = (sample["height"], sample["width"])
+            box_masks = BoxMasks(mean, result["boxes"], *size, model.masks_aligned)
             result["masks"] = box_masks.paste() if self.pastes_masks else box_masks
 
 
