@@ -79,7 +79,7 @@ def match_centers(
     min_reach[: num_anchors[0]].zero_()
     max_reach[-num_anchors[-1] :].fill_(float("inf"))
 
-    def match(gt_boxes, valid, anchors):
+    def _match(gt_boxes, valid, anchors):
         both = (anchors[:, None], gt_boxes[:, :, None])
         (x, y), (u, v) = (((b[..., :2] + b[..., 2:]) / 2).unbind(-1) for b in both)
         x0, y0, x1, y1 = gt_boxes[:, :, None].unbind(-1)
@@ -92,7 +92,7 @@ def match_centers(
         value, matched_idxs = (inside * (1e8 - (x1 - x0) * (y1 - y0))).max(dim=1)
         return matched_idxs, value >= 1e-5
 
-    return match_in_chunks(match, gt_boxes, valid[:, :, None], anchors[None])
+    return match_in_chunks(_match, gt_boxes, valid[:, :, None], anchors[None])
 
 
 def build_fcos(cfg: CfgNode) -> FCOS:

@@ -55,7 +55,7 @@ def match_boxes(gt_boxes: Tensor, valid: Tensor, candidates: Tensor, matcher: Ma
         matched_idxs `[B, N]`, and the bool masks foreground and background, `[B, N]`.
     """
 
-    def match(gt_boxes, valid, candidates):
+    def _match(gt_boxes, valid, candidates):
         iou = _pairwise_iou(gt_boxes, candidates).masked_fill_(~valid, -1)
         max_iou, matched_idxs = iou.max(dim=1)
         foreground = max_iou >= matcher.high_threshold
@@ -71,7 +71,7 @@ def match_boxes(gt_boxes: Tensor, valid: Tensor, candidates: Tensor, matcher: Ma
             matched_idxs = forced_idxs.where(forced_idxs >= 0, matched_idxs)
         return matched_idxs, foreground, background & ~foreground
 
-    return match_in_chunks(match, gt_boxes, valid[:, :, None], candidates)
+    return match_in_chunks(_match, gt_boxes, valid[:, :, None], candidates)
 
 
 @torch.no_grad()
