@@ -49,9 +49,9 @@ from plaintrain.evaluation.evaluator import format_table
 from plaintrain.export.export import (
     FORMATS,
     check_exported,
-    check_images,
     describe,
     is_fixed,
+    load_images,
     open_exported,
     trace,
     write_onnx,
@@ -124,7 +124,7 @@ def main(args):
             require(module, "ONNX", "export")
     predictor = load_predictor(args)
     declare_datasets(predictor.cfg)
-    images = check_images(predictor.cfg, args.check, args.images) if args.check else []
+    images = load_images(predictor.cfg, args.check, args.images) if args.check else []
     stem, ending = os.path.splitext(path)
     unchecked = f"{stem}.unchecked{ending}"
     metadata = write_exported(predictor, form, unchecked)

@@ -210,7 +210,7 @@ MUTATIONS = {
         ('bool(a.get("difficult") or a.get("iscrowd"))', 'bool(a.get("difficult"))'),
     ],
     "plaintrain/export/export.py": [
-        ('far.masked_fill(found["labels"][:, None] != expected["labels"], float("inf"))', "far"),
+        ('.masked_fill(detections["labels"][:, None] != expected["labels"], float("inf"))', ""),
     ],
     "plaintrain/engine/distributed_env.py": [
         ("[int(count)] * int(times or 1)", "[int(count)]"),
@@ -222,52 +222,52 @@ MUTATIONS = {
     "plaintrain/modeling/backbones.py": [
         ("norm.bias - norm.running_mean * scale", "norm.bias + norm.running_mean * scale"),
         ("for stage in stages[:freeze_at]:", "for stage in stages[: max(0, freeze_at - 1)]:"),
-        ("stage[0].conv2.stride = (2, 2), (1, 1)", "stage[0].conv2.stride = (1, 1), (2, 2)"),
+        ("stage[0].conv2.stride = (1, 1)", "stage[0].conv2.stride = (2, 2)"),
     ],
     "plaintrain/modeling/detector.py": [
         ('["width"] / width, sample["height"] / height', '["height"] / height, sample["width"] / width'),
-        ("-math.log((1 - probability) / probability)", "math.log((1 - probability) / probability)"),
         ("backbone.strides, offset)", "backbone.strides)"),
         ("(boxes[:, 2:] <= boxes[:, :2])", "(boxes[:, 2:] < boxes[:, :2])"),
     ],
     "plaintrain/modeling/fcos.py": [
-        ("< radius * sizes", "< 1.5 * sizes"),
+        ("< radius * strides", "< 1.5 * strides"),
         ("1e8 - (x1 - x0) * (y1 - y0)", "1e8 + (x1 - x0) * (y1 - y0)"),
     ],
     "plaintrain/export/graph.py": [
         ("images.flip(1) if transform.bgr else images", "images"),
     ],
     "plaintrain/modeling/losses.py": [
+        ("-math.log((1 - probability) / probability)", "math.log((1 - probability) / probability)"),
         (".mul_(gamma).add_(p).mul_(factor)", ".mul_(gamma).mul_(factor)"),
-        ("return recipe.weight * losses", "return losses"),
-        ("priors, coder.weights).view_as", "priors, (1.0, 1.0, 1.0, 1.0)).view_as"),
+        ("return box_loss.weight * losses", "return losses"),
+        ("anchors, box_coder.weights).view_as", "anchors, (1.0, 1.0, 1.0, 1.0)).view_as"),
     ],
     "plaintrain/modeling/matching.py": [
-        ("((iou == iou.amax(dim=2, keepdim=True)) & exists)", "(iou == iou.amax(dim=2, keepdim=True))"),
-        (".clamp(max=coder.bbox_xform_clip)", ""),
-        ("(keys + 2 * matched)", "keys"),
+        ("((iou == iou.amax(dim=2, keepdim=True)) & valid)", "(iou == iou.amax(dim=2, keepdim=True))"),
+        (".clamp(max=box_coder.bbox_xform_clip)", ""),
+        ("(keys + 2 * foreground)", "keys"),
     ],
     "plaintrain/modeling/poolers.py": [
         ("torch.log2(relative + 1e-8)", "torch.log2(relative + 1e-8) - 1"),
         ("[1 / stride for stride in strides]", "[1 / strides[0] for stride in strides]"),
     ],
     "plaintrain/modeling/postprocess.py": [
-        ("torch.full_like(index[-1], i)", "torch.full_like(index[-1], 0)"),
+        ("torch.full_like(idxs[-1], i)", "torch.full_like(idxs[-1], 0)"),
         ("batched_nms(b, s, k, nms_thresh)", "batched_nms(b, s, torch.zeros_like(k), nms_thresh)"),
     ],
     "plaintrain/modeling/retinanet.py": [
-        ("loss.masked_fill(~(matched | background), 0).sum(dim=1)", "loss.sum(dim=1)"),
+        ("loss.masked_fill(~(foreground | background), 0).sum(dim=1)", "loss.sum(dim=1)"),
     ],
     "plaintrain/modeling/roi_heads.py": [
-        ("deltas, boxes, objects, labels > 0)", "deltas, boxes, objects, labels >= 0)"),
-        ("[part + 1 for part in labels]", "labels"),
+        ("deltas, boxes, gt_boxes, labels > 0)", "deltas, boxes, gt_boxes, labels >= 0)"),
+        ("[label + 1 for label in labels]", "labels"),
         ("loss * self.keypoint_loss_weight", "loss"),
-        (".masked_fill(~matched, 0).masked_fill(~exists, _IGNORED)", ".masked_fill(~matched, 0)"),
+        (".masked_fill(~foreground, 0).masked_fill(~valid, _IGNORED)", ".masked_fill(~foreground, 0)"),
     ],
     "plaintrain/modeling/rpn.py": [
-        ("weight = self.loss_weight / number", "weight = 1 / number"),
-        ("batch_size_per_image * len(exists)", "batch_size_per_image"),
-        ("(1, 1, 1, 1), value=number)", "(1, 1, 1, 1), value=0)"),
+        ("weight = self.loss_weight / normalizer", "weight = 1 / normalizer"),
+        ("batch_size_per_image * len(valid)", "batch_size_per_image"),
+        ("(1, 1, 1, 1), value=num_locations)", "(1, 1, 1, 1), value=0)"),
     ],
     "plaintrain/modeling/tta.py": [
         ('detection["keypoints"][:, list(order)]', 'detection["keypoints"]'),

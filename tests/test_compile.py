@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.modeling.backbones import fold_frozen_norms
-from plaintrain.modeling.build import compile_parts
+from plaintrain.modeling.build import compile_submodules
 
 LAST = ("MODEL.CHANNELS_LAST", True)
 
@@ -64,7 +64,7 @@ def make_backend():
 @pytest.mark.long
 def test_a_compiled_model_gives_the_same_under_the_same_names(name, most, caplog):
     plain, model, backend = build(*ARCHITECTURES[name]), build(*ARCHITECTURES[name]), make_backend()
-    compile_parts(model, backend)
+    compile_submodules(model, backend)
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert_alike(model, plain, two_squares())
     # Backbone and head at least, in training and in evaluation.
@@ -78,7 +78,7 @@ def test_a_compiled_model_gives_the_same_under_the_same_names(name, most, caplog
 
 def test_other_sizes_do_not_compile_again():
     model, backend, graphs = build(*ARCHITECTURES["proposals"]), make_backend(), []
-    compile_parts(model, backend)
+    compile_submodules(model, backend)
     for height, width in ((64, 96), (96, 64), (128, 160), (160, 96), (96, 224)):
         boxes = [[3, 4, 40, 50], [30, 10, 60, 60]]
         sum(model([make_sample(height, width, boxes, [0, 2], seed=i) for i in (1, 2)]).values()).backward()
@@ -96,11 +96,11 @@ def test_what_cannot_be_compiled_is_logged_and_works(name, caplog):
 
     model = build(*ARCHITECTURES["proposals"])
     if name == "a part":
-        compile_parts(model, fail)
+        compile_submodules(model, fail)
     else:
         # A platform that torch cannot compile on.
         with mock.patch("torch.compile", fail):
-            compile_parts(model)
+            compile_submodules(model)
     for _ in range(2):
         assert len(model(two_squares())) == 2
     assert "no C compiler" in caplog.text
@@ -138,7 +138,7 @@ def test_a_compiler_that_fails_in_the_backward_pass_is_logged(caplog):
     if not hasattr(compile_fx, "compile_fx_backward"):
         pytest.skip("this torch compiles the backward pass elsewhere")
     model = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())})
-    compile_parts(model)
+    compile_submodules(model)
     with mock.patch.object(compile_fx, "compile_fx_backward", side_effect=OSError("no room")):
         model["backbone"](torch.randn(2, 3, 9, 9)).sum().backward()
     assert model["backbone"][0].weight.grad.any() and "no room" in caplog.text

@@ -39,10 +39,10 @@ from torchvision.ops import sigmoid_focal_loss
 from plaintrain.modeling import detector, matching
 from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerator, DefaultAnchorGenerator
 from plaintrain.modeling.backbones import build_backbone
-from plaintrain.modeling.fcos import assign_centres
+from plaintrain.modeling.fcos import match_centers
 from plaintrain.modeling.losses import focal_loss
 from plaintrain.modeling.matching import pad_targets
-from plaintrain.modeling.ssd import count_hard
+from plaintrain.modeling.ssd import mine_hard_negatives
 
 LOSSES = {"loss_cls": "classification", "loss_box_reg": "bbox_regression"}
 FCOS_LOSSES = {
@@ -146,7 +146,7 @@ def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
     loss = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.5], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]])
     matched = torch.zeros(3, 6, dtype=torch.bool)
     matched[0, 1] = matched[2, 0] = matched[2, 1] = True
-    counted = count_hard(loss.requires_grad_(), matched, 3.0)
+    counted = mine_hard_negatives(loss.requires_grad_(), matched, 3.0)
     # The match and the three highest others; nothing; all of them, and the matches twice.
     assert counted.sum(dim=1).tolist() == [1 + 5 + 4 + 3, 0, 21 + 1 + 2]
     counted.sum().backward()
@@ -158,7 +158,7 @@ def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
     # With one pair, image by image.
     [((64, 16, 4), 1.5, 1), ((64, 16, 4), 4.0, 2**24), ((84,), 1.5, 2**24)],
 )
-def test_assign_centres_is_torchvisions(levels, radius, pairs):
+def test_match_centers_is_torchvisions(levels, radius, pairs):
     objects = [random_boxes(n, seed=i) for i, n in enumerate((9, 0, 40, 1))]
     # Areas that differ by less than 8 are the same to torchvision, and the first has the location.
     objects[0] = torch.cat([torch.tensor([[10.0, 10, 50, 50], [10, 10, 50, 49.9]]), objects[0]])
@@ -177,7 +177,7 @@ def test_assign_centres_is_torchvisions(levels, radius, pairs):
         detection.FCOS.compute_loss(model, [{"boxes": b} for b in objects], {}, [anchors] * 4, levels)
     expected = torch.stack(assigned[0])
     with mock.patch.object(matching, "_MAX_PAIRS", pairs):
-        index, matched = assign_centres(boxes, labels >= 0, anchors, levels, radius)
+        index, matched = match_centers(boxes, labels >= 0, anchors, levels, radius)
     assert matched.equal(expected >= 0) and index[matched].equal(expected[matched])
     assert matched.any(dim=1).tolist() == [True, False, True, False]
     assert len(index[2][matched[2]].unique()) > 5

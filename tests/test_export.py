@@ -229,7 +229,7 @@ def export_a_little_off():
         (["FOLDER", "--output", "a.pt2", "--format", "onnx"], "must end in .onnx"),
         (["FOLDER", "--output", "nowhere/a.onnx"], "there is no folder nowhere"),
         (["FOLDER", "TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED must be False for an export"),
-        (["FOLDER", "DATASETS.TEST", "()"], "DATASETS.TEST is empty: give --images FOLDER"),
+        (["FOLDER", "DATASETS.TEST", "()"], "DATASETS.TEST is empty; give --images FOLDER"),
     ],
 )
 def test_wrong_inputs_end_with_one_sentence(run_folder, tmp_path, args, message):
@@ -248,5 +248,5 @@ def test_a_missing_extra_is_said_before_the_work_begins(run_folder, tmp_path, mo
 def test_what_cannot_be_traced_is_refused():
     _, model = make("ssd")
     model.backbone.forward = lambda x: x[: int(x.sum())]
-    with pytest.raises(ValueError, match="torch.export cannot follow a SSD: "):
+    with pytest.raises(ValueError, match="torch.export cannot trace SSD: "):
         trace(model, (64, 64), True)

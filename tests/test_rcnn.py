@@ -211,7 +211,7 @@ def test_box_losses_are_those_of_torch(recipe):
     # The last is padding.
     counts = torch.tensor([[True, True, True, False]])
     losses = compute_box_losses(recipe, coder, deltas[None], PRIORS[None], OBJECTS[None], counts)
-    if recipe.kind == "giou":
+    if recipe.loss_type == "giou":
         expected = generalized_box_iou_loss(coder.decode_single(deltas[:3], PRIORS[:3]), OBJECTS[:3])
     else:
         wanted = coder.encode_single(OBJECTS[:3], PRIORS[:3])

@@ -370,9 +370,9 @@ def test_what_the_detector_cannot_merge_is_refused(shapes):
     model = DetectorWithTTA(Listed([detection([BOX], [0.6], keypoints=torch.zeros(1, K, 3))]), 0.5, 9)
     plain = DatasetMapper(augmentations=[], is_train=False)(shapes[0])
     for sample in (plain, {**plain, "views": []}):
-        with pytest.raises(UserError, match=r"image 1 has no views: .*TEST.AUG.ENABLED"):
+        with pytest.raises(UserError, match=r"image 1 has no views; .*TEST.AUG.ENABLED"):
             model([sample])
     with pytest.raises(UserError, match="keypoint_flip_indices"):
         model([sample_of(True, order=None)])
-    with pytest.raises(RuntimeError, match=r"only evaluates: call its eval\(\)"):
+    with pytest.raises(RuntimeError, match=r"for evaluation only; call eval\(\)"):
         DetectorWithTTA(Listed().train(), 0.5, 9)([sample_of(False)])

@@ -1,37 +1,48 @@
-"""What every detector shares: anchors from the config, samples in, detections out."""
+"""Code that all detectors share: preprocessing, anchors, targets, postprocessing."""
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
+from plaintrain.config import CfgNode
 from plaintrain.modeling.anchors import LOW_PRECISION, CachedAnchorGenerator, DefaultAnchorGenerator
+from plaintrain.modeling.backbones import Backbone
 from plaintrain.modeling.matching import pad_targets
+from plaintrain.modeling.poolers import Targets
 from plaintrain.modeling.postprocess import clip_boxes, select_best
 from plaintrain.structures import BoxMasks
 from plaintrain.utils.errors import UserError
 
 
 class Preprocess(nn.Module):
-    """Stands in for torchvision's `GeneralizedRCNNTransform`: normalises and pads, never resizes.
+    """Normalization and padding, without resizing, in place of torchvision's `GeneralizedRCNNTransform`.
 
-    With `bgr` the mean and std, for pixels of 0 to 255, and the network's input are in BGR order.
+    With `bgr`, mean and std (of pixels 0..255) and the network's input are in BGR order.
     """
 
-    def __init__(self, pixel_mean, pixel_std, bgr, size_divisible=32, channels_last=False):
-        super().__init__()
-        self.bgr, self.size_divisible, self.channels_last = bgr, size_divisible, channels_last
-        self.register_buffer("mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+    mean: Tensor
+    std: Tensor
 
-    def forward(self, images, targets=None):
-        """Return the images, uint8 `[3, H, W]` in RGB, as an ImageList, padded with zeros; and `targets`."""
+    def __init__(
+        self, mean: list[float], std: list[float], bgr: bool, size_divisible: int, channels_last: bool = False
+    ):
+        super().__init__()
+        self.bgr = bgr
+        self.size_divisible = size_divisible
+        self.channels_last = channels_last
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> tuple[ImageList, Any]:
+        """Return the images, uint8 `[3, H, W]` in RGB, as a zero-padded batch, and `targets` unchanged."""
         sizes = [tuple(image.shape[-2:]) for image in images]
-        multiple = self.size_divisible
-        height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
+        divisor = self.size_divisible
+        height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
         batch = self.mean.new_zeros(len(images), 3, height, width)
         if self.channels_last:
             batch = batch.to(memory_format=torch.channels_last)
@@ -42,46 +53,45 @@ class Preprocess(nn.Module):
         return ImageList(batch, sizes), targets
 
 
-def build_preprocess(cfg, size_divisible=32):
-    """`Preprocess` from MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT."""
-    mean, std, bgr = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT == "BGR"
-    return Preprocess(mean, std, bgr, size_divisible, cfg.MODEL.CHANNELS_LAST)
+def build_preprocess(cfg: CfgNode, size_divisible: int = 32) -> Preprocess:
+    """Build `Preprocess` from MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT."""
+    model = cfg.MODEL
+    bgr = cfg.INPUT.FORMAT == "BGR"
+    return Preprocess(model.PIXEL_MEAN, model.PIXEL_STD, bgr, size_divisible, model.CHANNELS_LAST)
 
 
-def build_anchor_generator(cfg, backbone):
-    """Build the generator of ANCHOR_GENERATOR.NAME, one entry of SIZES and ASPECT_RATIOS per level."""
-    per_level, num_levels = {}, len(backbone.level_names)
-    for key in ("SIZES", "ASPECT_RATIOS"):
-        lists = cfg.MODEL.ANCHOR_GENERATOR[key]
-        fits = len(lists) in (1, num_levels) and all(isinstance(row, list) and row for row in lists)
-        if not fits or len({len(row) for row in lists}) != 1:
-            raise UserError(
-                f"MODEL.ANCHOR_GENERATOR.{key} must be one list, or {num_levels} of one length for the "
-                f"backbone's {num_levels} levels, such as [[...], [...]], got {lists}"
-            )
-        rows = lists if len(lists) == num_levels else lists * num_levels
-        per_level[key] = tuple(tuple(row) for row in rows)
+def _get_per_level(cfg, key, num_levels):
+    """Return one tuple per level of ANCHOR_GENERATOR.SIZES or ASPECT_RATIOS; one list is for all levels."""
+    lists = cfg.MODEL.ANCHOR_GENERATOR[key]
+    fits = len(lists) in (1, num_levels) and all(isinstance(values, list) and values for values in lists)
+    if not fits or len({len(values) for values in lists}) != 1:
+        raise UserError(
+            f"MODEL.ANCHOR_GENERATOR.{key} must be one list, or {num_levels} of one length for the "
+            f"backbone's {num_levels} levels, such as [[...], [...]], got {lists}"
+        )
+    return tuple(map(tuple, lists)) * (num_levels // len(lists))
+
+
+def build_anchor_generator(cfg: CfgNode, backbone: Backbone) -> CachedAnchorGenerator:
+    """Build the generator of MODEL.ANCHOR_GENERATOR for the levels of a backbone."""
+    num_levels = len(backbone.level_names)
+    sizes = _get_per_level(cfg, "SIZES", num_levels)
+    aspect_ratios = _get_per_level(cfg, "ASPECT_RATIOS", num_levels)
     if cfg.MODEL.ANCHOR_GENERATOR.NAME == "DefaultAnchorGenerator":
         offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
-        return DefaultAnchorGenerator(*per_level.values(), backbone.strides, offset)
-    return CachedAnchorGenerator(*per_level.values())
+        return DefaultAnchorGenerator(sizes, aspect_ratios, backbone.strides, offset)
+    return CachedAnchorGenerator(sizes, aspect_ratios)
 
 
-def compute_prior_bias(probability):
-    """Return the bias at which a sigmoid gives `probability` (focal loss paper, 4.1)."""
-    return -math.log((1 - probability) / probability)
-
-
-def get_targets(samples, device, label_offset=0):
-    """The targets of samples on a device; `label_offset` makes room for a background class.
-
-    Boxes without a size are an error, as in torchvision.
-    """
-    # While they are on the host: no sync point.
+def get_targets(samples: list[dict[str, Any]], device: torch.device, label_offset: int = 0) -> Targets:
+    """Return the targets of samples on a device; `label_offset` makes room for a background class."""
+    # Boxes are checked on the host, without a device sync.
     boxes = torch.cat([sample["target"]["boxes"] for sample in samples])
-    wrong = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
-    if wrong.any():
-        raise AssertionError(f"Boxes need a positive height and width, not {boxes[wrong][0].tolist()}")
+    degenerate = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+    if degenerate.any():
+        raise AssertionError(
+            f"boxes must have a positive height and width, got {boxes[degenerate][0].tolist()}"
+        )
     targets = []
     for sample in samples:
         target = {k: v.to(device, non_blocking=True) for k, v in sample["target"].items()}
@@ -90,39 +100,40 @@ def get_targets(samples, device, label_offset=0):
     return targets
 
 
-class DenseOnSamples:
-    """Lets a one-stage detector of torchvision take samples: the first base of a class, torchvision's the
-    second. Training and evaluation have few device syncs.
+class DenseDetector(nn.Module):
+    """Mixin that makes a one-stage detector of torchvision take samples, with few device syncs."""
 
-    A subclass computes `_losses` and `_candidates` from the head's outputs, the anchors `[N, 4]`, and how
-    many of them each level has; losses also from boxes and labels as of `pad_targets`.
+    # 1 where the head's label 0 is the background.
+    label_offset = 0
+    # False clips boxes after NMS and drops those outside the image, as Detectron2.
+    clips_before_nms = True
+    # Both take the head's outputs, the anchors [N, 4] and their number per level; losses also padded targets.
+    _compute_losses: Callable[..., dict[str, Tensor]]
+    _decode_candidates: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    transform: Preprocess
+    score_thresh: float
+    nms_thresh: float
+    detections_per_img: int
 
-    Attributes:
-        label_offset: 1 where the head's label 0 is the background.
-        clips_before_nms: False clips boxes to the image after NMS, and drops those outside of it, as in
-            Detectron2.
-    """
-
-    label_offset, clips_before_nms = 0, True
-
-    def forward(self, samples):
+    def forward(self, samples: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Return losses or detections; see `plaintrain.modeling.build_model`."""
         images, _ = self.transform([sample["image"] for sample in samples])
         if not self.training:
             return scale_to_original_size(self._detect(images), samples)
         boxes, labels = pad_targets(get_targets(samples, images.tensors.device))
-        return self._losses(*self._predict(images), boxes, labels)
+        return self._compute_losses(*self._predict(images), boxes, labels)
 
     def _predict(self, images):
         features = list(self.backbone(images.tensors).values())
-        outputs, anchors = self.head(features), self.anchor_generator(images, features)[0]
-        numbers = self.anchor_generator.num_anchors_per_location()
-        counts = [f.shape[-2] * f.shape[-1] * n for f, n in zip(features, numbers, strict=True)]
-        return outputs, anchors, counts
+        outputs = self.head(features)
+        anchors = self.anchor_generator(images, features)[0]
+        per_location = self.anchor_generator.num_anchors_per_location()
+        num_anchors = [f.shape[-2] * f.shape[-1] * n for f, n in zip(features, per_location, strict=True)]
+        return outputs, anchors, num_anchors
 
-    def find_candidates(self, images):
-        """Return boxes `[B, N, 4]`, scores `[B, N]` (-1 where not wanted) and labels from 0."""
-        boxes, scores, labels = self._candidates(*self._predict(images))
+    def find_candidates(self, images: ImageList) -> tuple[Tensor, Tensor, Tensor]:
+        """Return boxes `[B, N, 4]`, scores `[B, N]` (-1 for rejected) and labels from 0, before NMS."""
+        boxes, scores, labels = self._decode_candidates(*self._predict(images))
         return clip_boxes(boxes, images.image_sizes) if self.clips_before_nms else boxes, scores, labels
 
     def _detect(self, images):
@@ -137,47 +148,44 @@ class DenseOnSamples:
         return detections
 
 
-def scale_to_original_size(detections, samples, paste=True, aligned=True):
-    """Bring detections from each sample's image to its original `height` and `width`.
+def scale_to_original_size(
+    detections: list[dict[str, Any]], samples: list[dict[str, Any]], paste: bool = True, aligned: bool = True
+) -> list[dict[str, Any]]:
+    """Scale detections from each sample's image to its original `height` and `width`.
 
-    Args:
-        detections: list of {boxes `[N, 4]`, scores `[N]`, labels `[N]`}, and where the model has such
-            heads, masks `[N, 1, M, M]` and keypoints `[N, Kp, 3]` as x, y, score.
-        samples: the samples they were made from.
-        paste: make masks bool `[N, height, width]`; otherwise they are `BoxMasks`.
-        aligned: how masks lie in their boxes; see `plaintrain.structures`.
+    Masks `[N, 1, M, M]` become `BoxMasks`, or with `paste` bool `[N, height, width]`.
     """
     results = []
     for detection, sample in zip(detections, samples, strict=True):
         height, width = sample["image"].shape[-2:]
-        # By numbers of the host: a tensor of them is a sync point of a GPU.
+        # A tensor of these numbers would be a device sync.
         scale = sample["width"] / width, sample["height"] / height
-        boxes = _scaled(detection["boxes"].view(-1, 2, 2), *scale).flatten(1)
+        boxes = _scale_points(detection["boxes"].view(-1, 2, 2), *scale).flatten(1)
         result = {**detection, "boxes": boxes}
         if "masks" in detection:
             masks = BoxMasks(detection["masks"], boxes, sample["height"], sample["width"], aligned)
             result["masks"] = masks.paste() if paste else masks
         if "keypoints" in detection:
             points, scores = detection["keypoints"].split([2, 1], dim=-1)
-            result["keypoints"] = torch.cat([_scaled(points, *scale), scores], dim=-1)
+            result["keypoints"] = torch.cat([_scale_points(points, *scale), scores], dim=-1)
         results.append(result)
     return results
 
 
-def _scaled(points, x, y):
+def _scale_points(points, x, y):
     return torch.stack([points[..., 0] * x, points[..., 1] * y], dim=-1)
 
 
-def cast_outputs_to_float32(module, inputs, outputs):
-    """A forward hook: the outputs (see `keep_float32`) in float32, if they are not."""
-    return tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype in LOW_PRECISION else x, outputs)
+def cast_outputs_to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Cast low-precision outputs to float32; a forward hook."""
+    return tree_map_only(Tensor, lambda x: x.float() if x.dtype in LOW_PRECISION else x, outputs)
 
 
-def keep_float32(*heads):
-    """Give modules float32 results whatever autocast computes them in; nothing changes without it.
+def keep_float32(*heads: nn.Module) -> None:
+    """Make modules return float32 also under autocast.
 
-    torchvision decodes boxes in the precision of the head. In bfloat16, with 8 bits, a coordinate of 700 is
-    off by up to 2 pixels. Outputs are tensors, or dicts, lists and tuples of them.
+    torchvision decodes boxes in the dtype of the head; in bfloat16 a coordinate of 700 is off by up to 2
+    pixels.
     """
     for module in heads:
         module.register_forward_hook(cast_outputs_to_float32)

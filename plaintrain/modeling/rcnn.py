@@ -1,19 +1,23 @@
-"""Faster R-CNN (https://arxiv.org/abs/1506.01497), Mask R-CNN (https://arxiv.org/abs/1703.06870) with
-its keypoint head, and their proposals alone, on torchvision's implementation.
+"""Faster R-CNN (https://arxiv.org/abs/1506.01497), Mask and Keypoint R-CNN (https://arxiv.org/abs/1703.06870)
+and their RPN alone, on torchvision's implementation.
 """
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN as _GeneralizedRCNN
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 
-from plaintrain.modeling.backbones import build_backbone, get_norm
+from plaintrain.config import CfgNode
+from plaintrain.modeling.backbones import Backbone, build_backbone, get_norm
 from plaintrain.modeling.detector import (
+    Preprocess,
     build_anchor_generator,
     build_preprocess,
     get_targets,
@@ -28,16 +32,14 @@ from plaintrain.utils.errors import UserError
 
 
 class GeneralizedRCNN(_GeneralizedRCNN):
-    """torchvision's Faster, Mask or Keypoint R-CNN, parameter for parameter, in fixed shapes.
+    """torchvision's Faster, Mask or Keypoint R-CNN with the same parameters, in fixed shapes."""
 
-    Attributes:
-        pastes_masks: False leaves masks as `BoxMasks`, for whoever pastes or encodes them elsewhere.
-        masks_aligned: how masks lie in their boxes; see `plaintrain.structures`.
-    """
+    # False returns masks as `BoxMasks`, to be pasted or encoded elsewhere.
+    pastes_masks = True
+    # See `BoxMasks`.
+    masks_aligned = True
 
-    pastes_masks = masks_aligned = True
-
-    def forward(self, samples):
+    def forward(self, samples: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Return losses or detections; see `plaintrain.modeling.build_model`."""
         images, _ = self.transform([sample["image"] for sample in samples])
         targets = get_targets(samples, images.tensors.device, label_offset=1) if self.training else None
@@ -49,26 +51,29 @@ class GeneralizedRCNN(_GeneralizedRCNN):
         return scale_to_original_size(detections, samples, self.pastes_masks, self.masks_aligned)
 
     @contextlib.contextmanager
-    def without_masks(self):
-        """Within the block, detections come without masks."""
-        pool, self.roi_heads.mask_roi_pool = self.roi_heads.mask_roi_pool, None
+    def without_masks(self) -> Iterator[None]:
+        """Disable the mask head."""
+        pooler = self.roi_heads.mask_roi_pool
+        self.roi_heads.mask_roi_pool = None
         try:
             yield
         finally:
-            self.roi_heads.mask_roi_pool = pool
+            self.roi_heads.mask_roi_pool = pooler
 
 
 class ProposalNetwork(nn.Module):
-    """Backbone and RPN, with the parameter names they have in torchvision's Faster R-CNN.
+    """Backbone and RPN, with the parameter names of torchvision's Faster R-CNN.
 
-    In evaluation its detections are the proposals, scores objectness, labels all 0.
+    Its detections are the proposals, with objectness as scores and labels of 0.
     """
 
-    def __init__(self, backbone, rpn, transform):
+    def __init__(self, backbone: Backbone, rpn: BatchedRPN, transform: Preprocess):
         super().__init__()
-        self.transform, self.backbone, self.rpn = transform, backbone, rpn
+        self.transform = transform
+        self.backbone = backbone
+        self.rpn = rpn
 
-    def forward(self, samples):
+    def forward(self, samples: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Return losses or detections; see `plaintrain.modeling.build_model`."""
         images, _ = self.transform([sample["image"] for sample in samples])
         targets = get_targets(samples, images.tensors.device) if self.training else None
@@ -88,10 +93,10 @@ def _build_rpn(cfg, backbone):
     rpn = cfg.MODEL.RPN
     anchors = build_anchor_generator(cfg, backbone)
     background, foreground = rpn.IOU_THRESHOLDS
-    dims, width = rpn.CONV_DIMS, backbone.out_channels
-    if not dims or not set(dims) <= {-1, width}:
-        raise UserError(f"MODEL.RPN.CONV_DIMS must hold -1 or {width} per convolution, got {dims}")
-    head = RPNHead(width, anchors.num_anchors_per_location()[0], len(dims))
+    width = backbone.out_channels
+    if not rpn.CONV_DIMS or not set(rpn.CONV_DIMS) <= {-1, width}:
+        raise UserError(f"MODEL.RPN.CONV_DIMS must hold -1 or {width} per convolution, got {rpn.CONV_DIMS}")
+    head = RPNHead(width, anchors.num_anchors_per_location()[0], len(rpn.CONV_DIMS))
     keep_float32(head)
     network = BatchedRPN(
         anchors,
@@ -106,28 +111,30 @@ def _build_rpn(cfg, backbone):
         score_thresh=rpn.SCORE_THRESH,
     )
     network.box_loss = BoxLoss(rpn.BBOX_REG_LOSS_TYPE, rpn.SMOOTH_L1_BETA, rpn.BBOX_REG_LOSS_WEIGHT)
-    network.loss_weight, network.normalizer = rpn.LOSS_WEIGHT, rpn.LOSS_NORMALIZER
+    network.loss_weight = rpn.LOSS_WEIGHT
+    network.normalizer = rpn.LOSS_NORMALIZER
     return network
 
 
-def build_proposal_network(cfg):
-    """`ProposalNetwork` from MODEL.BACKBONE, ANCHOR_GENERATOR and RPN."""
+def build_proposal_network(cfg: CfgNode) -> ProposalNetwork:
+    """Build `ProposalNetwork` from MODEL.BACKBONE, ANCHOR_GENERATOR and RPN."""
     backbone = build_backbone(cfg)
     return ProposalNetwork(backbone, _build_rpn(cfg, backbone), build_preprocess(cfg))
 
 
-def build_rcnn(cfg):
-    """`GeneralizedRCNN` from MODEL.BACKBONE, ANCHOR_GENERATOR, RPN, ROI_HEADS and ROI_*_HEAD."""
+def build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
+    """Build `GeneralizedRCNN` from MODEL.BACKBONE, ANCHOR_GENERATOR, RPN, ROI_HEADS and ROI_*_HEAD."""
     backbone = build_backbone(cfg)
     rpn = _build_rpn(cfg, backbone)
-    heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-    (threshold,) = heads.IOU_THRESHOLDS
+    heads = cfg.MODEL.ROI_HEADS
+    box = cfg.MODEL.ROI_BOX_HEAD
+    (iou_threshold,) = heads.IOU_THRESHOLDS
     roi_heads = BatchedRoIHeads(
         box_roi_pool=_build_pooler(box, backbone),
         box_head=_build_box_head(box, backbone.out_channels),
         box_predictor=FastRCNNPredictor(box.FC_DIM, heads.NUM_CLASSES + 1),
-        fg_iou_thresh=threshold,
-        bg_iou_thresh=threshold,
+        fg_iou_thresh=iou_threshold,
+        bg_iou_thresh=iou_threshold,
         batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
         positive_fraction=heads.POSITIVE_FRACTION,
         bbox_reg_weights=box.BBOX_REG_WEIGHTS,
@@ -148,23 +155,24 @@ def build_rcnn(cfg):
 
 
 def _build_pooler(head, backbone):
-    """The RoIAlign that a head's POOLER_* describe, on every level but the RPN's own."""
+    """Build the RoIAlign of a head's POOLER_* keys on all levels but "pool", which is for the RPN."""
     names = [name for name in backbone.level_names if name != "pool"]
-    resolution, ratio = head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO
-    strides, aligned = backbone.strides[: len(names)], head.POOLER_TYPE == "ROIAlignV2"
-    return RoIAlign(names, resolution, ratio, strides, aligned=aligned)
+    strides = backbone.strides[: len(names)]
+    aligned = head.POOLER_TYPE == "ROIAlignV2"
+    return RoIAlign(names, head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO, strides, aligned=aligned)
 
 
 def _build_box_head(box, channels):
     resolution = box.POOLER_RESOLUTION
     if (box.NUM_CONV, box.NUM_FC) == (0, 2):
         return TwoMLPHead(channels * resolution**2, box.FC_DIM)
-    convolutions, layers = [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC
-    return FastRCNNConvFCHead((channels, resolution, resolution), convolutions, layers, get_norm(box.NORM))
+    conv_dims = [box.CONV_DIM] * box.NUM_CONV
+    fc_dims = [box.FC_DIM] * box.NUM_FC
+    return FastRCNNConvFCHead((channels, resolution, resolution), conv_dims, fc_dims, get_norm(box.NORM))
 
 
 def _initialize_box_head(roi_heads):
-    """Detectron2's initialisation: Xavier for the hidden layers, small normals for the predictors."""
+    """Initialize as Detectron2: Xavier for the hidden layers, small normals for the predictors."""
     for layer in roi_heads.box_head.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=1)
@@ -177,11 +185,11 @@ def _initialize_box_head(roi_heads):
 
 def _add_mask_head(cfg, roi_heads, backbone):
     mask = cfg.MODEL.ROI_MASK_HEAD
-    widths = [mask.CONV_DIM] * mask.NUM_CONV
+    conv_dims = [mask.CONV_DIM] * mask.NUM_CONV
     roi_heads.mask_roi_pool = _build_pooler(mask, backbone)
-    roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, widths, 1, get_norm(mask.NORM))
-    classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1
-    roi_heads.mask_predictor = MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes)
+    roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, conv_dims, 1, get_norm(mask.NORM))
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1
+    roi_heads.mask_predictor = MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, num_classes)
     keep_float32(roi_heads.mask_predictor)
 
 
@@ -189,8 +197,8 @@ def _add_keypoint_head(cfg, roi_heads, backbone):
     keypoint = cfg.MODEL.ROI_KEYPOINT_HEAD
     if keypoint.NUM_KEYPOINTS < 1:
         raise UserError(
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS must be at least 1, got {keypoint.NUM_KEYPOINTS}: call "
-            "default_setup(cfg, args), which asks the training dataset, or set the number"
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS must be at least 1, got {keypoint.NUM_KEYPOINTS}; "
+            "default_setup(cfg, args) takes it from the training dataset"
         )
     roi_heads.keypoint_loss_weight = keypoint.LOSS_WEIGHT
     roi_heads.keypoint_roi_pool = _build_pooler(keypoint, backbone)

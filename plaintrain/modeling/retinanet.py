@@ -5,46 +5,48 @@ from torchvision.models.detection import RetinaNet as _RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
 
+from plaintrain.config import CfgNode
 from plaintrain.modeling.backbones import build_backbone, get_norm
-from plaintrain.modeling.detector import (
-    DenseOnSamples,
-    build_anchor_generator,
-    build_preprocess,
-    compute_prior_bias,
-    keep_float32,
-)
-from plaintrain.modeling.losses import BoxLoss, compute_box_losses, focal_loss
+from plaintrain.modeling.detector import DenseDetector, build_anchor_generator, build_preprocess, keep_float32
+from plaintrain.modeling.losses import BoxLoss, compute_box_losses, compute_prior_bias, focal_loss
 from plaintrain.modeling.matching import decode, gather_rows, match_boxes
 from plaintrain.modeling.postprocess import select_topk_per_class
 
 
-class RetinaNet(DenseOnSamples, _RetinaNet):
-    """torchvision's RetinaNet, parameter for parameter, in fixed shapes."""
+class RetinaNet(DenseDetector, _RetinaNet):
+    """torchvision's RetinaNet with the same parameters, in fixed shapes."""
 
-    focal_alpha, focal_gamma, box_loss = 0.25, 2.0, BoxLoss(beta=0.0)
+    focal_alpha = 0.25
+    focal_gamma = 2.0
+    box_loss = BoxLoss(beta=0.0)
 
-    def _losses(self, outputs, anchors, levels, boxes, labels):
-        index, matched, background = match_boxes(boxes, labels >= 0, anchors[None], self.proposal_matcher)
-        numbers = matched.sum(dim=1).clamp(min=1)
-        labels = gather_rows(labels, index).masked_fill(~matched, -1)
+    def _compute_losses(self, outputs, anchors, num_anchors, boxes, labels):
+        matches = match_boxes(boxes, labels >= 0, anchors[None], self.proposal_matcher)
+        matched_idxs, foreground, background = matches
+        num_foreground = foreground.sum(dim=1).clamp(min=1)
+        labels = gather_rows(labels, matched_idxs).masked_fill(~foreground, -1)
         loss = focal_loss(outputs["cls_logits"], labels, self.focal_alpha, self.focal_gamma)
-        loss = loss.masked_fill(~(matched | background), 0).sum(dim=1)
-        deltas, objects = outputs["bbox_regression"], gather_rows(boxes, index)
-        loss_box = compute_box_losses(self.box_loss, self.box_coder, deltas, anchors, objects, matched)
-        # The mean over the images, each divided by its anchors with an object.
+        loss = loss.masked_fill(~(foreground | background), 0).sum(dim=1)
+        deltas = outputs["bbox_regression"]
+        gt_boxes = gather_rows(boxes, matched_idxs)
+        loss_box = compute_box_losses(self.box_loss, self.box_coder, deltas, anchors, gt_boxes, foreground)
+        # As in torchvision, the foreground of each image divides its own losses.
         return {
-            "loss_cls": (loss / numbers).mean(),
-            "loss_box_reg": (loss_box.sum(dim=1) / numbers).mean(),
+            "loss_cls": (loss / num_foreground).mean(),
+            "loss_box_reg": (loss_box.sum(dim=1) / num_foreground).mean(),
         }
 
-    def _candidates(self, outputs, anchors, counts):
-        rows, scores, labels = select_topk_per_class(self, outputs["cls_logits"].sigmoid(), counts)
-        deltas = gather_rows(outputs["bbox_regression"], rows)
-        return decode(deltas, anchors[rows], self.box_coder), scores, labels
+    def _decode_candidates(self, outputs, anchors, num_anchors):
+        scores = outputs["cls_logits"].sigmoid()
+        anchor_idxs, scores, labels = select_topk_per_class(
+            scores, num_anchors, self.topk_candidates, self.score_thresh
+        )
+        deltas = gather_rows(outputs["bbox_regression"], anchor_idxs)
+        return decode(deltas, anchors[anchor_idxs], self.box_coder), scores, labels
 
 
-def build_retinanet(cfg):
-    """RetinaNet from MODEL.BACKBONE, ANCHOR_GENERATOR and RETINANET."""
+def build_retinanet(cfg: CfgNode) -> RetinaNet:
+    """Build RetinaNet from MODEL.BACKBONE, ANCHOR_GENERATOR and RETINANET."""
     backbone = build_backbone(cfg)
     anchors = build_anchor_generator(cfg, backbone)
     retinanet = cfg.MODEL.RETINANET
@@ -54,9 +56,8 @@ def build_retinanet(cfg):
         retinanet.NUM_CLASSES,
         norm_layer=get_norm(retinanet.NORM),
     )
-    torch.nn.init.constant_(
-        head.classification_head.cls_logits.bias, compute_prior_bias(retinanet.PRIOR_PROB)
-    )
+    bias = compute_prior_bias(retinanet.PRIOR_PROB)
+    torch.nn.init.constant_(head.classification_head.cls_logits.bias, bias)
     background, foreground = retinanet.IOU_THRESHOLDS
     model = RetinaNet(
         backbone,
@@ -70,7 +71,8 @@ def build_retinanet(cfg):
         fg_iou_thresh=foreground,
         topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
     )
-    model.focal_alpha, model.focal_gamma = retinanet.FOCAL_LOSS_ALPHA, retinanet.FOCAL_LOSS_GAMMA
+    model.focal_alpha = retinanet.FOCAL_LOSS_ALPHA
+    model.focal_gamma = retinanet.FOCAL_LOSS_GAMMA
     model.box_loss = BoxLoss(retinanet.BBOX_REG_LOSS_TYPE, retinanet.SMOOTH_L1_LOSS_BETA)
     model.box_coder = head.regression_head.box_coder = BoxCoder(retinanet.BBOX_REG_WEIGHTS)
     model.clips_before_nms = cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator"

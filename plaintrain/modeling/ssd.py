@@ -1,96 +1,97 @@
-"""SSD (https://arxiv.org/abs/1512.02325) and SSDlite (https://arxiv.org/abs/1801.04381) on
-torchvision's implementation.
-"""
+"""SSD (https://arxiv.org/abs/1512.02325) and SSDlite (https://arxiv.org/abs/1801.04381), of torchvision."""
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torchvision.models.detection._utils import retrieve_out_channels
 from torchvision.models.detection.ssd import SSD as _SSD
 from torchvision.models.detection.ssd import SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
+from plaintrain.config import CfgNode
 from plaintrain.modeling.anchors import CachedBoxGenerator
 from plaintrain.modeling.backbones import SSDLITE_NORM, build_backbone, get_tiny_norm
-from plaintrain.modeling.detector import DenseOnSamples, build_preprocess, keep_float32
+from plaintrain.modeling.detector import DenseDetector, build_preprocess, keep_float32
 from plaintrain.modeling.losses import BoxLoss, compute_box_losses
 from plaintrain.modeling.matching import decode, gather_rows, match_boxes
-from plaintrain.modeling.postprocess import mask_below_threshold
 from plaintrain.utils.errors import UserError
 
 # The paper's smooth L1.
 _BOX_LOSS = BoxLoss(beta=1.0)
 
 
-class SSD(DenseOnSamples, _SSD):
-    """torchvision's SSD, parameter for parameter, on images of one fixed size, in fixed shapes."""
+class SSD(DenseDetector, _SSD):
+    """torchvision's SSD with the same parameters, on images of one size, in fixed shapes."""
 
     label_offset = 1
 
-    def _candidates(self, outputs, anchors, counts):
-        """The best boxes of each class."""
+    def _decode_candidates(self, outputs, anchors, num_anchors):
+        """Return the top-k boxes of each class."""
         boxes = decode(outputs["bbox_regression"], anchors, self.box_coder)
         scores = outputs["cls_logits"].softmax(-1)[..., 1:].transpose(1, 2)
-        scores, index = scores.topk(min(self.topk_candidates, scores.shape[2]), dim=2)
+        scores, idxs = scores.topk(min(self.topk_candidates, scores.shape[2]), dim=2)
         labels = torch.arange(scores.shape[1], device=scores.device)[:, None].expand_as(scores)
-        scores = mask_below_threshold(scores, self.score_thresh)
-        return gather_rows(boxes, index.flatten(1)), scores.flatten(1), labels.flatten(1)
+        scores = scores.masked_fill(~(scores > self.score_thresh), -1)
+        return gather_rows(boxes, idxs.flatten(1)), scores.flatten(1), labels.flatten(1)
 
-    def _losses(self, outputs, anchors, levels, boxes, labels):
-        index, matched, _ = match_boxes(boxes, labels >= 0, anchors[None], self.proposal_matcher)
-        number = matched.sum().clamp(min=1)
-        objects = gather_rows(boxes, index)
+    def _compute_losses(self, outputs, anchors, num_anchors, boxes, labels):
+        matched_idxs, foreground, _ = match_boxes(boxes, labels >= 0, anchors[None], self.proposal_matcher)
+        num_foreground = foreground.sum().clamp(min=1)
+        gt_boxes = gather_rows(boxes, matched_idxs)
         deltas = outputs["bbox_regression"]
-        loss_box = compute_box_losses(_BOX_LOSS, self.box_coder, deltas, anchors, objects, matched)
-        labels = (gather_rows(labels, index) + self.label_offset).masked_fill(~matched, 0)
+        loss_box = compute_box_losses(_BOX_LOSS, self.box_coder, deltas, anchors, gt_boxes, foreground)
+        labels = (gather_rows(labels, matched_idxs) + self.label_offset).masked_fill(~foreground, 0)
         loss = F.cross_entropy(outputs["cls_logits"].flatten(0, 1), labels.flatten(), reduction="none")
-        loss = count_hard(loss.view_as(labels), matched, self.neg_to_pos_ratio)
-        return {"loss_cls": loss.sum() / number, "loss_box_reg": loss_box.sum() / number}
+        loss = mine_hard_negatives(loss.view_as(labels), foreground, self.neg_to_pos_ratio)
+        return {"loss_cls": loss.sum() / num_foreground, "loss_box_reg": loss_box.sum() / num_foreground}
 
 
-def count_hard(loss, matched, ratio):
-    """The losses `[B, N]` of matches, and of `ratio` times as many others, those with the highest.
+def mine_hard_negatives(loss: Tensor, foreground: Tensor, ratio: float) -> Tensor:
+    """Return the losses `[B, N]` of foreground anchors and of the hardest negatives, `ratio` per foreground.
 
-    As in torchvision, matches count once more in an image that has too few others.
+    Where negatives are too few, foreground anchors count twice, as in torchvision.
     """
-    order = loss.detach().masked_fill(matched, -float("inf")).argsort(dim=1, descending=True)
-    number = ratio * matched.sum(dim=1, keepdim=True)
-    hard = torch.arange(loss.shape[1], device=loss.device) < number
-    return loss * matched + loss.gather(1, order) * hard
+    order = loss.detach().masked_fill(foreground, -float("inf")).argsort(dim=1, descending=True)
+    num_negatives = ratio * foreground.sum(dim=1, keepdim=True)
+    hard = torch.arange(loss.shape[1], device=loss.device) < num_negatives
+    return loss * foreground + loss.gather(1, order) * hard
 
 
-def _build_boxes(ssd, num_levels):
-    for key, values, wanted in (
+def _build_box_generator(ssd, num_levels):
+    for key, values, length in (
         ("ASPECT_RATIOS", ssd.ASPECT_RATIOS, num_levels),
         ("SCALES", ssd.SCALES, num_levels + 1),
         ("STEPS", ssd.STEPS, num_levels),
     ):
-        if len(values) != wanted and (values or key == "ASPECT_RATIOS"):
+        if len(values) != length and (values or key == "ASPECT_RATIOS"):
             raise UserError(
-                f"MODEL.SSD.{key} has {len(values)} entries, but the backbone's {num_levels} levels "
-                f"need {wanted}"
+                f"MODEL.SSD.{key} must have {length} entries for {num_levels} backbone levels, got {values}"
             )
     return CachedBoxGenerator(
         ssd.ASPECT_RATIOS, ssd.MIN_RATIO, ssd.MAX_RATIO, ssd.SCALES or None, ssd.STEPS or None
     )
 
 
-def build_ssd(cfg):
+def build_ssd(cfg: CfgNode) -> SSD:
     """Build SSD from MODEL.BACKBONE, SSD and INPUT.FIXED_SIZE."""
-    size, ssd, backbone = tuple(cfg.INPUT.FIXED_SIZE), cfg.MODEL.SSD, build_backbone(cfg)
+    size = tuple(cfg.INPUT.FIXED_SIZE)
+    ssd = cfg.MODEL.SSD
+    backbone = build_backbone(cfg)
     channels = retrieve_out_channels(backbone, size)
-    boxes = _build_boxes(ssd, len(channels))
-    numbers, classes = boxes.num_anchors_per_location(), ssd.NUM_CLASSES + 1
+    boxes = _build_box_generator(ssd, len(channels))
+    num_anchors = boxes.num_anchors_per_location()
+    num_classes = ssd.NUM_CLASSES + 1
     if ssd.HEAD_NAME == "SSDLiteHead":
         is_tiny = cfg.MODEL.BACKBONE.NAME == "build_tiny_backbone"
         norm = get_tiny_norm(cfg) if is_tiny else SSDLITE_NORM
-        head = SSDLiteHead(channels, numbers, classes, norm)
+        head = SSDLiteHead(channels, num_anchors, num_classes, norm)
     else:
-        head = SSDHead(channels, numbers, classes)
+        head = SSDHead(channels, num_anchors, num_classes)
     model = SSD(
         backbone,
         boxes,
         size,
-        classes,
+        num_classes,
         head=head,
         score_thresh=ssd.SCORE_THRESH_TEST,
         nms_thresh=ssd.NMS_THRESH_TEST,

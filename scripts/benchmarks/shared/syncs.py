@@ -76,7 +76,7 @@ def count_syncs(step):
         return keep
 
     paths = {"_batched_nms_vanilla": batched_nms, "_batched_nms_coordinate_trick": batched_nms}
-    gpu = mock.patch.object(poolers, "_sums_rows", return_value=False)
+    gpu = mock.patch.object(poolers, "_uses_embedding_bag", return_value=False)
     with mock.patch.multiple(box_ops, **paths), gpu, counter, _CopyCounter(counter.counts):
         step()
     counts = +counter.counts
