@@ -29,7 +29,7 @@ from plaintrain.modeling.build import build_model, get_num_classes_key
 from plaintrain.modeling.tta import build_tta
 from plaintrain.solver.amp import build_test_autocast
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.drawing import get_skeleton
+from plaintrain.visualization.drawing import Edges, get_skeleton
 
 _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
@@ -200,7 +200,7 @@ def _infer_classes(cfg: CfgNode, path: str) -> list[str]:
     return names
 
 
-def _infer_keypoints(cfg: CfgNode) -> tuple[tuple[int, int], ...]:
+def _infer_keypoints(cfg: CfgNode) -> Edges:
     """Return the skeleton of the dataset or COCO; set the number of keypoints in the config."""
     name = _find_dataset(cfg)
     metadata: Any = MetadataCatalog.get(name) if name else {}

@@ -7,9 +7,9 @@ python scripts/analyze_errors.py --config-file configs/quickstart.yaml --predict
 
 The predictions are those of a run's last evaluation, or a JSON in COCO's results format for the dataset in
 DATASETS.TEST; neither a model nor images are needed. Prints AP per class and size, TIDE's delta AP of each
-error type (classification, localization, both, duplicate, background, missed), the score threshold with the highest
-F1, recall by object size, shape and crowding, the confusion matrix, calibration, and the worst images. The
-JSON output adds the curves; `plaintrain.analysis.analyze` documents its keys.
+error type (classification, localization, both, duplicate, background, missed), the score threshold with the
+highest F1, recall by object size, shape and crowding, the confusion matrix, calibration, and the worst
+images. The JSON output adds the curves; `plaintrain.analysis.analyze` documents its keys.
 """
 
 from plaintrain.utils.arguments import add_renamed_argument, build_parser

@@ -113,7 +113,8 @@ def main(args):
     num_states = 2 if solver.OPTIMIZER == "AdamW" else int(bool(has_momentum))
     model = build_model(cfg)
     cost = {"architecture": cfg.MODEL.META_ARCHITECTURE, "size": size, "batch": batch}
-    cost |= analyze_model(model, samples, depth=args.depth, num_states=num_states, averaged=cfg.MODEL.EMA.ENABLED)
+    options = {"depth": args.depth, "num_states": num_states, "averaged": cfg.MODEL.EMA.ENABLED}
+    cost |= analyze_model(model, samples, **options)
     print_cost(cost)
     if args.output:
         write_json(args.output, cost | {"not_counted": NOT_COUNTED}, indent=1)

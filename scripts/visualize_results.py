@@ -2,7 +2,7 @@
 """Draw the ground truth and the predictions of images, those with the most errors first.
 
 python scripts/visualize_results.py output/quickstart --grid errors.jpg
-python scripts/visualize_results.py output/quickstart --error-type missed --error-type classification --output images
+python scripts/visualize_results.py output/quickstart --error-type missed --error-type both --output images
 python scripts/visualize_results.py --predictions FILE.json --dataset shapes_val --class circle --show
 python scripts/visualize_results.py --config-file my.yaml --predictions FILE.json --grid errors.jpg
 

@@ -66,9 +66,9 @@ class DatasetMapper:
                 num_keypoints = num_keypoints or config_keypoints
             if use_masks is None:
                 use_masks = cfg.MODEL.MASK_ON
-        if augmentations is None:
-            augmentations = build_augmentation(cfg, is_train, flip_indices)
-        self.augmentations = list(augmentations)
+            if augmentations is None:
+                augmentations = build_augmentation(cfg, is_train, flip_indices)
+        self.augmentations = list(augmentations or ())
         self.is_train = is_train
         self.use_masks = bool(use_masks)
         self.num_keypoints = num_keypoints or 0

@@ -57,7 +57,7 @@ class TTAMapper(DatasetMapper):
         return views
 
 
-def build_tta_mapper(cfg: CfgNode, dataset_name: str) -> TTAMapper:
+def build_tta_mapper(cfg: CfgNode, dataset_name: str | None) -> TTAMapper:
     """Build the `TTAMapper` of TEST.AUG and INPUT.FIXED_SIZE."""
     aug = cfg.TEST.AUG
     fixed_size = tuple(cfg.INPUT.FIXED_SIZE)
@@ -73,6 +73,6 @@ def build_tta_mapper(cfg: CfgNode, dataset_name: str) -> TTAMapper:
             Resize(get_shortest_edge_size(height, width, size, max_size) if size else (height, width))
             for size in min_sizes
         ]
-    if cfg.MODEL.KEYPOINT_ON and aug.FLIP:
+    if dataset_name is not None and cfg.MODEL.KEYPOINT_ON and aug.FLIP:
         order = create_keypoint_hflip_indices([dataset_name], cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
     return TTAMapper(cfg, resizes, aug.FLIP, order)

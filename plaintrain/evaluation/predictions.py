@@ -90,7 +90,7 @@ def read_detections(path: str | os.PathLike, dataset_name: str) -> Detections:
     masks = []
     points = []
     with disable_gc():
-        results = read_coco_results(path)
+        results = read_coco_results(os.fspath(path))
         for result in results:
             problem = find_coco_annotation_problem(mark_keypoints_visible(result), index, num_keypoints)
             if problem or (problem := _find_problem(result)):

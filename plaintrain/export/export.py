@@ -141,7 +141,7 @@ def open_exported(path: str) -> Callable[[Tensor], dict[str, Tensor]]:
 def load_images(cfg: CfgNode, num_images: int, folder: str = "") -> list[tuple[str, Tensor]]:
     """Return names and pixels of the first images of a folder or DATASETS.TEST, resized as for evaluation."""
     if folder:
-        records = [build_image_record(path, path) for path in list_images(folder)[:num_images]]
+        records: list[Any] = [build_image_record(path, path) for path in list_images(folder)[:num_images]]
     elif cfg.DATASETS.TEST:
         dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST[0], filter_empty=False)
         records = [dataset[i] for i in range(min(num_images, len(dataset)))]

@@ -116,7 +116,9 @@ def build_confusion(dataset: str, analyses: Analyses) -> list[dict[str, Any]]:
         labels, counts, remark = _select_confused(analysis["confusion"])
         figure = draw_matrix(counts, labels, "prediction", "ground truth")
         pairs = analysis["confusion"]["pairs"]
-        cells = [[p["ground_truth"], p["detected_as"], p["count"], round(100 * p["fraction"], 1)] for p in pairs]
+        cells = [
+            [p["ground_truth"], p["detected_as"], p["count"], round(100 * p["fraction"], 1)] for p in pairs
+        ]
         is_wide = len(labels) > _MAX_LINES
         matrices.append({"figure": (figure, f"{run.name} on {dataset}", remark, is_wide), "pairs": cells})
     return matrices

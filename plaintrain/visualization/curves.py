@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from plaintrain.analysis.run_folder import RunState, estimate_seconds_left, split_result
+from plaintrain.analysis.run_folder import Metrics, RunState, estimate_seconds_left, split_result
 
 # {metric: (iterations, values)}, see `run_folder.read_metrics`.
-Series = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 Lines = Sequence[Mapping[str, Any]]
 # Metrics of a task that share a plot.
 _SHOWN = ("AP", "AP50", "AP75")
@@ -41,7 +40,7 @@ def wants_log(lines: Lines) -> bool:
     return min(values, default=0) > 0 and max(values) > 30 * min(values)
 
 
-def group_panels(runs: Mapping[str, Series], patterns: Sequence[str] = ()) -> list[dict[str, Any]]:
+def group_panels(runs: Mapping[str, Metrics], patterns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Group metrics into plots: related metrics of one run, or one metric of several runs.
 
     Args:
@@ -68,7 +67,8 @@ def group_panels(runs: Mapping[str, Series], patterns: Sequence[str] = ()) -> li
                 panels.append(_make_panel(title, type_, lines, legend=len(lines) > 1))
             continue
         for name in names:
-            if patterns or type_ != "result" or split_result(name)[2] in ("AP", "AP50"):
+            result = split_result(name)
+            if patterns or result is None or result[2] in ("AP", "AP50"):
                 lines = [make_line(run, *s[name], i) for i, (run, s) in enumerate(runs.items()) if name in s]
                 panels.append(_make_panel(name, type_, lines, legend=True))
     return panels
@@ -112,7 +112,7 @@ def _make_panel(title, type_, lines, legend):
     return {"title": title, "type": type_, "lines": lines, "log": log, "legend": legend}
 
 
-def format_state(name: str, metrics: Series, state: RunState) -> str:
+def format_state(name: str, metrics: Metrics, state: RunState) -> str:
     """Return one line on a run: its state, iteration and remaining time."""
     done = f"iteration {state.iteration + 1} of {state.max_iter}" if state.max_iter else "no iterations"
     seconds = estimate_seconds_left(metrics, state) if state.name == "running" else None
@@ -121,12 +121,12 @@ def format_state(name: str, metrics: Series, state: RunState) -> str:
 
 
 def format_curves(
-    metrics: Series, patterns: Sequence[str] = (), smoothing: float = 0, width: int = 80, plain: bool = False
+    metrics: Metrics, patterns: Sequence[str] = (), smoothing: float = 0, width: int = 80, plain: bool = False
 ) -> list[str]:
     """Return a line of `width` characters per metric: name, last value, sparkline, minimum and maximum."""
     names = select_metrics(metrics, patterns)
     if not patterns:
-        results = [n for n in metrics if split_result(n) and split_result(n)[2] == "AP"]
+        results = [name for name in metrics if (split_result(name) or ("",))[-1] == "AP"]
         default = ["total_loss", "val/total_loss", *results, "lr", "time", "data_time"]
         names = [name for name in default if name in metrics]
     lines = []

@@ -112,7 +112,8 @@ def read_coco_results(results_file: str, problems: list[UserError] | None = None
         detection = {**result, "id": index}
         problem = _complete_detection(detection)
         if problem:
-            raise_or_append(problems, DataError(problem[0], f"detection {index} in {results_file} {problem[1]}"))
+            message = f"detection {index} in {results_file} {problem[1]}"
+            raise_or_append(problems, DataError(problem[0], message))
         else:
             detections.append(detection)
     return detections

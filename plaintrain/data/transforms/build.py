@@ -1,7 +1,8 @@
 """Build the augmentations of INPUT.*."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from plaintrain.config import CfgNode, check_cfg
 from plaintrain.data.transforms import copy_paste, crops, geometric, photometric
@@ -20,7 +21,7 @@ _FROM_DATASET = "keypoint_flip_indices"
 
 def build_augmentation(
     cfg: CfgNode, is_train: bool, keypoint_flip_indices: Sequence[int] | None = None
-) -> list[CheckedArguments]:
+) -> list[Callable[..., Any]]:
     """Build the augmentations of INPUT.*: AUGMENTATIONS, CROP, resize and flip; only resize in evaluation."""
     check_cfg(cfg)
     options = cfg.INPUT
