@@ -145,7 +145,7 @@ def main(args):
     for path in args.images:
         image = read(path, metadata.get("pixel_range", ()))
         detections = predict(model, metadata, image)
-        kept = detections["scores"] >= args.threshold
+        kept = detections["scores"] >= args.score_threshold
         detections = {name: value[kept] for name, value in detections.items()}
         print(f"{path}: {kept.sum()} objects")
         for label, score, box in zip(*(detections[k] for k in ("labels", "scores", "boxes")), strict=True):
@@ -162,6 +162,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=".onnx or .pt2")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score, default 0.5")
+    parser.add_argument("--score-threshold", type=float, default=0.5, help="minimum score (default: 0.5)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="save images with detections here")
     sys.exit(main(parser.parse_args()))

@@ -118,7 +118,7 @@ def main(args):
     print(f"{args.dataset}, {len(errors.records)} images, {thresholds}:")
     legend = {f"{name}: {description}": color for name, (color, description) in OUTCOMES.items()}
     for error in ERRORS:
-        print(f"  {f'{error}: {OUTCOMES[error][1]}':<48}{counts[error].sum():>8}")
+        print(f"  {f'{error}: {OUTCOMES[error][1]}':<52}{counts[error].sum():>6}")
     drawings = itertools.islice(draw(errors, counts, args), args.max_images)
     if not write_images(drawings, args, args.dataset, legend, width=2):
         print("no image has such an error")

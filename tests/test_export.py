@@ -185,7 +185,7 @@ def test_a_run_is_exported_checked_and_used_without_plaintrain(run_folder, tmp_p
     output = script_output("export_model.py", run_folder, *options, folder=tmp_path)
     assert "largest" in output and re.search(r"model\.onnx: SSD, 0\.\d MB, dynamic batch\n", output)
     image = run_folder / "1.png"
-    command = [PREDICT, run_folder / "model.onnx", image, "--threshold", "0", "--output", tmp_path]
+    command = [PREDICT, run_folder / "model.onnx", image, "--score-threshold", "0", "--output", tmp_path]
     output = script_output(*command, folder=tmp_path, faults=functools.partial(hide, "plaintrain"))
     _, model = make("ssd")
     model.score_thresh = 0.1
