@@ -354,7 +354,7 @@ def test_a_detection_matches_the_best_object_that_is_left():
     assert match_image(truth, found)[1]["type"].tolist()[-2:] == ["ignored", "correct"]
 
 
-def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
+def test_images_of_a_dataset_are_matched_as_each_alone():
     name, records, predictions = random_dataset(1)
     errors = find_errors(name, predictions)
     types, states = errors.detections["type"], errors.objects["state"]
@@ -379,14 +379,9 @@ def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
         cost = compute_delta_ap(errors)
         assert 5 < coco[metric] < 95 and cost["AP"] == pytest.approx(coco[metric], abs=1e-8)
         assert compute_fixed_ap(errors, ERRORS) == 100 and min(cost["delta_ap"].values()) >= 0
-    # Of a file, and above a score.
-    every = find_errors(name, predictions, iou_threshold=0.6)
-    write_predictions(tmp_path, name, predictions)
-    read = read_detections(tmp_path / PREDICTIONS_FILE, name)
-    some = find_errors(name, read, iou_threshold=0.6, score_threshold=0.5)
-    kept = every.detections["scores"] >= 0.5
+    some = find_errors(name, predictions, score_threshold=0.5)
+    kept = predictions.table[:, 5] >= 0.5
     assert 0 < kept.sum() < len(kept)
-    assert np.array_equal(some.detections["type"], every.detections["type"][kept])
-    assert some.classes == ["c0", "c1", "c2", "c3"] and some.iou_threshold == 0.6
+    assert np.array_equal(some.detections["type"], types[kept])
     with pytest.raises(UserError, match="errors of masks require masks"):
-        find_errors(name, read, task="segm")
+        find_errors(name, predictions, task="segm")

@@ -268,14 +268,8 @@ def _crop(crop_type, size):
         ({"Resize": {"size": [3, 4]}, "RandomIoUCrop": {}}, ["a mapping of one name"]),
         ({"Resize": 300}, ["the entry {'Resize': 300}"]),
         ({"Resize": {}}, ["INPUT.AUGMENTATIONS: Resize", "argument: 'size'"]),
-        (
-            {"RandomZoomOut": {"sides_range": [1, 2]}},
-            ["argument 'sides_range'", "are fill, side_range, p"],
-        ),
-        (
-            {"RandomHorizontalFlip": {"keypoint_flip_indices": [0]}},
-            ["argument 'keypoint_flip_indices'"],
-        ),
+        ({"RandomZoomOut": {"sides_range": [1, 2]}}, ["argument 'sides_range'", "are fill, side_range, p"]),
+        ({"RandomHorizontalFlip": {"keypoint_flip_indices": [0]}}, ["argument 'keypoint_flip_indices'"]),
         ({"RandomZoomOut": {"p": 1.5}}, ["RandomZoomOut: p must be", "from 0 to 1, got 1.5"]),
         ({"RandomZoomOut": {"p": float("nan")}}, ["p must be"]),
         ({"RandomZoomOut": {"p": ""}}, ["p must be a number from 0 to 1, got ''"]),

@@ -35,18 +35,15 @@ def cfg(cfg):
     return cfg
 
 
-def register(name, records, **metadata):
-    DatasetCatalog.register(name, lambda: records)
-    MetadataCatalog.get(name).set(**metadata)
-    return records
-
-
 @pytest.fixture
 def shapes():
     """Two images of the shapes set: the first wide, the second upright."""
     (wide,), metadata = load_shapes("val", num=1, height=60, width=90)
     (upright,), _ = load_shapes("test", num=1, height=80, width=50)
-    return register("few_shapes", [wide, {**upright, "image_id": 2}], **metadata)
+    records = [wide, {**upright, "image_id": 2}]
+    DatasetCatalog.register("few_shapes", lambda: records)
+    MetadataCatalog.get("few_shapes").set(**metadata)
+    return records
 
 
 class Listed(nn.Module):
