@@ -300,7 +300,6 @@ def _crop(crop_type, size):
         ({"RandomIoUCrop": {"sampler_options": [0.3, 0.5]}}, ["sampler_options must hold a 1"]),
         # Other keys of INPUT.
         (("FIXED_SIZE", (300, 0)), []),
-        (("FIXED_SIZE", (300,)), []),
         (("MIN_SIZE_TRAIN", (0, 20)), []),
         (("MAX_SIZE_TRAIN", 0), []),
         (("MIN_SIZE_TRAIN_SAMPLING", "rnage"), ["rnage"]),

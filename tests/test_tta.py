@@ -8,13 +8,7 @@ from model_helpers import ARCHITECTURES, TINY, K, build, make_cfg, make_override
 from torch import nn
 from torchvision.ops import batched_nms
 
-from plaintrain.data import (
-    DatasetCatalog,
-    DatasetMapper,
-    MetadataCatalog,
-    build_detection_test_loader,
-    dataset_mapper,
-)
+from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
 from plaintrain.data.datasets.shapes import load_shapes
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.engine.preflight import check_before_training
@@ -102,25 +96,14 @@ def test_views_are_what_the_plain_mapper_makes_and_its_mirror_images(cfg, shapes
                 assert type(image) is torch.Tensor and image.dtype == torch.uint8 and image.is_contiguous()
 
 
-def test_an_image_is_read_once_and_no_view_is_mirrored_without_flip(cfg, shapes, monkeypatch):
-    reads, read = [], dataset_mapper.read_image
-    monkeypatch.setattr(dataset_mapper, "read_image", lambda name, *a: reads.append(name) or read(name, *a))
-    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE, cfg.TEST.AUG.FLIP = (30, 40, 50), 100, False
-    mapper = build_tta_mapper(cfg, "few_shapes")
-    views = mapper(shapes[0])["views"]
-    assert reads == [shapes[0]["file_name"]]
-    assert [view["image"].shape[1:] for view in views] == [(30, 45), (40, 60), (50, 75)]
-    assert not any(view["flipped"] for view in views)
-    with pytest.raises(UserError, match="90x60, but its annotation says 91x60"):
-        mapper({**shapes[0], "width": 91})
-
-
-def test_the_order_of_keypoints_comes_from_the_dataset(cfg, shapes):
+def test_views_are_mirrored_if_asked_for_with_the_keypoint_order_of_the_dataset(cfg, shapes):
     cfg.TEST.AUG.MIN_SIZES, cfg.MODEL.KEYPOINT_ON = (40,), True
     views = build_tta_mapper(cfg, "few_shapes")(shapes[0])["views"]
     assert [view["keypoint_flip_indices"] for view in views] == [None, (0, 3, 2, 1)]
     for cfg.TEST.AUG.FLIP, cfg.MODEL.KEYPOINT_ON in ((False, True), (True, False)):
-        assert build_tta_mapper(cfg, "few_shapes").keypoint_flip_indices is None
+        views = build_tta_mapper(cfg, "few_shapes")(shapes[0])["views"]
+        assert [view["flipped"] for view in views] == [False, True][: 1 + cfg.TEST.AUG.FLIP]
+        assert all(view["keypoint_flip_indices"] is None for view in views)
 
 
 def test_the_test_loader_makes_views_unless_it_is_given_a_mapper(cfg, shapes):
