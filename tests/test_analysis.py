@@ -102,9 +102,8 @@ def test_the_threshold_of_the_best_f1():
 def test_calibration_compares_scores_with_what_is_correct():
     objects = [(0, A, 0, 0), (0, B, 0, 0), (0, [40, 40, 100, 100], 0, 1)]
     rows = [(A, 0.95, 0), (FAR, 0.91, 1), (B, 0.15, 0), ([50, 50, 60, 60], 0.5, 0), (FAR, 1.0, 1)]
-    found = breakdown.compute_calibration(
-        find_errors(register(objects), detections_of([(0, *row) for row in rows]))
-    )
+    errors = find_errors(register(objects), detections_of([(0, *row) for row in rows]))
+    found = breakdown.compute_calibration(errors)
     bins = found["bins"]
     assert [part["count"] for part in bins] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 3]
     assert bins[0] == {"low": 0.0, "high": 0.1, "count": 0, "score": None, "precision": None}
@@ -117,9 +116,8 @@ def test_confusion_counts_each_object_and_each_detection_once():
     crowd = (0, [40, 40, 100, 100], 0, 1)
     objects = [(0, A, 0, 0), crowd, (1, A, 0, 0), (1, B, 1, 0), (1, FAR, 1, 0)]
     rows = [(0, A, 0.9, 0), (0, FAR, 0.8, 0), (1, A, 0.9, 1), (1, A, 0.6, 0), (1, B, 0.8, 0), (1, B, 0.9, 0)]
-    found = breakdown.compute_confusion_matrix(
-        find_errors(register(objects, images=2), detections_of(rows, images=2))
-    )
+    errors = find_errors(register(objects, images=2), detections_of(rows, images=2))
+    found = breakdown.compute_confusion_matrix(errors)
     assert found["labels"] == ["c0", "c1", "background"]
     assert found["counts"] == [[2, 0, 0], [1, 0, 1], [1, 1, 0]]
     assert found["normalized"] == [[1, 0, 0], [0.5, 0, 0.5], [0.5, 0.5, 0]]
@@ -354,7 +352,7 @@ def test_a_detection_matches_the_best_object_that_is_left():
     assert match_image(truth, found)[1]["type"].tolist()[-2:] == ["ignored", "correct"]
 
 
-def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
+def test_images_of_a_dataset_are_matched_as_each_alone():
     name, records, predictions = random_dataset(1)
     errors = find_errors(name, predictions)
     types, states = errors.detections["type"], errors.objects["state"]
@@ -379,14 +377,9 @@ def test_images_of_a_dataset_or_a_file_are_matched_as_each_alone(tmp_path):
         cost = compute_delta_ap(errors)
         assert 5 < coco[metric] < 95 and cost["AP"] == pytest.approx(coco[metric], abs=1e-8)
         assert compute_fixed_ap(errors, ERRORS) == 100 and min(cost["delta_ap"].values()) >= 0
-    # Of a file, and above a score.
-    every = find_errors(name, predictions, iou_threshold=0.6)
-    write_predictions(tmp_path, name, predictions)
-    read = read_detections(tmp_path / PREDICTIONS_FILE, name)
-    some = find_errors(name, read, iou_threshold=0.6, score_threshold=0.5)
-    kept = every.detections["scores"] >= 0.5
+    some = find_errors(name, predictions, score_threshold=0.5)
+    kept = predictions.table[:, 5] >= 0.5
     assert 0 < kept.sum() < len(kept)
-    assert np.array_equal(some.detections["type"], every.detections["type"][kept])
-    assert some.classes == ["c0", "c1", "c2", "c3"] and some.iou_threshold == 0.6
+    assert np.array_equal(some.detections["type"], types[kept])
     with pytest.raises(UserError, match="errors of masks require masks"):
-        find_errors(name, read, task="segm")
+        find_errors(name, predictions, task="segm")

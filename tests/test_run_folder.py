@@ -41,8 +41,8 @@ def test_a_whole_run_its_warnings_and_the_names_of_it_and_its_results(tmp_path):
     assert run_folder.split_result("my/set/segm/AP-a/b") == ("my/set", "segm", "AP-a/b")
     assert run_folder.split_result("val/total_loss") is None and run_folder.split_result("lr") is None
     folder = make_run(tmp_path / "run")
-    assert len(run_folder.read_metrics(folder)["lr"][0]) == 100
     metrics = run_folder.read_metrics(folder)
+    assert len(metrics["lr"][0]) == 100
     assert run_folder.get_run_state(folder, metrics) == ("finished", 199, 200)
     assert run_folder.read_config(folder).DATASETS.TEST == ("report_val",)
     assert run_folder.list_test_sets(folder) == ["report_val"]

@@ -268,14 +268,8 @@ def _crop(crop_type, size):
         ({"Resize": {"size": [3, 4]}, "RandomIoUCrop": {}}, ["a mapping of one name"]),
         ({"Resize": 300}, ["the entry {'Resize': 300}"]),
         ({"Resize": {}}, ["INPUT.AUGMENTATIONS: Resize", "argument: 'size'"]),
-        (
-            {"RandomZoomOut": {"sides_range": [1, 2]}},
-            ["argument 'sides_range'", "are fill, side_range, p"],
-        ),
-        (
-            {"RandomHorizontalFlip": {"keypoint_flip_indices": [0]}},
-            ["argument 'keypoint_flip_indices'"],
-        ),
+        ({"RandomZoomOut": {"sides_range": [1, 2]}}, ["argument 'sides_range'", "are fill, side_range, p"]),
+        ({"RandomHorizontalFlip": {"keypoint_flip_indices": [0]}}, ["argument 'keypoint_flip_indices'"]),
         ({"RandomZoomOut": {"p": 1.5}}, ["RandomZoomOut: p must be", "from 0 to 1, got 1.5"]),
         ({"RandomZoomOut": {"p": float("nan")}}, ["p must be"]),
         ({"RandomZoomOut": {"p": ""}}, ["p must be a number from 0 to 1, got ''"]),
@@ -306,7 +300,6 @@ def _crop(crop_type, size):
         ({"RandomIoUCrop": {"sampler_options": [0.3, 0.5]}}, ["sampler_options must hold a 1"]),
         # Other keys of INPUT.
         (("FIXED_SIZE", (300, 0)), []),
-        (("FIXED_SIZE", (300,)), []),
         (("MIN_SIZE_TRAIN", (0, 20)), []),
         (("MAX_SIZE_TRAIN", 0), []),
         (("MIN_SIZE_TRAIN_SAMPLING", "rnage"), ["rnage"]),

@@ -91,22 +91,18 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
 def _compute_coco_metrics(evaluator, tasks, detections, errors):
     """Return `metrics`, `per_class` and `curves`."""
     content = {"metrics": {}, "per_class": {}, "curves": {}}
+    counts = count_objects(errors).tolist()
     for task in tasks:
         precision, recall = evaluator.compute_curves(task, detections)
         content["metrics"][task] = summarize(precision, recall, task)
-        content["per_class"][task] = _compute_class_metrics(precision, recall, task, errors)
         content["curves"][task] = _compute_curves(precision, errors.classes)
+        content["per_class"][task] = class_metrics = []
+        for k, name in enumerate(errors.classes):
+            metrics = summarize(precision[:, :, [k]], recall[:, [k]], task)
+            # Keypoints have no metrics of small objects.
+            selected = {key: metrics.get(key) for key in _CLASS_METRICS}
+            class_metrics.append({"name": name, "objects": counts[k], **selected})
     return content
-
-
-def _compute_class_metrics(precision, recall, task, errors):
-    class_metrics = []
-    for k, (name, count) in enumerate(zip(errors.classes, count_objects(errors).tolist(), strict=True)):
-        metrics = summarize(precision[:, :, [k]], recall[:, [k]], task)
-        # Keypoints have no metrics of small objects.
-        selected = {key: metrics.get(key) for key in _CLASS_METRICS}
-        class_metrics.append({"name": name, "objects": count, **selected})
-    return class_metrics
 
 
 def _compute_curves(precision, names):

@@ -55,9 +55,6 @@ class Errors:
             `DETECTION_TYPES` ("ignored": on a crowd of its class, or beyond `MAX_DETECTIONS`); `object`, the
             index of the matched, mistaken or nearest object, or -1; `iou` with it (with a crowd, the fraction
             of the detection inside it).
-        predictions: the `Detections` in `detections`.
-        iou_threshold: minimum IoU of a correct detection.
-        score_threshold: minimum score in `detections`.
     """
 
     records: SerializedRecords

@@ -34,7 +34,6 @@ def _check_cycle(names: Sequence[str], chain: Sequence[str]) -> None:
         _check_cycle(spec.get("DATASETS", ()), [*chain, name])
 
 
-# The parameters of a reader are the keys of a declaration in lower case, or as in _PARAMETERS.
 _READERS: dict[str, Callable[..., coco.LoadedDataset]] = {
     "coco": coco.load_coco_json,
     "coco_results": coco.load_coco_results,
@@ -44,7 +43,6 @@ _READERS: dict[str, Callable[..., coco.LoadedDataset]] = {
     "images": folder.load_images,
     "concat": _load_concat,
 }
-_PARAMETERS = {"JSON": "json_file", "RESULTS": "results_file", "DATA": "data_file"}
 _PATHS = ("JSON", "IMAGE_ROOT", "RESULTS", "ROOT", "DATA")
 # Every format accepts the common keys; the metadata keys are not passed to the reader.
 _COMMON = ("FORMAT", "EVALUATOR", "FRACTION", "FRACTION_SEED")
@@ -74,13 +72,9 @@ _RULES = {
     "FRACTION": Rule("in (0, 1]", lambda value: type(value) in (int, float) and 0 < value <= 1),
     "FRACTION_SEED": Rule("an integer >= 0", lambda value: type(value) is int and value >= 0),
 }
-
-
-def _get_reader_keys(reader: Callable[..., Any]) -> dict[str, bool]:
-    """Return the keys of a reader's declarations and whether each is required."""
-    parameters = inspect.signature(reader).parameters
-    keys = ((key, parameters.get(_PARAMETERS.get(key, key.lower()))) for key in _RULES)
-    return {key: parameter.default is parameter.empty for key, parameter in keys if parameter}
+# The parameters of the readers.
+_PARAMETERS = {key: key.lower() for key in _RULES}
+_PARAMETERS |= {"JSON": "json_file", "RESULTS": "results_file", "DATA": "data_file"}
 
 
 def _check_declaration(name: str, spec: Any) -> None:
@@ -88,15 +82,16 @@ def _check_declaration(name: str, spec: Any) -> None:
     if not isinstance(spec, dict) or str(spec.get("FORMAT")) not in _READERS:
         value = spec.get("FORMAT") if isinstance(spec, dict) else spec
         raise UserError(f"{key_prefix}.FORMAT must be one of {', '.join(_READERS)}, got {value!r}")
-    keys = _get_reader_keys(_READERS[spec["FORMAT"]])
+    parameters = inspect.signature(_READERS[spec["FORMAT"]]).parameters
+    keys = [key for key in _RULES if _PARAMETERS[key] in parameters]
     known = [*keys, *_COMMON, *_METADATA.get(spec["FORMAT"], ())]
     for key, value in spec.items():
         if key not in known:
             raise UserError(f"{key_prefix} has an unknown key {key}; known: {', '.join(known)}")
         if not _RULES[key].accepts(value):
             raise UserError(f"{key_prefix}.{key} must be {_RULES[key].words}, got {value!r}")
-    for key, is_required in keys.items():
-        if is_required and key not in spec:
+    for key in keys:
+        if key not in spec and parameters[_PARAMETERS[key]].default is inspect.Parameter.empty:
             raise UserError(f"{key_prefix} with FORMAT {spec['FORMAT']} requires the key {key}")
 
 
@@ -130,7 +125,7 @@ def _read(spec, problems=None):
     for key, value in spec.items():
         if key in _PATHS:
             value = os.path.join(get_dataset_root(), os.path.expanduser(value))
-        values[_PARAMETERS.get(key, key.lower())] = value
+        values[_PARAMETERS[key]] = value
     parameters = inspect.signature(reader).parameters
     try:
         records, metadata = reader(**{key: value for key, value in values.items() if key in parameters})
@@ -152,10 +147,7 @@ def read_dataset(name: str, problems: list[UserError] | None = None) -> coco.Loa
     With a list `problems`, errors in a declared dataset's files are appended to it instead of raised.
     """
     spec = MetadataCatalog.get(name).get("declaration") if name in DatasetCatalog else None
-    if spec is None:
-        records = list(DatasetCatalog.get(name))
-        return records, dict(vars(MetadataCatalog.get(name)))
-    records, metadata = _read(spec, problems)
+    records, metadata = _read(spec, problems) if spec else (DatasetCatalog.get(name), {})
     return list(records), {**vars(MetadataCatalog.get(name)), **metadata}
 
 

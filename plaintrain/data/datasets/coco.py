@@ -261,6 +261,7 @@ def shift_keypoints(keypoints: Sequence[float], offset: float) -> list[float]:
 
 def register_coco_instances(name: str, metadata: dict[str, Any], json_file: str, image_root: str) -> None:
     """Register a COCO dataset, as in Detectron2; `thing_classes` in `metadata` selects and orders classes."""
+    metadata = {"evaluator_type": "coco", **metadata}
 
     def load():
         classes = metadata.get("thing_classes")
@@ -269,6 +270,4 @@ def register_coco_instances(name: str, metadata: dict[str, Any], json_file: str,
         return records
 
     DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(
-        json_file=json_file, image_root=image_root, **{"evaluator_type": "coco", **metadata}
-    )
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, **metadata)

@@ -38,7 +38,13 @@ def load_concat(
     for name, class_names, (records, _) in zip(names, class_lists, datasets, strict=True):
         labels = [label_of.get(class_name) for class_name in class_names]
         for record in records:
-            record["annotations"] = _relabel(record, labels)
+            for annotation in record["annotations"]:
+                check_annotation(annotation, record["file_name"], len(labels))
+            record["annotations"] = [
+                {**annotation, "category_id": labels[annotation["category_id"]]}
+                for annotation in record["annotations"]
+                if labels[annotation["category_id"]] is not None
+            ]
             if add_prefix:
                 record["image_id"] = f"{name}/{record['image_id']}"
             joined_records.append(record)
@@ -58,16 +64,6 @@ def _join_classes(names, class_lists, classes, merge):
                 "set MERGE_CLASSES: True, or select classes with CLASSES"
             )
     return union
-
-
-def _relabel(record, labels):
-    annotations = []
-    for annotation in record["annotations"]:
-        check_annotation(annotation, record["file_name"], len(labels))
-        label = labels[annotation["category_id"]]
-        if label is not None:
-            annotations.append({**annotation, "category_id": label})
-    return annotations
 
 
 def _map_dataset_ids(joined, all_metadata):

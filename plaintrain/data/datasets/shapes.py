@@ -80,7 +80,10 @@ def render(file_name: str) -> np.ndarray:
     background = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     image = np.array(background, dtype=np.float32)
     for shape in shapes:
-        _fill_polygon(image, shape["polygon"], _draw_contrasting_colour(rng, base))
+        colour = base
+        while np.linalg.norm(colour - base) < _MIN_CONTRAST:
+            colour = rng.uniform(0, 255, size=3)
+        _fill_polygon(image, shape["polygon"], colour)
     image += rng.standard_normal((height, width, 1), dtype=np.float32) * 12
     image += rng.standard_normal((height, width, 3), dtype=np.float32) * 6
     return np.clip(image, 0, 255).astype(np.uint8)
@@ -144,13 +147,6 @@ def _fill_polygon(image, polygon, colour):
     x1, y1 = np.minimum(np.ceil(polygon.max(axis=0)).astype(int), [width, height])
     y, x = np.mgrid[y0:y1, x0:x1] + 0.5
     image[y0:y1, x0:x1][_contains(polygon, x, y)] = colour
-
-
-def _draw_contrasting_colour(rng, background):
-    while True:
-        colour = rng.uniform(0, 255, size=3)
-        if np.linalg.norm(colour - background) >= _MIN_CONTRAST:
-            return colour
 
 
 def _compute_keypoints(polygon):

@@ -56,20 +56,15 @@ def write_coco(
             except UserError as e:
                 raise UserError(f"an annotation of {record['file_name']}: {e}") from e
             annotations.append({"id": len(annotations) + 1, "image_id": record["image_id"], **converted})
-    categories = _create_categories(metadata, ids, records)
-    with atomic_write(json_file) as f:
-        json.dump({"images": images, "annotations": annotations, "categories": categories}, f)
-
-
-def _create_categories(metadata, ids, records):
-    names = metadata["thing_classes"]
-    categories = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
+    categories = [{"id": i, "name": name} for i, name in zip(ids, metadata["thing_classes"], strict=True)]
     if metadata.get("keypoint_names"):
         keys = {"keypoints": list(metadata["keypoint_names"]), "skeleton": metadata.get("skeleton") or []}
-        with_keypoints = {a["category_id"] for r in records for a in r["annotations"] if a.get("keypoints")}
-        for label in with_keypoints or range(len(names)):
-            categories[label] |= keys
-    return categories
+        with_keypoints = {a["category_id"] for a in annotations if "keypoints" in a}
+        for category in categories:
+            if not with_keypoints or category["id"] in with_keypoints:
+                category.update(keys)
+    with atomic_write(json_file) as f:
+        json.dump({"images": images, "annotations": annotations, "categories": categories}, f)
 
 
 def get_area(annotation: dict[str, Any], record: dict[str, Any]) -> float:
