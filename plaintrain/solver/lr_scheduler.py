@@ -12,7 +12,6 @@ from plaintrain.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
-
 Schedule = Callable[[int], float]
 
 

@@ -9,13 +9,8 @@ from torch import Tensor, nn
 from plaintrain.config import CfgNode
 from plaintrain.utils.errors import UserError
 
-_NORM_LAYERS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.LocalResponseNorm,
-)
+# _NormBase is the base of batch and instance norms.
+_NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def build_param_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
