@@ -60,7 +60,6 @@ def names(folder):
     return sorted(os.listdir(folder))
 
 
-# ---- saving and loading ------------------------------------------------------------------------
 # That all values are loaded as they were saved is a property, see properties/test_checkpoint_properties.py.
 
 
@@ -129,9 +128,6 @@ def test_file_that_would_run_code_is_rejected_and_does_not_run(tmp_path, save, k
     assert marker.exists()
 
 
-# ---- files are whole or not there --------------------------------------------------------------
-
-
 # Without an error the disk is full.
 @pytest.mark.parametrize("error", [RuntimeError("out of luck"), KeyboardInterrupt(), None])
 def test_failed_save_keeps_older_files_and_nothing_else(tmp_path, monkeypatch, error):
@@ -187,9 +183,6 @@ def test_atomic_write_replaces_a_file_only_when_its_block_succeeds(tmp_path, mon
     assert names(tmp_path) == ["file"] and path.read_text(encoding="utf-8") == "neu, größer"
     with pytest.raises(UserError, match="below"), atomic_write(str(path / "below" / "file")) as f:
         f.write("")
-
-
-# ---- which checkpoint a resumed run starts from ------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +294,6 @@ def test_unreadable_and_unwritable_files_are_clear_errors(tmp_path):
         resume(tmp_path)
 
 
-# ---- periodic checkpoints, and the end of a run --------------------------------------------------
 # Which checkpoints are saved and kept is a property too.
 
 
@@ -313,12 +305,12 @@ def saves(monkeypatch):
     return calls
 
 
-def make_saver(folder, value=0.0, final=None, metadata=None, **kwargs):
+def make_saver(folder, value=0.0, final=None, **kwargs):
     """A `TrainingCheckpointer` that saves every 2 iterations; `final` is the value of the final weights."""
     model = make_model(value)
     final_model = None if final is None else lambda: nn.DataParallel(make_model(final))
-    options = {"period": 2, "final_model": final_model, "metadata": metadata, **kwargs}
-    return TrainingCheckpointer(model, str(folder), **options, **sgd(model.parameters()))
+    kwargs |= sgd(model.parameters())
+    return TrainingCheckpointer(model, str(folder), period=2, final_model=final_model, **kwargs)
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -335,11 +327,8 @@ def test_final_model_is_the_last_checkpoint(tmp_path, monkeypatch, saves, links,
     saver.save_final()
     assert len(saves) == 1 and (tmp_path / "model_final.pth").read_bytes() == content
     # Under its number too, if the period has it.
-    assert names(tmp_path) == [
-        "last_checkpoint",
-        *([numbered.name] if iteration == 5 else []),
-        "model_final.pth",
-    ]
+    kept = [numbered.name] if iteration == 5 else []
+    assert names(tmp_path) == ["last_checkpoint", *kept, "model_final.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     # A finished run that is resumed leaves it as it is.
     again = make_saver(tmp_path)
@@ -408,10 +397,3 @@ def test_best_weights_are_not_resumed_from_and_every_file_has_the_metadata(tmp_p
     assert not saver.has_checkpoint()
     assert saver.resume_or_load(str(tmp_path / "model_best.pth"), resume=False) == {}
     assert value_of(saver.model) == 9.0
-
-
-def test_class_names_of_the_run_are_compared_with_those_of_weights(tmp_path, log):
-    make_saver(tmp_path, metadata={"class_names": ["cat", "dog"]}).save("model_0000001", iteration=1)
-    checkpointer = DetectionCheckpointer(make_model(), metadata={"class_names": ["ant", "bee"]})
-    checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False)
-    assert "was trained for the classes ['cat', 'dog'], here they are ['ant', 'bee']" in log.text
