@@ -142,7 +142,6 @@ def prune_checkpoints(folder: str, saved: str, max_to_keep: int) -> None:
 
 
 def delete_checkpoint(folder: str, name: str) -> None:
-    """Delete a checkpoint if it exists."""
     path = Path(folder, name)
     with writing(path):
         path.unlink(missing_ok=True)

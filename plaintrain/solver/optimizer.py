@@ -43,8 +43,7 @@ def _match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """Give loaded state the strides of its parameter, which fused kernels require."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            has_shape = isinstance(value, Tensor) and value.shape == parameter.shape
-            if has_shape and value.stride() != parameter.stride():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
