@@ -364,36 +364,23 @@ def test_periodic_checkpointer_saves_as_in_detectron2(tmp_path, saves):
         assert len(saves) == 4 and resume(tmp_path)[1] == {"iteration": max_iter - 1, "reason": "period"}
 
 
-def test_final_weights_keep_a_numbered_checkpoint_to_resume_from(tmp_path, saves):
-    saver = make_saver(tmp_path, value=2.0, final=7.0, metadata={"class_names": ["a"]})
-    saver.save_iteration(4)
-    saver.save_final()
-    assert names(tmp_path) == ["last_checkpoint", "model_0000004.pth", "model_final.pth"]
-    assert len(saves) == 2 and set(load(tmp_path / "model_final.pth")) == {"model", "class_names"}
-
-    again = make_saver(tmp_path)
-    assert again.resume_or_load("", resume=True) == {"iteration": 4, "class_names": ["a"]}
-    assert value_of(again.model) == 2.0
-    # And by whoever lost the tag.
-    (tmp_path / "last_checkpoint").unlink()
-    assert again.get_checkpoint_file() == str(tmp_path / "model_0000004.pth")
-    # Another training may start from them.
-    assert again.resume_or_load(str(tmp_path / "model_final.pth"), resume=False) == {}
-    assert value_of(again.model) == 7.0
-
-
-def test_best_weights_are_not_resumed_from_and_every_file_has_the_metadata(tmp_path):
+def test_best_and_final_weights_are_not_resumed_from_and_every_file_has_the_metadata(tmp_path):
     metadata = {"class_names": ["cat", "dog"], "config": "text"}
-    saver = make_saver(tmp_path, value=1.0, metadata=metadata)
-    saver.save_iteration(3)
-    saver.save_weights("model_best", make_model(9.0), iteration=4, config="mine")
-    best = load(tmp_path / "model_best.pth")
-    assert set(best) == {"model", "iteration", *metadata}
+    saver = make_saver(tmp_path, value=1.0, final=7.0, metadata=metadata)
+    saver.save_iteration(4)
+    saver.save_weights("model_best", make_model(9.0), iteration=5, config="mine")
+    saver.save_final()
+    best, final = (load(tmp_path / f"model_{name}.pth") for name in ("best", "final"))
+    assert set(best) == {"model", "iteration", *metadata} and set(final) == {"model", *metadata}
     # What is given for one file goes before.
-    assert (best["iteration"], best["class_names"], best["config"]) == (4, metadata["class_names"], "mine")
-    for name in ("last_checkpoint", "model_0000003.pth"):
-        assert saver.resume_or_load("", resume=True) == {"iteration": 3, **metadata}
+    assert (best["iteration"], best["class_names"], best["config"]) == (5, metadata["class_names"], "mine")
+    for name in ("last_checkpoint", "model_0000004.pth"):
+        assert saver.resume_or_load("", resume=True) == {"iteration": 4, **metadata}
+        assert value_of(saver.model) == 1.0
         (tmp_path / name).unlink()
-    assert not saver.has_checkpoint()
-    assert saver.resume_or_load(str(tmp_path / "model_best.pth"), resume=False) == {}
-    assert value_of(saver.model) == 9.0
+    # Another training may start from them.
+    for name, value in (("best", 9.0), ("final", 7.0)):
+        assert saver.resume_or_load(str(tmp_path / f"model_{name}.pth"), resume=False) == {}
+        assert value_of(saver.model) == value
+    (tmp_path / "model_final.pth").unlink()
+    assert not saver.has_checkpoint() and names(tmp_path) == ["model_best.pth"]
