@@ -48,6 +48,10 @@ def test_segmentations_may_hold_tuples_and_polygons_are_their_union_cut_off_at_t
     assert coco_mask.decode(rle).sum() == 6 * 4 and coco_mask.decode(rle)[:4, :6].all()
 
 
+def _rle(counts, size=(8, 10)):
+    return {"size": list(size), "counts": counts}
+
+
 @pytest.mark.parametrize(
     ("segmentation", "words"),
     [
@@ -58,25 +62,17 @@ def test_segmentations_may_hold_tuples_and_polygons_are_their_union_cut_off_at_t
         ([[0, 0, 1e300, 0, -1e300, 5]], ["far outside"]),
         (None, ["no segmentation"]),
         ({"counts": [80]}, ["neither polygons nor an RLE", "counts"]),
-        ({"size": [10, 8], "counts": [80]}, ["[10, 8]", "[8, 10]"]),
+        (_rle([80], (10, 8)), ["[10, 8]", "[8, 10]"]),
+        *((_rle(counts), ["counts", "8 x 10"]) for counts in ([10, 20], [100, -20], [], [40, "40"], 80)),
+        (_rle([2**64, -(2**64) + 80]), ["counts", "8 x 10"]),
+        # Strings that are cut off, of which pycocotools would read on past the end, or are no runs.
+        *((_rle(counts), ["counts", "8 x 10"]) for counts in ("1", b"\x01", "", "h", "0 0", "\ud800")),
+        # A run of too many letters.
+        (_rle("0" * 20 + "o" * 40 + "0"), ["counts", "8 x 10"]),
     ],
 )
 def test_malformed_segmentations_are_rejected(segmentation, words):
     rejected(*words, by=lambda: encode_segmentation(segmentation, 8, 10))
-
-
-@pytest.mark.parametrize(
-    "counts",
-    [
-        *([10, 20], [100, -20], [], [40, "40"], 80, [2**64, -(2**64) + 80]),
-        # Strings that are cut off, of which pycocotools would read on past the end, or are no runs.
-        *("1", b"\x01", "", "h", "0 0", "\ud800"),
-        # A run of too many letters.
-        "0" * 20 + "o" * 40 + "0",
-    ],
-)
-def test_malformed_counts_are_rejected(counts):
-    rejected("counts", "8 x 10", by=lambda: encode_segmentation({"size": [8, 10], "counts": counts}, 8, 10))
 
 
 def test_runs_of_compressed_masks_add_up_and_truncation_is_detected():
