@@ -176,7 +176,6 @@ class BoxMasks:
         return self.boxes.is_cuda
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "BoxMasks":
-        """Copy to a device, as `torch.Tensor.to`."""
         probabilities = self.probabilities.to(device, non_blocking=non_blocking)
         boxes = self.boxes.to(device, non_blocking=non_blocking)
         return BoxMasks(probabilities, boxes, self.height, self.width, self.aligned)
