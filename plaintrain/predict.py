@@ -31,8 +31,6 @@ from plaintrain.solver.amp import build_test_autocast
 from plaintrain.utils.errors import UserError
 from plaintrain.visualization.drawing import Edges, get_skeleton
 
-_NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
-
 
 class Predictor:
     """Callable that maps an image to the detections of a trained model.
@@ -207,6 +205,6 @@ def _infer_keypoints(cfg: CfgNode) -> Edges:
     if not metadata.get("keypoint_names"):
         metadata = {"keypoint_names": range(17), "skeleton": COCO_SKELETON}
     num_names = len(metadata.get("keypoint_names"))
-    num_keypoints = get_value(cfg, _NUM_KEYPOINTS) or num_names
-    set_value(cfg, _NUM_KEYPOINTS, num_keypoints)
+    num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS or num_names
+    set_value(cfg, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", num_keypoints)
     return get_skeleton(metadata) if num_keypoints == num_names else ()

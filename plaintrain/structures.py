@@ -5,7 +5,7 @@ import numbers
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum, unique
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from plaintrain.utils.errors import UserError
 _THRESHOLD = 0.5
 
 
-@unique
 class BoxMode(IntEnum):
     """Box formats of a record, in absolute pixels, with the values of Detectron2."""
 
@@ -37,12 +36,11 @@ class BoxMode(IntEnum):
             if mode not in tuple(BoxMode):
                 raise UserError(f"bbox_mode must be one of {', '.join(map(str, BoxMode))}, got {mode!r}")
         x, y, third, fourth = (float(value) for value in box)
-        modes = BoxMode(from_mode), BoxMode(to_mode)
-        if modes == (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
+        if from_mode == to_mode:
+            return [x, y, third, fourth]
+        if to_mode == BoxMode.XYXY_ABS:
             return [x, y, x + third, y + fourth]
-        if modes == (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
-            return [x, y, third - x, fourth - y]
-        return [x, y, third, fourth]
+        return [x, y, third - x, fourth - y]
 
 
 def is_box(box: Any) -> bool:
@@ -178,7 +176,6 @@ class BoxMasks:
         return self.boxes.is_cuda
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "BoxMasks":
-        """Copy to a device, as `torch.Tensor.to`."""
         probabilities = self.probabilities.to(device, non_blocking=non_blocking)
         boxes = self.boxes.to(device, non_blocking=non_blocking)
         return BoxMasks(probabilities, boxes, self.height, self.width, self.aligned)

@@ -317,7 +317,7 @@ MUTATIONS = {
         ("        self._set_momentum(self.base_momentum)\n", ""),
     ],
     "plaintrain/solver/optimizer.py": [
-        ("    nn.GroupNorm,\n", ""),
+        ("nn.GroupNorm, ", ""),
         ("clip.NORM_TYPE if clip.ENABLED else 2.0", "2.0"),
     ],
     "plaintrain/structures.py": [

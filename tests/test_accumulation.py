@@ -100,10 +100,7 @@ ADVICE = "; return every loss in every step, as zero where it does not apply"
             f"{DIFFERENT}loss_mask on rank 0; none of these on rank 1{ADVICE}",
         ),
         ([("loss",), ("accuracy",)], f"{DIFFERENT}loss on rank 0; accuracy on rank 1{ADVICE}"),
-        (
-            [("accuracy",)] * 2,
-            "the model must return a key that contains 'loss', got ['accuracy']",
-        ),
+        ([("accuracy",)] * 2, "the model must return a key that contains 'loss', got ['accuracy']"),
     ],
 )
 def test_ranks_with_different_losses_end_with_one_message_before_backward(tmp_path, names, words):

@@ -1,12 +1,12 @@
 """Mixed precision: plaintrain.solver.amp, and what every detector makes of it."""
 
 import copy
-import math
 
 import pytest
 import torch
 from model_helpers import ARCHITECTURES, build, make_sample, randomize_predictions, two_samples, two_squares
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 
@@ -86,13 +86,6 @@ HEADS = {
 }
 
 
-def tensor_types(value):
-    """Return the types of all tensors in dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return {value.dtype}
-    return set().union(*map(tensor_types, value.values() if isinstance(value, dict) else value))
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_head_outputs_are_float32_in_training_and_evaluation(name):
     model, samples = make_detector(name)
@@ -100,7 +93,7 @@ def test_head_outputs_are_float32_in_training_and_evaluation(name):
         inside, outside = set(), set()
         for head in HEADS.get(name, ["head"]):
             model.get_submodule(head).register_forward_hook(
-                lambda _, inputs, outputs, seen=outside: seen.update(tensor_types(outputs))
+                lambda _, inputs, outputs, seen=outside: seen.update(v.dtype for v in tree_leaves(outputs))
             )
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -210,18 +203,6 @@ def training(precision="float16", **solver):
     return layer, optimizer, scaler, step
 
 
-def test_step_with_infinite_gradients_is_skipped_and_the_scale_halved():
-    layer, _, scaler, step = training()
-    assert scaler.get_scale() == 2.0**16
-    step(1.0)
-    before = layer.weight.item()
-    for times in (1, 2):
-        assert not math.isfinite(step(float("inf")))
-        assert layer.weight.item() == before and scaler.get_scale() == 2.0 ** (16 - times)
-    step(1.0)
-    assert layer.weight.item() < before and scaler.get_scale() == 2.0**14
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -263,11 +244,11 @@ def test_gradients_are_clipped_in_their_own_scale():
 def test_precision_may_change_on_resume(tmp_path, before, after):
     layer, optimizer, scaler, step = training(before)
     step(1.0)
-    parts = {"optimizer": optimizer, "scaler": scaler}
-    DetectionCheckpointer(layer, str(tmp_path), **parts).save("model_0000000", iteration=0)
+    checkpointer = DetectionCheckpointer(layer, str(tmp_path), optimizer=optimizer, scaler=scaler)
+    checkpointer.save("model_0000000", iteration=0)
     other, optimizer, scaler, step = training(after)
-    parts = {"optimizer": optimizer, "scaler": scaler}
-    DetectionCheckpointer(other, str(tmp_path), **parts).resume_or_load("", resume=True)
+    checkpointer = DetectionCheckpointer(other, str(tmp_path), optimizer=optimizer, scaler=scaler)
+    checkpointer.resume_or_load("", resume=True)
     assert other.weight.equal(layer.weight)
     assert scaler.get_scale() == (2.0**16 if after == "float16" else 1.0)
     step(1.0)

@@ -60,7 +60,6 @@ def names(folder):
     return sorted(os.listdir(folder))
 
 
-# ---- saving and loading ------------------------------------------------------------------------
 # That all values are loaded as they were saved is a property, see properties/test_checkpoint_properties.py.
 
 
@@ -129,9 +128,6 @@ def test_file_that_would_run_code_is_rejected_and_does_not_run(tmp_path, save, k
     assert marker.exists()
 
 
-# ---- files are whole or not there --------------------------------------------------------------
-
-
 # Without an error the disk is full.
 @pytest.mark.parametrize("error", [RuntimeError("out of luck"), KeyboardInterrupt(), None])
 def test_failed_save_keeps_older_files_and_nothing_else(tmp_path, monkeypatch, error):
@@ -187,9 +183,6 @@ def test_atomic_write_replaces_a_file_only_when_its_block_succeeds(tmp_path, mon
     assert names(tmp_path) == ["file"] and path.read_text(encoding="utf-8") == "neu, größer"
     with pytest.raises(UserError, match="below"), atomic_write(str(path / "below" / "file")) as f:
         f.write("")
-
-
-# ---- which checkpoint a resumed run starts from ------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +294,6 @@ def test_unreadable_and_unwritable_files_are_clear_errors(tmp_path):
         resume(tmp_path)
 
 
-# ---- periodic checkpoints, and the end of a run --------------------------------------------------
 # Which checkpoints are saved and kept is a property too.
 
 
@@ -313,12 +305,12 @@ def saves(monkeypatch):
     return calls
 
 
-def make_saver(folder, value=0.0, final=None, metadata=None, **kwargs):
+def make_saver(folder, value=0.0, final=None, **kwargs):
     """A `TrainingCheckpointer` that saves every 2 iterations; `final` is the value of the final weights."""
     model = make_model(value)
     final_model = None if final is None else lambda: nn.DataParallel(make_model(final))
-    options = {"period": 2, "final_model": final_model, "metadata": metadata, **kwargs}
-    return TrainingCheckpointer(model, str(folder), **options, **sgd(model.parameters()))
+    kwargs |= sgd(model.parameters())
+    return TrainingCheckpointer(model, str(folder), period=2, final_model=final_model, **kwargs)
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -335,11 +327,8 @@ def test_final_model_is_the_last_checkpoint(tmp_path, monkeypatch, saves, links,
     saver.save_final()
     assert len(saves) == 1 and (tmp_path / "model_final.pth").read_bytes() == content
     # Under its number too, if the period has it.
-    assert names(tmp_path) == [
-        "last_checkpoint",
-        *([numbered.name] if iteration == 5 else []),
-        "model_final.pth",
-    ]
+    kept = [numbered.name] if iteration == 5 else []
+    assert names(tmp_path) == ["last_checkpoint", *kept, "model_final.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     # A finished run that is resumed leaves it as it is.
     again = make_saver(tmp_path)
@@ -375,43 +364,23 @@ def test_periodic_checkpointer_saves_as_in_detectron2(tmp_path, saves):
         assert len(saves) == 4 and resume(tmp_path)[1] == {"iteration": max_iter - 1, "reason": "period"}
 
 
-def test_final_weights_keep_a_numbered_checkpoint_to_resume_from(tmp_path, saves):
-    saver = make_saver(tmp_path, value=2.0, final=7.0, metadata={"class_names": ["a"]})
-    saver.save_iteration(4)
-    saver.save_final()
-    assert names(tmp_path) == ["last_checkpoint", "model_0000004.pth", "model_final.pth"]
-    assert len(saves) == 2 and set(load(tmp_path / "model_final.pth")) == {"model", "class_names"}
-
-    again = make_saver(tmp_path)
-    assert again.resume_or_load("", resume=True) == {"iteration": 4, "class_names": ["a"]}
-    assert value_of(again.model) == 2.0
-    # And by whoever lost the tag.
-    (tmp_path / "last_checkpoint").unlink()
-    assert again.get_checkpoint_file() == str(tmp_path / "model_0000004.pth")
-    # Another training may start from them.
-    assert again.resume_or_load(str(tmp_path / "model_final.pth"), resume=False) == {}
-    assert value_of(again.model) == 7.0
-
-
-def test_best_weights_are_not_resumed_from_and_every_file_has_the_metadata(tmp_path):
+def test_best_and_final_weights_are_not_resumed_from_and_every_file_has_the_metadata(tmp_path):
     metadata = {"class_names": ["cat", "dog"], "config": "text"}
-    saver = make_saver(tmp_path, value=1.0, metadata=metadata)
-    saver.save_iteration(3)
-    saver.save_weights("model_best", make_model(9.0), iteration=4, config="mine")
-    best = load(tmp_path / "model_best.pth")
-    assert set(best) == {"model", "iteration", *metadata}
+    saver = make_saver(tmp_path, value=1.0, final=7.0, metadata=metadata)
+    saver.save_iteration(4)
+    saver.save_weights("model_best", make_model(9.0), iteration=5, config="mine")
+    saver.save_final()
+    best, final = (load(tmp_path / f"model_{name}.pth") for name in ("best", "final"))
+    assert set(best) == {"model", "iteration", *metadata} and set(final) == {"model", *metadata}
     # What is given for one file goes before.
-    assert (best["iteration"], best["class_names"], best["config"]) == (4, metadata["class_names"], "mine")
-    for name in ("last_checkpoint", "model_0000003.pth"):
-        assert saver.resume_or_load("", resume=True) == {"iteration": 3, **metadata}
+    assert (best["iteration"], best["class_names"], best["config"]) == (5, metadata["class_names"], "mine")
+    for name in ("last_checkpoint", "model_0000004.pth"):
+        assert saver.resume_or_load("", resume=True) == {"iteration": 4, **metadata}
+        assert value_of(saver.model) == 1.0
         (tmp_path / name).unlink()
-    assert not saver.has_checkpoint()
-    assert saver.resume_or_load(str(tmp_path / "model_best.pth"), resume=False) == {}
-    assert value_of(saver.model) == 9.0
-
-
-def test_class_names_of_the_run_are_compared_with_those_of_weights(tmp_path, log):
-    make_saver(tmp_path, metadata={"class_names": ["cat", "dog"]}).save("model_0000001", iteration=1)
-    checkpointer = DetectionCheckpointer(make_model(), metadata={"class_names": ["ant", "bee"]})
-    checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False)
-    assert "was trained for the classes ['cat', 'dog'], here they are ['ant', 'bee']" in log.text
+    # Another training may start from them.
+    for name, value in (("best", 9.0), ("final", 7.0)):
+        assert saver.resume_or_load(str(tmp_path / f"model_{name}.pth"), resume=False) == {}
+        assert value_of(saver.model) == value
+    (tmp_path / "model_final.pth").unlink()
+    assert not saver.has_checkpoint() and names(tmp_path) == ["model_best.pth"]

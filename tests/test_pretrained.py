@@ -14,13 +14,8 @@ from model_helpers import ARCHITECTURES, RESNET18, RETINANET18, SMALL_HEAD, buil
 from torchvision.models import detection
 
 from plaintrain.checkpoint import DetectionCheckpointer
-from plaintrain.checkpoint import detectron2 as weight_detectron2
-from plaintrain.checkpoint.pretrained import (
-    download_weights,
-    load_weights,
-    locate_weights,
-    read_state_dict,
-)
+from plaintrain.checkpoint.detectron2 import convert_from_detectron2, convert_to_detectron2
+from plaintrain.checkpoint.pretrained import download_weights, load_weights, locate_weights, read_state_dict
 from plaintrain.utils.errors import UserError
 
 RESNET = (*RESNET18, *SMALL_HEAD)
@@ -111,23 +106,24 @@ def test_entries_other_than_tensors_are_skipped(tmp_path):
 
 COUNTER = {"backbone.body.bn1.num_batches_tracked": torch.tensor(3)}
 OTHER = {"encoder.weight": torch.ones(3)}
-# file, content (bytes, or an object for torch.save; None: a folder), words of the error
-MISTAKES = {
-    "folder": ("w.pth", None, r"MODEL.WEIGHTS is .*w\.pth.* no such file"),
-    "empty": ("w.pth", b"", r"cannot read .*w\.pth"),
-    "text": ("w.pkl", b"not weights", r"cannot read .*w\.pkl"),
-    "cut off": ("w.pth", b"PK\x03\x04 cut off", r"cannot read .*w\.pth"),
-    "cut off pickle": ("w.pkl", b"\x80\x04]", r"cannot read .*w\.pkl"),
-    "list": ("w.pth", [1, 2], r"w\.pth must hold a dict of weights, got list"),
-    "no tensors": ("w.pth", {}, r"none of the 0 tensors in .*w\.pth"),
-    "another model": ("w.pth", OTHER, r"none of the 1 tensors.*w\.pth.*encoder\.weight"),
-    "counters": ("w.pth", COUNTER, r"none of the 1 tensors"),
-}
 
 
-@pytest.mark.parametrize("case", MISTAKES)
-def test_files_without_weights_of_the_model_are_rejected(tmp_path, case):
-    name, content, words = MISTAKES[case]
+@pytest.mark.parametrize(
+    # The content is bytes, or an object for torch.save; None: a folder.
+    ("name", "content", "words"),
+    [
+        ("w.pth", None, r"MODEL.WEIGHTS is .*w\.pth.* no such file"),
+        ("w.pth", b"", r"cannot read .*w\.pth"),
+        ("w.pkl", b"not weights", r"cannot read .*w\.pkl"),
+        ("w.pth", b"PK\x03\x04 cut off", r"cannot read .*w\.pth"),
+        ("w.pkl", b"\x80\x04]", r"cannot read .*w\.pkl"),
+        ("w.pth", [1, 2], r"w\.pth must hold a dict of weights, got list"),
+        ("w.pth", {}, r"none of the 0 tensors in .*w\.pth"),
+        ("w.pth", OTHER, r"none of the 1 tensors.*w\.pth.*encoder\.weight"),
+        ("w.pth", COUNTER, r"none of the 1 tensors"),
+    ],
+)
+def test_files_without_weights_of_the_model_are_rejected(tmp_path, name, content, words):
     if content is None:
         (tmp_path / name).mkdir()
     elif isinstance(content, bytes):
@@ -254,7 +250,7 @@ def test_weights_are_downloaded_once_and_torchvisions_are_verified(downloads, tm
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_backbone_of_detectron2_loads_from_a_pickle_of_any_protocol(tmp_path, imagenet, protocol):
     body = {f"backbone.body.{k}": v for k, v in imagenet.items() if not k.startswith("fc.")}
-    there = weight_detectron2.convert_to_detectron2(body)
+    there = convert_to_detectron2(body)
     arrays = {name.removeprefix("backbone.bottom_up."): value.numpy() for name, value in there.items()}
     content = {"model": {**arrays, "fc.bias": np.ones(10)}, "__author__": "me", "matching_heuristics": True}
     (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
@@ -276,10 +272,8 @@ def test_backbone_of_caffe2_loads_from_blobs(tmp_path):
     content = {"blobs": {**blobs, "pred_w": np.ones(5, np.float32), "lr": np.float32(0.1)}, "cfg": "text"}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content, protocol=2))
     expected = [f"backbone.body.{name}" for name in names.values()]
-    assert list(weight_detectron2.convert_from_detectron2(read_state_dict(str(tmp_path / "R-50.pkl")))) == [
-        *expected,
-        "pred_w",
-    ]
+    converted = convert_from_detectron2(read_state_dict(str(tmp_path / "R-50.pkl")))
+    assert list(converted) == [*expected, "pred_w"]
 
 
 COCO = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
@@ -352,7 +346,7 @@ def test_head_is_skipped_if_its_classes_may_not_be_cocos(tmp_path, log, num_ther
 )
 def test_heads_of_detectron2s_80_classes_are_reduced_by_name(tmp_path, log, names, keys, layers, anchors):
     state = randomize(make_model(*keys, num_classes=80).state_dict())
-    there = weight_detectron2.convert_to_detectron2(state)
+    there = convert_to_detectron2(state)
     torch.save({"model": there, "optimizer": {"state": {}}, "iteration": 7}, tmp_path / "d2.pth")
     model = make_model(*keys, num_classes=len(names))
     load_weights(model, str(tmp_path / "d2.pth"), names)

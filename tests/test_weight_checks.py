@@ -73,8 +73,8 @@ def save(path, state, **entries):
     return str(path)
 
 
-def check(cfg, path, strict=True, class_names=NAMES):
-    check_weights(cfg, model_of(cfg), path, class_names, strict=strict)
+def check(cfg, path, strict=True):
+    check_weights(cfg, model_of(cfg), path, NAMES, strict=strict)
 
 
 def contradicted(cfg, path, **kwargs):

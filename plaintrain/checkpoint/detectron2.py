@@ -57,12 +57,6 @@ _BLOCK_NAMES |= {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"conv{i}.norm": 
 _MAX_BLOCKS = 36
 
 
-def _convert_caffe2_name(name: str) -> str:
-    for pattern, new in _CAFFE2_RULES.items():
-        name = re.sub(pattern, new, name)
-    return name
-
-
 def _count(names: Iterable[str], pattern: str) -> int:
     """Count the different values of the pattern's first group, matched at the start of the names."""
     return len({match[1] for match in map(re.compile(pattern).match, names) if match})
@@ -166,11 +160,14 @@ def convert_from_detectron2(tensors: dict[str, Tensor], num_ratios: int = 3) -> 
     Names without a counterpart are kept. Boxes and masks of the background become 0. Anchors keep their
     order if their number is not a multiple of `num_ratios`, the aspect ratios per size.
     """
-    tensors = {_convert_caffe2_name(name) if _CAFFE2.match(name) else name: v for name, v in tensors.items()}
-    resnet = re.compile(r"^(backbone\.)?(stem\.|res\d\.)")
-    tensors = {resnet.sub(r"backbone.bottom_up.\2", name): value for name, value in tensors.items()}
-    modules = _build_module_map(tensors)
-    converted = _rename({n: value for n, value in tensors.items() if not _IGNORED.match(n)}, modules)
+    named = {}
+    for name, value in tensors.items():
+        if _CAFFE2.match(name):
+            for pattern, new in _CAFFE2_RULES.items():
+                name = re.sub(pattern, new, name)
+        if not _IGNORED.match(name):
+            named[re.sub(r"^(backbone\.)?(stem\.|res\d\.)", r"backbone.bottom_up.\2", name)] = value
+    converted = _rename(named, _build_module_map(named))
     _move_background(converted, to_torchvision=True)
     _swap_anchors(converted, num_ratios, to_torchvision=True)
     return converted

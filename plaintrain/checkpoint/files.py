@@ -61,7 +61,6 @@ def write_checkpoint(path: str, data: dict[str, Any], last: bool) -> None:
 
 
 def write_last_checkpoint(folder: str, basename: str) -> None:
-    """Make a file of a folder the checkpoint to resume from."""
     with atomic_write(os.path.join(folder, _LAST)) as f:
         f.write(basename)
 
@@ -142,7 +141,6 @@ def prune_checkpoints(folder: str, saved: str, max_to_keep: int) -> None:
 
 
 def delete_checkpoint(folder: str, name: str) -> None:
-    """Delete a checkpoint if it exists."""
     path = Path(folder, name)
     with writing(path):
         path.unlink(missing_ok=True)

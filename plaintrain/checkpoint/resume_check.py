@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from plaintrain.checkpoint.files import DamagedCheckpointError, read_last_checkpoint
 from plaintrain.config.yaml import diff_configs, flatten, parse_yaml
@@ -36,12 +36,12 @@ def check_changes(folder: str, config: str, class_names: list[str], model: nn.Mo
     check_trained_classes(path, saved.get("class_names"), class_names, strict=True)
     if not isinstance(saved.get("config"), str):
         return
-    changes = diff_configs(saved["config"], config)
-    is_same_model = _get_shapes(model.state_dict()) == _get_shapes(saved["model"])
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    is_same_model = shapes == {name: tensor.shape for name, tensor in saved["model"].items()}
     in_epochs = flatten(parse_yaml(config, "the config")).get("SOLVER.MAX_EPOCHS", 0) > 0
     lines = []
     rejected = []
-    for key, before, now in changes:
+    for key, before, now in diff_configs(saved["config"], config):
         effect = _describe_effect(key, is_same_model, in_epochs)
         lines.append(f"  {key}: {_shorten(before)} -> {_shorten(now)} ({effect})")
         if effect == "rejected":
@@ -53,10 +53,6 @@ def check_changes(folder: str, config: str, class_names: list[str], model: nn.Mo
             f"{rejected[0]}; it cannot change within a run: set it back, or start a new run from the weights "
             "(MODEL.WEIGHTS, without --resume)"
         )
-
-
-def _get_shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _describe_effect(key: str, is_same_model: bool, in_epochs: bool) -> str:

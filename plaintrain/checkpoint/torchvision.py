@@ -20,19 +20,13 @@ _OLD_NAMES = (
 )
 
 
-def _list_candidates(names: list[str], wanted: Collection[str]) -> tuple[list[str], list[str], list[str]]:
-    """Return three possible translations of a file's names: a detector, a ResNet body, an SSD extractor."""
-    body = ["backbone.body." + name.removeprefix("backbone.").removeprefix("features.") for name in names]
-    # SSD and SSDlite split VGG16 and MobileNetV3-Large in two, without changing the order of layers.
-    layers = iter([name for name in wanted if name.startswith(("backbone.features.", "backbone.extra."))])
-    extractor = [next(layers, name) if name.startswith("features.") else "backbone." + name for name in names]
-    return names, body, extractor
-
-
 def match_names(tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
     """Rename the tensors of a torchvision detector or backbone to the model's names, `wanted`."""
-    candidates = _list_candidates(list(tensors), wanted)
-    best = max(candidates, key=lambda names: sum(name in wanted for name in names))
+    body = ["backbone.body." + name.removeprefix("backbone.").removeprefix("features.") for name in tensors]
+    # SSD and SSDlite split VGG16 and MobileNetV3-Large in two, without changing the order of layers.
+    layers = iter([name for name in wanted if name.startswith(("backbone.features.", "backbone.extra."))])
+    ssd = [next(layers, name) if name.startswith("features.") else "backbone." + name for name in tensors]
+    best = max(list(tensors), body, ssd, key=lambda names: sum(name in wanted for name in names))
     # FCOS keeps that numbering: a norm layer follows each of its convolutions.
     old_names = _OLD_NAMES[:-1] if "head.classification_head.conv.1.weight" in tensors else _OLD_NAMES
     matched = {}

@@ -47,7 +47,6 @@ class ModelEMA:
 
     @property
     def eval_model(self) -> nn.Module:
-        """Return the model to evaluate, averaged or raw."""
         return self.module if self._evaluate == "averaged" else self._model
 
     @property

@@ -12,7 +12,6 @@ from plaintrain.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
-
 Schedule = Callable[[int], float]
 
 
@@ -48,7 +47,6 @@ class LRScheduler:
                 group["momentum"] = momentum
 
     def step(self) -> None:
-        """Advance to the next iteration."""
         self.last_epoch += 1
         self._apply()
 

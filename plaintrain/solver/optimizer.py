@@ -9,13 +9,8 @@ from torch import Tensor, nn
 from plaintrain.config import CfgNode
 from plaintrain.utils.errors import UserError
 
-_NORM_LAYERS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.LocalResponseNorm,
-)
+# _NormBase is the base of batch and instance norms.
+_NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def build_param_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
@@ -48,8 +43,7 @@ def _match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """Give loaded state the strides of its parameter, which fused kernels require."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            has_shape = isinstance(value, Tensor) and value.shape == parameter.shape
-            if has_shape and value.stride() != parameter.stride():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 

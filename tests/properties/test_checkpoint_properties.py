@@ -93,7 +93,6 @@ SETTINGS = st.fixed_dictionaries(
     {
         "SOLVER.OPTIMIZER": st.sampled_from(["SGD", "AdamW"]),
         "SOLVER.MOMENTUM": st.sampled_from([0.0, 0.9]),
-        "SOLVER.NESTEROV": st.just(False),
         "SOLVER.BASE_LR": st.floats(1e-4, 0.1),
         "SOLVER.WARMUP_ITERS": st.integers(0, 6),
         "SOLVER.MAX_ITER": st.just(12),
