@@ -162,15 +162,15 @@ def test_pixel_range_of_the_config_is_used_wherever_images_are_read(tmp_path, cf
     rejected("a.tif has int32 pixels", by=lambda: next(iter(loader)))
     for value in ([5], [1, 0], [0, float("nan")], ["0", "1"]):
         cfg.INPUT.PIXEL_RANGE = value
-        words = r"INPUT\.PIXEL_RANGE must be \[\] or two numbers \[low, high\], got"
-        with pytest.raises(UserError, match=words):
-            DatasetMapper(cfg)
+        rejected(
+            "INPUT.PIXEL_RANGE must be [] or two numbers [low, high], got", by=lambda: DatasetMapper(cfg)
+        )
     # The other readers pass a range on, too.
     root = Path(__file__).resolve().parent.parent
     for path in [*(root / "plaintrain").rglob("*.py"), *(root / "scripts").glob("*.py")]:
-        if "read_image(" in (text := path.read_text()) or "to_rgb(" in text or "to_tensor(" in text:
+        if "read_image(" in (text := path.read_text()) or "convert_to_rgb(" in text:
             calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]
-            readers = [n for n in calls if getattr(n.func, "id", "") in ("read_image", "to_rgb", "to_tensor")]
+            readers = [n for n in calls if getattr(n.func, "id", "") in ("read_image", "convert_to_rgb")]
             assert all(len(n.args) > 1 for n in readers), path
 
 
@@ -359,7 +359,6 @@ def test_keypoints_that_are_unnamed_or_differ_are_rejected(cfg):
     cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 17
     rejected("NUM_KEYPOINTS is 17, but one, two has 2", by=lambda: DatasetMapper(cfg))
     DatasetMapper(cfg, is_train=False)
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 2
     MetadataCatalog.get("two").set(keypoint_flip_map=[])
     rejected("one and two have different keypoints", by=lambda: DatasetMapper(cfg))
     cfg.DATASETS.TRAIN = ("one",)
