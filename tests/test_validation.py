@@ -157,9 +157,8 @@ def test_mistakes_of_images_are_found(check, declare, tiny_coco, write_image, tm
         "turned": ["turned.png"],
     }
     for kind, names in kinds.items():
-        finding = found[kind]
-        assert finding["fatal"] == (kind not in ("near_constant", "turned"))
-        for example, name in zip(finding["examples"], names, strict=True):
+        assert found[kind]["fatal"] == (kind not in ("near_constant", "turned"))
+        for example, name in zip(found[kind]["examples"], names, strict=True):
             assert name in example
     assert found.keys() - {"unused_class"} == kinds.keys()
     assert "good.png" not in said

@@ -1,5 +1,6 @@
 """Samplers lose and repeat no image, whatever the size, batch, number of ranks, seed and grouping."""
 
+import functools
 import itertools
 from collections import Counter
 from types import SimpleNamespace
@@ -32,31 +33,24 @@ def cases(draw, grouped=None, longest=24):
         numbers = st.one_of(st.integers(0, 2), st.floats(0.25, 4))
         grouping["groups"] = draw(st.lists(numbers, min_size=size, max_size=size))
         grouping["window"] = draw(st.integers(0, 4))
+    factors = np.array(draw(st.lists(FACTORS, min_size=size, max_size=size)))
+    factors[0] = max(factors[0], 1.0)
     if kind == "all":
-        first, options = size, {"shuffle": draw(st.booleans())}
-        maker = TrainingSampler
+        make = functools.partial(TrainingSampler, size, shuffle=draw(st.booleans()))
     elif kind == "repeat":
-        factors = np.array(draw(st.lists(FACTORS, min_size=size, max_size=size)))
-        factors[0] = max(factors[0], 1.0)
-        first, options, maker = factors, {}, RepeatFactorTrainingSampler
+        make = functools.partial(RepeatFactorTrainingSampler, factors)
         low, high = np.floor(factors).astype(int), np.ceil(factors).astype(int)
     else:
-        ratio = draw(st.floats(0.01, 1))
-        first, options = size, {}
+        make = functools.partial(RandomSubsetTrainingSampler, size, draw(st.floats(0.01, 1)))
         low = np.zeros(size, dtype=int)
-
-        def maker(size, *arguments, **keys):
-            return RandomSubsetTrainingSampler(size, ratio, *arguments, **keys)
-
     return SimpleNamespace(
-        make=lambda batch=batch_size: maker(first, batch, seed=seed, **options, **grouping),
-        plain=lambda: maker(first, batch_size, seed=seed, **options),
+        make=lambda batch=batch_size: make(batch, seed=seed, **grouping),
+        plain=lambda: make(batch_size, seed=seed),
         kind=kind,
-        factors=first,
+        factors=factors,
         low=low,
         high=high,
         grouping=grouping,
-        seed=seed,
     )
 
 
