@@ -168,8 +168,7 @@ def test_missing_keys_of_records_and_annotations_are_named(register):
         register(f"odd {i}", [_object()], [_object()])
         record = DatasetCatalog[f"odd {i}"]()[1]
         del (record if key in record else record["annotations"][0])[key]
-        with pytest.raises(UserError, match=f"odd {i}.* no {key}"):
-            get_detection_dataset_dicts(f"odd {i}")
+        rejected(f"odd {i}", f" no {key}", by=lambda i=i: get_detection_dataset_dicts(f"odd {i}"))
 
 
 def _record(number, *annotations):

@@ -18,7 +18,6 @@ from plaintrain.data.samplers import (
     repeat_factors_from_category_frequency,
 )
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.utils.errors import UserError
 
 THRESHOLD, REPEAT_SQRT = "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.REPEAT_SQRT"
 FACTORS, RATIO = "DATASETS.TRAIN_REPEAT_FACTOR", "DATALOADER.RANDOM_SUBSET_RATIO"
@@ -200,18 +199,18 @@ def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
 @pytest.mark.parametrize(
     ("sampler", "key", "value", "message"),
     [
-        ("RepeatFactorSampler", "SEED", 1, "must be .*RepeatFactorTrainingSampler.*, got"),
+        ("RepeatFactorSampler", "SEED", 1, "RepeatFactorTrainingSampler"),
         ("TrainingSampler", THRESHOLD, 0.1, "only RepeatFactorTrainingSampler reads it"),
         ("TrainingSampler", RATIO, 0.5, "only RandomSubsetTrainingSampler reads"),
         ("TrainingSampler", FACTORS, [["large", 2]], "only WeightedTrainingSampler reads"),
-        ("WeightedTrainingSampler", FACTORS, [["largee", 2]], r"one of \['large', 'few'\].* got .'largee'"),
+        ("WeightedTrainingSampler", FACTORS, [["largee", 2]], "'few'], number >= 0], got ['largee'"),
         ("WeightedTrainingSampler", FACTORS, ["large", 2], "got 'large'"),
-        ("WeightedTrainingSampler", FACTORS, [["large"]], r"got \['large'\]"),
-        ("WeightedTrainingSampler", FACTORS, [["large", -1]], r"got \['large', -1\]"),
-        ("WeightedTrainingSampler", FACTORS, [["large", "2"]], r"got \['large', '2'\]"),
+        ("WeightedTrainingSampler", FACTORS, [["large"]], "got ['large']"),
+        ("WeightedTrainingSampler", FACTORS, [["large", -1]], "got ['large', -1]"),
+        ("WeightedTrainingSampler", FACTORS, [["large", "2"]], "got ['large', '2']"),
         ("WeightedTrainingSampler", "SEED", 1, "WeightedTrainingSampler needs " + FACTORS),
     ],
 )
 def test_sampler_keys_that_cannot_be_used_are_rejected(cfg, records, sampler, key, value, message):
-    with pytest.raises(UserError, match=message):
-        build_train_sampler(_use(cfg, sampler, key, value), records, 4)
+    _use(cfg, sampler, key, value)
+    rejected(message, by=lambda: build_train_sampler(cfg, records, 4))
