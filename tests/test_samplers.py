@@ -199,7 +199,7 @@ def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
 @pytest.mark.parametrize(
     ("sampler", "key", "value", "message"),
     [
-        ("RepeatFactorSampler", "SEED", 1, "RepeatFactorTrainingSampler"),
+        ("RepeatFactorSampler", "SEED", 1, "DATALOADER.SAMPLER_TRAIN must be"),
         ("TrainingSampler", THRESHOLD, 0.1, "only RepeatFactorTrainingSampler reads it"),
         ("TrainingSampler", RATIO, 0.5, "only RandomSubsetTrainingSampler reads"),
         ("TrainingSampler", FACTORS, [["large", 2]], "only WeightedTrainingSampler reads"),
