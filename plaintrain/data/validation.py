@@ -143,6 +143,7 @@ def find_annotation_problem(annotation: dict[str, Any], num_classes: int) -> Pro
 def iterate_annotation_problems(
     annotation: dict[str, Any], record: dict[str, Any], metadata: MetadataLike
 ) -> Iterator[Problem]:
+    """Yield the problems of an annotation of a record."""
     problem = find_annotation_problem(annotation, len(metadata.get("thing_classes") or ()))
     if problem:
         yield problem
