@@ -114,8 +114,9 @@ def _coco_content():
 
 @pytest.fixture
 def tiny_coco(tmp_path):
-    """A COCO file of 3 images: `json`, `images`, its `content`, and `save()` after changing that."""
+    """A COCO file of 3 images: `json`, `images`, `spec`, its `content`, and `save()` after changing that."""
     files = SimpleNamespace(json=tmp_path / "instances.json", images=tmp_path / "images")
+    files.spec = {"FORMAT": "coco", "JSON": str(files.json), "IMAGE_ROOT": str(files.images)}
     files.content = _coco_content()
     files.save = lambda: files.json.write_text(json.dumps(files.content))
     files.save()

@@ -83,7 +83,7 @@ MUTATIONS = {
         ('problems["empty_box"] | problems["outside_box"]', 'problems["empty_box"]'),
         ("table.keypoints * objects", "table.keypoints"),
         ('enumerate(record["annotations"], start)', 'enumerate(record["annotations"])'),
-        ("name not in list_folder(folder)", "not list_folder(folder)"),
+        ("os.path.basename(path) not in list_folder", "not list_folder"),
     ],
     "plaintrain/data/validation.py": [
         ("is_whole(label) and 0 <= label < num_classes", "is_whole(label) and 0 <= label <= num_classes"),

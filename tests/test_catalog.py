@@ -1,6 +1,7 @@
 """plaintrain.data.catalog, builtin and concat: datasets by name, by declaration, joined, and fractions."""
 
 import json
+from unittest import mock
 
 import pytest
 from hostile_helpers import rejected
@@ -20,23 +21,16 @@ def _records(num):
 
 
 def test_datasets_are_loaded_once_and_not_before_they_are_asked_for():
-    calls = []
-
-    def load():
-        calls.append(1)
-        if len(calls) == 1:
-            raise UserError("no disk")
-        return _records(3)
-
+    load = mock.Mock(side_effect=[UserError("no disk"), _records(3)])
     DatasetCatalog.register("cells", load)
-    assert not calls
+    assert not load.called
     rejected("cells", by=lambda: DatasetCatalog.register("cells", list))
     rejected("no disk", by=lambda: DatasetCatalog.get("cells"))
     # A failure is not kept, and each reader gets records of its own.
     DatasetCatalog.get("cells")[1]["annotations"].clear()
     for _ in range(2):
         assert list(DatasetCatalog.get("cells")) == _records(3)
-    assert len(calls) == 2
+    assert load.call_count == 2
     DatasetCatalog.remove("cells")
     DatasetCatalog.register("cells", lambda: _records(1))
     assert len(DatasetCatalog.get("cells")) == 1
@@ -64,18 +58,13 @@ def test_metadata_and_class_names_come_from_what_was_set_or_from_loading():
     MetadataCatalog.get("unread").set(thing_classes=["c"])
     assert load_class_names("unread") == ["c"]
     DatasetCatalog.register("unnamed", list)
-    with pytest.raises(UserError, match=r'MetadataCatalog.get\("unnamed"\).set\(thing_classes='):
-        load_class_names("unnamed")
+    rejected('get("unnamed").set(thing_classes=', by=lambda: load_class_names("unnamed"))
 
 
 def _declare(name, spec=None, **keys):
     cfg = get_cfg()
     cfg.merge_from_other_cfg({"DATASETS": {"DECLARE": {name: spec or keys}}})
     declare_datasets(cfg)
-
-
-def _spec(files):
-    return {"FORMAT": "coco", "JSON": str(files.json), "IMAGE_ROOT": str(files.images)}
 
 
 def test_every_format_is_declared_in_a_yaml_file(tiny_coco, tiny_voc, tmp_path, monkeypatch, write_image):
@@ -101,9 +90,8 @@ def test_every_format_is_declared_in_a_yaml_file(tiny_coco, tiny_voc, tmp_path, 
     declare_datasets(cfg)
     lengths = {"pets": 3, "zoo": 2, "drawn": 4, "detected": 3, "ants": 1, "images": 1, "both": 2}
     assert {name: len(DatasetCatalog.get(name)) for name in lengths} == lengths
-    assert load_class_names("drawn") == ["circle", "square", "triangle"] and load_class_names("both") == [
-        "ant"
-    ]
+    assert load_class_names("drawn") == ["circle", "square", "triangle"]
+    assert load_class_names("both") == ["ant"]
     by_voc = [name for name in lengths if MetadataCatalog.get(name).evaluator_type == "pascal_voc"]
     assert by_voc == ["zoo", "detected"]
     assert {MetadataCatalog.get(name).evaluator_type for name in lengths} == {"pascal_voc", "coco"}
@@ -116,7 +104,7 @@ def test_every_format_is_declared_in_a_yaml_file(tiny_coco, tiny_voc, tmp_path, 
 def test_relative_paths_start_at_the_folder_of_datasets(tiny_coco, tmp_path, monkeypatch):
     monkeypatch.setenv("PLAINTRAIN_DATASETS", str(tmp_path / "elsewhere"))
     images = str(tiny_coco.images)
-    _declare("absolute", FORMAT="coco", JSON=str(tiny_coco.json), IMAGE_ROOT=images)
+    _declare("absolute", tiny_coco.spec)
     assert len(DatasetCatalog.get("absolute")) == 3
     _declare("relative", FORMAT="coco", JSON="instances.json", IMAGE_ROOT=images)
     rejected("elsewhere", by=lambda: DatasetCatalog.get("relative"))
@@ -131,7 +119,7 @@ def test_relative_paths_start_at_the_folder_of_datasets(tiny_coco, tmp_path, mon
 
 
 def test_declarations_are_used_and_may_be_repeated_but_not_changed(tiny_coco, tiny_voc):
-    _declare("pets", **_spec(tiny_coco), CLASSES=["dog", "cat"], KEYPOINT_FLIP_MAP=[["head", "foot"]])
+    _declare("pets", **tiny_coco.spec, CLASSES=["dog", "cat"], KEYPOINT_FLIP_MAP=[["head", "foot"]])
     _declare("zoo", FORMAT="voc", ROOT=str(tiny_voc.root), SPLIT="train", CLASSES=["zebra"])
     for name, labels, classes in (("pets", [1, 0, 1], ["dog", "cat"]), ("zoo", [0], ["zebra"])):
         assert [a["category_id"] for r in DatasetCatalog.get(name) for a in r["annotations"]] == labels
@@ -176,7 +164,7 @@ def test_bad_declarations_are_rejected(spec, words):
 
 
 def test_read_dataset_reads_anew_and_collects_problems(tiny_coco):
-    _declare("pets", **_spec(tiny_coco))
+    _declare("pets", tiny_coco.spec)
     _declare("both", FORMAT="concat", DATASETS=["pets"])
     del tiny_coco.content["annotations"][0]["bbox"]
     tiny_coco.save()
@@ -255,8 +243,8 @@ def test_datasets_of_equal_classes_are_joined_in_order(part):
 def test_datasets_that_cannot_be_joined_are_rejected(part, write_image, tmp_path):
     part("one", ["cat", "dog"])
     part("two", ["cat", "cow"])
-    with pytest.raises(UserError, match=r"one.*two.*missing \['dog'\].*additional \['cow'\].*MERGE_CLASSES"):
-        _join("one", "two")
+    words = "one and two", "missing ['dog']", "additional ['cow']", "MERGE_CLASSES"
+    rejected(*words, by=lambda: _join("one", "two"))
     part("three", ["dog", "cat"])
     rejected("another order", by=lambda: _join("one", "three", name="reordered"))
     box = {"bbox": [1, 1, 4, 4], "bbox_mode": 0, "category_id": -1}
@@ -276,8 +264,7 @@ def test_datasets_that_cannot_be_joined_are_rejected(part, write_image, tmp_path
         ([], "one or more"),
         (["pictures"], "pictures has no class names"),
     ):
-        with pytest.raises(UserError, match=words):
-            _join(*names, name=f"joined {names}")
+        rejected(words, by=lambda names=names: _join(*names, name=f"joined {names}"))
 
 
 def test_merged_classes_are_in_order_of_first_appearance_and_may_be_chosen(part, log, tiny_coco, tiny_voc):

@@ -50,9 +50,8 @@ def pets(tiny_coco, declare):
     """The tiny COCO dataset, declared as pets."""
     tiny_coco.content["categories"][2]["skeleton"] = [[1, 2]]
     tiny_coco.save()
-    spec = {"FORMAT": "coco", "JSON": str(tiny_coco.json), "IMAGE_ROOT": str(tiny_coco.images)}
-    declare("pets", **spec)
-    return spec
+    declare("pets", **tiny_coco.spec)
+    return tiny_coco.spec
 
 
 @pytest.fixture

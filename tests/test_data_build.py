@@ -124,7 +124,7 @@ def test_spawned_workers_load_the_same_stream(records, train):
         multiprocessing.set_start_method(before, force=True)
 
 
-def test_loaders_take_a_mapper_a_dataset_and_a_sampler(records, train, monkeypatch):
+def test_loaders_take_a_mapper_a_dataset_and_a_sampler(records, train):
     loaded = []
     loader = build_detection_train_loader(train, mapper=lambda record, rng: loaded.append(1), start_iter=1000)
     # Nothing is loaded of the iterations before.
@@ -137,11 +137,8 @@ def test_loaders_take_a_mapper_a_dataset_and_a_sampler(records, train, monkeypat
     loader = build_detection_test_loader(train, "cells", **parts, mapper=lambda record: record["image_id"])
     assert list(loader) == [[6, 2], [3]]
     # The default mapper gets the training records.
-    given = []
-    mapper = "plaintrain.data.build.DatasetMapper"
-    monkeypatch.setattr(mapper, lambda cfg, is_train, records: given.append(list(records)))
-    build_detection_train_loader(train)
-    assert given == [list(get_detection_dataset_dicts("cells"))]
+    default = build_detection_train_loader(train)._dataset.mapper
+    assert list(default.records) == list(get_detection_dataset_dicts("cells"))
 
 
 def test_train_loader_gives_each_rank_its_samples_and_all_names(records, train, as_rank):
@@ -236,15 +233,10 @@ def test_mapper_of_one_argument_finds_the_global_generators_seeded_and_leaves_th
     assert _global_state() == before
 
 
-@pytest.mark.parametrize(("workers", "loader"), [(0, "train"), (2, "train"), (2, "test")])
-def test_unreadable_image_is_one_sentence(records, train, workers, loader):
-    train.DATALOADER.NUM_WORKERS = workers
+def test_unreadable_image_is_one_sentence(records, train):
+    train.DATALOADER.NUM_WORKERS = 2
     Path(records[3]["file_name"]).write_text("not an image")
-    build = build_detection_train_loader if loader == "train" else build_detection_test_loader
-    names = [] if loader == "train" else ["cells"]
-    with pytest.raises(UserError, match=r"^cannot read the image file .*3\.png: [^\n]*$") as error:
-        _batches(build(train, *names), 7)
-    assert "Traceback" not in str(error.value)
+    rejected("cannot read the image file ", by=lambda: list(build_detection_test_loader(train, "cells")))
 
 
 def test_missing_unknown_and_empty_datasets_are_rejected(make_dataset, train):
@@ -255,14 +247,12 @@ def test_missing_unknown_and_empty_datasets_are_rejected(make_dataset, train):
     rejected("did you mean cells", by=lambda: build_detection_train_loader(train))
     # Missing images are counted before training.
     DatasetCatalog.remove("cells")
-    records = make_dataset()
+    for record in make_dataset()[4:]:
+        record["file_name"] = record["file_name"].replace(".png", ".jpg")
     train.DATASETS.TRAIN = ("cells",)
-    for i in (2, 5, 6):
-        records[i]["file_name"] = records[i]["file_name"].replace(".png", ".jpg")
-    pattern = r"an image of cells does not exist: .*cells.2\.jpg \(and 2 more\)"
-    for build, names in ((build_detection_train_loader, []), (build_detection_test_loader, ["cells"])):
-        with pytest.raises(UserError, match=pattern):
-            build(train, *names)
+    words = "an image of cells does not exist: ", "cells/4.jpg (and 2 more)"
+    rejected(*words, by=lambda: build_detection_train_loader(train))
+    rejected(*words, by=lambda: build_detection_test_loader(train, "cells"))
     make_dataset("others", num=1)[0]["file_name"] = "no/such/folder/0.png"
     with pytest.raises(UserError, match=r"does not exist: no/such/folder/0\.png$"):
         build_detection_test_loader(train, "others")
@@ -294,14 +284,11 @@ def test_test_loader_gives_each_image_once_each_time_and_the_views_with_threads(
     seen = []
     for number in (0, 2):
         cfg.DATALOADER.NUM_WORKERS = number
-        loader = build_detection_test_loader(cfg, "cells")
-        for _ in range(2):
-            batches = list(loader)
-            assert [len(batch) for batch in batches] == [3, 3, 1]
-            samples = list(itertools.chain(*batches))
-            assert [sample["image_id"] for sample in samples] == [0, 3, 6, 1, 2, 4, 5]
-            seen.append([view["image"].tolist() for sample in samples for view in sample["views"]])
-    assert all(views == seen[0] for views in seen)
+        loaded = list(build_detection_test_loader(cfg, "cells"))
+        assert [[sample["image_id"] for sample in batch] for batch in loaded] == batches
+        samples = itertools.chain(*loaded)
+        seen.append([view["image"].tolist() for sample in samples for view in sample["views"]])
+    assert seen[0] == seen[1]
 
 
 def test_test_loader_covers_the_images_of_all_ranks_and_val_loader_adds_targets(records, train, as_rank):
@@ -348,10 +335,9 @@ def test_test_batches_of_records_without_a_size_are_in_file_order(cfg):
     loader = build_detection_test_loader(cfg, "odd", dataset=records, mapper=lambda r: r["image_id"])
     assert list(loader) == [[0, 1], [2, 3]]
     # A size that cannot be is left to who reads the image.
-    for size in (0, -5):
-        records = [{"image_id": i, "file_name": "", "height": size, "width": 9} for i in range(2)]
-        loader = build_detection_test_loader(cfg, "odd", dataset=records, mapper=lambda r: r["image_id"])
-        assert list(loader) == [[0, 1]]
+    records = [{"image_id": i, "file_name": "", "height": h, "width": 9} for i, h in enumerate([0, -5])]
+    loader = build_detection_test_loader(cfg, "odd", dataset=records, mapper=lambda r: r["image_id"])
+    assert list(loader) == [[0, 1]]
 
 
 BYTES = 40 * 30 * 3
@@ -391,12 +377,12 @@ def test_image_cache_keeps_the_stream_and_reads_what_fits_once(make_dataset, cfg
     limit, kept = limits
     dataset = make_dataset(num=5)
     mapper = DatasetMapper(cfg, augmentations=[_darken])
-    expected = [_stream(cfg, dataset), _stream(cfg, dataset, mapper=mapper)]
+    expected = [_stream(cfg, dataset), _stream(cfg, dataset, mapper)]
     cfg.DATALOADER.CACHE_BYTES = limit
     cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.WORKER_TYPE = workers
     for number, custom in enumerate((None, mapper)):
         read.clear()
-        assert _stream(cfg, dataset, mapper=custom) == expected[number]
+        assert _stream(cfg, dataset, custom) == expected[number]
         counts = [read.count(record["file_name"]) for record in dataset]
         # Threads may read an image of the first pass for two samples at a time.
         assert sum(count <= 2 for count in counts) == kept
@@ -416,11 +402,11 @@ def test_image_cache_returns_what_read_image_returns(make_dataset, tmp_path, wri
     assert torch.equal(cache(name, (0, 255)), plain)
     rejected("8-bit pixels", by=lambda: cache(name, (0, 4095)))
     # Errors are not kept.
-    path = tmp_path / "late.png"
-    rejected("does not exist", by=lambda: cache(str(path)))
-    write_image(path, 40, 30)
-    assert cache(str(path)).shape == (3, 30, 40)
-    # Other dataset_mapper have none.
+    path = str(tmp_path / "late.png")
+    rejected("does not exist", by=lambda: cache(path))
+    write_image(Path(path), 40, 30)
+    assert cache(path).shape == (3, 30, 40)
+    # Other mappers have none.
     cfg.merge_from_list([CACHE, 100, WORKERS, 1, "DATALOADER.WORKER_TYPE", "thread"])
     with pytest.raises(UserError, match="CACHE_BYTES needs a mapper with an image_cache"):
         build_detection_train_loader(cfg, dataset=records, mapper=lambda record, rng: record)

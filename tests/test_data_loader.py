@@ -71,16 +71,14 @@ def test_state_does_not_count_what_was_loaded_ahead(workers):
 
 def test_state_of_another_batch_size_continues_at_the_next_image_and_again_from_there(log):
     images = [sample["image_id"] for batch in take(loader(1), 35) for sample in batch]
-    seen, state = [], None
+    seen, state = [], loader(2).state_dict()
     for size, number in ((2, 3), (5, 2), (1, 4), (3, 5)):
         part = loader(size)
-        if state:
-            part.load_state_dict(state)
+        part.load_state_dict(state)
         seen += [s["image_id"] for batch in take(part, number) for s in batch]
         state = part.state_dict()
     assert seen == images[: len(seen)] and len(seen) == 35
-    words = "the batch size changes from 2 to 5 at iteration 3 (image 6 of 7 of the epoch)"
-    assert words in log.text
+    assert "the batch size changes from 2 to 5 at iteration 3 (image 6 of 7 of the epoch)" in log.text
     # Names of batches before the change are those that were seen.
     assert part.get_image_names(0) == [f"{i} ({i}.png)" for i in images[:2]]
     assert part.get_image_names(9) == [f"{i} ({i}.png)" for i in images[20:23]]
@@ -145,13 +143,13 @@ def test_skip_unreadable_makes_samples_again_and_ends_at_bugs(log):
         take(loader(mapper=broken, skip_unreadable=True), 1)
     UNREADABLE.clear()
     UNREADABLE.add(3)
-    with pytest.raises(UserError, match=r"cannot read the image file 3\.png$"):
-        take(loader(), 7)
+    for workers in (0, 2):
+        with pytest.raises(UserError, match=r"^cannot read the image file 3\.png$"):
+            take(loader(workers=workers), 7)
     UNREADABLE.update(range(7))
     stream = loader(skip_unreadable=True)
     name = stream.get_image_names(0)[0].split("(")[1].rstrip(")")
-    with pytest.raises(UserError, match=rf"cannot read .* {name}; 10 randomly drawn replacements cannot be"):
-        take(stream, 1)
+    rejected(f"{name}; 10 randomly drawn replacements cannot be", by=lambda: take(stream, 1))
 
 
 def _sleep_as_a_worker(ready):
@@ -227,16 +225,15 @@ def test_threads_need_a_mapper_that_does_not_draw_from_global_generators(cfg):
 
 @pytest.mark.parametrize("how", ["raise", "drop", "close", "finish"])
 def test_no_thread_is_left(how):
-    stream = threaded() if how != "finish" else [[1], [2]]
     if how == "raise":
         with pytest.raises(KeyError):
-            for _ in stream:
+            for _ in threaded():
                 raise KeyError
         gc.collect()
     elif how == "finish":
-        assert list(load_in_threads({1: "a", 2: "b"}, stream, 2)) == [["a"], ["b"]]
+        assert list(load_in_threads({1: "a", 2: "b"}, [[1], [2]], 2)) == [["a"], ["b"]]
     else:
-        iterator = iter(stream)
+        iterator = iter(threaded())
         next(iterator)
         assert loading()
         if how == "close":
@@ -312,12 +309,10 @@ def test_ctrl_c_ends_a_process_that_waits_for_a_sample(tmp_path):
 def test_threads_use_one_core_each_and_every_batch_is_a_heartbeat(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        batches = take(threaded(lambda record, rng: torch.get_num_threads()), 4)
-        assert {number for batch in batches for number in batch} == {1}
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    batches = take(threaded(lambda record, rng: torch.get_num_threads()), 4)
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert {number for batch in batches for number in batch} == {1} and after == 2
     beats = []
     monkeypatch.setattr(train_loaders, "beat", lambda extra: beats.append(extra > 0))
     take(threaded(), 3)
@@ -343,7 +338,6 @@ def test_tensors_are_pinned_by_the_threads_for_the_current_device(monkeypatch):
 
     batches = take(threaded(nested, skip_unreadable=True), 7)
     assert devices == {5} and all(pins) and len(pins) >= 42
-    two = torch.full((1,), 2.0)
     for sample in itertools.chain(*batches):
-        assert sample["target"] == {"boxes": two, "more": [two, (two, "x")]}
+        assert sample["target"] == {"boxes": 2, "more": [2, (2, "x")]}
         assert sample["image_id"] != 2

@@ -77,17 +77,14 @@ def test_is_out_of_memory_for_the_messages_of_all_devices():
     assert is_out_of_memory(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("samples", "training", "words"),
-    [
+def test_describe_out_of_memory_for_samples_of_any_type():
+    for samples, training, words in (
         ([], False, "before the first batch; end other processes, or choose a smaller model"),
         ([(1, 2), {"image": None}], True, "with 2 image(s) in this process; lower SOLVER"),
         ([{"views": []}] * 2, False, "with 2 image(s) in this process; lower TEST.IMS_PER_BATCH"),
-    ],
-)
-def test_describe_out_of_memory_for_samples_of_any_type(samples, training, words):
-    note_batch(samples, training)
-    assert words in str(describe_out_of_memory(RuntimeError("")))
+    ):
+        note_batch(samples, training)
+        assert words in str(describe_out_of_memory(RuntimeError("")))
 
 
 def test_peak_memory_is_that_of_this_process_in_mib():

@@ -18,7 +18,6 @@ from plaintrain.data.samplers import (
     repeat_factors_from_category_frequency,
 )
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.utils.errors import UserError
 
 THRESHOLD, REPEAT_SQRT = "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.REPEAT_SQRT"
 FACTORS, RATIO = "DATASETS.TRAIN_REPEAT_FACTOR", "DATALOADER.RANDOM_SUBSET_RATIO"
@@ -71,6 +70,7 @@ def test_repeat_factors_are_met_on_average_and_shuffled_as_one_list():
     assert len({tuple(images) for images in passes}) == 5
     # Not one permutation, twice over.
     assert all(sorted(images[:30]) != list(range(30)) for images in passes)
+    rejected("no image", by=lambda: RepeatFactorTrainingSampler([0, 0]))
 
 
 def _records(*classes):
@@ -94,11 +94,6 @@ def test_factors_are_those_of_the_rarest_class_or_balance_the_classes():
     assert [factors[:90].sum(), factors[90:99].sum(), factors[99]] == pytest.approx([100 / 3] * 3)
     both = compute_class_balanced_factors(_records([0, 1], [0], [0]))
     assert both.tolist() == pytest.approx([3 * (1 / 2 / 3 + 1 / 2), 0.5, 0.5])
-
-
-def test_samplers_without_an_image_are_rejected():
-    rejected("no image", by=lambda: TrainingSampler(0, 2))
-    rejected("no image", by=lambda: RepeatFactorTrainingSampler([0, 0]))
 
 
 def _dataset(name, num, label):
@@ -172,8 +167,8 @@ def test_group_window_makes_batches_of_like_aspect_ratio_and_needs_sizes(cfg, re
     assert spread[0] < 0.8 * spread[1] < 0.8 * 0.8 * spread[2]
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = True
     records = SerializedRecords([{"file_name": "a.png"}])
-    with pytest.raises(UserError, match="ASPECT_RATIO_GROUPING needs the height and width"):
-        build_train_sampler(cfg, records, 1)
+    words = "ASPECT_RATIO_GROUPING needs the height and width"
+    rejected(words, by=lambda: build_train_sampler(cfg, records, 1))
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     assert build_train_sampler(cfg, records, 1).size == 1
     _use(cfg, "WeightedTrainingSampler", FACTORS, [["large", 2]])
@@ -204,18 +199,18 @@ def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
 @pytest.mark.parametrize(
     ("sampler", "key", "value", "message"),
     [
-        ("RepeatFactorSampler", "SEED", 1, "must be .*RepeatFactorTrainingSampler.*, got"),
+        ("RepeatFactorSampler", "SEED", 1, "DATALOADER.SAMPLER_TRAIN must be"),
         ("TrainingSampler", THRESHOLD, 0.1, "only RepeatFactorTrainingSampler reads it"),
         ("TrainingSampler", RATIO, 0.5, "only RandomSubsetTrainingSampler reads"),
         ("TrainingSampler", FACTORS, [["large", 2]], "only WeightedTrainingSampler reads"),
-        ("WeightedTrainingSampler", FACTORS, [["largee", 2]], r"one of \['large', 'few'\].* got .'largee'"),
+        ("WeightedTrainingSampler", FACTORS, [["largee", 2]], "'few'], number >= 0], got ['largee'"),
         ("WeightedTrainingSampler", FACTORS, ["large", 2], "got 'large'"),
-        ("WeightedTrainingSampler", FACTORS, [["large"]], r"got \['large'\]"),
-        ("WeightedTrainingSampler", FACTORS, [["large", -1]], r"got \['large', -1\]"),
-        ("WeightedTrainingSampler", FACTORS, [["large", "2"]], r"got \['large', '2'\]"),
+        ("WeightedTrainingSampler", FACTORS, [["large"]], "got ['large']"),
+        ("WeightedTrainingSampler", FACTORS, [["large", -1]], "got ['large', -1]"),
+        ("WeightedTrainingSampler", FACTORS, [["large", "2"]], "got ['large', '2']"),
         ("WeightedTrainingSampler", "SEED", 1, "WeightedTrainingSampler needs " + FACTORS),
     ],
 )
 def test_sampler_keys_that_cannot_be_used_are_rejected(cfg, records, sampler, key, value, message):
-    with pytest.raises(UserError, match=message):
-        build_train_sampler(_use(cfg, sampler, key, value), records, 4)
+    _use(cfg, sampler, key, value)
+    rejected(message, by=lambda: build_train_sampler(cfg, records, 4))

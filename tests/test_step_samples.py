@@ -28,24 +28,19 @@ class Drawn:
         return [w[0] for w in wanted], [w[1] for w in wanted]
 
 
-@pytest.fixture
-def draws(monkeypatch):
-    """The draws of our samplers, in their order: which were candidates, the indices, which exist."""
-    found = []
+@pytest.mark.parametrize("numbers", [(3, 1), (0, 5), (2, 1, 0, 17)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_and_gradients_are_torchvisions_for_the_same_samples(numbers, seed, monkeypatch):
+    # Which were candidates, the indices, which exist.
+    draws = []
 
     def sample(matched, background, sampler):
         drawn = matching.sample_matches(matched, background, sampler)
-        found.append((matched | background, *drawn))
+        draws.append((matched | background, *drawn))
         return drawn
 
     monkeypatch.setattr(rpn, "sample_matches", sample)
     monkeypatch.setattr(roi_heads, "sample_matches", sample)
-    return found
-
-
-@pytest.mark.parametrize("numbers", [(3, 1), (0, 5), (2, 1, 0, 17)], ids=str)
-@pytest.mark.parametrize("seed", range(3))
-def test_losses_and_gradients_are_torchvisions_for_the_same_samples(numbers, seed, draws):
     model, plain = build_pair(spread=0.3)
     for part in (model.rpn, model.roi_heads):
         part.fg_bg_sampler.batch_size_per_image = 24

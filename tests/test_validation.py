@@ -157,9 +157,8 @@ def test_mistakes_of_images_are_found(check, declare, tiny_coco, write_image, tm
         "turned": ["turned.png"],
     }
     for kind, names in kinds.items():
-        finding = found[kind]
-        assert finding["fatal"] == (kind not in ("near_constant", "turned"))
-        for example, name in zip(finding["examples"], names, strict=True):
+        assert found[kind]["fatal"] == (kind not in ("near_constant", "turned"))
+        for example, name in zip(found[kind]["examples"], names, strict=True):
             assert name in example
     assert found.keys() - {"unused_class"} == kinds.keys()
     assert "good.png" not in said
@@ -184,8 +183,9 @@ def test_images_of_equal_pixels_are_found_in_and_between_datasets(check, declare
     declare(content, "two")
     _, found = check("one", "two", "--fix", tmp_path / "fixed")
     duplicate, leak = found["duplicate"], found["leak"]
-    assert (duplicate["count"], duplicate["examples"][0].count("."), leak["count"]) == (1, 2, 1)
-    assert "copy.bmp" in leak["examples"][0] and "wide.png of one" in leak["examples"][0]
+    assert (duplicate["count"], leak["count"]) == (1, 1)
+    for example, end in ((duplicate["examples"][0], ""), (leak["examples"][0], " of one")):
+        assert "copy.bmp" in example and example.endswith(f"wide.png{end}")
     for name in ("one", "two"):
         assert (tmp_path / "fixed" / name / "annotations.json").is_file()
 

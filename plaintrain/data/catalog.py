@@ -26,6 +26,7 @@ class _DatasetCatalog(dict):
         self[name] = func
 
     def get(self, name: str) -> SerializedRecords:  # type: ignore[override]
+        """Return the records of a dataset, loaded once."""
         if name not in self:
             near = suggest_similar(name, self, num=3, cutoff=0.5)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(self.list())}"

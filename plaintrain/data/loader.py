@@ -54,7 +54,11 @@ class MappedRecords(Dataset):
     skip_unreadable: bool = False
 
     def __post_init__(self):
-        self.takes_rng = _takes_generator(self.mapper)
+        # A mapper takes (record, generator), or only a record as in Detectron2.
+        self.takes_rng = False
+        with contextlib.suppress(TypeError, ValueError):
+            inspect.signature(self.mapper).bind(None, None)
+            self.takes_rng = True
 
     def __getitem__(self, key):
         index, position = key
@@ -78,15 +82,6 @@ class MappedRecords(Dataset):
             with contextlib.suppress(UserError):
                 return _Replacement(self._map(int(index), position), str(error))
         return UserError(f"{error}; {_MAX_TRIES} randomly drawn replacements cannot be read either")
-
-
-def _takes_generator(mapper):
-    """Return whether a mapper takes (record, generator), not only a record as in Detectron2."""
-    try:
-        inspect.signature(mapper).bind(None, None)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 @contextlib.contextmanager

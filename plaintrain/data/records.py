@@ -149,11 +149,8 @@ def check_image_files(records: SerializedRecords, source: str) -> None:
         return set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
 
     paths = records.columns["file_name"] if records.columns else [record["file_name"] for record in records]
-    missing = []
-    for path in paths:
-        folder, name = os.path.split(path)
-        if not is_drawn(path) and name not in list_folder(folder):
-            missing.append(path)
+    files = (path for path in paths if not is_drawn(path))
+    missing = [path for path in files if os.path.basename(path) not in list_folder(os.path.dirname(path))]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"an image of {source} does not exist: {missing[0]}{more}")

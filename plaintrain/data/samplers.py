@@ -131,9 +131,9 @@ class RepeatFactorTrainingSampler(TrainingSampler):
 
     def _draw(self, rng):
         images = rng.permutation(self._repeats.size)
-        edges = np.concatenate([[0], np.cumsum(self._fractions[images])])
         # The sum of the fractions has a rounding error.
-        edges = np.append(np.minimum(edges[:-1], self._num_up), self._num_up)
+        edges = np.minimum(np.cumsum(self._fractions[images])[:-1], self._num_up)
+        edges = np.concatenate([[0], edges, [self._num_up]])
         counts = self._repeats[images] + np.diff(np.floor(edges + rng.uniform()).astype(np.int64))
         return rng.permutation(np.repeat(images, counts))
 

@@ -35,10 +35,7 @@ PROBLEM_TYPES = {
     "unknown_class": ("annotations with an unknown class id", True),
     "bad_box": ("boxes that are not four finite numbers", True),
     "wrong_keypoints": ("annotations with malformed keypoints or a wrong number of them", True),
-    "bad_polygon": (
-        "polygons that are malformed or have under 3 points (stop training with masks)",
-        True,
-    ),
+    "bad_polygon": ("polygons that are malformed or have under 3 points (stop training with masks)", True),
     "bad_rle": ("run-length encodings that do not fit their image (stop training with masks)", True),
     "empty_box": ("boxes without area, which training drops", False),
     "outside_box": ("boxes outside their image, which training drops", False),
@@ -146,6 +143,7 @@ def find_annotation_problem(annotation: dict[str, Any], num_classes: int) -> Pro
 def iterate_annotation_problems(
     annotation: dict[str, Any], record: dict[str, Any], metadata: MetadataLike
 ) -> Iterator[Problem]:
+    """Yield the problems of an annotation of a record."""
     problem = find_annotation_problem(annotation, len(metadata.get("thing_classes") or ()))
     if problem:
         yield problem
