@@ -1,5 +1,6 @@
 """Small configs and samples for the tests of plaintrain.modeling, and what compares with torchvision."""
 
+import copy
 import math
 from unittest import mock
 
@@ -9,6 +10,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.config import get_cfg
 from plaintrain.modeling import build_model
+from plaintrain.modeling.detector import DenseDetector
+from plaintrain.modeling.rcnn import GeneralizedRCNN
+from plaintrain.modeling.roi_heads import BatchedRoIHeads
+from plaintrain.modeling.rpn import BatchedRPN
 
 torch.set_num_threads(1)
 
@@ -197,11 +202,22 @@ def randomize_predictions(model, spread=0.5):
             parameter.data.copy_(noise * scale / math.sqrt(parameter[0].numel()))
 
 
+def torchvision_twin(model):
+    """A copy of a detector of the same modules and weights, with the forward passes of torchvision."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(module, DenseDetector | GeneralizedRCNN | BatchedRPN | BatchedRoIHeads):
+            bases = type(module).__mro__
+            module.__class__ = next(base for base in bases if base.__module__.startswith("torchvision."))
+    plain.transform.postprocess = lambda detections, *sizes: detections
+    return plain
+
+
 def torchvision_inputs(samples, label_offset=0):
-    """Images in 0..1 and targets, as torchvision's own models take them."""
-    images = [sample["image"].float() / 255 for sample in samples]
+    """Images and targets, as torchvision's models take them."""
     targets = [sample["target"] for sample in samples]
-    return images, [{**target, "labels": target["labels"] + label_offset} for target in targets]
+    targets = [{**target, "labels": target["labels"] + label_offset} for target in targets]
+    return [sample["image"] for sample in samples], targets
 
 
 def assert_same_detections(found, expected, label_offset, at_least):
