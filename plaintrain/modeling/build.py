@@ -60,11 +60,10 @@ def get_device(name: str) -> torch.device:
 def build_model(cfg: CfgNode) -> nn.Module:
     """Build the detector of MODEL.META_ARCHITECTURE with random weights, on MODEL.DEVICE.
 
-    Returns:
-        A module that takes a list of samples: `image` uint8 `[3, H, W]`, in training with `target`. In
-        training it returns a dict of losses. In evaluation it returns for each image {boxes `[N, 4]`, scores
-        `[N]`, labels `[N]`}: boxes XYXY in the original image's pixels, scores descending in 0..1, labels 0
-        to K-1; with their heads masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
+    It takes a list of samples: `image` uint8 `[3, H, W]`, in training with `target`. In training it returns a
+    dict of losses. In evaluation it returns for each image {boxes `[N, 4]`, scores `[N]`, labels `[N]`}:
+    boxes XYXY in the original image's pixels, scores descending in 0..1, labels 0 to K-1; with their heads
+    masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
     """
     check_cfg(cfg)
     key = get_num_classes_key(cfg)
