@@ -156,11 +156,11 @@ def two_squares():
     ]
 
 
-def make_batch(numbers):
-    """Images of different sizes, with these numbers of objects."""
+def make_batch(numbers, sizes=((80, 64), (64, 96))):
+    """Images of the sizes in turn, with these numbers of objects."""
     generator, samples = torch.Generator().manual_seed(5), []
     for i, number in enumerate(numbers):
-        height, width = (64, 96) if i % 2 else (80, 64)
+        height, width = sizes[i % len(sizes)]
         corners = torch.rand(number, 2, 2, generator=generator) * torch.tensor([width - 8, height - 8])
         boxes = torch.cat([corners.amin(1), corners.amax(1) + 6], dim=1).long().tolist()
         samples.append(make_sample(height, width, boxes, [j % 3 for j in range(number)], seed=i))
