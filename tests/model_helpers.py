@@ -247,14 +247,3 @@ def norm_types(module):
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
     found = {type(m) for m in module.modules() if isinstance(m, kinds)}
     return {FrozenBatchNorm2d if issubclass(kind, FrozenBatchNorm2d) else kind for kind in found}
-
-
-def same_input(model, plain):
-    """Check that both normalise alike, then make them do it bit for bit, and resize nothing."""
-    mean, std = (255 * torch.tensor(v) for v in (plain.transform.image_mean, plain.transform.image_std))
-    torch.testing.assert_close(model.transform.mean.flatten(), mean, rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(model.transform.std.flatten(), std, rtol=1e-5, atol=1e-3)
-    assert model.transform.size_divisible == plain.transform.size_divisible
-    model.transform.mean.zero_()
-    model.transform.std.fill_(255)
-    plain.transform.image_mean, plain.transform.image_std = [0, 0, 0], [1, 1, 1]

@@ -202,9 +202,6 @@ def test_bad_settings_are_rejected(base, key, value, message):
         build(*base, key, value)
 
 
-WITH_CLASSES = [name for name in ARCHITECTURES if name != "proposals"]
-
-
 def prefer(model, label):
     """Make a detector call everything `label`."""
     if isinstance(model, GeneralizedRCNN):
@@ -219,7 +216,7 @@ def prefer(model, label):
 
 
 @pytest.mark.parametrize("label", [0, K - 1])
-@pytest.mark.parametrize("name", WITH_CLASSES, indirect=True)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "proposals"], indirect=True)
 def test_labels_of_detections_and_targets_count_from_0(detector, label, name):
     prefer(detector, label)
     with torch.no_grad():
@@ -256,14 +253,6 @@ def test_detections_are_sorted_limited_and_in_the_original_images_pixels(detecto
     assert scaled["scores"].equal(found[0]["scores"]) and scaled["labels"].equal(found[0]["labels"])
 
 
-def assert_empty(found, name, size):
-    assert found["boxes"].shape == (0, 4) and found["scores"].shape == found["labels"].shape == (0,)
-    assert found["labels"].dtype == torch.int64
-    if name.startswith("mask"):
-        assert found["masks"].shape == (0, *size) and found["masks"].dtype == torch.bool
-        assert found["keypoints"].shape == (0, KEYPOINTS, 3)
-
-
 @pytest.mark.parametrize(
     ("name", "pooler"),
     [("mask_keypoint_rcnn", "ROIAlign"), ("mask_keypoint_rcnn", "ROIAlignV2"), ("proposals", "ROIAlign")],
@@ -276,7 +265,11 @@ def test_an_image_without_proposals_is_evaluated(name, pooler):
     with torch.no_grad():
         found = model(two_samples())
     for output, size in zip(found, ((64, 96), (80, 64)), strict=True):
-        assert_empty(output, name, size)
+        assert output["boxes"].shape == (0, 4) and output["scores"].shape == output["labels"].shape == (0,)
+        assert output["labels"].dtype == torch.int64
+        if name.startswith("mask"):
+            assert output["masks"].shape == (0, *size) and output["masks"].dtype == torch.bool
+            assert output["keypoints"].shape == (0, KEYPOINTS, 3)
 
 
 def test_losses_are_positive_and_leave_the_samples_as_they_are(detector, name):

@@ -98,11 +98,10 @@ def compile_submodules(model: nn.Module, backend: str | Callable = "inductor") -
         functorch_config.force_non_lazy_backward_lowering = True
     # torch counts the graphs of all modules together, and by default stops at 8.
     config.recompile_limit = max(config.recompile_limit, _GRAPHS_PER_MODULE * len(_COMPILED_MODULES))
-    modules = dict(model.named_modules())
-    for name in _COMPILED_MODULES:
-        if modules.get(name) is not None:
+    for name, module in model.named_modules():
+        if name in _COMPILED_MODULES:
             try:
-                modules[name].compile(backend=backend, dynamic=True)
+                module.compile(backend=backend, dynamic=True)
             except RuntimeError as e:
                 # This torch does not support compilation on this Python or platform.
                 logger.warning(f"MODEL.COMPILE is ignored; training runs eagerly: {e}")
