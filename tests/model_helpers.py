@@ -1,5 +1,6 @@
 """Small configs and samples for the tests of plaintrain.modeling, and what compares with torchvision."""
 
+import copy
 import math
 from unittest import mock
 
@@ -9,6 +10,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.config import get_cfg
 from plaintrain.modeling import build_model
+from plaintrain.modeling.detector import DenseDetector
+from plaintrain.modeling.rcnn import GeneralizedRCNN
+from plaintrain.modeling.roi_heads import BatchedRoIHeads
+from plaintrain.modeling.rpn import BatchedRPN
 
 torch.set_num_threads(1)
 
@@ -151,11 +156,11 @@ def two_squares():
     ]
 
 
-def make_batch(numbers):
-    """Images of different sizes, with these numbers of objects."""
+def make_batch(numbers, sizes=((80, 64), (64, 96))):
+    """Images of the sizes in turn, with these numbers of objects."""
     generator, samples = torch.Generator().manual_seed(5), []
     for i, number in enumerate(numbers):
-        height, width = (64, 96) if i % 2 else (80, 64)
+        height, width = sizes[i % len(sizes)]
         corners = torch.rand(number, 2, 2, generator=generator) * torch.tensor([width - 8, height - 8])
         boxes = torch.cat([corners.amin(1), corners.amax(1) + 6], dim=1).long().tolist()
         samples.append(make_sample(height, width, boxes, [j % 3 for j in range(number)], seed=i))
@@ -197,11 +202,22 @@ def randomize_predictions(model, spread=0.5):
             parameter.data.copy_(noise * scale / math.sqrt(parameter[0].numel()))
 
 
+def torchvision_twin(model):
+    """A copy of a detector of the same modules and weights, with the forward passes of torchvision."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(module, DenseDetector | GeneralizedRCNN | BatchedRPN | BatchedRoIHeads):
+            bases = type(module).__mro__
+            module.__class__ = next(base for base in bases if base.__module__.startswith("torchvision."))
+    plain.transform.postprocess = lambda detections, *sizes: detections
+    return plain
+
+
 def torchvision_inputs(samples, label_offset=0):
-    """Images in 0..1 and targets, as torchvision's own models take them."""
-    images = [sample["image"].float() / 255 for sample in samples]
+    """Images and targets, as torchvision's models take them."""
     targets = [sample["target"] for sample in samples]
-    return images, [{**target, "labels": target["labels"] + label_offset} for target in targets]
+    targets = [{**target, "labels": target["labels"] + label_offset} for target in targets]
+    return [sample["image"] for sample in samples], targets
 
 
 def assert_same_detections(found, expected, label_offset, at_least):
@@ -231,14 +247,3 @@ def norm_types(module):
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
     found = {type(m) for m in module.modules() if isinstance(m, kinds)}
     return {FrozenBatchNorm2d if issubclass(kind, FrozenBatchNorm2d) else kind for kind in found}
-
-
-def same_input(model, plain):
-    """Check that both normalise alike, then make them do it bit for bit, and resize nothing."""
-    mean, std = (255 * torch.tensor(v) for v in (plain.transform.image_mean, plain.transform.image_std))
-    torch.testing.assert_close(model.transform.mean.flatten(), mean, rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(model.transform.std.flatten(), std, rtol=1e-5, atol=1e-3)
-    assert model.transform.size_divisible == plain.transform.size_divisible
-    model.transform.mean.zero_()
-    model.transform.std.fill_(255)
-    plain.transform.image_mean, plain.transform.image_std = [0, 0, 0], [1, 1, 1]

@@ -18,27 +18,25 @@ from model_helpers import (
     assert_same_detections,
     build,
     make_batch,
-    make_cfg,
     make_sample,
     norm_types,
     random_boxes,
     randomize_predictions,
     torchvision_inputs,
+    torchvision_twin,
     two_samples,
     two_squares,
 )
 from shared.syncs import count_syncs, training_step
 from torch import nn
 from torchvision.models import detection
-from torchvision.models.detection import retinanet, ssd
+from torchvision.models.detection import retinanet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import sigmoid_focal_loss
 
 from plaintrain.modeling import detector, matching
 from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerator, DefaultAnchorGenerator
-from plaintrain.modeling.backbones import build_backbone
 from plaintrain.modeling.fcos import match_centers
 from plaintrain.modeling.losses import focal_loss
 from plaintrain.modeling.matching import pad_targets
@@ -64,42 +62,6 @@ MODELS = {
 }
 
 
-def samples_of(name, numbers):
-    """Images with these numbers of objects; of different sizes, if the model takes them."""
-    samples = make_batch(numbers)
-    if not name.startswith("ssd"):
-        return samples
-    for i, target in enumerate([sample["target"] for sample in samples]):
-        boxes = (target["boxes"] * 0.6 + torch.tensor([0, 0, 4, 4])).long().tolist()
-        samples[i] = make_sample(64, 64, boxes, target["labels"].tolist(), seed=i)
-    return samples
-
-
-def torchvision_twin(name, model):
-    """torchvision's model of the same modules and weights, that takes uint8 images."""
-    if name.startswith("ssd"):
-        arguments = {"scales": [0.2, 0.5, 0.9], "steps": [4, 8]} if name == "ssdlite" else {}
-        boxes = DefaultBoxGenerator([[2], [2, 3]], **arguments)
-        backbone, numbers = build_backbone(make_cfg(*TINY_BN, *SSD)), boxes.num_anchors_per_location()
-        head = SSDLiteHead([32, 32], numbers, K + 1, nn.BatchNorm2d)
-        if name == "ssd":
-            head = ssd.SSDHead([32, 32], numbers, K + 1)
-        plain = ssd.SSD(backbone, boxes, (64, 64), K + 1, head=head)
-    else:
-        kind = detection.FCOS if name.startswith("fcos") else detection.RetinaNet
-        anchors = model.anchor_generator
-        if "detectron2" not in name:
-            anchors = AnchorGenerator(anchors.sizes, anchors.aspect_ratios)
-        backbone, head = copy.deepcopy((model.backbone, model.head))
-        plain = kind(backbone, K, anchor_generator=anchors, head=head)
-        if "giou" in name:
-            head.regression_head._loss_type = "giou"
-    plain.load_state_dict(model.state_dict())
-    plain.transform = model.transform
-    plain.transform.postprocess = lambda detections, *sizes: detections
-    return plain
-
-
 @pytest.mark.parametrize("name", ["retinanet", "retinanet, giou", "fcos", "ssd"])
 def test_a_training_step_waits_for_nothing_at_any_batch_size(name):
     model = build(*MODELS[name])
@@ -117,8 +79,11 @@ def test_a_training_step_waits_for_nothing_at_any_batch_size(name):
 def test_losses_gradients_and_detections_are_torchvisions(name, numbers):
     model = build(*MODELS[name])
     randomize_predictions(model, spread=0.1)
-    plain, samples = torchvision_twin(name, model), samples_of(name, numbers)
-    images, targets = [s["image"] for s in samples], torchvision_inputs(samples, model.label_offset)[1]
+    sizes = [(64, 64)] if name.startswith("ssd") else [(80, 64), (64, 96)]
+    plain, samples = torchvision_twin(model), make_batch(numbers, sizes)
+    if "giou" in name:
+        plain.head.regression_head._loss_type = "giou"
+    images, targets = torchvision_inputs(samples, model.label_offset)
     losses, expected = model(samples), plain(images, targets)
     names = FCOS_LOSSES if name.startswith("fcos") else LOSSES
     assert losses.keys() == names.keys()
@@ -128,10 +93,9 @@ def test_losses_gradients_and_detections_are_torchvisions(name, numbers):
         assert losses[ours] > 0 or (max(numbers) == 0 and (model.label_offset or "cls" not in ours))
     sum(losses.values()).backward()
     sum(expected.values()).backward()
-    parameters = dict(plain.named_parameters())
-    for key, parameter in model.named_parameters():
-        scale = parameters[key].grad.abs().max().item()
-        torch.testing.assert_close(parameter.grad, parameters[key].grad, rtol=1e-4, atol=1e-5 * scale + 1e-7)
+    for (key, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        scale = theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5 * scale + 1e-7, msg=key)
     if name == "retinanet, detectron2":
         # It cuts boxes after NMS, see below.
         return
@@ -303,8 +267,7 @@ def test_the_numbers_of_retinanets_losses_reach_them(alpha, gamma, beta, monkeyp
     monkeypatch.setattr(retinanet, "sigmoid_focal_loss", focal)
     box_loss = functools.partial(retinanet._box_loss, cnf={"beta": beta})
     monkeypatch.setattr(retinanet, "_box_loss", box_loss)
-    images, targets = [sample["image"] for sample in samples], torchvision_inputs(samples)[1]
-    expected = detection.RetinaNet.forward(plain, images, targets)
+    expected = detection.RetinaNet.forward(plain, *torchvision_inputs(samples))
     for name, theirs in LOSSES.items():
         torch.testing.assert_close(losses[name], expected[theirs], rtol=1e-5, atol=1e-5)
     assert all((losses[name] - default[name]).abs() > 0.01 for name in losses)

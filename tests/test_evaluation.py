@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -150,26 +151,11 @@ def test_voc_ap_is_the_mean_over_ious_and_that_of_2007_has_its_own_formula():
         assert metrics["AP50"] == pytest.approx(expected)
 
 
-class Recorder(DatasetEvaluator):
-    """Records its calls; raises in one of them if told to."""
-
-    def __init__(self, raise_in=None, result=None):
-        self.calls, self.raise_in, self.result = [], raise_in, result
-
-    def _call(self, *call):
-        self.calls.append(call)
-        if self.raise_in == call[0]:
-            raise ZeroDivisionError
-
-    def reset(self):
-        self._call("reset")
-
-    def process(self, inputs, outputs):
-        self._call("process", inputs, outputs)
-
-    def evaluate(self):
-        self._call("evaluate")
-        return self.result
+def make_recorder(results=None):
+    """An evaluator that records its calls."""
+    recorder = mock.Mock(spec=DatasetEvaluator)
+    recorder.evaluate.return_value = results
+    return recorder
 
 
 class Numbers(nn.Module):
@@ -196,32 +182,34 @@ class Numbers(nn.Module):
 
 
 def test_inference_processes_every_batch_in_order_in_evaluation_mode_without_gradients():
-    model, recorder = Numbers(), Recorder(result={"bbox": {"AP": 1.0}})
+    model, recorder = Numbers(), make_recorder({"bbox": {"AP": 1.0}})
     assert inference_on_dataset(model, [[1, 2], [3]], recorder) == {"bbox": {"AP": 1.0}}
     one, two, three = ({"found": torch.tensor(number), "name": "x"} for number in (1, 2, 3))
-    processed = [("process", [1, 2], [one, two]), ("process", [3], [three])]
-    assert recorder.calls == [("reset",), *processed, ("evaluate",)]
+    processed = [mock.call.process([1, 2], [one, two]), mock.call.process([3], [three])]
+    assert recorder.mock_calls == [mock.call.reset(), *processed, mock.call.evaluate()]
     assert model.seen == [(False, False)] * 2
     assert model.modes() == [True, False, True, True]
     assert inference_on_dataset(model.eval(), [[1]], None) == {}
     assert len(model.seen) == 3 and model.modes() == [False] * 4
     # The modes are restored after an error, too.
     for where in ("model", "process", "evaluate"):
-        model = Numbers(fails_at=1 if where == "model" else None)
+        model, recorder = Numbers(fails_at=1 if where == "model" else None), make_recorder()
+        recorder.process.side_effect = ZeroDivisionError if where == "process" else None
+        recorder.evaluate.side_effect = ZeroDivisionError
         with pytest.raises(ZeroDivisionError):
-            inference_on_dataset(model, [[1]], Recorder(raise_in=where))
+            inference_on_dataset(model, [[1]], recorder)
         assert model.modes() == [True, False, True, True]
         assert torch.is_grad_enabled()
 
 
 def test_several_evaluators_work_as_one():
-    first, second = Recorder(result={"bbox": {"AP": 1.0}}), Recorder(result={"mine": {"x": 2.0}})
-    results = inference_on_dataset(Numbers(), [[1]], [first, second, Recorder()])
+    first, second = make_recorder({"bbox": {"AP": 1.0}}), make_recorder({"mine": {"x": 2.0}})
+    results = inference_on_dataset(Numbers(), [[1]], [first, second, make_recorder()])
     assert results == {"bbox": {"AP": 1.0}, "mine": {"x": 2.0}}
-    assert [call[0] for call in first.calls] == ["reset", "process", "evaluate"]
-    assert first.calls == second.calls
+    assert [name for name, *_ in first.mock_calls] == ["reset", "process", "evaluate"]
+    assert first.mock_calls == second.mock_calls
     with pytest.raises(ValueError, match="bbox"):
-        DatasetEvaluators([first, Recorder(result={"bbox": {}})]).evaluate()
+        DatasetEvaluators([first, make_recorder({"bbox": {}})]).evaluate()
 
 
 def test_results_are_flattened_and_logged_as_csv(log):

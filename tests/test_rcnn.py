@@ -5,33 +5,24 @@ import torch
 import torch.nn.functional as F
 from model_helpers import (
     KEYPOINT,
-    KEYPOINTS,
     MASK,
     PROPOSALS,
     RESNET18,
     SMALL_HEAD,
     TINY,
-    K,
     build,
     make_batch,
     make_cfg,
     make_sample,
     norm_types,
     randomize_predictions,
-    same_input,
     torchvision_inputs,
+    torchvision_twin,
     two_samples,
 )
 from torch import nn
-from torchvision.models import resnet18
-from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from plaintrain.export.export import describe
 from plaintrain.modeling import matching, roi_heads, rpn
@@ -48,40 +39,13 @@ LOSSES = {
 MODELS = {"faster": (), "mask": (*MASK, "MODEL.ROI_MASK_HEAD.ALIGNED", False), "keypoint": KEYPOINT}
 
 
-def torchvision_rcnn(name="faster"):
-    """torchvision's R-CNN that RESNET18, SMALL_HEAD and MODELS describe, resizing nothing."""
-    model, parts = FasterRCNN, {}
-    if name == "mask":
-        model = MaskRCNN
-        parts["mask_head"] = MaskRCNNHeads(32, (16, 16), 1)
-        parts["mask_predictor"] = MaskRCNNPredictor(16, 16, K + 1)
-    elif name == "keypoint":
-        model = KeypointRCNN
-        parts["keypoint_head"] = KeypointRCNNHeads(32, (16, 16))
-        parts["keypoint_predictor"] = KeypointRCNNPredictor(16, KEYPOINTS)
-    levels, channels = {f"layer{i + 1}": str(i) for i in range(4)}, [64, 128, 256, 512]
-    return model(
-        BackboneWithFPN(resnet18(weights=None), levels, channels, 32, LastLevelMaxPool()),
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 5, 2),
-        box_head=TwoMLPHead(32 * 25, 32),
-        box_predictor=FastRCNNPredictor(32, K + 1),
-        rpn_post_nms_top_n_train=1000,
-        min_size=64,
-        max_size=10_000,
-        **parts,
-    )
-
-
 def build_pair(name="faster", spread=0.1):
-    """A model and torchvision's, of the same weights, which get the same features and RoIs, bit for bit.
-
-    Rounding, another on each CPU, would decide about NMS and ReLU.
-    """
-    model, plain = build(*RESNET18, *SMALL_HEAD, *MODELS[name]), torchvision_rcnn(name)
+    model = build(*RESNET18, *SMALL_HEAD, *MODELS[name])
     randomize_predictions(model, spread)
-    plain.load_state_dict(model.state_dict())
-    same_input(model, plain)
-    plain.roi_heads.box_roi_pool = model.roi_heads.box_roi_pool
+    plain = torchvision_twin(model)
+    if name == "keypoint":
+        # torchvision's loss needs the memory layout of its own RoIAlign.
+        plain.roi_heads.keypoint_roi_pool.__class__ = MultiScaleRoIAlign
     return model, plain
 
 
@@ -111,7 +75,7 @@ def test_losses_and_gradients_are_torchvisions_where_all_are_sampled(name, numbe
     assert_same_losses_and_gradients(model, losses, plain, expected)
 
 
-@pytest.mark.parametrize("score", [0.0, 0.68])
+@pytest.mark.parametrize("score", [0.0, 0.9])
 def test_proposals_in_training_are_torchvisions(score):
     model, plain = build_pair(spread=0.5)
     for part in (model.rpn, plain.rpn):

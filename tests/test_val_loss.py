@@ -3,14 +3,7 @@
 import pytest
 import rank_functions
 import torch
-from model_helpers import (
-    ARCHITECTURES,
-    LOSSES,
-    build,
-    randomize_predictions,
-    two_samples,
-    two_squares,
-)
+from model_helpers import ARCHITECTURES, LOSSES, build, randomize_predictions, two_samples, two_squares
 from processes import Job
 from rank_functions import make_batch, make_retinanet
 from torch import nn

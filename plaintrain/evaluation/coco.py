@@ -162,9 +162,7 @@ def compute_mean_ap(values: np.ndarray) -> float:
 def summarize(precision: np.ndarray, recall: np.ndarray, task: str) -> dict[str, float]:
     """Return COCO's metrics, {name: percent}: 12 for bbox and segm, 10 for keypoints.
 
-    Args:
-        precision: `[IoU, recall, class, area, max detections]`, -1 without ground truth.
-        recall: `[IoU, class, area, max detections]`.
+    `precision` and `recall` are those of `coco_backend.compute_precision_recall`.
     """
     sizes = "ml" if task == "keypoints" else "sml"
     means = {"AP": precision[..., 0, -1], "AP50": precision[0, ..., 0, -1], "AP75": precision[5, ..., 0, -1]}

@@ -39,18 +39,13 @@ def compute_precision_recall(
     image_ids: list[int],
     sigmas: Sequence[float],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the arrays that COCO's metrics are means of; -1 without ground truth.
+    """Compute precision and recall, which COCO's metrics are means of; -1 without ground truth.
 
-    Image and category ids count from 1, in the order of pycocotools, which breaks ties.
+    The ground truth is in COCO's JSON format, with areas, and detections in its results format, or for boxes
+    with hotcoco `[N, 7]` of image id, x, y, width, height, score, category id. Image and category ids count
+    from 1, in the order of pycocotools, which breaks ties. `image_ids` are the images to score.
 
-    Args:
-        ground_truth: dataset in COCO's JSON format; annotations need an area.
-        detections: in COCO's results format; for boxes with hotcoco `[N, 7]` of image id, x, y, width,
-            height, score, category id.
-        image_ids: images to score.
-
-    Returns:
-        precision `[IoU, recall, class, area, max detections]`, recall `[IoU, class, area, max detections]`.
+    Precision is `[IoU, recall, class, area, max detections]`, recall `[IoU, class, area, max detections]`.
     """
     coco_class, eval_class = map(pkgutil.resolve_name, BACKENDS[backend])
     # The libraries print, without an option to disable it.

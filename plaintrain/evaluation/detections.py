@@ -66,11 +66,8 @@ def compute_overlaps(
     """Return the IoU of all overlapping pairs of a detection and an object of the same image.
 
     Both need arrays `image` (ascending) and `boxes`, objects also `crowd`. `masks` are RLEs of the objects
-    and of the detections, for mask IoU.
-
-    Returns:
-        indices of the detections (ascending), indices of the objects, and IoUs, `[P]` each. The IoU with a
-        crowd is the fraction of the detection inside it, as in COCO.
+    and of the detections, for mask IoU. Returns indices of the detections (ascending), of the objects, and
+    IoUs, `[P]` each. The IoU with a crowd is the fraction of the detection inside it, as in COCO.
     """
     object_shapes, shapes = masks or (_to_xywh(table["boxes"]) for table in (objects, detections))
     pairs = [(np.zeros(0, dtype=np.int64),) * 2 + (np.zeros(0),)]

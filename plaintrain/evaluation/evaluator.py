@@ -29,9 +29,8 @@ _LOG_SECONDS = 30
 class DatasetEvaluator:
     """Base class of evaluators: `reset`, `process` each batch, then `evaluate`.
 
-    Attributes:
-        in_background: whether `process` may run in a thread, parallel to the model, on CPU outputs whose
-            masks may be `BoxMasks`. A subclass that overrides `process` must set it again.
+    With `in_background`, `process` may run in a thread, parallel to the model, on CPU outputs whose masks may
+    be `BoxMasks`. A subclass that overrides `process` must set it again.
     """
 
     in_background = False
@@ -104,10 +103,16 @@ def process_in_background(process: Callable, model: nn.Module) -> Iterator[Calla
     pool = ThreadPoolExecutor(1, "evaluate", torch.set_num_threads, (1,))
     pending: deque[Future] = deque()
 
+    @torch.no_grad()
+    def process_on_host(inputs, outputs, events):
+        for event in events:
+            event.synchronize()
+        process(inputs, outputs)
+
     def submit(inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         if len(pending) >= _MAX_PENDING:
             pending.popleft().result()
-        pending.append(pool.submit(_process_on_host, process, inputs, *_copy_to_host(outputs)))
+        pending.append(pool.submit(process_on_host, inputs, *_copy_to_host(outputs)))
 
     try:
         with unpasted_masks(comm.unwrap_model(model)):
@@ -139,13 +144,6 @@ def _copy_to_host(outputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], 
     ]
     devices = {v.device for output in outputs for v in output.values() if getattr(v, "is_cuda", False)}
     return copies, [torch.cuda.current_stream(device).record_event() for device in devices]
-
-
-@torch.no_grad()
-def _process_on_host(process, inputs, outputs, events):
-    for event in events:
-        event.synchronize()
-    process(inputs, outputs)
 
 
 def inference_on_dataset(

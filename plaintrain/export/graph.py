@@ -27,10 +27,9 @@ class DetectionGraph(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the detections of each image, padded with zeros and labels of -1.
 
-        Returns:
-            num_detections int64 `[B]`; boxes `[B, D, 4]`, scores `[B, D]` in 0..1, descending, labels int64
-            `[B, D]`, 0 to K-1; with their heads masks `[B, D, M, M]`, probabilities inside each box, and
-            keypoint_maps `[B, D, Kp, M, M]`, heatmaps of each box.
+        They are num_detections int64 `[B]`; boxes `[B, D, 4]`, scores `[B, D]` in 0..1, descending, labels
+        int64 `[B, D]`, 0 to K-1; with their heads masks `[B, D, M, M]`, probabilities inside each box, and
+        keypoint_maps `[B, D, Kp, M, M]`, heatmaps of each box.
         """
         model = self.model
         size = images.shape[-2:]

@@ -60,11 +60,10 @@ def get_device(name: str) -> torch.device:
 def build_model(cfg: CfgNode) -> nn.Module:
     """Build the detector of MODEL.META_ARCHITECTURE with random weights, on MODEL.DEVICE.
 
-    Returns:
-        A module that takes a list of samples: `image` uint8 `[3, H, W]`, in training with `target`. In
-        training it returns a dict of losses. In evaluation it returns for each image {boxes `[N, 4]`, scores
-        `[N]`, labels `[N]`}: boxes XYXY in the original image's pixels, scores descending in 0..1, labels 0
-        to K-1; with their heads masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
+    It takes a list of samples: `image` uint8 `[3, H, W]`, in training with `target`. In training it returns a
+    dict of losses. In evaluation it returns for each image {boxes `[N, 4]`, scores `[N]`, labels `[N]`}:
+    boxes XYXY in the original image's pixels, scores descending in 0..1, labels 0 to K-1; with their heads
+    masks bool `[N, height, width]` and keypoints `[N, Kp, 3]` (x, y, score).
     """
     check_cfg(cfg)
     key = get_num_classes_key(cfg)
@@ -99,11 +98,10 @@ def compile_submodules(model: nn.Module, backend: str | Callable = "inductor") -
         functorch_config.force_non_lazy_backward_lowering = True
     # torch counts the graphs of all modules together, and by default stops at 8.
     config.recompile_limit = max(config.recompile_limit, _GRAPHS_PER_MODULE * len(_COMPILED_MODULES))
-    modules = dict(model.named_modules())
-    for name in _COMPILED_MODULES:
-        if modules.get(name) is not None:
+    for name, module in model.named_modules():
+        if name in _COMPILED_MODULES:
             try:
-                modules[name].compile(backend=backend, dynamic=True)
+                module.compile(backend=backend, dynamic=True)
             except RuntimeError as e:
                 # This torch does not support compilation on this Python or platform.
                 logger.warning(f"MODEL.COMPILE is ignored; training runs eagerly: {e}")

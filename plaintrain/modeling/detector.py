@@ -181,11 +181,10 @@ def cast_outputs_to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any
     return tree_map_only(Tensor, lambda x: x.float() if x.dtype in LOW_PRECISION else x, outputs)
 
 
-def keep_float32(*heads: nn.Module) -> None:
-    """Make modules return float32 also under autocast.
+def keep_float32(head: nn.Module) -> None:
+    """Make a module return float32 also under autocast.
 
     torchvision decodes boxes in the dtype of the head; in bfloat16 a coordinate of 700 is off by up to 2
     pixels.
     """
-    for module in heads:
-        module.register_forward_hook(cast_outputs_to_float32)
+    head.register_forward_hook(cast_outputs_to_float32)

@@ -65,13 +65,8 @@ def match_centers(
 
     The farthest edge of the box must be 4 to 8 strides away, less on the finest level, more on the coarsest.
     `radius` is the largest distance to the center along x and y, in strides.
-
-    Args:
-        gt_boxes, valid: as in `match_boxes`.
-        anchors: `[N, 4]`, squares of a stride, with their number per level, finest first.
-
-    Returns:
-        matched_idxs and the bool mask foreground, `[B, N]`.
+    Anchors are `[N, 4]`, squares of a stride, with their number per level, finest first; for the rest, and
+    the results matched_idxs and foreground, see `match_boxes`.
     """
     strides = anchors[:, 2] - anchors[:, 0]
     min_reach = strides * 4

@@ -47,12 +47,8 @@ def match_in_chunks(
 def match_boxes(gt_boxes: Tensor, valid: Tensor, candidates: Tensor, matcher: Matcher) -> list[Tensor]:
     """Match candidates with ground-truth boxes by IoU as torchvision's matchers.
 
-    Args:
-        gt_boxes, valid: `[B, M, 4]`, and bool `[B, M]`, False for padding.
-        candidates: `[B, N, 4]`, or `[1, N, 4]` for all images.
-
-    Returns:
-        matched_idxs `[B, N]`, and the bool masks foreground and background, `[B, N]`.
+    `gt_boxes` are `[B, M, 4]`, `valid` bool `[B, M]`, False for padding; candidates `[B, N, 4]`, or
+    `[1, N, 4]` for all images. Returns matched_idxs, and the bool masks foreground and background, `[B, N]`.
     """
 
     def _match(gt_boxes, valid, candidates):
@@ -80,8 +76,7 @@ def sample_matches(
 ) -> tuple[Tensor, Tensor]:
     """Sample candidates as torchvision's sampler, with random draws that depend on shapes alone.
 
-    Returns:
-        Indices `[B, S]`, foreground first, and bool `[B, S]`, False for padding.
+    Returns indices `[B, S]`, foreground first, and bool `[B, S]`, False for padding.
     """
     num_samples = sampler.batch_size_per_image
     num_candidates = foreground.shape[1]

@@ -36,8 +36,6 @@ class GeneralizedRCNN(_GeneralizedRCNN):
 
     # False returns masks as `BoxMasks`, to be pasted or encoded elsewhere.
     pastes_masks = True
-    # See `BoxMasks`.
-    masks_aligned = True
 
     def forward(self, samples: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Return losses or detections; see `plaintrain.modeling.build_model`."""
@@ -48,7 +46,7 @@ class GeneralizedRCNN(_GeneralizedRCNN):
         detections, losses = self.roi_heads(features, proposals, images.image_sizes, targets)
         if self.training:
             return losses | rpn_losses
-        return scale_to_original_size(detections, samples, self.pastes_masks, self.masks_aligned)
+        return scale_to_original_size(detections, samples, self.pastes_masks, self.roi_heads.masks_aligned)
 
     @contextlib.contextmanager
     def without_masks(self) -> Iterator[None]:
@@ -148,7 +146,6 @@ def build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
     model = GeneralizedRCNN(backbone, rpn, roi_heads, build_preprocess(cfg))
     if cfg.MODEL.MASK_ON:
         _add_mask_head(cfg, roi_heads, backbone)
-        model.masks_aligned = roi_heads.masks_aligned = cfg.MODEL.ROI_MASK_HEAD.ALIGNED
     if cfg.MODEL.KEYPOINT_ON:
         _add_keypoint_head(cfg, roi_heads, backbone)
     return model
@@ -186,6 +183,7 @@ def _initialize_box_head(roi_heads):
 def _add_mask_head(cfg, roi_heads, backbone):
     mask = cfg.MODEL.ROI_MASK_HEAD
     conv_dims = [mask.CONV_DIM] * mask.NUM_CONV
+    roi_heads.masks_aligned = mask.ALIGNED
     roi_heads.mask_roi_pool = _build_pooler(mask, backbone)
     roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, conv_dims, 1, get_norm(mask.NORM))
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1

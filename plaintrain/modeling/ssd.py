@@ -57,7 +57,13 @@ def mine_hard_negatives(loss: Tensor, foreground: Tensor, ratio: float) -> Tenso
     return loss * foreground + loss.gather(1, order) * hard
 
 
-def _build_box_generator(ssd, num_levels):
+def build_ssd(cfg: CfgNode) -> SSD:
+    """Build SSD from MODEL.BACKBONE, SSD and INPUT.FIXED_SIZE."""
+    size = tuple(cfg.INPUT.FIXED_SIZE)
+    ssd = cfg.MODEL.SSD
+    backbone = build_backbone(cfg)
+    channels = retrieve_out_channels(backbone, size)
+    num_levels = len(channels)
     for key, values, length in (
         ("ASPECT_RATIOS", ssd.ASPECT_RATIOS, num_levels),
         ("SCALES", ssd.SCALES, num_levels + 1),
@@ -67,18 +73,9 @@ def _build_box_generator(ssd, num_levels):
             raise UserError(
                 f"MODEL.SSD.{key} must have {length} entries for {num_levels} backbone levels, got {values}"
             )
-    return CachedBoxGenerator(
+    boxes = CachedBoxGenerator(
         ssd.ASPECT_RATIOS, ssd.MIN_RATIO, ssd.MAX_RATIO, ssd.SCALES or None, ssd.STEPS or None
     )
-
-
-def build_ssd(cfg: CfgNode) -> SSD:
-    """Build SSD from MODEL.BACKBONE, SSD and INPUT.FIXED_SIZE."""
-    size = tuple(cfg.INPUT.FIXED_SIZE)
-    ssd = cfg.MODEL.SSD
-    backbone = build_backbone(cfg)
-    channels = retrieve_out_channels(backbone, size)
-    boxes = _build_box_generator(ssd, len(channels))
     num_anchors = boxes.num_anchors_per_location()
     num_classes = ssd.NUM_CLASSES + 1
     if ssd.HEAD_NAME == "SSDLiteHead":

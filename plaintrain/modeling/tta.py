@@ -71,7 +71,7 @@ class DetectorWithTTA(nn.Module):
         for result, sample, masks in zip(results, views[0], zip(*all_masks, strict=True), strict=True):
             mean = torch.stack(masks).mean(dim=0)
             size = (sample["height"], sample["width"])
-            box_masks = BoxMasks(mean, result["boxes"], *size, model.masks_aligned)
+            box_masks = BoxMasks(mean, result["boxes"], *size, model.roi_heads.masks_aligned)
             result["masks"] = box_masks.paste() if self.pastes_masks else box_masks
 
 
