@@ -517,7 +517,7 @@ PLANTED = {
             ("value = type(old)(value)", "value = old + type(old)(value)"),
             ("raise ConfigError(_describe_unknown_key(name, root, source))", "continue"),
             ("num=3, cutoff=0.75", "num=3, cutoff=1.0"),
-            ('message = f"{name} in', "message = f\"{name.rpartition('.')[2]} in"),
+            ('raw, f"{name} in', "raw, f\"{name.rpartition('.')[2]} in"),
         ],
         "plaintrain/config/defaults.py": [("return _C.clone()", "return _C")],
         "plaintrain/config/yaml.py": [
