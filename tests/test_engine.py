@@ -146,7 +146,7 @@ def test_parser_takes_flags_and_then_overrides(capsys):
         with pytest.raises(SystemExit, match="^2$"):
             parser.parse_args(["SOLVER.BASE_LR", "0.1", *flag])
         text = capsys.readouterr().err
-        assert flag[0] in text and "SOLVER.BASE_LR" in text and "first" in text
+        assert flag[0] in text and "SOLVER.BASE_LR" in text and "must come before" in text
 
 
 def test_setup_writes_the_resolved_config_and_the_log(output, capsys):
@@ -364,8 +364,7 @@ def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output):
 
 def test_two_ranks_agree_on_seed_classes_and_folder(tmp_path):
     leave_run(tmp_path / "job" / "output")
-    job = Job(rank_functions.setup_frozen, tmp_path / "job", num_gpus_per_machine=2).wait()
-    assert job.code == 0, job.output
+    job = Job(rank_functions.setup_frozen, tmp_path / "job", num_gpus_per_machine=2).wait(code=0)
     first, second = job.results()
     assert first == second
     assert first["seed"] >= 0 and first["classes"] == 3 and first["frozen"]
