@@ -11,8 +11,7 @@ from plaintrain.utils import comm
 
 @pytest.mark.parametrize("check", [rank_functions.check_collectives, rank_functions.check_averaged_norms])
 def test_collectives_of_two_ranks(tmp_path, check):
-    job = Job(check, tmp_path / "job", num_gpus_per_machine=2).wait()
-    assert job.code == 0, job.output
+    Job(check, tmp_path / "job", num_gpus_per_machine=2).wait(code=0)
 
 
 def test_ranks_of_a_single_process_ignore_the_scheduler(monkeypatch):

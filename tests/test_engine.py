@@ -364,8 +364,7 @@ def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output):
 
 def test_two_ranks_agree_on_seed_classes_and_folder(tmp_path):
     leave_run(tmp_path / "job" / "output")
-    job = Job(rank_functions.setup_frozen, tmp_path / "job", num_gpus_per_machine=2).wait()
-    assert job.code == 0, job.output
+    job = Job(rank_functions.setup_frozen, tmp_path / "job", num_gpus_per_machine=2).wait(code=0)
     first, second = job.results()
     assert first == second
     assert first["seed"] >= 0 and first["classes"] == 3 and first["frozen"]

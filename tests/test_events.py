@@ -1,20 +1,17 @@
 """Event storage and writers: plaintrain.utils.storage and plaintrain.utils.events."""
 
-import copy
 import gc
 import json
 import math
 import os
-import random
 import weakref
 from unittest.mock import Mock
 
 import pytest
 import torch
-from run_files import read_csv, read_events, read_values, tensorboard_values
+from run_files import read_csv, read_events, tensorboard_values
 from tensorboardX.proto.event_pb2 import SessionLog
 
-from plaintrain.solver import every
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import (
     WRITERS,
@@ -206,11 +203,14 @@ def test_window_of_a_storage_continues_its_medians_and_is_not_written_again():
             storage.put_scalar("lr", 0.5, smoothing_hint=False)
             storage.step()
         storage.iter = 29
-        assert storage.state_dict()["unwritten"] == ["loss", "lr"]
+        unwritten = storage.state_dict()
         storage.latest_with_smoothing_hint()
         state = storage.state_dict()
     assert state["scalars"]["loss"] == [[[float(v), v] for v in range(10, 30)], True]
     assert state["scalars"]["lr"][1] is False and state["unwritten"] == []
+    resumed = EventStorage()
+    resumed.load_state_dict(unwritten)
+    assert resumed.has_unwritten() and resumed.latest() == {"loss": (29.0, 29), "lr": (0.5, 29)}
     resumed = EventStorage()
     resumed.load_state_dict(state)
     assert (resumed.iter, resumed.start_iter) == (29, 30)
@@ -354,10 +354,15 @@ def test_tensorboard_holds_scalars_images_and_histograms_under_their_steps(tmp_p
     # A TensorBoard that is open forgets what an earlier run wrote from there on.
     starts = [event.step for event in read_events(tmp_path) if event.session_log.status == SessionLog.START]
     assert starts == [4]
-    # A resumed run cuts what was written from its start iteration on.
+    # A resumed run cuts what was written from its start iteration on, and what was written in part.
     monkeypatch.undo()
-    TensorboardXWriter(str(tmp_path)).begin(9)
-    assert {step for step, _, _ in tensorboard_values(tmp_path)} == {4}
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes() + path.read_bytes()[:30])
+    with EventStorage(9) as storage, closing_all([TensorboardXWriter(str(tmp_path))]):
+        storage.put_scalars(AP=1.0, cur_iter=4)
+        storage.put_scalar("total_loss", 0.5)
+    scalars = [(step, tag) for step, tag, v in tensorboard_values(tmp_path) if v.HasField("simple_value")]
+    assert scalars == [(4, "AP"), (4, "total_loss"), (9, "total_loss")]
 
 
 def test_printer_shows_losses_times_learning_rate_and_the_time_left(log, clock):
@@ -423,69 +428,3 @@ def test_writers_are_all_closed_and_a_good_end_leaves_nothing_unwritten(ends, is
     writes = [] if ends or is_written else ["write"]
     for writer in (calls.a, calls.b, calls.c):
         assert [name for name, *_ in writer.mock_calls] == ["begin", *writes, "close"]
-
-
-# ---- runs that are killed --------------------------------------------------------------------
-
-
-class KilledError(Exception):
-    """In the place of SIGKILL, which no test in a process survives."""
-
-
-def resumed_storage(saved):
-    storage = EventStorage()
-    if saved:
-        storage.load_state_dict(saved["storage"])
-    return storage
-
-
-def loop(folder, saved, lives=math.inf):
-    """24 iterations with all that is written, from the iteration of `saved`, in the order of the scripts.
-
-    After `lives` moments it is killed, half of what a writer has just appended is on the disk then.
-    """
-    resumed = resumed_storage(saved)
-    start = resumed.start_iter
-    writers = [WRITERS[name](str(folder), 24) for name in ("json", "csv", "tensorboard")]
-
-    def moment(sizes=None):
-        nonlocal lives
-        lives -= 1
-        if lives < 0:
-            for path, size in (sizes or {}).items():
-                os.truncate(path, (size + path.stat().st_size) // 2)
-            raise KilledError
-
-    with resumed as storage, closing_all(writers):
-        for i in range(start - 1, 24):
-            storage.iter = max(i, 0)
-            test = every(5, i)
-            if i >= start:
-                storage.put_scalars(loss=torch.tensor(1 / (i + 1)), time=random.random())
-                storage.put_scalar("lr", i / 7, smoothing_hint=False)
-                if i in (0, 7, 14):
-                    storage.put_scalars(seldom=float(i), smoothing_hint=False)
-                moment()
-                if every(4, i) or every(5, i):
-                    saved["storage"] = copy.deepcopy(storage.state_dict())
-                moment()
-            if test:
-                storage.put_scalars(**{"bbox/AP": i / 3, "bbox/AP-none": NAN}, smoothing_hint=False)
-                moment()
-            for writer in writers if test or every(8, i) else ():
-                sizes = {path: path.stat().st_size for path in folder.iterdir()}
-                writer.write()
-                moment(sizes)
-
-
-@pytest.mark.parametrize("kills", [(11, 15, 6), (13, 3, 21), (19, 14, 12)])
-def test_each_value_is_in_each_file_once_after_any_kills(tmp_path, kills):
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    loop(tmp_path / "whole", {})
-    saved = {}
-    for lives in kills:
-        with pytest.raises(KilledError):
-            loop(tmp_path / "killed", saved, lives)
-    loop(tmp_path / "killed", saved)
-    assert read_values(tmp_path / "killed") == read_values(tmp_path / "whole")

@@ -193,18 +193,12 @@ def test_each_script_resumes_the_checkpoints_of_the_other(run, finished, tmp_pat
     run("out", *OPTIONS["plain"], *a_step)
     run("out", *OPTIONS["epoch"], *a_step, script="epoch", **resume)
     # Killed in the evaluation after the first epoch, which the other one repeats.
-    killed = {"faults": partial(set_results, 1.0, kill_at=0), "code": -signal.SIGKILL}
+    killed = {"faults": partial(set_results, kill_at=0), "code": -signal.SIGKILL}
     run("out", *OPTIONS["epoch"], *evaluated, script="epoch", **resume, **killed)
     assert (out / "last_checkpoint").read_text() == "model_0000002.pth"
     run("out", *OPTIONS["plain"], *evaluated, *a_step, **resume)
     assert iterations_with(out, "few_val/bbox/AP") == [2] and max(lines(out)) == 3
-    run(
-        "out",
-        *OPTIONS["plain"],
-        *evaluated,
-        **resume,
-        **{**killed, "faults": partial(set_results, kill_at=0)},
-    )
+    run("out", *OPTIONS["plain"], *evaluated, **resume, **killed)
     run("out", *OPTIONS["epoch"], *evaluated, script="epoch", **resume)
     assert iterations_with(out, "few_val/bbox/AP") == [2, 5, 8, 11]
     last, expected = (load(folder / "model_0000011.pth") for folder in (out, finished["epoch"]))

@@ -163,10 +163,6 @@ def test_mistakes_are_answered_with_one_sentence(tmp_path, script, args, words):
         assert not (tmp_path / "output").exists()
 
 
-def test_debug_shows_the_traceback_of_a_mistake(tmp_path):
-    assert "Traceback" in run_script("plain_train_net.py", "--debug", folder=tmp_path, cwd=tmp_path).output
-
-
 @pytest.mark.long
 def test_loop_of_the_seed_trains_with_only_the_package_name_changed(tmp_path):
     documents = sorted((ROOT.parent / "shared" / "seeds").glob("001_*.txt"))

@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch.distributed as dist
-from rank_functions import free_port
 
 from plaintrain.engine import watchdog
 from plaintrain.engine.watchdog import FailureWatch
@@ -47,8 +46,8 @@ def watch_ranks(monkeypatch):
     monkeypatch.setattr(watchdog, "_CLOCK_SECONDS", 0.05)
     monkeypatch.setattr(watchdog, "_CONNECTION_SECONDS", 1.0)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    address = ("127.0.0.1", free_port())
-    store = dist.TCPStore(*address, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = ("127.0.0.1", store.port)
 
     def start(*ranks):
         made.extend(FailureWatch({"rank": r, "machine": r, "local_rank": 0}, address) for r in ranks)

@@ -144,16 +144,11 @@ RULES = {
         "TEST.EXPECTED_RESULTS": _list_of(_EXPECTED, f"a list of {_EXPECTED.words}"),
         "TEST.PRECISE_BN.ENABLED": _one_of(False),
     },
-    "MODEL.ANCHOR_GENERATOR.NAME=AnchorGenerator": {
-        "MODEL.ANCHOR_GENERATOR.OFFSET": _one_of(0.0),
-    },
+    "MODEL.ANCHOR_GENERATOR.NAME=AnchorGenerator": {"MODEL.ANCHOR_GENERATOR.OFFSET": _one_of(0.0)},
     "MODEL.BACKBONE.NAME=build_ssd_vgg16_backbone|build_ssdlite_mobilenet_v3_large_backbone": {
         "MODEL.META_ARCHITECTURE": _one_of("SSD"),
     },
-    _FPN: {
-        "MODEL.FPN.NORM": _NORM,
-        "MODEL.FPN.FUSE_TYPE": _one_of("sum"),
-    },
+    _FPN: {"MODEL.FPN.NORM": _NORM, "MODEL.FPN.FUSE_TYPE": _one_of("sum")},
     _RESNET: {
         "MODEL.RESNETS.DEPTH": _one_of(18, 34, 50, 101, 152),
         "MODEL.RESNETS.NORM": _one_of("FrozenBN", "BN", "SyncBN", "GN"),
@@ -167,9 +162,7 @@ RULES = {
         "MODEL.RESNETS.STRIDE_IN_1X1": _one_of(False),
         "MODEL.RESNETS.RES2_OUT_CHANNELS": _one_of(0, 64),
     },
-    "MODEL.RESNETS.DEPTH=50|101|152": {
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": _one_of(0, 256),
-    },
+    "MODEL.RESNETS.DEPTH=50|101|152": {"MODEL.RESNETS.RES2_OUT_CHANNELS": _one_of(0, 256)},
     "MODEL.BACKBONE.NAME=build_mobilenet_v3_large_fpn_backbone": {
         "MODEL.RESNETS.NORM": _one_of("FrozenBN", "BN", "SyncBN"),
     },
@@ -193,12 +186,8 @@ RULES = {
     "INPUT.CROP.ENABLED=True": {
         "INPUT.CROP.TYPE": _one_of("relative", "relative_range", "absolute", "absolute_range"),
     },
-    "DATALOADER.SAMPLER_TRAIN=RepeatFactorTrainingSampler": {
-        "DATALOADER.REPEAT_THRESHOLD": _FRACTION,
-    },
-    "SOLVER.LR_SCHEDULER_NAME=WarmupCosineLR": {
-        "SOLVER.BASE_LR": _ABOVE_0,
-    },
+    "DATALOADER.SAMPLER_TRAIN=RepeatFactorTrainingSampler": {"DATALOADER.REPEAT_THRESHOLD": _FRACTION},
+    "SOLVER.LR_SCHEDULER_NAME=WarmupCosineLR": {"SOLVER.BASE_LR": _ABOVE_0},
     "SOLVER.CLIP_GRADIENTS.ENABLED=True": {
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": _one_of("value", "norm", "full_model"),
     },
@@ -251,9 +240,7 @@ RULES = {
         "INPUT.FIXED_SIZE": _list_of(_AT_LEAST_1, "a height and a width", 2),
         "MODEL.SSD.POSITIVE_FRACTION": _INSIDE,
     },
-    "MODEL.META_ARCHITECTURE=FCOS": {
-        "MODEL.FCOS.PRIOR_PROB": _INSIDE,
-    },
+    "MODEL.META_ARCHITECTURE=FCOS": {"MODEL.FCOS.PRIOR_PROB": _INSIDE},
     "MODEL.META_ARCHITECTURE=RetinaNet": {
         "MODEL.RETINANET.NUM_CONVS": _one_of(4),
         "MODEL.RETINANET.IOU_THRESHOLDS": _thresholds(2),
@@ -267,9 +254,7 @@ RULES = {
         ),
         "MODEL.RETINANET.NORM": _one_of("", "GN"),
     },
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE=giou": {
-        "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": _one_of(0.0),
-    },
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE=giou": {"MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": _one_of(0.0)},
 }
 # inf selects the maximum norm.
 _MAY_BE_INFINITE = "SOLVER.CLIP_GRADIENTS.NORM_TYPE"

@@ -59,10 +59,7 @@ class NonfiniteGuard:
 
         Always True, without a device sync, unless SOLVER.ON_NONFINITE is "skip". Restores the running
         statistics of the model before it returns False. An enabled scaler skips steps with a bad `grad_norm`
-        itself.
-
-        Raises:
-            FloatingPointError: if too many consecutive steps were skipped.
+        itself. Raises a `FloatingPointError` if too many consecutive steps were skipped.
         """
         if not self._max_in_row:
             return True
@@ -95,14 +92,9 @@ class NonfiniteGuard:
         storage.put_scalar("skipped_steps", self.num_skipped, smoothing_hint=False)
 
     def check_storage(self, storage: EventStorage) -> None:
-        """Raise if a loss or `grad_norm` in the storage is NaN or infinite; a device sync.
+        """Call `storage.raise_if_nonfinite` with the images of a batch; a device sync.
 
-        The losses in the storage are reduced over ranks, so all ranks raise. With an enabled scaler,
-        `grad_norm` may be infinite, because the scaler skips such steps.
-
-        Raises:
-            FloatingPointError: naming the iteration, the losses and the images; or if the loss scale is too
-                small for any step to succeed.
+        Also raises a `FloatingPointError` if the loss scale is too small for any step to succeed.
         """
         storage.raise_if_nonfinite(self._get_images, check_norm=not self._scaler.is_enabled())
         scale = self._scaler.get_scale()

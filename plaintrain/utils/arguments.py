@@ -42,13 +42,7 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
     add("--num-machines", type=int, default=1, help="machines of the job")
     add("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
     add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; required for several machines")
-    add(
-        "--overfit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="train and evaluate on the first N training images",
-    )
+    add("--overfit", type=int, default=0, metavar="N", help="train and evaluate on the first N images")
     add(
         "--dry-run",
         action="store_true",

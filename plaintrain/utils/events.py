@@ -53,24 +53,22 @@ class CommonMetricPrinter(EventWriter):
         # Iteration and time.
         self._last_write: tuple[int, float] | None = None
 
-    def _seconds_per_iter(self, storage: EventStorage) -> float | None:
-        latest = storage.latest_with_smoothing_hint(self._window_size)
-        if "time" in latest:
-            return latest["time"][0]
+    def _measure_time(self, iteration: int) -> float | None:
+        """Return the seconds per iteration since the last write, or None."""
         before = self._last_write
-        self._last_write = now = storage.iter, time.perf_counter()
+        self._last_write = now = iteration, time.perf_counter()
         if before is None or now[0] <= before[0]:
             return None
         return (now[1] - before[1]) / (now[0] - before[0])
 
     def write(self) -> None:
         storage = get_event_storage()
-        seconds = self._seconds_per_iter(storage)
+        latest = storage.latest_with_smoothing_hint(self._window_size)
+        seconds = latest["time"][0] if "time" in latest else self._measure_time(storage.iter)
         fields = [f"iter: {storage.iter}"]
         if seconds is not None and self._max_iter is not None:
             left = max(0, self._max_iter - storage.iter - 1)
             fields.insert(0, f"eta: {datetime.timedelta(seconds=int(seconds * left))}")
-        latest = storage.latest_with_smoothing_hint(self._window_size)
         # Results and validation losses, whose names have a slash, are logged by the evaluation.
         losses = [k for k in latest if "loss" in k and "/" not in k]
         fields += [f"{k}: {latest[k][0]:.4g}" for k in losses]

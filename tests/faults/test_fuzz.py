@@ -4,7 +4,7 @@ import time
 from unittest.mock import Mock
 
 import pytest
-from fuzz_readers import READERS, fuzz, why_unclear
+from fuzz_readers import READERS, fuzz
 
 from plaintrain.utils.errors import UserError
 
@@ -40,16 +40,3 @@ def test_errors_of_other_types_unclear_ones_and_readers_that_hang_are_reported(m
     monkeypatch.setattr("fuzz_readers.MAX_SECONDS", 0.1)
     class_names.side_effect = lambda *_: time.sleep(100)
     assert "TimeoutError" in fuzz("yolo", 2).foreign[0]
-
-
-@pytest.mark.parametrize(
-    ("message", "words"),
-    [
-        ("it is wrong", "names neither"),
-        ("a.json\nand more", "one line"),
-        ("", "one line"),
-        ("x" * 1501, "1501 characters"),
-    ],
-)
-def test_unclear_errors_are_described(tmp_path, message, words):
-    assert words in why_unclear(message, tmp_path)

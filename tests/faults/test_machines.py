@@ -52,12 +52,9 @@ def wait(runs, code):
     assert codes == [code] * len(runs), "\n\n".join(run.output for run in runs)
 
 
-def reach(folder, iteration, timeout=60):
+def reach(run, iteration):
     """Wait until metrics.json has a line of an iteration."""
-    end = time.monotonic() + timeout
-    while max(lines(folder), default=-1) < iteration:
-        assert time.monotonic() < end, f"iteration {iteration} was not reached within {timeout} s"
-        time.sleep(0.05)
+    assert run.wait_for(lambda: max(lines(run.folder), default=-1) >= iteration), run.tail
 
 
 def test_three_machines_train_as_one_does_and_only_the_first_holds_the_run(machines, tmp_path):
@@ -73,7 +70,7 @@ def test_three_machines_train_as_one_does_and_only_the_first_holds_the_run(machi
 def test_two_machines_stop_together_and_resume_and_evaluate_as_one_would(machines, whole, tmp_path, shared):
     folders = [tmp_path / "run", tmp_path / ("run" if shared else "other")]
     runs = start(machines, folders, OPTIONS)
-    reach(folders[0], 24)
+    reach(runs[0], 24)
     os.kill(runs[1].process.pid, signal.SIGTERM)
     wait(runs, 143)
     iteration, damaged = newest_checkpoint(folders[0])
@@ -133,7 +130,7 @@ def test_failure_ends_all_machines_which_say_why_once(machines, tmp_path, name):
     act, words, seconds = FAILURES[name]
     options = [*OPTIONS, "SOLVER.MAX_ITER", 5000, "TEST.EVAL_PERIOD", 0, "HANG_TIMEOUT", 5]
     runs = start(machines, [tmp_path / "run", tmp_path / "other"], options)
-    reach(tmp_path / "run", 12)
+    reach(runs[0], 12)
     act(machines, runs)
     machines.wait_for_the_end(seconds)
     assert all(run.wait(5).code != 0 for run in runs)
@@ -147,7 +144,7 @@ def test_failure_ends_all_machines_which_say_why_once(machines, tmp_path, name):
 def test_torchrun_forms_the_job_again_when_a_rank_is_killed(machines, whole, tmp_path):
     folder, port = tmp_path / "run", machines.free_port()
     runs = [start_torchrun(machines, k, port, folder, OPTIONS) for k in range(2)]
-    reach(folder, 24)
+    reach(runs[0], 24)
     machines.kill(1, but=runs[1].process.pid)
     wait(runs, 0)
     assert differences(whole, folder) == []
