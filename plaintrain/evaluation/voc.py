@@ -98,6 +98,7 @@ class PascalVOCDetectionEvaluator(InstanceEvaluator):
         self._use_07_metric = year == 2007 if use_07_metric is None else use_07_metric
 
     def score(self, detections: Detections) -> dict[str, dict[str, float]]:
+        """Return {"bbox": {"AP", "AP50", "AP75", "AP50-CLASS"...}} in percent, and write the predictions."""
         if self._output_dir:
             write_predictions(self._output_dir, self.dataset_name, detections)
         objects = build_object_table(self.records)

@@ -62,6 +62,7 @@ class CommonMetricPrinter(EventWriter):
         return (now[1] - before[1]) / (now[0] - before[0])
 
     def write(self) -> None:
+        """Log one line with the latest scalars."""
         storage = get_event_storage()
         latest = storage.latest_with_smoothing_hint(self._window_size)
         seconds = latest["time"][0] if "time" in latest else self._measure_time(storage.iter)

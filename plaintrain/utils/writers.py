@@ -62,6 +62,7 @@ class FileWriter(EventWriter):
         self._has_begun = True
 
     def write(self) -> None:
+        """Write the scalars that the file does not have yet."""
         storage = get_event_storage()
         scalars: _Scalars = defaultdict(dict)
         if not self._has_begun:
