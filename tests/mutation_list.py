@@ -20,9 +20,7 @@ MUTATIONS = {
         ("(end - start) / len(samples), end", "1 / steps, end"),
         ('for name, value in loss_dict.items() if "loss" in name]', "for name, value in loss_dict.items()]"),
     ],
-    "plaintrain/checkpoint/resume_check.py": [
-        ("class_names, strict=True)", "class_names, strict=False)"),
-    ],
+    "plaintrain/checkpoint/resume_check.py": [("class_names, strict=True)", "class_names, strict=False)")],
     "plaintrain/checkpoint/checkpointer.py": [
         ("        self.last_name = name\n", ""),
         ('state.load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
@@ -36,12 +34,8 @@ MUTATIONS = {
             'return str(value)\n    raise ConfigError(f"{name} in {source} must be a plain',
         ),
     ],
-    "plaintrain/visualization/curves.py": [
-        ("average / total if total", "average if total"),
-    ],
-    "plaintrain/data/cache.py": [
-        ("[str(image_root), list(classes or ()), Image", "[str(image_root), Image"),
-    ],
+    "plaintrain/visualization/curves.py": [("average / total if total", "average if total")],
+    "plaintrain/data/cache.py": [("[str(image_root), list(classes or ()), Image", "[str(image_root), Image")],
     "plaintrain/data/catalog.py": [
         ("return list(selected)", "return [name for name in available if name in selected]"),
         ("if other != classes:", "if set(other) != set(classes):"),
@@ -212,9 +206,7 @@ MUTATIONS = {
     "plaintrain/export/export.py": [
         ('.masked_fill(detections["labels"][:, None] != expected["labels"], float("inf"))', ""),
     ],
-    "plaintrain/engine/distributed_env.py": [
-        ("[int(count)] * int(times or 1)", "[int(count)]"),
-    ],
+    "plaintrain/engine/distributed_env.py": [("[int(count)] * int(times or 1)", "[int(count)]")],
     "plaintrain/engine/launch.py": [
         ('job["first_rank"] + local_rank', "local_rank"),
         ("code = 128 + received[0] if received else 1", "code = 1"),
@@ -233,9 +225,7 @@ MUTATIONS = {
         ("< radius * strides", "< 1.5 * strides"),
         ("1e8 - (x1 - x0) * (y1 - y0)", "1e8 + (x1 - x0) * (y1 - y0)"),
     ],
-    "plaintrain/export/graph.py": [
-        ("images.flip(1) if transform.bgr else images", "images"),
-    ],
+    "plaintrain/export/graph.py": [("images.flip(1) if transform.bgr else images", "images")],
     "plaintrain/modeling/losses.py": [
         ("-math.log((1 - probability) / probability)", "math.log((1 - probability) / probability)"),
         (".mul_(gamma).add_(p).mul_(factor)", ".mul_(gamma).mul_(factor)"),
@@ -290,9 +280,7 @@ MUTATIONS = {
         (" - 2 * classes.diagonal()", ""),
         ('for key in ("score", "precision"))', 'for key in ("precision", "score"))'),
     ],
-    "plaintrain/report/build.py": [
-        ("autoescape=True", "autoescape=False"),
-    ],
+    "plaintrain/report/build.py": [("autoescape=True", "autoescape=False")],
     "plaintrain/report/runs.py": [
         ("np.diff(iterations, prepend=-1) * times", "times"),
         ("100 * data / seconds", "100 * data / (seconds + data)"),
@@ -368,9 +356,7 @@ MUTATIONS = {
         ),
         ("set().union(*scalars.values()) <= set(self._columns)", "bool(self._columns)"),
     ],
-    "plaintrain/utils/events.py": [
-        ("self._max_iter - storage.iter - 1", "self._max_iter"),
-    ],
+    "plaintrain/utils/events.py": [("self._max_iter - storage.iter - 1", "self._max_iter")],
     "plaintrain/utils/files.py": [
         ("                os.fsync(f.fileno())\n", ""),
         ("            os.unlink(temporary)\n", "            pass\n"),
@@ -385,9 +371,7 @@ MUTATIONS = {
         ("    _HELD[folder] = fd\n", ""),
         ('return False if f" on {socket.gethostname()}, " in owner else None', "return False"),
     ],
-    "plaintrain/utils/memory.py": [
-        ('(2**20 if sys.platform == "darwin" else 2**10)', "2**20"),
-    ],
+    "plaintrain/utils/memory.py": [('(2**20 if sys.platform == "darwin" else 2**10)', "2**20")],
     "plaintrain/checkpoint/state.py": [
         ("        group.update(own)\n", "        pass\n"),
         ("saved[comm.get_rank()]", "saved[0]"),
@@ -436,9 +420,7 @@ MUTATIONS = {
         ),
         ("hash_prefix=digest and digest.group(1)", "hash_prefix=None"),
     ],
-    "scripts/convert_dataset.py": [
-        ("[min(max(value, 0), 1) for value in unclipped]", "unclipped"),
-    ],
+    "scripts/convert_dataset.py": [("[min(max(value, 0), 1) for value in unclipped]", "unclipped")],
     "scripts/epoch_train_net.py": [
         ("is_end and validates_after(cfg, epoch)", "validates_after(cfg, epoch)"),
         ("or (is_end and epoch >= 0)", "or False"),
@@ -517,7 +499,7 @@ PLANTED = {
             ("value = type(old)(value)", "value = old + type(old)(value)"),
             ("raise ConfigError(_describe_unknown_key(name, root, source))", "continue"),
             ("num=3, cutoff=0.75", "num=3, cutoff=1.0"),
-            ('message = f"{name} in', "message = f\"{name.rpartition('.')[2]} in"),
+            ('raw, f"{name} in', "raw, f\"{name.rpartition('.')[2]} in"),
         ],
         "plaintrain/config/defaults.py": [("return _C.clone()", "return _C")],
         "plaintrain/config/yaml.py": [
