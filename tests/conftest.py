@@ -129,10 +129,6 @@ def _voc_object(name, xmin, ymin, xmax, ymax, difficult=0):
     return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
 
 
-def _voc_xml(*objects, size="<size><width>40</width><height>30</height><depth>3</depth></size>"):
-    return f"<annotation>{size}{''.join(objects)}</annotation>"
-
-
 @pytest.fixture
 def tiny_voc(tmp_path):
     """A VOC folder: `root`, `write(stem, *objects, size=...)`, `object(name, 4 numbers, difficult)`.
@@ -143,8 +139,9 @@ def tiny_voc(tmp_path):
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / folder).mkdir(parents=True)
 
-    def write(stem, *objects, **size):
-        (root / "Annotations" / f"{stem}.xml").write_text(_voc_xml(*objects, **size))
+    def write(stem, *objects, size="<size><width>40</width><height>30</height><depth>3</depth></size>"):
+        text = f"<annotation>{size}{''.join(objects)}</annotation>"
+        (root / "Annotations" / f"{stem}.xml").write_text(text)
 
     write("a", _voc_object("zebra", 1, 1, 40, 30), _voc_object("ant", 5, 6, 20, 21))
     write("b", _voc_object("ant", 11, 12, 13, 14, difficult=1))
