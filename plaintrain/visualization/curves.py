@@ -7,7 +7,7 @@ from typing import Any
 
 from plaintrain.analysis.run_folder import Metrics, split_result
 
-# {metric: (iterations, values)}, see `run_folder.read_metrics`.
+# See `make_line`.
 Lines = Sequence[Mapping[str, Any]]
 # Metrics of a task that share a plot.
 _SHOWN = ("AP", "AP50", "AP75")
