@@ -51,7 +51,7 @@ from plaintrain.export.export import (
     check_exported,
     describe,
     is_fixed,
-    load_images,
+    load_check_images,
     open_exported,
     trace,
     write_onnx,
@@ -124,7 +124,7 @@ def main(args):
             require(module, "ONNX", "export")
     predictor = load_predictor(args)
     declare_datasets(predictor.cfg)
-    images = load_images(predictor.cfg, args.check, args.images) if args.check else []
+    images = load_check_images(predictor.cfg, args.check, args.images) if args.check else []
     stem, ending = os.path.splitext(path)
     unchecked = f"{stem}.unchecked{ending}"
     metadata = write_exported(predictor, form, unchecked)

@@ -306,7 +306,7 @@ CANNOT_CHANGE = [
     (
         "plain",
         ["DATALOADER.RANDOM_SUBSET_RATIO", 0.5, "DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"],
-        "DATASETS.TRAIN has 11 images, .* it had 22",
+        "DATASETS.TRAIN has 11 images, but had 22",
     ),
     ("epoch", ["SOLVER.IMS_PER_BATCH", 6], "SOLVER.IMS_PER_BATCH must be 8 .*, got 6"),
 ]

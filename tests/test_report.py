@@ -179,7 +179,7 @@ def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(t
     assert str(folder / "report.html") in script_output("report.py", folder, folder=tmp_path)
     found = Outline((folder / "report.html").read_text())
     assert not found.wrong and "no config.yaml" in found.sections["run"]
-    assert "DATASETS.TEST is empty" in found.sections["errors"]
+    assert "There is no test set" in found.sections["errors"]
     assert_refused("report.py", [folder, tmp_path], "is not a run folder", tmp_path, codes=[1])
 
 

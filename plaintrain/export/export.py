@@ -138,7 +138,7 @@ def open_exported(path: str) -> Callable[[Tensor], dict[str, Tensor]]:
     return run
 
 
-def load_images(cfg: CfgNode, num_images: int, folder: str = "") -> list[tuple[str, Tensor]]:
+def load_check_images(cfg: CfgNode, num_images: int, folder: str = "") -> list[tuple[str, Tensor]]:
     """Return names and pixels of the first images of a folder or DATASETS.TEST, resized as for evaluation."""
     if folder:
         records: list[Any] = [build_image_record(path, path) for path in list_images(folder)[:num_images]]

@@ -137,7 +137,9 @@ def test_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number, script, tm
         # To the process that was started, and none to its children.
         os.kill(run.pid, number)
     assert run.wait(60).code == 128 + number, run.tail + log_of(run)
-    assert log_of(run).count(f"{number.name}: the run has stopped") == 1 and "Traceback" not in run.output
+    assert (
+        log_of(run).count(f"{number.name}: stopped with a checkpoint") == 1 and "Traceback" not in run.output
+    )
     # Not one step is lost; where an evaluation was ended, its line is written by the run that goes on.
     assert newest_checkpoint(tmp_path / "run")[0] >= max(lines(tmp_path / "run")) >= 3
     Run(tmp_path / "run", options, script=script, ranks=2, flags=["--resume"]).wait(code=0)
@@ -174,7 +176,7 @@ def test_closed_terminal_ends_a_run_with_a_checkpoint(whole, tmp_path):
     run.wait_for(lambda: (terminal.read(), "iter: 4" in log_of(run))[1])
     terminal.close()
     assert run.wait(60).code == 128 + signal.SIGHUP, log_of(run)
-    assert "SIGHUP: the run has stopped" in log_of(run) and newest_checkpoint(tmp_path / "run")[0] >= 3
+    assert "SIGHUP: stopped with a checkpoint" in log_of(run) and newest_checkpoint(tmp_path / "run")[0] >= 3
     Run(tmp_path / "run", STEP, flags=["--resume"]).wait(code=0)
     assert differences(whole, tmp_path / "run") == []
 
