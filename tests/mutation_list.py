@@ -86,10 +86,6 @@ MUTATIONS = {
         ("head = min((position - epoch * self.size) % batch_size, self.size)", "head = 0"),
         (", self.get_position(iteration), self", ", iteration * self.batch_size, self"),
         ("+ rank * num_images", "+ rank"),
-        (
-            "size * rank // world_size, size * (rank + 1) // world_size",
-            "size // world_size * rank, size // world_size * (rank + 1)",
-        ),
         ("np.bincount(labels) / len(records)", "np.bincount(labels) / len(labels)"),
         (".repeat([factors[name] for name in names]", ".repeat([factors[name] for name in sorted(names)]"),
     ],

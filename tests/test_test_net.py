@@ -68,8 +68,8 @@ def content(folder, name):
     return {path.parent.name: path.read_bytes() for path in (folder / "inference").glob(f"*/{name}")}
 
 
-def of_coco(folder, name=PREDICTIONS):
-    return (folder / "inference" / "test_net_coco" / name).read_bytes()
+def of_coco(folder):
+    return (folder / "inference" / "test_net_coco" / PREDICTIONS).read_bytes()
 
 
 def test_datasets_get_their_predictions_and_their_results(evaluated):
