@@ -138,7 +138,6 @@ MISTAKES = [
     ("plain", COCO, r"annotation 2 in .*a\.json has category_id 9.*\[1, 2\]"),
     ("plain", [*TINY, "DATASETS.TRAIN", "('coco_2017_train',)"], r"annotation file .*instances_train2017"),
     ("plain", [*TINY, "--eval-only", "--resume"], r"--resume: there is no checkpoint in"),
-    ("epoch", [*TINY, "--eval-only", "--resume"], r"--resume: there is no checkpoint in"),
     ("plain", [*TINY, "WORKFLOW", "[['val', 1], ['train', 1]]"], r"WORKFLOW must be .*TEST\.VAL_LOSS_PERIOD"),
     ("epoch", [*TINY, "TEST.VAL_LOSS_PERIOD", "2"], r"TEST\.VAL_LOSS_PERIOD must be 0 .*WORKFLOW"),
     ("epoch", TINY, r"SOLVER\.MAX_EPOCHS must be .*, got 0"),

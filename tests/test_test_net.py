@@ -74,11 +74,10 @@ def of_coco(folder):
 
 def test_datasets_get_their_predictions_and_their_results(evaluated):
     out = evaluated["a"] / "inference"
-    results = {
-        name: json.loads((out / name / RESULTS).read_text(), parse_constant=pytest.fail)[name]
+    coco, voc = (
+        json.loads((out / name / RESULTS).read_text(), parse_constant=pytest.fail)[name]
         for name in ("test_net_coco", "test_net_voc")
-    }
-    coco, voc = results["test_net_coco"], results["test_net_voc"]
+    )
     assert list(coco) == ["bbox", "segm", "keypoints"] and list(voc) == ["bbox"]
     assert {"AP", "AP50", "APl", "AP-circle"} <= coco["bbox"].keys() and coco["bbox"]["APl"] is None
     assert set(voc["bbox"]) == {"AP", "AP50", "AP75", "AP50-circle", "AP50-square", "AP50-triangle"}
@@ -138,11 +137,8 @@ def test_averaged_weights_are_evaluated_unless_told_otherwise(files, evaluated, 
     torch.save({"model": state, "ema": ema, "iteration": 4}, path)
     options = [*COCO, "OUTPUT_DIR", tmp_path, "MODEL.EMA.ENABLED", True, "MODEL.EMA.EVALUATE"]
     file = ["MODEL.WEIGHTS", path]
-    for weights, choice, same in (
-        (["--resume"], "averaged", "b"),
-        (file, "raw", "a"),
-        (file, "averaged", "b"),
-    ):
+    cases = [(["--resume"], "averaged", "b"), (file, "raw", "a"), (file, "averaged", "b")]
+    for weights, choice, same in cases:
         run(files, tmp_path, *weights, *options, choice)
         assert of_coco(tmp_path) == of_coco(evaluated[same])
 
