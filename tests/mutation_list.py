@@ -52,10 +52,7 @@ MUTATIONS = {
         ("crop(select_instances(tensors, inside), top", "crop(tensors, top"),
     ],
     "plaintrain/data/image_files.py": [
-        (
-            "return (width, height, orientation) if orientation >= 5 else (height, width, orientation)",
-            "return height, width, orientation",
-        ),
+        ("(width, height, orientation) if orientation >= 5 else ", ""),
     ],
     "plaintrain/data/keypoints.py": [
         ('compute_hflip_indices(names, metadata.get("keypoint_flip_map"))', "compute_hflip_indices(names)"),
@@ -156,10 +153,7 @@ MUTATIONS = {
     ],
     "plaintrain/evaluation/coco.py": [
         ("ious[:limit, (areas", "ious[:, (areas"),
-        (
-            'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes, start=1)',
-            'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes)',
-        ),
+        ("precision[..., i, -1] for i, size in", "precision[..., i - 1, -1] for i, size in"),
         ("sorted(image_ids[detections.seen].tolist())", "sorted(image_ids.tolist())"),
     ],
     "plaintrain/evaluation/coco_backend.py": [
@@ -336,10 +330,7 @@ MUTATIONS = {
         ("names = sorted(input_dict)", "names = list(input_dict)"),
         ("        values /= get_world_size()\n", "        values /= 1\n"),
         ('names = ("running_mean", "running_var")', 'names = ("running_mean",)'),
-        (
-            'return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)',
-            'return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF',
-        ),
+        ("return broadcast(int.from_bytes(", "return (int.from_bytes("),
         ("        copy_tensors(own, buffers)", "        pass"),
     ],
     "plaintrain/utils/writers.py": [
@@ -420,10 +411,7 @@ MUTATIONS = {
     "scripts/epoch_train_net.py": [
         ("is_end and validates_after(cfg, epoch)", "validates_after(cfg, epoch)"),
         ("or (is_end and epoch >= 0)", "or False"),
-        (
-            "any(every(cfg.TEST.EVAL_PERIOD, i, start=cfg.TEST.EVAL_START) for i in iterations)",
-            "every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)",
-        ),
+        (".EVAL_START) for i in iterations)", ".EVAL_START) for i in [iteration])"),
     ],
     "scripts/plain_train_net.py": [
         ("    amp.scaler.unscale_(optimizer)\n", ""),
@@ -475,10 +463,7 @@ PLANTED = {
             *(("return value\n    if", f"return {new}\n    if") for new in _OTHER_TENSORS),
             ("for key, item in value.items()}", "for key, item in value.items() if item is not None}"),
             ("{key: convert_to_builtin_types(item, name)", "{str(key): convert_to_builtin_types(item, name)"),
-            (
-                "type(value)(convert_to_builtin_types(item, name) for item in value)",
-                "[convert_to_builtin_types(item, name) for item in value]",
-            ),
+            ("return type(value)(convert_to_builtin_types(", "return list(convert_to_builtin_types("),
             ("bool | str | torch.Tensor", "str | torch.Tensor"),
             ("return float(value)", "return torch.tensor(float(value)).item()"),
             ("return float(value)", "return str(value)"),
