@@ -11,19 +11,32 @@ last values and the remaining time, until no run is training or Ctrl-C; it write
 matplotlib.
 """
 
+import datetime
+import math
 import os
 import shutil
 import sys
 import time
 
-from plaintrain.analysis.run_folder import check_run, get_run_names, get_run_state, read_metrics
+from plaintrain.analysis.run_folder import (
+    check_run,
+    estimate_seconds_left,
+    get_run_names,
+    get_run_state,
+    read_metrics,
+    split_result,
+)
 from plaintrain.utils.arguments import build_parser
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.curves import format_curves, format_state, group_panels
+from plaintrain.visualization.curves import group_panels, select_metrics, smooth
 
 _EXTENSIONS = (".png", ".svg", ".pdf")
 # Move the cursor to the top left and clear the screen.
 _CLEAR = "\x1b[H\x1b[J"
+# Levels of a sparkline, from low to high.
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_ASCII = " .:-=+*#"
+_NAME_WIDTH = 24
 
 
 def plot(args):
@@ -45,7 +58,48 @@ def plot(args):
     print(f"wrote {len(panels)} plots of {', '.join(runs)} to {path}")
 
 
-def format_runs(args, width, plain):
+def format_state(name, metrics, state):
+    """Return one line on a run: its state, iteration and remaining time."""
+    done = f"iteration {state.iteration + 1} of {state.max_iter}" if state.max_iter else "no iterations"
+    seconds = estimate_seconds_left(metrics, state) if state.name == "running" else None
+    eta = f", {datetime.timedelta(seconds=int(seconds))} left" if seconds is not None else ""
+    return f"{name}: {state.name}, {done}{eta}"
+
+
+def format_curves(metrics, patterns, smoothing, width, levels):
+    """Return a line of `width` characters per metric: name, last value, sparkline, minimum and maximum."""
+    names = select_metrics(metrics, patterns)
+    if not patterns:
+        results = [name for name in metrics if (split_result(name) or ("",))[-1] == "AP"]
+        default = ["total_loss", "val/total_loss", *results, "lr", "time", "data_time"]
+        names = [name for name in default if name in metrics]
+    lines = []
+    for name in names:
+        values = smooth(metrics[name][1], smoothing)
+        finite = [v for v in values if math.isfinite(v)] or [math.nan]
+        label = name if len(name) < _NAME_WIDTH else "~" + name[-(_NAME_WIDTH - 2) :]
+        curve = format_sparkline(values, max(8, width - _NAME_WIDTH - 37), levels)
+        limits = f"{min(finite):.4g} to {max(finite):.4g}"
+        lines.append(f"{label:<{_NAME_WIDTH}}{values[-1]:>10.4g}  {curve} {limits}")
+    return lines
+
+
+def format_sparkline(values, width, levels):
+    """Return a curve as characters of `levels`, with gaps for NaN."""
+    finite = [v for v in values if math.isfinite(v)]
+    low = min(finite, default=0.0)
+    high = max(finite, default=0.0)
+    num_columns = min(width, len(values))
+    text = ""
+    for column in range(num_columns):
+        start, end = (i * len(values) // num_columns for i in (column, column + 1))
+        chosen = [v for v in values[start:end] if math.isfinite(v)]
+        height = (sum(chosen) / len(chosen) - low) / (high - low) if chosen and high > low else 0.0
+        text += levels[round(height * (len(levels) - 1))] if chosen else " "
+    return text.ljust(width)
+
+
+def format_runs(args, width, levels):
     """Return (text on all runs, whether one is running)."""
     lines = []
     is_running = False
@@ -53,7 +107,7 @@ def format_runs(args, width, plain):
         metrics = read_metrics(folder)
         state = get_run_state(folder, metrics)
         is_running = is_running or state.name == "running"
-        curves = format_curves(metrics, args.metrics, args.smooth, width, plain)
+        curves = format_curves(metrics, args.metrics, args.smooth, width, levels)
         lines += [format_state(name, metrics, state)[:width], *curves, ""]
     return "\n".join(lines), is_running
 
@@ -61,11 +115,12 @@ def format_runs(args, width, plain):
 def watch(args):
     """Print the curves as text until no run is training; without a terminal, only when they change."""
     is_terminal = sys.stdout.isatty()
-    plain = not is_terminal or "utf" not in (sys.stdout.encoding or "").lower()
+    has_blocks = is_terminal and "utf" in (sys.stdout.encoding or "").lower()
+    levels = _BLOCKS if has_blocks else _ASCII
     shown = None
     while True:
         width = shutil.get_terminal_size().columns - 1 if is_terminal else 100
-        text, is_running = format_runs(args, width, plain)
+        text, is_running = format_runs(args, width, levels)
         if text != shown:
             print(f"{_CLEAR}{text}" if is_terminal else text, flush=True)
         shown = text

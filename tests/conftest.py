@@ -74,16 +74,16 @@ def data_root():
     return root
 
 
-def _write_image(path, width, height, seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, size=(height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
 @pytest.fixture
 def write_image():
-    """Function (path, width, height, seed) that writes an image of random pixels."""
-    return _write_image
+    """Function that writes an image of random pixels."""
+
+    def write(path, width, height, seed=0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+
+    return write
 
 
 def _coco_content():
@@ -113,7 +113,7 @@ def _coco_content():
 
 
 @pytest.fixture
-def tiny_coco(tmp_path):
+def tiny_coco(tmp_path, write_image):
     """A COCO file of 3 images: `json`, `images`, `spec`, its `content`, and `save()` after changing that."""
     files = SimpleNamespace(json=tmp_path / "instances.json", images=tmp_path / "images")
     files.spec = {"FORMAT": "coco", "JSON": str(files.json), "IMAGE_ROOT": str(files.images)}
@@ -121,7 +121,7 @@ def tiny_coco(tmp_path):
     files.save = lambda: files.json.write_text(json.dumps(files.content))
     files.save()
     for image in files.content["images"]:
-        _write_image(files.images / image["file_name"], image["width"], image["height"], image["id"])
+        write_image(files.images / image["file_name"], image["width"], image["height"], image["id"])
     return files
 
 
@@ -130,12 +130,8 @@ def _voc_object(name, xmin, ymin, xmax, ymax, difficult=0):
     return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
 
 
-def _voc_xml(*objects, size="<size><width>40</width><height>30</height><depth>3</depth></size>"):
-    return f"<annotation>{size}{''.join(objects)}</annotation>"
-
-
 @pytest.fixture
-def tiny_voc(tmp_path):
+def tiny_voc(tmp_path, write_image):
     """A VOC folder: `root`, `write(stem, *objects, size=...)`, `object(name, 4 numbers, difficult)`.
 
     Split train: a (zebra, ant), b (ant, difficult); split val: c (cow). Images are 40x30.
@@ -144,14 +140,15 @@ def tiny_voc(tmp_path):
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / folder).mkdir(parents=True)
 
-    def write(stem, *objects, **size):
-        (root / "Annotations" / f"{stem}.xml").write_text(_voc_xml(*objects, **size))
+    def write(stem, *objects, size="<size><width>40</width><height>30</height><depth>3</depth></size>"):
+        text = f"<annotation>{size}{''.join(objects)}</annotation>"
+        (root / "Annotations" / f"{stem}.xml").write_text(text)
 
     write("a", _voc_object("zebra", 1, 1, 40, 30), _voc_object("ant", 5, 6, 20, 21))
     write("b", _voc_object("ant", 11, 12, 13, 14, difficult=1))
     write("c", _voc_object("cow", 2, 3, 4, 5))
     for seed, stem in enumerate("abc"):
-        _write_image(root / "JPEGImages" / f"{stem}.jpg", 40, 30, seed)
+        write_image(root / "JPEGImages" / f"{stem}.jpg", 40, 30, seed)
     (root / "ImageSets/Main/train.txt").write_text("a\nb\n")
     (root / "ImageSets/Main/val.txt").write_text("c  1\n\n")
     return SimpleNamespace(root=root, write=write, object=_voc_object)

@@ -2,7 +2,7 @@
 """Measure what the tests catch: apply each defect of mutation_list.py to a copy, and run the tests there.
 
 python tests/mutation_check.py run                                  # with the tests of its module and package
-python tests/mutation_check.py run --source plaintrain/solver/ema --fast
+python tests/mutation_check.py run --only plaintrain/solver/ema --fast
 python tests/mutation_check.py run --only check_storage --every    # with every test file
 python tests/mutation_check.py planted                              # whether the properties catch theirs
 
@@ -123,8 +123,7 @@ def listed(changes):
 
 def try_all(tests, options):
     """Try the chosen defects of {defect: its tests}, two at a time; returns those that are not caught."""
-    prefixes = tuple(options.source.split(","))
-    chosen = [m for m in tests if m[0].startswith(prefixes) and options.only in title_of(m)]
+    chosen = [m for m in tests if options.only in title_of(m)]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         copies = queue.SimpleQueue()
@@ -152,7 +151,6 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=["run", "planted"])
-    parser.add_argument("--source", default="", help="run the defects of files that begin with one of these")
     parser.add_argument("--only", default="", help="run the defects whose title contains this")
     parser.add_argument("--every", action="store_true", help="with every test file")
     parser.add_argument("--fast", action="store_true", help="without the tests that are marked long")

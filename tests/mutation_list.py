@@ -20,9 +20,7 @@ MUTATIONS = {
         ("(end - start) / len(samples), end", "1 / steps, end"),
         ('for name, value in loss_dict.items() if "loss" in name]', "for name, value in loss_dict.items()]"),
     ],
-    "plaintrain/checkpoint/resume_check.py": [
-        ("class_names, strict=True)", "class_names, strict=False)"),
-    ],
+    "plaintrain/checkpoint/resume_check.py": [("class_names, strict=True)", "class_names, strict=False)")],
     "plaintrain/checkpoint/checkpointer.py": [
         ("        self.last_name = name\n", ""),
         ('state.load_rng_states(data.pop("rng_states"))', 'data.pop("rng_states")'),
@@ -36,12 +34,8 @@ MUTATIONS = {
             'return str(value)\n    raise ConfigError(f"{name} in {source} must be a plain',
         ),
     ],
-    "plaintrain/visualization/curves.py": [
-        ("average / total if total", "average if total"),
-    ],
-    "plaintrain/data/cache.py": [
-        ("[str(image_root), list(classes or ()), Image", "[str(image_root), Image"),
-    ],
+    "plaintrain/visualization/curves.py": [("average / total if total", "average if total")],
+    "plaintrain/data/cache.py": [("[str(image_root), list(classes or ()), Image", "[str(image_root), Image")],
     "plaintrain/data/catalog.py": [
         ("return list(selected)", "return [name for name in available if name in selected]"),
         ("if other != classes:", "if set(other) != set(classes):"),
@@ -58,10 +52,7 @@ MUTATIONS = {
         ("crop(select_instances(tensors, inside), top", "crop(tensors, top"),
     ],
     "plaintrain/data/image_files.py": [
-        (
-            "return (width, height, orientation) if orientation >= 5 else (height, width, orientation)",
-            "return height, width, orientation",
-        ),
+        ("(width, height, orientation) if orientation >= 5 else ", ""),
     ],
     "plaintrain/data/keypoints.py": [
         ('compute_hflip_indices(names, metadata.get("keypoint_flip_map"))', "compute_hflip_indices(names)"),
@@ -92,10 +83,6 @@ MUTATIONS = {
         ("head = min((position - epoch * self.size) % batch_size, self.size)", "head = 0"),
         (", self.get_position(iteration), self", ", iteration * self.batch_size, self"),
         ("+ rank * num_images", "+ rank"),
-        (
-            "size * rank // world_size, size * (rank + 1) // world_size",
-            "size // world_size * rank, size // world_size * (rank + 1)",
-        ),
         ("np.bincount(labels) / len(records)", "np.bincount(labels) / len(labels)"),
         (".repeat([factors[name] for name in names]", ".repeat([factors[name] for name in sorted(names)]"),
     ],
@@ -166,10 +153,7 @@ MUTATIONS = {
     ],
     "plaintrain/evaluation/coco.py": [
         ("ious[:limit, (areas", "ious[:, (areas"),
-        (
-            'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes, start=1)',
-            'f"AP{size}": precision[..., i, -1] for i, size in enumerate(sizes)',
-        ),
+        ("precision[..., i, -1] for i, size in", "precision[..., i - 1, -1] for i, size in"),
         ("sorted(image_ids[detections.seen].tolist())", "sorted(image_ids.tolist())"),
     ],
     "plaintrain/evaluation/coco_backend.py": [
@@ -212,9 +196,7 @@ MUTATIONS = {
     "plaintrain/export/export.py": [
         ('.masked_fill(detections["labels"][:, None] != expected["labels"], float("inf"))', ""),
     ],
-    "plaintrain/engine/distributed_env.py": [
-        ("[int(count)] * int(times or 1)", "[int(count)]"),
-    ],
+    "plaintrain/engine/distributed_env.py": [("[int(count)] * int(times or 1)", "[int(count)]")],
     "plaintrain/engine/launch.py": [
         ('job["first_rank"] + local_rank', "local_rank"),
         ("code = 128 + received[0] if received else 1", "code = 1"),
@@ -233,9 +215,7 @@ MUTATIONS = {
         ("< radius * strides", "< 1.5 * strides"),
         ("1e8 - (x1 - x0) * (y1 - y0)", "1e8 + (x1 - x0) * (y1 - y0)"),
     ],
-    "plaintrain/export/graph.py": [
-        ("images.flip(1) if transform.bgr else images", "images"),
-    ],
+    "plaintrain/export/graph.py": [("images.flip(1) if transform.bgr else images", "images")],
     "plaintrain/modeling/losses.py": [
         ("-math.log((1 - probability) / probability)", "math.log((1 - probability) / probability)"),
         (".mul_(gamma).add_(p).mul_(factor)", ".mul_(gamma).mul_(factor)"),
@@ -290,9 +270,7 @@ MUTATIONS = {
         (" - 2 * classes.diagonal()", ""),
         ('for key in ("score", "precision"))', 'for key in ("precision", "score"))'),
     ],
-    "plaintrain/report/build.py": [
-        ("autoescape=True", "autoescape=False"),
-    ],
+    "plaintrain/report/build.py": [("autoescape=True", "autoescape=False")],
     "plaintrain/report/runs.py": [
         ("np.diff(iterations, prepend=-1) * times", "times"),
         ("100 * data / seconds", "100 * data / (seconds + data)"),
@@ -352,10 +330,7 @@ MUTATIONS = {
         ("names = sorted(input_dict)", "names = list(input_dict)"),
         ("        values /= get_world_size()\n", "        values /= 1\n"),
         ('names = ("running_mean", "running_var")', 'names = ("running_mean",)'),
-        (
-            'return broadcast(int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)',
-            'return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF',
-        ),
+        ("return broadcast(int.from_bytes(", "return (int.from_bytes("),
         ("        copy_tensors(own, buffers)", "        pass"),
     ],
     "plaintrain/utils/writers.py": [
@@ -368,9 +343,7 @@ MUTATIONS = {
         ),
         ("set().union(*scalars.values()) <= set(self._columns)", "bool(self._columns)"),
     ],
-    "plaintrain/utils/events.py": [
-        ("self._max_iter - storage.iter - 1", "self._max_iter"),
-    ],
+    "plaintrain/utils/events.py": [("self._max_iter - storage.iter - 1", "self._max_iter")],
     "plaintrain/utils/files.py": [
         ("                os.fsync(f.fileno())\n", ""),
         ("            os.unlink(temporary)\n", "            pass\n"),
@@ -385,9 +358,7 @@ MUTATIONS = {
         ("    _HELD[folder] = fd\n", ""),
         ('return False if f" on {socket.gethostname()}, " in owner else None', "return False"),
     ],
-    "plaintrain/utils/memory.py": [
-        ('(2**20 if sys.platform == "darwin" else 2**10)', "2**20"),
-    ],
+    "plaintrain/utils/memory.py": [('(2**20 if sys.platform == "darwin" else 2**10)', "2**20")],
     "plaintrain/checkpoint/state.py": [
         ("        group.update(own)\n", "        pass\n"),
         ("saved[comm.get_rank()]", "saved[0]"),
@@ -436,16 +407,11 @@ MUTATIONS = {
         ),
         ("hash_prefix=digest and digest.group(1)", "hash_prefix=None"),
     ],
-    "scripts/convert_dataset.py": [
-        ("[min(max(value, 0), 1) for value in unclipped]", "unclipped"),
-    ],
+    "scripts/convert_dataset.py": [("[min(max(value, 0), 1) for value in unclipped]", "unclipped")],
     "scripts/epoch_train_net.py": [
         ("is_end and validates_after(cfg, epoch)", "validates_after(cfg, epoch)"),
         ("or (is_end and epoch >= 0)", "or False"),
-        (
-            "any(every(cfg.TEST.EVAL_PERIOD, i, start=cfg.TEST.EVAL_START) for i in iterations)",
-            "every(cfg.TEST.EVAL_PERIOD, iteration, start=cfg.TEST.EVAL_START)",
-        ),
+        (".EVAL_START) for i in iterations)", ".EVAL_START) for i in [iteration])"),
     ],
     "scripts/plain_train_net.py": [
         ("    amp.scaler.unscale_(optimizer)\n", ""),
@@ -497,10 +463,7 @@ PLANTED = {
             *(("return value\n    if", f"return {new}\n    if") for new in _OTHER_TENSORS),
             ("for key, item in value.items()}", "for key, item in value.items() if item is not None}"),
             ("{key: convert_to_builtin_types(item, name)", "{str(key): convert_to_builtin_types(item, name)"),
-            (
-                "type(value)(convert_to_builtin_types(item, name) for item in value)",
-                "[convert_to_builtin_types(item, name) for item in value]",
-            ),
+            ("return type(value)(convert_to_builtin_types(", "return list(convert_to_builtin_types("),
             ("bool | str | torch.Tensor", "str | torch.Tensor"),
             ("return float(value)", "return torch.tensor(float(value)).item()"),
             ("return float(value)", "return str(value)"),

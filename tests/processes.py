@@ -171,15 +171,15 @@ def _in_child(log, env, cwd, function, args):
 # ---- scripts ----------------------------------------------------------------------------------------
 
 
-def run_script(script, *args, folder, faults=None, env=None, cwd=None):
+def run_script(script, *args, folder, faults=None, env=None, cwd=None, code=None):
     """Run a script of scripts/, or of a path, to its end; a `Process` with `code` and `output`.
 
-    The log is a file in `folder`. `faults` is a function of a module, called before the script is: it may
-    replace what the script imports.
+    The test fails with another exit code than `code`, if that is given. The log is a file in `folder`.
+    `faults` is a function of a module, called before the script is: it may replace what the script imports.
     """
     log = Path(folder) / f"{Path(script).stem}-{time.monotonic_ns()}.out"
     path = str(SCRIPTS / script)
-    return Process(log, _run_script, path, [*map(str, args)], faults, env=env, cwd=cwd).wait()
+    return Process(log, _run_script, path, [*map(str, args)], faults, env=env, cwd=cwd).wait(code=code)
 
 
 def _run_script(path, args, faults):

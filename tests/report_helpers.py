@@ -57,8 +57,7 @@ def make_run(folder, *, iterations=100, offset=0.0, seed=0, **keys):
     predictions.parent.mkdir(parents=True)
     predictions.write_text(json.dumps(detections("report_val", seed)))
     scores = {n.split("/", 2)[2]: v for n, v in lines[-1].items() if n.startswith("report_val/bbox/")}
-    results = {"report_val": {"bbox": scores}}
-    (predictions.parent / "results.json").write_text(json.dumps(results))
+    (predictions.parent / "results.json").write_text(json.dumps({"report_val": {"bbox": scores}}))
     return folder
 
 
@@ -94,10 +93,8 @@ def full_report():
     folder = make_run(root / "run", OUTPUT_DIR=EVIL)
     start = {"command": ["python", f"a {EVIL}"], "started": "2026-11-27T07:30:00+00:00", "world_size": 2}
     start |= {"config_file": "my.yaml", "changes": [["SOLVER.BASE_LR", 1, EVIL]]}
-    start |= {
-        "git": {"commit": "abc", "branch": EVIL, "changed_files": [EVIL]},
-        "environment": {"torch": "9.9"},
-    }
+    start |= {"environment": {"torch": "9.9"}}
+    start |= {"git": {"commit": "abc", "branch": EVIL, "changed_files": [EVIL]}}
     (folder / "run.json").write_text(json.dumps({"starts": [start, start]}))
     with (folder / "log.txt").open("a") as f:
         f.write(f"[11/27 05:47:00 plaintrain] WARNING: {EVIL}\n")

@@ -11,16 +11,13 @@ from processes import ROOT, run_script
 def help_flags(script):
     """The flags in the usage and options that a script prints with --help."""
     with tempfile.TemporaryDirectory() as folder:
-        done = run_script(ROOT / script, "--help", folder=folder)
-        assert done.code == 0, done.output
-        return set(re.findall(r"(?<!\S)--[a-z][\w-]*", re.sub(r"[\[\],]", " ", done.output)))
+        usage = script_output(ROOT / script, "--help", folder=folder)
+        return set(re.findall(r"(?<!\S)--[a-z][\w-]*", re.sub(r"[\[\],]", " ", usage)))
 
 
 def script_output(script, *args, folder, **kwargs):
     """Run a script, check that it ends well, and return what it prints; see `processes.run_script`."""
-    done = run_script(script, *args, folder=folder, **kwargs)
-    assert done.code == 0, done.output
-    return done.output
+    return run_script(script, *args, folder=folder, code=0, **kwargs).output
 
 
 def assert_refused(script, args, words, folder, codes=(1, 2), **kwargs):

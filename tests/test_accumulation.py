@@ -73,8 +73,7 @@ def test_sum_losses_and_add_losses_add_by_name():
 
 
 def test_gradients_of_two_ranks_are_reduced_once_for_all_micro_batches(tmp_path):
-    job = Job(rank_functions.accumulate, tmp_path / "job", num_gpus_per_machine=2).wait()
-    assert job.code == 0, job.output
+    job = Job(rank_functions.accumulate, tmp_path / "job", num_gpus_per_machine=2).wait(code=0)
     first, second = job.results()
     assert first == second
     assert first["sent 3"] == first["sent 1"] > 0

@@ -11,13 +11,12 @@ import step
 import torch
 from baselines import run_start as start
 from processes import ROOT, run_script, write_config
-from script_helpers import assert_refused
+from script_helpers import assert_refused, script_output
 from shared import measure
 
 from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.transforms.geometric import ResizeShortestEdge
 
-SCRIPT, FOLDER = ROOT / "scripts" / "benchmark.py", ROOT / "scripts" / "benchmarks"
 # What stands in the tables beside other rows.
 ROWS = {
     "loop": {"bare step", ".item() on every loss, as Detectron2's", "plain_train_net.py"},
@@ -48,18 +47,16 @@ def test_every_benchmark_measures_at_its_smallest_size(what, tmp_path):
     command = [f"benchmarks/{what}.py", "--quick", "--output", tmp_path / "out.json", *options.get(what, ())]
     # Without the real images, on made-up ones.
     env = {"PLAINTRAIN_DATASETS": str(tmp_path)}
-    done = run_script(*command, folder=tmp_path, cwd=ROOT, env=env, faults=processor)
-    assert done.code == 0, done.output
+    output = script_output(*command, folder=tmp_path, cwd=ROOT, env=env, faults=processor)
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["command"].startswith(f"python scripts/benchmark.py {what} --quick")
     assert {"cpu", "cores", "python", "torch", "torchvision"} <= set(result["machine"])
-    assert all(title in done.output for title in result["tables"])
+    assert all(title in output for title in result["tables"])
     rows = {name: row for table in result["tables"].values() for name, row in table.items()}
     assert ROWS[what] <= set(rows) and all(row.get("same results", True) for row in rows.values())
     numbers = [row[key] for row in rows.values() for key in ("median", "lowest", "times less") if key in row]
-    assert (len(numbers) > 2 or what == "scaling") and all(
-        isinstance(number, float) and 0 < number < 1e9 for number in numbers
-    )
+    assert len(numbers) > 2 or what == "scaling"
+    assert all(isinstance(number, float) and 0 < number < 1e9 for number in numbers)
     assert all(target["measured"] >= 0 and target["met"] in (True, False) for target in result["targets"])
 
 
@@ -69,8 +66,8 @@ def set_bfloat16(has_it):
 
 def test_script_runs_all_and_merges_what_they_wrote(tmp_path):
     # It finds the benchmarks beside itself.
-    shutil.copy(SCRIPT, tmp_path)
-    shutil.copytree(FOLDER / "shared", tmp_path / "benchmarks" / "shared")
+    shutil.copy(ROOT / "scripts" / "benchmark.py", tmp_path)
+    shutil.copytree(ROOT / "scripts" / "benchmarks" / "shared", tmp_path / "benchmarks" / "shared")
     content = "import json, sys\nassert sys.argv[1:-1] == ['--quick', '--output']\n"
     content += "target = {'what': 'speed', 'measured': 2.5, 'wanted': '>= 2', 'met': True}\n"
     content += "json.dump({'targets': [target]}, open(sys.argv[-1], 'w'))\n"
@@ -79,11 +76,11 @@ def test_script_runs_all_and_merges_what_they_wrote(tmp_path):
         (tmp_path / "benchmarks" / f"{name}.py").write_text(content)
     (tmp_path / "benchmarks" / "loop.py").write_text("raise SystemExit(3)\n")
     options = ["--quick", "--output", tmp_path / "all.json"]
-    done = run_script(tmp_path / "benchmark.py", "all", *options, folder=tmp_path)
-    assert done.code == 1 and "failed: loop" in done.output, done.output
+    output = run_script(tmp_path / "benchmark.py", "all", *options, folder=tmp_path, code=1).output
+    assert "failed: loop" in output
     assert set(json.loads((tmp_path / "all.json").read_text())) == names - {"loop"}
-    assert done.output.count("speed: 2.5, target >= 2: met") == len(names) - 1
-    assert run_script(tmp_path / "benchmark.py", "loop", folder=tmp_path).code == 3
+    assert output.count("speed: 2.5, target >= 2: met") == len(names) - 1
+    run_script(tmp_path / "benchmark.py", "loop", folder=tmp_path, code=3)
 
 
 @pytest.mark.parametrize(

@@ -311,8 +311,7 @@ def test_two_processes_gather_masks_as_rle_and_score_as_one(tmp_path, difficult)
     name, outputs = difficult
     alone = evaluate(COCOEvaluator(name), outputs)
     torch.save(outputs, tmp_path / "outputs.pt")
-    job = Job(evaluate_a_part, tmp_path / "job", num_gpus_per_machine=2).wait()
-    assert job.code == 0, job.output
+    job = Job(evaluate_a_part, tmp_path / "job", num_gpus_per_machine=2).wait(code=0)
     facts = job.results()
     assert facts[1]["results"] is None
     assert repr(facts[0]["results"]) == repr(alone)

@@ -150,11 +150,6 @@ def test_images_are_scaled_with_their_instances_and_laid_out_on_a_sheet():
 def test_images_are_written_by_their_ending_and_texts_cut_to_their_room(tmp_path):
     save_image(str(tmp_path / "new" / "a.PNG"), GREY)
     assert np.array(Image.open(tmp_path / "new" / "a.PNG")).shape == (120, 160, 3)
-    with pytest.raises(UserError, match="must end in one of .png"):
-        save_image(str(tmp_path / "a.txt"), GREY)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        save_image(str(tmp_path / "file" / "a.png"), GREY)
     assert shorten("a rather long name", 12, 1000)[0] == "a rather long name"
     text, _, length = shorten("a rather long name", 12, 60)
     assert text.startswith("a r") and text.endswith("...") and length <= 60

@@ -66,8 +66,7 @@ def test_average_of_every_tensor_equals_a_manual_one():
 
 
 def test_average_of_two_ranks_follows_their_synchronized_weights(tmp_path):
-    job = Job(rank_functions.average_a_wrapped_model, tmp_path / "job", num_gpus_per_machine=2).wait()
-    assert job.code == 0, job.output
+    job = Job(rank_functions.average_a_wrapped_model, tmp_path / "job", num_gpus_per_machine=2).wait(code=0)
     expected = {"names": ["module.weight", "n_averaged"], "own": ["Linear", 1.5], "wrapped": False}
     assert job.results() == [expected, expected]
 

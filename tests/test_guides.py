@@ -42,19 +42,6 @@ def read(path):
 
 
 @cache
-def parsed(path):
-    return ast.parse(read(path))
-
-
-def is_importable(name):
-    """Return whether a dotted name is a package, a module, or a name in one."""
-    try:
-        return bool(pkgutil.resolve_name(name))
-    except (ImportError, AttributeError):
-        return False
-
-
-@cache
 def flags(script=None):
     """The flags of a script; of all scripts, by default."""
     scripts = [script] if script else [f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")]
@@ -77,7 +64,11 @@ def wrong_key(key, value=None):
 def wrong_span(span):
     """What is wrong with something between backquotes in a column of ours, or None."""
     if _IMPORT.fullmatch(span):
-        return None if is_importable(span) else f"{span} cannot be imported"
+        try:
+            pkgutil.resolve_name(span)
+        except (ImportError, AttributeError):
+            return f"{span} cannot be imported"
+        return None
     script = re.search(r"scripts/\w+\.py", span)
     if script or span.startswith("--"):
         known = flags(script.group() if script else None)
@@ -132,7 +123,7 @@ def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
     # In the place of what a message fills in stands a zero character.
     texts = []
     for path in [*ROOT.glob("plaintrain/**/*.py"), *ROOT.glob("scripts/*.py")]:
-        for node in ast.walk(parsed(path)):
+        for node in ast.walk(ast.parse(read(path))):
             if isinstance(node, ast.JoinedStr):
                 texts.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -27,15 +27,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 # What a run needs, and what looks at one afterwards: the first never imports the second.
 TRAINING = {
-    "config",
-    "engine",
-    "solver",
-    "checkpoint",
-    "data",
-    "modeling",
-    "evaluation",
-    "utils",
-    "structures",
+    *("config", "engine", "solver", "checkpoint", "data", "modeling", "evaluation", "utils", "structures"),
 }
 TOOLS = {"analysis", "export", "predict", "report", "visualization"}
 _ABOVE_DATA = "engine solver checkpoint modeling evaluation"

@@ -59,9 +59,8 @@ def test_memory_of_weights_gradients_and_the_optimizer():
 @pytest.mark.parametrize("name", ["faster_rcnn", "mask_keypoint_rcnn", "ssd"])
 def test_every_kind_of_model_is_analysed(name):
     model = build(*ARCHITECTURES[name])
-    found = model_analysis.analyze_model(
-        model, model_analysis.make_random_samples((64, 64), 2, K, KEYPOINTS), depth=1
-    )
+    samples = model_analysis.make_random_samples((64, 64), 2, K, KEYPOINTS)
+    found = model_analysis.analyze_model(model, samples, depth=1)
     whole, *parts = found["modules"]
     assert whole["parameters"] == sum(part["parameters"] for part in parts)
     assert 0 < whole["flops"] == found["flops"]["inference"]

@@ -1,6 +1,7 @@
 """Plots, and the script that plots the metrics of a run."""
 
 import functools
+import math
 import re
 import signal
 import sys
@@ -10,6 +11,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 from PIL import Image
+from plot_metrics import format_curves, format_sparkline, format_state
 from report_helpers import make_run
 from script_helpers import assert_refused, script_output
 
@@ -88,12 +90,32 @@ def test_script_watches_while_the_run_goes_on_also_without_matplotlib(tmp_path):
     words = 'pip install "plaintrain[plot]"'
     assert_refused("plot_metrics.py", [folder], words, tmp_path, codes=[1], faults=hide_matplotlib)
     shown = plot(tmp_path, folder, "--watch", faults=hide_matplotlib)
-    assert "run: finished, iteration 200 of 200" in shown and "total_loss" in shown and "\x1b" not in shown
+    assert (
+        "run: finished, iteration 200 of 200" in shown
+        and "total_loss" in shown
+        and shown.isascii()
+        and "\x1b" not in shown
+    )
     shown = plot(tmp_path, folder, "--watch", "--interval", 0.001, faults=run_for_two_looks)
     # What has not changed is not said again.
     assert shown.count("run: running") == shown.count("run: finished") == 1
-    # Ctrl-C ends it.
-    assert "run: running" in plot(tmp_path, folder, "--watch", faults=interrupt_between_looks)
+    # Ctrl-C ends it; a terminal shows blocks.
+    shown = plot(tmp_path, folder, "--watch", faults=interrupt_between_looks)
+    assert "\x1b[H\x1b[Jrun: running" in shown and "█" in shown
+
+
+def test_text_of_a_run_has_its_state_and_metrics_and_fits_the_width(tmp_path):
+    metrics = run_folder.read_metrics(make_run(tmp_path / "run"))
+    state = run_folder.RunState("running", 99, 200)
+    assert format_state("run", metrics, state) == "run: running, iteration 100 of 200, 0:00:50 left"
+    lines = format_curves(metrics, [], 0, 80, "ab")
+    shown = [line.split()[0] for line in lines]
+    assert shown == ["total_loss", "report_val/bbox/AP", "lr", "time", "data_time"]
+    assert max(map(len, lines)) <= 80 and "1.05 " in lines[0] and lines[0].endswith("1.05 to 6")
+    lines = format_curves(metrics, ["loss_*"], 0, 80, "ab")
+    assert [line.split()[0] for line in lines] == ["loss_cls", "loss_box_reg"]
+    assert format_sparkline([4.0, 2.0, math.nan, 1.0], 4, "abcd") == "db a"
+    assert format_sparkline([3.0, 3.0, 1.0, 0.0], 2, "abc") == "ca" and format_sparkline([], 2, "ab") == "  "
 
 
 def hide_matplotlib():
@@ -107,7 +129,8 @@ def run_for_two_looks():
 
 
 def interrupt_between_looks():
-    """Press Ctrl-C while a run goes on."""
+    """Press Ctrl-C in a terminal while a run goes on."""
+    sys.stdout.isatty = lambda: True
     ask = run_folder.get_run_state
     run_folder.get_run_state = lambda *args: ask(*args)._replace(name="running")
     time.sleep = lambda seconds: signal.raise_signal(signal.SIGINT)

@@ -14,7 +14,7 @@ from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.report import build, detections, runs
 from plaintrain.report.build import SECTIONS, build_report, format_value, load_template
 
-_EMPTY = {"meta", "link", "img", "path", "use", "rect", "image", "br"}
+_EMPTY = {"meta", "link", "img"}
 
 
 class Outline(HTMLParser):
@@ -33,9 +33,6 @@ class Outline(HTMLParser):
             self.section = dict(attrs)["id"]
         if tag not in _EMPTY:
             self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         if tag not in _EMPTY and (not self.open or self.open.pop() != tag):

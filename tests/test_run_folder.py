@@ -14,14 +14,7 @@ from plaintrain.config import get_cfg
 from plaintrain.engine.run_facts import write_run_facts
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import read_starts
-from plaintrain.visualization.curves import (
-    format_curves,
-    format_sparkline,
-    format_state,
-    group_panels,
-    smooth,
-    wants_log,
-)
+from plaintrain.visualization.curves import group_panels, smooth, wants_log
 
 
 def test_metrics_are_series_and_what_is_cut_off_is_left_out(tmp_path):
@@ -79,7 +72,7 @@ def test_the_state_of_a_run_is_in_its_lock_and_its_log(tmp_path, monkeypatch):
     assert state(None) == "interrupted"
 
 
-def test_curves_are_smoothed_thinned_logarithmic_and_of_characters():
+def test_curves_are_smoothed_and_logarithmic():
     assert smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2, 2, 2])
     assert smooth([0.0, 1.0], 0.5) == pytest.approx([0, 2 / 3])
     assert smooth([1.0, math.nan, 1.0], 0.5) == pytest.approx([1, 1, 1])
@@ -87,8 +80,6 @@ def test_curves_are_smoothed_thinned_logarithmic_and_of_characters():
     # One that falls far is logarithmic.
     assert wants_log([{"y": [100.0, 10.0, 1.0]}])
     assert not any(wants_log([{"y": y}]) for y in ([2.0, 1.0], [100.0, 0.0], []))
-    assert format_sparkline([4.0, 2.0, math.nan, 1.0], 4, "abcd") == "db a"
-    assert format_sparkline([3.0, 3.0, 1.0, 0.0], 2, "abc") == "ca" and format_sparkline([], 2, "ab") == "  "
 
 
 def test_panels_group_the_metrics_of_one_run_and_the_runs_of_each_metric():
@@ -108,20 +99,6 @@ def test_panels_group_the_metrics_of_one_run_and_the_runs_of_each_metric():
     assert [(line["label"], line["color"]) for line in lr["lines"]] == [("a", 0), ("b", 1)]
     chosen = group_panels({"a": metrics}, ["*/APs", "loss_*"])
     assert [p["title"] for p in chosen] == ["loss", "AP, bbox on d"]
-
-
-def test_the_text_of_a_run_has_its_state_its_metrics_and_fits_the_width(tmp_path):
-    metrics = run_folder.read_metrics(make_run(tmp_path / "run"))
-    state = run_folder.RunState("running", 99, 200)
-    assert format_state("run", metrics, state) == "run: running, iteration 100 of 200, 0:00:50 left"
-    for plain in (True, False):
-        lines = format_curves(metrics, width=80, plain=plain)
-        assert [line.split()[0] for line in lines] == [
-            *("total_loss", "report_val/bbox/AP", "lr", "time", "data_time")
-        ]
-        assert max(map(len, lines)) <= 80 and "1.05 " in lines[0] and lines[0].endswith("1.05 to 6")
-        assert "".join(lines).isascii() == plain
-    assert [line.split()[0] for line in format_curves(metrics, ["loss_*"])] == ["loss_cls", "loss_box_reg"]
 
 
 @pytest.fixture

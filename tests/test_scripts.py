@@ -68,8 +68,8 @@ def test_fine_tuning_with_fewer_classes_starts_at_iteration_0(finished, tmp_path
     Image.new("RGB", (64, 64), "gray").save(tmp_path / "a.png")
     options = ["OUTPUT_DIR", tmp_path / "out", "MODEL.WEIGHTS", finished.folder / "model_final.pth"]
     options += ["SOLVER.MAX_ITER", 2, "INPUT.CROP.ENABLED", False]
-    tuned = run_script("plain_train_net.py", "--config-file", coco_file(tmp_path), *options, folder=tmp_path)
-    assert tuned.code == 0, tuned.tail
+    command = ["plain_train_net.py", "--config-file", coco_file(tmp_path), *options]
+    tuned = run_script(*command, folder=tmp_path, code=0)
     assert "starting training from iteration 0" in tuned.output
     assert "roi_heads.box_predictor.cls_score.weight: [4, 16], the model has [3, 16]" in tuned.output
     assert list(lines(tmp_path / "out")) == [0, 1]
@@ -138,7 +138,6 @@ MISTAKES = [
     ("plain", COCO, r"annotation 2 in .*a\.json has category_id 9.*\[1, 2\]"),
     ("plain", [*TINY, "DATASETS.TRAIN", "('coco_2017_train',)"], r"annotation file .*instances_train2017"),
     ("plain", [*TINY, "--eval-only", "--resume"], r"--resume: there is no checkpoint in"),
-    ("epoch", [*TINY, "--eval-only", "--resume"], r"--resume: there is no checkpoint in"),
     ("plain", [*TINY, "WORKFLOW", "[['val', 1], ['train', 1]]"], r"WORKFLOW must be .*TEST\.VAL_LOSS_PERIOD"),
     ("epoch", [*TINY, "TEST.VAL_LOSS_PERIOD", "2"], r"TEST\.VAL_LOSS_PERIOD must be 0 .*WORKFLOW"),
     ("epoch", TINY, r"SOLVER\.MAX_EPOCHS must be .*, got 0"),
@@ -176,8 +175,7 @@ def test_loop_of_the_seed_trains_with_only_the_package_name_changed(tmp_path):
     # Few images are learned soon.
     config = tmp_path / "few.yaml"
     config.write_text(CONFIG.replace("NUM: 22", "NUM: 6"))
-    done = run_script(tmp_path / "seed.py", "--config-file", config, *options, folder=tmp_path)
-    assert done.code == 0, done.tail
+    run_script(tmp_path / "seed.py", "--config-file", config, *options, folder=tmp_path, code=0)
     values = [row["total_loss"] for row in lines(tmp_path / "out").values() if "total_loss" in row]
     assert len(values) >= 3 and sorted(values[-5:])[2] < values[0] / 2, values
 

@@ -10,22 +10,8 @@ FILES = [*PACKAGE, *SCRIPTS, *SHARED]
 # First words that are not verbs in the imperative; ruff's D401 rejects "Returns" and the like.
 NOT_IMPERATIVE = {
     *("A", "All", "An", "Any", "As", "Each", "For", "How", "In", "Its", "Mean", "Name", "Names", "None"),
-    *(
-        "Number",
-        "Of",
-        "On",
-        "One",
-        "Path",
-        "The",
-        "Their",
-        "This",
-        "True",
-        "What",
-        "When",
-        "Where",
-        "Whether",
-    ),
-    *("Which", "Who", "With", "Within"),
+    *("Number", "Of", "On", "One", "Path", "The", "Their", "This", "True", "What", "When", "Where"),
+    *("Whether", "Which", "Who", "With", "Within"),
 }
 # Names that do not say what they stand for.
 NOT_NAMES = {

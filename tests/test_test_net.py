@@ -48,10 +48,9 @@ def files(tmp_path_factory):
 
 
 def run(files, folder, *words, script="test_net.py", code=0):
-    """Run a script in `folder`; it ends with this exit code."""
-    done = run_script(script, "--config-file", files / "tiny.yaml", *words, folder=folder, cwd=folder)
-    assert done.code == code, done.tail
-    return done
+    """Run a script in `folder`, which ends with this exit code, and return what it prints."""
+    command = [script, "--config-file", files / "tiny.yaml", *words]
+    return run_script(*command, folder=folder, cwd=folder, code=code).output
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def evaluated(files, tmp_path_factory):
     root, outputs = tmp_path_factory.mktemp("evaluated"), {}
     for name in "ab":
         weights = ["MODEL.WEIGHTS", files / f"{name}.pth", "OUTPUT_DIR", root / name]
-        outputs[name] = run(files, root, *weights).output
+        outputs[name] = run(files, root, *weights)
     return {"a": root / "a", "b": root / "b", "output": outputs["a"]}
 
 
@@ -69,17 +68,16 @@ def content(folder, name):
     return {path.parent.name: path.read_bytes() for path in (folder / "inference").glob(f"*/{name}")}
 
 
-def of_coco(folder, name=PREDICTIONS):
-    return (folder / "inference" / "test_net_coco" / name).read_bytes()
+def of_coco(folder):
+    return (folder / "inference" / "test_net_coco" / PREDICTIONS).read_bytes()
 
 
 def test_datasets_get_their_predictions_and_their_results(evaluated):
     out = evaluated["a"] / "inference"
-    results = {
-        name: json.loads((out / name / RESULTS).read_text(), parse_constant=pytest.fail)[name]
+    coco, voc = (
+        json.loads((out / name / RESULTS).read_text(), parse_constant=pytest.fail)[name]
         for name in ("test_net_coco", "test_net_voc")
-    }
-    coco, voc = results["test_net_coco"], results["test_net_voc"]
+    )
     assert list(coco) == ["bbox", "segm", "keypoints"] and list(voc) == ["bbox"]
     assert {"AP", "AP50", "APl", "AP-circle"} <= coco["bbox"].keys() and coco["bbox"]["APl"] is None
     assert set(voc["bbox"]) == {"AP", "AP50", "AP75", "AP50-circle", "AP50-square", "AP50-triangle"}
@@ -139,11 +137,8 @@ def test_averaged_weights_are_evaluated_unless_told_otherwise(files, evaluated, 
     torch.save({"model": state, "ema": ema, "iteration": 4}, path)
     options = [*COCO, "OUTPUT_DIR", tmp_path, "MODEL.EMA.ENABLED", True, "MODEL.EMA.EVALUATE"]
     file = ["MODEL.WEIGHTS", path]
-    for weights, choice, same in (
-        (["--resume"], "averaged", "b"),
-        (file, "raw", "a"),
-        (file, "averaged", "b"),
-    ):
+    cases = [(["--resume"], "averaged", "b"), (file, "raw", "a"), (file, "averaged", "b")]
+    for weights, choice, same in cases:
         run(files, tmp_path, *weights, *options, choice)
         assert of_coco(tmp_path) == of_coco(evaluated[same])
 
@@ -155,10 +150,10 @@ def test_file_that_is_read_is_not_written(files, tmp_path):
     found = [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 40], "score": 0.5, "note": "mine"}]
     (folder / PREDICTIONS).write_text(json.dumps(found))
     expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.5]]", "OUTPUT_DIR", tmp_path / "out"]
-    done = run(files, tmp_path, "--predictions", folder / PREDICTIONS, *COCO, *expected, code=1)
+    output = run(files, tmp_path, "--predictions", folder / PREDICTIONS, *COCO, *expected, code=1)
     assert json.loads((folder / PREDICTIONS).read_text()) == found
     # Results that are not as expected are written too.
-    assert "expected 99.0 +- 0.5" in done.output and "Traceback" not in done.output
+    assert "expected 99.0 +- 0.5" in output and "Traceback" not in output
     assert "bbox" in json.loads((folder / RESULTS).read_text())["test_net_coco"]
 
 
@@ -217,7 +212,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("found", "words", "said"), MISTAKES)
 def test_mistakes_are_answered_with_one_sentence(files, tmp_path, found, words, said):
     (tmp_path / "found.json").write_text(found)
-    error = run(files, tmp_path, *words, code=1).output.strip().splitlines()[-1]
+    error = run(files, tmp_path, *words, code=1).strip().splitlines()[-1]
     assert error.startswith("error: ") and re.search(said, error), error
     late = "there is no checkpoint" in said or "found" in said
     assert not (tmp_path / "output" / ("inference" if late else "")).exists()

@@ -27,8 +27,7 @@ DATASETS:
 INPUT: {MIN_SIZE_TRAIN: [48], AUGMENTATIONS: []}
 MODEL: {MASK_ON: True}
 """
-NAMES = ("missed", "localization", "classification", "duplicate", "background")
-COLORS = tuple(OUTCOMES[name][0] for name in NAMES)
+COLORS = [OUTCOMES[n][0] for n in ("missed", "localization", "classification", "duplicate", "background")]
 RED, ORANGE, PURPLE, BLUE, PINK = COLORS
 # Without a display.
 ENV = {"DISPLAY": None, "WAYLAND_DISPLAY": None}
@@ -38,7 +37,6 @@ ENV = {"DISPLAY": None, "WAYLAND_DISPLAY": None}
 def call(tmp_path):
     """Function that runs a script in `tmp_path`, where seen.yaml is, and returns its output."""
     (tmp_path / "seen.yaml").write_text(CONFIG)
-
     return functools.partial(script_output, folder=tmp_path, cwd=tmp_path, env=ENV)
 
 

@@ -1,24 +1,19 @@
-"""Group and smooth the metrics of a run for plots, and format them as text for a terminal."""
+"""Group and smooth the metrics of a run for plots."""
 
-import datetime
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from plaintrain.analysis.run_folder import Metrics, RunState, estimate_seconds_left, split_result
+from plaintrain.analysis.run_folder import Metrics, split_result
 
-# {metric: (iterations, values)}, see `run_folder.read_metrics`.
+# See `make_line`.
 Lines = Sequence[Mapping[str, Any]]
 # Metrics of a task that share a plot.
 _SHOWN = ("AP", "AP50", "AP75")
 _SCHEDULES = ("lr", "momentum", "max_mem")
 _TITLES = {"lr": "learning rate", "grad_norm": "gradient norm", "max_mem": "peak memory (MiB)"}
 _MAX_CLASSES = 8
-# Levels of a sparkline, from low to high.
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_ASCII = " .:-=+*#"
-_NAME_WIDTH = 24
 
 
 def smooth(values: Iterable[float], weight: float) -> list[float]:
@@ -110,46 +105,3 @@ def make_line(label: str, x: Sequence[float], y: Sequence[float], color: int) ->
 def _make_panel(title, type_, lines, legend):
     log = type_ not in ("result", "schedule") and wants_log(lines)
     return {"title": title, "type": type_, "lines": lines, "log": log, "legend": legend}
-
-
-def format_state(name: str, metrics: Metrics, state: RunState) -> str:
-    """Return one line on a run: its state, iteration and remaining time."""
-    done = f"iteration {state.iteration + 1} of {state.max_iter}" if state.max_iter else "no iterations"
-    seconds = estimate_seconds_left(metrics, state) if state.name == "running" else None
-    eta = f", {datetime.timedelta(seconds=int(seconds))} left" if seconds is not None else ""
-    return f"{name}: {state.name}, {done}{eta}"
-
-
-def format_curves(
-    metrics: Metrics, patterns: Sequence[str] = (), smoothing: float = 0, width: int = 80, plain: bool = False
-) -> list[str]:
-    """Return a line of `width` characters per metric: name, last value, sparkline, minimum and maximum."""
-    names = select_metrics(metrics, patterns)
-    if not patterns:
-        results = [name for name in metrics if (split_result(name) or ("",))[-1] == "AP"]
-        default = ["total_loss", "val/total_loss", *results, "lr", "time", "data_time"]
-        names = [name for name in default if name in metrics]
-    lines = []
-    for name in names:
-        values = smooth(metrics[name][1], smoothing)
-        finite = [v for v in values if math.isfinite(v)] or [math.nan]
-        label = name if len(name) < _NAME_WIDTH else "~" + name[-(_NAME_WIDTH - 2) :]
-        curve = format_sparkline(values, max(8, width - _NAME_WIDTH - 37), _ASCII if plain else _BLOCKS)
-        limits = f"{min(finite):.4g} to {max(finite):.4g}"
-        lines.append(f"{label:<{_NAME_WIDTH}}{values[-1]:>10.4g}  {curve} {limits}")
-    return lines
-
-
-def format_sparkline(values: Sequence[float], width: int, levels: str) -> str:
-    """Return a curve as characters of `levels`, with gaps for NaN."""
-    finite = [v for v in values if math.isfinite(v)]
-    low = min(finite, default=0.0)
-    high = max(finite, default=0.0)
-    num_columns = min(width, len(values))
-    text = ""
-    for column in range(num_columns):
-        start, end = (i * len(values) // num_columns for i in (column, column + 1))
-        chosen = [v for v in values[start:end] if math.isfinite(v)]
-        height = (sum(chosen) / len(chosen) - low) / (high - low) if chosen and high > low else 0.0
-        text += levels[round(height * (len(levels) - 1))] if chosen else " "
-    return text.ljust(width)

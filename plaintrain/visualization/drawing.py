@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import pil_to_tensor, resize_image, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks, make_grid
@@ -155,10 +156,9 @@ def format_captions(instances: Instances, class_names: Sequence[str]) -> list[st
 def _convert_to_pixels(boxes, height, width):
     """Return the first and the last pixel of each box, inside the image."""
     boxes = boxes.float().nan_to_num().round()
-    limit = torch.tensor([width - 1.0, height - 1.0])
-    low = torch.minimum(boxes[:, :2].clamp(min=0), limit)
-    high = torch.minimum(boxes[:, 2:] - 1, limit)
-    return torch.cat([low, torch.maximum(low, high)], dim=1).long()
+    boxes[:, 2:] -= 1
+    first, last = clip_boxes_to_image(boxes, (height - 1, width - 1)).split(2, dim=1)
+    return torch.cat([first, torch.maximum(first, last)], dim=1).long()
 
 
 @functools.lru_cache(maxsize=256)
