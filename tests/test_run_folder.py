@@ -42,6 +42,11 @@ def test_a_whole_run_its_warnings_and_the_names_of_it_and_its_results(tmp_path):
     assert run_folder.find_predictions(folder, "report_val").endswith("coco_instances_results.json")
     scores = run_folder.read_run_results(folder)["report_val"]["bbox"]
     assert scores["AP50"] == 20.9 and scores["APl"] is None
+    # Sections that are none count as empty.
+    (tmp_path / "run" / "config.yaml").write_text("DATASETS: 3\nSOLVER: [1]\nOUTPUT_DIR: here\n")
+    assert run_folder.read_config_tree(folder) == {"OUTPUT_DIR": "here"}
+    assert run_folder.list_test_sets(folder) == ["report_val"]
+    assert run_folder.get_run_state(folder, metrics).max_iter == 0
     assert run_folder.get_run_names(["/a/x", "/b/y"]) == ["x", "y"]
     assert run_folder.get_run_names(["/a/x", "b/x"]) == ["/a/x", "b/x"]
     for other, words in ((tmp_path / "nowhere", "no folder"), (tmp_path, "not a run folder")):

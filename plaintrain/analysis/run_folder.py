@@ -113,10 +113,12 @@ def read_config(folder: str) -> CfgNode:
 
 
 def read_config_tree(folder: str) -> dict[str, Any]:
-    """Read the config.yaml of a run without checking its keys; return {} if there is none."""
+    """Read the config.yaml of a run without checking its keys; an unreadable file or section is empty."""
     path = os.path.join(folder, "config.yaml")
     with contextlib.suppress(UserError):
-        return parse_yaml(read_text(path), path)
+        tree = parse_yaml(read_text(path), path)
+        sections = {key for key, value in get_cfg().items() if isinstance(value, dict)}
+        return {key: value for key, value in tree.items() if isinstance(value, dict) or key not in sections}
     return {}
 
 
