@@ -108,10 +108,11 @@ def measure_resume(folder, args, model, others):
     checkpointer = DetectionCheckpointer(model, os.path.join(folder, "resume"), **others)
     checkpointer.save("model_0999999", iteration=999_999)
     path = checkpointer.get_checkpoint_file()
-    sampler = TrainingSampler(118_000, 16, seed=0, groups=torch.rand(118_000).numpy(), window=100)
+    groups = torch.rand(118_000).numpy()
 
     def enter():
-        sampler._order.cache_clear()
+        # A new sampler has no order of an epoch in its cache.
+        sampler = TrainingSampler(118_000, 16, seed=0, groups=groups, window=100)
         next(iter(TrainLoader(range(118_000), lambda record, rng: record, sampler, start_iter=1_000_000)))
 
     calls = {
