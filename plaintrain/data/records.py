@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
+from typing import NoReturn
 
 import numpy as np
 
@@ -40,8 +41,8 @@ def get_detection_dataset_dicts(
     for name in names:
         records = DatasetCatalog.get(name)
         table = records.annotations
-        is_valid = table and ((table.labels >= 0) & (table.labels < len(classes))).all()
-        if records.columns is None or not is_valid:
+        labels = range(len(classes))
+        if records.columns is None or table is None or not np.isin(table.labels, labels).all():
             _raise_first_problem(name, records, len(classes))
         keep = _find_valid_boxes(records, counts)
         histogram += np.bincount(table.labels[keep], minlength=len(classes))
@@ -59,7 +60,7 @@ def get_detection_dataset_dicts(
     return SerializedRecords.join(datasets)
 
 
-def _raise_first_problem(name, records, num_classes):
+def _raise_first_problem(name: str, records: SerializedRecords, num_classes: int) -> NoReturn:
     for record in records:
         problem = validation.find_image_problem(record)
         if not problem and not isinstance(record.get("annotations"), list | tuple):
@@ -70,6 +71,7 @@ def _raise_first_problem(name, records, num_classes):
             validation.check_annotation(annotation, record["file_name"], num_classes)
         if SerializedRecords([record]).annotations is None:
             raise UserError(f"the annotations of {record['file_name']} cannot be read: {str(record)[:300]}")
+    raise UserError(f"the records of the dataset {name} cannot be read")
 
 
 def _check_targets(records, need_masks, num_keypoints):
@@ -95,7 +97,10 @@ def _find_valid_boxes(records, counts):
     problems = validation.classify_boxes(*table.boxes.T, width, height)
     dropped = problems["empty_box"] | problems["outside_box"]
     # A box with several problems counts as the first.
-    counts.update(np.select(list(problems.values()), list(problems), "").tolist())
+    valid = np.ones(len(table.labels), dtype=bool)
+    for key, mask in problems.items():
+        counts[key] += int((mask & valid).sum())
+        valid &= ~mask
     counts["crowd"] += int((table.crowd & ~dropped).sum())
     return ~dropped
 

@@ -51,9 +51,9 @@ class SerializedRecords(Sequence):
     """
 
     # Arrays [N] of "file_name", "height" and "width"; None if a record is malformed.
-    columns: dict[str, np.ndarray] = None  # type: ignore[assignment]
+    columns: dict[str, np.ndarray] | None = None
     # None if an annotation is malformed, and after `join` and `take`.
-    annotations: AnnotationTable = None  # type: ignore[assignment]
+    annotations: AnnotationTable | None = None
     # The number of records of each list that was joined.
     lengths: Sequence[int] = ()
 
@@ -75,10 +75,11 @@ class SerializedRecords(Sequence):
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays to save in a file; for records with annotations that were never joined."""
-        names = json.dumps(self.columns["file_name"].tolist()).encode()
+        columns = self._get_columns()
+        names = json.dumps(columns["file_name"].tolist()).encode()
         ends = np.append(0, self._spans[:, 2].numpy())
         arrays = {"data": self._blocks[0][0].numpy(), "ends": ends, "names": np.frombuffer(names, np.uint8)}
-        return {**arrays, **vars(self.annotations), **{key: self.columns[key] for key in ("height", "width")}}
+        return {**arrays, **vars(self.annotations), "height": columns["height"], "width": columns["width"]}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "SerializedRecords":
@@ -101,7 +102,7 @@ class SerializedRecords(Sequence):
             spans.append(records._spans + torch.tensor([len(joined._blocks), 0, 0]))
             joined._blocks += records._blocks
         joined._spans = torch.cat(spans)
-        columns = [records.columns for records in datasets]
+        columns = [records._get_columns() for records in datasets]
         joined.columns = {key: np.concatenate([c[key] for c in columns]) for key in columns[0]}
         joined.lengths = [len(records) for records in datasets]
         return joined
@@ -110,8 +111,13 @@ class SerializedRecords(Sequence):
         """Return the records at some indices, without copying their bytes; they must have columns."""
         taken = copy.copy(self)
         taken._spans = self._spans[torch.from_numpy(indices)]
-        taken.columns = {key: column[indices] for key, column in self.columns.items()}
+        taken.columns = {key: column[indices] for key, column in self._get_columns().items()}
         return taken
+
+    def _get_columns(self) -> dict[str, np.ndarray]:
+        if self.columns is None:
+            raise ValueError("a record has no valid file_name, height and width")
+        return self.columns
 
     def __getstate__(self):
         # Copies and other processes get only these.

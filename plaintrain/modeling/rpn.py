@@ -33,6 +33,7 @@ def _is_plain(head):
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # training cannot use the inference tensors of an evaluation
 def _get_neighbors(sizes, device):
     """Return the inputs of a 3x3 convolution at each of N locations of all levels, `[N, 9]`; N is padding."""
     num_locations = sum(h * w for h, w in sizes)

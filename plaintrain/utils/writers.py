@@ -9,7 +9,7 @@ import os
 import socket
 import struct
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import IO, Any
@@ -34,7 +34,7 @@ class EventWriter:
         """Close the files."""
 
 
-class FileWriter(EventWriter):
+class FileWriter(EventWriter, ABC):
     """Base class of writers to files, which a resumed run truncates at its start iteration.
 
     Each (iteration, name) is written once, also if a resumed run repeats the evaluation of its checkpoint.
