@@ -86,7 +86,7 @@ def read_detections(path: str | os.PathLike, dataset_name: str) -> Detections:
     labels = {dataset_id: label for label, dataset_id in enumerate(get_category_ids(metadata))}
     num_keypoints = dict.fromkeys(labels, len(metadata.get("keypoint_names") or ()))
     sizes = [(record["height"], record["width"]) for record in records]
-    rows_of_table = []
+    entries = []
     masks = []
     points = []
     with disable_gc():
@@ -99,14 +99,14 @@ def read_detections(path: str | os.PathLike, dataset_name: str) -> Detections:
             image = index[result["image_id"]]
             x, y, width, height = result["bbox"]
             label = labels[result["category_id"]]
-            rows_of_table.append([image, x, y, x + width, y + height, result["score"], label])
+            entries.append([image, x, y, x + width, y + height, result["score"], label])
             if result.get("segmentation"):
                 masks.append(_encode(path, result, *sizes[image])["counts"])
             if result.get("keypoints"):
                 points.append(result["keypoints"])
     if len({len(keypoints) for keypoints in points}) > 1:
         raise UserError(f"the detections in {path} have different numbers of keypoints")
-    table = np.array(rows_of_table, dtype=np.float64).reshape(-1, 7)
+    table = np.array(entries, dtype=np.float64).reshape(-1, 7)
     for name, values in (("a segmentation", masks), ("keypoints", points)):
         if values and len(values) < len(table):
             raise UserError(f"all {len(table)} detections in {path} must have {name}, got {len(values)}")
