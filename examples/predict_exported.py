@@ -10,16 +10,19 @@ Pillow and, for .onnx, onnxruntime or, for .pt2, torch and torchvision.
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 _COLORS = [(230, 25, 75), (0, 130, 200), (60, 180, 75), (245, 130, 48), (145, 30, 180), (0, 140, 140)]
+Model = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-def load(path):
-    """Load a model; return (function from uint8 `[B, 3, H, W]` to a dict of arrays, metadata)."""
+def load(path: str) -> tuple[Model, dict[str, Any]]:
+    """Load a model; return (function of uint8 images `[B, 3, H, W]`, metadata)."""
     if path.endswith(".pt2"):
         import torch
         import torchvision  # noqa: F401 - the model calls its operators
@@ -39,14 +42,14 @@ def load(path):
     return lambda images: dict(zip(names, session.run(None, {"images": images}), strict=True)), metadata
 
 
-def read(path, pixel_range):
+def read(path: str | Path, pixel_range: Sequence[float]) -> Image.Image:
     """Read an image as 8-bit RGB, with the conversion of the training.
 
     `pixel_range` (low, high) is mapped to 0 and 255; empty is the range of the image type.
     """
-    image = Image.open(path)
-    ranges = {"I;16": (0, 4095 if "I;12" in str(image.tile) else 65535), "F": (0, 1)}
-    image = ImageOps.exif_transpose(image)
+    source = Image.open(path)
+    ranges = {"I;16": (0, 4095 if "I;12" in str(source.tile) else 65535), "F": (0, 1)}
+    image = ImageOps.exif_transpose(source)
     is_wide = image.mode[0] in "IF"
     if not (is_wide or pixel_range):
         return image.convert("RGB")
@@ -60,7 +63,7 @@ def read(path, pixel_range):
     return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
 
 
-def compute_input_size(height, width, metadata):
+def compute_input_size(height: int, width: int, metadata: dict[str, Any]) -> tuple[int, int]:
     """Return the (height, width) to which the model expects an image to be resized."""
     if metadata["fixed_size"]:
         return tuple(metadata["fixed_size"])
@@ -70,8 +73,8 @@ def compute_input_size(height, width, metadata):
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def predict(model, metadata, image):
-    """Return the detections of a Pillow image, {boxes, scores, labels, ...}, in its pixels, best first."""
+def predict(model: Model, metadata: dict[str, Any], image: Image.Image) -> dict[str, np.ndarray]:
+    """Return the detections of an image, {boxes, scores, labels, ...}, in its pixels, best first."""
     height, width = compute_input_size(image.height, image.width, metadata)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     outputs = model(np.ascontiguousarray(pixels.transpose(2, 0, 1))[None])
@@ -81,7 +84,7 @@ def predict(model, metadata, image):
     return detections | {"boxes": detections["boxes"] * scale}
 
 
-def compute_keypoints(heatmaps, box):
+def compute_keypoints(heatmaps: np.ndarray, box: Sequence[float]) -> list[tuple[float, float]]:
     """Return the maximum, (x, y), of each heatmap `[Kp, M, M]` resized to its box."""
     sides = np.maximum(np.subtract(box[2:], box[:2]), 1)
     width, height = (int(side) for side in np.ceil(sides))
@@ -93,8 +96,8 @@ def compute_keypoints(heatmaps, box):
     return points
 
 
-def paste(probabilities, box, size, aligned):
-    """Paste a mask, `[M, M]` in 0..1, into its box; return a Pillow image of `size` (width, height).
+def paste(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int], aligned: bool) -> Image.Image:
+    """Paste a mask, `[M, M]` in 0..1, into its box; return an image of `size` (width, height).
 
     Masks that are not `aligned` extend beyond their boxes, as in torchvision.
     """
@@ -114,7 +117,9 @@ def paste(probabilities, box, size, aligned):
     return Image.fromarray((pasted >= 0.5).astype(np.uint8) * 110)
 
 
-def draw(image, detections, get_name, aligned):
+def draw(
+    image: Image.Image, detections: dict[str, np.ndarray], get_name: Callable[[int], str], aligned: bool
+) -> Image.Image:
     """Draw detections on a copy of the image; `aligned` as for `paste`."""
     image = image.copy()
     colors = [_COLORS[int(label) % len(_COLORS)] for label in detections["labels"]]
@@ -134,12 +139,12 @@ def draw(image, detections, get_name, aligned):
     return image
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Predict all images."""
     model, metadata = load(args.model)
     class_names = metadata["class_names"]
 
-    def get_name(label):
+    def get_name(label: int) -> str:
         return class_names[label] if class_names else f"class {label}"
 
     for path in args.images:

@@ -42,6 +42,9 @@ if __name__ == "__main__":
 
 import os
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
 
 from plaintrain.analysis.analyze import analyze
 from plaintrain.analysis.breakdown import GROUPS
@@ -56,20 +59,22 @@ from plaintrain.utils.errors import UserError
 _MAX_MATRIX_CLASSES = 12
 
 
-def print_table(title, records, columns=(), required=""):
-    """Print dicts as a table with some or all columns; skip those with 0 or None in the required column."""
+def print_table(
+    title: str, records: Sequence[dict[str, Any]], columns: Sequence[str] = (), required: str = ""
+) -> None:
+    """Print records as a table with some or all columns; skip those with 0 or None in the required column."""
     shown = [record for record in records if not required or record[required]]
     num_skipped = len(records) - len(shown)
     skipped = f" ({num_skipped} without {required} skipped)" if num_skipped else ""
     if shown:
-        columns = columns or list(shown[0])
+        columns = list(columns or shown[0])
         cells = [
             ["-" if record[column] is None else record[column] for column in columns] for record in shown
         ]
         print(f"\n{title}{skipped}\n{format_table(cells, columns)}")
 
 
-def print_errors(task, errors, settings):
+def print_errors(task: str, errors: dict[str, Any], settings: dict[str, Any]) -> None:
     """Print TIDE's delta AP and the counts of each error type."""
     counts = {**errors["detections"], "missed": errors["objects"]["missed"]}
     cells = [[error, errors["delta_ap"][error], counts[error], OUTCOMES[error][1]] for error in ERRORS]
@@ -86,7 +91,7 @@ def print_errors(task, errors, settings):
     print_table(f"{task}, detections and objects by class", errors["classes"], columns)
 
 
-def print_analysis(analysis):
+def print_analysis(analysis: dict[str, Any]) -> None:
     """Print the tables of an analysis."""
     confusion = analysis["confusion"]
     thresholds = analysis["thresholds"]
@@ -119,7 +124,7 @@ def print_analysis(analysis):
     print_table("worst images", worst, columns)
 
 
-def main(args):
+def main(args: Namespace) -> None:
     """Analyze, print and write."""
     options = {"gallery": args.gallery, "kpt_oks_sigmas": args.cfg.TEST.KEYPOINT_OKS_SIGMAS}
     analysis = analyze(args.dataset, args.predictions, args.iou_threshold, args.score_threshold, **options)
@@ -133,7 +138,7 @@ def main(args):
     print(f"\nwrote {args.output}")
 
 
-def resolve_arguments(args):
+def resolve_arguments(args: Namespace) -> None:
     """Set `cfg`, and the defaults of `dataset`, `predictions` and `output`."""
     args.cfg = load_tool_cfg(args)
     choose_predictions(args, args.cfg)

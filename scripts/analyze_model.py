@@ -32,9 +32,12 @@ if __name__ == "__main__":
     if args.depth < 0 or (args.batch is not None and args.batch < 1):
         parser.error("--depth must be at least 0, and --batch at least 1")
 
+from argparse import Namespace
+from typing import Any
+
 from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.analysis.model import NOT_COUNTED, analyze_model, make_random_samples
-from plaintrain.config import check_cfg, get_value
+from plaintrain.config import CfgNode, check_cfg, get_value
 from plaintrain.data.transforms.geometric import get_shortest_edge_size
 from plaintrain.engine.launch import launch
 from plaintrain.engine.preflight import resolve_num_classes
@@ -45,7 +48,7 @@ from plaintrain.modeling.build import get_num_classes_key
 from plaintrain.utils.errors import UserError
 
 
-def read_model_config(args):
+def read_model_config(args: Namespace) -> CfgNode:
     """Return the frozen config, for the CPU and with the number of classes.
 
     Datasets are read only if the config does not set the number of classes or keypoints.
@@ -60,16 +63,17 @@ def read_model_config(args):
     return cfg
 
 
-def get_default_size(cfg):
+def get_default_size(cfg: CfgNode) -> tuple[int, int]:
     """Return (height, width) of a 3:4 image after the resizing of the training."""
-    if min(cfg.INPUT.FIXED_SIZE) > 0:
-        return tuple(cfg.INPUT.FIXED_SIZE)
+    height, width = cfg.INPUT.FIXED_SIZE
+    if min(height, width) > 0:
+        return height, width
     if not max(cfg.INPUT.MIN_SIZE_TRAIN):
         raise UserError("INPUT.MIN_SIZE_TRAIN does not resize images; give --size HEIGHTxWIDTH")
     return get_shortest_edge_size(3000, 4000, max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
 
 
-def print_cost(cost):
+def print_cost(cost: dict[str, Any]) -> None:
     """Print the tables."""
     header = ["module", "type", "parameters", "trainable", "GFLOPs", "activations", "MB"]
     table = [
@@ -98,7 +102,7 @@ def print_cost(cost):
     print("activations: saved for the backward pass, in float32; without the libraries' temporary buffers.")
 
 
-def main(args):
+def main(args: Namespace) -> None:
     """Analyze one model."""
     cfg = read_model_config(args)
     solver = cfg.SOLVER

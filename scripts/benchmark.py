@@ -27,6 +27,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 from benchmarks.shared.measure import output_file
 
@@ -34,12 +35,12 @@ FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "benchmarks")
 BENCHMARKS = ("loop", "data", "records", "step", "precision", "eval", "checkpoint", "startup", "scaling")
 
 
-def run(name, options):
+def run(name: str, options: list[str]) -> int:
     """Run one benchmark and return its exit code."""
     return subprocess.call([sys.executable, os.path.join(FOLDER, f"{name}.py"), *options])
 
 
-def run_all(options):
+def run_all(options: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Run all benchmarks and return ({name: results}, names of those that failed)."""
     results = {}
     failed = []
@@ -55,7 +56,7 @@ def run_all(options):
     return results, failed
 
 
-def main():
+def main() -> int:
     if sys.argv[1:] and sys.argv[1] in BENCHMARKS:
         return run(sys.argv[1], sys.argv[2:])
     raw = argparse.RawDescriptionHelpFormatter

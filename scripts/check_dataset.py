@@ -17,7 +17,10 @@ import functools
 import hashlib
 import os
 import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.data import DatasetCatalog
@@ -31,6 +34,8 @@ from plaintrain.data.validation import (
     LEAST_SPREAD,
     MAX_EXAMPLES,
     PROBLEM_TYPES,
+    Finding,
+    Problem,
     check_problems,
     check_records,
     count_classes,
@@ -43,7 +48,7 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.logger import build_progress_bar
 
 
-def inspect_image(record, pixel_range):
+def inspect_image(record: dict[str, Any], pixel_range: Sequence[float]) -> dict[str, Any]:
     """Return {error, kind} or {size: (height, width), turned, pixels: a hash, spread} of an image file."""
     try:
         image = read_image(record["file_name"], pixel_range)
@@ -51,14 +56,16 @@ def inspect_image(record, pixel_range):
     except UserError as e:
         return {"error": str(e), "kind": getattr(e, "error_type", "unreadable")}
     size = tuple(image.shape[-2:])
-    pixels = hashlib.blake2b(image.contiguous().numpy(), digest_size=16, key=repr(size).encode())
+    pixels = hashlib.blake2b(image.contiguous().numpy().data, digest_size=16, key=repr(size).encode())
     spread = int((image.amax((1, 2)).int() - image.amin((1, 2)).int()).max())
     return {"size": size, "turned": turned, "pixels": pixels.hexdigest(), "spread": spread}
 
 
-def iterate_problems(dataset, records, images, earlier):
+def iterate_problems(
+    dataset: str, records: list[dict[str, Any]], images: list[dict[str, Any]], earlier: dict[str, str]
+) -> Iterator[Problem]:
     """Yield (problem type, example) for inspected images; `earlier` is {pixels: image} of other datasets."""
-    first = {}
+    first: dict[str, str] = {}
     files = set()
     for record, image in zip(records, images, strict=True):
         name = record["file_name"]
@@ -85,7 +92,13 @@ def iterate_problems(dataset, records, images, earlier):
         earlier.setdefault(pixels, f"{name} of {dataset}")
 
 
-def write_fixed(folder, records, images, metadata, problems):
+def write_fixed(
+    folder: str,
+    records: list[dict[str, Any]],
+    images: list[dict[str, Any]],
+    metadata: dict[str, Any],
+    problems: list[UserError],
+) -> None:
     """Write the cleaned copy of a dataset and print the changes."""
     if any(is_drawn(record["file_name"]) for record in records):
         print("  no cleaned copy: the images are generated, not read from files")
@@ -108,7 +121,9 @@ def write_fixed(folder, records, images, metadata, problems):
         print("    no changes")
 
 
-def print_findings(name, records, metadata, findings):
+def print_findings(
+    name: str, records: list[dict[str, Any]], metadata: dict[str, Any], findings: list[Finding]
+) -> None:
     """Print the class counts and the findings of a dataset."""
     num_boxes = sum(len(record["annotations"]) for record in records)
     print(f"{name}: {len(records)} images, {num_boxes} boxes")
@@ -122,16 +137,16 @@ def print_findings(name, records, metadata, findings):
         print("  no problems")
 
 
-def main(args):
+def main(args: Namespace) -> int:
     """Check each dataset, write the cleaned copies, and return the exit code."""
     findings = {}
-    earlier = {}
+    earlier: dict[str, str] = {}
     for name in args.names:
-        problems = []
+        problems: list[UserError] = []
         records, metadata = read_dataset(name, problems)
         with ThreadPoolExecutor(args.workers) as pool:
-            images = pool.map(functools.partial(inspect_image, pixel_range=args.pixel_range), records)
-            images = list(build_progress_bar(images, desc="images", total=len(records)))
+            inspected = pool.map(functools.partial(inspect_image, pixel_range=args.pixel_range), records)
+            images = list(build_progress_bar(inspected, desc="images", total=len(records)))
         findings[name] = check_problems(problems) + check_records(records, metadata)
         findings[name] += count_problems(iterate_problems(name, records, images, earlier))
         print_findings(name, records, metadata, findings[name])
@@ -154,7 +169,7 @@ def main(args):
     return 1 if fatal else 0
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line, and check the names and the folder."""
     parser = build_parser(__doc__, "YAML config with DATASETS.DECLARE")
     parser.add_argument("names", nargs="+", metavar="NAME", help="built-in or declared datasets")

@@ -15,8 +15,11 @@ import logging
 import os
 import shutil
 import sys
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from PIL import Image
@@ -50,7 +53,7 @@ LOSSES = {
 }
 
 
-def get_image_names(records):
+def get_image_names(records: list[dict[str, Any]]) -> list[str]:
     """Return a unique relative path per record: the file's, from the common folder of all."""
     files = [record["file_name"] for record in records if not is_drawn(record["file_name"])]
     name_of = dict(zip(files, get_relative_names(files)[1], strict=True))
@@ -60,7 +63,7 @@ def get_image_names(records):
     return names
 
 
-def place_image(record, target, copy):
+def place_image(record: dict[str, Any], target: str, copy: bool) -> None:
     """Write, copy or link the image of a record to `target`."""
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -75,7 +78,9 @@ def place_image(record, target, copy):
         raise UserError(f"cannot write {target} from {record['file_name']}: {e.strerror or e}{hint}") from e
 
 
-def write_coco_dataset(records, metadata, output, copy):
+def write_coco_dataset(
+    records: list[dict[str, Any]], metadata: dict[str, Any], output: str, copy: bool
+) -> None:
     """Write `annotations.json`, and the images if they are copied or generated."""
     files = []
     written = set()
@@ -94,13 +99,15 @@ def write_coco_dataset(records, metadata, output, copy):
     logger.info(f"{path}: {_format_size(records)}; load it with FORMAT coco, IMAGE_ROOT {root}")
 
 
-def write_yolo_dataset(splits, metadata, output, args):
+def write_yolo_dataset(
+    splits: dict[str, list[dict[str, Any]]], metadata: dict[str, Any], output: str, args: Namespace
+) -> None:
     """Write the images and labels of every split, and `data.yaml` last."""
-    losses = Counter()
+    losses: Counter[str] = Counter()
     ids = get_category_ids(metadata)
     if ids != list(range(1, len(ids) + 1)):
         logger.info(f"category ids {ids} become 0 to {len(ids) - 1}")
-    data = {}
+    data: dict[str, Any] = {}
     for split, records in splits.items():
         data[split] = f"images/{split}"
         for record, name in zip(
@@ -128,7 +135,9 @@ def write_yolo_dataset(splits, metadata, output, args):
         logger.info("data.yaml has no val split, which Ultralytics needs to train; --val NAME adds one")
 
 
-def format_label(annotation, record, boxes, losses):
+def format_label(
+    annotation: dict[str, Any], record: dict[str, Any], boxes: bool, losses: Counter[str]
+) -> str | None:
     """Return `class cx cy w h` or `class x y x y ...`, relative to the image size; None if skipped."""
     if annotation.get("iscrowd"):
         losses["crowd"] += 1
@@ -173,7 +182,7 @@ def _format_size(records):
     return f"{len(records)} images, {sum(len(r['annotations']) for r in records)} annotations"
 
 
-def main(args):
+def main(args: Namespace) -> None:
     """Convert the dataset."""
     setup_logger()
     load_tool_cfg(args)
@@ -189,7 +198,7 @@ def main(args):
         write_yolo_dataset(splits, metadata, args.output, args)
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = build_parser(__doc__, "YAML config that declares NAME")
     parser.add_argument("name", metavar="NAME", help="dataset to convert")

@@ -13,8 +13,10 @@ are dropped for Detectron2 and zero on the way back.
 """
 
 import pickle
+from argparse import Namespace
 
 import torch
+from torch import Tensor
 
 from plaintrain.checkpoint.detectron2 import (
     convert_from_detectron2,
@@ -29,7 +31,7 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 
 
-def convert(source, to, num_ratios):
+def convert(source: str, to: str, num_ratios: int) -> dict[str, Tensor]:
     """Return {name: tensor} of SOURCE under the names of `to`."""
     tensors = read_state_dict(download_weights(source))
     if not tensors:
@@ -45,7 +47,7 @@ def convert(source, to, num_ratios):
     return convert_to_detectron2(tensors, num_ratios) if to == "detectron2" else tensors
 
 
-def write_weights(tensors, path):
+def write_weights(tensors: dict[str, Tensor], path: str) -> None:
     """Write `{"model": tensors}`, as NumPy arrays in a .pkl, as tensors in a .pth."""
     with atomic_write(path, "wb") as f:
         if path.endswith(".pkl"):
@@ -56,7 +58,7 @@ def write_weights(tensors, path):
             torch.save({"model": tensors, "__author__": "plaintrain"}, f)
 
 
-def main(args):
+def main(args: Namespace) -> None:
     """Convert one file."""
     endings = (".pth", ".pkl") if args.to == "detectron2" else (".pth",)
     if not args.output.endswith(endings):

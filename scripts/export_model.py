@@ -42,6 +42,10 @@ if __name__ == "__main__":
     if not args.tolerance > 0:
         parser.error(f"--tolerance must be above 0, got {args.tolerance}")
 
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any, cast
+
 from plaintrain.config import get_value
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.engine import launch, load_cfg
@@ -57,6 +61,7 @@ from plaintrain.export.export import (
     write_onnx,
     write_torch,
 )
+from plaintrain.export.graph import Detector
 from plaintrain.predict import Predictor
 from plaintrain.utils.errors import UserError, require
 from plaintrain.utils.files import writing
@@ -66,7 +71,7 @@ from plaintrain.utils.logger import setup_logger
 _TRACED_SIZE = (384, 512)
 
 
-def choose_output(args):
+def choose_output(args: Namespace) -> tuple[str, str]:
     """Return (format, path) of the file to write."""
     extension = os.path.splitext(args.output or "")[1]
     format_of = {known: name for name, known in FORMATS.items()}
@@ -82,7 +87,7 @@ def choose_output(args):
     return form, path
 
 
-def print_differences(differences):
+def print_differences(differences: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Print the differences of each image as a table, and return the largest, {output: difference}."""
     names = [key for key in differences[0] if key not in ("image", "detections")]
     cells = [[d["image"], d["detections"], *(f"{d[name]:.1e}" for name in names)] for d in differences]
@@ -93,19 +98,20 @@ def print_differences(differences):
     return largest
 
 
-def write_exported(predictor, form, path):
+def write_exported(predictor: Predictor, form: str, path: str) -> dict[str, Any]:
     """Write the file and return its metadata."""
     cfg = predictor.cfg
     metadata = describe(cfg, predictor.class_names, predictor.weights)
     fixed = is_fixed(cfg)
-    program = trace(predictor.model, tuple(cfg.INPUT.FIXED_SIZE) if fixed else _TRACED_SIZE, fixed)
+    size = tuple(cfg.INPUT.FIXED_SIZE) if fixed else _TRACED_SIZE
+    program = trace(cast(Detector, predictor.model), size, fixed)
     with writing(path):
         (write_onnx if form == "onnx" else write_torch)(program, path, metadata)
     return metadata
 
 
-def load_predictor(args):
-    """Return the `Predictor` on the CPU; reject settings that cannot be exported."""
+def load_predictor(args: Namespace) -> Predictor:
+    """Build the predictor on the CPU; reject settings that cannot be exported."""
     opts = [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.CHANNELS_LAST", "False"]
     predictor = Predictor(args.run or load_cfg(args), opts=opts)
     for key in ("TEST.AMP", "TEST.AUG.ENABLED"):
@@ -114,7 +120,7 @@ def load_predictor(args):
     return predictor
 
 
-def main(args):
+def main(args: Namespace) -> None:
     """Export and check one model."""
     setup_logger()
     form, path = choose_output(args)
@@ -129,7 +135,7 @@ def main(args):
     unchecked = f"{stem}.unchecked{ending}"
     metadata = write_exported(predictor, form, unchecked)
     if images:
-        differences = check_exported(open_exported(unchecked), predictor.model, images)
+        differences = check_exported(open_exported(unchecked), cast(Detector, predictor.model), images)
         largest = print_differences(differences)
         exceeded = [
             f"{name} by {value:.2g}" for name, value in largest.items() if not value <= args.tolerance

@@ -17,8 +17,12 @@ import os
 import shutil
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 
 from plaintrain.analysis.run_folder import (
+    Metrics,
+    RunState,
     check_run,
     estimate_seconds_left,
     get_run_names,
@@ -39,7 +43,7 @@ _ASCII = " .:-=+*#"
 _NAME_WIDTH = 24
 
 
-def plot(args):
+def plot(args: Namespace) -> None:
     """Write the plots to a file."""
     # --watch must work without matplotlib and NumPy.
     from plaintrain.visualization.plots import draw_curves, require_matplotlib, save_figure
@@ -58,7 +62,7 @@ def plot(args):
     print(f"wrote {len(panels)} plots of {', '.join(runs)} to {path}")
 
 
-def format_state(name, metrics, state):
+def format_state(name: str, metrics: Metrics, state: RunState) -> str:
     """Return one line on a run: its state, iteration and remaining time."""
     done = f"iteration {state.iteration + 1} of {state.max_iter}" if state.max_iter else "no iterations"
     seconds = estimate_seconds_left(metrics, state) if state.name == "running" else None
@@ -66,7 +70,9 @@ def format_state(name, metrics, state):
     return f"{name}: {state.name}, {done}{eta}"
 
 
-def format_curves(metrics, patterns, smoothing, width, levels):
+def format_curves(
+    metrics: Metrics, patterns: Sequence[str], smoothing: float, width: int, levels: str
+) -> list[str]:
     """Return a line of `width` characters per metric: name, last value, sparkline, minimum and maximum."""
     names = select_metrics(metrics, patterns)
     if not patterns:
@@ -84,7 +90,7 @@ def format_curves(metrics, patterns, smoothing, width, levels):
     return lines
 
 
-def format_sparkline(values, width, levels):
+def format_sparkline(values: Sequence[float], width: int, levels: str) -> str:
     """Return a curve as characters of `levels`, with gaps for NaN."""
     finite = [v for v in values if math.isfinite(v)]
     low = min(finite, default=0.0)
@@ -99,7 +105,7 @@ def format_sparkline(values, width, levels):
     return text.ljust(width)
 
 
-def format_runs(args, width, levels):
+def format_runs(args: Namespace, width: int, levels: str) -> tuple[str, bool]:
     """Return (text on all runs, whether one is running)."""
     lines = []
     is_running = False
@@ -112,7 +118,7 @@ def format_runs(args, width, levels):
     return "\n".join(lines), is_running
 
 
-def watch(args):
+def watch(args: Namespace) -> None:
     """Print the curves as text until no run is training; without a terminal, only when they change."""
     is_terminal = sys.stdout.isatty()
     has_blocks = is_terminal and "utf" in (sys.stdout.encoding or "").lower()
@@ -130,7 +136,7 @@ def watch(args):
         time.sleep(args.interval)
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse and check the command line."""
     parser = build_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs (OUTPUT_DIR)")
@@ -158,7 +164,7 @@ def parse_args(argv=None):
     return args
 
 
-def main(args):
+def main(args: Namespace) -> int:
     """Plot or watch, and return the exit code."""
     try:
         watch(args) if args.watch else plot(args)

@@ -36,6 +36,11 @@ if __name__ == "__main__":
 import glob
 import os
 import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from plaintrain.config.defaults import split_overrides
 from plaintrain.data.datasets.write import get_relative_names, write_coco
@@ -54,9 +59,9 @@ from plaintrain.visualization.images import IMAGE_FORMATS, save_image
 _MIN_SIDE = 320
 
 
-def find_images(inputs):
+def find_images(inputs: Sequence[str]) -> list[str]:
     """Return the image files of paths, folders and glob patterns, in order and without duplicates."""
-    paths = []
+    paths: list[str] = []
     for name in map(os.path.expanduser, inputs):
         if os.path.isdir(name):
             paths += list_images(name)
@@ -70,9 +75,11 @@ def find_images(inputs):
     return list(dict.fromkeys(map(os.path.abspath, paths)))
 
 
-def read_batches(paths, size, pixel_range, problems):
+def read_batches(
+    paths: Sequence[str], size: int, pixel_range: Sequence[float], problems: list[str]
+) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield lists of at most `size` (path, image) of the same shape; unreadable images go to `problems`."""
-    batch = []
+    batch: list[tuple[str, Tensor]] = []
     for path in build_progress_bar(paths, desc="images"):
         try:
             image = read_image(path, pixel_range)
@@ -87,7 +94,7 @@ def read_batches(paths, size, pixel_range, problems):
         yield batch
 
 
-def to_record(path, image, detections, image_id):
+def to_record(path: str, image: Tensor, detections: dict[str, Tensor], image_id: int) -> dict[str, Any]:
     """Return the detections in an image as a record whose annotations have scores."""
     height, width = image.shape[-2:]
     annotations = [
@@ -109,13 +116,13 @@ def to_record(path, image, detections, image_id):
     return {**record, "annotations": annotations}
 
 
-def get_output_names(paths):
+def get_output_names(paths: Sequence[str]) -> list[str]:
     """Return the name of each drawn image: that of the image, relative to their common folder."""
     names = get_relative_names(paths)[1]
     return [name if os.path.splitext(name)[1].lower() in IMAGE_FORMATS else name + ".jpg" for name in names]
 
 
-def setup(args):
+def setup(args: Namespace) -> tuple[Predictor, list[str]]:
     """Check the command line and return (predictor, paths of the images)."""
     names, overrides = split_overrides(args.words)
     run, inputs = ("", names) if args.config_file else (names[0] if names else "", names[1:])
@@ -138,11 +145,11 @@ def setup(args):
     return Predictor(run or load_cfg(args), opts=overrides), paths
 
 
-def main(args, predictor, paths):
+def main(args: Namespace, predictor: Predictor, paths: Sequence[str]) -> int:
     """Predict, write and return the exit code."""
     names = dict(zip(paths, get_output_names(paths), strict=True))
-    records = []
-    problems = []
+    records: list[dict[str, Any]] = []
+    problems: list[str] = []
     num_drawn = 0
     for batch in read_batches(paths, args.batch_size, predictor.pixel_range, problems):
         outputs = predictor.batch([image for _, image in batch])

@@ -25,7 +25,11 @@ if __name__ == "__main__":
     parser.add_argument("--predictions", default="", metavar="FILE", help="score this file, without a model")
     args = parser.parse_args()
 
+from argparse import Namespace
+from typing import Any
+
 from plaintrain.checkpoint import load_for_evaluation
+from plaintrain.config import CfgNode
 from plaintrain.engine import default_setup, launch, load_cfg
 from plaintrain.engine.testing import do_test
 from plaintrain.evaluation import build_evaluator, read_detections, report_results, verify_results
@@ -37,7 +41,7 @@ from plaintrain.utils.errors import UserError
 logger = logging.getLogger("plaintrain")
 
 
-def score_predictions(cfg, path):
+def score_predictions(cfg: CfgNode, path: str) -> dict[str, Any]:
     """Score a file of predictions; returns the same as `do_test`."""
     (dataset_name,) = cfg.DATASETS.TEST
     folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
@@ -50,7 +54,7 @@ def score_predictions(cfg, path):
     return {dataset_name: results}
 
 
-def check_arguments(cfg, args):
+def check_arguments(cfg: CfgNode, args: Namespace) -> None:
     """Reject command lines without exactly one source of predictions."""
     if args.overfit or args.dry_run:
         raise UserError("--overfit and --dry-run are only for training")
@@ -81,7 +85,7 @@ def check_arguments(cfg, args):
         )
 
 
-def main(args):
+def main(args: Namespace) -> dict[str, Any]:
     """Evaluate in one process."""
     # With eval_only, default_setup keeps the files of a run in OUTPUT_DIR.
     args.eval_only = True

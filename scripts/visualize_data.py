@@ -27,10 +27,15 @@ if __name__ == "__main__":
     args = parser.parse_intermixed_args()
 
 import itertools
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from plaintrain.analysis.command import load_tool_cfg
+from plaintrain.config import CfgNode
 from plaintrain.config.defaults import split_overrides
 from plaintrain.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
 from plaintrain.data.build import get_training_records
@@ -39,8 +44,9 @@ from plaintrain.data.images import check_image_size, get_pixel_range, read_image
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.engine.launch import launch
 from plaintrain.utils.errors import UserError
-from plaintrain.visualization.colors import get_class_colors
+from plaintrain.visualization.colors import Color, get_class_colors
 from plaintrain.visualization.drawing import (
+    Instances,
     draw_instances,
     filter_instances,
     get_record_instances,
@@ -50,8 +56,8 @@ from plaintrain.visualization.drawing import (
 from plaintrain.visualization.images import check_image_arguments, write_images
 
 
-def select_images(records, image_ids):
-    """Return the indices of the records with these ids (strings); without ids, all indices."""
+def select_images(records: Sequence[dict[str, Any]], image_ids: Sequence[str] | None) -> list[int]:
+    """Return the indices of the records with these ids; without ids, all indices."""
     if not image_ids:
         return list(range(len(records)))
     indices = [i for i in range(len(records)) if str(records[i]["image_id"]) in image_ids]
@@ -63,16 +69,16 @@ def select_images(records, image_ids):
     return indices
 
 
-def iterate_annotations(cfg, args):
+def iterate_annotations(cfg: CfgNode, args: Namespace) -> Iterator[tuple[str, Tensor, Instances]]:
     """Yield (file name, image, instances) of the datasets."""
     rng = np.random.default_rng(cfg.SEED)
-    records = [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
-    records = list(itertools.chain(*records)) if len(records) > 1 else records[0]
+    datasets = [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
+    records = list(itertools.chain(*datasets)) if len(datasets) > 1 else datasets[0]
     indices = select_images(records, args.image_id)
     if args.shuffle:
-        indices = rng.permutation(indices)
+        indices = rng.permutation(indices).tolist()
     for i in indices:
-        record = records[int(i)]
+        record = records[i]
         if args.labels and not args.labels & {a["category_id"] for a in record["annotations"]}:
             continue
         image = read_image(record["file_name"], get_pixel_range(cfg))
@@ -80,9 +86,9 @@ def iterate_annotations(cfg, args):
         yield record["file_name"], image, get_record_instances(record)
 
 
-def iterate_samples(cfg, args):
+def iterate_samples(cfg: CfgNode, args: Namespace) -> Iterator[tuple[str, Tensor, Instances]]:
     """Yield (file name, image, instances) of the training loader."""
-    options = {}
+    options: dict[str, Any] = {}
     if args.image_id:
         # Copy-paste may still draw from all records.
         records = get_training_records(cfg)
@@ -98,7 +104,7 @@ def iterate_samples(cfg, args):
         yield sample["file_name"], sample["image"], sample["target"]
 
 
-def setup(args):
+def setup(args: Namespace) -> CfgNode:
     """Check the command line and return the config."""
     names, args.opts = split_overrides(args.words)
     cfg = load_tool_cfg(args)
@@ -115,7 +121,7 @@ def setup(args):
     return cfg
 
 
-def draw(cfg, args, legend):
+def draw(cfg: CfgNode, args: Namespace, legend: dict[str, Color]) -> Iterator[tuple[str, str, Tensor]]:
     """Yield (file name, caption, drawn image), and add the drawn classes to the legend."""
     names = load_class_names(cfg.DATASETS.TRAIN[0])
     skeleton = get_skeleton(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]))
@@ -133,9 +139,9 @@ def draw(cfg, args, legend):
         yield file_name, f"  {width}x{height}", draw_instances(image, instances, names, skeleton)
 
 
-def main(args, cfg):
+def main(args: Namespace, cfg: CfgNode) -> None:
     """Draw the images and write or show them."""
-    legend = {}
+    legend: dict[str, Color] = {}
     if not write_images(draw(cfg, args, legend), args, ", ".join(cfg.DATASETS.TRAIN), legend):
         raise UserError(f"no image of {', '.join(cfg.DATASETS.TRAIN)} matches --class and --image-id")
 

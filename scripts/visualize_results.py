@@ -42,12 +42,15 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
 import itertools
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from plaintrain.analysis.command import choose_predictions, load_tool_cfg
-from plaintrain.analysis.errors import ERRORS, OUTCOMES, find_errors
+from plaintrain.analysis.errors import ERRORS, OUTCOMES, Errors, find_errors
 from plaintrain.data import MetadataCatalog
 from plaintrain.data.catalog import load_class_names, select_classes
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
@@ -59,7 +62,7 @@ from plaintrain.visualization.images import check_image_arguments, write_images
 from plaintrain.visualization.matches import draw_matches, involves_labels
 
 
-def count_errors(errors, labels):
+def count_errors(errors: Errors, labels: Sequence[int]) -> dict[str, np.ndarray]:
     """Return {error type: count in each image}, of some classes, or without labels of all."""
     objects = errors.objects
     detections = errors.detections
@@ -78,7 +81,7 @@ def count_errors(errors, labels):
     return counts
 
 
-def setup(args):
+def setup(args: Namespace) -> None:
     """Check the command line, declare the datasets and locate the predictions."""
     check_image_arguments(args)
     if not 0 <= args.score_threshold <= 1:
@@ -93,7 +96,7 @@ def setup(args):
     args.labels = [names.index(name) for name in chosen]
 
 
-def draw(errors, counts, args):
+def draw(errors: Errors, counts: dict[str, np.ndarray], args: Namespace) -> Iterator[tuple[str, str, Tensor]]:
     """Yield (file name, caption, drawn image), the images with the most errors first."""
     skeleton = get_skeleton(MetadataCatalog.get(args.dataset))
     num_errors = sum(counts[error] for error in args.error_type or ERRORS)
@@ -109,7 +112,7 @@ def draw(errors, counts, args):
         yield record["file_name"], caption, torch.cat([left, gap, right], dim=2)
 
 
-def main(args):
+def main(args: Namespace) -> None:
     """Match the predictions, print the error counts, and write or show the images."""
     detections = read_detections(args.predictions, args.dataset)
     errors = find_errors(args.dataset, detections, args.iou_threshold, args.score_threshold, args.task)
