@@ -85,7 +85,8 @@ def check_hints(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_style_of_a_file(path):
     checks = [check_docstrings, check_assignments, check_iterables, check_names]
-    if path in PACKAGE:
+    # Without hints the training loops read like pseudocode.
+    if not path.name.endswith("_train_net.py"):
         checks.append(check_hints)
     problems = sorted(problem for check in checks for problem in check(path))
     assert not problems, "\n".join(f"{path}:{line}: {text}" for line, text in problems)
