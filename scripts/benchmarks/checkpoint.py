@@ -8,13 +8,28 @@ disk dominates: run it on an idle machine, on the disk of the runs (--folder).
 """
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from time import perf_counter
+from typing import Any
 
 import torch
-from shared.measure import in_turns, make_rows, parse_args, positive, report, run, target, timed
+from shared.measure import (
+    Results,
+    Table,
+    in_turns,
+    make_rows,
+    parse_args,
+    positive,
+    report,
+    run,
+    target,
+    timed,
+)
+from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.checkpoint.files import read_checkpoint
@@ -30,7 +45,7 @@ OURS = "plaintrain"
 ASYNC = "plaintrain, ASYNC_CHECKPOINT"
 
 
-def make_state(args):
+def make_state(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], Callable[[], None]]:
     """Return (model, {name: other state}, function that imitates a step)."""
     cfg = get_cfg()
     cfg.merge_from_list(["MODEL.ROI_HEADS.NUM_CLASSES", 80, "MODEL.DEVICE", args.device])
@@ -56,7 +71,7 @@ def make_state(args):
     return model, others, step
 
 
-def save_plainly(path, model, others):
+def save_plainly(path: str, model: nn.Module, others: dict[str, Any]) -> None:
     """Call torch.save and fsync."""
     states = {"model": model.state_dict(), **{name: item.state_dict() for name, item in others.items()}}
     with open(path, "wb") as f:
@@ -65,8 +80,14 @@ def save_plainly(path, model, others):
         os.fsync(f.fileno())
 
 
-def measure_saves(folder, args, model, others, step):
-    """Return (tables, targets) of the time that saves block the loop; each save overwrites the last."""
+def measure_saves(
+    folder: str,
+    args: argparse.Namespace,
+    model: nn.Module,
+    others: dict[str, Any],
+    step: Callable[[], object],
+) -> Results:
+    """Measure the time that saves block the loop; each save overwrites the last."""
     savers = {
         name: DetectionCheckpointer(model, os.path.join(folder, name), asynchronous=name == ASYNC, **others)
         for name in (OURS, ASYNC)
@@ -74,7 +95,7 @@ def measure_saves(folder, args, model, others, step):
     saves = {
         ALONE: lambda: None,
         PLAIN: lambda: save_plainly(os.path.join(folder, "plain.pth"), model, others),
-        **{name: lambda s=saver: s.save("model", iteration=0) for name, saver in savers.items()},
+        **{name: functools.partial(saver.save, "model", iteration=0) for name, saver in savers.items()},
     }
 
     def seconds(name):
@@ -88,7 +109,7 @@ def measure_saves(folder, args, model, others, step):
             saver.wait()
         return taken
 
-    times = in_turns({name: lambda n=name: seconds(n) for name in saves}, args.repeats)
+    times = in_turns({name: functools.partial(seconds, name) for name in saves}, args.repeats)
     table = make_rows(times, 1e3)
     blocked = {}
     for name in (PLAIN, OURS, ASYNC):
@@ -103,8 +124,10 @@ def measure_saves(folder, args, model, others, step):
     return {f"a save of {size:.0f} MB and {args.steps} steps, wall ms": table}, [wanted]
 
 
-def measure_resume(folder, args, model, others):
-    """Return the tables of reading the file, a resume, and starting the loader at iteration 1,000,000."""
+def measure_resume(
+    folder: str, args: argparse.Namespace, model: nn.Module, others: dict[str, Any]
+) -> dict[str, Table]:
+    """Measure reading the file, a resume, and starting the loader at iteration 1,000,000."""
     checkpointer = DetectionCheckpointer(model, os.path.join(folder, "resume"), **others)
     checkpointer.save("model_0999999", iteration=999_999)
     path = checkpointer.get_checkpoint_file()
@@ -124,7 +147,7 @@ def measure_resume(folder, args, model, others):
     return {"a resume, wall ms": make_rows(times, 1e3)}
 
 
-def main():
+def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser("checkpoint", description=__doc__)
     parser.add_argument("--folder", help="disk to measure (default: a temporary folder)")

@@ -19,12 +19,15 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from shared.images import write_images
 from shared.measure import (
+    Results,
     fresh,
     in_turns,
     make_rows,
@@ -39,8 +42,9 @@ from shared.measure import (
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-from plaintrain.config import get_cfg
+from plaintrain.config import CfgNode, get_cfg
 from plaintrain.data import build_detection_train_loader
+from plaintrain.data.loader import TrainLoader
 from plaintrain.data.samplers import TrainingSampler
 
 REFERENCES = "as torchvision's references, 2 processes"
@@ -49,7 +53,7 @@ REFERENCES = "as torchvision's references, 2 processes"
 class PillowDataset(Dataset):
     """Endless samples, made with Pillow as in torchvision's detection references."""
 
-    def __init__(self, records, short_sides, max_size):
+    def __init__(self, records: list[dict[str, Any]], short_sides: Sequence[int], max_size: int) -> None:
         self._records = records
         self._short_sides = short_sides
         self._max_size = max_size
@@ -74,18 +78,18 @@ class PillowDataset(Dataset):
         }
 
 
-def make_reference(cfg, records):
+def make_reference(cfg: CfgNode, records: list[dict[str, Any]]) -> DataLoader:
     """Build the loader of torchvision's references."""
     dataset = PillowDataset(records, cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN)
     return DataLoader(dataset, cfg.SOLVER.IMS_PER_BATCH, num_workers=2, collate_fn=list)
 
 
-def make_loader(cfg, records):
+def make_loader(cfg: CfgNode, records: list[dict[str, Any]]) -> TrainLoader:
     """Build plaintrain's loader."""
     return build_detection_train_loader(cfg, dataset=records)
 
 
-def make_cfg(batch, options=()):
+def make_cfg(batch: int, options: Sequence[Any] = ()) -> CfgNode:
     """Return a config with two workers and several image sizes."""
     cfg = get_cfg()
     cfg.merge_from_list(["SEED", 1, "SOLVER.IMS_PER_BATCH", batch, "DATALOADER.NUM_WORKERS", 2])
@@ -94,7 +98,12 @@ def make_cfg(batch, options=()):
     return cfg
 
 
-def ms_per_image(make, options, records, args):
+def ms_per_image(
+    make: Callable[[CfgNode, list[dict[str, Any]]], Iterable[Any]],
+    options: Sequence[Any],
+    records: list[dict[str, Any]],
+    args: argparse.Namespace,
+) -> float:
     """Return the wall time per image of a loader after its first batches."""
     stream = itertools.islice(make(make_cfg(args.batch, options), records), args.skipped + args.batches)
     for _ in range(args.skipped):
@@ -105,7 +114,7 @@ def ms_per_image(make, options, records, args):
 
 
 @contextlib.contextmanager
-def two_cores():
+def two_cores() -> Iterator[None]:
     """Limit this process and its children to two cores within the context."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else ()
     if cores:
@@ -117,10 +126,12 @@ def two_cores():
             os.sched_setaffinity(0, cores)
 
 
-def measure_images(args):
-    """Return (tables, targets) of the wall time per image of each loader."""
+def measure_images(args: argparse.Namespace) -> Results:
+    """Measure the wall time per image of each loader."""
     workers = {"process": "2 processes", "thread": "2 threads"}
-    makers = {REFERENCES: (make_reference, ())}
+    makers: dict[str, tuple[Callable[..., Iterable[Any]], tuple[Any, ...]]] = {
+        REFERENCES: (make_reference, ())
+    }
     makers |= {name: (make_loader, ("DATALOADER.WORKER_TYPE", type_)) for type_, name in workers.items()}
     caching = ("DATALOADER.WORKER_TYPE", "thread", "DATALOADER.CACHE_BYTES", 1 << 30)
     makers["2 threads, decoded images kept"] = (make_loader, caching)
@@ -138,7 +149,7 @@ def measure_images(args):
     return {"wall time of an image, ms": table}, [wanted]
 
 
-def compute_padding(sampler, widths, heights):
+def compute_padding(sampler: TrainingSampler, widths: np.ndarray, heights: np.ndarray) -> float:
     """Return the fraction of padding in two epochs of batches, images resized to at most 800 x 1333."""
     scale = np.minimum(800 / np.minimum(heights, widths), 1333 / np.maximum(heights, widths))
     heights = (heights * scale).round()
@@ -151,8 +162,8 @@ def compute_padding(sampler, widths, heights):
     return 1 - image_area / batch_area
 
 
-def measure_padding(args):
-    """Return (tables, targets) of the padding of batches in several orders."""
+def measure_padding(args: argparse.Namespace) -> Results:
+    """Compute the padding of batches in several orders."""
     widths, heights = read_sizes(8000)
     window = get_cfg().DATALOADER.GROUP_WINDOW
     groupings = {
@@ -169,8 +180,8 @@ def measure_padding(args):
     return {f"padding at batch {args.batch}": table}, [wanted]
 
 
-def measure_memory(args):
-    """Return (tables, no targets) of the peak memory of threads and processes."""
+def measure_memory(args: argparse.Namespace) -> Results:
+    """Measure the peak memory of threads and processes."""
     table = {}
     for worker_type in ("thread", "process"):
         peak, largest = fresh(measure_peak, worker_type, args.batch, args.batches, args.files)
@@ -178,7 +189,7 @@ def measure_memory(args):
     return {f"memory of two workers, batch {args.batch}": table}, []
 
 
-def measure_peak(worker_type, batch, batches, files):
+def measure_peak(worker_type: str, batch: int, batches: int, files: int) -> tuple[float, float]:
     """Return (peak MB of a loader, MB of the largest batch)."""
     torch.set_num_threads(1)
     # As in default_setup.
@@ -201,7 +212,7 @@ def measure_peak(worker_type, batch, batches, files):
 MEASUREMENTS = {"images": measure_images, "padding": measure_padding, "memory": measure_memory}
 
 
-def main():
+def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser("data", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=list(MEASUREMENTS), default=["images", "padding"])

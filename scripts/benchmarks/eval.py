@@ -6,14 +6,17 @@ results as lists of dicts. Also compares the metrics with those of pycocotools.
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import io
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from shared.measure import in_turns, make_rows, parse_args, positive, report, run, target, timed
+from shared.measure import Table, in_turns, make_rows, parse_args, positive, report, run, target, timed
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.evaluation import COCOEvaluator
@@ -26,7 +29,9 @@ _NAME = "benchmark_eval"
 WANTED = {"hotcoco": 20, "faster_coco_eval": 6, "pycocotools": 0.95}
 
 
-def make_dataset(images, boxes, classes, seed=0):
+def make_dataset(
+    images: int, boxes: int, classes: int, seed: int = 0
+) -> tuple[list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
     """Return records of up to 7 objects per image, and perturbed detections of them."""
     rng = np.random.default_rng(seed)
     records = []
@@ -50,9 +55,11 @@ def make_dataset(images, boxes, classes, seed=0):
     return records, outputs
 
 
-def compute_ap(gt, records, outputs):
+def compute_ap(
+    gt: dict[str, Any], records: list[dict[str, Any]], outputs: list[dict[str, torch.Tensor]]
+) -> float:
     """Return the AP in percent by plain pycocotools."""
-    results = []
+    results: list[dict[str, Any]] = []
     for record, output in zip(records, outputs, strict=True):
         boxes = output["boxes"].clone()
         boxes[:, 2:] -= boxes[:, :2]
@@ -72,13 +79,15 @@ def compute_ap(gt, records, outputs):
     return 100 * evaluation.stats[0]
 
 
-def make_variants(images, boxes, classes):
+def make_variants(images: int, boxes: int, classes: int) -> dict[str, Callable[[], Any]]:
     """Return {name: function that computes the metrics}."""
     records, outputs = make_dataset(images, boxes, classes)
     DatasetCatalog.register(_NAME, lambda: records)
     MetadataCatalog.get(_NAME).set(thing_classes=[f"class {i}" for i in range(classes)])
     gt = build_coco_gt("bbox", records, range(images), range(classes))
-    variants = {"pycocotools alone": lambda: {"bbox": {"AP": compute_ap(gt, records, outputs)}}}
+    variants: dict[str, Callable[[], Any]] = {
+        "pycocotools alone": lambda: {"bbox": {"AP": compute_ap(gt, records, outputs)}}
+    }
     for backend in reversed(BACKENDS):
         if importlib.util.find_spec(backend):
             # Do not measure the import.
@@ -92,10 +101,14 @@ def make_variants(images, boxes, classes):
     return variants
 
 
-def measure(variants, repeats):
-    """Return a table of seconds, AP, and whether the results are those of pycocotools."""
-    results = {}
-    calls = {n: timed(lambda n=n, f=f: results.update({n: f()})) for n, f in variants.items()}
+def measure(variants: dict[str, Callable[[], Any]], repeats: int) -> Table:
+    """Return seconds, AP, and whether the results are those of pycocotools."""
+    results: dict[str, Any] = {}
+
+    def keep(name):
+        results[name] = variants[name]()
+
+    calls = {name: timed(functools.partial(keep, name)) for name in variants}
     table = make_rows(in_turns(calls, repeats, warm_up=False))
     expected = results["COCOEvaluator, pycocotools"]
     for name, row in table.items():
@@ -106,7 +119,7 @@ def measure(variants, repeats):
     return table
 
 
-def main():
+def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser("eval", description=__doc__)
     parser.add_argument("--images", type=positive, default=5000)

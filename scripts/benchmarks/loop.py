@@ -7,6 +7,7 @@ bare loop over the same model. Detectron2's own loop and MMEngine's runner are m
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -16,11 +17,13 @@ import runpy
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from shared.measure import in_turns, installed, make_rows, parse_args, positive, report, run, target
 from tensorboardX import SummaryWriter
-from torch import nn
+from torch import Tensor, nn
 
 from plaintrain.config import get_cfg
 
@@ -36,11 +39,11 @@ PLAIN = "plain_train_net.py"
 class TrivialModel(nn.Module):
     """Four losses from one small layer."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
 
-    def forward(self, samples):
+    def forward(self, samples: list[Tensor]) -> dict[str, Tensor]:
         names = ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
         return dict(zip(names, self.layer(samples[0]).square().mean(0).unbind(), strict=True))
 
@@ -51,9 +54,9 @@ class Batches:
     Excludes the time of a loop before and after its iterations.
     """
 
-    def __init__(self, num_iters):
+    def __init__(self, num_iters: int) -> None:
         self.num_iters = num_iters
-        self.data = [torch.ones(8, 4)]
+        self.data: Any = [torch.ones(8, 4)]
         self.seconds = 0.0
         # MMEngine looks for class names there.
         self.dataset = None
@@ -62,7 +65,7 @@ class Batches:
         for _, samples in self.iterations(0, self.num_iters + 1):
             yield samples
 
-    def iterations(self, start_iter, end_iter):
+    def iterations(self, start_iter: int, end_iter: int) -> Iterator[tuple[int, Any]]:
         for i in range(start_iter, end_iter):
             if i in (0, self.num_iters):
                 self.seconds = time.process_time() - self.seconds
@@ -71,18 +74,18 @@ class Batches:
     def __len__(self):
         return self.num_iters + 1
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {}
 
 
-def make():
+def make() -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return a new model and its optimizer."""
     torch.manual_seed(0)
     model = TrivialModel()
     return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
 
 
-def bare_loop(batches, folder):
+def bare_loop(batches: Batches, folder: str) -> None:
     """Run forward, backward and optimizer step."""
     model, optimizer = make()
     for data in batches:
@@ -92,12 +95,12 @@ def bare_loop(batches, folder):
         optimizer.step()
 
 
-def item_loop(batches, folder):
+def item_loop(batches: Batches, folder: str) -> None:
     """Run a loop with the bookkeeping of Detectron2's plain_train_net.py."""
     model, optimizer = make()
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0)
     logger = logging.getLogger("plaintrain")
-    history = {}
+    history: dict[str, list[float]] = {}
     path = os.path.join(folder, "metrics.json")
     with SummaryWriter(folder) as board, open(path, "w", encoding="utf-8") as f:
         for iteration, data in enumerate(batches):
@@ -121,7 +124,7 @@ def item_loop(batches, folder):
                     board.add_scalar(name, value, iteration)
 
 
-def plaintrain_loop(batches, folder):
+def plaintrain_loop(batches: Batches, folder: str) -> None:
     """Run `do_train` of plain_train_net.py with a trivial data loader."""
     do_train = runpy.run_path(_TRAIN)["do_train"]
     do_train.__globals__["build_detection_train_loader"] = lambda cfg: batches
@@ -132,7 +135,9 @@ def plaintrain_loop(batches, folder):
     do_train(cfg, TrivialModel())
 
 
-def measure(variants, iterations, repeats):
+def measure(
+    variants: Mapping[str, Callable[[Batches, str], object]], iterations: int, repeats: int
+) -> dict[str, list[float]]:
     """Return {variant: [CPU seconds per iteration, one per round]}."""
     with tempfile.TemporaryDirectory() as root:
 
@@ -146,10 +151,10 @@ def measure(variants, iterations, repeats):
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logger.addHandler(logging.FileHandler(f"{root}/log.txt"))
-        return in_turns({name: lambda run=run: seconds(run) for name, run in variants.items()}, repeats)
+        return in_turns({name: functools.partial(seconds, run) for name, run in variants.items()}, repeats)
 
 
-def compute_overhead(times):
+def compute_overhead(times: dict[str, list[float]]) -> dict[str, float]:
     """Return {variant: median CPU seconds of an iteration minus those of the bare loop in the same round}."""
     # Noise can make the difference 0 or negative.
     return {
@@ -159,7 +164,7 @@ def compute_overhead(times):
     }
 
 
-def main():
+def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser("loop", description=__doc__)
     parser.add_argument("--iterations", type=positive, default=2000, help="per round")
@@ -168,7 +173,7 @@ def main():
     variants = {BARE: bare_loop, ITEM: item_loop, PLAIN: plaintrain_loop}
     for name in installed(*_OTHERS):
         run = importlib.import_module(_OTHERS[name]).run_loop
-        variants[name] = lambda batches, folder, run=run: run(make, batches, folder, _PERIOD)
+        variants[name] = functools.partial(run, make, period=_PERIOD)
     times = measure(variants, args.iterations, args.repeats)
     table = make_rows(times, 1e6)
     overhead = compute_overhead(times)

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from collections.abc import Callable
 
 import torch
 from shared.measure import (
@@ -21,7 +22,7 @@ from plaintrain.data import build_detection_train_loader, declare_datasets
 from plaintrain.engine.preflight import resolve_num_classes
 
 
-def make_steps(config_file, batches):
+def make_steps(config_file: str, batches: int) -> dict[str, Callable[[], None]]:
     """Return {precision: function that trains a step on each batch}."""
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
@@ -38,7 +39,7 @@ def make_steps(config_file, batches):
     return functions
 
 
-def main():
+def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser("precision", description=__doc__)
     parser.add_argument("--config-file", default="configs/quickstart.yaml")

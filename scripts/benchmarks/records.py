@@ -15,9 +15,20 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
-from shared.measure import fresh, in_turns, make_rows, parse_args, positive, read_memory, run, run_parts
+from shared.measure import (
+    Results,
+    fresh,
+    in_turns,
+    make_rows,
+    parse_args,
+    positive,
+    read_memory,
+    run,
+    run_parts,
+)
 
 from plaintrain.config import get_cfg
 from plaintrain.data import DatasetCatalog, build_detection_train_loader, register_coco_instances
@@ -31,7 +42,7 @@ _POINTS = 20
 _SPREAD = 0.6
 
 
-def write_dataset(folder, images):
+def write_dataset(folder: str, images: int) -> tuple[str, str]:
     """Write a COCO file of 640x480 images and empty image files, and return (json, root)."""
     path = os.path.join(folder, "instances.json")
     root = os.path.join(folder, "images")
@@ -41,7 +52,7 @@ def write_dataset(folder, images):
     rng = np.random.default_rng(0)
     sizes = np.maximum(3, rng.lognormal(np.log(_POINTS), _SPREAD, size=2000).astype(int))
     polygons = [[rng.uniform(1, 480, size=2 * n).round(2).tolist()] for n in sizes]
-    content = {"images": [], "annotations": []}
+    content: dict[str, list[Any]] = {"images": [], "annotations": []}
     for i in range(images):
         name = f"{i:012d}.jpg"
         open(os.path.join(root, name), "w").close()
@@ -83,7 +94,7 @@ def _make_loader(path, root, num_workers):
     return build_detection_train_loader(cfg, mapper=_touch)
 
 
-def parse(path, root):
+def parse(path: str, root: str) -> float:
     """Return the CPU seconds of `json.load`."""
     start = time.process_time()
     with open(path, encoding="utf-8") as f:
@@ -91,7 +102,7 @@ def parse(path, root):
     return time.process_time() - start
 
 
-def first_batch(path, root, cache=""):
+def first_batch(path: str, root: str, cache: str = "") -> float:
     """Return the CPU seconds from the annotation file to the first batch; `cache` is a folder or ""."""
     os.environ["PLAINTRAIN_CACHE"] = cache
     start = time.process_time()
@@ -99,7 +110,7 @@ def first_batch(path, root, cache=""):
     return time.process_time() - start
 
 
-def measure_worker(path, root, images, start_method):
+def measure_worker(path: str, root: str, images: int, start_method: str) -> float:
     """Return the larger unique set size of two workers after an epoch, in MB."""
     multiprocessing.set_start_method(start_method, force=True)
     batches = iter(_make_loader(path, root, num_workers=2))
@@ -108,27 +119,26 @@ def measure_worker(path, root, images, start_method):
     return max(read_memory(child.pid, "Private_") for child in multiprocessing.active_children())
 
 
-def measure_time(args):
-    """Return (tables, no targets) of the CPU seconds to the first batch and of `json.load`."""
+def measure_time(args: argparse.Namespace) -> Results:
+    """Return the CPU seconds to the first batch and of `json.load`."""
     files = write_dataset(os.path.join(args.folder, str(args.images)), args.images)
     cache = os.path.join(args.folder, "cache")
-    calls = {
-        "json.load": (parse, *files),
-        "to the first batch": (first_batch, *files),
-        "to the first batch, parsed before": (first_batch, *files, cache),
+    functions = {
+        "json.load": functools.partial(parse, *files),
+        "to the first batch": functools.partial(first_batch, *files),
+        "to the first batch, parsed before": functools.partial(first_batch, *files, cache),
     }
     first_batch(*files, cache)
     if not args.quick:
-        calls = {name: (fresh, *call) for name, call in calls.items()}
-    functions = {name: functools.partial(*call) for name, call in calls.items()}
+        functions = {name: functools.partial(fresh, f) for name, f in functions.items()}
     table = make_rows(in_turns(functions, args.repeats, warm_up=False))
     for row in table.values():
         row["times json.load"] = 1 / row["times less"]
     return {f"CPU, {args.images:,} images, s": table}, []
 
 
-def measure_memory(args):
-    """Return (tables, no targets) of the private memory of a worker, in MB."""
+def measure_memory(args: argparse.Namespace) -> Results:
+    """Return the private memory of a worker, in MB."""
     table = {}
     for start in ("fork", "spawn"):
         sizes = {}
@@ -145,7 +155,7 @@ def measure_memory(args):
 MEASUREMENTS = {"time": measure_time, "memory": measure_memory}
 
 
-def main():
+def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser("records", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))

@@ -17,15 +17,19 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from shared.measure import parse_args, positive, report, run
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
-from plaintrain.config import get_cfg
+from plaintrain.config import CfgNode, get_cfg
 from plaintrain.data import build_detection_train_loader, declare_datasets
 from plaintrain.engine import create_ddp_model
 from plaintrain.engine.launch import launch
@@ -40,7 +44,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 _WARM_UP = 5
 
 
-def make_cfg(config_file):
+def make_cfg(config_file: str) -> CfgNode:
     """Return the config, with two images per process and without loader workers."""
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
@@ -54,29 +58,32 @@ def make_cfg(config_file):
 class PhaseTimer:
     """CPU and wall times of the phases of an iteration, and the bytes that they pass to collectives."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.name = ""
-        self.times = defaultdict(list)
-        self.sent = defaultdict(list)
+        self.times: dict[str, list[list[float]]] = defaultdict(list)
+        self.sent: dict[str, list[int]] = defaultdict(list)
 
     @contextlib.contextmanager
-    def measure(self, name):
+    def measure(self, name: str) -> Iterator[None]:
         self.name = name
         before = (time.process_time(), time.perf_counter())
         yield
         after = (time.process_time(), time.perf_counter())
         self.times[name].append([1000 * (b - a) for a, b in zip(before, after, strict=True)])
 
-    def count_bucket(self, state, bucket):
+    def count_bucket(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Count the bytes of a DDP bucket, as a communication hook."""
         self.sent[self.name].append(bucket.buffer().nbytes)
+        assert dist.group.WORLD is not None
         return allreduce_hook(dist.group.WORLD, bucket)
 
-    def count_all_reduce(self, tensor, *args, all_reduce=dist.all_reduce, **kwargs):
+    def count_all_reduce(
+        self, tensor: Tensor, *args: Any, all_reduce: Callable[..., Any] = dist.all_reduce, **kwargs: Any
+    ) -> Any:
         self.sent[self.name].append(tensor.nbytes)
         return all_reduce(tensor, *args, **kwargs)
 
-    def summarize(self):
+    def summarize(self) -> dict[str, list[float]]:
         """Return {phase: [CPU ms, wall ms, calls, bytes]}; times are medians, without the last iteration."""
         summary = {}
         for name, times in self.times.items():
@@ -85,7 +92,13 @@ class PhaseTimer:
         return summary
 
 
-def iterate(model, optimizer, samples, stop, phase):
+def iterate(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: list[dict[str, Any]],
+    stop: StopSignal,
+    phase: Callable[[str], contextlib.AbstractContextManager],
+) -> None:
     """Run an iteration as in plain_train_net.py, each phase within `phase(name)`."""
     with phase("stop agreement"):
         stop.requested_on_any_rank()
@@ -105,7 +118,7 @@ def iterate(model, optimizer, samples, stop, phase):
         comm.synchronize()
 
 
-def work(args):
+def work(args: argparse.Namespace) -> None:
     """Measure in one process, and write the numbers to its own file."""
     torch.set_num_threads(1)
     cfg = make_cfg(args.config_file)
@@ -117,14 +130,14 @@ def work(args):
     timer = PhaseTimer()
     for i in range(_WARM_UP + args.iterations):
         iterate(model, optimizer, batches[i % 4], stop, timer.measure)
-    if comm.get_world_size() > 1:
+    if isinstance(model, DistributedDataParallel):
         model.register_comm_hook(None, timer.count_bucket)
     with mock.patch.object(dist, "all_reduce", timer.count_all_reduce):
         iterate(model, optimizer, batches[0], stop, timer.measure)
     Path(args.folder, f"{comm.get_rank()}.json").write_text(json.dumps(timer.summarize()))
 
 
-def main():
+def main() -> None:
     """Measure each number of processes and report."""
     parser = argparse.ArgumentParser("scaling", description=__doc__)
     parser.add_argument("--config-file", default=str(CONFIG))

@@ -9,11 +9,14 @@ of the system and of plaintrain.
 """
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 
 from shared.measure import (
+    Table,
     in_turns,
     installed,
     make_rows,
@@ -34,7 +37,7 @@ THEIRS = "as Detectron2's"
 OURS = "plaintrain"
 
 
-def make_coco(root, num_images=20):
+def make_coco(root: str, num_images: int = 20) -> None:
     """Write a COCO file and synthetic images below `root`, with COCO's paths."""
     # These import torch.
     from shared.images import write_images
@@ -50,7 +53,7 @@ def make_coco(root, num_images=20):
     )
 
 
-def plaintrain_options(args, folder):
+def plaintrain_options(args: argparse.Namespace, folder: str) -> list[str]:
     """Return the options of plain_train_net.py; it logs every iteration."""
     config = os.path.join(_ROOT, "configs/COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     keys = {
@@ -62,8 +65,10 @@ def plaintrain_options(args, folder):
     return ["--config-file", config, *(str(item) for pair in keys.items() for item in pair)]
 
 
-def make_variants(args, root, folder):
-    """Return two dicts, {name: function that measures --help} and the same for the first iteration."""
+def make_variants(
+    args: argparse.Namespace, root: str, folder: str
+) -> list[dict[str, Callable[[], tuple[float, float]]]]:
+    """Return the functions that measure --help, and those for the first iteration, by name."""
     sizes = ["--size", args.size, "--batch", args.batch, "--depth", args.depth]
     files = [os.path.join(root, _JSON), os.path.join(root, _IMAGES), *map(str, sizes)]
     ours = [sys.executable, os.path.join(_ROOT, "scripts", "plain_train_net.py")]
@@ -71,17 +76,19 @@ def make_variants(args, root, folder):
     marks = {"detectron2": "iter: 0", "mmdet": "Epoch(train)"}
     others |= {name: (name, marks[name]) for name in installed(*marks)}
     # Each run needs a new OUTPUT_DIR.
-    helps = {OURS: lambda: run_fresh([*ours, "--help"])}
-    starts = {OURS: lambda: run_fresh([*ours, *plaintrain_options(args, folder)], "iter: 0")}
+    helps: dict[str, Callable[[], tuple[float, float]]] = {OURS: lambda: run_fresh([*ours, "--help"])}
+    starts: dict[str, Callable[[], tuple[float, float]]] = {
+        OURS: lambda: run_fresh([*ours, *plaintrain_options(args, folder)], "iter: 0")
+    }
     for name, (stem, mark) in others.items():
         command = [sys.executable, "-m", f"baselines.run_{stem}"]
-        helps[name] = lambda c=command: run_fresh([*c, "--help"])
-        starts[name] = lambda c=command, m=mark: run_fresh([*c, *files], m)
+        helps[name] = functools.partial(run_fresh, [*command, "--help"])
+        starts[name] = functools.partial(run_fresh, [*command, *files], mark)
     # The baseline comes first.
-    return tuple({name: variants[name] for name in (THEIRS, *variants)} for variants in (helps, starts))
+    return [{name: variants[name] for name in (THEIRS, *variants)} for variants in (helps, starts)]
 
 
-def main():
+def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser("startup", description=__doc__)
     parser.add_argument("--size", type=positive, default=160, help="shorter side of the images, pixels")
@@ -91,7 +98,7 @@ def main():
     args = parse_args(parser, repeats=5, quick={"size": 64, "batch": 1, "depth": 18})
     path = os.pathsep.join(filter(None, [_HERE, os.environ.get("PYTHONPATH")]))
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    tables = {}
+    tables: dict[str, Table] = {}
     targets = []
     with tempfile.TemporaryDirectory() as folder:
         root = os.path.abspath(os.environ.get("PLAINTRAIN_DATASETS", "datasets"))

@@ -18,11 +18,15 @@ import functools
 import importlib
 import itertools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from baselines import references
 from shared.measure import (
+    Results,
+    Table,
     cpu_has_bfloat16,
     in_turns,
     installed,
@@ -37,28 +41,33 @@ from shared.measure import (
 )
 from shared.steps import make_training_steps
 from shared.syncs import count_syncs, training_step
+from torch import nn
 
-from plaintrain.config import get_cfg
+from plaintrain.config import CfgNode, get_cfg
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.modeling import build_model
 
+# One image with its target.
+Sample = dict[str, Any]
+# (function that trains a step on each batch, model).
+Steps = tuple[Callable[[], None], nn.Module]
 _CLASSES = 80
 _DIVISOR = 32
 REFERENCES = "torchvision's loop, fp32"
-_BF16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"]
+_BF16: list[Any] = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"]
 # {variant of plaintrain: config overrides}, on any device and on GPUs only.
-ROWS = {
+ROWS: dict[str, list[Any]] = {
     "plaintrain, fp32": ["FLOAT32_PRECISION", "highest"],
     "plaintrain, bf16, channels_last": [*_BF16, "MODEL.CHANNELS_LAST", True],
 }
-GPU_ROWS = {
+GPU_ROWS: dict[str, list[Any]] = {
     "plaintrain, tf32": ["FLOAT32_PRECISION", "high"],
     "plaintrain, bf16": _BF16,
     "plaintrain, bf16, channels_last, compiled": [*_BF16, "MODEL.CHANNELS_LAST", True, "MODEL.COMPILE", True],
 }
 
 
-def make_sample(height, width, seed):
+def make_sample(height: int, width: int, seed: int) -> Sample:
     """Return a noise image with 7 boxes, whose relative sides are log-uniform from 1/16 to 1/2."""
     rng = np.random.default_rng(seed)
     sides = np.exp(rng.uniform(np.log(1 / 16), np.log(1 / 2), (7, 2)))
@@ -69,7 +78,7 @@ def make_sample(height, width, seed):
     return {"image": image, "target": target, "image_id": seed, "height": height, "width": width}
 
 
-def make_cfg(args, options=()):
+def make_cfg(args: argparse.Namespace, options: Sequence[Any] = ()) -> CfgNode:
     """Return the config; with learning rate 0, so that every step has the same weights."""
     cfg = get_cfg()
     cfg.merge_from_list(["MODEL.DEVICE", args.device, "MODEL.RESNETS.DEPTH", args.depth])
@@ -78,7 +87,7 @@ def make_cfg(args, options=()):
     return cfg
 
 
-def scale_norms(model, ending):
+def scale_norms(model: nn.Module, ending: str) -> nn.Module:
     """Scale the last norm of each block, so that activations of untrained weights do not explode."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if name.endswith(ending):
@@ -86,7 +95,9 @@ def scale_norms(model, ending):
     return model.train()
 
 
-def plaintrain_steps(args, batches, options=()):
+def plaintrain_steps(
+    args: argparse.Namespace, batches: list[list[Sample]], options: Sequence[Any] = ()
+) -> Steps:
     """Return (function that trains a step on each batch, model)."""
     cfg = make_cfg(args, options)
     if args.device != "cpu":
@@ -102,13 +113,13 @@ def plaintrain_steps(args, batches, options=()):
     return steps, scale_norms(model, "bn3.weight")
 
 
-def use_float32(precision):
+def use_float32(precision: str) -> None:
     """Set the precision as FLOAT32_PRECISION does."""
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
-def device_seconds(steps):
+def device_seconds(steps: Callable[[], object]) -> float:
     """Return the seconds between two CUDA events around a call."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -118,7 +129,7 @@ def device_seconds(steps):
     return start.elapsed_time(end) / 1e3
 
 
-def peak_memory(steps, model):
+def peak_memory(steps: Callable[[], object], model: nn.Module) -> float:
     """Return the peak MB of a call, including the model's weights, gradients and momentum."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -129,8 +140,10 @@ def peak_memory(steps, model):
     return (allocated + weights + 2 * trained) / 2**20
 
 
-def measure_rows(args, variants, images, repeats, warm_up=True):
-    """Return a table of ms per image of {name: (function, model)}; a call processes `images` images."""
+def measure_rows(
+    args: argparse.Namespace, variants: dict[str, Steps], images: int, repeats: int, warm_up: bool = True
+) -> Table:
+    """Return the ms per image of each variant; a call processes `images` images."""
     clock = timed if args.device == "cpu" else lambda steps: functools.partial(device_seconds, steps)
     times = in_turns({name: clock(steps) for name, (steps, _) in variants.items()}, repeats, warm_up)
     table = make_rows(times, 1e3 / images)
@@ -141,9 +154,10 @@ def measure_rows(args, variants, images, repeats, warm_up=True):
     return table
 
 
-def measure_same(args, batch):
-    """Return (tables, targets) of all variants on the same batch."""
-    samples = [make_sample(*args.size, seed) for seed in range(batch)]
+def measure_same(args: argparse.Namespace, batch: int) -> Results:
+    """Measure all variants on the same batch."""
+    height, width = args.size
+    samples = [make_sample(height, width, seed) for seed in range(batch)]
     cpu = args.device == "cpu"
     batches = [samples] * (1 if cpu else 10)
     options = ROWS if cpu else ROWS | GPU_ROWS
@@ -164,12 +178,13 @@ def measure_same(args, batch):
         for name, least in zip(ROWS, (1.1, 1.9), strict=True)
         if name in table
     ]
-    height, width = args.size
     problem = f"batch {batch}, {height}x{width}, {args.rois} RoIs an image, R{args.depth}-FPN, {args.device}"
     return {f"a step, {problem}: ms per image": table}, wanted
 
 
-def make_coco_batches(args, num_batches, batch, grouped):
+def make_coco_batches(
+    args: argparse.Namespace, num_batches: int, batch: int, grouped: bool
+) -> tuple[list[list[Sample]], float]:
     """Return (representative batches of an epoch, fraction of padding of the epoch)."""
     widths, heights = read_sizes(8000)
     keys = {"groups": widths / heights, "window": get_cfg().DATALOADER.GROUP_WINDOW} if grouped else {}
@@ -182,11 +197,11 @@ def make_coco_batches(args, num_batches, batch, grouped):
     order = np.argsort(areas)
     chosen = [order[int((i + 0.5) / num_batches * len(order))] for i in range(num_batches)]
     padding = 1 - sum(sizes[b].prod(1).sum() for b in images) / sum(areas)
-    return [[make_sample(*sizes[i].tolist(), seed=i) for i in images[n]] for n in chosen], padding
+    return [[make_sample(int(sizes[i, 0]), int(sizes[i, 1]), i) for i in images[n]] for n in chosen], padding
 
 
-def measure_coco(args, batch):
-    """Return (tables, targets) of an epoch over images of COCO's sizes, fp32."""
+def measure_coco(args: argparse.Namespace, batch: int) -> Results:
+    """Measure an epoch over images of COCO's sizes, fp32."""
     names = (f"{REFERENCES}, random batches", "plaintrain, fp32, batches of like shape")
     theirs, more = make_coco_batches(args, args.batches, batch, grouped=False)
     ours, less = make_coco_batches(args, args.batches, batch, grouped=True)
@@ -200,8 +215,8 @@ def measure_coco(args, batch):
     return {title: table}, [wanted]
 
 
-def count_all_syncs(args):
-    """Return (tables, targets) of the device syncs in forward and backward."""
+def count_all_syncs(args: argparse.Namespace) -> Results:
+    """Count the device syncs in forward and backward."""
     args = argparse.Namespace(**{**vars(args), "device": "cpu"})
     own = build_model(make_cfg(args)).train()
     theirs = references.build_model(args, own.state_dict())
@@ -222,7 +237,7 @@ def count_all_syncs(args):
     return {"syncs in forward and backward": table}, targets
 
 
-def main():
+def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser("step", description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

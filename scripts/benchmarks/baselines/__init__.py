@@ -3,7 +3,7 @@
 import argparse
 
 
-def parse_start_args():
+def parse_start_args() -> argparse.Namespace:
     """Parse the command line of a start-up run: COCO file, image folder and sizes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("json")

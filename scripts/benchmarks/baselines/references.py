@@ -1,13 +1,17 @@
 """torchvision's Faster R-CNN in a loop modelled on its detection references."""
 
+import argparse
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 
-def build_model(args, state):
+def build_model(args: argparse.Namespace, state: dict[str, Tensor]) -> FasterRCNN:
     """Build the model as fasterrcnn_resnet50_fpn does for ImageNet weights."""
     backbone = resnet_fpn_backbone(backbone_name=f"resnet{args.depth}", weights=None, trainable_layers=3)
     # As in plaintrain: its number of proposals, and no resizing.
@@ -17,13 +21,15 @@ def build_model(args, state):
     return model.to(args.device).train()
 
 
-def make_inputs(samples):
+def make_inputs(samples: list[dict[str, Any]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Return (images, targets) as in torchvision's references."""
     images = [sample["image"].float() / 255 for sample in samples]
     return images, [{**s["target"], "labels": s["target"]["labels"] + 1} for s in samples]
 
 
-def make_steps(args, batches, state):
+def make_steps(
+    args: argparse.Namespace, batches: list[list[dict[str, Any]]], state: dict[str, Tensor]
+) -> tuple[Callable[[], None], nn.Module]:
     """Return (function that trains a step on each batch, model)."""
     model = build_model(args, state)
     device = args.device
@@ -32,10 +38,10 @@ def make_steps(args, batches, state):
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3)
     # Repeated batches share their tensors.
     inputs = {id(samples): make_inputs(samples) for samples in batches}
-    batches = [inputs[id(samples)] for samples in batches]
+    pairs = [inputs[id(samples)] for samples in batches]
 
     def steps():
-        for images, targets in batches:
+        for images, targets in pairs:
             images = [image.to(device) for image in images]
             targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
             losses = model(images, targets)

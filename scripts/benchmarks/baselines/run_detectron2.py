@@ -1,7 +1,10 @@
 """Detectron2's model, storage and writers; as a script, its start-up."""
 
+import argparse
 import os
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from detectron2 import model_zoo
@@ -12,6 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm, events
+from torch import nn
 
 from baselines import parse_start_args
 
@@ -19,7 +23,9 @@ from baselines import parse_start_args
 LAST_NORM = "conv3.norm.weight"
 
 
-def run_loop(make, batches, folder, period):
+def run_loop(
+    make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]], batches: Any, folder: str, period: int
+) -> None:
     """Run the loop of Detectron2's plain_train_net.py with its storage and writers."""
     model, optimizer = make()
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0)
@@ -55,7 +61,9 @@ def _make_cfg(device, depth):
     return cfg
 
 
-def make_steps(args, batches):
+def make_steps(
+    args: argparse.Namespace, batches: list[list[dict[str, Any]]]
+) -> tuple[Callable[[], None], nn.Module]:
     """Return (function that trains a step on each batch, model)."""
     cfg = _make_cfg(args.device, args.depth)
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = args.rois
@@ -68,10 +76,10 @@ def make_steps(args, batches):
         instances.gt_classes = sample["target"]["labels"]
         return {"image": sample["image"].flip(0), "instances": instances}
 
-    batches = [[convert(sample) for sample in batch] for batch in batches]
+    converted = [[convert(sample) for sample in batch] for batch in batches]
 
     def steps():
-        for inputs in batches:
+        for inputs in converted:
             losses = model(inputs)
             total = sum(losses.values())
             assert torch.isfinite(total).all()
@@ -84,7 +92,7 @@ def make_steps(args, batches):
     return steps, model
 
 
-def main():
+def main() -> None:
     """Train the first iteration."""
     args = parse_start_args()
     torch.set_num_threads(1)

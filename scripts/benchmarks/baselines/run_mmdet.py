@@ -1,7 +1,10 @@
 """MMDetection's training step and MMEngine's runner; as a script, their start-up."""
 
+import argparse
 import os
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from mmengine.hub import get_config
@@ -9,6 +12,7 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
+from torch import nn
 
 from baselines import parse_start_args
 
@@ -19,15 +23,17 @@ LAST_NORM = "bn3.weight"
 class OnBatch(BaseModel):
     """Model with the interface of MMEngine."""
 
-    def __init__(self, inner):
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
-    def forward(self, data, mode):
+    def forward(self, data: Any, mode: str) -> Any:
         return self.inner(data)
 
 
-def run_loop(make, batches, folder, period):
+def run_loop(
+    make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]], batches: Any, folder: str, period: int
+) -> None:
     """Run MMEngine's runner with its default hooks, without checkpoints."""
     inner, optimizer = make()
     batches.data = {"data": batches.data}
@@ -52,7 +58,9 @@ def _make_cfg():
     return cfg
 
 
-def make_steps(args, batches):
+def make_steps(
+    args: argparse.Namespace, batches: list[list[dict[str, Any]]]
+) -> tuple[Callable[[], None], nn.Module]:
     """Return (function that trains a step on each batch, model)."""
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
@@ -72,17 +80,17 @@ def make_steps(args, batches):
         data_sample.gt_instances = InstanceData(bboxes=target["boxes"], labels=target["labels"])
         return sample["image"].flip(0), data_sample
 
-    batches = [[convert(sample) for sample in batch] for batch in batches]
+    converted = [[convert(sample) for sample in batch] for batch in batches]
 
     def steps():
-        for pairs in batches:
+        for pairs in converted:
             images, data_samples = zip(*pairs, strict=True)
             model.train_step({"inputs": list(images), "data_samples": list(data_samples)}, optimizer)
 
     return steps, model
 
 
-def main():
+def main() -> None:
     """Train the first iteration of R50-FPN."""
     args = parse_start_args()
     torch.set_num_threads(1)

@@ -6,6 +6,7 @@ iteration.
 
 import collections
 import pickle
+from typing import Any
 
 import numpy as np
 import pycocotools.cocoeval  # noqa: F401
@@ -24,7 +25,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from baselines import parse_start_args
 
 
-def read_records(path, root):
+def read_records(path: str, root: str) -> tuple[np.ndarray, np.ndarray, int]:
     """Return (serialized records, the end of each, number of classes) of a COCO file."""
     coco = COCO(path)
     labels = {id_: i for i, id_ in enumerate(sorted(coco.getCatIds()))}
@@ -43,7 +44,7 @@ def read_records(path, root):
     return np.concatenate(serialized), np.cumsum([len(data) for data in serialized]), len(labels)
 
 
-def load(record, size):
+def load(record: dict[str, Any], size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return (image, target) for torchvision's model, with the shorter side resized."""
     image = Image.open(record["file_name"]).convert("RGB")
     scale = size / min(image.size)
@@ -56,7 +57,7 @@ def load(record, size):
     return pixels, {"boxes": boxes, "labels": labels}
 
 
-def main():
+def main() -> None:
     """Train the first iteration."""
     args = parse_start_args()
     torch.set_num_threads(1)
@@ -69,7 +70,7 @@ def main():
     optimizer = torch.optim.SGD(parameters, lr=1e-5, momentum=0.9, weight_decay=1e-4)
     batch = []
     for i in np.random.default_rng(1).permutation(len(ends))[: args.batch]:
-        record = pickle.loads(data[ends[i - 1] if i else 0 : ends[i]])  # noqa: S301 - made above
+        record = pickle.loads(data[ends[i - 1] if i else 0 : ends[i]].data)  # noqa: S301 - made above
         batch.append(load(record, args.size))
     losses = model(*zip(*batch, strict=True))
     optimizer.zero_grad()

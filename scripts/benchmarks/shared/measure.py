@@ -17,17 +17,24 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from plaintrain.utils.errors import UserError
 
+# {row: {column: value}}.
+Table = dict[str, dict[str, Any]]
+# ({title: table}, targets).
+Results = tuple[dict[str, Table], list[dict[str, Any]]]
+_T = TypeVar("_T")
 _PACKAGES = "torch torchvision numpy pillow pycocotools faster-coco-eval hotcoco detectron2 mmengine mmdet"
 
 
-def positive(text):
+def positive(text: str) -> int:
     """Convert an option to an integer above 0."""
     try:
         value = int(text)
@@ -38,7 +45,7 @@ def positive(text):
     return value
 
 
-def output_file(text):
+def output_file(text: str) -> str:
     """Check that a file is writable, before the measurement; creates its folder."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(text)), exist_ok=True)
@@ -48,7 +55,9 @@ def output_file(text):
     return text
 
 
-def parse_args(parser, repeats, quick):
+def parse_args(
+    parser: argparse.ArgumentParser, repeats: int | None, quick: dict[str, Any]
+) -> argparse.Namespace:
     """Parse the command line, with the options that all benchmarks have.
 
     Args:
@@ -57,7 +66,7 @@ def parse_args(parser, repeats, quick):
         quick: {option: default with --quick}.
 
     Returns:
-        Namespace; also has `load`, of the machine, and `command`.
+        Also has `load`, of the machine, and `command`.
     """
     command = " ".join(["python scripts/benchmark.py", parser.prog, *sys.argv[1:]])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -74,7 +83,7 @@ def parse_args(parser, repeats, quick):
     return args
 
 
-def run(main):
+def run(main: Callable[[], object]) -> None:
     """Call the `main` of a benchmark; a wrong device, file or folder is an error without a traceback."""
     try:
         main()
@@ -82,10 +91,12 @@ def run(main):
         sys.exit(f"error: {e}")
 
 
-def run_parts(args, measurements):
-    """Measure and report `args.parts`, with {name: function (args) -> (tables, targets)}."""
-    tables = {}
-    targets = []
+def run_parts(
+    args: argparse.Namespace, measurements: Mapping[str, Callable[[argparse.Namespace], Results]]
+) -> None:
+    """Measure and report `args.parts`."""
+    tables: dict[str, Table] = {}
+    targets: list[dict[str, Any]] = []
     for name in args.parts:
         new_tables, new_targets = measurements[name](args)
         tables |= new_tables
@@ -93,7 +104,7 @@ def run_parts(args, measurements):
     report(args, tables, targets)
 
 
-def installed(*names):
+def installed(*names: str) -> list[str]:
     """Return the packages that are installed; prints the others as not measured."""
     missing = [name for name in names if not importlib.util.find_spec(name)]
     if missing:
@@ -101,7 +112,9 @@ def installed(*names):
     return [name for name in names if name not in missing]
 
 
-def timed(function, clock=time.process_time):
+def timed(
+    function: Callable[[], object], clock: Callable[[], float] = time.process_time
+) -> Callable[[], float]:
     """Wrap a function to return its seconds, with garbage collection before."""
 
     def seconds():
@@ -113,7 +126,9 @@ def timed(function, clock=time.process_time):
     return seconds
 
 
-def in_turns(functions, repeats, warm_up=True):
+def in_turns(
+    functions: Mapping[str, Callable[[], _T]], repeats: int, warm_up: bool = True
+) -> dict[str, list[_T]]:
     """Measure variants in interleaved rounds, so that other load affects all alike.
 
     Args:
@@ -124,7 +139,7 @@ def in_turns(functions, repeats, warm_up=True):
     Returns:
         {name: [measurement of each round]}.
     """
-    values = {name: [] for name in functions}
+    values: dict[str, list[_T]] = {name: [] for name in functions}
     # Existing objects must not slow down garbage collections.
     gc.collect()
     gc.freeze()
@@ -137,7 +152,7 @@ def in_turns(functions, repeats, warm_up=True):
     return values
 
 
-def run_fresh(command, until=None):
+def run_fresh(command: Sequence[str], until: str | None = None) -> tuple[float, float]:
     """Run a command in a new process and return its (CPU, wall) seconds.
 
     Args:
@@ -150,10 +165,10 @@ def run_fresh(command, until=None):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     seen = False
-    lines = []
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    lines: list[str] = []
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, **pipes) as process:
-        for line in process.stdout:
+        for line in process.stdout or ():
             lines = [*lines[-20:], line]
             if until and until in line:
                 seen = True
@@ -166,7 +181,7 @@ def run_fresh(command, until=None):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
 
 
-def read_sizes(num_images):
+def read_sizes(num_images: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (widths, heights), each `[num_images]`, with the distribution of COCO's image sizes."""
     path = Path(__file__).parent.parent / "coco_sizes.json"
     widths, heights, fractions = np.array(json.loads(path.read_text())["sizes"]).T
@@ -174,19 +189,19 @@ def read_sizes(num_images):
     return np.repeat(widths, counts), np.repeat(heights, counts)
 
 
-def fresh(function, *args):
+def fresh(function: Callable[..., _T], *args: Any) -> _T:
     """Call a function in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
-def read_memory(pid, field):
+def read_memory(pid: int | None, field: str) -> float:
     """Return the MB of the smaps_rollup lines that begin with `field`: "Pss:" or "Private_" (Linux)."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
     return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(field)) / 1024
 
 
-def make_rows(values, scale=1.0):
+def make_rows(values: dict[str, list[float]], scale: float = 1.0) -> Table:
     """Return median, spread and ratio of the measurements of `in_turns`.
 
     Args:
@@ -198,7 +213,7 @@ def make_rows(values, scale=1.0):
         the baseline divided by the value.
     """
     baseline = next(iter(values.values()))
-    table = {}
+    table: Table = {}
     for name, numbers in values.items():
         quotients = [b / v for b, v in zip(baseline, numbers, strict=True)]
         numbers = [value * scale for value in numbers]
@@ -215,8 +230,8 @@ def _format_cell(value):
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
 
 
-def print_table(title, table):
-    """Print {name: {column: value}} as a Markdown table, without columns of lists."""
+def print_table(title: str, table: Table) -> None:
+    """Print as a Markdown table, without columns of lists."""
     columns = dict.fromkeys(
         key for row in table.values() for key, value in row.items() if not isinstance(value, list)
     )
@@ -230,12 +245,12 @@ def print_table(title, table):
     print()
 
 
-def target(name, wanted, measured, at_most=False):
+def target(name: str, wanted: float, measured: float, at_most: bool = False) -> dict[str, Any]:
     """Compare a number with its target, a minimum or a maximum."""
     measured = float(measured)
     met = measured <= wanted if at_most else measured >= wanted
-    wanted = f"{'<=' if at_most else '>='} {wanted}"
-    return {"what": name, "wanted": wanted, "measured": measured, "met": met}
+    bound = f"{'<=' if at_most else '>='} {wanted}"
+    return {"what": name, "wanted": bound, "measured": measured, "met": met}
 
 
 def _cpu_facts(*keys):
@@ -246,7 +261,7 @@ def _cpu_facts(*keys):
     return {}
 
 
-def cpu_has_bfloat16():
+def cpu_has_bfloat16() -> bool:
     """Return whether the processor has bfloat16 arithmetic; without it, emulation is far slower."""
     flags = " ".join(_cpu_facts("flags", "Features").values()).split()
     has = not flags or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
@@ -255,7 +270,7 @@ def cpu_has_bfloat16():
     return has
 
 
-def describe_machine():
+def describe_machine() -> dict[str, Any]:
     """Return processor, cores, GPU and the versions of the installed packages."""
     cpu = _cpu_facts("model name").get("model name") or platform.processor()
     torch = sys.modules.get("torch")
@@ -267,14 +282,8 @@ def describe_machine():
     return facts
 
 
-def report(args, tables, targets):
-    """Print tables and targets, and write them to `args.output` with machine, command and load.
-
-    Args:
-        args: of `parse_args`.
-        tables: {title: {name: {column: value}}}.
-        targets: list of `target`.
-    """
+def report(args: argparse.Namespace, tables: dict[str, Table], targets: list[dict[str, Any]]) -> None:
+    """Print tables, by title, and targets, and write them to `args.output` with machine, command and load."""
     for title, table in tables.items():
         print_table(title, table)
     if targets:

@@ -1,9 +1,12 @@
 """Count on the CPU the device syncs that a training step would have on a GPU."""
 
 import collections
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import boxes as box_ops
@@ -27,13 +30,13 @@ class SyncCounter(TorchDispatchMode):
     """Counter of sync points, active within the context.
 
     Attributes:
-        counts: Counter by operator, backward included; `lift_fresh` counts uploads (tensors made of Python
+        counts: calls by operator, backward included; `lift_fresh` counts uploads (tensors made of Python
             numbers) and `nms` torchvision's NMS.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.counts = collections.Counter()
+        self.counts: collections.Counter[str] = collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split("::")[1].split(".")[0]
@@ -59,7 +62,7 @@ class _CopyCounter(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_syncs(step):
+def count_syncs(step: Callable[[], object]) -> dict[str, Any]:
     """Call `step` and return its counts: `syncs`, `uploads`, `nms` and `by kind`, a Counter.
 
     NMS and RoIAlign take the code path of a GPU; a call of NMS counts once, without the syncs inside it.
@@ -75,7 +78,10 @@ def count_syncs(step):
         counter.counts["nms"] += 1
         return keep
 
-    paths = {"_batched_nms_vanilla": batched_nms, "_batched_nms_coordinate_trick": batched_nms}
+    paths: dict[str, Any] = {
+        "_batched_nms_vanilla": batched_nms,
+        "_batched_nms_coordinate_trick": batched_nms,
+    }
     gpu = mock.patch.object(poolers, "_uses_embedding_bag", return_value=False)
     with mock.patch.multiple(box_ops, **paths), gpu, counter, _CopyCounter(counter.counts):
         step()
@@ -89,7 +95,7 @@ def count_syncs(step):
     }
 
 
-def training_step(model, *inputs):
+def training_step(model: nn.Module, *inputs: Any) -> Callable[[], None]:
     """Return a function that runs forward and backward."""
 
     def step():
