@@ -48,6 +48,7 @@ def _run_pytest(options, output, cwd):
     os.chdir(cwd)
     sys.path[:0] = [str(cwd)]
     os.environ |= {"PYTHONPATH": str(cwd), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ.pop("CI", None)  # There, pytest compares long values in full, for minutes.
     sys.dont_write_bytecode = True
     code = pytest.main(options)
     sys.stdout.flush()
@@ -104,6 +105,7 @@ def try_defect(copy, mutation, tests, options):
             with contextlib.suppress(ProcessLookupError):  # It ended at this moment.
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
+            print(f"{title_of(mutation):72} no end in {options.seconds:.0f} s", flush=True)
             return ""
     finally:
         file.write_text(text, encoding="utf-8")
