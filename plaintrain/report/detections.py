@@ -174,7 +174,7 @@ def build_groups(dataset: str, analyses: Analyses) -> dict[str, list]:
     """Return recall by the size, shape and neighbors of the objects."""
     figures = []
     tables = []
-    for key, (title, description) in GROUPS.items():
+    for key, (title, description, _) in GROUPS.items():
         all_bins = zip(*(a["breakdown"][key] for _, a in analyses), strict=True)
         bins = [per_run for per_run in all_bins if any(b["objects"] for b in per_run)]
         if not bins:
