@@ -116,8 +116,8 @@ def scale_annotation(
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         mask = Image.fromarray(coco_mask.decode(encode_segmentation(segmentation, *old)))
-        mask = np.asarray(mask.resize(new[::-1], Image.Resampling.NEAREST))
-        annotation["segmentation"] = coco_mask.encode(np.asfortranarray(mask))
+        scaled = mask.resize(new[::-1], Image.Resampling.NEAREST)
+        annotation["segmentation"] = coco_mask.encode(np.asfortranarray(scaled))
     elif segmentation:
         annotation["segmentation"] = [_multiply(polygon, (x, y)) for polygon in segmentation]
     return annotation
