@@ -112,21 +112,21 @@ def _download(url, path, sha256_prefix):
         file = os.path.join(folder, os.path.basename(path))
         with urlopen(request, timeout=_TIMEOUT) as response, open(file, "w+b") as f:
             size = response.length
-            logger.info(f"downloading {url} to {path} ({'unknown' if size is None else f'{size:,}'} bytes)")
+            content_type = response.headers.get("Content-Type", "unknown type")
+            content = f"{content_type}, {'unknown' if size is None else size} bytes"
+            logger.info(f"downloading {url} to {path} ({content})")
             chunks = iter(lambda: response.read(2**20), b"")
-            f.writelines(build_progress_bar(chunks, desc="MiB", total=size and -(-size // 2**20)))
-            received = f.tell()
+            f.writelines(build_progress_bar(chunks, desc="MiB", total=size and size // 2**20 + 1))
+            if size not in (None, f.tell()):
+                raise OSError(f"the connection ended after {f.tell()} of {size} bytes")
             f.seek(0)
             digest = hashlib.file_digest(f, "sha256").hexdigest()
-        if size is not None and received != size:
-            raise OSError(f"the connection ended after {received:,} of {size:,} bytes")
         if not digest.startswith(sha256_prefix):
             raise OSError(f"the SHA-256 must begin with {sha256_prefix}, got {digest}")
         try:
             read_state_dict(file)
         except UserError as e:
-            content = f"{received:,} bytes of {response.headers.get('Content-Type', 'unknown type')}"
-            raise OSError(f"{content} are no weights: {get_first_line(e.__cause__ or e)}") from e
+            raise OSError(f"the file ({content}) holds no weights: {get_first_line(e.__cause__ or e)}") from e
         os.replace(file, path)
 
 
