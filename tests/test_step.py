@@ -91,15 +91,6 @@ def test_match_is_torchvisions_matcher(matcher, candidates, pairs):
     assert matched.any(dim=1).tolist()[:3] == [True, False, True]
 
 
-def test_pad_targets_pads_to_the_largest_number_and_to_at_least_one():
-    targets = [{"boxes": random_boxes(n), "labels": torch.arange(n)} for n in (2, 0, 3)]
-    boxes, labels = pad_targets(targets)
-    assert labels.tolist() == [[0, 1, -1], [-1, -1, -1], [0, 1, 2]]
-    assert boxes[2].equal(targets[2]["boxes"]) and boxes[0, :2].equal(targets[0]["boxes"])
-    boxes, labels = pad_targets(targets[1:2])
-    assert boxes.shape == (1, 1, 4) and labels.tolist() == [[-1]]
-
-
 @pytest.mark.parametrize(
     ("positives", "negatives", "expected"),
     [(100, 300, (20, 60)), (5, 300, (5, 75)), (0, 300, (0, 80)), (100, 30, (20, 30)), (3, 2, (3, 2))],
