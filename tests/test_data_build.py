@@ -17,7 +17,6 @@ from plaintrain.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
-    build_detection_val_loader,
     dataset_mapper,
     get_detection_dataset_dicts,
     images,
@@ -254,8 +253,7 @@ def test_missing_unknown_and_empty_datasets_are_rejected(make_dataset, train):
     rejected(*words, by=lambda: build_detection_train_loader(train))
     rejected(*words, by=lambda: build_detection_test_loader(train, "cells"))
     make_dataset("others", num=1)[0]["file_name"] = "no/such/folder/0.png"
-    with pytest.raises(UserError, match=r"does not exist: no/such/folder/0\.png$"):
-        build_detection_test_loader(train, "others")
+    rejected("does not exist: no/such/folder/0.png", by=lambda: build_detection_test_loader(train, "others"))
 
 
 def test_images_without_annotations_are_skipped_unless_asked_for(records, train, log):
@@ -291,13 +289,8 @@ def test_test_loader_gives_each_image_once_each_time_and_the_views_with_threads(
     assert seen[0] == seen[1]
 
 
-def test_test_loader_covers_the_images_of_all_ranks_and_val_loader_adds_targets(records, train, as_rank):
+def test_test_loader_covers_the_images_of_all_ranks(records, train, as_rank):
     train.TEST.IMS_PER_BATCH = 3
-    expected = itertools.chain(*build_detection_test_loader(train, "cells"))
-    samples = itertools.chain(*build_detection_val_loader(train, "cells"))
-    for sample, test_sample in zip(samples, expected, strict=True):
-        assert torch.equal(sample["image"], test_sample["image"])
-        assert sample["target"]["boxes"].tolist() == [[1, 2, 4 + sample["image_id"], 6]]
     for world_size in (2, 9):
         ids = []
         for rank in range(world_size):

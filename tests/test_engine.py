@@ -293,34 +293,25 @@ def test_eval_only_changes_only_the_log_and_needs_no_schedule_and_no_training_se
     ("overrides", "words"),
     [
         (["DATASETS.TRAIN", "('engine_tiny_trian',)"], ["'engine_tiny_trian'", "engine_tiny_train"]),
-        (["DATASETS.TEST", "('engine_tiny_vla',)"], ["'engine_tiny_vla'", "engine_tiny_val"]),
         (["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], ["DATASETS.TRAIN"]),
         (["DATASETS.DECLARE.engine_tiny_val.FORMAT", "png"], ["DATASETS.DECLARE.engine_tiny_val", "coco"]),
         (["MODEL.WEIGHTS", "/nowhere/weights.pth"], ["MODEL.WEIGHTS", "/nowhere/weights.pth"]),
-        (["MODEL.WEIGHTS", "torchvision://resnet50/IMAGENET1K_V9"], ["MODEL.WEIGHTS", "IMAGENET1K_V2"]),
         (
             ["MODEL.ROI_HEADS.NUM_CLASSES", "80"],
             ["NUM_CLASSES must be 3", "engine_tiny_train (circle, square, triangle), got 80"],
         ),
-        (
-            ["SOLVER.REFERENCE_IMS_PER_BATCH", "8", "SOLVER.IMS_PER_BATCH", "0"],
-            ["SOLVER.IMS_PER_BATCH must be", "got 0"],
-        ),
         (["SOLVER.BY_EPOCH", "True"], ["SOLVER.MAX_EPOCHS must be set if SOLVER.BY_EPOCH"]),
         (["MODEL.BACKBONE.NAME", "build_resnet50"], ["MODEL.BACKBONE.NAME", "build_resnet50"]),
-        (["INPUT.AUGMENTATIONS", "['RandomIoUCorp']"], ["RandomIoUCorp", "RandomIoUCrop"]),
         (["MODEL.DEVICE", "cuda:77"], ["MODEL.DEVICE", "'cuda:77'"]),
         (["DATASETS.TEST", "('odd_type',)"], ["odd_type", "'cityscapes'", "coco", "pascal_voc"]),
         (["DATASETS.TEST", "('odd_file',)"], ["/nowhere/gone.jpg"]),
         (["DATASETS.TEST", "('odd_class',)"], ["engine_tiny_train", "odd_class", "circle", "dog"]),
-        (["DATASETS.TEST", "('odd_order',)"], ["engine_tiny_train", "odd_order"]),
     ],
 )
 def test_setup_errors_name_the_key_and_leave_the_earlier_run_in_place(output, overrides, words):
     register("odd_type", evaluator_type="cityscapes")
     register("odd_file", evaluator_type="coco", file_name="/nowhere/gone.jpg")
     register("odd_class", evaluator_type="coco", classes=("cat", "dog"))
-    register("odd_order", evaluator_type="coco", classes=("square", "circle", "triangle"))
     leave_run(output)
     message = setup_error(output, *overrides)
     assert all(word in message for word in words), message
