@@ -29,10 +29,7 @@ MUTATIONS = {
     "plaintrain/config/config.py": [
         ("if type(old) is not type(value):", "if not isinstance(value, type(old)):"),
         ("if not node.is_new_allowed() or key in vars(node):", "if key in vars(node):"),
-        (
-            'return value\n    raise ConfigError(f"{name} in {source} must be a plain',
-            'return str(value)\n    raise ConfigError(f"{name} in {source} must be a plain',
-        ),
+        ('return value\n    raise ConfigError(f"{name}', 'return str(value)\n    raise ConfigError(f"{name}'),
     ],
     "plaintrain/visualization/curves.py": [("average / total if total", "average if total")],
     "plaintrain/data/cache.py": [("[str(image_root), list(classes or ()), Image", "[str(image_root), Image")],
@@ -539,10 +536,7 @@ PLANTED = {
     },
     "tests/properties/test_transform_properties.py": {
         "plaintrain/data/transforms/copy_paste.py": [
-            (
-                "return tighten_boxes(select_instances(result, keep), touched[keep])",
-                "return select_instances(result, keep)",
-            ),
+            ("tighten_boxes(select_instances(result, keep), touched[keep]", "select_instances(result, keep"),
             ("result = _cover_instances(tensors, cover)", "result = dict(tensors)"),
         ],
         "plaintrain/data/transforms/photometric.py": [
@@ -550,10 +544,7 @@ PLANTED = {
         ],
         "plaintrain/data/transforms/tensors.py": [
             ("(slice(None), list(keypoint_flip_indices))", "slice(None)"),
-            (
-                "    cut = (moved",
-                ('    cropped["boxes"] = tv_tensors.wrap(moved, like=cropped["boxes"])\n    cut = (moved'),
-            ),
+            ("    cut =", '    cropped["boxes"] = tv_tensors.wrap(moved, like=cropped["boxes"])\n    cut ='),
             ("select_instances(clear_outside_keypoints(cropped), keep)", "select_instances(cropped, keep)"),
             ('INSTANCE_KEYS = ("boxes", "labels", "masks"', 'INSTANCE_KEYS = ("boxes", "masks"'),
             ("[0, 0, 1, 1]", "[0, 0, 0, 0]"),
