@@ -74,26 +74,6 @@ def test_losses_and_gradients_are_torchvisions_where_all_are_sampled(name, numbe
     assert_same_losses_and_gradients(model, losses, plain, expected)
 
 
-@pytest.mark.parametrize("score", [0.0, 0.9])
-def test_proposals_in_training_are_torchvisions(score):
-    model, plain = build_pair(spread=0.5)
-    for part in (model.rpn, plain.rpn):
-        part.score_thresh, part._post_nms_top_n["training"] = score, 60
-    samples = make_batch((1, 2, 3))
-    images, _ = model.transform([s["image"] for s in samples])
-    with torch.no_grad():
-        features = model.backbone.eval()(images.tensors)
-        targets = torchvision_inputs(samples, 1)[1]
-        (boxes, scores), _ = model.rpn(images, features, targets)
-        expected, _ = plain.rpn(images, features, targets)
-    exists = scores >= 0
-    assert boxes.shape == (3, 60, 4) and exists.shape == (3, 60)
-    for b, e, theirs in zip(boxes, exists, expected, strict=True):
-        assert len(theirs) > 5 and e.sum() == len(theirs)
-        torch.testing.assert_close(b[e], theirs, rtol=1e-5, atol=1e-4)
-    assert exists.all() == (score == 0)
-
-
 def test_proposals_and_losses_of_a_network_of_proposals_are_those_of_faster_rcnn():
     keys = ("MODEL.RPN.POST_NMS_TOPK_TEST", 60)
     detector, model = build(*TINY, *SMALL_HEAD, *keys), build(*TINY, *PROPOSALS, *keys)
