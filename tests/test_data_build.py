@@ -192,18 +192,6 @@ def test_train_loader_checks_options(records, train, as_rank, options, world_siz
         build_detection_train_loader(train)
 
 
-def test_sampler_of_the_config_is_used_and_weighs_the_records_that_are_left(make_dataset, train):
-    for name in ("cells", "more"):
-        for record in make_dataset(name, num=6)[:2]:
-            record["annotations"] = []
-    train.DATASETS.TRAIN = ("cells", "more")
-    train.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
-    train.DATASETS.TRAIN_REPEAT_FACTOR = [["cells", 0]]
-    names = list(itertools.chain(*_names(_batches(build_detection_train_loader(train), 4))))
-    assert {name.split("/")[-2] for name in names} == {"more"}
-    assert len(set(names)) == 4
-
-
 def _draws(record):
     """A mapper in Detectron2's style: it draws from the global generators."""
     return random.random(), np.random.rand(), torch.rand(1).item()
