@@ -136,7 +136,6 @@ _MISTAKES = {
     "box": ([_GOOD | {"bbox": [1, 2, math.nan, 4]}], r"detection 0 in .* has bbox \[1, 2, nan, 4\]"),
     "negative": ([_GOOD | {"bbox": [9, 2, -3, 4]}], r"has bbox \[9, 2, -3, 4\], whose width or height"),
     "score": ([_GOOD | {"score": math.nan}], r"detection 0 in .*found\.json has the score nan"),
-    "no score": ([{**_GOOD, "score": None}], r"detection 0 in .* has the score None"),
     "some masks": (
         [_GOOD | {"segmentation": _RLE}, _GOOD],
         r"all 2 detections .* have a segmentation, got 1",

@@ -174,8 +174,6 @@ MISTAKES = [
     ("[]", [*COCO], r"nothing to evaluate; give MODEL\.WEIGHTS FILE, --resume .* or --predictions FILE"),
     ("[]", ["DATASETS.TEST", "()", *WEIGHTS], r"DATASETS\.TEST is empty"),
     ("[]", [*FILE, *WEIGHTS, *COCO], r"only one of --predictions and MODEL\.WEIGHTS"),
-    ("[]", ["--resume", *WEIGHTS], r"only one of --resume and MODEL\.WEIGHTS"),
-    ("[]", ["--resume", *FILE, *COCO], r"only one of --predictions and --resume"),
     ("[]", [*FILE, *COCO, "TEST.AUG.ENABLED", "True"], r"must be False with --predictions"),
     ("[]", ["--dry-run", *WEIGHTS], r"--overfit and --dry-run are only for training"),
     ("[]", FILE, r"has 2: test_net_coco, test_net_voc; select one"),

@@ -184,7 +184,6 @@ NOWHERE = "--config-file seen.yaml --class circle --image-id 3 --output none"
         ("data", "shapes_val --grid a.jpg --image-id x", "x: no such image among 200; the first"),
         ("data", NOWHERE, "error: no image of seen_train matches --class and --image-id"),
         ("data", f"{NOWHERE} --source dataloader", "error: no image of seen_train matches --class"),
-        ("results", "run", "there is no display"),
         ("results", "run --iou-threshold 0 --grid a.jpg", "--iou-threshold must be above 0"),
         ("results", "run --task segm --grid a.jpg", "require masks in the predictions"),
     ],
