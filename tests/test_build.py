@@ -10,7 +10,6 @@ from model_helpers import (
     ARCHITECTURES,
     FCOS,
     KEYPOINT,
-    KEYPOINTS,
     LOSSES,
     MASK,
     PROPOSALS,
@@ -250,25 +249,6 @@ def test_detections_are_sorted_limited_and_in_the_original_images_pixels(detecto
         assert ("masks" in output, "keypoints" in output) == (name.startswith("mask"),) * 2
     torch.testing.assert_close(scaled["boxes"], found[0]["boxes"] * torch.tensor([5.0, 2.0, 5.0, 2.0]))
     assert scaled["scores"].equal(found[0]["scores"]) and scaled["labels"].equal(found[0]["labels"])
-
-
-@pytest.mark.parametrize(
-    ("name", "pooler"),
-    [("mask_keypoint_rcnn", "ROIAlign"), ("mask_keypoint_rcnn", "ROIAlignV2"), ("proposals", "ROIAlign")],
-)
-def test_an_image_without_proposals_is_evaluated(name, pooler):
-    keys = [f"MODEL.ROI_{head}_HEAD.POOLER_TYPE" for head in ("BOX", "MASK", "KEYPOINT")]
-    model = build(*ARCHITECTURES[name], *(part for key in keys for part in (key, pooler))).eval()
-    # Every proposal is too small to be one.
-    model.rpn.head.bbox_pred.bias.data.view(-1, 4)[:, 2:] = -20
-    with torch.no_grad():
-        found = model(two_samples())
-    for output, size in zip(found, ((64, 96), (80, 64)), strict=True):
-        assert output["boxes"].shape == (0, 4) and output["scores"].shape == output["labels"].shape == (0,)
-        assert output["labels"].dtype == torch.int64
-        if name.startswith("mask"):
-            assert output["masks"].shape == (0, *size) and output["masks"].dtype == torch.bool
-            assert output["keypoints"].shape == (0, KEYPOINTS, 3)
 
 
 def test_losses_are_positive_and_leave_the_samples_as_they_are(detector, name):

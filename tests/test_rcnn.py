@@ -21,7 +21,6 @@ from model_helpers import (
     torchvision_twin,
     two_samples,
 )
-from torch import nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss
 
@@ -128,27 +127,6 @@ def test_losses_and_gradients_are_torchvisions_for_the_same_samples(numbers, mon
     assert_same_losses_and_gradients(model, found, plain, expected)
 
 
-def test_proposals_and_losses_of_a_network_of_proposals_are_those_of_faster_rcnn():
-    keys = ("MODEL.RPN.POST_NMS_TOPK_TEST", 60)
-    detector, model = build(*TINY, *SMALL_HEAD, *keys), build(*TINY, *PROPOSALS, *keys)
-    randomize_predictions(detector)
-    state = {k: v for k, v in detector.state_dict().items() if k.startswith(("backbone.", "rpn."))}
-    model.load_state_dict(state)
-    losses = []
-    for network in (detector, model):
-        torch.manual_seed(7)
-        losses.append(network(two_samples()))
-    assert losses[1] == {name: losses[0][name] for name in ("loss_rpn_cls", "loss_rpn_loc")}
-    samples = [make_sample(64, 96, seed=1), make_sample(64, 96, seed=2)]
-    with torch.no_grad():
-        images, _ = detector.eval().transform([sample["image"] for sample in samples])
-        expected, _ = detector.rpn(images, detector.backbone(images.tensors))
-        found = model.eval()(samples)
-    for ours, boxes, scores in zip(found, *expected, strict=True):
-        assert ours["boxes"].equal(boxes) and ours["scores"].equal(scores) and len(scores) == 60
-        assert ours["labels"].equal(torch.zeros(60, dtype=torch.int64))
-
-
 @pytest.mark.parametrize("aligned", [True, False])
 def test_masks_lie_in_their_boxes_as_the_config_says_in_training_and_evaluation(aligned, monkeypatch):
     key, calls = "MODEL.ROI_MASK_HEAD.ALIGNED", []
@@ -165,16 +143,6 @@ def test_masks_lie_in_their_boxes_as_the_config_says_in_training_and_evaluation(
             masks.append(detector([sample])[0]["masks"])
     assert all(len(found.boxes) and found.aligned is aligned for found in masks)
     assert describe(make_cfg(*MASK, key, aligned), ["ant"], "x.pth")["masks_aligned"] is aligned
-
-
-def test_the_box_head_starts_as_detectron2s():
-    heads = build(*TINY, "MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.ROI_BOX_HEAD.NUM_FC", 2).roi_heads
-    for layer in (m for m in heads.box_head.modules() if isinstance(m, nn.Linear)):
-        assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.05)
-        assert not layer.bias.any()
-    for layer, std in ((heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)):
-        assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
-        assert not layer.bias.any()
 
 
 RPN, BOX = "MODEL.RPN.", "MODEL.ROI_BOX_HEAD."
