@@ -75,3 +75,18 @@ def test_low_precision_is_pooled_in_float32():
     # Each location adds up many small numbers.
     (exact,) = torch.autograd.grad(expected.sum(), low, retain_graph=True)
     assert torch.autograd.grad(found.float().sum(), low)[0].equal(exact)
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_aligned_boxes_of_many_images_are_pooled_from_the_level_of_their_size(ratio):
+    maps = dict(zip("0123", make_maps(4), strict=True))
+    # FPN paper: 224 belongs to the map of stride 16.
+    levels = {1: 0, 111: 0, 448: 3, 2000: 3, 112: 1, 223: 1, 224: 2, 447: 2}
+    boxes = [torch.tensor([[0.0, 0, side, side]]) for side in levels]
+    pool = RoIAlign(list(maps), 5, ratio, STRIDES, aligned=True)
+    pooled = pool(maps, [torch.cat(boxes[:3]), torch.cat(boxes[3:])], [(512, 512)] * 2)
+    assert pooled.shape == (8, 3, 5, 5)
+    for i, (row, box, level) in enumerate(zip(pooled, boxes, levels.values(), strict=True)):
+        feature = maps[str(level)][int(i >= 3)][None]
+        expected = roi_align(feature, [box], 5, 1 / STRIDES[level], ratio, aligned=True)
+        torch.testing.assert_close(row, expected[0], rtol=1e-5, atol=1e-5)
