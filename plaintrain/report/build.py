@@ -87,6 +87,7 @@ def load_template() -> Any:
         "color": get_hex_color,
         "command": shlex.join,
         "duration": lambda seconds: str(datetime.timedelta(seconds=round(seconds))),
+        "cells": lambda records, keys: [[record[key] for key in keys] for record in records],
         "numeric": lambda table: [all(map(_is_number, column)) for column in zip(*table, strict=True)],
         "svg": lambda figure: Markup(convert_to_svg(figure)),
     }
