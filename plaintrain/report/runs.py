@@ -19,8 +19,9 @@ from plaintrain.evaluation.predictions import read_detections
 from plaintrain.utils.errors import UserError, get_first_line
 from plaintrain.utils.files import read_starts
 from plaintrain.utils.logger import silenced
+from plaintrain.utils.text import shorten
 from plaintrain.visualization.curves import group_panels
-from plaintrain.visualization.plots import draw_bars, draw_curves, truncate_text
+from plaintrain.visualization.plots import draw_bars, draw_curves
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +231,7 @@ def build_warnings(runs: list[Run]) -> list[tuple[Run, list]]:
 
 def _format_warning(w):
     files = ", ".join(w["files"])
-    return [w["level"], truncate_text(w["text"], 500), w["count"], w["first"], w["last"], files]
+    return [w["level"], shorten(w["text"], 500), w["count"], w["first"], w["last"], files]
 
 
 def _draw_histograms(statistics_of):

@@ -2,18 +2,21 @@
 
 import contextlib
 import errno
+import glob
 import itertools
 import json
 import os
 import re
 import shutil
 import stat
+import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from plaintrain.utils.errors import DataError, UserError
+from plaintrain.utils.lock import lock_again
 
 # Maximum size of YAML and XML files, which parse slowly; files written by hand are far smaller.
 MAX_BYTES = 2**19
@@ -27,6 +30,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         with writing(path):
+            lock_again(path)
             # If a file has the name of the folder, open() raises the better error.
             with contextlib.suppress(FileExistsError):
                 os.makedirs(os.path.dirname(path) or ".")
@@ -66,6 +70,22 @@ def remove_unfinished(folder: str) -> None:
         if _UNFINISHED.fullmatch(name):
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(folder, name))
+    for path in glob.glob(os.path.join(glob.escape(folder), "inference", "*", "*.json.tmp-*")):
+        # An evaluation may write into the folder of a training.
+        if not _is_alive(path.rpartition("-")[2]):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _is_alive(pid: str) -> bool:
+    """Return whether another process of this machine has the number."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return int(pid) != os.getpid()
 
 
 # The files of a run in its output folder; any other file belongs to the user.
@@ -73,7 +93,7 @@ _RUN_FILES = re.compile(
     r"model_(\d{7,}|final|best)\.pth|last_checkpoint|config(-\d+)?\.yaml|metrics\.(json|csv)|inference"
     r"|run\.json|report\.html|log\.txt(\.rank\d+)?|events\.out\.tfevents\..*|bad_batch_\d+(\.rank\d+)?\.pth"
 )
-_UNFINISHED = re.compile(rf"({_RUN_FILES.pattern})\.tmp-\d+")
+_UNFINISHED = re.compile(rf"({_RUN_FILES.pattern}|\.write-test)\.tmp-\d+")
 
 
 def move_old_run(folder: str) -> str | None:
@@ -131,21 +151,61 @@ def describe_os_error(error: Exception) -> str:
 
 def read_json(path: str | os.PathLike) -> Any:
     """Return the content of a JSON file, or None if it is missing or incomplete."""
-    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as f:
-        return json.load(f)
+    with contextlib.suppress(UserError, ValueError, RecursionError):
+        return json.loads(read_text(path))
     return None
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite int or float that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_text(value):
+    return value is None or isinstance(value, str)
+
+
+def _are_texts(value):
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _are_changes(value):
+    return isinstance(value, list) and all(isinstance(item, list) and len(item) == 3 for item in value)
+
+
+# The other values in a start of run.json are texts.
+_FACTS: dict[str, Callable[[Any], bool]] = {
+    "command": _are_texts,
+    "changes": _are_changes,
+    "world_size": lambda value: type(value) is int,
+    "environment": lambda value: isinstance(value, dict),
+    "git": lambda value: (
+        value is None or (isinstance(value, dict) and _are_texts(value.get("changed_files", [])))
+    ),
+}
 
 
 def read_starts(folder: str) -> list[dict[str, Any]]:
     """Return the `starts` of run.json (see `engine.run_facts`), oldest first."""
     facts = read_json(os.path.join(folder, FACTS_FILE))
     starts = facts.get("starts") if isinstance(facts, dict) else None
-    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    if not isinstance(starts, list):
+        return []
+    starts = [start for start in starts if isinstance(start, dict)]
+    return [{k: v for k, v in s.items() if _FACTS.get(k, _is_text)(v)} for s in starts]
 
 
 def read_results_file(folder: str) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return {dataset: {task: {metric: value}}} of results.json; {} if it is missing or invalid."""
+    """Return {dataset: {task: {metric: value}}} of results.json, without invalid values."""
     content = read_json(os.path.join(folder, RESULTS_FILE))
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
-        return {d: {t: dict(m) for t, m in tasks.items()} for d, tasks in content.items()}
-    return {}
+    return {
+        dataset: {
+            task: {name: value for name, value in _items(metrics) if value is None or is_number(value)}
+            for task, metrics in _items(tasks)
+        }
+        for dataset, tasks in _items(content)
+    }
+
+
+def _items(value):
+    return value.items() if isinstance(value, dict) else ()

@@ -19,6 +19,7 @@ import numpy as np
 
 from plaintrain.utils.errors import require
 from plaintrain.utils.files import writing
+from plaintrain.utils.text import shorten
 from plaintrain.visualization.colors import PALETTE, get_hex_color
 from plaintrain.visualization.curves import Lines, smooth
 
@@ -175,9 +176,11 @@ def draw_bars(
         for i, (label, values) in enumerate(series.items()):
             positions = np.arange(len(names)) + height * (i - (len(series) - 1) / 2)
             widths = np.array(values, dtype=float)
-            bars = ax.barh(positions, widths, height * 0.92, color=get_hex_color(colors[i]), label=label)
+            bars = ax.barh(
+                positions, widths, height * 0.92, color=get_hex_color(colors[i]), label=shorten(label)
+            )
             ax.bar_label(bars, fmt=_format_bar, padding=3, fontsize=9)
-        ax.set_yticks(range(len(names)), map(truncate_text, names))
+        ax.set_yticks(range(len(names)), map(shorten, names))
         ax.invert_yaxis()
         ax.margins(x=0.15)
         ax.grid(axis="y", visible=False)
@@ -189,11 +192,6 @@ def draw_bars(
 
 def _format_bar(value):
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def truncate_text(text: str, max_length: int = 24) -> str:
-    """Return the text, cut to a number of characters."""
-    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
 def draw_matrix(counts: Any, names: Sequence[str], x_label: str, y_label: str) -> Figure:
@@ -208,8 +206,8 @@ def draw_matrix(counts: Any, names: Sequence[str], x_label: str, y_label: str) -
         ax.imshow(shades, interpolation="nearest", aspect="auto")
         ax.grid(visible=False)
         rotation = {"rotation": 45, "ha": "right"} if is_small else {"rotation": 90}
-        ax.set_xticks(range(len(names)), map(truncate_text, names), **rotation)
-        ax.set_yticks(range(len(names)), map(truncate_text, names))
+        ax.set_xticks(range(len(names)), map(shorten, names), **rotation)
+        ax.set_yticks(range(len(names)), map(shorten, names))
         ax.tick_params(labelsize=9 if is_small else 8, length=2)
         if is_small:
             for (i, j), count in np.ndenumerate(counts):

@@ -1,0 +1,38 @@
+"""Names and texts from input, made safe for paths, terminals, logs, pages and figures."""
+
+import re
+
+# Control characters (terminals obey them), marks that reorder text, and lone surrogates (not UTF-8).
+_CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff"
+_CONTROL = re.compile(f"[{_CONTROLS}]")
+# What a file name cannot hold on some system.
+_NOT_IN_NAMES = re.compile(rf'[{_CONTROLS}\t\n/\\:*?"<>|]')
+_MAX_BYTES = 150
+
+
+def escape_controls(text: str) -> str:
+    r"""Write control characters as escapes such as \x1b, except line breaks and tabs."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def shorten(text: str, max_length: int = 24) -> str:
+    """Return the text without control characters, cut in its middle to a number of characters."""
+    text = escape_controls(text[: 4 * max_length] + text[4 * max_length :][-max_length:])
+    head = max_length * 3 // 4
+    return text if len(text) <= max_length else f"{text[:head]}…{text[head + 1 - max_length :]}"
+
+
+def is_one_line(name: object) -> bool:
+    """Return whether a value is a text without line breaks, tabs and control characters."""
+    return isinstance(name, str) and name == escape_controls(name) and not {*name} & {*"\t\n"}
+
+
+def is_file_name(name: object) -> bool:
+    """Return whether a value can be the name of a file on all systems; no path, not hidden."""
+    return isinstance(name, str) and bool(name) and name == make_file_name(name)
+
+
+def make_file_name(text: str) -> str:
+    """Replace by `_` what a file name cannot hold, and cut it, with room for an extension."""
+    text = re.sub(r"^[. ]|[. ]$", "_", _NOT_IN_NAMES.sub("_", text))
+    return text.encode()[:_MAX_BYTES].decode(errors="ignore")
