@@ -6,10 +6,8 @@ Missing files give empty results and truncated lines are skipped.
 import contextlib
 import csv
 import datetime
-import functools
 import glob
 import json
-import logging
 import math
 import os
 import re
@@ -21,11 +19,9 @@ from typing import Any, NamedTuple
 from plaintrain.config import CfgNode, get_cfg
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import describe_os_error, is_number, read_results_file, read_text
+from plaintrain.utils.files import describe_os_error, is_number, keep_valid, read_results_file, read_text
 from plaintrain.utils.lock import is_in_use
 from plaintrain.utils.text import is_file_name
-
-logger = logging.getLogger(__name__)
 
 # [DATASET/]TASK/METRIC
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
@@ -36,12 +32,13 @@ _LOG_FILE = re.compile(r"log\.txt(\.rank\d+)?")
 _MAX_LOG_LENGTH = 4000
 # Locks may be invisible from other machines; a run with a more recent log line counts as running.
 _SILENT_SECONDS = 600
-# Valid items of those lists in config.yaml that are used here and in the report.
-_ITEMS = {
-    "KEYPOINT_OKS_SIGMAS": is_number,
-    "PIXEL_RANGE": is_number,
-    "TEST": is_file_name,
-    "TRAIN": is_file_name,
+# Example of the values in config.yaml that are used here and in the report, for `keep_valid`.
+_CONFIG = {
+    "DATASETS": {"DECLARE": {}, "TEST": [""], "TRAIN": [""]},
+    "INPUT": {"PIXEL_RANGE": [0.0]},
+    "MODEL": {"META_ARCHITECTURE": "", "BACKBONE": {"NAME": ""}, "WEIGHTS": ""},
+    "SOLVER": {"IMS_PER_BATCH": 0, "MAX_ITER": 0},
+    "TEST": {"KEYPOINT_OKS_SIGMAS": [0.0]},
 }
 _RUN_FILES = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "inference")
 
@@ -89,19 +86,15 @@ def read_metrics(folder: str) -> Metrics:
     path = os.path.join(folder, "metrics.json")
     is_json = os.path.isfile(path)
     lines = _read_json_lines(path) if is_json else _read_csv_lines(os.path.join(folder, "metrics.csv"))
-    by_iteration = {line["iteration"]: line for line in lines if _is_count(line.get("iteration"))}
+    by_iteration = {line["iteration"]: line for line in lines if type(line.get("iteration")) is int}
     series: Metrics = {}
-    for iteration in sorted(by_iteration):
+    for iteration in sorted(i for i in by_iteration if abs(i) < 2**53):
         for name, value in by_iteration[iteration].items():
             if name != "iteration" and (value is None or isinstance(value, int | float)):
                 iterations, values = series.setdefault(name, ([], []))
                 iterations.append(iteration)
                 values.append(float(value) if value is not None and is_number(value) else math.nan)
     return series
-
-
-def _is_count(value):
-    return type(value) is int and 0 <= value < 2**53
 
 
 def _read_json_lines(path: str) -> Iterator[dict[str, Any]]:
@@ -136,42 +129,9 @@ def read_config(folder: str) -> CfgNode:
 def read_config_tree(folder: str) -> dict[str, Any]:
     """Read the config.yaml of a run, without values of a wrong type; an unreadable file is empty."""
     path = os.path.join(folder, "config.yaml")
-    if not os.path.lexists(path):
-        return {}
-    try:
-        return _keep_valid(parse_yaml(read_text(path), path), get_cfg(), path)
-    except UserError as e:
-        _warn_once(str(e))
-        return {}
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
-def _keep_valid(tree, defaults, source):
-    """Return the values that have the type of their default, and those of unknown keys."""
-    valid = {}
-    for key, value in tree.items():
-        default = defaults.get(key)
-        accepts = _ITEMS.get(key)
-        if isinstance(default, dict) and isinstance(value, dict):
-            valid[key] = _keep_valid(value, default, f"{source}, {key}")
-        elif (
-            default is None
-            or isinstance(value, type(default))
-            or isinstance(value, list)
-            and isinstance(default, tuple)
-            or isinstance(default, float)
-            and is_number(value)
-        ):
-            valid[key] = value
-        if key not in valid or accepts and not all(map(accepts, value)):
-            valid.pop(key, None)
-            expected = type(default).__name__
-            _warn_once(f"{source}: ignoring {key} {str(value)[:80]!r}, which must be of type {expected}")
-    return valid
+    with contextlib.suppress(UserError):
+        return keep_valid(parse_yaml(read_text(path), path), _CONFIG)
+    return {}
 
 
 def split_result(name: str) -> tuple[str, str, str] | None:
@@ -182,7 +142,7 @@ def split_result(name: str) -> tuple[str, str, str] | None:
 
 def list_test_sets(folder: str) -> list[str]:
     """List DATASETS.TEST of a run and further datasets with predictions or results."""
-    names = list(read_config_tree(folder).get("DATASETS", {}).get("TEST") or ())
+    names = [n for n in read_config_tree(folder).get("DATASETS", {}).get("TEST", ()) if is_file_name(n)]
     evaluated = sorted(glob.glob(os.path.join(glob.escape(folder), "inference", "*", "")))
     return list(dict.fromkeys([*names, *(os.path.basename(os.path.dirname(path)) for path in evaluated)]))
 
@@ -236,7 +196,7 @@ def estimate_seconds_left(metrics: Metrics, state: RunState) -> float | None:
 
 def format_duration(seconds: float) -> str:
     """Format seconds as H:MM:SS."""
-    return str(datetime.timedelta(seconds=int(seconds))) if abs(seconds) < 1e12 else f"{seconds:.3g} s"
+    return str(datetime.timedelta(seconds=round(seconds))) if abs(seconds) < 1e12 else f"{seconds:.3g} s"
 
 
 def _list_log_files(folder):

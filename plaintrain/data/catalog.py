@@ -23,11 +23,8 @@ class _DatasetCatalog(dict):
     def register(self, name: str, func: Callable[[], Iterable[dict[str, Any]]]) -> None:
         """Register a dataset; `func` is called once, when the records are first needed."""
         if not is_file_name(name):
-            # OUTPUT_DIR/inference has a folder of this name.
-            rule = (
-                'must be at most 150 bytes without / \\ : * ? " < > |, control characters and a leading dot'
-            )
-            raise UserError(f"the name of a dataset {rule}, got {name!r}")
+            rule = 'without / \\ : * ? " < > |, control characters and a leading dot'
+            raise UserError(f"the name of a dataset must be a file name {rule}, got {name!r}")
         if name in self:
             raise UserError(f"the dataset {name} is already registered")
         self[name] = func
@@ -93,10 +90,10 @@ def load_class_names(name: str) -> list[str]:
     if not metadata.get("thing_classes"):
         hint = f'MetadataCatalog.get("{name}").set(thing_classes=[...])'
         raise UserError(f"the dataset {name} names no classes; set CLASSES where it is declared, or {hint}")
-    for class_name in metadata.thing_classes:
-        if not is_one_line(class_name):
-            rule = "a text of one line without control characters"
-            raise UserError(f"the name of a class of the dataset {name} must be {rule}, got {class_name!r}")
+    for wrong in [c for c in metadata.thing_classes if not is_one_line(c)]:
+        raise UserError(
+            f"a class of the dataset {name} must be text without control characters, got {wrong!r}"
+        )
     return list(metadata.thing_classes)
 
 

@@ -18,14 +18,13 @@ from plaintrain.analysis.run_folder import format_duration, get_run_names
 from plaintrain.report import detections, runs
 from plaintrain.utils.errors import UserError, get_first_line
 from plaintrain.utils.files import atomic_write
-from plaintrain.utils.text import shorten
+from plaintrain.utils.text import truncate_text
 from plaintrain.visualization.colors import get_hex_color
 from plaintrain.visualization.plots import convert_to_svg, require_matplotlib
 
 logger = logging.getLogger(__name__)
 
-# Maximum lengths of a name or a number, and of a text.
-_MAX_LABEL = 200
+# Maximum length of a text, such as a value in the config.
 _MAX_TEXT = 10_000
 
 # (id, which is also a macro of the template; title; function from a list of `Run` to the macro's argument).
@@ -91,8 +90,8 @@ def load_template() -> Any:
     environment.filters |= {
         "color": get_hex_color,
         "command": shlex.join,
-        "full": _format_text,
-        "duration": lambda seconds: format_duration(round(seconds) if math.isfinite(seconds) else seconds),
+        "full": lambda text: escape(truncate_text(text, _MAX_TEXT)) if isinstance(text, str) else text,
+        "duration": format_duration,
         "numeric": lambda table: [all(map(_is_number, column)) for column in zip(*table, strict=True)],
         "svg": lambda figure: Markup(convert_to_svg(figure)),
     }
@@ -106,21 +105,10 @@ def _is_number(value):
 
 
 def format_value(value: Any) -> Any:
-    """Format a float with 4 digits, from 1000 on without decimals; None, NaN and infinity as a dash.
-
-    Texts lose control characters, and are cut if they are very long.
-    """
+    """Format a float with 4 digits, from 1000 on without decimals; None, NaN and infinity as a dash."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, float):
         return f"{value:,.0f}" if 1e15 > abs(value) >= 1000 else f"{value:.4g}"
-    # Not for texts of `_format_text` and of macros, which are Markup.
-    return shorten(value, _MAX_LABEL) if type(value) is str else value
-
-
-def _format_text(value):
-    return (
-        format_value(value)
-        if isinstance(value, float | Markup | None)
-        else escape(shorten(f"{value}", _MAX_TEXT))
-    )
+    # The filter "full" and macros return Markup.
+    return truncate_text(value, 200) if type(value) is str else value

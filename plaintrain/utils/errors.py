@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 
-from plaintrain.utils.text import shorten
+from plaintrain.utils.text import truncate_text
 
 _MAX_LENGTH = 1000
 
@@ -19,7 +19,7 @@ class UserError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         # Quoted input may hold line breaks, or be as long as a file.
-        super().__init__(shorten(" ".join(str(message).splitlines()), _MAX_LENGTH))
+        super().__init__(truncate_text(" ".join(str(message).splitlines()), _MAX_LENGTH))
 
 
 class ConfigError(UserError):

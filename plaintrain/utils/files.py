@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import glob
 import itertools
 import json
 import os
@@ -11,7 +10,7 @@ import shutil
 import stat
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +21,14 @@ from plaintrain.utils.lock import lock_again
 MAX_BYTES = 2**19
 FACTS_FILE = "run.json"
 RESULTS_FILE = "results.json"
+# An example of a start in run.json, for `keep_valid`.
+_START = {
+    "command": [""],
+    "changes": [[]],
+    "world_size": 0,
+    "environment": {},
+    "git": {"changed_files": [""]},
+}
 
 
 @contextlib.contextmanager
@@ -66,26 +73,10 @@ def _sync_folder(folder: str) -> None:
 
 def remove_unfinished(folder: str) -> None:
     """Remove the temporary files of killed runs; no other run may use the folder."""
-    for name in os.listdir(folder):
-        if _UNFINISHED.fullmatch(name):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(folder, name))
-    for path in glob.glob(os.path.join(glob.escape(folder), "inference", "*", "*.json.tmp-*")):
-        # An evaluation may write into the folder of a training.
-        if not _is_alive(path.rpartition("-")[2]):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-
-
-def _is_alive(pid: str) -> bool:
-    """Return whether another process of this machine has the number."""
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return int(pid) != os.getpid()
+    names = [name for name in os.listdir(folder) if _UNFINISHED.fullmatch(name)]
+    for path in [*(Path(folder, name) for name in names), *Path(folder).glob("inference/*/*.json.tmp-*")]:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 # The files of a run in its output folder; any other file belongs to the user.
@@ -161,51 +152,35 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _is_text(value):
-    return value is None or isinstance(value, str)
+def keep_valid(value: Any, example: Any) -> Any:
+    """Return what of a value, from JSON or YAML, has the type of an example; None if nothing.
 
-
-def _are_texts(value):
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _are_changes(value):
-    return isinstance(value, list) and all(isinstance(item, list) and len(item) == 3 for item in value)
-
-
-# The other values in a start of run.json are texts.
-_FACTS: dict[str, Callable[[Any], bool]] = {
-    "command": _are_texts,
-    "changes": _are_changes,
-    "world_size": lambda value: type(value) is int,
-    "environment": lambda value: isinstance(value, dict),
-    "git": lambda value: (
-        value is None or (isinstance(value, dict) and _are_texts(value.get("changed_files", [])))
-    ),
-}
+    The example is a dict, which may have "*" for other keys, a list of one item, a float for any number, or
+    another scalar. Keys without an example are kept.
+    """
+    if isinstance(example, dict) and isinstance(value, dict):
+        expected = {key: example.get(key, example.get("*")) for key in value}
+        valid = {
+            key: v if expected[key] is None else keep_valid(v, expected[key]) for key, v in value.items()
+        }
+        # A number or a text may be null.
+        return {
+            k: v for k, v in valid.items() if v is not None or isinstance(expected[k], float | str | None)
+        }
+    if isinstance(example, list) and isinstance(value, list):
+        valid_items = [keep_valid(item, example[0]) for item in value] if example else value
+        return [item for item in valid_items if item is not None]
+    if isinstance(example, float):
+        return value if is_number(value) else None
+    return value if type(value) is type(example) else None
 
 
 def read_starts(folder: str) -> list[dict[str, Any]]:
     """Return the `starts` of run.json (see `engine.run_facts`), oldest first."""
-    facts = read_json(os.path.join(folder, FACTS_FILE))
-    starts = facts.get("starts") if isinstance(facts, dict) else None
-    if not isinstance(starts, list):
-        return []
-    starts = [start for start in starts if isinstance(start, dict)]
-    return [{k: v for k, v in s.items() if _FACTS.get(k, _is_text)(v)} for s in starts]
+    facts = keep_valid(read_json(os.path.join(folder, FACTS_FILE)), {"starts": [_START]}) or {}
+    return [{"git": None, **start} for start in facts.get("starts", ())]
 
 
 def read_results_file(folder: str) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return {dataset: {task: {metric: value}}} of results.json, without invalid values."""
-    content = read_json(os.path.join(folder, RESULTS_FILE))
-    return {
-        dataset: {
-            task: {name: value for name, value in _items(metrics) if value is None or is_number(value)}
-            for task, metrics in _items(tasks)
-        }
-        for dataset, tasks in _items(content)
-    }
-
-
-def _items(value):
-    return value.items() if isinstance(value, dict) else ()
+    """Return {dataset: {task: {metric: value}}} of results.json; invalid values are None."""
+    return keep_valid(read_json(os.path.join(folder, RESULTS_FILE)), {"*": {"*": {"*": 0.0}}}) or {}

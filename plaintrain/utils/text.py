@@ -15,7 +15,7 @@ def escape_controls(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def shorten(text: str, max_length: int = 24) -> str:
+def truncate_text(text: str, max_length: int = 24) -> str:
     """Return the text without control characters, cut in its middle to a number of characters."""
     text = escape_controls(text[: 4 * max_length] + text[4 * max_length :][-max_length:])
     head = max_length * 3 // 4

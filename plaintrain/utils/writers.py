@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import IO, Any
 
-from plaintrain.utils.files import atomic_write, writing
+from plaintrain.utils.files import atomic_write, check_file, writing
 from plaintrain.utils.storage import get_event_storage
 
 # {iteration: {name: value}}
@@ -101,6 +101,7 @@ class _RowWriter(FileWriter):
     def _read_scalars(self) -> _Scalars:
         if not os.path.exists(self._path):
             return {}
+        check_file(self._path)
         with open(self._path, encoding="utf-8", errors="replace", newline="") as f:
             return {row.pop("iteration"): row for row in self._read(f)}
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from plaintrain.utils.errors import require
 from plaintrain.utils.files import writing
-from plaintrain.utils.text import shorten
+from plaintrain.utils.text import truncate_text
 from plaintrain.visualization.colors import PALETTE, get_hex_color
 from plaintrain.visualization.curves import Lines, smooth
 
@@ -173,14 +173,12 @@ def draw_bars(
     height = 0.8 / len(series)
     colors = colors or range(len(series))
     with _open_figure((SIZE[0], 0.9 + len(names) * max(0.3, 0.2 * len(series)))) as (figure, ax):
-        for i, (label, values) in enumerate(series.items()):
+        for i, (label, values) in enumerate(zip(map(truncate_text, series), series.values(), strict=True)):
             positions = np.arange(len(names)) + height * (i - (len(series) - 1) / 2)
             widths = np.array(values, dtype=float)
-            bars = ax.barh(
-                positions, widths, height * 0.92, color=get_hex_color(colors[i]), label=shorten(label)
-            )
+            bars = ax.barh(positions, widths, height * 0.92, color=get_hex_color(colors[i]), label=label)
             ax.bar_label(bars, fmt=_format_bar, padding=3, fontsize=9)
-        ax.set_yticks(range(len(names)), map(shorten, names))
+        ax.set_yticks(range(len(names)), map(truncate_text, names))
         ax.invert_yaxis()
         ax.margins(x=0.15)
         ax.grid(axis="y", visible=False)
@@ -206,8 +204,8 @@ def draw_matrix(counts: Any, names: Sequence[str], x_label: str, y_label: str) -
         ax.imshow(shades, interpolation="nearest", aspect="auto")
         ax.grid(visible=False)
         rotation = {"rotation": 45, "ha": "right"} if is_small else {"rotation": 90}
-        ax.set_xticks(range(len(names)), map(shorten, names), **rotation)
-        ax.set_yticks(range(len(names)), map(shorten, names))
+        ax.set_xticks(range(len(names)), map(truncate_text, names), **rotation)
+        ax.set_yticks(range(len(names)), map(truncate_text, names))
         ax.tick_params(labelsize=9 if is_small else 8, length=2)
         if is_small:
             for (i, j), count in np.ndenumerate(counts):

@@ -18,13 +18,16 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 from mutations import mutate
 from seed_files import FILES
 
+from plaintrain.analysis import run_folder
 from plaintrain.config import check_cfg, get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets.builtin import declare_dataset, declare_datasets, read_dataset
@@ -33,6 +36,7 @@ from plaintrain.data.records import check_image_files, get_detection_dataset_dic
 from plaintrain.data.validation import check_problems, check_records
 from plaintrain.evaluation.detections import load_ground_truth
 from plaintrain.evaluation.predictions import read_detections
+from plaintrain.report import build, detections, runs
 from plaintrain.utils.errors import UserError
 
 # An error is one line that can be read, and an input is refused soon.
@@ -131,6 +135,29 @@ def _run_image(folder):
     return _errors(*((read_image, str(path)) for path in sorted(folder.glob("a.*")))), []
 
 
+def _read_run(folder):
+    run_folder.read_metrics(folder / "csv")
+    run = runs.Run(str(folder), "run")
+    for id_, _, build_section in build.SECTIONS:
+        getattr(build.load_template(), id_.replace("-", "_"))(build_section([run]))
+    # An exception in the analysis becomes a note.
+    if failed := [problem for problem in run.problems.values() if "analysis failed" in problem]:
+        raise AssertionError(failed[0])
+
+
+def _run_report(folder):
+    """Load a run folder and build all sections of its report; few figures are drawn, which is slow."""
+    checksum = sum(zlib.crc32(path.read_bytes()) for path in folder.rglob("*.*") if path.is_file())
+    with contextlib.ExitStack() as stack:
+        if checksum % 100:
+            stack.enter_context(patch.object(build, "convert_to_svg", return_value="<svg>"))
+            for module, name in [
+                (m, n) for m in (runs, detections) for n in vars(m) if n.startswith("draw_")
+            ]:
+                stack.enter_context(patch.object(module, name, return_value=[]))
+        return _errors((_read_run, folder)), []
+
+
 # {reader: (the files that are changed, function that reads them)}.
 READERS = {
     "config": (("config.yaml", "overrides"), _run_config),
@@ -139,6 +166,7 @@ READERS = {
     "voc": (("Annotations/a.xml", "ImageSets/Main/train.txt"), _run_dataset),
     "yolo": (("data.yaml", "labels/train/a.txt", "list.txt"), _run_dataset),
     "image": (tuple(FILES["image"]), _run_image),
+    "report": (tuple(FILES["report"]), _run_report),
 }
 
 
