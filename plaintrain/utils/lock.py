@@ -66,9 +66,9 @@ def lock_again(path: str | os.PathLike) -> None:
     path = os.path.abspath(path)
     for folder, fd in list(_HELD.items()):
         if path.startswith(folder + os.sep) and not _is_same_file(fd, os.path.join(folder, _NAME)):
-            logger.warning(f"{folder} was deleted or replaced during the run; locking it again")
             os.makedirs(folder, exist_ok=True)
             lock_folder(folder)
+            logger.warning(f"{folder} was deleted during the run; created and locked again")
 
 
 def lock_temp_dir() -> None:
