@@ -23,6 +23,7 @@ setup(
     package_data={
         "plaintrain": ["py.typed"],
         "plaintrain.report": ["report.css", "report.js", "report.html.jinja"],
+        "plaintrain.visualization": ["plots.mplstyle"],
     },
     python_requires=">=3.11",
     install_requires=[

@@ -103,7 +103,7 @@ def print_analysis(analysis: dict[str, Any]) -> None:
     for task, errors in analysis["errors"].items():
         print_errors(task, errors, analysis["settings"])
     columns = ["name", "objects", "recall", "recall_above", "mean_iou", "erroneous", "missed"]
-    for key, (title, description) in GROUPS.items():
+    for key, (title, description, _) in GROUPS.items():
         bins = analysis["breakdown"][key]
         print_table(f"objects by {title.lower()}, {description}", bins, columns, required="objects")
     names = confusion["labels"]

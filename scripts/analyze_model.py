@@ -35,8 +35,11 @@ if __name__ == "__main__":
 from argparse import Namespace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from plaintrain.analysis.command import load_tool_cfg
-from plaintrain.analysis.model import NOT_COUNTED, analyze_model, make_random_samples
+from plaintrain.analysis.model import analyze_model
 from plaintrain.config import CfgNode, check_cfg, get_value
 from plaintrain.data.transforms.geometric import get_shortest_edge_size
 from plaintrain.engine.launch import launch
@@ -46,6 +49,12 @@ from plaintrain.evaluation.predictions import write_json
 from plaintrain.modeling import build_model
 from plaintrain.modeling.build import get_num_classes_key
 from plaintrain.utils.errors import UserError
+
+_OBJECTS_PER_IMAGE = 5
+_NOT_COUNTED = (
+    "FLOPs include convolutions and matrix products (a multiply-add is 2 FLOPs), not norms, activation "
+    "functions, resizing, RoIAlign, NMS, box arithmetic and losses."
+)
 
 
 def read_model_config(args: Namespace) -> CfgNode:
@@ -73,6 +82,32 @@ def get_default_size(cfg: CfgNode) -> tuple[int, int]:
     return get_shortest_edge_size(3000, 4000, max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
 
 
+def make_random_samples(
+    size: tuple[int, int], batch_size: int, num_classes: int, num_keypoints: int = 0
+) -> list[dict[str, Any]]:
+    """Return training samples of random pixels, `size` is (height, width), with random objects."""
+    height, width = size
+    if min(size) < 32:
+        raise UserError(f"the image size must be at least 32x32, got {height}x{width}")
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for index in range(batch_size):
+        start = torch.rand(_OBJECTS_PER_IMAGE, 2, generator=generator) * 0.5
+        side = 0.1 + 0.4 * torch.rand(_OBJECTS_PER_IMAGE, 2, generator=generator)
+        boxes = torch.cat([start, start + side], dim=1) * torch.tensor([width, height, width, height])
+        masks = torch.zeros(_OBJECTS_PER_IMAGE, height, width, dtype=torch.uint8)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[y0:y1, x0:x1] = 1
+        centres = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
+        points = F.pad(centres.expand(-1, num_keypoints, -1), (0, 1), value=2.0)
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(0, num_classes, (_OBJECTS_PER_IMAGE,), generator=generator)
+        target = {"boxes": boxes, "labels": labels, "masks": masks, "keypoints": points}
+        sample = {"image": image, "target": target, "height": height, "width": width}
+        samples.append({**sample, "image_id": index, "file_name": f"random {index}"})
+    return samples
+
+
 def print_cost(cost: dict[str, Any]) -> None:
     """Print the tables."""
     header = ["module", "type", "parameters", "trainable", "GFLOPs", "activations", "MB"]
@@ -93,7 +128,7 @@ def print_cost(cost: dict[str, Any]) -> None:
     height, width = cost["size"]
     print(
         f"\nGFLOPs and activations (module outputs): inference with {cost['batch']} images of "
-        f"{height}x{width}. {NOT_COUNTED}"
+        f"{height}x{width}. {_NOT_COUNTED}"
     )
     steps = [[name.replace("_", " "), value / 1e9] for name, value in cost["flops"].items()]
     print("\n" + format_table(steps, ["run", "GFLOPs"]))
@@ -121,7 +156,7 @@ def main(args: Namespace) -> None:
     cost |= analyze_model(model, samples, **options)
     print_cost(cost)
     if args.output:
-        write_json(args.output, cost | {"not_counted": NOT_COUNTED}, indent=1)
+        write_json(args.output, cost | {"not_counted": _NOT_COUNTED}, indent=1)
         print(f"wrote {args.output}")
 
 

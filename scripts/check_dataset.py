@@ -14,11 +14,11 @@ unreadable annotation file), 2 for a wrong command line.
 """
 
 import functools
-import hashlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,70 +26,143 @@ from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.data import DatasetCatalog
 from plaintrain.data.datasets.builtin import read_dataset
 from plaintrain.data.datasets.shapes import is_drawn
-from plaintrain.data.datasets.write import get_relative_names, make_folder, write_coco
-from plaintrain.data.fixes import fix_records
-from plaintrain.data.image_files import read_image_header
-from plaintrain.data.images import get_pixel_range, read_image
+from plaintrain.data.datasets.write import get_relative_names, make_folder, scale_annotation, write_coco
+from plaintrain.data.images import get_pixel_range, inspect_image
 from plaintrain.data.validation import (
-    LEAST_SPREAD,
     MAX_EXAMPLES,
     PROBLEM_TYPES,
     Finding,
-    Problem,
+    check_images,
     check_problems,
     check_records,
     count_classes,
-    count_problems,
+    iterate_annotation_problems,
 )
 from plaintrain.engine.launch import launch
 from plaintrain.evaluation.predictions import write_json
+from plaintrain.structures import BoxMode, find_segmentation_problem
 from plaintrain.utils.arguments import add_renamed_argument, build_parser
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.logger import build_progress_bar
 
-
-def inspect_image(record: dict[str, Any], pixel_range: Sequence[float]) -> dict[str, Any]:
-    """Return {error, kind} or {size: (height, width), turned, pixels: a hash, spread} of an image file."""
-    try:
-        image = read_image(record["file_name"], pixel_range)
-        turned = not is_drawn(record["file_name"]) and read_image_header(record["file_name"])[2] > 1
-    except UserError as e:
-        return {"error": str(e), "kind": getattr(e, "error_type", "unreadable")}
-    size = tuple(image.shape[-2:])
-    pixels = hashlib.blake2b(image.contiguous().numpy().data, digest_size=16, key=repr(size).encode())
-    spread = int((image.amax((1, 2)).int() - image.amin((1, 2)).int()).max())
-    return {"size": size, "turned": turned, "pixels": pixels.hexdigest(), "spread": spread}
+# Annotations with these problems are dropped; others only lose the invalid field.
+_DROPPED = {"broken", "unknown_class", "bad_box", "empty_box", "outside_box"}
 
 
-def iterate_problems(
-    dataset: str, records: list[dict[str, Any]], images: list[dict[str, Any]], earlier: dict[str, str]
-) -> Iterator[Problem]:
-    """Yield (problem type, example) for inspected images; `earlier` is {pixels: image} of other datasets."""
-    first: dict[str, str] = {}
-    files = set()
-    for record, image in zip(records, images, strict=True):
-        name = record["file_name"]
-        if "error" in image:
-            yield image["kind"], image["error"]
+def fix_records(
+    records: Iterable[dict[str, Any]], images: Iterable[dict[str, Any]], metadata: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """Fix images and annotations; return the records, and {change: its locations, "" where it has none}.
+
+    Images that cannot be read or do not fit INPUT.PIXEL_RANGE are excluded. Annotations of an image that was
+    resized by one factor for both sides are scaled; other images with a wrong size are excluded. The objects
+    of a file that is listed several times are merged. A copy with another name is dropped if the objects of
+    one of the two are a subset of the other's. `images` are the results of `inspect_image`.
+    """
+    kept: list[dict[str, Any]] = []
+    same_pixels: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    changes: dict[str, list[str]] = defaultdict(list)
+    for original, image in zip(records, images, strict=True):
+        record = _fix_image(original, image, metadata, changes)
+        if record is None:
             continue
-        height, width = image["size"]
-        if (height, width) != (record["height"], record["width"]):
-            expected = f"{record['width']}x{record['height']}"
-            yield "wrong_size", f"{name}: is {width}x{height}, its record says {expected}"
-        if image["turned"]:
-            yield "turned", name
-        if image["spread"] < LEAST_SPREAD:
-            yield "near_constant", f"{name}: {image['spread'] + 1} values"
-        other = first.setdefault(image["pixels"], name)
-        if os.path.realpath(name) in files:
-            yield "listed_twice", name
-        elif other != name:
-            yield "duplicate", f"{name} equals {other}"
-        elif image["pixels"] in earlier:
-            yield "leak", f"{name} equals {earlier[image['pixels']]}"
-        files.add(os.path.realpath(name))
-    for pixels, name in first.items():
-        earlier.setdefault(pixels, f"{name} of {dataset}")
+        others = same_pixels[image["pixels"]]
+        if not any(_merge(record, other, changes) for other in others):
+            if others:
+                text = "images with equal pixels but different objects, both kept: choose one by hand"
+                changes[text].append(f"{record['file_name']} and {others[0]['file_name']}")
+            others.append(record)
+            kept.append(record)
+    return kept, changes
+
+
+def _fix_image(record, image, metadata, changes):
+    """Return the record with the size of its image and fixed annotations, or None to exclude it."""
+    if "error" in image:
+        changes[f"excluded: {PROBLEM_TYPES[image['kind']][0]}"].append(image["error"])
+        return None
+    old = record["height"], record["width"]
+    new = tuple(image["size"])
+    resized = max(abs(new[0] - old[0]), abs(new[1] - old[1])) > 1
+    sizes = f"{record['file_name']}: {new[1]}x{new[0]}, its record says {old[1]}x{old[0]}"
+    if old[::-1] == new != old or (resized and not _is_scaled(record, old, new)):
+        changes["excluded: rotated or cropped images, whose annotations have another shape"].append(sizes)
+        return None
+    if not resized:
+        if new != old:
+            changes["image sizes corrected by a pixel"].append(sizes)
+        record = {**record, "height": new[0], "width": new[1]}
+    fixed = (_fix_annotation(a, record, metadata, changes) for a in record["annotations"])
+    annotations = [annotation for annotation in fixed if annotation]
+    if resized:
+        changes["images resized after annotation, their annotations scaled"].append(sizes)
+        annotations = [scale_annotation(a, old, new) for a in annotations]
+    return {**record, "height": new[0], "width": new[1], "annotations": annotations}
+
+
+def _is_scaled(record, old, new):
+    """Return whether the size `new` is `old` times one factor for both sides."""
+    for annotation in record["annotations"]:
+        segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, dict) and segmentation.get("size") in (list(new), new):
+            # The annotations were made on the resized image.
+            return False
+    # Rounding changes each side by up to a pixel.
+    tolerance = sum(1 / min(sides) for sides in zip(old, new, strict=True))
+    return abs(new[0] * old[1] / (old[0] * new[1]) - 1) < tolerance
+
+
+def _fix_annotation(annotation, record, metadata, changes):
+    """Return the annotation without its invalid fields, or None to drop it."""
+    problems = {problem_type for problem_type, _ in iterate_annotation_problems(annotation, record, metadata)}
+    for problem_type in problems & _DROPPED:
+        changes[f"annotations dropped: {PROBLEM_TYPES[problem_type][0].split(',')[0]}"].append("")
+        return None
+    annotation = dict(annotation)
+    if "clipped_box" in problems:
+        x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        clipped = [max(x0, 0), max(y0, 0), min(x1, record["width"]), min(y1, record["height"])]
+        annotation |= {"bbox": clipped, "bbox_mode": BoxMode.XYXY_ABS}
+        changes["boxes clipped to their image"].append("")
+    if "bad_rle" in problems:
+        del annotation["segmentation"]
+        changes["malformed run-length encodings dropped, their boxes kept"].append("")
+    if "bad_polygon" in problems:
+        size = record["height"], record["width"]
+        polygons = [p for p in annotation.pop("segmentation") if not find_segmentation_problem([p], *size)]
+        if polygons:
+            annotation["segmentation"] = polygons
+        changes["invalid polygons dropped, their boxes kept"].append("")
+    if "wrong_keypoints" in problems:
+        del annotation["keypoints"]
+        changes["invalid keypoints dropped, their boxes kept"].append("")
+    return annotation
+
+
+def _merge(record, other, changes):
+    """Merge a record into another with equal pixels and objects; return False if the objects differ."""
+    is_listed_twice = os.path.realpath(record["file_name"]) == os.path.realpath(other["file_name"])
+    objects, more = ({_get_identity(a): a for a in r["annotations"]} for r in (other, record))
+    if not (is_listed_twice or objects.keys() <= more.keys() or more.keys() <= objects.keys()):
+        return False
+    for identity, annotation in more.items():
+        if identity in objects:
+            # One record may have the boxes, the other their masks.
+            objects[identity].update({**annotation, **objects[identity]})
+        else:
+            other["annotations"].append(annotation)
+    text = "copies of images dropped, whose objects are equal or a subset"
+    if is_listed_twice:
+        text = "repeated entries of a file dropped, their objects merged"
+    changes[text].append(" and ".join(dict.fromkeys([record["file_name"], other["file_name"]])))
+    return True
+
+
+def _get_identity(annotation):
+    """Return class, crowd and rounded box, which are equal if an object is annotated twice."""
+    box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    rounded = tuple(round(side, 2) for side in box)
+    return annotation["category_id"], int(annotation.get("iscrowd") or 0), rounded
 
 
 def write_fixed(
@@ -148,7 +221,7 @@ def main(args: Namespace) -> int:
             inspected = pool.map(functools.partial(inspect_image, pixel_range=args.pixel_range), records)
             images = list(build_progress_bar(inspected, desc="images", total=len(records)))
         findings[name] = check_problems(problems) + check_records(records, metadata)
-        findings[name] += count_problems(iterate_problems(name, records, images, earlier))
+        findings[name] += check_images(records, images, name, earlier)
         print_findings(name, records, metadata, findings[name])
         if args.fix:
             folder = args.fix if len(args.names) == 1 else os.path.join(args.fix, name)

@@ -46,8 +46,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, cast
 
-from plaintrain.config import get_value
+from torch import Tensor
+
+from plaintrain.config import CfgNode, get_value
+from plaintrain.data import DatasetMapper
 from plaintrain.data.datasets.builtin import declare_datasets
+from plaintrain.data.image_files import build_image_record, list_images
+from plaintrain.data.records import get_detection_dataset_dicts
 from plaintrain.engine import launch, load_cfg
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.export.export import (
@@ -55,7 +60,6 @@ from plaintrain.export.export import (
     check_exported,
     describe,
     is_fixed,
-    load_check_images,
     open_exported,
     trace,
     write_onnx,
@@ -85,6 +89,19 @@ def choose_output(args: Namespace) -> tuple[str, str]:
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise UserError(f"--output {path}: there is no folder {os.path.dirname(path)}")
     return form, path
+
+
+def load_check_images(cfg: CfgNode, num_images: int, folder: str = "") -> list[tuple[str, Tensor]]:
+    """Return names and pixels of the first images of a folder or DATASETS.TEST, resized as for evaluation."""
+    if folder:
+        records: list[Any] = [build_image_record(path, path) for path in list_images(folder)[:num_images]]
+    elif cfg.DATASETS.TEST:
+        dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST[0], filter_empty=False)
+        records = [dataset[i] for i in range(min(num_images, len(dataset)))]
+    else:
+        raise UserError("DATASETS.TEST is empty; give --images FOLDER, or --check 0 to skip the check")
+    mapper = DatasetMapper(cfg, is_train=False)
+    return [(os.path.basename(record["file_name"]), mapper(record)["image"]) for record in records]
 
 
 def print_differences(differences: Sequence[dict[str, Any]]) -> dict[str, float]:

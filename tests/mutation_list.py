@@ -405,7 +405,7 @@ MUTATIONS = {
             'raise UserError(f"it imports {module}.{name}, which could run code")',
             "return super().find_class(module, name)",
         ),
-        ("hash_prefix=digest and digest.group(1)", "hash_prefix=None"),
+        ('digest[1] if digest else ""', '""'),
     ],
     "scripts/convert_dataset.py": [("[min(max(value, 0), 1) for value in unclipped]", "unclipped")],
     "scripts/epoch_train_net.py": [

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from model_helpers import ARCHITECTURES, KEYPOINTS, K, build
+from model_helpers import ARCHITECTURES, build, two_squares
 from processes import ROOT
 from script_helpers import assert_refused, script_output
 from torch import nn
@@ -59,8 +59,7 @@ def test_memory_of_weights_gradients_and_the_optimizer():
 @pytest.mark.parametrize("name", ["faster_rcnn", "mask_keypoint_rcnn", "ssd"])
 def test_every_kind_of_model_is_analysed(name):
     model = build(*ARCHITECTURES[name])
-    samples = model_analysis.make_random_samples((64, 64), 2, K, KEYPOINTS)
-    found = model_analysis.analyze_model(model, samples, depth=1)
+    found = model_analysis.analyze_model(model, two_squares(), depth=1)
     whole, *parts = found["modules"]
     assert whole["parameters"] == sum(part["parameters"] for part in parts)
     assert 0 < whole["flops"] == found["flops"]["inference"]
@@ -70,15 +69,15 @@ def test_every_kind_of_model_is_analysed(name):
 
 
 @pytest.mark.parametrize(
-    ("opts", "copies"),
+    ("config", "opts", "copies"),
     [
-        (["SOLVER.OPTIMIZER", "AdamW"], 2),
-        (["SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.9], 1),
-        (["SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0], 0),
+        ("quickstart", ["SOLVER.OPTIMIZER", "AdamW"], 2),
+        ("shapes/keypoint_rcnn", ["SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.9], 1),
+        ("shapes/mask_rcnn", ["SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0], 0),
     ],
 )
-def test_script_writes_a_table_and_json(tmp_path, opts, copies):
-    config, file = "configs/quickstart.yaml", tmp_path / "found.json"
+def test_script_writes_a_table_and_json(tmp_path, config, opts, copies):
+    config, file = f"configs/{config}.yaml", tmp_path / "found.json"
     options = ["--size", "64x96", "--batch", 1, "--depth", 1, "--output", file]
     options += ["MODEL.ROI_HEADS.NUM_CLASSES", 3, *opts]
     output = script_output("analyze_model.py", "--config-file", ROOT / config, *options, folder=tmp_path)

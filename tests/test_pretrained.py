@@ -3,7 +3,9 @@
 import functools
 import os
 import pickle
-import urllib.error
+import socket
+import threading
+import time
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,7 +15,7 @@ import torchvision
 from model_helpers import ARCHITECTURES, RESNET18, RETINANET18, SMALL_HEAD, build
 from torchvision.models import detection
 
-from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.checkpoint import DetectionCheckpointer, pretrained
 from plaintrain.checkpoint.detectron2 import convert_from_detectron2, convert_to_detectron2
 from plaintrain.checkpoint.pretrained import download_weights, load_weights, locate_weights, read_state_dict
 from plaintrain.utils.errors import UserError
@@ -47,18 +49,21 @@ def imagenet():
 
 
 @pytest.fixture
-def downloads(tmp_path, monkeypatch):
-    """[(address, file in an empty cache of torch.hub, hash prefix)] of what is downloaded: only tensors."""
-    before, calls = torch.hub.get_dir(), []
-    torch.hub.set_dir(str(tmp_path / "hub"))
+def cache(tmp_path, monkeypatch):
+    """The folder of torch.hub's cache, empty; downloads fail after a short stall."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(pretrained, "_TIMEOUT", 0.1)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "hub" / "checkpoints"
 
-    def download(url, path, hash_prefix=None):
-        calls.append((url, path, hash_prefix))
-        torch.save({"a": torch.ones(1)}, path)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    yield calls
-    torch.hub.set_dir(before)
+@pytest.fixture
+def downloads(cache, monkeypatch):
+    """[(address, file in the cache, hash prefix)] of what is downloaded: no tensors."""
+    calls = []
+    monkeypatch.setattr(pretrained, "_is_cached", os.path.isfile)
+    monkeypatch.setattr(pretrained, "_download", lambda *a: calls.append(a) or open(a[1], "wb").close())
+    return calls
 
 
 assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -235,16 +240,70 @@ def test_weights_are_downloaded_once_and_torchvisions_are_verified(downloads, tm
         f"{detectron2}/2/model_final.pkl",
     ]
     # torchvision's file names end in the start of their SHA-256; digits in other names are no checksum.
-    assert [prefix for *_, prefix in downloads] == ["f37072fd", None, None, None, None]
+    assert [prefix for *_, prefix in downloads] == ["f37072fd", "", "", "", ""]
     assert paths[0] == os.path.join(torch.hub.get_dir(), "checkpoints", "resnet18-f37072fd.pth")
     assert [path for _, path, _ in downloads] == paths[:5]
     (tmp_path / "a" / "1").mkdir(parents=True)
     (tmp_path / "a" / "1" / "model_final.pkl").touch()
     assert download_weights(names[3]) == str(tmp_path / "a/1/model_final.pkl")
-    fail = Mock(side_effect=urllib.error.URLError("no route to host"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(UserError, match=r"https://example\.invalid/w\.pth.*no route to host"):
-        download_weights("https://example.invalid/w.pth")
+
+
+WEIGHTS = pickle.dumps({"a": np.ones(99)})
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n%s\r\n\r\n"
+COMPLETE = OK % (b"Content-Length: %d" % len(WEIGHTS)) + WEIGHTS
+MOVED = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n"
+
+
+def serve(*pieces):
+    """Start a server that sends bytes, with pauses of some seconds, and return a URL."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer():
+        while True:
+            with server.accept()[0] as connection:
+                connection.recv(9999)
+                for piece in pieces:
+                    time.sleep(piece) if isinstance(piece, float) else connection.sendall(piece)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return f"http://127.0.0.1:{server.getsockname()[1]}/w.pkl"
+
+
+@pytest.mark.parametrize(
+    # What a server sends, or another URL.
+    ("answer", "words"),
+    [
+        ([COMPLETE[:200], 0.2], "timed out"),
+        ([COMPLETE[:-9]], f"after {len(WEIGHTS) - 9} of {len(WEIGHTS)} bytes"),
+        ([OK % b"Content-Length: 6", b"<html>"], "text/html, 6 bytes) holds no weights"),
+        ([OK % b"Transfer-Encoding: chunked", b"zz\r\n"], "IncompleteRead"),
+        ([MOVED % b"/w.pkl"], "infinite loop"),
+        ([MOVED % b"file:///etc/passwd"], "not allowed"),
+        ([b"SSH-2.0\r\n"], "BadStatusLine: SSH-2.0"),
+        ("HTTP://[::1/\ud800.pkl", "Invalid IPv6 URL"),
+        ("https://download.pytorch.org/", "Is a directory"),
+    ],
+)
+def test_failed_download_leaves_no_file_and_explains_how_to_use_a_local_one(cache, answer, words):
+    url = answer if isinstance(answer, str) else serve(*answer)
+    with pytest.raises(UserError, match=r"cannot download the weights .*set MODEL\.WEIGHTS to") as error:
+        download_weights(url)
+    assert url in str(error.value) and words in str(error.value)
+    assert os.listdir(cache) == []
+
+
+def test_download_may_be_slow_replaces_an_unreadable_file_and_checks_the_hash(cache, log, monkeypatch):
+    url = serve(COMPLETE[:50], 0.07, COMPLETE[50:90], 0.07, COMPLETE[90:])
+    path = download_weights(url)
+    os.truncate(path, 100)
+    assert download_weights(url) == path and list(read_state_dict(path)) == ["a"]
+    assert "deleting it and downloading it again" in log.text
+    with pytest.raises(OSError, match="SHA-256 must begin with 01234567"):
+        pretrained._download(url, path, "01234567")
+    monkeypatch.setattr(pretrained, "build_progress_bar", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        download_weights(url + "?2")
+    assert os.listdir(cache) == [os.path.basename(path)]
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])

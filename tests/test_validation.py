@@ -1,4 +1,4 @@
-"""plaintrain.data.validation and fixes, scripts/check_dataset.py: mistakes in a dataset and their repair."""
+"""plaintrain.data.validation, scripts/check_dataset.py: mistakes in a dataset and their repair."""
 
 import copy
 import json

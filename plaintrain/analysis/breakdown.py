@@ -10,18 +10,12 @@ from plaintrain.analysis.errors import DETECTION_TYPES, REAL_STATES, STATES, Err
 from plaintrain.data.datasets.write import get_area
 from plaintrain.evaluation.detections import compute_overlaps
 
-# Lower edges of the bins, with COCO's sizes 32 and 96.
-_BINS = {
-    "size": (0, 16, 32, 64, 96, 192),
-    "aspect": ASPECTS,
-    "overlaps": (0, 1, 2, 3, 5),
-    "objects_per_image": (1, 2, 4, 8, 16, 32),
-}
+# (title, description, lower edges of the bins, with COCO's sizes 32 and 96).
 GROUPS = {
-    "size": ("Size", "square root of the area in pixels"),
-    "aspect": ("Shape", "width / height"),
-    "overlaps": ("Crowdedness", "number of other objects with IoU >= 0.1"),
-    "objects_per_image": ("Objects in the image", "number"),
+    "size": ("Size", "square root of the area in pixels", (0, 16, 32, 64, 96, 192)),
+    "aspect": ("Shape", "width / height", ASPECTS),
+    "overlaps": ("Crowdedness", "number of other objects with IoU >= 0.1", (0, 1, 2, 3, 5)),
+    "objects_per_image": ("Objects in the image", "number", (1, 2, 4, 8, 16, 32)),
 }
 OVERLAP_IOU = 0.1
 
@@ -160,7 +154,9 @@ def compute_object_breakdown(errors: Errors, filtered: Errors) -> dict[str, list
         "overlaps": np.bincount(first[near], minlength=len(real)),
         "objects_per_image": counts[objects["image"]],
     }
-    return {key: _count_bins(errors, filtered, real, values[key], lows) for key, lows in _BINS.items()}
+    return {
+        key: _count_bins(errors, filtered, real, values[key], lows) for key, (_, _, lows) in GROUPS.items()
+    }
 
 
 def _count_bins(errors, filtered, indices, values, lows):

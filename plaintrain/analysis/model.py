@@ -12,43 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from plaintrain.utils.errors import UserError
-
-_OBJECTS_PER_IMAGE = 5
-NOT_COUNTED = (
-    "FLOPs include convolutions and matrix products (a multiply-add is 2 FLOPs), not norms, activation "
-    "functions, resizing, RoIAlign, NMS, box arithmetic and losses."
-)
-
-
-def make_random_samples(
-    size: tuple[int, int], batch_size: int, num_classes: int, num_keypoints: int = 0
-) -> list[dict[str, Any]]:
-    """Return training samples of random pixels, `size` is (height, width), with random objects."""
-    height, width = size
-    if min(size) < 32 or batch_size < 1:
-        raise UserError(
-            f"the image size must be at least 32x32 and the batch size at least 1, got {height}x{width} and "
-            f"{batch_size}"
-        )
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for index in range(batch_size):
-        start = torch.rand(_OBJECTS_PER_IMAGE, 2, generator=generator) * 0.5
-        side = 0.1 + 0.4 * torch.rand(_OBJECTS_PER_IMAGE, 2, generator=generator)
-        boxes = torch.cat([start, start + side], dim=1) * torch.tensor([width, height, width, height])
-        masks = torch.zeros(_OBJECTS_PER_IMAGE, height, width, dtype=torch.uint8)
-        for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
-            mask[y0:y1, x0:x1] = 1
-        centres = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
-        points = torch.nn.functional.pad(centres.expand(-1, num_keypoints, -1), (0, 1), value=2.0)
-        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-        labels = torch.randint(0, num_classes, (_OBJECTS_PER_IMAGE,), generator=generator)
-        target = {"boxes": boxes, "labels": labels, "masks": masks, "keypoints": points}
-        sample = {"image": image, "target": target, "height": height, "width": width}
-        samples.append({**sample, "image_id": index, "file_name": f"random {index}"})
-    return samples
-
 
 def _count_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)

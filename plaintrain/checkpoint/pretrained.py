@@ -5,8 +5,9 @@ import logging
 import os
 import pickle
 import re
+import tempfile
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -20,9 +21,13 @@ from plaintrain.checkpoint.torchvision import match_names, select_class_rows
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError, get_first_line, suggest_similar
 from plaintrain.utils.files import check_file, check_stored
+from plaintrain.utils.logger import build_progress_bar
 
 logger = logging.getLogger(__name__)
 
+# Seconds without a byte until a download fails.
+_TIMEOUT = 60.0
+_URL = re.compile(r"https?://([^/?#]*)([^?#]*)", re.IGNORECASE)
 _DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
 # torchvision sets the eps of FrozenBatchNorm2d to 0 for these files.
 _WITHOUT_EPS = re.compile(r"((faster|mask|keypoint)rcnn|retinanet)_resnet50_fpn_coco-\w+\.pth")
@@ -48,12 +53,11 @@ def locate_weights(name: str) -> str:
     `name` is a path, http(s)://..., torchvision://model/WEIGHTS, or detectron2://path; for the last, the
     folder `$PLAINTRAIN_WEIGHTS` is searched first.
     """
-    scheme = urlsplit(name).scheme
-    if scheme in ("http", "https"):
+    if _URL.match(name):
         return name
-    if scheme == "torchvision":
+    if name.startswith("torchvision://"):
         return _get_torchvision_url(name)
-    if scheme == "detectron2":
+    if name.startswith("detectron2://"):
         path = name.removeprefix("detectron2://")
         local = os.path.join(os.environ.get("PLAINTRAIN_WEIGHTS", ""), path)
         return local if os.path.isfile(local) else _DETECTRON2_URL + path
@@ -66,22 +70,64 @@ def locate_weights(name: str) -> str:
 def download_weights(name: str) -> str:
     """Return the local path of MODEL.WEIGHTS; download URLs to torch.hub's cache."""
     url = locate_weights(name)
-    if not url.startswith(("http://", "https://")):
+    match = _URL.match(url)
+    if not match:
         return url
-    name = os.path.basename(urlsplit(url).path)
+    basename = os.path.basename(match[2])
     # Names at PyTorch end with the first digits of the SHA-256; names on other hosts are not unique.
-    digest = re.search(r"-([a-f0-9]{8,})\.", name)
-    if urlsplit(url).hostname != "download.pytorch.org":
-        name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+    digest = re.search(r"-([a-f0-9]{8,})\.", basename)
+    if match[1] != "download.pytorch.org":
+        basename = f"{hashlib.sha256(url.encode(errors='replace')).hexdigest()[:12]}-{basename}"
         digest = None
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    if not os.path.isfile(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1))
-        except (OSError, RuntimeError) as e:
-            raise UserError(f"cannot download the weights {url}: {e}") from e
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", basename)
+    try:
+        if not _is_cached(path):
+            _download(url, path, digest[1] if digest else "")
+    except Exception as e:  # Servers and invalid URLs cause exceptions of many modules.
+        local = name.replace("detectron2:/", "$PLAINTRAIN_WEIGHTS") if name.startswith("detectron2") else path
+        raise UserError(
+            f"cannot download the weights {url[:400]}: {type(e).__name__}: {get_first_line(e)}; download the "
+            f"file by hand, and set MODEL.WEIGHTS to its path or save it as {local}"
+        ) from e
     return path
+
+
+def _is_cached(path):
+    """Return whether the file exists; delete an unreadable one, which older versions kept."""
+    try:
+        if os.path.exists(path):
+            read_state_dict(path)
+    except UserError as e:
+        logger.warning(f"{e}; deleting it and downloading it again")
+        os.unlink(path)
+    return os.path.exists(path)
+
+
+def _download(url, path, sha256_prefix):
+    """Download weights to `path`, where they appear once they are complete and readable."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    # Some hosts reject Python's own User-Agent.
+    request = Request(url, headers={"User-Agent": "torch.hub"})
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix="download-") as folder:
+        file = os.path.join(folder, os.path.basename(path))
+        with urlopen(request, timeout=_TIMEOUT) as response, open(file, "w+b") as f:
+            size = response.length
+            content_type = response.headers.get("Content-Type", "unknown type")
+            content = f"{content_type}, {'unknown' if size is None else size} bytes"
+            logger.info(f"downloading {url} to {path} ({content})")
+            chunks = iter(lambda: response.read(2**20), b"")
+            f.writelines(build_progress_bar(chunks, desc="MiB", total=size and size // 2**20 + 1))
+            if size not in (None, f.tell()):
+                raise OSError(f"the connection ended after {f.tell()} of {size} bytes")
+            f.seek(0)
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        if not digest.startswith(sha256_prefix):
+            raise OSError(f"the SHA-256 must begin with {sha256_prefix}, got {digest}")
+        try:
+            read_state_dict(file)
+        except UserError as e:
+            raise OSError(f"the file ({content}) holds no weights: {get_first_line(e.__cause__ or e)}") from e
+        os.replace(file, path)
 
 
 class _ArrayUnpickler(pickle.Unpickler):

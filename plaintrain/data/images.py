@@ -1,5 +1,6 @@
 """Read images of any format as RGB tensors."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -150,3 +151,20 @@ def check_image_size(record: dict[str, Any], image: Tensor) -> None:
         hint = "; its EXIF orientation rotates it, but the annotations were made without the rotation"
     size = f"{record['width']}x{record['height']}"
     raise UserError(f"the image {file_name} is {width}x{height}, but its annotation says {size}{hint}")
+
+
+def inspect_image(record: dict[str, Any], pixel_range: Sequence[float]) -> dict[str, Any]:
+    """Decode the image of a record, and return what `validation.check_images` needs to know of it.
+
+    Either `error` and `kind`, a problem type; or `size`, (height, width); `turned`, whether the EXIF
+    orientation rotates it; `pixels`, a hash; and `spread`, the largest range of values in a channel.
+    """
+    try:
+        image = read_image(record["file_name"], pixel_range)
+        turned = not shapes.is_drawn(record["file_name"]) and read_image_header(record["file_name"])[2] > 1
+    except UserError as e:
+        return {"error": str(e), "kind": getattr(e, "error_type", "unreadable")}
+    size = tuple(image.shape[-2:])
+    pixels = hashlib.blake2b(image.contiguous().numpy().data, digest_size=16, key=repr(size).encode())
+    spread = int((image.amax((1, 2)).int() - image.amin((1, 2)).int()).max())
+    return {"size": size, "turned": turned, "pixels": pixels.hexdigest(), "spread": spread}

@@ -1,6 +1,7 @@
 """Validate the records of a dataset and the entries of COCO files, without opening images."""
 
 import numbers
+import os
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ Problem = tuple[str, str]  # (key of `PROBLEM_TYPES`, end of a sentence)
 
 MAX_EXAMPLES = 10
 TINY = 2  # pixels
-LEAST_SPREAD = 64  # values in any channel: 14 bits read as 16 have fewer
+_LEAST_SPREAD = 64  # values in any channel: 14 bits read as 16 have fewer
 
 # type -> (description, whether it is fatal: training stops).
 PROBLEM_TYPES = {
@@ -46,7 +47,7 @@ PROBLEM_TYPES = {
     "no_annotations": ("images without annotations", False),
     "unused_class": ("classes without a box", False),
     "turned": ("images that their EXIF orientation rotates", False),
-    "near_constant": (f"images with fewer than {LEAST_SPREAD} values: is INPUT.PIXEL_RANGE right?", False),
+    "near_constant": (f"images with fewer than {_LEAST_SPREAD} values: is INPUT.PIXEL_RANGE right?", False),
     "listed_twice": ("images that are listed more than once", False),
     "duplicate": ("images with the same pixels as another image of the dataset", False),
     "leak": ("images with the same pixels as an image of another dataset", False),
@@ -116,6 +117,41 @@ def _iterate_record_problems(records, metadata):
         for annotation in record["annotations"]:
             for problem_type, text in iterate_annotation_problems(annotation, record, metadata):
                 yield problem_type, f"{name}: an annotation {text}"
+
+
+def check_images(
+    records: Iterable[dict[str, Any]], images: Iterable[dict[str, Any]], dataset: str, earlier: dict[str, str]
+) -> list[Finding]:
+    """Check the images of records, results of `inspect_image`; add them to `earlier`, {pixels: image}."""
+    return count_problems(_iterate_image_problems(records, images, dataset, earlier))
+
+
+def _iterate_image_problems(records, images, dataset, earlier):
+    first = {}
+    files = set()
+    for record, image in zip(records, images, strict=True):
+        name = record["file_name"]
+        if "error" in image:
+            yield image["kind"], image["error"]
+            continue
+        height, width = image["size"]
+        if (height, width) != (record["height"], record["width"]):
+            expected = f"{record['width']}x{record['height']}"
+            yield "wrong_size", f"{name}: is {width}x{height}, its record says {expected}"
+        if image["turned"]:
+            yield "turned", name
+        if image["spread"] < _LEAST_SPREAD:
+            yield "near_constant", f"{name}: {image['spread'] + 1} values"
+        other = first.setdefault(image["pixels"], name)
+        if os.path.realpath(name) in files:
+            yield "listed_twice", name
+        elif other != name:
+            yield "duplicate", f"{name} equals {other}"
+        elif image["pixels"] in earlier:
+            yield "leak", f"{name} equals {earlier[image['pixels']]}"
+        files.add(os.path.realpath(name))
+    for pixels, name in first.items():
+        earlier.setdefault(pixels, f"{name} of {dataset}")
 
 
 def check_annotation(annotation: dict[str, Any], source: str, num_classes: int) -> None:

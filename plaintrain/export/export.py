@@ -17,9 +17,6 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from plaintrain.config import CfgNode
-from plaintrain.data.dataset_mapper import DatasetMapper
-from plaintrain.data.image_files import build_image_record, list_images
-from plaintrain.data.records import get_detection_dataset_dicts
 from plaintrain.evaluation.evaluator import unpasted_masks
 from plaintrain.export.graph import DetectionGraph, Detector
 from plaintrain.modeling.tta import get_detection_settings
@@ -136,19 +133,6 @@ def open_exported(path: str) -> Callable[[Tensor], dict[str, Tensor]]:
         return dict(zip(names, map(torch.from_numpy, outputs), strict=True))
 
     return run
-
-
-def load_check_images(cfg: CfgNode, num_images: int, folder: str = "") -> list[tuple[str, Tensor]]:
-    """Return names and pixels of the first images of a folder or DATASETS.TEST, resized as for evaluation."""
-    if folder:
-        records: list[Any] = [build_image_record(path, path) for path in list_images(folder)[:num_images]]
-    elif cfg.DATASETS.TEST:
-        dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST[0], filter_empty=False)
-        records = [dataset[i] for i in range(min(num_images, len(dataset)))]
-    else:
-        raise UserError("DATASETS.TEST is empty; give --images FOLDER, or --check 0 to skip the check")
-    mapper = DatasetMapper(cfg, is_train=False)
-    return [(os.path.basename(record["file_name"]), mapper(record)["image"]) for record in records]
 
 
 def compute_expected_detections(model: Detector, image: Tensor) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def load_template() -> Any:
         "command": shlex.join,
         "full": lambda text: escape(truncate_text(text, _MAX_TEXT)) if isinstance(text, str) else text,
         "duration": format_duration,
+        "cells": lambda records, keys: [[record[key] for key in keys] for record in records],
         "numeric": lambda table: [all(map(_is_number, column)) for column in zip(*table, strict=True)],
         "svg": lambda figure: Markup(convert_to_svg(figure)),
     }

@@ -28,8 +28,6 @@ _MAX_LINES = 8
 _MAX_MATRIX_CLASSES = 20
 _ABBREVIATIONS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
 _TIDE_NAMES = [f"{error} ({short})" for error, short in zip(ERRORS, _ABBREVIATIONS, strict=True)]
-_GROUP_COLUMNS = ("name", "objects", "detected", "erroneous", "missed", "recall_above", "recall", "mean_iou")
-_CLASS_COLUMNS = ("name", "correct", *ERRORS[:-1], "erroneous", "missed")
 # Number of images in the gallery, and their longer side, pixels.
 _GALLERY = {"worst": 8, "best": 4}
 _SIDE = 480
@@ -91,7 +89,6 @@ def build_errors(dataset: str, analyses: Analyses) -> list[dict[str, Any]]:
         known = [(run, a["errors"][task]) for run, a in analyses if task in a["errors"]]
         series = {run.name: [e["delta_ap"][name] for name in ERRORS] for run, e in known}
         colors = [run.color for run, _ in known]
-        classes = known[0][1]["classes"] if len(known) == 1 else ()
         counts = [{**e["detections"], "missed": e["objects"]["missed"]} for _, e in known]
         tasks.append(
             {
@@ -102,7 +99,7 @@ def build_errors(dataset: str, analyses: Analyses) -> list[dict[str, Any]]:
                     [name, OUTCOMES[type_][1], *(c[type_] for c in counts)]
                     for type_, name in zip(("correct", *ERRORS), ("correct", *_TIDE_NAMES), strict=True)
                 ],
-                "classes": [[c[key] for key in _CLASS_COLUMNS] for c in classes],
+                "classes": known[0][1]["classes"] if len(known) == 1 else [],
             }
         )
     return tasks
@@ -115,12 +112,8 @@ def build_confusion(dataset: str, analyses: Analyses) -> list[dict[str, Any]]:
     for run, analysis in analyses:
         labels, counts, remark = _select_confused(analysis["confusion"])
         figure = draw_matrix(counts, labels, "prediction", "ground truth")
-        pairs = analysis["confusion"]["pairs"]
-        cells = [
-            [p["ground_truth"], p["detected_as"], p["count"], round(100 * p["fraction"], 1)] for p in pairs
-        ]
-        is_wide = len(labels) > _MAX_LINES
-        matrices.append({"figure": (figure, f"{run.name} on {dataset}", remark, is_wide), "pairs": cells})
+        plot = figure, f"{run.name} on {dataset}", remark, len(labels) > _MAX_LINES
+        matrices.append({"figure": plot, "pairs": analysis["confusion"]["pairs"]})
     return matrices
 
 
@@ -181,7 +174,7 @@ def build_groups(dataset: str, analyses: Analyses) -> dict[str, list]:
     """Return recall by the size, shape and neighbors of the objects."""
     figures = []
     tables = []
-    for key, (title, description) in GROUPS.items():
+    for key, (title, description, _) in GROUPS.items():
         all_bins = zip(*(a["breakdown"][key] for _, a in analyses), strict=True)
         bins = [per_run for per_run in all_bins if any(b["objects"] for b in per_run)]
         if not bins:
@@ -191,7 +184,7 @@ def build_groups(dataset: str, analyses: Analyses) -> dict[str, list]:
             shown = {"all detections": "recall", "above the threshold": "recall_above"}
             series = {label: [b[k] for (b,) in bins] for label, k in shown.items()}
             colors = []
-            tables.append((title, [[b[column] for column in _GROUP_COLUMNS] for (b,) in bins]))
+            tables.append((title, [b for (b,) in bins]))
         else:
             series = {run.name: [b[i]["recall_above"] for b in bins] for i, (run, _) in enumerate(analyses)}
             colors = [run.color for run, _ in analyses]

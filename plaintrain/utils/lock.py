@@ -31,7 +31,7 @@ def lock_folder(folder: str) -> None:
         return
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
         raise UserError(f"{path} must be a regular file, not a link, a folder or a pipe; delete it")
-    fd = _open_lock(path, os.O_RDWR | os.O_CREAT)
+    fd = _open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -49,8 +49,8 @@ def lock_folder(folder: str) -> None:
     os.pwrite(fd, owner.encode(), 0)
 
 
-def _open_lock(path, flags):
-    # The file at the other end of a link must not be overwritten.
+def _open(path, flags):
+    # Not the file at the other end of a link; a pipe would block.
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
 
 
@@ -100,7 +100,7 @@ def is_in_use(folder: str | os.PathLike) -> bool | None:
     if any(_is_same_file(fd, path) for fd in _HELD.values()):
         return False
     try:
-        with open(path, encoding="utf-8", errors="replace", opener=_open_lock) as f:
+        with open(path, encoding="utf-8", errors="replace", opener=_open) as f:
             owner = f.read(4096)
             fcntl.lockf(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

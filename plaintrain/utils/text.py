@@ -3,11 +3,9 @@
 import re
 
 # Control characters (terminals obey them), marks that reorder text, and lone surrogates (not UTF-8).
-_CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff"
-_CONTROL = re.compile(f"[{_CONTROLS}]")
-# What a file name cannot hold on some system.
-_NOT_IN_NAMES = re.compile(rf'[{_CONTROLS}\t\n/\\:*?"<>|]')
-_MAX_BYTES = 150
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
 
 
 def escape_controls(text: str) -> str:
@@ -23,16 +21,16 @@ def truncate_text(text: str, max_length: int = 24) -> str:
 
 
 def is_one_line(name: object) -> bool:
-    """Return whether a value is a text without line breaks, tabs and control characters."""
-    return isinstance(name, str) and name == escape_controls(name) and not {*name} & {*"\t\n"}
+    """Return whether a value is a text without control characters."""
+    return isinstance(name, str) and not _CONTROL.search(re.sub(r"[\t\n]", "\0", name))
 
 
 def is_file_name(name: object) -> bool:
     """Return whether a value can be the name of a file on all systems; no path, not hidden."""
-    return isinstance(name, str) and bool(name) and name == make_file_name(name)
+    return isinstance(name, str) and name == make_file_name(name) != ""
 
 
 def make_file_name(text: str) -> str:
     """Replace by `_` what a file name cannot hold, and cut it, with room for an extension."""
-    text = re.sub(r"^[. ]|[. ]$", "_", _NOT_IN_NAMES.sub("_", text))
-    return text.encode()[:_MAX_BYTES].decode(errors="ignore")
+    text = re.sub(r'[\t\n/\\:*?"<>|]|^[. ]|[. ]$', "_", _CONTROL.sub("_", text))
+    return text.encode()[:150].decode(errors="ignore")

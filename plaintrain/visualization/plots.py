@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,35 +27,11 @@ from plaintrain.visualization.curves import Lines, smooth
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Color of text and axes; `convert_to_svg` replaces it by the text color of the page.
+# Color of text and axes in the style; `convert_to_svg` replaces it by the text color of the page.
 INK = "#1f2933"
 # Width and height of one plot, inches.
 SIZE = (5.0, 3.0)
-_STYLE = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": INK,
-    "grid.alpha": 0.13,
-    "grid.linewidth": 0.7,
-    "axes.linewidth": 0.8,
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4,
-    # Long curves need fewer points.
-    "path.simplify_threshold": 1.0,
-    "svg.fonttype": "none",
-    # Class and file names may contain $ and are not TeX.
-    "text.parse_math": False,
-    "figure.constrained_layout.use": True,
-    **dict.fromkeys(("figure.constrained_layout.w_pad", "figure.constrained_layout.h_pad"), 0.07),
-}
+_STYLE = Path(__file__).with_name("plots.mplstyle")
 _svg_numbers = itertools.count()
 
 
@@ -63,10 +40,17 @@ def require_matplotlib() -> Any:
     return require("matplotlib", "drawing", "plot")
 
 
+def _use_style(*changes):
+    require_matplotlib()
+    from matplotlib import style
+
+    return style.context([_STYLE, *changes])
+
+
 @contextlib.contextmanager
 def _open_figure(size=SIZE, num_rows=1, num_columns=1):
     """Yield a figure and its axes; draw within the context, which sets the style."""
-    with require_matplotlib().rc_context(_STYLE):
+    with _use_style():
         from matplotlib.figure import Figure
 
         # pyplot would keep the figures in memory.
@@ -76,7 +60,7 @@ def _open_figure(size=SIZE, num_rows=1, num_columns=1):
 
 def save_figure(figure: Figure, path: str) -> None:
     """Write a figure on white as .png, .svg or .pdf."""
-    with require_matplotlib().rc_context(_STYLE), writing(path):
+    with _use_style(), writing(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         figure.savefig(path, facecolor="white", dpi=130)
 
@@ -84,7 +68,7 @@ def save_figure(figure: Figure, path: str) -> None:
 def convert_to_svg(figure: Figure) -> str:
     """Return a figure as an `<svg>` element with the text color, fonts and width of its page."""
     file = io.StringIO()
-    with require_matplotlib().rc_context({**_STYLE, "svg.hashsalt": f"{next(_svg_numbers)}"}):
+    with _use_style({"svg.hashsalt": f"{next(_svg_numbers)}"}):
         # savefig would run the layout, and draw, twice.
         figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
         figure.set_layout_engine("none")

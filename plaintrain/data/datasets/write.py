@@ -1,4 +1,4 @@
-"""Writer of COCO JSON."""
+"""Writer of COCO JSON, and conversions of annotations."""
 
 import json
 import os
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import Metadata
@@ -98,3 +100,28 @@ def convert_to_coco(
         converted["keypoints"] = shift_keypoints(annotation["keypoints"], -0.5)
         converted["num_keypoints"] = sum(v > 0 for v in converted["keypoints"][2::3])
     return converted
+
+
+def scale_annotation(
+    annotation: dict[str, Any], old: tuple[int, int], new: tuple[int, int]
+) -> dict[str, Any]:
+    """Scale a valid annotation from the image size `old`, (height, width), to `new`."""
+    x = new[1] / old[1]
+    y = new[0] / old[0]
+    annotation = {**annotation, "bbox": _multiply(annotation["bbox"], (x, y))}
+    if annotation.get("area") is not None:
+        annotation["area"] *= x * y
+    if annotation.get("keypoints"):
+        annotation["keypoints"] = _multiply(annotation["keypoints"], (x, y, 1))
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, dict):
+        mask = Image.fromarray(coco_mask.decode(encode_segmentation(segmentation, *old)))
+        scaled = mask.resize(new[::-1], Image.Resampling.NEAREST)
+        annotation["segmentation"] = coco_mask.encode(np.asfortranarray(scaled))
+    elif segmentation:
+        annotation["segmentation"] = [_multiply(polygon, (x, y)) for polygon in segmentation]
+    return annotation
+
+
+def _multiply(values, factors):
+    return [value * factors[i % len(factors)] for i, value in enumerate(values)]
