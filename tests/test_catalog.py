@@ -49,7 +49,7 @@ def test_names_that_are_no_names_of_files_or_classes_are_rejected(name):
     DatasetCatalog.register("Größe 1.2-a_b", list)
     MetadataCatalog.get("Größe 1.2-a_b").set(thing_classes=["a/b", "é" * 999, "인", name])
     if not isinstance(name, str) or {*name} & {*"\0\n\x1b\ud800\u202e"}:
-        rejected("a class of the dataset Größe", by=lambda: load_class_names("Größe 1.2-a_b"))
+        rejected("classes of the dataset Größe", by=lambda: load_class_names("Größe 1.2-a_b"))
 
 
 def test_metadata_and_class_names_come_from_what_was_set_or_from_loading():

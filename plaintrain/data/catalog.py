@@ -8,7 +8,7 @@ from typing import Any
 from plaintrain.data.serialized import SerializedRecords, disable_gc, serialize
 from plaintrain.utils.class_lists import REMEDY, describe_class_difference
 from plaintrain.utils.errors import UserError, suggest_similar
-from plaintrain.utils.text import is_file_name, is_one_line
+from plaintrain.utils.text import escape_controls, is_file_name
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +90,8 @@ def load_class_names(name: str) -> list[str]:
     if not metadata.get("thing_classes"):
         hint = f'MetadataCatalog.get("{name}").set(thing_classes=[...])'
         raise UserError(f"the dataset {name} names no classes; set CLASSES where it is declared, or {hint}")
-    for wrong in [c for c in metadata.thing_classes if not is_one_line(c)]:
-        raise UserError(
-            f"a class of the dataset {name} must be text without control characters, got {wrong!r}"
-        )
+    for wrong in [c for c in metadata.thing_classes if escape_controls(" ".join(f"{c}".splitlines())) != c]:
+        raise UserError(f"classes of the dataset {name} must be texts of one line, got {wrong!r}")
     return list(metadata.thing_classes)
 
 

@@ -153,10 +153,9 @@ def is_number(value: Any) -> bool:
 
 
 def keep_valid(value: Any, example: Any) -> Any:
-    """Return what of a value, from JSON or YAML, has the type of an example; None if nothing.
+    """Return what of a value, from JSON or YAML, has the type of an example; None if nothing has.
 
-    The example is a dict, which may have "*" for other keys, a list of one item, a float for any number, or
-    another scalar. Keys without an example are kept.
+    A float stands for any number, and the key "*" for all other keys; keys without an example are kept.
     """
     if isinstance(example, dict) and isinstance(value, dict):
         expected = {key: example.get(key, example.get("*")) for key in value}

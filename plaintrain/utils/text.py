@@ -20,11 +20,6 @@ def truncate_text(text: str, max_length: int = 24) -> str:
     return text if len(text) <= max_length else f"{text[:head]}…{text[head + 1 - max_length :]}"
 
 
-def is_one_line(name: object) -> bool:
-    """Return whether a value is a text without control characters."""
-    return isinstance(name, str) and not _CONTROL.search(re.sub(r"[\t\n]", "\0", name))
-
-
 def is_file_name(name: object) -> bool:
     """Return whether a value can be the name of a file on all systems; no path, not hidden."""
     return isinstance(name, str) and name == make_file_name(name) != ""
