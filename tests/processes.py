@@ -48,6 +48,7 @@ INPUT: {MIN_SIZE_TRAIN: [40, 64, 66], MIN_SIZE_TEST: 64, CROP: {ENABLED: True, S
 DATASETS:
   DECLARE:
     few_train: {FORMAT: shapes, SPLIT: train, NUM: 22, HEIGHT: 64, WIDTH: 64}
+    wide_train: {FORMAT: shapes, SPLIT: train, NUM: 9, HEIGHT: 40, WIDTH: 80, SEED: 1}
     few_val: {FORMAT: shapes, SPLIT: val, NUM: 6, HEIGHT: 64, WIDTH: 64}
   TRAIN: [few_train]
   TEST: [few_val]

@@ -22,7 +22,6 @@ from plaintrain.data.datasets.coco import load_coco_json
 from plaintrain.engine import create_ddp_model, default_setup
 from plaintrain.evaluation import compute_validation_losses
 from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
-from plaintrain.solver.ema import ModelEMA
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
@@ -232,19 +231,6 @@ def step_with_losses(args, names):
         raise
     total.backward()
     Path(args.folder, f"backward-{comm.get_rank()}").touch()
-
-
-def average_a_wrapped_model(args):
-    """The averaged weights of a model in DistributedDataParallel, whose ranks begin unlike."""
-    layer = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(layer.weight, 1.0 + comm.get_rank())
-    model = create_ddp_model(layer)
-    ema = ModelEMA(model, decay=0.5, warmup=False)
-    for _ in range(2):
-        ema.update(model)
-        layer.weight.data += 1
-    own = type(ema.module).__name__, ema.module.weight.item()
-    save(args, {"names": sorted(ema.state_dict()), "own": own, "wrapped": isinstance(model, type(layer))})
 
 
 def validate(args):

@@ -36,8 +36,8 @@ def read_csv(path):
         return list(csv.DictReader(f))
 
 
-def read_values(folder):
-    """{file: Counter of (iteration, name, value)}; values of the machine are None."""
+def read_values(folder, exact=True):
+    """{file: Counter of (iteration, name, value)}; None for those of the machine, or all if not exact."""
     rows = {
         "metrics.json": [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()],
         "metrics.csv": [{n: v for n, v in row.items() if v} for row in read_csv(folder / "metrics.csv")],
@@ -48,17 +48,17 @@ def read_values(folder):
     }
     values["events"] = [(step, tag, v.SerializeToString()) for step, tag, v in tensorboard_values(folder)]
     return {
-        file: Counter((at, name, None if name in _UNEQUAL else value) for at, name, value in found)
+        file: Counter((at, key, value if exact and key not in _UNEQUAL else None) for at, key, value in found)
         for file, found in values.items()
     }
 
 
-def value_differences(whole, other):
+def value_differences(whole, other, exact=True):
     """What is not written exactly once, with the value of an undisturbed run, in the files of another.
 
     The other may have rows more: of the steps after which it was stopped.
     """
-    expected, written = read_values(whole), read_values(other)
+    expected, written = read_values(whole, exact), read_values(other, exact)
     found = []
     for file, values in expected.items():
         iterations = {at for at, _, _ in values}
@@ -99,9 +99,11 @@ def newest_checkpoint(folder):
     return -1, 0
 
 
-def differences(whole, killed):
-    """What differs between the folder of an undisturbed run and that of one that was killed and resumed."""
-    found = value_differences(Path(whole), Path(killed))
+def differences(whole, killed, exact=True):
+    """What differs, or if not `exact` which values, in the folders of an undisturbed and a killed run."""
+    found = value_differences(Path(whole), Path(killed), exact)
+    if not exact:
+        return found
     for name in ("model_final.pth", "model_best.pth"):
         paths = [Path(folder) / name for folder in (whole, killed)]
         if [p.exists() for p in paths] != [True, True]:

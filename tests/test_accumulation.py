@@ -1,6 +1,5 @@
 """Gradient accumulation over micro-batches: plaintrain.solver.accumulation, on one rank and on two."""
 
-import copy
 from contextlib import nullcontext
 from functools import partial
 
@@ -25,31 +24,6 @@ def test_split_batch_gives_nearly_equal_micro_batches_in_order(number, steps):
     assert all(
         isinstance(sync_gradients(torch.nn.Linear(1, 1), is_last), nullcontext) for is_last in are_last
     )
-
-
-def train_with_sgd(model, batches, steps):
-    """Train on each batch in micro-batches; return the weights as one tensor, and the losses of each step."""
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), []
-    for batch in batches:
-        optimizer.zero_grad()
-        losses.append({name: value.item() for name, value in backward_in_parts(model, batch, steps).items()})
-        optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), losses
-
-
-def test_micro_batches_train_the_weights_of_the_whole_batch():
-    model, batch = make_retinanet(), make_batch(8)
-    batches = [batch, batch[3:] + batch[:3]]
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
-    weights, losses = train_with_sgd(copy.deepcopy(model), batches, 1)
-    assert (weights - start).abs().max() > 1e-3
-    # 8 images in 3 micro-batches are 2, 3 and 3.
-    for steps in (3, 8):
-        found, found_losses = train_with_sgd(copy.deepcopy(model), batches, steps)
-        torch.testing.assert_close(found, weights, rtol=0, atol=1e-5)
-        for ours, expected in zip(found_losses, losses, strict=True):
-            assert ours == pytest.approx(expected, rel=1e-4)
-            assert set(ours) == {"total_loss", "loss_cls", "loss_box_reg"}
 
 
 def test_sum_losses_and_add_losses_add_by_name():

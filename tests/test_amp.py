@@ -7,7 +7,6 @@ import torch
 from model_helpers import ARCHITECTURES, build, make_sample, randomize_predictions, two_samples, two_squares
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from plaintrain.checkpoint import DetectionCheckpointer
@@ -137,23 +136,6 @@ def test_boxes_in_bfloat16_are_within_a_pixel_of_float32(name):
     assert checked > 100
 
 
-@pytest.mark.parametrize("name", ["proposals", "retinanet", "fcos", "ssd"])
-def test_anchors_are_the_same_in_every_precision(name):
-    size, precision, keys = (64, 768), "bfloat16", ("INPUT.FIXED_SIZE", (64, 768) if name == "ssd" else ())
-    if name == "retinanet":
-        precision, keys = "float16", ("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator")
-    model = build(*ARCHITECTURES[name], *keys)
-    seen = []
-    for module in model.modules():
-        if isinstance(module, AnchorGenerator | DefaultBoxGenerator):
-            module.register_forward_hook(lambda module, inputs, anchors: seen.append(anchors[0]))
-    for enabled in (True, False):
-        with build_autocast(enabled, precision, "cpu"):
-            model([make_sample(*size, [[600, 4, 640, 50]], [0])])
-    low, exact = seen
-    assert low.dtype == torch.float32 and low.equal(exact) and exact.max() > 700
-
-
 def test_keep_float32_converts_dicts_lists_and_tuples_at_any_depth_also_of_a_copy():
     head, low = nn.Identity(), torch.tensor([1.5], dtype=torch.bfloat16)
     keep_float32(head)
@@ -228,16 +210,6 @@ def test_steps_skipped_at_the_start_change_nothing_later(settings, monkeypatch):
         step(gradient)
         plain_step(gradient)
         assert layer.weight.item() == pytest.approx(plain.weight.item(), abs=1e-6)
-
-
-def test_gradients_are_clipped_in_their_own_scale():
-    keys = ("ENABLED", True), ("CLIP_TYPE", "full_model"), ("CLIP_VALUE", 2.0)
-    layer, _, scaler, step = training(MOMENTUM=0.0, **{f"CLIP_GRADIENTS.{k}": value for k, value in keys})
-    assert step(0.5) == pytest.approx(0.5)
-    assert layer.weight.item() == pytest.approx(1 - 0.1 * 0.5)
-    assert step(30.0) == pytest.approx(30.0)
-    assert layer.weight.item() == pytest.approx(1 - 0.1 * 0.5 - 0.1 * 2.0)
-    assert scaler.get_scale() == 2.0**16
 
 
 @pytest.mark.parametrize(("before", "after"), [("bfloat16", "float16"), ("float16", "bfloat16")])

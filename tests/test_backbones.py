@@ -54,13 +54,6 @@ def test_the_first_stages_of_other_backbones_are_frozen(name):
         assert (FrozenBatchNorm2d in norm_types(backbone)) == (freeze_at > 0 and name != "vgg")
 
 
-@pytest.mark.parametrize("norm", ["", "BN"])
-def test_the_fpn_has_its_own_norm(norm):
-    backbone = build_backbone(make_cfg(*RESNET18, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", norm))
-    assert norm_types(backbone.body) == {FrozenBatchNorm2d}
-    assert norm_types(backbone.fpn) == ({NORM_CLASSES[norm]} if norm else set())
-
-
 @pytest.mark.parametrize(
     ("keys", "sizes"),
     [

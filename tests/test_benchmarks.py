@@ -87,8 +87,6 @@ def test_script_runs_all_and_merges_what_they_wrote(tmp_path):
     ("what", "options", "words"),
     [
         ("loop", ["--iterations", "0"], "argument --iterations: '0' is not an integer above 0"),
-        ("step", ["--batch", "2", "x"], "argument --batch: 'x' is not an integer above 0"),
-        ("data", ["--parts", "speed"], "argument --parts: invalid choice: 'speed'"),
         ("precision", ["--quick", "--config-file", "nope.yaml"], "error: config file not found: "),
         ("all", ["--output", "."], "benchmark.py: error: argument --output: cannot write .: Is a directory"),
         ("lop", [], "invalid choice: 'lop'"),

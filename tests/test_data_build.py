@@ -17,7 +17,6 @@ from plaintrain.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
-    build_detection_val_loader,
     dataset_mapper,
     get_detection_dataset_dicts,
     images,
@@ -176,9 +175,7 @@ CACHE, WORKERS = "DATALOADER.CACHE_BYTES", "DATALOADER.NUM_WORKERS"
     ("options", "world_size", "words"),
     [
         ([BATCH, 3], 2, f"{BATCH} must be divisible by 2 processes, got 3"),
-        ([BATCH, 2], 4, f"{BATCH} must be divisible by 4 processes, got 2"),
         ([BATCH, 6, STEPS, 0], 1, f"{STEPS} must be 1 to 6 .*, got 0$"),
-        ([BATCH, 6, STEPS, 7], 1, f"{STEPS} must be 1 to 6 .*, got 7$"),
         ([BATCH, 6, STEPS, 4], 2, f"{STEPS} must be 1 to 3 .*, got 4$"),
         # As many as an image of a rank a step.
         ([BATCH, 6, STEPS, 6], 1, None),
@@ -191,18 +188,6 @@ def test_train_loader_checks_options(records, train, as_rank, options, world_siz
     as_rank(0, world_size)
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
         build_detection_train_loader(train)
-
-
-def test_sampler_of_the_config_is_used_and_weighs_the_records_that_are_left(make_dataset, train):
-    for name in ("cells", "more"):
-        for record in make_dataset(name, num=6)[:2]:
-            record["annotations"] = []
-    train.DATASETS.TRAIN = ("cells", "more")
-    train.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
-    train.DATASETS.TRAIN_REPEAT_FACTOR = [["cells", 0]]
-    names = list(itertools.chain(*_names(_batches(build_detection_train_loader(train), 4))))
-    assert {name.split("/")[-2] for name in names} == {"more"}
-    assert len(set(names)) == 4
 
 
 def _draws(record):
@@ -254,8 +239,7 @@ def test_missing_unknown_and_empty_datasets_are_rejected(make_dataset, train):
     rejected(*words, by=lambda: build_detection_train_loader(train))
     rejected(*words, by=lambda: build_detection_test_loader(train, "cells"))
     make_dataset("others", num=1)[0]["file_name"] = "no/such/folder/0.png"
-    with pytest.raises(UserError, match=r"does not exist: no/such/folder/0\.png$"):
-        build_detection_test_loader(train, "others")
+    rejected("does not exist: no/such/folder/0.png", by=lambda: build_detection_test_loader(train, "others"))
 
 
 def test_images_without_annotations_are_skipped_unless_asked_for(records, train, log):
@@ -291,13 +275,8 @@ def test_test_loader_gives_each_image_once_each_time_and_the_views_with_threads(
     assert seen[0] == seen[1]
 
 
-def test_test_loader_covers_the_images_of_all_ranks_and_val_loader_adds_targets(records, train, as_rank):
+def test_test_loader_covers_the_images_of_all_ranks(records, train, as_rank):
     train.TEST.IMS_PER_BATCH = 3
-    expected = itertools.chain(*build_detection_test_loader(train, "cells"))
-    samples = itertools.chain(*build_detection_val_loader(train, "cells"))
-    for sample, test_sample in zip(samples, expected, strict=True):
-        assert torch.equal(sample["image"], test_sample["image"])
-        assert sample["target"]["boxes"].tolist() == [[1, 2, 4 + sample["image_id"], 6]]
     for world_size in (2, 9):
         ids = []
         for rank in range(world_size):

@@ -40,7 +40,6 @@ from plaintrain.modeling.anchors import CachedAnchorGenerator, CachedBoxGenerato
 from plaintrain.modeling.fcos import match_centers
 from plaintrain.modeling.losses import focal_loss
 from plaintrain.modeling.matching import pad_targets
-from plaintrain.modeling.ssd import mine_hard_negatives
 
 LOSSES = {"loss_cls": "classification", "loss_box_reg": "bbox_regression"}
 FCOS_LOSSES = {
@@ -104,17 +103,6 @@ def test_losses_gradients_and_detections_are_torchvisions(name, numbers):
     with torch.no_grad():
         detections, expected = model.eval()(samples), plain.eval()(images)
     assert_same_detections(detections, expected, model.label_offset, at_least=10)
-
-
-def test_hard_negatives_are_those_with_the_highest_losses_and_matches_fill_up():
-    loss = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.5], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]])
-    matched = torch.zeros(3, 6, dtype=torch.bool)
-    matched[0, 1] = matched[2, 0] = matched[2, 1] = True
-    counted = mine_hard_negatives(loss.requires_grad_(), matched, 3.0)
-    # The match and the three highest others; nothing; all of them, and the matches twice.
-    assert counted.sum(dim=1).tolist() == [1 + 5 + 4 + 3, 0, 21 + 1 + 2]
-    counted.sum().backward()
-    assert loss.grad.tolist() == [[1, 1, 1, 0, 1, 0], [0] * 6, [2, 2, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Detectron2's names and orders: plaintrain.checkpoint.detectron2 and scripts/convert_weights.py."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from model_helpers import KEYPOINT, MASK, PROPOSALS, RCNN_V2, RESNET18, RETINANET18, SMALL_HEAD, K, build
 from processes import run_script
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -23,49 +25,15 @@ RCNN = (
     *RESNET18, *SMALL_HEAD, *MASK, *KEYPOINT,
     "MODEL.ROI_MASK_HEAD.NUM_CONV", 4, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [8] * 8,
 )  # fmt: skip
-RETINANET_V2 = (*RETINANET18, "MODEL.RETINANET.NORM", "GN", "MODEL.FPN.P6_IN_FEATURE", "res5")
-# Detectron2's name -> torchvision's, of a model with masks and keypoints.
-RCNN_NAMES = {
-    "backbone.bottom_up.stem.conv1.weight": "backbone.body.conv1.weight",
-    "backbone.bottom_up.stem.conv1.norm.running_var": "backbone.body.bn1.running_var",
-    "backbone.bottom_up.res3.0.shortcut.weight": "backbone.body.layer2.0.downsample.0.weight",
-    "backbone.bottom_up.res3.0.shortcut.norm.bias": "backbone.body.layer2.0.downsample.1.bias",
-    "backbone.bottom_up.res5.1.conv2.norm.running_mean": "backbone.body.layer4.1.bn2.running_mean",
-    "backbone.fpn_lateral2.weight": "backbone.fpn.inner_blocks.0.0.weight",
-    "backbone.fpn_output4.weight": "backbone.fpn.layer_blocks.2.0.weight",
-    "proposal_generator.rpn_head.conv.weight": "rpn.head.conv.0.0.weight",
-    "proposal_generator.rpn_head.objectness_logits.bias": "rpn.head.cls_logits.bias",
-    "proposal_generator.rpn_head.anchor_deltas.weight": "rpn.head.bbox_pred.weight",
-    "roi_heads.box_head.fc2.bias": "roi_heads.box_head.fc7.bias",
-    "roi_heads.mask_head.mask_fcn4.bias": "roi_heads.mask_head.3.0.bias",
-    "roi_heads.mask_head.deconv.weight": "roi_heads.mask_predictor.conv5_mask.weight",
-    "roi_heads.mask_head.predictor.weight": "roi_heads.mask_predictor.mask_fcn_logits.weight",
-    "roi_heads.keypoint_head.conv_fcn8.bias": "roi_heads.keypoint_head.14.bias",
-    "roi_heads.keypoint_head.score_lowres.weight": "roi_heads.keypoint_predictor.kps_score_lowres.weight",
+MODELS = {
+    "rcnn": RCNN,
+    "retinanet": RETINANET18,
+    "rpn": (*RESNET18, *PROPOSALS),
+    "rcnn v2": RCNN_V2,
+    "retinanet v2": (*RETINANET18, "MODEL.RETINANET.NORM", "GN", "MODEL.FPN.P6_IN_FEATURE", "res5"),
 }
-RETINANET_NAMES = {
-    "backbone.fpn_lateral3.weight": "backbone.fpn.inner_blocks.0.0.weight",
-    "backbone.fpn_output5.bias": "backbone.fpn.layer_blocks.2.0.bias",
-    "backbone.top_block.p6.weight": "backbone.fpn.extra_blocks.p6.weight",
-    "backbone.top_block.p7.bias": "backbone.fpn.extra_blocks.p7.bias",
-    "head.cls_subnet.6.bias": "head.classification_head.conv.3.0.bias",
-    "head.bbox_subnet.4.weight": "head.regression_head.conv.2.0.weight",
-    "head.cls_score.weight": "head.classification_head.cls_logits.weight",
-    "head.bbox_pred.bias": "head.regression_head.bbox_reg.bias",
-}
-RCNN_V2_NAMES = {
-    "proposal_generator.rpn_head.conv.conv1.weight": "rpn.head.conv.1.0.weight",
-    "roi_heads.box_head.conv2.weight": "roi_heads.box_head.1.0.weight",
-    "roi_heads.box_head.conv2.norm.weight": "roi_heads.box_head.1.1.weight",
-    "roi_heads.box_head.fc1.weight": "roi_heads.box_head.3.weight",
-    "roi_heads.mask_head.mask_fcn2.norm.bias": "roi_heads.mask_head.1.1.bias",
-    "backbone.fpn_lateral3.norm.weight": "backbone.fpn.inner_blocks.1.1.weight",
-}
-RETINANET_V2_NAMES = {
-    "head.cls_subnet.9.weight": "head.classification_head.conv.3.0.weight",
-    "head.cls_subnet.10.bias": "head.classification_head.conv.3.1.bias",
-    "head.bbox_subnet.1.weight": "head.regression_head.conv.0.1.weight",
-}
+# Some of Detectron2's names of each model, and torchvision's.
+NAMES = yaml.safe_load((Path(__file__).parent / "golden" / "detectron2_names.yaml").read_text())
 
 
 def clones(state):
@@ -78,27 +46,17 @@ def assert_equal(actual, expected):
         assert value.equal(expected[name]), name
 
 
-@pytest.mark.parametrize(
-    ("keys", "names"),
-    [
-        (RCNN, RCNN_NAMES),
-        (RETINANET18, RETINANET_NAMES),
-        ((*RESNET18, *PROPOSALS), {}),
-        (RCNN_V2, RCNN_V2_NAMES),
-        (RETINANET_V2, RETINANET_V2_NAMES),
-    ],
-    ids=["rcnn", "retinanet", "rpn", "rcnn v2", "retinanet v2"],
-)
-def test_names_are_those_of_detectron2_and_round_trips_exact(keys, names):
+@pytest.mark.parametrize("model", MODELS)
+def test_names_are_those_of_detectron2_and_round_trips_exact(model):
     generator = torch.Generator().manual_seed(0)
     state = {
         name: torch.rand(value.shape, generator=generator) if value.is_floating_point() else value
-        for name, value in build(*keys).state_dict().items()
+        for name, value in build(*MODELS[model]).state_dict().items()
     }
     before = clones(state)
     there = convert_to_detectron2(state)
     position = {name: i for i, name in enumerate(state)}
-    for name, here in names.items():
+    for name, here in NAMES[model].items():
         assert list(there)[position[here]] == name
     assert is_detectron2(there) and not is_detectron2(state)
     copies = clones(there)

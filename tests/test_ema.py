@@ -3,9 +3,7 @@
 import copy
 
 import pytest
-import rank_functions
 import torch
-from processes import Job
 from run_files import load
 from torch import nn
 
@@ -63,12 +61,6 @@ def test_average_of_every_tensor_equals_a_manual_one():
     assert all(value.equal(state[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
     assert not any(p.requires_grad for p in ema.module.parameters())
-
-
-def test_average_of_two_ranks_follows_their_synchronized_weights(tmp_path):
-    job = Job(rank_functions.average_a_wrapped_model, tmp_path / "job", num_gpus_per_machine=2).wait(code=0)
-    expected = {"names": ["module.weight", "n_averaged"], "own": ["Linear", 1.5], "wrapped": False}
-    assert job.results() == [expected, expected]
 
 
 @pytest.mark.parametrize(("evaluate", "wrap"), [("averaged", nn.DataParallel), ("raw", lambda model: model)])

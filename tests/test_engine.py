@@ -296,22 +296,15 @@ def test_eval_only_changes_only_the_log_and_needs_no_schedule_and_no_training_se
     ("overrides", "words"),
     [
         (["DATASETS.TRAIN", "('engine_tiny_trian',)"], ["'engine_tiny_trian'", "engine_tiny_train"]),
-        (["DATASETS.TEST", "('engine_tiny_vla',)"], ["'engine_tiny_vla'", "engine_tiny_val"]),
         (["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], ["DATASETS.TRAIN"]),
         (["DATASETS.DECLARE.engine_tiny_val.FORMAT", "png"], ["DATASETS.DECLARE.engine_tiny_val", "coco"]),
         (["MODEL.WEIGHTS", "/nowhere/weights.pth"], ["MODEL.WEIGHTS", "/nowhere/weights.pth"]),
-        (["MODEL.WEIGHTS", "torchvision://resnet50/IMAGENET1K_V9"], ["MODEL.WEIGHTS", "IMAGENET1K_V2"]),
         (
             ["MODEL.ROI_HEADS.NUM_CLASSES", "80"],
             ["NUM_CLASSES must be 3", "engine_tiny_train (circle, square, triangle), got 80"],
         ),
-        (
-            ["SOLVER.REFERENCE_IMS_PER_BATCH", "8", "SOLVER.IMS_PER_BATCH", "0"],
-            ["SOLVER.IMS_PER_BATCH must be", "got 0"],
-        ),
         (["SOLVER.BY_EPOCH", "True"], ["SOLVER.MAX_EPOCHS must be set if SOLVER.BY_EPOCH"]),
         (["MODEL.BACKBONE.NAME", "build_resnet50"], ["MODEL.BACKBONE.NAME", "build_resnet50"]),
-        (["INPUT.AUGMENTATIONS", "['RandomIoUCorp']"], ["RandomIoUCorp", "RandomIoUCrop"]),
         (["MODEL.DEVICE", "cuda:77"], ["MODEL.DEVICE", "'cuda:77'"]),
         (["DATASETS.TEST", "('odd_type',)"], ["odd_type", "'cityscapes'", "coco", "pascal_voc"]),
         (["DATASETS.TEST", "('odd_file',)"], ["/nowhere/gone.jpg"]),
@@ -330,7 +323,7 @@ def test_setup_errors_name_the_key_and_leave_the_earlier_run_in_place(output, ov
     assert_only_log_grew(output)
 
 
-def test_setup_errors_name_missing_weights_bad_folders_and_keys_that_are_not_read(output):
+def test_setup_errors_name_missing_weights_and_bad_folders(output):
     message = setup_error(output, eval_only=True)
     assert "MODEL.WEIGHTS" in message and "--resume" in message
     output.write_text("in the way")
@@ -338,11 +331,6 @@ def test_setup_errors_name_missing_weights_bad_folders_and_keys_that_are_not_rea
         message = setup_error(folder)
         assert "OUTPUT_DIR" in message and str(folder) in message
     assert output.read_text() == "in the way"
-    cfg = get_cfg()
-    engine.require_default(cfg, "WORKFLOW", "it is")
-    cfg.merge_from_list(["WORKFLOW", [["train", 2]]])
-    with pytest.raises(UserError, match=r"must be \[\['train', 1\]\] .*, got \[\['train', 2\]\]; no"):
-        engine.require_default(cfg, "WORKFLOW", "no")
 
 
 def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output):

@@ -297,11 +297,7 @@ def test_changes_on_resume_take_effect_and_are_shown(run, tmp_path):
 CANNOT_CHANGE = [
     ("plain", ["MODEL.TINY.OUT_CHANNELS", 32], "MODEL.TINY.OUT_CHANNELS must be 16 .*, got 32"),
     ("plain", ["SOLVER.BIAS_LR_FACTOR", 2.0], "grouped by .*BIAS_LR_FACTOR"),
-    (
-        "plain",
-        ["DATALOADER.RANDOM_SUBSET_RATIO", 0.5, "DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"],
-        "DATASETS.TRAIN has 11 images, but had 22",
-    ),
+    ("plain", ["DATASETS.DECLARE.few_train.NUM", 11], "DATASETS.TRAIN has 11 images, but had 22"),
     ("epoch", ["SOLVER.IMS_PER_BATCH", 6], "SOLVER.IMS_PER_BATCH must be 8 .*, got 6"),
 ]
 

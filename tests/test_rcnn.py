@@ -1,5 +1,7 @@
 """Faster, Mask and Keypoint R-CNN and their proposals, against torchvision's: modeling.rcnn, .losses."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,13 +16,11 @@ from model_helpers import (
     make_batch,
     make_cfg,
     make_sample,
-    norm_types,
     randomize_predictions,
     torchvision_inputs,
     torchvision_twin,
     two_samples,
 )
-from torch import nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss
 
@@ -75,45 +75,56 @@ def test_losses_and_gradients_are_torchvisions_where_all_are_sampled(name, numbe
     assert_same_losses_and_gradients(model, losses, plain, expected)
 
 
-@pytest.mark.parametrize("score", [0.0, 0.9])
-def test_proposals_in_training_are_torchvisions(score):
-    model, plain = build_pair(spread=0.5)
-    for part in (model.rpn, plain.rpn):
-        part.score_thresh, part._post_nms_top_n["training"] = score, 60
-    samples = make_batch((1, 2, 3))
-    images, _ = model.transform([s["image"] for s in samples])
-    with torch.no_grad():
-        features = model.backbone.eval()(images.tensors)
-        targets = torchvision_inputs(samples, 1)[1]
-        (boxes, scores), _ = model.rpn(images, features, targets)
-        expected, _ = plain.rpn(images, features, targets)
-    exists = scores >= 0
-    assert boxes.shape == (3, 60, 4) and exists.shape == (3, 60)
-    for b, e, theirs in zip(boxes, exists, expected, strict=True):
-        assert len(theirs) > 5 and e.sum() == len(theirs)
-        torch.testing.assert_close(b[e], theirs, rtol=1e-5, atol=1e-4)
-    assert exists.all() == (score == 0)
+class Drawn:
+    """A sampler of torchvision's that takes, in each call, the candidates of the next draw of ours."""
+
+    def __init__(self, draws):
+        self._draws = draws
+
+    def __call__(self, labels):
+        candidates, index, exists = self._draws.pop(0)
+        taken = torch.zeros_like(candidates).scatter_(1, index, exists) & candidates
+        # What is padding to us is not there for torchvision, and all else in the same order.
+        rows = [
+            t[c] if len(label) < len(t) else t for t, c, label in zip(taken, candidates, labels, strict=True)
+        ]
+        assert [len(row) for row in rows] == [len(label) for label in labels]
+        wanted = [(row & (label >= 1), row & (label == 0)) for row, label in zip(rows, labels, strict=True)]
+        return [w[0] for w in wanted], [w[1] for w in wanted]
 
 
-def test_proposals_and_losses_of_a_network_of_proposals_are_those_of_faster_rcnn():
-    keys = ("MODEL.RPN.POST_NMS_TOPK_TEST", 60)
-    detector, model = build(*TINY, *SMALL_HEAD, *keys), build(*TINY, *PROPOSALS, *keys)
-    randomize_predictions(detector)
-    state = {k: v for k, v in detector.state_dict().items() if k.startswith(("backbone.", "rpn."))}
-    model.load_state_dict(state)
-    losses = []
-    for network in (detector, model):
-        torch.manual_seed(7)
-        losses.append(network(two_samples()))
-    assert losses[1] == {name: losses[0][name] for name in ("loss_rpn_cls", "loss_rpn_loc")}
-    samples = [make_sample(64, 96, seed=1), make_sample(64, 96, seed=2)]
-    with torch.no_grad():
-        images, _ = detector.eval().transform([sample["image"] for sample in samples])
-        expected, _ = detector.rpn(images, detector.backbone(images.tensors))
-        found = model.eval()(samples)
-    for ours, boxes, scores in zip(found, *expected, strict=True):
-        assert ours["boxes"].equal(boxes) and ours["scores"].equal(scores) and len(scores) == 60
-        assert ours["labels"].equal(torch.zeros(60, dtype=torch.int64))
+@pytest.mark.parametrize("numbers", [(3, 1), (0, 5), (2, 1, 0, 17)], ids=str)
+def test_losses_and_gradients_are_torchvisions_for_the_same_samples(numbers, monkeypatch):
+    # Which were candidates, the indices, which exist.
+    draws = []
+
+    def sample(matched, background, sampler):
+        drawn = matching.sample_matches(matched, background, sampler)
+        draws.append((matched | background, *drawn))
+        return drawn
+
+    monkeypatch.setattr(rpn, "sample_matches", sample)
+    monkeypatch.setattr(roi_heads, "sample_matches", sample)
+    model, plain = build_pair(spread=0.3)
+    for part in (model.rpn, model.roi_heads):
+        part.fg_bg_sampler.batch_size_per_image = 24
+    samples = make_batch(numbers)
+    torch.manual_seed(len(numbers))
+    proposals = []
+    model.roi_heads.register_forward_pre_hook(lambda _, inputs: proposals.append(inputs[1]))
+    found = model(samples)
+    assert all(exists.sum() > 0 and index.shape[1] == 24 for _, index, exists in draws)
+    given = Drawn(draws)
+    ((boxes, scores),) = proposals
+    same = [b[s >= 0] for b, s in zip(boxes, scores, strict=True)], None
+    with (
+        mock.patch.object(plain.rpn, "filter_proposals", lambda *_: same),
+        mock.patch.object(plain.rpn, "fg_bg_sampler", given),
+        mock.patch.object(plain.roi_heads, "fg_bg_sampler", given),
+    ):
+        expected = plain(*torchvision_inputs(samples, 1))
+    assert not draws
+    assert_same_losses_and_gradients(model, found, plain, expected)
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -132,32 +143,6 @@ def test_masks_lie_in_their_boxes_as_the_config_says_in_training_and_evaluation(
             masks.append(detector([sample])[0]["masks"])
     assert all(len(found.boxes) and found.aligned is aligned for found in masks)
     assert describe(make_cfg(*MASK, key, aligned), ["ant"], "x.pth")["masks_aligned"] is aligned
-
-
-@pytest.mark.parametrize(("convolutions", "layers", "norm"), [(4, 1, "GN"), (1, 2, "BN"), (0, 3, "")])
-def test_box_head_has_any_depth_and_norm(convolutions, layers, norm):
-    model = build(
-        *TINY, *SMALL_HEAD,
-        "MODEL.ROI_BOX_HEAD.NUM_CONV", convolutions,
-        "MODEL.ROI_BOX_HEAD.NUM_FC", layers,
-        "MODEL.ROI_BOX_HEAD.CONV_DIM", 16,
-        "MODEL.ROI_BOX_HEAD.NORM", norm,
-    )  # fmt: skip
-    head = model.roi_heads.box_head
-    kinds = [type(m) for m in head.modules()]
-    assert (kinds.count(nn.Conv2d), kinds.count(nn.Linear)) == (convolutions, layers)
-    assert norm_types(head) == {"": set(), "BN": {nn.BatchNorm2d}, "GN": {nn.GroupNorm}}[norm]
-    assert all(loss.isfinite() for loss in model(two_samples()).values())
-
-
-def test_the_box_head_starts_as_detectron2s():
-    heads = build(*TINY, "MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.ROI_BOX_HEAD.NUM_FC", 2).roi_heads
-    for layer in (m for m in heads.box_head.modules() if isinstance(m, nn.Linear)):
-        assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.05)
-        assert not layer.bias.any()
-    for layer, std in ((heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)):
-        assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
-        assert not layer.bias.any()
 
 
 RPN, BOX = "MODEL.RPN.", "MODEL.ROI_BOX_HEAD."

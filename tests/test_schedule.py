@@ -24,7 +24,6 @@ TRAIN_VAL = [["train", 2], ["val", 1]]
     ("workflow", "epochs", "expected"),
     [
         (TRAIN_VAL, 5, [1, 3, 4]),
-        (TRAIN_VAL, 4, [1, 3]),
         ([("val", 1), ("train", 2)], 3, [-1, 1]),
         ([["train", 1]], 3, []),
         ([["train", 1], ["val", 1], ["train", 2]], 4, [0, 3]),

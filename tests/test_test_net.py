@@ -101,15 +101,6 @@ def test_two_processes_find_and_score_what_one_does(files, evaluated, tmp_path):
         assert content(tmp_path, name) == content(evaluated["a"], name)
 
 
-def test_file_of_predictions_scores_as_the_model_that_wrote_it(files, evaluated, tmp_path):
-    for name, choice in (("test_net_coco", COCO), ("test_net_voc", VOC)):
-        path = evaluated["a"] / "inference" / name / PREDICTIONS
-        run(files, tmp_path, "--predictions", path, *choice, "OUTPUT_DIR", tmp_path)
-    for name in (PREDICTIONS, RESULTS):
-        written = content(tmp_path, name)
-        assert written == content(evaluated["a"], name) and written
-
-
 def test_run_is_evaluated_from_its_last_checkpoint_and_stays_as_it_is(files, evaluated, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -128,19 +119,6 @@ def test_run_is_evaluated_from_its_last_checkpoint_and_stays_as_it_is(files, eva
     log = after.pop("log.txt")
     assert log.startswith(before.pop("log.txt")) and log.count(b"command line:") == 2
     assert after == before
-
-
-def test_averaged_weights_are_evaluated_unless_told_otherwise(files, evaluated, tmp_path):
-    state, averaged = (torch.load(files / f"{name}.pth")["model"] for name in "ab")
-    ema = {"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in averaged.items()}}
-    path = tmp_path / "model_0000004.pth"
-    torch.save({"model": state, "ema": ema, "iteration": 4}, path)
-    options = [*COCO, "OUTPUT_DIR", tmp_path, "MODEL.EMA.ENABLED", True, "MODEL.EMA.EVALUATE"]
-    file = ["MODEL.WEIGHTS", path]
-    cases = [(["--resume"], "averaged", "b"), (file, "raw", "a"), (file, "averaged", "b")]
-    for weights, choice, same in cases:
-        run(files, tmp_path, *weights, *options, choice)
-        assert of_coco(tmp_path) == of_coco(evaluated[same])
 
 
 def test_file_that_is_read_is_not_written(files, tmp_path):
@@ -196,8 +174,6 @@ MISTAKES = [
     ("[]", [*COCO], r"nothing to evaluate; give MODEL\.WEIGHTS FILE, --resume .* or --predictions FILE"),
     ("[]", ["DATASETS.TEST", "()", *WEIGHTS], r"DATASETS\.TEST is empty"),
     ("[]", [*FILE, *WEIGHTS, *COCO], r"only one of --predictions and MODEL\.WEIGHTS"),
-    ("[]", ["--resume", *WEIGHTS], r"only one of --resume and MODEL\.WEIGHTS"),
-    ("[]", ["--resume", *FILE, *COCO], r"only one of --predictions and --resume"),
     ("[]", [*FILE, *COCO, "TEST.AUG.ENABLED", "True"], r"must be False with --predictions"),
     ("[]", ["--dry-run", *WEIGHTS], r"--overfit and --dry-run are only for training"),
     ("[]", FILE, r"has 2: test_net_coco, test_net_voc; select one"),

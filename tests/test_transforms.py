@@ -15,7 +15,6 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from plaintrain.config import get_cfg
 from plaintrain.data.transforms.build import build_augmentation
 from plaintrain.data.transforms.crops import FixedSizeCrop, RandomCrop, RandomIoUCrop
 from plaintrain.data.transforms.geometric import (
@@ -194,13 +193,15 @@ def test_iou_crop_keeps_the_instances_whose_centre_is_inside():
 
 
 def test_build_augmentation_appends_crop_resize_and_flip_in_training(cfg):
-    cfg.INPUT.AUGMENTATIONS = ["RandomPhotometricDistort", {"RandomZoomOut": {"p": 0.3}}]
+    zoom = {"p": 0.3, "side_range": [1, 2], "fill": [1, 2, 3]}
+    cfg.INPUT.AUGMENTATIONS = ["RandomPhotometricDistort", {"RandomZoomOut": zoom}, {"RandomErasing": None}]
     cfg.INPUT.CROP.ENABLED = True
     cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "range"
     cfg.INPUT.MIN_SIZE_TRAIN = (20, 30)
     assert build_augmentation(cfg, is_train=True, keypoint_flip_indices=(1, 0)) == [
         RandomPhotometricDistort(),
-        RandomZoomOut(p=0.3),
+        RandomZoomOut((1, 2, 3), (1, 2), 0.3),
+        RandomErasing(),
         RandomCrop("relative_range", (0.9, 0.9)),
         ResizeShortestEdge((20, 30), 60, "range"),
         RandomHorizontalFlip(0.5, (1, 0)),
@@ -220,25 +221,6 @@ def test_build_augmentation_appends_crop_resize_and_flip_in_training(cfg):
     cfg.INPUT.FIXED_SIZE, cfg.INPUT.AUGMENTATIONS, cfg.INPUT.CROP.ENABLED = (30, 40), [], False
     assert build_augmentation(cfg, is_train=True) == [Resize((30, 40)), RandomHorizontalFlip()]
     assert build_augmentation(cfg, is_train=False) == [Resize((30, 40))]
-
-
-def test_build_augmentation_reads_a_yaml_file_and_its_dump(tmp_path, cfg):
-    (tmp_path / "a.yaml").write_text(
-        "INPUT:\n  AUGMENTATIONS: [RandomIoUCrop, {RandomZoomOut: {side_range: [1, 2], fill: [1, 2, 3]}},"
-        " {RandomErasing: }, {RandomCrop: {crop_type: absolute, crop_size: [8, 9]}}]\n"
-    )
-    cfg.merge_from_file(tmp_path / "a.yaml")
-    augmentations = build_augmentation(cfg, is_train=True)
-    assert augmentations[:4] == [
-        RandomIoUCrop(),
-        RandomZoomOut(side_range=(1, 2), fill=(1, 2, 3)),
-        RandomErasing(),
-        RandomCrop("absolute", (8, 9)),
-    ]
-    again = get_cfg()
-    (tmp_path / "b.yaml").write_text(cfg.dump())
-    again.merge_from_file(tmp_path / "b.yaml")
-    assert build_augmentation(again, is_train=True) == augmentations
 
 
 def test_defaults_are_those_of_torchvision():
@@ -290,9 +272,6 @@ def _crop(crop_type, size):
         (_edge([20, 30, 40], style="range"), ["short_edge_length must"]),
         (_edge([40, 20], style="range"), ["short_edge_length must"]),
         (_edge([20], style="rnage"), ["rnage"]),
-        (_edge([True]), ["short_edge_length must"]),
-        (_edge([20], "100"), ["max_size must"]),
-        ({"Resize": {"size": [10, 10.5]}}, ["size must be 2 integers"]),
         (_crop("relative", [0, 0.5]), ["crop_size must", "[0, 0.5]"]),
         (_crop("absolute", [20, 20, 3]), ["crop_size must", "[20, 20, 3]"]),
         (_crop("absolute_range", [30, 20]), ["crop_size must", "(30, 20)"]),

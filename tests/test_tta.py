@@ -106,16 +106,6 @@ def test_views_are_mirrored_if_asked_for_with_the_keypoint_order_of_the_dataset(
         assert all(view["keypoint_flip_indices"] is None for view in views)
 
 
-def test_the_test_loader_makes_views_unless_it_is_given_a_mapper(cfg, shapes):
-    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.IMS_PER_BATCH = (40,), 2
-    plain = DatasetMapper(cfg, is_train=False)
-    for enabled, mapper, num_views in ((True, None, 2), (True, plain, 0), (False, None, 0)):
-        cfg.TEST.AUG.ENABLED = enabled
-        (samples,) = build_detection_test_loader(cfg, "few_shapes", mapper=mapper, sampler=range(2))
-        assert [len(sample.get("views", ())) for sample in samples] == [num_views] * 2
-        assert all(("image" in sample) == (num_views == 0) for sample in samples)
-
-
 BAD_KEYS = [
     ("TEST.AUG.MIN_SIZES", (), r"TEST\.AUG\.MIN_SIZES must be a list of integers >= 0, got \(\)"),
     ("TEST.AUG.MIN_SIZES", (40, -1), r"TEST\.AUG\.MIN_SIZES must .* got \(40, -1\)"),

@@ -184,18 +184,12 @@ NOWHERE = "--config-file seen.yaml --class circle --image-id 3 --output none"
         ("data", "shapes_val --grid a.jpg --image-id x", "x: no such image among 200; the first"),
         ("data", NOWHERE, "error: no image of seen_train matches --class and --image-id"),
         ("data", f"{NOWHERE} --source dataloader", "error: no image of seen_train matches --class"),
-        ("results", "run", "there is no display"),
-        ("results", "--grid a.jpg", "give RUN, a run folder, or --predictions FILE"),
-        ("results", "run --dataset seen_train --grid a.jpg", "holds no predictions for seen_train"),
         ("results", "run --iou-threshold 0 --grid a.jpg", "--iou-threshold must be above 0"),
-        ("results", "--predictions other.json --dataset shapes_val --grid a.jpg", "belongs to image 999"),
         ("results", "run --task segm --grid a.jpg", "require masks in the predictions"),
     ],
 )
 def test_scripts_answer_mistakes_in_a_sentence(run, tmp_path, script, args, words):
     (tmp_path / "seen.yaml").write_text(CONFIG)
-    other = {"image_id": 999, "category_id": 1, "bbox": [0, 0, 2, 2], "score": 0.6}
-    (tmp_path / "other.json").write_text(json.dumps([other]))
     assert_refused(f"visualize_{script}.py", args.split(), words, tmp_path, env=ENV)
 
 

@@ -118,7 +118,6 @@ _BOMB = f"<!DOCTYPE a [{_LAUGHS}]><annotation><object><name>&l11;</name></object
     [
         # The whole file.
         (None, "", ["not XML"]),
-        (None, "<annotation><object>", ["not XML"]),
         (None, "<annotation>&x;</annotation>", ["not XML"]),
         (None, '<?xml version="1.0" encoding="GBK"?><annotation/>', ["not XML"]),
         (None, _BOMB, ["DOCTYPE"]),
@@ -129,7 +128,6 @@ _BOMB = f"<!DOCTYPE a [{_LAUGHS}]><annotation><object><name>&l11;</name></object
         ("<xmax>20</xmax>", "<xmax>wide</xmax>", ["<xmax>", "'wide'", "number"]),
         ("<xmax>20</xmax>", "<xmax>1e999</xmax>", ["<xmax>", "'1e999'", "number"]),
         ("<height>30</height>", "<height>-4</height>", ["<size>", "40 x -4"]),
-        ("<height>30</height>", "<height>0.5</height>", ["<size>", "40 x 0"]),
     ],
 )
 def test_broken_and_hostile_xml_is_rejected(tiny_voc, old, new, words):
