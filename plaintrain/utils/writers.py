@@ -156,11 +156,13 @@ class CSVWriter(_RowWriter):
 
     def _read(self, f):
         # Without a newline, the last value of a line may have lost digits.
-        for row in csv.DictReader(line for line in f if line.endswith("\n")):
-            with contextlib.suppress(KeyError, TypeError, ValueError):
-                # DictReader stores None in rows that are too short or too long.
-                if None not in row and None not in row.values():
-                    yield {**row, "iteration": int(row["iteration"])}
+        # An unclosed quote makes a value that is longer than the csv module takes.
+        with contextlib.suppress(csv.Error):
+            for row in csv.DictReader(line for line in f if line.endswith("\n")):
+                with contextlib.suppress(KeyError, TypeError, ValueError):
+                    # DictReader stores None in rows that are too short or too long.
+                    if None not in row and None not in row.values():
+                        yield {**row, "iteration": int(row["iteration"])}
 
     def _can_append(self, scalars):
         return super()._can_append(scalars) and set().union(*scalars.values()) <= set(self._columns)
