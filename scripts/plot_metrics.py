@@ -11,7 +11,6 @@ last values and the remaining time, until no run is training or Ctrl-C; it write
 matplotlib.
 """
 
-import datetime
 import math
 import os
 import shutil
@@ -25,6 +24,7 @@ from plaintrain.analysis.run_folder import (
     RunState,
     check_run,
     estimate_seconds_left,
+    format_duration,
     get_run_names,
     get_run_state,
     read_metrics,
@@ -66,7 +66,7 @@ def format_state(name: str, metrics: Metrics, state: RunState) -> str:
     """Return one line on a run: its state, iteration and remaining time."""
     done = f"iteration {state.iteration + 1} of {state.max_iter}" if state.max_iter else "no iterations"
     seconds = estimate_seconds_left(metrics, state) if state.name == "running" else None
-    eta = f", {datetime.timedelta(seconds=int(seconds))} left" if seconds is not None else ""
+    eta = f", {format_duration(seconds)} left" if seconds is not None else ""
     return f"{name}: {state.name}, {done}{eta}"
 
 

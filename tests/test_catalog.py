@@ -40,6 +40,18 @@ def test_datasets_are_loaded_once_and_not_before_they_are_asked_for():
     rejected("known: ", "coco_2017_train", "voc_2007_test", by=lambda: DatasetCatalog.get("#"))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["/abs", "a/b", "..", ".a", "", "a\\b", "c:", "a\0", "a\n", "a\x1b", "\ud800", "\u202ea", "é" * 99, 3],
+)
+def test_names_that_are_no_names_of_files_or_classes_are_rejected(name):
+    rejected("name of a dataset must be a file name", by=lambda: DatasetCatalog.register(name, list))
+    DatasetCatalog.register("Größe 1.2-a_b", list)
+    MetadataCatalog.get("Größe 1.2-a_b").set(thing_classes=["a/b", "é" * 999, "인", name])
+    if not isinstance(name, str) or {*name} & {*"\0\n\x1b\ud800\u202e"}:
+        rejected("classes of the dataset Größe", by=lambda: load_class_names("Größe 1.2-a_b"))
+
+
 def test_metadata_and_class_names_come_from_what_was_set_or_from_loading():
     metadata = MetadataCatalog.get("mine").set(thing_classes=["a", "b"])
     assert metadata.set(evaluator_type="coco") is MetadataCatalog.get("mine")
@@ -148,6 +160,7 @@ SHAPES = {"FORMAT": "shapes", "SPLIT": "val"}
         ({"FORMAT": "yolo", "DATA": "x"}, ["yolo", "SPLIT"]),
         ({**SHAPES, "NUM": True}, ["NUM", "an integer", "True"]),
         ({**VOC, "ROOT": 3}, ["ROOT", "a string", "3"]),
+        ({**VOC, "SPLIT": "../../train"}, ["SPLIT", "a name", "'../../train'"]),
         ({**VOC, "CLASSES": ["yes", False]}, ["CLASSES", "False"]),
         ({**VOC, "EVALUATOR": "voc"}, ["EVALUATOR", "pascal_voc", "'voc'"]),
         ({"FORMAT": "concat", "DATASETS": [["a"]]}, ["DATASETS", "['a']"]),

@@ -207,6 +207,9 @@ def test_setup_draws_a_seed_unless_resumed_and_seeds_all_generators(output, tmp_
         draws.append(draw())
     assert draws[0] == draws[1]
     assert all(a != b for a, b in zip(*draws[1:], strict=True))
+    (output / "config.yaml").write_text("SEED: text")
+    with pytest.raises(UserError, match=r"SEED in .*config\.yaml must be -1, .* got 'text'"):
+        setup(output, resume=True)
     # SEED and a rank may add up to more than NumPy takes.
     seed_all_rng(2**40)
 
@@ -414,6 +417,13 @@ def test_log_goes_to_the_console_on_rank_0_and_to_a_file_of_each_rank(tmp_path, 
     assert log.startswith("earlier\n") and log.count("from rank 0") == 1
     assert "plaintrain.some.module" in log and "from rank 1" not in log
     assert "WARNING" in other and "from rank 1" in other and "from rank 0" not in other
+    # Names cannot control a terminal; lines stay.
+    (tmp_path / "log.txt.rank1").unlink()
+    logging.getLogger("plaintrain").warning("\x1b[2J\r\u202e\ud800\0\ntwo")
+    assert r"\x1b[2J\r\u202e\ud800\x00" + "\ntwo" in (tmp_path / "log.txt.rank1").read_text()
+    os.mkfifo(tmp_path / "log.txt.rank2")
+    with pytest.raises(UserError, match=r"log\.txt\.rank2: it is a pipe"):
+        setup_logger(str(tmp_path), 2)
 
 
 def test_log_continues_where_the_console_is_closed_or_lost(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import socket
+import tempfile
 import time
 from unittest.mock import Mock
 
@@ -11,7 +12,8 @@ import pytest
 from processes import Process
 
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.lock import is_in_use, lock_folder
+from plaintrain.utils.files import atomic_write
+from plaintrain.utils.lock import is_in_use, lock_folder, lock_temp_dir
 
 
 def hold(folder):
@@ -85,9 +87,41 @@ def test_lock_warns_on_a_file_system_without_locks(tmp_path, monkeypatch, log):
     assert f"pid {os.getpid()} on" in (tmp_path / "run.lock").read_text()
 
 
-def test_lock_is_taken_again_if_the_folder_was_deleted_and_created_again(folder, start):
+def test_a_deleted_folder_is_created_and_locked_again_by_the_next_write(folder, start, log):
     lock_folder(str(folder))
     shutil.rmtree(folder)
-    folder.mkdir()
-    lock_folder(str(folder))
+    for _ in range(2):
+        with atomic_write(folder / "inference" / "a.json") as f:
+            f.write("1")
+    assert log.text.count("deleted during the run") == 1
     assert "in use by another run" in start(folder).output
+    # Another run may be faster.
+    shutil.rmtree(folder)
+    folder.mkdir()
+    start(folder)
+    with pytest.raises(UserError, match="in use by another run"), atomic_write(folder / "a.json") as f:
+        f.write("1")
+    assert not (folder / "a.json").exists()
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path.parent.parent / "x", path)]
+)
+def test_lock_file_must_be_a_regular_file(folder, make):
+    (folder.parent / "x").write_text("precious")
+    make(folder / "run.lock")
+    assert is_in_use(folder) is None
+    with pytest.raises(UserError, match=r"run\.lock must be a regular file"):
+        lock_folder(str(folder))
+    assert (folder.parent / "x").read_text() == "precious"
+
+
+def test_temporary_folders_of_killed_runs_are_deleted(tmp_path, start, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("plaintrain.utils.lock.get_temp_dir", lambda: str(tmp_path / "pymp-own"))
+    for name in ("own", "killed", "running", "other"):
+        (tmp_path / f"pymp-{name}").mkdir()
+    start(tmp_path / "pymp-killed").kill()
+    start(tmp_path / "pymp-running")
+    lock_temp_dir()
+    assert {path.name for path in tmp_path.glob("pymp-*")} == {"pymp-own", "pymp-running", "pymp-other"}

@@ -199,6 +199,7 @@ def test_calibration_draws_the_precision_over_the_score(monkeypatch):
     bins = [dict(zip(keys, values, strict=True)) for values in ((0, 0.5, 0.2, 0.1, 3), (0.5, 1, 0.7, 0.9, 0))]
     analysis = {"calibration": {"bins": bins, "expected_error": 0.1}}
     run = Mock(color=0, test_sets=["cells"], analyses={"cells": analysis}, problems={})
+    run.name = "a"
     detections.build_calibration([run])
     (line,) = draw.call_args.args[0]
     assert (line["x"], line["y"]) == ([0.2], [0.1])

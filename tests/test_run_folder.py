@@ -21,6 +21,11 @@ def test_metrics_are_series_and_what_is_cut_off_is_left_out(tmp_path):
     assert run_folder.read_metrics(tmp_path) == {}
     (tmp_path / "metrics.csv").write_text("iteration,a,b\n1,2.5,\n3,,4\n5,6\n7")
     assert run_folder.read_metrics(tmp_path) == {"a": ([1, 5], [2.5, 6.0]), "b": ([3], [4.0])}
+    for text in ("a,b\n1,2\n", "iteration,a\0\n\0,1\n", "", f"iteration,a\n{'9' * 5000},{'9' * 400}\n"):
+        (tmp_path / "metrics.csv").write_text(text)
+        assert run_folder.read_metrics(tmp_path) == {}
+    (tmp_path / "metrics.json").write_text(f'{{"iteration": 1, "a": {10**400}}}\n{{"iteration": {10**400}}}')
+    assert math.isnan(run_folder.read_metrics(tmp_path)["a"][1][0])
     lines = ['{"iteration": 1, "a": 1, "text": "x"}', '{"iteration": 3, "a": null, "b": 2}', "5", "{}"]
     lines += ['{"iteration": 1, "a": 7}', '{"iteration": 5, "a": 1']
     (tmp_path / "metrics.json").write_text("\n".join(lines))
@@ -139,7 +144,7 @@ def test_starts_are_added_with_their_changes_from_the_base_files_or_the_defaults
         keys = [key for key, *_ in start["changes"]]
         assert keys == ["DATASETS.TRAIN", "OUTPUT_DIR", "SOLVER.BASE_LR", "SOLVER.MAX_ITER"]
     # A damaged file is as none.
-    for text in ("", "{", "[]", '{"starts": 3}', '{"starts": [3]}'):
+    for text in ("", "{", "[]", '{"starts": 3}', '{"starts": [3]}', '{"starts": [[]]}'):
         (tmp_path / "run.json").write_text(text)
         assert read_starts(str(tmp_path)) == []
         write_run_facts(*run)

@@ -5,6 +5,8 @@ Missing files give empty results and truncated lines are skipped.
 
 import contextlib
 import csv
+import datetime
+import glob
 import json
 import math
 import os
@@ -17,8 +19,9 @@ from typing import Any, NamedTuple
 from plaintrain.config import CfgNode, get_cfg
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import describe_os_error, read_results_file, read_text
+from plaintrain.utils.files import describe_os_error, is_number, keep_valid, read_results_file, read_text
 from plaintrain.utils.lock import is_in_use
+from plaintrain.utils.text import is_file_name
 
 # [DATASET/]TASK/METRIC
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
@@ -29,6 +32,14 @@ _LOG_FILE = re.compile(r"log\.txt(\.rank\d+)?")
 _MAX_LOG_LENGTH = 4000
 # Locks may be invisible from other machines; a run with a more recent log line counts as running.
 _SILENT_SECONDS = 600
+# Example of the values in config.yaml that are used here and in the report, for `keep_valid`.
+_CONFIG = {
+    "DATASETS": {"DECLARE": {}, "TEST": [""], "TRAIN": [""]},
+    "INPUT": {"PIXEL_RANGE": [0.0]},
+    "MODEL": {"META_ARCHITECTURE": "", "BACKBONE": {"NAME": ""}, "WEIGHTS": ""},
+    "SOLVER": {"IMS_PER_BATCH": 0, "MAX_ITER": 0},
+    "TEST": {"KEYPOINT_OKS_SIGMAS": [0.0]},
+}
 _RUN_FILES = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "inference")
 
 # {name: (iterations, values)}
@@ -75,14 +86,14 @@ def read_metrics(folder: str) -> Metrics:
     path = os.path.join(folder, "metrics.json")
     is_json = os.path.isfile(path)
     lines = _read_json_lines(path) if is_json else _read_csv_lines(os.path.join(folder, "metrics.csv"))
-    by_iteration = {line["iteration"]: line for line in lines if isinstance(line.get("iteration"), int)}
+    by_iteration = {line["iteration"]: line for line in lines if type(line.get("iteration")) is int}
     series: Metrics = {}
-    for iteration in sorted(by_iteration):
+    for iteration in sorted(i for i in by_iteration if abs(i) < 2**53):
         for name, value in by_iteration[iteration].items():
             if name != "iteration" and (value is None or isinstance(value, int | float)):
                 iterations, values = series.setdefault(name, ([], []))
                 iterations.append(iteration)
-                values.append(math.nan if value is None else float(value))
+                values.append(float(value) if value is not None and is_number(value) else math.nan)
     return series
 
 
@@ -96,9 +107,12 @@ def _read_json_lines(path: str) -> Iterator[dict[str, Any]]:
 
 def _read_csv_lines(path: str) -> Iterator[dict[str, Any]]:
     # Missing and non-finite values are both empty.
-    for line in csv.DictReader(_read_lines(path)):
-        with contextlib.suppress(TypeError, ValueError):
-            yield {"iteration": int(line.pop("iteration")), **{n: float(v) for n, v in line.items() if v}}
+    try:
+        for line in csv.DictReader(_read_lines(path)):
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                yield {"iteration": int(line.pop("iteration")), **{n: float(v) for n, v in line.items() if v}}
+    except csv.Error as e:
+        raise UserError(f"cannot read {path}: {e}") from e
 
 
 def read_config(folder: str) -> CfgNode:
@@ -113,12 +127,10 @@ def read_config(folder: str) -> CfgNode:
 
 
 def read_config_tree(folder: str) -> dict[str, Any]:
-    """Read the config.yaml of a run without checking its keys; an unreadable file or section is empty."""
+    """Read the config.yaml of a run, without values of a wrong type; an unreadable file is empty."""
     path = os.path.join(folder, "config.yaml")
     with contextlib.suppress(UserError):
-        tree = parse_yaml(read_text(path), path)
-        sections = {key for key, value in get_cfg().items() if isinstance(value, dict)}
-        return {key: value for key, value in tree.items() if isinstance(value, dict) or key not in sections}
+        return keep_valid(parse_yaml(read_text(path), path), _CONFIG)
     return {}
 
 
@@ -130,10 +142,9 @@ def split_result(name: str) -> tuple[str, str, str] | None:
 
 def list_test_sets(folder: str) -> list[str]:
     """List DATASETS.TEST of a run and further datasets with predictions or results."""
-    names = list(read_config_tree(folder).get("DATASETS", {}).get("TEST") or ())
-    inference = os.path.join(folder, "inference")
-    evaluated = sorted(os.listdir(inference)) if os.path.isdir(inference) else []
-    return names + [n for n in evaluated if n not in names and os.path.isdir(os.path.join(inference, n))]
+    names = [n for n in read_config_tree(folder).get("DATASETS", {}).get("TEST", ()) if is_file_name(n)]
+    evaluated = sorted(glob.glob(os.path.join(glob.escape(folder), "inference", "*", "")))
+    return list(dict.fromkeys([*names, *(os.path.basename(os.path.dirname(path)) for path in evaluated)]))
 
 
 def find_predictions(folder: str, dataset_name: str) -> str:
@@ -183,8 +194,14 @@ def estimate_seconds_left(metrics: Metrics, state: RunState) -> float | None:
     return statistics.median(times) * max(0, state.max_iter - state.iteration - 1)
 
 
+def format_duration(seconds: float) -> str:
+    """Format seconds as H:MM:SS."""
+    return str(datetime.timedelta(seconds=round(seconds))) if abs(seconds) < 1e12 else f"{seconds:.3g} s"
+
+
 def _list_log_files(folder):
-    return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if _LOG_FILE.fullmatch(name)]
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "log.txt*")))
+    return [path for path in paths if _LOG_FILE.fullmatch(os.path.basename(path)) and os.path.isfile(path)]
 
 
 def read_warnings(folder: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 from plaintrain.data.serialized import SerializedRecords, disable_gc, serialize
 from plaintrain.utils.class_lists import REMEDY, describe_class_difference
 from plaintrain.utils.errors import UserError, suggest_similar
+from plaintrain.utils.text import escape_controls, is_file_name
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,9 @@ class _DatasetCatalog(dict):
 
     def register(self, name: str, func: Callable[[], Iterable[dict[str, Any]]]) -> None:
         """Register a dataset; `func` is called once, when the records are first needed."""
+        if not is_file_name(name):
+            rule = 'without / \\ : * ? " < > |, control characters and a leading dot'
+            raise UserError(f"the name of a dataset must be a file name {rule}, got {name!r}")
         if name in self:
             raise UserError(f"the dataset {name} is already registered")
         self[name] = func
@@ -86,6 +90,8 @@ def load_class_names(name: str) -> list[str]:
     if not metadata.get("thing_classes"):
         hint = f'MetadataCatalog.get("{name}").set(thing_classes=[...])'
         raise UserError(f"the dataset {name} names no classes; set CLASSES where it is declared, or {hint}")
+    for wrong in [c for c in metadata.thing_classes if escape_controls(" ".join(f"{c}".splitlines())) != c]:
+        raise UserError(f"classes of the dataset {name} must be texts of one line, got {wrong!r}")
     return list(metadata.thing_classes)
 
 

@@ -25,6 +25,7 @@ from plaintrain.utils.errors import UserError, get_first_line
 from plaintrain.utils.logger import ignore_console_errors
 from plaintrain.utils.memory import describe_out_of_memory, is_out_of_memory
 from plaintrain.utils.stop import end_at_once, get_stop_signals
+from plaintrain.utils.text import escape_controls
 
 # Timeout of collectives; other ranks wait in one while rank 0 scores.
 DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
@@ -89,8 +90,8 @@ def _describe(error: BaseException, debug: bool) -> str:
     elif is_out_of_memory(error):
         error = describe_out_of_memory(error)
     if isinstance(error, UserError | FloatingPointError) and not debug:
-        return f"error: {error}"
-    return "".join(traceback.format_exception(error)).rstrip()
+        return escape_controls(f"error: {error}")
+    return escape_controls("".join(traceback.format_exception(error)).rstrip())
 
 
 def _spawn(main_func, args, job, debug):

@@ -207,6 +207,8 @@ def _resolve_seed(cfg: CfgNode, resume: bool) -> None:
     seed = -1
     if resume and comm.is_main_process() and os.path.isfile(saved):
         seed = load_chain(saved)[-1][1].get("SEED", -1)
+        if type(seed) is not int or not -1 <= seed < 2**32:
+            raise UserError(f"SEED in {saved} must be -1, or at least 0 and below 2**32, got {seed!r}")
     seed = comm.broadcast(seed)
     source = "the seed of the resumed run" if seed >= 0 else "drawn at random"
     set_value(cfg, "SEED", seed if seed >= 0 else comm.shared_random_seed())

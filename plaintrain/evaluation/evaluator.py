@@ -17,6 +17,7 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat
 from plaintrain.utils.logger import build_progress_bar
 from plaintrain.utils.stop import end_evaluation_if_requested, is_requested
+from plaintrain.utils.text import truncate_text
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,9 @@ def verify_results(expected_results: Sequence[Sequence[Any]], results: dict[str,
 
 def format_table(cells: Iterable[Iterable[Any]], header: list[str]) -> str:
     """Format rows of strings and numbers (two decimals) as an aligned text table."""
-    texts = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row] for row in cells]
+    texts = [
+        [f"{v:.2f}" if isinstance(v, float) else truncate_text(str(v), 80) for v in row] for row in cells
+    ]
     widths = [max(len(row[i]) for row in [header, *texts]) for i in range(len(header))]
     lines = ["  ".join(v.rjust(w) for v, w in zip(row, widths, strict=True)) for row in [header, *texts]]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import plaintrain
 from plaintrain.analysis.errors import OUTCOMES
-from plaintrain.analysis.run_folder import get_run_names
+from plaintrain.analysis.run_folder import format_duration, get_run_names
 from plaintrain.report import detections, runs
 from plaintrain.utils.errors import UserError, get_first_line
 from plaintrain.utils.files import atomic_write
+from plaintrain.utils.text import truncate_text
 from plaintrain.visualization.colors import get_hex_color
 from plaintrain.visualization.plots import convert_to_svg, require_matplotlib
 
 logger = logging.getLogger(__name__)
+
+# Maximum length of a text, such as a value in the config.
+_MAX_TEXT = 10_000
 
 # (id, which is also a macro of the template; title; function from a list of `Run` to the macro's argument).
 SECTIONS = (
@@ -86,7 +90,8 @@ def load_template() -> Any:
     environment.filters |= {
         "color": get_hex_color,
         "command": shlex.join,
-        "duration": lambda seconds: str(datetime.timedelta(seconds=round(seconds))),
+        "full": lambda text: escape(truncate_text(text, _MAX_TEXT)) if isinstance(text, str) else text,
+        "duration": format_duration,
         "cells": lambda records, keys: [[record[key] for key in keys] for record in records],
         "numeric": lambda table: [all(map(_is_number, column)) for column in zip(*table, strict=True)],
         "svg": lambda figure: Markup(convert_to_svg(figure)),
@@ -105,5 +110,6 @@ def format_value(value: Any) -> Any:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return value
+        return f"{value:,.0f}" if 1e15 > abs(value) >= 1000 else f"{value:.4g}"
+    # The filter "full" and macros return Markup.
+    return truncate_text(value, 200) if type(value) is str else value

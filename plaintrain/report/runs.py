@@ -19,8 +19,9 @@ from plaintrain.evaluation.predictions import read_detections
 from plaintrain.utils.errors import UserError, get_first_line
 from plaintrain.utils.files import read_starts
 from plaintrain.utils.logger import silenced
+from plaintrain.utils.text import truncate_text
 from plaintrain.visualization.curves import group_panels
-from plaintrain.visualization.plots import draw_bars, draw_curves, truncate_text
+from plaintrain.visualization.plots import draw_bars, draw_curves
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,8 @@ def build_run_table(runs: list[Run]) -> dict[str, Any]:
     configs = [flatten(run.config) for run in runs]
     keys = sorted(set().union(*configs))
     if len(runs) == 1:
-        changes = runs[0].starts[-1].get("changes") if runs[0].starts else []
+        changes = runs[0].starts[-1].get("changes", ()) if runs[0].starts else ()
+        changes = [row for row in changes if len(row) == 3]
         return {"runs": runs, "changes": changes, "config": [[key, configs[0][key]] for key in keys]}
     table = [[key, *(config.get(key, "–") for config in configs)] for key in keys if key != "OUTPUT_DIR"]
     return {"runs": runs, "differences": [row for row in table if any(v != row[1] for v in row[2:])]}

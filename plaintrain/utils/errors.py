@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 
+from plaintrain.utils.text import truncate_text
+
 _MAX_LENGTH = 1000
 
 
@@ -17,10 +19,7 @@ class UserError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         # Quoted input may hold line breaks, or be as long as a file.
-        text = " ".join(str(message).splitlines())
-        if len(text) > _MAX_LENGTH:
-            text = f"{text[: _MAX_LENGTH - 200]} ... {text[-190:]}"
-        super().__init__(text)
+        super().__init__(truncate_text(" ".join(str(message).splitlines()), _MAX_LENGTH))
 
 
 class ConfigError(UserError):

@@ -8,17 +8,27 @@ import os
 import re
 import shutil
 import stat
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from plaintrain.utils.errors import DataError, UserError
+from plaintrain.utils.lock import lock_again
 
 # Maximum size of YAML and XML files, which parse slowly; files written by hand are far smaller.
 MAX_BYTES = 2**19
 FACTS_FILE = "run.json"
 RESULTS_FILE = "results.json"
+# An example of a start in run.json, for `keep_valid`.
+_START = {
+    "command": [""],
+    "changes": [[]],
+    "world_size": 0,
+    "environment": {},
+    "git": {"changed_files": [""]},
+}
 
 
 @contextlib.contextmanager
@@ -27,6 +37,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         with writing(path):
+            lock_again(path)
             # If a file has the name of the folder, open() raises the better error.
             with contextlib.suppress(FileExistsError):
                 os.makedirs(os.path.dirname(path) or ".")
@@ -62,10 +73,10 @@ def _sync_folder(folder: str) -> None:
 
 def remove_unfinished(folder: str) -> None:
     """Remove the temporary files of killed runs; no other run may use the folder."""
-    for name in os.listdir(folder):
-        if _UNFINISHED.fullmatch(name):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(folder, name))
+    names = [name for name in os.listdir(folder) if _UNFINISHED.fullmatch(name)]
+    for path in [*(Path(folder, name) for name in names), *Path(folder).glob("inference/*/*.json.tmp-*")]:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 # The files of a run in its output folder; any other file belongs to the user.
@@ -73,7 +84,7 @@ _RUN_FILES = re.compile(
     r"model_(\d{7,}|final|best)\.pth|last_checkpoint|config(-\d+)?\.yaml|metrics\.(json|csv)|inference"
     r"|run\.json|report\.html|log\.txt(\.rank\d+)?|events\.out\.tfevents\..*|bad_batch_\d+(\.rank\d+)?\.pth"
 )
-_UNFINISHED = re.compile(rf"({_RUN_FILES.pattern})\.tmp-\d+")
+_UNFINISHED = re.compile(rf"({_RUN_FILES.pattern}|\.write-test)\.tmp-\d+")
 
 
 def move_old_run(folder: str) -> str | None:
@@ -131,21 +142,44 @@ def describe_os_error(error: Exception) -> str:
 
 def read_json(path: str | os.PathLike) -> Any:
     """Return the content of a JSON file, or None if it is missing or incomplete."""
-    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as f:
-        return json.load(f)
+    with contextlib.suppress(UserError, ValueError, RecursionError):
+        return json.loads(read_text(path))
     return None
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite int or float that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def keep_valid(value: Any, example: Any) -> Any:
+    """Return what of a value, from JSON or YAML, has the type of an example; None if nothing has.
+
+    A float stands for any number, and the key "*" for all other keys; keys without an example are kept.
+    """
+    if isinstance(example, dict) and isinstance(value, dict):
+        expected = {key: example.get(key, example.get("*")) for key in value}
+        valid = {
+            key: v if expected[key] is None else keep_valid(v, expected[key]) for key, v in value.items()
+        }
+        # A number or a text may be null.
+        return {
+            k: v for k, v in valid.items() if v is not None or isinstance(expected[k], float | str | None)
+        }
+    if isinstance(example, list) and isinstance(value, list):
+        valid_items = [keep_valid(item, example[0]) for item in value] if example else value
+        return [item for item in valid_items if item is not None]
+    if isinstance(example, float):
+        return value if is_number(value) else None
+    return value if type(value) is type(example) else None
 
 
 def read_starts(folder: str) -> list[dict[str, Any]]:
     """Return the `starts` of run.json (see `engine.run_facts`), oldest first."""
-    facts = read_json(os.path.join(folder, FACTS_FILE))
-    starts = facts.get("starts") if isinstance(facts, dict) else None
-    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    facts = keep_valid(read_json(os.path.join(folder, FACTS_FILE)), {"starts": [_START]}) or {}
+    return [{"git": None, **start} for start in facts.get("starts", ())]
 
 
 def read_results_file(folder: str) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return {dataset: {task: {metric: value}}} of results.json; {} if it is missing or invalid."""
-    content = read_json(os.path.join(folder, RESULTS_FILE))
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
-        return {d: {t: dict(m) for t, m in tasks.items()} for d, tasks in content.items()}
-    return {}
+    """Return {dataset: {task: {metric: value}}} of results.json; invalid values are None."""
+    return keep_valid(read_json(os.path.join(folder, RESULTS_FILE)), {"*": {"*": {"*": 0.0}}}) or {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import logging.handlers
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,8 @@ from typing import IO
 from tqdm import tqdm
 
 from plaintrain.utils import comm
+from plaintrain.utils.files import check_file, writing
+from plaintrain.utils.text import escape_controls
 
 _FORMAT = "[%(asctime)s %(name)s] %(levelname)s: %(message)s"
 
@@ -42,6 +45,21 @@ def ignore_console_errors() -> None:
             setattr(sys, name, _Console(stream or open(os.devnull, "w", encoding="utf-8")))  # noqa: SIM115
 
 
+class _Formatter(logging.Formatter):
+    """Formatter that escapes control characters in names; records may have several lines."""
+
+    def format(self, record):
+        return escape_controls(super().format(record))
+
+
+class _FileHandler(logging.handlers.WatchedFileHandler):
+    """Handler that creates its file again if it was deleted, and loses lines that cannot be written."""
+
+    def emit(self, record):
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+
 class _ConsoleHandler(logging.Handler):
     """Handler that prints through tqdm, to keep progress bars below the log lines."""
 
@@ -70,9 +88,13 @@ def setup_logger(
         handlers.append(_ConsoleHandler(logging.WARNING if quiet else logging.INFO))
     if output:
         suffix = f".rank{distributed_rank}" if distributed_rank else ""
-        handlers.append(logging.FileHandler(os.path.join(output, "log.txt" + suffix), encoding="utf-8"))
+        path = os.path.join(output, "log.txt" + suffix)
+        with writing(path):
+            if os.path.exists(path):
+                check_file(path)
+            handlers.append(_FileHandler(path, encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT, "%m/%d %H:%M:%S"))
+        handler.setFormatter(_Formatter(_FORMAT, "%m/%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger
 

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import IO, Any
 
-from plaintrain.utils.files import atomic_write, writing
+from plaintrain.utils.files import atomic_write, check_file, writing
 from plaintrain.utils.storage import get_event_storage
 
 # {iteration: {name: value}}
@@ -101,6 +101,7 @@ class _RowWriter(FileWriter):
     def _read_scalars(self) -> _Scalars:
         if not os.path.exists(self._path):
             return {}
+        check_file(self._path)
         with open(self._path, encoding="utf-8", errors="replace", newline="") as f:
             return {row.pop("iteration"): row for row in self._read(f)}
 
@@ -155,11 +156,13 @@ class CSVWriter(_RowWriter):
 
     def _read(self, f):
         # Without a newline, the last value of a line may have lost digits.
-        for row in csv.DictReader(line for line in f if line.endswith("\n")):
-            with contextlib.suppress(KeyError, TypeError, ValueError):
-                # DictReader stores None in rows that are too short or too long.
-                if None not in row and None not in row.values():
-                    yield {**row, "iteration": int(row["iteration"])}
+        # An unclosed quote makes a value that is longer than the csv module takes.
+        with contextlib.suppress(csv.Error):
+            for row in csv.DictReader(line for line in f if line.endswith("\n")):
+                with contextlib.suppress(KeyError, TypeError, ValueError):
+                    # DictReader stores None in rows that are too short or too long.
+                    if None not in row and None not in row.values():
+                        yield {**row, "iteration": int(row["iteration"])}
 
     def _can_append(self, scalars):
         return super()._can_append(scalars) and set().union(*scalars.values()) <= set(self._columns)

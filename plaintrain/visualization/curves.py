@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from plaintrain.analysis.run_folder import Metrics, split_result
+from plaintrain.utils.text import truncate_text
 
 # See `make_line`.
 Lines = Sequence[Mapping[str, Any]]
@@ -99,9 +100,9 @@ def _shorten(name):
 
 def make_line(label: str, x: Sequence[float], y: Sequence[float], color: int) -> dict[str, Any]:
     """Return a line of a plot; `color` is an index into the palette."""
-    return {"label": label, "x": x, "y": y, "color": color}
+    return {"label": truncate_text(label, 48), "x": x, "y": y, "color": color}
 
 
 def _make_panel(title, type_, lines, legend):
     log = type_ not in ("result", "schedule") and wants_log(lines)
-    return {"title": title, "type": type_, "lines": lines, "log": log, "legend": legend}
+    return {"title": truncate_text(title, 80), "type": type_, "lines": lines, "log": log, "legend": legend}

@@ -23,6 +23,7 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmenta
 
 from plaintrain.structures import BoxMode, encode_segmentation
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.text import escape_controls
 from plaintrain.visualization.colors import Color, Legend, get_class_colors
 
 Instances = dict[str, Tensor]
@@ -176,6 +177,8 @@ def _load_font(letters, size):
 
 def shorten(text: str, size: int, max_width: int) -> tuple[str, Any, float]:
     """Return (text cut to `max_width` pixels, font of `size` pixels, width of the text)."""
+    # Finding the width of a very long text takes time.
+    text = escape_controls(text[:200])
     font = _load_font(frozenset(text) - {" "}, size)
     shown = text
     length = len(text)

@@ -12,6 +12,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 from plaintrain.utils.logger import build_progress_bar
+from plaintrain.utils.text import make_file_name
 from plaintrain.visualization.colors import Legend
 from plaintrain.visualization.drawing import draw_sheet
 
@@ -60,7 +61,7 @@ def write_images(
     captions = []
     for file_name, caption, image in build_progress_bar(drawings, desc="images", total=args.max_images):
         count += 1
-        stem = os.path.splitext(os.path.basename(file_name.split("?")[0]))[0]
+        stem = make_file_name(os.path.splitext(os.path.basename(file_name.split("?")[0]))[0])
         if args.output:
             save_image(os.path.join(args.output, f"{count:04d}_{stem}.jpg"), image)
         if args.grid or args.show:

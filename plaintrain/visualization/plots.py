@@ -20,6 +20,7 @@ import numpy as np
 
 from plaintrain.utils.errors import require
 from plaintrain.utils.files import writing
+from plaintrain.utils.text import truncate_text
 from plaintrain.visualization.colors import PALETTE, get_hex_color
 from plaintrain.visualization.curves import Lines, smooth
 
@@ -156,7 +157,7 @@ def draw_bars(
     height = 0.8 / len(series)
     colors = colors or range(len(series))
     with _open_figure((SIZE[0], 0.9 + len(names) * max(0.3, 0.2 * len(series)))) as (figure, ax):
-        for i, (label, values) in enumerate(series.items()):
+        for i, (label, values) in enumerate(zip(map(truncate_text, series), series.values(), strict=True)):
             positions = np.arange(len(names)) + height * (i - (len(series) - 1) / 2)
             widths = np.array(values, dtype=float)
             bars = ax.barh(positions, widths, height * 0.92, color=get_hex_color(colors[i]), label=label)
@@ -173,11 +174,6 @@ def draw_bars(
 
 def _format_bar(value):
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def truncate_text(text: str, max_length: int = 24) -> str:
-    """Return the text, cut to a number of characters."""
-    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
 def draw_matrix(counts: Any, names: Sequence[str], x_label: str, y_label: str) -> Figure:

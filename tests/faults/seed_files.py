@@ -73,6 +73,36 @@ def _png(seed=0, kind="png"):
     return data.getvalue()
 
 
+_RUN_CONFIG = b"""\
+DATASETS:
+  DECLARE: {fuzzed_val: {FORMAT: shapes, SPLIT: val, NUM: 3, HEIGHT: 32, WIDTH: 32}}
+  TEST: [fuzzed_val]
+INPUT: {PIXEL_RANGE: [0, 255]}
+SOLVER: {MAX_ITER: 9, IMS_PER_BATCH: 2}
+TEST: {KEYPOINT_OKS_SIGMAS: [0.1]}
+"""
+_METRICS = {"iteration": 3, "total_loss": 2.5, "lr": 0.1, "time": 0.5, "data_time": None, "max_mem": 3}
+_START = {"command": ["python", "a.py"], "world_size": 1, "environment": {"torch": "2"}, "config_file": ""}
+_START |= {"git": {"commit": "a", "branch": "b", "changed_files": ["c"]}, "changes": [["SEED", -1, 3]]}
+_SCORES = {"fuzzed_val": {"bbox": {"AP": 20.5, "AP50": None, "AP-circle": 1, "AP-square": 2}}}
+
+
+def _run_files():
+    """Return the files of a run folder."""
+    scored = "inference/fuzzed_val"
+    detections = [{"image_id": 1, "category_id": 1, "bbox": [4, 5, 9.5, 8], "score": 0.5}]
+    return {
+        "config.yaml": _RUN_CONFIG,
+        "metrics.json": json.dumps(_METRICS).encode() + b"\n",
+        "csv/metrics.csv": b"iteration,total_loss,lr\n1,2.5,0.1\n3,,0.1\n",
+        "run.json": json.dumps({"starts": [_START, _START]}).encode(),
+        "log.txt": b"[11/27 05:46:56 plaintrain.data] WARNING: 3 boxes\nand so on\n",
+        "last_checkpoint": b"model_final.pth",
+        f"{scored}/results.json": json.dumps(_SCORES).encode(),
+        f"{scored}/coco_instances_results.json": json.dumps(detections).encode(),
+    }
+
+
 def _files():
     coco = {f"images/{name}.png": _png(i) for i, name in enumerate("abc")}
     coco["a.json"] = json.dumps(_COCO).encode()
@@ -87,7 +117,8 @@ def _files():
     config["base.yaml"] = b"SOLVER:\n  MAX_ITER: 10\n"
     images = {f"a.{kind}": _png(3, kind) for kind in ("jpeg", "png", "webp", "tiff", "bmp", "gif")}
     results = {**coco, "results.json": json.dumps(_RESULTS).encode()}
-    return {"config": config, "coco": coco, "results": results, "voc": voc, "yolo": yolo, "image": images}
+    readers = {"config": config, "coco": coco, "results": results, "voc": voc, "yolo": yolo, "image": images}
+    return {**readers, "report": _run_files()}
 
 
 # Reader -> {name of the file: bytes}.

@@ -14,6 +14,7 @@ from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets import coco, concat, folder, shapes, voc, yolo
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.text import is_file_name
 
 
 def get_dataset_root() -> str:
@@ -53,7 +54,8 @@ EVALUATORS = ("coco", "pascal_voc")
 _INTEGER = Rule("an integer", lambda value: type(value) is int)
 _NAMES = list_of(STRING, "a list of names; quote names that YAML does not read as strings")
 _RULES = {
-    **dict.fromkeys(("FORMAT", "SPLIT", *_PATHS), STRING),
+    **dict.fromkeys(("FORMAT", *_PATHS), STRING),
+    "SPLIT": Rule("a name without / and control characters", is_file_name),
     **dict.fromkeys(("NUM", "HEIGHT", "WIDTH", "SEED", "YEAR"), _INTEGER),
     **dict.fromkeys(("CLASSES", "DATASETS"), _NAMES),
     "KEYPOINT_FLIP_MAP": list_of(tuple_of("", STRING, STRING), "a list of pairs [left, right] of names"),
