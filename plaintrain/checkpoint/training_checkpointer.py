@@ -9,8 +9,9 @@ from torch import nn
 from plaintrain.checkpoint.checkpointer import DetectionCheckpointer
 from plaintrain.checkpoint.files import delete_checkpoint, get_checkpoint_name
 from plaintrain.config import CfgNode
-from plaintrain.data.catalog import get_class_names
+from plaintrain.data.catalog import compute_hashes, get_class_names
 from plaintrain.solver.schedule import every
+from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.stop import Stopped
 
@@ -87,7 +88,11 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -
         period=cfg.SOLVER.CHECKPOINT_PERIOD,
         max_to_keep=cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP,
         final_model=(lambda: ema.module) if is_averaged else None,
-        metadata={"config": cfg.dump(), "class_names": get_class_names(cfg.DATASETS.TRAIN)},
+        metadata={
+            "config": cfg.dump(),
+            "class_names": get_class_names(cfg.DATASETS.TRAIN),
+            "data_hashes": compute_hashes(cfg.DATASETS.TRAIN) if comm.is_main_process() else [],
+        },
         asynchronous=cfg.SOLVER.ASYNC_CHECKPOINT,
         **checkpointables,
     )
