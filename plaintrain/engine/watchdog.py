@@ -159,7 +159,7 @@ class FailureWatch:
             while not self._store.check([key]) and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
             is_known = self._store.check([key])
-            text = self._store.get(key).decode() if is_known else "does not respond; it is frozen or has died"
+            text = self._store.get(key).decode() if is_known else "is frozen or has died"
             lines.append(f"rank {rank} {text}")
         return lines
 
