@@ -103,7 +103,7 @@ class SerializedRecords(Sequence):
             names = self.columns["file_name"].tolist()
             start = len(os.path.commonprefix(names).rpartition("/")[0])
             text = json.dumps([name[start:] for name in names]).encode()
-            hashes[0] = _hash([text, self.columns["height"], self.columns["width"]])
+            hashes[0] = _hash([np.frombuffer(text, np.uint8), self.columns["height"], self.columns["width"]])
         if self.annotations:
             hashes[1] = _hash(vars(self.annotations).values())
         return [len(self), *hashes]
@@ -156,10 +156,7 @@ def serialize(records: Iterable[dict[str, Any]]) -> SerializedRecords:
 
 
 def _hash(arrays):
-    digest = hashlib.blake2b(digest_size=8)
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array)
-    return digest.hexdigest()
+    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=8).hexdigest()
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -234,11 +234,10 @@ def _call_main(main_func, args, watch):
     """Call the function; sys.exit(0) on all ranks is a return, and any other sys.exit a failure."""
     try:
         main_func(*args)
-    except Stopped:
-        raise
     except SystemExit as e:
-        position = describe_position(traceback.extract_tb(e.__traceback__))
-        call = f"sys.exit({e.code!r}) in {position}"
+        if isinstance(e, Stopped):
+            raise
+        call = f"sys.exit({e.code!r}) in {describe_position(traceback.extract_tb(e.__traceback__))}"
         if e.code or not watch.finish(_GRACE_SECONDS, f"has called {call}"):
             raise UserError(f"it called {call}, before the other ranks have finished; return instead") from e
     else:

@@ -47,18 +47,15 @@ def resolve_num_classes(cfg: CfgNode, eval_only: bool) -> list[str]:
 def check_same_data(cfg: CfgNode, eval_only: bool) -> None:
     """Raise on all ranks if the records of a dataset differ between ranks."""
     names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-    if comm.get_world_size() == 1:
-        return
     ranks = comm.all_gather(compute_hashes(names))  # all ranks
     for name, *hashes in zip(names, *ranks, strict=True):
-        if all(other == hashes[0] for other in hashes):
-            continue
-        counts = ", ".join(f"{other[0]} on rank {rank}" for rank, other in enumerate(hashes))
-        key = "images" if len({other[1] for other in hashes}) > 1 else "annotations"
-        raise UserError(
-            f"the {key} of the dataset {name} must be the same on all ranks, got different ones "
-            f"(number of images: {counts}); let all processes read the same files"
-        )
+        if any(other != hashes[0] for other in hashes):
+            counts = ", ".join(f"{other[0]} on rank {rank}" for rank, other in enumerate(hashes))
+            key = "images" if len({other[1] for other in hashes}) > 1 else "annotations"
+            raise UserError(
+                f"the {key} of the dataset {name} must be the same on all ranks, got different ones "
+                f"(number of images: {counts}); let all processes read the same files"
+            )
 
 
 def _resolve_num_keypoints(cfg: CfgNode, datasets: Sequence[str]) -> None:

@@ -99,12 +99,12 @@ class FailureWatch:
         heartbeat.rest()
         self._end_position = position
         self._is_finished = True
-        num_finished = self._store.add(_FINISHED, 1)
         deadline = time.monotonic() + seconds
+        num_finished = self._store.add(_FINISHED, 1)
         while num_finished < self._world_size and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
             num_finished = self._store.add(_FINISHED, 0)
-        return num_finished >= self._world_size
+        return num_finished == self._world_size
 
     def fail(self, error: BaseException, text: str) -> None:
         """Report the exception of this rank as `text`, and end this process.
@@ -156,9 +156,8 @@ class FailureWatch:
         lines = []
         for rank in range(self._world_size):
             key = f"{_POSITION}{rank}"
-            while not self._store.check([key]) and time.monotonic() < deadline:
+            while not (is_known := self._store.check([key])) and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
-            is_known = self._store.check([key])
             text = self._store.get(key).decode() if is_known else "is frozen or has died"
             lines.append(f"rank {rank} {text}")
         return lines
@@ -209,10 +208,9 @@ class FailureWatch:
                 # The process was suspended, by Ctrl-Z or with its machine, or waits for a person.
                 heartbeat.forgive(gap)
             if heartbeat.is_overdue():
+                text = f"no step was finished within {heartbeat.get_limit():g} s (HANG_TIMEOUT)"
                 with self._ending:
-                    self._report(
-                        f"no step was finished within {heartbeat.get_limit():g} s (HANG_TIMEOUT)", asks=True
-                    )
+                    self._report(text, asks=True)
 
 
 def _get_main_frame():
