@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 _SERVER = multiprocessing.get_context("forkserver")
 _PRELOAD = [
+    "plaintrain",
     "torch.distributed",
     "torchvision",
     "plaintrain.engine",

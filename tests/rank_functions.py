@@ -119,6 +119,12 @@ def fail(args, ranks, error, waits=False):
     time.sleep(100)
 
 
+def rank_0_exits(args):
+    if comm.get_rank() == 0:
+        os._exit(0)
+    comm.synchronize()
+
+
 def rank_1_is_killed(args):
     if comm.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -87,6 +87,11 @@ def test_find_job_reads_the_address_and_lets_a_batch_script_start_the_processes(
     assert job["world_size"] == 2 and "rank" not in job
 
 
+class Unprintable(RuntimeError):  # noqa: N818
+    def __str__(self):
+        raise KeyError
+
+
 KILLED = "DataLoader worker (pid 7) is killed by signal: Killed."
 LOADING = f"a data loading worker has failed ({KILLED})"
 HINT = "if the machine is out of memory, lower DATALOADER.NUM_WORKERS"
@@ -101,6 +106,7 @@ INTERRUPTED = "interrupted; continue"
         (UserError("the key X is wrong"), True, 1, None),
         (RuntimeError("a bug"), False, 1, None),
         (RuntimeError(KILLED), False, 1, f"error: {LOADING}; {HINT}\n"),
+        (Unprintable(), False, 1, None),
         (KeyboardInterrupt(), False, 130, f"{INTERRUPTED} from the last checkpoint with --resume\n"),
     ],
 )
@@ -113,7 +119,7 @@ def test_mistakes_are_one_sentence_and_bugs_a_traceback(capfd, set_env, error, d
     err = capfd.readouterr().err
     assert stop.value.code == code
     if text is None:
-        assert "Traceback" in err and "in main" in err and str(error) in err
+        assert "Traceback" in err and "in main" in err and type(error).__name__ in err
     else:
         assert err == text
 
@@ -170,6 +176,10 @@ RANK_0 = {"rank": 0, "world_size": 2, "local_rank": 0, "local_size": 2, "main": 
 RANK_1 = {**RANK_0, "rank": 1, "local_rank": 1, "main": False}
 
 
+def test_sys_exit_0_on_all_ranks_is_a_success(tmp_path):
+    assert run_job(partial(fail, ranks=(0, 1), error=SystemExit(0)), tmp_path).code == 0
+
+
 def test_two_jobs_at_once_do_not_meet(tmp_path):
     for job in run_jobs(rank_functions.report, tmp_path, [{"num_gpus_per_machine": 2}] * 2):
         assert job.code == 0, job.output
@@ -202,13 +212,28 @@ def test_processes_that_are_started_apart_form_one_job(tmp_path, start):
         (RANK_1_FAILS, "RuntimeError: rank 1 broke", 1),
         (partial(fail, ranks=(0, 1), error=UserError("both find this")), "error: both find this", 0),
         (partial(fail, ranks=(1,), error=UserError("only rank 1 does")), "error: only rank 1 does", 0),
+        (
+            partial(fail, ranks=(1,), error=SystemExit(3), waits=True),
+            "rank 1: error: it called sys.exit(3)",
+            0,
+        ),
+        (
+            partial(fail, ranks=(0,), error=SystemExit(0), waits=True),
+            "rank 0: error: it called sys.exit(0)",
+            0,
+        ),
+        (rank_functions.rank_0_exits, "error: rank 0 has exited with code 0 and without a message", 0),
         pytest.param(rank_functions.rank_1_is_killed, KILLED_BY, None, marks=pytest.mark.long),
     ],
 )
 def test_failing_rank_ends_the_job_which_says_why_once(tmp_path, main, words, tracebacks):
     job = run_job(main, tmp_path)
-    assert job.code == 1
-    assert job.output.count(words) == 1 and tracebacks in (None, job.output.count("Traceback")), job.output
+    assert job.code == (3 if "(3)" in words else 1)
+    assert (
+        words in job.output.splitlines()[-1]
+        and job.output.count(words) == 1
+        and tracebacks in (None, job.output.count("Traceback"))
+    ), job.output
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ from torch import nn
 
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.checkpoint.resume_check import check_changes, diff_configs
+from plaintrain.data.serialized import SerializedRecords
 from plaintrain.utils.errors import UserError
 
 CONFIG = {
@@ -31,10 +32,10 @@ def config(**changes):
 def check(tmp_path):
     """Function (saved config, config, classes, model) that saves a run and checks its continuation."""
 
-    def call(saved, now, classes=("a", "b"), model=None):
-        metadata = {"config": saved, "class_names": ["a", "b"]}
+    def call(saved, now, classes=("a", "b"), model=None, before=(), data=()):
+        metadata = {"config": saved, "class_names": ["a", "b"], "data_hashes": list(before)}
         DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path), metadata=metadata).save("model_final")
-        check_changes(str(tmp_path), now, list(classes), model or nn.Linear(2, 2, device="meta"))
+        check_changes(str(tmp_path), now, list(classes), model or nn.Linear(2, 2, device="meta"), data)
 
     return call
 
@@ -76,6 +77,37 @@ def test_changes_of_architecture_classes_and_epochs_are_rejected(check):
         check(config(), config(), ("a",))
     with pytest.raises(UserError, match="SOLVER.IMS_PER_BATCH must be 2"):
         check(config(SOLVER__MAX_EPOCHS=3), config(SOLVER__MAX_EPOCHS=3, SOLVER__IMS_PER_BATCH=4))
+
+
+@pytest.mark.parametrize(
+    ("now", "differs"), [([60, "a", "b"], False), ([65, "x", "y"], False), ([60, "a", "y"], True)]
+)
+def test_changed_annotations_are_reported(check, log, now, differs):
+    check(config(), config(), before=[[60, "a", "b"]], data=[now])
+    assert ("the annotations of DATASETS.TRAIN differ" in log.text) == differs
+    check(config(), config(), data=[now])
+    with pytest.raises(UserError, match="the images of DATASETS.TRAIN must be those of"):
+        check(config(), config(), before=[[now[0], "other", "b"]], data=[now])
+
+
+def test_hashes_depend_on_images_and_annotations_but_not_on_the_folder():
+    def compute(folder="/a", file_name="b.jpg", width=9, **changes):
+        box = {"bbox": [1, 2, 3, 4], "bbox_mode": 0, "category_id": 0, "segmentation": [[1, 2, 3, 4, 5, 6]]}
+        names = [f"{folder}/c.jpg", f"{folder}/{file_name}"]
+        records = [
+            dict(file_name=n, image_id=n, height=9, width=width, annotations=[box | changes]) for n in names
+        ]
+        return SerializedRecords(records).compute_hashes()
+
+    assert compute() == compute(folder="/x/y") and compute()[0] == 2
+    assert compute()[1] != compute(file_name="d.jpg")[1] != compute(width=8)[1] != compute()[1]
+    for change in (
+        {"bbox": [1, 2, 3, 5]},
+        {"category_id": 1},
+        {"iscrowd": 1},
+        {"segmentation": [[1, 2, 3, 4, 5, 7]]},
+    ):
+        assert compute(**change)[1] == compute()[1] and compute(**change)[2] != compute()[2]
 
 
 def test_folder_without_a_run_is_not_compared(tmp_path, log):

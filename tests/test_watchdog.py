@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import torch.distributed as dist
@@ -50,12 +51,14 @@ def watch_ranks(monkeypatch):
     address = ("127.0.0.1", store.port)
 
     def start(*ranks):
-        made.extend(FailureWatch({"rank": r, "machine": r, "local_rank": 0}, address) for r in ranks)
+        for rank in ranks:
+            job = {"rank": rank, "machine": rank, "local_rank": 0, "world_size": len(ranks)}
+            made.append(FailureWatch({**job, "address": address}))
         return made, ended
 
     yield start
     for each in made:
-        each.stop()
+        each.close()
         for thread in each._threads:
             # One that outlives this block would end the process that runs the tests.
             thread.join(timeout=60)
@@ -81,7 +84,7 @@ def test_first_failure_is_printed_and_what_another_caused_waits_for_it(watch_ran
     other = threading.Timer(0.3, lambda: first.fail(KeyError(), "first"))
     other.start()
     with pytest.raises(SystemExit):
-        second.fail(error, "second")
+        second.fail(error, "second" if not waits else str(error))
     other.join()
     assert wait_for(lambda: len(ended) >= 2)
     shown = (
@@ -94,18 +97,35 @@ def test_lost_connection_without_a_report_is_the_failure(watch_ranks, capfd):
     (watch,), _ = watch_ranks(0)
     with pytest.raises(SystemExit):
         watch.fail(RuntimeError("connection closed"), "connection closed")
-    text = "rank 0: lost the connection to a rank that has reported no failure\nconnection closed\n"
-    assert capfd.readouterr().err == text
+    first, second, position = capfd.readouterr().err.splitlines()
+    assert first == "rank 0: lost the connection to a rank that has reported no failure"
+    assert second == "connection closed" and position.startswith("rank 0 failed in")
 
 
 def test_rank_that_hangs_ends_the_job_and_each_says_where_it_stands(watch_ranks, capfd):
     _, ended = watch_ranks(0, 1)
     heartbeat.set_limit(0.2)
     heartbeat.beat()
-    assert wait_for(lambda: len(ended) >= 2)
-    err = capfd.readouterr().err
-    assert "no step was finished within 0.2 s (HANG_TIMEOUT)" in err
-    assert "rank 0 is in" in err and "rank 1 is in" in err and "test_watchdog.py, line" in err
+    texts = []
+    assert wait_for(lambda: texts.append(capfd.readouterr().err) or "rank 1 is in" in "".join(texts))
+    assert len(ended) >= 1 and "no step was finished within 0.2 s (HANG_TIMEOUT)" in "".join(texts)
+    assert "rank 0 is in" in "".join(texts) and "test_watchdog.py, line" in "".join(texts)
+
+
+def test_single_process_is_watched_but_not_in_a_debugger(monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr(watchdog, "end_at_once", lambda code: ended.append(code) or sys.exit())
+    monkeypatch.setattr(watchdog, "_CLOCK_SECONDS", 0.05)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    heartbeat.set_limit(0.2)
+    with closing(FailureWatch({"machine": 0, "world_size": 1})):
+        with monkeypatch.context() as debugger:
+            debugger.setattr(watchdog, "_DEBUGGERS", {__name__})
+            heartbeat.beat()
+            assert not threading.Event().wait(0.6) and ended == []
+        assert wait_for(lambda: ended == [1])
+    assert "rank 0: no step was finished within 0.2 s (HANG_TIMEOUT)\nrank 0 is in" in capfd.readouterr().err
+    assert not heartbeat.is_overdue()
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(watch_ranks, monkeypatch):
@@ -120,7 +140,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(watch_ranks, monke
 
 def test_watch_that_was_stopped_ends_nothing(watch_ranks):
     (first, second), ended = watch_ranks(0, 1)
-    first.stop()
+    first.close()
     with pytest.raises(SystemExit):
         second.fail(ValueError(), "it was too late for that")
     assert ended == [1]

@@ -1,6 +1,7 @@
 """Compare the config of a resumed run with that of its checkpoint."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -21,10 +22,12 @@ _FIXED = ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "SOLVER.OPTIMIZER")
 _EPOCH_LENGTH = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_IMS_PER_BATCH")
 
 
-def check_changes(folder: str, config: str, class_names: list[str], model: nn.Module) -> None:
+def check_changes(
+    folder: str, config: str, class_names: list[str], model: nn.Module, data_hashes: Sequence[list[Any]] = ()
+) -> None:
     """Compare a run with the checkpoint to resume from; log each change and its effect.
 
-    `config` is YAML; the model may be on the device "meta".
+    `config` is YAML; the model may be on the device "meta"; `data_hashes` are `catalog.compute_hashes`.
     """
     try:
         path, saved = read_last_checkpoint(folder, mmap=True)
@@ -34,6 +37,7 @@ def check_changes(folder: str, config: str, class_names: list[str], model: nn.Mo
     if saved is None:
         return
     check_trained_classes(path, saved.get("class_names"), class_names, strict=True)
+    _compare_data(path, saved.get("data_hashes"), data_hashes)
     if not isinstance(saved.get("config"), str):
         return
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -52,6 +56,23 @@ def check_changes(folder: str, config: str, class_names: list[str], model: nn.Mo
         raise UserError(
             f"{rejected[0]}; it cannot change within a run: set it back, or start a new run from the weights "
             "(MODEL.WEIGHTS, without --resume)"
+        )
+
+
+def _compare_data(path: str, before: Any, now: Sequence[list[Any]]) -> None:
+    """Reject other images than those of the checkpoint; log changed annotations."""
+    # Older checkpoints have no hashes, and the sampler rejects another number of images.
+    if not before or sum(dataset[0] for dataset in before) != sum(dataset[0] for dataset in now):
+        return
+    if [dataset[1] for dataset in before] != [dataset[1] for dataset in now]:
+        raise UserError(
+            f"the images of DATASETS.TRAIN must be those of {path}, got other names, sizes or another order; "
+            "a run cannot continue with other data: set it back, or start a new run from its weights"
+        )
+    if before != list(now):
+        logger.warning(
+            f"the annotations of DATASETS.TRAIN differ from those of {path}; they are used from now on, and "
+            "the result is not that of an uninterrupted run"
         )
 
 

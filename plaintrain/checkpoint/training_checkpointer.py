@@ -9,7 +9,7 @@ from torch import nn
 from plaintrain.checkpoint.checkpointer import DetectionCheckpointer
 from plaintrain.checkpoint.files import delete_checkpoint, get_checkpoint_name
 from plaintrain.config import CfgNode
-from plaintrain.data.catalog import get_class_names
+from plaintrain.data.catalog import compute_hashes, get_class_names
 from plaintrain.solver.schedule import every
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.stop import Stopped
@@ -80,6 +80,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
 def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -> TrainingCheckpointer:
     """Build the checkpointer of SOLVER.*, MODEL.EMA and OUTPUT_DIR; "ema" may be a `ModelEMA`."""
     ema: Any = checkpointables.get("ema")
+    train = cfg.DATASETS.TRAIN
+    hashes = compute_hashes(train)
     is_averaged = ema is not None and ema.enabled and cfg.MODEL.EMA.FINAL == "averaged"
     return TrainingCheckpointer(
         model,
@@ -87,7 +89,7 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -
         period=cfg.SOLVER.CHECKPOINT_PERIOD,
         max_to_keep=cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP,
         final_model=(lambda: ema.module) if is_averaged else None,
-        metadata={"config": cfg.dump(), "class_names": get_class_names(cfg.DATASETS.TRAIN)},
+        metadata={"config": cfg.dump(), "class_names": get_class_names(train), "data_hashes": hashes},
         asynchronous=cfg.SOLVER.ASYNC_CHECKPOINT,
         **checkpointables,
     )

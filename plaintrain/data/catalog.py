@@ -95,6 +95,11 @@ def load_class_names(name: str) -> list[str]:
     return list(metadata.thing_classes)
 
 
+def compute_hashes(names: Iterable[str]) -> list[list[Any]]:
+    """Return `SerializedRecords.compute_hashes` of each registered dataset."""
+    return [DatasetCatalog.get(name).compute_hashes() for name in names if name in DatasetCatalog]
+
+
 def get_class_names(dataset_names: Sequence[str]) -> list[str] | None:
     """Return the class names in the first dataset's metadata, without loading the dataset."""
     return MetadataCatalog.get(dataset_names[0]).get("thing_classes") if dataset_names else None

@@ -23,7 +23,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.heartbeat import LONG, beat
+from plaintrain.utils.heartbeat import LONG, beat, end_loop
 from plaintrain.utils.lock import lock_temp_dir, remove_orphaned_temp_dir
 from plaintrain.utils.logger import build_progress_bar, ignore_console_errors
 from plaintrain.utils.memory import note_batch
@@ -186,15 +186,20 @@ class Loader:
     def __iter__(self):
         # The first step may compile the model.
         extra = LONG
-        # The iterator has no name, so that its threads end with the loop, also after an exception.
-        for samples in self._load():
-            for sample in samples:
-                if isinstance(sample, UserError):
-                    raise sample
-            beat(extra)
-            extra = 0.0
-            note_batch(samples, self.training)
-            yield samples
+        beat()
+        try:
+            # The iterator has no name, so that its threads end with the loop, also after an exception.
+            for samples in self._load():
+                for sample in samples:
+                    if isinstance(sample, UserError):
+                        raise sample
+                beat(extra)
+                extra = 0.0
+                note_batch(samples, self.training)
+                yield samples
+                beat()
+        finally:
+            end_loop()
 
 
 class TrainLoader(Loader):

@@ -3,10 +3,13 @@
 import contextlib
 import copy
 import gc
+import hashlib
 import io
 import json
 import numbers
+import os
 import pickle
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,13 +38,14 @@ def disable_gc() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AnnotationTable:
-    """All annotations of a list of records, in their order: arrays of length A."""
+    """All annotations of a list of records, in their order: arrays of length A, and `shapes` of length N."""
 
     record: np.ndarray  # index of its record
     boxes: np.ndarray  # XYXY corners in pixels, float64 [A, 4]
     labels: np.ndarray  # category_id, int64
     crowd: np.ndarray  # bool
     keypoints: np.ndarray  # number of labelled keypoints, int64
+    shapes: np.ndarray  # checksum of segmentations and keypoints of each record, int64
 
 
 class SerializedRecords(Sequence):
@@ -92,6 +96,18 @@ class SerializedRecords(Sequence):
         records.annotations = AnnotationTable(**arrays)
         return records
 
+    def compute_hashes(self) -> list[Any]:
+        """Return [number of records, hash of the images, hash of the annotations], wherever the folder is."""
+        hashes = ["", ""]
+        if self.columns:
+            names = self.columns["file_name"].tolist()
+            start = len(os.path.commonprefix(names).rpartition("/")[0])
+            text = json.dumps([name[start:] for name in names]).encode()
+            hashes[0] = _hash([np.frombuffer(text, np.uint8), self.columns["height"], self.columns["width"]])
+        if self.annotations:
+            hashes[1] = _hash(vars(self.annotations).values())
+        return [len(self), *hashes]
+
     @staticmethod
     def join(datasets: Sequence["SerializedRecords"]) -> "SerializedRecords":
         """Concatenate records that have columns, without copying their bytes."""
@@ -139,6 +155,10 @@ def serialize(records: Iterable[dict[str, Any]]) -> SerializedRecords:
     return records if isinstance(records, SerializedRecords) else SerializedRecords(records)
 
 
+def _hash(arrays):
+    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=8).hexdigest()
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """An unpickler of plain data and `BoxMode` that rejects all that could run code."""
 
@@ -175,12 +195,14 @@ def _build_annotation_table(records):
     labels = [annotation["category_id"] for annotation in annotations]
     _check_types(labels, numbers.Integral)
     keypoints = [annotation.get("keypoints") or () for annotation in annotations]
+    shapes = [[(a.get("segmentation"), a.get("keypoints")) for a in r["annotations"]] for r in records]
     return AnnotationTable(
         record=np.repeat(np.arange(len(records)), lengths),
         boxes=_convert_to_xyxy([a["bbox"] for a in annotations], [a["bbox_mode"] for a in annotations]),
         labels=np.array(labels, dtype=np.int64),
         crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool),
         keypoints=np.array([sum(v > 0 for v in points[2::3]) for points in keypoints], dtype=np.int64),
+        shapes=np.array([zlib.crc32(pickle.dumps(shape, protocol=4)) for shape in shapes], dtype=np.int64),
     )
 
 

@@ -59,7 +59,8 @@ def _get_local_job(num_gpus: int, num_machines: int, machine_rank: int, dist_url
         "world_size": num_gpus * num_machines,
         "local_size": num_gpus,
         "first_rank": num_gpus * machine_rank,
-        "address": ("127.0.0.1", _find_free_port()) if dist_url == "auto" else _parse_url(dist_url),
+        # Port 0 is any free port.
+        "address": ("127.0.0.1", 0) if dist_url == "auto" else _parse_url(dist_url),
         "machine": machine_rank,
     }
 
@@ -108,12 +109,6 @@ def _parse_url(dist_url: str) -> tuple[str, int]:
     if not match or not 0 < int(match.group(2)) < 2**16:
         raise UserError(f"--dist-url must be tcp://HOST:PORT, got {dist_url!r}")
     return match.group(1), int(match.group(2))
-
-
-def _find_free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:

@@ -10,7 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from plaintrain.checkpoint.pretrained import locate_weights
 from plaintrain.config import CfgNode, check_cfg, get_value, set_value
 from plaintrain.data.build import check_batch_size
-from plaintrain.data.catalog import MetadataCatalog, get_common_class_names
+from plaintrain.data.catalog import MetadataCatalog, compute_hashes, get_common_class_names
 from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.datasets.builtin import EVALUATORS
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
@@ -41,6 +41,20 @@ def resolve_num_classes(cfg: CfgNode, eval_only: bool) -> list[str]:
     if cfg.MODEL.KEYPOINT_ON:
         _resolve_num_keypoints(cfg, names)
     return classes
+
+
+def check_same_data(cfg: CfgNode, eval_only: bool) -> None:
+    """Raise on all ranks if the records of a dataset differ between ranks."""
+    names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+    ranks = comm.all_gather(compute_hashes(names))  # all ranks
+    for name, *hashes in zip(names, *ranks, strict=True):
+        if any(other != hashes[0] for other in hashes):
+            counts = ", ".join(f"{other[0]} on rank {rank}" for rank, other in enumerate(hashes))
+            key = "images" if len({other[1] for other in hashes}) > 1 else "annotations"
+            raise UserError(
+                f"the {key} of the dataset {name} must be the same on all ranks, got different ones "
+                f"(number of images: {counts}); let all processes read the same files"
+            )
 
 
 def _resolve_num_keypoints(cfg: CfgNode, datasets: Sequence[str]) -> None:

@@ -16,9 +16,10 @@ from plaintrain.checkpoint.weight_checks import check_weights
 from plaintrain.config import CfgNode, check_cfg, get_cfg, get_value, set_value
 from plaintrain.config.yaml import load_chain
 from plaintrain.data.build import count_iters_per_epoch
+from plaintrain.data.catalog import compute_hashes
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.engine.dry_run import overfit_on, shorten_to_dry_run
-from plaintrain.engine.preflight import check_before_training, resolve_num_classes
+from plaintrain.engine.preflight import check_before_training, check_same_data, resolve_num_classes
 from plaintrain.engine.run_facts import write_run_facts
 from plaintrain.solver.schedule import resolve_schedule
 from plaintrain.utils import comm
@@ -93,6 +94,7 @@ def default_setup(cfg: CfgNode, args: Namespace) -> None:
         overfit_on(cfg, args.overfit)
     with comm.first_on_machine():  # the first rank fills the cache of the datasets
         class_names = resolve_num_classes(cfg, eval_only)
+    check_same_data(cfg, eval_only)
     if not eval_only:
         resolve_schedule(cfg, comm.get_world_size(), count_iters_per_epoch)
     needs_model = not getattr(args, "predictions", "")
@@ -130,7 +132,7 @@ def _check_initial_weights(cfg, model, resume, eval_only, class_names):
         weights = read_last_checkpoint(cfg.OUTPUT_DIR, mmap=True)[0]
     elif resume and list_resume_candidates(cfg.OUTPUT_DIR):
         weights = ""
-        check_changes(cfg.OUTPUT_DIR, cfg.dump(), class_names, model)
+        check_changes(cfg.OUTPUT_DIR, cfg.dump(), class_names, model, compute_hashes(cfg.DATASETS.TRAIN))
     if weights:
         check_weights(cfg, model, weights, class_names, strict=eval_only)
 

@@ -14,7 +14,7 @@ from torch import nn
 from plaintrain.config.yaml import flatten
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.heartbeat import LONG, beat
+from plaintrain.utils.heartbeat import end_loop
 from plaintrain.utils.logger import build_progress_bar
 from plaintrain.utils.stop import end_evaluation_if_requested, is_requested
 from plaintrain.utils.text import truncate_text
@@ -174,7 +174,7 @@ def inference_on_dataset(
                 logger.info(f"evaluated {i + 1} of {total} batches, {left:.0f} s left")
     end_evaluation_if_requested()
     logger.info(f"evaluated {total} batches in {time.perf_counter() - start:.1f} s")
-    beat(LONG)
+    end_loop()
     return evaluator.evaluate() or {}
 
 

@@ -3,6 +3,8 @@
 import math
 import time
 
+from plaintrain.utils import comm
+
 # Seconds for a step that may compile, or while rank 0 scores the detections of all ranks.
 LONG = 1800.0
 
@@ -30,6 +32,14 @@ def rest() -> None:
     """Pause the heartbeat until the next beat."""
     _Heartbeat.last = None
     _Heartbeat.extra = 0.0
+
+
+def end_loop() -> None:
+    """Rest in a single process; allow `LONG` to a rank, for which others may wait."""
+    if comm.get_world_size() == 1:
+        rest()
+    else:
+        beat(LONG)
 
 
 def forgive(seconds: float) -> None:

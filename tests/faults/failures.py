@@ -46,8 +46,17 @@ def nan_loss():
     change_losses(lambda losses: losses.update(loss_cls=losses["loss_cls"] * float("nan")))
 
 
+class UnprintableError(Exception):
+    def __str__(self):
+        raise KeyError
+
+
 def exception():
     change_losses(Mock(side_effect=ValueError("something in the model of rank 1")))
+
+
+def unprintable_exception():
+    change_losses(Mock(side_effect=UnprintableError()))
 
 
 def rank_killed():
@@ -73,15 +82,31 @@ def before_saves(act):
     ModelEMA.update = acting
 
 
+def on_rank_0(act):
+    before_saves(lambda iteration: act() if _is_there(0) else None)
+
+
 def rank_0_killed():
-    before_saves(lambda iteration: os.kill(os.getpid(), signal.SIGKILL) if _is_there(0) else None)
+    on_rank_0(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def _in_workers(act):
+def rank_0_frozen():
+    on_rank_0(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def rank_0_calls_sys_exit():
+    on_rank_0(lambda: sys.exit(0))
+
+
+def rank_0_calls_os_exit():
+    on_rank_0(lambda: os._exit(0))
+
+
+def _in_workers(act, rank=1):
     read = dataset_mapper.read_image
 
     def failing(*args):
-        if comm.get_rank() == 1 and np.random.default_rng().random() < 0.2:
+        if comm.get_rank() == rank and np.random.default_rng().random() < 0.2:
             act()
         return read(*args)
 
@@ -90,6 +115,10 @@ def _in_workers(act):
 
 def worker_killed():
     _in_workers(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def worker_frozen():
+    _in_workers(lambda: os.kill(os.getpid(), signal.SIGSTOP), rank=0)
 
 
 def worker_out_of_memory():
@@ -127,12 +156,21 @@ ASYNC = ["SOLVER.ASYNC_CHECKPOINT", True]
 LOADER = "a data loading worker has failed"
 NAN = ["NaN or infinite at iteration 6", "images of that batch"]
 HANGS = ["no step was finished within 2 s", "rank 1 is in", "tests/faults/failures.py, line"]
+WAITS = ["no step was finished within 2 s", "rank 0 waits for its data loader in"]
+SINGLE = "the same with a single process"
 # {failure: (faults, options, words in the output)}.
 FAILURES = {
     "NaN loss on one rank": (nan_loss, [], NAN),
     "an exception on one rank": (exception, [], ["ValueError: something in the model of rank 1"]),
     "a rank killed (SIGKILL)": (rank_killed, [], ["error: rank 1 was killed by SIGKILL"]),
     "rank 0 killed (SIGKILL)": (rank_0_killed, [], ["error: rank 0 was killed by SIGKILL"]),
+    "rank 0 calls sys.exit(0)": (rank_0_calls_sys_exit, [], ["rank 0: error: it called sys.exit(0) in"]),
+    "rank 0 calls os._exit(0)": (rank_0_calls_os_exit, [], ["error: rank 0 has exited with code 0"]),
+    "an exception whose `__str__` raises": (
+        unprintable_exception,
+        [],
+        ["<exception str() failed>"],
+    ),
     "a loader worker killed (SIGKILL)": (worker_killed, WORKERS, [LOADER]),
     "a loader worker out of memory": (worker_out_of_memory, WORKERS, [f"{LOADER} (Caught MemoryError"]),
     "the evaluator raises": (evaluator_raises, [], ["RuntimeError: something in the scoring"]),
@@ -140,15 +178,19 @@ FAILURES = {
     "the disk is full, asynchronous checkpoint": (disk_full, ASYNC, ["No space left on device"]),
     "one rank hangs (2 s allowed)": (main_thread_hangs, HANG, HANGS),
     "one rank is frozen (2 s allowed)": (process_frozen, HANG, ["rank 1 does not respond"]),
+    "rank 0 is frozen (2 s allowed)": (rank_0_frozen, HANG, ["rank 0 does not respond"]),
+    "a loader worker is frozen (2 s allowed)": (worker_frozen, [*WORKERS, *HANG], WAITS),
+    SINGLE: (worker_frozen, [*WORKERS, *HANG], WAITS),
 }
 
 
 def fail(name, folder, ranks=2):
     """Let it happen; returns (run, exit code, seconds to the end of all processes, newest checkpoint)."""
     faults, options, _ = FAILURES[name]
+    ranks = 1 if name == SINGLE else ranks
     run = Run(folder, [*options, "TEST.EVAL_PERIOD", 0, "SOLVER.MAX_ITER", 12], faults=faults, ranks=ranks)
     # From where every rank is at work; a failure in the first of workers may come before.
-    run.wait_for("iter: 5" if options is not WORKERS else "starting training")
+    run.wait_for("starting training" if options[:1] == WORKERS[:1] else "iter: 5")
     start = time.monotonic()
     code = run.wait(120).code
     while run.children() and time.monotonic() - start < 60:
@@ -157,13 +199,14 @@ def fail(name, folder, ranks=2):
 
 
 def main():
-    print("| failure | seconds to the end of every process | exit code | newest checkpoint |")
-    print("| --- | --- | --- | --- |")
+    print("| failure | seconds to the end of every process | exit code | newest checkpoint | message |")
+    print("| --- | --- | --- | --- | --- |")
     wrong = []
     with tempfile.TemporaryDirectory() as root:
         for number, (name, (_, _, texts)) in enumerate(FAILURES.items()):
             run, code, seconds, saved = fail(name, Path(root) / f"run-{number}")
-            print(f"| {name} | {seconds:.1f} | {code} | {saved} |", flush=True)
+            message = next((line for line in run.output.splitlines() if texts[0] in line), "")
+            print(f"| {name} | {seconds:.1f} | {code} | {saved} | `{message[:70]}` |", flush=True)
             if code == 0 or run.children() or not all(text in run.output for text in texts):
                 wrong.append(f"{name}:\n{run.output[-3000:]}")
     print("\n".join(wrong))
