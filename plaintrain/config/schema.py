@@ -233,6 +233,7 @@ RULES = {
         "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLER,
         "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": _WIDTHS,
         "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": _one_of(True),
+        "MODEL.ROI_KEYPOINT_HEAD.SCORE_TYPE": _one_of("logit", "probability"),
     },
     "MODEL.META_ARCHITECTURE=SSD": {
         "MODEL.SSD.HEAD_NAME": _one_of("SSDHead", "SSDLiteHead"),
@@ -252,6 +253,7 @@ RULES = {
         "MODEL.RETINANET.FOCAL_LOSS_ALPHA": _number(
             "0 to 1, or -1 for none", lambda value: 0 <= value <= 1 or value == -1
         ),
+        "MODEL.RETINANET.LOSS_NORMALIZER": _one_of("image", "ema"),
         "MODEL.RETINANET.NORM": _one_of("", "GN"),
     },
     "MODEL.RETINANET.BBOX_REG_LOSS_TYPE=giou": {"MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": _one_of(0.0)},
