@@ -304,9 +304,10 @@ plaintrain/utils/storage.py
 plaintrain/engine/watchdog.py
                 time.sleep(_CONNECTION_SECONDS)\n =>
                     heartbeat.forgive(gap)\n =>                 pass\n
+plaintrain/config/rules.py
+    type(value) in (int, float) and is_in_range => isinstance(value, int | float) and is_in_range
+    number("above 0", lambda value: value > 0) => number("above 0", lambda value: value >= 0)
 plaintrain/config/schema.py
-    not isinstance(value, bool) and is_in_range(value) => is_in_range(value)
-    _number("above 0", lambda value: value > 0) => _number("above 0", lambda value: value >= 0)
     str(get_value(cfg, switch)) not in values => str(get_value(cfg, switch)) in values
 plaintrain/config/yaml.py
     os.path.join(os.path.dirname(path), os.path.expanduser(base)) => os.path.expanduser(base)

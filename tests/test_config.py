@@ -3,6 +3,8 @@
 `python tests/test_config.py` writes golden/config_keys.txt anew, after a key was added on purpose.
 """
 
+import itertools
+import math
 import re
 from pathlib import Path
 
@@ -217,9 +219,10 @@ def test_detectron2_base_and_child_merge_and_are_supported(tmp_path):
         ("SOLVER.LR_SCHEDULER_NAME", "'Cosine'", "'WarmupMultiStepLR' or 'WarmupCosineLR'"),
         ("SOLVER.MAX_TIME", "-1.0", "at least 0"),
         ("SOLVER.IMS_PER_BATCH", "0", "at least 1"),
-        ("SOLVER.BASE_LR", "inf", "a finite number"),
+        ("SOLVER.BASE_LR", "inf", "at most 1000000"),
         ("SOLVER.BASE_LR", "nan", "at least 0"),
-        ("SOLVER.STEPS", "(1, True)", "iterations"),
+        ("SOLVER.STEPS", "(1, True)", "increasing iterations"),
+        ("SOLVER.STEPS", "(200, 100)", "increasing iterations"),
         ("SEED", "4294967296", "below 2**32"),
         ("MODEL.EMA.DECAY", "-0.5", "at least 0 and below 1"),
         ("MODEL.EMA.DECAY", "1.0", "at least 0 and below 1"),
@@ -259,11 +262,24 @@ def test_keys_of_a_feature_are_checked_only_if_it_is_on(switch, on, off, key, va
     check_cfg(merge(None, switch, off, key, value))
 
 
-def test_the_table_names_keys_and_allows_their_defaults_and_all_writers():
-    cfg = get_cfg()
-    assert {key for rules in RULES.values() for key in rules} <= set(KEYS)
-    set_value(cfg, "OUTPUT.WRITERS", list(WRITERS))
-    check_cfg(cfg)
+# Keys of any text; True and False need no rule.
+FREE = {"OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "TEST.BEST_METRIC"}
+NONSENSE = (-7, 10**11, 10**400, math.nan, ["a", [1]], [-7.5], [math.nan], "a\0b", "x" * 5000, {"a": 1}, None)
+SENSIBLE = (["DATALOADER.CACHE_BYTES", 10**11], ["SOLVER.WEIGHT_DECAY_BIAS", None])
+
+
+def test_each_key_has_a_rule_that_allows_its_default_and_no_nonsense():
+    kinds = {key: type(get_value(get_cfg(), key)) for key in KEYS}
+    booleans = {key for key in KEYS if kinds[key] is bool}
+    ruled = {key for rules in RULES.values() for key in rules}
+    assert ruled | booleans | FREE == set(KEYS) and not ruled & FREE
+    check_cfg(merge(None, "OUTPUT.WRITERS", list(WRITERS)))
+    for i, (key, value) in enumerate(itertools.product(KEYS, NONSENSE)):
+        # Every second value is given as on the command line.
+        content = repr(value) if i % 2 and kinds[key] is not str else value
+        if [key, value] not in SENSIBLE:
+            message = error_message(lambda *words: check_cfg(merge(None, *words)), key, content)
+            assert message.startswith(key) and ", got " in message, message
 
 
 def test_keys_are_those_of_the_golden_file():

@@ -196,9 +196,9 @@ def test_grouping_and_seed_reach_every_sampler(cfg, records, sampler, options):
         ("TrainingSampler", THRESHOLD, 0.1, "only RepeatFactorTrainingSampler reads it"),
         ("TrainingSampler", RATIO, 0.5, "only RandomSubsetTrainingSampler reads"),
         ("TrainingSampler", FACTORS, [["large", 2]], "only WeightedTrainingSampler reads"),
-        ("WeightedTrainingSampler", FACTORS, [["largee", 2]], "'few'], number >= 0], got ['largee'"),
-        ("WeightedTrainingSampler", FACTORS, ["large", 2], "got 'large'"),
-        ("WeightedTrainingSampler", FACTORS, [["large", -1]], "got ['large', -1]"),
+        ("WeightedTrainingSampler", FACTORS, [["largee", 2]], "'few'], factor], got ['largee'"),
+        ("WeightedTrainingSampler", FACTORS, ["large", 2], "got ['large', 2]"),
+        ("WeightedTrainingSampler", FACTORS, [["large", -1]], "got [['large', -1]]"),
         ("WeightedTrainingSampler", "SEED", 1, "WeightedTrainingSampler needs " + FACTORS),
     ],
 )

@@ -256,8 +256,8 @@ def test_optimizer_steps_equal_those_of_torch(keys, expected_type, options):
     ("keys", "trains", "words"),
     [
         ({}, False, "FREEZE_AT"),
-        ({"NESTEROV": True, "MOMENTUM": 0.0}, True, r"SOLVER\.\*"),
-        ({"OPTIMIZER": "AdamW", "MOMENTUM": 1.5}, True, r"SOLVER\.\*"),
+        ({"NESTEROV": True, "MOMENTUM": 0.0}, True, r"MOMENTUM must be above 0 .*NESTEROV True"),
+        ({"OPTIMIZER": "AdamW", "MOMENTUM": 1.5}, True, "SOLVER.MOMENTUM must be .*below 1"),
     ],
 )
 def test_optimizer_errors_name_the_key(keys, trains, words):

@@ -107,10 +107,10 @@ def test_views_are_mirrored_if_asked_for_with_the_keypoint_order_of_the_dataset(
 
 
 BAD_KEYS = [
-    ("TEST.AUG.MIN_SIZES", (), r"TEST\.AUG\.MIN_SIZES must be a list of integers >= 0, got \(\)"),
+    ("TEST.AUG.MIN_SIZES", (), r"TEST\.AUG\.MIN_SIZES must be 1 or more numbers .* got \(\)"),
     ("TEST.AUG.MIN_SIZES", (40, -1), r"TEST\.AUG\.MIN_SIZES must .* got \(40, -1\)"),
-    ("TEST.AUG.MAX_SIZE", 0, r"TEST\.AUG\.MAX_SIZE must be an integer >= 1, got 0"),
-    ("INPUT.FIXED_SIZE", (40, 0), r"INPUT.FIXED_SIZE.*must be 2 integers >= 1, got \(40, 0\)"),
+    ("TEST.AUG.MAX_SIZE", 0, r"TEST\.AUG\.MAX_SIZE must be at least 1 .*got 0"),
+    ("INPUT.FIXED_SIZE", (40, 0), r"INPUT.FIXED_SIZE must be .*, got \(40, 0\)"),
     ("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5, "NUM_KEYPOINTS is 5, but few_shapes has 4 keypoints"),
 ]
 
@@ -127,8 +127,8 @@ def test_bad_keys_are_rejected_also_before_training(cfg, shapes):
     cfg.MODEL.KEYPOINT_ON, cfg.TEST.AUG.MIN_SIZES = False, ()
     with pytest.raises(UserError, match=BAD_KEYS[0][2]):
         check_before_training(cfg, resume=False, eval_only=False)
-    for cfg.TEST.AUG.ENABLED, cfg.DATASETS.TEST in ((False, ("few_shapes",)), (True, ())):
-        check_before_training(cfg, resume=False, eval_only=False)
+    cfg.TEST.AUG.ENABLED = False
+    check_before_training(cfg, resume=False, eval_only=False)
 
 
 def plain_and_merged(*overrides, autocast=False):

@@ -4,275 +4,240 @@ Limits that depend on the data, the backbone or the number of processes are chec
 the names that forks may extend (MODEL.META_ARCHITECTURE, MODEL.BACKBONE.NAME, INPUT.AUGMENTATIONS).
 """
 
-import itertools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import re
+from typing import Any
 
-from plaintrain.config.config import CfgNode, get_value
+from plaintrain.config import rules
+from plaintrain.config.config import NULLABLE, CfgNode, get_value
+from plaintrain.config.defaults import get_cfg
+from plaintrain.config.rules import Rule, allow, between, increasing, integer, list_of, number
 from plaintrain.config.yaml import flatten
 from plaintrain.utils.errors import ConfigError
 
-
-class Rule(NamedTuple):
-    """Condition on a value, in words for the error and as a predicate."""
-
-    words: str
-    accepts: Callable[[Any], bool]
-
-
-def _one_of(*allowed: Any) -> Rule:
-    return Rule(" or ".join(map(repr, allowed)), lambda value: value in allowed)
-
-
-def _number(words: str, is_in_range: Callable[[float], bool]) -> Rule:
-    def accepts(value):
-        return isinstance(value, int | float) and not isinstance(value, bool) and is_in_range(value)
-
-    return Rule(words, accepts)
-
-
-def _list_of(rule: Rule, words: str, length: int | None = None) -> Rule:
-    return Rule(words, lambda values: length in (None, len(values)) and all(map(rule.accepts, values)))
-
-
-_ANY_NUMBER = _number("a number", lambda value: True)
-_AT_LEAST_0 = _number("at least 0", lambda value: value >= 0)
-_AT_LEAST_1 = _number("at least 1", lambda value: value >= 1)
-_ABOVE_0 = _number("above 0", lambda value: value > 0)
-_BELOW_1 = _number("at least 0 and below 1", lambda value: 0 <= value < 1)
-_FRACTION = _number("above 0 and at most 1", lambda value: 0 < value <= 1)
-_INSIDE = _number("above 0 and below 1", lambda value: 0 < value < 1)
-_WIDTHS = Rule("1 or more numbers >= 1", lambda values: values and all(map(_AT_LEAST_1.accepts, values)))
-_NORM = _one_of("", "BN", "SyncBN", "GN")
-_BOX_LOSS = _one_of("smooth_l1", "giou")
-_POOLER = _one_of("ROIAlign", "ROIAlignV2")
-_WRITER = _one_of("console", "json", "csv", "tensorboard")
-_EXPECTED = Rule("[task, metric, value, tolerance]", lambda item: isinstance(item, list) and len(item) == 4)
-
-
-def _is_momentum_schedule(points: list) -> bool:
-    are_pairs = all(isinstance(point, list) and len(point) == 2 for point in points)
-    if not are_pairs or not all(_ANY_NUMBER.accepts(start) and _BELOW_1.accepts(m) for start, m in points):
-        return False
-    return all(before[0] < after[0] for before, after in itertools.pairwise(points))
-
-
-def _is_workflow(flows: list) -> bool:
-    def is_flow(flow):
-        is_pair = isinstance(flow, list | tuple) and len(flow) == 2
-        return is_pair and flow[0] in ("train", "val") and type(flow[1]) is int and flow[1] >= 1
-
-    return all(map(is_flow, flows)) and any(mode == "train" for mode, _ in flows)
-
-
-def _thresholds(count: int) -> Rule:
-    def accepts(values):
-        are_numbers = len(values) == count and all(map(_ANY_NUMBER.accepts, values))
-        return are_numbers and all(a <= b for a, b in itertools.pairwise([0, *values, 1]))
-
-    words = "a list of one number in [0, 1]" if count == 1 else f"{count} increasing numbers in [0, 1]"
-    return Rule(words, accepts)
-
-
-_MOMENTA = "[[iteration, momentum], ...], iterations increasing, momenta in [0, 1)"
-_FLOWS = '[["train" or "val", epochs], ...], epochs at least 1, with a train flow'
+DEFAULTS = flatten(get_cfg())
+_NORM = allow("", "BN", "SyncBN", "GN")
+_BOX_LOSS = allow("smooth_l1", "giou")
+_POOLER = allow("ROIAlign", "ROIAlignV2")
 _RESNET = "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone|build_retinanet_resnet_fpn_backbone"
 _FPN = _RESNET + "|build_mobilenet_v3_large_fpn_backbone"
+# Rules of all keys, or of all keys that match a pattern, of enabled features or not. Their upper limits
+# keep a typing error from filling the memory or running forever; no real run comes near them.
+_ALWAYS = {
+    "VERSION": allow(2),
+    "OUTPUT.WRITERS": list_of(allow("console", "json", "csv", "tensorboard"), "a list of {}"),
+    "SEED": number("-1, or at least 0 and below 2**32", lambda value: -1 <= value < 2**32),
+    "HANG_TIMEOUT *.MAX_TIME": between(0, 1e9),
+    "*.*_PERIOD *_START *.PATIENCE *.NUM_DECAYS *.WARMUP_ITERS *.CHECKPOINT_MAX_TO_KEEP": rules.COUNT,
+    "LOG_PERIOD *.MAX_ITER *.MAX_SKIPPED_STEPS": between(1, 2**31 - 1),
+    "FLOAT32_PRECISION": allow("", "highest", "high", "medium"),
+    "WORKFLOW": rules.WORKFLOW,
+    "*.BATCH_SIZE_PER_IMAGE *.IMS_PER_BATCH *.ACCUMULATE_STEPS": between(1, 65536),
+    "*.REFERENCE_*": between(0, 65536),
+    "*.NMS_THRESH* *.SCORE_THRESH* *.IOU_THRESHOLD *.REPEAT_THRESHOLD *.POSITIVE_FRACTION": rules.PROBABILITY,
+    "*.NORM_EPS *.OFFSET *.WARMUP_FACTOR *.GAMMA": rules.PROBABILITY,
+    "*_RATIO": rules.FRACTION,
+    "*.PRIOR_PROB": rules.INSIDE,
+    "*.MOMENTUM *.DECAY": rules.BELOW_1,
+    "*LOSS_WEIGHT *_BETA *.CENTER_SAMPLING_RADIUS *.FOCAL_LOSS_GAMMA *.BASE_LR*": rules.FACTOR,
+    "*.WEIGHT_DECAY* *_LR_FACTOR *_MULTIPLIER *.CLIP_VALUE": rules.FACTOR,
+    "*.TOPK_* *.PRE_NMS_TOPK_* *.POST_NMS_TOPK_* *.DETECTIONS_PER_IMAGE": between(1, 100_000),
+    "*.NUM_CONV *.NUM_CONVS *.NUM_FC *.NUM_LEVELS *.FREEZE_AT": between(0, 100),
+    "*.OUT_CHANNELS *.CONV_DIM": between(1, 8192),
+    "*.FC_DIM": between(1, 16384),
+    "*.POOLER_RESOLUTION": between(1, 64),
+    "*.POOLER_SAMPLING_RATIO": between(0, 64),
+    "*_FEATURES DATASETS.TRAIN DATASETS.TEST": rules.NAMES,
+    "*.IOU_LABELS": list_of(integer(-1, 1), "a list of numbers {}"),
+    "*.IOU_THRESHOLDS": increasing(list_of(rules.PROBABILITY, "2 increasing numbers in [0, 1]", 2, 2)),
+    "*.ROI_HEADS.IOU_THRESHOLDS": list_of(rules.PROBABILITY, "a list of one number in [0, 1]", 1, 1),
+    "*.BBOX_REG_WEIGHTS": list_of(rules.POSITIVE, "4 numbers {}", 4, 4),
+    "MODEL.PIXEL_MEAN": list_of(between(-1e6, 1e6), "3 numbers {}", 3, 3),
+    "MODEL.PIXEL_STD": list_of(rules.POSITIVE, "3 numbers {}", 3, 3),
+    "*.LOAD_PROPOSALS *.PRECISE_BN.ENABLED": allow(False),
+    "MODEL.EMA.EVALUATE MODEL.EMA.FINAL": allow("averaged", "raw"),
+    "MODEL.RESNETS.NUM_GROUPS": between(1, 128),
+    "MODEL.RESNETS.WIDTH_PER_GROUP": between(1, 1024),
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": list_of(Rule("", lambda x: type(x) is bool), "4 bools", 4, 4),
+    "MODEL.TINY.CHANNELS": list_of(integer(1, 8192), "1 to 10 numbers {}", 1, 10),
+    "MODEL.ANCHOR_GENERATOR.NAME": allow("AnchorGenerator", "DefaultAnchorGenerator"),
+    "MODEL.ANCHOR_GENERATOR.SIZES": rules.list_per_level(between(1, 1e6)),
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": rules.list_per_level(between(0.001, 1000)),
+    "MODEL.RPN.CONV_DIMS": list_of(integer(-1, 8192), "1 to 100 numbers {}", 1, 100),
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": list_of(integer(1, 8192), "1 to 100 numbers {}", 1, 100),
+    "*.NUM_CLASSES *.NUM_KEYPOINTS *.MIN_KEYPOINTS_PER_IMAGE": between(0, 100_000),
+    "*.FOCAL_LOSS_ALPHA": number("0 to 1, or -1 for none", lambda value: 0 <= value <= 1 or value == -1),
+    "MODEL.SSD.ASPECT_RATIOS": rules.list_per_level(between(0.001, 1000), shortest=0),
+    "MODEL.SSD.SCALES MODEL.SSD.STEPS": list_of(between(0.001, 1e6), "a list of numbers {}"),
+    "*.MIN_SIZE_TRAIN *.MIN_SIZES": list_of(integer(0, 16384), "a list of numbers {}"),
+    "*.MIN_SIZE_TEST": between(0, 16384),
+    "*.MAX_SIZE *.MAX_SIZE_T*": between(1, 1_000_000),
+    "INPUT.FIXED_SIZE": rules.FIXED_SIZE,
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": allow("choice", "range"),
+    "INPUT.AUGMENTATIONS": rules.AUGMENTATIONS,
+    "INPUT.CROP.TYPE": allow("relative", "relative_range", "absolute", "absolute_range"),
+    "INPUT.CROP.SIZE": list_of(rules.POSITIVE, "2 numbers {}", 2, 2),
+    "INPUT.FORMAT": allow("RGB", "BGR"),
+    "INPUT.PIXEL_RANGE": rules.PIXEL_RANGE,
+    "INPUT.RANDOM_FLIP": allow("horizontal", "vertical", "none"),
+    "DATASETS.TRAIN_REPEAT_FACTOR": rules.REPEAT_FACTORS,
+    "DATALOADER.NUM_WORKERS": between(0, 256),
+    "DATALOADER.WORKER_TYPE": allow("process", "thread", "auto"),
+    "DATALOADER.CACHE_BYTES": between(0, 2**50),
+    "DATALOADER.GROUP_WINDOW SOLVER.MAX_EPOCHS": between(0, 1_000_000),
+    "DATALOADER.SAMPLER_TRAIN": allow(
+        "TrainingSampler",
+        "RepeatFactorTrainingSampler",
+        "ClassBalancedTrainingSampler",
+        "WeightedTrainingSampler",
+        "RandomSubsetTrainingSampler",
+    ),
+    "SOLVER.OPTIMIZER": allow("SGD", "AdamW"),
+    "SOLVER.MOMENTUM_SCHEDULE": rules.MOMENTUM_SCHEDULE,
+    "SOLVER.MOMENTUM_INTERPOLATION": allow("linear", "cosine", "step"),
+    "*.LR_SCHEDULER_NAME": allow("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    "SOLVER.STEPS": increasing(list_of(rules.COUNT, "increasing iterations, {}")),
+    "SOLVER.WARMUP_METHOD": allow("linear", "constant"),
+    "*.NORM_TYPE": number("above 0 and at most 1000, or inf", lambda v: 0 < v <= 1000 or v == math.inf),
+    "SOLVER.ON_NONFINITE": allow("stop", "skip"),
+    "SOLVER.AMP.PRECISION": allow("float16", "bfloat16"),
+    "TEST.EXPECTED_RESULTS": rules.EXPECTED_RESULTS,
+    "TEST.KEYPOINT_OKS_SIGMAS": list_of(rules.POSITIVE, "a list of numbers {}"),
+}
 # Keys with a single allowed value exist so that Detectron2's files can be merged. The outer key is the
 # condition of its rules: "" always, "KEY=VALUE|VALUE" if that key has one of these values.
-RULES = {
-    "": {
-        "VERSION": _one_of(2),
-        "OUTPUT.WRITERS": _list_of(_WRITER, f"a list of {_WRITER.words}"),
-        "SEED": _number("-1, or at least 0 and below 2**32", lambda value: -1 <= value < 2**32),
-        "HANG_TIMEOUT": _AT_LEAST_0,
-        "LOG_PERIOD": _AT_LEAST_1,
-        "FLOAT32_PRECISION": _one_of("", "highest", "high", "medium"),
-        "WORKFLOW": Rule(_FLOWS, _is_workflow),
-        "MODEL.PIXEL_MEAN": _list_of(_ANY_NUMBER, "3 numbers", 3),
-        "MODEL.PIXEL_STD": _list_of(_ABOVE_0, "3 numbers above 0", 3),
-        "MODEL.LOAD_PROPOSALS": _one_of(False),
-        "MODEL.EMA.DECAY": _BELOW_1,
-        "MODEL.EMA.EVALUATE": _one_of("averaged", "raw"),
-        "MODEL.EMA.FINAL": _one_of("averaged", "raw"),
-        "MODEL.BACKBONE.FREEZE_AT": _AT_LEAST_0,
-        "MODEL.ANCHOR_GENERATOR.NAME": _one_of("AnchorGenerator", "DefaultAnchorGenerator"),
-        "INPUT.FORMAT": _one_of("RGB", "BGR"),
-        "INPUT.RANDOM_FLIP": _one_of("horizontal", "vertical", "none"),
-        "INPUT.MIN_SIZE_TRAIN_SAMPLING": _one_of("choice", "range"),
-        "DATALOADER.NUM_WORKERS": _AT_LEAST_0,
-        "DATALOADER.WORKER_TYPE": _one_of("process", "thread", "auto"),
-        "DATALOADER.CACHE_BYTES": _AT_LEAST_0,
-        "DATALOADER.GROUP_WINDOW": _AT_LEAST_0,
-        "DATALOADER.SAMPLER_TRAIN": _one_of(
-            "TrainingSampler",
-            "RepeatFactorTrainingSampler",
-            "ClassBalancedTrainingSampler",
-            "WeightedTrainingSampler",
-            "RandomSubsetTrainingSampler",
-        ),
-        "DATALOADER.RANDOM_SUBSET_RATIO": _FRACTION,
-        "SOLVER.OPTIMIZER": _one_of("SGD", "AdamW"),
-        "SOLVER.IMS_PER_BATCH": _AT_LEAST_1,
-        "SOLVER.MAX_ITER": _AT_LEAST_1,
-        "SOLVER.MAX_EPOCHS": _AT_LEAST_0,
-        "SOLVER.MAX_TIME": _AT_LEAST_0,
-        "SOLVER.ACCUMULATE_STEPS": _AT_LEAST_1,
-        "SOLVER.PATIENCE": _AT_LEAST_0,
-        "SOLVER.BASE_LR": _AT_LEAST_0,
-        "SOLVER.MOMENTUM_SCHEDULE": Rule(_MOMENTA, _is_momentum_schedule),
-        "SOLVER.MOMENTUM_INTERPOLATION": _one_of("linear", "cosine", "step"),
-        "SOLVER.LR_SCHEDULER_NAME": _one_of(
-            "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"
-        ),
-        "SOLVER.STEPS": _list_of(_ANY_NUMBER, "iterations"),
-        "SOLVER.WARMUP_ITERS": _AT_LEAST_0,
-        "SOLVER.WARMUP_METHOD": _one_of("linear", "constant"),
-        "SOLVER.CHECKPOINT_PERIOD": _AT_LEAST_0,
-        "SOLVER.CHECKPOINT_MAX_TO_KEEP": _AT_LEAST_0,
-        "SOLVER.ON_NONFINITE": _one_of("stop", "skip"),
-        "SOLVER.MAX_SKIPPED_STEPS": _AT_LEAST_1,
-        "SOLVER.AMP.PRECISION": _one_of("float16", "bfloat16"),
-        "SOLVER.REFERENCE_WORLD_SIZE": _AT_LEAST_0,
-        "SOLVER.REFERENCE_IMS_PER_BATCH": _AT_LEAST_0,
-        "TEST.EVAL_PERIOD": _AT_LEAST_0,
-        "TEST.EVAL_START": _AT_LEAST_0,
-        "TEST.VAL_LOSS_PERIOD": _AT_LEAST_0,
-        "TEST.DETECTIONS_PER_IMAGE": _AT_LEAST_1,
-        "TEST.IMS_PER_BATCH": _AT_LEAST_1,
-        "TEST.EXPECTED_RESULTS": _list_of(_EXPECTED, f"a list of {_EXPECTED.words}"),
-        "TEST.PRECISE_BN.ENABLED": _one_of(False),
-    },
-    "MODEL.ANCHOR_GENERATOR.NAME=AnchorGenerator": {"MODEL.ANCHOR_GENERATOR.OFFSET": _one_of(0.0)},
+_TABLE = {
+    "": _ALWAYS,
+    "MODEL.ANCHOR_GENERATOR.NAME=AnchorGenerator": {"MODEL.ANCHOR_GENERATOR.OFFSET": allow(0.0)},
     "MODEL.BACKBONE.NAME=build_ssd_vgg16_backbone|build_ssdlite_mobilenet_v3_large_backbone": {
-        "MODEL.META_ARCHITECTURE": _one_of("SSD"),
+        "MODEL.META_ARCHITECTURE": allow("SSD"),
     },
-    _FPN: {"MODEL.FPN.NORM": _NORM, "MODEL.FPN.FUSE_TYPE": _one_of("sum")},
+    _FPN: {"MODEL.FPN.NORM": _NORM, "MODEL.FPN.FUSE_TYPE": allow("sum")},
     _RESNET: {
-        "MODEL.RESNETS.DEPTH": _one_of(18, 34, 50, 101, 152),
-        "MODEL.RESNETS.NORM": _one_of("FrozenBN", "BN", "SyncBN", "GN"),
-        "MODEL.RESNETS.RES5_DILATION": _one_of(1),
-        "MODEL.RESNETS.STEM_OUT_CHANNELS": _one_of(64),
-        "MODEL.RESNETS.DEFORM_ON_PER_STAGE": _one_of([False, False, False, False]),
+        "MODEL.RESNETS.DEPTH": allow(18, 34, 50, 101, 152),
+        "MODEL.RESNETS.NORM": allow("FrozenBN", "BN", "SyncBN", "GN"),
+        "MODEL.RESNETS.RES5_DILATION": allow(1),
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": allow(64),
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE": allow([False, False, False, False]),
     },
     "MODEL.RESNETS.DEPTH=18|34": {
-        "MODEL.RESNETS.NUM_GROUPS": _one_of(1),
-        "MODEL.RESNETS.WIDTH_PER_GROUP": _one_of(64),
-        "MODEL.RESNETS.STRIDE_IN_1X1": _one_of(False),
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": _one_of(0, 64),
+        "MODEL.RESNETS.NUM_GROUPS": allow(1),
+        "MODEL.RESNETS.WIDTH_PER_GROUP": allow(64),
+        "MODEL.RESNETS.STRIDE_IN_1X1": allow(False),
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": allow(0, 64),
     },
-    "MODEL.RESNETS.DEPTH=50|101|152": {"MODEL.RESNETS.RES2_OUT_CHANNELS": _one_of(0, 256)},
+    "MODEL.RESNETS.DEPTH=50|101|152": {"MODEL.RESNETS.RES2_OUT_CHANNELS": allow(0, 256)},
     "MODEL.BACKBONE.NAME=build_mobilenet_v3_large_fpn_backbone": {
-        "MODEL.RESNETS.NORM": _one_of("FrozenBN", "BN", "SyncBN"),
+        "MODEL.RESNETS.NORM": allow("FrozenBN", "BN", "SyncBN"),
     },
     "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone": {
-        "MODEL.RESNETS.OUT_FEATURES": _one_of([], ["res2", "res3", "res4", "res5"]),
-        "MODEL.FPN.IN_FEATURES": _one_of([], ["res2", "res3", "res4", "res5"]),
-        "MODEL.RPN.IN_FEATURES": _one_of([], ["p2", "p3", "p4", "p5", "p6"]),
-        "MODEL.ROI_HEADS.IN_FEATURES": _one_of([], ["p2", "p3", "p4", "p5"]),
+        "MODEL.RESNETS.OUT_FEATURES MODEL.FPN.IN_FEATURES": allow([], ["res2", "res3", "res4", "res5"]),
+        "MODEL.RPN.IN_FEATURES": allow([], ["p2", "p3", "p4", "p5", "p6"]),
+        "MODEL.ROI_HEADS.IN_FEATURES": allow([], ["p2", "p3", "p4", "p5"]),
     },
     "MODEL.BACKBONE.NAME=build_retinanet_resnet_fpn_backbone": {
-        "MODEL.META_ARCHITECTURE": _one_of("RetinaNet", "FCOS"),
-        "MODEL.FPN.P6_IN_FEATURE": _one_of("p5", "res5"),
-        "MODEL.RESNETS.OUT_FEATURES": _one_of([], ["res3", "res4", "res5"]),
-        "MODEL.FPN.IN_FEATURES": _one_of([], ["res3", "res4", "res5"]),
-        "MODEL.RETINANET.IN_FEATURES": _one_of(["p3", "p4", "p5", "p6", "p7"]),
+        "MODEL.META_ARCHITECTURE": allow("RetinaNet", "FCOS"),
+        "MODEL.FPN.P6_IN_FEATURE": allow("p5", "res5"),
+        "MODEL.RESNETS.OUT_FEATURES MODEL.FPN.IN_FEATURES": allow([], ["res3", "res4", "res5"]),
+        "MODEL.RETINANET.IN_FEATURES": allow(["p3", "p4", "p5", "p6", "p7"]),
     },
-    "MODEL.BACKBONE.NAME=build_tiny_backbone": {
-        "MODEL.TINY.CHANNELS": _WIDTHS,
-        "MODEL.TINY.NORM": _one_of("BN", "SyncBN", "GN"),
-    },
-    "INPUT.CROP.ENABLED=True": {
-        "INPUT.CROP.TYPE": _one_of("relative", "relative_range", "absolute", "absolute_range"),
-    },
-    "DATALOADER.SAMPLER_TRAIN=RepeatFactorTrainingSampler": {"DATALOADER.REPEAT_THRESHOLD": _FRACTION},
-    "SOLVER.LR_SCHEDULER_NAME=WarmupCosineLR": {"SOLVER.BASE_LR": _ABOVE_0},
+    "MODEL.BACKBONE.NAME=build_tiny_backbone": {"MODEL.TINY.NORM": allow("BN", "SyncBN", "GN")},
+    "TEST.AUG.ENABLED=True": {"TEST.AUG.MIN_SIZES": list_of(integer(0, 16384), "1 or more numbers {}", 1)},
+    "SOLVER.LR_SCHEDULER_NAME=WarmupCosineLR": {"SOLVER.BASE_LR": rules.ABOVE_0},
     "SOLVER.CLIP_GRADIENTS.ENABLED=True": {
-        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": _one_of("value", "norm", "full_model"),
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": rules.ABOVE_0,
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": allow("value", "norm", "full_model"),
     },
     "MODEL.META_ARCHITECTURE=RetinaNet|FCOS|SSD|ProposalNetwork": {
-        "MODEL.MASK_ON": _one_of(False),
-        "MODEL.KEYPOINT_ON": _one_of(False),
+        "MODEL.MASK_ON MODEL.KEYPOINT_ON": allow(False),
     },
     "MODEL.META_ARCHITECTURE=GeneralizedRCNN|ProposalNetwork": {
-        "MODEL.PROPOSAL_GENERATOR.NAME": _one_of("RPN"),
-        "MODEL.RPN.HEAD_NAME": _one_of("StandardRPNHead"),
-        "MODEL.RPN.BOUNDARY_THRESH": _one_of(-1),
-        "MODEL.RPN.IOU_THRESHOLDS": _thresholds(2),
-        "MODEL.RPN.IOU_LABELS": _one_of([0, -1, 1]),
+        "MODEL.PROPOSAL_GENERATOR.NAME": allow("RPN"),
+        "MODEL.RPN.HEAD_NAME": allow("StandardRPNHead"),
+        "MODEL.RPN.BOUNDARY_THRESH": allow(-1),
+        "MODEL.RPN.IOU_LABELS": allow([0, -1, 1]),
         "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
-        "MODEL.RPN.BBOX_REG_WEIGHTS": _one_of((1.0, 1.0, 1.0, 1.0)),
-        "MODEL.RPN.SMOOTH_L1_BETA": _AT_LEAST_0,
-        "MODEL.RPN.LOSS_NORMALIZER": _one_of("sampled", "batch_size"),
+        "MODEL.RPN.BBOX_REG_WEIGHTS": allow((1.0, 1.0, 1.0, 1.0)),
+        "MODEL.RPN.LOSS_NORMALIZER": allow("sampled", "batch_size"),
     },
     "MODEL.META_ARCHITECTURE=GeneralizedRCNN": {
-        "MODEL.ROI_HEADS.NAME": _one_of("StandardROIHeads"),
-        "MODEL.ROI_HEADS.IOU_THRESHOLDS": _thresholds(1),
-        "MODEL.ROI_HEADS.IOU_LABELS": _one_of([0, 1]),
-        "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": _one_of(True),
-        "MODEL.ROI_BOX_HEAD.NAME": _one_of("FastRCNNConvFCHead"),
+        "MODEL.ROI_BOX_HEAD.NUM_FC": between(1, 100),
+        "MODEL.ROI_HEADS.NAME": allow("StandardROIHeads"),
+        "MODEL.ROI_HEADS.IOU_LABELS": allow([0, 1]),
+        "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": allow(True),
+        "MODEL.ROI_BOX_HEAD.NAME": allow("FastRCNNConvFCHead"),
         "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLER,
-        "MODEL.ROI_BOX_HEAD.NUM_FC": _AT_LEAST_1,
-        "MODEL.ROI_BOX_HEAD.NUM_CONV": _AT_LEAST_0,
         "MODEL.ROI_BOX_HEAD.NORM": _NORM,
         "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
-        "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": _AT_LEAST_0,
-        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": _one_of(False),
-        "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": _one_of(False),
+        "*.CLS_AGNOSTIC_BBOX_REG *.TRAIN_ON_PRED_BOXES": allow(False),
     },
+    "SOLVER.NESTEROV=True": {"SOLVER.MOMENTUM": rules.INSIDE},
     "MODEL.MASK_ON=True": {
-        "MODEL.ROI_MASK_HEAD.NAME": _one_of("MaskRCNNConvUpsampleHead"),
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": between(1, 100),
+        "MODEL.ROI_MASK_HEAD.NAME": allow("MaskRCNNConvUpsampleHead"),
         "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLER,
-        "MODEL.ROI_MASK_HEAD.NUM_CONV": _AT_LEAST_1,
         "MODEL.ROI_MASK_HEAD.NORM": _NORM,
-        "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": _one_of(False),
+        "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": allow(False),
     },
     "MODEL.KEYPOINT_ON=True": {
-        "MODEL.ROI_KEYPOINT_HEAD.NAME": _one_of("KRCNNConvDeconvUpsampleHead"),
+        "MODEL.ROI_KEYPOINT_HEAD.NAME": allow("KRCNNConvDeconvUpsampleHead"),
         "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLER,
-        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": _WIDTHS,
-        "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": _one_of(True),
-        "MODEL.ROI_KEYPOINT_HEAD.SCORE_TYPE": _one_of("logit", "probability"),
+        "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": allow(True),
+        "MODEL.ROI_KEYPOINT_HEAD.SCORE_TYPE": allow("logit", "probability"),
     },
     "MODEL.META_ARCHITECTURE=SSD": {
-        "MODEL.SSD.HEAD_NAME": _one_of("SSDHead", "SSDLiteHead"),
+        "MODEL.SSD.HEAD_NAME": allow("SSDHead", "SSDLiteHead"),
         "MODEL.BACKBONE.NAME": Rule("a backbone without FPN", lambda name: "fpn" not in name),
-        "INPUT.FIXED_SIZE": _list_of(_AT_LEAST_1, "a height and a width", 2),
-        "MODEL.SSD.POSITIVE_FRACTION": _INSIDE,
+        "INPUT.FIXED_SIZE": list_of(integer(1, 16384), "a height and a width {}", 2, 2),
+        "MODEL.SSD.POSITIVE_FRACTION": rules.INSIDE,
     },
-    "MODEL.META_ARCHITECTURE=FCOS": {"MODEL.FCOS.PRIOR_PROB": _INSIDE},
     "MODEL.META_ARCHITECTURE=RetinaNet": {
-        "MODEL.RETINANET.NUM_CONVS": _one_of(4),
-        "MODEL.RETINANET.IOU_THRESHOLDS": _thresholds(2),
-        "MODEL.RETINANET.IOU_LABELS": _one_of([0, -1, 1]),
-        "MODEL.RETINANET.PRIOR_PROB": _INSIDE,
+        "MODEL.RETINANET.NUM_CONVS": allow(4),
+        "MODEL.RETINANET.IOU_LABELS": allow([0, -1, 1]),
         "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
-        "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": _AT_LEAST_0,
-        "MODEL.RETINANET.FOCAL_LOSS_GAMMA": _AT_LEAST_0,
-        "MODEL.RETINANET.FOCAL_LOSS_ALPHA": _number(
-            "0 to 1, or -1 for none", lambda value: 0 <= value <= 1 or value == -1
-        ),
-        "MODEL.RETINANET.LOSS_NORMALIZER": _one_of("image", "ema"),
-        "MODEL.RETINANET.NORM": _one_of("", "GN"),
+        "MODEL.RETINANET.LOSS_NORMALIZER": allow("image", "ema"),
+        "MODEL.RETINANET.NORM": allow("", "GN"),
     },
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE=giou": {"MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": _one_of(0.0)},
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE=giou": {"MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": allow(0.0)},
 }
-# inf selects the maximum norm.
-_MAY_BE_INFINITE = "SOLVER.CLIP_GRADIENTS.NORM_TYPE"
+RULES = {condition: rules.match_keys(patterns, DEFAULTS) for condition, patterns in _TABLE.items()}
+_TYPES: dict[type, tuple[type, ...]] = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}
+# Control characters, and halves of UTF-16 pairs, which no file name or log can hold.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def check_cfg(cfg: CfgNode) -> None:
-    """Check the values of all keys; the keys of a feature only if it is enabled."""
-    for condition, rules in RULES.items():
+    """Check the values of all keys; the keys of a feature that is off only for their types and limits."""
+    for key, default in DEFAULTS.items():
+        value = get_value(cfg, key)
+        types = _TYPES.get(type(default), (type(default),))
+        if type(value) not in types and key not in NULLABLE:
+            raise ConfigError(f"{key} must be of type {types[0].__name__}, got {value!r}")
+    for condition, key_rules in RULES.items():
         switch, _, values = condition.partition("=")
         if switch and str(get_value(cfg, switch)) not in values.split("|"):
             continue
         context = f" with {switch} {get_value(cfg, switch)}" if switch else ""
-        for key, rule in rules.items():
+        for key, rule in key_rules.items():
             value = get_value(cfg, key)
-            if not rule.accepts(value):
+            if not (rule.accepts(value) or (value is None and key in NULLABLE)):
                 raise ConfigError(f"{key} must be {rule.words}{context}, got {value!r}")
     for key, value in flatten(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value) and key != _MAY_BE_INFINITE:
-            raise ConfigError(f"{key} must be a finite number, got {value}")
+        expected = _find_problem(value)
+        # A NORM_TYPE of inf selects the maximum norm.
+        if expected and not key.endswith(".NORM_TYPE"):
+            raise ConfigError(f"{key} must hold only {expected}, got {value!r}")
+
+
+def _find_problem(value: Any) -> str:
+    """Return what a number or string within a value must be, or "" if all can be used."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_find_problem, value)), "")
+    if type(value) is float and not math.isfinite(value):
+        return "finite numbers"
+    if type(value) is int and value.bit_length() > 64:
+        return "numbers below 2**64"
+    is_bad = isinstance(value, str) and (len(value) > 4096 or _UNPRINTABLE.search(value))
+    return "up to 4096 printable characters" if is_bad else ""

@@ -12,10 +12,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 
-from plaintrain.config import CfgNode
+from plaintrain.config import CfgNode, check_cfg
 from plaintrain.data.datasets import shapes
 from plaintrain.data.image_files import open_image, read_image_header
-from plaintrain.structures import are_numbers
 from plaintrain.utils.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
@@ -31,10 +30,8 @@ _DEFAULT_RANGES = {"uint16": (0, 65535), "float32": (0, 1)}
 
 def get_pixel_range(cfg: CfgNode) -> tuple[float, ...]:
     """Return INPUT.PIXEL_RANGE: (low, high), or () for the default range of each image's type."""
-    values = tuple(cfg.INPUT.PIXEL_RANGE)
-    if values and not (len(values) == 2 and are_numbers(values) and values[0] < values[1]):
-        raise UserError(f"INPUT.PIXEL_RANGE must be [] or two numbers [low, high], got {list(values)}")
-    return values
+    check_cfg(cfg)
+    return tuple(cfg.INPUT.PIXEL_RANGE)
 
 
 def read_image(file_name: str, pixel_range: Sequence[float] = ()) -> Tensor:

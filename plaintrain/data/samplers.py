@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -253,10 +252,9 @@ def _compute_dataset_factors(cfg, records):
     if not cfg.DATASETS.TRAIN_REPEAT_FACTOR:
         raise UserError(f"WeightedTrainingSampler needs {key} [[name, factor], ...]")
     factors = dict.fromkeys(names, 1.0)
-    for entry in cfg.DATASETS.TRAIN_REPEAT_FACTOR:
-        name, factor = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
-        if name not in names or type(factor) not in (int, float) or not 0 <= factor < math.inf:
-            raise UserError(f"{key} must hold [one of {names}, number >= 0], got {entry!r}")
+    for name, factor in cfg.DATASETS.TRAIN_REPEAT_FACTOR:
+        if name not in names:
+            raise UserError(f"{key} must hold [one of {names}, factor], got {[name, factor]}")
         factors[name] = factor
     if len(records.lengths) != len(names):
         raise UserError(f"{key} needs the records of DATASETS.TRAIN, got other records")

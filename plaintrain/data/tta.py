@@ -7,10 +7,9 @@ import numpy as np
 from torch import Tensor
 from torchvision import tv_tensors
 
-from plaintrain.config import CfgNode
+from plaintrain.config import CfgNode, check_cfg
 from plaintrain.data.dataset_mapper import SAMPLE_KEYS, DatasetMapper
 from plaintrain.data.keypoints import create_keypoint_hflip_indices
-from plaintrain.data.transforms.arguments import Numbers
 from plaintrain.data.transforms.geometric import Resize, ResizeShortestEdge, get_shortest_edge_size
 from plaintrain.data.transforms.tensors import Tensors, horizontal_flip, unwrap_image
 
@@ -59,19 +58,17 @@ class TTAMapper(DatasetMapper):
 
 def build_tta_mapper(cfg: CfgNode, dataset_name: str | None) -> TTAMapper:
     """Build the `TTAMapper` of TEST.AUG and INPUT.FIXED_SIZE."""
+    check_cfg(cfg)
     aug = cfg.TEST.AUG
-    fixed_size = tuple(cfg.INPUT.FIXED_SIZE)
+    height, width = cfg.INPUT.FIXED_SIZE
     order = None
-    min_sizes = Numbers(0, integer=True, length=0).check("TEST.AUG.MIN_SIZES", aug.MIN_SIZES)
-    max_size = Numbers(1, integer=True).check("TEST.AUG.MAX_SIZE", aug.MAX_SIZE)
     resizes: list[Callable[..., Tensors] | None]
-    if fixed_size == (0, 0):
-        resizes = [ResizeShortestEdge((size,), max_size) if size else None for size in min_sizes]
+    if (height, width) == (0, 0):
+        resizes = [ResizeShortestEdge((size,), aug.MAX_SIZE) if size else None for size in aug.MIN_SIZES]
     else:
-        height, width = Numbers(1, integer=True, length=2).check("INPUT.FIXED_SIZE", fixed_size)
         resizes = [
-            Resize(get_shortest_edge_size(height, width, size, max_size) if size else (height, width))
-            for size in min_sizes
+            Resize(get_shortest_edge_size(height, width, size, aug.MAX_SIZE) if size else (height, width))
+            for size in aug.MIN_SIZES
         ]
     if dataset_name is not None and cfg.MODEL.KEYPOINT_ON and aug.FLIP:
         order = create_keypoint_hflip_indices([dataset_name], cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)

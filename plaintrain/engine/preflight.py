@@ -13,7 +13,6 @@ from plaintrain.data.build import check_batch_size
 from plaintrain.data.catalog import MetadataCatalog, get_common_class_names
 from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.datasets.builtin import EVALUATORS
-from plaintrain.data.images import get_pixel_range
 from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
 from plaintrain.data.transforms.build import build_augmentation
 from plaintrain.data.tta import build_tta_mapper
@@ -78,7 +77,6 @@ def check_before_training(
     Returns the model on the device "meta"; None without `needs_model`, for scoring a file of predictions.
     """
     check_cfg(cfg)
-    get_pixel_range(cfg)
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise UserError("DATASETS.TRAIN is empty; name at least one dataset")

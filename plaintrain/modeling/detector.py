@@ -35,8 +35,8 @@ class Preprocess(nn.Module):
         self.bgr = bgr
         self.size_divisible = size_divisible
         self.channels_last = channels_last
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
     def forward(self, images: list[Tensor], targets: Any = None) -> tuple[ImageList, Any]:
         """Return the images, uint8 `[3, H, W]` in RGB, as a zero-padded batch, and `targets` unchanged."""
@@ -63,8 +63,7 @@ def build_preprocess(cfg: CfgNode, size_divisible: int = 32) -> Preprocess:
 def _get_per_level(cfg, key, num_levels):
     """Return one tuple per level of ANCHOR_GENERATOR.SIZES or ASPECT_RATIOS; one list is for all levels."""
     lists = cfg.MODEL.ANCHOR_GENERATOR[key]
-    fits = len(lists) in (1, num_levels) and all(isinstance(values, list) and values for values in lists)
-    if not fits or len({len(values) for values in lists}) != 1:
+    if len(lists) not in (1, num_levels) or len({len(values) for values in lists}) != 1:
         raise UserError(
             f"MODEL.ANCHOR_GENERATOR.{key} must be one list, or {num_levels} of one length for the "
             f"backbone's {num_levels} levels, such as [[...], [...]], got {lists}"

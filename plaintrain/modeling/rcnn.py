@@ -92,7 +92,7 @@ def _build_rpn(cfg, backbone):
     anchors = build_anchor_generator(cfg, backbone)
     background, foreground = rpn.IOU_THRESHOLDS
     width = backbone.out_channels
-    if not rpn.CONV_DIMS or not set(rpn.CONV_DIMS) <= {-1, width}:
+    if not set(rpn.CONV_DIMS) <= {-1, width}:
         raise UserError(f"MODEL.RPN.CONV_DIMS must hold -1 or {width} per convolution, got {rpn.CONV_DIMS}")
     head = RPNHead(width, anchors.num_anchors_per_location()[0], len(rpn.CONV_DIMS))
     keep_float32(head)

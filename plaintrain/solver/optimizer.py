@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plaintrain.config import CfgNode
+from plaintrain.config import CfgNode, check_cfg
 from plaintrain.utils.errors import UserError
 
 # _NormBase is the base of batch and instance norms.
@@ -54,13 +54,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     groups = build_param_groups(cfg, model)
     if not groups:
         raise UserError("the model has no trainable parameters; lower MODEL.BACKBONE.FREEZE_AT")
-    try:
-        if solver.OPTIMIZER == "AdamW":
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, betas=(momentum, 0.999), fused=True)
-        else:
-            optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=solver.NESTEROV, fused=True)
-    except ValueError as e:
-        raise UserError(f"invalid SOLVER.* for {solver.OPTIMIZER}: {e}") from e
+    check_cfg(cfg)
+    if solver.OPTIMIZER == "AdamW":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, betas=(momentum, 0.999), fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=solver.NESTEROV, fused=True)
     # If the gradient scaler skips the first step, PyTorch would leave these buffers uninitialized.
     if solver.OPTIMIZER == "SGD" and (momentum or solver.MOMENTUM_SCHEDULE):
         for parameter in (p for group in groups for p in group["params"]):

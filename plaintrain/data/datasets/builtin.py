@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from plaintrain.config import CfgNode
-from plaintrain.config.schema import Rule
+from plaintrain.config.rules import ANY_NUMBER, FRACTION, STRING, Rule, allow, list_of, tuple_of
 from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets import coco, concat, folder, shapes, voc, yolo
@@ -50,26 +50,17 @@ _METADATA = {"coco": ("KEYPOINT_FLIP_MAP",), "coco_results": ("KEYPOINT_FLIP_MAP
 EVALUATORS = ("coco", "pascal_voc")
 
 
-def _are_names(values):
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
-
-
-def _are_pairs(values):
-    return isinstance(values, list) and all(_are_names(value) and len(value) == 2 for value in values)
-
-
-_STRING = Rule("a string", lambda value: isinstance(value, str))
 _INTEGER = Rule("an integer", lambda value: type(value) is int)
-_NAMES = Rule("a list of names; quote names that YAML does not read as strings", _are_names)
+_NAMES = list_of(STRING, "a list of names; quote names that YAML does not read as strings")
 _RULES = {
-    **dict.fromkeys(("FORMAT", "SPLIT", *_PATHS), _STRING),
+    **dict.fromkeys(("FORMAT", "SPLIT", *_PATHS), STRING),
     **dict.fromkeys(("NUM", "HEIGHT", "WIDTH", "SEED", "YEAR"), _INTEGER),
     **dict.fromkeys(("CLASSES", "DATASETS"), _NAMES),
-    "KEYPOINT_FLIP_MAP": Rule("a list of pairs [left, right] of names", _are_pairs),
+    "KEYPOINT_FLIP_MAP": list_of(tuple_of("", STRING, STRING), "a list of pairs [left, right] of names"),
     "MERGE_CLASSES": Rule("True or False", lambda value: isinstance(value, bool)),
-    "SCORE_THRESH": Rule("a number", lambda value: type(value) in (int, float)),
-    "EVALUATOR": Rule(" or ".join(EVALUATORS), lambda value: value in EVALUATORS),
-    "FRACTION": Rule("in (0, 1]", lambda value: type(value) in (int, float) and 0 < value <= 1),
+    "SCORE_THRESH": ANY_NUMBER,
+    "EVALUATOR": allow(*EVALUATORS),
+    "FRACTION": FRACTION,
     "FRACTION_SEED": Rule("an integer >= 0", lambda value: type(value) is int and value >= 0),
 }
 # The parameters of the readers.

@@ -16,7 +16,7 @@ class Numbers:
     """
 
     low: float
-    high: float = math.inf
+    high: float = 1_000_000
     integer: bool = False
     length: int | None = None
     or_scalar: bool = False
@@ -34,8 +34,7 @@ class Numbers:
         if not has_length or not all(map(self._is_in_range, values)):
             singular, plural = ("an integer", "integers") if self.integer else ("a number", "numbers")
             noun = singular if is_scalar else f"{length or 'a list of'} {plural}"
-            bounds = f">= {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
-            raise UserError(f"{name} must be {noun} {bounds}, got {value!r}")
+            raise UserError(f"{name} must be {noun} from {self.low} to {self.high}, got {value!r}")
         if self.ascending and list(values) != sorted(values):
             raise UserError(f"{name} must be in ascending order, got {tuple(values)}")
         return value if is_scalar else tuple(values)
@@ -45,7 +44,7 @@ class Numbers:
         return right_type and math.isfinite(value) and self.low <= value <= self.high
 
 
-def argument(low: float, high: float = math.inf, *, default: Any = MISSING, **options: Any) -> Any:
+def argument(low: float, high: float = 1_000_000, *, default: Any = MISSING, **options: Any) -> Any:
     """Return a dataclass field that is checked by `Numbers(low, high, **options)`."""
     return field(default=default, metadata={"numbers": Numbers(low, high, **options)})
 

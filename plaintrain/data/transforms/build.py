@@ -1,7 +1,7 @@
 """Build the augmentations of INPUT.*."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from plaintrain.config import CfgNode, check_cfg
@@ -57,23 +57,15 @@ def _build_resize(phase, options, short_edges, sampling):
 
 def _build_entry(entry, keypoint_flip_indices):
     """Build an augmentation from its name or from {name: {argument: value}}."""
-    name = entry
-    arguments = None
-    if isinstance(entry, Mapping) and len(entry) == 1:
-        ((name, arguments),) = entry.items()
-    arguments = arguments or {}
-    if not isinstance(name, str) or not isinstance(arguments, Mapping):
-        raise UserError(
-            f"INPUT.AUGMENTATIONS has the entry {entry!r}, but an entry must be a name or a mapping of one "
-            "name to its arguments, {name: {argument: value}}"
-        )
+    entry = {entry: None} if isinstance(entry, str) else entry
+    ((name, arguments),) = entry.items()
     if name not in AUGMENTATIONS:
         near = suggest_similar(name, AUGMENTATIONS, cutoff=0.6)
         hint = f"did you mean {near}?" if near else f"known: {', '.join(AUGMENTATIONS)}"
         raise UserError(f"INPUT.AUGMENTATIONS has an unknown augmentation {name!r}; {hint}")
     order = {_FROM_DATASET: keypoint_flip_indices} if name == "RandomHorizontalFlip" else {}
     try:
-        return _create(f"INPUT.AUGMENTATIONS: {name}", AUGMENTATIONS[name], **arguments, **order)
+        return _create(f"INPUT.AUGMENTATIONS: {name}", AUGMENTATIONS[name], **(arguments or {}), **order)
     except TypeError as e:
         parameters = inspect.signature(AUGMENTATIONS[name]).parameters
         known = ", ".join(parameter for parameter in parameters if parameter != _FROM_DATASET)

@@ -28,7 +28,7 @@ class RandomCrop(CheckedArguments):
         types = ("relative", "relative_range", "absolute", "absolute_range")
         if self.crop_type not in types:
             raise UserError(f"crop_type must be one of {', '.join(types)}, got {self.crop_type!r}")
-        low, high = (0.0001, 1) if self.crop_type.startswith("relative") else (1, np.inf)
+        low, high = (0.0001, 1) if self.crop_type.startswith("relative") else (1, 1_000_000)
         self._check("crop_size", Numbers(low, high, length=2, ascending=self.crop_type == "absolute_range"))
 
     def draw_crop_size(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -75,7 +75,7 @@ class RandomIoUCrop(CheckedArguments):
     min_aspect_ratio: float = argument(0.01, default=0.5)
     max_aspect_ratio: float = 2.0
     sampler_options: tuple = argument(0, length=0, default=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0))
-    trials: int = argument(1, integer=True, default=40)
+    trials: int = argument(1, 10_000, integer=True, default=40)
 
     def __post_init__(self):
         super().__post_init__()
