@@ -261,6 +261,25 @@ def test_the_numbers_of_retinanets_losses_reach_them(alpha, gamma, beta, monkeyp
     assert all((losses[name] - default[name]).abs() > 0.01 for name in losses)
 
 
+def test_retinanets_moving_average_of_foreground_is_detectron2s():
+    sample = two_samples()[0]
+    plain = build(*TINY, *RETINA)
+    randomize_predictions(plain)
+    model = build(*TINY, *RETINA, "MODEL.RETINANET.LOSS_NORMALIZER", "ema")
+    model.load_state_dict(plain.state_dict(), strict=False)
+    normalizer = 100.0
+    for _ in range(2):
+        expected = plain([sample])
+        with torch.no_grad():
+            model([sample])
+        ratios = [expected[name] / loss for name, loss in model([sample]).items()]
+        # The losses are divided by n, and by 0.9 * normalizer + 0.1 * n.
+        numbers = [0.9 * normalizer / (ratio.item() - 0.1) for ratio in ratios]
+        assert numbers == pytest.approx([round(numbers[0])] * 2, rel=1e-4)
+        normalizer = 0.9 * normalizer + 0.1 * round(numbers[0])
+    assert model.state_dict()["loss_normalizer"].item() == pytest.approx(normalizer)
+
+
 @pytest.mark.parametrize(("name", "anchors"), [("retinanet", 6), ("fcos", 1)])
 def test_a_fresh_model_has_the_prior_probability_everywhere(name, anchors):
     model = build(*MODELS[name], "MODEL.RETINANET.PRIOR_PROB", 0.2, "MODEL.FCOS.PRIOR_PROB", 0.2).eval()

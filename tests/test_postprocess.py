@@ -11,6 +11,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from plaintrain.modeling.matching import decode
+from plaintrain.modeling.postprocess import heatmaps_to_keypoints
 
 SIZES = [(64, 96), (50, 120), (96, 96)]
 
@@ -81,6 +82,16 @@ def test_detections_in_regions_are_torchvisions(numbers, parts, threshold):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     lengths = [len(detection["scores"]) for detection in found]
     assert (max(lengths) > 15) == (threshold == 0 and max(numbers) > 15) or threshold == 0.4
+
+
+def test_keypoint_scores_are_the_logit_or_detectron2s_probability():
+    maps = torch.randn(2, 3, 14, 14)
+    boxes = torch.tensor([[4.0, 4, 18, 18], [2, 2, 16, 16]])  # as large as the maps
+    logits = heatmaps_to_keypoints(maps, boxes)
+    probabilities = heatmaps_to_keypoints(maps, boxes, "probability")
+    torch.testing.assert_close(logits[..., 2], maps.amax((2, 3)))
+    torch.testing.assert_close(probabilities[..., 2], maps.flatten(2).softmax(dim=2).amax(dim=2))
+    torch.testing.assert_close(logits[..., :2], probabilities[..., :2])
 
 
 # The most sync points that a model may have beside NMS, at any batch size.

@@ -9,6 +9,7 @@ from model_helpers import (
     KEYPOINT,
     MASK,
     PROPOSALS,
+    RCNN_V2,
     RESNET18,
     SMALL_HEAD,
     TINY,
@@ -16,6 +17,7 @@ from model_helpers import (
     make_batch,
     make_cfg,
     make_sample,
+    random_boxes,
     randomize_predictions,
     torchvision_inputs,
     torchvision_twin,
@@ -217,3 +219,29 @@ def test_losses_of_an_rpn_are_divided_by_what_was_sampled_or_was_to_be(monkeypat
     assert numbers[0] == numbers[1] and 100 < numbers[0] < 5000
     expected = {name: loss * numbers[0] / (2 * 5000) for name, loss in losses["sampled"].items()}
     assert losses["batch_size"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_does_not_enter_the_batch_norm_of_the_box_head():
+    model = build(*RCNN_V2)
+    heads = model.roi_heads
+    heads.batch_size_per_image = 40
+    heads.fg_bg_sampler.batch_size_per_image = 40
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    features = {name: torch.randn(2, 32, 16, 16) for name in model.backbone.level_names}
+    targets = [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}] * 2
+    proposals = random_boxes(2, 30)
+    scores = torch.ones(2, 30)
+    scores[1, 2:] = -1
+    results = []
+    for offset in (0, 5):
+        proposals[1, 2:] += offset
+        model.load_state_dict(state)
+        model.zero_grad()
+        torch.manual_seed(0)
+        boxes, _, labels, gt_boxes = heads._sample_proposals(proposals, scores, targets)
+        outputs = heads._predict_boxes(features, boxes, labels >= 0)
+        sum(heads._compute_box_losses(*outputs, labels, boxes, gt_boxes).values()).backward()
+        gradients = [p.grad.clone() for p in heads.box_head.parameters()]
+        results.append([*gradients, *(b.clone() for b in heads.box_head.buffers())])
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)

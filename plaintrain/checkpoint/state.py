@@ -18,7 +18,8 @@ _GROUPING_KEYS = (
     "its parameters are chosen and grouped by MODEL.BACKBONE.FREEZE_AT, SOLVER.BACKBONE_MULTIPLIER, "
     "BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and WEIGHT_DECAY_NORM"
 )
-_NORM_BUFFERS = (".running_mean", ".running_var")
+# Batch norm, and RetinaNet's moving average of foreground anchors.
+_NORM_BUFFERS = (".running_mean", ".running_var", "loss_normalizer")
 
 
 def load_state(item: Any, state: dict[str, Any], name: str) -> None:

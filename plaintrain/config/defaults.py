@@ -218,6 +218,8 @@ _C.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 0
 _C.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE = 1
 _C.MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS = True
 _C.MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT = 1.0
+# Score of a keypoint: logit of the heatmap's maximum (torchvision) or its probability (Detectron2).
+_C.MODEL.ROI_KEYPOINT_HEAD.SCORE_TYPE = "logit"
 
 _C.MODEL.RETINANET = CN()
 # 0 takes the dataset's number.
@@ -241,6 +243,9 @@ _C.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA = 0.0
 # gamma and alpha of torchvision.ops.sigmoid_focal_loss; alpha -1 disables the weighting.
 _C.MODEL.RETINANET.FOCAL_LOSS_GAMMA = 2.0
 _C.MODEL.RETINANET.FOCAL_LOSS_ALPHA = 0.25
+# Losses are divided by the foreground anchors: image (of each image, torchvision) or ema (moving average of
+# those of a batch, starting at 100, Detectron2).
+_C.MODEL.RETINANET.LOSS_NORMALIZER = "image"
 # Norm of the head: "" (none) or GN.
 _C.MODEL.RETINANET.NORM = ""
 

@@ -183,6 +183,7 @@ _TABLE = {
         "MODEL.ROI_KEYPOINT_HEAD.NAME": allow("KRCNNConvDeconvUpsampleHead"),
         "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLER,
         "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": allow(True),
+        "MODEL.ROI_KEYPOINT_HEAD.SCORE_TYPE": allow("logit", "probability"),
     },
     "MODEL.META_ARCHITECTURE=SSD": {
         "MODEL.SSD.HEAD_NAME": allow("SSDHead", "SSDLiteHead"),
@@ -194,6 +195,7 @@ _TABLE = {
         "MODEL.RETINANET.NUM_CONVS": allow(4),
         "MODEL.RETINANET.IOU_LABELS": allow([0, -1, 1]),
         "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
+        "MODEL.RETINANET.LOSS_NORMALIZER": allow("image", "ema"),
         "MODEL.RETINANET.NORM": allow("", "GN"),
     },
     "MODEL.RETINANET.BBOX_REG_LOSS_TYPE=giou": {"MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": allow(0.0)},

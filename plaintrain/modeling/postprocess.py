@@ -65,8 +65,11 @@ def select_topk_per_class(
     return idxs // num_classes, scores.masked_fill(~(scores > score_thresh), -1), idxs % num_classes
 
 
-def heatmaps_to_keypoints(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Return keypoints (x, y, score), `[N, Kp, 3]`, from maps `[N, Kp, M, M]`, by one device sync."""
+def heatmaps_to_keypoints(maps: Tensor, boxes: Tensor, score_type: str = "logit") -> Tensor:
+    """Return keypoints (x, y, score), `[N, Kp, 3]`, from maps `[N, Kp, M, M]`, by one device sync.
+
+    See MODEL.ROI_KEYPOINT_HEAD.SCORE_TYPE.
+    """
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     num_keypoints = maps.shape[1]
     if not len(maps):
@@ -82,4 +85,7 @@ def heatmaps_to_keypoints(maps: Tensor, boxes: Tensor) -> Tensor:
     widths = sides[:, :1].ceil().long()
     cells = torch.stack([max_idxs % widths, max_idxs.div(widths, rounding_mode="floor")], dim=-1)
     points = (cells + 0.5) * (sides / sides.ceil())[:, None] + boxes[:, None, :2]
-    return torch.cat([points, torch.stack(scores)[..., None]], dim=-1).float()
+    max_scores = torch.stack(scores)
+    if score_type == "probability":
+        max_scores = (max_scores - maps.flatten(2).logsumexp(dim=2)).exp()
+    return torch.cat([points, max_scores[..., None]], dim=-1).float()

@@ -199,6 +199,7 @@ def _add_keypoint_head(cfg, roi_heads, backbone):
             "default_setup(cfg, args) takes it from the training dataset"
         )
     roi_heads.keypoint_loss_weight = keypoint.LOSS_WEIGHT
+    roi_heads.keypoint_score_type = keypoint.SCORE_TYPE
     roi_heads.keypoint_roi_pool = _build_pooler(keypoint, backbone)
     roi_heads.keypoint_head = KeypointRCNNHeads(backbone.out_channels, keypoint.CONV_DIMS)
     roi_heads.keypoint_predictor = KeypointRCNNPredictor(keypoint.CONV_DIMS[-1], keypoint.NUM_KEYPOINTS)

@@ -1,6 +1,7 @@
 """RetinaNet (https://arxiv.org/abs/1708.02002) on torchvision's implementation."""
 
 import torch
+from torch import Tensor
 from torchvision.models.detection import RetinaNet as _RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -19,18 +20,27 @@ class RetinaNet(DenseDetector, _RetinaNet):
     focal_alpha = 0.25
     focal_gamma = 2.0
     box_loss = BoxLoss(beta=0.0)
+    # Moving average of the foreground anchors per batch, which divides the losses (Detectron2). If None, the
+    # foreground of each image divides its own losses (torchvision).
+    loss_normalizer: Tensor | None
 
     def _compute_losses(self, outputs, anchors, num_anchors, boxes, labels):
         matches = match_boxes(boxes, labels >= 0, anchors[None], self.proposal_matcher)
         matched_idxs, foreground, background = matches
-        num_foreground = foreground.sum(dim=1).clamp(min=1)
+        num_foreground = foreground.sum(dim=1)
         labels = gather_rows(labels, matched_idxs).masked_fill(~foreground, -1)
         loss = focal_loss(outputs["cls_logits"], labels, self.focal_alpha, self.focal_gamma)
         loss = loss.masked_fill(~(foreground | background), 0).sum(dim=1)
         deltas = outputs["bbox_regression"]
         gt_boxes = gather_rows(boxes, matched_idxs)
         loss_box = compute_box_losses(self.box_loss, self.box_coder, deltas, anchors, gt_boxes, foreground)
-        # As in torchvision, the foreground of each image divides its own losses.
+        if self.loss_normalizer is not None:
+            normalizer = self.loss_normalizer.lerp(num_foreground.sum().clamp(min=1).float(), 0.1)
+            # Validation losses do not change it.
+            if torch.is_grad_enabled():
+                self.loss_normalizer.copy_(normalizer)
+            return {"loss_cls": loss.sum() / normalizer, "loss_box_reg": loss_box.sum() / normalizer}
+        num_foreground = num_foreground.clamp(min=1)
         return {
             "loss_cls": (loss / num_foreground).mean(),
             "loss_box_reg": (loss_box.sum(dim=1) / num_foreground).mean(),
@@ -71,6 +81,8 @@ def build_retinanet(cfg: CfgNode) -> RetinaNet:
         fg_iou_thresh=foreground,
         topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
     )
+    is_averaged = retinanet.LOSS_NORMALIZER == "ema"
+    model.register_buffer("loss_normalizer", torch.tensor(100.0) if is_averaged else None)
     model.focal_alpha = retinanet.FOCAL_LOSS_ALPHA
     model.focal_gamma = retinanet.FOCAL_LOSS_GAMMA
     model.box_loss = BoxLoss(retinanet.BBOX_REG_LOSS_TYPE, retinanet.SMOOTH_L1_LOSS_BETA)

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_inference
 
 from plaintrain.modeling.losses import BoxLoss, compute_box_losses
@@ -22,6 +23,7 @@ class BatchedRoIHeads(RoIHeads):
 
     box_loss = BoxLoss()
     keypoint_loss_weight = 1.0
+    keypoint_score_type = "logit"
     # See `BoxMasks`.
     masks_aligned = True
 
@@ -40,7 +42,8 @@ class BatchedRoIHeads(RoIHeads):
 
     def _compute_losses(self, features, proposals, scores, targets):
         boxes, matched_idxs, labels, gt_boxes = self._sample_proposals(proposals, scores, targets)
-        losses = self._compute_box_losses(*self._predict_boxes(features, boxes), labels, boxes, gt_boxes)
+        outputs = self._predict_boxes(features, boxes, labels != _IGNORED)
+        losses = self._compute_box_losses(*outputs, labels, boxes, gt_boxes)
         if self.has_mask() or self.has_keypoint():
             # Foreground samples come first.
             counts = (labels > 0).sum(dim=1).tolist()  # device sync
@@ -57,8 +60,15 @@ class BatchedRoIHeads(RoIHeads):
             losses["loss_keypoint"] = loss * self.keypoint_loss_weight
         return losses
 
-    def _predict_boxes(self, features, boxes):
-        return self.box_predictor(self.box_head(self.box_roi_pool(features, boxes)))
+    def _predict_boxes(self, features, boxes, valid=None):
+        regions = self.box_roi_pool(features, boxes)
+        is_averaged = any(isinstance(module, _BatchNorm) for module in self.box_head.modules())
+        if valid is None or not is_averaged:
+            return self.box_predictor(self.box_head(regions))
+        # Padding must not enter the statistics of batch norm.
+        idxs = valid.flatten().nonzero()[:, 0]  # device sync
+        outputs = self.box_predictor(self.box_head(regions[idxs]))
+        return [x.new_zeros(len(regions), x.shape[1]).index_copy(0, idxs, x) for x in outputs]
 
     def _predict_mask_logits(self, features, boxes):
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes)))
@@ -96,7 +106,8 @@ class BatchedRoIHeads(RoIHeads):
                 detection["masks"] = masks
         if self.has_keypoint():
             maps = self.predict_heatmaps(features, boxes)
-            keypoints = heatmaps_to_keypoints(maps, torch.cat(boxes)).split(list(map(len, boxes)))
+            keypoints = heatmaps_to_keypoints(maps, torch.cat(boxes), self.keypoint_score_type)
+            keypoints = keypoints.split(list(map(len, boxes)))
             for detection, points in zip(detections, keypoints, strict=True):
                 detection["keypoints"] = points
         return detections
