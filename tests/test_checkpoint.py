@@ -365,7 +365,7 @@ def test_periodic_checkpointer_saves_as_in_detectron2(tmp_path, saves):
 
 
 def test_best_and_final_weights_are_not_resumed_from_and_every_file_has_the_metadata(tmp_path):
-    metadata = {"class_names": ["cat", "dog"], "config": "text"}
+    metadata = {"class_names": ["cat", "dog"], "config": "A: text"}
     saver = make_saver(tmp_path, value=1.0, final=7.0, metadata=metadata)
     saver.save_iteration(4)
     saver.save_weights("model_best", make_model(9.0), iteration=5, config="mine")

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from plaintrain.checkpoint.files import DamagedCheckpointError, read_last_checkpoint
+from plaintrain.checkpoint.validation import check_config
 from plaintrain.config.yaml import diff_configs, flatten, parse_yaml
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
@@ -27,18 +28,26 @@ def check_changes(folder: str, config: str, class_names: list[str], model: nn.Mo
     `config` is YAML; the model may be on the device "meta".
     """
     try:
-        path, saved = read_last_checkpoint(folder, mmap=True)
+        path, saved = read_last_checkpoint(folder, check=check_config, mmap=True)
     except DamagedCheckpointError:
         # Resuming raises it.
         return
     if saved is None:
         return
     check_trained_classes(path, saved.get("class_names"), class_names, strict=True)
+    current = flatten(parse_yaml(config, "the config"))
+    num_done = saved.get("iteration", -1) + 1
+    max_iter = current.get("SOLVER.MAX_ITER", num_done)
+    if num_done > max_iter:
+        raise UserError(
+            f"SOLVER.MAX_ITER (or MAX_EPOCHS) must be at least the {num_done} iterations of {path}, got "
+            f"{max_iter}; to continue from an earlier checkpoint, delete the later ones"
+        )
     if not isinstance(saved.get("config"), str):
         return
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     is_same_model = shapes == {name: tensor.shape for name, tensor in saved["model"].items()}
-    in_epochs = flatten(parse_yaml(config, "the config")).get("SOLVER.MAX_EPOCHS", 0) > 0
+    in_epochs = current.get("SOLVER.MAX_EPOCHS", 0) > 0
     lines = []
     rejected = []
     for key, before, now in diff_configs(saved["config"], config):

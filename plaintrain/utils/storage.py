@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -59,11 +59,23 @@ class HistoryBuffer:
         return [value for value, _ in itertools.islice(reversed(self._data), window_size)]
 
 
+def _is_window(pairs: Any) -> bool:
+    """Return whether a value holds the (value, iteration) pairs of a scalar, at least one."""
+    types = [(type(value), type(iteration)) for value, iteration in pairs]
+    return bool(types) and set(types) <= {(float, int)}
+
+
 class EventStorage:
     """Storage of scalars (numbers or 0-d tensors), images and histograms; a context manager.
 
     Tensors stay on their device, as detached copies; reading a scalar fetches all of them in one transfer.
     """
+
+    state_types: ClassVar = {
+        "iteration": range(-1, 2**31),
+        "scalars": {str: (_is_window, bool)},
+        "unwritten": [str],
+    }
 
     def __init__(self, start_iter: int = 0) -> None:
         self.start_iter = start_iter
