@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from plaintrain.config.yaml import parse_yaml
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError, get_first_line
 from plaintrain.utils.files import atomic_write, check_archive, check_file, writing
@@ -50,6 +51,8 @@ def read_checkpoint(path: str, source: BinaryIO | None = None, **kwargs: Any) ->
         names = data.get("class_names") or []
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise ValueError("its class_names are no list of names")
+        if isinstance(data.get("config"), str):
+            parse_yaml(data["config"], "its config")
     return data
 
 

@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from plaintrain.checkpoint.files import DamagedCheckpointError, read_last_checkpoint
-from plaintrain.checkpoint.validation import check_config
 from plaintrain.config.yaml import diff_configs, flatten, parse_yaml
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
@@ -28,7 +27,7 @@ def check_changes(folder: str, config: str, class_names: list[str], model: nn.Mo
     `config` is YAML; the model may be on the device "meta".
     """
     try:
-        path, saved = read_last_checkpoint(folder, check=check_config, mmap=True)
+        path, saved = read_last_checkpoint(folder, mmap=True)
     except DamagedCheckpointError:
         # Resuming raises it.
         return

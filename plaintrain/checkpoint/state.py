@@ -15,10 +15,6 @@ from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_GROUPING_KEYS = (
-    "its parameters are chosen and grouped by MODEL.BACKBONE.FREEZE_AT, SOLVER.BACKBONE_MULTIPLIER, "
-    "BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and WEIGHT_DECAY_NORM"
-)
 # Options of an optimizer that do not change during a run.
 _OWN_OPTIONS = (
     *("weight_decay", "nesterov", "dampening", "eps", "amsgrad", "decoupled_weight_decay", "maximize"),
@@ -38,18 +34,12 @@ def load_state(item: Any, state: dict[str, Any], name: str) -> None:
         else:
             item.load_state_dict(state)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
-        hint = f"; {_GROUPING_KEYS}" if isinstance(item, torch.optim.Optimizer) else ""
-        raise UserError(f"{name} does not fit this run: {e}{hint}") from e
+        raise UserError(f"{name} does not fit this run: {e}") from e
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state, but keep the options of the config and the code; the scheduler sets the rest."""
-    groups = optimizer.param_groups
-    options = [{key: group[key] for key in _OWN_OPTIONS if key in group} for group in groups]
-    # PyTorch would accept the state of another type.
-    for key in ("betas", "momentum"):
-        if (key in state["param_groups"][0]) != (key in groups[0]):
-            raise ValueError("it is of another type, see SOLVER.OPTIMIZER")
+    options = [{key: group[key] for key in _OWN_OPTIONS if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)

@@ -10,13 +10,20 @@ from torch import Tensor, nn
 
 from plaintrain.checkpoint.files import are_finite, check_plain, reading
 from plaintrain.checkpoint.state import NORM_BUFFERS, convert_older_states, set_generators
-from plaintrain.config.yaml import parse_yaml
 
 _COUNTS = range(2**31)
 # The tensors that an optimizer keeps of a parameter; those of other optimizers are not known.
 _MOMENTS = {torch.optim.SGD: ["momentum_buffer"], torch.optim.AdamW: ["step", "exp_avg", "exp_avg_sq"]}
 _NOT_NEGATIVE = ("step", "exp_avg_sq", "n_averaged")
-_OPTIONS: dict[str, Any] = {"lr": float, "initial_lr": float, "momentum": float, "betas": (float, float)}
+_GROUPING_KEYS = (
+    "its type is SOLVER.OPTIMIZER, and its parameters are chosen and grouped by MODEL.BACKBONE.FREEZE_AT, "
+    "SOLVER.BACKBONE_MULTIPLIER, BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and WEIGHT_DECAY_NORM"
+)
+_OPTIONS: dict[str, Any] = {
+    "lr": float,
+    "momentum": float,
+    "betas": (float, float),
+}
 _SCALER_STATE: dict[str, Any] = {"scale": float, "growth_factor": float, "backoff_factor": float}
 _SCALER_STATE |= {"growth_interval": int, "_growth_tracker": int}
 _RNG_STATE = {
@@ -66,13 +73,6 @@ def _is_valid(value: Any, form: Any) -> bool:
     return isinstance(value, form) if isinstance(form, type) else form(value)
 
 
-def check_config(path: str, data: dict[str, Any]) -> None:
-    """Raise a `DamagedCheckpointError` if the config of a checkpoint is not YAML."""
-    with reading(path):
-        if isinstance(data.get("config"), str):
-            parse_yaml(data["config"], "its config")
-
-
 def check_states(
     path: str, data: dict[str, Any], model: nn.Module, items: Mapping[str, Any], averaged: bool = False
 ) -> None:
@@ -80,7 +80,6 @@ def check_states(
     own = model.state_dict()
     names = {"n_averaged", *dict(model.named_parameters())}
     names |= {name for name in own if name.endswith(NORM_BUFFERS)}
-    check_config(path, data)
     with reading(path):
         convert_older_states(data)
         check_form(data["model"], own, "it holds another model, or a damaged one: model")
@@ -89,10 +88,10 @@ def check_states(
             check_form(data["ema"], averages | {"n_averaged": torch.tensor(0)}, "ema")
         if not items:
             return
-        check_form(data.get("iteration"), range(-1, 2**31), "iteration")
-        for name, item in items.items():
+        for name in ["iteration", *items]:
             if name not in data:
                 raise ValueError(f"it holds no {name}, which is needed to resume from it")
+        for name, item in items.items():
             _check_state(data[name], item, name)
         for buffers in data.get("norm_buffers", []):
             form = {name: {key: data[name][key] for key in buffers[name]} for name in ("model", "ema")}
@@ -118,31 +117,29 @@ def _check_state(saved: Any, item: Any, name: str) -> None:
 
 def _check_optimizer(saved: Any, optimizer: torch.optim.Optimizer, name: str) -> None:
     check_form(saved, {"state": dict, "param_groups": [{"params": [int]}]}, name)
-    states = saved["state"]
-    groups = optimizer.param_groups
-    lengths = [len(group["params"]) for group in saved["param_groups"]]
-    indices = [i for group in saved["param_groups"] for i in group["params"]]
-    if indices != list(range(sum(lengths))):
-        raise ValueError(f"{name} has an invalid list of parameters")
-    if lengths != [len(group["params"]) for group in groups]:
-        # Other parameters are trained, which is an error of the user.
-        return
-    for group in saved["param_groups"]:
-        options = {key: form for key, form in _OPTIONS.items() if key in group}
-        check_form(group, options | {"lr": _OPTIONS["lr"]}, f"{name}.param_groups")
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    groups = saved["param_groups"]
+    lengths = [len(group["params"]) for group in optimizer.param_groups]
     moments = _MOMENTS.get(type(optimizer), [])
-    empty_states = [{}, {"momentum_buffer": None}] if "momentum_buffer" in moments else [{}]
-    num_empty = 0
-    for i, state in states.items():
-        if state in empty_states:
-            num_empty += 1
+    options = {key: form for key, form in _OPTIONS.items() if key in optimizer.param_groups[0] and moments}
+    if [len(group["params"]) for group in groups] != lengths or not options.keys() <= groups[0].keys():
+        raise ValueError(f"the {name} does not fit this run; {_GROUPING_KEYS}")
+    check_form(groups, [options], f"{name}.param_groups")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [i for group in groups for i in group["params"]]
+    if indices != list(range(len(parameters))) or not saved["state"].keys() <= set(indices):
+        raise ValueError(f"{name} has an invalid list of parameters")
+    num_missing = 0
+    for i, parameter in enumerate(parameters):
+        state = saved["state"].get(i, {})
+        check_form(state, dict, f"{name}.{i}")
+        if not state or (len(moments) == 1 and state[moments[0]] is None):
+            num_missing += "momentum_buffer" in optimizer.state.get(parameter, {})
             continue
-        form = {key: torch.tensor(0.0) if key == "step" else parameters[i] for key in moments}
+        form = {key: torch.tensor(0.0) if key == "step" else parameter for key in moments}
         check_form({key: state[key] for key in moments}, form, f"{name}.{i}")
         _check_numbers({key: state[key] for key in moments}, f"{name}.{i}")
-    if "momentum_buffer" in moments and num_empty not in (0, len(states)):
-        raise ValueError(f"{name} has no momentum_buffer of {num_empty} parameters")
+    if num_missing not in (0, len(parameters)):
+        raise ValueError(f"{name} has no momentum of {num_missing} parameters")
 
 
 def _check_rng_states(states: list[dict[str, Any]]) -> None:

@@ -95,7 +95,7 @@ class TrainingSampler:
         phases = state["phases"]
         follows = [b[1] == a[1] + (b[0] - a[0]) * a[2] for a, b in itertools.pairwise(phases)]
         numbers = [number for phase in phases for number in phase]
-        are_counts = all(type(n) is int and n >= 0 for n in [state["size"], *numbers])
+        are_counts = all(type(n) is int and n in range(2**53) for n in [state["size"], *numbers])
         return are_counts and all(follows) and phases[0][:2] == [0, 0] and all(size for _, _, size in phases)
 
     def load_state_dict(self, state_dict: dict[str, Any], iteration: int) -> None:

@@ -23,8 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mutations import mutate
-from seed_files import FILES
+from seed_files import FILES, build_run
 
+from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.checkpoint.pretrained import load_weights
 from plaintrain.config import check_cfg, get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets.builtin import declare_dataset, declare_datasets, read_dataset
@@ -39,7 +41,9 @@ from plaintrain.utils.errors import UserError
 MAX_MESSAGE, MAX_SECONDS = 1500, 10
 NAME = "fuzzed"
 # A file by its name alone or by its path, or a key of the config.
-_NAMED = re.compile(r"\b[\w-]+\.(xml|yaml|json|txt|png)\b|(^| )/\S|\b[A-Z][A-Z_]+(\.[A-Z0-9_]+)* (is|must)")
+_NAMED = re.compile(
+    r"\b[\w-]+\.(xml|yaml|json|txt|png|pth)\b|(^| )/\S|\b[A-Z][A-Z_]+(\.[A-Z0-9_]+)* (is|must)"
+)
 
 
 @dataclass
@@ -131,8 +135,18 @@ def _run_image(folder):
     return _errors(*((read_image, str(path)) for path in sorted(folder.glob("a.*")))), []
 
 
+def _run_checkpoint(folder):
+    model, states, step = build_run()
+    errors = _errors((DetectionCheckpointer(model, str(folder), **states).resume_or_load, ""))
+    if not errors:
+        # What was accepted can be trained on.
+        step(2)
+    return errors, _errors((load_weights, model, f"{folder}/model_0000001.pth", ["a", "b"]))
+
+
 # {reader: (the files that are changed, function that reads them)}.
 READERS = {
+    "checkpoint": (tuple(FILES["checkpoint"]), _run_checkpoint),
     "config": (("config.yaml", "overrides"), _run_config),
     "coco": (("a.json",), _run_dataset),
     "results": (("results.json",), _run_results),
