@@ -105,6 +105,7 @@ def test_entries_other_than_tensors_are_skipped(tmp_path):
 
 
 COUNTER = {"backbone.body.bn1.num_batches_tracked": torch.tensor(3)}
+NAN = "backbone.body.conv1.weight"
 OTHER = {"encoder.weight": torch.ones(3)}
 
 
@@ -121,6 +122,16 @@ OTHER = {"encoder.weight": torch.ones(3)}
         ("w.pth", {}, r"none of the 0 tensors in .*w\.pth"),
         ("w.pth", OTHER, r"none of the 1 tensors.*w\.pth.*encoder\.weight"),
         ("w.pth", COUNTER, r"none of the 1 tensors"),
+        (
+            "w.pth",
+            b"<html>Not found</html>",
+            r"cannot read .*w\.pth: it is damaged, or not a file of torch\.save",
+        ),
+        ("w.pth", b"hello", r"cannot read .*w\.pth: it is damaged, or not"),
+        ("w.pth", {"a.weight": torch.eye(2).to_sparse()}, r"w\.pth: a\.weight must be a dense tensor"),
+        ("w.pth", {"a.bias": torch.tensor(1.0)}, r"w\.pth: a\.bias must not be empty"),
+        ("w.pth", {"a": torch.zeros(1).expand(2**45)}, r"w\.pth: a must have the size of its data"),
+        ("w.pth", {NAN: torch.full((64, 3, 7, 7), torch.nan)}, r"w\.pth must hold finite weights, got NaN"),
     ],
 )
 def test_files_without_weights_of_the_model_are_rejected(tmp_path, name, content, words):

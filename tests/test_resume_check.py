@@ -33,7 +33,9 @@ def check(tmp_path):
 
     def call(saved, now, classes=("a", "b"), model=None):
         metadata = {"config": saved, "class_names": ["a", "b"]}
-        DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path), metadata=metadata).save("model_final")
+        DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path), metadata=metadata).save(
+            "model_final", iteration=7
+        )
         check_changes(str(tmp_path), now, list(classes), model or nn.Linear(2, 2, device="meta"))
 
     return call
@@ -76,6 +78,14 @@ def test_changes_of_architecture_classes_and_epochs_are_rejected(check):
         check(config(), config(), ("a",))
     with pytest.raises(UserError, match="SOLVER.IMS_PER_BATCH must be 2"):
         check(config(SOLVER__MAX_EPOCHS=3), config(SOLVER__MAX_EPOCHS=3, SOLVER__IMS_PER_BATCH=4))
+
+
+def test_max_iter_below_the_finished_iterations_is_rejected(check):
+    check(config(), config(SOLVER__MAX_ITER=8))
+    with pytest.raises(
+        UserError, match=r"MAX_ITER .*must be at least the 8 iterations of .*model_final\.pth, got 7"
+    ):
+        check(config(), config(SOLVER__MAX_ITER=7))
 
 
 def test_folder_without_a_run_is_not_compared(tmp_path, log):

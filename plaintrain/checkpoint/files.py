@@ -155,21 +155,19 @@ def _get_age(folder: str, name: str) -> tuple[int, str]:
 
 
 def read_last_checkpoint(
-    folder: str,
-    *others: str,
-    check: Callable[[str, dict[str, Any]], None] = lambda path, data: None,
-    **kwargs: Any,
+    folder: str, *others: str, check: Callable[..., None] | None = None, **kwargs: Any
 ) -> tuple[str, dict[str, Any] | None]:
     """Return (path, content) of the checkpoint to resume from, ("", None) if there is none.
 
-    It tries `others` after those of the folder, and raises if no existing file can be read; `check` may raise
-    a `DamagedCheckpointError` too.
+    It tries `others` after those of the folder, and raises if no existing file can be read; `check(path,
+    content)` may raise a `DamagedCheckpointError` too.
     """
     candidates = [*list_resume_candidates(folder), *others]
     for i, candidate in enumerate(candidates):
         try:
             data = read_checkpoint(candidate, **kwargs)
-            check(candidate, data)
+            if check is not None:
+                check(candidate, data)
             return candidate, data
         except DamagedCheckpointError as e:
             if i + 1 == len(candidates):

@@ -1,5 +1,6 @@
 """Check the content of a checkpoint, which is untrusted, against the objects that it is loaded into."""
 
+import itertools
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -11,34 +12,64 @@ from torch import Tensor, nn
 from plaintrain.checkpoint.files import are_finite, check_plain, reading
 from plaintrain.checkpoint.state import NORM_BUFFERS, convert_older_states, set_generators
 
-_COUNTS = range(2**31)
+_COUNT = range(2**31)
 # The tensors that an optimizer keeps of a parameter; those of other optimizers are not known.
 _MOMENTS = {torch.optim.SGD: ["momentum_buffer"], torch.optim.AdamW: ["step", "exp_avg", "exp_avg_sq"]}
+_OPTIONS: dict[str, Any] = {"lr": float, "momentum": float, "betas": (float, float)}
 _NOT_NEGATIVE = ("step", "exp_avg_sq", "n_averaged")
 _GROUPING_KEYS = (
     "its type is SOLVER.OPTIMIZER, and its parameters are chosen and grouped by MODEL.BACKBONE.FREEZE_AT, "
     "SOLVER.BACKBONE_MULTIPLIER, BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and WEIGHT_DECAY_NORM"
 )
-_OPTIONS: dict[str, Any] = {
-    "lr": float,
-    "momentum": float,
-    "betas": (float, float),
-}
-_SCALER_STATE: dict[str, Any] = {"scale": float, "growth_factor": float, "backoff_factor": float}
-_SCALER_STATE |= {"growth_interval": int, "_growth_tracker": int}
 _RNG_STATE = {
-    "python": (int, [range(2**32)], lambda gauss: gauss is None or type(gauss) is float),
+    "python": (_COUNT, [range(2**32)], lambda gauss: gauss is None or type(gauss) is float),
     "numpy": (str, torch.zeros(624, dtype=torch.int64), range(625), range(2), float),
     "cpu": torch.Generator().get_state(),
 }
+
+
+def _is_optional(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
+
+
+def _is_window(pairs: Any) -> bool:
+    """Return whether a value holds the (value, iteration) pairs of a scalar; the value may be NaN."""
+    return {(type(value), type(iteration)) for value, iteration in pairs} == {(float, int)}
+
+
+def _is_sampler_state(state: Any) -> bool:
+    """Return whether each phase (iteration, position, batch size) follows from the one before it.
+
+    Accepts any state of a custom sampler.
+    """
+    if "size" not in state:
+        return isinstance(state, dict)
+    phases = state["phases"]
+    counts = [count for phase in phases for count in [*phase, len(phase) - 3]]
+    follows = [b[1] == a[1] + (b[0] - a[0]) * a[2] for a, b in itertools.pairwise(phases)]
+    are_valid = all(type(count) is int and count in range(2**53) for count in counts) and all(follows)
+    return are_valid and phases[0][:2] == [0, 0] and all(phase[2] for phase in phases)
+
+
+# The forms of the states in a checkpoint, by their names.
+_STATES: dict[str, dict[str, Any]] = {
+    "scheduler": {"last_epoch": _COUNT},
+    "scaler": {name: float for name in ("scale", "growth_factor", "backoff_factor")},
+    "nonfinite": {"num_skipped": _COUNT, "num_in_row": _COUNT},
+    "early_stopping": {"metric": str, "value": _is_optional, "iteration": _is_optional, "num_waited": _COUNT},
+    "storage": {"iteration": range(-1, 2**31), "scalars": {str: (_is_window, bool)}, "unwritten": [str]},
+    "data_loader": {"iteration": _COUNT, "num_replaced": _COUNT, "sampler": _is_sampler_state},
+}
+_STATES["scaler"] |= {"growth_interval": _COUNT, "_growth_tracker": _COUNT}
+_STATES["early_stopping"]["seen"] = range(-2, 2**31)
 
 
 def check_form(value: Any, form: Any, name: str) -> None:
     """Raise a `ValueError` if a value read from a file does not have the expected form.
 
     `form` is {name: form}, which ignores other names unless all are tensors, or {str: form}; [form] for any
-    length, (form, ...) for that length; a tensor for its shape; a range; a type, where integers are not
-    negative and floats are finite; or a function that returns whether a value is valid.
+    length, (form, ...) for that length; a tensor for its shape; a range; a type, where floats are finite;
+    or a function that returns whether a value is valid.
     """
     if isinstance(form, Tensor):
         check_plain(value, name)
@@ -56,21 +87,15 @@ def check_form(value: Any, form: Any, name: str) -> None:
         is_valid = isinstance(value, list | tuple) and (isinstance(form, list) or len(value) == len(form))
         for i, item in enumerate(value if is_valid else ()):
             check_form(item, form[0] if isinstance(form, list) else form[i], f"{name}.{i}")
+    elif isinstance(form, range):
+        is_valid = type(value) is int and value in form
+    elif form is float:
+        is_valid = type(value) in (int, float) and -1e300 < value < 1e300
     else:
-        is_valid = _is_valid(value, form)
+        is_valid = isinstance(value, form) if isinstance(form, type) else form(value)
     if not is_valid:
         shown = value if isinstance(value, str | int | float) else type(value).__name__
         raise ValueError(f"{name} is invalid: {shown!s:.80}")
-
-
-def _is_valid(value: Any, form: Any) -> bool:
-    if isinstance(form, range):
-        return type(value) is int and value in form
-    if form is int:
-        return type(value) is int and value in _COUNTS
-    if form is float:
-        return type(value) in (int, float) and -1e300 < value < 1e300
-    return isinstance(value, form) if isinstance(form, type) else form(value)
 
 
 def check_states(
@@ -103,20 +128,18 @@ def check_states(
 
 
 def _check_state(saved: Any, item: Any, name: str) -> None:
-    """Check a state if its form is known; the empty one is that of an object that was disabled."""
-    form = getattr(item, "state_types", None)
+    """Check a state if its form is known; that of a disabled object is empty."""
     if isinstance(item, torch.optim.Optimizer):
         _check_optimizer(saved, item, name)
-    elif form is not None:
-        check_form(saved, form, name)
-    else:
-        form = _SCALER_STATE if isinstance(item, torch.amp.GradScaler) else item.state_dict()
-        is_known = form is _SCALER_STATE or all(isinstance(value, Tensor) for value in form.values())
-        check_form(saved, form if saved and is_known and form else dict, name)
+        return
+    own = item.state_dict()
+    form = own if all(isinstance(value, Tensor) for value in own.values()) else _STATES.get(name, {})
+    is_disabled = name in ("ema", "scaler") and not saved
+    check_form(saved, form if own and form.keys() <= own.keys() and not is_disabled else dict, name)
 
 
 def _check_optimizer(saved: Any, optimizer: torch.optim.Optimizer, name: str) -> None:
-    check_form(saved, {"state": dict, "param_groups": [{"params": [int]}]}, name)
+    check_form(saved, {"state": dict, "param_groups": [{"params": [_COUNT]}]}, name)
     groups = saved["param_groups"]
     lengths = [len(group["params"]) for group in optimizer.param_groups]
     moments = _MOMENTS.get(type(optimizer), [])

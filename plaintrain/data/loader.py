@@ -266,10 +266,6 @@ class TrainLoader(Loader):
         samples = [self._dataset[key] for key in self._get_batch(iteration)]
         return [s.sample if isinstance(s, _Replacement) else s for s in samples]
 
-    @property
-    def state_types(self) -> dict[str, Any]:
-        return {"iteration": int, "num_replaced": int, "sampler": getattr(self._sampler, "is_state", dict)}
-
     def state_dict(self) -> dict[str, Any]:
         sampler = self._sampler.state_dict() if hasattr(self._sampler, "state_dict") else {}
         return {"iteration": self._iteration, "num_replaced": self.num_replaced, "sampler": sampler}

@@ -1,7 +1,6 @@
 """Training and inference samplers, pure functions of the seed and the position in the stream."""
 
 import functools
-import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -87,16 +86,6 @@ class TrainingSampler:
 
     def state_dict(self) -> dict[str, Any]:
         return {"size": self.size, "phases": [list(phase) for phase in self.phases]}
-
-    def is_state(self, state: Any) -> bool:
-        """Return whether a value read from a file has the form of a state, or is empty."""
-        if state == {}:
-            return True
-        phases = state["phases"]
-        follows = [b[1] == a[1] + (b[0] - a[0]) * a[2] for a, b in itertools.pairwise(phases)]
-        numbers = [number for phase in phases for number in phase]
-        are_counts = all(type(n) is int and n in range(2**53) for n in [state["size"], *numbers])
-        return are_counts and all(follows) and phases[0][:2] == [0, 0] and all(size for _, _, size in phases)
 
     def load_state_dict(self, state_dict: dict[str, Any], iteration: int) -> None:
         """Resume at an iteration; the batch size may change there."""

@@ -3,27 +3,15 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from plaintrain.utils.errors import UserError, suggest_similar
 
 logger = logging.getLogger(__name__)
 
 
-def _is_optional_number(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and math.isfinite(value))
-
-
 class EarlyStopping:
     """The best `value` of a metric, its `iteration`, and the `num_waited` evaluations since then."""
-
-    state_types: ClassVar = {
-        "metric": str,
-        "value": _is_optional_number,
-        "iteration": _is_optional_number,
-        "num_waited": int,
-        "seen": range(-2, 2**31),
-    }
 
     def __init__(self, metric: str = "", patience: int = 0):
         """

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,6 @@ class NonfiniteGuard:
 
     Counts all skipped steps (`num_skipped`) and the consecutive ones (`num_in_row`).
     """
-
-    state_types: ClassVar = {"num_skipped": int, "num_in_row": int}
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ import bisect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -21,8 +21,6 @@ class LRScheduler:
     `factor` multiplies the learning rates of the new optimizer, not of a checkpoint, so that a changed
     SOLVER.BASE_LR or MOMENTUM takes effect when a run is resumed. Without `momentum` it is constant.
     """
-
-    state_types: ClassVar = {"last_epoch": int}
 
     def __init__(self, optimizer: Optimizer, factor: Schedule, momentum: Schedule | None = None):
         self.optimizer = optimizer

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -59,23 +59,11 @@ class HistoryBuffer:
         return [value for value, _ in itertools.islice(reversed(self._data), window_size)]
 
 
-def _is_window(pairs: Any) -> bool:
-    """Return whether a value holds the (value, iteration) pairs of a scalar, at least one."""
-    types = [(type(value), type(iteration)) for value, iteration in pairs]
-    return bool(types) and set(types) <= {(float, int)}
-
-
 class EventStorage:
     """Storage of scalars (numbers or 0-d tensors), images and histograms; a context manager.
 
     Tensors stay on their device, as detached copies; reading a scalar fetches all of them in one transfer.
     """
-
-    state_types: ClassVar = {
-        "iteration": range(-1, 2**31),
-        "scalars": {str: (_is_window, bool)},
-        "unwritten": [str],
-    }
 
     def __init__(self, start_iter: int = 0) -> None:
         self.start_iter = start_iter
@@ -89,6 +77,8 @@ class EventStorage:
         self._nonfinite: list[tuple[int, str]] = []
         # Scalars that no writer has read.
         self._unwritten: set[str] = set()
+        # Scalars of a checkpoint, whose hints may differ from those of the code.
+        self._restored: set[str] = set()
         self._scope = ""
         self.clear_images()
         self.clear_histograms()
@@ -106,6 +96,7 @@ class EventStorage:
         self.iter = state_dict["iteration"]
         self.start_iter = self.iter + 1
         self._unwritten = set(state_dict["unwritten"])
+        self._restored = set(state_dict["scalars"])
         for name, (values, hint) in state_dict["scalars"].items():
             self._hints[name] = hint
             for value, iteration in values:
@@ -129,6 +120,9 @@ class EventStorage:
         names = []
         tensors = []
         for name, value in scalars.items():
+            if name in self._restored:
+                self._restored.remove(name)
+                self._hints[name] = smoothing_hint
             if self._hints.setdefault(name, smoothing_hint) is not smoothing_hint:
                 raise ValueError(f"smoothing_hint of {name} must be {not smoothing_hint} as before")
             if isinstance(value, Tensor):
