@@ -127,7 +127,7 @@ OTHER = {"encoder.weight": torch.ones(3)}
             b"<html>Not found</html>",
             r"cannot read .*w\.pth: it is damaged, or not a file of torch\.save",
         ),
-        ("w.pth", b"hello", r"cannot read .*w\.pth: it is damaged, or not"),
+        ("w.pth", b"Not found", r"cannot read .*w\.pth: it is damaged, or not"),
         ("w.pth", {"a.weight": torch.eye(2).to_sparse()}, r"w\.pth: a\.weight must be a dense tensor"),
         ("w.pth", {"a.bias": torch.tensor(1.0)}, r"w\.pth: a\.bias must not be empty"),
         ("w.pth", {"a": torch.zeros(1).expand(2**45)}, r"w\.pth: a must have the size of its data"),

@@ -63,13 +63,13 @@ def read_archive(file: str | BinaryIO, mmap: bool = False) -> Any:
     """
     if isinstance(file, str):
         check_file(file)
-    is_zip = check_archive(file, max_bytes=2**20 if mmap else None)
-    if not isinstance(file, str):
-        file.seek(0)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
-    except (LookupError, EOFError, TypeError, AttributeError) as e:
-        raise ValueError("it is damaged, or not a file of torch.save") from e
+    with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as f:
+        is_zip = check_archive(f, max_bytes=2**20 if mmap else None)
+        f.seek(0)
+        if not is_zip and f.read(1) != b"\x80":
+            raise ValueError("it is damaged, or not a file of torch.save")
+        f.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
 
 
 @contextlib.contextmanager

@@ -42,9 +42,6 @@ class DataError(UserError):
 def get_first_line(error: BaseException) -> str:
     """Return the message of an exception as one line that is never empty."""
     text = str(error).strip()
-    # No pickle has the first character of HTML, XML or JSON.
-    if "Unsupported operand 60" in text or "Unsupported operand 123" in text:
-        return "it is damaged, or not a file of torch.save"
     if "Weights only load failed" in text:
         return "it holds Python objects, whose loading could run code; only tensors and plain data are loaded"
     return (text or type(error).__name__).splitlines()[0]

@@ -98,7 +98,7 @@ def check_file(path: str | os.PathLike, max_bytes: int | None = None) -> None:
         raise OSError(errno.EFBIG, f"it must have at most {max_bytes:,} bytes, got {status.st_size:,}")
 
 
-def check_archive(file: str | os.PathLike | IO[bytes], max_bytes: int | None = None) -> bool:
+def check_archive(file: IO[bytes], max_bytes: int | None = None) -> bool:
     """Return whether a file is a zip archive; verify the checksums of members up to `max_bytes`.
 
     Raises an `OSError` for a compressed one (a zip bomb), since torch.save does not compress.
@@ -108,7 +108,7 @@ def check_archive(file: str | os.PathLike | IO[bytes], max_bytes: int | None = N
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         unpacked = sum(member.file_size for member in members)
-        if archive.fp is None or unpacked > archive.fp.seek(0, os.SEEK_END):
+        if unpacked > file.seek(0, os.SEEK_END):
             raise OSError(errno.EFBIG, f"it unpacks to {unpacked:,} bytes, more than its size")
         for member in members:
             # PyTorch writes a checksum of 0 where they are disabled.
