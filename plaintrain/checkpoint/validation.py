@@ -34,15 +34,14 @@ def _is_optional(value: Any) -> bool:
 
 def _is_window(pairs: Any) -> bool:
     """Return whether a value holds the (value, iteration) pairs of a scalar; the value may be NaN."""
-    return {(type(value), type(iteration)) for value, iteration in pairs} == {(float, int)}
+    return bool(pairs) and all(
+        isinstance(v, int | float) and type(iteration) is int for v, iteration in pairs
+    )
 
 
 def _is_sampler_state(state: Any) -> bool:
-    """Return whether each phase (iteration, position, batch size) follows from the one before it.
-
-    Accepts any state of a custom sampler.
-    """
-    if "size" not in state:
+    """Return whether each phase (iteration, position, batch size) follows from the one before it."""
+    if "size" not in state:  # An empty state, or that of a custom sampler.
         return isinstance(state, dict)
     phases = state["phases"]
     counts = [count for phase in phases for count in [*phase, len(phase) - 3]]
@@ -54,13 +53,13 @@ def _is_sampler_state(state: Any) -> bool:
 # The forms of the states in a checkpoint, by their names.
 _STATES: dict[str, dict[str, Any]] = {
     "scheduler": {"last_epoch": _COUNT},
-    "scaler": {name: float for name in ("scale", "growth_factor", "backoff_factor")},
+    "scaler": dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float)
+    | {"growth_interval": _COUNT, "_growth_tracker": _COUNT},
     "nonfinite": {"num_skipped": _COUNT, "num_in_row": _COUNT},
     "early_stopping": {"metric": str, "value": _is_optional, "iteration": _is_optional, "num_waited": _COUNT},
     "storage": {"iteration": range(-1, 2**31), "scalars": {str: (_is_window, bool)}, "unwritten": [str]},
     "data_loader": {"iteration": _COUNT, "num_replaced": _COUNT, "sampler": _is_sampler_state},
 }
-_STATES["scaler"] |= {"growth_interval": _COUNT, "_growth_tracker": _COUNT}
 _STATES["early_stopping"]["seen"] = range(-2, 2**31)
 
 
