@@ -155,7 +155,7 @@ def _read_run(run: str | os.PathLike | CfgNode, weights: str) -> tuple[CfgNode, 
     if not weights:
         best = os.path.join(run, "model_best.pth")
         others = [best] if os.path.isfile(best) else []
-        weights, _ = read_last_checkpoint(run, *others, mmap=True)
+        weights, _ = read_last_checkpoint(run, *others)
         if not weights:
             raise UserError(f"{run} holds no checkpoint; its training has not saved one yet, or it was moved")
     return cfg, weights

@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from run_files import load
@@ -203,6 +204,13 @@ def damage_two(folder):
     (folder / "model_0000005.pth").write_bytes(b"")
 
 
+def flip_bit(folder):
+    path = folder / "model_0000007.pth"
+    content = bytearray(path.read_bytes())
+    content[content.index(np.full(3, 7.0, np.float32).tobytes())] ^= 1
+    path.write_bytes(content)
+
+
 def damage_final(folder):
     tag(b"model_final.pth")(folder)
     os.truncate(folder / "model_final.pth", 1000)
@@ -219,6 +227,7 @@ def damage_final(folder):
         (lambda folder: (folder / "last_checkpoint").unlink(), 7, []),
         (damage_two, 3, ["model_0000007.pth", "model_0000005.pth"]),
         (damage_final, 7, ["model_final.pth"]),
+        (flip_bit, 5, ["model_0000007.pth", "Bad CRC"]),
     ],
 )
 def test_resume_loads_the_tagged_or_the_newest_intact_checkpoint(
@@ -365,7 +374,7 @@ def test_periodic_checkpointer_saves_as_in_detectron2(tmp_path, saves):
 
 
 def test_best_and_final_weights_are_not_resumed_from_and_every_file_has_the_metadata(tmp_path):
-    metadata = {"class_names": ["cat", "dog"], "config": "text"}
+    metadata = {"class_names": ["cat", "dog"], "config": "A: text"}
     saver = make_saver(tmp_path, value=1.0, final=7.0, metadata=metadata)
     saver.save_iteration(4)
     saver.save_weights("model_best", make_model(9.0), iteration=5, config="mine")

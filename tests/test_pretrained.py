@@ -19,6 +19,7 @@ from plaintrain.checkpoint import DetectionCheckpointer, pretrained
 from plaintrain.checkpoint.detectron2 import convert_from_detectron2, convert_to_detectron2
 from plaintrain.checkpoint.pretrained import download_weights, load_weights, locate_weights, read_state_dict
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.text import escape_controls
 
 RESNET = (*RESNET18, *SMALL_HEAD)
 TINY_RCNN, RETINANET = ARCHITECTURES["faster_rcnn"], ARCHITECTURES["retinanet"]
@@ -110,6 +111,7 @@ def test_entries_other_than_tensors_are_skipped(tmp_path):
 
 
 COUNTER = {"backbone.body.bn1.num_batches_tracked": torch.tensor(3)}
+NAN = "backbone.body.conv1.weight"
 OTHER = {"encoder.weight": torch.ones(3)}
 
 
@@ -126,6 +128,16 @@ OTHER = {"encoder.weight": torch.ones(3)}
         ("w.pth", {}, r"none of the 0 tensors in .*w\.pth"),
         ("w.pth", OTHER, r"none of the 1 tensors.*w\.pth.*encoder\.weight"),
         ("w.pth", COUNTER, r"none of the 1 tensors"),
+        (
+            "w.pth",
+            b"<html>Not found</html>",
+            r"cannot read .*w\.pth: it is damaged, or not a file of torch\.save",
+        ),
+        ("w.pth", b"Not found", r"cannot read .*w\.pth: it is damaged, or not"),
+        ("w.pth", {"a.weight": torch.eye(2).to_sparse()}, r"w\.pth: a\.weight must be a dense tensor"),
+        ("w.pth", {"a.bias": torch.tensor(1.0)}, r"w\.pth: a\.bias must not be empty"),
+        ("w.pth", {"a": torch.zeros(1).expand(2**45)}, r"w\.pth: a must have the size of its data"),
+        ("w.pth", {NAN: torch.full((64, 3, 7, 7), torch.nan)}, r"w\.pth must hold finite weights, got NaN"),
     ],
 )
 def test_files_without_weights_of_the_model_are_rejected(tmp_path, name, content, words):
@@ -288,7 +300,7 @@ def test_failed_download_leaves_no_file_and_explains_how_to_use_a_local_one(cach
     url = answer if isinstance(answer, str) else serve(*answer)
     with pytest.raises(UserError, match=r"cannot download the weights .*set MODEL\.WEIGHTS to") as error:
         download_weights(url)
-    assert url in str(error.value) and words in str(error.value)
+    assert escape_controls(url) in str(error.value) and words in str(error.value)
     assert os.listdir(cache) == []
 
 

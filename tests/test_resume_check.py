@@ -34,7 +34,9 @@ def check(tmp_path):
 
     def call(saved, now, classes=("a", "b"), model=None, before=(), data=()):
         metadata = {"config": saved, "class_names": ["a", "b"], "data_hashes": list(before)}
-        DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path), metadata=metadata).save("model_final")
+        DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path), metadata=metadata).save(
+            "model_final", iteration=7
+        )
         check_changes(str(tmp_path), now, list(classes), model or nn.Linear(2, 2, device="meta"), data)
 
     return call
@@ -108,6 +110,14 @@ def test_hashes_depend_on_images_and_annotations_but_not_on_the_folder():
         {"segmentation": [[1, 2, 3, 4, 5, 7]]},
     ):
         assert compute(**change)[1] == compute()[1] and compute(**change)[2] != compute()[2]
+
+
+def test_max_iter_below_the_finished_iterations_is_rejected(check):
+    check(config(), config(SOLVER__MAX_ITER=8))
+    with pytest.raises(
+        UserError, match=r"MAX_ITER .*must be at least the 8 iterations of .*model_final\.pth, got 7"
+    ):
+        check(config(), config(SOLVER__MAX_ITER=7))
 
 
 def test_folder_without_a_run_is_not_compared(tmp_path, log):

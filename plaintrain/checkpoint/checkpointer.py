@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,9 +12,9 @@ from torch import nn
 from plaintrain.checkpoint import files, state
 from plaintrain.checkpoint.async_writer import AsyncWriter
 from plaintrain.checkpoint.pretrained import download_weights, get_averaged_state, load_weights
+from plaintrain.checkpoint.validation import check_states
 from plaintrain.solver.schedule import every
 from plaintrain.utils import comm
-from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -114,23 +115,21 @@ class DetectionCheckpointer:
     def load(self, path: str, data: dict[str, Any] | None = None) -> dict[str, Any]:
         """Load a checkpoint, or its content `data`; return the other entries, such as `iteration`."""
         data = data or files.read_checkpoint(path)
+        check_states(path, data, self.model, self.checkpointables)
+        return self._load(path, data)
+
+    def _load(self, path: str, data: dict[str, Any]) -> dict[str, Any]:
+        """Load content that `check_states` has accepted."""
         state.convert_older_states(data)
-        for name in self.checkpointables:
-            if name not in data:
-                raise UserError(f"{path} holds no {name}, which is needed to resume from it")
         if self.checkpointables:
             state.restore_norm_buffers(data)
-        try:
-            self.model.load_state_dict(data.pop("model"))
-        except RuntimeError as e:
-            reason = " ".join(line.strip() for line in str(e).splitlines()[1:2])
-            raise UserError(f"{path} holds another model: {reason}") from e
+        self.model.load_state_dict(data.pop("model"))
         for name, item in self.checkpointables.items():
             state.load_state(item, data.pop(name), f"the {name} in {path}")
         return data
 
     def _resume(self, path: str, data: dict[str, Any], averaged: bool) -> dict[str, Any]:
-        self.load(path, data)
+        self._load(path, data)
         logger.info(f"resumed from {path}")
         self.last_name = os.path.basename(path).removesuffix(".pth")
         if self.checkpointables and "rng_states" in data:
@@ -153,7 +152,11 @@ class DetectionCheckpointer:
         """
         is_main = comm.is_main_process()
         if resume:
-            last, data = files.read_last_checkpoint(self.save_dir) if is_main else ("", None)
+            last = ""
+            data = None
+            if is_main:
+                check = partial(check_states, model=self.model, items=self.checkpointables, averaged=averaged)
+                last, data = files.read_last_checkpoint(self.save_dir, check=check)
             # On other machines the folder may be missing or hold another run.
             last, content = files.broadcast_file(last)
             if last:

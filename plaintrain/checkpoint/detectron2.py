@@ -117,10 +117,12 @@ def _swap_anchors(tensors: dict[str, Tensor], num_ratios: int, to_torchvision: b
     """Reorder anchors in place: Detectron2 has the sizes in the outer loop, torchvision the ratios."""
     for layer, num_anchors in count_anchors(tensors).items():
         num_sizes = num_anchors // num_ratios
-        if num_sizes * num_ratios != num_anchors:
+        if not num_sizes or num_sizes * num_ratios != num_anchors:
             continue
         outer = (num_sizes, num_ratios) if to_torchvision else (num_ratios, num_sizes)
         for name in {f"{layer}.weight", f"{layer}.bias"} & tensors.keys():
+            if len(tensors[name]) % num_anchors:
+                continue
             anchors = tensors[name].unflatten(0, (*outer, -1))
             tensors[name] = anchors.transpose(0, 1).flatten(0, 2).contiguous()
 

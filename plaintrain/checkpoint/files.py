@@ -1,18 +1,22 @@
 """Checkpoint files: names, atomic writes, reading, and broadcasting to other machines."""
 
+import contextlib
 import io
 import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
+from plaintrain.config.yaml import parse_yaml
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError, get_first_line
-from plaintrain.utils.files import atomic_write, check_file, check_stored, writing
+from plaintrain.utils.files import atomic_write, check_archive, check_file, writing
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +36,67 @@ def get_checkpoint_name(iteration: int) -> str:
 def read_checkpoint(path: str, source: BinaryIO | None = None, **kwargs: Any) -> dict[str, Any]:
     """Return the content of a checkpoint, or of a file object, on the CPU; loading runs no code.
 
-    `kwargs` are those of `torch.load`, such as mmap=True to leave the tensors on disk.
+    `kwargs` are those of `read_archive`.
     """
+    with reading(path):
+        data = read_archive(source or path, **kwargs)
+        if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
+            raise ValueError("it has no model")
+        for name, value in data["model"].items():
+            if not str(name).endswith("_extra_state"):
+                check_plain(value, name)
+        iteration = data.get("iteration", 0)
+        if type(iteration) is not int or iteration not in range(-1, 2**31):
+            raise ValueError("its iteration is invalid")
+        names = data.get("class_names") or []
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its class_names are no list of names")
+        if isinstance(data.get("config"), str):
+            parse_yaml(data["config"], "its config")
+    return data
+
+
+def read_archive(file: str | BinaryIO, mmap: bool = False) -> Any:
+    """Return the content of a file of `torch.save` on the CPU; loading runs no code.
+
+    Verifies the checksums; with `mmap`, the tensors stay on disk and are not verified.
+    """
+    if isinstance(file, str):
+        check_file(file)
+    with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as f:
+        is_zip = check_archive(f, max_bytes=2**20 if mmap else None)
+        f.seek(0)
+        if not is_zip and f.read(1) != b"\x80":
+            raise ValueError("it is damaged, or not a file of torch.save")
+        f.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turn any error within the block into a `DamagedCheckpointError` that names the checkpoint."""
     try:
-        if source is None:
-            check_file(path)
-            check_stored(path)
-        data = torch.load(source or path, map_location="cpu", weights_only=True, **kwargs)
-        if "model" not in data:
-            raise KeyError("it has no model")
+        yield
     except Exception as e:  # Unpickling a damaged file can raise anything.
         raise DamagedCheckpointError(f"cannot read the checkpoint {path}: {get_first_line(e)}") from e
-    return data
+
+
+def check_plain(value: Any, name: Any) -> None:
+    """Raise a `ValueError` if a value read from a file is not a dense tensor of numbers in memory."""
+    is_tensor = isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
+    if not is_tensor or value.is_nested or value.is_quantized or value.is_complex() or value.is_meta:
+        raise ValueError(f"{name} must be a dense tensor of numbers, got {type(value).__name__}")
+    # An expanded tensor may be far larger than its file.
+    if value.numel() * value.element_size() > max(value.untyped_storage().nbytes(), 2**26):
+        raise ValueError(f"{name} must have the size of its data, got {list(value.shape)}")
+
+
+def are_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has no NaN or infinity, without memory for a mask."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return bool(-torch.inf < low <= high < torch.inf)
 
 
 def write_checkpoint(path: str, data: dict[str, Any], last: bool) -> None:
@@ -101,15 +154,21 @@ def _get_age(folder: str, name: str) -> tuple[int, str]:
         return -1, name
 
 
-def read_last_checkpoint(folder: str, *others: str, **kwargs: Any) -> tuple[str, dict[str, Any] | None]:
+def read_last_checkpoint(
+    folder: str, *others: str, check: Callable[..., None] | None = None, **kwargs: Any
+) -> tuple[str, dict[str, Any] | None]:
     """Return (path, content) of the checkpoint to resume from, ("", None) if there is none.
 
-    It tries `others` after those of the folder, and raises if no existing file can be read.
+    It tries `others` after those of the folder, and raises if no existing file can be read; `check(path,
+    content)` may raise a `DamagedCheckpointError` too.
     """
     candidates = [*list_resume_candidates(folder), *others]
     for i, candidate in enumerate(candidates):
         try:
-            return candidate, read_checkpoint(candidate, **kwargs)
+            data = read_checkpoint(candidate, **kwargs)
+            if check is not None:
+                check(candidate, data)
+            return candidate, data
         except DamagedCheckpointError as e:
             if i + 1 == len(candidates):
                 raise

@@ -17,10 +17,11 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d
 
 from plaintrain.checkpoint.detectron2 import convert_from_detectron2, is_detectron2
+from plaintrain.checkpoint.files import are_finite, check_plain, read_archive
 from plaintrain.checkpoint.torchvision import match_names, select_class_rows
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError, get_first_line, suggest_similar
-from plaintrain.utils.files import check_file, check_stored
+from plaintrain.utils.files import check_file
 from plaintrain.utils.logger import build_progress_bar
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 # Seconds without a byte until a download fails.
 _TIMEOUT = 60.0
 _URL = re.compile(r"https?://([^/?#]*)([^?#]*)", re.IGNORECASE)
+# Tensors that have a dimension of channels.
+_LAYER = re.compile(r"(weight|bias|running_\w+|_[wb]|pixel_\w+)$")
 _DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
 # torchvision sets the eps of FrozenBatchNorm2d to 0 for these files.
 _WITHOUT_EPS = re.compile(r"((faster|mask|keypoint)rcnn|retinanet)_resnet50_fpn_coco-\w+\.pth")
@@ -154,13 +157,12 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _read_content(file: str | BinaryIO, name: str) -> Any:
     """Return the content of a path or file object; `name` is used in errors."""
     try:
+        if not name.partition("?")[0].endswith(".pkl"):
+            return read_archive(file)
         if isinstance(file, str):
             check_file(file)
-            check_stored(file)
-        if name.partition("?")[0].endswith(".pkl"):
-            with open(file, "rb") if isinstance(file, str) else file as f:
-                return _ArrayUnpickler(f, encoding="latin1").load()
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with open(file, "rb") if isinstance(file, str) else file as f:
+            return _ArrayUnpickler(f, encoding="latin1").load()
     except Exception as e:  # Unpickling a damaged file can raise anything.
         raise UserError(f"cannot read the weights {name}: {get_first_line(e)}") from e
 
@@ -177,12 +179,18 @@ def _extract_tensors(content: Any, name: str) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise UserError(f"{name} must hold a dict of weights, got {type(content).__name__}")
     tensors = {}
-    for key, value in content.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
-            value = torch.from_numpy(value)
-        if isinstance(key, str) and isinstance(value, torch.Tensor):
-            # Remove the prefixes of DDP and torch.compile.
-            tensors[re.sub(r"^((module|model|_orig_mod)\.)+", "", key)] = value
+    try:
+        for key, value in content.items():
+            if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+                value = torch.from_numpy(value)
+            if isinstance(key, str) and isinstance(value, torch.Tensor):
+                check_plain(value, key)
+                if _LAYER.search(key) and not (value.ndim and value.numel()):
+                    raise ValueError(f"{key} must not be empty or a number")
+                # Remove the prefixes of DDP and torch.compile.
+                tensors[re.sub(r"^((module|model|_orig_mod)\.)+", "", key)] = value
+    except (ValueError, TypeError) as e:
+        raise UserError(f"cannot read the weights {name}: {e}") from e
     return tensors
 
 
@@ -212,7 +220,12 @@ def read_for_model(model: nn.Module, name: str, file: str | BinaryIO, averaged: 
     tensors = _extract_tensors(content, name)
     from_detectron2 = is_detectron2(tensors)
     converted = convert_from_detectron2(tensors, num_ratios) if from_detectron2 else tensors
-    return Weights(content, tensors, match_names(converted, model.state_dict()), from_detectron2)
+    state = model.state_dict()
+    matched = match_names(converted, state)
+    for key in state.keys() & matched.keys():
+        if not are_finite(matched[key]):
+            raise UserError(f"{name} must hold finite weights, got NaN or infinity in {key}")
+    return Weights(content, tensors, matched, from_detectron2)
 
 
 def load_weights(

@@ -38,11 +38,19 @@ def check_changes(
         return
     check_trained_classes(path, saved.get("class_names"), class_names, strict=True)
     _compare_data(path, saved.get("data_hashes"), data_hashes)
+    current = flatten(parse_yaml(config, "the config"))
+    num_done = saved.get("iteration", -1) + 1
+    max_iter = current.get("SOLVER.MAX_ITER", num_done)
+    if num_done > max_iter:
+        raise UserError(
+            f"SOLVER.MAX_ITER (or MAX_EPOCHS) must be at least the {num_done} iterations of {path}, got "
+            f"{max_iter}; to continue from an earlier checkpoint, delete the later ones"
+        )
     if not isinstance(saved.get("config"), str):
         return
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     is_same_model = shapes == {name: tensor.shape for name, tensor in saved["model"].items()}
-    in_epochs = flatten(parse_yaml(config, "the config")).get("SOLVER.MAX_EPOCHS", 0) > 0
+    in_epochs = current.get("SOLVER.MAX_EPOCHS", 0) > 0
     lines = []
     rejected = []
     for key, before, now in diff_configs(saved["config"], config):

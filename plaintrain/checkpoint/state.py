@@ -3,6 +3,7 @@
 import logging
 import numbers
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_GROUPING_KEYS = (
-    "its parameters are chosen and grouped by MODEL.BACKBONE.FREEZE_AT, SOLVER.BACKBONE_MULTIPLIER, "
-    "BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and WEIGHT_DECAY_NORM"
+# Options of an optimizer that do not change during a run.
+_OWN_OPTIONS = (
+    *("weight_decay", "nesterov", "dampening", "eps", "amsgrad", "decoupled_weight_decay", "maximize"),
+    *("fused", "foreach", "capturable", "differentiable"),
 )
 # Batch norm, and RetinaNet's moving average of foreground anchors.
-_NORM_BUFFERS = (".running_mean", ".running_var", "loss_normalizer")
+NORM_BUFFERS = (".running_mean", ".running_var", "loss_normalizer")
 
 
 def load_state(item: Any, state: dict[str, Any], name: str) -> None:
@@ -32,20 +34,13 @@ def load_state(item: Any, state: dict[str, Any], name: str) -> None:
             _load_optimizer(item, state)
         else:
             item.load_state_dict(state)
-    except (ValueError, LookupError, TypeError) as e:
-        hint = f"; {_GROUPING_KEYS}" if isinstance(item, torch.optim.Optimizer) else ""
-        raise UserError(f"{name} does not fit this run: {e}{hint}") from e
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{name} does not fit this run: {e}") from e
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state, but keep weight decay and Nesterov from the config; the scheduler sets the rest."""
-    groups = optimizer.param_groups
-    kept = ("weight_decay", "nesterov")
-    options = [{key: group[key] for key in kept if key in group} for group in groups]
-    # PyTorch would accept the state of another type.
-    for key in ("betas", "momentum"):
-        if (key in state["param_groups"][0]) != (key in groups[0]):
-            raise ValueError("it is of another type, see SOLVER.OPTIMIZER")
+    """Load a state, but keep the options of the config and the code; the scheduler sets the rest."""
+    options = [{key: group[key] for key in _OWN_OPTIONS if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
@@ -59,7 +54,9 @@ def convert_older_states(data: dict[str, Any]) -> None:
         num_skipped, num_in_row = data.pop("skipped_steps")
         data["nonfinite"] = {"num_skipped": num_skipped, "num_in_row": num_in_row}
     if "log_window" in data:
-        data["storage"] = {"iteration": data.get("iteration", -1), **data.pop("log_window")}
+        window = data.pop("log_window")
+        window["unwritten"] = list(window["unwritten"])
+        data["storage"] = {"iteration": data.get("iteration", -1), **window}
     # What is due now follows from the iteration.
     data.pop("due", None)
 
@@ -81,7 +78,7 @@ def convert_to_builtin_types(value: Any, name: str) -> Any:
 
 def average_norm_buffers(state: dict[str, Tensor]) -> None:
     """Average the running statistics in a state dict, but not in the model, over ranks; all ranks call it."""
-    names = [name for name in state if name.endswith(_NORM_BUFFERS)]
+    names = [name for name in state if name.endswith(NORM_BUFFERS)]
     state.update(zip(names, comm.average_tensors(state[name] for name in names), strict=True))
 
 
@@ -95,7 +92,7 @@ def gather_norm_buffers(states: dict[str, Any]) -> dict[str, Any]:
     own = {}
     for key in ("model", "ema"):
         state = states.get(key, {})
-        own[key] = {name: t.cpu() for name, t in state.items() if name.endswith(_NORM_BUFFERS)}
+        own[key] = {name: t.cpu() for name, t in state.items() if name.endswith(NORM_BUFFERS)}
         average_norm_buffers(state)
     return {"norm_buffers": comm.gather(own)} if own["model"] else {}
 
@@ -133,12 +130,17 @@ def load_rng_states(states: list[dict[str, Any]]) -> None:
         )
         return
     state = states[comm.get_rank()]
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["cpu"])
+    set_generators(state, random, np.random, torch.set_rng_state)
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
+
+
+def set_generators(state: dict[str, Any], python: Any, numpy: Any, set_cpu: Callable[[Tensor], Any]) -> None:
+    """Set the state of the modules `random` and `numpy.random`, or objects like these, and of PyTorch."""
+    version, words, gauss = state["python"]
+    python.setstate((version, tuple(words), gauss))
+    name, keys, *position = state["numpy"]
+    numpy.set_state((name, keys.numpy().astype(np.uint32), *position))
+    set_cpu(state["cpu"])

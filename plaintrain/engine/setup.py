@@ -129,7 +129,7 @@ def _check_initial_weights(cfg, model, resume, eval_only, class_names):
         return
     weights = cfg.MODEL.WEIGHTS
     if resume and eval_only:
-        weights = read_last_checkpoint(cfg.OUTPUT_DIR, mmap=True)[0]
+        weights = read_last_checkpoint(cfg.OUTPUT_DIR)[0]
     elif resume and list_resume_candidates(cfg.OUTPUT_DIR):
         weights = ""
         check_changes(cfg.OUTPUT_DIR, cfg.dump(), class_names, model, compute_hashes(cfg.DATASETS.TRAIN))

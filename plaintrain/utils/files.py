@@ -109,13 +109,25 @@ def check_file(path: str | os.PathLike, max_bytes: int | None = None) -> None:
         raise OSError(errno.EFBIG, f"it must have at most {max_bytes:,} bytes, got {status.st_size:,}")
 
 
-def check_stored(path: str | os.PathLike) -> None:
-    """Raise an `OSError` for a compressed zip file (a zip bomb), since torch.save does not compress."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > os.path.getsize(path):
+def check_archive(file: IO[bytes], max_bytes: int | None = None) -> bool:
+    """Return whether a file is a zip archive; verify the checksums of members up to `max_bytes`.
+
+    Raises an `OSError` for a compressed one (a zip bomb), since torch.save does not compress.
+    """
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        unpacked = sum(member.file_size for member in members)
+        if unpacked > file.seek(0, os.SEEK_END):
             raise OSError(errno.EFBIG, f"it unpacks to {unpacked:,} bytes, more than its size")
+        for member in members:
+            # PyTorch writes a checksum of 0 where they are disabled.
+            if member.CRC and (max_bytes is None or member.file_size <= max_bytes):
+                with archive.open(member) as f:
+                    while f.read(2**20):
+                        pass
+    return True
 
 
 def read_text(path: str | os.PathLike, description: str = "file", max_bytes: int | None = None) -> str:

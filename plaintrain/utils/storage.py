@@ -77,6 +77,8 @@ class EventStorage:
         self._nonfinite: list[tuple[int, str]] = []
         # Scalars that no writer has read.
         self._unwritten: set[str] = set()
+        # Scalars of a checkpoint, whose hints may differ from those of the code.
+        self._restored: set[str] = set()
         self._scope = ""
         self.clear_images()
         self.clear_histograms()
@@ -94,6 +96,7 @@ class EventStorage:
         self.iter = state_dict["iteration"]
         self.start_iter = self.iter + 1
         self._unwritten = set(state_dict["unwritten"])
+        self._restored = set(state_dict["scalars"])
         for name, (values, hint) in state_dict["scalars"].items():
             self._hints[name] = hint
             for value, iteration in values:
@@ -117,6 +120,9 @@ class EventStorage:
         names = []
         tensors = []
         for name, value in scalars.items():
+            if name in self._restored:
+                self._restored.remove(name)
+                self._hints[name] = smoothing_hint
             if self._hints.setdefault(name, smoothing_hint) is not smoothing_hint:
                 raise ValueError(f"smoothing_hint of {name} must be {not smoothing_hint} as before")
             if isinstance(value, Tensor):

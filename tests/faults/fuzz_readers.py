@@ -26,9 +26,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 from mutations import mutate
-from seed_files import FILES
+from seed_files import FILES, build_run
 
 from plaintrain.analysis import run_folder
+from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.checkpoint.pretrained import load_weights
 from plaintrain.config import check_cfg, get_cfg
 from plaintrain.data import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets.builtin import declare_dataset, declare_datasets, read_dataset
@@ -45,7 +47,9 @@ from plaintrain.visualization.plots import convert_to_svg
 MAX_MESSAGE, MAX_SECONDS = 1500, 10
 NAME = "fuzzed"
 # A file by its name alone or by its path, or a key of the config.
-_NAMED = re.compile(r"\b[\w-]+\.(xml|yaml|json|txt|png)\b|(^| )/\S|\b[A-Z][A-Z_]+(\.[A-Z0-9_]+)* (is|must)")
+_NAMED = re.compile(
+    r"\b[\w-]+\.(xml|yaml|json|txt|png|pth)\b|(^| )/\S|\b[A-Z][A-Z_]+(\.[A-Z0-9_]+)* (is|must)"
+)
 
 
 @dataclass
@@ -161,8 +165,18 @@ def _run_report(folder):
         return _errors((_read_run, folder)), []
 
 
+def _run_checkpoint(folder):
+    model, states, step = build_run()
+    errors = _errors((DetectionCheckpointer(model, str(folder), **states).resume_or_load, ""))
+    if not errors:
+        # What was accepted can be trained on.
+        step(2)
+    return errors, _errors((load_weights, model, f"{folder}/model_0000001.pth", ["a", "b"]))
+
+
 # {reader: (the files that are changed, function that reads them)}.
 READERS = {
+    "checkpoint": (tuple(FILES["checkpoint"]), _run_checkpoint),
     "config": (("config.yaml", "overrides"), _run_config),
     "coco": (("a.json",), _run_dataset),
     "results": (("results.json",), _run_results),

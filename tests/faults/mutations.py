@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import io
 import json
 import xml.etree.ElementTree as ElementTree
 
+import torch
 import yaml
 
 # What is inserted into the bytes of a file; of a line, the words between spaces.
@@ -44,6 +46,20 @@ _VALUES = [
     *(10**400, -(10**18), 2**63, 2**31, 10**9, "9" * 5000, "\ud800", "\u0661", "a\0b", "\n", " ", "x" * 3000),
     *([[]], [{}], [None], {"a": {}}, {"": None}, [1, 2, 3, 4], [1e308] * 4, ["a"] * 4, [[1, 2], [3]]),
     *([0, 0, 3], [[1e9, 1e9, -1e9, 1e9, 0, 0]], *_MASKS, *_STRINGS.split()),
+]
+
+
+_TENSORS = [
+    *(
+        torch.Tensor.double,
+        torch.Tensor.long,
+        torch.Tensor.bool,
+        torch.Tensor.to_sparse,
+        torch.Tensor.flatten,
+    ),
+    *(lambda t: t[None], lambda t: t.new_zeros(()), lambda t: t.new_zeros(0), lambda t: t.to("meta")),
+    *(lambda t: t * float("nan"), lambda t: t - 2**40, lambda t: t.to(torch.complex64)),
+    *(lambda t: t.new_zeros(1).expand(2**45), lambda t: t.flatten()[:1], lambda t: torch.rand(t.shape)),
 ]
 
 
@@ -166,4 +182,19 @@ def _change_xml(data, rng):
     return ElementTree.tostring(root).replace(b"\x00", b"")
 
 
-_TREES = {"json": _change_json, "yaml": _change_yaml, "xml": _change_xml}
+def _change_checkpoint(data, rng):
+    tree = torch.load(io.BytesIO(data), weights_only=True)
+    node, key = rng.choice([place for place in _places(tree) if isinstance(place[0][place[1]], torch.Tensor)])
+    if rng.random() < 0.3:
+        node[key] = rng.choice(_TENSORS)(node[key])
+    elif rng.random() < 0.5:
+        # Most places are those of tensors.
+        name = rng.choice(list(tree))
+        tree[name] = _changes(tree[name], rng)
+    file = io.BytesIO()
+    with contextlib.suppress(RecursionError):
+        torch.save(tree if rng.random() < 0.5 else _changes(tree, rng), file)
+    return file.getvalue() or data
+
+
+_TREES = {"pth": _change_checkpoint, "json": _change_json, "yaml": _change_yaml, "xml": _change_xml}

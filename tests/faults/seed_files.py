@@ -2,10 +2,24 @@
 
 import io
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from torch import nn
+
+from plaintrain.checkpoint import DetectionCheckpointer
+from plaintrain.config import get_cfg
+from plaintrain.data.loader import TrainLoader
+from plaintrain.data.samplers import TrainingSampler
+from plaintrain.engine.early_stopping import EarlyStopping
+from plaintrain.engine.nonfinite import NonfiniteGuard
+from plaintrain.solver import build_lr_scheduler, build_optimizer
+from plaintrain.solver.ema import ModelEMA
+from plaintrain.utils.storage import EventStorage
 
 _COCO = {
     "images": [
@@ -103,6 +117,31 @@ def _run_files():
     }
 
 
+def build_run(optimizer="AdamW"):
+    """(model, what a checkpoint holds beside it, function that trains one step) of a tiny run."""
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.OPTIMIZER", optimizer])
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer, scaler = build_optimizer(cfg, model), torch.amp.GradScaler("cpu", init_scale=64.0)
+    states = {"optimizer": optimizer, "scheduler": build_lr_scheduler(cfg, optimizer), "scaler": scaler}
+    states |= {"ema": ModelEMA(model), "early_stopping": EarlyStopping("AP"), "storage": EventStorage()}
+    states["nonfinite"] = NonfiniteGuard(model, None, None)
+    states["data_loader"] = TrainLoader([], lambda record, rng: record, TrainingSampler(10, 2))
+
+    def step(iteration):
+        loss = model(torch.randn(5, 3)).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        states["scheduler"].step()
+        states["ema"].update(model)
+        states["storage"].put_scalars(loss=loss.detach())
+        states["storage"].latest_with_smoothing_hint()
+        states["early_stopping"].update(iteration, {"bbox/AP": 1.0})
+
+    return model, states, step
+
+
 def _files():
     coco = {f"images/{name}.png": _png(i) for i, name in enumerate("abc")}
     coco["a.json"] = json.dumps(_COCO).encode()
@@ -117,8 +156,22 @@ def _files():
     config["base.yaml"] = b"SOLVER:\n  MAX_ITER: 10\n"
     images = {f"a.{kind}": _png(3, kind) for kind in ("jpeg", "png", "webp", "tiff", "bmp", "gif")}
     results = {**coco, "results.json": json.dumps(_RESULTS).encode()}
-    readers = {"config": config, "coco": coco, "results": results, "voc": voc, "yolo": yolo, "image": images}
-    return {**readers, "report": _run_files()}
+    model, states, step = build_run()
+    step(0)
+    with tempfile.TemporaryDirectory() as folder:
+        metadata = {"config": "MODEL: {A: 1}", "class_names": ["a", "b"]}
+        DetectionCheckpointer(model, folder, metadata=metadata, **states).save("model_0000001", iteration=1)
+        checkpoint = {"model_0000001.pth": Path(folder, "model_0000001.pth").read_bytes()}
+    return {
+        "checkpoint": checkpoint,
+        "config": config,
+        "coco": coco,
+        "results": results,
+        "voc": voc,
+        "yolo": yolo,
+        "image": images,
+        "report": _run_files(),
+    }
 
 
 # Reader -> {name of the file: bytes}.
