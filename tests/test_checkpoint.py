@@ -299,7 +299,7 @@ def test_unreadable_and_unwritable_files_are_clear_errors(tmp_path):
     save_run(tmp_path, [1, 3])
     for i in (1, 3):
         os.truncate(tmp_path / f"model_{i:07d}.pth", 1000)
-    with pytest.raises(UserError, match=r"cannot read .*model_0000001\.pth"):
+    with pytest.raises(UserError, match=r"cannot read .*model_0000003\.pth"):
         resume(tmp_path)
 
 

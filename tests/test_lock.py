@@ -4,7 +4,6 @@ import fcntl
 import os
 import shutil
 import socket
-import tempfile
 import time
 from unittest.mock import Mock
 
@@ -13,7 +12,7 @@ from processes import Process
 
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
-from plaintrain.utils.lock import is_in_use, lock_folder, lock_temp_dir
+from plaintrain.utils.lock import is_in_use, lock_folder
 
 
 def hold(folder):
@@ -114,14 +113,3 @@ def test_lock_file_must_be_a_regular_file(folder, make):
     with pytest.raises(UserError, match=r"run\.lock must be a regular file"):
         lock_folder(str(folder))
     assert (folder.parent / "x").read_text() == "precious"
-
-
-def test_temporary_folders_of_killed_runs_are_deleted(tmp_path, start, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("plaintrain.utils.lock.get_temp_dir", lambda: str(tmp_path / "pymp-own"))
-    for name in ("own", "killed", "running", "other"):
-        (tmp_path / f"pymp-{name}").mkdir()
-    start(tmp_path / "pymp-killed").kill()
-    start(tmp_path / "pymp-running")
-    lock_temp_dir()
-    assert {path.name for path in tmp_path.glob("pymp-*")} == {"pymp-own", "pymp-running", "pymp-other"}

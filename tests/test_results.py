@@ -43,7 +43,7 @@ def test_changes_stand_below_their_numbers():
 def test_a_file_that_holds_no_results_is_as_none(tmp_path):
     for text in ("", "{", "[1]", '{"cells": 3}', '{"cells": {"bbox": 1}}', "null"):
         (tmp_path / "results.json").write_text(text)
-        assert read_results_file(str(tmp_path)) == {}
+        assert not any(read_results_file(str(tmp_path)).values())
         report_results("cells", NOW, str(tmp_path))
         assert "cells" in read_results_file(str(tmp_path))
 

@@ -159,20 +159,23 @@ def read_last_checkpoint(
 ) -> tuple[str, dict[str, Any] | None]:
     """Return (path, content) of the checkpoint to resume from, ("", None) if there is none.
 
-    It tries `others` after those of the folder, and raises if no existing file can be read; `check(path,
-    content)` may raise a `DamagedCheckpointError` too.
+    It tries `others` after those of the folder, and raises the first error if no existing file can be read;
+    `check(path, content)` may raise a `DamagedCheckpointError` too.
     """
     candidates = [*list_resume_candidates(folder), *others]
-    for i, candidate in enumerate(candidates):
+    errors = []
+    for candidate in candidates:
         try:
             data = read_checkpoint(candidate, **kwargs)
             if check is not None:
                 check(candidate, data)
             return candidate, data
         except DamagedCheckpointError as e:
-            if i + 1 == len(candidates):
-                raise
-            logger.warning(f"{e}; trying {candidates[i + 1]}")
+            errors.append(e)
+            if len(errors) < len(candidates):
+                logger.warning(f"{e}; trying {candidates[len(errors)]}")
+    if errors:
+        raise errors[0]
     return "", None
 
 

@@ -1,16 +1,11 @@
 """Lock of an output folder."""
 
 import fcntl
-import glob
 import logging
-import multiprocessing
 import os
-import shutil
 import socket
 import stat
-import tempfile
 import time
-from multiprocessing.util import get_temp_dir
 
 from plaintrain.utils.errors import UserError
 
@@ -69,21 +64,6 @@ def lock_again(path: str | os.PathLike) -> None:
             os.makedirs(folder, exist_ok=True)
             lock_folder(folder)
             logger.warning(f"{folder} was deleted during the run; created and locked again")
-
-
-def lock_temp_dir() -> None:
-    """Let child processes use one temporary folder, `pymp-...`; delete those of runs that were killed."""
-    lock_folder(get_temp_dir())
-    for folder in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), "pymp-*")):
-        if os.path.abspath(folder) not in _HELD and is_in_use(folder) is False:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_orphaned_temp_dir() -> None:
-    """Delete the temporary folder of `lock_temp_dir` at the end of a child whose parent was killed."""
-    parent = multiprocessing.parent_process()
-    if parent and not parent.is_alive():
-        shutil.rmtree(get_temp_dir(), ignore_errors=True)
 
 
 def unlock_folder(folder: str) -> None:
