@@ -141,8 +141,8 @@ OTHER_SETTINGS = (
     "momentum", "affine", "track_running_stats", "num_features", "_has_warned",
     "level_names", "strides", "roi_pool.scales", "roi_pool.aligned",
     "roi_heads.keypoint_loss_weight", "roi_heads.keypoint_score_type", "clips_before_nms", "focal_alpha",
-    "focal_gamma", "_loss_type", "box_loss", "loss_weight", "normalizer", "conv1._norm", "conv2._norm", "conv3._norm",
-    "0._norm", "._anchors",
+    "focal_gamma", "_loss_type", "box_loss", "loss_weight", "normalizer", "conv1._norm", "conv2._norm",
+    "conv3._norm", "0._norm", "._anchors",
 )  # fmt: skip
 
 
