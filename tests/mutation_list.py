@@ -240,10 +240,10 @@ plaintrain/solver/schedule.py
     max(round(count * factor), 1) if count > 0 else count => round(count * factor)
         "TEST.EVAL_START",\n =>
 plaintrain/solver/lr_scheduler.py
-    schedule(0.0 if rescale else warmup) => schedule(0.0)
+    (0.0 if self.rescale_interval else self.warmup_length) => (0.0)
     bisect.bisect_right(steps, round( => bisect.bisect_left(steps, round(
             self._set_momentum(self.base_momentum)\n =>
-plaintrain/solver/optimizer.py
+plaintrain/solver/build.py
     nn.GroupNorm,  =>
     clip.NORM_TYPE if clip.ENABLED else 2.0 => 2.0
 plaintrain/structures.py

@@ -10,6 +10,7 @@ from torch import nn
 from plaintrain import solver
 from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.config import get_cfg
+from plaintrain.solver.build import reduce_param_groups
 from plaintrain.solver.lr_scheduler import build_lr_factor, build_momentum_factor
 from plaintrain.utils.errors import UserError
 
@@ -114,6 +115,16 @@ def test_lr_factor_equals_detectron2s(name, warmup_iters, method, rescale):
     assert [factor(i) for i in range(91)] == pytest.approx(expected, rel=1e-9)
     # It stays there after the last iteration.
     assert [factor(i) for i in (91, 120, 900)] == [factor(90)] * 3
+
+
+def test_lr_multiplier_and_groups_as_in_detectron2():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=4.0)
+    multiplier = solver.WarmupParamScheduler(lambda where: 1 - where, 0.5, 0.4)
+    factor = solver.LRMultiplier(optimizer, multiplier, 5).factor
+    assert [factor(i) for i in range(7)] == pytest.approx([0.5, 0.55, 0.6, 0.4, 0.2, 0.0, 0.0])
+    groups = [{"params": ["a", "b"], "lr": 1}, {"params": ["c"], "lr": 1}, {"params": ["b"], "m": 3}]
+    merged = [{"params": ["a", "c"], "lr": 1}, {"params": ["b"], "lr": 1, "m": 3}]
+    assert reduce_param_groups(groups) == merged
 
 
 @pytest.mark.parametrize("schedule", [MULTI_STEP, FIXED_GAMMA])

@@ -1,7 +1,10 @@
 """Optimizers, gradient clipping, learning rate schedules and periods."""
 
-from plaintrain.solver.lr_scheduler import build_lr_scheduler
-from plaintrain.solver.optimizer import build_gradient_clipper, build_optimizer
+from plaintrain.solver.build import build_gradient_clipper, build_optimizer
+from plaintrain.solver.lr_scheduler import LRMultiplier, WarmupParamScheduler, build_lr_scheduler
 from plaintrain.solver.schedule import Due, every
 
-__all__ = ["Due", "build_gradient_clipper", "build_lr_scheduler", "build_optimizer", "every"]
+__all__ = [
+    "Due", "LRMultiplier", "WarmupParamScheduler", "build_gradient_clipper", "build_lr_scheduler",
+    "build_optimizer", "every",
+]  # fmt: skip

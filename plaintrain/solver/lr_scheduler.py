@@ -4,6 +4,7 @@ import bisect
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
@@ -68,26 +69,45 @@ class LRScheduler:
         self._apply()
 
 
+class LRMultiplier(LRScheduler):
+    """Scheduler that multiplies the learning rates by a function of the finished fraction of training."""
+
+    def __init__(self, optimizer: Optimizer, multiplier: Callable[[float], float], max_iter: int) -> None:
+        super().__init__(optimizer, _count_iterations(multiplier, max_iter))
+
+
+@dataclass(frozen=True)
+class WarmupParamScheduler:
+    """Function of the finished fraction of training: `scheduler`, after a warmup of `warmup_length`."""
+
+    scheduler: Callable[[float], float]
+    warmup_factor: float
+    warmup_length: float
+    warmup_method: str = "linear"
+    rescale_interval: bool = False
+
+    def __call__(self, where: float) -> float:
+        if where < self.warmup_length:
+            start = self.warmup_factor * self.scheduler(0.0)
+            end = self.scheduler(0.0 if self.rescale_interval else self.warmup_length)
+            progress = {"linear": where / self.warmup_length, "constant": 0.0}[self.warmup_method]
+            return start + (end - start) * progress
+        if self.rescale_interval and self.warmup_length < 1:
+            where = (where - self.warmup_length) / (1 - self.warmup_length)
+        return self.scheduler(where)
+
+
 def build_lr_factor(cfg: CfgNode) -> Schedule:
     """Build the function from iteration to learning rate multiplier, with the values of Detectron2."""
     solver = cfg.SOLVER
     max_iter = solver.MAX_ITER
-    schedule = _build_schedule(solver)
     warmup = min(solver.WARMUP_ITERS, max_iter) / max_iter
-    is_linear = solver.WARMUP_METHOD == "linear"
-    rescale = solver.RESCALE_INTERVAL
-    start = solver.WARMUP_FACTOR * schedule(0.0)
-    end = schedule(0.0 if rescale else warmup)
+    options = solver.WARMUP_FACTOR, warmup, solver.WARMUP_METHOD, solver.RESCALE_INTERVAL
+    return _count_iterations(WarmupParamScheduler(_build_schedule(solver), *options), max_iter)
 
-    def factor(iteration: int) -> float:
-        where = min(iteration / max_iter, 1.0)
-        if where < warmup:
-            return start + (end - start) * (where / warmup if is_linear else 0.0)
-        if rescale and warmup < 1:
-            where = (where - warmup) / (1 - warmup)
-        return schedule(where)
 
-    return factor
+def _count_iterations(multiplier: Callable[[float], float], max_iter: int) -> Schedule:
+    return lambda iteration: multiplier(min(iteration / max_iter, 1.0))
 
 
 def _build_schedule(solver: CfgNode) -> Callable[[float], float]:

@@ -1,6 +1,7 @@
 """Parameter groups, optimizers and gradient clipping."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def build_param_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     WEIGHT_DECAY_NORM applies to norm layers, WEIGHT_DECAY_BIAS (unless None) to parameters named `bias`.
     """
     solver = cfg.SOLVER
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups = []
     seen = set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -34,8 +35,24 @@ def build_param_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
                 decay = decay if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS
             if "backbone" in module_name.split("."):
                 lr *= solver.BACKBONE_MULTIPLIER
-            group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
-            group["params"].append(parameter)
+            groups.append({"params": [parameter], "lr": lr, "weight_decay": decay})
+    return reduce_param_groups(groups)
+
+
+def reduce_param_groups(params: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge the groups with equal options; of a parameter in several groups, the last options apply."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for group in _expand_param_groups(params):
+        key = tuple(sorted((name, value) for name, value in group.items() if name != "params"))
+        groups.setdefault(key, {**group, "params": []})["params"] += group["params"]
+    return list(groups.values())
+
+
+def _expand_param_groups(params):
+    groups = defaultdict(dict)
+    for group in params:
+        for parameter in group["params"]:
+            groups[parameter] |= {**group, "params": [parameter]}
     return list(groups.values())
 
 
