@@ -425,8 +425,7 @@ plaintrain/data/samplers.py
     lru_cache(maxsize=2) => lru_cache(maxsize=0)
     order = self._draw(rng) => order = [self._draw(rng) for _ in range(min(epoch, 64) + 1)][0]
     np.argsort(self.groups[images], kind="stable") => np.arange(images.size)
-    size * rank // world_size, size * (rank + 1) // world_size
-    => -(-size // world_size) * rank, -(-size // world_size) * (rank + 1)
+    length * rank + min(rank, rest) => length * rank
 """),
     "tests/properties/test_target_properties.py": read_defects(r"""
 plaintrain/data/keypoints.py

@@ -7,18 +7,24 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hostile_helpers import rejected
+from torch.utils.data import DataLoader
 
+from plaintrain.data.build import worker_init_reset_seed
+from plaintrain.data.common import DatasetFromList, ToIterableDataset
 from plaintrain.data.samplers import (
+    GroupedBatchSampler,
+    InferenceSampler,
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
     TrainingSampler,
     build_train_sampler,
     compute_class_balanced_factors,
-    repeat_factors_from_category_frequency,
 )
 from plaintrain.data.serialized import SerializedRecords
 
+get_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
 THRESHOLD, REPEAT_SQRT = "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.REPEAT_SQRT"
 FACTORS, RATIO = "DATASETS.TRAIN_REPEAT_FACTOR", "DATALOADER.RANDOM_SUBSET_RATIO"
 
@@ -66,6 +72,19 @@ def test_repeat_factors_are_met_on_average_and_shuffled_as_one_list():
     rejected("no image", by=lambda: RepeatFactorTrainingSampler([0, 0]))
 
 
+def test_samplers_feed_a_data_loader_as_detectron2s(monkeypatch):
+    sampler = TrainingSampler(6, seed=1)
+    stream = [sampler.get_index(i) for i in range(12)]
+    dataset = ToIterableDataset(DatasetFromList("abcdef"), sampler)
+    loader = DataLoader(dataset, None, num_workers=2, worker_init_fn=worker_init_reset_seed)
+    assert list(itertools.islice(loader, 12)) == ["abcdef"[index] for index in stream]
+    batches = GroupedBatchSampler(range(7), torch.tensor([0, 1, 0, 1, 1, 0, 1]), 2)
+    assert list(batches) == [[0, 2], [1, 3], [4, 6]]
+    monkeypatch.setattr("plaintrain.utils.comm.get_rank", lambda: 1)
+    monkeypatch.setattr("plaintrain.utils.comm.get_world_size", lambda: 2)
+    assert list(itertools.islice(sampler, 6)) == stream[1::2] and list(InferenceSampler(5)) == [3, 4]
+
+
 def _records(*classes):
     return [{"annotations": [{"category_id": c, "iscrowd": 0} for c in labels]} for labels in classes]
 
@@ -74,13 +93,13 @@ def test_factors_are_those_of_the_rarest_class_or_balance_the_classes():
     # f = 3/4, 1/4, 1/2; class 3 has no image.
     records = _records([0, 0, 0], [0, 1], [0, 2], [2, 4])
     root = np.sqrt([1, 2, 1, 2])
-    assert repeat_factors_from_category_frequency(records, 0.5).tolist() == pytest.approx(root.tolist())
-    linear = repeat_factors_from_category_frequency(records, 0.5, sqrt=False)
+    assert get_factors(records, 0.5).tolist() == pytest.approx(root.tolist())
+    linear = get_factors(records, 0.5, sqrt=False)
     assert linear.tolist() == pytest.approx([1, 2, 1, 2])
     records = _records([], [0], [], [1, 1])
-    assert repeat_factors_from_category_frequency(records, 1.0).tolist() == [1, 2, 1, 2]
+    assert get_factors(records, 1.0).tolist() == [1, 2, 1, 2]
     assert compute_class_balanced_factors(records).tolist() == [1, 1, 1, 1]
-    assert repeat_factors_from_category_frequency(_records([], []), 0.5).tolist() == [1, 1]
+    assert get_factors(_records([], []), 0.5).tolist() == [1, 1]
     assert compute_class_balanced_factors(_records([], [])).tolist() == [1, 1]
     records = _records(*[[0]] * 90, *[[2, 2]] * 9, [5])
     factors = compute_class_balanced_factors(records)

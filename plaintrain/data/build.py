@@ -5,6 +5,8 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
+
 from plaintrain.config import CfgNode
 from plaintrain.data.catalog import DatasetCatalog
 from plaintrain.data.dataset_mapper import DatasetMapper
@@ -17,6 +19,7 @@ from plaintrain.data.transforms.build import build_augmentation
 from plaintrain.data.transforms.geometric import get_shortest_edge_size
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.utils import comm
+from plaintrain.utils.env import seed_all_rng
 from plaintrain.utils.errors import UserError
 
 # Detectors pad the height and width of a batch to multiples of this.
@@ -34,6 +37,11 @@ def check_batch_size(cfg: CfgNode) -> int:
     if not 1 <= steps <= per_rank:
         raise UserError(f"SOLVER.ACCUMULATE_STEPS must be 1 to {per_rank} (images per process), got {steps}")
     return batch_size
+
+
+def worker_init_reset_seed(worker_id: int) -> None:
+    """Seed the global generators of a worker process of your own `DataLoader`."""
+    seed_all_rng(torch.initial_seed() % 2**31 + worker_id)
 
 
 def build_detection_train_loader(
@@ -128,7 +136,7 @@ def build_detection_test_loader(
     if mapper is None:
         mapper = build_tta_mapper(cfg, dataset_name) if tta else DatasetMapper(cfg, is_train=False)
     if sampler is None:
-        indices = list(InferenceSampler(len(records), comm.get_rank(), comm.get_world_size()))
+        indices = list(InferenceSampler(len(records)))
         groups = _group_by_padded_shape(cfg, records, indices, tta) if batch_size > 1 else [indices]
     else:
         groups = [list(sampler)]

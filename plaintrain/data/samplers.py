@@ -1,8 +1,10 @@
 """Training and inference samplers, pure functions of the seed and the position in the stream."""
 
 import functools
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -83,6 +85,10 @@ class TrainingSampler:
         start = self.get_position(iteration) + rank * num_images
         return [(self.get_index(p), p) for p in range(start, start + num_images)]
 
+    def __iter__(self) -> Iterator[int]:
+        """Yield the indices of this rank without end, for your own `DataLoader`."""
+        return map(self.get_index, itertools.count(comm.get_rank(), comm.get_world_size()))
+
     def state_dict(self) -> dict[str, Any]:
         return {"size": self.size, "phases": [list(phase) for phase in self.phases]}
 
@@ -102,6 +108,24 @@ class TrainingSampler:
                 f"(image {self.get_position(iteration) % self.size} of {self.size} of the epoch)"
             )
         self._get_order.cache_clear()
+
+
+@dataclass(eq=False)
+class GroupedBatchSampler:
+    """Batches of a sampler's indices with equal `group_ids`; the last, incomplete ones are dropped."""
+
+    sampler: Iterable[int]
+    group_ids: Sequence[Any]
+    batch_size: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = defaultdict(list)
+        group_ids = np.asarray(self.group_ids).tolist()
+        for index in self.sampler:
+            group_id = group_ids[index]
+            batches[group_id].append(index)
+            if len(batches[group_id]) == self.batch_size:
+                yield batches.pop(group_id)
 
 
 class RepeatFactorTrainingSampler(TrainingSampler):
@@ -136,6 +160,22 @@ class RepeatFactorTrainingSampler(TrainingSampler):
         counts = self._repeats[images] + np.diff(np.floor(edges + rng.uniform()).astype(np.int64))
         return rng.permutation(np.repeat(images, counts))
 
+    @staticmethod
+    def repeat_factors_from_category_frequency(
+        records: Sequence[dict[str, Any]], repeat_thresh: float, sqrt: bool = True
+    ) -> np.ndarray:
+        """Return the repeat factor of each image, `[N]`, by its rarest class (arXiv 1908.03195, 4.2).
+
+        A class c in a fraction f(c) of the images has r(c) = max(1, sqrt(repeat_thresh / f(c))), and an image
+        the largest r(c) of its classes, or 1 without any.
+        """
+        images, labels = _list_image_classes(records)
+        frequency = np.bincount(labels) / len(records)
+        rate = np.maximum(1, repeat_thresh / frequency[labels])
+        factors = np.ones(len(records))
+        np.maximum.at(factors, images, np.sqrt(rate) if sqrt else rate)
+        return factors
+
 
 class RandomSubsetTrainingSampler(TrainingSampler):
     """A sampler of a random fraction `ratio` in (0, 1] of the images, which depends only on the seed."""
@@ -151,32 +191,22 @@ class RandomSubsetTrainingSampler(TrainingSampler):
 
 
 class InferenceSampler:
-    """The contiguous indices of a rank; over all ranks, each index of `range(size)` once."""
+    """The contiguous indices of this rank; over all ranks, each index of `range(size)` once."""
 
-    def __init__(self, size: int, rank: int = 0, world_size: int = 1) -> None:
-        self._range = range(size * rank // world_size, size * (rank + 1) // world_size)
+    def __init__(self, size: int) -> None:
+        self._range = self._get_local_indices(size, comm.get_world_size(), comm.get_rank())
+
+    @staticmethod
+    def _get_local_indices(size, world_size, rank):
+        length, rest = divmod(size, world_size)
+        start = length * rank + min(rank, rest)
+        return range(start, start + length + (rank < rest))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._range)
 
     def __len__(self):
         return len(self._range)
-
-
-def repeat_factors_from_category_frequency(
-    records: Sequence[dict[str, Any]], repeat_thresh: float, sqrt: bool = True
-) -> np.ndarray:
-    """Return the repeat factor of each image, `[N]`, by its rarest class (arXiv 1908.03195, 4.2).
-
-    A class c in a fraction f(c) of the images has r(c) = max(1, sqrt(repeat_thresh / f(c))), and an image the
-    largest r(c) of its classes, or 1 without any.
-    """
-    images, labels = _list_image_classes(records)
-    frequency = np.bincount(labels) / len(records)
-    rate = np.maximum(1, repeat_thresh / frequency[labels])
-    factors = np.ones(len(records))
-    np.maximum.at(factors, images, np.sqrt(rate) if sqrt else rate)
-    return factors
 
 
 def compute_class_balanced_factors(records: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -227,7 +257,7 @@ def build_train_sampler(cfg: CfgNode, records: SerializedRecords, batch_size: in
     elif name == "ClassBalancedTrainingSampler":
         factors = compute_class_balanced_factors(records)
     else:
-        factors = repeat_factors_from_category_frequency(
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             records, cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.REPEAT_SQRT
         )
     return RepeatFactorTrainingSampler(factors, **options)

@@ -163,7 +163,7 @@ def test_groups_only_move_images_within_their_window(case, number):
 
 @given(st.integers(0, 300), st.integers(1, 40))
 def test_inference_ranks_cover_all_images_once(size, world_size):
-    shares = [InferenceSampler(size, rank, world_size) for rank in range(world_size)]
+    shares = [InferenceSampler._get_local_indices(size, world_size, rank) for rank in range(world_size)]
     assert list(itertools.chain(*shares)) == list(range(size))
     lengths = [len(share) for share in shares]
     assert lengths == [len(list(share)) for share in shares]
