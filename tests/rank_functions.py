@@ -18,7 +18,7 @@ from plaintrain.config import get_cfg
 from plaintrain.data import cache
 from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog
-from plaintrain.data.datasets.coco import load_coco_json
+from plaintrain.data.datasets.coco import read_coco_json
 from plaintrain.engine import create_ddp_model, default_setup
 from plaintrain.evaluation import compute_validation_losses
 from plaintrain.solver.accumulation import add_losses, split_batch, sum_losses, sync_gradients
@@ -259,7 +259,7 @@ def read_through_cache(args):
 
     def load(*arguments):
         parsed.append(arguments)
-        return load_coco_json(*arguments)
+        return read_coco_json(*arguments)
 
     cache._MIN_BYTES = 0
     with comm.first_on_machine():

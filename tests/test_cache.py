@@ -13,7 +13,7 @@ from processes import Job
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, cache, register_coco_instances
 from plaintrain.data.cache import get_cache_folder, load_cached_records
-from plaintrain.data.datasets.coco import load_coco_json
+from plaintrain.data.datasets.coco import read_coco_json
 from plaintrain.data.serialized import SerializedRecords
 
 
@@ -31,7 +31,7 @@ def read(parsed):
 
     def load(json_file, image_root, classes):
         parsed.append(json_file)
-        return load_coco_json(json_file, image_root, classes)
+        return read_coco_json(json_file, image_root, classes)
 
     def read(files, root=None, classes=None):
         records, metadata = load_cached_records(load, str(files.json), str(root or files.images), classes)
@@ -53,7 +53,7 @@ def test_arrays_give_back_every_record(tiny_coco):
     content["annotations"] += [{"id": 300, **box, "score": 0.5, "difficult": 1, "area": 0}]
     content["images"][0]["file_name"] = "weit\u00e4\ud800 \u4e2d..png"
     tiny_coco.save()
-    for records in (load_coco_json(str(tiny_coco.json), "root")[0], []):
+    for records in (read_coco_json(str(tiny_coco.json), "root")[0], []):
         plain = SerializedRecords(records)
         packed = SerializedRecords.from_arrays(plain.to_arrays())
         assert list(packed) == records
@@ -68,7 +68,7 @@ def test_arrays_give_back_every_record(tiny_coco):
 
 def test_files_are_parsed_once_and_known_by_their_content(tiny_coco, read, parsed, tmp_path, log):
     first = read(tiny_coco)
-    assert first == load_coco_json(str(tiny_coco.json), str(tiny_coco.images))
+    assert first == read_coco_json(str(tiny_coco.json), str(tiny_coco.images))
     # A copy elsewhere.
     tiny_coco.json = tiny_coco.json.rename(tmp_path / "moved.json")
     assert read(tiny_coco) == first and len(parsed) == 1
@@ -137,7 +137,7 @@ def test_records_are_read_without_a_cache(tiny_coco, read, parsed, monkeypatch, 
 
     # Neither are files that change while they are read.
     def load(json_file, image_root, classes):
-        found = load_coco_json(json_file, image_root, classes)
+        found = read_coco_json(json_file, image_root, classes)
         tiny_coco.json.write_text(json.dumps(tiny_coco.content) + " ")
         return found
 

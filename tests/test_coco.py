@@ -8,7 +8,12 @@ from hostile_helpers import rejected
 
 from plaintrain.data import DatasetCatalog, MetadataCatalog, register_coco_instances
 from plaintrain.data.catalog import load_class_names
-from plaintrain.data.datasets.coco import load_coco_json, load_coco_results
+from plaintrain.data.datasets.coco import (
+    convert_to_coco_dict,
+    load_coco_json,
+    load_coco_results,
+    read_coco_json,
+)
 from plaintrain.structures import BoxMode
 
 NAN = float("nan")
@@ -17,7 +22,7 @@ DELETED = object()
 
 def _load(files, classes=None, problems=None):
     files.save()
-    return load_coco_json(str(files.json), str(files.images), classes, problems)
+    return read_coco_json(str(files.json), str(files.images), classes, problems)
 
 
 def test_records_hold_detectron2s_keys(tiny_coco):
@@ -81,7 +86,7 @@ def test_image_ids_may_be_strings_and_file_names_absolute(tiny_coco):
     tiny_coco.content["images"][1]["file_name"] = "more/../more/upright.png"
     tiny_coco.save()
     tiny_coco.json.write_bytes(b"\xef\xbb\xbf" + tiny_coco.json.read_bytes())
-    records, _ = load_coco_json(str(tiny_coco.json), str(tiny_coco.images))
+    records, _ = read_coco_json(str(tiny_coco.json), str(tiny_coco.images))
     assert [record["image_id"] for record in records] == ["image-11", "image-2", "image-5"]
     assert records[0]["file_name"] == f"{tiny_coco.images}/wide.png"
     assert len(records[0]["annotations"]) == 2
@@ -96,7 +101,7 @@ def test_files_that_are_not_coco_json_are_rejected(tiny_coco):
         ('{"images": [], "annotations": [], "categories": []}', "categories"),
     ):
         tiny_coco.json.write_text(text)
-        rejected(tiny_coco.json, word, by=lambda: load_coco_json(str(tiny_coco.json), ""))
+        rejected(tiny_coco.json, word, by=lambda: read_coco_json(str(tiny_coco.json), ""))
         assert gc.isenabled()
 
 
@@ -213,6 +218,13 @@ def test_register_coco_instances_as_in_detectron2(tiny_coco):
     labels = [[a["category_id"] for a in r["annotations"]] for r in DatasetCatalog.get("few")]
     assert labels == [[1, 0], [], [1]]
     assert MetadataCatalog.get("few").evaluator_type == "pascal_voc"
+    records = load_coco_json(*files, "many")
+    assert records == _load(tiny_coco)[0] == load_coco_json(*files)
+    assert MetadataCatalog.get("many").as_dict()["thing_classes"] == load_class_names("pets")
+    # A popped dataset leaves nothing behind.
+    DatasetCatalog.pop("few")
+    DatasetCatalog.register("few", lambda: records[:1])
+    assert [image["id"] for image in convert_to_coco_dict("few")["images"]] == [records[0]["image_id"]]
 
 
 def test_the_real_images_are_read_by_their_built_in_names(data_root):

@@ -9,7 +9,7 @@ from processes import run_script
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.datasets.builtin import declare_dataset, read_dataset
-from plaintrain.data.datasets.coco import load_coco_json
+from plaintrain.data.datasets.coco import read_coco_json
 from plaintrain.data.datasets.write import write_coco
 from plaintrain.data.datasets.yolo import get_label_file, load_yolo
 from plaintrain.data.images import read_image
@@ -65,7 +65,7 @@ def _corners(annotation):
 
 
 def _coco(folder, images=None):
-    return load_coco_json(str(folder / "annotations.json"), str(images or folder))
+    return read_coco_json(str(folder / "annotations.json"), str(images or folder))
 
 
 def test_coco_to_coco_keeps_everything(convert, pets, tiny_coco):
@@ -157,7 +157,7 @@ def test_compressed_masks_scores_and_custom_areas_are_written(tmp_path):
     record = {"file_name": "x", "image_id": 1, "height": 20, "width": 30}
     record["annotations"] = [{**box, "segmentation": rle, "score": 0.5}, {**box, "area": 3.5}]
     write_coco(tmp_path / "a.json", [record], {"thing_classes": ["cat"]}, ["x.png"])
-    first, second = load_coco_json(str(tmp_path / "a.json"), "")[0][0]["annotations"]
+    first, second = read_coco_json(str(tmp_path / "a.json"), "")[0][0]["annotations"]
     assert first["segmentation"] == {"size": [20, 30], "counts": rle["counts"].decode()}
     assert (first["area"], first["score"], second["area"]) == (20, 0.5, 3.5)
     record["annotations"][0]["segmentation"] = [[1, 2]]

@@ -17,7 +17,7 @@ from plaintrain.checkpoint.pretrained import read_state_dict
 from plaintrain.config import get_cfg
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.data.datasets.builtin import declare_dataset
-from plaintrain.data.datasets.coco import load_coco_json, load_coco_results
+from plaintrain.data.datasets.coco import load_coco_results, read_coco_json
 from plaintrain.data.datasets.folder import load_images
 from plaintrain.data.datasets.voc import load_voc
 from plaintrain.data.datasets.yolo import load_yolo
@@ -152,7 +152,7 @@ def test_special_files_are_rejected_and_do_not_hang(tmp_path, tiny_coco, tiny_vo
         read_state_dict,
         read_image,
         read_image_header,
-        lambda p: load_coco_json(p, ""),
+        lambda p: read_coco_json(p, ""),
         lambda p: load_coco_results(str(tiny_coco.json), "", p),
         lambda p: load_yolo(p, "train"),
     ):
@@ -177,7 +177,7 @@ def test_json_and_masks_of_predictions_that_fill_the_memory_are_rejected(tiny_co
     numbers = '{"images": [' + "9" * 100_000 + "]}"
     for text in ("[" * 1_000_000, '{"images":' * 100_000, numbers, '"\\ud800"', "\0"):
         path.write_text(text)
-        rejected(path, by=lambda: load_coco_json(str(path), ""))
+        rejected(path, by=lambda: read_coco_json(str(path), ""))
         rejected(path, by=lambda: read_detections(str(path), "pets"))
     for change in (
         {"bbox": [1, 1, 5, 5], "segmentation": [[0, 0, 2e9, 0, 2e9, 2e9]]},

@@ -16,7 +16,7 @@ from plaintrain.checkpoint import DetectionCheckpointer
 from plaintrain.checkpoint.torchvision import COCO_NAMES
 from plaintrain.config.defaults import split_overrides
 from plaintrain.data import build_detection_test_loader
-from plaintrain.data.datasets.coco import load_coco_json
+from plaintrain.data.datasets.coco import read_coco_json
 from plaintrain.data.datasets.shapes import load_shapes
 from plaintrain.data.images import read_image
 from plaintrain.modeling import build_model, build_tta
@@ -230,7 +230,7 @@ def test_script_draws_images_of_folders_and_patterns_and_writes_a_coco_json(run,
     content = json.loads((found / "predictions.json").read_text())
     assert [c["name"] for c in content["categories"]] == NAMES
     assert [i["file_name"] for i in content["images"]] == ["b/one.png", "b/two.JPG", "a/one.png", "c.gif"]
-    records, _ = load_coco_json(str(found / "predictions.json"), str(images))
+    records, _ = read_coco_json(str(found / "predictions.json"), str(images))
     predictor = Predictor(run)
     for record in records:
         scores = predictor(record["file_name"])["scores"].tolist()

@@ -11,7 +11,7 @@ from PIL import Image
 from processes import run_script
 from pycocotools import mask as coco_mask
 
-from plaintrain.data.datasets.coco import load_coco_json
+from plaintrain.data.datasets.coco import read_coco_json
 from plaintrain.data.validation import PROBLEM_TYPES, Finding, check_records
 from plaintrain.structures import BoxMode, encode_segmentation
 
@@ -242,7 +242,7 @@ def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_
         "renumbered while reading: annotations with a duplicate id: 1",
     ]
     assert [text for text in wanted if text not in said] == []
-    records, metadata = load_coco_json(str(tmp_path / "fixed/annotations.json"), str(tiny_coco.images))
+    records, metadata = read_coco_json(str(tmp_path / "fixed/annotations.json"), str(tiny_coco.images))
     assert [record["image_id"] for record in records] == [2, 11]
     assert records[0]["width"] == 30
     assert [a["bbox"] for a in records[1]["annotations"]][2:] == [[30, 0, 10, 5], [1, 1, 5, 5], [1, 1, 5, 5]]
@@ -255,7 +255,7 @@ def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_
 
 def _fixed(folder, root):
     """Return the images and annotations of a cleaned copy, by file name."""
-    records, metadata = load_coco_json(str(folder / "annotations.json"), str(root))
+    records, metadata = read_coco_json(str(folder / "annotations.json"), str(root))
     assert not [f for f in check_records(records, metadata) if f.fatal]
     return {Path(r["file_name"]).name: r for r in records}
 

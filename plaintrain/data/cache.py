@@ -35,7 +35,7 @@ def load_cached_records(
 
     The key is the SHA-256 of the file (half a second for COCO) and of the reader's code; size and time miss
     some edits. Cache files are arrays with checksums; loading them runs no code. Without a usable cache,
-    `load` (`load_coco_json`) is called with the other arguments.
+    `load` (`read_coco_json`) is called with the other arguments.
     """
     path = _get_path(load, json_file, image_root, classes)
     if path and os.path.exists(path):

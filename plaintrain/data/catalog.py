@@ -28,6 +28,8 @@ class _DatasetCatalog(dict):
         if name in self:
             raise UserError(f"the dataset {name} is already registered")
         self[name] = func
+        # `pop` keeps the records of an earlier dataset of that name.
+        self._loaded.pop(name, None)
 
     def get(self, name: str) -> SerializedRecords:  # type: ignore[override]
         """Return the records of a dataset, loaded once."""
@@ -45,7 +47,6 @@ class _DatasetCatalog(dict):
 
     def remove(self, name: str) -> None:
         self.pop(name)
-        self._loaded.pop(name, None)
 
     def list(self) -> list[str]:
         return list(self)
@@ -60,6 +61,9 @@ class Metadata(SimpleNamespace):
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.__dict__.get(key, default)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
 
     def __getattr__(self, key):
         raise AttributeError(f"the metadata of dataset {self.__dict__.get('name')} has no {key}")

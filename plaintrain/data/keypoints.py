@@ -71,3 +71,13 @@ def create_keypoint_hflip_indices(dataset_names: Sequence[str], num_keypoints: i
         key = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
         raise UserError(f"{key} is {num_keypoints}, but {datasets} has {len(names)} keypoints")
     return order
+
+
+def shift_keypoints(keypoints: Sequence[float], offset: float) -> list[float]:
+    """Add `offset` to x and y of `[x, y, v, ...]` where v > 0; 0.5 makes COCO's pixel indices continuous."""
+    shifted = list(keypoints)
+    for i in range(0, len(shifted), 3):
+        if shifted[i + 2] > 0:
+            shifted[i] += offset
+            shifted[i + 1] += offset
+    return shifted

@@ -36,7 +36,7 @@ def _check_cycle(names: Sequence[str], chain: Sequence[str]) -> None:
 
 
 _READERS: dict[str, Callable[..., coco.LoadedDataset]] = {
-    "coco": coco.load_coco_json,
+    "coco": coco.read_coco_json,
     "coco_results": coco.load_coco_results,
     "voc": voc.load_voc,
     "yolo": yolo.load_yolo,
@@ -112,7 +112,7 @@ def declare_dataset(name: str, spec: dict[str, Any]) -> None:
 
 def _read(spec, problems=None):
     reader = _READERS[spec["FORMAT"]]
-    if reader is coco.load_coco_json and problems is None:
+    if reader is coco.read_coco_json and problems is None:
         reader = functools.partial(load_cached_records, reader)
     values = {"problems": problems, "dataset_root": get_dataset_root()}
     for key, value in spec.items():

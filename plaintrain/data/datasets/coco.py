@@ -13,8 +13,9 @@ from pycocotools import mask as coco_mask
 
 from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
+from plaintrain.data.datasets.write import build_coco_content
 from plaintrain.data.image_files import is_too_large
-from plaintrain.data.keypoints import get_keypoint_metadata
+from plaintrain.data.keypoints import get_keypoint_metadata, shift_keypoints
 from plaintrain.data.serialized import disable_gc
 from plaintrain.data.validation import find_coco_annotation_problem, find_image_problem, find_keypoint_problem
 from plaintrain.structures import (
@@ -52,7 +53,22 @@ def _are_objects(items):
     return isinstance(items, list) and all(isinstance(item, dict) for item in items)
 
 
-def load_coco_json(
+def load_coco_json(json_file: str, image_root: str, dataset_name: str | None = None) -> list[dict[str, Any]]:
+    """Read the records of a COCO annotation file; set the metadata of `dataset_name`."""
+    records, metadata = read_coco_json(json_file, image_root)
+    if dataset_name is not None:
+        MetadataCatalog.get(dataset_name).set(**metadata)
+    return records
+
+
+def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
+    """Return the content of a COCO annotation file for a registered dataset."""
+    records = DatasetCatalog.get(dataset_name)
+    metadata = MetadataCatalog.get(dataset_name).as_dict()
+    return build_coco_content(records, metadata, [record["file_name"] for record in records])
+
+
+def read_coco_json(
     json_file: str,
     image_root: str,
     classes: Sequence[str] | None = None,
@@ -87,7 +103,7 @@ def load_coco_results(
     """Read detections in COCO's results format as annotations with a `score`, such as pseudo-labels.
 
     `json_file` provides `images` and `categories`; its annotations are ignored. All keypoints count as
-    visible. See `load_coco_json` for the other arguments and the return value.
+    visible. See `read_coco_json` for the other arguments and the return value.
     """
     with disable_gc():
         content = _read_content(json_file, ("images", "categories"))
@@ -249,23 +265,13 @@ def _convert_annotation(annotation, labels):
     return converted
 
 
-def shift_keypoints(keypoints: Sequence[float], offset: float) -> list[float]:
-    """Add `offset` to x and y of `[x, y, v, ...]` where v > 0; 0.5 makes COCO's pixel indices continuous."""
-    shifted = list(keypoints)
-    for i in range(0, len(shifted), 3):
-        if shifted[i + 2] > 0:
-            shifted[i] += offset
-            shifted[i + 1] += offset
-    return shifted
-
-
 def register_coco_instances(name: str, metadata: dict[str, Any], json_file: str, image_root: str) -> None:
     """Register a COCO dataset, as in Detectron2; `thing_classes` in `metadata` selects and orders classes."""
     metadata = {"evaluator_type": "coco", **metadata}
 
     def load():
         classes = metadata.get("thing_classes")
-        records, loaded_metadata = load_cached_records(load_coco_json, json_file, image_root, classes)
+        records, loaded_metadata = load_cached_records(read_coco_json, json_file, image_root, classes)
         MetadataCatalog.get(name).set(**loaded_metadata)
         return records
 

@@ -34,7 +34,7 @@ def load_voc(
 
     Boxes are 1-based pixels including the last row and column, so the corners are `xmin - 1, ymin - 1,
     xmax, ymax`. Empty boxes are kept, for the loader to drop and count. Without `classes`, the classes
-    are the sorted names in `Annotations` of all splits; see `load_coco_json` for `problems`.
+    are the sorted names in `Annotations` of all splits; see `read_coco_json` for `problems`.
     """
     names = _read_split(root, split)
     folder, image_folder = (os.path.join(root, name) for name in ("Annotations", "JPEGImages"))

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import Metadata
-from plaintrain.data.datasets.coco import shift_keypoints
+from plaintrain.data.keypoints import shift_keypoints
 from plaintrain.structures import BoxMode, encode_segmentation
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
@@ -46,6 +46,15 @@ def write_coco(
     json_file: str, records: Sequence[dict[str, Any]], metadata: Mapping[str, Any], file_names: Iterable[str]
 ) -> None:
     """Write records as COCO JSON with these file names; `load_coco_json` reads it."""
+    content = build_coco_content(records, metadata, file_names)
+    with atomic_write(json_file) as f:
+        json.dump(content, f)
+
+
+def build_coco_content(
+    records: Sequence[dict[str, Any]], metadata: Mapping[str, Any], file_names: Iterable[str]
+) -> dict[str, Any]:
+    """Return the images, annotations and categories of COCO JSON."""
     ids = get_category_ids(metadata)
     images = []
     annotations: list[dict[str, Any]] = []
@@ -65,8 +74,7 @@ def write_coco(
         for category in categories:
             if not with_keypoints or category["id"] in with_keypoints:
                 category.update(keys)
-    with atomic_write(json_file) as f:
-        json.dump({"images": images, "annotations": annotations, "categories": categories}, f)
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def get_area(annotation: dict[str, Any], record: dict[str, Any]) -> float:

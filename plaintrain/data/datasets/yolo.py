@@ -39,7 +39,7 @@ def load_yolo(
     The image id is the file's stem, an int if all stems are numbers, or the path if stems are not unique.
     Image sizes are read from the files, after EXIF rotation. An image without a label file has no objects.
     A relative `path` in `data_file` may start at the file's folder or at `dataset_root`. See
-    `load_coco_json` for `classes` and `problems`.
+    `read_coco_json` for `classes` and `problems`.
     """
     data = parse_yaml(read_text(data_file, max_bytes=MAX_BYTES), data_file)
     # Lines with keypoints would be read as polygons.
