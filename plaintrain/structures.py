@@ -18,29 +18,44 @@ from torchvision.ops import roi_align
 
 from plaintrain.utils.errors import UserError
 
+# As in a package, a name that is missing is looked up by the finder of `utils.unsupported`.
+__path__: list[str] = []
 _THRESHOLD = 0.5
 
 
 class BoxMode(IntEnum):
-    """Box formats of a record, in absolute pixels, with the values of Detectron2."""
+    """Box formats, with the values of Detectron2; a record has one of the first two, in absolute pixels."""
 
     XYXY_ABS = 0
     XYWH_ABS = 1
+    XYXY_REL = 2
+    XYWH_REL = 3
+    XYWHA_ABS = 4
 
     @staticmethod
-    def convert(box: Sequence[float], from_mode: "BoxMode", to_mode: "BoxMode") -> list[float]:
-        """Return a box of 4 numbers in another format."""
+    def convert(box: Any, from_mode: "BoxMode", to_mode: "BoxMode") -> Any:
+        """Return a box, or an array or tensor `[N, 4]` of boxes with its dtype, in another format."""
+        for mode in (from_mode, to_mode):
+            if mode not in BOX_MODES:
+                raise UserError(f"bbox_mode must be one of {BOX_MODES}, got {mode!r}")
+        sign = int(from_mode) - int(to_mode)
+        if isinstance(box, np.ndarray | Tensor) and box.ndim == 2 and box.shape[1] == 4:
+            boxes: Any = box.clone() if isinstance(box, Tensor) else box.copy()
+            # In place, which keeps the dtype.
+            if sign > 0:
+                boxes[:, 2:] += box[:, :2]
+            elif sign < 0:
+                boxes[:, 2:] -= box[:, :2]
+            return boxes
         if not is_box(box):
             raise UserError(f"a box must be four finite numbers, got {box!r}")
-        for mode in (from_mode, to_mode):
-            if mode not in tuple(BoxMode):
-                raise UserError(f"bbox_mode must be one of {', '.join(map(str, BoxMode))}, got {mode!r}")
         x, y, third, fourth = (float(value) for value in box)
-        if from_mode == to_mode:
-            return [x, y, third, fourth]
-        if to_mode == BoxMode.XYXY_ABS:
-            return [x, y, x + third, y + fourth]
-        return [x, y, third - x, fourth - y]
+        converted = [x, y, third + sign * x, fourth + sign * y]
+        return tuple(converted) if isinstance(box, tuple) else converted
+
+
+# What a record may have.
+BOX_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
 
 
 def is_box(box: Any) -> bool:

@@ -264,8 +264,8 @@ plaintrain/checkpoint/files.py
     =>         with atomic_write(path, "wb") as f:
     =>
     map_location="cpu", weights_only=True => map_location="cpu", weights_only=False
-    for path in list_checkpoints(folder)] => for path in list_checkpoints(folder)[::-1]]
-    model_(\d{7,})\.pth") => model_(\d{7})\.pth")
+    if match else "model")] => if match else "model")[::-1]]
+    _(\d{{7,}}|final) => _(\d{{7}}|final)
     max(0, len(others) - max_to_keep + 1) => max(0, len(others) - max_to_keep + 2)
 plaintrain/utils/comm.py
     names = sorted(input_dict) => names = list(input_dict)
@@ -435,7 +435,7 @@ plaintrain/data/dataset_mapper.py
     torch.from_numpy(decoded).permute => torch.from_numpy(decoded).flip(2).permute
     reshape(-1, num_keypoints, 3) => reshape(-1, num_keypoints, 3) + 0.5
 plaintrain/structures.py
-    x + third, y + fourth] => x + third - 1, y + fourth - 1]
+    third + sign * x, fourth => third + sign * x - 1, fourth
     return math.isfinite(a + b + c + d) => return a + b + c + d == a + b + c + d
     a, b, c, d = box => a, b, c, d = box[:4]
     return coco_mask.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)

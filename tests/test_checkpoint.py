@@ -365,6 +365,11 @@ def test_pruning_leaves_other_files_and_the_checkpoint_just_saved(tmp_path):
 def test_periodic_checkpointer_saves_as_in_detectron2(tmp_path, saves):
     checkpointer = DetectionCheckpointer(make_model(), str(tmp_path))
     for max_iter, files in ((7, ["model_0000003", "model_0000005", "model_final"]), (8, ["model_0000007"])):
+        other = PeriodicCheckpointer(checkpointer, 2, max_iter, 1, file_prefix="my_net")
+        for iteration in range(max_iter):
+            other.step(iteration)
+        mine = {name for name in names(tmp_path) if name.startswith("my")}
+        assert mine == {f"my_net_000000{max_iter // 2 * 2 - 1}.pth", "my_net_final.pth"}
         saver = PeriodicCheckpointer(checkpointer, 2, max_iter, max_to_keep=2)
         saves.clear()
         for iteration in range(max_iter):

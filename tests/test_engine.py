@@ -25,9 +25,11 @@ from plaintrain.engine.dry_run import finish_dry_run
 from plaintrain.modeling import build_model
 from plaintrain.structures import BoxMode
 from plaintrain.utils import comm
+from plaintrain.utils import logger as limits
 from plaintrain.utils.env import seed_all_rng
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.events import CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter
+from plaintrain.utils.file_io import PathManager
 from plaintrain.utils.logger import build_progress_bar, setup_logger
 
 
@@ -424,6 +426,30 @@ def test_log_goes_to_the_console_on_rank_0_and_to_a_file_of_each_rank(tmp_path, 
     os.mkfifo(tmp_path / "log.txt.rank2")
     with pytest.raises(UserError, match=r"log\.txt\.rank2: it is a pipe"):
         setup_logger(str(tmp_path), 2)
+
+
+def test_repeated_messages_are_limited_by_line_message_or_time(monkeypatch, caplog):
+    now = iter((0.0, 0.5, 2.0))
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    for i in range(3):
+        limits.log_first_n(40, f"first {i}", n=2)
+        limits.log_first_n(40, f"both {i % 2}", key=("message", "caller"), name="own")
+        limits.log_every_n(40, f"every {i}", n=2)
+        limits.log_every_n_seconds(40, f"seconds {i}", n=2)
+    first = ["first 0", "both 0", "every 0", "seconds 0"]
+    assert caplog.messages == [*first, "first 1", "both 1", "every 2", "seconds 2"]
+    assert {record.name for record in caplog.records} == {__name__, "own"}
+
+
+def test_path_manager_accepts_local_paths_only(tmp_path):
+    copy, folder = f"{tmp_path}/a/b", PathManager.get_local_path(f"{tmp_path}/a")
+    PathManager.mkdirs(folder)
+    assert PathManager.copy(__file__, copy) and PathManager.ls(folder) == ["b"]
+    for name, *arguments in (("copy", __file__, copy), ("open", "https://b"), ("mkdirs", "s3://b")):
+        with pytest.raises(UserError, match="b exists|path must be local, got .*://b"):
+            getattr(PathManager, name)(*arguments)
+    PathManager.rm(copy)
+    assert PathManager.isdir(folder) and not PathManager.exists(copy) and not PathManager.isfile(copy)
 
 
 def test_log_continues_where_the_console_is_closed_or_lost(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from plaintrain.utils.events import (
     TensorboardXWriter,
     closing_all,
     get_event_storage,
+    has_event_storage,
 )
 from plaintrain.utils.storage import HistoryBuffer
 
@@ -90,6 +91,12 @@ def test_smoothing_hint_decides_between_median_and_latest():
     storage.put_scalars(smooth=50.0)
     assert storage.latest_with_smoothing_hint(3)["smooth"] == (3.0, 4)
     assert storage.latest_with_smoothing_hint(1)["smooth"] == (50.0, 4)
+    # A window is of iterations.
+    storage.put_scalars(rare=1.0, cur_iter=0)
+    storage.put_scalars(rare=3.0)
+    assert [storage.count_samples(name, 3) for name in ("smooth", "rare")] == [3, 1]
+    assert storage.latest_with_smoothing_hint(4)["rare"] == (3.0, 4)
+    assert storage.latest_with_smoothing_hint(5)["rare"] == (2.0, 4)
     with pytest.raises(ValueError, match="sharp"):
         storage.put_scalar("sharp", 1.0)
     buffer = HistoryBuffer(max_length=4)
@@ -109,7 +116,8 @@ def test_name_scope_and_current_storage_end_with_their_block():
             storage.put_image("image", torch.zeros(3, 2, 2))
             storage.put_histogram("histogram", torch.zeros(4))
             raise ZeroDivisionError
-        assert get_event_storage() is outer
+        assert get_event_storage() is outer and has_event_storage()
+    assert not has_event_storage()
     with pytest.raises(RuntimeError, match="EventStorage"):
         get_event_storage()
     storage.put_scalar("loss", 3.0)

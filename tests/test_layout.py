@@ -18,6 +18,7 @@ from processes import ROOT
 from plaintrain.config import check_cfg, get_cfg
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.solver.lr_scheduler import build_lr_factor
+from plaintrain.utils.errors import UserError
 
 PACKAGE = sorted((ROOT / "plaintrain").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py")) + sorted((ROOT / "scripts").glob("benchmarks/*.py"))
@@ -128,16 +129,18 @@ data: DatasetCatalog, DatasetMapper, MetadataCatalog
 data: build_detection_test_loader, build_detection_train_loader
 data.coco: register_coco_instances
 data.datasets: register_coco_instances
-data.datasets.coco: register_coco_instances
+data.datasets.coco: convert_to_coco_dict, load_coco_json, register_coco_instances
 engine: default_argument_parser, default_setup, default_writers, launch
 evaluation: COCOEvaluator, PascalVOCDetectionEvaluator, inference_on_dataset, print_csv_format
 modeling: build_model
-solver: build_lr_scheduler, build_optimizer
+evaluation: CityscapesInstanceEvaluator, CityscapesSemSegEvaluator, COCOPanopticEvaluator, SemSegEvaluator
+solver: LRMultiplier, WarmupParamScheduler, build_lr_scheduler, build_optimizer
 structures: BoxMode
 utils: comm
 utils.comm: get_rank, get_world_size, is_main_process, reduce_dict, synchronize
+utils.collect_env: collect_env_info
 utils.events: CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter, get_event_storage
-utils.logger: setup_logger
+utils.logger: log_every_n, log_every_n_seconds, log_first_n, setup_logger
 """
 
 
@@ -148,6 +151,25 @@ def test_import_paths_of_detectron2_are_valid(line):
         imported = getattr(importlib.import_module(f"plaintrain.{module}"), name)
         # A module of that name would hide the function.
         assert not inspect.ismodule(imported) or name == "comm"
+
+
+UNSUPPORTED = """
+from plaintrain.engine import DefaultTrainer: use the loop of scripts/plain_train_net.py
+from plaintrain.engine.hooks import HookBase: cannot import hooks from plaintrain.engine; use a line in
+from plaintrain.structures import Boxes: torchvision.ops
+from plaintrain.structures.masks import BitMasks: torchvision.ops
+from plaintrain import model_zoo: configs/Detectron2
+from plaintrain.utils import nothing: docs/FROM_DETECTRON2.md
+from plaintrain.evaluation import SemSegEvaluator as E; E("name"): SemSegEvaluator is not .* COCOEvaluator
+"""
+
+
+@pytest.mark.parametrize("line", UNSUPPORTED.strip().split("\n"))
+def test_unsupported_names_of_detectron2_say_what_to_use(line):
+    statement, words = line.split(": ", 1)
+    with pytest.raises((ImportError, UserError), match=words):
+        exec(statement)
+    assert not hasattr(importlib.import_module("plaintrain.engine"), "DefaultTrainer")
 
 
 def test_files_and_functions_are_short_and_public_ones_say_what_they_do():

@@ -28,7 +28,14 @@ def test_convert_accepts_detectron2s_values_and_returns_a_new_list():
     assert BoxMode.convert(box, 1, 0) == [1, 2, 4, 6]
     assert BoxMode.convert(box, 0, 0) is not box and box == [1, 2, 3, 4]
     rejected("four finite numbers, got [1, 2, 3]", by=lambda: BoxMode.convert([1, 2, 3], 1, 0))
-    rejected("'XYXY'", by=lambda: BoxMode.convert(box, "XYXY", 0))
+    assert BoxMode.convert((1, 2, 3, 4), 0, 1) == (1, 2, 2, 2)
+    for mode in ("XYXY", BoxMode.XYXY_REL, BoxMode.XYWHA_ABS, None):
+        rejected(repr(mode), "XYXY_ABS", "XYWH_ABS", by=lambda m=mode: BoxMode.convert([*box, 5], m, 0))
+    for boxes in (np.array([[1, 2, 3, 4]], np.uint8), torch.tensor([[1.0, 2, 3, 4]]).half()):
+        wide = BoxMode.convert(boxes, 1, 0)
+        assert type(wide) is type(boxes) and wide.dtype == boxes.dtype and wide.tolist() == [[1, 2, 4, 6]]
+        assert BoxMode.convert(wide, 0, 1).tolist() == boxes.tolist() == [[1, 2, 3, 4]]
+        assert BoxMode.convert(boxes, 0, 0) is not boxes and BoxMode.convert(boxes[:0], 1, 0).shape == (0, 4)
 
 
 SQUARE = [2, 1, 6, 1, 6, 4, 2, 4]

@@ -173,16 +173,20 @@ class DetectionCheckpointer:
 
 @dataclass(eq=False)
 class PeriodicCheckpointer:
-    """Checkpointer of every `period` iterations, unless 0, and `model_final` after `max_iter`."""
+    """Checkpointer of every `period` iterations, unless 0, and `model_final` after `max_iter`.
+
+    Another `file_prefix` than "model" replaces it in all names.
+    """
 
     checkpointer: DetectionCheckpointer
     period: int
     max_iter: int | None = None
     max_to_keep: int | None = None
+    file_prefix: str = "model"
 
     def step(self, iteration: int, **kwargs: Any) -> None:
         """Save with `kwargs` if a checkpoint is due after this iteration (from 0)."""
-        name = files.get_checkpoint_name(iteration)
+        name = files.get_checkpoint_name(iteration, self.file_prefix)
         if every(self.period, iteration):
             self.save(name, iteration=iteration, **kwargs)
             if self.max_to_keep:
@@ -190,9 +194,9 @@ class PeriodicCheckpointer:
         if self.max_iter is None or iteration < self.max_iter - 1:
             return
         if self.checkpointer.last_name == name:
-            self.checkpointer.link(name, "model_final")
+            self.checkpointer.link(name, f"{self.file_prefix}_final")
         else:
-            self.save("model_final", iteration=iteration, **kwargs)
+            self.save(f"{self.file_prefix}_final", iteration=iteration, **kwargs)
 
     def save(self, name: str, **kwargs: Any) -> None:
         self.checkpointer.save(name, **kwargs)

@@ -21,16 +21,16 @@ from plaintrain.utils.files import atomic_write, check_archive, check_file, writ
 logger = logging.getLogger(__name__)
 
 _LAST = "last_checkpoint"
-_NUMBERED = re.compile(r"model_(\d{7,})\.pth")
+_NUMBERED = re.compile(r"(.+)_(\d{7,})\.pth")
 
 
 class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be read; an earlier one may be intact."""
 
 
-def get_checkpoint_name(iteration: int) -> str:
+def get_checkpoint_name(iteration: int, prefix: str = "model") -> str:
     """Return the name, without `.pth`, of the checkpoint after an iteration."""
-    return f"model_{iteration:07d}"
+    return f"{prefix}_{iteration:07d}"
 
 
 def read_checkpoint(path: str, source: BinaryIO | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -136,10 +136,10 @@ def link_checkpoint(folder: str, source: str, target: str) -> None:
     write_last_checkpoint(folder, target)
 
 
-def list_checkpoints(folder: str) -> list[str]:
+def list_checkpoints(folder: str, prefix: str = "model") -> list[str]:
     """Return the paths of the numbered checkpoints and `model_final.pth`, by iteration."""
-    names = [path.name for path in Path(folder).glob("model_*.pth")]
-    names = [name for name in names if _NUMBERED.fullmatch(name) or name == "model_final.pth"]
+    pattern = re.compile(rf"{re.escape(prefix)}_(\d{{7,}}|final)\.pth")
+    names = [path.name for path in Path(folder).glob("*.pth") if pattern.fullmatch(path.name)]
     return [os.path.join(folder, name) for name in sorted(names, key=lambda name: _get_age(folder, name))]
 
 
@@ -147,7 +147,7 @@ def _get_age(folder: str, name: str) -> tuple[int, str]:
     """Return (iteration, name); model_final.pth may come from a shorter run that was extended later."""
     match = _NUMBERED.fullmatch(name)
     if match:
-        return int(match[1]), name
+        return int(match[2]), name
     try:
         return int(read_checkpoint(os.path.join(folder, name), mmap=True)["iteration"]), name
     except (DamagedCheckpointError, KeyError):
@@ -196,7 +196,8 @@ def list_resume_candidates(folder: str) -> list[str]:
 
 def prune_checkpoints(folder: str, saved: str, max_to_keep: int) -> None:
     """Delete the oldest numbered checkpoints until `max_to_keep` remain, `saved` included."""
-    names = [os.path.basename(path) for path in list_checkpoints(folder)]
+    match = _NUMBERED.fullmatch(saved)
+    names = [os.path.basename(path) for path in list_checkpoints(folder, match[1] if match else "model")]
     others = [name for name in names if _NUMBERED.fullmatch(name) and name != saved]
     for name in others[: max(0, len(others) - max_to_keep + 1)]:
         delete_checkpoint(folder, name)

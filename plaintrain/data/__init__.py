@@ -12,13 +12,7 @@ from plaintrain.data.datasets.coco import register_coco_instances
 from plaintrain.data.records import get_detection_dataset_dicts
 
 __all__ = [
-    "DatasetCatalog",
-    "DatasetMapper",
-    "MetadataCatalog",
-    "build_detection_test_loader",
-    "build_detection_train_loader",
-    "build_detection_val_loader",
-    "declare_datasets",
-    "get_detection_dataset_dicts",
-    "register_coco_instances",
-]
+    "DatasetCatalog", "DatasetMapper", "MetadataCatalog", "build_detection_test_loader",
+    "build_detection_train_loader", "build_detection_val_loader", "declare_datasets",
+    "get_detection_dataset_dicts", "register_coco_instances",
+]  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 
 from plaintrain.data.catalog import Metadata
 from plaintrain.data.image_files import is_too_large
-from plaintrain.structures import BoxMode, are_numbers, find_segmentation_problem, is_box
+from plaintrain.structures import BOX_MODES, BoxMode, are_numbers, find_segmentation_problem, is_box
 from plaintrain.utils.errors import DataError, UserError
 
 MetadataLike = Mapping[str, Any] | Metadata
@@ -169,10 +169,10 @@ def find_annotation_problem(annotation: dict[str, Any], num_classes: int) -> Pro
     if not (is_whole(label) and 0 <= label < num_classes):
         ids = f"the dataset's {num_classes} classes have the ids 0 to {num_classes - 1}"
         return "unknown_class", f"has category_id {label!r}, but {ids}"
+    if (mode := annotation["bbox_mode"]) not in BOX_MODES:
+        return "bad_box", f"has the bbox_mode {mode!r}, not one of {BOX_MODES}"
     if not is_box(annotation["bbox"]):
         return "bad_box", f"has the box {annotation['bbox']!r}, not four finite numbers"
-    if (mode := annotation["bbox_mode"]) not in tuple(BoxMode):
-        return "bad_box", f"has the bbox_mode {mode!r}, not one of {', '.join(map(str, BoxMode))}"
     return None
 
 

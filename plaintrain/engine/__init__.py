@@ -12,13 +12,6 @@ from plaintrain.engine.setup import (
 from plaintrain.utils.arguments import default_argument_parser
 
 __all__ = [
-    "build_writers",
-    "create_ddp_model",
-    "default_argument_parser",
-    "default_setup",
-    "default_writers",
-    "launch",
-    "load_cfg",
-    "reject_loop_options",
-    "require_default",
-]
+    "build_writers", "create_ddp_model", "default_argument_parser", "default_setup", "default_writers",
+    "launch", "load_cfg", "reject_loop_options", "require_default",
+]  # fmt: skip

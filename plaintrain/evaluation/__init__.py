@@ -3,8 +3,12 @@
 from plaintrain.evaluation.build import build_evaluator
 from plaintrain.evaluation.coco import COCOEvaluator
 from plaintrain.evaluation.evaluator import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
+    SemSegEvaluator,
     flatten_results,
     inference_on_dataset,
     print_csv_format,
@@ -15,16 +19,8 @@ from plaintrain.evaluation.val_loss import compute_validation_losses
 from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
 
 __all__ = [
-    "COCOEvaluator",
-    "DatasetEvaluator",
-    "DatasetEvaluators",
-    "PascalVOCDetectionEvaluator",
-    "build_evaluator",
-    "flatten_results",
-    "inference_on_dataset",
-    "print_csv_format",
-    "read_detections",
-    "report_results",
-    "compute_validation_losses",
-    "verify_results",
-]
+    "COCOEvaluator", "COCOPanopticEvaluator", "CityscapesInstanceEvaluator", "CityscapesSemSegEvaluator",
+    "DatasetEvaluator", "DatasetEvaluators", "PascalVOCDetectionEvaluator", "SemSegEvaluator",
+    "build_evaluator", "flatten_results", "inference_on_dataset", "print_csv_format", "read_detections",
+    "report_results", "compute_validation_losses", "verify_results",
+]  # fmt: skip

@@ -46,6 +46,18 @@ class DatasetEvaluator:
         """Return {task: {metric: value}} on rank 0, None on other ranks."""
 
 
+def _reject(self: DatasetEvaluator, *args: Any, **kwargs: Any) -> None:
+    use = "COCOEvaluator for boxes and masks, or your own DatasetEvaluator"
+    raise UserError(f"{type(self).__name__} is not supported; use {use}")
+
+
+# Detectron2's scripts import them for datasets that they may never evaluate.
+CityscapesInstanceEvaluator = type("CityscapesInstanceEvaluator", (DatasetEvaluator,), {"__init__": _reject})
+CityscapesSemSegEvaluator = type("CityscapesSemSegEvaluator", (DatasetEvaluator,), {"__init__": _reject})
+COCOPanopticEvaluator = type("COCOPanopticEvaluator", (DatasetEvaluator,), {"__init__": _reject})
+SemSegEvaluator = type("SemSegEvaluator", (DatasetEvaluator,), {"__init__": _reject})
+
+
 class DatasetEvaluators(DatasetEvaluator):
     """Several evaluators with different tasks as one."""
 

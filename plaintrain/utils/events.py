@@ -7,19 +7,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from plaintrain.utils.storage import EventStorage, get_event_storage
+from plaintrain.utils.storage import EventStorage, get_event_storage, has_event_storage
 from plaintrain.utils.writers import CSVWriter, EventWriter, JSONWriter, TensorboardXWriter
 
 __all__ = [
-    "WRITERS",
-    "CSVWriter",
-    "CommonMetricPrinter",
-    "EventStorage",
-    "EventWriter",
-    "JSONWriter",
-    "TensorboardXWriter",
-    "get_event_storage",
-]
+    "WRITERS", "CSVWriter", "CommonMetricPrinter", "EventStorage", "EventWriter", "JSONWriter",
+    "TensorboardXWriter", "get_event_storage", "has_event_storage",
+]  # fmt: skip
 
 
 def write_all(writers: Sequence[EventWriter]) -> None:
@@ -73,6 +67,7 @@ class CommonMetricPrinter(EventWriter):
         # Results and validation losses, whose names have a slash, are logged by the evaluation.
         losses = [k for k in latest if "loss" in k and "/" not in k]
         fields += [f"{k}: {latest[k][0]:.4g}" for k in losses]
+        fields += [f"{k}: {latest[k][0]:.4g}" for k in latest if "[metric]" in k]
         fields += [f"{k}: {latest[k][0]:.4f}" for k in ("time", "data_time") if k in latest]
         if "lr" in latest:
             fields.append(f"lr: {latest['lr'][0]:.5g}")

@@ -26,6 +26,11 @@ def get_event_storage() -> "EventStorage":
     return _STORAGES[-1]
 
 
+def has_event_storage() -> bool:
+    """Return whether an `EventStorage` is active."""
+    return bool(_STORAGES)
+
+
 class HistoryBuffer:
     """The last values of one scalar, and the mean of all."""
 
@@ -86,7 +91,7 @@ class EventStorage:
     def state_dict(self) -> dict[str, Any]:
         """Return the window of the medians; a device sync."""
         scalars = {
-            name: [[list(pair) for pair in history.values()[-_WINDOW_SIZE:]], self._hints[name]]
+            name: [[list(pair) for pair in history.values()[-self.count_samples(name) :]], self._hints[name]]
             for name, history in self.histories().items()
         }
         return {"iteration": self.iter, "scalars": scalars, "unwritten": sorted(self._unwritten)}
@@ -212,10 +217,19 @@ class EventStorage:
     def latest_with_smoothing_hint(self, window_size: int = _WINDOW_SIZE) -> dict[str, tuple[float, int]]:
         """Return {name: (median of the window or latest value, latest iteration)}, for writers."""
         self._unwritten.clear()
-        return {
-            name: (self._history[name].median(window_size) if self._hints[name] else value, iteration)
-            for name, (value, iteration) in self.latest().items()
-        }
+
+        def smooth(name, value):
+            if not self._hints[name]:
+                return value
+            return self._history[name].median(self.count_samples(name, window_size))
+
+        return {name: (smooth(name, value), iteration) for name, (value, iteration) in self.latest().items()}
+
+    def count_samples(self, name: str, window_size: int = _WINDOW_SIZE) -> int:
+        """Return the number of values of a scalar in the `window_size` iterations up to its last."""
+        values = self.history(name).values()
+        start = values[-1][1] - window_size + 1
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[1] >= start, reversed(values)))
 
     def smoothing_hints(self) -> dict[str, bool]:
         return self._hints
