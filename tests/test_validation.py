@@ -17,7 +17,8 @@ from plaintrain.structures import BoxMode, encode_segmentation
 
 
 def _record(*changes, image_id=1):
-    annotations = [make_annotation([1, 1, 9, 9]) | change for change in changes]
+    # Different boxes, none of which is a duplicate.
+    annotations = [make_annotation([1, 1, 9 + 2 * i, 9]) | change for i, change in enumerate(changes)]
     return make_record(image_id, *annotations) | {"height": 20, "width": 30}
 
 
@@ -222,7 +223,7 @@ def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_
         {**box, "id": 202, "bbox": [50, 1, 5, 5]},
         {**box, "id": 202, "bbox": [30, -5, 20, 10]},
         {**box, "id": 203, "segmentation": [[1, 1, 2, 2], [1, 1, 5, 1, 5, 5]]},
-        {**box, "id": 204, "segmentation": {"size": [30, 40], "counts": [3]}},
+        {**box, "id": 204, "bbox": [1, 1, 5, 7], "segmentation": {"size": [30, 40], "counts": [3]}},
     ]
     content["annotations"][2].pop("segmentation")
     declare(content)
@@ -247,7 +248,7 @@ def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_
     records, metadata = load_coco_json(str(tmp_path / "fixed/annotations.json"), str(tiny_coco.images))
     assert [record["image_id"] for record in records] == [2, 11]
     assert records[0]["width"] == 30
-    assert [a["bbox"] for a in records[1]["annotations"]][2:] == [[30, 0, 10, 5], [1, 1, 5, 5], [1, 1, 5, 5]]
+    assert [a["bbox"] for a in records[1]["annotations"]][2:] == [[30, 0, 10, 5], [1, 1, 5, 5], [1, 1, 5, 7]]
     assert [a.get("segmentation") for a in records[1]["annotations"]][3:] == [[[1, 1, 5, 1, 5, 5]], None]
     assert check_records(records, metadata) == []
     assert all(Path(record["file_name"]).is_file() for record in records)

@@ -1,5 +1,6 @@
 """Keypoint metadata: the order after a horizontal flip, the skeleton of COCO."""
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -7,8 +8,13 @@ from typing import Any
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.utils.errors import UserError, suggest_similar
 
-_OPPOSITES = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
-_OPPOSITES |= {right: left for left, right in _OPPOSITES.items()}
+logger = logging.getLogger(__name__)
+
+_OPPOSITES = {"left": "right", "right": "left", "l": "r", "r": "l"}
+# Also single letters: l_eye, L-Eye, LEye, eye_l, eyeL; not lip, and not LHIP, which could be a word.
+_SIDES = re.compile(
+    r"(?i:left|right)|(?<![A-Za-z])[LlRr](?=[^A-Za-z]|[A-Z][a-z]|$)|(?<=[a-z])[LR](?![A-Za-z])"
+)
 # Edges between COCO's 17 person keypoints, 1-based as in COCO's files.
 COCO_SKELETON = (
     *((16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9), (8, 10)),
@@ -19,12 +25,15 @@ COCO_SKELETON = (
 def compute_hflip_indices(names: Iterable[str], flip_map: Iterable | None = None) -> tuple[int, ...]:
     """Return the order of the keypoints after a horizontal flip, a permutation of 0 to Kp-1.
 
-    `flip_map` holds pairs of names to swap; None pairs names that differ only by left and right.
+    `flip_map` holds pairs of names to swap; None pairs names that differ only by left and right, or l and r.
     """
     names = list(names)
     if flip_map is None:
-        others = (re.sub("|".join(_OPPOSITES), lambda m: _OPPOSITES[m.group()], name) for name in names)
-        flip_map = [(a, b) for a, b in zip(names, others, strict=True) if b in names and a < b]
+        by_lower = {name.lower(): name for name in names}
+        mirrored = {name: _mirror_name(name) for name in names}
+        others = {a: b if b in names else by_lower.get(b.lower(), a) for a, b in mirrored.items()}
+        flip_map = [(name, others[name]) for name in names if name < others[name]]
+        flip_map = [(a, b) for a, b in flip_map if others[b] == a]
     order = list(range(len(names)))
     for pair in flip_map:
         for name in pair:
@@ -37,6 +46,33 @@ def compute_hflip_indices(names: Iterable[str], flip_map: Iterable | None = None
         order[left] = right
         order[right] = left
     return tuple(order)
+
+
+def _mirror_name(name):
+    def swap(match):
+        other = _OPPOSITES[match.group().lower()]
+        if match.group().isupper():
+            return other.upper()
+        return other.capitalize() if match.group()[0].isupper() else other
+
+    return _SIDES.sub(swap, name) if len(name) > 1 else name
+
+
+def find_unpaired_keypoints(names: Sequence[str], flip_map: Iterable | None = None) -> list[str]:
+    """Return the keypoints that seem to be left or right, but have no pair; none with a `flip_map`."""
+    if flip_map is not None:
+        return []
+    lower = {name.lower() for name in names}
+    unpaired = [name for i, name in enumerate(names) if compute_hflip_indices(names)[i] == i]
+
+    def has_side(name):
+        first, last = (_OPPOSITES.get(letter, letter) for letter in (name[:1].lower(), name[-1:].lower()))
+        # lshoulder and rshoulder, LHIP and RHIP; lip and rip are no pair.
+        pairs = {first + name[1:].lower(), name[:-1].lower() + last} - {name.lower()}
+        is_word = re.search("upright|bright", name.lower())
+        return bool(pairs & lower) or (_mirror_name(name) != name and not is_word)
+
+    return [name for name in unpaired if has_side(name)]
 
 
 def get_keypoint_metadata(categories: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -59,6 +95,11 @@ def create_keypoint_hflip_indices(dataset_names: Sequence[str], num_keypoints: i
         if not names:
             reason = f"MODEL.KEYPOINT_ON is True, but the dataset {dataset} names no keypoints"
             raise UserError(f'{reason}; call MetadataCatalog.get("{dataset}").set(keypoint_names=[...])')
+        if unpaired := find_unpaired_keypoints(names, metadata.get("keypoint_flip_map")):
+            logger.warning(
+                f"{dataset}: a flip does not swap the keypoints {', '.join(unpaired)}; list left and right "
+                "in KEYPOINT_FLIP_MAP (in code keypoint_flip_map), or set it to []"
+            )
         keypoints.append((names, compute_hflip_indices(names, metadata.get("keypoint_flip_map"))))
         if keypoints[-1] != keypoints[0]:
             raise UserError(

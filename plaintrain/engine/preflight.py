@@ -14,7 +14,7 @@ from plaintrain.data.catalog import MetadataCatalog, get_common_class_names
 from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.datasets.builtin import EVALUATORS
 from plaintrain.data.images import get_pixel_range
-from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
+from plaintrain.data.records import check_image_files, check_objects, get_detection_dataset_dicts
 from plaintrain.data.transforms.build import build_augmentation
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.evaluation.coco_backend import get_oks_sigmas
@@ -139,6 +139,7 @@ def _check_schedule(cfg: CfgNode) -> None:
 def _check_test_dataset(name: str, needs_images: bool) -> None:
     """Reject a test set with missing images or an unknown evaluator."""
     records, _, _ = load_ground_truth(name)
+    check_objects(records, name)
     if needs_images:
         check_image_files(records, name)
     metadata = MetadataCatalog.get(name)

@@ -1,0 +1,87 @@
+"""Find annotations that contradict each other or themselves: normalized and duplicate boxes, wrong areas."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from plaintrain.data.serialized import AnnotationTable
+from plaintrain.structures import encode_segmentation, find_segmentation_problem
+
+# Pixels; in smaller images, boxes of a pixel are plausible.
+_SMALL_IMAGE = 16
+
+
+def iterate_contradictions(
+    records: Sequence[dict[str, Any]], table: AnnotationTable
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield (problem type, annotation, example) of records with this table."""
+    starts = np.searchsorted(table.record, np.arange(len(records)))
+    sides = table.boxes[:, 2:] - table.boxes[:, :2]
+    box_area = sides.clip(0).prod(axis=1)
+    # Masks cover a part of their box, and a box may count its last pixel.
+    is_odd = (table.area < 0.05 * box_area) | (table.area > 1.1 * box_area + sides.sum(axis=1) + 1)
+    suspects = {
+        "normalized_box": _find_normalized(table.boxes),
+        "duplicate_object": _find_duplicates(table, sides),
+        "wrong_area": is_odd & (box_area > 0),
+    }
+    for problem_type, mask in suspects.items():
+        for i in np.flatnonzero(mask).tolist():
+            record = records[table.record[i]]
+            annotation = record["annotations"][i - starts[table.record[i]]]
+            size = record["height"], record["width"]
+            text = f"{record['file_name']}: an annotation has the box {list(annotation['bbox'])}"
+            if problem_type == "wrong_area":
+                text += f" and the area {annotation['area']}"
+                if _has_mask_area(annotation, size):
+                    continue
+            if problem_type != "normalized_box" or min(size) >= _SMALL_IMAGE:
+                yield problem_type, annotation, text
+
+
+def _find_normalized(boxes):
+    """Return which boxes lie within the first pixel, or would if x1 and y1 were not width and height."""
+    x0, y0, x1, y1 = boxes.T
+    is_normalized = (boxes[:, :2] >= 0).all(axis=1) & (np.array([x0, y0, x1 - x0, y1 - y0]) <= 1).all(axis=0)
+    # VOC's reader subtracts 1 from x0 and y0.
+    is_normalized |= ((boxes[:, :2] >= -1) & (boxes[:, :2] < 0) & (boxes[:, 2:] <= 1)).all(axis=1)
+    # An object that the border cuts off starts at the corner.
+    return (
+        is_normalized
+        & (boxes[:, :2] != 0).any(axis=1)
+        & (boxes % 1 != 0).any(axis=1)
+        & (boxes[:, 2:] > boxes[:, :2].clip(0)).all(axis=1)
+    )
+
+
+def _find_duplicates(table, sides):
+    """Return which annotations repeat an earlier one of their image, class and crowd flag.
+
+    The sides of their boxes are less than a pixel, and a quarter of the box, apart.
+    """
+    boxes = table.boxes
+    tolerance = np.minimum(1, sides.min(axis=1, initial=np.inf) / 4)
+    groups = np.stack([table.record, table.labels, table.crowd], axis=1)
+    order = np.lexsort((boxes[:, 0], *groups.T))
+    is_duplicate = np.zeros(len(order), dtype=bool)
+    first = np.arange(len(order) - 1)
+    offset = 1
+    while len(first):
+        a = order[first]
+        b = order[first + offset]
+        is_near = (groups[a] == groups[b]).all(axis=1) & (boxes[b, 0] - boxes[a, 0] < 1)
+        is_same = is_near & (np.abs(boxes[a] - boxes[b]).max(axis=1) < tolerance[a])
+        is_duplicate[np.maximum(a, b)[is_same]] = True
+        offset += 1
+        first = first[is_near & (first + offset < len(order))]
+    return is_duplicate
+
+
+def _has_mask_area(annotation, size):
+    segmentation = annotation.get("segmentation")
+    if not segmentation or find_segmentation_problem(segmentation, *size):
+        return False
+    mask_area = coco_mask.area(encode_segmentation(segmentation, *size))
+    return 0.5 * mask_area <= annotation["area"] <= 2 * mask_area
