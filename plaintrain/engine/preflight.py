@@ -26,6 +26,8 @@ from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Per class and image; COCO ignores the others.
+_COCO_MAX_DETECTIONS = 100
 _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
 
@@ -86,6 +88,12 @@ def check_before_training(
         _check_schedule(cfg)
     for name in cfg.DATASETS.TEST:
         _check_test_dataset(name, needs_images=needs_model)
+        limit = cfg.TEST.DETECTIONS_PER_IMAGE
+        if limit > _COCO_MAX_DETECTIONS and MetadataCatalog.get(name).evaluator_type == "coco":
+            logger.warning(
+                f"COCO metrics of {name} count only {_COCO_MAX_DETECTIONS} detections per image and class, "
+                f"but TEST.DETECTIONS_PER_IMAGE is {limit}"
+            )
     return _check_model(cfg, resume, eval_only) if needs_model else None
 
 
