@@ -7,13 +7,15 @@ python scripts/check_dataset.py my_train --config-file my.yaml --fix DIR
 
 Decodes every image, with the config's INPUT.PIXEL_RANGE. --fix writes a cleaned copy as DIR/annotations.json
 (DIR/NAME/annotations.json for several datasets), which refers to the original images; the original is never
-changed. Annotations that cannot be fixed without guessing are dropped and listed.
+changed. Annotations that cannot be fixed without guessing are dropped. DIR/changes.txt lists every change.
 
 Exit code (of the original dataset): 0 if training would work, 1 if not (findings marked FATAL, or an
 unreadable annotation file), 2 for a wrong command line.
 """
 
+import contextlib
 import functools
+import math
 import os
 import sys
 from argparse import Namespace
@@ -22,11 +24,21 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import yaml
+
 from plaintrain.analysis.command import load_tool_cfg
 from plaintrain.data import DatasetCatalog
 from plaintrain.data.datasets.builtin import read_dataset
 from plaintrain.data.datasets.shapes import is_drawn
-from plaintrain.data.datasets.write import get_relative_names, make_folder, scale_annotation, write_coco
+from plaintrain.data.datasets.write import (
+    get_category_ids,
+    get_relative_names,
+    make_folder,
+    rotate_annotation,
+    scale_annotation,
+    write_coco,
+)
+from plaintrain.data.image_files import read_image_header
 from plaintrain.data.images import get_pixel_range, inspect_image
 from plaintrain.data.validation import (
     MAX_EXAMPLES,
@@ -36,7 +48,9 @@ from plaintrain.data.validation import (
     check_problems,
     check_records,
     count_classes,
+    count_problems,
     iterate_annotation_problems,
+    iterate_record_contradictions,
 )
 from plaintrain.engine.launch import launch
 from plaintrain.evaluation.predictions import write_json
@@ -46,24 +60,30 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.logger import build_progress_bar
 
 # Annotations with these problems are dropped; others only lose the invalid field.
-_DROPPED = {"broken", "unknown_class", "bad_box", "empty_box", "outside_box"}
+_DROPPED = {"broken", "unknown_class", "bad_box", "normalized_box", "empty_box", "outside_box"}
 
 
 def fix_records(
     records: Iterable[dict[str, Any]], images: Iterable[dict[str, Any]], metadata: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """Fix images and annotations; return the records, and {change: its locations, "" where it has none}.
+    """Fix images and annotations; return the records, and {change: the images or objects it was made in}.
 
     Images that cannot be read or do not fit INPUT.PIXEL_RANGE are excluded. Annotations of an image that was
-    resized by one factor for both sides are scaled; other images with a wrong size are excluded. The objects
-    of a file that is listed several times are merged. A copy with another name is dropped if the objects of
-    one of the two are a subset of the other's. `images` are the results of `inspect_image`.
+    resized by one factor for both sides are scaled, those of the stored pixels of an image with an EXIF
+    orientation rotated; other images with a wrong size are excluded. The objects of a file that is listed
+    several times are merged. A copy with another name is dropped if the objects of one of the two are a subset
+    of the other's. `images` are the results of `inspect_image`.
     """
+    records = list(records)
+    num_classes = len(metadata["thing_classes"])
+    suspects = defaultdict(set)
+    for problem_type, annotation, _ in iterate_record_contradictions(records, num_classes):
+        suspects[id(annotation)].add(problem_type)
     kept: list[dict[str, Any]] = []
     same_pixels: dict[str, list[dict[str, Any]]] = defaultdict(list)
     changes: dict[str, list[str]] = defaultdict(list)
     for original, image in zip(records, images, strict=True):
-        record = _fix_image(original, image, metadata, changes)
+        record = _fix_image(original, image, metadata, suspects, changes)
         if record is None:
             continue
         others = same_pixels[image["pixels"]]
@@ -73,27 +93,42 @@ def fix_records(
                 changes[text].append(f"{record['file_name']} and {others[0]['file_name']}")
             others.append(record)
             kept.append(record)
+    for problem_type, _, text in iterate_record_contradictions(kept, num_classes):
+        changes[f"kept, choose by hand: {PROBLEM_TYPES[problem_type][0]}"].append(text)
     return kept, changes
 
 
-def _fix_image(record, image, metadata, changes):
+def _fix_image(record, image, metadata, suspects, changes):
     """Return the record with the size of its image and fixed annotations, or None to exclude it."""
     if "error" in image:
         changes[f"excluded: {PROBLEM_TYPES[image['kind']][0]}"].append(image["error"])
         return None
     old = record["height"], record["width"]
     new = tuple(image["size"])
-    resized = max(abs(new[0] - old[0]), abs(new[1] - old[1])) > 1
+    orientation = read_image_header(record["file_name"])[2] if image["turned"] else 1
+    turned = orientation >= 5 and _is_scaled(record, old[::-1], new)
+    turned &= old != new and (old[::-1] == new or not _is_scaled(record, old, new))
+    upright = old[::-1] if turned else old
+    resized = max(abs(new[0] - upright[0]), abs(new[1] - upright[1])) > 1
     sizes = f"{record['file_name']}: {new[1]}x{new[0]}, its record says {old[1]}x{old[0]}"
-    if old[::-1] == new != old or (resized and not _is_scaled(record, old, new)):
+    if upright[::-1] == new != upright or (resized and not _is_scaled(record, upright, new)):
         changes["excluded: rotated or cropped images, whose annotations have another shape"].append(sizes)
         return None
     if not resized:
-        if new != old:
+        if new != upright:
             changes["image sizes corrected by a pixel"].append(sizes)
-        record = {**record, "height": new[0], "width": new[1]}
-    fixed = (_fix_annotation(a, record, metadata, changes) for a in record["annotations"])
-    annotations = [annotation for annotation in fixed if annotation]
+        old = new[::-1] if turned else new
+    record = {**record, "height": old[0], "width": old[1]}
+    annotations = _fix_annotations(record, metadata, suspects, changes)
+    if turned:
+        changes["annotations of stored pixels rotated as the EXIF orientation says"].append(sizes)
+        annotations = [rotate_annotation(a, old, orientation) for a in annotations]
+        old = old[::-1]
+    elif 1 < orientation < 5 or (orientation > 1 and old[0] == old[1]):
+        text = (
+            "kept, check by hand: images with an EXIF orientation whose size does not tell if it was applied"
+        )
+        changes[text].append(record["file_name"])
     if resized:
         changes["images resized after annotation, their annotations scaled"].append(sizes)
         annotations = [scale_annotation(a, old, new) for a in annotations]
@@ -112,30 +147,56 @@ def _is_scaled(record, old, new):
     return abs(new[0] * old[1] / (old[0] * new[1]) - 1) < tolerance
 
 
-def _fix_annotation(annotation, record, metadata, changes):
-    """Return the annotation without its invalid fields, or None to drop it."""
-    problems = {problem_type for problem_type, _ in iterate_annotation_problems(annotation, record, metadata)}
-    for problem_type in problems & _DROPPED:
-        changes[f"annotations dropped: {PROBLEM_TYPES[problem_type][0].split(',')[0]}"].append("")
-        return None
+def _fix_annotations(record, metadata, suspects, changes):
+    """Return the annotations without invalid fields, and without those to drop."""
+    kept = {}
+    for number, original in enumerate(record["annotations"], 1):
+        text = f"{record['file_name']}: object {number}, class {original.get('category_id')}"
+        with contextlib.suppress(LookupError, TypeError):
+            text = f"{record['file_name']}: object {number}, {metadata['thing_classes'][original['category_id']]}"
+        text += f", box {original.get('bbox')}"
+        problems = {problem for problem, _ in iterate_annotation_problems(original, record, metadata)}
+        problems |= suspects[id(original)]
+        if dropped := [key for key in PROBLEM_TYPES if key in problems & _DROPPED]:
+            changes[f"annotations dropped: {PROBLEM_TYPES[dropped[0]][0].split(',')[0]}"].append(text)
+            continue
+        annotation = _fix_annotation(original, problems, record, functools.partial(_add, changes, text))
+        identity = str(
+            (_get_identity(annotation), annotation.get("segmentation"), annotation.get("keypoints"))
+        )
+        if identity in kept:
+            changes["exact duplicates of objects dropped"].append(text)
+        kept.setdefault(identity, annotation)
+    return list(kept.values())
+
+
+def _add(changes, text, change):
+    changes[change].append(text)
+
+
+def _fix_annotation(annotation, problems, record, add):
+    """Return the annotation without its invalid fields."""
     annotation = dict(annotation)
+    if "wrong_area" in problems:
+        del annotation["area"]
+        add("wrong areas replaced by that of the mask or the box")
     if "clipped_box" in problems:
         x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         clipped = [max(x0, 0), max(y0, 0), min(x1, record["width"]), min(y1, record["height"])]
         annotation |= {"bbox": clipped, "bbox_mode": BoxMode.XYXY_ABS}
-        changes["boxes clipped to their image"].append("")
+        add("boxes clipped to their image")
     if "bad_rle" in problems:
         del annotation["segmentation"]
-        changes["malformed run-length encodings dropped, their boxes kept"].append("")
+        add("malformed run-length encodings dropped, their boxes kept")
     if "bad_polygon" in problems:
         size = record["height"], record["width"]
         polygons = [p for p in annotation.pop("segmentation") if not find_segmentation_problem([p], *size)]
         if polygons:
             annotation["segmentation"] = polygons
-        changes["invalid polygons dropped, their boxes kept"].append("")
+        add("invalid polygons dropped, their boxes kept")
     if "wrong_keypoints" in problems:
         del annotation["keypoints"]
-        changes["invalid keypoints dropped, their boxes kept"].append("")
+        add("invalid keypoints dropped, their boxes kept")
     return annotation
 
 
@@ -166,6 +227,7 @@ def _get_identity(annotation):
 
 
 def write_fixed(
+    name: str,
     folder: str,
     records: list[dict[str, Any]],
     images: list[dict[str, Any]],
@@ -180,18 +242,33 @@ def write_fixed(
     for error in problems:
         problem_type = getattr(error, "error_type", "broken")
         action = "renumbered" if problem_type == "duplicate_id" else "dropped"
-        changes[f"{action} while reading: {PROBLEM_TYPES[problem_type][0]}"].append("")
+        changes[f"{action} while reading: {PROBLEM_TYPES[problem_type][0]}"].append(str(error))
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "annotations.json")
     root, names = get_relative_names(record["file_name"] for record in records)
     write_coco(path, records, metadata, names)
-    print(f"  cleaned copy: {path} (FORMAT coco, IMAGE_ROOT {root}), {len(records)} images")
+    with open(os.path.join(folder, "changes.txt"), "w", encoding="utf-8") as f:
+        f.writelines(f"{text}: {line}\n" for text, lines in changes.items() for line in lines)
+    print(
+        f"  cleaned copy: {path}, {len(records)} images; changes.txt next to it lists all changes. Declare it:"
+    )
+    print(f"DATASETS: {{DECLARE: {{{name}_fixed: {_format_declaration(path, root, metadata)}}}}}")
     for text, lines in changes.items():
-        print(f"    {text}: {len(lines)}")
-        for line in list(filter(None, lines))[:MAX_EXAMPLES]:
-            print(f"        {line}")
+        print("\n        ".join([f"    {text}: {len(lines)}", *lines[:MAX_EXAMPLES]]))
     if not changes:
         print("    no changes")
+
+
+def _format_declaration(path, root, metadata):
+    """Return the declaration of a cleaned copy in one line of YAML."""
+    spec = {"FORMAT": "coco", "JSON": os.path.abspath(path), "IMAGE_ROOT": root}
+    if get_category_ids(metadata) != sorted(get_category_ids(metadata)):
+        spec["CLASSES"] = list(metadata["thing_classes"])
+    if metadata.get("evaluator_type", "coco") != "coco":
+        spec["EVALUATOR"] = metadata["evaluator_type"]
+    if metadata.get("keypoint_flip_map") is not None:
+        spec["KEYPOINT_FLIP_MAP"] = [list(pair) for pair in metadata["keypoint_flip_map"]]
+    return yaml.safe_dump(spec, default_flow_style=True, width=math.inf, sort_keys=False).strip()
 
 
 def print_findings(
@@ -210,22 +287,34 @@ def print_findings(
         print("  no problems")
 
 
+def check_dataset(name: str, args: Namespace, earlier: dict[str, str]) -> list[Finding]:
+    """Print and return the findings of a dataset, and write its cleaned copy; `earlier` as in `check_images`."""
+    if name in args.problems:
+        raise args.problems[name]
+    problems: list[UserError] = []
+    records, metadata = read_dataset(name, problems)
+    with ThreadPoolExecutor(args.workers) as pool:
+        inspected = pool.map(functools.partial(inspect_image, pixel_range=args.pixel_range), records)
+        images = list(build_progress_bar(inspected, desc="images", total=len(records)))
+    findings = check_problems(problems) + check_records(records, metadata)
+    findings += check_images(records, images, name, earlier)
+    print_findings(name, records, metadata, findings)
+    if args.fix:
+        folder = args.fix if len(args.names) == 1 else os.path.join(args.fix, name)
+        write_fixed(name, folder, records, images, metadata, problems)
+    return findings
+
+
 def main(args: Namespace) -> int:
-    """Check each dataset, write the cleaned copies, and return the exit code."""
+    """Check each dataset, also after one that cannot be read, and return the exit code."""
     findings = {}
     earlier: dict[str, str] = {}
     for name in args.names:
-        problems: list[UserError] = []
-        records, metadata = read_dataset(name, problems)
-        with ThreadPoolExecutor(args.workers) as pool:
-            inspected = pool.map(functools.partial(inspect_image, pixel_range=args.pixel_range), records)
-            images = list(build_progress_bar(inspected, desc="images", total=len(records)))
-        findings[name] = check_problems(problems) + check_records(records, metadata)
-        findings[name] += check_images(records, images, name, earlier)
-        print_findings(name, records, metadata, findings[name])
-        if args.fix:
-            folder = args.fix if len(args.names) == 1 else os.path.join(args.fix, name)
-            write_fixed(folder, records, images, metadata, problems)
+        try:
+            findings[name] = check_dataset(name, args, earlier)
+        except UserError as e:
+            print(f"{name}: error: {e}")
+            findings[name] = count_problems([("unreadable_dataset", str(e))])
     if args.output:
         plain = {
             name: [
@@ -253,9 +342,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     )
     args = parser.parse_args(argv)
     try:
-        args.pixel_range = get_pixel_range(load_tool_cfg(args))
+        args.problems = {}
+        args.pixel_range = get_pixel_range(load_tool_cfg(args, args.problems))
         for name in args.names:
-            if name not in DatasetCatalog:
+            if name not in DatasetCatalog and name not in args.problems:
                 DatasetCatalog.get(name)
         if args.fix:
             make_folder(args.fix)

@@ -26,6 +26,7 @@ _LEAST_SPREAD = 64  # values in any channel: 14 bits read as 16 have fewer
 
 # type -> (description, whether it is fatal: training stops).
 PROBLEM_TYPES = {
+    "unreadable_dataset": ("datasets that cannot be read", True),
     "no_images": ("datasets without an image", True),
     "no_boxes": ("datasets without a valid box, so that there is nothing to learn", True),
     "broken_image": ("incomplete or malformed image entries", True),
