@@ -111,15 +111,15 @@ def compute_confusion_matrix(errors: Errors, max_pairs: int = 20) -> dict[str, A
     wrong = wrong[states[detections["object"][wrong]] == "erroneous"]
     # The first detection of each object has the highest score.
     confused, first = np.unique(detections["object"][wrong], return_index=True)
-    columns = np.select([states == "detected", states == "missed"], [objects["labels"], other + 1], other)
-    columns[confused] = detections["labels"][wrong[first]]
-    rows = np.where(detections["type"] == "background", other + 1, other)
+    detected_as = np.select([states == "detected", states == "missed"], [objects["labels"], other + 1], other)
+    detected_as[confused] = detections["labels"][wrong[first]]
+    row_of = np.where(detections["type"] == "background", other + 1, other)
     is_alone = ~np.isin(detections["type"], ["correct", "ignored"])
     is_alone[wrong[first]] = False
     counts = np.zeros((other + 2, other + 2), dtype=np.int64)
     real = ~objects["crowd"]
-    np.add.at(counts, (objects["labels"][real], columns[real]), 1)
-    np.add.at(counts, (rows[is_alone], detections["labels"][is_alone]), 1)
+    np.add.at(counts, (objects["labels"][real], detected_as[real]), 1)
+    np.add.at(counts, (row_of[is_alone], detections["labels"][is_alone]), 1)
     normalized = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     confused = counts[:-2, :-2] * ~np.eye(other, dtype=bool)
     order = np.argsort(-confused, axis=None, kind="stable")[: min(max_pairs, np.count_nonzero(confused))]
