@@ -5,12 +5,10 @@ python scripts/check_dataset.py shapes_val
 python scripts/check_dataset.py bccd_train bccd_val --config-file configs/BCCD/Base-BCCD.yaml
 python scripts/check_dataset.py my_train --config-file my.yaml --fix DIR
 
-Decodes every image, with the config's INPUT.PIXEL_RANGE. --fix writes a cleaned copy as DIR/annotations.json
-(DIR/NAME/annotations.json for several datasets), which refers to the original images; the original is never
-changed. Annotations that cannot be fixed without guessing are dropped. DIR/changes.txt lists every change.
-
-Exit code (of the original dataset): 0 if training would work, 1 if not (findings marked FATAL, or an
-unreadable annotation file), 2 for a wrong command line.
+Decodes every image, with the config's INPUT.PIXEL_RANGE. --fix writes a cleaned copy to DIR (DIR/NAME for
+several datasets), annotations.json, which refers to the original images, and changes.txt, a list of all
+changes. Annotations that cannot be fixed without guessing are dropped. Exit code (of the original dataset): 0
+if training would work, 1 if not (FATAL findings, or an unreadable file), 2 for a wrong command line.
 """
 
 import functools
@@ -51,11 +49,10 @@ _INVALID_FIELDS = (
 def _fix_records(records, images, metadata):
     """Fix images and annotations; return the records, and {change: the images or objects it was made in}.
 
-    Images that cannot be read or do not fit INPUT.PIXEL_RANGE are excluded. Annotations of an image that was
-    resized by one factor for both sides are scaled, those of the stored pixels of an image with an EXIF
-    orientation rotated; other images with a wrong size are excluded. The objects of a file that is listed
-    several times are merged. A copy with another name is dropped if the objects of one of the two are a
-    subset of the other's. `images` are the results of `inspect_image`.
+    Annotations of an image that was resized by one factor are scaled, those of the stored pixels of an image
+    with an EXIF orientation rotated; other images with a wrong size are excluded. The objects of a file that
+    is listed several times are merged. A copy with another name is dropped if the objects of one of the two
+    are a subset of the other's. `images` are the results of `inspect_image`.
     """
     num_classes = len(metadata["thing_classes"])
     suspects = defaultdict(set)
@@ -88,12 +85,12 @@ def _fix_image(record, image, metadata, suspects, changes):
     old = record["height"], record["width"]
     new = tuple(image["size"])
     orientation = read_image_header(record["file_name"])[2] if image["turned"] else 1
-    turned = orientation >= 5 and _is_scaled(record, old[::-1], new)
-    turned &= old != new and (old[::-1] == new or not _is_scaled(record, old, new))
+    turned = orientation >= 5 and write.is_scaled(record, old[::-1], new)
+    turned &= old != new and (old[::-1] == new or not write.is_scaled(record, old, new))
     upright = old[::-1] if turned else old
     resized = max(abs(new[0] - upright[0]), abs(new[1] - upright[1])) > 1
     sizes = f"{record['file_name']}: {new[1]}x{new[0]}, its record says {old[1]}x{old[0]}"
-    if upright[::-1] == new != upright or (resized and not _is_scaled(record, upright, new)):
+    if upright[::-1] == new != upright or (resized and not write.is_scaled(record, upright, new)):
         changes["excluded: rotated or cropped images, whose annotations have another shape"].append(sizes)
         return None
     if not resized:
@@ -116,18 +113,6 @@ def _fix_image(record, image, metadata, suspects, changes):
         boxes = zip(*([_get_identity(a)[2] for a in both] for both in (before, annotations)), strict=True)
         changes["boxes scaled or rotated"] += [f"{record['file_name']}: {old} -> {new}" for old, new in boxes]
     return {**record, "height": new[0], "width": new[1], "annotations": annotations}
-
-
-def _is_scaled(record, old, new):
-    """Return whether the size `new` is `old` times one factor for both sides."""
-    for annotation in record["annotations"]:
-        segmentation = annotation.get("segmentation")
-        if isinstance(segmentation, dict) and segmentation.get("size") in (list(new), new):
-            # The annotations were made on the resized image.
-            return False
-    # Rounding changes each side by up to a pixel.
-    tolerance = sum(1 / min(sides) for sides in zip(old, new, strict=True))
-    return abs(new[0] * old[1] / (old[0] * new[1]) - 1) < tolerance
 
 
 def _fix_annotations(record, metadata, suspects, changes):
@@ -220,13 +205,13 @@ def _write_fixed(name, folder, records, images, metadata, problems):
     write.write_coco(path, records, metadata, names)
     with open(os.path.join(folder, "changes.txt"), "w", encoding="utf-8") as f:
         f.writelines(f"{text}: {line}\n" for text, lines in changes.items() for line in lines)
-    print(f"  cleaned copy: {path}, {len(records)} images; changes.txt next to it lists all changes")
+    print(f"  cleaned copy: {path}, {len(records)} images; changes.txt beside it lists all changes")
     spec = {"FORMAT": "coco", "JSON": os.path.abspath(path), "IMAGE_ROOT": root}
     spec |= {"CLASSES": list(metadata["thing_classes"]), "EVALUATOR": metadata.get("evaluator_type", "coco")}
     if metadata.get("keypoint_flip_map") is not None:
         spec["KEYPOINT_FLIP_MAP"] = [list(pair) for pair in metadata["keypoint_flip_map"]]
-    declaration = {"DATASETS": {"DECLARE": {f"{name}_fixed": spec}}}
-    print(yaml.safe_dump(declaration, default_flow_style=True, width=math.inf, sort_keys=False), end="")
+    line = yaml.safe_dump({f"{name}_fixed": spec}, default_flow_style=True, width=math.inf, sort_keys=False)
+    print(f"  paste under DATASETS.DECLARE:\n    {line.strip()[1:-1]}")
     for text, lines in changes.items():
         print("\n        ".join([f"    {text}: {len(lines)}", *lines[:MAX_EXAMPLES]]))
     if not changes:
@@ -235,8 +220,7 @@ def _write_fixed(name, folder, records, images, metadata, problems):
 
 def _print_findings(name, records, metadata, findings):
     """Print the class counts and the findings of a dataset."""
-    num_boxes = sum(len(record["annotations"]) for record in records)
-    print(f"{name}: {len(records)} images, {num_boxes} boxes")
+    print(f"{name}: {len(records)} images, {sum(len(r['annotations']) for r in records)} boxes")
     counts = validation.count_classes(records, metadata)
     width = max(map(len, counts), default=0)
     for class_name, count in counts.items():
@@ -277,8 +261,8 @@ def main(args: Namespace) -> int:
             findings[name] = validation.count_problems([("unreadable_dataset", str(e))])
     if args.output:
         plain = {
-            name: [{**vars(f), "kind": f.type, "text": PROBLEM_TYPES[f.type][0]} for f in found]
-            for name, found in findings.items()
+            name: [{**vars(f), "kind": f.type, "text": PROBLEM_TYPES[f.type][0]} for f in of_dataset]
+            for name, of_dataset in findings.items()
         }
         write_json(args.output, plain, indent=1)
     fatal = [name for name in findings if any(finding.fatal for finding in findings[name])]
@@ -313,5 +297,4 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    sys.exit(launch(main, args=(arguments,)))
+    sys.exit(launch(main, args=(parse_args(),)))

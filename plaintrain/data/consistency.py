@@ -1,4 +1,4 @@
-"""Find annotations that contradict each other or themselves: normalized and duplicate boxes, wrong areas."""
+"""Find implausible boxes, and annotations that contradict each other or themselves."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,8 +9,20 @@ from pycocotools import mask as coco_mask
 from plaintrain.data.serialized import AnnotationTable
 from plaintrain.structures import encode_segmentation, find_segmentation_problem
 
+TINY = 2  # pixels
 # Pixels; in smaller images, boxes of a pixel are plausible.
 _SMALL_IMAGE = 16
+
+
+def classify_boxes(x0: Any, y0: Any, x1: Any, y1: Any, width: Any, height: Any) -> dict[str, Any]:
+    """Return {problem type: bool} of a box, or of arrays of boxes; the first true one is reported."""
+    return {
+        "empty_box": (x1 <= x0) | (y1 <= y0),
+        "outside_box": (x0 >= width) | (y0 >= height) | (x1 <= 0) | (y1 <= 0),
+        # Rounding may move a box by half a pixel.
+        "clipped_box": (x0 < -0.5) | (y0 < -0.5) | (x1 > width + 0.5) | (y1 > height + 0.5),
+        "tiny_box": (x1 - x0 < TINY) | (y1 - y0 < TINY),
+    }
 
 
 def iterate_contradictions(

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from plaintrain.data.catalog import Metadata
-from plaintrain.data.consistency import iterate_contradictions
-from plaintrain.data.image_files import is_too_large
+from plaintrain.data.consistency import TINY, classify_boxes, iterate_contradictions
+from plaintrain.data.image_files import describe_pixel_limit, is_too_large
 from plaintrain.data.keypoints import find_unpaired_keypoints
 from plaintrain.data.serialized import build_annotation_table
 from plaintrain.structures import BoxMode, are_numbers, find_segmentation_problem, is_box
@@ -21,7 +21,6 @@ MetadataLike = Mapping[str, Any] | Metadata
 Problem = tuple[str, str]  # (key of `PROBLEM_TYPES`, end of a sentence)
 
 MAX_EXAMPLES = 10
-TINY = 2  # pixels
 _LEAST_SPREAD = 64  # values in any channel: 14 bits read as 16 have fewer
 
 # type -> (description, whether it is fatal: training stops).
@@ -231,17 +230,6 @@ def iterate_annotation_problems(
             yield "outside_keypoint", f"has the keypoint ({x[i]}, {y[i]}) in an image of {width}x{height}"
 
 
-def classify_boxes(x0: Any, y0: Any, x1: Any, y1: Any, width: Any, height: Any) -> dict[str, Any]:
-    """Return {problem type: bool} of a box, or of arrays of boxes; the first true one is reported."""
-    return {
-        "empty_box": (x1 <= x0) | (y1 <= y0),
-        "outside_box": (x0 >= width) | (y0 >= height) | (x1 <= 0) | (y1 <= 0),
-        # Rounding may move a box by half a pixel.
-        "clipped_box": (x0 < -0.5) | (y0 < -0.5) | (x1 > width + 0.5) | (y1 > height + 0.5),
-        "tiny_box": (x1 - x0 < TINY) | (y1 - y0 < TINY),
-    }
-
-
 def find_keypoint_problem(keypoints: Any, num_keypoints: int) -> Problem | None:
     """Return why `[x, y, v, ...]` is invalid, or None; `num_keypoints` of 0 allows any number."""
     if not isinstance(keypoints, list | tuple) or not are_numbers(keypoints):
@@ -269,7 +257,7 @@ def find_image_problem(image: dict[str, Any], id_key: str = "image_id") -> str |
         if not is_whole(image[key]) or image[key] < 1:
             return f"has the {key} {image[key]!r}, not a number of pixels"
     if is_too_large(image["height"], image["width"]):
-        return f"is {image['width']} x {image['height']}, more pixels than an image may have"
+        return f"is {image['width']} x {image['height']}, more pixels than {describe_pixel_limit()}"
     if not isinstance(image["file_name"], str):
         return f"has the file_name {image['file_name']!r}, not a string"
     return None

@@ -102,6 +102,18 @@ def convert_to_coco(
     return converted
 
 
+def is_scaled(record: dict[str, Any], old: tuple[int, int], new: tuple[int, int]) -> bool:
+    """Return whether the size `new` is `old` times one factor for both sides."""
+    for annotation in record["annotations"]:
+        segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, dict) and segmentation.get("size") in (list(new), new):
+            # The annotations were made on the resized image.
+            return False
+    # Rounding changes each side by up to a pixel.
+    tolerance = sum(1 / min(sides) for sides in zip(old, new, strict=True))
+    return abs(new[0] * old[1] / (old[0] * new[1]) - 1) < tolerance
+
+
 def scale_annotation(
     annotation: dict[str, Any], old: tuple[int, int], new: tuple[int, int]
 ) -> dict[str, Any]:
