@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from detection_helpers import make_annotation, make_record
 from PIL import Image
 from processes import run_script
@@ -69,6 +70,38 @@ def test_check_records_finds_mistakes_of_annotations(kind, annotation):
     assert set(found) == {kind} and found[kind].count == 1
     assert "1.jpg" in found[kind].examples[0]
     assert found[kind].fatal == PROBLEM_TYPES[kind][1]
+
+
+BOX = {"bbox": [10, 2, 20, 12]}
+WIDTHS = {"bbox": [0.6, 0.2, 0.9, 0.8], "bbox_mode": BoxMode.XYWH_ABS}
+THIN = {**BOX, "segmentation": [[10, 2, 20, 2, 20, 2.3, 10, 2.3]]}
+
+
+@pytest.mark.parametrize(
+    ("count", "kind", "annotations"),
+    [
+        *(
+            (1, "normalized_box", [BOX, {"bbox": box}])
+            for box in ([0.3, 0.2, 0.5, 0.4], [-0.7, -0.8, 0.5, 0.4])
+        ),
+        (1, "normalized_box", [BOX, WIDTHS]),
+        # What is left of an object at the border, and a pixel.
+        *((0, "normalized_box", [{"bbox": box}]) for box in ([0, 0, 0.4, 0.7], [1, 1, 2, 2], [0, 0, 1, 1])),
+        (2, "duplicate_object", [BOX, BOX, {"bbox": [10.7, 1.5, 20.2, 12]}]),
+        (
+            0,
+            "duplicate_object",
+            [BOX, {**BOX, "category_id": 1}, {**BOX, "iscrowd": 1}, {"bbox": [11, 2, 20, 9]}],
+        ),
+        *((1, "wrong_area", [{**BOX, "area": area}]) for area in (0, 1, 400, -1)),
+        *((0, "wrong_area", [{**box, "area": area}]) for box, area in ((BOX, 30), (BOX, 121), (THIN, 0))),
+        *((1, "broken", [{**BOX, "area": area}]) for area in ("100", float("nan"), True)),
+    ],
+)
+def test_contradictions_are_found(count, kind, annotations):
+    findings = _check(_record(*annotations), classes=["a", "b"])
+    assert (findings[kind].count if kind in findings else 0) == count
+    assert set(findings) - {kind} <= {"tiny_box", "clipped_box", "unused_class", "no_boxes"}
 
 
 def test_check_records_finds_mistakes_of_datasets_and_keeps_ten_examples():
@@ -148,7 +181,19 @@ def test_mistakes_of_images_are_found(check, declare, tiny_coco, write_image, tm
     box = {"category_id": 7, "bbox": [4, 5, 10.5, 8]}
     content["annotations"] = [{"id": i, "image_id": i, **box} for i in range(1, 9)]
     declare(content)
-    said, found = check("pets", code=1)
+    said, found = check("pets", "--fix", tmp_path / "fixed", code=1)
+    # Annotated on the stored pixels, of which the EXIF orientation makes 30x40.
+    turned = _fixed(tmp_path / "fixed", tiny_coco.images)["turned.png"]
+    assert (turned["width"], [a["bbox"] for a in turned["annotations"]]) == (30, [[17, 4, 8, 10.5]])
+    assert "turned.png: (4.0, 5.0, 14.5, 13.0) -> (17" in (tmp_path / "fixed/changes.txt").read_text()
+    declaration = yaml.safe_load(said.split("DATASETS.DECLARE:")[1].splitlines()[1])
+    assert declaration["pets_fixed"] == {
+        "FORMAT": "coco",
+        "JSON": f"{tmp_path}/fixed/annotations.json",
+        "EVALUATOR": "coco",
+        "IMAGE_ROOT": str(tiny_coco.images),
+        "CLASSES": ["cat", "dog"],
+    }
     kinds = {
         "unreadable": ["cut.png", "gone.png", "text.png"],
         "wrong_size": ["small.png", "turned.png"],
@@ -161,7 +206,7 @@ def test_mistakes_of_images_are_found(check, declare, tiny_coco, write_image, tm
         for example, name in zip(found[kind]["examples"], names, strict=True):
             assert name in example
     assert found.keys() - {"unused_class"} == kinds.keys()
-    assert "good.png" not in said
+    assert "good.png" not in said.split("cleaned copy")[0]
     assert "training would stop at the FATAL findings of pets" in said
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({**json.loads(path.read_text()), "INPUT": {"PIXEL_RANGE": [0, 16383]}}))
@@ -208,7 +253,10 @@ def test_clean_datasets_pass_and_mistakes_of_the_command_line_do_not(check, decl
         said, _ = check(*args, code=2)
         assert [word for word in words if word not in said] == []
     (tmp_path / "pets.json").write_text("{")
-    assert "error: the annotation file" in check("pets", code=1)[0]
+    declare(None, "bad", FORMAT="cocoo")
+    said, found = check("pets", "bad", "few", code=1)
+    for words in ("error: the annotation file", "bad.FORMAT must be one of", "few: 12 images"):
+        assert words in said
 
 
 def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_path):

@@ -177,6 +177,8 @@ def build_annotation_table(records: Sequence[dict[str, Any]]) -> AnnotationTable
     _check_types(labels, numbers.Integral)
     areas = [np.nan if a.get("area") is None else a["area"] for a in annotations]
     _check_types(areas, numbers.Real)
+    if np.isfinite(areas).sum() < sum(a.get("area") is not None for a in annotations):
+        raise ValueError("an area is not finite")
     keypoints = [annotation.get("keypoints") or () for annotation in annotations]
     return AnnotationTable(
         record=np.repeat(np.arange(len(records)), lengths),

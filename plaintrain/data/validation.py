@@ -41,7 +41,7 @@ PROBLEM_TYPES = {
     "wrong_keypoints": ("annotations with malformed keypoints or a wrong number of them", True),
     "bad_polygon": ("polygons that are malformed or have under 3 points (stop training with masks)", True),
     "bad_rle": ("run-length encodings that do not fit their image (stop training with masks)", True),
-    "normalized_box": ("boxes that are normalized to 0..1, not in pixels (stop training)", True),
+    "normalized_box": ("boxes normalized to 0..1, which must be multiplied by the size of the image", True),
     "empty_box": ("boxes without area, which training drops", False),
     "outside_box": ("boxes outside their image, which training drops", False),
     "clipped_box": ("boxes more than half a pixel outside their image, which training clips", False),
