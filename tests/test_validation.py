@@ -192,7 +192,7 @@ def test_mistakes_of_images_are_found(check, declare, tiny_coco, write_image, tm
         "JSON": f"{tmp_path}/fixed/annotations.json",
         "EVALUATOR": "coco",
         "IMAGE_ROOT": str(tiny_coco.images),
-        "CLASSES": ["cat", "dog"],
+        "CLASSES": ["cat", "person", "dog"],
     }
     kinds = {
         "unreadable": ["cut.png", "gone.png", "text.png"],

@@ -44,28 +44,25 @@ def iterate_contradictions(
             record = records[table.record[i]]
             annotation = record["annotations"][i - starts[table.record[i]]]
             size = record["height"], record["width"]
-            text = f"{record['file_name']}: an annotation has the box {list(annotation['bbox'])}"
-            if problem_type == "wrong_area":
-                text += f" and the area {annotation['area']}"
-                if _has_mask_area(annotation, size):
-                    continue
-            if problem_type != "normalized_box" or min(size) >= _SMALL_IMAGE:
-                yield problem_type, annotation, text
+            if problem_type == "wrong_area" and _has_mask_area(annotation, size):
+                continue
+            if problem_type == "normalized_box" and min(size) < _SMALL_IMAGE:
+                continue
+            area = f" and the area {annotation['area']}" if problem_type == "wrong_area" else ""
+            text = f"{record['file_name']}: an annotation has the box {list(annotation['bbox'])}{area}"
+            yield problem_type, annotation, text
 
 
 def _find_normalized(boxes):
     """Return which boxes lie within the first pixel, or would if x1 and y1 were not width and height."""
-    x0, y0, x1, y1 = boxes.T
-    is_normalized = (boxes[:, :2] >= 0).all(axis=1) & (np.array([x0, y0, x1 - x0, y1 - y0]) <= 1).all(axis=0)
+    start = boxes[:, :2]
+    end = boxes[:, 2:]
+    is_normalized = (start >= 0) & (start <= 1) & (end - start <= 1)
     # VOC's reader subtracts 1 from x0 and y0.
-    is_normalized |= ((boxes[:, :2] >= -1) & (boxes[:, :2] < 0) & (boxes[:, 2:] <= 1)).all(axis=1)
+    is_normalized |= (start >= -1) & (start < 0) & (end <= 1)
+    is_normalized &= end > start.clip(0)
     # An object that the border cuts off starts at the corner.
-    return (
-        is_normalized
-        & (boxes[:, :2] != 0).any(axis=1)
-        & (boxes % 1 != 0).any(axis=1)
-        & (boxes[:, 2:] > boxes[:, :2].clip(0)).all(axis=1)
-    )
+    return is_normalized.all(axis=1) & (start != 0).any(axis=1) & (boxes % 1 != 0).any(axis=1)
 
 
 def _find_duplicates(table, sides):

@@ -12,9 +12,7 @@ logger = logging.getLogger(__name__)
 
 _OPPOSITES = {"left": "right", "right": "left", "l": "r", "r": "l"}
 # Also single letters: l_eye, L-Eye, LEye, eye_l, eyeL; not lip, and not LHIP, which could be a word.
-_SIDES = re.compile(
-    r"(?i:left|right)|(?<![A-Za-z])[LlRr](?=[^A-Za-z]|[A-Z][a-z]|$)|(?<=[a-z])[LR](?![A-Za-z])"
-)
+_SIDES = r"(?i:left|right)|(?!^.$)(?<![A-Za-z])[LlRr](?=[^A-Za-z]|[A-Z][a-z]|$)|(?<=[a-z])[LR](?![A-Za-z])"
 # Edges between COCO's 17 person keypoints, 1-based as in COCO's files.
 COCO_SKELETON = (
     *((16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9), (8, 10)),
@@ -30,10 +28,8 @@ def compute_hflip_indices(names: Iterable[str], flip_map: Iterable | None = None
     names = list(names)
     if flip_map is None:
         by_lower = {name.lower(): name for name in names}
-        mirrored = {name: _mirror_name(name) for name in names}
-        others = {a: b if b in names else by_lower.get(b.lower(), a) for a, b in mirrored.items()}
-        flip_map = [(name, others[name]) for name in names if name < others[name]]
-        flip_map = [(a, b) for a, b in flip_map if others[b] == a]
+        others = {name: by_lower.get(_mirror_name(name), name) for name in names}
+        flip_map = [(a, b) for a, b in others.items() if a < b and others[b] == a]
     order = list(range(len(names)))
     for pair in flip_map:
         for name in pair:
@@ -48,14 +44,9 @@ def compute_hflip_indices(names: Iterable[str], flip_map: Iterable | None = None
     return tuple(order)
 
 
-def _mirror_name(name):
-    def swap(match):
-        other = _OPPOSITES[match.group().lower()]
-        if match.group().isupper():
-            return other.upper()
-        return other.capitalize() if match.group()[0].isupper() else other
-
-    return _SIDES.sub(swap, name) if len(name) > 1 else name
+def _mirror_name(name, sides=_SIDES):
+    """Return the name in lower case, with left and right swapped."""
+    return re.sub(sides, lambda match: _OPPOSITES[match.group().lower()], name).lower()
 
 
 def find_unpaired_keypoints(names: Sequence[str], flip_map: Iterable | None = None) -> list[str]:
@@ -63,16 +54,14 @@ def find_unpaired_keypoints(names: Sequence[str], flip_map: Iterable | None = No
     if flip_map is not None:
         return []
     lower = {name.lower() for name in names}
-    unpaired = [name for i, name in enumerate(names) if compute_hflip_indices(names)[i] == i]
-
-    def has_side(name):
-        first, last = (_OPPOSITES.get(letter, letter) for letter in (name[:1].lower(), name[-1:].lower()))
-        # lshoulder and rshoulder, LHIP and RHIP; lip and rip are no pair.
-        pairs = {first + name[1:].lower(), name[:-1].lower() + last} - {name.lower()}
-        is_word = re.search("upright|bright", name.lower())
-        return bool(pairs & lower) or (_mirror_name(name) != name and not is_word)
-
-    return [name for name in unpaired if has_side(name)]
+    unpaired = []
+    for i, name in enumerate(names):
+        # lshoulder, LHIP; lip and rip may be words.
+        others = {_mirror_name(name, sides) for sides in ("^[LlRr]", "[LlRr]$")} - {name.lower()}
+        has_side = _mirror_name(name) != name.lower() and not re.search("upright|bright", name.lower())
+        if compute_hflip_indices(names)[i] == i and (has_side or others & lower):
+            unpaired.append(name)
+    return unpaired
 
 
 def get_keypoint_metadata(categories: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
