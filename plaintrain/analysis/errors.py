@@ -30,7 +30,7 @@ OUTCOMES = {
     "both": ((140, 90, 50), "wrong class, IoU too low"),
     "duplicate": ((0, 130, 255), "object already detected with a higher score"),
     "background": ((240, 70, 190), "overlaps no object, or hardly"),
-    "missed": ((225, 25, 40), "object not detected, misclassified or mislocated"),
+    "missed": ((225, 25, 40), "object not even misclassified or mislocated"),
     "ignored": ((130, 130, 130), "crowd, not counted"),
 }
 DETECTION_TYPES = [name for name in OUTCOMES if name != "missed"]

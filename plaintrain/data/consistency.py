@@ -40,9 +40,13 @@ def iterate_contradictions(
         "wrong_area": is_odd & (box_area > 0),
     }
     for problem_type, mask in suspects.items():
+        index = -1
         for i in np.flatnonzero(mask).tolist():
-            record = records[table.record[i]]
-            annotation = record["annotations"][i - starts[table.record[i]]]
+            if table.record[i] != index:
+                # Reading a record unpickles all of it.
+                index = table.record[i]
+                record = records[index]
+            annotation = record["annotations"][i - starts[index]]
             size = record["height"], record["width"]
             if problem_type == "wrong_area" and _has_mask_area(annotation, size):
                 continue
@@ -73,11 +77,12 @@ def _find_duplicates(table, sides):
     boxes = table.boxes
     tolerance = np.minimum(1, sides.min(axis=1, initial=np.inf) / 4)
     groups = np.stack([table.record, table.labels, table.crowd], axis=1)
-    order = np.lexsort((boxes[:, 0], *groups.T))
+    order = np.lexsort((*boxes.T[::-1], *groups.T))
     is_duplicate = np.zeros(len(order), dtype=bool)
     first = np.arange(len(order) - 1)
     offset = 1
-    while len(first):
+    # Equal boxes are neighbours; the limit bounds the time for many boxes with the same x0.
+    while len(first) and offset <= 100:
         a = order[first]
         b = order[first + offset]
         is_near = (groups[a] == groups[b]).all(axis=1) & (boxes[b, 0] - boxes[a, 0] < 1)

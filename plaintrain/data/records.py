@@ -67,9 +67,11 @@ def check_objects(records: SerializedRecords, name: str) -> None:
     if records.annotations:
         problems = (problem[::2] for problem in iterate_contradictions(records, records.annotations))
         for finding in validation.count_problems(problems):
+            text = f"{name}: {validation.PROBLEM_TYPES[finding.type][0]}: {finding.count}"
+            text += f", such as {finding.examples[0]}"
             if finding.fatal:
-                raise DataError(finding.type, f"{name}: {finding}")
-            logger.warning(f"{name}: {finding}")
+                raise DataError(finding.type, text)
+            logger.warning(text)
 
 
 def _raise_first_problem(name: str, records: SerializedRecords, num_classes: int) -> NoReturn:

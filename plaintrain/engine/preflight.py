@@ -10,7 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from plaintrain.checkpoint.pretrained import locate_weights
 from plaintrain.config import CfgNode, check_cfg, get_value, set_value
 from plaintrain.data.build import check_batch_size
-from plaintrain.data.catalog import MetadataCatalog, get_common_class_names
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, get_common_class_names
 from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.datasets.builtin import EVALUATORS
 from plaintrain.data.images import get_pixel_range
@@ -88,6 +88,8 @@ def check_before_training(
         _check_schedule(cfg)
     for name in cfg.DATASETS.TEST:
         _check_test_dataset(name, needs_images=needs_model)
+        if eval_only or name not in cfg.DATASETS.TRAIN:
+            check_objects(DatasetCatalog.get(name), name)
         limit = cfg.TEST.DETECTIONS_PER_IMAGE
         if limit > _COCO_MAX_DETECTIONS and MetadataCatalog.get(name).evaluator_type == "coco":
             logger.warning(
@@ -147,7 +149,6 @@ def _check_schedule(cfg: CfgNode) -> None:
 def _check_test_dataset(name: str, needs_images: bool) -> None:
     """Reject a test set with missing images or an unknown evaluator."""
     records, _, _ = load_ground_truth(name)
-    check_objects(records, name)
     if needs_images:
         check_image_files(records, name)
     metadata = MetadataCatalog.get(name)
