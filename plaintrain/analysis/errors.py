@@ -48,7 +48,7 @@ def describe_matching(iou_threshold: float, score_threshold: float, task: str = 
     return (
         f"scores >= {score_threshold:.3f}; correct: IoU >= {iou_threshold:g} of "
         f"{'masks' if task == 'segm' else 'boxes'}; background: IoU < {BACKGROUND_IOU:g} with every object; "
-        "missed: no detection is correct, or wrong in class or location only"
+        "missed: no correct, classification or localization detection"
     )
 
 
