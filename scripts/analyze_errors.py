@@ -49,7 +49,7 @@ from typing import Any
 from plaintrain.analysis.analyze import analyze
 from plaintrain.analysis.breakdown import GROUPS
 from plaintrain.analysis.command import choose_predictions, load_tool_cfg
-from plaintrain.analysis.errors import ERRORS, OUTCOMES
+from plaintrain.analysis.errors import ERRORS, OUTCOMES, describe_matching
 from plaintrain.engine.launch import launch
 from plaintrain.evaluation.evaluator import format_table
 from plaintrain.evaluation.predictions import write_json
@@ -75,7 +75,7 @@ def print_table(
 
 
 def print_errors(task: str, errors: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Print TIDE's delta AP and the counts of each error type."""
+    """Print TIDE's delta AP, the counts of each error type and their definition."""
     counts = {**errors["detections"], "missed": errors["objects"]["missed"]}
     cells = [[error, errors["delta_ap"][error], counts[error], OUTCOMES[error][1]] for error in ERRORS]
     cells.append(["all false positives", errors["false_positives"], "", "all wrong detections"])
@@ -89,6 +89,7 @@ def print_errors(task: str, errors: dict[str, Any], settings: dict[str, Any]) ->
     print_table(title, [dict(zip(columns, values, strict=True)) for values in cells])
     columns = ["name", "correct", *ERRORS[:-1], "erroneous", "missed"]
     print_table(f"{task}, detections and objects by class", errors["classes"], columns)
+    print(describe_matching(settings["iou_threshold"], settings["score_threshold"], task))
 
 
 def print_analysis(analysis: dict[str, Any]) -> None:
@@ -107,14 +108,17 @@ def print_analysis(analysis: dict[str, Any]) -> None:
         bins = analysis["breakdown"][key]
         print_table(f"objects by {title.lower()}, {description}", bins, columns, required="objects")
     names = confusion["labels"]
-    if len(names) - 1 <= _MAX_MATRIX_CLASSES:
+    if len(names) - 2 <= _MAX_MATRIX_CLASSES:
         matrix = [
             {"": name, **dict(zip(names, counts, strict=True))}
             for name, counts in zip(names, confusion["counts"], strict=True)
         ]
         print_table("confusion matrix (rows: ground truth, columns: predictions)", matrix)
+        print("other error: localization error, duplicate or both; background, as column: missed")
     else:
         print_table("most confused pairs of classes", confusion["pairs"])
+    settings = analysis["settings"]
+    print(describe_matching(settings["iou_threshold"], settings["score_threshold"]))
     calibration = analysis["calibration"]
     if calibration["expected_error"] is not None:
         title = f"precision by score; expected calibration error {calibration['expected_error']:.3f}"

@@ -5,39 +5,31 @@ python scripts/check_dataset.py shapes_val
 python scripts/check_dataset.py bccd_train bccd_val --config-file configs/BCCD/Base-BCCD.yaml
 python scripts/check_dataset.py my_train --config-file my.yaml --fix DIR
 
-Decodes every image, with the config's INPUT.PIXEL_RANGE. --fix writes a cleaned copy as DIR/annotations.json
-(DIR/NAME/annotations.json for several datasets), which refers to the original images; the original is never
-changed. Annotations that cannot be fixed without guessing are dropped and listed.
-
-Exit code (of the original dataset): 0 if training would work, 1 if not (findings marked FATAL, or an
-unreadable annotation file), 2 for a wrong command line.
+Decodes every image, with the config's INPUT.PIXEL_RANGE. --fix writes a cleaned copy to DIR (DIR/NAME for
+several datasets), annotations.json, which refers to the original images, and changes.txt, a list of all
+changes. Annotations that cannot be fixed without guessing are dropped. Exit code (of the original dataset): 0
+if training would work, 1 if not (FATAL findings, or an unreadable file), 2 for a wrong command line.
 """
 
 import functools
+import math
 import os
 import sys
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+
+import yaml
 
 from plaintrain.analysis.command import load_tool_cfg
-from plaintrain.data import DatasetCatalog
+from plaintrain.data import DatasetCatalog, validation
+from plaintrain.data.datasets import write
 from plaintrain.data.datasets.builtin import read_dataset
 from plaintrain.data.datasets.shapes import is_drawn
-from plaintrain.data.datasets.write import get_relative_names, make_folder, scale_annotation, write_coco
+from plaintrain.data.image_files import read_image_header
 from plaintrain.data.images import get_pixel_range, inspect_image
-from plaintrain.data.validation import (
-    MAX_EXAMPLES,
-    PROBLEM_TYPES,
-    Finding,
-    check_images,
-    check_problems,
-    check_records,
-    count_classes,
-    iterate_annotation_problems,
-)
+from plaintrain.data.validation import MAX_EXAMPLES, PROBLEM_TYPES, Finding
 from plaintrain.engine.launch import launch
 from plaintrain.evaluation.predictions import write_json
 from plaintrain.structures import BoxMode, find_segmentation_problem
@@ -46,24 +38,31 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.logger import build_progress_bar
 
 # Annotations with these problems are dropped; others only lose the invalid field.
-_DROPPED = {"broken", "unknown_class", "bad_box", "empty_box", "outside_box"}
+_DROPPED = {"broken", "unknown_class", "bad_box", "normalized_box", "empty_box", "outside_box"}
+_INVALID_FIELDS = (
+    ("wrong_area", "area", "wrong areas replaced by that of the mask or the box"),
+    ("bad_rle", "segmentation", "malformed run-length encodings dropped, their boxes kept"),
+    ("wrong_keypoints", "keypoints", "invalid keypoints dropped, their boxes kept"),
+)
 
 
-def fix_records(
-    records: Iterable[dict[str, Any]], images: Iterable[dict[str, Any]], metadata: dict[str, Any]
-) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """Fix images and annotations; return the records, and {change: its locations, "" where it has none}.
+def _fix_records(records, images, metadata):
+    """Fix images and annotations; return the records, and {change: the images or objects it was made in}.
 
-    Images that cannot be read or do not fit INPUT.PIXEL_RANGE are excluded. Annotations of an image that was
-    resized by one factor for both sides are scaled; other images with a wrong size are excluded. The objects
-    of a file that is listed several times are merged. A copy with another name is dropped if the objects of
-    one of the two are a subset of the other's. `images` are the results of `inspect_image`.
+    Annotations of an image that was resized by one factor are scaled, those of the stored pixels of an image
+    with an EXIF orientation rotated; other images with a wrong size are excluded. The objects of a file that
+    is listed several times are merged. A copy with another name is dropped if the objects of one of the two
+    are a subset of the other's. `images` are the results of `inspect_image`.
     """
-    kept: list[dict[str, Any]] = []
-    same_pixels: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    changes: dict[str, list[str]] = defaultdict(list)
+    num_classes = len(metadata["thing_classes"])
+    suspects = defaultdict(set)
+    for problem_type, annotation, _ in validation.iterate_record_contradictions(records, num_classes):
+        suspects[id(annotation)].add(problem_type)
+    kept = []
+    same_pixels = defaultdict(list)
+    changes = defaultdict(list)
     for original, image in zip(records, images, strict=True):
-        record = _fix_image(original, image, metadata, changes)
+        record = _fix_image(original, image, metadata, suspects, changes)
         if record is None:
             continue
         others = same_pixels[image["pixels"]]
@@ -73,70 +72,94 @@ def fix_records(
                 changes[text].append(f"{record['file_name']} and {others[0]['file_name']}")
             others.append(record)
             kept.append(record)
+    for problem_type, _, text in validation.iterate_record_contradictions(kept, num_classes):
+        changes[f"kept, choose by hand: {PROBLEM_TYPES[problem_type][0]}"].append(text)
     return kept, changes
 
 
-def _fix_image(record, image, metadata, changes):
+def _fix_image(record, image, metadata, suspects, changes):
     """Return the record with the size of its image and fixed annotations, or None to exclude it."""
     if "error" in image:
         changes[f"excluded: {PROBLEM_TYPES[image['kind']][0]}"].append(image["error"])
         return None
     old = record["height"], record["width"]
     new = tuple(image["size"])
-    resized = max(abs(new[0] - old[0]), abs(new[1] - old[1])) > 1
+    orientation = read_image_header(record["file_name"])[2] if image["turned"] else 1
+    turned = orientation >= 5 and write.is_scaled(record, old[::-1], new)
+    turned &= old != new and (old[::-1] == new or not write.is_scaled(record, old, new))
+    upright = old[::-1] if turned else old
+    resized = max(abs(new[0] - upright[0]), abs(new[1] - upright[1])) > 1
     sizes = f"{record['file_name']}: {new[1]}x{new[0]}, its record says {old[1]}x{old[0]}"
-    if old[::-1] == new != old or (resized and not _is_scaled(record, old, new)):
+    if upright[::-1] == new != upright or (resized and not write.is_scaled(record, upright, new)):
         changes["excluded: rotated or cropped images, whose annotations have another shape"].append(sizes)
         return None
     if not resized:
-        if new != old:
+        if new != upright:
             changes["image sizes corrected by a pixel"].append(sizes)
-        record = {**record, "height": new[0], "width": new[1]}
-    fixed = (_fix_annotation(a, record, metadata, changes) for a in record["annotations"])
-    annotations = [annotation for annotation in fixed if annotation]
+        old = new[::-1] if turned else new
+    record = {**record, "height": old[0], "width": old[1]}
+    annotations = before = _fix_annotations(record, metadata, suspects, changes)
+    if turned:
+        changes["annotations of stored pixels rotated as the EXIF orientation says"].append(sizes)
+        annotations = [write.rotate_annotation(a, old, orientation) for a in annotations]
+        old = old[::-1]
+    elif 1 < orientation < 5 or (orientation > 1 and old[0] == old[1]):
+        text = "kept, check by hand: EXIF orientations of which the size does not tell if they were applied"
+        changes[text].append(record["file_name"])
     if resized:
         changes["images resized after annotation, their annotations scaled"].append(sizes)
-        annotations = [scale_annotation(a, old, new) for a in annotations]
+        annotations = [write.scale_annotation(a, old, new) for a in annotations]
+    if turned or resized:
+        boxes = zip(*([_get_identity(a)[2] for a in both] for both in (before, annotations)), strict=True)
+        changes["boxes scaled or rotated"] += [f"{record['file_name']}: {old} -> {new}" for old, new in boxes]
     return {**record, "height": new[0], "width": new[1], "annotations": annotations}
 
 
-def _is_scaled(record, old, new):
-    """Return whether the size `new` is `old` times one factor for both sides."""
-    for annotation in record["annotations"]:
-        segmentation = annotation.get("segmentation")
-        if isinstance(segmentation, dict) and segmentation.get("size") in (list(new), new):
-            # The annotations were made on the resized image.
-            return False
-    # Rounding changes each side by up to a pixel.
-    tolerance = sum(1 / min(sides) for sides in zip(old, new, strict=True))
-    return abs(new[0] * old[1] / (old[0] * new[1]) - 1) < tolerance
+def _fix_annotations(record, metadata, suspects, changes):
+    """Return the annotations without invalid fields, and without those to drop."""
+    names = dict(enumerate(map(str, metadata["thing_classes"])))
+    kept = {}
+    for index, original in enumerate(record["annotations"], 1):
+        types = {key for key, _ in validation.iterate_annotation_problems(original, record, metadata)}
+        types |= suspects[id(original)]
+        text = f"{record['file_name']}: object {index}, "
+        text += f"{names.get(original.get('category_id'), 'unknown')} {original.get('bbox')}"
+        dropped = [key for key in PROBLEM_TYPES if key in types & _DROPPED]
+        if dropped:
+            changes[f"annotations dropped: {PROBLEM_TYPES[dropped[0]][0].split(',')[0]}"].append(text)
+            continue
+        annotation, changed = _fix_annotation(original, types, record)
+        if annotation["bbox"] is not original["bbox"]:
+            text += f" -> {annotation['bbox']}"
+        identity = str([_get_identity(annotation), *map(annotation.get, ("segmentation", "keypoints"))])
+        if identity in kept:
+            changed = ["exact duplicates of objects dropped"]
+        kept.setdefault(identity, annotation)
+        for change in changed:
+            changes[change].append(text)
+    return list(kept.values())
 
 
-def _fix_annotation(annotation, record, metadata, changes):
-    """Return the annotation without its invalid fields, or None to drop it."""
-    problems = {problem_type for problem_type, _ in iterate_annotation_problems(annotation, record, metadata)}
-    for problem_type in problems & _DROPPED:
-        changes[f"annotations dropped: {PROBLEM_TYPES[problem_type][0].split(',')[0]}"].append("")
-        return None
+def _fix_annotation(annotation, problems, record):
+    """Return the annotation without its invalid fields, and the changes."""
+    changed = []
     annotation = dict(annotation)
     if "clipped_box" in problems:
         x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         clipped = [max(x0, 0), max(y0, 0), min(x1, record["width"]), min(y1, record["height"])]
         annotation |= {"bbox": clipped, "bbox_mode": BoxMode.XYXY_ABS}
-        changes["boxes clipped to their image"].append("")
-    if "bad_rle" in problems:
-        del annotation["segmentation"]
-        changes["malformed run-length encodings dropped, their boxes kept"].append("")
+        changed.append("boxes clipped to their image")
+    for problem, key, text in _INVALID_FIELDS:
+        if problem in problems:
+            del annotation[key]
+            changed.append(text)
     if "bad_polygon" in problems:
         size = record["height"], record["width"]
         polygons = [p for p in annotation.pop("segmentation") if not find_segmentation_problem([p], *size)]
         if polygons:
             annotation["segmentation"] = polygons
-        changes["invalid polygons dropped, their boxes kept"].append("")
-    if "wrong_keypoints" in problems:
-        del annotation["keypoints"]
-        changes["invalid keypoints dropped, their boxes kept"].append("")
-    return annotation
+        changed.append("invalid polygons dropped, their boxes kept")
+    return annotation, changed
 
 
 def _merge(record, other, changes):
@@ -151,6 +174,7 @@ def _merge(record, other, changes):
             objects[identity].update({**annotation, **objects[identity]})
         else:
             other["annotations"].append(annotation)
+            changes["objects added to another entry or copy"].append(f"{other['file_name']}: {identity[2]}")
     text = "copies of images dropped, whose objects are equal or a subset"
     if is_listed_twice:
         text = "repeated entries of a file dropped, their objects merged"
@@ -165,42 +189,39 @@ def _get_identity(annotation):
     return annotation["category_id"], int(annotation.get("iscrowd") or 0), rounded
 
 
-def write_fixed(
-    folder: str,
-    records: list[dict[str, Any]],
-    images: list[dict[str, Any]],
-    metadata: dict[str, Any],
-    problems: list[UserError],
-) -> None:
+def _write_fixed(name, folder, records, images, metadata, problems):
     """Write the cleaned copy of a dataset and print the changes."""
     if any(is_drawn(record["file_name"]) for record in records):
         print("  no cleaned copy: the images are generated, not read from files")
         return
-    records, changes = fix_records(records, images, metadata)
+    records, changes = _fix_records(records, images, metadata)
     for error in problems:
         problem_type = getattr(error, "error_type", "broken")
         action = "renumbered" if problem_type == "duplicate_id" else "dropped"
-        changes[f"{action} while reading: {PROBLEM_TYPES[problem_type][0]}"].append("")
+        changes[f"{action} while reading: {PROBLEM_TYPES[problem_type][0]}"].append(str(error))
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "annotations.json")
-    root, names = get_relative_names(record["file_name"] for record in records)
-    write_coco(path, records, metadata, names)
-    print(f"  cleaned copy: {path} (FORMAT coco, IMAGE_ROOT {root}), {len(records)} images")
+    root, names = write.get_relative_names(record["file_name"] for record in records)
+    write.write_coco(path, records, metadata, names)
+    with open(os.path.join(folder, "changes.txt"), "w", encoding="utf-8") as f:
+        f.writelines(f"{text}: {line}\n" for text, lines in changes.items() for line in lines)
+    print(f"  cleaned copy: {path}, {len(records)} images; changes.txt beside it lists all changes")
+    spec = {"FORMAT": "coco", "JSON": os.path.abspath(path), "IMAGE_ROOT": root}
+    spec |= {"CLASSES": list(metadata["thing_classes"]), "EVALUATOR": metadata.get("evaluator_type", "coco")}
+    if metadata.get("keypoint_flip_map") is not None:
+        spec["KEYPOINT_FLIP_MAP"] = [list(pair) for pair in metadata["keypoint_flip_map"]]
+    line = yaml.safe_dump({f"{name}_fixed": spec}, default_flow_style=True, width=math.inf, sort_keys=False)
+    print(f"  paste under DATASETS.DECLARE:\n    {line.strip()[1:-1]}")
     for text, lines in changes.items():
-        print(f"    {text}: {len(lines)}")
-        for line in list(filter(None, lines))[:MAX_EXAMPLES]:
-            print(f"        {line}")
+        print("\n        ".join([f"    {text}: {len(lines)}", *lines[:MAX_EXAMPLES]]))
     if not changes:
         print("    no changes")
 
 
-def print_findings(
-    name: str, records: list[dict[str, Any]], metadata: dict[str, Any], findings: list[Finding]
-) -> None:
+def _print_findings(name, records, metadata, findings):
     """Print the class counts and the findings of a dataset."""
-    num_boxes = sum(len(record["annotations"]) for record in records)
-    print(f"{name}: {len(records)} images, {num_boxes} boxes")
-    counts = count_classes(records, metadata)
+    print(f"{name}: {len(records)} images, {sum(len(r['annotations']) for r in records)} boxes")
+    counts = validation.count_classes(records, metadata)
     width = max(map(len, counts), default=0)
     for class_name, count in counts.items():
         print(f"    {class_name:<{width}}  {count:>8}")
@@ -210,30 +231,38 @@ def print_findings(
         print("  no problems")
 
 
+def check_dataset(name: str, args: Namespace, earlier: dict[str, str]) -> list[Finding]:
+    """Print and return the findings, and write the cleaned copy; `earlier` is that of `check_images`."""
+    if name in args.problems:
+        raise args.problems[name]
+    problems: list[UserError] = []
+    records, metadata = read_dataset(name, problems)
+    with ThreadPoolExecutor(args.workers) as pool:
+        inspected = pool.map(functools.partial(inspect_image, pixel_range=args.pixel_range), records)
+        images = list(build_progress_bar(inspected, desc="images", total=len(records)))
+    findings = validation.check_problems(problems) + validation.check_records(records, metadata)
+    findings += validation.check_images(records, images, name, earlier)
+    _print_findings(name, records, metadata, findings)
+    if args.fix:
+        folder = args.fix if len(args.names) == 1 else os.path.join(args.fix, name)
+        _write_fixed(name, folder, records, images, metadata, problems)
+    return findings
+
+
 def main(args: Namespace) -> int:
-    """Check each dataset, write the cleaned copies, and return the exit code."""
+    """Check each dataset, also after one that cannot be read, and return the exit code."""
     findings = {}
     earlier: dict[str, str] = {}
     for name in args.names:
-        problems: list[UserError] = []
-        records, metadata = read_dataset(name, problems)
-        with ThreadPoolExecutor(args.workers) as pool:
-            inspected = pool.map(functools.partial(inspect_image, pixel_range=args.pixel_range), records)
-            images = list(build_progress_bar(inspected, desc="images", total=len(records)))
-        findings[name] = check_problems(problems) + check_records(records, metadata)
-        findings[name] += check_images(records, images, name, earlier)
-        print_findings(name, records, metadata, findings[name])
-        if args.fix:
-            folder = args.fix if len(args.names) == 1 else os.path.join(args.fix, name)
-            write_fixed(folder, records, images, metadata, problems)
+        try:
+            findings[name] = check_dataset(name, args, earlier)
+        except UserError as e:
+            print(f"{name}: error: {e}")
+            findings[name] = validation.count_problems([("unreadable_dataset", str(e))])
     if args.output:
         plain = {
-            name: [
-                {"kind": f.type, "count": f.count, "examples": f.examples, "fatal": f.fatal}
-                | {"text": PROBLEM_TYPES[f.type][0]}
-                for f in dataset_findings
-            ]
-            for name, dataset_findings in findings.items()
+            name: [{**vars(f), "kind": f.type, "text": PROBLEM_TYPES[f.type][0]} for f in of_dataset]
+            for name, of_dataset in findings.items()
         }
         write_json(args.output, plain, indent=1)
     fatal = [name for name in findings if any(finding.fatal for finding in findings[name])]
@@ -248,17 +277,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("names", nargs="+", metavar="NAME", help="built-in or declared datasets")
     parser.add_argument("--fix", metavar="DIR", help="write a cleaned copy to a new or empty folder")
     add_renamed_argument(parser, "--output", "--json", metavar="FILE", help="also write the findings as JSON")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="threads (default: CPU cores)"
-    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all)")
     args = parser.parse_args(argv)
     try:
-        args.pixel_range = get_pixel_range(load_tool_cfg(args))
+        args.problems = {}
+        args.pixel_range = get_pixel_range(load_tool_cfg(args, args.problems))
         for name in args.names:
-            if name not in DatasetCatalog:
+            if name not in DatasetCatalog and name not in args.problems:
                 DatasetCatalog.get(name)
         if args.fix:
-            make_folder(args.fix)
+            write.make_folder(args.fix)
     except UserError as e:
         parser.error(str(e))
     if args.workers < 1:
@@ -269,5 +297,4 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    sys.exit(launch(main, args=(arguments,)))
+    sys.exit(launch(main, args=(parse_args(),)))

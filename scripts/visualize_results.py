@@ -32,7 +32,11 @@ if __name__ == "__main__":
     )
     threshold = {"type": float, "default": 0.5}
     add_renamed_argument(
-        parser, "--score-threshold", "--threshold", help="minimum score (default: 0.5)", **threshold
+        parser,
+        "--score-threshold",
+        "--threshold",
+        type=float,
+        help="minimum score (default: highest F1, as in analyze_errors.py)",
     )
     add_renamed_argument(
         parser, "--iou-threshold", "--iou", help="IoU of a match (default: 0.5)", **threshold
@@ -49,8 +53,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plaintrain.analysis.breakdown import compute_best_thresholds
 from plaintrain.analysis.command import choose_predictions, load_tool_cfg
-from plaintrain.analysis.errors import ERRORS, OUTCOMES, Errors, find_errors
+from plaintrain.analysis.errors import ERRORS, OUTCOMES, Errors, describe_matching, find_errors
 from plaintrain.data import MetadataCatalog
 from plaintrain.data.catalog import load_class_names, select_classes
 from plaintrain.data.images import check_image_size, get_pixel_range, read_image
@@ -84,7 +89,7 @@ def count_errors(errors: Errors, labels: Sequence[int]) -> dict[str, np.ndarray]
 def setup(args: Namespace) -> None:
     """Check the command line, declare the datasets and locate the predictions."""
     check_image_arguments(args)
-    if not 0 <= args.score_threshold <= 1:
+    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
         raise UserError(f"--score-threshold must be 0 to 1, got {args.score_threshold:g}")
     if not 0 < args.iou_threshold <= 1:
         raise UserError(f"--iou-threshold must be above 0 and at most 1, got {args.iou_threshold:g}")
@@ -115,13 +120,16 @@ def draw(errors: Errors, counts: dict[str, np.ndarray], args: Namespace) -> Iter
 def main(args: Namespace) -> None:
     """Match the predictions, print the error counts, and write or show the images."""
     detections = read_detections(args.predictions, args.dataset)
+    if args.score_threshold is None:
+        best = compute_best_thresholds(find_errors(args.dataset, detections, args.iou_threshold))["overall"]
+        args.score_threshold = best["threshold"] or 0.0
     errors = find_errors(args.dataset, detections, args.iou_threshold, args.score_threshold, args.task)
     counts = count_errors(errors, args.labels)
-    thresholds = f"score threshold {args.score_threshold:g}, IoU threshold {args.iou_threshold:g}"
-    print(f"{args.dataset}, {len(errors.records)} images, {thresholds}:")
+    print(f"{args.dataset}, {len(errors.records)} images:")
     legend = {f"{name}: {description}": color for name, (color, description) in OUTCOMES.items()}
     for error in ERRORS:
-        print(f"  {f'{error}: {OUTCOMES[error][1]}':<52}{counts[error].sum():>6}")
+        print(f"  {f'{error}: {OUTCOMES[error][1]}':<62}{counts[error].sum():>6}")
+    print(f"  {describe_matching(args.iou_threshold, args.score_threshold, args.task)}")
     drawings = itertools.islice(draw(errors, counts, args), args.max_images)
     if not write_images(drawings, args, args.dataset, legend, width=2):
         print("no image has such an error")

@@ -118,9 +118,9 @@ def test_confusion_counts_each_object_and_each_detection_once():
     rows = [(0, A, 0.9, 0), (0, FAR, 0.8, 0), (1, A, 0.9, 1), (1, A, 0.6, 0), (1, B, 0.8, 0), (1, B, 0.9, 0)]
     errors = find_errors(register(objects, images=2), detections_of(rows, images=2))
     found = breakdown.compute_confusion_matrix(errors)
-    assert found["labels"] == ["c0", "c1", "background"]
-    assert found["counts"] == [[2, 0, 0], [1, 0, 1], [1, 1, 0]]
-    assert found["normalized"] == [[1, 0, 0], [0.5, 0, 0.5], [0.5, 0.5, 0]]
+    assert found["labels"] == ["c0", "c1", "other error", "background"]
+    assert found["counts"] == [[2, 0, 0, 0], [1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]]
+    assert found["normalized"] == [[1, 0, 0, 0], [0.5, 0, 0, 0.5], [0.5, 0.5, 0, 0], [0, 0, 0, 0]]
     assert found["pairs"] == [{"ground_truth": "c1", "detected_as": "c0", "count": 1, "fraction": 0.5}]
 
 
@@ -214,7 +214,7 @@ def test_an_analysis_without_objects_or_detections_has_no_numbers(tmp_path, case
     found = analysis_of(tmp_path, name, detections_of(rows, images=images))
     per_class = found["per_class"]["bbox"]
     assert len(per_class) == len(found["thresholds"]["classes"]) == classes
-    assert len(found["confusion"]["counts"]) == classes + 1
+    assert len(found["confusion"]["counts"]) == classes + 2
     ap50 = {"no detections": 0, "eighty classes": round(HALF, 10)}.get(case)
     assert found["metrics"]["bbox"]["AP50"] == found["errors"]["bbox"]["AP"] == per_class[0]["AP50"] == ap50
     assert all(row["AP"] is row["APs"] is None and row["objects"] == 0 for row in per_class[1:])

@@ -27,7 +27,7 @@ from plaintrain.data import (
 from plaintrain.data.dataset_mapper import read_image
 from plaintrain.data.datasets.shapes import load_shapes, render
 from plaintrain.data.image_files import read_image_header
-from plaintrain.data.keypoints import compute_hflip_indices
+from plaintrain.data.keypoints import compute_hflip_indices, find_unpaired_keypoints
 from plaintrain.data.transforms.geometric import RandomHorizontalFlip, RandomZoomOut, Resize
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.structures import BoxMode
@@ -364,5 +364,9 @@ def test_keypoints_that_are_unnamed_or_differ_are_rejected(cfg):
     names, pair = ["nose", "left_eye", "right_eye"], ["left_eye", "right_eye"]
     words = "unknown keypoint 'right_ey'; the nearest is 'right_eye'"
     rejected(words, by=lambda: compute_hflip_indices(names, [("left_eye", "right_ey")]))
+    for sides in ("l_eye r_eye", "eyeL eyeR", "LEye REye", "Left-eye right-Eye"):
+        assert compute_hflip_indices(sides.split()) == (1, 0) and not find_unpaired_keypoints(sides.split())
+    unpaired = ["lhip", "rhip", "left_ear", "upright", "links", "rechts"]
+    assert find_unpaired_keypoints(unpaired) == unpaired[:3] and not find_unpaired_keypoints(unpaired, [])
     twice = [pair, ("nose", "left_eye")]
     rejected("'left_eye' in two pairs", by=lambda: compute_hflip_indices(names, twice))

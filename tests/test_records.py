@@ -128,6 +128,12 @@ def test_training_warns_of_boxes_as_check_records_does(register, log):
         "one: boxes more than half a pixel outside their image, which training clips: 1",
     ]
     assert warnings == [f"one: {f}".split("\n")[0] for f in findings if "box" in f.type]
+    register("two", [_object(area=12), _object(area=1200)])
+    get_detection_dataset_dicts("two")
+    for words in ("two: objects annotated twice", "less than a pixel apart: 1", "two: areas that contradict"):
+        assert words in log.text
+    register("shares", [_object()], [_object(bbox=[0.3, 0.2, 0.5, 0.4])])
+    rejected("shares: boxes normalized to 0..1", by=lambda: get_detection_dataset_dicts("shares"))
 
 
 def _holding(**change):

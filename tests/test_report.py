@@ -185,10 +185,11 @@ def test_script_reports_on_a_folder_with_only_a_log_and_refuses_what_is_no_run(t
 
 def test_busiest_classes_are_those_of_most_confusions(monkeypatch):
     monkeypatch.setattr(detections, "_MAX_MATRIX_CLASSES", 1)
-    counts = [[9, 0, 0, 0], [0, 2, 1, 0], [0, 0, 3, 0], [0, 0, 0, 0]]
-    confusion = {"labels": ["a", "b", "c", "background"], "counts": counts}
+    counts = [[9, 0, 0, 0, 0], [0, 2, 1, 0, 0], [0, 0, 3, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
+    confusion = {"labels": ["a", "b", "c", "other error", "background"], "counts": counts}
     labels, counts, _ = detections._select_confused(confusion)
-    assert (labels, counts.tolist()) == (["b", "background"], [[2, 0], [0, 0]])
+    assert labels == ["b", "other error", "background"]
+    assert counts.tolist() == [[2, 0, 0], [1, 0, 0], [0, 0, 0]]
 
 
 def test_calibration_draws_the_precision_over_the_score(monkeypatch):

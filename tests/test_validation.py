@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from detection_helpers import make_annotation, make_record
 from PIL import Image
 from processes import run_script
@@ -17,7 +18,8 @@ from plaintrain.structures import BoxMode, encode_segmentation
 
 
 def _record(*changes, image_id=1):
-    annotations = [make_annotation([1, 1, 9, 9]) | change for change in changes]
+    # Different boxes, none of which is a duplicate.
+    annotations = [make_annotation([1, 1, 9 + 2 * i, 9]) | change for i, change in enumerate(changes)]
     return make_record(image_id, *annotations) | {"height": 20, "width": 30}
 
 
@@ -66,6 +68,31 @@ def test_check_records_finds_mistakes_of_annotations(kind, annotation):
     assert set(found) == {kind} and found[kind].count == 1
     assert "1.jpg" in found[kind].examples[0]
     assert found[kind].fatal == PROBLEM_TYPES[kind][1]
+
+
+BOX = {"bbox": [10, 2, 20, 12]}
+WIDTHS = {"bbox": [0.6, 0.2, 0.9, 0.8], "bbox_mode": BoxMode.XYWH_ABS}
+THIN = {**BOX, "segmentation": [[10, 2, 20, 2, 20, 2.3, 10, 2.3]]}
+
+
+@pytest.mark.parametrize(
+    ("count", "kind", "annotations"),
+    [
+        (1, "normalized_box", [BOX, WIDTHS]),
+        (1, "normalized_box", [BOX, {"bbox": [-0.7, -0.8, 0.5, 0.4]}]),
+        # What is left of an object at the border, and a pixel.
+        *((0, "normalized_box", [{"bbox": box}]) for box in ([0, 0, 0.4, 0.7], [1, 1, 2, 2], [0, 0, 1, 1])),
+        (2, "duplicate_object", [BOX, BOX, {"bbox": [10.7, 1.5, 20.2, 12]}]),
+        (0, "duplicate_object", [BOX, {**BOX, "category_id": 1}, {**BOX, "iscrowd": 1}]),
+        *((1, "wrong_area", [{**BOX, "area": area}]) for area in (0, 1, 400, -1)),
+        *((0, "wrong_area", [{**box, "area": area}]) for box, area in ((BOX, 30), (BOX, 121), (THIN, 0))),
+        *((1, "broken", [{**BOX, "area": area}]) for area in ("100", float("nan"), True)),
+    ],
+)
+def test_contradictions_are_found(count, kind, annotations):
+    findings = _check(_record(*annotations), classes=["a", "b"])
+    assert (findings[kind].count if kind in findings else 0) == count
+    assert set(findings) - {kind} <= {"tiny_box", "clipped_box", "unused_class", "no_boxes"}
 
 
 def test_check_records_finds_mistakes_of_datasets_and_keeps_ten_examples():
@@ -145,7 +172,14 @@ def test_mistakes_of_images_are_found(check, declare, tiny_coco, write_image, tm
     box = {"category_id": 7, "bbox": [4, 5, 10.5, 8]}
     content["annotations"] = [{"id": i, "image_id": i, **box} for i in range(1, 9)]
     declare(content)
-    said, found = check("pets", code=1)
+    said, found = check("pets", "--fix", tmp_path / "fixed", code=1)
+    # Annotated on the stored pixels, of which the EXIF orientation makes 30x40.
+    turned = _fixed(tmp_path / "fixed", tiny_coco.images)["turned.png"]
+    assert (turned["width"], [a["bbox"] for a in turned["annotations"]]) == (30, [[17, 4, 8, 10.5]])
+    assert "turned.png: (4.0, 5.0, 14.5, 13.0) -> (17" in (tmp_path / "fixed/changes.txt").read_text()
+    declaration = yaml.safe_load(said.split("DATASETS.DECLARE:")[1].splitlines()[1])
+    paths = {"JSON": f"{tmp_path}/fixed/annotations.json", "IMAGE_ROOT": str(tiny_coco.images)}
+    assert declaration["pets_fixed"].items() >= {"FORMAT": "coco", **paths}.items()
     kinds = {
         "unreadable": ["cut.png", "gone.png", "text.png"],
         "wrong_size": ["small.png", "turned.png"],
@@ -158,7 +192,7 @@ def test_mistakes_of_images_are_found(check, declare, tiny_coco, write_image, tm
         for example, name in zip(found[kind]["examples"], names, strict=True):
             assert name in example
     assert found.keys() - {"unused_class"} == kinds.keys()
-    assert "good.png" not in said
+    assert "good.png" not in said.split("cleaned copy")[0]
     assert "training would stop at the FATAL findings of pets" in said
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({**json.loads(path.read_text()), "INPUT": {"PIXEL_RANGE": [0, 16383]}}))
@@ -205,7 +239,10 @@ def test_clean_datasets_pass_and_mistakes_of_the_command_line_do_not(check, decl
         said, _ = check(*args, code=2)
         assert [word for word in words if word not in said] == []
     (tmp_path / "pets.json").write_text("{")
-    assert "error: the annotation file" in check("pets", code=1)[0]
+    declare(None, "bad", FORMAT="cocoo")
+    said, found = check("pets", "bad", "few", code=1)
+    for words in ("error: the annotation file", "bad.FORMAT must be one of", "few: 12 images"):
+        assert words in said
 
 
 def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_path):
@@ -220,7 +257,7 @@ def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_
         {**box, "id": 202, "bbox": [50, 1, 5, 5]},
         {**box, "id": 202, "bbox": [30, -5, 20, 10]},
         {**box, "id": 203, "segmentation": [[1, 1, 2, 2], [1, 1, 5, 1, 5, 5]]},
-        {**box, "id": 204, "segmentation": {"size": [30, 40], "counts": [3]}},
+        {**box, "id": 204, "bbox": [1, 1, 5, 7], "segmentation": {"size": [30, 40], "counts": [3]}},
     ]
     content["annotations"][2].pop("segmentation")
     declare(content)
@@ -245,7 +282,7 @@ def test_fix_writes_a_cleaned_copy_that_is_clean(check, declare, tiny_coco, tmp_
     records, metadata = read_coco_json(str(tmp_path / "fixed/annotations.json"), str(tiny_coco.images))
     assert [record["image_id"] for record in records] == [2, 11]
     assert records[0]["width"] == 30
-    assert [a["bbox"] for a in records[1]["annotations"]][2:] == [[30, 0, 10, 5], [1, 1, 5, 5], [1, 1, 5, 5]]
+    assert [a["bbox"] for a in records[1]["annotations"]][2:] == [[30, 0, 10, 5], [1, 1, 5, 5], [1, 1, 5, 7]]
     assert [a.get("segmentation") for a in records[1]["annotations"]][3:] == [[[1, 1, 5, 1, 5, 5]], None]
     assert check_records(records, metadata) == []
     assert all(Path(record["file_name"]).is_file() for record in records)

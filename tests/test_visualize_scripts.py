@@ -136,7 +136,10 @@ def table(out):
 
 
 def test_errors_are_counted_and_drawn_in_their_colours(call, run, tmp_path):
-    output = call("visualize_results.py", "run", "--output", "drawn", "--grid", "all.jpg")
+    common = ("visualize_results.py", "run", "--grid", "all.jpg")
+    # The default is the threshold with the highest F1, as in analyze_errors.py.
+    assert "scores >= 0.900; correct: IoU >= 0.5 of boxes" in call(*common)
+    output = call(*common, "--output", "drawn", "--score-threshold", 0.5)
     counts = {"missed": 2, "classification": 1, "localization": 1, "both": 0, "duplicate": 1, "background": 1}
     assert table(output) == counts
     files = {p.stem.split("_")[1]: p for p in (tmp_path / "drawn").iterdir()}
@@ -154,7 +157,8 @@ def test_errors_are_counted_and_drawn_in_their_colours(call, run, tmp_path):
 
 def test_error_types_classes_thresholds_and_files_choose_what_counts(call, run, tmp_path):
     results = functools.partial(call, "visualize_results.py", "run")
-    results("--error-type", "classification", "--error-type", "duplicate", "--output", "types")
+    types = ("--error-type", "classification", "--error-type", "duplicate")
+    results(*types, "--output", "types", "--score-threshold", 0.5)
     names = {name.split("_")[1] for name in names_in(tmp_path / "types")}
     assert names == {f"{name}.jpg" for name in run.names[1:]}
     output = results("--score-threshold", 0.85, "--iou-threshold", 0.1, "--grid", "a.jpg")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from plaintrain.analysis.dataset import ASPECTS, format_bins
-from plaintrain.analysis.errors import DETECTION_TYPES, REAL_STATES, STATES, Errors, Table, match_greedily
+from plaintrain.analysis.errors import DETECTION_TYPES, REAL_STATES, STATES, Errors, Table
 from plaintrain.data.datasets.write import get_area
 from plaintrain.evaluation.detections import compute_overlaps
 
@@ -95,33 +95,35 @@ def _divide(numerator, denominator):
 def compute_confusion_matrix(errors: Errors, max_pairs: int = 20) -> dict[str, Any]:
     """Compute the confusion matrix (rows: ground truth, columns: predictions).
 
-    Each object and each detection that is not ignored counts once. After the correct ones, detections are
-    matched with objects of other classes by descending score, at `errors.iou_threshold`.
+    Each object and each detection that is not ignored counts once, by its state and type in `errors`: the
+    first classification error of an object that is not detected is its confusion.
 
     Returns:
-        `labels` (class names, then "background"), `counts`, `normalized` (by the sums of the rows), and
-        `pairs`, the most frequent confusions: `ground_truth`, `detected_as`, `count` and `fraction`
+        `labels` (class names, then "other error" and "background", in the columns missed objects), `counts`,
+        `normalized` (by the sums of the rows), and `pairs`, the most frequent confusions: `ground_truth`,
+        `detected_as`, `count` and `fraction`
     """
     objects = errors.objects
     detections = errors.detections
-    background = len(errors.classes)
-    is_wrong = ~np.isin(detections["type"], ["correct", "ignored"])
-    detection, target, iou = compute_overlaps(objects, detections)
-    candidates = is_wrong[detection] & (iou >= errors.iou_threshold)
-    candidates = np.flatnonzero(candidates & np.isin(objects["state"], ["missed", "erroneous"])[target])
-    candidates = candidates[np.lexsort((-iou[candidates], -detections["scores"][detection[candidates]]))]
-    matches = candidates[match_greedily(detection[candidates], target[candidates])]
-    detected_as = np.where(objects["state"] == "detected", objects["labels"], background)
-    detected_as[target[matches]] = detections["labels"][detection[matches]]
-    is_wrong[detection[matches]] = False
-    counts = np.zeros((background + 1, background + 1), dtype=np.int64)
+    other = len(errors.classes)
+    states = objects["state"]
+    wrong = errors.score_order[detections["type"][errors.score_order] == "classification"]
+    wrong = wrong[states[detections["object"][wrong]] == "erroneous"]
+    # The first detection of each object has the highest score.
+    confused, first = np.unique(detections["object"][wrong], return_index=True)
+    detected_as = np.select([states == "detected", states == "missed"], [objects["labels"], other + 1], other)
+    detected_as[confused] = detections["labels"][wrong[first]]
+    row_of = np.where(detections["type"] == "background", other + 1, other)
+    is_alone = ~np.isin(detections["type"], ["correct", "ignored"])
+    is_alone[wrong[first]] = False
+    counts = np.zeros((other + 2, other + 2), dtype=np.int64)
     real = ~objects["crowd"]
     np.add.at(counts, (objects["labels"][real], detected_as[real]), 1)
-    np.add.at(counts[background], detections["labels"][is_wrong], 1)
+    np.add.at(counts, (row_of[is_alone], detections["labels"][is_alone]), 1)
     normalized = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    confused = counts[:-1, :-1] * ~np.eye(background, dtype=bool)
+    confused = counts[:-2, :-2] * ~np.eye(other, dtype=bool)
     order = np.argsort(-confused, axis=None, kind="stable")[: min(max_pairs, np.count_nonzero(confused))]
-    labels = [*errors.classes, "background"]
+    labels = [*errors.classes, "other error", "background"]
     pairs = [
         {"ground_truth": labels[i], "detected_as": labels[j]}
         | {"count": counts[i, j].item(), "fraction": normalized[i, j].item()}

@@ -8,13 +8,16 @@ from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.utils.errors import UserError
 
 
-def load_tool_cfg(args: Namespace) -> CfgNode:
-    """Load the config of a run folder or a file (`run`, `config_file`, `opts`); declare its datasets."""
+def load_tool_cfg(args: Namespace, problems: dict[str, UserError] | None = None) -> CfgNode:
+    """Load the config of a run folder or a file (`run`, `config_file`, `opts`); declare its datasets.
+
+    With `problems`, errors in declarations are collected by name instead of raised.
+    """
     cfg = read_config(args.run) if getattr(args, "run", "") else get_cfg()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
-    declare_datasets(cfg)
+    declare_datasets(cfg, problems)
     return cfg
 
 

@@ -442,6 +442,7 @@ _C.TEST.BEST_METRIC = ""
 _C.TEST.AMP = False
 # [[task, metric, value, tolerance], ...]: the run fails if the final results differ by more.
 _C.TEST.EXPECTED_RESULTS = []
+# COCO metrics count at most 100 per image and class.
 _C.TEST.DETECTIONS_PER_IMAGE = 100
 # OKS sigmas, one per keypoint; [] is COCO's for 17 keypoints.
 _C.TEST.KEYPOINT_OKS_SIGMAS = []

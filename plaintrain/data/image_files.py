@@ -51,8 +51,16 @@ def open_image(file_name: str) -> Iterator[Image.Image]:
     except FileNotFoundError as e:
         raise DataError("unreadable", f"the image file {file_name} does not exist") from e
     except _PILLOW_ERRORS as e:
-        message = f"cannot read the image file {file_name}: {describe_os_error(e)}"
+        reason = describe_os_error(e)
+        if isinstance(e, Image.DecompressionBombError):
+            reason = f"it has more pixels than {describe_pixel_limit()}"
+        message = f"cannot read the image file {file_name}: {reason}"
         raise DataError("unreadable", message) from e
+
+
+def describe_pixel_limit() -> str:
+    """Return the largest number of pixels of an image, and its key."""
+    return f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,}, twice PIL.Image.MAX_IMAGE_PIXELS; tile such images"
 
 
 def is_too_large(height: int, width: int) -> bool:

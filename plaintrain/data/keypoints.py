@@ -1,5 +1,6 @@
 """Keypoint metadata: the order after a horizontal flip, the skeleton of COCO."""
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.utils.errors import UserError, suggest_similar
 
-_OPPOSITES = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
-_OPPOSITES |= {right: left for left, right in _OPPOSITES.items()}
+logger = logging.getLogger(__name__)
+
+_OPPOSITES = {"left": "right", "right": "left", "l": "r", "r": "l"}
+# Also single letters: l_eye, L-Eye, LEye, eye_l, eyeL; not lip, and not LHIP, which could be a word.
+_SIDES = r"(?i:left|right)|(?!^.$)(?<![A-Za-z])[LlRr](?=[^A-Za-z]|[A-Z][a-z]|$)|(?<=[a-z])[LR](?![A-Za-z])"
 # Edges between COCO's 17 person keypoints, 1-based as in COCO's files.
 COCO_SKELETON = (
     *((16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9), (8, 10)),
@@ -19,12 +23,13 @@ COCO_SKELETON = (
 def compute_hflip_indices(names: Iterable[str], flip_map: Iterable | None = None) -> tuple[int, ...]:
     """Return the order of the keypoints after a horizontal flip, a permutation of 0 to Kp-1.
 
-    `flip_map` holds pairs of names to swap; None pairs names that differ only by left and right.
+    `flip_map` holds pairs of names to swap; None pairs names that differ only by left and right, or l and r.
     """
     names = list(names)
     if flip_map is None:
-        others = (re.sub("|".join(_OPPOSITES), lambda m: _OPPOSITES[m.group()], name) for name in names)
-        flip_map = [(a, b) for a, b in zip(names, others, strict=True) if b in names and a < b]
+        by_lower = {name.lower(): name for name in names}
+        others = {name: by_lower.get(_mirror_name(name), name) for name in names}
+        flip_map = [(a, b) for a, b in others.items() if a < b and others[b] == a]
     order = list(range(len(names)))
     for pair in flip_map:
         for name in pair:
@@ -37,6 +42,26 @@ def compute_hflip_indices(names: Iterable[str], flip_map: Iterable | None = None
         order[left] = right
         order[right] = left
     return tuple(order)
+
+
+def _mirror_name(name, sides=_SIDES):
+    """Return the name in lower case, with left and right swapped."""
+    return re.sub(sides, lambda match: _OPPOSITES[match.group().lower()], name).lower()
+
+
+def find_unpaired_keypoints(names: Sequence[str], flip_map: Iterable | None = None) -> list[str]:
+    """Return the keypoints that seem to be left or right, but have no pair; none with a `flip_map`."""
+    if flip_map is not None:
+        return []
+    lower = {name.lower() for name in names}
+    unpaired = []
+    for i, name in enumerate(names):
+        # lshoulder, LHIP; lip and rip may be words.
+        others = {_mirror_name(name, sides) for sides in ("^[LlRr]", "[LlRr]$")} - {name.lower()}
+        has_side = _mirror_name(name) != name.lower() and not re.search("upright|bright", name.lower())
+        if compute_hflip_indices(names)[i] == i and (has_side or others & lower):
+            unpaired.append(name)
+    return unpaired
 
 
 def get_keypoint_metadata(categories: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -59,6 +84,11 @@ def create_keypoint_hflip_indices(dataset_names: Sequence[str], num_keypoints: i
         if not names:
             reason = f"MODEL.KEYPOINT_ON is True, but the dataset {dataset} names no keypoints"
             raise UserError(f'{reason}; call MetadataCatalog.get("{dataset}").set(keypoint_names=[...])')
+        if unpaired := find_unpaired_keypoints(names, metadata.get("keypoint_flip_map")):
+            logger.warning(
+                f"{dataset}: a flip does not swap the keypoints {', '.join(unpaired)}; list left and right "
+                "in KEYPOINT_FLIP_MAP (in code keypoint_flip_map), or set it to []"
+            )
         keypoints.append((names, compute_hflip_indices(names, metadata.get("keypoint_flip_map"))))
         if keypoints[-1] != keypoints[0]:
             raise UserError(

@@ -11,10 +11,11 @@ import numpy as np
 
 from plaintrain.data import validation
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, get_common_class_names
+from plaintrain.data.consistency import iterate_contradictions
 from plaintrain.data.datasets.shapes import is_drawn
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.structures import find_segmentation_problem
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def get_detection_dataset_dicts(
     datasets = []
     for name in names:
         records = DatasetCatalog.get(name)
+        check_objects(records, name)
         table = records.annotations
         labels = range(len(classes))
         if records.columns is None or table is None or not np.isin(table.labels, labels).all():
@@ -58,6 +60,18 @@ def get_detection_dataset_dicts(
             f"{counts['empty']} have none, and {counts['few_keypoints']} have too few labelled keypoints"
         )
     return SerializedRecords.join(datasets)
+
+
+def check_objects(records: SerializedRecords, name: str) -> None:
+    """Reject normalized boxes, and warn of duplicate objects and wrong areas."""
+    if records.annotations:
+        problems = (problem[::2] for problem in iterate_contradictions(records, records.annotations))
+        for finding in validation.count_problems(problems):
+            text = f"{name}: {validation.PROBLEM_TYPES[finding.type][0]}: {finding.count}"
+            text += f", such as {finding.examples[0]}"
+            if finding.fatal:
+                raise DataError(finding.type, text)
+            logger.warning(text)
 
 
 def _raise_first_problem(name: str, records: SerializedRecords, num_classes: int) -> NoReturn:

@@ -46,6 +46,7 @@ class AnnotationTable:
     crowd: np.ndarray  # bool
     keypoints: np.ndarray  # number of labelled keypoints, int64
     shapes: np.ndarray  # checksum of segmentations and keypoints of each record, int64
+    area: np.ndarray  # as annotated, float64, NaN without one
 
 
 class SerializedRecords(Sequence):
@@ -69,7 +70,7 @@ class SerializedRecords(Sequence):
         with contextlib.suppress(*_MALFORMED):
             self.columns = _build_columns(records)
         with contextlib.suppress(*_MALFORMED):
-            self.annotations = _build_annotation_table(records)
+            self.annotations = build_annotation_table(records)
 
     def _set_block(self, data, ends, loads):
         # Other processes share the memory of tensors.
@@ -186,7 +187,7 @@ def _check_types(values, expected):
         raise TypeError(f"not all are {expected}")
 
 
-def _build_annotation_table(records):
+def build_annotation_table(records: Sequence[dict[str, Any]]) -> AnnotationTable:
     """Return the annotations as arrays; raise one of `_MALFORMED` if one is malformed."""
     if not all(record.keys() >= _RECORD_KEYS for record in records):
         raise LookupError("a key is missing")
@@ -194,6 +195,10 @@ def _build_annotation_table(records):
     annotations = [annotation for record in records for annotation in record["annotations"]]
     labels = [annotation["category_id"] for annotation in annotations]
     _check_types(labels, numbers.Integral)
+    areas = [np.nan if a.get("area") is None else a["area"] for a in annotations]
+    _check_types(areas, numbers.Real)
+    if np.isfinite(areas).sum() < sum(a.get("area") is not None for a in annotations):
+        raise ValueError("an area is not finite")
     keypoints = [annotation.get("keypoints") or () for annotation in annotations]
     shapes = [[(a.get("segmentation"), a.get("keypoints")) for a in r["annotations"]] for r in records]
     return AnnotationTable(
@@ -203,6 +208,7 @@ def _build_annotation_table(records):
         crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool),
         keypoints=np.array([sum(v > 0 for v in points[2::3]) for points in keypoints], dtype=np.int64),
         shapes=np.array([zlib.crc32(pickle.dumps(shape, protocol=4)) for shape in shapes], dtype=np.int64),
+        area=np.array(areas, dtype=np.float64),
     )
 
 

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 
 from plaintrain.data.catalog import Metadata
-from plaintrain.data.image_files import is_too_large
+from plaintrain.data.consistency import TINY, classify_boxes, iterate_contradictions
+from plaintrain.data.image_files import describe_pixel_limit, is_too_large
+from plaintrain.data.keypoints import find_unpaired_keypoints
+from plaintrain.data.serialized import build_annotation_table
 from plaintrain.structures import BOX_MODES, BoxMode, are_numbers, find_segmentation_problem, is_box
 from plaintrain.utils.errors import DataError, UserError
 
@@ -18,11 +21,11 @@ MetadataLike = Mapping[str, Any] | Metadata
 Problem = tuple[str, str]  # (key of `PROBLEM_TYPES`, end of a sentence)
 
 MAX_EXAMPLES = 10
-TINY = 2  # pixels
 _LEAST_SPREAD = 64  # values in any channel: 14 bits read as 16 have fewer
 
 # type -> (description, whether it is fatal: training stops).
 PROBLEM_TYPES = {
+    "unreadable_dataset": ("datasets that cannot be read", True),
     "no_images": ("datasets without an image", True),
     "no_boxes": ("datasets without a valid box, so that there is nothing to learn", True),
     "broken_image": ("incomplete or malformed image entries", True),
@@ -38,11 +41,15 @@ PROBLEM_TYPES = {
     "wrong_keypoints": ("annotations with malformed keypoints or a wrong number of them", True),
     "bad_polygon": ("polygons that are malformed or have under 3 points (stop training with masks)", True),
     "bad_rle": ("run-length encodings that do not fit their image (stop training with masks)", True),
+    "normalized_box": ("boxes normalized to 0..1, which must be multiplied by the size of the image", True),
     "empty_box": ("boxes without area, which training drops", False),
     "outside_box": ("boxes outside their image, which training drops", False),
     "clipped_box": ("boxes more than half a pixel outside their image, which training clips", False),
     "tiny_box": (f"boxes with a side shorter than {TINY} pixels", False),
+    "duplicate_object": ("objects annotated twice: same class, boxes less than a pixel apart", False),
+    "wrong_area": ("areas that contradict the box and the mask; COCO's metrics use them", False),
     "outside_keypoint": ("annotations with a labelled keypoint outside the image", False),
+    "unpaired_keypoint": ("left and right keypoints that a flip does not swap", False),
     "duplicate_id": ("annotations with a duplicate id", False),
     "no_annotations": ("images without annotations", False),
     "unused_class": ("classes without a box", False),
@@ -101,6 +108,7 @@ def check_records(records: Sequence[dict[str, Any]], metadata: MetadataLike) -> 
 
 def _iterate_record_problems(records, metadata):
     counts = count_classes(records, metadata)
+    num_classes = len(metadata.get("thing_classes") or ())
     if not any(counts.values()):
         yield "no_boxes" if records else "no_images", ""
     for name, count in counts.items():
@@ -117,6 +125,19 @@ def _iterate_record_problems(records, metadata):
         for annotation in record["annotations"]:
             for problem_type, text in iterate_annotation_problems(annotation, record, metadata):
                 yield problem_type, f"{name}: an annotation {text}"
+    flip_map = metadata.get("keypoint_flip_map")
+    for keypoint in find_unpaired_keypoints(metadata.get("keypoint_names") or (), flip_map):
+        yield "unpaired_keypoint", f"{keypoint}: list it in the dataset's KEYPOINT_FLIP_MAP"
+    yield from (problem[::2] for problem in iterate_record_contradictions(records, num_classes))
+
+
+def iterate_record_contradictions(records: Iterable[dict[str, Any]], num_classes: int) -> Iterator[tuple]:
+    """Yield the result of `iterate_contradictions` for those annotations that are valid by themselves."""
+    valid = [
+        {**r, "annotations": [a for a in r["annotations"] if not find_annotation_problem(a, num_classes)]}
+        for r in records
+    ]
+    return iterate_contradictions(valid, build_annotation_table(valid))
 
 
 def check_images(
@@ -173,6 +194,9 @@ def find_annotation_problem(annotation: dict[str, Any], num_classes: int) -> Pro
         return "bad_box", f"has the bbox_mode {mode!r}, not one of {BOX_MODES}"
     if not is_box(annotation["bbox"]):
         return "bad_box", f"has the box {annotation['bbox']!r}, not four finite numbers"
+    area = annotation.get("area")
+    if area is not None and (isinstance(area, bool) or not are_numbers([area])):
+        return "broken", f"has the area {area!r}, not a finite number"
     return None
 
 
@@ -206,17 +230,6 @@ def iterate_annotation_problems(
             yield "outside_keypoint", f"has the keypoint ({x[i]}, {y[i]}) in an image of {width}x{height}"
 
 
-def classify_boxes(x0: Any, y0: Any, x1: Any, y1: Any, width: Any, height: Any) -> dict[str, Any]:
-    """Return {problem type: bool} of a box, or of arrays of boxes; the first true one is reported."""
-    return {
-        "empty_box": (x1 <= x0) | (y1 <= y0),
-        "outside_box": (x0 >= width) | (y0 >= height) | (x1 <= 0) | (y1 <= 0),
-        # Rounding may move a box by half a pixel.
-        "clipped_box": (x0 < -0.5) | (y0 < -0.5) | (x1 > width + 0.5) | (y1 > height + 0.5),
-        "tiny_box": (x1 - x0 < TINY) | (y1 - y0 < TINY),
-    }
-
-
 def find_keypoint_problem(keypoints: Any, num_keypoints: int) -> Problem | None:
     """Return why `[x, y, v, ...]` is invalid, or None; `num_keypoints` of 0 allows any number."""
     if not isinstance(keypoints, list | tuple) or not are_numbers(keypoints):
@@ -244,7 +257,7 @@ def find_image_problem(image: dict[str, Any], id_key: str = "image_id") -> str |
         if not is_whole(image[key]) or image[key] < 1:
             return f"has the {key} {image[key]!r}, not a number of pixels"
     if is_too_large(image["height"], image["width"]):
-        return f"is {image['width']} x {image['height']}, more pixels than an image may have"
+        return f"is {image['width']} x {image['height']}, more pixels than {describe_pixel_limit()}"
     if not isinstance(image["file_name"], str):
         return f"has the file_name {image['file_name']!r}, not a string"
     return None

@@ -10,10 +10,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from plaintrain.checkpoint.pretrained import locate_weights
 from plaintrain.config import CfgNode, check_cfg, get_value, set_value
 from plaintrain.data.build import check_batch_size
-from plaintrain.data.catalog import MetadataCatalog, compute_hashes, get_common_class_names
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, compute_hashes, get_common_class_names
 from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.datasets.builtin import EVALUATORS
-from plaintrain.data.records import check_image_files, get_detection_dataset_dicts
+from plaintrain.data.records import check_image_files, check_objects, get_detection_dataset_dicts
 from plaintrain.data.transforms.build import build_augmentation
 from plaintrain.data.tta import build_tta_mapper
 from plaintrain.evaluation.coco_backend import get_oks_sigmas
@@ -25,6 +25,8 @@ from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Per class and image; COCO ignores the others.
+_COCO_MAX_DETECTIONS = 100
 _NUM_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
 
 
@@ -98,6 +100,14 @@ def check_before_training(
         _check_schedule(cfg)
     for name in cfg.DATASETS.TEST:
         _check_test_dataset(name, needs_images=needs_model)
+        if eval_only or name not in cfg.DATASETS.TRAIN:
+            check_objects(DatasetCatalog.get(name), name)
+        limit = cfg.TEST.DETECTIONS_PER_IMAGE
+        if limit > _COCO_MAX_DETECTIONS and MetadataCatalog.get(name).evaluator_type == "coco":
+            logger.warning(
+                f"COCO metrics of {name} count only {_COCO_MAX_DETECTIONS} detections per image and class, "
+                f"but TEST.DETECTIONS_PER_IMAGE is {limit}"
+            )
     return _check_model(cfg, resume, eval_only) if needs_model else None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torchvision.transforms.v2.functional import to_pil_image
 
 from plaintrain.analysis.breakdown import GROUPS
-from plaintrain.analysis.errors import ERRORS, OUTCOMES, find_errors
+from plaintrain.analysis.errors import ERRORS, OUTCOMES, describe_matching, find_errors
 from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.data.datasets.shapes import is_drawn
 from plaintrain.data.images import read_image
@@ -93,6 +93,7 @@ def build_errors(dataset: str, analyses: Analyses) -> list[dict[str, Any]]:
         tasks.append(
             {
                 "task": task,
+                "definition": _describe_settings(analyses, task),
                 "figure": draw_bars(_TIDE_NAMES, series, "delta AP50", colors=colors),
                 "columns": [run.name for run, _ in known] if len(known) > 1 else ["count"],
                 "types": [
@@ -105,6 +106,12 @@ def build_errors(dataset: str, analyses: Analyses) -> list[dict[str, Any]]:
     return tasks
 
 
+def _describe_settings(analyses, task):
+    settings = [(run.name, analysis["settings"]) for run, analysis in analyses]
+    texts = {name: describe_matching(s["iou_threshold"], s["score_threshold"], task) for name, s in settings}
+    return "; ".join(f"{name}: {text}" if len(texts) > 1 else text for name, text in texts.items())
+
+
 @_by_dataset
 def build_confusion(dataset: str, analyses: Analyses) -> list[dict[str, Any]]:
     """Return the confusion matrix of each run, and its most confused pairs of classes."""
@@ -112,22 +119,23 @@ def build_confusion(dataset: str, analyses: Analyses) -> list[dict[str, Any]]:
     for run, analysis in analyses:
         labels, counts, remark = _select_confused(analysis["confusion"])
         figure = draw_matrix(counts, labels, "prediction", "ground truth")
-        plot = figure, f"{run.name} on {dataset}", remark, len(labels) > _MAX_LINES
+        definition = _describe_settings([(run, analysis)], "bbox")
+        plot = figure, f"{run.name} on {dataset}", f"{remark}{definition}", len(labels) > _MAX_LINES
         matrices.append({"figure": plot, "pairs": analysis["confusion"]["pairs"]})
     return matrices
 
 
 def _select_confused(confusion):
-    """Return (labels, counts, remark) of the background and the classes that are confused most often."""
+    """Return (labels, counts, remark) of the most confused classes and the last two labels."""
     labels = confusion["labels"]
     counts = np.array(confusion["counts"])
-    last = len(labels) - 1
+    last = len(labels) - 2
     if last <= _MAX_MATRIX_CLASSES:
         return labels, counts, ""
     classes = counts[:last, :last]
     wrong = classes.sum(axis=0) + classes.sum(axis=1) - 2 * classes.diagonal()
-    chosen = [*sorted(np.lexsort((-counts[:last].sum(axis=1), -wrong))[:_MAX_MATRIX_CLASSES]), last]
-    remark = f"the {_MAX_MATRIX_CLASSES} of {last} classes that are confused most often"
+    chosen = [*sorted(np.lexsort((-counts[:last].sum(axis=1), -wrong))[:_MAX_MATRIX_CLASSES]), last, last + 1]
+    remark = f"the {_MAX_MATRIX_CLASSES} of {last} classes that are confused most often; "
     return [labels[i] for i in chosen], counts[np.ix_(chosen, chosen)], remark
 
 

@@ -18,7 +18,7 @@ from plaintrain.visualization.drawing import (
 
 # With more instances, only the wrong ones have a caption.
 _MAX_CAPTIONS = 12
-_OBJECT_OUTCOMES = {"found": "correct", "missed": "missed", "crowd": "ignored"}
+_OBJECT_OUTCOMES = {"detected": "correct", "missed": "missed", "crowd": "ignored"}
 
 
 def involves_labels(

@@ -144,10 +144,15 @@ def read_dataset(name: str, problems: list[UserError] | None = None) -> coco.Loa
     return list(records), {**vars(MetadataCatalog.get(name)), **metadata}
 
 
-def declare_datasets(cfg: CfgNode) -> None:
-    """Register every dataset of DATASETS.DECLARE."""
+def declare_datasets(cfg: CfgNode, problems: dict[str, UserError] | None = None) -> None:
+    """Register every dataset of DATASETS.DECLARE; with `problems`, collect the errors by name."""
     for name, spec in cfg.DATASETS.DECLARE.items():
-        declare_dataset(name, spec)
+        try:
+            declare_dataset(name, spec)
+        except UserError as e:
+            if problems is None:
+                raise
+            problems[name] = e
 
 
 def _declare_builtin_datasets():

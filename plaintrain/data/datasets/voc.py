@@ -14,7 +14,7 @@ from pathlib import Path
 
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.datasets.coco import LoadedDataset
-from plaintrain.data.image_files import is_too_large, read_image_header
+from plaintrain.data.image_files import describe_pixel_limit, is_too_large, read_image_header
 from plaintrain.structures import BoxMode, make_record
 from plaintrain.utils.errors import DataError, UserError, collect_errors
 from plaintrain.utils.files import MAX_BYTES, check_file, describe_os_error, read_text
@@ -148,7 +148,8 @@ def _create_record(xml_file, image_files, labels, problems):
     if size is not None and size.findtext("width") not in (None, "0"):
         width, height = (int(_read_number(size, tag, xml_file)) for tag in ("width", "height"))
         if min(width, height) < 1 or is_too_large(height, width):
-            raise UserError(f"{xml_file}: <size> must be that of an image, got {width} x {height}")
+            limit = describe_pixel_limit()
+            raise UserError(f"{xml_file}: <size> is {width} x {height}, empty or more pixels than {limit}")
     else:
         height, width, _ = read_image_header(image_file)
     annotations = []

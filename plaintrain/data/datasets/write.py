@@ -110,26 +110,71 @@ def convert_to_coco(
     return converted
 
 
+def is_scaled(record: dict[str, Any], old: tuple[int, int], new: tuple[int, int]) -> bool:
+    """Return whether the size `new` is `old` times one factor for both sides."""
+    for annotation in record["annotations"]:
+        segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, dict) and segmentation.get("size") in (list(new), new):
+            # The annotations were made on the resized image.
+            return False
+    # Rounding changes each side by up to a pixel.
+    tolerance = sum(1 / min(sides) for sides in zip(old, new, strict=True))
+    return abs(new[0] * old[1] / (old[0] * new[1]) - 1) < tolerance
+
+
 def scale_annotation(
     annotation: dict[str, Any], old: tuple[int, int], new: tuple[int, int]
 ) -> dict[str, Any]:
     """Scale a valid annotation from the image size `old`, (height, width), to `new`."""
     x = new[1] / old[1]
     y = new[0] / old[0]
-    annotation = {**annotation, "bbox": _multiply(annotation["bbox"], (x, y))}
+
+    def scale_mask(mask):
+        return np.asarray(Image.fromarray(mask).resize(new[::-1], Image.Resampling.NEAREST))
+
+    annotation = _transform(annotation, old, lambda points: points * (x, y), scale_mask)
     if annotation.get("area") is not None:
         annotation["area"] *= x * y
-    if annotation.get("keypoints"):
-        annotation["keypoints"] = _multiply(annotation["keypoints"], (x, y, 1))
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict):
-        mask = Image.fromarray(coco_mask.decode(encode_segmentation(segmentation, *old)))
-        scaled = mask.resize(new[::-1], Image.Resampling.NEAREST)
-        annotation["segmentation"] = coco_mask.encode(np.asfortranarray(scaled))
-    elif segmentation:
-        annotation["segmentation"] = [_multiply(polygon, (x, y)) for polygon in segmentation]
     return annotation
 
 
-def _multiply(values, factors):
-    return [value * factors[i % len(factors)] for i, value in enumerate(values)]
+def rotate_annotation(annotation: dict[str, Any], size: tuple[int, int], orientation: int) -> dict[str, Any]:
+    """Rotate a valid annotation of stored pixels, of (height, width) `size`, as the EXIF orientation says."""
+    flip_x = orientation in (2, 3, 7, 8)
+    flip_y = orientation in (3, 4, 6, 7)
+    is_transposed = orientation >= 5
+    corner = np.array([size[1] * flip_x, size[0] * flip_y])
+    signs = np.array([1 - 2 * flip_x, 1 - 2 * flip_y])
+
+    def rotate_points(points):
+        points = corner + signs * points
+        return points[:, ::-1] if is_transposed else points
+
+    def rotate_mask(mask):
+        mask = mask[:: signs[1], :: signs[0]]
+        return mask.T if is_transposed else mask
+
+    return _transform(annotation, size, rotate_points, rotate_mask)
+
+
+def _transform(annotation, size, transform_points, transform_mask):
+    """Transform box, keypoints and segmentation by functions of points `[N, 2]` and of a mask."""
+
+    def transform(values):
+        return transform_points(np.reshape(values, (-1, 2)).astype(float))
+
+    corners = transform(BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS))
+    box = [*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist()]
+    annotation = {**annotation, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
+    if annotation.get("keypoints"):
+        keypoints = np.reshape(annotation["keypoints"], (-1, 3)).astype(float)
+        is_labelled = keypoints[:, 2] > 0
+        keypoints[is_labelled, :2] = transform(keypoints[is_labelled, :2])
+        annotation["keypoints"] = [v for x, y, v in keypoints.tolist() for v in (x, y, int(v))]
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, dict):
+        mask = transform_mask(coco_mask.decode(encode_segmentation(segmentation, *size)))
+        annotation["segmentation"] = coco_mask.encode(np.asfortranarray(mask))
+    elif segmentation:
+        annotation["segmentation"] = [transform(polygon).ravel().tolist() for polygon in segmentation]
+    return annotation
