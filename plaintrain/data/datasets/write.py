@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import Metadata
 from plaintrain.data.datasets.coco import shift_keypoints
-from plaintrain.structures import BoxMode, encode_segmentation
+from plaintrain.structures import BoxMode, encode_segmentation, find_segmentation_problem
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 
@@ -70,12 +70,12 @@ def write_coco(
 
 
 def get_area(annotation: dict[str, Any], record: dict[str, Any]) -> float:
-    """Return the area of an object in pixels: its `area`, or that of its segmentation or its box."""
+    """Return the area of an object in pixels: its `area`, or that of its valid segmentation or its box."""
     if annotation.get("area") is not None:
         return float(annotation["area"])
-    if annotation.get("segmentation"):
-        rle = encode_segmentation(annotation["segmentation"], record["height"], record["width"])
-        return float(coco_mask.area(rle))
+    size = record["height"], record["width"]
+    if not find_segmentation_problem(annotation.get("segmentation"), *size):
+        return float(coco_mask.area(encode_segmentation(annotation["segmentation"], *size)))
     _, _, width, height = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)
     return width * height
 
