@@ -30,9 +30,8 @@ def find_name(folder: str, name: str) -> str:
     """Return the name on the disk of a file below a folder; `name` may have `\\` or be URL-encoded."""
     if "\\" in name or "%" in name:
         slashed = name.replace("\\", "/")
-        names = (name, slashed, unquote(slashed))
-        paths = {n: os.path.join(folder, n) for n in names if is_below(folder, n)}
-        return next((n for n, path in paths.items() if os.path.exists(path)), name)
+        names = (n for n in (name, slashed, unquote(slashed)) if is_below(folder, n))
+        return next((n for n in names if os.path.exists(os.path.join(folder, n))), name)
     return name
 
 

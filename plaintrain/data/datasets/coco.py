@@ -47,8 +47,7 @@ def _read_content(json_file):
     # COCO's files of test sets have no annotations.
     content = {"annotations": [], **content} if isinstance(content, dict) else {}
     if not all(_normalize_objects(content.get(key)) for key in ("images", "annotations", "categories")):
-        keys = "'images', 'annotations' and 'categories'"
-        raise UserError(f"{json_file} must have the lists of objects {keys}, as COCO JSON has")
+        raise UserError(f"{json_file} must have the lists of objects 'images', 'annotations', 'categories'")
     return content
 
 
@@ -223,8 +222,7 @@ def _create_records(images, json_file, image_root, problems):
     records = {}
     # Annotations cannot be assigned to images that share an id but differ otherwise.
     # Annotations cannot be assigned to images that share an id but differ otherwise.
-    keys = ("id", "file_name", "height", "width")
-    distinct = {tuple(repr(image.get(key)) for key in keys) for image in images}
+    distinct = {tuple(repr(image.get(k)) for k in ("id", "file_name", "height", "width")) for image in images}
     entries = Counter(image_id for image_id, *_ in distinct)
     for image in images:
         problem_type = "broken_image"

@@ -48,13 +48,11 @@ def load_voc(
     records = []
     for line in names:
         # Per-class lists have a second column (1, 0, -1); names may contain spaces.
-        name = line if line in images else line.split()[0]
-        if name not in images and line.lower().endswith(IMAGE_EXTENSIONS):
-            name = Path(line).stem
+        word = Path(line).stem if line.lower().endswith(IMAGE_EXTENSIONS) else line.split()[0]
+        name = line if line in images else word
         with collect_errors(problems):
             if name not in images:
-                message = f"the image {name} of split {split} is missing in {image_folder}"
-                raise DataError("unreadable", message)
+                raise DataError("unreadable", f"the image {name} of {split} is missing in {image_folder}")
             xml_file = xml_files.get(name, [os.path.join(folder, name + ".xml")])[0]
             records.append(_create_record(xml_file, images[name], labels, problems))
     return records, {"thing_classes": selected}
@@ -86,13 +84,11 @@ def _list_files(folder, extensions):
 
 def _choose_file(files, root, xml_file):
     """Return the image of an annotation; of several with the same stem, the one in `<filename>`."""
-    if len(files) == 1:
-        return files[0]
     # Some tools write a path, possibly a Windows one.
     file_name = re.split(r"[/\\]", root.findtext("filename", "").strip())[-1]
-    for file in files:
-        if os.path.basename(file) == file_name:
-            return file
+    matches = [file for file in files if os.path.basename(file) == file_name]
+    if matches or len(files) == 1:
+        return (matches or files)[0]
     images = " and ".join(files)
     message = f"{images} could both be the image of {xml_file}, whose <filename> is {file_name!r}"
     raise DataError("ambiguous", message)

@@ -8,7 +8,6 @@ Format: https://docs.ultralytics.com/datasets/detect/ and https://docs.ultralyti
 
 import logging
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from plaintrain.utils.files import MAX_BYTES, is_below, read_text
 
 logger = logging.getLogger(__name__)
 
-# The limit of `nc` in a file without names.
-_MAX_CLASSES = 100_000
 _NULLS = ("", "~", "null", "Null", "NULL")
 # Rounding may put a coordinate outside 0 to 1 by this much, as in Ultralytics.
 _TOLERANCE = 0.01
@@ -62,16 +59,15 @@ def load_yolo(
             records.append(record)
     if records and not any(record["annotations"] for record in records):
         first = records[0]["file_name"]
-        logger.warning(
-            f"no image of {data_file} has objects; the label file of {first} would be {get_label_file(first)}"
-        )
+        text = f"the label file of {first} would be {get_label_file(first)}"
+        logger.warning(f"no image of {data_file} has objects; {text}")
     return records, {"thing_classes": selected}
 
 
 def _get_class_names(data, data_file):
     names = data.get("names")
     num_classes = str(data.get("nc", "")).removesuffix(".0")
-    if names is None and re.fullmatch("[0-9]{1,6}", num_classes) and 0 < int(num_classes) <= _MAX_CLASSES:
+    if names is None and num_classes.isdecimal() and 0 < len(num_classes.lstrip("0")) < 6:
         return [f"class_{i}" for i in range(int(num_classes))]
     if isinstance(names, dict):
         ids = [str(class_id) for class_id in range(len(names))]
