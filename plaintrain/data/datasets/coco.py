@@ -169,8 +169,7 @@ def _convert_content(content, json_file, image_root, classes, problems=None):
     id_of = {category["name"]: category["id"] for category in categories}
     selected = select_classes(list(id_of), classes, json_file)
     # Classes that the file does not have get ids above its own.
-    unused_id = max(id_of.values()) + 1
-    labels = {id_of.get(name, unused_id + label): label for label, name in enumerate(selected)}
+    labels = {id_of.get(name, max(id_of.values()) + 1 + label): label for label, name in enumerate(selected)}
     num_keypoints = {c["id"]: len(c.get("keypoints") or ()) for c in categories}
     records = _create_records(content["images"], json_file, image_root, problems)
     for annotation in content["annotations"]:

@@ -105,7 +105,6 @@ def _parse(xml_file):
     if encoding == "utf-8" and (declared := _DECLARED_ENCODING.match(data)):
         encoding = declared[1].decode()
     try:
-        # A DOCTYPE without definitions is harmless.
         text = re.sub(r"<!DOCTYPE[^<>[]*>", "", data.decode(encoding), count=1).lstrip()
         if "<!DOCTYPE" not in text:
             return ElementTree.fromstring(text)

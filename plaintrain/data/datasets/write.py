@@ -54,6 +54,8 @@ def write_coco(
         images.append({"id": record["image_id"], "file_name": file_name, **size})
         for annotation in record["annotations"]:
             try:
+                if annotation.get("segmentation") and annotation.get("area") is None:
+                    encode_segmentation(annotation["segmentation"], record["height"], record["width"])
                 converted = convert_to_coco(annotation, record, ids)
             except UserError as e:
                 raise UserError(f"an annotation of {record['file_name']}: {e}") from e
