@@ -84,10 +84,8 @@ def test_files_of_other_tools_are_accepted(tiny_coco):
     content["categories"] = [root, *({**c, "supercategory": "dog"} for c in content["categories"])]
     for entry in itertools.chain(*content.values()):
         entry |= {key: float(value) for key, value in entry.items() if isinstance(value, int)}
-    content["images"][0]["file_name"] = "w%69de.png"
     assert _load(tiny_coco) == expected
     root["name"] = content["categories"][2]["supercategory"] = "animal"
-    assert _load(tiny_coco, ["animal", "dog"])[1]["thing_classes"] == ["animal", "dog"]
     del content["annotations"][1]["bbox"]
     content["annotations"][2] |= {"bbox": None, "category_id": 0}
     records, metadata = _load(tiny_coco)

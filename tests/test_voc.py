@@ -6,9 +6,6 @@ import re
 import pytest
 from hostile_helpers import rejected
 
-from plaintrain.data import get_detection_dataset_dicts
-from plaintrain.data.catalog import load_class_names
-from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.data.datasets.voc import load_voc
 from plaintrain.structures import BoxMode
 
@@ -41,10 +38,9 @@ def test_records_hold_zero_based_boxes_that_include_their_last_pixels(tiny_voc):
     assert records[0] == {**image, "annotations": [zebra, ant]}
     assert records[1]["annotations"] == [{**ant, "bbox": [10, 11, 13, 14], "difficult": 1}]
     # One pixel has a width of 1, also the first one of files that count from 0; reversed boxes stay so.
-    boxes = {(5, 5, 5, 9): [4, 4, 5, 9], (0, 7, 0, 7): [0, 6, 1, 7], (2, 8, 9, 4): [2, 8, 9, 4]}
-    tiny_voc.write("a", *(tiny_voc.object("ant", *box, difficult=True) for box in boxes))
-    annotations = _load(tiny_voc)[0][0]["annotations"]
-    assert [(a["bbox"], a["difficult"]) for a in annotations] == [(box, 1) for box in boxes.values()]
+    tiny_voc.write("a", *(tiny_voc.object("ant", *box) for box in ((5, 5, 5, 9), (0, 7, 0, 7), (2, 8, 9, 4))))
+    boxes = [a["bbox"] for a in _load(tiny_voc)[0][0]["annotations"]]
+    assert boxes == [[4, 4, 5, 9], [0, 6, 1, 7], [2, 8, 9, 4]]
 
 
 def test_classes_of_all_splits_are_collected_and_may_be_chosen(tiny_voc, log):
@@ -62,8 +58,7 @@ def test_image_names_may_hold_spaces_and_have_other_endings(tiny_voc):
     for path in (tiny_voc.root / "JPEGImages/a.jpg", tiny_voc.root / "Annotations/a.xml"):
         path.rename(path.with_stem("my picture 1"))
     (tiny_voc.root / "Annotations/b.xml").rename(tiny_voc.root / "Annotations/b.XML")
-    for hidden in ("Annotations/._a.xml", "JPEGImages/._b.jpg", "ImageSets/Main/._train.txt"):
-        (tiny_voc.root / hidden).write_bytes(b"\0\5\x16\7")
+    (tiny_voc.root / "Annotations/._a.xml").write_bytes(b"\0\5\x16\7")
     (tiny_voc.root / "ImageSets/Main/train.txt").write_text("my picture 1.jpg\nb  1\n\n")
     (tiny_voc.root / "JPEGImages/b.jpg").rename(tiny_voc.root / "JPEGImages/b.Webp")
     records, _ = _load(tiny_voc)
@@ -157,9 +152,8 @@ def test_broken_files_and_objects_are_collected_if_asked_for(tiny_voc):
 
 
 def test_bccd_is_read_with_its_two_boxes_of_one_pixel(data_root):
-    declare_dataset("bccd_trainval", {"FORMAT": "voc", "ROOT": "BCCD", "SPLIT": "trainval"})
-    assert load_class_names("bccd_trainval") == ["Platelets", "RBC", "WBC"]
-    records = get_detection_dataset_dicts("bccd_trainval")
+    records, metadata = load_voc(os.path.join(data_root, "BCCD"), "trainval")
+    assert metadata == {"thing_classes": ["Platelets", "RBC", "WBC"]}
     boxes = [a["bbox"] for record in records for a in record["annotations"]]
     assert (len(records), len(boxes)) == (292, 3943)
     assert sum(x1 - x0 == y1 - y0 == 1 for x0, y0, x1, y1 in boxes) == 2

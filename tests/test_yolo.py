@@ -76,9 +76,14 @@ def test_images_that_would_share_labels_are_rejected_or_collected(yolo, write_im
 def test_a_split_is_a_folder_a_list_of_folders_or_a_text_file(yolo):
     (yolo / "lists").mkdir()
     (yolo / "lists/train.txt").write_text(f"../images/train/a.png\n{yolo}/images/train/b.png\n\n")
-    (yolo / "list.txt").write_text("images\\train\\a.png\r\nimages/tr%61in/b.png \r\n")
-    splits = ("../images/train", "[images/train]", "lists/train.txt", "list.txt", "images\\train\ntest: null")
-    for split in (*splits, "images/train\npath: yolo"):
+    (yolo / "l.txt").write_text("images\\train\\a.png\r\nimages/tr%61in/b.png \r\n")
+    for split in (
+        "../images/train",
+        "[images/train]",
+        "lists/train.txt",
+        "l.txt",
+        "images/train\npath: yolo",
+    ):
         (yolo / "data.yaml").write_text(f"train: {split}\nnames: {{0: ant, 1: bee}}\n")
         records, _ = _load(yolo, dataset_root=str(yolo.parent))
         assert [r["image_id"] for r in records] == ["a", "b"]
@@ -119,8 +124,8 @@ def test_broken_lines_and_files_are_rejected_or_collected(yolo):
         ("0 0.5 0.5 0.1 0.1 0.9", ["5 numbers"]),
         ("2 0.5 0.5 0.1 0.1", ["class 2", "0 to 1"]),
         ("0.5 0.5 0.5 0.1 0.1", ["class 0.5"]),
+        ("0,0.5,0.5,0.1,0.1", ["numbers only", "spaces"]),
         ("0 120 40 10 10", ["120", "normalized"]),
-        ("0, 0.5, 0.5, 0.1, 0.1", ["numbers only", "spaces"]),
         ("0 0.5 0.5 nan 0.1", ["nan", "normalized"]),
     ):
         (yolo / "labels/train/a.txt").write_text(f"0 0.5 0.5 1 1\n{line}\n1 0.5 0.5 1 1\n")
@@ -158,9 +163,8 @@ NAMES = "names: [ant, bee]"
         (f"train: list.txt\n{NAMES}", ["list.txt", "etc/passwd", "outside"]),
         (f'train: "a\\0b"\n{NAMES}', ["no folder"]),
         ("train: images/train", ["names"]),
-        ("train: images/train\nnames: []", ["names"]),
+        ("train: images/train\nnames: ['']", ["names", "list of class names"]),
         ("train: images/train\nnames: [ant, ant]", ["distinct"]),
-        ("train: images/train\nnames: [ant, '']", ["names", "list of class names"]),
         ("train: images/train\nnames: {1: ant, 2: bee}", ["0 to 1", "[1, 2]"]),
         ("train: images/train\nnames: [ant]\nnc: 2", ["nc: 2", "1 names"]),
         (f"train: images/train\n{NAMES}\nkpt_shape: [17, 3]", ["kpt_shape", "COCO JSON"]),
