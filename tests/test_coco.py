@@ -70,7 +70,6 @@ def test_classes_choose_and_order_categories(tiny_coco, log):
     assert [[a["category_id"] for a in r["annotations"]] for r in records] == [[1], [], [0]]
     rejected("instances.json", "'dgo'", "'dog'", by=lambda: _load(tiny_coco, ["dgo", "cat", "person"]))
     assert _load(tiny_coco, [])[1]["thing_classes"] == ["cat", "person", "dog"]
-    # Beside all classes of the file, a missing one cannot be a misspelling.
     ids = _load(tiny_coco, ["cow", "dog", "person", "cat"])[1]["thing_dataset_id_to_contiguous_id"]
     assert ids == {8: 0, 7: 1, 5: 2, 3: 3}
     assert "has no class 'cow'" in log.text
@@ -88,9 +87,8 @@ def test_files_of_other_tools_are_accepted(tiny_coco):
     root["name"] = content["categories"][2]["supercategory"] = "animal"
     del content["annotations"][1]["bbox"]
     content["annotations"][2] |= {"bbox": None, "category_id": 0}
-    records, metadata = _load(tiny_coco)
-    assert metadata["thing_classes"] == ["animal", "cat", "person", "dog"]
-    boxes = [annotation["bbox"] for record in records for annotation in record["annotations"]]
+    assert _load(tiny_coco)[1]["thing_classes"] == ["animal", "cat", "person", "dog"]
+    boxes = [annotation["bbox"] for record in _load(tiny_coco)[0] for annotation in record["annotations"]]
     assert boxes == [[0, 0, 15, 40], [3, 4, 20, 30], [4, 5, 10.5, 8], [20, 10, 15, 15]]
     del content["annotations"]
     assert [record["annotations"] for record in _load(tiny_coco)[0]] == [[], [], []]

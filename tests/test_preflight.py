@@ -92,8 +92,8 @@ def test_test_set_must_be_there_and_fit_the_evaluation_and_the_validation_losses
     assert "--eval-only needs DATASETS.TEST" in error_message(cfg.clone(), *NO_TESTS, eval_only=True)
     register_boxes("boxes", 0, thing_classes=load_class_names("few_shapes"), evaluator_type="coco")
     register_boxes("bad", 0, [[1, 2]], thing_classes=load_class_names("few_shapes"), evaluator_type="coco")
-    check(cfg, "DATASETS.TEST", ("bad",))
-    assert "has a polygon that must be" in error_message(cfg.clone(), "MODEL.MASK_ON", True)
+    message = error_message(cfg.clone(), "DATASETS.TEST", ("bad",), "MODEL.MASK_ON", True)
+    assert "has a polygon that must be" in message
     check(cfg, "DATASETS.TEST", ("boxes",), "MODEL.MASK_ON", True)
     for setting in (LOSS_PERIOD, VAL_FLOW):
         message = error_message(cfg.clone(), *setting)
