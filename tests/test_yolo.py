@@ -77,13 +77,8 @@ def test_a_split_is_a_folder_a_list_of_folders_or_a_text_file(yolo):
     (yolo / "lists").mkdir()
     (yolo / "lists/train.txt").write_text(f"../images/train/a.png\n{yolo}/images/train/b.png\n\n")
     (yolo / "l.txt").write_text("images\\train\\a.png\r\nimages/tr%61in/b.png \r\n")
-    for split in (
-        "../images/train",
-        "[images/train]",
-        "lists/train.txt",
-        "l.txt",
-        "images/train\npath: yolo",
-    ):
+    splits = ["../images/train", "[images/train]", "lists/train.txt", "l.txt"]
+    for split in (*splits, "images/train\npath: yolo"):
         (yolo / "data.yaml").write_text(f"train: {split}\nnames: {{0: ant, 1: bee}}\n")
         records, _ = _load(yolo, dataset_root=str(yolo.parent))
         assert [r["image_id"] for r in records] == ["a", "b"]
