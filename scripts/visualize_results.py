@@ -98,7 +98,7 @@ def setup(args: Namespace) -> None:
     choose_predictions(args, cfg)
     names = load_class_names(args.dataset)
     chosen = select_classes(names, args.classes, args.dataset) if args.classes else []
-    args.labels = [names.index(name) for name in chosen]
+    args.labels = [names.index(name) for name in chosen if name in names]
 
 
 def draw(errors: Errors, counts: dict[str, np.ndarray], args: Namespace) -> Iterator[tuple[str, str, Tensor]]:

@@ -99,13 +99,13 @@ plaintrain/data/transforms/geometric.py
     int(size[0] + 0.5)), max(1, int(size[1] + 0.5)) => int(size[0])), max(1, int(size[1]))
     rng.integers(low, high + 1) => rng.integers(low, max(high, low + 1))
 plaintrain/data/datasets/voc.py
-    x0 -= 1\n        y0 -= 1 => x1 += 1\n        y1 += 1
-    if b"<!DOCTYPE" in text: => if not text:
+    (start - 1 if start else start for start in (x0, y0)) => (x0, y0)
+    if "<!DOCTYPE" not in text: => if text:
 plaintrain/data/datasets/write.py
     shift_keypoints(annotation["keypoints"], -0.5) => list(annotation["keypoints"])
     "iscrowd": int(annotation.get("iscrowd", 0)) => "iscrowd": 0
 plaintrain/data/datasets/yolo.py
-    names = [by_id[class_id] for class_id in ids] => names = list(by_id.values())
+    names = [names[class_id] for class_id in ids] => names = list(names.values())
     path.rsplit( => path.split(
 plaintrain/engine/early_stopping.py
     "loss" in name.rpartition("/")[2].partition("-")[0] => "loss" in name

@@ -1,6 +1,7 @@
 """plaintrain.data.datasets.coco: the reader of COCO JSON."""
 
 import gc
+import itertools
 import json
 
 import pytest
@@ -67,13 +68,35 @@ def test_keypoint_metadata_is_kept_unless_categories_contradict(tiny_coco):
     rejected("annotation 103", "4 numbers", by=lambda: _load(tiny_coco))
 
 
-def test_classes_choose_and_order_categories(tiny_coco):
+def test_classes_choose_and_order_categories(tiny_coco, log):
     records, metadata = _load(tiny_coco, ["dog", "person"])
     assert metadata["thing_classes"] == ["dog", "person"]
     assert metadata["thing_dataset_id_to_contiguous_id"] == {7: 0, 5: 1}
     assert [[a["category_id"] for a in r["annotations"]] for r in records] == [[1], [], [0]]
-    rejected("instances.json", "'dgo'", "'dog'", by=lambda: _load(tiny_coco, ["dgo"]))
+    rejected("instances.json", "'dgo'", "'dog'", by=lambda: _load(tiny_coco, ["dgo", "cat", "person"]))
     assert _load(tiny_coco, [])[1]["thing_classes"] == ["cat", "person", "dog"]
+    ids = _load(tiny_coco, ["cow", "dog", "person", "cat"])[1]["thing_dataset_id_to_contiguous_id"]
+    assert ids == {8: 0, 7: 1, 5: 2, 3: 3}
+    assert "has no class 'cow'" in log.text
+
+
+def test_files_of_other_tools_are_accepted(tiny_coco):
+    content = tiny_coco.content
+    expected = _load(tiny_coco)
+    # Roboflow's root category, and numbers of other programs.
+    root = {"id": 0, "name": "dog", "supercategory": "none"}
+    content["categories"] = [root, *({**c, "supercategory": "dog"} for c in content["categories"])]
+    for entry in itertools.chain(*content.values()):
+        entry |= {key: float(value) for key, value in entry.items() if isinstance(value, int)}
+    assert _load(tiny_coco) == expected
+    root["name"] = content["categories"][2]["supercategory"] = "animal"
+    del content["annotations"][1]["bbox"]
+    content["annotations"][2] |= {"bbox": None, "category_id": 0}
+    assert _load(tiny_coco)[1]["thing_classes"] == ["animal", "cat", "person", "dog"]
+    boxes = [annotation["bbox"] for record in _load(tiny_coco)[0] for annotation in record["annotations"]]
+    assert boxes == [[0, 0, 15, 40], [3, 4, 20, 30], [4, 5, 10.5, 8], [20, 10, 15, 15]]
+    del content["annotations"]
+    assert [record["annotations"] for record in _load(tiny_coco)[0]] == [[], [], []]
 
 
 def test_image_ids_may_be_strings_and_file_names_absolute(tiny_coco):
@@ -83,7 +106,7 @@ def test_image_ids_may_be_strings_and_file_names_absolute(tiny_coco):
         annotation["image_id"] = f"image-{annotation['image_id']}"
     # File names may be absolute, or wander below the folder of the images.
     tiny_coco.content["images"][0]["file_name"] = f"{tiny_coco.images}/wide.png"
-    tiny_coco.content["images"][1]["file_name"] = "more/../more/upright.png"
+    tiny_coco.content["images"][1]["file_name"] = "more\\upright.png"
     tiny_coco.save()
     tiny_coco.json.write_bytes(b"\xef\xbb\xbf" + tiny_coco.json.read_bytes())
     records, _ = read_coco_json(str(tiny_coco.json), str(tiny_coco.images))
@@ -120,7 +143,7 @@ def test_files_that_are_not_coco_json_are_rejected(tiny_coco):
         ("annotations", 2, {"image_id": DELETED}, ["annotation 102", "has no image_id"]),
         ("annotations", 1, {"image_id": 12}, ["annotation 101", "image 12"]),
         ("annotations", 1, {"category_id": 4}, ["annotation 101", "category_id 4", "[3, 5, 7]"]),
-        ("annotations", 1, {"category_id": 7.0}, ["annotation 101", "category_id 7.0"]),
+        ("annotations", 1, {"category_id": "7"}, ["annotation 101", "category_id '7'"]),
         ("annotations", 3, {"bbox": [1, 2, NAN, 4]}, ["annotation 103", "nan", "four finite numbers"]),
         ("annotations", 3, {"bbox": [10**400, 0, 1.5, 1]}, ["four finite numbers"]),
         ("annotations", 1, {"iscrowd": 2}, ["annotation 101", "iscrowd 2"]),

@@ -233,7 +233,8 @@ def test_image_ids_may_be_names(tmp_path):
 def test_the_area_is_that_of_the_annotation_its_mask_or_its_box():
     # A box of 100 x 100 is large; its mask has 40 x 40 pixels.
     box = [0, 0, 100, 100]
-    for entries, size in (({**PARTS, "area": 500.0}, "s"), (PARTS, "m"), ({}, "l")):
+    bad = {"segmentation": [[1, 2, 3, 4]]}
+    for entries, size in (({**PARTS, "area": 500.0}, "s"), (PARTS, "m"), ({}, "l"), (bad, "l")):
         name = add_dataset([make_record(1, make_annotation(box, **entries))])
         metrics = evaluate(COCOEvaluator(name), {1: make_outputs([box])})["bbox"]
         assert [s for s in "sml" if not math.isnan(metrics[f"AP{s}"])] == [size]

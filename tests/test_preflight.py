@@ -22,9 +22,10 @@ def cfg():
     return cfg
 
 
-def register_boxes(name, category_id, **metadata):
+def register_boxes(name, category_id, segmentation=(), **metadata):
     """Register a dataset of one image with one box."""
     box = {"bbox": [1, 1, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": category_id}
+    box["segmentation"] = segmentation
     record = {"file_name": "shapes://train/0", "image_id": 3, "height": 64, "width": 64, "annotations": [box]}
     DatasetCatalog.register(name, lambda: [record])
     MetadataCatalog.get(name).set(**metadata)
@@ -90,6 +91,9 @@ def test_test_set_must_be_there_and_fit_the_evaluation_and_the_validation_losses
     assert "image 3 of odd_test has category_id 1, but" in message
     assert "--eval-only needs DATASETS.TEST" in error_message(cfg.clone(), *NO_TESTS, eval_only=True)
     register_boxes("boxes", 0, thing_classes=load_class_names("few_shapes"), evaluator_type="coco")
+    register_boxes("bad", 0, [[1, 2]], thing_classes=load_class_names("few_shapes"), evaluator_type="coco")
+    message = error_message(cfg.clone(), "DATASETS.TEST", ("bad",), "MODEL.MASK_ON", True)
+    assert "has a polygon that must be" in message
     check(cfg, "DATASETS.TEST", ("boxes",), "MODEL.MASK_ON", True)
     for setting in (LOSS_PERIOD, VAL_FLOW):
         message = error_message(cfg.clone(), *setting)

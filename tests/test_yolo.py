@@ -52,7 +52,9 @@ def test_boxes_and_polygons_are_in_pixels_and_their_files_beside_the_images(yolo
     record = _load(yolo)[0][0]
     assert (record["height"], record["width"]) == (40, 20)
     assert record["annotations"][0]["bbox"] == [7.5, 10, 12.5, 30]
-    (yolo / "labels/train/a.txt").unlink()
+    (yolo / "labels/train/a.txt").rename(yolo / "labels/train/a.TXT")
+    assert _load(yolo)[0][0] == record
+    (yolo / "labels/train/a.TXT").unlink()
     _load(yolo)
     assert f"would be {yolo}/labels/train/a.txt" in log.text
     assert get_label_file("/images/d/images/x/a.b.jpg") == "/images/d/labels/x/a.b.txt"
@@ -74,7 +76,9 @@ def test_images_that_would_share_labels_are_rejected_or_collected(yolo, write_im
 def test_a_split_is_a_folder_a_list_of_folders_or_a_text_file(yolo):
     (yolo / "lists").mkdir()
     (yolo / "lists/train.txt").write_text(f"../images/train/a.png\n{yolo}/images/train/b.png\n\n")
-    for split in ("../images/train", "[images/train]", "lists/train.txt", "images/train\npath: yolo"):
+    (yolo / "l.txt").write_text("images\\train\\a.png\r\nimages/tr%61in/b.png \r\n")
+    splits = ["../images/train", "[images/train]", "lists/train.txt", "l.txt"]
+    for split in (*splits, "images/train\npath: yolo"):
         (yolo / "data.yaml").write_text(f"train: {split}\nnames: {{0: ant, 1: bee}}\n")
         records, _ = _load(yolo, dataset_root=str(yolo.parent))
         assert [r["image_id"] for r in records] == ["a", "b"]
@@ -99,10 +103,12 @@ def test_class_names_are_chosen_ordered_and_made_up(yolo):
     assert metadata["thing_classes"] == ["bee"]
     assert [a["category_id"] for a in records[0]["annotations"]] == [0]
     rejected("'be'", "'bee'", by=lambda: _load(yolo, classes=["be"]))
-    # By number: as text, 10 would come before 2.
-    names = "\n".join(f"  {i}: class {i}" for i in reversed(range(11)))
-    (yolo / "data.yaml").write_text(f"train: images/train\nnames:\n{names}\n")
-    assert _load(yolo)[1]["thing_classes"] == [f"class {i}" for i in range(11)]
+    # YAML would read them as other types. By number: as text, 10 would come before 2.
+    names = ["yes", "no", "08", "010", "7_50", "null", "~", "1.0", "2024-01-01", "12:30", "True", "true"]
+    ids = "".join(f"\n  {i}: {names[i]}" for i in reversed(range(12)))
+    for written in (f"[{', '.join(names)}]", ids):
+        (yolo / "data.yaml").write_text(f"train: images/train\nnc: 12\nnames: {written}\n")
+        assert _load(yolo)[1]["thing_classes"] == names
     (yolo / "data.yaml").write_text("train: images/train\nnc: 2\n")
     assert _load(yolo)[1]["thing_classes"] == ["class_0", "class_1"]
 
@@ -113,6 +119,7 @@ def test_broken_lines_and_files_are_rejected_or_collected(yolo):
         ("0 0.5 0.5 0.1 0.1 0.9", ["5 numbers"]),
         ("2 0.5 0.5 0.1 0.1", ["class 2", "0 to 1"]),
         ("0.5 0.5 0.5 0.1 0.1", ["class 0.5"]),
+        ("0,0.5,0.5,0.1,0.1", ["numbers only", "spaces"]),
         ("0 120 40 10 10", ["120", "normalized"]),
         ("0 0.5 0.5 nan 0.1", ["nan", "normalized"]),
     ):
@@ -151,7 +158,7 @@ NAMES = "names: [ant, bee]"
         (f"train: list.txt\n{NAMES}", ["list.txt", "etc/passwd", "outside"]),
         (f'train: "a\\0b"\n{NAMES}', ["no folder"]),
         ("train: images/train", ["names"]),
-        ("train: images/train\nnames: []", ["names"]),
+        ("train: images/train\nnames: ['']", ["names", "list of class names"]),
         ("train: images/train\nnames: [ant, ant]", ["distinct"]),
         ("train: images/train\nnames: {1: ant, 2: bee}", ["0 to 1", "[1, 2]"]),
         ("train: images/train\nnames: [ant]\nnc: 2", ["nc: 2", "1 names"]),
@@ -166,7 +173,7 @@ def test_broken_and_hostile_data_yaml_is_rejected(yolo, text, words):
 
 
 def test_load_images_reads_a_folder_and_those_below_it_sorted(tmp_path, write_image):
-    for name in ("b.png", "a.JPG", "deep/er/c.png"):
+    for name in ("b.png", "a.JPG", "deep/er/c.png", "._a.jpg", "__MACOSX/d.png", ".ipynb_checkpoints/e.png"):
         write_image(tmp_path / name, 30, 20)
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()

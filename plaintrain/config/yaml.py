@@ -1,7 +1,7 @@
 """Safe loading of YAML config files and their `_BASE_` files."""
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -58,14 +58,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _TextLoader(_Loader):
+    """Loader of scalars as they are written: yes, 010 and null are strings."""
+
+    yaml_implicit_resolvers: ClassVar = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
+
+
 def _build_error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
-def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """Parse a YAML mapping; `source` names it in errors."""
+def parse_yaml(text: str, source: str, as_text: bool = False) -> dict[str, Any]:
+    """Parse a YAML mapping; `source` names it in errors, `as_text` keeps all scalars as strings."""
     try:
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        content = yaml.load(text, Loader=_TextLoader if as_text else _Loader)  # noqa: S506 - SafeLoaders
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
         # PyYAML raises the other errors for malformed dates, numbers and tags.
         raise ConfigError(_describe_error(e, source)) from e

@@ -125,14 +125,14 @@ def select_classes(
 ) -> list[str]:
     """Return the selected class names, or all, in the order of their labels; `source` is for errors.
 
-    `allow_missing` warns of a selected name that is not available and keeps it.
+    `allow_missing` warns of a selected name that is not available and keeps it, as if no other is left.
     """
     if not selected:
         return list(available)
     for name in selected:
         if name not in available:
             hint = f"; the nearest is {suggest_similar(name, available)!r}" if available else ""
-            if allow_missing:
+            if allow_missing or set(available) <= set(selected):
                 logger.warning(f"{source} has no class {name!r}{hint}")
                 continue
             raise UserError(f"{source} has no class {name!r}{hint} (FORMAT concat allows missing classes)")

@@ -6,33 +6,51 @@ import os
 import struct
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import ExifTags, Image
 
 from plaintrain.structures import make_record
 from plaintrain.utils.errors import DataError, UserError, collect_errors
-from plaintrain.utils.files import check_file, describe_os_error
+from plaintrain.utils.files import check_file, describe_os_error, is_below
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+_KNOWN = ".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .dib .tif .tiff .gif .jp2 .j2k .mpo .ppm .pgm .pbm .tga"
+IMAGE_EXTENSIONS = tuple(_KNOWN.split())
 
 # Errors that Pillow raises for broken pixels or EXIF data.
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
 
 
+def is_visible(name: str) -> bool:
+    """Return whether a file or folder holds data, unlike `.DS_Store`, `._a.jpg` and `__MACOSX`."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def find_name(folder: str, name: str) -> str:
+    """Return the name on the disk of a file below a folder; `name` may have `\\` or be URL-encoded."""
+    if "\\" in name or "%" in name:
+        slashed = name.replace("\\", "/")
+        names = (n for n in (name, slashed, unquote(slashed)) if is_below(folder, n))
+        return next((n for n in names if os.path.exists(os.path.join(folder, n))), name)
+    return name
+
+
 def list_images(folder: str) -> list[str]:
-    """Return the sorted paths of the image files in a folder and its subfolders."""
+    """Return the sorted paths of the visible image files in a folder and its subfolders."""
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}, where images were expected")
     paths: list[str] = []
     visited = set()
-    for parent, _, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = filter(is_visible, folders)
         real = os.path.realpath(parent)
         if real in visited:
             raise UserError(f"the folder {real} is reached twice, also as {parent}: a link leads there")
         visited.add(real)
-        paths += [os.path.join(parent, name) for name in names if name.lower().endswith(_EXTENSIONS)]
+        images = (name for name in filter(is_visible, names) if name.lower().endswith(IMAGE_EXTENSIONS))
+        paths += [os.path.join(parent, name) for name in images]
     if not paths:
-        raise UserError(f"there is no image in {folder}; known extensions: {' '.join(_EXTENSIONS)}")
+        raise UserError(f"there is no image in {folder}; known extensions: {_KNOWN}")
     return sorted(paths)
 
 

@@ -123,17 +123,15 @@ class ImageCache:
             with self._lock:
                 if key not in self._images:
                     if self._num_bytes + image.nbytes > self._max_bytes:
-                        self._log_full()
+                        if not self._is_full:
+                            text = f"holds {len(self._images)} images, not all"
+                            logger.info(f"DATALOADER.CACHE_BYTES {self._max_bytes} {text}")
+                        self._is_full = True
                         return image
                     self._num_bytes += image.nbytes
                     self._images[key] = image
         # An augmentation may change the image in place.
         return self._images[key].clone()
-
-    def _log_full(self):
-        if not self._is_full:
-            self._is_full = True
-            logger.info(f"DATALOADER.CACHE_BYTES {self._max_bytes} holds {len(self._images)} images, not all")
 
 
 def check_image_size(record: dict[str, Any], image: Tensor) -> None:

@@ -275,9 +275,12 @@ def find_coco_annotation_problem(
     category_id = annotation.get("category_id")
     area = annotation.get("area")
     if type(image_id) not in (int, str) or image_id not in image_ids:
-        problem = "unknown_image", f"belongs to image {image_id}, which is missing"
+        problem = (
+            "unknown_image",
+            f"belongs to image {image_id} ({type(image_id).__name__}), which is missing",
+        )
     elif type(category_id) is not int or category_id not in num_keypoints:
-        text = f"has category_id {category_id}, but the file's categories are {list(num_keypoints)}"
+        text = f"has category_id {category_id!r}, but the file's categories are {list(num_keypoints)}"
         problem = "unknown_class", text
     elif not is_box(annotation.get("bbox")):
         bbox = str(annotation.get("bbox"))[:80]

@@ -20,6 +20,7 @@ from plaintrain.evaluation.coco_backend import get_oks_sigmas
 from plaintrain.evaluation.detections import load_ground_truth
 from plaintrain.modeling.build import build_model, get_device, get_num_classes_key
 from plaintrain.solver.amp import build_autocast
+from plaintrain.structures import find_segmentation_problem
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
@@ -99,7 +100,7 @@ def check_before_training(
         check_batch_size(cfg)
         _check_schedule(cfg)
     for name in cfg.DATASETS.TEST:
-        _check_test_dataset(name, needs_images=needs_model)
+        _check_test_dataset(name, needs_images=needs_model, has_masks=cfg.MODEL.MASK_ON)
         if eval_only or name not in cfg.DATASETS.TRAIN:
             check_objects(DatasetCatalog.get(name), name)
         limit = cfg.TEST.DETECTIONS_PER_IMAGE
@@ -158,9 +159,14 @@ def _check_schedule(cfg: CfgNode) -> None:
         raise UserError(f"SOLVER.PATIENCE {patience} needs TEST.BEST_METRIC and TEST.EVAL_PERIOD")
 
 
-def _check_test_dataset(name: str, needs_images: bool) -> None:
-    """Reject a test set with missing images or an unknown evaluator."""
+def _check_test_dataset(name: str, needs_images: bool, has_masks: bool) -> None:
+    """Reject a test set with missing images, malformed segmentations or an unknown evaluator."""
     records, _, _ = load_ground_truth(name)
+    if has_masks:
+        for record in records:
+            for segmentation in filter(None, (a.get("segmentation") for a in record["annotations"])):
+                if problem := find_segmentation_problem(segmentation, record["height"], record["width"]):
+                    raise UserError(f"an annotation of {record['file_name']} {problem[1]}")
     if needs_images:
         check_image_files(records, name)
     metadata = MetadataCatalog.get(name)

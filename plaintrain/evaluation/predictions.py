@@ -18,7 +18,7 @@ from plaintrain.data.serialized import disable_gc
 from plaintrain.data.validation import find_coco_annotation_problem
 from plaintrain.evaluation.detections import Detections, load_ground_truth
 from plaintrain.evaluation.evaluator import format_table, print_csv_format
-from plaintrain.structures import are_numbers, encode_segmentation
+from plaintrain.structures import are_numbers, encode_segmentation, find_segmentation_problem
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import RESULTS_FILE, atomic_write, read_results_file
@@ -93,7 +93,7 @@ def read_detections(path: str | os.PathLike, dataset_name: str) -> Detections:
         results = read_coco_results(os.fspath(path))
         for result in results:
             problem = find_coco_annotation_problem(mark_keypoints_visible(result), index, num_keypoints)
-            if problem or (problem := _find_problem(result)):
+            if problem or (problem := _find_problem(result, *sizes[index[result["image_id"]]])):
                 raise UserError(f"detection {result['id']} in {path}, for {dataset_name}, {problem[1]}")
         for result in sorted(results, key=lambda result: index[result["image_id"]]):
             image = index[result["image_id"]]
@@ -101,7 +101,7 @@ def read_detections(path: str | os.PathLike, dataset_name: str) -> Detections:
             label = labels[result["category_id"]]
             entries.append([image, x, y, x + width, y + height, result["score"], label])
             if result.get("segmentation"):
-                masks.append(_encode(path, result, *sizes[image])["counts"])
+                masks.append(encode_segmentation(result["segmentation"], *sizes[image])["counts"])
             if result.get("keypoints"):
                 points.append(result["keypoints"])
     if len({len(keypoints) for keypoints in points}) > 1:
@@ -135,20 +135,14 @@ def get_image_detections(
     return output
 
 
-def _find_problem(result: dict[str, Any]) -> tuple[str, str] | None:
+def _find_problem(result: dict[str, Any], height: int, width: int) -> tuple[str, str] | None:
     """Return (error type, message) of a value that is valid in annotations only."""
     if min(result["bbox"][2:]) < 0:
         return "bad_box", f"has bbox {result['bbox']}, whose width or height is negative"
     if not are_numbers(result.get("keypoints") or []):
         return "wrong_keypoints", f"has keypoints that are not finite numbers: {result['keypoints']!s:.80}"
-    return None
-
-
-def _encode(path: str | os.PathLike, result: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    try:
-        return encode_segmentation(result["segmentation"], height, width)
-    except UserError as e:
-        raise UserError(f"detection {result['id']} in {path}: {e}") from e
+    segmentation = result.get("segmentation")
+    return find_segmentation_problem(segmentation, height, width) if segmentation else None
 
 
 def report_results(dataset_name: str, results: dict[str, dict[str, float]], folder: str) -> None:

@@ -149,7 +149,8 @@ def is_below(folder: str, path: str) -> bool:
 
 def describe_os_error(error: Exception) -> str:
     """Return the message of an exception, without the number and the file of an `OSError`."""
-    return str(getattr(error, "strerror", None) or error)
+    hint = "; save it as UTF-8" if isinstance(error, UnicodeError) else ""
+    return f"{getattr(error, 'strerror', None) or error}{hint}"
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -4,17 +4,19 @@ Format: https://cocodataset.org/#format-data and https://cocodataset.org/#format
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
 from plaintrain.data.datasets.write import build_coco_content
-from plaintrain.data.image_files import is_too_large
+from plaintrain.data.image_files import find_name, is_too_large
 from plaintrain.data.keypoints import get_keypoint_metadata, shift_keypoints
 from plaintrain.data.serialized import disable_gc
 from plaintrain.data.validation import find_coco_annotation_problem, find_image_problem, find_keypoint_problem
@@ -41,16 +43,24 @@ def _read_json(json_file, description="annotation file"):
         raise UserError(f"the {description} {json_file} is not JSON: {e}") from e
 
 
-def _read_content(json_file, keys=("images", "annotations", "categories")):
+def _read_content(json_file):
     content = _read_json(json_file)
-    for key in keys:
-        if not isinstance(content, dict) or not _are_objects(content.get(key)):
-            raise UserError(f"{json_file} must have a list of objects {key!r}, as COCO JSON has")
+    # COCO's files of test sets have no annotations.
+    content = {"annotations": [], **content} if isinstance(content, dict) else {}
+    if not all(_normalize_objects(content.get(key)) for key in ("images", "annotations", "categories")):
+        raise UserError(f"{json_file} must have the lists of objects 'images', 'annotations', 'categories'")
     return content
 
 
-def _are_objects(items):
-    return isinstance(items, list) and all(isinstance(item, dict) for item in items)
+def _normalize_objects(items):
+    """Convert ids and sizes such as 1.0 to integers; return whether `items` is a list of objects."""
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        return False
+    for item in items:
+        for key in ("id", "image_id", "category_id", "height", "width"):
+            if type(value := item.get(key)) is float and value.is_integer():
+                item[key] = int(value)
+    return True
 
 
 def load_coco_json(json_file: str, image_root: str, dataset_name: str | None = None) -> list[dict[str, Any]]:
@@ -106,7 +116,7 @@ def load_coco_results(
     visible. See `read_coco_json` for the other arguments and the return value.
     """
     with disable_gc():
-        content = _read_content(json_file, ("images", "categories"))
+        content = _read_content(json_file)
         content["annotations"] = [
             mark_keypoints_visible(detection)
             for detection in read_coco_results(results_file, problems)
@@ -121,12 +131,15 @@ def read_coco_results(results_file: str, problems: list[UserError] | None = None
     A missing `bbox` is computed from the segmentation or the keypoints. Only the `score` is checked.
     """
     results = _read_json(results_file, "results file")
-    if not _are_objects(results):
+    if not _normalize_objects(results):
         raise UserError(f"{results_file} must hold a list of detections, as in COCO's results format")
     detections = []
     for index, result in enumerate(results):
         detection = {**result, "id": index}
-        problem = _complete_detection(detection)
+        score = detection.get("score")
+        problem = _add_box(detection, mark_keypoints_visible(detection).get("keypoints"))
+        if type(score) not in (int, float) or not are_numbers([score]):
+            problem = "broken", f"has the score {score!r}, not a finite number"
         if problem:
             message = f"detection {index} in {results_file} {problem[1]}"
             raise_or_append(problems, DataError(problem[0], message))
@@ -143,42 +156,40 @@ def mark_keypoints_visible(detection: dict[str, Any]) -> dict[str, Any]:
     return {**detection, "keypoints": [2 if i % 3 == 2 else v for i, v in enumerate(keypoints)]}
 
 
-def _complete_detection(detection: dict[str, Any]) -> tuple[str, str] | None:
-    """Add a missing `bbox`; return the type and the description of a problem, or None."""
-    score = detection.get("score")
-    if type(score) not in (int, float) or not are_numbers([score]):
-        return "broken", f"has the score {score!r}, not a finite number"
-    if "bbox" in detection:
+def _add_box(annotation, keypoints=None):
+    """Add a missing `bbox` around the segmentation or `keypoints`; return the problem of these, or None."""
+    segmentation = annotation.get("segmentation")
+    if annotation.get("bbox") or not (segmentation or keypoints):
         return None
-    segmentation = detection.get("segmentation")
-    keypoints = mark_keypoints_visible(detection).get("keypoints")
-    problem = None
+    size = (math.inf, math.inf)
     if isinstance(segmentation, dict):
-        size: Any = segmentation.get("size")
+        size = segmentation.get("size")
         is_size = isinstance(size, list) and [*map(type, size)] == [int, int] and min(size) > 0
         if not is_size or is_too_large(*size):
             return "bad_rle", f"has an RLE of the size {size}, not [height, width]"
+    if segmentation:
         problem = find_segmentation_problem(segmentation, *size)
-        if not problem:
-            detection["bbox"] = coco_mask.toBbox(encode_segmentation(segmentation, *size)).tolist()
-    elif keypoints:
+    else:
         problem = find_keypoint_problem(keypoints, 0)
-        if not problem:
-            xs = keypoints[::3]
-            ys = keypoints[1::3]
-            detection["bbox"] = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    if not problem and isinstance(segmentation, dict):
+        annotation["bbox"] = coco_mask.toBbox(encode_segmentation(segmentation, *size)).tolist()
+    elif not problem:
+        polygons = [np.reshape(polygon, (-1, 2)) for polygon in segmentation or ()]
+        points = np.concatenate(polygons or [np.reshape(keypoints, (-1, 3))[:, :2]])
+        annotation["bbox"] = [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
     return problem
 
 
 def _convert_content(content, json_file, image_root, classes, problems=None):
-    categories = _sort_categories(content["categories"], json_file)
+    categories = _sort_categories(content, json_file, classes or ())
     id_of = {category["name"]: category["id"] for category in categories}
     selected = select_classes(list(id_of), classes, json_file)
-    labels = {id_of[name]: label for label, name in enumerate(selected)}
+    # Classes that the file does not have get ids above its own.
+    labels = {id_of.get(name, max(id_of.values()) + 1 + label): label for label, name in enumerate(selected)}
     num_keypoints = {c["id"]: len(c.get("keypoints") or ()) for c in categories}
     records = _create_records(content["images"], json_file, image_root, problems)
     for annotation in content["annotations"]:
-        problem = find_coco_annotation_problem(annotation, records, num_keypoints)
+        problem = _add_box(annotation) or find_coco_annotation_problem(annotation, records, num_keypoints)
         if problem:
             message = f"annotation {annotation.get('id', '?')} in {json_file} {problem[1]}"
             raise_or_append(problems, DataError(problem[0], message))
@@ -194,8 +205,9 @@ def _convert_content(content, json_file, image_root, classes, problems=None):
     return [records[image_id] for image_id in sorted(records)], metadata
 
 
-def _sort_categories(categories, json_file):
-    """Check the categories and sort them by id."""
+def _sort_categories(content, json_file, classes):
+    """Check the categories, sort them by id, and drop unused ones that are only the parents of others."""
+    categories = content["categories"]
     if not categories:
         raise UserError(f"{json_file} has no categories")
     for category in categories:
@@ -206,6 +218,14 @@ def _sort_categories(categories, json_file):
             raise UserError(
                 f"the keypoints of category {category['name']} in {json_file} must be names, got {names}"
             )
+    names = Counter(category["name"] for category in categories)
+    # Roboflow writes such a root, sometimes with the name of a class.
+    pairs = [(category, str(category.get("supercategory"))) for category in categories]
+    children = [category for category, parent in pairs if names[parent] > (parent == category["name"])]
+    parents = {child["supercategory"] for child in children} - set(classes)
+    for root in [c for c in categories if c["name"] in parents and c not in children]:
+        if not any(annotation.get("category_id") == root["id"] for annotation in content["annotations"]):
+            categories = [category for category in categories if category is not root]
     for key in ("id", "name"):
         ((value, count),) = Counter(category[key] for category in categories).most_common(1)
         if count > 1:
@@ -216,10 +236,9 @@ def _sort_categories(categories, json_file):
 def _create_records(images, json_file, image_root, problems):
     records = {}
     # Annotations cannot be assigned to images that share an id but differ otherwise.
-    distinct = {
-        repr([image.get(key) for key in ("id", "file_name", "height", "width")]): image for image in images
-    }
-    entries = Counter(repr(image.get("id")) for image in distinct.values())
+    # Annotations cannot be assigned to images that share an id but differ otherwise.
+    distinct = {tuple(repr(image.get(k)) for k in ("id", "file_name", "height", "width")) for image in images}
+    entries = Counter(image_id for image_id, *_ in distinct)
     for image in images:
         problem_type = "broken_image"
         problem = find_image_problem(image, "id")
@@ -237,7 +256,7 @@ def _create_records(images, json_file, image_root, problems):
             message = f"image {image.get('id', image)} in {json_file} {problem}"
             raise_or_append(problems, DataError(problem_type, message))
             continue
-        file_name = os.path.join(image_root, image["file_name"])
+        file_name = os.path.join(image_root, find_name(image_root, image["file_name"]))
         records[image["id"]] = make_record(file_name, image["id"], image["height"], image["width"])
     if len({type(image_id) for image_id in records}) > 1:
         raise UserError(f"the image ids in {json_file} must be all numbers or all strings")

@@ -5,6 +5,7 @@ Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf
 """
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -14,7 +15,13 @@ from pathlib import Path
 
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.datasets.coco import LoadedDataset
-from plaintrain.data.image_files import describe_pixel_limit, is_too_large, read_image_header
+from plaintrain.data.image_files import (
+    IMAGE_EXTENSIONS,
+    describe_pixel_limit,
+    is_too_large,
+    is_visible,
+    read_image_header,
+)
 from plaintrain.structures import BoxMode, make_record
 from plaintrain.utils.errors import DataError, UserError, collect_errors
 from plaintrain.utils.files import MAX_BYTES, check_file, describe_os_error, read_text
@@ -24,7 +31,8 @@ VOC_CLASSES = [
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
 ]  # fmt: skip
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
+# .NET declares UTF-16 in files that are UTF-8.
+_DECLARED_ENCODING = re.compile(rb"""<\?xml[^>]*?encoding=["'](?!utf-16)([\w.:-]+)""", re.IGNORECASE)
 
 
 def load_voc(
@@ -33,24 +41,25 @@ def load_voc(
     """Read one split of a dataset in VOC's layout.
 
     Boxes are 1-based pixels including the last row and column, so the corners are `xmin - 1, ymin - 1,
-    xmax, ymax`. Empty boxes are kept, for the loader to drop and count. Without `classes`, the classes
-    are the sorted names in `Annotations` of all splits; see `read_coco_json` for `problems`.
+    xmax, ymax`. Boxes with xmax below xmin are kept, for the loader to drop and count. Without `classes`, the
+    classes are the sorted names in `Annotations` of all splits; see `read_coco_json` for `problems`.
     """
     names = _read_split(root, split)
     folder, image_folder = (os.path.join(root, name) for name in ("Annotations", "JPEGImages"))
-    images = _list_image_files(image_folder)
+    images = _list_files(image_folder, IMAGE_EXTENSIONS)
+    xml_files = _list_files(folder, (".xml",))
     # A class without objects may be a typo.
-    selected = select_classes(_read_class_names(folder, problems), classes, folder, allow_missing=True)
+    selected = select_classes(_read_class_names(xml_files, problems), classes, folder, allow_missing=True)
     labels = {name: label for label, name in enumerate(selected)}
     records = []
     for line in names:
         # Per-class lists have a second column (1, 0, -1); names may contain spaces.
-        name = line if line in images else line.split()[0]
+        word = Path(line).stem if line.lower().endswith(IMAGE_EXTENSIONS) else line.split()[0]
+        name = line if line in images else word
         with collect_errors(problems):
             if name not in images:
-                message = f"the image {name} of split {split} is missing in {image_folder}"
-                raise DataError("unreadable", message)
-            xml_file = os.path.join(folder, name + ".xml")
+                raise DataError("unreadable", f"the image {name} of {split} is missing in {image_folder}")
+            xml_file = xml_files.get(name, [os.path.join(folder, name + ".xml")])[0]
             records.append(_create_record(xml_file, images[name], labels, problems))
     return records, {"thing_classes": selected}
 
@@ -58,41 +67,34 @@ def load_voc(
 def _read_split(root, split):
     path = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
     try:
-        names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+        names = [line.strip() for line in read_text(path, "split list").split("\n") if line.strip()]
     except UserError as e:
-        folder = os.path.dirname(path)
-        known = sorted(os.path.splitext(p)[0] for p in os.listdir(folder)) if os.path.isdir(folder) else []
-        hint = f"; known splits: {', '.join(known)}" if known else ""
-        raise UserError(f"cannot read the split list {path}{hint}") from e
+        known = ", ".join(sorted(file.stem for file in Path(path).parent.glob("[!.]*.txt")))
+        raise UserError(f"{e}; known splits: {known}" if known else e) from e
     if not names:
         raise UserError(f"the split list {path} is empty")
     return names
 
 
-def _list_folder(folder):
+def _list_files(folder, extensions):
+    """Return {stem: paths} of the visible files in a folder."""
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}, which a VOC dataset requires")
-    return sorted(os.listdir(folder))
-
-
-def _list_image_files(folder):
     files = {}
-    for name in _list_folder(folder):
+    for name in filter(is_visible, sorted(os.listdir(folder))):
         stem, ext = os.path.splitext(name)
-        if ext in _EXTENSIONS:
+        if ext.lower() in extensions:
             files.setdefault(stem, []).append(os.path.join(folder, name))
     return files
 
 
 def _choose_file(files, root, xml_file):
     """Return the image of an annotation; of several with the same stem, the one in `<filename>`."""
-    if len(files) == 1:
-        return files[0]
     # Some tools write a path, possibly a Windows one.
     file_name = re.split(r"[/\\]", root.findtext("filename", "").strip())[-1]
-    for file in files:
-        if os.path.basename(file) == file_name:
-            return file
+    matches = [file for file in files if os.path.basename(file) == file_name]
+    if matches or len(files) == 1:
+        return (matches or files)[0]
     images = " and ".join(files)
     message = f"{images} could both be the image of {xml_file}, whose <filename> is {file_name!r}"
     raise DataError("ambiguous", message)
@@ -101,28 +103,32 @@ def _choose_file(files, root, xml_file):
 def _parse(xml_file):
     try:
         check_file(xml_file, max_bytes=32 * MAX_BYTES)
-        text = Path(xml_file).read_bytes()
+        data = Path(xml_file).read_bytes()
     except OSError as e:
         raise UserError(f"cannot read the annotation file {xml_file}: {describe_os_error(e)}") from e
-    if b"<!DOCTYPE" in text:
-        # Entities can expand to more text than fits in memory.
-        raise UserError(f"the annotation file {xml_file} must not have a DOCTYPE")
+    encoding = json.detect_encoding(data)
+    # ElementTree itself reads no multi-byte encodings, such as GBK.
+    if encoding == "utf-8" and (declared := _DECLARED_ENCODING.match(data)):
+        encoding = declared[1].decode()
     try:
-        return ElementTree.fromstring(text)
+        text = re.sub(r"<!DOCTYPE[^<>[]*>", "", data.decode(encoding), count=1).lstrip()
+        if "<!DOCTYPE" not in text:
+            return ElementTree.fromstring(text)
     except (ElementTree.ParseError, LookupError, ValueError) as e:
-        raise UserError(f"the annotation file {xml_file} is not XML: {e}") from e
+        raise UserError(f"the annotation file {xml_file} is not XML: {describe_os_error(e)}") from e
+    # Entities can expand to more text than fits in memory.
+    raise UserError(f"the annotation file {xml_file} must not have a DOCTYPE with definitions; remove it")
 
 
-def _read_class_names(folder, problems):
+def _read_class_names(xml_files, problems):
     names = set()
-    for file in _list_folder(folder):
-        if file.endswith(".xml"):
-            # `_create_record` reports the same error.
-            with collect_errors(None if problems is None else []):
-                root = _parse(os.path.join(folder, file))
-                names |= {_read_text(obj, "name", file) for obj in root.iter("object")}
+    for files in xml_files.values():
+        # `_create_record` reports the same error.
+        with collect_errors(None if problems is None else []):
+            root = _parse(files[0])
+            names |= {_read_text(obj, "name", files[0]) for obj in root.iter("object")}
     if not names:
-        raise UserError(f"the annotations in {folder} have no objects")
+        raise UserError(f"the {len(xml_files)} annotation files have no objects")
     return sorted(names)
 
 
@@ -144,14 +150,13 @@ def _read_number(element, tag, source):
 def _create_record(xml_file, image_files, labels, problems):
     root = _parse(xml_file)
     image_file = _choose_file(image_files, root, xml_file)
-    size = root.find("size")
-    if size is not None and size.findtext("width") not in (None, "0"):
-        width, height = (int(_read_number(size, tag, xml_file)) for tag in ("width", "height"))
+    if {root.findtext(f"size/{tag}", "").strip() for tag in ("width", "height")} & {"", "0", "0.0"}:
+        height, width, _ = read_image_header(image_file)
+    else:
+        width, height = (int(_read_number(root, f"size/{tag}", xml_file)) for tag in ("width", "height"))
         if min(width, height) < 1 or is_too_large(height, width):
             limit = describe_pixel_limit()
             raise UserError(f"{xml_file}: <size> is {width} x {height}, empty or more pixels than {limit}")
-    else:
-        height, width, _ = read_image_header(image_file)
     annotations = []
     for obj in root.iter("object"):
         with collect_errors(problems):
@@ -167,13 +172,14 @@ def _create_annotation(obj, label, xml_file):
     if box is None:
         raise UserError(f"{xml_file}: an <object> has no <bndbox>")
     x0, y0, x1, y1 = (_read_number(box, tag, xml_file) for tag in ("xmin", "ymin", "xmax", "ymax"))
-    if x1 > x0 and y1 > y0:
-        x0 -= 1
-        y0 -= 1
+    if x1 >= x0 and y1 >= y0:
+        # In files that count from 0, the first pixel is 0.
+        x0, y0 = (start - 1 if start else start for start in (x0, y0))
+        x1, y1 = (max(end, start + 1) for start, end in ((x0, x1), (y0, y1)))
     return {
         "bbox": [x0, y0, x1, y1],
         "bbox_mode": BoxMode.XYXY_ABS,
         "category_id": label,
         "iscrowd": 0,
-        "difficult": int(obj.findtext("difficult", "0").strip() == "1"),
+        "difficult": int(obj.findtext("difficult", "").strip().lower() in ("1", "true")),
     }

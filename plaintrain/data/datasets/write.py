@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from plaintrain.data.catalog import Metadata
 from plaintrain.data.keypoints import shift_keypoints
-from plaintrain.structures import BoxMode, encode_segmentation
+from plaintrain.structures import BoxMode, encode_segmentation, find_segmentation_problem
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import atomic_write
 
@@ -63,6 +63,8 @@ def build_coco_content(
         images.append({"id": record["image_id"], "file_name": file_name, **size})
         for annotation in record["annotations"]:
             try:
+                if annotation.get("segmentation") and annotation.get("area") is None:
+                    encode_segmentation(annotation["segmentation"], record["height"], record["width"])
                 converted = convert_to_coco(annotation, record, ids)
             except UserError as e:
                 raise UserError(f"an annotation of {record['file_name']}: {e}") from e
@@ -78,12 +80,12 @@ def build_coco_content(
 
 
 def get_area(annotation: dict[str, Any], record: dict[str, Any]) -> float:
-    """Return the area of an object in pixels: its `area`, or that of its segmentation or its box."""
+    """Return the area of an object in pixels: its `area`, or that of its valid segmentation or its box."""
     if annotation.get("area") is not None:
         return float(annotation["area"])
-    if annotation.get("segmentation"):
-        rle = encode_segmentation(annotation["segmentation"], record["height"], record["width"])
-        return float(coco_mask.area(rle))
+    size = record["height"], record["width"]
+    if not find_segmentation_problem(annotation.get("segmentation"), *size):
+        return float(coco_mask.area(encode_segmentation(annotation["segmentation"], *size)))
     _, _, width, height = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)
     return width * height
 

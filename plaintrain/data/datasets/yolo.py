@@ -14,15 +14,14 @@ from pathlib import Path
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.data.catalog import select_classes
 from plaintrain.data.datasets.coco import LoadedDataset
-from plaintrain.data.image_files import build_image_record, list_images
+from plaintrain.data.image_files import build_image_record, find_name, list_images
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import DataError, UserError, collect_errors, raise_or_append
 from plaintrain.utils.files import MAX_BYTES, is_below, read_text
 
 logger = logging.getLogger(__name__)
 
-# The limit of `nc` in a file without names.
-_MAX_CLASSES = 100_000
+_NULLS = ("", "~", "null", "Null", "NULL")
 # Rounding may put a coordinate outside 0 to 1 by this much, as in Ultralytics.
 _TOLERANCE = 0.01
 
@@ -41,7 +40,9 @@ def load_yolo(
     A relative `path` in `data_file` may start at the file's folder or at `dataset_root`. See
     `read_coco_json` for `classes` and `problems`.
     """
-    data = parse_yaml(read_text(data_file, max_bytes=MAX_BYTES), data_file)
+    # YAML would turn the class names yes, 010 and null into True, 8 and None.
+    data = parse_yaml(read_text(data_file, max_bytes=MAX_BYTES), data_file, as_text=True)
+    data = {key: value for key, value in data.items() if value not in _NULLS}
     # Lines with keypoints would be read as polygons.
     if "kpt_shape" in data:
         raise UserError(f"{data_file} has a kpt_shape; keypoints are supported in COCO JSON only")
@@ -56,30 +57,29 @@ def load_yolo(
         if record:
             record["annotations"] = _read_labels(record, labels, problems)
             records.append(record)
-    if records and not any(os.path.isfile(get_label_file(record["file_name"])) for record in records):
+    if records and not any(record["annotations"] for record in records):
         first = records[0]["file_name"]
-        logger.warning(
-            f"no image of {data_file} has labels; the label file of {first} would be {get_label_file(first)}"
-        )
+        text = f"the label file of {first} would be {get_label_file(first)}"
+        logger.warning(f"no image of {data_file} has objects; {text}")
     return records, {"thing_classes": selected}
 
 
 def _get_class_names(data, data_file):
     names = data.get("names")
-    num_classes = data.get("nc")
-    if names is None and type(num_classes) is int and 0 < num_classes <= _MAX_CLASSES:
-        return [f"class_{i}" for i in range(num_classes)]
+    num_classes = str(data.get("nc", "")).removesuffix(".0")
+    if names is None and num_classes.isdecimal() and 0 < len(num_classes.lstrip("0")) < 6:
+        return [f"class_{i}" for i in range(int(num_classes))]
     if isinstance(names, dict):
-        by_id = {str(class_id): name for class_id, name in names.items()}
         ids = [str(class_id) for class_id in range(len(names))]
-        if by_id.keys() != set(ids):
-            raise UserError(f"the ids in names of {data_file} must be 0 to {len(ids) - 1}, got {list(names)}")
-        names = [by_id[class_id] for class_id in ids]
-    if not isinstance(names, list) or not names:
+        if names.keys() != set(ids):
+            raise UserError(
+                f"ids of names in {data_file} must be 0 to {len(ids) - 1}, got [{', '.join(names)}]"
+            )
+        names = [names[class_id] for class_id in ids]
+    if not names or not isinstance(names, list) or not all(name and isinstance(name, str) for name in names):
         raise UserError(f"names in {data_file} must be a list of class names, got {names!r}")
-    if num_classes is not None and num_classes != len(names):
+    if num_classes not in ("", str(len(names))):
         raise UserError(f"{data_file} has nc: {num_classes}, but {len(names)} names")
-    names = [str(name) for name in names]
     if len(set(names)) != len(names):
         raise UserError(f"names in {data_file} must be distinct, got {names}")
     return names
@@ -91,7 +91,7 @@ def _find_root(data, data_file, dataset_root):
     for start in (folder, dataset_root):
         if os.path.isdir(os.path.join(start, path)):
             return os.path.normpath(os.path.join(start, path))
-    raise UserError(f"the path in {data_file} is {path}, but there is no such folder")
+    raise UserError(f"the path in {data_file} is {path}, but there is no such folder; correct or remove it")
 
 
 def _list_image_files(data, data_file, split, root):
@@ -116,7 +116,7 @@ def _list_image_files(data, data_file, split, root):
 
 
 def _join_below(root, folder, name, source):
-    path = os.path.normpath(os.path.join(folder, name))
+    path = os.path.normpath(os.path.join(folder, find_name(folder, name)))
     if not is_below(root, path):
         raise UserError(
             f"{source} contains {path}, which is outside the dataset's folder {root}; set the path in the "
@@ -158,6 +158,8 @@ def get_label_file(image_file: str) -> str:
 
 def _read_labels(record, labels, problems):
     path = get_label_file(record["file_name"])
+    if not os.path.lexists(path):
+        path = path.removesuffix(".txt") + ".TXT"
     annotations = []
     if os.path.lexists(path):
         with collect_errors(problems):
@@ -174,7 +176,8 @@ def _parse_line(words, record, labels, source):
     try:
         class_id, *values = map(float, words)
     except ValueError as e:
-        raise DataError("broken", f"{source} must hold numbers only, got {' '.join(words)[:80]}") from e
+        message = f"{source} must hold numbers only, separated by spaces, got {' '.join(words)[:80]}"
+        raise DataError("broken", message) from e
     if class_id not in range(len(labels)):
         raise DataError("unknown_class", f"{source}: class {words[0]} is not one of 0 to {len(labels) - 1}")
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
