@@ -275,7 +275,7 @@ plaintrain/utils/comm.py
             copy_tensors(own, buffers) =>         pass
 plaintrain/utils/writers.py
     event.step < start_iter: => event.step <= start_iter:
-    _event(iteration, summary=Summary(value => _event(iteration + 1, summary=Summary(value
+    Event(step=iteration, summary=Summary(value => Event(step=iteration + 1, summary=Summary(value
     (self._read_scalars().items()) if i < start_iter} => (self._read_scalars().items())}
     _replace_nonfinite({"iteration": iteration, **row}), allow_nan=False => {"iteration": iteration, **row}
     set().union(*scalars.values()) <= set(self._columns) => bool(self._columns)

@@ -1,6 +1,7 @@
 """Atomic writes, checked reads, and the files of an output folder."""
 
 import contextlib
+import csv
 import errno
 import itertools
 import json
@@ -10,7 +11,7 @@ import shutil
 import stat
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -145,6 +146,29 @@ def read_json(path: str | os.PathLike) -> Any:
     with contextlib.suppress(UserError, ValueError, RecursionError):
         return json.loads(read_text(path))
     return None
+
+
+def parse_json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of metrics.json, {"iteration": int, name: value}, without incomplete ones."""
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("iteration")) is int:
+                yield row
+
+
+def parse_csv_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of metrics.csv, {"iteration": int, name: float}, without incomplete ones."""
+    # Without a newline, the last value of a line may have lost digits.
+    # An unclosed quote makes a value that is longer than the csv module takes.
+    with contextlib.suppress(csv.Error):
+        for row in csv.DictReader(line for line in lines if line.endswith("\n")):
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                # DictReader stores None in rows that are too short or too long, which float() rejects.
+                yield {
+                    "iteration": int(row.pop("iteration")),
+                    **{k: float(v) for k, v in row.items() if v != ""},
+                }
 
 
 def is_number(value: Any) -> bool:
