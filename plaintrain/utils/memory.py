@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,8 @@ def get_peak_memory() -> dict[str, float]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception means that the memory of a GPU or the CPU is full."""
-    text = str(error).lower()
+    # Not str(), which may fail.
+    text = "".join(traceback.format_exception_only(error)).lower()
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(message in text for message in _OOM_MESSAGES)
     )
