@@ -286,7 +286,7 @@ plaintrain/utils/files.py
                 os.unlink(temporary)\n =>             pass\n
     os.path.join(os.path.abspath(folder), "") => os.path.abspath(folder)
 plaintrain/utils/heartbeat.py
-    > get_limit() => > _Heartbeat.limit
+    _Heartbeat.limit + extra => _Heartbeat.limit
     seconds or math.inf => seconds
 plaintrain/utils/lock.py
     fcntl.LOCK_EX | fcntl.LOCK_NB => fcntl.LOCK_SH | fcntl.LOCK_NB

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 from plaintrain.config import CfgNode, get_cfg
 from plaintrain.config.yaml import parse_yaml
-from plaintrain.utils.errors import UserError
+from plaintrain.utils.errors import UserError, get_first_line
 from plaintrain.utils.files import (
-    describe_os_error,
     is_number,
     keep_valid,
     parse_csv_rows,
@@ -84,7 +83,7 @@ def _read_lines(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             yield from f
     except OSError as e:
-        raise UserError(f"cannot read {path}: {describe_os_error(e)}") from e
+        raise UserError(f"cannot read {path}: {get_first_line(e)}") from e
 
 
 def read_metrics(folder: str) -> Metrics:

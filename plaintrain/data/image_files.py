@@ -10,8 +10,8 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from plaintrain.structures import make_record
-from plaintrain.utils.errors import DataError, UserError, collect_errors
-from plaintrain.utils.files import check_file, describe_os_error
+from plaintrain.utils.errors import DataError, UserError, collect_errors, get_first_line
+from plaintrain.utils.files import check_file
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
@@ -51,7 +51,7 @@ def open_image(file_name: str) -> Iterator[Image.Image]:
     except FileNotFoundError as e:
         raise DataError("unreadable", f"the image file {file_name} does not exist") from e
     except _PILLOW_ERRORS as e:
-        message = f"cannot read the image file {file_name}: {describe_os_error(e)}"
+        message = f"cannot read the image file {file_name}: {get_first_line(e)}"
         raise DataError("unreadable", message) from e
 
 

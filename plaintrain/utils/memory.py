@@ -2,6 +2,7 @@
 
 import math
 import re
+import resource
 import sys
 import traceback
 from collections.abc import Sequence
@@ -40,10 +41,6 @@ def get_peak_memory() -> dict[str, float]:
     """Return {"max_mem": MiB}, the peak memory that torch has allocated on the GPU, or of the process."""
     if torch.cuda.is_initialized():
         return {"max_mem": torch.cuda.max_memory_allocated() / 2**20}
-    if sys.platform == "win32":
-        return {}
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # The unit is KiB on Linux and bytes on macOS.
     return {"max_mem": peak / (2**20 if sys.platform == "darwin" else 2**10)}

@@ -16,8 +16,8 @@ from plaintrain.data.catalog import select_classes
 from plaintrain.data.datasets.coco import LoadedDataset
 from plaintrain.data.image_files import is_too_large, read_image_header
 from plaintrain.structures import BoxMode, make_record
-from plaintrain.utils.errors import DataError, UserError, collect_errors
-from plaintrain.utils.files import MAX_BYTES, check_file, describe_os_error, read_text
+from plaintrain.utils.errors import DataError, UserError, collect_errors, get_first_line
+from plaintrain.utils.files import MAX_BYTES, check_file, read_text
 
 VOC_CLASSES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -103,7 +103,7 @@ def _parse(xml_file):
         check_file(xml_file, max_bytes=32 * MAX_BYTES)
         text = Path(xml_file).read_bytes()
     except OSError as e:
-        raise UserError(f"cannot read the annotation file {xml_file}: {describe_os_error(e)}") from e
+        raise UserError(f"cannot read the annotation file {xml_file}: {get_first_line(e)}") from e
     if b"<!DOCTYPE" in text:
         # Entities can expand to more text than fits in memory.
         raise UserError(f"the annotation file {xml_file} must not have a DOCTYPE")
