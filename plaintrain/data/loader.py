@@ -24,7 +24,7 @@ from plaintrain.data.samplers import TrainingSampler
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat, end_loop
-from plaintrain.utils.lock import lock_temp_dir, remove_orphaned_temp_dir
+from plaintrain.utils.lock import lock_temp_dir
 from plaintrain.utils.logger import build_progress_bar, ignore_console_errors
 from plaintrain.utils.memory import note_batch
 
@@ -104,7 +104,6 @@ def _seeded_globals(seed, position):
 def _ignore_signals(worker_id):
     """Ignore signals to the whole job: the training process handles them and still needs its workers."""
     ignore_console_errors()
-    multiprocessing.util.Finalize(None, remove_orphaned_temp_dir, exitpriority=0)
     for signal_number in signal.SIGHUP, signal.SIGINT, signal.SIGUSR1:
         signal.signal(signal_number, signal.SIG_IGN)
     # macOS does not tell who sent a signal; there SIGTERM ends a worker.

@@ -3,7 +3,6 @@
 import fcntl
 import glob
 import logging
-import multiprocessing
 import os
 import shutil
 import socket
@@ -77,13 +76,6 @@ def lock_temp_dir() -> None:
     for folder in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), "pymp-*")):
         if os.path.abspath(folder) not in _HELD and is_in_use(folder) is False:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_orphaned_temp_dir() -> None:
-    """Delete the temporary folder of `lock_temp_dir` at the end of a child whose parent was killed."""
-    parent = multiprocessing.parent_process()
-    if parent and not parent.is_alive():
-        shutil.rmtree(get_temp_dir(), ignore_errors=True)
 
 
 def unlock_folder(folder: str) -> None:
