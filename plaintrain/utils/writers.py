@@ -130,17 +130,14 @@ class CSVWriter(_RowWriter):
     """Writer of one CSV row per iteration; non-finite values are empty. New scalars become new columns."""
 
     _parse = staticmethod(parse_csv_rows)
-
-    def __init__(self, csv_file: str, window_size: int = 20) -> None:
-        super().__init__(csv_file, window_size)
-        self._columns = ["iteration"]
+    _columns = ("iteration",)
 
     def _can_append(self, scalars):
         return super()._can_append(scalars) and set().union(*scalars.values()) <= set(self._columns)
 
     def _rewrite(self, scalars):
         names = (name for row in scalars.values() for name in row)
-        self._columns = list(dict.fromkeys([*self._columns, *names]))
+        self._columns = tuple(dict.fromkeys([*self._columns, *names]))
         super()._rewrite(scalars)
 
     def _write_rows(self, f, scalars):
