@@ -52,8 +52,7 @@ def start(tmp_path):
 def test_lock_rejects_a_second_run_until_the_first_has_ended_or_was_killed(tmp_path, folder, start):
     first = start(folder)
     assert "held" in first.output and is_in_use(folder)
-    words = rf"is in use by another run \(pid {first.pid} on {socket.gethostname()}, since"
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=rf"another run \(pid {first.pid} on {socket.gethostname()}, since"):
         lock_folder(str(folder))
     # By another name of the folder too.
     os.symlink(folder, tmp_path / "link")
@@ -118,10 +117,12 @@ def test_lock_file_must_be_a_regular_file(folder, make):
 
 def test_temporary_folders_of_killed_runs_are_deleted(tmp_path, start, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("plaintrain.utils.lock.get_temp_dir", lambda: str(tmp_path / "pymp-own"))
+    folders = Mock(side_effect=[f"{tmp_path}/pymp-own", f"{tmp_path}/pymp-running"])
+    monkeypatch.setattr("plaintrain.utils.lock.get_temp_dir", folders)
     for name in ("own", "killed", "running", "other"):
         (tmp_path / f"pymp-{name}").mkdir()
     start(tmp_path / "pymp-killed").kill()
     start(tmp_path / "pymp-running")
+    lock_temp_dir()
     lock_temp_dir()
     assert {path.name for path in tmp_path.glob("pymp-*")} == {"pymp-own", "pymp-running", "pymp-other"}

@@ -21,7 +21,6 @@ def no_heartbeat():
 
 
 def test_heartbeat_is_overdue_after_the_limit_and_only_where_one_is_expected(clock):
-    heartbeat.rest()
     heartbeat.set_limit(5)
     clock.now += 100.0
     assert not heartbeat.is_overdue()

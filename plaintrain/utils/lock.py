@@ -1,5 +1,6 @@
 """Lock of an output folder."""
 
+import contextlib
 import fcntl
 import glob
 import logging
@@ -72,7 +73,9 @@ def lock_again(path: str | os.PathLike) -> None:
 
 def lock_temp_dir() -> None:
     """Let child processes use one temporary folder, `pymp-...`; delete those of runs that were killed."""
-    lock_folder(get_temp_dir())
+    # A rank may have inherited the folder of the process that has started it, and another rank locks it.
+    with contextlib.suppress(UserError):
+        lock_folder(get_temp_dir())
     for folder in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), "pymp-*")):
         if os.path.abspath(folder) not in _HELD and is_in_use(folder) is False:
             shutil.rmtree(folder, ignore_errors=True)
