@@ -1,6 +1,7 @@
 """One run at a time in a folder: plaintrain.utils.lock."""
 
 import fcntl
+import multiprocessing
 import os
 import shutil
 import socket
@@ -117,12 +118,12 @@ def test_lock_file_must_be_a_regular_file(folder, make):
 
 def test_temporary_folders_of_killed_runs_are_deleted(tmp_path, start, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folders = Mock(side_effect=[f"{tmp_path}/pymp-own", f"{tmp_path}/pymp-running"])
-    monkeypatch.setattr("plaintrain.utils.lock.get_temp_dir", folders)
-    for name in ("own", "killed", "running", "other"):
+    for name in ("killed", "running", "parent"):
         (tmp_path / f"pymp-{name}").mkdir()
     start(tmp_path / "pymp-killed").kill()
     start(tmp_path / "pymp-running")
-    lock_temp_dir()
-    lock_temp_dir()
-    assert {path.name for path in tmp_path.glob("pymp-*")} == {"pymp-own", "pymp-running", "pymp-other"}
+    for inherited, num_locks in (f"{tmp_path}/pymp-parent", 1), (None, 2):
+        monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", inherited)
+        lock_temp_dir()
+        assert len(list(tmp_path.glob("pymp-*/run.lock"))) == num_locks
+        assert not (tmp_path / "pymp-killed").exists() and (tmp_path / "pymp-parent").exists()

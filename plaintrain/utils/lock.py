@@ -1,9 +1,9 @@
 """Lock of an output folder."""
 
-import contextlib
 import fcntl
 import glob
 import logging
+import multiprocessing
 import os
 import shutil
 import socket
@@ -73,8 +73,8 @@ def lock_again(path: str | os.PathLike) -> None:
 
 def lock_temp_dir() -> None:
     """Let child processes use one temporary folder, `pymp-...`; delete those of runs that were killed."""
-    # A rank may have inherited the folder of the process that has started it, and another rank locks it.
-    with contextlib.suppress(UserError):
+    # An inherited folder belongs to the process that has started this one, which may outlive it.
+    if not multiprocessing.current_process()._config.get("tempdir"):  # type: ignore[attr-defined]
         lock_folder(get_temp_dir())
     for folder in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), "pymp-*")):
         if os.path.abspath(folder) not in _HELD and is_in_use(folder) is False:
