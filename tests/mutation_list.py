@@ -275,7 +275,7 @@ plaintrain/utils/comm.py
             copy_tensors(own, buffers) =>         pass
 plaintrain/utils/writers.py
     event.step < start_iter: => event.step <= start_iter:
-    _event(iteration, summary=Summary(value => _event(iteration + 1, summary=Summary(value
+    Event(step=iteration, summary=Summary(value => Event(step=iteration + 1, summary=Summary(value
     (self._read_scalars().items()) if i < start_iter} => (self._read_scalars().items())}
     _replace_nonfinite({"iteration": iteration, **row}), allow_nan=False => {"iteration": iteration, **row}
     set().union(*scalars.values()) <= set(self._columns) => bool(self._columns)
@@ -286,7 +286,7 @@ plaintrain/utils/files.py
                 os.unlink(temporary)\n =>             pass\n
     os.path.join(os.path.abspath(folder), "") => os.path.abspath(folder)
 plaintrain/utils/heartbeat.py
-    > get_limit() => > _Heartbeat.limit
+    _Heartbeat.limit + extra => _Heartbeat.limit
     seconds or math.inf => seconds
 plaintrain/utils/lock.py
     fcntl.LOCK_EX | fcntl.LOCK_NB => fcntl.LOCK_SH | fcntl.LOCK_NB

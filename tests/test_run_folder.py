@@ -19,7 +19,7 @@ from plaintrain.visualization.curves import group_panels, smooth, wants_log
 
 def test_metrics_are_series_and_what_is_cut_off_is_left_out(tmp_path):
     assert run_folder.read_metrics(tmp_path) == {}
-    (tmp_path / "metrics.csv").write_text("iteration,a,b\n1,2.5,\n3,,4\n5,6\n7")
+    (tmp_path / "metrics.csv").write_text("iteration,a,b\n1,2.5,\n3,,4\n5,6,\n6,6\n7")
     assert run_folder.read_metrics(tmp_path) == {"a": ([1, 5], [2.5, 6.0]), "b": ([3], [4.0])}
     for text in ("a,b\n1,2\n", "iteration,a\0\n\0,1\n", "", f"iteration,a\n{'9' * 5000},{'9' * 400}\n"):
         (tmp_path / "metrics.csv").write_text(text)

@@ -4,22 +4,27 @@ Missing files give empty results and truncated lines are skipped.
 """
 
 import contextlib
-import csv
 import datetime
 import glob
-import json
 import math
 import os
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from plaintrain.config import CfgNode, get_cfg
 from plaintrain.config.yaml import parse_yaml
-from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import describe_os_error, is_number, keep_valid, read_results_file, read_text
+from plaintrain.utils.errors import UserError, get_first_line
+from plaintrain.utils.files import (
+    is_number,
+    keep_valid,
+    parse_csv_rows,
+    parse_json_rows,
+    read_results_file,
+    read_text,
+)
 from plaintrain.utils.lock import is_in_use
 from plaintrain.utils.text import is_file_name
 
@@ -78,15 +83,15 @@ def _read_lines(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             yield from f
     except OSError as e:
-        raise UserError(f"cannot read {path}: {describe_os_error(e)}") from e
+        raise UserError(f"cannot read {path}: {get_first_line(e)}") from e
 
 
 def read_metrics(folder: str) -> Metrics:
     """Read metrics.json or metrics.csv; non-finite values are NaN, the last line of an iteration counts."""
     path = os.path.join(folder, "metrics.json")
     is_json = os.path.isfile(path)
-    lines = _read_json_lines(path) if is_json else _read_csv_lines(os.path.join(folder, "metrics.csv"))
-    by_iteration = {line["iteration"]: line for line in lines if type(line.get("iteration")) is int}
+    lines = _read_lines(path if is_json else os.path.join(folder, "metrics.csv"))
+    by_iteration = {row["iteration"]: row for row in (parse_json_rows if is_json else parse_csv_rows)(lines)}
     series: Metrics = {}
     for iteration in sorted(i for i in by_iteration if abs(i) < 2**53):
         for name, value in by_iteration[iteration].items():
@@ -95,24 +100,6 @@ def read_metrics(folder: str) -> Metrics:
                 iterations.append(iteration)
                 values.append(float(value) if value is not None and is_number(value) else math.nan)
     return series
-
-
-def _read_json_lines(path: str) -> Iterator[dict[str, Any]]:
-    for line in _read_lines(path):
-        with contextlib.suppress(ValueError, RecursionError):
-            content = json.loads(line)
-            if isinstance(content, dict):
-                yield content
-
-
-def _read_csv_lines(path: str) -> Iterator[dict[str, Any]]:
-    # Missing and non-finite values are both empty.
-    try:
-        for line in csv.DictReader(_read_lines(path)):
-            with contextlib.suppress(KeyError, TypeError, ValueError):
-                yield {"iteration": int(line.pop("iteration")), **{n: float(v) for n, v in line.items() if v}}
-    except csv.Error as e:
-        raise UserError(f"cannot read {path}: {e}") from e
 
 
 def read_config(folder: str) -> CfgNode:

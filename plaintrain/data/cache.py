@@ -13,8 +13,8 @@ from PIL import Image
 from plaintrain import structures
 from plaintrain.data import keypoints, serialized, validation
 from plaintrain.data.serialized import SerializedRecords
-from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import atomic_write, describe_os_error
+from plaintrain.utils.errors import UserError, get_first_line
+from plaintrain.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def load_cached_records(
             return cached
         # zipfile and NumPy raise many types of errors on a damaged file.
         except Exception as e:
-            logger.warning(f"cannot read the cache file {path}: {describe_os_error(e)}")
+            logger.warning(f"cannot read the cache file {path}: {get_first_line(e)}")
     records, metadata = load(json_file, image_root, classes)
     records = SerializedRecords(records)
     # The file must not have changed while it was read.
@@ -93,4 +93,4 @@ def _write(path, records, metadata):
         with atomic_write(path, "wb") as f:
             np.savez(f, metadata=text, **records.to_arrays())
     except (OSError, UserError) as e:
-        logger.info(f"cannot write the cache ({describe_os_error(e)}); the next start parses the JSON again")
+        logger.info(f"cannot write the cache ({get_first_line(e)}); the next start parses the JSON again")

@@ -11,8 +11,8 @@ from urllib.parse import unquote
 from PIL import ExifTags, Image
 
 from plaintrain.structures import make_record
-from plaintrain.utils.errors import DataError, UserError, collect_errors
-from plaintrain.utils.files import check_file, describe_os_error, is_below
+from plaintrain.utils.errors import DataError, UserError, collect_errors, get_first_line
+from plaintrain.utils.files import check_file, is_below
 
 _KNOWN = ".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .dib .tif .tiff .gif .jp2 .j2k .mpo .ppm .pgm .pbm .tga"
 IMAGE_EXTENSIONS = tuple(_KNOWN.split())
@@ -69,7 +69,7 @@ def open_image(file_name: str) -> Iterator[Image.Image]:
     except FileNotFoundError as e:
         raise DataError("unreadable", f"the image file {file_name} does not exist") from e
     except _PILLOW_ERRORS as e:
-        reason = describe_os_error(e)
+        reason = get_first_line(e)
         if isinstance(e, Image.DecompressionBombError):
             reason = f"it has more pixels than {describe_pixel_limit()}"
         message = f"cannot read the image file {file_name}: {reason}"

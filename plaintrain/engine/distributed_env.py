@@ -148,26 +148,17 @@ def choose_interface(store: dist.Store, machine: int, host: str) -> None:
     if machine == 0:
         # Machine 0 takes the route to another machine, since its own name may also be a loopback address.
         host = store.get(_ADDRESS_KEY).decode()
-    address = _get_source_address(host)
-    if machine != 0:
-        store.set(_ADDRESS_KEY, address or host)
-    for _, name in socket.if_nameindex():
-        if address and _get_ipv4(name) == address:
-            os.environ["GLOO_SOCKET_IFNAME"] = name
-
-
-def _get_source_address(host: str) -> str:
-    """Return the IPv4 address from which this machine reaches `host`, or ""."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
-        # connect() of a UDP socket looks up the route and sends nothing.
-        s.connect((host, 9))
-        return s.getsockname()[0]
-    return ""
-
-
-def _get_ipv4(interface: str) -> str:
-    """Return the IPv4 address of an interface, or ""."""
-    request = struct.pack("256s", interface.encode())
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
-        return socket.inet_ntoa(fcntl.ioctl(s.fileno(), _SIOCGIFADDR, request)[20:24])
-    return ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        address = ""
+        with contextlib.suppress(OSError):
+            # connect() of a UDP socket looks up the route and sends nothing.
+            s.connect((host, 9))
+            address = s.getsockname()[0]
+        if machine != 0:
+            store.set(_ADDRESS_KEY, address or host)
+        for _, name in socket.if_nameindex():
+            # An interface may have no IPv4 address.
+            with contextlib.suppress(OSError):
+                reply = fcntl.ioctl(s.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(reply[20:24]) == address:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name

@@ -84,12 +84,8 @@ def _exit_interrupted() -> None:
 
 def _describe(error: BaseException, debug: bool) -> str:
     """Return the message of a user's mistake, or the traceback of a bug."""
-    try:
-        text = str(error)
-    except Exception:
-        # The traceback names the type.
-        return "".join(traceback.format_exception(error)).rstrip()
-    if "DataLoader worker" in text and isinstance(error, RuntimeError | MemoryError):
+    is_worker = "DataLoader worker" in "".join(traceback.format_exception_only(error))
+    if is_worker and isinstance(error, RuntimeError | MemoryError):
         # PyTorch raises it anywhere in the main process when a worker has died.
         error = UserError(
             f"a data loading worker has failed ({get_first_line(error)}); if the machine is out of memory, "

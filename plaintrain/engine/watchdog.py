@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -72,7 +73,6 @@ class FailureWatch:
         self._holds_store = holds_store
         # What the main thread has done, if it is at its end.
         self._end_position = ""
-        self._is_finished = False
         self._stopped = threading.Event()
         # Held by the thread that ends this process.
         self._ending = threading.Lock()
@@ -98,7 +98,6 @@ class FailureWatch:
         """Report that this rank has finished; return whether all ranks finish within `seconds`."""
         heartbeat.rest()
         self._end_position = position
-        self._is_finished = True
         deadline = time.monotonic() + seconds
         num_finished = self._store.add(_FINISHED, 1)
         while num_finished < self._world_size and time.monotonic() < deadline:
@@ -120,47 +119,39 @@ class FailureWatch:
             time.sleep(_CONNECTION_SECONDS)
             text = f"lost the connection to a rank that has reported no failure\n{message}"
         code = error.__cause__.code if isinstance(error.__cause__, SystemExit) else 1
-        with self._ending:
-            self._report(text, asks=bool(is_lost), code=code if isinstance(code, int) and code else 1)
+        self._report(text, asks=bool(is_lost), code=code if isinstance(code, int) and code else 1)
 
     def _report(self, text: str, asks: bool, code: int = 1) -> None:
         """Print a failure with, if it `asks`, the positions of all ranks, unless another came first; end."""
         own = {"machine": self._machine, "rank": self._rank, "text": text, "asks": asks}
         first = own
-        positions = [f"rank {self._rank} {self._get_position()}"] * asks
+        positions = [f"rank {self._rank} {self._get_position()}"] if asks else []
+        with self._ending:
+            if self._world_size > 1:
+                try:
+                    first, positions = ThreadPoolExecutor(1).submit(self._share, own).result(_STORE_SECONDS)
+                except TimeoutError:
+                    positions.append("rank 0, or the network, does not respond")
+                except RuntimeError:
+                    # The store died with rank 0, which therefore failed first.
+                    first = _STORE_LOST
+            if first == own:
+                print("\n".join([f"rank {self._rank}: {text}", *positions]), file=sys.stderr, flush=True)
+            self._end(first, code)
 
-        def send():
-            nonlocal first
-            try:
-                self._store.set(f"{_POSITION}{self._rank}", self._get_position())
-                first = report_failure(self._store, own)
-                if first == own and asks:
-                    positions[:] = self._ask_positions()
-            except RuntimeError:
-                # The store died with rank 0, which therefore failed first.
-                first = _STORE_LOST
-
-        if self._world_size > 1:
-            thread = threading.Thread(target=send, daemon=True)
-            thread.start()
-            thread.join(_STORE_SECONDS)
-            if thread.is_alive():
-                positions.append("rank 0, or the network, does not respond")
-        if first == own:
-            print("\n".join([f"rank {self._rank}: {text}", *positions]), file=sys.stderr, flush=True)
-        self._end(first, code)
-
-    def _ask_positions(self):
-        """Return the position of each rank, as the ranks report it."""
+    def _share(self, own):
+        """Store a failure; return the job's first one and, if that is `own`, the position of each rank."""
+        self._store.set(f"{_POSITION}{self._rank}", self._get_position())
+        first = report_failure(self._store, own)
         deadline = time.monotonic() + _POSITION_SECONDS
-        lines = []
-        for rank in range(self._world_size):
+        positions = []
+        for rank in range(self._world_size if first == own and own["asks"] else 0):
             key = f"{_POSITION}{rank}"
             while not (is_known := self._store.check([key])) and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
             text = self._store.get(key).decode() if is_known else "is frozen or has died"
-            lines.append(f"rank {rank} {text}")
-        return lines
+            positions.append(f"rank {rank} {text}")
+        return first, positions
 
     def _get_position(self):
         position = describe_position(traceback.extract_stack(_get_main_frame()))
@@ -190,7 +181,7 @@ class FailureWatch:
                 if not failure and self._store.check([_FAILED]):
                     failure = json.loads(self._store.get(_FAILED))
         # At the end of the job, rank 0 may be faster.
-        if self._stopped.is_set() or (failure is _STORE_LOST and self._is_finished):
+        if self._stopped.is_set() or (failure is _STORE_LOST and self._end_position):
             return
         with self._ending:
             if failure["asks"]:
@@ -209,8 +200,7 @@ class FailureWatch:
                 heartbeat.forgive(gap)
             if heartbeat.is_overdue():
                 text = f"no step was finished within {heartbeat.get_limit():g} s (HANG_TIMEOUT)"
-                with self._ending:
-                    self._report(text, asks=True)
+                self._report(text, asks=True)
 
 
 def _get_main_frame():

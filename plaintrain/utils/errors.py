@@ -39,11 +39,12 @@ class DataError(UserError):
 
 
 def get_first_line(error: BaseException) -> str:
-    """Return the message of an exception as one line that is never empty."""
-    text = str(error).strip()
+    """Return the message as one line that is never empty, without the number and the file of an `OSError`."""
+    text = str(getattr(error, "strerror", None) or error).strip()
     if "Weights only load failed" in text:
         return "it holds Python objects, whose loading could run code; only tensors and plain data are loaded"
-    return (text or type(error).__name__).splitlines()[0]
+    hint = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+    return (text or type(error).__name__).splitlines()[0] + hint
 
 
 def suggest_similar(name: str, candidates: Iterable[str], num: int = 1, cutoff: float = 0.0) -> str:

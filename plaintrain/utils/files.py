@@ -1,6 +1,7 @@
 """Atomic writes, checked reads, and the files of an output folder."""
 
 import contextlib
+import csv
 import errno
 import itertools
 import json
@@ -10,11 +11,11 @@ import shutil
 import stat
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from plaintrain.utils.errors import DataError, UserError
+from plaintrain.utils.errors import DataError, UserError, get_first_line
 from plaintrain.utils.lock import lock_again
 
 # Maximum size of YAML and XML files, which parse slowly; files written by hand are far smaller.
@@ -46,7 +47,13 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
-        _sync_folder(os.path.dirname(path) or ".")
+        # The rename too, where the file system can.
+        with contextlib.suppress(OSError):
+            fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -58,17 +65,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-
-
-def _sync_folder(folder: str) -> None:
-    """Write the entries of a folder (after a rename) to the disk, where the file system supports it."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        raise UserError(f"cannot write {path}: {get_first_line(e)}") from e
 
 
 def remove_unfinished(folder: str) -> None:
@@ -136,7 +133,7 @@ def read_text(path: str | os.PathLike, description: str = "file", max_bytes: int
         check_file(path, max_bytes)
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
-        raise DataError("broken", f"cannot read the {description} {path}: {describe_os_error(e)}") from e
+        raise DataError("broken", f"cannot read the {description} {path}: {get_first_line(e)}") from e
 
 
 def is_below(folder: str, path: str) -> bool:
@@ -147,17 +144,27 @@ def is_below(folder: str, path: str) -> bool:
     return os.path.abspath(os.path.join(folder, path)).startswith(folder)
 
 
-def describe_os_error(error: Exception) -> str:
-    """Return the message of an exception, without the number and the file of an `OSError`."""
-    hint = "; save it as UTF-8" if isinstance(error, UnicodeError) else ""
-    return f"{getattr(error, 'strerror', None) or error}{hint}"
+def parse_json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of metrics.json, {"iteration": int, name: value}, without incomplete ones."""
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("iteration")) is int:
+                yield row
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Return the content of a JSON file, or None if it is missing or incomplete."""
-    with contextlib.suppress(UserError, ValueError, RecursionError):
-        return json.loads(read_text(path))
-    return None
+def parse_csv_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of metrics.csv, {"iteration": int, name: float}, without incomplete ones."""
+    # Without a newline, the last value of a line may have lost digits.
+    # An unclosed quote makes a value that is longer than the csv module takes.
+    with contextlib.suppress(csv.Error):
+        for row in csv.DictReader(line for line in lines if line.endswith("\n")):
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                # DictReader stores None in rows that are too short or too long, which float() rejects.
+                yield {
+                    "iteration": int(row.pop("iteration")),
+                    **{k: float(v) for k, v in row.items() if v != ""},
+                }
 
 
 def is_number(value: Any) -> bool:
@@ -187,12 +194,19 @@ def keep_valid(value: Any, example: Any) -> Any:
     return value if type(value) is type(example) else None
 
 
+def _read_valid(path: str, example: dict[str, Any]) -> dict[str, Any]:
+    """Return what is valid in a JSON file, see `keep_valid`; {} if it is missing or incomplete."""
+    with contextlib.suppress(UserError, ValueError, RecursionError):
+        return keep_valid(json.loads(read_text(path)), example) or {}
+    return {}
+
+
 def read_starts(folder: str) -> list[dict[str, Any]]:
     """Return the `starts` of run.json (see `engine.run_facts`), oldest first."""
-    facts = keep_valid(read_json(os.path.join(folder, FACTS_FILE)), {"starts": [_START]}) or {}
+    facts = _read_valid(os.path.join(folder, FACTS_FILE), {"starts": [_START]})
     return [{"git": None, **start} for start in facts.get("starts", ())]
 
 
 def read_results_file(folder: str) -> dict[str, dict[str, dict[str, float | None]]]:
     """Return {dataset: {task: {metric: value}}} of results.json; invalid values are None."""
-    return keep_valid(read_json(os.path.join(folder, RESULTS_FILE)), {"*": {"*": {"*": 0.0}}}) or {}
+    return _read_valid(os.path.join(folder, RESULTS_FILE), {"*": {"*": {"*": 0.0}}})

@@ -10,28 +10,27 @@ LONG = 1800.0
 
 
 class _Heartbeat:
-    """The last beat and the allowed seconds until the next; `last` None expects no beat."""
+    """The maximum time between two beats, that until the next one, and its deadline, in seconds."""
 
     limit: float = math.inf
-    last: float | None = None
-    extra: float = 0.0
+    allowed: float = math.inf
+    deadline: float = math.inf
 
 
 def set_limit(seconds: float) -> None:
-    """Set the maximum time between two beats; 0 for no limit."""
+    """Set the maximum time after each following beat; 0 for no limit."""
     _Heartbeat.limit = seconds or math.inf
 
 
 def beat(extra: float = 0.0) -> None:
     """Record that the main thread makes progress; allow `extra` seconds more until the next beat."""
-    _Heartbeat.last = time.monotonic()
-    _Heartbeat.extra = extra
+    _Heartbeat.allowed = _Heartbeat.limit + extra
+    _Heartbeat.deadline = time.monotonic() + _Heartbeat.allowed
 
 
 def rest() -> None:
     """Pause the heartbeat until the next beat."""
-    _Heartbeat.last = None
-    _Heartbeat.extra = 0.0
+    _Heartbeat.deadline = math.inf
 
 
 def end_loop() -> None:
@@ -44,15 +43,14 @@ def end_loop() -> None:
 
 def forgive(seconds: float) -> None:
     """Do not count these seconds, in which the whole process was suspended."""
-    if _Heartbeat.last is not None:
-        _Heartbeat.last += seconds
+    _Heartbeat.deadline += seconds
 
 
 def is_overdue() -> bool:
     """Return whether the next beat is overdue."""
-    return _Heartbeat.last is not None and time.monotonic() - _Heartbeat.last > get_limit()
+    return time.monotonic() > _Heartbeat.deadline
 
 
 def get_limit() -> float:
     """Return the maximum time until the next beat, in seconds."""
-    return _Heartbeat.limit + _Heartbeat.extra
+    return _Heartbeat.allowed

@@ -2,7 +2,9 @@
 
 import math
 import re
+import resource
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,10 +41,6 @@ def get_peak_memory() -> dict[str, float]:
     """Return {"max_mem": MiB}, the peak memory that torch has allocated on the GPU, or of the process."""
     if torch.cuda.is_initialized():
         return {"max_mem": torch.cuda.max_memory_allocated() / 2**20}
-    if sys.platform == "win32":
-        return {}
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # The unit is KiB on Linux and bytes on macOS.
     return {"max_mem": peak / (2**20 if sys.platform == "darwin" else 2**10)}
@@ -50,7 +48,8 @@ def get_peak_memory() -> dict[str, float]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception means that the memory of a GPU or the CPU is full."""
-    text = str(error).lower()
+    # Not str(), which may fail.
+    text = "".join(traceback.format_exception_only(error)).lower()
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(message in text for message in _OOM_MESSAGES)
     )

@@ -54,7 +54,7 @@ class StopSignal:
         self._deadline = time.monotonic() + (max_time or math.inf)
         # Signal received by this rank, and the one that all ranks stop for; 0 without.
         self.signal = 0
-        self._agreed_signal = 0
+        self.agreed_signal = 0
         self._first_interrupt = math.inf
         self._handlers: dict[int, Any] = {}
 
@@ -62,17 +62,11 @@ class StopSignal:
         """Return whether any rank has a signal or no time left; an all-reduce over gloo, no device sync."""
         # One integer for both; a signal on any rank outweighs the time limit.
         reason = comm.all_reduce_max(2 * self.signal + (time.monotonic() >= self._deadline))
-        self._agreed_signal = reason // 2
+        self.agreed_signal = reason // 2
         if reason == 1:
             hint = "stopping after this step with a checkpoint; continue with --resume"
             logger.warning(f"SOLVER.MAX_TIME of {self._max_time:g} s is over: {hint}")
         return reason > 0
-
-    def end_evaluation(self) -> None:
-        """Raise `Stopped` on all ranks if any has a signal (a collective)."""
-        self._agreed_signal = comm.all_reduce_max(self.signal)  # all ranks
-        if self._agreed_signal:
-            raise Stopped(128 + self._agreed_signal)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         is_first = not self.signal
@@ -98,16 +92,16 @@ class StopSignal:
     def __exit__(self, error_type: object, error: BaseException | None, traceback: object) -> None:
         _ACTIVE.remove(self)
         rest()
-        is_stopped = self._agreed_signal and (error is None or isinstance(error, Stopped))
+        is_stopped = self.agreed_signal and (error is None or isinstance(error, Stopped))
         if is_stopped:
-            name = signal.Signals(self._agreed_signal).name
+            name = signal.Signals(self.agreed_signal).name
             logger.warning(f"{name}: stopped with a checkpoint; continue with --resume")
             # Launchers kill all processes when the first exits, so wait until all ranks have saved.
             comm.synchronize()
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         if is_stopped:
-            raise Stopped(128 + self._agreed_signal)
+            raise Stopped(128 + self.agreed_signal)
 
 
 def is_requested() -> bool:
@@ -117,7 +111,9 @@ def is_requested() -> bool:
 
 def end_evaluation_if_requested() -> None:
     """Wait for all ranks, and raise `Stopped` on all of them if any has a signal."""
-    if _ACTIVE:
-        _ACTIVE[-1].end_evaluation()
-    else:
+    for stop in _ACTIVE:
+        stop.agreed_signal = comm.all_reduce_max(stop.signal)  # all ranks
+        if stop.agreed_signal:
+            raise Stopped(128 + stop.agreed_signal)
+    if not _ACTIVE:
         comm.synchronize()

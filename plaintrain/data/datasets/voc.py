@@ -23,8 +23,8 @@ from plaintrain.data.image_files import (
     read_image_header,
 )
 from plaintrain.structures import BoxMode, make_record
-from plaintrain.utils.errors import DataError, UserError, collect_errors
-from plaintrain.utils.files import MAX_BYTES, check_file, describe_os_error, read_text
+from plaintrain.utils.errors import DataError, UserError, collect_errors, get_first_line
+from plaintrain.utils.files import MAX_BYTES, check_file, read_text
 
 VOC_CLASSES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -105,7 +105,7 @@ def _parse(xml_file):
         check_file(xml_file, max_bytes=32 * MAX_BYTES)
         data = Path(xml_file).read_bytes()
     except OSError as e:
-        raise UserError(f"cannot read the annotation file {xml_file}: {describe_os_error(e)}") from e
+        raise UserError(f"cannot read the annotation file {xml_file}: {get_first_line(e)}") from e
     encoding = json.detect_encoding(data)
     # ElementTree itself reads no multi-byte encodings, such as GBK.
     if encoding == "utf-8" and (declared := _DECLARED_ENCODING.match(data)):
@@ -115,7 +115,7 @@ def _parse(xml_file):
         if "<!DOCTYPE" not in text:
             return ElementTree.fromstring(text)
     except (ElementTree.ParseError, LookupError, ValueError) as e:
-        raise UserError(f"the annotation file {xml_file} is not XML: {describe_os_error(e)}") from e
+        raise UserError(f"the annotation file {xml_file} is not XML: {get_first_line(e)}") from e
     # Entities can expand to more text than fits in memory.
     raise UserError(f"the annotation file {xml_file} must not have a DOCTYPE with definitions; remove it")
 
