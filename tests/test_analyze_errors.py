@@ -87,7 +87,7 @@ def test_a_config_and_a_file_are_analysed_with_what_is_given(run, tmp_path):
         (["run", "--predictions", "none.json", "--dataset", "first"], 1, "the results file none.json"),
         (["run", "--predictions", "other.json", "--dataset", "frist"], 1, "first"),
         (["run", "--iou-threshold", "1.5"], 2, "must be 0 to 1, got 1.5"),
-        (["run", "--dataset", "shapes_val", "--predictions", "other.json"], 1, "10000, which"),
+        (["run", "--dataset", "shapes_val", "--predictions", "other.json"], 1, "10000 (int), which"),
     ],
 )
 def test_mistakes_end_with_one_sentence(run, tmp_path, args, code, words):

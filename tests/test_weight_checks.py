@@ -116,7 +116,7 @@ def test_backbones_need_their_pixel_normalization_in_training_too(tmp_path):
         {f"backbone.body.{k}": v for k, v in resnet.items() if not k.startswith("fc.")}
     )
     there = {name.removeprefix("backbone.bottom_up."): value for name, value in there.items()}
-    msra = save(tmp_path / "R-50.pkl", there)
+    msra = save(tmp_path / "R-50.pkl", there, __author__=torch.ones(2).numpy())  # no name
     stem = {"conv1_w": resnet["conv1.weight"], "res_conv1_bn_s": resnet["bn1.weight"]}
     caffe2 = save(tmp_path / "caffe2.pkl", stem)
     converted = save(tmp_path / "r50.pkl", there, __author__="torchvision", matching_heuristics=True)

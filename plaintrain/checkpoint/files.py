@@ -51,6 +51,9 @@ def read_checkpoint(path: str, source: BinaryIO | None = None, **kwargs: Any) ->
         names = data.get("class_names") or []
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise ValueError("its class_names are no list of names")
+        for item in data.get("data_hashes") or []:
+            if not isinstance(item, list) or list(map(type, item)) != [int, str, str]:
+                raise ValueError("its data_hashes are invalid")
         if isinstance(data.get("config"), str):
             parse_yaml(data["config"], "its config")
     return data

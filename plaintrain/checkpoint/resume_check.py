@@ -10,6 +10,7 @@ from plaintrain.checkpoint.files import DamagedCheckpointError, read_last_checkp
 from plaintrain.config.yaml import diff_configs, flatten, parse_yaml
 from plaintrain.utils.class_lists import check_trained_classes
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.text import truncate_text
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +49,18 @@ def check_changes(
         )
     if not isinstance(saved.get("config"), str):
         return
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    is_same_model = shapes == {name: tensor.shape for name, tensor in saved["model"].items()}
+    # An extra state need not be a tensor.
+    shapes = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
+    is_same_model = shapes == {name: getattr(value, "shape", None) for name, value in saved["model"].items()}
     in_epochs = current.get("SOLVER.MAX_EPOCHS", 0) > 0
     lines = []
     rejected = []
-    for key, before, now in diff_configs(saved["config"], config):
+    for key, *values in diff_configs(saved["config"], config):
+        before, now = (truncate_text(str(value), 40) for value in values)
         effect = _describe_effect(key, is_same_model, in_epochs)
-        lines.append(f"  {key}: {_shorten(before)} -> {_shorten(now)} ({effect})")
+        lines.append(f"  {key}: {before} -> {now} ({effect})")
         if effect == "rejected":
-            rejected.append(f"{key} must be {_shorten(before)} as in the resumed run, got {_shorten(now)}")
+            rejected.append(f"{key} must be {before} as in the resumed run, got {now}")
     if lines:
         logger.warning("\n".join([f"the config differs from that of {path}:", *lines]))
     if rejected:
@@ -93,8 +96,3 @@ def _describe_effect(key: str, is_same_model: bool, in_epochs: bool) -> str:
     if key in _FIXED or is_other_model or (key in _EPOCH_LENGTH and in_epochs):
         return "rejected"
     return "from now on"
-
-
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."

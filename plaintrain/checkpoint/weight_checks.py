@@ -104,7 +104,7 @@ def _is_close(expected: Any, value: Any) -> bool:
 
 def _infer_conventions(weights: Weights, used: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """Return (source of the weights, {key: value}), without the keys whose value is unknown."""
-    author = weights.content.get("__author__")
+    author = str(weights.content.get("__author__"))
     config = weights.content.get("config")
     if isinstance(config, str):
         saved = flatten(parse_yaml(config, "the config in the weights"))

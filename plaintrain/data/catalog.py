@@ -13,7 +13,15 @@ from plaintrain.utils.text import escape_controls, is_file_name
 logger = logging.getLogger(__name__)
 
 
-class _DatasetCatalog(dict):
+class _Catalog(dict):
+    def remove(self, name: str) -> None:
+        self.pop(name)
+
+    def list(self) -> list[str]:
+        return list(self)
+
+
+class _DatasetCatalog(_Catalog):
     """name -> function without arguments that returns a `list[dict]` of records."""
 
     def __init__(self) -> None:
@@ -45,12 +53,6 @@ class _DatasetCatalog(dict):
                 raise UserError(f"the records of the dataset {name} are nested too deeply") from e
         return self._loaded[name]
 
-    def remove(self, name: str) -> None:
-        self.pop(name)
-
-    def list(self) -> list[str]:
-        return list(self)
-
 
 class Metadata(SimpleNamespace):
     """Metadata of a dataset as attributes: `thing_classes`, `evaluator_type`, ..."""
@@ -69,17 +71,11 @@ class Metadata(SimpleNamespace):
         raise AttributeError(f"the metadata of dataset {self.__dict__.get('name')} has no {key}")
 
 
-class _MetadataCatalog(dict):
+class _MetadataCatalog(_Catalog):
     """name -> `Metadata`, created when it is first needed."""
 
     def get(self, name: str) -> Metadata:  # type: ignore[override]
         return self.setdefault(name, Metadata(name=name))
-
-    def remove(self, name: str) -> None:
-        self.pop(name)
-
-    def list(self) -> list[str]:
-        return list(self)
 
 
 DatasetCatalog = _DatasetCatalog()

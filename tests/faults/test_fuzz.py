@@ -38,6 +38,7 @@ MALFORMED = {
     ("iteration",): _NO_COUNT,
     ("config",): ("a: [", "- a", "!!python/object/apply:os.system [x]"),
     ("class_names",): (5, "a, b", [1], {"a": 1}),
+    ("data_hashes",): (5, "ab", [1], [[1, "a"]], [[1, 2, 3]], {"a": 1}, torch.ones(2)),
     ("model",): (*_NO_STATE, {}, {1: torch.zeros(2)}),
     ("model", "0.weight"): (*_NO_FLOATS, torch.zeros(1).expand(2**45)),
     ("model", "1.running_var"): (torch.full((4,), torch.inf), ...),
