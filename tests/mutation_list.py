@@ -549,7 +549,7 @@ PLANTED = {
             ('image = tensors["image"]', 'image = tensors["image"].bitwise_right_shift_(1)'),
         ],
         "plaintrain/data/transforms/tensors.py": [
-            ("(slice(None), list(keypoint_flip_indices))", "slice(None)"),
+            ("(slice(None), list(order))", "slice(None)"),
             (
                 "    cut = (moved",
                 ('    cropped["boxes"] = tv_tensors.wrap(moved, like=cropped["boxes"])\n    cut = (moved'),

@@ -126,9 +126,13 @@ checkpoint: DetectionCheckpointer, PeriodicCheckpointer
 config: CfgNode, get_cfg
 data: DatasetCatalog, DatasetMapper, MetadataCatalog
 data: build_detection_test_loader, build_detection_train_loader
+data.build: build_detection_test_loader, build_detection_train_loader
 data.coco: register_coco_instances
+data.dataset_mapper: DatasetMapper
 data.datasets: register_coco_instances
 data.datasets.coco: register_coco_instances
+data.transforms: Augmentation, AugmentationList, AugInput, CropTransform, HFlipTransform, NoOpTransform
+data.transforms: RandomCrop, RandomFlip, Resize, ResizeShortestEdge, Transform, TransformList
 engine: default_argument_parser, default_setup, default_writers, launch
 evaluation: COCOEvaluator, PascalVOCDetectionEvaluator, inference_on_dataset, print_csv_format
 modeling: build_model

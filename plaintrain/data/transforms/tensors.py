@@ -84,10 +84,11 @@ def horizontal_flip(tensors: Tensors, keypoint_flip_indices: Sequence[int] | Non
     """Flip horizontally; keypoint i of the result is keypoint `keypoint_flip_indices[i]` of the input."""
     flipped = _flip(tensors, 0)
     if "keypoints" in tensors:
-        if keypoint_flip_indices is None:
+        order = tensors.get("flip_indices") if keypoint_flip_indices is None else keypoint_flip_indices
+        if order is None:
             raise UserError("a horizontal flip of keypoints requires keypoint_flip_indices")
         for name in ("keypoints", "visibility"):
-            flipped[name] = _index(flipped[name], (slice(None), list(keypoint_flip_indices)))
+            flipped[name] = _index(flipped[name], (slice(None), list(order)))
     return flipped
 
 
