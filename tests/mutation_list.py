@@ -94,7 +94,7 @@ MUTATIONS = {
     ],
     "plaintrain/data/transforms/tensors.py": [
         ("value.canvas_size[1 - axis] - points", "value.canvas_size[1 - axis] - 1 - points"),
-        ('for name in ("keypoints", "visibility"):', 'for name in ("keypoints",):'),
+        ('for name in ("keypoints", "visibility")}', 'for name in ("keypoints",)}'),
         ("InterpolationMode.NEAREST_EXACT", "InterpolationMode.NEAREST"),
         ("fill=fill if isinstance(value, tv_tensors.Image) else 0", "fill=fill"),
         ("torch.tensor([width, height])", "torch.tensor([height, width])"),

@@ -129,10 +129,12 @@ data: build_detection_test_loader, build_detection_train_loader
 data.build: build_detection_test_loader, build_detection_train_loader
 data.coco: register_coco_instances
 data.dataset_mapper: DatasetMapper
+data.detection_utils: annotations_to_target, build_augmentation, read_image, transform_instance_annotations
 data.datasets: register_coco_instances
 data.datasets.coco: register_coco_instances
 data.transforms: Augmentation, AugmentationList, AugInput, CropTransform, HFlipTransform, NoOpTransform
-data.transforms: RandomCrop, RandomFlip, Resize, ResizeShortestEdge, Transform, TransformList
+data.transforms: RandomApply, RandomCrop, RandomFlip, VFlipTransform, apply_transform_gens
+data.transforms: Resize, ResizeShortestEdge, Transform, TransformList
 engine: default_argument_parser, default_setup, default_writers, launch
 evaluation: COCOEvaluator, PascalVOCDetectionEvaluator, inference_on_dataset, print_csv_format
 modeling: build_model

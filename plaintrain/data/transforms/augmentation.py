@@ -1,4 +1,7 @@
-"""Detectron2's augmentations, which draw transforms of NumPy images `[H, W, C]`, coordinates and boxes."""
+"""Detectron2's augmentations, which draw transforms of NumPy images `[H, W, C]`, coordinates and boxes.
+
+They draw from the global generators, which `DatasetMapper` and the loader seed for each sample.
+"""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -30,13 +33,38 @@ class Transform:
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         return self.apply_image(segmentation)
 
+    def apply_polygons(self, polygons: Iterable[np.ndarray]) -> list[np.ndarray]:
+        return [self.apply_coords(polygon) for polygon in polygons]
+
     def apply_box(self, box: np.ndarray) -> np.ndarray:
+        """Return the boxes, `[N, 4]`, XYXY, around the transformed corners."""
         corners = np.asarray(box, dtype=float).reshape(-1, 4)[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 2)
         points = self.apply_coords(corners).reshape(-1, 4, 2)
         return np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1)
 
-    def apply_tensors(self, tensors: Any) -> Any:
-        raise UserError(f"DatasetMapper cannot apply a {type(self).__name__}; it needs a mapper of your own")
+    def flips_horizontally(self) -> bool:
+        left, right = self.apply_coords(np.array([[0.0, 0.0], [1.0, 0.0]]))[:, 0]
+        return bool(right < left)
+
+    def apply_tensors(self, tensors: ops.Tensors) -> ops.Tensors:
+        """Transform the tensors of `DatasetMapper`; `tensors.crop` removes what is outside the image."""
+        pixels = self.apply_image(ops.unwrap_image(tensors).numpy().transpose(1, 2, 0).copy())
+        size = pixels.shape[:2]
+        image = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.uint8)).permute(2, 0, 1)
+        result = {**tensors, "image": tv_tensors.Image(image)}
+        if "boxes" in tensors:
+            boxes = torch.tensor(self.apply_box(tensors["boxes"].numpy()), dtype=torch.float32)
+            result["boxes"] = tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=size)
+        if "masks" in tensors:
+            masks = [self.apply_segmentation(mask) for mask in tensors["masks"].numpy().copy()]
+            result["masks"] = tv_tensors.Mask(np.array(masks, dtype=np.uint8).reshape(-1, *size))
+        if "keypoints" in tensors:
+            points = self.apply_coords(tensors["keypoints"].numpy().astype(float).reshape(-1, 2))
+            data = torch.tensor(points, dtype=torch.float32).reshape(tensors["keypoints"].shape)
+            result["keypoints"] = tv_tensors.KeyPoints(data, canvas_size=size)
+            if self.flips_horizontally():
+                result = ops.reorder_keypoints(result)
+        return ops.crop(result, 0, 0, *size)
 
 
 class TensorTransform(Transform):
@@ -72,6 +100,11 @@ class HFlipTransform(TensorTransform):
         super().__init__(ops.horizontal_flip, 1, width)
 
 
+class VFlipTransform(TensorTransform):
+    def __init__(self, height: int) -> None:
+        super().__init__(ops.vertical_flip, height)
+
+
 class ResizeTransform(TensorTransform):
     def __init__(self, h: int, w: int, new_h: int, new_w: int, interp: Any = None) -> None:
         super().__init__(partial(ops.resize, size=(new_h, new_w)), h, w, new_h=new_h, new_w=new_w)
@@ -96,16 +129,22 @@ class TransformList(Transform):
 
 
 class AugInput:
-    """An image and boxes, `[N, 4]`, XYXY, which augmentations transform in place."""
+    """An image, boxes and a semantic segmentation, which augmentations transform in place."""
 
-    def __init__(self, image: np.ndarray, *, boxes: Any = None) -> None:
+    def __init__(self, image: np.ndarray, *, boxes: Any = None, sem_seg: np.ndarray | None = None) -> None:
         self.image = image
         self.boxes = boxes
+        self.sem_seg = sem_seg
 
     def transform(self, tfm: Transform) -> None:
         self.image = tfm.apply_image(self.image)
         if self.boxes is not None:
             self.boxes = tfm.apply_box(self.boxes)
+        if self.sem_seg is not None:
+            self.sem_seg = tfm.apply_segmentation(self.sem_seg)
+
+    def apply_augmentations(self, augmentations: Iterable[Any]) -> TransformList:
+        return AugmentationList(augmentations)(self)
 
 
 class Augmentation:
@@ -114,6 +153,7 @@ class Augmentation:
     get_transform: Callable
 
     def __call__(self, aug_input: Any) -> Transform:
+        """Transform the input in place, and return the transform."""
         names = list(inspect.signature(self.get_transform).parameters)
         names = names if len(names) > 1 else ["image"]
         transform = self.get_transform(*[getattr(aug_input, name) for name in names])
@@ -133,8 +173,16 @@ class AugmentationList(Augmentation):
         self.augs = list(augs)
 
     def __call__(self, aug_input: Any) -> TransformList:
+        # Transforms and augmentations of tensors have `get_transform` too.
         calls = [a if isinstance(a, Augmentation) else partial(Augmentation.__call__, a) for a in self.augs]
         return TransformList([call(aug_input) for call in calls])
+
+
+def apply_augmentations(augmentations: Iterable[Any], inputs: Any) -> tuple[Any, TransformList]:
+    """Return the augmented image or `AugInput`, and the transforms."""
+    aug_input = AugInput(inputs) if isinstance(inputs, np.ndarray) else inputs
+    transforms = AugmentationList(augmentations)(aug_input)
+    return (aug_input.image if isinstance(inputs, np.ndarray) else aug_input), transforms
 
 
 def augment_tensors(augmentation: Any, tensors: ops.Tensors, rng: np.random.Generator) -> ops.Tensors:
@@ -145,11 +193,30 @@ def augment_tensors(augmentation: Any, tensors: ops.Tensors, rng: np.random.Gene
         return AugmentationList([augmentation])(aug_input).apply_tensors(tensors)
 
 
-class RandomFlip(Augmentation):
-    """A horizontal flip with probability `prob`."""
+class RandomApply(Augmentation):
+    """An augmentation or a transform that is applied with probability `prob`."""
 
-    def __init__(self, prob: float = 0.5) -> None:
+    def __init__(self, tfm_or_aug: Any, prob: float = 0.5) -> None:
+        self.aug = tfm_or_aug
         self.prob = prob
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        return HFlipTransform(image.shape[1]) if self._rand_range() < self.prob else NoOpTransform()
+        if self._rand_range() >= self.prob:
+            return NoOpTransform()
+        return self.aug if isinstance(self.aug, Transform) else self.aug.get_transform(image)
+
+
+class RandomFlip(Augmentation):
+    """A horizontal or vertical flip with probability `prob`."""
+
+    def __init__(self, prob: float = 0.5, *, horizontal: bool = True, vertical: bool = False) -> None:
+        if horizontal == vertical:
+            raise UserError("RandomFlip must be either horizontal or vertical; use two of them for both")
+        self.prob = prob
+        self.horizontal = horizontal
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        if self._rand_range() >= self.prob:
+            return NoOpTransform()
+        height, width = image.shape[:2]
+        return HFlipTransform(width) if self.horizontal else VFlipTransform(height)

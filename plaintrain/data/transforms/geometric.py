@@ -58,6 +58,8 @@ class ResizeShortestEdge(CheckedArguments):
 
 
 class _ResizeShortestEdge(ResizeShortestEdge):
+    get_output_shape = staticmethod(get_shortest_edge_size)
+
     def __init__(self, short_edge_length, max_size=sys.maxsize, sample_style="range", interp=None):
         edges = [short_edge_length] * 2 if isinstance(short_edge_length, int) else short_edge_length
         super().__init__(edges, max_size, sample_style)
