@@ -157,7 +157,7 @@ MUTATIONS = {
         ("sorted(image_ids[detections.seen].tolist())", "sorted(image_ids.tolist())"),
     ],
     "plaintrain/evaluation/coco_backend.py": [
-        ("        evaluation.params.kpt_oks_sigmas = np.array(sigmas)\n", ""),
+        ("            setattr(evaluation.params, name, value)\n", "            pass\n"),
     ],
     "plaintrain/evaluation/coco_gt.py": [
         ("np.argsort(np.argsort(ids)) + 1", "np.argsort(ids) + 1"),

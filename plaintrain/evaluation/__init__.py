@@ -10,6 +10,7 @@ from plaintrain.evaluation.evaluator import (
     print_csv_format,
     verify_results,
 )
+from plaintrain.evaluation.lvis_evaluation import LVISEvaluator
 from plaintrain.evaluation.predictions import read_detections, report_results
 from plaintrain.evaluation.val_loss import compute_validation_losses
 from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
@@ -18,6 +19,7 @@ __all__ = [
     "COCOEvaluator",
     "DatasetEvaluator",
     "DatasetEvaluators",
+    "LVISEvaluator",
     "PascalVOCDetectionEvaluator",
     "build_evaluator",
     "flatten_results",

@@ -40,7 +40,7 @@ def _read_json(json_file, description="annotation file"):
         raise UserError(f"the {description} {json_file} is not JSON: {e}") from e
 
 
-def _read_content(json_file, keys=("images", "annotations", "categories")):
+def read_content(json_file: str, keys: Sequence[str] = ("images", "annotations", "categories")) -> Any:
     content = _read_json(json_file)
     for key in keys:
         if not isinstance(content, dict) or not _are_objects(content.get(key)):
@@ -67,13 +67,13 @@ def load_coco_json(
         problems: if given, errors in single images and annotations are appended instead of raised.
     """
     with disable_gc():
-        content = _read_content(json_file)
+        content = read_content(json_file)
         if problems is not None:
             ids = Counter(str(a["id"]) for a in content["annotations"] if "id" in a)
             for annotation_id, count in ids.items():
                 message = f"two annotations in {json_file} have the id {annotation_id}"
                 problems += [DataError("duplicate_id", message)] * (count - 1)
-        return _convert_content(content, json_file, image_root, classes, problems)
+        return convert_content(content, json_file, image_root, classes, problems)
 
 
 def load_coco_results(
@@ -90,13 +90,13 @@ def load_coco_results(
     visible. See `load_coco_json` for the other arguments and the return value.
     """
     with disable_gc():
-        content = _read_content(json_file, ("images", "categories"))
+        content = read_content(json_file, ("images", "categories"))
         content["annotations"] = [
             mark_keypoints_visible(detection)
             for detection in read_coco_results(results_file, problems)
             if detection["score"] >= score_thresh
         ]
-        return _convert_content(content, results_file, image_root, classes, problems)
+        return convert_content(content, results_file, image_root, classes, problems)
 
 
 def read_coco_results(results_file: str, problems: list[UserError] | None = None) -> list[dict[str, Any]]:
@@ -154,7 +154,14 @@ def _complete_detection(detection: dict[str, Any]) -> tuple[str, str] | None:
     return problem
 
 
-def _convert_content(content, json_file, image_root, classes, problems=None):
+def convert_content(
+    content: Any,
+    json_file: str,
+    image_root: str,
+    classes: Sequence[str] | None,
+    problems: list[UserError] | None = None,
+) -> LoadedDataset:
+    """Convert the content of a COCO annotation file to records and metadata."""
     categories = _sort_categories(content["categories"], json_file)
     id_of = {category["name"]: category["id"] for category in categories}
     selected = select_classes(list(id_of), classes, json_file)
