@@ -83,7 +83,7 @@ plaintrain/analysis/dataset.py
     np.digitize(area, (_MEDIUM, _LARGE)) => np.digitize(area, (_LARGE, 2 * _LARGE))
 plaintrain/data/transforms/tensors.py
     value.canvas_size[1 - axis] - points => value.canvas_size[1 - axis] - 1 - points
-    for name in ("keypoints", "visibility"): => for name in ("keypoints",):
+    for name in ("keypoints", "visibility")} => for name in ("keypoints",)}
     InterpolationMode.NEAREST_EXACT => InterpolationMode.NEAREST
     fill=fill if isinstance(value, tv_tensors.Image) else 0 => fill=fill
     torch.tensor([width, height]) => torch.tensor([height, width])
@@ -133,7 +133,7 @@ plaintrain/evaluation/coco.py
     precision[..., i, -1] for i, size in => precision[..., i - 1, -1] for i, size in
     sorted(image_ids[detections.seen].tolist()) => sorted(image_ids.tolist())
 plaintrain/evaluation/coco_backend.py
-            evaluation.params.kpt_oks_sigmas = np.array(sigmas)\n =>
+    setattr(evaluation.params, name, value) => pass
 plaintrain/evaluation/coco_gt.py
     np.argsort(np.argsort(ids)) + 1 => np.argsort(ids) + 1
     "id": len(annotations) + 1 => "id": len(annotations)
@@ -450,7 +450,7 @@ plaintrain/data/transforms/copy_paste.py
 plaintrain/data/transforms/photometric.py
     image = tensors["image"] => image = tensors["image"].bitwise_right_shift_(1)
 plaintrain/data/transforms/tensors.py
-    (slice(None), list(keypoint_flip_indices)) => slice(None)
+    (slice(None), list(order)) => slice(None)
         cut = (moved =>     cropped["boxes"] = tv_tensors.wrap(moved, like=cropped["boxes"])\n    cut = (moved
     select_instances(clear_outside_keypoints(cropped), keep) => select_instances(cropped, keep)
     INSTANCE_KEYS = ("boxes", "labels", "masks" => INSTANCE_KEYS = ("boxes", "masks"

@@ -268,6 +268,10 @@ def test_boxes_without_an_area_are_rejected(detector):
     samples[1]["target"]["boxes"][0, 2] = 10.0
     with pytest.raises(AssertionError, match=r"positive height and width, got \[10.0, 10.0, 10.0, 70.0\]"):
         detector.train()(samples)
+    # Detectron2's mappers return instances.
+    samples[1]["instances"] = samples[1].pop("target")
+    with pytest.raises(UserError, match=r"must return a 'target' with boxes .* labels .* keys .*instances"):
+        detector(samples)
 
 
 WHOLE = {

@@ -23,6 +23,7 @@ from plaintrain.data import build as loaders
 from plaintrain.data import loader as train_loaders
 from plaintrain.data.loader import _THREAD_NAME, Threads, TrainLoader, _ignore_signals, load_in_threads
 from plaintrain.data.samplers import TrainingSampler
+from plaintrain.data.transforms import RandomFlip
 from plaintrain.utils.errors import UserError
 
 RECORDS = [{"file_name": f"{i}.png", "image_id": i} for i in range(7)]
@@ -209,11 +210,14 @@ def test_error_in_a_thread_is_raised_when_its_batch_is_due():
 def test_threads_need_a_mapper_that_does_not_draw_from_global_generators(cfg):
     one = {"mapper": lambda record: random.random()}
     rejected("WORKER_TYPE thread needs a mapper of (record, generator)", by=lambda: threaded(**one))
+    flips = DatasetMapper(augmentations=[RandomFlip()])
+    rejected("without augmentations of Detectron2's type", by=lambda: threaded(mapper=flips))
     # Nothing is shared where this thread alone loads.
     assert len(take(threaded(**one, workers=0), 2)) == 2
     standard = DatasetMapper(augmentations=[])
     for worker_type, chosen, expected in (
         ("auto", standard, Threads(2)),
+        ("auto", flips, 2),
         ("auto", mapper, 2),
         ("thread", mapper, Threads(2)),
         ("process", standard, 2),

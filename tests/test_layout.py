@@ -127,11 +127,19 @@ checkpoint: DetectionCheckpointer, PeriodicCheckpointer
 config: CfgNode, get_cfg
 data: DatasetCatalog, DatasetMapper, MetadataCatalog
 data: build_detection_test_loader, build_detection_train_loader
+data.build: build_detection_test_loader, build_detection_train_loader
 data.coco: register_coco_instances
-data.datasets: register_coco_instances
 data.datasets.coco: convert_to_coco_dict, load_coco_json, register_coco_instances
+data.dataset_mapper: DatasetMapper
+data.detection_utils: annotations_to_target, build_augmentation, read_image, transform_instance_annotations
+data.datasets: register_coco_instances, register_lvis_instances
+data.datasets.lvis: load_lvis_json, register_lvis_instances
+data.transforms: Augmentation, AugmentationList, AugInput, CropTransform, HFlipTransform, NoOpTransform
+data.transforms: RandomApply, RandomCrop, RandomFlip, VFlipTransform, apply_transform_gens
+data.transforms: Resize, ResizeShortestEdge, Transform, TransformList
 engine: default_argument_parser, default_setup, default_writers, launch
 evaluation: COCOEvaluator, PascalVOCDetectionEvaluator, inference_on_dataset, print_csv_format
+evaluation.lvis_evaluation: LVISEvaluator
 modeling: build_model
 evaluation: CityscapesInstanceEvaluator, CityscapesSemSegEvaluator, COCOPanopticEvaluator, SemSegEvaluator
 solver: LRMultiplier, WarmupParamScheduler, build_lr_scheduler, build_optimizer

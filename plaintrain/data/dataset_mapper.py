@@ -12,6 +12,7 @@ from torchvision import tv_tensors
 from plaintrain.config import CfgNode
 from plaintrain.data.images import ImageCache, check_image_size, get_pixel_range, read_image
 from plaintrain.data.keypoints import create_keypoint_hflip_indices
+from plaintrain.data.transforms.augmentation import Augmentation, Transform, augment_tensors
 from plaintrain.data.transforms.build import build_augmentation
 from plaintrain.data.transforms.copy_paste import SimpleCopyPaste
 from plaintrain.data.transforms.tensors import (
@@ -54,7 +55,8 @@ class DatasetMapper:
         """
         Args:
             cfg: sets the defaults of the other arguments.
-            augmentations: callables `(tensors, generator) -> tensors`, see `data.transforms.tensors`.
+            augmentations: callables `(tensors, generator) -> tensors`, see `data.transforms.tensors`, or
+                augmentations and transforms of Detectron2's type, see `data.transforms.augmentation`.
             num_keypoints: 0 for targets without keypoints.
             records: the records from which SimpleCopyPaste draws.
         """
@@ -69,6 +71,8 @@ class DatasetMapper:
             if augmentations is None:
                 augmentations = build_augmentation(cfg, is_train, flip_indices)
         self.augmentations = list(augmentations or ())
+        self.thread_safe &= not any(isinstance(a, Augmentation) for a in self.augmentations)
+        self._flip_indices = flip_indices
         self.is_train = is_train
         self.use_masks = bool(use_masks)
         self.num_keypoints = num_keypoints or 0
@@ -91,6 +95,9 @@ class DatasetMapper:
     def _augment(self, record, augmentations, rng):
         tensors = self._read(record)
         for i, augmentation in enumerate(augmentations):
+            if isinstance(augmentation, Augmentation | Transform):
+                tensors = augment_tensors(augmentation, tensors, rng)
+                continue
             if not isinstance(augmentation, SimpleCopyPaste):
                 tensors = augmentation(tensors, rng)
                 continue
@@ -116,6 +123,7 @@ class DatasetMapper:
                 keypoints = _make_keypoints(annotations, self.num_keypoints)
                 tensors["keypoints"] = tv_tensors.KeyPoints(keypoints[..., :2], canvas_size=size)
                 tensors["visibility"] = keypoints[..., 2].to(torch.int64)
+                tensors["flip_indices"] = self._flip_indices
         except UserError as e:
             raise UserError(f"an annotation of {record['file_name']}: {e}") from e
         return clear_outside_keypoints(tensors)

@@ -72,7 +72,7 @@ class MappedRecords(Dataset):
     def _map(self, index, position):
         if self.takes_rng:
             return self.mapper(self.records[index], np.random.default_rng((self.seed, position)))
-        with _seeded_globals(self.seed, position):
+        with seeded_globals(self.seed, position):
             return self.mapper(self.records[index])
 
     def _replace(self, position, error):
@@ -85,7 +85,7 @@ class MappedRecords(Dataset):
 
 
 @contextlib.contextmanager
-def _seeded_globals(seed, position):
+def seeded_globals(seed: int, position: int) -> Iterator[None]:
     """Seed the global generators by (seed, position) within the block."""
     seeds = np.random.SeedSequence((seed, position)).generate_state(3)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -159,8 +159,9 @@ class Loader:
         self.batches = batches
         self._num_workers = num_workers
         self._in_threads = isinstance(num_workers, Threads) and num_workers > 0
-        if self._in_threads and not dataset.takes_rng:
-            raise UserError("DATALOADER.WORKER_TYPE thread needs a mapper of (record, generator), not record")
+        if self._in_threads and not (dataset.takes_rng and getattr(dataset.mapper, "thread_safe", True)):
+            expected = "a mapper of (record, generator) without augmentations of Detectron2's type"
+            raise UserError(f"DATALOADER.WORKER_TYPE thread needs {expected}; they use global generators")
 
     def __len__(self):
         return len(self.batches)

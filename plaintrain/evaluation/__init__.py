@@ -14,13 +14,14 @@ from plaintrain.evaluation.evaluator import (
     print_csv_format,
     verify_results,
 )
+from plaintrain.evaluation.lvis_evaluation import LVISEvaluator
 from plaintrain.evaluation.predictions import read_detections, report_results
 from plaintrain.evaluation.val_loss import compute_validation_losses
 from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
 
 __all__ = [
     "COCOEvaluator", "COCOPanopticEvaluator", "CityscapesInstanceEvaluator", "CityscapesSemSegEvaluator",
-    "DatasetEvaluator", "DatasetEvaluators", "PascalVOCDetectionEvaluator", "SemSegEvaluator",
-    "build_evaluator", "flatten_results", "inference_on_dataset", "print_csv_format", "read_detections",
-    "report_results", "compute_validation_losses", "verify_results",
+    "DatasetEvaluator", "DatasetEvaluators", "LVISEvaluator", "PascalVOCDetectionEvaluator",
+    "SemSegEvaluator", "build_evaluator", "compute_validation_losses", "flatten_results",
+    "inference_on_dataset", "print_csv_format", "read_detections", "report_results", "verify_results",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 
 from plaintrain.data.catalog import MetadataCatalog
 from plaintrain.data.datasets.write import get_area, get_category_ids
-from plaintrain.evaluation.coco_backend import BACKENDS, COCO_SIGMAS, compute_precision_recall, get_oks_sigmas
+from plaintrain.evaluation.coco_backend import BACKENDS, compute_precision_recall, get_oks_sigmas
 from plaintrain.evaluation.coco_gt import build_coco_gt, get_num_keypoints, has_annotations, rank_ids
 from plaintrain.evaluation.detections import Detections, InstanceEvaluator, build_object_table
 from plaintrain.evaluation.evaluator import format_table
@@ -36,6 +36,9 @@ class COCOEvaluator(InstanceEvaluator):
     else that of its segmentation or box. As in pycocotools, crowds and, for keypoints, objects without
     labelled keypoints are ignored. `backend`, one of `coco_backend.BACKENDS`, may be changed.
     """
+
+    # Of an image and category.
+    max_detections = 100
 
     def __init__(  # noqa: PLR0913 - Detectron2's signature
         self,
@@ -103,19 +106,23 @@ class COCOEvaluator(InstanceEvaluator):
                 logger.warning(f"skipping {task}: no annotation of {self.dataset_name} has {TASKS[task]}")
         return tasks
 
+    def get_ground_truth(self) -> Sequence[dict[str, Any]]:
+        return self.records
+
     def compute_curves(self, task: str, detections: Detections) -> tuple[np.ndarray, np.ndarray]:
         """Return `coco_backend.compute_precision_recall`, with the classes in the order of the labels."""
         image_ids = rank_ids([record["image_id"] for record in self.records])
         category_ids = rank_ids(self._category_ids)
         ids = image_ids.tolist(), category_ids.tolist()
-        ground_truth = build_coco_gt(task, self.records, *ids)
-        sigmas = COCO_SIGMAS
+        ground_truth = build_coco_gt(task, self.get_ground_truth(), *ids)
+        params: dict[str, Any] = {"maxDets": [1, 10, self.max_detections]}
         if task == "keypoints":
             sigmas = get_oks_sigmas(self._sigmas, get_num_keypoints(self.records))
             points = detections.keypoints
             if points is not None and len(points) and points.shape[1] != len(sigmas):
                 expected = f"{len(sigmas)} keypoints of {self.dataset_name}"
                 raise UserError(f"the model must predict the {expected}, got {points.shape[1]}")
+            params = {"kpt_oks_sigmas": np.array(sigmas)}
         if task == "bbox" and self.backend == "hotcoco":
             # One array is faster than half a million dicts.
             table = detections.table
@@ -125,7 +132,7 @@ class COCOEvaluator(InstanceEvaluator):
         else:
             results = convert_to_coco_results(detections, self.records, *ids, fields=[TASKS[task]])
         seen = sorted(image_ids[detections.seen].tolist())
-        precision, recall = compute_precision_recall(self.backend, task, ground_truth, results, seen, sigmas)
+        precision, recall = compute_precision_recall(self.backend, task, ground_truth, results, seen, params)
         order = category_ids - 1
         return precision[:, :, order], recall[:, order]
 

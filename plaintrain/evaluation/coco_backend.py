@@ -37,13 +37,14 @@ def compute_precision_recall(
     ground_truth: dict[str, Any],
     detections: list[dict[str, Any]] | np.ndarray,
     image_ids: list[int],
-    sigmas: Sequence[float],
+    params: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute precision and recall, which COCO's metrics are means of; -1 without ground truth.
 
     The ground truth is in COCO's JSON format, with areas, and detections in its results format, or for boxes
     with hotcoco `[N, 7]` of image id, x, y, width, height, score, category id. Image and category ids count
-    from 1, in the order of pycocotools, which breaks ties. `image_ids` are the images to score.
+    from 1, in the order of pycocotools, which breaks ties. `image_ids` are the images to score,
+    `params` other attributes of pycocotools' Params.
 
     Precision is `[IoU, recall, class, area, max detections]`, recall `[IoU, class, area, max detections]`.
     """
@@ -61,7 +62,8 @@ def compute_precision_recall(
         evaluation.params.imgIds = image_ids
         # For keypoints, faster-coco-eval would skip classes without annotations.
         evaluation.params.catIds = sorted(category["id"] for category in ground_truth["categories"])
-        evaluation.params.kpt_oks_sigmas = np.array(sigmas)
+        for name, value in params.items():
+            setattr(evaluation.params, name, value)
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"], evaluation.eval["recall"]

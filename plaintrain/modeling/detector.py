@@ -84,6 +84,11 @@ def build_anchor_generator(cfg: CfgNode, backbone: Backbone) -> CachedAnchorGene
 
 def get_targets(samples: list[dict[str, Any]], device: torch.device, label_offset: int = 0) -> Targets:
     """Return the targets of samples on a device; `label_offset` makes room for a background class."""
+    for sample in samples:
+        if not {"boxes", "labels"} <= set(sample.get("target") or ()):
+            expected = "boxes [N, 4] (XYXY), labels [N], and masks and keypoints if they are trained"
+            keys = ", ".join(sample)
+            raise UserError(f"a mapper must return a 'target' with {expected}; got the keys {keys}")
     # Boxes are checked on the host, without a device sync.
     boxes = torch.cat([sample["target"]["boxes"] for sample in samples])
     degenerate = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)

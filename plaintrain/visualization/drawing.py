@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import pil_to_tensor, resize_image, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks, make_grid
 
-from plaintrain.structures import BoxMode, encode_segmentation
+from plaintrain.data.detection_utils import annotations_to_target
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.text import escape_controls
 from plaintrain.visualization.colors import Color, Legend, get_class_colors
@@ -41,29 +40,13 @@ def get_record_instances(record: Mapping[str, Any]) -> Instances:
     annotations = record["annotations"]
     size = (record["height"], record["width"])
     try:
-        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-        instances = {
-            "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-            "labels": torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64),
-            "crowds": torch.tensor([bool(a.get("iscrowd")) for a in annotations], dtype=torch.bool),
-        }
-        if any(a.get("segmentation") for a in annotations):
-            instances["masks"] = torch.stack([_decode_mask(a.get("segmentation"), size) for a in annotations])
+        instances = annotations_to_target(annotations, size)
     except UserError as e:
         raise UserError(f"an annotation of {record['file_name']}: {e}") from e
+    instances["crowds"] = torch.tensor([bool(a.get("iscrowd")) for a in annotations], dtype=torch.bool)
     if annotations and all(a.get("score") is not None for a in annotations):
         instances["scores"] = torch.tensor([a["score"] for a in annotations], dtype=torch.float32)
-    length = max((len(a.get("keypoints") or ()) for a in annotations), default=0)
-    if length:
-        points = [a.get("keypoints") or [0] * length for a in annotations]
-        instances["keypoints"] = torch.tensor(points, dtype=torch.float32).reshape(len(points), -1, 3)
     return instances
-
-
-def _decode_mask(segmentation, size):
-    if not segmentation:
-        return torch.zeros(size, dtype=torch.bool)
-    return torch.from_numpy(coco_mask.decode(encode_segmentation(segmentation, *size))).bool()
 
 
 def get_skeleton(metadata: Any) -> Edges:

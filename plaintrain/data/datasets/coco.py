@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
-from plaintrain.data.datasets.write import build_coco_content
+from plaintrain.data.datasets.write import convert_to_coco_dict  # noqa: F401 - Detectron2 has it here
 from plaintrain.data.image_files import find_name, is_too_large
 from plaintrain.data.keypoints import get_keypoint_metadata, shift_keypoints
 from plaintrain.data.serialized import disable_gc
@@ -43,7 +43,8 @@ def _read_json(json_file, description="annotation file"):
         raise UserError(f"the {description} {json_file} is not JSON: {e}") from e
 
 
-def _read_content(json_file):
+def read_content(json_file: str) -> Any:
+    """Read a COCO annotation file; ids and sizes such as 1.0 are converted to integers."""
     content = _read_json(json_file)
     # COCO's files of test sets have no annotations.
     content = {"annotations": [], **content} if isinstance(content, dict) else {}
@@ -71,13 +72,6 @@ def load_coco_json(json_file: str, image_root: str, dataset_name: str | None = N
     return records
 
 
-def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
-    """Return the content of a COCO annotation file for a registered dataset."""
-    records = DatasetCatalog.get(dataset_name)
-    metadata = MetadataCatalog.get(dataset_name).as_dict()
-    return build_coco_content(records, metadata, [record["file_name"] for record in records])
-
-
 def read_coco_json(
     json_file: str,
     image_root: str,
@@ -93,13 +87,13 @@ def read_coco_json(
         problems: if given, errors in single images and annotations are appended instead of raised.
     """
     with disable_gc():
-        content = _read_content(json_file)
+        content = read_content(json_file)
         if problems is not None:
             ids = Counter(str(a["id"]) for a in content["annotations"] if "id" in a)
             for annotation_id, count in ids.items():
                 message = f"two annotations in {json_file} have the id {annotation_id}"
                 problems += [DataError("duplicate_id", message)] * (count - 1)
-        return _convert_content(content, json_file, image_root, classes, problems)
+        return convert_content(content, json_file, image_root, classes, problems)
 
 
 def load_coco_results(
@@ -116,13 +110,13 @@ def load_coco_results(
     visible. See `read_coco_json` for the other arguments and the return value.
     """
     with disable_gc():
-        content = _read_content(json_file)
+        content = read_content(json_file)
         content["annotations"] = [
             mark_keypoints_visible(detection)
             for detection in read_coco_results(results_file, problems)
             if detection["score"] >= score_thresh
         ]
-        return _convert_content(content, results_file, image_root, classes, problems)
+        return convert_content(content, results_file, image_root, classes, problems)
 
 
 def read_coco_results(results_file: str, problems: list[UserError] | None = None) -> list[dict[str, Any]]:
@@ -180,7 +174,14 @@ def _add_box(annotation, keypoints=None):
     return problem
 
 
-def _convert_content(content, json_file, image_root, classes, problems=None):
+def convert_content(
+    content: Any,
+    json_file: str,
+    image_root: str,
+    classes: Sequence[str] | None,
+    problems: list[UserError] | None = None,
+) -> LoadedDataset:
+    """Convert the content of a COCO annotation file to records and metadata."""
     categories = _sort_categories(content, json_file, classes or ())
     id_of = {category["name"]: category["id"] for category in categories}
     selected = select_classes(list(id_of), classes, json_file)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from plaintrain.data.catalog import Metadata
+from plaintrain.data.catalog import DatasetCatalog, Metadata, MetadataCatalog
 from plaintrain.data.keypoints import shift_keypoints
 from plaintrain.structures import BoxMode, encode_segmentation, find_segmentation_problem
 from plaintrain.utils.errors import UserError
@@ -49,6 +49,13 @@ def write_coco(
     content = build_coco_content(records, metadata, file_names)
     with atomic_write(json_file) as f:
         json.dump(content, f)
+
+
+def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
+    """Return the content of a COCO annotation file for a registered dataset."""
+    records = DatasetCatalog.get(dataset_name)
+    metadata = MetadataCatalog.get(dataset_name).as_dict()
+    return build_coco_content(records, metadata, [record["file_name"] for record in records])
 
 
 def build_coco_content(

@@ -5,6 +5,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
+from plaintrain.data.transforms.augmentation import TensorTransform
 from plaintrain.utils.errors import UserError
 
 
@@ -51,6 +54,11 @@ def argument(low: float, high: float = 1_000_000, *, default: Any = MISSING, **o
 
 class CheckedArguments:
     """Base of dataclasses with fields made by `argument`."""
+
+    def get_transform(self, image: np.ndarray) -> TensorTransform:
+        """Draw Detectron2's transform for an image, from the global generator."""
+        seed = np.random.randint(2**31)
+        return TensorTransform(lambda t: self(t, np.random.default_rng(seed)), *image.shape[:2])  # type: ignore
 
     def __post_init__(self):
         for item in fields(self):

@@ -14,7 +14,7 @@ AUGMENTATIONS = {
     name: value
     for module in (copy_paste, crops, geometric, photometric)
     for name, value in vars(module).items()
-    if isinstance(value, type) and issubclass(value, CheckedArguments) and value is not CheckedArguments
+    if "__dataclass_fields__" in getattr(value, "__dict__", ()) and issubclass(value, CheckedArguments)
 }
 _FROM_DATASET = "keypoint_flip_indices"
 

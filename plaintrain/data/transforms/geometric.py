@@ -5,6 +5,7 @@ It draws from that generator only, so a sample does not depend on the worker. Na
 those of torchvision.transforms.v2, torchvision's detection references or Detectron2.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,14 @@ class ResizeShortestEdge(CheckedArguments):
         else:
             short_edge = self.short_edge_length[int(rng.integers(len(self.short_edge_length)))]
         return resize(tensors, get_shortest_edge_size(*get_image_size(tensors), short_edge, self.max_size))
+
+
+class _ResizeShortestEdge(ResizeShortestEdge):
+    get_output_shape = staticmethod(get_shortest_edge_size)
+
+    def __init__(self, short_edge_length, max_size=sys.maxsize, sample_style="range", interp=None):
+        edges = [short_edge_length] * 2 if isinstance(short_edge_length, int) else short_edge_length
+        super().__init__(edges, max_size, sample_style)
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,16 @@ def _flip(tensors, axis):
 def horizontal_flip(tensors: Tensors, keypoint_flip_indices: Sequence[int] | None = None) -> Tensors:
     """Flip horizontally; keypoint i of the result is keypoint `keypoint_flip_indices[i]` of the input."""
     flipped = _flip(tensors, 0)
-    if "keypoints" in tensors:
-        if keypoint_flip_indices is None:
-            raise UserError("a horizontal flip of keypoints requires keypoint_flip_indices")
-        for name in ("keypoints", "visibility"):
-            flipped[name] = _index(flipped[name], (slice(None), list(keypoint_flip_indices)))
-    return flipped
+    return reorder_keypoints(flipped, keypoint_flip_indices) if "keypoints" in tensors else flipped
+
+
+def reorder_keypoints(tensors: Tensors, keypoint_flip_indices: Sequence[int] | None = None) -> Tensors:
+    """Reorder the keypoints of flipped tensors; by default in the order that `DatasetMapper` has set."""
+    order = tensors.get("flip_indices") if keypoint_flip_indices is None else keypoint_flip_indices
+    if order is None:
+        raise UserError("a horizontal flip of keypoints requires keypoint_flip_indices")
+    index = (slice(None), list(order))
+    return tensors | {name: _index(tensors[name], index) for name in ("keypoints", "visibility")}
 
 
 def vertical_flip(tensors: Tensors) -> Tensors:
