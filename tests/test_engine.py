@@ -140,7 +140,12 @@ def test_parser_takes_flags_and_then_overrides(capsys):
     line += " --overfit 4 --dry-run --quiet --dist-url tcp://h:1 SEED -1 MODEL.WEIGHTS"
     switches = dict.fromkeys(("resume", "eval_only", "dry_run", "quiet", "debug"), True)
     job = {"num_gpus": 2, "num_machines": 3, "machine_rank": 1, "dist_url": "tcp://h:1"}
-    options = {"config_file": "a.yaml", "overfit": 4, "opts": ["SEED", "-1", "MODEL.WEIGHTS", ""]}
+    options = {
+        "config_file": "a.yaml",
+        "imports": [],
+        "overfit": 4,
+        "opts": ["SEED", "-1", "MODEL.WEIGHTS", ""],
+    }
     assert vars(parser.parse_args([*line.split(), ""])) == switches | job | options
     for flag in (["--resume"], ["--num-gpus", "2"], ["--config-file=a.yaml"]):
         with pytest.raises(SystemExit, match="^2$"):
@@ -158,9 +163,17 @@ def test_setup_writes_the_resolved_config_and_the_log(output, capsys):
     assert sorted(os.listdir(output)) == NEW_FILES
     assert load_saved(output) == cfg and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
     log = (output / "log.txt").read_text()
-    for text in (log, capsys.readouterr().out):
-        assert f"torch: {torch.__version__}" in text
-        assert "command line:" in text and "NUM_CLASSES is 3: circle, square, triangle" in text
+    console = capsys.readouterr().out
+    for text in (
+        f"torch: {torch.__version__}",
+        "command line:",
+        "CUDNN_BENCHMARK: true",
+        "NUM_CLASSES is 3: ",
+    ):
+        assert text in log and text not in console
+    for text in (log, console):
+        assert "  classes        3: circle, square, triangle\n" in text and text.count("iterations of") == 1
+    assert len(console.splitlines()) <= 15
     # A dataset without an evaluator type is scored with COCO's metrics.
     assert MetadataCatalog.get("engine_unscored").evaluator_type == "coco"
     warnings = [line for line in log.splitlines() if "WARNING" in line]
@@ -333,7 +346,7 @@ def test_setup_errors_name_missing_weights_and_bad_folders(output):
     assert output.read_text() == "in the way"
 
 
-def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output):
+def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output, capsys):
     leave_run(output)
     cfg = setup(output, overfit=2, dry_run=True)
     assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("overfit_2",)
@@ -347,7 +360,9 @@ def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output):
     for again in ({}, {"engine_tiny_val": {"bbox": {"AP": float("nan"), "AP-circle": float("nan")}}}):
         with pytest.raises(UserError, match="resumed model has different results: .*bbox/AP was 30"):
             finish_dry_run(args, cfg, results, lambda *args, again=again, **kwargs: again)
+    args.quiet = True
     finish_dry_run(args, cfg, results, lambda *args, **kwargs: results)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("ready: 2 iterations")
     assert contents(output) == RUN_FILES
     for flag in ("resume", "eval_only"):
         assert "--dry-run" in setup_error(output, dry_run=True, **{flag: True})

@@ -144,7 +144,7 @@ def test_mistakes_are_one_sentence_and_bugs_a_traceback(capfd, set_env, error, d
         (
             (1,),
             {"WORLD_SIZE": "2"},
-            "LOCAL_RANK must be from 0 to 1, got no value; torchrun sets RANK, WORLD",
+            "LOCAL_RANK must be from 0 to 1, got no value; torchrun sets",
         ),
         ((1,), {"RANK": "0"}, "WORLD_SIZE must be from 1 to 65536, got no value"),
         ((1,), {"RANK": "", "WORLD_SIZE": ""}, "WORLD_SIZE must be from 1 to 65536, got ''"),

@@ -1,6 +1,7 @@
 """Load samples of records in worker processes, threads or neither, in a reproducible order."""
 
 import contextlib
+import functools
 import inspect
 import itertools
 import logging
@@ -27,6 +28,7 @@ from plaintrain.utils.heartbeat import LONG, beat, end_loop
 from plaintrain.utils.lock import lock_temp_dir, remove_orphaned_temp_dir
 from plaintrain.utils.logger import build_progress_bar, ignore_console_errors
 from plaintrain.utils.memory import note_batch
+from plaintrain.utils.user_code import IMPORTED, import_user_code
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +103,9 @@ def _seeded_globals(seed, position):
         torch.set_rng_state(before[2])
 
 
-def _ignore_signals(worker_id):
-    """Ignore signals to the whole job: the training process handles them and still needs its workers."""
+def _prepare_worker(imports, worker_id):
+    """Import the user's code; ignore signals to the whole job: the training process handles them."""
+    import_user_code(imports)
     ignore_console_errors()
     multiprocessing.util.Finalize(None, remove_orphaned_temp_dir, exitpriority=0)
     for signal_number in signal.SIGHUP, signal.SIGINT, signal.SIGUSR1:
@@ -178,7 +181,7 @@ class Loader:
             num_workers=self._num_workers,
             collate_fn=list,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=functools.partial(_prepare_worker, IMPORTED),
             # Drawing the base seed of the workers must not advance the global generator.
             generator=torch.Generator(),
         )

@@ -19,7 +19,7 @@ from plaintrain.utils.errors import UserError
 _ADDRESS_KEY = "plaintrain/address"
 # Linux ioctl that returns the address of a network interface.
 _SIOCGIFADDR = 0x8915
-# From here on, the id of a Slurm step is that of an interactive shell, a batch script or another special step.
+# Slurm steps from this id on are interactive shells, batch scripts and other special steps.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
@@ -73,7 +73,7 @@ def _get_int(env: Mapping[str, str], name: str, low: int, high: int = 2**16, def
     if not (re.fullmatch("[0-9]{1,10}", value) and low <= int(value) <= high):
         hint = "srun sets the variables SLURM_*; leave them as they are"
         if not name.startswith("SLURM_"):
-            hint = "torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; use it, or unset all"
+            hint = "torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; use it, or unset all of them"
         state = repr(value) if name in env else "no value"
         raise UserError(f"the environment variable {name} must be from {low} to {high}, got {state}; {hint}")
     return int(value)
@@ -115,8 +115,8 @@ def _is_srun_task(env: Mapping[str, str], num_gpus: int) -> bool:
         return True
     if num_gpus == 1:
         raise UserError(
-            f"this is an interactive shell of a Slurm job with {env['SLURM_NTASKS']} tasks; start them with srun, "
-            "or give --num-gpus, or unset SLURM_NTASKS for one process"
+            f"this is an interactive shell of a Slurm job with {env['SLURM_NTASKS']} tasks; start them with "
+            "srun, or give --num-gpus, or unset SLURM_NTASKS for one process"
         )
     return False
 

@@ -7,19 +7,56 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 import plaintrain
 from plaintrain.checkpoint.files import list_resume_candidates
 from plaintrain.config import CfgNode, get_cfg
 from plaintrain.config.yaml import diff_configs, load_chain
+from plaintrain.data.catalog import DatasetCatalog
+from plaintrain.modeling.build import get_device
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import FACTS_FILE, atomic_write, read_starts
 from plaintrain.utils.lock import unlock_folder
+from plaintrain.utils.text import truncate_text
+from plaintrain.utils.user_code import IMPORTED
 
 logger = logging.getLogger(__name__)
+
+
+def describe_run(cfg: CfgNode, model: nn.Module | None, class_names: Sequence[str], training: bool) -> str:
+    """Return a summary for the console; `model` is None if a file of predictions is scored."""
+
+    def count_images(names):
+        return ", ".join(f"{name} ({len(DatasetCatalog.get(name))} images)" for name in names) or "none"
+
+    solver = cfg.SOLVER
+    lines = {"test data": count_images(cfg.DATASETS.TEST)}
+    lines["classes"] = truncate_text(f"{len(class_names)}: {', '.join(class_names)}", 100)
+    if model is not None:
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        name = f"{cfg.MODEL.META_ARCHITECTURE}, {cfg.MODEL.BACKBONE.NAME}"
+        lines["model"] = f"{name}, {millions:.3g} million parameters"
+        precision = ", mixed precision" if training and solver.AMP.ENABLED else ""
+        lines["device"] = f"{get_device(cfg.MODEL.DEVICE)}{precision}, processes: {comm.get_world_size()}"
+    if training:
+        lines = {"training data": count_images(cfg.DATASETS.TRAIN), **lines}
+        num_images = sum(len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TRAIN)
+        epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / max(1, num_images)
+        lines["schedule"] = (
+            f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images (about {epochs:.3g} epochs), "
+            f"{solver.OPTIMIZER}, learning rate {solver.BASE_LR:g}, {solver.LR_SCHEDULER_NAME}"
+        )
+        for name, period in (("evaluation", cfg.TEST.EVAL_PERIOD), ("checkpoints", solver.CHECKPOINT_PERIOD)):
+            lines[name] = f"every {period} iterations and at the end" if period else "at the end"
+        lines["to stop"] = "Ctrl-C; the same command with --resume continues from the last checkpoint"
+    lines["output"] = f"{cfg.OUTPUT_DIR}; its log.txt has the config, the model and the versions"
+    return "\n".join(["summary", *(f"  {name:<15}{text}" for name, text in lines.items())])
 
 
 def write_run_facts(cfg: CfgNode, config_file: str) -> None:
@@ -27,6 +64,7 @@ def write_run_facts(cfg: CfgNode, config_file: str) -> None:
 
     - `started`: ISO 8601 time with time zone; `command`: list of words; `world_size`: number of processes.
     - `plaintrain`: version; `environment`: {name: value} of `collect_env_info`.
+    - `imports`: files and modules of --import.
     - `config_file`: path or ""; `changes`: [[key, value before, value], ...] of the final config against the
       `_BASE_` files of the config file, or the defaults.
     - `git`: `{"commit", "branch", "changed_files"}` of the script's folder; None outside git.
@@ -38,6 +76,7 @@ def write_run_facts(cfg: CfgNode, config_file: str) -> None:
         "plaintrain": plaintrain.__version__,
         "environment": dict(line.split(": ", 1) for line in collect_env_info().splitlines()),
         "git": _get_git_state(os.path.dirname(os.path.abspath(sys.argv[0]))),
+        "imports": IMPORTED,
         "config_file": config_file,
         "changes": diff_configs(_load_base(config_file).dump(), cfg.dump()),
     }

@@ -1,7 +1,11 @@
 """Command line arguments of the scripts; without torch, so that --help and mistakes are answered at once."""
 
 import argparse
+import sys
 from typing import Any
+
+from plaintrain.utils.errors import UserError
+from plaintrain.utils.user_code import IMPORTED, import_user_code
 
 
 class _OverridesAction(argparse.Action):
@@ -14,12 +18,33 @@ class _OverridesAction(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class _ImportAction(argparse.Action):
+    """Import the user's code; the value is the list of all imports."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            import_user_code([values])
+        except UserError as e:
+            if "--debug" in sys.argv:
+                raise
+            parser.error(str(e))
+        setattr(namespace, self.dest, IMPORTED)
+
+
 def build_parser(epilog: str | None, config_help: str = "") -> argparse.ArgumentParser:
-    """Build a parser with --debug, and with --config-file if `config_help` is not empty."""
+    """Build a parser with --debug and --import, and with --config-file if `config_help` is not empty."""
     parser = argparse.ArgumentParser(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(config_file="", opts=[])
     if config_help:
         parser.add_argument("--config-file", default="", metavar="FILE", help=config_help)
+    parser.add_argument(
+        "--import",
+        action=_ImportAction,
+        dest="imports",
+        default=[],
+        metavar="FILE.py",
+        help="run this file, or a module PACKAGE.MODULE, which registers your datasets; repeatable",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     return parser
 
@@ -42,7 +67,7 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
     add("--num-machines", type=int, default=1, help="machines of the job")
     add("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
     add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; required for several machines")
-    add("--overfit", type=int, default=0, metavar="N", help="train and evaluate on the first N images")
+    add("--overfit", type=int, metavar="N", help="train and evaluate on the first N images")
     add(
         "--dry-run",
         action="store_true",

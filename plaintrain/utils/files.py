@@ -28,6 +28,7 @@ _START = {
     "world_size": 0,
     "environment": {},
     "git": {"changed_files": [""]},
+    "imports": [""],
 }
 
 
@@ -172,6 +173,18 @@ def keep_valid(value: Any, example: Any) -> Any:
     if isinstance(example, float):
         return value if is_number(value) else None
     return value if type(value) is type(example) else None
+
+
+def get_dataset_root() -> str:
+    """Return the folder of relative dataset paths: `$PLAINTRAIN_DATASETS`, or `datasets`."""
+    return os.path.expanduser(os.environ.get("PLAINTRAIN_DATASETS", "datasets"))
+
+
+def describe_dataset_root(path: str) -> str:
+    """Return a hint for a missing file of a dataset; "" for one that is not in `get_dataset_root`."""
+    if not is_below(get_dataset_root(), os.path.abspath(path)):
+        return ""
+    return f"; relative paths start at PLAINTRAIN_DATASETS, which is {get_dataset_root()!r}"
 
 
 def read_starts(folder: str) -> list[dict[str, Any]]:
