@@ -144,17 +144,17 @@ def test_mistakes_are_one_sentence_and_bugs_a_traceback(capfd, set_env, error, d
         (
             (1,),
             {"WORLD_SIZE": "2"},
-            "LOCAL_RANK must be from 0 to 1, got no value; torchrun sets",
+            "LOCAL_RANK must be from 0 to 1, got ''; torchrun sets",
         ),
-        ((1,), {"RANK": "0"}, "WORLD_SIZE must be from 1 to 65536, got no value"),
+        ((1,), {"RANK": "0"}, "WORLD_SIZE must be from 1 to 65536, got ''"),
         ((1,), {"RANK": "", "WORLD_SIZE": ""}, "WORLD_SIZE must be from 1 to 65536, got ''"),
         ((1,), {"RANK": "1", "WORLD_SIZE": "1"}, "RANK must be from 0 to 0, got '1'"),
         ((1,), torchrun_env(0, 2, RANK="x"), "RANK must be from 0 to 1, got 'x'"),
         ((1,), torchrun_env(0, 2, MASTER_PORT="0"), "MASTER_PORT must be from 1 to 65535, got '0'"),
-        ((1,), torchrun_env(0, 2, MASTER_ADDR=""), "MASTER_ADDR must be the host of rank 0, got no value"),
+        ((1,), torchrun_env(0, 2, MASTER_ADDR=""), "MASTER_ADDR must be the host of rank 0"),
         ((1,), slurm_env(0, 0, SLURM_STEP_ID="4294967290"), "interactive shell of a Slurm job with 2 tasks"),
         ((1,), slurm_env(0, 0, SLURM_PTY_PORT="1"), "start them with srun, or give --num-gpus"),
-        ((1,), slurm_env(0, 0, node=1), "SLURM_NODEID must be from 0 to 0, got '1'; srun sets"),
+        ((1,), slurm_env(0, 0, node=1), "SLURM_NODEID must be from 0 to 0, got '1'; torchrun sets"),
     ],
 )
 def test_a_command_line_that_does_not_fit_is_one_sentence(capfd, monkeypatch, set_env, args, env, words):

@@ -138,7 +138,7 @@ MISTAKES = [
     (
         "plain",
         [*TINY, "DATASETS.TRAIN", "('coco_2017_train',)"],
-        r"annotation file .*instances_train2017.*relative paths start at PLAINTRAIN_DATASETS",
+        r"instances_train2017.*; relative paths start at PL",
     ),
     ("plain", [*TINY, "--eval-only", "--resume"], r"--resume: there is no checkpoint in"),
     ("plain", [*TINY, "WORKFLOW", "[['val', 1], ['train', 1]]"], r"WORKFLOW must be .*TEST\.VAL_LOSS_PERIOD"),

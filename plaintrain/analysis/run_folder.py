@@ -19,17 +19,10 @@ from typing import Any, NamedTuple
 from plaintrain.config import CfgNode, get_cfg
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import (
-    describe_os_error,
-    is_number,
-    keep_valid,
-    read_results_file,
-    read_starts,
-    read_text,
-)
+from plaintrain.utils.files import describe_os_error, is_number, keep_valid, read_results_file, read_text
 from plaintrain.utils.lock import is_in_use
 from plaintrain.utils.text import is_file_name
-from plaintrain.utils.user_code import RECORDED
+from plaintrain.utils.user_code import note_imports
 
 # [DATASET/]TASK/METRIC
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
@@ -131,7 +124,7 @@ def read_config(folder: str) -> CfgNode:
         raise UserError(f"{folder!r} {problem}; expected a run folder (OUTPUT_DIR)")
     cfg = get_cfg()
     cfg.merge_from_file(path)
-    RECORDED.extend(name for start in read_starts(folder)[-1:] for name in start.get("imports", ()))
+    note_imports(folder)
     return cfg
 
 

@@ -20,7 +20,7 @@ _ADDRESS_KEY = "plaintrain/address"
 # Linux ioctl that returns the address of a network interface.
 _SIOCGIFADDR = 0x8915
 # Slurm steps from this id on are interactive shells, batch scripts and other special steps.
-_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_SPECIAL_STEP = 0xFFFFFFF0
 
 
 def find_job(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -> dict[str, Any]:
@@ -31,14 +31,16 @@ def find_job(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str)
     this machine has `first_rank`.
     """
     env = os.environ
-    # Scripts of Slurm often export WORLD_SIZE for srun, but not RANK.
+    # Slurm scripts often export WORLD_SIZE, but not RANK.
+    world_size = _get_int(env, "WORLD_SIZE", 1, default="" if "RANK" in env else 1)
     if "RANK" not in env and _is_srun_task(env, num_gpus):
         job = _get_slurm_job(env, dist_url)
         started = f"srun has started {job['local_size']} processes on this machine"
-    elif _is_torchrun_rank(env):
-        job = _get_torchrun_job(env)
+    elif world_size > 1:
+        job = _get_torchrun_job(env, world_size)
         started = f"torchrun has started {job['local_size']} processes on this machine"
     else:
+        _get_int(env, "RANK", 0, 0, 0)
         job = _get_local_job(num_gpus, num_machines, machine_rank, dist_url)
         started = f"--num-gpus is {num_gpus}"
     if num_gpus not in (1, job["local_size"]):
@@ -69,32 +71,20 @@ def _get_local_job(num_gpus: int, num_machines: int, machine_rank: int, dist_url
 
 def _get_int(env: Mapping[str, str], name: str, low: int, high: int = 2**16, default: int | str = "") -> int:
     """Return an integer variable of torchrun or Slurm; without a default, it must be set."""
-    value = str(env.get(name, default)).strip()
+    value = str(env.get(name, default))
     if not (re.fullmatch("[0-9]{1,10}", value) and low <= int(value) <= high):
-        hint = "srun sets the variables SLURM_*; leave them as they are"
-        if not name.startswith("SLURM_"):
-            hint = "torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; use it, or unset all of them"
-        state = repr(value) if name in env else "no value"
-        raise UserError(f"the environment variable {name} must be from {low} to {high}, got {state}; {hint}")
+        raise UserError(
+            f"the environment variable {name} must be from {low} to {high}, got {value!r}; torchrun sets "
+            "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, srun sets SLURM_*: use one of them, or unset all"
+        )
     return int(value)
 
 
-def _is_torchrun_rank(env: Mapping[str, str]) -> bool:
-    """Return whether torchrun has started this process as one of several."""
-    if "RANK" not in env and "WORLD_SIZE" not in env:
-        return False
-    world_size = _get_int(env, "WORLD_SIZE", 1)
-    if world_size == 1:
-        _get_int(env, "RANK", 0, 0, 0)
-    return world_size > 1
-
-
-def _get_torchrun_job(env: Mapping[str, str]) -> dict[str, Any]:
-    world_size = _get_int(env, "WORLD_SIZE", 1)
+def _get_torchrun_job(env: Mapping[str, str], world_size: int) -> dict[str, Any]:
     local_rank = _get_int(env, "LOCAL_RANK", 0, world_size - 1)
     _get_int(env, "MASTER_PORT", 1, 2**16 - 1)
-    if not env.get("MASTER_ADDR", "").strip():
-        raise UserError("the environment variable MASTER_ADDR must be the host of rank 0, got no value")
+    if not env.get("MASTER_ADDR"):
+        raise UserError("the environment variable MASTER_ADDR must be the host of rank 0; torchrun sets it")
     return {
         "rank": _get_int(env, "RANK", 0, world_size - 1),
         "world_size": world_size,
@@ -111,14 +101,13 @@ def _is_srun_task(env: Mapping[str, str], num_gpus: int) -> bool:
     is_step = "SLURM_PROCID" in env and "SLURM_STEP_ID" in env
     if not is_step or _get_int(env, "SLURM_NTASKS", 1, default=1) == 1:
         return False
-    if _get_int(env, "SLURM_STEP_ID", 0, 2**32) < _FIRST_SPECIAL_STEP and "SLURM_PTY_PORT" not in env:
-        return True
-    if num_gpus == 1:
+    is_shell = _get_int(env, "SLURM_STEP_ID", 0, 2**32) >= _SPECIAL_STEP or "SLURM_PTY_PORT" in env
+    if is_shell and num_gpus == 1:
         raise UserError(
             f"this is an interactive shell of a Slurm job with {env['SLURM_NTASKS']} tasks; start them with "
             "srun, or give --num-gpus, or unset SLURM_NTASKS for one process"
         )
-    return False
+    return not is_shell
 
 
 def _get_slurm_job(env: Mapping[str, str], dist_url: str) -> dict[str, Any]:
@@ -127,8 +116,8 @@ def _get_slurm_job(env: Mapping[str, str], dist_url: str) -> dict[str, Any]:
     node = _get_int(env, "SLURM_NODEID", 0, len(tasks) - 1, 0)
     host = env.get("MASTER_ADDR") or _get_first_host(env.get("SLURM_STEP_NODELIST", ""))
     # The port is the same for all tasks of a job, but differs between jobs.
-    port = 20000 + _get_int(env, "SLURM_JOB_ID", 0, 2**32, 0) % 20000
-    port = _get_int(env, "MASTER_PORT", 1, 2**16 - 1, port) if env.get("MASTER_PORT") else port
+    default_port = 20000 + _get_int(env, "SLURM_JOB_ID", 0, 2**32, 0) % 20000
+    port = _get_int(env, "MASTER_PORT", 1, 2**16 - 1, default_port)
     return {
         "rank": _get_int(env, "SLURM_PROCID", 0, world_size - 1),
         "world_size": world_size,

@@ -31,32 +31,27 @@ logger = logging.getLogger(__name__)
 
 def describe_run(cfg: CfgNode, model: nn.Module | None, class_names: Sequence[str], training: bool) -> str:
     """Return a summary for the console; `model` is None if a file of predictions is scored."""
-
-    def count_images(names):
-        return ", ".join(f"{name} ({len(DatasetCatalog.get(name))} images)" for name in names) or "none"
-
     solver = cfg.SOLVER
-    lines = {"test data": count_images(cfg.DATASETS.TEST)}
-    lines["classes"] = truncate_text(f"{len(class_names)}: {', '.join(class_names)}", 100)
+    names = [*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST]
+    sizes = {name: len(DatasetCatalog.get(name)) for name in names}
+    lines = [("test data", name, f"{sizes[name]} images") for name in cfg.DATASETS.TEST]
+    lines.append(("classes", f"{len(class_names)}", truncate_text(", ".join(class_names), 90)))
     if model is not None:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        name = f"{cfg.MODEL.META_ARCHITECTURE}, {cfg.MODEL.BACKBONE.NAME}"
-        lines["model"] = f"{name}, {millions:.3g} million parameters"
-        precision = ", mixed precision" if training and solver.AMP.ENABLED else ""
-        lines["device"] = f"{get_device(cfg.MODEL.DEVICE)}{precision}, processes: {comm.get_world_size()}"
+        name = f"{cfg.MODEL.META_ARCHITECTURE} on {cfg.MODEL.BACKBONE.NAME}"
+        lines.append(("model", name, f"{millions:.3g} million parameters"))
+        lines.append(("device", f"{get_device(cfg.MODEL.DEVICE)}", f"processes: {comm.get_world_size()}"))
     if training:
-        lines = {"training data": count_images(cfg.DATASETS.TRAIN), **lines}
-        num_images = sum(len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TRAIN)
-        epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / max(1, num_images)
-        lines["schedule"] = (
-            f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images (about {epochs:.3g} epochs), "
-            f"{solver.OPTIMIZER}, learning rate {solver.BASE_LR:g}, {solver.LR_SCHEDULER_NAME}"
-        )
-        for name, period in (("evaluation", cfg.TEST.EVAL_PERIOD), ("checkpoints", solver.CHECKPOINT_PERIOD)):
-            lines[name] = f"every {period} iterations and at the end" if period else "at the end"
-        lines["to stop"] = "Ctrl-C; the same command with --resume continues from the last checkpoint"
-    lines["output"] = f"{cfg.OUTPUT_DIR}; its log.txt has the config, the model and the versions"
-    return "\n".join(["summary", *(f"  {name:<15}{text}" for name, text in lines.items())])
+        lines = [("training data", name, f"{sizes[name]} images") for name in cfg.DATASETS.TRAIN] + lines
+        epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / sum(sizes[name] for name in cfg.DATASETS.TRAIN)
+        batch = f"batches of {solver.IMS_PER_BATCH} images, about {epochs:.3g} epochs"
+        lines.append(("schedule", f"{solver.MAX_ITER} iterations", batch))
+        lines.append(("optimizer", solver.OPTIMIZER, f"{solver.LR_SCHEDULER_NAME} from {solver.BASE_LR:g}"))
+        periods = {"evaluation": cfg.TEST.EVAL_PERIOD, "checkpoints": solver.CHECKPOINT_PERIOD}
+        lines += [(k, f"every {v} iterations" if v else "once", "at the end") for k, v in periods.items()]
+        lines.append(("to stop", "Ctrl-C", "the same command with --resume continues"))
+    lines.append(("output", cfg.OUTPUT_DIR, "its log.txt has the config, the model and the versions"))
+    return "\n  ".join(["summary", *(f"{title:<15}{value}, {more}" for title, value, more in lines)])
 
 
 def write_run_facts(cfg: CfgNode, config_file: str) -> None:

@@ -1,11 +1,7 @@
 """Command line arguments of the scripts; without torch, so that --help and mistakes are answered at once."""
 
 import argparse
-import sys
 from typing import Any
-
-from plaintrain.utils.errors import UserError
-from plaintrain.utils.user_code import IMPORTED, import_user_code
 
 
 class _OverridesAction(argparse.Action):
@@ -18,17 +14,14 @@ class _OverridesAction(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-class _ImportAction(argparse.Action):
-    """Import the user's code; the value is the list of all imports."""
+def _import(name: str) -> None:
+    """Import the user's code at once, since some scripts read datasets before they call `launch`."""
+    from plaintrain.utils.user_code import import_user_code
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        try:
-            import_user_code([values])
-        except UserError as e:
-            if "--debug" in sys.argv:
-                raise
-            parser.error(str(e))
-        setattr(namespace, self.dest, IMPORTED)
+    try:
+        import_user_code([name])
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def build_parser(epilog: str | None, config_help: str = "") -> argparse.ArgumentParser:
@@ -37,14 +30,8 @@ def build_parser(epilog: str | None, config_help: str = "") -> argparse.Argument
     parser.set_defaults(config_file="", opts=[])
     if config_help:
         parser.add_argument("--config-file", default="", metavar="FILE", help=config_help)
-    parser.add_argument(
-        "--import",
-        action=_ImportAction,
-        dest="imports",
-        default=[],
-        metavar="FILE.py",
-        help="run this file, or a module PACKAGE.MODULE, which registers your datasets; repeatable",
-    )
+    options: dict[str, Any] = {"type": _import, "default": argparse.SUPPRESS, "metavar": "FILE.py"}
+    parser.add_argument("--import", help="import your datasets; also PACKAGE.MODULE; repeatable", **options)
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     return parser
 

@@ -1,4 +1,4 @@
-"""The user's code of --import, which registers datasets, evaluators or backbones."""
+"""The user's code of --import, which registers datasets, backbones or models."""
 
 import importlib
 import os
@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterable
 
 from plaintrain.utils.errors import UserError, get_first_line
+from plaintrain.utils.files import read_starts
 
 # Files (absolute) and modules that this process has imported; spawned ranks and workers repeat it.
 IMPORTED: list[str] = []
@@ -19,37 +20,29 @@ def import_user_code(names: Iterable[str]) -> None:
     for name in names:
         path = os.path.abspath(os.path.expanduser(name)) if name.endswith(".py") else ""
         if path and not os.path.isfile(path):
-            raise UserError(f"--import {name}: there is no such file")
+            raise UserError(f"cannot import {name}: there is no such file")
         module_name = os.path.basename(path).removesuffix(".py") or name
-        if "." in module_name if path else not name.replace(".", "_").isidentifier():
-            raise UserError(f"--import must be a .py file (no further dot) or a dotted module, got {name!r}")
-        folder = os.path.dirname(path) or os.getcwd()
-        if folder not in sys.path:
-            # Last, so that the user's files replace no other module; spawned processes inherit sys.path.
-            sys.path.append(folder)
-        file = _import(module_name, name, path)
-        if not file:
-            raise UserError(f"--import {name}: it is a folder or built in; give a .py file or a module")
-        if path and not os.path.samefile(path, file):
-            raise UserError(f"--import {name}: another module {module_name} exists ({file}); rename the file")
-        if (path or name) not in IMPORTED:
-            IMPORTED.append(path or name)
+        # Last, so that the user's files replace no other module; spawned processes inherit sys.path.
+        sys.path.append(os.path.dirname(path) or os.getcwd())
+        try:
+            file = getattr(importlib.import_module(module_name), "__file__", None)
+        except (Exception, SystemExit) as e:
+            lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
+            position = f", line {lines[-1]}" if lines else ""
+            raise UserError(f"cannot import {name}{position}: {type(e).__name__}: {get_first_line(e)}") from e
+        if not file or (path and not os.path.samefile(path, file)):
+            raise UserError(f"cannot import {name}: {module_name} is {file or 'no file'}; rename yours")
+        IMPORTED.append(path or name)
 
 
-def _import(module_name: str, name: str, path: str) -> str | None:
-    """Import a module and return its file."""
-    try:
-        return getattr(importlib.import_module(module_name), "__file__", None)
-    except (Exception, SystemExit) as e:
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        position = f", line {lines[-1]}" if lines else ""
-        error_type = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
-        raise UserError(f"--import {name}{position}: {error_type}{get_first_line(e)}") from e
+def note_imports(folder: str) -> None:
+    """Add the last imports of a run to `RECORDED`."""
+    RECORDED.extend(name for start in read_starts(folder)[-1:] for name in start.get("imports", ()))
 
 
 def describe_import() -> str:
     """Return the hint of errors about a name that only the user's code may know."""
-    missing = [name for name in RECORDED if name not in IMPORTED]
-    if missing:
-        return f"the run has used --import {' --import '.join(missing)}: add it if you trust that code"
+    recorded = " ".join(f"--import {name}" for name in RECORDED if name not in IMPORTED)
+    if recorded:
+        return f"the run has used {recorded}: add it if you trust that code"
     return "code that registers it must be given with --import FILE.py"
