@@ -248,7 +248,8 @@ def build_backbone(cfg: CfgNode) -> Backbone:
     if name not in BACKBONES:
         raise UserError(
             f"MODEL.BACKBONE.NAME must be one of {', '.join(BACKBONES)}, got {name!r}; did you mean "
-            f"{suggest_similar(name, BACKBONES)}? ({describe_import()})"
+            f"{suggest_similar(name, BACKBONES)}? MODEL.RESNETS.DEPTH is the depth of a ResNet "
+            f"({describe_import()})"
         )
     backbone = BACKBONES[name](cfg)
     fold_frozen_norms(backbone)
