@@ -139,10 +139,10 @@ open(f"imported-{os.getpid()}", "x").close()
 
 def test_datasets_of_imported_code_are_known_to_ranks_and_scripts(tmp_path):
     (tmp_path / "my_data.py").write_text(USER_CODE)
-    train = ["--import", "my_data.py", "--config-file", write_config(tmp_path), "--num-gpus", 2]
-    train += ["SOLVER.MAX_ITER", 1, "OUTPUT_DIR", "out", "DATASETS.TRAIN", "('my_train',)"]
-    train += ["DATASETS.TEST", "('my_val',)"]
-    run_script("plain_train_net.py", *train, folder=tmp_path, cwd=tmp_path, code=0)
+    train = [sys.executable, TRAIN, "--import", "my_data.py", "--config-file", write_config(tmp_path)]
+    train += ["--num-gpus", "2", "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", "out"]
+    train += ["DATASETS.TRAIN", "('my_train',)", "DATASETS.TEST", "('my_val',)"]
+    subprocess.run(train, cwd=tmp_path, check=True, capture_output=True, timeout=120)
     # The first process and its two ranks import it once.
     assert len(list(tmp_path.glob("imported-*"))) == 3
     path = str(tmp_path / "my_data.py")
