@@ -43,7 +43,8 @@ def describe_run(cfg: CfgNode, model: nn.Module | None, class_names: Sequence[st
         lines.append(("device", f"{get_device(cfg.MODEL.DEVICE)}", f"processes: {comm.get_world_size()}"))
     if training:
         lines = [("training data", name, f"{sizes[name]} images") for name in cfg.DATASETS.TRAIN] + lines
-        epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / sum(sizes[name] for name in cfg.DATASETS.TRAIN)
+        num_images = max(1, sum(sizes[name] for name in cfg.DATASETS.TRAIN))
+        epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / num_images
         batch = f"batches of {solver.IMS_PER_BATCH} images, about {epochs:.3g} epochs"
         lines.append(("schedule", f"{solver.MAX_ITER} iterations", batch))
         lines.append(("optimizer", solver.OPTIMIZER, f"{solver.LR_SCHEDULER_NAME} from {solver.BASE_LR:g}"))
